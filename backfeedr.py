@@ -1,0 +1,2006 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["bottle>=0.13", "waitress>=3.0.1"]
+# ///
+"""backfeedr: crash reports and usage figures for iOS apps, kept on your own host.
+
+The whole server is this file. Copy it to a machine with Python 3.9 or later,
+install bottle and waitress, and run `python backfeedr.py`. It prints an API key
+and the curl line that sends a first crash:
+
+    curl -X POST http://127.0.0.1:8080/api/v1/crashes -H "X-Backfeedr-Key: bf_live_..." \\
+        -d '{"exception_type": "SIGABRT", "occurred_at": "2026-03-12T14:22:31Z"}'
+
+It is a WSGI callable, too: `Backfeedr(db_path="crashes.db")` mounts in any app.
+
+The sections, each of which uses only those above it:
+
+    Settings        what an operator may choose
+    Schema          the one SQLite file
+    Values          refusals, times, ids, keys, group hashes
+    Payloads        JSON in, a crash or an event out
+    Signature       HMAC-SHA256 over a request
+    RateLimiter     so many requests a minute and key
+    Store           connections, the one write path, apps and keys
+    Metrics         the questions asked of the store
+    Backfeedr       the WSGI callable
+    Server          waitress, and how it stops
+    Command line    serve, app, key
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import hmac
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import signal
+import socket
+import sqlite3
+import sys
+import threading
+import time
+import zlib
+from collections import Counter, defaultdict, deque, namedtuple
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, fields, replace
+from datetime import date, datetime, timezone
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
+                    Sequence, Set, Tuple, Union)
+from urllib.parse import parse_qs
+
+try:
+    import bottle
+except ImportError:
+    if __name__ != "__main__":
+        raise
+    sys.exit("backfeedr: bottle is missing; 'python3 -m pip install bottle waitress' installs what it needs")
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("backfeedr")
+
+
+# == Settings ==================================================================
+#
+# Every choice an operator has, with its unit and default. A value that makes no
+# sense is refused when the settings are made, not when they are first used.
+
+class SettingsError(ValueError):
+    """A setting that makes no sense. `str()` is one line that names it."""
+
+    def __init__(self, name: str, problem: str):
+        super().__init__(f"{name}: {problem}")
+        self.name, self.problem = name, problem
+
+
+_RANGES = {"port": (0, 65535), "rate_limit": (0, 1_000_000), "max_body_size": (1, 1 << 30),
+           "retention_days": (0, 36_500), "threads": (1, 1_000)}
+_KINDS = {str: "a text", int: "a whole number", bool: "1 or 0"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an operator may choose. Raises SettingsError for a value that makes no sense."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080                                 # 0 takes a free one
+    db_path: str = "backfeedr.db"
+    api_key: str = field(default="", repr=False)     # a key of the app `default`; "": made at first start
+    auth_token: str = field(default="", repr=False)  # the admin token; "": made at first start
+    rate_limit: int = 100                            # requests a minute and key; 0 is off
+    max_body_size: int = 1_048_576                   # bytes, as sent and again after decompression
+    retention_days: int = 90                         # by the time of receipt; 0 keeps all
+    require_signature: bool = False
+    public_metrics: bool = True
+    threads: int = 32
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "db_path", os.fspath(self.db_path))
+        for each in fields(self):
+            value, kind = getattr(self, each.name), type(each.default)
+            low, high = _RANGES.get(each.name, (None, None))
+            if type(value) is not kind:
+                raise SettingsError(each.name, f"{repr(value) if each.repr else 'it'} is not {_KINDS[kind]}")
+            if low is not None and not low <= value <= high:
+                raise SettingsError(each.name, f"{value} is not from {low} to {high}")
+            if kind is str and (value.strip() != value or value and not value.isprintable()):
+                raise SettingsError(each.name, "has a space at an end or a control character")
+        if not self.host or self.db_path in ("", ":memory:"):
+            raise SettingsError("db_path" if self.host else "host", "must name a " + ("file" if self.host else "host"))
+
+    @classmethod
+    def from_env(cls, environ: Optional[Mapping[str, str]] = None, **overrides: Any) -> Settings:
+        """Settings from the BACKFEEDR_* variables (of os.environ, unless `environ` is given).
+
+        `overrides` come first; an empty variable counts as unset. An error names the variable.
+        """
+        environ = os.environ if environ is None else environ
+        variables = {each.name: "BACKFEEDR_" + each.name.upper() for each in fields(cls)
+                     if each.name not in overrides and environ.get("BACKFEEDR_" + each.name.upper())}
+        try:
+            read = {each.name: _from_text(each.name, environ[variables[each.name]], type(each.default))
+                    for each in fields(cls) if each.name in variables}
+            return cls(**{**read, **overrides})
+        except SettingsError as error:
+            raise SettingsError(variables.get(error.name, error.name), error.problem) from None
+
+
+def _from_text(name: str, text: str, kind: type) -> Any:
+    booleans = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if kind is int and re.fullmatch("-?[0-9]{1,18}", text):
+        return int(text)
+    if kind is bool and text.lower() in booleans:
+        return booleans[text.lower()]
+    if kind is str:
+        return text
+    raise SettingsError(name, f"{text!r} is not {_KINDS[kind]}")
+
+
+# == Schema ====================================================================
+#
+# One SQLite file that its owner can open with any tool. A report is a row, under
+# the field names of the API; times are milliseconds since 1970 UTC. The roll-ups
+# below the reports change in the same transaction as they.
+#
+# `seq` is the time of receipt in milliseconds * 2^20 + a counter. It is the
+# answered id, which so costs no byte and no index of its own; it is unique
+# across files; and it ascends with arrival: inserts append, retention cuts from
+# the front. A report counts at `occurred_at`, or at `received_at` when the
+# device's clock is more than five minutes fast.
+
+APPLICATION_ID = 0x62666472  # "bfdr": tells our files from other people's
+SCHEMA_VERSION = 1
+
+SCHEMA = """
+create table apps (
+    id integer primary key autoincrement,  -- never given twice
+    name text not null unique, is_test integer not null, created_at integer not null);
+create table keys (
+    key_hash blob primary key,             -- SHA-256 of the key, which is itself kept nowhere
+    app_id integer not null, prefix text not null, created_at integer not null, revoked_at integer
+) without rowid;
+create table secrets (name text primary key, hash blob not null) without rowid;  -- 'admin_token'
+
+create table crashes (
+    seq integer primary key, id text generated always as (printf('%016x', seq)) virtual,
+    app_id integer not null, received_at integer not null, group_hash text not null,
+    exception_type text not null, exception_reason text, stack_trace text,  -- JSON
+    app_version text, build_number text, os_version text, device_model text, device_id_hash text,
+    locale text, free_memory_mb numeric, battery_level real,  -- 0 to 1; -1 is unknown
+    is_charging integer, occurred_at integer not null,
+    extra text);                           -- JSON: the fields that this server does not know
+create index crashes_by_group on crashes (app_id, group_hash);
+create table events (
+    seq integer primary key, id text generated always as (printf('evt_%016x', seq)) virtual,
+    app_id integer not null, received_at integer not null,
+    type text not null, name text, properties text,           -- JSON
+    app_version text, os_version text, device_model text, device_id_hash text, session_id text,
+    locale text, occurred_at integer not null, extra text);   -- JSON, as above
+create index events_by_app on events (app_id);
+
+-- By what a request that was stored is known when it comes again.
+create table replays (
+    app_id integer not null, mark blob not null,   -- digest of the Idempotency-Key or the signature
+    request blob not null,                         -- digest of path and body
+    first_seq integer not null, reports integer not null,  -- their seqs follow one another
+    received_at integer not null, primary key (app_id, mark)) without rowid;
+create index replays_by_age on replays (received_at);
+
+-- A session and a device count in the hour of their latest start or report, and
+-- the triggers move them there: so the sum from any hour until now counts each
+-- once. App 0 is all live apps together, for devices only: a phone with two of
+-- them is one device.
+create table hours (
+    app_id integer not null, hour integer not null,  -- hours since 1970 UTC
+    crashes integer not null, sessions integer not null, devices integer not null,
+    primary key (app_id, hour)) without rowid;
+create table devices (
+    app_id integer not null, device_id_hash text not null,
+    first_seen integer not null, last_seen integer not null,
+    primary key (app_id, device_id_hash)) without rowid;
+create table sessions (
+    app_id integer not null, session_id text not null, started_at integer not null,  -- its latest start
+    primary key (app_id, session_id)) without rowid;
+create trigger device_came after insert on devices begin
+    insert into hours values (new.app_id, new.last_seen / 3600000, 0, 0, 1)
+    on conflict (app_id, hour) do update set devices = devices + 1;
+end;
+create trigger device_went after delete on devices begin
+    update hours set devices = devices - 1 where app_id = old.app_id and hour = old.last_seen / 3600000;
+end;
+create trigger device_moved after update on devices
+when new.last_seen / 3600000 <> old.last_seen / 3600000 begin
+    update hours set devices = devices - 1 where app_id = old.app_id and hour = old.last_seen / 3600000;
+    insert into hours values (new.app_id, new.last_seen / 3600000, 0, 0, 1)
+    on conflict (app_id, hour) do update set devices = devices + 1;
+end;
+create trigger session_came after insert on sessions begin
+    insert into hours values (new.app_id, new.started_at / 3600000, 0, 1, 0)
+    on conflict (app_id, hour) do update set sessions = sessions + 1;
+end;
+create trigger session_moved after update on sessions
+when new.started_at / 3600000 <> old.started_at / 3600000 begin
+    update hours set sessions = sessions - 1 where app_id = old.app_id and hour = old.started_at / 3600000;
+    insert into hours values (new.app_id, new.started_at / 3600000, 0, 1, 0)
+    on conflict (app_id, hour) do update set sessions = sessions + 1;
+end;
+
+-- What is retained, by UTC day; `field` is exception_type or device_model.
+create table labels (
+    app_id integer not null, field text not null, day integer not null, label text not null,
+    crashes integer not null, primary key (app_id, field, day, label)) without rowid;
+create table groups (
+    app_id integer not null, group_hash text not null,
+    exception_type text not null, exception_reason text,  -- of the latest crash
+    crashes integer not null, first_seen integer not null, last_seen integer not null,
+    primary key (app_id, group_hash)) without rowid;
+create table group_hours (
+    app_id integer not null, hour integer not null, group_hash text not null, crashes integer not null,
+    primary key (app_id, hour, group_hash)) without rowid;
+"""
+
+
+# Script by script from a version of the schema to the next one.
+MIGRATIONS: Dict[int, str] = {}
+
+
+# == Values ====================================================================
+#
+# What a client may be told, and the small conversions of which the rest is made.
+
+SECOND = 1000  # all times are in milliseconds
+HOUR = 3600 * SECOND
+DAY = 24 * HOUR
+MAX_SKEW = 300 * SECOND  # how fast a device's clock may be and still be believed
+SEQ_BITS = 20  # of a seq's counter within a millisecond
+EVERY_APP = 0  # all live apps together, where devices are counted
+
+
+class Refusal(Exception):
+    """A request that is not taken. `str()` is what the client is told.
+
+    `retry_after`, in whole seconds, is set where the same request may succeed later.
+    """
+
+    def __init__(self, text: str, retry_after: Optional[int] = None):
+        super().__init__(text)
+        self.retry_after = retry_after
+
+
+class StorageUnavailable(Refusal):
+    """The database can not be used now; nothing of the request was acknowledged."""
+
+    def __init__(self) -> None:
+        super().__init__("storage unavailable", retry_after=2)
+
+
+_RFC3339 = re.compile(
+    r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt]([01][0-9]|2[0-3]):([0-5][0-9]):([0-5][0-9])(?:\.([0-9]{1,9}))?"
+    r"(?:[Zz]|([+-])([01][0-9]|2[0-3]):([0-5][0-9]))")
+_DAY_ZERO = date(1970, 1, 1).toordinal()
+
+
+def parse_time(text: str) -> int:
+    """Milliseconds since 1970 UTC of an RFC 3339 time with a zone. Raises ValueError.
+
+    In whole numbers: datetime overflows where an offset leads out of the years 1
+    to 9999, and before Python 3.11 it knows neither Z nor nanoseconds.
+    """
+    match = _RFC3339.fullmatch(text)
+    if match is None:
+        raise ValueError("not an RFC 3339 time with a zone")
+    day, hours, minutes, seconds, fraction, sign, zone_hours, zone_minutes = match.groups()
+    total = (date.fromisoformat(day).toordinal() - _DAY_ZERO) * DAY
+    total += int(hours) * HOUR + int(minutes) * 60_000 + int(seconds) * SECOND
+    if fraction:
+        total += int(fraction[:3].ljust(3, "0"))
+    if sign:
+        total -= int(sign + "1") * (int(zone_hours) * HOUR + int(zone_minutes) * 60_000)
+    return total
+
+
+def counted_at(occurred_at: int, received_at: int) -> int:
+    """When a report counts: at the device's time, unless the device's clock is fast."""
+    return received_at if occurred_at > received_at + MAX_SKEW else occurred_at
+
+
+def first_seq(received_at: int) -> int:
+    """The lowest seq of a millisecond."""
+    return received_at << SEQ_BITS
+
+
+def crash_id(seq: int) -> str:
+    """The id of a crash as it is answered; the schema says the same."""
+    return f"{seq:016x}"
+
+
+def event_ids(seqs: Iterable[int]) -> List[str]:
+    """The ids of events as they are answered; the schema says the same."""
+    return [f"evt_{seq:016x}" for seq in seqs]
+
+
+def new_key(is_test: bool) -> str:
+    """A fresh API key: bf_live_ or bf_test_ and 32 hex digits."""
+    return ("bf_test_" if is_test else "bf_live_") + secrets.token_hex(16)
+
+
+def key_prefix(key: str) -> str:
+    """What may be shown of a key: 8 of its 32 digits, or a third of a key of the operator's own."""
+    made_here = re.fullmatch("bf_(live|test)_[0-9a-f]{32}", key)
+    return key[:16] if made_here else key[:min(16, len(key) // 3)]
+
+
+def sha256(data: Union[bytes, str]) -> bytes:
+    """The digest under which keys and tokens are kept."""
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).digest()
+
+
+def group_hash(exception_type: str, frames: Sequence[Mapping[str, Any]]) -> str:
+    """The group of a crash: its exception type, and where in the app it happened.
+
+    Frames with a `file` are the app's own: the symbols of the first three count.
+    System frames stand in only where there is none.
+    """
+    chosen = [f for f in frames if f.get("file")] or [f for f in frames if f.get("symbol")]
+    symbols = [frame.get("symbol") or "" for frame in chosen[:3]]
+    return hashlib.sha256(":".join([exception_type, *symbols]).encode()).hexdigest()[:16]
+
+
+# == Payloads ==================================================================
+#
+# JSON in, a crash or an event out, or a Refusal; all further in trusts what comes
+# from here. A report is a tuple in the order of its columns, so that it is bound
+# to an insert as it is. A check takes a value and its name, and gives what is stored.
+
+EVENT_TYPES = ("session_start", "session_end", "error", "custom")
+MAX_BATCH = 100  # events
+MAX_TEXT = 500  # characters of versions, models, types, names, ids, locale
+MAX_DEPTH = 64  # of nested JSON: far above any SDK's, far below Python's recursion limit
+MAX_NUMBER = (1 << 63) - 1
+
+Given = Dict[str, Any]
+
+
+def decode_json(body: bytes) -> Given:
+    """The JSON object in a body. Raises Refusal unless it is one, in UTF-8, of finite numbers.
+
+    A NUL or a lone surrogate, which no database takes, becomes U+FFFD: a report
+    is not lost for a character.
+    """
+    try:
+        text = body.decode("utf-8")
+        value = _DECODER.decode(text)
+        if "\\u" in text:  # unescaped, UTF-8 and JSON allow neither
+            value = _mend(value)
+    except (ValueError, RecursionError):
+        raise Refusal("invalid JSON") from None
+    if type(value) is not dict:
+        raise Refusal("invalid JSON")
+    return value
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError("number out of range")
+    return number
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_refuse_constant)
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
+
+
+def _one_encoder() -> Callable[[Any], str]:
+    """_ENCODER.encode, without what it makes anew for each call: that takes longer than the encoding."""
+    make = json.encoder.c_make_encoder  # type: ignore[attr-defined]
+    if make is None:
+        return _ENCODER.encode
+    encode = make(None, _ENCODER.default, json.encoder.encode_basestring, None, ":", ",",  # type: ignore
+                  False, False, False)
+    return lambda value: "".join(encode(value, 0))
+
+
+_encode = _one_encoder()
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+
+
+def _mend(value: Any) -> Any:
+    if type(value) is str:
+        return _UNSTORABLE.sub("\ufffd", value)
+    if type(value) is list:
+        return [_mend(item) for item in value]
+    if type(value) is dict:
+        return {_mend(name): _mend(item) for name, item in value.items()}
+    return value
+
+
+def _short_text(value: Any, name: str) -> str:
+    if type(value) is not str or len(value) > MAX_TEXT:
+        raise Refusal(f"invalid {name}")
+    return value
+
+
+def _event_type(value: Any, name: str) -> str:
+    if _short_text(value, name) not in EVENT_TYPES:
+        raise Refusal("invalid event type")
+    return value
+
+
+def _time(value: Any, name: str) -> int:
+    try:
+        return parse_time(_short_text(value, name))
+    except ValueError:
+        raise Refusal(f"invalid {name}") from None
+
+
+def _number(value: Any, name: str) -> Union[int, float]:
+    if type(value) not in (int, float) or abs(value) > MAX_NUMBER:
+        raise Refusal(f"invalid {name}")
+    return value
+
+
+def _battery_level(value: Any, name: str) -> Union[int, float]:
+    if not 0 <= _number(value, name) <= 1 and value != -1:
+        raise Refusal(f"invalid {name}")
+    return value
+
+
+def _object(value: Any, name: str) -> str:
+    if type(value) is not dict:
+        raise Refusal(f"invalid {name}")
+    return _to_json(value, name)
+
+
+def _of(kind: type) -> Callable[[Any, str], Any]:
+    def check(value: Any, name: str) -> Any:
+        if type(value) is not kind:  # isinstance would take True for an int
+            raise Refusal(f"invalid {name}")
+        return value
+    return check
+
+
+def _stack_trace(value: Any, name: str) -> str:
+    if type(value) is not list or not all(map(_is_frame, value)):
+        raise Refusal(f"invalid {name}")
+    return _to_json(value, name)
+
+
+def _is_frame(frame: Any) -> bool:
+    return type(frame) is dict and all(
+        frame.get(name) in (None, "") or type(frame[name]) is kind
+        for name, kind in (("frame", int), ("symbol", str), ("file", str), ("line", int)))
+
+
+def _to_json(value: Any, name: str) -> str:
+    """Compact JSON. Raises Refusal where it is nested too deep to be shown again."""
+    try:
+        text = _encode(value)
+    except RecursionError:
+        raise Refusal(f"invalid {name}") from None
+    # Counting brackets is quick and clears nearly all; only then look closely.
+    if text.count("{") + text.count("[") > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
+        raise Refusal(f"invalid {name}")
+    return text
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    if type(value) not in (dict, list):
+        return False
+    items = value.values() if type(value) is dict else value
+    return depth == 0 or any(_is_deeper(item, depth - 1) for item in items)
+
+
+_CRASH_FIELDS = dict(
+    exception_type=_short_text, exception_reason=_of(str), stack_trace=_stack_trace, app_version=_short_text,
+    build_number=_short_text, os_version=_short_text, device_model=_short_text, device_id_hash=_short_text,
+    locale=_short_text, free_memory_mb=_number, battery_level=_battery_level, is_charging=_of(bool),
+    occurred_at=_time)
+_EVENT_FIELDS = dict(
+    type=_event_type, name=_short_text, properties=_object, app_version=_short_text, os_version=_short_text,
+    device_model=_short_text, device_id_hash=_short_text, session_id=_short_text, locale=_short_text,
+    occurred_at=_time)
+_OF_OBJECTS = (_object, _stack_trace)
+_REQUIRED = ("exception_type", "type", "occurred_at")
+
+Crash = namedtuple("Crash", ["group_hash", *_CRASH_FIELDS, "extra"])
+Crash.__doc__ = "A valid crash: the fields of the API, and `extra`, the unknown ones as JSON."
+Event = namedtuple("Event", [*_EVENT_FIELDS, "extra"])
+Event.__doc__ = "A valid event: the fields of the API, and `extra`, the unknown ones as JSON."
+Reports = Union[Sequence[Crash], Sequence[Event]]
+
+
+def parse_crash(given: Given) -> Crash:
+    """A crash from its JSON object. Raises Refusal."""
+    values, = _checked([given], _CRASH_FIELDS)
+    return Crash(group_hash(given["exception_type"], given.get("stack_trace") or ()), *values)
+
+
+def parse_event(given: Any) -> Event:
+    """An event from its JSON object. Raises Refusal."""
+    if type(given) is not dict:
+        raise Refusal("invalid event")
+    values, = _checked([given], _EVENT_FIELDS)
+    return Event._make(values)
+
+
+def parse_batch(given: Given) -> List[Event]:
+    """1 to 100 events, all or none. Raises Refusal, with the index where one of them is the reason.
+
+    Unknown fields beside `events` are kept with the first event, as `batch`: with
+    each of them, a small request could make the database write a large one.
+    """
+    events = given.get("events")
+    if events in (None, "", []):
+        raise Refusal("missing events")
+    if type(events) is not list:
+        raise Refusal("invalid events")
+    if len(events) > MAX_BATCH:
+        raise Refusal(f"too many events: at most {MAX_BATCH}")
+    if len(given) > 1 and type(events[0]) is dict:
+        free = next(name for name in ("batch" + "_" * n for n in range(len(events[0]) + 1)) if name not in events[0])
+        events[0][free] = {name: value for name, value in given.items() if name != "events"}
+    try:
+        return list(map(Event._make, _checked(events, _EVENT_FIELDS)))
+    except (Refusal, TypeError, AttributeError):  # an event is bad, or is none, or has a list for a text
+        return [_parse_event_at(index, event) for index, event in enumerate(events)]
+
+
+def _parse_event_at(index: int, event: Any) -> Event:
+    try:
+        return parse_event(event)
+    except Refusal as refusal:
+        raise Refusal(f"{refusal} at index {index}") from None
+
+
+def _checked(objects: List[Given], checks: Mapping[str, Callable[[Any, str], Any]]) -> Iterable[Tuple[Any, ...]]:
+    """Of each object, the fields in the order of their columns and the unknown ones as JSON.
+
+    Field by field, because in a batch most are the same from event to event, and
+    what was found good once need not be looked at again.
+    """
+    columns = []
+    for name, check in checks.items():
+        values = [given.get(name) for given in objects]
+        if len(values) == 1 or check in _OF_OBJECTS:
+            columns.append([_value(value, name, check) for value in values])
+        else:
+            good = {value: _value(value, name, check) for value in set(values)}
+            columns.append([good[value] for value in values])
+    columns.append([None if given.keys() <= checks.keys() else _to_json(
+        {name: value for name, value in given.items() if name not in checks}, "JSON") for given in objects])
+    return zip(*columns)
+
+
+def _value(value: Any, name: str, check: Callable[[Any, str], Any]) -> Any:
+    """A value as it is stored; null and "" mean that it is absent."""
+    if value is not None and value != "":
+        return check(value, name)
+    if name in _REQUIRED:
+        raise Refusal(f"missing {name}")
+    return None
+
+
+# == Signature =================================================================
+#
+# HMAC-SHA256 over a timestamp and the raw body. The key travels with the request,
+# so this hides nothing: it proves that the body is the one that was signed, and
+# that it is no recording of an hour ago.
+
+SIGNATURE_WINDOW = 300 * SECOND  # both ways
+
+
+def sign(key: bytes, timestamp: bytes, body: bytes) -> str:
+    """The X-Backfeedr-Signature for an X-Backfeedr-Timestamp and a raw body."""
+    payload = timestamp + b"." + hashlib.sha256(body).hexdigest().encode()
+    return "sha256=" + hmac.new(key, payload, hashlib.sha256).hexdigest()
+
+
+def verify(key: bytes, timestamp: bytes, signature: bytes, body: bytes, now: int) -> None:
+    """Returns if the signature is right and, at `now` in milliseconds, fresh; else raises Refusal."""
+    try:
+        signed_at = parse_time(timestamp.decode("latin-1"))
+    except ValueError:
+        raise Refusal("invalid timestamp") from None
+    # Bytes, because compare_digest takes no text beyond ASCII.
+    if not hmac.compare_digest(sign(key, timestamp, body).encode(), signature):
+        raise Refusal("invalid signature")
+    if abs(now - signed_at) > SIGNATURE_WINDOW:
+        raise Refusal("stale timestamp")
+
+
+# == RateLimiter ===============================================================
+#
+# A log of each key's last requests: exact, where a counter per minute would let
+# twice the limit through around the full minute. It holds at most `limit` numbers
+# per key, and only keys that exist come this far.
+
+class RateLimiter:
+    """Allows `limit` requests of a key in any `window` of seconds; a limit of 0 allows all. Thread-safe.
+
+    `clock` gives seconds and never runs backwards.
+    """
+
+    def __init__(self, limit: int, window: float = 60.0, clock: Callable[[], float] = time.monotonic):
+        self.limit, self.window, self._clock = limit, window, clock
+        self._times: Dict[bytes, Deque[float]] = defaultdict(deque)
+        self._lock = threading.Lock()
+
+    def allow(self, key: bytes) -> bool:
+        """Whether the key may go on. What is refused does not count."""
+        if not self.limit:
+            return True
+        with self._lock:
+            now, times = self._clock(), self._times[key]
+            while times and now - times[0] >= self.window:
+                times.popleft()
+            if len(times) < self.limit:
+                times.append(now)
+                return True
+            return False
+
+    def retry_after(self, key: bytes) -> int:
+        """Whole seconds, at least 1, after which `allow` says yes again."""
+        with self._lock:
+            times = self._times[key]
+            return max(1, math.ceil(times[0] + self.window - self._clock())) if times else 1
+
+
+# == Store =====================================================================
+#
+# Everything that touches the file: one writing connection per process, behind a
+# lock; readers, which cannot write; and one path by which a report reaches the
+# disk. `add` queues it, and whoever gets the lock commits all that is queued: one
+# fsync serves everyone who waits, and there is no thread that could die.
+
+BUSY_TIMEOUT = 5.0  # seconds to wait for a lock that another process holds
+REPLAY_DAYS = 7  # how long a phone may be offline between a request and its repetition
+BUSY_GROUP = 4  # requests in a commit, from which on the next one waits for company
+GATHER_SECONDS = 0.002  # so long: a commit costs as much as ten reports; who comes alone never waits
+MAX_WAIT = 30.0  # seconds for a commit that others make: longer than any lock and sync together
+STATEMENTS = 512  # that are kept prepared: an insert is another one for each number of rows
+STEP = 200  # rows deleted at a time: too few to be felt
+
+
+class StoreError(Exception):
+    """What the store cannot do for its operator. `str()` is one line that says why."""
+
+
+class App(NamedTuple):
+    """An app; `keys` counts its active ones, `created_at` is in milliseconds."""
+
+    name: str
+    is_test: bool
+    created_at: int
+    keys: int
+
+
+class Key(NamedTuple):
+    """What is known of an API key; the times are in milliseconds, None while it is active."""
+
+    prefix: str
+    app: str
+    created_at: int
+    revoked_at: Optional[int]
+
+
+class FirstStart(NamedTuple):
+    """The secrets that a start has made. None: there was one already."""
+
+    key: Optional[str]
+    token: Optional[str]
+
+
+class Once(NamedTuple):
+    """By what a repeated request is known: digests, any of which seen before means a repetition,
+    and a digest of all that is in it."""
+
+    marks: Tuple[bytes, ...] = ()
+    request: bytes = b""
+
+
+class Receipt(NamedTuple):
+    """What was made durable: the seqs, one a report, and whether a request before this one did it."""
+
+    seqs: range
+    replayed: bool
+
+
+class _Write:
+    """The reports of one request on their way to the disk, and what became of them."""
+
+    def __init__(self, key_hash: bytes, reports: Reports, once: Once):
+        self.key_hash, self.reports, self.once = key_hash, reports, once
+        self.receipt: Optional[Receipt] = None
+        self.error: Optional[Refusal] = None
+        self.leads = False
+        self._turn = threading.Lock()
+        self._turn.acquire()
+
+    def wait(self) -> None:
+        """Returns when this is done with, or is to lead the next commit.
+
+        A signal may hit a leader between any two steps; so nobody waits for one for ever.
+        """
+        if not self._turn.acquire(timeout=MAX_WAIT):
+            self.leads = True  # whoever led is gone
+            raise StorageUnavailable()
+
+    def wake(self) -> None:
+        self._turn.release()
+
+
+class _Process:
+    """What one process holds of a store. None of it may cross a fork."""
+
+    def __init__(self) -> None:
+        self.write_lock = threading.Lock()
+        self.writer: Optional[_Connection] = None
+        self.readers: List[_Connection] = []
+        self.seen_keys: Set[bytes] = set()
+        self.queue_lock = threading.Lock()  # of what follows
+        self.queue: List[_Write] = []
+        self.has_leader = False
+        self.last_group = 0
+
+    def enqueue(self, write: _Write, max_waiters: int, max_rows: int) -> None:
+        """Lets a write wait, or lead where nobody does. Raises StorageUnavailable where too many wait."""
+        with self.queue_lock:
+            rows = sum(len(other.reports) for other in self.queue) + len(write.reports)
+            if len(self.queue) >= max_waiters or self.queue and rows > max_rows:
+                raise StorageUnavailable()
+            self.queue.append(write)
+        if not self.has_leader:
+            self.appoint_leader()
+
+    def appoint_leader(self) -> None:
+        """Lets the first in the queue commit it all; nobody, if nobody waits."""
+        with self.queue_lock:
+            self.has_leader = bool(self.queue)
+            if self.queue and not self.queue[0].leads:
+                self.queue[0].leads = True
+                self.queue[0].wake()
+
+    def withdraw(self, write: _Write) -> None:
+        with self.queue_lock:
+            if write in self.queue:
+                self.queue.remove(write)
+
+    def take_queue(self) -> List[_Write]:
+        with self.queue_lock:
+            queue, self.queue = self.queue, []
+        self.last_group = len(queue)
+        return queue
+
+    def idle_reader(self) -> Optional[_Connection]:
+        try:
+            return self.readers.pop()
+        except IndexError:
+            return None
+
+
+class _Connection(sqlite3.Connection):
+    """A connection in autocommit mode. It never makes the file: one that vanished must not come back empty."""
+
+    def __init__(self, path: Path, query_only: bool = False):
+        super().__init__(path.as_uri() + "?mode=rw", uri=True, timeout=BUSY_TIMEOUT,
+                         isolation_level=None, check_same_thread=False,
+                         cached_statements=STATEMENTS)
+        self.execute("pragma synchronous = full")  # NORMAL may lose acknowledged commits with the power
+        # In KiB. One connection writes, and as many as there are busy threads read.
+        self.execute(f"pragma cache_size = {-512 if query_only else -8192}")
+        self.execute(f"pragma query_only = {int(query_only)}")
+
+    def pragma(self, name: str) -> Any:
+        """The first value of a pragma."""
+        return self.execute(f"pragma {name}").fetchone()[0]
+
+
+def _close(db: Optional[_Connection]) -> None:
+    if db is not None:
+        db.close()
+
+
+def _file_identity(path: Path) -> Tuple[int, int]:
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise sqlite3.OperationalError(f"{path}: {error.strerror}") from None
+    return found.st_dev, found.st_ino
+
+
+class Store:
+    """Apps, keys and reports in one SQLite file. Thread-safe; works on both sides of a fork.
+
+    Raises StoreError where the file cannot be opened or is something else. Every
+    method may raise StorageUnavailable. `clock` gives seconds since 1970;
+    `retention_days` of 0 keeps all. Close it, or use it as a context manager.
+
+    max_waiters: requests that may wait for a commit. More than a server has threads,
+        unless commits take so long that a phone had better come again.
+    max_rows: reports that may wait for a commit; all of them go into the next one, so
+        that nobody waits for two. As many take about a tenth of a second to write.
+    """
+
+    def __init__(self, path: str, clock: Callable[[], float] = time.time, retention_days: int = 0,
+                 max_waiters: int = 256, max_rows: int = 10_000, may_create: bool = True):
+        self.path = Path(path).absolute()
+        self.max_waiters, self.max_rows = max_waiters, max_rows
+        self._clock, self._retention = clock, retention_days * DAY
+        self._closed, self._trouble, self._logged = False, "", ""
+        # A parent's connections stay here untouched in the child: to close them would harm the parent's.
+        self._processes: Dict[int, _Process] = {}
+        _prepare(self.path, may_create)
+        self._file = _file_identity(self.path)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes this process's connections and so folds in the WAL. May be called twice."""
+        self._closed = True
+        here = self._here
+        with here.write_lock:
+            while here.readers:
+                here.readers.pop().close()
+            _close(here.writer)  # last, because a reader may not fold in the WAL
+            here.writer = None
+
+    @property
+    def now(self) -> int:
+        """The time, in milliseconds since 1970 UTC."""
+        return int(self._clock() * SECOND)
+
+    @property
+    def _here(self) -> _Process:
+        pid = os.getpid()
+        return self._processes.get(pid) or self._processes.setdefault(pid, _Process())
+
+    def _connect(self, query_only: bool = False) -> _Connection:
+        self._check_file()
+        return _Connection(self.path, query_only)
+
+    def _check_file(self) -> None:
+        """Raises sqlite3.Error where the file is gone. So it does where another has come in its place:
+        the WAL beside it still belongs to the first, and would spoil the second."""
+        if self._closed:
+            raise sqlite3.ProgrammingError("the store is closed")
+        if _file_identity(self.path) != self._file:
+            raise sqlite3.OperationalError(f"{self.path} is another file than at the start")
+
+    @contextmanager
+    def reading(self) -> Iterator[_Connection]:
+        """A connection that cannot write; for short reads, because an open one holds up the WAL."""
+        here = self._here
+        db = None
+        try:
+            db = here.idle_reader() or self._connect(query_only=True)
+            yield db
+        except BaseException as error:
+            _close(db)
+            if isinstance(error, sqlite3.Error):
+                raise self._unavailable("read", error) from error
+            raise
+        if self._closed:
+            db.close()
+        else:
+            here.readers.append(db)
+
+    @contextmanager
+    def writing(self) -> Iterator[_Connection]:
+        """The process's one writing connection, in a transaction that is durable at the end."""
+        here = self._here
+        with here.write_lock:
+            try:
+                self._check_file()
+                db = here.writer = here.writer or self._connect()
+                db.execute("begin immediate")  # a lock taken later may fail at once instead of waiting
+                yield db
+                db.execute("commit")
+            except BaseException as error:
+                # Closing undoes what is left of the transaction, also where SQLite has
+                # rolled back by itself and every further statement would be its own.
+                _close(here.writer)
+                here.writer = None
+                if isinstance(error, sqlite3.Error):
+                    raise self._unavailable("write", error) from error
+                raise
+            self._trouble = self._logged = ""
+
+    def _unavailable(self, verb: str, error: sqlite3.Error) -> StorageUnavailable:
+        """Says once in the log what is wrong; and remembers it until a commit succeeds, but for a lock."""
+        if str(error) != self._logged:
+            log.error("cannot %s the database: %s", verb, error)
+            self._logged = str(error)
+        if verb == "write" and "locked" not in str(error):
+            self._trouble = str(error)
+        return StorageUnavailable()
+
+    def check(self) -> None:
+        """Raises StorageUnavailable if the file is gone or cannot be read, or if the last commit has
+        failed and another one, which is made to see, fails as well."""
+        with self.reading() as db:
+            self._check_file()
+            db.execute("select 1 from apps").fetchone()
+        if self._trouble:
+            with self.writing() as db:
+                db.execute("update secrets set hash = hash")
+
+    # Reports
+
+    def add(self, key_hash: bytes, reports: Reports, once: Once = Once()) -> Receipt:
+        """Stores reports of one kind, all or none, and returns when they are durable.
+
+        They go to the app of the key with that SHA-256. A repeated request, as told by
+        `once`, stores nothing and has the first one's receipt. Raises Refusal where an
+        Idempotency-Key comes with another request, or the key is not active at the time
+        of the commit; StorageUnavailable also where too many wait already.
+        """
+        if not reports:
+            raise ValueError("no reports")
+        here, write = self._here, _Write(key_hash, reports, once)
+        try:
+            here.enqueue(write, self.max_waiters, self.max_rows)
+            write.wait()
+            if write.leads:
+                self._commit_queue(here)
+        except BaseException:  # also a signal, if this is the main thread
+            here.withdraw(write)
+            raise
+        finally:
+            if write.leads:
+                here.appoint_leader()
+        if write.error is not None:
+            raise write.error
+        assert write.receipt is not None
+        return write.receipt
+
+    def _commit_queue(self, here: _Process) -> None:
+        """Commits all that waits in one transaction, and wakes everyone who waits."""
+        group: List[_Write] = []
+        try:
+            if here.last_group >= BUSY_GROUP:
+                time.sleep(GATHER_SECONDS)
+            with self.writing() as db:
+                group = here.take_queue()
+                commit = _Commit(db, self.now)
+                for write in group:
+                    commit.take(write)
+                commit.save()
+                self._expire(db, sum(len(write.reports) for write in group))
+        except BaseException as error:
+            group = group or here.take_queue()
+            for write in group:
+                write.error = StorageUnavailable()
+            if not isinstance(error, StorageUnavailable):
+                raise
+        finally:
+            for write in group:
+                if not write.leads:
+                    write.wake()
+
+    def _expire(self, db: _Connection, added: int) -> None:
+        """Deletes some of the rows whose time is over: with each commit a few, but more than it has added."""
+        window = {"replays": self.now - REPLAY_DAYS * DAY, "step": max(STEP, 3 * added),
+                  "rows": first_seq(self.now - self._retention) if self._retention else 0}
+        replays, events, crashes = db.execute("""
+            select exists (select 1 from replays where received_at < :replays),
+                exists (select 1 from events where seq < :rows), exists (select 1 from crashes where seq < :rows)
+            """, window).fetchone()
+        if replays:
+            db.execute("""
+                delete from replays where (app_id, mark) in (
+                    select app_id, mark from replays where received_at < :replays limit :step)
+                """, window)
+        if events:
+            db.execute("""
+                delete from events where seq in (
+                    select seq from events where seq < :rows order by seq limit :step)
+                """, window)
+        if crashes:
+            self._expire_crashes(db, window)
+
+    def _expire_crashes(self, db: _Connection, window: Mapping[str, int]) -> None:
+        """As above; and the labels, which count what is retained, go down with them."""
+        for seq, app_id, exception_type, device_model, occurred_at, received_at in db.execute("""
+                select seq, app_id, exception_type, device_model, occurred_at, received_at
+                from crashes where seq < :rows order by seq limit :step
+                """, window).fetchall():
+            labels = {"app": app_id, "day": counted_at(occurred_at, received_at) // DAY,
+                      "type": exception_type, "model": device_model}
+            db.execute("""
+                update labels set crashes = crashes - 1
+                where app_id = :app and day = :day and (
+                    field = 'exception_type' and label = :type or field = 'device_model' and label = :model)
+                """, labels)
+            db.execute("delete from labels where app_id = :app and field in ('exception_type', 'device_model')"
+                       " and day = :day and crashes = 0", labels)
+            db.execute("delete from crashes where seq = ?", (seq,))
+
+    # Apps and keys
+
+    def start(self, api_key: str = "", auth_token: str = "") -> FirstStart:
+        """Gives a server what it needs to begin: an app `default` where there is none, an admin token.
+
+        Secrets that are given are taken; else they are made, where none is stored.
+        """
+        with self.writing() as db:
+            key = token = None
+            known = db.execute("select revoked_at from keys where key_hash = ?", (sha256(api_key),)).fetchone()
+            if known and known[0]:
+                log.warning("the API key of the settings was revoked, and stays so")
+            elif api_key and not known:
+                db.execute("insert or ignore into apps (name, is_test, created_at) values ('default', 0, ?)",
+                           (self.now,))
+                self._insert_key(db, "default", api_key)
+            elif not db.execute("select 1 from apps").fetchone():
+                key = self._insert_app(db, "default", False)
+            if not auth_token and not db.execute("select 1 from secrets").fetchone():
+                auth_token = token = "bf_admin_" + secrets.token_hex(16)
+            if auth_token:
+                db.execute("insert or replace into secrets values ('admin_token', ?)", (sha256(auth_token),))
+            return FirstStart(key, token)
+
+    def is_admin(self, token: bytes) -> bool:
+        """Whether this is the admin token."""
+        with self.reading() as db:
+            row = db.execute("select hash from secrets where name = 'admin_token'").fetchone()
+        return row is not None and hmac.compare_digest(row[0], sha256(token))
+
+    def has_key(self, key_hash: bytes) -> bool:
+        """Whether the key with this SHA-256 is active."""
+        with self.reading() as db:
+            is_active = db.execute("select 1 from keys where key_hash = ? and revoked_at is null",
+                                   (key_hash,)).fetchone() is not None
+        (self._here.seen_keys.add if is_active else self._here.seen_keys.discard)(key_hash)
+        return is_active
+
+    def had_key(self, key_hash: bytes) -> bool:
+        """Whether the key was active when it was last looked up, which may be long ago but costs nothing."""
+        return key_hash in self._here.seen_keys or self.has_key(key_hash)
+
+    def create_app(self, name: str, is_test: bool = False) -> str:
+        """Makes an app and returns its first key, which is not kept. Raises StoreError."""
+        with self.writing() as db:
+            return self._insert_app(db, name, is_test)
+
+    def _insert_app(self, db: _Connection, name: str, is_test: bool) -> str:
+        if name != name.strip() or not 1 <= len(name) <= 100 or not name.isprintable():
+            raise StoreError("an app's name is 1 to 100 printable characters, without a space at an end")
+        if db.execute("select 1 from apps where name = ?", (name,)).fetchone():
+            raise StoreError(f"there is an app named {name!r} already")
+        db.execute("insert into apps (name, is_test, created_at) values (?, ?, ?)", (name, is_test, self.now))
+        return self._insert_key(db, name, new_key(is_test))
+
+    def create_key(self, app: str) -> str:
+        """A further key for an app, which is not kept. Raises StoreError where there is no such app."""
+        with self.writing() as db:
+            return self._insert_key(db, app, new_key(self._app(db, app)[1]))
+
+    def _insert_key(self, db: _Connection, app: str, key: str) -> str:
+        db.execute("insert into keys (key_hash, app_id, prefix, created_at) values (?, ?, ?, ?)",
+                   (sha256(key), self._app(db, app)[0], key_prefix(key), self.now))
+        return key
+
+    def _app(self, db: _Connection, name: str) -> Tuple[int, bool]:
+        row = db.execute("select id, is_test from apps where name = ?", (name,)).fetchone()
+        if row is None:
+            raise StoreError(f"there is no app named {name!r}")
+        return row
+
+    def apps(self) -> List[App]:
+        """All apps, by name."""
+        with self.reading() as db:
+            return [App(name, bool(is_test), *rest) for name, is_test, *rest in db.execute("""
+                select name, is_test, created_at,
+                    (select count(*) from keys where app_id = apps.id and revoked_at is null)
+                from apps order by name
+                """)]
+
+    def keys(self) -> List[Key]:
+        """All keys, the oldest first."""
+        with self.reading() as db:
+            return [Key(*row) for row in db.execute("""
+                select prefix, name, keys.created_at, revoked_at from keys join apps on apps.id = app_id
+                order by keys.created_at, prefix
+                """)]
+
+    def revoke_key(self, prefix: str) -> Key:
+        """Ends the one active key that begins with `prefix`, or is it. Raises StoreError."""
+        with self.writing() as db:
+            found = db.execute("""
+                select key_hash, prefix, name, keys.created_at from keys join apps on apps.id = app_id
+                where revoked_at is null and (key_hash = ? or substr(prefix, 1, ?) = ?)
+                """, (sha256(prefix), len(prefix), prefix)).fetchall()
+            if len(found) != 1:
+                raise StoreError(f"{len(found) or 'no'} active keys begin with {prefix!r}: see 'key list'")
+            (key_hash, *key), = found
+            db.execute("update keys set revoked_at = ? where key_hash = ?", (self.now, key_hash))
+            return Key(*key, self.now)
+
+    def delete_app(self, name: str) -> None:
+        """Deletes an app, its keys and all that it sent. Raises StoreError where there is none.
+
+        In steps, so that nobody else's reports wait for it: the keys first, the app
+        last, so that it can be repeated where it was cut off.
+        """
+        with self.writing() as db:
+            app_id = self._app(db, name)[0]
+            db.execute("delete from keys where app_id = ?", (app_id,))
+        while self._delete_some(app_id):
+            pass
+
+    def _delete_some(self, app_id: int) -> bool:
+        """One step of deleting an app; whether there may be more."""
+        with self.writing() as db:
+            for table in ("events", "crashes"):
+                if db.execute(f"delete from {table} where seq in"
+                              f" (select seq from {table} where app_id = ? limit ?)", (app_id, 5 * STEP)).rowcount:
+                    return True
+            devices = db.execute("select device_id_hash from devices where app_id = ? limit ?",
+                                 (app_id, 5 * STEP)).fetchall()
+            db.executemany("delete from devices where app_id in (?, ?) and device_id_hash = ?",
+                           [(app_id, EVERY_APP, device) for device, in devices])
+            # Where another live app has it, it goes on being a device of all apps.
+            db.executemany("""
+                insert into devices
+                select ?, device_id_hash, min(first_seen), max(last_seen) from devices
+                where app_id in (select id from apps where not is_test) and device_id_hash = ?
+                group by device_id_hash
+                """, [(EVERY_APP, device) for device, in devices])
+            if not devices:
+                for table in ("replays", "sessions", "labels", "groups", "group_hours", "hours"):
+                    db.execute(f"delete from {table} where app_id = ?", (app_id,))
+                db.execute("delete from apps where id = ?", (app_id,))
+            return bool(devices)
+
+
+def _prepare(path: Path, may_create: bool) -> None:
+    """Makes the file and its tables where there are none, and brings an old schema up to date.
+
+    Raises StoreError, and has changed nothing, where the file is something else.
+    """
+    if not may_create and not path.exists():
+        raise StoreError(f"there is no database {path}")
+    if sqlite3.sqlite_version_info < (3, 32):  # whose statements take more than 999 values
+        raise StoreError(f"SQLite 3.32 or later is needed; this Python has {sqlite3.sqlite_version}")
+    try:
+        try:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        except FileExistsError:  # and never opened but by SQLite: closing it drops the locks of a whole process
+            pass
+        deadline = time.monotonic() + BUSY_TIMEOUT
+        while True:
+            try:
+                return _make_tables(path)
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)  # the change to WAL does not itself wait for another process
+    except (OSError, sqlite3.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise StoreError(f"cannot open the database {path}: {reason}") from None
+
+
+def _make_tables(path: Path) -> None:
+    with closing(_Connection(path)) as db:
+        _check_file(db, path)
+        if db.pragma("user_version") == SCHEMA_VERSION:
+            return
+        if not db.pragma("user_version"):
+            db.execute("pragma auto_vacuum = incremental")
+            db.execute("pragma journal_mode = wal")
+        db.execute("begin immediate")
+        version = db.pragma("user_version")  # again: another process may have been faster
+        scripts = [MIGRATIONS[old] for old in range(version, SCHEMA_VERSION)] if version else [SCHEMA]
+        for statement in _statements("".join(scripts)):
+            db.execute(statement)
+        db.execute(f"pragma application_id = {APPLICATION_ID}")
+        db.execute(f"pragma user_version = {SCHEMA_VERSION}")
+        db.execute("commit")
+
+
+def _check_file(db: _Connection, path: Path) -> None:
+    version = db.pragma("user_version")
+    is_empty = not version and not db.pragma("schema_version")
+    if not is_empty and db.pragma("application_id") != APPLICATION_ID:
+        raise StoreError(f"{path} is a database, but not one of backfeedr's")
+    if version > SCHEMA_VERSION:
+        raise StoreError(f"{path} is of a newer backfeedr (schema {version}; this one knows {SCHEMA_VERSION})")
+
+
+def _statements(script: str) -> Iterator[str]:
+    """The statements of a script: executescript() would commit before it begins."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
+
+class _Commit:
+    """The reports of one transaction: their rows, and their sums for the roll-ups.
+
+    Each sum is written once, which is faster than a statement a report.
+    """
+
+    def __init__(self, db: _Connection, now: int):
+        self._db, self._now = db, now
+        self._apps: Dict[bytes, Optional[Tuple[int, bool]]] = {}  # of a key: id and is_test
+        self._next_seq: Dict[type, int] = {}
+        self._crashes: List[tuple] = []
+        self._events: List[tuple] = []
+        self._hours: Dict[tuple, List[int]] = defaultdict(lambda: [0, 0])  # crashes, sessions
+        self._labels: Counter = Counter()
+        self._groups: Dict[tuple, List[Any]] = {}
+        self._group_hours: Counter = Counter()
+        self._devices: Dict[tuple, Tuple[int, int]] = {}
+        self._sessions: Dict[tuple, int] = {}
+
+    def take(self, write: _Write) -> None:
+        """Adds the reports of a request, unless it is a repetition or must be refused."""
+        kind, once = type(write.reports[0]), write.once
+        try:
+            app_id, is_test = self._app(write.key_hash)
+            earlier = self._earlier(app_id, once)
+        except Refusal as refusal:
+            write.error = refusal
+            return
+        seqs = earlier or self._new_seqs(kind, len(write.reports))
+        write.receipt = Receipt(seqs, bool(earlier))
+        _insert(self._db, "insert or ignore into replays values *",
+                [(app_id, mark, once.request, seqs[0], len(seqs), self._now) for mark in once.marks])
+        if not earlier:
+            times = [counted_at(report.occurred_at, self._now) for report in write.reports]
+            (self._take_crashes if kind is Crash else self._take_events)(app_id, seqs, write.reports, times)
+            self._take_devices((app_id,) if is_test else (app_id, EVERY_APP), write.reports, times)
+
+    def _app(self, key_hash: bytes) -> Tuple[int, bool]:
+        if key_hash not in self._apps:
+            self._apps[key_hash] = self._db.execute("""
+                select app_id, is_test from keys join apps on apps.id = app_id
+                where key_hash = ? and revoked_at is null
+                """, (key_hash,)).fetchone()
+        app = self._apps[key_hash]
+        if app is None:
+            raise Refusal("invalid API key")
+        return app
+
+    def _earlier(self, app_id: int, once: Once) -> Optional[range]:
+        """The seqs of the request that this one repeats."""
+        for mark in once.marks:
+            row = self._db.execute("select request, first_seq, reports from replays where app_id = ? and mark = ?",
+                                   (app_id, mark)).fetchone()
+            if row is not None:
+                if row[0] != once.request:
+                    raise Refusal("idempotency key reused with a different body")
+                return range(row[1], row[1] + row[2])
+        return None
+
+    def _new_seqs(self, kind: type, count: int) -> range:
+        if kind not in self._next_seq:
+            table = "crashes" if kind is Crash else "events"
+            last = self._db.execute(f"select max(seq) from {table}").fetchone()[0] or 0
+            # A random start keeps the ids of two hosts apart.
+            self._next_seq[kind] = max(last + 1, first_seq(self._now) + secrets.randbits(SEQ_BITS))
+        first = self._next_seq[kind]
+        self._next_seq[kind] += count
+        return range(first, first + count)
+
+    def _take_crashes(self, app_id: int, seqs: range, crashes: Sequence[Crash], times: List[int]) -> None:
+        for seq, crash, at in zip(seqs, crashes, times):
+            self._crashes.append((seq, app_id, self._now) + crash)
+            self._hours[app_id, at // HOUR][0] += 1
+            self._labels[app_id, "exception_type", at // DAY, crash.exception_type] += 1
+            if crash.device_model:
+                self._labels[app_id, "device_model", at // DAY, crash.device_model] += 1
+            self._group_hours[app_id, at // HOUR, crash.group_hash] += 1
+            group = self._groups.setdefault((app_id, crash.group_hash), [crash.exception_type, None, 0, at, at])
+            if at >= group[4]:
+                group[1] = crash.exception_reason
+            group[2:] = group[2] + 1, min(group[3], at), max(group[4], at)
+
+    def _take_events(self, app_id: int, seqs: range, events: Sequence[Event], times: List[int]) -> None:
+        head = app_id, self._now
+        self._events += [(seq, *head, *event) for seq, event in zip(seqs, events)]
+        for event, at in zip(events, times):
+            if event.type == "session_start":
+                if event.session_id:
+                    session = app_id, event.session_id
+                    self._sessions[session] = max(at, self._sessions.get(session, at))
+                else:
+                    self._hours[app_id, at // HOUR][1] += 1
+
+    def _take_devices(self, apps: Sequence[int], reports: Reports, times: List[int]) -> None:
+        devices = [report.device_id_hash for report in reports]
+        for device in set(devices) - {None}:  # in a batch usually one
+            seen = [at for at, each in zip(times, devices) if each == device]
+            for app_id in apps:
+                known = (*seen, *self._devices.get((app_id, device), ()))
+                self._devices[app_id, device] = min(known), max(known)
+
+    def save(self) -> None:
+        """Writes the rows and the sums."""
+        _insert(self._db, f"insert into crashes (seq, app_id, received_at, {', '.join(Crash._fields)}) values *",
+                self._crashes)
+        _insert(self._db, f"insert into events (seq, app_id, received_at, {', '.join(Event._fields)}) values *",
+                self._events)
+        _insert(self._db, """
+            insert into hours values *
+            on conflict (app_id, hour) do update set
+                crashes = crashes + excluded.crashes, sessions = sessions + excluded.sessions
+            """, [(*hour, *sums, 0) for hour, sums in self._hours.items()])
+        _insert(self._db, """
+            insert into labels values *
+            on conflict (app_id, field, day, label) do update set crashes = crashes + excluded.crashes
+            """, [(*label, crashes) for label, crashes in self._labels.items()])
+        _insert(self._db, """
+            insert into group_hours values *
+            on conflict (app_id, hour, group_hash) do update set crashes = crashes + excluded.crashes
+            """, [(*group, crashes) for group, crashes in self._group_hours.items()])
+        self._save_latest()
+
+    def _save_latest(self) -> None:
+        _insert(self._db, """
+            insert into groups values *
+            on conflict (app_id, group_hash) do update set
+                exception_reason = case when excluded.last_seen >= last_seen
+                    then excluded.exception_reason else exception_reason end,
+                crashes = crashes + excluded.crashes,
+                first_seen = min(first_seen, excluded.first_seen),
+                last_seen = max(last_seen, excluded.last_seen)
+            """, [(*key, *group) for key, group in self._groups.items()])
+        _insert(self._db, """
+            insert into devices values *
+            on conflict (app_id, device_id_hash) do update set
+                first_seen = min(first_seen, excluded.first_seen), last_seen = max(last_seen, excluded.last_seen)
+            where excluded.first_seen < first_seen or excluded.last_seen > last_seen
+            """, [(*key, *seen) for key, seen in self._devices.items()])
+        _insert(self._db, """
+            insert into sessions values *
+            on conflict (app_id, session_id) do update set started_at = excluded.started_at
+            where excluded.started_at > started_at
+            """, [(*session, started_at) for session, started_at in self._sessions.items()])
+
+
+def _insert(db: _Connection, statement: str, rows: Sequence[tuple]) -> None:
+    """Runs an insert for all rows, `*` standing for their placeholders, with few statements.
+
+    Python gives its lock away for the time of a statement, and under load has to
+    queue for it after each: executemany would queue once a row.
+    """
+    for start in range(0, len(rows), 128):
+        part = rows[start:start + 128]
+        db.execute(_with_placeholders(statement, len(part), len(part[0])), list(chain.from_iterable(part)))
+
+
+@lru_cache(maxsize=STATEMENTS)
+def _with_placeholders(statement: str, rows: int, columns: int) -> str:
+    row = "(" + ", ".join("?" * columns) + ")"
+    return statement.replace("*", ", ".join([row] * rows), 1)
+
+
+# == Metrics ===================================================================
+#
+# The questions asked of the store. They read roll-ups only: an answer costs what
+# it shows, not what is stored, so that anyone may ask. Windows begin at a full
+# hour; where no app is named, all live ones are meant.
+
+class Metrics:
+    """Answers in the shapes of the API, as of now. `app` is a name; Refusal where there is none such."""
+
+    def __init__(self, store: Store):
+        self._store = store
+
+    @contextmanager
+    def _asking(self, app: Optional[str]) -> Iterator[Tuple[_Connection, Optional[int]]]:
+        with self._store.reading() as db:
+            db.execute("begin")  # so that all figures of an answer are of one moment
+            row = db.execute("select id from apps where name = ?", (app,)).fetchone()
+            if app is not None and row is None:
+                raise Refusal("not found")
+            yield db, row and row[0]
+            db.execute("commit")
+
+    def daily_crashes(self, app: Optional[str] = None, days: Optional[int] = None) -> Dict[str, list]:
+        """Crashes per UTC day: the seven that end today from Monday to Sunday, or `days` of them by date."""
+        today = self._store.now // DAY
+        shown = range(today - (days or 7) + 1, today + 1)
+        with self._asking(app) as (db, app_id):
+            crashes = dict(db.execute("""
+                select hour / 24, sum(crashes) from hours
+                where app_id in (select id from apps where id = :app or :app is null and not is_test)
+                    and hour >= :first * 24
+                group by hour / 24
+                """, {"app": app_id, "first": shown[0]}))
+        if not days:
+            shown = sorted(shown, key=lambda day: (day + 3) % 7)  # 1970 began on a Thursday
+        dates = [date.fromordinal(_DAY_ZERO + day) for day in shown]
+        return {"labels": [str(each) if days else _WEEKDAYS[each.weekday()] for each in dates],
+                "data": [crashes.get(day, 0) for day in shown]}
+
+    def crash_types(self, app: Optional[str] = None, days: Optional[int] = None) -> Dict[str, list]:
+        """Crashes per exception type, the most frequent first."""
+        return self._labels("exception_type", app, days, limit=-1)
+
+    def devices(self, app: Optional[str] = None, days: Optional[int] = None) -> Dict[str, list]:
+        """Crashes per device model, the ten most frequent."""
+        return self._labels("device_model", app, days, limit=10)
+
+    def _labels(self, field: str, app: Optional[str], days: Optional[int], limit: int) -> Dict[str, list]:
+        first = self._store.now // DAY - days + 1 if days else None
+        with self._asking(app) as (db, app_id):
+            rows = db.execute("""
+                select label, sum(crashes) from labels
+                where app_id in (select id from apps where id = :app or :app is null and not is_test)
+                    and field = :field and (:first is null or day >= :first)
+                group by label
+                order by sum(crashes) desc, label
+                limit :limit
+                """, {"app": app_id, "field": field, "first": first, "limit": limit}).fetchall()
+        return {"labels": [label for label, _ in rows], "data": [crashes for _, crashes in rows]}
+
+    def overview(self, app: Optional[str] = None) -> Dict[str, Any]:
+        """The last seven days in a few figures, and the devices of the last 24 hours."""
+        window = {"week": (self._store.now - 7 * DAY) // HOUR, "day": (self._store.now - DAY) // HOUR}
+        with self._asking(app) as (db, app_id):
+            window.update(app=app_id, everywhere=app_id or EVERY_APP)
+            crashes, sessions = db.execute("""
+                select coalesce(sum(crashes), 0), coalesce(sum(sessions), 0) from hours
+                where app_id in (select id from apps where id = :app or :app is null and not is_test)
+                    and hour >= :week
+                """, window).fetchone()
+            devices, = db.execute("""
+                select coalesce(sum(devices), 0) from hours where app_id = :everywhere and hour >= :day
+                """, window).fetchone()
+            top = db.execute("""
+                with top as (
+                    select group_hash, sum(crashes) as count from group_hours
+                    where app_id in (select id from apps where id = :app or :app is null and not is_test)
+                        and hour >= :week
+                    group by group_hash
+                    order by count desc, group_hash
+                    limit 5)
+                -- Beside max(), SQLite takes the other columns from the row that has it.
+                select group_hash, exception_type, coalesce(exception_reason, ''), count, max(last_seen)
+                from top join groups using (group_hash)
+                where app_id in (select id from apps where id = :app or :app is null and not is_test)
+                group by group_hash
+                order by count desc, group_hash
+                """, window).fetchall()
+        names = ("group_hash", "exception_type", "exception_reason", "count")
+        return {"crash_free_rate_7d": crash_free_rate(crashes, sessions), "dau": devices,
+                "sessions_7d": sessions, "crashes_7d": crashes,
+                "top_crashes": [dict(zip(names, row)) for row in top]}
+
+
+_WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+
+
+def crash_free_rate(crashes: int, sessions: int) -> float:
+    """Percent of sessions without a crash, with two decimals."""
+    if not sessions:
+        return 0.0 if crashes else 100.0
+    return round(max(0.0, 100 * (1 - crashes / sessions)), 2)
+
+
+# == Backfeedr =================================================================
+#
+# The WSGI callable. A handler reads "decode, check, store, answer"; whoever may
+# not come so far has been turned away before.
+
+# All that a client is told. What is not here, `missing ...` and `invalid ...`,
+# speaks of what is in the request: 400.
+ERRORS = {
+    401: ("missing API key", "invalid API key", "missing admin token", "invalid admin token",
+          "invalid signature", "stale timestamp", "signature required"),
+    404: ("not found",),
+    405: ("method not allowed",),
+    413: ("request body too large",),
+    415: ("unsupported content encoding",),
+    422: ("idempotency key reused with a different body",),
+    429: ("rate limit exceeded",),
+    431: ("request header too large",),
+    500: ("internal server error",),
+    501: ("transfer encoding not supported",),
+    503: ("storage unavailable",),
+}
+_STATUS = {text: status for status, texts in ERRORS.items() for text in texts}
+_HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+
+Environ = Dict[str, Any]
+Answer = Tuple[int, Dict[str, Any]]
+
+
+def _error_body(status: int) -> bytes:
+    """For what bottle or waitress refuse by themselves."""
+    text, *_ = ERRORS.get(status, ("invalid request",))
+    return json.dumps({"error": text}).encode()
+
+
+class Backfeedr:
+    """The server as a WSGI callable, for any mount point.
+
+    `Backfeedr(db_path="crashes.db")` takes further settings from the environment,
+    `Backfeedr(Settings(...))` takes none. Raises SettingsError and StoreError. `store`
+    is for keys and queries from Python. A new database gets an app and an admin token:
+    `announce` is told them, once, in words for the operator. `clock` gives seconds
+    since 1970. Close it, or use it as a context manager.
+    """
+
+    def __init__(self, settings: Optional[Settings] = None, *, clock: Callable[[], float] = time.time,
+                 limiter: Optional[RateLimiter] = None, announce: Optional[Callable[[str], Any]] = None,
+                 **overrides: Any):
+        if settings is not None and overrides:
+            raise TypeError("give settings or single ones, not both")
+        self.settings = settings or Settings.from_env(**overrides)
+        self.store = Store(self.settings.db_path, clock, self.settings.retention_days,
+                           max_waiters=max(256, self.settings.threads))
+        self.metrics = Metrics(self.store)
+        self._limiter = limiter or RateLimiter(self.settings.rate_limit)
+        # Python runs one thread at a time. Those that wait here sleep until it is their
+        # turn; those that wait for the interpreter wake up each switch interval to ask.
+        self._turn = threading.Lock()
+        self._router = self._routes()
+        made = self.store.start(self.settings.api_key, self.settings.auth_token)
+        if made != (None, None):
+            url = _url(self.settings.host, self.settings.port)
+            (announce or sys.stderr.write)(first_start_text(made, url))
+
+    def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
+        path = environ.get("PATH_INFO", "")
+        try:
+            path.encode("latin-1").decode("utf-8")
+        except UnicodeError:  # of which bottle would drop the bytes, and find what is left
+            path = "/not found"
+        return self._router({**environ, "PATH_INFO": path}, start_response)
+
+    def __enter__(self) -> Backfeedr:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the database. May be called twice."""
+        self.store.close()
+
+    def _routes(self) -> bottle.Bottle:
+        router = _Router()
+        for method, path, handler in (
+                ("GET", "/health", self._health),
+                ("POST", "/crashes", self._submitted(lambda given: [parse_crash(given)], _crash_answer)),
+                ("POST", "/events", self._submitted(lambda given: [parse_event(given)], _event_answer)),
+                ("POST", "/events/batch", self._submitted(parse_batch, _batch_answer)),
+                ("GET", "/metrics/daily-crashes", self._asked(self.metrics.daily_crashes)),
+                ("GET", "/metrics/crash-types", self._asked(self.metrics.crash_types)),
+                ("GET", "/metrics/devices", self._asked(self.metrics.devices)),
+                ("GET", "/overview", self._asked(self.metrics.overview, takes_days=False))):
+            router.route("/api/v1" + path, method, _answering(handler))
+        return router
+
+    def _health(self, environ: Environ) -> Answer:
+        self.store.check()
+        return 200, {"status": "ok"}
+
+    def _submitted(self, parse: Callable[[Given], Reports],
+                   answer: Callable[[Reports, range], Dict[str, Any]]) -> Callable[[Environ], Answer]:
+        """Checks in the order of the contract: size, key, rate, signature, JSON, fields; stores, and answers."""
+        def handler(environ: Environ) -> Answer:
+            body = _read_body(environ, self.settings.max_body_size)
+            key = _header(environ, "X_BACKFEEDR_KEY")
+            key_hash = sha256(key)
+            if not key:
+                raise Refusal("missing API key")
+            if not self.store.had_key(key_hash):
+                raise Refusal("invalid API key")
+            try:
+                with self._turn:
+                    self._check_rate(key_hash)
+                    signature = self._check_signature(environ, key, body)
+                    plain = _decompress(environ, body, self.settings.max_body_size)
+                    reports = parse(decode_json(plain))
+                receipt = self.store.add(key_hash, reports, _once(environ, signature, plain))
+            except Refusal:
+                # The key may have been revoked since it was seen. A commit looks; so must a refusal.
+                if not self.store.has_key(key_hash):
+                    raise Refusal("invalid API key") from None
+                raise
+            return 200 if receipt.replayed else 201, answer(reports, receipt.seqs)
+        return handler
+
+    def _check_rate(self, key_hash: bytes) -> None:
+        if not self._limiter.allow(key_hash):
+            raise Refusal("rate limit exceeded", self._limiter.retry_after(key_hash))
+
+    def _check_signature(self, environ: Environ, key: bytes, body: bytes) -> bytes:
+        """The signature, if it is good; b"" where there is none and none is required."""
+        timestamp, signature = _header(environ, "X_BACKFEEDR_TIMESTAMP"), _header(environ, "X_BACKFEEDR_SIGNATURE")
+        if "HTTP_X_BACKFEEDR_TIMESTAMP" in environ or "HTTP_X_BACKFEEDR_SIGNATURE" in environ:
+            verify(key, timestamp, signature, body, self.store.now)
+        elif self.settings.require_signature:
+            raise Refusal("signature required")
+        return signature
+
+    def _asked(self, question: Callable[..., Dict[str, Any]], takes_days: bool = True) -> Callable[[Environ], Answer]:
+        def handler(environ: Environ) -> Answer:
+            if not self.settings.public_metrics:
+                self._check_admin(environ)
+            app, days = _parameters(environ)
+            return 200, question(app, days) if takes_days else question(app)
+        return handler
+
+    def _check_admin(self, environ: Environ) -> None:
+        scheme, _, token = _header(environ, "AUTHORIZATION").partition(b" ")
+        if scheme.lower() != b"bearer" or not token.strip():
+            raise Refusal("missing admin token")
+        if not self.store.is_admin(token.strip()):
+            raise Refusal("invalid admin token")
+
+
+class _Router(bottle.Bottle):
+    """Bottle, whose own refusals are JSON instead of HTML."""
+
+    def default_error_handler(self, error: bottle.HTTPError) -> bytes:
+        for name, value in _HEADERS.items():
+            bottle.response.set_header(name, value)
+        return _error_body(error.status_code)
+
+
+def _answering(handler: Callable[[Environ], Answer]) -> Callable[[], bottle.HTTPResponse]:
+    """The handler as bottle calls it: it answers in JSON, whatever happens."""
+    def respond() -> bottle.HTTPResponse:
+        headers = dict(_HEADERS)
+        try:
+            status, answer = handler(bottle.request.environ)
+        except Refusal as refusal:
+            status, answer = _STATUS.get(str(refusal), 400), {"error": str(refusal)}
+            if refusal.retry_after is not None:
+                headers["Retry-After"] = str(refusal.retry_after)
+        except Exception:
+            log.exception("unexpected error")
+            return bottle.HTTPResponse(_error_body(500), 500, headers)
+        return bottle.HTTPResponse(json.dumps(answer).encode(), status, headers)
+    return respond
+
+
+def _crash_answer(crashes: Sequence[Crash], seqs: range) -> Dict[str, Any]:
+    return {"id": crash_id(seqs[0]), "group_hash": crashes[0].group_hash}
+
+
+def _event_answer(events: Sequence[Event], seqs: range) -> Dict[str, Any]:
+    return {"id": event_ids(seqs)[0]}
+
+
+def _batch_answer(events: Sequence[Event], seqs: range) -> Dict[str, Any]:
+    return {"count": len(seqs), "ids": event_ids(seqs)}
+
+
+def _header(environ: Environ, name: str) -> bytes:
+    """A request header as the bytes that were sent; b"" where there is none."""
+    return environ.get("HTTP_" + name, "").encode("latin-1", "replace")
+
+
+def _read_body(environ: Environ, limit: int) -> bytes:
+    """The raw body, of at most `limit` bytes. (bottle's own readers stop at 100 KiB.)"""
+    length = environ.get("CONTENT_LENGTH")
+    if length:
+        if not re.fullmatch("[0-9]+", length):
+            raise Refusal("invalid Content-Length")
+        if len(length) > 18 or int(length) > limit:  # int() itself refuses thousands of digits
+            raise Refusal("request body too large")
+        return environ["wsgi.input"].read(int(length))
+    # Without a length there is a body only where the server marks its end, as for chunks.
+    body = environ["wsgi.input"].read(limit + 1) if environ.get("wsgi.input_terminated") else b""
+    if len(body) > limit:
+        raise Refusal("request body too large")
+    return body
+
+
+def _decompress(environ: Environ, body: bytes, limit: int) -> bytes:
+    """The body without its Content-Encoding; again of at most `limit` bytes."""
+    encoding = _header(environ, "CONTENT_ENCODING").lower()
+    if encoding in (b"", b"identity"):
+        return body
+    if encoding != b"gzip":
+        raise Refusal("unsupported content encoding")
+    inflater = zlib.decompressobj(wbits=31)  # 31: with a gzip header
+    try:
+        plain = inflater.decompress(body, limit + 1)
+    except zlib.error:
+        raise Refusal("invalid gzip body") from None
+    if len(plain) > limit:
+        raise Refusal("request body too large")
+    if not inflater.eof or inflater.unused_data:
+        raise Refusal("invalid gzip body")
+    return plain
+
+
+def _once(environ: Environ, signature: bytes, body: bytes) -> Once:
+    """An Idempotency-Key and a signature each mark a request: either is enough to know it again."""
+    path, key = environ["PATH_INFO"].encode("latin-1", "replace"), _header(environ, "IDEMPOTENCY_KEY")
+    marks = [sha256(mark)[:16] for mark, given in (
+        (b"key:" + key, key), (b"signature:" + path + b":" + signature, signature)) if given]
+    return Once(tuple(marks), sha256(path + b":" + body)[:16] if marks else b"")
+
+
+def _parameters(environ: Environ) -> Tuple[Optional[str], Optional[int]]:
+    """`app` and `days` of the query string, None where they are absent."""
+    query = environ.get("QUERY_STRING", "").encode("latin-1", "replace").decode("utf-8", "replace")
+    given = parse_qs(query, keep_blank_values=True)
+    app, days = given.get("app", [""])[-1], given.get("days", [None])[-1]
+    if days is not None and not (re.fullmatch("[0-9]{1,3}", days) and 1 <= int(days) <= 365):
+        raise Refusal("invalid days")
+    return app or None, days and int(days)
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def first_start_text(made: FirstStart, url: str) -> str:
+    """What to tell an operator of the secrets that a start has made."""
+    text = ""
+    if made.key:
+        text += f"Made the app 'default'. Its API key, shown only this once:\n\n    {made.key}\n\n"
+    if made.token:
+        text += f"The admin token, shown only this once:\n\n    {made.token}\n\n"
+    if made.key:
+        now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        text += ("Send a first crash:\n\n"
+                 f"    curl -X POST {url}/api/v1/crashes \\\n"
+                 '        -H "Content-Type: application/json" \\\n'
+                 f'        -H "X-Backfeedr-Key: {made.key}" \\\n'
+                 f"""        -d '{{"exception_type": "SIGABRT", "occurred_at": "{now}"}}'\n\n""")
+    return text
+
+
+# == Server ====================================================================
+#
+# waitress, and what it needs to be ours: what it refuses is answered in JSON, a stop
+# answers everything that has been sent, no address is logged, and its one I/O
+# thread gets its turn.
+
+DRAIN_SECONDS = 4.0  # a stop waits so long for requests that have begun to arrive
+SWITCH_SECONDS = 0.001  # how long a thread may keep the interpreter while others wait for it
+QUIET_SECONDS = 0.3  # a connection that is silent so long has sent nothing more
+
+
+def serve(settings: Settings) -> None:
+    """Serves until SIGTERM or SIGINT. Raises OSError where it cannot listen, before it touches the database."""
+    listener = _listen(settings.host, settings.port)
+    settings = replace(settings, port=listener.getsockname()[1])
+    made: List[str] = []
+    with listener, Backfeedr(settings, announce=made.append) as app:
+        server = _make_server(app, settings, listener)
+        stopping = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: (stopping.set(), server.pull_trigger()))
+        print("backfeedr on", _url(settings.host, settings.port), flush=True)
+        print("".join(made), end="", flush=True)
+        # The default of 5 ms starves the I/O thread, which has to win the interpreter back
+        # after each call; much less wakes all that wait for it too often. Set here and not
+        # on import: a host app's process is its own.
+        sys.setswitchinterval(SWITCH_SECONDS)
+        while not stopping.is_set():
+            server.asyncore.loop(timeout=1, use_poll=True, map=server._map, count=1)
+        _drain(server)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except (OSError, UnicodeError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"cannot listen on {host} port {port}: {reason}") from None
+
+
+def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) -> Any:
+    import waitress.channel
+    import waitress.parser
+    import waitress.server
+    import waitress.task
+
+    class Parser(waitress.parser.HTTPRequestParser):
+        def parse_header(self, header_plus: bytes) -> None:
+            try:
+                super().parse_header(header_plus)
+            except ValueError as error:  # a target or a length that waitress has not foreseen
+                raise waitress.parser.ParsingError(str(error)) from None
+
+    class ErrorTask(waitress.task.ErrorTask):
+        def execute(self) -> None:
+            error = self.request.error
+            body = _error_body(error.code)
+            self.status = f"{error.code} {error.reason}"
+            self.response_headers.extend(_HEADERS.items())
+            self.set_close_on_finish()
+            self.content_length = len(body)
+            self.write(body)
+
+    class Task(waitress.task.WSGITask):
+        def build_response_header(self) -> bytes:
+            if not self.channel.server.accepting:  # while it stops: tell the client to send no more
+                self.set_close_on_finish()
+            return super().build_response_header()
+
+    class Channel(waitress.channel.HTTPChannel):
+        parser_class, task_class, error_task_class = Parser, Task, ErrorTask
+        __repr__ = object.__repr__  # waitress puts it in its log, with the client's address
+
+        def writable(self) -> bool:
+            # While a thread works on a request, it sends the answer itself. To ask meanwhile
+            # whether there is room keeps the I/O thread spinning, and the other from finishing.
+            if self.requests and not self.will_close and self.total_outbufs_len < self.adj.outbuf_high_watermark:
+                return False
+            return super().writable()
+
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of every request that waits
+    server = waitress.server.create_server(
+        app, sockets=[listener], threads=settings.threads, ident=None,
+        max_request_body_size=settings.max_body_size + 65536,  # a little more: the app's own limit goes first
+        max_request_header_size=32768, inbuf_overflow=131072, connection_limit=_connection_limit(settings.threads),
+        channel_timeout=60, cleanup_interval=10, recv_bytes=65536, asyncore_use_poll=True)
+    server.channel_class = Channel
+    server.adj.send_bytes = 16384  # so that head and body of an answer leave together, by the I/O thread
+    return server
+
+
+def _connection_limit(threads: int) -> int:
+    """As many as there are files for: two each, one of them for a large body, beside the database's."""
+    files = 1024
+    try:
+        import resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        endless = resource.RLIM_INFINITY
+        files = 4096 if hard == endless else min(4096, hard)
+        if soft != endless and soft < files:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    except (ImportError, ValueError, OSError):
+        pass
+    return max(50, min(1000, (files - 3 * threads - 50) // 2))
+
+
+def _drain(server: Any) -> None:
+    """Stops accepting, and answers everything that has been sent."""
+    accepted = -1
+    while len(server.active_channels) > accepted:
+        accepted = len(server.active_channels)
+        server.handle_accept()
+    server.accepting = False
+    server.del_channel()
+    server.socket.close()
+    deadline = time.monotonic() + DRAIN_SECONDS
+    while server.active_channels and time.monotonic() < deadline:
+        server.asyncore.loop(timeout=0.05, use_poll=True, map=server._map, count=1)
+        for channel in list(server.active_channels.values()):
+            busy = channel.requests or channel.request or channel.total_outbufs_len
+            if not busy and time.time() - channel.last_activity > QUIET_SECONDS:
+                channel.will_close = True
+    server.task_dispatcher.shutdown(timeout=1)
+
+
+# == Command line ==============================================================
+#
+# Every command works while the server runs: all they share is the file.
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Runs a command. Returns 0, or 1 for what went wrong; exits with 2 for wrong usage."""
+    arguments = _parser().parse_args(argv)
+    overrides = {each.name: getattr(arguments, each.name) for each in fields(Settings)
+                 if hasattr(arguments, each.name)}
+    try:
+        settings = Settings.from_env(**overrides)
+        if arguments.run is serve:
+            serve(settings)
+        else:
+            with Store(settings.db_path, may_create=arguments.run is _app_create) as store:
+                arguments.run(store, arguments)
+    except (SettingsError, StoreError, Refusal, OSError, UnicodeError) as error:
+        _say(f"backfeedr: {error}")
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    options.add_argument("--db", dest="db_path", metavar="FILE", help="the database (default: backfeedr.db)")
+    serving = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS, parents=[options])
+    serving.add_argument("--host", help="the address to listen on (default: 127.0.0.1)")
+    serving.add_argument("--port", type=int, help="the port (default: 8080); 0 takes a free one")
+    parser = argparse.ArgumentParser(prog="backfeedr", parents=[serving], description=(
+        "Crash reports and usage figures for iOS apps, on your own host. Without a command, it serves."))
+    parser.add_argument("--version", action="version", version=f"backfeedr {__version__}")
+    parser.set_defaults(run=serve)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    commands.add_parser("serve", parents=[serving], help="start the server").set_defaults(run=serve)
+    for noun, actions in _COMMANDS.items():
+        nouns = commands.add_parser(noun, help=f"{', '.join(actions)}").add_subparsers(metavar="ACTION", required=True)
+        for verb, (run, summary, *names) in actions.items():
+            action = nouns.add_parser(verb, parents=[options], help=summary, description=summary)
+            action.set_defaults(run=run)
+            for name in names:
+                action.add_argument(name, **({"action": "store_true"} if name.startswith("--") else {}))
+    return parser
+
+
+def _app_create(store: Store, arguments: argparse.Namespace) -> None:
+    key = store.create_app(arguments.NAME, arguments.test)
+    _say(f"Made the app {arguments.NAME!r}. Its API key, shown only this once:")
+    print(key)
+
+
+def _app_list(store: Store, arguments: argparse.Namespace) -> None:
+    _table(("APP", "KIND", "KEYS", "CREATED"), [
+        (app.name, "test" if app.is_test else "live", app.keys, _date(app.created_at)) for app in store.apps()])
+
+
+def _app_delete(store: Store, arguments: argparse.Namespace) -> None:
+    store.delete_app(arguments.NAME)
+    _say(f"Deleted the app {arguments.NAME!r}, its keys and all that it sent.")
+
+
+def _key_create(store: Store, arguments: argparse.Namespace) -> None:
+    key = store.create_key(arguments.NAME)
+    _say(f"Made a further key for the app {arguments.NAME!r}, shown only this once:")
+    print(key)
+
+
+def _key_list(store: Store, arguments: argparse.Namespace) -> None:
+    _table(("KEY", "APP", "CREATED", "REVOKED"), [
+        (key.prefix + "...", key.app, _date(key.created_at), key.revoked_at and _date(key.revoked_at) or "-")
+        for key in store.keys()])
+
+
+def _key_revoke(store: Store, arguments: argparse.Namespace) -> None:
+    key = store.revoke_key(arguments.PREFIX)
+    _say(f"Revoked the key {key.prefix}... of the app {key.app!r}.")
+
+
+_COMMANDS = {
+    "app": {
+        "create": (_app_create, "make an app and print its first key", "NAME", "--test"),
+        "list": (_app_list, "list the apps"),
+        "delete": (_app_delete, "delete an app, its keys and all that it sent", "NAME")},
+    "key": {
+        "create": (_key_create, "make a further key for an app and print it", "NAME"),
+        "list": (_key_list, "list the keys, by the part that may be shown"),
+        "revoke": (_key_revoke, "end a key at once", "PREFIX")},
+}
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _date(time_ms: int) -> str:
+    return datetime.fromtimestamp(time_ms / SECOND, timezone.utc).strftime("%Y-%m-%d")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    lines = [head, *rows]
+    widths = [max(len(str(line[column])) for line in lines) for column in range(len(head))]
+    for line in lines:
+        print("  ".join(str(cell).ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,699 @@
+#!/usr/bin/env python3
+"""What will my host hold? Measures backfeedr on this machine, in two to three minutes.
+
+    python examples/benchmark.py              # --quick gives a first impression
+
+It starts the real server on a temporary database and beside it a bare handler: bottle
+and waitress with the same options, which reads the body and gives the same answer, but
+stores nothing. Both get the same load in turn, from `wrk` where it is installed and else
+from client processes of its own.
+
+A host is never quiet, and the load runs on the host that it measures. So no figure stands
+alone: each is a ratio to one taken seconds before. A round measures everything once,
+shortly; what is shown are the medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import platform
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from contextlib import closing
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from statistics import median
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from urllib.parse import urlsplit
+
+HERE = Path(__file__).resolve().parent
+SERVER = HERE.parent / "backfeedr.py"
+KEY = "bf_live_" + "b" * 32
+HEADERS = {"Content-Type": "application/json", "X-Backfeedr-Key": KEY}
+
+ROUND_SECONDS = 2.5  # about as long one side is measured before it is the other's turn
+SWITCH_INTERVAL = 0.001  # seconds, of the bare handler's threads: as in backfeedr's `serve`
+PATIENCE = 30.0  # seconds for a server to start, to stop and to answer
+BODIES = 256  # distinct requests of a scenario, each of another device
+BATCH = 100  # events
+SIZE_EVENTS = 20_000  # for the bytes on disk, and in one go of the raw insert
+
+
+class Failure(Exception):
+    """The benchmark cannot go on. `str()` is one line that says why."""
+
+
+# == Load ======================================================================
+#
+# What is sent, the reports of the reference; and what came of it.
+
+class Scenario(NamedTuple):
+    """One kind of request: where to, the table that takes it, and how many rows it becomes."""
+
+    name: str
+    path: str
+    table: str
+    reports: int
+    make: Callable[[int, int], Dict[str, Any]]  # of a body's number and the length of a device's id
+
+
+class Load(NamedTuple):
+    """What came of some seconds of requests. Latencies are in milliseconds."""
+
+    seconds: float
+    answers: Dict[int, int]  # how many of each status; 0 stands for a socket error
+    median: float
+    p99: float
+
+    @property
+    def created(self) -> int:
+        return self.answers.get(201, 0)
+
+    @property
+    def errors(self) -> int:
+        return sum(self.answers.values()) - self.created
+
+    @property
+    def rate(self) -> float:
+        return self.created / self.seconds
+
+
+def crash_body(number: int, hash_length: int) -> Dict[str, Any]:
+    """The reference's crash, of one of 8 exception types, at one of 16 places."""
+    crash = {**example("crash.json"), **_device(number, hash_length)}
+    crash["exception_type"] = ("EXC_BAD_ACCESS", "SIGABRT", "EXC_BREAKPOINT", "SIGTRAP", "EXC_CRASH", "SIGSEGV",
+                               "NSRangeException", "NSInvalidArgumentException")[number % 8]
+    crash["stack_trace"][0]["symbol"] = f"ContentView{number // 8 % 16}.body.getter"
+    return crash
+
+
+def batch_body(number: int, hash_length: int) -> Dict[str, Any]:
+    """What a phone sends: a session's start and what happened in it, events of the reference's shape."""
+    event = {**example("event.json"), **_device(number, hash_length), "session_id": f"sess_{number:06x}"}
+    return {"events": [{**event, "type": "session_start"}] + [event] * (BATCH - 1)}
+
+
+def example(name: str) -> Dict[str, Any]:
+    """A report of the reference."""
+    return json.loads((HERE / name).read_text())
+
+
+def _device(number: int, hash_length: int) -> Dict[str, str]:
+    # A clock that is a day fast: so the server counts each report when it comes, and a
+    # body that is sent again is, as from a real phone, the latest of its device.
+    tomorrow = datetime.now(timezone.utc) + timedelta(days=1)
+    return {"device_id_hash": f"{number * 2654435761 % (1 << 32):08x}".ljust(hash_length, "0"),
+            "occurred_at": tomorrow.strftime("%Y-%m-%dT%H:%M:%SZ")}
+
+
+CRASH = Scenario("crash", "/api/v1/crashes", "crashes", 1, crash_body)
+EVENTS = Scenario(f"batch of {BATCH}", "/api/v1/events/batch", "events", BATCH, batch_body)
+SCENARIOS = (CRASH, EVENTS)
+
+
+def bodies_file(folder: Path, scenario: Scenario) -> Path:
+    """Where a scenario's bodies are, one a line, for either driver."""
+    return folder / f"{scenario.table}.jsonl"
+
+
+# == Drivers ===================================================================
+#
+# Who sends. `drive` keeps so many connections busy for so many seconds. At the end
+# wrk `abandons` what is under way: it may be stored, though nobody saw the answer.
+
+class Wrk:
+    """Sends with wrk, which costs the host next to nothing."""
+
+    name, abandons = "wrk", True
+
+    SCRIPT = """
+        wrk.method, wrk.headers = "POST", {%(headers)s}
+        answers = {}
+        local requests, threads, last = {}, {}, 0
+        function setup(thread) table.insert(threads, thread) end
+        function init()
+            for body in io.lines(%(bodies)s) do table.insert(requests, wrk.format(nil, nil, nil, body)) end
+        end
+        function request() last = last %% #requests + 1; return requests[last] end
+        function response(status) answers[status] = (answers[status] or 0) + 1 end
+        function done(summary, latency)
+            local errors = summary.errors
+            print("answers", 0, errors.connect + errors.read + errors.write + errors.timeout)
+            for _, thread in ipairs(threads) do
+                for status, count in pairs(thread:get("answers")) do print("answers", status, count) end
+            end
+            print("load", summary.duration / 1e6, latency:percentile(50) / 1e3, latency:percentile(99) / 1e3)
+        end
+        """
+
+    def __init__(self, folder: Path, connections: int):
+        self._folder = folder
+
+    def drive(self, scenario: Scenario, url: str, connections: int, seconds: float) -> Load:
+        """Loads the server at `url`."""
+        headers = {"Host": urlsplit(url).netloc, **HEADERS}
+        script = self._folder / "wrk.lua"
+        script.write_text(self.SCRIPT % {
+            "headers": ", ".join(f"[{json.dumps(name)}] = {json.dumps(value)}" for name, value in headers.items()),
+            "bodies": json.dumps(str(bodies_file(self._folder, scenario)), ensure_ascii=False)})
+        # One thread sends far more than one Python process can answer.
+        wrk = subprocess.Popen(["wrk", "-t1", f"-c{connections}", f"-d{seconds + PATIENCE:.0f}", "--latency",
+                                f"--timeout={PATIENCE:.0f}", "-s", str(script), url + scenario.path],
+                               stdout=subprocess.PIPE, text=True)
+        try:  # it takes whole seconds only; on SIGINT it stops and reports what it has
+            output, _ = wrk.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            wrk.send_signal(signal.SIGINT)
+            output, _ = wrk.communicate(timeout=PATIENCE)
+        finally:
+            end(wrk)
+        lines = [line.split("\t") for line in output.splitlines()]
+        load = [float(figure) for name, *figures in lines if name == "load" for figure in figures]
+        if not load:
+            raise Failure(f"wrk gave no figures: {output.strip()[-200:]}")
+        return Load(load[0], {int(row[1]): int(row[2]) for row in lines if row[0] == "answers"}, *load[1:])
+
+    def close(self) -> None:
+        """Nothing runs between two measurements."""
+
+
+class Clients:
+    """Sends with client processes. They take their share of the host, so that both sides look slower."""
+
+    name, abandons = "python", False
+    CONNECTIONS = 8  # of a process
+
+    def __init__(self, folder: Path, connections: int):
+        self._folder = folder
+        self._pool = multiprocessing.Pool(math.ceil(connections / self.CONNECTIONS), leave_signals_to_the_parent)
+
+    def drive(self, scenario: Scenario, url: str, connections: int, seconds: float) -> Load:
+        """Loads the server at `url`, and waits for all answers."""
+        begin, bodies = time.time() + 0.2, bodies_file(self._folder, scenario)
+        parts = self._pool.starmap_async(client_process, [
+            (url, scenario.path, bodies, range(first, min(first + self.CONNECTIONS, connections)), begin, seconds)
+            for first in range(0, connections, self.CONNECTIONS)], chunksize=1).get(seconds + 2 * PATIENCE)
+        ended, answers = time.time(), [answer for part in parts for answer in part]
+        latencies = sorted(1000 * latency for status, latency in answers if status) or [0.0]
+        return Load(ended - begin, dict(Counter(status for status, _ in answers)),
+                    latencies[len(latencies) // 2], latencies[len(latencies) * 99 // 100])
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self._pool.terminate()
+        self._pool.join()
+
+
+Driver = Union[Wrk, Clients]
+Answers = List[Tuple[int, float]]  # a status, 0 for a socket error, and after how many seconds it came
+
+
+def leave_signals_to_the_parent() -> None:
+    """In a client process: an interrupt is for the parent alone, which then ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def client_process(url: str, path: str, bodies: Path, numbers: range, begin: float, seconds: float) -> Answers:
+    """Keeps a connection for each of `numbers` busy from `begin` on."""
+    answers: Answers = []
+    lines = bodies.read_bytes().splitlines()
+    threads = [threading.Thread(target=client, args=(answers, url, path, lines[first:] + lines[:first], begin, seconds))
+               for first in numbers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return answers
+
+
+def client(answers: Answers, url: str, path: str, bodies: List[bytes], begin: float, seconds: float) -> None:
+    """One connection: sends, waits for the answer, sends the next."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE)
+    time.sleep(max(0.0, begin - time.time()))
+    for body in itertools.cycle(bodies):
+        started = time.perf_counter()
+        try:
+            status, _, _ = ask(connection, path, body)
+        except (OSError, http.client.HTTPException):
+            status = 0
+            connection.close()  # the next request opens it again
+            time.sleep(0.01)
+        answers.append((status, time.perf_counter() - started))
+        if time.time() > begin + seconds:
+            return connection.close()
+
+
+def ask(connection: http.client.HTTPConnection, path: str, body: bytes) -> Tuple[int, Dict[str, str], bytes]:
+    """One request: its status, headers and body."""
+    connection.request("POST", path, body, HEADERS)
+    response = connection.getresponse()
+    return response.status, dict(response.getheaders()), response.read()
+
+
+# == Servers ===================================================================
+
+class Running:
+    """A server as a subprocess, until the end of `with`. Its first line says where it listens."""
+
+    def __init__(self, *command: Union[str, Path], **environ: str):
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("BACKFEEDR_")}
+        self._process = subprocess.Popen([sys.executable, *map(str, command)], env={**clean, **environ},
+                                         stdout=subprocess.PIPE, text=True)
+        timer = threading.Timer(PATIENCE, self._process.kill)
+        timer.start()
+        try:
+            line = self._process.stdout.readline()  # type: ignore
+        except BaseException:
+            end(self._process)
+            raise
+        finally:
+            timer.cancel()
+        if not line:
+            end(self._process)
+            raise Failure(f"{command[0]} did not start")
+        self.url = line.split()[-1]
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        end(self._process)
+
+    def memory(self, name: str = "VmRSS") -> Optional[float]:
+        """Megabytes of memory now, or at most so far (VmHWM); None where the system does not say."""
+        try:
+            status = Path(f"/proc/{self._process.pid}/status").read_text()
+        except OSError:
+            return None
+        return next((int(line.split()[1]) * 1024 / 1e6 for line in status.splitlines()
+                     if line.startswith(name + ":")), None)
+
+
+def end(process: subprocess.Popen) -> None:
+    """Ends a process of ours, if it still runs: by SIGTERM, and by force if that takes too long."""
+    process.terminate()
+    try:
+        process.wait(PATIENCE)
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    finally:
+        process.stdout.close()  # type: ignore
+
+
+def backfeedr(db: Path) -> Running:
+    """The real server, as its operator starts it; only the rate limit is off."""
+    return Running(SERVER, "serve", "--host", "127.0.0.1", "--port", "0", "--db", db,
+                   BACKFEEDR_API_KEY=KEY, BACKFEEDR_RATE_LIMIT="0")
+
+
+def bare(arguments: argparse.Namespace) -> int:
+    """Serves the bare handler: the options of backfeedr's own `serve`, and no storage. Runs until it is ended."""
+    import logging
+
+    import bottle
+    import waitress
+
+    app = bottle.Bottle()
+    for path, (headers, answer) in json.loads(arguments.answers.read_text()).items():
+        def handler(headers: Dict[str, str] = headers, answer: Dict[str, Any] = answer) -> bottle.HTTPResponse:
+            environ = bottle.request.environ
+            environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
+            return bottle.HTTPResponse(json.dumps(answer).encode(), 201, headers)
+        app.post(path)(handler)
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+    server = waitress.create_server(
+        app, host="127.0.0.1", port=0, threads=32, ident=None, max_request_body_size=1 << 20,
+        max_request_header_size=32768, connection_limit=900, channel_timeout=60, cleanup_interval=10,
+        recv_bytes=65536, asyncore_use_poll=True)
+    print(f"bare on http://127.0.0.1:{server.effective_port}", flush=True)
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    server.run()
+    return 0
+
+
+# == Measurements ==============================================================
+
+class Ledger:
+    """What a server has acknowledged, which must be what its database holds."""
+
+    def __init__(self) -> None:
+        self._acknowledged: Counter = Counter()
+        self._unseen: Counter = Counter()  # may be stored as well: abandoned, or answered with an error
+
+    def add(self, scenario: Scenario, load: Load, abandoned: int = 0) -> None:
+        """Enters a load, at the end of which so many requests were abandoned."""
+        self._acknowledged[scenario.table] += load.created * scenario.reports
+        self._unseen[scenario.table] += (load.errors + abandoned) * scenario.reports
+
+    def check(self, db: Path) -> List[str]:
+        """What is wrong with the database of a stopped server, a line each."""
+        say("checking that what was acknowledged is stored")
+        with closing(sqlite3.connect(db)) as connection:
+            stored = {table: connection.execute(f"select count(*) from {table}").fetchone()[0]
+                      for table in self._acknowledged}
+            integrity = [problem for problem, in connection.execute("pragma integrity_check")]
+        return [f"integrity check: {problem}" for problem in integrity if problem != "ok"] + [
+            f"{table}: {count:,} acknowledged, {stored[table]:,} stored, {self._unseen[table]:,} unseen"
+            for table, count in self._acknowledged.items() if not 0 <= stored[table] - count <= self._unseen[table]]
+
+    def __str__(self) -> str:
+        return " and ".join(f"{count:,} {table}" for table, count in self._acknowledged.items())
+
+
+def send(server: Running, scenario: Scenario, bodies: Iterable[bytes], ledger: Ledger) -> Tuple[Dict[str, str], Any]:
+    """Sends bodies one after the other; returns the headers and the JSON of the last answer."""
+    with closing(http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=PATIENCE)) as connection:
+        for body in bodies:
+            status, headers, answer = ask(connection, scenario.path, body)
+            if status != 201:
+                raise Failure(f"{scenario.path} answered {status}: {answer.decode()}")
+            ledger.add(scenario, Load(0, {status: 1}, 0, 0))
+    return headers, json.loads(answer)
+
+
+class Size(NamedTuple):
+    """Of a database with SIZE_EVENTS events: bytes an event, and all it takes to insert the same rows raw."""
+
+    bytes_per_event: float
+    statements: List[str]  # that make the table and its indexes
+    insert: str
+    rows: List[tuple]
+    problems: List[str]
+
+
+def measure_size(folder: Path) -> Size:
+    """Sends events to a server of their own, and looks at the file it leaves. Tells the bare handler the answers."""
+    db, ledger, answers = folder / "size.db", Ledger(), {}
+    bodies = {scenario: bodies_file(folder, scenario).read_bytes().splitlines() for scenario in SCENARIOS}
+    with backfeedr(db) as server:
+        for scenario in SCENARIOS:
+            headers, answer = send(server, scenario, bodies[scenario][:1], ledger)
+            of_waitress = ("connection", "content-length", "date", "server", "via")
+            answers[scenario.path] = {n: v for n, v in headers.items() if n.lower() not in of_waitress}, answer
+    (folder / "answers.json").write_text(json.dumps(answers))
+    before = bytes_on_disk(db)
+    with backfeedr(db) as server:
+        send(server, EVENTS, (bodies[EVENTS][n % BODIES] for n in range(SIZE_EVENTS // BATCH)), ledger)
+    size = bytes_on_disk(db) - before
+    with closing(sqlite3.connect(db)) as connection:
+        statements = [sql for sql, in connection.execute(
+            "select sql from sqlite_master where tbl_name = 'events' and sql > '' and type in ('table', 'index')"
+            " order by type desc")]  # the table first
+        columns = ", ".join(name for _, name, *_ in connection.execute("pragma table_info(events)"))
+        rows = connection.execute(f"select {columns} from events order by rowid limit {SIZE_EVENTS}").fetchall()
+    insert = f"insert into events ({columns}) values ({', '.join('?' * len(rows[0]))})"
+    return Size(size / SIZE_EVENTS, statements, insert, rows, ledger.check(db))
+
+
+def bytes_on_disk(db: Path) -> int:
+    """Of a database and whatever lies beside it."""
+    return sum(path.stat().st_size for path in db.parent.glob(db.name + "*"))
+
+
+def measure_raw(folder: Path, size: Size) -> float:
+    """Rows a second of the least that can be done: `executemany` of the same rows into the same table."""
+    db = folder / "raw.db"
+    with closing(sqlite3.connect(db, isolation_level=None)) as connection:
+        for statement in ("pragma journal_mode = wal", "pragma synchronous = full", *size.statements):
+            connection.execute(statement)
+        started = time.perf_counter()
+        for first in range(0, len(size.rows), BATCH):
+            connection.execute("begin immediate")
+            connection.executemany(size.insert, size.rows[first:first + BATCH])
+            connection.execute("commit")
+        seconds = time.perf_counter() - started
+    db.unlink()
+    return len(size.rows) / seconds
+
+
+class Cell:
+    """A scenario at so many connections, and what was measured of it: an item a round."""
+
+    def __init__(self, scenario: Scenario, connections: int):
+        self.scenario, self.connections = scenario, connections
+        self.bare: List[Load] = []
+        self.ours: List[Load] = []
+        self.memory: List[Optional[float]] = []
+
+    def to(self, rates: Iterable[float]) -> float:
+        """How the requests a second compare with other rates of the same rounds."""
+        return median([load.rate / rate for load, rate in zip(self.ours, rates) if rate] or [0.0])
+
+    @property
+    def to_bare(self) -> float:
+        return self.to(load.rate for load in self.bare)
+
+    def to_raw(self, raw: List[float]) -> float:
+        """How the reports a second compare with rows a second."""
+        return self.to(rate / self.scenario.reports for rate in raw)
+
+
+class Results(NamedTuple):
+    """All that was measured. Memory is in megabytes, `raw` in rows a second and round."""
+
+    driver: str
+    size: Size
+    at_rest: Optional[float]
+    peak: Optional[float]
+    raw: List[float]
+    cells: List[Cell]
+    ledger: Ledger
+    problems: List[str]
+
+    @property
+    def errors(self) -> int:
+        return sum(load.errors for cell in self.cells for load in cell.bare + cell.ours)
+
+
+def measure_all(arguments: argparse.Namespace, folder: Path, driver: Driver, size: Size) -> Results:
+    """Runs the rounds, and checks the database after them."""
+    db, ledger, raw = folder / "bench.db", Ledger(), []
+    cells = [Cell(scenario, connections) for scenario in SCENARIOS for connections in arguments.connections]
+    with backfeedr(db) as ours, Running(__file__, "_bare", folder / "answers.json") as bare_server:
+        at_rest = ours.memory()
+        for number in range(1, arguments.rounds + 1):
+            raw.append(measure_raw(folder, size))
+            say(f"round {number} of {arguments.rounds}: raw executemany: {raw[-1]:,.0f} rows/s")
+            for cell in cells:
+                for name, server, loads in (("bare", bare_server, cell.bare), ("backfeedr", ours, cell.ours)):
+                    load = driver.drive(cell.scenario, server.url, cell.connections,
+                                        arguments.seconds / arguments.rounds)
+                    loads.append(load)
+                    say(f"round {number} of {arguments.rounds}: {cell.scenario.name}, {cell.connections} connections,"
+                        f" {name}: {load.rate:,.0f} requests/s"
+                        + (f", errors: {load.answers}" if load.errors else ""))
+                    time.sleep(0.1)
+                ledger.add(cell.scenario, load, driver.abandons * cell.connections)
+                # The answer to a last request comes after what wrk has left under way.
+                with open(bodies_file(folder, cell.scenario), "rb") as bodies:
+                    send(ours, cell.scenario, [bodies.readline().strip()], ledger)
+                cell.memory.append(ours.memory())
+        peak = ours.memory("VmHWM")
+    return Results(driver.name, size, at_rest, peak, raw, cells, ledger, size.problems + ledger.check(db))
+
+
+def measure_memory(events: int, connections: int, folder: Path, driver: Driver) -> List[str]:
+    """Prints a server's memory after 10,000 events and after many; returns what is wrong with its database."""
+    db, ledger, stored = folder / "memory.db", Ledger(), 0
+    print(f"\nMemory while events come in at {connections} connections:")
+    with backfeedr(db) as server:
+        for goal in sorted({min(10_000, events), events}):
+            while stored < goal:
+                load = driver.drive(EVENTS, server.url, connections, 1.0 if goal <= 10_000 else ROUND_SECONDS)
+                if not load.created or load.errors:
+                    raise Failure(f"events were not stored: {load.answers}")
+                ledger.add(EVENTS, load, driver.abandons * connections)
+                stored += load.created * BATCH
+                say(f"{stored:,} of {events:,} events")
+            say("")
+            print(f"  after {stored:>11,} events: {megabytes(server.memory())} MB,"
+                  f" until then at most {megabytes(server.memory('VmHWM'))} MB", flush=True)
+    return ledger.check(db)
+
+
+# == Report ====================================================================
+
+def report(results: Results) -> None:
+    """Prints what was measured, and how it compares with what was promised."""
+    rows = [("driver", "scenario", "connections", "requests/s", "bare", "ratio", "events/s", "of raw",
+             "p50 ms", "p99 ms", "errors", "memory MB")]
+    for cell in results.cells:
+        rate, is_batch = median(load.rate for load in cell.ours), cell.scenario is EVENTS
+        rows.append((
+            results.driver, cell.scenario.name, f"{cell.connections}", f"{rate:,.0f}",
+            f"{median(load.rate for load in cell.bare):,.0f}", f"{cell.to_bare:.2f}",
+            f"{rate * BATCH:,.0f}" if is_batch else "-", f"{cell.to_raw(results.raw):.2f}" if is_batch else "-",
+            f"{median(load.median for load in cell.ours):.1f}", f"{median(load.p99 for load in cell.ours):.1f}",
+            f"{sum(load.errors for load in cell.ours)}", megabytes(cell.memory[-1])))
+    print_table(rows, left=2)
+    print(f"""
+bare      requests/s of bottle and waitress alone; ratio: of backfeedr to that
+of raw    events/s to raw executemany of the same rows, {BATCH} a commit: {median(results.raw):,.0f} rows/s
+memory    of the server: {megabytes(results.at_rest)} MB at rest, {megabytes(results.peak)} MB at most
+disk      {results.size.bytes_per_event:.1f} bytes per event, indexes and roll-ups included, over {SIZE_EVENTS:,} events
+errors    answers other than 201 and socket errors, of both sides: {results.errors}
+stored    {results.ledger} acknowledged
+
+Targets""")
+    print_table([("  " + what, "at least" if at_least else "at most", f"{bound:g}",
+                  "n/a" if value is None else f"{value:.{digits}f}",
+                  "" if value is None else "met" if (value >= bound if at_least else value <= bound) else "not met")
+                 for what, value, at_least, bound, digits in targets(results)], left=1)
+
+
+def targets(results: Results) -> Iterator[Tuple[str, Optional[float], bool, float, int]]:
+    """What was promised: a name, the value, whether it is to be at least or at most the bound, its digits."""
+    def of(figure: Callable[..., float], *names: Tuple[Scenario, int]) -> Optional[float]:
+        return figure(*map(cells.get, names)) if cells.keys() >= set(names) else None
+
+    cells = {(cell.scenario, cell.connections): cell for cell in results.cells}
+    for number in (16, 64):
+        yield f"crashes to bare, {number} connections", of(lambda cell: cell.to_bare, (CRASH, number)), True, 0.6, 3
+    yield "crashes, 64 connections to 16", of(
+        lambda many, few: many.to(load.rate for load in few.ours), (CRASH, 64), (CRASH, 16)), True, 0.85, 3
+    for number in (16, 64):
+        yield f"events to raw, {number} connections", of(
+            lambda cell: cell.to_raw(results.raw), (EVENTS, number)), True, 0.55, 3
+    yield "MB of memory at rest", results.at_rest, False, 60, 1
+    yield "MB of memory under load", results.peak, False, 100, 1
+    yield "bytes on disk per event", results.size.bytes_per_event, False, 220, 1
+    yield "errors", results.errors, False, 0, 0
+
+
+def print_table(rows: Sequence[Sequence[str]], left: int) -> None:
+    """Prints rows in columns, the first so many to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) if number < left else cell.rjust(width)
+                        for number, (cell, width) in enumerate(zip(row, widths))).rstrip())
+
+
+def megabytes(value: Optional[float]) -> str:
+    """For people."""
+    return "n/a" if value is None else f"{value:.1f}"
+
+
+def say(text: str) -> None:
+    """Progress, on standard error: a line each, or, on a terminal, one line that changes."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+    elif text:
+        print(text, file=sys.stderr, flush=True)
+
+
+def filesystem(folder: Path) -> str:
+    """The type of the filesystem that a folder is on; "" where the system does not say."""
+    try:
+        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:
+        return ""
+    return max(((len(point), kind) for point, kind in mounts if Path(point) in (folder, *folder.parents)))[1]
+
+
+# == Command line ==============================================================
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Runs a command; without one, `ingest`. Returns 1 if a request failed or a report was lost."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    if not given or given[0].startswith("-") and given[0] not in ("-h", "--help"):
+        given.insert(0, "ingest")
+    arguments = parser().parse_args(given)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by an exception, so that all that runs is ended
+    try:
+        return arguments.run(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except (Failure, OSError, sqlite3.Error, multiprocessing.TimeoutError, subprocess.TimeoutExpired) as error:
+        say("")
+        print(f"benchmark: {error or type(error).__name__}", file=sys.stderr)
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    outer = argparse.ArgumentParser(description="Measures backfeedr on this host.", epilog=(
+        "Without a command: ingest. 'COMMAND --help' lists the options of a command."))
+    commands = outer.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    command = commands.add_parser("ingest", help="reports that come in: speed, memory, bytes on disk")
+    command.set_defaults(run=ingest)
+    add = command.add_argument
+    add("--seconds", type=float, metavar="N", default=10.0, help="of each measurement, over all rounds (default: 10)")
+    add("--connections", type=connections, metavar="N,N", default=[1, 16, 64], help="default: 1,16,64")
+    add("--quick", action="store_true", help="a first impression, from a single short round")
+    add("--driver", choices=("wrk", "python"), help="who sends (default: wrk, if it is installed)")
+    add("--dir", type=Path, metavar="DIR", default=Path("."),
+        help="where to put the temporary databases (default: the current directory)")
+    add("--device-hash-length", type=int, metavar="N", default=len(example("event.json")["device_id_hash"]),
+        help="characters of a device_id_hash; SHA-256 gives 64 (default: %(default)s, as in the reference)")
+    add("--memory-events", type=int, metavar="N", default=0,
+        help="at the end, store N events and compare the memory with that after 10,000")
+    hidden = commands.add_parser("_bare")
+    hidden.add_argument("answers", type=Path)
+    hidden.set_defaults(run=bare)
+    return outer
+
+
+def connections(text: str) -> List[int]:
+    """Numbers with commas between them."""
+    return sorted({int(number) for number in text.split(",")})
+
+
+def ingest(arguments: argparse.Namespace) -> int:
+    """What the host holds of reports that come in."""
+    arguments.seconds = 0.8 if arguments.quick else arguments.seconds
+    arguments.rounds = max(1, round(arguments.seconds / ROUND_SECONDS))
+    most = max(arguments.connections)
+    if arguments.seconds < 0.2 or min(arguments.connections) < 1 or most > 512 or arguments.device_hash_length < 8:
+        raise Failure("at least 0.2 seconds, 1 to 512 connections and 8 characters of a device_id_hash")
+    if arguments.driver == "wrk" and not shutil.which("wrk"):
+        raise Failure("wrk is not installed")
+    make_driver = Clients if arguments.driver == "python" or not shutil.which("wrk") else Wrk
+    with tempfile.TemporaryDirectory(prefix="backfeedr-benchmark-", dir=arguments.dir) as name:
+        folder = Path(name).resolve()
+        introduce(arguments, folder, make_driver.name)
+        for scenario in SCENARIOS:
+            bodies_file(folder, scenario).write_text("".join(
+                json.dumps(scenario.make(n, arguments.device_hash_length)) + "\n" for n in range(BODIES)))
+        with closing(make_driver(folder, most)) as driver:
+            say(f"measuring the bytes on disk with {SIZE_EVENTS:,} events")
+            results = measure_all(arguments, folder, driver, measure_size(folder))
+            say("")
+            report(results)
+            problems = results.problems
+            if arguments.memory_events:
+                problems += measure_memory(arguments.memory_events, most, folder, driver)
+                say("")
+    print("".join(f"\nNOT AS IT SHOULD BE: {problem}" for problem in problems)
+          or "\nAll that was acknowledged is stored, and the databases are sound.")
+    return 1 if problems or results.errors else 0
+
+
+def introduce(arguments: argparse.Namespace, folder: Path, driver: str) -> None:
+    """Prints what is measured, where and how."""
+    where = filesystem(folder)
+    print(f"{platform.python_implementation()} {platform.python_version()}, SQLite {sqlite3.sqlite_version},"
+          f" {os.cpu_count()} cores; databases in {folder}{f' ({where})' if where else ''}")
+    print(f"{arguments.rounds} x {arguments.seconds / arguments.rounds:g} s for each figure; driver {driver};"
+          f" device_id_hash of {arguments.device_hash_length} characters\n", flush=True)
+    if where in ("tmpfs", "ramfs"):
+        print(f"WARNING: {where} is memory: nothing here costs what it costs on a disk. See --dir.\n", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

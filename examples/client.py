@@ -1,0 +1,234 @@
+"""The reference client of backfeedr: one file, the standard library only.
+
+    python examples/client.py --key bf_live_... crash examples/crash.json
+
+Read it to write an SDK. What a client owes its reports, in the order of the code:
+
+1. Sign the bytes that are sent, with a timestamp finer than a second: requests
+   that have the same timestamp and body are one request to the server.
+2. Believe a report stored only when the answer is 200 or 201 and has its id: a
+   hotel's login page says 200, too. Never follow a redirect: it would carry the key away.
+3. Send again what may succeed later, with the same body and Idempotency-Key, so
+   that a report whose answer was lost is not counted twice. An SDK that keeps
+   reports on disk between launches keeps that key beside them.
+4. Wait in between: as long as the server asks for, and a random while longer, or
+   a million phones come back in the same second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import hmac
+import http.client
+import json
+import os
+import random
+import re
+import sys
+import time
+import uuid
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Callable, Sequence
+from urllib.parse import quote, urlsplit
+
+MAX_BATCH = 100  # events in a request
+RETRIED = {429, 500, 502, 503, 504}
+FIRST_PAUSE, MAX_PAUSE = 0.5, 30.0  # seconds; each pause is twice the one before
+MAX_RETRY_AFTER = 300  # seconds; a caller would rather know than wait any longer
+
+
+class BackfeedrError(Exception):
+    """A request that was not acknowledged. `str()` is one line that says why.
+
+    `retry_after` is in seconds, as the server asks. `stored` is the answer for the
+    part of a long batch that was acknowledged before.
+    """
+
+    retryable, retry_after = True, 0
+
+    def __init__(self, text: str):
+        super().__init__(" ".join(text.split()))
+        self.stored: dict[str, Any] = {"count": 0, "ids": []}
+
+
+class ServerError(BackfeedrError):
+    """The server's answer was no. `message` is its `error` text, or what else is wrong with the answer."""
+
+    def __init__(self, status: int, message: str, retry_after: int = 0):
+        super().__init__(f"the server answered {status}: {message}")
+        self.status, self.message = status, message
+        self.retryable, self.retry_after = status in RETRIED, retry_after
+
+
+class ConnectionLost(BackfeedrError):
+    """There was no complete answer: whether the reports are stored is not known."""
+
+
+def rfc3339(seconds: float) -> str:
+    """Seconds since 1970 as the API writes time, in UTC: 2026-03-12T14:22:31.000000Z."""
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def signature(api_key: str, timestamp: str, body: bytes) -> str:
+    """The X-Backfeedr-Signature for an X-Backfeedr-Timestamp and the raw body."""
+    payload = timestamp + "." + hashlib.sha256(body).hexdigest()
+    return "sha256=" + hmac.new(api_key.encode(), payload.encode(), hashlib.sha256).hexdigest()
+
+
+def acknowledged(status: int, headers: http.client.HTTPMessage, body: bytes) -> dict[str, Any]:
+    """The JSON object of an answer that says "stored". Raises ServerError for any other."""
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        answer = None
+    answer = answer if isinstance(answer, dict) else {}
+    if status in (200, 201) and ("id" in answer or "ids" in answer):
+        return answer
+    if 300 <= status < 400:
+        raise ServerError(status, f"redirects are not followed (to {headers.get('Location')})")
+    wait = re.fullmatch("[0-9]{1,9}", headers.get("Retry-After", ""))  # the other form, a date, is not used here
+    raise ServerError(status, str(answer.get("error") or "not an answer of backfeedr"), int(wait[0]) if wait else 0)
+
+
+class Client:
+    """Sends reports with one API key. Thread-safe; it holds no connection between requests.
+
+    `endpoint` is where the server is mounted, with or without /api/v1. All times are
+    in seconds; `timeout` is for each step of an attempt. Its methods add `occurred_at`,
+    the present time, where it is missing, and leave the caller's objects as they are.
+    They raise ServerError or ConnectionLost after the last attempt, and ValueError for
+    what JSON has no word for (NaN); so does `Client` for what is no endpoint or no key.
+    """
+
+    def __init__(self, endpoint: str, api_key: str, sign: bool = True, timeout: float = 10.0, attempts: int = 5,
+                 sleep: Callable[[float], object] = time.sleep, clock: Callable[[], float] = time.time):
+        url = urlsplit(endpoint)
+        if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc or url.query or url.fragment:
+            raise ValueError(f"{endpoint!r} is not an address such as https://example.com/prefix")
+        if not api_key or not api_key.isprintable():
+            raise ValueError("the API key is empty or has a control character")
+        self.endpoint, self._api_key, self._sign = endpoint, api_key, sign
+        self._timeout, self._attempts, self._sleep, self._clock = timeout, attempts, sleep, clock
+        self._is_tls, self._host = url.scheme == "https", url.hostname
+        self._port = url.port or (443 if self._is_tls else 80)
+        self._base = quote(url.path, safe="/%").rstrip("/").removesuffix("/api/v1").rstrip("/") + "/api/v1"
+
+    def crash(self, report: dict[str, Any]) -> dict[str, Any]:
+        """Sends a crash report. Returns its `id` and `group_hash` once it is stored."""
+        return self._submit("/crashes", self._dated(report))
+
+    def event(self, event: dict[str, Any]) -> dict[str, Any]:
+        """Sends an event. Returns its `id` once it is stored."""
+        return self._submit("/events", self._dated(event))
+
+    def batch(self, events: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Sends events, in as many requests as it takes. Returns `count` and `ids` of all of them.
+
+        A request is stored as a whole or not at all. Where one fails, none after it
+        is sent, and the error's `stored` is the answer for those before it.
+        """
+        merged: dict[str, Any] = {"count": 0, "ids": []}
+        dated = [self._dated(event) for event in events]
+        for start in range(0, len(dated), MAX_BATCH):
+            try:
+                answer = self._submit("/events/batch", {"events": dated[start:start + MAX_BATCH]})
+            except BackfeedrError as error:
+                error.stored = merged
+                raise
+            merged["count"] += answer["count"]
+            merged["ids"] += answer["ids"]
+        return merged
+
+    def _dated(self, report: dict[str, Any]) -> dict[str, Any]:
+        return {**report, "occurred_at": report.get("occurred_at") or rfc3339(self._clock())}
+
+    def _submit(self, path: str, document: dict[str, Any]) -> dict[str, Any]:
+        """Sends a document until it is answered, or there is no point in trying again."""
+        body = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
+        idempotency_key = str(uuid.uuid4())
+        for failures in range(self._attempts - 1):
+            try:
+                return self._attempt(path, body, idempotency_key)
+            except BackfeedrError as error:
+                if not error.retryable or error.retry_after > MAX_RETRY_AFTER:
+                    raise
+                pause = min(MAX_PAUSE, FIRST_PAUSE * 2 ** failures)
+                self._sleep(error.retry_after + random.uniform(pause / 2, pause))
+        return self._attempt(path, body, idempotency_key)
+
+    def _attempt(self, path: str, body: bytes, idempotency_key: str) -> dict[str, Any]:
+        kind = http.client.HTTPSConnection if self._is_tls else http.client.HTTPConnection
+        connection = kind(self._host, self._port, timeout=self._timeout)
+        try:
+            connection.connect()
+            # A refusal, as of a body too large, may come before all is sent: read on.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.request("POST", self._base + path, body, self._headers(body, idempotency_key))
+            response = connection.getresponse()
+            return acknowledged(response.status, response.headers, response.read())
+        except (OSError, http.client.HTTPException) as error:
+            raise ConnectionLost(f"no answer from {self.endpoint}: {str(error) or type(error).__name__}") from error
+        finally:
+            connection.close()
+
+    def _headers(self, body: bytes, idempotency_key: str) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json", "Idempotency-Key": idempotency_key,
+                   "X-Backfeedr-Key": self._api_key.encode()}  # bytes: a key may be any text
+        if self._sign:
+            timestamp = rfc3339(self._clock())  # anew for each attempt: it is good for five minutes
+            headers["X-Backfeedr-Timestamp"] = timestamp
+            headers["X-Backfeedr-Signature"] = signature(self._api_key, timestamp, body)
+        return headers
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Sends a file. Returns 0, or 1 for what went wrong; exits with 2 for wrong usage."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        client = Client(arguments.endpoint, arguments.key, sign=not arguments.unsigned)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        answer = getattr(client, arguments.kind)(_read(arguments.kind, arguments.file))
+    except (BackfeedrError, ValueError, RecursionError) as error:
+        before = getattr(error, "stored", {}).get("count")
+        print(f"client: {error}" + (f" (the first {before} events are stored)" if before else ""), file=sys.stderr)
+        return 1
+    print(json.dumps(answer))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Sends a crash, an event or a batch of events to backfeedr.")
+    parser.add_argument("--endpoint", metavar="URL", help="default: $BACKFEEDR_ENDPOINT, else http://localhost:8080",
+                        default=os.environ.get("BACKFEEDR_ENDPOINT") or "http://localhost:8080")
+    parser.add_argument("--key", help="default: $BACKFEEDR_API_KEY, where other users of the host do not see it",
+                        default=os.environ.get("BACKFEEDR_API_KEY", ""))
+    parser.add_argument("--unsigned", action="store_true", help="do not sign the request")
+    parser.add_argument("kind", choices=("crash", "event", "batch"), help="what FILE holds")
+    parser.add_argument("file", metavar="FILE", help="JSON; - is standard input")
+    return parser
+
+
+def _read(kind: str, file: str) -> Any:
+    """The JSON of a file: an object, or for a batch a list of them. Raises ValueError."""
+    try:
+        document = json.loads(sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes())
+    except OSError as error:
+        raise ValueError(f"cannot read {file}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if kind == "batch" and isinstance(document, dict):
+        document = document.get("events")
+    objects = document if kind == "batch" else [document]
+    if not isinstance(objects, list) or not all(isinstance(each, dict) for each in objects):
+        raise ValueError(f"{file} holds no " + ("list of JSON objects" if kind == "batch" else "JSON object"))
+    return document
+
+
+if __name__ == "__main__":
+    sys.exit(main())

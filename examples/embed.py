@@ -1,0 +1,66 @@
+"""backfeedr inside another WSGI app, under the prefix /crashes.
+
+    python examples/embed.py --port 8080
+    python examples/client.py --endpoint http://127.0.0.1:8080/crashes --key bf_live_... crash examples/crash.json
+
+`make_app` is the part to copy. A framework that can mount a WSGI app by itself does
+the same in a line: `host.mount("/crashes/", server)` in bottle, DispatcherMiddleware in Flask.
+"""
+
+import argparse
+import socket
+import sys
+from pathlib import Path
+from wsgiref.util import shift_path_info
+
+import waitress
+
+try:
+    import backfeedr
+except ImportError:  # a fresh clone: it lies in the folder above this one
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import backfeedr
+
+
+def hello(environ, start_response):
+    """The host app: it knows nothing of backfeedr."""
+    start_response("200 OK", [("Content-Type", "text/plain; charset=utf-8")])
+    return [b"Hello\n"]
+
+
+def make_app(server):
+    """A WSGI app that gives `server`, a Backfeedr, all below /crashes/, and the rest to the host app."""
+    def app(environ, start_response):
+        if environ.get("PATH_INFO", "").startswith("/crashes/"):
+            shift_path_info(environ)  # moves "/crashes" from PATH_INFO to SCRIPT_NAME
+            return server(environ, start_response)
+        return hello(environ, start_response)
+    return app
+
+
+def main(argv=None):
+    """Serves until it is interrupted; exits with 1 and one line where it cannot."""
+    parser = argparse.ArgumentParser(description="Serves an app with backfeedr under /crashes.")
+    parser.add_argument("--port", type=int, default=8080, help="default: 8080; 0 takes a free one")
+    parser.add_argument("--db", metavar="FILE", default="embedded.db", help="the database (default: embedded.db)")
+    arguments = parser.parse_args(argv)
+    try:
+        with socket.create_server(("127.0.0.1", arguments.port)) as listener:
+            serve(listener, arguments.db)
+    except (backfeedr.SettingsError, backfeedr.StoreError, OSError, OverflowError) as error:
+        sys.exit(f"embed: {error}")
+
+
+def serve(listener, db_path):
+    """Serves on a listening socket. What a new database announces names the mounted address."""
+    port = listener.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    print(f"embed on {url}\nbackfeedr on {url}/crashes\n", flush=True)
+    with backfeedr.Backfeedr(
+            db_path=db_path, host="127.0.0.1", port=port,
+            announce=lambda text: print(text.replace(url, url + "/crashes"), end="", flush=True)) as server:
+        waitress.serve(make_app(server), sockets=[listener])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,2685 @@
+"""Tests of backfeedr, in the order of its sections.
+
+Each asserts the answer and what is stored. Time is a `Clock` moved by hand. Every
+server made by `serve` is checked when its test ends: each roll-up must equal a
+count over the rows, made in plain Python.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import http.client
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import socketserver
+import sqlite3
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+import pytest
+import webtest
+
+import backfeedr
+from backfeedr import (DAY, HOUR, Backfeedr, Once, RateLimiter, Refusal, Settings, SettingsError, Store,
+                       StorageUnavailable, StoreError, group_hash, main, parse_crash, parse_event, parse_time)
+
+HERE = Path(__file__).parent
+EXAMPLES = HERE / "examples"
+KEY = "bf_live_0123456789abcdef0123456789abcdef"
+TOKEN = "bf_admin_0123456789abcdef0123456789abcdef"
+NOW = "2026-03-12T14:30:00Z"  # a Thursday
+CRASH = {"exception_type": "SIGABRT", "occurred_at": "2026-03-12T14:22:31Z"}
+EVENT = {"type": "custom", "name": "purchase", "occurred_at": "2026-03-12T14:22:31Z"}
+CRASHES, EVENTS, BATCH = "/api/v1/crashes", "/api/v1/events", "/api/v1/events/batch"
+METRICS = ["/api/v1/metrics/daily-crashes", "/api/v1/metrics/crash-types", "/api/v1/metrics/devices",
+           "/api/v1/overview"]
+REPORT_TABLES = ["crashes", "events", "replays", "hours", "devices", "sessions", "labels", "groups", "group_hours"]
+
+
+class Clock:
+    """Seconds since 1970 that stand still until they are moved."""
+
+    def __init__(self, at=NOW):
+        self.seconds = parse_time(at) / 1000
+
+    def __call__(self):
+        return self.seconds
+
+    def move(self, seconds):
+        self.seconds += seconds
+
+
+class Api:
+    """A client of one server that is called directly, without a socket."""
+
+    def __init__(self, server, prefix=""):
+        self.server, self.prefix = server, prefix
+        self.web = webtest.TestApp(server)
+
+    def post(self, path, body, key=KEY, **headers):
+        """The status and the JSON of the answer to a body: an object, or bytes as they are."""
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        given = {name.replace("_", "-"): value for name, value in headers.items()}
+        if key is not None:
+            given["X-Backfeedr-Key"] = key
+        answer = self.web.post(self.prefix + path, raw, given, content_type="application/json", expect_errors=True)
+        assert answer.content_type == "application/json"
+        self.headers = answer.headers
+        return answer.status_int, answer.json
+
+    def get(self, path, **headers):
+        answer = self.web.get(self.prefix + path, headers=headers, expect_errors=True)
+        assert answer.content_type == "application/json"
+        self.headers = answer.headers
+        return answer.status_int, answer.json
+
+    def signed(self, path, body, timestamp, key=KEY, **headers):
+        signature = backfeedr.sign(key.encode(), timestamp.encode(), body)
+        return self.post(path, body, key, X_Backfeedr_Timestamp=timestamp, X_Backfeedr_Signature=signature, **headers)
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def serve(tmp_path, clock):
+    """Makes servers; at the end, compares their roll-ups with their rows."""
+    servers = []
+
+    def make(name="test.db", **settings):
+        """A server with a key and a token."""
+        given = {"db_path": str(tmp_path / name), "api_key": KEY, "auth_token": TOKEN, **settings}
+        server = Backfeedr(Settings(**given), clock=clock,
+                           limiter=RateLimiter(given.get("rate_limit", 100), clock=clock))
+        servers.append(server)
+        return server
+
+    make.unchecked = []
+    yield make
+    for server in servers:
+        server.close()
+        if server not in make.unchecked:
+            check_database(server.store.path)
+
+
+@pytest.fixture
+def api(serve):
+    return Api(serve())
+
+
+def sql(path, query, *values):
+    """The rows of a query on a database file, by another connection than the server's."""
+    with closing(sqlite3.connect(str(path))) as db:
+        return db.execute(query, values).fetchall()
+
+
+def stored(server, *tables):
+    """All that is stored of reports."""
+    return {table: sql(server.store.path, f"select * from {table}") for table in tables or REPORT_TABLES}
+
+
+def report(server, table="crashes"):
+    """The one stored report of a table, by column."""
+    with closing(sqlite3.connect(str(server.store.path))) as db:
+        db.row_factory = sqlite3.Row
+        row, = db.execute(f"select * from {table}").fetchall()
+        return dict(row)
+
+
+def check_database(path):
+    """The file is sound, and each roll-up equals a count over the rows."""
+    assert sql(path, "pragma integrity_check") == [("ok",)]
+    live = {app for app, in sql(path, "select id from apps where not is_test")}
+    hours, counts, groups, group_hours = Counter(), Counter(), {}, Counter()
+    devices, sessions = {}, {}
+
+    def saw(app, device, at):
+        for scope in (app, 0) if app in live else (app,):
+            first, last = devices.get((scope, device), (at, at))
+            devices[scope, device] = min(first, at), max(last, at)
+
+    for seq, app, received, occurred, kind, model, device, group, reason in sql(path, """
+            select seq, app_id, received_at, occurred_at, exception_type, device_model, device_id_hash,
+                group_hash, exception_reason from crashes order by seq"""):
+        at = received if occurred > received + 300_000 else occurred
+        hours[app, at // HOUR, "crashes"] += 1
+        counts[app, "exception_type", at // DAY, kind] += 1
+        if model:
+            counts[app, "device_model", at // DAY, model] += 1
+        group_hours[app, at // HOUR, group] += 1
+        old = groups.get((app, group), (kind, None, 0, at, at))
+        groups[app, group] = (kind, reason if at >= old[4] else old[1], old[2] + 1, min(old[3], at), max(old[4], at))
+        if device:
+            saw(app, device, at)
+    for app, received, occurred, kind, session, device in sql(path, """
+            select app_id, received_at, occurred_at, type, session_id, device_id_hash from events order by seq"""):
+        at = received if occurred > received + 300_000 else occurred
+        if kind == "session_start" and session:
+            sessions[app, session] = max(at, sessions.get((app, session), at))
+        elif kind == "session_start":
+            hours[app, at // HOUR, "sessions"] += 1
+        if device:
+            saw(app, device, at)
+    for (app, _), at in sessions.items():
+        hours[app, at // HOUR, "sessions"] += 1
+    for (app, _), (_, last) in devices.items():
+        hours[app, last // HOUR, "devices"] += 1
+    found = Counter()
+    for app, hour, crashes, started, seen in sql(path, "select * from hours"):
+        found.update({(app, hour, "crashes"): crashes, (app, hour, "sessions"): started, (app, hour, "devices"): seen})
+    assert +found == +hours
+    assert {row[:4]: row[4] for row in sql(path, "select * from labels")} == counts
+    assert {row[:2]: row[2:] for row in sql(path, "select * from groups")} == groups
+    assert {row[:3]: row[3] for row in sql(path, "select * from group_hours")} == group_hours
+    assert {row[:2]: row[2:] for row in sql(path, "select * from devices")} == devices
+    assert {row[:2]: row[2] for row in sql(path, "select * from sessions")} == sessions
+
+
+# == Settings ==================================================================
+
+def test_defaults_are_those_of_the_contract():
+    assert Settings() == Settings(
+        host="127.0.0.1", port=8080, db_path="backfeedr.db", api_key="", auth_token="", rate_limit=100,
+        max_body_size=1048576, retention_days=90, require_signature=False, public_metrics=True, threads=32)
+
+
+def test_every_setting_is_read_from_its_variable():
+    assert Settings.from_env({
+        "BACKFEEDR_HOST": "0.0.0.0", "BACKFEEDR_PORT": "0", "BACKFEEDR_DB_PATH": "/tmp/x.db",
+        "BACKFEEDR_API_KEY": "k", "BACKFEEDR_AUTH_TOKEN": "t", "BACKFEEDR_RATE_LIMIT": "0",
+        "BACKFEEDR_MAX_BODY_SIZE": "1000", "BACKFEEDR_RETENTION_DAYS": "0", "BACKFEEDR_REQUIRE_SIGNATURE": "1",
+        "BACKFEEDR_PUBLIC_METRICS": "no", "BACKFEEDR_THREADS": "4",
+    }) == Settings("0.0.0.0", 0, "/tmp/x.db", "k", "t", 0, 1000, 0, True, False, 4)
+
+
+def test_an_override_goes_before_a_variable_and_an_empty_variable_is_unset():
+    environ = {"BACKFEEDR_PORT": "1", "BACKFEEDR_THREADS": ""}
+    assert Settings.from_env(environ, port=2) == Settings(port=2)
+
+
+@pytest.mark.parametrize("variable, text", [
+    ("BACKFEEDR_PORT", "http"), ("BACKFEEDR_PORT", "65536"), ("BACKFEEDR_PORT", "-1"), ("BACKFEEDR_PORT", "8080 "),
+    ("BACKFEEDR_PORT", "\u0661"), ("BACKFEEDR_PORT", "9" * 30), ("BACKFEEDR_RATE_LIMIT", "-1"),
+    ("BACKFEEDR_RATE_LIMIT", "1.5"), ("BACKFEEDR_MAX_BODY_SIZE", "0"), ("BACKFEEDR_RETENTION_DAYS", "-1"),
+    ("BACKFEEDR_THREADS", "0"), ("BACKFEEDR_REQUIRE_SIGNATURE", "maybe"), ("BACKFEEDR_PUBLIC_METRICS", "2"),
+    ("BACKFEEDR_API_KEY", "key\n"), ("BACKFEEDR_API_KEY", " "), ("BACKFEEDR_AUTH_TOKEN", "a\x00b"),
+    ("BACKFEEDR_DB_PATH", ":memory:"),
+])
+def test_a_value_that_makes_no_sense_is_refused_by_name(variable, text):
+    with pytest.raises(SettingsError) as refused:
+        Settings.from_env({variable: text})
+    assert str(refused.value).startswith(variable + ": ") and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("change", [{"port": "8080"}, {"port": True}, {"public_metrics": 1}, {"db_path": ""},
+                                    {"host": ""}, {"host": None}])
+def test_a_python_value_that_makes_no_sense_is_refused_by_name(change):
+    with pytest.raises(SettingsError, match=f"^{next(iter(change))}: "):
+        Settings(**change)
+
+
+def test_secrets_are_not_shown_with_the_settings():
+    assert "secret" not in repr(Settings(api_key="secret-key", auth_token="secret-token"))
+
+
+# == Schema ====================================================================
+
+def test_the_file_tells_its_kind_and_version(api):
+    path = api.server.store.path
+    assert sql(path, "pragma application_id") == [(backfeedr.APPLICATION_ID,)]
+    assert sql(path, "pragma user_version") == [(backfeedr.SCHEMA_VERSION,)]
+    assert sql(path, "pragma journal_mode") == [("wal",)]
+
+
+def test_only_the_owner_can_read_the_file_and_its_side_files(api):
+    api.post(CRASHES, CRASH)
+    files = list(api.server.store.path.parent.glob("test.db*"))
+    assert {file.name for file in files} == {"test.db", "test.db-wal", "test.db-shm"}
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+
+
+@pytest.mark.parametrize("table, example", [("crashes", "crash.json"), ("events", "event.json")])
+def test_columns_have_the_field_names_of_the_reference(api, table, example):
+    sent = json.loads((EXAMPLES / example).read_bytes())
+    status, answer = api.post("/api/v1/" + table, sent)
+    row = report(api.server, table)
+    assert (status, row["id"]) == (201, answer["id"])
+    assert row.pop("occurred_at") == parse_time(sent.pop("occurred_at"))
+    for name in ("stack_trace", "properties"):
+        if name in sent:
+            row[name] = json.loads(row[name])
+    assert {name: row[name] for name in sent} == sent
+    assert row["received_at"] == parse_time(NOW) and row["extra"] is None
+
+
+# == Values ====================================================================
+
+@pytest.mark.parametrize("text, expected", [
+    ("1970-01-01T00:00:00Z", 0),
+    ("2026-03-12T14:22:31Z", 1773325351000),
+    ("2026-03-12t14:22:31z", 1773325351000),
+    ("2026-03-12T14:22:31.5Z", 1773325351500),
+    ("2026-03-12T14:22:31.123456789Z", 1773325351123),
+    ("2026-03-12T14:22:31.0009+00:00", 1773325351000),
+    ("2026-03-12T15:22:31+01:00", 1773325351000),
+    ("2026-03-12T09:52:31-04:30", 1773325351000),
+    ("2024-02-29T00:00:00Z", 1709164800000),
+    ("0001-01-01T00:00:00+14:00", -62135596800000 - 14 * HOUR),
+    ("9999-12-31T23:59:59.999-23:59", 253402300799999 + 24 * HOUR - 60_000),
+])
+def test_rfc3339_times_are_read_to_the_millisecond(text, expected):
+    assert parse_time(text) == expected
+
+
+@pytest.mark.parametrize("text", [
+    "", "2026-03-12", "2026-03-12T14:22:31", "2026-03-12 14:22:31Z", "2026-03-12T14:22Z", "2026-03-12T14:22:31.Z",
+    "2026-03-12T14:22:31.1234567890Z", "2026-03-12T14:22:60Z", "2026-03-12T24:00:00Z", "2026-03-12T14:60:00Z",
+    "2026-02-30T00:00:00Z", "2025-02-29T00:00:00Z", "0000-01-01T00:00:00Z", "2026-13-01T00:00:00Z",
+    "2026-03-12T14:22:31+24:00", "2026-03-12T14:22:31+01:60", "2026-03-12T14:22:31+0100", "2026-W11-4T14:22:31Z",
+    "2026-03-12T14:22:31Z\n", " 2026-03-12T14:22:31Z", "２026-03-12T14:22:31Z", "20260312T142231Z", "+2026-03-12T14:22:31Z",
+])
+def test_other_times_are_refused(text):
+    with pytest.raises(ValueError):
+        parse_time(text)
+
+
+def frames(*pairs):
+    return [{"frame": n, "symbol": symbol, "file": file, "line": 1} for n, (symbol, file) in enumerate(pairs)]
+
+
+@pytest.mark.parametrize("kind, trace, expected", [
+    ("EXC_BAD_ACCESS", frames(("ContentView.body.getter", "ContentView.swift")), "acc0d2dfe0c1898c"),
+    ("SIGABRT", frames(("abort", None), ("A.a", "A.swift"), ("B.b", "B.swift"), ("C.c", "C.swift"), ("D.d", "D.swift")),
+     "340a4fe989a59ce6"),
+    ("SIGABRT", frames(("abort", None), ("raise", None), ("objc_msgSend", None), ("main", None)),
+     hashlib.sha256(b"SIGABRT:abort:raise:objc_msgSend").hexdigest()[:16]),
+    ("SIGABRT", frames((None, None), ("raise", None)), hashlib.sha256(b"SIGABRT:raise").hexdigest()[:16]),
+    ("SIGABRT", [], hashlib.sha256(b"SIGABRT").hexdigest()[:16]),
+    ("SIGABRT", frames((None, None)), hashlib.sha256(b"SIGABRT").hexdigest()[:16]),
+])
+def test_group_hash(kind, trace, expected):
+    assert group_hash(kind, trace) == expected
+
+
+def test_neither_lines_nor_addresses_change_the_group(api):
+    crash = json.loads((EXAMPLES / "crash.json").read_bytes())
+    first = api.post(CRASHES, crash)[1]["group_hash"]
+    crash["stack_trace"][0].update(line=43, address="0x1000")
+    assert api.post(CRASHES, crash)[1]["group_hash"] == first == "acc0d2dfe0c1898c"
+
+
+def test_keys_have_the_form_of_the_contract_and_show_little():
+    assert re.fullmatch("bf_live_[0-9a-f]{32}", backfeedr.new_key(False))
+    assert re.fullmatch("bf_test_[0-9a-f]{32}", backfeedr.new_key(True))
+    assert backfeedr.key_prefix(KEY) == "bf_live_01234567"
+    assert backfeedr.key_prefix("hunter2hunter2") == "hunt"
+    assert backfeedr.key_prefix("k") == ""
+
+
+# == Payloads ==================================================================
+
+def test_nothing_that_was_sent_is_lost(api):
+    sent = {**CRASH, "free_disk_mb": 1 << 70, "breadcrumbs": [{"at": 1, "text": "tap"}], "context": {"a": [1, 2.5, None]},
+            "id": "mine", "stack_trace": [{"frame": 0, "symbol": "a", "file": None, "line": None, "image": "UIKit"}]}
+    assert api.post(CRASHES, sent)[0] == 201
+    row = report(api.server)
+    assert json.loads(row["extra"]) == {name: sent[name] for name in ("free_disk_mb", "breadcrumbs", "context", "id")}
+    assert json.loads(row["stack_trace"]) == sent["stack_trace"]
+
+
+def test_unknown_fields_of_an_event_and_of_a_batch_are_kept(api):
+    api.post(BATCH, {"events": [{**EVENT, "sdk": "1.0"}, EVENT], "sent_at": "now"})
+    assert [json.loads(extra) if extra else None for extra, in sql(api.server.store.path, "select extra from events")] \
+        == [{"sdk": "1.0", "batch": {"sent_at": "now"}}, None]
+
+
+@pytest.mark.parametrize("absent", [None, ""])
+def test_null_and_the_empty_text_mean_absent(api, absent):
+    names = ["exception_reason", "stack_trace", "app_version", "build_number", "os_version", "device_model",
+             "device_id_hash", "locale", "free_memory_mb", "battery_level", "is_charging"]
+    assert api.post(CRASHES, {**CRASH, **dict.fromkeys(names, absent)})[0] == 201
+    assert {report(api.server)[name] for name in names} == {None}
+    names = ["name", "properties", "device_id_hash", "session_id", "locale"]
+    assert api.post(EVENTS, {**EVENT, "type": "session_start", **dict.fromkeys(names, absent)})[0] == 201
+    assert {report(api.server, "events")[name] for name in names} == {None}
+    assert stored(api.server, "devices", "sessions") == {"devices": [], "sessions": []}
+    assert api.get("/api/v1/overview")[1]["sessions_7d"] == 1
+
+
+def test_a_character_that_no_database_takes_is_replaced(api):
+    body = (b'{"exception_type": "A\\u0000\\ud800B", "exception_reason": "\\ud83d\\ude00", "\\udfff": {"x": ["\\u0000"]},'
+            b'"stack_trace": [{"symbol": "f\\ud800", "file": "F"}], "occurred_at": "2026-03-12T14:22:31Z"}')
+    status, answer = api.post(CRASHES, body)
+    row = report(api.server)
+    assert (status, row["exception_type"], row["exception_reason"]) == (201, "A\ufffd\ufffdB", "\U0001f600")
+    assert json.loads(row["extra"]) == {"\ufffd": {"x": ["\ufffd"]}}
+    assert json.loads(row["stack_trace"])[0]["symbol"] == "f\ufffd"
+    assert answer["group_hash"] == group_hash("A\ufffd\ufffdB", [{"symbol": "f\ufffd", "file": "F"}])
+
+
+@pytest.mark.parametrize("change", [
+    {"exception_type": "x" * 500}, {"exception_reason": "x" * 10_000}, {"battery_level": -1}, {"battery_level": -1.0},
+    {"battery_level": 0}, {"battery_level": 1}, {"free_memory_mb": 312.5}, {"free_memory_mb": (1 << 63) - 1},
+    {"is_charging": True}, {"stack_trace": []}, {"stack_trace": [{}]}, {"locale": "\U0001f1e9" * 500},
+    {"deep": json.loads("[" * 60 + "]" * 60)}, {"occurred_at": "0001-01-01T00:00:00+14:00"},
+])
+def test_a_crash_at_the_edge_of_what_is_valid_is_stored(api, change):
+    assert api.post(CRASHES, {**CRASH, **change})[0] == 201
+    row = report(api.server)
+    for name, value in change.items():
+        if name in row and name not in ("stack_trace", "occurred_at"):
+            assert row[name] == value
+
+
+def changed(sent, **changes):
+    return json.dumps({**sent, **changes}).encode()
+
+
+def without(sent, name):
+    return json.dumps({key: value for key, value in sent.items() if key != name}).encode()
+
+
+def batch_of(*events):
+    return json.dumps({"events": list(events)}).encode()
+
+
+TEXTS = ["app_version", "os_version", "device_model", "device_id_hash", "locale"]
+BAD_BODIES = [
+    *[(path, body, "invalid JSON") for path in (CRASHES, EVENTS, BATCH) for body in (
+        b"", b" ", b"{", b"nonsense", b'{"type": "custom"', b"[]", b'"text"', b"1", b"null", b"{}{}", b"\xff{}",
+        '{"a": "é"}'.encode("latin-1"), json.dumps(CRASH).encode("utf-16"), b"\xef\xbb\xbf" + json.dumps(CRASH).encode(),
+        b'{"a": NaN}', b'{"a": Infinity}', b'{"a": -Infinity}', b'{"a": 1e999}', b'{"a": "\x00"}', b"[" * 100_000,
+        b'{"a":' * 100_000, b'{"a": ' + b"1" * 5_000 + b"}", b'{"a": 01}', b"{'a': 1}")],
+    (CRASHES, changed(CRASH, deep=json.loads("[" * 70 + "]" * 70)), "invalid JSON"),
+    (CRASHES, b'{"exception_type": "A", "occurred_at": "2026-03-12T14:22:31Z", "x": ' + b"[" * 900 + b"]" * 900 + b"}",
+     "invalid JSON"),
+    (CRASHES, b"{}", "missing exception_type"),
+    (CRASHES, without(CRASH, "exception_type"), "missing exception_type"),
+    (CRASHES, changed(CRASH, exception_type=None), "missing exception_type"),
+    (CRASHES, changed(CRASH, exception_type=""), "missing exception_type"),
+    (CRASHES, without(CRASH, "occurred_at"), "missing occurred_at"),
+    (CRASHES, changed(CRASH, occurred_at=""), "missing occurred_at"),
+    (EVENTS, without(EVENT, "type"), "missing type"),
+    (EVENTS, without(EVENT, "occurred_at"), "missing occurred_at"),
+    (EVENTS, changed(EVENT, type="crash"), "invalid event type"),
+    (EVENTS, changed(EVENT, type="Custom"), "invalid event type"),
+    (EVENTS, changed(EVENT, type=1), "invalid type"),
+    (EVENTS, changed(EVENT, type=["custom"]), "invalid type"),
+    *[(path, changed(sent, occurred_at=time), "invalid occurred_at")
+      for path, sent in ((CRASHES, CRASH), (EVENTS, EVENT))
+      for time in (1773325351, True, [], "yesterday", "2026-03-12", "2026-03-12T14:22:31", "2026-02-30T00:00:00Z",
+                   "2026-03-12T14:22:31Z\n", "0000-01-01T00:00:00Z", "2026-03-12T14:22:60Z")],
+    *[(CRASHES, changed(CRASH, **{name: value}), f"invalid {name}")
+      for name in ["exception_type", "build_number", *TEXTS] for value in (1, True, ["a"], {"a": 1}, "x" * 501)],
+    *[(EVENTS, changed(EVENT, **{name: value}), f"invalid {name}")
+      for name in ["name", "session_id", *TEXTS] for value in (1, False, [], {}, "x" * 501)],
+    (CRASHES, changed(CRASH, exception_reason=["a"]), "invalid exception_reason"),
+    *[(CRASHES, changed(CRASH, stack_trace=value), "invalid stack_trace") for value in (
+        "text", 1, {}, ["frame"], [[]], [None], [{"symbol": 1}], [{"file": []}], [{"frame": "0"}], [{"line": True}],
+        [{"line": 1.5}], [{"x": json.loads("[" * 70 + "]" * 70)}])],
+    *[(CRASHES, changed(CRASH, free_memory_mb=value), "invalid free_memory_mb")
+      for value in ("312", True, [], 1 << 63, -(1 << 63) - 1, 1e300)],
+    *[(CRASHES, changed(CRASH, battery_level=value), "invalid battery_level")
+      for value in (1.01, -0.5, -2, 67, "0.67", False, [])],
+    *[(CRASHES, changed(CRASH, is_charging=value), "invalid is_charging") for value in (0, 1, "false", [])],
+    *[(EVENTS, changed(EVENT, properties=value), "invalid properties")
+      for value in ("a", 1, True, ["a"], {"a": json.loads("[" * 70 + "]" * 70)})],
+    (BATCH, b"{}", "missing events"),
+    (BATCH, b'{"events": null}', "missing events"),
+    (BATCH, b'{"events": []}', "missing events"),
+    (BATCH, b'{"events": {}}', "invalid events"),
+    (BATCH, b'{"events": "all"}', "invalid events"),
+    (BATCH, batch_of(*[EVENT] * 101), "too many events: at most 100"),
+    (BATCH, batch_of({}, EVENT), "missing type at index 0"),
+    (BATCH, batch_of(EVENT, {"type": "custom"}, EVENT), "missing occurred_at at index 1"),
+    (BATCH, batch_of(*[EVENT] * 99, {**EVENT, "type": "x"}), "invalid event type at index 99"),
+    (BATCH, batch_of(EVENT, {**EVENT, "name": 1}), "invalid name at index 1"),
+    (BATCH, batch_of(EVENT, None), "invalid event at index 1"),
+    (BATCH, batch_of(EVENT, [EVENT]), "invalid event at index 1"),
+]
+
+
+def test_a_bad_body_is_refused_with_its_reason_and_nothing_is_stored(serve):
+    api = Api(serve(rate_limit=0))
+    api.post(CRASHES, CRASH)
+    api.post(EVENTS, {**EVENT, "device_id_hash": "d"})
+    before = stored(api.server)
+    for path, body, text in BAD_BODIES:
+        assert api.post(path, body) == (400, {"error": text}), (path, body[:200])
+        assert stored(api.server) == before, (path, body[:200])
+    assert api.post(CRASHES, CRASH)[0] == 201
+
+
+def test_a_batch_of_100_is_stored_in_order(api):
+    status, answer = api.post(BATCH, {"events": [{**EVENT, "name": str(n)} for n in range(100)]})
+    assert (status, answer["count"], len(set(answer["ids"]))) == (201, 100, 100)
+    assert sql(api.server.store.path, "select id, name from events order by seq") \
+        == [(event_id, str(n)) for n, event_id in enumerate(answer["ids"])]
+
+
+# == Signature =================================================================
+
+VECTOR_BODY = b'{"type":"custom","name":"purchase","occurred_at":"2026-03-12T14:22:31Z"}'
+VECTOR_TIME = "2026-03-12T14:22:31Z"
+VECTOR = "sha256=6c3e10dd63bdf20cb9257a8a8b590969e83722725287c4009b98423fc82add3d"
+
+
+def test_the_signature_of_the_contract():
+    assert hashlib.sha256(VECTOR_BODY).hexdigest() == "93ced992a3f5326d7ad37afdbdbe25c7e51e29b646bd065d126afe4a5f63d54e"
+    assert backfeedr.sign(KEY.encode(), VECTOR_TIME.encode(), VECTOR_BODY) == VECTOR
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="there is no openssl")
+def test_a_signature_made_by_openssl_is_accepted(api, clock):
+    clock.seconds = parse_time(VECTOR_TIME) / 1000
+    digest = subprocess.run(["openssl", "dgst", "-sha256", "-r"], input=VECTOR_BODY, capture_output=True, check=True)
+    payload = VECTOR_TIME.encode() + b"." + digest.stdout.split()[0]
+    made = subprocess.run(["openssl", "dgst", "-sha256", "-hmac", KEY, "-r"], input=payload, capture_output=True, check=True)
+    signature = "sha256=" + made.stdout.split()[0].decode()
+    assert api.post(EVENTS, VECTOR_BODY, X_Backfeedr_Timestamp=VECTOR_TIME, X_Backfeedr_Signature=signature)[0] == 201
+    assert report(api.server, "events")["name"] == "purchase"
+
+
+def flipped(data, bit):
+    return data[:bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1:]
+
+
+def test_one_flipped_bit_of_body_time_or_signature_is_refused(serve, clock):
+    api = Api(serve(rate_limit=0))
+    clock.seconds = parse_time(VECTOR_TIME) / 1000
+    parts = [VECTOR_BODY, VECTOR_TIME.encode(), VECTOR.encode()]
+    for which, part in enumerate(parts):
+        for bit in range(0, len(part) * 8, 7):
+            body, timestamp, signature = (flipped(p, bit) if n == which else p for n, p in enumerate(parts))
+            environ = {"HTTP_X_BACKFEEDR_TIMESTAMP": timestamp.decode("latin-1"),
+                       "HTTP_X_BACKFEEDR_SIGNATURE": signature.decode("latin-1"), "HTTP_X_BACKFEEDR_KEY": KEY}
+            answer = api.web.post(EVENTS, body, extra_environ=environ, expect_errors=True)
+            assert (answer.status_int, answer.json["error"]) in (
+                (401, "invalid signature"), (400, "invalid timestamp")), (which, bit)
+    assert stored(api.server, "events", "replays") == {"events": [], "replays": []}
+
+
+@pytest.mark.parametrize("seconds, status", [(-300, 201), (-301, 401), (0, 201), (300, 201), (301, 401)])
+def test_a_signature_holds_for_300_seconds_both_ways(api, clock, seconds, status):
+    clock.seconds = parse_time(VECTOR_TIME) / 1000 + seconds
+    got, answer = api.signed(EVENTS, VECTOR_BODY, VECTOR_TIME)
+    assert got == status and (got == 201 or answer == {"error": "stale timestamp"})
+    assert len(stored(api.server, "events")["events"]) == (status == 201)
+
+
+@pytest.mark.parametrize("timestamp", ["2026-03-12T14:30:00.123456789Z", "2026-03-12T15:30:00+01:00"])
+def test_the_timestamp_is_signed_as_it_was_sent(api, timestamp):
+    assert api.signed(EVENTS, VECTOR_BODY, timestamp)[0] == 201
+
+
+def test_a_signature_marks_a_request_on_its_own_path_only(api):
+    """A body that is good for both paths, signed once."""
+    body = json.dumps({**CRASH, **EVENT}).encode()
+    assert api.signed(CRASHES, body, NOW)[0] == api.signed(EVENTS, body, NOW)[0] == 201
+
+
+@pytest.mark.parametrize("headers, expected", [
+    ({"X_Backfeedr_Timestamp": NOW}, (401, "invalid signature")),
+    ({"X_Backfeedr_Timestamp": NOW, "X_Backfeedr_Signature": ""}, (401, "invalid signature")),
+    ({"X_Backfeedr_Timestamp": "", "X_Backfeedr_Signature": ""}, (400, "invalid timestamp")),
+    ({"X_Backfeedr_Signature": VECTOR}, (400, "invalid timestamp")),
+    ({"X_Backfeedr_Timestamp": "now", "X_Backfeedr_Signature": VECTOR}, (400, "invalid timestamp")),
+    ({"X_Backfeedr_Timestamp": VECTOR_TIME, "X_Backfeedr_Signature": VECTOR[7:]}, (401, "invalid signature")),
+    ({"X_Backfeedr_Timestamp": VECTOR_TIME, "X_Backfeedr_Signature": VECTOR[:7] + VECTOR[7:].upper()},
+     (401, "invalid signature")),
+    ({"X_Backfeedr_Timestamp": VECTOR_TIME, "X_Backfeedr_Signature": "\u00fc"}, (401, "invalid signature")),
+    ({"X_Backfeedr_Timestamp": "\u00fc", "X_Backfeedr_Signature": VECTOR}, (400, "invalid timestamp")),
+])
+def test_half_a_signature_or_a_malformed_one_is_an_error(api, clock, headers, expected):
+    clock.seconds = parse_time(VECTOR_TIME) / 1000
+    status, answer = api.post(EVENTS, VECTOR_BODY, **headers)
+    assert (status, answer["error"]) == expected
+    assert stored(api.server, "events") == {"events": []}
+
+
+def test_a_signature_of_another_key_is_refused(api):
+    other = api.server.store.create_key("default")
+    signature = backfeedr.sign(other.encode(), NOW.encode(), VECTOR_BODY)
+    assert api.post(EVENTS, VECTOR_BODY, X_Backfeedr_Timestamp=NOW, X_Backfeedr_Signature=signature) \
+        == (401, {"error": "invalid signature"})
+
+
+def test_unsigned_requests_are_refused_where_signatures_are_required(serve):
+    api = Api(serve(require_signature=True))
+    assert api.post(CRASHES, CRASH) == (401, {"error": "signature required"})
+    assert stored(api.server, "crashes") == {"crashes": []}
+    assert api.signed(CRASHES, json.dumps(CRASH).encode(), NOW)[0] == 201
+
+
+# == RateLimiter ===============================================================
+
+def test_the_101st_request_in_a_minute_waits_as_long_as_it_is_told(api, clock):
+    other = api.server.store.create_key("default")
+    for n in range(100):
+        assert api.post(CRASHES if n % 2 else EVENTS, CRASH if n % 2 else EVENT)[0] == 201
+        clock.move(0.25)
+    before = stored(api.server)
+    assert api.post(BATCH, {"events": [EVENT]}) == (429, {"error": "rate limit exceeded"})
+    assert api.headers["Retry-After"] == "35"
+    assert stored(api.server) == before
+    assert api.post(CRASHES, CRASH, key=other)[0] == 201
+    clock.move(34.75)
+    assert api.post(CRASHES, CRASH)[0] == 429
+    clock.move(0.25)
+    assert api.post(CRASHES, CRASH)[0] == 201
+    assert api.post(CRASHES, CRASH)[0] == 429
+
+
+def test_the_window_slides_over_the_full_minute():
+    clock = Clock("2026-03-12T14:30:59Z")
+    limiter = RateLimiter(100, clock=clock)
+    assert all(limiter.allow(b"k") for _ in range(100))
+    clock.move(2)
+    assert not limiter.allow(b"k") and limiter.retry_after(b"k") == 58
+    clock.move(57.9)
+    assert not limiter.allow(b"k") and limiter.retry_after(b"k") == 1
+    clock.move(0.1)
+    assert sum(limiter.allow(b"k") for _ in range(150)) == 100
+
+
+def test_what_is_refused_does_not_count_and_zero_is_no_limit():
+    clock = Clock()
+    limiter = RateLimiter(1, clock=clock)
+    assert limiter.allow(b"k") and not any(limiter.allow(b"k") for _ in range(50))
+    clock.move(60)
+    assert limiter.allow(b"k")
+    assert all(RateLimiter(0, clock=clock).allow(b"k") for _ in range(1000))
+
+
+def test_an_unknown_key_leaves_no_state_behind(api):
+    before = stored(api.server)
+    for n in range(50):
+        assert api.post(CRASHES, CRASH, key=f"unknown-{n}")[0] == 401
+    assert not api.server._limiter._times
+    assert stored(api.server) == before
+
+
+def test_replays_and_refused_bodies_count_against_the_limit_but_metrics_do_not(serve):
+    api = Api(serve(rate_limit=3))
+    assert [api.post(CRASHES, CRASH, Idempotency_Key="a")[0] for _ in range(2)] == [201, 200]
+    assert api.post(CRASHES, b"{")[0] == 400
+    assert api.post(CRASHES, CRASH)[0] == 429
+    assert all(api.get(path)[0] == 200 for path in METRICS * 10)
+
+
+# == Store =====================================================================
+
+def test_a_commit_is_synced_before_it_is_acknowledged(api):
+    with api.server.store.writing() as db:
+        assert (db.pragma("synchronous"), db.pragma("journal_mode")) == (2, "wal")
+
+
+def test_nobody_is_told_of_a_commit_before_it_is_made(serve, monkeypatch):
+    server = serve()
+    add = backfeedr.Store.add
+    execute, told, seen = backfeedr._Connection.execute, [], []
+
+    def watched(db, statement, *args):
+        if statement == "commit" and not db.pragma("query_only"):
+            seen.append((list(told), sql(server.store.path, "select count(*) from crashes")[0][0]))
+        return execute(db, statement, *args)
+
+    monkeypatch.setattr(backfeedr._Connection, "execute", watched)
+    calls = [lambda: told.append(add(server.store, backfeedr.sha256(KEY), [parse_crash(dict(CRASH))]))] * 5
+    run_together(server.store, calls)
+    assert seen == [([], 0)] and len(told) == 5
+    assert len(stored(server, "crashes")["crashes"]) == 5
+
+
+def test_a_transaction_takes_its_lock_at_once(api):
+    """Else a first read could make a later write fail without waiting."""
+    with api.server.store.writing():
+        with closing(sqlite3.connect(str(api.server.store.path), timeout=0)) as other:
+            with pytest.raises(sqlite3.OperationalError, match="locked"):
+                other.execute("begin immediate")
+
+
+def test_a_reader_cannot_write(api):
+    with pytest.raises(StorageUnavailable):
+        with api.server.store.reading() as db:
+            db.execute("delete from apps")
+    assert [app.name for app in api.server.store.apps()] == ["default"]
+
+
+def test_a_key_is_kept_only_as_its_digest_and_prefix(api):
+    key = api.server.store.create_app("Shop")
+    api.post(CRASHES, CRASH, key=key)
+    assert api.post(CRASHES, CRASH, key=key)[0] == 201
+    api.server.close()
+    content = api.server.store.path.read_bytes()
+    for secret in (key, KEY, TOKEN):
+        assert secret.encode() not in content and secret[-32:].encode() not in content
+    assert hashlib.sha256(key.encode()).digest() in content and key[:16].encode() in content
+
+
+def test_a_revoked_key_is_refused_at_once_and_its_sister_is_not(api):
+    store = api.server.store
+    first = store.create_app("Shop")
+    second = store.create_key("Shop")
+    assert [api.post(CRASHES, CRASH, key=key)[0] for key in (first, second)] == [201, 201]
+    assert store.revoke_key(first[:16]).app == "Shop"
+    before = stored(api.server)
+    assert api.post(CRASHES, CRASH, key=first) == (401, {"error": "invalid API key"})
+    assert stored(api.server) == before
+    assert api.post(CRASHES, CRASH, key=second)[0] == 201
+    assert [app.keys for app in store.apps() if app.name == "Shop"] == [1]
+
+
+def test_a_key_that_another_process_has_revoked_is_refused_whatever_the_request(api):
+    assert api.post(CRASHES, CRASH)[0] == 201
+    with Store(str(api.server.store.path)) as other:
+        other.revoke_key(KEY)
+    before = stored(api.server)
+    for body in (b"{", CRASH):
+        assert api.post(CRASHES, body) == (401, {"error": "invalid API key"})
+    assert stored(api.server) == before
+
+
+def test_a_key_is_revoked_by_the_whole_of_it_or_by_enough_of_it(api):
+    store = api.server.store
+    first, second = store.create_app("Shop"), store.create_key("Shop")
+    for prefix in ("bf_live_", "", "bf_live_zz", "x"):
+        with pytest.raises(StoreError, match="active keys begin with"):
+            store.revoke_key(prefix)
+    store.revoke_key(second)
+    with pytest.raises(StoreError):
+        store.revoke_key(second)
+    assert [api.post(CRASHES, CRASH, key=key)[0] for key in (first, second)] == [201, 401]
+
+
+def test_a_key_that_was_revoked_stays_so_even_if_the_settings_name_it(serve):
+    first = serve()
+    first.store.revoke_key(KEY)
+    first.close()
+    assert Api(serve()).post(CRASHES, CRASH) == (401, {"error": "invalid API key"})
+
+
+@pytest.mark.parametrize("name", ["", " ", "a ", "\n", "x" * 101, "default"])
+def test_an_app_needs_a_proper_name_of_its_own(api, name):
+    with pytest.raises(StoreError):
+        api.server.store.create_app(name)
+    assert [app.name for app in api.server.store.apps()] == ["default"]
+
+
+def test_a_deleted_app_takes_everything_with_it_and_leaves_the_others(api):
+    store = api.server.store
+    key = store.create_app("Shop")
+    crash = {**CRASH, "device_id_hash": "both", "device_model": "iPhone16,1"}
+    session = {**EVENT, "type": "session_start", "session_id": "s"}
+    api.post(CRASHES, crash)
+    before = stored(api.server)
+    api.post(CRASHES, {**crash, "occurred_at": NOW}, key=key, Idempotency_Key="k")
+    api.post(BATCH, {"events": [{**session, "device_id_hash": "only"}] * 30}, key=key)
+    store.delete_app("Shop")
+    assert stored(api.server, *[table for table in REPORT_TABLES if table != "hours"]) \
+        == {table: rows for table, rows in before.items() if table != "hours"}
+    assert api.post(CRASHES, crash, key=key) == (401, {"error": "invalid API key"})
+    assert api.get("/api/v1/overview?app=Shop")[0] == 404
+    assert api.get("/api/v1/overview")[1]["dau"] == 1
+    with pytest.raises(StoreError):
+        store.delete_app("Shop")
+
+
+def test_a_report_that_arrives_as_its_app_goes_is_refused(api):
+    api.server.store.delete_app("default")
+    with pytest.raises(Refusal, match="invalid API key"):
+        api.server.store.add(backfeedr.sha256(KEY), [parse_event(dict(EVENT))])
+    assert stored(api.server, "events", "hours") == {"events": [], "hours": []}
+
+
+def test_a_revoked_key_of_the_settings_is_said_and_stays_revoked(serve, caplog):
+    server = serve()
+    server.store.revoke_key(KEY)
+    other = server.store.create_key("default")
+    server.close()
+    api = Api(serve())
+    assert "was revoked" in caplog.text
+    assert [api.post(CRASHES, CRASH, key=key)[0] for key in (KEY, other)] == [401, 201]
+
+
+def test_the_same_idempotency_key_and_body_give_the_same_ids_once(api, clock):
+    first = api.post(BATCH, {"events": [EVENT, EVENT]}, Idempotency_Key="a")
+    before = stored(api.server)
+    clock.move(6 * 24 * 3600)
+    again = api.post(BATCH, {"events": [EVENT, EVENT]}, Idempotency_Key="a")
+    assert (first[0], again[0]) == (201, 200) and first[1] == again[1]
+    assert stored(api.server) == before
+
+
+def test_an_idempotency_key_with_another_body_or_path_is_refused(api):
+    assert api.post(EVENTS, EVENT, Idempotency_Key="a")[0] == 201
+    before = stored(api.server)
+    refused = (422, {"error": "idempotency key reused with a different body"})
+    assert api.post(EVENTS, {**EVENT, "name": "x"}, Idempotency_Key="a") == refused
+    assert api.post(BATCH, {"events": [EVENT]}, Idempotency_Key="a") == refused
+    assert stored(api.server) == before
+    assert api.post(EVENTS, EVENT, key=api.server.store.create_app("Shop"), Idempotency_Key="a")[0] == 201
+
+
+def test_a_request_that_was_refused_leaves_its_idempotency_key_free(api):
+    assert api.post(EVENTS, b"{", Idempotency_Key="a")[0] == 400
+    assert api.post(EVENTS, EVENT, Idempotency_Key="a")[0] == 201
+
+
+def test_an_exact_replay_of_a_signed_request_stores_nothing(api, clock):
+    body = json.dumps(CRASH).encode()
+    first = api.signed(CRASHES, body, NOW)
+    before = stored(api.server)
+    clock.move(299)
+    assert api.signed(CRASHES, body, NOW) == (200, first[1])
+    assert api.signed(CRASHES, body, NOW, Idempotency_Key="added")[0] == 200
+    assert stored(api.server, "crashes", "hours") == {table: before[table] for table in ("crashes", "hours")}
+    assert api.signed(CRASHES, body, "2026-03-12T14:30:01Z")[0] == 201
+
+
+def test_a_signed_retry_under_its_idempotency_key_cannot_be_replayed_without_it(api):
+    body = json.dumps(CRASH).encode()
+    assert api.signed(CRASHES, body, NOW, Idempotency_Key="a")[0] == 201
+    assert api.signed(CRASHES, body, "2026-03-12T14:30:05Z", Idempotency_Key="a")[0] == 200
+    assert api.signed(CRASHES, body, "2026-03-12T14:30:05Z")[0] == 200
+    assert len(stored(api.server, "crashes")["crashes"]) == 1
+
+
+def test_a_retry_that_is_compressed_anew_is_the_same_request(api):
+    body = json.dumps(CRASH).encode()
+    first = api.post(CRASHES, gzip.compress(body, mtime=1), Content_Encoding="gzip", Idempotency_Key="a")
+    again = api.post(CRASHES, gzip.compress(body, mtime=2), Content_Encoding="gzip", Idempotency_Key="a")
+    assert (first[0], again) == (201, (200, first[1]))
+
+
+def test_identical_unsigned_requests_are_two_reports(api):
+    ids = {api.post(CRASHES, CRASH)[1]["id"] for _ in range(2)}
+    assert len(ids) == len(stored(api.server, "crashes")["crashes"]) == 2
+
+
+def test_a_repetition_is_forgotten_after_its_week(api, clock):
+    assert api.post(EVENTS, EVENT, Idempotency_Key="a")[0] == 201
+    clock.move(7 * 24 * 3600 + 1)
+    api.post(EVENTS, EVENT)
+    assert stored(api.server, "replays") == {"replays": []}
+
+
+def test_expired_rows_go_with_later_commits_and_the_counts_of_what_is_retained_with_them(serve, clock):
+    server = serve(retention_days=1)
+    api = Api(server)
+    api.post(CRASHES, {**CRASH, "device_model": "iPhone16,1"})
+    api.post(EVENTS, EVENT)
+    clock.move(24 * 3600 + 1)
+    api.post(CRASHES, {**CRASH, "exception_type": "LATE"})
+    assert sql(server.store.path, "select exception_type from crashes") == [("LATE",)]
+    assert stored(server, "events") == {"events": []}
+    assert api.get("/api/v1/metrics/crash-types")[1] == {"labels": ["LATE"], "data": [1]}
+    assert api.get("/api/v1/metrics/devices")[1] == {"labels": [], "data": []}
+    assert sum(api.get("/api/v1/metrics/daily-crashes")[1]["data"]) == 2
+    assert sql(server.store.path, "select label, crashes from labels") == [("LATE", 1)]
+    serve.unchecked.append(server)  # its roll-ups outlive its rows
+
+
+def test_retention_keeps_up_with_large_batches(serve, clock):
+    server = serve(retention_days=1)
+    batch = [parse_event(dict(EVENT))] * 1000
+    for _ in range(4):
+        server.store.add(backfeedr.sha256(KEY), batch)
+        clock.move(24 * 3600 + 1)
+    assert len(stored(server, "events")["events"]) == 1000
+
+
+def test_retention_of_zero_keeps_all(serve, clock):
+    api = Api(serve(retention_days=0))
+    api.post(CRASHES, CRASH)
+    clock.move(10_000 * 24 * 3600)
+    api.post(CRASHES, CRASH)
+    assert len(stored(api.server, "crashes")["crashes"]) == 2
+
+
+def test_ids_are_unique_and_ascend_even_if_the_clock_goes_back(api, clock):
+    ids = []
+    for step in (0, 0, -3600, 7200):
+        clock.move(step)
+        ids.append(api.post(CRASHES, CRASH)[1]["id"])
+    assert ids == sorted(set(ids))
+
+
+def test_many_threads_share_commits_and_lose_nothing(serve):
+    server = serve()
+    key_hash = backfeedr.sha256(KEY)
+    seqs = []
+
+    def send(n):
+        for m in range(25):
+            crash = {**CRASH, "device_id_hash": f"d{n % 3}", "device_model": f"m{m % 2}"}
+            seqs.extend(server.store.add(key_hash, [parse_crash(crash)]).seqs)
+            seqs.extend(server.store.add(key_hash, [parse_event({**EVENT, "session_id": f"s{n}"})] * 3).seqs)
+
+    threads = [threading.Thread(target=send, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    rows = sql(server.store.path, "select seq from crashes union all select seq from events")
+    assert sorted(seqs) == sorted(seq for seq, in rows) and len(seqs) == 8 * 25 * 4
+
+
+def test_one_refused_request_does_not_hurt_its_neighbours_in_a_commit(serve):
+    """Requests that wait together: a good one, a repetition, a reused key and one of an app that is gone."""
+    server = serve()
+    store = server.store
+    key_hash = backfeedr.sha256(KEY)
+    event = parse_event(dict(EVENT))
+    cases = [(key_hash, Once((b"a",), b"1")), (key_hash, Once((b"a",), b"1")), (key_hash, Once((b"a",), b"2")),
+             (b"gone", Once())]
+    outcomes = run_together(store, [lambda case=case: store.add(case[0], [event], case[1]) for case in cases])
+    kinds = sorted(str(outcome) if isinstance(outcome, Exception) else str(outcome.replayed) for outcome in outcomes)
+    assert kinds in (["False", "True", "idempotency key reused with a different body", "invalid API key"],
+                     ["False", "idempotency key reused with a different body",
+                      "idempotency key reused with a different body", "invalid API key"])
+    assert len(stored(server, "events")["events"]) == 1
+
+
+def run_together(store, calls):
+    """The outcomes of calls that all wait for the same commit: they are held until all have queued."""
+    outcomes = [None] * len(calls)
+
+    def run(n):
+        try:
+            outcomes[n] = calls[n]()
+        except BaseException as error:
+            outcomes[n] = error
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(len(calls))]
+    here = store._here
+    with here.write_lock:
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(here.queue) == len(calls))
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    return outcomes
+
+
+def wait_until(condition, seconds=20):
+    """Returns when the condition holds: for other threads and processes, whose pace no clock of ours sets."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.005)
+
+
+def test_a_store_works_on_both_sides_of_a_fork(serve):
+    server = serve()
+    api = Api(server)
+    api.post(CRASHES, CRASH)
+    child = os.fork()
+    if not child:
+        try:
+            os._exit(0 if api.post(CRASHES, CRASH)[0] == 201 and api.get("/api/v1/overview")[0] == 200 else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    assert api.post(CRASHES, CRASH)[0] == 201
+    assert len(stored(server, "crashes")["crashes"]) == 3
+
+
+def test_close_may_be_called_twice_and_folds_the_wal_in(serve):
+    server = serve()
+    Api(server).post(CRASHES, CRASH)
+    server.close()
+    server.close()
+    assert [file.name for file in server.store.path.parent.iterdir()] == ["test.db"]
+    assert Api(server).post(CRASHES, CRASH) == (503, {"error": "storage unavailable"})
+    assert len(stored(server, "crashes")["crashes"]) == 1
+
+
+@pytest.mark.parametrize("content", [b"junk" * 1000, b"SQLite format 3\x00" + b"junk" * 1000])
+def test_a_file_that_is_no_database_is_refused_and_left_alone(tmp_path, content):
+    path = tmp_path / "junk.db"
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match="cannot open the database .*junk.db"):
+        Store(str(path))
+    assert path.read_bytes() == content
+
+
+def test_the_database_of_another_program_is_refused_and_left_alone(tmp_path):
+    path = tmp_path / "other.db"
+    with closing(sqlite3.connect(str(path))) as db:
+        db.execute("create table theirs (a)")
+    content = path.read_bytes()
+    with pytest.raises(StoreError, match="not one of backfeedr's"):
+        Store(str(path))
+    assert path.read_bytes() == content
+
+
+def test_a_database_of_a_newer_backfeedr_is_refused_and_left_alone(serve, tmp_path):
+    serve("newer.db").close()
+    path = tmp_path / "newer.db"
+    with closing(sqlite3.connect(str(path))) as db:
+        db.execute("pragma user_version = 99")
+    content = path.read_bytes()
+    with pytest.raises(StoreError, match="newer backfeedr"):
+        Store(str(path))
+    assert path.read_bytes() == content
+
+
+def test_an_older_schema_is_migrated_and_keeps_its_rows(serve, monkeypatch):
+    server = serve()
+    Api(server).post(CRASHES, CRASH)
+    server.close()
+    before = stored(server)
+    monkeypatch.setattr(backfeedr, "SCHEMA_VERSION", 3)
+    monkeypatch.setattr(backfeedr, "MIGRATIONS", {1: "alter table apps add column note text;\n",
+                                                  2: "update apps set note = 'two';\n"})
+    again = serve()
+    assert sql(again.store.path, "select note from apps") == [("two",)]
+    assert sql(again.store.path, "pragma user_version") == [(3,)]
+    assert stored(again) == before
+    assert Api(again).post(CRASHES, CRASH)[0] == 201
+
+
+def test_a_migration_that_fails_leaves_the_file_as_it_was(serve, monkeypatch):
+    server = serve()
+    server.close()
+    content = server.store.path.read_bytes()
+    monkeypatch.setattr(backfeedr, "SCHEMA_VERSION", 2)
+    monkeypatch.setattr(backfeedr, "MIGRATIONS", {1: "alter table apps add column note text;\nnonsense;\n"})
+    with pytest.raises(StoreError, match="syntax error"):
+        serve()
+    assert server.store.path.read_bytes() == content
+
+
+def test_a_directory_without_write_permission_is_refused(tmp_path):
+    """As an ordinary user, in a process of its own: root may write everywhere."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o555)
+    try:
+        child = os.fork()
+        if not child:
+            try:
+                if not os.geteuid():
+                    os.seteuid(65534)
+                Store(str(folder / "test.db"))
+            except StoreError as error:
+                os._exit(0 if str(error).endswith("Permission denied") else 3)
+            finally:
+                os._exit(2)
+        assert os.WEXITSTATUS(os.waitpid(child, 0)[1]) == 0
+        assert list(folder.iterdir()) == []
+    finally:
+        folder.rmdir()
+
+
+def test_an_empty_file_becomes_a_database(tmp_path):
+    (tmp_path / "empty.db").touch()
+    with Store(str(tmp_path / "empty.db")) as store:
+        assert store.apps() == []
+
+
+# -- Faults
+
+UNAVAILABLE = (503, {"error": "storage unavailable"})
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """A disk of so many pages for every connection that is opened from now on; None is plenty."""
+    class Disk:
+        pages = None
+
+    open_connection = backfeedr._Connection.__init__
+
+    def init(db, *args, **kwargs):
+        open_connection(db, *args, **kwargs)
+        if Disk.pages is not None:
+            db.execute(f"pragma max_page_count = {Disk.pages}")
+
+    monkeypatch.setattr(backfeedr._Connection, "__init__", init)
+    return Disk
+
+
+def test_a_full_disk_in_the_middle_of_a_group_fails_the_whole_group_until_there_is_room(serve, disk):
+    server = serve()
+    api = Api(server)
+    api.post(CRASHES, CRASH)
+    before = stored(server)
+    disk.pages = sql(server.store.path, "pragma page_count")[0][0] + 3  # enough for some of the group's rows
+    server.store._here.writer.close()
+    server.store._here.writer = None
+    batch = [parse_event({**EVENT, "properties": {"text": "x" * 300}}) for _ in range(100)]
+    crash = parse_crash(dict(CRASH))
+    calls = [lambda: server.store.add(backfeedr.sha256(KEY), [crash])] * 3 \
+        + [lambda: server.store.add(backfeedr.sha256(KEY), batch)] * 2
+    for _ in range(2):
+        assert {type(outcome) for outcome in run_together(server.store, calls)} == {StorageUnavailable}
+        assert stored(server) == before
+    assert api.post(BATCH, {"events": [{**EVENT, "properties": {"text": "x" * 300}}] * 100}) == UNAVAILABLE
+    assert int(api.headers["Retry-After"]) >= 1
+    assert api.post(CRASHES, CRASH)[0] == 201, "what still finds room is stored"
+    assert api.get("/api/v1/health")[0] == 200 and api.get("/api/v1/overview")[0] == 200
+    disk.pages = 1_000_000
+    server.store._here.writer.execute("pragma max_page_count = 1000000")
+    assert {type(outcome) for outcome in run_together(server.store, calls)} == {backfeedr.Receipt}
+    assert len(stored(server, "events")["events"]) == 200
+
+
+def test_a_lock_of_another_process_is_waited_for_within_a_bound(serve, monkeypatch):
+    monkeypatch.setattr(backfeedr, "BUSY_TIMEOUT", 0.1)
+    api = Api(serve())
+    before = stored(api.server)
+    with closing(sqlite3.connect(str(api.server.store.path), isolation_level=None)) as other:
+        other.execute("begin immediate")
+        assert api.post(CRASHES, CRASH) == UNAVAILABLE
+        assert api.get("/api/v1/health") == (200, {"status": "ok"})
+        assert api.get("/api/v1/overview")[0] == 200
+        other.execute("rollback")
+    assert stored(api.server) == before
+    assert api.post(CRASHES, CRASH)[0] == 201
+
+
+def test_a_lock_that_is_given_up_in_time_costs_nobody_a_report(serve):
+    api = Api(serve())
+    with closing(sqlite3.connect(str(api.server.store.path), isolation_level=None, check_same_thread=False)) as other:
+        other.execute("begin immediate")
+        release = threading.Timer(0.2, other.execute, ["rollback"])
+        release.start()
+        assert api.post(CRASHES, CRASH)[0] == 201
+        release.join()
+
+
+def test_a_file_that_is_gone_is_reported_and_used_again_when_it_is_back(api):
+    path = api.server.store.path
+    api.post(CRASHES, CRASH)
+    path.rename(path.with_suffix(".away"))
+    assert api.post(CRASHES, CRASH) == UNAVAILABLE
+    assert api.get("/api/v1/health") == UNAVAILABLE
+    assert not path.exists(), "it must not come back empty"
+    path.with_suffix(".away").rename(path)
+    assert api.get("/api/v1/health") == (200, {"status": "ok"})
+    assert api.post(CRASHES, CRASH)[0] == 201
+    assert len(stored(api.server, "crashes")["crashes"]) == 2
+
+
+def test_a_database_put_in_the_place_of_the_file_is_left_alone(serve):
+    server, other = serve(), serve("other.db")
+    api = Api(server)
+    api.post(CRASHES, CRASH)
+    other.close()
+    path, content = server.store.path, other.store.path.read_bytes()
+    path.rename(path.with_suffix(".away"))
+    path.write_bytes(content)
+    assert api.post(CRASHES, CRASH) == UNAVAILABLE
+    assert api.get("/api/v1/health") == UNAVAILABLE
+    assert path.read_bytes() == content
+    path.with_suffix(".away").rename(path)
+    assert api.post(CRASHES, CRASH)[0] == 201
+    assert api.get("/api/v1/health")[0] == 200
+
+
+def test_a_failed_sync_makes_health_fail_until_a_commit_succeeds(api, monkeypatch, caplog):
+    execute = backfeedr._Connection.execute
+
+    def failing(db, statement, *args):
+        if statement == "commit" and db.in_transaction and not db.pragma("query_only"):
+            raise sqlite3.OperationalError("disk I/O error")
+        return execute(db, statement, *args)
+
+    before = stored(api.server)
+    monkeypatch.setattr(backfeedr._Connection, "execute", failing)
+    assert api.post(CRASHES, CRASH) == UNAVAILABLE
+    assert api.get("/api/v1/health") == UNAVAILABLE
+    assert api.get("/api/v1/overview")[0] == 200
+    assert "disk I/O error" in caplog.text
+    assert stored(api.server) == before
+    monkeypatch.setattr(backfeedr._Connection, "execute", execute)
+    assert api.get("/api/v1/health")[0] == 200
+    assert api.post(CRASHES, CRASH)[0] == 201
+
+
+@pytest.mark.parametrize("fault", [RuntimeError, KeyboardInterrupt, MemoryError, sqlite3.DatabaseError])
+def test_no_waiter_is_left_hanging_whatever_its_leader_meets(serve, monkeypatch, fault):
+    server = serve()
+
+    def fail(commit):
+        raise fault("on purpose")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(backfeedr._Commit, "save", fail)
+        calls = [lambda: server.store.add(backfeedr.sha256(KEY), [parse_crash(dict(CRASH))])] * 5
+        outcomes = run_together(server.store, calls)
+    kinds = Counter(type(outcome) for outcome in outcomes)
+    assert kinds[StorageUnavailable] + kinds[fault] == 5 and kinds[fault] <= 1
+    assert stored(server, "crashes", "hours") == {"crashes": [], "hours": []}
+    assert Api(server).post(CRASHES, CRASH)[0] == 201
+
+
+def test_a_waiter_that_is_interrupted_leaves_the_queue_to_the_others(serve, monkeypatch):
+    """As Ctrl-C does in an app whose main thread handles requests."""
+    server = serve()
+    here = server.store._here
+
+    def add():
+        return server.store.add(backfeedr.sha256(KEY), [parse_crash(dict(CRASH))])
+
+    def interrupted(write):
+        raise KeyboardInterrupt
+
+    with here.write_lock:
+        leader = threading.Thread(target=add)
+        leader.start()
+        wait_until(lambda: here.queue)
+        monkeypatch.setattr(backfeedr._Write, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            add()
+        assert len(here.queue) == 1
+        monkeypatch.undo()
+    leader.join(20)
+    assert not leader.is_alive() and add().replayed is False
+
+
+@pytest.mark.parametrize("limit, events", [({"max_waiters": 2}, 1), ({"max_rows": 200}, 100)])
+def test_too_many_waiters_are_sent_away_at_once(tmp_path, limit, events):
+    with Store(str(tmp_path / "small.db"), **limit) as store:
+        key_hash = backfeedr.sha256(store.create_app("Shop"))
+        batch = [parse_event(dict(EVENT)) for _ in range(events)]
+        refused = []
+
+        def one_too_many():
+            wait_until(lambda: len(store._here.queue) == 2)
+            with pytest.raises(StorageUnavailable) as error:
+                store.add(key_hash, batch)
+            refused.append(error.value.retry_after)
+
+        threads = [threading.Thread(target=store.add, args=(key_hash, batch)) for _ in range(2)]
+        with store._here.write_lock:
+            for thread in threads:
+                thread.start()
+            one_too_many()
+        for thread in threads:
+            thread.join(20)
+        assert refused[0] >= 1
+        assert len(sql(store.path, "select seq from events")) == 2 * events
+        store.add(key_hash, batch)
+
+
+def test_a_batch_larger_than_the_limit_of_rows_is_taken_where_nobody_waits(tmp_path):
+    with Store(str(tmp_path / "small.db"), max_rows=10) as store:
+        batch = [parse_event(dict(EVENT)) for _ in range(100)]
+        assert len(store.add(backfeedr.sha256(store.create_app("Shop")), batch).seqs) == 100
+
+
+# == Metrics ===================================================================
+
+def crash_at(time, kind="A", **more):
+    return {"exception_type": kind, "occurred_at": time, **more}
+
+
+def start_at(time, **more):
+    return {"type": "session_start", "occurred_at": time, **more}
+
+
+@pytest.fixture
+def small_world(api):
+    """Two live apps and a test app, with figures worked out by hand. Now is Thursday 2026-03-12, 14:30."""
+    shop = api.server.store.create_app("Shop")
+    beta = api.server.store.create_app("Beta", is_test=True)
+    for key, crash in [
+            (KEY, crash_at("2026-03-12T10:00:00Z", device_model="iPhone16,1", device_id_hash="d1")),
+            (KEY, crash_at("2026-03-11T23:59:59.999Z", device_model="iPhone15,2", device_id_hash="d2")),
+            (KEY, crash_at("2026-03-06T00:00:00Z", "B", device_model="", device_id_hash="")),  # first of 7 days
+            (KEY, crash_at("2026-03-05T23:59:59.999Z", "C")),  # the day before, but within 7 x 24 h
+            (KEY, crash_at("2026-03-05T14:00:00Z", "C")),  # the hour in which that window begins
+            (KEY, crash_at("2026-03-05T13:59:59.999Z", "D")),  # the hour before
+            (KEY, crash_at("2026-03-12T15:00:00Z", "E", device_id_hash="fast")),  # clock 30 minutes fast
+            (KEY, crash_at("2026-03-12T14:35:00Z", "E")),  # 5 minutes fast: believed
+            (KEY, crash_at("2025-01-01T00:00:00Z", "D", device_id_hash="late", device_model="iPhone15,2")),
+            (shop, crash_at("2026-03-09T12:00:00Z", device_model="iPhone16,1", device_id_hash="d1")),
+            (beta, crash_at("2026-03-10T12:00:00Z", "Z", device_model="iPad", device_id_hash="d9"))]:
+        assert api.post(CRASHES, crash, key=key)[0] == 201
+    for key, event in [
+            (KEY, start_at("2026-03-12T10:00:00Z", session_id="s1")),
+            (KEY, start_at("2026-03-12T11:00:00Z", session_id="s1")),  # the same session again
+            (KEY, start_at("2026-03-05T14:00:00Z", session_id="s2")),
+            (KEY, start_at("2026-03-05T13:59:59Z", session_id="s3")),  # before the window
+            (KEY, start_at("2026-03-10T00:00:00Z")), (KEY, start_at("2026-03-10T00:00:00Z", session_id="")),
+            (KEY, {"type": "session_end", "occurred_at": NOW, "session_id": "s4"}),
+            (KEY, {"type": "error", "occurred_at": "2026-03-11T14:00:00Z", "device_id_hash": "d3"}),
+            (KEY, {"type": "error", "occurred_at": "2026-03-11T13:59:59.999Z", "device_id_hash": "d4"}),  # too old
+            (KEY, {"type": "custom", "occurred_at": NOW, "device_id_hash": ""}),
+            (shop, start_at("2026-03-12T10:00:00Z", session_id="s1", device_id_hash="d1")),  # another app's s1
+            (beta, start_at("2026-03-12T10:00:00Z", session_id="s1", device_id_hash="d9"))]:
+        assert api.post(EVENTS, event, key=key)[0] == 201
+    batch = {"events": [start_at("2026-03-08T12:00:00Z")] * 11}
+    assert api.post(BATCH, batch)[0] == 201
+    return api
+
+
+def groups_of(*rows):
+    return [{"group_hash": group_hash(kind, []), "exception_type": kind, "exception_reason": "", "count": count}
+            for kind, count in rows]
+
+
+def test_daily_crashes_are_the_seven_days_until_today_from_monday_to_sunday(small_world):
+    assert small_world.get("/api/v1/metrics/daily-crashes") == (200, {
+        "labels": ["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"], "data": [1, 0, 1, 3, 1, 0, 0]})
+    assert small_world.get("/api/v1/metrics/daily-crashes?app=default")[1]["data"] == [0, 0, 1, 3, 1, 0, 0]
+    assert small_world.get("/api/v1/metrics/daily-crashes?app=Beta")[1]["data"] == [0, 1, 0, 0, 0, 0, 0]
+
+
+def test_daily_crashes_of_some_days_are_by_date(small_world):
+    assert small_world.get("/api/v1/metrics/daily-crashes?days=1")[1] == {"labels": ["2026-03-12"], "data": [3]}
+    assert small_world.get("/api/v1/metrics/daily-crashes?days=8")[1] == {
+        "labels": [f"2026-03-{day:02}" for day in range(5, 13)], "data": [3, 1, 0, 0, 1, 0, 1, 3]}
+    year = small_world.get("/api/v1/metrics/daily-crashes?days=365")[1]
+    assert (len(year["labels"]), year["labels"][0], sum(year["data"])) == (365, "2025-03-13", 9)
+
+
+def test_crash_types_are_all_that_is_retained_by_frequency_then_name(small_world):
+    assert small_world.get("/api/v1/metrics/crash-types") == (
+        200, {"labels": ["A", "C", "D", "E", "B"], "data": [3, 2, 2, 2, 1]})
+    assert small_world.get("/api/v1/metrics/crash-types?app=Shop")[1] == {"labels": ["A"], "data": [1]}
+    assert small_world.get("/api/v1/metrics/crash-types?app=Beta")[1] == {"labels": ["Z"], "data": [1]}
+    assert small_world.get("/api/v1/metrics/crash-types?days=1")[1] == {"labels": ["E", "A"], "data": [2, 1]}
+
+
+def test_devices_are_crashes_per_model_without_unknown_ones(small_world):
+    assert small_world.get("/api/v1/metrics/devices") == (
+        200, {"labels": ["iPhone15,2", "iPhone16,1"], "data": [2, 2]})
+    assert small_world.get("/api/v1/metrics/devices?app=Beta")[1] == {"labels": ["iPad"], "data": [1]}
+    assert small_world.get("/api/v1/metrics/devices?days=2")[1]["data"] == [1, 1]
+
+
+def test_devices_are_the_ten_most_frequent(api):
+    for n in range(12):
+        for _ in range(1 + (n == 11)):
+            api.post(CRASHES, {**CRASH, "device_model": f"model{n:02}"})
+    labels = api.get("/api/v1/metrics/devices")[1]["labels"]
+    assert labels == ["model11", *[f"model{n:02}" for n in range(9)]]
+
+
+def test_the_overview(small_world):
+    assert small_world.get("/api/v1/overview") == (200, {
+        "crash_free_rate_7d": 50.0, "dau": 4, "sessions_7d": 16, "crashes_7d": 8,  # d1, d2, d3, fast
+        "top_crashes": groups_of(("A", 3), *sorted([("C", 2), ("E", 2)], key=lambda row: group_hash(row[0], [])),
+                                 ("B", 1))})
+    assert small_world.get("/api/v1/overview?app=Shop")[1] == {
+        "crash_free_rate_7d": 0.0, "dau": 1, "sessions_7d": 1, "crashes_7d": 1, "top_crashes": groups_of(("A", 1))}
+    assert small_world.get("/api/v1/overview?app=Beta")[1] == {
+        "crash_free_rate_7d": 0.0, "dau": 1, "sessions_7d": 1, "crashes_7d": 1, "top_crashes": groups_of(("Z", 1))}
+
+
+def test_windows_roll_with_the_clock(small_world, clock):
+    clock.move(6 * 24 * 3600)  # Wednesday 18 March, 14:30
+    assert small_world.get("/api/v1/metrics/daily-crashes")[1]["data"] == [0, 0, 0, 3, 0, 0, 0]
+    overview = small_world.get("/api/v1/overview")[1]
+    assert (overview["crashes_7d"], overview["sessions_7d"], overview["dau"]) == (4, 2, 0)
+    assert overview["crash_free_rate_7d"] == 0.0
+    clock.move(2 * 24 * 3600)
+    assert small_world.get("/api/v1/overview")[1] == {
+        "crash_free_rate_7d": 100.0, "dau": 0, "sessions_7d": 0, "crashes_7d": 0, "top_crashes": []}
+    assert sum(small_world.get("/api/v1/metrics/crash-types")[1]["data"]) == 10
+
+
+def test_an_empty_server_has_empty_metrics(api):
+    assert api.get("/api/v1/metrics/daily-crashes")[1]["data"] == [0] * 7
+    assert api.get("/api/v1/metrics/crash-types") == api.get("/api/v1/metrics/devices") \
+        == (200, {"labels": [], "data": []})
+    assert api.get("/api/v1/overview") == (200, {
+        "crash_free_rate_7d": 100.0, "dau": 0, "sessions_7d": 0, "crashes_7d": 0, "top_crashes": []})
+
+
+@pytest.mark.parametrize("crashes, sessions, rate", [
+    (0, 0, 100.0), (1, 0, 0.0), (0, 5, 100.0), (5, 5, 0.0), (9, 5, 0.0), (1, 3, 66.67), (23, 12456, 99.82), (3, 200, 98.5)])
+def test_crash_free_rate(crashes, sessions, rate):
+    assert backfeedr.crash_free_rate(crashes, sessions) == rate
+
+
+@pytest.mark.parametrize("occurred_at, counts_on", [
+    ("2026-03-12T23:59:59.999Z", "2026-03-12"), ("2026-03-13T00:00:00Z", "2026-03-13"),
+    ("2026-03-13T00:03:00Z", "2026-03-13"), ("2026-03-13T00:03:00.001Z", "2026-03-12")])
+def test_a_clock_is_believed_up_to_five_minutes_also_across_midnight(api, clock, occurred_at, counts_on):
+    clock.seconds = parse_time("2026-03-12T23:58:00Z") / 1000
+    api.post(CRASHES, {**CRASH, "occurred_at": occurred_at})
+    clock.move(24 * 3600)
+    days = api.get("/api/v1/metrics/daily-crashes?days=3")[1]
+    assert dict(zip(days["labels"], days["data"])) == {
+        "2026-03-11": 0, "2026-03-12": 0, "2026-03-13": 0, **{counts_on: 1}}
+    assert report(api.server)["occurred_at"] == parse_time(occurred_at)
+
+
+def test_top_crashes_are_five_with_the_reason_of_the_latest_crash(api):
+    for n in range(7):
+        for at in ("2026-03-12T14:01:00Z", "2026-03-12T14:03:00Z", "2026-03-12T14:02:00Z")[:1 + n % 3]:
+            api.post(CRASHES, {**CRASH, "exception_type": f"T{n}", "exception_reason": at, "occurred_at": at})
+    top = api.get("/api/v1/overview")[1]["top_crashes"]
+    assert [row["count"] for row in top] == [3, 3, 2, 2, 1]
+    assert {row["exception_reason"][14:16] for row in top if row["count"] == 3} == {"03"}
+    ties = [row["group_hash"] for row in top]
+    assert ties[:2] == sorted(ties[:2]) and ties[2:4] == sorted(ties[2:4])
+
+
+def test_a_session_counts_at_its_latest_start_whatever_the_order(api, clock):
+    for at in ("2026-03-12T10:00:00Z", "2026-03-01T10:00:00Z"):
+        api.post(EVENTS, start_at(at, session_id="s"))
+    clock.move(6 * 24 * 3600)
+    assert api.get("/api/v1/overview")[1]["sessions_7d"] == 1
+
+
+def test_of_two_crashes_at_once_the_one_that_came_last_gives_the_reason(api):
+    for reason in ("first", "second"):
+        api.post(CRASHES, {**CRASH, "occurred_at": "2026-03-12T14:00:00Z", "exception_reason": reason})
+    assert api.get("/api/v1/overview")[1]["top_crashes"][0]["exception_reason"] == "second"
+
+
+def test_an_app_name_beyond_ascii_is_found_however_it_is_encoded(api):
+    api.server.store.create_app("Caf\u00e9")
+    assert api.get("/api/v1/overview?app=Caf%C3%A9")[0] == 200
+    answer = api.web.get("/api/v1/overview", extra_environ={"QUERY_STRING": "app=Caf\u00c3\u00a9"})
+    assert answer.status_int == 200
+
+
+def test_a_device_of_two_apps_is_one_and_moves_with_its_latest_report(api, clock):
+    shop = api.server.store.create_app("Shop")
+    event = {**EVENT, "device_id_hash": "d", "occurred_at": NOW}
+    api.post(EVENTS, event)
+    api.post(EVENTS, event, key=shop)
+    assert api.get("/api/v1/overview")[1]["dau"] == 1
+    clock.move(20 * 3600)
+    api.post(EVENTS, {**event, "occurred_at": "2026-03-13T10:30:00Z"}, key=shop)
+    api.post(EVENTS, {**event, "occurred_at": "2026-03-01T00:00:00Z"}, key=shop)  # late: moves nothing
+    clock.move(10 * 3600)
+    assert [api.get("/api/v1/overview" + app)[1]["dau"] for app in ("", "?app=Shop", "?app=default")] == [1, 1, 0]
+
+
+@pytest.mark.parametrize("path", METRICS)
+@pytest.mark.parametrize("query", ["days=0", "days=366", "days=-1", "days=", "days=x", "days=1.5", "days=%D9%A1",
+                                   "days=7%0A", "days=1&days=0", "days=00001"])
+def test_days_must_be_1_to_365(api, path, query):
+    assert api.get(f"{path}?{query}") == (400, {"error": "invalid days"})
+
+
+@pytest.mark.parametrize("path", METRICS)
+@pytest.mark.parametrize("app", ["nope", "%00", "%FF", "default%20", "x" * 5000, "' or 1=1 --"])
+def test_metrics_of_an_unknown_app_are_not_found(api, path, app):
+    assert api.get(f"{path}?app={app}") == (404, {"error": "not found"})
+
+
+def test_metrics_can_be_kept_behind_the_admin_token(serve):
+    api = Api(serve(public_metrics=False))
+    for path in METRICS:
+        assert api.get(path) == (401, {"error": "missing admin token"})
+        assert api.get(path, Authorization="Basic " + TOKEN) == (401, {"error": "missing admin token"})
+        assert api.get(path, Authorization="Bearer " + KEY) == (401, {"error": "invalid admin token"})
+        assert api.get(path, Authorization="Bearer " + TOKEN)[0] == 200
+    assert api.get("/api/v1/health") == (200, {"status": "ok"})
+
+
+# == Backfeedr =================================================================
+
+def test_a_server_may_leave_out_an_empty_path(serve):
+    answered = []
+    serve()({"REQUEST_METHOD": "GET", "SCRIPT_NAME": "/m", "wsgi.errors": sys.stderr},
+            lambda line, headers, exc_info=None: answered.append(line))
+    assert answered == ["404 Not Found"]
+
+
+def test_every_answer_of_the_reference(api):
+    assert api.get("/api/v1/health") == (200, {"status": "ok"})
+    status, answer = api.post(CRASHES, (EXAMPLES / "crash.json").read_bytes())
+    assert status == 201 and set(answer) == {"id", "group_hash"} and answer["group_hash"] == "acc0d2dfe0c1898c"
+    status, answer = api.post(EVENTS, (EXAMPLES / "event.json").read_bytes())
+    assert status == 201 and set(answer) == {"id"} and answer["id"].startswith("evt_")
+    status, answer = api.post(BATCH, (EXAMPLES / "batch.json").read_bytes())
+    assert status == 201 and answer["count"] == 2 and all(each.startswith("evt_") for each in answer["ids"])
+    assert set(api.get("/api/v1/overview")[1]) == {
+        "crash_free_rate_7d", "dau", "sessions_7d", "crashes_7d", "top_crashes"}
+
+
+@pytest.mark.parametrize("kind", ["session_start", "session_end", "error", "custom"])
+def test_every_event_type_of_the_reference_is_taken(api, kind):
+    assert api.post(EVENTS, {"type": kind, "occurred_at": NOW})[0] == 201
+    assert report(api.server, "events")["type"] == kind
+
+
+def test_a_key_is_needed_and_checked(api):
+    assert api.post(CRASHES, CRASH, key=None) == (401, {"error": "missing API key"})
+    assert api.post(CRASHES, CRASH, key="") == (401, {"error": "missing API key"})
+    for key in ("nope", KEY.upper(), KEY[:-1], KEY + "0", "\u00fc"):
+        assert api.post(CRASHES, CRASH, key=key) == (401, {"error": "invalid API key"})
+    assert stored(api.server, "crashes") == {"crashes": []}
+
+
+def test_a_key_beyond_ascii_works(serve):
+    api = Api(serve(api_key="clé"))
+    assert api.post(CRASHES, CRASH, key="clé".encode().decode("latin-1"))[0] == 201
+
+
+@pytest.mark.parametrize("path, status, text", [
+    ("/", 404, "not found"), ("/api/v1", 404, "not found"), ("/api/v1/", 404, "not found"),
+    ("/api/v1/nope", 404, "not found"), ("/api/v1/health/", 404, "not found"), ("/api/v1//health", 404, "not found"),
+    ("/api/v2/health", 404, "not found"), ("/api/v1/../v1/health", 404, "not found"),
+    ("/api/v1/health%00", 404, "not found"), ("/api/v1/health%FF", 404, "not found"),
+    (CRASHES, 405, "method not allowed"), (EVENTS, 405, "method not allowed"), (BATCH, 405, "method not allowed")])
+def test_a_wrong_path_or_method_is_answered_in_json(api, path, status, text):
+    assert api.get(path) == (status, {"error": text})
+    assert api.headers.get("Allow") == ("POST" if status == 405 else None)
+    assert (api.headers["Cache-Control"], api.headers["X-Content-Type-Options"]) == ("no-store", "nosniff")
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
+def test_metrics_can_only_be_read(api, method):
+    for path in [*METRICS, "/api/v1/health"]:
+        answer = api.web.request(path, method=method, expect_errors=True)
+        assert (answer.status_int, answer.json, answer.headers["Allow"]) == (405, {"error": "method not allowed"}, "GET")
+    assert api.web.head("/api/v1/health").status_int == 200
+
+
+def test_checks_go_size_key_rate_signature_json(serve):
+    """Each request has all the faults but those that were mended before it."""
+    api = Api(serve(rate_limit=1, max_body_size=100))
+    bad = {"X_Backfeedr_Timestamp": NOW, "X_Backfeedr_Signature": "sha256=0"}
+    assert api.post(CRASHES, b"x" * 101, key="nope", **bad)[0] == 413
+    assert api.post(CRASHES, b"x", key="nope", **bad) == (401, {"error": "invalid API key"})
+    assert api.post(CRASHES, CRASH)[0] == 201
+    assert api.post(CRASHES, b"x", **bad)[0] == 429
+    api.server._limiter.limit = 100
+    assert api.post(CRASHES, b"x", **bad) == (401, {"error": "invalid signature"})
+    assert api.post(CRASHES, b"x") == (400, {"error": "invalid JSON"})
+    assert api.post(CRASHES, b"{}") == (400, {"error": "missing exception_type"})
+
+
+def padded(size):
+    body = json.dumps(CRASH).encode()
+    return body + b" " * (size - len(body))
+
+
+def test_a_body_of_the_limit_is_taken_and_one_byte_more_is_not(serve):
+    api = Api(serve(max_body_size=1000))
+    assert api.post(CRASHES, padded(1000))[0] == 201
+    assert api.post(CRASHES, padded(1001)) == (413, {"error": "request body too large"})
+    assert api.post(CRASHES, gzip.compress(padded(1000)), Content_Encoding="gzip")[0] == 201
+    assert api.post(CRASHES, gzip.compress(padded(1001)), Content_Encoding="gzip") \
+        == (413, {"error": "request body too large"})
+    assert api.post(CRASHES, gzip.compress(b" " * 100_000_000), Content_Encoding="gzip")[0] == 413
+    assert len(stored(api.server, "crashes")["crashes"]) == 2
+
+
+def test_the_default_limit_is_a_mebibyte(api):
+    assert api.post(CRASHES, padded(1_048_576))[0] == 201
+    assert api.post(CRASHES, padded(1_048_577))[0] == 413
+
+
+@pytest.mark.parametrize("limit, status", [(len(json.dumps(CRASH)), 201), (len(json.dumps(CRASH)) - 1, 413)])
+def test_a_body_without_a_length_is_bounded_too(serve, limit, status):
+    server = serve(max_body_size=limit)
+    body = json.dumps(CRASH).encode()
+    answered = []
+    environ = {**webtest.TestRequest.blank(CRASHES, method="POST").environ, "HTTP_X_BACKFEEDR_KEY": KEY,
+               "wsgi.input": io.BytesIO(body), "wsgi.input_terminated": True}
+    environ.pop("CONTENT_LENGTH", None)
+    server(environ, lambda line, headers, exc_info=None: answered.append(int(line.split()[0])))
+    assert answered == [status]
+
+
+@pytest.mark.parametrize("length, expected", [
+    ("9" * 5000, (413, "request body too large")), ("-1", (400, "invalid Content-Length")),
+    ("1e3", (400, "invalid Content-Length")), ("\u00b2", (400, "invalid Content-Length"))])
+def test_a_length_that_is_none_is_refused(serve, length, expected):
+    answered = []
+    environ = {**webtest.TestRequest.blank(CRASHES, method="POST").environ, "HTTP_X_BACKFEEDR_KEY": KEY,
+               "CONTENT_LENGTH": length}
+    body, = serve()(environ, lambda line, headers, exc_info=None: answered.append(int(line.split()[0])))
+    assert (answered[0], json.loads(body)["error"]) == expected
+
+
+@pytest.mark.parametrize("encoding, body, expected", [
+    ("gzip", gzip.compress(json.dumps(CRASH).encode()), 201),
+    ("GZIP", gzip.compress(json.dumps(CRASH).encode()), 201),
+    ("identity", json.dumps(CRASH).encode(), 201),
+    ("br", b"x", (415, "unsupported content encoding")),
+    ("gzip, gzip", b"x", (415, "unsupported content encoding")),
+    ("\u00fc", b"x", (415, "unsupported content encoding")),
+    ("gzip", json.dumps(CRASH).encode(), (400, "invalid gzip body")),
+    ("gzip", gzip.compress(json.dumps(CRASH).encode())[:-1], (400, "invalid gzip body")),
+    ("gzip", gzip.compress(json.dumps(CRASH).encode()) + b"x", (400, "invalid gzip body")),
+    ("gzip", b"", (400, "invalid gzip body"))])
+def test_content_encodings(api, encoding, body, expected):
+    status, answer = api.post(CRASHES, body, Content_Encoding=encoding)
+    assert (status if status == 201 else (status, answer["error"])) == expected
+    assert len(stored(api.server, "crashes")["crashes"]) == (status == 201)
+
+
+def test_a_signature_covers_the_bytes_as_sent(api):
+    assert api.signed(CRASHES, gzip.compress(json.dumps(CRASH).encode()), NOW, Content_Encoding="gzip")[0] == 201
+
+
+def test_curls_default_content_type_is_taken(api):
+    answer = api.web.post(CRASHES, json.dumps(CRASH).encode(), {"X-Backfeedr-Key": KEY},
+                          content_type="application/x-www-form-urlencoded")
+    assert answer.status_int == 201
+
+
+def test_an_unexpected_error_is_logged_once_and_tells_nothing(api, caplog, monkeypatch):
+    monkeypatch.setattr(backfeedr, "parse_crash", lambda given: 1 / 0)
+    assert api.post(CRASHES, CRASH) == (500, {"error": "internal server error"})
+    assert [record.exc_info[0] for record in caplog.records] == [ZeroDivisionError]
+    assert stored(api.server, "crashes") == {"crashes": []}
+
+
+def test_mounted_under_a_prefix_it_answers_there(serve):
+    server = serve()
+
+    def host(environ, start_response):
+        if environ["PATH_INFO"].startswith("/crashes/"):
+            environ = {**environ, "SCRIPT_NAME": "/crashes", "PATH_INFO": environ["PATH_INFO"][len("/crashes"):]}
+            return server(environ, start_response)
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [b"host"]
+
+    web = webtest.TestApp(host)
+    assert web.get("/").text == "host"
+    assert web.get("/crashes/api/v1/health").json == {"status": "ok"}
+    answer = web.post("/crashes/api/v1/crashes", json.dumps(CRASH).encode(), {"X-Backfeedr-Key": KEY})
+    assert answer.status_int == 201 and report(server)["id"] == answer.json["id"]
+    assert web.get("/crashes/nope", expect_errors=True).json == {"error": "not found"}
+
+
+def test_mounted_in_a_bottle_app_it_leaves_the_hosts_answers_alone(serve):
+    import bottle
+    host = bottle.Bottle()
+    host.route("/", callback=lambda: "host")
+    host.mount("/crashes/", serve())
+    web = webtest.TestApp(host)
+    answer = web.post("/crashes/api/v1/crashes", json.dumps(CRASH).encode(), {"X-Backfeedr-Key": KEY})
+    assert answer.status_int == 201
+    assert web.get("/").text == "host" and web.get("/").content_type == "text/html"
+
+
+def test_two_instances_share_nothing(serve):
+    one, two = Api(serve("one.db", rate_limit=1)), Api(serve("two.db", api_key="other"))
+    assert one.post(CRASHES, CRASH)[0] == 201
+    assert two.post(CRASHES, CRASH) == (401, {"error": "invalid API key"})
+    assert two.post(CRASHES, CRASH, key="other")[0] == 201
+    assert two.post(EVENTS, EVENT, key="other")[0] == 201
+    assert one.post(CRASHES, CRASH)[0] == 429
+    assert [len(stored(each.server, "crashes")["crashes"]) for each in (one, two)] == [1, 1]
+    assert [len(stored(each.server, "events")["events"]) for each in (one, two)] == [0, 1]
+
+
+def test_importing_starts_nothing(tmp_path):
+    code = ("import threading, os, backfeedr; assert threading.active_count() == 1; "
+            "assert not os.listdir('.'), os.listdir('.')")
+    environ = {**os.environ, "PYTHONPATH": str(HERE), "BACKFEEDR_PORT": "nonsense", "PYTHONDONTWRITEBYTECODE": "1"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environ, check=True)
+
+
+def test_settings_come_from_the_environment_unless_given(tmp_path, monkeypatch):
+    monkeypatch.setenv("BACKFEEDR_API_KEY", KEY)
+    with Backfeedr(db_path=str(tmp_path / "a.db"), announce=lambda text: None) as server:
+        assert Api(server).post(CRASHES, CRASH)[0] == 201
+    with Backfeedr(Settings(db_path=str(tmp_path / "b.db")), announce=lambda text: None) as server:
+        assert Api(server).post(CRASHES, CRASH)[0] == 401
+    with pytest.raises(TypeError):
+        Backfeedr(Settings(), port=1)
+
+
+def test_a_first_start_makes_and_tells_a_key_and_a_token_once(tmp_path):
+    told = []
+    settings = Settings(db_path=str(tmp_path / "first.db"), public_metrics=False)
+    for _ in range(2):
+        Backfeedr(settings, announce=told.append).close()
+    text, = told
+    key, = re.findall("^    (bf_live_[0-9a-f]{32})$", text, 8)
+    token, = re.findall("^    (bf_admin_[0-9a-f]{32})$", text, 8)
+    with Backfeedr(settings, announce=told.append) as server:
+        api = Api(server)
+        assert api.post(CRASHES, CRASH, key=key)[0] == 201
+        assert api.get("/api/v1/overview", Authorization=f"Bearer {token}")[0] == 200
+    assert f"X-Backfeedr-Key: {key}" in text and "curl -X POST http://127.0.0.1:8080/api/v1/crashes" in text
+
+
+def test_given_secrets_are_taken_and_not_told(tmp_path):
+    told = []
+    settings = Settings(db_path=str(tmp_path / "first.db"), api_key="mine", auth_token="token")
+    with Backfeedr(settings, announce=told.append) as server:
+        assert Api(server).post(CRASHES, CRASH, key="mine")[0] == 201
+        assert server.store.is_admin(b"token") and not server.store.is_admin(b"mine")
+    with Backfeedr(Settings(db_path=settings.db_path, auth_token="new"), announce=told.append) as server:
+        assert server.store.is_admin(b"new") and not server.store.is_admin(b"token")
+        assert Api(server).post(CRASHES, CRASH, key="mine")[0] == 201
+    assert told == []
+
+
+def test_a_database_with_an_app_gets_no_default_one(tmp_path):
+    path = str(tmp_path / "shop.db")
+    with Store(path) as store:
+        store.create_app("Shop")
+    told = []
+    with Backfeedr(Settings(db_path=path), announce=told.append) as server:
+        assert [app.name for app in server.store.apps()] == ["Shop"]
+    assert "bf_admin_" in told[0] and "bf_live_" not in told[0]
+
+
+# == Server ====================================================================
+
+class Running:
+    """A real server in its own process, on a free port."""
+
+    def __init__(self, db, *arguments, **variables):
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("BACKFEEDR_")}
+        environ.update({"BACKFEEDR_API_KEY": KEY, "BACKFEEDR_AUTH_TOKEN": TOKEN, "BACKFEEDR_RATE_LIMIT": "0", **variables})
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "backfeedr.py"), "--port", "0", "--db", str(db), *arguments],
+            env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.first_line = self.process.stdout.readline().strip()
+        assert self.first_line.startswith("backfeedr on http://"), self.process.communicate()
+        self.url = self.first_line.split()[-1]
+        self.port = int(self.url.rpartition(":")[2])
+
+    def connect(self):
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+
+    def post(self, path, body, connection=None, **headers):
+        connection = connection or self.connect()
+        connection.request("POST", path, body if isinstance(body, bytes) else json.dumps(body).encode(),
+                           {"X-Backfeedr-Key": KEY, **headers})
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+
+    def stop(self, number=signal.SIGTERM):
+        """Its exit status and what else it has printed."""
+        self.process.send_signal(number)
+        try:
+            out, err = self.process.communicate(timeout=20)
+        finally:
+            self.process.kill()
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Starts real servers, and ends those that a test has left."""
+    started = []
+
+    def start(*arguments, db=tmp_path / "run.db", **variables):
+        started.append(Running(db, *arguments, **variables))
+        return started[-1]
+
+    yield start
+    for server in started:
+        if server.process.poll() is None:
+            server.process.kill()
+        server.process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_real_server_has_all_that_it_acknowledged_on_disk_when_it_is_stopped(run, tmp_path, number):
+    server = run()
+    ids = [server.post(CRASHES, CRASH)[1]["id"] for _ in range(5)]
+    connection = server.connect()
+    for _ in range(5):
+        ids += server.post(BATCH, {"events": [EVENT] * 10}, connection)[1]["ids"]
+    assert server.stop(number) == (0, "", "")
+    assert not (tmp_path / "run.db-wal").exists()
+    assert ids == [each for table in ("crashes", "events")
+                   for each, in sql(tmp_path / "run.db", f"select id from {table} order by seq")]
+    check_database(tmp_path / "run.db")
+
+
+@pytest.mark.slow
+def test_a_first_start_prints_a_curl_line_that_works(run, tmp_path):
+    server = run(BACKFEEDR_API_KEY="", BACKFEEDR_AUTH_TOKEN="")
+    lines = []
+    while not lines or not lines[-1].startswith("        -d"):
+        lines.append(server.process.stdout.readline().rstrip("\n"))
+        assert server.process.poll() is None
+    command = "\n".join(lines[next(n for n, line in enumerate(lines) if "curl" in line):])
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=30)
+    assert set(json.loads(done.stdout)) == {"id", "group_hash"}, done
+    assert server.stop()[0] == 0
+    assert len(sql(tmp_path / "run.db", "select * from crashes")) == 1
+
+
+@pytest.mark.slow
+def test_what_the_web_server_refuses_itself_is_json_too(run):
+    server = run(BACKFEEDR_MAX_BODY_SIZE="1000")
+    requests = [
+        (b"POST /api/v1/crashes HTTP/1.1\r\nHost: x\r\nContent-Length: 1001\r\n\r\n" + b"x" * 1001, 413),
+        (b"POST /api/v1/crashes HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n", 413),
+        (b"POST /api/v1/crashes HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+         + b"1000\r\n" + b"x" * 4096 + b"\r\n0\r\n\r\n", 413),
+        (b"POST /api/v1/crashes HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n", 501),
+        (b"GET /api/v1/health HTTP/1.1\r\nX: " + b"x" * 40_000 + b"\r\n\r\n", 431),
+        (b"GET /api/v1/health HTTP/1.1\r\nno header\r\n\r\n", 400),
+        (b"POST /api/v1/crashes HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", 400),
+        (b"POST /api/v1/crashes HTTP/1.1\r\nHost: x\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n", 400),
+        (b"GET http://[::1/ HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    ]
+    for request, status in requests:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as raw:
+            raw.sendall(request)
+            head, body = read_answer(raw)
+            assert int(head.split()[1]) == status, (request[:80], head)
+            assert b"Content-Type: application/json" in head and set(json.loads(body)) == {"error"}
+    assert server.post(CRASHES, CRASH)[0] == 201
+    assert server.stop() == (0, "", ""), "nothing of this is logged, least of all an address"
+
+
+def read_answer(raw):
+    """One answer, up to its Content-Length."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += raw.recv(65536)
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = int(head.lower().partition(b"content-length:")[2].split()[0])
+    while len(body) < length:
+        body += raw.recv(65536)
+    return head, body
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not socket.has_ipv6, reason="there is no IPv6")
+def test_an_ipv6_address_is_printed_as_a_url(run):
+    assert re.fullmatch(r"http://\[::1\]:[0-9]+", run("--host", "::1").url)
+
+
+@pytest.mark.slow
+def test_a_chunked_body_is_read(run):
+    server = run()
+    body = json.dumps(CRASH).encode()
+    connection = server.connect()
+    connection.request("POST", CRASHES, iter([body[:10], body[10:]]), {"X-Backfeedr-Key": KEY}, encode_chunked=True)
+    assert connection.getresponse().status == 201
+
+
+class Load:
+    """Clients that post crashes and batches, each on a connection of its own, until they are stopped
+    or cannot go on. `acknowledged` has the ids of every 201; `lost` counts requests without an answer."""
+
+    def __init__(self, servers, clients=8, key=KEY):
+        self.acknowledged, self.lost, self.others, self.stopped = [], 0, [], threading.Event()
+        self.threads = [threading.Thread(target=self._run, args=(servers[n % len(servers)], n, key))
+                        for n in range(clients)]
+        for thread in self.threads:
+            thread.start()
+
+    def _run(self, server, n, key):
+        connection, count = server.connect(), 0
+        while not self.stopped.is_set():
+            count += 1
+            sent = False
+            try:
+                if connection.sock is None:
+                    connection.connect()
+                sent = True
+                status, answer = server.post(*self._report(n, count), connection)
+            except (OSError, http.client.HTTPException):
+                self.lost += sent
+                return
+            if status == 201:
+                self.acknowledged += answer.get("ids") or [answer["id"]]
+            else:
+                self.others.append((status, answer))
+
+    def _report(self, n, count):
+        device = {"device_id_hash": f"device{n}-{count % 5}"}
+        if count % 2:
+            return CRASHES, {**CRASH, **device, "exception_type": f"T{count % 7}", "device_model": f"M{n % 3}"}
+        start = {**EVENT, **device, "type": "session_start", "session_id": f"s{n}-{count}"}
+        return BATCH, {"events": [start, *[{**EVENT, **device}] * 9]}
+
+    def finish(self):
+        self.stopped.set()
+        for thread in self.threads:
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+def stored_ids(path):
+    return [each for table in ("crashes", "events") for each, in sql(path, f"select id from {table}")]
+
+
+@pytest.mark.slow
+def test_nothing_acknowledged_is_lost_by_kill_9(run, tmp_path):
+    acknowledged = []
+    for round in range(3):
+        server = run()
+        load = Load([server])
+        wait_until(lambda: len(load.acknowledged) > 300 + 100 * round)
+        server.process.kill()
+        load.finish()
+        acknowledged += load.acknowledged
+        assert load.others == []
+        ids = stored_ids(tmp_path / "run.db")
+        assert len(set(ids)) == len(ids) and set(acknowledged) <= set(ids)
+        check_database(tmp_path / "run.db")
+    assert len(set(acknowledged)) == len(acknowledged) > 900
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_under_load_answers_every_client(run, tmp_path, number):
+    server = run()
+    load = Load([server], clients=16)
+    wait_until(lambda: len(load.acknowledged) > 500)
+    began = time.monotonic()
+    assert server.stop(number) == (0, "", "")
+    assert time.monotonic() - began < 10
+    load.finish()
+    assert (load.lost, load.others) == (0, [])
+    assert sorted(load.acknowledged) == sorted(stored_ids(tmp_path / "run.db"))
+    assert not (tmp_path / "run.db-wal").exists()
+    check_database(tmp_path / "run.db")
+
+
+@pytest.mark.slow
+def test_a_stop_does_not_wait_for_idle_and_unfinished_connections(run):
+    server = run()
+    idle = server.connect()
+    assert server.post(CRASHES, CRASH, idle)[0] == 201
+    with socket.create_connection(("127.0.0.1", server.port)) as unfinished:
+        unfinished.sendall(b"POST /api/v1/crashes HTTP/1.1\r\nContent-Length: 100\r\n\r\n{")
+        began = time.monotonic()
+        assert server.stop() == (0, "", "")
+        assert time.monotonic() - began < 10
+
+
+@pytest.mark.slow
+def test_two_processes_on_one_file_lose_and_double_nothing(run, tmp_path):
+    servers = [run(), run()]
+    load = Load(servers, clients=8)
+    wait_until(lambda: len(load.acknowledged) > 300)
+    with Store(str(tmp_path / "run.db")) as store:
+        shop = store.create_app("Shop")
+        other = Load(servers, clients=2, key=shop)
+        wait_until(lambda: len(other.acknowledged) > 30)
+    other.finish()
+    load.finish()
+    assert [server.stop()[0] for server in servers] == [0, 0]
+    assert (load.lost, load.others, other.lost, other.others) == (0, [], 0, [])
+    assert sorted(load.acknowledged + other.acknowledged) == sorted(stored_ids(tmp_path / "run.db"))
+    check_database(tmp_path / "run.db")
+
+
+@pytest.mark.slow
+def test_a_second_store_in_a_process_does_not_cost_the_first_its_locks(tmp_path):
+    """POSIX drops the locks of a whole process when it closes any descriptor of the file. A command in
+    another process would then take itself for the last user, and delete the WAL under the first store."""
+    path = tmp_path / "twice.db"
+    with Store(str(path)) as one:
+        key = backfeedr.sha256(one.create_app("Shop"))
+        one.add(key, [parse_event(dict(EVENT))])
+        with Store(str(path)):
+            pass
+        subprocess.run([sys.executable, str(HERE / "backfeedr.py"), "app", "list", "--db", str(path)],
+                       check=True, capture_output=True)
+        assert path.with_name("twice.db-wal").exists()
+        one.add(key, [parse_event(dict(EVENT))])
+        count = "import sqlite3, sys; print(sqlite3.connect(sys.argv[1]).execute('select count(*) from events').fetchone()[0])"
+        seen = subprocess.run([sys.executable, "-c", count, str(path)], check=True, capture_output=True, text=True)
+        assert seen.stdout.strip() == "2"
+
+
+@pytest.mark.slow
+def test_a_replay_sent_to_another_process_stores_nothing(run, tmp_path):
+    one, two = run(), run()
+    first = one.post(CRASHES, CRASH, **{"Idempotency-Key": "a"})
+    assert two.post(CRASHES, CRASH, **{"Idempotency-Key": "a"}) == (200, first[1])
+    assert len(sql(tmp_path / "run.db", "select seq from crashes")) == 1
+
+
+@pytest.mark.slow
+def test_processes_that_start_at_once_make_one_database(run, tmp_path):
+    base = [sys.executable, str(HERE / "backfeedr.py"), "app", "create"]
+    started = [subprocess.Popen([*base, f"App{n}", "--db", str(tmp_path / "new.db")], stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True) for n in range(4)]
+    outcomes = [(process.communicate(timeout=60), process.returncode) for process in started]
+    assert [status for _, status in outcomes] == [0] * 4, outcomes
+    with Store(str(tmp_path / "new.db")) as store:
+        assert [app.name for app in store.apps()] == [f"App{n}" for n in range(4)]
+
+
+def test_a_new_file_that_another_process_is_just_preparing_is_tried_again(tmp_path, monkeypatch):
+    class Contended(backfeedr._Connection):
+        refused = 0
+
+        def execute(self, statement, *parameters):  # as when two processes change to WAL at once
+            if "journal_mode" in statement and Contended.refused < 3:
+                Contended.refused += 1
+                raise sqlite3.OperationalError("database is locked")
+            return super().execute(statement, *parameters)
+
+    monkeypatch.setattr(backfeedr, "_Connection", Contended)
+    monkeypatch.setattr(backfeedr.time, "sleep", lambda seconds: None)
+    with Store(str(tmp_path / "new.db")) as store:
+        store.create_app("Shop")
+        assert [app.name for app in store.apps()] == ["Shop"]
+    assert Contended.refused == 3
+
+
+def test_a_new_file_that_stays_locked_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(backfeedr, "BUSY_TIMEOUT", 0)
+    path = tmp_path / "new.db"
+    holder = sqlite3.connect(path, isolation_level=None)
+    holder.execute("begin exclusive")
+    with pytest.raises(StoreError, match="database is locked"):
+        Store(str(path))
+    holder.close()
+    Store(str(path)).close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(__import__("resource"), "prlimit"), reason="needs prlimit of Linux")
+def test_a_server_whose_disk_is_full_recovers_without_a_restart(run, tmp_path):
+    import resource
+    server = run()
+    assert server.post(CRASHES, CRASH)[0] == 201
+    _, hard = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (300_000, hard))
+    big = {"events": [{**EVENT, "properties": {"text": "x" * 2000}}] * 100}
+    statuses = Counter(server.post(BATCH, big)[0] for _ in range(5))
+    assert set(statuses) <= {201, 503} and statuses[503] >= 3
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (hard, hard))
+    assert server.post(BATCH, big)[0] == 201
+    assert server.post(CRASHES, CRASH)[0] == 201
+    status, out, err = server.stop()
+    assert (status, out) == (0, "") and "Traceback" not in err
+    assert len(sql(tmp_path / "run.db", "select seq from events")) == 100 * (statuses[201] + 1)
+    check_database(tmp_path / "run.db")
+
+
+# == Command line ==============================================================
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Runs a command on a database of its own: its status, output and errors."""
+    for name in list(os.environ):
+        if name.startswith("BACKFEEDR_"):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        try:
+            status = main(list(arguments))
+        except SystemExit as done:
+            status = done.code
+        return (status, *capsys.readouterr())
+
+    return run
+
+
+def test_app_create_prints_the_key_alone(command):
+    status, out, err = command("app", "create", "Shop")
+    assert status == 0 and re.fullmatch("bf_live_[0-9a-f]{32}\n", out) and "Shop" in err
+    status, out, err = command("app", "create", "Beta", "--test")
+    assert status == 0 and out.startswith("bf_test_")
+    assert command("key", "create", "Beta")[1].startswith("bf_test_")
+    command("key", "revoke", out.strip())
+    with Store("backfeedr.db") as store:
+        assert [(app.name, app.is_test, app.keys) for app in store.apps()] == [("Beta", True, 1), ("Shop", False, 1)]
+
+
+def test_keys_are_made_listed_and_revoked(command):
+    first, second = command("app", "create", "Shop")[1].strip(), command("key", "create", "Shop")[1].strip()
+    assert command("key", "revoke", first[:16])[0] == 0
+    status, out, _ = command("key", "list")
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[0] == ["KEY", "APP", "CREATED", "REVOKED"]
+    assert {(line[0], line[1], line[3] == "-") for line in lines[1:]} \
+        == {(first[:16] + "...", "Shop", False), (second[:16] + "...", "Shop", True)}
+    assert first not in out and second not in out
+    status, out, _ = command("app", "list")
+    assert [line.split()[:3] for line in out.splitlines()] == [["APP", "KIND", "KEYS"], ["Shop", "live", "1"]]
+
+
+def test_app_delete_deletes(command):
+    command("app", "create", "Shop")
+    assert command("app", "delete", "Shop")[0] == 0
+    assert command("app", "delete", "Shop") == (1, "", "backfeedr: there is no app named 'Shop'\n")
+    assert command("key", "list")[1].splitlines()[1:] == []
+
+
+@pytest.mark.parametrize("arguments, status, text", [
+    (["app", "create", ""], 1, "an app's name"), (["key", "create", "Nope"], 1, "there is no app named 'Nope'"),
+    (["key", "revoke", "bf_live_zz"], 1, "no active keys begin with 'bf_live_zz'"),
+    (["key", "revoke", "\udcff"], 1, "can't encode"), (["app", "create", "\udcff"], 1, "an app's name"),
+    (["app", "list", "--db", "typo.db"], 1, "there is no database"),
+    (["app", "create", "x", "--db", "no/such/dir/x.db"], 1, "cannot open the database"),
+    (["--host", "\u00fc..x"], 1, "cannot listen on"),
+    (["app"], 2, "usage:"), (["app", "rename", "x"], 2, "usage:"), (["nonsense"], 2, "usage:"),
+    (["--port", "http"], 2, "usage:"), (["--port", "65536"], 1, "port: 65536 is not from 0 to 65535"),
+    (["--host", "256.0.0.1"], 1, "cannot listen on 256.0.0.1"), (["app", "create"], 2, "usage:")])
+def test_what_goes_wrong_is_one_line(command, arguments, status, text):
+    command("app", "create", "Shop")
+    got, out, err = command(*arguments)
+    assert (got, out) == (status, "") and text in err
+    assert not Path("typo.db").exists()
+    if status == 1:
+        assert err.count("\n") == 1 and err.startswith("backfeedr: ")
+
+
+def test_a_wrong_variable_stops_the_start_with_a_line_that_names_it(command, monkeypatch):
+    monkeypatch.setenv("BACKFEEDR_RATE_LIMIT", "many")
+    assert command() == (1, "", "backfeedr: BACKFEEDR_RATE_LIMIT: 'many' is not a whole number\n")
+    assert not Path("backfeedr.db").exists()
+
+
+def test_a_taken_port_is_one_line(command):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        status, _, err = command("--port", port)
+    assert status == 1 and err.startswith(f"backfeedr: cannot listen on 127.0.0.1 port {port}: ")
+    assert not Path("backfeedr.db").exists(), "the secrets of a first start must not be made and then not be shown"
+
+
+@pytest.mark.slow
+def test_commands_work_beside_a_running_server(run, tmp_path):
+    server = run()
+    base = [sys.executable, str(HERE / "backfeedr.py")]
+    made = subprocess.run([*base, "app", "create", "Shop", "--db", str(tmp_path / "run.db")],
+                          capture_output=True, text=True, check=True)
+    key = made.stdout.strip()
+    assert server.post(CRASHES, CRASH, **{"X-Backfeedr-Key": key})[0] == 201
+    subprocess.run([*base, "key", "revoke", key[:16], "--db", str(tmp_path / "run.db")], check=True, capture_output=True)
+    assert server.post(CRASHES, CRASH, **{"X-Backfeedr-Key": key}) == (401, {"error": "invalid API key"})
+    assert server.post(CRASHES, CRASH)[0] == 201
+
+
+# == Examples ==================================================================
+
+CLIENT_NOW = 1773325351.25  # 2026-03-12T14:22:31.250000Z
+
+
+def load_example(name):
+    """A fresh import of examples/NAME.py."""
+    spec = importlib.util.spec_from_file_location("example_" + name, EXAMPLES / (name + ".py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+client_module = load_example("client")
+embed_module = load_example("embed")
+
+
+@contextmanager
+def in_thread(server):
+    """Serves in a thread, on the port that the server has taken; its address."""
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield "http://127.0.0.1:%d" % server.server_address[1]
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class Stub(ThreadingHTTPServer):
+    """Answers from a script, of which the last line is repeated, and keeps the requests it got.
+
+    A line is (status, answer, headers), "drop" to close without a word, "cut" to close
+    within the answer, or "hang" to say nothing until the client has gone.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, *script):
+        super().__init__(("127.0.0.1", 0), StubHandler)
+        self.script, self.requests = list(script), []
+
+
+class StubHandler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests.append((self.path, self.headers, body))
+        line = self.server.script.pop(0) if len(self.server.script) > 1 else self.server.script[0]
+        line = line(body) if callable(line) else line
+        if line == "hang":
+            self.rfile.read(1)
+        elif line == "cut":
+            self.send_response(201)
+            self.send_header("Content-Length", "100")
+            self.end_headers()
+            self.wfile.write(b'{"id"')
+        elif line != "drop":
+            self.answer(*line)
+
+    def answer(self, status, answer, headers=()):
+        body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        self.send_response(status)
+        for name, value in dict(headers, **{"Content-Length": len(body)}).items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+STORED = 201, {"id": "evt_1"}
+UNAVAILABLE = 503, {"error": "storage unavailable"}
+
+
+def batch_answer(body):
+    """What a server answers to a batch: an id that names the event, so that the order shows."""
+    ids = ["evt_" + event["name"] for event in json.loads(body)["events"]]
+    return 201, {"count": len(ids), "ids": ids}
+
+
+class Sleeps(list):
+    """A `sleep` that only notes how long it was asked for."""
+
+    __call__ = list.append
+
+
+def make_client(url, key=KEY, **options):
+    return client_module.Client(url, key, **dict({"sleep": Sleeps(), "clock": lambda: CLIENT_NOW}, **options))
+
+
+def idempotency_keys(stub):
+    return [headers["Idempotency-Key"] for _, headers, _ in stub.requests]
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def run_example(name, *arguments, stdin=b"", **variables):
+    """Runs an example as its reader does, without the BACKFEEDR_* variables of this process."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("BACKFEEDR_")}
+    return subprocess.run([sys.executable, str(EXAMPLES / (name + ".py")), *arguments], input=stdin, timeout=20,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(environ, **variables))
+
+
+def quiet_server(tmp_path, **settings):
+    return backfeedr.Backfeedr(db_path=str(tmp_path / "crashes.db"), announce=lambda text: None,
+                               **dict({"rate_limit": 0}, **settings))
+
+
+def stored_names(server):
+    with server.store.reading() as db:
+        return [name for name, in db.execute("select name from events order by seq")]
+
+
+class LosingHandler(WSGIRequestHandler):
+    """Lets the app reach the connection, to close it under its own answer."""
+
+    def get_environ(self):
+        return dict(super().get_environ(), **{"test.connection": self.connection})
+
+    def log_message(self, *args):
+        pass
+
+
+def losing(app, losses):
+    """The app, whose answers get lost on the way, each in the next of the ways in `losses`."""
+    def lose(environ, start_response):
+        loss, head = losses.pop(0) if losses else None, []
+        body = b"".join(app(environ, lambda *args: head.extend(args)))
+        if loss == "gateway":
+            head, body = ["502 Bad Gateway", [("Content-Type", "text/html")]], b"<h1>502</h1>"
+        if loss == "drop":
+            environ["test.connection"].shutdown(socket.SHUT_RDWR)
+        start_response(*head)
+        return [body[:5] if loss == "cut" else body]
+    return lose
+
+
+@contextmanager
+def wsgi_server(app):
+    server = WSGIServer(("127.0.0.1", 0), LosingHandler)
+    server.set_app(app)
+    with in_thread(server) as url:
+        yield url
+
+
+# -- examples/client.py: one request -------------------------------------------
+
+def test_client_signature_equals_the_vector():
+    body = b'{"type":"custom","name":"purchase","occurred_at":"2026-03-12T14:22:31Z"}'
+    assert client_module.signature(KEY, "2026-03-12T14:22:31Z", body) == (
+        "sha256=6c3e10dd63bdf20cb9257a8a8b590969e83722725287c4009b98423fc82add3d")
+
+
+@pytest.mark.parametrize("suffix", ["", "/", "/api/v1", "/api/v1/"])
+@pytest.mark.parametrize("prefix", ["", "/crashes", "/a/b"])
+def test_client_finds_the_api_under_any_form_of_endpoint(prefix, suffix):
+    stub = Stub(STORED)
+    with in_thread(stub) as url:
+        client = make_client(url + prefix + suffix)
+        client.crash(CRASH), client.event(EVENT)
+    assert [path for path, _, _ in stub.requests] == [prefix + "/api/v1/crashes", prefix + "/api/v1/events"]
+
+
+@pytest.mark.parametrize("endpoint", [
+    "", "localhost:8080", "ftp://localhost", "http://", "http://:8080", "http://user:word@localhost",
+    "http://localhost?app=Shop", "http://localhost:port"])
+def test_client_refuses_what_is_no_endpoint(endpoint):
+    with pytest.raises(ValueError):
+        make_client(endpoint)
+
+
+@pytest.mark.parametrize("key", ["", "bf_live_1\nX-Admin: 1", "bf_live_1\r", "\udcff"])
+def test_client_refuses_what_is_no_key_without_showing_it(key):
+    with pytest.raises(ValueError) as caught:
+        make_client("http://localhost", key)
+    assert not key or key not in str(caught.value)
+
+
+def test_client_signs_the_bytes_it_sends_at_the_present_time():
+    stub = Stub(STORED)
+    with in_thread(stub) as url:
+        assert make_client(url).event(EVENT) == {"id": "evt_1"}
+    (_, headers, body), = stub.requests
+    assert headers["X-Backfeedr-Timestamp"] == "2026-03-12T14:22:31.250000Z"
+    assert headers["X-Backfeedr-Signature"] == client_module.signature(
+        KEY, headers["X-Backfeedr-Timestamp"], body)
+    assert (headers["X-Backfeedr-Key"], headers["Content-Type"]) == (KEY, "application/json")
+    assert json.loads(body) == EVENT
+
+
+def test_client_without_sign_sends_neither_timestamp_nor_signature():
+    stub = Stub(STORED)
+    with in_thread(stub) as url:
+        make_client(url, sign=False).event(EVENT)
+    (_, headers, _), = stub.requests
+    assert headers["X-Backfeedr-Timestamp"] is None and headers["X-Backfeedr-Signature"] is None
+
+
+@pytest.mark.parametrize("absent", [{}, {"occurred_at": None}, {"occurred_at": ""}])
+def test_client_fills_in_a_missing_occurred_at_and_leaves_the_callers_report_as_it_is(absent):
+    report = dict({"exception_type": "SIGABRT"}, **absent)
+    before, stub = dict(report), Stub(STORED)
+    with in_thread(stub) as url:
+        make_client(url).crash(report)
+    assert json.loads(stub.requests[0][2])["occurred_at"] == "2026-03-12T14:22:31.250000Z"
+    assert report == before
+
+
+def test_client_refuses_a_number_that_json_has_no_word_for():
+    stub = Stub(STORED)
+    with in_thread(stub) as url, pytest.raises(ValueError):
+        make_client(url).crash({"exception_type": "SIGABRT", "free_memory_mb": float("nan")})
+    assert stub.requests == []
+
+
+# -- examples/client.py: attempts ----------------------------------------------
+
+LOSSES = ["drop", "cut", "hang"]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_client_retries_a_lost_connection_with_the_same_idempotency_key(loss):
+    stub = Stub(loss, loss, STORED)
+    with in_thread(stub) as url:
+        client = make_client(url, timeout=0.2 if loss == "hang" else 10)
+        assert client.event(EVENT) == {"id": "evt_1"}
+    assert len(stub.requests) == 3
+    assert len(set(idempotency_keys(stub))) == len({body for _, _, body in stub.requests}) == 1
+    assert len(idempotency_keys(stub)[0]) >= 32
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+def test_client_retries_an_answer_that_may_change_with_the_same_idempotency_key(status):
+    stub = Stub((status, {"error": "later"}), STORED)
+    with in_thread(stub) as url:
+        assert make_client(url).event(EVENT) == {"id": "evt_1"}
+    (_, _, first), (_, _, second) = stub.requests
+    assert len(set(idempotency_keys(stub))) == 1 and first == second
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 405, 413, 415, 422, 501])
+def test_client_does_not_retry_an_answer_that_will_not_change(status):
+    stub, sleeps = Stub((status, {"error": "invalid occurred_at"}, {"Retry-After": 1})), Sleeps()
+    with in_thread(stub) as url, pytest.raises(client_module.ServerError) as caught:
+        make_client(url, sleep=sleeps).event(EVENT)
+    assert (caught.value.status, caught.value.message) == (status, "invalid occurred_at")
+    assert len(stub.requests) == 1 and sleeps == []
+
+
+def test_client_waits_twice_as_long_each_time_with_jitter():
+    stub, sleeps = Stub(UNAVAILABLE), Sleeps()
+    with in_thread(stub) as url, pytest.raises(client_module.ServerError):
+        make_client(url, sleep=sleeps, attempts=10).event(EVENT)
+    for pause, longest in zip(sleeps, [0.5, 1, 2, 4, 8, 16, 30, 30, 30]):
+        assert longest / 2 <= pause <= longest
+    assert len(sleeps) == len(set(sleeps)) == 9
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_client_waits_as_long_as_the_server_asks_and_a_little_longer(status):
+    stub, sleeps = Stub((status, {"error": "later"}, {"Retry-After": 17}), STORED), Sleeps()
+    with in_thread(stub) as url:
+        make_client(url, sleep=sleeps).event(EVENT)
+    assert len(sleeps) == 1 and 17 < sleeps[0] <= 17.5
+
+
+@pytest.mark.parametrize("text", ["Thu, 12 Mar 2026 14:22:31 GMT", "-5", "1.5", "", "\u0663", "9" * 5000])
+def test_client_backs_off_by_itself_where_retry_after_is_no_number_of_seconds(text):
+    headers = {"Retry-After": text.encode().decode("latin-1")}
+    stub, sleeps = Stub((503, {"error": "storage unavailable"}, headers), STORED), Sleeps()
+    with in_thread(stub) as url:
+        make_client(url, sleep=sleeps).event(EVENT)
+    assert len(sleeps) == 1 and 0.25 <= sleeps[0] <= 0.5
+
+
+@pytest.mark.parametrize("seconds, attempts", [(300, 2), (301, 1)])
+def test_client_gives_up_where_it_would_wait_longer_than_five_minutes(seconds, attempts):
+    stub = Stub((503, {"error": "storage unavailable"}, {"Retry-After": seconds}))
+    with in_thread(stub) as url, pytest.raises(client_module.ServerError) as caught:
+        make_client(url, attempts=2).event(EVENT)
+    assert len(stub.requests) == attempts and caught.value.retry_after == seconds
+
+
+@pytest.mark.parametrize("attempts", [1, 2, 5])
+def test_client_raises_the_servers_error_after_the_last_attempt(attempts):
+    stub, sleeps = Stub((500, {"error": "internal server error"})), Sleeps()
+    with in_thread(stub) as url, pytest.raises(client_module.ServerError) as caught:
+        make_client(url, attempts=attempts, sleep=sleeps).event(EVENT)
+    assert (caught.value.status, caught.value.message) == (500, "internal server error")
+    assert (len(stub.requests), len(sleeps)) == (attempts, attempts - 1)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_client_raises_connection_lost_after_the_last_attempt(loss):
+    stub = Stub(loss)
+    with in_thread(stub) as url, pytest.raises(client_module.ConnectionLost) as caught:
+        make_client(url, attempts=2, timeout=0.2 if loss == "hang" else 10).event(EVENT)
+    assert len(stub.requests) == 2
+    assert isinstance(caught.value.__cause__, (OSError, http.client.HTTPException))
+
+
+def test_client_retries_a_refused_connection():
+    sleeps = Sleeps()
+    with pytest.raises(client_module.ConnectionLost) as caught:
+        make_client("http://127.0.0.1:%d" % free_port(), sleep=sleeps).event(EVENT)
+    assert len(sleeps) == 4 and isinstance(caught.value.__cause__, ConnectionRefusedError)
+
+
+def test_client_signs_each_attempt_anew():
+    stub, times = Stub(UNAVAILABLE, STORED), iter([CLIENT_NOW, CLIENT_NOW + 299])
+    with in_thread(stub) as url:
+        make_client(url, clock=lambda: next(times)).event(EVENT)
+    timestamps = [headers["X-Backfeedr-Timestamp"] for _, headers, _ in stub.requests]
+    assert timestamps == ["2026-03-12T14:22:31.250000Z", "2026-03-12T14:27:30.250000Z"]
+    for _, headers, body in stub.requests:
+        assert headers["X-Backfeedr-Signature"] == client_module.signature(
+            KEY, headers["X-Backfeedr-Timestamp"], body)
+
+
+def test_client_gives_each_request_an_idempotency_key_of_its_own():
+    stub = Stub(STORED)
+    with in_thread(stub) as url:
+        client = make_client(url)
+        client.event(EVENT), client.event(EVENT)
+    assert len(set(idempotency_keys(stub))) == 2
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_client_never_follows_a_redirect(status):
+    elsewhere = Stub(STORED)
+    with in_thread(elsewhere) as other:
+        stub = Stub((status, {}, {"Location": other + "/api/v1/events"}))
+        with in_thread(stub) as url, pytest.raises(client_module.ServerError) as caught:
+            make_client(url).event(EVENT)
+    assert caught.value.status == status and len(stub.requests) == 1 and elsewhere.requests == []
+
+
+@pytest.mark.parametrize("status, answer", [
+    (200, b"<html>Welcome to the hotel</html>"), (201, b""), (200, {}), (200, []), (200, "evt_1"), (204, b""),
+    (202, {"id": "evt_1"})])
+def test_client_does_not_believe_an_answer_that_is_not_the_servers(status, answer):
+    stub = Stub((status, answer))
+    with in_thread(stub) as url, pytest.raises(client_module.ServerError) as caught:
+        make_client(url).event(EVENT)
+    assert caught.value.status == status and len(stub.requests) == 1
+
+
+def test_client_takes_a_repeated_answer_as_stored():
+    stub = Stub((200, {"id": "evt_1"}))
+    with in_thread(stub) as url:
+        assert make_client(url).event(EVENT) == {"id": "evt_1"}
+
+
+def test_client_reads_a_refusal_that_comes_before_all_is_sent():
+    class Refusing(socketserver.BaseRequestHandler):
+        def handle(self):  # leaves the body unread, so that the connection is reset
+            self.request.recv(1024)
+            self.request.sendall(b'HTTP/1.1 413 Too Large\r\nContent-Length: 18\r\n\r\n{"error": "large"}')
+
+    server = socketserver.TCPServer(("127.0.0.1", 0), Refusing)
+    with in_thread(server) as url, pytest.raises(client_module.ServerError) as caught:
+        make_client(url).crash({"exception_type": "x" * 20_000_000})
+    assert (caught.value.status, caught.value.message) == (413, "large")
+
+
+# -- examples/client.py: batches -----------------------------------------------
+
+def numbered_events(count):
+    return [{"type": "custom", "name": str(number)} for number in range(count)]
+
+
+@pytest.mark.parametrize("count, sizes", [
+    (0, []), (1, [1]), (100, [100]), (101, [100, 1]), (200, [100, 100]), (250, [100, 100, 50])])
+def test_client_sends_a_long_batch_in_several_and_merges_the_answers(count, sizes):
+    events, stub = numbered_events(count), Stub(batch_answer)
+    with in_thread(stub) as url:
+        answer = make_client(url).batch(events)
+    assert answer == {"count": count, "ids": ["evt_%d" % number for number in range(count)]}
+    assert [len(json.loads(body)["events"]) for _, _, body in stub.requests] == sizes
+    assert len(set(idempotency_keys(stub))) == len(sizes)
+    assert {path for path, _, _ in stub.requests} <= {"/api/v1/events/batch"}
+    assert events == numbered_events(count)
+
+
+def test_client_tells_what_of_a_long_batch_is_stored_when_a_later_part_fails():
+    stub = Stub(batch_answer, (400, {"error": "invalid name at index 3"}), batch_answer)
+    with in_thread(stub) as url, pytest.raises(client_module.ServerError) as caught:
+        make_client(url).batch(numbered_events(250))
+    assert caught.value.stored == {"count": 100, "ids": ["evt_%d" % number for number in range(100)]}
+    assert len(stub.requests) == 2
+
+
+# -- examples/client.py: with a real server ------------------------------------
+
+@pytest.mark.parametrize("losses", [["drop"], ["cut"], ["gateway"], ["drop", "cut", "gateway"]], ids="+".join)
+@pytest.mark.parametrize("sign", [True, False], ids=["signed", "unsigned"])
+def test_client_whose_answer_was_lost_stores_nothing_twice(tmp_path, losses, sign):
+    with quiet_server(tmp_path) as server, wsgi_server(losing(server, list(losses))) as url:
+        client = client_module.Client(url, server.store.create_app("Shop"), sign=sign, sleep=Sleeps())
+        answer = client.event({"type": "custom", "name": "purchase"})
+        with server.store.reading() as db:
+            assert db.execute("select id, name from events").fetchall() == [(answer["id"], "purchase")]
+
+
+def test_client_whose_answer_was_lost_within_a_long_batch_stores_each_event_once(tmp_path):
+    losses = [None, "drop", None, "cut"]
+    with quiet_server(tmp_path) as server, wsgi_server(losing(server, losses)) as url:
+        answer = client_module.Client(url, server.store.create_app("Shop"), sleep=Sleeps()).batch(numbered_events(250))
+        assert stored_names(server) == [str(number) for number in range(250)]
+    assert losses == [] and answer["count"] == len(set(answer["ids"])) == 250
+
+
+def test_client_sends_two_equal_events_in_the_same_second_as_two(tmp_path):
+    seconds = iter(number / 1000 for number in range(100))
+    with quiet_server(tmp_path) as server, wsgi_server(server) as url:
+        start = server.store.now // 1000
+        client = client_module.Client(url, server.store.create_app("Shop"), clock=lambda: start + next(seconds))
+        client.event(EVENT), client.event(EVENT)
+        assert stored_names(server) == ["purchase", "purchase"]
+
+
+@pytest.mark.parametrize("key", ["a key of my own", "schl\u00fcssel-\u9375"])
+def test_client_signs_with_whatever_text_an_operator_chose_as_key(tmp_path, key):
+    with quiet_server(tmp_path, api_key=key, require_signature=True) as server, wsgi_server(server) as url:
+        client_module.Client(url, key).event(EVENT)
+        assert stored_names(server) == ["purchase"]
+
+
+# -- examples/client.py: command line ------------------------------------------
+
+@pytest.mark.parametrize("kind, answered", [("crash", "group_hash"), ("event", "id"), ("batch", "count")])
+def test_client_command_sends_the_example_payloads(tmp_path, kind, answered):
+    with quiet_server(tmp_path, require_signature=True) as server, wsgi_server(server) as url:
+        done = run_example("client", kind, str(EXAMPLES / (kind + ".json")),
+                           BACKFEEDR_ENDPOINT=url, BACKFEEDR_API_KEY=server.store.create_app("Shop"))
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert answered in json.loads(done.stdout)
+
+
+def test_client_command_prefers_its_options_and_reads_standard_input():
+    stub = Stub(batch_answer)
+    with in_thread(stub) as url:
+        done = run_example("client", "--endpoint", url, "--key", "mine", "--unsigned", "batch", "-",
+                           stdin=b'[{"type": "custom", "name": "7"}]',
+                           BACKFEEDR_ENDPOINT="http://127.0.0.1:1", BACKFEEDR_API_KEY="other")
+    assert (done.returncode, json.loads(done.stdout)) == (0, {"count": 1, "ids": ["evt_7"]})
+    (_, headers, _), = stub.requests
+    assert headers["X-Backfeedr-Key"] == "mine" and headers["X-Backfeedr-Signature"] is None
+
+
+@pytest.mark.parametrize("arguments", [
+    [], ["crash"], ["report", "-"], ["--key", "", "crash", "-"], ["--key", "k\n", "crash", "-"],
+    ["--endpoint", "localhost:8080", "crash", "-"]])
+def test_client_command_ends_with_2_for_wrong_usage(arguments, capsys, monkeypatch):
+    monkeypatch.setenv("BACKFEEDR_API_KEY", KEY)
+    with pytest.raises(SystemExit) as caught:
+        client_module.main(arguments)
+    assert caught.value.code == 2 and "usage:" in capsys.readouterr().err
+
+
+def run_main(monkeypatch, capsys, arguments, stdin=b""):
+    """The command line within this process, where it need not sleep: status, output, errors."""
+    client = client_module.Client
+    monkeypatch.setattr(client_module, "Client", lambda *args, **options: client(*args, sleep=Sleeps(), **options))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+    status = client_module.main(["--key", KEY, *arguments])
+    return (status, *capsys.readouterr())
+
+
+@pytest.mark.parametrize("kind, text, told", [
+    ("crash", b"", "- is not JSON"),
+    ("crash", b"{", "- is not JSON"),
+    ("crash", b"\xff\xfe\xff", "- is not JSON"),
+    ("crash", b"[" * 100_000, "recursion"),
+    ("crash", b"[]", "- holds no JSON object"),
+    ("event", b'"purchase"', "- holds no JSON object"),
+    ("batch", b"{}", "- holds no list of JSON objects"),
+    ("batch", b'{"events": {}}', "- holds no list of JSON objects"),
+    ("batch", b'[{"type": "custom"}, 3]', "- holds no list of JSON objects"),
+    ("crash", b'{"exception_type": NaN}', "not JSON compliant"),
+])
+def test_client_command_tells_in_one_line_what_it_cannot_send(monkeypatch, capsys, kind, text, told):
+    status, out, err = run_main(monkeypatch, capsys, ["--endpoint", "http://127.0.0.1:1", kind, "-"], text)
+    assert (status, out) == (1, "") and told in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("script, told", [
+    ([(400, {"error": "invalid\n  locale"})], "client: the server answered 400: invalid locale"),
+    ([(302, {}, {"Location": "https://example.com/"})],
+     "client: the server answered 302: redirects are not followed (to https://example.com/)"),
+    ([(502, b"<h1>Bad Gateway</h1>")], "client: the server answered 502: not an answer of backfeedr"),
+    ([batch_answer, (413, {"error": "request body too large"})],
+     "client: the server answered 413: request body too large (the first 100 events are stored)"),
+])
+def test_client_command_tells_in_one_line_what_the_server_answered(monkeypatch, capsys, script, told):
+    with in_thread(Stub(*script)) as url:
+        done = run_main(monkeypatch, capsys, ["--endpoint", url, "batch", "-"],
+                        json.dumps({"events": numbered_events(101)}).encode())
+    assert done == (1, "", told + "\n")
+
+
+def test_client_command_tells_in_one_line_that_nobody_listens(monkeypatch, capsys):
+    endpoint = "http://127.0.0.1:%d" % free_port()
+    status, out, err = run_main(monkeypatch, capsys, ["--endpoint", endpoint, "event", "-"], b"{}")
+    assert (status, out) == (1, "") and err.startswith("client: no answer from " + endpoint) and err.count("\n") == 1
+
+
+def test_client_command_run_as_a_program_fails_without_a_traceback(tmp_path):
+    done = run_example("client", "--key", KEY, "crash", str(tmp_path / "none.json"))
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.decode() == "client: cannot read %s: No such file or directory\n" % (tmp_path / "none.json")
+
+
+# -- examples/embed.py ---------------------------------------------------------
+
+def test_embedded_server_answers_below_its_prefix_and_the_host_app_elsewhere(tmp_path):
+    with quiet_server(tmp_path) as server:
+        app = webtest.TestApp(embed_module.make_app(server))
+        headers = {"X-Backfeedr-Key": server.store.create_app("Shop")}
+        assert app.post_json("/crashes/api/v1/events", EVENT, headers=headers).status_int == 201
+        assert app.get("/crashes/api/v1/health").json == {"status": "ok"}
+        assert app.get("/crashes/nothing", status=404).json == {"error": "not found"}
+        assert stored_names(server) == ["purchase"]
+        for path in ("/", "/crashes", "/crashesque/api/v1/health", "/api/v1/health"):
+            assert app.get(path).text == "Hello\n"
+
+
+def test_embedded_server_is_told_where_it_is_mounted(tmp_path):
+    seen = []
+    app = webtest.TestApp(embed_module.make_app(
+        lambda environ, start_response: seen.append((environ["SCRIPT_NAME"], environ["PATH_INFO"]))
+        or embed_module.hello(environ, start_response)))
+    app.get("/crashes/api/v1/health")
+    app.get("/crashes/api/v1/health", extra_environ={"SCRIPT_NAME": "/host"})
+    app.get("/crashes/")
+    assert seen == [("/crashes", "/api/v1/health"), ("/host/crashes", "/api/v1/health"), ("/crashes", "/")]
+
+
+@pytest.mark.slow
+def test_embed_command_serves_and_announces_the_mounted_address(tmp_path):
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("BACKFEEDR_")}
+    process = subprocess.Popen([sys.executable, str(EXAMPLES / "embed.py"), "--port", "0", "--db", "e.db"],
+                               cwd=str(tmp_path), env=environ, stdout=subprocess.PIPE, universal_newlines=True)
+    try:
+        url = re.fullmatch(r"embed on (http://127\.0\.0\.1:[1-9]\d*)\n", process.stdout.readline()).group(1)
+        told = read_until(process.stdout, "-d '")
+        key = re.search("bf_live_[0-9a-f]{32}", told).group()
+        assert f"curl -X POST {url}/crashes/api/v1/crashes" in told
+        answer = client_module.Client(url + "/crashes", key, sleep=Sleeps()).crash(CRASH)
+    finally:
+        process.terminate()
+        process.communicate(timeout=10)
+    with backfeedr.Store(str(tmp_path / "e.db")) as store, store.reading() as db:
+        assert db.execute("select id from crashes").fetchall() == [(answer["id"],)]
+
+
+def read_until(stream, end):
+    """The lines up to the one that has `end`."""
+    text = ""
+    while end not in text:
+        line = stream.readline()
+        assert line, text
+        text += line
+    return text
+
+
+def test_embed_command_tells_in_one_line_that_its_port_is_taken(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        done = run_example("embed", "--port", str(listener.getsockname()[1]), "--db", str(tmp_path / "e.db"))
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.startswith(b"embed: ") and done.stderr.count(b"\n") == 1
