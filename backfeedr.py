@@ -22,11 +22,12 @@ The sections, each of which uses only those above it:
     Payloads        JSON in, a crash or an event out
     Signature       HMAC-SHA256 over a request
     RateLimiter     so many requests a minute and key
+    RollUps         what a report changes in the figures
     Store           connections, the one write path, apps and keys
     Metrics         the questions asked of the store
     Backfeedr       the WSGI callable
     Server          waitress, and how it stops
-    Command line    serve, app, key
+    Command line    serve, app, key, device, prune
 """
 
 from __future__ import annotations
@@ -179,14 +180,14 @@ create table crashes (
     locale text, free_memory_mb numeric, battery_level real,  -- 0 to 1; -1 is unknown
     is_charging integer, occurred_at integer not null,
     extra text);                           -- JSON: the fields that this server does not know
-create index crashes_by_group on crashes (app_id, group_hash);
+create index crashes_by_group on crashes (  -- covers what groups are counted by
+    app_id, group_hash, received_at, occurred_at, app_version, os_version, device_model, device_id_hash);
 create table events (
     seq integer primary key, id text generated always as (printf('evt_%016x', seq)) virtual,
     app_id integer not null, received_at integer not null,
     type text not null, name text, properties text,           -- JSON
     app_version text, os_version text, device_model text, device_id_hash text, session_id text,
     locale text, occurred_at integer not null, extra text);   -- JSON, as above
-create index events_by_app on events (app_id);
 
 -- By what a request that was stored is known when it comes again.
 create table replays (
@@ -196,57 +197,63 @@ create table replays (
     received_at integer not null, primary key (app_id, mark)) without rowid;
 create index replays_by_age on replays (received_at);
 
--- A session and a device count in the hour of their latest start or report, and
--- the triggers move them there: so the sum from any hour until now counts each
--- once. App 0 is all live apps together, for devices only: a phone with two of
--- them is one device.
-create table hours (
-    app_id integer not null, hour integer not null,  -- hours since 1970 UTC
-    crashes integer not null, sessions integer not null, devices integer not null,
-    primary key (app_id, hour)) without rowid;
+-- What is known of a device and a session as long as one report of theirs is kept.
+-- App 0 is all live apps together: a phone with two of them is one device.
 create table devices (
     app_id integer not null, device_id_hash text not null,
-    first_seen integer not null, last_seen integer not null,
+    first_seen integer not null, last_seen integer not null, last_seq integer not null,
+    days blob not null,                    -- bit n, the lowest being 0: seen n days before the day of last_seen
+    versions text not null,                -- JSON: of each app_version, whether it crashed there: 0 or 1
     primary key (app_id, device_id_hash)) without rowid;
 create table sessions (
-    app_id integer not null, session_id text not null, started_at integer not null,  -- its latest start
+    app_id integer not null, session_id text not null,
+    first_seq integer not null, last_seq integer not null,  -- between them are its events
+    started_at integer, ended_at integer, app_version text,  -- of its latest start and end
     primary key (app_id, session_id)) without rowid;
-create trigger device_came after insert on devices begin
-    insert into hours values (new.app_id, new.last_seen / 3600000, 0, 0, 1)
-    on conflict (app_id, hour) do update set devices = devices + 1;
-end;
-create trigger device_went after delete on devices begin
-    update hours set devices = devices - 1 where app_id = old.app_id and hour = old.last_seen / 3600000;
-end;
-create trigger device_moved after update on devices
-when new.last_seen / 3600000 <> old.last_seen / 3600000 begin
-    update hours set devices = devices - 1 where app_id = old.app_id and hour = old.last_seen / 3600000;
-    insert into hours values (new.app_id, new.last_seen / 3600000, 0, 0, 1)
-    on conflict (app_id, hour) do update set devices = devices + 1;
-end;
-create trigger session_came after insert on sessions begin
-    insert into hours values (new.app_id, new.started_at / 3600000, 0, 1, 0)
-    on conflict (app_id, hour) do update set sessions = sessions + 1;
-end;
-create trigger session_moved after update on sessions
-when new.started_at / 3600000 <> old.started_at / 3600000 begin
-    update hours set sessions = sessions - 1 where app_id = old.app_id and hour = old.started_at / 3600000;
-    insert into hours values (new.app_id, new.started_at / 3600000, 0, 1, 0)
-    on conflict (app_id, hour) do update set sessions = sessions + 1;
-end;
 
--- What is retained, by UTC day; `field` is exception_type or device_model.
+-- The roll-ups: sums, and what else an answer needs so as not to read the rows
+-- above. They stay when the rows expire, but for labels, which count what is kept.
+create table hours (
+    app_id integer not null, hour integer not null,  -- hours since 1970 UTC
+    crashes integer not null default 0, sessions integer not null default 0,
+    devices integer not null default 0,    -- last seen in this hour: the sum until now counts each once
+    primary key (app_id, hour)) without rowid;
+create table days (
+    app_id integer not null, day integer not null,  -- days since 1970 UTC
+    dau integer not null default 0, wau integer not null default 0,  -- devices of this day, of the
+    mau integer not null default 0,        -- 7 and the 30 days that end with it
+    newcomers integer not null default 0, back_1 integer not null default 0,  -- devices first seen on this
+    back_7 integer not null default 0, back_30 integer not null default 0,    -- day; and again n days later
+    sessions integer not null default 0, ended integer not null default 0,  -- started on this day
+    session_ms integer not null default 0, median_seconds integer,          -- of those that ended
+    primary key (app_id, day)) without rowid;
+create table durations (                   -- of the sessions of a day
+    app_id integer not null, day integer not null, seconds integer not null,  -- in two significant digits
+    sessions integer not null, primary key (app_id, day, seconds)) without rowid;
+create table releases (
+    app_id integer not null, app_version text not null,
+    first_seen integer not null default 0, last_seen integer not null default 0,
+    sessions integer not null default 0, crashes integer not null default 0,
+    devices integer not null default 0, crashed_devices integer not null default 0,
+    primary key (app_id, app_version)) without rowid;
+create table release_days (
+    app_id integer not null, day integer not null, app_version text not null, sessions integer not null,
+    primary key (app_id, day, app_version)) without rowid;
 create table labels (
-    app_id integer not null, field text not null, day integer not null, label text not null,
-    crashes integer not null, primary key (app_id, field, day, label)) without rowid;
+    app_id integer not null, field text not null,  -- exception_type or device_model
+    day integer not null,                  -- -1: all days together
+    label text not null, crashes integer not null, primary key (app_id, field, day, label)) without rowid;
 create table groups (
     app_id integer not null, group_hash text not null,
     exception_type text not null, exception_reason text,  -- of the latest crash
-    crashes integer not null, first_seen integer not null, last_seen integer not null,
+    first_seen integer not null, last_seen integer not null,
+    recent integer not null default 0,     -- crashes since recent_since
     primary key (app_id, group_hash)) without rowid;
 create table group_hours (
     app_id integer not null, hour integer not null, group_hash text not null, crashes integer not null,
     primary key (app_id, hour, group_hash)) without rowid;
+create table recent_since (hour integer not null);  -- one row: 7 days ago, as of the latest commit
+insert into recent_since values (0);
 """
 
 
@@ -263,7 +270,9 @@ HOUR = 3600 * SECOND
 DAY = 24 * HOUR
 MAX_SKEW = 300 * SECOND  # how fast a device's clock may be and still be believed
 SEQ_BITS = 20  # of a seq's counter within a millisecond
-EVERY_APP = 0  # all live apps together, where devices are counted
+EVERY_APP = 0  # all live apps together, where devices and sessions are counted
+
+Scopes = Tuple[int, ...]
 
 
 class Refusal(Exception):
@@ -309,9 +318,26 @@ def parse_time(text: str) -> int:
     return total
 
 
+def iso_time(time_ms: int) -> str:
+    """The RFC 3339 time, in UTC and within the years 1 to 9999."""
+    days, rest = divmod(time_ms, DAY)
+    day = date.fromordinal(min(max(_DAY_ZERO + days, 1), date.max.toordinal())).isoformat()
+    seconds, fraction = divmod(rest, SECOND)
+    return (f"{day}T{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+            + (f".{fraction:03}" if fraction else "") + "Z")
+
+
 def counted_at(occurred_at: int, received_at: int) -> int:
     """When a report counts: at the device's time, unless the device's clock is fast."""
     return received_at if occurred_at > received_at + MAX_SKEW else occurred_at
+
+
+_COUNTED_AT = f"case when occurred_at > received_at + {MAX_SKEW} then received_at else occurred_at end"  # in SQL
+
+
+def scopes_of(app_id: int, is_test: bool) -> Scopes:
+    """Where the devices and sessions of an app count."""
+    return (app_id,) if is_test else (app_id, EVERY_APP)
 
 
 def first_seq(received_at: int) -> int:
@@ -659,6 +685,421 @@ class RateLimiter:
             return max(1, math.ceil(times[0] + self.window - self._clock())) if times else 1
 
 
+# == RollUps ===================================================================
+#
+# What a report changes in the figures. Whatever adds, forgets or expires reports
+# says so here in the same transaction: the sums stay equal to a count over the rows.
+
+ALL_DAYS = -1  # the `day` of a label's sum over all days
+SHOWN_DAYS = 400  # how far back a device's days are known: a year, a month before it, and some
+AHEAD = 31  # days on which a device seen today still counts as one of the month
+DEVICE_VERSIONS = 50  # app versions that are known of a device: far above any phone's
+
+_SUMS = {  # table: the rest of its key beside the app, and its sums
+    "hours": (("hour",), ("crashes", "sessions", "devices")),
+    "days": (("day",), ("dau", "wau", "mau", "newcomers", "back_1", "back_7", "back_30",
+                        "sessions", "ended", "session_ms")),
+    "durations": (("day", "seconds"), ("sessions",)),
+    "releases": (("app_version",), ("sessions", "crashes", "devices", "crashed_devices")),
+    "release_days": (("day", "app_version"), ("sessions",)),
+    "labels": (("field", "day", "label"), ("crashes",)),
+    "group_hours": (("hour", "group_hash"), ("crashes",)),
+}
+_ACTIVE = (("dau", 1), ("wau", 7), ("mau", 30))
+_BACK = (("back_1", 1), ("back_7", 7), ("back_30", 30))
+
+
+class _Device(NamedTuple):
+    """What is known of a device in an app; bit n of `days`: seen n days before a day that all share."""
+
+    first_seen: int
+    last_seen: int
+    last_seq: int
+    days: int
+    versions: Dict[str, int]
+
+    def merged(self, other: _Device) -> _Device:
+        versions = dict(self.versions)
+        for version, crashed in other.versions.items():
+            if version in versions or len(versions) < DEVICE_VERSIONS:
+                versions[version] = max(crashed, versions.get(version, 0))
+        return _Device(min(self.first_seen, other.first_seen), max(self.last_seen, other.last_seen),
+                       max(self.last_seq, other.last_seq), self.days | other.days, versions)
+
+
+class _Session(NamedTuple):
+    """What is known of a session."""
+
+    first_seq: int
+    last_seq: int
+    started_at: Optional[int] = None
+    ended_at: Optional[int] = None
+    app_version: Optional[str] = None
+
+    def merged(self, later: _Session) -> _Session:
+        starts = [each for each in (later, self) if each.started_at is not None]
+        latest = max(starts, key=lambda each: each.started_at or 0) if starts else self
+        ends = [each.ended_at for each in (self, later) if each.ended_at is not None]
+        return _Session(min(self.first_seq, later.first_seq), max(self.last_seq, later.last_seq),
+                        latest.started_at, max(ends, default=None), latest.app_version)
+
+
+class RollUps:
+    """The sums that one transaction changes. `save` writes each once: faster than a statement a report.
+
+    `scopes` is the app of the reports, and EVERY_APP after it unless it is a test app.
+    """
+
+    def __init__(self, db: sqlite3.Connection, now: int):
+        self._db, self._now = db, now
+        self._newest_day = now // DAY + AHEAD
+        self._sums: Dict[str, Dict[tuple, Dict[str, int]]] = {
+            table: defaultdict(lambda: defaultdict(int)) for table in _SUMS}
+        self._groups: Dict[tuple, List[Any]] = {}
+        self._releases: Dict[tuple, Tuple[int, int]] = {}
+        self._devices: Dict[tuple, _Device] = {}
+        self._sessions: Dict[Tuple[Scopes, str], _Session] = {}
+
+    # Reports that come
+
+    def add_crashes(self, scopes: Scopes, seqs: range, crashes: Sequence[Crash], times: List[int]) -> None:
+        for crash, at in zip(crashes, times):
+            self.count_crash(scopes[0], crash.exception_type, crash.device_model, crash.group_hash,
+                             crash.app_version, at, 1)
+            group = self._groups.setdefault((scopes[0], crash.group_hash), [crash.exception_type, None, at, at, []])
+            if at >= group[3]:
+                group[1] = crash.exception_reason
+            group[2], group[3] = min(group[2], at), max(group[3], at)
+            group[4].append(at // HOUR)
+        self._see(scopes, seqs, crashes, times, crashed=1)
+
+    def add_events(self, scopes: Scopes, seqs: range, events: Sequence[Event], times: List[int]) -> None:
+        sessions = [event.session_id for event in events]
+        last = dict(zip(sessions, seqs))
+        first = dict(zip(reversed(sessions), reversed(seqs)))
+        for session_id in last.keys() - {None}:
+            self._see_session(scopes, session_id, _Session(first[session_id], last[session_id]))
+        for event, at in zip(events, times):
+            if event.type == "session_start":
+                session = _Session(MAX_NUMBER, 0, at, None, event.app_version)
+                if event.session_id:
+                    self._see_session(scopes, event.session_id, session)
+                else:
+                    self.count_session(scopes, session, 1)
+            elif event.type == "session_end" and event.session_id:
+                self._see_session(scopes, event.session_id, _Session(MAX_NUMBER, 0, None, at))
+        self._see(scopes, seqs, events, times, crashed=0)
+
+    def _see_session(self, scopes: Scopes, session_id: str, session: _Session) -> None:
+        known = self._sessions.get((scopes, session_id))
+        self._sessions[scopes, session_id] = known.merged(session) if known else session
+
+    def _see(self, scopes: Scopes, seqs: range, reports: Reports, times: List[int], crashed: int) -> None:
+        """Notes the devices and the versions that sent these reports: in a batch usually one of each."""
+        versions = [report.app_version for report in reports]
+        for version in set(versions) - {None}:
+            seen = [at for at, each in zip(times, versions) if each == version]
+            known = self._releases.get((scopes[0], version), (seen[0], seen[0]))
+            self._releases[scopes[0], version] = min(known[0], *seen), max(known[1], *seen)
+        devices = [report.device_id_hash for report in reports]
+        for device in set(devices) - {None}:
+            part = [row for row in zip(devices, times, versions, seqs) if row[0] == device]
+            seen = [at for _, at, _, _ in part]
+            days = 0
+            for day in {at // DAY for at in seen}:
+                days |= self._day_bit(day)
+            self._see_device(scopes, device, _Device(
+                min(seen), max(seen), part[-1][3], days, {version: crashed for _, _, version, _ in part if version}))
+
+    def _see_device(self, scopes: Scopes, device: str, seen: _Device) -> None:
+        for scope in scopes:
+            if scope == EVERY_APP:  # versions of different apps have nothing to do with each other
+                seen = seen._replace(versions={})
+            known = self._devices.get((scope, device))
+            self._devices[scope, device] = known.merged(seen) if known else seen
+
+    def _day_bit(self, day: int) -> int:
+        age = self._newest_day - day
+        return 1 << age if 0 <= age <= SHOWN_DAYS + AHEAD else 0
+
+    # Reports that go, as rows of their tables that have just been deleted
+
+    def remove_crashes(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        since = self._recent_since()
+        for row in rows:
+            at = counted_at(row["occurred_at"], row["received_at"])
+            self.count_crash(row["app_id"], row["exception_type"], row["device_model"], row["group_hash"],
+                             row["app_version"], at, -1)
+            group = {"app": row["app_id"], "group": row["group_hash"], "recent": at // HOUR >= since}
+            self._db.execute(f"""
+                update groups set recent = recent - :recent, exception_reason = (
+                        select exception_reason from crashes where app_id = :app and group_hash = :group
+                    order by {_COUNTED_AT} desc, seq desc limit 1)
+                where app_id = :app and group_hash = :group
+                """, group)
+            self._db.execute("""
+                delete from groups where app_id = :app and group_hash = :group
+                    and not exists (select 1 from crashes where app_id = :app and group_hash = :group)
+                """, group)
+
+    def remove_events(self, scopes: Mapping[int, Scopes], rows: Iterable[Mapping[str, Any]]) -> None:
+        for row in rows:
+            key = row["app_id"], row["session_id"]
+            if row["session_id"]:
+                for session in self.sessions([key]).values():
+                    self.count_session(scopes[row["app_id"]], session, -1)
+                self._db.execute("delete from sessions where app_id = ? and session_id = ?", key)
+            elif row["type"] == "session_start":
+                at = counted_at(row["occurred_at"], row["received_at"])
+                self.count_session(scopes[row["app_id"]], _Session(0, 0, at, None, row["app_version"]), -1)
+
+    def take_sessions(self, app_id: int) -> None:
+        """Takes the sessions of an app from those of all."""
+        for table, columns in (("days", ("sessions", "ended", "session_ms")), ("durations", ("sessions",))):
+            key = _SUMS[table][0]
+            for row in self._db.execute(f"select {', '.join(key + columns)} from {table} where app_id = ?", (app_id,)):
+                for column, count in zip(columns, row[len(key):]):
+                    self._sums[table][(EVERY_APP, *row[:len(key)])][column] -= count
+
+    # What they count; `by` is 1, or -1 where they go
+
+    def count_crash(self, app_id: int, exception_type: str, device_model: Optional[str], group_hash: str,
+                    app_version: Optional[str], at: int, by: int) -> None:
+        self.count_labels(app_id, exception_type, device_model, at, by)
+        self._sums["hours"][app_id, at // HOUR]["crashes"] += by
+        self._sums["group_hours"][app_id, at // HOUR, group_hash]["crashes"] += by
+        if app_version:
+            self._sums["releases"][app_id, app_version]["crashes"] += by
+
+    def count_labels(self, app_id: int, exception_type: str, device_model: Optional[str], at: int, by: int) -> None:
+        labels = self._sums["labels"]
+        for day in (ALL_DAYS, at // DAY):
+            labels[app_id, "exception_type", day, exception_type]["crashes"] += by
+            if device_model:
+                labels[app_id, "device_model", day, device_model]["crashes"] += by
+
+    def count_session(self, scopes: Scopes, session: _Session, by: int) -> None:
+        start, end, version = session.started_at, session.ended_at, session.app_version
+        if start is None:
+            return
+        self._sums["hours"][scopes[0], start // HOUR]["sessions"] += by
+        if version:
+            self._sums["releases"][scopes[0], version]["sessions"] += by
+            self._sums["release_days"][scopes[0], start // DAY, version]["sessions"] += by
+        for scope in scopes:
+            sums = self._sums["days"][scope, start // DAY]
+            sums["sessions"] += by
+            if end is not None and end >= start:
+                sums["ended"] += by
+                sums["session_ms"] += by * (end - start)
+                self._sums["durations"][scope, start // DAY, rounded_seconds(end - start)]["sessions"] += by
+
+    def count_device(self, app_id: int, before: Optional[_Device], after: Optional[_Device]) -> None:
+        days = self._sums["days"]
+        for column, span in _ACTIVE:
+            old, new = (_covered(device.days, span) if device else 0 for device in (before, after))
+            for ages, by in ((new & ~old, 1), (old & ~new, -1)):
+                for age in _bits(ages):
+                    days[app_id, self._newest_day - age][column] += by
+        for device, by in ((before, -1), (after, 1)):
+            if device is not None:
+                self._sums["hours"][app_id, device.last_seen // HOUR]["devices"] += by
+                first = device.first_seen // DAY
+                days[app_id, first]["newcomers"] += by
+                for column, later in _BACK:
+                    days[app_id, first][column] += by * bool(device.days & self._day_bit(first + later))
+                for version, crashed in device.versions.items():
+                    self._sums["releases"][app_id, version]["devices"] += by
+                    self._sums["releases"][app_id, version]["crashed_devices"] += by * crashed
+
+    # To the disk
+
+    def save(self) -> None:
+        """Writes everything that has changed."""
+        self._save_devices()
+        self._save_sessions()
+        self._save_groups()
+        insert_rows(self._db, """
+            insert into releases (app_id, app_version, first_seen, last_seen) values *
+            on conflict (app_id, app_version) do update set
+                first_seen = min(first_seen, excluded.first_seen), last_seen = max(last_seen, excluded.last_seen)
+            where excluded.first_seen < first_seen or excluded.last_seen > last_seen
+            """, [(*release, *seen) for release, seen in self._releases.items()])
+        for table, sums in self._sums.items():
+            self._save_sums(table, {key: row for key, row in sums.items() if any(row.values())})
+        self._save_medians({key[:2] for key in self._sums["durations"]})
+
+    def _save_sums(self, table: str, sums: Dict[tuple, Dict[str, int]]) -> None:
+        key, columns = ("app_id", *_SUMS[table][0]), _SUMS[table][1]
+        insert_rows(self._db, f"""
+            insert into {table} ({", ".join(key + columns)}) values *
+            on conflict ({", ".join(key)}) do update set {", ".join(f"{c} = {c} + excluded.{c}" for c in columns)}
+            """, [(*at, *(row.get(column, 0) for column in columns)) for at, row in sums.items()])
+        self._db.executemany(
+            f"delete from {table} where {' and '.join(f'{c} = ?' for c in key)}"
+            f" and {' and '.join(f'{c} = 0' for c in columns)}",
+            [at for at, row in sums.items() if min(row.values()) < 0])
+
+    def _save_medians(self, days: Iterable[tuple]) -> None:
+        for app_id, day in days:
+            self._db.execute("""
+                update days set median_seconds = (
+                    select seconds from (
+                        select seconds, sum(sessions) over (order by seconds) as so_far, sum(sessions) over () as total
+                        from durations where app_id = :app and day = :day)
+                    where 2 * so_far >= total
+                    order by seconds
+                    limit 1)
+                where app_id = :app and day = :day
+                """, {"app": app_id, "day": day})
+
+    def _save_groups(self) -> None:
+        if self._groups:
+            since = self._recent_since()
+            insert_rows(self._db, """
+                insert into groups values *
+                on conflict (app_id, group_hash) do update set
+                    exception_reason = case when excluded.last_seen >= last_seen
+                        then excluded.exception_reason else exception_reason end,
+                    recent = recent + excluded.recent,
+                    first_seen = min(first_seen, excluded.first_seen),
+                    last_seen = max(last_seen, excluded.last_seen)
+                """, [(*key, *group, sum(hour >= since for hour in hours))
+                      for key, (*group, hours) in self._groups.items()])
+
+    def _recent_since(self) -> int:
+        """The hour from which `recent` counts: seven days ago, where this moves it to.
+
+        So the most frequent groups of the week cost a look at each group, not at each hour of each.
+        """
+        old, = self._db.execute("select hour from recent_since").fetchone()
+        new = max(old, (self._now - 7 * DAY) // HOUR)
+        if new > old:
+            gone = self._db.execute("""
+                select sum(crashes), app_id, group_hash from group_hours
+                where app_id in (select id from apps) and hour >= ? and hour < ?
+                group by app_id, group_hash
+                """, (old, new)).fetchall()
+            self._db.executemany("update groups set recent = recent - ? where app_id = ? and group_hash = ?", gone)
+            self._db.execute("update recent_since set hour = ?", (new,))
+        return new
+
+    # Devices and sessions
+
+    def devices(self, keys: Sequence[tuple]) -> Dict[tuple, _Device]:
+        """What is stored of devices, by (app_id, device_id_hash)."""
+        rows = rows_of(self._db, """
+            select app_id, device_id_hash, first_seen, last_seen, last_seq, days, versions from devices
+            where (app_id, device_id_hash) in (values *)
+            """, keys)
+        return {(app_id, device): _Device(
+            first, last, seq, self._shifted(int.from_bytes(days, "big"), last), json.loads(versions))
+            for app_id, device, first, last, seq, days, versions in rows}
+
+    def replace_devices(self, devices: Mapping[tuple, Optional[_Device]], stored: Mapping[tuple, _Device]) -> None:
+        """Writes devices; deletes those that are None."""
+        rows = []
+        for key, after in devices.items():
+            before = stored.get(key)
+            if before is None or after is None or _counted(before) != _counted(after):
+                self.count_device(key[0], before, after)
+            if after is not None:
+                days = self._shifted(after.days, after.last_seen, back=True)
+                rows.append((*key, *after[:3], days.to_bytes((days.bit_length() + 7) // 8, "big"),
+                             _encode(after.versions)))
+        insert_rows(self._db, "insert or replace into devices values *", rows)
+        self._db.executemany("delete from devices where app_id = ? and device_id_hash = ?",
+                             [key for key, after in devices.items() if after is None])
+
+    def _shifted(self, days: int, last_seen: int, back: bool = False) -> int:
+        """Days before the newest day from days before the day of `last_seen`; or back."""
+        by = (self._newest_day - last_seen // DAY) * (-1 if back else 1)
+        if abs(by) > SHOWN_DAYS + AHEAD:
+            return 0
+        return (days << by if by > 0 else days >> -by) & ((2 << SHOWN_DAYS + AHEAD) - 1)
+
+    def _save_devices(self) -> None:
+        stored = self.devices(list(self._devices))
+        self.replace_devices({key: stored[key].merged(seen) if key in stored else seen
+                              for key, seen in self._devices.items()}, stored)
+
+    def sessions(self, keys: Sequence[tuple]) -> Dict[tuple, _Session]:
+        """What is stored of sessions, by (app_id, session_id)."""
+        return {(app_id, session_id): _Session(*rest) for app_id, session_id, *rest in rows_of(self._db, """
+            select * from sessions where (app_id, session_id) in (values *)
+            """, keys)}
+
+    def _save_sessions(self) -> None:
+        stored = self.sessions([(scopes[0], session_id) for scopes, session_id in self._sessions])
+        rows = []
+        for (scopes, session_id), seen in self._sessions.items():
+            before = stored.get((scopes[0], session_id))
+            after = before.merged(seen) if before else seen
+            if before is None or before[2:] != after[2:]:
+                if before:
+                    self.count_session(scopes, before, -1)
+                self.count_session(scopes, after, 1)
+            rows.append((scopes[0], session_id, *after))
+        insert_rows(self._db, "insert or replace into sessions values *", rows)
+
+
+def _counted(device: _Device) -> tuple:
+    """What of a device shows in the figures."""
+    return device.first_seen // DAY, device.last_seen // HOUR, device.days, device.versions
+
+
+def _covered(days: int, span: int) -> int:
+    """The days, as bits, on which a device seen on `days` is one of the last `span` days."""
+    for _ in range(span - 1):
+        days |= days >> 1
+    return days
+
+
+def _bits(number: int) -> Iterator[int]:
+    while number:
+        lowest = number & -number
+        yield lowest.bit_length() - 1
+        number ^= lowest
+
+
+def rounded_seconds(milliseconds: int) -> int:
+    """Whole seconds in two significant digits: so a day has few different ones, however many sessions."""
+    seconds = (milliseconds + 500) // SECOND
+    unit = 10 ** max(0, len(str(seconds)) - 2)
+    return (seconds + unit // 2) // unit * unit
+
+
+STATEMENTS = 512  # that are kept prepared: an insert is another one for each number of rows
+ROWS = 128  # in a statement
+
+
+def insert_rows(db: sqlite3.Connection, statement: str, rows: Sequence[tuple]) -> None:
+    """Runs an insert for all rows, its `values *` standing for their placeholders, with few statements.
+
+    Python gives its lock away for the time of a statement, and under load has to
+    queue for it after each: executemany would queue once a row.
+    """
+    for start in range(0, len(rows), ROWS):
+        part = rows[start:start + ROWS]
+        db.execute(_with_placeholders(statement, len(part), len(part[0])), list(chain.from_iterable(part)))
+
+
+def rows_of(db: sqlite3.Connection, query: str, keys: Sequence[tuple]) -> List[tuple]:
+    """The rows of a query for all keys, its `values *` standing for their placeholders."""
+    found = []
+    for start in range(0, len(keys), ROWS):
+        part = keys[start:start + ROWS]
+        found += db.execute(_with_placeholders(query, len(part), len(part[0])),
+                            list(chain.from_iterable(part))).fetchall()
+    return found
+
+
+@lru_cache(maxsize=STATEMENTS)
+def _with_placeholders(statement: str, rows: int, columns: int) -> str:
+    row = "(" + ", ".join("?" * columns) + ")"
+    return statement.replace("values *", "values " + ", ".join([row] * rows))
+
+
 # == Store =====================================================================
 #
 # Everything that touches the file: one writing connection per process, behind a
@@ -671,8 +1112,9 @@ REPLAY_DAYS = 7  # how long a phone may be offline between a request and its rep
 BUSY_GROUP = 4  # requests in a commit, from which on the next one waits for company
 GATHER_SECONDS = 0.002  # so long: a commit costs as much as ten reports; who comes alone never waits
 MAX_WAIT = 30.0  # seconds for a commit that others make: longer than any lock and sync together
-STATEMENTS = 512  # that are kept prepared: an insert is another one for each number of rows
-STEP = 200  # rows deleted at a time: too few to be felt
+STEP = 200  # rows deleted at a time, and more where more come in: too few to be felt
+PRUNE_STEP = 1000  # rows, or pages, that `prune` deletes at a time
+PAUSE = 2  # the pause after such a step, in its lengths
 
 
 class StoreError(Exception):
@@ -983,7 +1425,7 @@ class Store:
                 for write in group:
                     commit.take(write)
                 commit.save()
-                self._expire(db, sum(len(write.reports) for write in group))
+                self._expire(db, max(STEP, 3 * sum(len(write.reports) for write in group)))
         except BaseException as error:
             group = group or here.take_queue()
             for write in group:
@@ -995,43 +1437,121 @@ class Store:
                 if not write.leads:
                     write.wake()
 
-    def _expire(self, db: _Connection, added: int) -> None:
-        """Deletes some of the rows whose time is over: with each commit a few, but more than it has added."""
-        window = {"replays": self.now - REPLAY_DAYS * DAY, "step": max(STEP, 3 * added),
-                  "rows": first_seq(self.now - self._retention) if self._retention else 0}
-        replays, events, crashes = db.execute("""
-            select exists (select 1 from replays where received_at < :replays),
-                exists (select 1 from events where seq < :rows), exists (select 1 from crashes where seq < :rows)
-            """, window).fetchone()
-        if replays:
-            db.execute("""
-                delete from replays where (app_id, mark) in (
-                    select app_id, mark from replays where received_at < :replays limit :step)
-                """, window)
-        if events:
-            db.execute("""
-                delete from events where seq in (
-                    select seq from events where seq < :rows order by seq limit :step)
-                """, window)
-        if crashes:
-            self._expire_crashes(db, window)
+    # Reports that go
 
-    def _expire_crashes(self, db: _Connection, window: Mapping[str, int]) -> None:
-        """As above; and the labels, which count what is retained, go down with them."""
-        for seq, app_id, exception_type, device_model, occurred_at, received_at in db.execute("""
-                select seq, app_id, exception_type, device_model, occurred_at, received_at
-                from crashes where seq < :rows order by seq limit :step
-                """, window).fetchall():
-            labels = {"app": app_id, "day": counted_at(occurred_at, received_at) // DAY,
-                      "type": exception_type, "model": device_model}
-            db.execute("""
-                update labels set crashes = crashes - 1
-                where app_id = :app and day = :day and (
-                    field = 'exception_type' and label = :type or field = 'device_model' and label = :model)
-                """, labels)
-            db.execute("delete from labels where app_id = :app and field in ('exception_type', 'device_model')"
-                       " and day = :day and crashes = 0", labels)
-            db.execute("delete from crashes where seq = ?", (seq,))
+    def _expire(self, db: _Connection, step: int) -> Counter:
+        """Deletes at most `step` rows of each table whose time is over; how many it were of each."""
+        rows = first_seq(self.now - self._retention) if self._retention else 0
+        replays = self.now - REPLAY_DAYS * DAY
+        over = dict(zip(("replays", "crashes", "events"), db.execute("""
+            select exists (select 1 from replays where received_at < :replays),
+                exists (select 1 from crashes where seq < :rows), exists (select 1 from events where seq < :rows)
+            """, {"replays": replays, "rows": rows}).fetchone()))
+        deleted: Counter = Counter()
+        if over["replays"]:
+            deleted["replays"] = db.execute("""
+                delete from replays where (app_id, mark) in (
+                    select app_id, mark from replays where received_at < ? limit ?)
+                """, (replays, step)).rowcount
+        if over["crashes"]:
+            deleted["crashes"] = self._expire_crashes(db, rows, step)
+        if over["events"]:
+            deleted["events"] = self._expire_events(db, rows, step)
+        return +deleted
+
+    def _expire_crashes(self, db: _Connection, before: int, step: int) -> int:
+        rollups = RollUps(db, self.now)
+        rows = db.execute("""
+            select seq, app_id, device_id_hash, exception_type, device_model, occurred_at, received_at
+            from crashes where seq < ? order by seq limit ?
+            """, (before, step)).fetchall()
+        for _, app_id, _, exception_type, device_model, occurred_at, received_at in rows:
+            rollups.count_labels(app_id, exception_type, device_model, counted_at(occurred_at, received_at), -1)
+        rollups.save()
+        db.execute("delete from crashes where seq <= ?", (rows[-1][0],))
+        self._expire_devices(db, rows)
+        return len(rows)
+
+    def _expire_events(self, db: _Connection, before: int, step: int) -> int:
+        rows = db.execute("""
+            select seq, app_id, device_id_hash, session_id from events where seq < ? order by seq limit ?
+            """, (before, step)).fetchall()
+        db.execute("delete from events where seq <= ?", (rows[-1][0],))
+        self._expire_devices(db, rows)
+        db.executemany("delete from sessions where app_id = ? and session_id = ? and last_seq <= ?",
+                       [(*key, seq) for key, seq in {(row[1], row[3]): row[0] for row in rows if row[3]}.items()])
+        return len(rows)
+
+    def _expire_devices(self, db: _Connection, rows: Sequence[tuple]) -> None:
+        """What is known of a device goes with its last report."""
+        latest = {(row[1], row[2]): row[0] for row in rows if row[2]}
+        db.executemany("delete from devices where app_id in (?, ?) and device_id_hash = ? and last_seq <= ?",
+                       [(app_id, EVERY_APP, device, seq) for (app_id, device), seq in latest.items()])
+
+    def prune(self) -> Counter:
+        """Deletes all rows whose time is over, and gives the disk their space back; how many rows of each table.
+
+        In steps and with pauses longer than they, so that nobody else's reports wait for it.
+        """
+        deleted: Counter = Counter()
+        while True:
+            with self._in_step() as db:
+                step = self._expire(db, PRUNE_STEP)
+            if not step:
+                break
+            deleted += step
+        free = 1
+        while free:
+            with self._in_step() as db:
+                db.execute(f"pragma incremental_vacuum({PRUNE_STEP})").fetchall()
+                free = db.pragma("freelist_count")
+        with self.reading() as db:
+            db.execute("pragma wal_checkpoint(truncate)").fetchall()
+        return deleted
+
+    @contextmanager
+    def _in_step(self) -> Iterator[_Connection]:
+        """A transaction of many. The pause after it lets those in that wait: SQLite's own waiting is a
+        matter of luck against somebody who is always back at once."""
+        began = time.monotonic()
+        with self.writing() as db:
+            yield db
+        time.sleep(PAUSE * (time.monotonic() - began))
+
+    def forget_device(self, device_id_hash: str) -> Counter:
+        """Deletes all that is kept of a device, in all apps, as if it had never been; how many rows of each table."""
+        deleted: Counter = Counter()
+        while True:
+            with self.reading() as db:
+                rows = {table: [seq for seq, in db.execute(
+                    f"select seq from {table} where device_id_hash = ?", (device_id_hash,))]
+                    for table in ("crashes", "events")}
+                keys = db.execute("select app_id, device_id_hash from devices where app_id in (select id from apps"
+                                  " union select ?) and device_id_hash = ?", (EVERY_APP, device_id_hash)).fetchall()
+            if not keys and not any(rows.values()):
+                return deleted
+            for table, seqs in rows.items():
+                for start in range(0, len(seqs), STEP):
+                    with self._in_step() as db:
+                        self._forget_rows(db, table, seqs[start:start + STEP])
+            with self._in_step() as db:
+                rollups = RollUps(db, self.now)
+                rollups.replace_devices(dict.fromkeys(keys), rollups.devices(keys))
+                rollups.save()
+            deleted += Counter({table: len(seqs) for table, seqs in rows.items()}, devices=len(keys))
+
+    def _forget_rows(self, db: _Connection, table: str, seqs: Sequence[int]) -> None:
+        rollups = RollUps(db, self.now)
+        scopes = {app_id: scopes_of(app_id, is_test) for app_id, is_test in db.execute("select id, is_test from apps")}
+        row_factory, db.row_factory = db.row_factory, sqlite3.Row
+        rows = rows_of(db, f"select * from {table} where (seq) in (values *)", [(seq,) for seq in seqs])
+        db.row_factory = row_factory
+        db.executemany(f"delete from {table} where seq = ?", [(seq,) for seq in seqs])
+        if table == "crashes":
+            rollups.remove_crashes(rows)
+        else:
+            rollups.remove_events(scopes, rows)
+        rollups.save()
 
     # Apps and keys
 
@@ -1143,32 +1663,48 @@ class Store:
         with self.writing() as db:
             app_id = self._app(db, name)[0]
             db.execute("delete from keys where app_id = ?", (app_id,))
-        while self._delete_some(app_id):
+        for table in ("events", "crashes"):
+            self._delete_reports(table, app_id)
+        while self._delete_devices(app_id):
             pass
-
-    def _delete_some(self, app_id: int) -> bool:
-        """One step of deleting an app; whether there may be more."""
         with self.writing() as db:
-            for table in ("events", "crashes"):
-                if db.execute(f"delete from {table} where seq in"
-                              f" (select seq from {table} where app_id = ? limit ?)", (app_id, 5 * STEP)).rowcount:
-                    return True
-            devices = db.execute("select device_id_hash from devices where app_id = ? limit ?",
-                                 (app_id, 5 * STEP)).fetchall()
-            db.executemany("delete from devices where app_id in (?, ?) and device_id_hash = ?",
-                           [(app_id, EVERY_APP, device) for device, in devices])
-            # Where another live app has it, it goes on being a device of all apps.
-            db.executemany("""
-                insert into devices
-                select ?, device_id_hash, min(first_seen), max(last_seen) from devices
-                where app_id in (select id from apps where not is_test) and device_id_hash = ?
-                group by device_id_hash
-                """, [(EVERY_APP, device) for device, in devices])
-            if not devices:
-                for table in ("replays", "sessions", "labels", "groups", "group_hours", "hours"):
-                    db.execute(f"delete from {table} where app_id = ?", (app_id,))
-                db.execute("delete from apps where id = ?", (app_id,))
-            return bool(devices)
+            self._delete_sums(db, app_id)
+            db.execute("delete from apps where id = ?", (app_id,))
+
+    def _delete_reports(self, table: str, app_id: int) -> None:
+        seqs = [(0,)]
+        while seqs:
+            with self.reading() as db:
+                seqs = db.execute(f"select seq from {table} where app_id = ? and seq > ? order by seq limit ?",
+                                  (app_id, seqs[-1][0], PRUNE_STEP)).fetchall()
+            with self._in_step() as db:
+                db.executemany(f"delete from {table} where seq = ?", seqs)
+
+    def _delete_devices(self, app_id: int) -> bool:
+        """One step of it; whether there may be more. Where another live app has a device, it goes on being
+        one of all apps."""
+        with self._in_step() as db:
+            keys = db.execute("select app_id, device_id_hash from devices where app_id = ? limit ?",
+                              (app_id, STEP)).fetchall()
+            rollups = RollUps(db, self.now)
+            others = [other for other, in db.execute("select id from apps where not is_test and id <> ?", (app_id,))]
+            everywhere: Dict[tuple, Optional[_Device]] = {(EVERY_APP, device): None for _, device in keys}
+            for (_, device), known in rollups.devices([(other, key[1]) for other in others for key in keys]).items():
+                found = everywhere[EVERY_APP, device]
+                known = known._replace(versions={})
+                everywhere[EVERY_APP, device] = found.merged(known) if found else known
+            rollups.replace_devices(everywhere, rollups.devices(list(everywhere)))
+            rollups.save()
+            db.executemany("delete from devices where app_id = ? and device_id_hash = ?", keys)
+        return bool(keys)
+
+    def _delete_sums(self, db: _Connection, app_id: int) -> None:
+        rollups = RollUps(db, self.now)
+        if not db.execute("select is_test from apps where id = ?", (app_id,)).fetchone()[0]:
+            rollups.take_sessions(app_id)
+            rollups.save()
+        for table in ("replays", "sessions", "groups", *_SUMS):
+            db.execute(f"delete from {table} where app_id = ?", (app_id,))
 
 
 def _prepare(path: Path, may_create: bool) -> None:
@@ -1236,23 +1772,14 @@ def _statements(script: str) -> Iterator[str]:
 
 
 class _Commit:
-    """The reports of one transaction: their rows, and their sums for the roll-ups.
-
-    Each sum is written once, which is faster than a statement a report.
-    """
+    """The reports of one transaction."""
 
     def __init__(self, db: _Connection, now: int):
         self._db, self._now = db, now
         self._apps: Dict[bytes, Optional[Tuple[int, bool]]] = {}  # of a key: id and is_test
         self._next_seq: Dict[type, int] = {}
-        self._crashes: List[tuple] = []
-        self._events: List[tuple] = []
-        self._hours: Dict[tuple, List[int]] = defaultdict(lambda: [0, 0])  # crashes, sessions
-        self._labels: Counter = Counter()
-        self._groups: Dict[tuple, List[Any]] = {}
-        self._group_hours: Counter = Counter()
-        self._devices: Dict[tuple, Tuple[int, int]] = {}
-        self._sessions: Dict[tuple, int] = {}
+        self._rows: Dict[type, List[tuple]] = {Crash: [], Event: []}
+        self._rollups = RollUps(db, now)
 
     def take(self, write: _Write) -> None:
         """Adds the reports of a request, unless it is a repetition or must be refused."""
@@ -1265,12 +1792,14 @@ class _Commit:
             return
         seqs = earlier or self._new_seqs(kind, len(write.reports))
         write.receipt = Receipt(seqs, bool(earlier))
-        _insert(self._db, "insert or ignore into replays values *",
-                [(app_id, mark, once.request, seqs[0], len(seqs), self._now) for mark in once.marks])
+        insert_rows(self._db, "insert or ignore into replays values *",
+                    [(app_id, mark, once.request, seqs[0], len(seqs), self._now) for mark in once.marks])
         if not earlier:
+            head = app_id, self._now
+            self._rows[kind] += [(seq, *head, *report) for seq, report in zip(seqs, write.reports)]
             times = [counted_at(report.occurred_at, self._now) for report in write.reports]
-            (self._take_crashes if kind is Crash else self._take_events)(app_id, seqs, write.reports, times)
-            self._take_devices((app_id,) if is_test else (app_id, EVERY_APP), write.reports, times)
+            add = self._rollups.add_crashes if kind is Crash else self._rollups.add_events
+            add(scopes_of(app_id, is_test), seqs, write.reports, times)
 
     def _app(self, key_hash: bytes) -> Tuple[int, bool]:
         if key_hash not in self._apps:
@@ -1296,115 +1825,44 @@ class _Commit:
 
     def _new_seqs(self, kind: type, count: int) -> range:
         if kind not in self._next_seq:
-            table = "crashes" if kind is Crash else "events"
-            last = self._db.execute(f"select max(seq) from {table}").fetchone()[0] or 0
+            last = self._db.execute(f"select max(seq) from {_TABLES[kind]}").fetchone()[0] or 0
             # A random start keeps the ids of two hosts apart.
             self._next_seq[kind] = max(last + 1, first_seq(self._now) + secrets.randbits(SEQ_BITS))
         first = self._next_seq[kind]
         self._next_seq[kind] += count
         return range(first, first + count)
 
-    def _take_crashes(self, app_id: int, seqs: range, crashes: Sequence[Crash], times: List[int]) -> None:
-        for seq, crash, at in zip(seqs, crashes, times):
-            self._crashes.append((seq, app_id, self._now) + crash)
-            self._hours[app_id, at // HOUR][0] += 1
-            self._labels[app_id, "exception_type", at // DAY, crash.exception_type] += 1
-            if crash.device_model:
-                self._labels[app_id, "device_model", at // DAY, crash.device_model] += 1
-            self._group_hours[app_id, at // HOUR, crash.group_hash] += 1
-            group = self._groups.setdefault((app_id, crash.group_hash), [crash.exception_type, None, 0, at, at])
-            if at >= group[4]:
-                group[1] = crash.exception_reason
-            group[2:] = group[2] + 1, min(group[3], at), max(group[4], at)
-
-    def _take_events(self, app_id: int, seqs: range, events: Sequence[Event], times: List[int]) -> None:
-        head = app_id, self._now
-        self._events += [(seq, *head, *event) for seq, event in zip(seqs, events)]
-        for event, at in zip(events, times):
-            if event.type == "session_start":
-                if event.session_id:
-                    session = app_id, event.session_id
-                    self._sessions[session] = max(at, self._sessions.get(session, at))
-                else:
-                    self._hours[app_id, at // HOUR][1] += 1
-
-    def _take_devices(self, apps: Sequence[int], reports: Reports, times: List[int]) -> None:
-        devices = [report.device_id_hash for report in reports]
-        for device in set(devices) - {None}:  # in a batch usually one
-            seen = [at for at, each in zip(times, devices) if each == device]
-            for app_id in apps:
-                known = (*seen, *self._devices.get((app_id, device), ()))
-                self._devices[app_id, device] = min(known), max(known)
-
     def save(self) -> None:
         """Writes the rows and the sums."""
-        _insert(self._db, f"insert into crashes (seq, app_id, received_at, {', '.join(Crash._fields)}) values *",
-                self._crashes)
-        _insert(self._db, f"insert into events (seq, app_id, received_at, {', '.join(Event._fields)}) values *",
-                self._events)
-        _insert(self._db, """
-            insert into hours values *
-            on conflict (app_id, hour) do update set
-                crashes = crashes + excluded.crashes, sessions = sessions + excluded.sessions
-            """, [(*hour, *sums, 0) for hour, sums in self._hours.items()])
-        _insert(self._db, """
-            insert into labels values *
-            on conflict (app_id, field, day, label) do update set crashes = crashes + excluded.crashes
-            """, [(*label, crashes) for label, crashes in self._labels.items()])
-        _insert(self._db, """
-            insert into group_hours values *
-            on conflict (app_id, hour, group_hash) do update set crashes = crashes + excluded.crashes
-            """, [(*group, crashes) for group, crashes in self._group_hours.items()])
-        self._save_latest()
-
-    def _save_latest(self) -> None:
-        _insert(self._db, """
-            insert into groups values *
-            on conflict (app_id, group_hash) do update set
-                exception_reason = case when excluded.last_seen >= last_seen
-                    then excluded.exception_reason else exception_reason end,
-                crashes = crashes + excluded.crashes,
-                first_seen = min(first_seen, excluded.first_seen),
-                last_seen = max(last_seen, excluded.last_seen)
-            """, [(*key, *group) for key, group in self._groups.items()])
-        _insert(self._db, """
-            insert into devices values *
-            on conflict (app_id, device_id_hash) do update set
-                first_seen = min(first_seen, excluded.first_seen), last_seen = max(last_seen, excluded.last_seen)
-            where excluded.first_seen < first_seen or excluded.last_seen > last_seen
-            """, [(*key, *seen) for key, seen in self._devices.items()])
-        _insert(self._db, """
-            insert into sessions values *
-            on conflict (app_id, session_id) do update set started_at = excluded.started_at
-            where excluded.started_at > started_at
-            """, [(*session, started_at) for session, started_at in self._sessions.items()])
+        for kind, rows in self._rows.items():
+            insert_rows(self._db, f"insert into {_TABLES[kind]} (seq, app_id, received_at,"
+                                  f" {', '.join(kind._fields)}) values *", rows)  # type: ignore[attr-defined]
+        self._rollups.save()
 
 
-def _insert(db: _Connection, statement: str, rows: Sequence[tuple]) -> None:
-    """Runs an insert for all rows, `*` standing for their placeholders, with few statements.
-
-    Python gives its lock away for the time of a statement, and under load has to
-    queue for it after each: executemany would queue once a row.
-    """
-    for start in range(0, len(rows), 128):
-        part = rows[start:start + 128]
-        db.execute(_with_placeholders(statement, len(part), len(part[0])), list(chain.from_iterable(part)))
-
-
-@lru_cache(maxsize=STATEMENTS)
-def _with_placeholders(statement: str, rows: int, columns: int) -> str:
-    row = "(" + ", ".join("?" * columns) + ")"
-    return statement.replace("*", ", ".join([row] * rows), 1)
+_TABLES = {Crash: "crashes", Event: "events"}
 
 
 # == Metrics ===================================================================
 #
-# The questions asked of the store. They read roll-ups only: an answer costs what
-# it shows, not what is stored, so that anyone may ask. Windows begin at a full
-# hour; where no app is named, all live ones are meant.
+# The questions asked of the store. What anyone may ask reads roll-ups only: an
+# answer costs what it shows, not what is stored. Windows begin at a full hour, or
+# are UTC days; where no app is named, all live ones are meant.
+
+ADOPTION_DAYS = 7  # of whose sessions a release has its share
+SCANNED = 20_000  # events that are looked at for a page: a page may be short, and another one follow
+REPORTS = 20  # of a group that are shown at once
+
+_APPS = "app_id in (select id from apps where id = :app or :app is null and not is_test)"
+
+Figures = Dict[str, Any]
+
 
 class Metrics:
-    """Answers in the shapes of the API, as of now. `app` is a name; Refusal where there is none such."""
+    """Answers in the shapes of the API, as of now. `app` is a name; Refusal where there is none such.
+
+    Lists come in pages of `limit`: `cursor` is the `next` of the page before, None at the end.
+    """
 
     def __init__(self, store: Store):
         self._store = store
@@ -1419,76 +1877,314 @@ class Metrics:
             yield db, row and row[0]
             db.execute("commit")
 
-    def daily_crashes(self, app: Optional[str] = None, days: Optional[int] = None) -> Dict[str, list]:
-        """Crashes per UTC day: the seven that end today from Monday to Sunday, or `days` of them by date."""
+    def _last_days(self, days: int) -> range:
         today = self._store.now // DAY
-        shown = range(today - (days or 7) + 1, today + 1)
+        return range(today - days + 1, today + 1)
+
+    def daily_crashes(self, app: Optional[str] = None, days: Optional[int] = None) -> Figures:
+        """Crashes per UTC day: the seven that end today from Monday to Sunday, or `days` of them by date."""
+        shown = self._last_days(days or 7)
         with self._asking(app) as (db, app_id):
-            crashes = dict(db.execute("""
+            crashes = dict(db.execute(f"""
                 select hour / 24, sum(crashes) from hours
-                where app_id in (select id from apps where id = :app or :app is null and not is_test)
-                    and hour >= :first * 24
+                where {_APPS} and hour >= :first * 24
                 group by hour / 24
                 """, {"app": app_id, "first": shown[0]}))
-        if not days:
-            shown = sorted(shown, key=lambda day: (day + 3) % 7)  # 1970 began on a Thursday
-        dates = [date.fromordinal(_DAY_ZERO + day) for day in shown]
-        return {"labels": [str(each) if days else _WEEKDAYS[each.weekday()] for each in dates],
-                "data": [crashes.get(day, 0) for day in shown]}
+        if days:
+            return {"labels": _dates(shown), "data": [crashes.get(day, 0) for day in shown]}
+        from_monday = sorted(shown, key=lambda day: (day + 3) % 7)  # 1970 began on a Thursday
+        return {"labels": list(_WEEKDAYS), "data": [crashes.get(day, 0) for day in from_monday]}
 
-    def crash_types(self, app: Optional[str] = None, days: Optional[int] = None) -> Dict[str, list]:
+    def crash_types(self, app: Optional[str] = None, days: Optional[int] = None) -> Figures:
         """Crashes per exception type, the most frequent first."""
         return self._labels("exception_type", app, days, limit=-1)
 
-    def devices(self, app: Optional[str] = None, days: Optional[int] = None) -> Dict[str, list]:
+    def devices(self, app: Optional[str] = None, days: Optional[int] = None) -> Figures:
         """Crashes per device model, the ten most frequent."""
         return self._labels("device_model", app, days, limit=10)
 
-    def _labels(self, field: str, app: Optional[str], days: Optional[int], limit: int) -> Dict[str, list]:
-        first = self._store.now // DAY - days + 1 if days else None
+    def _labels(self, field: str, app: Optional[str], days: Optional[int], limit: int) -> Figures:
+        first, last = (self._last_days(days)[0], MAX_NUMBER) if days else (ALL_DAYS, ALL_DAYS)
         with self._asking(app) as (db, app_id):
-            rows = db.execute("""
+            return _labelled(db.execute(f"""
                 select label, sum(crashes) from labels
-                where app_id in (select id from apps where id = :app or :app is null and not is_test)
-                    and field = :field and (:first is null or day >= :first)
+                where {_APPS} and field = :field and day between :first and :last
                 group by label
                 order by sum(crashes) desc, label
                 limit :limit
-                """, {"app": app_id, "field": field, "first": first, "limit": limit}).fetchall()
-        return {"labels": [label for label, _ in rows], "data": [crashes for _, crashes in rows]}
+                """, {"app": app_id, "field": field, "first": first, "last": last, "limit": limit}))
 
-    def overview(self, app: Optional[str] = None) -> Dict[str, Any]:
+    def overview(self, app: Optional[str] = None) -> Figures:
         """The last seven days in a few figures, and the devices of the last 24 hours."""
-        window = {"week": (self._store.now - 7 * DAY) // HOUR, "day": (self._store.now - DAY) // HOUR}
+        week = (self._store.now - 7 * DAY) // HOUR
         with self._asking(app) as (db, app_id):
-            window.update(app=app_id, everywhere=app_id or EVERY_APP)
-            crashes, sessions = db.execute("""
+            crashes, sessions = db.execute(f"""
                 select coalesce(sum(crashes), 0), coalesce(sum(sessions), 0) from hours
-                where app_id in (select id from apps where id = :app or :app is null and not is_test)
-                    and hour >= :week
-                """, window).fetchone()
-            devices, = db.execute("""
-                select coalesce(sum(devices), 0) from hours where app_id = :everywhere and hour >= :day
-                """, window).fetchone()
-            top = db.execute("""
-                with top as (
-                    select group_hash, sum(crashes) as count from group_hours
-                    where app_id in (select id from apps where id = :app or :app is null and not is_test)
-                        and hour >= :week
-                    group by group_hash
-                    order by count desc, group_hash
-                    limit 5)
-                -- Beside max(), SQLite takes the other columns from the row that has it.
-                select group_hash, exception_type, coalesce(exception_reason, ''), count, max(last_seen)
-                from top join groups using (group_hash)
-                where app_id in (select id from apps where id = :app or :app is null and not is_test)
-                group by group_hash
-                order by count desc, group_hash
-                """, window).fetchall()
-        names = ("group_hash", "exception_type", "exception_reason", "count")
+                where {_APPS} and hour >= :week
+                """, {"app": app_id, "week": week}).fetchone()
+            devices, = db.execute("select coalesce(sum(devices), 0) from hours where app_id = ? and hour >= ?",
+                                  (app_id or EVERY_APP, (self._store.now - DAY) // HOUR)).fetchone()
+            top = self._top_groups(db, app_id, week)
         return {"crash_free_rate_7d": crash_free_rate(crashes, sessions), "dau": devices,
-                "sessions_7d": sessions, "crashes_7d": crashes,
-                "top_crashes": [dict(zip(names, row)) for row in top]}
+                "sessions_7d": sessions, "crashes_7d": crashes, "top_crashes": top}
+
+    def _top_groups(self, db: _Connection, app_id: Optional[int], since: int) -> List[Figures]:
+        """The five most frequent groups: `recent`, less what has grown too old since the last crash."""
+        return _dicts(db.execute(f"""
+            with old as (
+                select app_id, group_hash, sum(crashes) as crashes from group_hours
+                where {_APPS} and hour >= (select hour from recent_since) and hour < :since
+                group by app_id, group_hash)
+            select group_hash, exception_type, coalesce(exception_reason, '') as exception_reason, count
+            from (
+                -- Beside max(), SQLite takes the other columns from the row that has it.
+                select group_hash, exception_type, exception_reason, max(last_seen),
+                    sum(recent - coalesce(old.crashes, 0)) as count
+                from groups left join old using (app_id, group_hash)
+                where {_APPS} and recent > 0
+                group by group_hash)
+            where count > 0
+            order by count desc, group_hash
+            limit 5
+            """, {"app": app_id, "since": since}))
+
+    def active_devices(self, app: Optional[str] = None, days: Optional[int] = None) -> Figures:
+        """Per UTC day, the devices of that day, of the 7 and of the 30 days that end with it."""
+        return self._days(app, days, "dau", "wau", "mau")
+
+    def sessions(self, app: Optional[str] = None, days: Optional[int] = None) -> Figures:
+        """Per UTC day, the sessions that began on it; and of those that ended, how long they took.
+
+        The median is of durations in two significant digits; null where none has ended.
+        """
+        figures = self._days(app, days, "sessions", "ended", "session_ms", "median_seconds")
+        times = zip(figures.pop("session_ms"), figures.pop("ended"))
+        figures["median_seconds"] = [seconds or None for seconds in figures["median_seconds"]]
+        figures["mean_seconds"] = [round(total / ended / SECOND, 1) if ended else None for total, ended in times]
+        return figures
+
+    def retention(self, app: Optional[str] = None, days: Optional[int] = None) -> Figures:
+        """Of the devices first seen on a UTC day, the percentage seen again 1, 7 and 30 days later.
+
+        null where that day is not over yet, or no device is new.
+        """
+        figures = self._days(app, days, "newcomers", *(column for column, _ in _BACK))
+        shown = self._last_days(days or 30)
+        devices = figures.pop("newcomers")
+        for column, later in _BACK:
+            figures["day_" + str(later)] = [
+                round(100 * back / new, 2) if new and day + later < shown[-1] else None
+                for day, new, back in zip(shown, devices, figures.pop(column))]
+        return {"labels": figures.pop("labels"), "devices": devices, **figures}
+
+    def _days(self, app: Optional[str], days: Optional[int], *columns: str) -> Figures:
+        """Columns of the roll-up of days, as lists; 30 days unless told."""
+        shown = self._last_days(days or 30)
+        with self._asking(app) as (db, app_id):
+            rows = {row[0]: row[1:] for row in db.execute(
+                f"select day, {', '.join(columns)} from days where app_id = ? and day between ? and ?",
+                (app_id or EVERY_APP, shown[0], shown[-1]))}
+        empty = (0,) * len(columns)
+        return {"labels": _dates(shown),
+                **{column: [rows.get(day, empty)[n] for day in shown] for n, column in enumerate(columns)}}
+
+    def releases(self, app: Optional[str] = None) -> Figures:
+        """What is known of each version of an app, the latest first: at most 100 of them."""
+        with self._asking(app) as (db, app_id):
+            rows = _dicts(db.execute(f"""
+                with recent as (
+                    select app_id, app_version, sum(sessions) as sessions from release_days
+                    where {_APPS} and day > :since
+                    group by app_id, app_version)
+                select apps.name as app, app_version, releases.sessions, crashes, devices, crashed_devices,
+                    coalesce(recent.sessions, 0) as recent,
+                    (select sum(sessions) from recent as each where each.app_id = releases.app_id) as of_all,
+                    first_seen, last_seen
+                from releases join apps on apps.id = app_id left join recent using (app_id, app_version)
+                where {_APPS}
+                order by first_seen desc, app_version
+                limit 100
+                """, {"app": app_id, "since": self._store.now // DAY - ADOPTION_DAYS}))
+        return {"releases": [_release(**row) for row in rows]}
+
+    # Behind the admin token: these read the reports, a page at a time
+
+    def groups(self, app: Optional[str] = None, version: Optional[str] = None, days: Optional[int] = None,
+               limit: int = 50, cursor: Optional[str] = None) -> Figures:
+        """The groups of the crashes that are kept, the most frequent first."""
+        count, group = _group_cursor(cursor)
+        window = {"app": self._app_id(app), "version": version, "limit": limit + 1, "count": count, "group": group,
+                  "since": self._last_days(days)[0] * DAY if days else None}
+        where = f"{_APPS} and (:version is null or app_version = :version) and (:since is null or at >= :since)"
+        with self._store.reading() as db:
+            db.execute("begin")
+            page = _dicts(db.execute(f"""
+                select group_hash, count(*) as count, count(distinct device_id_hash) as devices,
+                    min(at) as first_seen, max(at) as last_seen
+                from (select *, {_COUNTED_AT} as at from crashes)
+                where {where}
+                group by group_hash
+                having count(*) < :count or count(*) = :count and group_hash > :group
+                order by count(*) desc, group_hash
+                limit :limit
+                """, window))
+            shown = []
+            for found in page[:limit]:
+                window["group"] = found["group_hash"]
+                versions = [each for each, in db.execute(f"""
+                    select distinct app_version from (select *, {_COUNTED_AT} as at from crashes)
+                    where {where} and group_hash = :group and app_version is not null
+                    """, window)]
+                shown.append({**self._group(db, window), **found, "versions": sorted(versions, key=_version_key),
+                              "first_seen": iso_time(found["first_seen"]), "last_seen": iso_time(found["last_seen"])})
+            db.execute("commit")
+        return {"groups": shown, "next": f"{shown[-1]['count']}-{shown[-1]['group_hash']}" if page[limit:] else None}
+
+    def _app_id(self, app: Optional[str]) -> Optional[int]:
+        with self._asking(app) as (_, app_id):
+            return app_id
+
+    def _group(self, db: _Connection, window: Mapping[str, Any]) -> Figures:
+        found = _dicts(db.execute(f"""
+            select group_hash, exception_type, coalesce(exception_reason, '') as exception_reason, max(last_seen) as at
+            from groups where {_APPS} and group_hash = :group
+            group by group_hash
+            """, window))
+        return {name: value for each in found for name, value in each.items() if name != "at"}
+
+    def group(self, group_hash: str, app: Optional[str] = None, limit: int = REPORTS,
+              cursor: Optional[str] = None) -> Figures:
+        """A group, its spread, and its latest reports. Refusal where no crash of it is kept."""
+        with self._asking(app) as (db, app_id):
+            window = {"app": app_id, "group": group_hash, "before": _before(cursor), "limit": limit + 1}
+            count, devices, first_seen, last_seen = db.execute(f"""
+                select count(*), count(distinct device_id_hash), min({_COUNTED_AT}), max({_COUNTED_AT}) from crashes
+                where {_APPS} and group_hash = :group
+                """, window).fetchone()
+            if not count:
+                raise Refusal("not found")
+            spread = {name: _labelled(db.execute(f"""
+                select {column}, count(*) from crashes
+                where {_APPS} and group_hash = :group and {column} is not null
+                group by {column}
+                order by count(*) desc, {column}
+                limit 20
+                """, window)) for name, column in (
+                    ("versions", "app_version"), ("systems", "os_version"), ("device_models", "device_model"))}
+            reports = _reports(db.execute(f"""
+                select * from crashes where seq in (
+                    select seq from crashes
+                    where {_APPS} and group_hash = :group and seq < :before
+                    order by seq desc
+                    limit :limit)
+                order by seq desc
+                """, window))
+            return {**self._group(db, window), "count": count, "devices": devices,
+                    "first_seen": iso_time(first_seen), "last_seen": iso_time(last_seen), **spread,
+                    "reports": reports[:limit], "next": reports[limit - 1]["id"] if reports[limit:] else None}
+
+    def events(self, app: Optional[str] = None, type: Optional[str] = None, name: Optional[str] = None,
+               session_id: Optional[str] = None, limit: int = 50, cursor: Optional[str] = None) -> Figures:
+        """The latest events that are kept. A page may be short of `limit`, or even empty, and have a next one."""
+        with self._asking(app) as (db, app_id):
+            window = {"app": app_id, "type": type, "name": name, "session": session_id,
+                      "before": _before(cursor), "after": 0, "limit": limit + 1, "scanned": SCANNED}
+            if session_id is not None:  # its events are between its first and its last
+                window["after"], last = db.execute(f"""
+                    select coalesce(min(first_seq), 0) - 1, coalesce(max(last_seq), -1) from sessions
+                    where {_APPS} and session_id = :session
+                    """, window).fetchone()
+                window["before"] = min(window["before"], last + 1)
+            scan = "select * from events where seq > :after and seq < :before order by seq desc limit :scanned"
+            found = _reports(db.execute(f"""
+                select * from ({scan})
+                where {_APPS} and (:type is null or type = :type) and (:name is null or name = :name)
+                    and (:session is null or session_id = :session)
+                limit :limit
+                """, window))
+            following = found[limit - 1]["id"] if found[limit:] else None
+            if following is None:
+                count, oldest = db.execute(f"select count(*), min(seq) from ({scan})", window).fetchone()
+                following = event_ids([oldest])[0] if count == SCANNED else None
+        return {"events": found[:limit], "next": following}
+
+    def device(self, device_id_hash: str) -> Figures:
+        """Everything that is kept of a device, in all apps."""
+        with self._store.reading() as db:
+            db.execute("begin")
+            found = {
+                "apps": _dicts(db.execute("""
+                    select name as app, first_seen, last_seen, versions from devices join apps on apps.id = app_id
+                    where device_id_hash = ? order by name
+                    """, (device_id_hash,))),
+                **{table: _reports(db.execute(f"select * from {table} where device_id_hash = ? order by seq",
+                                              (device_id_hash,))) for table in ("crashes", "events")}}
+            db.execute("commit")
+        for app in found["apps"]:
+            app.update(first_seen=iso_time(app["first_seen"]), last_seen=iso_time(app["last_seen"]),
+                       versions=sorted(json.loads(app["versions"]), key=_version_key))
+        return found
+
+
+def _dicts(rows: sqlite3.Cursor) -> List[Figures]:
+    names = [column[0] for column in rows.description]
+    return [dict(zip(names, row)) for row in rows]
+
+
+def _labelled(rows: Iterable[Tuple[str, int]]) -> Figures:
+    pairs = list(rows)
+    return {"labels": [label for label, _ in pairs], "data": [count for _, count in pairs]}
+
+
+def _dates(days: Iterable[int]) -> List[str]:
+    return [date.fromordinal(_DAY_ZERO + day).isoformat() for day in days]
+
+
+def _reports(rows: sqlite3.Cursor) -> List[Figures]:
+    """Crashes or events as they were sent, without what was absent; and when they were received."""
+    reports = []
+    for row in _dicts(rows):
+        report = {name: value for name, value in row.items() if value is not None and name not in ("seq", "app_id")}
+        for name in {"stack_trace", "properties", "extra"} & report.keys():
+            report[name] = json.loads(report[name])
+        for name in ("received_at", "occurred_at"):
+            report[name] = iso_time(report[name])
+        if "is_charging" in report:
+            report["is_charging"] = bool(report["is_charging"])
+        reports.append(report)
+    return reports
+
+
+def _release(app: str, app_version: str, sessions: int, crashes: int, devices: int, crashed_devices: int,
+             recent: int, of_all: Optional[int], first_seen: int, last_seen: int) -> Figures:
+    return {"app": app, "app_version": app_version, "sessions": sessions, "crashes": crashes,
+            "crash_free_sessions": crash_free_rate(crashes, sessions),
+            "crash_free_devices": crash_free_rate(crashed_devices, devices),
+            "adoption": round(100 * recent / of_all, 2) if of_all else 0.0,
+            "first_seen": iso_time(first_seen), "last_seen": iso_time(last_seen)}
+
+
+def _version_key(version: str) -> List[Tuple[int, str]]:
+    """Sorts 1.10 after 1.9."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split("[.+-]", version)]
+
+
+def _group_cursor(cursor: Optional[str]) -> Tuple[int, str]:
+    if cursor is None:
+        return MAX_NUMBER, ""
+    match = re.fullmatch("([0-9]{1,18})-([0-9a-f]{16})", cursor)
+    if match is None:
+        raise Refusal("invalid cursor")
+    return int(match[1]), match[2]
+
+
+def _before(cursor: Optional[str]) -> int:
+    """The seq of an id that a page ended with."""
+    if cursor is None:
+        return MAX_NUMBER
+    if not re.fullmatch("(evt_)?[0-7][0-9a-f]{15}", cursor):
+        raise Refusal("invalid cursor")
+    return int(cursor[-16:], 16)
 
 
 _WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
@@ -1527,6 +2223,7 @@ _HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-
 
 Environ = Dict[str, Any]
 Answer = Tuple[int, Dict[str, Any]]
+Handler = Callable[..., Answer]  # of an environ, and of what is in the path
 
 
 def _error_body(status: int) -> bytes:
@@ -1583,16 +2280,23 @@ class Backfeedr:
         self.store.close()
 
     def _routes(self) -> bottle.Bottle:
-        router = _Router()
+        ask, router = self.metrics, _Router()
         for method, path, handler in (
                 ("GET", "/health", self._health),
                 ("POST", "/crashes", self._submitted(lambda given: [parse_crash(given)], _crash_answer)),
                 ("POST", "/events", self._submitted(lambda given: [parse_event(given)], _event_answer)),
                 ("POST", "/events/batch", self._submitted(parse_batch, _batch_answer)),
-                ("GET", "/metrics/daily-crashes", self._asked(self.metrics.daily_crashes)),
-                ("GET", "/metrics/crash-types", self._asked(self.metrics.crash_types)),
-                ("GET", "/metrics/devices", self._asked(self.metrics.devices)),
-                ("GET", "/overview", self._asked(self.metrics.overview, takes_days=False))):
+                ("GET", "/metrics/daily-crashes", self._asked(ask.daily_crashes, "days")),
+                ("GET", "/metrics/crash-types", self._asked(ask.crash_types, "days")),
+                ("GET", "/metrics/devices", self._asked(ask.devices, "days")),
+                ("GET", "/metrics/active-devices", self._asked(ask.active_devices, "days")),
+                ("GET", "/metrics/sessions", self._asked(ask.sessions, "days")),
+                ("GET", "/metrics/retention", self._asked(ask.retention, "days")),
+                ("GET", "/overview", self._asked(ask.overview)),
+                ("GET", "/releases", self._asked(ask.releases)),
+                ("GET", "/crashes", self._read(ask.groups, "version", "days", "limit", "cursor")),
+                ("GET", "/crashes/<group_hash>", self._read(ask.group, "limit", "cursor")),
+                ("GET", "/events", self._read(ask.events, "type", "name", "session_id", "limit", "cursor"))):
             router.route("/api/v1" + path, method, _answering(handler))
         return router
 
@@ -1601,7 +2305,7 @@ class Backfeedr:
         return 200, {"status": "ok"}
 
     def _submitted(self, parse: Callable[[Given], Reports],
-                   answer: Callable[[Reports, range], Dict[str, Any]]) -> Callable[[Environ], Answer]:
+                   answer: Callable[[Reports, range], Dict[str, Any]]) -> Handler:
         """Checks in the order of the contract: size, key, rate, signature, JSON, fields; stores, and answers."""
         def handler(environ: Environ) -> Answer:
             body = _read_body(environ, self.settings.max_body_size)
@@ -1639,12 +2343,17 @@ class Backfeedr:
             raise Refusal("signature required")
         return signature
 
-    def _asked(self, question: Callable[..., Dict[str, Any]], takes_days: bool = True) -> Callable[[Environ], Answer]:
-        def handler(environ: Environ) -> Answer:
-            if not self.settings.public_metrics:
-                self._check_admin(environ)
-            app, days = _parameters(environ)
-            return 200, question(app, days) if takes_days else question(app)
+    def _asked(self, question: Callable[..., Figures], *names: str) -> Handler:
+        """What anyone may ask, unless the settings say otherwise; by app, and by the parameters of these names."""
+        if not self.settings.public_metrics:
+            return self._read(question, *names)
+        return lambda environ, **path: (200, question(**path, **_parameters(environ, "app", *names)))
+
+    def _read(self, question: Callable[..., Figures], *names: str) -> Handler:
+        """What the admin may ask."""
+        def handler(environ: Environ, **path: str) -> Answer:
+            self._check_admin(environ)
+            return 200, question(**path, **_parameters(environ, "app", *names))
         return handler
 
     def _check_admin(self, environ: Environ) -> None:
@@ -1664,12 +2373,12 @@ class _Router(bottle.Bottle):
         return _error_body(error.status_code)
 
 
-def _answering(handler: Callable[[Environ], Answer]) -> Callable[[], bottle.HTTPResponse]:
+def _answering(handler: Handler) -> Callable[..., bottle.HTTPResponse]:
     """The handler as bottle calls it: it answers in JSON, whatever happens."""
-    def respond() -> bottle.HTTPResponse:
+    def respond(**path: str) -> bottle.HTTPResponse:
         headers = dict(_HEADERS)
         try:
-            status, answer = handler(bottle.request.environ)
+            status, answer = handler(bottle.request.environ, **path)
         except Refusal as refusal:
             status, answer = _STATUS.get(str(refusal), 400), {"error": str(refusal)}
             if refusal.retry_after is not None:
@@ -1741,14 +2450,16 @@ def _once(environ: Environ, signature: bytes, body: bytes) -> Once:
     return Once(tuple(marks), sha256(path + b":" + body)[:16] if marks else b"")
 
 
-def _parameters(environ: Environ) -> Tuple[Optional[str], Optional[int]]:
-    """`app` and `days` of the query string, None where they are absent."""
+def _parameters(environ: Environ, *names: str) -> Dict[str, Any]:
+    """The parameters of these names that are in the query string. Raises Refusal for those that make no sense."""
     query = environ.get("QUERY_STRING", "").encode("latin-1", "replace").decode("utf-8", "replace")
-    given = parse_qs(query, keep_blank_values=True)
-    app, days = given.get("app", [""])[-1], given.get("days", [None])[-1]
-    if days is not None and not (re.fullmatch("[0-9]{1,3}", days) and 1 <= int(days) <= 365):
-        raise Refusal("invalid days")
-    return app or None, days and int(days)
+    given: Dict[str, Any] = {name: values[-1] for name, values in parse_qs(query, keep_blank_values=True).items()}
+    for name, highest in (("days", 365), ("limit", 100)):
+        if name in given:
+            if not (re.fullmatch("[0-9]{1,3}", given[name]) and 1 <= int(given[name]) <= highest):
+                raise Refusal(f"invalid {name}")
+            given[name] = int(given[name])
+    return {name: given[name] for name in names if given.get(name)}
 
 
 def _url(host: str, port: int) -> str:
@@ -1912,7 +2623,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if arguments.run is serve:
             serve(settings)
         else:
-            with Store(settings.db_path, may_create=arguments.run is _app_create) as store:
+            with Store(settings.db_path, retention_days=settings.retention_days,
+                       may_create=arguments.run is _app_create) as store:
                 arguments.run(store, arguments)
     except (SettingsError, StoreError, Refusal, OSError, UnicodeError) as error:
         _say(f"backfeedr: {error}")
@@ -1932,6 +2644,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=serve)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     commands.add_parser("serve", parents=[serving], help="start the server").set_defaults(run=serve)
+    prune = commands.add_parser("prune", parents=[options], help="delete what is older than the retention, now")
+    prune.set_defaults(run=_prune)
     for noun, actions in _COMMANDS.items():
         nouns = commands.add_parser(noun, help=f"{', '.join(actions)}").add_subparsers(metavar="ACTION", required=True)
         for verb, (run, summary, *names) in actions.items():
@@ -1975,6 +2689,31 @@ def _key_revoke(store: Store, arguments: argparse.Namespace) -> None:
     _say(f"Revoked the key {key.prefix}... of the app {key.app!r}.")
 
 
+def _device_show(store: Store, arguments: argparse.Namespace) -> None:
+    found = Metrics(store).device(arguments.HASH)
+    if not any(found.values()):
+        raise StoreError(f"nothing is kept of a device {arguments.HASH!r}")
+    print(json.dumps(found, indent=2, ensure_ascii=False))
+
+
+def _device_forget(store: Store, arguments: argparse.Namespace) -> None:
+    deleted = store.forget_device(arguments.HASH)
+    if not deleted:
+        raise StoreError(f"nothing is kept of a device {arguments.HASH!r}")
+    _say(f"Forgot the device {arguments.HASH!r}: {_counted_rows(deleted)}.")
+
+
+def _prune(store: Store, arguments: argparse.Namespace) -> None:
+    size = store.path.stat().st_size
+    deleted = store.prune()
+    _say(f"Deleted {_counted_rows(deleted)}; gave back"
+         f" {max(0, size - store.path.stat().st_size) / 1e6:,.1f} MB of {size / 1e6:,.1f} MB.")
+
+
+def _counted_rows(rows: Mapping[str, int]) -> str:
+    return f"{rows.get('crashes', 0):,} crashes and {rows.get('events', 0):,} events"
+
+
 _COMMANDS = {
     "app": {
         "create": (_app_create, "make an app and print its first key", "NAME", "--test"),
@@ -1984,6 +2723,9 @@ _COMMANDS = {
         "create": (_key_create, "make a further key for an app and print it", "NAME"),
         "list": (_key_list, "list the keys, by the part that may be shown"),
         "revoke": (_key_revoke, "end a key at once", "PREFIX")},
+    "device": {
+        "show": (_device_show, "print all that is kept of a device, as JSON", "HASH"),
+        "forget": (_device_forget, "delete all that is kept of a device", "HASH")},
 }
 
 

@@ -21,13 +21,15 @@ import socket
 import socketserver
 import sqlite3
 import stat
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import closing, contextmanager
+from decimal import ROUND_HALF_UP, Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -48,8 +50,10 @@ CRASH = {"exception_type": "SIGABRT", "occurred_at": "2026-03-12T14:22:31Z"}
 EVENT = {"type": "custom", "name": "purchase", "occurred_at": "2026-03-12T14:22:31Z"}
 CRASHES, EVENTS, BATCH = "/api/v1/crashes", "/api/v1/events", "/api/v1/events/batch"
 METRICS = ["/api/v1/metrics/daily-crashes", "/api/v1/metrics/crash-types", "/api/v1/metrics/devices",
-           "/api/v1/overview"]
-REPORT_TABLES = ["crashes", "events", "replays", "hours", "devices", "sessions", "labels", "groups", "group_hours"]
+           "/api/v1/overview", "/api/v1/metrics/active-devices", "/api/v1/metrics/sessions",
+           "/api/v1/metrics/retention", "/api/v1/releases"]
+REPORT_TABLES = ["crashes", "events", "replays", "devices", "sessions", "hours", "days", "durations", "releases",
+                 "release_days", "labels", "groups", "group_hours"]
 
 
 class Clock:
@@ -145,52 +149,135 @@ def report(server, table="crashes"):
 
 
 def check_database(path):
-    """The file is sound, and each roll-up equals a count over the rows."""
+    """The file is sound, and each roll-up equals a slow and obvious computation over the rows."""
     assert sql(path, "pragma integrity_check") == [("ok",)]
+    expected, found = recount(path), roll_ups(path)
+    for table in expected:
+        assert found[table] == expected[table], table
+
+
+def roll_ups(path):
+    """What is stored beside the reports, each table by its key; without sums of 0."""
+    keys = dict(hours=2, days=2, durations=3, releases=2, release_days=3, labels=4, groups=2, group_hours=3,
+                devices=2, sessions=2)
+    tables = {table: {row[:size]: row[size:] for row in sql(path, f"select * from {table}")}
+              for table, size in keys.items()}
+    tables["devices"] = {key: (*row[:3], {row[1] // DAY - n for n in range(8 * len(row[3]))
+                                          if int.from_bytes(row[3], "big") >> n & 1}, json.loads(row[4]))
+                         for key, row in tables["devices"].items()}
+    return {table: {key: row for key, row in rows.items() if any(row)} for table, rows in tables.items()}
+
+
+def recount(path):
+    """What `roll_ups` must find, from the reports alone."""
     live = {app for app, in sql(path, "select id from apps where not is_test")}
-    hours, counts, groups, group_hours = Counter(), Counter(), {}, Counter()
-    devices, sessions = {}, {}
+    since, = sql(path, "select hour from recent_since")[0]
+    tables = defaultdict(lambda: defaultdict(Counter))
+    crashes = rows_of_table(path, "crashes")
+    events = rows_of_table(path, "events")
+    reports = sorted(crashes + events, key=lambda row: row["seq"])
 
-    def saw(app, device, at):
-        for scope in (app, 0) if app in live else (app,):
-            first, last = devices.get((scope, device), (at, at))
-            devices[scope, device] = min(first, at), max(last, at)
+    def scopes(app):
+        return (app, 0) if app in live else (app,)
 
-    for seq, app, received, occurred, kind, model, device, group, reason in sql(path, """
-            select seq, app_id, received_at, occurred_at, exception_type, device_model, device_id_hash,
-                group_hash, exception_reason from crashes order by seq"""):
-        at = received if occurred > received + 300_000 else occurred
-        hours[app, at // HOUR, "crashes"] += 1
-        counts[app, "exception_type", at // DAY, kind] += 1
-        if model:
-            counts[app, "device_model", at // DAY, model] += 1
-        group_hours[app, at // HOUR, group] += 1
-        old = groups.get((app, group), (kind, None, 0, at, at))
-        groups[app, group] = (kind, reason if at >= old[4] else old[1], old[2] + 1, min(old[3], at), max(old[4], at))
-        if device:
-            saw(app, device, at)
-    for app, received, occurred, kind, session, device in sql(path, """
-            select app_id, received_at, occurred_at, type, session_id, device_id_hash from events order by seq"""):
-        at = received if occurred > received + 300_000 else occurred
-        if kind == "session_start" and session:
-            sessions[app, session] = max(at, sessions.get((app, session), at))
-        elif kind == "session_start":
-            hours[app, at // HOUR, "sessions"] += 1
-        if device:
-            saw(app, device, at)
-    for (app, _), at in sessions.items():
-        hours[app, at // HOUR, "sessions"] += 1
-    for (app, _), (_, last) in devices.items():
-        hours[app, last // HOUR, "devices"] += 1
-    found = Counter()
-    for app, hour, crashes, started, seen in sql(path, "select * from hours"):
-        found.update({(app, hour, "crashes"): crashes, (app, hour, "sessions"): started, (app, hour, "devices"): seen})
-    assert +found == +hours
-    assert {row[:4]: row[4] for row in sql(path, "select * from labels")} == counts
-    assert {row[:2]: row[2:] for row in sql(path, "select * from groups")} == groups
-    assert {row[:3]: row[3] for row in sql(path, "select * from group_hours")} == group_hours
-    assert {row[:2]: row[2:] for row in sql(path, "select * from devices")} == devices
-    assert {row[:2]: row[2] for row in sql(path, "select * from sessions")} == sessions
+    for row in crashes:
+        app, hour, day = row["app_id"], row["at"] // HOUR, row["at"] // DAY
+        tables["hours"][app, hour]["crashes"] += 1
+        tables["group_hours"][app, hour, row["group_hash"]]["crashes"] += 1
+        for field in ("exception_type", "device_model"):
+            for each in (-1, day) if row[field] else ():
+                tables["labels"][app, field, each, row[field]]["crashes"] += 1
+        if row["app_version"]:
+            tables["releases"][app, row["app_version"]]["crashes"] += 1
+    for (app, group), rows in grouped(crashes, "app_id", "group_hash").items():
+        latest = max(rows, key=lambda row: (row["at"], row["seq"]))
+        times = [row["at"] for row in rows]
+        tables["groups"][app, group] = (latest["exception_type"], latest["exception_reason"], min(times), max(times),
+                                        sum(at // HOUR >= since for at in times))
+    for (app, version), rows in grouped(reports, "app_id", "app_version").items():
+        tables["releases"][app, version].update(first=min(row["at"] for row in rows), last=max(row["at"] for row in rows))
+
+    for (app, session), rows in grouped(events, "app_id", "session_id").items():
+        starts = [row for row in rows if row["type"] == "session_start"]
+        start = max(starts, key=lambda row: (row["at"], row["seq"])) if starts else None
+        end = max((row["at"] for row in rows if row["type"] == "session_end"), default=None)
+        tables["sessions"][app, session] = (
+            rows[0]["seq"], rows[-1]["seq"], start and start["at"], end, start and start["app_version"])
+        if start:
+            count_session(tables, scopes(app), start, end)
+    for row in events:
+        if row["type"] == "session_start" and not row["session_id"]:
+            count_session(tables, scopes(row["app_id"]), row, None)
+    for (app, day), durations in tables.pop("durations_of", {}).items():
+        tables["days"][app, day]["median"] = statistics.median_low(durations.elements())
+        for seconds, count in durations.items():
+            tables["durations"][app, day, seconds]["sessions"] = count
+
+    for scope in {each for row in reports for each in scopes(row["app_id"])}:
+        mine = [row for row in reports if scope in scopes(row["app_id"])]
+        for (device,), rows in grouped(mine, "device_id_hash").items():
+            times = [row["at"] for row in rows]
+            seen = {row["at"] // DAY for row in rows if row["at"] // DAY >= row["received_at"] // DAY - 400}
+            versions = {row["app_version"]: 0 for row in rows if row["app_version"] and scope}
+            versions.update({row["app_version"]: 1 for row in rows if row["app_version"] in versions
+                             and "exception_type" in row})
+            tables["devices"][scope, device] = min(times), max(times), rows[-1]["seq"], seen, versions
+            tables["hours"][scope, max(times) // HOUR]["devices"] += 1
+            for name, span in (("dau", 1), ("wau", 7), ("mau", 30)):
+                for day in {day + later for day in seen for later in range(span)}:
+                    tables["days"][scope, day][name] += 1
+            first = min(times) // DAY
+            tables["days"][scope, first]["newcomers"] += 1
+            for later in (1, 7, 30):
+                tables["days"][scope, first][f"back_{later}"] += first + later in seen
+            for version, crashed in versions.items():
+                tables["releases"][scope, version]["devices"] += 1
+                tables["releases"][scope, version]["crashed"] += crashed
+
+    columns = dict(
+        hours=("crashes", "sessions", "devices"), durations=("sessions",), release_days=("sessions",),
+        days=("dau", "wau", "mau", "newcomers", "back_1", "back_7", "back_30", "sessions", "ended", "ms", "median"),
+        releases=("first", "last", "sessions", "crashes", "devices", "crashed"),
+        labels=("crashes",), group_hours=("crashes",), groups=None, devices=None, sessions=None)
+    return {table: {key: tuple(row.get(name, None if name == "median" else 0) for name in names) if names else row
+                    for key, row in tables[table].items()} for table, names in columns.items()}
+
+
+def count_session(tables, scopes, start, end):
+    at, version = start["at"], start["app_version"]
+    tables["hours"][scopes[0], at // HOUR]["sessions"] += 1
+    if version:
+        tables["releases"][scopes[0], version]["sessions"] += 1
+        tables["release_days"][scopes[0], at // DAY, version]["sessions"] += 1
+    for scope in scopes:
+        tables["days"][scope, at // DAY]["sessions"] += 1
+        if end is not None and end >= at:
+            tables["days"][scope, at // DAY].update(ended=1, ms=end - at)
+            seconds = Decimal(end - at) / 1000
+            seconds = int(seconds.to_integral_value(ROUND_HALF_UP))
+            if seconds >= 100:  # in two significant digits
+                seconds = int(Decimal(seconds).scaleb(2 - len(str(seconds))).to_integral_value(ROUND_HALF_UP)
+                              * 10 ** (len(str(seconds)) - 2))
+            tables["durations_of"][scope, at // DAY][seconds] += 1
+
+
+def rows_of_table(path, table):
+    with closing(sqlite3.connect(str(path))) as db:
+        db.row_factory = sqlite3.Row
+        rows = [dict(row) for row in db.execute(f"select * from {table} order by seq")]
+    for row in rows:
+        fast = row["occurred_at"] > row["received_at"] + 300_000
+        row["at"] = row["received_at"] if fast else row["occurred_at"]
+    return rows
+
+
+def grouped(rows, *names):
+    """The rows by what they have in these columns; those that have nothing there belong to no group."""
+    groups = defaultdict(list)
+    for row in rows:
+        if all(row[name] is not None for name in names):
+            groups[tuple(row[name] for name in names)].append(row)
+    return groups
 
 
 # == Settings ==================================================================
@@ -834,7 +921,7 @@ def test_expired_rows_go_with_later_commits_and_the_counts_of_what_is_retained_w
     assert api.get("/api/v1/metrics/crash-types")[1] == {"labels": ["LATE"], "data": [1]}
     assert api.get("/api/v1/metrics/devices")[1] == {"labels": [], "data": []}
     assert sum(api.get("/api/v1/metrics/daily-crashes")[1]["data"]) == 2
-    assert sql(server.store.path, "select label, crashes from labels") == [("LATE", 1)]
+    assert sql(server.store.path, "select label, crashes from labels") == [("LATE", 1)] * 2  # of its day, of all
     serve.unchecked.append(server)  # its roll-ups outlive its rows
 
 
@@ -1480,11 +1567,18 @@ def test_a_key_beyond_ascii_works(serve):
     ("/api/v1/nope", 404, "not found"), ("/api/v1/health/", 404, "not found"), ("/api/v1//health", 404, "not found"),
     ("/api/v2/health", 404, "not found"), ("/api/v1/../v1/health", 404, "not found"),
     ("/api/v1/health%00", 404, "not found"), ("/api/v1/health%FF", 404, "not found"),
-    (CRASHES, 405, "method not allowed"), (EVENTS, 405, "method not allowed"), (BATCH, 405, "method not allowed")])
+    (BATCH, 405, "method not allowed")])
 def test_a_wrong_path_or_method_is_answered_in_json(api, path, status, text):
     assert api.get(path) == (status, {"error": text})
     assert api.headers.get("Allow") == ("POST" if status == 405 else None)
     assert (api.headers["Cache-Control"], api.headers["X-Content-Type-Options"]) == ("no-store", "nosniff")
+
+
+@pytest.mark.parametrize("path", [CRASHES, EVENTS])
+def test_reports_are_posted_or_read(api, path):
+    answer = api.web.put(path, expect_errors=True)
+    assert (answer.status_int, answer.json) == (405, {"error": "method not allowed"})
+    assert set(answer.headers["Allow"].split(",")) == {"GET", "POST"}
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
