@@ -198,7 +198,6 @@ create table replays (
 create index replays_by_age on replays (received_at);
 
 -- What is known of a device and a session as long as one report of theirs is kept.
--- App 0 is all live apps together: a phone with two of them is one device.
 create table devices (
     app_id integer not null, device_id_hash text not null,
     first_seen integer not null, last_seen integer not null, last_seq integer not null,
@@ -213,6 +212,7 @@ create table sessions (
 
 -- The roll-ups: sums, and what else an answer needs so as not to read the rows
 -- above. They stay when the rows expire, but for labels, which count what is kept.
+-- App 0 is all live apps together, where a phone with two of them is one device.
 create table hours (
     app_id integer not null, hour integer not null,  -- hours since 1970 UTC
     crashes integer not null default 0, sessions integer not null default 0,
@@ -220,6 +220,7 @@ create table hours (
     primary key (app_id, hour)) without rowid;
 create table days (
     app_id integer not null, day integer not null,  -- days since 1970 UTC
+    crashes integer not null default 0,
     dau integer not null default 0, wau integer not null default 0,  -- devices of this day, of the
     mau integer not null default 0,        -- 7 and the 30 days that end with it
     newcomers integer not null default 0, back_1 integer not null default 0,  -- devices first seen on this
@@ -271,8 +272,6 @@ DAY = 24 * HOUR
 MAX_SKEW = 300 * SECOND  # how fast a device's clock may be and still be believed
 SEQ_BITS = 20  # of a seq's counter within a millisecond
 EVERY_APP = 0  # all live apps together, where devices and sessions are counted
-
-Scopes = Tuple[int, ...]
 
 
 class Refusal(Exception):
@@ -333,11 +332,6 @@ def counted_at(occurred_at: int, received_at: int) -> int:
 
 
 _COUNTED_AT = f"case when occurred_at > received_at + {MAX_SKEW} then received_at else occurred_at end"  # in SQL
-
-
-def scopes_of(app_id: int, is_test: bool) -> Scopes:
-    """Where the devices and sessions of an app count."""
-    return (app_id,) if is_test else (app_id, EVERY_APP)
 
 
 def first_seq(received_at: int) -> int:
@@ -697,7 +691,7 @@ DEVICE_VERSIONS = 50  # app versions that are known of a device: far above any p
 
 _SUMS = {  # table: the rest of its key beside the app, and its sums
     "hours": (("hour",), ("crashes", "sessions", "devices")),
-    "days": (("day",), ("dau", "wau", "mau", "newcomers", "back_1", "back_7", "back_30",
+    "days": (("day",), ("crashes", "dau", "wau", "mau", "newcomers", "back_1", "back_7", "back_30",
                         "sessions", "ended", "session_ms")),
     "durations": (("day", "seconds"), ("sessions",)),
     "releases": (("app_version",), ("sessions", "crashes", "devices", "crashed_devices")),
@@ -719,10 +713,12 @@ class _Device(NamedTuple):
     versions: Dict[str, int]
 
     def merged(self, other: _Device) -> _Device:
-        versions = dict(self.versions)
-        for version, crashed in other.versions.items():
-            if version in versions or len(versions) < DEVICE_VERSIONS:
-                versions[version] = max(crashed, versions.get(version, 0))
+        versions = self.versions
+        if not other.versions.items() <= versions.items():
+            versions = dict(versions)
+            for version, crashed in other.versions.items():
+                if version in versions or len(versions) < DEVICE_VERSIONS:
+                    versions[version] = max(crashed, versions.get(version, 0))
         return _Device(min(self.first_seen, other.first_seen), max(self.last_seen, other.last_seen),
                        max(self.last_seq, other.last_seq), self.days | other.days, versions)
 
@@ -745,78 +741,74 @@ class _Session(NamedTuple):
 
 
 class RollUps:
-    """The sums that one transaction changes. `save` writes each once: faster than a statement a report.
-
-    `scopes` is the app of the reports, and EVERY_APP after it unless it is a test app.
-    """
+    """The sums that one transaction changes. `save` writes each once: faster than a statement a report."""
 
     def __init__(self, db: sqlite3.Connection, now: int):
         self._db, self._now = db, now
         self._newest_day = now // DAY + AHEAD
+        self._live = {app_id for app_id, in db.execute("select id from apps where not is_test")}
         self._sums: Dict[str, Dict[tuple, Dict[str, int]]] = {
             table: defaultdict(lambda: defaultdict(int)) for table in _SUMS}
         self._groups: Dict[tuple, List[Any]] = {}
         self._releases: Dict[tuple, Tuple[int, int]] = {}
         self._devices: Dict[tuple, _Device] = {}
-        self._sessions: Dict[Tuple[Scopes, str], _Session] = {}
+        self._sessions: Dict[tuple, _Session] = {}
+
+    def _scopes(self, app_id: int) -> Tuple[int, ...]:
+        """Where the devices and sessions of an app count."""
+        return (app_id, EVERY_APP) if app_id in self._live else (app_id,)
 
     # Reports that come
 
-    def add_crashes(self, scopes: Scopes, seqs: range, crashes: Sequence[Crash], times: List[int]) -> None:
+    def add_crashes(self, app_id: int, seqs: range, crashes: Sequence[Crash], times: List[int]) -> None:
         for crash, at in zip(crashes, times):
-            self.count_crash(scopes[0], crash.exception_type, crash.device_model, crash.group_hash,
+            self.count_crash(app_id, crash.exception_type, crash.device_model, crash.group_hash,
                              crash.app_version, at, 1)
-            group = self._groups.setdefault((scopes[0], crash.group_hash), [crash.exception_type, None, at, at, []])
+            group = self._groups.setdefault((app_id, crash.group_hash), [crash.exception_type, None, at, at, []])
             if at >= group[3]:
                 group[1] = crash.exception_reason
             group[2], group[3] = min(group[2], at), max(group[3], at)
             group[4].append(at // HOUR)
-        self._see(scopes, seqs, crashes, times, crashed=1)
+        self._see(app_id, seqs, crashes, times, crashed=1)
 
-    def add_events(self, scopes: Scopes, seqs: range, events: Sequence[Event], times: List[int]) -> None:
+    def add_events(self, app_id: int, seqs: range, events: Sequence[Event], times: List[int]) -> None:
         sessions = [event.session_id for event in events]
         last = dict(zip(sessions, seqs))
         first = dict(zip(reversed(sessions), reversed(seqs)))
         for session_id in last.keys() - {None}:
-            self._see_session(scopes, session_id, _Session(first[session_id], last[session_id]))
+            self._see_session(app_id, session_id, _Session(first[session_id], last[session_id]))
         for event, at in zip(events, times):
             if event.type == "session_start":
                 session = _Session(MAX_NUMBER, 0, at, None, event.app_version)
                 if event.session_id:
-                    self._see_session(scopes, event.session_id, session)
+                    self._see_session(app_id, event.session_id, session)
                 else:
-                    self.count_session(scopes, session, 1)
+                    self.count_session(app_id, session, 1)
             elif event.type == "session_end" and event.session_id:
-                self._see_session(scopes, event.session_id, _Session(MAX_NUMBER, 0, None, at))
-        self._see(scopes, seqs, events, times, crashed=0)
+                self._see_session(app_id, event.session_id, _Session(MAX_NUMBER, 0, None, at))
+        self._see(app_id, seqs, events, times, crashed=0)
 
-    def _see_session(self, scopes: Scopes, session_id: str, session: _Session) -> None:
-        known = self._sessions.get((scopes, session_id))
-        self._sessions[scopes, session_id] = known.merged(session) if known else session
+    def _see_session(self, app_id: int, session_id: str, session: _Session) -> None:
+        known = self._sessions.get((app_id, session_id))
+        self._sessions[app_id, session_id] = known.merged(session) if known else session
 
-    def _see(self, scopes: Scopes, seqs: range, reports: Reports, times: List[int], crashed: int) -> None:
+    def _see(self, app_id: int, seqs: range, reports: Reports, times: List[int], crashed: int) -> None:
         """Notes the devices and the versions that sent these reports: in a batch usually one of each."""
-        versions = [report.app_version for report in reports]
-        for version in set(versions) - {None}:
-            seen = [at for at, each in zip(times, versions) if each == version]
-            known = self._releases.get((scopes[0], version), (seen[0], seen[0]))
-            self._releases[scopes[0], version] = min(known[0], *seen), max(known[1], *seen)
-        devices = [report.device_id_hash for report in reports]
-        for device in set(devices) - {None}:
-            part = [row for row in zip(devices, times, versions, seqs) if row[0] == device]
-            seen = [at for _, at, _, _ in part]
+        rows = list(zip([report.device_id_hash for report in reports], [report.app_version for report in reports],
+                        times, seqs))
+        for version in {row[1] for row in rows} - {None}:
+            seen = [at for _, each, at, _ in rows if each == version]
+            known = self._releases.get((app_id, version), (seen[0], seen[0]))
+            self._releases[app_id, version] = min(known[0], *seen), max(known[1], *seen)
+        for device in {row[0] for row in rows} - {None}:
+            part = [row for row in rows if row[0] == device]
+            seen = [at for _, _, at, _ in part]
             days = 0
             for day in {at // DAY for at in seen}:
                 days |= self._day_bit(day)
-            self._see_device(scopes, device, _Device(
-                min(seen), max(seen), part[-1][3], days, {version: crashed for _, _, version, _ in part if version}))
-
-    def _see_device(self, scopes: Scopes, device: str, seen: _Device) -> None:
-        for scope in scopes:
-            if scope == EVERY_APP:  # versions of different apps have nothing to do with each other
-                seen = seen._replace(versions={})
-            known = self._devices.get((scope, device))
-            self._devices[scope, device] = known.merged(seen) if known else seen
+            found = _Device(min(seen), max(seen), part[-1][3], days, {row[1]: crashed for row in part if row[1]})
+            before = self._devices.get((app_id, device))
+            self._devices[app_id, device] = before.merged(found) if before else found
 
     def _day_bit(self, day: int) -> int:
         age = self._newest_day - day
@@ -842,20 +834,20 @@ class RollUps:
                     and not exists (select 1 from crashes where app_id = :app and group_hash = :group)
                 """, group)
 
-    def remove_events(self, scopes: Mapping[int, Scopes], rows: Iterable[Mapping[str, Any]]) -> None:
+    def remove_events(self, rows: Iterable[Mapping[str, Any]]) -> None:
         for row in rows:
             key = row["app_id"], row["session_id"]
             if row["session_id"]:
                 for session in self.sessions([key]).values():
-                    self.count_session(scopes[row["app_id"]], session, -1)
+                    self.count_session(row["app_id"], session, -1)
                 self._db.execute("delete from sessions where app_id = ? and session_id = ?", key)
             elif row["type"] == "session_start":
                 at = counted_at(row["occurred_at"], row["received_at"])
-                self.count_session(scopes[row["app_id"]], _Session(0, 0, at, None, row["app_version"]), -1)
+                self.count_session(row["app_id"], _Session(0, 0, at, None, row["app_version"]), -1)
 
-    def take_sessions(self, app_id: int) -> None:
-        """Takes the sessions of an app from those of all."""
-        for table, columns in (("days", ("sessions", "ended", "session_ms")), ("durations", ("sessions",))):
+    def remove_app(self, app_id: int) -> None:
+        """Takes the crashes and sessions of an app from those of all; its devices must have gone before."""
+        for table, columns in (("days", ("crashes", "sessions", "ended", "session_ms")), ("durations", ("sessions",))):
             key = _SUMS[table][0]
             for row in self._db.execute(f"select {', '.join(key + columns)} from {table} where app_id = ?", (app_id,)):
                 for column, count in zip(columns, row[len(key):]):
@@ -867,6 +859,8 @@ class RollUps:
                     app_version: Optional[str], at: int, by: int) -> None:
         self.count_labels(app_id, exception_type, device_model, at, by)
         self._sums["hours"][app_id, at // HOUR]["crashes"] += by
+        for scope in self._scopes(app_id):
+            self._sums["days"][scope, at // DAY]["crashes"] += by
         self._sums["group_hours"][app_id, at // HOUR, group_hash]["crashes"] += by
         if app_version:
             self._sums["releases"][app_id, app_version]["crashes"] += by
@@ -878,15 +872,15 @@ class RollUps:
             if device_model:
                 labels[app_id, "device_model", day, device_model]["crashes"] += by
 
-    def count_session(self, scopes: Scopes, session: _Session, by: int) -> None:
+    def count_session(self, app_id: int, session: _Session, by: int) -> None:
         start, end, version = session.started_at, session.ended_at, session.app_version
         if start is None:
             return
-        self._sums["hours"][scopes[0], start // HOUR]["sessions"] += by
+        self._sums["hours"][app_id, start // HOUR]["sessions"] += by
         if version:
-            self._sums["releases"][scopes[0], version]["sessions"] += by
-            self._sums["release_days"][scopes[0], start // DAY, version]["sessions"] += by
-        for scope in scopes:
+            self._sums["releases"][app_id, version]["sessions"] += by
+            self._sums["release_days"][app_id, start // DAY, version]["sessions"] += by
+        for scope in self._scopes(app_id):
             sums = self._sums["days"][scope, start // DAY]
             sums["sessions"] += by
             if end is not None and end >= start:
@@ -895,6 +889,9 @@ class RollUps:
                 self._sums["durations"][scope, start // DAY, rounded_seconds(end - start)]["sessions"] += by
 
     def count_device(self, app_id: int, before: Optional[_Device], after: Optional[_Device]) -> None:
+        """Versions count in their own app only: those of different apps have nothing to do with each other."""
+        if before and after and _counted(before) == _counted(after):
+            return
         days = self._sums["days"]
         for column, span in _ACTIVE:
             old, new = (_covered(device.days, span) if device else 0 for device in (before, after))
@@ -908,7 +905,7 @@ class RollUps:
                 days[app_id, first]["newcomers"] += by
                 for column, later in _BACK:
                     days[app_id, first][column] += by * bool(device.days & self._day_bit(first + later))
-                for version, crashed in device.versions.items():
+                for version, crashed in device.versions.items() if app_id != EVERY_APP else ():
                     self._sums["releases"][app_id, version]["devices"] += by
                     self._sums["releases"][app_id, version]["crashed_devices"] += by * crashed
 
@@ -926,19 +923,18 @@ class RollUps:
             where excluded.first_seen < first_seen or excluded.last_seen > last_seen
             """, [(*release, *seen) for release, seen in self._releases.items()])
         for table, sums in self._sums.items():
-            self._save_sums(table, {key: row for key, row in sums.items() if any(row.values())})
+            changed = {key: row for key, row in sums.items() if any(row.values())}
+            if changed:
+                self._save_sums(table, changed)
         self._save_medians({key[:2] for key in self._sums["durations"]})
 
     def _save_sums(self, table: str, sums: Dict[tuple, Dict[str, int]]) -> None:
-        key, columns = ("app_id", *_SUMS[table][0]), _SUMS[table][1]
-        insert_rows(self._db, f"""
-            insert into {table} ({", ".join(key + columns)}) values *
-            on conflict ({", ".join(key)}) do update set {", ".join(f"{c} = {c} + excluded.{c}" for c in columns)}
-            """, [(*at, *(row.get(column, 0) for column in columns)) for at, row in sums.items()])
-        self._db.executemany(
-            f"delete from {table} where {' and '.join(f'{c} = ?' for c in key)}"
-            f" and {' and '.join(f'{c} = 0' for c in columns)}",
-            [at for at, row in sums.items() if min(row.values()) < 0])
+        add, clear = _sum_statements(table)
+        columns = _SUMS[table][1]
+        insert_rows(self._db, add, [(*key, *[row[column] for column in columns]) for key, row in sums.items()])
+        gone = [key for key, row in sums.items() if min(row.values()) < 0]
+        if gone:
+            self._db.executemany(clear, gone)
 
     def _save_medians(self, days: Iterable[tuple]) -> None:
         for app_id, day in days:
@@ -986,61 +982,102 @@ class RollUps:
 
     # Devices and sessions
 
-    def devices(self, keys: Sequence[tuple]) -> Dict[tuple, _Device]:
-        """What is stored of devices, by (app_id, device_id_hash)."""
+    def _save_devices(self) -> None:
+        stored = self._stored_devices(list(self._devices))
+        self._replace_devices({key: stored[key].merged(seen) if key in stored else seen
+                               for key, seen in self._devices.items()}, stored)
+
+    def remove_devices(self, keys: Sequence[tuple]) -> None:
+        """Deletes devices, by (app_id, device_id_hash), and takes them from all figures."""
+        self._replace_devices(dict.fromkeys(keys), self._stored_devices(keys))
+        self._db.executemany("delete from devices where app_id = ? and device_id_hash = ?", keys)
+
+    def _stored_devices(self, keys: Sequence[tuple]) -> Dict[tuple, _Device]:
+        """What is stored of devices in these apps; and in all live ones, if one of these is live."""
+        wanted = {(scope, device) for app_id, device in keys
+                  for scope in (self._live if app_id in self._live else (app_id,))}
         rows = rows_of(self._db, """
-            select app_id, device_id_hash, first_seen, last_seen, last_seq, days, versions from devices
-            where (app_id, device_id_hash) in (values *)
-            """, keys)
+            select devices.* from (values *) cross join devices on app_id = column1 and device_id_hash = column2
+            """, list(wanted))
         return {(app_id, device): _Device(
-            first, last, seq, self._shifted(int.from_bytes(days, "big"), last), json.loads(versions))
+            first, last, seq, self._shifted(int.from_bytes(days, "big"), last), _decode_versions(versions))
             for app_id, device, first, last, seq, days, versions in rows}
 
-    def replace_devices(self, devices: Mapping[tuple, Optional[_Device]], stored: Mapping[tuple, _Device]) -> None:
-        """Writes devices; deletes those that are None."""
-        rows = []
-        for key, after in devices.items():
-            before = stored.get(key)
-            if before is None or after is None or _counted(before) != _counted(after):
-                self.count_device(key[0], before, after)
-            if after is not None:
-                days = self._shifted(after.days, after.last_seen, back=True)
-                rows.append((*key, *after[:3], days.to_bytes((days.bit_length() + 7) // 8, "big"),
-                             _encode(after.versions)))
-        insert_rows(self._db, "insert or replace into devices values *", rows)
-        self._db.executemany("delete from devices where app_id = ? and device_id_hash = ?",
-                             [key for key, after in devices.items() if after is None])
+    def _replace_devices(self, changed: Mapping[tuple, Optional[_Device]], stored: Mapping[tuple, _Device]) -> None:
+        now = {**stored, **changed}
+        for (app_id, device), after in changed.items():
+            self.count_device(app_id, stored.get((app_id, device)), after)
+        for device in {device for app_id, device in changed if app_id in self._live}:
+            self.count_device(EVERY_APP, self._everywhere(device, stored), self._everywhere(device, now))
+        insert_rows(self._db, """
+            insert into devices values *
+            on conflict (app_id, device_id_hash) do update set
+                first_seen = excluded.first_seen, last_seen = excluded.last_seen, last_seq = excluded.last_seq,
+                days = excluded.days, versions = excluded.versions
+            """, [(*key, *after[:3], self._packed_days(after), _encode(after.versions))
+                  for key, after in changed.items() if after])
+
+    def _everywhere(self, device: str, devices: Mapping[tuple, Optional[_Device]]) -> Optional[_Device]:
+        found = None
+        for app_id in self._live:
+            known = devices.get((app_id, device))
+            found = found.merged(known) if found and known else found or known
+        return found
+
+    def _packed_days(self, device: _Device) -> bytes:
+        days = self._shifted(device.days, device.last_seen, back=True)
+        return days.to_bytes((days.bit_length() + 7) // 8, "big")
 
     def _shifted(self, days: int, last_seen: int, back: bool = False) -> int:
         """Days before the newest day from days before the day of `last_seen`; or back."""
         by = (self._newest_day - last_seen // DAY) * (-1 if back else 1)
         if abs(by) > SHOWN_DAYS + AHEAD:
             return 0
-        return (days << by if by > 0 else days >> -by) & ((2 << SHOWN_DAYS + AHEAD) - 1)
+        return (days << by if by > 0 else days >> -by) & _ALL_SHOWN
 
-    def _save_devices(self) -> None:
-        stored = self.devices(list(self._devices))
-        self.replace_devices({key: stored[key].merged(seen) if key in stored else seen
-                              for key, seen in self._devices.items()}, stored)
+    def _save_sessions(self) -> None:
+        stored = self.sessions(list(self._sessions))
+        changed = {key: stored[key].merged(seen) if key in stored else seen for key, seen in self._sessions.items()}
+        for key, after in changed.items():
+            before = stored.get(key)
+            if before is None or before[2:] != after[2:]:
+                if before:
+                    self.count_session(key[0], before, -1)
+                self.count_session(key[0], after, 1)
+        insert_rows(self._db, """
+            insert into sessions values *
+            on conflict (app_id, session_id) do update set
+                first_seq = excluded.first_seq, last_seq = excluded.last_seq, started_at = excluded.started_at,
+                ended_at = excluded.ended_at, app_version = excluded.app_version
+            """, [(*key, *after) for key, after in changed.items()])
 
     def sessions(self, keys: Sequence[tuple]) -> Dict[tuple, _Session]:
         """What is stored of sessions, by (app_id, session_id)."""
         return {(app_id, session_id): _Session(*rest) for app_id, session_id, *rest in rows_of(self._db, """
-            select * from sessions where (app_id, session_id) in (values *)
+            select sessions.* from (values *) cross join sessions on app_id = column1 and session_id = column2
             """, keys)}
 
-    def _save_sessions(self) -> None:
-        stored = self.sessions([(scopes[0], session_id) for scopes, session_id in self._sessions])
-        rows = []
-        for (scopes, session_id), seen in self._sessions.items():
-            before = stored.get((scopes[0], session_id))
-            after = before.merged(seen) if before else seen
-            if before is None or before[2:] != after[2:]:
-                if before:
-                    self.count_session(scopes, before, -1)
-                self.count_session(scopes, after, 1)
-            rows.append((scopes[0], session_id, *after))
-        insert_rows(self._db, "insert or replace into sessions values *", rows)
+
+_ALL_SHOWN = (2 << SHOWN_DAYS + AHEAD) - 1
+
+
+@lru_cache(maxsize=1024)
+def _decode_versions(text: str) -> Dict[str, int]:
+    """To be read only: most devices have the same ones."""
+    return json.loads(text)
+
+
+@lru_cache(maxsize=None)
+def _sum_statements(table: str) -> Tuple[str, str]:
+    """To add to sums; and to delete them where all of them are 0."""
+    key, columns = ("app_id", *_SUMS[table][0]), _SUMS[table][1]
+    return (f"""
+        insert into {table} ({", ".join(key + columns)}) values *
+        on conflict ({", ".join(key)}) do update set
+            {", ".join(f"{each} = {each} + excluded.{each}" for each in columns)}
+        """, f"""
+        delete from {table} where {" and ".join([f"{each} = ?" for each in key] + [f"{each} = 0" for each in columns])}
+        """)
 
 
 def _counted(device: _Device) -> tuple:
@@ -1485,8 +1522,8 @@ class Store:
     def _expire_devices(self, db: _Connection, rows: Sequence[tuple]) -> None:
         """What is known of a device goes with its last report."""
         latest = {(row[1], row[2]): row[0] for row in rows if row[2]}
-        db.executemany("delete from devices where app_id in (?, ?) and device_id_hash = ? and last_seq <= ?",
-                       [(app_id, EVERY_APP, device, seq) for (app_id, device), seq in latest.items()])
+        db.executemany("delete from devices where app_id = ? and device_id_hash = ? and last_seq <= ?",
+                       [(*key, seq) for key, seq in latest.items()])
 
     def prune(self) -> Counter:
         """Deletes all rows whose time is over, and gives the disk their space back; how many rows of each table.
@@ -1503,7 +1540,8 @@ class Store:
         free = 1
         while free:
             with self._in_step() as db:
-                db.execute(f"pragma incremental_vacuum({PRUNE_STEP})").fetchall()
+                for _ in range(PRUNE_STEP):  # of one page each: some Pythons end a longer pragma after its first
+                    db.execute("pragma incremental_vacuum(1)").fetchall()
                 free = db.pragma("freelist_count")
         with self.reading() as db:
             db.execute("pragma wal_checkpoint(truncate)").fetchall()
@@ -1513,8 +1551,8 @@ class Store:
     def _in_step(self) -> Iterator[_Connection]:
         """A transaction of many. The pause after it lets those in that wait: SQLite's own waiting is a
         matter of luck against somebody who is always back at once."""
-        began = time.monotonic()
         with self.writing() as db:
+            began = time.monotonic()
             yield db
         time.sleep(PAUSE * (time.monotonic() - began))
 
@@ -1526,8 +1564,9 @@ class Store:
                 rows = {table: [seq for seq, in db.execute(
                     f"select seq from {table} where device_id_hash = ?", (device_id_hash,))]
                     for table in ("crashes", "events")}
-                keys = db.execute("select app_id, device_id_hash from devices where app_id in (select id from apps"
-                                  " union select ?) and device_id_hash = ?", (EVERY_APP, device_id_hash)).fetchall()
+                keys = db.execute("select app_id, device_id_hash from devices"
+                                  " where app_id in (select id from apps) and device_id_hash = ?",
+                                  (device_id_hash,)).fetchall()
             if not keys and not any(rows.values()):
                 return deleted
             for table, seqs in rows.items():
@@ -1536,21 +1575,18 @@ class Store:
                         self._forget_rows(db, table, seqs[start:start + STEP])
             with self._in_step() as db:
                 rollups = RollUps(db, self.now)
-                rollups.replace_devices(dict.fromkeys(keys), rollups.devices(keys))
+                rollups.remove_devices(keys)
                 rollups.save()
             deleted += Counter({table: len(seqs) for table, seqs in rows.items()}, devices=len(keys))
 
     def _forget_rows(self, db: _Connection, table: str, seqs: Sequence[int]) -> None:
         rollups = RollUps(db, self.now)
-        scopes = {app_id: scopes_of(app_id, is_test) for app_id, is_test in db.execute("select id, is_test from apps")}
         row_factory, db.row_factory = db.row_factory, sqlite3.Row
-        rows = rows_of(db, f"select * from {table} where (seq) in (values *)", [(seq,) for seq in seqs])
+        rows = rows_of(db, f"select {table}.* from (values *) cross join {table} on seq = column1",
+                       [(seq,) for seq in seqs])
         db.row_factory = row_factory
         db.executemany(f"delete from {table} where seq = ?", [(seq,) for seq in seqs])
-        if table == "crashes":
-            rollups.remove_crashes(rows)
-        else:
-            rollups.remove_events(scopes, rows)
+        (rollups.remove_crashes if table == "crashes" else rollups.remove_events)(rows)
         rollups.save()
 
     # Apps and keys
@@ -1681,27 +1717,19 @@ class Store:
                 db.executemany(f"delete from {table} where seq = ?", seqs)
 
     def _delete_devices(self, app_id: int) -> bool:
-        """One step of it; whether there may be more. Where another live app has a device, it goes on being
-        one of all apps."""
+        """One step of it; whether there may be more."""
         with self._in_step() as db:
             keys = db.execute("select app_id, device_id_hash from devices where app_id = ? limit ?",
                               (app_id, STEP)).fetchall()
             rollups = RollUps(db, self.now)
-            others = [other for other, in db.execute("select id from apps where not is_test and id <> ?", (app_id,))]
-            everywhere: Dict[tuple, Optional[_Device]] = {(EVERY_APP, device): None for _, device in keys}
-            for (_, device), known in rollups.devices([(other, key[1]) for other in others for key in keys]).items():
-                found = everywhere[EVERY_APP, device]
-                known = known._replace(versions={})
-                everywhere[EVERY_APP, device] = found.merged(known) if found else known
-            rollups.replace_devices(everywhere, rollups.devices(list(everywhere)))
+            rollups.remove_devices(keys)
             rollups.save()
-            db.executemany("delete from devices where app_id = ? and device_id_hash = ?", keys)
         return bool(keys)
 
     def _delete_sums(self, db: _Connection, app_id: int) -> None:
         rollups = RollUps(db, self.now)
         if not db.execute("select is_test from apps where id = ?", (app_id,)).fetchone()[0]:
-            rollups.take_sessions(app_id)
+            rollups.remove_app(app_id)
             rollups.save()
         for table in ("replays", "sessions", "groups", *_SUMS):
             db.execute(f"delete from {table} where app_id = ?", (app_id,))
@@ -1776,7 +1804,7 @@ class _Commit:
 
     def __init__(self, db: _Connection, now: int):
         self._db, self._now = db, now
-        self._apps: Dict[bytes, Optional[Tuple[int, bool]]] = {}  # of a key: id and is_test
+        self._apps: Dict[bytes, Optional[Tuple[int]]] = {}  # by key
         self._next_seq: Dict[type, int] = {}
         self._rows: Dict[type, List[tuple]] = {Crash: [], Event: []}
         self._rollups = RollUps(db, now)
@@ -1785,7 +1813,7 @@ class _Commit:
         """Adds the reports of a request, unless it is a repetition or must be refused."""
         kind, once = type(write.reports[0]), write.once
         try:
-            app_id, is_test = self._app(write.key_hash)
+            app_id = self._app(write.key_hash)
             earlier = self._earlier(app_id, once)
         except Refusal as refusal:
             write.error = refusal
@@ -1799,18 +1827,16 @@ class _Commit:
             self._rows[kind] += [(seq, *head, *report) for seq, report in zip(seqs, write.reports)]
             times = [counted_at(report.occurred_at, self._now) for report in write.reports]
             add = self._rollups.add_crashes if kind is Crash else self._rollups.add_events
-            add(scopes_of(app_id, is_test), seqs, write.reports, times)
+            add(app_id, seqs, write.reports, times)
 
-    def _app(self, key_hash: bytes) -> Tuple[int, bool]:
+    def _app(self, key_hash: bytes) -> int:
         if key_hash not in self._apps:
-            self._apps[key_hash] = self._db.execute("""
-                select app_id, is_test from keys join apps on apps.id = app_id
-                where key_hash = ? and revoked_at is null
-                """, (key_hash,)).fetchone()
-        app = self._apps[key_hash]
-        if app is None:
+            self._apps[key_hash] = self._db.execute(
+                "select app_id from keys where key_hash = ? and revoked_at is null", (key_hash,)).fetchone()
+        found = self._apps[key_hash]
+        if found is None:
             raise Refusal("invalid API key")
-        return app
+        return found[0]
 
     def _earlier(self, app_id: int, once: Once) -> Optional[range]:
         """The seqs of the request that this one repeats."""
@@ -1883,17 +1909,11 @@ class Metrics:
 
     def daily_crashes(self, app: Optional[str] = None, days: Optional[int] = None) -> Figures:
         """Crashes per UTC day: the seven that end today from Monday to Sunday, or `days` of them by date."""
-        shown = self._last_days(days or 7)
-        with self._asking(app) as (db, app_id):
-            crashes = dict(db.execute(f"""
-                select hour / 24, sum(crashes) from hours
-                where {_APPS} and hour >= :first * 24
-                group by hour / 24
-                """, {"app": app_id, "first": shown[0]}))
+        figures = self._days(app, days or 7, "crashes")
         if days:
-            return {"labels": _dates(shown), "data": [crashes.get(day, 0) for day in shown]}
-        from_monday = sorted(shown, key=lambda day: (day + 3) % 7)  # 1970 began on a Thursday
-        return {"labels": list(_WEEKDAYS), "data": [crashes.get(day, 0) for day in from_monday]}
+            return {"labels": figures["labels"], "data": figures["crashes"]}
+        by_weekday = dict(zip((date.fromisoformat(label).weekday() for label in figures["labels"]), figures["crashes"]))
+        return {"labels": list(_WEEKDAYS), "data": [by_weekday[n] for n in range(7)]}
 
     def crash_types(self, app: Optional[str] = None, days: Optional[int] = None) -> Figures:
         """Crashes per exception type, the most frequent first."""
@@ -1959,7 +1979,6 @@ class Metrics:
         """
         figures = self._days(app, days, "sessions", "ended", "session_ms", "median_seconds")
         times = zip(figures.pop("session_ms"), figures.pop("ended"))
-        figures["median_seconds"] = [seconds or None for seconds in figures["median_seconds"]]
         figures["mean_seconds"] = [round(total / ended / SECOND, 1) if ended else None for total, ended in times]
         return figures
 
@@ -1984,7 +2003,7 @@ class Metrics:
             rows = {row[0]: row[1:] for row in db.execute(
                 f"select day, {', '.join(columns)} from days where app_id = ? and day between ? and ?",
                 (app_id or EVERY_APP, shown[0], shown[-1]))}
-        empty = (0,) * len(columns)
+        empty = [None if column == "median_seconds" else 0 for column in columns]
         return {"labels": _dates(shown),
                 **{column: [rows.get(day, empty)[n] for day in shown] for n, column in enumerate(columns)}}
 
@@ -2045,12 +2064,11 @@ class Metrics:
             return app_id
 
     def _group(self, db: _Connection, window: Mapping[str, Any]) -> Figures:
-        found = _dicts(db.execute(f"""
-            select group_hash, exception_type, coalesce(exception_reason, '') as exception_reason, max(last_seen) as at
+        group_hash, exception_type, reason, _ = db.execute(f"""
+            select group_hash, exception_type, coalesce(exception_reason, ''), max(last_seen)
             from groups where {_APPS} and group_hash = :group
-            group by group_hash
-            """, window))
-        return {name: value for each in found for name, value in each.items() if name != "at"}
+            """, window).fetchone()
+        return {"group_hash": group_hash, "exception_type": exception_type, "exception_reason": reason}
 
     def group(self, group_hash: str, app: Optional[str] = None, limit: int = REPORTS,
               cursor: Optional[str] = None) -> Figures:
@@ -2071,14 +2089,14 @@ class Metrics:
                 limit 20
                 """, window)) for name, column in (
                     ("versions", "app_version"), ("systems", "os_version"), ("device_models", "device_model"))}
-            reports = _reports(db.execute(f"""
+            reports = _reports(db, f"""
                 select * from crashes where seq in (
                     select seq from crashes
                     where {_APPS} and group_hash = :group and seq < :before
                     order by seq desc
                     limit :limit)
                 order by seq desc
-                """, window))
+                """, window)
             return {**self._group(db, window), "count": count, "devices": devices,
                     "first_seen": iso_time(first_seen), "last_seen": iso_time(last_seen), **spread,
                     "reports": reports[:limit], "next": reports[limit - 1]["id"] if reports[limit:] else None}
@@ -2096,12 +2114,12 @@ class Metrics:
                     """, window).fetchone()
                 window["before"] = min(window["before"], last + 1)
             scan = "select * from events where seq > :after and seq < :before order by seq desc limit :scanned"
-            found = _reports(db.execute(f"""
+            found = _reports(db, f"""
                 select * from ({scan})
                 where {_APPS} and (:type is null or type = :type) and (:name is null or name = :name)
                     and (:session is null or session_id = :session)
                 limit :limit
-                """, window))
+                """, window)
             following = found[limit - 1]["id"] if found[limit:] else None
             if following is None:
                 count, oldest = db.execute(f"select count(*), min(seq) from ({scan})", window).fetchone()
@@ -2117,8 +2135,8 @@ class Metrics:
                     select name as app, first_seen, last_seen, versions from devices join apps on apps.id = app_id
                     where device_id_hash = ? order by name
                     """, (device_id_hash,))),
-                **{table: _reports(db.execute(f"select * from {table} where device_id_hash = ? order by seq",
-                                              (device_id_hash,))) for table in ("crashes", "events")}}
+                **{table: _reports(db, f"select * from {table} where device_id_hash = :device order by seq",
+                                   {"device": device_id_hash}) for table in ("crashes", "events")}}
             db.execute("commit")
         for app in found["apps"]:
             app.update(first_seen=iso_time(app["first_seen"]), last_seen=iso_time(app["last_seen"]),
@@ -2140,11 +2158,13 @@ def _dates(days: Iterable[int]) -> List[str]:
     return [date.fromordinal(_DAY_ZERO + day).isoformat() for day in days]
 
 
-def _reports(rows: sqlite3.Cursor) -> List[Figures]:
-    """Crashes or events as they were sent, without what was absent; and when they were received."""
+def _reports(db: _Connection, query: str, parameters: Mapping[str, Any]) -> List[Figures]:
+    """Crashes or events as they were sent, without what was absent; and their app, and when they were received."""
+    apps = dict(db.execute("select id, name from apps"))
     reports = []
-    for row in _dicts(rows):
-        report = {name: value for name, value in row.items() if value is not None and name not in ("seq", "app_id")}
+    for row in _dicts(db.execute(query, parameters)):
+        report = {"id": row.pop("id"), "app": apps.get(row.pop("app_id")), **row}
+        report = {name: value for name, value in report.items() if value is not None and name != "seq"}
         for name in {"stack_trace", "properties", "extra"} & report.keys():
             report[name] = json.loads(report[name])
         for name in ("received_at", "occurred_at"):

@@ -183,6 +183,8 @@ def recount(path):
     for row in crashes:
         app, hour, day = row["app_id"], row["at"] // HOUR, row["at"] // DAY
         tables["hours"][app, hour]["crashes"] += 1
+        for scope in scopes(app):
+            tables["days"][scope, day]["crashes"] += 1
         tables["group_hours"][app, hour, row["group_hash"]]["crashes"] += 1
         for field in ("exception_type", "device_model"):
             for each in (-1, day) if row[field] else ():
@@ -195,7 +197,8 @@ def recount(path):
         tables["groups"][app, group] = (latest["exception_type"], latest["exception_reason"], min(times), max(times),
                                         sum(at // HOUR >= since for at in times))
     for (app, version), rows in grouped(reports, "app_id", "app_version").items():
-        tables["releases"][app, version].update(first=min(row["at"] for row in rows), last=max(row["at"] for row in rows))
+        times = [row["at"] for row in rows]
+        tables["releases"][app, version].update(first=min(times), last=max(times))
 
     for (app, session), rows in grouped(events, "app_id", "session_id").items():
         starts = [row for row in rows if row["type"] == "session_start"]
@@ -221,7 +224,8 @@ def recount(path):
             versions = {row["app_version"]: 0 for row in rows if row["app_version"] and scope}
             versions.update({row["app_version"]: 1 for row in rows if row["app_version"] in versions
                              and "exception_type" in row})
-            tables["devices"][scope, device] = min(times), max(times), rows[-1]["seq"], seen, versions
+            if scope:
+                tables["devices"][scope, device] = min(times), max(times), rows[-1]["seq"], seen, versions
             tables["hours"][scope, max(times) // HOUR]["devices"] += 1
             for name, span in (("dau", 1), ("wau", 7), ("mau", 30)):
                 for day in {day + later for day in seen for later in range(span)}:
@@ -236,7 +240,7 @@ def recount(path):
 
     columns = dict(
         hours=("crashes", "sessions", "devices"), durations=("sessions",), release_days=("sessions",),
-        days=("dau", "wau", "mau", "newcomers", "back_1", "back_7", "back_30", "sessions", "ended", "ms", "median"),
+        days=("crashes", "dau", "wau", "mau", "newcomers", "back_1", "back_7", "back_30", "sessions", "ended", "ms", "median"),
         releases=("first", "last", "sessions", "crashes", "devices", "crashed"),
         labels=("crashes",), group_hours=("crashes",), groups=None, devices=None, sessions=None)
     return {table: {key: tuple(row.get(name, None if name == "median" else 0) for name in names) if names else row
