@@ -32,7 +32,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from statistics import median
@@ -46,6 +46,7 @@ HEADERS = {"Content-Type": "application/json", "X-Backfeedr-Key": KEY}
 
 ROUND_SECONDS = 2.5  # about as long one side is measured before it is the other's turn
 SWITCH_INTERVAL = 0.001  # seconds, of the bare handler's threads: as in backfeedr's `serve`
+LONGEST = 600.0  # seconds that anything may take for which a load goes on
 PATIENCE = 30.0  # seconds for a server to start, to stop and to answer
 BODIES = 256  # distinct requests of a scenario, each of another device
 BATCH = 100  # events
@@ -77,6 +78,7 @@ class Load(NamedTuple):
     answers: Dict[int, int]  # how many of each status; 0 stands for a socket error
     median: float
     p99: float
+    longest: float = 0.0
 
     @property
     def created(self) -> int:
@@ -131,8 +133,11 @@ def bodies_file(folder: Path, scenario: Scenario) -> Path:
 
 # == Drivers ===================================================================
 #
-# Who sends. `drive` keeps so many connections busy for so many seconds. At the end
-# wrk `abandons` what is under way: it may be stored, though nobody saw the answer.
+# Who sends. `drive` keeps so many connections busy for as long as `meanwhile` takes. At
+# the end wrk `abandons` what is under way: it may be stored, though nobody saw the answer.
+
+Meanwhile = Callable[[], Any]
+
 
 class Wrk:
     """Sends with wrk, which costs the host next to nothing."""
@@ -155,14 +160,15 @@ class Wrk:
             for _, thread in ipairs(threads) do
                 for status, count in pairs(thread:get("answers")) do print("answers", status, count) end
             end
-            print("load", summary.duration / 1e6, latency:percentile(50) / 1e3, latency:percentile(99) / 1e3)
+            print("load", summary.duration / 1e6, latency:percentile(50) / 1e3, latency:percentile(99) / 1e3,
+                  latency.max / 1e3)
         end
         """
 
     def __init__(self, folder: Path, connections: int):
         self._folder = folder
 
-    def drive(self, scenario: Scenario, url: str, connections: int, seconds: float) -> Load:
+    def drive(self, scenario: Scenario, url: str, connections: int, meanwhile: Meanwhile) -> Load:
         """Loads the server at `url`."""
         headers = {"Host": urlsplit(url).netloc, **HEADERS}
         script = self._folder / "wrk.lua"
@@ -170,13 +176,12 @@ class Wrk:
             "headers": ", ".join(f"[{json.dumps(name)}] = {json.dumps(value)}" for name, value in headers.items()),
             "bodies": json.dumps(str(bodies_file(self._folder, scenario)), ensure_ascii=False)})
         # One thread sends far more than one Python process can answer.
-        wrk = subprocess.Popen(["wrk", "-t1", f"-c{connections}", f"-d{seconds + PATIENCE:.0f}", "--latency",
+        wrk = subprocess.Popen(["wrk", "-t1", f"-c{connections}", f"-d{LONGEST + PATIENCE:.0f}", "--latency",
                                 f"--timeout={PATIENCE:.0f}", "-s", str(script), url + scenario.path],
                                stdout=subprocess.PIPE, text=True)
-        try:  # it takes whole seconds only; on SIGINT it stops and reports what it has
-            output, _ = wrk.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            wrk.send_signal(signal.SIGINT)
+        try:
+            meanwhile()
+            wrk.send_signal(signal.SIGINT)  # on which it stops and reports what it has
             output, _ = wrk.communicate(timeout=PATIENCE)
         finally:
             end(wrk)
@@ -200,16 +205,24 @@ class Clients:
         self._folder = folder
         self._pool = multiprocessing.Pool(math.ceil(connections / self.CONNECTIONS), leave_signals_to_the_parent)
 
-    def drive(self, scenario: Scenario, url: str, connections: int, seconds: float) -> Load:
+    def drive(self, scenario: Scenario, url: str, connections: int, meanwhile: Meanwhile) -> Load:
         """Loads the server at `url`, and waits for all answers."""
         begin, bodies = time.time() + 0.2, bodies_file(self._folder, scenario)
+        stop = self._folder / "stop"  # a file, because it reaches processes that run already
+        stop.unlink(missing_ok=True)
         parts = self._pool.starmap_async(client_process, [
-            (url, scenario.path, bodies, range(first, min(first + self.CONNECTIONS, connections)), begin, seconds)
-            for first in range(0, connections, self.CONNECTIONS)], chunksize=1).get(seconds + 2 * PATIENCE)
-        ended, answers = time.time(), [answer for part in parts for answer in part]
+            (url, scenario.path, bodies, range(first, min(first + self.CONNECTIONS, connections)), begin, stop)
+            for first in range(0, connections, self.CONNECTIONS)], chunksize=1)
+        time.sleep(max(0.0, begin - time.time()))
+        try:
+            meanwhile()
+        finally:
+            stop.touch()
+        answers = [answer for part in parts.get(2 * PATIENCE) for answer in part]
+        ended = time.time()
         latencies = sorted(1000 * latency for status, latency in answers if status) or [0.0]
         return Load(ended - begin, dict(Counter(status for status, _ in answers)),
-                    latencies[len(latencies) // 2], latencies[len(latencies) * 99 // 100])
+                    latencies[len(latencies) // 2], latencies[len(latencies) * 99 // 100], latencies[-1])
 
     def close(self) -> None:
         """Ends the processes."""
@@ -218,6 +231,26 @@ class Clients:
 
 
 Driver = Union[Wrk, Clients]
+
+
+def make_driver(choice: Optional[str], folder: Path, connections: int) -> Driver:
+    """The driver of the operator's choice; without one, wrk where it is installed."""
+    if choice == "wrk" and not shutil.which("wrk"):
+        raise Failure("wrk is not installed")
+    return (Clients if choice == "python" or not shutil.which("wrk") else Wrk)(folder, connections)
+
+
+def lasting(seconds: float) -> Meanwhile:
+    """For a load of so many seconds."""
+    return lambda: time.sleep(seconds)
+
+
+def write_bodies(folder: Path, scenario: Scenario, numbers: Iterable[int], hash_length: int) -> None:
+    """Makes the bodies of a scenario for either driver."""
+    bodies_file(folder, scenario).write_text("".join(
+        json.dumps(scenario.make(number, hash_length)) + "\n" for number in numbers))
+
+
 Answers = List[Tuple[int, float]]  # a status, 0 for a socket error, and after how many seconds it came
 
 
@@ -227,11 +260,11 @@ def leave_signals_to_the_parent() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def client_process(url: str, path: str, bodies: Path, numbers: range, begin: float, seconds: float) -> Answers:
-    """Keeps a connection for each of `numbers` busy from `begin` on."""
+def client_process(url: str, path: str, bodies: Path, numbers: range, begin: float, stop: Path) -> Answers:
+    """Keeps a connection for each of `numbers` busy from `begin` until there is a file `stop`."""
     answers: Answers = []
     lines = bodies.read_bytes().splitlines()
-    threads = [threading.Thread(target=client, args=(answers, url, path, lines[first:] + lines[:first], begin, seconds))
+    threads = [threading.Thread(target=client, args=(answers, url, path, lines[first:] + lines[:first], begin, stop))
                for first in numbers]
     for thread in threads:
         thread.start()
@@ -240,7 +273,7 @@ def client_process(url: str, path: str, bodies: Path, numbers: range, begin: flo
     return answers
 
 
-def client(answers: Answers, url: str, path: str, bodies: List[bytes], begin: float, seconds: float) -> None:
+def client(answers: Answers, url: str, path: str, bodies: List[bytes], begin: float, stop: Path) -> None:
     """One connection: sends, waits for the answer, sends the next."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE)
     time.sleep(max(0.0, begin - time.time()))
@@ -253,7 +286,7 @@ def client(answers: Answers, url: str, path: str, bodies: List[bytes], begin: fl
             connection.close()  # the next request opens it again
             time.sleep(0.01)
         answers.append((status, time.perf_counter() - started))
-        if time.time() > begin + seconds:
+        if stop.exists():
             return connection.close()
 
 
@@ -493,7 +526,7 @@ def measure_all(arguments: argparse.Namespace, folder: Path, driver: Driver, siz
             for cell in cells:
                 for name, server, loads in (("bare", bare_server, cell.bare), ("backfeedr", ours, cell.ours)):
                     load = driver.drive(cell.scenario, server.url, cell.connections,
-                                        arguments.seconds / arguments.rounds)
+                                        lasting(arguments.seconds / arguments.rounds))
                     loads.append(load)
                     say(f"round {number} of {arguments.rounds}: {cell.scenario.name}, {cell.connections} connections,"
                         f" {name}: {load.rate:,.0f} requests/s"
@@ -515,7 +548,8 @@ def measure_memory(events: int, connections: int, folder: Path, driver: Driver) 
     with backfeedr(db) as server:
         for goal in sorted({min(10_000, events), events}):
             while stored < goal:
-                load = driver.drive(EVENTS, server.url, connections, 1.0 if goal <= 10_000 else ROUND_SECONDS)
+                load = driver.drive(EVENTS, server.url, connections,
+                                    lasting(1.0 if goal <= 10_000 else ROUND_SECONDS))
                 if not load.created or load.errors:
                     raise Failure(f"events were not stored: {load.answers}")
                 ledger.add(EVENTS, load, driver.abandons * connections)
@@ -549,16 +583,25 @@ memory    of the server: {megabytes(results.at_rest)} MB at rest, {megabytes(res
 disk      {results.size.bytes_per_event:.1f} bytes per event, indexes and roll-ups included, over {SIZE_EVENTS:,} events
 errors    answers other than 201 and socket errors, of both sides: {results.errors}
 stored    {results.ledger} acknowledged
+""")
+    print_targets(targets(results))
 
-Targets""")
+
+# What was promised: a name, the value, whether it is to be at least or at most the bound, its digits.
+Target = Tuple[str, Optional[float], bool, float, int]
+
+
+def print_targets(targets: Iterable[Target]) -> None:
+    """Prints what was promised, and whether it is so."""
+    print("Targets")
     print_table([("  " + what, "at least" if at_least else "at most", f"{bound:g}",
                   "n/a" if value is None else f"{value:.{digits}f}",
                   "" if value is None else "met" if (value >= bound if at_least else value <= bound) else "not met")
-                 for what, value, at_least, bound, digits in targets(results)], left=1)
+                 for what, value, at_least, bound, digits in targets], left=1)
 
 
-def targets(results: Results) -> Iterator[Tuple[str, Optional[float], bool, float, int]]:
-    """What was promised: a name, the value, whether it is to be at least or at most the bound, its digits."""
+def targets(results: Results) -> Iterator[Target]:
+    """What was promised of reports that come in."""
     def of(figure: Callable[..., float], *names: Tuple[Scenario, int]) -> Optional[float]:
         return figure(*map(cells.get, names)) if cells.keys() >= set(names) else None
 
@@ -661,16 +704,12 @@ def ingest(arguments: argparse.Namespace) -> int:
     most = max(arguments.connections)
     if arguments.seconds < 0.2 or min(arguments.connections) < 1 or most > 512 or arguments.device_hash_length < 8:
         raise Failure("at least 0.2 seconds, 1 to 512 connections and 8 characters of a device_id_hash")
-    if arguments.driver == "wrk" and not shutil.which("wrk"):
-        raise Failure("wrk is not installed")
-    make_driver = Clients if arguments.driver == "python" or not shutil.which("wrk") else Wrk
-    with tempfile.TemporaryDirectory(prefix="backfeedr-benchmark-", dir=arguments.dir) as name:
-        folder = Path(name).resolve()
-        introduce(arguments, folder, make_driver.name)
+    with working_folder(arguments.dir) as folder:
         for scenario in SCENARIOS:
-            bodies_file(folder, scenario).write_text("".join(
-                json.dumps(scenario.make(n, arguments.device_hash_length)) + "\n" for n in range(BODIES)))
-        with closing(make_driver(folder, most)) as driver:
+            write_bodies(folder, scenario, range(BODIES), arguments.device_hash_length)
+        with closing(make_driver(arguments.driver, folder, most)) as driver:
+            introduce(folder, f"{arguments.rounds} x {arguments.seconds / arguments.rounds:g} s for each figure; driver"
+                              f" {driver.name}; device_id_hash of {arguments.device_hash_length} characters")
             say(f"measuring the bytes on disk with {SIZE_EVENTS:,} events")
             results = measure_all(arguments, folder, driver, measure_size(folder))
             say("")
@@ -679,18 +718,29 @@ def ingest(arguments: argparse.Namespace) -> int:
             if arguments.memory_events:
                 problems += measure_memory(arguments.memory_events, most, folder, driver)
                 say("")
+    return conclude(problems, results.errors)
+
+
+def conclude(problems: Sequence[str], errors: int) -> int:
+    """Prints what is wrong with the databases; returns the exit status."""
     print("".join(f"\nNOT AS IT SHOULD BE: {problem}" for problem in problems)
           or "\nAll that was acknowledged is stored, and the databases are sound.")
-    return 1 if problems or results.errors else 0
+    return 1 if problems or errors else 0
 
 
-def introduce(arguments: argparse.Namespace, folder: Path, driver: str) -> None:
+@contextmanager
+def working_folder(parent: Path) -> Iterator[Path]:
+    """A folder for databases, which is gone at the end."""
+    with tempfile.TemporaryDirectory(prefix="backfeedr-benchmark-", dir=parent) as name:
+        yield Path(name).resolve()
+
+
+def introduce(folder: Path, what: str) -> None:
     """Prints what is measured, where and how."""
     where = filesystem(folder)
     print(f"{platform.python_implementation()} {platform.python_version()}, SQLite {sqlite3.sqlite_version},"
           f" {os.cpu_count()} cores; databases in {folder}{f' ({where})' if where else ''}")
-    print(f"{arguments.rounds} x {arguments.seconds / arguments.rounds:g} s for each figure; driver {driver};"
-          f" device_id_hash of {arguments.device_hash_length} characters\n", flush=True)
+    print(what + "\n", flush=True)
     if where in ("tmpfs", "ramfs"):
         print(f"WARNING: {where} is memory: nothing here costs what it costs on a disk. See --dir.\n", flush=True)
 
