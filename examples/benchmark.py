@@ -2,11 +2,16 @@
 """What will my host hold? Measures backfeedr on this machine, in two to three minutes.
 
     python examples/benchmark.py              # --quick gives a first impression
+    python examples/benchmark.py metrics      # what becomes of it as the database grows
 
-It starts the real server on a temporary database and beside it a bare handler: bottle
+`ingest`, the first, starts the real server on a temporary database and beside it a bare handler: bottle
 and waitress with the same options, which reads the body and gives the same answer, but
 stores nothing. Both get the same load in turn, from `wrk` where it is installed and else
 from client processes of its own.
+
+`metrics` fills a small database and a large one with the life of an app, and asks both
+in turn for every public figure. Then it measures how fast reports come in on the large
+one and on an empty one, and how long clients wait while old reports are pruned.
 
 A host is never quiet, and the load runs on the host that it measures. So no figure stands
 alone: each is a ratio to one taken seconds before. A round measures everything once,
@@ -17,12 +22,15 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import importlib
+import io
 import itertools
 import json
 import math
 import multiprocessing
 import os
 import platform
+import random
 import shutil
 import signal
 import sqlite3
@@ -32,12 +40,14 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from statistics import median
+from types import ModuleType, SimpleNamespace
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 from urllib.parse import urlsplit
+from wsgiref.util import setup_testing_defaults
 
 HERE = Path(__file__).resolve().parent
 SERVER = HERE.parent / "backfeedr.py"
@@ -117,8 +127,13 @@ def _device(number: int, hash_length: int) -> Dict[str, str]:
     # A clock that is a day fast: so the server counts each report when it comes, and a
     # body that is sent again is, as from a real phone, the latest of its device.
     tomorrow = datetime.now(timezone.utc) + timedelta(days=1)
-    return {"device_id_hash": f"{number * 2654435761 % (1 << 32):08x}".ljust(hash_length, "0"),
+    return {"device_id_hash": device_hash(number, hash_length),
             "occurred_at": tomorrow.strftime("%Y-%m-%dT%H:%M:%SZ")}
+
+
+def device_hash(number: int, length: int) -> str:
+    """The device_id_hash of a device: another one for each number, and in no order."""
+    return f"{number * 2654435761 % (1 << 32):08x}".ljust(length, "0")
 
 
 CRASH = Scenario("crash", "/api/v1/crashes", "crashes", 1, crash_body)
@@ -303,8 +318,7 @@ class Running:
     """A server as a subprocess, until the end of `with`. Its first line says where it listens."""
 
     def __init__(self, *command: Union[str, Path], **environ: str):
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("BACKFEEDR_")}
-        self._process = subprocess.Popen([sys.executable, *map(str, command)], env={**clean, **environ},
+        self._process = subprocess.Popen([sys.executable, *map(str, command)], env=environment(**environ),
                                          stdout=subprocess.PIPE, text=True)
         timer = threading.Timer(PATIENCE, self._process.kill)
         timer.start()
@@ -336,6 +350,11 @@ class Running:
                      if line.startswith(name + ":")), None)
 
 
+def environment(**settings: str) -> Dict[str, str]:
+    """This process's, with these settings and none of the operator's own."""
+    return {**{name: value for name, value in os.environ.items() if not name.startswith("BACKFEEDR_")}, **settings}
+
+
 def end(process: subprocess.Popen) -> None:
     """Ends a process of ours, if it still runs: by SIGTERM, and by force if that takes too long."""
     process.terminate()
@@ -349,10 +368,17 @@ def end(process: subprocess.Popen) -> None:
         process.stdout.close()  # type: ignore
 
 
-def backfeedr(db: Path) -> Running:
+def backfeedr(db: Path, **environ: str) -> Running:
     """The real server, as its operator starts it; only the rate limit is off."""
     return Running(SERVER, "serve", "--host", "127.0.0.1", "--port", "0", "--db", db,
-                   BACKFEEDR_API_KEY=KEY, BACKFEEDR_RATE_LIMIT="0")
+                   **{"BACKFEEDR_API_KEY": KEY, "BACKFEEDR_RATE_LIMIT": "0", **environ})
+
+
+def backfeedr_module() -> ModuleType:
+    """The server's file as a module, for what is measured or filled without a server."""
+    if str(SERVER.parent) not in sys.path:
+        sys.path.insert(0, str(SERVER.parent))
+    return importlib.import_module("backfeedr")
 
 
 def bare(arguments: argparse.Namespace) -> int:
@@ -388,6 +414,10 @@ class Ledger:
     def __init__(self) -> None:
         self._acknowledged: Counter = Counter()
         self._unseen: Counter = Counter()  # may be stored as well: abandoned, or answered with an error
+
+    def count(self, table: str, rows: int) -> None:
+        """Enters rows that a store was given without a server."""
+        self._acknowledged[table] += rows
 
     def add(self, scenario: Scenario, load: Load, abandoned: int = 0) -> None:
         """Enters a load, at the end of which so many requests were abandoned."""
@@ -561,6 +591,359 @@ def measure_memory(events: int, connections: int, folder: Path, driver: Driver) 
     return ledger.check(db)
 
 
+# == Fill ======================================================================
+#
+# The life of an app over 90 days, by the store's own write path and at a clock that is
+# moved by hand. It is the same each time, but for the day on which it ends.
+
+SPAN = 90 * 86_400  # seconds
+DEVICES, GROUPS, VERSIONS, MODELS = 20_000, 300, 40, 25
+EVENTS_PER_CRASH = 100
+MOMENTS = 2000  # at which a fill receives reports, at least; about as many as it has hours
+MOST_AT_ONCE = 1000  # events
+EXCEPTIONS = ("EXC_BAD_ACCESS", "SIGABRT", "EXC_BREAKPOINT", "SIGTRAP", "EXC_CRASH", "SIGSEGV", "SIGBUS",
+              "NSRangeException", "NSInvalidArgumentException", "NSGenericException", "SIGILL", "EXC_GUARD")
+ACTIONS = ("screen_view", "search", "add_to_cart", "remove_from_cart", "purchase", "share", "login", "refresh")
+SCREENS = ("Home", "Search", "Product", "Cart", "Checkout", "Orders", "Profile", "Settings", "Help", "Offers",
+           "Reviews", "Wishlist", "Login", "SignUp", "Address", "Payment", "Map", "Store", "Scanner", "Camera",
+           "Chat", "News", "Video", "Gallery", "Onboarding")
+
+
+class Life:
+    """Who uses an app in the days until `ends_at`, with which version, and where it crashes."""
+
+    def __init__(self, ends_at: float, seed: int = 1):
+        self._began_at, self._random = ends_at - SPAN, random.Random(seed)
+        self._weights = list(itertools.accumulate(1 / rank for rank in range(1, GROUPS + 1)))  # a few have most
+
+    def device(self) -> int:
+        """One of them, for a visit."""
+        return self._random.randrange(DEVICES)
+
+    def visit(self, device: int, now: float) -> List[Dict[str, Any]]:
+        """The 10 to 20 events of a session of seconds to an hour, which ended some minutes before `now`."""
+        choose = self._random
+        moves, seconds = choose.randint(8, 18), 2 ** choose.uniform(1, 11.8)
+        began_at = now - choose.expovariate(1 / 600) - seconds
+        phone = {**self._phone(device, now), "session_id": f"{choose.getrandbits(128):032x}"}
+        times = [began_at, *sorted(began_at + seconds * choose.random() for _ in range(moves)), began_at + seconds]
+        return [{**phone, **what, "occurred_at": rfc3339(at)} for at, what in zip(times, (
+            {"type": "session_start"}, *(self._move() for _ in range(moves)), {"type": "session_end"}))]
+
+    def _move(self) -> Dict[str, Any]:
+        choose = self._random
+        return {"type": "error" if choose.random() < 0.02 else "custom", "name": choose.choice(ACTIONS),
+                "properties": {"screen": choose.choice(SCREENS), "ms": choose.randrange(2000)}}
+
+    def crash(self, device: int, now: float) -> Dict[str, Any]:
+        """A crash of some minutes before `now`, with three frames of the app's own and twelve of the system's."""
+        group, = self._random.choices(range(GROUPS), cum_weights=self._weights)
+        screen = SCREENS[group // len(EXCEPTIONS)]
+        own = [{"symbol": f"{screen}{what}", "file": f"{screen}{where}.swift", "line": group + 10} for what, where in (
+            ("Model.load(_:)", "Model"), ("View.body.getter", "View"), ("View.refresh()", "View"))]
+        system = [{"symbol": f"-[UIApplication _callStep{n}:withContext:]"} for n in range(12)]
+        return {**example("crash.json"), **self._phone(device, now),
+                "exception_type": EXCEPTIONS[group % len(EXCEPTIONS)],
+                "exception_reason": f"Unexpectedly found nil in {screen}Model, item {self._random.randrange(50)}",
+                "stack_trace": [{"frame": n, **frame} for n, frame in enumerate(own + system)],
+                "occurred_at": rfc3339(now - self._random.expovariate(1 / 600))}
+
+    def _phone(self, device: int, now: float) -> Dict[str, Any]:
+        """What a report says of a device; one in five is behind by some of the versions, which follow one another."""
+        newest = min(VERSIONS - 1, int(VERSIONS * (now - self._began_at) / SPAN))
+        version = max(0, newest - (self._random.random() < 0.2) * self._random.randint(1, 6))
+        return {"device_id_hash": device_hash(device, 64), "device_model": f"iPhone{10 + device % MODELS},1",
+                "app_version": f"{1 + version // 10}.{version % 10}.0", "os_version": f"18.{device % 7}",
+                "locale": "de_DE"}
+
+
+def rfc3339(seconds: float) -> str:
+    """A time as the API takes it."""
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds")
+
+
+def visits_body(number: int, hash_length: int) -> Dict[str, Any]:
+    """What a phone sends that was offline for a while: a hundred events, of sessions that nobody has seen before."""
+    now, device = time.time(), number % DEVICES
+    life = Life(now, seed=1000 + number)
+    events: List[Dict[str, Any]] = []
+    while len(events) < BATCH:
+        events += life.visit(device, now)
+    return {"events": events[:BATCH]}
+
+
+VISITS = Scenario(f"batch of {BATCH}", "/api/v1/events/batch", "events", BATCH, visits_body)
+
+
+def fill(db: Path, events: int, ledger: Ledger) -> None:
+    """Makes a database that has received so many events, and the crashes that go with them, until now."""
+    module, ends_at, moment = backfeedr_module(), time.time(), SimpleNamespace()
+    life, stored, started = Life(ends_at), 0, time.monotonic()
+    with module.Store(db, clock=lambda: moment.now) as store:
+        moment.now = ends_at - SPAN
+        store.start(api_key=KEY)
+        while stored < events:
+            moment.now = ends_at - SPAN * (1 - stored / events)
+            batch = some_visits(module, life, moment.now, min(MOST_AT_ONCE, events // MOMENTS))[:events - stored]
+            store.add(module.sha256(KEY), batch)
+            crashes = (stored + len(batch)) // EVENTS_PER_CRASH - stored // EVENTS_PER_CRASH
+            if crashes:
+                store.add(module.sha256(KEY), [
+                    module.parse_crash(life.crash(life.device(), moment.now)) for _ in range(crashes)])
+            if stored * 20 // events != (stored + len(batch)) * 20 // events:
+                say(f"filling: {stored + len(batch):,} of {events:,} events, {time.monotonic() - started:.0f} s")
+            stored += len(batch)
+    ledger.count("events", events)
+    ledger.count("crashes", events // EVENTS_PER_CRASH)
+
+
+def some_visits(module: ModuleType, life: Life, now: float, events: int) -> list:
+    """The parsed events of whole visits: at least so many."""
+    parsed = module.parse_batch({"events": life.visit(life.device(), now)})
+    while len(parsed) < events:
+        parsed += module.parse_batch({"events": life.visit(life.device(), now)})
+    return parsed
+
+
+# == Metrics ===================================================================
+#
+# What becomes of the server as its database grows. All of it is asked of a small and of a
+# large database in turn, so that what else the host does hits both.
+
+# Each public figure, and whether the large database may take twice as long as the small one at
+# most. A year is more than either holds: it has to be quick, whatever it is compared with.
+QUESTIONS = {
+    "metrics/daily-crashes": True, "metrics/daily-crashes?days=90": True, "metrics/daily-crashes?days=365": False,
+    "metrics/crash-types": True, "metrics/crash-types?days=30": True,
+    "metrics/devices": True,
+    "overview": True,
+    "metrics/active-devices?days=30": True, "metrics/active-devices?days=365": False,
+    "metrics/sessions?days=30": True, "metrics/sessions?days=365": False,
+    "metrics/retention": True, "metrics/retention?days=365": False,
+    "releases": True,
+}
+TURN = 20  # requests to one side, before it is the other's turn
+ANSWER_SECONDS = 6.0  # for one question, after which fewer requests have to do
+INGEST_CONNECTIONS = 16
+INGEST_BODIES = 1500  # a round: about as many as are sent in it, because a session is new only once
+
+Asked = Callable[[str], Tuple[int, float]]  # a path to a status, and after how many milliseconds it came
+
+
+class Pair(NamedTuple):
+    """Figures of a small or empty database, and of the large one."""
+
+    small: List[float]
+    large: List[float]
+
+    @property
+    def ratio(self) -> float:
+        """How the medians compare."""
+        return median(self.large) / median(self.small)
+
+
+class Answered(NamedTuple):
+    """How long a question took to answer, in milliseconds: in the server alone, and until a client had it."""
+
+    path: str
+    is_compared: bool
+    inside: Optional[Pair]  # None: there is no such endpoint
+    outside: Optional[Pair]
+
+    @property
+    def median(self) -> float:
+        return median(self.inside.large) if self.inside else 0.0
+
+    @property
+    def ratio(self) -> float:
+        return self.inside.ratio if self.inside and self.is_compared else 0.0
+
+    @property
+    def is_met(self) -> bool:
+        return self.median <= MOST_MS and self.ratio <= MOST_RATIO
+
+
+def measure_answers(small: Path, large: Path, requests: int) -> List[Answered]:
+    """Asks every question of both databases, in this process and of two servers."""
+    module = backfeedr_module()
+    with ExitStack() as stack:
+        inside = [in_process(stack.enter_context(module.Backfeedr(module.Settings(
+            db_path=str(db), api_key=KEY, auth_token="admin", rate_limit=0, retention_days=0))))
+            for db in (small, large)]
+        outside = [over_network(stack.enter_context(backfeedr(db, BACKFEEDR_RETENTION_DAYS="0")), stack)
+                   for db in (small, large)]
+        return [Answered(path, is_compared, take_turns(path, inside, requests), take_turns(path, outside, requests))
+                for path, is_compared in QUESTIONS.items()]
+
+
+def in_process(app: Callable[..., Iterable[bytes]]) -> Asked:
+    """Asks a WSGI callable."""
+    def asked(path: str) -> Tuple[int, float]:
+        path_info, _, query = path.partition("?")
+        environ: Dict[str, Any] = {"PATH_INFO": "/api/v1/" + path_info, "QUERY_STRING": query,
+                                   "wsgi.input": io.BytesIO()}
+        setup_testing_defaults(environ)
+        statuses: List[str] = []
+        started = time.perf_counter()
+        b"".join(app(environ, lambda status, headers, error=None: statuses.append(status)))
+        return int(statuses[0][:3]), 1000 * (time.perf_counter() - started)
+    return asked
+
+
+def over_network(server: Running, stack: ExitStack) -> Asked:
+    """Asks a server, by one connection that is kept."""
+    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=PATIENCE)
+    stack.callback(connection.close)
+
+    def asked(path: str) -> Tuple[int, float]:
+        started = time.perf_counter()
+        connection.request("GET", "/api/v1/" + path)
+        response = connection.getresponse()
+        response.read()
+        return response.status, 1000 * (time.perf_counter() - started)
+    return asked
+
+
+def take_turns(path: str, sides: Sequence[Asked], requests: int) -> Optional[Pair]:
+    """Asks both sides the same so many times; None where there is no such endpoint."""
+    say(f"asking {path}")
+    statuses = {asked(path)[0] for asked in sides}  # and so what is lazy, or far from the cache, is there
+    if statuses == {404}:
+        return None
+    if statuses != {200}:
+        raise Failure(f"{path} answered {statuses}")
+    pair, deadline = Pair([], []), time.monotonic() + ANSWER_SECONDS
+    while len(pair.small) < requests and (time.monotonic() < deadline or not pair.small):
+        for asked, times in zip(sides, pair):
+            times += [asked(path)[1] for _ in range(TURN)]
+    return pair
+
+
+class Ingested(NamedTuple):
+    """Events a second, an item a round; the answers other than 201, and what is wrong with the empty databases."""
+
+    rates: Pair
+    errors: int
+    problems: List[str]
+
+
+def measure_ingest(large: Path, ledger: Ledger, arguments: argparse.Namespace, driver: Driver) -> Ingested:
+    """Sends batches to the large database and to a new one, in turn."""
+    found, problems, errors = Pair([], []), [], 0
+    for number in range(arguments.rounds):
+        empty, of_empty = large.parent / f"empty{number}.db", Ledger()
+        sides = [(empty, of_empty, found.small), (large, ledger, found.large)]
+        for db, entered, rates in sides[::-1 if number % 2 else 1]:
+            write_bodies(db.parent, VISITS, range(number * INGEST_BODIES, (number + 1) * INGEST_BODIES), 64)
+            with backfeedr(db, BACKFEEDR_RETENTION_DAYS="0") as server:
+                load = driver.drive(VISITS, server.url, INGEST_CONNECTIONS, lasting(ROUND_SECONDS))
+            entered.add(VISITS, load, driver.abandons * INGEST_CONNECTIONS)
+            rates.append(load.rate * BATCH)
+            errors += load.errors
+            say(f"round {number + 1} of {arguments.rounds}: batches to {db.stem}: {rates[-1]:,.0f} events/s"
+                + (f", errors: {load.answers}" if load.errors else ""))
+        problems += of_empty.check(empty)
+        empty.unlink()
+    return Ingested(found, errors, problems)
+
+
+# == Pruning ===================================================================
+#
+# How long clients wait while a large part of a database goes: because the server was
+# started with a shorter retention, or because its operator runs `prune`. Each time on a
+# copy of the large database, and once on one where nothing is to go.
+
+BY_SERVER, BY_COMMAND, NOTHING = "by the server", "by `prune`", "nothing"
+KEPT_DAYS = 1
+SETTLE = 1.0  # seconds of load after the last row is gone, so that who waited then is seen, too
+
+
+class Pruned(NamedTuple):
+    """What a pruning did, and what came of the requests meanwhile. Sizes are in bytes."""
+
+    name: str
+    seconds: float
+    expired: Tuple[int, int]  # rows before and after
+    size: Tuple[int, int]
+    load: Load
+    problems: List[str]
+
+
+def measure_pruning(large: Path, driver: Driver) -> List[Pruned]:
+    """Prunes in every way there is, and then lets as much time go by without."""
+    write_bodies(large.parent, CRASH, range(BODIES), 64)
+    pruned = [prune(large, BY_SERVER, driver, wait_for_server, server_keeps=KEPT_DAYS)]
+    if subprocess.run([sys.executable, SERVER, "prune", "--help"], stdout=subprocess.DEVNULL,
+                      stderr=subprocess.DEVNULL, timeout=PATIENCE).returncode == 0:
+        pruned.append(prune(large, BY_COMMAND, driver, run_prune))
+    seconds = min(20.0, max(each.seconds for each in pruned))
+    return pruned + [prune(large, NOTHING, driver, lambda db: time.sleep(seconds))]
+
+
+def prune(large: Path, name: str, driver: Driver, meanwhile: Callable[[Path], Any], server_keeps: int = 0) -> Pruned:
+    """Copies the large database, and loads a server of the copy while `meanwhile` goes on."""
+    db = large.parent / "prune.db"
+    took: List[float] = []
+    shutil.copyfile(large, db)
+    size, expired, began_at = bytes_on_disk(db), count_expired(db), time.time()
+
+    def watched() -> None:
+        started = time.monotonic()
+        meanwhile(db)
+        took.append(time.monotonic() - started)
+        time.sleep(SETTLE)
+
+    say(f"pruning: {name}")
+    with backfeedr(db, BACKFEEDR_RETENTION_DAYS=str(server_keeps)) as server:
+        load = driver.drive(CRASH, server.url, INGEST_CONNECTIONS, watched)
+    result = Pruned(name, took[0], (expired, count_expired(db)), (size, bytes_on_disk(db)), load,
+                    check_pruned(db, began_at, load, driver.abandons * INGEST_CONNECTIONS))
+    db.unlink()
+    return result
+
+
+def first_kept() -> int:
+    """The lowest seq that a pruning keeps."""
+    return backfeedr_module().first_seq(int(1000 * (time.time() - KEPT_DAYS * 86_400)))
+
+
+def count_expired(db: Path) -> int:
+    """Rows that a pruning is to delete."""
+    with closing(sqlite3.connect(db)) as connection:
+        return sum(connection.execute(f"select count(*) from {table} where seq < ?", (first_kept(),)).fetchone()[0]
+                   for table in ("events", "crashes"))
+
+
+def check_pruned(db: Path, began_at: float, load: Load, abandoned: int) -> List[str]:
+    """What is wrong with a database after a pruning: what came during it must be there."""
+    with closing(sqlite3.connect(db)) as connection:
+        stored, = connection.execute("select count(*) from crashes where received_at >= ?",
+                                     (int(1000 * began_at),)).fetchone()
+        integrity = [problem for problem, in connection.execute("pragma integrity_check") if problem != "ok"]
+    lost = not 0 <= stored - load.created <= load.errors + abandoned
+    return integrity + ([f"crashes: {load.created:,} acknowledged, {stored:,} stored"] if lost else [])
+
+
+def wait_for_server(db: Path) -> None:
+    """Until a running server has deleted what has expired, as far as it had when this began."""
+    first, deadline = first_kept(), time.monotonic() + LONGEST
+    with closing(sqlite3.connect(db, timeout=PATIENCE)) as connection:
+        while any(connection.execute(f"select 1 from {table} where seq < ? limit 1", (first,)).fetchone()
+                  for table in ("events", "crashes")):
+            if time.monotonic() > deadline:
+                raise Failure(f"the server has not pruned its database within {LONGEST:.0f} s")
+            time.sleep(0.2)
+
+
+def run_prune(db: Path) -> None:
+    """`prune`, as an operator calls it while the server runs."""
+    done = subprocess.run([sys.executable, SERVER, "prune", "--db", db], stdout=subprocess.DEVNULL,
+                          stderr=subprocess.PIPE, text=True, timeout=LONGEST,
+                          env=environment(BACKFEEDR_RETENTION_DAYS=str(KEPT_DAYS)))
+    if done.returncode:
+        raise Failure(f"prune failed: {done.stderr.strip()[-200:]}")
+
+
 # == Report ====================================================================
 
 def report(results: Results) -> None:
@@ -591,13 +974,13 @@ stored    {results.ledger} acknowledged
 Target = Tuple[str, Optional[float], bool, float, int]
 
 
-def print_targets(targets: Iterable[Target]) -> None:
+def print_targets(promised: Iterable[Target]) -> None:
     """Prints what was promised, and whether it is so."""
     print("Targets")
     print_table([("  " + what, "at least" if at_least else "at most", f"{bound:g}",
                   "n/a" if value is None else f"{value:.{digits}f}",
                   "" if value is None else "met" if (value >= bound if at_least else value <= bound) else "not met")
-                 for what, value, at_least, bound, digits in targets], left=1)
+                 for what, value, at_least, bound, digits in promised], left=1)
 
 
 def targets(results: Results) -> Iterator[Target]:
@@ -617,6 +1000,71 @@ def targets(results: Results) -> Iterator[Target]:
     yield "MB of memory under load", results.peak, False, 100, 1
     yield "bytes on disk per event", results.size.bytes_per_event, False, 220, 1
     yield "errors", results.errors, False, 0, 0
+
+
+MOST_MS, MOST_RATIO = 5, 2  # of a median answer in the server
+
+
+def report_answers(answers: Sequence[Answered]) -> None:
+    """Prints how long every question takes."""
+    rows = [("milliseconds to answer", "small p50", "large p50", "ratio", "large p99",
+             "client: small p50", "large p50", "large p99", "")]
+    for each in answers:
+        if each.inside and each.outside:
+            rows.append(("  " + each.path, *(f"{median(times):.2f}" for times in each.inside),
+                         f"{each.inside.ratio:.2f}", f"{p99(each.inside.large):.2f}",
+                         *(f"{median(times):.2f}" for times in each.outside), f"{p99(each.outside.large):.2f}",
+                         "met" if each.is_met else "not met"))
+        else:
+            rows.append(("  " + each.path, *["-"] * 7, "not there"))
+    print_table(rows, left=1)
+    print(f"""
+met       a median in the server of at most {MOST_MS} ms, and of at most {MOST_RATIO} times that with the small database;
+          for a year, {MOST_MS} ms only
+client    until it had the answer, by a connection that it keeps
+""", flush=True)
+
+
+def p99(figures: Sequence[float]) -> float:
+    """What one in a hundred is above."""
+    return sorted(figures)[len(figures) * 99 // 100]
+
+
+def report_ingest(ingested: Ingested) -> None:
+    """Prints how fast events come in."""
+    small, large = ingested.rates
+    print(f"batches of {BATCH} at {INGEST_CONNECTIONS} connections:"
+          f" {median(large):,.0f} events/s to the large database, {median(small):,.0f} to an empty one\n", flush=True)
+
+
+def report_pruning(pruned: Sequence[Pruned]) -> None:
+    """Prints what was pruned, and what clients felt of it."""
+    rows = [("pruned", "seconds", "expired rows", "after", "MB", "after", "requests", "p50 ms", "p99 ms", "longest ms",
+             "errors")]
+    rows += [(f"  {each.name}", f"{each.seconds:.1f}", *(f"{count:,}" for count in each.expired),
+              *(f"{size / 1e6:.0f}" for size in each.size), f"{each.load.created:,}", f"{each.load.median:.1f}",
+              f"{each.load.p99:.1f}", f"{each.load.longest:.0f}", f"{each.load.errors}") for each in pruned]
+    if not any(each.name == BY_COMMAND for each in pruned):
+        rows.append((f"  {BY_COMMAND}", *["-"] * 9, "not there"))
+    print_table(rows, left=1)
+    print(f"""
+requests  crashes from {INGEST_CONNECTIONS} connections that do nothing else
+""", flush=True)
+
+
+def growth_targets(answers: Sequence[Answered], ingested: Ingested, pruned: Sequence[Pruned],
+                   errors: int) -> Iterator[Target]:
+    """What was promised of a database that grows."""
+    there = [each for each in answers if each.inside]
+    slowest, steepest = max(there, key=lambda each: each.median), max(there, key=lambda each: each.ratio)
+    yield f"ms to answer, the slowest: {slowest.path}", slowest.median, False, MOST_MS, 2
+    yield f"large to small, the steepest: {steepest.path}", steepest.ratio, False, MOST_RATIO, 2
+    rates = zip(ingested.rates.large, ingested.rates.small)
+    yield "events a second, large to empty", median(large / small for large, small in rates), True, 0.8, 2
+    for each in pruned:
+        if each.name != NOTHING:
+            yield f"ms of the longest wait, pruned {each.name}", each.load.longest, False, 250, 0
+    yield "errors", errors, False, 0, 0
 
 
 def print_table(rows: Sequence[Sequence[str]], left: int) -> None:
@@ -673,19 +1121,29 @@ def parser() -> argparse.ArgumentParser:
     outer = argparse.ArgumentParser(description="Measures backfeedr on this host.", epilog=(
         "Without a command: ingest. 'COMMAND --help' lists the options of a command."))
     commands = outer.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    command = commands.add_parser("ingest", help="reports that come in: speed, memory, bytes on disk")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--driver", choices=("wrk", "python"), help="who sends (default: wrk, if it is installed)")
+    shared.add_argument("--dir", type=Path, metavar="DIR", default=Path("."),
+                        help="where to put the temporary databases (default: the current directory)")
+    command = commands.add_parser("ingest", parents=[shared], help="reports that come in: speed, memory, bytes on disk")
     command.set_defaults(run=ingest)
     add = command.add_argument
     add("--seconds", type=float, metavar="N", default=10.0, help="of each measurement, over all rounds (default: 10)")
     add("--connections", type=connections, metavar="N,N", default=[1, 16, 64], help="default: 1,16,64")
     add("--quick", action="store_true", help="a first impression, from a single short round")
-    add("--driver", choices=("wrk", "python"), help="who sends (default: wrk, if it is installed)")
-    add("--dir", type=Path, metavar="DIR", default=Path("."),
-        help="where to put the temporary databases (default: the current directory)")
     add("--device-hash-length", type=int, metavar="N", default=len(example("event.json")["device_id_hash"]),
         help="characters of a device_id_hash; SHA-256 gives 64 (default: %(default)s, as in the reference)")
     add("--memory-events", type=int, metavar="N", default=0,
         help="at the end, store N events and compare the memory with that after 10,000")
+    command = commands.add_parser("metrics", parents=[shared], help="what becomes of it as the database grows:"
+                                  " the public figures, speed, pruning")
+    command.set_defaults(run=metrics)
+    add = command.add_argument
+    add("--events", type=int, metavar="N", default=1_000_000, help="of the large database (default: 1000000)")
+    add("--small", type=int, metavar="N", default=10_000, help="events of the small database (default: 10000)")
+    add("--requests", type=int, metavar="N", default=300, help="of each question (default: 300)")
+    add("--rounds", type=int, metavar="N", default=4, help=f"of {ROUND_SECONDS:g} s each, of ingest (default: 4)")
+    add("--no-prune", action="store_true", help="leave out how clients fare while old reports are pruned")
     hidden = commands.add_parser("_bare")
     hidden.add_argument("answers", type=Path)
     hidden.set_defaults(run=bare)
@@ -719,6 +1177,33 @@ def ingest(arguments: argparse.Namespace) -> int:
                 problems += measure_memory(arguments.memory_events, most, folder, driver)
                 say("")
     return conclude(problems, results.errors)
+
+
+def metrics(arguments: argparse.Namespace) -> int:
+    """What becomes of figures, speed and waits as a database grows."""
+    if not 1000 <= arguments.small <= arguments.events or min(arguments.requests, arguments.rounds) < 1:
+        raise Failure("at least 1000 events in the small database, no fewer in the large one, a request and a round")
+    with working_folder(arguments.dir) as folder, closing(
+            make_driver(arguments.driver, folder, INGEST_CONNECTIONS)) as driver:
+        introduce(folder, f"{arguments.small:,} and {arguments.events:,} events, a crash for {EVENTS_PER_CRASH};"
+                          f" {arguments.requests} requests of each question; driver {driver.name}")
+        small, large, ledger = folder / "small.db", folder / "large.db", Ledger()
+        fill(small, arguments.small, Ledger())
+        fill(large, arguments.events, ledger)
+        answers = measure_answers(small, large, arguments.requests)
+        say("")
+        report_answers(answers)
+        ingested = measure_ingest(large, ledger, arguments, driver)
+        say("")
+        report_ingest(ingested)
+        problems = ingested.problems + ledger.check(large)
+        pruned = [] if arguments.no_prune else measure_pruning(large, driver)
+        say("")
+        if pruned:
+            report_pruning(pruned)
+        errors = ingested.errors + sum(each.load.errors for each in pruned)
+        print_targets(growth_targets(answers, ingested, pruned, errors))
+    return conclude(problems + [problem for each in pruned for problem in each.problems], errors)
 
 
 def conclude(problems: Sequence[str], errors: int) -> int:
