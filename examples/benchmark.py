@@ -678,22 +678,20 @@ VISITS = Scenario(f"batch of {BATCH}", "/api/v1/events/batch", "events", BATCH, 
 
 def fill(db: Path, events: int, ledger: Ledger) -> None:
     """Makes a database that has received so many events, and the crashes that go with them, until now."""
-    module, ends_at, moment = backfeedr_module(), time.time(), SimpleNamespace()
-    life, stored, started = Life(ends_at), 0, time.monotonic()
+    module, ends_at, stored, started = backfeedr_module(), time.time(), 0, time.monotonic()
+    life, moment = Life(ends_at), SimpleNamespace(now=ends_at - SPAN)
     with module.Store(db, clock=lambda: moment.now) as store:
-        moment.now = ends_at - SPAN
         store.start(api_key=KEY)
         while stored < events:
             moment.now = ends_at - SPAN * (1 - stored / events)
             batch = some_visits(module, life, moment.now, min(MOST_AT_ONCE, events // MOMENTS))[:events - stored]
-            store.add(module.sha256(KEY), batch)
-            crashes = (stored + len(batch)) // EVENTS_PER_CRASH - stored // EVENTS_PER_CRASH
-            if crashes:
-                store.add(module.sha256(KEY), [
-                    module.parse_crash(life.crash(life.device(), moment.now)) for _ in range(crashes)])
-            if stored * 20 // events != (stored + len(batch)) * 20 // events:
-                say(f"filling: {stored + len(batch):,} of {events:,} events, {time.monotonic() - started:.0f} s")
-            stored += len(batch)
+            before, stored = stored, stored + len(batch)
+            crashes = stored // EVENTS_PER_CRASH - before // EVENTS_PER_CRASH
+            for reports in (batch, some_crashes(module, life, moment.now, crashes)):
+                if reports:
+                    store.add(module.sha256(KEY), reports)
+            if before * 10 // events != stored * 10 // events:
+                say(f"filling: {stored:,} of {events:,} events, {time.monotonic() - started:.0f} s")
     ledger.count("events", events)
     ledger.count("crashes", events // EVENTS_PER_CRASH)
 
@@ -704,6 +702,11 @@ def some_visits(module: ModuleType, life: Life, now: float, events: int) -> list
     while len(parsed) < events:
         parsed += module.parse_batch({"events": life.visit(life.device(), now)})
     return parsed
+
+
+def some_crashes(module: ModuleType, life: Life, now: float, crashes: int) -> list:
+    """So many parsed crashes, each of some device."""
+    return [module.parse_crash(life.crash(life.device(), now)) for _ in range(crashes)]
 
 
 # == Metrics ===================================================================
@@ -1189,8 +1192,11 @@ def metrics(arguments: argparse.Namespace) -> int:
         introduce(folder, f"{arguments.small:,} and {arguments.events:,} events, a crash for {EVENTS_PER_CRASH};"
                           f" {arguments.requests} requests of each question; driver {driver.name}")
         small, large, ledger = folder / "small.db", folder / "large.db", Ledger()
-        fill(small, arguments.small, Ledger())
-        fill(large, arguments.events, ledger)
+        try:
+            fill(small, arguments.small, Ledger())
+            fill(large, arguments.events, ledger)
+        except backfeedr_module().Refusal as refusal:
+            raise Failure(f"the databases cannot be filled: {refusal}") from refusal
         answers = measure_answers(small, large, arguments.requests)
         say("")
         report_answers(answers)
