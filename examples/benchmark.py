@@ -929,23 +929,25 @@ def check_pruned(db: Path, began_at: float, load: Load, abandoned: int) -> List[
 
 
 def wait_for_server(db: Path) -> None:
-    """Until a running server has deleted what has expired, as far as it had when this began."""
+    """Until a running server has deleted what had expired when this began, or LONGEST is over."""
     first, deadline = first_kept(), time.monotonic() + LONGEST
     with closing(sqlite3.connect(db, timeout=PATIENCE)) as connection:
-        while any(connection.execute(f"select 1 from {table} where seq < ? limit 1", (first,)).fetchone()
-                  for table in ("events", "crashes")):
-            if time.monotonic() > deadline:
-                raise Failure(f"the server has not pruned its database within {LONGEST:.0f} s")
+        while time.monotonic() < deadline and any(
+                connection.execute(f"select 1 from {table} where seq < ? limit 1", (first,)).fetchone()
+                for table in ("events", "crashes")):
             time.sleep(0.2)
 
 
 def run_prune(db: Path) -> None:
-    """`prune`, as an operator calls it while the server runs."""
-    done = subprocess.run([sys.executable, SERVER, "prune", "--db", db], stdout=subprocess.DEVNULL,
-                          stderr=subprocess.PIPE, text=True, timeout=LONGEST,
-                          env=environment(BACKFEEDR_RETENTION_DAYS=str(KEPT_DAYS)))
-    if done.returncode:
-        raise Failure(f"prune failed: {done.stderr.strip()[-200:]}")
+    """`prune`, as an operator calls it while the server runs; it is ended when LONGEST is over."""
+    try:
+        subprocess.run([sys.executable, SERVER, "prune", "--db", db], stdout=subprocess.DEVNULL, check=True,
+                       stderr=subprocess.PIPE, text=True, timeout=LONGEST,
+                       env=environment(BACKFEEDR_RETENTION_DAYS=str(KEPT_DAYS)))
+    except subprocess.TimeoutExpired:
+        pass  # the rows that are left tell
+    except subprocess.CalledProcessError as error:
+        raise Failure(f"prune failed: {error.stderr.strip()[-200:]}") from None
 
 
 # == Report ====================================================================
@@ -1068,6 +1070,8 @@ def growth_targets(answers: Sequence[Answered], ingested: Ingested, pruned: Sequ
     for each in pruned:
         if each.name != NOTHING:
             yield f"ms of the longest wait, pruned {each.name}", each.load.longest, False, 250, 0
+    if pruned:
+        yield "expired rows left", sum(each.expired[1] for each in pruned if each.name != NOTHING), False, 0, 0
     yield "errors", errors, False, 0, 0
 
 
