@@ -768,7 +768,7 @@ class RollUps:
             if at >= group[3]:
                 group[1] = crash.exception_reason
             group[2], group[3] = min(group[2], at), max(group[3], at)
-            group[4].append(at // HOUR)
+            group[4].append(at)
         self._see(app_id, seqs, crashes, times, crashed=1)
 
     def add_events(self, app_id: int, seqs: range, events: Sequence[Event], times: List[int]) -> None:
@@ -833,6 +833,23 @@ class RollUps:
                 delete from groups where app_id = :app and group_hash = :group
                     and not exists (select 1 from crashes where app_id = :app and group_hash = :group)
                 """, group)
+        self._merge_groups({(row["group_hash"],) for row in rows})
+
+    def _merge_groups(self, group_hashes: Iterable[tuple]) -> None:
+        """Makes these groups of all apps anew from those of each live one."""
+        for group in group_hashes:
+            self._db.execute("delete from groups where app_id = ? and group_hash = ?", (EVERY_APP, *group))
+            self._db.execute("""
+                insert into groups
+                -- Beside max(), SQLite takes the other columns from the row that has it.
+                select ?, group_hash, exception_type, exception_reason,
+                    (select min(first_seen) from groups as each where each.group_hash = groups.group_hash
+                        and app_id in (select id from apps where not is_test)),
+                    max(last_seen), sum(recent)
+                from groups
+                where app_id in (select id from apps where not is_test) and group_hash = ?
+                group by group_hash
+                """, (EVERY_APP, *group))
 
     def remove_events(self, rows: Iterable[Mapping[str, Any]]) -> None:
         for row in rows:
@@ -846,7 +863,10 @@ class RollUps:
                 self.count_session(row["app_id"], _Session(0, 0, at, None, row["app_version"]), -1)
 
     def remove_app(self, app_id: int) -> None:
-        """Takes the crashes and sessions of an app from those of all; its devices must have gone before."""
+        """Takes the groups, crashes and sessions of an app from those of all; its devices have gone before."""
+        groups = self._db.execute("select group_hash from groups where app_id = ?", (app_id,)).fetchall()
+        self._db.execute("delete from groups where app_id = ?", (app_id,))
+        self._merge_groups(groups)
         for table, columns in (("days", ("crashes", "sessions", "ended", "session_ms")), ("durations", ("sessions",))):
             key = _SUMS[table][0]
             for row in self._db.execute(f"select {', '.join(key + columns)} from {table} where app_id = ?", (app_id,)):
@@ -960,8 +980,9 @@ class RollUps:
                     recent = recent + excluded.recent,
                     first_seen = min(first_seen, excluded.first_seen),
                     last_seen = max(last_seen, excluded.last_seen)
-                """, [(*key, *group, sum(hour >= since for hour in hours))
-                      for key, (*group, hours) in self._groups.items()])
+                """, [(scope, group_hash, *group, sum(at // HOUR >= since for at in times))
+                      for (app_id, group_hash), (*group, times) in self._groups.items()
+                      for scope in self._scopes(app_id)])
 
     def _recent_since(self) -> int:
         """The hour from which `recent` counts: seven days ago, where this moves it to.
@@ -976,7 +997,9 @@ class RollUps:
                 where app_id in (select id from apps) and hour >= ? and hour < ?
                 group by app_id, group_hash
                 """, (old, new)).fetchall()
-            self._db.executemany("update groups set recent = recent - ? where app_id = ? and group_hash = ?", gone)
+            self._db.executemany("update groups set recent = recent - ? where app_id = ? and group_hash = ?",
+                                 [(crashes, scope, group_hash) for crashes, app_id, group_hash in gone
+                                  for scope in self._scopes(app_id)])
             self._db.execute("update recent_since set hour = ?", (new,))
         return new
 
@@ -1879,7 +1902,7 @@ ADOPTION_DAYS = 7  # of whose sessions a release has its share
 SCANNED = 20_000  # events that are looked at for a page: a page may be short, and another one follow
 REPORTS = 20  # of a group that are shown at once
 
-_APPS = "app_id in (select id from apps where id = :app or :app is null and not is_test)"
+_APPS = f"app_id in (select id from apps where id = :app or :app = {EVERY_APP} and not is_test)"
 
 Figures = Dict[str, Any]
 
@@ -1894,13 +1917,13 @@ class Metrics:
         self._store = store
 
     @contextmanager
-    def _asking(self, app: Optional[str]) -> Iterator[Tuple[_Connection, Optional[int]]]:
+    def _asking(self, app: Optional[str]) -> Iterator[Tuple[_Connection, int]]:
         with self._store.reading() as db:
             db.execute("begin")  # so that all figures of an answer are of one moment
             row = db.execute("select id from apps where name = ?", (app,)).fetchone()
             if app is not None and row is None:
                 raise Refusal("not found")
-            yield db, row and row[0]
+            yield db, row[0] if row else EVERY_APP
             db.execute("commit")
 
     def _last_days(self, days: int) -> range:
@@ -1943,30 +1966,29 @@ class Metrics:
                 where {_APPS} and hour >= :week
                 """, {"app": app_id, "week": week}).fetchone()
             devices, = db.execute("select coalesce(sum(devices), 0) from hours where app_id = ? and hour >= ?",
-                                  (app_id or EVERY_APP, (self._store.now - DAY) // HOUR)).fetchone()
+                                  (app_id, (self._store.now - DAY) // HOUR)).fetchone()
             top = self._top_groups(db, app_id, week)
         return {"crash_free_rate_7d": crash_free_rate(crashes, sessions), "dau": devices,
                 "sessions_7d": sessions, "crashes_7d": crashes, "top_crashes": top}
 
-    def _top_groups(self, db: _Connection, app_id: Optional[int], since: int) -> List[Figures]:
+    def _top_groups(self, db: _Connection, app_id: int, since: int) -> List[Figures]:
         """The five most frequent groups: `recent`, less what has grown too old since the last crash."""
-        return _dicts(db.execute(f"""
-            with old as (
-                select app_id, group_hash, sum(crashes) as crashes from group_hours
-                where {_APPS} and hour >= (select hour from recent_since) and hour < :since
-                group by app_id, group_hash)
-            select group_hash, exception_type, coalesce(exception_reason, '') as exception_reason, count
-            from (
-                -- Beside max(), SQLite takes the other columns from the row that has it.
-                select group_hash, exception_type, exception_reason, max(last_seen),
-                    sum(recent - coalesce(old.crashes, 0)) as count
-                from groups left join old using (app_id, group_hash)
-                where {_APPS} and recent > 0
-                group by group_hash)
-            where count > 0
-            order by count desc, group_hash
-            limit 5
-            """, {"app": app_id, "since": since}))
+        old = dict(db.execute(f"""
+            select group_hash, sum(crashes) from group_hours
+            where {_APPS} and hour >= (select hour from recent_since) and hour < :since
+            group by group_hash
+            """, {"app": app_id, "since": since}).fetchall())
+        # What grows less by the old ones was not further behind than there are of them.
+        rows = _dicts(db.execute("""
+            select group_hash, exception_type, coalesce(exception_reason, '') as exception_reason, recent as count
+            from groups
+            where app_id = ? and recent > 0
+            order by recent desc, group_hash
+            limit ?
+            """, (app_id, 5 + len(old))))
+        for row in rows:
+            row["count"] -= old.get(row["group_hash"], 0)
+        return sorted((row for row in rows if row["count"] > 0), key=lambda row: (-row["count"], row["group_hash"]))[:5]
 
     def active_devices(self, app: Optional[str] = None, days: Optional[int] = None) -> Figures:
         """Per UTC day, the devices of that day, of the 7 and of the 30 days that end with it."""
@@ -2002,7 +2024,7 @@ class Metrics:
         with self._asking(app) as (db, app_id):
             rows = {row[0]: row[1:] for row in db.execute(
                 f"select day, {', '.join(columns)} from days where app_id = ? and day between ? and ?",
-                (app_id or EVERY_APP, shown[0], shown[-1]))}
+                (app_id, shown[0], shown[-1]))}
         empty = [None if column == "median_seconds" else 0 for column in columns]
         return {"labels": _dates(shown),
                 **{column: [rows.get(day, empty)[n] for day in shown] for n, column in enumerate(columns)}}
@@ -2032,43 +2054,39 @@ class Metrics:
                limit: int = 50, cursor: Optional[str] = None) -> Figures:
         """The groups of the crashes that are kept, the most frequent first."""
         count, group = _group_cursor(cursor)
-        window = {"app": self._app_id(app), "version": version, "limit": limit + 1, "count": count, "group": group,
-                  "since": self._last_days(days)[0] * DAY if days else None}
-        where = f"{_APPS} and (:version is null or app_version = :version) and (:since is null or at >= :since)"
-        with self._store.reading() as db:
-            db.execute("begin")
-            page = _dicts(db.execute(f"""
+        since = self._last_days(days)[0] * DAY if days else None
+        found = f"""
+            select *, {_COUNTED_AT} as at from crashes
+            where {_APPS} and (:version is null or app_version = :version)
+                and (:since is null or {_COUNTED_AT} >= :since)
+            """
+        with self._asking(app) as (db, app_id):
+            window = {"app": app_id, "version": version, "since": since, "limit": limit + 1,
+                      "count": count, "group": group}
+            rows = _dicts(db.execute(f"""
                 select group_hash, count(*) as count, count(distinct device_id_hash) as devices,
                     min(at) as first_seen, max(at) as last_seen
-                from (select *, {_COUNTED_AT} as at from crashes)
-                where {where}
+                from ({found})
                 group by group_hash
                 having count(*) < :count or count(*) = :count and group_hash > :group
                 order by count(*) desc, group_hash
                 limit :limit
                 """, window))
-            shown = []
-            for found in page[:limit]:
-                window["group"] = found["group_hash"]
-                versions = [each for each, in db.execute(f"""
-                    select distinct app_version from (select *, {_COUNTED_AT} as at from crashes)
-                    where {where} and group_hash = :group and app_version is not null
-                    """, window)]
-                shown.append({**self._group(db, window), **found, "versions": sorted(versions, key=_version_key),
-                              "first_seen": iso_time(found["first_seen"]), "last_seen": iso_time(found["last_seen"])})
-            db.execute("commit")
-        return {"groups": shown, "next": f"{shown[-1]['count']}-{shown[-1]['group_hash']}" if page[limit:] else None}
+            for row in rows[:limit]:
+                versions = [version for version, in db.execute(f"""
+                    select distinct app_version from ({found} and group_hash = :group) where app_version is not null
+                    """, {**window, "group": row["group_hash"]})]
+                row.update(self._group(db, app_id, row["group_hash"]), versions=sorted(versions, key=_version_key),
+                           first_seen=iso_time(row["first_seen"]), last_seen=iso_time(row["last_seen"]))
+        following = "{count}-{group_hash}".format(**rows[limit - 1]) if rows[limit:] else None
+        return {"groups": rows[:limit], "next": following}
 
-    def _app_id(self, app: Optional[str]) -> Optional[int]:
-        with self._asking(app) as (_, app_id):
-            return app_id
-
-    def _group(self, db: _Connection, window: Mapping[str, Any]) -> Figures:
-        group_hash, exception_type, reason, _ = db.execute(f"""
-            select group_hash, exception_type, coalesce(exception_reason, ''), max(last_seen)
-            from groups where {_APPS} and group_hash = :group
-            """, window).fetchone()
-        return {"group_hash": group_hash, "exception_type": exception_type, "exception_reason": reason}
+    def _group(self, db: _Connection, app_id: int, group_hash: str) -> Figures:
+        row, = _dicts(db.execute("""
+            select group_hash, exception_type, coalesce(exception_reason, '') as exception_reason from groups
+            where app_id = ? and group_hash = ?
+            """, (app_id, group_hash)))
+        return row
 
     def group(self, group_hash: str, app: Optional[str] = None, limit: int = REPORTS,
               cursor: Optional[str] = None) -> Figures:
@@ -2097,7 +2115,7 @@ class Metrics:
                     limit :limit)
                 order by seq desc
                 """, window)
-            return {**self._group(db, window), "count": count, "devices": devices,
+            return {**self._group(db, app_id, group_hash), "count": count, "devices": devices,
                     "first_seen": iso_time(first_seen), "last_seen": iso_time(last_seen), **spread,
                     "reports": reports[:limit], "next": reports[limit - 1]["id"] if reports[limit:] else None}
 

@@ -191,11 +191,14 @@ def recount(path):
                 tables["labels"][app, field, each, row[field]]["crashes"] += 1
         if row["app_version"]:
             tables["releases"][app, row["app_version"]]["crashes"] += 1
-    for (app, group), rows in grouped(crashes, "app_id", "group_hash").items():
-        latest = max(rows, key=lambda row: (row["at"], row["seq"]))
-        times = [row["at"] for row in rows]
-        tables["groups"][app, group] = (latest["exception_type"], latest["exception_reason"], min(times), max(times),
-                                        sum(at // HOUR >= since for at in times))
+    for scope in {0, *(row["app_id"] for row in crashes)}:
+        mine = [row for row in crashes if scope in scopes(row["app_id"])]
+        for (group,), rows in grouped(mine, "group_hash").items():
+            latest = max(rows, key=lambda row: (row["at"], row["seq"]))
+            times = [row["at"] for row in rows]
+            tables["groups"][scope, group] = (
+                latest["exception_type"], latest["exception_reason"], min(times), max(times),
+                sum(at // HOUR >= since for at in times))
     for (app, version), rows in grouped(reports, "app_id", "app_version").items():
         times = [row["at"] for row in rows]
         tables["releases"][app, version].update(first=min(times), last=max(times))
