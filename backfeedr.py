@@ -824,10 +824,13 @@ class RollUps:
                              row["app_version"], at, -1)
             group = {"app": row["app_id"], "group": row["group_hash"], "recent": at // HOUR >= since}
             self._db.execute(f"""
-                update groups set recent = recent - :recent, exception_reason = (
-                        select exception_reason from crashes where app_id = :app and group_hash = :group
-                    order by {_COUNTED_AT} desc, seq desc limit 1)
+                update groups set recent = recent - :recent, (exception_reason, last_seen) = (
+                    select exception_reason, {_COUNTED_AT} from crashes
+                    where app_id = :app and group_hash = :group
+                    order by {_COUNTED_AT} desc, seq desc
+                    limit 1)
                 where app_id = :app and group_hash = :group
+                    and exists (select 1 from crashes where app_id = :app and group_hash = :group)
                 """, group)
             self._db.execute("""
                 delete from groups where app_id = :app and group_hash = :group
@@ -1580,7 +1583,10 @@ class Store:
         time.sleep(PAUSE * (time.monotonic() - began))
 
     def forget_device(self, device_id_hash: str) -> Counter:
-        """Deletes all that is kept of a device, in all apps, as if it had never been; how many rows of each table."""
+        """Deletes all that is kept of a device, in all apps; how many rows of each table.
+
+        It is taken out of every sum. When a group or a release was first seen stays as it is.
+        """
         deleted: Counter = Counter()
         while True:
             with self.reading() as db:

@@ -29,9 +29,11 @@ import threading
 import time
 from collections import Counter, defaultdict
 from contextlib import closing, contextmanager
+from datetime import datetime, timezone
 from decimal import ROUND_HALF_UP, Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from random import Random
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import pytest
@@ -135,6 +137,16 @@ def sql(path, query, *values):
         return db.execute(query, values).fetchall()
 
 
+def sql_run(path, statement):
+    with closing(sqlite3.connect(str(path))) as db, db:
+        db.execute(statement)
+
+
+def time_text(seconds):
+    """RFC 3339 of seconds since 1970."""
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 def stored(server, *tables):
     """All that is stored of reports."""
     return {table: sql(server.store.path, f"select * from {table}") for table in tables or REPORT_TABLES}
@@ -148,10 +160,17 @@ def report(server, table="crashes"):
         return dict(row)
 
 
-def check_database(path):
-    """The file is sound, and each roll-up equals a slow and obvious computation over the rows."""
+def check_database(path, forgotten=False):
+    """The file is sound, and each roll-up equals a slow and obvious computation over the rows.
+
+    Where a device was forgotten, but for the times of what it was the first or last to report.
+    """
     assert sql(path, "pragma integrity_check") == [("ok",)]
     expected, found = recount(path), roll_ups(path)
+    if forgotten:
+        for tables in expected, found:
+            tables["releases"] = {key: row[2:] for key, row in tables["releases"].items()}
+            tables["groups"] = {key: (*row[:2], *row[3:]) for key, row in tables["groups"].items()}
     for table in expected:
         assert found[table] == expected[table], table
 
@@ -930,6 +949,116 @@ def test_expired_rows_go_with_later_commits_and_the_counts_of_what_is_retained_w
     assert sum(api.get("/api/v1/metrics/daily-crashes")[1]["data"]) == 2
     assert sql(server.store.path, "select label, crashes from labels") == [("LATE", 1)] * 2  # of its day, of all
     serve.unchecked.append(server)  # its roll-ups outlive its rows
+
+
+def test_what_is_known_of_a_device_and_a_session_goes_with_its_last_report(serve, clock):
+    server = serve(retention_days=1)
+    serve.unchecked.append(server)
+    api = Api(server)
+    for event in ({"session_id": "s1", "device_id_hash": "d1", "type": "session_start"},
+                  {"session_id": "s2", "device_id_hash": "d2", "type": "session_start"}):
+        api.post(EVENTS, {**EVENT, **event})
+    api.post(CRASHES, {**CRASH, "device_id_hash": "d3"})
+    clock.move(12 * 3600)
+    api.post(EVENTS, {**EVENT, "session_id": "s2", "device_id_hash": "d2"})
+    clock.move(12 * 3600 + 1)
+    api.post(EVENTS, EVENT)
+    assert sql(server.store.path, "select device_id_hash from devices") == [("d2",)]
+    assert sql(server.store.path, "select session_id from sessions") == [("s2",)]
+    clock.move(12 * 3600)
+    api.post(EVENTS, EVENT)
+    assert stored(server, "devices", "sessions") == {"devices": [], "sessions": []}
+    assert api.get("/api/v1/metrics/active-devices?days=2")[1]["mau"] == [3, 3]  # history outlives the rows
+
+
+def test_a_device_keeps_its_first_fifty_versions(api):
+    for n in range(52):
+        api.post(CRASHES, {**CRASH, "device_id_hash": "d", "app_version": f"1.{n}"})
+    (versions,), = sql(api.server.store.path, "select versions from devices")
+    assert len(json.loads(versions)) == 50
+    sql_run(api.server.store.path, "update devices set versions = '{}'")  # so that it can be recounted
+    sql_run(api.server.store.path, "delete from releases")
+    api.server.store.delete_app("default")
+
+
+def fill(server, clock, seed, reports):
+    """Random reports of two live apps and a test app, which share devices, versions and groups."""
+    random = Random(seed)
+    names = [app.name for app in server.store.apps()]
+    keys = [backfeedr.sha256(server.store.create_app(name, name == "Beta")) for name in ("Shop", "Beta")
+            if name not in names] + [backfeedr.sha256(KEY)]
+    for _ in range(reports):
+        clock.move(random.choice((1, 600, 40_000)))
+        at = time_text(clock.seconds - random.choice((-30, 0, 0, 3600, 90_000, 900_000)))
+        shared = {"device_id_hash": random.choice(("d1", "d2", "d3", "")), "occurred_at": at,
+                  "app_version": random.choice(("1.0", "1.1", ""))}
+        if random.random() < 0.4:
+            report = parse_crash({**CRASH, "exception_type": random.choice("ABC"), "device_model": "m", **shared,
+                                  "exception_reason": str(random.random())})
+        else:
+            report = parse_event({"type": random.choice(("session_start", "session_end", "custom")),
+                                  "session_id": random.choice(("s1", "s2", "s3", "")) and
+                                  shared["device_id_hash"] + random.choice("abc"), **shared})
+        server.store.add(random.choice(keys), [report] * random.choice((1, 1, 2)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_forgotten_device_is_in_no_row_and_no_sum_as_if_it_had_never_been(serve, clock, seed):
+    server = serve()
+    fill(server, clock, seed, 150)
+    check_database(server.store.path)
+    deleted = server.store.forget_device("d2")
+    assert deleted["crashes"] and deleted["events"] and deleted["devices"]
+    check_database(server.store.path, forgotten=True)
+    for table in ("crashes", "events", "devices"):
+        assert sql(server.store.path, f"select count(*) from {table} where device_id_hash = 'd2'") == [(0,)]
+    assert server.store.forget_device("d2") == {}
+    fill(server, clock, seed + 100, 50)  # and it may come again
+    check_database(server.store.path, forgotten=True)
+    serve.unchecked.append(server)
+
+
+@pytest.mark.parametrize("name", ["default", "Shop", "Beta"])
+def test_a_deleted_app_leaves_no_trace_in_the_figures_of_all_apps(serve, clock, name):
+    server = serve()
+    fill(server, clock, 7, 150)
+    server.store.delete_app(name)
+    check_database(server.store.path)
+    assert not any(row[0] == 0 for row in sql(server.store.path, "select app_id from devices"))
+
+
+def test_a_forgotten_device_takes_the_reason_that_it_gave_with_it(api):
+    api.post(CRASHES, {**CRASH, "device_id_hash": "d1", "exception_reason": "theirs"})
+    api.post(CRASHES, {**CRASH, "device_id_hash": "d2", "exception_reason": "of a person"})
+    api.server.store.forget_device("d2")
+    assert "person" not in str(stored(api.server))
+    assert api.get("/api/v1/overview")[1]["top_crashes"][0]["exception_reason"] == "theirs"
+
+
+def test_pruning_deletes_what_has_expired_and_gives_its_space_back(serve, clock):
+    server = serve(retention_days=1)
+    serve.unchecked.append(server)
+    batch = [parse_event({**EVENT, "name": "x" * 400})] * 1000
+    for _ in range(5):
+        server.store.add(backfeedr.sha256(KEY), batch)
+    server.store.add(backfeedr.sha256(KEY), [parse_crash(dict(CRASH))] * 50)
+    full = sql(server.store.path, "pragma page_count")[0][0]
+    clock.move(24 * 3600 + 1)
+    assert server.store.prune() == {"events": 5000, "crashes": 50}
+    assert stored(server, "events", "crashes") == {"events": [], "crashes": []}
+    assert sql(server.store.path, "pragma freelist_count") == [(0,)]
+    assert sql(server.store.path, "pragma page_count")[0][0] < full / 10
+    assert server.store.path.stat().st_size < full * 4096 / 10
+    assert server.store.prune() == {}
+
+
+def test_pruning_keeps_what_has_not_expired(serve, clock):
+    server = serve(retention_days=0)
+    api = Api(server)
+    api.post(CRASHES, CRASH)
+    clock.move(9_000 * 24 * 3600)
+    assert server.store.prune() == {}
+    assert len(stored(server, "crashes")["crashes"]) == 1
 
 
 def test_retention_keeps_up_with_large_batches(serve, clock):
