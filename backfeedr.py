@@ -2755,7 +2755,8 @@ def _prune(store: Store, arguments: argparse.Namespace) -> None:
 
 
 def _counted_rows(rows: Mapping[str, int]) -> str:
-    return f"{rows.get('crashes', 0):,} crashes and {rows.get('events', 0):,} events"
+    crashes, events = rows.get("crashes", 0), rows.get("events", 0)
+    return f"{crashes:,} crash{'es' * (crashes != 1)} and {events:,} event{'s' * (events != 1)}"
 
 
 _COMMANDS = {

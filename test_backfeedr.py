@@ -1658,6 +1658,69 @@ def test_metrics_can_be_kept_behind_the_admin_token(serve):
     assert api.get("/api/v1/health") == (200, {"status": "ok"})
 
 
+# What each question looks up, and by which key or index. Nothing of it may grow with what is stored: a SCAN is
+# only of the few apps, of what a question has put together itself, or of the bounded number of rows before it.
+PLANS = {
+    "daily_crashes": [("days", "PRIMARY KEY (app_id=? AND day>? AND day<?)")],
+    "crash_types": [("labels", "PRIMARY KEY (app_id=? AND field=? AND day>? AND day<?)")],
+    "devices": [("labels", "PRIMARY KEY (app_id=? AND field=? AND day>? AND day<?)")],
+    "active_devices": [("days", "PRIMARY KEY (app_id=? AND day>? AND day<?)")],
+    "sessions": [("days", "PRIMARY KEY (app_id=? AND day>? AND day<?)")],
+    "retention": [("days", "PRIMARY KEY (app_id=? AND day>? AND day<?)")],
+    "overview": [("hours", "PRIMARY KEY (app_id=? AND hour>?)"),
+                 ("group_hours", "PRIMARY KEY (app_id=? AND hour>? AND hour<?)"), ("groups", "PRIMARY KEY (app_id=?)")],
+    "releases": [("release_days", "PRIMARY KEY (app_id=? AND day>?)"), ("releases", "PRIMARY KEY (app_id=?)"),
+                 ("apps", "INTEGER PRIMARY KEY (rowid=?)")],
+    "groups": [("crashes", "COVERING INDEX crashes_by_group (app_id=?)"),
+               ("crashes", "COVERING INDEX crashes_by_group (app_id=? AND group_hash=?)"),
+               ("groups", "PRIMARY KEY (app_id=? AND group_hash=?)")],
+    "group": [("crashes", "COVERING INDEX crashes_by_group (app_id=? AND group_hash=?)"),
+              ("crashes", "INTEGER PRIMARY KEY (rowid=?)"), ("groups", "PRIMARY KEY (app_id=? AND group_hash=?)")],
+    "events": [("events", "INTEGER PRIMARY KEY (rowid>? AND rowid<?)"),
+               ("sessions", "PRIMARY KEY (app_id=? AND session_id=?)")],
+}
+
+
+@pytest.mark.parametrize("question", PLANS)
+def test_each_question_looks_up_what_it_shows_by_an_index(api, question):
+    group = api.post(CRASHES, {**CRASH, "app_version": "1.0"})[1]["group_hash"]
+    given = {"group": {"group_hash": group}, "events": {"session_id": "s"}}.get(question, {})
+    found = plans(api.server.store, lambda: getattr(api.server.metrics, question)(**given))
+    looked_up = {tuple(re.sub(" AS \\w+", "", step).split(" USING ")) for step in found if step.startswith("SEARCH ")}
+    for table, index in PLANS[question]:
+        assert (f"SEARCH {table}", index) in looked_up, found
+    scans = {step.split()[1] for step in found if step.startswith("SCAN ")}
+    assert not scans & {"crashes", "events", "devices", "sessions", "hours", "days", "labels", "groups",
+                        "group_hours", "releases", "release_days"}, found
+
+
+def plans(store, ask):
+    """The steps by which SQLite answers the queries of a question, as EXPLAIN QUERY PLAN names them."""
+    queries = []
+    with store.reading() as db:  # is handed out again to whoever reads next
+        db.set_trace_callback(queries.append)
+    ask()
+    with store.reading() as db:
+        db.set_trace_callback(None)
+        return [re.sub("SEARCH TABLE|SCAN TABLE", lambda old: old[0].split()[0], step)  # as before SQLite 3.36
+                for query in queries if query.split()[0].lower() in ("select", "with")
+                for *_, step in db.execute("explain query plan " + query)]
+
+
+@pytest.mark.parametrize("table, keys", [("devices", "(app_id=? AND device_id_hash=?)"),
+                                         ("sessions", "(app_id=? AND session_id=?)")])
+def test_a_commit_looks_up_its_devices_and_sessions_by_key(api, table, keys):
+    """As a scan of them, a commit would become slower with every device."""
+    queries = []
+    api.post(EVENTS, EVENT)
+    api.server.store._here.writer.set_trace_callback(queries.append)
+    api.post(EVENTS, {**EVENT, "device_id_hash": "d", "session_id": "s"})
+    api.server.store._here.writer.set_trace_callback(None)
+    query, = [each for each in queries if each.split()[:2] == ["select", table + ".*"]]
+    steps = [step for *_, step in api.server.store._here.writer.execute("explain query plan " + query)]
+    assert any(step.endswith(f"{table} USING PRIMARY KEY {keys}") for step in steps), steps
+
+
 # == Backfeedr =================================================================
 
 def test_a_server_may_leave_out_an_empty_path(serve):
@@ -2137,6 +2200,26 @@ def test_a_stop_does_not_wait_for_idle_and_unfinished_connections(run):
 
 
 @pytest.mark.slow
+def test_pruning_beside_a_server_under_load_disturbs_nobody(run, tmp_path):
+    path = tmp_path / "run.db"
+    with Store(str(path), clock=Clock()) as store:  # long ago
+        store.start(KEY)
+        for _ in range(20):
+            store.add(backfeedr.sha256(KEY), [parse_event(dict(EVENT, device_id_hash="old"))] * 500)
+    server = run(BACKFEEDR_RETENTION_DAYS="0")
+    pruning = subprocess.Popen([sys.executable, str(HERE / "backfeedr.py"), "prune", "--db", str(path)],
+                               env={**os.environ, "BACKFEEDR_RETENTION_DAYS": "1"}, stderr=subprocess.PIPE, text=True)
+    connection, statuses = server.connect(), []
+    while pruning.poll() is None or len(statuses) < 20:
+        statuses.append(server.post(CRASHES, {**CRASH, "device_id_hash": "new"}, connection)[0])
+    assert "10,000 events" in pruning.communicate()[1] and set(statuses) == {201}
+    assert server.stop()[0] == 0
+    assert sql(path, "select (select count(*) from events), (select count(*) from crashes)") == [(0, len(statuses))]
+    assert sql(path, "select device_id_hash from devices") == [("new",)]
+    assert sql(path, "pragma integrity_check") == [("ok",)]
+
+
+@pytest.mark.slow
 def test_two_processes_on_one_file_lose_and_double_nothing(run, tmp_path):
     servers = [run(), run()]
     load = Load(servers, clients=8)
@@ -2335,6 +2418,38 @@ def test_commands_work_beside_a_running_server(run, tmp_path):
     subprocess.run([*base, "key", "revoke", key[:16], "--db", str(tmp_path / "run.db")], check=True, capture_output=True)
     assert server.post(CRASHES, CRASH, **{"X-Backfeedr-Key": key}) == (401, {"error": "invalid API key"})
     assert server.post(CRASHES, CRASH)[0] == 201
+
+
+def test_prune_says_what_it_deleted_and_what_it_gave_back(command, monkeypatch):
+    with Store("backfeedr.db", clock=Clock()) as store:
+        key = store.create_app("Shop")
+        store.add(backfeedr.sha256(key), [parse_event(dict(EVENT, name="x" * 400))] * 2000)
+        store.add(backfeedr.sha256(key), [parse_crash(dict(CRASH))])
+    status, out, err = command("prune")
+    assert (status, out) == (0, "")
+    assert re.fullmatch(r"Deleted 1 crash and 2,000 events; gave back [0-9.]+ MB of [0-9.]+ MB\.\n", err), err
+    monkeypatch.setenv("BACKFEEDR_RETENTION_DAYS", "0")
+    assert command("prune")[2].startswith("Deleted 0 crashes and 0 events")
+    assert sql("backfeedr.db", "select count(*) from events") == [(0,)]
+
+
+def test_device_show_prints_all_that_is_kept_and_forget_deletes_it(command):
+    with Store("backfeedr.db") as store:
+        key_hash = backfeedr.sha256(store.create_app("Shop"))
+        store.add(key_hash, [parse_crash(dict(CRASH, device_id_hash="d1", app_version="1.0", breadcrumbs=["tap"]))])
+        store.add(key_hash, [parse_event(dict(EVENT, device_id_hash="d1")), parse_event(dict(EVENT))])
+    status, out, err = command("device", "show", "d1")
+    found = json.loads(out)
+    assert (status, err) == (0, "")
+    assert [app["app"] for app in found["apps"]] == ["Shop"] and found["apps"][0]["versions"] == ["1.0"]
+    assert [crash["extra"] for crash in found["crashes"]] == [{"breadcrumbs": ["tap"]}]
+    assert [event["name"] for event in found["events"]] == ["purchase"]
+    status, out, err = command("device", "forget", "d1")
+    assert (status, out) == (0, "") and "1 crash and 1 event." in err
+    for action in ("show", "forget"):
+        assert command("device", action, "d1") == (1, "", "backfeedr: nothing is kept of a device 'd1'\n")
+    assert sql("backfeedr.db", "select name from events") == [("purchase",)]
+    check_database("backfeedr.db", forgotten=True)
 
 
 # == Examples ==================================================================
