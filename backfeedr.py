@@ -244,13 +244,13 @@ create table labels (
     app_id integer not null, field text not null,  -- exception_type or device_model
     day integer not null,                  -- -1: all days together
     label text not null, crashes integer not null, primary key (app_id, field, day, label)) without rowid;
-create table groups (
+create table groups (                      -- of which a crash is kept, or is of the last 7 days
     app_id integer not null, group_hash text not null,
     exception_type text not null, exception_reason text,  -- of the latest crash
     first_seen integer not null, last_seen integer not null,
     recent integer not null default 0,     -- crashes since recent_since
     primary key (app_id, group_hash)) without rowid;
-create table group_hours (
+create table group_hours (                 -- since recent_since
     app_id integer not null, hour integer not null, group_hash text not null, crashes integer not null,
     primary key (app_id, hour, group_hash)) without rowid;
 create table recent_since (hour integer not null);  -- one row: 7 days ago, as of the latest commit
@@ -753,6 +753,7 @@ class RollUps:
         self._releases: Dict[tuple, Tuple[int, int]] = {}
         self._devices: Dict[tuple, _Device] = {}
         self._sessions: Dict[tuple, _Session] = {}
+        self._since: Optional[int] = None
 
     def _scopes(self, app_id: int) -> Tuple[int, ...]:
         """Where the devices and sessions of an app count."""
@@ -825,17 +826,14 @@ class RollUps:
             group = {"app": row["app_id"], "group": row["group_hash"], "recent": at // HOUR >= since}
             self._db.execute(f"""
                 update groups set recent = recent - :recent, (exception_reason, last_seen) = (
-                    select exception_reason, {_COUNTED_AT} from crashes
-                    where app_id = :app and group_hash = :group
-                    order by {_COUNTED_AT} desc, seq desc
-                    limit 1)
+                    select max(exception_reason), coalesce(max(at), groups.last_seen) from (
+                        select exception_reason, {_COUNTED_AT} as at from crashes
+                        where app_id = :app and group_hash = :group
+                        order by at desc, seq desc
+                        limit 1))
                 where app_id = :app and group_hash = :group
-                    and exists (select 1 from crashes where app_id = :app and group_hash = :group)
                 """, group)
-            self._db.execute("""
-                delete from groups where app_id = :app and group_hash = :group
-                    and not exists (select 1 from crashes where app_id = :app and group_hash = :group)
-                """, group)
+        self.drop_groups({(row["app_id"], row["group_hash"]) for row in rows})
         self._merge_groups({(row["group_hash"],) for row in rows})
 
     def _merge_groups(self, group_hashes: Iterable[tuple]) -> None:
@@ -884,7 +882,8 @@ class RollUps:
         self._sums["hours"][app_id, at // HOUR]["crashes"] += by
         for scope in self._scopes(app_id):
             self._sums["days"][scope, at // DAY]["crashes"] += by
-        self._sums["group_hours"][app_id, at // HOUR, group_hash]["crashes"] += by
+        if at // HOUR >= self._recent_since():
+            self._sums["group_hours"][app_id, at // HOUR, group_hash]["crashes"] += by
         if app_version:
             self._sums["releases"][app_id, app_version]["crashes"] += by
 
@@ -988,23 +987,40 @@ class RollUps:
                       for scope in self._scopes(app_id)])
 
     def _recent_since(self) -> int:
-        """The hour from which `recent` counts: seven days ago, where this moves it to.
+        """The hour from which `recent` and group_hours count: seven days ago, where this moves it to.
 
         So the most frequent groups of the week cost a look at each group, not at each hour of each.
         """
-        old, = self._db.execute("select hour from recent_since").fetchone()
-        new = max(old, (self._now - 7 * DAY) // HOUR)
-        if new > old:
-            gone = self._db.execute("""
-                select sum(crashes), app_id, group_hash from group_hours
-                where app_id in (select id from apps) and hour >= ? and hour < ?
-                group by app_id, group_hash
-                """, (old, new)).fetchall()
-            self._db.executemany("update groups set recent = recent - ? where app_id = ? and group_hash = ?",
-                                 [(crashes, scope, group_hash) for crashes, app_id, group_hash in gone
-                                  for scope in self._scopes(app_id)])
-            self._db.execute("update recent_since set hour = ?", (new,))
-        return new
+        if self._since is None:
+            old, = self._db.execute("select hour from recent_since").fetchone()
+            self._since = max(old, (self._now - 7 * DAY) // HOUR)
+            if self._since > old:
+                self._db.execute("update recent_since set hour = ?", (self._since,))
+                self._leave_week(self._since)
+        return self._since
+
+    def _leave_week(self, since: int) -> None:
+        hours = "group_hours where app_id in (select id from apps) and hour < ?"
+        gone = self._db.execute(f"select sum(crashes), app_id, group_hash from {hours} group by app_id, group_hash",
+                                (since,)).fetchall()
+        self._db.execute(f"delete from {hours}", (since,))
+        self._db.executemany("update groups set recent = recent - ? where app_id = ? and group_hash = ?",
+                             [(crashes, scope, group_hash) for crashes, app_id, group_hash in gone
+                              for scope in self._scopes(app_id)])
+        self.drop_groups({group[1:] for group in gone})
+
+    def drop_groups(self, groups: Iterable[tuple]) -> None:
+        """Deletes those of which no crash is kept and none is of this week, by (app_id, group_hash)."""
+        for app_id, group_hash in groups:
+            self._db.execute("""
+                delete from groups where app_id = :app and group_hash = :group and recent = 0
+                    and not exists (select 1 from crashes where app_id = :app and group_hash = :group)
+                """, {"app": app_id, "group": group_hash})
+            self._db.execute("""
+                delete from groups where app_id = :every and group_hash = :group and not exists (
+                    select 1 from groups
+                    where app_id in (select id from apps where not is_test) and group_hash = :group)
+                """, {"every": EVERY_APP, "group": group_hash})
 
     # Devices and sessions
 
@@ -1525,13 +1541,14 @@ class Store:
     def _expire_crashes(self, db: _Connection, before: int, step: int) -> int:
         rollups = RollUps(db, self.now)
         rows = db.execute("""
-            select seq, app_id, device_id_hash, exception_type, device_model, occurred_at, received_at
+            select seq, app_id, device_id_hash, group_hash, exception_type, device_model, occurred_at, received_at
             from crashes where seq < ? order by seq limit ?
             """, (before, step)).fetchall()
-        for _, app_id, _, exception_type, device_model, occurred_at, received_at in rows:
-            rollups.count_labels(app_id, exception_type, device_model, counted_at(occurred_at, received_at), -1)
-        rollups.save()
+        for _, app_id, _, _, exception_type, device_model, *times in rows:
+            rollups.count_labels(app_id, exception_type, device_model, counted_at(*times), -1)
         db.execute("delete from crashes where seq <= ?", (rows[-1][0],))
+        rollups.drop_groups({(row[1], row[3]) for row in rows})
+        rollups.save()
         self._expire_devices(db, rows)
         return len(rows)
 
@@ -1981,7 +1998,7 @@ class Metrics:
         """The five most frequent groups: `recent`, less what has grown too old since the last crash."""
         old = dict(db.execute(f"""
             select group_hash, sum(crashes) from group_hours
-            where {_APPS} and hour >= (select hour from recent_since) and hour < :since
+            where {_APPS} and hour < :since
             group by group_hash
             """, {"app": app_id, "since": since}).fetchall())
         # What grows less by the old ones was not further behind than there are of them.

@@ -204,7 +204,8 @@ def recount(path):
         tables["hours"][app, hour]["crashes"] += 1
         for scope in scopes(app):
             tables["days"][scope, day]["crashes"] += 1
-        tables["group_hours"][app, hour, row["group_hash"]]["crashes"] += 1
+        if hour >= since:
+            tables["group_hours"][app, hour, row["group_hash"]]["crashes"] += 1
         for field in ("exception_type", "device_model"):
             for each in (-1, day) if row[field] else ():
                 tables["labels"][app, field, each, row[field]]["crashes"] += 1
@@ -1045,11 +1046,26 @@ def test_pruning_deletes_what_has_expired_and_gives_its_space_back(serve, clock)
     full = sql(server.store.path, "pragma page_count")[0][0]
     clock.move(24 * 3600 + 1)
     assert server.store.prune() == {"events": 5000, "crashes": 50}
-    assert stored(server, "events", "crashes") == {"events": [], "crashes": []}
+    assert stored(server, "events", "crashes", "devices") == {"events": [], "crashes": [], "devices": []}
+    assert stored(server, "labels") == {"labels": []} and len(stored(server, "groups")["groups"]) == 2
     assert sql(server.store.path, "pragma freelist_count") == [(0,)]
     assert sql(server.store.path, "pragma page_count")[0][0] < full / 10
     assert server.store.path.stat().st_size < full * 4096 / 10
     assert server.store.prune() == {}
+
+
+def test_a_group_goes_when_no_crash_of_it_is_kept_and_none_is_of_the_week(serve, clock):
+    server = serve(retention_days=1)
+    serve.unchecked.append(server)
+    api = Api(server)
+    api.post(CRASHES, {**CRASH, "exception_reason": "about a person"})
+    clock.move(3 * 24 * 3600)
+    api.post(CRASHES, {**CRASH, "exception_type": "OTHER"})
+    assert [top["count"] for top in api.get("/api/v1/overview")[1]["top_crashes"]] == [1, 1]
+    clock.move(5 * 24 * 3600)
+    api.post(CRASHES, {**CRASH, "exception_type": "OTHER"})
+    assert {row[2] for row in stored(server, "groups")["groups"]} == {"OTHER"}
+    assert "person" not in str(stored(server))
 
 
 def test_pruning_keeps_what_has_not_expired(serve, clock):
@@ -1668,7 +1684,7 @@ PLANS = {
     "sessions": [("days", "PRIMARY KEY (app_id=? AND day>? AND day<?)")],
     "retention": [("days", "PRIMARY KEY (app_id=? AND day>? AND day<?)")],
     "overview": [("hours", "PRIMARY KEY (app_id=? AND hour>?)"),
-                 ("group_hours", "PRIMARY KEY (app_id=? AND hour>? AND hour<?)"), ("groups", "PRIMARY KEY (app_id=?)")],
+                 ("group_hours", "PRIMARY KEY (app_id=? AND hour<?)"), ("groups", "PRIMARY KEY (app_id=?)")],
     "releases": [("release_days", "PRIMARY KEY (app_id=? AND day>?)"), ("releases", "PRIMARY KEY (app_id=?)"),
                  ("apps", "INTEGER PRIMARY KEY (rowid=?)")],
     "groups": [("crashes", "COVERING INDEX crashes_by_group (app_id=?)"),
