@@ -2095,14 +2095,15 @@ class Metrics:
                 order by count(*) desc, group_hash
                 limit :limit
                 """, window))
-            for row in rows[:limit]:
-                versions = [version for version, in db.execute(f"""
+            shown = [{
+                **self._group(db, app_id, row["group_hash"]), "count": row["count"], "devices": row["devices"],
+                "versions": sorted((version for version, in db.execute(f"""
                     select distinct app_version from ({found} and group_hash = :group) where app_version is not null
-                    """, {**window, "group": row["group_hash"]})]
-                row.update(self._group(db, app_id, row["group_hash"]), versions=sorted(versions, key=_version_key),
-                           first_seen=iso_time(row["first_seen"]), last_seen=iso_time(row["last_seen"]))
+                    """, {**window, "group": row["group_hash"]})), key=_version_key),
+                "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"])}
+                for row in rows[:limit]]
         following = "{count}-{group_hash}".format(**rows[limit - 1]) if rows[limit:] else None
-        return {"groups": rows[:limit], "next": following}
+        return {"groups": shown, "next": following}
 
     def _group(self, db: _Connection, app_id: int, group_hash: str) -> Figures:
         row, = _dicts(db.execute("""
