@@ -53,7 +53,8 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime, timezone
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
                     Sequence, Set, Tuple, Union)
@@ -761,10 +762,12 @@ class RollUps:
 
     # Reports that come
 
-    def add_crashes(self, app_id: int, seqs: range, crashes: Sequence[Crash], times: List[int]) -> None:
+    def add_crashes(self, app_id: int, seqs: Sequence[int], crashes: Sequence[Crash], times: Sequence[int]) -> None:
+        alike = Counter((crash.exception_type, crash.device_model, crash.group_hash, crash.app_version, at // HOUR)
+                        for crash, at in zip(crashes, times))
+        for (*what, hour), count in alike.items():
+            self.count_crash(app_id, *what, hour * HOUR, count)
         for crash, at in zip(crashes, times):
-            self.count_crash(app_id, crash.exception_type, crash.device_model, crash.group_hash,
-                             crash.app_version, at, 1)
             group = self._groups.setdefault((app_id, crash.group_hash), [crash.exception_type, None, at, at, []])
             if at >= group[3]:
                 group[1] = crash.exception_reason
@@ -772,7 +775,7 @@ class RollUps:
             group[4].append(at)
         self._see(app_id, seqs, crashes, times, crashed=1)
 
-    def add_events(self, app_id: int, seqs: range, events: Sequence[Event], times: List[int]) -> None:
+    def add_events(self, app_id: int, seqs: Sequence[int], events: Sequence[Event], times: Sequence[int]) -> None:
         sessions = [event.session_id for event in events]
         last = dict(zip(sessions, seqs))
         first = dict(zip(reversed(sessions), reversed(seqs)))
@@ -793,23 +796,21 @@ class RollUps:
         known = self._sessions.get((app_id, session_id))
         self._sessions[app_id, session_id] = known.merged(session) if known else session
 
-    def _see(self, app_id: int, seqs: range, reports: Reports, times: List[int], crashed: int) -> None:
-        """Notes the devices and the versions that sent these reports: in a batch usually one of each."""
-        rows = list(zip([report.device_id_hash for report in reports], [report.app_version for report in reports],
-                        times, seqs))
-        for version in {row[1] for row in rows} - {None}:
-            seen = [at for _, each, at, _ in rows if each == version]
-            known = self._releases.get((app_id, version), (seen[0], seen[0]))
-            self._releases[app_id, version] = min(known[0], *seen), max(known[1], *seen)
-        for device in {row[0] for row in rows} - {None}:
-            part = [row for row in rows if row[0] == device]
-            seen = [at for _, _, at, _ in part]
-            days = 0
-            for day in {at // DAY for at in seen}:
-                days |= self._day_bit(day)
-            found = _Device(min(seen), max(seen), part[-1][3], days, {row[1]: crashed for row in part if row[1]})
-            before = self._devices.get((app_id, device))
-            self._devices[app_id, device] = before.merged(found) if before else found
+    def _see(self, app_id: int, seqs: Sequence[int], reports: Reports, times: Sequence[int], crashed: int) -> None:
+        """Notes the versions and the devices that sent these reports: run by run, as a batch has one of each."""
+        rows = zip([report.device_id_hash for report in reports], [report.app_version for report in reports],
+                   times, seqs)
+        for (device, version), run in groupby(rows, key=itemgetter(0, 1)):
+            at, seq = zip(*((row[2], row[3]) for row in run))
+            first, last = min(at), max(at)
+            if version:
+                known = self._releases.get((app_id, version), (first, last))
+                self._releases[app_id, version] = min(known[0], first), max(known[1], last)
+            if device:
+                found = _Device(first, last, seq[-1], sum(map(self._day_bit, {each // DAY for each in at})),
+                                {version: crashed} if version else {})
+                before = self._devices.get((app_id, device))
+                self._devices[app_id, device] = before.merged(found) if before else found
 
     def _day_bit(self, day: int) -> int:
         age = self._newest_day - day
@@ -935,6 +936,7 @@ class RollUps:
 
     def save(self) -> None:
         """Writes everything that has changed."""
+        self._recent_since()  # also where there is no crash: what leaves the week must not pile up
         self._save_devices()
         self._save_sessions()
         self._save_groups()
@@ -1852,8 +1854,7 @@ class _Commit:
         self._db, self._now = db, now
         self._apps: Dict[bytes, Optional[Tuple[int]]] = {}  # by key
         self._next_seq: Dict[type, int] = {}
-        self._rows: Dict[type, List[tuple]] = {Crash: [], Event: []}
-        self._rollups = RollUps(db, now)
+        self._taken: Dict[tuple, Tuple[List[int], List[Any]]] = defaultdict(lambda: ([], []))
 
     def take(self, write: _Write) -> None:
         """Adds the reports of a request, unless it is a repetition or must be refused."""
@@ -1869,11 +1870,9 @@ class _Commit:
         insert_rows(self._db, "insert or ignore into replays values *",
                     [(app_id, mark, once.request, seqs[0], len(seqs), self._now) for mark in once.marks])
         if not earlier:
-            head = app_id, self._now
-            self._rows[kind] += [(seq, *head, *report) for seq, report in zip(seqs, write.reports)]
-            times = [counted_at(report.occurred_at, self._now) for report in write.reports]
-            add = self._rollups.add_crashes if kind is Crash else self._rollups.add_events
-            add(app_id, seqs, write.reports, times)
+            taken = self._taken[kind, app_id]
+            taken[0].extend(seqs)
+            taken[1].extend(write.reports)
 
     def _app(self, key_hash: bytes) -> int:
         if key_hash not in self._apps:
@@ -1906,10 +1905,16 @@ class _Commit:
 
     def save(self) -> None:
         """Writes the rows and the sums."""
-        for kind, rows in self._rows.items():
+        rollups = RollUps(self._db, self._now)
+        for (kind, app_id), (seqs, reports) in self._taken.items():
+            head = app_id, self._now
             insert_rows(self._db, f"insert into {_TABLES[kind]} (seq, app_id, received_at,"
-                                  f" {', '.join(kind._fields)}) values *", rows)  # type: ignore[attr-defined]
-        self._rollups.save()
+                                  f" {', '.join(kind._fields)}) values *",
+                        [(seq, *head, *report) for seq, report in zip(seqs, reports)])
+            latest = self._now + MAX_SKEW
+            times = [self._now if report.occurred_at > latest else report.occurred_at for report in reports]
+            (rollups.add_crashes if kind is Crash else rollups.add_events)(app_id, seqs, reports, times)
+        rollups.save()
 
 
 _TABLES = {Crash: "crashes", Event: "events"}
