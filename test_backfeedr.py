@@ -14,6 +14,7 @@ import importlib.util
 import io
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -30,10 +31,13 @@ import time
 from collections import Counter, defaultdict
 from contextlib import closing, contextmanager
 from datetime import datetime, timezone
+from datetime import date
 from decimal import ROUND_HALF_UP, Decimal
+from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from random import Random
+from urllib.parse import urlencode
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import pytest
@@ -1735,6 +1739,403 @@ def test_a_commit_looks_up_its_devices_and_sessions_by_key(api, table, keys):
     query, = [each for each in queries if each.split()[:2] == ["select", table + ".*"]]
     steps = [step for *_, step in api.server.store._here.writer.execute("explain query plan " + query)]
     assert any(step.endswith(f"{table} USING PRIMARY KEY {keys}") for step in steps), steps
+# -- Metrics: the same answers as a slow, obvious computation
+
+WEEK_MS, DAY_MS, HOUR_MS = 604_800_000, 86_400_000, 3_600_000
+ADMIN = {"Authorization": "Bearer " + TOKEN}
+
+
+def iso_day(day):
+    """The date of a day that is counted from 1970."""
+    return date.fromordinal(date(1970, 1, 1).toordinal() + day).isoformat()
+
+
+def iso_time(ms):
+    """RFC 3339 in UTC, with milliseconds only where there are some."""
+    text = iso_day(ms // DAY_MS) + "T%02d:%02d:%02d" % (ms // HOUR_MS % 24, ms // 60_000 % 60, ms // 1000 % 60)
+    return text + (".%03dZ" % (ms % 1000) if ms % 1000 else "Z")
+
+
+def per_cent(part, whole):
+    return float(round(Fraction(100 * part, whole), 2))
+
+
+def slow_rate(crashes, sessions):
+    """100 x (1 - crashes / sessions) within 0 to 100, as the contract has it."""
+    return per_cent(max(0, sessions - crashes), sessions) if sessions else 0.0 if crashes else 100.0
+
+
+def two_digits(ms):
+    """A duration in whole seconds, from 100 s on in two significant digits."""
+    seconds = (ms + 500) // 1000
+    step = 10 ** max(0, len(str(seconds)) - 2)
+    return (seconds + step // 2) // step * step
+
+
+def by_frequency(values, most=None):
+    ranked = sorted(Counter(each for each in values if each).items(), key=lambda row: (-row[1], row[0]))[:most]
+    return {"labels": [label for label, _ in ranked], "data": [count for _, count in ranked]}
+
+
+def by_number(version):
+    """1.9.0 is before 1.10.0."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.findall("[0-9]+|[^0-9.]+", version)]
+
+
+class Acknowledged(dict):
+    """A report that was acknowledged: its fields as sent, without what is absent; `zone` is unknown to the server."""
+
+    def __init__(self, body, app, kind, received, answered, group=None):
+        super().__init__({name: value for name, value in body.items() if value not in (None, "") or name == "zone"})
+        self.app, self.kind, self.received, self.id, self.group = app, kind, received, answered, group
+        occurred = parse_time(body["occurred_at"])
+        self.at = received if occurred > received + 300_000 else occurred
+        self.day = self.at // DAY_MS
+
+    def shown(self):
+        """As the admin sees it."""
+        known = {name: value for name, value in self.items() if name != "zone"}
+        known.update(id=self.id, app=self.app, received_at=iso_time(self.received),
+                     occurred_at=iso_time(parse_time(self["occurred_at"])))
+        known.update({"group_hash": self.group} if self.group else {})
+        known.update({"extra": {"zone": self["zone"]}} if "zone" in self else {})
+        return known
+
+
+class Slow:
+    """What the README and the contract promise of a list of reports, each answer by loops over all of it."""
+
+    def __init__(self, reports, apps, now):
+        self.reports = [report for report in reports if report.app in apps]
+        self.crashes = [report for report in self.reports if report.kind == "crash"]
+        self.events = [report for report in self.reports if report.kind == "event"]
+        self.apps, self.now, self.today = apps, now, now // DAY_MS
+
+    def days(self, count):
+        return range(self.today - count + 1, self.today + 1)
+
+    def since(self, days):
+        """The first of the days that end today; a clock that is a little fast may add some of tomorrow to them."""
+        return self.today - days + 1
+
+    def sessions(self):
+        """(app, version, latest start, latest end) of each session that was started."""
+        found = [(event.app, event.get("app_version"), event.at, None) for event in self.events
+                 if event["type"] == "session_start" and "session_id" not in event]
+        for app, session in sorted({(event.app, event.get("session_id", "")) for event in self.events}):
+            mine = [event for event in self.events if session
+                    and (event.app, event.get("session_id")) == (app, session)]
+            start = None
+            for event in mine:  # in the order in which they came: of two at once, the later one
+                if event["type"] == "session_start" and (start is None or event.at >= start.at):
+                    start = event
+            ends = [event.at for event in mine if event["type"] == "session_end"]
+            if start is not None:
+                found.append((app, start.get("app_version"), start.at, max(ends, default=None)))
+        return found
+
+    def device_days(self):
+        found = defaultdict(set)
+        for report in self.reports:
+            if "device_id_hash" in report:
+                found[report["device_id_hash"]].add(report.day)
+        return found
+
+    def daily_crashes(self, days=None):
+        crashes = Counter(crash.day for crash in self.crashes)
+        if days:
+            return {"labels": [iso_day(day) for day in self.days(days)],
+                    "data": [crashes[day] for day in self.days(days)]}
+        week = sorted(self.days(7), key=lambda day: (day + 3) % 7)  # 1970 began on a Thursday
+        return {"labels": ["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"], "data": [crashes[day] for day in week]}
+
+    def labels(self, field, days=None, most=None):
+        return by_frequency([crash.get(field) for crash in self.crashes
+                             if not days or crash.day >= self.since(days)], most)
+
+    def active_devices(self, days):
+        seen = self.device_days()
+        answer = {"labels": [iso_day(day) for day in self.days(days)]}
+        for name, span in (("dau", 1), ("wau", 7), ("mau", 30)):
+            answer[name] = [sum(any(day - span < each <= day for each in mine) for mine in seen.values())
+                            for day in self.days(days)]
+        return answer
+
+    def daily_sessions(self, days):
+        answer = {"labels": [], "sessions": [], "median_seconds": [], "mean_seconds": []}
+        sessions = self.sessions()
+        for day in self.days(days):
+            mine = [(start, end) for _, _, start, end in sessions if start // DAY_MS == day]
+            lasted = [end - start for start, end in mine if end is not None and end >= start]
+            answer["labels"].append(iso_day(day))
+            answer["sessions"].append(len(mine))
+            answer["median_seconds"].append(sorted(map(two_digits, lasted))[(len(lasted) - 1) // 2] if lasted else None)
+            answer["mean_seconds"].append(round(sum(lasted) / len(lasted) / 1000, 1) if lasted else None)
+        return answer
+
+    def retention(self, days):
+        seen = self.device_days()
+        answer = {"labels": [], "devices": [], "day_1": [], "day_7": [], "day_30": []}
+        for day in self.days(days):
+            new = [mine for mine in seen.values() if min(mine) == day]
+            answer["labels"].append(iso_day(day))
+            answer["devices"].append(len(new))
+            for later in (1, 7, 30):
+                over = day + later < self.today
+                back = sum(day + later in mine for mine in new)
+                answer[f"day_{later}"].append(per_cent(back, len(new)) if new and over else None)
+        return answer
+
+    def overview(self):
+        week, day = ((self.now - back) // HOUR_MS * HOUR_MS for back in (WEEK_MS, DAY_MS))
+        crashes = [crash for crash in self.crashes if crash.at >= week]
+        sessions = sum(start >= week for _, _, start, _ in self.sessions())
+        counts = Counter(crash.group for crash in crashes)
+        top = sorted(counts, key=lambda group: (-counts[group], group))[:5]
+        return {"crash_free_rate_7d": slow_rate(len(crashes), sessions),
+                "dau": len({report.get("device_id_hash") for report in self.reports if report.at >= day} - {None}),
+                "sessions_7d": sessions, "crashes_7d": len(crashes),
+                "top_crashes": [{"group_hash": group, "count": counts[group],
+                                 **self.named([crash for crash in self.crashes if crash.group == group])}
+                                for group in top]}
+
+    def named(self, crashes):
+        """The type of a group and the reason of its latest crash; of two at once, of the one that came last."""
+        latest = max(enumerate(crashes), key=lambda row: (row[1].at, row[0]))[1]
+        return {"exception_type": latest["exception_type"], "exception_reason": latest.get("exception_reason", "")}
+
+    def releases(self):
+        sessions = self.sessions()
+        found = []
+        for app, version in {(report.app, report.get("app_version")) for report in self.reports}:
+            mine = [report for report in self.reports if (report.app, report.get("app_version")) == (app, version)]
+            crashes = [report for report in mine if report.kind == "crash"]
+            started = [start for session in sessions for start in [session[2]] if session[:2] == (app, version)]
+            devices, crashed = ({each.get("device_id_hash") for each in some} - {None} for some in (mine, crashes))
+            # Sessions without a version are left out of the whole: see the test of adoption below.
+            recent = [session for session in sessions if session[0] == app and session[1]
+                      and session[2] // DAY_MS >= self.since(7)]
+            adopted = sum(session[1] == version for session in recent)
+            first, last = min(each.at for each in mine), max(each.at for each in mine)
+            if version:
+                found.append((-first, version, self.apps.index(app), {
+                    "app": app, "app_version": version, "sessions": len(started), "crashes": len(crashes),
+                    "crash_free_sessions": slow_rate(len(crashes), len(started)),
+                    "crash_free_devices": per_cent(len(devices - crashed), len(devices)) if devices else 100.0,
+                    "adoption": per_cent(adopted, len(recent)) if recent else 0.0,
+                    "first_seen": iso_time(first), "last_seen": iso_time(last)}))
+        return {"releases": [row[-1] for row in sorted(found, key=lambda row: row[:3])]}
+
+    def groups(self, version=None, days=None):
+        fitting = [crash for crash in self.crashes if (not version or crash.get("app_version") == version)
+                   and (not days or crash.day >= self.since(days))]
+        rows = [self.spread([crash for crash in fitting if crash.group == group])
+                for group in {crash.group for crash in fitting}]
+        for row in rows:
+            row["versions"] = sorted(row["versions"]["labels"], key=by_number)
+            row.update(self.named([crash for crash in self.crashes if crash.group == row["group_hash"]]))
+        return sorted(rows, key=lambda row: (-row["count"], row["group_hash"]))
+
+    def spread(self, crashes):
+        return {"group_hash": crashes[0].group, "count": len(crashes), **self.named(crashes),
+                "devices": len({crash.get("device_id_hash") for crash in crashes} - {None}),
+                "first_seen": iso_time(min(crash.at for crash in crashes)),
+                "last_seen": iso_time(max(crash.at for crash in crashes)),
+                "versions": by_frequency(crash.get("app_version") for crash in crashes)}
+
+    def group(self, group):
+        crashes = [crash for crash in self.crashes if crash.group == group]
+        return {**self.spread(crashes), "systems": by_frequency(crash.get("os_version") for crash in crashes),
+                "device_models": by_frequency(crash.get("device_model") for crash in crashes),
+                "reports": [crash.shown() for crash in reversed(crashes)]}
+
+    def listed_events(self, **wanted):
+        return [event.shown() for event in reversed(self.events)
+                if all(event.get(name) == value for name, value in wanted.items())]
+
+
+class World:
+    """Random reports over five weeks to three apps, with a note of each that was acknowledged."""
+
+    def __init__(self, api, clock, seed):
+        self.api, self.clock, self.random = api, clock, random.Random(seed)
+        self.keys = {"default": KEY, "Shop": api.server.store.create_app("Shop"),
+                     "Beta": api.server.store.create_app("Beta", is_test=True)}
+        self.reports, self.waiting, self.sent, self.count = [], [], [], 0
+        clock.seconds = parse_time("2026-02-20T09:00:00Z") / 1000
+
+    def now(self):
+        return int(self.clock.seconds * 1000)  # exact: the clock moves in eighths of a second
+
+    def pass_time(self):
+        """A step of minutes or hours, or to within seconds of a midnight or to an hour sharp."""
+        chance = self.random
+        midnight = (self.now() // DAY_MS + 1) * DAY_MS
+        self.clock.seconds = chance.choice([
+            self.clock.seconds + chance.randrange(8 * 90) / 8, self.clock.seconds + chance.randrange(8 * 40_000) / 8,
+            max(self.clock.seconds, midnight / 1000 + chance.choice([-301, -300, -60, -0.125, 0, 0.125, 200])),
+            midnight / 1000 + 3600 * chance.randrange(30)])
+
+    def moment(self):
+        """A time on a device: mostly now, also early, late, fast, or at the edge of a day or an hour."""
+        chance, now = self.random, self.now()
+        return max(0, chance.choice([
+            now, now - chance.randrange(60_000), now - chance.randrange(60_000), now - chance.randrange(HOUR_MS),
+            now - chance.randrange(2 * DAY_MS), now - chance.randrange(9 * DAY_MS), now - chance.randrange(33 * DAY_MS),
+            now // DAY_MS * DAY_MS, now // DAY_MS * DAY_MS - 1, (now - 7 * DAY_MS) // HOUR_MS * HOUR_MS,
+            (now - 7 * DAY_MS) // HOUR_MS * HOUR_MS - 1, (now - DAY_MS) // HOUR_MS * HOUR_MS - chance.randrange(2),
+            now + chance.randrange(300_001), now + chance.randrange(300_001), now + 300_000, now + 300_001, now + chance.randrange(9 * DAY_MS)]))
+
+    def common(self):
+        """The fields that say who sent a report, some of them absent in one way or another."""
+        chance = self.random
+        given = {"device_id_hash": f"d{chance.randrange(14)}", "os_version": chance.choice(["18.3", "17.0"]),
+                 "app_version": chance.choice(["1.9.0", "1.10.0", "1.10.0", "2.0", f"3.{self.now() // WEEK_MS}"]),
+                 "device_model": f"iPhone{chance.randrange(13)}", "zone": chance.randrange(9)}
+        for name in list(given):
+            if chance.random() < 0.15:
+                given[name] = chance.choice([None, ""])
+        return {name: value for name, value in given.items() if value is not None or chance.random() < 0.5}
+
+    def crash(self):
+        chance = self.random
+        return {**self.common(), "exception_type": chance.choice("AAABBCDEFG"), "occurred_at": iso_time(self.moment()),
+                "exception_reason": chance.choice([None, "", "why", f"at {self.now()}"]),
+                "stack_trace": [{"frame": 0, "symbol": chance.choice("xy"), "file": chance.choice([None, "a.swift"])}]}
+
+    def event(self):
+        """One that stands alone, or one of a session, which come in any order and perhaps weeks apart."""
+        chance = self.random
+        if chance.random() < 0.35:
+            kind = chance.choice(["custom", "custom", "error", "session_start", "session_end"])
+            return {**self.common(), "type": kind, "name": chance.choice(["buy", "see", None]),
+                    "session_id": chance.choice([None, ""]), "occurred_at": iso_time(self.moment())}
+        if len(self.waiting) < 12 or chance.random() < 0.2:
+            self.begin_session()
+        return self.waiting.pop(chance.choice([0, chance.randrange(len(self.waiting))]))
+
+    def begin_session(self):
+        chance, start = self.random, self.moment()
+        lasts = chance.choice([0, 499, 500, 9_499, 9_500, 94_000, 104_000, chance.randrange(600_000),
+                               chance.randrange(9_000_000), chance.randrange(2 * DAY_MS)])
+        times = chance.choice([[("start", 0), ("end", lasts)], [("start", 0), ("end", lasts)],
+                               [("start", 0)], [("end", 0)],
+                               [("start", 0), ("start", 0), ("end", lasts)], [("start", 0), ("end", -lasts)],
+                               [("start", 0), ("start", lasts), ("end", lasts // 2), ("end", 2 * lasts)],
+                               [("end", lasts), ("start", 0), ("other", 0)]])
+        self.count += 1
+        for kind, after in times:
+            self.waiting.append({
+                **self.common(), "type": "custom" if kind == "other" else "session_" + kind,
+                "session_id": f"s{self.count % 60}", "occurred_at": iso_time(max(0, start + after))})
+
+    def send(self):
+        """A crash, an event or a batch; some signed, some under a key, which are now and then sent again."""
+        chance, app = self.random, self.random.choice(["default", "default", "Shop", "Shop", "Beta"])
+        path = chance.choice([CRASHES, CRASHES, EVENTS, EVENTS, BATCH])
+        bodies = [self.crash() if path == CRASHES else self.event()
+                  for _ in range(chance.randrange(1, 9) if path == BATCH else 1)]
+        raw = json.dumps({"events": bodies} if path == BATCH else bodies[0]).encode()
+        self.count += 1
+        headers = chance.choice([{}, {"Idempotency_Key": f"key {self.count}"}])
+        stamp = chance.choice([None, iso_time(self.now() // 1000 * 1000)[:-1] + f".{self.count:09}Z"])
+        request = (path, raw, app, headers, stamp)
+        status, answer = self.request(*request)
+        assert status == 201
+        for body, answered in zip(bodies, answer["ids"] if path == BATCH else [answer["id"]]):
+            kind = "crash" if path == CRASHES else "event"
+            self.reports.append(Acknowledged(body, app, kind, self.now(), answered, answer.get("group_hash")))
+        if headers or stamp:
+            self.sent.append((self.now(), request, answer))
+
+    def request(self, path, raw, app, headers, stamp):
+        if stamp:
+            return self.api.signed(path, raw, stamp, key=self.keys[app], **headers)
+        return self.api.post(path, raw, key=self.keys[app], **headers)
+
+    def send_again(self):
+        """An exact replay, while its key (7 days) or its signature (300 s) is known."""
+        fresh = [row for row in self.sent if self.now() - row[0] < (290_000 if row[1][4] else WEEK_MS - HOUR_MS)]
+        if fresh:
+            _, request, answer = self.random.choice(fresh)
+            assert self.request(*request) == (200, answer)
+
+    def get(self, path, app, **query):
+        query = {**query, **({"app": app} if app else {})}
+        status, answer = self.api.get(f"/api/v1/{path}?{urlencode(query)}", **ADMIN)
+        assert status == 200, (path, query, answer)
+        return answer
+
+    def pages(self, path, app, part, limit=2, **query):
+        """The answer with what all its pages have in one part, each but the last one full."""
+        whole, cursor = [], {}
+        while True:
+            answer = self.get(path, app, limit=limit, **cursor, **query)
+            rows = answer.pop(part)
+            whole += rows
+            cursor = {"cursor": answer.pop("next")}
+            if cursor["cursor"] is None:
+                assert len(rows) <= limit
+                return {**answer, part: whole}
+            assert len(rows) == limit
+
+    def compare(self, lists=True):
+        for app in (None, *self.keys):
+            slow = Slow(self.reports, [app] if app else ["default", "Shop"], self.now())
+            self.compare_figures(app, slow)
+            if lists:
+                self.compare_lists(app, slow)
+
+    def same(self, expected, path, app, **query):
+        assert self.get(path, app, **query) == expected, (path, app, query)
+
+    def same_pages(self, expected, path, app, part, limit=2, **query):
+        assert self.pages(path, app, part, limit, **query) == expected, (path, app, query)
+
+    def compare_figures(self, app, slow):
+        self.same(slow.daily_crashes(), "metrics/daily-crashes", app)
+        self.same(slow.labels("exception_type"), "metrics/crash-types", app)
+        self.same(slow.labels("device_model", most=10), "metrics/devices", app)
+        self.same(slow.overview(), "overview", app)
+        self.same(slow.releases(), "releases", app)
+        for path, figure in (("active-devices", slow.active_devices), ("sessions", slow.daily_sessions),
+                             ("retention", slow.retention)):
+            self.same(figure(30), "metrics/" + path, app)
+        for days in (self.random.choice([1, 2, 3, 7]), self.random.choice([8, 31, 60])):
+            self.same(slow.daily_crashes(days), "metrics/daily-crashes", app, days=days)
+            self.same(slow.labels("exception_type", days), "metrics/crash-types", app, days=days)
+            self.same(slow.labels("device_model", days, 10), "metrics/devices", app, days=days)
+            self.same(slow.active_devices(days), "metrics/active-devices", app, days=days)
+            self.same(slow.daily_sessions(days), "metrics/sessions", app, days=days)
+            self.same(slow.retention(days), "metrics/retention", app, days=days)
+
+    def compare_lists(self, app, slow):
+        for query in ({}, {"version": "1.10.0"}, {"days": self.random.choice([1, 2, 7])},
+                      {"version": "2.0", "days": 30}):
+            self.same_pages({"groups": slow.groups(**query)}, "crashes", app, "groups", **query)
+        for group in {crash.group for crash in slow.crashes[-2:]}:
+            self.same_pages(slow.group(group), f"crashes/{group}", app, "reports")
+        for query in ({"session_id": f"s{self.count % 60}"}, {"type": "error"}, {"name": "buy", "type": "custom"}):
+            self.same_pages({"events": slow.listed_events(**query)}, "events", app, "events", **query)
+        self.same_pages({"events": slow.listed_events()}, "events", app, "events", limit=50)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_all_answers_equal_a_slow_and_obvious_computation_over_all_reports(serve, clock, seed):
+    world = World(Api(serve(rate_limit=0, retention_days=0)), clock, seed)
+    for until in ("2026-02-27T00:00:00Z", "2026-03-05T00:00:00Z", "2026-03-27T00:00:00Z"):
+        while world.now() < parse_time(until):
+            for _ in range(world.random.randrange(1, 6)):
+                world.send()
+            world.send_again()
+            world.pass_time()
+        clock.seconds = ((world.now() + 301_000) // DAY_MS + 1) * DAY_MS / 1000 - 120
+        for _ in range(12):  # so that some of the fast clocks are in the next day
+            world.send()
+        world.compare()
+        clock.move(130)
+        world.compare(lists=False)  # nothing but the day is another
+    assert len(world.reports) > 150
 
 
 # == Backfeedr =================================================================
