@@ -1984,7 +1984,8 @@ class World:
             now - chance.randrange(2 * DAY_MS), now - chance.randrange(9 * DAY_MS), now - chance.randrange(33 * DAY_MS),
             now // DAY_MS * DAY_MS, now // DAY_MS * DAY_MS - 1, (now - 7 * DAY_MS) // HOUR_MS * HOUR_MS,
             (now - 7 * DAY_MS) // HOUR_MS * HOUR_MS - 1, (now - DAY_MS) // HOUR_MS * HOUR_MS - chance.randrange(2),
-            now + chance.randrange(300_001), now + chance.randrange(300_001), now + 300_000, now + 300_001, now + chance.randrange(9 * DAY_MS)]))
+            now + chance.randrange(300_001), now + chance.randrange(300_001), now + 300_000, now + 300_001,
+            now + chance.randrange(9 * DAY_MS)]))
 
     def common(self):
         """The fields that say who sent a report, some of them absent in one way or another."""
@@ -2136,6 +2137,129 @@ def test_all_answers_equal_a_slow_and_obvious_computation_over_all_reports(serve
         clock.move(130)
         world.compare(lists=False)  # nothing but the day is another
     assert len(world.reports) > 150
+
+
+# -- Metrics: the shape of the figures and lists beyond the reference
+
+FIGURES = ["metrics/active-devices", "metrics/sessions", "metrics/retention", "releases"]
+LISTS = ["crashes", "events", "crashes/" + group_hash("A", [])]
+
+
+@pytest.fixture
+def three_days(api):
+    """Two devices on Tuesday the 10th, one again on the 11th; two sessions that took 60 and 120 s; a crash."""
+    for device, day, session, lasted in (("d1", 10, "s1", "01:00"), ("d2", 10, "s2", "02:00"), ("d1", 11, "s3", None)):
+        who = {"session_id": session, "device_id_hash": device, "app_version": "1.0"}
+        assert api.post(EVENTS, start_at(f"2026-03-{day}T10:00:00Z", **who))[0] == 201
+        if lasted:
+            end = {"type": "session_end", "occurred_at": f"2026-03-{day}T10:{lasted}Z", **who}
+            assert api.post(EVENTS, end)[0] == 201
+    crash = crash_at("2026-03-11T12:00:00Z", exception_reason="why", device_id_hash="d1", app_version="1.0",
+                     os_version="18.3", device_model="iPhone16,1", more=[1])
+    assert api.post(CRASHES, crash)[0] == 201
+    return api
+
+
+LAST_THREE = ["2026-03-10", "2026-03-11", "2026-03-12"]
+
+
+def test_active_devices_are_those_of_the_day_and_of_the_7_and_30_days_that_end_with_it(three_days):
+    assert three_days.get("/api/v1/metrics/active-devices?days=3") == (200, {
+        "labels": LAST_THREE, "dau": [2, 1, 0], "wau": [2, 2, 2], "mau": [2, 2, 2]})
+
+
+def test_sessions_are_by_day_with_the_lower_median_and_the_mean_of_those_that_ended(three_days):
+    assert three_days.get("/api/v1/metrics/sessions?days=3") == (200, {
+        "labels": LAST_THREE, "sessions": [2, 1, 0], "median_seconds": [60, None, None],
+        "mean_seconds": [90.0, None, None]})
+
+
+def test_retention_is_the_percentage_of_new_devices_that_came_back(three_days):
+    assert three_days.get("/api/v1/metrics/retention?days=3") == (200, {
+        "labels": LAST_THREE, "devices": [2, 0, 0], "day_1": [50.0, None, None],
+        "day_7": [None] * 3, "day_30": [None] * 3})
+
+
+def test_releases_have_their_sessions_crashes_and_adoption(three_days):
+    assert three_days.get("/api/v1/releases") == (200, {"releases": [{
+        "app": "default", "app_version": "1.0", "sessions": 3, "crashes": 1, "crash_free_sessions": 66.67,
+        "crash_free_devices": 50.0, "adoption": 100.0, "first_seen": "2026-03-10T10:00:00Z",
+        "last_seen": "2026-03-11T12:00:00Z"}]})
+
+
+def test_a_release_keeps_its_first_report_when_its_only_session_starts_again_with_another(api):
+    for day, version in ((10, "1.0"), (12, "2.0")):
+        api.post(EVENTS, start_at(f"2026-03-{day}T10:00:00Z", session_id="s", app_version=version))
+    assert [(row["app_version"], row["sessions"]) for row in api.get("/api/v1/releases")[1]["releases"]] == [
+        ("2.0", 1), ("1.0", 0)]
+
+
+def test_adoption_is_of_all_sessions_of_the_app_also_of_those_without_a_version(api):
+    for more in ({"app_version": "1.0"}, {}):
+        api.post(EVENTS, start_at("2026-03-12T10:00:00Z", **more))
+    assert api.get("/api/v1/releases")[1]["releases"][0]["adoption"] == 50.0
+
+
+def test_groups_tell_how_often_where_and_when_they_crashed(three_days):
+    assert three_days.get("/api/v1/crashes", **ADMIN) == (200, {"groups": [{
+        "group_hash": group_hash("A", []), "exception_type": "A", "exception_reason": "why", "count": 1, "devices": 1,
+        "first_seen": "2026-03-11T12:00:00Z", "last_seen": "2026-03-11T12:00:00Z", "versions": ["1.0"]}],
+        "next": None})
+
+
+def test_a_group_has_its_spread_and_its_reports_as_they_came(three_days):
+    status, answer = three_days.get("/api/v1/" + LISTS[2], **ADMIN)
+    reports = answer.pop("reports")
+    assert (status, answer) == (200, {
+        "group_hash": group_hash("A", []), "exception_type": "A", "exception_reason": "why", "count": 1, "devices": 1,
+        "first_seen": "2026-03-11T12:00:00Z", "last_seen": "2026-03-11T12:00:00Z", "next": None,
+        "versions": {"labels": ["1.0"], "data": [1]}, "systems": {"labels": ["18.3"], "data": [1]},
+        "device_models": {"labels": ["iPhone16,1"], "data": [1]}})
+    assert reports[0]["extra"] == {"more": [1]} and reports[0]["received_at"] == NOW
+
+
+def test_events_are_listed_the_latest_first_with_a_cursor_to_the_rest(three_days):
+    first = three_days.get("/api/v1/events?type=session_start&limit=2", **ADMIN)[1]
+    rest = three_days.get(f"/api/v1/events?type=session_start&limit=2&cursor={first['next']}", **ADMIN)[1]
+    assert [event["session_id"] for event in first["events"]] == ["s3", "s2"]
+    assert [event["session_id"] for event in rest["events"]] == ["s1"] and rest["next"] is None
+
+
+def test_an_empty_server_has_empty_figures_and_lists(api):
+    for path, names in ((FIGURES[0], ("dau", "wau", "mau")), (FIGURES[1], ("sessions",)), (FIGURES[2], ("devices",))):
+        answer = api.get(f"/api/v1/{path}")[1]
+        assert [answer[name] for name in names] == [[0] * 30] * len(names) and len(answer["labels"]) == 30
+    assert api.get("/api/v1/releases") == (200, {"releases": []})
+    assert api.get("/api/v1/crashes", **ADMIN) == (200, {"groups": [], "next": None})
+    assert api.get("/api/v1/events", **ADMIN) == (200, {"events": [], "next": None})
+
+
+@pytest.mark.parametrize("path", LISTS)
+@pytest.mark.parametrize("query, expected", [
+    ("app=nope", (404, {"error": "not found"})), ("limit=0", (400, {"error": "invalid limit"})),
+    ("limit=101", (400, {"error": "invalid limit"})), ("limit=x", (400, {"error": "invalid limit"})),
+    ("cursor=x", (400, {"error": "invalid cursor"}))])
+def test_lists_refuse_what_makes_no_sense(three_days, path, query, expected):
+    assert three_days.get(f"/api/v1/{path}?{query}", **ADMIN) == expected
+
+
+@pytest.mark.parametrize("days", ["0", "366", "x"])
+def test_groups_of_invalid_days_are_refused(api, days):
+    assert api.get(f"/api/v1/crashes?days={days}", **ADMIN) == (400, {"error": "invalid days"})
+
+
+def test_an_unknown_group_is_not_found(three_days):
+    assert three_days.get("/api/v1/crashes/0123456789abcdef", **ADMIN) == (404, {"error": "not found"})
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_lists_need_the_admin_token_whether_figures_are_public_or_not(serve, public):
+    api = Api(serve(public_metrics=public))
+    for path in LISTS:
+        assert api.get("/api/v1/" + path) == (401, {"error": "missing admin token"})
+        assert api.get("/api/v1/" + path, Authorization="Bearer x") == (401, {"error": "invalid admin token"})
+    for path in FIGURES:
+        assert api.get("/api/v1/" + path)[0] == (200 if public else 401)
 
 
 # == Backfeedr =================================================================
