@@ -957,7 +957,7 @@ class RollUps:
         columns = _SUMS[table][1]
         insert_rows(self._db, add, [(*key, *[row[column] for column in columns]) for key, row in sums.items()])
         gone = [key for key, row in sums.items() if min(row.values()) < 0]
-        if gone:
+        if gone and table != "releases":  # which say when they were seen, too
             self._db.executemany(clear, gone)
 
     def _save_medians(self, days: Iterable[tuple]) -> None:
@@ -1145,9 +1145,8 @@ def _bits(number: int) -> Iterator[int]:
 
 def rounded_seconds(milliseconds: int) -> int:
     """Whole seconds in two significant digits: so a day has few different ones, however many sessions."""
-    seconds = (milliseconds + 500) // SECOND
-    unit = 10 ** max(0, len(str(seconds)) - 2)
-    return (seconds + unit // 2) // unit * unit
+    unit = 10 ** max(0, len(str(milliseconds // SECOND)) - 2) * SECOND
+    return (milliseconds + unit // 2) // unit * unit // SECOND
 
 
 STATEMENTS = 512  # that are kept prepared: an insert is another one for each number of rows
@@ -1975,7 +1974,7 @@ class Metrics:
         return self._labels("device_model", app, days, limit=10)
 
     def _labels(self, field: str, app: Optional[str], days: Optional[int], limit: int) -> Figures:
-        first, last = (self._last_days(days)[0], MAX_NUMBER) if days else (ALL_DAYS, ALL_DAYS)
+        shown = self._last_days(days) if days else range(ALL_DAYS, ALL_DAYS + 1)
         with self._asking(app) as (db, app_id):
             return _labelled(db.execute(f"""
                 select label, sum(crashes) from labels
@@ -1983,7 +1982,7 @@ class Metrics:
                 group by label
                 order by sum(crashes) desc, label
                 limit :limit
-                """, {"app": app_id, "field": field, "first": first, "last": last, "limit": limit}))
+                """, {"app": app_id, "field": field, "first": shown[0], "last": shown[-1], "limit": limit}))
 
     def overview(self, app: Optional[str] = None) -> Figures:
         """The last seven days in a few figures, and the devices of the last 24 hours."""
@@ -2059,21 +2058,23 @@ class Metrics:
 
     def releases(self, app: Optional[str] = None) -> Figures:
         """What is known of each version of an app, the latest first: at most 100 of them."""
+        shown = self._last_days(ADOPTION_DAYS)
         with self._asking(app) as (db, app_id):
             rows = _dicts(db.execute(f"""
                 with recent as (
                     select app_id, app_version, sum(sessions) as sessions from release_days
-                    where {_APPS} and day > :since
+                    where {_APPS} and day between :first and :last
                     group by app_id, app_version)
                 select apps.name as app, app_version, releases.sessions, crashes, devices, crashed_devices,
                     coalesce(recent.sessions, 0) as recent,
-                    (select sum(sessions) from recent as each where each.app_id = releases.app_id) as of_all,
+                    (select sum(sessions) from days
+                        where app_id = releases.app_id and day between :first and :last) as of_all,
                     first_seen, last_seen
                 from releases join apps on apps.id = app_id left join recent using (app_id, app_version)
                 where {_APPS}
-                order by first_seen desc, app_version
+                order by first_seen desc, app_version, app_id
                 limit 100
-                """, {"app": app_id, "since": self._store.now // DAY - ADOPTION_DAYS}))
+                """, {"app": app_id, "first": shown[0], "last": shown[-1]}))
         return {"releases": [_release(**row) for row in rows]}
 
     # Behind the admin token: these read the reports, a page at a time
@@ -2082,14 +2083,14 @@ class Metrics:
                limit: int = 50, cursor: Optional[str] = None) -> Figures:
         """The groups of the crashes that are kept, the most frequent first."""
         count, group = _group_cursor(cursor)
-        since = self._last_days(days)[0] * DAY if days else None
+        first, last = (self._last_days(days)[0], self._last_days(days)[-1]) if days else (None, None)
         found = f"""
             select *, {_COUNTED_AT} as at from crashes
             where {_APPS} and (:version is null or app_version = :version)
-                and (:since is null or {_COUNTED_AT} >= :since)
+                and (:first is null or {_COUNTED_AT} / {DAY} between :first and :last)
             """
         with self._asking(app) as (db, app_id):
-            window = {"app": app_id, "version": version, "since": since, "limit": limit + 1,
+            window = {"app": app_id, "version": version, "first": first, "last": last, "limit": limit + 1,
                       "count": count, "group": group}
             rows = _dicts(db.execute(f"""
                 select group_hash, count(*) as count, count(distinct device_id_hash) as devices,
