@@ -202,7 +202,7 @@ create index replays_by_age on replays (received_at);
 create table devices (
     app_id integer not null, device_id_hash text not null,
     first_seen integer not null, last_seen integer not null, last_seq integer not null,
-    days blob not null,                    -- bit n, the lowest being 0: seen n days before the day of last_seen
+    days_from integer not null, days blob not null,  -- bit n, the lowest being 0: seen on the day days_from + n
     versions text not null,                -- JSON: of each app_version, whether it crashed there: 0 or 1
     primary key (app_id, device_id_hash)) without rowid;
 create table sessions (
@@ -234,13 +234,14 @@ create table durations (                   -- of the sessions of a day
     sessions integer not null, primary key (app_id, day, seconds)) without rowid;
 create table releases (
     app_id integer not null, app_version text not null,
-    first_seen integer not null default 0, last_seen integer not null default 0,
+    first_seen integer not null default 0, last_seen integer not null default 0,  -- when received
     sessions integer not null default 0, crashes integer not null default 0,
     devices integer not null default 0, crashed_devices integer not null default 0,
     primary key (app_id, app_version)) without rowid;
-create table release_days (
-    app_id integer not null, day integer not null, app_version text not null, sessions integer not null,
-    primary key (app_id, day, app_version)) without rowid;
+create table release_days (                -- of the last 7 days
+    app_id integer not null, app_version text not null, day integer not null, sessions integer not null,
+    primary key (app_id, app_version, day)) without rowid;
+create index release_days_by_age on release_days (app_id, day);
 create table labels (
     app_id integer not null, field text not null,  -- exception_type or device_model
     day integer not null,                  -- -1: all days together
@@ -251,7 +252,7 @@ create table groups (                      -- of which a crash is kept, or is of
     first_seen integer not null, last_seen integer not null,
     recent integer not null default 0,     -- crashes since recent_since
     primary key (app_id, group_hash)) without rowid;
-create table group_hours (                 -- since recent_since
+create table group_hours (                 -- what is in groups.recent
     app_id integer not null, hour integer not null, group_hash text not null, crashes integer not null,
     primary key (app_id, hour, group_hash)) without rowid;
 create table recent_since (hour integer not null);  -- one row: 7 days ago, as of the latest commit
@@ -272,7 +273,7 @@ HOUR = 3600 * SECOND
 DAY = 24 * HOUR
 MAX_SKEW = 300 * SECOND  # how fast a device's clock may be and still be believed
 SEQ_BITS = 20  # of a seq's counter within a millisecond
-EVERY_APP = 0  # all live apps together, where devices and sessions are counted
+EVERY_APP = 0  # all live apps together, in some roll-ups
 
 
 class Refusal(Exception):
@@ -332,6 +333,7 @@ def counted_at(occurred_at: int, received_at: int) -> int:
     return received_at if occurred_at > received_at + MAX_SKEW else occurred_at
 
 
+_LIVE = "(select id from apps where not is_test)"  # in SQL
 _COUNTED_AT = f"case when occurred_at > received_at + {MAX_SKEW} then received_at else occurred_at end"  # in SQL
 
 
@@ -687,7 +689,7 @@ class RateLimiter:
 
 ALL_DAYS = -1  # the `day` of a label's sum over all days
 SHOWN_DAYS = 400  # how far back a device's days are known: a year, a month before it, and some
-AHEAD = 31  # days on which a device seen today still counts as one of the month
+LEAVING = 1000  # rows that leave the week in a commit, so that nobody waits for it after a quiet week
 DEVICE_VERSIONS = 50  # app versions that are known of a device: far above any phone's
 
 _SUMS = {  # table: the rest of its key beside the app, and its sums
@@ -696,7 +698,7 @@ _SUMS = {  # table: the rest of its key beside the app, and its sums
                         "sessions", "ended", "session_ms")),
     "durations": (("day", "seconds"), ("sessions",)),
     "releases": (("app_version",), ("sessions", "crashes", "devices", "crashed_devices")),
-    "release_days": (("day", "app_version"), ("sessions",)),
+    "release_days": (("app_version", "day"), ("sessions",)),
     "labels": (("field", "day", "label"), ("crashes",)),
     "group_hours": (("hour", "group_hash"), ("crashes",)),
 }
@@ -705,7 +707,7 @@ _BACK = (("back_1", 1), ("back_7", 7), ("back_30", 30))
 
 
 class _Device(NamedTuple):
-    """What is known of a device in an app; bit n of `days`: seen n days before a day that all share."""
+    """What is known of a device in an app; bit n of `days`: seen on the n-th of the days that are shown."""
 
     first_seen: int
     last_seen: int
@@ -727,8 +729,8 @@ class _Device(NamedTuple):
 class _Session(NamedTuple):
     """What is known of a session."""
 
-    first_seq: int
-    last_seq: int
+    first_seq: int = 0
+    last_seq: int = 0
     started_at: Optional[int] = None
     ended_at: Optional[int] = None
     app_version: Optional[str] = None
@@ -742,19 +744,22 @@ class _Session(NamedTuple):
 
 
 class RollUps:
-    """The sums that one transaction changes. `save` writes each once: faster than a statement a report."""
+    """The sums that one transaction changes: made before its rows change, and saved after.
+
+    Each sum is written once, which is faster than a statement a report.
+    """
 
     def __init__(self, db: sqlite3.Connection, now: int):
         self._db, self._now = db, now
-        self._newest_day = now // DAY + AHEAD
-        self._live = {app_id for app_id, in db.execute("select id from apps where not is_test")}
+        self._first_day = now // DAY - SHOWN_DAYS
+        self._live = {app_id for app_id, in db.execute(f"select id from apps where id in {_LIVE}")}
         self._sums: Dict[str, Dict[tuple, Dict[str, int]]] = {
             table: defaultdict(lambda: defaultdict(int)) for table in _SUMS}
         self._groups: Dict[tuple, List[Any]] = {}
-        self._releases: Dict[tuple, Tuple[int, int]] = {}
+        self._releases: Set[tuple] = set()
         self._devices: Dict[tuple, _Device] = {}
         self._sessions: Dict[tuple, _Session] = {}
-        self._since: Optional[int] = None
+        self._since = self._move_week()
 
     def _scopes(self, app_id: int) -> Tuple[int, ...]:
         """Where the devices and sessions of an app count."""
@@ -780,21 +785,24 @@ class RollUps:
         last = dict(zip(sessions, seqs))
         first = dict(zip(reversed(sessions), reversed(seqs)))
         for session_id in last.keys() - {None}:
-            self._see_session(app_id, session_id, _Session(first[session_id], last[session_id]))
+            self._see_session(app_id, session_id, first[session_id], last[session_id])
         for event, at in zip(events, times):
-            if event.type == "session_start":
-                session = _Session(MAX_NUMBER, 0, at, None, event.app_version)
-                if event.session_id:
-                    self._see_session(app_id, event.session_id, session)
-                else:
-                    self.count_session(app_id, session, 1)
-            elif event.type == "session_end" and event.session_id:
-                self._see_session(app_id, event.session_id, _Session(MAX_NUMBER, 0, None, at))
+            if event.type in ("session_start", "session_end") and event.session_id:
+                self._see_session(app_id, event.session_id, first[event.session_id], last[event.session_id],
+                                  event.type, at, event.app_version)
+            elif event.type == "session_start":
+                self.count_session(app_id, _Session(started_at=at, app_version=event.app_version), 1)
         self._see(app_id, seqs, events, times, crashed=0)
 
-    def _see_session(self, app_id: int, session_id: str, session: _Session) -> None:
+    def _see_session(self, app_id: int, session_id: str, first_seq: int, last_seq: int, event_type: str = "",
+                     at: Optional[int] = None, app_version: Optional[str] = None) -> None:
+        seen = _Session(first_seq, last_seq)
+        if event_type == "session_start":
+            seen = seen._replace(started_at=at, app_version=app_version)
+        elif event_type == "session_end":
+            seen = seen._replace(ended_at=at)
         known = self._sessions.get((app_id, session_id))
-        self._sessions[app_id, session_id] = known.merged(session) if known else session
+        self._sessions[app_id, session_id] = known.merged(seen) if known else seen
 
     def _see(self, app_id: int, seqs: Sequence[int], reports: Reports, times: Sequence[int], crashed: int) -> None:
         """Notes the versions and the devices that sent these reports: run by run, as a batch has one of each."""
@@ -802,73 +810,90 @@ class RollUps:
                    times, seqs)
         for (device, version), run in groupby(rows, key=itemgetter(0, 1)):
             at, seq = zip(*((row[2], row[3]) for row in run))
-            first, last = min(at), max(at)
             if version:
-                known = self._releases.get((app_id, version), (first, last))
-                self._releases[app_id, version] = min(known[0], first), max(known[1], last)
+                self._releases.add((app_id, version))
             if device:
-                found = _Device(first, last, seq[-1], sum(map(self._day_bit, {each // DAY for each in at})),
+                found = _Device(min(at), max(at), seq[-1], sum(map(self._day_bit, {each // DAY for each in at})),
                                 {version: crashed} if version else {})
                 before = self._devices.get((app_id, device))
                 self._devices[app_id, device] = before.merged(found) if before else found
 
     def _day_bit(self, day: int) -> int:
-        age = self._newest_day - day
-        return 1 << age if 0 <= age <= SHOWN_DAYS + AHEAD else 0
+        return 1 << day - self._first_day if day >= self._first_day else 0
 
     # Reports that go, as rows of their tables that have just been deleted
 
-    def remove_crashes(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        since = self._recent_since()
+    def remove_crashes(self, rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
             at = counted_at(row["occurred_at"], row["received_at"])
             self.count_crash(row["app_id"], row["exception_type"], row["device_model"], row["group_hash"],
                              row["app_version"], at, -1)
-            group = {"app": row["app_id"], "group": row["group_hash"], "recent": at // HOUR >= since}
+            if at // HOUR >= self._since:
+                self._change_recent([(-1, row["app_id"], row["group_hash"])])
+        groups = {(row["app_id"], row["group_hash"]) for row in rows}
+        for app_id, group_hash in groups:
             self._db.execute(f"""
-                update groups set recent = recent - :recent, (exception_reason, last_seen) = (
-                    select max(exception_reason), coalesce(max(at), groups.last_seen) from (
-                        select exception_reason, {_COUNTED_AT} as at from crashes
+                update groups set (exception_reason, last_seen) = (
+                    select max(exception_reason), coalesce(max({_COUNTED_AT}), groups.last_seen) from crashes
+                    where seq = (
+                        select seq from crashes
                         where app_id = :app and group_hash = :group
-                        order by at desc, seq desc
+                        order by {_COUNTED_AT} desc, seq desc
                         limit 1))
                 where app_id = :app and group_hash = :group
-                """, group)
+                """, {"app": app_id, "group": group_hash})
+        self.drop_groups(groups)
+        self._merge_groups({(group_hash,) for _, group_hash in groups})
+
+    def expire_crashes(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Takes crashes from what counts those that are kept; all other sums stay."""
+        for row in rows:
+            self.count_labels(row["app_id"], row["exception_type"], row["device_model"],
+                              counted_at(row["occurred_at"], row["received_at"]), -1)
         self.drop_groups({(row["app_id"], row["group_hash"]) for row in rows})
-        self._merge_groups({(row["group_hash"],) for row in rows})
 
     def _merge_groups(self, group_hashes: Iterable[tuple]) -> None:
         """Makes these groups of all apps anew from those of each live one."""
         for group in group_hashes:
             self._db.execute("delete from groups where app_id = ? and group_hash = ?", (EVERY_APP, *group))
-            self._db.execute("""
+            self._db.execute(f"""
                 insert into groups
                 -- Beside max(), SQLite takes the other columns from the row that has it.
                 select ?, group_hash, exception_type, exception_reason,
-                    (select min(first_seen) from groups as each where each.group_hash = groups.group_hash
-                        and app_id in (select id from apps where not is_test)),
+                    (select min(first_seen) from groups as each
+                        where app_id in {_LIVE} and each.group_hash = groups.group_hash),
                     max(last_seen), sum(recent)
                 from groups
-                where app_id in (select id from apps where not is_test) and group_hash = ?
+                where app_id in {_LIVE} and group_hash = ?
                 group by group_hash
                 """, (EVERY_APP, *group))
 
     def remove_events(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        sessions = set()
         for row in rows:
-            key = row["app_id"], row["session_id"]
             if row["session_id"]:
-                for session in self.sessions([key]).values():
-                    self.count_session(row["app_id"], session, -1)
-                self._db.execute("delete from sessions where app_id = ? and session_id = ?", key)
+                sessions.add((row["app_id"], row["session_id"]))
             elif row["type"] == "session_start":
                 at = counted_at(row["occurred_at"], row["received_at"])
-                self.count_session(row["app_id"], _Session(0, 0, at, None, row["app_version"]), -1)
+                self.count_session(row["app_id"], _Session(started_at=at, app_version=row["app_version"]), -1)
+        for key, session in self.sessions(list(sessions)).items():
+            self.count_session(key[0], session, -1)
+            self._db.execute("delete from sessions where app_id = ? and session_id = ?", key)
+            for seq, *event in self._db.execute(f"""
+                    select seq, type, {_COUNTED_AT}, app_version from events
+                    where seq between ? and ? and app_id = ? and session_id = ?
+                    order by seq
+                    """, (session.first_seq, session.last_seq, *key)):  # of other devices, or of none
+                self._see_session(*key, seq, seq, *event)
 
-    def remove_app(self, app_id: int) -> None:
-        """Takes the groups, crashes and sessions of an app from those of all; its devices have gone before."""
-        groups = self._db.execute("select group_hash from groups where app_id = ?", (app_id,)).fetchall()
-        self._db.execute("delete from groups where app_id = ?", (app_id,))
-        self._merge_groups(groups)
+    def remove_groups(self, app_id: int, group_hashes: Sequence[tuple]) -> None:
+        """Deletes groups of an app that is to go."""
+        self._db.executemany("delete from groups where app_id = ? and group_hash = ?",
+                             [(app_id, *group) for group in group_hashes])
+        self._merge_groups(group_hashes)
+
+    def remove_sums(self, app_id: int) -> None:
+        """Takes the crashes and sessions of an app that is to go from those of all."""
         for table, columns in (("days", ("crashes", "sessions", "ended", "session_ms")), ("durations", ("sessions",))):
             key = _SUMS[table][0]
             for row in self._db.execute(f"select {', '.join(key + columns)} from {table} where app_id = ?", (app_id,)):
@@ -883,7 +908,7 @@ class RollUps:
         self._sums["hours"][app_id, at // HOUR]["crashes"] += by
         for scope in self._scopes(app_id):
             self._sums["days"][scope, at // DAY]["crashes"] += by
-        if at // HOUR >= self._recent_since():
+        if at // HOUR >= self._since:
             self._sums["group_hours"][app_id, at // HOUR, group_hash]["crashes"] += by
         if app_version:
             self._sums["releases"][app_id, app_version]["crashes"] += by
@@ -902,7 +927,8 @@ class RollUps:
         self._sums["hours"][app_id, start // HOUR]["sessions"] += by
         if version:
             self._sums["releases"][app_id, version]["sessions"] += by
-            self._sums["release_days"][app_id, start // DAY, version]["sessions"] += by
+            if start // DAY >= self._now // DAY - 7:
+                self._sums["release_days"][app_id, version, start // DAY]["sessions"] += by
         for scope in self._scopes(app_id):
             sums = self._sums["days"][scope, start // DAY]
             sums["sessions"] += by
@@ -918,9 +944,9 @@ class RollUps:
         days = self._sums["days"]
         for column, span in _ACTIVE:
             old, new = (_covered(device.days, span) if device else 0 for device in (before, after))
-            for ages, by in ((new & ~old, 1), (old & ~new, -1)):
-                for age in _bits(ages):
-                    days[app_id, self._newest_day - age][column] += by
+            for bits, by in ((new & ~old, 1), (old & ~new, -1)):
+                for bit in _bits(bits):
+                    days[app_id, self._first_day + bit][column] += by
         for device, by in ((before, -1), (after, 1)):
             if device is not None:
                 self._sums["hours"][app_id, device.last_seen // HOUR]["devices"] += by
@@ -936,16 +962,13 @@ class RollUps:
 
     def save(self) -> None:
         """Writes everything that has changed."""
-        self._recent_since()  # also where there is no crash: what leaves the week must not pile up
         self._save_devices()
         self._save_sessions()
         self._save_groups()
         insert_rows(self._db, """
             insert into releases (app_id, app_version, first_seen, last_seen) values *
-            on conflict (app_id, app_version) do update set
-                first_seen = min(first_seen, excluded.first_seen), last_seen = max(last_seen, excluded.last_seen)
-            where excluded.first_seen < first_seen or excluded.last_seen > last_seen
-            """, [(*release, *seen) for release, seen in self._releases.items()])
+            on conflict (app_id, app_version) do update set last_seen = max(last_seen, excluded.last_seen)
+            """, [(*release, self._now, self._now) for release in self._releases])
         for table, sums in self._sums.items():
             changed = {key: row for key, row in sums.items() if any(row.values())}
             if changed:
@@ -975,7 +998,6 @@ class RollUps:
 
     def _save_groups(self) -> None:
         if self._groups:
-            since = self._recent_since()
             insert_rows(self._db, """
                 insert into groups values *
                 on conflict (app_id, group_hash) do update set
@@ -984,32 +1006,53 @@ class RollUps:
                     recent = recent + excluded.recent,
                     first_seen = min(first_seen, excluded.first_seen),
                     last_seen = max(last_seen, excluded.last_seen)
-                """, [(scope, group_hash, *group, sum(at // HOUR >= since for at in times))
+                """, [(scope, group_hash, *group, sum(at // HOUR >= self._since for at in times))
                       for (app_id, group_hash), (*group, times) in self._groups.items()
                       for scope in self._scopes(app_id)])
 
-    def _recent_since(self) -> int:
-        """The hour from which `recent` and group_hours count: seven days ago, where this moves it to.
+    def _move_week(self) -> int:
+        """The hour from which `recent` and group_hours count: seven days ago.
 
         So the most frequent groups of the week cost a look at each group, not at each hour of each.
         """
-        if self._since is None:
-            old, = self._db.execute("select hour from recent_since").fetchone()
-            self._since = max(old, (self._now - 7 * DAY) // HOUR)
-            if self._since > old:
-                self._db.execute("update recent_since set hour = ?", (self._since,))
-                self._leave_week(self._since)
-        return self._since
+        old, = self._db.execute("select hour from recent_since").fetchone()
+        new = (self._now - 7 * DAY) // HOUR
+        if old == 0 or old > new:  # at the start, and where the clock went back
+            self._count_week(new)
+        if old != new:
+            self._db.execute("update recent_since set hour = ?", (new,))
+        self._leave_week(new)
+        return new
 
     def _leave_week(self, since: int) -> None:
-        hours = "group_hours where app_id in (select id from apps) and hour < ?"
-        gone = self._db.execute(f"select sum(crashes), app_id, group_hash from {hours} group by app_id, group_hash",
-                                (since,)).fetchall()
-        self._db.execute(f"delete from {hours}", (since,))
-        self._db.executemany("update groups set recent = recent - ? where app_id = ? and group_hash = ?",
-                             [(crashes, scope, group_hash) for crashes, app_id, group_hash in gone
+        """Takes out some of the hours that are too old; those that are left wait for the next commit."""
+        gone = self._db.execute("""
+            select crashes, app_id, group_hash, hour from group_hours
+            where app_id in (select id from apps) and hour < ?
+            limit ?
+            """, (since, LEAVING)).fetchall()
+        if gone:
+            self._db.executemany("delete from group_hours where app_id = ? and group_hash = ? and hour = ?",
+                                 [row[1:] for row in gone])
+            self._change_recent((-crashes, app_id, group_hash) for crashes, app_id, group_hash, _ in gone)
+            self.drop_groups({row[1:3] for row in gone})
+
+    def _count_week(self, since: int) -> None:
+        self._db.execute("delete from group_hours")
+        self._db.execute("update groups set recent = 0")
+        self._db.execute(f"""
+            insert into group_hours
+            select app_id, {_COUNTED_AT} / {HOUR} as hour, group_hash, count(*) from crashes
+            where hour >= ?
+            group by app_id, hour, group_hash
+            """, (since,))
+        self._change_recent(self._db.execute(
+            "select sum(crashes), app_id, group_hash from group_hours group by app_id, group_hash").fetchall())
+
+    def _change_recent(self, changes: Iterable[tuple]) -> None:
+        self._db.executemany("update groups set recent = recent + ? where app_id = ? and group_hash = ?",
+                             [(crashes, scope, group_hash) for crashes, app_id, group_hash in changes
                               for scope in self._scopes(app_id)])
-        self.drop_groups({group[1:] for group in gone})
 
     def drop_groups(self, groups: Iterable[tuple]) -> None:
         """Deletes those of which no crash is kept and none is of this week, by (app_id, group_hash)."""
@@ -1018,10 +1061,9 @@ class RollUps:
                 delete from groups where app_id = :app and group_hash = :group and recent = 0
                     and not exists (select 1 from crashes where app_id = :app and group_hash = :group)
                 """, {"app": app_id, "group": group_hash})
-            self._db.execute("""
-                delete from groups where app_id = :every and group_hash = :group and not exists (
-                    select 1 from groups
-                    where app_id in (select id from apps where not is_test) and group_hash = :group)
+            self._db.execute(f"""
+                delete from groups where app_id = :every and group_hash = :group
+                    and not exists (select 1 from groups where app_id in {_LIVE} and group_hash = :group)
                 """, {"every": EVERY_APP, "group": group_hash})
 
     # Devices and sessions
@@ -1036,6 +1078,18 @@ class RollUps:
         self._replace_devices(dict.fromkeys(keys), self._stored_devices(keys))
         self._db.executemany("delete from devices where app_id = ? and device_id_hash = ?", keys)
 
+    def expire_devices(self, last_seqs: Mapping[tuple, int]) -> None:
+        """Deletes what is known of devices, by (app_id, device_id_hash), if that was the seq of their last report.
+
+        The sums stay. In live apps a device goes from all at once, as it is one for all together.
+        """
+        stored = self._stored_devices(list(last_seqs))
+        for (app_id, device), last_seq in last_seqs.items():
+            rows = {(scope, device): stored.get((scope, device))
+                    for scope in (self._live if app_id in self._live else (app_id,))}
+            if all(row is None or row.last_seq <= last_seq for row in rows.values()):
+                self._db.executemany("delete from devices where app_id = ? and device_id_hash = ?", list(rows))
+
     def _stored_devices(self, keys: Sequence[tuple]) -> Dict[tuple, _Device]:
         """What is stored of devices in these apps; and in all live ones, if one of these is live."""
         wanted = {(scope, device) for app_id, device in keys
@@ -1043,9 +1097,8 @@ class RollUps:
         rows = rows_of(self._db, """
             select devices.* from (values *) cross join devices on app_id = column1 and device_id_hash = column2
             """, list(wanted))
-        return {(app_id, device): _Device(
-            first, last, seq, self._shifted(int.from_bytes(days, "big"), last), _decode_versions(versions))
-            for app_id, device, first, last, seq, days, versions in rows}
+        return {(app_id, device): _Device(first, last, seq, self._unpacked(days_from, days), _decode_versions(versions))
+                for app_id, device, first, last, seq, days_from, days, versions in rows}
 
     def _replace_devices(self, changed: Mapping[tuple, Optional[_Device]], stored: Mapping[tuple, _Device]) -> None:
         now = {**stored, **changed}
@@ -1057,8 +1110,8 @@ class RollUps:
             insert into devices values *
             on conflict (app_id, device_id_hash) do update set
                 first_seen = excluded.first_seen, last_seen = excluded.last_seen, last_seq = excluded.last_seq,
-                days = excluded.days, versions = excluded.versions
-            """, [(*key, *after[:3], self._packed_days(after), _encode(after.versions))
+                days_from = excluded.days_from, days = excluded.days, versions = excluded.versions
+            """, [(*key, *after[:3], *self._packed(after.days), _encode(after.versions))
                   for key, after in changed.items() if after])
 
     def _everywhere(self, device: str, devices: Mapping[tuple, Optional[_Device]]) -> Optional[_Device]:
@@ -1068,16 +1121,14 @@ class RollUps:
             found = found.merged(known) if found and known else found or known
         return found
 
-    def _packed_days(self, device: _Device) -> bytes:
-        days = self._shifted(device.days, device.last_seen, back=True)
-        return days.to_bytes((days.bit_length() + 7) // 8, "big")
+    def _packed(self, days: int) -> Tuple[int, bytes]:
+        lowest = max(0, (days & -days).bit_length() - 1)
+        days >>= lowest
+        return self._first_day + lowest, days.to_bytes((days.bit_length() + 7) // 8, "big")
 
-    def _shifted(self, days: int, last_seen: int, back: bool = False) -> int:
-        """Days before the newest day from days before the day of `last_seen`; or back."""
-        by = (self._newest_day - last_seen // DAY) * (-1 if back else 1)
-        if abs(by) > SHOWN_DAYS + AHEAD:
-            return 0
-        return (days << by if by > 0 else days >> -by) & _ALL_SHOWN
+    def _unpacked(self, days_from: int, days: bytes) -> int:
+        by, bits = days_from - self._first_day, int.from_bytes(days, "big")
+        return bits << by if by > 0 else bits >> -by
 
     def _save_sessions(self) -> None:
         stored = self.sessions(list(self._sessions))
@@ -1100,9 +1151,6 @@ class RollUps:
         return {(app_id, session_id): _Session(*rest) for app_id, session_id, *rest in rows_of(self._db, """
             select sessions.* from (values *) cross join sessions on app_id = column1 and session_id = column2
             """, keys)}
-
-
-_ALL_SHOWN = (2 << SHOWN_DAYS + AHEAD) - 1
 
 
 @lru_cache(maxsize=1024)
@@ -1130,9 +1178,9 @@ def _counted(device: _Device) -> tuple:
 
 
 def _covered(days: int, span: int) -> int:
-    """The days, as bits, on which a device seen on `days` is one of the last `span` days."""
+    """The days on which a device that was seen on `days` is one of the last `span` days."""
     for _ in range(span - 1):
-        days |= days >> 1
+        days |= days << 1
     return days
 
 
@@ -1192,9 +1240,11 @@ REPLAY_DAYS = 7  # how long a phone may be offline between a request and its rep
 BUSY_GROUP = 4  # requests in a commit, from which on the next one waits for company
 GATHER_SECONDS = 0.002  # so long: a commit costs as much as ten reports; who comes alone never waits
 MAX_WAIT = 30.0  # seconds for a commit that others make: longer than any lock and sync together
-STEP = 200  # rows deleted at a time, and more where more come in: too few to be felt
+STEP = 200  # rows that a commit deletes, and more where more come in: too few to be felt
 PRUNE_STEP = 1000  # rows, or pages, that `prune` deletes at a time
 PAUSE = 2  # the pause after such a step, in its lengths
+EXPIRE_SLICE = 50  # rows after which to look at the clock: a row may be as large as a body
+EXPIRE_SECONDS = 0.05  # so long a commit may go on deleting
 
 
 class StoreError(Exception):
@@ -1520,54 +1570,48 @@ class Store:
     # Reports that go
 
     def _expire(self, db: _Connection, step: int) -> Counter:
-        """Deletes at most `step` rows of each table whose time is over; how many it were of each."""
-        rows = first_seq(self.now - self._retention) if self._retention else 0
-        replays = self.now - REPLAY_DAYS * DAY
-        over = dict(zip(("replays", "crashes", "events"), db.execute("""
+        """Deletes at most `step` rows of each table whose time is over, and fewer where they are large; how many."""
+        window = {"replays": self.now - REPLAY_DAYS * DAY, "week": self.now // DAY - 7,
+                  "rows": first_seq(self.now - self._retention) if self._retention else 0}
+        over = db.execute("""
             select exists (select 1 from replays where received_at < :replays),
+                exists (select 1 from release_days where app_id in (select id from apps) and day < :week),
                 exists (select 1 from crashes where seq < :rows), exists (select 1 from events where seq < :rows)
-            """, {"replays": replays, "rows": rows}).fetchone()))
+            """, window).fetchone()
         deleted: Counter = Counter()
-        if over["replays"]:
+        if over[0]:
             deleted["replays"] = db.execute("""
                 delete from replays where (app_id, mark) in (
                     select app_id, mark from replays where received_at < ? limit ?)
-                """, (replays, step)).rowcount
-        if over["crashes"]:
-            deleted["crashes"] = self._expire_crashes(db, rows, step)
-        if over["events"]:
-            deleted["events"] = self._expire_events(db, rows, step)
+                """, (window["replays"], step)).rowcount
+        if over[1]:
+            db.execute("delete from release_days where app_id in (select id from apps) and day < :week", window)
+        if over[2] or over[3]:
+            deadline = time.monotonic() + EXPIRE_SECONDS
+            for table in ("crashes", "events"):
+                while deleted[table] < step and (count := self._expire_some(db, table, window["rows"])):
+                    deleted[table] += count
+                    if time.monotonic() > deadline:
+                        break
+            db.execute("delete from releases where last_seen < ?", (self.now - self._retention,))
         return +deleted
 
-    def _expire_crashes(self, db: _Connection, before: int, step: int) -> int:
+    def _expire_some(self, db: _Connection, table: str, before: int) -> int:
+        """Deletes a slice of the oldest reports; what is known of a device or a session goes with its last one."""
         rollups = RollUps(db, self.now)
-        rows = db.execute("""
-            select seq, app_id, device_id_hash, group_hash, exception_type, device_model, occurred_at, received_at
-            from crashes where seq < ? order by seq limit ?
-            """, (before, step)).fetchall()
-        for _, app_id, _, _, exception_type, device_model, *times in rows:
-            rollups.count_labels(app_id, exception_type, device_model, counted_at(*times), -1)
-        db.execute("delete from crashes where seq <= ?", (rows[-1][0],))
-        rollups.drop_groups({(row[1], row[3]) for row in rows})
-        rollups.save()
-        self._expire_devices(db, rows)
+        rows = _mappings(db, f"select * from {table} where seq < ? order by seq limit ?", (before, EXPIRE_SLICE))
+        if rows:
+            last = rows[-1]["seq"]
+            db.execute(f"delete from {table} where seq <= ?", (last,))
+            rollups.expire_devices({(row["app_id"], row["device_id_hash"]): row["seq"] for row in rows
+                                    if row["device_id_hash"]})
+            if table == "crashes":
+                rollups.expire_crashes(rows)
+            else:
+                db.executemany("delete from sessions where app_id = ? and session_id = ? and last_seq <= ?",
+                               {(row["app_id"], row["session_id"], last) for row in rows if row["session_id"]})
+            rollups.save()
         return len(rows)
-
-    def _expire_events(self, db: _Connection, before: int, step: int) -> int:
-        rows = db.execute("""
-            select seq, app_id, device_id_hash, session_id from events where seq < ? order by seq limit ?
-            """, (before, step)).fetchall()
-        db.execute("delete from events where seq <= ?", (rows[-1][0],))
-        self._expire_devices(db, rows)
-        db.executemany("delete from sessions where app_id = ? and session_id = ? and last_seq <= ?",
-                       [(*key, seq) for key, seq in {(row[1], row[3]): row[0] for row in rows if row[3]}.items()])
-        return len(rows)
-
-    def _expire_devices(self, db: _Connection, rows: Sequence[tuple]) -> None:
-        """What is known of a device goes with its last report."""
-        latest = {(row[1], row[2]): row[0] for row in rows if row[2]}
-        db.executemany("delete from devices where app_id = ? and device_id_hash = ? and last_seq <= ?",
-                       [(*key, seq) for key, seq in latest.items()])
 
     def prune(self) -> Counter:
         """Deletes all rows whose time is over, and gives the disk their space back; how many rows of each table.
@@ -1581,15 +1625,19 @@ class Store:
             if not step:
                 break
             deleted += step
-        free = 1
-        while free:
+        free, before = 1, 0
+        while free and free != before:  # it stays where the file was made without auto_vacuum
+            before = free
             with self._in_step() as db:
                 for _ in range(PRUNE_STEP):  # of one page each: some Pythons end a longer pragma after its first
                     db.execute("pragma incremental_vacuum(1)").fetchall()
                 free = db.pragma("freelist_count")
+        self._fold_in_wal()
+        return deleted
+
+    def _fold_in_wal(self) -> None:
         with self.reading() as db:
             db.execute("pragma wal_checkpoint(truncate)").fetchall()
-        return deleted
 
     @contextmanager
     def _in_step(self) -> Iterator[_Connection]:
@@ -1606,35 +1654,36 @@ class Store:
         It is taken out of every sum. When a group or a release was first seen stays as it is.
         """
         deleted: Counter = Counter()
-        while True:
+        last = {}
+        for table in ("crashes", "events"):
             with self.reading() as db:
-                rows = {table: [seq for seq, in db.execute(
-                    f"select seq from {table} where device_id_hash = ?", (device_id_hash,))]
-                    for table in ("crashes", "events")}
-                keys = db.execute("select app_id, device_id_hash from devices"
-                                  " where app_id in (select id from apps) and device_id_hash = ?",
-                                  (device_id_hash,)).fetchall()
-            if not keys and not any(rows.values()):
-                return deleted
-            for table, seqs in rows.items():
-                for start in range(0, len(seqs), STEP):
-                    with self._in_step() as db:
-                        self._forget_rows(db, table, seqs[start:start + STEP])
-            with self._in_step() as db:
-                rollups = RollUps(db, self.now)
-                rollups.remove_devices(keys)
-                rollups.save()
-            deleted += Counter({table: len(seqs) for table, seqs in rows.items()}, devices=len(keys))
+                seqs = [seq for seq, in db.execute(
+                    f"select seq from {table} where device_id_hash = ? order by seq", (device_id_hash,))]
+            for start in range(0, len(seqs), EXPIRE_SLICE):
+                with self._in_step() as db:
+                    deleted[table] += self._forget_rows(db, table, seqs[start:start + EXPIRE_SLICE])
+            last[table] = seqs[-1] if seqs else 0
+        with self._in_step() as db:
+            for table in last:  # what has come meanwhile
+                seqs = [seq for seq, in db.execute(
+                    f"select seq from {table} where device_id_hash = ? and seq > ?", (device_id_hash, last[table]))]
+                deleted[table] += self._forget_rows(db, table, seqs)
+            keys = db.execute("select app_id, device_id_hash from devices where app_id in (select id from apps)"
+                              " and device_id_hash = ?", (device_id_hash,)).fetchall()
+            rollups = RollUps(db, self.now)
+            rollups.remove_devices(keys)
+            rollups.save()
+        self._fold_in_wal()
+        return +deleted + Counter(devices=len(keys))
 
-    def _forget_rows(self, db: _Connection, table: str, seqs: Sequence[int]) -> None:
+    def _forget_rows(self, db: _Connection, table: str, seqs: Sequence[int]) -> int:
+        db.execute("pragma secure_delete = on")  # overwrite what is deleted
         rollups = RollUps(db, self.now)
-        row_factory, db.row_factory = db.row_factory, sqlite3.Row
-        rows = rows_of(db, f"select {table}.* from (values *) cross join {table} on seq = column1",
-                       [(seq,) for seq in seqs])
-        db.row_factory = row_factory
+        rows = [row for seq in seqs for row in _mappings(db, f"select * from {table} where seq = ?", (seq,))]
         db.executemany(f"delete from {table} where seq = ?", [(seq,) for seq in seqs])
         (rollups.remove_crashes if table == "crashes" else rollups.remove_events)(rows)
         rollups.save()
+        return len(rows)
 
     # Apps and keys
 
@@ -1748,10 +1797,15 @@ class Store:
             db.execute("delete from keys where app_id = ?", (app_id,))
         for table in ("events", "crashes"):
             self._delete_reports(table, app_id)
-        while self._delete_devices(app_id):
+        while self._delete_devices(app_id) or self._delete_groups(app_id):
             pass
         with self.writing() as db:
-            self._delete_sums(db, app_id)
+            if not db.execute("select is_test from apps where id = ?", (app_id,)).fetchone()[0]:
+                rollups = RollUps(db, self.now)
+                rollups.remove_sums(app_id)
+                rollups.save()
+            for table in ("replays", "sessions", *_SUMS):
+                db.execute(f"delete from {table} where app_id = ?", (app_id,))
             db.execute("delete from apps where id = ?", (app_id,))
 
     def _delete_reports(self, table: str, app_id: int) -> None:
@@ -1773,13 +1827,19 @@ class Store:
             rollups.save()
         return bool(keys)
 
-    def _delete_sums(self, db: _Connection, app_id: int) -> None:
-        rollups = RollUps(db, self.now)
-        if not db.execute("select is_test from apps where id = ?", (app_id,)).fetchone()[0]:
-            rollups.remove_app(app_id)
-            rollups.save()
-        for table in ("replays", "sessions", "groups", *_SUMS):
-            db.execute(f"delete from {table} where app_id = ?", (app_id,))
+    def _delete_groups(self, app_id: int) -> bool:
+        """One step of it; whether there may be more."""
+        with self._in_step() as db:
+            groups = db.execute("select group_hash from groups where app_id = ? limit ?", (app_id, STEP)).fetchall()
+            RollUps(db, self.now).remove_groups(app_id, groups)
+        return bool(groups)
+
+
+def _mappings(db: sqlite3.Connection, query: str, parameters: Any = ()) -> List[Dict[str, Any]]:
+    """The rows of a query, each by the names of its columns."""
+    rows = db.execute(query, parameters)
+    names = [column[0] for column in rows.description]
+    return [dict(zip(names, row)) for row in rows]
 
 
 def _prepare(path: Path, may_create: bool) -> None:
@@ -1895,7 +1955,9 @@ class _Commit:
 
     def _new_seqs(self, kind: type, count: int) -> range:
         if kind not in self._next_seq:
-            last = self._db.execute(f"select max(seq) from {_TABLES[kind]}").fetchone()[0] or 0
+            # Seqs of a clock that was fast by more than a day are left ahead.
+            last = self._db.execute(f"select max(seq) from {_TABLES[kind]} where seq < ?",
+                                    (first_seq(self._now + DAY),)).fetchone()[0] or 0
             # A random start keeps the ids of two hosts apart.
             self._next_seq[kind] = max(last + 1, first_seq(self._now) + secrets.randbits(SEQ_BITS))
         first = self._next_seq[kind]
@@ -2006,13 +2068,13 @@ class Metrics:
             group by group_hash
             """, {"app": app_id, "since": since}).fetchall())
         # What grows less by the old ones was not further behind than there are of them.
-        rows = _dicts(db.execute("""
+        rows = _mappings(db, """
             select group_hash, exception_type, coalesce(exception_reason, '') as exception_reason, recent as count
             from groups
             where app_id = ? and recent > 0
             order by recent desc, group_hash
             limit ?
-            """, (app_id, 5 + len(old))))
+            """, (app_id, 5 + len(old)))
         for row in rows:
             row["count"] -= old.get(row["group_hash"], 0)
         return sorted((row for row in rows if row["count"] > 0), key=lambda row: (-row["count"], row["group_hash"]))[:5]
@@ -2060,21 +2122,18 @@ class Metrics:
         """What is known of each version of an app, the latest first: at most 100 of them."""
         shown = self._last_days(ADOPTION_DAYS)
         with self._asking(app) as (db, app_id):
-            rows = _dicts(db.execute(f"""
-                with recent as (
-                    select app_id, app_version, sum(sessions) as sessions from release_days
-                    where {_APPS} and day between :first and :last
-                    group by app_id, app_version)
-                select apps.name as app, app_version, releases.sessions, crashes, devices, crashed_devices,
-                    coalesce(recent.sessions, 0) as recent,
+            rows = _mappings(db, f"""
+                with latest as (
+                    select * from releases where {_APPS} order by first_seen desc, app_version, app_id limit 100)
+                select apps.name as app, app_version, sessions, crashes, devices, crashed_devices,
+                    first_seen, last_seen,
+                    (select sum(sessions) from release_days
+                        where app_id = latest.app_id and app_version = latest.app_version
+                            and day between :first and :last) as recent,
                     (select sum(sessions) from days
-                        where app_id = releases.app_id and day between :first and :last) as of_all,
-                    first_seen, last_seen
-                from releases join apps on apps.id = app_id left join recent using (app_id, app_version)
-                where {_APPS}
-                order by first_seen desc, app_version, app_id
-                limit 100
-                """, {"app": app_id, "first": shown[0], "last": shown[-1]}))
+                        where app_id = latest.app_id and day between :first and :last) as of_all
+                from latest join apps on apps.id = app_id
+                """, {"app": app_id, "first": shown[0], "last": shown[-1]})
         return {"releases": [_release(**row) for row in rows]}
 
     # Behind the admin token: these read the reports, a page at a time
@@ -2092,7 +2151,7 @@ class Metrics:
         with self._asking(app) as (db, app_id):
             window = {"app": app_id, "version": version, "first": first, "last": last, "limit": limit + 1,
                       "count": count, "group": group}
-            rows = _dicts(db.execute(f"""
+            rows = _mappings(db, f"""
                 select group_hash, count(*) as count, count(distinct device_id_hash) as devices,
                     min(at) as first_seen, max(at) as last_seen
                 from ({found})
@@ -2100,7 +2159,7 @@ class Metrics:
                 having count(*) < :count or count(*) = :count and group_hash > :group
                 order by count(*) desc, group_hash
                 limit :limit
-                """, window))
+                """, window)
             shown = [{
                 **self._group(db, app_id, row["group_hash"]), "count": row["count"], "devices": row["devices"],
                 "versions": sorted((version for version, in db.execute(f"""
@@ -2112,10 +2171,10 @@ class Metrics:
         return {"groups": shown, "next": following}
 
     def _group(self, db: _Connection, app_id: int, group_hash: str) -> Figures:
-        row, = _dicts(db.execute("""
+        row, = _mappings(db, """
             select group_hash, exception_type, coalesce(exception_reason, '') as exception_reason from groups
             where app_id = ? and group_hash = ?
-            """, (app_id, group_hash)))
+            """, (app_id, group_hash))
         return row
 
     def group(self, group_hash: str, app: Optional[str] = None, limit: int = REPORTS,
@@ -2179,10 +2238,10 @@ class Metrics:
         with self._store.reading() as db:
             db.execute("begin")
             found = {
-                "apps": _dicts(db.execute("""
+                "apps": _mappings(db, """
                     select name as app, first_seen, last_seen, versions from devices join apps on apps.id = app_id
                     where device_id_hash = ? order by name
-                    """, (device_id_hash,))),
+                    """, (device_id_hash,)),
                 **{table: _reports(db, f"select * from {table} where device_id_hash = :device order by seq",
                                    {"device": device_id_hash}) for table in ("crashes", "events")}}
             db.execute("commit")
@@ -2190,11 +2249,6 @@ class Metrics:
             app.update(first_seen=iso_time(app["first_seen"]), last_seen=iso_time(app["last_seen"]),
                        versions=sorted(json.loads(app["versions"]), key=_version_key))
         return found
-
-
-def _dicts(rows: sqlite3.Cursor) -> List[Figures]:
-    names = [column[0] for column in rows.description]
-    return [dict(zip(names, row)) for row in rows]
 
 
 def _labelled(rows: Iterable[Tuple[str, int]]) -> Figures:
@@ -2210,7 +2264,7 @@ def _reports(db: _Connection, query: str, parameters: Mapping[str, Any]) -> List
     """Crashes or events as they were sent, without what was absent; and their app, and when they were received."""
     apps = dict(db.execute("select id, name from apps"))
     reports = []
-    for row in _dicts(db.execute(query, parameters)):
+    for row in _mappings(db, query, parameters):
         report = {"id": row.pop("id"), "app": apps.get(row.pop("app_id")), **row}
         report = {name: value for name, value in report.items() if value is not None and name != "seq"}
         for name in {"stack_trace", "properties", "extra"} & report.keys():
@@ -2224,11 +2278,11 @@ def _reports(db: _Connection, query: str, parameters: Mapping[str, Any]) -> List
 
 
 def _release(app: str, app_version: str, sessions: int, crashes: int, devices: int, crashed_devices: int,
-             recent: int, of_all: Optional[int], first_seen: int, last_seen: int) -> Figures:
+             first_seen: int, last_seen: int, recent: Optional[int], of_all: Optional[int]) -> Figures:
     return {"app": app, "app_version": app_version, "sessions": sessions, "crashes": crashes,
             "crash_free_sessions": crash_free_rate(crashes, sessions),
             "crash_free_devices": crash_free_rate(crashed_devices, devices),
-            "adoption": round(100 * recent / of_all, 2) if of_all else 0.0,
+            "adoption": round(100 * (recent or 0) / of_all, 2) if of_all else 0.0,
             "first_seen": iso_time(first_seen), "last_seen": iso_time(last_seen)}
 
 

@@ -183,8 +183,8 @@ def roll_ups(path):
                 devices=2, sessions=2)
     tables = {table: {row[:size]: row[size:] for row in sql(path, f"select * from {table}")}
               for table, size in keys.items()}
-    tables["devices"] = {key: (*row[:3], {row[1] // DAY - n for n in range(8 * len(row[3]))
-                                          if int.from_bytes(row[3], "big") >> n & 1}, json.loads(row[4]))
+    tables["devices"] = {key: (*row[:3], {row[3] + n for n in range(8 * len(row[4]))
+                                          if int.from_bytes(row[4], "big") >> n & 1}, json.loads(row[5]))
                          for key, row in tables["devices"].items()}
     return {table: {key: row for key, row in rows.items() if any(row)} for table, rows in tables.items()}
 
@@ -197,6 +197,8 @@ def recount(path):
     crashes = rows_of_table(path, "crashes")
     events = rows_of_table(path, "events")
     reports = sorted(crashes + events, key=lambda row: row["seq"])
+
+    tables["today"] = max((row["received_at"] // DAY for row in reports), default=0)
 
     def scopes(app):
         return (app, 0) if app in live else (app,)
@@ -222,7 +224,7 @@ def recount(path):
                 latest["exception_type"], latest["exception_reason"], min(times), max(times),
                 sum(at // HOUR >= since for at in times))
     for (app, version), rows in grouped(reports, "app_id", "app_version").items():
-        times = [row["at"] for row in rows]
+        times = [row["received_at"] for row in rows]
         tables["releases"][app, version].update(first=min(times), last=max(times))
 
     for (app, session), rows in grouped(events, "app_id", "session_id").items():
@@ -277,7 +279,8 @@ def count_session(tables, scopes, start, end):
     tables["hours"][scopes[0], at // HOUR]["sessions"] += 1
     if version:
         tables["releases"][scopes[0], version]["sessions"] += 1
-        tables["release_days"][scopes[0], at // DAY, version]["sessions"] += 1
+        if at // DAY >= tables["today"] - 7:
+            tables["release_days"][scopes[0], version, at // DAY]["sessions"] += 1
     for scope in scopes:
         tables["days"][scope, at // DAY]["sessions"] += 1
         if end is not None and end >= at:
@@ -1073,6 +1076,109 @@ def test_a_group_goes_when_no_crash_of_it_is_kept_and_none_is_of_the_week(serve,
     assert "person" not in str(stored(server))
 
 
+def test_a_device_of_two_apps_goes_from_both_with_its_last_report_in_either(serve, clock):
+    """As it is one device of all apps together, what it has counted there must not be forgotten in between."""
+    server = serve(retention_days=90)
+    serve.unchecked.append(server)
+    shop = backfeedr.sha256(server.store.create_app("Shop"))
+    api = Api(server)
+    api.post(EVENTS, {**EVENT, "device_id_hash": "d", "occurred_at": time_text(clock.seconds)})
+    for days in (50, 45):
+        clock.move(days * 24 * 3600)
+        event = {**EVENT, "device_id_hash": "d", "occurred_at": time_text(clock.seconds)}
+        server.store.add(shop, [parse_event(event)])
+    assert len(stored(server, "devices")["devices"]) == 2 and len(stored(server, "events")["events"]) == 2
+    server.store.forget_device("d")
+    for name in ("active-devices", "retention"):
+        figures = api.get(f"/api/v1/metrics/{name}?days=365")[1]
+        assert not any(any(figures[column]) for column in figures.keys() - {"labels"}), name
+    server.store.add(shop, [parse_event(event)])
+    clock.move(91 * 24 * 3600)
+    server.store.prune()
+    assert stored(server, "devices") == {"devices": []}
+
+
+def test_figures_heal_when_a_clock_that_was_years_ahead_is_set_right(serve, clock):
+    server = serve(retention_days=90)
+    serve.unchecked.append(server)
+    api = Api(server)
+    years = 3 * 365 * 24 * 3600
+    clock.move(years)
+    api.post(CRASHES, {**CRASH, "device_id_hash": "d", "occurred_at": time_text(clock.seconds)})
+    clock.move(-years)
+    for _ in range(3):
+        clock.move(3600)
+        api.post(CRASHES, {**CRASH, "device_id_hash": "d", "occurred_at": time_text(clock.seconds)})
+    overview = api.get("/api/v1/overview")[1]
+    assert overview["top_crashes"][0]["count"] == 4  # with the one that came from the future
+    assert api.get("/api/v1/metrics/active-devices?days=1")[1]["mau"] == [1]
+    clock.move(91 * 24 * 3600)
+    server.store.prune()
+    assert len(stored(server, "crashes")["crashes"]) == 1
+
+
+def test_versions_that_are_no_longer_reported_go_with_their_last_report(serve, clock):
+    server = serve(retention_days=30)
+    serve.unchecked.append(server)
+    api = Api(server)
+    for n in range(100):
+        api.post(EVENTS, {**EVENT, "type": "session_start", "app_version": f"junk {n}",
+                          "occurred_at": time_text(clock.seconds)})
+    clock.move(31 * 24 * 3600)
+    api.post(EVENTS, {**EVENT, "app_version": "1.0"})
+    assert [row["app_version"] for row in api.get("/api/v1/releases")[1]["releases"]] == ["1.0"]
+    assert stored(server, "release_days") == {"release_days": []}
+
+
+def test_what_leaves_the_week_does_so_in_steps_and_is_never_counted(serve, clock, monkeypatch):
+    monkeypatch.setattr(backfeedr, "LEAVING", 3)
+    server = serve()
+    api = Api(server)
+    for n in range(10):
+        api.post(CRASHES, {**CRASH, "exception_type": f"T{n}", "occurred_at": time_text(clock.seconds)})
+    clock.move(8 * 24 * 3600)
+    for left in (7, 4, 1, 0):
+        api.post(CRASHES, {**CRASH, "exception_type": "T1", "occurred_at": time_text(clock.seconds)})
+        assert {top["exception_type"] for top in api.get("/api/v1/overview")[1]["top_crashes"]} == {"T1"}
+        hours = [hour for _, hour, _, _ in stored(server, "group_hours")["group_hours"]]
+        assert sum(hour < clock.seconds // 3600 - 168 for hour in hours) == left
+
+
+def test_a_commit_stops_deleting_large_reports_when_it_has_taken_its_time(serve, clock, monkeypatch):
+    monkeypatch.setattr(backfeedr, "EXPIRE_SECONDS", 0)
+    server = serve(retention_days=1)
+    serve.unchecked.append(server)
+    server.store.add(backfeedr.sha256(KEY), [parse_crash(dict(CRASH))] * 120)
+    clock.move(24 * 3600 + 1)
+    for left in (70, 20, 0):
+        server.store.add(backfeedr.sha256(KEY), [parse_event(dict(EVENT))])
+        assert len(stored(server, "crashes")["crashes"]) == left
+
+
+def test_pruning_ends_where_the_file_cannot_shrink(serve, clock):
+    server = serve(retention_days=1)
+    serve.unchecked.append(server)
+    server.store.add(backfeedr.sha256(KEY), [parse_event({**EVENT, "name": "x" * 400})] * 100)
+    server.store.close()
+    sql_run(server.store.path, "pragma auto_vacuum = none")
+    with closing(sqlite3.connect(str(server.store.path), isolation_level=None)) as db:
+        db.execute("pragma journal_mode = delete")
+        db.execute("pragma auto_vacuum = none")
+        db.execute("vacuum")
+        db.execute("pragma journal_mode = wal")
+    clock.move(24 * 3600 + 1)
+    with Store(str(server.store.path), clock=clock, retention_days=1) as store:
+        assert store.prune() == {"events": 100}
+
+
+def test_forgetting_a_device_leaves_a_session_that_others_report_too(api):
+    api.post(EVENTS, {**EVENT, "type": "session_start", "session_id": "s"})  # before its device was known
+    api.post(EVENTS, {**EVENT, "session_id": "s", "device_id_hash": "d"})
+    api.server.store.forget_device("d")
+    assert api.get("/api/v1/overview")[1]["sessions_7d"] == 1
+    assert len(api.get("/api/v1/events?session_id=s", **ADMIN)[1]["events"]) == 1
+
+
 def test_pruning_keeps_what_has_not_expired(serve, clock):
     server = serve(retention_days=0)
     api = Api(server)
@@ -1690,7 +1796,8 @@ PLANS = {
     "retention": [("days", "PRIMARY KEY (app_id=? AND day>? AND day<?)")],
     "overview": [("hours", "PRIMARY KEY (app_id=? AND hour>?)"),
                  ("group_hours", "PRIMARY KEY (app_id=? AND hour<?)"), ("groups", "PRIMARY KEY (app_id=?)")],
-    "releases": [("release_days", "PRIMARY KEY (app_id=? AND day>? AND day<?)"), ("releases", "PRIMARY KEY (app_id=?)"),
+    "releases": [("release_days", "PRIMARY KEY (app_id=? AND app_version=? AND day>? AND day<?)"),
+                 ("releases", "PRIMARY KEY (app_id=?)"), ("days", "PRIMARY KEY (app_id=? AND day>? AND day<?)"),
                  ("apps", "INTEGER PRIMARY KEY (rowid=?)")],
     "groups": [("crashes", "COVERING INDEX crashes_by_group (app_id=?)"),
                ("crashes", "COVERING INDEX crashes_by_group (app_id=? AND group_hash=?)"),
@@ -1907,7 +2014,7 @@ class Slow:
             recent = [session for session in sessions if session[0] == app
                       and session[2] // DAY_MS in self.days(7)]
             adopted = sum(session[1] == version for session in recent)
-            first, last = min(each.at for each in mine), max(each.at for each in mine)
+            first, last = min(each.received for each in mine), max(each.received for each in mine)
             if version:
                 found.append((-first, version, self.apps.index(app), {
                     "app": app, "app_version": version, "sessions": len(started), "crashes": len(crashes),
@@ -2174,12 +2281,12 @@ def test_retention_is_the_percentage_of_new_devices_that_came_back(three_days):
 def test_releases_have_their_sessions_crashes_and_adoption(three_days):
     assert three_days.get("/api/v1/releases") == (200, {"releases": [{
         "app": "default", "app_version": "1.0", "sessions": 3, "crashes": 1, "crash_free_sessions": 66.67,
-        "crash_free_devices": 50.0, "adoption": 100.0, "first_seen": "2026-03-10T10:00:00Z",
-        "last_seen": "2026-03-11T12:00:00Z"}]})
+        "crash_free_devices": 50.0, "adoption": 100.0, "first_seen": NOW, "last_seen": NOW}]})  # when received
 
 
-def test_a_release_keeps_its_first_report_when_its_only_session_starts_again_with_another(api):
+def test_a_release_keeps_its_first_report_when_its_only_session_starts_again_with_another(api, clock):
     for day, version in ((10, "1.0"), (12, "2.0")):
+        clock.move(1)
         api.post(EVENTS, start_at(f"2026-03-{day}T10:00:00Z", session_id="s", app_version=version))
     assert [(row["app_version"], row["sessions"]) for row in api.get("/api/v1/releases")[1]["releases"]] == [
         ("2.0", 1), ("1.0", 0)]
