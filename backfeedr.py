@@ -201,7 +201,7 @@ create index replays_by_age on replays (received_at);
 -- What is known of a device and a session as long as one report of theirs is kept.
 create table devices (
     app_id integer not null, device_id_hash text not null,
-    first_seen integer not null, last_seen integer not null, last_seq integer not null,
+    first_seen integer not null, last_seen integer not null, last_seq integer not null,  -- to the hour
     days_from integer not null, days blob not null,  -- bit n, the lowest being 0: seen on the day days_from + n
     versions text not null,                -- JSON: of each app_version, whether it crashed there: 0 or 1
     primary key (app_id, device_id_hash)) without rowid;
@@ -1023,13 +1023,17 @@ class RollUps:
 
         So the most frequent groups of the week cost a look at each group, not at each hour of each.
         """
-        old, = self._db.execute("select hour from recent_since").fetchone()
         new = (self._now - 7 * DAY) // HOUR
+        old, is_old = self._db.execute("""
+            select hour, exists (select 1 from group_hours where app_id in (select id from apps) and hour < ?)
+            from recent_since
+            """, (new,)).fetchone()
         if old == 0 or old > new:  # at the start, and where the clock went back
             self._count_week(new)
         if old != new:
             self._db.execute("update recent_since set hour = ?", (new,))
-        self._leave_week(new)
+        if is_old:
+            self._leave_week(new)
         return new
 
     def _leave_week(self, since: int) -> None:
@@ -1039,11 +1043,10 @@ class RollUps:
             where app_id in (select id from apps) and hour < ?
             limit ?
             """, (since, LEAVING)).fetchall()
-        if gone:
-            self._db.executemany("delete from group_hours where app_id = ? and group_hash = ? and hour = ?",
-                                 [row[1:] for row in gone])
-            self._change_recent((-crashes, app_id, group_hash) for crashes, app_id, group_hash, _ in gone)
-            self.drop_groups({row[1:3] for row in gone})
+        self._db.executemany("delete from group_hours where app_id = ? and group_hash = ? and hour = ?",
+                             [row[1:] for row in gone])
+        self._change_recent((-crashes, app_id, group_hash) for crashes, app_id, group_hash, _ in gone)
+        self.drop_groups({row[1:3] for row in gone})
 
     def _count_week(self, since: int) -> None:
         self._db.execute("delete from group_hours")
@@ -1077,9 +1080,11 @@ class RollUps:
     # Devices and sessions
 
     def _save_devices(self) -> None:
+        """Writes devices where that changes a figure: one that is busy once an hour, and not with each report."""
         stored = self._stored_devices(list(self._devices))
-        self._replace_devices({key: stored[key].merged(seen) if key in stored else seen
-                               for key, seen in self._devices.items()}, stored)
+        seen = {key: stored[key].merged(device) if key in stored else device for key, device in self._devices.items()}
+        self._replace_devices({key: after for key, after in seen.items()
+                               if key not in stored or _by_hour(stored[key]) != _by_hour(after)}, stored)
 
     def remove_devices(self, keys: Sequence[tuple]) -> None:
         """Deletes devices, by (app_id, device_id_hash), and takes them from all figures."""
@@ -1183,6 +1188,11 @@ def _sum_statements(table: str) -> Tuple[str, str]:
 def _counted(device: _Device) -> tuple:
     """What of a device shows in the figures."""
     return device.first_seen // DAY, device.last_seen // HOUR, device.days, device.versions
+
+
+def _by_hour(device: _Device) -> tuple:
+    """The same, and the hour in which it was last received: for as long as its reports are kept."""
+    return (*_counted(device), (device.last_seq >> SEQ_BITS) // HOUR)
 
 
 def _covered(days: int, span: int) -> int:

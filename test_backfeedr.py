@@ -183,7 +183,7 @@ def roll_ups(path):
                 devices=2, sessions=2)
     tables = {table: {row[:size]: row[size:] for row in sql(path, f"select * from {table}")}
               for table, size in keys.items()}
-    tables["devices"] = {key: (*row[:3], {row[3] + n for n in range(8 * len(row[4]))
+    tables["devices"] = {key: (row[0] // DAY, row[1] // HOUR, {row[3] + n for n in range(8 * len(row[4]))
                                           if int.from_bytes(row[4], "big") >> n & 1}, json.loads(row[5]))
                          for key, row in tables["devices"].items()}
     return {table: {key: row for key, row in rows.items() if any(row)} for table, rows in tables.items()}
@@ -252,7 +252,7 @@ def recount(path):
             versions.update({row["app_version"]: 1 for row in rows if row["app_version"] in versions
                              and "exception_type" in row})
             if scope:
-                tables["devices"][scope, device] = min(times), max(times), rows[-1]["seq"], seen, versions
+                tables["devices"][scope, device] = min(times) // DAY, max(times) // HOUR, seen, versions
             tables["hours"][scope, max(times) // HOUR]["devices"] += 1
             for name, span in (("dau", 1), ("wau", 7), ("mau", 30)):
                 for day in {day + later for day in seen for later in range(span)}:
