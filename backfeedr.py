@@ -175,20 +175,22 @@ create table secrets (name text primary key, hash blob not null) without rowid; 
 
 create table crashes (
     seq integer primary key, id text generated always as (printf('%016x', seq)) virtual,
-    app_id integer not null, received_at integer not null, group_hash text not null,
-    exception_type text not null, exception_reason text, stack_trace text,  -- JSON
+    app_id integer not null, received_at integer not null, occurred_at integer not null,
+    group_hash text not null, exception_type text not null,
     app_version text, build_number text, os_version text, device_model text, device_id_hash text,
     locale text, free_memory_mb numeric, battery_level real,  -- 0 to 1; -1 is unknown
-    is_charging integer, occurred_at integer not null,
+    is_charging integer,
+    -- What may be long comes last: SQLite reads a row only as far as it must.
+    exception_reason text, stack_trace text,  -- JSON
     extra text);                           -- JSON: the fields that this server does not know
 create index crashes_by_group on crashes (  -- covers what groups are counted by
     app_id, group_hash, received_at, occurred_at, app_version, os_version, device_model, device_id_hash);
 create table events (
     seq integer primary key, id text generated always as (printf('evt_%016x', seq)) virtual,
-    app_id integer not null, received_at integer not null,
-    type text not null, name text, properties text,           -- JSON
-    app_version text, os_version text, device_model text, device_id_hash text, session_id text,
-    locale text, occurred_at integer not null, extra text);   -- JSON, as above
+    app_id integer not null, received_at integer not null, occurred_at integer not null,
+    type text not null, name text,
+    app_version text, os_version text, device_model text, device_id_hash text, session_id text, locale text,
+    properties text, extra text);          -- JSON
 
 -- By what a request that was stored is known when it comes again.
 create table replays (
@@ -1617,7 +1619,8 @@ class Store:
     def _expire_some(self, db: _Connection, table: str, before: int) -> int:
         """Deletes a slice of the oldest reports; what is known of a device or a session goes with its last one."""
         rollups = RollUps(db, self.now)
-        rows = _mappings(db, f"select * from {table} where seq < ? order by seq limit ?", (before, EXPIRE_SLICE))
+        rows = _mappings(db, f"select {_COUNTED[table]} from {table} where seq < ? order by seq limit ?",
+                         (before, EXPIRE_SLICE))
         if rows:
             last = rows[-1]["seq"]
             db.execute(f"delete from {table} where seq <= ?", (last,))
@@ -1673,14 +1676,14 @@ class Store:
         """
         deleted: Counter = Counter()
         last = {}
-        for table in ("crashes", "events"):
+        for table in _COUNTED:
             with self.reading() as db:
+                last[table] = db.execute(f"select coalesce(max(seq), 0) from {table}").fetchone()[0]
                 seqs = [seq for seq, in db.execute(
-                    f"select seq from {table} where device_id_hash = ? order by seq", (device_id_hash,))]
+                    f"select seq from {table} where device_id_hash = ? and seq <= ?", (device_id_hash, last[table]))]
             for start in range(0, len(seqs), EXPIRE_SLICE):
                 with self._in_step() as db:
                     deleted[table] += self._forget_rows(db, table, seqs[start:start + EXPIRE_SLICE])
-            last[table] = seqs[-1] if seqs else 0
         with self._in_step() as db:
             for table in last:  # what has come meanwhile
                 seqs = [seq for seq, in db.execute(
@@ -1697,7 +1700,8 @@ class Store:
     def _forget_rows(self, db: _Connection, table: str, seqs: Sequence[int]) -> int:
         db.execute("pragma secure_delete = on")  # overwrite what is deleted
         rollups = RollUps(db, self.now)
-        rows = [row for seq in seqs for row in _mappings(db, f"select * from {table} where seq = ?", (seq,))]
+        rows = [row for seq in seqs
+                for row in _mappings(db, f"select {_COUNTED[table]} from {table} where seq = ?", (seq,))]
         db.executemany(f"delete from {table} where seq = ?", [(seq,) for seq in seqs])
         (rollups.remove_crashes if table == "crashes" else rollups.remove_events)(rows)
         rollups.save()
@@ -1997,6 +2001,10 @@ class _Commit:
 
 
 _TABLES = {Crash: "crashes", Event: "events"}
+_COUNTED = {  # columns by which a report counts somewhere
+    "crashes": "seq, app_id, received_at, occurred_at, group_hash, exception_type, app_version, device_model,"
+               " device_id_hash",
+    "events": "seq, app_id, received_at, occurred_at, type, app_version, device_id_hash, session_id"}
 
 
 # == Metrics ===================================================================
