@@ -1263,8 +1263,8 @@ MAX_WAIT = 30.0  # seconds for a commit that others make: longer than any lock a
 STEP = 200  # rows that a commit deletes, and more where more come in: too few to be felt
 PRUNE_STEP = 1000  # rows, or pages, that `prune` deletes at a time
 PAUSE = 2  # the pause after such a step, in its lengths
-EXPIRE_SLICE = 50  # rows after which to look at the clock: a row may be as large as a body
-EXPIRE_SECONDS = 0.05  # so long a commit may go on deleting
+EXPIRE_SLICE = 10  # rows after which first to look at the clock: one may be as large as a body
+EXPIRE_SECONDS = 0.02  # so long a commit may go on deleting, before it writes that to the disk
 
 
 class StoreError(Exception):
@@ -1608,19 +1608,21 @@ class Store:
             db.execute("delete from release_days where app_id in (select id from apps) and day < :week", window)
         if over[2] or over[3]:
             deadline = time.monotonic() + EXPIRE_SECONDS
-            for table in ("crashes", "events"):
-                while deleted[table] < step and (count := self._expire_some(db, table, window["rows"])):
+            for table in _COUNTED:
+                size = EXPIRE_SLICE
+                while count := self._expire_some(db, table, window["rows"], min(size, step - deleted[table])):
                     deleted[table] += count
+                    size *= 2
                     if time.monotonic() > deadline:
                         break
             db.execute("delete from releases where last_seen < ?", (self.now - self._retention,))
         return +deleted
 
-    def _expire_some(self, db: _Connection, table: str, before: int) -> int:
-        """Deletes a slice of the oldest reports; what is known of a device or a session goes with its last one."""
+    def _expire_some(self, db: _Connection, table: str, before: int, limit: int) -> int:
+        """Deletes some of the oldest reports; what is known of a device or a session goes with its last one."""
         rollups = RollUps(db, self.now)
         rows = _mappings(db, f"select {_COUNTED[table]} from {table} where seq < ? order by seq limit ?",
-                         (before, EXPIRE_SLICE))
+                         (before, limit))
         if rows:
             last = rows[-1]["seq"]
             db.execute(f"delete from {table} where seq <= ?", (last,))

@@ -1148,9 +1148,9 @@ def test_a_commit_stops_deleting_large_reports_when_it_has_taken_its_time(serve,
     monkeypatch.setattr(backfeedr, "EXPIRE_SECONDS", 0)
     server = serve(retention_days=1)
     serve.unchecked.append(server)
-    server.store.add(backfeedr.sha256(KEY), [parse_crash(dict(CRASH))] * 120)
+    server.store.add(backfeedr.sha256(KEY), [parse_crash(dict(CRASH))] * 25)
     clock.move(24 * 3600 + 1)
-    for left in (70, 20, 0):
+    for left in (15, 5, 0):
         server.store.add(backfeedr.sha256(KEY), [parse_event(dict(EVENT))])
         assert len(stored(server, "crashes")["crashes"]) == left
 
