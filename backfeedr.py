@@ -257,8 +257,8 @@ create table groups (                      -- of which a crash is kept, or is of
 create table group_hours (                 -- what is in groups.recent
     app_id integer not null, hour integer not null, group_hash text not null, crashes integer not null,
     primary key (app_id, hour, group_hash)) without rowid;
-create table recent_since (hour integer not null);  -- one row: 7 days ago, as of the latest commit
-insert into recent_since values (0);
+create table state (name text primary key, value integer not null) without rowid;
+insert into state values ('recent_since', 0);  -- the hour 7 days before the latest commit; also: retention_days
 """
 
 
@@ -1027,13 +1027,13 @@ class RollUps:
         """
         new = (self._now - 7 * DAY) // HOUR
         old, is_old = self._db.execute("""
-            select hour, exists (select 1 from group_hours where app_id in (select id from apps) and hour < ?)
-            from recent_since
+            select value, exists (select 1 from group_hours where app_id in (select id from apps) and hour < ?)
+            from state where name = 'recent_since'
             """, (new,)).fetchone()
         if old == 0 or old > new:  # at the start, and where the clock went back
             self._count_week(new)
         if old != new:
-            self._db.execute("update recent_since set hour = ?", (new,))
+            self._db.execute("update state set value = ? where name = 'recent_since'", (new,))
         if is_old:
             self._leave_week(new)
         return new
@@ -1419,7 +1419,8 @@ class Store:
 
     Raises StoreError where the file cannot be opened or is something else. Every
     method may raise StorageUnavailable. `clock` gives seconds since 1970;
-    `retention_days` of 0 keeps all. Close it, or use it as a context manager.
+    `retention_days` of 0 keeps all, and None what the last server has kept. Close it,
+    or use it as a context manager.
 
     max_waiters: requests that may wait for a commit. More than a server has threads,
         unless commits take so long that a phone had better come again.
@@ -1427,16 +1428,21 @@ class Store:
         that nobody waits for two. As many take about a tenth of a second to write.
     """
 
-    def __init__(self, path: str, clock: Callable[[], float] = time.time, retention_days: int = 0,
+    def __init__(self, path: str, clock: Callable[[], float] = time.time, retention_days: Optional[int] = 0,
                  max_waiters: int = 256, max_rows: int = 10_000, may_create: bool = True):
         self.path = Path(path).absolute()
         self.max_waiters, self.max_rows = max_waiters, max_rows
-        self._clock, self._retention = clock, retention_days * DAY
+        self._clock = clock
         self._closed, self._trouble, self._logged = False, "", ""
         # A parent's connections stay here untouched in the child: to close them would harm the parent's.
         self._processes: Dict[int, _Process] = {}
         _prepare(self.path, may_create)
         self._file = _file_identity(self.path)
+        if retention_days is None:
+            with self.reading() as db:
+                row = db.execute("select value from state where name = 'retention_days'").fetchone()
+            retention_days = row[0] if row else Settings.retention_days
+        self.retention_days: int = retention_days
 
     def __enter__(self) -> Store:
         return self
@@ -1592,7 +1598,7 @@ class Store:
     def _expire(self, db: _Connection, step: int) -> Counter:
         """Deletes at most `step` rows of each table whose time is over, and fewer where they are large; how many."""
         window = {"replays": self.now - REPLAY_DAYS * DAY, "week": self.now // DAY - 7,
-                  "rows": first_seq(self.now - self._retention) if self._retention else 0}
+                  "rows": first_seq(self.now - self.retention_days * DAY) if self.retention_days else 0}
         over = db.execute("""
             select exists (select 1 from replays where received_at < :replays),
                 exists (select 1 from release_days where app_id in (select id from apps) and day < :week),
@@ -1615,7 +1621,7 @@ class Store:
                     size *= 2
                     if time.monotonic() > deadline:
                         break
-            db.execute("delete from releases where last_seen < ?", (self.now - self._retention,))
+            db.execute("delete from releases where last_seen < ?", (self.now - self.retention_days * DAY,))
         return +deleted
 
     def _expire_some(self, db: _Connection, table: str, before: int, limit: int) -> int:
@@ -1717,6 +1723,7 @@ class Store:
         Secrets that are given are taken; else they are made, where none is stored.
         """
         with self.writing() as db:
+            db.execute("insert or replace into state values ('retention_days', ?)", (self.retention_days,))
             key = token = None
             known = db.execute("select revoked_at from keys where key_hash = ?", (sha256(api_key),)).fetchone()
             if known and known[0]:
@@ -2773,7 +2780,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if arguments.run is serve:
             serve(settings)
         else:
-            with Store(settings.db_path, retention_days=settings.retention_days,
+            retention_days = settings.retention_days if os.environ.get("BACKFEEDR_RETENTION_DAYS") else None
+            with Store(settings.db_path, retention_days=retention_days,
                        may_create=arguments.run is _app_create) as store:
                 arguments.run(store, arguments)
     except (SettingsError, StoreError, Refusal, OSError, UnicodeError) as error:
@@ -2856,7 +2864,8 @@ def _device_forget(store: Store, arguments: argparse.Namespace) -> None:
 def _prune(store: Store, arguments: argparse.Namespace) -> None:
     size = store.path.stat().st_size
     deleted = store.prune()
-    _say(f"Deleted {_counted_rows(deleted)}; gave back"
+    kept = f"older than {store.retention_days} days" if store.retention_days else "(the retention keeps all)"
+    _say(f"Deleted {_counted_rows(deleted)} {kept}; gave back"
          f" {max(0, size - store.path.stat().st_size) / 1e6:,.1f} MB of {size / 1e6:,.1f} MB.")
 
 

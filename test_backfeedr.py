@@ -192,7 +192,7 @@ def roll_ups(path):
 def recount(path):
     """What `roll_ups` must find, from the reports alone."""
     live = {app for app, in sql(path, "select id from apps where not is_test")}
-    since, = sql(path, "select hour from recent_since")[0]
+    since, = sql(path, "select value from state where name = 'recent_since'")[0]
     tables = defaultdict(lambda: defaultdict(Counter))
     crashes = rows_of_table(path, "crashes")
     events = rows_of_table(path, "events")
@@ -3066,10 +3066,22 @@ def test_prune_says_what_it_deleted_and_what_it_gave_back(command, monkeypatch):
         store.add(backfeedr.sha256(key), [parse_crash(dict(CRASH))])
     status, out, err = command("prune")
     assert (status, out) == (0, "")
-    assert re.fullmatch(r"Deleted 1 crash and 2,000 events; gave back [0-9.]+ MB of [0-9.]+ MB\.\n", err), err
+    assert re.fullmatch(r"Deleted 1 crash and 2,000 events older than 90 days; gave back [0-9.]+ MB of [0-9.]+ MB\.\n", err), err
     monkeypatch.setenv("BACKFEEDR_RETENTION_DAYS", "0")
     assert command("prune")[2].startswith("Deleted 0 crashes and 0 events")
     assert sql("backfeedr.db", "select count(*) from events") == [(0,)]
+
+
+def test_prune_keeps_what_the_server_keeps_unless_it_is_told_otherwise(command, monkeypatch):
+    """Else, a prune from a shell without the server's settings would delete what it was to keep."""
+    long_ago = Clock()
+    long_ago.seconds = time.time() - 200 * 24 * 3600
+    with Backfeedr(Settings(db_path="backfeedr.db", api_key=KEY, auth_token=TOKEN, retention_days=365),
+                   clock=long_ago) as server:
+        server.store.add(backfeedr.sha256(KEY), [parse_event(dict(EVENT))])
+    assert command("prune")[2].startswith("Deleted 0 crashes and 0 events older than 365 days")
+    monkeypatch.setenv("BACKFEEDR_RETENTION_DAYS", "100")
+    assert command("prune")[2].startswith("Deleted 0 crashes and 1 event older than 100 days")
 
 
 def test_device_show_prints_all_that_is_kept_and_forget_deletes_it(command):
