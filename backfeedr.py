@@ -246,7 +246,7 @@ create table release_days (                -- of the last 7 days
 create index release_days_by_age on release_days (app_id, day);
 create table labels (
     app_id integer not null, field text not null,  -- exception_type or device_model
-    day integer not null,                  -- -1: all days together
+    day integer not null,                  -- -1000000: all days together
     label text not null, crashes integer not null, primary key (app_id, field, day, label)) without rowid;
 create table groups (                      -- of which a crash is kept, or is of the last 7 days
     app_id integer not null, group_hash text not null,
@@ -697,17 +697,17 @@ class RateLimiter:
 # What a report changes in the figures. Whatever adds, forgets or expires reports
 # says so here in the same transaction: the sums stay equal to a count over the rows.
 
-ALL_DAYS = -1  # the `day` of a label's sum over all days
+ALL_DAYS = -1_000_000  # the `day` of a label's sum over all days; the year 1 began on day -719162
 SHOWN_DAYS = 400  # how far back a device's days are known: a year, a month before it, and some
 LEAVING = 1000  # rows that leave the week in a commit, so that nobody waits for it after a quiet week
 DEVICE_VERSIONS = 50  # app versions that are known of a device: far above any phone's
+NEW_RELEASES = 100  # of an app within a day: as a release stays for ever, junk must not make too many
 
 _SUMS = {  # table: the rest of its key beside the app, and its sums
     "hours": (("hour",), ("crashes", "sessions", "devices")),
     "days": (("day",), ("crashes", "dau", "wau", "mau", "newcomers", "back_1", "back_7", "back_30",
                         "sessions", "ended", "session_ms")),
     "durations": (("day", "seconds"), ("sessions",)),
-    "releases": (("app_version",), ("sessions", "crashes", "devices", "crashed_devices")),
     "release_days": (("app_version", "day"), ("sessions",)),
     "labels": (("field", "day", "label"), ("crashes",)),
     "group_hours": (("hour", "group_hash"), ("crashes",)),
@@ -766,7 +766,8 @@ class RollUps:
         self._sums: Dict[str, Dict[tuple, Dict[str, int]]] = {
             table: defaultdict(lambda: defaultdict(int)) for table in _SUMS}
         self._groups: Dict[tuple, List[Any]] = {}
-        self._releases: Set[tuple] = set()
+        self._releases: Dict[tuple, Dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        self._reported: Set[tuple] = set()  # releases
         self._devices: Dict[tuple, _Device] = {}
         self._sessions: Dict[tuple, _Session] = {}
         self._since = self._move_week()
@@ -821,7 +822,7 @@ class RollUps:
         for (device, version), run in groupby(rows, key=itemgetter(0, 1)):
             at, seq = zip(*((row[2], row[3]) for row in run))
             if version:
-                self._releases.add((app_id, version))
+                self._reported.add((app_id, version))
             if device:
                 found = _Device(min(at), max(at), seq[-1], sum(map(self._day_bit, {each // DAY for each in at})),
                                 {version: crashed} if version else {})
@@ -921,7 +922,7 @@ class RollUps:
         if at // HOUR >= self._since:
             self._sums["group_hours"][app_id, at // HOUR, group_hash]["crashes"] += by
         if app_version:
-            self._sums["releases"][app_id, app_version]["crashes"] += by
+            self._releases[app_id, app_version]["crashes"] += by
 
     def count_labels(self, app_id: int, exception_type: str, device_model: Optional[str], at: int, by: int) -> None:
         labels = self._sums["labels"]
@@ -936,7 +937,7 @@ class RollUps:
             return
         self._sums["hours"][app_id, start // HOUR]["sessions"] += by
         if version:
-            self._sums["releases"][app_id, version]["sessions"] += by
+            self._releases[app_id, version]["sessions"] += by
             if start // DAY >= self._now // DAY - 7:
                 self._sums["release_days"][app_id, version, start // DAY]["sessions"] += by
         for scope in self._scopes(app_id):
@@ -965,8 +966,8 @@ class RollUps:
                 for column, later in _BACK:
                     days[app_id, first][column] += by * bool(device.days & self._day_bit(first + later))
                 for version, crashed in device.versions.items() if app_id != EVERY_APP else ():
-                    self._sums["releases"][app_id, version]["devices"] += by
-                    self._sums["releases"][app_id, version]["crashed_devices"] += by * crashed
+                    self._releases[app_id, version]["devices"] += by
+                    self._releases[app_id, version]["crashed_devices"] += by * crashed
 
     # To the disk
 
@@ -975,10 +976,7 @@ class RollUps:
         self._save_devices()
         self._save_sessions()
         self._save_groups()
-        insert_rows(self._db, """
-            insert into releases (app_id, app_version, first_seen, last_seen) values *
-            on conflict (app_id, app_version) do update set last_seen = max(last_seen, excluded.last_seen)
-            """, [(*release, self._now, self._now) for release in self._releases])
+        self._save_releases()
         for table, sums in self._sums.items():
             changed = {key: row for key, row in sums.items() if any(row.values())}
             if changed:
@@ -990,8 +988,27 @@ class RollUps:
         columns = _SUMS[table][1]
         insert_rows(self._db, add, [(*key, *[row[column] for column in columns]) for key, row in sums.items()])
         gone = [key for key, row in sums.items() if min(row.values()) < 0]
-        if gone and table != "releases":  # which say when they were seen, too
+        if gone:
             self._db.executemany(clear, gone)
+
+    def _save_releases(self) -> None:
+        for app_id, version in {*self._releases, *self._reported}:
+            release = {"sessions": 0, "crashes": 0, "devices": 0, "crashed_devices": 0,
+                       **self._releases[app_id, version], "app": app_id, "version": version, "now": self._now}
+            release["seen"] = self._now if (app_id, version) in self._reported else 0
+            update = """
+                update releases set
+                    last_seen = max(last_seen, :seen), sessions = sessions + :sessions, crashes = crashes + :crashes,
+                    devices = devices + :devices, crashed_devices = crashed_devices + :crashed_devices
+                where app_id = :app and app_version = :version
+                """
+            if not self._db.execute(update, release).rowcount and release["seen"]:
+                self._db.execute("""
+                    insert into releases (app_id, app_version, first_seen, last_seen)
+                    select :app, :version, :now, :now
+                    where (select count(*) from releases where app_id = :app and first_seen > :now - :day) < :most
+                    """, {**release, "day": DAY, "most": NEW_RELEASES})
+                self._db.execute(update, release)
 
     def _save_medians(self, days: Iterable[tuple]) -> None:
         for app_id, day in days:
@@ -1030,8 +1047,10 @@ class RollUps:
             select value, exists (select 1 from group_hours where app_id in (select id from apps) and hour < ?)
             from state where name = 'recent_since'
             """, (new,)).fetchone()
-        if old == 0 or old > new:  # at the start, and where the clock went back
+        if old == 0 or old > new + 24:  # at the start, and where the clock went back far
             self._count_week(new)
+        else:
+            new = max(old, new)
         if old != new:
             self._db.execute("update state set value = ? where name = 'recent_since'", (new,))
         if is_old:
@@ -1061,6 +1080,8 @@ class RollUps:
             """, (since,))
         self._change_recent(self._db.execute(
             "select sum(crashes), app_id, group_hash from group_hours group by app_id, group_hash").fetchall())
+        self.drop_groups(self._db.execute(
+            "select app_id, group_hash from groups where app_id <> ? and recent = 0", (EVERY_APP,)).fetchall())
 
     def _change_recent(self, changes: Iterable[tuple]) -> None:
         self._db.executemany("update groups set recent = recent + ? where app_id = ? and group_hash = ?",
@@ -1183,7 +1204,7 @@ def _sum_statements(table: str) -> Tuple[str, str]:
         on conflict ({", ".join(key)}) do update set
             {", ".join(f"{each} = {each} + excluded.{each}" for each in columns)}
         """, f"""
-        delete from {table} where {" and ".join([f"{each} = ?" for each in key] + [f"{each} = 0" for each in columns])}
+        delete from {table} where {" and ".join([f"{each} = ?" for each in key] + [f"{each} <= 0" for each in columns])}
         """)
 
 
@@ -1466,6 +1487,11 @@ class Store:
         return int(self._clock() * SECOND)
 
     @property
+    def _oldest_seq(self) -> int:
+        """Of the reports that are to be kept."""
+        return first_seq(self.now - self.retention_days * DAY) if self.retention_days else 0
+
+    @property
     def _here(self) -> _Process:
         pid = os.getpid()
         return self._processes.get(pid) or self._processes.setdefault(pid, _Process())
@@ -1598,7 +1624,7 @@ class Store:
     def _expire(self, db: _Connection, step: int) -> Counter:
         """Deletes at most `step` rows of each table whose time is over, and fewer where they are large; how many."""
         window = {"replays": self.now - REPLAY_DAYS * DAY, "week": self.now // DAY - 7,
-                  "rows": first_seq(self.now - self.retention_days * DAY) if self.retention_days else 0}
+                  "rows": self._oldest_seq}
         over = db.execute("""
             select exists (select 1 from replays where received_at < :replays),
                 exists (select 1 from release_days where app_id in (select id from apps) and day < :week),
@@ -1621,7 +1647,6 @@ class Store:
                     size *= 2
                     if time.monotonic() > deadline:
                         break
-            db.execute("delete from releases where last_seen < ?", (self.now - self.retention_days * DAY,))
         return +deleted
 
     def _expire_some(self, db: _Connection, table: str, before: int, limit: int) -> int:
@@ -1835,7 +1860,7 @@ class Store:
                 rollups = RollUps(db, self.now)
                 rollups.remove_sums(app_id)
                 rollups.save()
-            for table in ("replays", "sessions", *_SUMS):
+            for table in ("replays", "sessions", "releases", *_SUMS):
                 db.execute(f"delete from {table} where app_id = ?", (app_id,))
             db.execute("delete from apps where id = ?", (app_id,))
 
@@ -1856,6 +1881,7 @@ class Store:
             rollups = RollUps(db, self.now)
             rollups.remove_devices(keys)
             rollups.save()
+            rollups.expire_devices(dict.fromkeys(keys, self._oldest_seq))  # in others, where they waited for it
         return bool(keys)
 
     def _delete_groups(self, app_id: int) -> bool:

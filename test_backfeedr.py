@@ -211,7 +211,7 @@ def recount(path):
         if hour >= since:
             tables["group_hours"][app, hour, row["group_hash"]]["crashes"] += 1
         for field in ("exception_type", "device_model"):
-            for each in (-1, day) if row[field] else ():
+            for each in (-1_000_000, day) if row[field] else ():
                 tables["labels"][app, field, each, row[field]]["crashes"] += 1
         if row["app_version"]:
             tables["releases"][app, row["app_version"]]["crashes"] += 1
@@ -1117,17 +1117,69 @@ def test_figures_heal_when_a_clock_that_was_years_ahead_is_set_right(serve, cloc
     assert len(stored(server, "crashes")["crashes"]) == 1
 
 
-def test_versions_that_are_no_longer_reported_go_with_their_last_report(serve, clock):
-    server = serve(retention_days=30)
+def test_no_more_than_a_hundred_releases_of_an_app_begin_within_a_day(serve, clock):
+    server = serve(rate_limit=0)
     serve.unchecked.append(server)
     api = Api(server)
-    for n in range(100):
-        api.post(EVENTS, {**EVENT, "type": "session_start", "app_version": f"junk {n}",
-                          "occurred_at": time_text(clock.seconds)})
-    clock.move(31 * 24 * 3600)
     api.post(EVENTS, {**EVENT, "app_version": "1.0"})
-    assert [row["app_version"] for row in api.get("/api/v1/releases")[1]["releases"]] == ["1.0"]
+    for n in range(120):
+        event = {**EVENT, "type": "session_start", "app_version": f"junk {n}", "occurred_at": time_text(clock.seconds)}
+        assert api.post(EVENTS, event)[0] == 201
+    assert sql(server.store.path, "select count(*), sum(sessions) from releases") == [(100, 99)]
+    clock.move(24 * 3600)
+    api.post(CRASHES, {**CRASH, "app_version": "1.0"})
+    api.post(EVENTS, {**EVENT, "app_version": "2.0"})
+    assert sql(server.store.path, "select app_version, crashes from releases where app_version like '_.0'") == [
+        ("1.0", 1), ("2.0", 0)]
+
+
+def test_a_release_outlives_its_reports_and_is_never_below_zero(serve, clock):
+    server = serve(retention_days=10)
+    serve.unchecked.append(server)
+    for version in ("1.0", "1.1", "1.1", "1.1"):
+        server.store.add(backfeedr.sha256(KEY), [parse_event({
+            **EVENT, "type": "session_start", "session_id": "s", "device_id_hash": "d", "app_version": version,
+            "occurred_at": time_text(clock.seconds)})])
+        clock.move(6 * 24 * 3600)
+    server.store.forget_device("d")
+    assert sql(server.store.path, "select app_version, sessions, devices from releases") == [("1.0", 0, 0), ("1.1", 0, 0)]
+    clock.move(9 * 24 * 3600)
+    server.store.add(backfeedr.sha256(KEY), [parse_event(dict(EVENT))])
     assert stored(server, "release_days") == {"release_days": []}
+
+
+def test_a_deleted_app_takes_the_rows_of_its_devices_in_others_that_only_waited_for_it(serve, clock):
+    server = serve(retention_days=10)
+    serve.unchecked.append(server)
+    shop = backfeedr.sha256(server.store.create_app("Shop"))
+    for key in (backfeedr.sha256(KEY), shop):
+        server.store.add(key, [parse_event({**EVENT, "device_id_hash": "d"})])
+        clock.move(6 * 24 * 3600)
+    server.store.prune()
+    assert len(stored(server, "devices")["devices"]) == 2
+    server.store.delete_app("Shop")
+    assert stored(server, "devices") == {"devices": []}
+
+
+def test_a_crash_of_the_day_before_1970_counts_once(api):
+    api.post(CRASHES, {**CRASH, "occurred_at": "1969-12-31T12:00:00Z"})
+    assert api.get("/api/v1/metrics/crash-types")[1] == {"labels": ["SIGABRT"], "data": [1]}
+
+
+def test_a_clock_that_goes_back_a_little_does_not_count_the_week_anew(serve, clock):
+    server = serve(retention_days=1)
+    serve.unchecked.append(server)
+    api = Api(server)
+    clock.seconds = parse_time("2026-03-12T15:00:00Z") / 1000
+    api.post(CRASHES, {**CRASH, "exception_reason": "about a person"})
+    clock.move(2 * 24 * 3600)
+    api.post(EVENTS, EVENT)
+    clock.move(-1)
+    api.post(EVENTS, EVENT)
+    assert api.get("/api/v1/overview")[1]["top_crashes"][0]["count"] == 1
+    clock.move(8 * 24 * 3600)
+    api.post(EVENTS, EVENT)
+    assert stored(server, "groups", "group_hours") == {"groups": [], "group_hours": []}
 
 
 def test_what_leaves_the_week_does_so_in_steps_and_is_never_counted(serve, clock, monkeypatch):
