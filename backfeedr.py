@@ -214,8 +214,9 @@ create table sessions (
     primary key (app_id, session_id)) without rowid;
 
 -- The roll-ups: sums, and what else an answer needs so as not to read the rows
--- above. They stay when the rows expire, but for labels, which count what is kept.
--- App 0 is all live apps together, where a phone with two of them is one device.
+-- above. They stay when the rows expire, but for labels and groups, which tell of
+-- what is kept, and what is of the last week only. App 0 is all live apps together,
+-- where a phone with two of them is one device.
 create table hours (
     app_id integer not null, hour integer not null,  -- hours since 1970 UTC
     crashes integer not null default 0, sessions integer not null default 0,
@@ -236,7 +237,7 @@ create table durations (                   -- of the sessions of a day
     sessions integer not null, primary key (app_id, day, seconds)) without rowid;
 create table releases (
     app_id integer not null, app_version text not null,
-    first_seen integer not null default 0, last_seen integer not null default 0,  -- when received
+    first_seen integer not null, last_seen integer not null,  -- when received
     sessions integer not null default 0, crashes integer not null default 0,
     devices integer not null default 0, crashed_devices integer not null default 0,
     primary key (app_id, app_version)) without rowid;
@@ -252,7 +253,7 @@ create table groups (                      -- of which a crash is kept, or is of
     app_id integer not null, group_hash text not null,
     exception_type text not null, exception_reason text,  -- of the latest crash
     first_seen integer not null, last_seen integer not null,
-    recent integer not null default 0,     -- crashes since recent_since
+    recent integer not null,               -- crashes since recent_since
     primary key (app_id, group_hash)) without rowid;
 create table group_hours (                 -- what is in groups.recent
     app_id integer not null, hour integer not null, group_hash text not null, crashes integer not null,
@@ -726,6 +727,7 @@ class _Device(NamedTuple):
     versions: Dict[str, int]
 
     def merged(self, other: _Device) -> _Device:
+        """What is known from both."""
         versions = self.versions
         if not other.versions.items() <= versions.items():
             versions = dict(versions)
@@ -746,6 +748,7 @@ class _Session(NamedTuple):
     app_version: Optional[str] = None
 
     def merged(self, later: _Session) -> _Session:
+        """What is known from both; of two starts at once, the later one counts."""
         starts = [each for each in (later, self) if each.started_at is not None]
         latest = max(starts, key=lambda each: each.started_at or 0) if starts else self
         ends = [each.ended_at for each in (self, later) if each.ended_at is not None]
@@ -767,7 +770,7 @@ class RollUps:
             table: defaultdict(lambda: defaultdict(int)) for table in _SUMS}
         self._groups: Dict[tuple, List[Any]] = {}
         self._releases: Dict[tuple, Dict[str, int]] = defaultdict(lambda: defaultdict(int))
-        self._reported: Set[tuple] = set()  # releases
+        self._reported: Set[tuple] = set()  # those of which a report has come
         self._devices: Dict[tuple, _Device] = {}
         self._sessions: Dict[tuple, _Session] = {}
         self._since = self._move_week()
@@ -779,10 +782,11 @@ class RollUps:
     # Reports that come
 
     def add_crashes(self, app_id: int, seqs: Sequence[int], crashes: Sequence[Crash], times: Sequence[int]) -> None:
+        """Counts crashes of an app, in the order of their seqs, each at its time."""
         alike = Counter((crash.exception_type, crash.device_model, crash.group_hash, crash.app_version, at // HOUR)
                         for crash, at in zip(crashes, times))
         for (*what, hour), count in alike.items():
-            self.count_crash(app_id, *what, hour * HOUR, count)
+            self._count_crash(app_id, *what, hour * HOUR, count)
         for crash, at in zip(crashes, times):
             group = self._groups.setdefault((app_id, crash.group_hash), [crash.exception_type, None, at, at, []])
             if at >= group[3]:
@@ -792,6 +796,7 @@ class RollUps:
         self._see(app_id, seqs, crashes, times, crashed=1)
 
     def add_events(self, app_id: int, seqs: Sequence[int], events: Sequence[Event], times: Sequence[int]) -> None:
+        """The same with events."""
         sessions = [event.session_id for event in events]
         last = dict(zip(sessions, seqs))
         first = dict(zip(reversed(sessions), reversed(seqs)))
@@ -802,7 +807,7 @@ class RollUps:
                 self._see_session(app_id, event.session_id, first[event.session_id], last[event.session_id],
                                   event.type, at, event.app_version)
             elif event.type == "session_start":
-                self.count_session(app_id, _Session(started_at=at, app_version=event.app_version), 1)
+                self._count_session(app_id, _Session(started_at=at, app_version=event.app_version), 1)
         self._see(app_id, seqs, events, times, crashed=0)
 
     def _see_session(self, app_id: int, session_id: str, first_seq: int, last_seq: int, event_type: str = "",
@@ -835,9 +840,10 @@ class RollUps:
     # Reports that go, as rows of their tables that have just been deleted
 
     def remove_crashes(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Takes crashes from every sum, and out of their groups."""
         for row in rows:
             at = counted_at(row["occurred_at"], row["received_at"])
-            self.count_crash(row["app_id"], row["exception_type"], row["device_model"], row["group_hash"],
+            self._count_crash(row["app_id"], row["exception_type"], row["device_model"], row["group_hash"],
                              row["app_version"], at, -1)
             if at // HOUR >= self._since:
                 self._change_recent([(-1, row["app_id"], row["group_hash"])])
@@ -854,16 +860,16 @@ class RollUps:
                 where app_id = :app and group_hash = :group
                 """, {"app": app_id, "group": group_hash})
         self.drop_groups(groups)
-        self._merge_groups({(group_hash,) for _, group_hash in groups})
+        self.merge_groups({(group_hash,) for _, group_hash in groups})
 
     def expire_crashes(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Takes crashes from what counts those that are kept; all other sums stay."""
         for row in rows:
-            self.count_labels(row["app_id"], row["exception_type"], row["device_model"],
+            self._count_labels(row["app_id"], row["exception_type"], row["device_model"],
                               counted_at(row["occurred_at"], row["received_at"]), -1)
         self.drop_groups({(row["app_id"], row["group_hash"]) for row in rows})
 
-    def _merge_groups(self, group_hashes: Iterable[tuple]) -> None:
+    def merge_groups(self, group_hashes: Iterable[tuple]) -> None:
         """Makes these groups of all apps anew from those of each live one."""
         for group in group_hashes:
             self._db.execute("delete from groups where app_id = ? and group_hash = ?", (EVERY_APP, *group))
@@ -880,15 +886,16 @@ class RollUps:
                 """, (EVERY_APP, *group))
 
     def remove_events(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Takes events from every sum; their sessions become what is left of them."""
         sessions = set()
         for row in rows:
             if row["session_id"]:
                 sessions.add((row["app_id"], row["session_id"]))
             elif row["type"] == "session_start":
                 at = counted_at(row["occurred_at"], row["received_at"])
-                self.count_session(row["app_id"], _Session(started_at=at, app_version=row["app_version"]), -1)
+                self._count_session(row["app_id"], _Session(started_at=at, app_version=row["app_version"]), -1)
         for key, session in self.sessions(list(sessions)).items():
-            self.count_session(key[0], session, -1)
+            self._count_session(key[0], session, -1)
             self._db.execute("delete from sessions where app_id = ? and session_id = ?", key)
             for seq, *event in self._db.execute(f"""
                     select seq, type, {_COUNTED_AT}, app_version from events
@@ -896,12 +903,6 @@ class RollUps:
                     order by seq
                     """, (session.first_seq, session.last_seq, *key)):  # of other devices, or of none
                 self._see_session(*key, seq, seq, *event)
-
-    def remove_groups(self, app_id: int, group_hashes: Sequence[tuple]) -> None:
-        """Deletes groups of an app that is to go."""
-        self._db.executemany("delete from groups where app_id = ? and group_hash = ?",
-                             [(app_id, *group) for group in group_hashes])
-        self._merge_groups(group_hashes)
 
     def remove_sums(self, app_id: int) -> None:
         """Takes the crashes and sessions of an app that is to go from those of all."""
@@ -913,9 +914,9 @@ class RollUps:
 
     # What they count; `by` is 1, or -1 where they go
 
-    def count_crash(self, app_id: int, exception_type: str, device_model: Optional[str], group_hash: str,
+    def _count_crash(self, app_id: int, exception_type: str, device_model: Optional[str], group_hash: str,
                     app_version: Optional[str], at: int, by: int) -> None:
-        self.count_labels(app_id, exception_type, device_model, at, by)
+        self._count_labels(app_id, exception_type, device_model, at, by)
         self._sums["hours"][app_id, at // HOUR]["crashes"] += by
         for scope in self._scopes(app_id):
             self._sums["days"][scope, at // DAY]["crashes"] += by
@@ -924,14 +925,14 @@ class RollUps:
         if app_version:
             self._releases[app_id, app_version]["crashes"] += by
 
-    def count_labels(self, app_id: int, exception_type: str, device_model: Optional[str], at: int, by: int) -> None:
+    def _count_labels(self, app_id: int, exception_type: str, device_model: Optional[str], at: int, by: int) -> None:
         labels = self._sums["labels"]
         for day in (ALL_DAYS, at // DAY):
             labels[app_id, "exception_type", day, exception_type]["crashes"] += by
             if device_model:
                 labels[app_id, "device_model", day, device_model]["crashes"] += by
 
-    def count_session(self, app_id: int, session: _Session, by: int) -> None:
+    def _count_session(self, app_id: int, session: _Session, by: int) -> None:
         start, end, version = session.started_at, session.ended_at, session.app_version
         if start is None:
             return
@@ -948,7 +949,7 @@ class RollUps:
                 sums["session_ms"] += by * (end - start)
                 self._sums["durations"][scope, start // DAY, rounded_seconds(end - start)]["sessions"] += by
 
-    def count_device(self, app_id: int, before: Optional[_Device], after: Optional[_Device]) -> None:
+    def _count_device(self, app_id: int, before: Optional[_Device], after: Optional[_Device]) -> None:
         """Versions count in their own app only: those of different apps have nothing to do with each other."""
         if before and after and _counted(before) == _counted(after):
             return
@@ -1139,9 +1140,9 @@ class RollUps:
     def _replace_devices(self, changed: Mapping[tuple, Optional[_Device]], stored: Mapping[tuple, _Device]) -> None:
         now = {**stored, **changed}
         for (app_id, device), after in changed.items():
-            self.count_device(app_id, stored.get((app_id, device)), after)
+            self._count_device(app_id, stored.get((app_id, device)), after)
         for device in {device for app_id, device in changed if app_id in self._live}:
-            self.count_device(EVERY_APP, self._everywhere(device, stored), self._everywhere(device, now))
+            self._count_device(EVERY_APP, self._everywhere(device, stored), self._everywhere(device, now))
         insert_rows(self._db, """
             insert into devices values *
             on conflict (app_id, device_id_hash) do update set
@@ -1173,8 +1174,8 @@ class RollUps:
             before = stored.get(key)
             if before is None or before[2:] != after[2:]:
                 if before:
-                    self.count_session(key[0], before, -1)
-                self.count_session(key[0], after, 1)
+                    self._count_session(key[0], before, -1)
+                self._count_session(key[0], after, 1)
         insert_rows(self._db, """
             insert into sessions values *
             on conflict (app_id, session_id) do update set
@@ -1888,7 +1889,9 @@ class Store:
         """One step of it; whether there may be more."""
         with self._in_step() as db:
             groups = db.execute("select group_hash from groups where app_id = ? limit ?", (app_id, STEP)).fetchall()
-            RollUps(db, self.now).remove_groups(app_id, groups)
+            db.executemany("delete from groups where app_id = ? and group_hash = ?",
+                           [(app_id, *group) for group in groups])
+            RollUps(db, self.now).merge_groups(groups)
         return bool(groups)
 
 
