@@ -3731,3 +3731,18 @@ def test_embed_command_tells_in_one_line_that_its_port_is_taken(tmp_path):
         done = run_example("embed", "--port", str(listener.getsockname()[1]), "--db", str(tmp_path / "e.db"))
     assert (done.returncode, done.stdout) == (1, b"")
     assert done.stderr.startswith(b"embed: ") and done.stderr.count(b"\n") == 1
+
+
+# -- examples/benchmark.py -----------------------------------------------------
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [
+    ["ingest", "--quick", "--connections", "1", "--seconds", "1"],
+    ["metrics", "--events", "1000", "--small", "1000", "--requests", "3", "--rounds", "1", "--no-prune"]])
+def test_the_benchmark_runs_and_finds_all_that_was_acknowledged(tmp_path, arguments):
+    """Whether it is fast is not asked here: that is for whoever runs it to see."""
+    done = subprocess.run([sys.executable, str(EXAMPLES / "benchmark.py"), *arguments, "--driver", "python",
+                           "--dir", str(tmp_path)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "All that was acknowledged is stored, and the databases are sound."
+    assert list(tmp_path.iterdir()) == []
