@@ -161,7 +161,7 @@ def _from_text(name: str, text: str, kind: type) -> Any:
 # device's clock is more than five minutes fast.
 
 APPLICATION_ID = 0x62666472  # "bfdr": tells our files from other people's
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 SCHEMA = """
 create table apps (
@@ -172,6 +172,8 @@ create table keys (
     app_id integer not null, prefix text not null, created_at integer not null, revoked_at integer
 ) without rowid;
 create table secrets (name text primary key, hash blob not null) without rowid;  -- 'admin_token'
+create table grants (                      -- what lets a browser in, by its SHA-256
+    hash blob primary key, expires_at integer not null) without rowid;
 
 create table crashes (
     seq integer primary key, id text generated always as (printf('%016x', seq)) virtual,
@@ -264,7 +266,9 @@ insert into state values ('recent_since', 0);  -- the hour 7 days before the lat
 
 
 # Script by script from a version of the schema to the next one.
-MIGRATIONS: Dict[int, str] = {}
+MIGRATIONS: Dict[int, str] = {
+    1: "create table grants (hash blob primary key, expires_at integer not null) without rowid;\n",
+}
 
 
 # == Values ====================================================================
@@ -1763,7 +1767,11 @@ class Store:
             if not auth_token and not db.execute("select 1 from secrets").fetchone():
                 auth_token = token = "bf_admin_" + secrets.token_hex(16)
             if auth_token:
-                db.execute("insert or replace into secrets values ('admin_token', ?)", (sha256(auth_token),))
+                if db.execute("""
+                        insert into secrets values ('admin_token', ?)
+                        on conflict (name) do update set hash = excluded.hash where hash <> excluded.hash
+                        """, (sha256(auth_token),)).rowcount:
+                    db.execute("delete from grants")  # they were for whoever knew the old one
             return FirstStart(key, token)
 
     def is_admin(self, token: bytes) -> bool:
@@ -1771,6 +1779,26 @@ class Store:
         with self.reading() as db:
             row = db.execute("select hash from secrets where name = 'admin_token'").fetchone()
         return row is not None and hmac.compare_digest(row[0], sha256(token))
+
+    def grant(self, kind: str, lifetime: int) -> str:
+        """A new secret that stands for the admin token, for so many milliseconds and for one kind of use."""
+        secret = secrets.token_hex(16)
+        with self.writing() as db:
+            db.execute("delete from grants where expires_at <= ?", (self.now,))
+            db.execute("insert into grants values (?, ?)", (sha256(kind + secret), self.now + lifetime))
+        return secret
+
+    def is_granted(self, kind: str, secret: str) -> bool:
+        """Whether this is such a secret, and has neither expired nor been withdrawn."""
+        with self.reading() as db:
+            return db.execute("select 1 from grants where hash = ? and expires_at > ?",
+                              (sha256(kind + secret), self.now)).fetchone() is not None
+
+    def withdraw(self, kind: str, secret: str) -> bool:
+        """Ends a grant; whether there was one."""
+        with self.writing() as db:
+            return db.execute("delete from grants where hash = ? and expires_at > ?",
+                              (sha256(kind + secret), self.now)).rowcount > 0
 
     def has_key(self, key_hash: bytes) -> bool:
         """Whether the key with this SHA-256 is active."""
@@ -2203,18 +2231,22 @@ class Metrics:
     # Behind the admin token: these read the reports, a page at a time
 
     def groups(self, app: Optional[str] = None, version: Optional[str] = None, days: Optional[int] = None,
-               limit: int = 50, cursor: Optional[str] = None) -> Figures:
-        """The groups of the crashes that are kept, the most frequent first."""
+               text: Optional[str] = None, limit: int = 50, cursor: Optional[str] = None) -> Figures:
+        """The groups of the crashes that are kept, the most frequent first; with `text` in type, reason or hash."""
         count, group = _group_cursor(cursor)
         first, last = (self._last_days(days)[0], self._last_days(days)[-1]) if days else (None, None)
         found = f"""
             select *, {_COUNTED_AT} as at from crashes
             where {_APPS} and (:version is null or app_version = :version)
                 and (:first is null or {_COUNTED_AT} / {DAY} between :first and :last)
+                and (:text is null or (app_id, group_hash) in (
+                    select app_id, group_hash from groups where {_APPS} and instr(lower(
+                        exception_type || char(10) || coalesce(exception_reason, '') || char(10) || group_hash),
+                        lower(:text))))
             """
         with self._asking(app) as (db, app_id):
-            window = {"app": app_id, "version": version, "first": first, "last": last, "limit": limit + 1,
-                      "count": count, "group": group}
+            window = {"app": app_id, "version": version, "first": first, "last": last, "text": text,
+                      "limit": limit + 1, "count": count, "group": group}
             rows = _mappings(db, f"""
                 select group_hash, count(*) as count, count(distinct device_id_hash) as devices,
                     min(at) as first_seen, max(at) as last_seen
@@ -2272,30 +2304,71 @@ class Metrics:
                     "first_seen": iso_time(first_seen), "last_seen": iso_time(last_seen), **spread,
                     "reports": reports[:limit], "next": reports[limit - 1]["id"] if reports[limit:] else None}
 
+    def group_days(self, groups: Sequence[str], app: Optional[str] = None, days: int = 30) -> Dict[str, List[int]]:
+        """The crashes of each of these groups on each of the last days, the oldest day first."""
+        shown = self._last_days(days)
+        counts: Dict[str, List[int]] = {group_hash: [0] * days for group_hash in groups}
+        with self._asking(app) as (db, app_id):
+            for group_hash, data in counts.items():
+                for day, crashes in db.execute(f"""
+                        select {_COUNTED_AT} / {DAY} as day, count(*) from crashes
+                        where {_APPS} and group_hash = :group and received_at >= :since and day between :first and :last
+                        group by day
+                        """, {"app": app_id, "group": group_hash, "first": shown[0], "last": shown[-1],
+                              "since": shown[0] * DAY - MAX_SKEW}):
+                    data[day - shown[0]] = crashes
+        return counts
+
+    def crash(self, id: str, app: Optional[str] = None) -> Figures:
+        """One crash, as it was sent. Refusal where it is not kept."""
+        with self._asking(app) as (db, app_id):
+            found = _reports(db, f"select * from crashes where seq = :seq and {_APPS}",
+                             {"seq": _before(id), "app": app_id})
+        if not found:
+            raise Refusal("not found")
+        return found[0]
+
+    def session(self, session_id: str, app: Optional[str] = None, limit: int = 50,
+                cursor: Optional[str] = None) -> Figures:
+        """The events of a session in the order in which they came; in pages as those of `events`."""
+        with self._asking(app) as (db, app_id):
+            window = {"app": app_id, "type": None, "name": None, "session": session_id}
+            first, window["last"] = db.execute(f"""
+                select coalesce(min(first_seq), 0), coalesce(max(last_seq), -1) from sessions
+                where {_APPS} and session_id = :session
+                """, window).fetchone()
+            window["after"] = max(first - 1, _before(cursor) if cursor else 0)
+            return self._events(db, "select * from events where seq > :after and seq <= :last order by seq",
+                                window, limit)
+
     def events(self, app: Optional[str] = None, type: Optional[str] = None, name: Optional[str] = None,
                session_id: Optional[str] = None, limit: int = 50, cursor: Optional[str] = None) -> Figures:
         """The latest events that are kept. A page may be short of `limit`, or even empty, and have a next one."""
         with self._asking(app) as (db, app_id):
             window = {"app": app_id, "type": type, "name": name, "session": session_id,
-                      "before": _before(cursor), "after": 0, "limit": limit + 1, "scanned": SCANNED}
+                      "before": _before(cursor), "after": 0}
             if session_id is not None:  # its events are between its first and its last
                 window["after"], last = db.execute(f"""
                     select coalesce(min(first_seq), 0) - 1, coalesce(max(last_seq), -1) from sessions
                     where {_APPS} and session_id = :session
                     """, window).fetchone()
                 window["before"] = min(window["before"], last + 1)
-            scan = "select * from events where seq > :after and seq < :before order by seq desc limit :scanned"
-            found = _reports(db, f"""
-                select * from ({scan})
-                where {_APPS} and (:type is null or type = :type) and (:name is null or name = :name)
-                    and (:session is null or session_id = :session)
-                limit :limit
-                """, window)
-            following = found[limit - 1]["id"] if found[limit:] else None
-            if following is None:
-                count, oldest = db.execute(f"select count(*), min(seq) from ({scan})", window).fetchone()
-                following = event_ids([oldest])[0] if count == SCANNED else None
-        return {"events": found[:limit], "next": following}
+            return self._events(db, "select * from events where seq > :after and seq < :before order by seq desc",
+                                window, limit)
+
+    def _events(self, db: _Connection, scan: str, window: Figures, limit: int) -> Figures:
+        """A page of those among the first SCANNED events of a query that fit."""
+        window.update(limit=limit + 1, scanned=SCANNED)
+        found = _reports(db, f"""
+            select * from ({scan} limit :scanned)
+            where {_APPS} and (:type is null or type = :type) and (:name is null or name = :name)
+                and (:session is null or session_id = :session)
+            limit :limit
+            """, window)
+        if found[limit:]:
+            return {"events": found[:limit], "next": found[limit - 1]["id"]}
+        row = db.execute(f"select seq from ({scan} limit :scanned) limit 1 offset :scanned - 1", window).fetchone()
+        return {"events": found, "next": event_ids(row)[0] if row else None}
 
     def device(self, device_id_hash: str) -> Figures:
         """Everything that is kept of a device, in all apps."""
@@ -2480,7 +2553,7 @@ class Backfeedr:
                 ("GET", "/metrics/retention", self._asked(ask.retention, "days")),
                 ("GET", "/overview", self._asked(ask.overview)),
                 ("GET", "/releases", self._asked(ask.releases)),
-                ("GET", "/crashes", self._read(ask.groups, "version", "days", "limit", "cursor")),
+                ("GET", "/crashes", self._read(ask.groups, "version", "days", "text", "limit", "cursor")),
                 ("GET", "/crashes/<group_hash>", self._read(ask.group, "limit", "cursor")),
                 ("GET", "/events", self._read(ask.events, "type", "name", "session_id", "limit", "cursor"))):
             router.route("/api/v1" + path, method, _answering(handler))

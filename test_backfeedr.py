@@ -1391,13 +1391,33 @@ def test_an_older_schema_is_migrated_and_keeps_its_rows(serve, monkeypatch):
     Api(server).post(CRASHES, CRASH)
     server.close()
     before = stored(server)
-    monkeypatch.setattr(backfeedr, "SCHEMA_VERSION", 3)
-    monkeypatch.setattr(backfeedr, "MIGRATIONS", {1: "alter table apps add column note text;\n",
-                                                  2: "update apps set note = 'two';\n"})
+    now = backfeedr.SCHEMA_VERSION
+    monkeypatch.setattr(backfeedr, "SCHEMA_VERSION", now + 2)
+    monkeypatch.setattr(backfeedr, "MIGRATIONS", {now: "alter table apps add column note text;\n",
+                                                  now + 1: "update apps set note = 'two';\n"})
     again = serve()
     assert sql(again.store.path, "select note from apps") == [("two",)]
-    assert sql(again.store.path, "pragma user_version") == [(3,)]
+    assert sql(again.store.path, "pragma user_version") == [(now + 2,)]
     assert stored(again) == before
+    assert Api(again).post(CRASHES, CRASH)[0] == 201
+
+
+SINCE = {1: ["drop table grants"]}  # what undoes each migration
+
+
+@pytest.mark.parametrize("version", SINCE)
+def test_a_file_of_each_earlier_version_becomes_as_a_new_one(serve, version):
+    server = serve()
+    Api(server).post(CRASHES, CRASH)
+    server.close()
+    schema = "select type, name, tbl_name from sqlite_master order by name"
+    new, before = sql(server.store.path, schema), stored(server)
+    for undone in range(backfeedr.SCHEMA_VERSION - 1, version - 1, -1):
+        for statement in SINCE[undone]:
+            sql_run(server.store.path, statement)
+    sql_run(server.store.path, f"pragma user_version = {version}")
+    again = serve()
+    assert (sql(again.store.path, schema), stored(again)) == (new, before)
     assert Api(again).post(CRASHES, CRASH)[0] == 201
 
 
@@ -1405,8 +1425,9 @@ def test_a_migration_that_fails_leaves_the_file_as_it_was(serve, monkeypatch):
     server = serve()
     server.close()
     content = server.store.path.read_bytes()
-    monkeypatch.setattr(backfeedr, "SCHEMA_VERSION", 2)
-    monkeypatch.setattr(backfeedr, "MIGRATIONS", {1: "alter table apps add column note text;\nnonsense;\n"})
+    now = backfeedr.SCHEMA_VERSION
+    monkeypatch.setattr(backfeedr, "SCHEMA_VERSION", now + 1)
+    monkeypatch.setattr(backfeedr, "MIGRATIONS", {now: "alter table apps add column note text;\nnonsense;\n"})
     with pytest.raises(StoreError, match="syntax error"):
         serve()
     assert server.store.path.read_bytes() == content
@@ -1858,13 +1879,19 @@ PLANS = {
               ("crashes", "INTEGER PRIMARY KEY (rowid=?)"), ("groups", "PRIMARY KEY (app_id=? AND group_hash=?)")],
     "events": [("events", "INTEGER PRIMARY KEY (rowid>? AND rowid<?)"),
                ("sessions", "PRIMARY KEY (app_id=? AND session_id=?)")],
+    "session": [("events", "INTEGER PRIMARY KEY (rowid>? AND rowid<?)"),
+                ("sessions", "PRIMARY KEY (app_id=? AND session_id=?)")],
+    "crash": [("crashes", "INTEGER PRIMARY KEY (rowid=?)")],
+    "group_days": [("crashes", "COVERING INDEX crashes_by_group (app_id=? AND group_hash=? AND received_at>?)")],
 }
 
 
 @pytest.mark.parametrize("question", PLANS)
 def test_each_question_looks_up_what_it_shows_by_an_index(api, question):
-    group = api.post(CRASHES, {**CRASH, "app_version": "1.0"})[1]["group_hash"]
-    given = {"group": {"group_hash": group}, "events": {"session_id": "s"}}.get(question, {})
+    crash = api.post(CRASHES, {**CRASH, "app_version": "1.0"})[1]
+    given = {"group": {"group_hash": crash["group_hash"]}, "group_days": {"groups": [crash["group_hash"]]},
+             "events": {"session_id": "s"}, "session": {"session_id": "s"}, "crash": {"id": crash["id"]},
+             }.get(question, {})
     found = plans(api.server.store, lambda: getattr(api.server.metrics, question)(**given))
     looked_up = {tuple(re.sub(" AS \\w+", "", step).split(" USING ")) for step in found if step.startswith("SEARCH ")}
     for table, index in PLANS[question]:
