@@ -26,6 +26,7 @@ The sections, each of which uses only those above it:
     Store           connections, the one write path, apps and keys
     Metrics         the questions asked of the store
     Backfeedr       the WSGI callable
+    Dashboard       the pages that people look at
     Server          waitress, and how it stops
     Command line    serve, app, key, device, prune
 """
@@ -33,6 +34,7 @@ The sections, each of which uses only those above it:
 from __future__ import annotations
 
 import argparse
+import base64
 import hashlib
 import hmac
 import json
@@ -58,7 +60,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
                     Sequence, Set, Tuple, Union)
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote, urlencode
 
 try:
     import bottle
@@ -2304,7 +2306,7 @@ class Metrics:
                     "first_seen": iso_time(first_seen), "last_seen": iso_time(last_seen), **spread,
                     "reports": reports[:limit], "next": reports[limit - 1]["id"] if reports[limit:] else None}
 
-    def group_days(self, groups: Sequence[str], app: Optional[str] = None, days: int = 30) -> Dict[str, List[int]]:
+    def group_days(self, groups: Sequence[str], app: Optional[str] = None, days: int = 30) -> Figures:
         """The crashes of each of these groups on each of the last days, the oldest day first."""
         shown = self._last_days(days)
         counts: Dict[str, List[int]] = {group_hash: [0] * days for group_hash in groups}
@@ -2317,7 +2319,7 @@ class Metrics:
                         """, {"app": app_id, "group": group_hash, "first": shown[0], "last": shown[-1],
                               "since": shown[0] * DAY - MAX_SKEW}):
                     data[day - shown[0]] = crashes
-        return counts
+        return {"labels": _dates(shown), "groups": counts}
 
     def crash(self, id: str, app: Optional[str] = None) -> Figures:
         """One crash, as it was sent. Refusal where it is not kept."""
@@ -2467,6 +2469,7 @@ ERRORS = {
     401: ("missing API key", "invalid API key", "missing admin token", "invalid admin token",
           "invalid signature", "stale timestamp", "signature required"),
     404: ("not found",),
+    403: ("form expired",),
     405: ("method not allowed",),
     413: ("request body too large",),
     415: ("unsupported content encoding",),
@@ -2514,6 +2517,7 @@ class Backfeedr:
         # Python runs one thread at a time. Those that wait here sleep until it is their
         # turn; those that wait for the interpreter wake up each switch interval to ask.
         self._turn = threading.Lock()
+        self.pages = Dashboard(self.store, self.metrics)
         self._router = self._routes()
         made = self.store.start(self.settings.api_key, self.settings.auth_token)
         if made != (None, None):
@@ -2525,7 +2529,7 @@ class Backfeedr:
         try:
             path.encode("latin-1").decode("utf-8")
         except UnicodeError:  # of which bottle would drop the bytes, and find what is left
-            path = "/not found"
+            path = "/api/not found" if path.startswith("/api/") else "/not found"
         return self._router({**environ, "PATH_INFO": path}, start_response)
 
     def __enter__(self) -> Backfeedr:
@@ -2539,7 +2543,7 @@ class Backfeedr:
         self.store.close()
 
     def _routes(self) -> bottle.Bottle:
-        ask, router = self.metrics, _Router()
+        ask, router = self.metrics, _Router(self.pages)
         for method, path, handler in (
                 ("GET", "/health", self._health),
                 ("POST", "/crashes", self._submitted(lambda given: [parse_crash(given)], _crash_answer)),
@@ -2557,6 +2561,8 @@ class Backfeedr:
                 ("GET", "/crashes/<group_hash>", self._read(ask.group, "limit", "cursor")),
                 ("GET", "/events", self._read(ask.events, "type", "name", "session_id", "limit", "cursor"))):
             router.route("/api/v1" + path, method, _answering(handler))
+        for method, path, page in self.pages.routes():
+            router.route(path, method, page)
         return router
 
     def _health(self, environ: Environ) -> Answer:
@@ -2624,12 +2630,21 @@ class Backfeedr:
 
 
 class _Router(bottle.Bottle):
-    """Bottle, whose own refusals are JSON instead of HTML."""
+    """Bottle, whose own refusals are JSON, or a page of ours for a browser that is not at the API."""
 
-    def default_error_handler(self, error: bottle.HTTPError) -> bytes:
-        for name, value in _HEADERS.items():
-            bottle.response.set_header(name, value)
-        return _error_body(error.status_code)
+    def __init__(self, pages: Dashboard):
+        super().__init__()
+        self._pages = pages
+
+    def default_error_handler(self, error: bottle.HTTPError) -> bottle.HTTPResponse:
+        environ, status = bottle.request.environ, error.status_code
+        if "text/html" in environ.get("HTTP_ACCEPT", "") and not environ["PATH_INFO"].startswith("/api/"):
+            answer = self._pages.refused(environ, status, ERRORS.get(status, ["invalid request"])[0])
+        else:
+            answer = bottle.HTTPResponse(_error_body(status), status, _HEADERS)
+        if "Allow" in error.headers:
+            answer.set_header("Allow", error.headers["Allow"])
+        return answer
 
 
 def _answering(handler: Handler) -> Callable[..., bottle.HTTPResponse]:
@@ -2733,13 +2748,871 @@ def first_start_text(made: FirstStart, url: str) -> str:
     if made.token:
         text += f"The admin token, shown only this once:\n\n    {made.token}\n\n"
     if made.key:
-        now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-        text += ("Send a first crash:\n\n"
-                 f"    curl -X POST {url}/api/v1/crashes \\\n"
-                 '        -H "Content-Type: application/json" \\\n'
-                 f'        -H "X-Backfeedr-Key: {made.key}" \\\n'
-                 f"""        -d '{{"exception_type": "SIGABRT", "occurred_at": "{now}"}}'\n\n""")
+        text += "Send a first crash:\n\n    " + curl_line(url, made.key).replace("\n", "\n    ") + "\n\n"
     return text
+
+
+def curl_line(url: str, key: str) -> str:
+    """The command that sends a first crash to a server at `url`."""
+    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return (f"curl -X POST {url}/api/v1/crashes \\\n"
+            '    -H "Content-Type: application/json" \\\n'
+            f'    -H "X-Backfeedr-Key: {key}" \\\n'
+            f"""    -d '{{"exception_type": "SIGABRT", "occurred_at": "{now}"}}'""")
+
+
+# == Dashboard =================================================================
+#
+# The pages, for whoever has the admin token. They are made here and take nothing
+# from elsewhere, and no JavaScript. What a report carries is hostile: it reaches a
+# page through `{{ }}` or escape() only, and never as a target, a style or a script.
+
+SIGNED_IN = 7 * DAY  # for which a browser stays signed in
+INVITED = 600 * SECOND  # for which a one-time link is good
+TRIES = 10  # to sign in within a minute, by all together: as no address is kept, nobody is told from another
+PAGE = 25  # rows of a list
+SHOWN_FRAMES, SHOWN_TEXT = 200, 20_000  # frames and characters; the API has the rest
+
+escape = bottle.html_escape
+
+
+class _Visit:
+    """A request for a page: below which prefix, from which session, for what."""
+
+    def __init__(self, environ: Environ, clock: Callable[[], int]):
+        self.environ, self._clock = environ, clock
+        self.root = quote(environ.get("SCRIPT_NAME", "").encode("latin-1", "replace")).rstrip("/")
+        self.path = quote(environ.get("PATH_INFO", "").encode("latin-1", "replace"))
+        self.section = "/" + self.path.split("/")[1] if "/" in self.path else "/"
+        self.here = self.path + ("?" + environ["QUERY_STRING"] if environ.get("QUERY_STRING") else "")
+        cookie = re.search("(?:^|; ?)backfeedr=([0-9a-f]{32})(?:;|$)", environ.get("HTTP_COOKIE", ""))
+        self.session = cookie[1] if cookie else secrets.token_hex(16)  # not one that is signed in
+        self.is_https = "https" in (environ.get("wsgi.url_scheme"), environ.get("HTTP_X_FORWARDED_PROTO"))
+        self.url = f"http{'s' * self.is_https}://{environ.get('HTTP_HOST') or 'localhost'}{self.root}"
+        self.form: Dict[str, str] = {}
+
+    def asked(self, *names: str) -> Dict[str, Any]:
+        """The parameters of these names, and the app."""
+        return _parameters(self.environ, "app", *names)
+
+    @property
+    def app(self) -> Optional[str]:
+        return self.asked().get("app")
+
+    @property
+    def form_token(self) -> str:
+        """What a form must carry: nobody who does not know the session can make it."""
+        return sha256("form" + self.session).hex()
+
+    def read_form(self) -> None:
+        """Raises Refusal unless it comes from a page of this session."""
+        fields = parse_qs(_read_body(self.environ, 65_536).decode("utf-8", "replace"), keep_blank_values=True)
+        self.form = {name: values[-1] for name, values in fields.items()}
+        token = self.form.get("form_token", "").encode("utf-8", "replace")
+        if not hmac.compare_digest(token, self.form_token.encode()):
+            raise Refusal("form expired")
+
+    def link(self, path: str, **query: Any) -> str:
+        """The address of a page; the app stays chosen."""
+        given = {name: value for name, value in {"app": self.app, **query}.items() if value not in (None, "")}
+        return self.root + path + ("?" + urlencode(given) if given else "")
+
+    def when(self, time_text: str) -> str:
+        """HTML of a time as the API gives it: how long ago, and the exact one on hover."""
+        at = parse_time(time_text)
+        exact = time_text[:19].replace("T", " ")
+        return f'<time datetime="{time_text}" title="{exact} UTC">{_ago(self._clock() - at) or exact[:10]}</time>'
+
+
+def _ago(span: int) -> str:
+    for unit, name in ((DAY, "d"), (HOUR, "h"), (60 * SECOND, "min")):
+        if span >= unit:
+            return f"{span // unit} {name} ago" if span < 100 * DAY else ""
+    return "just now"
+
+
+class Dashboard:
+    """Makes the pages. Whoever is not signed in sees that of signing in."""
+
+    def __init__(self, store: Store, metrics: Metrics):
+        self._store, self._metrics = store, metrics
+        self._tries = RateLimiter(TRIES)
+        self._templates = {name: bottle.SimpleTemplate(source) for name, source in _TEMPLATES.items()}
+
+    def routes(self) -> Iterator[Tuple[str, str, Callable[..., bottle.HTTPResponse]]]:
+        """Method, path and handler of each page."""
+        for path, page in (("/", self._overview), ("/crashes", self._crashes), ("/crashes/<group_hash>", self._group),
+                           ("/events", self._events), ("/releases", self._releases), ("/apps", self._apps)):
+            yield "GET", path, self._guarded(self._signed_in(page))
+        yield "POST", "/apps", self._guarded(self._signed_in(self._change_apps))
+        yield "POST", "/sign-out", self._guarded(self._signed_in(self._sign_out))
+        yield "GET", "/sign-in", self._guarded(self._ask_to_sign_in)
+        yield "POST", "/sign-in", self._guarded(self._sign_in)
+
+    def invite(self, url: str) -> str:
+        """A link that signs in once, within ten minutes."""
+        return f"{url}/sign-in?code={self._store.grant('code', INVITED)}"
+
+    def refused(self, environ: Environ, status: int, text: str) -> bottle.HTTPResponse:
+        """The page that says why there is none."""
+        visit = _Visit(environ, lambda: self._store.now)
+        return self._html(visit, text.capitalize(), "error", status=status, hint=_HINTS.get(status, _HINTS[400]))
+
+    # What all pages have around them
+
+    def _guarded(self, page: Callable[..., bottle.HTTPResponse]) -> Callable[..., bottle.HTTPResponse]:
+        def respond(**path: str) -> bottle.HTTPResponse:
+            environ = bottle.request.environ
+            try:
+                return page(_Visit(environ, lambda: self._store.now), **path)
+            except Refusal as refusal:
+                answer = self.refused(environ, _STATUS.get(str(refusal), 400), str(refusal))
+                if refusal.retry_after is not None:
+                    answer.set_header("Retry-After", str(refusal.retry_after))
+                return answer
+            except Exception:
+                log.exception("unexpected error")
+                return self.refused(environ, 500, "internal server error")
+        return respond
+
+    def _signed_in(self, page: Callable[..., bottle.HTTPResponse]) -> Callable[..., bottle.HTTPResponse]:
+        def respond(visit: _Visit, **path: str) -> bottle.HTTPResponse:
+            if not self._store.is_granted("session", visit.session):
+                is_page = visit.environ["REQUEST_METHOD"] in ("GET", "HEAD")
+                return _redirect(visit, "/sign-in?" + urlencode({"next": visit.here if is_page else "/"}))
+            if visit.environ["REQUEST_METHOD"] == "POST":
+                visit.read_form()
+            visit.environ["backfeedr.apps"] = self._store.apps()
+            return page(visit, **path)
+        return respond
+
+    def _html(self, visit: _Visit, title: str, template: str, status: int = 200, **values: Any) -> bottle.HTTPResponse:
+        given = {"visit": visit, "link": visit.link, "when": visit.when, "title": title, "short": _short,
+                 "apps": visit.environ.get("backfeedr.apps"), "pages": _PAGES, "curl": curl_line, **values}
+        given.update(more=lambda path: self._templates["more"].render(path=path, **given),
+                     form=lambda action, label, **fields: self._templates["form"].render(
+                         action=action, label=label, fields=fields, **given))
+        body = self._templates[template].render(**given)
+        page = self._templates["layout"].render(style=STYLE, body=body, icon=_ICON, **given)
+        return bottle.HTTPResponse(page.encode("utf-8", "replace"), status, PAGE_HEADERS)
+
+    # Signing in and out
+
+    def _ask_to_sign_in(self, visit: _Visit, problem: str = "", status: int = 200) -> bottle.HTTPResponse:
+        query = parse_qs(visit.environ.get("QUERY_STRING", ""))
+        code = query.get("code", [""])[-1]
+        if code:
+            if self._store.withdraw("code", code):
+                return self._let_in(visit, "/")
+            problem, status = "This link was good once, for ten minutes. Sign in with the admin token.", 403
+        target = visit.form.get("next") or query.get("next", ["/"])[-1]
+        answer = self._html(visit, "Sign in", "sign_in", status, problem=problem, target=target)
+        _set_cookie(answer, visit, visit.session)
+        return answer
+
+    def _sign_in(self, visit: _Visit) -> bottle.HTTPResponse:
+        visit.read_form()
+        if not self._tries.allow(b""):
+            wait = self._tries.retry_after(b"")
+            answer = self._ask_to_sign_in(visit, f"Too many tries. The next one is in {wait} seconds.", 429)
+            answer.set_header("Retry-After", str(wait))
+            return answer
+        if not self._store.is_admin(visit.form.get("token", "").strip().encode()):
+            return self._ask_to_sign_in(visit, "That is not the admin token.", 403)
+        return self._let_in(visit, visit.form.get("next", ""))
+
+    def _let_in(self, visit: _Visit, target: str) -> bottle.HTTPResponse:
+        """Under a new session id, as somebody may have planted the one before."""
+        is_ours = re.fullmatch(r"/(?![/\\])[!-~]*", target)
+        answer = _redirect(visit, target if is_ours else "/")
+        _set_cookie(answer, visit, self._store.grant("session", SIGNED_IN))
+        return answer
+
+    def _sign_out(self, visit: _Visit) -> bottle.HTTPResponse:
+        self._store.withdraw("session", visit.session)
+        return _redirect(visit, "/sign-in")
+
+    # The pages
+
+    def _overview(self, visit: _Visit) -> bottle.HTTPResponse:
+        ask, app = self._metrics, visit.app
+        crashes, sessions = ask.daily_crashes(app, 30), ask.sessions(app, 30)["sessions"]
+        return self._html(
+            visit, "Overview", "overview", week=ask.overview(app), latest=ask.releases(app)["releases"][:4],
+            tiles=_tiles(ask.overview(app), crashes["labels"], crashes["data"], sessions,
+                         ask.active_devices(app, 30)["dau"]),
+            crashes=column_chart("Crashes", crashes["labels"], crashes["data"]),
+            types=bar_chart(ask.crash_types(app, 30)), devices=bar_chart(ask.devices(app, 30)))
+
+    def _crashes(self, visit: _Visit) -> bottle.HTTPResponse:
+        asked = visit.asked("version", "days", "text", "cursor")
+        found = self._metrics.groups(**asked, limit=PAGE)
+        days = self._metrics.group_days([group["group_hash"] for group in found["groups"]], visit.app)
+        return self._html(visit, "Crashes", "crashes", **found, asked=asked, spark=sparkline, days=days["groups"],
+                          is_filtered=bool(asked.keys() - {"app"}), versions=[each["app_version"] for each in self._metrics.releases(visit.app)["releases"]])
+
+    def _group(self, visit: _Visit, group_hash: str) -> bottle.HTTPResponse:
+        ask, asked = self._metrics, visit.asked("cursor", "report")
+        group = ask.group(group_hash, visit.app, cursor=asked.get("cursor"))
+        report = ask.crash(asked["report"], visit.app) if "report" in asked else group["reports"][0]
+        days = ask.group_days([group_hash], visit.app)
+        return self._html(visit, group["exception_type"], "group", group=group, report=report, asked=asked,
+                          next=group["next"], chart=column_chart("Crashes", days["labels"], days["groups"][group_hash]),
+                          frames=report.get("stack_trace", []), most=SHOWN_FRAMES, context=_context(report),
+                          bars=bar_chart)
+
+    def _events(self, visit: _Visit) -> bottle.HTTPResponse:
+        asked = visit.asked("type", "name", "session_id", "cursor")
+        if "session_id" in asked:
+            asked = {name: value for name, value in asked.items() if name not in ("type", "name")}
+        found = (self._metrics.session if "session_id" in asked else self._metrics.events)(**asked, limit=2 * PAGE)
+        return self._html(visit, "A session" if "session_id" in asked else "Events", "events", **found, asked=asked,
+                          is_filtered=bool(asked.keys() - {"app"}), types=EVENT_TYPES, details=_details)
+
+    def _releases(self, visit: _Visit) -> bottle.HTTPResponse:
+        return self._html(visit, "Releases", "releases", **self._metrics.releases(visit.app))
+
+    def _apps(self, visit: _Visit, status: int = 200, **said: str) -> bottle.HTTPResponse:
+        visit.environ["backfeedr.apps"] = self._store.apps()
+        return self._html(visit, "Apps", "apps", status, keys=self._store.keys(), iso=iso_time, **{
+            "problem": "", "message": "", "key": "", "curl": "", **said})
+
+    def _change_apps(self, visit: _Visit) -> bottle.HTTPResponse:
+        changes = {"create": self._create_app, "key": self._create_key, "revoke": self._revoke_key,
+                   "delete": self._delete_app}
+        try:
+            change = changes.get(visit.form.get("action", ""))
+            if change is None:
+                raise StoreError("there is no such action")
+            return self._apps(visit, **change(visit))
+        except StoreError as error:
+            return self._apps(visit, 400, problem=str(error).capitalize())
+
+    def _create_app(self, visit: _Visit) -> Dict[str, str]:
+        name = visit.form.get("name", "")
+        return _new_key(visit, name, self._store.create_app(name, is_test="test" in visit.form))
+
+    def _create_key(self, visit: _Visit) -> Dict[str, str]:
+        name = visit.form.get("name", "")
+        return _new_key(visit, name, self._store.create_key(name))
+
+    def _revoke_key(self, visit: _Visit) -> Dict[str, str]:
+        key = self._store.revoke_key(visit.form.get("prefix", ""))
+        return {"message": f"Revoked the key {key.prefix}... of {key.app}."}
+
+    def _delete_app(self, visit: _Visit) -> Dict[str, str]:
+        """In a thread: a large app takes longer than a proxy waits."""
+        name = visit.form.get("name", "")
+        if visit.form.get("typed") != name:
+            raise StoreError(f"to delete it, type its name: {name}")
+        failed: List[Exception] = []
+        work = threading.Thread(target=_trying, args=(self._store.delete_app, name, failed), daemon=True)
+        work.start()
+        work.join(timeout=2)
+        for error in failed:
+            raise error
+        return {"message": f"{name} is being deleted." if work.is_alive() else f"Deleted {name} and all that it sent."}
+
+
+def _trying(change: Callable[[str], None], name: str, failed: List[Exception]) -> None:
+    try:
+        change(name)
+    except Exception as error:
+        log.error("cannot delete an app: %s", error)
+        failed.append(error)
+
+
+def _new_key(visit: _Visit, name: str, key: str) -> Dict[str, str]:
+    return {"message": f"The new key of {name}, shown only this once:", "key": key, "curl": curl_line(visit.url, key)}
+
+
+def _redirect(visit: _Visit, path: str) -> bottle.HTTPResponse:
+    return bottle.HTTPResponse(b"", 303, {**PAGE_HEADERS, "Location": visit.root + path})
+
+
+def _set_cookie(answer: bottle.HTTPResponse, visit: _Visit, session: str) -> None:
+    answer.set_cookie("backfeedr", session, path=visit.root + "/", httponly=True, samesite="strict",
+                      max_age=SIGNED_IN // SECOND, **({"secure": True} if visit.is_https else {}))
+
+
+def _short(text: str, length: int = 300) -> str:
+    return text if len(text) <= length else text[:length] + "..."
+
+
+def _tiles(week: Figures, labels: Sequence[str], crashes: Sequence[int], sessions: Sequence[int],
+           devices: Sequence[int]) -> List[Figures]:
+    rates = [crash_free_rate(*day) if any(day) else None for day in zip(crashes, sessions)]
+    before = [sum(each[-14:-7]) for each in (crashes, sessions)]
+    lowest = min((rate for rate in rates if rate is not None), default=0)
+    low = max(limit for limit in (0, 50, 80, 90, 95, 99) if limit <= lowest)
+    return [
+        {"name": "Crash-free sessions", "value": f"{week['crash_free_rate_7d']:.2f} %",
+         "note": f"7 days; {crash_free_rate(*before):.2f} % in the 7 before" if any(before) else "7 days",
+         "chart": line_chart("Crash-free sessions", labels, rates, low, " %")},
+        {"name": "Active devices", "value": f"{week['dau']:,}", "note": "24 hours",
+         "chart": line_chart("Active devices", labels, devices)},
+        {"name": "Sessions", "value": f"{week['sessions_7d']:,}", "note": f"7 days; {before[1]:,} in the 7 before",
+         "chart": line_chart("Sessions", labels, sessions)},
+        {"name": "Crashes", "value": f"{week['crashes_7d']:,}", "note": f"7 days; {before[0]:,} in the 7 before",
+         "chart": line_chart("Crashes", labels, crashes)}]
+
+
+_CONTEXT = {"app": "App", "app_version": "Version", "build_number": "Build", "os_version": "System",
+            "device_model": "Device", "locale": "Locale", "free_memory_mb": "Free memory", "battery_level": "Battery",
+            "is_charging": "Charging", "device_id_hash": "Device id", "id": "Report"}
+
+
+def _context(report: Figures) -> List[Tuple[str, str, bool]]:
+    """Name and value of what a crash tells of its circumstances, and whether that is as it was sent, unknown to us."""
+    shown = {**report}
+    if "free_memory_mb" in shown:
+        shown["free_memory_mb"] = f"{shown['free_memory_mb']:,} MB"
+    if "battery_level" in shown:
+        shown["battery_level"] = f"{shown['battery_level']:.0%}" if shown["battery_level"] >= 0 else "unknown"
+    if "is_charging" in shown:
+        shown["is_charging"] = "yes" if shown["is_charging"] else "no"
+    return [(name, str(shown[field]), False) for field, name in _CONTEXT.items() if field in shown] + [
+        (name, _as_text(value), True) for name, value in report.get("extra", {}).items()]
+
+
+def _as_text(value: Any) -> str:
+    """A value of a field that this server does not know: a list item by item."""
+    lines = value if type(value) is list else [value]
+    return _short("\n".join(line if type(line) is str else json.dumps(line, ensure_ascii=False) for line in lines),
+                  SHOWN_TEXT)
+
+
+def _details(event: Figures) -> str:
+    """What an event says beside what all have."""
+    return ", ".join(f"{name}: {_short(_as_text(value), 100)}" for name, value in list({
+        **event.get("properties", {}), **event.get("extra", {})}.items())[:20])
+
+
+# Charts: from numbers to SVG. Places across are percentages, so that a chart is as wide as its room.
+
+_HEIGHT, _EDGE = 72, 3  # of a chart in pixels; and how far its lines stay from the edges
+
+Draw = Callable[[Sequence[Optional[float]], float], str]  # of the ys, and how far one is from the next in percent
+
+
+def line_chart(title: str, labels: Sequence[str], values: Sequence[Optional[float]], low: float = 0,
+               unit: str = "") -> str:
+    """A line through one value a day, from `low` up; None leaves a gap. `labels` are ISO dates."""
+    return _chart(title, labels, values, low, unit, _lines)
+
+
+def column_chart(title: str, labels: Sequence[str], values: Sequence[Optional[float]]) -> str:
+    """A column for one value a day, from 0 up."""
+    return _chart(title, labels, values, 0, "", _columns)
+
+
+def _lines(ys: Sequence[Optional[float]], step: float) -> str:
+    points = [((n + 0.5) * step, y) for n, y in enumerate(ys)]
+    lines = "".join(f'<line x1="{x1:.2f}%" x2="{x2:.2f}%" y1="{y1:.1f}" y2="{y2:.1f}"/>'
+                    for (x1, y1), (x2, y2) in zip(points, points[1:]) if y1 is not None and y2 is not None)
+    alone = [(x, y) for (x, y), before, after in zip(points, [None, *ys], [*ys[1:], None])
+             if y is not None and after is None and (before is None or x == points[-1][0])]
+    return lines + "".join(f'<circle cx="{x:.2f}%" cy="{y:.1f}" r="2.5"/>' for x, y in alone)
+
+
+def _columns(ys: Sequence[Optional[float]], step: float) -> str:
+    return "".join(f'<rect x="{(n + 0.15) * step:.2f}%" width="{0.7 * step:.2f}%" y="{y:.1f}"'
+                   f' height="{_HEIGHT - _EDGE - y:.1f}"/>' for n, y in enumerate(ys) if y is not None)
+
+
+def _chart(title: str, labels: Sequence[str], values: Sequence[Optional[float]], low: float, unit: str,
+           draw: Draw) -> str:
+    known = [(value, label) for value, label in zip(values, labels) if value is not None]
+    if not known:
+        return '<p class="empty">None in these days.</p>'
+    high, step, bottom = 100 if unit else _ceiling(max(known)[0]), 100 / len(values), _HEIGHT - _EDGE
+    ys = [None if value is None else bottom - (bottom - _EDGE) * (value - low) / (high - low) for value in values]
+    first, last = _day(labels[0]), _day(labels[-1])
+    said = (f"{title} per day, {first} to {last}: latest {known[-1][0]:,}{unit}, highest {max(known)[0]:,}{unit}"
+            f" on {_day(max(known)[1])}, lowest {min(known)[0]:,}{unit}")
+    days = "".join(f'<rect class="day" x="{n * step:.2f}%" width="{step:.2f}%" y="0" height="{_HEIGHT}">'
+                   f'<title>{_day(label)}: {"none" if value is None else f"{value:,}{unit}"}</title></rect>'
+                   for n, (label, value) in enumerate(zip(labels, values)))
+    return (f'<div class="chart" role="img" aria-label="{said}"><p><span>{high:,}{unit}</span>'
+            f'<span>{low:,}{unit}</span></p><svg width="100%" height="{_HEIGHT}"><g class="axis">'
+            f'<line x1="0" x2="100%" y1="{_EDGE}" y2="{_EDGE}"/><line x1="0" x2="100%" y1="{bottom}" y2="{bottom}"/></g>'
+            f'<g class="marks">{draw(ys, step)}</g>{days}</svg><p><span>{first}</span><span>{last}</span></p></div>')
+
+
+def _ceiling(value: float) -> int:
+    """The next of 1, 2, 5, 10, 20, 50, ..."""
+    unit = 10 ** max(0, len(str(int(value))) - 1)
+    return next(unit * factor for factor in (1, 2, 5, 10) if value <= unit * factor)
+
+
+def _day(label: str) -> str:
+    day = date.fromisoformat(label)
+    return f"{day.day} {_MONTHS[3 * day.month - 3:3 * day.month]}"
+
+
+_MONTHS = "JanFebMarAprMayJunJulAugSepOctNovDec"
+
+
+def sparkline(values: Sequence[int], title: str) -> str:
+    """A line as high as a line of text, through one value a day."""
+    high = max(*values, 1)
+    points = " ".join(f"{4 * n},{19 - 17 * value / high:.1f}" for n, value in enumerate(values))
+    return (f'<svg class="spark" role="img" aria-label="{title}: {sum(values):,} in {len(values)} days" width="118"'
+            f' height="20"><title>{sum(values):,} in {len(values)} days</title><polyline points="{points}"/></svg>')
+
+
+def bar_chart(figures: Figures, total: Optional[int] = None, limit: int = 10) -> str:
+    """A bar for each label, the longest first; and how much of the total is not among them."""
+    shown = list(zip(figures["labels"], figures["data"]))[:limit]
+    rest = (sum(figures["data"]) if total is None else total) - sum(count for _, count in shown)
+    most = max((count for _, count in shown), default=1)
+    rows = [(f"<bdi>{escape(_short(label, 80))}</bdi>", f'<rect width="{100 * count / most:.1f}%" height="10"/>', count)
+            for label, count in shown] + ([("others, or unknown", "", rest)] if rest > 0 else [])
+    return '<table class="bars">' + "".join(
+        f'<tr><th scope="row">{label}</th><td><svg width="100%" height="10" aria-hidden="true">{bar}</svg></td>'
+        f'<td class="number">{count:,}</td></tr>' for label, bar, count in rows) + "</table>" if rows else (
+        '<p class="empty">None in these days.</p>')
+
+
+# The templates. They know `for` and `if`; `{{ }}` escapes, `{{! }}` takes HTML that was made above.
+
+_PAGES = (("/", "Overview"), ("/crashes", "Crashes"), ("/events", "Events"), ("/releases", "Releases"),
+          ("/apps", "Apps"))
+_HINTS = {
+    400: "The address or the form is not one that these pages make.",
+    403: "This form belongs to a session that is over. Open the page again, and then send it.",
+    404: "It may have expired, or belong to an app that was deleted.",
+    405: "This address is for another kind of request.",
+    500: "The reason is in the server's log.",
+    503: "The database cannot be used now. The reason is in the server's log; try again in a moment."}
+
+_ICON = ("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath d='M1 11h4l2-8 "
+         "3 11 2-6h3' fill='none' stroke='%23c0392b' stroke-width='2'/%3E%3C/svg%3E")
+
+_TEMPLATES = {
+    "layout": """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta name="robots" content="noindex">
+<title>{{short(title, 80)}} - backfeedr</title>
+<link rel="icon" href="{{icon}}">
+<style>{{!style}}</style>
+</head>
+<body>
+<header>
+<a class="brand" href="{{visit.root}}/">backfeedr</a>
+% if apps is not None:
+<nav aria-label="Pages">
+% for path, name in pages:
+<a href="{{link(path)}}"{{!' aria-current="page"' if visit.section == path else ""}}>{{name}}</a>
+% end
+</nav>
+<form method="post" action="{{visit.root}}/sign-out"><input type="hidden" name="form_token" value="{{visit.form_token}}"><button class="plain">Sign out</button></form>
+% end
+</header>
+% if apps and visit.section != "/apps" and len(apps) > 1:
+<nav class="apps" aria-label="Apps">
+<a href="{{link(visit.section, app=None)}}"{{!' aria-current="true"' if not visit.app else ""}}>All live apps</a>
+% for app in apps:
+<a href="{{link(visit.section, app=app.name)}}"{{!' aria-current="true"' if visit.app == app.name else ""}}><bdi>{{app.name}}</bdi>{{" (test)" if app.is_test else ""}}</a>
+% end
+</nav>
+% end
+<main>
+<h1><bdi>{{short(title)}}</bdi></h1>
+{{!body}}
+</main>
+<footer>All days and times are UTC.</footer>
+</body>
+</html>
+""",
+    "error": """<p>{{hint}}</p>
+<p><a href="{{visit.root}}/">To the overview</a></p>
+""",
+    "sign_in": """<form class="sign-in" method="post" action="{{visit.root}}/sign-in">
+% if problem:
+<p class="problem" role="alert">{{problem}}</p>
+% end
+<input type="hidden" name="form_token" value="{{visit.form_token}}">
+<input type="hidden" name="next" value="{{target}}">
+<input name="username" value="admin" autocomplete="username" hidden>
+<p><label for="token">Admin token</label>
+<input id="token" type="password" name="token" autocomplete="current-password" required autofocus></p>
+<p><button>Sign in</button></p>
+<p class="note">The server printed it at its first start. <code>BACKFEEDR_AUTH_TOKEN</code> sets another one.</p>
+</form>
+""",
+    "overview": """% if not any(week.values()) and not latest:
+<section class="hint"><p>Nothing has been received yet. Send a first crash, with the key of an app
+(<a href="{{link("/apps")}}">Apps</a> makes a new one):</p>
+<pre>{{curl(visit.url, "bf_live_your_key")}}</pre></section>
+% end
+<div class="tiles">
+% for tile in tiles:
+<section><h2>{{tile["name"]}}</h2><p class="figure">{{tile["value"]}}</p><p class="note">{{tile["note"]}}</p>
+{{!tile["chart"]}}</section>
+% end
+</div>
+<div class="halves">
+<section><h2>Crashes per day</h2>{{!crashes}}</section>
+<section><h2><a href="{{link("/releases")}}">Latest releases</a></h2>
+% if latest:
+<table class="list"><thead><tr><th>Version</th><th class="number">Crash-free sessions</th><th class="number">Adoption</th></tr></thead><tbody>
+% for release in latest:
+<tr><td class="main"><a href="{{link("/crashes", app=release["app"], version=release["app_version"])}}"><bdi>{{release["app_version"]}}</bdi></a> <span class="reason"><bdi>{{"" if visit.app else release["app"]}}</bdi></span></td><td class="number" data-label="Crash-free sessions">{{"%.2f" % release["crash_free_sessions"]}} %</td><td class="number" data-label="Adoption">{{"%.1f" % release["adoption"]}} %</td></tr>
+% end
+</tbody></table>
+% else:
+<p class="empty">No release yet: reports that carry an <code>app_version</code> show here.</p>
+% end
+</section>
+</div>
+<section><h2><a href="{{link("/crashes", days=7)}}">Most frequent crashes of 7 days</a></h2>
+% if week["top_crashes"]:
+<table class="list"><thead><tr><th class="number">Crashes</th><th>Group</th></tr></thead><tbody>
+% for group in week["top_crashes"]:
+<tr><td class="number" data-label="Crashes">{{"{:,}".format(group["count"])}}</td><td class="main"><a href="{{link("/crashes/" + group["group_hash"])}}"><bdi>{{group["exception_type"]}}</bdi></a> <span class="reason"><bdi>{{short(group["exception_reason"])}}</bdi></span></td></tr>
+% end
+</tbody></table>
+% else:
+<p class="empty">No crash in the last 7 days.</p>
+% end
+</section>
+<div class="halves">
+<section><h2>Exception types, 30 days</h2>{{!types}}</section>
+<section><h2>Crashing devices, 30 days</h2>{{!devices}}</section>
+</div>
+""",
+    "crashes": """<form class="filter" method="get" action="{{visit.root}}/crashes">
+% if visit.app:
+<input type="hidden" name="app" value="{{visit.app}}">
+% end
+<label>Version <input name="version" list="versions" value="{{asked.get("version", "")}}"></label>
+<datalist id="versions">
+% for version in versions:
+<option value="{{version}}"></option>
+% end
+</datalist>
+<label>Days <select name="days"><option value="">all</option>
+% for choice in sorted({1, 7, 30, 90, 365, asked.get("days", 1)}):
+<option{{!" selected" if asked.get("days") == choice else ""}}>{{choice}}</option>
+% end
+</select></label>
+<label>Text <input type="search" name="text" value="{{asked.get("text", "")}}"></label>
+<button>Show</button>
+</form>
+% if groups:
+<table class="list"><thead><tr><th class="number">Crashes</th><th>Group</th><th>30 days</th><th class="number">Devices</th><th>Versions</th><th>First seen</th><th>Last seen</th></tr></thead><tbody>
+% for group in groups:
+<tr><td class="number" data-label="Crashes">{{"{:,}".format(group["count"])}}</td>
+<td class="main"><a href="{{link("/crashes/" + group["group_hash"])}}"><bdi>{{group["exception_type"]}}</bdi></a> <span class="reason"><bdi>{{short(group["exception_reason"])}}</bdi></span></td>
+<td data-label="30 days">{{!spark(days[group["group_hash"]], "Crashes")}}</td>
+<td class="number" data-label="Devices">{{"{:,}".format(group["devices"])}}</td>
+<td data-label="Versions"><bdi>{{", ".join(short(version, 40) for version in group["versions"][-2:])}}</bdi>{{", +{}".format(len(group["versions"]) - 2) if len(group["versions"]) > 2 else ""}}</td>
+<td data-label="First seen">{{!when(group["first_seen"])}}</td>
+<td data-label="Last seen">{{!when(group["last_seen"])}}</td></tr>
+% end
+</tbody></table>
+% elif is_filtered:
+<p class="empty">No crash fits. <a href="{{link("/crashes")}}">Show all</a></p>
+% else:
+<p class="empty">No crash is kept{{" of " + visit.app if visit.app else ""}}. When one comes in, it is here at once.</p>
+% end
+{{!more("/crashes")}}
+""",
+    "group": """<p class="reason"><bdi>{{short(report.get("exception_reason", ""), 5000)}}</bdi></p>
+<dl class="facts"><div><dt>Crashes</dt><dd>{{"{:,}".format(group["count"])}}</dd></div><div><dt>Devices</dt><dd>{{"{:,}".format(group["devices"])}}</dd></div><div><dt>First seen</dt><dd>{{!when(group["first_seen"])}}</dd></div><div><dt>Last seen</dt><dd>{{!when(group["last_seen"])}}</dd></div><div><dt>Group</dt><dd><code>{{group["group_hash"]}}</code></dd></div></dl>
+<section><h2>Crashes per day</h2>{{!chart}}</section>
+<section><h2>{{"The latest crash" if report["id"] == group["reports"][0]["id"] and not asked else "A crash"}}, {{!when(report["occurred_at"])}}</h2>
+<div class="crash">
+<div>
+% if frames:
+<ol class="trace" start="0">
+% for frame in frames[:most]:
+<li{{!' class="own"' if frame.get("file") else ""}}><code><bdi>{{short(frame.get("symbol") or "(no symbol)", 1000)}}</bdi></code>
+% if frame.get("file"):
+<span class="place"><bdi>{{short(frame["file"])}}</bdi>{{":{}".format(frame["line"]) if frame.get("line") is not None else ""}}</span>
+% end
+</li>
+% end
+</ol>
+% if frames[most:]:
+<p class="note">and {{"{:,}".format(len(frames) - most)}} further frames</p>
+% end
+<p class="note">{{"Frames of the app itself are those with a file." if any(frame.get("file") for frame in frames[:most]) else "No frame has a file, so none is known to be the app's own."}}</p>
+% else:
+<p class="empty">This report came without a stack trace.</p>
+% end
+</div>
+<dl class="context">
+<div><dt>Occurred</dt><dd>{{!when(report["occurred_at"])}}</dd></div>
+<div><dt>Received</dt><dd>{{!when(report["received_at"])}}</dd></div>
+% for name, value, is_unknown in context:
+<div{{!' class="wide"' if is_unknown else ""}}><dt><bdi>{{short(name, 100)}}</bdi></dt><dd>
+% if is_unknown:
+<pre><bdi>{{value}}</bdi></pre>
+% else:
+<bdi>{{value}}</bdi>
+% end
+</dd></div>
+% end
+</dl>
+</div>
+</section>
+<div class="thirds">
+<section><h2>Versions</h2>{{!bars(group["versions"], group["count"])}}</section>
+<section><h2>Systems</h2>{{!bars(group["systems"], group["count"])}}</section>
+<section><h2>Devices</h2>{{!bars(group["device_models"], group["count"])}}</section>
+</div>
+<section><h2>Its crashes</h2>
+% if group["reports"]:
+<table class="list"><thead><tr><th>Received</th><th>Version</th><th>System</th><th>Device</th><th>Reason</th></tr></thead><tbody>
+% for each in group["reports"]:
+<tr{{!' aria-current="true"' if each["id"] == report["id"] else ""}}><td data-label="Received"><a href="{{link(visit.path, report=each["id"], cursor=asked.get("cursor"))}}">{{!when(each["received_at"])}}</a></td>
+<td data-label="Version"><bdi>{{short(each.get("app_version", ""), 40)}}</bdi></td><td data-label="System"><bdi>{{short(each.get("os_version", ""), 40)}}</bdi></td><td data-label="Device"><bdi>{{short(each.get("device_model", ""), 40)}}</bdi></td><td data-label="Reason"><span class="reason"><bdi>{{short(each.get("exception_reason", ""), 120)}}</bdi></span></td></tr>
+% end
+</tbody></table>
+% else:
+<p class="empty">There are no further ones.</p>
+% end
+{{!more(visit.path)}}
+</section>
+""",
+    "events": """% if "session_id" in asked:
+<p>Session <code><bdi>{{asked["session_id"]}}</bdi></code>, in the order in which its events came. <a href="{{link("/events")}}">All events</a></p>
+% else:
+<form class="filter" method="get" action="{{visit.root}}/events">
+% if visit.app:
+<input type="hidden" name="app" value="{{visit.app}}">
+% end
+<label>Type <select name="type"><option value="">all</option>
+% for choice in types:
+<option{{!" selected" if asked.get("type") == choice else ""}}>{{choice}}</option>
+% end
+</select></label>
+<label>Name <input name="name" value="{{asked.get("name", "")}}"></label>
+<label>Session <input name="session_id"></label>
+<button>Show</button>
+</form>
+% end
+% if events:
+<table class="list"><thead><tr><th>Occurred</th><th>Event</th><th>With</th><th>Version</th><th>Device</th><th>Session</th></tr></thead><tbody>
+% for event in events:
+<tr><td data-label="Occurred">{{!when(event["occurred_at"])}}</td><td class="main">{{event["type"]}} <b><bdi>{{short(event.get("name", ""), 80)}}</bdi></b></td><td data-label="With"><span class="reason"><bdi>{{details(event)}}</bdi></span></td><td data-label="Version"><bdi>{{short(event.get("app_version", ""), 40)}}</bdi></td><td data-label="Device"><bdi>{{short(event.get("device_model", ""), 40)}}</bdi></td><td data-label="Session">
+% if event.get("session_id") and "session_id" not in asked:
+<a href="{{link("/events", session_id=event["session_id"])}}"><bdi>{{short(event["session_id"], 12)}}</bdi></a>
+% end
+</td></tr>
+% end
+</tbody></table>
+% elif next:
+<p class="empty">None of the 20,000 events that were looked at fits.</p>
+% elif is_filtered:
+<p class="empty">No event fits. <a href="{{link("/events")}}">Show all</a></p>
+% else:
+<p class="empty">No event is kept{{" of " + visit.app if visit.app else ""}}. <code>examples/client.py</code> shows how an app sends its sessions.</p>
+% end
+{{!more("/events")}}
+""",
+    "releases": """% if releases:
+<table class="list"><thead><tr><th>Version</th>{{!"" if visit.app else "<th>App</th>"}}<th class="number">Crash-free sessions</th><th class="number">Crash-free devices</th><th class="number">Crashes</th><th class="number">Sessions</th><th class="number">Adoption, 7 days</th><th>First seen</th><th>Last seen</th></tr></thead><tbody>
+% for release in releases:
+<tr><td class="main"><a href="{{link("/crashes", app=release["app"], version=release["app_version"])}}"><bdi>{{release["app_version"]}}</bdi></a></td>
+% if not visit.app:
+<td data-label="App"><bdi>{{release["app"]}}</bdi></td>
+% end
+<td class="number" data-label="Crash-free sessions">{{"%.2f" % release["crash_free_sessions"]}} %</td><td class="number" data-label="Crash-free devices">{{"%.2f" % release["crash_free_devices"]}} %</td><td class="number" data-label="Crashes">{{"{:,}".format(release["crashes"])}}</td><td class="number" data-label="Sessions">{{"{:,}".format(release["sessions"])}}</td><td class="number" data-label="Adoption, 7 days">{{"%.1f" % release["adoption"]}} %</td><td data-label="First seen">{{!when(release["first_seen"])}}</td><td data-label="Last seen">{{!when(release["last_seen"])}}</td></tr>
+% end
+</tbody></table>
+% else:
+<p class="empty">No release yet: reports that carry an <code>app_version</code> show here.</p>
+% end
+""",
+    "apps": """% if problem:
+<p class="problem" role="alert">{{problem}}.</p>
+% end
+% if message:
+<section class="hint" role="status"><p>{{message}}</p>
+% if key:
+<p><code class="key">{{key}}</code></p>
+<p>It goes into the app. To try it:</p>
+<pre>{{curl}}</pre>
+% end
+</section>
+% end
+% for app in apps:
+<section class="app"><h2><bdi>{{app.name}}</bdi>{{" (test)" if app.is_test else ""}}</h2>
+<p class="note">Made {{!when(iso(app.created_at))}}. <a href="{{link("/", app=app.name)}}">Its figures</a></p>
+% mine = [key for key in keys if key.app == app.name]
+% if mine:
+<table class="list"><thead><tr><th>Key</th><th>Made</th><th></th></tr></thead><tbody>
+% for key in mine:
+<tr><td data-label="Key"><code>{{key.prefix}}...</code></td><td data-label="Made">{{!when(iso(key.created_at))}}</td><td>
+% if key.revoked_at:
+revoked {{!when(iso(key.revoked_at))}}
+% else:
+{{!form("revoke", "Revoke", prefix=key.prefix)}}
+% end
+</td></tr>
+% end
+</tbody></table>
+% else:
+<p class="empty">It has no key, so nothing can be sent to it.</p>
+% end
+<div class="actions">
+{{!form("key", "Make a further key", name=app.name)}}
+<details><summary>Delete the app</summary>
+<form method="post" action="{{visit.root}}/apps"><input type="hidden" name="form_token" value="{{visit.form_token}}"><input type="hidden" name="action" value="delete"><input type="hidden" name="name" value="{{app.name}}">
+<p>This deletes its keys and all that it sent. To be sure, type its name.</p>
+<label>Name <input name="typed" autocomplete="off" required></label> <button class="danger">Delete it</button></form>
+</details>
+</div>
+</section>
+% end
+<section class="app"><h2>A new app</h2>
+<form method="post" action="{{visit.root}}/apps"><input type="hidden" name="form_token" value="{{visit.form_token}}"><input type="hidden" name="action" value="create">
+<p><label>Name <input name="name" maxlength="100" required></label>
+<label><input type="checkbox" name="test" value="1"> a test app, whose reports count in no public figure</label></p>
+<p><button>Make it, with a first key</button></p></form></section>
+""",
+    "more": """% if "cursor" in asked or next:
+<p class="more">
+% if "cursor" in asked:
+<a href="{{link(path, **{**asked, "cursor": None})}}">First page</a>
+% end
+% if next:
+<a href="{{link(path, **{**asked, "cursor": next})}}" rel="next">Next page</a>
+% end
+</p>
+% end
+""",
+    "form": """<form method="post" action="{{visit.root}}/apps"><input type="hidden" name="form_token" value="{{visit.form_token}}"><input type="hidden" name="action" value="{{action}}">
+% for name, value in fields.items():
+<input type="hidden" name="{{name}}" value="{{value}}">
+% end
+<button>{{label}}</button></form>
+""",
+}
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #fcfbf8; --ink: #1f1e1b; --soft: #66635b; --rule: #dcd8cd; --tint: #f3f0e8;
+  --link: #1d5a96; --mark: #2f6da8; --bad: #b3261e; }
+@media (prefers-color-scheme: dark) { :root { --paper: #161614; --ink: #e9e6de; --soft: #a19d92; --rule: #383631;
+  --tint: #201f1c; --link: #8cbcf0; --mark: #7fb0e4; --bad: #ff8f80; } }
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body { margin: 0 auto; max-width: 78rem; padding: 0 1.25rem 2rem; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; overflow-wrap: anywhere; }
+code, pre, .figure, .number, .brand, .trace, .facts dd { font-family: ui-monospace, "SF Mono", Menlo, Consolas,
+  "DejaVu Sans Mono", monospace; }
+a { color: var(--link); text-underline-offset: 0.15em; }
+header, .apps { display: flex; flex-wrap: wrap; gap: 0.25rem 1.25rem; align-items: baseline; }
+header { padding: 0.9rem 0 0.6rem; border-bottom: 2px solid var(--ink); }
+header nav { display: flex; flex-wrap: wrap; gap: 0.25rem 1.25rem; flex: 1; }
+.brand { font-weight: 700; color: inherit; }
+header a, .apps a { text-decoration: none; padding: 0.2rem 0; }
+[aria-current]:is(a) { color: inherit; font-weight: 600; border-bottom: 2px solid var(--mark); }
+.apps { padding: 0.5rem 0; border-bottom: 1px solid var(--rule); font-size: 0.92em; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 1.4rem 0 0.8rem; }
+h2 { font-size: 0.95rem; margin: 0 0 0.5rem; }
+h2 a { color: inherit; }
+main > section, .halves > section, .thirds > section { margin: 1.75rem 0 0; }
+section section { margin: 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: 1.5rem 2rem; }
+.tiles section { border-top: 1px solid var(--rule); padding-top: 0.7rem; }
+.tiles h2 { font-weight: 400; margin: 0; }
+.figure { font-size: 1.9rem; line-height: 1.2; margin: 0; }
+.halves, .thirds { display: grid; gap: 0 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); }
+.thirds { grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)); }
+.halves > *, .thirds > *, .tiles > * { min-width: 0; }
+.note, .empty, .reason, footer { color: var(--soft); }
+.note { margin: 0.2rem 0; font-size: 0.9em; }
+footer { margin-top: 3rem; padding-top: 0.6rem; border-top: 1px solid var(--rule); font-size: 0.9em; }
+table { border-collapse: collapse; width: 100%; }
+th { text-align: left; font-weight: 400; color: var(--soft); font-size: 0.9em; }
+th, td { padding: 0.4rem 1.2rem 0.4rem 0; vertical-align: top; }
+th:last-child, td:last-child { padding-right: 0; }
+.list tr { border-bottom: 1px solid var(--rule); }
+.list tr[aria-current] { background: var(--tint); }
+.number { text-align: right; white-space: nowrap; }
+th.number { font-family: inherit; }
+.list th.number:first-child { width: 1%; }
+td.number { font-variant-numeric: tabular-nums; }
+time { white-space: nowrap; }
+.bars th { color: inherit; font-size: 1em; width: 42%; padding-right: 0.8rem; }
+.bars th, .bars td { padding-top: 0.15rem; padding-bottom: 0.15rem; }
+.bars .number { width: 1%; }
+svg { display: block; }
+.bars svg { margin-top: 0.4rem; }
+.bars rect, .marks rect { fill: var(--mark); }
+.marks line { stroke: var(--mark); stroke-width: 2; stroke-linecap: round; }
+.marks circle { fill: var(--mark); }
+.axis line { stroke: var(--rule); }
+.day { fill: transparent; }
+.day:hover { fill: var(--mark); fill-opacity: 0.15; }
+.spark polyline { fill: none; stroke: var(--mark); stroke-width: 1.5; stroke-linejoin: round; }
+.chart { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: 0 0.6rem; }
+.chart p { display: flex; justify-content: space-between; margin: 0; color: var(--soft); font-size: 12px; line-height: 1; }
+.chart p:first-child { flex-direction: column; text-align: right; }
+.chart p:last-child { grid-column: 2; padding-top: 0.35rem; }
+dl { margin: 0; }
+dt { color: var(--soft); font-size: 0.9em; }
+dd { margin: 0; }
+.facts { display: flex; flex-wrap: wrap; gap: 0.6rem 2.2rem; }
+.crash { display: grid; gap: 1.5rem 2.5rem; grid-template-columns: minmax(0, 2fr) minmax(0, 1fr); }
+.trace { margin: 0; padding: 0 0 0 2.6rem; font-size: 0.9em; color: var(--soft); }
+.trace li { padding: 0.15rem 0 0.15rem 0.6rem; border-left: 3px solid transparent; }
+.trace .own { color: var(--ink); font-weight: 600; border-left-color: var(--bad); background: var(--tint); }
+.trace .place { font-weight: 400; color: var(--link); padding-left: 0.6rem; }
+.context > div { display: grid; grid-template-columns: 7rem 1fr; gap: 0 0.8rem; padding: 0.2rem 0; }
+.context > .wide { display: block; }
+pre { margin: 0.2rem 0; padding: 0.5rem 0.7rem; background: var(--tint); white-space: pre-wrap; font-size: 0.88em;
+  max-height: 22rem; overflow-y: auto; }
+form { display: inline-block; margin: 0; }
+.filter { display: flex; flex-wrap: wrap; gap: 0.6rem 1.2rem; align-items: end; margin-bottom: 1rem; }
+.filter label { display: grid; font-size: 0.9em; color: var(--soft); }
+input, select, button { font: inherit; color: inherit; background: var(--paper); border: 1px solid var(--soft);
+  border-radius: 3px; padding: 0.3rem 0.6rem; max-width: 100%; }
+input[type="checkbox"] { width: auto; }
+button { cursor: pointer; background: var(--tint); }
+button:hover { border-color: var(--ink); }
+.plain { border: 0; padding: 0.2rem 0; background: none; color: var(--link); }
+.danger, .problem { color: var(--bad); }
+.sign-in { display: block; max-width: 24rem; }
+.sign-in label { display: block; }
+.sign-in input { width: 100%; }
+.hint { padding: 0.3rem 1rem 0.8rem; border-left: 3px solid var(--mark); background: var(--tint); }
+.key { font-size: 1.1em; font-weight: 600; user-select: all; }
+.actions { display: flex; flex-wrap: wrap; gap: 0.6rem 1.5rem; align-items: baseline; margin-top: 0.6rem; }
+summary { cursor: pointer; color: var(--link); }
+.more { display: flex; gap: 1.5rem; }
+:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
+@media (max-width: 48rem) {
+  .crash { grid-template-columns: minmax(0, 1fr); }
+  .list thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  .list, .list tbody, .list tr { display: block; }
+  .list tr { display: flex; flex-wrap: wrap; gap: 0 1.2rem; padding: 0.5rem 0; }
+  .list td { padding: 0.1rem 0; text-align: left; white-space: normal; }
+  .list td[data-label]::before { content: attr(data-label) " "; color: var(--soft); font-size: 0.85em;
+    font-family: system-ui, -apple-system, sans-serif; }
+  .list .main { order: -1; flex-basis: 100%; }
+  .list td:empty, .list td:has(> bdi:empty), .list td:has(> .reason > bdi:empty) { display: none; }
+  .list svg { display: inline-block; vertical-align: middle; }
+  header nav { order: 1; flex-basis: 100%; column-gap: 1rem; }
+  .bars th { width: 50%; }
+  header .brand { flex: 1; }
+}
+@media print { header nav, header form, .apps, .filter, .actions, .more { display: none; } }
+"""
+
+PAGE_HEADERS = {
+    "Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer", "Content-Security-Policy": (
+        "default-src 'none'; img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'; style-src"
+        f" 'sha256-{base64.b64encode(sha256(STYLE)).decode()}'")}
 
 
 # == Server ====================================================================
