@@ -3041,6 +3041,98 @@ def test_a_server_whose_disk_is_full_recovers_without_a_restart(run, tmp_path):
     check_database(tmp_path / "run.db")
 
 
+# == Demo ======================================================================
+
+DEMO_NOW = parse_time(NOW)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A filled database as the demo serves it."""
+    path = tmp_path_factory.mktemp("demo") / "demo.db"
+    backfeedr.fill_demo(str(path), DEMO_NOW)
+    with Store(str(path), clock=lambda: DEMO_NOW / 1000) as store:
+        yield store
+
+
+def demo_answers(store):
+    """What is shown on the pages, but for ids: they begin at random."""
+    ask = backfeedr.Metrics(store)
+    return [ask.overview(), ask.daily_crashes(days=30), ask.sessions(), ask.retention(), ask.releases(), ask.groups(),
+            [{**event, "id": None} for event in ask.events()["events"]]]
+
+
+def test_demo_is_the_same_for_a_seed_and_another_for_another(demo, tmp_path):
+    for seed in (1, 2):
+        path = str(tmp_path / f"{seed}.db")
+        backfeedr.fill_demo(path, DEMO_NOW, seed)
+        with Store(path, clock=lambda: DEMO_NOW / 1000) as store:
+            assert (demo_answers(store) == demo_answers(demo)) == (seed == 1)
+
+
+def test_demo_has_roll_ups_that_equal_its_rows(demo):
+    check_database(demo.path)
+
+
+def test_demo_is_of_a_size_that_is_worth_looking_at(demo):
+    counts = {table: sql(demo.path, f"select count(*) from {table}")[0][0] for table in ("crashes", "events")}
+    devices, = sql(demo.path, "select count(distinct device_id_hash) from events")[0]
+    assert 200 <= counts["crashes"] <= 500 and 15_000 <= counts["events"] <= 26_000 and 300 <= devices <= 400
+    assert sorted(app.is_test for app in demo.apps()) == [False, False, True]
+
+
+def test_demo_shows_a_bad_release_that_was_fixed(demo):
+    rates = {release["app_version"]: release["crash_free_sessions"]
+             for release in backfeedr.Metrics(demo).releases("Tramwise")["releases"]}
+    assert 92 <= rates["2.4.0"] <= 95 < rates["2.3.0"] < 99 < rates["2.4.1"]
+
+
+def test_demo_has_groups_of_one_release_of_one_model_and_a_rare_one(demo):
+    ask = backfeedr.Metrics(demo)
+    found = [ask.group(group["group_hash"]) for group in ask.groups()["groups"]]
+    assert 8 <= len(found) <= 10
+    assert found[0]["versions"]["labels"] == ["2.4.0"] and found[-1]["count"] <= 6
+    assert ["iPad13,18"] in [group["device_models"]["labels"] for group in found]
+    assert any(all(system >= "26" for system in group["systems"]["labels"]) for group in found)
+    for frames in (group["reports"][0]["stack_trace"] for group in found):
+        assert 8 <= len(frames) <= 14 and {bool(frame["file"]) for frame in frames} == {True, False}
+
+
+def test_demo_has_the_rhythm_of_a_week(demo):
+    sessions = backfeedr.Metrics(demo).sessions("Tramwise", days=28)
+    weekend = [count for label, count in zip(sessions["labels"], sessions["sessions"])
+               if date.fromisoformat(label).weekday() >= 5]
+    assert sum(weekend) / 8 < 0.7 * (sum(sessions["sessions"]) - sum(weekend)) / 20
+
+
+def test_demo_reports_are_received_after_they_occurred(demo):
+    for table in ("crashes", "events"):
+        assert sql(demo.path, f"select count(*) from {table} where occurred_at > received_at") == [(0,)]
+    last, = sql(demo.path, "select max(received_at) from events")[0]
+    assert 60_000 <= DEMO_NOW - last <= 600_000
+
+
+def test_demo_is_what_the_api_would_have_taken(demo, serve):
+    api = Api(serve())
+    shown = ("id", "app", "group_hash", "received_at")
+    for table, path in (("crashes", CRASHES), ("events", EVENTS)):
+        with demo.reading() as db:
+            reports = backfeedr._reports(db, f"select * from {table} order by seq desc limit 40", {})
+        for row in reports:
+            given = {name: value for name, value in {**row, **row.get("extra", {})}.items()
+                     if name not in (*shown, "extra")}
+            assert api.post(path, given)[0] == 201
+
+
+@pytest.mark.parametrize("now", ["2026-03-12T00:00:00Z", "2026-03-12T00:10:00Z", "2026-03-15T03:00:00Z"])  # a Sunday
+def test_demo_has_figures_of_today_at_any_hour(tmp_path, now):
+    backfeedr.fill_demo(str(tmp_path / "test.db"), parse_time(now))
+    with Store(str(tmp_path / "test.db"), clock=Clock(now)) as store:
+        ask = backfeedr.Metrics(store)
+        assert ask.sessions(days=1)["sessions"][0] > 0 and ask.active_devices(days=1)["dau"][0] > 0
+        assert len(ask.events()["events"]) == 50
+
+
 # == Command line ==============================================================
 
 @pytest.fixture
