@@ -29,7 +29,7 @@ The sections, each of which uses only those above it:
     Dashboard       the pages that people look at
     Server          waitress, and how it stops
     Demo            a month of made-up reports, to look at
-    Command line    serve, app, key, device, prune
+    Command line    serve, demo, app, key, device, prune
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ import signal
 import socket
 import sqlite3
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -62,7 +63,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
                     Sequence, Set, Tuple, Union)
-from urllib.parse import parse_qs, quote, urlencode
+from urllib.parse import parse_qs, parse_qsl, quote, urlencode
 
 try:
     import bottle
@@ -2323,6 +2324,11 @@ class Metrics:
                     data[day - shown[0]] = crashes
         return {"labels": _dates(shown), "groups": counts}
 
+    def is_empty(self) -> bool:
+        """Whether no report is kept at all."""
+        with self._store.reading() as db:
+            return not any(db.execute("select exists (select 1 from crashes), exists (select 1 from events)").fetchone())
+
     def crash(self, id: str, app: Optional[str] = None) -> Figures:
         """One crash, as it was sent. Refusal where it is not kept."""
         with self._asking(app) as (db, app_id):
@@ -2786,7 +2792,10 @@ class _Visit:
         self.root = quote(environ.get("SCRIPT_NAME", "").encode("latin-1", "replace")).rstrip("/")
         self.path = quote(environ.get("PATH_INFO", "").encode("latin-1", "replace"))
         self.section = "/" + self.path.split("/")[1] if "/" in self.path else "/"
-        self.here = self.path + ("?" + environ["QUERY_STRING"] if environ.get("QUERY_STRING") else "")
+        given = environ.get("QUERY_STRING", "").encode("latin-1", "replace").decode("utf-8", "replace")
+        self.query = urlencode(parse_qsl(given))  # without the fields that a form left empty
+        self.app = dict(parse_qsl(given)).get("app")
+        self.here = self.path + ("?" + self.query if self.query else "")
         cookie = re.search("(?:^|; ?)backfeedr=([0-9a-f]{32})(?:;|$)", environ.get("HTTP_COOKIE", ""))
         self.session = cookie[1] if cookie else secrets.token_hex(16)  # not one that is signed in
         self.is_https = "https" in (environ.get("wsgi.url_scheme"), environ.get("HTTP_X_FORWARDED_PROTO"))
@@ -2795,11 +2804,7 @@ class _Visit:
 
     def asked(self, *names: str) -> Dict[str, Any]:
         """The parameters of these names, and the app."""
-        return _parameters(self.environ, "app", *names)
-
-    @property
-    def app(self) -> Optional[str]:
-        return self.asked().get("app")
+        return _parameters({"QUERY_STRING": self.query}, "app", *names)
 
     @property
     def form_token(self) -> str:
@@ -2838,7 +2843,7 @@ class Dashboard:
 
     def __init__(self, store: Store, metrics: Metrics):
         self._store, self._metrics = store, metrics
-        self._tries = RateLimiter(TRIES)
+        self.tries = RateLimiter(TRIES)
         self._templates = {name: bottle.SimpleTemplate(source) for name, source in _TEMPLATES.items()}
 
     def routes(self) -> Iterator[Tuple[str, str, Callable[..., bottle.HTTPResponse]]]:
@@ -2901,7 +2906,7 @@ class Dashboard:
     # Signing in and out
 
     def _ask_to_sign_in(self, visit: _Visit, problem: str = "", status: int = 200) -> bottle.HTTPResponse:
-        query = parse_qs(visit.environ.get("QUERY_STRING", ""))
+        query = parse_qs(visit.query)
         code = query.get("code", [""])[-1]
         if code:
             if self._store.withdraw("code", code):
@@ -2914,8 +2919,8 @@ class Dashboard:
 
     def _sign_in(self, visit: _Visit) -> bottle.HTTPResponse:
         visit.read_form()
-        if not self._tries.allow(b""):
-            wait = self._tries.retry_after(b"")
+        if not self.tries.allow(b""):
+            wait = self.tries.retry_after(b"")
             answer = self._ask_to_sign_in(visit, f"Too many tries. The next one is in {wait} seconds.", 429)
             answer.set_header("Retry-After", str(wait))
             return answer
@@ -2940,7 +2945,7 @@ class Dashboard:
         ask, app = self._metrics, visit.app
         crashes, sessions = ask.daily_crashes(app, 30), ask.sessions(app, 30)["sessions"]
         return self._html(
-            visit, "Overview", "overview", week=ask.overview(app), latest=ask.releases(app)["releases"][:4],
+            visit, "Overview", "overview", is_empty=ask.is_empty(), week=ask.overview(app), latest=ask.releases(app)["releases"][:4],
             tiles=_tiles(ask.overview(app), crashes["labels"], crashes["data"], sessions,
                          ask.active_devices(app, 30)["dau"]),
             crashes=column_chart("Crashes", crashes["labels"], crashes["data"]),
@@ -2957,11 +2962,13 @@ class Dashboard:
         ask, asked = self._metrics, visit.asked("cursor", "report")
         group = ask.group(group_hash, visit.app, cursor=asked.get("cursor"))
         report = ask.crash(asked["report"], visit.app) if "report" in asked else group["reports"][0]
+        if report["group_hash"] != group_hash:
+            raise Refusal("not found")
         days = ask.group_days([group_hash], visit.app)
         return self._html(visit, group["exception_type"], "group", group=group, report=report, asked=asked,
                           next=group["next"], chart=column_chart("Crashes", days["labels"], days["groups"][group_hash]),
                           frames=report.get("stack_trace", []), most=SHOWN_FRAMES, context=_context(report),
-                          bars=bar_chart)
+                          bars=bar_chart, place=_place)
 
     def _events(self, visit: _Visit) -> bottle.HTTPResponse:
         asked = visit.asked("type", "name", "session_id", "cursor")
@@ -3075,6 +3082,14 @@ def _context(report: Figures) -> List[Tuple[str, str, bool]]:
         shown["is_charging"] = "yes" if shown["is_charging"] else "no"
     return [(name, str(shown[field]), False) for field, name in _CONTEXT.items() if field in shown] + [
         (name, _as_text(value), True) for name, value in report.get("extra", {}).items()]
+
+
+def _place(frame: Figures) -> str:
+    """Where a frame is: in a file, or wherever else an SDK says, as in a library."""
+    known = [f"{frame['file']}:{frame['line']}" if frame.get("line") is not None else frame["file"]] if frame.get(
+        "file") else []
+    return ", ".join(known + [_as_text(value) for name, value in frame.items()
+                              if name not in ("frame", "symbol", "file", "line") and value is not None])
 
 
 def _as_text(value: Any) -> str:
@@ -3247,7 +3262,7 @@ _TEMPLATES = {
 <p class="note">The server printed it at its first start. <code>BACKFEEDR_AUTH_TOKEN</code> sets another one.</p>
 </form>
 """,
-    "overview": """% if not any(week.values()) and not latest:
+    "overview": """% if is_empty:
 <section class="hint"><p>Nothing has been received yet. Send a first crash, with the key of an app
 (<a href="{{link("/apps")}}">Apps</a> makes a new one):</p>
 <pre>{{curl(visit.url, "bf_live_your_key")}}</pre></section>
@@ -3335,9 +3350,7 @@ _TEMPLATES = {
 <ol class="trace" start="0">
 % for frame in frames[:most]:
 <li{{!' class="own"' if frame.get("file") else ""}}><code><bdi>{{short(frame.get("symbol") or "(no symbol)", 1000)}}</bdi></code>
-% if frame.get("file"):
-<span class="place"><bdi>{{short(frame["file"])}}</bdi>{{":{}".format(frame["line"]) if frame.get("line") is not None else ""}}</span>
-% end
+<span class="place"><bdi>{{short(place(frame))}}</bdi></span>
 </li>
 % end
 </ol>
@@ -3568,7 +3581,8 @@ dd { margin: 0; }
 .trace { margin: 0; padding: 0 0 0 2.6rem; font-size: 0.9em; color: var(--soft); }
 .trace li { padding: 0.15rem 0 0.15rem 0.6rem; border-left: 3px solid transparent; }
 .trace .own { color: var(--ink); font-weight: 600; border-left-color: var(--bad); background: var(--tint); }
-.trace .place { font-weight: 400; color: var(--link); padding-left: 0.6rem; }
+.trace .place { font-weight: 400; padding-left: 0.6rem; }
+.trace .own .place { color: var(--link); }
 .context > div { display: grid; grid-template-columns: 7rem 1fr; gap: 0 0.8rem; padding: 0.2rem 0; }
 .context > .wide { display: block; }
 pre { margin: 0.2rem 0; padding: 0.5rem 0.7rem; background: var(--tint); white-space: pre-wrap; font-size: 0.88em;
@@ -3628,8 +3642,11 @@ SWITCH_SECONDS = 0.001  # how long a thread may keep the interpreter while other
 QUIET_SECONDS = 0.3  # a connection that is silent so long has sent nothing more
 
 
-def serve(settings: Settings) -> None:
-    """Serves until SIGTERM or SIGINT. Raises OSError where it cannot listen, before it touches the database."""
+def serve(settings: Settings, welcome: Callable[[Backfeedr, str], str] = lambda app, url: "") -> None:
+    """Serves until SIGTERM or SIGINT. Raises OSError where it cannot listen, before it touches the database.
+
+    What `welcome` says of the app and its address is printed when it listens.
+    """
     listener = _listen(settings.host, settings.port)
     settings = replace(settings, port=listener.getsockname()[1])
     made: List[str] = []
@@ -3639,7 +3656,7 @@ def serve(settings: Settings) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: (stopping.set(), server.pull_trigger()))
         print("backfeedr on", _url(settings.host, settings.port), flush=True)
-        print("".join(made), end="", flush=True)
+        print("".join(made) + welcome(app, _url(settings.host, settings.port)), end="", flush=True)
         # The default of 5 ms starves the I/O thread, which has to win the interpreter back
         # after each call; much less wakes all that wait for it too often. Set here and not
         # on import: a host app's process is its own.
@@ -3749,6 +3766,16 @@ def _drain(server: Any) -> None:
 # all reports go, under a clock that is moved by hand; the tables are below the logic.
 
 DEMO_DAYS = 35  # the 30 that are shown, and some before: so those begin with phones that are known
+
+
+def serve_demo(settings: Settings) -> None:
+    """Serves made-up reports from a file that is gone afterwards. Raises as `serve`."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "demo.db")
+        fill_demo(path, int(time.time() * SECOND))
+        serve(replace(settings, db_path=path, api_key="", retention_days=0), lambda app, url: (
+            "This is a month of made-up reports. The link signs in, once and for ten minutes:\n\n"
+            f"    {app.pages.invite(url)}\n\n"))
 
 
 def fill_demo(path: str, now: int, seed: int = 1) -> None:
@@ -3967,8 +3994,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                  if hasattr(arguments, each.name)}
     try:
         settings = Settings.from_env(**overrides)
-        if arguments.run is serve:
-            serve(settings)
+        if arguments.run in (serve, serve_demo):
+            arguments.run(settings)
         else:
             retention_days = settings.retention_days if os.environ.get("BACKFEEDR_RETENTION_DAYS") else None
             with Store(settings.db_path, retention_days=retention_days,
@@ -3992,6 +4019,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=serve)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     commands.add_parser("serve", parents=[serving], help="start the server").set_defaults(run=serve)
+    commands.add_parser("demo", parents=[serving], help="serve made-up reports, to look at").set_defaults(run=serve_demo)
     prune = commands.add_parser("prune", parents=[options], help="delete what is older than the retention, now")
     prune.set_defaults(run=_prune)
     for noun, actions in _COMMANDS.items():

@@ -7,8 +7,10 @@ count over the rows, made in plain Python.
 
 from __future__ import annotations
 
+import base64
 import gzip
 import hashlib
+import html
 import http.client
 import importlib.util
 import io
@@ -16,6 +18,7 @@ import json
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -33,6 +36,7 @@ from contextlib import closing, contextmanager
 from datetime import date, datetime, timezone
 from decimal import ROUND_HALF_UP, Decimal
 from fractions import Fraction
+from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlencode
@@ -2690,6 +2694,732 @@ def test_a_database_with_an_app_gets_no_default_one(tmp_path):
     with Backfeedr(Settings(db_path=path), announce=told.append) as server:
         assert [app.name for app in server.store.apps()] == ["Shop"]
     assert "bf_admin_" in told[0] and "bf_live_" not in told[0]
+
+
+# == Dashboard =================================================================
+
+PAGES = ["/", "/crashes", "/events", "/releases", "/apps"]
+HTML = {"Accept": "text/html,application/xhtml+xml"}
+
+
+class Person:
+    """Somebody with a browser, who is not signed in yet."""
+
+    def __init__(self, server, prefix=""):
+        self.server, self.prefix = server, prefix
+        self.web = webtest.TestApp(mounted(server, prefix) if prefix else server)
+
+    def get(self, path, status=200):
+        return self.web.get(self.prefix + path, headers=HTML, status=status)
+
+    def sign_in(self, token=TOKEN, at="/", status=303):
+        form = self.get(at, status=303).follow(headers=HTML).forms[0]
+        form["token"] = token
+        answer = form.submit(status=status)
+        return answer.follow(headers=HTML) if status == 303 else answer
+
+    @property
+    def session(self):
+        return self.web.cookies["backfeedr"]
+
+
+def mounted(app, prefix):
+    """The app as another one sees it that has it under a prefix, and answers 599 to all else."""
+    def host(environ, start_response):
+        if not environ["PATH_INFO"].startswith(prefix + "/"):
+            start_response("599 Outside", [("Content-Type", "text/plain")])
+            return [b""]
+        return app({**environ, "SCRIPT_NAME": prefix, "PATH_INFO": environ["PATH_INFO"][len(prefix):]}, start_response)
+    return host
+
+
+@pytest.fixture
+def person(api):
+    """Signed in."""
+    someone = Person(api.server)
+    someone.sign_in()
+    return someone
+
+
+def submit(page, action, **values):
+    """Sends the first form of a page that does this."""
+    form = next(form for form in page.forms.values() if "action" in form.fields and form["action"].value == action
+                and all(name not in form.fields or form[name].attrs.get("type") != "hidden"
+                        or form[name].value == value for name, value in values.items()))
+    for name, value in values.items():
+        form[name] = value
+    return form.submit(expect_errors=True)
+
+
+def text_of(page):
+    """What a page says, without its tags."""
+    return " ".join(page.html_text.split()) if hasattr(page, "html_text") else " ".join(
+        html.unescape(re.sub("<style>.*?</style>|<[^>]*>", " ", page.text, flags=re.S)).split())
+
+
+# -- Signing in
+
+@pytest.mark.parametrize("path", [*PAGES, "/crashes/0123456789abcdef", "/events?name=a&type=custom"])
+def test_a_page_is_shown_after_signing_in_and_not_before(api, path):
+    someone = Person(api.server)
+    answer = someone.get(path, status=303)
+    assert answer.location.endswith("/sign-in?" + urlencode({"next": path})) and not answer.body
+    form = answer.follow(headers=HTML).forms[0]
+    form["token"] = TOKEN
+    answer = form.submit(status=303)
+    assert answer.headers["Location"] == path
+    someone.get(path, status=404 if "0123" in path else 200)
+
+
+def test_signing_in_makes_a_new_session_and_signing_out_ends_it(api):
+    someone = Person(api.server)
+    someone.get("/sign-in")
+    before = someone.session
+    page = someone.sign_in()
+    during = someone.session
+    assert re.fullmatch("[0-9a-f]{32}", during) and during != before
+    assert len(sql(api.server.store.path, "select * from grants")) == 1
+    assert during.encode() not in api.server.store.path.read_bytes()
+    form = next(form for form in page.forms.values() if form.action.endswith("/sign-out"))
+    assert form.submit(status=303).headers["Location"] == "/sign-in"
+    assert sql(api.server.store.path, "select * from grants") == []
+    someone.web.set_cookie("backfeedr", during)
+    someone.get("/", status=303)
+
+
+def test_a_session_that_was_not_made_here_is_none(api):
+    someone = Person(api.server)
+    someone.get("/sign-in")
+    someone.get("/", status=303)
+    for made_up in ("0" * 32, "", "' or 1=1 --", "0" * 5000):
+        assert api.web.get("/", headers={**HTML, "Cookie": "backfeedr=" + made_up}).status_int == 303
+
+
+@pytest.mark.parametrize("token", ["", "wrong", TOKEN[:-1], TOKEN + "0", "\u00e9\u20ac", KEY])
+def test_a_wrong_admin_token_does_not_sign_in(api, token):
+    someone = Person(api.server)
+    page = someone.sign_in(token, status=403)
+    assert "That is not the admin token." in page.text and TOKEN not in page.text
+    assert sql(api.server.store.path, "select * from grants") == []
+    someone.get("/", status=303)
+
+
+def test_after_ten_tries_a_minute_even_the_right_token_has_to_wait(api, clock):
+    api.server.pages.tries = RateLimiter(backfeedr.TRIES, clock=clock)
+    someone = Person(api.server)
+    for _ in range(10):
+        someone.sign_in("wrong", status=403)
+        clock.move(1)
+    answer = someone.sign_in(status=429)
+    assert answer.headers["Retry-After"] == "50" and "50 seconds" in answer.text
+    assert sql(api.server.store.path, "select * from grants") == []
+    clock.move(50)
+    assert "Overview" in someone.sign_in()
+
+
+def test_a_session_is_over_after_a_week(person, clock):
+    clock.move(7 * 86400 - 1)
+    person.get("/")
+    clock.move(1)
+    person.get("/", status=303)
+    person.sign_in()
+    assert len(sql(person.server.store.path, "select * from grants")) == 1  # the old one is gone
+
+
+def test_another_admin_token_ends_all_sessions(serve, person):
+    serve()
+    person.get("/")
+    serve(auth_token="another")
+    person.get("/", status=303)
+
+
+def test_a_one_time_link_signs_in_once_and_for_ten_minutes(api, clock):
+    someone, late = Person(api.server), Person(api.server)
+    link, other = api.server.pages.invite(""), api.server.pages.invite("")
+    assert someone.get(link, status=303).headers["Location"] == "/"
+    someone.get("/")
+    assert "This link was good once" in late.get(link, status=403)
+    clock.move(600)
+    late.get(other, status=403)
+    late.get("/", status=303)
+
+
+@pytest.mark.parametrize("scheme, forwarded, is_secure", [
+    ("http", None, False), ("https", None, True), ("http", "https", True), ("http", "http", False)])
+def test_the_cookie_stays_with_the_browser_and_the_host(api, scheme, forwarded, is_secure):
+    headers = {"X-Forwarded-Proto": forwarded} if forwarded else {}
+    answer = webtest.TestApp(mounted(api.server, "/here"), extra_environ={"wsgi.url_scheme": scheme}).get(
+        "/here/sign-in", headers=headers)
+    first, *flags = answer.headers["Set-Cookie"].split("; ")
+    assert re.fullmatch("backfeedr=[0-9a-f]{32}", first)
+    assert {flag.lower() for flag in flags} == {
+        "httponly", "samesite=strict", "path=/here/", "max-age=604800", *(["secure"] if is_secure else [])}
+
+
+@pytest.mark.parametrize("target", ["//evil.example", "/\\evil.example", "https://evil.example", "evil", "",
+                                    "/\r\nSet-Cookie: a=b", "/ space", "javascript:alert(1)", "/\u00e9"])
+def test_signing_in_leads_to_no_other_host(api, target):
+    someone = Person(api.server)
+    form = someone.get("/sign-in?" + urlencode({"next": target})).forms[0]
+    form["token"], form["next"] = TOKEN, target
+    assert form.submit(status=303).headers["Location"] == "/"
+
+
+def test_a_form_counts_only_with_the_token_of_its_session(api, person):
+    before = stored(api.server, "apps", "keys", "grants")
+    page = person.get("/apps")
+    for token in ("", "0" * 64, "\u00e9", None):
+        values = {"action": "create", "name": "Theirs", "form_token": token}
+        answer = person.web.post("/apps", {name: value for name, value in values.items() if value is not None},
+                                 headers=HTML, status=403)
+        assert "Form expired" in answer and "Theirs" not in answer
+        person.web.post("/sign-out", {"form_token": token or ""}, headers=HTML, status=403)
+        person.web.post("/sign-in", {"form_token": token or "", "token": TOKEN}, headers=HTML, status=403)
+    assert stored(api.server, "apps", "keys", "grants") == before
+    stranger = Person(api.server)
+    stranger.get("/sign-in")
+    stranger.web.post("/apps", {"action": "create", "name": "Theirs", "form_token": page.forms[0]["form_token"].value},
+                      status=303)
+    assert stored(api.server, "apps", "keys", "grants") == before
+
+
+# -- What every answer carries
+
+@pytest.mark.parametrize("path, status", [
+    *((path, 200) for path in PAGES), ("/sign-in", 200), ("/nothing", 404), ("/crashes/nothing", 404),
+    ("/crashes?days=0", 400), ("/crashes?app=nothing", 404), ("/crashes?cursor=x", 400), ("/sign-out", 405)])
+def test_every_page_allows_nothing_from_elsewhere(person, path, status):
+    answer = person.get(path, status=status)
+    assert answer.content_type == "text/html" and answer.charset == "utf-8"
+    style, = re.findall("<style>(.*?)</style>", answer.text, re.S)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert {name: answer.headers[name] for name in (
+        "Content-Security-Policy", "X-Content-Type-Options", "Referrer-Policy", "Cache-Control")} == {
+        "Content-Security-Policy": "default-src 'none'; img-src data:; form-action 'self'; base-uri 'none';"
+                                   f" frame-ancestors 'none'; style-src 'sha256-{digest}'",
+        "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
+    assert not re.search(r"<script|\sstyle=|\son\w+=|javascript:|https?://(?!localhost)", answer.text.replace(
+        "xmlns=&#039;http://www.w3.org/2000/svg&#039;", ""))
+
+
+def test_a_redirect_carries_the_same_headers(api):
+    assert "frame-ancestors 'none'" in Person(api.server).get("/", status=303).headers["Content-Security-Policy"]
+
+
+def test_what_is_wrong_is_said_to_a_browser_in_html_and_to_all_others_in_json(api):
+    page = api.web.get("/nothing", headers=HTML, status=404)
+    assert "Not found" in page and page.content_type == "text/html"
+    assert api.get("/nothing") == (404, {"error": "not found"})
+    assert api.get("/api/v1/nothing", **HTML) == (404, {"error": "not found"})
+    assert api.get("/api/v1/%FF", **HTML) == (404, {"error": "not found"})
+    answer = api.web.post("/crashes", headers=HTML, status=405)
+    assert answer.headers["Allow"] == "GET" and answer.content_type == "text/html"
+
+
+def test_a_page_that_fails_says_nothing_of_the_inside(person, monkeypatch, caplog):
+    monkeypatch.setattr(person.server.metrics, "releases", lambda app: 1 / 0)
+    answer = person.get("/releases", status=500)
+    assert "Internal server error" in answer and "ZeroDivision" not in answer.text and "backfeedr.py" not in answer.text
+    assert [record.exc_info[0] for record in caplog.records] == [ZeroDivisionError]
+
+
+def test_without_the_database_a_page_says_so(person):
+    person.server.close()
+    answer = person.get("/", status=503)
+    assert answer.headers["Retry-After"] and "Storage unavailable" in answer
+
+
+# -- Every link and every form
+
+MADE = "Made by a form"
+
+
+class Crawl:
+    """Follows every link and form that it finds, a few of each kind."""
+
+    def __init__(self, person):
+        self.person, self.seen, self.kinds, self.forms = person, set(), Counter(), Counter()
+
+    def run(self, path):
+        waiting = [self.person.prefix + path]
+        while waiting:
+            url = waiting.pop(0)
+            kind = re.sub("[0-9a-f]{16}", "*", re.sub("=[^&]*", "", url))
+            if url not in self.seen and self.kinds[kind] < 3:
+                self.seen.add(url)
+                self.kinds[kind] += 1
+                waiting += self.found(self.person.web.get(url, headers=HTML, status=200))
+        answer = self.person.get("/apps").forms  # last, as links to an app that is gone are dead
+        for form in answer.values():
+            if "typed" in form.fields and form["name"].value == MADE:
+                form["typed"] = MADE
+                assert form.submit(headers=HTML).status_int == 200
+                self.forms[form.action, "delete"] += 1
+
+    def found(self, page):
+        for target in re.findall(r'(?:href|src|action)="([^"]*)"', page.text):
+            target = html.unescape(target)
+            assert target.startswith(self.person.prefix + "/") and not target.startswith("//") or (
+                target.startswith("data:image/svg+xml,")), target
+            if not target.startswith("data:") and "sign-out" not in target:
+                yield target
+        for form in list(page.forms.values()):
+            yield from self.submitted(form)
+
+    def submitted(self, form):
+        kind = form.action, form.fields["action"][0].value if "action" in form.fields else ""
+        self.forms[kind] += 1
+        if "sign-out" in form.action or "typed" in form.fields or kind[1] and self.forms[kind] > 1:
+            return
+        if kind[1] == "create":
+            form["name"] = MADE
+        answer = form.submit(headers=HTML)
+        assert answer.status_int == 200, (kind, answer)
+        if form.method.upper() == "GET":
+            for name, fields in form.fields.items():
+                for value, *_ in getattr(fields[0], "options", []):
+                    form[name] = value
+                    yield form.submit(headers=HTML).request.path_qs
+
+
+@pytest.mark.parametrize("prefix", ["", "/app/crashes"])
+@pytest.mark.parametrize("data", ["empty", "demo"])
+def test_every_link_and_form_leads_somewhere(serve, tmp_path, clock, demo, data, prefix):
+    if data == "demo":
+        shutil.copy(demo.path, tmp_path / "test.db")
+    server = serve(retention_days=0)
+    serve.unchecked.append(server)  # as it is large, and a form deletes of it
+    someone = Person(server, prefix)
+    someone.sign_in()
+    crawl = Crawl(someone)
+    crawl.run("/")
+    assert {path for path in crawl.kinds if "?" not in path} >= {prefix + path for path in PAGES}
+    assert {action for _, action in crawl.forms} == {"", "create", "key", "revoke", "delete"}
+    assert MADE not in {app.name for app in server.store.apps()}
+    if data == "demo":
+        assert len(crawl.seen) > 60 and crawl.kinds[prefix + "/crashes/*"] == 3
+
+
+# -- What a report carries is text
+
+HOSTILE = '"><script>alert(1)</script>\'{{7*7}}% end\n%import os\n</style>\u202eabc\u05d0'
+
+
+def test_whatever_a_report_carries_is_shown_as_text(api, person):
+    """In every field, and as long as it may be."""
+    long = (HOSTILE * 20)[:500]
+    named = {name: long for name in ("app_version", "os_version", "device_model", "device_id_hash", "locale")}
+    unknown = {HOSTILE: {HOSTILE: [HOSTILE]}, "plain": HOSTILE, "many": [HOSTILE, {HOSTILE: 1}]}
+    frames = [{"frame": 0, "symbol": HOSTILE, "file": HOSTILE, "line": 1}, {"symbol": HOSTILE}]
+    crash = api.post(CRASHES, {**CRASH, **named, **unknown, "exception_type": long, "exception_reason": HOSTILE,
+                               "build_number": long, "stack_trace": frames})[1]
+    for type_ in ("session_start", "custom", "session_end"):
+        assert api.post(EVENTS, {**EVENT, **named, **unknown, "type": type_, "name": long, "session_id": long,
+                                 "properties": {HOSTILE: HOSTILE}})[0] == 201
+    api.server.store.create_app(HOSTILE.replace("\n", " ").replace("\u202e", "")[:100])
+    for path in [*PAGES, "/crashes/" + crash["group_hash"], "/crashes?" + urlencode({"version": long, "text": HOSTILE}),
+                 "/events?" + urlencode({"session_id": long}), "/events?" + urlencode({"name": long}),
+                 "/crashes?" + urlencode({"version": HOSTILE}), "/crashes?" + urlencode({"text": long})]:
+        page = person.get(path)
+        assert "<script" not in page.text and "49" not in text_of(page), path
+        assert page.text.count("</style>") == 1, path
+        if path != "/releases" and path != "/apps":
+            assert "script&gt;alert(1)" in page.text, path
+        check_html(page.text)
+    assert text_of(person.get("/crashes/" + crash["group_hash"])).count("{{7*7}}") > 10
+
+
+def test_a_report_as_large_as_may_be_makes_no_page_much_larger(api, person):
+    frames = [{"symbol": f"frame {n}", "file": "a.swift"} for n in range(15_000)]
+    group = api.post(CRASHES, {**CRASH, "exception_reason": "r" * 100_000, "stack_trace": frames,
+                               "notes": "n" * 200_000})[1]["group_hash"]
+    page = person.get("/crashes/" + group)
+    assert len(page.body) < 120_000 and "and 14,800 further frames" in page and "frame 199" in page
+    assert len(person.get("/crashes").body) < 20_000
+
+
+class Checker(HTMLParser):
+    """Whether all that is opened is closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.open = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "link", "input"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, (tag, self.open, self.getpos())
+
+
+def check_html(text):
+    checker = Checker()
+    checker.feed(text)
+    assert checker.open == []
+
+
+# -- What the pages show
+
+def test_the_overview_shows_the_week_and_the_last_thirty_days(api, person, clock):
+    for n in range(4):
+        api.post(EVENTS, {**EVENT, "type": "session_start", "session_id": f"s{n}", "device_id_hash": f"d{n}",
+                          "app_version": "1.2.0", "occurred_at": "2026-03-12T10:00:00Z"})
+    api.post(CRASHES, {**CRASH, "app_version": "1.2.0", "device_model": "iPhone16,1", "exception_reason": "Because"})
+    api.post(CRASHES, {**CRASH, "occurred_at": "2026-03-01T10:00:00Z"})
+    page = person.get("/")
+    text = text_of(page)
+    for said in ("Crash-free sessions 75.00 %", "Active devices 4 24 hours", "Sessions 4 7 days", "Crashes 1 7 days",
+                 "1.2.0 default 75.00 % 100.0 %", "1 SIGABRT Because", "iPhone16,1 1", "SIGABRT 2"):
+        assert said in text, said
+    assert page.text.count('class="chart"') == 5
+    assert ('aria-label="Crashes per day, 11 Feb to 12 Mar: latest 1, highest 1 on 12 Mar, lowest 0"') in page
+    assert "<title>1 Mar: 1</title>" in page and "<title>2 Mar: 0</title>" in page
+
+
+def test_an_empty_server_says_what_to_do_next(person):
+    overview = person.get("/")
+    assert "Nothing has been received yet" in overview and "curl -X POST http://localhost:80/api/v1/crashes" in overview
+    for path, said in (("/", "No crash in the last 7 days"), ("/", "reports that carry an app_version"),
+                       ("/crashes", "No crash is kept"), ("/crashes?days=7", "No crash fits"),
+                       ("/events", "No event is kept"), ("/events?name=x", "No event fits"),
+                       ("/events?session_id=x", "No event fits"), ("/releases", "reports that carry an app_version")):
+        assert said in text_of(person.get(path)), path
+
+
+def test_the_list_of_crashes_can_be_narrowed(api, person, clock):
+    for type_, version, reason in (("SIGABRT", "1.0", "Alpha 100%"), ("SIGBUS", "1.1", "beta"), ("SIGBUS", "1.1", "beta")):
+        api.post(CRASHES, {**CRASH, "exception_type": type_, "app_version": version, "exception_reason": reason})
+    clock.move(86400 * 9)
+    api.post(CRASHES, {**CRASH, "exception_type": "SIGFPE", "app_version": "2.0", "occurred_at": "2026-03-21T14:00:00Z"})
+    person.sign_in()
+    for query, shown in (("", ["SIGBUS", "SIGABRT", "SIGFPE"]), ("?version=1.1", ["SIGBUS"]), ("?days=1", ["SIGFPE"]),
+                         ("?text=ALPHA", ["SIGABRT"]), ("?text=100%25", ["SIGABRT"]), ("?text=%25", ["SIGABRT"]),
+                         ("?text=sig", ["SIGBUS", "SIGABRT", "SIGFPE"]), ("?text=" + group_hash("SIGBUS", []), ["SIGBUS"]),
+                         ("?version=1.1&text=alpha", []), ("?app=default", ["SIGBUS", "SIGABRT", "SIGFPE"])):
+        page = person.get("/crashes" + query)
+        rows = re.findall(r"<bdi>(SIG\w+)</bdi></a>", page.text)
+        assert sorted(rows) == sorted(shown) and rows[:1] == shown[:1], query
+        assert ("No crash fits" in page) == (not shown)
+    page = person.get("/crashes")
+    assert 'title="2026-03-12 14:22:31 UTC">9 d ago<' in page
+    assert page.text.count('aria-label="Crashes: 2 in 30 days"') == 1
+    assert api.get("/api/v1/crashes?text=beta", **ADMIN)[1]["groups"][0]["exception_type"] == "SIGBUS"
+
+
+def test_a_group_shows_its_latest_crash_and_the_app_s_own_frames_apart(api, person):
+    crash = json.loads((EXAMPLES / "crash.json").read_text())
+    crash["stack_trace"].append({"frame": 9, "symbol": "UIApplicationMain", "file": None, "line": None})
+    group = api.post(CRASHES, {**crash, "breadcrumbs": [{"at": "14:22", "screen": "Cart"}, "tap"], "free_disk_mb": 70})[1]
+    page = person.get("/crashes/" + group["group_hash"])
+    own = re.findall(r'<li class="own"><code><bdi>(.*?)</bdi>', page.text)
+    assert own == [frame["symbol"] for frame in crash["stack_trace"] if frame.get("file")]
+    assert "<li><code><bdi>UIApplicationMain" in page
+    text = text_of(page)
+    for said in ("ContentView.swift:42", "Free memory 312 MB", "Battery 67%", "Charging no", "Locale de_DE",
+                 "Version 1.2.0", "Build 47", "System 18.3.1", "free_disk_mb 70",
+                 'breadcrumbs {"at": "14:22", "screen": "Cart"} tap', "Crashes 1 Devices 1"):
+        assert said in text, said
+
+
+def test_the_reports_of_a_group_can_be_read_one_by_one(api, person):
+    for n in range(25):
+        given = {**CRASH, "exception_reason": f"number {n}.", "battery_level": -1}
+        group = api.post(CRASHES, given)[1]["group_hash"]
+    page = person.get("/crashes/" + group)
+    assert "The latest crash" in page and "number 24." in page and "Battery unknown" in text_of(page)
+    older = page.click("Next page")
+    assert "number 4." in older and "number 5." not in older.text
+    one = older.click(index=0, href="report=")
+    assert text_of(one).count("number 4.") == 2 and "The latest crash" not in one
+    person.get(f"/crashes/{group}?report=0000000000000000", status=404)
+    person.get(f"/crashes/{group}?report=x", status=400)
+
+
+def test_a_report_of_another_group_is_not_shown_under_this_one(api, person):
+    group = api.post(CRASHES, CRASH)[1]["group_hash"]
+    other = api.post(CRASHES, {**CRASH, "exception_type": "SIGBUS"})[1]["id"]
+    person.get(f"/crashes/{group}?report={other}", status=404)
+
+
+def test_the_events_of_a_session_are_shown_in_their_order(api, person):
+    for name in ("first", "second", "third"):
+        api.post(EVENTS, {**EVENT, "name": name, "session_id": "mine", "properties": {"at": name, "n": [1, {"a": 2}]}})
+        api.post(EVENTS, {**EVENT, "name": "other", "session_id": "theirs"})
+    names = lambda page: re.findall(r"<b><bdi>(\w+)</bdi></b>", page.text)  # noqa: E731
+    page = person.get("/events")
+    assert names(page) == ["other", "third", "other", "second", "other", "first"]
+    assert names(page.click("mine", index=0)) == ["first", "second", "third"]
+    assert 'at: third, n: 1 {"a": 2}' in text_of(page)
+    assert names(person.get("/events?name=second")) == ["second"] and names(person.get("/events?type=error")) == []
+
+
+def test_the_pages_of_events_follow_one_another(api, person):
+    events = [{**EVENT, "name": f"n{n}", "session_id": "s"} for n in range(100)] + [{**EVENT, "name": "last"}]
+    for start in (0, 100):
+        api.post(BATCH, {"events": events[start:start + 100]})
+    seen = []
+    for path, expected in (("/events", [f"n{n}" for n in range(99, -1, -1)]),
+                           ("/events?session_id=s", [f"n{n}" for n in range(100)])):
+        page, seen = person.get(path), []
+        while True:
+            seen += re.findall(r"<b><bdi>(n\d+)</bdi></b>", page.text)
+            if "Next page" not in page:
+                break
+            page = page.click("Next page")
+        assert seen == expected and "First page" in page
+
+
+def test_each_page_is_about_the_app_that_is_chosen(api, person):
+    shop = api.server.store.create_app("Shop & Co")
+    api.post(CRASHES, {**CRASH, "exception_type": "SIGFPE", "app_version": "9.9"}, key=shop)
+    api.post(CRASHES, CRASH)
+    page = person.get("/crashes")
+    assert "SIGFPE" in page and "SIGABRT" in page
+    page = page.click("Shop &amp; Co")
+    assert page.request.path_qs == "/crashes?app=Shop+%26+Co"
+    assert "SIGFPE" in page and "SIGABRT" not in page
+    page = page.click("Releases", index=0)
+    assert page.request.path_qs == "/releases?app=Shop+%26+Co" and "9.9" in page
+
+
+# -- Apps and keys
+
+def test_a_new_app_shows_its_key_once_and_the_line_that_uses_it(api, person):
+    page = submit(person.get("/apps"), "create", name="Shop")
+    key = re.search("bf_live_[0-9a-f]{32}", page.text)[0]
+    assert page.text.count(key) == 2 and f'-H "X-Backfeedr-Key: {key}"' in html.unescape(page.text)
+    assert api.post(CRASHES, CRASH, key=key)[0] == 201
+    assert key not in person.get("/apps").text
+    assert sql(api.server.store.path, "select name, is_test from apps where name = 'Shop'") == [("Shop", 0)]
+
+
+def test_a_test_app_can_be_made(api, person):
+    assert "bf_test_" in submit(person.get("/apps"), "create", name="Trial", test=True).text
+    assert sql(api.server.store.path, "select is_test from apps where name = 'Trial'") == [(1,)]
+
+
+@pytest.mark.parametrize("name", ["", " Shop", "default", "x" * 101, "a\nb"])
+def test_an_app_that_cannot_be_is_refused_with_the_reason(api, person, name):
+    before = stored(api.server, "apps", "keys")
+    answer = person.web.post("/apps", {"action": "create", "name": name, "form_token": person.get(
+        "/apps").forms[0]["form_token"].value}, status=400)
+    assert 'role="alert"' in answer
+    assert stored(api.server, "apps", "keys") == before
+
+
+def test_keys_are_made_and_revoked(api, person):
+    page = submit(person.get("/apps"), "key", name="default")
+    key = re.search("bf_live_[0-9a-f]{32}", page.text)[0]
+    assert api.post(CRASHES, CRASH, key=key)[0] == 201
+    page = submit(person.get("/apps"), "revoke", prefix=key[:16])
+    assert f"Revoked the key {key[:16]}... of default." in page
+    assert api.post(CRASHES, CRASH, key=key) == (401, {"error": "invalid API key"})
+    assert api.post(CRASHES, CRASH)[0] == 201
+
+
+def test_an_app_goes_when_its_name_was_typed_and_not_before(api, person):
+    key = api.server.store.create_app("Shop")
+    api.post(CRASHES, CRASH, key=key)
+    page = person.get("/apps")
+    answer = submit(page, "delete", name="Shop", typed="shop")
+    assert answer.status_int == 400 and "type its name" in answer
+    assert len(stored(api.server, "crashes")["crashes"]) == 1
+    answer = submit(page, "delete", name="Shop", typed="Shop")
+    assert "Deleted Shop and all that it sent." in answer
+    assert stored(api.server, "crashes")["crashes"] == [] and len(api.server.store.apps()) == 1
+    assert submit(page, "delete", name="Shop", typed="Shop").status_int == 400
+
+
+def test_an_action_that_does_not_exist_is_refused(api, person):
+    token = person.get("/apps").forms[0]["form_token"].value
+    assert "There is no such action" in person.web.post("/apps", {"action": "x", "form_token": token}, status=400)
+
+
+# -- Charts
+
+@pytest.mark.parametrize("value, expected", [(0, 1), (1, 1), (2, 2), (3, 5), (5, 5), (6, 10), (10, 10), (11, 20),
+                                             (99, 100), (100, 100), (101, 200), (4999, 5000), (5001, 10000)])
+def test_an_axis_ends_at_a_round_number(value, expected):
+    assert backfeedr._ceiling(value) == expected
+
+
+def test_a_line_leaves_a_gap_where_there_is_no_value():
+    days = [f"2026-03-0{n}" for n in range(1, 7)]
+    chart = backfeedr.line_chart("Rate", days, [100, 90, None, 95, None, 100], 90, " %")
+    assert len(re.findall('<line x1="[1-9]', chart)) == 1 and chart.count("<circle") == 2
+    assert "<title>3 Mar: none</title>" in chart and "<title>4 Mar: 95 %</title>" in chart
+    assert 'aria-label="Rate per day, 1 Mar to 6 Mar: latest 100 %, highest 100 % on 6 Mar, lowest 90 %"' in chart
+    assert [float(y) for y in re.findall('y1="([0-9.]+)" y2="[0-9.]+"/><circle', chart)] == [3.0]
+
+
+def test_columns_stand_on_the_axis_and_reach_their_value():
+    chart = backfeedr.column_chart("Crashes", ["2026-03-01", "2026-03-02", "2026-03-03"], [0, 5, 10])
+    assert re.findall(r'%" y="([0-9.]+)" height="([0-9.]+)"/>', chart) == [("69.0", "0.0"), ("36.0", "33.0"), ("3.0", "66.0")]
+
+
+def test_a_chart_of_nothing_says_so():
+    assert "None in these days" in backfeedr.line_chart("Rate", ["2026-03-01"], [None])
+    assert "None in these days" in backfeedr.bar_chart({"labels": [], "data": []})
+
+
+def test_bars_are_as_long_as_their_share_of_the_longest():
+    bars = backfeedr.bar_chart({"labels": ["a<b", "c"], "data": [40, 10]}, total=60)
+    assert re.findall('<rect width="([0-9.]+)%', bars) == ["100.0", "25.0"]
+    assert "<bdi>a&lt;b</bdi>" in bars and re.search(r"others, or unknown.*>10</td>", bars)
+
+
+# -- In a real browser
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+PIPED = """import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.dup2(int(sys.argv[2]), 4)
+os.execv(sys.argv[3], sys.argv[3:])"""
+
+
+class Browser:
+    """Headless Chromium, driven through its pipe."""
+
+    def __init__(self, profile):
+        ours, theirs = os.pipe(), os.pipe()
+        self._send, self._receive = ours[1], theirs[0]
+        # Chromium reads from descriptor 3 and writes to 4: a process in between puts them there.
+        command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+                   "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe",
+                   f"--user-data-dir={profile}", "about:blank"]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", PIPED, str(ours[0]), str(theirs[1]), *command],
+            pass_fds=(ours[0], theirs[1]), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL)
+        os.close(ours[0])
+        os.close(theirs[1])
+        self._buffer, self._calls, self._session, self.events = b"", 0, {}, []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(domain + ".enable")
+
+    def call(self, method, **params):
+        self._calls += 1
+        message = {"id": self._calls, "method": method, "params": params, **self._session}
+        os.write(self._send, json.dumps(message).encode() + b"\0")
+        answer = self._until(lambda got: got.get("id") == message["id"])
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def _until(self, is_it):
+        while True:
+            while b"\0" not in self._buffer:
+                assert select.select([self._receive], [], [], 30)[0], "the browser is silent"
+                received = os.read(self._receive, 65536)
+                assert received, "the browser has ended"
+                self._buffer += received
+            message, self._buffer = self._buffer.split(b"\0", 1)
+            got = json.loads(message)
+            self.events.append(got)
+            if is_it(got):
+                return got
+
+    def look(self, width, scheme):
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1,
+                  mobile=width < 600)
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def go(self, url):
+        self.events = []
+        self.call("Page.navigate", url=url)
+        self.loaded()
+
+    def loaded(self):
+        if not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self._until(lambda got: got.get("method") == "Page.loadEventFired")
+
+    def run(self, script):
+        return self.call("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
+
+    def seen(self, method):
+        return [event["params"] for event in self.events if event.get("method") == method]
+
+    def close(self):
+        os.close(self._send)  # it ends by itself
+        os.close(self._receive)
+        try:
+            self._process.wait(20)
+        finally:
+            self._process.kill()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium here")
+    opened = Browser(tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
+
+
+DRAWN = """[...document.querySelectorAll(".chart .marks")].map(marks => marks.getBBox().width > 100
+    && getComputedStyle(marks.firstChild)[marks.firstChild.tagName == "rect" ? "fill" : "stroke"] != "none")"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_shows_the_pages_without_an_error(browser, serve, tmp_path, demo, width, scheme):
+    shutil.copy(demo.path, tmp_path / "test.db")
+    server = serve(retention_days=0)
+    serve.unchecked.append(server)
+    with listening(server) as url:
+        browser.look(width, scheme)
+        browser.call("Network.clearBrowserCookies")
+        browser.go(url + "/")
+        assert_shown(browser, url, width, scheme, charts=0)
+        browser.events = []
+        browser.run(f"document.querySelector('#token').value = '{TOKEN}'; document.querySelector('main button').click()")
+        browser.loaded()
+        assert browser.run("document.title") == "Overview - backfeedr"
+        assert_shown(browser, url, width, scheme, charts=5)
+        group = browser.run("document.querySelector('.list a[href*=\"/crashes/\"]').href")
+        for path, charts in ((group, 1), (url + "/crashes", 0), (url + "/events", 0), (url + "/releases", 0),
+                             (url + "/apps", 0)):
+            browser.go(path)
+            assert_shown(browser, url, width, scheme, charts)
+
+
+def assert_shown(browser, url, width, scheme, charts):
+    """No error in the console, nothing to scroll sideways, no other host, charts that are drawn, the right colours."""
+    assert not browser.seen("Log.entryAdded") and not browser.seen("Runtime.consoleAPICalled")
+    assert not browser.seen("Runtime.exceptionThrown")
+    assert all(each["request"]["url"].startswith((url, "data:")) for each in browser.seen("Network.requestWillBeSent"))
+    assert browser.run("document.documentElement.scrollWidth") <= width == browser.run("innerWidth")
+    assert browser.run(DRAWN) == [True] * charts
+    red = int(re.findall(r"\d+", browser.run("getComputedStyle(document.body).backgroundColor"))[0])
+    assert (red > 200) if scheme == "light" else (red < 50)
+
+
+@contextmanager
+def listening(server):
+    """The address of the server behind a plain web server of the standard library."""
+    class Quiet(WSGIRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    class Threaded(socketserver.ThreadingMixIn, WSGIServer):
+        daemon_threads = True
+
+    with Threaded(("127.0.0.1", 0), Quiet) as listener:
+        listener.set_app(server)
+        thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{listener.server_port}"
+        listener.shutdown()
+        thread.join()
 
 
 # == Server ====================================================================
