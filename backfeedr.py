@@ -3071,8 +3071,8 @@ _CONTEXT = {"app": "App", "app_version": "Version", "build_number": "Build", "os
             "is_charging": "Charging", "device_id_hash": "Device id", "id": "Report"}
 
 
-def _context(report: Figures) -> List[Tuple[str, str, bool]]:
-    """Name and value of what a crash tells of its circumstances, and whether that is as it was sent, unknown to us."""
+def _context(report: Figures) -> List[Tuple[str, str]]:
+    """Name and value of what a crash tells of its circumstances, at the end what this server does not know."""
     shown = {**report}
     if "free_memory_mb" in shown:
         shown["free_memory_mb"] = f"{shown['free_memory_mb']:,} MB"
@@ -3080,8 +3080,8 @@ def _context(report: Figures) -> List[Tuple[str, str, bool]]:
         shown["battery_level"] = f"{shown['battery_level']:.0%}" if shown["battery_level"] >= 0 else "unknown"
     if "is_charging" in shown:
         shown["is_charging"] = "yes" if shown["is_charging"] else "no"
-    return [(name, str(shown[field]), False) for field, name in _CONTEXT.items() if field in shown] + [
-        (name, _as_text(value), True) for name, value in report.get("extra", {}).items()]
+    return [(name, str(shown[field])) for field, name in _CONTEXT.items() if field in shown] + [
+        (name, _as_text(value)) for name, value in report.get("extra", {}).items()]
 
 
 def _place(frame: Figures) -> str:
@@ -3157,9 +3157,9 @@ def _chart(title: str, labels: Sequence[str], values: Sequence[Optional[float]],
 
 
 def _ceiling(value: float) -> int:
-    """The next of 1, 2, 5, 10, 20, 50, ..."""
-    unit = 10 ** max(0, len(str(int(value))) - 1)
-    return next(unit * factor for factor in (1, 2, 5, 10) if value <= unit * factor)
+    """The next round number: 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, ..."""
+    unit = 10 ** max(0, len(str(int(value))) - 2)
+    return next(unit * step for step in (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 50, 60, 80, 100) if value <= unit * step)
 
 
 def _day(label: str) -> str:
@@ -3365,14 +3365,12 @@ _TEMPLATES = {
 <dl class="context">
 <div><dt>Occurred</dt><dd>{{!when(report["occurred_at"])}}</dd></div>
 <div><dt>Received</dt><dd>{{!when(report["received_at"])}}</dd></div>
-% for name, value, is_unknown in context:
-<div{{!' class="wide"' if is_unknown else ""}}><dt><bdi>{{short(name, 100)}}</bdi></dt><dd>
-% if is_unknown:
-<pre><bdi>{{value}}</bdi></pre>
+% for name, value in context:
+% if len(value) > 80:
+<div class="wide"><dt><bdi>{{short(name, 100)}}</bdi></dt><dd><pre><bdi>{{value}}</bdi></pre></dd></div>
 % else:
-<bdi>{{value}}</bdi>
+<div><dt><bdi>{{short(name, 100)}}</bdi></dt><dd><bdi>{{value}}</bdi></dd></div>
 % end
-</dd></div>
 % end
 </dl>
 </div>
@@ -3583,7 +3581,7 @@ dd { margin: 0; }
 .trace .own { color: var(--ink); font-weight: 600; border-left-color: var(--bad); background: var(--tint); }
 .trace .place { font-weight: 400; padding-left: 0.6rem; }
 .trace .own .place { color: var(--link); }
-.context > div { display: grid; grid-template-columns: 7rem 1fr; gap: 0 0.8rem; padding: 0.2rem 0; }
+.context > div { display: grid; grid-template-columns: 7rem minmax(0, 1fr); gap: 0 0.8rem; padding: 0.2rem 0; }
 .context > .wide { display: block; }
 pre { margin: 0.2rem 0; padding: 0.5rem 0.7rem; background: var(--tint); white-space: pre-wrap; font-size: 0.88em;
   max-height: 22rem; overflow-y: auto; }
@@ -3617,7 +3615,7 @@ summary { cursor: pointer; color: var(--link); }
   .list .main { order: -1; flex-basis: 100%; }
   .list td:empty, .list td:has(> bdi:empty), .list td:has(> .reason > bdi:empty) { display: none; }
   .list svg { display: inline-block; vertical-align: middle; }
-  header nav { order: 1; flex-basis: 100%; column-gap: 1rem; }
+  header nav { order: 1; flex-basis: 100%; column-gap: 0.8rem; }
   .bars th { width: 50%; }
   header .brand { flex: 1; }
 }

@@ -3241,8 +3241,8 @@ def test_an_action_that_does_not_exist_is_refused(api, person):
 
 # -- Charts
 
-@pytest.mark.parametrize("value, expected", [(0, 1), (1, 1), (2, 2), (3, 5), (5, 5), (6, 10), (10, 10), (11, 20),
-                                             (99, 100), (100, 100), (101, 200), (4999, 5000), (5001, 10000)])
+@pytest.mark.parametrize("value, expected", [(0, 1), (1, 1), (2, 2), (3, 3), (7, 8), (9, 10), (10, 10), (11, 15),
+                                             (99, 100), (100, 100), (101, 150), (4999, 5000), (5001, 6000)])
 def test_an_axis_ends_at_a_round_number(value, expected):
     assert backfeedr._ceiling(value) == expected
 

@@ -726,6 +726,9 @@ QUESTIONS = {
     "metrics/retention": True, "metrics/retention?days=365": False,
     "releases": True,
 }
+# Each page, and what makes it look at most.
+PAGES = ("", "crashes", "crashes?days=30", "crashes?text=home", "crashes?version=4.9.0", "crashes/GROUP",
+         "crashes/GROUP?report=REPORT", "events", "events?name=nothing", "events?session_id=SESSION", "releases", "apps")
 TURN = 20  # requests to one side, before it is the other's turn
 ANSWER_SECONDS = 6.0  # for one question, after which fewer requests have to do
 INGEST_CONNECTIONS = 16
@@ -780,12 +783,30 @@ def measure_answers(small: Path, large: Path, requests: int) -> List[Answered]:
                 for path, is_compared in QUESTIONS.items()]
 
 
-def in_process(app: Callable[..., Iterable[bytes]]) -> Asked:
+def measure_pages(large: Path, requests: int) -> Dict[str, List[float]]:
+    """How long each page takes in the server, in milliseconds."""
+    module, times = backfeedr_module(), {}
+    with module.Backfeedr(module.Settings(db_path=str(large), retention_days=0)) as app:
+        session = app.store.grant("session", 3_600_000)
+        asked = in_process(app, prefix="/", HTTP_COOKIE="backfeedr=" + session)
+        group = app.metrics.groups(limit=1)["groups"][0]["group_hash"]
+        report = app.metrics.group(group)["reports"][-1]["id"]
+        visit = app.metrics.events(type="session_end", limit=1)["events"][0]["session_id"]
+        for page in PAGES:
+            path = page.replace("GROUP", group).replace("REPORT", report).replace("SESSION", visit)
+            say(f"opening /{path}")
+            if asked(path)[0] != 200:
+                raise Failure(f"/{path} did not answer 200")
+            times["/" + page] = [asked(path)[1] for _ in range(min(requests, 50))]
+    return times
+
+
+def in_process(app: Callable[..., Iterable[bytes]], prefix: str = "/api/v1/", **headers: str) -> Asked:
     """Asks a WSGI callable."""
     def asked(path: str) -> Tuple[int, float]:
         path_info, _, query = path.partition("?")
-        environ: Dict[str, Any] = {"PATH_INFO": "/api/v1/" + path_info, "QUERY_STRING": query,
-                                   "wsgi.input": io.BytesIO()}
+        environ: Dict[str, Any] = {"PATH_INFO": prefix + path_info, "QUERY_STRING": query,
+                                   "wsgi.input": io.BytesIO(), **headers}
         setup_testing_defaults(environ)
         statuses: List[str] = []
         started = time.perf_counter()
@@ -1009,6 +1030,7 @@ def targets(results: Results) -> Iterator[Target]:
 
 
 MOST_MS, MOST_RATIO = 5, 2  # of a median answer in the server
+MOST_PAGE_MS = 30  # of a page
 
 
 def report_answers(answers: Sequence[Answered]) -> None:
@@ -1029,6 +1051,15 @@ met       in the server, a median of at most {MOST_MS} ms, and of {MOST_RATIO} t
           (for a year: {MOST_MS} ms only)
 client    until it had the answer, by a connection that it keeps
 """, flush=True)
+
+
+def report_pages(pages: Dict[str, List[float]]) -> None:
+    """Prints how long every page takes."""
+    rows: List[Sequence[str]] = [("milliseconds in the server, from the large database", "p50", "longest", "")]
+    rows += [("  " + page, f"{median(times):.1f}", f"{max(times):.1f}",
+              "met" if median(times) <= MOST_PAGE_MS else "not met") for page, times in pages.items()]
+    print_table(rows, left=1)
+    print(f"\nmet       a median of at most {MOST_PAGE_MS} ms\n", flush=True)
 
 
 def p99(figures: Sequence[float]) -> float:
@@ -1058,13 +1089,15 @@ requests  crashes from {INGEST_CONNECTIONS} connections that do nothing else
 """, flush=True)
 
 
-def growth_targets(answers: Sequence[Answered], ingested: Ingested, pruned: Sequence[Pruned],
-                   errors: int) -> Iterator[Target]:
+def growth_targets(answers: Sequence[Answered], pages: Dict[str, List[float]], ingested: Ingested,
+                   pruned: Sequence[Pruned], errors: int) -> Iterator[Target]:
     """What was promised of a database that grows."""
     there = [each for each in answers if each.inside]
     slowest, steepest = max(there, key=lambda each: each.median), max(there, key=lambda each: each.ratio)
     yield f"ms to answer, the slowest: {slowest.path}", slowest.median, False, MOST_MS, 2
     yield f"large to small, the steepest: {steepest.path}", steepest.ratio, False, MOST_RATIO, 2
+    page = max(pages, key=lambda path: median(pages[path]))
+    yield f"ms of the slowest page: {page.split('?')[0]}", median(pages[page]), False, MOST_PAGE_MS, 1
     rates = zip(ingested.rates.large, ingested.rates.small)
     yield "events a second, large to empty", median(large / small for large, small in rates), True, 0.8, 2
     for each in pruned:
@@ -1204,6 +1237,9 @@ def metrics(arguments: argparse.Namespace) -> int:
         answers = measure_answers(small, large, arguments.requests)
         say("")
         report_answers(answers)
+        pages = measure_pages(large, arguments.requests)
+        say("")
+        report_pages(pages)
         ingested = measure_ingest(large, ledger, arguments, driver)
         say("")
         report_ingest(ingested)
@@ -1213,7 +1249,7 @@ def metrics(arguments: argparse.Namespace) -> int:
         if pruned:
             report_pruning(pruned)
         errors = ingested.errors + sum(each.load.errors for each in pruned)
-        print_targets(growth_targets(answers, ingested, pruned, errors))
+        print_targets(growth_targets(answers, pages, ingested, pruned, errors))
     return conclude(problems + [problem for each in pruned for problem in each.problems], errors)
 
 
