@@ -38,6 +38,7 @@ import argparse
 import base64
 import hashlib
 import hmac
+import ipaddress
 import json
 import logging
 import math
@@ -110,6 +111,8 @@ class Settings:
     require_signature: bool = False
     public_metrics: bool = True
     threads: int = 32
+    public_url: str = ""                             # where clients reach the server, https:// where a proxy adds it
+    verbose: bool = False                            # a line on standard error for each request
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "db_path", os.fspath(self.db_path))
@@ -124,6 +127,8 @@ class Settings:
                 raise SettingsError(each.name, "has a space at an end or a control character")
         if not self.host or self.db_path in ("", ":memory:"):
             raise SettingsError("db_path" if self.host else "host", "must name a " + ("file" if self.host else "host"))
+        if not re.fullmatch(r"(https?://[A-Za-z0-9.:\[\]-]+(/[A-Za-z0-9._~%/-]*)?)?", self.public_url):
+            raise SettingsError("public_url", f"{self.public_url!r} is not like https://crashes.example.com")
 
     @classmethod
     def from_env(cls, environ: Optional[Mapping[str, str]] = None, **overrides: Any) -> Settings:
@@ -2529,7 +2534,7 @@ class Backfeedr:
         self._router = self._routes()
         made = self.store.start(self.settings.api_key, self.settings.auth_token)
         if made != (None, None):
-            url = _url(self.settings.host, self.settings.port)
+            url = self.settings.public_url.rstrip("/") or _url(self.settings.host, self.settings.port)
             (announce or sys.stderr.write)(first_start_text(made, url))
 
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -3638,6 +3643,7 @@ PAGE_HEADERS = {
 DRAIN_SECONDS = 4.0  # a stop waits so long for requests that have begun to arrive
 SWITCH_SECONDS = 0.001  # how long a thread may keep the interpreter while others wait for it
 QUIET_SECONDS = 0.3  # a connection that is silent so long has sent nothing more
+REQUEST_SECONDS = 60  # from the first byte of a request to its last, and for a connection between two requests
 
 
 def serve(settings: Settings, welcome: Callable[[Backfeedr, str], str] = lambda app, url: "") -> None:
@@ -3648,6 +3654,9 @@ def serve(settings: Settings, welcome: Callable[[Backfeedr, str], str] = lambda 
     listener = _listen(settings.host, settings.port)
     settings = replace(settings, port=listener.getsockname()[1])
     made: List[str] = []
+    if settings.verbose:
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO)
     with listener, Backfeedr(settings, announce=made.append) as app:
         server = _make_server(app, settings, listener)
         stopping = threading.Event()
@@ -3655,6 +3664,7 @@ def serve(settings: Settings, welcome: Callable[[Backfeedr, str], str] = lambda 
             signal.signal(number, lambda *_: (stopping.set(), server.pull_trigger()))
         print("backfeedr on", _url(settings.host, settings.port), flush=True)
         print("".join(made) + welcome(app, _url(settings.host, settings.port)), end="", flush=True)
+        sys.stderr.write(_warning(settings, listener.getsockname()[0]))
         # The default of 5 ms starves the I/O thread, which has to win the interpreter back
         # after each call; much less wakes all that wait for it too often. Set here and not
         # on import: a host app's process is its own.
@@ -3673,6 +3683,22 @@ def _listen(host: str, port: int) -> socket.socket:
         raise OSError(f"cannot listen on {host} port {port}: {reason}") from None
 
 
+def _warning(settings: Settings, address: str) -> str:
+    """What to tell an operator whose keys would travel in the clear; "" for others."""
+    if ipaddress.ip_address(address.partition("%")[0]).is_loopback or settings.public_url.startswith("https://"):
+        return ""
+    return (f"backfeedr: {address} can be reached from other machines, and keys can be read on their way: put a proxy"
+            " with https in front, and name its address in BACKFEEDR_PUBLIC_URL\n")
+
+
+def _request_line(request: Any) -> str:
+    """Method and path of waitress's request as they may be logged: in printable ASCII, without query or key."""
+    if not hasattr(request, "path") or request.error and request.error.code == 431:  # which waitress has not read
+        return "- -"
+    path = quote(request.path[:200], safe="/:@!$&'()*+,;=~", encoding="latin-1")
+    return re.sub("(bf_[a-z]+_)[0-9A-Za-z]+", r"\1...", f"{request.command[:20]} {path}")
+
+
 def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) -> Any:
     import waitress.channel
     import waitress.parser
@@ -3686,7 +3712,17 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
             except ValueError as error:  # a target or a length that waitress has not foreseen
                 raise waitress.parser.ParsingError(str(error)) from None
 
-    class ErrorTask(waitress.task.ErrorTask):
+    class Logged:
+        def service(self) -> None:
+            began = time.perf_counter()
+            try:
+                super().service()  # type: ignore[misc]
+            finally:
+                if settings.verbose:
+                    took = 1000 * (time.perf_counter() - began)
+                    log.info("%s %s %.1f ms", _request_line(self.request), self.status[:3], took)  # type: ignore
+
+    class ErrorTask(Logged, waitress.task.ErrorTask):
         def execute(self) -> None:
             error = self.request.error
             body = _error_body(error.code)
@@ -3696,7 +3732,7 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
             self.content_length = len(body)
             self.write(body)
 
-    class Task(waitress.task.WSGITask):
+    class Task(Logged, waitress.task.WSGITask):
         def build_response_header(self) -> bytes:
             if not self.channel.server.accepting:  # while it stops: tell the client to send no more
                 self.set_close_on_finish()
@@ -3705,6 +3741,14 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
     class Channel(waitress.channel.HTTPChannel):
         parser_class, task_class, error_task_class = Parser, Task, ErrorTask
         __repr__ = object.__repr__  # waitress puts it in its log, with the client's address
+
+        def received(self, data: bytes) -> bool:
+            begun = self.request
+            received = super().received(data)
+            if begun is None or self.request is not begun:
+                self.began = self.last_activity
+            self.last_activity = self.began  # and not that of the last byte: a drip would be active for ever
+            return received
 
         def writable(self) -> bool:
             # While a thread works on a request, it sends the answer itself. To ask meanwhile
@@ -3718,7 +3762,7 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
         app, sockets=[listener], threads=settings.threads, ident=None,
         max_request_body_size=settings.max_body_size + 65536,  # a little more: the app's own limit goes first
         max_request_header_size=32768, inbuf_overflow=131072, connection_limit=_connection_limit(settings.threads),
-        channel_timeout=60, cleanup_interval=10, recv_bytes=65536, asyncore_use_poll=True)
+        channel_timeout=REQUEST_SECONDS, cleanup_interval=10, recv_bytes=65536, asyncore_use_poll=True)
     server.channel_class = Channel
     server.adj.send_bytes = 16384  # so that head and body of an answer leave together, by the I/O thread
     return server
@@ -4011,6 +4055,7 @@ def _parser() -> argparse.ArgumentParser:
     serving = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS, parents=[options])
     serving.add_argument("--host", help="the address to listen on (default: 127.0.0.1)")
     serving.add_argument("--port", type=int, help="the port (default: 8080); 0 takes a free one")
+    serving.add_argument("--verbose", action="store_true", help="log a line for each request, on standard error")
     parser = argparse.ArgumentParser(prog="backfeedr", parents=[serving], description=(
         "Crash reports and usage figures for iOS apps, on your own host. Without a command, it serves."))
     parser.add_argument("--version", action="version", version=f"backfeedr {__version__}")

@@ -39,6 +39,7 @@ from fractions import Fraction
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlencode
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
@@ -324,7 +325,8 @@ def grouped(rows, *names):
 def test_defaults_are_those_of_the_contract():
     assert Settings() == Settings(
         host="127.0.0.1", port=8080, db_path="backfeedr.db", api_key="", auth_token="", rate_limit=100,
-        max_body_size=1048576, retention_days=90, require_signature=False, public_metrics=True, threads=32)
+        max_body_size=1048576, retention_days=90, require_signature=False, public_metrics=True, threads=32,
+        public_url="", verbose=False)
 
 
 def test_every_setting_is_read_from_its_variable():
@@ -332,8 +334,10 @@ def test_every_setting_is_read_from_its_variable():
         "BACKFEEDR_HOST": "0.0.0.0", "BACKFEEDR_PORT": "0", "BACKFEEDR_DB_PATH": "/tmp/x.db",
         "BACKFEEDR_API_KEY": "k", "BACKFEEDR_AUTH_TOKEN": "t", "BACKFEEDR_RATE_LIMIT": "0",
         "BACKFEEDR_MAX_BODY_SIZE": "1000", "BACKFEEDR_RETENTION_DAYS": "0", "BACKFEEDR_REQUIRE_SIGNATURE": "1",
-        "BACKFEEDR_PUBLIC_METRICS": "no", "BACKFEEDR_THREADS": "4",
-    }) == Settings("0.0.0.0", 0, "/tmp/x.db", "k", "t", 0, 1000, 0, True, False, 4)
+        "BACKFEEDR_PUBLIC_METRICS": "no", "BACKFEEDR_THREADS": "4", "BACKFEEDR_VERBOSE": "1",
+        "BACKFEEDR_PUBLIC_URL": "https://crashes.example.com:8443/a/",
+    }) == Settings("0.0.0.0", 0, "/tmp/x.db", "k", "t", 0, 1000, 0, True, False, 4,
+                   "https://crashes.example.com:8443/a/", True)
 
 
 def test_an_override_goes_before_a_variable_and_an_empty_variable_is_unset():
@@ -347,7 +351,10 @@ def test_an_override_goes_before_a_variable_and_an_empty_variable_is_unset():
     ("BACKFEEDR_RATE_LIMIT", "1.5"), ("BACKFEEDR_MAX_BODY_SIZE", "0"), ("BACKFEEDR_RETENTION_DAYS", "-1"),
     ("BACKFEEDR_THREADS", "0"), ("BACKFEEDR_REQUIRE_SIGNATURE", "maybe"), ("BACKFEEDR_PUBLIC_METRICS", "2"),
     ("BACKFEEDR_API_KEY", "key\n"), ("BACKFEEDR_API_KEY", " "), ("BACKFEEDR_AUTH_TOKEN", "a\x00b"),
-    ("BACKFEEDR_DB_PATH", ":memory:"),
+    ("BACKFEEDR_DB_PATH", ":memory:"), ("BACKFEEDR_VERBOSE", "2"),
+    *[("BACKFEEDR_PUBLIC_URL", url) for url in (
+        "crashes.example.com", "ftp://example.com", "https://", "https://example.com/a b", "https://example.com/?a=1",
+        "https://user:password@example.com", "https://example.com/$(reboot)", "https://exämple.com")],
 ])
 def test_a_value_that_makes_no_sense_is_refused_by_name(variable, text):
     with pytest.raises(SettingsError) as refused:
@@ -380,6 +387,17 @@ def test_only_the_owner_can_read_the_file_and_its_side_files(api):
     files = list(api.server.store.path.parent.glob("test.db*"))
     assert {file.name for file in files} == {"test.db", "test.db-wal", "test.db-shm"}
     assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+
+
+def test_only_the_owner_can_read_the_file_whatever_the_umask(serve):
+    before = os.umask(0)
+    try:
+        api = Api(serve())
+        api.post(CRASHES, CRASH)
+    finally:
+        os.umask(before)
+    files = list(api.server.store.path.parent.glob("test.db*"))
+    assert [stat.S_IMODE(file.stat().st_mode) for file in files] == [0o600] * 3
 
 
 @pytest.mark.parametrize("table, example", [("crashes", "crash.json"), ("events", "event.json")])
@@ -2674,6 +2692,13 @@ def test_a_first_start_makes_and_tells_a_key_and_a_token_once(tmp_path):
     assert f"X-Backfeedr-Key: {key}" in text and "curl -X POST http://127.0.0.1:8080/api/v1/crashes" in text
 
 
+def test_a_first_start_tells_the_address_under_which_clients_reach_the_server(tmp_path):
+    told = []
+    settings = Settings(db_path=str(tmp_path / "first.db"), public_url="https://example.com/a/")
+    Backfeedr(settings, announce=told.append).close()
+    assert "curl -X POST https://example.com/a/api/v1/crashes " in told[0] and "127.0.0.1" not in told[0]
+
+
 def test_given_secrets_are_taken_and_not_told(tmp_path):
     told = []
     settings = Settings(db_path=str(tmp_path / "first.db"), api_key="mine", auth_token="token")
@@ -3645,6 +3670,138 @@ def test_a_stop_does_not_wait_for_idle_and_unfinished_connections(run):
         began = time.monotonic()
         assert server.stop() == (0, "", "")
         assert time.monotonic() - began < 10
+
+
+@pytest.mark.slow
+def test_300_clients_that_send_a_byte_now_and_then_keep_no_report_out(run, tmp_path):
+    server = run(BACKFEEDR_THREADS="2")
+    head = f"POST {CRASHES} HTTP/1.1\r\nX-Backfeedr-Key: {KEY}\r\nContent-Length: 1000\r\n\r\n".encode()
+    drips = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(300)]
+    for n, drip in enumerate(drips):
+        drip.sendall(head if n % 2 else head[:40])  # in the middle of a body, and of a header
+    for _ in range(5):
+        for drip in drips:
+            drip.sendall(b" ")
+        began = time.monotonic()
+        assert server.post(CRASHES, CRASH)[0] == 201
+        assert time.monotonic() - began < 5
+    for drip in drips:
+        drip.close()
+    assert server.stop() == (0, "", "")
+    assert len(sql(tmp_path / "run.db", "select seq from crashes")) == 5
+    check_database(tmp_path / "run.db")
+
+
+@pytest.fixture
+def slow_server(serve, clock, monkeypatch):
+    """A real web server in this process, by a clock moved by hand. `turn` lets it do what is to be done."""
+    import waitress.channel
+    import waitress.server
+    for module in (waitress.channel, waitress.server):
+        monkeypatch.setattr(module, "time", SimpleNamespace(time=clock))
+    app = serve()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = backfeedr._make_server(app, app.settings, listener)
+        server.app, server.turn = app, lambda: server.asyncore.loop(timeout=0, use_poll=True, map=server._map, count=1)
+        yield server
+        server.task_dispatcher.shutdown()
+        server.asyncore.close_all(server._map)
+
+
+def connect_to(server):
+    connection = socket.create_connection(("127.0.0.1", int(server.effective_port)))
+    connection.setblocking(False)
+    return connection
+
+
+def received_by(connection, server):
+    """What the server has sent by now; None where it has closed the connection."""
+    server.turn()
+    try:
+        return connection.recv(65536) or None
+    except BlockingIOError:
+        return b""
+    except ConnectionError:
+        return None
+
+
+@pytest.mark.parametrize("start", [b"", b"G", b"GET /api/v1/health HTTP/1.1\r\nX: ",
+                                   b"POST /api/v1/crashes HTTP/1.1\r\nContent-Length: 1000\r\n\r\n",
+                                   b"POST /api/v1/crashes HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n3e8\r\n"])
+def test_a_request_that_has_not_arrived_whole_within_a_minute_is_ended(slow_server, clock, start):
+    with connect_to(slow_server) as drip:
+        drip.sendall(start)
+        for seconds in range(100):
+            if received_by(drip, slow_server) is None:
+                break
+            clock.move(1)
+            if start:
+                drip.sendall(b"x")
+    assert 60 < seconds <= 60 + 2 * 10 and not slow_server.active_channels
+    assert stored(slow_server.app, "crashes") == {"crashes": []}
+
+
+def test_a_report_that_takes_half_a_minute_is_taken_and_so_is_the_next_on_its_connection(slow_server, clock):
+    body = json.dumps(CRASH).encode()
+    head = f"POST {CRASHES} HTTP/1.1\r\nX-Backfeedr-Key: {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
+    request = head.encode() + body
+    with connect_to(slow_server) as slow:
+        for count in (1, 2, 3):
+            for part in range(30):
+                slow.sendall(request[len(request) * part // 30:len(request) * (part + 1) // 30])
+                clock.move(1)
+                if part < 29:
+                    assert received_by(slow, slow_server) == b""
+            answer = bytearray()
+            wait_until(lambda: answer.extend(received_by(slow, slow_server)) or answer.endswith(b"}"))
+            assert answer.startswith(b"HTTP/1.1 201 ")
+            assert len(stored(slow_server.app, "crashes")["crashes"]) == count
+
+
+@pytest.mark.slow
+def test_verbose_logs_method_path_status_and_time_and_nothing_that_is_nobodys_business(run):
+    server = run("--verbose")
+    key = b"X-Backfeedr-Key: " + KEY.encode()
+    body = json.dumps({**CRASH, "device_id_hash": "private-device"}).encode()
+    length = b"Content-Length: %d" % len(body)
+    requests = [
+        (b"POST /api/v1/crashes HTTP/1.1", [key, length], body, "POST /api/v1/crashes 201"),
+        (b"POST /api/v1/events HTTP/1.1", [key, length], body, "POST /api/v1/events 400"),
+        (b"POST /api/v1/crashes HTTP/1.1", [b"X-Backfeedr-Key: private-key"], b"", "POST /api/v1/crashes 401"),
+        (b"GET /api/v1/overview?app=private-app HTTP/1.1", [], b"", "GET /api/v1/overview 404"),
+        (b"GET /api/v1/events HTTP/1.1", [b"Authorization: Bearer " + TOKEN.encode()], b"", "GET /api/v1/events 200"),
+        (b"HEAD http://private-user:private@host/api/v1/health#private HTTP/1.1", [], b"", "HEAD /api/v1/health 200"),
+        (b"GET /a%0d%0aGET%20/b%1b[31m\x1b%c3%a4 HTTP/1.1", [], b"", "GET /a%0D%0AGET%20/b%1B%5B31m%1B%C3%A4 404"),
+        (b"GET /api/v1/crashes/" + KEY.encode() + b" HTTP/1.1", [], b"", "GET /api/v1/crashes/bf_live_... 401"),
+        (b"GET /bf%5fadmin_" + TOKEN[9:].encode() + b" HTTP/1.1", [], b"", "GET /bf_admin_... 404"),
+        (b"GET /" + b"x" * 5000 + b" HTTP/1.1", [], b"", "GET /" + "x" * 199 + " 404"),
+        (b"X" * 5000 + b" /api/v1/health HTTP/1.1", [], b"", "X" * 20 + " /api/v1/health 405"),
+        (b"POST /api/v1/crashes HTTP/1.1", [b"Content-Length: 99999999"], b"", "POST /api/v1/crashes 413"),
+        (b"POST /api/v1/crashes HTTP/1.1", [b"Content-Length: private"], b"", "POST /api/v1/crashes 400"),
+        (b"POST /api/v1/crashes HTTP/1.1", [b"Transfer-Encoding: private"], b"", "POST /api/v1/crashes 501"),
+        (b"GET /private HTTP/1.1", [b"private header"], b"", "- - 400"),
+        (b"GET /private HTTP/1.1", [b"X: " + b"private" * 6000], b"", "- - 431"),
+    ]
+    for line, headers, content, _ in requests:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as raw:
+            raw.sendall(b"\r\n".join([line, *headers, b"", content]) if headers else line + b"\r\n\r\n")
+            assert raw.recv(65536).startswith(b"HTTP/1.")
+    status, out, err = server.stop()
+    lines = [re.fullmatch(r"(.*) [0-9]+\.[0-9] ms", line) for line in err.splitlines()]
+    assert (status, out) == (0, "") and all(lines), err
+    assert sorted(line[1] for line in lines) == sorted(line for *_, line in requests)
+    for secret in ("private", KEY[8:], TOKEN[9:], "127.0.0.1"):
+        assert secret not in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments, url, warned", [
+    (["--host", "0.0.0.0"], "", True), (["--host", "0.0.0.0"], "http://example.com", True),
+    (["--host", "0.0.0.0"], "https://example.com", False), (["--host", "localhost"], "", False)])
+def test_a_server_that_others_reach_without_https_says_so_in_a_line(run, arguments, url, warned):
+    status, out, err = run(*arguments, BACKFEEDR_PUBLIC_URL=url).stop()
+    assert (status, out, err.count("\n")) == (0, "", int(warned))
+    assert not warned or err.startswith("backfeedr: 0.0.0.0 ") and "https" in err and "BACKFEEDR_PUBLIC_URL" in err
 
 
 @pytest.mark.slow
