@@ -2702,7 +2702,10 @@ def _read_body(environ: Environ, limit: int) -> bytes:
             raise Refusal("invalid Content-Length")
         if len(length) > 18 or int(length) > limit:  # int() itself refuses thousands of digits
             raise Refusal("request body too large")
-        return environ["wsgi.input"].read(int(length))
+        body = environ["wsgi.input"].read(int(length))
+        if len(body) < int(length):  # the client has gone, and will send it again
+            raise Refusal("invalid Content-Length")
+        return body
     # Without a length there is a body only where the server marks its end, as for chunks.
     body = environ["wsgi.input"].read(limit + 1) if environ.get("wsgi.input_terminated") else b""
     if len(body) > limit:

@@ -31,6 +31,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections import Counter, defaultdict
 from contextlib import closing, contextmanager
 from datetime import date, datetime, timezone
@@ -2719,6 +2720,397 @@ def test_a_database_with_an_app_gets_no_default_one(tmp_path):
     with Backfeedr(Settings(db_path=path), announce=told.append) as server:
         assert [app.name for app in server.store.apps()] == ["Shop"]
     assert "bf_admin_" in told[0] and "bf_live_" not in told[0]
+
+
+# == Hostile input =============================================================
+#
+# What a stranger may send, beyond the bodies of the Payloads section: each with its answer, and with nothing
+# stored. Then as much again that no table has thought of: mutations of valid requests, from a fixed seed.
+
+def call(server, method="POST", path=CRASHES, body=None, query="", length=None, **headers):
+    """The status and JSON of a request, given to the server as a web server hands over what it got: by `environ`."""
+    body = json.dumps(CRASH).encode() if body is None else body
+    given = {"X_Backfeedr_Key": KEY, **headers}
+    environ = {"REQUEST_METHOD": method, "SCRIPT_NAME": "", "PATH_INFO": path, "QUERY_STRING": query,
+               "CONTENT_LENGTH": str(len(body) if length is None else length), "CONTENT_TYPE": "application/json",
+               "wsgi.input": io.BytesIO(body), "wsgi.errors": sys.stderr,
+               **{"HTTP_" + name.upper(): value for name, value in given.items() if value is not None}}
+    answered = []
+    content = b"".join(server(environ, lambda line, headers, exc_info=None: answered.append((line, dict(headers)))))
+    (line, sent), = answered
+    assert sent["Content-Type"] == "application/json"
+    if method == "HEAD":
+        return int(line.split()[0]), content or {}
+    assert int(sent["Content-Length"]) == len(content)
+    return int(line.split()[0]), json.loads(content)
+
+
+GZIPPED = gzip.compress(json.dumps(CRASH).encode())
+LIST = {"method": "GET", "path": EVENTS, "body": b""}
+GROUP = {**LIST, "path": CRASHES + "/" + "0" * 16}
+BEARER = {**LIST, "Authorization": "Bearer " + TOKEN}
+SIGNED = {"X_Backfeedr_Timestamp": NOW,
+          "X_Backfeedr_Signature": backfeedr.sign(KEY.encode(), NOW.encode(), json.dumps(CRASH).encode())}
+NOT_JSON, NO_KEY, BAD_KEY = (400, "invalid JSON"), (401, "missing API key"), (401, "invalid API key")
+TOO_LARGE, BAD_GZIP, BAD_CODING = ((413, "request body too large"), (400, "invalid gzip body"),
+                                   (415, "unsupported content encoding"))
+BAD_TIME, BAD_SIGNATURE = (400, "invalid timestamp"), (401, "invalid signature")
+NO_TOKEN, BAD_TOKEN = (401, "missing admin token"), (401, "invalid admin token")
+NOT_FOUND, NOT_ALLOWED = (404, "not found"), (405, "method not allowed")
+
+HOSTILE_REQUESTS = [
+    # a length that lies, a body that is too long, and one that becomes it
+    ({"length": 1000}, (400, "invalid Content-Length")), ({"length": 10}, NOT_JSON), ({"length": 0}, NOT_JSON),
+    ({"length": ""}, NOT_JSON), ({"length": 10_001}, TOO_LARGE), ({"length": "9" * 5000}, TOO_LARGE), ({"body": b" " * 10_001}, TOO_LARGE),
+    *[({"length": length}, (400, "invalid Content-Length"))
+      for length in ("-1", "+5", "1e3", "0x10", "5, 5", "\u00b2", "\u0661", " 5", "5\n", "five")],
+    ({"body": gzip.compress(b" " * 1_000_000), "Content_Encoding": "gzip"}, TOO_LARGE),
+    ({"body": gzip.compress(gzip.compress(b" " * 1_000_000)), "Content_Encoding": "gzip"}, NOT_JSON),
+    # gzip that is none, is cut, is damaged, has more after it: one member, as every gzip library writes it
+    *[({"body": body, "Content_Encoding": "gzip"}, BAD_GZIP) for body in (
+        b"", b"\x1f\x8b", b"{}", GZIPPED[:-1], GZIPPED[:-8], GZIPPED[:12], GZIPPED + b"\x00", GZIPPED * 2,
+        GZIPPED[:-8] + bytes(4) + GZIPPED[-4:], GZIPPED[:20] + b"\xff\xff" + GZIPPED[22:],
+            b"\x1f\x8b\x08\xff" + GZIPPED[4:],
+        zlib.compress(json.dumps(CRASH).encode()))],
+    *[({"Content_Encoding": coding}, BAD_CODING)
+      for coding in ("br", "deflate", "zstd", "gzip, gzip", "gzip,", "x", "g\u00fczip", "identity, gzip", "\xff" * 99)],
+    # headers beyond ASCII, doubled, empty, long
+    *[({"X_Backfeedr_Key": key}, BAD_KEY) for key in (
+        KEY + ", " + KEY, KEY + "\xff", "\xfc", "\xc3\xbc", "\u0130", "\U0001f511", KEY + "\x00", KEY.upper(),
+            "x" * 30_000)],
+    ({"X_Backfeedr_Key": None}, NO_KEY), ({"X_Backfeedr_Key": ""}, NO_KEY),
+    *[({**SIGNED, "X_Backfeedr_Timestamp": time}, BAD_TIME) for time in (
+        "", "\xff", NOW + ", " + NOW, NOW + "\n", NOW[:-1], "0000-01-01T00:00:00Z", "2026-02-30T00:00:00Z",
+        "2026-03-12T14:30:60Z", "2026-03-12T14:30:00+24:00", "1773325800", "\uff12026-03-12T14:30:00Z", "9" * 5000)],
+    *[({**SIGNED, "X_Backfeedr_Timestamp": time}, BAD_SIGNATURE) for time in (
+        "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-23:59", "2026-03-12T15:30:00+01:00")],
+    ({**SIGNED, "X_Backfeedr_Timestamp": None}, BAD_TIME), ({**SIGNED, "X_Backfeedr_Signature": None}, BAD_SIGNATURE),
+    *[({**SIGNED, "X_Backfeedr_Signature": signature}, BAD_SIGNATURE) for signature in (
+        "", "\xff", "sha256=", "sha256=\u00e9", SIGNED["X_Backfeedr_Signature"] * 2, "sha1=" + "0" * 40,
+        "sha256=" + "0" * 64,
+        SIGNED["X_Backfeedr_Signature"] + ", " + SIGNED["X_Backfeedr_Signature"], "x" * 30_000)],
+    *[({**LIST, "Authorization": token}, NO_TOKEN) for token in (
+        None, "", "Bearer", "Bearer ", TOKEN, "Basic " + TOKEN, "B\xe9arer " + TOKEN, "Bearer\x00" + TOKEN)],
+    *[({**LIST, "Authorization": "Bearer " + token}, BAD_TOKEN) for token in (
+        KEY, "\xff", TOKEN + ", Bearer " + TOKEN, TOKEN + "\xff", TOKEN[:-1], "x" * 30_000)],
+    # paths and methods
+    *[({"method": "GET", "path": path, "body": b""}, NOT_FOUND) for path in (
+        "/api/v1", "/api/v1/", "/api/v1/health/", "/api//v1/health", "//api/v1/health", "/api/v1/./health",
+        "/api/v1/x/../health", "/../../etc/passwd", "/api/v1/health\x00", "/api/v1/health\n", "/api/v1/health\xff",
+        "/api/v1/health\xc3\xa4", "/API/V1/HEALTH", "api/v1/health", "/api/v1/health;a=1", "/api/v1/metrics",
+        "/api/v1/metrics/nope", "/api/v1/\u0130", "/" + "x" * 30_000, "/" * 1000, "/api/v1/crashes/" + "0" * 16 + "/")],
+    *[({**BEARER, "path": CRASHES + "/" + group}, NOT_FOUND) for group in (
+        "0" * 16, "..", "\x00", "'", "*", "\xc3\xa4", "%", "x" * 30_000)],
+    *[({"method": method}, NOT_ALLOWED) for method in (
+        "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "ANY", "PROXY", "", "\xff", "X" * 5000)],
+    *[({"method": method, "path": path}, NOT_ALLOWED)
+      for path in [*METRICS, "/api/v1/health", CRASHES + "/" + "0" * 16] for method in ("POST", "PUT", "DELETE",
+          "OPTIONS")],
+    # query strings
+    *[({**BEARER, "path": "/api/v1/metrics/sessions", "query": "days=" + days}, (400, "invalid days")) for days in (
+        "", "0", "-1", "366", "1.5", "1e2", "NaN", "9" * 5000, "%00", "7%00", "\xb2", "%d9%a1", "%ff", "+7", "7,7",
+        "7&days=x")],
+    *[({**BEARER, "query": "limit=" + limit}, (400, "invalid limit")) for limit in ("", "0", "101", "-1", "1000", "x",
+        "%F0")],
+    *[({**listing, "Authorization": "Bearer " + TOKEN, "query": "cursor=" + cursor}, (400, "invalid cursor"))
+      for listing in (LIST, GROUP) for cursor in (
+        "x", "0", "evt_", "evt_" + "8" + "0" * 15, "g" * 16, "0" * 15, "0" * 17, "0" * 16 + "%0A", "%00", "-1",
+        "9" * 5000)],
+    *[({**BEARER, "path": CRASHES, "query": "cursor=" + cursor}, (400, "invalid cursor")) for cursor in (
+        "x", "0", "1-", "-" + "0" * 16, "9" * 19 + "-" + "0" * 16, "1-" + "0" * 15, "1-" + "G" * 16,
+        "1-" + "0" * 16 + "%0A",
+        "1--" + "0" * 16, "evt_" + "0" * 16, "9" * 5000)],
+    *[({**BEARER, "path": path, "query": "app=" + app}, NOT_FOUND) for path in [*METRICS, CRASHES, EVENTS]
+      for app in ("nope", "DEFAULT", "default%00", "%00", "%ff", "\xff", "'%20or%201=1", "x" * 30_000,
+          "default&app=nope")],
+]
+
+
+def test_a_hostile_request_has_its_answer_and_changes_nothing(serve, caplog):
+    api = Api(serve(rate_limit=0, max_body_size=10_000))
+    api.post(CRASHES, {**CRASH, "device_id_hash": "d", "app_version": "1.0"})
+    api.post(EVENTS, start_at(NOW, session_id="s", device_id_hash="d"))
+    for request, expected in HOSTILE_REQUESTS:
+        before = stored(api.server)
+        assert call(api.server, **request) == (expected[0], {"error": expected[1]}), request
+        assert stored(api.server) == before, request
+        assert call(api.server)[0] == 201, request
+    assert caplog.records == []
+
+
+def test_a_report_that_breaks_off_anywhere_is_refused(serve):
+    api = Api(serve(rate_limit=0))
+    for path, body in ((CRASHES, (EXAMPLES / "crash.json").read_bytes().strip()), (BATCH, batch_of(EVENT, EVENT))):
+        for size in range(len(body)):
+            assert api.post(path, body[:size]) == (400, {"error": "invalid JSON"}), size
+        assert {table: rows for table, rows in stored(api.server).items() if rows} == {}
+    assert api.post(BATCH, batch_of(EVENT, EVENT))[0] == 201
+
+
+@pytest.mark.parametrize("place", [0, 50, 99])
+@pytest.mark.parametrize("bad, text", [
+    ({}, "missing type"), (None, "invalid event"), ([], "invalid event"), ("x", "invalid event"), (True,
+     "invalid event"),
+    ({**EVENT, "occurred_at": "2026-03-12T14:22:31+24:00"}, "invalid occurred_at"), ({**EVENT, "type": []},
+     "invalid type"),
+    ({**EVENT, "properties": []}, "invalid properties"), ({**EVENT, "name": {}}, "invalid name"),
+    ({**EVENT, "deep": json.loads("[" * 70 + "]" * 70)}, "invalid JSON")])
+def test_a_bad_event_keeps_its_whole_batch_out(api, place, bad, text):
+    events = [EVENT] * 100
+    events[place] = bad
+    assert api.post(BATCH, {"events": events}) == (400, {"error": f"{text} at index {place}"})
+    assert {table: rows for table, rows in stored(api.server).items() if rows} == {}
+    assert api.post(BATCH, {"events": [EVENT] * 100})[0] == 201
+
+
+@pytest.mark.parametrize("body, column, value", [
+    (b'{"exception_type": "A", "exception_type": "B", "occurred_at": "2026-03-12T14:22:31Z"}', "exception_type", "B"),
+    (b'{"exception_type": "A", "x": 1, "x": 2, "occurred_at": "2026-03-12T14:22:31Z"}', "extra", '{"x":2}'),
+    (changed(CRASH, x=1 << 64), "extra", '{"x":18446744073709551616}'),
+    (changed(CRASH, x=-1e-300), "extra", '{"x":-1e-300}'),
+    (changed(CRASH, x={"\x00": 1, "\ud800": 2}), "extra", '{"x":{"\ufffd":2}}'),
+    (changed(CRASH, occurred_at="0001-01-01T00:00:00Z"), "at", -62135596800000),
+    (changed(CRASH, occurred_at="0001-01-01T00:00:00+23:59"), "at", -62135596800000 - 24 * HOUR + 60_000),
+    (changed(CRASH, occurred_at="9999-12-31T23:59:59-23:59"), "at", parse_time(NOW)),
+    (changed(CRASH, occurred_at="2026-03-12T14:35:00Z"), "at", parse_time("2026-03-12T14:35:00Z")),
+    (changed(CRASH, occurred_at="2026-03-12T14:35:00.001Z"), "at", parse_time(NOW)),
+    (changed(CRASH, app_version="9" * 500), "app_version", "9" * 500),
+])
+def test_an_odd_report_is_kept_and_can_be_read(api, body, column, value):
+    assert api.post(CRASHES, body)[0] == 201
+    row, = rows_of_table(api.server.store.path, "crashes")
+    assert row[column] == value
+    for path in [*METRICS, CRASHES, f"{CRASHES}/{row['group_hash']}"]:
+        assert api.get(path, **ADMIN)[0] == 200
+
+
+def test_headers_that_are_only_compared_may_hold_any_bytes(api):
+    for n, mark in enumerate(("\xff\xfe", "a, a", "x" * 30_000, "\x00")):
+        first = call(api.server, Idempotency_Key=mark)
+        assert (first[0], call(api.server, Idempotency_Key=mark)) == (201, (200, first[1]))
+        assert len(stored(api.server, "crashes")["crashes"]) == n + 1
+
+
+@pytest.mark.slow
+def test_a_hostile_request_to_the_real_web_server_is_answered_in_json_and_changes_nothing(run, tmp_path):
+    server = run(BACKFEEDR_MAX_BODY_SIZE="10000")
+    body = json.dumps(CRASH).encode()
+    key, length = b"X-Backfeedr-Key: " + KEY.encode(), b"Content-Length: %d" % len(body)
+    post, chunked = b"POST /api/v1/crashes HTTP/1.1", b"Transfer-Encoding: chunked"
+    requests = [
+        (post, [key, b"Content-Length: 10"], body, 400), (post, [key, length, length], body, 400),
+        (post, [key, b"Content-Length: 5, 5"], body, 400), (post, [key, b"Content-Length: +5"], body, 400),
+        (post, [key, b"Content-Length: \xb2"], body, 400), (post, [key, b"Content-Length: 10001"], b"x" * 10_001, 413),
+        (post, [key], body, 400), (post, [key, chunked], b"0\r\n\r\n", 400), (post, [key, chunked], b"x\r\n", 400),
+        (post, [key, chunked], b"-5\r\n", 400), (post, [key, chunked], b"5\r\nabcdefgh", 400),
+        (post, [key, chunked], b"2711\r\n" + b"x" * 10_001 + b"\r\n0\r\n\r\n", 413),
+        (post, [key, chunked], b"f" * 5000 + b"\r\n" + b"x" * 80_000, 413), (post, [key, chunked], b"1" * 80_000, 413),
+        (post, [key, b"Transfer-Encoding: chunked, gzip"], body, 501), (post, [key, b"Content-Encoding: \xff",
+         length], body, 415),
+        (post, [key, b"Content-Encoding: gzip", b"Content-Encoding: gzip", length], body, 415),
+        (post, [key, key, length], body, 401), (post, [b"X-Backfeedr-Key: \xff\xfe", length], body, 401),
+        (post, [b"X_Backfeedr_Key: " + KEY.encode(), length], body, 401), (post, [key + b"\x00", length], body, 400),
+        (post, [key, b"X-Backfeedr-Timestamp: \xff", length], body, 400),
+        (post, [key, b"X-Backfeedr-Signature: \xff", length], body, 400),
+        (b"GET /api/v1/events HTTP/1.1", [b"Authorization: Bearer \xff"], b"", 401),
+        (b"GET /api/v1/health%00 HTTP/1.1", [], b"", 404), (b"GET /api/v1/health\x00 HTTP/1.1", [], b"", 404),
+        (b"GET /api/v1/../v1/health HTTP/1.1", [], b"", 404), (b"GET /..%2f..%2fetc/passwd HTTP/1.1", [], b"", 404),
+        (b"GET /api//v1/health HTTP/1.1", [], b"", 404), (b"GET /api/v1/health/ HTTP/1.1", [], b"", 404),
+        (b"GET /api/v1/h\xc3\xa4 HTTP/1.1", [], b"", 400), (b"GET /api/v1/h%C3%A4 HTTP/1.1", [], b"", 404),
+        (b"GET /api/v1/h%FF HTTP/1.1", [], b"", 404), (b"get /api/v1/health HTTP/1.1", [], b"", 400),
+        (b"PUT /api/v1/crashes HTTP/1.1", [], b"", 405), (b"\xff /api/v1/health HTTP/1.1", [], b"", 400),
+        (b"GET /api/v1/metrics/devices?days=\xff HTTP/1.1", [], b"", 400), (b"GET", [], b"", 400), (b"\x16\x03\x01",
+         [], b"", 400),
+        (b"GET /api/v1/health HTTP/1.1", [b" folded"], b"", 400), (b"GET /api/v1/health HTTP/1.1", [b"a\rb: c"], b"",
+         400),
+        (b"GET /api/v1/health HTTP/1.1", [b"X: " + b"x" * 32_768], b"", 431),
+        (b"GET /" + b"x" * 32_768 + b" HTTP/1.1", [], b"", 431), (b"GET /" + b"x" * 30_000 + b" HTTP/1.1", [], b"",
+         404),
+    ]
+    before = None
+    for line, headers, content, expected in requests:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as raw:
+            raw.sendall(b"".join(each + b"\r\n" for each in [line, *headers, b""]) + content)
+            head, answer = read_answer(raw)
+        assert int(head.split()[1]) == expected, (line, headers, content[:50], head)
+        assert b"\r\nContent-Type: application/json" in head and set(json.loads(answer)) == {"error"}
+        assert before is None or stored_ids(tmp_path / "run.db") == before, (line, headers)
+        assert server.post(CRASHES, CRASH)[0] == 201
+        before = stored_ids(tmp_path / "run.db")
+    assert server.stop() == (0, "", "")
+    assert len(stored_ids(tmp_path / "run.db")) == len(requests)
+    check_database(tmp_path / "run.db")
+
+
+def test_an_unexpected_error_tells_the_log_where_and_nobody_what_was_sent(api, caplog, monkeypatch):
+    """A traceback shows lines of code, and not what is in its variables."""
+    def parse(given, token=TOKEN):
+        return {}[len(given)]
+    monkeypatch.setattr(backfeedr, "parse_crash", parse)
+    before = stored(api.server)
+    signed = {**SIGNED, "Authorization": "Bearer " + TOKEN, "Idempotency_Key": "private-mark"}
+    assert call(api.server, query="private=1", **signed) == (500, {"error": "internal server error"})
+    assert stored(api.server) == before
+    record, = caplog.records
+    assert "KeyError" in caplog.text and "in parse" in caplog.text and record.name == "backfeedr"
+    for secret in (KEY, TOKEN, "private", "SIGABRT", SIGNED["X_Backfeedr_Signature"]):
+        assert secret not in caplog.text
+    monkeypatch.undo()
+    assert call(api.server)[0] == 201
+
+
+# -- Hostile input: mutations of valid requests, from a fixed seed
+
+ODD_VALUES = [
+    None, True, False, 0, -1, 1, 1 << 63, -(1 << 64), 10 ** 400, 0.5, -0.0, 1e308, 5e-324, "", " ", "x", "x" * 501,
+    "\x00",
+    "\ud800", "\udc00\ud800", "\uffff", "\U0001f600" * 300, "'", '"', "</script>", "%s", "NaN", "custom", NOW, [], {},
+    [[]],
+    [None], {"": {}}, ["x"] * 101, "0001-01-01T00:00:00Z", "9999-12-31T23:59:59-23:59", "2026-03-12T14:22:60Z"]
+ODD_TEXTS = ["", " ", "\x00", "\xff", "\xc3\xa4", "\u0130", "\ud800", "\r\n", "\t", "0", "-1", "1e9", "7", "365",
+"9" * 400, "%",
+             "%00", "%ff", "x" * 3000, ",", "a, b", "gzip", "identity", "Bearer x", KEY, TOKEN, "default", NOW,
+             "../..", "/",
+             "custom", "evt_" + "0" * 16, "1-" + "0" * 16, "sha256=" + "0" * 64]
+FUZZ_PATHS = [*METRICS, CRASHES, EVENTS, BATCH, "/api/v1/health", f"{CRASHES}/{group_hash('SIGABRT', [])}"]
+FUZZ_HEADERS = ["X_Backfeedr_Key", "X_Backfeedr_Timestamp", "X_Backfeedr_Signature", "Idempotency_Key",
+    "Content_Encoding",
+                "Authorization", "Transfer_Encoding", "Host"]
+# What the contract lets a server say; `invalid` and `missing` speak of what is in the request.
+REFUSALS = {
+    400: r"invalid JSON|(missing (exception_type|occurred_at|type|events)|invalid (event|event type|events|JSON|"
+         + "|".join([*backfeedr.Crash._fields, *backfeedr.Event._fields])
+         + r"))( at index [0-9]{1,2})?|too many events: at most 100"
+           r"|invalid (timestamp|gzip body|Content-Length|days|limit|cursor)",
+    **{status: "|".join(map(re.escape, texts)) for status, texts in backfeedr.ERRORS.items()
+       if status not in (429, 431, 500, 501, 503)},
+}
+
+
+class Mutations:
+    """Requests that began as valid ones. The same seed makes the same requests."""
+
+    def __init__(self, seed):
+        self.random = random.Random(seed)
+
+    def request(self):
+        request = self.valid()
+        for _ in range(self.random.randint(1, 3)):
+            getattr(self, "change_" + self.random.choice(["body", "body", "bytes", "header", "query", "path", "coding",
+                                                          "method", "length"]))(request)
+        return request
+
+    def valid(self):
+        path, name = self.random.choice([(CRASHES, "crash"), (EVENTS, "event"), (BATCH, "batch"), (None, None)])
+        if path is None:
+            return {"method": "GET", "path": self.random.choice(FUZZ_PATHS), "body": b"",
+                "Authorization": "Bearer " + TOKEN}
+        body = (EXAMPLES / f"{name}.json").read_bytes()
+        request = {"method": "POST", "path": path, "body": body}
+        if self.random.random() < 0.3:
+            request.update(X_Backfeedr_Timestamp=NOW,
+                           X_Backfeedr_Signature=backfeedr.sign(KEY.encode(), NOW.encode(), body))
+        return request
+
+    def change_body(self, request):
+        """Another type or length of a value, somewhere in the JSON; a field more, less, or twice."""
+        try:
+            whole = json.loads(request["body"])
+        except (ValueError, RecursionError):
+            return
+        places = [each for each in self.containers(whole) if each]
+        if places:
+            place = self.random.choice(places)
+            where = self.random.choice(list(place) if type(place) is dict else range(len(place)))
+            what = self.random.choice(["replace", "replace", "delete", "add", "nest", "repeat"])
+            if what == "delete":
+                del place[where]
+            elif what == "nest":
+                place[where] = self.nested(place[where], self.random.choice([3, 61, 64, 65, 250]))
+            elif what == "repeat" and type(place) is list:
+                place *= self.random.choice([2, 50, 101])
+            elif what == "add" and type(place) is dict:
+                place[self.random.choice(["x", "", "events", "batch", "extra", "type", "seq", "app_id",
+                    "\x00"])] = self.odd()
+            else:
+                place[where] = self.odd()
+        request["body"] = json.dumps(whole, ensure_ascii=self.random.random() < 0.8).encode("utf-8", "surrogatepass")
+
+    def odd(self):
+        return self.random.choice(ODD_VALUES)
+
+    def nested(self, value, depth):
+        for _ in range(depth):
+            value = [value]
+        return value
+
+    def containers(self, value):
+        if type(value) in (dict, list):
+            yield value
+            for each in value.values() if type(value) is dict else value:
+                yield from self.containers(each)
+
+    def change_bytes(self, request):
+        body, where = request["body"], self.random.randrange(len(request["body"]) + 1)
+        some = bytes(self.random.randrange(256) for _ in range(self.random.randint(0, 5)))
+        end = where + self.random.choice([0, 1, 5, 100])
+        request["body"] = body[:where] + some * self.random.choice([1, 1, 1000]) + body[end:]
+
+    def change_header(self, request):
+        name = self.random.choice(FUZZ_HEADERS)
+        before = request.get(name, KEY if name == "X_Backfeedr_Key" else "") or ""
+        odd = self.random.choice(ODD_TEXTS)
+        request[name] = self.random.choice([None, odd, before + odd, before + ", " + before, before[:-1]])
+
+    def change_query(self, request):
+        names = ["app", "days", "limit", "cursor", "version", "type", "name", "session_id", "x", ""]
+        pairs = [self.random.choice(names) + self.random.choice("==== ") + self.random.choice(ODD_TEXTS)
+                 for _ in range(self.random.choice([1, 1, 2, 50]))]
+        request["query"] = self.random.choice("&&&;").join(pairs)
+
+    def change_path(self, request):
+        path = request["path"]
+        where = self.random.randrange(len(path) + 1)
+        request["path"] = self.random.choice([
+            path[:where] + self.random.choice(ODD_TEXTS) + path[where:], path[:where] + path[where + 1:], path + "/",
+            self.random.choice(FUZZ_PATHS), path.upper(), ""])
+
+    def change_coding(self, request):
+        request["Content_Encoding"] = self.random.choice(["gzip", "gzip", "gzip", "GZIP", "deflate", "identity"])
+        request["body"] = gzip.compress(request["body"] * self.random.choice([1, 1, 1, 3000]), mtime=0)
+
+    def change_method(self, request):
+        request["method"] = self.random.choice(["GET", "HEAD", "POST", "PUT", "OPTIONS", "DELETE", "get", "\xff", ""])
+
+    def change_length(self, request):
+        size = len(request["body"])
+        request["length"] = self.random.choice([0, size + 1, size // 2, "", "-1", str(size) + " ", "9" * 30, "\xb2",
+            10 ** 5])
+
+
+def fuzz(server, seed, count):
+    """Sends mutations; what they were answered, by status. Each answer must be one that the contract knows."""
+    mutations, statuses = Mutations(seed), Counter()
+    for n in range(count):
+        request = mutations.request()
+        status, answer = call(server, **request)
+        statuses[status] += 1
+        if request["method"] != "HEAD":
+            allowed = status in REFUSALS and re.fullmatch(REFUSALS[status], answer.get("error",
+                "")) and len(answer) == 1
+            assert status in (200, 201) and "error" not in answer or allowed, (seed, n, status, answer, request)
+    return statuses
+
+
+@pytest.mark.slow
+def test_whatever_is_sent_is_answered_by_the_contract_and_leaves_the_database_sound(serve, caplog):
+    server = serve(rate_limit=0, max_body_size=100_000)
+    statuses = fuzz(server, seed=1, count=3000)
+    assert set(statuses) == {200, 201, 400, 401, 404, 405, 413, 415, 422}, statuses
+    assert caplog.records == [] and call(server)[0] == 201
+    counted = sql(server.store.path, "select (select count(*) from crashes), (select count(*) from events)")[0]
+    assert min(counted) > 50
+    check_database(server.store.path)
 
 
 # == Dashboard =================================================================
