@@ -5071,6 +5071,192 @@ def test_client_command_run_as_a_program_fails_without_a_traceback(tmp_path):
     assert done.stderr.decode() == "client: cannot read %s: No such file or directory\n" % (tmp_path / "none.json")
 
 
+# -- examples/openapi.json -----------------------------------------------------
+
+OPENAPI = json.loads((EXAMPLES / "openapi.json").read_bytes())
+OPERATIONS = [(method.upper(), path, operation) for path, operations in OPENAPI["paths"].items()
+              for method, operation in operations.items()]
+JSON_TYPES = {"string": str, "object": dict, "array": list, "boolean": bool, "null": type(None)}
+
+
+def resolved(part):
+    """A part of the description, or what it refers to."""
+    while "$ref" in part:
+        place = OPENAPI
+        for name in part["$ref"].split("/")[1:]:
+            place = place[name]
+        part = place
+    return part
+
+
+def is_type(name, value):
+    if name in ("integer", "number"):
+        return type(value) is int or name == "number" and type(value) is float
+    return type(value) is JSON_TYPES[name]
+
+
+def faults(schema, value, where="$"):
+    """Where a value is not what a schema says: as much of JSON Schema as openapi.json uses."""
+    schema = resolved(schema)
+    unknown = schema.keys() - {"type", "enum", "pattern", "format", "minLength", "maxLength", "minimum", "maximum", "items",
+                               "minItems", "maxItems", "properties", "required", "additionalProperties", "description"}
+    assert not unknown, f"{where}: {unknown} would not be checked"
+    types = schema["type"] if type(schema["type"]) is list else [schema["type"]]
+    wrong = [] if any(is_type(name, value) for name in types) else ["type"]
+    if "enum" in schema and value not in schema["enum"]:
+        wrong.append("enum")
+    if type(value) is str and not wrong:
+        wrong += ["pattern"] * (not re.search(schema.get("pattern", ""), value))
+        wrong += ["length"] * (not schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", len(value)))
+    if type(value) in (int, float) and not schema.get("minimum", value) <= value <= schema.get("maximum", value):
+        wrong.append("bounds")
+    yield from (f"{where}: {what} of {value!r}" for what in wrong)
+    if type(value) is list:
+        if not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)):
+            yield f"{where}: {len(value)} items"
+        for n, item in enumerate(value):
+            yield from faults(schema["items"], item, f"{where}[{n}]")
+    if type(value) is dict:
+        known = schema.get("properties", {})
+        yield from (f"{where}: no {name}" for name in schema.get("required", []) if name not in value)
+        for name, item in value.items():
+            if name in known:
+                yield from faults(known[name], item, f"{where}.{name}")
+            elif not schema["additionalProperties"]:
+                yield f"{where}: {name} is not described"
+
+
+def content(part):
+    return resolved(part)["content"]["application/json"]
+
+
+class Documented:
+    """Sends requests and checks each answer against the description of its operation."""
+
+    def __init__(self, server):
+        self.server, self.seen = server, defaultdict(set)
+
+    def send(self, method, path, expected, query=None, body=b"", **headers):
+        operation = OPENAPI["paths"][path][method.lower()]
+        place = "/api/v1" + path.replace("{group_hash}", OPENAPI["components"]["parameters"]["group_hash"]["example"])
+        status, answer = call(self.server, method, place, body, urlencode(query or {}), **headers)
+        assert status == expected, (method, path, query, status, answer)
+        assert list(faults(content(operation["responses"][str(status)])["schema"], answer)) == []
+        self.seen[method, path].add(str(status))
+        return answer
+
+
+@pytest.mark.parametrize("schema, good, bad", [
+    ({"type": "integer", "minimum": 0}, [0, 1], [True, 1.0, "1", None, -1]),
+    ({"type": ["number", "null"], "maximum": 1}, [0.5, 1, None], [False, 1.5, ""]),
+    ({"type": "string", "pattern": "^[a-z]$"}, ["a"], ["", "A", "ab", 1, None]),
+    ({"type": "string", "minLength": 1, "maxLength": 2}, ["a", "ab"], ["", "abc"]),
+    ({"type": "string", "enum": ["a"]}, ["a"], ["b", 1]),
+    ({"type": "array", "minItems": 1, "maxItems": 2, "items": {"type": "boolean"}}, [[True]], [[], [1], [True] * 3, {}]),
+    ({"type": "object", "required": ["a"], "properties": {"a": {"type": "null"}}, "additionalProperties": False},
+     [{"a": None}], [{}, {"a": 1}, {"a": None, "b": 1}, []]),
+    ({"$ref": "#/components/schemas/Health"}, [{"status": "ok"}], [{"status": "bad"}, {}]),
+])
+def test_the_validator_of_these_tests_tells_good_from_bad(schema, good, bad):
+    assert [list(faults(schema, value)) for value in good] == [[]] * len(good)
+    assert all(list(faults(schema, value)) for value in bad)
+
+
+def test_openapi_has_every_route_of_the_server_and_no_other(api):
+    routes = {(route.method, re.sub("<(.*?)>", r"{\1}", route.rule)) for route in api.server._router.routes
+              if route.rule.startswith("/api/")}
+    assert {(method, "/api/v1" + path) for method, path, _ in OPERATIONS} == routes
+    assert OPENAPI["info"]["version"] == backfeedr.__version__
+
+
+def test_openapi_has_every_field_and_every_error_of_the_server():
+    schemas, responses = OPENAPI["components"]["schemas"], OPENAPI["components"]["responses"].values()
+    assert list(schemas["Crash"]["properties"]) == list(backfeedr._CRASH_FIELDS)
+    assert list(schemas["Event"]["properties"]) == list(backfeedr._EVENT_FIELDS)
+    assert schemas["Event"]["properties"]["type"]["enum"] == list(backfeedr.EVENT_TYPES)
+    texts = [content(response)["schema"]["properties"]["error"] for response in responses]
+    assert {text for each in texts for text in each.get("enum", [])} \
+        == {text for status, texts in backfeedr.ERRORS.items() if status != 405 for text in texts}
+    pattern, = (each["pattern"] for each in texts if "pattern" in each)
+    assert all(re.search(pattern, text) for _, _, text in BAD_BODIES)
+
+
+def test_every_example_of_openapi_is_what_its_schema_says():
+    for _, path, operation in OPERATIONS:
+        for status, response in operation["responses"].items():
+            assert list(faults(content(response)["schema"], content(response)["example"])) == [], (path, status)
+        for parameter in map(resolved, operation.get("parameters", [])):
+            assert list(faults(parameter["schema"], parameter["example"])) == [], parameter
+        if "requestBody" in operation:
+            for example in content(operation["requestBody"])["examples"].values():
+                assert list(faults(content(operation["requestBody"])["schema"], example["value"])) == [], path
+
+
+def test_every_request_of_openapi_is_answered_as_it_says(serve, clock, monkeypatch):
+    """Each example, with each parameter; and each refusal that a client can bring about."""
+    sent = Documented(serve(max_body_size=10_000, rate_limit=1000))
+    admin = {"Authorization": "Bearer " + TOKEN}
+    for method, path, operation in OPERATIONS:
+        if method == "POST":
+            examples = [each["value"] for each in content(operation["requestBody"])["examples"].values()]
+            for n, example in enumerate(examples):
+                body, mark = json.dumps(example).encode(), f"{path} {n}"
+                first = sent.send(method, path, 201, body=body, Idempotency_Key=mark)
+                assert sent.send(method, path, 200, body=body, Idempotency_Key=mark) == first
+                sent.send(method, path, 422, body=body + b" ", Idempotency_Key=mark)
+                sent.send(method, path, 201, body=gzip.compress(body), Content_Encoding="gzip")
+                sign = backfeedr.sign(KEY.encode(), NOW.encode(), body)
+                sent.send(method, path, 201, body=body, X_Backfeedr_Timestamp=NOW, X_Backfeedr_Signature=sign)
+                sent.send(method, path, 401, body=body, X_Backfeedr_Timestamp=NOW, X_Backfeedr_Signature="sha256=0")
+            sent.send(method, path, 401, body=body, X_Backfeedr_Key=None)
+            sent.send(method, path, 400, body=b"{}")
+            sent.send(method, path, 413, body=b" " * 10_001)
+            sent.send(method, path, 415, body=body, Content_Encoding="br")
+    for method, path, operation in OPERATIONS:
+        if method == "GET":
+            parameters = [each for each in map(resolved, operation.get("parameters", [])) if each["in"] == "query"]
+            sent.send(method, path, 200, **admin)
+            if {} not in operation["security"]:
+                sent.send(method, path, 401)
+            for parameter in parameters:
+                name, schema = parameter["name"], parameter["schema"]
+                sent.send(method, path, 200, {name: parameter["example"]}, **admin)
+                if "minimum" in schema:
+                    for value, status in ((-1, 400), (0, 200)):
+                        sent.send(method, path, status, {name: schema["minimum"] + value}, **admin)
+                        sent.send(method, path, status, {name: schema["maximum"] - value}, **admin)
+                if name == "cursor":
+                    sent.send(method, path, 400, {name: "x"}, **admin)
+                if name == "app":
+                    sent.send(method, path, 404, {name: "nope"}, **admin)
+                    sent.send(method, path, 400, {"days": "0"}, **admin)
+    private = Documented(serve("private.db", public_metrics=False))
+    for method, path, operation in OPERATIONS:
+        if {} in operation["security"] and path != "/health":
+            private.send(method, path, 401)
+            private.send(method, path, 200, **admin)
+            sent.seen[method, path].add("401")
+    sent.server._limiter.limit = 1
+    for method, path, operation in OPERATIONS:
+        if method == "POST":
+            sent.send(method, path, 429, body=b"{}")
+    sent.server._limiter.limit = 0
+
+    def fail(*_):
+        raise StorageUnavailable
+    for name in ("add", "check", "reading"):
+        monkeypatch.setattr(sent.server.store, name, fail)
+    monkeypatch.setattr(sent.server.store, "is_admin", lambda token: True)
+    monkeypatch.setattr(sent.server.store, "had_key", lambda key: True)
+    monkeypatch.setattr(sent.server.store, "has_key", lambda key: True)
+    for method, path, operation in OPERATIONS:
+        examples = content(operation["requestBody"])["examples"] if method == "POST" else {"": {"value": None}}
+        sent.send(method, path, 503, body=json.dumps(list(examples.values())[0]["value"]).encode(), **admin)
+    by_the_web_server = {"431", "500", "501"}
+    for method, path, operation in OPERATIONS:
+        assert operation["responses"].keys() - by_the_web_server == sent.seen[method, path], path
+
+
 # -- examples/embed.py ---------------------------------------------------------
 
 def test_embedded_server_answers_below_its_prefix_and_the_host_app_elsewhere(tmp_path):
