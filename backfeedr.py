@@ -3698,7 +3698,7 @@ def _request_line(request: Any) -> str:
     """Method and path of waitress's request as they may be logged: in printable ASCII, without query or key."""
     if not hasattr(request, "path") or request.error and request.error.code == 431:  # which waitress has not read
         return "- -"
-    path = quote(request.path[:200], safe="/:@!$&'()*+,;=~", encoding="latin-1")
+    path = quote(request.path[:200], safe="/:@!$&'()*+,;=~", encoding="latin-1") or "-"
     return re.sub("(bf_[a-z]+_)[0-9A-Za-z]+", r"\1...", f"{request.command[:20]} {path}")
 
 
@@ -3752,6 +3752,10 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
                 self.began = self.last_activity
             self.last_activity = self.began  # and not that of the last byte: a drip would be active for ever
             return received
+
+        def _flush_some(self, do_close: bool = True) -> bool:
+            with self.outbuf_lock:  # else a `100 Continue` from a worker and the answer before it mix, both sent twice
+                return super()._flush_some(do_close)
 
         def writable(self) -> bool:
             # While a thread works on a request, it sends the answer itself. To ask meanwhile

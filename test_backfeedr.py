@@ -4150,6 +4150,31 @@ def test_a_report_that_takes_half_a_minute_is_taken_and_so_is_the_next_on_its_co
             assert len(stored(slow_server.app, "crashes")["crashes"]) == count
 
 
+def test_a_thread_that_sends_on_a_connection_keeps_the_others_from_it(slow_server, monkeypatch):
+    """Else an answer, and the `100 Continue` of the request that was sent behind it, are sent twice and mixed."""
+    free = []
+
+    def look(channel):
+        free.append(channel.outbuf_lock.acquire(blocking=False) and not channel.outbuf_lock.release())
+
+    class Watched(slow_server.channel_class):
+        def send(self, data, do_close=True):
+            looking = threading.Thread(target=look, args=(self,))
+            looking.start()
+            looking.join()
+            return super().send(data, do_close)
+
+    slow_server.channel_class = Watched
+    with connect_to(slow_server) as client:
+        get, answer = b"GET /api/v1/health HTTP/1.1\r\n\r\n", bytearray()
+        client.sendall(get)
+        wait_until(lambda: answer.extend(received_by(client, slow_server)) or answer.endswith(b"}"))
+        client.sendall(get + b"POST /api/v1/crashes HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")
+        wait_until(lambda: answer.extend(received_by(client, slow_server)) or b"100 Continue" in answer)
+    assert (answer.count(b'{"status": "ok"}'), answer.count(b"100 Continue")) == (2, 1)
+    assert free and not any(free)
+
+
 @pytest.mark.slow
 def test_verbose_logs_method_path_status_and_time_and_nothing_that_is_nobodys_business(run):
     server = run("--verbose")
@@ -4166,6 +4191,7 @@ def test_verbose_logs_method_path_status_and_time_and_nothing_that_is_nobodys_bu
         (b"GET /a%0d%0aGET%20/b%1b[31m\x1b%c3%a4 HTTP/1.1", [], b"", "GET /a%0D%0AGET%20/b%1B%5B31m%1B%C3%A4 404"),
         (b"GET /api/v1/crashes/" + KEY.encode() + b" HTTP/1.1", [], b"", "GET /api/v1/crashes/bf_live_... 401"),
         (b"GET /bf%5fadmin_" + TOKEN[9:].encode() + b" HTTP/1.1", [], b"", "GET /bf_admin_... 404"),
+        (b"GET ?private HTTP/1.1", [], b"", "GET - 404"),
         (b"GET /" + b"x" * 5000 + b" HTTP/1.1", [], b"", "GET /" + "x" * 199 + " 404"),
         (b"X" * 5000 + b" /api/v1/health HTTP/1.1", [], b"", "X" * 20 + " /api/v1/health 405"),
         (b"POST /api/v1/crashes HTTP/1.1", [b"Content-Length: 99999999"], b"", "POST /api/v1/crashes 413"),
