@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import errno
 import hashlib
 import hmac
 import ipaddress
@@ -58,6 +59,7 @@ from collections import Counter, defaultdict, deque, namedtuple
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime, timezone
+from difflib import get_close_matches
 from functools import lru_cache
 from itertools import chain, groupby
 from operator import itemgetter
@@ -66,12 +68,15 @@ from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, Mappin
                     Sequence, Set, Tuple, Union)
 from urllib.parse import parse_qs, parse_qsl, quote, urlencode
 
+# A virtual environment, because the Pythons of many systems refuse to be added to.
+_MISSING = ("{} is missing; 'python3 -m venv .venv && .venv/bin/pip install bottle waitress' installs what it needs,"
+            " and .venv/bin/python runs it")
 try:
     import bottle
 except ImportError:
     if __name__ != "__main__":
         raise
-    sys.exit("backfeedr: bottle is missing; 'python3 -m pip install bottle waitress' installs what it needs")
+    sys.exit("backfeedr: " + _MISSING.format("bottle"))
 
 __version__ = "0.1.0"
 
@@ -94,6 +99,7 @@ class SettingsError(ValueError):
 _RANGES = {"port": (0, 65535), "rate_limit": (0, 1_000_000), "max_body_size": (1, 1 << 30),
            "retention_days": (0, 36_500), "threads": (1, 1_000)}
 _KINDS = {str: "a text", int: "a whole number", bool: "1 or 0"}
+_NOT_OURS = {"BACKFEEDR_ENDPOINT"}  # where examples/client.py sends to
 
 
 @dataclass(frozen=True)
@@ -134,9 +140,11 @@ class Settings:
     def from_env(cls, environ: Optional[Mapping[str, str]] = None, **overrides: Any) -> Settings:
         """Settings from the BACKFEEDR_* variables (of os.environ, unless `environ` is given).
 
-        `overrides` come first; an empty variable counts as unset. An error names the variable.
+        `overrides` come first; an empty variable counts as unset. An error names the variable,
+        also one that is no setting: a misspelt one would leave open what it was to close.
         """
         environ = os.environ if environ is None else environ
+        _refuse_unknown((name for name in environ if environ[name]), [each.name.upper() for each in fields(cls)])
         variables = {each.name: "BACKFEEDR_" + each.name.upper() for each in fields(cls)
                      if each.name not in overrides and environ.get("BACKFEEDR_" + each.name.upper())}
         try:
@@ -145,6 +153,15 @@ class Settings:
             return cls(**{**read, **overrides})
         except SettingsError as error:
             raise SettingsError(variables.get(error.name, error.name), error.problem) from None
+
+
+def _refuse_unknown(variables: Iterable[str], known: Sequence[str]) -> None:
+    for name in variables:
+        prefix, ours, rest = name.partition("BACKFEEDR_")
+        if ours and not prefix and rest not in known and name not in _NOT_OURS:
+            close = get_close_matches(rest, known, 1)
+            raise SettingsError(name, "there is no such setting; " + (
+                f"did you mean {ours}{close[0]}?" if close else f"after {ours} comes one of {', '.join(known)}"))
 
 
 def _from_text(name: str, text: str, kind: type) -> Any:
@@ -1940,13 +1957,16 @@ def _mappings(db: sqlite3.Connection, query: str, parameters: Any = ()) -> List[
     return [dict(zip(names, row)) for row in rows]
 
 
+_ANOTHER = "; --db or BACKFEEDR_DB_PATH names another"
+
+
 def _prepare(path: Path, may_create: bool) -> None:
     """Makes the file and its tables where there are none, and brings an old schema up to date.
 
     Raises StoreError, and has changed nothing, where the file is something else.
     """
     if not may_create and not path.exists():
-        raise StoreError(f"there is no database {path}")
+        raise StoreError(f"there is no database {path}{_ANOTHER}")
     if sqlite3.sqlite_version_info < (3, 32):  # whose statements take more than 999 values
         raise StoreError(f"SQLite 3.32 or later is needed; this Python has {sqlite3.sqlite_version}")
     try:
@@ -1964,7 +1984,8 @@ def _prepare(path: Path, may_create: bool) -> None:
                 time.sleep(0.01)  # the change to WAL does not itself wait for another process
     except (OSError, sqlite3.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise StoreError(f"cannot open the database {path}: {reason}") from None
+        hint = _ANOTHER if type(error) is sqlite3.DatabaseError else ""  # it is something else; not: locked
+        raise StoreError(f"cannot open the database {path}: {reason}{hint}") from None
 
 
 def _make_tables(path: Path) -> None:
@@ -1989,7 +2010,7 @@ def _check_file(db: _Connection, path: Path) -> None:
     version = db.pragma("user_version")
     is_empty = not version and not db.pragma("schema_version")
     if not is_empty and db.pragma("application_id") != APPLICATION_ID:
-        raise StoreError(f"{path} is a database, but not one of backfeedr's")
+        raise StoreError(f"{path} is a database, but not one of backfeedr's{_ANOTHER}")
     if version > SCHEMA_VERSION:
         raise StoreError(f"{path} is of a newer backfeedr (schema {version}; this one knows {SCHEMA_VERSION})")
 
@@ -3650,10 +3671,15 @@ REQUEST_SECONDS = 60  # from the first byte of a request to its last, and for a 
 
 
 def serve(settings: Settings, welcome: Callable[[Backfeedr, str], str] = lambda app, url: "") -> None:
-    """Serves until SIGTERM or SIGINT. Raises OSError where it cannot listen, before it touches the database.
+    """Serves until SIGTERM or SIGINT. Raises OSError where it cannot listen, and ImportError without waitress,
+    before it touches the database: a first start's secrets are shown only once.
 
     What `welcome` says of the app and its address is printed when it listens.
     """
+    try:
+        import waitress  # noqa: F401 (only here: another server's host needs none)
+    except ImportError:
+        raise ImportError(_MISSING.format("waitress")) from None
     listener = _listen(settings.host, settings.port)
     settings = replace(settings, port=listener.getsockname()[1])
     made: List[str] = []
@@ -3683,7 +3709,9 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, UnicodeError, TypeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise OSError(f"cannot listen on {host} port {port}: {reason}") from None
+        wrong = "port" if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES) else "host"
+        raise OSError(f"cannot listen on {host} port {port}: {reason};"
+                      f" --{wrong} or BACKFEEDR_{wrong.upper()} takes another") from None
 
 
 def _warning(settings: Settings, address: str) -> str:
@@ -4050,7 +4078,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             with Store(settings.db_path, retention_days=retention_days,
                        may_create=arguments.run is _app_create) as store:
                 arguments.run(store, arguments)
-    except (SettingsError, StoreError, Refusal, OSError, UnicodeError) as error:
+    except (SettingsError, StoreError, Refusal, OSError, UnicodeError, ImportError) as error:
         _say(f"backfeedr: {error}")
         return 1
     return 0

@@ -8,6 +8,7 @@ count over the rows, made in plain Python.
 from __future__ import annotations
 
 import base64
+import fnmatch
 import gzip
 import hashlib
 import html
@@ -5346,3 +5347,80 @@ def test_the_benchmark_runs_and_finds_all_that_was_acknowledged(tmp_path, argume
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "All that was acknowledged is stored, and the databases are sound."
     assert list(tmp_path.iterdir()) == []
+
+
+# == Examples and packaging ====================================================
+
+SERVER = Path(backfeedr.__file__)  # that of a wheel, where one is tested
+
+
+def clean_environ(**variables):
+    """The environment without settings of its own, and with these."""
+    return {**{name: value for name, value in os.environ.items() if not name.startswith("BACKFEEDR_")}, **variables}
+
+
+# -- Errors that teach
+
+ANOTHER_FILE = "; --db or BACKFEEDR_DB_PATH names another"
+
+
+@pytest.mark.parametrize("arguments, variables, line", [
+    ([], {"BACKFEEDR_RATELIMIT": "5"},
+     "BACKFEEDR_RATELIMIT: there is no such setting; did you mean BACKFEEDR_RATE_LIMIT?"),
+    (["--db", "x.db"], {"BACKFEEDR_REQUIRE_SIGNATURES": "1"},
+     "BACKFEEDR_REQUIRE_SIGNATURES: there is no such setting; did you mean BACKFEEDR_REQUIRE_SIGNATURE?"),
+    (["app", "create", "Shop"], {"BACKFEEDR_TOKEN": "secret"},
+     "BACKFEEDR_TOKEN: there is no such setting; did you mean BACKFEEDR_AUTH_TOKEN?"),
+    ([], {"BACKFEEDR_": "1"}, "BACKFEEDR_: there is no such setting; after BACKFEEDR_ comes one of HOST, PORT, *"),
+    ([], {"BACKFEEDR_XYZ": "1"}, "BACKFEEDR_XYZ: there is no such setting; after BACKFEEDR_ comes one of HOST, *"),
+    ([], {"BACKFEEDR_THREADS": "many"}, "BACKFEEDR_THREADS: 'many' is not a whole number"),
+    (["--port", "TAKEN"], {}, "cannot listen on 127.0.0.1 port *: Address already in use*;"
+                              " --port or BACKFEEDR_PORT takes another"),
+    (["--host", "256.0.0.1"], {}, "cannot listen on 256.0.0.1 port 8080: *; --host or BACKFEEDR_HOST takes another"),
+    (["--port", "0", "--db", "junk.db"], {},
+     "cannot open the database */junk.db: file is not a database" + ANOTHER_FILE),
+    (["--port", "0", "--db", "other.db"], {}, "*/other.db is a database, but not one of backfeedr's" + ANOTHER_FILE),
+    (["--port", "0", "--db", "no/x.db"], {},
+     "cannot open the database */no/x.db: No such file or directory"),
+    (["app", "list"], {}, "there is no database */backfeedr.db" + ANOTHER_FILE),
+])
+def test_an_error_is_one_line_that_says_what_to_do_and_makes_nothing(command, monkeypatch, arguments, variables, line):
+    Path("junk.db").write_bytes(b"junk" * 1000)
+    sql_run("other.db", "create table theirs (a)")
+    before = {path.name: path.read_bytes() for path in Path().iterdir()}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        status, out, err = command(*(port if each == "TAKEN" else each for each in arguments))
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert fnmatch.fnmatchcase(err, "backfeedr: " + line + "\n"), err
+    assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
+
+
+def test_a_variable_that_is_no_setting_stops_an_embedding_host_too_but_not_given_settings(tmp_path, monkeypatch):
+    monkeypatch.setenv("BACKFEEDR_PUBLIC_METRIC", "0")
+    path = tmp_path / "crashes.db"
+    with pytest.raises(SettingsError, match="^BACKFEEDR_PUBLIC_METRIC: .* did you mean BACKFEEDR_PUBLIC_METRICS"):
+        Backfeedr(db_path=str(path))
+    assert not path.exists()
+    with Backfeedr(Settings(db_path=str(path)), announce=lambda text: None) as server:
+        assert [app.name for app in server.store.apps()] == ["default"]
+
+
+def test_variables_of_others_are_no_settings():
+    assert Settings.from_env({"BACKFEEDR_ENDPOINT": "http://x", "BACKFEEDR_RATELIMIT": "", "MY_BACKFEEDR_X": "1",
+                              "PATH": "/bin", "BACKFEEDRS": "1"}) == Settings()
+
+
+@pytest.mark.parametrize("missing, there", [("bottle", []), ("waitress", ["bottle"])])
+def test_a_missing_package_is_one_line_that_installs_it_and_no_secrets_are_made(tmp_path, missing, there):
+    shutil.copy(SERVER, tmp_path / "backfeedr.py")
+    for name in there:
+        shutil.copy(importlib.util.find_spec(name).origin, tmp_path)
+    # -S: without what is installed
+    done = subprocess.run([sys.executable, "-S", "backfeedr.py", "--port", "0"], cwd=tmp_path, timeout=30,
+                          env=clean_environ(PYTHONPATH=""), capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(f"backfeedr: {missing} is missing; '.*pip install bottle waitress' installs .*\n", done.stderr)
+    assert not (tmp_path / "backfeedr.db").exists()
