@@ -34,6 +34,7 @@ import threading
 import time
 import zlib
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from datetime import date, datetime, timezone
 from decimal import ROUND_HALF_UP, Decimal
@@ -42,7 +43,7 @@ from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import pytest
@@ -54,6 +55,7 @@ from backfeedr import (DAY, HOUR, Backfeedr, Once, RateLimiter, Refusal, Setting
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE / "examples"
+SERVER = Path(backfeedr.__file__)  # of a wheel, where that is tested
 KEY = "bf_live_0123456789abcdef0123456789abcdef"
 TOKEN = "bf_admin_0123456789abcdef0123456789abcdef"
 NOW = "2026-03-12T14:30:00Z"  # a Thursday
@@ -2665,7 +2667,7 @@ def test_two_instances_share_nothing(serve):
 def test_importing_starts_nothing(tmp_path):
     code = ("import threading, os, backfeedr; assert threading.active_count() == 1; "
             "assert not os.listdir('.'), os.listdir('.')")
-    environ = {**os.environ, "PYTHONPATH": str(HERE), "BACKFEEDR_PORT": "nonsense", "PYTHONDONTWRITEBYTECODE": "1"}
+    environ = {**os.environ, "PYTHONPATH": str(SERVER.parent), "BACKFEEDR_PORT": "nonsense", "PYTHONDONTWRITEBYTECODE": "1"}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environ, check=True)
 
 
@@ -3838,7 +3840,7 @@ class Running:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("BACKFEEDR_")}
         environ.update({"BACKFEEDR_API_KEY": KEY, "BACKFEEDR_AUTH_TOKEN": TOKEN, "BACKFEEDR_RATE_LIMIT": "0", **variables})
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "backfeedr.py"), "--port", "0", "--db", str(db), *arguments],
+            [sys.executable, str(SERVER), "--port", "0", "--db", str(db), *arguments],
             env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.first_line = self.process.stdout.readline().strip()
         assert self.first_line.startswith("backfeedr on http://"), self.process.communicate()
@@ -4220,7 +4222,7 @@ def test_pruning_beside_a_server_under_load_disturbs_nobody(run, tmp_path):
         for _ in range(20):
             store.add(backfeedr.sha256(KEY), [parse_event(dict(EVENT, device_id_hash="old"))] * 500)
     server = run(BACKFEEDR_RETENTION_DAYS="0")
-    pruning = subprocess.Popen([sys.executable, str(HERE / "backfeedr.py"), "prune", "--db", str(path)],
+    pruning = subprocess.Popen([sys.executable, str(SERVER), "prune", "--db", str(path)],
                                env={**os.environ, "BACKFEEDR_RETENTION_DAYS": "1"}, stderr=subprocess.PIPE, text=True)
     connection, statuses = server.connect(), []
     while pruning.poll() is None or len(statuses) < 20:
@@ -4259,7 +4261,7 @@ def test_a_second_store_in_a_process_does_not_cost_the_first_its_locks(tmp_path)
         one.add(key, [parse_event(dict(EVENT))])
         with Store(str(path)):
             pass
-        subprocess.run([sys.executable, str(HERE / "backfeedr.py"), "app", "list", "--db", str(path)],
+        subprocess.run([sys.executable, str(SERVER), "app", "list", "--db", str(path)],
                        check=True, capture_output=True)
         assert path.with_name("twice.db-wal").exists()
         one.add(key, [parse_event(dict(EVENT))])
@@ -4278,7 +4280,7 @@ def test_a_replay_sent_to_another_process_stores_nothing(run, tmp_path):
 
 @pytest.mark.slow
 def test_processes_that_start_at_once_make_one_database(run, tmp_path):
-    base = [sys.executable, str(HERE / "backfeedr.py"), "app", "create"]
+    base = [sys.executable, str(SERVER), "app", "create"]
     started = [subprocess.Popen([*base, f"App{n}", "--db", str(tmp_path / "new.db")], stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE, text=True) for n in range(4)]
     outcomes = [(process.communicate(timeout=60), process.returncode) for process in started]
@@ -4515,7 +4517,7 @@ def test_a_taken_port_is_one_line(command):
 @pytest.mark.slow
 def test_commands_work_beside_a_running_server(run, tmp_path):
     server = run()
-    base = [sys.executable, str(HERE / "backfeedr.py")]
+    base = [sys.executable, str(SERVER)]
     made = subprocess.run([*base, "app", "create", "Shop", "--db", str(tmp_path / "run.db")],
                           capture_output=True, text=True, check=True)
     key = made.stdout.strip()
@@ -5351,9 +5353,6 @@ def test_the_benchmark_runs_and_finds_all_that_was_acknowledged(tmp_path, argume
 
 # == Examples and packaging ====================================================
 
-SERVER = Path(backfeedr.__file__)  # that of a wheel, where one is tested
-
-
 def clean_environ(**variables):
     """The environment without settings of its own, and with these."""
     return {**{name: value for name, value in os.environ.items() if not name.startswith("BACKFEEDR_")}, **variables}
@@ -5424,3 +5423,136 @@ def test_a_missing_package_is_one_line_that_installs_it_and_no_secrets_are_made(
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(f"backfeedr: {missing} is missing; '.*pip install bottle waitress' installs .*\n", done.stderr)
     assert not (tmp_path / "backfeedr.db").exists()
+
+
+# -- Host apps
+
+@contextmanager
+def running(arguments, cwd, **variables):
+    """A program in its own process, ended when the block ends; its standard output and error are one."""
+    process = subprocess.Popen([str(each) for each in arguments], cwd=str(cwd), env=clean_environ(**variables),
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.communicate(timeout=20)
+        finally:
+            process.kill()
+
+
+def ask(url, body=None, key=KEY):
+    """The status, the headers and the body of an answer; a body that is given is sent as JSON."""
+    url = urlsplit(url)
+    with closing(http.client.HTTPConnection(url.hostname, url.port, timeout=30)) as connection:
+        connection.request("GET" if body is None else "POST", url.path, body and json.dumps(body),
+                           {"X-Backfeedr-Key": key, "Content-Type": "application/json"})
+        answer = connection.getresponse()
+        return answer.status, answer.headers, answer.read().decode()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, package", [("embed_bottle", "bottle"), ("embed_flask", "flask"),
+                                           ("embed_django", "django")])
+def test_a_host_app_of_a_framework_serves_its_pages_and_backfeedr_below_crashes(tmp_path, name, package):
+    pytest.importorskip(package)
+    command = [sys.executable, EXAMPLES / (name + ".py"), "--port", "0", "--db", "e.db"]
+    with running(command, tmp_path, BACKFEEDR_API_KEY=KEY) as process:
+        url = process.stdout.readline().split()[-1]
+        assert ask(url + "/")[::2] == (200, "Hello\n")
+        status, headers, body = ask(url + "/nothing")
+        assert (status, headers.get_content_type()) == (404, "text/html"), "the host's own answer"
+        for path in ("/crashes/", "/crashes/nothing", "/crashes/api/v1/nothing"):
+            assert ask(url + path)[::2] == (404, '{"error": "not found"}'), path
+        assert ask(url + "/crashes" + CRASHES, CRASH, key="wrong")[::2] == (401, '{"error": "invalid API key"}')
+        assert ask(url + "/crashes" + BATCH, {"events": [{}]})[::2] == (400, '{"error": "missing type at index 0"}')
+        assert json.loads(ask(url + "/crashes/api/v1/health")[2]) == {"status": "ok"}
+        status, _, body = ask(url + "/crashes" + CRASHES, CRASH)
+        assert status == 201
+    assert sql(tmp_path / "e.db", "select id from crashes") == [(json.loads(body)["id"],)]
+    check_database(tmp_path / "e.db")
+
+
+# A host that notes where a connection is used by another process than that which made it.
+WATCHED = """
+import os
+import backfeedr
+
+class Watched(backfeedr._Connection):
+    def __init__(self, *args, **options):
+        self.maker = os.getpid()
+        super().__init__(*args, **options)
+
+def checked(name):
+    def call(self, *args):
+        if self.maker != os.getpid():
+            with open("crossed.txt", "a") as file:
+                file.write(name + chr(10))
+        return getattr(super(Watched, self), name)(*args)
+    return call
+
+for name in ("execute", "executemany", "close"):
+    setattr(Watched, name, checked(name))
+backfeedr._Connection = Watched
+server = backfeedr.Backfeedr()
+
+def app(environ, start_response):
+    return server(environ, lambda status, headers, *rest: start_response(
+        status, [*headers, ("X-Worker", str(os.getpid()))], *rest))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("app", [[], ["watched:app"]], ids=["as it stands", "watched"])
+def test_two_gunicorn_workers_forked_from_one_server_store_all_that_they_acknowledge(tmp_path, app):
+    pytest.importorskip("gunicorn")
+    (tmp_path / "watched.py").write_text(WATCHED)
+    command = [sys.executable, "-m", "gunicorn", "-c", EXAMPLES / "gunicorn.conf.py", "--bind", "127.0.0.1:0", *app]
+    path = tmp_path / "g.db"
+    with running(command, tmp_path, BACKFEEDR_API_KEY=KEY, BACKFEEDR_AUTH_TOKEN=TOKEN, BACKFEEDR_DB_PATH=str(path),
+                 BACKFEEDR_RATE_LIMIT="0", PYTHONPATH=str(SERVER.parent)) as process:
+        told = read_until(process.stdout, "Listening at: ")
+        url = re.search(r"Listening at: (http://127\.0\.0\.1:[1-9]\d*)", told).group(1)
+        answers = []
+        # Which worker takes a connection is the system's choice: many at a time, until each has had some.
+        while len(answers) < 60 or app and min(Counter(each[1]["X-Worker"] for each in answers).values()) < 5 \
+                or app and len({each[1]["X-Worker"] for each in answers}) < 2:
+            with ThreadPoolExecutor(8) as pool:
+                answers += pool.map(lambda _: ask(url + CRASHES, CRASH), range(20))
+            assert len(answers) < 5000
+        with Store(str(path)) as store:  # as the command line does, beside the server
+            key = store.create_app("Shop")
+        assert [ask(url + EVENTS, EVENT, key)[0] for _ in range(10)] == [201] * 10
+        with Store(str(path)) as store:
+            store.revoke_key(key)
+        assert [ask(url + EVENTS, EVENT, key)[0] for _ in range(10)] == [401] * 10
+        process.terminate()
+        process.stdout.read()
+        assert process.wait(20) == 0
+    assert {each[0] for each in answers} == {201}
+    assert {json.loads(each[2])["id"] for each in answers} == {each for each, in sql(path, "select id from crashes")}
+    assert len(answers) == len(sql(path, "select 1 from crashes")) and sql(path, "select count(*) from events") == [(10,)]
+    assert not (tmp_path / "crossed.txt").exists()
+    check_database(path)
+
+
+def test_the_library_example_makes_a_key_that_works_at_the_first_and_at_the_next_run(tmp_path):
+    path = tmp_path / "l.db"
+    keys = []
+    for _ in range(2):
+        done = run_example("library", "--db", str(path), BACKFEEDR_API_KEY=KEY, BACKFEEDR_AUTH_TOKEN=TOKEN)
+        key, figures = done.stdout.decode().splitlines()
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert set(json.loads(figures)) == {"crash_free_rate_7d", "dau", "sessions_7d", "crashes_7d", "top_crashes"}
+        keys.append(key)
+    with Backfeedr(Settings(db_path=str(path))) as server:
+        assert [Api(server).post(CRASHES, CRASH, key=key)[0] for key in keys] == [201, 201]
+        assert [(app.name, app.keys) for app in server.store.apps()] == [("Shop", 2), ("default", 1)]
+    assert sql(path, "select name from crashes join apps on apps.id = app_id") == [("Shop",)] * 2
+
+
+def test_the_library_example_tells_in_one_line_what_is_wrong(tmp_path):
+    done = run_example("library", "--db", str(tmp_path / "no" / "l.db"))
+    assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (1, b"", 1)
+    assert done.stderr.startswith(b"library: cannot open the database ")

@@ -3,8 +3,8 @@
     python examples/embed.py --port 8080
     python examples/client.py --endpoint http://127.0.0.1:8080/crashes --key bf_live_... crash examples/crash.json
 
-`make_app` is the part to copy. A framework that can mount a WSGI app by itself does
-the same in a line: `host.mount("/crashes/", server)` in bottle, DispatcherMiddleware in Flask.
+`make_app` is the part to copy. For the host apps of a framework see embed_bottle.py,
+embed_flask.py and embed_django.py, which are served by `main` below.
 """
 
 import argparse
@@ -28,17 +28,17 @@ def hello(environ, start_response):
     return [b"Hello\n"]
 
 
-def make_app(server):
+def make_app(server, host=hello):
     """A WSGI app that gives `server`, a Backfeedr, all below /crashes/, and the rest to the host app."""
     def app(environ, start_response):
         if environ.get("PATH_INFO", "").startswith("/crashes/"):
             shift_path_info(environ)  # moves "/crashes" from PATH_INFO to SCRIPT_NAME
             return server(environ, start_response)
-        return hello(environ, start_response)
+        return host(environ, start_response)
     return app
 
 
-def main(argv=None):
+def main(argv=None, make_app=make_app):
     """Serves until it is interrupted; exits with 1 and one line where it cannot."""
     parser = argparse.ArgumentParser(description="Serves an app with backfeedr under /crashes.")
     parser.add_argument("--port", type=int, default=8080, help="default: 8080; 0 takes a free one")
@@ -46,12 +46,12 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     try:
         with socket.create_server(("127.0.0.1", arguments.port)) as listener:
-            serve(listener, arguments.db)
+            serve(listener, arguments.db, make_app)
     except (backfeedr.SettingsError, backfeedr.StoreError, OSError, OverflowError) as error:
         sys.exit(f"embed: {error}")
 
 
-def serve(listener, db_path):
+def serve(listener, db_path, make_app):
     """Serves on a listening socket. What a new database announces names the mounted address."""
     port = listener.getsockname()[1]
     url = f"http://127.0.0.1:{port}"

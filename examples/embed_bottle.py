@@ -1,0 +1,24 @@
+"""backfeedr inside another bottle app, under the prefix /crashes.
+
+    python examples/embed_bottle.py --port 8080
+    python examples/client.py --endpoint http://127.0.0.1:8080/crashes --key bf_live_... crash examples/crash.json
+"""
+
+import bottle
+import embed  # the file beside this one, which serves it
+
+
+def make_app(server):
+    """The host app, with `server`, a Backfeedr, in it."""
+    host = bottle.Bottle()
+    host.mount("/crashes/", server)
+
+    @host.get("/")
+    def hello():
+        return "Hello\n"
+
+    return host
+
+
+if __name__ == "__main__":
+    embed.main(make_app=make_app)

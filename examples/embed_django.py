@@ -1,0 +1,32 @@
+"""backfeedr inside a Django project, under the prefix /crashes; here the project is this one file.
+
+    pip install django
+    python examples/embed_django.py --port 8080
+    python examples/client.py --endpoint http://127.0.0.1:8080/crashes --key bf_live_... crash examples/crash.json
+
+In a project of yours `make_app` goes into wsgi.py: Django has no word for mounting a
+WSGI app, so the few lines of `embed.make_app` stand in front of it.
+"""
+
+import embed  # the file beside this one, which serves it
+from django.conf import settings
+from django.core.wsgi import get_wsgi_application
+from django.http import HttpResponse
+from django.urls import path
+
+
+def hello(request):
+    return HttpResponse("Hello\n", content_type="text/plain; charset=utf-8")
+
+
+urlpatterns = [path("", hello)]
+
+
+def make_app(server):
+    """The project, with `server`, a Backfeedr, before it."""
+    settings.configure(ROOT_URLCONF=__name__, ALLOWED_HOSTS=["127.0.0.1", "localhost"])
+    return embed.make_app(server, get_wsgi_application())
+
+
+if __name__ == "__main__":
+    embed.main(make_app=make_app)

@@ -1,0 +1,27 @@
+"""backfeedr inside a Flask app, under the prefix /crashes.
+
+    pip install flask
+    python examples/embed_flask.py --port 8080
+    python examples/client.py --endpoint http://127.0.0.1:8080/crashes --key bf_live_... crash examples/crash.json
+"""
+
+import embed  # the file beside this one, which serves it
+import flask
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
+
+
+def make_app(server):
+    """The host app, with `server`, a Backfeedr, in it."""
+    host = flask.Flask(__name__)
+    # Around what Flask does, so that none of its hooks, sessions and error pages is in a phone's way.
+    host.wsgi_app = DispatcherMiddleware(host.wsgi_app, {"/crashes": server})
+
+    @host.get("/")
+    def hello():
+        return "Hello\n"
+
+    return host
+
+
+if __name__ == "__main__":
+    embed.main(make_app=make_app)

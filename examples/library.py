@@ -1,0 +1,44 @@
+"""backfeedr from plain Python, without any web server: makes a key, and prints what is known of an app.
+
+    python examples/library.py
+    python examples/library.py --db backfeedr.db --app Shop
+
+It may do so while a server works on the same file.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+try:
+    from backfeedr import Backfeedr, SettingsError, StoreError
+except ImportError:  # a fresh clone: it lies in the folder above this one
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from backfeedr import Backfeedr, SettingsError, StoreError
+
+
+def key_and_figures(db_path, app):
+    """A new key for an app, which is made where there is none of that name; and the app's last seven days."""
+    with Backfeedr(db_path=db_path) as server:
+        # create_key refuses a name that it does not know: a misspelt one must not make a second app.
+        known = app in [each.name for each in server.store.apps()]
+        key = server.store.create_key(app) if known else server.store.create_app(app)
+        return key, server.metrics.overview(app)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Makes a key for an app, and prints the app's last seven days.")
+    parser.add_argument("--db", metavar="FILE", default="library.db", help="the database (default: library.db)")
+    parser.add_argument("--app", metavar="NAME", default="Shop", help="default: Shop")
+    arguments = parser.parse_args(argv)
+    try:
+        key, figures = key_and_figures(arguments.db, arguments.app)
+    except (SettingsError, StoreError) as error:
+        sys.exit(f"library: {error}")
+    print(key)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
