@@ -7,7 +7,9 @@ count over the rows, made in plain Python.
 
 from __future__ import annotations
 
+import argparse
 import base64
+import dataclasses
 import fnmatch
 import gzip
 import hashlib
@@ -25,6 +27,7 @@ import signal
 import socket
 import socketserver
 import sqlite3
+import ssl
 import stat
 import statistics
 import subprocess
@@ -32,6 +35,7 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -2667,7 +2671,8 @@ def test_two_instances_share_nothing(serve):
 def test_importing_starts_nothing(tmp_path):
     code = ("import threading, os, backfeedr; assert threading.active_count() == 1; "
             "assert not os.listdir('.'), os.listdir('.')")
-    environ = {**os.environ, "PYTHONPATH": str(SERVER.parent), "BACKFEEDR_PORT": "nonsense", "PYTHONDONTWRITEBYTECODE": "1"}
+    environ = {**os.environ, "PYTHONPATH": str(SERVER.parent), "BACKFEEDR_PORT": "nonsense",
+               "PYTHONDONTWRITEBYTECODE": "1"}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environ, check=True)
 
 
@@ -3842,6 +3847,7 @@ class Running:
         self.process = subprocess.Popen(
             [sys.executable, str(SERVER), "--port", "0", "--db", str(db), *arguments],
             env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.db = db
         self.first_line = self.process.stdout.readline().strip()
         assert self.first_line.startswith("backfeedr on http://"), self.process.communicate()
         self.url = self.first_line.split()[-1]
@@ -5429,14 +5435,15 @@ def test_a_missing_package_is_one_line_that_installs_it_and_no_secrets_are_made(
 
 @contextmanager
 def running(arguments, cwd, **variables):
-    """A program in its own process, ended when the block ends; its standard output and error are one."""
+    """A program in its own process, ended with its children when the block ends; its output and errors are one."""
     process = subprocess.Popen([str(each) for each in arguments], cwd=str(cwd), env=clean_environ(**variables),
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     try:
         yield process
     finally:
-        process.terminate()
         try:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
             process.communicate(timeout=20)
         finally:
             process.kill()
@@ -5503,6 +5510,11 @@ def app(environ, start_response):
 """
 
 
+def both_worked(answers):
+    shares = Counter(headers["X-Worker"] for _, headers, _ in answers)
+    return len(shares) == 2 and min(shares.values()) >= 5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("app", [[], ["watched:app"]], ids=["as it stands", "watched"])
 def test_two_gunicorn_workers_forked_from_one_server_store_all_that_they_acknowledge(tmp_path, app):
@@ -5516,8 +5528,7 @@ def test_two_gunicorn_workers_forked_from_one_server_store_all_that_they_acknowl
         url = re.search(r"Listening at: (http://127\.0\.0\.1:[1-9]\d*)", told).group(1)
         answers = []
         # Which worker takes a connection is the system's choice: many at a time, until each has had some.
-        while len(answers) < 60 or app and min(Counter(each[1]["X-Worker"] for each in answers).values()) < 5 \
-                or app and len({each[1]["X-Worker"] for each in answers}) < 2:
+        while len(answers) < 60 or app and not both_worked(answers):
             with ThreadPoolExecutor(8) as pool:
                 answers += pool.map(lambda _: ask(url + CRASHES, CRASH), range(20))
             assert len(answers) < 5000
@@ -5532,9 +5543,26 @@ def test_two_gunicorn_workers_forked_from_one_server_store_all_that_they_acknowl
         assert process.wait(20) == 0
     assert {each[0] for each in answers} == {201}
     assert {json.loads(each[2])["id"] for each in answers} == {each for each, in sql(path, "select id from crashes")}
-    assert len(answers) == len(sql(path, "select 1 from crashes")) and sql(path, "select count(*) from events") == [(10,)]
+    assert len(answers) == len(sql(path, "select 1 from crashes"))
+    assert sql(path, "select count(*) from events") == [(10,)]
     assert not (tmp_path / "crossed.txt").exists()
     check_database(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command, free", [("waitress-serve --call backfeedr:Backfeedr", "--listen=127.0.0.1:0"),
+                                           ("gunicorn 'backfeedr:Backfeedr()'", "--bind=127.0.0.1:0")])
+def test_the_readmes_lines_for_other_wsgi_servers_serve_it(tmp_path, command, free):
+    program, _, rest = command.partition(" ")
+    pytest.importorskip(program.partition("-")[0])
+    assert f"`{command}`" in " ".join(section("Put it into your own app").split("\n"))
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    with running(["bash", "-c", f"{program} {free} {rest}"], tmp_path, BACKFEEDR_API_KEY=KEY, PATH=path,
+                 BACKFEEDR_AUTH_TOKEN=TOKEN, PYTHONPATH=str(SERVER.parent)) as process:
+        url = re.search(r"http://127\.0\.0\.1:\d+", read_until(process.stdout, "http://")).group()
+        status, _, answer = ask(url + CRASHES, CRASH)
+        assert status == 201
+    assert sql(tmp_path / "backfeedr.db", "select id from crashes") == [(json.loads(answer)["id"],)]
 
 
 def test_the_library_example_makes_a_key_that_works_at_the_first_and_at_the_next_run(tmp_path):
@@ -5556,3 +5584,348 @@ def test_the_library_example_tells_in_one_line_what_is_wrong(tmp_path):
     done = run_example("library", "--db", str(tmp_path / "no" / "l.db"))
     assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (1, b"", 1)
     assert done.stderr.startswith(b"library: cannot open the database ")
+
+
+# -- README
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+
+
+def section(title):
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.M | re.S).group(1)
+
+
+def code_blocks(kind, text=README):
+    return re.findall(rf"^```{kind}\n(.*?)^```$", text, re.M | re.S)
+
+
+def marked_command(name):
+    """The command between the README's markers of that name."""
+    return code_blocks("sh", re.search(f"<!-- {name} -->(.*?)<!-- /{name} -->", README, re.S).group(1))[0]
+
+
+def table(title, words):
+    """The cells of the section's table rows, without their quotes; of those rows that begin so."""
+    rows = [line.strip("|").split("|") for line in section(title).replace("\\|", "\0").splitlines()
+            if line.startswith("| `" + words)]
+    return [[cell.replace("\0", "|").strip() for cell in row] for row in rows]
+
+
+def test_the_readmes_settings_are_those_of_the_program_with_their_defaults():
+    shown = {variable.strip("`"): default.strip("`") for variable, default, _ in table("Settings", "BACKFEEDR_")}
+    secrets = {"api_key": "made at first start", "auth_token": "made at first start"}
+    defaults = {field.name: int(field.default) if isinstance(field.default, bool) else field.default
+                for field in dataclasses.fields(Settings)}
+    for name, default in defaults.items():
+        told = shown.pop("BACKFEEDR_" + name.upper())
+        assert told == secrets.get(name, str(default)) or default == "" and name not in secrets, name
+    assert shown == {}
+
+
+def programs_commands():
+    """Each command of the program, in words: its names, what must be given, and the options that it takes."""
+    def walk(parser, words):
+        subparsers = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        for action in subparsers:
+            for name, child in action.choices.items():
+                yield from walk(child, [*words, name])
+        if not subparsers:
+            given = [action for action in parser._actions if action.dest not in ("help", "db_path")]
+            yield (" ".join(words),
+                   sorted(str(action.metavar or "|".join(action.choices or [action.dest]))
+                          for action in given if not action.option_strings),
+                   sorted(action.option_strings[-1] for action in given if action.option_strings))
+    return sorted(walk(backfeedr._parser(), []))
+
+
+def readmes_commands():
+    for command, _ in table("Commands", "python backfeedr.py"):
+        words = command.strip("`").replace("[serve]", "serve").split()[2:]
+        options = [word.strip("[]") for word in words if word.strip("[").startswith("--")]
+        given = [word for before, word in zip(["", *words], words)
+                 if not re.match(r"\[?--", word) and not re.match(r"\[?--", before)]
+        names = [word for word in given if re.fullmatch("[a-z]+", word)]
+        yield (" ".join(names), sorted(word for word in given if word not in names),
+               sorted(option for option in options if option != "--db"))
+
+
+def test_the_readmes_commands_are_those_of_the_program():
+    assert sorted(readmes_commands()) == programs_commands()
+    assert all("--db" in text for text in (section("Commands"), table("Commands", "python backfeedr.py [serve]")[0][0]))
+
+
+def test_each_link_of_the_readme_leads_to_a_file_and_each_example_is_run_by_a_test():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    assert [link for link in links if not (HERE / link).is_file()] == []
+    tests = Path(__file__).read_text(encoding="utf-8")
+    names = [path.name for path in EXAMPLES.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert [name for name in names if name not in tests and f'"{Path(name).stem}"' not in tests] == []
+
+
+def test_the_readmes_lines_for_a_host_app_run_as_they_stand(tmp_path, monkeypatch):
+    import bottle
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BACKFEEDR_API_KEY", KEY)
+    monkeypatch.setenv("BACKFEEDR_AUTH_TOKEN", TOKEN)
+    names = {"host_app": bottle.Bottle()}
+    (lines,) = code_blocks("python", section("Put it into your own app"))
+    mounted, closing_line, _ = lines.partition("server.close()")
+    exec(mounted, names)
+    answer = webtest.TestApp(names["host_app"]).post_json("/crashes" + CRASHES, CRASH,
+                                                          headers={"X-Backfeedr-Key": names["key"]})
+    assert answer.status_int == 201
+    exec(closing_line, names)
+    assert sql("crashes.db", "select crashes.id, name from crashes join apps on apps.id = app_id") \
+        == [(answer.json["id"], "Shop")]
+    check_database("crashes.db")
+
+
+def same_shape(shown, got):
+    """Whether an answer has the fields that are shown, at any depth; "..." stands for more of a list."""
+    if isinstance(shown, dict):
+        return isinstance(got, dict) and list(shown) == list(got) and all(
+            same_shape(shown[name], got[name]) for name in shown)
+    return not (isinstance(shown, list) and shown and got) or same_shape(shown[0], got[0])
+
+
+@pytest.mark.slow
+def test_each_request_of_the_readme_is_answered_as_it_shows(run):
+    """But for the figures, which are of another database."""
+    server = run()
+    now = time_text(time.time())
+    crash = dict(CRASH, occurred_at=now, app_version="1.0", exception_reason="of all that is shown", device_id_hash="d")
+    session = dict(type="session_start", session_id="s", app_version="1.0", device_id_hash="d", occurred_at=now)
+    assert [server.post(CRASHES, crash)[0], server.post(CRASHES, dict(crash, exception_type="Other"))[0],
+            server.post(EVENTS, session)[0]] == [201] * 3
+    shown = re.findall(r"^\$ (curl (?:.*\\\n)*.*)\n(\{.*)$", "".join(code_blocks("console")), re.M)
+    assert len(shown) == README.count("\n$ curl"), "a request without an answer"
+    for command, answer in shown:
+        done = subprocess.run(["bash", "-c", at_server(command, server)], cwd=str(HERE), timeout=30,
+                              capture_output=True, text=True)
+        assert same_shape(json.loads(answer.replace(", ...", "")), json.loads(done.stdout)), (command, done)
+    assert sql_count(server, "crashes") == 3
+
+
+def at_server(command, server):
+    """A command as it stands, but for the host and the secrets of a server that a test has started."""
+    return (command.replace("http://localhost:8080", server.url).replace("bf_live_your_key", KEY)
+            .replace("bf_admin_your_token", TOKEN))
+
+
+def sql_count(server, table):
+    (count,), = sql(server.db, f"select count(*) from {table}")
+    return count
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A clone after the README's first lines: with .venv, whose programs are first in the path."""
+    folder = tmp_path / "clone"
+    shutil.copytree(str(EXAMPLES), str(folder / "examples"))
+    for name in ("README.md", "setup.cfg", "pyproject.toml", "LICENSE"):
+        shutil.copy(str(HERE / name), str(folder))
+    shutil.copy(str(SERVER), str(folder))
+    (folder / ".venv").symlink_to(sys.prefix)
+    return folder
+
+
+def bash(command, cwd, **variables):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(["bash", "-ec", command], cwd=str(cwd), timeout=300, capture_output=True, text=True,
+                          env=clean_environ(PATH=path, **variables))
+    assert done.returncode == 0, done
+    return done.stdout
+
+
+@pytest.fixture
+def pip(tmp_path):
+    """Skips a test that installs packages where that can not be."""
+    done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "bottle"],
+                          cwd=str(tmp_path), capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"pip finds no packages here: {done.stderr.splitlines()[-1]}")
+
+
+@pytest.mark.slow
+def test_the_readmes_client_and_signing_lines_are_stored(run, clone):
+    server = run(BACKFEEDR_RATE_LIMIT="100")
+    client, = [block for block in code_blocks("sh") if "client.py" in block]
+    signing, = [block for block in code_blocks("sh") if "openssl" in block]
+    told = json.loads(bash(at_server(client, server), clone, BACKFEEDR_ENDPOINT=server.url))
+    assert sql(server.db, "select id, group_hash from crashes") == [(told["id"], told["group_hash"])]
+    signed = at_server(signing, server)
+    event = json.loads(bash(signed, clone))
+    assert sql(server.db, "select id, name from events") == [(event["id"], "purchase")]
+    assert bash(signed.replace("$time.$hash", "$time.wrong"), clone) == '{"error": "invalid signature"}'
+
+
+@pytest.mark.slow
+def test_the_readmes_first_lines_start_a_server(tmp_path, pip):
+    shutil.copy(str(SERVER), str(tmp_path))
+    environ = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    with running(["bash", "-c", marked_command("start")], tmp_path, BACKFEEDR_PORT="0",
+                 BACKFEEDR_API_KEY=KEY, BACKFEEDR_AUTH_TOKEN=TOKEN, **environ) as process:
+        url = re.search("backfeedr on (http://.*)\n", read_until(process.stdout, "backfeedr on ")).group(1)
+        status, _, answer = ask(url + CRASHES, CRASH)
+        assert status == 201
+    assert sql(tmp_path / "backfeedr.db", "select id from crashes") == [(json.loads(answer)["id"],)]
+
+
+# -- Packaging
+
+@pytest.mark.slow
+def test_one_command_makes_one_file_that_runs_with_nothing_but_python(clone, tmp_path, pip):
+    command, = [block for block in code_blocks("sh") if "zipapp" in block]
+    assert len(command.splitlines()) == 1
+    bash(command, clone)
+    bash(command, clone)  # for the next release
+    pyz = shutil.copy(str(clone / "backfeedr.pyz"), str(tmp_path))
+    shutil.rmtree(str(clone))
+    isolated = [sys.executable, "-I", "-S", pyz]  # without the environment, this folder, and all that is installed
+    with running([*isolated, "--port", "0"], tmp_path, BACKFEEDR_API_KEY=KEY, BACKFEEDR_AUTH_TOKEN=TOKEN) as process:
+        url = process.stdout.readline().split()[-1]
+        status, _, answer = ask(url + CRASHES, CRASH)
+        assert status == 201
+        process.terminate()
+        assert (process.stdout.read(), process.wait(20)) == ("", 0)
+    assert sql(tmp_path / "backfeedr.db", "select id from crashes") == [(json.loads(answer)["id"],)]
+
+    def run_pyz(*arguments, **variables):
+        done = subprocess.run([*isolated, *arguments], cwd=str(tmp_path), env=clean_environ(**variables),
+                              capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+    assert run_pyz("--version") == (0, f"backfeedr {backfeedr.__version__}\n", "")
+    assert run_pyz("key", "create", "Nope") == (1, "", "backfeedr: there is no app named 'Nope'\n")
+    assert run_pyz("nonsense")[0] == 2
+    status, out, err = run_pyz(BACKFEEDR_RATELIMIT="5")
+    assert (status, out, err.count("\n")) == (1, "", 1) and "did you mean BACKFEEDR_RATE_LIMIT?" in err
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_exactly_one_module_and_the_version_of_it(clone, pip):
+    pytest.importorskip("build")
+    (clone / ".venv").unlink()
+    assert "`python -m build`" in section("Releases")
+    bash("python -m build", clone)
+    wheel, = (clone / "dist").glob("*.whl")
+    with zipfile.ZipFile(str(wheel)) as archive:
+        info = f"backfeedr-{backfeedr.__version__}.dist-info/"
+        names = [name for name in archive.namelist() if not name.startswith(info)]
+        assert names == ["backfeedr.py"] and archive.read("backfeedr.py") == SERVER.read_bytes()
+        assert b"backfeedr = backfeedr:main" in archive.read(info + "entry_points.txt")
+        assert b"\nRequires-Python: >=3.9\n" in archive.read(info + "METADATA")
+
+
+def test_the_readmes_latest_release_is_this_version():
+    assert re.findall(r"^- \*\*(.+?)\*\*", section("Releases"), re.M)[0] == backfeedr.__version__
+
+
+# -- examples/deploy
+
+def through_proxy(url, certificate, path, body, port):
+    """The status (0: cut off) and the text that curl gets from crashes.example.com, on this host."""
+    done = subprocess.run(
+        ["curl", "--silent", "--show-error", "--cacert", str(certificate), "--max-time", "20",
+         "--resolve", f"crashes.example.com:{port}:127.0.0.1", "--write-out", "\\n%{http_code}", url + path,
+         "--header", "X-Backfeedr-Key: " + KEY, "--data-binary", "@-"], input=body, capture_output=True)
+    text, _, status = done.stdout.decode().rpartition("\n")
+    return int(status), text or done.stderr.decode()
+
+
+def check_proxy(server, certificate, https, http, waits):
+    """Through a proxy a crash is stored, too large or too slow a body refused, and http sent on to https."""
+    url = f"https://crashes.example.com:{https}"
+    status, answer = through_proxy(url, certificate, CRASHES, json.dumps(CRASH).encode(), https)
+    assert (status, sql(server.db, "select id from crashes")) == (201, [(json.loads(answer)["id"],)])
+    large = json.dumps(dict(CRASH, note="x" * 1_040_000)).encode()
+    assert through_proxy(url, certificate, CRASHES, large, https)[0] == 201
+    assert through_proxy(url, certificate, CRASHES, large + b" " * 10_000, https) \
+        == (413, '{"error": "request body too large"}'), "of the server"
+    assert through_proxy(url, certificate, CRASHES, large * 2, https)[0] in (413, 502, 0), "of the proxy"
+    head = f"POST {CRASHES} HTTP/1.1\r\nHost: crashes.example.com\r\nContent-Length: 1000\r\n\r\n"
+    trust = ssl.create_default_context(cafile=str(certificate))
+    with socket.create_connection(("127.0.0.1", https), timeout=30) as raw, \
+            trust.wrap_socket(raw, server_hostname="crashes.example.com") as phone:
+        phone.sendall(head.encode() + b'{"exception_type": ')
+        assert waits or not re.match(b"HTTP/1.1 [23]", phone.recv(1000)), "what stops half-way must not look stored"
+    status, headers, _ = ask(f"http://127.0.0.1:{http}" + CRASHES)
+    assert status in (301, 308) and headers["Location"].startswith("https://")
+    assert sql_count(server, "crashes") == 2
+    assert server.stop() == (0, "", "")
+
+
+def edited(name, folder, *changes):
+    """A file of examples/deploy as it stands, but for what is particular to a host."""
+    text = (EXAMPLES / "deploy" / name).read_text()
+    for old, new in changes:
+        assert old in text, old
+        text = text.replace(old, new)
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def needs(*programs):
+    for program in programs:
+        if not shutil.which(program):
+            pytest.skip(f"{program} is not here")
+
+
+@pytest.mark.slow
+def test_reports_come_through_nginx(run, tmp_path):
+    needs("nginx", "openssl", "curl")
+    server, https, http = run(), free_port(), free_port()
+    bash("openssl req -x509 -newkey rsa:2048 -nodes -keyout key.pem -out cert.pem -days 2"
+         " -subj /CN=crashes.example.com -addext subjectAltName=DNS:crashes.example.com", tmp_path)
+    site = edited("nginx.conf", tmp_path, ("listen 80;", f"listen 127.0.0.1:{http};"), ("    listen [::]:80;\n", ""),
+                  ("listen 443 ssl;", f"listen 127.0.0.1:{https} ssl;"), ("    listen [::]:443 ssl;\n", ""),
+                  ("/etc/letsencrypt/live/crashes.example.com/fullchain.pem", str(tmp_path / "cert.pem")),
+                  ("/etc/letsencrypt/live/crashes.example.com/privkey.pem", str(tmp_path / "key.pem")),
+                  ("127.0.0.1:8080", f"127.0.0.1:{server.port}"), ("body_timeout 10s", "body_timeout 1s"))
+    folders = "".join(f"{name}_temp_path {tmp_path}/{name}; " for name in
+                      ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    user = "" if os.geteuid() else "user root; "  # another user may not come into the test's folder
+    (tmp_path / "main.conf").write_text(f"{user}pid {tmp_path}/pid; error_log {tmp_path}/error.log; events {{ }}\n"
+                                        f"http {{ access_log {tmp_path}/access.log; {folders} include {site}; }}\n")
+    nginx = f"nginx -e {tmp_path}/error.log -p {tmp_path} -c {tmp_path}/main.conf"
+    bash(nginx + " -t -q && " + nginx, tmp_path)  # returns when it listens
+    try:
+        check_proxy(server, tmp_path / "cert.pem", https, http, waits=False)
+        assert (tmp_path / "access.log").read_text() == ""
+    finally:
+        bash(nginx + " -s stop", tmp_path)
+
+
+@pytest.mark.slow
+def test_reports_come_through_caddy(run, tmp_path):
+    needs("caddy", "curl")
+    server, https, http = run(), free_port(), free_port()
+    config = edited("Caddyfile", tmp_path, ("{\n\tservers", f"{{\n\thttp_port {http}\n\thttps_port {https}\n"
+                                            "\tadmin off\n\tskip_install_trust\n\tservers"),
+                    ("crashes.example.com {", "crashes.example.com {\n\ttls internal"),
+                    ("127.0.0.1:8080", f"127.0.0.1:{server.port}"))
+    if " 2.6" not in " " + bash("caddy version", tmp_path).lstrip("v"):
+        config = edited(str(config), tmp_path, ("\tbuffer_requests", "\trequest_buffers 1100KB"))
+    environ = {"HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path)}
+    bash(f"caddy start --adapter caddyfile --config {config} --pidfile {tmp_path}/pid >log 2>&1", tmp_path, **environ)
+    try:  # it has returned when it listens; its certificate comes a little later
+        root = tmp_path / "caddy" / "pki" / "authorities" / "local" / "root.crt"
+        site = f"crashes.example.com:{https}"
+        bash(f"curl --silent --retry 20 --retry-delay 1 --retry-all-errors --cacert {root}"
+             f" --resolve {site}:127.0.0.1 https://{site}/api/v1/health", HERE)
+        check_proxy(server, root, https, http, waits=True)
+        assert not re.search("127\\.0\\.0\\.1:[0-9]+.*POST", (tmp_path / "log").read_text())
+    finally:
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
+
+
+def test_the_systemd_unit_is_valid_hardened_and_lets_a_stop_end():
+    needs("systemd-analyze")
+    unit = str(EXAMPLES / "deploy" / "backfeedr.service")
+    assert bash(f"systemd-analyze verify {unit} 2>&1 | grep -F backfeedr.service || true", HERE) == ""
+    score = re.search("Overall exposure level for backfeedr.service: ([0-9.]+) ",
+                      bash(f"systemd-analyze security --offline=yes --no-pager {unit}", HERE)).group(1)
+    assert float(score) < 2
+    text = Path(unit).read_text()
+    assert int(re.search("^TimeoutStopSec=([0-9]+)$", text, re.M).group(1)) > 10
+    variables = re.findall("BACKFEEDR_[A-Z_]+", text)
+    assert {*variables} <= {"BACKFEEDR_" + field.name.upper() for field in dataclasses.fields(Settings)}
