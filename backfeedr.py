@@ -288,7 +288,8 @@ create table group_hours (                 -- what is in groups.recent
     app_id integer not null, hour integer not null, group_hash text not null, crashes integer not null,
     primary key (app_id, hour, group_hash)) without rowid;
 create table state (name text primary key, value integer not null) without rowid;
-insert into state values ('recent_since', 0);  -- the hour 7 days before the latest commit; also: retention_days
+insert into state values ('recent_since', 0);  -- the hour 7 days before the latest commit; also: retention_days,
+                                               -- expired_crashes, expired_events: the highest seq that has
 """
 
 
@@ -360,6 +361,15 @@ def iso_time(time_ms: int) -> str:
     seconds, fraction = divmod(rest, SECOND)
     return (f"{day}T{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
             + (f".{fraction:03}" if fraction else "") + "Z")
+
+
+def exact_time(time_ms: int) -> str:
+    """The RFC 3339 time that `parse_time` reads back: not in UTC where that leads out of the years 1 to 9999."""
+    for zone, minutes in (("Z", 0), ("+23:59", 1439), ("-23:59", -1439)):
+        text = iso_time(time_ms + minutes * 60_000)[:-1] + zone
+        if parse_time(text) == time_ms:
+            break
+    return text
 
 
 def counted_at(occurred_at: int, received_at: int) -> int:
@@ -801,7 +811,7 @@ class RollUps:
             table: defaultdict(lambda: defaultdict(int)) for table in _SUMS}
         self._groups: Dict[tuple, List[Any]] = {}
         self._releases: Dict[tuple, Dict[str, int]] = defaultdict(lambda: defaultdict(int))
-        self._reported: Set[tuple] = set()  # those of which a report has come
+        self._reported: Dict[tuple, Tuple[int, int]] = {}  # when the first and the last report of one came
         self._devices: Dict[tuple, _Device] = {}
         self._sessions: Dict[tuple, _Session] = {}
         self._since = self._move_week()
@@ -812,7 +822,8 @@ class RollUps:
 
     # Reports that come
 
-    def add_crashes(self, app_id: int, seqs: Sequence[int], crashes: Sequence[Crash], times: Sequence[int]) -> None:
+    def add_crashes(self, app_id: int, seqs: Sequence[int], received: Sequence[int], crashes: Sequence[Crash],
+                    times: Sequence[int]) -> None:
         """Counts crashes of an app, in the order of their seqs, each at its time."""
         alike = Counter((crash.exception_type, crash.device_model, crash.group_hash, crash.app_version, at // HOUR)
                         for crash, at in zip(crashes, times))
@@ -824,9 +835,10 @@ class RollUps:
                 group[1] = crash.exception_reason
             group[2], group[3] = min(group[2], at), max(group[3], at)
             group[4].append(at)
-        self._see(app_id, seqs, crashes, times, crashed=1)
+        self._see(app_id, seqs, received, crashes, times, crashed=1)
 
-    def add_events(self, app_id: int, seqs: Sequence[int], events: Sequence[Event], times: Sequence[int]) -> None:
+    def add_events(self, app_id: int, seqs: Sequence[int], received: Sequence[int], events: Sequence[Event],
+                   times: Sequence[int]) -> None:
         """The same with events."""
         sessions = [event.session_id for event in events]
         last = dict(zip(sessions, seqs))
@@ -839,7 +851,7 @@ class RollUps:
                                   event.type, at, event.app_version)
             elif event.type == "session_start":
                 self._count_session(app_id, _Session(started_at=at, app_version=event.app_version), 1)
-        self._see(app_id, seqs, events, times, crashed=0)
+        self._see(app_id, seqs, received, events, times, crashed=0)
 
     def _see_session(self, app_id: int, session_id: str, first_seq: int, last_seq: int, event_type: str = "",
                      at: Optional[int] = None, app_version: Optional[str] = None) -> None:
@@ -851,14 +863,16 @@ class RollUps:
         known = self._sessions.get((app_id, session_id))
         self._sessions[app_id, session_id] = known.merged(seen) if known else seen
 
-    def _see(self, app_id: int, seqs: Sequence[int], reports: Reports, times: Sequence[int], crashed: int) -> None:
+    def _see(self, app_id: int, seqs: Sequence[int], received: Sequence[int], reports: Reports,
+             times: Sequence[int], crashed: int) -> None:
         """Notes the versions and the devices that sent these reports: run by run, as a batch has one of each."""
         rows = zip([report.device_id_hash for report in reports], [report.app_version for report in reports],
-                   times, seqs)
+                   times, seqs, received)
         for (device, version), run in groupby(rows, key=itemgetter(0, 1)):
-            at, seq = zip(*((row[2], row[3]) for row in run))
+            at, seq, came = zip(*(row[2:] for row in run))
             if version:
-                self._reported.add((app_id, version))
+                first, last = self._reported.get((app_id, version), (came[0], came[0]))
+                self._reported[app_id, version] = min(first, *came), max(last, *came)
             if device:
                 found = _Device(min(at), max(at), seq[-1], sum(map(self._day_bit, {each // DAY for each in at})),
                                 {version: crashed} if version else {})
@@ -1026,19 +1040,22 @@ class RollUps:
     def _save_releases(self) -> None:
         for app_id, version in {*self._releases, *self._reported}:
             release = {"sessions": 0, "crashes": 0, "devices": 0, "crashed_devices": 0,
-                       **self._releases[app_id, version], "app": app_id, "version": version, "now": self._now}
-            release["seen"] = self._now if (app_id, version) in self._reported else 0
+                       **self._releases[app_id, version], "app": app_id, "version": version}
+            release["first"], release["last"] = self._reported.get((app_id, version), (MAX_NUMBER, 0))
             update = """
                 update releases set
-                    last_seen = max(last_seen, :seen), sessions = sessions + :sessions, crashes = crashes + :crashes,
+                    first_seen = min(first_seen, :first), last_seen = max(last_seen, :last),
+                    sessions = sessions + :sessions, crashes = crashes + :crashes,
                     devices = devices + :devices, crashed_devices = crashed_devices + :crashed_devices
                 where app_id = :app and app_version = :version
                 """
-            if not self._db.execute(update, release).rowcount and release["seen"]:
+            if not self._db.execute(update, release).rowcount and release["last"]:
                 self._db.execute("""
                     insert into releases (app_id, app_version, first_seen, last_seen)
-                    select :app, :version, :now, :now
-                    where (select count(*) from releases where app_id = :app and first_seen > :now - :day) < :most
+                    select :app, :version, :first, :last
+                    where :most > (
+                        select count(*) from releases
+                        where app_id = :app and first_seen > :first - :day and first_seen <= :first)
                     """, {**release, "day": DAY, "most": NEW_RELEASES})
                 self._db.execute(update, release)
 
@@ -1318,6 +1335,8 @@ PRUNE_STEP = 1000  # rows, or pages, that `prune` deletes at a time
 PAUSE = 2  # the pause after such a step, in its lengths
 EXPIRE_SLICE = 10  # rows after which first to look at the clock: one may be as large as a body
 EXPIRE_SECONDS = 0.02  # so long a commit may go on deleting, before it writes that to the disk
+PAGE_ROWS = 1000  # that an export reads at a time,
+PAGE_TEXT = 1_000_000  # and characters: a row may be as large as a body
 
 
 class StoreError(Exception):
@@ -1362,6 +1381,16 @@ class Receipt(NamedTuple):
 
     seqs: range
     replayed: bool
+
+
+class Kept(NamedTuple):
+    """A report as one store hands it to another; `received_at` is in milliseconds."""
+
+    seq: int
+    app: str
+    is_test: bool
+    received_at: int
+    report: Union[Crash, Event]
 
 
 class _Write:
@@ -1651,6 +1680,68 @@ class Store:
                 if not write.leads:
                     write.wake()
 
+    def export(self, kind: type, app: Optional[str] = None, since: int = 0) -> Iterator[Kept]:
+        """The reports of a kind, Crash or Event, that are here now, in the order of their seqs: of all apps or
+        of one, received at `since` or later. Raises StoreError where there is no such app.
+
+        Page by page, as one read for as long as somebody takes the output would hold up the WAL.
+        """
+        with self.reading() as db:
+            if app is not None:
+                self._app(db, app)
+            last, = db.execute(f"select coalesce(max(seq), -1) from {_TABLES[kind]}").fetchone()
+        page = self._page(kind, first_seq(since) - 1, last)
+        while page:
+            yield from (kept for kept in page if app in (None, kept.app) and kept.received_at >= since)
+            page = self._page(kind, page[-1].seq, last)
+
+    def _page(self, kind: type, after: int, last: int) -> List[Kept]:
+        page: List[Kept] = []
+        size = 0
+        with self.reading() as db, closing(db.execute(f"""
+                select seq, apps.name, is_test, received_at, {", ".join("reports." + each for each in kind._fields)}
+                from {_TABLES[kind]} as reports cross join apps on apps.id = app_id
+                where seq > ? and seq <= ?
+                order by seq
+                limit ?
+                """, (after, last, PAGE_ROWS))) as rows:
+            for seq, name, is_test, received_at, *values in rows:
+                page.append(Kept(seq, name, bool(is_test), received_at, kind._make(values)))
+                size += sum(len(value) for value in values if type(value) is str)
+                if size > PAGE_TEXT:
+                    break
+        return page
+
+    def import_(self, reports: Sequence[Kept]) -> Counter:
+        """Stores reports that another store has exported, all or none, and makes their apps, without keys.
+
+        Returns how many were `stored`; how many were `known`, because their seq is here already, whatever is
+        in them; and how many had `expired`: their time is over, or reports as old have gone from here, maybe
+        these, which would be counted twice. Raises StoreError where an app is live here and a test there.
+        """
+        counts: Counter = Counter()
+        with self._in_step() as db:
+            commit = _Commit(db, self.now)
+            for kind, table in _TABLES.items():
+                given = {kept.seq: kept for kept in reports if type(kept.report) is kind}
+                known = {seq for seq, in rows_of(db, f"""
+                    select seq from (values *) cross join {table} on seq = column1
+                    """, [(seq,) for seq in given])}
+                oldest = max(self._oldest_seq, self._expired_to(db, table) + 1)
+                fresh = [kept for seq, kept in given.items() if seq >= oldest and seq not in known]
+                for (app, is_test), kept in groupby(sorted(fresh, key=itemgetter(1, 2, 0)), key=itemgetter(1, 2)):
+                    commit.take_kept(self._imported_app(db, app, is_test), list(kept))
+                counts.update(stored=len(fresh), expired=len(given.keys() - known) - len(fresh))
+            commit.save()
+            self._expire(db, STEP)
+        counts["known"] = len(reports) - counts["stored"] - counts["expired"]
+        return counts
+
+    def _expired_to(self, db: _Connection, table: str) -> int:
+        """The highest seq that has expired here."""
+        row = db.execute("select value from state where name = ?", ("expired_" + table,)).fetchone()
+        return row[0] if row else -1
+
     # Reports that go
 
     def _expire(self, db: _Connection, step: int) -> Counter:
@@ -1689,6 +1780,7 @@ class Store:
         if rows:
             last = rows[-1]["seq"]
             db.execute(f"delete from {table} where seq <= ?", (last,))
+            db.execute("insert or replace into state values (?, ?)", ("expired_" + table, last))
             rollups.expire_devices({(row["app_id"], row["device_id_hash"]): row["seq"] for row in rows
                                     if row["device_id_hash"]})
             if table == "crashes":
@@ -1845,12 +1937,23 @@ class Store:
             return self._insert_app(db, name, is_test)
 
     def _insert_app(self, db: _Connection, name: str, is_test: bool) -> str:
+        self._make_app(db, name, is_test)
+        return self._insert_key(db, name, new_key(is_test))
+
+    def _imported_app(self, db: _Connection, name: str, is_test: bool) -> int:
+        if not db.execute("select 1 from apps where name = ?", (name,)).fetchone():
+            self._make_app(db, name, is_test)
+        app_id, was_test = self._app(db, name)
+        if was_test != is_test:
+            raise StoreError(f"the app {name!r} is a {'test' if was_test else 'live'} one here")
+        return app_id
+
+    def _make_app(self, db: _Connection, name: str, is_test: bool) -> None:
         if name != name.strip() or not 1 <= len(name) <= 100 or not name.isprintable():
             raise StoreError("an app's name is 1 to 100 printable characters, without a space at an end")
         if db.execute("select 1 from apps where name = ?", (name,)).fetchone():
             raise StoreError(f"there is an app named {name!r} already")
         db.execute("insert into apps (name, is_test, created_at) values (?, ?, ?)", (name, is_test, self.now))
-        return self._insert_key(db, name, new_key(is_test))
 
     def create_key(self, app: str) -> str:
         """A further key for an app, which is not kept. Raises StoreError where there is no such app."""
@@ -2032,7 +2135,8 @@ class _Commit:
         self._db, self._now = db, now
         self._apps: Dict[bytes, Optional[Tuple[int]]] = {}  # by key
         self._next_seq: Dict[type, int] = {}
-        self._taken: Dict[tuple, Tuple[List[int], List[Any]]] = defaultdict(lambda: ([], []))
+        # By kind and app: the seqs of reports, when they were received, and they themselves.
+        self._taken: Dict[tuple, Tuple[List[int], List[int], List[Any]]] = defaultdict(lambda: ([], [], []))
 
     def take(self, write: _Write) -> None:
         """Adds the reports of a request, unless it is a repetition or must be refused."""
@@ -2048,9 +2152,16 @@ class _Commit:
         insert_rows(self._db, "insert or ignore into replays values *",
                     [(app_id, mark, once.request, seqs[0], len(seqs), self._now) for mark in once.marks])
         if not earlier:
-            taken = self._taken[kind, app_id]
-            taken[0].extend(seqs)
-            taken[1].extend(write.reports)
+            self._put(app_id, seqs, [self._now] * len(seqs), write.reports)
+
+    def take_kept(self, app_id: int, kept: Sequence[Kept]) -> None:
+        """Adds reports of one kind that have been received before, in the order of their seqs."""
+        self._put(app_id, [each.seq for each in kept], [each.received_at for each in kept],
+                  [each.report for each in kept])
+
+    def _put(self, app_id: int, seqs: Sequence[int], received: Sequence[int], reports: Reports) -> None:
+        for taken, more in zip(self._taken[type(reports[0]), app_id], (seqs, received, reports)):
+            taken.extend(more)
 
     def _app(self, key_hash: bytes) -> int:
         if key_hash not in self._apps:
@@ -2086,14 +2197,12 @@ class _Commit:
     def save(self) -> None:
         """Writes the rows and the sums."""
         rollups = RollUps(self._db, self._now)
-        for (kind, app_id), (seqs, reports) in self._taken.items():
-            head = app_id, self._now
+        for (kind, app_id), (seqs, received, reports) in self._taken.items():
             insert_rows(self._db, f"insert into {_TABLES[kind]} (seq, app_id, received_at,"
                                   f" {', '.join(kind._fields)}) values *",
-                        [(seq, *head, *report) for seq, report in zip(seqs, reports)])
-            latest = self._now + MAX_SKEW
-            times = [self._now if report.occurred_at > latest else report.occurred_at for report in reports]
-            (rollups.add_crashes if kind is Crash else rollups.add_events)(app_id, seqs, reports, times)
+                        [(seq, app_id, came, *report) for seq, came, report in zip(seqs, received, reports)])
+            times = [counted_at(report.occurred_at, came) for report, came in zip(reports, received)]
+            (rollups.add_crashes if kind is Crash else rollups.add_events)(app_id, seqs, received, reports, times)
         rollups.save()
 
 

@@ -1490,6 +1490,124 @@ def test_an_empty_file_becomes_a_database(tmp_path):
         assert store.apps() == []
 
 
+# -- From one store to another
+
+def hand_over(server, other, step=40):
+    """Gives another server all reports that the first one keeps; the sum of what its steps say."""
+    counts = Counter()
+    for kind in (backfeedr.Crash, backfeedr.Event):
+        reports = list(server.store.export(kind))
+        for start in range(0, len(reports), step):
+            counts += other.store.import_(reports[start:start + step])
+    return counts
+
+
+def answers(server):
+    """What it answers to every question, of all apps and of each."""
+    api = Api(server)
+    return {(path, app): api.get(f"{path}?limit=100{app}", Authorization="Bearer " + TOKEN)
+            for path in [*METRICS, CRASHES, EVENTS] for app in ("", "&app=default", "&app=Shop", "&app=Beta")}
+
+
+def named_rows(server):
+    """All reports, by the names of their apps: their numbers may differ from file to file."""
+    return [[(*row[:4], *row[5:]) for row in sql(server.store.path, f"""
+        select apps.name, is_test, reports.* from {table} as reports join apps on apps.id = app_id order by seq
+        """)] for table in ("crashes", "events")]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_a_store_exports_makes_the_same_rows_sums_and_answers_in_another(serve, clock, seed):
+    server, other = serve(retention_days=365), serve("other.db", retention_days=365)
+    fill(server, clock, seed, 200)
+    counts = hand_over(server, other)
+    assert counts == {"stored": sum(map(len, named_rows(server)))}
+    assert named_rows(other) == named_rows(server)
+    assert answers(other) == answers(server)
+    before = stored(other)
+    assert hand_over(server, other, step=77) == {"known": counts["stored"]}, "it may be repeated"
+    assert stored(other) == before
+    assert [key.app for key in other.store.keys()] == ["default"], "an app that is imported has no key"
+
+
+def test_stores_that_hand_over_to_each_other_have_the_same_in_the_end(serve, clock):
+    servers = serve(retention_days=365), serve("other.db", retention_days=365)
+    for seed, server in enumerate(servers):
+        fill(server, clock, seed, 100)
+    theirs = [sum(map(len, named_rows(server))) for server in servers]
+    assert hand_over(*servers) == {"stored": theirs[0]}
+    assert hand_over(*servers[::-1]) == {"stored": theirs[1], "known": theirs[0]}
+    assert answers(servers[0]) == answers(servers[1])
+    assert named_rows(servers[0]) == named_rows(servers[1])
+
+
+def test_an_import_takes_reports_in_any_order_and_each_once(serve, clock):
+    server, other = serve(), serve("other.db")
+    fill(server, clock, 1, 60)
+    reports = [*server.store.export(backfeedr.Event), *server.store.export(backfeedr.Crash)]
+    random.Random(1).shuffle(reports)
+    assert other.store.import_(reports + reports[:9]) == {"stored": len(reports), "known": 9, "expired": 0}
+    assert answers(other) == answers(server)
+
+
+def test_what_has_expired_is_not_imported_and_never_counted_twice(serve, clock):
+    server, other = serve(retention_days=30), serve("other.db", retention_days=60)
+    for name in ("old", "new"):
+        Api(server).post(EVENTS, {**EVENT, "type": "session_start", "session_id": name})
+        clock.move(20 * 24 * 3600)
+    exported = list(server.store.export(backfeedr.Event))
+    api = Api(server)
+    api.post(EVENTS, EVENT)  # the old one goes
+    assert server.store.import_(exported) == {"stored": 0, "known": 1, "expired": 1}
+    server.store.retention_days = 365
+    assert server.store.import_(exported) == {"stored": 0, "known": 1, "expired": 1}
+    assert sql(server.store.path, "select sum(sessions) from days where app_id = 1") == [(2,)]
+    clock.move(30 * 24 * 3600)
+    assert other.store.import_(exported) == {"stored": 1, "known": 0, "expired": 1}
+    assert [row[3] for row in sql(other.store.path, "select seq, app_id, id, session_id from events")] == ["new"]
+    serve.unchecked.append(server)
+
+
+def test_a_test_app_is_not_imported_into_a_live_one(serve):
+    server, other = serve(), serve("other.db")
+    for store, is_test in ((server.store, True), (other.store, False)):
+        key = store.create_app("Shop", is_test)
+        store.add(backfeedr.sha256(key), [parse_crash(dict(CRASH))])
+    before = stored(other)
+    with pytest.raises(StoreError, match="the app 'Shop' is a live one here"):
+        hand_over(server, other)
+    assert stored(other) == before
+
+
+def test_imported_releases_were_first_seen_when_they_were_received(serve, clock):
+    """And the most that may begin in a day are counted in the day in which they did."""
+    server, other = serve(), serve("other.db")
+    for n in range(150):
+        for path, body in ((CRASHES, CRASH), (EVENTS, EVENT)):
+            Api(server).post(path, {**body, "app_version": f"1.{n}"})
+        clock.move(3600)
+    hand_over(server, other)
+    releases = sql(other.store.path, "select app_version, first_seen, last_seen from releases")
+    assert len(releases) == 150 and releases == sql(server.store.path, "select app_version, first_seen, last_seen from releases")
+
+
+def test_an_export_is_of_what_was_there_when_it_began_and_reads_no_more_than_it_must(serve, clock, monkeypatch):
+    server = serve()
+    fill(server, clock, 1, 100)
+    events = named_rows(server)[1]
+    monkeypatch.setattr(backfeedr, "PAGE_ROWS", 7)
+    reports = server.store.export(backfeedr.Event)
+    first = next(reports)
+    assert [reader.in_transaction for reader in server.store._here.readers] == [False], "a page is no open read"
+    Api(server).post(EVENTS, EVENT)
+    assert [first.seq, *(kept.seq for kept in reports)] == [row[2] for row in events]
+    since = events[40][4]
+    assert [(kept.seq, kept.app) for kept in server.store.export(backfeedr.Event, "Shop", since)] \
+        == [(row[2], "Shop") for row in events if row[0] == "Shop" and row[4] >= since]
+    with pytest.raises(StoreError, match="no app named 'Nope'"):
+        next(server.store.export(backfeedr.Crash, "Nope"))
+
+
 # -- Faults
 
 UNAVAILABLE = (503, {"error": "storage unavailable"})
