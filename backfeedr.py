@@ -28,14 +28,16 @@ The sections, each of which uses only those above it:
     Backfeedr       the WSGI callable
     Dashboard       the pages that people look at
     Server          waitress, and how it stops
+    Operations      backup, export, import, check
     Demo            a month of made-up reports, to look at
-    Command line    serve, demo, app, key, device, prune
+    Command line    serve, demo, app, key, device, prune, and the operations
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import csv
 import errno
 import hashlib
 import hmac
@@ -47,6 +49,7 @@ import os
 import random
 import re
 import secrets
+import shutil
 import signal
 import socket
 import sqlite3
@@ -65,7 +68,7 @@ from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
-                    Sequence, Set, Tuple, Union)
+                    Sequence, Set, TextIO, Tuple, Union)
 from urllib.parse import parse_qs, parse_qsl, quote, urlencode
 
 # A virtual environment, because the Pythons of many systems refuse to be added to.
@@ -1469,8 +1472,8 @@ class _Process:
 class _Connection(sqlite3.Connection):
     """A connection in autocommit mode. It never makes the file: one that vanished must not come back empty."""
 
-    def __init__(self, path: Path, query_only: bool = False):
-        super().__init__(path.as_uri() + "?mode=rw", uri=True, timeout=BUSY_TIMEOUT,
+    def __init__(self, path: Path, query_only: bool = False, mode: str = "rw"):
+        super().__init__(f"{path.as_uri()}?mode={mode}", uri=True, timeout=BUSY_TIMEOUT,
                          isolation_level=None, check_same_thread=False,
                          cached_statements=STATEMENTS)
         self.execute("pragma synchronous = full")  # NORMAL may lose acknowledged commits with the power
@@ -1791,7 +1794,7 @@ class Store:
             rollups.save()
         return len(rows)
 
-    def prune(self) -> Counter:
+    def prune(self, progress: Callable[[int], Any] = lambda rows: None) -> Counter:
         """Deletes all rows whose time is over, and gives the disk their space back; how many rows of each table.
 
         In steps and with pauses longer than they, so that nobody else's reports wait for it.
@@ -1803,6 +1806,7 @@ class Store:
             if not step:
                 break
             deleted += step
+            progress(sum(deleted.values()))
         free, before = 1, 0
         while free and free != before:  # it stays where the file was made without auto_vacuum
             before = free
@@ -2070,8 +2074,7 @@ def _prepare(path: Path, may_create: bool) -> None:
     """
     if not may_create and not path.exists():
         raise StoreError(f"there is no database {path}{_ANOTHER}")
-    if sqlite3.sqlite_version_info < (3, 32):  # whose statements take more than 999 values
-        raise StoreError(f"SQLite 3.32 or later is needed; this Python has {sqlite3.sqlite_version}")
+    _check_sqlite()
     try:
         try:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
@@ -2089,6 +2092,12 @@ def _prepare(path: Path, may_create: bool) -> None:
         reason = error.strerror if isinstance(error, OSError) else error
         hint = _ANOTHER if type(error) is sqlite3.DatabaseError else ""  # it is something else; not: locked
         raise StoreError(f"cannot open the database {path}: {reason}{hint}") from None
+
+
+def _check_sqlite() -> str:
+    if sqlite3.sqlite_version_info < (3, 32):  # whose statements take more than 999 values
+        raise StoreError(f"SQLite 3.32 or later is needed; this Python has {sqlite3.sqlite_version}")
+    return sqlite3.sqlite_version
 
 
 def _make_tables(path: Path) -> None:
@@ -2547,16 +2556,19 @@ def _reports(db: _Connection, query: str, parameters: Mapping[str, Any]) -> List
     apps = dict(db.execute("select id, name from apps"))
     reports = []
     for row in _mappings(db, query, parameters):
-        report = {"id": row.pop("id"), "app": apps.get(row.pop("app_id")), **row}
-        report = {name: value for name, value in report.items() if value is not None and name != "seq"}
-        for name in {"stack_trace", "properties", "extra"} & report.keys():
-            report[name] = json.loads(report[name])
-        for name in ("received_at", "occurred_at"):
-            report[name] = iso_time(report[name])
-        if "is_charging" in report:
-            report["is_charging"] = bool(report["is_charging"])
-        reports.append(report)
+        reports.append(_shown({"id": row.pop("id"), "app": apps.get(row.pop("app_id")), **row}, iso_time))
     return reports
+
+
+def _shown(row: Mapping[str, Any], time_text: Callable[[int], str]) -> Figures:
+    report = {name: value for name, value in row.items() if value is not None and name != "seq"}
+    for name in {"stack_trace", "properties", "extra"} & report.keys():
+        report[name] = json.loads(report[name])
+    for name in ("received_at", "occurred_at"):
+        report[name] = time_text(report[name])
+    if "is_charging" in report:
+        report["is_charging"] = bool(report["is_charging"])
+    return report
 
 
 def _release(app: str, app_version: str, sessions: int, crashes: int, devices: int, crashed_devices: int,
@@ -3946,6 +3958,249 @@ def _drain(server: Any) -> None:
     server.task_dispatcher.shutdown(timeout=1)
 
 
+# == Operations ================================================================
+#
+# What keeps the reports of a running server safe, and moves them: a copy of the file,
+# and a line a report. What takes long tells somebody, `progress`, how far it has come.
+
+BACKUP_PAGES = 1000  # between two looks at how far a backup has come
+IMPORT_LINES = 1000  # in a transaction,
+IMPORT_BYTES = 1_000_000  # unless they are longer than this together
+LOW_DISK = 100_000_000  # free bytes, below which `check` finds something wrong
+
+Progress = Callable[..., Any]
+
+
+def backup(store: Store, path: Path, progress: Progress) -> None:
+    """Writes a copy of the database as it is now to a new file that only its owner can read. Raises StoreError.
+
+    From within one read transaction: it stops no writer, and no writer makes it begin anew,
+    as happens to the backup API else. The price is a WAL that grows until it is done.
+    A copy has its name only when it is complete.
+    """
+    if path.exists():
+        raise StoreError(f"there is a file {path} already")
+    partial = ""
+    try:
+        number, partial = tempfile.mkstemp(".partial", path.name + ".", path.parent)  # readable by its owner only
+        os.close(number)
+        _copy_database(store, partial, progress)
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))  # refuses what has come meanwhile
+        os.replace(partial, path)
+    except OSError as error:
+        raise StoreError(f"cannot write the backup {path}: {error.strerror}") from None
+    finally:
+        if os.path.exists(partial):
+            os.unlink(partial)
+
+
+def _copy_database(store: Store, path: str, progress: Progress) -> None:
+    with store.reading() as db, closing(sqlite3.connect(path)) as copy:
+        db.execute("begin")
+        db.execute("select 1 from apps").fetchone()  # from here on it sees nothing new
+        try:
+            db.backup(copy, pages=BACKUP_PAGES, progress=lambda _, left, pages: progress(pages - left, pages))
+        except sqlite3.Error as error:
+            raise StoreError(f"cannot write the backup: {error}") from None  # so it is not the store's trouble
+        db.execute("commit")
+
+
+def export_jsonl(reports: Iterable[Kept], out: TextIO) -> None:
+    """Writes a JSON object a line: a report as it was sent, and what a server knew of it beside."""
+    for kept in reports:
+        out.write(_encode(_exported(kept)) + "\n")
+
+
+def export_csv(reports: Iterable[Kept], out: TextIO, kind: type) -> None:
+    """Writes the same as a table with a head, in which no cell is a formula to a spreadsheet."""
+    names = ["id", "app", "is_test", "received_at", *kind._fields]
+    table = csv.DictWriter(out, names)
+    table.writeheader()
+    for kept in reports:
+        table.writerow({name: _cell(value) for name, value in _exported(kept).items()})
+
+
+def _exported(kept: Kept) -> Figures:
+    report_id = crash_id(kept.seq) if type(kept.report) is Crash else event_ids([kept.seq])[0]
+    return _shown({"id": report_id, "app": kept.app, "is_test": kept.is_test, "received_at": kept.received_at,
+                   **kept.report._asdict()}, exact_time)
+
+
+def _cell(value: Any) -> Any:
+    if type(value) in (list, dict):
+        return _encode(value)
+    return "'" + value if type(value) is str and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+
+
+def read_kept(line: bytes) -> Kept:
+    """A report from a line that `export_jsonl` wrote, checked like a client's. Raises Refusal.
+
+    What the server makes of a report, its group_hash, is made anew.
+    """
+    given = decode_json(line)
+    given.pop("group_hash", None)
+    app, report_id = (_short_text(given.pop(name, None), name) for name in ("app", "id"))
+    is_test, came = _of(bool)(given.pop("is_test", None), "is_test"), _time(given.pop("received_at", None), "received_at")
+    extra = _of(dict)(given.pop("extra", {}), "extra")
+    match = re.fullmatch("(evt_)?([0-7][0-9a-f]{15})", report_id)
+    seq = int(match[2], 16) if match else -1
+    # A seq is not before its time; and after it by a day at most, where a clock was so fast before.
+    if match is None or not first_seq(came) <= seq < first_seq(came + 2 * DAY):
+        raise Refusal("invalid id")
+    report = (parse_event if match[1] else parse_crash)({**extra, **given})
+    return Kept(seq, app, is_test, came, report)
+
+
+def import_jsonl(store: Store, lines: Iterable[bytes], progress: Progress) -> Counter:
+    """Stores what `export_jsonl` wrote, in the way of `Store.import_`, and returns the sum of what that does.
+
+    Raises StoreError with the number of the first bad line; what stands well before it is stored then.
+    """
+    counts: Counter = Counter()
+    try:
+        for step in _steps(lines):
+            counts += store.import_(step)
+            progress(sum(counts.values()))
+    except StoreError as error:
+        raise StoreError(f"{error}; {counts['stored']:,} reports before it were stored: mend it, and import"
+                         " the whole file again") from None
+    return counts
+
+
+def _steps(lines: Iterable[bytes]) -> Iterator[List[Kept]]:
+    step: List[Kept] = []
+    size = 0
+    for number, line in enumerate(lines, 1):
+        try:
+            step += [read_kept(line)] if line.strip() else []
+        except Refusal as refusal:
+            raise StoreError(f"line {number}: {refusal}") from None
+        size += len(line)
+        if len(step) >= IMPORT_LINES or size > IMPORT_BYTES:
+            yield step
+            step, size = [], 0
+    yield step
+
+
+class _Watcher(_Connection):
+    """A connection that changes nothing, nor the files beside: without a WAL nobody writes, and none is made."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, True, "ro" if Path(f"{path}-wal").exists() else "ro&immutable=1")
+
+
+def check(path: Path) -> Iterator[Tuple[str, Callable[[], str]]]:
+    """What there is to look at in a database, by name. To look gives what was found, or raises what is wrong."""
+    yield "SQLite", _check_sqlite
+    yield "disk", lambda: _look_at_disk(path)
+    yield "file", lambda: _look_at_file(path)
+    yield "schema", lambda: _look_at_schema(path)
+    yield "pages", lambda: _look_at_pages(path)
+    yield "roll-ups", lambda: _look_at_roll_ups(path)
+
+
+def _look_at_disk(path: Path) -> str:
+    free = shutil.disk_usage(path.parent).free
+    if free < LOW_DISK:
+        raise StoreError(f"only {_megabytes(free)} are free")
+    return f"{_megabytes(free)} free"
+
+
+def _look_at_file(path: Path) -> str:
+    if not os.access(path, os.R_OK | os.W_OK):
+        raise StoreError(f"{path} is not there, or may not be read and written")
+    wal = Path(f"{path}-wal")
+    return f"{path}, {_megabytes(path.stat().st_size)}, WAL {_megabytes(wal.stat().st_size if wal.exists() else 0)}"
+
+
+def _look_at_schema(path: Path) -> str:
+    with closing(_Watcher(path)) as db, closing(sqlite3.connect(":memory:")) as fresh:
+        _check_file(db, path)
+        fresh.executescript(SCHEMA)
+        expected, found = ({f"{kind} {name}" for kind, name in each.execute("select type, name from sqlite_master")}
+                           for each in (fresh, db))
+        if not expected <= found:
+            raise StoreError(f"there is no {', '.join(sorted(expected - found))}")
+        return f"version {db.pragma('user_version')}"
+
+
+def _look_at_pages(path: Path) -> str:
+    with closing(_Watcher(path)) as db:
+        if db.pragma("quick_check(1)") != "ok":
+            raise StoreError(db.pragma("quick_check(1)"))
+        return f"{db.pragma('page_count'):,}, all sound"
+
+
+def _look_at_roll_ups(path: Path) -> str:
+    """Compares what is equal however much has expired. Most sums outlive their reports, so only what tells of
+    those that are kept is counted again; of the rest, those that say the same in two places are compared."""
+    day_columns = "crashes", "sessions", "ended", "session_ms"
+    minus, unequal = ", ".join(f"-{each}" for each in day_columns), " or ".join(f"sum({each})" for each in day_columns)
+    with closing(_Watcher(path)) as db:
+        db.execute("begin")
+        wrong = [what for what, query in {
+            "labels of crashes": f"""
+                select sum(crashes) from (
+                    select app_id, 'exception_type' as field, exception_type as label, count(*) as crashes
+                    from crashes group by app_id, exception_type
+                    union all
+                    select app_id, 'device_model', device_model, count(*)
+                    from crashes where device_model is not null group by app_id, device_model
+                    union all
+                    select app_id, field, label, -crashes from labels where day = {ALL_DAYS})
+                group by app_id, field, label having sum(crashes)""",
+            "labels of days": f"""
+                select sum(crashes) from labels
+                group by app_id, field, label having sum(iif(day = {ALL_DAYS}, -crashes, crashes))""",
+            "groups of crashes": """
+                select app_id, group_hash from crashes except select app_id, group_hash from groups""",
+            "groups of the week": f"""
+                select sum(crashes) from (
+                    select app_id, group_hash, crashes from group_hours
+                    union all
+                    select app_id, group_hash, -recent from groups where app_id <> {EVERY_APP})
+                group by app_id, group_hash having sum(crashes)""",
+            "hours and days": f"""
+                select app_id from (
+                    select app_id, crashes, sessions, devices from hours
+                    union all
+                    select app_id, -crashes, -sessions, -newcomers from days)
+                where app_id <> {EVERY_APP}
+                group by app_id having sum(crashes) or sum(sessions) or sum(devices)""",
+            "days of all apps": f"""
+                select day from (
+                    select day, {", ".join(day_columns)} from days where app_id = {EVERY_APP}
+                    union all
+                    select day, {minus} from days where app_id in {_LIVE})
+                group by day having {unequal}""",
+            "durations of days": """
+                select sum(sessions) from (
+                    select app_id, day, sessions from durations
+                    union all
+                    select app_id, day, -ended from days)
+                group by app_id, day having sum(sessions)""",
+            "devices of crashes": """
+                select seq from crashes where device_id_hash is not null and not exists (
+                    select 1 from devices
+                    where app_id = crashes.app_id and device_id_hash = crashes.device_id_hash)""",
+            "devices of events": """
+                select seq from events where device_id_hash is not null and not exists (
+                    select 1 from devices where app_id = events.app_id and device_id_hash = events.device_id_hash)""",
+            "sessions of events": """
+                select seq from events where session_id is not null and not exists (
+                    select 1 from sessions
+                    where app_id = events.app_id and session_id = events.session_id
+                        and seq between first_seq and last_seq)""",
+        }.items() if db.execute(query).fetchone()]
+    if wrong:
+        raise StoreError(f"the {', the '.join(wrong)} are not what they should be")
+    return "agree with the rows"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
 # == Demo ======================================================================
 #
 # A month of made-up apps, so that there is something to look at. It goes in the way that
@@ -4179,14 +4434,19 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     overrides = {each.name: getattr(arguments, each.name) for each in fields(Settings)
                  if hasattr(arguments, each.name)}
     try:
+        if arguments.run is _check:
+            return _check(overrides)
         settings = Settings.from_env(**overrides)
         if arguments.run in (serve, serve_demo):
             arguments.run(settings)
         else:
             retention_days = settings.retention_days if os.environ.get("BACKFEEDR_RETENTION_DAYS") else None
             with Store(settings.db_path, retention_days=retention_days,
-                       may_create=arguments.run is _app_create) as store:
+                       may_create=arguments.run in (_app_create, _import)) as store:
                 arguments.run(store, arguments)
+    except BrokenPipeError:  # whoever reads the output has had enough, also of what Python writes when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except (SettingsError, StoreError, Refusal, OSError, UnicodeError, ImportError) as error:
         _say(f"backfeedr: {error}")
         return 1
@@ -4209,6 +4469,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("demo", parents=[serving], help="serve made-up reports, to look at").set_defaults(run=serve_demo)
     prune = commands.add_parser("prune", parents=[options], help="delete what is older than the retention, now")
     prune.set_defaults(run=_prune)
+    _add_operations(commands, options)
     for noun, actions in _COMMANDS.items():
         nouns = commands.add_parser(noun, help=f"{', '.join(actions)}").add_subparsers(metavar="ACTION", required=True)
         for verb, (run, summary, *names) in actions.items():
@@ -4217,6 +4478,24 @@ def _parser() -> argparse.ArgumentParser:
             for name in names:
                 action.add_argument(name, **({"action": "store_true"} if name.startswith("--") else {}))
     return parser
+
+
+def _add_operations(commands: Any, options: argparse.ArgumentParser) -> None:
+    def add(name: str, run: Callable[..., Any], summary: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, parents=[options], help=summary, description=summary)
+        command.set_defaults(run=run)
+        return command
+    add("backup", _backup, "write a copy of the database to a new file").add_argument("FILE")
+    export = add("export", _export, "print crashes or events")
+    export.add_argument("KIND", choices=_KINDS_OF_REPORTS)
+    export.add_argument("--app", metavar="NAME", help="of this app (default: of all)")
+    export.add_argument("--since", metavar="DATE", type=_date_ms, default=0,
+                        help="received on this day (UTC) or later, like 2026-03-12")
+    export.add_argument("--format", choices=("jsonl", "csv"), default="jsonl",
+                        help="jsonl (the default), which import reads, or csv, for a spreadsheet")
+    add("import", _import, "store what export has printed as jsonl").add_argument(
+        "FILE", help="- for standard input")
+    add("check", _check, "say whether the database is as it should be")
 
 
 def _app_create(store: Store, arguments: argparse.Namespace) -> None:
@@ -4268,7 +4547,8 @@ def _device_forget(store: Store, arguments: argparse.Namespace) -> None:
 
 def _prune(store: Store, arguments: argparse.Namespace) -> None:
     size = store.path.stat().st_size
-    deleted = store.prune()
+    with _progress("deleting: {:,} rows") as progress:
+        deleted = store.prune(progress)
     kept = f"older than {store.retention_days} days" if store.retention_days else "(the retention keeps all)"
     _say(f"Deleted {_counted_rows(deleted)} {kept}; gave back"
          f" {max(0, size - store.path.stat().st_size) / 1e6:,.1f} MB of {size / 1e6:,.1f} MB.")
@@ -4279,6 +4559,81 @@ def _counted_rows(rows: Mapping[str, int]) -> str:
     return f"{crashes:,} crash{'es' * (crashes != 1)} and {events:,} event{'s' * (events != 1)}"
 
 
+def _backup(store: Store, arguments: argparse.Namespace) -> None:
+    with _progress("copying: {:,} of {:,} pages") as progress:
+        backup(store, Path(arguments.FILE), progress)
+    _say(f"Wrote {arguments.FILE}, {_megabytes(os.stat(arguments.FILE).st_size)}.")
+
+
+def _export(store: Store, arguments: argparse.Namespace) -> None:
+    kind, out = _KINDS_OF_REPORTS[arguments.KIND], sys.stdout
+    out.reconfigure(encoding="utf-8", newline="")  # type: ignore[union-attr]
+    with _progress("exporting: {:,} " + arguments.KIND, out.isatty()) as progress:
+        reports = _watched(store.export(kind, arguments.app, arguments.since), progress)
+        if arguments.format == "csv":
+            export_csv(reports, out, kind)
+        else:
+            export_jsonl(reports, out)
+        out.flush()
+
+
+def _import(store: Store, arguments: argparse.Namespace) -> None:
+    with _progress("importing: {:,} reports") as progress, (
+            open(arguments.FILE, "rb") if arguments.FILE != "-" else sys.stdin.buffer) as lines:
+        counts = import_jsonl(store, lines, progress)
+    _say(f"Stored {counts['stored']:,} reports; {counts['known']:,} were here already, and the time of"
+         f" {counts['expired']:,} is over.")
+
+
+def _check(overrides: Dict[str, Any]) -> int:
+    path = overrides.get("db_path") or os.environ.get("BACKFEEDR_DB_PATH") or Settings.db_path
+    status = 0
+    for name, look in chain([("settings", lambda: f"{len(fields(Settings.from_env(**overrides)))}, all good")],
+                            check(Path(path).absolute())):
+        try:
+            with _progress("checking the " + name) as progress:
+                progress()
+                found = look()
+            print(f"ok  {name}: {found}")
+        except (SettingsError, StoreError, sqlite3.Error, OSError) as error:
+            print(f"BAD {name}: {error}")
+            status = 1
+    return status
+
+
+def _watched(reports: Iterable[Kept], progress: Progress) -> Iterator[Kept]:
+    for number, kept in enumerate(reports, 1):
+        yield kept
+        if number % PAGE_ROWS == 0:
+            progress(number)
+
+
+@contextmanager
+def _progress(text: str, quiet: bool = False) -> Iterator[Progress]:
+    """Shows on a terminal, in a line that goes in the end, how far long work has come: at most ten times a second."""
+    due, quiet = 0.0, quiet or not sys.stderr.isatty()
+
+    def show(*figures: int) -> None:
+        nonlocal due
+        if not quiet and time.monotonic() >= due:
+            due = time.monotonic() + 0.1
+            print("\r\x1b[K" + text.format(*figures), end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        if due:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _date_ms(text: str) -> int:
+    try:
+        return parse_time(text + "T00:00:00Z")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a date like 2026-03-12") from None
+
+
+_KINDS_OF_REPORTS = {"crashes": Crash, "events": Event}
 _COMMANDS = {
     "app": {
         "create": (_app_create, "make an app and print its first key", "NAME", "--test"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import csv
 import dataclasses
 import fnmatch
 import gzip
@@ -188,6 +189,7 @@ def check_database(path, forgotten=False):
             tables["groups"] = {key: (*row[:2], *row[3:]) for key, row in tables["groups"].items()}
     for table in expected:
         assert found[table] == expected[table], table
+    assert backfeedr._look_at_roll_ups(Path(path).absolute()), "and `check` sees it so"
 
 
 def roll_ups(path):
@@ -4693,6 +4695,239 @@ def test_device_show_prints_all_that_is_kept_and_forget_deletes_it(command):
         assert command("device", action, "d1") == (1, "", "backfeedr: nothing is kept of a device 'd1'\n")
     assert sql("backfeedr.db", "select name from events") == [("purchase",)]
     check_database("backfeedr.db", forgotten=True)
+
+
+@pytest.fixture
+def filled(command, clock):
+    """A database at the commands' own path, with reports of three apps in it."""
+    clock.seconds = time.time() - 40 * 24 * 3600
+    with Backfeedr(Settings(db_path="backfeedr.db", api_key=KEY, auth_token=TOKEN), clock=clock) as server:
+        fill(server, clock, 1, 150)
+        clock.seconds = time.time()
+        Api(server).post(CRASHES, {
+            **CRASH, "occurred_at": "0001-01-01T00:00:00+14:00", "exception_reason": "=1+1 \u2028 \u0001", "battery_level": -1,
+            "is_charging": False, "free_memory_mb": 1.5, "id": 7, "app": "me", "extra": {"x": [1e300, None]},
+            "stack_trace": [{"symbol": "\ufffd\n", "line": None, "more": {"deep": [1.0, -0.0, 10 ** 30]}}]})
+        Api(server).post(EVENTS, {**EVENT, "occurred_at": "9999-12-31T23:59:59.999-23:59", "received_at": "", "is_test": 0,
+                                  "properties": {"cell": "\t=1"}})
+        yield server
+
+
+def exported(command, kind, *arguments):
+    status, out, err = command("export", kind, *arguments)
+    assert (status, err) == (0, "")
+    return [json.loads(line) for line in out.split("\n")[:-1]]
+
+
+def test_what_export_prints_import_stores_as_it_was(command, filled, serve, tmp_path):
+    for kind in ("crashes", "events"):
+        Path(kind).write_bytes(command("export", kind)[1].encode())
+    Path("all").write_bytes(Path("events").read_bytes() + b"\n" + Path("crashes").read_bytes())
+    count = Path("all").read_bytes().count(b"\n") - 1
+    status, out, err = command("import", "all", "--db", "other.db")
+    assert (status, out) == (0, "")
+    assert err == f"Stored {count:,} reports; 0 were here already, and the time of 0 is over.\n"
+    again = command("import", "all", "--db", "other.db")[2]
+    assert again == f"Stored 0 reports; {count:,} were here already, and the time of 0 is over.\n"
+    for kind in ("crashes", "events"):
+        assert command("export", kind, "--db", "other.db")[1].encode() == Path(kind).read_bytes()
+    other = serve("other.db")
+    assert named_rows(other) == named_rows(filled) and answers(other) == answers(filled)
+
+
+def test_an_export_has_each_report_as_it_was_sent_and_what_the_server_knew(command, filled):
+    crash = exported(command, "crashes")[-1]
+    assert crash.pop("id") == sql("backfeedr.db", "select id from crashes order by seq")[-1][0]
+    assert crash.pop("group_hash") and parse_time(crash.pop("received_at")) == filled.store.now
+    assert parse_time(crash.pop("occurred_at")) == parse_time("0001-01-01T00:00:00+14:00")
+    assert crash == {"app": "default", "is_test": False, "exception_type": "SIGABRT", "battery_level": -1.0,
+                     "exception_reason": "=1+1 \u2028 \u0001", "is_charging": False, "free_memory_mb": 1.5,
+                     "stack_trace": [{"symbol": "\ufffd\n", "line": None, "more": {"deep": [1.0, -0.0, 10 ** 30]}}],
+                     "extra": {"id": 7, "app": "me", "extra": {"x": [1e300, None]}}}
+
+
+def test_an_export_is_of_one_app_or_since_a_day_of_receipt_where_that_is_asked(command, filled):
+    reports = exported(command, "events")
+    day = reports[len(reports) // 2]["received_at"][:10]
+    assert exported(command, "events", "--app", "Beta") == [each for each in reports if each["is_test"]]
+    assert exported(command, "events", "--since", day) == [each for each in reports if each["received_at"] >= day]
+    assert command("export", "events", "--app", "Nope") == (1, "", "backfeedr: there is no app named 'Nope'\n")
+    for wrong in ("yesterday", "2026-02-30", "2026-3-1"):
+        status, out, err = command("export", "events", "--since", wrong)
+        assert (status, out) == (2, "") and "is not a date like 2026-03-12" in err
+
+
+def test_no_cell_of_a_csv_is_a_formula(command, filled):
+    key_hash = backfeedr.sha256(KEY)
+    for start in ("=", "+", "-", "@", "\t", "\r", "a=", '"', ",\n"):
+        filled.store.add(key_hash, [parse_event({**EVENT, "name": start + "1"})])
+    out = command("export", "events", "--format", "csv")[1]
+    rows = list(csv.DictReader(io.StringIO(out, newline="")))
+    assert [row["name"] for row in rows[-9:]] == ["'=1", "'+1", "'-1", "'@1", "'\t1", "'\r1", "a=1", '"1', ",\n1"]
+    assert [row["id"] for row in rows] == [each["id"] for each in exported(command, "events")]
+    assert json.loads(rows[-10]["properties"]) == {"cell": "\t=1"}
+    crash = list(csv.DictReader(io.StringIO(command("export", "crashes", "--format", "csv")[1], newline="")))[-1]
+    assert (crash["battery_level"], crash["exception_reason"][:5]) == ("-1.0", "'=1+1"), "a number stays one"
+
+
+@pytest.mark.parametrize("change, problem", [
+    (b"junk", "invalid JSON"), (b"[]", "invalid JSON"), ({"id": None}, "invalid id"), ({"id": "evt_" + "f" * 16}, "invalid id"),
+    ({"id": "evt_0000000000000001"}, "invalid id"), ({"received_at": "2001-01-01T00:00:00Z"}, "invalid id"),
+    ({"received_at": "soon"}, "invalid received_at"), ({"app": None}, "invalid app"), ({"app": ""}, "an app's name is"),
+    ({"app": "x" * 101}, "an app's name is"), ({"is_test": 1}, "invalid is_test"), ({"extra": []}, "invalid extra"),
+    ({"is_test": True}, "the app 'default' is a live one here"), ({"occurred_at": None}, "missing occurred_at"),
+    ({"type": "click"}, "invalid event type"), ({"name": "x" * 501}, "invalid name"), ({"properties": 1}, "invalid properties"),
+])
+def test_a_bad_line_is_named_and_nothing_near_it_is_stored(command, filled, change, problem, monkeypatch):
+    monkeypatch.setattr(backfeedr, "IMPORT_LINES", 5)
+    good = [json.dumps(each).encode() for each in exported(command, "events") if each["app"] == "default"]
+    bad = change if type(change) is bytes else json.dumps({**json.loads(good[7]), **change}).encode()
+    Path("bad").write_bytes(b"\n".join([*good[:7], bad, *good[8:]]))
+    status, out, err = command("import", "bad", "--db", "other.db")
+    assert (status, out) == (1, "") and err.count("\n") == 1 and problem in err, err
+    assert err.startswith("backfeedr: line 8: " if "app" not in problem or change == {"app": None} else "backfeedr: ")
+    assert "5 reports before it were stored" in err
+    assert len(sql("other.db", "select * from events")) == 5
+    Path("bad").write_bytes(b"\n".join(good))
+    assert f"Stored {len(good) - 5} reports; 5 were" in command("import", "bad", "--db", "other.db")[2]
+    check_database("other.db")
+
+
+def test_a_backup_is_the_whole_database_and_replaces_nothing(command, filled):
+    tables = stored(filled)
+    status, out, err = command("backup", "copy.db")
+    assert (status, out) == (0, "") and re.fullmatch(r"Wrote copy\.db, [0-9.]+ MB\.\n", err)
+    assert stat.S_IMODE(os.stat("copy.db").st_mode) == 0o600
+    assert {table: sql("copy.db", f"select * from {table}") for table in tables} == tables
+    check_database("copy.db")
+    before = Path("copy.db").read_bytes()
+    assert command("backup", "copy.db") == (1, "", "backfeedr: there is a file copy.db already\n")
+    assert Path("copy.db").read_bytes() == before
+    assert command("backup", "no/copy.db")[2] == "backfeedr: cannot write the backup no/copy.db: No such file or directory\n"
+    assert list(Path().glob("*.partial*")) == []
+
+
+def test_a_backup_that_fails_leaves_nothing(filled, monkeypatch, tmp_path):
+    """Nor does it take the name of a file that has come meanwhile."""
+    monkeypatch.setattr(backfeedr, "BACKUP_PAGES", 1)
+
+    def interrupt(done, pages):
+        if done > pages // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        backfeedr.backup(filled.store, tmp_path / "copy", interrupt)
+    assert list(tmp_path.glob("copy*")) == []
+    with pytest.raises(StoreError, match="copy: File exists"):
+        backfeedr.backup(filled.store, tmp_path / "copy", lambda *_: (tmp_path / "copy").write_text("mine"))
+    assert [path.read_text() for path in tmp_path.glob("copy*")] == ["mine"]
+
+
+@pytest.mark.slow
+def test_a_backup_under_load_holds_all_that_was_acknowledged_before_it_began(run, tmp_path):
+    server = run()
+    load = Load([server])
+    for name in ("one", "two"):
+        wait_until(lambda: len(load.acknowledged) > (2000 if name == "one" else 4000))
+        before = list(load.acknowledged)
+        subprocess.run([sys.executable, str(HERE / "backfeedr.py"), "backup", str(tmp_path / name),
+                        "--db", str(tmp_path / "run.db")], check=True, capture_output=True)
+        assert len(load.acknowledged) > len(before), "and nobody had to wait for it"
+        assert set(before) <= set(stored_ids(tmp_path / name))
+        check_database(tmp_path / name)
+    load.finish()
+    assert (load.lost, load.others) == (0, [])
+
+
+def test_check_says_in_a_line_each_what_is_well_and_changes_nothing(command, filled):
+    for closed in (False, True):
+        if closed:
+            filled.close()
+        before = {path: path.read_bytes() for path in Path().iterdir() if path.suffix != ".db-shm"}
+        status, out, err = command("check")
+        lines = [re.fullmatch("ok  ([a-zA-Z -]+): .+", line)[1] for line in out.splitlines()]
+        assert (status, err) == (0, "")
+        assert lines == ["settings", "SQLite", "disk", "file", "schema", "pages", "roll-ups"]
+        assert {path: path.read_bytes() for path in Path().iterdir() if path.suffix != ".db-shm"} == before
+
+
+@pytest.mark.parametrize("damage, line", [
+    ("update labels set crashes = crashes + 1 where day > 0", "roll-ups: the labels of days are"),
+    ("delete from labels", "roll-ups: the labels of crashes are"),
+    ("delete from crashes where exception_type = 'A'", "roll-ups: the labels of crashes are"),
+    ("delete from groups", "roll-ups: the groups of crashes"),
+    ("update group_hours set crashes = crashes + 1", "roll-ups: the groups of the week are"),
+    ("update hours set sessions = sessions + 1", "roll-ups: the hours and days are"),
+    ("update days set crashes = 0 where app_id = 0", "roll-ups: the days of all apps are"),
+    ("delete from durations", "roll-ups: the durations of days are"),
+    ("delete from devices", "roll-ups: the devices of crashes, the devices of events are"),
+    ("update sessions set last_seq = first_seq", "roll-ups: the sessions of events are"),
+    ("drop index crashes_by_group", "schema: there is no index crashes_by_group"),
+    ("pragma user_version = 9", "schema: "), ("pragma application_id = 9", "schema: "),
+])
+def test_check_finds_what_is_wrong(command, filled, damage, line):
+    sql_run("backfeedr.db", damage)
+    status, out, err = command("check")
+    bad = [each for each in out.splitlines() if not each.startswith("ok  ")]
+    assert (status, err, len(bad)) == (1, "", 1) and bad[0].startswith("BAD " + line), out
+
+
+def test_check_finds_a_damaged_page_a_missing_file_a_full_disk_and_a_wrong_setting(command, filled, monkeypatch):
+    filled.close()
+    with open("backfeedr.db", "r+b") as file:
+        file.seek(4096 * 20)
+        file.write(b"\xff" * 4096 * 4)
+    assert "\nBAD pages: " in command("check")[1]
+    monkeypatch.setenv("BACKFEEDR_PORT", "http")
+    monkeypatch.setattr(backfeedr, "LOW_DISK", 1 << 60)
+    status, out, err = command("check", "--db", "typo.db")
+    assert (status, err) == (1, "") and not Path("typo.db").exists()
+    assert [line.split(":")[0] for line in out.splitlines()] == [
+        "BAD settings", "ok  SQLite", "BAD disk", "BAD file", "BAD schema", "BAD pages", "BAD roll-ups"]
+
+
+def test_long_work_shows_its_progress_on_a_terminal_only(command, filled, monkeypatch):
+    Path("events").write_text(command("export", "events")[1])
+    for arguments in (["export", "events"], ["import", "events"], ["backup", "copy"], ["prune"], ["check"]):
+        assert "\r" not in command(*arguments)[2]
+    monkeypatch.setattr(backfeedr, "PAGE_ROWS", 10)
+    for arguments, shown in ((["export", "events"], "exporting: 10 events"), (["import", "events"], "importing: "),
+                             (["backup", "copy2"], "copying: "), (["check"], "checking the settings")):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        status, _, err = command(*arguments)
+        assert status == 0 and f"\r\x1b[K{shown}" in err, arguments
+        assert "\r" not in err.rpartition("\r\x1b[K")[2] and not err.split("\r\x1b[K")[-1].startswith(shown)
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_had_enough_ends_an_export_quietly(command, filled):
+    done = subprocess.run(["bash", "-c", f"'{sys.executable}' '{HERE / 'backfeedr.py'}' export events | head -n 1;"
+                                         " echo ${PIPESTATUS[0]}"], capture_output=True, text=True, check=True)
+    first, status = done.stdout.splitlines()
+    assert json.loads(first) == exported(command, "events")[0] and done.stderr == "" and status in ("0", "1")
+
+
+@pytest.mark.slow
+def test_an_export_and_its_import_take_no_more_memory_for_more_events(command, clock):
+    """Of a million it is what is measured by hand: 36 and 57 MB."""
+    peaks = {}
+    for count in (2_000, 40_000):
+        with Store(f"{count}.db") as store:
+            key_hash = backfeedr.sha256(store.create_app("Shop"))
+            event = parse_event({**EVENT, "properties": {"text": "x" * 300}})
+            for _ in range(count // 1000):
+                store.add(key_hash, [event._replace(session_id=str(n), type="session_start") for n in range(1000)])
+        for name, arguments, out in (("export", [], f"{count}"), ("import", [f"{count}"], os.devnull)):
+            code = ("import resource, sys, backfeedr; assert not backfeedr.main(sys.argv[1:]); sys.stderr.write("
+                    "'\\n%d' % resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+            db = f"{count}.db" if name == "export" else f"{count}-copy.db"
+            with open(out, "wb") as file:
+                done = subprocess.run([sys.executable, "-c", code, name, *(arguments or ["events"]), "--db", db], stdout=file,
+                                      stderr=subprocess.PIPE, check=True, env={**os.environ, "PYTHONPATH": str(HERE)})
+            peaks[name, count] = int(done.stderr.split()[-1])
+        assert sql(f"{count}-copy.db", "select count(*) from events") == [(count,)]
+    for name in ("export", "import"):
+        assert peaks[name, 40_000] < peaks[name, 2_000] * 1.2, peaks
 
 
 # == Examples ==================================================================
