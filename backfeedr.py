@@ -58,13 +58,14 @@ import tempfile
 import threading
 import time
 import zlib
+from bisect import bisect_left
 from collections import Counter, defaultdict, deque, namedtuple
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime, timezone
 from difflib import get_close_matches
 from functools import lru_cache
-from itertools import chain, groupby
+from itertools import accumulate, chain, groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
@@ -1420,6 +1421,24 @@ class _Write:
         self._turn.release()
 
 
+class Histogram:
+    """Counts values by their upper bounds. One thread adds at a time; others may read."""
+
+    def __init__(self, *bounds: float):
+        self.bounds, self.counts, self.sum = (*bounds, math.inf), [0] * (len(bounds) + 1), 0.0
+
+    def add(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def samples(self) -> Iterator[Tuple[str, float]]:
+        """What Prometheus wants of it: what follows its name, and the figure."""
+        totals = list(accumulate(self.counts))
+        for bound, total in zip(self.bounds, totals):
+            yield '_bucket{le="%s"}' % ("+Inf" if bound == math.inf else bound), total
+        yield from (("_sum", self.sum), ("_count", totals[-1]))
+
+
 class _Process:
     """What one process holds of a store. None of it may cross a fork."""
 
@@ -1432,6 +1451,9 @@ class _Process:
         self.queue: List[_Write] = []
         self.has_leader = False
         self.last_group = 0
+        self.group_sizes = Histogram(1, 2, 4, 8, 16, 32, 64, 128)  # requests
+        self.commit_seconds = Histogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)
+        self.stored = Counter(crashes=0, events=0)
 
     def enqueue(self, write: _Write, max_waiters: int, max_rows: int) -> None:
         """Lets a write wait, or lead where nobody does. Raises StorageUnavailable where too many wait."""
@@ -1630,6 +1652,30 @@ class Store:
             with self.writing() as db:
                 db.execute("update secrets set hash = hash")
 
+    def vitals(self) -> List[Tuple[str, str, str, Iterable[Tuple[str, float]]]]:
+        """Figures for who watches over the server: name, kind, meaning, and samples as Prometheus writes them.
+
+        They are of this process, but for the sizes and the rows. No table of reports is read.
+        """
+        here = self._here
+        with self.reading() as db:
+            self._check_file()
+            crashes, = db.execute("""
+                select coalesce(sum(crashes), 0) from labels
+                where app_id in (select id from apps) and field = 'exception_type' and day = ?
+                """, (ALL_DAYS,)).fetchone()
+        wal = Path(f"{self.path}-wal")
+        return [
+            ("commit_requests", "histogram", "Requests that one commit stored.", here.group_sizes.samples()),
+            ("commit_seconds", "histogram", "From asking for the write lock until the commit was durable.",
+             here.commit_seconds.samples()),
+            ("waiters", "gauge", "Requests that wait for the next commit.", [("", len(here.queue))]),
+            ("reports_stored_total", "counter", "Reports stored since this process began: not what is kept now,"
+             " which would take a look at every row.", [(f'{{table="{table}"}}', n) for table, n in here.stored.items()]),
+            ("crashes_kept", "gauge", "Rows of the table crashes, by their roll-up.", [("", crashes)]),
+            ("file_bytes", "gauge", "Size of the database.", [("", self.path.stat().st_size)]),
+            ("wal_bytes", "gauge", "Size of its write-ahead log.", [("", wal.stat().st_size if wal.exists() else 0)])]
+
     # Reports
 
     def add(self, key_hash: bytes, reports: Reports, once: Once = Once()) -> Receipt:
@@ -1665,6 +1711,7 @@ class Store:
         try:
             if here.last_group >= BUSY_GROUP:
                 time.sleep(GATHER_SECONDS)
+            began = time.monotonic()
             with self.writing() as db:
                 group = here.take_queue()
                 commit = _Commit(db, self.now)
@@ -1672,6 +1719,9 @@ class Store:
                     commit.take(write)
                 commit.save()
                 self._expire(db, max(STEP, 3 * sum(len(write.reports) for write in group)))
+            here.group_sizes.add(len(group))
+            here.commit_seconds.add(time.monotonic() - began)
+            here.stored.update(commit.counts())
         except BaseException as error:
             group = group or here.take_queue()
             for write in group:
@@ -2203,6 +2253,13 @@ class _Commit:
         self._next_seq[kind] += count
         return range(first, first + count)
 
+    def counts(self) -> Counter:
+        """How many reports are to go into each table."""
+        counts: Counter = Counter()
+        for (kind, _), (seqs, *_) in self._taken.items():
+            counts[_TABLES[kind]] += len(seqs)
+        return counts
+
     def save(self) -> None:
         """Writes the rows and the sums."""
         rollups = RollUps(self._db, self._now)
@@ -2639,7 +2696,7 @@ _STATUS = {text: status for status, texts in ERRORS.items() for text in texts}
 _HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 Environ = Dict[str, Any]
-Answer = Tuple[int, Dict[str, Any]]
+Answer = Tuple[int, Union[Dict[str, Any], bottle.HTTPResponse]]
 Handler = Callable[..., Answer]  # of an environ, and of what is in the path
 
 
@@ -2672,6 +2729,8 @@ class Backfeedr:
         # Python runs one thread at a time. Those that wait here sleep until it is their
         # turn; those that wait for the interpreter wake up each switch interval to ask.
         self._turn = threading.Lock()
+        self._requests: Counter = Counter()  # by method, route and status
+        self._counting = threading.Lock()
         self.pages = Dashboard(self.store, self.metrics)
         self._router = self._routes()
         made = self.store.start(self.settings.api_key, self.settings.auth_token)
@@ -2685,7 +2744,16 @@ class Backfeedr:
             path.encode("latin-1").decode("utf-8")
         except UnicodeError:  # of which bottle would drop the bytes, and find what is left
             path = "/api/not found" if path.startswith("/api/") else "/not found"
-        return self._router({**environ, "PATH_INFO": path}, start_response)
+        environ = {**environ, "PATH_INFO": path, "bottle.route": None}  # an outer bottle may have set it
+        answer = self._router(environ, start_response)
+        self._count(environ["bottle.route"], bottle.response.status_code)
+        return answer
+
+    def _count(self, route: Optional[bottle.Route], status: int) -> None:
+        """By the route and not the path: a stranger could make up paths without end."""
+        key = (route.method, route.rule, status) if route else ("other", "other", status)
+        with self._counting:
+            self._requests[key] += 1
 
     def __enter__(self) -> Backfeedr:
         return self
@@ -2716,6 +2784,7 @@ class Backfeedr:
                 ("GET", "/crashes/<group_hash>", self._read(ask.group, "limit", "cursor")),
                 ("GET", "/events", self._read(ask.events, "type", "name", "session_id", "limit", "cursor"))):
             router.route("/api/v1" + path, method, _answering(handler))
+        router.route("/metrics", "GET", _answering(self._prometheus))
         for method, path, page in self.pages.routes():
             router.route(path, method, page)
         return router
@@ -2723,6 +2792,18 @@ class Backfeedr:
     def _health(self, environ: Environ) -> Answer:
         self.store.check()
         return 200, {"status": "ok"}
+
+    def _prometheus(self, environ: Environ) -> Tuple[int, bottle.HTTPResponse]:
+        self._check_admin(environ)
+        with self._counting:
+            requests = sorted(self._requests.items())
+        figures = [("requests_total", "counter", "Requests answered, by route.", [
+            ('{method="%s",path="%s",status="%d"}' % key, n) for key, n in requests]), *self.store.vitals()]
+        lines = [line for name, kind, meaning, samples in figures for line in (
+            f"# HELP backfeedr_{name} {meaning}", f"# TYPE backfeedr_{name} {kind}",
+            *(f"backfeedr_{name}{suffix} {value:.15g}" for suffix, value in samples))]
+        return 200, bottle.HTTPResponse("\n".join([*lines, ""]).encode(), 200, {
+            **_HEADERS, "Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     def _submitted(self, parse: Callable[[Given], Reports],
                    answer: Callable[[Reports, range], Dict[str, Any]]) -> Handler:
@@ -2815,6 +2896,8 @@ def _answering(handler: Handler) -> Callable[..., bottle.HTTPResponse]:
         except Exception:
             log.exception("unexpected error")
             return bottle.HTTPResponse(_error_body(500), 500, headers)
+        if isinstance(answer, bottle.HTTPResponse):
+            return answer
         return bottle.HTTPResponse(json.dumps(answer).encode(), status, headers)
     return respond
 

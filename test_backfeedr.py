@@ -2850,6 +2850,73 @@ def test_a_database_with_an_app_gets_no_default_one(tmp_path):
     assert "bf_admin_" in told[0] and "bf_live_" not in told[0]
 
 
+# -- Prometheus
+
+def scraped(api):
+    """The samples of /metrics, by what stands before them; each name has its help and its type."""
+    answer = api.web.get(api.prefix + "/metrics", headers={"Authorization": "Bearer " + TOKEN})
+    assert (answer.status_int, answer.content_type) == (200, "text/plain") and "version=0.0.4" in answer.headers["Content-Type"]
+    lines = answer.text.splitlines()
+    samples = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    families = [re.sub("(_bucket|_sum|_count)?([{].*)?$", "", name) for name in samples]
+    for word in ("HELP", "TYPE"):
+        assert [line.split()[2] for line in lines if line.startswith(f"# {word} ")] == list(dict.fromkeys(families))
+    return {name.replace("backfeedr_", "", 1): float(value) for name, value in samples.items()}
+
+
+def test_requests_are_counted_by_route_and_status_and_never_by_what_a_stranger_types(api):
+    api.post(CRASHES, CRASH)
+    api.post(CRASHES, CRASH, key="nobody's")
+    for path in ("/api/v1/crashes/1", "/api/v1/crashes/2", "/nothing", "/nothing/else"):
+        api.get(path, **ADMIN)
+    api.get("/api/v1/events/batch")
+    requests = {name: count for name, count in scraped(api).items() if name.startswith("requests_total")}
+    assert requests == {
+        'requests_total{method="POST",path="/api/v1/crashes",status="201"}': 1,
+        'requests_total{method="POST",path="/api/v1/crashes",status="401"}': 1,
+        'requests_total{method="GET",path="/api/v1/crashes/<group_hash>",status="404"}': 2,
+        'requests_total{method="other",path="other",status="404"}': 2,
+        'requests_total{method="other",path="other",status="405"}': 1}
+    assert scraped(api)['requests_total{method="GET",path="/metrics",status="200"}'] == 1
+
+
+def test_commits_rows_and_sizes_are_told_to_prometheus(serve):
+    server = serve()
+    api = Api(server)
+    api.post(CRASHES, CRASH)
+    api.post(BATCH, {"events": [EVENT] * 5})
+    api.post(BATCH, {"events": [EVENT, {}]})
+    samples = scraped(api)
+    assert {name: value for name, value in samples.items() if not re.match("requests|.*_seconds|.*_bytes", name)} == {
+        **{f'commit_requests_bucket{{le="{bound}"}}': 2 for bound in (1, 2, 4, 8, 16, 32, 64, 128, "+Inf")},
+        "commit_requests_sum": 2, "commit_requests_count": 2, "waiters": 0, "crashes_kept": 1,
+        'reports_stored_total{table="crashes"}': 1, 'reports_stored_total{table="events"}': 5}
+    assert samples["commit_seconds_count"] == samples['commit_seconds_bucket{le="+Inf"}'] == 2
+    assert 0 < samples["commit_seconds_sum"] < 10
+    for name, suffix in (("file", ""), ("wal", "-wal")):
+        assert samples[name + "_bytes"] == os.stat(f"{server.store.path}{suffix}").st_size > 0
+    other = Api(serve())
+    other.get("/api/v1/health")
+    assert scraped(other)["commit_requests_count"] == 0, "of this process and server"
+
+
+def test_only_the_admin_is_told_and_a_refusal_is_json(api):
+    assert api.get("/metrics") == (401, {"error": "missing admin token"})
+    assert api.get("/metrics", Authorization="Bearer x") == (401, {"error": "invalid admin token"})
+    assert api.post("/metrics", {}) == (405, {"error": "method not allowed"})
+
+
+def test_requests_under_another_bottle_are_counted_by_their_own_routes(serve):
+    server, outer = serve(), backfeedr.bottle.Bottle()
+    outer.mount("/deep/", server)
+    api = Api(outer, "/deep")
+    for path in ("/api/v1/health", "/nothing"):
+        api.get(path)
+    assert {name: count for name, count in scraped(api).items() if name.startswith("requests_total")} == {
+        'requests_total{method="GET",path="/api/v1/health",status="200"}': 1,
+        'requests_total{method="other",path="other",status="404"}': 1}
+
+
 # == Hostile input =============================================================
 #
 # What a stranger may send, beyond the bodies of the Payloads section: each with its answer, and with nothing
