@@ -1743,7 +1743,7 @@ class Store:
             if app is not None:
                 self._app(db, app)
             last, = db.execute(f"select coalesce(max(seq), -1) from {_TABLES[kind]}").fetchone()
-        page = self._page(kind, first_seq(since) - 1, last)
+        page = self._page(kind, min(max(0, first_seq(since)), MAX_NUMBER) - 1, last)
         while page:
             yield from (kept for kept in page if app in (None, kept.app) and kept.received_at >= since)
             page = self._page(kind, page[-1].seq, last)
@@ -4199,12 +4199,15 @@ def _look_at_file(path: Path) -> str:
 def _look_at_schema(path: Path) -> str:
     with closing(_Watcher(path)) as db, closing(sqlite3.connect(":memory:")) as fresh:
         _check_file(db, path)
+        version = db.pragma("user_version")
+        if 0 < version < SCHEMA_VERSION:
+            return f"version {version}, of which the next start makes version {SCHEMA_VERSION}"
         fresh.executescript(SCHEMA)
         expected, found = ({f"{kind} {name}" for kind, name in each.execute("select type, name from sqlite_master")}
                            for each in (fresh, db))
         if not expected <= found:
             raise StoreError(f"there is no {', '.join(sorted(expected - found))}")
-        return f"version {db.pragma('user_version')}"
+        return f"version {version}"
 
 
 def _look_at_pages(path: Path) -> str:
@@ -4529,6 +4532,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 arguments.run(store, arguments)
     except BrokenPipeError:  # whoever reads the output has had enough, also of what Python writes when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except KeyboardInterrupt:
+        _say("backfeedr: interrupted")
         return 1
     except (SettingsError, StoreError, Refusal, OSError, UnicodeError, ImportError) as error:
         _say(f"backfeedr: {error}")

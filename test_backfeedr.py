@@ -4819,6 +4819,8 @@ def test_an_export_is_of_one_app_or_since_a_day_of_receipt_where_that_is_asked(c
     assert exported(command, "events", "--app", "Beta") == [each for each in reports if each["is_test"]]
     assert exported(command, "events", "--since", day) == [each for each in reports if each["received_at"] >= day]
     assert command("export", "events", "--app", "Nope") == (1, "", "backfeedr: there is no app named 'Nope'\n")
+    assert exported(command, "events", "--since", "9999-12-31") == []
+    assert exported(command, "events", "--since", "0001-01-01") == reports
     for wrong in ("yesterday", "2026-02-30", "2026-3-1"):
         status, out, err = command("export", "events", "--since", wrong)
         assert (status, out) == (2, "") and "is not a date like 2026-03-12" in err
@@ -4923,7 +4925,7 @@ def test_check_says_in_a_line_each_what_is_well_and_changes_nothing(command, fil
     ("delete from labels", "roll-ups: the labels of crashes are"),
     ("delete from crashes where exception_type = 'A'", "roll-ups: the labels of crashes are"),
     ("delete from groups", "roll-ups: the groups of crashes"),
-    ("update group_hours set crashes = crashes + 1", "roll-ups: the groups of the week are"),
+    ("insert into group_hours values (1, 0, 'x', 1)", "roll-ups: the groups of the week are"),
     ("update hours set sessions = sessions + 1", "roll-ups: the hours and days are"),
     ("update days set crashes = 0 where app_id = 0", "roll-ups: the days of all apps are"),
     ("delete from durations", "roll-ups: the durations of days are"),
@@ -4937,6 +4939,22 @@ def test_check_finds_what_is_wrong(command, filled, damage, line):
     status, out, err = command("check")
     bad = [each for each in out.splitlines() if not each.startswith("ok  ")]
     assert (status, err, len(bad)) == (1, "", 1) and bad[0].startswith("BAD " + line), out
+
+
+def test_check_leaves_an_older_schema_to_the_next_start_and_an_empty_file_alone(command, filled, monkeypatch):
+    monkeypatch.setattr(backfeedr, "SCHEMA_VERSION", backfeedr.SCHEMA_VERSION + 1)
+    assert re.search(r"\nok  schema: version \d+, of which the next start makes version \d+\n", command("check")[1])
+    Path("empty.db").touch()
+    status, out, _ = command("check", "--db", "empty.db")
+    assert status == 1 and "\nBAD schema: there is no index " in out and Path("empty.db").read_bytes() == b""
+
+
+def test_check_looks_at_what_a_crash_has_left_without_taking_it_in(command, filled):
+    for name in ("backfeedr.db", "backfeedr.db-wal"):  # the other file beside them is lost
+        shutil.copy(name, name.replace("backfeedr", "crashed"))
+    before = {name: Path(name).read_bytes() for name in ("crashed.db", "crashed.db-wal")}
+    assert command("check", "--db", "crashed.db")[::2] == (0, "")
+    assert {name: Path(name).read_bytes() for name in before} == before
 
 
 def test_check_finds_a_damaged_page_a_missing_file_a_full_disk_and_a_wrong_setting(command, filled, monkeypatch):
@@ -4959,11 +4977,21 @@ def test_long_work_shows_its_progress_on_a_terminal_only(command, filled, monkey
         assert "\r" not in command(*arguments)[2]
     monkeypatch.setattr(backfeedr, "PAGE_ROWS", 10)
     for arguments, shown in ((["export", "events"], "exporting: 10 events"), (["import", "events"], "importing: "),
-                             (["backup", "copy2"], "copying: "), (["check"], "checking the settings")):
+                             (["backup", "copy2"], "copying: "), (["check"], "checking the settings"),
+                             (["prune"], "deleting: ")):
+        monkeypatch.setenv("BACKFEEDR_RETENTION_DAYS", "1" if arguments == ["prune"] else "90")
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
         status, _, err = command(*arguments)
         assert status == 0 and f"\r\x1b[K{shown}" in err, arguments
         assert "\r" not in err.rpartition("\r\x1b[K")[2] and not err.split("\r\x1b[K")[-1].startswith(shown)
+
+
+def test_an_interrupted_command_says_so_in_a_line(command, filled, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(backfeedr, "export_jsonl", interrupt)
+    assert command("export", "events") == (1, "", "backfeedr: interrupted\n")
 
 
 @pytest.mark.slow
