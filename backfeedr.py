@@ -1671,7 +1671,8 @@ class Store:
              here.commit_seconds.samples()),
             ("waiters", "gauge", "Requests that wait for the next commit.", [("", len(here.queue))]),
             ("reports_stored_total", "counter", "Reports stored since this process began: not what is kept now,"
-             " which would take a look at every row.", [(f'{{table="{table}"}}', n) for table, n in here.stored.items()]),
+             " which would take a look at every row.",
+             [(f'{{table="{table}"}}', n) for table, n in here.stored.items()]),
             ("crashes_kept", "gauge", "Rows of the table crashes, by their roll-up.", [("", crashes)]),
             ("file_bytes", "gauge", "Size of the database.", [("", self.path.stat().st_size)]),
             ("wal_bytes", "gauge", "Size of its write-ahead log.", [("", wal.stat().st_size if wal.exists() else 0)])]
@@ -4123,7 +4124,8 @@ def read_kept(line: bytes) -> Kept:
     given = decode_json(line)
     given.pop("group_hash", None)
     app, report_id = (_short_text(given.pop(name, None), name) for name in ("app", "id"))
-    is_test, came = _of(bool)(given.pop("is_test", None), "is_test"), _time(given.pop("received_at", None), "received_at")
+    is_test = _of(bool)(given.pop("is_test", None), "is_test")
+    came = _time(given.pop("received_at", None), "received_at")
     extra = _of(dict)(given.pop("extra", {}), "extra")
     match = re.fullmatch("(evt_)?([0-7][0-9a-f]{15})", report_id)
     seq = int(match[2], 16) if match else -1
@@ -4144,9 +4146,9 @@ def import_jsonl(store: Store, lines: Iterable[bytes], progress: Progress) -> Co
         for step in _steps(lines):
             counts += store.import_(step)
             progress(sum(counts.values()))
-    except StoreError as error:
-        raise StoreError(f"{error}; {counts['stored']:,} reports before it were stored: mend it, and import"
-                         " the whole file again") from None
+    except (StoreError, StorageUnavailable) as error:
+        raise StoreError(f"{error}; {counts['stored']:,} reports before it were stored: import the whole file"
+                         " again, when this is mended") from None
     return counts
 
 

@@ -1590,7 +1590,8 @@ def test_imported_releases_were_first_seen_when_they_were_received(serve, clock)
         clock.move(3600)
     hand_over(server, other)
     releases = sql(other.store.path, "select app_version, first_seen, last_seen from releases")
-    assert len(releases) == 150 and releases == sql(server.store.path, "select app_version, first_seen, last_seen from releases")
+    assert len(releases) == 150
+    assert releases == sql(server.store.path, "select app_version, first_seen, last_seen from releases")
 
 
 def test_an_export_is_of_what_was_there_when_it_began_and_reads_no_more_than_it_must(serve, clock, monkeypatch):
@@ -2855,7 +2856,8 @@ def test_a_database_with_an_app_gets_no_default_one(tmp_path):
 def scraped(api):
     """The samples of /metrics, by what stands before them; each name has its help and its type."""
     answer = api.web.get(api.prefix + "/metrics", headers={"Authorization": "Bearer " + TOKEN})
-    assert (answer.status_int, answer.content_type) == (200, "text/plain") and "version=0.0.4" in answer.headers["Content-Type"]
+    assert (answer.status_int, answer.content_type) == (200, "text/plain")
+    assert "version=0.0.4" in answer.headers["Content-Type"]
     lines = answer.text.splitlines()
     samples = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     families = [re.sub("(_bucket|_sum|_count)?([{].*)?$", "", name) for name in samples]
@@ -4772,11 +4774,11 @@ def filled(command, clock):
         fill(server, clock, 1, 150)
         clock.seconds = time.time()
         Api(server).post(CRASHES, {
-            **CRASH, "occurred_at": "0001-01-01T00:00:00+14:00", "exception_reason": "=1+1 \u2028 \u0001", "battery_level": -1,
-            "is_charging": False, "free_memory_mb": 1.5, "id": 7, "app": "me", "extra": {"x": [1e300, None]},
+            **CRASH, "occurred_at": "0001-01-01T00:00:00+14:00", "exception_reason": "=1+1 \u2028 \u0001",
+            "battery_level": -1, "is_charging": False, "free_memory_mb": 1.5, "id": 7, "app": "me", "extra": {"x": [1e300, None]},
             "stack_trace": [{"symbol": "\ufffd\n", "line": None, "more": {"deep": [1.0, -0.0, 10 ** 30]}}]})
-        Api(server).post(EVENTS, {**EVENT, "occurred_at": "9999-12-31T23:59:59.999-23:59", "received_at": "", "is_test": 0,
-                                  "properties": {"cell": "\t=1"}})
+        Api(server).post(EVENTS, {**EVENT, "occurred_at": "9999-12-31T23:59:59.999-23:59", "received_at": "",
+                                  "is_test": 0, "properties": {"cell": "\t=1"}})
         yield server
 
 
@@ -4840,12 +4842,14 @@ def test_no_cell_of_a_csv_is_a_formula(command, filled):
 
 
 @pytest.mark.parametrize("change, problem", [
-    (b"junk", "invalid JSON"), (b"[]", "invalid JSON"), ({"id": None}, "invalid id"), ({"id": "evt_" + "f" * 16}, "invalid id"),
+    (b"junk", "invalid JSON"), (b"[]", "invalid JSON"), ({"id": None}, "invalid id"),
+    ({"id": "evt_" + "f" * 16}, "invalid id"),
     ({"id": "evt_0000000000000001"}, "invalid id"), ({"received_at": "2001-01-01T00:00:00Z"}, "invalid id"),
     ({"received_at": "soon"}, "invalid received_at"), ({"app": None}, "invalid app"), ({"app": ""}, "an app's name is"),
     ({"app": "x" * 101}, "an app's name is"), ({"is_test": 1}, "invalid is_test"), ({"extra": []}, "invalid extra"),
     ({"is_test": True}, "the app 'default' is a live one here"), ({"occurred_at": None}, "missing occurred_at"),
-    ({"type": "click"}, "invalid event type"), ({"name": "x" * 501}, "invalid name"), ({"properties": 1}, "invalid properties"),
+    ({"type": "click"}, "invalid event type"), ({"name": "x" * 501}, "invalid name"),
+    ({"properties": 1}, "invalid properties"),
 ])
 def test_a_bad_line_is_named_and_nothing_near_it_is_stored(command, filled, change, problem, monkeypatch):
     monkeypatch.setattr(backfeedr, "IMPORT_LINES", 5)
@@ -4862,6 +4866,18 @@ def test_a_bad_line_is_named_and_nothing_near_it_is_stored(command, filled, chan
     check_database("other.db")
 
 
+def test_an_import_that_the_disk_ends_says_how_far_it_came(command, filled, monkeypatch):
+    def refuse(store, reports):
+        raise StorageUnavailable()
+
+    Path("events").write_text(command("export", "events")[1])
+    monkeypatch.setattr(Store, "import_", refuse)
+    status, out, err = command("import", "events", "--db", "other.db")
+    assert (status, out) == (1, "")
+    assert err.startswith("backfeedr: storage unavailable; 0 reports before it were stored: ")
+    assert sql("other.db", "select * from events") == []
+
+
 def test_a_backup_is_the_whole_database_and_replaces_nothing(command, filled):
     tables = stored(filled)
     status, out, err = command("backup", "copy.db")
@@ -4872,7 +4888,8 @@ def test_a_backup_is_the_whole_database_and_replaces_nothing(command, filled):
     before = Path("copy.db").read_bytes()
     assert command("backup", "copy.db") == (1, "", "backfeedr: there is a file copy.db already\n")
     assert Path("copy.db").read_bytes() == before
-    assert command("backup", "no/copy.db")[2] == "backfeedr: cannot write the backup no/copy.db: No such file or directory\n"
+    assert command("backup", "no/copy.db")[2] \
+        == "backfeedr: cannot write the backup no/copy.db: No such file or directory\n"
     assert list(Path().glob("*.partial*")) == []
 
 
@@ -5017,8 +5034,8 @@ def test_an_export_and_its_import_take_no_more_memory_for_more_events(command, c
                     "'\\n%d' % resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
             db = f"{count}.db" if name == "export" else f"{count}-copy.db"
             with open(out, "wb") as file:
-                done = subprocess.run([sys.executable, "-c", code, name, *(arguments or ["events"]), "--db", db], stdout=file,
-                                      stderr=subprocess.PIPE, check=True, env={**os.environ, "PYTHONPATH": str(HERE)})
+                done = subprocess.run([sys.executable, "-c", code, name, *(arguments or ["events"]), "--db", db],
+                                      stdout=file, stderr=subprocess.PIPE, check=True, env={**os.environ, "PYTHONPATH": str(HERE)})
             peaks[name, count] = int(done.stderr.split()[-1])
         assert sql(f"{count}-copy.db", "select count(*) from events") == [(count,)]
     for name in ("export", "import"):
