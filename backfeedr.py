@@ -2682,7 +2682,6 @@ ERRORS = {
     401: ("missing API key", "invalid API key", "missing admin token", "invalid admin token",
           "invalid signature", "stale timestamp", "signature required"),
     404: ("not found",),
-    403: ("form expired",),
     405: ("method not allowed",),
     413: ("request body too large",),
     415: ("unsupported content encoding",),
@@ -3015,6 +3014,7 @@ TRIES = 10  # to sign in within a minute, by all together: as no address is kept
 PAGE = 25  # rows of a list
 SHOWN_FRAMES, SHOWN_TEXT = 200, 20_000  # frames and characters; the API has the rest
 
+_FORM_EXPIRED = "form expired"
 escape = bottle.html_escape
 
 
@@ -3051,7 +3051,7 @@ class _Visit:
         self.form = {name: values[-1] for name, values in fields.items()}
         token = self.form.get("form_token", "").encode("utf-8", "replace")
         if not hmac.compare_digest(token, self.form_token.encode()):
-            raise Refusal("form expired")
+            raise Refusal(_FORM_EXPIRED)
 
     def link(self, path: str, **query: Any) -> str:
         """The address of a page; the app stays chosen."""
@@ -3107,7 +3107,8 @@ class Dashboard:
             try:
                 return page(_Visit(environ, lambda: self._store.now), **path)
             except Refusal as refusal:
-                answer = self.refused(environ, _STATUS.get(str(refusal), 400), str(refusal))
+                status = 403 if str(refusal) == _FORM_EXPIRED else _STATUS.get(str(refusal), 400)
+                answer = self.refused(environ, status, str(refusal))
                 if refusal.retry_after is not None:
                     answer.set_header("Retry-After", str(refusal.retry_after))
                 return answer
@@ -3381,9 +3382,11 @@ def _chart(title: str, labels: Sequence[str], values: Sequence[Optional[float]],
     first, last = _day(labels[0]), _day(labels[-1])
     said = (f"{title} per day, {first} to {last}: latest {known[-1][0]:,}{unit}, highest {max(known)[0]:,}{unit}"
             f" on {_day(max(known)[1])}, lowest {min(known)[0]:,}{unit}")
+    said_of = [f"{_day(label)}: " + ("none" if value is None else f"{value:,}{unit}")
+               for label, value in zip(labels, values)]
+    said_of[-1] += " so far"
     days = "".join(f'<rect class="day" x="{n * step:.2f}%" width="{step:.2f}%" y="0" height="{_HEIGHT}">'
-                   f'<title>{_day(label)}: {"none" if value is None else f"{value:,}{unit}"}</title></rect>'
-                   for n, (label, value) in enumerate(zip(labels, values)))
+                   f'<title>{text}</title></rect>' for n, text in enumerate(said_of))
     return (f'<div class="chart" role="img" aria-label="{said}"><p><span>{high:,}{unit}</span>'
             f'<span>{low:,}{unit}</span></p><svg width="100%" height="{_HEIGHT}"><g class="axis">'
             f'<line x1="0" x2="100%" y1="{_EDGE}" y2="{_EDGE}"/><line x1="0" x2="100%" y1="{bottom}" y2="{bottom}"/></g>'
@@ -3796,6 +3799,7 @@ svg { display: block; }
 .bars svg { margin-top: 0.4rem; }
 .bars rect, .marks rect { fill: var(--mark); }
 .marks line { stroke: var(--mark); stroke-width: 2; stroke-linecap: round; }
+.marks line:last-of-type { stroke-dasharray: 1 4; }  /* to today, which is not over */
 .marks circle { fill: var(--mark); }
 .axis line { stroke: var(--rule); }
 .day { fill: transparent; }
@@ -4547,16 +4551,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     options.add_argument("--db", dest="db_path", metavar="FILE", help="the database (default: backfeedr.db)")
-    serving = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS, parents=[options])
+    serving = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     serving.add_argument("--host", help="the address to listen on (default: 127.0.0.1)")
     serving.add_argument("--port", type=int, help="the port (default: 8080); 0 takes a free one")
     serving.add_argument("--verbose", action="store_true", help="log a line for each request, on standard error")
-    parser = argparse.ArgumentParser(prog="backfeedr", parents=[serving], description=(
+    parser = argparse.ArgumentParser(prog="backfeedr", parents=[options, serving], description=(
         "Crash reports and usage figures for iOS apps, on your own host. Without a command, it serves."))
     parser.add_argument("--version", action="version", version=f"backfeedr {__version__}")
     parser.set_defaults(run=serve)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    commands.add_parser("serve", parents=[serving], help="start the server").set_defaults(run=serve)
+    commands.add_parser("serve", parents=[options, serving], help="start the server").set_defaults(run=serve)
     commands.add_parser("demo", parents=[serving], help="serve made-up reports, to look at").set_defaults(run=serve_demo)
     prune = commands.add_parser("prune", parents=[options], help="delete what is older than the retention, now")
     prune.set_defaults(run=_prune)
