@@ -65,6 +65,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime, timezone
 from difflib import get_close_matches
 from functools import lru_cache
+from http import HTTPStatus
 from itertools import accumulate, chain, groupby
 from operator import itemgetter
 from pathlib import Path
@@ -2693,10 +2694,11 @@ ERRORS = {
     503: ("storage unavailable",),
 }
 _STATUS = {text: status for status, texts in ERRORS.items() for text in texts}
+_STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
 _HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 Environ = Dict[str, Any]
-Answer = Tuple[int, Union[Dict[str, Any], bottle.HTTPResponse]]
+Answer = Tuple[int, Union[Dict[str, Any], str]]
 Handler = Callable[..., Answer]  # of an environ, and of what is in the path
 
 
@@ -2732,6 +2734,7 @@ class Backfeedr:
         self._requests: Counter = Counter()  # by method, route and status
         self._counting = threading.Lock()
         self.pages = Dashboard(self.store, self.metrics)
+        self._ingestion: Dict[str, Handler] = {}
         self._router = self._routes()
         made = self.store.start(self.settings.api_key, self.settings.auth_token)
         if made != (None, None):
@@ -2739,21 +2742,27 @@ class Backfeedr:
             (announce or sys.stderr.write)(first_start_text(made, url))
 
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
-        path = environ.get("PATH_INFO", "")
+        method, path = environ.get("REQUEST_METHOD", ""), environ.get("PATH_INFO", "")
+        handler = self._ingestion.get(path) if method == "POST" else None
+        if handler is not None:  # without bottle, whose part would be as large as ours
+            body, status, headers = _answered(handler, environ)
+            start_response(_STATUS_LINES[status], [*headers.items(), ("Content-Length", str(len(body)))])
+            self._count(method, path, status)
+            return [body]
         try:
             path.encode("latin-1").decode("utf-8")
         except UnicodeError:  # of which bottle would drop the bytes, and find what is left
             path = "/api/not found" if path.startswith("/api/") else "/not found"
         environ = {**environ, "PATH_INFO": path, "bottle.route": None}  # an outer bottle may have set it
         answer = self._router(environ, start_response)
-        self._count(environ["bottle.route"], bottle.response.status_code)
+        route = environ["bottle.route"]
+        self._count(route.method if route else "other", route.rule if route else "other", bottle.response.status_code)
         return answer
 
-    def _count(self, route: Optional[bottle.Route], status: int) -> None:
+    def _count(self, method: str, rule: str, status: int) -> None:
         """By the route and not the path: a stranger could make up paths without end."""
-        key = (route.method, route.rule, status) if route else ("other", "other", status)
         with self._counting:
-            self._requests[key] += 1
+            self._requests[method, rule, status] += 1
 
     def __enter__(self) -> Backfeedr:
         return self
@@ -2783,8 +2792,10 @@ class Backfeedr:
                 ("GET", "/crashes", self._read(ask.groups, "version", "days", "text", "limit", "cursor")),
                 ("GET", "/crashes/<group_hash>", self._read(ask.group, "limit", "cursor")),
                 ("GET", "/events", self._read(ask.events, "type", "name", "session_id", "limit", "cursor"))):
-            router.route("/api/v1" + path, method, _answering(handler))
-        router.route("/metrics", "GET", _answering(self._prometheus))
+            router.route("/api/v1" + path, method, _by_bottle(handler))
+            if method == "POST":
+                self._ingestion["/api/v1" + path] = handler
+        router.route("/metrics", "GET", _by_bottle(self._prometheus))
         for method, path, page in self.pages.routes():
             router.route(path, method, page)
         return router
@@ -2793,7 +2804,7 @@ class Backfeedr:
         self.store.check()
         return 200, {"status": "ok"}
 
-    def _prometheus(self, environ: Environ) -> Tuple[int, bottle.HTTPResponse]:
+    def _prometheus(self, environ: Environ) -> Answer:
         self._check_admin(environ)
         with self._counting:
             requests = sorted(self._requests.items())
@@ -2802,8 +2813,7 @@ class Backfeedr:
         lines = [line for name, kind, meaning, samples in figures for line in (
             f"# HELP backfeedr_{name} {meaning}", f"# TYPE backfeedr_{name} {kind}",
             *(f"backfeedr_{name}{suffix} {value:.15g}" for suffix, value in samples))]
-        return 200, bottle.HTTPResponse("\n".join([*lines, ""]).encode(), 200, {
-            **_HEADERS, "Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+        return 200, "\n".join([*lines, ""])
 
     def _submitted(self, parse: Callable[[Given], Reports],
                    answer: Callable[[Reports, range], Dict[str, Any]]) -> Handler:
@@ -2883,23 +2893,25 @@ class _Router(bottle.Bottle):
         return answer
 
 
-def _answering(handler: Handler) -> Callable[..., bottle.HTTPResponse]:
-    """The handler as bottle calls it: it answers in JSON, whatever happens."""
-    def respond(**path: str) -> bottle.HTTPResponse:
-        headers = dict(_HEADERS)
-        try:
-            status, answer = handler(bottle.request.environ, **path)
-        except Refusal as refusal:
-            status, answer = _STATUS.get(str(refusal), 400), {"error": str(refusal)}
-            if refusal.retry_after is not None:
-                headers["Retry-After"] = str(refusal.retry_after)
-        except Exception:
-            log.exception("unexpected error")
-            return bottle.HTTPResponse(_error_body(500), 500, headers)
-        if isinstance(answer, bottle.HTTPResponse):
-            return answer
-        return bottle.HTTPResponse(json.dumps(answer).encode(), status, headers)
-    return respond
+def _answered(handler: Handler, environ: Environ, **path: str) -> Tuple[bytes, int, Dict[str, str]]:
+    """Body, status and headers of what a handler says, whatever happens: a text as it is, all else as JSON."""
+    headers = _HEADERS
+    try:
+        status, answer = handler(environ, **path)
+        if type(answer) is str:
+            return answer.encode(), status, {**headers, "Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+    except Refusal as refusal:
+        status, answer = _STATUS.get(str(refusal), 400), {"error": str(refusal)}
+        if refusal.retry_after is not None:
+            headers = {**headers, "Retry-After": str(refusal.retry_after)}
+    except Exception:
+        log.exception("unexpected error")
+        return _error_body(500), 500, headers
+    return json.dumps(answer).encode(), status, headers
+
+
+def _by_bottle(handler: Handler) -> Callable[..., bottle.HTTPResponse]:
+    return lambda **path: bottle.HTTPResponse(*_answered(handler, bottle.request.environ, **path))
 
 
 def _crash_answer(crashes: Sequence[Crash], seqs: range) -> Dict[str, Any]:
