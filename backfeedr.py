@@ -1333,7 +1333,7 @@ def _with_placeholders(statement: str, rows: int, columns: int) -> str:
 BUSY_TIMEOUT = 5.0  # seconds to wait for a lock that another process holds
 REPLAY_DAYS = 7  # how long a phone may be offline between a request and its repetition
 BUSY_GROUP = 4  # requests in a commit, from which on the next one waits for company
-GATHER_SECONDS = 0.002  # so long: a commit costs as much as ten reports; who comes alone never waits
+GATHER_SECONDS = 0.002  # at most: a commit costs as much as ten reports; who comes alone never waits
 MAX_WAIT = 30.0  # seconds for a commit that others make: longer than any lock and sync together
 STEP = 200  # rows that a commit deletes, and more where more come in: too few to be felt
 PRUNE_STEP = 1000  # rows, or pages, that `prune` deletes at a time
@@ -1452,6 +1452,8 @@ class _Process:
         self.queue: List[_Write] = []
         self.has_leader = False
         self.last_group = 0
+        self.company = threading.Lock()  # free when as many wait as were in the last group
+        self.company.acquire()
         self.group_sizes = Histogram(1, 2, 4, 8, 16, 32, 64, 128)  # requests
         self.commit_seconds = Histogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)
         self.stored = Counter(crashes=0, events=0)
@@ -1463,6 +1465,8 @@ class _Process:
             if len(self.queue) >= max_waiters or self.queue and rows > max_rows:
                 raise StorageUnavailable()
             self.queue.append(write)
+            if len(self.queue) == self.last_group and self.company.locked():
+                self.company.release()
         if not self.has_leader:
             self.appoint_leader()
 
@@ -1479,9 +1483,15 @@ class _Process:
             if write in self.queue:
                 self.queue.remove(write)
 
+    def gather(self) -> None:
+        """Under load, waits a moment for company: whoever was in the last group mostly comes again."""
+        if self.last_group >= BUSY_GROUP:
+            self.company.acquire(timeout=GATHER_SECONDS)
+
     def take_queue(self) -> List[_Write]:
         with self.queue_lock:
             queue, self.queue = self.queue, []
+            self.company.acquire(blocking=False)
         self.last_group = len(queue)
         return queue
 
@@ -1711,8 +1721,7 @@ class Store:
         """Commits all that waits in one transaction, and wakes everyone who waits."""
         group: List[_Write] = []
         try:
-            if here.last_group >= BUSY_GROUP:
-                time.sleep(GATHER_SECONDS)
+            here.gather()
             began = time.monotonic()
             with self.writing() as db:
                 group = here.take_queue()
