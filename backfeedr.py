@@ -1358,12 +1358,13 @@ class App(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What is known of an API key; the times are in milliseconds, None while it is active."""
+    """What is known of an API key; the times are in milliseconds, None while it is active. `hash`: SHA-256 in hex."""
 
     prefix: str
     app: str
     created_at: int
     revoked_at: Optional[int]
+    hash: str
 
 
 class FirstStart(NamedTuple):
@@ -2049,22 +2050,23 @@ class Store:
         """All keys, the oldest first."""
         with self.reading() as db:
             return [Key(*row) for row in db.execute("""
-                select prefix, name, keys.created_at, revoked_at from keys join apps on apps.id = app_id
+                select prefix, name, keys.created_at, revoked_at, lower(hex(key_hash)) from keys join apps on apps.id = app_id
                 order by keys.created_at, prefix
                 """)]
 
-    def revoke_key(self, prefix: str) -> Key:
-        """Ends the one active key that begins with `prefix`, or is it. Raises StoreError."""
+    def revoke_key(self, key: str) -> Key:
+        """Ends the one active key that begins with this, or is it, or has this hash. Raises StoreError."""
         with self.writing() as db:
             found = db.execute("""
                 select key_hash, prefix, name, keys.created_at from keys join apps on apps.id = app_id
-                where revoked_at is null and (key_hash = ? or substr(prefix, 1, ?) = ?)
-                """, (sha256(prefix), len(prefix), prefix)).fetchall()
+                where revoked_at is null and :key <> ''
+                    and (key_hash = :hash or lower(hex(key_hash)) = :key or substr(prefix, 1, length(:key)) = :key)
+                """, {"key": key, "hash": sha256(key)}).fetchall()
             if len(found) != 1:
-                raise StoreError(f"{len(found) or 'no'} active keys begin with {prefix!r}: see 'key list'")
-            (key_hash, *key), = found
+                raise StoreError(f"{len(found) or 'no'} active keys begin with {key!r}: see 'key list'")
+            (key_hash, *rest), = found
             db.execute("update keys set revoked_at = ? where key_hash = ?", (self.now, key_hash))
-            return Key(*key, self.now)
+            return Key(*rest, self.now, key_hash.hex())
 
     def delete_app(self, name: str) -> None:
         """Deletes an app, its keys and all that it sent. Raises StoreError where there is none.
@@ -2452,10 +2454,12 @@ class Metrics:
         """The groups of the crashes that are kept, the most frequent first; with `text` in type, reason or hash."""
         count, group = _group_cursor(cursor)
         first, last = (self._last_days(days)[0], self._last_days(days)[-1]) if days else (None, None)
-        found = f"""
+        fits = f"""
             select *, {_COUNTED_AT} as at from crashes
             where {_APPS} and (:version is null or app_version = :version)
                 and (:first is null or {_COUNTED_AT} / {DAY} between :first and :last)
+            """
+        found = f"""{fits}
                 and (:text is null or (app_id, group_hash) in (
                     select app_id, group_hash from groups where {_APPS} and instr(lower(
                         exception_type || char(10) || coalesce(exception_reason, '') || char(10) || group_hash),
@@ -2476,7 +2480,7 @@ class Metrics:
             shown = [{
                 **self._group(db, app_id, row["group_hash"]), "count": row["count"], "devices": row["devices"],
                 "versions": sorted((version for version, in db.execute(f"""
-                    select distinct app_version from ({found} and group_hash = :group) where app_version is not null
+                    select distinct app_version from ({fits} and group_hash = :group) where app_version is not null
                     """, {**window, "group": row["group_hash"]})), key=_version_key),
                 "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"])}
                 for row in rows[:limit]]
@@ -2522,30 +2526,50 @@ class Metrics:
                     "reports": reports[:limit], "next": reports[limit - 1]["id"] if reports[limit:] else None}
 
     def group_days(self, groups: Sequence[str], app: Optional[str] = None, days: int = 30) -> Figures:
-        """The crashes of each of these groups on each of the last days, the oldest day first."""
+        """Of each of these groups: its crashes on each of the last days, the oldest first; its apps; and where in
+        the app its latest crash was."""
         shown = self._last_days(days)
-        counts: Dict[str, List[int]] = {group_hash: [0] * days for group_hash in groups}
         with self._asking(app) as (db, app_id):
-            for group_hash, data in counts.items():
-                for day, crashes in db.execute(f"""
-                        select {_COUNTED_AT} / {DAY} as day, count(*) from crashes
-                        where {_APPS} and group_hash = :group and received_at >= :since and day between :first and :last
-                        group by day
-                        """, {"app": app_id, "group": group_hash, "first": shown[0], "last": shown[-1],
-                              "since": shown[0] * DAY - MAX_SKEW}):
-                    data[day - shown[0]] = crashes
-        return {"labels": _dates(shown), "groups": counts}
+            window = {"app": app_id, "first": shown[0], "last": shown[-1], "since": shown[0] * DAY - MAX_SKEW}
+            return {"labels": _dates(shown), "groups": {
+                group_hash: self._group_days(db, {**window, "group": group_hash}, shown) for group_hash in groups}}
 
-    def is_empty(self) -> bool:
-        """Whether no report is kept at all."""
-        with self._store.reading() as db:
-            return not any(db.execute("select exists (select 1 from crashes), exists (select 1 from events)").fetchone())
+    def _group_days(self, db: _Connection, window: Figures, shown: range) -> Figures:
+        counts = dict(db.execute(f"""
+            select {_COUNTED_AT} / {DAY} as day, count(*) from crashes
+            where {_APPS} and group_hash = :group and received_at >= :since and day between :first and :last
+            group by day
+            """, window))
+        apps = db.execute(f"""
+            select name from apps where {_APPS.replace("app_id", "id", 1)} and exists (
+                select 1 from crashes where app_id = apps.id and group_hash = :group)
+            order by name
+            """, window).fetchall()
+        latest = db.execute(f"""
+            select iif(length(stack_trace) < 100000, stack_trace, null) from crashes
+            where {_APPS} and group_hash = :group
+            order by received_at desc
+            limit 1
+            """, window).fetchone()
+        frames = json.loads(latest[0] or "[]") if latest else []
+        return {"days": [counts.get(day, 0) for day in shown], "apps": [name for name, in apps],
+                "place": next((frame.get("symbol") or "" for frame in frames if frame.get("file")), "")}
+
+    def is_empty(self, app: Optional[str] = None) -> bool:
+        """Whether nothing was received of an app; of its events, only the latest are looked at."""
+        with self._asking(app) as (db, app_id):
+            return not any(db.execute("""
+                select exists (select 1 from crashes where app_id = :app or :app = :every),
+                    exists (select 1 from days where app_id = :app),
+                    exists (select 1 from (select app_id from events order by seq desc limit :some)
+                        where app_id = :app or :app = :every)
+                """, {"app": app_id, "every": EVERY_APP, "some": 1000}).fetchone())
 
     def crash(self, id: str, app: Optional[str] = None) -> Figures:
         """One crash, as it was sent. Refusal where it is not kept."""
         with self._asking(app) as (db, app_id):
-            found = _reports(db, f"select * from crashes where seq = :seq and {_APPS}",
-                             {"seq": _before(id), "app": app_id})
+            found = _reports(db, f"select * from crashes where id = :id and seq = :seq and {_APPS}", {
+                "id": id, "seq": int(id, 16) if re.fullmatch("[0-7][0-9a-f]{15}", id) else -1, "app": app_id})
         if not found:
             raise Refusal("not found")
         return found[0]
@@ -2742,7 +2766,7 @@ class Backfeedr:
         self._turn = threading.Lock()
         self._requests: Counter = Counter()  # by method, route and status
         self._counting = threading.Lock()
-        self.pages = Dashboard(self.store, self.metrics)
+        self.pages = Dashboard(self.store, self.metrics, self.settings.public_url)
         self._ingestion: Dict[str, Handler] = {}
         self._router = self._routes()
         made = self.store.start(self.settings.api_key, self.settings.auth_token)
@@ -3036,26 +3060,34 @@ PAGE = 25  # rows of a list
 SHOWN_FRAMES, SHOWN_TEXT = 200, 20_000  # frames and characters; the API has the rest
 
 _FORM_EXPIRED = "form expired"
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # no HTML
 escape = bottle.html_escape
 
 
 class _Visit:
-    """A request for a page: below which prefix, from which session, for what."""
+    """A request for a page: below which prefix, from which browser, for what."""
 
-    def __init__(self, environ: Environ, clock: Callable[[], int]):
-        self.environ, self._clock = environ, clock
+    def __init__(self, environ: Environ, now: int, public_url: str):
+        self.environ, self.now = environ, now
         self.root = quote(environ.get("SCRIPT_NAME", "").encode("latin-1", "replace")).rstrip("/")
         self.path = quote(environ.get("PATH_INFO", "").encode("latin-1", "replace"))
         self.section = "/" + self.path.split("/")[1] if "/" in self.path else "/"
-        given = environ.get("QUERY_STRING", "").encode("latin-1", "replace").decode("utf-8", "replace")
-        self.query = urlencode(parse_qsl(given))  # without the fields that a form left empty
-        self.app = dict(parse_qsl(given)).get("app")
+        given = parse_qsl(environ.get("QUERY_STRING", "").encode("latin-1", "replace").decode("utf-8", "replace"))
+        self.query = urlencode(given)  # without the fields that a form left empty
         self.here = self.path + ("?" + self.query if self.query else "")
-        cookie = re.search("(?:^|; ?)backfeedr=([0-9a-f]{32})(?:;|$)", environ.get("HTTP_COOKIE", ""))
-        self.session = cookie[1] if cookie else secrets.token_hex(16)  # not one that is signed in
-        self.is_https = "https" in (environ.get("wsgi.url_scheme"), environ.get("HTTP_X_FORWARDED_PROTO"))
-        self.url = f"http{'s' * self.is_https}://{environ.get('HTTP_HOST') or 'localhost'}{self.root}"
+        self.app: Optional[str] = dict(given).get("app")
+        self.apps: Optional[List[App]] = None  # None: nobody is signed in
+        self.session = self._cookie("backfeedr")
+        self.secret = self._cookie("backfeedr_form") or secrets.token_hex(16)  # that of the forms
         self.form: Dict[str, str] = {}
+        scheme = environ.get("HTTP_X_FORWARDED_PROTO", environ.get("wsgi.url_scheme", "")).split(",")[0].strip().lower()
+        self.is_https = "https" in (scheme, environ.get("wsgi.url_scheme"), public_url.partition(":")[0])
+        host = re.fullmatch(r"[0-9A-Za-z.:\[\]-]+", environ.get("HTTP_HOST", ""))
+        self.url = public_url.rstrip("/") or f"http{'s' * self.is_https}://{host[0] if host else 'localhost'}{self.root}"
+
+    def _cookie(self, name: str) -> str:
+        found = re.search(f"(?:^|; ?){name}=([0-9a-f]{{32}})(?:;|$)", self.environ.get("HTTP_COOKIE", ""))
+        return found[1] if found else ""
 
     def asked(self, *names: str) -> Dict[str, Any]:
         """The parameters of these names, and the app."""
@@ -3063,11 +3095,11 @@ class _Visit:
 
     @property
     def form_token(self) -> str:
-        """What a form must carry: nobody who does not know the session can make it."""
-        return sha256("form" + self.session).hex()
+        """What a form must carry: nobody who does not know the browser's secret can make it."""
+        return sha256("form" + self.secret).hex()
 
     def read_form(self) -> None:
-        """Raises Refusal unless it comes from a page of this session."""
+        """Raises Refusal unless it comes from a page of this browser."""
         fields = parse_qs(_read_body(self.environ, 65_536).decode("utf-8", "replace"), keep_blank_values=True)
         self.form = {name: values[-1] for name, values in fields.items()}
         token = self.form.get("form_token", "").encode("utf-8", "replace")
@@ -3075,29 +3107,31 @@ class _Visit:
             raise Refusal(_FORM_EXPIRED)
 
     def link(self, path: str, **query: Any) -> str:
-        """The address of a page; the app stays chosen."""
-        given = {name: value for name, value in {"app": self.app, **query}.items() if value not in (None, "")}
+        """The address of a page; the app stays chosen, if there is such an app."""
+        app = self.app if self.app in {app.name for app in self.apps or ()} else None
+        given = {name: value for name, value in {"app": app, **query}.items() if value not in (None, "")}
         return self.root + path + ("?" + urlencode(given) if given else "")
 
     def when(self, time_text: str) -> str:
         """HTML of a time as the API gives it: how long ago, and the exact one on hover."""
-        at = parse_time(time_text)
         exact = time_text[:19].replace("T", " ")
-        return f'<time datetime="{time_text}" title="{exact} UTC">{_ago(self._clock() - at) or exact[:10]}</time>'
+        shown = _ago(self.now - parse_time(time_text)) or exact[:10]
+        return f'<time datetime="{time_text}" title="{exact} UTC">{shown}</time>'
 
 
 def _ago(span: int) -> str:
+    """"" for what is better told by its date."""
     for unit, name in ((DAY, "d"), (HOUR, "h"), (60 * SECOND, "min")):
         if span >= unit:
             return f"{span // unit} {name} ago" if span < 100 * DAY else ""
-    return "just now"
+    return "just now" if span >= -MAX_SKEW else ""
 
 
 class Dashboard:
     """Makes the pages. Whoever is not signed in sees that of signing in."""
 
-    def __init__(self, store: Store, metrics: Metrics):
-        self._store, self._metrics = store, metrics
+    def __init__(self, store: Store, metrics: Metrics, public_url: str = ""):
+        self._store, self._metrics, self._public_url = store, metrics, public_url
         self.tries = RateLimiter(TRIES)
         self._templates = {name: bottle.SimpleTemplate(source) for name, source in _TEMPLATES.items()}
 
@@ -3117,60 +3151,67 @@ class Dashboard:
 
     def refused(self, environ: Environ, status: int, text: str) -> bottle.HTTPResponse:
         """The page that says why there is none."""
-        visit = _Visit(environ, lambda: self._store.now)
-        return self._html(visit, text.capitalize(), "error", status=status, hint=_HINTS.get(status, _HINTS[400]))
+        return self._refused(self._visit(environ), status, text)
 
     # What all pages have around them
 
+    def _visit(self, environ: Environ) -> _Visit:
+        return _Visit(environ, self._store.now, self._public_url)
+
+    def _refused(self, visit: _Visit, status: int, text: str) -> bottle.HTTPResponse:
+        return self._html(visit, text.capitalize(), "error", status, hint=_HINTS.get(status, _HINTS[400]))
+
     def _guarded(self, page: Callable[..., bottle.HTTPResponse]) -> Callable[..., bottle.HTTPResponse]:
         def respond(**path: str) -> bottle.HTTPResponse:
-            environ = bottle.request.environ
+            visit = self._visit(bottle.request.environ)
             try:
-                return page(_Visit(environ, lambda: self._store.now), **path)
+                return page(visit, **path)
             except Refusal as refusal:
                 status = 403 if str(refusal) == _FORM_EXPIRED else _STATUS.get(str(refusal), 400)
-                answer = self.refused(environ, status, str(refusal))
+                answer = self._refused(visit, status, str(refusal))
                 if refusal.retry_after is not None:
                     answer.set_header("Retry-After", str(refusal.retry_after))
                 return answer
             except Exception:
                 log.exception("unexpected error")
-                return self.refused(environ, 500, "internal server error")
+                return self._refused(visit, 500, "internal server error")
         return respond
 
     def _signed_in(self, page: Callable[..., bottle.HTTPResponse]) -> Callable[..., bottle.HTTPResponse]:
         def respond(visit: _Visit, **path: str) -> bottle.HTTPResponse:
+            is_form = visit.environ["REQUEST_METHOD"] == "POST"
             if not self._store.is_granted("session", visit.session):
-                is_page = visit.environ["REQUEST_METHOD"] in ("GET", "HEAD")
-                return _redirect(visit, "/sign-in?" + urlencode({"next": visit.here if is_page else "/"}))
-            if visit.environ["REQUEST_METHOD"] == "POST":
+                if visit.environ.get("HTTP_SEC_FETCH_SITE") == "cross-site" and not is_form:
+                    return self._html(visit, "Continue", "continue")  # whose link brings the cookie
+                return _redirect(visit, "/sign-in?" + urlencode({"next": "/" if is_form else visit.here}))
+            visit.secret, visit.apps = visit.session, self._store.apps()
+            if is_form:
                 visit.read_form()
-            visit.environ["backfeedr.apps"] = self._store.apps()
             return page(visit, **path)
         return respond
 
     def _html(self, visit: _Visit, title: str, template: str, status: int = 200, **values: Any) -> bottle.HTTPResponse:
         given = {"visit": visit, "link": visit.link, "when": visit.when, "title": title, "short": _short,
-                 "apps": visit.environ.get("backfeedr.apps"), "pages": _PAGES, "curl": curl_line, **values}
+                 "apps": visit.apps, "pages": _PAGES, "curl": curl_line, **values}
         given.update(more=lambda path: self._templates["more"].render(path=path, **given),
                      form=lambda action, label, **fields: self._templates["form"].render(
                          action=action, label=label, fields=fields, **given))
         body = self._templates[template].render(**given)
         page = self._templates["layout"].render(style=STYLE, body=body, icon=_ICON, **given)
-        return bottle.HTTPResponse(page.encode("utf-8", "replace"), status, PAGE_HEADERS)
+        return bottle.HTTPResponse(_CONTROL.sub("\ufffd", page).encode("utf-8", "replace"), status, PAGE_HEADERS)
 
     # Signing in and out
 
     def _ask_to_sign_in(self, visit: _Visit, problem: str = "", status: int = 200) -> bottle.HTTPResponse:
         query = parse_qs(visit.query)
         code = query.get("code", [""])[-1]
-        if code:
+        if code and visit.environ["REQUEST_METHOD"] == "GET":  # HEAD is somebody who looks ahead
             if self._store.withdraw("code", code):
                 return self._let_in(visit, "/")
             problem, status = "This link was good once, for ten minutes. Sign in with the admin token.", 403
         target = visit.form.get("next") or query.get("next", ["/"])[-1]
         answer = self._html(visit, "Sign in", "sign_in", status, problem=problem, target=target)
-        _set_cookie(answer, visit, visit.session)
+        _set_cookie(answer, visit, "backfeedr_form", visit.secret)
         return answer
 
     def _sign_in(self, visit: _Visit) -> bottle.HTTPResponse:
@@ -3188,7 +3229,7 @@ class Dashboard:
         """Under a new session id, as somebody may have planted the one before."""
         is_ours = re.fullmatch(r"/(?![/\\])[!-~]*", target)
         answer = _redirect(visit, target if is_ours else "/")
-        _set_cookie(answer, visit, self._store.grant("session", SIGNED_IN))
+        _set_cookie(answer, visit, "backfeedr", self._store.grant("session", SIGNED_IN))
         return answer
 
     def _sign_out(self, visit: _Visit) -> bottle.HTTPResponse:
@@ -3199,35 +3240,41 @@ class Dashboard:
 
     def _overview(self, visit: _Visit) -> bottle.HTTPResponse:
         ask, app = self._metrics, visit.app
+        week = ask.overview(app)
         crashes, sessions = ask.daily_crashes(app, 30), ask.sessions(app, 30)["sessions"]
         return self._html(
-            visit, "Overview", "overview", is_empty=ask.is_empty(), week=ask.overview(app), latest=ask.releases(app)["releases"][:4],
-            tiles=_tiles(ask.overview(app), crashes["labels"], crashes["data"], sessions,
+            visit, "Overview", "overview", is_empty=ask.is_empty(app), week=week, latest=ask.releases(app)["releases"][:4],
+            tiles=_tiles(week, crashes["labels"], crashes["data"], sessions,
                          ask.active_devices(app, 30)["dau"]),
             crashes=column_chart("Crashes", crashes["labels"], crashes["data"]),
             types=bar_chart(ask.crash_types(app, 30)), devices=bar_chart(ask.devices(app, 30)))
 
     def _crashes(self, visit: _Visit) -> bottle.HTTPResponse:
-        asked = visit.asked("version", "days", "text", "cursor")
-        found = self._metrics.groups(**asked, limit=PAGE)
-        days = self._metrics.group_days([group["group_hash"] for group in found["groups"]], visit.app)
-        return self._html(visit, "Crashes", "crashes", **found, asked=asked, spark=sparkline, days=days["groups"],
-                          is_filtered=bool(asked.keys() - {"app"}), versions=[each["app_version"] for each in self._metrics.releases(visit.app)["releases"]])
+        ask, asked = self._metrics, visit.asked("version", "days", "text", "cursor")
+        found = ask.groups(**asked, limit=PAGE)
+        details = ask.group_days([group["group_hash"] for group in found["groups"]], visit.app)["groups"]
+        return self._html(visit, "Crashes", "crashes", **found, asked=asked, spark=sparkline, details=details,
+                          is_filtered=bool(asked.keys() - {"app"}), spans=sorted({1, 7, 30, 90, 365, asked.get("days", 1)}),
+                          versions=[each["app_version"] for each in ask.releases(visit.app)["releases"]])
 
     def _group(self, visit: _Visit, group_hash: str) -> bottle.HTTPResponse:
         ask, asked = self._metrics, visit.asked("cursor", "report")
         group = ask.group(group_hash, visit.app, cursor=asked.get("cursor"))
-        report = ask.crash(asked["report"], visit.app) if "report" in asked else group["reports"][0]
-        if report["group_hash"] != group_hash:
+        report = ask.crash(asked["report"], visit.app) if "report" in asked else next(iter(group["reports"]), {})
+        if report.get("group_hash") != group_hash:
             raise Refusal("not found")
-        days = ask.group_days([group_hash], visit.app)
-        return self._html(visit, group["exception_type"], "group", group=group, report=report, asked=asked,
-                          next=group["next"], chart=column_chart("Crashes", days["labels"], days["groups"][group_hash]),
-                          frames=report.get("stack_trace", []), most=SHOWN_FRAMES, context=_context(report),
-                          bars=bar_chart, place=_place)
+        details = ask.group_days([group_hash], visit.app)
+        return self._html(
+            visit, group["exception_type"], "group", group=group, report=report, asked=asked, next=group["next"],
+            is_latest=not asked.keys() - {"app"}, frames=report.get("stack_trace", []), most=SHOWN_FRAMES, place=_place,
+            chart=column_chart("Crashes", details["labels"], details["groups"][group_hash]["days"]),
+            has_own=any(frame.get("file") for frame in report.get("stack_trace", [])), context=_context(report),
+            bars=bar_chart)
 
     def _events(self, visit: _Visit) -> bottle.HTTPResponse:
         asked = visit.asked("type", "name", "session_id", "cursor")
+        if asked.get("type", "custom") not in EVENT_TYPES:
+            raise Refusal("invalid event type")
         if "session_id" in asked:
             asked = {name: value for name, value in asked.items() if name not in ("type", "name")}
         found = (self._metrics.session if "session_id" in asked else self._metrics.events)(**asked, limit=2 * PAGE)
@@ -3238,8 +3285,10 @@ class Dashboard:
         return self._html(visit, "Releases", "releases", **self._metrics.releases(visit.app))
 
     def _apps(self, visit: _Visit, status: int = 200, **said: str) -> bottle.HTTPResponse:
-        visit.environ["backfeedr.apps"] = self._store.apps()
-        return self._html(visit, "Apps", "apps", status, keys=self._store.keys(), iso=iso_time, **{
+        visit.apps = self._store.apps()
+        keys = self._store.keys()
+        return self._html(visit, "Apps", "apps", status, iso=iso_time, keys={
+            app.name: [key for key in keys if key.app == app.name] for app in visit.apps}, **{
             "problem": "", "message": "", "key": "", "curl": "", **said})
 
     def _change_apps(self, visit: _Visit) -> bottle.HTTPResponse:
@@ -3262,7 +3311,7 @@ class Dashboard:
         return _new_key(visit, name, self._store.create_key(name))
 
     def _revoke_key(self, visit: _Visit) -> Dict[str, str]:
-        key = self._store.revoke_key(visit.form.get("prefix", ""))
+        key = self._store.revoke_key(visit.form.get("key", ""))
         return {"message": f"Revoked the key {key.prefix}... of {key.app}."}
 
     def _delete_app(self, visit: _Visit) -> Dict[str, str]:
@@ -3295,8 +3344,8 @@ def _redirect(visit: _Visit, path: str) -> bottle.HTTPResponse:
     return bottle.HTTPResponse(b"", 303, {**PAGE_HEADERS, "Location": visit.root + path})
 
 
-def _set_cookie(answer: bottle.HTTPResponse, visit: _Visit, session: str) -> None:
-    answer.set_cookie("backfeedr", session, path=visit.root + "/", httponly=True, samesite="strict",
+def _set_cookie(answer: bottle.HTTPResponse, visit: _Visit, name: str, value: str) -> None:
+    answer.set_cookie(name, value, path=visit.root + "/", httponly=True, samesite="strict",
                       max_age=SIGNED_IN // SECOND, **({"secure": True} if visit.is_https else {}))
 
 
@@ -3311,7 +3360,7 @@ def _tiles(week: Figures, labels: Sequence[str], crashes: Sequence[int], session
     lowest = min((rate for rate in rates if rate is not None), default=0)
     low = max(limit for limit in (0, 50, 80, 90, 95, 99) if limit <= lowest)
     return [
-        {"name": "Crash-free sessions", "value": f"{week['crash_free_rate_7d']:.2f} %",
+        {"name": "Crash-free sessions", "value": f"{week['crash_free_rate_7d']:.2f} %" if week["sessions_7d"] or week["crashes_7d"] else "-",
          "note": f"7 days; {crash_free_rate(*before):.2f} % in the 7 before" if any(before) else "7 days",
          "chart": line_chart("Crash-free sessions", labels, rates, low, " %")},
         {"name": "Active devices", "value": f"{week['dau']:,}", "note": "24 hours",
@@ -3370,7 +3419,8 @@ Draw = Callable[[Sequence[Optional[float]], float], str]  # of the ys, and how f
 
 def line_chart(title: str, labels: Sequence[str], values: Sequence[Optional[float]], low: float = 0,
                unit: str = "") -> str:
-    """A line through one value a day, from `low` up; None leaves a gap. `labels` are ISO dates."""
+    """A line through one value a day, from `low` up, and a dot for today, which is not over; None leaves a gap.
+    `labels` are ISO dates."""
     return _chart(title, labels, values, low, unit, _lines)
 
 
@@ -3382,8 +3432,8 @@ def column_chart(title: str, labels: Sequence[str], values: Sequence[Optional[fl
 def _lines(ys: Sequence[Optional[float]], step: float) -> str:
     points = [((n + 0.5) * step, y) for n, y in enumerate(ys)]
     lines = "".join(f'<line x1="{x1:.2f}%" x2="{x2:.2f}%" y1="{y1:.1f}" y2="{y2:.1f}"/>'
-                    for (x1, y1), (x2, y2) in zip(points, points[1:]) if y1 is not None and y2 is not None)
-    alone = [(x, y) for (x, y), before, after in zip(points, [None, *ys], [*ys[1:], None])
+                    for (x1, y1), (x2, y2) in zip(points, points[1:-1]) if y1 is not None and y2 is not None)
+    alone = [(x, y) for (x, y), before, after in zip(points, [None, *ys], [*ys[1:-1], None, None])
              if y is not None and after is None and (before is None or x == points[-1][0])]
     return lines + "".join(f'<circle cx="{x:.2f}%" cy="{y:.1f}" r="2.5"/>' for x, y in alone)
 
@@ -3478,7 +3528,7 @@ _TEMPLATES = {
 </head>
 <body>
 <header>
-<a class="brand" href="{{visit.root}}/">backfeedr</a>
+<a class="brand" href="{{link("/")}}">backfeedr</a>
 % if apps is not None:
 <nav aria-label="Pages">
 % for path, name in pages:
@@ -3488,7 +3538,7 @@ _TEMPLATES = {
 <form method="post" action="{{visit.root}}/sign-out"><input type="hidden" name="form_token" value="{{visit.form_token}}"><button class="plain">Sign out</button></form>
 % end
 </header>
-% if apps and visit.section != "/apps" and len(apps) > 1:
+% if apps and visit.section != "/apps" and (len(apps) > 1 or apps[0].is_test):
 <nav class="apps" aria-label="Apps">
 <a href="{{link(visit.section, app=None)}}"{{!' aria-current="true"' if not visit.app else ""}}>All live apps</a>
 % for app in apps:
@@ -3503,6 +3553,9 @@ _TEMPLATES = {
 <footer>All days and times are UTC.</footer>
 </body>
 </html>
+""",
+    "continue": """<p>You came here from another site, so your browser did not say who you are.</p>
+<p><a href="{{visit.root}}{{visit.here}}">Go on</a></p>
 """,
     "error": """<p>{{hint}}</p>
 <p><a href="{{visit.root}}/">To the overview</a></p>
@@ -3572,7 +3625,7 @@ _TEMPLATES = {
 % end
 </datalist>
 <label>Days <select name="days"><option value="">all</option>
-% for choice in sorted({1, 7, 30, 90, 365, asked.get("days", 1)}):
+% for choice in spans:
 <option{{!" selected" if asked.get("days") == choice else ""}}>{{choice}}</option>
 % end
 </select></label>
@@ -3580,11 +3633,19 @@ _TEMPLATES = {
 <button>Show</button>
 </form>
 % if groups:
-<table class="list"><thead><tr><th class="number">Crashes</th><th>Group</th><th>30 days</th><th class="number">Devices</th><th>Versions</th><th>First seen</th><th>Last seen</th></tr></thead><tbody>
+<table class="list"><thead><tr><th class="number">Crashes</th><th>Group</th>{{!"" if visit.app or len(apps) < 2 else "<th>App</th>"}}<th>30 days</th><th class="number">Devices</th><th>Versions</th><th>First seen</th><th>Last seen</th></tr></thead><tbody>
 % for group in groups:
+% more_of_it = details[group["group_hash"]]
 <tr><td class="number" data-label="Crashes">{{"{:,}".format(group["count"])}}</td>
-<td class="main"><a href="{{link("/crashes/" + group["group_hash"])}}"><bdi>{{group["exception_type"]}}</bdi></a> <span class="reason"><bdi>{{short(group["exception_reason"])}}</bdi></span></td>
-<td data-label="30 days">{{!spark(days[group["group_hash"]], "Crashes")}}</td>
+<td class="main"><a href="{{link("/crashes/" + group["group_hash"])}}"><bdi>{{group["exception_type"]}}</bdi></a>
+% if more_of_it["place"]:
+<code><bdi>{{short(more_of_it["place"], 120)}}</bdi></code>
+% end
+<span class="reason"><bdi>{{short(group["exception_reason"])}}</bdi></span></td>
+% if not visit.app and len(apps) > 1:
+<td data-label="App"><bdi>{{", ".join(more_of_it["apps"])}}</bdi></td>
+% end
+<td data-label="30 days">{{!spark(more_of_it["days"], "Crashes")}}</td>
 <td class="number" data-label="Devices">{{"{:,}".format(group["devices"])}}</td>
 <td data-label="Versions"><bdi>{{", ".join(short(version, 40) for version in group["versions"][-2:])}}</bdi>{{", +{}".format(len(group["versions"]) - 2) if len(group["versions"]) > 2 else ""}}</td>
 <td data-label="First seen">{{!when(group["first_seen"])}}</td>
@@ -3594,14 +3655,14 @@ _TEMPLATES = {
 % elif is_filtered:
 <p class="empty">No crash fits. <a href="{{link("/crashes")}}">Show all</a></p>
 % else:
-<p class="empty">No crash is kept{{" of " + visit.app if visit.app else ""}}. When one comes in, it is here at once.</p>
+<p class="empty">No crash is kept{{" of " + visit.app if visit.app else ""}}. When one comes in, it is here at once; <a href="{{link("/apps")}}">Apps</a> has the keys to send one with.</p>
 % end
 {{!more("/crashes")}}
 """,
     "group": """<p class="reason"><bdi>{{short(report.get("exception_reason", ""), 5000)}}</bdi></p>
 <dl class="facts"><div><dt>Crashes</dt><dd>{{"{:,}".format(group["count"])}}</dd></div><div><dt>Devices</dt><dd>{{"{:,}".format(group["devices"])}}</dd></div><div><dt>First seen</dt><dd>{{!when(group["first_seen"])}}</dd></div><div><dt>Last seen</dt><dd>{{!when(group["last_seen"])}}</dd></div><div><dt>Group</dt><dd><code>{{group["group_hash"]}}</code></dd></div></dl>
 <section><h2>Crashes per day</h2>{{!chart}}</section>
-<section><h2>{{"The latest crash" if report["id"] == group["reports"][0]["id"] and not asked else "A crash"}}, {{!when(report["occurred_at"])}}</h2>
+<section><h2>{{"The latest crash" if is_latest else "A crash"}}, {{!when(report["occurred_at"])}}</h2>
 <div class="crash">
 <div>
 % if frames:
@@ -3615,7 +3676,7 @@ _TEMPLATES = {
 % if frames[most:]:
 <p class="note">and {{"{:,}".format(len(frames) - most)}} further frames</p>
 % end
-<p class="note">{{"Frames of the app itself are those with a file." if any(frame.get("file") for frame in frames[:most]) else "No frame has a file, so none is known to be the app's own."}}</p>
+<p class="note">{{"Frames of the app itself are those with a file." if has_own else "No frame has a file, so none is known to be the app's own."}}</p>
 % else:
 <p class="empty">This report came without a stack trace.</p>
 % end
@@ -3639,16 +3700,15 @@ _TEMPLATES = {
 <section><h2>Devices</h2>{{!bars(group["device_models"], group["count"])}}</section>
 </div>
 <section><h2>Its crashes</h2>
-% if group["reports"]:
-<table class="list"><thead><tr><th>Received</th><th>Version</th><th>System</th><th>Device</th><th>Reason</th></tr></thead><tbody>
+<table class="list"><thead><tr><th>Received</th>{{!"" if visit.app or len(apps) < 2 else "<th>App</th>"}}<th>Version</th><th>System</th><th>Device</th><th>Reason</th></tr></thead><tbody>
 % for each in group["reports"]:
 <tr{{!' aria-current="true"' if each["id"] == report["id"] else ""}}><td data-label="Received"><a href="{{link(visit.path, report=each["id"], cursor=asked.get("cursor"))}}">{{!when(each["received_at"])}}</a></td>
-<td data-label="Version"><bdi>{{short(each.get("app_version", ""), 40)}}</bdi></td><td data-label="System"><bdi>{{short(each.get("os_version", ""), 40)}}</bdi></td><td data-label="Device"><bdi>{{short(each.get("device_model", ""), 40)}}</bdi></td><td data-label="Reason"><span class="reason"><bdi>{{short(each.get("exception_reason", ""), 120)}}</bdi></span></td></tr>
+% if not visit.app and len(apps) > 1:
+<td data-label="App"><bdi>{{each["app"]}}</bdi></td>
+% end
+<td data-label="Version"><bdi>{{short(each.get("app_version", ""), 40)}}</bdi></td><td data-label="System"><bdi>{{short(each.get("os_version", ""), 40)}}</bdi></td><td data-label="Device"><bdi>{{short(each.get("device_model", ""), 40)}}</bdi></td><td data-label="Reason"><span class="reason"><bdi>{{short(each.get("exception_reason", ""), 120) if each.get("exception_reason", "") != report.get("exception_reason", "") else ""}}</bdi></span></td></tr>
 % end
 </tbody></table>
-% else:
-<p class="empty">There are no further ones.</p>
-% end
 {{!more(visit.path)}}
 </section>
 """,
@@ -3670,9 +3730,13 @@ _TEMPLATES = {
 </form>
 % end
 % if events:
-<table class="list"><thead><tr><th>Occurred</th><th>Event</th><th>With</th><th>Version</th><th>Device</th><th>Session</th></tr></thead><tbody>
+<table class="list"><thead><tr><th>Occurred</th><th>Event</th>{{!"" if visit.app or len(apps) < 2 else "<th>App</th>"}}<th>Properties</th><th>Version</th><th>Device</th><th>Session</th></tr></thead><tbody>
 % for event in events:
-<tr><td data-label="Occurred">{{!when(event["occurred_at"])}}</td><td class="main">{{event["type"]}} <b><bdi>{{short(event.get("name", ""), 80)}}</bdi></b></td><td data-label="With"><span class="reason"><bdi>{{details(event)}}</bdi></span></td><td data-label="Version"><bdi>{{short(event.get("app_version", ""), 40)}}</bdi></td><td data-label="Device"><bdi>{{short(event.get("device_model", ""), 40)}}</bdi></td><td data-label="Session">
+<tr><td data-label="Occurred">{{!when(event["occurred_at"])}}</td><td class="main">{{event["type"]}} <b><bdi>{{short(event.get("name", ""), 80)}}</bdi></b></td>
+% if not visit.app and len(apps) > 1:
+<td data-label="App"><bdi>{{event["app"]}}</bdi></td>
+% end
+<td data-label="Properties"><span class="reason"><bdi>{{details(event)}}</bdi></span></td><td data-label="Version"><bdi>{{short(event.get("app_version", ""), 40)}}</bdi></td><td data-label="Device"><bdi>{{short(event.get("device_model", ""), 40)}}</bdi></td><td data-label="Session">
 % if event.get("session_id") and "session_id" not in asked:
 <a href="{{link("/events", session_id=event["session_id"])}}"><bdi>{{short(event["session_id"], 12)}}</bdi></a>
 % end
@@ -3717,15 +3781,14 @@ _TEMPLATES = {
 % for app in apps:
 <section class="app"><h2><bdi>{{app.name}}</bdi>{{" (test)" if app.is_test else ""}}</h2>
 <p class="note">Made {{!when(iso(app.created_at))}}. <a href="{{link("/", app=app.name)}}">Its figures</a></p>
-% mine = [key for key in keys if key.app == app.name]
-% if mine:
-<table class="list"><thead><tr><th>Key</th><th>Made</th><th></th></tr></thead><tbody>
-% for key in mine:
+% if keys[app.name]:
+<table class="list"><thead><tr><th>Key</th><th>Made</th><th>In use</th></tr></thead><tbody>
+% for key in keys[app.name]:
 <tr><td data-label="Key"><code>{{key.prefix}}...</code></td><td data-label="Made">{{!when(iso(key.created_at))}}</td><td>
 % if key.revoked_at:
 revoked {{!when(iso(key.revoked_at))}}
 % else:
-{{!form("revoke", "Revoke", prefix=key.prefix)}}
+<details><summary>Revoke</summary><p>What apps with this key send is refused from then on.</p>{{!form("revoke", "Revoke it", key=key.hash)}}</details>
 % end
 </td></tr>
 % end
@@ -3820,7 +3883,6 @@ svg { display: block; }
 .bars svg { margin-top: 0.4rem; }
 .bars rect, .marks rect { fill: var(--mark); }
 .marks line { stroke: var(--mark); stroke-width: 2; stroke-linecap: round; }
-.marks line:last-of-type { stroke-dasharray: 1 4; }  /* to today, which is not over */
 .marks circle { fill: var(--mark); }
 .axis line { stroke: var(--rule); }
 .day { fill: transparent; }
@@ -3857,7 +3919,7 @@ button:hover { border-color: var(--ink); }
 .sign-in { display: block; max-width: 24rem; }
 .sign-in label { display: block; }
 .sign-in input { width: 100%; }
-.hint { padding: 0.3rem 1rem 0.8rem; border-left: 3px solid var(--mark); background: var(--tint); }
+.hint { margin-bottom: 1.5rem; padding: 0.3rem 1rem 0.8rem; border-left: 3px solid var(--mark); background: var(--tint); }
 .key { font-size: 1.1em; font-weight: 600; user-select: all; }
 .actions { display: flex; flex-wrap: wrap; gap: 0.6rem 1.5rem; align-items: baseline; margin-top: 0.6rem; }
 summary { cursor: pointer; color: var(--link); }
@@ -3900,11 +3962,12 @@ QUIET_SECONDS = 0.3  # a connection that is silent so long has sent nothing more
 REQUEST_SECONDS = 60  # from the first byte of a request to its last, and for a connection between two requests
 
 
-def serve(settings: Settings, welcome: Callable[[Backfeedr, str], str] = lambda app, url: "") -> None:
+def serve(settings: Settings, welcome: Callable[[Backfeedr, str], str] = lambda app, url: "",
+          prepare: Callable[[], Any] = lambda: None) -> None:
     """Serves until SIGTERM or SIGINT. Raises OSError where it cannot listen, and ImportError without waitress,
     before it touches the database: a first start's secrets are shown only once.
 
-    What `welcome` says of the app and its address is printed when it listens.
+    `prepare` is called once it has its port. What `welcome` says of the app and its address is printed at the end.
     """
     try:
         import waitress  # noqa: F401 (only here: another server's host needs none)
@@ -3913,6 +3976,7 @@ def serve(settings: Settings, welcome: Callable[[Backfeedr, str], str] = lambda 
     listener = _listen(settings.host, settings.port)
     settings = replace(settings, port=listener.getsockname()[1])
     made: List[str] = []
+    prepare()
     if settings.verbose:
         log.addHandler(logging.StreamHandler())
         log.setLevel(logging.INFO)
@@ -4326,10 +4390,10 @@ def serve_demo(settings: Settings) -> None:
     """Serves made-up reports from a file that is gone afterwards. Raises as `serve`."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "demo.db")
-        fill_demo(path, int(time.time() * SECOND))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and so leaves nothing behind while it fills
         serve(replace(settings, db_path=path, api_key="", retention_days=0), lambda app, url: (
             "This is a month of made-up reports. The link signs in, once and for ten minutes:\n\n"
-            f"    {app.pages.invite(url)}\n\n"))
+            f"    {app.pages.invite(url)}\n\n"), prepare=lambda: fill_demo(path, int(time.time() * SECOND)))
 
 
 def fill_demo(path: str, now: int, seed: int = 1) -> None:

@@ -3378,11 +3378,9 @@ def test_a_page_is_shown_after_signing_in_and_not_before(api, path):
 
 def test_signing_in_makes_a_new_session_and_signing_out_ends_it(api):
     someone = Person(api.server)
-    someone.get("/sign-in")
-    before = someone.session
     page = someone.sign_in()
     during = someone.session
-    assert re.fullmatch("[0-9a-f]{32}", during) and during != before
+    assert re.fullmatch("[0-9a-f]{32}", during) and during != someone.web.cookies["backfeedr_form"]
     assert len(sql(api.server.store.path, "select * from grants")) == 1
     assert during.encode() not in api.server.store.path.read_bytes()
     form = next(form for form in page.forms.values() if form.action.endswith("/sign-out"))
@@ -3438,9 +3436,21 @@ def test_another_admin_token_ends_all_sessions(serve, person):
     person.get("/", status=303)
 
 
+def test_a_link_on_another_site_leaves_the_browser_signed_in(person):
+    """Its request carries no cookie, as SameSite wants it; a link of the page that it gets does."""
+    session = person.session
+    stranger = Person(person.server)  # the same browser without its cookies
+    page = stranger.web.get("/crashes?days=7", headers={**HTML, "Sec-Fetch-Site": "cross-site"}, status=200)
+    assert "Set-Cookie" not in page.headers and 'href="/crashes?days=7"' in page and "Sign out" not in page
+    assert "No crash fits" in person.get("/crashes?days=7")
+    assert "backfeedr=" not in stranger.get("/crashes", status=303).follow(headers=HTML).headers["Set-Cookie"]
+    assert person.session == session
+
+
 def test_a_one_time_link_signs_in_once_and_for_ten_minutes(api, clock):
     someone, late = Person(api.server), Person(api.server)
     link, other = api.server.pages.invite(""), api.server.pages.invite("")
+    late.web.head(link, status=200)  # as of somebody who looks what is there
     assert someone.get(link, status=303).headers["Location"] == "/"
     someone.get("/")
     assert "This link was good once" in late.get(link, status=403)
@@ -3450,15 +3460,26 @@ def test_a_one_time_link_signs_in_once_and_for_ten_minutes(api, clock):
 
 
 @pytest.mark.parametrize("scheme, forwarded, is_secure", [
-    ("http", None, False), ("https", None, True), ("http", "https", True), ("http", "http", False)])
+    ("http", None, False), ("https", None, True), ("http", "https", True), ("http", "http", False),
+    ("http", "HTTPS, http", True)])
 def test_the_cookie_stays_with_the_browser_and_the_host(api, scheme, forwarded, is_secure):
     headers = {"X-Forwarded-Proto": forwarded} if forwarded else {}
     answer = webtest.TestApp(mounted(api.server, "/here"), extra_environ={"wsgi.url_scheme": scheme}).get(
         "/here/sign-in", headers=headers)
     first, *flags = answer.headers["Set-Cookie"].split("; ")
-    assert re.fullmatch("backfeedr=[0-9a-f]{32}", first)
+    assert re.fullmatch("backfeedr_form=[0-9a-f]{32}", first)
     assert {flag.lower() for flag in flags} == {
         "httponly", "samesite=strict", "path=/here/", "max-age=604800", *(["secure"] if is_secure else [])}
+
+
+@pytest.mark.parametrize("public_url, host, shown", [
+    ("https://crashes.example.com/bf", "x", "https://crashes.example.com/bf/api"), ("", "a.example:81", "http://a.example:81/api"),
+    ("", "a.example'; rm -rf /", "http://localhost/api"), ("", "", "http://localhost/api")])
+def test_the_line_to_copy_names_the_address_of_the_server(serve, public_url, host, shown):
+    server = serve(public_url=public_url)
+    session = server.store.grant("session", 1000)
+    page = webtest.TestApp(server).get("/", headers={**HTML, "Host": host, "Cookie": "backfeedr=" + session})
+    assert f"curl -X POST {shown}/v1/crashes" in page
 
 
 @pytest.mark.parametrize("target", ["//evil.example", "/\\evil.example", "https://evil.example", "evil", "",
@@ -3534,6 +3555,16 @@ def test_without_the_database_a_page_says_so(person):
     assert answer.headers["Retry-After"] and "Storage unavailable" in answer
 
 
+@pytest.mark.parametrize("query", ["type=nothing", "type=custom%00", "cursor=x", "app=nothing"])
+def test_a_list_of_what_cannot_be_is_refused(person, query):
+    person.get("/events?" + query, status=404 if "app" in query else 400)
+
+
+def test_an_app_that_is_gone_is_in_no_link(person):
+    page = person.get("/crashes?app=gone", status=404)
+    assert "gone" not in page.text and 'href="/events"' in page and "Sign out" in page
+
+
 # -- Every link and every form
 
 MADE = "Made by a form"
@@ -3607,7 +3638,7 @@ def test_every_link_and_form_leads_somewhere(serve, tmp_path, clock, demo, data,
 
 # -- What a report carries is text
 
-HOSTILE = '"><script>alert(1)</script>\'{{7*7}}% end\n%import os\n</style>\u202eabc\u05d0'
+HOSTILE = '"><script>alert(1)</script>\'{{7777*7777}}% end\n%import os\n</style>\u202eabc\u05d0\x07\x1b[31m\x7f'
 
 
 def test_whatever_a_report_carries_is_shown_as_text(api, person):
@@ -3621,17 +3652,17 @@ def test_whatever_a_report_carries_is_shown_as_text(api, person):
     for type_ in ("session_start", "custom", "session_end"):
         assert api.post(EVENTS, {**EVENT, **named, **unknown, "type": type_, "name": long, "session_id": long,
                                  "properties": {HOSTILE: HOSTILE}})[0] == 201
-    api.server.store.create_app(HOSTILE.replace("\n", " ").replace("\u202e", "")[:100])
+    api.server.store.create_app(re.sub("[^ -~\u05d0]", " ", HOSTILE)[:70].strip())
     for path in [*PAGES, "/crashes/" + crash["group_hash"], "/crashes?" + urlencode({"version": long, "text": HOSTILE}),
                  "/events?" + urlencode({"session_id": long}), "/events?" + urlencode({"name": long}),
                  "/crashes?" + urlencode({"version": HOSTILE}), "/crashes?" + urlencode({"text": long})]:
         page = person.get(path)
-        assert "<script" not in page.text and "49" not in text_of(page), path
-        assert page.text.count("</style>") == 1, path
+        assert "<script" not in page.text and "60481729" not in page.text, path
+        assert page.text.count("</style>") == 1 and not re.search("[\x00-\x08\x0b-\x1f\x7f]", page.text), path
         if path != "/releases" and path != "/apps":
             assert "script&gt;alert(1)" in page.text, path
         check_html(page.text)
-    assert text_of(person.get("/crashes/" + crash["group_hash"])).count("{{7*7}}") > 10
+    assert text_of(person.get("/crashes/" + crash["group_hash"])).count("{{7777*7777}}") > 10
 
 
 def test_a_report_as_large_as_may_be_makes_no_page_much_larger(api, person):
@@ -3739,9 +3770,11 @@ def test_the_reports_of_a_group_can_be_read_one_by_one(api, person):
     older = page.click("Next page")
     assert "number 4." in older and "number 5." not in older.text
     one = older.click(index=0, href="report=")
-    assert text_of(one).count("number 4.") == 2 and "The latest crash" not in one
+    assert text_of(one).count("number 4.") == 1 and "number 3." in one and "The latest crash" not in one
     person.get(f"/crashes/{group}?report=0000000000000000", status=404)
-    person.get(f"/crashes/{group}?report=x", status=400)
+    person.get(f"/crashes/{group}?report=x", status=404)
+    person.get(f"/crashes/{group}?cursor=0000000000000000", status=404)  # as when what was there has expired
+    person.get(f"/crashes/{group}?cursor=x", status=400)
 
 
 def test_a_report_of_another_group_is_not_shown_under_this_one(api, person):
@@ -3776,6 +3809,29 @@ def test_the_pages_of_events_follow_one_another(api, person):
                 break
             page = page.click("Next page")
         assert seen == expected and "First page" in page
+
+
+def test_a_time_that_lies_ahead_is_shown_as_a_date(api, person):
+    group = api.post(CRASHES, {**CRASH, "occurred_at": "2031-01-02T03:04:05Z"})[1]["group_hash"]
+    assert 'title="2031-01-02 03:04:05 UTC">2031-01-02<' in person.get("/crashes/" + group)
+
+
+def test_lists_of_all_apps_name_the_app(api, person):
+    shop = api.server.store.create_app("Shop")
+    for key in (KEY, shop):
+        api.post(CRASHES, {**CRASH, "stack_trace": [{"symbol": "system"}, {"symbol": "Mine.go()", "file": "M.swift"}]}, key=key)
+        group = api.post(EVENTS, EVENT, key=key) and group_hash("SIGABRT", [{"symbol": "Mine.go()", "file": "M.swift"}])
+    page = text_of(person.get("/crashes"))
+    assert "2 SIGABRT Mine.go() Shop, default" in page or "2 SIGABRT Mine.go() default, Shop" in page
+    assert "Shop" in text_of(person.get("/events")).split("All live apps", 1)[1].split("Properties", 1)[1]
+    assert text_of(person.get("/crashes/" + group)).split("Its crashes")[1].count("Shop") == 1
+    assert "Shop" not in text_of(person.get("/crashes?app=default")).split("Group", 1)[1]
+
+
+def test_an_only_test_app_can_be_chosen(api, person):
+    api.server.store.delete_app("default")
+    api.server.store.create_app("Trial", is_test=True)
+    assert "Trial (test)" in text_of(person.get("/").click("Trial"))
 
 
 def test_each_page_is_about_the_app_that_is_chosen(api, person):
@@ -3820,7 +3876,7 @@ def test_keys_are_made_and_revoked(api, person):
     page = submit(person.get("/apps"), "key", name="default")
     key = re.search("bf_live_[0-9a-f]{32}", page.text)[0]
     assert api.post(CRASHES, CRASH, key=key)[0] == 201
-    page = submit(person.get("/apps"), "revoke", prefix=key[:16])
+    page = submit(person.get("/apps"), "revoke", key=hashlib.sha256(key.encode()).hexdigest())
     assert f"Revoked the key {key[:16]}... of default." in page
     assert api.post(CRASHES, CRASH, key=key) == (401, {"error": "invalid API key"})
     assert api.post(CRASHES, CRASH)[0] == 201
@@ -3839,6 +3895,23 @@ def test_an_app_goes_when_its_name_was_typed_and_not_before(api, person):
     assert submit(page, "delete", name="Shop", typed="Shop").status_int == 400
 
 
+def test_of_two_keys_that_look_alike_the_right_one_is_revoked(serve, person):
+    for key in ("companykey-A", "companykey-B"):
+        serve(api_key=key)
+    api = Api(person.server)
+    assert person.get("/apps").text.count("comp...") == 2
+    answer = submit(person.get("/apps"), "revoke", key=hashlib.sha256(b"companykey-B").hexdigest())
+    assert "Revoked the key comp... of default." in answer
+    assert [api.post(CRASHES, CRASH, key=key)[0] for key in ("companykey-A", "companykey-B")] == [201, 401]
+
+
+def test_a_form_without_a_key_revokes_none(api, person):
+    token = person.get("/apps").forms[0]["form_token"].value
+    for key in ({}, {"key": ""}, {"key": "nothing"}):
+        person.web.post("/apps", {"action": "revoke", "form_token": token, **key}, status=400)
+    assert api.post(CRASHES, CRASH)[0] == 201
+
+
 def test_an_action_that_does_not_exist_is_refused(api, person):
     token = person.get("/apps").forms[0]["form_token"].value
     assert "There is no such action" in person.web.post("/apps", {"action": "x", "form_token": token}, status=400)
@@ -3855,7 +3928,7 @@ def test_an_axis_ends_at_a_round_number(value, expected):
 def test_a_line_leaves_a_gap_where_there_is_no_value():
     days = [f"2026-03-0{n}" for n in range(1, 7)]
     chart = backfeedr.line_chart("Rate", days, [100, 90, None, 95, None, 100], 90, " %")
-    assert len(re.findall('<line x1="[1-9]', chart)) == 1 and chart.count("<circle") == 2
+    assert len(re.findall('<line x1="[1-9]', chart)) == 1 and chart.count("<circle") == 2  # 4 Mar, and today
     assert "<title>3 Mar: none</title>" in chart and "<title>4 Mar: 95 %</title>" in chart
     assert 'aria-label="Rate per day, 1 Mar to 6 Mar: latest 100 %, highest 100 % on 6 Mar, lowest 90 %"' in chart
     assert [float(y) for y in re.findall('y1="([0-9.]+)" y2="[0-9.]+"/><circle', chart)] == [3.0]
