@@ -6000,6 +6000,34 @@ def ask(url, body=None, key=KEY):
 
 
 @pytest.mark.slow
+def test_the_demo_serves_its_pages_to_its_link_and_leaves_nothing_behind(tmp_path):
+    with running([sys.executable, SERVER, "demo", "--port", "0"], tmp_path, TMPDIR=str(tmp_path)) as process:
+        assert process.stdout.readline().startswith("backfeedr on http://127.0.0.1:")
+        link = next(line.strip() for line in process.stdout if "/sign-in?code=" in line)
+        url, path = link.rsplit("/", 1)
+        with closing(http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)) as connection:
+            connection.request("GET", "/" + path)
+            answer = connection.getresponse()
+            answer.read()
+            cookie = answer.headers["Set-Cookie"].split(";")[0]
+            connection.request("GET", "/", headers={"Cookie": cookie})
+            assert "Tramwise" in connection.getresponse().read().decode()
+        assert len(list(tmp_path.iterdir())) == 1
+        process.terminate()
+        assert process.wait(20) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_demo_that_cannot_listen_says_so_before_it_makes_anything(tmp_path):
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = str(taken.getsockname()[1])
+        with running([sys.executable, SERVER, "demo", "--port", port], tmp_path, TMPDIR=str(tmp_path)) as process:
+            assert "Address already in use" in process.stdout.read() and process.wait(20) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name, package", [("embed_bottle", "bottle"), ("embed_flask", "flask"),
                                            ("embed_django", "django")])
 def test_a_host_app_of_a_framework_serves_its_pages_and_backfeedr_below_crashes(tmp_path, name, package):
