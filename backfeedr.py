@@ -39,6 +39,7 @@ import argparse
 import base64
 import csv
 import errno
+import gc
 import hashlib
 import hmac
 import ipaddress
@@ -3957,7 +3958,7 @@ PAGE_HEADERS = {
 # thread gets its turn.
 
 DRAIN_SECONDS = 4.0  # a stop waits so long for requests that have begun to arrive
-SWITCH_SECONDS = 0.001  # how long a thread may keep the interpreter while others wait for it
+SWITCH_SECONDS = 0.002  # how long a thread may keep the interpreter while others wait for it
 QUIET_SECONDS = 0.3  # a connection that is silent so long has sent nothing more
 REQUEST_SECONDS = 60  # from the first byte of a request to its last, and for a connection between two requests
 
@@ -3992,6 +3993,8 @@ def serve(settings: Settings, welcome: Callable[[Backfeedr, str], str] = lambda 
         # after each call; much less wakes all that wait for it too often. Set here and not
         # on import: a host app's process is its own.
         sys.setswitchinterval(SWITCH_SECONDS)
+        gc.freeze()  # what is here now stays; and of a batch's many objects nearly none are in cycles
+        gc.set_threshold(20_000, 20, 20)
         while not stopping.is_set():
             server.asyncore.loop(timeout=1, use_poll=True, map=server._map, count=1)
         _drain(server)

@@ -55,7 +55,7 @@ KEY = "bf_live_" + "b" * 32
 HEADERS = {"Content-Type": "application/json", "X-Backfeedr-Key": KEY}
 
 ROUND_SECONDS = 2.5  # about as long one side is measured before it is the other's turn
-SWITCH_INTERVAL = 0.001  # seconds, of the bare handler's threads: as in backfeedr's `serve`
+SWITCH_INTERVAL = 0.002  # seconds, of the bare handler's threads: as in backfeedr's `serve`
 LONGEST = 600.0  # seconds that anything may take for which a load goes on
 PATIENCE = 30.0  # seconds for a server to start, to stop and to answer
 BODIES = 256  # distinct requests of a scenario, each of another device
