@@ -3267,6 +3267,7 @@ class Dashboard:
         details = ask.group_days([group_hash], visit.app)
         return self._html(
             visit, group["exception_type"], "group", group=group, report=report, asked=asked, next=group["next"],
+            reasons=len({each.get("exception_reason") for each in group["reports"]}) > 1,  # else it is said above
             is_latest=not asked.keys() - {"app"}, frames=report.get("stack_trace", []), most=SHOWN_FRAMES, place=_place,
             chart=column_chart("Crashes", details["labels"], details["groups"][group_hash]["days"]),
             has_own=any(frame.get("file") for frame in report.get("stack_trace", [])), context=_context(report),
@@ -3701,13 +3702,17 @@ _TEMPLATES = {
 <section><h2>Devices</h2>{{!bars(group["device_models"], group["count"])}}</section>
 </div>
 <section><h2>Its crashes</h2>
-<table class="list"><thead><tr><th>Received</th>{{!"" if visit.app or len(apps) < 2 else "<th>App</th>"}}<th>Version</th><th>System</th><th>Device</th><th>Reason</th></tr></thead><tbody>
+<table class="list"><thead><tr><th>Received</th>{{!"" if visit.app or len(apps) < 2 else "<th>App</th>"}}<th>Version</th><th>System</th><th>Device</th>{{!"<th>Reason</th>" if reasons else ""}}</tr></thead><tbody>
 % for each in group["reports"]:
 <tr{{!' aria-current="true"' if each["id"] == report["id"] else ""}}><td data-label="Received"><a href="{{link(visit.path, report=each["id"], cursor=asked.get("cursor"))}}">{{!when(each["received_at"])}}</a></td>
 % if not visit.app and len(apps) > 1:
 <td data-label="App"><bdi>{{each["app"]}}</bdi></td>
 % end
-<td data-label="Version"><bdi>{{short(each.get("app_version", ""), 40)}}</bdi></td><td data-label="System"><bdi>{{short(each.get("os_version", ""), 40)}}</bdi></td><td data-label="Device"><bdi>{{short(each.get("device_model", ""), 40)}}</bdi></td><td data-label="Reason"><span class="reason"><bdi>{{short(each.get("exception_reason", ""), 120) if each.get("exception_reason", "") != report.get("exception_reason", "") else ""}}</bdi></span></td></tr>
+<td data-label="Version"><bdi>{{short(each.get("app_version", ""), 40)}}</bdi></td><td data-label="System"><bdi>{{short(each.get("os_version", ""), 40)}}</bdi></td><td data-label="Device"><bdi>{{short(each.get("device_model", ""), 40)}}</bdi></td>
+% if reasons:
+<td data-label="Reason"><span class="reason"><bdi>{{short(each.get("exception_reason", ""), 120)}}</bdi></span></td>
+% end
+</tr>
 % end
 </tbody></table>
 {{!more(visit.path)}}
@@ -3871,6 +3876,7 @@ th { text-align: left; font-weight: 400; color: var(--soft); font-size: 0.9em; }
 th, td { padding: 0.4rem 1.2rem 0.4rem 0; vertical-align: top; }
 th:last-child, td:last-child { padding-right: 0; }
 .list tr { border-bottom: 1px solid var(--rule); }
+.list td:is([data-label="App"], [data-label="Versions"]) { min-width: 6.5rem; }
 .list tr[aria-current] { background: var(--tint); }
 .number { text-align: right; white-space: nowrap; }
 th.number { font-family: inherit; }
