@@ -383,7 +383,7 @@ def counted_at(occurred_at: int, received_at: int) -> int:
     return received_at if occurred_at > received_at + MAX_SKEW else occurred_at
 
 
-_LIVE = "(select id from apps where not is_test)"  # in SQL
+_LIVE = "(select id from apps where is_test = 0)"  # in SQL
 _COUNTED_AT = f"case when occurred_at > received_at + {MAX_SKEW} then received_at else occurred_at end"  # in SQL
 
 
@@ -926,14 +926,12 @@ class RollUps:
             self._db.execute("delete from groups where app_id = ? and group_hash = ?", (EVERY_APP, *group))
             self._db.execute(f"""
                 insert into groups
-                -- Beside max(), SQLite takes the other columns from the row that has it.
                 select ?, group_hash, exception_type, exception_reason,
-                    (select min(first_seen) from groups as each
-                        where app_id in {_LIVE} and each.group_hash = groups.group_hash),
-                    max(last_seen), sum(recent)
+                    min(first_seen) over (), last_seen, sum(recent) over ()
                 from groups
                 where app_id in {_LIVE} and group_hash = ?
-                group by group_hash
+                order by last_seen desc, app_id
+                limit 1
                 """, (EVERY_APP, *group))
 
     def remove_events(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -1071,7 +1069,7 @@ class RollUps:
                 update days set median_seconds = (
                     select seconds from (
                         select seconds, sum(sessions) over (order by seconds) as so_far, sum(sessions) over () as total
-                        from durations where app_id = :app and day = :day)
+                        from durations where app_id = :app and day = :day) as sums
                     where 2 * so_far >= total
                     order by seconds
                     limit 1)
@@ -1083,11 +1081,11 @@ class RollUps:
             insert_rows(self._db, """
                 insert into groups values *
                 on conflict (app_id, group_hash) do update set
-                    exception_reason = case when excluded.last_seen >= last_seen
-                        then excluded.exception_reason else exception_reason end,
-                    recent = recent + excluded.recent,
-                    first_seen = min(first_seen, excluded.first_seen),
-                    last_seen = max(last_seen, excluded.last_seen)
+                    exception_reason = case when excluded.last_seen >= groups.last_seen
+                        then excluded.exception_reason else groups.exception_reason end,
+                    recent = groups.recent + excluded.recent,
+                    first_seen = min(groups.first_seen, excluded.first_seen),
+                    last_seen = max(groups.last_seen, excluded.last_seen)
                 """, [(scope, group_hash, *group, sum(at // HOUR >= self._since for at in times))
                       for (app_id, group_hash), (*group, times) in self._groups.items()
                       for scope in self._scopes(app_id)])
@@ -1129,7 +1127,8 @@ class RollUps:
         self._db.execute("update groups set recent = 0")
         self._db.execute(f"""
             insert into group_hours
-            select app_id, {_COUNTED_AT} / {HOUR} as hour, group_hash, count(*) from crashes
+            select app_id, hour, group_hash, count(*)
+            from (select app_id, {_COUNTED_AT} / {HOUR} as hour, group_hash from crashes) as counted
             where hour >= ?
             group by app_id, hour, group_hash
             """, (since,))
@@ -1186,7 +1185,7 @@ class RollUps:
         wanted = {(scope, device) for app_id, device in keys
                   for scope in (self._live if app_id in self._live else (app_id,))}
         rows = rows_of(self._db, """
-            select devices.* from (values *) cross join devices on app_id = column1 and device_id_hash = column2
+            select devices.* from (values *) as keys cross join devices on app_id = column1 and device_id_hash = column2
             """, list(wanted))
         return {(app_id, device): _Device(first, last, seq, self._unpacked(days_from, days), _decode_versions(versions))
                 for app_id, device, first, last, seq, days_from, days, versions in rows}
@@ -1240,7 +1239,7 @@ class RollUps:
     def sessions(self, keys: Sequence[tuple]) -> Dict[tuple, _Session]:
         """What is stored of sessions, by (app_id, session_id)."""
         return {(app_id, session_id): _Session(*rest) for app_id, session_id, *rest in rows_of(self._db, """
-            select sessions.* from (values *) cross join sessions on app_id = column1 and session_id = column2
+            select sessions.* from (values *) as keys cross join sessions on app_id = column1 and session_id = column2
             """, keys)}
 
 
@@ -1257,7 +1256,7 @@ def _sum_statements(table: str) -> Tuple[str, str]:
     return (f"""
         insert into {table} ({", ".join(key + columns)}) values *
         on conflict ({", ".join(key)}) do update set
-            {", ".join(f"{each} = {each} + excluded.{each}" for each in columns)}
+            {", ".join(f"{each} = {table}.{each} + excluded.{each}" for each in columns)}
         """, f"""
         delete from {table} where {" and ".join([f"{each} = ?" for each in key] + [f"{each} <= 0" for each in columns])}
         """)
@@ -1546,23 +1545,31 @@ class Store:
         unless commits take so long that a phone had better come again.
     max_rows: reports that may wait for a commit; all of them go into the next one, so
         that nobody waits for two. As many take about a tenth of a second to write.
+
+    For a store on another engine (examples/postgres.py) a class of this one replaces
+    what is SQLite's own: `Error`, _open, _connect, _check_file, reading, _shrink, size.
     """
+
+    Error: type = sqlite3.Error  # what a connection raises
 
     def __init__(self, path: str, clock: Callable[[], float] = time.time, retention_days: Optional[int] = 0,
                  max_waiters: int = 256, max_rows: int = 10_000, may_create: bool = True):
-        self.path = Path(path).absolute()
         self.max_waiters, self.max_rows = max_waiters, max_rows
         self._clock = clock
         self._closed, self._trouble, self._logged = False, "", ""
         # A parent's connections stay here untouched in the child: to close them would harm the parent's.
         self._processes: Dict[int, _Process] = {}
-        _prepare(self.path, may_create)
-        self._file = _file_identity(self.path)
+        self._open(path, may_create)
         if retention_days is None:
             with self.reading() as db:
                 row = db.execute("select value from state where name = 'retention_days'").fetchone()
             retention_days = row[0] if row else Settings.retention_days
         self.retention_days: int = retention_days
+
+    def _open(self, path: str, may_create: bool) -> None:
+        self.path = Path(path).absolute()
+        _prepare(self.path, may_create)
+        self._file = _file_identity(self.path)
 
     def __enter__(self) -> Store:
         return self
@@ -1617,7 +1624,7 @@ class Store:
             yield db
         except BaseException as error:
             _close(db)
-            if isinstance(error, sqlite3.Error):
+            if isinstance(error, self.Error):
                 raise self._unavailable("read", error) from error
             raise
         if self._closed:
@@ -1641,12 +1648,12 @@ class Store:
                 # rolled back by itself and every further statement would be its own.
                 _close(here.writer)
                 here.writer = None
-                if isinstance(error, sqlite3.Error):
+                if isinstance(error, self.Error):
                     raise self._unavailable("write", error) from error
                 raise
             self._trouble = self._logged = ""
 
-    def _unavailable(self, verb: str, error: sqlite3.Error) -> StorageUnavailable:
+    def _unavailable(self, verb: str, error: Exception) -> StorageUnavailable:
         """Says once in the log what is wrong; and remembers it until a commit succeeds, but for a lock."""
         if str(error) != self._logged:
             log.error("cannot %s the database: %s", verb, error)
@@ -1677,7 +1684,6 @@ class Store:
                 select coalesce(sum(crashes), 0) from labels
                 where app_id in (select id from apps) and field = 'exception_type' and day = ?
                 """, (ALL_DAYS,)).fetchone()
-        wal = Path(f"{self.path}-wal")
         return [
             ("commit_requests", "histogram", "Requests that one commit stored.", here.group_sizes.samples()),
             ("commit_seconds", "histogram", "From asking for the write lock until the commit was durable.",
@@ -1687,8 +1693,18 @@ class Store:
              " which would take a look at every row.",
              [(f'{{table="{table}"}}', n) for table, n in here.stored.items()]),
             ("crashes_kept", "gauge", "Rows of the table crashes, by their roll-up.", [("", crashes)]),
-            ("file_bytes", "gauge", "Size of the database.", [("", self.path.stat().st_size)]),
-            ("wal_bytes", "gauge", "Size of its write-ahead log.", [("", wal.stat().st_size if wal.exists() else 0)])]
+            ("file_bytes", "gauge", "Size of the database.", [("", self.size)]),
+            ("wal_bytes", "gauge", "Size of its write-ahead log.", [("", self._wal_size)])]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the database."""
+        return self.path.stat().st_size
+
+    @property
+    def _wal_size(self) -> int:
+        wal = Path(f"{self.path}-wal")
+        return wal.stat().st_size if wal.exists() else 0
 
     # Reports
 
@@ -1791,7 +1807,7 @@ class Store:
             for kind, table in _TABLES.items():
                 given = {kept.seq: kept for kept in reports if type(kept.report) is kind}
                 known = {seq for seq, in rows_of(db, f"""
-                    select seq from (values *) cross join {table} on seq = column1
+                    select seq from (values *) as keys cross join {table} on seq = column1
                     """, [(seq,) for seq in given])}
                 oldest = max(self._oldest_seq, self._expired_to(db, table) + 1)
                 fresh = [kept for seq, kept in given.items() if seq >= oldest and seq not in known]
@@ -1846,7 +1862,7 @@ class Store:
         if rows:
             last = rows[-1]["seq"]
             db.execute(f"delete from {table} where seq <= ?", (last,))
-            db.execute("insert or replace into state values (?, ?)", ("expired_" + table, last))
+            db.execute(_SET_STATE, ("expired_" + table, last))
             rollups.expire_devices({(row["app_id"], row["device_id_hash"]): row["seq"] for row in rows
                                     if row["device_id_hash"]})
             if table == "crashes":
@@ -1870,6 +1886,11 @@ class Store:
                 break
             deleted += step
             progress(sum(deleted.values()))
+        self._shrink()
+        return deleted
+
+    def _shrink(self) -> None:
+        """Gives the disk the space of what is deleted."""
         free, before = 1, 0
         while free and free != before:  # it stays where the file was made without auto_vacuum
             before = free
@@ -1878,7 +1899,6 @@ class Store:
                     db.execute("pragma incremental_vacuum(1)").fetchall()
                 free = db.pragma("freelist_count")
         self._fold_in_wal()
-        return deleted
 
     def _fold_in_wal(self) -> None:
         with self.reading() as db:
@@ -1939,13 +1959,13 @@ class Store:
         Secrets that are given are taken; else they are made, where none is stored.
         """
         with self.writing() as db:
-            db.execute("insert or replace into state values ('retention_days', ?)", (self.retention_days,))
+            db.execute(_SET_STATE, ("retention_days", self.retention_days))
             key = token = None
             known = db.execute("select revoked_at from keys where key_hash = ?", (sha256(api_key),)).fetchone()
             if known and known[0]:
                 log.warning("the API key of the settings was revoked, and stays so")
             elif api_key and not known:
-                db.execute("insert or ignore into apps (name, is_test, created_at) values ('default', 0, ?)",
+                db.execute("insert into apps (name, is_test, created_at) values ('default', 0, ?) on conflict do nothing",
                            (self.now,))
                 self._insert_key(db, "default", api_key)
             elif not db.execute("select 1 from apps").fetchone():
@@ -1955,7 +1975,7 @@ class Store:
             if auth_token:
                 if db.execute("""
                         insert into secrets values ('admin_token', ?)
-                        on conflict (name) do update set hash = excluded.hash where hash <> excluded.hash
+                        on conflict (name) do update set hash = excluded.hash where secrets.hash <> excluded.hash
                         """, (sha256(auth_token),)).rowcount:
                     db.execute("delete from grants")  # they were for whoever knew the old one
             return FirstStart(key, token)
@@ -2050,8 +2070,8 @@ class Store:
     def keys(self) -> List[Key]:
         """All keys, the oldest first."""
         with self.reading() as db:
-            return [Key(*row) for row in db.execute("""
-                select prefix, name, keys.created_at, revoked_at, lower(hex(key_hash)) from keys join apps on apps.id = app_id
+            return [Key(*row, bytes(key_hash).hex()) for key_hash, *row in db.execute("""
+                select key_hash, prefix, name, keys.created_at, revoked_at from keys join apps on apps.id = app_id
                 order by keys.created_at, prefix
                 """)]
 
@@ -2061,13 +2081,14 @@ class Store:
             found = db.execute("""
                 select key_hash, prefix, name, keys.created_at from keys join apps on apps.id = app_id
                 where revoked_at is null and :key <> ''
-                    and (key_hash = :hash or lower(hex(key_hash)) = :key or substr(prefix, 1, length(:key)) = :key)
-                """, {"key": key, "hash": sha256(key)}).fetchall()
+                    and (key_hash = :hash or key_hash = :given or substr(prefix, 1, :length) = :key)
+                """, {"key": key, "hash": sha256(key), "length": len(key),
+                      "given": bytes.fromhex(key) if re.fullmatch("[0-9a-f]{64}", key) else b""}).fetchall()
             if len(found) != 1:
                 raise StoreError(f"{len(found) or 'no'} active keys begin with {key!r}: see 'key list'")
             (key_hash, *rest), = found
             db.execute("update keys set revoked_at = ? where key_hash = ?", (self.now, key_hash))
-            return Key(*rest, self.now, key_hash.hex())
+            return Key(*rest, self.now, bytes(key_hash).hex())
 
     def delete_app(self, name: str) -> None:
         """Deletes an app, its keys and all that it sent. Raises StoreError where there is none.
@@ -2222,7 +2243,7 @@ class _Commit:
             return
         seqs = earlier or self._new_seqs(kind, len(write.reports))
         write.receipt = Receipt(seqs, bool(earlier))
-        insert_rows(self._db, "insert or ignore into replays values *",
+        insert_rows(self._db, "insert into replays values * on conflict do nothing",
                     [(app_id, mark, once.request, seqs[0], len(seqs), self._now) for mark in once.marks])
         if not earlier:
             self._put(app_id, seqs, [self._now] * len(seqs), write.reports)
@@ -2286,6 +2307,7 @@ class _Commit:
         rollups.save()
 
 
+_SET_STATE = "insert into state values (?, ?) on conflict (name) do update set value = excluded.value"
 _TABLES = {Crash: "crashes", Event: "events"}
 _COUNTED = {  # columns by which a report counts somewhere
     "crashes": "seq, app_id, received_at, occurred_at, group_hash, exception_type, app_version, device_model,"
@@ -2303,7 +2325,7 @@ ADOPTION_DAYS = 7  # of whose sessions a release has its share
 SCANNED = 20_000  # events that are looked at for a page: a page may be short, and another one follow
 REPORTS = 20  # of a group that are shown at once
 
-_APPS = f"app_id in (select id from apps where id = :app or :app = {EVERY_APP} and not is_test)"
+_APPS = f"app_id in (select id from apps where id = :app or :app = {EVERY_APP} and is_test = 0)"
 
 Figures = Dict[str, Any]
 
@@ -2341,7 +2363,7 @@ class Metrics:
 
     def crash_types(self, app: Optional[str] = None, days: Optional[int] = None) -> Figures:
         """Crashes per exception type, the most frequent first."""
-        return self._labels("exception_type", app, days, limit=-1)
+        return self._labels("exception_type", app, days, limit=MAX_NUMBER)
 
     def devices(self, app: Optional[str] = None, days: Optional[int] = None) -> Figures:
         """Crashes per device model, the ten most frequent."""
@@ -2445,6 +2467,7 @@ class Metrics:
                     (select sum(sessions) from days
                         where app_id = latest.app_id and day between :first and :last) as of_all
                 from latest join apps on apps.id = app_id
+                order by first_seen desc, app_version, app_id
                 """, {"app": app_id, "first": shown[0], "last": shown[-1]})
         return {"releases": [_release(**row) for row in rows]}
 
@@ -2472,7 +2495,7 @@ class Metrics:
             rows = _mappings(db, f"""
                 select group_hash, count(*) as count, count(distinct device_id_hash) as devices,
                     min(at) as first_seen, max(at) as last_seen
-                from ({found})
+                from ({found}) as found
                 group by group_hash
                 having count(*) < :count or count(*) = :count and group_hash > :group
                 order by count(*) desc, group_hash
@@ -2481,7 +2504,8 @@ class Metrics:
             shown = [{
                 **self._group(db, app_id, row["group_hash"]), "count": row["count"], "devices": row["devices"],
                 "versions": sorted((version for version, in db.execute(f"""
-                    select distinct app_version from ({fits} and group_hash = :group) where app_version is not null
+                    select distinct app_version from ({fits} and group_hash = :group) as found
+                    where app_version is not null
                     """, {**window, "group": row["group_hash"]})), key=_version_key),
                 "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"])}
                 for row in rows[:limit]]
@@ -2538,7 +2562,8 @@ class Metrics:
     def _group_days(self, db: _Connection, window: Figures, shown: range) -> Figures:
         counts = dict(db.execute(f"""
             select {_COUNTED_AT} / {DAY} as day, count(*) from crashes
-            where {_APPS} and group_hash = :group and received_at >= :since and day between :first and :last
+            where {_APPS} and group_hash = :group and received_at >= :since
+                and {_COUNTED_AT} / {DAY} between :first and :last
             group by day
             """, window))
         apps = db.execute(f"""
@@ -2547,7 +2572,7 @@ class Metrics:
             order by name
             """, window).fetchall()
         latest = db.execute(f"""
-            select iif(length(stack_trace) < 100000, stack_trace, null) from crashes
+            select case when length(stack_trace) < 100000 then stack_trace end from crashes
             where {_APPS} and group_hash = :group
             order by received_at desc
             limit 1
@@ -2607,14 +2632,14 @@ class Metrics:
         """A page of those among the first SCANNED events of a query that fit."""
         window.update(limit=limit + 1, scanned=SCANNED)
         found = _reports(db, f"""
-            select * from ({scan} limit :scanned)
+            select * from ({scan} limit :scanned) as scanned
             where {_APPS} and (:type is null or type = :type) and (:name is null or name = :name)
                 and (:session is null or session_id = :session)
             limit :limit
             """, window)
         if found[limit:]:
             return {"events": found[:limit], "next": found[limit - 1]["id"]}
-        row = db.execute(f"select seq from ({scan} limit :scanned) limit 1 offset :scanned - 1", window).fetchone()
+        row = db.execute(f"select seq from ({scan} limit :scanned) as scanned limit 1 offset :scanned - 1", window).fetchone()
         return {"events": found, "next": event_ids(row)[0] if row else None}
 
     def device(self, device_id_hash: str) -> Figures:
@@ -2750,16 +2775,19 @@ class Backfeedr:
     is for keys and queries from Python. A new database gets an app and an admin token:
     `announce` is told them, once, in words for the operator. `clock` gives seconds
     since 1970. Close it, or use it as a context manager.
+
+    `store` takes the place of the file that the settings name, and is closed with the
+    server; `limiter` takes that of a RateLimiter, which knows of this process only.
     """
 
     def __init__(self, settings: Optional[Settings] = None, *, clock: Callable[[], float] = time.time,
-                 limiter: Optional[RateLimiter] = None, announce: Optional[Callable[[str], Any]] = None,
-                 **overrides: Any):
+                 store: Optional[Store] = None, limiter: Optional[RateLimiter] = None,
+                 announce: Optional[Callable[[str], Any]] = None, **overrides: Any):
         if settings is not None and overrides:
             raise TypeError("give settings or single ones, not both")
         self.settings = settings or Settings.from_env(**overrides)
-        self.store = Store(self.settings.db_path, clock, self.settings.retention_days,
-                           max_waiters=max(256, self.settings.threads))
+        self.store = store or Store(self.settings.db_path, clock, self.settings.retention_days,
+                                    max_waiters=max(256, self.settings.threads))
         self.metrics = Metrics(self.store)
         self._limiter = limiter or RateLimiter(self.settings.rate_limit)
         # Python runs one thread at a time. Those that wait here sleep until it is their
@@ -2861,8 +2889,8 @@ class Backfeedr:
             if not self.store.had_key(key_hash):
                 raise Refusal("invalid API key")
             try:
+                self._check_rate(key_hash)  # may ask another host, for which nobody else should wait
                 with self._turn:
-                    self._check_rate(key_hash)
                     signature = self._check_signature(environ, key, body)
                     plain = _decompress(environ, body, self.settings.max_body_size)
                     reports = parse(decode_json(plain))
@@ -3970,7 +3998,8 @@ REQUEST_SECONDS = 60  # from the first byte of a request to its last, and for a 
 
 
 def serve(settings: Settings, welcome: Callable[[Backfeedr, str], str] = lambda app, url: "",
-          prepare: Callable[[], Any] = lambda: None) -> None:
+          prepare: Callable[[], Any] = lambda: None,
+          make: Callable[..., Backfeedr] = Backfeedr) -> None:
     """Serves until SIGTERM or SIGINT. Raises OSError where it cannot listen, and ImportError without waitress,
     before it touches the database: a first start's secrets are shown only once.
 
@@ -3987,7 +4016,7 @@ def serve(settings: Settings, welcome: Callable[[Backfeedr, str], str] = lambda 
     if settings.verbose:
         log.addHandler(logging.StreamHandler())
         log.setLevel(logging.INFO)
-    with listener, Backfeedr(settings, announce=made.append) as app:
+    with listener, make(settings, announce=made.append) as app:
         server = _make_server(app, settings, listener)
         stopping = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -4614,7 +4643,8 @@ _DEMO_CRASHES: Sequence[tuple] = (  # in a thousand sessions of a version; app; 
 #
 # Every command works while the server runs: all they share is the file.
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Optional[Sequence[str]] = None, make: Callable[..., Backfeedr] = Backfeedr,
+         open_store: Callable[..., Store] = Store) -> int:
     """Runs a command. Returns 0, or 1 for what went wrong; exits with 2 for wrong usage."""
     arguments = _parser().parse_args(argv)
     overrides = {each.name: getattr(arguments, each.name) for each in fields(Settings)
@@ -4623,12 +4653,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if arguments.run is _check:
             return _check(overrides)
         settings = Settings.from_env(**overrides)
-        if arguments.run in (serve, serve_demo):
-            arguments.run(settings)
+        if arguments.run is serve:
+            serve(settings, make=make)
+        elif arguments.run is serve_demo:
+            serve_demo(settings)
         else:
             retention_days = settings.retention_days if os.environ.get("BACKFEEDR_RETENTION_DAYS") else None
-            with Store(settings.db_path, retention_days=retention_days,
-                       may_create=arguments.run in (_app_create, _import)) as store:
+            with open_store(settings.db_path, retention_days=retention_days,
+                            may_create=arguments.run in (_app_create, _import)) as store:
                 arguments.run(store, arguments)
     except BrokenPipeError:  # whoever reads the output has had enough, also of what Python writes when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -4735,12 +4767,12 @@ def _device_forget(store: Store, arguments: argparse.Namespace) -> None:
 
 
 def _prune(store: Store, arguments: argparse.Namespace) -> None:
-    size = store.path.stat().st_size
+    size = store.size
     with _progress("deleting: {:,} rows") as progress:
         deleted = store.prune(progress)
     kept = f"older than {store.retention_days} days" if store.retention_days else "(the retention keeps all)"
     _say(f"Deleted {_counted_rows(deleted)} {kept}; gave back"
-         f" {max(0, size - store.path.stat().st_size) / 1e6:,.1f} MB of {size / 1e6:,.1f} MB.")
+         f" {max(0, size - store.size) / 1e6:,.1f} MB of {size / 1e6:,.1f} MB.")
 
 
 def _counted_rows(rows: Mapping[str, int]) -> str:
