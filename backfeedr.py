@@ -3997,13 +3997,11 @@ QUIET_SECONDS = 0.3  # a connection that is silent so long has sent nothing more
 REQUEST_SECONDS = 60  # from the first byte of a request to its last, and for a connection between two requests
 
 
-def serve(settings: Settings, welcome: Callable[[Backfeedr, str], str] = lambda app, url: "",
-          prepare: Callable[[], Any] = lambda: None,
-          make: Callable[..., Backfeedr] = Backfeedr) -> None:
+def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> None:
     """Serves until SIGTERM or SIGINT. Raises OSError where it cannot listen, and ImportError without waitress,
     before it touches the database: a first start's secrets are shown only once.
 
-    `prepare` is called once it has its port. What `welcome` says of the app and its address is printed at the end.
+    `make` makes the server from settings with its real port, and tells `announce` what is to be printed.
     """
     try:
         import waitress  # noqa: F401 (only here: another server's host needs none)
@@ -4012,7 +4010,6 @@ def serve(settings: Settings, welcome: Callable[[Backfeedr, str], str] = lambda 
     listener = _listen(settings.host, settings.port)
     settings = replace(settings, port=listener.getsockname()[1])
     made: List[str] = []
-    prepare()
     if settings.verbose:
         log.addHandler(logging.StreamHandler())
         log.setLevel(logging.INFO)
@@ -4022,7 +4019,7 @@ def serve(settings: Settings, welcome: Callable[[Backfeedr, str], str] = lambda 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: (stopping.set(), server.pull_trigger()))
         print("backfeedr on", _url(settings.host, settings.port), flush=True)
-        print("".join(made) + welcome(app, _url(settings.host, settings.port)), end="", flush=True)
+        print("".join(made), end="", flush=True)
         sys.stderr.write(_warning(settings, listener.getsockname()[0]))
         # The default of 5 ms starves the I/O thread, which has to win the interpreter back
         # after each call; much less wakes all that wait for it too often. Set here and not
@@ -4426,12 +4423,16 @@ DEMO_DAYS = 35  # the 30 that are shown, and some before: so those begin with ph
 
 def serve_demo(settings: Settings) -> None:
     """Serves made-up reports from a file that is gone afterwards. Raises as `serve`."""
+    def make(settings: Settings, announce: Callable[[str], Any]) -> Backfeedr:
+        fill_demo(settings.db_path, int(time.time() * SECOND))
+        app = Backfeedr(settings, announce=announce)
+        announce("This is a month of made-up reports. The link signs in, once and for ten minutes:\n\n"
+                 f"    {app.pages.invite(_url(settings.host, settings.port))}\n\n")
+        return app
+
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "demo.db")
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and so leaves nothing behind while it fills
-        serve(replace(settings, db_path=path, api_key="", retention_days=0), lambda app, url: (
-            "This is a month of made-up reports. The link signs in, once and for ten minutes:\n\n"
-            f"    {app.pages.invite(url)}\n\n"), prepare=lambda: fill_demo(path, int(time.time() * SECOND)))
+        serve(replace(settings, db_path=os.path.join(folder, "demo.db"), api_key="", retention_days=0), make)
 
 
 def fill_demo(path: str, now: int, seed: int = 1) -> None:
