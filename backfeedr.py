@@ -25,8 +25,9 @@ The sections, each of which uses only those above it:
     RollUps         what a report changes in the figures
     Store           connections, the one write path, apps and keys
     Metrics         the questions asked of the store
-    Backfeedr       the WSGI callable
+    Requests        what a request carries, and what a client may be told
     Dashboard       the pages that people look at
+    Backfeedr       the WSGI callable
     Server          waitress, and how it stops
     Operations      backup, export, import, check
     Demo            a month of made-up reports, to look at
@@ -2731,10 +2732,10 @@ def crash_free_rate(crashes: int, sessions: int) -> float:
     return round(max(0.0, 100 * (1 - crashes / sessions)), 2)
 
 
-# == Backfeedr =================================================================
+# == Requests ==================================================================
 #
-# The WSGI callable. A handler reads "decode, check, store, answer"; whoever may
-# not come so far has been turned away before.
+# What a request carries, read by ourselves: bottle's own readers stop at 100 KiB
+# and raise for a header that is not UTF-8. And all that a client may be told.
 
 # All that a client is told. What is not here, `missing ...` and `invalid ...`,
 # speaks of what is in the request: 400.
@@ -2765,227 +2766,6 @@ def _error_body(status: int) -> bytes:
     """For what bottle or waitress refuse by themselves."""
     text, *_ = ERRORS.get(status, ("invalid request",))
     return json.dumps({"error": text}).encode()
-
-
-class Backfeedr:
-    """The server as a WSGI callable, for any mount point.
-
-    `Backfeedr(db_path="crashes.db")` takes further settings from the environment,
-    `Backfeedr(Settings(...))` takes none. Raises SettingsError and StoreError. `store`
-    is for keys and queries from Python. A new database gets an app and an admin token:
-    `announce` is told them, once, in words for the operator. `clock` gives seconds
-    since 1970. Close it, or use it as a context manager.
-
-    `store` takes the place of the file that the settings name, and is closed with the
-    server; `limiter` takes that of a RateLimiter, which knows of this process only.
-    """
-
-    def __init__(self, settings: Optional[Settings] = None, *, clock: Callable[[], float] = time.time,
-                 store: Optional[Store] = None, limiter: Optional[RateLimiter] = None,
-                 announce: Optional[Callable[[str], Any]] = None, **overrides: Any):
-        if settings is not None and overrides:
-            raise TypeError("give settings or single ones, not both")
-        self.settings = settings or Settings.from_env(**overrides)
-        self.store = store or Store(self.settings.db_path, clock, self.settings.retention_days,
-                                    max_waiters=max(256, self.settings.threads))
-        self.metrics = Metrics(self.store)
-        self._limiter = limiter or RateLimiter(self.settings.rate_limit)
-        # Python runs one thread at a time. Those that wait here sleep until it is their
-        # turn; those that wait for the interpreter wake up each switch interval to ask.
-        self._turn = threading.Lock()
-        self._requests: Counter = Counter()  # by method, route and status
-        self._counting = threading.Lock()
-        self.pages = Dashboard(self.store, self.metrics, self.settings.public_url)
-        self._ingestion: Dict[str, Handler] = {}
-        self._router = self._routes()
-        made = self.store.start(self.settings.api_key, self.settings.auth_token)
-        if made != (None, None):
-            url = self.settings.public_url.rstrip("/") or _url(self.settings.host, self.settings.port)
-            (announce or sys.stderr.write)(first_start_text(made, url))
-
-    def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
-        method, path = environ.get("REQUEST_METHOD", ""), environ.get("PATH_INFO", "")
-        handler = self._ingestion.get(path) if method == "POST" else None
-        if handler is not None:  # without bottle, whose part would be as large as ours
-            body, status, headers = _answered(handler, environ)
-            start_response(_STATUS_LINES[status], [*headers.items(), ("Content-Length", str(len(body)))])
-            self._count(method, path, status)
-            return [body]
-        try:
-            path.encode("latin-1").decode("utf-8")
-        except UnicodeError:  # of which bottle would drop the bytes, and find what is left
-            path = "/api/not found" if path.startswith("/api/") else "/not found"
-        environ = {**environ, "PATH_INFO": path, "bottle.route": None}  # an outer bottle may have set it
-        answer = self._router(environ, start_response)
-        route = environ["bottle.route"]
-        self._count(route.method if route else "other", route.rule if route else "other", bottle.response.status_code)
-        return answer
-
-    def _count(self, method: str, rule: str, status: int) -> None:
-        """By the route and not the path: a stranger could make up paths without end."""
-        with self._counting:
-            self._requests[method, rule, status] += 1
-
-    def __enter__(self) -> Backfeedr:
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes the database. May be called twice."""
-        self.store.close()
-
-    def _routes(self) -> bottle.Bottle:
-        ask, router = self.metrics, _Router(self.pages)
-        for method, path, handler in (
-                ("GET", "/health", self._health),
-                ("POST", "/crashes", self._submitted(lambda given: [parse_crash(given)], _crash_answer)),
-                ("POST", "/events", self._submitted(lambda given: [parse_event(given)], _event_answer)),
-                ("POST", "/events/batch", self._submitted(parse_batch, _batch_answer)),
-                ("GET", "/metrics/daily-crashes", self._asked(ask.daily_crashes, "days")),
-                ("GET", "/metrics/crash-types", self._asked(ask.crash_types, "days")),
-                ("GET", "/metrics/devices", self._asked(ask.devices, "days")),
-                ("GET", "/metrics/active-devices", self._asked(ask.active_devices, "days")),
-                ("GET", "/metrics/sessions", self._asked(ask.sessions, "days")),
-                ("GET", "/metrics/retention", self._asked(ask.retention, "days")),
-                ("GET", "/overview", self._asked(ask.overview)),
-                ("GET", "/releases", self._asked(ask.releases)),
-                ("GET", "/crashes", self._read(ask.groups, "version", "days", "text", "limit", "cursor")),
-                ("GET", "/crashes/<group_hash>", self._read(ask.group, "limit", "cursor")),
-                ("GET", "/events", self._read(ask.events, "type", "name", "session_id", "limit", "cursor"))):
-            router.route("/api/v1" + path, method, _by_bottle(handler))
-            if method == "POST":
-                self._ingestion["/api/v1" + path] = handler
-        router.route("/metrics", "GET", _by_bottle(self._prometheus))
-        for method, path, page in self.pages.routes():
-            router.route(path, method, page)
-        return router
-
-    def _health(self, environ: Environ) -> Answer:
-        self.store.check()
-        return 200, {"status": "ok"}
-
-    def _prometheus(self, environ: Environ) -> Answer:
-        self._check_admin(environ)
-        with self._counting:
-            requests = sorted(self._requests.items())
-        figures = [("requests_total", "counter", "Requests answered, by route.", [
-            ('{method="%s",path="%s",status="%d"}' % key, n) for key, n in requests]), *self.store.vitals()]
-        lines = [line for name, kind, meaning, samples in figures for line in (
-            f"# HELP backfeedr_{name} {meaning}", f"# TYPE backfeedr_{name} {kind}",
-            *(f"backfeedr_{name}{suffix} {value:.15g}" for suffix, value in samples))]
-        return 200, "\n".join([*lines, ""])
-
-    def _submitted(self, parse: Callable[[Given], Reports],
-                   answer: Callable[[Reports, range], Dict[str, Any]]) -> Handler:
-        """Checks in the order of the contract: size, key, rate, signature, JSON, fields; stores, and answers."""
-        def handler(environ: Environ) -> Answer:
-            body = _read_body(environ, self.settings.max_body_size)
-            key = _header(environ, "X_BACKFEEDR_KEY")
-            key_hash = sha256(key)
-            if not key:
-                raise Refusal("missing API key")
-            if not self.store.had_key(key_hash):
-                raise Refusal("invalid API key")
-            try:
-                self._check_rate(key_hash)  # may ask another host, for which nobody else should wait
-                with self._turn:
-                    signature = self._check_signature(environ, key, body)
-                    plain = _decompress(environ, body, self.settings.max_body_size)
-                    reports = parse(decode_json(plain))
-                receipt = self.store.add(key_hash, reports, _once(environ, signature, plain))
-            except Refusal:
-                # The key may have been revoked since it was seen. A commit looks; so must a refusal.
-                if not self.store.has_key(key_hash):
-                    raise Refusal("invalid API key") from None
-                raise
-            return 200 if receipt.replayed else 201, answer(reports, receipt.seqs)
-        return handler
-
-    def _check_rate(self, key_hash: bytes) -> None:
-        if not self._limiter.allow(key_hash):
-            raise Refusal("rate limit exceeded", self._limiter.retry_after(key_hash))
-
-    def _check_signature(self, environ: Environ, key: bytes, body: bytes) -> bytes:
-        """The signature, if it is good; b"" where there is none and none is required."""
-        timestamp, signature = _header(environ, "X_BACKFEEDR_TIMESTAMP"), _header(environ, "X_BACKFEEDR_SIGNATURE")
-        if "HTTP_X_BACKFEEDR_TIMESTAMP" in environ or "HTTP_X_BACKFEEDR_SIGNATURE" in environ:
-            verify(key, timestamp, signature, body, self.store.now)
-        elif self.settings.require_signature:
-            raise Refusal("signature required")
-        return signature
-
-    def _asked(self, question: Callable[..., Figures], *names: str) -> Handler:
-        """What anyone may ask, unless the settings say otherwise; by app, and by the parameters of these names."""
-        if not self.settings.public_metrics:
-            return self._read(question, *names)
-        return lambda environ, **path: (200, question(**path, **_parameters(environ, "app", *names)))
-
-    def _read(self, question: Callable[..., Figures], *names: str) -> Handler:
-        """What the admin may ask."""
-        def handler(environ: Environ, **path: str) -> Answer:
-            self._check_admin(environ)
-            return 200, question(**path, **_parameters(environ, "app", *names))
-        return handler
-
-    def _check_admin(self, environ: Environ) -> None:
-        scheme, _, token = _header(environ, "AUTHORIZATION").partition(b" ")
-        if scheme.lower() != b"bearer" or not token.strip():
-            raise Refusal("missing admin token")
-        if not self.store.is_admin(token.strip()):
-            raise Refusal("invalid admin token")
-
-
-class _Router(bottle.Bottle):
-    """Bottle, whose own refusals are JSON, or a page of ours for a browser that is not at the API."""
-
-    def __init__(self, pages: Dashboard):
-        super().__init__()
-        self._pages = pages
-
-    def default_error_handler(self, error: bottle.HTTPError) -> bottle.HTTPResponse:
-        environ, status = bottle.request.environ, error.status_code
-        if "text/html" in environ.get("HTTP_ACCEPT", "") and not environ["PATH_INFO"].startswith("/api/"):
-            answer = self._pages.refused(environ, status, ERRORS.get(status, ["invalid request"])[0])
-        else:
-            answer = bottle.HTTPResponse(_error_body(status), status, _HEADERS)
-        if "Allow" in error.headers:
-            answer.set_header("Allow", error.headers["Allow"])
-        return answer
-
-
-def _answered(handler: Handler, environ: Environ, **path: str) -> Tuple[bytes, int, Dict[str, str]]:
-    """Body, status and headers of what a handler says, whatever happens: a text as it is, all else as JSON."""
-    headers = _HEADERS
-    try:
-        status, answer = handler(environ, **path)
-        if type(answer) is str:
-            return answer.encode(), status, {**headers, "Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-    except Refusal as refusal:
-        status, answer = _STATUS.get(str(refusal), 400), {"error": str(refusal)}
-        if refusal.retry_after is not None:
-            headers = {**headers, "Retry-After": str(refusal.retry_after)}
-    except Exception:
-        log.exception("unexpected error")
-        return _error_body(500), 500, headers
-    return json.dumps(answer).encode(), status, headers
-
-
-def _by_bottle(handler: Handler) -> Callable[..., bottle.HTTPResponse]:
-    return lambda **path: bottle.HTTPResponse(*_answered(handler, bottle.request.environ, **path))
-
-
-def _crash_answer(crashes: Sequence[Crash], seqs: range) -> Dict[str, Any]:
-    return {"id": crash_id(seqs[0]), "group_hash": crashes[0].group_hash}
-
-
-def _event_answer(events: Sequence[Event], seqs: range) -> Dict[str, Any]:
-    return {"id": event_ids(seqs)[0]}
-
-
-def _batch_answer(events: Sequence[Event], seqs: range) -> Dict[str, Any]:
-    return {"count": len(seqs), "ids": event_ids(seqs)}
 
 
 def _header(environ: Environ, name: str) -> bytes:
@@ -3053,18 +2833,6 @@ def _parameters(environ: Environ, *names: str) -> Dict[str, Any]:
 
 def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def first_start_text(made: FirstStart, url: str) -> str:
-    """What to tell an operator of the secrets that a start has made."""
-    text = ""
-    if made.key:
-        text += f"Made the app 'default'. Its API key, shown only this once:\n\n    {made.key}\n\n"
-    if made.token:
-        text += f"The admin token, shown only this once:\n\n    {made.token}\n\n"
-    if made.key:
-        text += "Send a first crash:\n\n    " + curl_line(url, made.key).replace("\n", "\n    ") + "\n\n"
-    return text
 
 
 def curl_line(url: str, key: str) -> str:
@@ -3983,6 +3751,244 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer", "Content-Security-Policy": (
         "default-src 'none'; img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'; style-src"
         f" 'sha256-{base64.b64encode(sha256(STYLE)).decode()}'")}
+
+
+# == Backfeedr =================================================================
+#
+# The WSGI callable. A handler reads "decode, check, store, answer"; whoever may
+# not come so far has been turned away before.
+
+class Backfeedr:
+    """The server as a WSGI callable, for any mount point.
+
+    `Backfeedr(db_path="crashes.db")` takes further settings from the environment,
+    `Backfeedr(Settings(...))` takes none. Raises SettingsError and StoreError. `store`
+    is for keys and queries from Python. A new database gets an app and an admin token:
+    `announce` is told them, once, in words for the operator. `clock` gives seconds
+    since 1970. Close it, or use it as a context manager.
+
+    `store` takes the place of the file that the settings name, and is closed with the
+    server; `limiter` takes that of a RateLimiter, which knows of this process only.
+    """
+
+    def __init__(self, settings: Optional[Settings] = None, *, clock: Callable[[], float] = time.time,
+                 store: Optional[Store] = None, limiter: Optional[RateLimiter] = None,
+                 announce: Optional[Callable[[str], Any]] = None, **overrides: Any):
+        if settings is not None and overrides:
+            raise TypeError("give settings or single ones, not both")
+        self.settings = settings or Settings.from_env(**overrides)
+        self.store = store or Store(self.settings.db_path, clock, self.settings.retention_days,
+                                    max_waiters=max(256, self.settings.threads))
+        self.metrics = Metrics(self.store)
+        self._limiter = limiter or RateLimiter(self.settings.rate_limit)
+        # Python runs one thread at a time. Those that wait here sleep until it is their
+        # turn; those that wait for the interpreter wake up each switch interval to ask.
+        self._turn = threading.Lock()
+        self._requests: Counter = Counter()  # by method, route and status
+        self._counting = threading.Lock()
+        self.pages = Dashboard(self.store, self.metrics, self.settings.public_url)
+        self._ingestion: Dict[str, Handler] = {}
+        self._router = self._routes()
+        made = self.store.start(self.settings.api_key, self.settings.auth_token)
+        if made != (None, None):
+            url = self.settings.public_url.rstrip("/") or _url(self.settings.host, self.settings.port)
+            (announce or sys.stderr.write)(first_start_text(made, url))
+
+    def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
+        method, path = environ.get("REQUEST_METHOD", ""), environ.get("PATH_INFO", "")
+        handler = self._ingestion.get(path) if method == "POST" else None
+        if handler is not None:  # without bottle, whose part would be as large as ours
+            body, status, headers = _answered(handler, environ)
+            start_response(_STATUS_LINES[status], [*headers.items(), ("Content-Length", str(len(body)))])
+            self._count(method, path, status)
+            return [body]
+        try:
+            path.encode("latin-1").decode("utf-8")
+        except UnicodeError:  # of which bottle would drop the bytes, and find what is left
+            path = "/api/not found" if path.startswith("/api/") else "/not found"
+        environ = {**environ, "PATH_INFO": path, "bottle.route": None}  # an outer bottle may have set it
+        answer = self._router(environ, start_response)
+        route = environ["bottle.route"]
+        self._count(route.method if route else "other", route.rule if route else "other", bottle.response.status_code)
+        return answer
+
+    def _count(self, method: str, rule: str, status: int) -> None:
+        """By the route and not the path: a stranger could make up paths without end."""
+        with self._counting:
+            self._requests[method, rule, status] += 1
+
+    def __enter__(self) -> Backfeedr:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the database. May be called twice."""
+        self.store.close()
+
+    def _routes(self) -> bottle.Bottle:
+        ask, router = self.metrics, _Router(self.pages)
+        for method, path, handler in (
+                ("GET", "/health", self._health),
+                ("POST", "/crashes", self._submitted(lambda given: [parse_crash(given)], _crash_answer)),
+                ("POST", "/events", self._submitted(lambda given: [parse_event(given)], _event_answer)),
+                ("POST", "/events/batch", self._submitted(parse_batch, _batch_answer)),
+                ("GET", "/metrics/daily-crashes", self._asked(ask.daily_crashes, "days")),
+                ("GET", "/metrics/crash-types", self._asked(ask.crash_types, "days")),
+                ("GET", "/metrics/devices", self._asked(ask.devices, "days")),
+                ("GET", "/metrics/active-devices", self._asked(ask.active_devices, "days")),
+                ("GET", "/metrics/sessions", self._asked(ask.sessions, "days")),
+                ("GET", "/metrics/retention", self._asked(ask.retention, "days")),
+                ("GET", "/overview", self._asked(ask.overview)),
+                ("GET", "/releases", self._asked(ask.releases)),
+                ("GET", "/crashes", self._read(ask.groups, "version", "days", "text", "limit", "cursor")),
+                ("GET", "/crashes/<group_hash>", self._read(ask.group, "limit", "cursor")),
+                ("GET", "/events", self._read(ask.events, "type", "name", "session_id", "limit", "cursor"))):
+            router.route("/api/v1" + path, method, _by_bottle(handler))
+            if method == "POST":
+                self._ingestion["/api/v1" + path] = handler
+        router.route("/metrics", "GET", _by_bottle(self._prometheus))
+        for method, path, page in self.pages.routes():
+            router.route(path, method, page)
+        return router
+
+    def _health(self, environ: Environ) -> Answer:
+        self.store.check()
+        return 200, {"status": "ok"}
+
+    def _prometheus(self, environ: Environ) -> Answer:
+        self._check_admin(environ)
+        with self._counting:
+            requests = sorted(self._requests.items())
+        figures = [("requests_total", "counter", "Requests answered, by route.", [
+            ('{method="%s",path="%s",status="%d"}' % key, n) for key, n in requests]), *self.store.vitals()]
+        lines = [line for name, kind, meaning, samples in figures for line in (
+            f"# HELP backfeedr_{name} {meaning}", f"# TYPE backfeedr_{name} {kind}",
+            *(f"backfeedr_{name}{suffix} {value:.15g}" for suffix, value in samples))]
+        return 200, "\n".join([*lines, ""])
+
+    def _submitted(self, parse: Callable[[Given], Reports],
+                   answer: Callable[[Reports, range], Dict[str, Any]]) -> Handler:
+        """Checks in the order of the contract: size, key, rate, signature, JSON, fields; stores, and answers."""
+        def handler(environ: Environ) -> Answer:
+            body = _read_body(environ, self.settings.max_body_size)
+            key = _header(environ, "X_BACKFEEDR_KEY")
+            key_hash = sha256(key)
+            if not key:
+                raise Refusal("missing API key")
+            if not self.store.had_key(key_hash):
+                raise Refusal("invalid API key")
+            try:
+                self._check_rate(key_hash)  # may ask another host, for which nobody else should wait
+                with self._turn:
+                    signature = self._check_signature(environ, key, body)
+                    plain = _decompress(environ, body, self.settings.max_body_size)
+                    reports = parse(decode_json(plain))
+                receipt = self.store.add(key_hash, reports, _once(environ, signature, plain))
+            except Refusal:
+                # The key may have been revoked since it was seen. A commit looks; so must a refusal.
+                if not self.store.has_key(key_hash):
+                    raise Refusal("invalid API key") from None
+                raise
+            return 200 if receipt.replayed else 201, answer(reports, receipt.seqs)
+        return handler
+
+    def _check_rate(self, key_hash: bytes) -> None:
+        if not self._limiter.allow(key_hash):
+            raise Refusal("rate limit exceeded", self._limiter.retry_after(key_hash))
+
+    def _check_signature(self, environ: Environ, key: bytes, body: bytes) -> bytes:
+        """The signature, if it is good; b"" where there is none and none is required."""
+        timestamp, signature = _header(environ, "X_BACKFEEDR_TIMESTAMP"), _header(environ, "X_BACKFEEDR_SIGNATURE")
+        if "HTTP_X_BACKFEEDR_TIMESTAMP" in environ or "HTTP_X_BACKFEEDR_SIGNATURE" in environ:
+            verify(key, timestamp, signature, body, self.store.now)
+        elif self.settings.require_signature:
+            raise Refusal("signature required")
+        return signature
+
+    def _asked(self, question: Callable[..., Figures], *names: str) -> Handler:
+        """What anyone may ask, unless the settings say otherwise; by app, and by the parameters of these names."""
+        if not self.settings.public_metrics:
+            return self._read(question, *names)
+        return lambda environ, **path: (200, question(**path, **_parameters(environ, "app", *names)))
+
+    def _read(self, question: Callable[..., Figures], *names: str) -> Handler:
+        """What the admin may ask."""
+        def handler(environ: Environ, **path: str) -> Answer:
+            self._check_admin(environ)
+            return 200, question(**path, **_parameters(environ, "app", *names))
+        return handler
+
+    def _check_admin(self, environ: Environ) -> None:
+        scheme, _, token = _header(environ, "AUTHORIZATION").partition(b" ")
+        if scheme.lower() != b"bearer" or not token.strip():
+            raise Refusal("missing admin token")
+        if not self.store.is_admin(token.strip()):
+            raise Refusal("invalid admin token")
+
+
+class _Router(bottle.Bottle):
+    """Bottle, whose own refusals are JSON, or a page of ours for a browser that is not at the API."""
+
+    def __init__(self, pages: Dashboard):
+        super().__init__()
+        self._pages = pages
+
+    def default_error_handler(self, error: bottle.HTTPError) -> bottle.HTTPResponse:
+        environ, status = bottle.request.environ, error.status_code
+        if "text/html" in environ.get("HTTP_ACCEPT", "") and not environ["PATH_INFO"].startswith("/api/"):
+            answer = self._pages.refused(environ, status, ERRORS.get(status, ["invalid request"])[0])
+        else:
+            answer = bottle.HTTPResponse(_error_body(status), status, _HEADERS)
+        if "Allow" in error.headers:
+            answer.set_header("Allow", error.headers["Allow"])
+        return answer
+
+
+def _answered(handler: Handler, environ: Environ, **path: str) -> Tuple[bytes, int, Dict[str, str]]:
+    """Body, status and headers of what a handler says, whatever happens: a text as it is, all else as JSON."""
+    headers = _HEADERS
+    try:
+        status, answer = handler(environ, **path)
+        if type(answer) is str:
+            return answer.encode(), status, {**headers, "Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+    except Refusal as refusal:
+        status, answer = _STATUS.get(str(refusal), 400), {"error": str(refusal)}
+        if refusal.retry_after is not None:
+            headers = {**headers, "Retry-After": str(refusal.retry_after)}
+    except Exception:
+        log.exception("unexpected error")
+        return _error_body(500), 500, headers
+    return json.dumps(answer).encode(), status, headers
+
+
+def _by_bottle(handler: Handler) -> Callable[..., bottle.HTTPResponse]:
+    return lambda **path: bottle.HTTPResponse(*_answered(handler, bottle.request.environ, **path))
+
+
+def _crash_answer(crashes: Sequence[Crash], seqs: range) -> Dict[str, Any]:
+    return {"id": crash_id(seqs[0]), "group_hash": crashes[0].group_hash}
+
+
+def _event_answer(events: Sequence[Event], seqs: range) -> Dict[str, Any]:
+    return {"id": event_ids(seqs)[0]}
+
+
+def _batch_answer(events: Sequence[Event], seqs: range) -> Dict[str, Any]:
+    return {"count": len(seqs), "ids": event_ids(seqs)}
+
+
+def first_start_text(made: FirstStart, url: str) -> str:
+    """What to tell an operator of the secrets that a start has made."""
+    text = ""
+    if made.key:
+        text += f"Made the app 'default'. Its API key, shown only this once:\n\n    {made.key}\n\n"
+    if made.token:
+        text += f"The admin token, shown only this once:\n\n    {made.token}\n\n"
+    if made.key:
+        text += "Send a first crash:\n\n    " + curl_line(url, made.key).replace("\n", "\n    ") + "\n\n"
+    return text
 
 
 # == Server ====================================================================
