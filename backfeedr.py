@@ -71,7 +71,7 @@ from http import HTTPStatus
 from itertools import accumulate, chain, groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
+from typing import (Any, BinaryIO, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
                     Sequence, Set, TextIO, Tuple, Union)
 from urllib.parse import parse_qs, parse_qsl, quote, urlencode
 
@@ -3861,7 +3861,7 @@ class Backfeedr:
         self._check_admin(environ)
         with self._counting:
             requests = sorted(self._requests.items())
-        figures = [("requests_total", "counter", "Requests answered, by route.", [
+        figures = [("requests_total", "counter", "Requests that reached the app, by route.", [
             ('{method="%s",path="%s",status="%d"}' % key, n) for key, n in requests]), *self.store.vitals()]
         lines = [line for name, kind, meaning, samples in figures for line in (
             f"# HELP backfeedr_{name} {meaning}", f"# TYPE backfeedr_{name} {kind}",
@@ -4000,7 +4000,8 @@ def first_start_text(made: FirstStart, url: str) -> str:
 DRAIN_SECONDS = 4.0  # a stop waits so long for requests that have begun to arrive
 SWITCH_SECONDS = 0.002  # how long a thread may keep the interpreter while others wait for it
 QUIET_SECONDS = 0.3  # a connection that is silent so long has sent nothing more
-REQUEST_SECONDS = 60  # from the first byte of a request to its last, and for a connection between two requests
+REQUEST_SECONDS = 60  # for a request to arrive, and for a connection between two requests;
+SLOWEST = 2000  # bytes a second, a phone's on a bad day: the time that they take is not counted
 
 
 def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> None:
@@ -4043,7 +4044,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, UnicodeError, TypeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
         wrong = "port" if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES) else "host"
         raise OSError(f"cannot listen on {host} port {port}: {reason};"
                       f" --{wrong} or BACKFEEDR_{wrong.upper()} takes another") from None
@@ -4111,8 +4112,9 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
         def received(self, data: bytes) -> bool:
             begun = self.request
             received = super().received(data)
-            if begun is None or self.request is not begun:
-                self.began = self.last_activity
+            now = self.last_activity
+            self.began = now if begun is None or self.request is not begun else min(
+                now, self.began + len(data) / SLOWEST)
             self.last_activity = self.began  # and not that of the last byte: a drip would be active for ever
             return received
 
@@ -4180,6 +4182,7 @@ def _drain(server: Any) -> None:
 BACKUP_PAGES = 1000  # between two looks at how far a backup has come
 IMPORT_LINES = 1000  # in a transaction,
 IMPORT_BYTES = 1_000_000  # unless they are longer than this together
+MAX_LINE = 1 << 27  # bytes of a report in a file: far above any body that a server takes
 LOW_DISK = 100_000_000  # free bytes, below which `check` finds something wrong
 
 Progress = Callable[..., Any]
@@ -4199,8 +4202,7 @@ def backup(store: Store, path: Path, progress: Progress) -> None:
         number, partial = tempfile.mkstemp(".partial", path.name + ".", path.parent)  # readable by its owner only
         os.close(number)
         _copy_database(store, partial, progress)
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))  # refuses what has come meanwhile
-        os.replace(partial, path)
+        os.link(partial, path)  # refuses what has come meanwhile
     except OSError as error:
         raise StoreError(f"cannot write the backup {path}: {error.strerror}") from None
     finally:
@@ -4289,6 +4291,7 @@ def _steps(lines: Iterable[bytes]) -> Iterator[List[Kept]]:
         try:
             step += [read_kept(line)] if line.strip() else []
         except Refusal as refusal:
+            yield step
             raise StoreError(f"line {number}: {refusal}") from None
         size += len(line)
         if len(step) >= IMPORT_LINES or size > IMPORT_BYTES:
@@ -4322,8 +4325,10 @@ def _look_at_disk(path: Path) -> str:
 
 
 def _look_at_file(path: Path) -> str:
+    if not path.is_file():
+        raise StoreError(f"{path} is not there")
     if not os.access(path, os.R_OK | os.W_OK):
-        raise StoreError(f"{path} is not there, or may not be read and written")
+        raise StoreError(f"{path} may not be read and written; a server could not use it")
     wal = Path(f"{path}-wal")
     return f"{path}, {_megabytes(path.stat().st_size)}, WAL {_megabytes(wal.stat().st_size if wal.exists() else 0)}"
 
@@ -4334,18 +4339,33 @@ def _look_at_schema(path: Path) -> str:
         version = db.pragma("user_version")
         if 0 < version < SCHEMA_VERSION:
             return f"version {version}, of which the next start makes version {SCHEMA_VERSION}"
+        if not version:
+            raise StoreError("there are no tables")
         fresh.executescript(SCHEMA)
-        expected, found = ({f"{kind} {name}" for kind, name in each.execute("select type, name from sqlite_master")}
-                           for each in (fresh, db))
+        expected, found = map(_shape, (fresh, db))
         if not expected <= found:
             raise StoreError(f"there is no {', '.join(sorted(expected - found))}")
         return f"version {version}"
 
 
+def _shape(db: sqlite3.Connection) -> Set[str]:
+    """The tables, indexes and columns."""
+    return {f"{kind} {name}" + f" with {column}" * bool(column) for kind, name, column in db.execute("""
+        select master.type, master.name, columns.name
+        from sqlite_master as master cross join pragma_table_xinfo(master.name) as columns
+        where master.type = 'table'
+        union
+        select master.type, master.name, columns.name
+        from sqlite_master as master cross join pragma_index_info(master.name) as columns
+        where master.type = 'index'
+        """) if not name.startswith("sqlite_")}
+
+
 def _look_at_pages(path: Path) -> str:
     with closing(_Watcher(path)) as db:
-        if db.pragma("quick_check(1)") != "ok":
-            raise StoreError(db.pragma("quick_check(1)"))
+        found = db.pragma("quick_check(1)")
+        if found != "ok":
+            raise StoreError(" ".join(found.splitlines()[-1:]))
         return f"{db.pragma('page_count'):,}, all sound"
 
 
@@ -4412,7 +4432,7 @@ def _look_at_roll_ups(path: Path) -> str:
         }.items() if db.execute(query).fetchone()]
     if wrong:
         raise StoreError(f"the {', the '.join(wrong)} are not what they should be")
-    return "agree with the rows"
+    return "agree with the rows, where that can be told"
 
 
 def _megabytes(size: int) -> str:
@@ -4665,6 +4685,8 @@ def main(argv: Optional[Sequence[str]] = None, make: Callable[..., Backfeedr] = 
         elif arguments.run is serve_demo:
             serve_demo(settings)
         else:
+            if arguments.run is _import:  # before a database is made for it
+                arguments.FILE = _open(arguments.FILE)
             retention_days = settings.retention_days if os.environ.get("BACKFEEDR_RETENTION_DAYS") else None
             with open_store(settings.db_path, retention_days=retention_days,
                             may_create=arguments.run in (_app_create, _import)) as store:
@@ -4805,10 +4827,16 @@ def _export(store: Store, arguments: argparse.Namespace) -> None:
         out.flush()
 
 
+def _open(name: str) -> BinaryIO:
+    try:
+        return sys.stdin.buffer if name == "-" else open(name, "rb")
+    except OSError as error:
+        raise StoreError(f"cannot read {name}: {error.strerror}") from None
+
+
 def _import(store: Store, arguments: argparse.Namespace) -> None:
-    with _progress("importing: {:,} reports") as progress, (
-            open(arguments.FILE, "rb") if arguments.FILE != "-" else sys.stdin.buffer) as lines:
-        counts = import_jsonl(store, lines, progress)
+    with _progress("importing: {:,} reports") as progress, arguments.FILE as file:
+        counts = import_jsonl(store, iter(lambda: file.readline(MAX_LINE), b""), progress)
     _say(f"Stored {counts['stored']:,} reports; {counts['known']:,} were here already, and the time of"
          f" {counts['expired']:,} is over.")
 

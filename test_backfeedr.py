@@ -4412,6 +4412,27 @@ def test_a_report_that_takes_half_a_minute_is_taken_and_so_is_the_next_on_its_co
             assert len(stored(slow_server.app, "crashes")["crashes"]) == count
 
 
+@pytest.mark.parametrize("size, expected", [(3000, 201), (1000, None)])
+def test_a_large_report_has_the_time_that_a_slow_phone_takes_and_no_more(slow_server, clock, size, expected):
+    """Of 300 kB, so many bytes a second: 100 s, or 300."""
+    body = json.dumps({**CRASH, "log": "x" * 300_000}).encode()
+    head = f"POST {CRASHES} HTTP/1.1\r\nX-Backfeedr-Key: {KEY}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    answer = bytearray()
+    with connect_to(slow_server) as phone:
+        phone.sendall(head)
+        for start in range(0, len(body), size):
+            phone.sendall(body[start:start + size])
+            clock.move(1)
+            received = received_by(phone, slow_server)
+            if received is None:
+                break
+            answer.extend(received)
+        else:
+            wait_until(lambda: answer.extend(received_by(phone, slow_server)) or answer.endswith(b"}"))
+    assert (int(answer[9:12]) if answer else None) == expected
+    assert len(stored(slow_server.app, "crashes")["crashes"]) == bool(expected)
+
+
 def test_a_thread_that_sends_on_a_connection_keeps_the_others_from_it(slow_server, monkeypatch):
     """Else an answer, and the `100 Continue` of the request that was sent behind it, are sent twice and mixed."""
     free = []
@@ -4926,7 +4947,7 @@ def test_no_cell_of_a_csv_is_a_formula(command, filled):
     ({"type": "click"}, "invalid event type"), ({"name": "x" * 501}, "invalid name"),
     ({"properties": 1}, "invalid properties"),
 ])
-def test_a_bad_line_is_named_and_nothing_near_it_is_stored(command, filled, change, problem, monkeypatch):
+def test_a_bad_line_is_named_and_what_stands_before_it_is_stored(command, filled, change, problem, monkeypatch):
     monkeypatch.setattr(backfeedr, "IMPORT_LINES", 5)
     good = [json.dumps(each).encode() for each in exported(command, "events") if each["app"] == "default"]
     bad = change if type(change) is bytes else json.dumps({**json.loads(good[7]), **change}).encode()
@@ -4934,11 +4955,18 @@ def test_a_bad_line_is_named_and_nothing_near_it_is_stored(command, filled, chan
     status, out, err = command("import", "bad", "--db", "other.db")
     assert (status, out) == (1, "") and err.count("\n") == 1 and problem in err, err
     assert err.startswith("backfeedr: line 8: " if "app" not in problem or change == {"app": None} else "backfeedr: ")
-    assert "5 reports before it were stored" in err
-    assert len(sql("other.db", "select * from events")) == 5
+    before = 5 if "live" in problem else 7  # what the store refuses ends its whole step
+    assert f"{before} reports before it were stored" in err
+    assert len(sql("other.db", "select * from events")) == before
     Path("bad").write_bytes(b"\n".join(good))
-    assert f"Stored {len(good) - 5} reports; 5 were" in command("import", "bad", "--db", "other.db")[2]
+    assert f"Stored {len(good) - before} reports; {before} were" in command("import", "bad", "--db", "other.db")[2]
     check_database("other.db")
+
+
+def test_an_import_of_a_file_that_is_not_there_makes_no_database(command):
+    status, out, err = command("import", "nothing", "--db", "other.db")
+    assert (status, out, err) == (1, "", "backfeedr: cannot read nothing: No such file or directory\n")
+    assert not Path("other.db").exists()
 
 
 def test_an_import_that_the_disk_ends_says_how_far_it_came(command, filled, monkeypatch):
@@ -5024,6 +5052,7 @@ def test_check_says_in_a_line_each_what_is_well_and_changes_nothing(command, fil
     ("delete from devices", "roll-ups: the devices of crashes, the devices of events are"),
     ("update sessions set last_seq = first_seq", "roll-ups: the sessions of events are"),
     ("drop index crashes_by_group", "schema: there is no index crashes_by_group"),
+    ("alter table crashes drop column locale", "schema: there is no table crashes with locale"),
     ("pragma user_version = 9", "schema: "), ("pragma application_id = 9", "schema: "),
 ])
 def test_check_finds_what_is_wrong(command, filled, damage, line):
@@ -5038,7 +5067,7 @@ def test_check_leaves_an_older_schema_to_the_next_start_and_an_empty_file_alone(
     assert re.search(r"\nok  schema: version \d+, of which the next start makes version \d+\n", command("check")[1])
     Path("empty.db").touch()
     status, out, _ = command("check", "--db", "empty.db")
-    assert status == 1 and "\nBAD schema: there is no index " in out and Path("empty.db").read_bytes() == b""
+    assert status == 1 and "\nBAD schema: there are no tables\n" in out and Path("empty.db").read_bytes() == b""
 
 
 def test_check_looks_at_what_a_crash_has_left_without_taking_it_in(command, filled):
