@@ -3985,7 +3985,7 @@ def first_start_text(made: FirstStart, url: str) -> str:
     if made.key:
         text += f"Made the app 'default'. Its API key, shown only this once:\n\n    {made.key}\n\n"
     if made.token:
-        text += f"The admin token, shown only this once:\n\n    {made.token}\n\n"
+        text += f"The admin token, shown only this once; it opens the pages at {url}/\n\n    {made.token}\n\n"
     if made.key:
         text += "Send a first crash:\n\n    " + curl_line(url, made.key).replace("\n", "\n    ") + "\n\n"
     return text
