@@ -44,6 +44,7 @@ from contextlib import closing, contextmanager
 from datetime import date, datetime, timezone
 from decimal import ROUND_HALF_UP, Decimal
 from fractions import Fraction
+from functools import lru_cache
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -121,23 +122,59 @@ def clock():
     return Clock()
 
 
+# A database of PostgreSQL that is there for tests. With it, the servers of `serve` are on it, each in a schema
+# of its own; tests of what is SQLite's, or of a file, ask for `sqlite_only` and are skipped.
+POSTGRES = os.environ.pop("BACKFEEDR_TEST_POSTGRES", "")
+needs_postgres = pytest.mark.skipif(not POSTGRES, reason="BACKFEEDR_TEST_POSTGRES names no database")
+sqlite_only = pytest.mark.skipif(bool(POSTGRES), reason="is about SQLite and its file; runs without a PostgreSQL")
+
+
+@lru_cache(maxsize=None)
+def postgres():
+    """The module examples/postgres.py."""
+    return load_example("postgres")
+
+
 @pytest.fixture
-def serve(tmp_path, clock):
+def schemas():
+    """The URL of a schema by its name: made when it is first asked for, and gone at the end."""
+    made = {}
+
+    def url(name="test.db"):
+        if name not in made:
+            schema = f"t{len(made)}_{os.urandom(6).hex()}"
+            with closing(postgres().Connection.connect(POSTGRES)) as db:
+                db.run(f"create schema {schema}")
+            made[name] = f"{POSTGRES}?options=-csearch_path%3D{schema}"
+        return made[name]
+
+    yield url
+    for each in made.values():
+        with closing(postgres().Connection.connect(POSTGRES)) as db:
+            db.run(f"drop schema {each.rpartition('%3D')[2]} cascade")
+
+
+@pytest.fixture
+def serve(tmp_path, clock, schemas):
     """Makes servers; at the end, compares their roll-ups with their rows."""
     servers = []
 
     def make(name="test.db", **settings):
         """A server with a key and a token."""
         given = {"db_path": str(tmp_path / name), "api_key": KEY, "auth_token": TOKEN, **settings}
-        server = Backfeedr(Settings(**given), clock=clock,
-                           limiter=RateLimiter(given.get("rate_limit", 100), clock=clock))
-        servers.append(server)
+        limit = given.get("rate_limit", 100)
+        store = POSTGRES and postgres().PostgresStore(schemas(name), clock, given.get("retention_days", 90))
+        limiter = postgres().PostgresLimiter(store, limit, clock=clock) if store else RateLimiter(limit, clock=clock)
+        server = Backfeedr(Settings(**given), clock=clock, store=store or None, limiter=limiter)
+        servers.append((server, limiter))
         return server
 
     make.unchecked = []
     yield make
-    for server in servers:
+    for server, limiter in servers:
         server.close()
+        if POSTGRES:
+            limiter.close()
         if server not in make.unchecked:
             check_database(server.store.path)
 
@@ -148,13 +185,24 @@ def api(serve):
 
 
 def sql(path, query, *values):
-    """The rows of a query on a database file, by another connection than the server's."""
-    with closing(sqlite3.connect(str(path))) as db:
+    """The rows of a query on a database, by another connection than the server's."""
+    with connected(path) as db:
         return db.execute(query, values).fetchall()
 
 
+@contextmanager
+def connected(path):
+    """A connection to a file of SQLite, or to PostgreSQL where this is a URL. What it changes is kept."""
+    if str(path).startswith("postgresql:"):
+        with closing(postgres().Connection.connect(path)) as db:
+            yield db
+    else:
+        with closing(sqlite3.connect(str(path))) as db, db:
+            yield db
+
+
 def sql_run(path, statement):
-    with closing(sqlite3.connect(str(path))) as db, db:
+    with connected(path) as db:
         db.execute(statement)
 
 
@@ -165,15 +213,20 @@ def time_text(seconds):
 
 def stored(server, *tables):
     """All that is stored of reports."""
-    return {table: sql(server.store.path, f"select * from {table}") for table in tables or REPORT_TABLES}
+    found = {table: sql(server.store.path, f"select * from {table}") for table in tables or REPORT_TABLES}
+    # PostgreSQL gives rows in any order.
+    return {table: sorted(rows, key=repr) for table, rows in found.items()} if POSTGRES else found
 
 
 def report(server, table="crashes"):
     """The one stored report of a table, by column."""
-    with closing(sqlite3.connect(str(server.store.path))) as db:
-        db.row_factory = sqlite3.Row
-        row, = db.execute(f"select * from {table}").fetchall()
-        return dict(row)
+    row, = rows_by_name(server.store.path, f"select * from {table}")
+    return row
+
+
+def rows_by_name(path, query):
+    with connected(path) as db:
+        return backfeedr._mappings(db, query)
 
 
 def check_database(path, forgotten=False):
@@ -181,7 +234,7 @@ def check_database(path, forgotten=False):
 
     Where a device was forgotten, but for the times of what it was the first or last to report.
     """
-    assert sql(path, "pragma integrity_check") == [("ok",)]
+    assert POSTGRES or sql(path, "pragma integrity_check") == [("ok",)]
     expected, found = recount(path), roll_ups(path)
     if forgotten:
         for tables in expected, found:
@@ -189,7 +242,7 @@ def check_database(path, forgotten=False):
             tables["groups"] = {key: (*row[:2], *row[3:]) for key, row in tables["groups"].items()}
     for table in expected:
         assert found[table] == expected[table], table
-    assert backfeedr._look_at_roll_ups(Path(path).absolute()), "and `check` sees it so"
+    assert POSTGRES or backfeedr._look_at_roll_ups(Path(path).absolute()), "and `check` sees it so"
 
 
 def roll_ups(path):
@@ -206,7 +259,7 @@ def roll_ups(path):
 
 def recount(path):
     """What `roll_ups` must find, from the reports alone."""
-    live = {app for app, in sql(path, "select id from apps where not is_test")}
+    live = {app for app, in sql(path, "select id from apps where is_test = 0")}
     since, = sql(path, "select value from state where name = 'recent_since'")[0]
     tables = defaultdict(lambda: defaultdict(Counter))
     crashes = rows_of_table(path, "crashes")
@@ -312,9 +365,7 @@ def two_digits(ms):
 
 
 def rows_of_table(path, table):
-    with closing(sqlite3.connect(str(path))) as db:
-        db.row_factory = sqlite3.Row
-        rows = [dict(row) for row in db.execute(f"select * from {table} order by seq")]
+    rows = rows_by_name(path, f"select * from {table} order by seq")
     for row in rows:
         fast = row["occurred_at"] > row["received_at"] + 300_000
         row["at"] = row["received_at"] if fast else row["occurred_at"]
