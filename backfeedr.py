@@ -1078,7 +1078,7 @@ class RollUps:
                 """, {"app": app_id, "day": day})
 
     def _save_groups(self) -> None:
-        if self._groups:
+        for app in sorted({app_id for app_id, _ in self._groups}):  # by itself, as one statement has each group once
             insert_rows(self._db, """
                 insert into groups values *
                 on conflict (app_id, group_hash) do update set
@@ -1088,7 +1088,7 @@ class RollUps:
                     first_seen = min(groups.first_seen, excluded.first_seen),
                     last_seen = max(groups.last_seen, excluded.last_seen)
                 """, [(scope, group_hash, *group, sum(at // HOUR >= self._since for at in times))
-                      for (app_id, group_hash), (*group, times) in self._groups.items()
+                      for (app_id, group_hash), (*group, times) in self._groups.items() if app_id == app
                       for scope in self._scopes(app_id)])
 
     def _move_week(self) -> int:

@@ -201,6 +201,15 @@ def connected(path):
             yield db
 
 
+def content_of(path):
+    """All bytes of a database: of its file, or of the values in its tables."""
+    if not POSTGRES:
+        return path.read_bytes()
+    return b"\n".join(value if isinstance(value, bytes) else str(value).encode()
+                      for table in ("apps", "keys", "secrets", "grants", *REPORT_TABLES)
+                      for row in sql(path, f"select * from {table}") for value in row)
+
+
 def sql_run(path, statement):
     with connected(path) as db:
         db.execute(statement)
@@ -436,6 +445,7 @@ def test_secrets_are_not_shown_with_the_settings():
 
 # == Schema ====================================================================
 
+@sqlite_only
 def test_the_file_tells_its_kind_and_version(api):
     path = api.server.store.path
     assert sql(path, "pragma application_id") == [(backfeedr.APPLICATION_ID,)]
@@ -443,6 +453,7 @@ def test_the_file_tells_its_kind_and_version(api):
     assert sql(path, "pragma journal_mode") == [("wal",)]
 
 
+@sqlite_only
 def test_only_the_owner_can_read_the_file_and_its_side_files(api):
     api.post(CRASHES, CRASH)
     files = list(api.server.store.path.parent.glob("test.db*"))
@@ -450,6 +461,7 @@ def test_only_the_owner_can_read_the_file_and_its_side_files(api):
     assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
 
 
+@sqlite_only
 def test_only_the_owner_can_read_the_file_whatever_the_umask(serve):
     before = os.umask(0)
     try:
@@ -818,7 +830,7 @@ def test_an_unknown_key_leaves_no_state_behind(api):
     before = stored(api.server)
     for n in range(50):
         assert api.post(CRASHES, CRASH, key=f"unknown-{n}")[0] == 401
-    assert not api.server._limiter._times
+    assert not (sql(api.server.store.path, "select * from rates") if POSTGRES else api.server._limiter._times)
     assert stored(api.server) == before
 
 
@@ -832,11 +844,13 @@ def test_replays_and_refused_bodies_count_against_the_limit_but_metrics_do_not(s
 
 # == Store =====================================================================
 
+@sqlite_only
 def test_a_commit_is_synced_before_it_is_acknowledged(api):
     with api.server.store.writing() as db:
         assert (db.pragma("synchronous"), db.pragma("journal_mode")) == (2, "wal")
 
 
+@sqlite_only
 def test_nobody_is_told_of_a_commit_before_it_is_made(serve, monkeypatch):
     server = serve()
     add = backfeedr.Store.add
@@ -854,6 +868,7 @@ def test_nobody_is_told_of_a_commit_before_it_is_made(serve, monkeypatch):
     assert len(stored(server, "crashes")["crashes"]) == 5
 
 
+@sqlite_only
 def test_a_transaction_takes_its_lock_at_once(api):
     """Else a first read could make a later write fail without waiting."""
     with api.server.store.writing():
@@ -874,7 +889,7 @@ def test_a_key_is_kept_only_as_its_digest_and_prefix(api):
     api.post(CRASHES, CRASH, key=key)
     assert api.post(CRASHES, CRASH, key=key)[0] == 201
     api.server.close()
-    content = api.server.store.path.read_bytes()
+    content = content_of(api.server.store.path)
     for secret in (key, KEY, TOKEN):
         assert secret.encode() not in content and secret[-32:].encode() not in content
     assert hashlib.sha256(key.encode()).digest() in content and key[:16].encode() in content
@@ -893,6 +908,7 @@ def test_a_revoked_key_is_refused_at_once_and_its_sister_is_not(api):
     assert [app.keys for app in store.apps() if app.name == "Shop"] == [1]
 
 
+@sqlite_only
 def test_a_key_that_another_process_has_revoked_is_refused_whatever_the_request(api):
     assert api.post(CRASHES, CRASH)[0] == 201
     with Store(str(api.server.store.path)) as other:
@@ -1127,6 +1143,7 @@ def test_a_forgotten_device_takes_the_reason_that_it_gave_with_it(api):
     assert api.get("/api/v1/overview")[1]["top_crashes"][0]["exception_reason"] == "theirs"
 
 
+@sqlite_only
 def test_pruning_deletes_what_has_expired_and_gives_its_space_back(serve, clock):
     server = serve(retention_days=1)
     serve.unchecked.append(server)
@@ -1225,7 +1242,7 @@ def test_a_release_outlives_its_reports_and_is_never_below_zero(serve, clock):
             "occurred_at": time_text(clock.seconds)})])
         clock.move(6 * 24 * 3600)
     server.store.forget_device("d")
-    assert sql(server.store.path, "select app_version, sessions, devices from releases") == [("1.0", 0, 0), ("1.1", 0, 0)]
+    assert sql(server.store.path, "select app_version, sessions, devices from releases order by app_version") == [("1.0", 0, 0), ("1.1", 0, 0)]
     clock.move(9 * 24 * 3600)
     server.store.add(backfeedr.sha256(KEY), [parse_event(dict(EVENT))])
     assert stored(server, "release_days") == {"release_days": []}
@@ -1290,6 +1307,7 @@ def test_a_commit_stops_deleting_large_reports_when_it_has_taken_its_time(serve,
         assert len(stored(server, "crashes")["crashes"]) == left
 
 
+@sqlite_only
 def test_pruning_ends_where_the_file_cannot_shrink(serve, clock):
     server = serve(retention_days=1)
     serve.unchecked.append(server)
@@ -1429,6 +1447,7 @@ def test_a_store_works_on_both_sides_of_a_fork(serve):
     assert len(stored(server, "crashes")["crashes"]) == 3
 
 
+@sqlite_only
 def test_close_may_be_called_twice_and_folds_the_wal_in(serve):
     server = serve()
     Api(server).post(CRASHES, CRASH)
@@ -1458,6 +1477,7 @@ def test_the_database_of_another_program_is_refused_and_left_alone(tmp_path):
     assert path.read_bytes() == content
 
 
+@sqlite_only
 def test_a_database_of_a_newer_backfeedr_is_refused_and_left_alone(serve, tmp_path):
     serve("newer.db").close()
     path = tmp_path / "newer.db"
@@ -1469,6 +1489,7 @@ def test_a_database_of_a_newer_backfeedr_is_refused_and_left_alone(serve, tmp_pa
     assert path.read_bytes() == content
 
 
+@sqlite_only
 def test_an_older_schema_is_migrated_and_keeps_its_rows(serve, monkeypatch):
     server = serve()
     Api(server).post(CRASHES, CRASH)
@@ -1488,6 +1509,7 @@ def test_an_older_schema_is_migrated_and_keeps_its_rows(serve, monkeypatch):
 SINCE = {1: ["drop table grants"]}  # what undoes each migration
 
 
+@sqlite_only
 @pytest.mark.parametrize("version", SINCE)
 def test_a_file_of_each_earlier_version_becomes_as_a_new_one(serve, version):
     server = serve()
@@ -1504,6 +1526,7 @@ def test_a_file_of_each_earlier_version_becomes_as_a_new_one(serve, version):
     assert Api(again).post(CRASHES, CRASH)[0] == 201
 
 
+@sqlite_only
 def test_a_migration_that_fails_leaves_the_file_as_it_was(serve, monkeypatch):
     server = serve()
     server.close()
@@ -1640,11 +1663,13 @@ def test_imported_releases_were_first_seen_when_they_were_received(serve, clock)
             Api(server).post(path, {**body, "app_version": f"1.{n}"})
         clock.move(3600)
     hand_over(server, other)
-    releases = sql(other.store.path, "select app_version, first_seen, last_seen from releases")
+    query = "select app_version, first_seen, last_seen from releases order by app_version"
+    releases = sql(other.store.path, query)
     assert len(releases) == 150
-    assert releases == sql(server.store.path, "select app_version, first_seen, last_seen from releases")
+    assert releases == sql(server.store.path, query)
 
 
+@sqlite_only
 def test_an_export_is_of_what_was_there_when_it_began_and_reads_no_more_than_it_must(serve, clock, monkeypatch):
     server = serve()
     fill(server, clock, 1, 100)
@@ -1684,6 +1709,7 @@ def disk(monkeypatch):
     return Disk
 
 
+@sqlite_only
 def test_a_full_disk_in_the_middle_of_a_group_fails_the_whole_group_until_there_is_room(serve, disk):
     server = serve()
     api = Api(server)
@@ -1709,6 +1735,7 @@ def test_a_full_disk_in_the_middle_of_a_group_fails_the_whole_group_until_there_
     assert len(stored(server, "events")["events"]) == 200
 
 
+@sqlite_only
 def test_a_lock_of_another_process_is_waited_for_within_a_bound(serve, monkeypatch):
     monkeypatch.setattr(backfeedr, "BUSY_TIMEOUT", 0.1)
     api = Api(serve())
@@ -1723,6 +1750,7 @@ def test_a_lock_of_another_process_is_waited_for_within_a_bound(serve, monkeypat
     assert api.post(CRASHES, CRASH)[0] == 201
 
 
+@sqlite_only
 def test_a_lock_that_is_given_up_in_time_costs_nobody_a_report(serve):
     api = Api(serve())
     with closing(sqlite3.connect(str(api.server.store.path), isolation_level=None, check_same_thread=False)) as other:
@@ -1733,6 +1761,7 @@ def test_a_lock_that_is_given_up_in_time_costs_nobody_a_report(serve):
         release.join()
 
 
+@sqlite_only
 def test_a_file_that_is_gone_is_reported_and_used_again_when_it_is_back(api):
     path = api.server.store.path
     api.post(CRASHES, CRASH)
@@ -1746,6 +1775,7 @@ def test_a_file_that_is_gone_is_reported_and_used_again_when_it_is_back(api):
     assert len(stored(api.server, "crashes")["crashes"]) == 2
 
 
+@sqlite_only
 def test_a_database_put_in_the_place_of_the_file_is_left_alone(serve):
     server, other = serve(), serve("other.db")
     api = Api(server)
@@ -1762,6 +1792,7 @@ def test_a_database_put_in_the_place_of_the_file_is_left_alone(serve):
     assert api.get("/api/v1/health")[0] == 200
 
 
+@sqlite_only
 def test_a_failed_sync_makes_health_fail_until_a_commit_succeeds(api, monkeypatch, caplog):
     execute = backfeedr._Connection.execute
 
@@ -2088,6 +2119,7 @@ PLANS = {
 }
 
 
+@sqlite_only
 @pytest.mark.parametrize("question", PLANS)
 def test_each_question_looks_up_what_it_shows_by_an_index(api, question):
     crash = api.post(CRASHES, {**CRASH, "app_version": "1.0"})[1]
@@ -2116,6 +2148,7 @@ def plans(store, ask):
                 for *_, step in db.execute("explain query plan " + query)]
 
 
+@sqlite_only
 @pytest.mark.parametrize("table, keys", [("devices", "(app_id=? AND device_id_hash=?)"),
                                          ("sessions", "(app_id=? AND session_id=?)")])
 def test_a_commit_looks_up_its_devices_and_sessions_by_key(api, table, keys):
@@ -2933,6 +2966,7 @@ def test_requests_are_counted_by_route_and_status_and_never_by_what_a_stranger_t
     assert scraped(api)['requests_total{method="GET",path="/metrics",status="200"}'] == 1
 
 
+@sqlite_only
 def test_commits_rows_and_sizes_are_told_to_prometheus(serve):
     server = serve()
     api = Api(server)
@@ -3433,7 +3467,7 @@ def test_signing_in_makes_a_new_session_and_signing_out_ends_it(api):
     during = someone.session
     assert re.fullmatch("[0-9a-f]{32}", during) and during != someone.web.cookies["backfeedr_form"]
     assert len(sql(api.server.store.path, "select * from grants")) == 1
-    assert during.encode() not in api.server.store.path.read_bytes()
+    assert during.encode() not in content_of(api.server.store.path)
     form = next(form for form in page.forms.values() if form.action.endswith("/sign-out"))
     assert form.submit(status=303).headers["Location"] == "/sign-in"
     assert sql(api.server.store.path, "select * from grants") == []
@@ -4160,13 +4194,17 @@ class Running:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("BACKFEEDR_")}
         environ.update({"BACKFEEDR_API_KEY": KEY, "BACKFEEDR_AUTH_TOKEN": TOKEN, "BACKFEEDR_RATE_LIMIT": "0", **variables})
         self.process = subprocess.Popen(
-            [sys.executable, str(SERVER), "--port", "0", "--db", str(db), *arguments],
+            [sys.executable, *self.program(db), "--port", "0", *arguments],
             env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.db = db
         self.first_line = self.process.stdout.readline().strip()
         assert self.first_line.startswith("backfeedr on http://"), self.process.communicate()
         self.url = self.first_line.split()[-1]
         self.port = int(self.url.rpartition(":")[2])
+
+    def program(self, db):
+        on_postgres = str(db).startswith("postgresql:")
+        return [str(EXAMPLES / "postgres.py"), db] if on_postgres else [str(SERVER), "--db", str(db)]
 
     def connect(self):
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
@@ -4935,6 +4973,7 @@ def exported(command, kind, *arguments):
     return [json.loads(line) for line in out.split("\n")[:-1]]
 
 
+@sqlite_only
 def test_what_export_prints_import_stores_as_it_was(command, filled, serve, tmp_path):
     for kind in ("crashes", "events"):
         Path(kind).write_bytes(command("export", kind)[1].encode())
@@ -5975,6 +6014,168 @@ def test_the_benchmark_runs_and_finds_all_that_was_acknowledged(tmp_path, argume
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "All that was acknowledged is stored, and the databases are sound."
     assert list(tmp_path.iterdir()) == []
+
+
+# == PostgreSQL ================================================================
+#
+# What examples/postgres.py adds: hosts that share a database. That it answers as
+# SQLite does is what the sections before say, where BACKFEEDR_TEST_POSTGRES is set.
+
+@needs_postgres
+@pytest.mark.slow
+def test_two_hosts_store_once_whatever_they_acknowledge_and_their_sums_equal_the_rows(run, schemas):
+    hosts = [run(db=schemas()), run(db=schemas())]
+    load = Load(hosts, clients=32)
+    wait_until(lambda: len(load.acknowledged) > 1500, 60)
+    load.finish()
+    assert [host.stop()[0] for host in hosts] == [0, 0]
+    assert (load.lost, load.others) == (0, [])
+    assert sorted(load.acknowledged) == sorted(stored_ids(schemas()))
+    check_database(schemas())
+
+
+@needs_postgres
+@pytest.mark.slow
+def test_the_101st_request_of_a_key_is_refused_whichever_host_it_reaches(run, schemas):
+    hosts = [run(db=schemas(), BACKFEEDR_RATE_LIMIT="100") for _ in range(2)]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda n: hosts[n % 2].post(EVENTS, EVENT)[0], range(110)))
+    assert Counter(answers) == {201: 100, 429: 10}
+    assert len(stored_ids(schemas())) == 100
+    for host in hosts:
+        status, headers, _ = ask(host.url + EVENTS, EVENT)
+        assert status == 429 and 1 <= int(headers["Retry-After"]) <= 60
+
+
+@needs_postgres
+@pytest.mark.slow
+def test_a_replay_sent_to_another_host_stores_nothing(run, schemas):
+    one, two = run(db=schemas()), run(db=schemas())
+    first = one.post(CRASHES, CRASH, **{"Idempotency-Key": "a"})
+    assert two.post(CRASHES, CRASH, **{"Idempotency-Key": "a"}) == (200, first[1])
+    assert two.post(CRASHES, {**CRASH, "locale": "de"}, **{"Idempotency-Key": "a"})[0] == 422
+    assert stored_ids(schemas()) == [first[1]["id"]]
+
+
+@needs_postgres
+@pytest.mark.slow
+def test_a_host_that_is_killed_loses_nothing_it_acknowledged_and_does_not_hold_up_the_other(run, schemas):
+    hosts = [run(db=schemas()), run(db=schemas())]
+    load = Load(hosts, clients=16)
+    wait_until(lambda: len(load.acknowledged) > 300, 60)
+    hosts[0].process.kill()
+    at_the_kill = len(load.acknowledged)
+    wait_until(lambda: len(load.acknowledged) > at_the_kill + 300, 60)
+    hosts.append(run(db=schemas()))
+    assert hosts[2].post(CRASHES, CRASH)[0] == 201
+    load.finish()
+    stored_now = stored_ids(schemas())
+    assert load.others == [] and set(load.acknowledged) <= set(stored_now) and len(set(stored_now)) == len(stored_now)
+    assert len(stored_now) - len(load.acknowledged) <= 1 + 10 * load.lost
+    check_database(schemas())
+
+
+@pytest.fixture
+def cluster():
+    """A PostgreSQL of one's own, which a test may stop: a function that runs pg_ctl, and the URL."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not programs:
+        pytest.skip("there is no initdb")
+    folder, port = Path(tempfile.mkdtemp(prefix="backfeedr-postgres-")), free_port()
+    user = []
+    if os.getuid() == 0:  # as whom PostgreSQL does not run
+        shutil.chown(folder, "postgres")
+        user = ["runuser", "-u", "postgres", "--"]
+
+    def pg_ctl(*arguments, program="pg_ctl"):
+        subprocess.run([*user, str(programs[-1].with_name(program)), "-D", str(folder / "data"), *arguments],
+                       cwd=folder, check=True, stdout=subprocess.DEVNULL, timeout=60)
+
+    start = ("start", "-w", "-l", str(folder / "log"),
+             "-o", f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}")
+    try:
+        pg_ctl("-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "-U", "postgres", program="initdb")
+        pg_ctl(*start)
+        yield SimpleNamespace(stop=lambda: pg_ctl("stop", "-m", "immediate"), start=lambda: pg_ctl(*start),
+                              url=f"postgresql://postgres@127.0.0.1:{port}/postgres")
+        pg_ctl("stop", "-m", "immediate")
+    finally:
+        shutil.rmtree(folder)
+
+
+@needs_postgres
+@pytest.mark.slow
+def test_a_database_that_is_restarted_under_load_loses_nothing_and_the_hosts_come_back_by_themselves(run, cluster):
+    hosts = [run(db=cluster.url), run(db=cluster.url, BACKFEEDR_RATE_LIMIT="1000000")]
+    load = Load(hosts, clients=16)
+    wait_until(lambda: len(load.acknowledged) > 300, 60)
+    cluster.stop()
+    for host in hosts:
+        status, headers, body = ask(host.url + EVENTS, EVENT)
+        assert (status, json.loads(body)) == (503, {"error": "storage unavailable"}) and headers["Retry-After"] == "2"
+        assert ask(host.url + "/api/v1/health")[0] == 503
+    cluster.start()
+    before = len(load.acknowledged)
+    wait_until(lambda: len(load.acknowledged) > before + 300, 60)
+    load.finish()
+    assert [ask(host.url + "/api/v1/health")[0] for host in hosts] == [200, 200]
+    assert load.lost == 0 and {status for status, _ in load.others} == {503}
+    assert set(load.acknowledged) <= set(stored_ids(cluster.url))
+    check_database(cluster.url)
+
+
+@needs_postgres
+def test_hosts_that_start_at_once_make_one_database(schemas):
+    url = schemas()
+    with ThreadPoolExecutor(4) as pool:
+        stores = list(pool.map(lambda _: postgres().PostgresStore(url), range(4)))
+        made = list(pool.map(lambda store: store.start(), stores))
+    for store in stores:
+        store.close()
+    assert sum(each.key is not None for each in made) == 1
+    assert sql(url, "select name from apps") == [("default",)]
+
+
+@needs_postgres
+def test_a_grown_file_moves_to_postgres_with_its_ids_and_counts(tmp_path, clock, schemas, capsys):
+    with Store(str(tmp_path / "old.db"), clock) as old, \
+            Backfeedr(Settings(db_path=str(tmp_path / "old.db"), api_key=KEY, auth_token=TOKEN), clock=clock) as server:
+        fill(server, clock, 1, 300)
+        with open(tmp_path / "all.jsonl", "w", encoding="utf-8") as out:
+            for kind in (backfeedr.Crash, backfeedr.Event):
+                backfeedr.export_jsonl(old.export(kind), out)
+        count = len(stored_ids(old.path))
+        with closing(postgres().PostgresStore(schemas(), clock)) as store, \
+                open(tmp_path / "all.jsonl", "rb") as lines:  # at the same time, as the sums of a week end with it
+            assert backfeedr.import_jsonl(store, lines, lambda *_: None)["stored"] == count
+        with pytest.MonkeyPatch.context() as settings:
+            settings.setenv("BACKFEEDR_RETENTION_DAYS", "0")
+            assert postgres().main([schemas(), "import", str(tmp_path / "all.jsonl")]) == 0
+        assert capsys.readouterr().err.startswith(f"Stored 0 reports; {count:,} were here already")
+        with Backfeedr(server.settings, store=postgres().PostgresStore(schemas(), clock)) as moved:
+            assert answers(moved) == answers(server)
+        assert sorted(stored_ids(schemas())) == sorted(stored_ids(old.path))
+    check_database(schemas())
+
+
+@needs_postgres
+def test_a_report_of_the_longest_texts_in_the_widest_characters_is_stored(serve):
+    server = serve()
+    names = ("exception_type", "app_version", "os_version", "device_model", "device_id_hash", "locale")
+    wide = {name: "".join(chr(0x10000 + random.Random(name + str(n)).randrange(0xffff)) for n in range(500))
+            for name in names}
+    assert Api(server).post(CRASHES, {**CRASH, **wide})[0] == 201
+    assert {name: report(server)[name] for name in names} == wide
+
+
+@needs_postgres
+@pytest.mark.parametrize("arguments, line", [
+    (["postgresql://127.0.0.1:1/none"], "cannot open the database: "),
+    (["postgresql://127.0.0.1:1/none", "app", "list"], "cannot open the database: "),
+])
+def test_postgres_tells_in_one_line_what_is_wrong(capsys, arguments, line):
+    assert postgres().main([*arguments[:1], *(arguments[1:] or ["--port", "0"])]) == 1
+    assert re.fullmatch(f"backfeedr: {line}[^\n]*\n", capsys.readouterr().err)
 
 
 # == Examples and packaging ====================================================

@@ -181,9 +181,9 @@ class _Number(psycopg.adapt.Loader):
     """Sums are whole numbers; and a column `numeric` gives what SQLite's would."""
 
     def load(self, data: Any) -> Any:
-        number = float(bytes(data))
-        exact = number.is_integer() and abs(number) < 1 << 63
-        return int(bytes(data).partition(b".")[0]) if exact else number
+        text = bytes(data).decode()
+        whole, _, rest = text.partition(".")
+        return int(whole) if not rest.strip("0") and abs(int(whole)) < 1 << 63 else float(text)
 
 
 class Connection(psycopg.Connection):
