@@ -2781,15 +2781,22 @@ def _read_body(environ: Environ, limit: int) -> bytes:
             raise Refusal("invalid Content-Length")
         if len(length) > 18 or int(length) > limit:  # int() itself refuses thousands of digits
             raise Refusal("request body too large")
-        body = environ["wsgi.input"].read(int(length))
+        body = _read(environ, int(length))
         if len(body) < int(length):  # the client has gone, and will send it again
             raise Refusal("invalid Content-Length")
         return body
     # Without a length there is a body only where the server marks its end, as for chunks.
-    body = environ["wsgi.input"].read(limit + 1) if environ.get("wsgi.input_terminated") else b""
+    body = _read(environ, limit + 1) if environ.get("wsgi.input_terminated") else b""
     if len(body) > limit:
         raise Refusal("request body too large")
     return body
+
+
+def _read(environ: Environ, size: int) -> bytes:
+    try:
+        return environ["wsgi.input"].read(size)
+    except Exception:  # each server has its own for a client that has gone, or a chunk that is none
+        raise Refusal("invalid body") from None
 
 
 def _decompress(environ: Environ, body: bytes, limit: int) -> bytes:
@@ -4078,6 +4085,9 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
                 super().parse_header(header_plus)
             except ValueError as error:  # a target or a length that waitress has not foreseen
                 raise waitress.parser.ParsingError(str(error)) from None
+            finally:  # else waitress says `100 Continue` also where nothing is to come, and waits for it
+                if not self.chunked and not 0 < self.content_length < self.adj.max_request_body_size:
+                    self.expect_continue = False
 
     class Logged:
         def service(self) -> None:
@@ -4373,6 +4383,9 @@ def _look_at_roll_ups(path: Path) -> str:
     """Compares what is equal however much has expired. Most sums outlive their reports, so only what tells of
     those that are kept is counted again; of the rest, those that say the same in two places are compared."""
     day_columns = "crashes", "sessions", "ended", "session_ms"
+    # A device goes with its last report to the hour.
+    settled = (f"seq > {first_seq(HOUR)} + (select coalesce(max(value), 0) from state"
+               " where name in ('expired_crashes', 'expired_events'))")
     minus, unequal = ", ".join(f"-{each}" for each in day_columns), " or ".join(f"sum({each})" for each in day_columns)
     with closing(_Watcher(path)) as db:
         db.execute("begin")
@@ -4417,12 +4430,12 @@ def _look_at_roll_ups(path: Path) -> str:
                     union all
                     select app_id, day, -ended from days)
                 group by app_id, day having sum(sessions)""",
-            "devices of crashes": """
-                select seq from crashes where device_id_hash is not null and not exists (
+            "devices of crashes": f"""
+                select seq from crashes where device_id_hash is not null and {settled} and not exists (
                     select 1 from devices
                     where app_id = crashes.app_id and device_id_hash = crashes.device_id_hash)""",
-            "devices of events": """
-                select seq from events where device_id_hash is not null and not exists (
+            "devices of events": f"""
+                select seq from events where device_id_hash is not null and {settled} and not exists (
                     select 1 from devices where app_id = events.app_id and device_id_hash = events.device_id_hash)""",
             "sessions of events": """
                 select seq from events where session_id is not null and not exists (

@@ -4522,6 +4522,34 @@ def test_a_large_report_has_the_time_that_a_slow_phone_takes_and_no_more(slow_se
     assert len(stored(slow_server.app, "crashes")["crashes"]) == bool(expected)
 
 
+@pytest.mark.parametrize("request_line, header, status", [
+    ("GET /api/v1/health", "X: 1", 200), (f"POST {CRASHES}", "Content-Length: 0", 401),
+    (f"POST {CRASHES}", "Content-Length: +5", 400), (f"POST {CRASHES}", "Content-Length: 5000000", 413)])
+def test_who_expects_to_be_told_to_go_on_is_answered_where_nothing_is_to_come(
+        slow_server, request_line, header, status):
+    answer = bytearray()
+    with connect_to(slow_server) as client:
+        client.sendall(f"{request_line} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n{header}\r\n\r\n".encode())
+        wait_until(lambda: answer.extend(received_by(client, slow_server) or b"") or answer.endswith(b"}"))
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+
+
+def test_a_body_that_cannot_be_read_is_refused_and_not_logged(serve, caplog):
+    """As by another web server, where a chunk is none, or the client has gone."""
+    class Broken:
+        def read(self, size):
+            raise ConnectionResetError("gone")
+
+    server, answered = serve(), []
+    for length in ({"CONTENT_LENGTH": "5"}, {"wsgi.input_terminated": True}):
+        content = b"".join(server(
+            {"REQUEST_METHOD": "POST", "PATH_INFO": CRASHES, "HTTP_X_BACKFEEDR_KEY": KEY, "wsgi.input": Broken(),
+             **length}, lambda status, headers, exc_info=None: answered.append(status)))
+        assert json.loads(content) == {"error": "invalid body"}
+    assert answered == ["400 Bad Request"] * 2 and caplog.records == []
+    assert stored(server, "crashes") == {"crashes": []}
+
+
 def test_a_thread_that_sends_on_a_connection_keeps_the_others_from_it(slow_server, monkeypatch):
     """Else an answer, and the `100 Continue` of the request that was sent behind it, are sent twice and mixed."""
     free = []
@@ -4971,6 +4999,20 @@ def exported(command, kind, *arguments):
     status, out, err = command("export", kind, *arguments)
     assert (status, err) == (0, "")
     return [json.loads(line) for line in out.split("\n")[:-1]]
+
+
+@sqlite_only
+def test_check_knows_that_a_device_goes_to_the_hour(command, serve, clock, tmp_path):
+    server = serve("backfeedr.db", retention_days=1)
+    serve.unchecked.append(server)
+    for _ in range(2):
+        Api(server).post(EVENTS, {**EVENT, "device_id_hash": "d"})
+        clock.move(20 * 60)
+    clock.move(24 * 3600 - 30 * 60)
+    server.store.prune()
+    assert len(stored(server, "events")["events"]) == 1 and stored(server, "devices") == {"devices": []}
+    status, out, err = command("check", "--db", str(server.store.path))
+    assert (status, err) == (0, ""), out
 
 
 @sqlite_only
