@@ -4131,6 +4131,7 @@ DRAWN = """[...document.querySelectorAll(".chart .marks")].map(marks => marks.ge
     && getComputedStyle(marks.firstChild)[marks.firstChild.tagName == "rect" ? "fill" : "stroke"] != "none")"""
 
 
+@sqlite_only
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
