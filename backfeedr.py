@@ -2588,7 +2588,7 @@ class Metrics:
             return not any(db.execute("""
                 select exists (select 1 from crashes where app_id = :app or :app = :every),
                     exists (select 1 from days where app_id = :app),
-                    exists (select 1 from (select app_id from events order by seq desc limit :some)
+                    exists (select 1 from (select app_id from events order by seq desc limit :some) as latest
                         where app_id = :app or :app = :every)
                 """, {"app": app_id, "every": EVERY_APP, "some": 1000}).fetchone())
 
