@@ -1526,6 +1526,11 @@ def _close(db: Optional[_Connection]) -> None:
         db.close()
 
 
+def _wal_size(path: Path) -> int:
+    wal = Path(f"{path}-wal")
+    return wal.stat().st_size if wal.exists() else 0
+
+
 def _file_identity(path: Path) -> Tuple[int, int]:
     try:
         found = os.stat(path)
@@ -1704,8 +1709,7 @@ class Store:
 
     @property
     def _wal_size(self) -> int:
-        wal = Path(f"{self.path}-wal")
-        return wal.stat().st_size if wal.exists() else 0
+        return _wal_size(self.path)
 
     # Reports
 
@@ -2606,10 +2610,7 @@ class Metrics:
         """The events of a session in the order in which they came; in pages as those of `events`."""
         with self._asking(app) as (db, app_id):
             window = {"app": app_id, "type": None, "name": None, "session": session_id}
-            first, window["last"] = db.execute(f"""
-                select coalesce(min(first_seq), 0), coalesce(max(last_seq), -1) from sessions
-                where {_APPS} and session_id = :session
-                """, window).fetchone()
+            first, window["last"] = self._seqs_of_session(db, window)
             window["after"] = max(first - 1, _before(cursor) if cursor else 0)
             return self._events(db, "select * from events where seq > :after and seq <= :last order by seq",
                                 window, limit)
@@ -2621,13 +2622,17 @@ class Metrics:
             window = {"app": app_id, "type": type, "name": name, "session": session_id,
                       "before": _before(cursor), "after": 0}
             if session_id is not None:  # its events are between its first and its last
-                window["after"], last = db.execute(f"""
-                    select coalesce(min(first_seq), 0) - 1, coalesce(max(last_seq), -1) from sessions
-                    where {_APPS} and session_id = :session
-                    """, window).fetchone()
-                window["before"] = min(window["before"], last + 1)
+                first, last = self._seqs_of_session(db, window)
+                window["after"], window["before"] = first - 1, min(window["before"], last + 1)
             return self._events(db, "select * from events where seq > :after and seq < :before order by seq desc",
                                 window, limit)
+
+    def _seqs_of_session(self, db: _Connection, window: Figures) -> Tuple[int, int]:
+        """Between which its events are."""
+        return db.execute(f"""
+            select coalesce(min(first_seq), 0), coalesce(max(last_seq), -1) from sessions
+            where {_APPS} and session_id = :session
+            """, window).fetchone()
 
     def _events(self, db: _Connection, scan: str, window: Figures, limit: int) -> Figures:
         """A page of those among the first SCANNED events of a query that fit."""
@@ -2855,7 +2860,8 @@ def curl_line(url: str, key: str) -> str:
 #
 # The pages, for whoever has the admin token. They are made here and take nothing
 # from elsewhere, and no JavaScript. What a report carries is hostile: it reaches a
-# page through `{{ }}` or escape() only, and never as a target, a style or a script.
+# page through `{{ }}` or escape() only, an address through urlencode() besides, and
+# never a style or a script.
 
 SIGNED_IN = 7 * DAY  # for which a browser stays signed in
 INVITED = 600 * SECOND  # for which a one-time link is good
@@ -2912,7 +2918,7 @@ class _Visit:
 
     def link(self, path: str, **query: Any) -> str:
         """The address of a page; the app stays chosen, if there is such an app."""
-        app = self.app if self.app in {app.name for app in self.apps or ()} else None
+        app = self.app if self.app and any(app.name == self.app for app in self.apps or ()) else None
         given = {name: value for name, value in {"app": app, **query}.items() if value not in (None, "")}
         return self.root + path + ("?" + urlencode(given) if given else "")
 
@@ -4339,8 +4345,7 @@ def _look_at_file(path: Path) -> str:
         raise StoreError(f"{path} is not there")
     if not os.access(path, os.R_OK | os.W_OK):
         raise StoreError(f"{path} may not be read and written; a server could not use it")
-    wal = Path(f"{path}-wal")
-    return f"{path}, {_megabytes(path.stat().st_size)}, WAL {_megabytes(wal.stat().st_size if wal.exists() else 0)}"
+    return f"{path}, {_megabytes(path.stat().st_size)}, WAL {_megabytes(_wal_size(path))}"
 
 
 def _look_at_schema(path: Path) -> str:
