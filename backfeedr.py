@@ -716,6 +716,8 @@ class RateLimiter:
     `clock` gives seconds and never runs backwards.
     """
 
+    waits = False  # for another host, so that requests had better not ask one after the other
+
     def __init__(self, limit: int, window: float = 60.0, clock: Callable[[], float] = time.monotonic):
         self.limit, self.window, self._clock = limit, window, clock
         self._times: Dict[bytes, Deque[float]] = defaultdict(deque)
@@ -1400,19 +1402,33 @@ class Kept(NamedTuple):
     report: Union[Crash, Event]
 
 
-class _Write:
+class Submission:
     """The reports of one request on their way to the disk, and what became of them."""
 
-    def __init__(self, key_hash: bytes, reports: Reports, once: Once):
-        self.key_hash, self.reports, self.once = key_hash, reports, once
+    def __init__(self, key_hash: bytes = b"", reports: Reports = (), once: Once = Once(),
+                 error: Optional[Exception] = None):
+        self.key_hash, self.reports, self.once, self.error = key_hash, reports, once, error
         self.receipt: Optional[Receipt] = None
-        self.error: Optional[Refusal] = None
+
+    def result(self) -> Receipt:
+        """Of reports that are durable. Raises what has kept them from being so."""
+        if self.error is not None:
+            raise self.error
+        assert self.receipt is not None
+        return self.receipt
+
+
+class _Waiter:
+    """A thread that waits for its submissions to be committed."""
+
+    def __init__(self) -> None:
+        self.submissions: List[Submission] = []
         self.leads = False
         self._turn = threading.Lock()
         self._turn.acquire()
 
     def wait(self) -> None:
-        """Returns when this is done with, or is to lead the next commit.
+        """Returns when these are done with, or the thread is to lead the next commit.
 
         A signal may hit a leader between any two steps; so nobody waits for one for ever.
         """
@@ -1451,7 +1467,7 @@ class _Process:
         self.readers: List[_Connection] = []
         self.seen_keys: Set[bytes] = set()
         self.queue_lock = threading.Lock()  # of what follows
-        self.queue: List[_Write] = []
+        self.queue: List[_Waiter] = []
         self.has_leader = False
         self.last_group = 0
         self.company = threading.Lock()  # free when as many wait as were in the last group
@@ -1460,14 +1476,24 @@ class _Process:
         self.commit_seconds = Histogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)
         self.stored = Counter(crashes=0, events=0)
 
-    def enqueue(self, write: _Write, max_waiters: int, max_rows: int) -> None:
-        """Lets a write wait, or lead where nobody does. Raises StorageUnavailable where too many wait."""
+    @property
+    def waiting(self) -> List[Submission]:
+        return [each for waiter in self.queue for each in waiter.submissions]
+
+    def enqueue(self, waiter: _Waiter, submissions: Iterable[Submission], max_waiters: int, max_rows: int) -> None:
+        """Lets a thread wait for those of its submissions for which there is room: for them it leads where
+        nobody does. The others have an error."""
         with self.queue_lock:
-            rows = sum(len(other.reports) for other in self.queue) + len(write.reports)
-            if len(self.queue) >= max_waiters or self.queue and rows > max_rows:
-                raise StorageUnavailable()
-            self.queue.append(write)
-            if len(self.queue) == self.last_group and self.company.locked():
+            requests, rows = len(self.waiting), sum(len(other.reports) for other in self.waiting)
+            for each in submissions:
+                if requests >= max_waiters or requests and rows + len(each.reports) > max_rows:
+                    each.error = StorageUnavailable()
+                else:
+                    requests, rows = requests + 1, rows + len(each.reports)
+                    waiter.submissions.append(each)
+            if waiter.submissions:
+                self.queue.append(waiter)
+            if requests >= self.last_group and self.company.locked():
                 self.company.release()
         if not self.has_leader:
             self.appoint_leader()
@@ -1480,21 +1506,20 @@ class _Process:
                 self.queue[0].leads = True
                 self.queue[0].wake()
 
-    def withdraw(self, write: _Write) -> None:
+    def withdraw(self, waiter: _Waiter) -> None:
         with self.queue_lock:
-            if write in self.queue:
-                self.queue.remove(write)
+            if waiter in self.queue:
+                self.queue.remove(waiter)
 
     def gather(self) -> None:
         """Under load, waits a moment for company: whoever was in the last group mostly comes again."""
         if self.last_group >= BUSY_GROUP:
             self.company.acquire(timeout=GATHER_SECONDS)
 
-    def take_queue(self) -> List[_Write]:
+    def take_queue(self) -> List[_Waiter]:
         with self.queue_lock:
-            queue, self.queue = self.queue, []
+            self.last_group, queue, self.queue = len(self.waiting), self.queue, []
             self.company.acquire(blocking=False)
-        self.last_group = len(queue)
         return queue
 
     def idle_reader(self) -> Optional[_Connection]:
@@ -1694,7 +1719,7 @@ class Store:
             ("commit_requests", "histogram", "Requests that one commit stored.", here.group_sizes.samples()),
             ("commit_seconds", "histogram", "From asking for the write lock until the commit was durable.",
              here.commit_seconds.samples()),
-            ("waiters", "gauge", "Requests that wait for the next commit.", [("", len(here.queue))]),
+            ("waiters", "gauge", "Requests that wait for the next commit.", [("", len(here.waiting))]),
             ("reports_stored_total", "counter", "Reports stored since this process began: not what is kept now,"
              " which would take a look at every row.",
              [(f'{{table="{table}"}}', n) for table, n in here.stored.items()]),
@@ -1723,49 +1748,59 @@ class Store:
         """
         if not reports:
             raise ValueError("no reports")
-        here, write = self._here, _Write(key_hash, reports, once)
+        submission = Submission(key_hash, reports, once)
+        self.add_all([submission])
+        return submission.result()
+
+    def add_all(self, submissions: Iterable[Submission]) -> None:
+        """The same for several requests, in one commit: each then has a receipt or an error."""
+        here, waiter = self._here, _Waiter()
         try:
-            here.enqueue(write, self.max_waiters, self.max_rows)
-            write.wait()
-            if write.leads:
+            here.enqueue(waiter, submissions, self.max_waiters, self.max_rows)
+            if waiter.submissions:
+                waiter.wait()
+            if waiter.leads:
                 self._commit_queue(here)
-        except BaseException:  # also a signal, if this is the main thread
-            here.withdraw(write)
-            raise
+        except BaseException as error:  # also a signal, if this is the main thread
+            here.withdraw(waiter)
+            if not isinstance(error, StorageUnavailable):
+                raise
+            for each in waiter.submissions:
+                each.error = error
         finally:
-            if write.leads:
+            if waiter.leads:
                 here.appoint_leader()
-        if write.error is not None:
-            raise write.error
-        assert write.receipt is not None
-        return write.receipt
 
     def _commit_queue(self, here: _Process) -> None:
         """Commits all that waits in one transaction, and wakes everyone who waits."""
-        group: List[_Write] = []
+        waiters: List[_Waiter] = []
         try:
             here.gather()
             began = time.monotonic()
             with self.writing() as db:
-                group = here.take_queue()
+                waiters = here.take_queue()
+                group = [each for waiter in waiters for each in waiter.submissions]
                 commit = _Commit(db, self.now)
-                for write in group:
-                    commit.take(write)
+                for each in group:
+                    commit.take(each)
                 commit.save()
-                self._expire(db, max(STEP, 3 * sum(len(write.reports) for write in group)))
+                self._expire(db, max(STEP, 3 * sum(len(each.reports) for each in group)))
             here.group_sizes.add(len(group))
             here.commit_seconds.add(time.monotonic() - began)
             here.stored.update(commit.counts())
         except BaseException as error:
-            group = group or here.take_queue()
-            for write in group:
-                write.error = StorageUnavailable()
-            if not isinstance(error, StorageUnavailable):
+            waiters = waiters or here.take_queue()
+            for waiter in waiters:
+                for each in waiter.submissions:
+                    each.error = StorageUnavailable()
+            if not isinstance(error, Exception):
                 raise
+            if not isinstance(error, StorageUnavailable):
+                log.exception("unexpected error")
         finally:
-            for write in group:
-                if not write.leads:
-                    write.wake()
+            for waiter in waiters:
+                if not waiter.leads:
+                    waiter.wake()
 
     def export(self, kind: type, app: Optional[str] = None, since: int = 0) -> Iterator[Kept]:
         """The reports of a kind, Crash or Event, that are here now, in the order of their seqs: of all apps or
@@ -2237,21 +2272,21 @@ class _Commit:
         # By kind and app: the seqs of reports, when they were received, and they themselves.
         self._taken: Dict[tuple, Tuple[List[int], List[int], List[Any]]] = defaultdict(lambda: ([], [], []))
 
-    def take(self, write: _Write) -> None:
+    def take(self, submission: Submission) -> None:
         """Adds the reports of a request, unless it is a repetition or must be refused."""
-        kind, once = type(write.reports[0]), write.once
+        kind, once = type(submission.reports[0]), submission.once
         try:
-            app_id = self._app(write.key_hash)
+            app_id = self._app(submission.key_hash)
             earlier = self._earlier(app_id, once)
         except Refusal as refusal:
-            write.error = refusal
+            submission.error = refusal
             return
-        seqs = earlier or self._new_seqs(kind, len(write.reports))
-        write.receipt = Receipt(seqs, bool(earlier))
+        seqs = earlier or self._new_seqs(kind, len(submission.reports))
+        submission.receipt = Receipt(seqs, bool(earlier))
         insert_rows(self._db, "insert into replays values * on conflict do nothing",
                     [(app_id, mark, once.request, seqs[0], len(seqs), self._now) for mark in once.marks])
         if not earlier:
-            self._put(app_id, seqs, [self._now] * len(seqs), write.reports)
+            self._put(app_id, seqs, [self._now] * len(seqs), submission.reports)
 
     def take_kept(self, app_id: int, kept: Sequence[Kept]) -> None:
         """Adds reports of one kind that have been received before, in the order of their seqs."""
@@ -3800,7 +3835,14 @@ class Backfeedr:
         self._requests: Counter = Counter()  # by method, route and status
         self._counting = threading.Lock()
         self.pages = Dashboard(self.store, self.metrics, self.settings.public_url)
-        self._ingestion: Dict[str, Handler] = {}
+        self._ingestion: Dict[str, Tuple[Callable[[Given], Reports], Callable[..., Dict[str, Any]]]] = {
+            # By path: what makes reports of a body, and an answer of them.
+            "/api/v1/crashes": (lambda given: [parse_crash(given)], _crash_answer),
+            "/api/v1/events": (lambda given: [parse_event(given)], _event_answer),
+            "/api/v1/events/batch": (parse_batch, _batch_answer)}
+        # Of these paths several requests may be submitted together: none, where each
+        # would have to wait for what the limiter says to those before it.
+        self.together = () if self._limiter.waits else tuple(self._ingestion)
         self._router = self._routes()
         made = self.store.start(self.settings.api_key, self.settings.auth_token)
         if made != (None, None):
@@ -3809,9 +3851,8 @@ class Backfeedr:
 
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
         method, path = environ.get("REQUEST_METHOD", ""), environ.get("PATH_INFO", "")
-        handler = self._ingestion.get(path) if method == "POST" else None
-        if handler is not None:  # without bottle, whose part would be as large as ours
-            body, status, headers = _answered(handler, environ)
+        if method == "POST" and path in self._ingestion:  # without bottle, whose part would be as large as ours
+            body, status, headers = _answered(self._submitted, environ)
             start_response(_STATUS_LINES[status], [*headers.items(), ("Content-Length", str(len(body)))])
             self._count(method, path, status)
             return [body]
@@ -3844,9 +3885,9 @@ class Backfeedr:
         ask, router = self.metrics, _Router(self.pages)
         for method, path, handler in (
                 ("GET", "/health", self._health),
-                ("POST", "/crashes", self._submitted(lambda given: [parse_crash(given)], _crash_answer)),
-                ("POST", "/events", self._submitted(lambda given: [parse_event(given)], _event_answer)),
-                ("POST", "/events/batch", self._submitted(parse_batch, _batch_answer)),
+                ("POST", "/crashes", self._submitted),
+                ("POST", "/events", self._submitted),
+                ("POST", "/events/batch", self._submitted),
                 ("GET", "/metrics/daily-crashes", self._asked(ask.daily_crashes, "days")),
                 ("GET", "/metrics/crash-types", self._asked(ask.crash_types, "days")),
                 ("GET", "/metrics/devices", self._asked(ask.devices, "days")),
@@ -3859,8 +3900,6 @@ class Backfeedr:
                 ("GET", "/crashes/<group_hash>", self._read(ask.group, "limit", "cursor")),
                 ("GET", "/events", self._read(ask.events, "type", "name", "session_id", "limit", "cursor"))):
             router.route("/api/v1" + path, method, _by_bottle(handler))
-            if method == "POST":
-                self._ingestion["/api/v1" + path] = handler
         router.route("/metrics", "GET", _by_bottle(self._prometheus))
         for method, path, page in self.pages.routes():
             router.route(path, method, page)
@@ -3881,31 +3920,50 @@ class Backfeedr:
             *(f"backfeedr_{name}{suffix} {value:.15g}" for suffix, value in samples))]
         return 200, "\n".join([*lines, ""])
 
-    def _submitted(self, parse: Callable[[Given], Reports],
-                   answer: Callable[[Reports, range], Dict[str, Any]]) -> Handler:
-        """Checks in the order of the contract: size, key, rate, signature, JSON, fields; stores, and answers."""
-        def handler(environ: Environ) -> Answer:
-            body = _read_body(environ, self.settings.max_body_size)
-            key = _header(environ, "X_BACKFEEDR_KEY")
-            key_hash = sha256(key)
-            if not key:
-                raise Refusal("missing API key")
-            if not self.store.had_key(key_hash):
-                raise Refusal("invalid API key")
-            try:
-                self._check_rate(key_hash)  # may ask another host, for which nobody else should wait
-                with self._turn:
-                    signature = self._check_signature(environ, key, body)
-                    plain = _decompress(environ, body, self.settings.max_body_size)
-                    reports = parse(decode_json(plain))
-                receipt = self.store.add(key_hash, reports, _once(environ, signature, plain))
-            except Refusal:
-                # The key may have been revoked since it was seen. A commit looks; so must a refusal.
-                if not self.store.has_key(key_hash):
-                    raise Refusal("invalid API key") from None
-                raise
-            return 200 if receipt.replayed else 201, answer(reports, receipt.seqs)
-        return handler
+    def submit(self, environs: Iterable[Environ]) -> None:
+        """Takes what several requests to the ingestion carry, and stores it in one commit. The WSGI call, which
+        does so for a request that comes alone, then only answers each."""
+        submissions = []
+        for environ in environs:
+            environ[_SUBMISSION] = self._taken(environ)
+            submissions.append(environ[_SUBMISSION])
+        self.store.add_all(each for each in submissions if each.error is None)
+
+    def _submitted(self, environ: Environ) -> Answer:
+        if _SUBMISSION not in environ:
+            self.submit([environ])
+        submission = environ[_SUBMISSION]
+        seqs, replayed = submission.result()
+        _, answer = self._ingestion[environ["PATH_INFO"]]
+        return 200 if replayed else 201, answer(submission.reports, seqs)
+
+    def _taken(self, environ: Environ) -> Submission:
+        try:
+            return self._take(environ)
+        except Exception as error:
+            return Submission(error=error)
+
+    def _take(self, environ: Environ) -> Submission:
+        """Checks in the order of the contract: size, key, rate, signature, JSON, fields."""
+        body = _read_body(environ, self.settings.max_body_size)
+        key = _header(environ, "X_BACKFEEDR_KEY")
+        key_hash = sha256(key)
+        if not key:
+            raise Refusal("missing API key")
+        if not self.store.had_key(key_hash):
+            raise Refusal("invalid API key")
+        parse, _ = self._ingestion[environ["PATH_INFO"]]
+        try:
+            self._check_rate(key_hash)  # may ask another host, for which nobody else should wait
+            with self._turn:
+                signature = self._check_signature(environ, key, body)
+                plain = _decompress(environ, body, self.settings.max_body_size)
+                return Submission(key_hash, parse(decode_json(plain)), _once(environ, signature, plain))
+        except Refusal:
+            # The key may have been revoked since it was seen. A commit looks; so must a refusal.
+            if not self.store.has_key(key_hash):
+                raise Refusal("invalid API key") from None
+            raise
 
     def _check_rate(self, key_hash: bytes) -> None:
         if not self._limiter.allow(key_hash):
@@ -3957,6 +4015,9 @@ class _Router(bottle.Bottle):
         if "Allow" in error.headers:
             answer.set_header("Allow", error.headers["Allow"])
         return answer
+
+
+_SUBMISSION = "backfeedr.submission"  # in an environ
 
 
 def _answered(handler: Handler, environ: Environ, **path: str) -> Tuple[bytes, int, Dict[str, str]]:
@@ -4015,6 +4076,8 @@ SWITCH_SECONDS = 0.002  # how long a thread may keep the interpreter while other
 QUIET_SECONDS = 0.3  # a connection that is silent so long has sent nothing more
 REQUEST_SECONDS = 60  # for a request to arrive, and for a connection between two requests;
 SLOWEST = 2000  # bytes a second, a phone's on a bad day: the time that they take is not counted
+TOGETHER = 100  # submissions that are taken until they are durable: of batches, as many rows as may wait for a commit;
+TOGETHER_BYTES = 4_000_000  # and their bytes, as decoded they need a multiple of it
 
 
 def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> None:
@@ -4097,7 +4160,7 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
 
     class Logged:
         def service(self) -> None:
-            began = time.perf_counter()
+            began = getattr(self.request, "began", 0) or time.perf_counter()  # type: ignore[attr-defined]
             try:
                 super().service()  # type: ignore[misc]
             finally:
@@ -4116,6 +4179,12 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
             self.write(body)
 
     class Task(Logged, waitress.task.WSGITask):
+        def get_environment(self) -> Environ:
+            request = self.request
+            if not hasattr(request, "environ"):  # and not another one where its submission has been taken
+                request.began, request.environ = time.perf_counter(), super().get_environment()
+            return request.environ
+
         def build_response_header(self) -> bytes:
             if not self.channel.server.accepting:  # while it stops: tell the client to send no more
                 self.set_close_on_finish()
@@ -4124,6 +4193,10 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
     class Channel(waitress.channel.HTTPChannel):
         parser_class, task_class, error_task_class = Parser, Task, ErrorTask
         __repr__ = object.__repr__  # waitress puts it in its log, with the client's address
+
+        def begin(self) -> Environ:
+            """The environ of its request, which a task then answers."""
+            return Task(self, self.requests[0]).get_environment()
 
         def received(self, data: bytes) -> bool:
             begun = self.request
@@ -4147,13 +4220,85 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
 
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of every request that waits
     server = waitress.server.create_server(
-        app, sockets=[listener], threads=settings.threads, ident=None,
+        app, _dispatcher=_make_dispatcher(app, settings.threads), sockets=[listener], ident=None,
         max_request_body_size=settings.max_body_size + 65536,  # a little more: the app's own limit goes first
         max_request_header_size=32768, inbuf_overflow=131072, connection_limit=_connection_limit(settings.threads),
         channel_timeout=REQUEST_SECONDS, cleanup_interval=10, recv_bytes=65536, asyncore_use_poll=True)
     server.channel_class = Channel
     server.adj.send_bytes = 16384  # so that head and body of an answer leave together, by the I/O thread
     return server
+
+
+def _make_dispatcher(app: Backfeedr, threads: int) -> Any:
+    import waitress.task
+
+    class Dispatcher(waitress.task.ThreadedTaskDispatcher):
+        """Gives one thread all submissions that have come meanwhile, for one commit, and another one any other
+        request: to wake a thread for each, and again after its commit, takes longer than what it does."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.coming: Deque[Any] = deque()  # channels
+            self.is_called = False  # a thread, to take what comes
+            self.requests = self.bytes = 0  # that are taken, and not yet durable
+
+        def add_task(self, task: Any) -> None:
+            request = task.requests[0]
+            if request.error or request.command != "POST" or request.path not in app.together:
+                return super().add_task(task)
+            self.coming.append(task)
+            self.call()
+
+        def call(self) -> None:
+            """Calls a thread where there is something to take, and room for it."""
+            with self.lock:
+                if self.is_called or not self.coming or not self.has_room():
+                    return
+                self.is_called = True
+            super().add_task(self)
+
+        def has_room(self) -> bool:
+            return self.requests < TOGETHER and self.bytes < TOGETHER_BYTES
+
+        def service(self) -> None:
+            """In a thread: takes what comes, and answers it when it is durable."""
+            taken: List[Tuple[Any, int]] = []
+            self.attempt(app.submit, self.take(taken))  # what is wrong is in the answers
+            with self.lock:
+                self.requests -= len(taken)
+                self.bytes -= sum(size for _, size in taken)
+            self.call()
+            for channel, _ in taken:
+                self.attempt(channel.service)
+
+        def attempt(self, step: Callable[..., Any], *arguments: Any) -> None:
+            """As one must not keep the others from their answers."""
+            try:
+                step(*arguments)
+            except Exception:
+                log.exception("unexpected error")
+
+        def take(self, taken: List[Tuple[Any, int]]) -> Iterator[Environ]:
+            try:
+                while self.coming and self.has_room():
+                    channel = self.coming.popleft()
+                    size = channel.requests[0].body_bytes_received
+                    taken.append((channel, size))
+                    with self.lock:
+                        self.requests, self.bytes = self.requests + 1, self.bytes + size
+                    if channel.connected:
+                        yield channel.begin()
+            finally:  # what comes from now on is for another thread
+                self.is_called = False
+                self.call()
+
+        def cancel(self) -> None:
+            while self.coming:
+                self.coming.popleft().cancel()
+
+    dispatcher = Dispatcher()
+    dispatcher.set_thread_count(threads)
+    return dispatcher
 
 
 def _connection_limit(threads: int) -> int:

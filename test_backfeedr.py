@@ -1845,7 +1845,7 @@ def test_a_waiter_that_is_interrupted_leaves_the_queue_to_the_others(serve, monk
         leader = threading.Thread(target=add)
         leader.start()
         wait_until(lambda: here.queue)
-        monkeypatch.setattr(backfeedr._Write, "wait", interrupted)
+        monkeypatch.setattr(backfeedr._Waiter, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             add()
         assert len(here.queue) == 1
@@ -1877,6 +1877,25 @@ def test_too_many_waiters_are_sent_away_at_once(tmp_path, limit, events):
         assert refused[0] >= 1
         assert len(sql(store.path, "select seq from events")) == 2 * events
         store.add(key_hash, batch)
+
+
+def test_submissions_of_one_call_share_a_commit_and_each_has_its_own_outcome(serve):
+    server = serve("small.db")
+    Submission, store, body = backfeedr.Submission, server.store, b"body"
+    store.max_waiters = 5
+    once, other = Once((b"mark",), b"a"), Once((b"mark",), b"b")
+    key_hash, crash = backfeedr.sha256(KEY), [parse_crash(dict(CRASH))]
+    submissions = [Submission(key_hash, crash, once), Submission(b"unknown", crash), Submission(key_hash, crash, once),
+                   Submission(key_hash, crash, other), Submission(key_hash, crash * 2), Submission(key_hash, crash)]
+    store.add_all(submissions)
+    outcomes = [str(each.error or list(each.result())) for each in submissions]
+    seqs = [seq for seq, in sql(store.path, "select seq from crashes order by seq")]
+    assert outcomes == [
+        str([range(seqs[0], seqs[0] + 1), False]), "invalid API key", str([range(seqs[0], seqs[0] + 1), True]),
+        "idempotency key reused with a different body", str([range(seqs[1], seqs[2] + 1), False]),
+        "storage unavailable"]
+    assert len(seqs) == 3 and list(store._here.group_sizes.counts)[:4] == [0, 0, 0, 1]
+    store.add_all([])
 
 
 def test_a_batch_larger_than_the_limit_of_rows_is_taken_where_nobody_waits(tmp_path):
@@ -4535,6 +4554,91 @@ def test_who_expects_to_be_told_to_go_on_is_answered_where_nothing_is_to_come(
     assert answer.startswith(b"HTTP/1.1 %d " % status)
 
 
+def posted(path, body, key=KEY):
+    return (f"POST {path} HTTP/1.1\r\nX-Backfeedr-Key: {key}\r\nContent-Length: {len(body)}\r\n\r\n").encode() + body
+
+
+@pytest.fixture
+def crowd(slow_server):
+    """Answers requests that have all come before a thread had time for them: status by status."""
+    dispatcher = slow_server.task_dispatcher
+    dispatcher.set_thread_count(0)
+    wait_until(lambda: not dispatcher.threads)
+
+    def crowd(*requests):
+        connections = [connect_to(slow_server) for _ in requests]
+        for connection, request in zip(connections, requests):
+            connection.sendall(request)
+        wait_until(lambda: slow_server.turn() or len(dispatcher.coming) == len(requests))
+        assert list(dispatcher.queue) == [dispatcher]
+        while dispatcher.queue:
+            dispatcher.queue.popleft().service()
+        answers = [received_by(connection, slow_server) for connection in connections]
+        for connection in connections:
+            connection.close()
+        assert (dispatcher.requests, dispatcher.bytes, dispatcher.is_called) == (0, 0, False)
+        return [[int(part[:3]) for part in (answer or b"").split(b"HTTP/1.1 ")[1:]] for answer in answers]
+    return crowd
+
+
+def test_reports_that_come_together_are_stored_by_one_commit_and_each_is_answered(slow_server, crowd):
+    crash, batch = json.dumps(CRASH).encode(), json.dumps({"events": [EVENT] * 3}).encode()
+    assert crowd(posted(CRASHES, crash), posted(CRASHES, b"{"), posted(BATCH, batch), posted(CRASHES, crash, "nope"),
+                 posted(EVENTS, batch), posted(CRASHES, crash) + posted(CRASHES, crash) + posted(CRASHES, b"")
+                 ) == [[201], [400], [201], [401], [400], [201, 201, 400]]
+    assert len(stored(slow_server.app, "crashes")["crashes"]) == 3
+    assert len(stored(slow_server.app, "events")["events"]) == 3
+    assert slow_server.app.store._here.group_sizes.counts[:3] == [1, 0, 1], "a commit of 3 requests, and one of another"
+
+
+@pytest.mark.parametrize("limit, most", [({"TOGETHER": 2}, 2), ({"TOGETHER_BYTES": 250}, 3), ({}, 7)])
+def test_no_more_is_taken_at_a_time_than_there_is_room_for(slow_server, crowd, monkeypatch, limit, most):
+    crash, taken, submit = json.dumps({**CRASH, "log": "x" * 21}).encode(), [], slow_server.app.submit
+    assert len(crash) == 100
+
+    def watched(environs):
+        environs = list(environs)
+        taken.append(len(environs))
+        submit(environs)
+
+    for name, value in limit.items():
+        monkeypatch.setattr(backfeedr, name, value)
+    monkeypatch.setattr(slow_server.app, "submit", watched)
+    assert crowd(*[posted(CRASHES, crash)] * 7) == [[201]] * 7
+    assert max(taken) == most and sum(taken) == 7
+    assert len(stored(slow_server.app, "crashes")["crashes"]) == 7
+
+
+def test_what_goes_wrong_with_reports_that_come_together_is_an_answer_too(slow_server, crowd, monkeypatch, caplog):
+    crash = json.dumps(CRASH).encode()
+    with monkeypatch.context() as patched:
+        patched.setattr(slow_server.app.store, "add_all", lambda submissions: 1 / 0)
+        assert crowd(*[posted(CRASHES, crash)] * 3) == [[500]] * 3
+    with monkeypatch.context() as patched:
+        patched.setattr(slow_server.app.store, "writing", lambda: 1 / 0)
+        assert crowd(*[posted(CRASHES, crash)] * 3) == [[503]] * 3
+    assert "ZeroDivisionError" in caplog.text
+    with monkeypatch.context() as patched:
+        patched.setattr(backfeedr, "_once", lambda *_: 1 / 0)
+        assert crowd(*[posted(CRASHES, crash)] * 3) == [[500]] * 3
+    assert stored(slow_server.app, "crashes") == {"crashes": []}
+    with monkeypatch.context() as patched:
+        patched.setattr(slow_server.channel_class, "service", lambda channel: 1 / 0)
+        assert crowd(*[posted(CRASHES, crash)] * 3) == [[], [], []]
+    assert len(stored(slow_server.app, "crashes")["crashes"]) == 3
+    assert crowd(*[posted(CRASHES, crash)] * 3) == [[201]] * 3
+
+
+def test_the_report_of_a_client_that_has_gone_is_not_stored(slow_server, crowd):
+    def gone(dispatcher=slow_server.task_dispatcher, service=slow_server.task_dispatcher.service):
+        dispatcher.coming[0].connected = False
+        service()
+
+    slow_server.task_dispatcher.service = gone
+    assert crowd(*[posted(CRASHES, json.dumps(CRASH).encode())] * 2) == [[], [201]]
+    assert len(stored(slow_server.app, "crashes")["crashes"]) == 1
+
+
 def test_a_body_that_cannot_be_read_is_refused_and_not_logged(serve, caplog):
     """As by another web server, where a chunk is none, or the client has gone."""
     class Broken:
@@ -5971,7 +6075,7 @@ def test_every_request_of_openapi_is_answered_as_it_says(serve, clock, monkeypat
 
     def fail(*_):
         raise StorageUnavailable
-    for name in ("add", "check", "reading"):
+    for name in ("writing", "check", "reading"):
         monkeypatch.setattr(sent.server.store, name, fail)
     monkeypatch.setattr(sent.server.store, "is_admin", lambda token: True)
     monkeypatch.setattr(sent.server.store, "had_key", lambda key: True)

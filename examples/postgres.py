@@ -330,6 +330,8 @@ class PostgresLimiter(backfeedr.RateLimiter):
     that a limit of many thousands is better left to the balancer.
     """
 
+    waits = True
+
     def __init__(self, store: PostgresStore, limit: int, window: float = 60.0,
                  clock: Optional[Callable[[], float]] = None):
         self.limit, self.window = limit, window
