@@ -4078,6 +4078,7 @@ REQUEST_SECONDS = 60  # for a request to arrive, and for a connection between tw
 SLOWEST = 2000  # bytes a second, a phone's on a bad day: the time that they take is not counted
 TOGETHER = 100  # submissions that are taken until they are durable: of batches, as many rows as may wait for a commit;
 TOGETHER_BYTES = 4_000_000  # and their bytes, as decoded they need a multiple of it
+SUBMITTERS = 4  # threads for them: one that commits, and who takes what comes meanwhile; each keeps memory of its own
 
 
 def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> None:
@@ -4238,6 +4239,8 @@ def _make_dispatcher(app: Backfeedr, threads: int) -> Any:
 
         def __init__(self) -> None:
             super().__init__()
+            self.submitters = waitress.task.ThreadedTaskDispatcher()
+            self.submitters.set_thread_count(SUBMITTERS)
             self.coming: Deque[Any] = deque()  # channels
             self.is_called = False  # a thread, to take what comes
             self.requests = self.bytes = 0  # that are taken, and not yet durable
@@ -4255,7 +4258,7 @@ def _make_dispatcher(app: Backfeedr, threads: int) -> Any:
                 if self.is_called or not self.coming or not self.has_room():
                     return
                 self.is_called = True
-            super().add_task(self)
+            self.submitters.add_task(self)
 
         def has_room(self) -> bool:
             return self.requests < TOGETHER and self.bytes < TOGETHER_BYTES
@@ -4295,6 +4298,10 @@ def _make_dispatcher(app: Backfeedr, threads: int) -> Any:
         def cancel(self) -> None:
             while self.coming:
                 self.coming.popleft().cancel()
+
+        def shutdown(self, *arguments: Any, **options: Any) -> bool:
+            self.submitters.shutdown(*arguments, **options)
+            return super().shutdown(*arguments, **options)
 
     dispatcher = Dispatcher()
     dispatcher.set_thread_count(threads)

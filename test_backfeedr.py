@@ -4561,18 +4561,18 @@ def posted(path, body, key=KEY):
 @pytest.fixture
 def crowd(slow_server):
     """Answers requests that have all come before a thread had time for them: status by status."""
-    dispatcher = slow_server.task_dispatcher
-    dispatcher.set_thread_count(0)
-    wait_until(lambda: not dispatcher.threads)
+    dispatcher, called = slow_server.task_dispatcher, slow_server.task_dispatcher.submitters
+    called.set_thread_count(0)
+    wait_until(lambda: not called.threads)
 
     def crowd(*requests):
         connections = [connect_to(slow_server) for _ in requests]
         for connection, request in zip(connections, requests):
             connection.sendall(request)
         wait_until(lambda: slow_server.turn() or len(dispatcher.coming) == len(requests))
-        assert list(dispatcher.queue) == [dispatcher]
-        while dispatcher.queue:
-            dispatcher.queue.popleft().service()
+        assert list(called.queue) == [dispatcher]
+        while called.queue:
+            called.queue.popleft().service()
         answers = [received_by(connection, slow_server) for connection in connections]
         for connection in connections:
             connection.close()

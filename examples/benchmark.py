@@ -3,6 +3,7 @@
 
     python examples/benchmark.py              # --quick gives a first impression
     python examples/benchmark.py metrics      # what becomes of it as the database grows
+    python examples/benchmark.py postgres postgresql://...   # SQLite beside PostgreSQL, by one host and by two
 
 `ingest`, the first, starts the real server on a temporary database and beside it a bare handler: bottle
 and waitress with the same options, which reads the body and gives the same answer, but
@@ -12,6 +13,9 @@ from client processes of its own.
 `metrics` fills a small database and a large one with the life of an app, and asks both
 in turn for every public figure. Then it measures how fast reports come in on the large
 one and on an empty one, and how long clients wait while old reports are pruned.
+
+`postgres` gives the same load in turn to a server on a file, to one on PostgreSQL and to two on it.
+It makes a schema of its own in that database, and drops it at the end.
 
 A host is never quiet, and the load runs on the host that it measures. So no figure stands
 alone: each is a ratio to one taken seconds before. A round measures everything once,
@@ -45,7 +49,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from statistics import median
 from types import ModuleType, SimpleNamespace
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 from urllib.parse import urlsplit
 from wsgiref.util import setup_testing_defaults
 
@@ -101,6 +105,13 @@ class Load(NamedTuple):
     @property
     def rate(self) -> float:
         return self.created / self.seconds
+
+    @classmethod
+    def of_all(cls, loads: Sequence[Load]) -> Load:
+        """Of hosts that were loaded at once. Of their latencies those of the slowest one."""
+        answers = sum((Counter(load.answers) for load in loads), Counter())
+        return cls(max(load.seconds for load in loads), dict(answers), *(
+            max(figures) for figures in zip(*(load[2:] for load in loads))))
 
 
 def crash_body(number: int, hash_length: int) -> Dict[str, Any]:
@@ -183,10 +194,20 @@ class Wrk:
     def __init__(self, folder: Path, connections: int):
         self._folder = folder
 
-    def drive(self, scenario: Scenario, url: str, connections: int, meanwhile: Meanwhile) -> Load:
-        """Loads the server at `url`."""
+    def drive(self, scenario: Scenario, urls: Sequence[str], connections: int, meanwhile: Meanwhile) -> Load:
+        """Loads the servers at `urls`, each by its share of the connections."""
+        with ExitStack() as stack:
+            running = [stack.enter_context(self._running(scenario, url, number, connections // len(urls)))
+                       for number, url in enumerate(urls)]
+            meanwhile()
+            for wrk in running:
+                wrk.send_signal(signal.SIGINT)  # on which it stops and reports what it has
+            return Load.of_all([self._load(wrk.communicate(timeout=PATIENCE)[0]) for wrk in running])
+
+    @contextmanager
+    def _running(self, scenario: Scenario, url: str, number: int, connections: int) -> Iterator[subprocess.Popen]:
         headers = {"Host": urlsplit(url).netloc, **HEADERS}
-        script = self._folder / "wrk.lua"
+        script = self._folder / f"wrk{number}.lua"
         script.write_text(self.SCRIPT % {
             "headers": ", ".join(f"[{json.dumps(name)}] = {json.dumps(value)}" for name, value in headers.items()),
             "bodies": json.dumps(str(bodies_file(self._folder, scenario)), ensure_ascii=False)})
@@ -195,11 +216,12 @@ class Wrk:
                                 f"--timeout={PATIENCE:.0f}", "-s", str(script), url + scenario.path],
                                stdout=subprocess.PIPE, text=True)
         try:
-            meanwhile()
-            wrk.send_signal(signal.SIGINT)  # on which it stops and reports what it has
-            output, _ = wrk.communicate(timeout=PATIENCE)
+            yield wrk
         finally:
             end(wrk)
+
+    @staticmethod
+    def _load(output: str) -> Load:
         lines = [line.split("\t") for line in output.splitlines()]
         load = [float(figure) for name, *figures in lines if name == "load" for figure in figures]
         if not load:
@@ -220,13 +242,13 @@ class Clients:
         self._folder = folder
         self._pool = multiprocessing.Pool(math.ceil(connections / self.CONNECTIONS), leave_signals_to_the_parent)
 
-    def drive(self, scenario: Scenario, url: str, connections: int, meanwhile: Meanwhile) -> Load:
-        """Loads the server at `url`, and waits for all answers."""
+    def drive(self, scenario: Scenario, urls: Sequence[str], connections: int, meanwhile: Meanwhile) -> Load:
+        """Loads the servers at `urls`, each by its share of the connections, and waits for all answers."""
         begin, bodies = time.time() + 0.2, bodies_file(self._folder, scenario)
         stop = self._folder / "stop"  # a file, because it reaches processes that run already
         stop.unlink(missing_ok=True)
         parts = self._pool.starmap_async(client_process, [
-            (url, scenario.path, bodies, range(first, min(first + self.CONNECTIONS, connections)), begin, stop)
+            (urls, scenario.path, bodies, range(first, min(first + self.CONNECTIONS, connections)), begin, stop)
             for first in range(0, connections, self.CONNECTIONS)], chunksize=1)
         time.sleep(max(0.0, begin - time.time()))
         try:
@@ -275,12 +297,12 @@ def leave_signals_to_the_parent() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def client_process(url: str, path: str, bodies: Path, numbers: range, begin: float, stop: Path) -> Answers:
+def client_process(urls: Sequence[str], path: str, bodies: Path, numbers: range, begin: float, stop: Path) -> Answers:
     """Keeps a connection for each of `numbers` busy from `begin` until there is a file `stop`."""
     answers: Answers = []
     lines = bodies.read_bytes().splitlines()
-    threads = [threading.Thread(target=client, args=(answers, url, path, lines[first:] + lines[:first], begin, stop))
-               for first in numbers]
+    threads = [threading.Thread(target=client, args=(
+        answers, urls[first % len(urls)], path, lines[first:] + lines[:first], begin, stop)) for first in numbers]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -338,6 +360,10 @@ class Running:
         return self
 
     def __exit__(self, *exc: Any) -> None:
+        end(self._process)
+
+    def stop(self) -> None:
+        """Ends it before that."""
         end(self._process)
 
     def memory(self, name: str = "VmRSS") -> Optional[float]:
@@ -431,7 +457,15 @@ class Ledger:
             stored = {table: connection.execute(f"select count(*) from {table}").fetchone()[0]
                       for table in self._acknowledged}
             integrity = [problem for problem, in connection.execute("pragma integrity_check")]
-        return [f"integrity check: {problem}" for problem in integrity if problem != "ok"] + [
+        return [f"integrity check: {problem}" for problem in integrity if problem != "ok"] + self.compare(stored)
+
+    @property
+    def tables(self) -> List[str]:
+        return list(self._acknowledged)
+
+    def compare(self, stored: Mapping[str, int]) -> List[str]:
+        """What is wrong with so many rows, a line each."""
+        return [
             f"{table}: {count:,} acknowledged, {stored[table]:,} stored, {self._unseen[table]:,} unseen"
             for table, count in self._acknowledged.items() if not 0 <= stored[table] - count <= self._unseen[table]]
 
@@ -555,7 +589,7 @@ def measure_all(arguments: argparse.Namespace, folder: Path, driver: Driver, siz
             say(f"round {number} of {arguments.rounds}: raw executemany: {raw[-1]:,.0f} rows/s")
             for cell in cells:
                 for name, server, loads in (("bare", bare_server, cell.bare), ("backfeedr", ours, cell.ours)):
-                    load = driver.drive(cell.scenario, server.url, cell.connections,
+                    load = driver.drive(cell.scenario, [server.url], cell.connections,
                                         lasting(arguments.seconds / arguments.rounds))
                     loads.append(load)
                     say(f"round {number} of {arguments.rounds}: {cell.scenario.name}, {cell.connections} connections,"
@@ -578,7 +612,7 @@ def measure_memory(events: int, connections: int, folder: Path, driver: Driver) 
     with backfeedr(db) as server:
         for goal in sorted({min(10_000, events), events}):
             while stored < goal:
-                load = driver.drive(EVENTS, server.url, connections,
+                load = driver.drive(EVENTS, [server.url], connections,
                                     lasting(1.0 if goal <= 10_000 else ROUND_SECONDS))
                 if not load.created or load.errors:
                     raise Failure(f"events were not stored: {load.answers}")
@@ -861,7 +895,7 @@ def measure_ingest(large: Path, ledger: Ledger, arguments: argparse.Namespace, d
         for db, entered, rates in sides[::-1 if number % 2 else 1]:
             write_bodies(db.parent, VISITS, range(number * INGEST_BODIES, (number + 1) * INGEST_BODIES), 64)
             with backfeedr(db, BACKFEEDR_RETENTION_DAYS="0") as server:
-                load = driver.drive(VISITS, server.url, INGEST_CONNECTIONS, lasting(ROUND_SECONDS))
+                load = driver.drive(VISITS, [server.url], INGEST_CONNECTIONS, lasting(ROUND_SECONDS))
             entered.add(VISITS, load, driver.abandons * INGEST_CONNECTIONS)
             rates.append(load.rate * BATCH)
             errors += load.errors
@@ -920,7 +954,7 @@ def prune(large: Path, name: str, driver: Driver, meanwhile: Callable[[Path], An
 
     say(f"pruning: {name}")
     with backfeedr(db, BACKFEEDR_RETENTION_DAYS=str(server_keeps)) as server:
-        load = driver.drive(CRASH, server.url, INGEST_CONNECTIONS, watched)
+        load = driver.drive(CRASH, [server.url], INGEST_CONNECTIONS, watched)
     result = Pruned(name, took[0], (expired, count_expired(db)), (size, bytes_on_disk(db)), load,
                     check_pruned(db, began_at, load, driver.abandons * INGEST_CONNECTIONS))
     db.unlink()
@@ -969,6 +1003,84 @@ def run_prune(db: Path) -> None:
         pass  # the rows that are left tell
     except subprocess.CalledProcessError as error:
         raise Failure(f"prune failed: {error.stderr.strip()[-200:]}") from None
+
+
+# == PostgreSQL ================================================================
+
+POSTGRES = HERE / "postgres.py"
+IN_FILE, ONE_HOST, TWO_HOSTS = "SQLite", "PostgreSQL, one host", "PostgreSQL, two hosts"
+
+
+class Side(NamedTuple):
+    """Servers that store in one place, what they have acknowledged, and what was measured of each load."""
+
+    name: str
+    servers: List[Running]
+    ledger: Ledger
+    loads: Dict[Tuple[Scenario, int], List[Load]]
+
+
+def measure_postgres(arguments: argparse.Namespace, folder: Path, driver: Driver) -> Tuple[List[Side], List[str]]:
+    """Loads all sides in turn. The two of PostgreSQL are on the same tables."""
+    db, in_file, shared = folder / "bench.db", Ledger(), Ledger()
+    with ExitStack() as stack:
+        url = stack.enter_context(throw_away_schema(arguments.url))
+        hosts = [stack.enter_context(Running(
+            POSTGRES, url, "serve", "--host", "127.0.0.1", "--port", "0",
+            BACKFEEDR_API_KEY=KEY, BACKFEEDR_RATE_LIMIT="0")) for _ in range(2)]
+        file = stack.enter_context(backfeedr(db))
+        sides = [Side(IN_FILE, [file], in_file, {}), Side(ONE_HOST, hosts[:1], shared, {}),
+                 Side(TWO_HOSTS, hosts, shared, {})]
+        for number in range(1, arguments.rounds + 1):
+            for scenario in SCENARIOS:
+                for connections in arguments.connections:
+                    for side in sides:
+                        load = driver.drive(scenario, [server.url for server in side.servers], connections,
+                                            lasting(arguments.seconds / arguments.rounds))
+                        side.loads.setdefault((scenario, connections), []).append(load)
+                        side.ledger.add(scenario, load, driver.abandons * connections)
+                        say(f"round {number} of {arguments.rounds}: {scenario.name}, {connections} connections,"
+                            f" {side.name}: {load.rate:,.0f} requests/s"
+                            + (f", errors: {load.answers}" if load.errors else ""))
+                        time.sleep(0.3)  # in which what was abandoned is stored
+        for server in (file, *hosts):
+            server.stop()
+        problems = shared.compare(count_rows(url, shared.tables))
+    return sides, problems + in_file.check(db)
+
+
+def postgres_module() -> ModuleType:
+    """examples/postgres.py."""
+    backfeedr_module()
+    sys.path.insert(0, str(HERE))
+    try:
+        return importlib.import_module("postgres")
+    except ImportError as error:
+        raise Failure(f"{error}; 'pip install \"psycopg[binary,pool]\"' installs it") from None
+
+
+@contextmanager
+def throw_away_schema(url: str) -> Iterator[str]:
+    """The URL of a schema that is made for this run."""
+    module, name = postgres_module(), f"backfeedr_benchmark_{os.urandom(4).hex()}"
+    try:
+        db = module.Connection.connect(url)
+    except module.psycopg.Error as error:
+        raise Failure(f"cannot open the database: {str(error).strip().splitlines()[0]}") from None
+    with closing(db):
+        print("PostgreSQL " + ", ".join("{} {}".format("" if name == "server_version" else name, db.execute(
+            f"show {name}").fetchone()[0]).strip() for name in ("server_version", "fsync", "synchronous_commit")))
+        db.run(f"create schema {name}")
+        try:
+            yield module.make_conninfo(url, options=f"-csearch_path={name}")
+        finally:
+            db.run(f"drop schema {name} cascade")
+
+
+def count_rows(url: str, tables: Iterable[str]) -> Dict[str, int]:
+    """How many rows there are, by table."""
+    with closing(postgres_module().Connection.connect(url)) as db:
+        return {table: db.execute(f"select count(*) from {table}").fetchone()[0] for table in tables}
 
 
 # == Report ====================================================================
@@ -1027,6 +1139,26 @@ def targets(results: Results) -> Iterator[Target]:
     yield "MB of memory under load", results.peak, False, 100, 1
     yield "bytes on disk per event", results.size.bytes_per_event, False, 220, 1
     yield "errors", results.errors, False, 0, 0
+
+
+def report_postgres(sides: Sequence[Side]) -> None:
+    """Prints how the sides compare."""
+    rows: List[Sequence[str]] = [("scenario", "connections", "", "requests/s", "events/s", "to SQLite", "to one host",
+                                  "p50 ms", "p99 ms", "errors")]
+    in_file, one_host, _ = (side.loads for side in sides)
+    for cell in in_file:
+        scenario, connections = cell
+        for side in sides:
+            loads = side.loads[cell]
+            rate = median(load.rate for load in loads)
+            to_file, to_one = (median(load.rate / other.rate for load, other in zip(loads, others[cell]))
+                               for others in (in_file, one_host))
+            rows.append((
+                scenario.name, f"{connections}", side.name, f"{rate:,.0f}",
+                f"{rate * BATCH:,.0f}" if scenario is EVENTS else "-", f"{to_file:.2f}",
+                f"{to_one:.2f}" if side.name == TWO_HOSTS else "-", f"{median(load.median for load in loads):.1f}",
+                f"{median(load.p99 for load in loads):.1f}", f"{sum(load.errors for load in loads)}"))
+    print_table(rows, left=3)
 
 
 MOST_MS, MOST_RATIO = 5, 2  # of a median answer in the server
@@ -1185,6 +1317,12 @@ def parser() -> argparse.ArgumentParser:
     add("--requests", type=int, metavar="N", default=300, help="of each question (default: 300)")
     add("--rounds", type=int, metavar="N", default=4, help=f"of {ROUND_SECONDS:g} s each, of ingest (default: 4)")
     add("--no-prune", action="store_true", help="leave out how clients fare while old reports are pruned")
+    command = commands.add_parser("postgres", parents=[shared], help="SQLite beside PostgreSQL, by one host and by two")
+    command.set_defaults(run=postgres)
+    add = command.add_argument
+    add("url", metavar="URL", help="of a database; a schema is made in it, and dropped at the end")
+    add("--seconds", type=float, metavar="N", default=10.0, help="of each measurement, over all rounds (default: 10)")
+    add("--connections", type=connections, metavar="N,N", default=[16, 64], help="default: 16,64")
     hidden = commands.add_parser("_bare")
     hidden.add_argument("answers", type=Path)
     hidden.set_defaults(run=bare)
@@ -1251,6 +1389,23 @@ def metrics(arguments: argparse.Namespace) -> int:
         errors = ingested.errors + sum(each.load.errors for each in pruned)
         print_targets(growth_targets(answers, pages, ingested, pruned, errors))
     return conclude(problems + [problem for each in pruned for problem in each.problems], errors)
+
+
+def postgres(arguments: argparse.Namespace) -> int:
+    """What PostgreSQL costs, and what a second host adds."""
+    arguments.rounds = max(1, round(arguments.seconds / ROUND_SECONDS))
+    most = max(arguments.connections)
+    if arguments.seconds < 0.2 or min(arguments.connections) < 2 or most > 512:
+        raise Failure("at least 0.2 seconds, and 2 to 512 connections")
+    with working_folder(arguments.dir) as folder, closing(make_driver(arguments.driver, folder, most)) as driver:
+        for scenario in SCENARIOS:
+            write_bodies(folder, scenario, range(BODIES), len(example("event.json")["device_id_hash"]))
+        introduce(folder, f"{arguments.rounds} x {arguments.seconds / arguments.rounds:g} s for each figure; driver"
+                          f" {driver.name}")
+        sides, problems = measure_postgres(arguments, folder, driver)
+        say("")
+        report_postgres(sides)
+    return conclude(problems, sum(load.errors for side in sides for loads in side.loads.values() for load in loads))
 
 
 def conclude(problems: Sequence[str], errors: int) -> int:

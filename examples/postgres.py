@@ -330,7 +330,9 @@ class PostgresLimiter(backfeedr.RateLimiter):
     that a limit of many thousands is better left to the balancer.
     """
 
-    waits = True
+    @property
+    def waits(self) -> bool:  # type: ignore[override]
+        return self.limit > 0
 
     def __init__(self, store: PostgresStore, limit: int, window: float = 60.0,
                  clock: Optional[Callable[[], float]] = None):
