@@ -1541,6 +1541,10 @@ class _Connection(sqlite3.Connection):
         self.execute(f"pragma cache_size = {-512 if query_only else -8192}")
         self.execute(f"pragma query_only = {int(query_only)}")
 
+    def append(self, table: str, columns: Sequence[str], rows: Sequence[tuple]) -> None:
+        """Inserts rows that are new to a table."""
+        insert_rows(self, f"insert into {table} ({', '.join(columns)}) values *", rows)
+
     def pragma(self, name: str) -> Any:
         """The first value of a pragma."""
         return self.execute(f"pragma {name}").fetchone()[0]
@@ -1871,9 +1875,9 @@ class Store:
         window = {"replays": self.now - REPLAY_DAYS * DAY, "week": self.now // DAY - 7,
                   "rows": self._oldest_seq}
         over = db.execute("""
-            select exists (select 1 from replays where received_at < :replays),
+            select (select min(received_at) from replays) < :replays,
                 exists (select 1 from release_days where app_id in (select id from apps) and day < :week),
-                exists (select 1 from crashes where seq < :rows), exists (select 1 from events where seq < :rows)
+                (select min(seq) from crashes) < :rows, (select min(seq) from events) < :rows
             """, window).fetchone()
         deleted: Counter = Counter()
         if over[0]:
@@ -2339,9 +2343,8 @@ class _Commit:
         """Writes the rows and the sums."""
         rollups = RollUps(self._db, self._now)
         for (kind, app_id), (seqs, received, reports) in self._taken.items():
-            insert_rows(self._db, f"insert into {_TABLES[kind]} (seq, app_id, received_at,"
-                                  f" {', '.join(kind._fields)}) values *",
-                        [(seq, app_id, came, *report) for seq, came, report in zip(seqs, received, reports)])
+            self._db.append(_TABLES[kind], ("seq", "app_id", "received_at", *kind._fields),
+                            [(seq, app_id, came, *report) for seq, came, report in zip(seqs, received, reports)])
             times = [counted_at(report.occurred_at, came) for report, came in zip(reports, received)]
             (rollups.add_crashes if kind is Crash else rollups.add_events)(app_id, seqs, received, reports, times)
         rollups.save()
