@@ -6379,6 +6379,28 @@ def test_hosts_that_start_at_once_make_one_database(schemas):
 
 
 @needs_postgres
+def test_hosts_that_prune_at_once_while_reports_come_in_delete_each_row_once(serve, clock, schemas):
+    server = serve(retention_days=1, rate_limit=0)
+    old = [parse_event(dict(EVENT, session_id=f"s{n % 50}", device_id_hash=f"d{n % 70}")) for n in range(1000)]
+    for _ in range(3):
+        server.store.add(backfeedr.sha256(KEY), old)
+    server.store.add(backfeedr.sha256(KEY), [parse_crash(dict(CRASH, device_id_hash=f"d{n}")) for n in range(500)])
+    clock.move(24 * 3600 + 1)
+    other = postgres().PostgresStore(schemas(), clock, 1)
+    new = [parse_event(dict(EVENT, device_id_hash="new"))]
+    with closing(other), ThreadPoolExecutor(4) as pool:
+        pruning = [pool.submit(store.prune) for store in (server.store, other)]
+        adding = [pool.submit(store.add, backfeedr.sha256(KEY), new) for store in (server.store, other) * 20]
+        seqs = {each.result().seqs[0] for each in adding}
+        deleted = sum((each.result() for each in pruning), Counter())
+    assert {seq for seq, in sql(schemas(), "select seq from events")} == seqs and stored(server, "crashes")["crashes"] == []
+    assert deleted["events"] <= 3000 and deleted["crashes"] <= 500, "as those who add delete too"
+    serve.unchecked.append(server)  # whose sums tell of the rows that are gone
+    assert sql(schemas(), "select device_id_hash from devices") == [("new",)]
+    assert sql(schemas(), "select session_id from sessions") == []
+
+
+@needs_postgres
 def test_a_grown_file_moves_to_postgres_with_its_ids_and_counts(tmp_path, clock, schemas, capsys):
     with Store(str(tmp_path / "old.db"), clock) as old, \
             Backfeedr(Settings(db_path=str(tmp_path / "old.db"), api_key=KEY, auth_token=TOKEN), clock=clock) as server:
