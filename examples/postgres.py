@@ -316,9 +316,10 @@ class PostgresStore(backfeedr.Store):
     _wal_size = 0
 
     def _shrink(self) -> None:
-        """Makes room for new rows where the deleted ones were. A file of PostgreSQL's does not become smaller."""
+        """Makes room for new rows where the deleted ones were. A file of PostgreSQL's does not become smaller.
+        What another host is at is left to it: of two at once, one would wait for the other, and that one for it."""
         with closing(self._connect()) as db:
-            db.run(f"vacuum (analyze) {_GROWING}")
+            db.run(f"vacuum (analyze, skip_locked) {_GROWING}")
 
     _fold_in_wal = _shrink
 
