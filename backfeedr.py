@@ -4071,8 +4071,8 @@ def first_start_text(made: FirstStart, url: str) -> str:
 # == Server ====================================================================
 #
 # waitress, and what it needs to be ours: what it refuses is answered in JSON, a stop
-# answers everything that has been sent, no address is logged, and its one I/O
-# thread gets its turn.
+# answers everything that has been sent, no address is logged, its one I/O thread
+# gets its turn, and reports that come together share a thread and a commit.
 
 DRAIN_SECONDS = 4.0  # a stop waits so long for requests that have begun to arrive
 SWITCH_SECONDS = 0.002  # how long a thread may keep the interpreter while others wait for it
@@ -4244,7 +4244,7 @@ def _make_dispatcher(app: Backfeedr, threads: int) -> Any:
             super().__init__()
             self.submitters = waitress.task.ThreadedTaskDispatcher()
             self.submitters.set_thread_count(SUBMITTERS)
-            self.coming: Deque[Any] = deque()  # channels
+            self.coming: Deque[Tuple[Any, float]] = deque()  # channels, and since when they wait
             self.is_called = False  # a thread, to take what comes
             self.requests = self.bytes = 0  # that are taken, and not yet durable
 
@@ -4252,7 +4252,7 @@ def _make_dispatcher(app: Backfeedr, threads: int) -> Any:
             request = task.requests[0]
             if request.error or request.command != "POST" or request.path not in app.together:
                 return super().add_task(task)
-            self.coming.append(task)
+            self.coming.append((task, time.monotonic()))
             self.call()
 
         def call(self) -> None:
@@ -4287,20 +4287,22 @@ def _make_dispatcher(app: Backfeedr, threads: int) -> Any:
         def take(self, taken: List[Tuple[Any, int]]) -> Iterator[Environ]:
             try:
                 while self.coming and self.has_room():
-                    channel = self.coming.popleft()
+                    channel, came = self.coming.popleft()
                     size = channel.requests[0].body_bytes_received
                     taken.append((channel, size))
                     with self.lock:
                         self.requests, self.bytes = self.requests + 1, self.bytes + size
-                    if channel.connected:
+                    if channel.connected and time.monotonic() - came <= BUSY_TIMEOUT:
                         yield channel.begin()
+                    elif channel.connected:  # those before it have waited as long, and in vain
+                        channel.begin()[_SUBMISSION] = Submission(error=StorageUnavailable())
             finally:  # what comes from now on is for another thread
                 self.is_called = False
                 self.call()
 
         def cancel(self) -> None:
             while self.coming:
-                self.coming.popleft().cancel()
+                self.coming.popleft()[0].cancel()
 
         def shutdown(self, *arguments: Any, **options: Any) -> bool:
             self.submitters.shutdown(*arguments, **options)

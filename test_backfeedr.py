@@ -4621,6 +4621,15 @@ def test_no_more_is_taken_at_a_time_than_there_is_room_for(slow_server, crowd, m
     assert len(stored(slow_server.app, "crashes")["crashes"]) == 7
 
 
+def test_who_has_waited_for_room_as_long_as_for_a_lock_is_told_to_come_again(slow_server, crowd, monkeypatch):
+    crash = json.dumps(CRASH).encode()
+    with monkeypatch.context() as patched:
+        patched.setattr(backfeedr, "BUSY_TIMEOUT", -1)
+        assert crowd(*[posted(CRASHES, crash)] * 3) == [[503]] * 3
+    assert stored(slow_server.app, "crashes") == {"crashes": []}
+    assert crowd(*[posted(CRASHES, crash)] * 3) == [[201]] * 3
+
+
 def test_what_goes_wrong_with_reports_that_come_together_is_an_answer_too(slow_server, crowd, monkeypatch, caplog):
     crash = json.dumps(CRASH).encode()
     with monkeypatch.context() as patched:
@@ -4652,7 +4661,7 @@ def test_reports_are_not_taken_one_after_the_other_where_each_has_to_ask_another
 
 def test_the_report_of_a_client_that_has_gone_is_not_stored(slow_server, crowd):
     def gone(dispatcher=slow_server.task_dispatcher, service=slow_server.task_dispatcher.service):
-        dispatcher.coming[0].connected = False
+        dispatcher.coming[0][0].connected = False
         service()
 
     slow_server.task_dispatcher.service = gone
@@ -6303,7 +6312,8 @@ def balancer(tmp_path):
     def start(*hosts):
         port = free_port()
         started.append(Nginx(tmp_path, edited(
-            "two-hosts.nginx.conf", tmp_path, ("listen 443 ssl;", f"listen 127.0.0.1:{port};"),
+            "two-hosts.nginx.conf", tmp_path, ("listen 80;", f"listen 127.0.0.1:{free_port()};"),
+            ("    listen [::]:80;\n", ""), ("listen 443 ssl;", f"listen 127.0.0.1:{port};"),
             ("    listen [::]:443 ssl;\n", ""), ("    ssl_certificate ", "    #"), ("    ssl_certificate_key ", "    #"),
             *((f"10.0.0.1{number}:8080", f"127.0.0.1:{host.port}") for number, host in enumerate(hosts, 1)))))
         return Elsewhere(port)
