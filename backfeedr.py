@@ -1427,14 +1427,14 @@ class _Waiter:
         self._turn = threading.Lock()
         self._turn.acquire()
 
-    def wait(self) -> None:
+    def wait(self) -> bool:
         """Returns when these are done with, or the thread is to lead the next commit.
 
-        A signal may hit a leader between any two steps; so nobody waits for one for ever.
+        A signal may hit a leader between any two steps; so nobody waits for one for ever: False.
         """
-        if not self._turn.acquire(timeout=MAX_WAIT):
-            self.leads = True  # whoever led is gone
-            raise StorageUnavailable()
+        found = self._turn.acquire(timeout=MAX_WAIT)
+        self.leads |= not found  # whoever led is gone
+        return found
 
     def wake(self) -> None:
         self._turn.release()
@@ -1480,11 +1480,12 @@ class _Process:
     def waiting(self) -> List[Submission]:
         return [each for waiter in self.queue for each in waiter.submissions]
 
-    def enqueue(self, waiter: _Waiter, submissions: Iterable[Submission], max_waiters: int, max_rows: int) -> None:
+    def enqueue(self, waiter: _Waiter, submissions: Sequence[Submission], max_waiters: int, max_rows: int) -> None:
         """Lets a thread wait for those of its submissions for which there is room: for them it leads where
         nobody does. The others have an error."""
         with self.queue_lock:
-            requests, rows = len(self.waiting), sum(len(other.reports) for other in self.waiting)
+            waiting = self.waiting
+            requests, rows = len(waiting), sum(len(other.reports) for other in waiting)
             for each in submissions:
                 if requests >= max_waiters or requests and rows + len(each.reports) > max_rows:
                     each.error = StorageUnavailable()
@@ -1756,21 +1757,21 @@ class Store:
         self.add_all([submission])
         return submission.result()
 
-    def add_all(self, submissions: Iterable[Submission]) -> None:
-        """The same for several requests, in one commit: each then has a receipt or an error."""
+    def add_all(self, submissions: Sequence[Submission]) -> None:
+        """The same for several requests, in one commit: each then has a receipt or an error. What nobody has
+        foreseen is in the log, and StorageUnavailable to them all."""
         here, waiter = self._here, _Waiter()
         try:
             here.enqueue(waiter, submissions, self.max_waiters, self.max_rows)
-            if waiter.submissions:
-                waiter.wait()
-            if waiter.leads:
+            if waiter.submissions and not waiter.wait():
+                here.withdraw(waiter)
+                for each in waiter.submissions:
+                    each.error = StorageUnavailable()
+            elif waiter.leads:
                 self._commit_queue(here)
-        except BaseException as error:  # also a signal, if this is the main thread
+        except BaseException:  # a signal, if this is the main thread
             here.withdraw(waiter)
-            if not isinstance(error, StorageUnavailable):
-                raise
-            for each in waiter.submissions:
-                each.error = error
+            raise
         finally:
             if waiter.leads:
                 here.appoint_leader()
@@ -2049,6 +2050,10 @@ class Store:
         with self.writing() as db:
             return db.execute("delete from grants where hash = ? and expires_at > ?",
                               (sha256(kind + secret), self.now)).rowcount > 0
+
+    def has_seen_key(self, key_hash: bytes) -> bool:
+        """As had_key, but of what is known without a look at the database."""
+        return key_hash in self._here.seen_keys
 
     def has_key(self, key_hash: bytes) -> bool:
         """Whether the key with this SHA-256 is active."""
@@ -3843,9 +3848,6 @@ class Backfeedr:
             "/api/v1/crashes": (lambda given: [parse_crash(given)], _crash_answer),
             "/api/v1/events": (lambda given: [parse_event(given)], _event_answer),
             "/api/v1/events/batch": (parse_batch, _batch_answer)}
-        # Of these paths several requests may be submitted together: none, where each
-        # would have to wait for what the limiter says to those before it.
-        self.together = () if self._limiter.waits else tuple(self._ingestion)
         self._router = self._routes()
         made = self.store.start(self.settings.api_key, self.settings.auth_token)
         if made != (None, None):
@@ -3923,30 +3925,46 @@ class Backfeedr:
             *(f"backfeedr_{name}{suffix} {value:.15g}" for suffix, value in samples))]
         return 200, "\n".join([*lines, ""])
 
+    def may_gather(self, method: str, path: str, key: str) -> bool:
+        """Whether such a request may be submitted together with others: not where it would keep them waiting,
+        because another host or the database has to be asked of it."""
+        return (method == "POST" and path in self._ingestion and not getattr(self._limiter, "waits", True)
+                and self.store.has_seen_key(sha256(key.encode("latin-1", "replace"))))
+
     def submit(self, environs: Iterable[Environ]) -> None:
         """Takes what several requests to the ingestion carry, and stores it in one commit. The WSGI call, which
         does so for a request that comes alone, then only answers each."""
-        submissions = []
-        for environ in environs:
-            environ[_SUBMISSION] = self._taken(environ)
-            submissions.append(environ[_SUBMISSION])
-        self.store.add_all(each for each in submissions if each.error is None)
+        submissions: List[Submission] = []
+        try:
+            for environ in environs:
+                environ[_SUBMISSION] = submission = Submission()
+                submissions.append(submission)
+                try:
+                    self._take(environ, submission)
+                except Exception as error:
+                    submission.error = error
+        finally:
+            self.store.add_all([each for each in submissions if each.error is None])
+        # A key may have been revoked since it was seen. A commit looks; so must a refusal.
+        refused = [each for each in submissions if each.key_hash and each.receipt is None and each.reports == ()]
+        for key_hash in {each.key_hash for each in refused}:
+            try:
+                error: Optional[Refusal] = None if self.store.has_key(key_hash) else Refusal("invalid API key")
+            except StorageUnavailable as unavailable:
+                error = unavailable
+            for each in refused:
+                if error and each.key_hash == key_hash:
+                    each.error = error
 
     def _submitted(self, environ: Environ) -> Answer:
         if _SUBMISSION not in environ:
             self.submit([environ])
-        submission = environ[_SUBMISSION]
+        submission = environ.pop(_SUBMISSION)  # as a host app may call again with the same one
         seqs, replayed = submission.result()
         _, answer = self._ingestion[environ["PATH_INFO"]]
         return 200 if replayed else 201, answer(submission.reports, seqs)
 
-    def _taken(self, environ: Environ) -> Submission:
-        try:
-            return self._take(environ)
-        except Exception as error:
-            return Submission(error=error)
-
-    def _take(self, environ: Environ) -> Submission:
+    def _take(self, environ: Environ, submission: Submission) -> None:
         """Checks in the order of the contract: size, key, rate, signature, JSON, fields."""
         body = _read_body(environ, self.settings.max_body_size)
         key = _header(environ, "X_BACKFEEDR_KEY")
@@ -3955,18 +3973,14 @@ class Backfeedr:
             raise Refusal("missing API key")
         if not self.store.had_key(key_hash):
             raise Refusal("invalid API key")
+        submission.key_hash = key_hash
         parse, _ = self._ingestion[environ["PATH_INFO"]]
-        try:
-            self._check_rate(key_hash)  # may ask another host, for which nobody else should wait
-            with self._turn:
-                signature = self._check_signature(environ, key, body)
-                plain = _decompress(environ, body, self.settings.max_body_size)
-                return Submission(key_hash, parse(decode_json(plain)), _once(environ, signature, plain))
-        except Refusal:
-            # The key may have been revoked since it was seen. A commit looks; so must a refusal.
-            if not self.store.has_key(key_hash):
-                raise Refusal("invalid API key") from None
-            raise
+        self._check_rate(key_hash)  # may ask another host, for which nobody else should wait
+        with self._turn:
+            signature = self._check_signature(environ, key, body)
+            plain = _decompress(environ, body, self.settings.max_body_size)
+            submission.reports = parse(decode_json(plain))
+            submission.once = _once(environ, signature, plain)
 
     def _check_rate(self, key_hash: bytes) -> None:
         if not self._limiter.allow(key_hash):
@@ -4250,7 +4264,8 @@ def _make_dispatcher(app: Backfeedr, threads: int) -> Any:
 
         def add_task(self, task: Any) -> None:
             request = task.requests[0]
-            if request.error or request.command != "POST" or request.path not in app.together:
+            if request.error or not app.may_gather(
+                    request.command, request.path, request.headers.get("X_BACKFEEDR_KEY", "")):
                 return super().add_task(task)
             self.coming.append((task, time.monotonic()))
             self.call()
@@ -4288,7 +4303,9 @@ def _make_dispatcher(app: Backfeedr, threads: int) -> Any:
             try:
                 while self.coming and self.has_room():
                     channel, came = self.coming.popleft()
-                    size = channel.requests[0].body_bytes_received
+                    request = channel.requests[0]
+                    is_packed = "CONTENT_ENCODING" in request.headers
+                    size = app.settings.max_body_size if is_packed else request.body_bytes_received
                     taken.append((channel, size))
                     with self.lock:
                         self.requests, self.bytes = self.requests + 1, self.bytes + size
@@ -4301,8 +4318,9 @@ def _make_dispatcher(app: Backfeedr, threads: int) -> Any:
                 self.call()
 
         def cancel(self) -> None:
-            while self.coming:
-                self.coming.popleft()[0].cancel()
+            """At a stop that has taken too long."""
+            for channel, _ in list(self.coming):
+                channel.cancel()
 
         def shutdown(self, *arguments: Any, **options: Any) -> bool:
             self.submitters.shutdown(*arguments, **options)

@@ -4566,8 +4566,10 @@ def test_who_expects_to_be_told_to_go_on_is_answered_where_nothing_is_to_come(
     assert answer.startswith(b"HTTP/1.1 %d " % status)
 
 
-def posted(path, body, key=KEY):
-    return (f"POST {path} HTTP/1.1\r\nX-Backfeedr-Key: {key}\r\nContent-Length: {len(body)}\r\n\r\n").encode() + body
+def posted(path, body, **headers):
+    headers = {"X-Backfeedr-Key": KEY, "Content-Length": len(body), **headers}
+    lines = [f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items()]
+    return f"POST {path} HTTP/1.1\r\n{''.join(lines)}\r\n".encode() + body
 
 
 @pytest.fixture
@@ -4578,6 +4580,7 @@ def crowd(slow_server):
     wait_until(lambda: not called.threads)
 
     def crowd(*requests):
+        slow_server.app.store.had_key(backfeedr.sha256(KEY))
         connections = [connect_to(slow_server) for _ in requests]
         for connection, request in zip(connections, requests):
             connection.sendall(request)
@@ -4595,9 +4598,9 @@ def crowd(slow_server):
 
 def test_reports_that_come_together_are_stored_by_one_commit_and_each_is_answered(slow_server, crowd):
     crash, batch = json.dumps(CRASH).encode(), json.dumps({"events": [EVENT] * 3}).encode()
-    assert crowd(posted(CRASHES, crash), posted(CRASHES, b"{"), posted(BATCH, batch), posted(CRASHES, crash, "nope"),
-                 posted(EVENTS, batch), posted(CRASHES, crash) + posted(CRASHES, crash) + posted(CRASHES, b"")
-                 ) == [[201], [400], [201], [401], [400], [201, 201, 400]]
+    assert crowd(posted(CRASHES, crash), posted(CRASHES, b"{"), posted(BATCH, batch), posted(EVENTS, batch),
+                 posted(CRASHES, crash) + posted(CRASHES, crash) + posted(CRASHES, b"")
+                 ) == [[201], [400], [201], [400], [201, 201, 400]]
     assert len(stored(slow_server.app, "crashes")["crashes"]) == 3
     assert len(stored(slow_server.app, "events")["events"]) == 3
     assert slow_server.app.store._here.group_sizes.counts[:3] == [1, 0, 1], "a commit of 3 requests, and one of another"
@@ -4619,6 +4622,15 @@ def test_no_more_is_taken_at_a_time_than_there_is_room_for(slow_server, crowd, m
     assert crowd(*[posted(CRASHES, crash)] * 7) == [[201]] * 7
     assert max(taken) == most and sum(taken) == 7
     assert len(stored(slow_server.app, "crashes")["crashes"]) == 7
+
+
+def test_a_compressed_body_takes_the_room_of_the_largest_one(slow_server, crowd, monkeypatch):
+    taken, submit = [], slow_server.app.submit
+    monkeypatch.setattr(slow_server.app, "submit", lambda environs: submit(taken.append(list(environs)) or taken[-1]))
+    monkeypatch.setattr(backfeedr, "TOGETHER_BYTES", slow_server.app.settings.max_body_size + 1)
+    packed = posted(CRASHES, gzip.compress(json.dumps(CRASH).encode()), Content_Encoding="gzip")
+    assert crowd(*[packed] * 5) == [[201]] * 5
+    assert list(map(len, taken)) == [2, 2, 1]
 
 
 def test_who_has_waited_for_room_as_long_as_for_a_lock_is_told_to_come_again(slow_server, crowd, monkeypatch):
@@ -4654,9 +4666,44 @@ def test_reports_are_not_taken_one_after_the_other_where_each_has_to_ask_another
     class Asking(RateLimiter):
         waits = True
 
-    for limiter, together in ((Asking(1), ()), (RateLimiter(1), (CRASHES, EVENTS, BATCH)), (None, (CRASHES, EVENTS, BATCH))):
-        with Backfeedr(Settings(db_path=str(tmp_path / "test.db")), limiter=limiter, announce=str) as server:
-            assert server.together == together
+    class Plain:  # of whom nobody knows
+        def allow(self, key):
+            return True
+
+    for limiter, expected in ((Asking(1), False), (Plain(), False), (RateLimiter(9), True), (None, True)):
+        settings = Settings(db_path=str(tmp_path / "test.db"), api_key=KEY)
+        with Backfeedr(settings, limiter=limiter, announce=str) as server:
+            assert server.may_gather("POST", CRASHES, KEY) is False, "a key that has to be looked for"
+            assert Api(server).post(CRASHES, CRASH)[0] == 201
+            assert server.may_gather("POST", CRASHES, KEY) is expected
+            assert not any(server.may_gather(*request) for request in (
+                ("GET", CRASHES, KEY), ("POST", CRASHES + "/", KEY), ("POST", CRASHES, ""), ("POST", CRASHES, "\u20ac")))
+
+
+def test_an_environ_that_is_used_again_is_another_request(serve):
+    server, body, ids = serve(), json.dumps(CRASH).encode(), []
+    environ = {"REQUEST_METHOD": "POST", "PATH_INFO": CRASHES, "HTTP_X_BACKFEEDR_KEY": KEY,
+               "CONTENT_LENGTH": str(len(body))}
+    for _ in range(2):
+        environ["wsgi.input"] = io.BytesIO(body)
+        ids.append(json.loads(b"".join(server(environ, lambda status, headers, exc_info=None: None)))["id"])
+    assert sorted(ids) == sorted(stored_ids(server.store.path)) and len(set(ids)) == 2
+
+
+def test_the_refused_report_of_a_key_that_has_been_revoked_is_refused_for_the_key(serve, monkeypatch):
+    server = serve()
+    other = server.store.create_app("Shop")
+    environs = [{"REQUEST_METHOD": "POST", "PATH_INFO": CRASHES, "HTTP_X_BACKFEEDR_KEY": key, "CONTENT_LENGTH": "1",
+                 "wsgi.input": io.BytesIO(b"{")} for key in (KEY, other, KEY, other)]
+    for environ in environs[:2]:
+        server.store.had_key(backfeedr.sha256(environ["HTTP_X_BACKFEEDR_KEY"].encode()))
+    server.store.revoke_key(other)
+    looked, has_key = [], server.store.has_key
+    monkeypatch.setattr(server.store, "has_key", lambda key_hash: looked.append(key_hash) or has_key(key_hash))
+    server.submit(environs)
+    answers = [json.loads(b"".join(server(environ, lambda *_: None)))["error"] for environ in environs]
+    assert answers == ["invalid JSON", "invalid API key"] * 2
+    assert len(looked) == 2, "once for each key, as a database that is away is waited for"
 
 
 def test_the_report_of_a_client_that_has_gone_is_not_stored(slow_server, crowd):

@@ -108,9 +108,9 @@ class Load(NamedTuple):
 
     @classmethod
     def of_all(cls, loads: Sequence[Load]) -> Load:
-        """Of hosts that were loaded at once. Of their latencies those of the slowest one."""
+        """Of hosts that were loaded at once, and for as long. Of their latencies those of the slowest one."""
         answers = sum((Counter(load.answers) for load in loads), Counter())
-        return cls(max(load.seconds for load in loads), dict(answers), *(
+        return cls(median(load.seconds for load in loads), dict(answers), *(
             max(figures) for figures in zip(*(load[2:] for load in loads))))
 
 
@@ -197,8 +197,8 @@ class Wrk:
     def drive(self, scenario: Scenario, urls: Sequence[str], connections: int, meanwhile: Meanwhile) -> Load:
         """Loads the servers at `urls`, each by its share of the connections."""
         with ExitStack() as stack:
-            running = [stack.enter_context(self._running(scenario, url, number, connections // len(urls)))
-                       for number, url in enumerate(urls)]
+            running = [stack.enter_context(self._running(scenario, url, number, share)) for number, (url, share)
+                       in enumerate((url, len(range(n, connections, len(urls)))) for n, url in enumerate(urls))]
             meanwhile()
             for wrk in running:
                 wrk.send_signal(signal.SIGINT)  # on which it stops and reports what it has
@@ -1034,7 +1034,7 @@ def measure_postgres(arguments: argparse.Namespace, folder: Path, driver: Driver
         for number in range(1, arguments.rounds + 1):
             for scenario in SCENARIOS:
                 for connections in arguments.connections:
-                    for side in sides:
+                    for side in sides[::1 if number % 2 else -1]:  # as one leaves work to the database for the next
                         load = driver.drive(scenario, [server.url for server in side.servers], connections,
                                             lasting(arguments.seconds / arguments.rounds))
                         side.loads.setdefault((scenario, connections), []).append(load)
@@ -1061,20 +1061,30 @@ def postgres_module() -> ModuleType:
 
 @contextmanager
 def throw_away_schema(url: str) -> Iterator[str]:
-    """The URL of a schema that is made for this run."""
-    module, name = postgres_module(), f"backfeedr_benchmark_{os.urandom(4).hex()}"
+    """The URL of a schema that is made for this run. Raises Failure where the database does not do as it is told."""
+    module, name, left = postgres_module(), f"backfeedr_benchmark_{os.urandom(4).hex()}", ""
+
+    def run(statement: str) -> None:
+        with closing(module.Connection.connect(url)) as db:  # as one that is kept may be lost on the way
+            db.run(f"set lock_timeout = '{PATIENCE:.0f}s'; {statement}")
+
     try:
-        db = module.Connection.connect(url)
-    except module.psycopg.Error as error:
-        raise Failure(f"cannot open the database: {str(error).strip().splitlines()[0]}") from None
-    with closing(db):
-        print("PostgreSQL " + ", ".join("{} {}".format("" if name == "server_version" else name, db.execute(
-            f"show {name}").fetchone()[0]).strip() for name in ("server_version", "fsync", "synchronous_commit")))
-        db.run(f"create schema {name}")
+        run(f"create schema {name}")
+        left = f"; the schema {name} is left there"
         try:
-            yield module.make_conninfo(url, options=f"-csearch_path={name}")
+            options = module.conninfo_to_dict(url).get("options", "")
+            ours = module.make_conninfo(url, options=f"{options} -csearch_path={name}".strip())
+            with closing(module.Connection.connect(ours)) as db:
+                version, fsync, commit = (db.execute(f"show {setting}").fetchone()[0] for setting in (
+                    "server_version", "fsync", "synchronous_commit"))
+            print(f"PostgreSQL {version}, fsync {fsync}, synchronous_commit {commit}; its data wherever it has them;"
+                  " no rate limit", flush=True)
+            yield ours
         finally:
-            db.run(f"drop schema {name} cascade")
+            run(f"drop schema {name} cascade")
+            left = ""
+    except module.psycopg.Error as error:
+        raise Failure(str(error).strip().splitlines()[0] + left) from None
 
 
 def count_rows(url: str, tables: Iterable[str]) -> Dict[str, int]:
