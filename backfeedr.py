@@ -1411,9 +1411,13 @@ class Submission:
         self.receipt: Optional[Receipt] = None
 
     def result(self) -> Receipt:
-        """Of reports that are durable. Raises what has kept them from being so."""
+        """Of reports that are durable. Raises what has kept them from being so; once, because an error that
+        has been raised holds all that was at hand, and what holds it too would be a ring of megabytes."""
         if self.error is not None:
-            raise self.error
+            try:
+                raise self.error
+            finally:
+                self.error = None
         assert self.receipt is not None
         return self.receipt
 
@@ -3941,17 +3945,23 @@ class Backfeedr:
                 submissions.append(submission)
                 try:
                     self._take(environ, submission)
+                except Refusal as refusal:
+                    refusal.__traceback__ = refusal.__context__ = None  # which hold the body
+                    submission.error = refusal
                 except Exception as error:
                     submission.error = error
         finally:
             self.store.add_all([each for each in submissions if each.error is None])
-        # A key may have been revoked since it was seen. A commit looks; so must a refusal.
-        refused = [each for each in submissions if each.key_hash and each.receipt is None and each.reports == ()]
+        self._look_again([each for each in submissions if each.key_hash and not each.reports])
+
+    def _look_again(self, refused: Sequence[Submission]) -> None:
+        """A key may have been revoked since it was seen. A commit looks; so must a refusal: once for each key, as a
+        database that is away is waited for."""
         for key_hash in {each.key_hash for each in refused}:
             try:
-                error: Optional[Refusal] = None if self.store.has_key(key_hash) else Refusal("invalid API key")
-            except StorageUnavailable as unavailable:
-                error = unavailable
+                error = None if self.store.has_key(key_hash) else Refusal("invalid API key")
+            except StorageUnavailable:
+                error = StorageUnavailable()
             for each in refused:
                 if error and each.key_hash == key_hash:
                     each.error = error
@@ -4095,7 +4105,7 @@ REQUEST_SECONDS = 60  # for a request to arrive, and for a connection between tw
 SLOWEST = 2000  # bytes a second, a phone's on a bad day: the time that they take is not counted
 TOGETHER = 100  # submissions that are taken until they are durable: of batches, as many rows as may wait for a commit;
 TOGETHER_BYTES = 4_000_000  # and their bytes, as decoded they need a multiple of it
-SUBMITTERS = 4  # threads for them: one that commits, and who takes what comes meanwhile; each keeps memory of its own
+SUBMITTERS = 8  # threads for them: one commits, and others take what comes meanwhile; each keeps memory of its own
 
 
 def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> None:
@@ -4240,7 +4250,8 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
     server = waitress.server.create_server(
         app, _dispatcher=_make_dispatcher(app, settings.threads), sockets=[listener], ident=None,
         max_request_body_size=settings.max_body_size + 65536,  # a little more: the app's own limit goes first
-        max_request_header_size=32768, inbuf_overflow=131072, connection_limit=_connection_limit(settings.threads),
+        connection_limit=_connection_limit(settings.threads + SUBMITTERS),
+        max_request_header_size=32768, inbuf_overflow=131072,
         channel_timeout=REQUEST_SECONDS, cleanup_interval=10, recv_bytes=65536, asyncore_use_poll=True)
     server.channel_class = Channel
     server.adj.send_bytes = 16384  # so that head and body of an answer leave together, by the I/O thread

@@ -12,6 +12,7 @@ import base64
 import csv
 import dataclasses
 import fnmatch
+import gc
 import gzip
 import hashlib
 import html
@@ -36,6 +37,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 import zipfile
 import zlib
 from collections import Counter, defaultdict
@@ -4678,6 +4680,32 @@ def test_reports_are_not_taken_one_after_the_other_where_each_has_to_ask_another
             assert server.may_gather("POST", CRASHES, KEY) is expected
             assert not any(server.may_gather(*request) for request in (
                 ("GET", CRASHES, KEY), ("POST", CRASHES + "/", KEY), ("POST", CRASHES, ""), ("POST", CRASHES, "\u20ac")))
+
+
+@pytest.mark.parametrize("key, body, status", [
+    ("", "{}", "401"), ("nope", "{}", "401"), (KEY, "{", "400"), (KEY, '{"occurred_at": 1}', "400"),
+    (KEY, json.dumps(CRASH), "201"), (KEY, json.dumps(CRASH), "422"), (KEY, json.dumps(CRASH), "503")])
+def test_nothing_of_a_request_is_left_in_memory_when_it_is_answered(serve, monkeypatch, key, body, status):
+    """Not even until the garbage collector comes, which is rarely: a body may have a megabyte."""
+    class Body(io.BytesIO):
+        pass
+
+    server = serve()
+    if status == "422":
+        Api(server).post(CRASHES, {**CRASH, "locale": "de"}, Idempotency_Key="a")
+    if status == "503":
+        monkeypatch.setattr(server.store, "max_waiters", 0)
+    stream, seen = Body(body.encode()), []
+    left = weakref.ref(stream)
+    environ = {"REQUEST_METHOD": "POST", "PATH_INFO": CRASHES, "HTTP_X_BACKFEEDR_KEY": key, "wsgi.input": stream,
+               "CONTENT_LENGTH": str(len(body)), "HTTP_IDEMPOTENCY_KEY": "a"}
+    gc.disable()
+    try:
+        server(environ, lambda status, headers, exc_info=None: seen.append(status[:3]))
+        del stream, environ
+        assert (seen, left()) == ([status], None)
+    finally:
+        gc.enable()
 
 
 def test_an_environ_that_is_used_again_is_another_request(serve):
