@@ -1581,7 +1581,7 @@ class Store:
     `retention_days` of 0 keeps all, and None what the last server has kept. Close it,
     or use it as a context manager.
 
-    max_waiters: requests that may wait for a commit. More than a server has threads,
+    max_waiters: requests that may wait for a commit. More than our server takes at a time,
         unless commits take so long that a phone had better come again.
     max_rows: reports that may wait for a commit; all of them go into the next one, so
         that nobody waits for two. As many take about a tenth of a second to write.
@@ -2069,7 +2069,7 @@ class Store:
 
     def had_key(self, key_hash: bytes) -> bool:
         """Whether the key was active when it was last looked up, which may be long ago but costs nothing."""
-        return key_hash in self._here.seen_keys or self.has_key(key_hash)
+        return self.has_seen_key(key_hash) or self.has_key(key_hash)
 
     def create_app(self, name: str, is_test: bool = False) -> str:
         """Makes an app and returns its first key, which is not kept. Raises StoreError."""
@@ -4177,6 +4177,9 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
     import waitress.task
 
     class Parser(waitress.parser.HTTPRequestParser):
+        environ: Optional[Environ] = None  # and since when it is worked on
+        began = 0.0
+
         def parse_header(self, header_plus: bytes) -> None:
             try:
                 super().parse_header(header_plus)
@@ -4188,7 +4191,7 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
 
     class Logged:
         def service(self) -> None:
-            began = getattr(self.request, "began", 0) or time.perf_counter()  # type: ignore[attr-defined]
+            began = self.request.began or time.perf_counter()  # type: ignore[attr-defined]
             try:
                 super().service()  # type: ignore[misc]
             finally:
@@ -4209,7 +4212,7 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
     class Task(Logged, waitress.task.WSGITask):
         def get_environment(self) -> Environ:
             request = self.request
-            if not hasattr(request, "environ"):  # and not another one where its submission has been taken
+            if request.environ is None:  # and not another one where its submission has been taken
                 request.began, request.environ = time.perf_counter(), super().get_environment()
             return request.environ
 
