@@ -1377,7 +1377,7 @@ class FirstStart(NamedTuple):
     token: Optional[str]
 
 
-class Once(NamedTuple):
+class Idempotency(NamedTuple):
     """By what a repeated request is known: digests, any of which seen before means a repetition,
     and a digest of all that is in it."""
 
@@ -1392,7 +1392,7 @@ class Receipt(NamedTuple):
     replayed: bool
 
 
-class Kept(NamedTuple):
+class StoredReport(NamedTuple):
     """A report as one store hands it to another; `received_at` is in milliseconds."""
 
     seq: int
@@ -1405,9 +1405,9 @@ class Kept(NamedTuple):
 class Submission:
     """The reports of one request on their way to the disk, and what became of them."""
 
-    def __init__(self, key_hash: bytes = b"", reports: Reports = (), once: Once = Once(),
+    def __init__(self, key_hash: bytes = b"", reports: Reports = (), idempotency: Idempotency = Idempotency(),
                  error: Optional[Exception] = None):
-        self.key_hash, self.reports, self.once, self.error = key_hash, reports, once, error
+        self.key_hash, self.reports, self.idempotency, self.error = key_hash, reports, idempotency, error
         self.receipt: Optional[Receipt] = None
 
     def result(self) -> Receipt:
@@ -1467,8 +1467,8 @@ class _Process:
 
     def __init__(self) -> None:
         self.write_lock = threading.Lock()
-        self.writer: Optional[_Connection] = None
-        self.readers: List[_Connection] = []
+        self.writer: Optional[Connection] = None
+        self.readers: List[Connection] = []
         self.seen_keys: Set[bytes] = set()
         self.queue_lock = threading.Lock()  # of what follows
         self.queue: List[_Waiter] = []
@@ -1527,14 +1527,14 @@ class _Process:
             self.company.acquire(blocking=False)
         return queue
 
-    def idle_reader(self) -> Optional[_Connection]:
+    def idle_reader(self) -> Optional[Connection]:
         try:
             return self.readers.pop()
         except IndexError:
             return None
 
 
-class _Connection(sqlite3.Connection):
+class Connection(sqlite3.Connection):
     """A connection in autocommit mode. It never makes the file: one that vanished must not come back empty."""
 
     def __init__(self, path: Path, query_only: bool = False, mode: str = "rw"):
@@ -1555,7 +1555,7 @@ class _Connection(sqlite3.Connection):
         return self.execute(f"pragma {name}").fetchone()[0]
 
 
-def _close(db: Optional[_Connection]) -> None:
+def _close(db: Optional[Connection]) -> None:
     if db is not None:
         db.close()
 
@@ -1642,9 +1642,9 @@ class Store:
         pid = os.getpid()
         return self._processes.get(pid) or self._processes.setdefault(pid, _Process())
 
-    def _connect(self, query_only: bool = False) -> _Connection:
+    def _connect(self, query_only: bool = False) -> Connection:
         self._check_file()
-        return _Connection(self.path, query_only)
+        return Connection(self.path, query_only)
 
     def _check_file(self) -> None:
         """Raises sqlite3.Error where the file is gone. So it does where another has come in its place:
@@ -1655,7 +1655,7 @@ class Store:
             raise sqlite3.OperationalError(f"{self.path} is another file than at the start")
 
     @contextmanager
-    def reading(self) -> Iterator[_Connection]:
+    def reading(self) -> Iterator[Connection]:
         """A connection that cannot write; for short reads, because an open one holds up the WAL."""
         here = self._here
         db = None
@@ -1673,7 +1673,7 @@ class Store:
             here.readers.append(db)
 
     @contextmanager
-    def writing(self) -> Iterator[_Connection]:
+    def writing(self) -> Iterator[Connection]:
         """The process's one writing connection, in a transaction that is durable at the end."""
         here = self._here
         with here.write_lock:
@@ -1747,17 +1747,17 @@ class Store:
 
     # Reports
 
-    def add(self, key_hash: bytes, reports: Reports, once: Once = Once()) -> Receipt:
+    def add(self, key_hash: bytes, reports: Reports, idempotency: Idempotency = Idempotency()) -> Receipt:
         """Stores reports of one kind, all or none, and returns when they are durable.
 
         They go to the app of the key with that SHA-256. A repeated request, as told by
-        `once`, stores nothing and has the first one's receipt. Raises Refusal where an
+        `idempotency`, stores nothing and has the first one's receipt. Raises Refusal where an
         Idempotency-Key comes with another request, or the key is not active at the time
         of the commit; StorageUnavailable also where too many wait already.
         """
         if not reports:
             raise ValueError("no reports")
-        submission = Submission(key_hash, reports, once)
+        submission = Submission(key_hash, reports, idempotency)
         self.add_all([submission])
         return submission.result()
 
@@ -1811,7 +1811,7 @@ class Store:
                 if not waiter.leads:
                     waiter.wake()
 
-    def export(self, kind: type, app: Optional[str] = None, since: int = 0) -> Iterator[Kept]:
+    def export(self, kind: type, app: Optional[str] = None, since: int = 0) -> Iterator[StoredReport]:
         """The reports of a kind, Crash or Event, that are here now, in the order of their seqs: of all apps or
         of one, received at `since` or later. Raises StoreError where there is no such app.
 
@@ -1826,8 +1826,8 @@ class Store:
             yield from (kept for kept in page if app in (None, kept.app) and kept.received_at >= since)
             page = self._page(kind, page[-1].seq, last)
 
-    def _page(self, kind: type, after: int, last: int) -> List[Kept]:
-        page: List[Kept] = []
+    def _page(self, kind: type, after: int, last: int) -> List[StoredReport]:
+        page: List[StoredReport] = []
         size = 0
         with self.reading() as db, closing(db.execute(f"""
                 select seq, apps.name, is_test, received_at, {", ".join("reports." + each for each in kind._fields)}
@@ -1837,13 +1837,13 @@ class Store:
                 limit ?
                 """, (after, last, PAGE_ROWS))) as rows:
             for seq, name, is_test, received_at, *values in rows:
-                page.append(Kept(seq, name, bool(is_test), received_at, kind._make(values)))
+                page.append(StoredReport(seq, name, bool(is_test), received_at, kind._make(values)))
                 size += sum(len(value) for value in values if type(value) is str)
                 if size > PAGE_TEXT:
                     break
         return page
 
-    def import_(self, reports: Sequence[Kept]) -> Counter:
+    def import_(self, reports: Sequence[StoredReport]) -> Counter:
         """Stores reports that another store has exported, all or none, and makes their apps, without keys.
 
         Returns how many were `stored`; how many were `known`, because their seq is here already, whatever is
@@ -1868,14 +1868,14 @@ class Store:
         counts["known"] = len(reports) - counts["stored"] - counts["expired"]
         return counts
 
-    def _expired_to(self, db: _Connection, table: str) -> int:
+    def _expired_to(self, db: Connection, table: str) -> int:
         """The highest seq that has expired here."""
         row = db.execute("select value from state where name = ?", ("expired_" + table,)).fetchone()
         return row[0] if row else -1
 
     # Reports that go
 
-    def _expire(self, db: _Connection, step: int) -> Counter:
+    def _expire(self, db: Connection, step: int) -> Counter:
         """Deletes at most `step` rows of each table whose time is over, and fewer where they are large; how many."""
         window = {"replays": self.now - REPLAY_DAYS * DAY, "week": self.now // DAY - 7,
                   "rows": self._oldest_seq}
@@ -1903,10 +1903,10 @@ class Store:
                         break
         return +deleted
 
-    def _expire_some(self, db: _Connection, table: str, before: int, limit: int) -> int:
+    def _expire_some(self, db: Connection, table: str, before: int, limit: int) -> int:
         """Deletes some of the oldest reports; what is known of a device or a session goes with its last one."""
         rollups = RollUps(db, self.now)
-        rows = _mappings(db, f"select {_COUNTED[table]} from {table} where seq < ? order by seq limit ?",
+        rows = dict_rows(db, f"select {_COUNTED[table]} from {table} where seq < ? order by seq limit ?",
                          (before, limit))
         if rows:
             last = rows[-1]["seq"]
@@ -1954,7 +1954,7 @@ class Store:
             db.execute("pragma wal_checkpoint(truncate)").fetchall()
 
     @contextmanager
-    def _in_step(self) -> Iterator[_Connection]:
+    def _in_step(self) -> Iterator[Connection]:
         """A transaction of many. The pause after it lets those in that wait: SQLite's own waiting is a
         matter of luck against somebody who is always back at once."""
         with self.writing() as db:
@@ -1990,11 +1990,11 @@ class Store:
         self._fold_in_wal()
         return +deleted + Counter(devices=len(keys))
 
-    def _forget_rows(self, db: _Connection, table: str, seqs: Sequence[int]) -> int:
+    def _forget_rows(self, db: Connection, table: str, seqs: Sequence[int]) -> int:
         db.execute("pragma secure_delete = on")  # overwrite what is deleted
         rollups = RollUps(db, self.now)
         rows = [row for seq in seqs
-                for row in _mappings(db, f"select {_COUNTED[table]} from {table} where seq = ?", (seq,))]
+                for row in dict_rows(db, f"select {_COUNTED[table]} from {table} where seq = ?", (seq,))]
         db.executemany(f"delete from {table} where seq = ?", [(seq,) for seq in seqs])
         (rollups.remove_crashes if table == "crashes" else rollups.remove_events)(rows)
         rollups.save()
@@ -2055,11 +2055,11 @@ class Store:
             return db.execute("delete from grants where hash = ? and expires_at > ?",
                               (sha256(kind + secret), self.now)).rowcount > 0
 
-    def has_seen_key(self, key_hash: bytes) -> bool:
-        """As had_key, but of what is known without a look at the database."""
+    def is_cached_key(self, key_hash: bytes) -> bool:
+        """As is_known_key, but of what is known without a look at the database."""
         return key_hash in self._here.seen_keys
 
-    def has_key(self, key_hash: bytes) -> bool:
+    def is_active_key(self, key_hash: bytes) -> bool:
         """Whether the key with this SHA-256 is active."""
         with self.reading() as db:
             is_active = db.execute("select 1 from keys where key_hash = ? and revoked_at is null",
@@ -2067,20 +2067,20 @@ class Store:
         (self._here.seen_keys.add if is_active else self._here.seen_keys.discard)(key_hash)
         return is_active
 
-    def had_key(self, key_hash: bytes) -> bool:
+    def is_known_key(self, key_hash: bytes) -> bool:
         """Whether the key was active when it was last looked up, which may be long ago but costs nothing."""
-        return self.has_seen_key(key_hash) or self.has_key(key_hash)
+        return self.is_cached_key(key_hash) or self.is_active_key(key_hash)
 
     def create_app(self, name: str, is_test: bool = False) -> str:
         """Makes an app and returns its first key, which is not kept. Raises StoreError."""
         with self.writing() as db:
             return self._insert_app(db, name, is_test)
 
-    def _insert_app(self, db: _Connection, name: str, is_test: bool) -> str:
+    def _insert_app(self, db: Connection, name: str, is_test: bool) -> str:
         self._make_app(db, name, is_test)
         return self._insert_key(db, name, new_key(is_test))
 
-    def _imported_app(self, db: _Connection, name: str, is_test: bool) -> int:
+    def _imported_app(self, db: Connection, name: str, is_test: bool) -> int:
         if not db.execute("select 1 from apps where name = ?", (name,)).fetchone():
             self._make_app(db, name, is_test)
         app_id, was_test = self._app(db, name)
@@ -2088,7 +2088,7 @@ class Store:
             raise StoreError(f"the app {name!r} is a {'test' if was_test else 'live'} one here")
         return app_id
 
-    def _make_app(self, db: _Connection, name: str, is_test: bool) -> None:
+    def _make_app(self, db: Connection, name: str, is_test: bool) -> None:
         if name != name.strip() or not 1 <= len(name) <= 100 or not name.isprintable():
             raise StoreError("an app's name is 1 to 100 printable characters, without a space at an end")
         if db.execute("select 1 from apps where name = ?", (name,)).fetchone():
@@ -2100,12 +2100,12 @@ class Store:
         with self.writing() as db:
             return self._insert_key(db, app, new_key(self._app(db, app)[1]))
 
-    def _insert_key(self, db: _Connection, app: str, key: str) -> str:
+    def _insert_key(self, db: Connection, app: str, key: str) -> str:
         db.execute("insert into keys (key_hash, app_id, prefix, created_at) values (?, ?, ?, ?)",
                    (sha256(key), self._app(db, app)[0], key_prefix(key), self.now))
         return key
 
-    def _app(self, db: _Connection, name: str) -> Tuple[int, bool]:
+    def _app(self, db: Connection, name: str) -> Tuple[int, bool]:
         row = db.execute("select id, is_test from apps where name = ?", (name,)).fetchone()
         if row is None:
             raise StoreError(f"there is no app named {name!r}")
@@ -2195,7 +2195,7 @@ class Store:
         return bool(groups)
 
 
-def _mappings(db: sqlite3.Connection, query: str, parameters: Any = ()) -> List[Dict[str, Any]]:
+def dict_rows(db: sqlite3.Connection, query: str, parameters: Any = ()) -> List[Dict[str, Any]]:
     """The rows of a query, each by the names of its columns."""
     rows = db.execute(query, parameters)
     names = [column[0] for column in rows.description]
@@ -2239,7 +2239,7 @@ def _check_sqlite() -> str:
 
 
 def _make_tables(path: Path) -> None:
-    with closing(_Connection(path)) as db:
+    with closing(Connection(path)) as db:
         _check_file(db, path)
         if db.pragma("user_version") == SCHEMA_VERSION:
             return
@@ -2256,7 +2256,7 @@ def _make_tables(path: Path) -> None:
         db.execute("commit")
 
 
-def _check_file(db: _Connection, path: Path) -> None:
+def _check_file(db: Connection, path: Path) -> None:
     version = db.pragma("user_version")
     is_empty = not version and not db.pragma("schema_version")
     if not is_empty and db.pragma("application_id") != APPLICATION_ID:
@@ -2278,7 +2278,7 @@ def _statements(script: str) -> Iterator[str]:
 class _Commit:
     """The reports of one transaction."""
 
-    def __init__(self, db: _Connection, now: int):
+    def __init__(self, db: Connection, now: int):
         self._db, self._now = db, now
         self._apps: Dict[bytes, Optional[Tuple[int]]] = {}  # by key
         self._next_seq: Dict[type, int] = {}
@@ -2287,21 +2287,21 @@ class _Commit:
 
     def take(self, submission: Submission) -> None:
         """Adds the reports of a request, unless it is a repetition or must be refused."""
-        kind, once = type(submission.reports[0]), submission.once
+        kind, idempotency = type(submission.reports[0]), submission.idempotency
         try:
             app_id = self._app(submission.key_hash)
-            earlier = self._earlier(app_id, once)
+            earlier = self._earlier(app_id, idempotency)
         except Refusal as refusal:
             submission.error = refusal
             return
         seqs = earlier or self._new_seqs(kind, len(submission.reports))
         submission.receipt = Receipt(seqs, bool(earlier))
         insert_rows(self._db, "insert into replays values * on conflict do nothing",
-                    [(app_id, mark, once.request, seqs[0], len(seqs), self._now) for mark in once.marks])
+                    [(app_id, mark, idempotency.request, seqs[0], len(seqs), self._now) for mark in idempotency.marks])
         if not earlier:
             self._put(app_id, seqs, [self._now] * len(seqs), submission.reports)
 
-    def take_kept(self, app_id: int, kept: Sequence[Kept]) -> None:
+    def take_kept(self, app_id: int, kept: Sequence[StoredReport]) -> None:
         """Adds reports of one kind that have been received before, in the order of their seqs."""
         self._put(app_id, [each.seq for each in kept], [each.received_at for each in kept],
                   [each.report for each in kept])
@@ -2319,13 +2319,13 @@ class _Commit:
             raise Refusal("invalid API key")
         return found[0]
 
-    def _earlier(self, app_id: int, once: Once) -> Optional[range]:
+    def _earlier(self, app_id: int, idempotency: Idempotency) -> Optional[range]:
         """The seqs of the request that this one repeats."""
-        for mark in once.marks:
+        for mark in idempotency.marks:
             row = self._db.execute("select request, first_seq, reports from replays where app_id = ? and mark = ?",
                                    (app_id, mark)).fetchone()
             if row is not None:
-                if row[0] != once.request:
+                if row[0] != idempotency.request:
                     raise Refusal("idempotency key reused with a different body")
                 return range(row[1], row[1] + row[2])
         return None
@@ -2392,7 +2392,7 @@ class Metrics:
         self._store = store
 
     @contextmanager
-    def _asking(self, app: Optional[str]) -> Iterator[Tuple[_Connection, int]]:
+    def _asking(self, app: Optional[str]) -> Iterator[Tuple[Connection, int]]:
         with self._store.reading() as db:
             db.execute("begin")  # so that all figures of an answer are of one moment
             row = db.execute("select id from apps where name = ?", (app,)).fetchone()
@@ -2446,7 +2446,7 @@ class Metrics:
         return {"crash_free_rate_7d": crash_free_rate(crashes, sessions), "dau": devices,
                 "sessions_7d": sessions, "crashes_7d": crashes, "top_crashes": top}
 
-    def _top_groups(self, db: _Connection, app_id: int, since: int) -> List[Figures]:
+    def _top_groups(self, db: Connection, app_id: int, since: int) -> List[Figures]:
         """The five most frequent groups: `recent`, less what has grown too old since the last crash."""
         old = dict(db.execute(f"""
             select group_hash, sum(crashes) from group_hours
@@ -2454,7 +2454,7 @@ class Metrics:
             group by group_hash
             """, {"app": app_id, "since": since}).fetchall())
         # What grows less by the old ones was not further behind than there are of them.
-        rows = _mappings(db, """
+        rows = dict_rows(db, """
             select group_hash, exception_type, coalesce(exception_reason, '') as exception_reason, recent as count
             from groups
             where app_id = ? and recent > 0
@@ -2508,7 +2508,7 @@ class Metrics:
         """What is known of each version of an app, the latest first: at most 100 of them."""
         shown = self._last_days(ADOPTION_DAYS)
         with self._asking(app) as (db, app_id):
-            rows = _mappings(db, f"""
+            rows = dict_rows(db, f"""
                 with latest as (
                     select * from releases where {_APPS} order by first_seen desc, app_version, app_id limit 100)
                 select apps.name as app, app_version, sessions, crashes, devices, crashed_devices,
@@ -2544,7 +2544,7 @@ class Metrics:
         with self._asking(app) as (db, app_id):
             window = {"app": app_id, "version": version, "first": first, "last": last, "text": text,
                       "limit": limit + 1, "count": count, "group": group}
-            rows = _mappings(db, f"""
+            rows = dict_rows(db, f"""
                 select group_hash, count(*) as count, count(distinct device_id_hash) as devices,
                     min(at) as first_seen, max(at) as last_seen
                 from ({found}) as found
@@ -2564,8 +2564,8 @@ class Metrics:
         following = "{count}-{group_hash}".format(**rows[limit - 1]) if rows[limit:] else None
         return {"groups": shown, "next": following}
 
-    def _group(self, db: _Connection, app_id: int, group_hash: str) -> Figures:
-        row, = _mappings(db, """
+    def _group(self, db: Connection, app_id: int, group_hash: str) -> Figures:
+        row, = dict_rows(db, """
             select group_hash, exception_type, coalesce(exception_reason, '') as exception_reason from groups
             where app_id = ? and group_hash = ?
             """, (app_id, group_hash))
@@ -2611,7 +2611,7 @@ class Metrics:
             return {"labels": _dates(shown), "groups": {
                 group_hash: self._group_days(db, {**window, "group": group_hash}, shown) for group_hash in groups}}
 
-    def _group_days(self, db: _Connection, window: Figures, shown: range) -> Figures:
+    def _group_days(self, db: Connection, window: Figures, shown: range) -> Figures:
         counts = dict(db.execute(f"""
             select {_COUNTED_AT} / {DAY} as day, count(*) from crashes
             where {_APPS} and group_hash = :group and received_at >= :since
@@ -2674,14 +2674,14 @@ class Metrics:
             return self._events(db, "select * from events where seq > :after and seq < :before order by seq desc",
                                 window, limit)
 
-    def _seqs_of_session(self, db: _Connection, window: Figures) -> Tuple[int, int]:
+    def _seqs_of_session(self, db: Connection, window: Figures) -> Tuple[int, int]:
         """Between which its events are."""
         return db.execute(f"""
             select coalesce(min(first_seq), 0), coalesce(max(last_seq), -1) from sessions
             where {_APPS} and session_id = :session
             """, window).fetchone()
 
-    def _events(self, db: _Connection, scan: str, window: Figures, limit: int) -> Figures:
+    def _events(self, db: Connection, scan: str, window: Figures, limit: int) -> Figures:
         """A page of those among the first SCANNED events of a query that fit."""
         window.update(limit=limit + 1, scanned=SCANNED)
         found = _reports(db, f"""
@@ -2700,7 +2700,7 @@ class Metrics:
         with self._store.reading() as db:
             db.execute("begin")
             found = {
-                "apps": _mappings(db, """
+                "apps": dict_rows(db, """
                     select name as app, first_seen, last_seen, versions from devices join apps on apps.id = app_id
                     where device_id_hash = ? order by name
                     """, (device_id_hash,)),
@@ -2722,11 +2722,11 @@ def _dates(days: Iterable[int]) -> List[str]:
     return [date.fromordinal(_DAY_ZERO + day).isoformat() for day in days]
 
 
-def _reports(db: _Connection, query: str, parameters: Mapping[str, Any]) -> List[Figures]:
+def _reports(db: Connection, query: str, parameters: Mapping[str, Any]) -> List[Figures]:
     """Crashes or events as they were sent, without what was absent; and their app, and when they were received."""
     apps = dict(db.execute("select id, name from apps"))
     reports = []
-    for row in _mappings(db, query, parameters):
+    for row in dict_rows(db, query, parameters):
         reports.append(_shown({"id": row.pop("id"), "app": apps.get(row.pop("app_id")), **row}, iso_time))
     return reports
 
@@ -2870,12 +2870,12 @@ def _decompress(environ: Environ, body: bytes, limit: int) -> bytes:
     return plain
 
 
-def _once(environ: Environ, signature: bytes, body: bytes) -> Once:
+def _idempotency(environ: Environ, signature: bytes, body: bytes) -> Idempotency:
     """An Idempotency-Key and a signature each mark a request: either is enough to know it again."""
     path, key = environ["PATH_INFO"].encode("latin-1", "replace"), _header(environ, "IDEMPOTENCY_KEY")
     marks = [sha256(mark)[:16] for mark, given in (
         (b"key:" + key, key), (b"signature:" + path + b":" + signature, signature)) if given]
-    return Once(tuple(marks), sha256(path + b":" + body)[:16] if marks else b"")
+    return Idempotency(tuple(marks), sha256(path + b":" + body)[:16] if marks else b"")
 
 
 def _parameters(environ: Environ, *names: str) -> Dict[str, Any]:
@@ -2921,7 +2921,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # no HTML
 escape = bottle.html_escape
 
 
-class _Visit:
+class PageRequest:
     """A request for a page: below which prefix, from which browser, for what."""
 
     def __init__(self, environ: Environ, now: int, public_url: str):
@@ -3012,10 +3012,10 @@ class Dashboard:
 
     # What all pages have around them
 
-    def _visit(self, environ: Environ) -> _Visit:
-        return _Visit(environ, self._store.now, self._public_url)
+    def _visit(self, environ: Environ) -> PageRequest:
+        return PageRequest(environ, self._store.now, self._public_url)
 
-    def _refused(self, visit: _Visit, status: int, text: str) -> bottle.HTTPResponse:
+    def _refused(self, visit: PageRequest, status: int, text: str) -> bottle.HTTPResponse:
         return self._html(visit, text.capitalize(), "error", status, hint=_HINTS.get(status, _HINTS[400]))
 
     def _guarded(self, page: Callable[..., bottle.HTTPResponse]) -> Callable[..., bottle.HTTPResponse]:
@@ -3035,7 +3035,7 @@ class Dashboard:
         return respond
 
     def _signed_in(self, page: Callable[..., bottle.HTTPResponse]) -> Callable[..., bottle.HTTPResponse]:
-        def respond(visit: _Visit, **path: str) -> bottle.HTTPResponse:
+        def respond(visit: PageRequest, **path: str) -> bottle.HTTPResponse:
             is_form = visit.environ["REQUEST_METHOD"] == "POST"
             if not self._store.is_granted("session", visit.session):
                 if visit.environ.get("HTTP_SEC_FETCH_SITE") == "cross-site" and not is_form:
@@ -3047,7 +3047,7 @@ class Dashboard:
             return page(visit, **path)
         return respond
 
-    def _html(self, visit: _Visit, title: str, template: str, status: int = 200, **values: Any) -> bottle.HTTPResponse:
+    def _html(self, visit: PageRequest, title: str, template: str, status: int = 200, **values: Any) -> bottle.HTTPResponse:
         given = {"visit": visit, "link": visit.link, "when": visit.when, "title": title, "short": _short,
                  "apps": visit.apps, "pages": _PAGES, "curl": curl_line, **values}
         given.update(more=lambda path: self._templates["more"].render(path=path, **given),
@@ -3059,7 +3059,7 @@ class Dashboard:
 
     # Signing in and out
 
-    def _ask_to_sign_in(self, visit: _Visit, problem: str = "", status: int = 200) -> bottle.HTTPResponse:
+    def _ask_to_sign_in(self, visit: PageRequest, problem: str = "", status: int = 200) -> bottle.HTTPResponse:
         query = parse_qs(visit.query)
         code = query.get("code", [""])[-1]
         if code and visit.environ["REQUEST_METHOD"] == "GET":  # HEAD is somebody who looks ahead
@@ -3071,7 +3071,7 @@ class Dashboard:
         _set_cookie(answer, visit, "backfeedr_form", visit.secret)
         return answer
 
-    def _sign_in(self, visit: _Visit) -> bottle.HTTPResponse:
+    def _sign_in(self, visit: PageRequest) -> bottle.HTTPResponse:
         visit.read_form()
         if not self.tries.allow(b""):
             wait = self.tries.retry_after(b"")
@@ -3082,20 +3082,20 @@ class Dashboard:
             return self._ask_to_sign_in(visit, "That is not the admin token.", 403)
         return self._let_in(visit, visit.form.get("next", ""))
 
-    def _let_in(self, visit: _Visit, target: str) -> bottle.HTTPResponse:
+    def _let_in(self, visit: PageRequest, target: str) -> bottle.HTTPResponse:
         """Under a new session id, as somebody may have planted the one before."""
         is_ours = re.fullmatch(r"/(?![/\\])[!-~]*", target)
         answer = _redirect(visit, target if is_ours else "/")
         _set_cookie(answer, visit, "backfeedr", self._store.grant("session", SIGNED_IN))
         return answer
 
-    def _sign_out(self, visit: _Visit) -> bottle.HTTPResponse:
+    def _sign_out(self, visit: PageRequest) -> bottle.HTTPResponse:
         self._store.withdraw("session", visit.session)
         return _redirect(visit, "/sign-in")
 
     # The pages
 
-    def _overview(self, visit: _Visit) -> bottle.HTTPResponse:
+    def _overview(self, visit: PageRequest) -> bottle.HTTPResponse:
         ask, app = self._metrics, visit.app
         week = ask.overview(app)
         crashes, sessions = ask.daily_crashes(app, 30), ask.sessions(app, 30)["sessions"]
@@ -3106,7 +3106,7 @@ class Dashboard:
             crashes=column_chart("Crashes", crashes["labels"], crashes["data"]),
             types=bar_chart(ask.crash_types(app, 30)), devices=bar_chart(ask.devices(app, 30)))
 
-    def _crashes(self, visit: _Visit) -> bottle.HTTPResponse:
+    def _crashes(self, visit: PageRequest) -> bottle.HTTPResponse:
         ask, asked = self._metrics, visit.asked("version", "days", "text", "cursor")
         found = ask.groups(**asked, limit=PAGE)
         details = ask.group_days([group["group_hash"] for group in found["groups"]], visit.app)["groups"]
@@ -3114,7 +3114,7 @@ class Dashboard:
                           is_filtered=bool(asked.keys() - {"app"}), spans=sorted({1, 7, 30, 90, 365, asked.get("days", 1)}),
                           versions=[each["app_version"] for each in ask.releases(visit.app)["releases"]])
 
-    def _group(self, visit: _Visit, group_hash: str) -> bottle.HTTPResponse:
+    def _group(self, visit: PageRequest, group_hash: str) -> bottle.HTTPResponse:
         ask, asked = self._metrics, visit.asked("cursor", "report")
         group = ask.group(group_hash, visit.app, cursor=asked.get("cursor"))
         report = ask.crash(asked["report"], visit.app) if "report" in asked else next(iter(group["reports"]), {})
@@ -3129,7 +3129,7 @@ class Dashboard:
             has_own=any(frame.get("file") for frame in report.get("stack_trace", [])), context=_context(report),
             bars=bar_chart)
 
-    def _events(self, visit: _Visit) -> bottle.HTTPResponse:
+    def _events(self, visit: PageRequest) -> bottle.HTTPResponse:
         asked = visit.asked("type", "name", "session_id", "cursor")
         if asked.get("type", "custom") not in EVENT_TYPES:
             raise Refusal("invalid event type")
@@ -3139,17 +3139,17 @@ class Dashboard:
         return self._html(visit, "A session" if "session_id" in asked else "Events", "events", **found, asked=asked,
                           is_filtered=bool(asked.keys() - {"app"}), types=EVENT_TYPES, details=_details)
 
-    def _releases(self, visit: _Visit) -> bottle.HTTPResponse:
+    def _releases(self, visit: PageRequest) -> bottle.HTTPResponse:
         return self._html(visit, "Releases", "releases", **self._metrics.releases(visit.app))
 
-    def _apps(self, visit: _Visit, status: int = 200, **said: str) -> bottle.HTTPResponse:
+    def _apps(self, visit: PageRequest, status: int = 200, **said: str) -> bottle.HTTPResponse:
         visit.apps = self._store.apps()
         keys = self._store.keys()
         return self._html(visit, "Apps", "apps", status, iso=iso_time, keys={
             app.name: [key for key in keys if key.app == app.name] for app in visit.apps}, **{
             "problem": "", "message": "", "key": "", "curl": "", **said})
 
-    def _change_apps(self, visit: _Visit) -> bottle.HTTPResponse:
+    def _change_apps(self, visit: PageRequest) -> bottle.HTTPResponse:
         changes = {"create": self._create_app, "key": self._create_key, "revoke": self._revoke_key,
                    "delete": self._delete_app}
         try:
@@ -3160,19 +3160,19 @@ class Dashboard:
         except StoreError as error:
             return self._apps(visit, 400, problem=str(error).capitalize())
 
-    def _create_app(self, visit: _Visit) -> Dict[str, str]:
+    def _create_app(self, visit: PageRequest) -> Dict[str, str]:
         name = visit.form.get("name", "")
         return _new_key(visit, name, self._store.create_app(name, is_test="test" in visit.form))
 
-    def _create_key(self, visit: _Visit) -> Dict[str, str]:
+    def _create_key(self, visit: PageRequest) -> Dict[str, str]:
         name = visit.form.get("name", "")
         return _new_key(visit, name, self._store.create_key(name))
 
-    def _revoke_key(self, visit: _Visit) -> Dict[str, str]:
+    def _revoke_key(self, visit: PageRequest) -> Dict[str, str]:
         key = self._store.revoke_key(visit.form.get("key", ""))
         return {"message": f"Revoked the key {key.prefix}... of {key.app}."}
 
-    def _delete_app(self, visit: _Visit) -> Dict[str, str]:
+    def _delete_app(self, visit: PageRequest) -> Dict[str, str]:
         """In a thread: a large app takes longer than a proxy waits."""
         name = visit.form.get("name", "")
         if visit.form.get("typed") != name:
@@ -3194,15 +3194,15 @@ def _trying(change: Callable[[str], None], name: str, failed: List[Exception]) -
         failed.append(error)
 
 
-def _new_key(visit: _Visit, name: str, key: str) -> Dict[str, str]:
+def _new_key(visit: PageRequest, name: str, key: str) -> Dict[str, str]:
     return {"message": f"The new key of {name}, shown only this once:", "key": key, "curl": curl_line(visit.url, key)}
 
 
-def _redirect(visit: _Visit, path: str) -> bottle.HTTPResponse:
+def _redirect(visit: PageRequest, path: str) -> bottle.HTTPResponse:
     return bottle.HTTPResponse(b"", 303, {**PAGE_HEADERS, "Location": visit.root + path})
 
 
-def _set_cookie(answer: bottle.HTTPResponse, visit: _Visit, name: str, value: str) -> None:
+def _set_cookie(answer: bottle.HTTPResponse, visit: PageRequest, name: str, value: str) -> None:
     answer.set_cookie(name, value, path=visit.root + "/", httponly=True, samesite="strict",
                       max_age=SIGNED_IN // SECOND, **({"secure": True} if visit.is_https else {}))
 
@@ -3933,7 +3933,7 @@ class Backfeedr:
         """Whether such a request may be submitted together with others: not where it would keep them waiting,
         because another host or the database has to be asked of it."""
         return (method == "POST" and path in self._ingestion and not getattr(self._limiter, "waits", True)
-                and self.store.has_seen_key(sha256(key.encode("latin-1", "replace"))))
+                and self.store.is_cached_key(sha256(key.encode("latin-1", "replace"))))
 
     def submit(self, environs: Iterable[Environ]) -> None:
         """Takes what several requests to the ingestion carry, and stores it in one commit. The WSGI call, which
@@ -3959,7 +3959,7 @@ class Backfeedr:
         database that is away is waited for."""
         for key_hash in {each.key_hash for each in refused}:
             try:
-                error = None if self.store.has_key(key_hash) else Refusal("invalid API key")
+                error = None if self.store.is_active_key(key_hash) else Refusal("invalid API key")
             except StorageUnavailable:
                 error = StorageUnavailable()
             for each in refused:
@@ -3981,7 +3981,7 @@ class Backfeedr:
         key_hash = sha256(key)
         if not key:
             raise Refusal("missing API key")
-        if not self.store.had_key(key_hash):
+        if not self.store.is_known_key(key_hash):
             raise Refusal("invalid API key")
         submission.key_hash = key_hash
         parse, _ = self._ingestion[environ["PATH_INFO"]]
@@ -3990,7 +3990,7 @@ class Backfeedr:
             signature = self._check_signature(environ, key, body)
             plain = _decompress(environ, body, self.settings.max_body_size)
             submission.reports = parse(decode_json(plain))
-            submission.once = _once(environ, signature, plain)
+            submission.idempotency = _idempotency(environ, signature, plain)
 
     def _check_rate(self, key_hash: bytes) -> None:
         if not self._limiter.allow(key_hash):
@@ -4426,13 +4426,13 @@ def _copy_database(store: Store, path: str, progress: Progress) -> None:
         db.execute("commit")
 
 
-def export_jsonl(reports: Iterable[Kept], out: TextIO) -> None:
+def export_jsonl(reports: Iterable[StoredReport], out: TextIO) -> None:
     """Writes a JSON object a line: a report as it was sent, and what a server knew of it beside."""
     for kept in reports:
         out.write(_encode(_exported(kept)) + "\n")
 
 
-def export_csv(reports: Iterable[Kept], out: TextIO, kind: type) -> None:
+def export_csv(reports: Iterable[StoredReport], out: TextIO, kind: type) -> None:
     """Writes the same as a table with a head, in which no cell is a formula to a spreadsheet."""
     names = ["id", "app", "is_test", "received_at", *kind._fields]
     table = csv.DictWriter(out, names)
@@ -4441,7 +4441,7 @@ def export_csv(reports: Iterable[Kept], out: TextIO, kind: type) -> None:
         table.writerow({name: _cell(value) for name, value in _exported(kept).items()})
 
 
-def _exported(kept: Kept) -> Figures:
+def _exported(kept: StoredReport) -> Figures:
     report_id = crash_id(kept.seq) if type(kept.report) is Crash else event_ids([kept.seq])[0]
     return _shown({"id": report_id, "app": kept.app, "is_test": kept.is_test, "received_at": kept.received_at,
                    **kept.report._asdict()}, exact_time)
@@ -4453,7 +4453,7 @@ def _cell(value: Any) -> Any:
     return "'" + value if type(value) is str and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 
 
-def read_kept(line: bytes) -> Kept:
+def read_kept(line: bytes) -> StoredReport:
     """A report from a line that `export_jsonl` wrote, checked like a client's. Raises Refusal.
 
     What the server makes of a report, its group_hash, is made anew.
@@ -4470,7 +4470,7 @@ def read_kept(line: bytes) -> Kept:
     if match is None or not first_seq(came) <= seq < first_seq(came + 2 * DAY):
         raise Refusal("invalid id")
     report = (parse_event if match[1] else parse_crash)({**extra, **given})
-    return Kept(seq, app, is_test, came, report)
+    return StoredReport(seq, app, is_test, came, report)
 
 
 def import_jsonl(store: Store, lines: Iterable[bytes], progress: Progress) -> Counter:
@@ -4489,8 +4489,8 @@ def import_jsonl(store: Store, lines: Iterable[bytes], progress: Progress) -> Co
     return counts
 
 
-def _steps(lines: Iterable[bytes]) -> Iterator[List[Kept]]:
-    step: List[Kept] = []
+def _steps(lines: Iterable[bytes]) -> Iterator[List[StoredReport]]:
+    step: List[StoredReport] = []
     size = 0
     for number, line in enumerate(lines, 1):
         try:
@@ -4505,7 +4505,7 @@ def _steps(lines: Iterable[bytes]) -> Iterator[List[Kept]]:
     yield step
 
 
-class _Watcher(_Connection):
+class ReadOnlyConnection(Connection):
     """A connection that changes nothing, nor the files beside: without a WAL nobody writes, and none is made."""
 
     def __init__(self, path: Path):
@@ -4538,7 +4538,7 @@ def _look_at_file(path: Path) -> str:
 
 
 def _look_at_schema(path: Path) -> str:
-    with closing(_Watcher(path)) as db, closing(sqlite3.connect(":memory:")) as fresh:
+    with closing(ReadOnlyConnection(path)) as db, closing(sqlite3.connect(":memory:")) as fresh:
         _check_file(db, path)
         version = db.pragma("user_version")
         if 0 < version < SCHEMA_VERSION:
@@ -4566,7 +4566,7 @@ def _shape(db: sqlite3.Connection) -> Set[str]:
 
 
 def _look_at_pages(path: Path) -> str:
-    with closing(_Watcher(path)) as db:
+    with closing(ReadOnlyConnection(path)) as db:
         found = db.pragma("quick_check(1)")
         if found != "ok":
             raise StoreError(" ".join(found.splitlines()[-1:]))
@@ -4581,7 +4581,7 @@ def _look_at_roll_ups(path: Path) -> str:
     settled = (f"seq > {first_seq(HOUR)} + (select coalesce(max(value), 0) from state"
                " where name in ('expired_crashes', 'expired_events'))")
     minus, unequal = ", ".join(f"-{each}" for each in day_columns), " or ".join(f"sum({each})" for each in day_columns)
-    with closing(_Watcher(path)) as db:
+    with closing(ReadOnlyConnection(path)) as db:
         db.execute("begin")
         wrong = [what for what, query in {
             "labels of crashes": f"""
@@ -5064,7 +5064,7 @@ def _check(overrides: Dict[str, Any]) -> int:
     return status
 
 
-def _watched(reports: Iterable[Kept], progress: Progress) -> Iterator[Kept]:
+def _watched(reports: Iterable[StoredReport], progress: Progress) -> Iterator[StoredReport]:
     for number, kept in enumerate(reports, 1):
         yield kept
         if number % PAGE_ROWS == 0:

@@ -58,7 +58,7 @@ import pytest
 import webtest
 
 import backfeedr
-from backfeedr import (DAY, HOUR, Backfeedr, Once, RateLimiter, Refusal, Settings, SettingsError, Store,
+from backfeedr import (DAY, HOUR, Backfeedr, Idempotency, RateLimiter, Refusal, Settings, SettingsError, Store,
                        StorageUnavailable, StoreError, group_hash, main, parse_crash, parse_event, parse_time)
 
 HERE = Path(__file__).parent
@@ -237,7 +237,7 @@ def report(server, table="crashes"):
 
 def rows_by_name(path, query):
     with connected(path) as db:
-        return backfeedr._mappings(db, query)
+        return backfeedr.dict_rows(db, query)
 
 
 def check_database(path, forgotten=False):
@@ -856,14 +856,14 @@ def test_a_commit_is_synced_before_it_is_acknowledged(api):
 def test_nobody_is_told_of_a_commit_before_it_is_made(serve, monkeypatch):
     server = serve()
     add = backfeedr.Store.add
-    execute, told, seen = backfeedr._Connection.execute, [], []
+    execute, told, seen = backfeedr.Connection.execute, [], []
 
     def watched(db, statement, *args):
         if statement == "commit" and not db.pragma("query_only"):
             seen.append((list(told), sql(server.store.path, "select count(*) from crashes")[0][0]))
         return execute(db, statement, *args)
 
-    monkeypatch.setattr(backfeedr._Connection, "execute", watched)
+    monkeypatch.setattr(backfeedr.Connection, "execute", watched)
     calls = [lambda: told.append(add(server.store, backfeedr.sha256(KEY), [parse_crash(dict(CRASH))]))] * 5
     run_together(server.store, calls)
     assert seen == [([], 0)] and len(told) == 5
@@ -1397,8 +1397,8 @@ def test_one_refused_request_does_not_hurt_its_neighbours_in_a_commit(serve):
     store = server.store
     key_hash = backfeedr.sha256(KEY)
     event = parse_event(dict(EVENT))
-    cases = [(key_hash, Once((b"a",), b"1")), (key_hash, Once((b"a",), b"1")), (key_hash, Once((b"a",), b"2")),
-             (b"gone", Once())]
+    cases = [(key_hash, Idempotency((b"a",), b"1")), (key_hash, Idempotency((b"a",), b"1")), (key_hash, Idempotency((b"a",), b"2")),
+             (b"gone", Idempotency())]
     outcomes = run_together(store, [lambda case=case: store.add(case[0], [event], case[1]) for case in cases])
     kinds = sorted(str(outcome) if isinstance(outcome, Exception) else str(outcome.replayed) for outcome in outcomes)
     assert kinds in (["False", "True", "idempotency key reused with a different body", "invalid API key"],
@@ -1710,14 +1710,14 @@ def disk(monkeypatch):
     class Disk:
         pages = None
 
-    open_connection = backfeedr._Connection.__init__
+    open_connection = backfeedr.Connection.__init__
 
     def init(db, *args, **kwargs):
         open_connection(db, *args, **kwargs)
         if Disk.pages is not None:
             db.execute(f"pragma max_page_count = {Disk.pages}")
 
-    monkeypatch.setattr(backfeedr._Connection, "__init__", init)
+    monkeypatch.setattr(backfeedr.Connection, "__init__", init)
     return Disk
 
 
@@ -1806,7 +1806,7 @@ def test_a_database_put_in_the_place_of_the_file_is_left_alone(serve):
 
 @sqlite_only
 def test_a_failed_sync_makes_health_fail_until_a_commit_succeeds(api, monkeypatch, caplog):
-    execute = backfeedr._Connection.execute
+    execute = backfeedr.Connection.execute
 
     def failing(db, statement, *args):
         if statement == "commit" and db.in_transaction and not db.pragma("query_only"):
@@ -1814,13 +1814,13 @@ def test_a_failed_sync_makes_health_fail_until_a_commit_succeeds(api, monkeypatc
         return execute(db, statement, *args)
 
     before = stored(api.server)
-    monkeypatch.setattr(backfeedr._Connection, "execute", failing)
+    monkeypatch.setattr(backfeedr.Connection, "execute", failing)
     assert api.post(CRASHES, CRASH) == UNAVAILABLE
     assert api.get("/api/v1/health") == UNAVAILABLE
     assert api.get("/api/v1/overview")[0] == 200
     assert "disk I/O error" in caplog.text
     assert stored(api.server) == before
-    monkeypatch.setattr(backfeedr._Connection, "execute", execute)
+    monkeypatch.setattr(backfeedr.Connection, "execute", execute)
     assert api.get("/api/v1/health")[0] == 200
     assert api.post(CRASHES, CRASH)[0] == 201
 
@@ -1895,7 +1895,7 @@ def test_submissions_of_one_call_share_a_commit_and_each_has_its_own_outcome(ser
     server = serve("small.db")
     Submission, store, body = backfeedr.Submission, server.store, b"body"
     store.max_waiters = 5
-    once, other = Once((b"mark",), b"a"), Once((b"mark",), b"b")
+    once, other = Idempotency((b"mark",), b"a"), Idempotency((b"mark",), b"b")
     key_hash, crash = backfeedr.sha256(KEY), [parse_crash(dict(CRASH))]
     submissions = [Submission(key_hash, crash, once), Submission(b"unknown", crash), Submission(key_hash, crash, once),
                    Submission(key_hash, crash, other), Submission(key_hash, crash * 2), Submission(key_hash, crash)]
@@ -4582,7 +4582,7 @@ def crowd(slow_server):
     wait_until(lambda: not called.threads)
 
     def crowd(*requests):
-        slow_server.app.store.had_key(backfeedr.sha256(KEY))
+        slow_server.app.store.is_known_key(backfeedr.sha256(KEY))
         connections = [connect_to(slow_server) for _ in requests]
         for connection, request in zip(connections, requests):
             connection.sendall(request)
@@ -4724,10 +4724,10 @@ def test_the_refused_report_of_a_key_that_has_been_revoked_is_refused_for_the_ke
     environs = [{"REQUEST_METHOD": "POST", "PATH_INFO": CRASHES, "HTTP_X_BACKFEEDR_KEY": key, "CONTENT_LENGTH": "1",
                  "wsgi.input": io.BytesIO(b"{")} for key in (KEY, other, KEY, other)]
     for environ in environs[:2]:
-        server.store.had_key(backfeedr.sha256(environ["HTTP_X_BACKFEEDR_KEY"].encode()))
+        server.store.is_known_key(backfeedr.sha256(environ["HTTP_X_BACKFEEDR_KEY"].encode()))
     server.store.revoke_key(other)
-    looked, has_key = [], server.store.has_key
-    monkeypatch.setattr(server.store, "has_key", lambda key_hash: looked.append(key_hash) or has_key(key_hash))
+    looked, is_active_key = [], server.store.is_active_key
+    monkeypatch.setattr(server.store, "is_active_key", lambda key_hash: looked.append(key_hash) or is_active_key(key_hash))
     server.submit(environs)
     answers = [json.loads(b"".join(server(environ, lambda *_: None)))["error"] for environ in environs]
     assert answers == ["invalid JSON", "invalid API key"] * 2
@@ -4908,7 +4908,7 @@ def test_processes_that_start_at_once_make_one_database(run, tmp_path):
 
 
 def test_a_new_file_that_another_process_is_just_preparing_is_tried_again(tmp_path, monkeypatch):
-    class Contended(backfeedr._Connection):
+    class Contended(backfeedr.Connection):
         refused = 0
 
         def execute(self, statement, *parameters):  # as when two processes change to WAL at once
@@ -6183,8 +6183,8 @@ def test_every_request_of_openapi_is_answered_as_it_says(serve, clock, monkeypat
     for name in ("writing", "check", "reading"):
         monkeypatch.setattr(sent.server.store, name, fail)
     monkeypatch.setattr(sent.server.store, "is_admin", lambda token: True)
-    monkeypatch.setattr(sent.server.store, "had_key", lambda key: True)
-    monkeypatch.setattr(sent.server.store, "has_key", lambda key: True)
+    monkeypatch.setattr(sent.server.store, "is_known_key", lambda key: True)
+    monkeypatch.setattr(sent.server.store, "is_active_key", lambda key: True)
     for method, path, operation in OPERATIONS:
         examples = content(operation["requestBody"])["examples"] if method == "POST" else {"": {"value": None}}
         sent.send(method, path, 503, body=json.dumps(list(examples.values())[0]["value"]).encode(), **admin)
@@ -6685,7 +6685,7 @@ WATCHED = """
 import os
 import backfeedr
 
-class Watched(backfeedr._Connection):
+class Watched(backfeedr.Connection):
     def __init__(self, *args, **options):
         self.maker = os.getpid()
         super().__init__(*args, **options)
@@ -6700,7 +6700,7 @@ def checked(name):
 
 for name in ("execute", "executemany", "close"):
     setattr(Watched, name, checked(name))
-backfeedr._Connection = Watched
+backfeedr.Connection = Watched
 server = backfeedr.Backfeedr()
 
 def app(environ, start_response):
