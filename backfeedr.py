@@ -60,7 +60,7 @@ import tempfile
 import threading
 import time
 import zlib
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections import Counter, defaultdict, deque, namedtuple
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -68,11 +68,11 @@ from datetime import date, datetime, timezone
 from difflib import get_close_matches
 from functools import lru_cache
 from http import HTTPStatus
-from itertools import accumulate, chain, groupby
-from operator import itemgetter
+from itertools import accumulate, chain, groupby, repeat
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import (Any, BinaryIO, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
-                    Sequence, Set, TextIO, Tuple, Union)
+                    Sequence, Set, TextIO, Tuple, TypeVar, Union)
 from urllib.parse import parse_qs, parse_qsl, quote, urlencode
 
 # A virtual environment, because the Pythons of many systems refuse to be added to.
@@ -185,38 +185,37 @@ def _from_text(name: str, text: str, kind: type) -> Any:
 # == Schema ====================================================================
 #
 # One SQLite file that its owner can open with any tool. A report is a row, under
-# the field names of the API; times are milliseconds since 1970 UTC. The roll-ups
-# below the reports change in the same transaction as they.
+# the field names of the API; times are milliseconds since 1970 UTC. The tables of
+# the figures stand with the figures, in the room after the next three.
 #
-# `seq` is the time of receipt in milliseconds * 2^20 + a counter. It is the
-# answered id, which so costs no byte and no index of its own; it is unique
-# across files; and it ascends with arrival: inserts append, retention cuts from
-# the front. A report counts at `occurred_at`, or at `received_at` when the
-# device's clock is more than five minutes fast.
+# `seq` is the time of receipt in milliseconds * 2^20 + a counter. It is the id that
+# was answered, so the id costs no byte and no index of its own. It is unique across
+# files, and it ascends: inserts append, and retention deletes from the front.
 
 APPLICATION_ID = 0x62666472  # "bfdr": tells our files from other people's
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
-SCHEMA = """
+REPORT_TABLES = """
 create table apps (
     id integer primary key autoincrement,  -- never given twice
     name text not null unique, is_test integer not null, created_at integer not null);
 create table keys (
-    key_hash blob primary key,             -- SHA-256 of the key, which is itself kept nowhere
+    key_hash blob primary key,             -- SHA-256; the key itself is stored nowhere
     app_id integer not null, prefix text not null, created_at integer not null, revoked_at integer
 ) without rowid;
 create table secrets (name text primary key, hash blob not null) without rowid;  -- 'admin_token'
-create table grants (                      -- what lets a browser in, by its SHA-256
+create table grants (                      -- browser sessions and one-time links, by their SHA-256
     hash blob primary key, expires_at integer not null) without rowid;
 
 create table crashes (
     seq integer primary key, id text generated always as (printf('%016x', seq)) virtual,
     app_id integer not null, received_at integer not null, occurred_at integer not null,
+    other integer not null default 0,      -- bits of the fields that count as '(other)': see NewNames
     group_hash text not null, exception_type text not null,
     app_version text, build_number text, os_version text, device_model text, device_id_hash text,
     locale text, free_memory_mb numeric, battery_level real,  -- 0 to 1; -1 is unknown
     is_charging integer,
-    -- What may be long comes last: SQLite reads a row only as far as it must.
+    -- Long values come last: SQLite reads a row only as far as it must.
     exception_reason text, stack_trace text,  -- JSON
     extra text);                           -- JSON: the fields that this server does not know
 create index crashes_by_group on crashes (  -- covers what groups are counted by
@@ -224,86 +223,22 @@ create index crashes_by_group on crashes (  -- covers what groups are counted by
 create table events (
     seq integer primary key, id text generated always as (printf('evt_%016x', seq)) virtual,
     app_id integer not null, received_at integer not null, occurred_at integer not null,
+    other integer not null default 0,
     type text not null, name text,
     app_version text, os_version text, device_model text, device_id_hash text, session_id text, locale text,
     properties text, extra text);          -- JSON
 
--- By what a request that was stored is known when it comes again.
-create table replays (
+create table replays (                     -- how a stored request is recognised when it comes again
     app_id integer not null, mark blob not null,   -- digest of the Idempotency-Key or the signature
     request blob not null,                         -- digest of path and body
     first_seq integer not null, reports integer not null,  -- their seqs follow one another
     received_at integer not null, primary key (app_id, mark)) without rowid;
 create index replays_by_age on replays (received_at);
 
--- What is known of a device and a session as long as one report of theirs is kept.
-create table devices (
-    app_id integer not null, device_id_hash text not null,
-    first_seen integer not null, last_seen integer not null, last_seq integer not null,  -- to the hour
-    days_from integer not null, days blob not null,  -- bit n, the lowest being 0: seen on the day days_from + n
-    versions text not null,                -- JSON: of each app_version, whether it crashed there: 0 or 1
-    primary key (app_id, device_id_hash)) without rowid;
-create table sessions (
-    app_id integer not null, session_id text not null,
-    first_seq integer not null, last_seq integer not null,  -- between them are its events
-    started_at integer, ended_at integer, app_version text,  -- of its latest start and end
-    primary key (app_id, session_id)) without rowid;
-
--- The roll-ups: sums, and what else an answer needs so as not to read the rows
--- above. They stay when the rows expire, but for labels and groups, which tell of
--- what is kept, and what is of the last week only. App 0 is all live apps together,
--- where a phone with two of them is one device.
-create table hours (
-    app_id integer not null, hour integer not null,  -- hours since 1970 UTC
-    crashes integer not null default 0, sessions integer not null default 0,
-    devices integer not null default 0,    -- last seen in this hour: the sum until now counts each once
-    primary key (app_id, hour)) without rowid;
-create table days (
-    app_id integer not null, day integer not null,  -- days since 1970 UTC
-    crashes integer not null default 0,
-    dau integer not null default 0, wau integer not null default 0,  -- devices of this day, of the
-    mau integer not null default 0,        -- 7 and the 30 days that end with it
-    newcomers integer not null default 0, back_1 integer not null default 0,  -- devices first seen on this
-    back_7 integer not null default 0, back_30 integer not null default 0,    -- day; and again n days later
-    sessions integer not null default 0, ended integer not null default 0,  -- started on this day
-    session_ms integer not null default 0, median_seconds integer,          -- of those that ended
-    primary key (app_id, day)) without rowid;
-create table durations (                   -- of the sessions of a day
-    app_id integer not null, day integer not null, seconds integer not null,  -- in two significant digits
-    sessions integer not null, primary key (app_id, day, seconds)) without rowid;
-create table releases (
-    app_id integer not null, app_version text not null,
-    first_seen integer not null, last_seen integer not null,  -- when received
-    sessions integer not null default 0, crashes integer not null default 0,
-    devices integer not null default 0, crashed_devices integer not null default 0,
-    primary key (app_id, app_version)) without rowid;
-create table release_days (                -- of the last 7 days
-    app_id integer not null, app_version text not null, day integer not null, sessions integer not null,
-    primary key (app_id, app_version, day)) without rowid;
-create index release_days_by_age on release_days (app_id, day);
-create table labels (
-    app_id integer not null, field text not null,  -- exception_type or device_model
-    day integer not null,                  -- -1000000: all days together
-    label text not null, crashes integer not null, primary key (app_id, field, day, label)) without rowid;
-create table groups (                      -- of which a crash is kept, or is of the last 7 days
-    app_id integer not null, group_hash text not null,
-    exception_type text not null, exception_reason text,  -- of the latest crash
-    first_seen integer not null, last_seen integer not null,
-    recent integer not null,               -- crashes since recent_since
-    primary key (app_id, group_hash)) without rowid;
-create table group_hours (                 -- what is in groups.recent
-    app_id integer not null, hour integer not null, group_hash text not null, crashes integer not null,
-    primary key (app_id, hour, group_hash)) without rowid;
+-- retention_days; last_seq, the highest that was given; expired_crashes and expired_events,
+-- the highest that has expired; trimmed_day, on which old sums were deleted last.
 create table state (name text primary key, value integer not null) without rowid;
-insert into state values ('recent_since', 0);  -- the hour 7 days before the latest commit; also: retention_days,
-                                               -- expired_crashes, expired_events: the highest seq that has
 """
-
-
-# Script by script from a version of the schema to the next one.
-MIGRATIONS: Dict[int, str] = {
-    1: "create table grants (hash blob primary key, expires_at integer not null) without rowid;\n",
-}
 
 
 # == Values ====================================================================
@@ -315,7 +250,6 @@ HOUR = 3600 * SECOND
 DAY = 24 * HOUR
 MAX_SKEW = 300 * SECOND  # how fast a device's clock may be and still be believed
 SEQ_BITS = 20  # of a seq's counter within a millisecond
-EVERY_APP = 0  # all live apps together, in some roll-ups
 
 
 class Refusal(Exception):
@@ -379,13 +313,16 @@ def exact_time(time_ms: int) -> str:
     return text
 
 
+EPOCH = 1_167_609_600_000  # 2007, when the first iPhone came: an earlier time is that of a clock that was never set
+
+
 def counted_at(occurred_at: int, received_at: int) -> int:
-    """When a report counts: at the device's time, unless the device's clock is fast."""
-    return received_at if occurred_at > received_at + MAX_SKEW else occurred_at
+    """When a report counts: at the device's time, unless its clock is fast or was never set."""
+    return occurred_at if EPOCH <= occurred_at <= received_at + MAX_SKEW else received_at
 
 
-_LIVE = "(select id from apps where is_test = 0)"  # in SQL
-_COUNTED_AT = f"case when occurred_at > received_at + {MAX_SKEW} then received_at else occurred_at end"  # in SQL
+COUNTED_AT = (f"case when occurred_at between {EPOCH} and received_at + {MAX_SKEW} then occurred_at"
+              " else received_at end")  # in SQL
 
 
 def first_seq(received_at: int) -> int:
@@ -743,521 +680,110 @@ class RateLimiter:
             return max(1, math.ceil(times[0] + self.window - self._clock())) if times else 1
 
 
-# == RollUps ===================================================================
+# == Figures ===================================================================
 #
-# What a report changes in the figures. Whatever adds, forgets or expires reports
-# says so here in the same transaction: the sums stay equal to a count over the rows.
+# What the server counts. A figure is a class: its tables, how reports count in it,
+# and the questions it answers. Reports count by 1 when they are stored and by -1
+# when a device is forgotten, in the transaction that changes their rows, so a sum
+# always equals a count over the rows. When reports expire, sums stay; only what
+# describes the reports that are kept goes with them. `check` counts all again.
 
-ALL_DAYS = -1_000_000  # the `day` of a label's sum over all days; the year 1 began on day -719162
-SHOWN_DAYS = 400  # how far back a device's days are known: a year, a month before it, and some
-LEAVING = 1000  # rows that leave the week in a commit, so that nobody waits for it after a quiet week
-DEVICE_VERSIONS = 50  # app versions that are known of a device: far above any phone's
-NEW_RELEASES = 100  # of an app within a day: as a release stays for ever, junk must not make too many
+ALL_DAYS = -1_000_000    # the `day` of a label's sum over all days
+WEEK = 7                 # days of the overview, ending today
+DURATION_DAYS = 400      # days for which durations are kept: a year, and some
+DEVICE_DAYS = 400        # days before its receipt that a report may count a device on
+HOURS_KEPT = 48          # hours for which devices are counted by the hour they were last seen in
+TRIMMED = 1000           # rows that one step of `trim` deletes from a table
+MAX_ANSWER = 60_000      # bytes that names may take in a public answer, so that all of it stays below 64 kB
 
-_SUMS = {  # table: the rest of its key beside the app, and its sums
-    "hours": (("hour",), ("crashes", "sessions", "devices")),
-    "days": (("day",), ("crashes", "dau", "wau", "mau", "newcomers", "back_1", "back_7", "back_30",
-                        "sessions", "ended", "session_ms")),
-    "durations": (("day", "seconds"), ("sessions",)),
-    "release_days": (("app_version", "day"), ("sessions",)),
-    "labels": (("field", "day", "label"), ("crashes",)),
-    "group_hours": (("hour", "group_hash"), ("crashes",)),
-}
-_ACTIVE = (("dau", 1), ("wau", 7), ("mau", 30))
-_BACK = (("back_1", 1), ("back_7", 7), ("back_30", 30))
+OTHER = "(other)"        # counts what is beyond these limits:
+NEW_NAMES = {"group_hash": 500, "exception_type": 200, "device_model": 200, "app_version": 100}  # new of an app and day
+FLAGS = {"exception_type": 1, "device_model": 2, "app_version": 4}  # bits of `other`, in a report's row
 
+# Of the app that is asked for, or of all live ones.
+APPS = "app_id in (select id from apps where id = :app or :app is null and is_test = 0)"
 
-class _Device(NamedTuple):
-    """What is known of a device in an app; bit n of `days`: seen on the n-th of the days that are shown."""
-
-    first_seen: int
-    last_seen: int
-    last_seq: int
-    days: int
-    versions: Dict[str, int]
-
-    def merged(self, other: _Device) -> _Device:
-        """What is known from both."""
-        versions = self.versions
-        if not other.versions.items() <= versions.items():
-            versions = dict(versions)
-            for version, crashed in other.versions.items():
-                if version in versions or len(versions) < DEVICE_VERSIONS:
-                    versions[version] = max(crashed, versions.get(version, 0))
-        return _Device(min(self.first_seen, other.first_seen), max(self.last_seen, other.last_seen),
-                       max(self.last_seq, other.last_seq), self.days | other.days, versions)
+Figures = Dict[str, Any]  # an answer
 
 
-class _Session(NamedTuple):
-    """What is known of a session."""
+class CountedCrash(NamedTuple):
+    """A crash as the figures see it; `at` is the time at which it counts."""
 
-    first_seq: int = 0
-    last_seq: int = 0
-    started_at: Optional[int] = None
-    ended_at: Optional[int] = None
-    app_version: Optional[str] = None
-
-    def merged(self, later: _Session) -> _Session:
-        """What is known from both; of two starts at once, the later one counts."""
-        starts = [each for each in (later, self) if each.started_at is not None]
-        latest = max(starts, key=lambda each: each.started_at or 0) if starts else self
-        ends = [each.ended_at for each in (self, later) if each.ended_at is not None]
-        return _Session(min(self.first_seq, later.first_seq), max(self.last_seq, later.last_seq),
-                        latest.started_at, max(ends, default=None), latest.app_version)
+    seq: int
+    app_id: int
+    received_at: int
+    at: int
+    app_version: Optional[str]
+    device_id_hash: Optional[str]
+    group_hash: str
+    exception_type: str
+    device_model: Optional[str]
+    exception_reason: Optional[str]
 
 
-class RollUps:
-    """The sums that one transaction changes: made before its rows change, and saved after.
+class CountedEvent(NamedTuple):
+    """An event as the figures see it."""
 
-    Each sum is written once, which is faster than a statement a report.
-    """
-
-    def __init__(self, db: sqlite3.Connection, now: int):
-        self._db, self._now = db, now
-        self._first_day = now // DAY - SHOWN_DAYS
-        self._live = {app_id for app_id, in db.execute(f"select id from apps where id in {_LIVE}")}
-        self._sums: Dict[str, Dict[tuple, Dict[str, int]]] = {
-            table: defaultdict(lambda: defaultdict(int)) for table in _SUMS}
-        self._groups: Dict[tuple, List[Any]] = {}
-        self._releases: Dict[tuple, Dict[str, int]] = defaultdict(lambda: defaultdict(int))
-        self._reported: Dict[tuple, Tuple[int, int]] = {}  # when the first and the last report of one came
-        self._devices: Dict[tuple, _Device] = {}
-        self._sessions: Dict[tuple, _Session] = {}
-        self._since = self._move_week()
-
-    def _scopes(self, app_id: int) -> Tuple[int, ...]:
-        """Where the devices and sessions of an app count."""
-        return (app_id, EVERY_APP) if app_id in self._live else (app_id,)
-
-    # Reports that come
-
-    def add_crashes(self, app_id: int, seqs: Sequence[int], received: Sequence[int], crashes: Sequence[Crash],
-                    times: Sequence[int]) -> None:
-        """Counts crashes of an app, in the order of their seqs, each at its time."""
-        alike = Counter((crash.exception_type, crash.device_model, crash.group_hash, crash.app_version, at // HOUR)
-                        for crash, at in zip(crashes, times))
-        for (*what, hour), count in alike.items():
-            self._count_crash(app_id, *what, hour * HOUR, count)
-        for crash, at in zip(crashes, times):
-            group = self._groups.setdefault((app_id, crash.group_hash), [crash.exception_type, None, at, at, []])
-            if at >= group[3]:
-                group[1] = crash.exception_reason
-            group[2], group[3] = min(group[2], at), max(group[3], at)
-            group[4].append(at)
-        self._see(app_id, seqs, received, crashes, times, crashed=1)
-
-    def add_events(self, app_id: int, seqs: Sequence[int], received: Sequence[int], events: Sequence[Event],
-                   times: Sequence[int]) -> None:
-        """The same with events."""
-        sessions = [event.session_id for event in events]
-        last = dict(zip(sessions, seqs))
-        first = dict(zip(reversed(sessions), reversed(seqs)))
-        for session_id in last.keys() - {None}:
-            self._see_session(app_id, session_id, first[session_id], last[session_id])
-        for event, at in zip(events, times):
-            if event.type in ("session_start", "session_end") and event.session_id:
-                self._see_session(app_id, event.session_id, first[event.session_id], last[event.session_id],
-                                  event.type, at, event.app_version)
-            elif event.type == "session_start":
-                self._count_session(app_id, _Session(started_at=at, app_version=event.app_version), 1)
-        self._see(app_id, seqs, received, events, times, crashed=0)
-
-    def _see_session(self, app_id: int, session_id: str, first_seq: int, last_seq: int, event_type: str = "",
-                     at: Optional[int] = None, app_version: Optional[str] = None) -> None:
-        seen = _Session(first_seq, last_seq)
-        if event_type == "session_start":
-            seen = seen._replace(started_at=at, app_version=app_version)
-        elif event_type == "session_end":
-            seen = seen._replace(ended_at=at)
-        known = self._sessions.get((app_id, session_id))
-        self._sessions[app_id, session_id] = known.merged(seen) if known else seen
-
-    def _see(self, app_id: int, seqs: Sequence[int], received: Sequence[int], reports: Reports,
-             times: Sequence[int], crashed: int) -> None:
-        """Notes the versions and the devices that sent these reports: run by run, as a batch has one of each."""
-        rows = zip([report.device_id_hash for report in reports], [report.app_version for report in reports],
-                   times, seqs, received)
-        for (device, version), run in groupby(rows, key=itemgetter(0, 1)):
-            at, seq, came = zip(*(row[2:] for row in run))
-            if version:
-                first, last = self._reported.get((app_id, version), (came[0], came[0]))
-                self._reported[app_id, version] = min(first, *came), max(last, *came)
-            if device:
-                found = _Device(min(at), max(at), seq[-1], sum(map(self._day_bit, {each // DAY for each in at})),
-                                {version: crashed} if version else {})
-                before = self._devices.get((app_id, device))
-                self._devices[app_id, device] = before.merged(found) if before else found
-
-    def _day_bit(self, day: int) -> int:
-        return 1 << day - self._first_day if day >= self._first_day else 0
-
-    # Reports that go, as rows of their tables that have just been deleted
-
-    def remove_crashes(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Takes crashes from every sum, and out of their groups."""
-        for row in rows:
-            at = counted_at(row["occurred_at"], row["received_at"])
-            self._count_crash(row["app_id"], row["exception_type"], row["device_model"], row["group_hash"],
-                             row["app_version"], at, -1)
-            if at // HOUR >= self._since:
-                self._change_recent([(-1, row["app_id"], row["group_hash"])])
-        groups = {(row["app_id"], row["group_hash"]) for row in rows}
-        for app_id, group_hash in groups:
-            self._db.execute(f"""
-                update groups set (exception_reason, last_seen) = (
-                    select max(exception_reason), coalesce(max({_COUNTED_AT}), groups.last_seen) from crashes
-                    where seq = (
-                        select seq from crashes
-                        where app_id = :app and group_hash = :group
-                        order by {_COUNTED_AT} desc, seq desc
-                        limit 1))
-                where app_id = :app and group_hash = :group
-                """, {"app": app_id, "group": group_hash})
-        self.drop_groups(groups)
-        self.merge_groups({(group_hash,) for _, group_hash in groups})
-
-    def expire_crashes(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Takes crashes from what counts those that are kept; all other sums stay."""
-        for row in rows:
-            self._count_labels(row["app_id"], row["exception_type"], row["device_model"],
-                              counted_at(row["occurred_at"], row["received_at"]), -1)
-        self.drop_groups({(row["app_id"], row["group_hash"]) for row in rows})
-
-    def merge_groups(self, group_hashes: Iterable[tuple]) -> None:
-        """Makes these groups of all apps anew from those of each live one."""
-        for group in group_hashes:
-            self._db.execute("delete from groups where app_id = ? and group_hash = ?", (EVERY_APP, *group))
-            self._db.execute(f"""
-                insert into groups
-                select ?, group_hash, exception_type, exception_reason,
-                    min(first_seen) over (), last_seen, sum(recent) over ()
-                from groups
-                where app_id in {_LIVE} and group_hash = ?
-                order by last_seen desc, app_id
-                limit 1
-                """, (EVERY_APP, *group))
-
-    def remove_events(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Takes events from every sum; their sessions become what is left of them."""
-        sessions = set()
-        for row in rows:
-            if row["session_id"]:
-                sessions.add((row["app_id"], row["session_id"]))
-            elif row["type"] == "session_start":
-                at = counted_at(row["occurred_at"], row["received_at"])
-                self._count_session(row["app_id"], _Session(started_at=at, app_version=row["app_version"]), -1)
-        for key, session in self.sessions(list(sessions)).items():
-            self._count_session(key[0], session, -1)
-            self._db.execute("delete from sessions where app_id = ? and session_id = ?", key)
-            for seq, *event in self._db.execute(f"""
-                    select seq, type, {_COUNTED_AT}, app_version from events
-                    where seq between ? and ? and app_id = ? and session_id = ?
-                    order by seq
-                    """, (session.first_seq, session.last_seq, *key)):  # of other devices, or of none
-                self._see_session(*key, seq, seq, *event)
-
-    def remove_sums(self, app_id: int) -> None:
-        """Takes the crashes and sessions of an app that is to go from those of all."""
-        for table, columns in (("days", ("crashes", "sessions", "ended", "session_ms")), ("durations", ("sessions",))):
-            key = _SUMS[table][0]
-            for row in self._db.execute(f"select {', '.join(key + columns)} from {table} where app_id = ?", (app_id,)):
-                for column, count in zip(columns, row[len(key):]):
-                    self._sums[table][(EVERY_APP, *row[:len(key)])][column] -= count
-
-    # What they count; `by` is 1, or -1 where they go
-
-    def _count_crash(self, app_id: int, exception_type: str, device_model: Optional[str], group_hash: str,
-                    app_version: Optional[str], at: int, by: int) -> None:
-        self._count_labels(app_id, exception_type, device_model, at, by)
-        self._sums["hours"][app_id, at // HOUR]["crashes"] += by
-        for scope in self._scopes(app_id):
-            self._sums["days"][scope, at // DAY]["crashes"] += by
-        if at // HOUR >= self._since:
-            self._sums["group_hours"][app_id, at // HOUR, group_hash]["crashes"] += by
-        if app_version:
-            self._releases[app_id, app_version]["crashes"] += by
-
-    def _count_labels(self, app_id: int, exception_type: str, device_model: Optional[str], at: int, by: int) -> None:
-        labels = self._sums["labels"]
-        for day in (ALL_DAYS, at // DAY):
-            labels[app_id, "exception_type", day, exception_type]["crashes"] += by
-            if device_model:
-                labels[app_id, "device_model", day, device_model]["crashes"] += by
-
-    def _count_session(self, app_id: int, session: _Session, by: int) -> None:
-        start, end, version = session.started_at, session.ended_at, session.app_version
-        if start is None:
-            return
-        self._sums["hours"][app_id, start // HOUR]["sessions"] += by
-        if version:
-            self._releases[app_id, version]["sessions"] += by
-            if start // DAY >= self._now // DAY - 7:
-                self._sums["release_days"][app_id, version, start // DAY]["sessions"] += by
-        for scope in self._scopes(app_id):
-            sums = self._sums["days"][scope, start // DAY]
-            sums["sessions"] += by
-            if end is not None and end >= start:
-                sums["ended"] += by
-                sums["session_ms"] += by * (end - start)
-                self._sums["durations"][scope, start // DAY, rounded_seconds(end - start)]["sessions"] += by
-
-    def _count_device(self, app_id: int, before: Optional[_Device], after: Optional[_Device]) -> None:
-        """Versions count in their own app only: those of different apps have nothing to do with each other."""
-        if before and after and _counted(before) == _counted(after):
-            return
-        days = self._sums["days"]
-        for column, span in _ACTIVE:
-            old, new = (_covered(device.days, span) if device else 0 for device in (before, after))
-            for bits, by in ((new & ~old, 1), (old & ~new, -1)):
-                for bit in _bits(bits):
-                    days[app_id, self._first_day + bit][column] += by
-        for device, by in ((before, -1), (after, 1)):
-            if device is not None:
-                self._sums["hours"][app_id, device.last_seen // HOUR]["devices"] += by
-                first = device.first_seen // DAY
-                days[app_id, first]["newcomers"] += by
-                for column, later in _BACK:
-                    days[app_id, first][column] += by * bool(device.days & self._day_bit(first + later))
-                for version, crashed in device.versions.items() if app_id != EVERY_APP else ():
-                    self._releases[app_id, version]["devices"] += by
-                    self._releases[app_id, version]["crashed_devices"] += by * crashed
-
-    # To the disk
-
-    def save(self) -> None:
-        """Writes everything that has changed."""
-        self._save_devices()
-        self._save_sessions()
-        self._save_groups()
-        self._save_releases()
-        for table, sums in self._sums.items():
-            changed = {key: row for key, row in sums.items() if any(row.values())}
-            if changed:
-                self._save_sums(table, changed)
-        self._save_medians({key[:2] for key in self._sums["durations"]})
-
-    def _save_sums(self, table: str, sums: Dict[tuple, Dict[str, int]]) -> None:
-        add, clear = _sum_statements(table)
-        columns = _SUMS[table][1]
-        insert_rows(self._db, add, [(*key, *[row[column] for column in columns]) for key, row in sums.items()])
-        gone = [key for key, row in sums.items() if min(row.values()) < 0]
-        if gone:
-            self._db.executemany(clear, gone)
-
-    def _save_releases(self) -> None:
-        for app_id, version in {*self._releases, *self._reported}:
-            release = {"sessions": 0, "crashes": 0, "devices": 0, "crashed_devices": 0,
-                       **self._releases[app_id, version], "app": app_id, "version": version}
-            release["first"], release["last"] = self._reported.get((app_id, version), (MAX_NUMBER, 0))
-            update = """
-                update releases set
-                    first_seen = min(first_seen, :first), last_seen = max(last_seen, :last),
-                    sessions = sessions + :sessions, crashes = crashes + :crashes,
-                    devices = devices + :devices, crashed_devices = crashed_devices + :crashed_devices
-                where app_id = :app and app_version = :version
-                """
-            if not self._db.execute(update, release).rowcount and release["last"]:
-                self._db.execute("""
-                    insert into releases (app_id, app_version, first_seen, last_seen)
-                    select :app, :version, :first, :last
-                    where :most > (
-                        select count(*) from releases
-                        where app_id = :app and first_seen > :first - :day and first_seen <= :first)
-                    """, {**release, "day": DAY, "most": NEW_RELEASES})
-                self._db.execute(update, release)
-
-    def _save_medians(self, days: Iterable[tuple]) -> None:
-        for app_id, day in days:
-            self._db.execute("""
-                update days set median_seconds = (
-                    select seconds from (
-                        select seconds, sum(sessions) over (order by seconds) as so_far, sum(sessions) over () as total
-                        from durations where app_id = :app and day = :day) as sums
-                    where 2 * so_far >= total
-                    order by seconds
-                    limit 1)
-                where app_id = :app and day = :day
-                """, {"app": app_id, "day": day})
-
-    def _save_groups(self) -> None:
-        for app in sorted({app_id for app_id, _ in self._groups}):  # by itself, as one statement has each group once
-            insert_rows(self._db, """
-                insert into groups values *
-                on conflict (app_id, group_hash) do update set
-                    exception_reason = case when excluded.last_seen >= groups.last_seen
-                        then excluded.exception_reason else groups.exception_reason end,
-                    recent = groups.recent + excluded.recent,
-                    first_seen = min(groups.first_seen, excluded.first_seen),
-                    last_seen = max(groups.last_seen, excluded.last_seen)
-                """, [(scope, group_hash, *group, sum(at // HOUR >= self._since for at in times))
-                      for (app_id, group_hash), (*group, times) in self._groups.items() if app_id == app
-                      for scope in self._scopes(app_id)])
-
-    def _move_week(self) -> int:
-        """The hour from which `recent` and group_hours count: seven days ago.
-
-        So the most frequent groups of the week cost a look at each group, not at each hour of each.
-        """
-        new = (self._now - 7 * DAY) // HOUR
-        old, is_old = self._db.execute("""
-            select value, exists (select 1 from group_hours where app_id in (select id from apps) and hour < ?)
-            from state where name = 'recent_since'
-            """, (new,)).fetchone()
-        if old == 0 or old > new + 24:  # at the start, and where the clock went back far
-            self._count_week(new)
-        else:
-            new = max(old, new)
-        if old != new:
-            self._db.execute("update state set value = ? where name = 'recent_since'", (new,))
-        if is_old:
-            self._leave_week(new)
-        return new
-
-    def _leave_week(self, since: int) -> None:
-        """Takes out some of the hours that are too old; those that are left wait for the next commit."""
-        gone = self._db.execute("""
-            select crashes, app_id, group_hash, hour from group_hours
-            where app_id in (select id from apps) and hour < ?
-            limit ?
-            """, (since, LEAVING)).fetchall()
-        self._db.executemany("delete from group_hours where app_id = ? and group_hash = ? and hour = ?",
-                             [row[1:] for row in gone])
-        self._change_recent((-crashes, app_id, group_hash) for crashes, app_id, group_hash, _ in gone)
-        self.drop_groups({row[1:3] for row in gone})
-
-    def _count_week(self, since: int) -> None:
-        self._db.execute("delete from group_hours")
-        self._db.execute("update groups set recent = 0")
-        self._db.execute(f"""
-            insert into group_hours
-            select app_id, hour, group_hash, count(*)
-            from (select app_id, {_COUNTED_AT} / {HOUR} as hour, group_hash from crashes) as counted
-            where hour >= ?
-            group by app_id, hour, group_hash
-            """, (since,))
-        self._change_recent(self._db.execute(
-            "select sum(crashes), app_id, group_hash from group_hours group by app_id, group_hash").fetchall())
-        self.drop_groups(self._db.execute(
-            "select app_id, group_hash from groups where app_id <> ? and recent = 0", (EVERY_APP,)).fetchall())
-
-    def _change_recent(self, changes: Iterable[tuple]) -> None:
-        self._db.executemany("update groups set recent = recent + ? where app_id = ? and group_hash = ?",
-                             [(crashes, scope, group_hash) for crashes, app_id, group_hash in changes
-                              for scope in self._scopes(app_id)])
-
-    def drop_groups(self, groups: Iterable[tuple]) -> None:
-        """Deletes those of which no crash is kept and none is of this week, by (app_id, group_hash)."""
-        for app_id, group_hash in groups:
-            self._db.execute("""
-                delete from groups where app_id = :app and group_hash = :group and recent = 0
-                    and not exists (select 1 from crashes where app_id = :app and group_hash = :group)
-                """, {"app": app_id, "group": group_hash})
-            self._db.execute(f"""
-                delete from groups where app_id = :every and group_hash = :group
-                    and not exists (select 1 from groups where app_id in {_LIVE} and group_hash = :group)
-                """, {"every": EVERY_APP, "group": group_hash})
-
-    # Devices and sessions
-
-    def _save_devices(self) -> None:
-        """Writes devices where that changes a figure: one that is busy once an hour, and not with each report."""
-        stored = self._stored_devices(list(self._devices))
-        seen = {key: stored[key].merged(device) if key in stored else device for key, device in self._devices.items()}
-        self._replace_devices({key: after for key, after in seen.items()
-                               if key not in stored or _by_hour(stored[key]) != _by_hour(after)}, stored)
-
-    def remove_devices(self, keys: Sequence[tuple]) -> None:
-        """Deletes devices, by (app_id, device_id_hash), and takes them from all figures."""
-        self._replace_devices(dict.fromkeys(keys), self._stored_devices(keys))
-        self._db.executemany("delete from devices where app_id = ? and device_id_hash = ?", keys)
-
-    def expire_devices(self, last_seqs: Mapping[tuple, int]) -> None:
-        """Deletes what is known of devices, by (app_id, device_id_hash), if that was the seq of their last report.
-
-        The sums stay. In live apps a device goes from all at once, as it is one for all together.
-        """
-        stored = self._stored_devices(list(last_seqs))
-        for (app_id, device), last_seq in last_seqs.items():
-            rows = {(scope, device): stored.get((scope, device))
-                    for scope in (self._live if app_id in self._live else (app_id,))}
-            if all(row is None or row.last_seq <= last_seq for row in rows.values()):
-                self._db.executemany("delete from devices where app_id = ? and device_id_hash = ?", list(rows))
-
-    def _stored_devices(self, keys: Sequence[tuple]) -> Dict[tuple, _Device]:
-        """What is stored of devices in these apps; and in all live ones, if one of these is live."""
-        wanted = {(scope, device) for app_id, device in keys
-                  for scope in (self._live if app_id in self._live else (app_id,))}
-        rows = rows_of(self._db, """
-            select devices.* from (values *) as keys cross join devices on app_id = column1 and device_id_hash = column2
-            """, list(wanted))
-        return {(app_id, device): _Device(first, last, seq, self._unpacked(days_from, days), _decode_versions(versions))
-                for app_id, device, first, last, seq, days_from, days, versions in rows}
-
-    def _replace_devices(self, changed: Mapping[tuple, Optional[_Device]], stored: Mapping[tuple, _Device]) -> None:
-        now = {**stored, **changed}
-        for (app_id, device), after in changed.items():
-            self._count_device(app_id, stored.get((app_id, device)), after)
-        for device in {device for app_id, device in changed if app_id in self._live}:
-            self._count_device(EVERY_APP, self._everywhere(device, stored), self._everywhere(device, now))
-        insert_rows(self._db, """
-            insert into devices values *
-            on conflict (app_id, device_id_hash) do update set
-                first_seen = excluded.first_seen, last_seen = excluded.last_seen, last_seq = excluded.last_seq,
-                days_from = excluded.days_from, days = excluded.days, versions = excluded.versions
-            """, [(*key, *after[:3], *self._packed(after.days), _encode(after.versions))
-                  for key, after in changed.items() if after])
-
-    def _everywhere(self, device: str, devices: Mapping[tuple, Optional[_Device]]) -> Optional[_Device]:
-        found = None
-        for app_id in self._live:
-            known = devices.get((app_id, device))
-            found = found.merged(known) if found and known else found or known
-        return found
-
-    def _packed(self, days: int) -> Tuple[int, bytes]:
-        lowest = max(0, (days & -days).bit_length() - 1)
-        days >>= lowest
-        return self._first_day + lowest, days.to_bytes((days.bit_length() + 7) // 8, "big")
-
-    def _unpacked(self, days_from: int, days: bytes) -> int:
-        by, bits = days_from - self._first_day, int.from_bytes(days, "big")
-        return bits << by if by > 0 else bits >> -by
-
-    def _save_sessions(self) -> None:
-        stored = self.sessions(list(self._sessions))
-        changed = {key: stored[key].merged(seen) if key in stored else seen for key, seen in self._sessions.items()}
-        for key, after in changed.items():
-            before = stored.get(key)
-            if before is None or before[2:] != after[2:]:
-                if before:
-                    self._count_session(key[0], before, -1)
-                self._count_session(key[0], after, 1)
-        insert_rows(self._db, """
-            insert into sessions values *
-            on conflict (app_id, session_id) do update set
-                first_seq = excluded.first_seq, last_seq = excluded.last_seq, started_at = excluded.started_at,
-                ended_at = excluded.ended_at, app_version = excluded.app_version
-            """, [(*key, *after) for key, after in changed.items()])
-
-    def sessions(self, keys: Sequence[tuple]) -> Dict[tuple, _Session]:
-        """What is stored of sessions, by (app_id, session_id)."""
-        return {(app_id, session_id): _Session(*rest) for app_id, session_id, *rest in rows_of(self._db, """
-            select sessions.* from (values *) as keys cross join sessions on app_id = column1 and session_id = column2
-            """, keys)}
+    seq: int
+    app_id: int
+    received_at: int
+    at: int
+    app_version: Optional[str]
+    device_id_hash: Optional[str]
+    type: str
+    session_id: Optional[str]
 
 
-@lru_cache(maxsize=1024)
-def _decode_versions(text: str) -> Dict[str, int]:
-    """To be read only: most devices have the same ones."""
-    return json.loads(text)
+COUNTED = {Crash: CountedCrash, Event: CountedEvent}
+TABLES = {Crash: "crashes", Event: "events"}
+
+
+def counted_columns(kind: type) -> str:
+    """The columns of a report's table that make a CountedCrash or a CountedEvent."""
+    columns = {"at": COUNTED_AT, **{name: f"case when (other & {flag}) > 0 then '{OTHER}' else {name} end"
+                                    for name, flag in FLAGS.items()}}
+    return ", ".join(columns.get(name, name) for name in COUNTED[kind]._fields)
+
+
+def counted(kind: type, app_id: int, seqs: Sequence[int], received: Sequence[int], flags: Sequence[int],
+            reports: Reports) -> List[Any]:
+    """The same of reports that are about to be stored."""
+    if any(flags):
+        reports = [report._replace(**{name: OTHER for name, flag in FLAGS.items() if flag & given})
+                   for report, given in zip(reports, flags)]
+    times = [counted_at(report.occurred_at, came) for report, came in zip(reports, received)]
+    columns = [map(attrgetter(name), reports) for name in COUNTED[kind]._fields[4:]]
+    return list(map(COUNTED[kind]._make, zip(seqs, repeat(app_id), received, times, *columns)))
+
+
+class Sums:
+    """The changes to the sums in one table, which are written with one statement."""
+
+    def __init__(self, db: sqlite3.Connection, table: str, key: Sequence[str], columns: Sequence[str]):
+        self._db, self.table, self.key, self.columns = db, table, key, columns
+        self._changes: Dict[tuple, Dict[str, int]] = defaultdict(lambda: dict.fromkeys(columns, 0))
+
+    def add(self, key: tuple, **counts: int) -> None:
+        """Adds to the sums of a row, which is made where there is none and deleted when all of them are 0."""
+        row = self._changes[key]
+        for column, count in counts.items():
+            row[column] += count
+
+    def save(self, clear: bool = True) -> List[tuple]:
+        """Writes the changes; returns the keys of the rows that have changed. To `clear` is to delete rows of 0."""
+        changed = {key: row for key, row in self._changes.items() if any(row.values())}
+        add, delete = _sum_statements(self.table, self.key, self.columns)
+        insert_rows(self._db, add, [(*key, *row.values()) for key, row in changed.items()])
+        if gone := [key for key, row in changed.items() if clear and min(row.values()) < 0]:
+            self._db.executemany(delete, gone)
+        self._changes.clear()
+        return list(changed)
 
 
 @lru_cache(maxsize=None)
-def _sum_statements(table: str) -> Tuple[str, str]:
-    """To add to sums; and to delete them where all of them are 0."""
-    key, columns = ("app_id", *_SUMS[table][0]), _SUMS[table][1]
+def _sum_statements(table: str, key: Sequence[str], columns: Sequence[str]) -> Tuple[str, str]:
     return (f"""
-        insert into {table} ({", ".join(key + columns)}) values *
+        insert into {table} ({", ".join([*key, *columns])}) values *
         on conflict ({", ".join(key)}) do update set
             {", ".join(f"{each} = {table}.{each} + excluded.{each}" for each in columns)}
         """, f"""
@@ -1265,28 +791,710 @@ def _sum_statements(table: str) -> Tuple[str, str]:
         """)
 
 
-def _counted(device: _Device) -> tuple:
-    """What of a device shows in the figures."""
-    return device.first_seen // DAY, device.last_seen // HOUR, device.days, device.versions
+def per_day(db: sqlite3.Connection, table: str, columns: Sequence[str], app: Optional[int],
+            days: range) -> Dict[str, List[int]]:
+    """Sums of a table with a row a day, as a list for each column."""
+    sums = ", ".join(f"sum({column})" for column in columns)
+    rows = {day: row for day, *row in db.execute(
+        f"select day, {sums} from {table} where {APPS} and day between :first and :last group by day",
+        {"app": app, "first": days[0], "last": days[-1]})}
+    empty = [0] * len(columns)
+    return {column: [rows.get(day, empty)[n] for day in days] for n, column in enumerate(columns)}
 
 
-def _by_hour(device: _Device) -> tuple:
-    """The same, and the hour in which it was last received: for as long as its reports are kept."""
-    return (*_counted(device), (device.last_seq >> SEQ_BITS) // HOUR)
+class Figure:
+    """One figure in one transaction. What does not concern a figure, it leaves as it is here: without effect."""
+
+    TABLES = ""
+    SUMS: Mapping[str, Tuple[Sequence[str], Sequence[str]]] = {}  # table: its key, its sums
+    WINDOW: Tuple[str, int] = ("", 0)  # a table of SUMS by day that holds so many days only
+    ENTITIES: Sequence[str] = ()  # tables of what reports are kept of
+
+    def __init__(self, db: sqlite3.Connection, now: int):
+        self._db, self._now, self._today = db, now, now // DAY
+        self.sums = {table: Sums(db, table, *columns) for table, columns in self.SUMS.items()}
+
+    def count_crashes(self, crashes: Sequence[CountedCrash], by: int) -> None:
+        """Counts crashes that were stored (by 1), or whose rows were deleted to be forgotten (by -1)."""
+
+    def count_events(self, events: Sequence[CountedEvent], by: int) -> None:
+        """The same with events."""
+
+    def expire_crashes(self, crashes: Sequence[CountedCrash]) -> None:
+        """Deletes what describes only crashes whose rows have expired."""
+
+    def expire_events(self, events: Sequence[CountedEvent]) -> None:
+        """The same with events."""
+
+    def save(self) -> None:
+        """Writes what has changed."""
+        for sums in self.sums.values():
+            sums.save()
 
 
-def _covered(days: int, span: int) -> int:
-    """The days on which a device that was seen on `days` is one of the last `span` days."""
-    for _ in range(span - 1):
-        days |= days << 1
-    return days
+class NewNames:
+    """Decides which names count by themselves. Whoever has a key can invent names without end, so what an
+    app adds in a day beyond NEW_NAMES counts as OTHER. Not a figure: it only remembers how many there were."""
+
+    TABLES = """
+create table new_names (                   -- of an app and a UTC day
+    app_id integer not null, day integer not null, field text not null, names integer not null,
+    primary key (app_id, day, field)) without rowid;
+"""
+    FIELDS = {Crash: ("group_hash", "exception_type", "device_model", "app_version"), Event: ("app_version",)}
+
+    def __init__(self, db: sqlite3.Connection, now: int):
+        self._db, self._today = db, now // DAY
+        self.accepted: Dict[Tuple[int, str, str], None] = {}  # app_id, field, name; new in this transaction
+        self._used: Dict[Tuple[int, str], int] = {}
+
+    def limit(self, app_id: int, reports: Reports) -> Tuple[Sequence[int], Reports]:
+        """The `other` of each report, and the reports with the group under which they are stored."""
+        fields = self.FIELDS[type(reports[0])]
+        refused = self._refused(dict.fromkeys(
+            (app_id, field, name) for report in reports for field in fields if (name := getattr(report, field))))
+        if not refused:
+            return [0] * len(reports), reports
+        flags = [sum(flag for field, flag in FLAGS.items() if field in fields
+                     and (app_id, field, getattr(report, field)) in refused) for report in reports]
+        return flags, [report._replace(group_hash=OTHER) if (app_id, "group_hash", getattr(report, "group_hash", ""))
+                       in refused else report for report in reports]
+
+    def _refused(self, names: Mapping[Tuple[int, str, str], None]) -> Set[Tuple[int, str, str]]:
+        unknown = [name for name in names if name not in self.accepted]
+        known = set(rows_of(self._db, f"""
+            select column1, column2, column3 from (values *) as keys
+            where case column2
+                when 'group_hash' then exists (
+                    select 1 from groups where app_id = column1 and group_hash = column3)
+                when 'app_version' then exists (
+                    select 1 from releases where app_id = column1 and app_version = column3)
+                else exists (
+                    select 1 from labels
+                    where app_id = column1 and field = column2 and day = {ALL_DAYS} and label = column3) end
+            """, unknown))
+        return {name for name in unknown if name not in known and not self._accept(name)}
+
+    def _accept(self, name: Tuple[int, str, str]) -> bool:
+        app_id, field, text = name
+        if (app_id, field) not in self._used:
+            row = self._db.execute("select names from new_names where app_id = ? and day = ? and field = ?",
+                                   (app_id, self._today, field)).fetchone()
+            self._used[app_id, field] = row[0] if row else 0
+        if self._used[app_id, field] >= NEW_NAMES[field] and text != OTHER:
+            return False
+        self._used[app_id, field] += 1
+        self.accepted[name] = None
+        return True
+
+    def save(self) -> None:
+        """Writes how many names are new today."""
+        self._db.executemany("""
+            insert into new_names values (?, ?, ?, ?)
+            on conflict (app_id, day, field) do update set names = excluded.names
+            """, [(app_id, self._today, field, names) for (app_id, field), names in self._used.items()])
 
 
-def _bits(number: int) -> Iterator[int]:
-    while number:
-        lowest = number & -number
-        yield lowest.bit_length() - 1
-        number ^= lowest
+class CrashDays(Figure):
+    """Crashes per UTC day."""
+
+    TABLES = """
+create table crash_days (
+    app_id integer not null, day integer not null, crashes integer not null,
+    primary key (app_id, day)) without rowid;
+"""
+    SUMS = {"crash_days": (("app_id", "day"), ("crashes",))}
+
+    def count_crashes(self, crashes: Sequence[CountedCrash], by: int) -> None:
+        for crash in crashes:
+            self.sums["crash_days"].add((crash.app_id, crash.at // DAY), crashes=by)
+
+
+class Labels(Figure):
+    """The exception types and device models of the crashes that are kept, per UTC day and in all."""
+
+    TABLES = """
+create table labels (
+    app_id integer not null, field text not null,  -- exception_type or device_model
+    day integer not null,                  -- -1000000: all days together
+    label text not null, crashes integer not null, primary key (app_id, field, day, label)) without rowid;
+"""
+    SUMS = {"labels": (("app_id", "field", "day", "label"), ("crashes",))}
+
+    def count_crashes(self, crashes: Sequence[CountedCrash], by: int) -> None:
+        alike = Counter((crash.app_id, crash.at // DAY, crash.exception_type, crash.device_model) for crash in crashes)
+        for (app_id, day, exception_type, device_model), count in alike.items():
+            for name, label in (("exception_type", exception_type), ("device_model", device_model)):
+                if label:
+                    self.sums["labels"].add((app_id, name, ALL_DAYS, label), crashes=by * count)
+                    self.sums["labels"].add((app_id, name, day, label), crashes=by * count)
+
+    def expire_crashes(self, crashes: Sequence[CountedCrash]) -> None:
+        self.count_crashes(crashes, -1)
+
+    @staticmethod
+    def most_frequent(db: sqlite3.Connection, app: Optional[int], field: str, days: Optional[range],
+                      limit: int) -> Figures:
+        """The most frequent labels of these days, or of all that is kept, with their crashes."""
+        shown = days or range(ALL_DAYS, ALL_DAYS + 1)
+        return labelled(db.execute(f"""
+            select label, sum(crashes) from labels
+            where {APPS} and field = :field and day between :first and :last
+            group by label
+            order by sum(crashes) desc, label
+            limit :limit
+            """, {"app": app, "field": field, "first": shown[0], "last": shown[-1], "limit": limit}))
+
+    @staticmethod
+    def crashes_kept(db: sqlite3.Connection) -> int:
+        """How many crashes are kept, in all apps."""
+        return db.execute("""
+            select coalesce(sum(crashes), 0) from labels
+            where app_id in (select id from apps) and field = 'exception_type' and day = ?
+            """, (ALL_DAYS,)).fetchone()[0]
+
+
+class Groups(Figure):
+    """What a group is called, and its crashes per UTC day of the week. It goes with the last crash that is kept,
+    but not before its week is over."""
+
+    TABLES = """
+create table groups (
+    app_id integer not null, group_hash text not null,
+    exception_type text not null, exception_reason text,  -- of the latest crash
+    first_seen integer not null, last_seen integer not null,  -- by the time at which crashes count
+    primary key (app_id, group_hash)) without rowid;
+create table group_days (                  -- of the last 7 days
+    app_id integer not null, day integer not null, group_hash text not null, crashes integer not null,
+    primary key (app_id, day, group_hash)) without rowid;
+"""
+    SUMS = {"group_days": (("app_id", "day", "group_hash"), ("crashes",))}
+    WINDOW = ("group_days", WEEK)
+    ENTITIES = ("groups",)
+
+    def __init__(self, db: sqlite3.Connection, now: int):
+        super().__init__(db, now)
+        self._seen: Dict[tuple, List[Any]] = {}  # by app_id and group_hash: the rest of its row
+
+    def count_crashes(self, crashes: Sequence[CountedCrash], by: int) -> None:
+        for crash in crashes:
+            if crash.at // DAY >= self._today - WEEK:
+                self.sums["group_days"].add((crash.app_id, crash.at // DAY, crash.group_hash), crashes=by)
+        if by > 0:
+            for crash in crashes:
+                self._see(crash)
+        else:
+            self._update({(crash.app_id, crash.group_hash) for crash in crashes})
+
+    def _see(self, crash: CountedCrash) -> None:
+        name = OTHER if crash.group_hash == OTHER else crash.exception_type
+        group = self._seen.setdefault((crash.app_id, crash.group_hash), [name, None, crash.at, crash.at])
+        if crash.at >= group[3]:
+            group[1] = crash.exception_reason
+        group[2], group[3] = min(group[2], crash.at), max(group[3], crash.at)
+
+    def _update(self, groups: Iterable[tuple]) -> None:
+        """Sets what was the latest crash's to that of the latest one left. The first stays: it was seen then."""
+        for app_id, group_hash in groups:
+            self._db.execute(f"""
+                update groups set (exception_reason, last_seen) = (
+                    select max(exception_reason), coalesce(max({COUNTED_AT}), groups.last_seen) from crashes
+                    where seq = (
+                        select seq from crashes
+                        where app_id = :app and group_hash = :group
+                        order by {COUNTED_AT} desc, seq desc
+                        limit 1))
+                where app_id = :app and group_hash = :group
+                """, {"app": app_id, "group": group_hash})
+        self._drop(groups, MAX_NUMBER)
+
+    def expire_crashes(self, crashes: Sequence[CountedCrash]) -> None:
+        self.drop((crash.app_id, crash.group_hash) for crash in crashes)
+
+    def drop(self, groups: Iterable[tuple]) -> None:
+        """Deletes those of which no crash is kept and none is of this week, by app_id and group_hash."""
+        self._drop(set(groups), (self._today - WEEK) * DAY)
+
+    def _drop(self, groups: Iterable[tuple], before: int) -> None:
+        self._db.executemany("""
+            delete from groups where app_id = :app and group_hash = :group and last_seen < :before
+                and not exists (select 1 from crashes where app_id = :app and group_hash = :group)
+            """, [{"app": app_id, "group": group_hash, "before": before} for app_id, group_hash in groups])
+
+    def save(self) -> None:
+        super().save()
+        insert_rows(self._db, """
+            insert into groups values *
+            on conflict (app_id, group_hash) do update set
+                exception_reason = case when excluded.last_seen >= groups.last_seen
+                    then excluded.exception_reason else groups.exception_reason end,
+                first_seen = min(groups.first_seen, excluded.first_seen),
+                last_seen = max(groups.last_seen, excluded.last_seen)
+            """, [(*key, *group) for key, group in self._seen.items()])
+
+    @staticmethod
+    def most_frequent(db: sqlite3.Connection, app: Optional[int], days: range) -> List[Figures]:
+        """The five most frequent groups of these days, at most the last seven."""
+        return dict_rows(db, f"""
+            select top.group_hash, exception_type, substr(coalesce(exception_reason, ''), 1, 200) as exception_reason,
+                count
+            from (
+                select group_hash, sum(crashes) as count from group_days
+                where {APPS} and day between :first and :last
+                group by group_hash
+                order by count desc, group_hash
+                limit 5) as top
+            cross join groups on groups.app_id = (
+                select app_id from groups
+                where {APPS} and group_hash = top.group_hash
+                order by last_seen desc, app_id
+                limit 1) and groups.group_hash = top.group_hash
+            order by count desc, top.group_hash
+            """, {"app": app, "first": days[0], "last": days[-1]})
+
+
+class Releases(Figure):
+    """Sessions, crashes and devices per app_version, and its sessions per UTC day of the week."""
+
+    TABLES = """
+create table releases (
+    app_id integer not null, app_version text not null,
+    first_seen integer not null default 9223372036854775807, last_seen integer not null default 0,  -- when received
+    sessions integer not null default 0, crashes integer not null default 0,
+    devices integer not null default 0, crashed_devices integer not null default 0,
+    primary key (app_id, app_version)) without rowid;
+create table release_days (                -- of the last 7 days
+    app_id integer not null, day integer not null, app_version text not null, sessions integer not null,
+    primary key (app_id, day, app_version)) without rowid;
+"""
+    SUMS = {"releases": (("app_id", "app_version"), ("sessions", "crashes", "devices", "crashed_devices")),
+            "release_days": (("app_id", "day", "app_version"), ("sessions",))}
+    WINDOW = ("release_days", WEEK)
+
+    def __init__(self, db: sqlite3.Connection, now: int):
+        super().__init__(db, now)
+        self._received: Dict[tuple, Tuple[int, int]] = {}  # the first and the last report of a release
+
+    def count_crashes(self, crashes: Sequence[CountedCrash], by: int) -> None:
+        for crash in crashes:
+            self.count(crash.app_id, crash.app_version, crashes=by)
+        self.count_events(crashes, by)
+
+    def count_events(self, events: Sequence[Any], by: int) -> None:
+        for (app_id, version), run in groupby(events if by > 0 else (), key=_APP_AND_VERSION):
+            if version:
+                received = [report.received_at for report in run]
+                first, last = self._received.get((app_id, version), (received[0], received[0]))
+                self._received[app_id, version] = min(first, *received), max(last, *received)
+
+    def count(self, app_id: int, version: Optional[str], **counts: int) -> None:
+        """Counts crashes, sessions or devices of a release."""
+        if version:
+            self.sums["releases"].add((app_id, version), **counts)
+
+    def count_session(self, app_id: int, version: Optional[str], day: int, by: int) -> None:
+        """Counts a session that started on a day."""
+        self.count(app_id, version, sessions=by)
+        if version and day >= self._today - WEEK:
+            self.sums["release_days"].add((app_id, day, version), sessions=by)
+
+    def save(self) -> None:
+        for sums in self.sums.values():
+            sums.save(clear=sums.table != "releases")  # a release stays, as it was seen
+        insert_rows(self._db, """
+            insert into releases (app_id, app_version, first_seen, last_seen) values *
+            on conflict (app_id, app_version) do update set
+                first_seen = min(releases.first_seen, excluded.first_seen),
+                last_seen = max(releases.last_seen, excluded.last_seen)
+            """, [(*key, *times) for key, times in self._received.items()])
+
+    @staticmethod
+    def latest(db: sqlite3.Connection, app: Optional[int], days: range) -> List[Figures]:
+        """The latest 100 releases, with their share of the sessions of these days: `recent` to `of_all`."""
+        return dict_rows(db, f"""
+            with latest as (
+                select * from releases where {APPS} order by first_seen desc, app_version, app_id limit 100)
+            select apps.name as app, app_version, sessions, crashes, devices, crashed_devices, first_seen, last_seen,
+                (select sum(sessions) from release_days
+                    where app_id = latest.app_id and app_version = latest.app_version
+                        and day between :first and :last) as recent,
+                (select sum(sessions) from session_days
+                    where app_id = latest.app_id and day between :first and :last) as of_all
+            from latest join apps on apps.id = app_id
+            order by first_seen desc, app_version, app_id
+            """, {"app": app, "first": days[0], "last": days[-1]})
+
+
+_APP_AND_VERSION = attrgetter("app_id", "app_version")
+
+
+class Session(NamedTuple):
+    """What is known of a session; the times are those at which its start and end count, in milliseconds."""
+
+    first_seq: int = MAX_NUMBER
+    last_seq: int = 0
+    started_at: Optional[int] = None
+    ended_at: Optional[int] = None
+    app_version: Optional[str] = None  # of its start
+
+    def merged(self, later: Session) -> Session:
+        """What is known from both. The first start and the last end count."""
+        starts = [each for each in (self, later) if each.started_at is not None]
+        start = min(starts, key=attrgetter("started_at"), default=self)
+        ends = [each.ended_at for each in (self, later) if each.ended_at is not None]
+        return Session(min(self.first_seq, later.first_seq), max(self.last_seq, later.last_seq),
+                       start.started_at, max(ends, default=None), start.app_version)
+
+    @property
+    def duration(self) -> Optional[int]:
+        """Milliseconds. None where it has not ended, or would have taken longer than a day: a clock was set."""
+        if self.started_at is None or self.ended_at is None or not 0 <= self.ended_at - self.started_at <= DAY:
+            return None
+        return self.ended_at - self.started_at
+
+
+class Sessions(Figure):
+    """Sessions by the UTC day on which they started, and how long they took. A session is a session_id of a
+    device: SDKs that count their launches use the same ids."""
+
+    TABLES = """
+create table sessions (                    -- of which an event is kept
+    app_id integer not null, session_id text not null, device integer not null,  -- see `device_key`; 0: none
+    first_seq integer not null, last_seq integer not null,  -- between them are its events
+    started_at integer, ended_at integer, app_version text,
+    primary key (app_id, session_id, device)) without rowid;
+create table session_days (
+    app_id integer not null, day integer not null, sessions integer not null,
+    ended integer not null, session_ms integer not null,  -- those that have a duration, and its sum
+    median_seconds integer,                -- null: not computed yet, or none
+    primary key (app_id, day)) without rowid;
+create table durations (
+    app_id integer not null, day integer not null, seconds integer not null,  -- in two significant digits
+    sessions integer not null, primary key (app_id, day, seconds)) without rowid;
+"""
+    SUMS = {"session_days": (("app_id", "day"), ("sessions", "ended", "session_ms")),
+            "durations": (("app_id", "day", "seconds"), ("sessions",))}
+    WINDOW = ("durations", DURATION_DAYS)
+    ENTITIES = ("sessions",)
+
+    def __init__(self, db: sqlite3.Connection, now: int, releases: Releases):
+        super().__init__(db, now)
+        self._releases = releases
+        self._seen: Dict[tuple, Session] = {}  # by app_id, session_id and device
+
+    def count_events(self, events: Sequence[CountedEvent], by: int) -> None:
+        for event in events:
+            if event.type == "session_start" and not event.session_id:
+                self._count(event.app_id, Session(started_at=event.at, app_version=event.app_version), by)
+        (self._see if by > 0 else self._forget)([event for event in events if event.session_id])
+
+    def _see(self, events: Sequence[CountedEvent]) -> None:
+        for (app_id, session_id, device), run in groupby(events, _SESSION):
+            key = (app_id, session_id, device_key(device))
+            session = self._seen.get(key, Session())
+            for event in (steps := list(run)):
+                if event.type == "session_start":
+                    session = session.merged(Session(started_at=event.at, app_version=event.app_version))
+                elif event.type == "session_end":
+                    session = session.merged(Session(ended_at=event.at))
+            self._seen[key] = session.merged(Session(steps[0].seq, steps[-1].seq))
+
+    def _forget(self, events: Sequence[CountedEvent]) -> None:
+        """All events of a session are of one device, so it goes with the first of them."""
+        stored = self._stored({(app_id, session_id, device_key(device)): None
+                               for app_id, session_id, device in map(_SESSION, events)})
+        for key, session in stored.items():
+            self._count(key[0], session, -1)
+        self._db.executemany("delete from sessions where app_id = ? and session_id = ? and device = ?", list(stored))
+
+    def expire_events(self, events: Sequence[CountedEvent]) -> None:
+        self._db.executemany(
+            "delete from sessions where app_id = ? and session_id = ? and device = ? and last_seq <= ?",
+            [(app_id, session_id, device_key(device), events[-1].seq)
+             for app_id, session_id, device in set(map(_SESSION, events)) if session_id])
+
+    def _count(self, app_id: int, session: Session, by: int) -> None:
+        if session.started_at is None:
+            return
+        day, duration = session.started_at // DAY, session.duration
+        self._releases.count_session(app_id, session.app_version, day, by)
+        if duration is None:
+            self.sums["session_days"].add((app_id, day), sessions=by)
+            return
+        self.sums["session_days"].add((app_id, day), sessions=by, ended=by, session_ms=by * duration)
+        if day >= self._today - DURATION_DAYS:
+            self.sums["durations"].add((app_id, day, rounded_seconds(duration)), sessions=by)
+
+    def save(self) -> None:
+        stored = self._stored(self._seen)
+        changed = {key: stored[key].merged(seen) if key in stored else seen for key, seen in self._seen.items()}
+        for key, after in changed.items():
+            before = stored.get(key)
+            if before is None or before[2:] != after[2:]:
+                self._count(key[0], before or Session(), -1)
+                self._count(key[0], after, 1)
+        insert_rows(self._db, """
+            insert into sessions values *
+            on conflict (app_id, session_id, device) do update set
+                first_seq = excluded.first_seq, last_seq = excluded.last_seq, started_at = excluded.started_at,
+                ended_at = excluded.ended_at, app_version = excluded.app_version
+            """, [(*key, *after) for key, after in changed.items()])
+        self.sums["session_days"].save()
+        self._save_medians({key[:2] for key in self.sums["durations"].save()})
+
+    def _stored(self, keys: Mapping[tuple, Any]) -> Dict[tuple, Session]:
+        return {tuple(row[:3]): Session(*row[3:]) for row in rows_of(self._db, """
+            select sessions.* from (values *) as keys
+            cross join sessions on app_id = column1 and session_id = column2 and device = column3
+            """, list(keys))}
+
+    def _save_medians(self, days: Set[tuple]) -> None:
+        """Medians of days that are over. Those of the last two days change with nearly every session, so they
+        are computed when they are asked for, and once more on a later day: as late as a week, if nobody comes."""
+        for app_id, first, last in [*((app_id, day, day) for app_id, day in days if day < self._today - 1),
+                                    *((app_id, self._today - 9, self._today - 2) for app_id in {key[0] for key in days})]:
+            self._db.execute(f"""
+                update session_days set median_seconds = ({_MEDIAN})
+                where app_id = :app and day between :first and :last and ended > 0
+                    and (median_seconds is null or :first = :last)
+                """, {"app": app_id, "first": first, "last": last})
+
+    @staticmethod
+    def per_day(db: sqlite3.Connection, app: Optional[int], days: range) -> Figures:
+        """Sessions, the mean and the median of their seconds. Of several apps together there is no median."""
+        rows = {day: row for day, *row in db.execute(f"""
+            select day, sum(sessions), sum(ended), sum(session_ms), sum(case when ended > 0 then 1 else 0 end),
+                max(case when ended > 0 then app_id end), max(median_seconds)
+            from session_days where {APPS} and day between :first and :last group by day
+            """, {"app": app, "first": days[0], "last": days[-1]})}
+        found: Figures = {"sessions": [], "median_seconds": [], "mean_seconds": []}
+        for day in days:
+            sessions, ended, total, apps, one, median = rows.get(day, (0, 0, 0, 0, None, None))
+            if apps == 1 and median is None:
+                median, = db.execute(f"select ({_MEDIAN}) from session_days where app_id = ? and day = ?",
+                                     (one, day)).fetchone()
+            found["sessions"].append(sessions)
+            found["median_seconds"].append(median if apps == 1 else None)
+            found["mean_seconds"].append(round(total / ended / SECOND, 1) if ended else None)
+        return found
+
+
+_SESSION = attrgetter("app_id", "session_id", "device_id_hash")
+_MEDIAN = """
+    select seconds from (
+        select seconds, sum(sessions) over (order by seconds) as so_far, sum(sessions) over () as total
+        from durations where app_id = session_days.app_id and day = session_days.day) as sums
+    where 2 * so_far >= total
+    order by seconds
+    limit 1
+    """
+
+
+class Device:
+    """What a transaction learns of a device."""
+
+    __slots__ = ("first_day", "days", "last_hour", "last_seq", "versions")
+
+    def __init__(self) -> None:
+        self.first_day, self.last_hour, self.last_seq = MAX_NUMBER, 0, 0
+        self.days: Set[int] = set()
+        self.versions: Dict[str, int] = {}  # whether it crashed there: 1 or 0
+
+    def see(self, reports: Sequence[Any], crashed: int) -> None:
+        """Adds reports of one version."""
+        times = [report.at for report in reports]
+        oldest = reports[0].received_at // DAY - DEVICE_DAYS
+        self.days.update(day for day in {at // DAY for at in times} if day >= oldest)
+        self.first_day = min(self.first_day, min(times) // DAY)
+        self.last_hour = max(self.last_hour, max(times) // HOUR)
+        self.last_seq = max(self.last_seq, reports[-1].seq)
+        if reports[0].app_version:
+            self.versions[reports[0].app_version] = max(crashed, self.versions.get(reports[0].app_version, 0))
+
+
+class Devices(Figure):
+    """Devices that are active, that are new and come back, and those of each release. What is known of a device
+    goes with its last report (to the hour); it is known by a digest, so that no figure holds its name."""
+
+    TABLES = """
+create table devices (                     -- of which a report is kept
+    app_id integer not null, device integer not null,  -- see `device_key`
+    first_day integer not null, last_hour integer not null,  -- by the time at which reports count
+    last_seq integer not null,             -- to the hour
+    primary key (app_id, device)) without rowid;
+create table device_days (
+    app_id integer not null, device integer not null, day integer not null,
+    primary key (app_id, device, day)) without rowid;
+create table device_versions (
+    app_id integer not null, device integer not null, app_version text not null, crashed integer not null,
+    primary key (app_id, device, app_version)) without rowid;
+create table device_hours (                -- devices by the hour in which they were last seen; the last 48 hours
+    app_id integer not null, hour integer not null, devices integer not null,
+    primary key (app_id, hour)) without rowid;
+create table active_days (                 -- devices of a UTC day, of the 7 and of the 30 days that end with it
+    app_id integer not null, day integer not null,
+    dau integer not null, wau integer not null, mau integer not null,
+    primary key (app_id, day)) without rowid;
+create table cohorts (                     -- devices first seen on a UTC day, and of them those seen n days later
+    app_id integer not null, day integer not null, devices integer not null,
+    back_1 integer not null, back_7 integer not null, back_30 integer not null,
+    primary key (app_id, day)) without rowid;
+"""
+    ACTIVE = {"dau": 1, "wau": 7, "mau": 30}
+    BACK = {"back_1": 1, "back_7": 7, "back_30": 30}
+    SUMS = {"device_hours": (("app_id", "hour"), ("devices",)), "active_days": (("app_id", "day"), tuple(ACTIVE)),
+            "cohorts": (("app_id", "day"), ("devices", *BACK))}
+    ENTITIES = ("devices", "device_days", "device_versions")
+
+    def __init__(self, db: sqlite3.Connection, now: int, releases: Releases):
+        super().__init__(db, now)
+        self._releases = releases
+        self._seen: Dict[Tuple[int, int], Device] = defaultdict(Device)  # by app_id and device
+
+    def count_crashes(self, crashes: Sequence[CountedCrash], by: int) -> None:
+        self._see(crashes if by > 0 else (), 1)
+
+    def count_events(self, events: Sequence[CountedEvent], by: int) -> None:
+        self._see(events if by > 0 else (), 0)
+
+    def _see(self, reports: Sequence[Any], crashed: int) -> None:
+        for (app_id, device, _), run in groupby(reports, _DEVICE):
+            if device:
+                self._seen[app_id, device_key(device)].see(list(run), crashed)
+
+    def save(self) -> None:
+        stored = {tuple(row[:2]): row[2:] for row in rows_of(self._db, """
+            select devices.* from (values *) as keys cross join devices on app_id = column1 and device = column2
+            """, list(self._seen))}
+        self._save_days(stored)
+        self._save_versions()
+        changed = []
+        for key, seen in self._seen.items():
+            first_day, last_hour, last_seq = stored.get(key, (MAX_NUMBER, 0, 0))
+            if seen.last_hour > last_hour:
+                self._count_hour(key[0], last_hour, -1)
+                self._count_hour(key[0], seen.last_hour, 1)
+            if seen.first_day < first_day or seen.last_hour > last_hour or _hour(seen.last_seq) > _hour(last_seq):
+                changed.append((*key, min(first_day, seen.first_day), max(last_hour, seen.last_hour),
+                                max(last_seq, seen.last_seq)))
+        insert_rows(self._db, """
+            insert into devices values *
+            on conflict (app_id, device) do update set first_day = excluded.first_day,
+                last_hour = excluded.last_hour, last_seq = excluded.last_seq
+            """, changed)
+        super().save()
+
+    def _save_days(self, stored: Mapping[tuple, Sequence[int]]) -> None:
+        """Days on which a device was not seen before. Mostly there are none: its last day is in its row."""
+        fresh = {key: seen for key, seen in self._seen.items()
+                 if key not in stored or seen.first_day < stored[key][0] or seen.days - {stored[key][1] // 24}}
+        near = defaultdict(list)  # the days around them, which decide what changes
+        for app_id, device, day in rows_of(self._db, """
+                select app_id, device, day from (values *) as keys cross join device_days
+                    on app_id = column1 and device = column2 and day between column3 and column4
+                order by day
+                """, [(*key, seen.first_day - 30, max(*seen.days, seen.first_day, stored[key][0], 0) + 30)
+                      for key, seen in fresh.items() if key in stored]):
+            near[app_id, device].append(day)
+        rows = []
+        for key, seen in fresh.items():
+            first_day, *_ = stored.get(key, (None,))
+            self._count_cohort(key[0], first_day, near[key], -1)
+            for day in sorted(seen.days - set(near[key])):
+                self._count_active(key[0], near[key], day, 1)
+                insort(near[key], day)
+                rows.append((*key, day))
+            self._count_cohort(key[0], seen.first_day if first_day is None else min(first_day, seen.first_day),
+                               near[key], 1)
+        insert_rows(self._db, "insert into device_days values *", rows)
+
+    def _count_active(self, app_id: int, others: List[int], day: int, by: int) -> None:
+        """Counts a day of a device: the days that it makes it active on, of those that its others do not."""
+        at = bisect_left(others, day)
+        before, after = others[at - 1] if at else -DAY, others[at] if at < len(others) else DAY
+        for column, span in self.ACTIVE.items():
+            for each in range(max(day, before + span), min(day + span, after)):
+                self.sums["active_days"].add((app_id, each), **{column: by})
+
+    def _count_cohort(self, app_id: int, first_day: Optional[int], days: Sequence[int], by: int) -> None:
+        if first_day is not None:
+            self.sums["cohorts"].add((app_id, first_day), devices=by, **{
+                column: by for column, later in self.BACK.items() if first_day + later in days})
+
+    def _count_hour(self, app_id: int, hour: int, by: int) -> None:
+        if hour >= self._now // HOUR - HOURS_KEPT:
+            self.sums["device_hours"].add((app_id, hour), devices=by)
+
+    def _save_versions(self) -> None:
+        seen = {(*key, version): crashed for key, device in self._seen.items()
+                for version, crashed in device.versions.items()}
+        stored = {tuple(row[:3]): row[3] for row in rows_of(self._db, """
+            select device_versions.* from (values *) as keys
+            cross join device_versions on app_id = column1 and device = column2 and app_version = column3
+            """, list(seen))}
+        changed = {key: crashed for key, crashed in seen.items() if crashed > stored.get(key, -1)}
+        for (app_id, _, version), crashed in changed.items():
+            self._releases.count(app_id, version, devices=(app_id, _, version) not in stored, crashed_devices=crashed)
+        insert_rows(self._db, """
+            insert into device_versions values *
+            on conflict (app_id, device, app_version) do update set crashed = excluded.crashed
+            """, [(*key, crashed) for key, crashed in changed.items()])
+
+    def forget(self, device_id_hash: str) -> int:
+        """Takes a device out of all figures, in all apps; in how many it was known."""
+        device = device_key(device_id_hash)
+        rows = self._db.execute("""
+            select app_id, first_day, last_hour from devices where app_id in (select id from apps) and device = ?
+            """, (device,)).fetchall()
+        for app_id, first_day, last_hour in rows:
+            key = (app_id, device)
+            days = [day for day, in self._db.execute(
+                "select day from device_days where app_id = ? and device = ? order by day", key)]
+            self._count_cohort(app_id, first_day, days, -1)
+            while days:
+                day = days.pop()
+                self._count_active(app_id, days, day, -1)
+            self._count_hour(app_id, last_hour, -1)
+            for version, crashed in self._db.execute(
+                    "select app_version, crashed from device_versions where app_id = ? and device = ?", key).fetchall():
+                self._releases.count(app_id, version, devices=-1, crashed_devices=-crashed)
+            for table in ("devices", "device_days", "device_versions"):
+                self._db.execute(f"delete from {table} where app_id = ? and device = ?", key)
+        return len(rows)
+
+    def expire_crashes(self, crashes: Sequence[Any]) -> None:
+        """The days of a device that stays go when no report that is kept can be of them."""
+        oldest = crashes[-1].received_at // DAY - DEVICE_DAYS
+        gone = [{"app": app_id, "device": device_key(device), "seq": seq, "oldest": oldest} for (app_id, device), seq in {
+            (crash.app_id, crash.device_id_hash): crash.seq for crash in crashes if crash.device_id_hash}.items()]
+        for statement in (
+                "delete from devices where app_id = :app and device = :device and last_seq <= :seq",
+                f"delete from device_days where app_id = :app and device = :device and (day < :oldest or {_NO_DEVICE})",
+                f"delete from device_versions where app_id = :app and device = :device and {_NO_DEVICE}"):
+            self._db.executemany(statement, gone)
+
+    expire_events = expire_crashes
+
+    @staticmethod
+    def last_24_hours(db: sqlite3.Connection, app: Optional[int], now: int) -> int:
+        """Devices that were seen in the last 24 hours, rounded to the full hour."""
+        return db.execute(f"select coalesce(sum(devices), 0) from device_hours where {APPS} and hour >= :since",
+                          {"app": app, "since": (now - DAY) // HOUR}).fetchone()[0]
+
+
+_DEVICE = attrgetter("app_id", "device_id_hash", "app_version")
+_NO_DEVICE = "not exists (select 1 from devices where app_id = :app and device = :device)"
+
+
+@lru_cache(maxsize=4096)
+def device_key(device_id_hash: Optional[str]) -> int:
+    """The number by which figures know a device: 63 bits of its SHA-256. 0 for none."""
+    return int.from_bytes(sha256(device_id_hash)[:8], "big") >> 1 if device_id_hash else 0
+
+
+def _hour(seq: int) -> int:
+    """The hour of receipt."""
+    return (seq >> SEQ_BITS) // HOUR
 
 
 def rounded_seconds(milliseconds: int) -> int:
@@ -1295,15 +1503,82 @@ def rounded_seconds(milliseconds: int) -> int:
     return (milliseconds + unit // 2) // unit * unit // SECOND
 
 
+FIGURES: Sequence[Any] = (NewNames, CrashDays, Labels, Groups, Releases, Sessions, Devices)
+SCHEMA = REPORT_TABLES + "".join(figure.TABLES for figure in FIGURES)
+# The primary key of each table that has rows of an app.
+KEYS = {table: tuple(key.split(", ")) for table, key in re.findall(
+    r"create table (\w+) \([^;]*?primary key \((app_id, [^)]*)\)", re.sub("--.*", "", SCHEMA))}
+
+
+class RollUps:
+    """All figures in one transaction: reports are counted, and then all changes are saved at once."""
+
+    def __init__(self, db: sqlite3.Connection, now: int):
+        self._db, self._now = db, now
+        self.names, self.groups, self.releases = NewNames(db, now), Groups(db, now), Releases(db, now)
+        self.devices = Devices(db, now, self.releases)
+        # Releases come last, because sessions and devices count in them when they are saved.
+        self.figures = (CrashDays(db, now), Labels(db, now), self.groups, Sessions(db, now, self.releases),
+                        self.devices, self.releases)
+
+    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+        """Counts CountedCrashes or CountedEvents, in the order of their seqs."""
+        for figure in self.figures:
+            (figure.count_crashes if kind is Crash else figure.count_events)(reports, by)
+
+    def expire(self, kind: type, reports: Sequence[Any]) -> None:
+        """Deletes what describes only reports whose rows have expired."""
+        for figure in self.figures:
+            (figure.expire_crashes if kind is Crash else figure.expire_events)(reports)
+
+    def save(self) -> None:
+        """Writes everything that has changed."""
+        for figure in (self.names, *self.figures):
+            figure.save()
+
+    def trim(self) -> int:
+        """Deletes some of the rows whose window is over; how many. Once a day is enough."""
+        windows = [("new_names", 0), *(figure.WINDOW for figure in self.figures if figure.WINDOW[1])]
+        old = {table: self._delete_old(table, "day", self._now // DAY - days) for table, days in windows}
+        old["device_hours"] = self._delete_old("device_hours", "hour", self._now // HOUR - HOURS_KEPT)
+        self.groups.drop((app_id, group_hash) for app_id, _, group_hash in old["group_days"])
+        return sum(map(len, old.values()))
+
+    def _delete_old(self, table: str, column: str, before: int) -> List[tuple]:
+        key = KEYS[table]
+        rows = self._db.execute(f"""
+            select {", ".join(key)} from {table}
+            where app_id in (select id from apps) and {column} < ? limit ?
+            """, (before, TRIMMED)).fetchall()
+        self._db.executemany(f"delete from {table} where {' and '.join(f'{each} = ?' for each in key)}", rows)
+        return rows
+
+
+def labelled(rows: Iterable[Tuple[str, int]]) -> Figures:
+    """Labels and counts as an answer has them."""
+    pairs = list(fitting(rows))
+    return {"labels": [label for label, _ in pairs], "data": [count for _, count in pairs]}
+
+
+def fitting(rows: Iterable[Any]) -> Iterator[Any]:
+    """The first rows, as many as MAX_ANSWER bytes of JSON hold."""
+    size = 0
+    for row in rows:
+        size += len(json.dumps(row))
+        if size > MAX_ANSWER:
+            return
+        yield row
+
+
 STATEMENTS = 512  # that are kept prepared: an insert is another one for each number of rows
 ROWS = 128  # in a statement
 
 
 def insert_rows(db: sqlite3.Connection, statement: str, rows: Sequence[tuple]) -> None:
-    """Runs an insert for all rows, its `values *` standing for their placeholders, with few statements.
+    """Runs an insert for all rows, its `values *` standing for their placeholders.
 
-    Python gives its lock away for the time of a statement, and under load has to
-    queue for it after each: executemany would queue once a row.
+    In few statements: Python releases its lock for each one, and under load has to queue
+    for it again afterwards. executemany would queue once a row.
     """
     for start in range(0, len(rows), ROWS):
         part = rows[start:start + ROWS]
@@ -1326,30 +1601,372 @@ def _with_placeholders(statement: str, rows: int, columns: int) -> str:
     return statement.replace("values *", "values " + ", ".join([row] * rows))
 
 
-# == Store =====================================================================
+def dict_rows(db: sqlite3.Connection, query: str, parameters: Any = ()) -> List[Dict[str, Any]]:
+    """The rows of a query, each by the names of its columns."""
+    rows = db.execute(query, parameters)
+    names = [column[0] for column in rows.description]
+    return [dict(zip(names, row)) for row in rows]
+
+
+# == Database ==================================================================
 #
-# Everything that touches the file: one writing connection per process, behind a
-# lock; readers, which cannot write; and one path by which a report reaches the
-# disk. `add` queues it, and whoever gets the lock commits all that is queued: one
-# fsync serves everyone who waits, and there is no thread that could die.
+# One SQLite file: its tables, and how it is read and written. A process has one
+# connection that writes, behind a lock, and readers that cannot write.
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for a lock that another process holds
-REPLAY_DAYS = 7  # how long a phone may be offline between a request and its repetition
-BUSY_GROUP = 4  # requests in a commit, from which on the next one waits for company
-GATHER_SECONDS = 0.002  # at most: a commit costs as much as ten reports; who comes alone never waits
-MAX_WAIT = 30.0  # seconds for a commit that others make: longer than any lock and sync together
-STEP = 200  # rows that a commit deletes, and more where more come in: too few to be felt
-PRUNE_STEP = 1000  # rows, or pages, that `prune` deletes at a time
-PAUSE = 2  # the pause after such a step, in its lengths
-EXPIRE_SLICE = 10  # rows after which first to look at the clock: one may be as large as a body
-EXPIRE_SECONDS = 0.02  # so long a commit may go on deleting, before it writes that to the disk
-PAGE_ROWS = 1000  # that an export reads at a time,
-PAGE_TEXT = 1_000_000  # and characters: a row may be as large as a body
 
 
 class StoreError(Exception):
     """What the store cannot do for its operator. `str()` is one line that says why."""
 
+
+class Connection(sqlite3.Connection):
+    """A connection in autocommit mode. It never makes the file: one that vanished must not come back empty."""
+
+    def __init__(self, path: Path, query_only: bool = False, mode: str = "rw"):
+        super().__init__(f"{path.as_uri()}?mode={mode}", uri=True, timeout=BUSY_TIMEOUT,
+                         isolation_level=None, check_same_thread=False, cached_statements=STATEMENTS)
+        self.execute("pragma synchronous = full")  # NORMAL may lose acknowledged commits with the power
+        self.execute("pragma secure_delete = on")  # overwrite what is deleted
+        # In KiB. One connection writes, and as many as there are busy threads read.
+        self.execute(f"pragma cache_size = {-512 if query_only else -8192}")
+        self.execute(f"pragma query_only = {int(query_only)}")
+
+    def begin_writing(self, shared: bool) -> None:
+        """Begins a transaction that writes. Where it is `shared`, an engine that can may let others in that write to
+        other apps; SQLite lets one write at a time."""
+        self.execute("begin immediate")  # a lock taken later may fail at once instead of waiting
+
+    def lock_apps(self, key_hashes: Sequence[bytes]) -> None:
+        """In a shared transaction: waits for others that write to the apps of these keys."""
+
+    def reserve_seqs(self, now: int, count: int) -> int:
+        """The first of so many seqs that follow one another and were never given before."""
+        last, = self.execute("""
+            select max(coalesce((select max(seq) from crashes where seq < :ahead), 0),
+                coalesce((select max(seq) from events where seq < :ahead), 0),
+                coalesce((select value from state where name = 'last_seq' and value < :ahead), 0))
+            """, {"ahead": first_seq(now + DAY)}).fetchone()  # beyond are those of a clock that was fast
+        first = max(last + 1, first_seq(now) + secrets.randbits(SEQ_BITS))  # at random: other files have other ids
+        self.execute(SET_STATE, ("last_seq", first + count - 1))
+        return first
+
+    def append(self, table: str, columns: Sequence[str], rows: Sequence[tuple]) -> None:
+        """Inserts rows that are new to a table."""
+        insert_rows(self, f"insert into {table} ({', '.join(columns)}) values *", rows)
+
+    def pragma(self, name: str) -> Any:
+        """The first value of a pragma."""
+        return self.execute(f"pragma {name}").fetchone()[0]
+
+
+SET_STATE = "insert into state values (?, ?) on conflict (name) do update set value = excluded.value"
+
+
+def _close(db: Optional[Connection]) -> None:
+    if db is not None:
+        db.close()
+
+
+def _wal_size(path: Path) -> int:
+    wal = Path(f"{path}-wal")
+    return wal.stat().st_size if wal.exists() else 0
+
+
+def _file_identity(path: Path) -> Tuple[int, int]:
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise sqlite3.OperationalError(f"{path}: {error.strerror}") from None
+    return found.st_dev, found.st_ino
+
+
+_Self = TypeVar("_Self", bound="Database")
+
+
+class Database:
+    """A file with the tables of this server. Thread-safe; works on both sides of a fork.
+
+    Raises StoreError where the file cannot be opened or is something else. Every method
+    may raise StorageUnavailable. `clock` gives seconds since 1970. For another engine
+    (examples/postgres.py) a subclass replaces what is SQLite's own: `Error`, _open,
+    _connect, _check_file, reading, _shrink, _fold_in_wal, size and _wal_size.
+    """
+
+    Error: type = sqlite3.Error  # what a connection raises
+
+    def __init__(self, path: str, clock: Callable[[], float] = time.time, may_create: bool = True):
+        self._clock = clock
+        self._closed, self._trouble, self._logged = False, "", ""
+        # A parent's connections stay here untouched in the child: to close them would harm the parent's.
+        self._processes: Dict[int, _Process] = {}
+        self._open(path, may_create)
+
+    def _open(self, path: str, may_create: bool) -> None:
+        self.path = Path(path).absolute()
+        _prepare(self.path, may_create)
+        self._file = _file_identity(self.path)
+
+    def __enter__(self: _Self) -> _Self:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes this process's connections and so folds in the WAL. May be called twice."""
+        self._closed = True
+        here = self._here
+        with here.write_lock:
+            while here.readers:
+                here.readers.pop().close()
+            _close(here.writer)  # last, because a reader may not fold in the WAL
+            here.writer = None
+
+    @property
+    def now(self) -> int:
+        """The time, in milliseconds since 1970 UTC."""
+        return int(self._clock() * SECOND)
+
+    @property
+    def _here(self) -> _Process:
+        pid = os.getpid()
+        return self._processes.get(pid) or self._processes.setdefault(pid, _Process())
+
+    def _connect(self, query_only: bool = False) -> Connection:
+        self._check_file()
+        return Connection(self.path, query_only)
+
+    def _check_file(self) -> None:
+        """Raises sqlite3.Error where the file is gone, or where another has come in its place: the WAL
+        beside it still belongs to the first, and would spoil the second."""
+        if self._closed:
+            raise sqlite3.ProgrammingError("the store is closed")
+        if _file_identity(self.path) != self._file:
+            raise sqlite3.OperationalError(f"{self.path} is another file than at the start")
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A connection that cannot write; for short reads, because an open one holds up the WAL."""
+        here = self._here
+        db = None
+        try:
+            db = here.idle_reader() or self._connect(query_only=True)
+            yield db
+        except BaseException as error:
+            _close(db)
+            if isinstance(error, self.Error):
+                raise self._unavailable("read", error) from error
+            raise
+        if self._closed:
+            db.close()
+        else:
+            here.readers.append(db)
+
+    @contextmanager
+    def writing(self, shared: bool = False) -> Iterator[Connection]:
+        """The process's one writing connection, in a transaction that is durable at the end."""
+        here = self._here
+        with here.write_lock:
+            try:
+                self._check_file()
+                db = here.writer = here.writer or self._connect()
+                db.begin_writing(shared)
+                yield db
+                db.execute("commit")
+            except BaseException as error:
+                # Closing undoes what is left of the transaction, also where SQLite has
+                # rolled back by itself and every further statement would be its own.
+                _close(here.writer)
+                here.writer = None
+                if isinstance(error, self.Error):
+                    raise self._unavailable("write", error) from error
+                raise
+            self._trouble = self._logged = ""
+
+    @contextmanager
+    def writing_step(self) -> Iterator[Connection]:
+        """A transaction of many. The pause after it lets others in that wait for the lock: SQLite's own way of
+        waiting seldom wins it from somebody who is always back at once."""
+        with self.writing() as db:
+            began = time.monotonic()
+            yield db
+        time.sleep(PAUSE * (time.monotonic() - began))
+
+    def _unavailable(self, verb: str, error: Exception) -> StorageUnavailable:
+        """Logs once what is wrong, and remembers it until a commit succeeds, unless it is a lock."""
+        if str(error) != self._logged:
+            log.error("cannot %s the database: %s", verb, error)
+            self._logged = str(error)
+        if verb == "write" and "locked" not in str(error):
+            self._trouble = str(error)
+        return StorageUnavailable()
+
+    def check(self) -> None:
+        """Raises StorageUnavailable if the file is gone or cannot be read, or if the last commit has
+        failed and another one, which is made to see, fails as well."""
+        with self.reading() as db:
+            self._check_file()
+            db.execute("select 1 from apps").fetchone()
+        if self._trouble:
+            with self.writing() as db:
+                db.execute("update secrets set hash = hash")
+
+    @property
+    def size(self) -> int:
+        """Bytes of the database."""
+        return self.path.stat().st_size
+
+    @property
+    def _wal_size(self) -> int:
+        return _wal_size(self.path)
+
+    def _shrink(self) -> None:
+        """Gives the disk the space of what is deleted."""
+        free, before = 1, 0
+        while free and free != before:  # it stays where the file was made without auto_vacuum
+            before = free
+            with self.writing_step() as db:
+                for _ in range(PRUNE_STEP):  # of one page each: some Pythons end a longer pragma after its first
+                    db.execute("pragma incremental_vacuum(1)").fetchall()
+                free = db.pragma("freelist_count")
+        self._fold_in_wal()
+
+    def _fold_in_wal(self) -> None:
+        with self.reading() as db:
+            db.execute("pragma wal_checkpoint(truncate)").fetchall()
+
+
+_ANOTHER = "; --db or BACKFEEDR_DB_PATH names another"
+
+
+def _prepare(path: Path, may_create: bool) -> None:
+    """Makes the file and its tables where there are none, and brings an old schema up to date.
+
+    Raises StoreError, and has changed nothing, where the file is something else.
+    """
+    if not may_create and not path.exists():
+        raise StoreError(f"there is no database {path}{_ANOTHER}")
+    check_sqlite()
+    try:
+        try:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        except FileExistsError:  # and never opened but by SQLite: closing it drops the locks of a whole process
+            pass
+        deadline = time.monotonic() + BUSY_TIMEOUT
+        while True:
+            try:
+                return _make_tables(path)
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)  # the change to WAL does not itself wait for another process
+    except (OSError, sqlite3.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        hint = _ANOTHER if type(error) is sqlite3.DatabaseError else ""  # it is something else; not: locked
+        raise StoreError(f"cannot open the database {path}: {reason}{hint}") from None
+
+
+def check_sqlite() -> str:
+    """The version of SQLite. Raises StoreError where it is too old."""
+    if sqlite3.sqlite_version_info < (3, 32):  # whose statements take more than 999 values
+        raise StoreError(f"SQLite 3.32 or later is needed; this Python has {sqlite3.sqlite_version}")
+    return sqlite3.sqlite_version
+
+
+def _make_tables(path: Path) -> None:
+    with closing(Connection(path)) as db:
+        check_is_ours(db, path)
+        if db.pragma("user_version") == SCHEMA_VERSION:
+            return
+        if not db.pragma("user_version"):
+            db.execute("pragma auto_vacuum = incremental")
+            db.execute("pragma journal_mode = wal")
+        db.execute("begin immediate")
+        migrate(db, db.pragma("user_version"), run_script)  # again: another process may have been faster
+        db.execute(f"pragma application_id = {APPLICATION_ID}")
+        db.execute(f"pragma user_version = {SCHEMA_VERSION}")
+        db.execute("commit")
+
+
+def check_is_ours(db: Connection, path: Path) -> None:
+    """Raises StoreError where a file has other tables than ours, or those of a later version."""
+    version = db.pragma("user_version")
+    is_empty = not version and not db.pragma("schema_version")
+    if not is_empty and db.pragma("application_id") != APPLICATION_ID:
+        raise StoreError(f"{path} is a database, but not one of backfeedr's{_ANOTHER}")
+    if version > SCHEMA_VERSION:
+        raise StoreError(f"{path} is of a newer backfeedr (schema {version}; this one knows {SCHEMA_VERSION})")
+
+
+def run_script(db: Connection, script: str) -> None:
+    """Runs the statements of a script: executescript() would commit before it begins."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            db.execute(statement)
+            statement = ""
+
+
+def migrate(db: Connection, version: int, run: Callable[[Connection, str], None]) -> None:
+    """Makes the tables, or brings those of an older version up to date, in the current transaction."""
+    if not version:
+        return run(db, SCHEMA)
+    if version < 2:
+        run(db, "create table grants (hash blob primary key, expires_at integer not null) without rowid;\n")
+    if version < 3:
+        _migrate_to_3(db, run)
+
+
+def _migrate_to_3(db: Connection, run: Callable[[Connection, str], None]) -> None:
+    """Figures are kept per app: those of app 0, all apps together, go. Devices and sessions are known by digests."""
+    tables = ("devices", "sessions", "hours", "days", "durations", "releases", "release_days", "labels", "groups")
+    run(db, "".join(f"alter table {table} rename to old_{table};\n" for table in tables)
+        + "drop index release_days_by_age;\n"
+        + "".join(f"alter table {table} add column other integer not null default 0;\n" for table in TABLES.values())
+        + "".join(figure.TABLES for figure in FIGURES) + f"""
+insert into crash_days select app_id, day, crashes from old_days where app_id > 0 and crashes > 0;
+insert into session_days select app_id, day, sessions, ended, session_ms, median_seconds
+    from old_days where app_id > 0 and sessions > 0;
+insert into active_days select app_id, day, dau, wau, mau from old_days where app_id > 0 and mau > 0;
+insert into cohorts select app_id, day, newcomers, back_1, back_7, back_30 from old_days
+    where app_id > 0 and newcomers > 0;
+insert into device_hours select app_id, hour, devices from old_hours where app_id > 0 and devices > 0
+    and hour >= (select max(hour) from old_hours) - {HOURS_KEPT};
+insert into durations select * from old_durations where app_id > 0;
+insert into releases select * from old_releases;
+insert into release_days select app_id, day, app_version, sessions from old_release_days;
+insert into labels select * from old_labels;
+insert into groups select app_id, group_hash, exception_type, exception_reason, first_seen, last_seen
+    from old_groups where app_id > 0;
+insert into group_days select app_id, hour / 24, group_hash, sum(crashes) from group_hours
+    where app_id > 0 group by app_id, hour / 24, group_hash;
+""")
+    _migrate_devices(db)
+    rows = [(app_id, session_id, device_key(device), *rest) for app_id, session_id, *rest, device in db.execute("""
+        select old_sessions.*, device_id_hash from old_sessions left join events on seq = last_seq
+        """).fetchall()]
+    insert_rows(db, "insert into sessions values *", rows)
+    run(db, "".join(f"drop table old_{table};\n" for table in tables)
+        + "drop table group_hours;\ndelete from state where name = 'recent_since';\n")
+
+
+def _migrate_devices(db: Connection) -> None:
+    devices, days, versions = [], [], []
+    for app_id, name, first_seen, last_seen, last_seq, lowest, bits, crashed_in in db.execute(
+            "select * from old_devices where app_id > 0").fetchall():
+        key, number = (app_id, device_key(name)), int.from_bytes(bits, "big")
+        devices.append((*key, first_seen // DAY, last_seen // HOUR, last_seq))
+        days += [(*key, lowest + n) for n in range(number.bit_length()) if number >> n & 1]
+        versions += [(*key, *each) for each in json.loads(crashed_in).items()]
+    for table, rows in (("devices", devices), ("device_days", days), ("device_versions", versions)):
+        insert_rows(db, f"insert into {table} values *", rows)
+
+
+# == Apps ======================================================================
+#
+# Apps, their keys, and what lets an admin in.
 
 class App(NamedTuple):
     """An app; `keys` counts its active ones, `created_at` is in milliseconds."""
@@ -1377,9 +1994,161 @@ class FirstStart(NamedTuple):
     token: Optional[str]
 
 
+class Apps(Database):
+    """A database that knows apps, keys and the admin."""
+
+    def start(self, api_key: str = "", auth_token: str = "") -> FirstStart:
+        """Gives a server what it needs to begin: an app `default` where there is none, an admin token.
+
+        Secrets that are given are taken; else they are made, where none is stored.
+        """
+        with self.writing() as db:
+            key = token = None
+            known = db.execute("select revoked_at from keys where key_hash = ?", (sha256(api_key),)).fetchone()
+            if known and known[0]:
+                log.warning("the API key of the settings was revoked, and stays so")
+            elif api_key and not known:
+                db.execute("insert into apps (name, is_test, created_at) values ('default', 0, ?) on conflict do nothing",
+                           (self.now,))
+                self._insert_key(db, "default", api_key)
+            elif not db.execute("select 1 from apps").fetchone():
+                key = self._insert_app(db, "default", False)
+            if not auth_token and not db.execute("select 1 from secrets").fetchone():
+                auth_token = token = "bf_admin_" + secrets.token_hex(16)
+            if auth_token and db.execute("""
+                    insert into secrets values ('admin_token', ?)
+                    on conflict (name) do update set hash = excluded.hash where secrets.hash <> excluded.hash
+                    """, (sha256(auth_token),)).rowcount:
+                db.execute("delete from grants")  # they were for whoever knew the old one
+            return FirstStart(key, token)
+
+    def is_admin(self, token: bytes) -> bool:
+        """Whether this is the admin token."""
+        with self.reading() as db:
+            row = db.execute("select hash from secrets where name = 'admin_token'").fetchone()
+        return row is not None and hmac.compare_digest(row[0], sha256(token))
+
+    def grant(self, kind: str, lifetime: int) -> str:
+        """A new secret that stands for the admin token, for so many milliseconds and for one kind of use."""
+        secret = secrets.token_hex(16)
+        with self.writing() as db:
+            db.execute("delete from grants where expires_at <= ?", (self.now,))
+            db.execute("insert into grants values (?, ?)", (sha256(kind + secret), self.now + lifetime))
+        return secret
+
+    def is_granted(self, kind: str, secret: str) -> bool:
+        """Whether this is such a secret, and has neither expired nor been withdrawn."""
+        with self.reading() as db:
+            return db.execute("select 1 from grants where hash = ? and expires_at > ?",
+                              (sha256(kind + secret), self.now)).fetchone() is not None
+
+    def withdraw(self, kind: str, secret: str) -> bool:
+        """Ends a grant; whether there was one."""
+        with self.writing() as db:
+            return db.execute("delete from grants where hash = ? and expires_at > ?",
+                              (sha256(kind + secret), self.now)).rowcount > 0
+
+    def is_cached_key(self, key_hash: bytes) -> bool:
+        """As is_known_key, but of what is known without a look at the database."""
+        return key_hash in self._here.seen_keys
+
+    def is_active_key(self, key_hash: bytes) -> bool:
+        """Whether the key with this SHA-256 is active."""
+        with self.reading() as db:
+            is_active = db.execute("select 1 from keys where key_hash = ? and revoked_at is null",
+                                   (key_hash,)).fetchone() is not None
+        (self._here.seen_keys.add if is_active else self._here.seen_keys.discard)(key_hash)
+        return is_active
+
+    def is_known_key(self, key_hash: bytes) -> bool:
+        """Whether the key was active when it was last looked up, which may be long ago but costs nothing."""
+        return self.is_cached_key(key_hash) or self.is_active_key(key_hash)
+
+    def create_app(self, name: str, is_test: bool = False) -> str:
+        """Makes an app and returns its first key, which is not kept. Raises StoreError."""
+        with self.writing() as db:
+            return self._insert_app(db, name, is_test)
+
+    def _insert_app(self, db: Connection, name: str, is_test: bool) -> str:
+        self._make_app(db, name, is_test)
+        return self._insert_key(db, name, new_key(is_test))
+
+    def _make_app(self, db: Connection, name: str, is_test: bool) -> None:
+        if name != name.strip() or not 1 <= len(name) <= 100 or not name.isprintable():
+            raise StoreError("an app's name is 1 to 100 printable characters, without a space at an end")
+        if db.execute("select 1 from apps where name = ?", (name,)).fetchone():
+            raise StoreError(f"there is an app named {name!r} already")
+        db.execute("insert into apps (name, is_test, created_at) values (?, ?, ?)", (name, is_test, self.now))
+
+    def create_key(self, app: str) -> str:
+        """A further key for an app, which is not kept. Raises StoreError where there is no such app."""
+        with self.writing() as db:
+            return self._insert_key(db, app, new_key(self._app(db, app)[1]))
+
+    def _insert_key(self, db: Connection, app: str, key: str) -> str:
+        db.execute("insert into keys (key_hash, app_id, prefix, created_at) values (?, ?, ?, ?)",
+                   (sha256(key), self._app(db, app)[0], key_prefix(key), self.now))
+        return key
+
+    def _app(self, db: Connection, name: str) -> Tuple[int, bool]:
+        row = db.execute("select id, is_test from apps where name = ?", (name,)).fetchone()
+        if row is None:
+            raise StoreError(f"there is no app named {name!r}")
+        return row[0], bool(row[1])
+
+    def apps(self) -> List[App]:
+        """All apps, by name."""
+        with self.reading() as db:
+            return [App(name, bool(is_test), *rest) for name, is_test, *rest in db.execute("""
+                select name, is_test, created_at,
+                    (select count(*) from keys where app_id = apps.id and revoked_at is null)
+                from apps order by name
+                """)]
+
+    def keys(self) -> List[Key]:
+        """All keys, the oldest first."""
+        with self.reading() as db:
+            return [Key(*row, bytes(key_hash).hex()) for key_hash, *row in db.execute("""
+                select key_hash, prefix, name, keys.created_at, revoked_at from keys join apps on apps.id = app_id
+                order by keys.created_at, prefix
+                """)]
+
+    def revoke_key(self, key: str) -> Key:
+        """Ends the one active key that begins with this, or is it, or has this hash. Raises StoreError."""
+        with self.writing() as db:
+            found = db.execute("""
+                select key_hash, prefix, name, keys.created_at from keys join apps on apps.id = app_id
+                where revoked_at is null and :key <> ''
+                    and (key_hash = :hash or key_hash = :given or substr(prefix, 1, :length) = :key)
+                """, {"key": key, "hash": sha256(key), "length": len(key),
+                      "given": bytes.fromhex(key) if re.fullmatch("[0-9a-f]{64}", key) else b""}).fetchall()
+            if len(found) != 1:
+                raise StoreError(f"{len(found) or 'no'} active keys begin with {key!r}: see 'key list'")
+            (key_hash, *rest), = found
+            db.execute("update keys set revoked_at = ? where key_hash = ?", (self.now, key_hash))
+            return Key(*rest, self.now, bytes(key_hash).hex())
+
+
+# == Store =====================================================================
+#
+# The reports: the one path by which they reach the disk, and how they go again. Requests
+# that come together share one commit, so one fsync serves them all.
+
+REPLAY_DAYS = 7  # how long a phone may be offline between a request and its repetition
+BUSY_GROUP = 4  # requests in a commit, from which on the next one waits for company
+GATHER_SECONDS = 0.002  # at most: a commit costs as much as ten reports; who comes alone never waits
+MAX_WAIT = 30.0  # seconds for a commit that others make: longer than any lock and sync together
+PRUNE_STEP = 1000  # rows, or pages, that a step deletes of a table
+PAUSE = 2  # the pause after such a step, in its lengths
+EXPIRE_SLICE = 10  # rows after which first to look at the clock: one may be as large as a body
+EXPIRE_SECONDS = 0.02  # for which a step may delete expired reports
+PAGE_ROWS = 1000  # that an export reads at a time,
+PAGE_TEXT = 1_000_000  # and characters: a row may be as large as a body
+
+
 class Idempotency(NamedTuple):
-    """By what a repeated request is known: digests, any of which seen before means a repetition,
-    and a digest of all that is in it."""
+    """How a repeated request is recognised: digests of which one seen before means a repetition, and a digest
+    of its content."""
 
     marks: Tuple[bytes, ...] = ()
     request: bytes = b""
@@ -1534,183 +2303,33 @@ class _Process:
             return None
 
 
-class Connection(sqlite3.Connection):
-    """A connection in autocommit mode. It never makes the file: one that vanished must not come back empty."""
+class Store(Apps):
+    """Apps, keys and reports in one SQLite file.
 
-    def __init__(self, path: Path, query_only: bool = False, mode: str = "rw"):
-        super().__init__(f"{path.as_uri()}?mode={mode}", uri=True, timeout=BUSY_TIMEOUT,
-                         isolation_level=None, check_same_thread=False,
-                         cached_statements=STATEMENTS)
-        self.execute("pragma synchronous = full")  # NORMAL may lose acknowledged commits with the power
-        # In KiB. One connection writes, and as many as there are busy threads read.
-        self.execute(f"pragma cache_size = {-512 if query_only else -8192}")
-        self.execute(f"pragma query_only = {int(query_only)}")
-
-    def append(self, table: str, columns: Sequence[str], rows: Sequence[tuple]) -> None:
-        """Inserts rows that are new to a table."""
-        insert_rows(self, f"insert into {table} ({', '.join(columns)}) values *", rows)
-
-    def pragma(self, name: str) -> Any:
-        """The first value of a pragma."""
-        return self.execute(f"pragma {name}").fetchone()[0]
-
-
-def _close(db: Optional[Connection]) -> None:
-    if db is not None:
-        db.close()
-
-
-def _wal_size(path: Path) -> int:
-    wal = Path(f"{path}-wal")
-    return wal.stat().st_size if wal.exists() else 0
-
-
-def _file_identity(path: Path) -> Tuple[int, int]:
-    try:
-        found = os.stat(path)
-    except OSError as error:
-        raise sqlite3.OperationalError(f"{path}: {error.strerror}") from None
-    return found.st_dev, found.st_ino
-
-
-class Store:
-    """Apps, keys and reports in one SQLite file. Thread-safe; works on both sides of a fork.
-
-    Raises StoreError where the file cannot be opened or is something else. Every
-    method may raise StorageUnavailable. `clock` gives seconds since 1970;
-    `retention_days` of 0 keeps all, and None what the last server has kept. Close it,
-    or use it as a context manager.
+    `retention_days` of 0 keeps all, and None what the last server has kept. Close it, or
+    use it as a context manager.
 
     max_waiters: requests that may wait for a commit. More than our server takes at a time,
         unless commits take so long that a phone had better come again.
     max_rows: reports that may wait for a commit; all of them go into the next one, so
         that nobody waits for two. As many take about a tenth of a second to write.
-
-    For a store on another engine (examples/postgres.py) a class of this one replaces
-    what is SQLite's own: `Error`, _open, _connect, _check_file, reading, _shrink, size.
     """
-
-    Error: type = sqlite3.Error  # what a connection raises
 
     def __init__(self, path: str, clock: Callable[[], float] = time.time, retention_days: Optional[int] = 0,
                  max_waiters: int = 256, max_rows: int = 10_000, may_create: bool = True):
+        super().__init__(path, clock, may_create)
         self.max_waiters, self.max_rows = max_waiters, max_rows
-        self._clock = clock
-        self._closed, self._trouble, self._logged = False, "", ""
-        # A parent's connections stay here untouched in the child: to close them would harm the parent's.
-        self._processes: Dict[int, _Process] = {}
-        self._open(path, may_create)
         if retention_days is None:
             with self.reading() as db:
-                row = db.execute("select value from state where name = 'retention_days'").fetchone()
-            retention_days = row[0] if row else Settings.retention_days
+                retention_days = get_state(db, "retention_days", Settings.retention_days)
         self.retention_days: int = retention_days
+        self._expire_at = 0  # when to look next for what is older
 
-    def _open(self, path: str, may_create: bool) -> None:
-        self.path = Path(path).absolute()
-        _prepare(self.path, may_create)
-        self._file = _file_identity(self.path)
-
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes this process's connections and so folds in the WAL. May be called twice."""
-        self._closed = True
-        here = self._here
-        with here.write_lock:
-            while here.readers:
-                here.readers.pop().close()
-            _close(here.writer)  # last, because a reader may not fold in the WAL
-            here.writer = None
-
-    @property
-    def now(self) -> int:
-        """The time, in milliseconds since 1970 UTC."""
-        return int(self._clock() * SECOND)
-
-    @property
-    def _oldest_seq(self) -> int:
-        """Of the reports that are to be kept."""
-        return first_seq(self.now - self.retention_days * DAY) if self.retention_days else 0
-
-    @property
-    def _here(self) -> _Process:
-        pid = os.getpid()
-        return self._processes.get(pid) or self._processes.setdefault(pid, _Process())
-
-    def _connect(self, query_only: bool = False) -> Connection:
-        self._check_file()
-        return Connection(self.path, query_only)
-
-    def _check_file(self) -> None:
-        """Raises sqlite3.Error where the file is gone. So it does where another has come in its place:
-        the WAL beside it still belongs to the first, and would spoil the second."""
-        if self._closed:
-            raise sqlite3.ProgrammingError("the store is closed")
-        if _file_identity(self.path) != self._file:
-            raise sqlite3.OperationalError(f"{self.path} is another file than at the start")
-
-    @contextmanager
-    def reading(self) -> Iterator[Connection]:
-        """A connection that cannot write; for short reads, because an open one holds up the WAL."""
-        here = self._here
-        db = None
-        try:
-            db = here.idle_reader() or self._connect(query_only=True)
-            yield db
-        except BaseException as error:
-            _close(db)
-            if isinstance(error, self.Error):
-                raise self._unavailable("read", error) from error
-            raise
-        if self._closed:
-            db.close()
-        else:
-            here.readers.append(db)
-
-    @contextmanager
-    def writing(self) -> Iterator[Connection]:
-        """The process's one writing connection, in a transaction that is durable at the end."""
-        here = self._here
-        with here.write_lock:
-            try:
-                self._check_file()
-                db = here.writer = here.writer or self._connect()
-                db.execute("begin immediate")  # a lock taken later may fail at once instead of waiting
-                yield db
-                db.execute("commit")
-            except BaseException as error:
-                # Closing undoes what is left of the transaction, also where SQLite has
-                # rolled back by itself and every further statement would be its own.
-                _close(here.writer)
-                here.writer = None
-                if isinstance(error, self.Error):
-                    raise self._unavailable("write", error) from error
-                raise
-            self._trouble = self._logged = ""
-
-    def _unavailable(self, verb: str, error: Exception) -> StorageUnavailable:
-        """Says once in the log what is wrong; and remembers it until a commit succeeds, but for a lock."""
-        if str(error) != self._logged:
-            log.error("cannot %s the database: %s", verb, error)
-            self._logged = str(error)
-        if verb == "write" and "locked" not in str(error):
-            self._trouble = str(error)
-        return StorageUnavailable()
-
-    def check(self) -> None:
-        """Raises StorageUnavailable if the file is gone or cannot be read, or if the last commit has
-        failed and another one, which is made to see, fails as well."""
-        with self.reading() as db:
-            self._check_file()
-            db.execute("select 1 from apps").fetchone()
-        if self._trouble:
-            with self.writing() as db:
-                db.execute("update secrets set hash = hash")
+    def start(self, api_key: str = "", auth_token: str = "") -> FirstStart:
+        """As Apps.start; and keeps the retention for commands that are not told one."""
+        with self.writing() as db:
+            db.execute(SET_STATE, ("retention_days", self.retention_days))
+        return super().start(api_key, auth_token)
 
     def vitals(self) -> List[Tuple[str, str, str, Iterable[Tuple[str, float]]]]:
         """Figures for who watches over the server: name, kind, meaning, and samples as Prometheus writes them.
@@ -1720,10 +2339,7 @@ class Store:
         here = self._here
         with self.reading() as db:
             self._check_file()
-            crashes, = db.execute("""
-                select coalesce(sum(crashes), 0) from labels
-                where app_id in (select id from apps) and field = 'exception_type' and day = ?
-                """, (ALL_DAYS,)).fetchone()
+            crashes = Labels.crashes_kept(db)
         return [
             ("commit_requests", "histogram", "Requests that one commit stored.", here.group_sizes.samples()),
             ("commit_seconds", "histogram", "From asking for the write lock until the commit was durable.",
@@ -1736,16 +2352,7 @@ class Store:
             ("file_bytes", "gauge", "Size of the database.", [("", self.size)]),
             ("wal_bytes", "gauge", "Size of its write-ahead log.", [("", self._wal_size)])]
 
-    @property
-    def size(self) -> int:
-        """Bytes of the database."""
-        return self.path.stat().st_size
-
-    @property
-    def _wal_size(self) -> int:
-        return _wal_size(self.path)
-
-    # Reports
+    # Reports that come
 
     def add(self, key_hash: bytes, reports: Reports, idempotency: Idempotency = Idempotency()) -> Receipt:
         """Stores reports of one kind, all or none, and returns when they are durable.
@@ -1786,17 +2393,15 @@ class Store:
         try:
             here.gather()
             began = time.monotonic()
-            with self.writing() as db:
+            with self.writing(shared=True) as db:
                 waiters = here.take_queue()
                 group = [each for waiter in waiters for each in waiter.submissions]
-                commit = _Commit(db, self.now)
-                for each in group:
-                    commit.take(each)
-                commit.save()
-                self._expire(db, max(STEP, 3 * sum(len(each.reports) for each in group)))
+                commit = Commit(db, self.now)
+                commit.add(group)
+                stored = commit.save()
             here.group_sizes.add(len(group))
             here.commit_seconds.add(time.monotonic() - began)
-            here.stored.update(commit.counts())
+            self._committed(stored)
         except BaseException as error:
             waiters = waiters or here.take_queue()
             for waiter in waiters:
@@ -1811,6 +2416,11 @@ class Store:
                 if not waiter.leads:
                     waiter.wake()
 
+    def _committed(self, stored: Stored) -> None:
+        """Told of each commit that is durable, and what it stored."""
+        self._here.stored.update(stored.counts)
+        self._expire_if_due()
+
     def export(self, kind: type, app: Optional[str] = None, since: int = 0) -> Iterator[StoredReport]:
         """The reports of a kind, Crash or Event, that are here now, in the order of their seqs: of all apps or
         of one, received at `since` or later. Raises StoreError where there is no such app.
@@ -1820,10 +2430,10 @@ class Store:
         with self.reading() as db:
             if app is not None:
                 self._app(db, app)
-            last, = db.execute(f"select coalesce(max(seq), -1) from {_TABLES[kind]}").fetchone()
+            last, = db.execute(f"select coalesce(max(seq), -1) from {TABLES[kind]}").fetchone()
         page = self._page(kind, min(max(0, first_seq(since)), MAX_NUMBER) - 1, last)
         while page:
-            yield from (kept for kept in page if app in (None, kept.app) and kept.received_at >= since)
+            yield from (each for each in page if app in (None, each.app) and each.received_at >= since)
             page = self._page(kind, page[-1].seq, last)
 
     def _page(self, kind: type, after: int, last: int) -> List[StoredReport]:
@@ -1831,7 +2441,7 @@ class Store:
         size = 0
         with self.reading() as db, closing(db.execute(f"""
                 select seq, apps.name, is_test, received_at, {", ".join("reports." + each for each in kind._fields)}
-                from {_TABLES[kind]} as reports cross join apps on apps.id = app_id
+                from {TABLES[kind]} as reports cross join apps on apps.id = app_id
                 where seq > ? and seq <= ?
                 order by seq
                 limit ?
@@ -1851,74 +2461,83 @@ class Store:
         these, which would be counted twice. Raises StoreError where an app is live here and a test there.
         """
         counts: Counter = Counter()
-        with self._in_step() as db:
-            commit = _Commit(db, self.now)
-            for kind, table in _TABLES.items():
-                given = {kept.seq: kept for kept in reports if type(kept.report) is kind}
+        with self.writing_step() as db:
+            commit = Commit(db, self.now)
+            for kind, table in TABLES.items():
+                given = {each.seq: each for each in reports if type(each.report) is kind}
                 known = {seq for seq, in rows_of(db, f"""
                     select seq from (values *) as keys cross join {table} on seq = column1
                     """, [(seq,) for seq in given])}
-                oldest = max(self._oldest_seq, self._expired_to(db, table) + 1)
-                fresh = [kept for seq, kept in given.items() if seq >= oldest and seq not in known]
-                for (app, is_test), kept in groupby(sorted(fresh, key=itemgetter(1, 2, 0)), key=itemgetter(1, 2)):
-                    commit.take_kept(self._imported_app(db, app, is_test), list(kept))
+                oldest = max(self._oldest_seq, get_state(db, "expired_" + table, -1) + 1)
+                fresh = [each for seq, each in given.items() if seq >= oldest and seq not in known]
+                for (app, is_test), run in groupby(sorted(fresh, key=itemgetter(1, 2, 0)), key=itemgetter(1, 2)):
+                    commit.add_stored(self._imported_app(db, app, is_test), list(run))
                 counts.update(stored=len(fresh), expired=len(given.keys() - known) - len(fresh))
             commit.save()
-            self._expire(db, STEP)
         counts["known"] = len(reports) - counts["stored"] - counts["expired"]
         return counts
 
-    def _expired_to(self, db: Connection, table: str) -> int:
-        """The highest seq that has expired here."""
-        row = db.execute("select value from state where name = ?", ("expired_" + table,)).fetchone()
-        return row[0] if row else -1
+    def _imported_app(self, db: Connection, name: str, is_test: bool) -> int:
+        if not db.execute("select 1 from apps where name = ?", (name,)).fetchone():
+            self._make_app(db, name, is_test)
+        app_id, was_test = self._app(db, name)
+        if was_test != is_test:
+            raise StoreError(f"the app {name!r} is a {'test' if was_test else 'live'} one here")
+        return app_id
 
     # Reports that go
 
-    def _expire(self, db: Connection, step: int) -> Counter:
-        """Deletes at most `step` rows of each table whose time is over, and fewer where they are large; how many."""
-        window = {"replays": self.now - REPLAY_DAYS * DAY, "week": self.now // DAY - 7,
-                  "rows": self._oldest_seq}
-        over = db.execute("""
-            select (select min(received_at) from replays) < :replays,
-                exists (select 1 from release_days where app_id in (select id from apps) and day < :week),
-                (select min(seq) from crashes) < :rows, (select min(seq) from events) < :rows
-            """, window).fetchone()
-        deleted: Counter = Counter()
-        if over[0]:
-            deleted["replays"] = db.execute("""
-                delete from replays where (app_id, mark) in (
-                    select app_id, mark from replays where received_at < ? limit ?)
-                """, (window["replays"], step)).rowcount
-        if over[1]:
-            db.execute("delete from release_days where app_id in (select id from apps) and day < :week", window)
-        if over[2] or over[3]:
-            deadline = time.monotonic() + EXPIRE_SECONDS
-            for table in _COUNTED:
-                size = EXPIRE_SLICE
-                while count := self._expire_some(db, table, window["rows"], min(size, step - deleted[table])):
-                    deleted[table] += count
-                    size *= 2
-                    if time.monotonic() > deadline:
-                        break
+    @property
+    def _oldest_seq(self) -> int:
+        """Of the reports that are to be kept."""
+        return first_seq(self.now - self.retention_days * DAY) if self.retention_days else 0
+
+    def _expire_if_due(self) -> None:
+        """After a commit, in a transaction of its own: a step once a second, or more while there is more to do."""
+        now = self.now
+        if self._expire_at - SECOND <= now < self._expire_at:
+            return
+        try:
+            with self.writing() as db:
+                deleted = self._expire(db)
+        except StorageUnavailable:  # which is in the log, and later commits try again
+            deleted = Counter()
+        self._expire_at = now if deleted else now + SECOND
+
+    def _expire(self, db: Connection) -> Counter:
+        """A step of deleting what is older than the retention; how many rows of each table.
+
+        It ends after EXPIRE_SECONDS, because it keeps others from writing.
+        """
+        deleted, deadline = Counter(), time.monotonic() + EXPIRE_SECONDS
+        before = self.now - REPLAY_DAYS * DAY
+        deleted["replays"] = db.execute("""
+            delete from replays where (app_id, mark) in (
+                select app_id, mark from replays where received_at < ? limit ?)
+            """, (before, PRUNE_STEP)).rowcount
+        for kind, table in TABLES.items():
+            size = EXPIRE_SLICE
+            while count := self._expire_some(db, kind, size):
+                deleted[table] += count
+                size = min(2 * size, PRUNE_STEP)
+                if time.monotonic() > deadline:
+                    break
+        if get_state(db, "trimmed_day", 0) != self.now // DAY:
+            deleted["sums"] = RollUps(db, self.now).trim()
+            if not deleted["sums"]:
+                db.execute(SET_STATE, ("trimmed_day", self.now // DAY))
         return +deleted
 
-    def _expire_some(self, db: Connection, table: str, before: int, limit: int) -> int:
-        """Deletes some of the oldest reports; what is known of a device or a session goes with its last one."""
-        rollups = RollUps(db, self.now)
-        rows = dict_rows(db, f"select {_COUNTED[table]} from {table} where seq < ? order by seq limit ?",
-                         (before, limit))
+    def _expire_some(self, db: Connection, kind: type, limit: int) -> int:
+        """Deletes some of the oldest reports, and what describes only them; how many."""
+        table, rollups = TABLES[kind], RollUps(db, self.now)
+        rows = [COUNTED[kind]._make(row) for row in db.execute(f"""
+            select {counted_columns(kind)} from {table} where seq < ? order by seq limit ?
+            """, (self._oldest_seq, limit))]
         if rows:
-            last = rows[-1]["seq"]
-            db.execute(f"delete from {table} where seq <= ?", (last,))
-            db.execute(_SET_STATE, ("expired_" + table, last))
-            rollups.expire_devices({(row["app_id"], row["device_id_hash"]): row["seq"] for row in rows
-                                    if row["device_id_hash"]})
-            if table == "crashes":
-                rollups.expire_crashes(rows)
-            else:
-                db.executemany("delete from sessions where app_id = ? and session_id = ? and last_seq <= ?",
-                               {(row["app_id"], row["session_id"], last) for row in rows if row["session_id"]})
+            db.execute(f"delete from {table} where seq <= ?", (rows[-1].seq,))
+            db.execute(SET_STATE, ("expired_" + table, rows[-1].seq))
+            rollups.expire(kind, rows)
             rollups.save()
         return len(rows)
 
@@ -1929,38 +2548,14 @@ class Store:
         """
         deleted: Counter = Counter()
         while True:
-            with self._in_step() as db:
-                step = self._expire(db, PRUNE_STEP)
+            with self.writing_step() as db:
+                step = self._expire(db)
             if not step:
                 break
             deleted += step
             progress(sum(deleted.values()))
         self._shrink()
         return deleted
-
-    def _shrink(self) -> None:
-        """Gives the disk the space of what is deleted."""
-        free, before = 1, 0
-        while free and free != before:  # it stays where the file was made without auto_vacuum
-            before = free
-            with self._in_step() as db:
-                for _ in range(PRUNE_STEP):  # of one page each: some Pythons end a longer pragma after its first
-                    db.execute("pragma incremental_vacuum(1)").fetchall()
-                free = db.pragma("freelist_count")
-        self._fold_in_wal()
-
-    def _fold_in_wal(self) -> None:
-        with self.reading() as db:
-            db.execute("pragma wal_checkpoint(truncate)").fetchall()
-
-    @contextmanager
-    def _in_step(self) -> Iterator[Connection]:
-        """A transaction of many. The pause after it lets those in that wait: SQLite's own waiting is a
-        matter of luck against somebody who is always back at once."""
-        with self.writing() as db:
-            began = time.monotonic()
-            yield db
-        time.sleep(PAUSE * (time.monotonic() - began))
 
     def forget_device(self, device_id_hash: str) -> Counter:
         """Deletes all that is kept of a device, in all apps; how many rows of each table.
@@ -1969,179 +2564,36 @@ class Store:
         """
         deleted: Counter = Counter()
         last = {}
-        for table in _COUNTED:
+        for kind, table in TABLES.items():
             with self.reading() as db:
-                last[table] = db.execute(f"select coalesce(max(seq), 0) from {table}").fetchone()[0]
-                seqs = [seq for seq, in db.execute(
-                    f"select seq from {table} where device_id_hash = ? and seq <= ?", (device_id_hash, last[table]))]
+                last[kind], = db.execute(f"select coalesce(max(seq), 0) from {table}").fetchone()
+                seqs = self._seqs_of_device(db, table, device_id_hash, 0)
             for start in range(0, len(seqs), EXPIRE_SLICE):
-                with self._in_step() as db:
-                    deleted[table] += self._forget_rows(db, table, seqs[start:start + EXPIRE_SLICE])
-        with self._in_step() as db:
-            for table in last:  # what has come meanwhile
-                seqs = [seq for seq, in db.execute(
-                    f"select seq from {table} where device_id_hash = ? and seq > ?", (device_id_hash, last[table]))]
-                deleted[table] += self._forget_rows(db, table, seqs)
-            keys = db.execute("select app_id, device_id_hash from devices where app_id in (select id from apps)"
-                              " and device_id_hash = ?", (device_id_hash,)).fetchall()
+                with self.writing_step() as db:
+                    deleted[table] += self._forget_rows(db, kind, seqs[start:start + EXPIRE_SLICE])
+        with self.writing_step() as db:
+            for kind, table in TABLES.items():  # what has come meanwhile
+                deleted[table] += self._forget_rows(
+                    db, kind, self._seqs_of_device(db, table, device_id_hash, last[kind]))
             rollups = RollUps(db, self.now)
-            rollups.remove_devices(keys)
+            deleted["devices"] = rollups.devices.forget(device_id_hash)
             rollups.save()
         self._fold_in_wal()
-        return +deleted + Counter(devices=len(keys))
+        return +deleted
 
-    def _forget_rows(self, db: Connection, table: str, seqs: Sequence[int]) -> int:
-        db.execute("pragma secure_delete = on")  # overwrite what is deleted
+    def _seqs_of_device(self, db: Connection, table: str, device_id_hash: str, after: int) -> List[int]:
+        return [seq for seq, in db.execute(f"select seq from {table} where device_id_hash = ? and seq > ?",
+                                           (device_id_hash, after))]
+
+    def _forget_rows(self, db: Connection, kind: type, seqs: Sequence[int]) -> int:
         rollups = RollUps(db, self.now)
-        rows = [row for seq in seqs
-                for row in dict_rows(db, f"select {_COUNTED[table]} from {table} where seq = ?", (seq,))]
-        db.executemany(f"delete from {table} where seq = ?", [(seq,) for seq in seqs])
-        (rollups.remove_crashes if table == "crashes" else rollups.remove_events)(rows)
+        rows = [COUNTED[kind]._make(row) for row in rows_of(db, f"""
+            select {counted_columns(kind)} from (values *) as keys cross join {TABLES[kind]} on seq = column1
+            """, [(seq,) for seq in seqs])]
+        db.executemany(f"delete from {TABLES[kind]} where seq = ?", [(seq,) for seq in seqs])
+        rollups.count(kind, rows, -1)
         rollups.save()
         return len(rows)
-
-    # Apps and keys
-
-    def start(self, api_key: str = "", auth_token: str = "") -> FirstStart:
-        """Gives a server what it needs to begin: an app `default` where there is none, an admin token.
-
-        Secrets that are given are taken; else they are made, where none is stored.
-        """
-        with self.writing() as db:
-            db.execute(_SET_STATE, ("retention_days", self.retention_days))
-            key = token = None
-            known = db.execute("select revoked_at from keys where key_hash = ?", (sha256(api_key),)).fetchone()
-            if known and known[0]:
-                log.warning("the API key of the settings was revoked, and stays so")
-            elif api_key and not known:
-                db.execute("insert into apps (name, is_test, created_at) values ('default', 0, ?) on conflict do nothing",
-                           (self.now,))
-                self._insert_key(db, "default", api_key)
-            elif not db.execute("select 1 from apps").fetchone():
-                key = self._insert_app(db, "default", False)
-            if not auth_token and not db.execute("select 1 from secrets").fetchone():
-                auth_token = token = "bf_admin_" + secrets.token_hex(16)
-            if auth_token:
-                if db.execute("""
-                        insert into secrets values ('admin_token', ?)
-                        on conflict (name) do update set hash = excluded.hash where secrets.hash <> excluded.hash
-                        """, (sha256(auth_token),)).rowcount:
-                    db.execute("delete from grants")  # they were for whoever knew the old one
-            return FirstStart(key, token)
-
-    def is_admin(self, token: bytes) -> bool:
-        """Whether this is the admin token."""
-        with self.reading() as db:
-            row = db.execute("select hash from secrets where name = 'admin_token'").fetchone()
-        return row is not None and hmac.compare_digest(row[0], sha256(token))
-
-    def grant(self, kind: str, lifetime: int) -> str:
-        """A new secret that stands for the admin token, for so many milliseconds and for one kind of use."""
-        secret = secrets.token_hex(16)
-        with self.writing() as db:
-            db.execute("delete from grants where expires_at <= ?", (self.now,))
-            db.execute("insert into grants values (?, ?)", (sha256(kind + secret), self.now + lifetime))
-        return secret
-
-    def is_granted(self, kind: str, secret: str) -> bool:
-        """Whether this is such a secret, and has neither expired nor been withdrawn."""
-        with self.reading() as db:
-            return db.execute("select 1 from grants where hash = ? and expires_at > ?",
-                              (sha256(kind + secret), self.now)).fetchone() is not None
-
-    def withdraw(self, kind: str, secret: str) -> bool:
-        """Ends a grant; whether there was one."""
-        with self.writing() as db:
-            return db.execute("delete from grants where hash = ? and expires_at > ?",
-                              (sha256(kind + secret), self.now)).rowcount > 0
-
-    def is_cached_key(self, key_hash: bytes) -> bool:
-        """As is_known_key, but of what is known without a look at the database."""
-        return key_hash in self._here.seen_keys
-
-    def is_active_key(self, key_hash: bytes) -> bool:
-        """Whether the key with this SHA-256 is active."""
-        with self.reading() as db:
-            is_active = db.execute("select 1 from keys where key_hash = ? and revoked_at is null",
-                                   (key_hash,)).fetchone() is not None
-        (self._here.seen_keys.add if is_active else self._here.seen_keys.discard)(key_hash)
-        return is_active
-
-    def is_known_key(self, key_hash: bytes) -> bool:
-        """Whether the key was active when it was last looked up, which may be long ago but costs nothing."""
-        return self.is_cached_key(key_hash) or self.is_active_key(key_hash)
-
-    def create_app(self, name: str, is_test: bool = False) -> str:
-        """Makes an app and returns its first key, which is not kept. Raises StoreError."""
-        with self.writing() as db:
-            return self._insert_app(db, name, is_test)
-
-    def _insert_app(self, db: Connection, name: str, is_test: bool) -> str:
-        self._make_app(db, name, is_test)
-        return self._insert_key(db, name, new_key(is_test))
-
-    def _imported_app(self, db: Connection, name: str, is_test: bool) -> int:
-        if not db.execute("select 1 from apps where name = ?", (name,)).fetchone():
-            self._make_app(db, name, is_test)
-        app_id, was_test = self._app(db, name)
-        if was_test != is_test:
-            raise StoreError(f"the app {name!r} is a {'test' if was_test else 'live'} one here")
-        return app_id
-
-    def _make_app(self, db: Connection, name: str, is_test: bool) -> None:
-        if name != name.strip() or not 1 <= len(name) <= 100 or not name.isprintable():
-            raise StoreError("an app's name is 1 to 100 printable characters, without a space at an end")
-        if db.execute("select 1 from apps where name = ?", (name,)).fetchone():
-            raise StoreError(f"there is an app named {name!r} already")
-        db.execute("insert into apps (name, is_test, created_at) values (?, ?, ?)", (name, is_test, self.now))
-
-    def create_key(self, app: str) -> str:
-        """A further key for an app, which is not kept. Raises StoreError where there is no such app."""
-        with self.writing() as db:
-            return self._insert_key(db, app, new_key(self._app(db, app)[1]))
-
-    def _insert_key(self, db: Connection, app: str, key: str) -> str:
-        db.execute("insert into keys (key_hash, app_id, prefix, created_at) values (?, ?, ?, ?)",
-                   (sha256(key), self._app(db, app)[0], key_prefix(key), self.now))
-        return key
-
-    def _app(self, db: Connection, name: str) -> Tuple[int, bool]:
-        row = db.execute("select id, is_test from apps where name = ?", (name,)).fetchone()
-        if row is None:
-            raise StoreError(f"there is no app named {name!r}")
-        return row
-
-    def apps(self) -> List[App]:
-        """All apps, by name."""
-        with self.reading() as db:
-            return [App(name, bool(is_test), *rest) for name, is_test, *rest in db.execute("""
-                select name, is_test, created_at,
-                    (select count(*) from keys where app_id = apps.id and revoked_at is null)
-                from apps order by name
-                """)]
-
-    def keys(self) -> List[Key]:
-        """All keys, the oldest first."""
-        with self.reading() as db:
-            return [Key(*row, bytes(key_hash).hex()) for key_hash, *row in db.execute("""
-                select key_hash, prefix, name, keys.created_at, revoked_at from keys join apps on apps.id = app_id
-                order by keys.created_at, prefix
-                """)]
-
-    def revoke_key(self, key: str) -> Key:
-        """Ends the one active key that begins with this, or is it, or has this hash. Raises StoreError."""
-        with self.writing() as db:
-            found = db.execute("""
-                select key_hash, prefix, name, keys.created_at from keys join apps on apps.id = app_id
-                where revoked_at is null and :key <> ''
-                    and (key_hash = :hash or key_hash = :given or substr(prefix, 1, :length) = :key)
-                """, {"key": key, "hash": sha256(key), "length": len(key),
-                      "given": bytes.fromhex(key) if re.fullmatch("[0-9a-f]{64}", key) else b""}).fetchall()
-            if len(found) != 1:
-                raise StoreError(f"{len(found) or 'no'} active keys begin with {key!r}: see 'key list'")
-            (key_hash, *rest), = found
-            db.execute("update keys set revoked_at = ? where key_hash = ?", (self.now, key_hash))
-            return Key(*rest, self.now, bytes(key_hash).hex())
 
     def delete_app(self, name: str) -> None:
         """Deletes an app, its keys and all that it sent. Raises StoreError where there is none.
@@ -2152,17 +2604,17 @@ class Store:
         with self.writing() as db:
             app_id = self._app(db, name)[0]
             db.execute("delete from keys where app_id = ?", (app_id,))
-        for table in ("events", "crashes"):
+        for table in TABLES.values():
             self._delete_reports(table, app_id)
-        while self._delete_devices(app_id) or self._delete_groups(app_id):
-            pass
+        for table, key in KEYS.items():
+            columns, count = ", ".join(key), 1
+            while count:
+                with self.writing_step() as db:
+                    count = db.execute(f"""
+                        delete from {table} where ({columns}) in (
+                            select {columns} from {table} where app_id = ? limit ?)
+                        """, (app_id, PRUNE_STEP)).rowcount
         with self.writing() as db:
-            if not db.execute("select is_test from apps where id = ?", (app_id,)).fetchone()[0]:
-                rollups = RollUps(db, self.now)
-                rollups.remove_sums(app_id)
-                rollups.save()
-            for table in ("replays", "sessions", "releases", *_SUMS):
-                db.execute(f"delete from {table} where app_id = ?", (app_id,))
             db.execute("delete from apps where id = ?", (app_id,))
 
     def _delete_reports(self, table: str, app_id: int) -> None:
@@ -2171,215 +2623,112 @@ class Store:
             with self.reading() as db:
                 seqs = db.execute(f"select seq from {table} where app_id = ? and seq > ? order by seq limit ?",
                                   (app_id, seqs[-1][0], PRUNE_STEP)).fetchall()
-            with self._in_step() as db:
+            with self.writing_step() as db:
                 db.executemany(f"delete from {table} where seq = ?", seqs)
 
-    def _delete_devices(self, app_id: int) -> bool:
-        """One step of it; whether there may be more."""
-        with self._in_step() as db:
-            keys = db.execute("select app_id, device_id_hash from devices where app_id = ? limit ?",
-                              (app_id, STEP)).fetchall()
-            rollups = RollUps(db, self.now)
-            rollups.remove_devices(keys)
-            rollups.save()
-            rollups.expire_devices(dict.fromkeys(keys, self._oldest_seq))  # in others, where they waited for it
-        return bool(keys)
 
-    def _delete_groups(self, app_id: int) -> bool:
-        """One step of it; whether there may be more."""
-        with self._in_step() as db:
-            groups = db.execute("select group_hash from groups where app_id = ? limit ?", (app_id, STEP)).fetchall()
-            db.executemany("delete from groups where app_id = ? and group_hash = ?",
-                           [(app_id, *group) for group in groups])
-            RollUps(db, self.now).merge_groups(groups)
-        return bool(groups)
+def get_state(db: Connection, name: str, default: int) -> int:
+    """A value of the table `state`."""
+    row = db.execute("select value from state where name = ?", (name,)).fetchone()
+    return row[0] if row else default
 
 
-def dict_rows(db: sqlite3.Connection, query: str, parameters: Any = ()) -> List[Dict[str, Any]]:
-    """The rows of a query, each by the names of its columns."""
-    rows = db.execute(query, parameters)
-    names = [column[0] for column in rows.description]
-    return [dict(zip(names, row)) for row in rows]
+class Stored(NamedTuple):
+    """What a commit stored: reports by table, and the groups of which it has the first crash that is kept."""
+
+    counts: Mapping[str, int]
+    new_groups: Sequence[Tuple[int, str]]  # app_id and group_hash
 
 
-_ANOTHER = "; --db or BACKFEEDR_DB_PATH names another"
-
-
-def _prepare(path: Path, may_create: bool) -> None:
-    """Makes the file and its tables where there are none, and brings an old schema up to date.
-
-    Raises StoreError, and has changed nothing, where the file is something else.
-    """
-    if not may_create and not path.exists():
-        raise StoreError(f"there is no database {path}{_ANOTHER}")
-    _check_sqlite()
-    try:
-        try:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-        except FileExistsError:  # and never opened but by SQLite: closing it drops the locks of a whole process
-            pass
-        deadline = time.monotonic() + BUSY_TIMEOUT
-        while True:
-            try:
-                return _make_tables(path)
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error) or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)  # the change to WAL does not itself wait for another process
-    except (OSError, sqlite3.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        hint = _ANOTHER if type(error) is sqlite3.DatabaseError else ""  # it is something else; not: locked
-        raise StoreError(f"cannot open the database {path}: {reason}{hint}") from None
-
-
-def _check_sqlite() -> str:
-    if sqlite3.sqlite_version_info < (3, 32):  # whose statements take more than 999 values
-        raise StoreError(f"SQLite 3.32 or later is needed; this Python has {sqlite3.sqlite_version}")
-    return sqlite3.sqlite_version
-
-
-def _make_tables(path: Path) -> None:
-    with closing(Connection(path)) as db:
-        _check_file(db, path)
-        if db.pragma("user_version") == SCHEMA_VERSION:
-            return
-        if not db.pragma("user_version"):
-            db.execute("pragma auto_vacuum = incremental")
-            db.execute("pragma journal_mode = wal")
-        db.execute("begin immediate")
-        version = db.pragma("user_version")  # again: another process may have been faster
-        scripts = [MIGRATIONS[old] for old in range(version, SCHEMA_VERSION)] if version else [SCHEMA]
-        for statement in _statements("".join(scripts)):
-            db.execute(statement)
-        db.execute(f"pragma application_id = {APPLICATION_ID}")
-        db.execute(f"pragma user_version = {SCHEMA_VERSION}")
-        db.execute("commit")
-
-
-def _check_file(db: Connection, path: Path) -> None:
-    version = db.pragma("user_version")
-    is_empty = not version and not db.pragma("schema_version")
-    if not is_empty and db.pragma("application_id") != APPLICATION_ID:
-        raise StoreError(f"{path} is a database, but not one of backfeedr's{_ANOTHER}")
-    if version > SCHEMA_VERSION:
-        raise StoreError(f"{path} is of a newer backfeedr (schema {version}; this one knows {SCHEMA_VERSION})")
-
-
-def _statements(script: str) -> Iterator[str]:
-    """The statements of a script: executescript() would commit before it begins."""
-    statement = ""
-    for line in script.splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            yield statement
-            statement = ""
-
-
-class _Commit:
+class Commit:
     """The reports of one transaction."""
 
     def __init__(self, db: Connection, now: int):
         self._db, self._now = db, now
-        self._apps: Dict[bytes, Optional[Tuple[int]]] = {}  # by key
-        self._next_seq: Dict[type, int] = {}
-        # By kind and app: the seqs of reports, when they were received, and they themselves.
-        self._taken: Dict[tuple, Tuple[List[int], List[int], List[Any]]] = defaultdict(lambda: ([], [], []))
+        # Requests, each with the one that it repeats, or with itself.
+        self._requests: List[Tuple[int, Submission, Submission]] = []
+        # By kind and app: the seqs of reports, when they were received, and the reports.
+        self._reports: Dict[tuple, Tuple[List[int], List[int], List[Any]]] = defaultdict(lambda: ([], [], []))
 
-    def take(self, submission: Submission) -> None:
-        """Adds the reports of a request, unless it is a repetition or must be refused."""
-        kind, idempotency = type(submission.reports[0]), submission.idempotency
-        try:
-            app_id = self._app(submission.key_hash)
-            earlier = self._earlier(app_id, idempotency)
-        except Refusal as refusal:
-            submission.error = refusal
-            return
-        seqs = earlier or self._new_seqs(kind, len(submission.reports))
-        submission.receipt = Receipt(seqs, bool(earlier))
-        insert_rows(self._db, "insert into replays values * on conflict do nothing",
-                    [(app_id, mark, idempotency.request, seqs[0], len(seqs), self._now) for mark in idempotency.marks])
-        if not earlier:
-            self._put(app_id, seqs, [self._now] * len(seqs), submission.reports)
+    def add(self, submissions: Sequence[Submission]) -> None:
+        """Adds requests. Each has a receipt after `save`, or an error where it must be refused."""
+        self._db.lock_apps([each.key_hash for each in submissions])
+        apps = dict(rows_of(self._db, """
+            select key_hash, app_id from (values *) as given cross join keys on key_hash = column1
+            where revoked_at is null
+            """, list({(each.key_hash,) for each in submissions})))
+        known = self._earlier({(apps[each.key_hash], mark) for each in submissions if each.key_hash in apps
+                               for mark in each.idempotency.marks})
+        for each in submissions:
+            app_id, marks = apps.get(each.key_hash), each.idempotency.marks
+            first = next((known[app_id, mark] for mark in marks if (app_id, mark) in known), each)
+            if app_id is None:
+                each.error = Refusal("invalid API key")
+            elif first.idempotency.request != each.idempotency.request:
+                each.error = Refusal("idempotency key reused with a different body")
+            else:
+                self._requests.append((app_id, each, first))
+                known.update(((app_id, mark), first) for mark in marks)
 
-    def take_kept(self, app_id: int, kept: Sequence[StoredReport]) -> None:
-        """Adds reports of one kind that have been received before, in the order of their seqs."""
-        self._put(app_id, [each.seq for each in kept], [each.received_at for each in kept],
-                  [each.report for each in kept])
+    def _earlier(self, marks: Set[Tuple[int, bytes]]) -> Dict[Tuple[int, bytes], Submission]:
+        """The requests that are stored under these marks."""
+        found = {}
+        for app_id, mark, request, first, count in rows_of(self._db, """
+                select app_id, mark, request, first_seq, reports from (values *) as given
+                cross join replays on app_id = column1 and mark = column2
+                """, list(marks)):
+            found[app_id, bytes(mark)] = earlier = Submission(idempotency=Idempotency((), bytes(request)))
+            earlier.receipt = Receipt(range(first, first + count), False)
+        return found
 
-    def _put(self, app_id: int, seqs: Sequence[int], received: Sequence[int], reports: Reports) -> None:
-        for taken, more in zip(self._taken[type(reports[0]), app_id], (seqs, received, reports)):
+    def add_stored(self, app_id: int, stored: Sequence[StoredReport]) -> None:
+        """Adds reports of one kind that were received before, in the order of their seqs."""
+        self._put(app_id, [each.seq for each in stored], [each.received_at for each in stored],
+                  [each.report for each in stored])
+
+    def _put(self, app_id: int, seqs: Iterable[int], received: Sequence[int], reports: Reports) -> None:
+        for taken, more in zip(self._reports[type(reports[0]), app_id], (seqs, received, reports)):
             taken.extend(more)
 
-    def _app(self, key_hash: bytes) -> int:
-        if key_hash not in self._apps:
-            self._apps[key_hash] = self._db.execute(
-                "select app_id from keys where key_hash = ? and revoked_at is null", (key_hash,)).fetchone()
-        found = self._apps[key_hash]
-        if found is None:
-            raise Refusal("invalid API key")
-        return found[0]
-
-    def _earlier(self, app_id: int, idempotency: Idempotency) -> Optional[range]:
-        """The seqs of the request that this one repeats."""
-        for mark in idempotency.marks:
-            row = self._db.execute("select request, first_seq, reports from replays where app_id = ? and mark = ?",
-                                   (app_id, mark)).fetchone()
-            if row is not None:
-                if row[0] != idempotency.request:
-                    raise Refusal("idempotency key reused with a different body")
-                return range(row[1], row[1] + row[2])
-        return None
-
-    def _new_seqs(self, kind: type, count: int) -> range:
-        if kind not in self._next_seq:
-            # Seqs of a clock that was fast by more than a day are left ahead.
-            last = self._db.execute(f"select max(seq) from {_TABLES[kind]} where seq < ?",
-                                    (first_seq(self._now + DAY),)).fetchone()[0] or 0
-            # A random start keeps the ids of two hosts apart.
-            self._next_seq[kind] = max(last + 1, first_seq(self._now) + secrets.randbits(SEQ_BITS))
-        first = self._next_seq[kind]
-        self._next_seq[kind] += count
-        return range(first, first + count)
-
-    def counts(self) -> Counter:
-        """How many reports are to go into each table."""
-        counts: Counter = Counter()
-        for (kind, _), (seqs, *_) in self._taken.items():
-            counts[_TABLES[kind]] += len(seqs)
-        return counts
-
-    def save(self) -> None:
-        """Writes the rows and the sums."""
-        rollups = RollUps(self._db, self._now)
-        for (kind, app_id), (seqs, received, reports) in self._taken.items():
-            self._db.append(_TABLES[kind], ("seq", "app_id", "received_at", *kind._fields),
-                            [(seq, app_id, came, *report) for seq, came, report in zip(seqs, received, reports)])
-            times = [counted_at(report.occurred_at, came) for report, came in zip(reports, received)]
-            (rollups.add_crashes if kind is Crash else rollups.add_events)(app_id, seqs, received, reports, times)
+    def save(self) -> Stored:
+        """Writes the rows and the figures."""
+        self._give_receipts()
+        rollups, counts = RollUps(self._db, self._now), Counter()
+        for (kind, app_id), (seqs, received, reports) in self._reports.items():
+            flags, reports = rollups.names.limit(app_id, reports)
+            self._db.append(TABLES[kind], ("seq", "app_id", "received_at", "other", *kind._fields),
+                            [(seq, app_id, came, flag, *report)
+                             for seq, came, flag, report in zip(seqs, received, flags, reports)])
+            rollups.count(kind, counted(kind, app_id, seqs, received, flags, reports), 1)
+            counts[TABLES[kind]] += len(reports)
         rollups.save()
+        return Stored(counts, [(app_id, name) for app_id, field, name in rollups.names.accepted
+                               if field == "group_hash"])
 
-
-_SET_STATE = "insert into state values (?, ?) on conflict (name) do update set value = excluded.value"
-_TABLES = {Crash: "crashes", Event: "events"}
-_COUNTED = {  # columns by which a report counts somewhere
-    "crashes": "seq, app_id, received_at, occurred_at, group_hash, exception_type, app_version, device_model,"
-               " device_id_hash",
-    "events": "seq, app_id, received_at, occurred_at, type, app_version, device_id_hash, session_id"}
+    def _give_receipts(self) -> None:
+        new = [(app_id, each) for app_id, each, first in self._requests if each is first]
+        total = sum(len(each.reports) for _, each in new)
+        seq = self._db.reserve_seqs(self._now, total) if total else 0
+        for app_id, each in new:
+            each.receipt = Receipt(range(seq, seq + len(each.reports)), False)
+            seq += len(each.reports)
+            self._put(app_id, each.receipt.seqs, [self._now] * len(each.reports), each.reports)
+        for _, each, first in self._requests:
+            each.receipt = first.receipt if each is first else Receipt(first.receipt.seqs, True)
+        insert_rows(self._db, "insert into replays values * on conflict do nothing", [
+            (app_id, mark, each.idempotency.request, each.receipt.seqs[0], len(each.receipt.seqs), self._now)
+            for app_id, each, _ in self._requests for mark in each.idempotency.marks])
 
 
 # == Metrics ===================================================================
 #
-# The questions asked of the store. What anyone may ask reads roll-ups only: an
-# answer costs what it shows, not what is stored. Windows begin at a full hour, or
-# are UTC days; where no app is named, all live ones are meant.
+# The questions asked of the store. What anyone may ask reads figures only: an
+# answer costs what it shows, not what is stored. Windows are UTC days; without an
+# app, an answer is the sum over the live apps.
 
 ADOPTION_DAYS = 7  # of whose sessions a release has its share
 SCANNED = 20_000  # events that are looked at for a page: a page may be short, and another one follow
 REPORTS = 20  # of a group that are shown at once
-
-_APPS = f"app_id in (select id from apps where id = :app or :app = {EVERY_APP} and is_test = 0)"
-
-Figures = Dict[str, Any]
 
 
 class Metrics:
@@ -2392,13 +2741,14 @@ class Metrics:
         self._store = store
 
     @contextmanager
-    def _asking(self, app: Optional[str]) -> Iterator[Tuple[Connection, int]]:
+    def _snapshot(self, app: Optional[str] = None) -> Iterator[Tuple[Connection, Optional[int]]]:
+        """A connection that sees one moment, and the id of the app, None for all live ones."""
         with self._store.reading() as db:
-            db.execute("begin")  # so that all figures of an answer are of one moment
+            db.execute("begin")
             row = db.execute("select id from apps where name = ?", (app,)).fetchone()
             if app is not None and row is None:
                 raise Refusal("not found")
-            yield db, row[0] if row else EVERY_APP
+            yield db, row[0] if row else None
             db.execute("commit")
 
     def _last_days(self, days: int) -> range:
@@ -2407,121 +2757,73 @@ class Metrics:
 
     def daily_crashes(self, app: Optional[str] = None, days: Optional[int] = None) -> Figures:
         """Crashes per UTC day: the seven that end today from Monday to Sunday, or `days` of them by date."""
-        figures = self._days(app, days or 7, "crashes")
+        shown = self._last_days(days or WEEK)
+        with self._snapshot(app) as (db, app_id):
+            crashes = per_day(db, "crash_days", ["crashes"], app_id, shown)["crashes"]
         if days:
-            return {"labels": figures["labels"], "data": figures["crashes"]}
-        by_weekday = dict(zip((date.fromisoformat(label).weekday() for label in figures["labels"]), figures["crashes"]))
+            return {"labels": _dates(shown), "data": crashes}
+        by_weekday = {(day + 3) % 7: count for day, count in zip(shown, crashes)}  # 1970 began on a Thursday
         return {"labels": list(_WEEKDAYS), "data": [by_weekday[n] for n in range(7)]}
 
     def crash_types(self, app: Optional[str] = None, days: Optional[int] = None) -> Figures:
-        """Crashes per exception type, the most frequent first."""
-        return self._labels("exception_type", app, days, limit=MAX_NUMBER)
+        """Crashes per exception type, the 100 most frequent first."""
+        return self._labels("exception_type", app, days, limit=100)
 
     def devices(self, app: Optional[str] = None, days: Optional[int] = None) -> Figures:
         """Crashes per device model, the ten most frequent."""
         return self._labels("device_model", app, days, limit=10)
 
     def _labels(self, field: str, app: Optional[str], days: Optional[int], limit: int) -> Figures:
-        shown = self._last_days(days) if days else range(ALL_DAYS, ALL_DAYS + 1)
-        with self._asking(app) as (db, app_id):
-            return _labelled(db.execute(f"""
-                select label, sum(crashes) from labels
-                where {_APPS} and field = :field and day between :first and :last
-                group by label
-                order by sum(crashes) desc, label
-                limit :limit
-                """, {"app": app_id, "field": field, "first": shown[0], "last": shown[-1], "limit": limit}))
+        with self._snapshot(app) as (db, app_id):
+            return Labels.most_frequent(db, app_id, field, self._last_days(days) if days else None, limit)
 
     def overview(self, app: Optional[str] = None) -> Figures:
-        """The last seven days in a few figures, and the devices of the last 24 hours."""
-        week = (self._store.now - 7 * DAY) // HOUR
-        with self._asking(app) as (db, app_id):
-            crashes, sessions = db.execute(f"""
-                select coalesce(sum(crashes), 0), coalesce(sum(sessions), 0) from hours
-                where {_APPS} and hour >= :week
-                """, {"app": app_id, "week": week}).fetchone()
-            devices, = db.execute("select coalesce(sum(devices), 0) from hours where app_id = ? and hour >= ?",
-                                  (app_id, (self._store.now - DAY) // HOUR)).fetchone()
-            top = self._top_groups(db, app_id, week)
-        return {"crash_free_rate_7d": crash_free_rate(crashes, sessions), "dau": devices,
-                "sessions_7d": sessions, "crashes_7d": crashes, "top_crashes": top}
-
-    def _top_groups(self, db: Connection, app_id: int, since: int) -> List[Figures]:
-        """The five most frequent groups: `recent`, less what has grown too old since the last crash."""
-        old = dict(db.execute(f"""
-            select group_hash, sum(crashes) from group_hours
-            where {_APPS} and hour < :since
-            group by group_hash
-            """, {"app": app_id, "since": since}).fetchall())
-        # What grows less by the old ones was not further behind than there are of them.
-        rows = dict_rows(db, """
-            select group_hash, exception_type, coalesce(exception_reason, '') as exception_reason, recent as count
-            from groups
-            where app_id = ? and recent > 0
-            order by recent desc, group_hash
-            limit ?
-            """, (app_id, 5 + len(old)))
-        for row in rows:
-            row["count"] -= old.get(row["group_hash"], 0)
-        return sorted((row for row in rows if row["count"] > 0), key=lambda row: (-row["count"], row["group_hash"]))[:5]
+        """The seven UTC days that end today in a few figures, and the devices of the last 24 hours."""
+        week = self._last_days(WEEK)
+        with self._snapshot(app) as (db, app_id):
+            crashes = sum(per_day(db, "crash_days", ["crashes"], app_id, week)["crashes"])
+            sessions = sum(per_day(db, "session_days", ["sessions"], app_id, week)["sessions"])
+            return {"crash_free_rate_7d": crash_free_rate(crashes, sessions),
+                    "dau": Devices.last_24_hours(db, app_id, self._store.now),
+                    "sessions_7d": sessions, "crashes_7d": crashes,
+                    "top_crashes": Groups.most_frequent(db, app_id, week)}
 
     def active_devices(self, app: Optional[str] = None, days: Optional[int] = None) -> Figures:
         """Per UTC day, the devices of that day, of the 7 and of the 30 days that end with it."""
-        return self._days(app, days, "dau", "wau", "mau")
+        shown = self._last_days(days or 30)
+        with self._snapshot(app) as (db, app_id):
+            return {"labels": _dates(shown), **per_day(db, "active_days", list(Devices.ACTIVE), app_id, shown)}
 
     def sessions(self, app: Optional[str] = None, days: Optional[int] = None) -> Figures:
         """Per UTC day, the sessions that began on it; and of those that ended, how long they took.
 
-        The median is of durations in two significant digits; null where none has ended.
+        The median is of durations in two significant digits. It is null where no session has ended, and
+        where those of several apps have: ask for one app.
         """
-        figures = self._days(app, days, "sessions", "ended", "session_ms", "median_seconds")
-        times = zip(figures.pop("session_ms"), figures.pop("ended"))
-        figures["mean_seconds"] = [round(total / ended / SECOND, 1) if ended else None for total, ended in times]
-        return figures
+        shown = self._last_days(days or 30)
+        with self._snapshot(app) as (db, app_id):
+            return {"labels": _dates(shown), **Sessions.per_day(db, app_id, shown)}
 
     def retention(self, app: Optional[str] = None, days: Optional[int] = None) -> Figures:
         """Of the devices first seen on a UTC day, the percentage seen again 1, 7 and 30 days later.
 
         null where that day is not over yet, or no device is new.
         """
-        figures = self._days(app, days, "newcomers", *(column for column, _ in _BACK))
         shown = self._last_days(days or 30)
-        devices = figures.pop("newcomers")
-        for column, later in _BACK:
-            figures["day_" + str(later)] = [
+        with self._snapshot(app) as (db, app_id):
+            cohorts = per_day(db, "cohorts", ["devices", *Devices.BACK], app_id, shown)
+        answer = {"labels": _dates(shown), "devices": cohorts["devices"]}
+        for column, later in Devices.BACK.items():
+            answer[f"day_{later}"] = [
                 round(100 * back / new, 2) if new and day + later < shown[-1] else None
-                for day, new, back in zip(shown, devices, figures.pop(column))]
-        return {"labels": figures.pop("labels"), "devices": devices, **figures}
-
-    def _days(self, app: Optional[str], days: Optional[int], *columns: str) -> Figures:
-        """Columns of the roll-up of days, as lists; 30 days unless told."""
-        shown = self._last_days(days or 30)
-        with self._asking(app) as (db, app_id):
-            rows = {row[0]: row[1:] for row in db.execute(
-                f"select day, {', '.join(columns)} from days where app_id = ? and day between ? and ?",
-                (app_id, shown[0], shown[-1]))}
-        empty = [None if column == "median_seconds" else 0 for column in columns]
-        return {"labels": _dates(shown),
-                **{column: [rows.get(day, empty)[n] for day in shown] for n, column in enumerate(columns)}}
+                for day, new, back in zip(shown, cohorts["devices"], cohorts[column])]
+        return answer
 
     def releases(self, app: Optional[str] = None) -> Figures:
         """What is known of each version of an app, the latest first: at most 100 of them."""
-        shown = self._last_days(ADOPTION_DAYS)
-        with self._asking(app) as (db, app_id):
-            rows = dict_rows(db, f"""
-                with latest as (
-                    select * from releases where {_APPS} order by first_seen desc, app_version, app_id limit 100)
-                select apps.name as app, app_version, sessions, crashes, devices, crashed_devices,
-                    first_seen, last_seen,
-                    (select sum(sessions) from release_days
-                        where app_id = latest.app_id and app_version = latest.app_version
-                            and day between :first and :last) as recent,
-                    (select sum(sessions) from days
-                        where app_id = latest.app_id and day between :first and :last) as of_all
-                from latest join apps on apps.id = app_id
-                order by first_seen desc, app_version, app_id
-                """, {"app": app_id, "first": shown[0], "last": shown[-1]})
-        return {"releases": [_release(**row) for row in rows]}
+        with self._snapshot(app) as (db, app_id):
+            rows = Releases.latest(db, app_id, self._last_days(ADOPTION_DAYS))
+        return {"releases": list(fitting(_release(**row) for row in rows))}
 
     # Behind the admin token: these read the reports, a page at a time
 
@@ -2529,62 +2831,62 @@ class Metrics:
                text: Optional[str] = None, limit: int = 50, cursor: Optional[str] = None) -> Figures:
         """The groups of the crashes that are kept, the most frequent first; with `text` in type, reason or hash."""
         count, group = _group_cursor(cursor)
-        first, last = (self._last_days(days)[0], self._last_days(days)[-1]) if days else (None, None)
-        fits = f"""
-            select *, {_COUNTED_AT} as at from crashes
-            where {_APPS} and (:version is null or app_version = :version)
-                and (:first is null or {_COUNTED_AT} / {DAY} between :first and :last)
+        shown = self._last_days(days) if days else [None]
+        matching = f"""
+            select *, {COUNTED_AT} as at from crashes
+            where {APPS} and (:version is null or app_version = :version)
+                and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
             """
-        found = f"""{fits}
-                and (:text is null or (app_id, group_hash) in (
-                    select app_id, group_hash from groups where {_APPS} and instr(lower(
-                        exception_type || char(10) || coalesce(exception_reason, '') || char(10) || group_hash),
-                        lower(:text))))
-            """
-        with self._asking(app) as (db, app_id):
-            window = {"app": app_id, "version": version, "first": first, "last": last, "text": text,
+        with self._snapshot(app) as (db, app_id):
+            window = {"app": app_id, "version": version, "first": shown[0], "last": shown[-1], "text": text,
                       "limit": limit + 1, "count": count, "group": group}
             rows = dict_rows(db, f"""
                 select group_hash, count(*) as count, count(distinct device_id_hash) as devices,
                     min(at) as first_seen, max(at) as last_seen
-                from ({found}) as found
+                from ({matching}
+                    and (:text is null or (app_id, group_hash) in (
+                        select app_id, group_hash from groups where {APPS} and instr(lower(
+                            exception_type || char(10) || coalesce(exception_reason, '') || char(10) || group_hash),
+                            lower(:text))))) as found
                 group by group_hash
                 having count(*) < :count or count(*) = :count and group_hash > :group
                 order by count(*) desc, group_hash
                 limit :limit
                 """, window)
-            shown = [{
+            groups = [{
                 **self._group(db, app_id, row["group_hash"]), "count": row["count"], "devices": row["devices"],
                 "versions": sorted((version for version, in db.execute(f"""
-                    select distinct app_version from ({fits} and group_hash = :group) as found
+                    select distinct app_version from ({matching} and group_hash = :group) as found
                     where app_version is not null
                     """, {**window, "group": row["group_hash"]})), key=_version_key),
                 "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"])}
                 for row in rows[:limit]]
         following = "{count}-{group_hash}".format(**rows[limit - 1]) if rows[limit:] else None
-        return {"groups": shown, "next": following}
+        return {"groups": groups, "next": following}
 
-    def _group(self, db: Connection, app_id: int, group_hash: str) -> Figures:
-        row, = dict_rows(db, """
+    def _group(self, db: Connection, app_id: Optional[int], group_hash: str) -> Figures:
+        row, = dict_rows(db, f"""
             select group_hash, exception_type, coalesce(exception_reason, '') as exception_reason from groups
-            where app_id = ? and group_hash = ?
-            """, (app_id, group_hash))
+            where {APPS} and group_hash = :group
+            order by last_seen desc, app_id
+            limit 1
+            """, {"app": app_id, "group": group_hash})
         return row
 
     def group(self, group_hash: str, app: Optional[str] = None, limit: int = REPORTS,
               cursor: Optional[str] = None) -> Figures:
         """A group, its spread, and its latest reports. Refusal where no crash of it is kept."""
-        with self._asking(app) as (db, app_id):
+        with self._snapshot(app) as (db, app_id):
             window = {"app": app_id, "group": group_hash, "before": _before(cursor), "limit": limit + 1}
             count, devices, first_seen, last_seen = db.execute(f"""
-                select count(*), count(distinct device_id_hash), min({_COUNTED_AT}), max({_COUNTED_AT}) from crashes
-                where {_APPS} and group_hash = :group
+                select count(*), count(distinct device_id_hash), min({COUNTED_AT}), max({COUNTED_AT}) from crashes
+                where {APPS} and group_hash = :group
                 """, window).fetchone()
             if not count:
                 raise Refusal("not found")
-            spread = {name: _labelled(db.execute(f"""
+            spread = {name: labelled(db.execute(f"""
                 select {column}, count(*) from crashes
-                where {_APPS} and group_hash = :group and {column} is not null
+                where {APPS} and group_hash = :group and {column} is not null
                 group by {column}
                 order by count(*) desc, {column}
                 limit 20
@@ -2593,7 +2895,7 @@ class Metrics:
             reports = _reports(db, f"""
                 select * from crashes where seq in (
                     select seq from crashes
-                    where {_APPS} and group_hash = :group and seq < :before
+                    where {APPS} and group_hash = :group and seq < :before
                     order by seq desc
                     limit :limit)
                 order by seq desc
@@ -2606,26 +2908,26 @@ class Metrics:
         """Of each of these groups: its crashes on each of the last days, the oldest first; its apps; and where in
         the app its latest crash was."""
         shown = self._last_days(days)
-        with self._asking(app) as (db, app_id):
+        with self._snapshot(app) as (db, app_id):
             window = {"app": app_id, "first": shown[0], "last": shown[-1], "since": shown[0] * DAY - MAX_SKEW}
             return {"labels": _dates(shown), "groups": {
                 group_hash: self._group_days(db, {**window, "group": group_hash}, shown) for group_hash in groups}}
 
     def _group_days(self, db: Connection, window: Figures, shown: range) -> Figures:
         counts = dict(db.execute(f"""
-            select {_COUNTED_AT} / {DAY} as day, count(*) from crashes
-            where {_APPS} and group_hash = :group and received_at >= :since
-                and {_COUNTED_AT} / {DAY} between :first and :last
+            select {COUNTED_AT} / {DAY} as day, count(*) from crashes
+            where {APPS} and group_hash = :group and received_at >= :since
+                and {COUNTED_AT} / {DAY} between :first and :last
             group by day
             """, window))
         apps = db.execute(f"""
-            select name from apps where {_APPS.replace("app_id", "id", 1)} and exists (
+            select name from apps where {APPS.replace("app_id", "id", 1)} and exists (
                 select 1 from crashes where app_id = apps.id and group_hash = :group)
             order by name
             """, window).fetchall()
         latest = db.execute(f"""
             select case when length(stack_trace) < 100000 then stack_trace end from crashes
-            where {_APPS} and group_hash = :group
+            where {APPS} and group_hash = :group
             order by received_at desc
             limit 1
             """, window).fetchone()
@@ -2635,18 +2937,17 @@ class Metrics:
 
     def is_empty(self, app: Optional[str] = None) -> bool:
         """Whether nothing was received of an app; of its events, only the latest are looked at."""
-        with self._asking(app) as (db, app_id):
-            return not any(db.execute("""
-                select exists (select 1 from crashes where app_id = :app or :app = :every),
-                    exists (select 1 from days where app_id = :app),
-                    exists (select 1 from (select app_id from events order by seq desc limit :some) as latest
-                        where app_id = :app or :app = :every)
-                """, {"app": app_id, "every": EVERY_APP, "some": 1000}).fetchone())
+        with self._snapshot(app) as (db, app_id):
+            return not any(db.execute(f"""
+                select exists (select 1 from crash_days where {APPS}), exists (select 1 from session_days where {APPS}),
+                    exists (select 1 from (select app_id from events order by seq desc limit 1000) as latest
+                        where {APPS})
+                """, {"app": app_id}).fetchone())
 
     def crash(self, id: str, app: Optional[str] = None) -> Figures:
         """One crash, as it was sent. Refusal where it is not kept."""
-        with self._asking(app) as (db, app_id):
-            found = _reports(db, f"select * from crashes where id = :id and seq = :seq and {_APPS}", {
+        with self._snapshot(app) as (db, app_id):
+            found = _reports(db, f"select * from crashes where id = :id and seq = :seq and {APPS}", {
                 "id": id, "seq": int(id, 16) if re.fullmatch("[0-7][0-9a-f]{15}", id) else -1, "app": app_id})
         if not found:
             raise Refusal("not found")
@@ -2655,7 +2956,7 @@ class Metrics:
     def session(self, session_id: str, app: Optional[str] = None, limit: int = 50,
                 cursor: Optional[str] = None) -> Figures:
         """The events of a session in the order in which they came; in pages as those of `events`."""
-        with self._asking(app) as (db, app_id):
+        with self._snapshot(app) as (db, app_id):
             window = {"app": app_id, "type": None, "name": None, "session": session_id}
             first, window["last"] = self._seqs_of_session(db, window)
             window["after"] = max(first - 1, _before(cursor) if cursor else 0)
@@ -2665,7 +2966,7 @@ class Metrics:
     def events(self, app: Optional[str] = None, type: Optional[str] = None, name: Optional[str] = None,
                session_id: Optional[str] = None, limit: int = 50, cursor: Optional[str] = None) -> Figures:
         """The latest events that are kept. A page may be short of `limit`, or even empty, and have a next one."""
-        with self._asking(app) as (db, app_id):
+        with self._snapshot(app) as (db, app_id):
             window = {"app": app_id, "type": type, "name": name, "session": session_id,
                       "before": _before(cursor), "after": 0}
             if session_id is not None:  # its events are between its first and its last
@@ -2678,15 +2979,15 @@ class Metrics:
         """Between which its events are."""
         return db.execute(f"""
             select coalesce(min(first_seq), 0), coalesce(max(last_seq), -1) from sessions
-            where {_APPS} and session_id = :session
+            where {APPS} and session_id = :session
             """, window).fetchone()
 
     def _events(self, db: Connection, scan: str, window: Figures, limit: int) -> Figures:
-        """A page of those among the first SCANNED events of a query that fit."""
+        """A page of those among the first SCANNED events of a query that match."""
         window.update(limit=limit + 1, scanned=SCANNED)
         found = _reports(db, f"""
             select * from ({scan} limit :scanned) as scanned
-            where {_APPS} and (:type is null or type = :type) and (:name is null or name = :name)
+            where {APPS} and (:type is null or type = :type) and (:name is null or name = :name)
                 and (:session is null or session_id = :session)
             limit :limit
             """, window)
@@ -2697,25 +2998,20 @@ class Metrics:
 
     def device(self, device_id_hash: str) -> Figures:
         """Everything that is kept of a device, in all apps."""
-        with self._store.reading() as db:
-            db.execute("begin")
+        with self._snapshot() as (db, _):
             found = {
                 "apps": dict_rows(db, """
-                    select name as app, first_seen, last_seen, versions from devices join apps on apps.id = app_id
-                    where device_id_hash = ? order by name
-                    """, (device_id_hash,)),
+                    select app_id, name as app, first_day, last_hour from devices join apps on apps.id = app_id
+                    where device = ? order by name
+                    """, (device_key(device_id_hash),)),
                 **{table: _reports(db, f"select * from {table} where device_id_hash = :device order by seq",
-                                   {"device": device_id_hash}) for table in ("crashes", "events")}}
-            db.execute("commit")
-        for app in found["apps"]:
-            app.update(first_seen=iso_time(app["first_seen"]), last_seen=iso_time(app["last_seen"]),
-                       versions=sorted(json.loads(app["versions"]), key=_version_key))
+                                   {"device": device_id_hash}) for table in TABLES.values()}}
+            for app in found["apps"]:
+                app["versions"] = sorted((version for version, in db.execute(
+                    "select app_version from device_versions where app_id = ? and device = ?",
+                    (app.pop("app_id"), device_key(device_id_hash)))), key=_version_key)
+                app.update(first_seen=iso_time(app.pop("first_day") * DAY), last_seen=iso_time(app.pop("last_hour") * HOUR))
         return found
-
-
-def _labelled(rows: Iterable[Tuple[str, int]]) -> Figures:
-    pairs = list(rows)
-    return {"labels": [label for label, _ in pairs], "data": [count for _, count in pairs]}
 
 
 def _dates(days: Iterable[int]) -> List[str]:
@@ -2732,7 +3028,7 @@ def _reports(db: Connection, query: str, parameters: Mapping[str, Any]) -> List[
 
 
 def _shown(row: Mapping[str, Any], time_text: Callable[[int], str]) -> Figures:
-    report = {name: value for name, value in row.items() if value is not None and name != "seq"}
+    report = {name: value for name, value in row.items() if value is not None and name not in ("seq", "other")}
     for name in {"stack_trace", "properties", "extra"} & report.keys():
         report[name] = json.loads(report[name])
     for name in ("received_at", "occurred_at"):
@@ -2759,7 +3055,7 @@ def _version_key(version: str) -> List[Tuple[int, str]]:
 def _group_cursor(cursor: Optional[str]) -> Tuple[int, str]:
     if cursor is None:
         return MAX_NUMBER, ""
-    match = re.fullmatch("([0-9]{1,18})-([0-9a-f]{16})", cursor)
+    match = re.fullmatch(r"([0-9]{1,18})-([0-9a-f]{16}|\(other\))", cursor)
     if match is None:
         raise Refusal("invalid cursor")
     return int(match[1]), match[2]
@@ -4511,10 +4807,14 @@ class ReadOnlyConnection(Connection):
     def __init__(self, path: Path):
         super().__init__(path, True, "ro" if Path(f"{path}-wal").exists() else "ro&immutable=1")
 
+    @staticmethod
+    def uri(path: Path) -> str:
+        return f"{path.as_uri()}?mode=" + ("ro" if Path(f"{path}-wal").exists() else "ro&immutable=1")
+
 
 def check(path: Path) -> Iterator[Tuple[str, Callable[[], str]]]:
     """What there is to look at in a database, by name. To look gives what was found, or raises what is wrong."""
-    yield "SQLite", _check_sqlite
+    yield "SQLite", check_sqlite
     yield "disk", lambda: _look_at_disk(path)
     yield "file", lambda: _look_at_file(path)
     yield "schema", lambda: _look_at_schema(path)
@@ -4539,7 +4839,7 @@ def _look_at_file(path: Path) -> str:
 
 def _look_at_schema(path: Path) -> str:
     with closing(ReadOnlyConnection(path)) as db, closing(sqlite3.connect(":memory:")) as fresh:
-        _check_file(db, path)
+        check_is_ours(db, path)
         version = db.pragma("user_version")
         if 0 < version < SCHEMA_VERSION:
             return f"version {version}, of which the next start makes version {SCHEMA_VERSION}"
@@ -4574,72 +4874,50 @@ def _look_at_pages(path: Path) -> str:
 
 
 def _look_at_roll_ups(path: Path) -> str:
-    """Compares what is equal however much has expired. Most sums outlive their reports, so only what tells of
-    those that are kept is counted again; of the rest, those that say the same in two places are compared."""
-    day_columns = "crashes", "sessions", "ended", "session_ms"
-    # A device goes with its last report to the hour.
-    settled = (f"seq > {first_seq(HOUR)} + (select coalesce(max(value), 0) from state"
-               " where name in ('expired_crashes', 'expired_events'))")
-    minus, unequal = ", ".join(f"-{each}" for each in day_columns), " or ".join(f"sum({each})" for each in day_columns)
-    with closing(ReadOnlyConnection(path)) as db:
+    """Counts all reports again, by the same code into tables of its own, and compares.
+
+    Sums outlive their reports. So where some have expired, a sum may be larger than what is counted again.
+    """
+    with closing(sqlite3.connect("", isolation_level=None, uri=True)) as db:  # "": a temporary file
+        db.execute("attach database ? as stored", (ReadOnlyConnection.uri(path),))
+        run_script(db, "".join(figure.TABLES for figure in FIGURES))
         db.execute("begin")
-        wrong = [what for what, query in {
-            "labels of crashes": f"""
-                select sum(crashes) from (
-                    select app_id, 'exception_type' as field, exception_type as label, count(*) as crashes
-                    from crashes group by app_id, exception_type
-                    union all
-                    select app_id, 'device_model', device_model, count(*)
-                    from crashes where device_model is not null group by app_id, device_model
-                    union all
-                    select app_id, field, label, -crashes from labels where day = {ALL_DAYS})
-                group by app_id, field, label having sum(crashes)""",
-            "labels of days": f"""
-                select sum(crashes) from labels
-                group by app_id, field, label having sum(iif(day = {ALL_DAYS}, -crashes, crashes))""",
-            "groups of crashes": """
-                select app_id, group_hash from crashes except select app_id, group_hash from groups""",
-            "groups of the week": f"""
-                select sum(crashes) from (
-                    select app_id, group_hash, crashes from group_hours
-                    union all
-                    select app_id, group_hash, -recent from groups where app_id <> {EVERY_APP})
-                group by app_id, group_hash having sum(crashes)""",
-            "hours and days": f"""
-                select app_id from (
-                    select app_id, crashes, sessions, devices from hours
-                    union all
-                    select app_id, -crashes, -sessions, -newcomers from days)
-                where app_id <> {EVERY_APP}
-                group by app_id having sum(crashes) or sum(sessions) or sum(devices)""",
-            "days of all apps": f"""
-                select day from (
-                    select day, {", ".join(day_columns)} from days where app_id = {EVERY_APP}
-                    union all
-                    select day, {minus} from days where app_id in {_LIVE})
-                group by day having {unequal}""",
-            "durations of days": """
-                select sum(sessions) from (
-                    select app_id, day, sessions from durations
-                    union all
-                    select app_id, day, -ended from days)
-                group by app_id, day having sum(sessions)""",
-            "devices of crashes": f"""
-                select seq from crashes where device_id_hash is not null and {settled} and not exists (
-                    select 1 from devices
-                    where app_id = crashes.app_id and device_id_hash = crashes.device_id_hash)""",
-            "devices of events": f"""
-                select seq from events where device_id_hash is not null and {settled} and not exists (
-                    select 1 from devices where app_id = events.app_id and device_id_hash = events.device_id_hash)""",
-            "sessions of events": """
-                select seq from events where session_id is not null and not exists (
-                    select 1 from sessions
-                    where app_id = events.app_id and session_id = events.session_id
-                        and seq between first_seq and last_seq)""",
-        }.items() if db.execute(query).fetchone()]
+        now, = db.execute("select max(coalesce((select max(received_at) from crashes), 0),"
+                          " coalesce((select max(received_at) from events), 0))").fetchone()
+        expired = max(get_state(db, "expired_" + table, 0) for table in TABLES.values())
+        rollups = RollUps(db, now)
+        for kind, table in TABLES.items():
+            rows = db.execute(f"select {counted_columns(kind)} from {table} order by seq")
+            while page := list(map(COUNTED[kind]._make, rows.fetchmany(PAGE_ROWS))):
+                rollups.count(kind, page, 1)
+                rollups.save()
+        wrong = [table for figure in rollups.figures for table in _unequal_tables(db, figure, expired)]
     if wrong:
-        raise StoreError(f"the {', the '.join(wrong)} are not what they should be")
+        raise StoreError(f"these tables are not what they should be: {', '.join(wrong)}")
     return "agree with the rows, where that can be told"
+
+
+def _unequal_tables(db: sqlite3.Connection, figure: Figure, expired: int) -> Iterator[str]:
+    for table, sums in figure.sums.items():
+        key, columns = ", ".join(sums.key), ", ".join([*sums.key, *sums.columns])
+        ours, theirs = (f"select {columns} from {place}.{table}" for place in ("main", "stored"))
+        queries = [f"{ours} except {theirs}", f"{theirs} except {ours}"]
+        if table in (figure.WINDOW[0], "device_hours"):  # whose old rows are deleted some time later
+            queries = queries[:1]
+        if expired and table != "labels":
+            queries = [f"select 1 from main.{table} as ours left join stored.{table} as theirs using ({key}) where "
+                       + " or ".join(f"ours.{each} > coalesce(theirs.{each}, 0)" for each in sums.columns)]
+        if any(db.execute(query + " limit 1").fetchone() for query in queries):
+            yield table
+    for table in figure.ENTITIES:
+        # A device goes with its last report to the hour.
+        settled = "where (app_id, device) in (select app_id, device from main.devices where last_seq > :settled)"
+        key = ", ".join(KEYS[table])
+        if db.execute(f"""
+                select {key} from main.{table} {settled if "device" in table else ""}
+                except select {key} from stored.{table} limit 1
+                """, {"settled": expired and expired + first_seq(HOUR)}).fetchone():
+            yield table
 
 
 def _megabytes(size: int) -> str:

@@ -73,8 +73,7 @@ CRASHES, EVENTS, BATCH = "/api/v1/crashes", "/api/v1/events", "/api/v1/events/ba
 METRICS = ["/api/v1/metrics/daily-crashes", "/api/v1/metrics/crash-types", "/api/v1/metrics/devices",
            "/api/v1/overview", "/api/v1/metrics/active-devices", "/api/v1/metrics/sessions",
            "/api/v1/metrics/retention", "/api/v1/releases"]
-REPORT_TABLES = ["crashes", "events", "replays", "devices", "sessions", "hours", "days", "durations", "releases",
-                 "release_days", "labels", "groups", "group_hours"]
+REPORT_TABLES = ["crashes", "events", *backfeedr.KEYS]
 
 
 class Clock:
@@ -241,12 +240,12 @@ def rows_by_name(path, query):
 
 
 def check_database(path, forgotten=False):
-    """The file is sound, and each roll-up equals a slow and obvious computation over the rows.
+    """The file is sound, and each figure equals a slow and obvious computation over the rows.
 
     Where a device was forgotten, but for the times of what it was the first or last to report.
     """
     assert POSTGRES or sql(path, "pragma integrity_check") == [("ok",)]
-    expected, found = recount(path), roll_ups(path)
+    expected, found = recount(path), figures(path)
     if forgotten:
         for tables in expected, found:
             tables["releases"] = {key: row[2:] for key, row in tables["releases"].items() if any(row[2:])}
@@ -256,116 +255,102 @@ def check_database(path, forgotten=False):
     assert POSTGRES or backfeedr._look_at_roll_ups(Path(path).absolute()), "and `check` sees it so"
 
 
-def roll_ups(path):
-    """What is stored beside the reports, each table by its key; without sums of 0."""
-    keys = dict(hours=2, days=2, durations=3, releases=2, release_days=3, labels=4, groups=2, group_hours=3,
-                devices=2, sessions=2)
-    tables = {table: {row[:size]: row[size:] for row in sql(path, f"select * from {table}")}
-              for table, size in keys.items()}
-    tables["devices"] = {key: (row[0] // DAY, row[1] // HOUR, {row[3] + n for n in range(8 * len(row[4]))
-                                          if int.from_bytes(row[4], "big") >> n & 1}, json.loads(row[5]))
-                         for key, row in tables["devices"].items()}
-    return {table: {key: row for key, row in rows.items() if any(row)} for table, rows in tables.items()}
+def windows(path):
+    """Of tables that hold a window only, the first day or hour of it."""
+    newest = sql(path, "select max((select coalesce(max(received_at), 0) from crashes),"
+                       " (select coalesce(max(received_at), 0) from events))")[0][0]
+    return dict(group_days=newest // DAY - 7, release_days=newest // DAY - 7, durations=newest // DAY - 400,
+                device_hours=newest // HOUR - 48)
+
+
+def figures(path):
+    """What is stored beside the reports, each table by its key; without sums of 0, and without what is too old."""
+    tables = {}
+    for table, key in backfeedr.KEYS.items():
+        rows = {row[:len(key)]: row[len(key):] for row in sql(path, f"select {', '.join(key)}, {table}.* from {table}")}
+        tables[table] = {found: row[len(key):] for found, row in rows.items()
+                         if found[1] >= windows(path).get(table, found[1])}
+    tables["devices"] = {key: row[:2] for key, row in tables["devices"].items()}
+    tables["session_days"] = {key: row[:3] for key, row in tables["session_days"].items()}
+    return tables
 
 
 def recount(path):
-    """What `roll_ups` must find, from the reports alone."""
-    live = {app for app, in sql(path, "select id from apps where is_test = 0")}
-    since, = sql(path, "select value from state where name = 'recent_since'")[0]
-    tables = defaultdict(lambda: defaultdict(Counter))
-    crashes = rows_of_table(path, "crashes")
-    events = rows_of_table(path, "events")
-    reports = sorted(crashes + events, key=lambda row: row["seq"])
-
-    tables["today"] = max((row["received_at"] // DAY for row in reports), default=0)
-
-    def scopes(app):
-        return (app, 0) if app in live else (app,)
-
+    """What `figures` must find, from the reports alone."""
+    tables = {table: defaultdict(Counter) for table in backfeedr.KEYS if table not in ("replays", "new_names")}
+    columns = dict(
+        crash_days=("crashes",), labels=("crashes",), group_days=("crashes",), release_days=("sessions",),
+        releases=("first", "last", "sessions", "crashes", "devices", "crashed"), device_hours=("devices",),
+        session_days=("sessions", "ended", "ms"), durations=("sessions",), active_days=("dau", "wau", "mau"),
+        cohorts=("devices", "back_1", "back_7", "back_30"))
+    crashes, events = rows_of_table(path, "crashes"), rows_of_table(path, "events")
     for row in crashes:
-        app, hour, day = row["app_id"], row["at"] // HOUR, row["at"] // DAY
-        tables["hours"][app, hour]["crashes"] += 1
-        for scope in scopes(app):
-            tables["days"][scope, day]["crashes"] += 1
-        if hour >= since:
-            tables["group_hours"][app, hour, row["group_hash"]]["crashes"] += 1
+        app, day = row["app_id"], row["at"] // DAY
+        tables["crash_days"][app, day]["crashes"] += 1
+        tables["group_days"][app, day, row["group_hash"]]["crashes"] += 1
         for field in ("exception_type", "device_model"):
             for each in (-1_000_000, day) if row[field] else ():
                 tables["labels"][app, field, each, row[field]]["crashes"] += 1
         if row["app_version"]:
             tables["releases"][app, row["app_version"]]["crashes"] += 1
-    for scope in {0, *(row["app_id"] for row in crashes)}:
-        mine = [row for row in crashes if scope in scopes(row["app_id"])]
-        for (group,), rows in grouped(mine, "group_hash").items():
-            latest = max(rows, key=lambda row: (row["at"], row["seq"]))
-            times = [row["at"] for row in rows]
-            tables["groups"][scope, group] = (
-                latest["exception_type"], latest["exception_reason"], min(times), max(times),
-                sum(at // HOUR >= since for at in times))
-    for (app, version), rows in grouped(reports, "app_id", "app_version").items():
+    for key, rows in grouped(crashes, "app_id", "group_hash").items():
+        latest, times = max(rows, key=lambda row: (row["at"], row["seq"])), [row["at"] for row in rows]
+        name = "(other)" if key[1] == "(other)" else latest["exception_type"]
+        tables["groups"][key] = name, latest["exception_reason"], min(times), max(times)
+    reports = sorted(crashes + events, key=lambda row: row["seq"])
+    for key, rows in grouped(reports, "app_id", "app_version").items():
         times = [row["received_at"] for row in rows]
-        tables["releases"][app, version].update(first=min(times), last=max(times))
+        tables["releases"][key].update(first=min(times), last=max(times))
+    recount_sessions(tables, events)
+    recount_devices(tables, reports)
+    found = {table: {key: tuple(row[name] for name in columns[table]) if table in columns else row
+                     for key, row in rows.items() if key[1] >= windows(path).get(table, key[1])}
+             for table, rows in tables.items()}
+    return found
 
-    for (app, session), rows in grouped(events, "app_id", "session_id").items():
+
+def recount_sessions(tables, events):
+    for row in events:
+        row["device"] = backfeedr.device_key(row["device_id_hash"])
+        if row["type"] == "session_start" and not row["session_id"]:
+            count_session(tables, row, None)
+    for key, rows in grouped(events, "app_id", "session_id", "device").items():
         starts = [row for row in rows if row["type"] == "session_start"]
-        start = max(starts, key=lambda row: (row["at"], row["seq"])) if starts else None
+        start = min(starts, key=lambda row: (row["at"], row["seq"])) if starts else None
         end = max((row["at"] for row in rows if row["type"] == "session_end"), default=None)
-        tables["sessions"][app, session] = (
+        tables["sessions"][key] = (
             rows[0]["seq"], rows[-1]["seq"], start and start["at"], end, start and start["app_version"])
         if start:
-            count_session(tables, scopes(app), start, end)
-    for row in events:
-        if row["type"] == "session_start" and not row["session_id"]:
-            count_session(tables, scopes(row["app_id"]), row, None)
-    for (app, day), durations in tables.pop("durations_of", {}).items():
-        tables["days"][app, day]["median"] = statistics.median_low(durations.elements())
-        for seconds, count in durations.items():
-            tables["durations"][app, day, seconds]["sessions"] = count
-
-    for scope in {each for row in reports for each in scopes(row["app_id"])}:
-        mine = [row for row in reports if scope in scopes(row["app_id"])]
-        for (device,), rows in grouped(mine, "device_id_hash").items():
-            times = [row["at"] for row in rows]
-            seen = {row["at"] // DAY for row in rows if row["at"] // DAY >= row["received_at"] // DAY - 400}
-            versions = {row["app_version"]: 0 for row in rows if row["app_version"] and scope}
-            versions.update({row["app_version"]: 1 for row in rows if row["app_version"] in versions
-                             and "exception_type" in row})
-            if scope:
-                tables["devices"][scope, device] = min(times) // DAY, max(times) // HOUR, seen, versions
-            tables["hours"][scope, max(times) // HOUR]["devices"] += 1
-            for name, span in (("dau", 1), ("wau", 7), ("mau", 30)):
-                for day in {day + later for day in seen for later in range(span)}:
-                    tables["days"][scope, day][name] += 1
-            first = min(times) // DAY
-            tables["days"][scope, first]["newcomers"] += 1
-            for later in (1, 7, 30):
-                tables["days"][scope, first][f"back_{later}"] += first + later in seen
-            for version, crashed in versions.items():
-                tables["releases"][scope, version]["devices"] += 1
-                tables["releases"][scope, version]["crashed"] += crashed
-
-    columns = dict(
-        hours=("crashes", "sessions", "devices"), durations=("sessions",), release_days=("sessions",),
-        days=("crashes", "dau", "wau", "mau", "newcomers", "back_1", "back_7", "back_30", "sessions", "ended", "ms", "median"),
-        releases=("first", "last", "sessions", "crashes", "devices", "crashed"),
-        labels=("crashes",), group_hours=("crashes",), groups=None, devices=None, sessions=None)
-    return {table: {key: tuple(row.get(name, None if name == "median" else 0) for name in names) if names else row
-                    for key, row in tables[table].items()} for table, names in columns.items()}
+            count_session(tables, start, end)
 
 
-def count_session(tables, scopes, start, end):
-    at, version = start["at"], start["app_version"]
-    tables["hours"][scopes[0], at // HOUR]["sessions"] += 1
+def count_session(tables, start, end):
+    app, at, version = start["app_id"], start["at"], start["app_version"]
     if version:
-        tables["releases"][scopes[0], version]["sessions"] += 1
-        if at // DAY >= tables["today"] - 7:
-            tables["release_days"][scopes[0], version, at // DAY]["sessions"] += 1
-    for scope in scopes:
-        tables["days"][scope, at // DAY]["sessions"] += 1
-        if end is not None and end >= at:
-            tables["days"][scope, at // DAY].update(ended=1, ms=end - at)
-            seconds = two_digits(end - at)
-            tables["durations_of"][scope, at // DAY][seconds] += 1
+        tables["releases"][app, version]["sessions"] += 1
+        tables["release_days"][app, at // DAY, version]["sessions"] += 1
+    tables["session_days"][app, at // DAY]["sessions"] += 1
+    if end is not None and 0 <= end - at <= DAY:
+        tables["session_days"][app, at // DAY].update(ended=1, ms=end - at)
+        tables["durations"][app, at // DAY, two_digits(end - at)]["sessions"] += 1
+
+
+def recount_devices(tables, reports):
+    for (app, device), rows in grouped(reports, "app_id", "device_id_hash").items():
+        key, times = (app, backfeedr.device_key(device)), [row["at"] for row in rows]
+        first, seen = min(times) // DAY, {row["at"] // DAY for row in rows
+                                          if row["at"] // DAY >= row["received_at"] // DAY - 400}
+        tables["devices"][key] = first, max(times) // HOUR
+        tables["device_days"].update({(*key, day): () for day in seen})
+        tables["device_hours"][app, max(times) // HOUR]["devices"] += 1
+        for name, span in (("dau", 1), ("wau", 7), ("mau", 30)):
+            for day in {day + later for day in seen for later in range(span)}:
+                tables["active_days"][app, day][name] += 1
+        tables["cohorts"][app, first].update(devices=1, **{f"back_{n}": int(first + n in seen) for n in (1, 7, 30)})
+        for version in {row["app_version"] for row in rows} - {None}:
+            crashed = int(any("exception_type" in row for row in rows if row["app_version"] == version))
+            tables["device_versions"][(*key, version)] = (crashed,)
+            tables["releases"][app, version].update(devices=1, crashed=crashed)
 
 
 def two_digits(ms):
@@ -376,10 +361,14 @@ def two_digits(ms):
 
 
 def rows_of_table(path, table):
+    """The reports as they count: each with its time, and without the names that are beyond the day's limit."""
     rows = rows_by_name(path, f"select * from {table} order by seq")
     for row in rows:
-        fast = row["occurred_at"] > row["received_at"] + 300_000
-        row["at"] = row["received_at"] if fast else row["occurred_at"]
+        is_believed = 1_167_609_600_000 <= row["occurred_at"] <= row["received_at"] + 300_000
+        row["at"] = row["occurred_at"] if is_believed else row["received_at"]
+        for name, flag in backfeedr.FLAGS.items():
+            if row["other"] & flag:
+                row[name] = "(other)"
     return rows
 
 
