@@ -4786,8 +4786,9 @@ def _look_at_roll_ups(path: Path) -> str:
         db.execute("attach database ? as stored", (ReadOnlyConnection.uri(path),))
         run_script(db, FIGURE_TABLES)
         db.execute("begin")
-        now, = db.execute("select max(coalesce((select max(received_at) from crashes), 0),"
-                          " coalesce((select max(received_at) from events), 0))").fetchone()
+        newest = [db.execute(f"select coalesce(max(received_at), 0) from {table}").fetchone()[0]
+                  for table in TABLES.values()]
+        now = max(*newest, (get_state(db, "trimmed_day", -1) + 1) * DAY)  # of the windows
         expired = max(get_state(db, "expired_" + table, 0) for table in TABLES.values())
         rollups = RollUps(db, now)
         for kind, table in TABLES.items():

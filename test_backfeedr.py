@@ -248,7 +248,7 @@ def check_database(path, forgotten=False):
     expected, found = recount(path), figures(path)
     if forgotten:
         for tables in expected, found:
-            tables["releases"] = {key: row[2:] for key, row in tables["releases"].items() if any(row[2:])}
+            tables["releases"] = {}
             tables["groups"] = {key: (*row[:2], *row[3:]) for key, row in tables["groups"].items()}
     for table in expected:
         assert found[table] == expected[table], table
@@ -257,8 +257,9 @@ def check_database(path, forgotten=False):
 
 def windows(path):
     """Of tables that hold a window only, the first day or hour of it."""
-    newest = sql(path, "select max((select coalesce(max(received_at), 0) from crashes),"
-                       " (select coalesce(max(received_at), 0) from events))")[0][0]
+    newest = sql(path, """
+        select max(at) from (select received_at as at from crashes union all select received_at from events union all
+            select (value + 1) * 86400000 from state where name = 'trimmed_day') as times""")[0][0] or 0
     return dict(group_days=newest // DAY - 7, release_days=newest // DAY - 7, durations=newest // DAY - 400,
                 device_hours=newest // HOUR - 48)
 
@@ -271,16 +272,15 @@ def figures(path):
         tables[table] = {found: row[len(key):] for found, row in rows.items()
                          if found[1] >= windows(path).get(table, found[1])}
     tables["devices"] = {key: row[:2] for key, row in tables["devices"].items()}
-    tables["session_days"] = {key: row[:3] for key, row in tables["session_days"].items()}
     return tables
 
 
 def recount(path):
     """What `figures` must find, from the reports alone."""
-    tables = {table: defaultdict(Counter) for table in backfeedr.KEYS if table not in ("replays", "new_names")}
+    tables = {table: defaultdict(Counter) for table in backfeedr.KEYS if table not in ("replays", "new_names", "medians")}
     columns = dict(
         crash_days=("crashes",), labels=("crashes",), group_days=("crashes",), release_days=("sessions",),
-        releases=("first", "last", "sessions", "crashes", "devices", "crashed"), device_hours=("devices",),
+        release_sums=("sessions", "crashes", "devices", "crashed"), device_hours=("devices",),
         session_days=("sessions", "ended", "ms"), durations=("sessions",), active_days=("dau", "wau", "mau"),
         cohorts=("devices", "back_1", "back_7", "back_30"))
     crashes, events = rows_of_table(path, "crashes"), rows_of_table(path, "events")
@@ -292,7 +292,7 @@ def recount(path):
             for each in (-1_000_000, day) if row[field] else ():
                 tables["labels"][app, field, each, row[field]]["crashes"] += 1
         if row["app_version"]:
-            tables["releases"][app, row["app_version"]]["crashes"] += 1
+            tables["release_sums"][app, row["app_version"]]["crashes"] += 1
     for key, rows in grouped(crashes, "app_id", "group_hash").items():
         latest, times = max(rows, key=lambda row: (row["at"], row["seq"])), [row["at"] for row in rows]
         name = "(other)" if key[1] == "(other)" else latest["exception_type"]
@@ -300,7 +300,7 @@ def recount(path):
     reports = sorted(crashes + events, key=lambda row: row["seq"])
     for key, rows in grouped(reports, "app_id", "app_version").items():
         times = [row["received_at"] for row in rows]
-        tables["releases"][key].update(first=min(times), last=max(times))
+        tables["releases"][key] = min(times), max(times)
     recount_sessions(tables, events)
     recount_devices(tables, reports)
     found = {table: {key: tuple(row[name] for name in columns[table]) if table in columns else row
@@ -327,7 +327,7 @@ def recount_sessions(tables, events):
 def count_session(tables, start, end):
     app, at, version = start["app_id"], start["at"], start["app_version"]
     if version:
-        tables["releases"][app, version]["sessions"] += 1
+        tables["release_sums"][app, version]["sessions"] += 1
         tables["release_days"][app, at // DAY, version]["sessions"] += 1
     tables["session_days"][app, at // DAY]["sessions"] += 1
     if end is not None and 0 <= end - at <= DAY:
@@ -350,7 +350,7 @@ def recount_devices(tables, reports):
         for version in {row["app_version"] for row in rows} - {None}:
             crashed = int(any("exception_type" in row for row in rows if row["app_version"] == version))
             tables["device_versions"][(*key, version)] = (crashed,)
-            tables["releases"][app, version].update(devices=1, crashed=crashed)
+            tables["release_sums"][app, version].update(devices=1, crashed=crashed)
 
 
 def two_digits(ms):
