@@ -818,9 +818,7 @@ create table new_names (                   -- of an app and a UTC day
 
     def limit(self, app_id: int, reports: Reports) -> Tuple[Sequence[int], Reports]:
         """The `other` of each report, and the reports with the group under which they are stored."""
-        fields = [field for field in NEW_NAMES if hasattr(reports[0], field)]
-        if type(reports[0]) is Event:
-            fields = ["app_version"]  # nothing counts its device_model
+        fields = ["app_version"] if type(reports[0]) is Event else list(NEW_NAMES)
         refused = self._refused(dict.fromkeys(
             (app_id, field, name) for report in reports for field in fields if (name := getattr(report, field))))
         if not refused:
@@ -855,30 +853,25 @@ create table new_names (                   -- of an app and a UTC day
         return is_accepted
 
 
-class CrashDays(Figure):
-    """Crashes per UTC day."""
+class Crashes(Figure):
+    """Crashes per UTC day; and of those that are kept, the exception types and device models, per day and ALL_DAYS."""
 
-    SUMS = {"crash_days": ("day", "crashes")}
+    SUMS = {"crash_days": ("day", "crashes"), "labels": ("field day label", "crashes")}
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
         for crash in reports:
             self.sums["crash_days"].add(crash.app_id, crash.at // DAY, crashes=by)
+        self._count_labels(reports, by)
 
+    def expire(self, kind: type, reports: Sequence[Any]) -> None:
+        self._count_labels(reports, -1)
 
-class Labels(Figure):
-    """The exception types and device models of the crashes that are kept, per UTC day and for ALL_DAYS."""
-
-    SUMS = {"labels": ("field day label", "crashes")}
-
-    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        alike = Counter((crash.app_id, crash.at // DAY, crash.exception_type, crash.device_model) for crash in reports)
+    def _count_labels(self, crashes: Sequence[Any], by: int) -> None:
+        alike = Counter((crash.app_id, crash.at // DAY, crash.exception_type, crash.device_model) for crash in crashes)
         for (app_id, day, *labels), count in alike.items():
             for name, label in zip(("exception_type", "device_model"), labels):
                 for each in (ALL_DAYS, day) if label else ():
                     self.sums["labels"].add(app_id, name, each, label, crashes=by * count)
-
-    def expire(self, kind: type, reports: Sequence[Any]) -> None:
-        self.count(kind, reports, -1)
 
     @staticmethod
     def most_frequent(db: sqlite3.Connection, app: Optional[int], field: str, days: Optional[range],
@@ -1063,18 +1056,15 @@ class Session(NamedTuple):
 
     def merged(self, later: Session) -> Session:
         """What is known from both. The first start and the last end count."""
-        starts = [each for each in (self, later) if each.started_at is not None]
-        start = min(starts, key=attrgetter("started_at"), default=self)
-        ends = [each.ended_at for each in (self, later) if each.ended_at is not None]
-        return Session(min(self.first_seq, later.first_seq), max(self.last_seq, later.last_seq),
-                       start.started_at, max(ends, default=None), start.app_version)
+        start = min(self, later, key=lambda each: each.started_at or MAX_NUMBER)
+        return Session(min(self.first_seq, later.first_seq), max(self.last_seq, later.last_seq), start.started_at,
+                       max(self.ended_at or 0, later.ended_at or 0) or None, start.app_version)
 
     @property
     def duration(self) -> Optional[int]:
         """Milliseconds. None where it has not ended, or would have taken longer than a day: a clock was set."""
-        if self.started_at is None or self.ended_at is None or not 0 <= self.ended_at - self.started_at <= DAY:
-            return None
-        return self.ended_at - self.started_at
+        length = (self.ended_at or 0) - (self.started_at or 0)
+        return length if self.started_at and self.ended_at and 0 <= length <= DAY else None
 
 
 class Sessions(Figure):
@@ -1166,7 +1156,7 @@ create table medians (                     -- of the durations of a day that is 
                 ended_at = excluded.ended_at, app_version = excluded.app_version
             """, [(*key, *after) for key, after in changed.items()])
         self.sums["session_days"].save(self._db)
-        self._save_medians({key[:2] for key in self.sums["durations"].save(self._db)})
+        self._save_medians([key[:2] for key in self.sums["durations"].save(self._db) if key[1] < self._today - 1])
 
     def _stored(self, keys: Iterable[tuple]) -> Dict[tuple, Session]:
         return {row[:3]: Session(*row[3:]) for row in rows_of(self._db, """
@@ -1174,21 +1164,22 @@ create table medians (                     -- of the durations of a day that is 
             cross join sessions on app_id = column1 and session_id = column2 and device = column3
             """, list(keys))}
 
-    def _save_medians(self, changed: Set[tuple]) -> None:
-        """Stores the medians of days that are over. Those of today and yesterday change with nearly every session, so
-        they are computed when they are asked for, and stored with the sessions of a later day."""
-        late = [(app_id, day) for app_id, day in changed if day < self._today - 1]
-        self._db.executemany("delete from medians where app_id = ? and day = ?", late)
-        for app_id in {app_id for app_id, _ in changed}:
-            first = min([day for app, day in late if app == app_id], default=self._today - WEEK)
-            self._db.execute(f"""
-                insert into medians
-                select app_id, day, ({self.MEDIAN}) from session_days
-                where app_id = :app and day between :first and :last and ended > 0
-                    and day >= :oldest and not exists (
-                        select 1 from medians where app_id = session_days.app_id and day = session_days.day)
-                """, {"app": app_id, "first": min(first, self._today - WEEK), "last": self._today - 2,
-                      "oldest": self._today - DURATION_DAYS})
+    def _save_medians(self, days: Sequence[tuple]) -> None:
+        self._db.executemany(f"""
+            insert into medians select app_id, day, ({self.MEDIAN}) from session_days
+            where app_id = ? and day = ? and ended > 0
+            on conflict (app_id, day) do update set seconds = excluded.seconds
+            """, days)
+
+    def close_days(self) -> None:
+        """Stores the medians of days that are over. Those of today and yesterday change with nearly every session,
+        so they are computed when they are asked for."""
+        self._save_medians(self._db.execute("""
+            select app_id, day from session_days
+            where app_id in (select id from apps) and day between ? and ? and ended > 0 and not exists (
+                select 1 from medians where app_id = session_days.app_id and day = session_days.day)
+            limit ?
+            """, (self._today - DURATION_DAYS, self._today - 2, TRIMMED)).fetchall())
 
     @staticmethod
     def per_day(db: sqlite3.Connection, app: Optional[int], days: range) -> Figures:
@@ -1407,7 +1398,7 @@ def rounded_seconds(milliseconds: int) -> int:
 
 def _schema_of_figures() -> str:
     return "".join(figure.TABLES + "".join(Sums(table, *spec).schema for table, spec in figure.SUMS.items())
-                   for figure in (NewNames, CrashDays, Labels, Groups, Releases, Sessions, Devices))
+                   for figure in (NewNames, Crashes, Groups, Releases, Sessions, Devices))
 
 
 FIGURE_TABLES = _schema_of_figures()
@@ -1423,10 +1414,9 @@ class RollUps:
     def __init__(self, db: sqlite3.Connection, now: int):
         self._db, self._now = db, now
         self.names, self.groups, self.releases = NewNames(db, now), Groups(db, now), Releases(db, now)
-        self.devices = Devices(db, now, self.releases)
+        self.sessions, self.devices = Sessions(db, now, self.releases), Devices(db, now, self.releases)
         # Releases come last, because sessions and devices count in them when they are saved.
-        self.figures = (CrashDays(db, now), Labels(db, now), self.groups, Sessions(db, now, self.releases),
-                        self.devices, self.releases)
+        self.figures = (Crashes(db, now), self.groups, self.sessions, self.devices, self.releases)
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
         """Counts reports of a kind, in the order of their seqs."""
@@ -1446,7 +1436,8 @@ class RollUps:
             figure.save()
 
     def trim(self) -> int:
-        """Deletes some of the rows whose window is over; how many. Once a day is enough."""
+        """Once a day: deletes some of the rows whose window is over; how many."""
+        self.sessions.close_days()
         windows = {"new_names": 0, **dict(figure.WINDOW for figure in self.figures if figure.WINDOW[0])}
         old = {table: self._delete_old(table, "day", self._now // DAY - days) for table, days in windows.items()}
         old["device_hours"] = self._delete_old("device_hours", "hour", self._now // HOUR - HOURS_KEPT)
@@ -2679,7 +2670,7 @@ class Metrics:
 
     def _labels(self, field: str, app: Optional[str], days: Optional[int], limit: int) -> Figures:
         with self._snapshot(app) as (db, app_id):
-            return Labels.most_frequent(db, app_id, field, self._last_days(days) if days else None, limit)
+            return Crashes.most_frequent(db, app_id, field, self._last_days(days) if days else None, limit)
 
     def overview(self, app: Optional[str] = None) -> Figures:
         """The seven UTC days that end today in a few figures, and the devices of the last 24 hours."""
