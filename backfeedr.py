@@ -62,7 +62,7 @@ import time
 import zlib
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict, deque, namedtuple
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime, timezone
 from difflib import get_close_matches
@@ -72,7 +72,7 @@ from itertools import accumulate, chain, groupby, repeat
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import (Any, BinaryIO, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
-                    Sequence, Set, TextIO, Tuple, TypeVar, Union)
+                    Sequence, Set, TextIO, Tuple, Union)
 from urllib.parse import parse_qs, parse_qsl, quote, urlencode
 
 # A virtual environment, because the Pythons of many systems refuse to be added to.
@@ -1563,11 +1563,6 @@ class Connection(sqlite3.Connection):
 SET_STATE = "insert into state values (?, ?) on conflict (name) do update set value = excluded.value"
 
 
-def _close(db: Optional[Connection]) -> None:
-    if db is not None:
-        db.close()
-
-
 def _wal_size(path: Path) -> int:
     wal = Path(f"{path}-wal")
     return wal.stat().st_size if wal.exists() else 0
@@ -1576,12 +1571,9 @@ def _wal_size(path: Path) -> int:
 def _file_identity(path: Path) -> Tuple[int, int]:
     try:
         found = os.stat(path)
+        return found.st_dev, found.st_ino
     except OSError as error:
         raise sqlite3.OperationalError(f"{path}: {error.strerror}") from None
-    return found.st_dev, found.st_ino
-
-
-_Self = TypeVar("_Self", bound="Database")
 
 
 class Database:
@@ -1590,7 +1582,7 @@ class Database:
     Raises StoreError where the file cannot be opened or is something else. Every method
     may raise StorageUnavailable. `clock` gives seconds since 1970. For another engine
     (examples/postgres.py) a subclass replaces what is SQLite's own: `Error`, _open,
-    _connect, _check_file, reading, _shrink, _fold_in_wal, size and _wal_size.
+    _connect, _check_file, reading, _shrink, _fold_in_wal, size and vitals.
     """
 
     Error: type = sqlite3.Error  # what a connection raises
@@ -1607,7 +1599,7 @@ class Database:
         _prepare(self.path, may_create)
         self._file = _file_identity(self.path)
 
-    def __enter__(self: _Self) -> _Self:
+    def __enter__(self: Any) -> Any:
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -1620,8 +1612,7 @@ class Database:
         with here.write_lock:
             while here.readers:
                 here.readers.pop().close()
-            _close(here.writer)  # last, because a reader may not fold in the WAL
-            here.writer = None
+            here.close_writer()  # last, because a reader may not fold in the WAL
 
     @property
     def now(self) -> int:
@@ -1648,20 +1639,18 @@ class Database:
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """A connection that cannot write; for short reads, because an open one holds up the WAL."""
-        here = self._here
-        db = None
+        here, db, is_good = self._here, None, False
         try:
             db = here.idle_reader() or self._connect(query_only=True)
             yield db
-        except BaseException as error:
-            _close(db)
-            if isinstance(error, self.Error):
-                raise self._unavailable("read", error) from error
-            raise
-        if self._closed:
-            db.close()
-        else:
-            here.readers.append(db)
+            is_good = not self._closed
+        except self.Error as error:
+            raise self._unavailable("read", error) from error
+        finally:
+            if is_good:
+                here.readers.append(db)
+            elif db:
+                db.close()
 
     @contextmanager
     def writing(self, shared: bool = False) -> Iterator[Connection]:
@@ -1677,8 +1666,7 @@ class Database:
             except BaseException as error:
                 # Closing undoes what is left of the transaction, also where SQLite has
                 # rolled back by itself and every further statement would be its own.
-                _close(here.writer)
-                here.writer = None
+                here.close_writer()
                 if isinstance(error, self.Error):
                     raise self._unavailable("write", error) from error
                 raise
@@ -1717,10 +1705,6 @@ class Database:
         """Bytes of the database."""
         return self.path.stat().st_size
 
-    @property
-    def _wal_size(self) -> int:
-        return _wal_size(self.path)
-
     def _shrink(self) -> None:
         """Gives the disk the space of what is deleted."""
         free, before = 1, 0
@@ -1748,12 +1732,10 @@ def _prepare(path: Path, may_create: bool) -> None:
     if not may_create and not path.exists():
         raise StoreError(f"there is no database {path}{_ANOTHER}")
     check_sqlite()
+    deadline = time.monotonic() + BUSY_TIMEOUT
     try:
-        try:
+        with suppress(FileExistsError):  # then only SQLite opens it: to close it would drop all locks of this process
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-        except FileExistsError:  # and never opened but by SQLite: closing it drops the locks of a whole process
-            pass
-        deadline = time.monotonic() + BUSY_TIMEOUT
         while True:
             try:
                 return _make_tables(path)
@@ -2188,6 +2170,11 @@ class _Process:
             self.company.acquire(blocking=False)
         return queue
 
+    def close_writer(self) -> None:
+        if self.writer:
+            self.writer.close()
+            self.writer = None
+
     def idle_reader(self) -> Optional[Connection]:
         try:
             return self.readers.pop()
@@ -2245,7 +2232,7 @@ class Store(Apps):
              [(f'{{table="{table}"}}', n) for table, n in here.stored.items()]),
             ("crashes_kept", "gauge", "Rows of the table crashes, by their roll-up.", [("", crashes)]),
             ("file_bytes", "gauge", "Size of the database.", [("", self.size)]),
-            ("wal_bytes", "gauge", "Size of its write-ahead log.", [("", self._wal_size)])]
+            ("wal_bytes", "gauge", "Size of its write-ahead log.", [("", _wal_size(self.path))])]
 
     # Reports that come
 
