@@ -1257,6 +1257,7 @@ create table device_versions (
         super().__init__(db, now)
         self._releases = releases
         self._seen: Dict[Tuple[int, int], Device] = defaultdict(Device)  # by app_id and device
+        self._spans: Counter = Counter()  # app_id, column of active_days, first day, day after the last: devices
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
         """Reports that are forgotten do not count here: their device is forgotten as a whole."""
@@ -1285,6 +1286,9 @@ create table device_versions (
             on conflict (app_id, device) do update set first_day = excluded.first_day,
                 last_hour = excluded.last_hour, last_seq = excluded.last_seq
             """, changed)
+        for (app_id, column, first, end), count in self._spans.items():  # which many devices have in common
+            for day in range(first, end):
+                self.sums["active_days"].add(app_id, day, **{column: count})
         super().save()
 
     def _save_days(self, stored: Mapping[tuple, Sequence[int]]) -> None:
@@ -1315,8 +1319,7 @@ create table device_versions (
         at = bisect_left(others, day)
         before, after = others[at - 1] if at else -DAY, others[at] if at < len(others) else DAY
         for column, span in self.ACTIVE.items():
-            for each in range(max(day, before + span), min(day + span, after)):
-                self.sums["active_days"].add(app_id, each, **{column: by})
+            self._spans[app_id, column, max(day, before + span), min(day + span, after)] += by
 
     def _count_cohort(self, app_id: int, first_day: Optional[int], days: Sequence[int], by: int) -> None:
         if first_day is not None:
