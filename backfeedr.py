@@ -1416,7 +1416,7 @@ KEYS = {table: tuple(key.split(", ")) for table, key in re.findall(
 
 
 class RollUps:
-    """All figures in one transaction: reports are counted, and then all changes are saved at once."""
+    """All figures in one transaction: reports are counted, and then all changes are saved, once."""
 
     def __init__(self, db: sqlite3.Connection, now: int):
         self._db, self._now = db, now
@@ -4775,13 +4775,13 @@ def _look_at_roll_ups(path: Path) -> str:
                   for table in TABLES.values()]
         now = max(*newest, (get_state(db, "trimmed_day", -1) + 1) * DAY)  # of the windows
         expired = max(get_state(db, "expired_" + table, 0) for table in TABLES.values())
-        rollups = RollUps(db, now)
         for kind, table in TABLES.items():
             rows = db.execute(f"select {counted_columns(kind)} from {table} order by seq")
             while page := list(map(COUNTED[kind]._make, rows.fetchmany(PAGE_ROWS))):
+                rollups = RollUps(db, now)
                 rollups.count(kind, page, 1)
                 rollups.save()
-        wrong = [table for figure in rollups.figures for table in _unequal_tables(db, figure, expired)]
+        wrong = [table for figure in RollUps(db, now).figures for table in _unequal_tables(db, figure, expired)]
     if wrong:
         raise StoreError(f"these tables are not what they should be: {', '.join(wrong)}")
     return "agree with the rows, where that can be told"
