@@ -265,11 +265,11 @@ def windows(path):
 
 def figures(path):
     """What is stored beside the reports, each table by its key; without sums of 0, and without what is too old."""
-    tables = {}
+    tables, first = {}, windows(path)
     for table, key in backfeedr.KEYS.items():
         rows = {row[:len(key)]: row[len(key):] for row in sql(path, f"select {', '.join(key)}, {table}.* from {table}")}
         tables[table] = {found: row[len(key):] for found, row in rows.items()
-                         if found[1] >= windows(path).get(table, found[1])}
+                         if found[1] >= first.get(table, found[1])}
     tables["devices"] = {key: row[:2] for key, row in tables["devices"].items()}
     tables["session_days"] = {key: row[:3] for key, row in tables["session_days"].items()}
     return tables
@@ -303,10 +303,10 @@ def recount(path):
         tables["releases"][key].update(first=min(times), last=max(times))
     recount_sessions(tables, events)
     recount_devices(tables, reports)
-    found = {table: {key: tuple(row[name] for name in columns[table]) if table in columns else row
-                     for key, row in rows.items() if key[1] >= windows(path).get(table, key[1])}
-             for table, rows in tables.items()}
-    return found
+    first = windows(path)
+    return {table: {key: tuple(row[name] for name in columns[table]) if table in columns else row
+                    for key, row in rows.items() if key[1] >= first.get(table, key[1])}
+            for table, rows in tables.items()}
 
 
 def recount_sessions(tables, events):
