@@ -843,16 +843,20 @@ create table new_names (                   -- of an app and a UTC day
 """
     FIELDS = {Crash: ("group_hash", "exception_type", "device_model", "app_version"), Event: ("app_version",)}
 
-    def __init__(self, db: sqlite3.Connection, now: int):
-        self._db, self._today = db, now // DAY
+    def __init__(self, db: sqlite3.Connection):
+        self._db = db
         self.accepted: Dict[Tuple[int, str, str], None] = {}  # app_id, field, name; new in this transaction
-        self._used: Dict[Tuple[int, str], int] = {}
+        self._used: Dict[Tuple[int, int, str], int] = {}
 
-    def limit(self, app_id: int, reports: Reports) -> Tuple[Sequence[int], Reports]:
+    def limit(self, app_id: int, received: Sequence[int], reports: Reports) -> Tuple[Sequence[int], Reports]:
         """The `other` of each report, and the reports with the group under which they are stored."""
         fields = self.FIELDS[type(reports[0])]
-        refused = self._refused(dict.fromkeys(
-            (app_id, field, name) for report in reports for field in fields if (name := getattr(report, field))))
+        days: Dict[Tuple[int, str, str], int] = {}  # by name, the day on which it came first
+        for came, report in zip(received, reports):
+            for field in fields:
+                if name := getattr(report, field):
+                    days.setdefault((app_id, field, name), came // DAY)
+        refused = self._refused(days)
         if not refused:
             return [0] * len(reports), reports
         flags = [sum(flag for field, flag in FLAGS.items() if field in fields
@@ -860,8 +864,8 @@ create table new_names (                   -- of an app and a UTC day
         return flags, [report._replace(group_hash=OTHER) if (app_id, "group_hash", getattr(report, "group_hash", ""))
                        in refused else report for report in reports]
 
-    def _refused(self, names: Mapping[Tuple[int, str, str], None]) -> Set[Tuple[int, str, str]]:
-        unknown = [name for name in names if name not in self.accepted]
+    def _refused(self, days: Mapping[Tuple[int, str, str], int]) -> Set[Tuple[int, str, str]]:
+        unknown = [name for name in days if name not in self.accepted]
         known = set(rows_of(self._db, f"""
             select column1, column2, column3 from (values *) as keys
             where case column2
@@ -873,26 +877,27 @@ create table new_names (                   -- of an app and a UTC day
                     select 1 from labels
                     where app_id = column1 and field = column2 and day = {ALL_DAYS} and label = column3) end
             """, unknown))
-        return {name for name in unknown if name not in known and not self._accept(name)}
+        return {name for name in unknown if name not in known and not self._accept(name, days[name])}
 
-    def _accept(self, name: Tuple[int, str, str]) -> bool:
+    def _accept(self, name: Tuple[int, str, str], day: int) -> bool:
         app_id, field, text = name
-        if (app_id, field) not in self._used:
+        key = (app_id, day, field)
+        if key not in self._used:
             row = self._db.execute("select names from new_names where app_id = ? and day = ? and field = ?",
-                                   (app_id, self._today, field)).fetchone()
-            self._used[app_id, field] = row[0] if row else 0
-        if self._used[app_id, field] >= NEW_NAMES[field] and text != OTHER:
+                                   key).fetchone()
+            self._used[key] = row[0] if row else 0
+        if self._used[key] >= NEW_NAMES[field] and text != OTHER:
             return False
-        self._used[app_id, field] += 1
+        self._used[key] += 1
         self.accepted[name] = None
         return True
 
     def save(self) -> None:
-        """Writes how many names are new today."""
+        """Writes how many names are new on a day."""
         self._db.executemany("""
             insert into new_names values (?, ?, ?, ?)
             on conflict (app_id, day, field) do update set names = excluded.names
-            """, [(app_id, self._today, field, names) for (app_id, field), names in self._used.items()])
+            """, [(*key, names) for key, names in self._used.items()])
 
 
 class CrashDays(Figure):
@@ -1520,7 +1525,7 @@ class RollUps:
 
     def __init__(self, db: sqlite3.Connection, now: int):
         self._db, self._now = db, now
-        self.names, self.groups, self.releases = NewNames(db, now), Groups(db, now), Releases(db, now)
+        self.names, self.groups, self.releases = NewNames(db), Groups(db, now), Releases(db, now)
         self.devices = Devices(db, now, self.releases)
         # Releases come last, because sessions and devices count in them when they are saved.
         self.figures = (CrashDays(db, now), Labels(db, now), self.groups, Sessions(db, now, self.releases),
@@ -2700,7 +2705,7 @@ class Commit:
         self._give_receipts()
         rollups, counts = RollUps(self._db, self._now), Counter()
         for (kind, app_id), (seqs, received, reports) in self._reports.items():
-            flags, reports = rollups.names.limit(app_id, reports)
+            flags, reports = rollups.names.limit(app_id, received, reports)
             self._db.append(TABLES[kind], ("seq", "app_id", "received_at", "other", *kind._fields),
                             [(seq, app_id, came, flag, *report)
                              for seq, came, flag, report in zip(seqs, received, flags, reports)])
