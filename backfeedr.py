@@ -62,7 +62,7 @@ import time
 import zlib
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict, deque, namedtuple
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime, timezone
 from difflib import get_close_matches
@@ -72,7 +72,7 @@ from itertools import accumulate, chain, groupby, repeat
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import (Any, BinaryIO, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
-                    Sequence, Set, TextIO, Tuple, TypeVar, Union)
+                    Sequence, Set, TextIO, Tuple, Union)
 from urllib.parse import parse_qs, parse_qsl, quote, urlencode
 
 # A virtual environment, because the Pythons of many systems refuse to be added to.
@@ -688,58 +688,32 @@ class RateLimiter:
 # always equals a count over the rows. When reports expire, sums stay; only what
 # describes the reports that are kept goes with them. `check` counts all again.
 
-ALL_DAYS = -1_000_000    # the `day` of a label's sum over all days
-WEEK = 7                 # days of the overview, ending today
-DURATION_DAYS = 400      # days for which durations are kept: a year, and some
-DEVICE_DAYS = 400        # days before its receipt that a report may count a device on
-HOURS_KEPT = 48          # hours for which devices are counted by the hour they were last seen in
-TRIMMED = 1000           # rows that one step of `trim` deletes from a table
-MAX_ANSWER = 60_000      # bytes that names may take in a public answer, so that all of it stays below 64 kB
+ALL_DAYS = -1_000_000  # the `day` of a label's sum over all days
+WEEK = 7               # days of the overview, ending today
+DURATION_DAYS = 400    # for which durations are kept: a year, and some
+DEVICE_DAYS = 400      # before its receipt, on which a report may still count a device
+HOURS_KEPT = 48        # for which devices are counted by the hour they were last seen in
+TRIMMED = 1000         # rows that one step of `trim` deletes from a table
+MAX_ANSWER = 60_000    # bytes of JSON that the rows of a public answer may take: all of it stays below 64 kB
 
-OTHER = "(other)"        # counts what is beyond these limits:
-NEW_NAMES = {"group_hash": 500, "exception_type": 200, "device_model": 200, "app_version": 100}  # new of an app and day
-FLAGS = {"exception_type": 1, "device_model": 2, "app_version": 4}  # bits of `other`, in a report's row
+OTHER = "(other)"      # counts the names that are beyond these limits, each of an app and a UTC day:
+NEW_NAMES = {"group_hash": 500, "exception_type": 200, "device_model": 200, "app_version": 100}
+FLAGS = {"exception_type": 1, "device_model": 2, "app_version": 4}  # a report's `other`: which of its names do
 
 # Of the app that is asked for, or of all live ones.
 APPS = "app_id in (select id from apps where id = :app or :app is null and is_test = 0)"
 
+TABLES = {Crash: "crashes", Event: "events"}
+COUNTED = {  # a report as the figures see it; `at` is the time at which it counts
+    Crash: namedtuple("CountedCrash", "seq app_id received_at at app_version device_id_hash group_hash exception_type"
+                                      " device_model exception_reason"),
+    Event: namedtuple("CountedEvent", "seq app_id received_at at app_version device_id_hash type session_id")}
+
 Figures = Dict[str, Any]  # an answer
 
 
-class CountedCrash(NamedTuple):
-    """A crash as the figures see it; `at` is the time at which it counts."""
-
-    seq: int
-    app_id: int
-    received_at: int
-    at: int
-    app_version: Optional[str]
-    device_id_hash: Optional[str]
-    group_hash: str
-    exception_type: str
-    device_model: Optional[str]
-    exception_reason: Optional[str]
-
-
-class CountedEvent(NamedTuple):
-    """An event as the figures see it."""
-
-    seq: int
-    app_id: int
-    received_at: int
-    at: int
-    app_version: Optional[str]
-    device_id_hash: Optional[str]
-    type: str
-    session_id: Optional[str]
-
-
-COUNTED = {Crash: CountedCrash, Event: CountedEvent}
-TABLES = {Crash: "crashes", Event: "events"}
-
-
 def counted_columns(kind: type) -> str:
-    """The columns of a report's table that make a CountedCrash or a CountedEvent."""
+    """The columns of a table that make a counted report."""
     columns = {"at": COUNTED_AT, **{name: f"case when (other & {flag}) > 0 then '{OTHER}' else {name} end"
                                     for name, flag in FLAGS.items()}}
     return ", ".join(columns.get(name, name) for name in COUNTED[kind]._fields)
@@ -747,7 +721,7 @@ def counted_columns(kind: type) -> str:
 
 def counted(kind: type, app_id: int, seqs: Sequence[int], received: Sequence[int], flags: Sequence[int],
             reports: Reports) -> List[Any]:
-    """The same of reports that are about to be stored."""
+    """The counted reports of reports that are about to be stored."""
     if any(flags):
         reports = [report._replace(**{name: OTHER for name, flag in FLAGS.items() if flag & given})
                    for report, given in zip(reports, flags)]
@@ -757,101 +731,95 @@ def counted(kind: type, app_id: int, seqs: Sequence[int], received: Sequence[int
 
 
 class Sums:
-    """The changes to the sums in one table, which are written with one statement."""
+    """A table of sums, and in a transaction the changes to it, which are written with one statement."""
 
-    def __init__(self, db: sqlite3.Connection, table: str, key: Sequence[str], columns: Sequence[str]):
-        self._db, self.table, self.key, self.columns = db, table, key, columns
-        self._changes: Dict[tuple, Dict[str, int]] = defaultdict(lambda: dict.fromkeys(columns, 0))
+    def __init__(self, table: str, key: str, columns: str):
+        self.table, self.key, self.columns = table, ["app_id", *key.split()], columns.split()
+        self._changes: Dict[tuple, Dict[str, int]] = defaultdict(lambda: dict.fromkeys(self.columns, 0))
 
-    def add(self, key: tuple, **counts: int) -> None:
-        """Adds to the sums of a row, which is made where there is none and deleted when all of them are 0."""
+    @property
+    def schema(self) -> str:
+        texts = ("field", "label", "group_hash", "app_version")
+        columns = [f"{name} {'text' if name in texts else 'integer'} not null" for name in self.key + self.columns]
+        return (f"create table {self.table} ({', '.join(columns)},\n"
+                f"    primary key ({', '.join(self.key)})) without rowid;\n")
+
+    def add(self, *key: Any, **counts: int) -> None:
+        """Adds to a row, which is made where there is none, and deleted when all its sums are 0."""
         row = self._changes[key]
         for column, count in counts.items():
             row[column] += count
 
-    def save(self, clear: bool = True) -> List[tuple]:
-        """Writes the changes; returns the keys of the rows that have changed. To `clear` is to delete rows of 0."""
+    def save(self, db: sqlite3.Connection) -> List[tuple]:
+        """Writes the changes; returns the keys of the rows that have changed."""
         changed = {key: row for key, row in self._changes.items() if any(row.values())}
-        add, delete = _sum_statements(self.table, self.key, self.columns)
-        insert_rows(self._db, add, [(*key, *row.values()) for key, row in changed.items()])
-        if gone := [key for key, row in changed.items() if clear and min(row.values()) < 0]:
-            self._db.executemany(delete, gone)
+        insert_rows(db, f"""
+            insert into {self.table} ({", ".join(self.key + self.columns)}) values *
+            on conflict ({", ".join(self.key)}) do update set
+                {", ".join(f"{each} = {self.table}.{each} + excluded.{each}" for each in self.columns)}
+            """, [(*key, *row.values()) for key, row in changed.items()])
+        if gone := [key for key, row in changed.items() if min(row.values()) < 0]:
+            tests = [f"{each} = ?" for each in self.key] + [f"{each} <= 0" for each in self.columns]
+            db.executemany(f"delete from {self.table} where {' and '.join(tests)}", gone)
         self._changes.clear()
         return list(changed)
-
-
-@lru_cache(maxsize=None)
-def _sum_statements(table: str, key: Sequence[str], columns: Sequence[str]) -> Tuple[str, str]:
-    return (f"""
-        insert into {table} ({", ".join([*key, *columns])}) values *
-        on conflict ({", ".join(key)}) do update set
-            {", ".join(f"{each} = {table}.{each} + excluded.{each}" for each in columns)}
-        """, f"""
-        delete from {table} where {" and ".join([f"{each} = ?" for each in key] + [f"{each} <= 0" for each in columns])}
-        """)
 
 
 def per_day(db: sqlite3.Connection, table: str, columns: Sequence[str], app: Optional[int],
             days: range) -> Dict[str, List[int]]:
     """Sums of a table with a row a day, as a list for each column."""
-    sums = ", ".join(f"sum({column})" for column in columns)
-    rows = {day: row for day, *row in db.execute(
-        f"select day, {sums} from {table} where {APPS} and day between :first and :last group by day",
-        {"app": app, "first": days[0], "last": days[-1]})}
+    rows = {day: row for day, *row in db.execute(f"""
+        select day, {", ".join(f"sum({column})" for column in columns)} from {table}
+        where {APPS} and day between :first and :last
+        group by day
+        """, {"app": app, "first": days[0], "last": days[-1]})}
     empty = [0] * len(columns)
     return {column: [rows.get(day, empty)[n] for day in days] for n, column in enumerate(columns)}
 
 
 class Figure:
-    """One figure in one transaction. What does not concern a figure, it leaves as it is here: without effect."""
+    """One figure in one transaction."""
 
-    TABLES = ""
-    SUMS: Mapping[str, Tuple[Sequence[str], Sequence[str]]] = {}  # table: its key, its sums
-    WINDOW: Tuple[str, int] = ("", 0)  # a table of SUMS by day that holds so many days only
-    ENTITIES: Sequence[str] = ()  # tables of what reports are kept of
+    TABLES = ""  # what describes the reports that are kept
+    SUMS: Mapping[str, Tuple[str, str]] = {}  # tables of sums: the rest of the key beside app_id, and the sums
+    WINDOW: Tuple[str, int] = ("", 0)  # a table of SUMS that holds so many days only
+    COUNTS: Tuple[type, ...] = (Crash,)  # the kinds of reports that count in it
 
     def __init__(self, db: sqlite3.Connection, now: int):
         self._db, self._now, self._today = db, now, now // DAY
-        self.sums = {table: Sums(db, table, *columns) for table, columns in self.SUMS.items()}
+        self.sums = {table: Sums(table, *columns) for table, columns in self.SUMS.items()}
 
-    def count_crashes(self, crashes: Sequence[CountedCrash], by: int) -> None:
-        """Counts crashes that were stored (by 1), or whose rows were deleted to be forgotten (by -1)."""
+    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+        """Counts reports that were stored (by 1), or whose rows were deleted to be forgotten (by -1)."""
+        raise NotImplementedError
 
-    def count_events(self, events: Sequence[CountedEvent], by: int) -> None:
-        """The same with events."""
-
-    def expire_crashes(self, crashes: Sequence[CountedCrash]) -> None:
-        """Deletes what describes only crashes whose rows have expired."""
-
-    def expire_events(self, events: Sequence[CountedEvent]) -> None:
-        """The same with events."""
+    def expire(self, kind: type, reports: Sequence[Any]) -> None:
+        """Deletes what describes only reports whose rows have expired."""
 
     def save(self) -> None:
         """Writes what has changed."""
         for sums in self.sums.values():
-            sums.save()
+            sums.save(self._db)
 
 
 class NewNames:
-    """Decides which names count by themselves. Whoever has a key can invent names without end, so what an
-    app adds in a day beyond NEW_NAMES counts as OTHER. Not a figure: it only remembers how many there were."""
+    """Decides which names count by themselves: whoever has a key can invent names without end."""
 
     TABLES = """
 create table new_names (                   -- of an app and a UTC day
     app_id integer not null, day integer not null, field text not null, names integer not null,
     primary key (app_id, day, field)) without rowid;
 """
-    FIELDS = {Crash: ("group_hash", "exception_type", "device_model", "app_version"), Event: ("app_version",)}
+    SUMS: Mapping[str, Tuple[str, str]] = {}
 
     def __init__(self, db: sqlite3.Connection):
         self._db = db
-        self.accepted: Dict[Tuple[int, str, str], None] = {}  # app_id, field, name; new in this transaction
-        self._used: Dict[Tuple[int, int, str], int] = {}
+        self.accepted: Set[Tuple[int, str, str]] = set()  # app_id, field, name; new in this transaction
 
     def limit(self, app_id: int, received: Sequence[int], reports: Reports) -> Tuple[Sequence[int], Reports]:
         """The `other` of each report, and the reports with the group under which they are stored."""
-        fields = self.FIELDS[type(reports[0])]
-        days: Dict[Tuple[int, str, str], int] = {}  # by name, the day on which it came first
+        fields = ["app_version"] if type(reports[0]) is Event else list(NEW_NAMES)
+        days: Dict[Tuple[int, str, str], int] = {}  # of a name: the one on which its first report was received
         for came, report in zip(received, reports):
             for field in fields:
                 if name := getattr(report, field):
@@ -859,10 +827,10 @@ create table new_names (                   -- of an app and a UTC day
         refused = self._refused(days)
         if not refused:
             return [0] * len(reports), reports
-        flags = [sum(flag for field, flag in FLAGS.items() if field in fields
-                     and (app_id, field, getattr(report, field)) in refused) for report in reports]
-        return flags, [report._replace(group_hash=OTHER) if (app_id, "group_hash", getattr(report, "group_hash", ""))
-                       in refused else report for report in reports]
+        names = [[field for field in fields if (app_id, field, getattr(report, field)) in refused] for report in reports]
+        return ([sum(FLAGS.get(field, 0) for field in each) for each in names],
+                [report._replace(group_hash=OTHER) if "group_hash" in each else report
+                 for report, each in zip(reports, names)])
 
     def _refused(self, days: Mapping[Tuple[int, str, str], int]) -> Set[Tuple[int, str, str]]:
         unknown = [name for name in days if name not in self.accepted]
@@ -877,65 +845,37 @@ create table new_names (                   -- of an app and a UTC day
                     select 1 from labels
                     where app_id = column1 and field = column2 and day = {ALL_DAYS} and label = column3) end
             """, unknown))
-        return {name for name in unknown if name not in known and not self._accept(name, days[name])}
+        return {name for name in unknown if name not in known and not self._accept(*name, days[name])}
 
-    def _accept(self, name: Tuple[int, str, str], day: int) -> bool:
-        app_id, field, text = name
-        key = (app_id, day, field)
-        if key not in self._used:
-            row = self._db.execute("select names from new_names where app_id = ? and day = ? and field = ?",
-                                   key).fetchone()
-            self._used[key] = row[0] if row else 0
-        if self._used[key] >= NEW_NAMES[field] and text != OTHER:
-            return False
-        self._used[key] += 1
-        self.accepted[name] = None
-        return True
-
-    def save(self) -> None:
-        """Writes how many names are new on a day."""
-        self._db.executemany("""
-            insert into new_names values (?, ?, ?, ?)
-            on conflict (app_id, day, field) do update set names = excluded.names
-            """, [(*key, names) for key, names in self._used.items()])
+    def _accept(self, app_id: int, field: str, name: str, day: int) -> bool:
+        is_accepted = self._db.execute("""
+            insert into new_names values (:app, :day, :field, 1)
+            on conflict (app_id, day, field) do update set names = new_names.names + 1 where new_names.names < :most
+            """, {"app": app_id, "day": day, "field": field, "most": NEW_NAMES[field]}).rowcount > 0
+        if is_accepted:
+            self.accepted.add((app_id, field, name))
+        return is_accepted
 
 
-class CrashDays(Figure):
-    """Crashes per UTC day."""
+class Crashes(Figure):
+    """Crashes per UTC day; and of those that are kept, the exception types and device models, per day and ALL_DAYS."""
 
-    TABLES = """
-create table crash_days (
-    app_id integer not null, day integer not null, crashes integer not null,
-    primary key (app_id, day)) without rowid;
-"""
-    SUMS = {"crash_days": (("app_id", "day"), ("crashes",))}
+    SUMS = {"crash_days": ("day", "crashes"), "labels": ("field day label", "crashes")}
 
-    def count_crashes(self, crashes: Sequence[CountedCrash], by: int) -> None:
-        for crash in crashes:
-            self.sums["crash_days"].add((crash.app_id, crash.at // DAY), crashes=by)
+    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+        for crash in reports:
+            self.sums["crash_days"].add(crash.app_id, crash.at // DAY, crashes=by)
+        self._count_labels(reports, by)
 
+    def expire(self, kind: type, reports: Sequence[Any]) -> None:
+        self._count_labels(reports, -1)
 
-class Labels(Figure):
-    """The exception types and device models of the crashes that are kept, per UTC day and in all."""
-
-    TABLES = """
-create table labels (
-    app_id integer not null, field text not null,  -- exception_type or device_model
-    day integer not null,                  -- -1000000: all days together
-    label text not null, crashes integer not null, primary key (app_id, field, day, label)) without rowid;
-"""
-    SUMS = {"labels": (("app_id", "field", "day", "label"), ("crashes",))}
-
-    def count_crashes(self, crashes: Sequence[CountedCrash], by: int) -> None:
+    def _count_labels(self, crashes: Sequence[Any], by: int) -> None:
         alike = Counter((crash.app_id, crash.at // DAY, crash.exception_type, crash.device_model) for crash in crashes)
-        for (app_id, day, exception_type, device_model), count in alike.items():
-            for name, label in (("exception_type", exception_type), ("device_model", device_model)):
-                if label:
-                    self.sums["labels"].add((app_id, name, ALL_DAYS, label), crashes=by * count)
-                    self.sums["labels"].add((app_id, name, day, label), crashes=by * count)
-
-    def expire_crashes(self, crashes: Sequence[CountedCrash]) -> None:
-        self.count_crashes(crashes, -1)
+        for (app_id, day, *labels), count in alike.items():
+            for name, label in zip(("exception_type", "device_model"), labels):
+                for each in (ALL_DAYS, day) if label else ():
+                    self.sums["labels"].add(app_id, name, each, label, crashes=by * count)
 
     @staticmethod
     def most_frequent(db: sqlite3.Connection, app: Optional[int], field: str, days: Optional[range],
@@ -950,14 +890,6 @@ create table labels (
             limit :limit
             """, {"app": app, "field": field, "first": shown[0], "last": shown[-1], "limit": limit}))
 
-    @staticmethod
-    def crashes_kept(db: sqlite3.Connection) -> int:
-        """How many crashes are kept, in all apps."""
-        return db.execute("""
-            select coalesce(sum(crashes), 0) from labels
-            where app_id in (select id from apps) and field = 'exception_type' and day = ?
-            """, (ALL_DAYS,)).fetchone()[0]
-
 
 class Groups(Figure):
     """What a group is called, and its crashes per UTC day of the week. It goes with the last crash that is kept,
@@ -969,61 +901,52 @@ create table groups (
     exception_type text not null, exception_reason text,  -- of the latest crash
     first_seen integer not null, last_seen integer not null,  -- by the time at which crashes count
     primary key (app_id, group_hash)) without rowid;
-create table group_days (                  -- of the last 7 days
-    app_id integer not null, day integer not null, group_hash text not null, crashes integer not null,
-    primary key (app_id, day, group_hash)) without rowid;
 """
-    SUMS = {"group_days": (("app_id", "day", "group_hash"), ("crashes",))}
+    SUMS = {"group_days": ("day group_hash", "crashes")}
     WINDOW = ("group_days", WEEK)
-    ENTITIES = ("groups",)
 
     def __init__(self, db: sqlite3.Connection, now: int):
         super().__init__(db, now)
         self._seen: Dict[tuple, List[Any]] = {}  # by app_id and group_hash: the rest of its row
 
-    def count_crashes(self, crashes: Sequence[CountedCrash], by: int) -> None:
-        for crash in crashes:
+    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+        for crash in reports:
             if crash.at // DAY >= self._today - WEEK:
-                self.sums["group_days"].add((crash.app_id, crash.at // DAY, crash.group_hash), crashes=by)
-        if by > 0:
-            for crash in crashes:
+                self.sums["group_days"].add(crash.app_id, crash.at // DAY, crash.group_hash, crashes=by)
+            if by > 0:
                 self._see(crash)
-        else:
-            self._update({(crash.app_id, crash.group_hash) for crash in crashes})
+        if by < 0:
+            self._leave({(crash.app_id, crash.group_hash) for crash in reports})
 
-    def _see(self, crash: CountedCrash) -> None:
+    def _see(self, crash: Any) -> None:
         name = OTHER if crash.group_hash == OTHER else crash.exception_type
         group = self._seen.setdefault((crash.app_id, crash.group_hash), [name, None, crash.at, crash.at])
         if crash.at >= group[3]:
             group[:2] = name, crash.exception_reason
         group[2], group[3] = min(group[2], crash.at), max(group[3], crash.at)
 
-    def _update(self, groups: Iterable[tuple]) -> None:
-        """Sets what was the latest crash's to that of the latest one left. The first stays: it was seen then."""
-        for app_id, group_hash in groups:
-            self._db.execute(f"""
-                update groups set (exception_type, exception_reason, last_seen) = (
-                    select coalesce(max(case when group_hash = '{OTHER}' or (other & {FLAGS["exception_type"]}) > 0
-                            then '{OTHER}' else exception_type end), groups.exception_type),
-                        max(exception_reason), coalesce(max({COUNTED_AT}), groups.last_seen)
-                    from crashes
-                    where seq = (
-                        select seq from crashes
-                        where app_id = :app and group_hash = :group
-                        order by {COUNTED_AT} desc, seq desc
-                        limit 1))
-                where app_id = :app and group_hash = :group
-                """, {"app": app_id, "group": group_hash})
-        self._drop(groups, MAX_NUMBER)
+    def _leave(self, groups: Set[tuple]) -> None:
+        """Replaces what was the latest crash's by that of the latest one left. The first stays: it was seen then."""
+        self._db.executemany(f"""
+            update groups set (exception_type, exception_reason, last_seen) = (
+                select coalesce(max(case when group_hash = '{OTHER}' or (other & {FLAGS["exception_type"]}) > 0
+                        then '{OTHER}' else exception_type end), groups.exception_type),
+                    max(exception_reason), coalesce(max({COUNTED_AT}), groups.last_seen)
+                from crashes
+                where seq = (
+                    select seq from crashes
+                    where app_id = :app and group_hash = :group
+                    order by {COUNTED_AT} desc, seq desc
+                    limit 1))
+            where app_id = :app and group_hash = :group
+            """, [{"app": app_id, "group": group_hash} for app_id, group_hash in groups])
+        self.drop(groups, MAX_NUMBER)
 
-    def expire_crashes(self, crashes: Sequence[CountedCrash]) -> None:
-        self.drop((crash.app_id, crash.group_hash) for crash in crashes)
+    def expire(self, kind: type, reports: Sequence[Any]) -> None:
+        self.drop({(crash.app_id, crash.group_hash) for crash in reports}, (self._today - WEEK) * DAY)
 
-    def drop(self, groups: Iterable[tuple]) -> None:
-        """Deletes those of which no crash is kept and none is of this week, by app_id and group_hash."""
-        self._drop(set(groups), (self._today - WEEK) * DAY)
-
-    def _drop(self, groups: Iterable[tuple], before: int) -> None:
+    def drop(self, groups: Set[tuple], before: int) -> None:
+        """Deletes those of which no crash is kept and which were last seen before that time."""
         self._db.executemany("""
             delete from groups where app_id = :app and group_hash = :group and last_seen < :before
                 and not exists (select 1 from crashes where app_id = :app and group_hash = :group)
@@ -1044,7 +967,7 @@ create table group_days (                  -- of the last 7 days
 
     @staticmethod
     def most_frequent(db: sqlite3.Connection, app: Optional[int], days: range) -> List[Figures]:
-        """The five most frequent groups of these days, at most the last seven."""
+        """The five most frequent groups of these days, at most the last seven; of several apps, by the latest's name."""
         return dict_rows(db, f"""
             select top.group_hash, exception_type, substr(coalesce(exception_reason, ''), 1, 200) as exception_reason,
                 count
@@ -1054,11 +977,11 @@ create table group_days (                  -- of the last 7 days
                 group by group_hash
                 order by count desc, group_hash
                 limit 5) as top
-            cross join groups on groups.app_id = (
+            cross join groups on groups.group_hash = top.group_hash and groups.app_id = (
                 select app_id from groups
                 where {APPS} and group_hash = top.group_hash
                 order by last_seen desc, app_id
-                limit 1) and groups.group_hash = top.group_hash
+                limit 1)
             order by count desc, top.group_hash
             """, {"app": app, "first": days[0], "last": days[-1]})
 
@@ -1069,50 +992,44 @@ class Releases(Figure):
     TABLES = """
 create table releases (
     app_id integer not null, app_version text not null,
-    first_seen integer not null default 9223372036854775807, last_seen integer not null default 0,  -- when received
-    sessions integer not null default 0, crashes integer not null default 0,
-    devices integer not null default 0, crashed_devices integer not null default 0,
+    first_seen integer not null, last_seen integer not null,  -- when its first and its last report were received
     primary key (app_id, app_version)) without rowid;
-create table release_days (                -- of the last 7 days
-    app_id integer not null, day integer not null, app_version text not null, sessions integer not null,
-    primary key (app_id, day, app_version)) without rowid;
 """
-    SUMS = {"releases": (("app_id", "app_version"), ("sessions", "crashes", "devices", "crashed_devices")),
-            "release_days": (("app_id", "day", "app_version"), ("sessions",))}
+    SUMS = {"release_sums": ("app_version", "sessions crashes devices crashed_devices"),
+            "release_days": ("day app_version", "sessions")}
     WINDOW = ("release_days", WEEK)
+    COUNTS = (Crash, Event)
 
     def __init__(self, db: sqlite3.Connection, now: int):
         super().__init__(db, now)
-        self._received: Dict[tuple, Tuple[int, int]] = {}  # the first and the last report of a release
+        self._received: Dict[tuple, Tuple[int, int]] = {}  # by app_id and app_version: the rest of its row
 
-    def count_crashes(self, crashes: Sequence[CountedCrash], by: int) -> None:
-        for crash in crashes:
-            self.count(crash.app_id, crash.app_version, crashes=by)
-        self.count_events(crashes, by)
-
-    def count_events(self, events: Sequence[Any], by: int) -> None:
-        for (app_id, version), run in groupby(events if by > 0 else (), key=_APP_AND_VERSION):
-            if version:
-                received = [report.received_at for report in run]
+    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+        for (app_id, version), run in groupby(reports, attrgetter("app_id", "app_version")):
+            if not version:
+                continue
+            received = [report.received_at for report in run]
+            if kind is Crash:
+                self.add(app_id, version, crashes=by * len(received))
+            if by > 0:
                 first, last = self._received.get((app_id, version), (received[0], received[0]))
                 self._received[app_id, version] = min(first, *received), max(last, *received)
 
-    def count(self, app_id: int, version: Optional[str], **counts: int) -> None:
+    def add(self, app_id: int, version: Optional[str], **counts: int) -> None:
         """Counts crashes, sessions or devices of a release."""
         if version:
-            self.sums["releases"].add((app_id, version), **counts)
+            self.sums["release_sums"].add(app_id, version, **counts)
 
-    def count_session(self, app_id: int, version: Optional[str], day: int, by: int) -> None:
+    def add_session(self, app_id: int, version: Optional[str], day: int, by: int) -> None:
         """Counts a session that started on a day."""
-        self.count(app_id, version, sessions=by)
+        self.add(app_id, version, sessions=by)
         if version and day >= self._today - WEEK:
-            self.sums["release_days"].add((app_id, day, version), sessions=by)
+            self.sums["release_days"].add(app_id, day, version, sessions=by)
 
     def save(self) -> None:
-        for sums in self.sums.values():
-            sums.save(clear=sums.table != "releases")  # a release stays, as it was seen
+        super().save()
         insert_rows(self._db, """
-            insert into releases (app_id, app_version, first_seen, last_seen) values *
+            insert into releases values *
             on conflict (app_id, app_version) do update set
                 first_seen = min(releases.first_seen, excluded.first_seen),
                 last_seen = max(releases.last_seen, excluded.last_seen)
@@ -1121,21 +1038,20 @@ create table release_days (                -- of the last 7 days
     @staticmethod
     def latest(db: sqlite3.Connection, app: Optional[int], days: range) -> List[Figures]:
         """The latest 100 releases, with their share of the sessions of these days: `recent` to `of_all`."""
+        sums = ", ".join(f"coalesce({each}, 0) as {each}" for each in Releases.SUMS["release_sums"][1].split())
         return dict_rows(db, f"""
             with latest as (
                 select * from releases where {APPS} order by first_seen desc, app_version, app_id limit 100)
-            select apps.name as app, app_version, sessions, crashes, devices, crashed_devices, first_seen, last_seen,
+            select apps.name as app, latest.app_version, {sums}, first_seen, last_seen,
                 (select sum(sessions) from release_days
-                    where app_id = latest.app_id and app_version = latest.app_version
-                        and day between :first and :last) as recent,
+                    where app_id = latest.app_id and day between :first and :last
+                        and app_version = latest.app_version) as recent,
                 (select sum(sessions) from session_days
                     where app_id = latest.app_id and day between :first and :last) as of_all
-            from latest join apps on apps.id = app_id
-            order by first_seen desc, app_version, app_id
+            from latest join apps on apps.id = latest.app_id left join release_sums as sums
+                on sums.app_id = latest.app_id and sums.app_version = latest.app_version
+            order by first_seen desc, latest.app_version, latest.app_id
             """, {"app": app, "first": days[0], "last": days[-1]})
-
-
-_APP_AND_VERSION = attrgetter("app_id", "app_version")
 
 
 class Session(NamedTuple):
@@ -1149,18 +1065,15 @@ class Session(NamedTuple):
 
     def merged(self, later: Session) -> Session:
         """What is known from both. The first start and the last end count."""
-        starts = [each for each in (self, later) if each.started_at is not None]
-        start = min(starts, key=attrgetter("started_at"), default=self)
-        ends = [each.ended_at for each in (self, later) if each.ended_at is not None]
-        return Session(min(self.first_seq, later.first_seq), max(self.last_seq, later.last_seq),
-                       start.started_at, max(ends, default=None), start.app_version)
+        start = min(self, later, key=lambda each: each.started_at or MAX_NUMBER)
+        return Session(min(self.first_seq, later.first_seq), max(self.last_seq, later.last_seq), start.started_at,
+                       max(self.ended_at or 0, later.ended_at or 0) or None, start.app_version)
 
     @property
     def duration(self) -> Optional[int]:
         """Milliseconds. None where it has not ended, or would have taken longer than a day: a clock was set."""
-        if self.started_at is None or self.ended_at is None or not 0 <= self.ended_at - self.started_at <= DAY:
-            return None
-        return self.ended_at - self.started_at
+        length = (self.ended_at or 0) - (self.started_at or 0)
+        return length if self.started_at and self.ended_at and 0 <= length <= DAY else None
 
 
 class Sessions(Figure):
@@ -1169,36 +1082,39 @@ class Sessions(Figure):
 
     TABLES = """
 create table sessions (                    -- of which an event is kept
-    app_id integer not null, session_id text not null, device integer not null,  -- see `device_key`; 0: none
+    app_id integer not null, session_id text not null, device integer not null,  -- see device_key
     first_seq integer not null, last_seq integer not null,  -- between them are its events
     started_at integer, ended_at integer, app_version text,
     primary key (app_id, session_id, device)) without rowid;
-create table session_days (
-    app_id integer not null, day integer not null, sessions integer not null,
-    ended integer not null, session_ms integer not null,  -- those that have a duration, and its sum
-    median_seconds integer,                -- null: not computed yet, or none
+create table medians (                     -- of the durations of a day that is over
+    app_id integer not null, day integer not null, seconds integer not null,
     primary key (app_id, day)) without rowid;
-create table durations (
-    app_id integer not null, day integer not null, seconds integer not null,  -- in two significant digits
-    sessions integer not null, primary key (app_id, day, seconds)) without rowid;
 """
-    SUMS = {"session_days": (("app_id", "day"), ("sessions", "ended", "session_ms")),
-            "durations": (("app_id", "day", "seconds"), ("sessions",))}
+    SUMS = {"session_days": ("day", "sessions ended session_ms"),  # `ended` have a duration; session_ms is their sum
+            "durations": ("day seconds", "sessions")}  # seconds in two significant digits
     WINDOW = ("durations", DURATION_DAYS)
-    ENTITIES = ("sessions",)
+    COUNTS = (Event,)
+    MEDIAN = """
+        select seconds from (
+            select seconds, sum(sessions) over (order by seconds) as so_far, sum(sessions) over () as total
+            from durations where app_id = session_days.app_id and day = session_days.day) as sums
+        where 2 * so_far >= total
+        order by seconds
+        limit 1
+        """
 
     def __init__(self, db: sqlite3.Connection, now: int, releases: Releases):
         super().__init__(db, now)
         self._releases = releases
         self._seen: Dict[tuple, Session] = {}  # by app_id, session_id and device
 
-    def count_events(self, events: Sequence[CountedEvent], by: int) -> None:
-        for event in events:
+    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+        for event in reports:
             if event.type == "session_start" and not event.session_id:
                 self._count(event.app_id, Session(started_at=event.at, app_version=event.app_version), by)
-        (self._see if by > 0 else self._forget)([event for event in events if event.session_id])
+        (self._see if by > 0 else self._forget)([event for event in reports if event.session_id])
 
-    def _see(self, events: Sequence[CountedEvent]) -> None:
+    def _see(self, events: Sequence[Any]) -> None:
         for (app_id, session_id, device), run in groupby(events, _SESSION):
             key = (app_id, session_id, device_key(device))
             session = self._seen.get(key, Session())
@@ -1209,39 +1125,38 @@ create table durations (
                     session = session.merged(Session(ended_at=event.at))
             self._seen[key] = session.merged(Session(steps[0].seq, steps[-1].seq))
 
-    def _forget(self, events: Sequence[CountedEvent]) -> None:
+    def _forget(self, events: Sequence[Any]) -> None:
         """All events of a session are of one device, so it goes with the first of them."""
-        stored = self._stored({(app_id, session_id, device_key(device)): None
+        stored = self._stored({(app_id, session_id, device_key(device))
                                for app_id, session_id, device in map(_SESSION, events)})
         for key, session in stored.items():
             self._count(key[0], session, -1)
         self._db.executemany("delete from sessions where app_id = ? and session_id = ? and device = ?", list(stored))
 
-    def expire_events(self, events: Sequence[CountedEvent]) -> None:
+    def expire(self, kind: type, reports: Sequence[Any]) -> None:
         self._db.executemany(
             "delete from sessions where app_id = ? and session_id = ? and device = ? and last_seq <= ?",
-            [(app_id, session_id, device_key(device), events[-1].seq)
-             for app_id, session_id, device in set(map(_SESSION, events)) if session_id])
+            [(app_id, session_id, device_key(device), reports[-1].seq)
+             for app_id, session_id, device in set(map(_SESSION, reports)) if session_id])
 
     def _count(self, app_id: int, session: Session, by: int) -> None:
         if session.started_at is None:
             return
         day, duration = session.started_at // DAY, session.duration
-        self._releases.count_session(app_id, session.app_version, day, by)
-        if duration is None:
-            self.sums["session_days"].add((app_id, day), sessions=by)
-            return
-        self.sums["session_days"].add((app_id, day), sessions=by, ended=by, session_ms=by * duration)
-        if day >= self._today - DURATION_DAYS:
-            self.sums["durations"].add((app_id, day, rounded_seconds(duration)), sessions=by)
+        self._releases.add_session(app_id, session.app_version, day, by)
+        self.sums["session_days"].add(app_id, day, sessions=by)
+        if duration is not None:
+            self.sums["session_days"].add(app_id, day, ended=by, session_ms=by * duration)
+            if day >= self._today - DURATION_DAYS:
+                self.sums["durations"].add(app_id, day, rounded_seconds(duration), sessions=by)
 
     def save(self) -> None:
         stored = self._stored(self._seen)
         changed = {key: stored[key].merged(seen) if key in stored else seen for key, seen in self._seen.items()}
         for key, after in changed.items():
-            before = stored.get(key)
-            if before is None or before[2:] != after[2:]:
-                self._count(key[0], before or Session(), -1)
+            before = stored.get(key, Session())
+            if before[2:] != after[2:]:
+                self._count(key[0], before, -1)
                 self._count(key[0], after, 1)
         insert_rows(self._db, """
             insert into sessions values *
@@ -1249,40 +1164,46 @@ create table durations (
                 first_seq = excluded.first_seq, last_seq = excluded.last_seq, started_at = excluded.started_at,
                 ended_at = excluded.ended_at, app_version = excluded.app_version
             """, [(*key, *after) for key, after in changed.items()])
-        self.sums["session_days"].save()
-        self._save_medians({key[:2] for key in self.sums["durations"].save()})
+        self.sums["session_days"].save(self._db)
+        self._save_medians([key[:2] for key in self.sums["durations"].save(self._db) if key[1] < self._today - 1])
 
-    def _stored(self, keys: Mapping[tuple, Any]) -> Dict[tuple, Session]:
-        return {tuple(row[:3]): Session(*row[3:]) for row in rows_of(self._db, """
+    def _stored(self, keys: Iterable[tuple]) -> Dict[tuple, Session]:
+        return {row[:3]: Session(*row[3:]) for row in rows_of(self._db, """
             select sessions.* from (values *) as keys
             cross join sessions on app_id = column1 and session_id = column2 and device = column3
             """, list(keys))}
 
-    def _save_medians(self, days: Set[tuple]) -> None:
-        """Medians of days that are over. Those of the last two days change with nearly every session, so they
-        are computed when they are asked for, and once more on a later day: as late as a week, if nobody comes."""
-        for app_id, first, last in [*((app_id, day, day) for app_id, day in days if day < self._today - 1),
-                                    *((app_id, self._today - 9, self._today - 2) for app_id in {key[0] for key in days})]:
-            self._db.execute(f"""
-                update session_days set median_seconds = ({_MEDIAN})
-                where app_id = :app and day between :first and :last and ended > 0
-                    and (median_seconds is null or :first = :last)
-                """, {"app": app_id, "first": first, "last": last})
+    def _save_medians(self, days: Sequence[tuple]) -> None:
+        self._db.executemany(f"""
+            insert into medians select app_id, day, ({self.MEDIAN}) from session_days
+            where app_id = ? and day = ? and ended > 0
+            on conflict (app_id, day) do update set seconds = excluded.seconds
+            """, days)
+
+    def close_days(self) -> None:
+        """Stores the medians of days that are over. Those of today and yesterday change with nearly every session,
+        so they are computed when they are asked for."""
+        self._save_medians(self._db.execute("""
+            select app_id, day from session_days
+            where app_id in (select id from apps) and day between ? and ? and ended > 0 and not exists (
+                select 1 from medians where app_id = session_days.app_id and day = session_days.day)
+            limit ?
+            """, (self._today - DURATION_DAYS, self._today - 2, TRIMMED)).fetchall())
 
     @staticmethod
     def per_day(db: sqlite3.Connection, app: Optional[int], days: range) -> Figures:
         """Sessions, the mean and the median of their seconds. Of several apps together there is no median."""
-        rows = {day: row for day, *row in db.execute(f"""
-            select day, sum(sessions), sum(ended), sum(session_ms), sum(case when ended > 0 then 1 else 0 end),
-                max(case when ended > 0 then app_id end), max(median_seconds)
+        rows = {row[0]: row[1:] for row in db.execute(f"""
+            select day, sum(sessions), sum(ended), sum(session_ms), sum(min(ended, 1)), max(app_id * min(ended, 1)),
+                max((select seconds from medians where app_id = session_days.app_id and day = session_days.day))
             from session_days where {APPS} and day between :first and :last group by day
             """, {"app": app, "first": days[0], "last": days[-1]})}
         found: Figures = {"sessions": [], "median_seconds": [], "mean_seconds": []}
         for day in days:
-            sessions, ended, total, apps, one, median = rows.get(day, (0, 0, 0, 0, None, None))
+            sessions, ended, total, apps, only_app, median = rows.get(day, (0, 0, 0, 0, 0, None))
             if apps == 1 and median is None:
-                median, = db.execute(f"select ({_MEDIAN}) from session_days where app_id = ? and day = ?",
-                                     (one, day)).fetchone()
+                median, = db.execute(f"select ({Sessions.MEDIAN}) from session_days where app_id = ? and day = ?",
+                                     (only_app, day)).fetchone()
             found["sessions"].append(sessions)
             found["median_seconds"].append(median if apps == 1 else None)
             found["mean_seconds"].append(round(total / ended / SECOND, 1) if ended else None)
@@ -1290,14 +1211,6 @@ create table durations (
 
 
 _SESSION = attrgetter("app_id", "session_id", "device_id_hash")
-_MEDIAN = """
-    select seconds from (
-        select seconds, sum(sessions) over (order by seconds) as so_far, sum(sessions) over () as total
-        from durations where app_id = session_days.app_id and day = session_days.day) as sums
-    where 2 * so_far >= total
-    order by seconds
-    limit 1
-    """
 
 
 class Device:
@@ -1312,14 +1225,14 @@ class Device:
 
     def see(self, reports: Sequence[Any], crashed: int) -> None:
         """Adds reports of one version."""
-        times = [report.at for report in reports]
+        times, version = [report.at for report in reports], reports[0].app_version
         oldest = reports[0].received_at // DAY - DEVICE_DAYS
         self.days.update(day for day in {at // DAY for at in times} if day >= oldest)
         self.first_day = min(self.first_day, min(times) // DAY)
         self.last_hour = max(self.last_hour, max(times) // HOUR)
         self.last_seq = max(self.last_seq, reports[-1].seq)
-        if reports[0].app_version:
-            self.versions[reports[0].app_version] = max(crashed, self.versions.get(reports[0].app_version, 0))
+        if version:
+            self.versions[version] = max(crashed, self.versions.get(version, 0))
 
 
 class Devices(Figure):
@@ -1328,7 +1241,7 @@ class Devices(Figure):
 
     TABLES = """
 create table devices (                     -- of which a report is kept
-    app_id integer not null, device integer not null,  -- see `device_key`
+    app_id integer not null, device integer not null,  -- see device_key
     first_day integer not null, last_hour integer not null,  -- by the time at which reports count
     last_seq integer not null,             -- to the hour
     primary key (app_id, device)) without rowid;
@@ -1338,42 +1251,27 @@ create table device_days (
 create table device_versions (
     app_id integer not null, device integer not null, app_version text not null, crashed integer not null,
     primary key (app_id, device, app_version)) without rowid;
-create table device_hours (                -- devices by the hour in which they were last seen; the last 48 hours
-    app_id integer not null, hour integer not null, devices integer not null,
-    primary key (app_id, hour)) without rowid;
-create table active_days (                 -- devices of a UTC day, of the 7 and of the 30 days that end with it
-    app_id integer not null, day integer not null,
-    dau integer not null, wau integer not null, mau integer not null,
-    primary key (app_id, day)) without rowid;
-create table cohorts (                     -- devices first seen on a UTC day, and of them those seen n days later
-    app_id integer not null, day integer not null, devices integer not null,
-    back_1 integer not null, back_7 integer not null, back_30 integer not null,
-    primary key (app_id, day)) without rowid;
 """
-    ACTIVE = {"dau": 1, "wau": 7, "mau": 30}
-    BACK = {"back_1": 1, "back_7": 7, "back_30": 30}
-    SUMS = {"device_hours": (("app_id", "hour"), ("devices",)), "active_days": (("app_id", "day"), tuple(ACTIVE)),
-            "cohorts": (("app_id", "day"), ("devices", *BACK))}
-    ENTITIES = ("devices", "device_days", "device_versions")
+    ACTIVE = {"dau": 1, "wau": 7, "mau": 30}  # devices of a day, of the 7 and of the 30 days that end with it
+    BACK = {"back_1": 1, "back_7": 7, "back_30": 30}  # of those first seen on a day, those seen n days later
+    SUMS = {"device_hours": ("hour", "devices"),  # by the hour in which they were last seen
+            "active_days": ("day", "dau wau mau"), "cohorts": ("day", "devices back_1 back_7 back_30")}
+    COUNTS = (Crash, Event)
 
     def __init__(self, db: sqlite3.Connection, now: int, releases: Releases):
         super().__init__(db, now)
         self._releases = releases
         self._seen: Dict[Tuple[int, int], Device] = defaultdict(Device)  # by app_id and device
 
-    def count_crashes(self, crashes: Sequence[CountedCrash], by: int) -> None:
-        self._see(crashes if by > 0 else (), 1)
-
-    def count_events(self, events: Sequence[CountedEvent], by: int) -> None:
-        self._see(events if by > 0 else (), 0)
-
-    def _see(self, reports: Sequence[Any], crashed: int) -> None:
-        for (app_id, device, _), run in groupby(reports, _DEVICE):
+    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+        """Reports that are forgotten do not count here: their device is forgotten as a whole."""
+        runs = groupby(reports if by > 0 else (), attrgetter("app_id", "device_id_hash", "app_version"))
+        for (app_id, device, _), run in runs:
             if device:
-                self._seen[app_id, device_key(device)].see(list(run), crashed)
+                self._seen[app_id, device_key(device)].see(list(run), int(kind is Crash))
 
     def save(self) -> None:
-        stored = {tuple(row[:2]): row[2:] for row in rows_of(self._db, """
+        stored = {row[:2]: row[2:] for row in rows_of(self._db, """
             select devices.* from (values *) as keys cross join devices on app_id = column1 and device = column2
             """, list(self._seen))}
         self._save_days(stored)
@@ -1403,48 +1301,47 @@ create table cohorts (                     -- devices first seen on a UTC day, a
                 select app_id, device, day from (values *) as keys cross join device_days
                     on app_id = column1 and device = column2 and day between column3 and column4
                 order by day
-                """, [(*key, seen.first_day - 30, max(*seen.days, seen.first_day, stored[key][0], 0) + 30)
+                """, [(*key, seen.first_day - 30, max(*seen.days, seen.first_day, stored[key][0]) + 30)
                       for key, seen in fresh.items() if key in stored]):
             near[app_id, device].append(day)
         rows = []
         for key, seen in fresh.items():
-            first_day, *_ = stored.get(key, (None,))
-            self._count_cohort(key[0], first_day, near[key], -1)
-            for day in sorted(seen.days - set(near[key])):
-                self._count_active(key[0], near[key], day, 1)
-                insort(near[key], day)
+            days, first_day = near[key], stored[key][0] if key in stored else None
+            self._count_cohort(key[0], first_day, days, -1)
+            for day in sorted(seen.days - set(days)):
+                self._count_active(key[0], days, day, 1)
+                insort(days, day)
                 rows.append((*key, day))
-            self._count_cohort(key[0], seen.first_day if first_day is None else min(first_day, seen.first_day),
-                               near[key], 1)
+            self._count_cohort(key[0], min(seen.first_day, first_day or MAX_NUMBER), days, 1)
         insert_rows(self._db, "insert into device_days values *", rows)
 
     def _count_active(self, app_id: int, others: List[int], day: int, by: int) -> None:
-        """Counts a day of a device: the days that it makes it active on, of those that its others do not."""
+        """Counts the days that a device is active on because of one day, and not because of its others."""
         at = bisect_left(others, day)
         before, after = others[at - 1] if at else -DAY, others[at] if at < len(others) else DAY
         for column, span in self.ACTIVE.items():
             for each in range(max(day, before + span), min(day + span, after)):
-                self.sums["active_days"].add((app_id, each), **{column: by})
+                self.sums["active_days"].add(app_id, each, **{column: by})
 
     def _count_cohort(self, app_id: int, first_day: Optional[int], days: Sequence[int], by: int) -> None:
         if first_day is not None:
-            self.sums["cohorts"].add((app_id, first_day), devices=by, **{
+            self.sums["cohorts"].add(app_id, first_day, devices=by, **{
                 column: by for column, later in self.BACK.items() if first_day + later in days})
 
     def _count_hour(self, app_id: int, hour: int, by: int) -> None:
         if hour >= self._now // HOUR - HOURS_KEPT:
-            self.sums["device_hours"].add((app_id, hour), devices=by)
+            self.sums["device_hours"].add(app_id, hour, devices=by)
 
     def _save_versions(self) -> None:
         seen = {(*key, version): crashed for key, device in self._seen.items()
                 for version, crashed in device.versions.items()}
-        stored = {tuple(row[:3]): row[3] for row in rows_of(self._db, """
+        stored = {row[:3]: row[3] for row in rows_of(self._db, """
             select device_versions.* from (values *) as keys
             cross join device_versions on app_id = column1 and device = column2 and app_version = column3
             """, list(seen))}
         changed = {key: crashed for key, crashed in seen.items() if crashed > stored.get(key, -1)}
-        for (app_id, _, version), crashed in changed.items():
-            self._releases.count(app_id, version, devices=(app_id, _, version) not in stored, crashed_devices=crashed)
+        for key, crashed in changed.items():
+            self._releases.add(key[0], key[2], devices=int(key not in stored), crashed_devices=crashed)
         insert_rows(self._db, """
             insert into device_versions values *
             on conflict (app_id, device, app_version) do update set crashed = excluded.crashed
@@ -1457,43 +1354,38 @@ create table cohorts (                     -- devices first seen on a UTC day, a
             select app_id, first_day, last_hour from devices where app_id in (select id from apps) and device = ?
             """, (device,)).fetchall()
         for app_id, first_day, last_hour in rows:
-            key = (app_id, device)
-            days = [day for day, in self._db.execute(
-                "select day from device_days where app_id = ? and device = ? order by day", key)]
-            self._count_cohort(app_id, first_day, days, -1)
-            while days:
-                day = days.pop()
-                self._count_active(app_id, days, day, -1)
+            days, versions = ([row[2:] for row in self._db.execute(
+                f"select * from {table} where app_id = ? and device = ? order by 3", (app_id, device))]
+                for table in ("device_days", "device_versions"))
             self._count_hour(app_id, last_hour, -1)
-            for version, crashed in self._db.execute(
-                    "select app_version, crashed from device_versions where app_id = ? and device = ?", key).fetchall():
-                self._releases.count(app_id, version, devices=-1, crashed_devices=-crashed)
+            left = [day for day, in days]
+            self._count_cohort(app_id, first_day, left, -1)
+            while left:
+                self._count_active(app_id, left[:-1], left.pop(), -1)
+            for version, crashed in versions:
+                self._releases.add(app_id, version, devices=-1, crashed_devices=-crashed)
             for table in ("devices", "device_days", "device_versions"):
-                self._db.execute(f"delete from {table} where app_id = ? and device = ?", key)
+                self._db.execute(f"delete from {table} where app_id = ? and device = ?", (app_id, device))
         return len(rows)
 
-    def expire_crashes(self, crashes: Sequence[Any]) -> None:
+    def expire(self, kind: type, reports: Sequence[Any]) -> None:
         """The days of a device that stays go when no report that is kept can be of them."""
-        oldest = crashes[-1].received_at // DAY - DEVICE_DAYS
-        gone = [{"app": app_id, "device": device_key(device), "seq": seq, "oldest": oldest} for (app_id, device), seq in {
-            (crash.app_id, crash.device_id_hash): crash.seq for crash in crashes if crash.device_id_hash}.items()]
+        oldest, is_gone = reports[-1].received_at // DAY - DEVICE_DAYS, (
+            "not exists (select 1 from devices where app_id = :app and device = :device)")
+        last = {(each.app_id, each.device_id_hash): each.seq for each in reports if each.device_id_hash}
         for statement in (
                 "delete from devices where app_id = :app and device = :device and last_seq <= :seq",
-                f"delete from device_days where app_id = :app and device = :device and (day < :oldest or {_NO_DEVICE})",
-                f"delete from device_versions where app_id = :app and device = :device and {_NO_DEVICE}"):
-            self._db.executemany(statement, gone)
-
-    expire_events = expire_crashes
+                f"delete from device_days where app_id = :app and device = :device and (day < :oldest or {is_gone})",
+                f"delete from device_versions where app_id = :app and device = :device and {is_gone}"):
+            self._db.executemany(statement, [
+                {"app": app_id, "device": device_key(device), "seq": seq, "oldest": oldest}
+                for (app_id, device), seq in last.items()])
 
     @staticmethod
     def last_24_hours(db: sqlite3.Connection, app: Optional[int], now: int) -> int:
         """Devices that were seen in the last 24 hours, rounded to the full hour."""
         return db.execute(f"select coalesce(sum(devices), 0) from device_hours where {APPS} and hour >= :since",
                           {"app": app, "since": (now - DAY) // HOUR}).fetchone()[0]
-
-
-_DEVICE = attrgetter("app_id", "device_id_hash", "app_version")
-_NO_DEVICE = "not exists (select 1 from devices where app_id = :app and device = :device)"
 
 
 @lru_cache(maxsize=4096)
@@ -1513,9 +1405,14 @@ def rounded_seconds(milliseconds: int) -> int:
     return (milliseconds + unit // 2) // unit * unit // SECOND
 
 
-FIGURES: Sequence[Any] = (NewNames, CrashDays, Labels, Groups, Releases, Sessions, Devices)
-SCHEMA = REPORT_TABLES + "".join(figure.TABLES for figure in FIGURES)
-# The primary key of each table that has rows of an app.
+def _schema_of_figures() -> str:
+    return "".join(figure.TABLES + "".join(Sums(table, *spec).schema for table, spec in figure.SUMS.items())
+                   for figure in (NewNames, Crashes, Groups, Releases, Sessions, Devices))
+
+
+FIGURE_TABLES = _schema_of_figures()
+SCHEMA = REPORT_TABLES + FIGURE_TABLES
+# The primary key of each table with rows of an app, beside the reports.
 KEYS = {table: tuple(key.split(", ")) for table, key in re.findall(
     r"create table (\w+) \([^;]*?primary key \((app_id, [^)]*)\)", re.sub("--.*", "", SCHEMA))}
 
@@ -1526,41 +1423,43 @@ class RollUps:
     def __init__(self, db: sqlite3.Connection, now: int):
         self._db, self._now = db, now
         self.names, self.groups, self.releases = NewNames(db), Groups(db, now), Releases(db, now)
-        self.devices = Devices(db, now, self.releases)
+        self.sessions, self.devices = Sessions(db, now, self.releases), Devices(db, now, self.releases)
         # Releases come last, because sessions and devices count in them when they are saved.
-        self.figures = (CrashDays(db, now), Labels(db, now), self.groups, Sessions(db, now, self.releases),
-                        self.devices, self.releases)
+        self.figures = (Crashes(db, now), self.groups, self.sessions, self.devices, self.releases)
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        """Counts CountedCrashes or CountedEvents, in the order of their seqs."""
+        """Counts reports of a kind, in the order of their seqs."""
         for figure in self.figures:
-            (figure.count_crashes if kind is Crash else figure.count_events)(reports, by)
+            if kind in figure.COUNTS:
+                figure.count(kind, reports, by)
 
     def expire(self, kind: type, reports: Sequence[Any]) -> None:
         """Deletes what describes only reports whose rows have expired."""
         for figure in self.figures:
-            (figure.expire_crashes if kind is Crash else figure.expire_events)(reports)
+            if kind in figure.COUNTS:
+                figure.expire(kind, reports)
 
     def save(self) -> None:
         """Writes everything that has changed."""
-        for figure in (self.names, *self.figures):
+        for figure in self.figures:
             figure.save()
 
     def trim(self) -> int:
-        """Deletes some of the rows whose window is over; how many. Once a day is enough."""
-        windows = [("new_names", 0), *(figure.WINDOW for figure in self.figures if figure.WINDOW[1])]
-        old = {table: self._delete_old(table, "day", self._now // DAY - days) for table, days in windows}
+        """Once a day: deletes some of the rows whose window is over; how many."""
+        self.sessions.close_days()
+        windows = {"new_names": 0, **dict(figure.WINDOW for figure in self.figures if figure.WINDOW[0])}
+        old = {table: self._delete_old(table, "day", self._now // DAY - days) for table, days in windows.items()}
         old["device_hours"] = self._delete_old("device_hours", "hour", self._now // HOUR - HOURS_KEPT)
-        self.groups.drop((app_id, group_hash) for app_id, _, group_hash in old["group_days"])
+        self.groups.drop({(app_id, group_hash) for app_id, _, group_hash in old["group_days"]},
+                         (self._now // DAY - WEEK) * DAY)
         return sum(map(len, old.values()))
 
     def _delete_old(self, table: str, column: str, before: int) -> List[tuple]:
-        key = KEYS[table]
         rows = self._db.execute(f"""
-            select {", ".join(key)} from {table}
+            select {", ".join(KEYS[table])} from {table}
             where app_id in (select id from apps) and {column} < ? limit ?
             """, (before, TRIMMED)).fetchall()
-        self._db.executemany(f"delete from {table} where {' and '.join(f'{each} = ?' for each in key)}", rows)
+        self._db.executemany(f"delete from {table} where {' and '.join(f'{each} = ?' for each in KEYS[table])}", rows)
         return rows
 
 
@@ -1571,7 +1470,7 @@ def labelled(rows: Iterable[Tuple[str, int]]) -> Figures:
 
 
 def fitting(rows: Iterable[Any]) -> Iterator[Any]:
-    """The first rows, as many as MAX_ANSWER bytes of JSON hold."""
+    """The first rows, as many as MAX_ANSWER holds."""
     size = 0
     for row in rows:
         size += len(json.dumps(row))
@@ -1673,11 +1572,6 @@ class Connection(sqlite3.Connection):
 SET_STATE = "insert into state values (?, ?) on conflict (name) do update set value = excluded.value"
 
 
-def _close(db: Optional[Connection]) -> None:
-    if db is not None:
-        db.close()
-
-
 def _wal_size(path: Path) -> int:
     wal = Path(f"{path}-wal")
     return wal.stat().st_size if wal.exists() else 0
@@ -1686,12 +1580,9 @@ def _wal_size(path: Path) -> int:
 def _file_identity(path: Path) -> Tuple[int, int]:
     try:
         found = os.stat(path)
+        return found.st_dev, found.st_ino
     except OSError as error:
         raise sqlite3.OperationalError(f"{path}: {error.strerror}") from None
-    return found.st_dev, found.st_ino
-
-
-_Self = TypeVar("_Self", bound="Database")
 
 
 class Database:
@@ -1700,7 +1591,7 @@ class Database:
     Raises StoreError where the file cannot be opened or is something else. Every method
     may raise StorageUnavailable. `clock` gives seconds since 1970. For another engine
     (examples/postgres.py) a subclass replaces what is SQLite's own: `Error`, _open,
-    _connect, _check_file, reading, _shrink, _fold_in_wal, size and _wal_size.
+    _connect, _check_file, reading, _shrink, _fold_in_wal, size and vitals.
     """
 
     Error: type = sqlite3.Error  # what a connection raises
@@ -1717,7 +1608,7 @@ class Database:
         _prepare(self.path, may_create)
         self._file = _file_identity(self.path)
 
-    def __enter__(self: _Self) -> _Self:
+    def __enter__(self: Any) -> Any:
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -1730,8 +1621,7 @@ class Database:
         with here.write_lock:
             while here.readers:
                 here.readers.pop().close()
-            _close(here.writer)  # last, because a reader may not fold in the WAL
-            here.writer = None
+            here.close_writer()  # last, because a reader may not fold in the WAL
 
     @property
     def now(self) -> int:
@@ -1758,20 +1648,18 @@ class Database:
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """A connection that cannot write; for short reads, because an open one holds up the WAL."""
-        here = self._here
-        db = None
+        here, db, is_good = self._here, None, False
         try:
             db = here.idle_reader() or self._connect(query_only=True)
             yield db
-        except BaseException as error:
-            _close(db)
-            if isinstance(error, self.Error):
-                raise self._unavailable("read", error) from error
-            raise
-        if self._closed:
-            db.close()
-        else:
-            here.readers.append(db)
+            is_good = not self._closed
+        except self.Error as error:
+            raise self._unavailable("read", error) from error
+        finally:
+            if is_good:
+                here.readers.append(db)
+            elif db:
+                db.close()
 
     @contextmanager
     def writing(self, shared: bool = False) -> Iterator[Connection]:
@@ -1787,8 +1675,7 @@ class Database:
             except BaseException as error:
                 # Closing undoes what is left of the transaction, also where SQLite has
                 # rolled back by itself and every further statement would be its own.
-                _close(here.writer)
-                here.writer = None
+                here.close_writer()
                 if isinstance(error, self.Error):
                     raise self._unavailable("write", error) from error
                 raise
@@ -1827,10 +1714,6 @@ class Database:
         """Bytes of the database."""
         return self.path.stat().st_size
 
-    @property
-    def _wal_size(self) -> int:
-        return _wal_size(self.path)
-
     def _shrink(self) -> None:
         """Gives the disk the space of what is deleted."""
         free, before = 1, 0
@@ -1858,12 +1741,10 @@ def _prepare(path: Path, may_create: bool) -> None:
     if not may_create and not path.exists():
         raise StoreError(f"there is no database {path}{_ANOTHER}")
     check_sqlite()
+    deadline = time.monotonic() + BUSY_TIMEOUT
     try:
-        try:
+        with suppress(FileExistsError):  # then only SQLite opens it: to close it would drop all locks of this process
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-        except FileExistsError:  # and never opened but by SQLite: closing it drops the locks of a whole process
-            pass
-        deadline = time.monotonic() + BUSY_TIMEOUT
         while True:
             try:
                 return _make_tables(path)
@@ -1931,47 +1812,39 @@ def migrate(db: Connection, version: int, run: Callable[[Connection, str], None]
 
 def _migrate_to_3(db: Connection, run: Callable[[Connection, str], None]) -> None:
     """Figures are kept per app: those of app 0, all apps together, go. Devices and sessions are known by digests."""
-    tables = ("devices", "sessions", "hours", "days", "durations", "releases", "release_days", "labels", "groups")
-    run(db, "".join(f"alter table {table} rename to old_{table};\n" for table in tables)
-        + "drop index release_days_by_age;\n"
-        + "".join(f"alter table {table} add column other integer not null default 0;\n" for table in TABLES.values())
-        + "".join(figure.TABLES for figure in FIGURES) + f"""
-insert into crash_days select app_id, day, crashes from old_days where app_id > 0 and crashes > 0;
-insert into session_days select app_id, day, sessions, ended, session_ms, median_seconds
-    from old_days where app_id > 0 and sessions > 0;
-insert into active_days select app_id, day, dau, wau, mau from old_days where app_id > 0 and mau > 0;
-insert into cohorts select app_id, day, newcomers, back_1, back_7, back_30 from old_days
-    where app_id > 0 and newcomers > 0;
-insert into device_hours select app_id, hour, devices from old_hours where app_id > 0 and devices > 0
-    and hour >= (select max(hour) from old_hours) - {HOURS_KEPT};
-insert into durations select * from old_durations where app_id > 0;
-insert into releases select * from old_releases;
-insert into release_days select app_id, day, app_version, sessions from old_release_days;
-insert into labels select * from old_labels;
-insert into groups select app_id, group_hash, exception_type, exception_reason, first_seen, last_seen
-    from old_groups where app_id > 0;
-insert into group_days select app_id, hour / 24, group_hash, sum(crashes) from group_hours
-    where app_id > 0 group by app_id, hour / 24, group_hash;
-""")
-    _migrate_devices(db)
+    old = ("devices", "sessions", "hours", "days", "durations", "releases", "release_days", "labels", "groups")
+    rename = "".join(f"alter table {table} rename to old_{table};\n" for table in old)
+    mark = "".join(f"alter table {table} add column other integer not null default 0;\n" for table in TABLES.values())
+    sums = "".join(f"insert into {table} select {columns} from {source} {group};\n" for table, columns, source, group in (
+        ("crash_days", "app_id, day, crashes", "old_days where app_id > 0 and crashes > 0", ""),
+        ("session_days", "app_id, day, sessions, ended, session_ms", "old_days where app_id > 0 and sessions > 0", ""),
+        ("medians", "app_id, day, median_seconds", "old_days where app_id > 0 and median_seconds is not null", ""),
+        ("active_days", "app_id, day, dau, wau, mau", "old_days where app_id > 0 and mau > 0", ""),
+        ("cohorts", "app_id, day, newcomers, back_1, back_7, back_30",
+         "old_days where app_id > 0 and newcomers > 0", ""),
+        ("device_hours", "app_id, hour, devices", "old_hours where app_id > 0 and devices > 0", ""),
+        ("durations", "*", "old_durations where app_id > 0", ""), ("labels", "*", "old_labels", ""),
+        ("releases", "app_id, app_version, first_seen, last_seen", "old_releases", ""),
+        ("release_sums", "app_id, app_version, sessions, crashes, devices, crashed_devices", "old_releases", ""),
+        ("release_days", "app_id, day, app_version, sessions", "old_release_days", ""),
+        ("groups", "app_id, group_hash, exception_type, exception_reason, first_seen, last_seen",
+         "old_groups where app_id > 0", ""),
+        ("group_days", "app_id, hour / 24, group_hash, sum(crashes)", "group_hours where app_id > 0",
+         "group by app_id, hour / 24, group_hash")))
+    run(db, rename + "drop index release_days_by_age;\n" + mark + FIGURE_TABLES + sums)
     rows = [(app_id, session_id, device_key(device), *rest) for app_id, session_id, *rest, device in db.execute("""
         select old_sessions.*, device_id_hash from old_sessions left join events on seq = last_seq
         """).fetchall()]
     insert_rows(db, "insert into sessions values *", rows)
-    run(db, "".join(f"drop table old_{table};\n" for table in tables)
-        + "drop table group_hours;\ndelete from state where name = 'recent_since';\n")
-
-
-def _migrate_devices(db: Connection) -> None:
-    devices, days, versions = [], [], []
     for app_id, name, first_seen, last_seen, last_seq, lowest, bits, crashed_in in db.execute(
             "select * from old_devices where app_id > 0").fetchall():
         key, number = (app_id, device_key(name)), int.from_bytes(bits, "big")
-        devices.append((*key, first_seen // DAY, last_seen // HOUR, last_seq))
-        days += [(*key, lowest + n) for n in range(number.bit_length()) if number >> n & 1]
-        versions += [(*key, *each) for each in json.loads(crashed_in).items()]
-    for table, rows in (("devices", devices), ("device_days", days), ("device_versions", versions)):
-        insert_rows(db, f"insert into {table} values *", rows)
+        insert_rows(db, "insert into devices values *", [(*key, first_seen // DAY, last_seen // HOUR, last_seq)])
+        insert_rows(db, "insert into device_days values *",
+                    [(*key, lowest + n) for n in range(number.bit_length()) if number >> n & 1])
+        insert_rows(db, "insert into device_versions values *", [(*key, *each) for each in json.loads(crashed_in).items()])
+    run(db, "".join(f"drop table old_{table};\n" for table in old)
+        + "drop table group_hours;\ndelete from state where name = 'recent_since';\n")
 
 
 # == Apps ======================================================================
@@ -2306,6 +2179,11 @@ class _Process:
             self.company.acquire(blocking=False)
         return queue
 
+    def close_writer(self) -> None:
+        if self.writer:
+            self.writer.close()
+            self.writer = None
+
     def idle_reader(self) -> Optional[Connection]:
         try:
             return self.readers.pop()
@@ -2349,7 +2227,10 @@ class Store(Apps):
         here = self._here
         with self.reading() as db:
             self._check_file()
-            crashes = Labels.crashes_kept(db)
+            crashes, = db.execute("""
+                select coalesce(sum(crashes), 0) from labels
+                where app_id in (select id from apps) and field = 'exception_type' and day = ?
+                """, (ALL_DAYS,)).fetchone()
         return [
             ("commit_requests", "histogram", "Requests that one commit stored.", here.group_sizes.samples()),
             ("commit_seconds", "histogram", "From asking for the write lock until the commit was durable.",
@@ -2360,7 +2241,7 @@ class Store(Apps):
              [(f'{{table="{table}"}}', n) for table, n in here.stored.items()]),
             ("crashes_kept", "gauge", "Rows of the table crashes, by their roll-up.", [("", crashes)]),
             ("file_bytes", "gauge", "Size of the database.", [("", self.size)]),
-            ("wal_bytes", "gauge", "Size of its write-ahead log.", [("", self._wal_size)])]
+            ("wal_bytes", "gauge", "Size of its write-ahead log.", [("", _wal_size(self.path))])]
 
     # Reports that come
 
@@ -2785,7 +2666,7 @@ class Metrics:
 
     def _labels(self, field: str, app: Optional[str], days: Optional[int], limit: int) -> Figures:
         with self._snapshot(app) as (db, app_id):
-            return Labels.most_frequent(db, app_id, field, self._last_days(days) if days else None, limit)
+            return Crashes.most_frequent(db, app_id, field, self._last_days(days) if days else None, limit)
 
     def overview(self, app: Optional[str] = None) -> Figures:
         """The seven UTC days that end today in a few figures, and the devices of the last 24 hours."""
@@ -4890,10 +4771,11 @@ def _look_at_roll_ups(path: Path) -> str:
     """
     with closing(sqlite3.connect("", isolation_level=None, uri=True)) as db:  # "": a temporary file
         db.execute("attach database ? as stored", (ReadOnlyConnection.uri(path),))
-        run_script(db, "".join(figure.TABLES for figure in FIGURES))
+        run_script(db, FIGURE_TABLES)
         db.execute("begin")
-        now, = db.execute("select max(coalesce((select max(received_at) from crashes), 0),"
-                          " coalesce((select max(received_at) from events), 0))").fetchone()
+        newest = [db.execute(f"select coalesce(max(received_at), 0) from {table}").fetchone()[0]
+                  for table in TABLES.values()]
+        now = max(*newest, (get_state(db, "trimmed_day", -1) + 1) * DAY)  # of the windows
         expired = max(get_state(db, "expired_" + table, 0) for table in TABLES.values())
         rollups = RollUps(db, now)
         for kind, table in TABLES.items():
@@ -4909,17 +4791,18 @@ def _look_at_roll_ups(path: Path) -> str:
 
 def _unequal_tables(db: sqlite3.Connection, figure: Figure, expired: int) -> Iterator[str]:
     for table, sums in figure.sums.items():
-        key, columns = ", ".join(sums.key), ", ".join([*sums.key, *sums.columns])
+        columns = ", ".join(sums.key + sums.columns)
         ours, theirs = (f"select {columns} from {place}.{table}" for place in ("main", "stored"))
         queries = [f"{ours} except {theirs}", f"{theirs} except {ours}"]
         if table in (figure.WINDOW[0], "device_hours"):  # whose old rows are deleted some time later
             queries = queries[:1]
         if expired and table != "labels":
-            queries = [f"select 1 from main.{table} as ours left join stored.{table} as theirs using ({key}) where "
+            queries = [f"select 1 from main.{table} as ours left join stored.{table} as theirs using"
+                       f" ({', '.join(sums.key)}) where "
                        + " or ".join(f"ours.{each} > coalesce(theirs.{each}, 0)" for each in sums.columns)]
         if any(db.execute(query + " limit 1").fetchone() for query in queries):
             yield table
-    for table in figure.ENTITIES:
+    for table in set(re.findall(r"create table (\w+)", figure.TABLES)) - {"medians"}:
         # A device goes with its last report to the hour.
         settled = "where (app_id, device) in (select app_id, device from main.devices where last_seq > :settled)"
         key = ", ".join(KEYS[table])
