@@ -1038,18 +1038,22 @@ create table releases (
     @staticmethod
     def latest(db: sqlite3.Connection, app: Optional[int], days: range) -> List[Figures]:
         """The latest 100 releases, with their share of the sessions of these days: `recent` to `of_all`."""
-        sums = ", ".join(f"coalesce({each}, 0) as {each}" for each in Releases.SUMS["release_sums"][1].split())
         return dict_rows(db, f"""
             with latest as (
-                select * from releases where {APPS} order by first_seen desc, app_version, app_id limit 100)
-            select apps.name as app, latest.app_version, {sums}, first_seen, last_seen,
-                (select sum(sessions) from release_days
-                    where app_id = latest.app_id and day between :first and :last
-                        and app_version = latest.app_version) as recent,
-                (select sum(sessions) from session_days
-                    where app_id = latest.app_id and day between :first and :last) as of_all
-            from latest join apps on apps.id = latest.app_id left join release_sums as sums
-                on sums.app_id = latest.app_id and sums.app_version = latest.app_version
+                select * from releases where {APPS} order by first_seen desc, app_version, app_id limit 100),
+            recent as (
+                select app_id, app_version, sum(sessions) as recent from release_days
+                where {APPS} and day between :first and :last group by app_id, app_version),
+            whole as (
+                select app_id, sum(sessions) as of_all from session_days
+                where {APPS} and day between :first and :last group by app_id)
+            select apps.name as app, latest.app_version, coalesce(sessions, 0) as sessions,
+                coalesce(crashes, 0) as crashes, coalesce(devices, 0) as devices,
+                coalesce(crashed_devices, 0) as crashed_devices, first_seen, last_seen, recent, of_all
+            from latest join apps on apps.id = latest.app_id
+            left join release_sums as sums on sums.app_id = latest.app_id and sums.app_version = latest.app_version
+            left join recent on recent.app_id = latest.app_id and recent.app_version = latest.app_version
+            left join whole on whole.app_id = latest.app_id
             order by first_seen desc, latest.app_version, latest.app_id
             """, {"app": app, "first": days[0], "last": days[-1]})
 
