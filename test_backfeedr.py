@@ -1123,15 +1123,21 @@ def test_what_is_known_of_a_device_and_a_session_goes_with_its_last_report(one_d
     assert Api(one_day).get("/api/v1/metrics/active-devices?days=2")[1]["mau"] == [3, 3]  # outlives the reports
 
 
-def test_a_group_goes_when_no_crash_of_it_is_kept_and_none_is_of_the_week(one_day, clock):
-    add(one_day, exception_reason="about a person")
-    clock.move(3 * A_DAY)
-    add(one_day, exception_type="OTHER")
-    assert [top["count"] for top in Api(one_day).get("/api/v1/overview")[1]["top_crashes"]] == [1, 1]
-    clock.move(5 * A_DAY)
-    add(one_day, exception_type="OTHER")
-    assert {row[2] for row in stored(one_day, "groups")["groups"]} == {"OTHER"}
-    assert "person" not in str(stored(one_day))
+@pytest.mark.parametrize("steps, tops, last, left", [
+    ([(0, "A"), (3 * A_DAY, "B")], [1, 1], (5 * A_DAY, "B"), {"B"}),
+    ([(1800, "A"), (2 * A_DAY, None), (-1, None)], [1], (8 * A_DAY, None), set())], ids=["a week", "a clock set back"])
+def test_a_group_goes_when_no_crash_of_it_is_kept_and_none_is_of_the_week(one_day, clock, steps, tops, last, left):
+    def step(seconds, kind):
+        clock.move(seconds)
+        add(one_day, **({"exception_type": kind, "exception_reason": f"reason {kind}"} if kind else {"type": "custom"}))
+
+    for each in steps:
+        step(*each)
+    assert [top["count"] for top in Api(one_day).get("/api/v1/overview")[1]["top_crashes"]] == tops
+    step(*last)
+    assert {row[2] for row in stored(one_day, "groups")["groups"]} == left
+    assert count(one_day, "group_days") == 2 * len(left)  # B, of two days
+    assert "reason A" not in str(stored(one_day))
 
 
 def test_a_release_outlives_its_reports_and_is_never_below_zero(keeping, clock, later):
@@ -1175,16 +1181,6 @@ def test_figures_heal_when_a_clock_that_was_years_ahead_is_set_right(keeping, cl
     clock.move(91 * A_DAY)
     server.store.prune()
     assert count(server, "crashes") == 1
-
-
-def test_a_clock_that_goes_back_a_little_does_not_count_the_week_anew(one_day, clock, later):
-    clock.move(1800)  # to the full hour
-    add(one_day, exception_reason="about a person")
-    for seconds in (2 * A_DAY, -1):
-        later(one_day, seconds)
-    assert Api(one_day).get("/api/v1/overview")[1]["top_crashes"][0]["count"] == 1
-    later(one_day, 8 * A_DAY)
-    assert stored(one_day, "groups", "group_days") == {"groups": [], "group_days": []}
 
 
 def test_a_crash_of_the_day_before_1970_counts_once_and_today(api):
@@ -1392,6 +1388,21 @@ def test_new_names_beyond_the_limit_of_an_app_and_day_count_as_other(serve, cloc
     assert send(limit) == (limit + 2, 4, 2)
     clock.move(1)
     assert send(limit) == (limit + 3, 4, 2), "the next day begins"
+
+
+def test_a_group_is_named_by_its_latest_crash_even_if_an_earlier_type_counted_as_other(serve, clock, monkeypatch):
+    monkeypatch.setitem(backfeedr.NEW_NAMES, "exception_type", 1)
+    server, names = serve(), []
+    add(server, exception_type="A")
+    for later, act in ((0, lambda: add(server, exception_type="T")),
+                       (A_DAY, lambda: add(server, exception_type="T", device_id_hash="d")),
+                       (0, lambda: server.store.forget_device("d"))):
+        clock.move(later)
+        act()
+        names += sql(server.store.path, f"select exception_type from groups where group_hash <> '{group_hash('A', [])}'")
+    assert names == [("(other)",), ("T",), ("(other)",)]
+    check_database(server.store.path, forgotten=True)
+    serve.unchecked.append(server)
 
 
 def test_crashes_and_events_share_the_limit_of_releases(serve):
