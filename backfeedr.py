@@ -812,15 +812,19 @@ create table new_names (                   -- of an app and a UTC day
 """
     SUMS: Mapping[str, Tuple[str, str]] = {}
 
-    def __init__(self, db: sqlite3.Connection, now: int):
-        self._db, self._today = db, now // DAY
+    def __init__(self, db: sqlite3.Connection):
+        self._db = db
         self.accepted: Set[Tuple[int, str, str]] = set()  # app_id, field, name; new in this transaction
 
-    def limit(self, app_id: int, reports: Reports) -> Tuple[Sequence[int], Reports]:
+    def limit(self, app_id: int, received: Sequence[int], reports: Reports) -> Tuple[Sequence[int], Reports]:
         """The `other` of each report, and the reports with the group under which they are stored."""
         fields = ["app_version"] if type(reports[0]) is Event else list(NEW_NAMES)
-        refused = self._refused(dict.fromkeys(
-            (app_id, field, name) for report in reports for field in fields if (name := getattr(report, field))))
+        days: Dict[Tuple[int, str, str], int] = {}  # of a name: the one on which its first report was received
+        for came, report in zip(received, reports):
+            for field in fields:
+                if name := getattr(report, field):
+                    days.setdefault((app_id, field, name), came // DAY)
+        refused = self._refused(days)
         if not refused:
             return [0] * len(reports), reports
         names = [[field for field in fields if (app_id, field, getattr(report, field)) in refused] for report in reports]
@@ -828,8 +832,8 @@ create table new_names (                   -- of an app and a UTC day
                 [report._replace(group_hash=OTHER) if "group_hash" in each else report
                  for report, each in zip(reports, names)])
 
-    def _refused(self, names: Iterable[Tuple[int, str, str]]) -> Set[Tuple[int, str, str]]:
-        unknown = [name for name in names if name not in self.accepted]
+    def _refused(self, days: Mapping[Tuple[int, str, str], int]) -> Set[Tuple[int, str, str]]:
+        unknown = [name for name in days if name not in self.accepted]
         known = set(rows_of(self._db, f"""
             select column1, column2, column3 from (values *) as keys
             where case column2
@@ -841,13 +845,13 @@ create table new_names (                   -- of an app and a UTC day
                     select 1 from labels
                     where app_id = column1 and field = column2 and day = {ALL_DAYS} and label = column3) end
             """, unknown))
-        return {name for name in unknown if name not in known and not self._accept(*name)}
+        return {name for name in unknown if name not in known and not self._accept(*name, days[name])}
 
-    def _accept(self, app_id: int, field: str, name: str) -> bool:
+    def _accept(self, app_id: int, field: str, name: str, day: int) -> bool:
         is_accepted = self._db.execute("""
             insert into new_names values (:app, :day, :field, 1)
             on conflict (app_id, day, field) do update set names = new_names.names + 1 where new_names.names < :most
-            """, {"app": app_id, "day": self._today, "field": field, "most": NEW_NAMES[field]}).rowcount > 0
+            """, {"app": app_id, "day": day, "field": field, "most": NEW_NAMES[field]}).rowcount > 0
         if is_accepted:
             self.accepted.add((app_id, field, name))
         return is_accepted
@@ -918,14 +922,17 @@ create table groups (
         name = OTHER if crash.group_hash == OTHER else crash.exception_type
         group = self._seen.setdefault((crash.app_id, crash.group_hash), [name, None, crash.at, crash.at])
         if crash.at >= group[3]:
-            group[1] = crash.exception_reason
+            group[:2] = name, crash.exception_reason
         group[2], group[3] = min(group[2], crash.at), max(group[3], crash.at)
 
     def _leave(self, groups: Set[tuple]) -> None:
         """Replaces what was the latest crash's by that of the latest one left. The first stays: it was seen then."""
         self._db.executemany(f"""
-            update groups set (exception_reason, last_seen) = (
-                select max(exception_reason), coalesce(max({COUNTED_AT}), groups.last_seen) from crashes
+            update groups set (exception_type, exception_reason, last_seen) = (
+                select coalesce(max(case when group_hash = '{OTHER}' or (other & {FLAGS["exception_type"]}) > 0
+                        then '{OTHER}' else exception_type end), groups.exception_type),
+                    max(exception_reason), coalesce(max({COUNTED_AT}), groups.last_seen)
+                from crashes
                 where seq = (
                     select seq from crashes
                     where app_id = :app and group_hash = :group
@@ -950,6 +957,8 @@ create table groups (
         insert_rows(self._db, """
             insert into groups values *
             on conflict (app_id, group_hash) do update set
+                exception_type = case when excluded.last_seen >= groups.last_seen
+                    then excluded.exception_type else groups.exception_type end,
                 exception_reason = case when excluded.last_seen >= groups.last_seen
                     then excluded.exception_reason else groups.exception_reason end,
                 first_seen = min(groups.first_seen, excluded.first_seen),
@@ -1420,7 +1429,7 @@ class RollUps:
 
     def __init__(self, db: sqlite3.Connection, now: int):
         self._db, self._now = db, now
-        self.names, self.groups, self.releases = NewNames(db, now), Groups(db, now), Releases(db, now)
+        self.names, self.groups, self.releases = NewNames(db), Groups(db, now), Releases(db, now)
         self.sessions, self.devices = Sessions(db, now, self.releases), Devices(db, now, self.releases)
         # Releases come last, because sessions and devices count in them when they are saved.
         self.figures = (Crashes(db, now), self.groups, self.sessions, self.devices, self.releases)
@@ -2584,7 +2593,7 @@ class Commit:
         self._give_receipts()
         rollups, counts = RollUps(self._db, self._now), Counter()
         for (kind, app_id), (seqs, received, reports) in self._reports.items():
-            flags, reports = rollups.names.limit(app_id, reports)
+            flags, reports = rollups.names.limit(app_id, received, reports)
             self._db.append(TABLES[kind], ("seq", "app_id", "received_at", "other", *kind._fields),
                             [(seq, app_id, came, flag, *report)
                              for seq, came, flag, report in zip(seqs, received, flags, reports)])
