@@ -1511,6 +1511,15 @@ def test_check_names_the_table_that_was_tampered_with(sound, tmp_path, table, da
         backfeedr._look_at_roll_ups(path)
 
 
+@sqlite_only
+@pytest.mark.parametrize("seed", range(4))
+def test_check_finds_nothing_wrong_after_some_reports_have_expired(keeping, clock, seed):
+    server = keeping(5)
+    fill(server, clock, seed, 120)
+    server.store.prune()
+    assert 0 < count(server, "crashes") and backfeedr._look_at_roll_ups(server.store.path)
+
+
 # -- Many at once
 
 def test_many_threads_share_commits_and_lose_nothing(serve):
