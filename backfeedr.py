@@ -1335,9 +1335,9 @@ def _with_placeholders(statement: str, rows: int, columns: int) -> str:
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for a lock that another process holds
 REPLAY_DAYS = 7  # how long a phone may be offline between a request and its repetition
-BUSY_GROUP = 4  # requests in a commit, from which on the next one waits for company
-GATHER_SECONDS = 0.002  # at most: a commit costs as much as ten reports; who comes alone never waits
-MAX_WAIT = 30.0  # seconds for a commit that others make: longer than any lock and sync together
+BUSY_GROUP = 4  # requests: after a commit of as many the next one waits for more to come
+GATHER_SECONDS = 0.002  # so long at most: a commit costs as much as ten reports
+MAX_WAIT = 30.0  # seconds to wait for another thread's commit: longer than any lock and sync together
 STEP = 200  # rows that a commit deletes, and more where more come in: too few to be felt
 PRUNE_STEP = 1000  # rows, or pages, that `prune` deletes at a time
 PAUSE = 2  # the pause after such a step, in its lengths
@@ -1422,26 +1422,17 @@ class Submission:
         return self.receipt
 
 
-class _Waiter:
-    """A thread that waits for its submissions to be committed."""
+class _Group:
+    """The submissions that one commit stores. The thread that opens a group commits it; the others wait."""
 
     def __init__(self) -> None:
         self.submissions: List[Submission] = []
-        self.leads = False
-        self._turn = threading.Lock()
-        self._turn.acquire()
+        self.full = threading.Event()  # it has as many as the group before it
+        self.done = threading.Event()  # each has a receipt, which is durable, or an error
 
-    def wait(self) -> bool:
-        """Returns when these are done with, or the thread is to lead the next commit.
-
-        A signal may hit a leader between any two steps; so nobody waits for one for ever: False.
-        """
-        found = self._turn.acquire(timeout=MAX_WAIT)
-        self.leads |= not found  # whoever led is gone
-        return found
-
-    def wake(self) -> None:
-        self._turn.release()
+    @property
+    def rows(self) -> int:
+        return sum(len(each.reports) for each in self.submissions)
 
 
 class Histogram:
@@ -1470,62 +1461,56 @@ class _Process:
         self.writer: Optional[Connection] = None
         self.readers: List[Connection] = []
         self.seen_keys: Set[bytes] = set()
-        self.queue_lock = threading.Lock()  # of what follows
-        self.queue: List[_Waiter] = []
-        self.has_leader = False
-        self.last_group = 0
-        self.company = threading.Lock()  # free when as many wait as were in the last group
-        self.company.acquire()
+        self.group_lock = threading.Lock()  # of the next two
+        self.open_group: Optional[_Group] = None  # which submissions may still join
+        self.last_size = 0  # of the group before it
+        self.commit_lock = threading.Lock()
         self.group_sizes = Histogram(1, 2, 4, 8, 16, 32, 64, 128)  # requests
         self.commit_seconds = Histogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)
         self.stored = Counter(crashes=0, events=0)
 
     @property
     def waiting(self) -> List[Submission]:
-        return [each for waiter in self.queue for each in waiter.submissions]
+        group = self.open_group
+        return group.submissions if group else []
 
-    def enqueue(self, waiter: _Waiter, submissions: Sequence[Submission], max_waiters: int, max_rows: int) -> None:
-        """Lets a thread wait for those of its submissions for which there is room: for them it leads where
-        nobody does. The others have an error."""
-        with self.queue_lock:
-            waiting = self.waiting
-            requests, rows = len(waiting), sum(len(other.reports) for other in waiting)
+    def join(self, own: _Group, submissions: Sequence[Submission], max_waiters: int, max_rows: int
+             ) -> Optional[_Group]:
+        """The group that these submissions are now in: the open one, or `own`, which is then open. Those for
+        which there is no room get an error; None if there is room for none."""
+        with self.group_lock:
+            group = self.open_group or own
+            before, rows = len(group.submissions), group.rows
             for each in submissions:
-                if requests >= max_waiters or requests and rows + len(each.reports) > max_rows:
+                count = len(group.submissions)
+                if count >= max_waiters or count and rows + len(each.reports) > max_rows:
                     each.error = StorageUnavailable()
                 else:
-                    requests, rows = requests + 1, rows + len(each.reports)
-                    waiter.submissions.append(each)
-            if waiter.submissions:
-                self.queue.append(waiter)
-            if requests >= self.last_group and self.company.locked():
-                self.company.release()
-        if not self.has_leader:
-            self.appoint_leader()
+                    group.submissions.append(each)
+                    rows += len(each.reports)
+            if len(group.submissions) == before:
+                return None
+            if len(group.submissions) >= self.last_size:
+                group.full.set()
+            self.open_group = group
+            return group
 
-    def appoint_leader(self) -> None:
-        """Lets the first in the queue commit it all; nobody, if nobody waits."""
-        with self.queue_lock:
-            self.has_leader = bool(self.queue)
-            if self.queue and not self.queue[0].leads:
-                self.queue[0].leads = True
-                self.queue[0].wake()
+    def close(self, group: _Group) -> None:
+        """Lets no more submissions join the group."""
+        with self.group_lock:
+            if self.open_group is group:
+                self.open_group, self.last_size = None, len(group.submissions)
 
-    def withdraw(self, waiter: _Waiter) -> None:
-        with self.queue_lock:
-            if waiter in self.queue:
-                self.queue.remove(waiter)
+    def withdraw(self, submissions: Sequence[Submission]) -> None:
+        """Takes submissions out of the open group."""
+        with self.group_lock:
+            if self.open_group:
+                self.open_group.submissions = [each for each in self.waiting if each not in submissions]
 
-    def gather(self) -> None:
-        """Under load, waits a moment for company: whoever was in the last group mostly comes again."""
-        if self.last_group >= BUSY_GROUP:
-            self.company.acquire(timeout=GATHER_SECONDS)
-
-    def take_queue(self) -> List[_Waiter]:
-        with self.queue_lock:
-            self.last_group, queue, self.queue = len(self.waiting), self.queue, []
-            self.company.acquire(blocking=False)
-        return queue
+    def gather(self, group: _Group) -> None:
+        """Under load, waits a moment for more: those whose reports were just stored mostly come again."""
+        if self.last_size >= BUSY_GROUP:
+            group.full.wait(GATHER_SECONDS)
 
     def idle_reader(self) -> Optional[Connection]:
         try:
@@ -1762,54 +1747,43 @@ class Store:
         return submission.result()
 
     def add_all(self, submissions: Sequence[Submission]) -> None:
-        """The same for several requests, in one commit: each then has a receipt or an error. What nobody has
-        foreseen is in the log, and StorageUnavailable to them all."""
-        here, waiter = self._here, _Waiter()
+        """The same for several requests, in one commit: each then has a receipt or an error. An unexpected
+        error is logged, and is StorageUnavailable to them all."""
+        here, own = self._here, _Group()
         try:
-            here.enqueue(waiter, submissions, self.max_waiters, self.max_rows)
-            if waiter.submissions and not waiter.wait():
-                here.withdraw(waiter)
-                for each in waiter.submissions:
-                    each.error = StorageUnavailable()
-            elif waiter.leads:
-                self._commit_queue(here)
-        except BaseException:  # a signal, if this is the main thread
-            here.withdraw(waiter)
-            raise
-        finally:
-            if waiter.leads:
-                here.appoint_leader()
-
-    def _commit_queue(self, here: _Process) -> None:
-        """Commits all that waits in one transaction, and wakes everyone who waits."""
-        waiters: List[_Waiter] = []
-        try:
-            here.gather()
-            began = time.monotonic()
-            with self.writing() as db:
-                waiters = here.take_queue()
-                group = [each for waiter in waiters for each in waiter.submissions]
-                commit = _Commit(db, self.now)
-                for each in group:
-                    commit.take(each)
-                commit.save()
-                self._expire(db, max(STEP, 3 * sum(len(each.reports) for each in group)))
-            here.group_sizes.add(len(group))
-            here.commit_seconds.add(time.monotonic() - began)
-            here.stored.update(commit.counts())
-        except BaseException as error:
-            waiters = waiters or here.take_queue()
-            for waiter in waiters:
-                for each in waiter.submissions:
-                    each.error = StorageUnavailable()
+            group = here.join(own, submissions, self.max_waiters, self.max_rows)
+            if group is own:
+                self._commit_group(here, own)
+            elif group and not group.done.wait(MAX_WAIT):
+                here.close(group)  # a signal has hit the thread that opened it where nothing catches it
+                raise StorageUnavailable()
+        except BaseException as error:  # also a signal, if this is the main thread
+            here.close(own)
+            here.withdraw(submissions)
+            for each in (*own.submissions, *submissions):
+                each.error = StorageUnavailable()
             if not isinstance(error, Exception):
                 raise
             if not isinstance(error, StorageUnavailable):
                 log.exception("unexpected error")
         finally:
-            for waiter in waiters:
-                if not waiter.leads:
-                    waiter.wake()
+            own.done.set()
+
+    def _commit_group(self, here: _Process, group: _Group) -> None:
+        """Stores a group in one transaction. Until that begins, the group grows."""
+        with here.commit_lock:
+            here.gather(group)
+            began = time.monotonic()
+            with self.writing() as db:
+                here.close(group)
+                commit = _Commit(db, self.now)
+                for each in group.submissions:
+                    commit.take(each)
+                commit.save()
+                self._expire(db, max(STEP, 3 * group.rows))
+            here.group_sizes.add(len(group.submissions))
+            here.commit_seconds.add(time.monotonic() - began)
+            here.stored.update(commit.counts())
 
     def export(self, kind: type, app: Optional[str] = None, since: int = 0) -> Iterator[StoredReport]:
         """The reports of a kind, Crash or Event, that are here now, in the order of their seqs: of all apps or
@@ -3861,7 +3835,7 @@ class Backfeedr:
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
         method, path = environ.get("REQUEST_METHOD", ""), environ.get("PATH_INFO", "")
         if method == "POST" and path in self._ingestion:  # without bottle, whose part would be as large as ours
-            body, status, headers = _answered(self._submitted, environ)
+            body, status, headers = _answered(self._answer_submission, environ)
             start_response(_STATUS_LINES[status], [*headers.items(), ("Content-Length", str(len(body)))])
             self._count(method, path, status)
             return [body]
@@ -3894,9 +3868,9 @@ class Backfeedr:
         ask, router = self.metrics, _Router(self.pages)
         for method, path, handler in (
                 ("GET", "/health", self._health),
-                ("POST", "/crashes", self._submitted),
-                ("POST", "/events", self._submitted),
-                ("POST", "/events/batch", self._submitted),
+                ("POST", "/crashes", self._answer_submission),
+                ("POST", "/events", self._answer_submission),
+                ("POST", "/events/batch", self._answer_submission),
                 ("GET", "/metrics/daily-crashes", self._asked(ask.daily_crashes, "days")),
                 ("GET", "/metrics/crash-types", self._asked(ask.crash_types, "days")),
                 ("GET", "/metrics/devices", self._asked(ask.devices, "days")),
@@ -3929,34 +3903,25 @@ class Backfeedr:
             *(f"backfeedr_{name}{suffix} {value:.15g}" for suffix, value in samples))]
         return 200, "\n".join([*lines, ""])
 
-    def may_gather(self, method: str, path: str, key: str) -> bool:
-        """Whether such a request may be submitted together with others: not where it would keep them waiting,
-        because another host or the database has to be asked of it."""
+    def can_batch(self, method: str, path: str, key: str) -> bool:
+        """Whether such a request may share a batch. One about which another host or the database has to be
+        asked would hold up the others."""
         return (method == "POST" and path in self._ingestion and not getattr(self._limiter, "waits", True)
                 and self.store.is_cached_key(sha256(key.encode("latin-1", "replace"))))
 
-    def submit(self, environs: Iterable[Environ]) -> None:
-        """Takes what several requests to the ingestion carry, and stores it in one commit. The WSGI call, which
-        does so for a request that comes alone, then only answers each."""
-        submissions: List[Submission] = []
-        try:
-            for environ in environs:
-                environ[_SUBMISSION] = submission = Submission()
-                submissions.append(submission)
-                try:
-                    self._take(environ, submission)
-                except Refusal as refusal:
-                    refusal.__traceback__ = refusal.__context__ = None  # which hold the body
-                    submission.error = refusal
-                except Exception as error:
-                    submission.error = error
-        finally:
-            self.store.add_all([each for each in submissions if each.error is None])
-        self._look_again([each for each in submissions if each.key_hash and not each.reports])
+    def submit_all(self, environs: Sequence[Environ]) -> None:
+        """Decodes requests to the ingestion and stores what they carry in one commit. The WSGI call, which does
+        so for a request that comes alone, then only answers each."""
+        submissions = []
+        for environ in environs:
+            environ[_SUBMISSION] = submission = self._decode_submission(environ)
+            submissions.append(submission)
+        self.store.add_all([each for each in submissions if each.error is None])
+        self._recheck_keys([each for each in submissions if each.key_hash and not each.reports])
 
-    def _look_again(self, refused: Sequence[Submission]) -> None:
-        """A key may have been revoked since it was seen. A commit looks; so must a refusal: once for each key, as a
-        database that is away is waited for."""
+    def _recheck_keys(self, refused: Sequence[Submission]) -> None:
+        """A key may have been revoked since it was cached. A commit looks it up, so a refusal must as well: once
+        for each key, as a database that is away is waited for."""
         for key_hash in {each.key_hash for each in refused}:
             try:
                 error = None if self.store.is_active_key(key_hash) else Refusal("invalid API key")
@@ -3966,15 +3931,26 @@ class Backfeedr:
                 if error and each.key_hash == key_hash:
                     each.error = error
 
-    def _submitted(self, environ: Environ) -> Answer:
+    def _answer_submission(self, environ: Environ) -> Answer:
         if _SUBMISSION not in environ:
-            self.submit([environ])
+            self.submit_all([environ])
         submission = environ.pop(_SUBMISSION)  # as a host app may call again with the same one
         seqs, replayed = submission.result()
         _, answer = self._ingestion[environ["PATH_INFO"]]
         return 200 if replayed else 201, answer(submission.reports, seqs)
 
-    def _take(self, environ: Environ, submission: Submission) -> None:
+    def _decode_submission(self, environ: Environ) -> Submission:
+        """The reports of a request, or the error that answers it."""
+        submission = Submission()
+        try:
+            self._decode(environ, submission)
+        except Exception as error:
+            if isinstance(error, Refusal):
+                error.__traceback__ = error.__context__ = None  # which hold the body
+            submission.error = error
+        return submission
+
+    def _decode(self, environ: Environ, submission: Submission) -> None:
         """Checks in the order of the contract: size, key, rate, signature, JSON, fields."""
         body = _read_body(environ, self.settings.max_body_size)
         key = _header(environ, "X_BACKFEEDR_KEY")
@@ -3984,17 +3960,14 @@ class Backfeedr:
         if not self.store.is_known_key(key_hash):
             raise Refusal("invalid API key")
         submission.key_hash = key_hash
+        if not self._limiter.allow(key_hash):
+            raise Refusal("rate limit exceeded", self._limiter.retry_after(key_hash))
         parse, _ = self._ingestion[environ["PATH_INFO"]]
-        self._check_rate(key_hash)  # may ask another host, for which nobody else should wait
         with self._turn:
             signature = self._check_signature(environ, key, body)
             plain = _decompress(environ, body, self.settings.max_body_size)
             submission.reports = parse(decode_json(plain))
             submission.idempotency = _idempotency(environ, signature, plain)
-
-    def _check_rate(self, key_hash: bytes) -> None:
-        if not self._limiter.allow(key_hash):
-            raise Refusal("rate limit exceeded", self._limiter.retry_after(key_hash))
 
     def _check_signature(self, environ: Environ, key: bytes, body: bytes) -> bytes:
         """The signature, if it is good; b"" where there is none and none is required."""
@@ -4098,14 +4071,23 @@ def first_start_text(made: FirstStart, url: str) -> str:
 # answers everything that has been sent, no address is logged, its one I/O thread
 # gets its turn, and reports that come together share a thread and a commit.
 
+try:
+    import waitress.server
+    from waitress.channel import HTTPChannel
+    from waitress.parser import HTTPRequestParser, ParsingError
+    from waitress.task import ErrorTask, Task, ThreadedTaskDispatcher, WSGITask
+except ImportError:  # only `serve` needs it: another server's host need not have it
+    waitress = None  # type: ignore[assignment]
+    HTTPChannel = HTTPRequestParser = ErrorTask = Task = ThreadedTaskDispatcher = WSGITask = object  # type: ignore
+
 DRAIN_SECONDS = 4.0  # a stop waits so long for requests that have begun to arrive
 SWITCH_SECONDS = 0.002  # how long a thread may keep the interpreter while others wait for it
 QUIET_SECONDS = 0.3  # a connection that is silent so long has sent nothing more
 REQUEST_SECONDS = 60  # for a request to arrive, and for a connection between two requests;
 SLOWEST = 2000  # bytes a second, a phone's on a bad day: the time that they take is not counted
-TOGETHER = 100  # submissions that are taken until they are durable: of batches, as many rows as may wait for a commit;
-TOGETHER_BYTES = 4_000_000  # and their bytes, as decoded they need a multiple of it
-SUBMITTERS = 8  # threads for them: one commits, and others take what comes meanwhile; each keeps memory of its own
+BATCH_THREADS = 4  # one commits while others decode what came meanwhile; two are slower
+BATCHED_REQUESTS = 100  # in all batches at once: of 100 reports each, they are the rows that may wait for a commit
+BATCHED_BYTES = 4_000_000  # the same; decoded they need a multiple of it
 
 
 def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> None:
@@ -4114,10 +4096,8 @@ def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> Non
 
     `make` makes the server from settings with its real port, and tells `announce` what is to be printed.
     """
-    try:
-        import waitress  # noqa: F401 (only here: another server's host needs none)
-    except ImportError:
-        raise ImportError(_MISSING.format("waitress")) from None
+    if waitress is None:
+        raise ImportError(_MISSING.format("waitress"))
     listener = _listen(settings.host, settings.port)
     settings = replace(settings, port=listener.getsockname()[1])
     made: List[str] = []
@@ -4162,187 +4142,207 @@ def _warning(settings: Settings, address: str) -> str:
             " with https in front, and name its address in BACKFEEDR_PUBLIC_URL\n")
 
 
+class _Parser(HTTPRequestParser):
+    """waitress's, which leaves some requests without an answer."""
+
+    came = 0.0  # when the request was complete
+    environ: Optional[Environ] = None  # of the request, once a thread has begun with it
+
+    def parse_header(self, header_plus: bytes) -> None:
+        try:
+            super().parse_header(header_plus)
+        except ValueError as error:  # as for `http://[` or a length of 5,000 digits: waitress closes the connection
+            raise ParsingError(str(error)) from None
+        finally:
+            # Else waitress sends `100 Continue` also where no body follows, and then waits for one.
+            if not self.chunked and not 0 < self.content_length < self.adj.max_request_body_size:
+                self.expect_continue = False
+
+
+class _Answer(Task):
+    """What all answers have in common."""
+
+    def build_response_header(self) -> bytes:
+        if not self.channel.server.accepting:  # a client that goes on sending would keep a stop from ending
+            self.set_close_on_finish()
+        if log.isEnabledFor(logging.INFO):
+            request = self.request
+            log.info("%s %s %.1f ms", _request_line(request), self.status[:3], 1000 * (time.monotonic() - request.came))
+        return super().build_response_header()
+
+
+class _ErrorAnswer(_Answer, ErrorTask):
+    """What waitress refuses: in JSON, where its own answer is a text."""
+
+    def execute(self) -> None:
+        error = self.request.error
+        body = _error_body(error.code)
+        self.status = f"{error.code} {error.reason}"
+        self.response_headers.extend(_HEADERS.items())
+        self.set_close_on_finish()
+        self.content_length = len(body)
+        self.write(body)
+
+
+class _AppAnswer(_Answer, WSGITask):
+    """The app's answer."""
+
+    def get_environment(self) -> Environ:
+        if self.request.environ is None:  # else it is that of a batch, and has the submission
+            self.request.environ = super().get_environment()
+        return self.request.environ
+
+
+class _Channel(HTTPChannel):
+    """A connection."""
+
+    parser_class, task_class, error_task_class = _Parser, _AppAnswer, _ErrorAnswer
+    __repr__ = object.__repr__  # waitress logs it, and its own has the client's address
+
+    def environ(self) -> Environ:
+        """The WSGI environ of its next request."""
+        return _AppAnswer(self, self.requests[0]).get_environment()
+
+    def received(self, data: bytes) -> bool:
+        """Counts a request's time from its beginning. waitress counts it from the last byte, so that a client
+        which sends a byte now and then could hold a connection for ever."""
+        begun = self.request
+        received = super().received(data)
+        now = self.last_activity
+        self.began = now if begun is None or self.request is not begun else min(now, self.began + len(data) / SLOWEST)
+        self.last_activity = self.began
+        return received
+
+    def service(self) -> None:
+        super().service()
+        with self.outbuf_lock:
+            if self.requests and self.connected:  # else, by `writable`, this answer would wait for the next one
+                self._flush_exception(self._flush_some, do_close=False)
+
+    def _flush_some(self, do_close: bool = True) -> bool:
+        """With the lock, which waitress does not take in its I/O thread: an answer there and the `100 Continue`
+        of a worker for the next request were mixed, and both sent twice."""
+        with self.outbuf_lock:
+            return super()._flush_some(do_close)
+
+    def writable(self) -> bool:
+        """Not while a thread works on a request, unless much has piled up. waitress would look again and again
+        whether there is room, and so keep the interpreter from that thread: at 64 connections a third of the speed."""
+        if self.requests and not self.will_close and self.total_outbufs_len < self.adj.outbuf_high_watermark:
+            return False
+        return super().writable()
+
+
+class _Dispatcher(ThreadedTaskDispatcher):
+    """Gives a thread all submissions that have come meanwhile, to decode them and store them in one commit. To wake
+    a thread for each takes longer than what it does. Any other request gets a thread of its own."""
+
+    def __init__(self, app: Backfeedr, threads: int):
+        super().__init__()
+        self.set_thread_count(threads)
+        self.app = app
+        self.coming: Deque[_Channel] = deque()  # channels whose requests wait for a batch
+        self.requests = self.bytes = 0  # in batches
+        self.changed = threading.Condition()  # and the lock of these
+        self.batch_threads = [threading.Thread(target=self.run, daemon=True) for _ in range(BATCH_THREADS)]
+        self.is_stopped = False
+        for thread in self.batch_threads:
+            thread.start()
+
+    def add_task(self, channel: _Channel) -> None:
+        request = channel.requests[0]
+        request.came = time.monotonic()
+        if request.error or not self.app.can_batch(
+                request.command, request.path, request.headers.get("X_BACKFEEDR_KEY", "")):
+            return super().add_task(channel)
+        with self.changed:
+            self.coming.append(channel)
+            self.changed.notify()
+
+    def run(self) -> None:
+        """In a thread."""
+        while not self.is_stopped:
+            self.store_batch()
+
+    def has_next(self) -> bool:
+        """Whether there is something to take, and room for it."""
+        return bool(self.coming) and self.requests < BATCHED_REQUESTS and self.bytes < BATCHED_BYTES
+
+    def take_batch(self) -> Tuple[List[_Channel], int]:
+        """Waits for something to take. The channels that it takes, and the bytes of their requests."""
+        batch: List[_Channel] = []
+        with self.changed:
+            self.changed.wait_for(lambda: self.is_stopped or self.has_next())
+            before = self.bytes
+            while self.has_next():
+                channel = self.coming.popleft()
+                request = channel.requests[0]
+                is_packed = "CONTENT_ENCODING" in request.headers
+                self.bytes += self.app.settings.max_body_size if is_packed else request.body_bytes_received
+                self.requests += 1
+                batch.append(channel)
+            return batch, self.bytes - before
+
+    def store_batch(self) -> None:
+        """Stores the submissions for which there is room, and then answers each."""
+        batch, size = self.take_batch()
+        self.attempt(self.submit, batch)  # what is wrong is in the answers
+        with self.changed:
+            self.requests -= len(batch)
+            self.bytes -= size
+            self.changed.notify()
+        for channel in batch:
+            self.attempt(channel.service)
+
+    def submit(self, batch: Sequence[_Channel]) -> None:
+        environs = []
+        for channel in batch:
+            if not channel.connected:
+                continue
+            if time.monotonic() - channel.requests[0].came > BUSY_TIMEOUT:  # those before it waited as long, in vain
+                channel.environ()[_SUBMISSION] = Submission(error=StorageUnavailable())
+            else:
+                environs.append(channel.environ())
+        self.app.submit_all(environs)
+
+    def attempt(self, step: Callable[..., Any], *arguments: Any) -> None:
+        """Logs any error: one must not keep the others from their answers, nor end the thread."""
+        try:
+            step(*arguments)
+        except BaseException:
+            log.exception("unexpected error")
+
+    def stop_batches(self) -> None:
+        with self.changed:
+            self.is_stopped = True
+            self.changed.notify_all()
+        for thread in self.batch_threads:
+            thread.join(1)
+
+    def shutdown(self, *arguments: Any, **options: Any) -> bool:
+        self.stop_batches()
+        return super().shutdown(*arguments, **options)
+
+
+def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) -> Any:
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of every request that waits
+    server = waitress.server.create_server(
+        app, _dispatcher=_Dispatcher(app, settings.threads), sockets=[listener], ident=None,
+        max_request_body_size=settings.max_body_size + 65536,  # a little more: the app's own limit goes first
+        connection_limit=_connection_limit(settings.threads + BATCH_THREADS),
+        max_request_header_size=32768, inbuf_overflow=131072,
+        channel_timeout=REQUEST_SECONDS, cleanup_interval=10, recv_bytes=65536, asyncore_use_poll=True)
+    server.channel_class = _Channel
+    server.adj.send_bytes = 16384  # so that head and body of an answer leave together, by the I/O thread
+    return server
+
+
 def _request_line(request: Any) -> str:
     """Method and path of waitress's request as they may be logged: in printable ASCII, without query or key."""
     if not hasattr(request, "path") or request.error and request.error.code == 431:  # which waitress has not read
         return "- -"
     path = quote(request.path[:200], safe="/:@!$&'()*+,;=~", encoding="latin-1") or "-"
     return re.sub("(bf_[a-z]+_)[0-9A-Za-z]+", r"\1...", f"{request.command[:20]} {path}")
-
-
-def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) -> Any:
-    import waitress.channel
-    import waitress.parser
-    import waitress.server
-    import waitress.task
-
-    class Parser(waitress.parser.HTTPRequestParser):
-        environ: Optional[Environ] = None  # and since when it is worked on
-        began = 0.0
-
-        def parse_header(self, header_plus: bytes) -> None:
-            try:
-                super().parse_header(header_plus)
-            except ValueError as error:  # a target or a length that waitress has not foreseen
-                raise waitress.parser.ParsingError(str(error)) from None
-            finally:  # else waitress says `100 Continue` also where nothing is to come, and waits for it
-                if not self.chunked and not 0 < self.content_length < self.adj.max_request_body_size:
-                    self.expect_continue = False
-
-    class Logged:
-        def service(self) -> None:
-            began = self.request.began or time.perf_counter()  # type: ignore[attr-defined]
-            try:
-                super().service()  # type: ignore[misc]
-            finally:
-                if settings.verbose:
-                    took = 1000 * (time.perf_counter() - began)
-                    log.info("%s %s %.1f ms", _request_line(self.request), self.status[:3], took)  # type: ignore
-
-    class ErrorTask(Logged, waitress.task.ErrorTask):
-        def execute(self) -> None:
-            error = self.request.error
-            body = _error_body(error.code)
-            self.status = f"{error.code} {error.reason}"
-            self.response_headers.extend(_HEADERS.items())
-            self.set_close_on_finish()
-            self.content_length = len(body)
-            self.write(body)
-
-    class Task(Logged, waitress.task.WSGITask):
-        def get_environment(self) -> Environ:
-            request = self.request
-            if request.environ is None:  # and not another one where its submission has been taken
-                request.began, request.environ = time.perf_counter(), super().get_environment()
-            return request.environ
-
-        def build_response_header(self) -> bytes:
-            if not self.channel.server.accepting:  # while it stops: tell the client to send no more
-                self.set_close_on_finish()
-            return super().build_response_header()
-
-    class Channel(waitress.channel.HTTPChannel):
-        parser_class, task_class, error_task_class = Parser, Task, ErrorTask
-        __repr__ = object.__repr__  # waitress puts it in its log, with the client's address
-
-        def begin(self) -> Environ:
-            """The environ of its request, which a task then answers."""
-            return Task(self, self.requests[0]).get_environment()
-
-        def received(self, data: bytes) -> bool:
-            begun = self.request
-            received = super().received(data)
-            now = self.last_activity
-            self.began = now if begun is None or self.request is not begun else min(
-                now, self.began + len(data) / SLOWEST)
-            self.last_activity = self.began  # and not that of the last byte: a drip would be active for ever
-            return received
-
-        def _flush_some(self, do_close: bool = True) -> bool:
-            with self.outbuf_lock:  # else a `100 Continue` from a worker and the answer before it mix, both sent twice
-                return super()._flush_some(do_close)
-
-        def writable(self) -> bool:
-            # While a thread works on a request, it sends the answer itself. To ask meanwhile
-            # whether there is room keeps the I/O thread spinning, and the other from finishing.
-            if self.requests and not self.will_close and self.total_outbufs_len < self.adj.outbuf_high_watermark:
-                return False
-            return super().writable()
-
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of every request that waits
-    server = waitress.server.create_server(
-        app, _dispatcher=_make_dispatcher(app, settings.threads), sockets=[listener], ident=None,
-        max_request_body_size=settings.max_body_size + 65536,  # a little more: the app's own limit goes first
-        connection_limit=_connection_limit(settings.threads + SUBMITTERS),
-        max_request_header_size=32768, inbuf_overflow=131072,
-        channel_timeout=REQUEST_SECONDS, cleanup_interval=10, recv_bytes=65536, asyncore_use_poll=True)
-    server.channel_class = Channel
-    server.adj.send_bytes = 16384  # so that head and body of an answer leave together, by the I/O thread
-    return server
-
-
-def _make_dispatcher(app: Backfeedr, threads: int) -> Any:
-    import waitress.task
-
-    class Dispatcher(waitress.task.ThreadedTaskDispatcher):
-        """Gives one thread all submissions that have come meanwhile, for one commit, and another one any other
-        request: to wake a thread for each, and again after its commit, takes longer than what it does."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.submitters = waitress.task.ThreadedTaskDispatcher()
-            self.submitters.set_thread_count(SUBMITTERS)
-            self.coming: Deque[Tuple[Any, float]] = deque()  # channels, and since when they wait
-            self.is_called = False  # a thread, to take what comes
-            self.requests = self.bytes = 0  # that are taken, and not yet durable
-
-        def add_task(self, task: Any) -> None:
-            request = task.requests[0]
-            if request.error or not app.may_gather(
-                    request.command, request.path, request.headers.get("X_BACKFEEDR_KEY", "")):
-                return super().add_task(task)
-            self.coming.append((task, time.monotonic()))
-            self.call()
-
-        def call(self) -> None:
-            """Calls a thread where there is something to take, and room for it."""
-            with self.lock:
-                if self.is_called or not self.coming or not self.has_room():
-                    return
-                self.is_called = True
-            self.submitters.add_task(self)
-
-        def has_room(self) -> bool:
-            return self.requests < TOGETHER and self.bytes < TOGETHER_BYTES
-
-        def service(self) -> None:
-            """In a thread: takes what comes, and answers it when it is durable."""
-            taken: List[Tuple[Any, int]] = []
-            self.attempt(app.submit, self.take(taken))  # what is wrong is in the answers
-            with self.lock:
-                self.requests -= len(taken)
-                self.bytes -= sum(size for _, size in taken)
-            self.call()
-            for channel, _ in taken:
-                self.attempt(channel.service)
-
-        def attempt(self, step: Callable[..., Any], *arguments: Any) -> None:
-            """As one must not keep the others from their answers."""
-            try:
-                step(*arguments)
-            except Exception:
-                log.exception("unexpected error")
-
-        def take(self, taken: List[Tuple[Any, int]]) -> Iterator[Environ]:
-            try:
-                while self.coming and self.has_room():
-                    channel, came = self.coming.popleft()
-                    request = channel.requests[0]
-                    is_packed = "CONTENT_ENCODING" in request.headers
-                    size = app.settings.max_body_size if is_packed else request.body_bytes_received
-                    taken.append((channel, size))
-                    with self.lock:
-                        self.requests, self.bytes = self.requests + 1, self.bytes + size
-                    if channel.connected and time.monotonic() - came <= BUSY_TIMEOUT:
-                        yield channel.begin()
-                    elif channel.connected:  # those before it have waited as long, and in vain
-                        channel.begin()[_SUBMISSION] = Submission(error=StorageUnavailable())
-            finally:  # what comes from now on is for another thread
-                self.is_called = False
-                self.call()
-
-        def cancel(self) -> None:
-            """At a stop that has taken too long."""
-            for channel, _ in list(self.coming):
-                channel.cancel()
-
-        def shutdown(self, *arguments: Any, **options: Any) -> bool:
-            self.submitters.shutdown(*arguments, **options)
-            return super().shutdown(*arguments, **options)
-
-    dispatcher = Dispatcher()
-    dispatcher.set_thread_count(threads)
-    return dispatcher
 
 
 def _connection_limit(threads: int) -> int:
