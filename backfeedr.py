@@ -1336,7 +1336,7 @@ def _with_placeholders(statement: str, rows: int, columns: int) -> str:
 BUSY_TIMEOUT = 5.0  # seconds to wait for a lock that another process holds
 REPLAY_DAYS = 7  # how long a phone may be offline between a request and its repetition
 BUSY_GROUP = 4  # requests: after a commit of as many the next one waits for more to come
-GATHER_SECONDS = 0.002  # so long at most: a commit costs as much as ten reports
+GATHER_SECONDS = 0.003  # so long at most: a commit costs as much as ten reports
 MAX_WAIT = 30.0  # seconds to wait for another thread's commit: longer than any lock and sync together
 STEP = 200  # rows that a commit deletes, and more where more come in: too few to be felt
 PRUNE_STEP = 1000  # rows, or pages, that `prune` deletes at a time
@@ -4214,10 +4214,13 @@ class _Channel(HTTPChannel):
         return received
 
     def service(self) -> None:
+        """Sends an answer when another request follows on the connection: `writable` would hold it back until
+        that one is answered, too."""
         super().service()
-        with self.outbuf_lock:
-            if self.requests and self.connected:  # else, by `writable`, this answer would wait for the next one
-                self._flush_exception(self._flush_some, do_close=False)
+        if self.requests:
+            with self.outbuf_lock:
+                if self.connected:
+                    self._flush_exception(self._flush_some, do_close=False)
 
     def _flush_some(self, do_close: bool = True) -> bool:
         """With the lock, which waitress does not take in its I/O thread: an answer there and the `100 Continue`
@@ -4234,18 +4237,18 @@ class _Channel(HTTPChannel):
 
 
 class _Dispatcher(ThreadedTaskDispatcher):
-    """Gives a thread all submissions that have come meanwhile, to decode them and store them in one commit. To wake
-    a thread for each takes longer than what it does. Any other request gets a thread of its own."""
+    """Gives one thread all the submissions that have come meanwhile, to decode them and store them in one commit:
+    to wake a thread for each takes longer than the work. Any other request gets a thread of waitress's own."""
 
     def __init__(self, app: Backfeedr, threads: int):
         super().__init__()
         self.set_thread_count(threads)
         self.app = app
-        self.coming: Deque[_Channel] = deque()  # channels whose requests wait for a batch
+        self.changed = threading.Condition()  # the lock of all that follows
+        self.coming: Deque[_Channel] = deque()  # whose requests wait for a batch
         self.requests = self.bytes = 0  # in batches
-        self.changed = threading.Condition()  # and the lock of these
+        self.is_called = self.is_stopped = False
         self.batch_threads = [threading.Thread(target=self.run, daemon=True) for _ in range(BATCH_THREADS)]
-        self.is_stopped = False
         for thread in self.batch_threads:
             thread.start()
 
@@ -4257,56 +4260,62 @@ class _Dispatcher(ThreadedTaskDispatcher):
             return super().add_task(channel)
         with self.changed:
             self.coming.append(channel)
+            self.call_thread()
+
+    def call_thread(self) -> None:
+        """Wakes one thread if there is something to take; it takes all that comes until it runs."""
+        if self.has_next() and not self.is_called:
+            self.is_called = True
             self.changed.notify()
 
+    def has_next(self) -> bool:
+        """Whether a request waits, and there is room for it."""
+        return bool(self.coming) and self.requests < BATCHED_REQUESTS and self.bytes < BATCHED_BYTES
+
     def run(self) -> None:
-        """In a thread."""
         while not self.is_stopped:
             self.store_batch()
 
-    def has_next(self) -> bool:
-        """Whether there is something to take, and room for it."""
-        return bool(self.coming) and self.requests < BATCHED_REQUESTS and self.bytes < BATCHED_BYTES
-
-    def take_batch(self) -> Tuple[List[_Channel], int]:
-        """Waits for something to take. The channels that it takes, and the bytes of their requests."""
-        batch: List[_Channel] = []
-        with self.changed:
-            self.changed.wait_for(lambda: self.is_stopped or self.has_next())
-            before = self.bytes
-            while self.has_next():
-                channel = self.coming.popleft()
-                request = channel.requests[0]
-                is_packed = "CONTENT_ENCODING" in request.headers
-                self.bytes += self.app.settings.max_body_size if is_packed else request.body_bytes_received
-                self.requests += 1
-                batch.append(channel)
-            return batch, self.bytes - before
-
     def store_batch(self) -> None:
-        """Stores the submissions for which there is room, and then answers each."""
+        """Waits for requests, stores what they carry, and answers each."""
         batch, size = self.take_batch()
         self.attempt(self.submit, batch)  # what is wrong is in the answers
         with self.changed:
             self.requests -= len(batch)
             self.bytes -= size
-            self.changed.notify()
+            self.call_thread()
         for channel in batch:
             self.attempt(channel.service)
+
+    def take_batch(self) -> Tuple[List[_Channel], int]:
+        """The requests for which there is room, by their channels, and their bytes. A compressed one counts as the
+        largest that it may become."""
+        batch: List[_Channel] = []
+        with self.changed:
+            self.changed.wait_for(lambda: self.is_stopped or self.has_next())
+            self.is_called, before = False, self.bytes
+            while self.has_next():
+                batch.append(self.coming.popleft())
+                request = batch[-1].requests[0]
+                is_packed = "CONTENT_ENCODING" in request.headers
+                self.bytes += self.app.settings.max_body_size if is_packed else request.body_bytes_received
+                self.requests += 1
+            return batch, self.bytes - before
 
     def submit(self, batch: Sequence[_Channel]) -> None:
         environs = []
         for channel in batch:
             if not channel.connected:
                 continue
-            if time.monotonic() - channel.requests[0].came > BUSY_TIMEOUT:  # those before it waited as long, in vain
-                channel.environ()[_SUBMISSION] = Submission(error=StorageUnavailable())
-            else:
-                environs.append(channel.environ())
+            environ = channel.environ()
+            if time.monotonic() - channel.requests[0].came <= BUSY_TIMEOUT:
+                environs.append(environ)
+            else:  # those before it have waited as long for the database, in vain
+                environ[_SUBMISSION] = Submission(error=StorageUnavailable())
         self.app.submit_all(environs)
 
     def attempt(self, step: Callable[..., Any], *arguments: Any) -> None:
-        """Logs any error: one must not keep the others from their answers, nor end the thread."""
+        """Logs an error: it must neither keep others from their answers nor end the thread."""
         try:
             step(*arguments)
         except BaseException:
@@ -4317,7 +4326,7 @@ class _Dispatcher(ThreadedTaskDispatcher):
             self.is_stopped = True
             self.changed.notify_all()
         for thread in self.batch_threads:
-            thread.join(1)
+            thread.join(timeout=1)
 
     def shutdown(self, *arguments: Any, **options: Any) -> bool:
         self.stop_batches()

@@ -4915,7 +4915,7 @@ def test_a_new_file_that_another_process_is_just_preparing_is_tried_again(tmp_pa
                 raise sqlite3.OperationalError("database is locked")
             return super().execute(statement, *parameters)
 
-    monkeypatch.setattr(backfeedr, "_Connection", Contended)
+    monkeypatch.setattr(backfeedr, "Connection", Contended)
     monkeypatch.setattr(backfeedr.time, "sleep", lambda seconds: None)
     with Store(str(tmp_path / "new.db")) as store:
         store.create_app("Shop")
@@ -4952,6 +4952,25 @@ def test_a_server_whose_disk_is_full_recovers_without_a_restart(run, tmp_path):
     assert (status, out) == (0, "") and "Traceback" not in err
     assert len(sql(tmp_path / "run.db", "select seq from events")) == 100 * (statuses[201] + 1)
     check_database(tmp_path / "run.db")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_batched", [False, True])
+@pytest.mark.parametrize("path", ["/api/v1/health", "/api/v1/overview"])
+def test_an_answer_does_not_wait_for_the_next_request_of_its_connection(run, tmp_path, path, is_batched):
+    server = run()
+    if is_batched:  # only with a key that has been seen
+        assert server.post(CRASHES, CRASH)[0] == 201
+    with closing(sqlite3.connect(str(tmp_path / "run.db"), isolation_level=None)) as other, \
+            socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+        other.execute("begin immediate")
+        client.sendall(f"GET {path} HTTP/1.1\r\n\r\n".encode() + posted(CRASHES, json.dumps(CRASH).encode()))
+        client.settimeout(2.5)  # half as long as the second request may wait for the lock
+        assert read_answer(client)[0].startswith(b"HTTP/1.1 200 ")
+        other.execute("rollback")
+        client.settimeout(20)
+        assert read_answer(client)[0].startswith(b"HTTP/1.1 201 ")
+    assert len(sql(tmp_path / "run.db", "select seq from crashes")) == 1 + is_batched
 
 
 # == Demo ======================================================================
