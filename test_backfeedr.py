@@ -1850,14 +1850,14 @@ def test_a_waiter_that_is_interrupted_leaves_the_queue_to_the_others(serve, monk
     def add():
         return server.store.add(backfeedr.sha256(KEY), [parse_crash(dict(CRASH))])
 
-    def interrupted(*_):
+    def interrupted(write):
         raise KeyboardInterrupt
 
     with here.write_lock:
         leader = threading.Thread(target=add)
         leader.start()
         wait_until(lambda: here.waiting)
-        monkeypatch.setattr(threading.Event, "wait", interrupted)
+        monkeypatch.setattr(backfeedr._Group, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             add()
         assert len(here.waiting) == 1
