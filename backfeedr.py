@@ -1335,8 +1335,8 @@ def _with_placeholders(statement: str, rows: int, columns: int) -> str:
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for a lock that another process holds
 REPLAY_DAYS = 7  # how long a phone may be offline between a request and its repetition
-BUSY_GROUP = 4  # requests: after a commit of as many the next one waits for more to come
-GATHER_SECONDS = 0.003  # so long at most: a commit costs as much as ten reports
+BUSY_GROUP = 4  # requests; after a commit of as many the next one waits for more to come,
+GATHER_SECONDS = 0.003  # at most so long: a commit costs as much as ten reports
 MAX_WAIT = 30.0  # seconds to wait for another thread's commit: longer than any lock and sync together
 STEP = 200  # rows that a commit deletes, and more where more come in: too few to be felt
 PRUNE_STEP = 1000  # rows, or pages, that `prune` deletes at a time
@@ -1432,7 +1432,7 @@ class _Group:
     def __init__(self) -> None:
         self.submissions: List[Submission] = []
         self.joined: List[_Group] = []  # of the threads that wait for this one
-        # One for each thread. To wake them all by one Event costs a tenth of the speed at 16 threads.
+        # A lock for each thread: one Event for all costs a tenth of the speed at 16 threads.
         self._asleep = threading.Lock()
         self._asleep.acquire()
 
@@ -1441,7 +1441,7 @@ class _Group:
         return sum(len(each.reports) for each in self.submissions)
 
     def wait(self, seconds: float = MAX_WAIT) -> bool:
-        """Whether its thread was woken within this time."""
+        """Lets its thread sleep until it is woken; whether it was within this time."""
         return self._asleep.acquire(timeout=seconds)
 
     def wake(self) -> None:
@@ -3930,7 +3930,7 @@ class Backfeedr:
         return (method == "POST" and path in self._ingestion and not getattr(self._limiter, "waits", True)
                 and self.store.is_cached_key(sha256(key.encode("latin-1", "replace"))))
 
-    def submit_all(self, environs: Sequence[Environ]) -> None:
+    def submit_all(self, environs: Iterable[Environ]) -> None:
         """Decodes requests to the ingestion and stores what they carry in one commit. The WSGI call, which does
         so for a request that comes alone, then only answers each."""
         submissions = []
@@ -3941,8 +3941,8 @@ class Backfeedr:
         self._recheck_keys([each for each in submissions if each.key_hash and not each.reports])
 
     def _recheck_keys(self, refused: Sequence[Submission]) -> None:
-        """A key may have been revoked since it was cached. A commit looks it up, so a refusal must as well: once
-        for each key, as a database that is away is waited for."""
+        """A key may have been revoked since it was cached, which a commit finds out, and a refusal must as well.
+        Looks once for each key, because a database that is away makes each look wait."""
         for key_hash in {each.key_hash for each in refused}:
             try:
                 error = None if self.store.is_active_key(key_hash) else Refusal("invalid API key")
@@ -3981,7 +3981,7 @@ class Backfeedr:
         if not self.store.is_known_key(key_hash):
             raise Refusal("invalid API key")
         submission.key_hash = key_hash
-        if not self._limiter.allow(key_hash):
+        if not self._limiter.allow(key_hash):  # may ask another host, so not under the lock below
             raise Refusal("rate limit exceeded", self._limiter.retry_after(key_hash))
         parse, _ = self._ingestion[environ["PATH_INFO"]]
         with self._turn:
@@ -4088,27 +4088,27 @@ def first_start_text(made: FirstStart, url: str) -> str:
 
 # == Server ====================================================================
 #
-# waitress, and what it needs to be ours: what it refuses is answered in JSON, a stop
-# answers everything that has been sent, no address is logged, its one I/O thread
-# gets its turn, and reports that come together share a thread and a commit.
+# waitress, and what has to be changed in it: it refuses in JSON, a stop answers every
+# request that was sent, no client's address is logged, and reports that come together
+# share a thread and a commit. Each class below says which fault of waitress it mends.
 
 try:
     import waitress.server
     from waitress.channel import HTTPChannel
     from waitress.parser import HTTPRequestParser, ParsingError
     from waitress.task import ErrorTask, Task, ThreadedTaskDispatcher, WSGITask
-except ImportError:  # only `serve` needs it: another server's host need not have it
+except ImportError:  # only `serve` needs it; an app that runs under another server does not
     waitress = None  # type: ignore[assignment]
     HTTPChannel = HTTPRequestParser = ErrorTask = Task = ThreadedTaskDispatcher = WSGITask = object  # type: ignore
 
-DRAIN_SECONDS = 4.0  # a stop waits so long for requests that have begun to arrive
+DRAIN_SECONDS = 4.0  # how long a stop waits for requests that have begun to arrive
+QUIET_SECONDS = 0.3  # after so long without a byte, a stop takes a connection to be idle
 SWITCH_SECONDS = 0.002  # how long a thread may keep the interpreter while others wait for it
-QUIET_SECONDS = 0.3  # a connection that is silent so long has sent nothing more
-REQUEST_SECONDS = 60  # for a request to arrive, and for a connection between two requests;
-SLOWEST = 2000  # bytes a second, a phone's on a bad day: the time that they take is not counted
-BATCH_THREADS = 4  # one commits while others decode what came meanwhile; two are slower
-BATCHED_REQUESTS = 100  # in all batches at once: of 100 reports each, they are the rows that may wait for a commit
-BATCHED_BYTES = 4_000_000  # the same; decoded they need a multiple of it
+REQUEST_SECONDS = 60  # for a request to arrive, and between two requests of a connection
+SLOWEST = 2000  # bytes a second, of a phone on a bad day: each byte gives its request as much more time
+BATCH_THREADS = 4  # one commits while the next one decodes; with two, 16 clients get 14 % less done
+BATCHED_REQUESTS = 100  # in all batches together; if each is 100 events, as many rows as the store lets wait
+BATCHED_BYTES = 4_000_000  # in all batches together; decoded they take several times as much memory
 
 
 def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> None:
@@ -4134,10 +4134,10 @@ def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> Non
         print("".join(made), end="", flush=True)
         sys.stderr.write(_warning(settings, listener.getsockname()[0]))
         # The default of 5 ms starves the I/O thread, which has to win the interpreter back
-        # after each call; much less wakes all that wait for it too often. Set here and not
-        # on import: a host app's process is its own.
+        # after each call: reports take longer while pages are made. Much less wakes the
+        # waiting threads too often. Set here and not on import, which may be in a host app.
         sys.setswitchinterval(SWITCH_SECONDS)
-        gc.freeze()  # what is here now stays: not to look at it again and again is worth 5 % of a batch
+        gc.freeze()  # the collector no longer looks at what is here to stay: worth 5 % of a batch's time
         while not stopping.is_set():
             server.asyncore.loop(timeout=1, use_poll=True, map=server._map, count=1)
         _drain(server)
@@ -4163,27 +4163,30 @@ def _warning(settings: Settings, address: str) -> str:
 
 
 class _Parser(HTTPRequestParser):
-    """waitress's, which leaves some requests without an answer."""
+    """A request. waitress leaves some without an answer."""
 
-    came = 0.0  # when the request was complete
-    environ: Optional[Environ] = None  # of the request, once a thread has begun with it
+    came = 0.0  # when it was complete
+    environ: Optional[Environ] = None  # once a thread has begun with it
 
     def parse_header(self, header_plus: bytes) -> None:
         try:
             super().parse_header(header_plus)
-        except ValueError as error:  # as for `http://[` or a length of 5,000 digits: waitress closes the connection
+        except ValueError as error:
+            # For `http://[` or a length of 5,000 digits. waitress logs it and closes the connection.
             raise ParsingError(str(error)) from None
         finally:
-            # Else waitress sends `100 Continue` also where no body follows, and then waits for one.
+            # Where no body follows or it is refused, waitress sends `100 Continue` and waits for one.
             if not self.chunked and not 0 < self.content_length < self.adj.max_request_body_size:
                 self.expect_continue = False
 
 
-class _Answer(Task):
-    """What all answers have in common."""
+class _Task(Task):
+    """Any answer."""
 
     def build_response_header(self) -> bytes:
-        if not self.channel.server.accepting:  # a client that goes on sending would keep a stop from ending
+        """Tells clients to send no more during a stop, which waitress does not: a client that went on sending would
+        lose its last request. Logs the request."""
+        if not self.channel.server.accepting:
             self.set_close_on_finish()
         if log.isEnabledFor(logging.INFO):
             request = self.request
@@ -4191,8 +4194,8 @@ class _Answer(Task):
         return super().build_response_header()
 
 
-class _ErrorAnswer(_Answer, ErrorTask):
-    """What waitress refuses: in JSON, where its own answer is a text."""
+class _ErrorTask(_Task, ErrorTask):
+    """What waitress refuses, in JSON. Its own answer is plain text."""
 
     def execute(self) -> None:
         error = self.request.error
@@ -4204,11 +4207,12 @@ class _ErrorAnswer(_Answer, ErrorTask):
         self.write(body)
 
 
-class _AppAnswer(_Answer, WSGITask):
-    """The app's answer."""
+class _AppTask(_Task, WSGITask):
+    """An answer of the app."""
 
     def get_environment(self) -> Environ:
-        if self.request.environ is None:  # else it is that of a batch, and has the submission
+        """One for each request and not for each task: a batch has put the submission into it."""
+        if self.request.environ is None:
             self.request.environ = super().get_environment()
         return self.request.environ
 
@@ -4216,16 +4220,16 @@ class _AppAnswer(_Answer, WSGITask):
 class _Channel(HTTPChannel):
     """A connection."""
 
-    parser_class, task_class, error_task_class = _Parser, _AppAnswer, _ErrorAnswer
-    __repr__ = object.__repr__  # waitress logs it, and its own has the client's address
+    parser_class, task_class, error_task_class = _Parser, _AppTask, _ErrorTask
+    __repr__ = object.__repr__  # that of waitress has the client's address, and is logged with errors
 
     def environ(self) -> Environ:
         """The WSGI environ of its next request."""
-        return _AppAnswer(self, self.requests[0]).get_environment()
+        return _AppTask(self, self.requests[0]).get_environment()
 
     def received(self, data: bytes) -> bool:
-        """Counts a request's time from its beginning. waitress counts it from the last byte, so that a client
-        which sends a byte now and then could hold a connection for ever."""
+        """Counts the time of a request from its beginning. waitress counts from the last byte, so a client that
+        sends a byte now and then would keep its connection for ever."""
         begun = self.request
         received = super().received(data)
         now = self.last_activity
@@ -4234,8 +4238,8 @@ class _Channel(HTTPChannel):
         return received
 
     def service(self) -> None:
-        """Sends an answer when another request follows on the connection: `writable` would hold it back until
-        that one is answered, too."""
+        """Sends the answer at once if the next request of the connection is here already. Because of `send_bytes`
+        the I/O thread would keep it until that one is answered, too."""
         super().service()
         if self.requests:
             with self.outbuf_lock:
@@ -4243,31 +4247,32 @@ class _Channel(HTTPChannel):
                     self._flush_exception(self._flush_some, do_close=False)
 
     def _flush_some(self, do_close: bool = True) -> bool:
-        """With the lock, which waitress does not take in its I/O thread: an answer there and the `100 Continue`
-        of a worker for the next request were mixed, and both sent twice."""
+        """Takes the lock, which waitress's I/O thread does not. While that sent an answer, a worker sent the
+        `100 Continue` for the next request, and both were sent twice and mixed."""
         with self.outbuf_lock:
             return super()._flush_some(do_close)
 
     def writable(self) -> bool:
-        """Not while a thread works on a request, unless much has piled up. waitress would look again and again
-        whether there is room, and so keep the interpreter from that thread: at 64 connections a third of the speed."""
+        """Not while a thread still works on a request, unless much has piled up. waitress's I/O thread would spin
+        until that is done, and take the interpreter from the thread that it waits for."""
         if self.requests and not self.will_close and self.total_outbufs_len < self.adj.outbuf_high_watermark:
             return False
         return super().writable()
 
 
 class _Dispatcher(ThreadedTaskDispatcher):
-    """Gives one thread all the submissions that have come meanwhile, to decode them and store them in one commit:
-    to wake a thread for each takes longer than the work. Any other request gets a thread of waitress's own."""
+    """Gives all submissions that come while a thread decodes to that thread, which stores them in one commit.
+    waitress wakes a thread for each request, which takes longer than the work; all others it still gets."""
 
     def __init__(self, app: Backfeedr, threads: int):
         super().__init__()
         self.set_thread_count(threads)
         self.app = app
-        self.changed = threading.Condition()  # the lock of all that follows
-        self.coming: Deque[_Channel] = deque()  # whose requests wait for a batch
-        self.requests = self.bytes = 0  # in batches
-        self.is_called = self.is_stopped = False
+        self.taking = threading.Lock()  # held by the thread that waits for requests and decodes them
+        self.changed = threading.Condition()  # guards what follows
+        self.coming: Deque[_Channel] = deque()  # their requests wait for a batch
+        self.requests = self.bytes = 0  # in all batches
+        self.is_stopped = False
         self.batch_threads = [threading.Thread(target=self.run, daemon=True) for _ in range(BATCH_THREADS)]
         for thread in self.batch_threads:
             thread.start()
@@ -4280,17 +4285,7 @@ class _Dispatcher(ThreadedTaskDispatcher):
             return super().add_task(channel)
         with self.changed:
             self.coming.append(channel)
-            self.call_thread()
-
-    def call_thread(self) -> None:
-        """Wakes one thread if there is something to take; it takes all that comes until it runs."""
-        if self.has_next() and not self.is_called:
-            self.is_called = True
             self.changed.notify()
-
-    def has_next(self) -> bool:
-        """Whether a request waits, and there is room for it."""
-        return bool(self.coming) and self.requests < BATCHED_REQUESTS and self.bytes < BATCHED_BYTES
 
     def run(self) -> None:
         while not self.is_stopped:
@@ -4298,44 +4293,49 @@ class _Dispatcher(ThreadedTaskDispatcher):
 
     def store_batch(self) -> None:
         """Waits for requests, stores what they carry, and answers each."""
-        batch, size = self.take_batch()
-        self.attempt(self.submit, batch)  # what is wrong is in the answers
+        batch: List[Tuple[_Channel, int]] = []
+        with closing(self.take_all(batch)) as environs:
+            self.attempt(self.app.submit_all, environs)
         with self.changed:
             self.requests -= len(batch)
-            self.bytes -= size
-            self.call_thread()
-        for channel in batch:
+            self.bytes -= sum(size for _, size in batch)
+            self.changed.notify()
+        for channel, _ in batch:
             self.attempt(channel.service)
 
-    def take_batch(self) -> Tuple[List[_Channel], int]:
-        """The requests for which there is room, by their channels, and their bytes. A compressed one counts as the
-        largest that it may become."""
-        batch: List[_Channel] = []
-        with self.changed:
-            self.changed.wait_for(lambda: self.is_stopped or self.has_next())
-            self.is_called, before = False, self.bytes
-            while self.has_next():
-                batch.append(self.coming.popleft())
-                request = batch[-1].requests[0]
-                is_packed = "CONTENT_ENCODING" in request.headers
-                self.bytes += self.app.settings.max_body_size if is_packed else request.body_bytes_received
-                self.requests += 1
-            return batch, self.bytes - before
+    def take_all(self, batch: List[Tuple[_Channel, int]]) -> Iterator[Environ]:
+        """Waits for a request, and takes it and all others that come while the caller decodes. One thread does so
+        at a time. `batch` gets the channels and the sizes of their requests."""
+        with self.taking:
+            with self.changed:
+                self.changed.wait_for(lambda: self.is_stopped or self.has_next())
+            while self.take_next(batch):
+                channel, _ = batch[-1]
+                if not channel.connected:
+                    continue
+                if time.monotonic() - channel.requests[0].came > BUSY_TIMEOUT:  # there was no room for so long
+                    channel.environ()[_SUBMISSION] = Submission(error=StorageUnavailable())
+                else:
+                    yield channel.environ()
 
-    def submit(self, batch: Sequence[_Channel]) -> None:
-        environs = []
-        for channel in batch:
-            if not channel.connected:
-                continue
-            environ = channel.environ()
-            if time.monotonic() - channel.requests[0].came <= BUSY_TIMEOUT:
-                environs.append(environ)
-            else:  # those before it have waited as long for the database, in vain
-                environ[_SUBMISSION] = Submission(error=StorageUnavailable())
-        self.app.submit_all(environs)
+    def has_next(self) -> bool:
+        """Whether a request waits, and there is room for it."""
+        return bool(self.coming) and self.requests < BATCHED_REQUESTS and self.bytes < BATCHED_BYTES
+
+    def take_next(self, batch: List[Tuple[_Channel, int]]) -> bool:
+        with self.changed:
+            if not self.has_next():
+                return False
+            channel = self.coming.popleft()
+            request = channel.requests[0]
+            is_packed = "CONTENT_ENCODING" in request.headers  # and may become as large as any
+            size = self.app.settings.max_body_size if is_packed else request.body_bytes_received
+            self.requests, self.bytes = self.requests + 1, self.bytes + size
+            batch.append((channel, size))
+            return True
 
     def attempt(self, step: Callable[..., Any], *arguments: Any) -> None:
-        """Logs an error: it must neither keep others from their answers nor end the thread."""
+        """Logs an error, which must not end the thread or keep others from their answers."""
         try:
             step(*arguments)
         except BaseException:
@@ -4362,20 +4362,22 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
         max_request_header_size=32768, inbuf_overflow=131072,
         channel_timeout=REQUEST_SECONDS, cleanup_interval=10, recv_bytes=65536, asyncore_use_poll=True)
     server.channel_class = _Channel
-    server.adj.send_bytes = 16384  # so that head and body of an answer leave together, by the I/O thread
+    # Head and body of an answer leave together, sent by the I/O thread: a tenth more speed. (As an option
+    # of create_server it is deprecated.)
+    server.adj.send_bytes = 16384
     return server
 
 
 def _request_line(request: Any) -> str:
-    """Method and path of waitress's request as they may be logged: in printable ASCII, without query or key."""
-    if not hasattr(request, "path") or request.error and request.error.code == 431:  # which waitress has not read
+    """Method and path of a request as they may be logged: in printable ASCII, without query or key."""
+    if not hasattr(request, "path") or request.error and request.error.code == 431:  # waitress did not read it
         return "- -"
     path = quote(request.path[:200], safe="/:@!$&'()*+,;=~", encoding="latin-1") or "-"
     return re.sub("(bf_[a-z]+_)[0-9A-Za-z]+", r"\1...", f"{request.command[:20]} {path}")
 
 
 def _connection_limit(threads: int) -> int:
-    """As many as there are files for: two each, one of them for a large body, beside the database's."""
+    """As many connections as there are files for: two each, as a large body takes one, beside the database's."""
     files = 1024
     try:
         import resource
@@ -4390,7 +4392,7 @@ def _connection_limit(threads: int) -> int:
 
 
 def _drain(server: Any) -> None:
-    """Stops accepting, and answers everything that has been sent."""
+    """Stops accepting, and answers every request that was sent. waitress ends with requests in flight."""
     accepted = -1
     while len(server.active_channels) > accepted:
         accepted = len(server.active_channels)
