@@ -4253,9 +4253,9 @@ class _Channel(HTTPChannel):
             return super()._flush_some(do_close)
 
     def writable(self) -> bool:
-        """Not while a thread still works on a request, unless much has piled up. waitress's I/O thread would spin
-        until that is done, and take the interpreter from the thread that it waits for."""
-        if self.requests and not self.will_close and self.total_outbufs_len < self.adj.outbuf_high_watermark:
+        """Not where `handle_write` would leave a small answer to the thread that works on it. waitress's I/O thread
+        would spin until that is done, and take the interpreter from the thread that it waits for."""
+        if self.requests and not self.will_close and self.total_outbufs_len < self.adj.send_bytes:
             return False
         return super().writable()
 
