@@ -2025,9 +2025,9 @@ class Apps(Database):
 # that come together share one commit, so one fsync serves them all.
 
 REPLAY_DAYS = 7  # how long a phone may be offline between a request and its repetition
-BUSY_GROUP = 4  # requests in a commit, from which on the next one waits for company
-GATHER_SECONDS = 0.002  # at most: a commit costs as much as ten reports; who comes alone never waits
-MAX_WAIT = 30.0  # seconds for a commit that others make: longer than any lock and sync together
+BUSY_GROUP = 4  # requests; after a commit of as many the next one waits for more to come,
+GATHER_SECONDS = 0.003  # at most so long: a commit costs as much as ten reports
+MAX_WAIT = 30.0  # seconds to wait for another thread's commit: longer than any lock and sync together
 PRUNE_STEP = 1000  # rows, or pages, that a step deletes of a table
 PAUSE = 2  # the pause after such a step, in its lengths
 EXPIRE_SLICE = 10  # rows after which first to look at the clock: one may be as large as a body
@@ -2081,26 +2081,36 @@ class Submission:
         return self.receipt
 
 
-class _Waiter:
-    """A thread that waits for its submissions to be committed."""
+class _Group:
+    """The submissions that one commit stores.
+
+    Each thread brings a group. If none is open it opens and commits its own; else its submissions join
+    the open one, whose thread wakes it when they are stored.
+    """
 
     def __init__(self) -> None:
         self.submissions: List[Submission] = []
-        self.leads = False
-        self._turn = threading.Lock()
-        self._turn.acquire()
+        self.joined: List[_Group] = []  # of the threads that wait for this one
+        # A lock for each thread: one Event for all costs a tenth of the speed at 16 threads.
+        self._asleep = threading.Lock()
+        self._asleep.acquire()
 
-    def wait(self) -> bool:
-        """Returns when these are done with, or the thread is to lead the next commit.
+    @property
+    def rows(self) -> int:
+        return sum(len(each.reports) for each in self.submissions)
 
-        A signal may hit a leader between any two steps; so nobody waits for one for ever: False.
-        """
-        found = self._turn.acquire(timeout=MAX_WAIT)
-        self.leads |= not found  # whoever led is gone
-        return found
+    def wait(self, seconds: float = MAX_WAIT) -> bool:
+        """Lets its thread sleep until it is woken; whether it was within this time."""
+        return self._asleep.acquire(timeout=seconds)
 
     def wake(self) -> None:
-        self._turn.release()
+        if self._asleep.locked():
+            self._asleep.release()
+
+    def finish(self) -> None:
+        """Wakes all that joined."""
+        for each in self.joined:
+            each.wake()
 
 
 class Histogram:
@@ -2129,62 +2139,58 @@ class _Process:
         self.writer: Optional[Connection] = None
         self.readers: List[Connection] = []
         self.seen_keys: Set[bytes] = set()
-        self.queue_lock = threading.Lock()  # of what follows
-        self.queue: List[_Waiter] = []
-        self.has_leader = False
-        self.last_group = 0
-        self.company = threading.Lock()  # free when as many wait as were in the last group
-        self.company.acquire()
+        self.group_lock = threading.Lock()  # of the next two
+        self.open_group: Optional[_Group] = None  # which submissions may still join
+        self.last_size = 0  # of the group before it
+        self.commit_lock = threading.Lock()
         self.group_sizes = Histogram(1, 2, 4, 8, 16, 32, 64, 128)  # requests
         self.commit_seconds = Histogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)
         self.stored = Counter(crashes=0, events=0)
 
     @property
     def waiting(self) -> List[Submission]:
-        return [each for waiter in self.queue for each in waiter.submissions]
+        group = self.open_group
+        return group.submissions if group else []
 
-    def enqueue(self, waiter: _Waiter, submissions: Sequence[Submission], max_waiters: int, max_rows: int) -> None:
-        """Lets a thread wait for those of its submissions for which there is room: for them it leads where
-        nobody does. The others have an error."""
-        with self.queue_lock:
-            waiting = self.waiting
-            requests, rows = len(waiting), sum(len(other.reports) for other in waiting)
+    def join(self, own: _Group, submissions: Sequence[Submission], max_waiters: int, max_rows: int
+             ) -> Optional[_Group]:
+        """The group that these submissions are now in: the open one, or `own`, which is then open. Those for
+        which there is no room get an error; None if there is room for none."""
+        with self.group_lock:
+            group = self.open_group or own
+            before, rows = len(group.submissions), group.rows
             for each in submissions:
-                if requests >= max_waiters or requests and rows + len(each.reports) > max_rows:
+                count = len(group.submissions)
+                if count >= max_waiters or count and rows + len(each.reports) > max_rows:
                     each.error = StorageUnavailable()
                 else:
-                    requests, rows = requests + 1, rows + len(each.reports)
-                    waiter.submissions.append(each)
-            if waiter.submissions:
-                self.queue.append(waiter)
-            if requests >= self.last_group and self.company.locked():
-                self.company.release()
-        if not self.has_leader:
-            self.appoint_leader()
+                    group.submissions.append(each)
+                    rows += len(each.reports)
+            if len(group.submissions) == before:
+                return None
+            if group is not own:
+                group.joined.append(own)
+            if len(group.submissions) >= self.last_size:
+                group.wake()
+            self.open_group = group
+            return group
 
-    def appoint_leader(self) -> None:
-        """Lets the first in the queue commit it all; nobody, if nobody waits."""
-        with self.queue_lock:
-            self.has_leader = bool(self.queue)
-            if self.queue and not self.queue[0].leads:
-                self.queue[0].leads = True
-                self.queue[0].wake()
+    def close(self, group: _Group) -> None:
+        """Lets no more submissions join the group."""
+        with self.group_lock:
+            if self.open_group is group:
+                self.open_group, self.last_size = None, len(group.submissions)
 
-    def withdraw(self, waiter: _Waiter) -> None:
-        with self.queue_lock:
-            if waiter in self.queue:
-                self.queue.remove(waiter)
+    def withdraw(self, submissions: Sequence[Submission]) -> None:
+        """Takes submissions out of the open group."""
+        with self.group_lock:
+            if self.open_group:
+                self.open_group.submissions = [each for each in self.waiting if each not in submissions]
 
-    def gather(self) -> None:
-        """Under load, waits a moment for company: whoever was in the last group mostly comes again."""
-        if self.last_group >= BUSY_GROUP:
-            self.company.acquire(timeout=GATHER_SECONDS)
-
-    def take_queue(self) -> List[_Waiter]:
-        with self.queue_lock:
-            self.last_group, queue, self.queue = len(self.waiting), self.queue, []
-            self.company.acquire(blocking=False)
-        return queue
+    def gather(self, group: _Group) -> None:
+        """Under load, waits a moment until as many have joined as were in the last group: most of them come again."""
+        if self.last_size >= BUSY_GROUP:
+            group.wait(GATHER_SECONDS)
 
     def close_writer(self) -> None:
         if self.writer:
@@ -2267,55 +2273,46 @@ class Store(Apps):
         return submission.result()
 
     def add_all(self, submissions: Sequence[Submission]) -> None:
-        """The same for several requests, in one commit: each then has a receipt or an error. What nobody has
-        foreseen is in the log, and StorageUnavailable to them all."""
-        here, waiter = self._here, _Waiter()
+        """The same for several requests, in one commit: each then has a receipt or an error. An unexpected
+        error is logged, and is StorageUnavailable to them all."""
+        here, own, stored = self._here, _Group(), None
         try:
-            here.enqueue(waiter, submissions, self.max_waiters, self.max_rows)
-            if waiter.submissions and not waiter.wait():
-                here.withdraw(waiter)
-                for each in waiter.submissions:
-                    each.error = StorageUnavailable()
-            elif waiter.leads:
-                self._commit_queue(here)
-        except BaseException:  # a signal, if this is the main thread
-            here.withdraw(waiter)
-            raise
-        finally:
-            if waiter.leads:
-                here.appoint_leader()
-
-    def _commit_queue(self, here: _Process) -> None:
-        """Commits all that waits in one transaction, and wakes everyone who waits."""
-        waiters: List[_Waiter] = []
-        try:
-            here.gather()
-            began = time.monotonic()
-            with self.writing(shared=True) as db:
-                waiters = here.take_queue()
-                group = [each for waiter in waiters for each in waiter.submissions]
-                commit = Commit(db, self.now)
-                commit.add(group)
-                stored = commit.save()
-            here.group_sizes.add(len(group))
-            here.commit_seconds.add(time.monotonic() - began)
-            self._committed(stored)
-        except BaseException as error:
-            waiters = waiters or here.take_queue()
-            for waiter in waiters:
-                for each in waiter.submissions:
-                    each.error = StorageUnavailable()
+            group = here.join(own, submissions, self.max_waiters, self.max_rows)
+            if group is own:
+                stored = self._commit_group(here, own)
+            elif group and not own.wait():
+                here.close(group)  # a signal has hit the thread that opened it where nothing catches it
+                raise StorageUnavailable()
+        except BaseException as error:  # also a signal, if this is the main thread
+            here.close(own)
+            here.withdraw(submissions)
+            for each in (*own.submissions, *submissions):
+                each.error = StorageUnavailable()
             if not isinstance(error, Exception):
                 raise
             if not isinstance(error, StorageUnavailable):
                 log.exception("unexpected error")
         finally:
-            for waiter in waiters:
-                if not waiter.leads:
-                    waiter.wake()
+            own.finish()
+        if stored:
+            self._committed(stored)
+
+    def _commit_group(self, here: _Process, group: _Group) -> Stored:
+        """Stores a group in one transaction. Until that begins, the group grows."""
+        with here.commit_lock:
+            here.gather(group)
+            began = time.monotonic()
+            with self.writing(shared=True) as db:
+                here.close(group)
+                commit = Commit(db, self.now)
+                commit.add(group.submissions)
+                stored = commit.save()
+            here.group_sizes.add(len(group.submissions))
+            here.commit_seconds.add(time.monotonic() - began)
+            return stored
 
     def _committed(self, stored: Stored) -> None:
-        """Told of each commit that is durable, and what it stored."""
+        """Told what each commit stored, when it is durable and answered."""
         self._here.stored.update(stored.counts)
         self._expire_if_due()
 
@@ -2398,8 +2395,10 @@ class Store(Apps):
         try:
             with self.writing() as db:
                 deleted = self._expire(db)
-        except StorageUnavailable:  # which is in the log, and later commits try again
+        except Exception as error:  # the reports of the commit are stored, and later commits try again
             deleted = Counter()
+            if not isinstance(error, StorageUnavailable):
+                log.exception("unexpected error")
         self._expire_at = now if deleted else now + SECOND
 
     def _expire(self, db: Connection) -> Counter:
@@ -4055,7 +4054,7 @@ class Backfeedr:
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
         method, path = environ.get("REQUEST_METHOD", ""), environ.get("PATH_INFO", "")
         if method == "POST" and path in self._ingestion:  # without bottle, whose part would be as large as ours
-            body, status, headers = _answered(self._submitted, environ)
+            body, status, headers = _answered(self._answer_submission, environ)
             start_response(_STATUS_LINES[status], [*headers.items(), ("Content-Length", str(len(body)))])
             self._count(method, path, status)
             return [body]
@@ -4088,9 +4087,9 @@ class Backfeedr:
         ask, router = self.metrics, _Router(self.pages)
         for method, path, handler in (
                 ("GET", "/health", self._health),
-                ("POST", "/crashes", self._submitted),
-                ("POST", "/events", self._submitted),
-                ("POST", "/events/batch", self._submitted),
+                ("POST", "/crashes", self._answer_submission),
+                ("POST", "/events", self._answer_submission),
+                ("POST", "/events/batch", self._answer_submission),
                 ("GET", "/metrics/daily-crashes", self._asked(ask.daily_crashes, "days")),
                 ("GET", "/metrics/crash-types", self._asked(ask.crash_types, "days")),
                 ("GET", "/metrics/devices", self._asked(ask.devices, "days")),
@@ -4123,34 +4122,25 @@ class Backfeedr:
             *(f"backfeedr_{name}{suffix} {value:.15g}" for suffix, value in samples))]
         return 200, "\n".join([*lines, ""])
 
-    def may_gather(self, method: str, path: str, key: str) -> bool:
-        """Whether such a request may be submitted together with others: not where it would keep them waiting,
-        because another host or the database has to be asked of it."""
+    def can_batch(self, method: str, path: str, key: str) -> bool:
+        """Whether such a request may share a batch. One about which another host or the database has to be
+        asked would hold up the others."""
         return (method == "POST" and path in self._ingestion and not getattr(self._limiter, "waits", True)
                 and self.store.is_cached_key(sha256(key.encode("latin-1", "replace"))))
 
-    def submit(self, environs: Iterable[Environ]) -> None:
-        """Takes what several requests to the ingestion carry, and stores it in one commit. The WSGI call, which
-        does so for a request that comes alone, then only answers each."""
-        submissions: List[Submission] = []
-        try:
-            for environ in environs:
-                environ[_SUBMISSION] = submission = Submission()
-                submissions.append(submission)
-                try:
-                    self._take(environ, submission)
-                except Refusal as refusal:
-                    refusal.__traceback__ = refusal.__context__ = None  # which hold the body
-                    submission.error = refusal
-                except Exception as error:
-                    submission.error = error
-        finally:
-            self.store.add_all([each for each in submissions if each.error is None])
-        self._look_again([each for each in submissions if each.key_hash and not each.reports])
+    def submit_all(self, environs: Iterable[Environ]) -> None:
+        """Decodes requests to the ingestion and stores what they carry in one commit. The WSGI call, which does
+        so for a request that comes alone, then only answers each."""
+        submissions = []
+        for environ in environs:
+            environ[_SUBMISSION] = submission = self._decode_submission(environ)
+            submissions.append(submission)
+        self.store.add_all([each for each in submissions if each.error is None])
+        self._recheck_keys([each for each in submissions if each.key_hash and not each.reports])
 
-    def _look_again(self, refused: Sequence[Submission]) -> None:
-        """A key may have been revoked since it was seen. A commit looks; so must a refusal: once for each key, as a
-        database that is away is waited for."""
+    def _recheck_keys(self, refused: Sequence[Submission]) -> None:
+        """A key may have been revoked since it was cached, which a commit finds out, and a refusal must as well.
+        Looks once for each key, because a database that is away makes each look wait."""
         for key_hash in {each.key_hash for each in refused}:
             try:
                 error = None if self.store.is_active_key(key_hash) else Refusal("invalid API key")
@@ -4160,15 +4150,26 @@ class Backfeedr:
                 if error and each.key_hash == key_hash:
                     each.error = error
 
-    def _submitted(self, environ: Environ) -> Answer:
+    def _answer_submission(self, environ: Environ) -> Answer:
         if _SUBMISSION not in environ:
-            self.submit([environ])
+            self.submit_all([environ])
         submission = environ.pop(_SUBMISSION)  # as a host app may call again with the same one
         seqs, replayed = submission.result()
         _, answer = self._ingestion[environ["PATH_INFO"]]
         return 200 if replayed else 201, answer(submission.reports, seqs)
 
-    def _take(self, environ: Environ, submission: Submission) -> None:
+    def _decode_submission(self, environ: Environ) -> Submission:
+        """The reports of a request, or the error that answers it."""
+        submission = Submission()
+        try:
+            self._decode(environ, submission)
+        except Exception as error:
+            if isinstance(error, Refusal):
+                error.__traceback__ = error.__context__ = None  # which hold the body
+            submission.error = error
+        return submission
+
+    def _decode(self, environ: Environ, submission: Submission) -> None:
         """Checks in the order of the contract: size, key, rate, signature, JSON, fields."""
         body = _read_body(environ, self.settings.max_body_size)
         key = _header(environ, "X_BACKFEEDR_KEY")
@@ -4178,17 +4179,14 @@ class Backfeedr:
         if not self.store.is_known_key(key_hash):
             raise Refusal("invalid API key")
         submission.key_hash = key_hash
+        if not self._limiter.allow(key_hash):  # may ask another host, so not under the lock below
+            raise Refusal("rate limit exceeded", self._limiter.retry_after(key_hash))
         parse, _ = self._ingestion[environ["PATH_INFO"]]
-        self._check_rate(key_hash)  # may ask another host, for which nobody else should wait
         with self._turn:
             signature = self._check_signature(environ, key, body)
             plain = _decompress(environ, body, self.settings.max_body_size)
             submission.reports = parse(decode_json(plain))
             submission.idempotency = _idempotency(environ, signature, plain)
-
-    def _check_rate(self, key_hash: bytes) -> None:
-        if not self._limiter.allow(key_hash):
-            raise Refusal("rate limit exceeded", self._limiter.retry_after(key_hash))
 
     def _check_signature(self, environ: Environ, key: bytes, body: bytes) -> bytes:
         """The signature, if it is good; b"" where there is none and none is required."""
@@ -4288,18 +4286,27 @@ def first_start_text(made: FirstStart, url: str) -> str:
 
 # == Server ====================================================================
 #
-# waitress, and what it needs to be ours: what it refuses is answered in JSON, a stop
-# answers everything that has been sent, no address is logged, its one I/O thread
-# gets its turn, and reports that come together share a thread and a commit.
+# waitress, and what has to be changed in it: it refuses in JSON, a stop answers every
+# request that was sent, no client's address is logged, and reports that come together
+# share a thread and a commit. Each class below says which fault of waitress it mends.
 
-DRAIN_SECONDS = 4.0  # a stop waits so long for requests that have begun to arrive
+try:
+    import waitress.server
+    from waitress.channel import HTTPChannel
+    from waitress.parser import HTTPRequestParser, ParsingError
+    from waitress.task import ErrorTask, Task, ThreadedTaskDispatcher, WSGITask
+except ImportError:  # only `serve` needs it; an app that runs under another server does not
+    waitress = None  # type: ignore[assignment]
+    HTTPChannel = HTTPRequestParser = ErrorTask = Task = ThreadedTaskDispatcher = WSGITask = object  # type: ignore
+
+DRAIN_SECONDS = 4.0  # how long a stop waits for requests that have begun to arrive
+QUIET_SECONDS = 0.3  # after so long without a byte, a stop takes a connection to be idle
 SWITCH_SECONDS = 0.002  # how long a thread may keep the interpreter while others wait for it
-QUIET_SECONDS = 0.3  # a connection that is silent so long has sent nothing more
-REQUEST_SECONDS = 60  # for a request to arrive, and for a connection between two requests;
-SLOWEST = 2000  # bytes a second, a phone's on a bad day: the time that they take is not counted
-TOGETHER = 100  # submissions that are taken until they are durable: of batches, as many rows as may wait for a commit;
-TOGETHER_BYTES = 4_000_000  # and their bytes, as decoded they need a multiple of it
-SUBMITTERS = 8  # threads for them: one commits, and others take what comes meanwhile; each keeps memory of its own
+REQUEST_SECONDS = 60  # for a request to arrive, and between two requests of a connection
+SLOWEST = 2000  # bytes a second, of a phone on a bad day: each byte gives its request as much more time
+BATCH_THREADS = 4  # one commits while the next one decodes; with two, 16 clients get 14 % less done
+BATCHED_REQUESTS = 100  # in all batches together; if each is 100 events, as many rows as the store lets wait
+BATCHED_BYTES = 4_000_000  # in all batches together; decoded they take several times as much memory
 
 
 def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> None:
@@ -4308,10 +4315,8 @@ def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> Non
 
     `make` makes the server from settings with its real port, and tells `announce` what is to be printed.
     """
-    try:
-        import waitress  # noqa: F401 (only here: another server's host needs none)
-    except ImportError:
-        raise ImportError(_MISSING.format("waitress")) from None
+    if waitress is None:
+        raise ImportError(_MISSING.format("waitress"))
     listener = _listen(settings.host, settings.port)
     settings = replace(settings, port=listener.getsockname()[1])
     made: List[str] = []
@@ -4327,11 +4332,10 @@ def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> Non
         print("".join(made), end="", flush=True)
         sys.stderr.write(_warning(settings, listener.getsockname()[0]))
         # The default of 5 ms starves the I/O thread, which has to win the interpreter back
-        # after each call; much less wakes all that wait for it too often. Set here and not
-        # on import: a host app's process is its own.
+        # after each call: reports take longer while pages are made. Much less wakes the
+        # waiting threads too often. Set here and not on import, which may be in a host app.
         sys.setswitchinterval(SWITCH_SECONDS)
-        gc.freeze()  # what is here now stays; and of a batch's many objects nearly none are in cycles
-        gc.set_threshold(20_000, 20, 20)
+        gc.freeze()  # the collector no longer looks at what is here to stay: worth 5 % of a batch's time
         while not stopping.is_set():
             server.asyncore.loop(timeout=1, use_poll=True, map=server._map, count=1)
         _drain(server)
@@ -4356,191 +4360,222 @@ def _warning(settings: Settings, address: str) -> str:
             " with https in front, and name its address in BACKFEEDR_PUBLIC_URL\n")
 
 
+class _Parser(HTTPRequestParser):
+    """A request. waitress leaves some without an answer."""
+
+    came = 0.0  # when it was complete
+    environ: Optional[Environ] = None  # once a thread has begun with it
+
+    def parse_header(self, header_plus: bytes) -> None:
+        try:
+            super().parse_header(header_plus)
+        except ValueError as error:
+            # For `http://[` or a length of 5,000 digits. waitress logs it and closes the connection.
+            raise ParsingError(str(error)) from None
+        finally:
+            # Where no body follows or it is refused, waitress sends `100 Continue` and waits for one.
+            if not self.chunked and not 0 < self.content_length < self.adj.max_request_body_size:
+                self.expect_continue = False
+
+
+class _Task(Task):
+    """Any answer."""
+
+    def build_response_header(self) -> bytes:
+        """Tells clients to send no more during a stop, which waitress does not: a client that went on sending would
+        lose its last request. Logs the request."""
+        if not self.channel.server.accepting:
+            self.set_close_on_finish()
+        if log.isEnabledFor(logging.INFO):
+            request = self.request
+            log.info("%s %s %.1f ms", _request_line(request), self.status[:3], 1000 * (time.monotonic() - request.came))
+        return super().build_response_header()
+
+
+class _ErrorTask(_Task, ErrorTask):
+    """What waitress refuses, in JSON. Its own answer is plain text."""
+
+    def execute(self) -> None:
+        error = self.request.error
+        body = _error_body(error.code)
+        self.status = f"{error.code} {error.reason}"
+        self.response_headers.extend(_HEADERS.items())
+        self.set_close_on_finish()
+        self.content_length = len(body)
+        self.write(body)
+
+
+class _AppTask(_Task, WSGITask):
+    """An answer of the app."""
+
+    def get_environment(self) -> Environ:
+        """One for each request and not for each task: a batch has put the submission into it."""
+        if self.request.environ is None:
+            self.request.environ = super().get_environment()
+        return self.request.environ
+
+
+class _Channel(HTTPChannel):
+    """A connection."""
+
+    parser_class, task_class, error_task_class = _Parser, _AppTask, _ErrorTask
+    __repr__ = object.__repr__  # that of waitress has the client's address, and is logged with errors
+
+    def environ(self) -> Environ:
+        """The WSGI environ of its next request."""
+        return _AppTask(self, self.requests[0]).get_environment()
+
+    def received(self, data: bytes) -> bool:
+        """Counts the time of a request from its beginning. waitress counts from the last byte, so a client that
+        sends a byte now and then would keep its connection for ever."""
+        begun = self.request
+        received = super().received(data)
+        now = self.last_activity
+        self.began = now if begun is None or self.request is not begun else min(now, self.began + len(data) / SLOWEST)
+        self.last_activity = self.began
+        return received
+
+    def service(self) -> None:
+        """Sends the answer at once if the next request of the connection is here already. Because of `send_bytes`
+        the I/O thread would keep it until that one is answered, too."""
+        super().service()
+        if self.requests:
+            with self.outbuf_lock:
+                if self.connected:
+                    self._flush_exception(self._flush_some, do_close=False)
+
+    def _flush_some(self, do_close: bool = True) -> bool:
+        """Takes the lock, which waitress's I/O thread does not. While that sent an answer, a worker sent the
+        `100 Continue` for the next request, and both were sent twice and mixed."""
+        with self.outbuf_lock:
+            return super()._flush_some(do_close)
+
+    def writable(self) -> bool:
+        """Not where `handle_write` would leave a small answer to the thread that works on it. waitress's I/O thread
+        would spin until that is done, and take the interpreter from the thread that it waits for."""
+        if self.requests and not self.will_close and self.total_outbufs_len < self.adj.send_bytes:
+            return False
+        return super().writable()
+
+
+class _Dispatcher(ThreadedTaskDispatcher):
+    """Gives all submissions that come while a thread decodes to that thread, which stores them in one commit.
+    waitress wakes a thread for each request, which takes longer than the work; all others it still gets."""
+
+    def __init__(self, app: Backfeedr, threads: int):
+        super().__init__()
+        self.set_thread_count(threads)
+        self.app = app
+        self.taking = threading.Lock()  # held by the thread that waits for requests and decodes them
+        self.changed = threading.Condition()  # guards what follows
+        self.coming: Deque[_Channel] = deque()  # their requests wait for a batch
+        self.requests = self.bytes = 0  # in all batches
+        self.is_stopped = False
+        self.batch_threads = [threading.Thread(target=self.run, daemon=True) for _ in range(BATCH_THREADS)]
+        for thread in self.batch_threads:
+            thread.start()
+
+    def add_task(self, channel: _Channel) -> None:
+        request = channel.requests[0]
+        request.came = time.monotonic()
+        if request.error or not self.app.can_batch(
+                request.command, request.path, request.headers.get("X_BACKFEEDR_KEY", "")):
+            return super().add_task(channel)
+        with self.changed:
+            self.coming.append(channel)
+            self.changed.notify()
+
+    def run(self) -> None:
+        while not self.is_stopped:
+            self.store_batch()
+
+    def store_batch(self) -> None:
+        """Waits for requests, stores what they carry, and answers each."""
+        batch: List[Tuple[_Channel, int]] = []
+        with closing(self.take_all(batch)) as environs:
+            self.attempt(self.app.submit_all, environs)
+        with self.changed:
+            self.requests -= len(batch)
+            self.bytes -= sum(size for _, size in batch)
+            self.changed.notify()
+        for channel, _ in batch:
+            self.attempt(channel.service)
+
+    def take_all(self, batch: List[Tuple[_Channel, int]]) -> Iterator[Environ]:
+        """Waits for a request, and takes it and all others that come while the caller decodes. One thread does so
+        at a time. `batch` gets the channels and the sizes of their requests."""
+        with self.taking:
+            with self.changed:
+                self.changed.wait_for(lambda: self.is_stopped or self.has_next())
+            while self.take_next(batch):
+                channel, _ = batch[-1]
+                if not channel.connected:
+                    continue
+                if time.monotonic() - channel.requests[0].came > BUSY_TIMEOUT:  # there was no room for so long
+                    channel.environ()[_SUBMISSION] = Submission(error=StorageUnavailable())
+                else:
+                    yield channel.environ()
+
+    def has_next(self) -> bool:
+        """Whether a request waits, and there is room for it."""
+        return bool(self.coming) and self.requests < BATCHED_REQUESTS and self.bytes < BATCHED_BYTES
+
+    def take_next(self, batch: List[Tuple[_Channel, int]]) -> bool:
+        with self.changed:
+            if not self.has_next():
+                return False
+            channel = self.coming.popleft()
+            request = channel.requests[0]
+            is_packed = "CONTENT_ENCODING" in request.headers  # and may become as large as any
+            size = self.app.settings.max_body_size if is_packed else request.body_bytes_received
+            self.requests, self.bytes = self.requests + 1, self.bytes + size
+            batch.append((channel, size))
+            return True
+
+    def attempt(self, step: Callable[..., Any], *arguments: Any) -> None:
+        """Logs an error, which must not end the thread or keep others from their answers."""
+        try:
+            step(*arguments)
+        except BaseException:
+            log.exception("unexpected error")
+
+    def stop_batches(self) -> None:
+        with self.changed:
+            self.is_stopped = True
+            self.changed.notify_all()
+        for thread in self.batch_threads:
+            thread.join(timeout=1)
+
+    def shutdown(self, *arguments: Any, **options: Any) -> bool:
+        self.stop_batches()
+        return super().shutdown(*arguments, **options)
+
+
+def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) -> Any:
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of every request that waits
+    server = waitress.server.create_server(
+        app, _dispatcher=_Dispatcher(app, settings.threads), sockets=[listener], ident=None,
+        max_request_body_size=settings.max_body_size + 65536,  # a little more: the app's own limit goes first
+        connection_limit=_connection_limit(settings.threads + BATCH_THREADS),
+        max_request_header_size=32768, inbuf_overflow=131072,
+        channel_timeout=REQUEST_SECONDS, cleanup_interval=10, recv_bytes=65536, asyncore_use_poll=True)
+    server.channel_class = _Channel
+    # Head and body of an answer leave together, sent by the I/O thread: a tenth more speed. (As an option
+    # of create_server it is deprecated.)
+    server.adj.send_bytes = 16384
+    return server
+
+
 def _request_line(request: Any) -> str:
-    """Method and path of waitress's request as they may be logged: in printable ASCII, without query or key."""
-    if not hasattr(request, "path") or request.error and request.error.code == 431:  # which waitress has not read
+    """Method and path of a request as they may be logged: in printable ASCII, without query or key."""
+    if not hasattr(request, "path") or request.error and request.error.code == 431:  # waitress did not read it
         return "- -"
     path = quote(request.path[:200], safe="/:@!$&'()*+,;=~", encoding="latin-1") or "-"
     return re.sub("(bf_[a-z]+_)[0-9A-Za-z]+", r"\1...", f"{request.command[:20]} {path}")
 
 
-def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) -> Any:
-    import waitress.channel
-    import waitress.parser
-    import waitress.server
-    import waitress.task
-
-    class Parser(waitress.parser.HTTPRequestParser):
-        environ: Optional[Environ] = None  # and since when it is worked on
-        began = 0.0
-
-        def parse_header(self, header_plus: bytes) -> None:
-            try:
-                super().parse_header(header_plus)
-            except ValueError as error:  # a target or a length that waitress has not foreseen
-                raise waitress.parser.ParsingError(str(error)) from None
-            finally:  # else waitress says `100 Continue` also where nothing is to come, and waits for it
-                if not self.chunked and not 0 < self.content_length < self.adj.max_request_body_size:
-                    self.expect_continue = False
-
-    class Logged:
-        def service(self) -> None:
-            began = self.request.began or time.perf_counter()  # type: ignore[attr-defined]
-            try:
-                super().service()  # type: ignore[misc]
-            finally:
-                if settings.verbose:
-                    took = 1000 * (time.perf_counter() - began)
-                    log.info("%s %s %.1f ms", _request_line(self.request), self.status[:3], took)  # type: ignore
-
-    class ErrorTask(Logged, waitress.task.ErrorTask):
-        def execute(self) -> None:
-            error = self.request.error
-            body = _error_body(error.code)
-            self.status = f"{error.code} {error.reason}"
-            self.response_headers.extend(_HEADERS.items())
-            self.set_close_on_finish()
-            self.content_length = len(body)
-            self.write(body)
-
-    class Task(Logged, waitress.task.WSGITask):
-        def get_environment(self) -> Environ:
-            request = self.request
-            if request.environ is None:  # and not another one where its submission has been taken
-                request.began, request.environ = time.perf_counter(), super().get_environment()
-            return request.environ
-
-        def build_response_header(self) -> bytes:
-            if not self.channel.server.accepting:  # while it stops: tell the client to send no more
-                self.set_close_on_finish()
-            return super().build_response_header()
-
-    class Channel(waitress.channel.HTTPChannel):
-        parser_class, task_class, error_task_class = Parser, Task, ErrorTask
-        __repr__ = object.__repr__  # waitress puts it in its log, with the client's address
-
-        def begin(self) -> Environ:
-            """The environ of its request, which a task then answers."""
-            return Task(self, self.requests[0]).get_environment()
-
-        def received(self, data: bytes) -> bool:
-            begun = self.request
-            received = super().received(data)
-            now = self.last_activity
-            self.began = now if begun is None or self.request is not begun else min(
-                now, self.began + len(data) / SLOWEST)
-            self.last_activity = self.began  # and not that of the last byte: a drip would be active for ever
-            return received
-
-        def _flush_some(self, do_close: bool = True) -> bool:
-            with self.outbuf_lock:  # else a `100 Continue` from a worker and the answer before it mix, both sent twice
-                return super()._flush_some(do_close)
-
-        def writable(self) -> bool:
-            # While a thread works on a request, it sends the answer itself. To ask meanwhile
-            # whether there is room keeps the I/O thread spinning, and the other from finishing.
-            if self.requests and not self.will_close and self.total_outbufs_len < self.adj.outbuf_high_watermark:
-                return False
-            return super().writable()
-
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of every request that waits
-    server = waitress.server.create_server(
-        app, _dispatcher=_make_dispatcher(app, settings.threads), sockets=[listener], ident=None,
-        max_request_body_size=settings.max_body_size + 65536,  # a little more: the app's own limit goes first
-        connection_limit=_connection_limit(settings.threads + SUBMITTERS),
-        max_request_header_size=32768, inbuf_overflow=131072,
-        channel_timeout=REQUEST_SECONDS, cleanup_interval=10, recv_bytes=65536, asyncore_use_poll=True)
-    server.channel_class = Channel
-    server.adj.send_bytes = 16384  # so that head and body of an answer leave together, by the I/O thread
-    return server
-
-
-def _make_dispatcher(app: Backfeedr, threads: int) -> Any:
-    import waitress.task
-
-    class Dispatcher(waitress.task.ThreadedTaskDispatcher):
-        """Gives one thread all submissions that have come meanwhile, for one commit, and another one any other
-        request: to wake a thread for each, and again after its commit, takes longer than what it does."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.submitters = waitress.task.ThreadedTaskDispatcher()
-            self.submitters.set_thread_count(SUBMITTERS)
-            self.coming: Deque[Tuple[Any, float]] = deque()  # channels, and since when they wait
-            self.is_called = False  # a thread, to take what comes
-            self.requests = self.bytes = 0  # that are taken, and not yet durable
-
-        def add_task(self, task: Any) -> None:
-            request = task.requests[0]
-            if request.error or not app.may_gather(
-                    request.command, request.path, request.headers.get("X_BACKFEEDR_KEY", "")):
-                return super().add_task(task)
-            self.coming.append((task, time.monotonic()))
-            self.call()
-
-        def call(self) -> None:
-            """Calls a thread where there is something to take, and room for it."""
-            with self.lock:
-                if self.is_called or not self.coming or not self.has_room():
-                    return
-                self.is_called = True
-            self.submitters.add_task(self)
-
-        def has_room(self) -> bool:
-            return self.requests < TOGETHER and self.bytes < TOGETHER_BYTES
-
-        def service(self) -> None:
-            """In a thread: takes what comes, and answers it when it is durable."""
-            taken: List[Tuple[Any, int]] = []
-            self.attempt(app.submit, self.take(taken))  # what is wrong is in the answers
-            with self.lock:
-                self.requests -= len(taken)
-                self.bytes -= sum(size for _, size in taken)
-            self.call()
-            for channel, _ in taken:
-                self.attempt(channel.service)
-
-        def attempt(self, step: Callable[..., Any], *arguments: Any) -> None:
-            """As one must not keep the others from their answers."""
-            try:
-                step(*arguments)
-            except Exception:
-                log.exception("unexpected error")
-
-        def take(self, taken: List[Tuple[Any, int]]) -> Iterator[Environ]:
-            try:
-                while self.coming and self.has_room():
-                    channel, came = self.coming.popleft()
-                    request = channel.requests[0]
-                    is_packed = "CONTENT_ENCODING" in request.headers
-                    size = app.settings.max_body_size if is_packed else request.body_bytes_received
-                    taken.append((channel, size))
-                    with self.lock:
-                        self.requests, self.bytes = self.requests + 1, self.bytes + size
-                    if channel.connected and time.monotonic() - came <= BUSY_TIMEOUT:
-                        yield channel.begin()
-                    elif channel.connected:  # those before it have waited as long, and in vain
-                        channel.begin()[_SUBMISSION] = Submission(error=StorageUnavailable())
-            finally:  # what comes from now on is for another thread
-                self.is_called = False
-                self.call()
-
-        def cancel(self) -> None:
-            """At a stop that has taken too long."""
-            for channel, _ in list(self.coming):
-                channel.cancel()
-
-        def shutdown(self, *arguments: Any, **options: Any) -> bool:
-            self.submitters.shutdown(*arguments, **options)
-            return super().shutdown(*arguments, **options)
-
-    dispatcher = Dispatcher()
-    dispatcher.set_thread_count(threads)
-    return dispatcher
-
-
 def _connection_limit(threads: int) -> int:
-    """As many as there are files for: two each, one of them for a large body, beside the database's."""
+    """As many connections as there are files for: two each, as a large body takes one, beside the database's."""
     files = 1024
     try:
         import resource
@@ -4555,7 +4590,7 @@ def _connection_limit(threads: int) -> int:
 
 
 def _drain(server: Any) -> None:
-    """Stops accepting, and answers everything that has been sent."""
+    """Stops accepting, and answers every request that was sent. waitress ends with requests in flight."""
     accepted = -1
     while len(server.active_channels) > accepted:
         accepted = len(server.active_channels)

@@ -1564,7 +1564,7 @@ def run_together(store, calls):
     with here.write_lock:
         for thread in threads:
             thread.start()
-        wait_until(lambda: len(here.queue) == len(calls))
+        wait_until(lambda: len(here.waiting) == len(calls))
     for thread in threads:
         thread.join(30)
         assert not thread.is_alive()
@@ -2047,11 +2047,11 @@ def test_a_waiter_that_is_interrupted_leaves_the_queue_to_the_others(serve, monk
     with here.write_lock:
         leader = threading.Thread(target=add)
         leader.start()
-        wait_until(lambda: here.queue)
-        monkeypatch.setattr(backfeedr._Waiter, "wait", interrupted)
+        wait_until(lambda: here.waiting)
+        monkeypatch.setattr(backfeedr._Group, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             add()
-        assert len(here.queue) == 1
+        assert len(here.waiting) == 1
         monkeypatch.undo()
     leader.join(20)
     assert not leader.is_alive() and add().replayed is False
@@ -2065,7 +2065,7 @@ def test_too_many_waiters_are_sent_away_at_once(tmp_path, limit, events):
         refused = []
 
         def one_too_many():
-            wait_until(lambda: len(store._here.queue) == 2)
+            wait_until(lambda: len(store._here.waiting) == 2)
             with pytest.raises(StorageUnavailable) as error:
                 store.add(key_hash, batch)
             refused.append(error.value.retry_after)
@@ -4768,9 +4768,8 @@ def posted(path, body, **headers):
 @pytest.fixture
 def crowd(slow_server):
     """Answers requests that have all come before a thread had time for them: status by status."""
-    dispatcher, called = slow_server.task_dispatcher, slow_server.task_dispatcher.submitters
-    called.set_thread_count(0)
-    wait_until(lambda: not called.threads)
+    dispatcher = slow_server.task_dispatcher
+    dispatcher.stop_batches()
 
     def crowd(*requests):
         slow_server.app.store.is_known_key(backfeedr.sha256(KEY))
@@ -4778,13 +4777,12 @@ def crowd(slow_server):
         for connection, request in zip(connections, requests):
             connection.sendall(request)
         wait_until(lambda: slow_server.turn() or len(dispatcher.coming) == len(requests))
-        assert list(called.queue) == [dispatcher]
-        while called.queue:
-            called.queue.popleft().service()
+        while dispatcher.coming:
+            dispatcher.store_batch()
         answers = [received_by(connection, slow_server) for connection in connections]
         for connection in connections:
             connection.close()
-        assert (dispatcher.requests, dispatcher.bytes, dispatcher.is_called) == (0, 0, False)
+        assert (dispatcher.requests, dispatcher.bytes) == (0, 0)
         return [[int(part[:3]) for part in (answer or b"").split(b"HTTP/1.1 ")[1:]] for answer in answers]
     return crowd
 
@@ -4799,9 +4797,9 @@ def test_reports_that_come_together_are_stored_by_one_commit_and_each_is_answere
     assert slow_server.app.store._here.group_sizes.counts[:3] == [1, 0, 1], "a commit of 3 requests, and one of another"
 
 
-@pytest.mark.parametrize("limit, most", [({"TOGETHER": 2}, 2), ({"TOGETHER_BYTES": 250}, 3), ({}, 7)])
+@pytest.mark.parametrize("limit, most", [({"BATCHED_REQUESTS": 2}, 2), ({"BATCHED_BYTES": 250}, 3), ({}, 7)])
 def test_no_more_is_taken_at_a_time_than_there_is_room_for(slow_server, crowd, monkeypatch, limit, most):
-    crash, taken, submit = json.dumps({**CRASH, "log": "x" * 21}).encode(), [], slow_server.app.submit
+    crash, taken, submit = json.dumps({**CRASH, "log": "x" * 21}).encode(), [], slow_server.app.submit_all
     assert len(crash) == 100
 
     def watched(environs):
@@ -4811,16 +4809,16 @@ def test_no_more_is_taken_at_a_time_than_there_is_room_for(slow_server, crowd, m
 
     for name, value in limit.items():
         monkeypatch.setattr(backfeedr, name, value)
-    monkeypatch.setattr(slow_server.app, "submit", watched)
+    monkeypatch.setattr(slow_server.app, "submit_all", watched)
     assert crowd(*[posted(CRASHES, crash)] * 7) == [[201]] * 7
     assert max(taken) == most and sum(taken) == 7
     assert len(stored(slow_server.app, "crashes")["crashes"]) == 7
 
 
 def test_a_compressed_body_takes_the_room_of_the_largest_one(slow_server, crowd, monkeypatch):
-    taken, submit = [], slow_server.app.submit
-    monkeypatch.setattr(slow_server.app, "submit", lambda environs: submit(taken.append(list(environs)) or taken[-1]))
-    monkeypatch.setattr(backfeedr, "TOGETHER_BYTES", slow_server.app.settings.max_body_size + 1)
+    taken, submit = [], slow_server.app.submit_all
+    monkeypatch.setattr(slow_server.app, "submit_all", lambda environs: submit(taken.append(list(environs)) or taken[-1]))
+    monkeypatch.setattr(backfeedr, "BATCHED_BYTES", slow_server.app.settings.max_body_size + 1)
     packed = posted(CRASHES, gzip.compress(json.dumps(CRASH).encode()), Content_Encoding="gzip")
     assert crowd(*[packed] * 5) == [[201]] * 5
     assert list(map(len, taken)) == [2, 2, 1]
@@ -4845,7 +4843,7 @@ def test_what_goes_wrong_with_reports_that_come_together_is_an_answer_too(slow_s
         assert crowd(*[posted(CRASHES, crash)] * 3) == [[503]] * 3
     assert "ZeroDivisionError" in caplog.text
     with monkeypatch.context() as patched:
-        patched.setattr(backfeedr, "_once", lambda *_: 1 / 0)
+        patched.setattr(backfeedr, "_idempotency", lambda *_: 1 / 0)
         assert crowd(*[posted(CRASHES, crash)] * 3) == [[500]] * 3
     assert stored(slow_server.app, "crashes") == {"crashes": []}
     with monkeypatch.context() as patched:
@@ -4866,10 +4864,10 @@ def test_reports_are_not_taken_one_after_the_other_where_each_has_to_ask_another
     for limiter, expected in ((Asking(1), False), (Plain(), False), (RateLimiter(9), True), (None, True)):
         settings = Settings(db_path=str(tmp_path / "test.db"), api_key=KEY)
         with Backfeedr(settings, limiter=limiter, announce=str) as server:
-            assert server.may_gather("POST", CRASHES, KEY) is False, "a key that has to be looked for"
+            assert server.can_batch("POST", CRASHES, KEY) is False, "a key that has to be looked for"
             assert Api(server).post(CRASHES, CRASH)[0] == 201
-            assert server.may_gather("POST", CRASHES, KEY) is expected
-            assert not any(server.may_gather(*request) for request in (
+            assert server.can_batch("POST", CRASHES, KEY) is expected
+            assert not any(server.can_batch(*request) for request in (
                 ("GET", CRASHES, KEY), ("POST", CRASHES + "/", KEY), ("POST", CRASHES, ""), ("POST", CRASHES, "\u20ac")))
 
 
@@ -4919,18 +4917,18 @@ def test_the_refused_report_of_a_key_that_has_been_revoked_is_refused_for_the_ke
     server.store.revoke_key(other)
     looked, is_active_key = [], server.store.is_active_key
     monkeypatch.setattr(server.store, "is_active_key", lambda key_hash: looked.append(key_hash) or is_active_key(key_hash))
-    server.submit(environs)
+    server.submit_all(environs)
     answers = [json.loads(b"".join(server(environ, lambda *_: None)))["error"] for environ in environs]
     assert answers == ["invalid JSON", "invalid API key"] * 2
     assert len(looked) == 2, "once for each key, as a database that is away is waited for"
 
 
 def test_the_report_of_a_client_that_has_gone_is_not_stored(slow_server, crowd):
-    def gone(dispatcher=slow_server.task_dispatcher, service=slow_server.task_dispatcher.service):
-        dispatcher.coming[0][0].connected = False
-        service()
+    def gone(dispatcher=slow_server.task_dispatcher, store_batch=slow_server.task_dispatcher.store_batch):
+        dispatcher.coming[0].connected = False
+        store_batch()
 
-    slow_server.task_dispatcher.service = gone
+    slow_server.task_dispatcher.store_batch = gone
     assert crowd(*[posted(CRASHES, json.dumps(CRASH).encode())] * 2) == [[], [201]]
     assert len(stored(slow_server.app, "crashes")["crashes"]) == 1
 
@@ -5108,7 +5106,7 @@ def test_a_new_file_that_another_process_is_just_preparing_is_tried_again(tmp_pa
                 raise sqlite3.OperationalError("database is locked")
             return super().execute(statement, *parameters)
 
-    monkeypatch.setattr(backfeedr, "_Connection", Contended)
+    monkeypatch.setattr(backfeedr, "Connection", Contended)
     monkeypatch.setattr(backfeedr.time, "sleep", lambda seconds: None)
     with Store(str(tmp_path / "new.db")) as store:
         store.create_app("Shop")
@@ -5145,6 +5143,25 @@ def test_a_server_whose_disk_is_full_recovers_without_a_restart(run, tmp_path):
     assert (status, out) == (0, "") and "Traceback" not in err
     assert len(sql(tmp_path / "run.db", "select seq from events")) == 100 * (statuses[201] + 1)
     check_database(tmp_path / "run.db")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_batched", [False, True])
+@pytest.mark.parametrize("path", ["/api/v1/health", "/api/v1/overview"])
+def test_an_answer_does_not_wait_for_the_next_request_of_its_connection(run, tmp_path, path, is_batched):
+    server = run()
+    if is_batched:  # only with a key that has been seen
+        assert server.post(CRASHES, CRASH)[0] == 201
+    with closing(sqlite3.connect(str(tmp_path / "run.db"), isolation_level=None)) as other, \
+            socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+        other.execute("begin immediate")
+        client.sendall(f"GET {path} HTTP/1.1\r\n\r\n".encode() + posted(CRASHES, json.dumps(CRASH).encode()))
+        client.settimeout(2.5)  # half as long as the second request may wait for the lock
+        assert read_answer(client)[0].startswith(b"HTTP/1.1 200 ")
+        other.execute("rollback")
+        client.settimeout(20)
+        assert read_answer(client)[0].startswith(b"HTTP/1.1 201 ")
+    assert len(sql(tmp_path / "run.db", "select seq from crashes")) == 1 + is_batched
 
 
 # == Demo ======================================================================
