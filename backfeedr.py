@@ -821,9 +821,9 @@ create table new_names (                   -- of an app and a UTC day
         fields = ["app_version"] if type(reports[0]) is Event else list(NEW_NAMES)
         days: Dict[Tuple[int, str, str], int] = {}  # of a name: the one on which its first report was received
         for came, report in zip(received, reports):
-            for field in fields:
-                if name := getattr(report, field):
-                    days.setdefault((app_id, field, name), came // DAY)
+            for each in fields:
+                if name := getattr(report, each):
+                    days.setdefault((app_id, each, name), came // DAY)
         refused = self._refused(days)
         if not refused:
             return [0] * len(reports), reports
