@@ -2107,11 +2107,6 @@ class _Group:
         if self._asleep.locked():
             self._asleep.release()
 
-    def finish(self) -> None:
-        """Wakes all that joined."""
-        for each in self.joined:
-            each.wake()
-
 
 class Histogram:
     """Counts values by their upper bounds. One thread adds at a time; others may read."""
@@ -2186,11 +2181,6 @@ class _Process:
         with self.group_lock:
             if self.open_group:
                 self.open_group.submissions = [each for each in self.waiting if each not in submissions]
-
-    def gather(self, group: _Group) -> None:
-        """Under load, waits a moment until as many have joined as were in the last group: most of them come again."""
-        if self.last_size >= BUSY_GROUP:
-            group.wait(GATHER_SECONDS)
 
     def close_writer(self) -> None:
         if self.writer:
@@ -2286,21 +2276,23 @@ class Store(Apps):
         except BaseException as error:  # also a signal, if this is the main thread
             here.close(own)
             here.withdraw(submissions)
-            for each in (*own.submissions, *submissions):
-                each.error = StorageUnavailable()
+            for submission in (*own.submissions, *submissions):
+                submission.error = StorageUnavailable()
             if not isinstance(error, Exception):
                 raise
             if not isinstance(error, StorageUnavailable):
                 log.exception("unexpected error")
         finally:
-            own.finish()
+            for each in own.joined:
+                each.wake()
         if stored:
             self._committed(stored)
 
     def _commit_group(self, here: _Process, group: _Group) -> Stored:
         """Stores a group in one transaction. Until that begins, the group grows."""
         with here.commit_lock:
-            here.gather(group)
+            if here.last_size >= BUSY_GROUP:
+                group.wait(GATHER_SECONDS)  # until it has as many as the last one, most of whom come again
             began = time.monotonic()
             with self.writing(shared=True) as db:
                 here.close(group)
@@ -4421,10 +4413,6 @@ class _Channel(HTTPChannel):
     parser_class, task_class, error_task_class = _Parser, _AppTask, _ErrorTask
     __repr__ = object.__repr__  # that of waitress has the client's address, and is logged with errors
 
-    def environ(self) -> Environ:
-        """The WSGI environ of its next request."""
-        return _AppTask(self, self.requests[0]).get_environment()
-
     def received(self, data: bytes) -> bool:
         """Counts the time of a request from its beginning. waitress counts from the last byte, so a client that
         sends a byte now and then would keep its connection for ever."""
@@ -4511,10 +4499,12 @@ class _Dispatcher(ThreadedTaskDispatcher):
                 channel, _ = batch[-1]
                 if not channel.connected:
                     continue
-                if time.monotonic() - channel.requests[0].came > BUSY_TIMEOUT:  # there was no room for so long
-                    channel.environ()[_SUBMISSION] = Submission(error=StorageUnavailable())
-                else:
-                    yield channel.environ()
+                request = channel.requests[0]
+                environ = _AppTask(channel, request).get_environment()
+                if time.monotonic() - request.came <= BUSY_TIMEOUT:
+                    yield environ
+                else:  # there was no room for so long
+                    environ[_SUBMISSION] = Submission(error=StorageUnavailable())
 
     def has_next(self) -> bool:
         """Whether a request waits, and there is room for it."""
@@ -4539,15 +4529,12 @@ class _Dispatcher(ThreadedTaskDispatcher):
         except BaseException:
             log.exception("unexpected error")
 
-    def stop_batches(self) -> None:
+    def shutdown(self, *arguments: Any, **options: Any) -> bool:
         with self.changed:
             self.is_stopped = True
             self.changed.notify_all()
         for thread in self.batch_threads:
             thread.join(timeout=1)
-
-    def shutdown(self, *arguments: Any, **options: Any) -> bool:
-        self.stop_batches()
         return super().shutdown(*arguments, **options)
 
 

@@ -4769,7 +4769,7 @@ def posted(path, body, **headers):
 def crowd(slow_server):
     """Answers requests that have all come before a thread had time for them: status by status."""
     dispatcher = slow_server.task_dispatcher
-    dispatcher.stop_batches()
+    dispatcher.shutdown()
 
     def crowd(*requests):
         slow_server.app.store.is_known_key(backfeedr.sha256(KEY))
