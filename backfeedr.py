@@ -92,11 +92,11 @@ log = logging.getLogger("backfeedr")
 
 # == Settings ==================================================================
 #
-# Every choice an operator has, with its unit and default. A value that makes no
-# sense is refused when the settings are made, not when they are first used.
+# Every choice an operator has, with its unit and default. An invalid value is
+# refused when the settings are made, not when it is first used.
 
 class SettingsError(ValueError):
-    """A setting that makes no sense. `str()` is one line that names it."""
+    """A setting with an invalid value. `str()` is one line that names the setting."""
 
     def __init__(self, name: str, problem: str):
         super().__init__(f"{name}: {problem}")
@@ -105,13 +105,15 @@ class SettingsError(ValueError):
 
 _RANGES = {"port": (0, 65535), "rate_limit": (0, 1_000_000), "max_body_size": (1, 1 << 30),
            "retention_days": (0, 36_500), "threads": (1, 1_000)}
-_KINDS = {str: "a text", int: "a whole number", bool: "1 or 0"}
-_NOT_OURS = {"BACKFEEDR_ENDPOINT"}  # where examples/client.py sends to
+_TYPE_NAMES = {str: "a text", int: "a whole number", bool: "1 or 0"}
+_BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+_PREFIX = "BACKFEEDR_"
+_CLIENT_VARIABLES = {"BACKFEEDR_ENDPOINT"}  # where examples/client.py sends to
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What an operator may choose. Raises SettingsError for a value that makes no sense."""
+    """What an operator may choose. Raises SettingsError for an invalid value."""
 
     host: str = "127.0.0.1"
     port: int = 8080                                 # 0 takes a free one
@@ -120,7 +122,7 @@ class Settings:
     auth_token: str = field(default="", repr=False)  # the admin token; "": made at first start
     rate_limit: int = 100                            # requests a minute and key; 0 is off
     max_body_size: int = 1_048_576                   # bytes, as sent and again after decompression
-    retention_days: int = 90                         # by the time of receipt; 0 keeps all
+    retention_days: int = 90                         # since receipt; 0 keeps all
     require_signature: bool = False
     public_metrics: bool = True
     threads: int = 32
@@ -131,55 +133,53 @@ class Settings:
         object.__setattr__(self, "db_path", os.fspath(self.db_path))
         for each in fields(self):
             value, kind = getattr(self, each.name), type(each.default)
-            low, high = _RANGES.get(each.name, (None, None))
             if type(value) is not kind:
-                raise SettingsError(each.name, f"{repr(value) if each.repr else 'it'} is not {_KINDS[kind]}")
-            if low is not None and not low <= value <= high:
+                raise SettingsError(each.name, f"{repr(value) if each.repr else 'it'} is not {_TYPE_NAMES[kind]}")
+            low, high = _RANGES.get(each.name, (value, value))
+            if not low <= value <= high:
                 raise SettingsError(each.name, f"{value} is not from {low} to {high}")
-            if kind is str and (value.strip() != value or value and not value.isprintable()):
-                raise SettingsError(each.name, "has a space at an end or a control character")
-        if not self.host or self.db_path in ("", ":memory:"):
-            raise SettingsError("db_path" if self.host else "host", "must name a " + ("file" if self.host else "host"))
+            if kind is str and (value != value.strip() or value and not value.isprintable()):
+                raise SettingsError(each.name, "begins or ends with a space, or has a control character")
+        if not self.host:
+            raise SettingsError("host", "must name a host")
+        if self.db_path in ("", ":memory:"):
+            raise SettingsError("db_path", "must name a file")
         if not re.fullmatch(r"(https?://[A-Za-z0-9.:\[\]-]+(/[A-Za-z0-9._~%/-]*)?)?", self.public_url):
             raise SettingsError("public_url", f"{self.public_url!r} is not like https://crashes.example.com")
 
     @classmethod
     def from_env(cls, environ: Optional[Mapping[str, str]] = None, **overrides: Any) -> Settings:
-        """Settings from the BACKFEEDR_* variables (of os.environ, unless `environ` is given).
+        """Settings from the BACKFEEDR_* variables of `environ` (default: os.environ); `overrides` come first.
 
-        `overrides` come first; an empty variable counts as unset. An error names the variable,
-        also one that is no setting: a misspelt one would leave open what it was to close.
+        An empty variable counts as unset. An error names the variable. An unknown variable is
+        an error, too: a misspelt one would leave open what it was meant to close.
         """
         environ = os.environ if environ is None else environ
-        _refuse_unknown((name for name in environ if environ[name]), [each.name.upper() for each in fields(cls)])
-        variables = {each.name: "BACKFEEDR_" + each.name.upper() for each in fields(cls)
-                     if each.name not in overrides and environ.get("BACKFEEDR_" + each.name.upper())}
+        variables = {_PREFIX + each.name.upper(): each for each in fields(cls)}
+        given = {name: text for name, text in environ.items() if text and name.startswith(_PREFIX)}
+        unknown = sorted(given.keys() - variables.keys() - _CLIENT_VARIABLES)
+        if unknown:
+            raise SettingsError(unknown[0], "there is no such setting; " + _suggestion(unknown[0], variables))
+        values = {each.name: _from_text(given[name], type(each.default))
+                  for name, each in variables.items() if name in given}
         try:
-            read = {each.name: _from_text(each.name, environ[variables[each.name]], type(each.default))
-                    for each in fields(cls) if each.name in variables}
-            return cls(**{**read, **overrides})
+            return cls(**{**values, **overrides})
         except SettingsError as error:
-            raise SettingsError(variables.get(error.name, error.name), error.problem) from None
+            name = error.name if error.name in overrides else _PREFIX + error.name.upper()
+            raise SettingsError(name, error.problem) from None
 
 
-def _refuse_unknown(variables: Iterable[str], known: Sequence[str]) -> None:
-    for name in variables:
-        prefix, ours, rest = name.partition("BACKFEEDR_")
-        if ours and not prefix and rest not in known and name not in _NOT_OURS:
-            close = get_close_matches(rest, known, 1)
-            raise SettingsError(name, "there is no such setting; " + (
-                f"did you mean {ours}{close[0]}?" if close else f"after {ours} comes one of {', '.join(known)}"))
+def _suggestion(variable: str, known: Iterable[str]) -> str:
+    suffixes = [name[len(_PREFIX):] for name in known]
+    close = get_close_matches(variable[len(_PREFIX):], suffixes, 1)
+    return f"did you mean {_PREFIX}{close[0]}?" if close else f"after {_PREFIX} comes one of {', '.join(suffixes)}"
 
 
-def _from_text(name: str, text: str, kind: type) -> Any:
-    booleans = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+def _from_text(text: str, kind: type) -> Any:
+    """The value that a variable's text stands for; the text itself if it is none, which Settings then refuses."""
     if kind is int and re.fullmatch("-?[0-9]{1,18}", text):
         return int(text)
-    if kind is bool and text.lower() in booleans:
-        return booleans[text.lower()]
-    if kind is str:
-        return text
-    raise SettingsError(name, f"{text!r} is not {_KINDS[kind]}")
+    return _BOOLEANS.get(text.lower(), text) if kind is bool else text
 
 
 # == Schema ====================================================================
