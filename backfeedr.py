@@ -432,9 +432,10 @@ def group_hash(exception_type: str, frames: Sequence[Mapping[str, Any]]) -> str:
 
 # == Payloads ==================================================================
 #
-# JSON in, a crash or an event out, or a Refusal; all further in trusts what comes
-# from here. A report is a tuple in the order of its columns, so that it is bound
-# to an insert as it is. A check takes a value and its name, and gives what is stored.
+# JSON in, a crash or an event out, or a Refusal; the code below trusts what comes
+# from here. A report is a tuple in the order of its columns, so it is inserted as
+# it is. A validator takes a value that is present and returns what is stored, or
+# raises ValueError.
 
 EVENT_TYPES = ("session_start", "session_end", "error", "custom")
 MAX_BATCH = 100  # events
@@ -442,20 +443,21 @@ MAX_TEXT = 500  # characters of versions, models, types, names, ids, locale
 MAX_DEPTH = 64  # of nested JSON: far above any SDK's, far below Python's recursion limit
 MAX_NUMBER = (1 << 63) - 1
 
-Given = Dict[str, Any]
+JsonObject = Dict[str, Any]
+Validator = Callable[[Any], Any]
 
 
-def decode_json(body: bytes) -> Given:
-    """The JSON object in a body. Raises Refusal unless it is one, in UTF-8, of finite numbers.
+def decode_json(body: bytes) -> JsonObject:
+    """The JSON object in a body. Raises Refusal unless it is one, in UTF-8, with finite numbers.
 
-    A NUL or a lone surrogate, which no database takes, becomes U+FFFD: a report
-    is not lost for a character.
+    A NUL or a lone surrogate, which SQLite does not store, becomes U+FFFD: one
+    bad character must not cost a report.
     """
     try:
         text = body.decode("utf-8")
         value = _DECODER.decode(text)
-        if "\\u" in text:  # unescaped, UTF-8 and JSON allow neither
-            value = _mend(value)
+        if "\\u" in text:  # UTF-8 and JSON allow these characters only as escapes
+            value = _replace_unstorable(value)
     except (ValueError, RecursionError):
         raise Refusal("invalid JSON") from None
     if type(value) is not dict:
@@ -470,87 +472,73 @@ def _finite(text: str) -> float:
     return number
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_refuse_constant)
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
-
-
-def _one_encoder() -> Callable[[Any], str]:
-    """_ENCODER.encode, without what it makes anew for each call: that takes longer than the encoding."""
+def _make_encoder() -> Callable[[Any], str]:
+    """Compact JSON as text. JSONEncoder.encode sets up a C encoder in each call, which takes longer than encoding."""
+    encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
     make = json.encoder.c_make_encoder  # type: ignore[attr-defined]
     if make is None:
-        return _ENCODER.encode
-    encode = make(None, _ENCODER.default, json.encoder.encode_basestring, None, ":", ",",  # type: ignore
+        return encoder.encode
+    encode = make(None, encoder.default, json.encoder.encode_basestring, None, ":", ",",  # type: ignore
                   False, False, False)
     return lambda value: "".join(encode(value, 0))
 
 
-_encode = _one_encoder()
+_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+_encode = _make_encoder()
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
-def _mend(value: Any) -> Any:
+def _replace_unstorable(value: Any) -> Any:
     if type(value) is str:
         return _UNSTORABLE.sub("\ufffd", value)
     if type(value) is list:
-        return [_mend(item) for item in value]
+        return [_replace_unstorable(item) for item in value]
     if type(value) is dict:
-        return {_mend(name): _mend(item) for name, item in value.items()}
+        return {_replace_unstorable(name): _replace_unstorable(item) for name, item in value.items()}
     return value
 
 
-def _short_text(value: Any, name: str) -> str:
+def _validator(is_valid: Callable[[Any], bool]) -> Validator:
+    def validate(value: Any) -> Any:
+        if not is_valid(value):
+            raise ValueError
+        return value
+    return validate
+
+
+# By the exact type, because isinstance would accept True as an int.
+_text = _validator(lambda value: type(value) is str)
+_boolean = _validator(lambda value: type(value) is bool)
+_number = _validator(lambda value: type(value) in (int, float) and abs(value) <= MAX_NUMBER)
+_battery_level = _validator(lambda value: type(value) in (int, float) and (0 <= value <= 1 or value == -1))
+_object = _validator(lambda value: type(value) is dict)
+_frames = _validator(lambda value: type(value) is list and all(map(_is_frame, value)))
+
+
+def _short_text(value: Any) -> str:  # written out, as it is called most
     if type(value) is not str or len(value) > MAX_TEXT:
-        raise Refusal(f"invalid {name}")
+        raise ValueError
     return value
 
 
-def _event_type(value: Any, name: str) -> str:
-    if _short_text(value, name) not in EVENT_TYPES:
+def _event_type(value: Any) -> str:
+    if _short_text(value) not in EVENT_TYPES:
         raise Refusal("invalid event type")
     return value
 
 
-def _time(value: Any, name: str) -> int:
-    try:
-        return parse_time(_short_text(value, name))
-    except ValueError:
-        raise Refusal(f"invalid {name}") from None
+def _time(value: Any) -> int:
+    return parse_time(_short_text(value))
 
 
-def _number(value: Any, name: str) -> Union[int, float]:
-    if type(value) not in (int, float) or abs(value) > MAX_NUMBER:
-        raise Refusal(f"invalid {name}")
-    return value
-
-
-def _battery_level(value: Any, name: str) -> Union[int, float]:
-    if not 0 <= _number(value, name) <= 1 and value != -1:
-        raise Refusal(f"invalid {name}")
-    return value
-
-
-def _object(value: Any, name: str) -> str:
+def _properties(value: Any) -> str:
     if type(value) is not dict:
-        raise Refusal(f"invalid {name}")
-    return _to_json(value, name)
+        raise ValueError
+    return _to_json(value)
 
 
-def _of(kind: type) -> Callable[[Any, str], Any]:
-    def check(value: Any, name: str) -> Any:
-        if type(value) is not kind:  # isinstance would take True for an int
-            raise Refusal(f"invalid {name}")
-        return value
-    return check
-
-
-def _stack_trace(value: Any, name: str) -> str:
-    if type(value) is not list or not all(map(_is_frame, value)):
-        raise Refusal(f"invalid {name}")
-    return _to_json(value, name)
+def _stack_trace(value: Any) -> str:
+    return _to_json(_frames(value))
 
 
 def _is_frame(frame: Any) -> bool:
@@ -559,35 +547,29 @@ def _is_frame(frame: Any) -> bool:
         for name, kind in (("frame", int), ("symbol", str), ("file", str), ("line", int)))
 
 
-def _to_json(value: Any, name: str) -> str:
-    """Compact JSON. Raises Refusal where it is nested too deep to be shown again."""
-    try:
-        text = _encode(value)
-    except RecursionError:
-        raise Refusal(f"invalid {name}") from None
-    # Counting brackets is quick and clears nearly all; only then look closely.
-    if len(text) > 2 * MAX_DEPTH and text.count("{") + text.count("[") > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
-        raise Refusal(f"invalid {name}")
+def _to_json(value: Any) -> str:
+    """Compact JSON. Raises ValueError or RecursionError if it is nested too deep to be shown again."""
+    text = _encode(value)
+    # Counting brackets is fast and clears nearly every value.
+    if len(text) > MAX_DEPTH and text.count("{") + text.count("[") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+        raise ValueError
     return text
 
 
-def _is_deeper(value: Any, depth: int) -> bool:
-    if type(value) not in (dict, list):
-        return False
-    items = value.values() if type(value) is dict else value
-    return depth == 0 or any(_is_deeper(item, depth - 1) for item in items)
+def _depth(value: Any) -> int:
+    items = list(value.values()) if type(value) is dict else value
+    return 1 + max(map(_depth, items), default=0) if type(items) is list else 0
 
 
 _CRASH_FIELDS = dict(
-    exception_type=_short_text, exception_reason=_of(str), stack_trace=_stack_trace, app_version=_short_text,
+    exception_type=_short_text, exception_reason=_text, stack_trace=_stack_trace, app_version=_short_text,
     build_number=_short_text, os_version=_short_text, device_model=_short_text, device_id_hash=_short_text,
-    locale=_short_text, free_memory_mb=_number, battery_level=_battery_level, is_charging=_of(bool),
+    locale=_short_text, free_memory_mb=_number, battery_level=_battery_level, is_charging=_boolean,
     occurred_at=_time)
 _EVENT_FIELDS = dict(
-    type=_event_type, name=_short_text, properties=_object, app_version=_short_text, os_version=_short_text,
+    type=_event_type, name=_short_text, properties=_properties, app_version=_short_text, os_version=_short_text,
     device_model=_short_text, device_id_hash=_short_text, session_id=_short_text, locale=_short_text,
     occurred_at=_time)
-_OF_OBJECTS = (_object, _stack_trace)
 _REQUIRED = ("exception_type", "type", "occurred_at")
 
 Crash = namedtuple("Crash", ["group_hash", *_CRASH_FIELDS, "extra"])
@@ -597,9 +579,9 @@ Event.__doc__ = "A valid event: the fields of the API, and `extra`, the unknown 
 Reports = Union[Sequence[Crash], Sequence[Event]]
 
 
-def parse_crash(given: Given) -> Crash:
+def parse_crash(given: JsonObject) -> Crash:
     """A crash from its JSON object. Raises Refusal."""
-    values = _checked(given, _CRASH_FIELDS)
+    values = _validate(given, _CRASH_FIELDS)
     return Crash(group_hash(given["exception_type"], given.get("stack_trace") or ()), *values)
 
 
@@ -607,14 +589,14 @@ def parse_event(given: Any) -> Event:
     """An event from its JSON object. Raises Refusal."""
     if type(given) is not dict:
         raise Refusal("invalid event")
-    return Event._make(_checked(given, _EVENT_FIELDS))
+    return Event._make(_validate(given, _EVENT_FIELDS))
 
 
-def parse_batch(given: Given) -> List[Event]:
-    """1 to 100 events, all or none. Raises Refusal, with the index where one of them is the reason.
+def parse_batch(given: JsonObject) -> List[Event]:
+    """1 to 100 events, all or none. Raises Refusal, with the index of the first bad event.
 
-    Unknown fields beside `events` are kept with the first event, as `batch`: with
-    each of them, a small request could make the database write a large one.
+    Unknown fields beside `events` are kept with the first event, as `batch`. A copy
+    in every event would let a small request write much to the database.
     """
     events = given.get("events")
     if events in (None, "", []):
@@ -624,11 +606,13 @@ def parse_batch(given: Given) -> List[Event]:
     if len(events) > MAX_BATCH:
         raise Refusal(f"too many events: at most {MAX_BATCH}")
     if len(given) > 1 and type(events[0]) is dict:
-        free = next(name for name in ("batch" + "_" * n for n in range(len(events[0]) + 1)) if name not in events[0])
-        events[0][free] = {name: value for name, value in given.items() if name != "events"}
+        name = "batch"
+        while name in events[0]:
+            name += "_"
+        events[0][name] = {name: value for name, value in given.items() if name != "events"}
     try:
-        return list(map(Event._make, _all_checked(events, _EVENT_FIELDS)))
-    except (Refusal, TypeError, AttributeError):  # an event is bad, or is none, or has a list for a text
+        return list(map(Event._make, _validate_batch(events, _EVENT_FIELDS)))
+    except (Refusal, TypeError, AttributeError):  # a bad event, none at all, or a list in the place of a text
         return [_parse_event_at(index, event) for index, event in enumerate(events)]
 
 
@@ -639,38 +623,40 @@ def _parse_event_at(index: int, event: Any) -> Event:
         raise Refusal(f"{refusal} at index {index}") from None
 
 
-Checks = Mapping[str, Callable[[Any, str], Any]]
+def _validate(given: JsonObject, validators: Mapping[str, Validator]) -> List[Any]:
+    """The fields in the order of their columns, then the unknown ones as JSON."""
+    values = [_validate_field(given.get(name), name, validate) for name, validate in validators.items()]
+    return [*values, _unknown_fields(given, validators)]
 
 
-def _checked(given: Given, checks: Checks) -> List[Any]:
-    """The fields in the order of their columns, and the unknown ones as JSON."""
-    return [*[_value(given.get(name), name, check) for name, check in checks.items()], _unknown(given, checks)]
-
-
-def _all_checked(objects: List[Given], checks: Checks) -> Iterable[Tuple[Any, ...]]:
-    """The same of each object, in a third of the time: field by field, because in a batch most are the same
-    from event to event, and what was found good once need not be looked at again."""
+def _validate_batch(objects: List[JsonObject], validators: Mapping[str, Validator]) -> Iterable[Tuple[Any, ...]]:
+    """`_validate` for each object in a third of the time: field by field, and each distinct value only once,
+    because most values are the same from event to event."""
     names, columns = set().union(*objects), []
-    for name, check in checks.items():
+    for name, validate in validators.items():
         values = [given.get(name) for given in objects] if name in names else [None] * len(objects)
-        if check in _OF_OBJECTS:
-            columns.append([_value(value, name, check) for value in values])
+        if validate is _properties:  # not hashable
+            columns.append([_validate_field(value, name, validate) for value in values])
         else:
-            good = {value: _value(value, name, check) for value in set(values)}
-            columns.append([good[value] for value in values] if len(good) > 1 else [good[values[0]]] * len(objects))
-    columns.append([_unknown(given, checks) for given in objects] if names - checks.keys() else [None] * len(objects))
+            stored = {value: _validate_field(value, name, validate) for value in set(values)}
+            columns.append(map(stored.__getitem__, values))
+    has_unknown = not names <= validators.keys()
+    columns.append([_unknown_fields(given, validators) if has_unknown else None for given in objects])
     return zip(*columns)
 
 
-def _unknown(given: Given, checks: Mapping[str, Any]) -> Optional[str]:
-    unknown = {name: value for name, value in given.items() if name not in checks}
-    return _to_json(unknown, "JSON") if unknown else None
+def _unknown_fields(given: JsonObject, validators: Mapping[str, Validator]) -> Optional[str]:
+    unknown = {name: value for name, value in given.items() if name not in validators}
+    return _validate_field(unknown, "JSON", _to_json) if unknown else None
 
 
-def _value(value: Any, name: str, check: Callable[[Any, str], Any]) -> Any:
-    """A value as it is stored; null and "" mean that it is absent."""
-    if value is not None and value != "":
-        return check(value, name)
+def _validate_field(value: Any, name: str, validate: Validator, absent: Sequence[Any] = (None, "")) -> Any:
+    """The value to store, which is None for an absent one."""
+    try:
+        if value not in absent:
+            return validate(value)
+    except (ValueError, RecursionError):
+        raise Refusal(f"invalid {name}") from None
     if name in _REQUIRED:
         raise Refusal(f"missing {name}")
     return None
@@ -3847,7 +3833,7 @@ class Backfeedr:
         self._requests: Counter = Counter()  # by method, route and status
         self._counting = threading.Lock()
         self.pages = Dashboard(self.store, self.metrics, self.settings.public_url)
-        self._ingestion: Dict[str, Tuple[Callable[[Given], Reports], Callable[..., Dict[str, Any]]]] = {
+        self._ingestion: Dict[str, Tuple[Callable[[JsonObject], Reports], Callable[..., Dict[str, Any]]]] = {
             # By path: what makes reports of a body, and an answer of them.
             "/api/v1/crashes": (lambda given: [parse_crash(given)], _crash_answer),
             "/api/v1/events": (lambda given: [parse_event(given)], _event_answer),
@@ -4381,155 +4367,150 @@ def _drain(server: Any) -> None:
 
 # == Operations ================================================================
 #
-# What keeps the reports of a running server safe, and moves them: a copy of the file,
-# and a line a report. What takes long tells somebody, `progress`, how far it has come.
+# Back up, export, import and check a database while the server runs. What takes
+# long calls `progress` with how far it has come.
 
-BACKUP_PAGES = 1000  # between two looks at how far a backup has come
+BACKUP_PAGES = 1000  # copied between two calls of `progress`
 IMPORT_LINES = 1000  # in a transaction,
 IMPORT_BYTES = 1_000_000  # unless they are longer than this together
-MAX_LINE = 1 << 27  # bytes of a report in a file: far above any body that a server takes
-LOW_DISK = 100_000_000  # free bytes, below which `check` finds something wrong
+MAX_LINE = 1 << 27  # bytes of an exported report: far above any body that a server accepts
+LOW_DISK = 100_000_000  # bytes; with less than this free, `check` fails
 
 Progress = Callable[..., Any]
 
 
 def backup(store: Store, path: Path, progress: Progress) -> None:
-    """Writes a copy of the database as it is now to a new file that only its owner can read. Raises StoreError.
+    """Copies the database as it is now to a new file that only its owner can read. Raises StoreError.
 
-    From within one read transaction: it stops no writer, and no writer makes it begin anew,
-    as happens to the backup API else. The price is a WAL that grows until it is done.
-    A copy has its name only when it is complete.
+    The copy gets its name only when it is complete.
     """
     if path.exists():
         raise StoreError(f"there is a file {path} already")
-    partial = ""
     try:
-        number, partial = tempfile.mkstemp(".partial", path.name + ".", path.parent)  # readable by its owner only
-        os.close(number)
-        _copy_database(store, partial, progress)
-        os.link(partial, path)  # refuses what has come meanwhile
+        # Mode 0600. It goes at the end, whatever happens.
+        with tempfile.NamedTemporaryFile(prefix=path.name + ".", suffix=".partial", dir=path.parent) as partial:
+            _copy_database(store, partial.name, progress)
+            os.link(partial.name, path)  # fails if another file took the name meanwhile
     except OSError as error:
         raise StoreError(f"cannot write the backup {path}: {error.strerror}") from None
-    finally:
-        if os.path.exists(partial):
-            os.unlink(partial)
 
 
 def _copy_database(store: Store, path: str, progress: Progress) -> None:
+    """Copies within one read transaction: it blocks no writer, and no writer makes SQLite start the copy again.
+    The price is a WAL that grows until the copy is done."""
     with store.reading() as db, closing(sqlite3.connect(path)) as copy:
         db.execute("begin")
-        db.execute("select 1 from apps").fetchone()  # from here on it sees nothing new
+        db.execute("select 1 from apps").fetchone()  # a read transaction starts with its first read
         try:
             db.backup(copy, pages=BACKUP_PAGES, progress=lambda _, left, pages: progress(pages - left, pages))
         except sqlite3.Error as error:
-            raise StoreError(f"cannot write the backup: {error}") from None  # so it is not the store's trouble
+            raise StoreError(f"cannot write the backup: {error}") from None  # the copy failed, not the store
         db.execute("commit")
 
 
 def export_jsonl(reports: Iterable[StoredReport], out: TextIO) -> None:
-    """Writes a JSON object a line: a report as it was sent, and what a server knew of it beside."""
-    for kept in reports:
-        out.write(_encode(_exported(kept)) + "\n")
+    """Writes one JSON object per line: the report as it was sent, with its id, app and time of receipt."""
+    for stored in reports:
+        out.write(_encode(_exported(stored)) + "\n")
 
 
 def export_csv(reports: Iterable[StoredReport], out: TextIO, kind: type) -> None:
-    """Writes the same as a table with a head, in which no cell is a formula to a spreadsheet."""
-    names = ["id", "app", "is_test", "received_at", *kind._fields]
-    table = csv.DictWriter(out, names)
+    """Writes the same as a table with a header. A spreadsheet reads no cell of it as a formula."""
+    table = csv.DictWriter(out, ["id", "app", "is_test", "received_at", *kind._fields])
     table.writeheader()
-    for kept in reports:
-        table.writerow({name: _cell(value) for name, value in _exported(kept).items()})
+    for stored in reports:
+        table.writerow({name: _csv_cell(value) for name, value in _exported(stored).items()})
 
 
-def _exported(kept: StoredReport) -> Figures:
-    report_id = crash_id(kept.seq) if type(kept.report) is Crash else event_ids([kept.seq])[0]
-    return _shown({"id": report_id, "app": kept.app, "is_test": kept.is_test, "received_at": kept.received_at,
-                   **kept.report._asdict()}, exact_time)
+def _exported(stored: StoredReport) -> Figures:
+    report_id = crash_id(stored.seq) if type(stored.report) is Crash else event_ids([stored.seq])[0]
+    return _shown({"id": report_id, "app": stored.app, "is_test": stored.is_test, "received_at": stored.received_at,
+                   **stored.report._asdict()}, exact_time)
 
 
-def _cell(value: Any) -> Any:
+def _csv_cell(value: Any) -> Any:
     if type(value) in (list, dict):
         return _encode(value)
     return "'" + value if type(value) is str and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 
 
-def read_kept(line: bytes) -> StoredReport:
-    """A report from a line that `export_jsonl` wrote, checked like a client's. Raises Refusal.
+_EXPORTED_FIELDS = {"app": _short_text, "id": _short_text, "is_test": _boolean, "received_at": _time}
 
-    What the server makes of a report, its group_hash, is made anew.
-    """
+
+def _parse_exported(line: bytes) -> StoredReport:
+    """A report from a line of `export_jsonl`, checked like one from a client. Raises Refusal."""
     given = decode_json(line)
-    given.pop("group_hash", None)
-    app, report_id = (_short_text(given.pop(name, None), name) for name in ("app", "id"))
-    is_test = _of(bool)(given.pop("is_test", None), "is_test")
-    came = _time(given.pop("received_at", None), "received_at")
-    extra = _of(dict)(given.pop("extra", {}), "extra")
+    given.pop("group_hash", None)  # computed again
+    app, report_id, is_test, received_at = (
+        _validate_field(given.pop(name, None), name, validate, absent=()) for name, validate in _EXPORTED_FIELDS.items())
+    extra = _validate_field(given.pop("extra", {}), "extra", _object, absent=())
     match = re.fullmatch("(evt_)?([0-7][0-9a-f]{15})", report_id)
-    seq = int(match[2], 16) if match else -1
-    # A seq is not before its time; and after it by a day at most, where a clock was so fast before.
-    if match is None or not first_seq(came) <= seq < first_seq(came + 2 * DAY):
+    # A seq is at or after its time of receipt, by a day at most: the clock may have been that fast before.
+    if not match or not first_seq(received_at) <= int(match[2], 16) < first_seq(received_at + 2 * DAY):
         raise Refusal("invalid id")
     report = (parse_event if match[1] else parse_crash)({**extra, **given})
-    return StoredReport(seq, app, is_test, came, report)
+    return StoredReport(int(match[2], 16), app, is_test, received_at, report)
 
 
 def import_jsonl(store: Store, lines: Iterable[bytes], progress: Progress) -> Counter:
-    """Stores what `export_jsonl` wrote, in the way of `Store.import_`, and returns the sum of what that does.
+    """Stores what `export_jsonl` wrote and returns the summed counts of `Store.import_`.
 
-    Raises StoreError with the number of the first bad line; what stands well before it is stored then.
+    Raises StoreError with the number of the first bad line; the good lines before it are stored then.
     """
     counts: Counter = Counter()
     try:
-        for step in _steps(lines):
-            counts += store.import_(step)
+        for batch in _import_batches(lines):
+            counts += store.import_(batch)
             progress(sum(counts.values()))
     except (StoreError, StorageUnavailable) as error:
-        raise StoreError(f"{error}; {counts['stored']:,} reports before it were stored: import the whole file"
-                         " again, when this is mended") from None
+        raise StoreError(f"{error}; {counts['stored']:,} reports before it were stored: fix this and import the"
+                         " whole file again") from None
     return counts
 
 
-def _steps(lines: Iterable[bytes]) -> Iterator[List[StoredReport]]:
-    step: List[StoredReport] = []
+def _import_batches(lines: Iterable[bytes]) -> Iterator[List[StoredReport]]:
+    batch: List[StoredReport] = []
     size = 0
     for number, line in enumerate(lines, 1):
         try:
-            step += [read_kept(line)] if line.strip() else []
+            if line.strip():
+                batch.append(_parse_exported(line))
         except Refusal as refusal:
-            yield step
+            yield batch
             raise StoreError(f"line {number}: {refusal}") from None
         size += len(line)
-        if len(step) >= IMPORT_LINES or size > IMPORT_BYTES:
-            yield step
-            step, size = [], 0
-    yield step
+        if len(batch) >= IMPORT_LINES or size > IMPORT_BYTES:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 class ReadOnlyConnection(Connection):
-    """A connection that changes nothing, nor the files beside: without a WAL nobody writes, and none is made."""
+    """A connection that changes neither the database nor the files beside it."""
 
     def __init__(self, path: Path):
+        # Without a WAL, nobody writes; `immutable` keeps SQLite from making one.
         super().__init__(path, True, "ro" if Path(f"{path}-wal").exists() else "ro&immutable=1")
 
 
 def check(path: Path) -> Iterator[Tuple[str, Callable[[], str]]]:
-    """What there is to look at in a database, by name. To look gives what was found, or raises what is wrong."""
+    """The checks of a database, by name. Each returns what it found, or raises what is wrong."""
     yield "SQLite", _check_sqlite
-    yield "disk", lambda: _look_at_disk(path)
-    yield "file", lambda: _look_at_file(path)
-    yield "schema", lambda: _look_at_schema(path)
-    yield "pages", lambda: _look_at_pages(path)
+    yield "disk", lambda: _check_disk(path)
+    yield "file", lambda: _check_access(path)
+    yield "schema", lambda: _check_schema(path)
+    yield "pages", lambda: _check_pages(path)
     yield "roll-ups", lambda: _look_at_roll_ups(path)
 
 
-def _look_at_disk(path: Path) -> str:
+def _check_disk(path: Path) -> str:
     free = shutil.disk_usage(path.parent).free
     if free < LOW_DISK:
         raise StoreError(f"only {_megabytes(free)} are free")
     return f"{_megabytes(free)} free"
 
 
-def _look_at_file(path: Path) -> str:
+def _check_access(path: Path) -> str:
     if not path.is_file():
         raise StoreError(f"{path} is not there")
     if not os.access(path, os.R_OK | os.W_OK):
@@ -4537,23 +4518,23 @@ def _look_at_file(path: Path) -> str:
     return f"{path}, {_megabytes(path.stat().st_size)}, WAL {_megabytes(_wal_size(path))}"
 
 
-def _look_at_schema(path: Path) -> str:
+def _check_schema(path: Path) -> str:
     with closing(ReadOnlyConnection(path)) as db, closing(sqlite3.connect(":memory:")) as fresh:
         _check_file(db, path)
         version = db.pragma("user_version")
-        if 0 < version < SCHEMA_VERSION:
-            return f"version {version}, of which the next start makes version {SCHEMA_VERSION}"
         if not version:
             raise StoreError("there are no tables")
+        if version < SCHEMA_VERSION:
+            return f"version {version}, which the next start upgrades to version {SCHEMA_VERSION}"
         fresh.executescript(SCHEMA)
-        expected, found = map(_shape, (fresh, db))
-        if not expected <= found:
-            raise StoreError(f"there is no {', '.join(sorted(expected - found))}")
+        missing = _schema_parts(fresh) - _schema_parts(db)
+        if missing:
+            raise StoreError(f"there is no {', '.join(sorted(missing))}")
         return f"version {version}"
 
 
-def _shape(db: sqlite3.Connection) -> Set[str]:
-    """The tables, indexes and columns."""
+def _schema_parts(db: sqlite3.Connection) -> Set[str]:
+    """The tables and indexes, each with each of its columns."""
     return {f"{kind} {name}" + f" with {column}" * bool(column) for kind, name, column in db.execute("""
         select master.type, master.name, columns.name
         from sqlite_master as master cross join pragma_table_xinfo(master.name) as columns
@@ -4565,7 +4546,7 @@ def _shape(db: sqlite3.Connection) -> Set[str]:
         """) if not name.startswith("sqlite_")}
 
 
-def _look_at_pages(path: Path) -> str:
+def _check_pages(path: Path) -> str:
     with closing(ReadOnlyConnection(path)) as db:
         found = db.pragma("quick_check(1)")
         if found != "ok":
