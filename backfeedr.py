@@ -434,8 +434,7 @@ def group_hash(exception_type: str, frames: Sequence[Mapping[str, Any]]) -> str:
 #
 # JSON in, a crash or an event out, or a Refusal; the code below trusts what comes
 # from here. A report is a tuple in the order of its columns, so it is inserted as
-# it is. A validator takes a value that is present and returns what is stored, or
-# raises ValueError.
+# it is.
 
 EVENT_TYPES = ("session_start", "session_end", "error", "custom")
 MAX_BATCH = 100  # events
@@ -444,7 +443,8 @@ MAX_DEPTH = 64  # of nested JSON: far above any SDK's, far below Python's recurs
 MAX_NUMBER = (1 << 63) - 1
 
 JsonObject = Dict[str, Any]
-Validator = Callable[[Any], Any]
+Rule = Callable[[Any], bool]  # whether a value that is present is valid
+Rules = Mapping[str, Rule]  # by field
 
 
 def decode_json(body: bytes) -> JsonObject:
@@ -498,47 +498,28 @@ def _replace_unstorable(value: Any) -> Any:
     return value
 
 
-def _validator(is_valid: Callable[[Any], bool]) -> Validator:
-    def validate(value: Any) -> Any:
-        if not is_valid(value):
-            raise ValueError
-        return value
-    return validate
+# Types are compared exactly, because isinstance would accept True as an int.
+
+def _is_short_text(value: Any) -> bool:
+    return type(value) is str and len(value) <= MAX_TEXT
 
 
-# By the exact type, because isinstance would accept True as an int.
-_text = _validator(lambda value: type(value) is str)
-_boolean = _validator(lambda value: type(value) is bool)
-_number = _validator(lambda value: type(value) in (int, float) and abs(value) <= MAX_NUMBER)
-_battery_level = _validator(lambda value: type(value) in (int, float) and (0 <= value <= 1 or value == -1))
-_object = _validator(lambda value: type(value) is dict)
-_frames = _validator(lambda value: type(value) is list and all(map(_is_frame, value)))
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= MAX_NUMBER
 
 
-def _short_text(value: Any) -> str:  # written out, as it is called most
-    if type(value) is not str or len(value) > MAX_TEXT:
-        raise ValueError
-    return value
+def _is_object(value: Any) -> bool:
+    return type(value) is dict
 
 
-def _event_type(value: Any) -> str:
-    if _short_text(value) not in EVENT_TYPES:
+def _is_event_type(value: Any) -> bool:
+    if _is_short_text(value) and value not in EVENT_TYPES:
         raise Refusal("invalid event type")
-    return value
+    return value in EVENT_TYPES
 
 
-def _time(value: Any) -> int:
-    return parse_time(_short_text(value))
-
-
-def _properties(value: Any) -> str:
-    if type(value) is not dict:
-        raise ValueError
-    return _to_json(value)
-
-
-def _stack_trace(value: Any) -> str:
-    return _to_json(_frames(value))
+def _is_stack_trace(value: Any) -> bool:
+    return type(value) is list and all(map(_is_frame, value))
 
 
 def _is_frame(frame: Any) -> bool:
@@ -562,14 +543,18 @@ def _depth(value: Any) -> int:
 
 
 _CRASH_FIELDS = dict(
-    exception_type=_short_text, exception_reason=_text, stack_trace=_stack_trace, app_version=_short_text,
-    build_number=_short_text, os_version=_short_text, device_model=_short_text, device_id_hash=_short_text,
-    locale=_short_text, free_memory_mb=_number, battery_level=_battery_level, is_charging=_boolean,
-    occurred_at=_time)
+    exception_type=_is_short_text, exception_reason=lambda value: type(value) is str, stack_trace=_is_stack_trace,
+    app_version=_is_short_text, build_number=_is_short_text, os_version=_is_short_text, device_model=_is_short_text,
+    device_id_hash=_is_short_text, locale=_is_short_text, free_memory_mb=_is_number,
+    battery_level=lambda value: _is_number(value) and (0 <= value <= 1 or value == -1),
+    is_charging=lambda value: type(value) is bool, occurred_at=_is_short_text)
 _EVENT_FIELDS = dict(
-    type=_event_type, name=_short_text, properties=_properties, app_version=_short_text, os_version=_short_text,
-    device_model=_short_text, device_id_hash=_short_text, session_id=_short_text, locale=_short_text,
-    occurred_at=_time)
+    type=_is_event_type, name=_is_short_text, properties=_is_object, app_version=_is_short_text,
+    os_version=_is_short_text, device_model=_is_short_text, device_id_hash=_is_short_text, session_id=_is_short_text,
+    locale=_is_short_text, occurred_at=_is_short_text)
+_CONVERSIONS = {  # to what is stored; the other fields are stored as they are, and the unknown ones under "JSON"
+    "occurred_at": parse_time, "received_at": parse_time, "stack_trace": _to_json, "properties": _to_json,
+    "JSON": _to_json}
 _REQUIRED = ("exception_type", "type", "occurred_at")
 
 Crash = namedtuple("Crash", ["group_hash", *_CRASH_FIELDS, "extra"])
@@ -606,10 +591,10 @@ def parse_batch(given: JsonObject) -> List[Event]:
     if len(events) > MAX_BATCH:
         raise Refusal(f"too many events: at most {MAX_BATCH}")
     if len(given) > 1 and type(events[0]) is dict:
-        name = "batch"
-        while name in events[0]:
-            name += "_"
-        events[0][name] = {name: value for name, value in given.items() if name != "events"}
+        unused = "batch"
+        while unused in events[0]:
+            unused += "_"
+        events[0][unused] = {name: value for name, value in given.items() if name != "events"}
     try:
         return list(map(Event._make, _validate_batch(events, _EVENT_FIELDS)))
     except (Refusal, TypeError, AttributeError):  # a bad event, none at all, or a list in the place of a text
@@ -623,50 +608,52 @@ def _parse_event_at(index: int, event: Any) -> Event:
         raise Refusal(f"{refusal} at index {index}") from None
 
 
-def _validate(given: JsonObject, validators: Mapping[str, Validator]) -> List[Any]:
+def _validate(given: JsonObject, rules: Rules) -> List[Any]:
     """The fields in the order of their columns, then the unknown ones as JSON."""
-    values = [_validate_field(given.get(name), name, validate) for name, validate in validators.items()]
-    return [*values, _unknown_fields(given, validators)]
+    values = [_validate_field(given.get(name), name, is_valid) for name, is_valid in rules.items()]
+    return [*values, _unknown_fields(given, rules)]
 
 
-def _validate_batch(objects: List[JsonObject], validators: Mapping[str, Validator]) -> Iterable[Tuple[Any, ...]]:
+def _validate_batch(objects: List[JsonObject], rules: Rules) -> Iterable[Tuple[Any, ...]]:
     """`_validate` for each object in a third of the time: field by field, and each distinct value only once,
     because most values are the same from event to event."""
     names, columns = set().union(*objects), []
-    for name, validate in validators.items():
+    for name, is_valid in rules.items():
         values = [given.get(name) for given in objects] if name in names else [None] * len(objects)
-        if validate is _properties:  # not hashable
-            columns.append([_validate_field(value, name, validate) for value in values])
+        if is_valid is _is_object:  # not hashable
+            columns.append([_validate_field(value, name, is_valid) for value in values])
         else:
-            stored = {value: _validate_field(value, name, validate) for value in set(values)}
+            stored = {value: _validate_field(value, name, is_valid) for value in set(values)}
             columns.append(map(stored.__getitem__, values))
-    has_unknown = not names <= validators.keys()
-    columns.append([_unknown_fields(given, validators) if has_unknown else None for given in objects])
+    has_unknown = not names <= rules.keys()
+    columns.append([_unknown_fields(given, rules) if has_unknown else None for given in objects])
     return zip(*columns)
 
 
-def _unknown_fields(given: JsonObject, validators: Mapping[str, Validator]) -> Optional[str]:
-    unknown = {name: value for name, value in given.items() if name not in validators}
-    return _validate_field(unknown, "JSON", _to_json) if unknown else None
+def _unknown_fields(given: JsonObject, rules: Rules) -> Optional[str]:
+    unknown = {name: value for name, value in given.items() if name not in rules}
+    return _validate_field(unknown, "JSON", _is_object) if unknown else None
 
 
-def _validate_field(value: Any, name: str, validate: Validator, absent: Sequence[Any] = (None, "")) -> Any:
-    """The value to store, which is None for an absent one."""
+def _validate_field(value: Any, name: str, is_valid: Rule, absent: Sequence[Any] = (None, "")) -> Any:
+    """The value to store, None for an absent one. Raises Refusal."""
+    if value in absent:
+        if name in _REQUIRED:
+            raise Refusal(f"missing {name}")
+        return None
     try:
-        if value not in absent:
-            return validate(value)
+        if is_valid(value):
+            return _CONVERSIONS[name](value) if name in _CONVERSIONS else value
     except (ValueError, RecursionError):
-        raise Refusal(f"invalid {name}") from None
-    if name in _REQUIRED:
-        raise Refusal(f"missing {name}")
-    return None
+        pass
+    raise Refusal(f"invalid {name}")
 
 
 # == Signature =================================================================
 #
 # HMAC-SHA256 over a timestamp and the raw body. The key travels with the request,
-# so this hides nothing: it proves that the body is the one that was signed, and
-# that it is no recording of an hour ago.
+# so this hides nothing: it proves that the body was not changed, and that it was
+# signed just now.
 
 SIGNATURE_WINDOW = 300 * SECOND  # both ways
 
@@ -678,12 +665,12 @@ def sign(key: bytes, timestamp: bytes, body: bytes) -> str:
 
 
 def verify(key: bytes, timestamp: bytes, signature: bytes, body: bytes, now: int) -> None:
-    """Returns if the signature is right and, at `now` in milliseconds, fresh; else raises Refusal."""
+    """Raises Refusal unless the signature is right and, at `now` in milliseconds, fresh."""
     try:
         signed_at = parse_time(timestamp.decode("latin-1"))
     except ValueError:
         raise Refusal("invalid timestamp") from None
-    # Bytes, because compare_digest takes no text beyond ASCII.
+    # As bytes, because compare_digest accepts no text beyond ASCII.
     if not hmac.compare_digest(sign(key, timestamp, body).encode(), signature):
         raise Refusal("invalid signature")
     if abs(now - signed_at) > SIGNATURE_WINDOW:
@@ -692,17 +679,17 @@ def verify(key: bytes, timestamp: bytes, signature: bytes, body: bytes, now: int
 
 # == RateLimiter ===============================================================
 #
-# A log of each key's last requests: exact, where a counter per minute would let
-# twice the limit through around the full minute. It holds at most `limit` numbers
-# per key, and only keys that exist come this far.
+# The times of each key's last requests. A counter per minute would be smaller, but
+# would allow twice the limit around the full minute. At most `limit` numbers are
+# kept for a key, and only existing keys get here.
 
 class RateLimiter:
-    """Allows `limit` requests of a key in any `window` of seconds; a limit of 0 allows all. Thread-safe.
+    """Allows `limit` requests of a key in any `window` of seconds; 0 allows all. Thread-safe.
 
     `clock` gives seconds and never runs backwards.
     """
 
-    waits = False  # for another host, so that requests had better not ask one after the other
+    waits = False  # True where `allow` asks another host; requests are then not checked one after the other
 
     def __init__(self, limit: int, window: float = 60.0, clock: Callable[[], float] = time.monotonic):
         self.limit, self.window, self._clock = limit, window, clock
@@ -710,20 +697,20 @@ class RateLimiter:
         self._lock = threading.Lock()
 
     def allow(self, key: bytes) -> bool:
-        """Whether the key may go on. What is refused does not count."""
+        """Whether the key may go on. A refused request does not count."""
         if not self.limit:
             return True
         with self._lock:
             now, times = self._clock(), self._times[key]
             while times and now - times[0] >= self.window:
                 times.popleft()
-            if len(times) < self.limit:
+            allowed = len(times) < self.limit
+            if allowed:
                 times.append(now)
-                return True
-            return False
+            return allowed
 
     def retry_after(self, key: bytes) -> int:
-        """Whole seconds, at least 1, after which `allow` says yes again."""
+        """Whole seconds, at least 1, until `allow` says yes again."""
         with self._lock:
             times = self._times[key]
             return max(1, math.ceil(times[0] + self.window - self._clock())) if times else 1
@@ -4434,16 +4421,16 @@ def _csv_cell(value: Any) -> Any:
     return "'" + value if type(value) is str and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 
 
-_EXPORTED_FIELDS = {"app": _short_text, "id": _short_text, "is_test": _boolean, "received_at": _time}
+_EXPORTED_FIELDS = {"app": _is_short_text, "id": _is_short_text, "is_test": _CRASH_FIELDS["is_charging"],
+                    "received_at": _is_short_text, "extra": _is_object}  # beside those of a crash or an event
 
 
 def _parse_exported(line: bytes) -> StoredReport:
     """A report from a line of `export_jsonl`, checked like one from a client. Raises Refusal."""
-    given = decode_json(line)
+    given = {"extra": {}, **decode_json(line)}
     given.pop("group_hash", None)  # computed again
-    app, report_id, is_test, received_at = (
-        _validate_field(given.pop(name, None), name, validate, absent=()) for name, validate in _EXPORTED_FIELDS.items())
-    extra = _validate_field(given.pop("extra", {}), "extra", _object, absent=())
+    app, report_id, is_test, received_at, extra = (
+        _validate_field(given.pop(name, None), name, rule, absent=()) for name, rule in _EXPORTED_FIELDS.items())
     match = re.fullmatch("(evt_)?([0-7][0-9a-f]{15})", report_id)
     # A seq is at or after its time of receipt, by a day at most: the clock may have been that fast before.
     if not match or not first_seq(received_at) <= int(match[2], 16) < first_seq(received_at + 2 * DAY):
@@ -4856,117 +4843,109 @@ _DEMO_CRASHES: Sequence[tuple] = (  # in a thousand sessions of a version; app; 
 
 # == Command line ==============================================================
 #
-# Every command works while the server runs: all they share is the file.
+# Every command works while the server runs: they share nothing but the file. To
+# add one, write its function and add a row to _COMMANDS.
 
 def main(argv: Optional[Sequence[str]] = None, make: Callable[..., Backfeedr] = Backfeedr,
          open_store: Callable[..., Store] = Store) -> int:
-    """Runs a command. Returns 0, or 1 for what went wrong; exits with 2 for wrong usage."""
-    arguments = _parser().parse_args(argv)
-    overrides = {each.name: getattr(arguments, each.name) for each in fields(Settings)
-                 if hasattr(arguments, each.name)}
+    """Runs a command. Returns 0, or 1 after an error; exits with 2 for wrong usage."""
     try:
-        if arguments.run is _check:
-            return _check(overrides)
+        arguments = _parser().parse_args(argv)
+        overrides = {each.name: getattr(arguments, each.name) for each in fields(Settings)
+                     if hasattr(arguments, each.name)}
+        if arguments.run in (_serve, _demo, _check):
+            return arguments.run(overrides, make)
         settings = Settings.from_env(**overrides)
-        if arguments.run is serve:
-            serve(settings, make=make)
-        elif arguments.run is serve_demo:
-            serve_demo(settings)
-        else:
-            if arguments.run is _import:  # before a database is made for it
-                arguments.FILE = _open(arguments.FILE)
-            retention_days = settings.retention_days if os.environ.get("BACKFEEDR_RETENTION_DAYS") else None
-            with open_store(settings.db_path, retention_days=retention_days,
-                            may_create=arguments.run in (_app_create, _import)) as store:
-                arguments.run(store, arguments)
-    except BrokenPipeError:  # whoever reads the output has had enough, also of what Python writes when it ends
+        retention_days = settings.retention_days if os.environ.get("BACKFEEDR_RETENTION_DAYS") else None
+        with open_store(settings.db_path, retention_days=retention_days,
+                        may_create=arguments.run in (_app_create, _import)) as store:
+            arguments.run(store, arguments)
+        return 0
+    except BrokenPipeError:  # nobody reads the output any more, nor what Python flushes at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except KeyboardInterrupt:
-        _say("backfeedr: interrupted")
-        return 1
+        problem: Any = "interrupted"
     except (SettingsError, StoreError, Refusal, OSError, UnicodeError, ImportError) as error:
-        _say(f"backfeedr: {error}")
-        return 1
-    return 0
+        problem = error
+    _print_error(f"backfeedr: {problem}")
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    options.add_argument("--db", dest="db_path", metavar="FILE", help="the database (default: backfeedr.db)")
-    serving = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    serving.add_argument("--host", help="the address to listen on (default: 127.0.0.1)")
-    serving.add_argument("--port", type=int, help="the port (default: 8080); 0 takes a free one")
-    serving.add_argument("--verbose", action="store_true", help="log a line for each request, on standard error")
-    parser = argparse.ArgumentParser(prog="backfeedr", parents=[options, serving], description=(
+    parser = argparse.ArgumentParser(prog="backfeedr", description=(
         "Crash reports and usage figures for iOS apps, on your own host. Without a command, it serves."))
     parser.add_argument("--version", action="version", version=f"backfeedr {__version__}")
-    parser.set_defaults(run=serve)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    commands.add_parser("serve", parents=[options, serving], help="start the server").set_defaults(run=serve)
-    commands.add_parser("demo", parents=[serving], help="serve made-up reports, to look at").set_defaults(run=serve_demo)
-    prune = commands.add_parser("prune", parents=[options], help="delete what is older than the retention, now")
-    prune.set_defaults(run=_prune)
-    _add_operations(commands, options)
-    for noun, actions in _COMMANDS.items():
-        nouns = commands.add_parser(noun, help=f"{', '.join(actions)}").add_subparsers(metavar="ACTION", required=True)
-        for verb, (run, summary, *names) in actions.items():
-            action = nouns.add_parser(verb, parents=[options], help=summary, description=summary)
-            action.set_defaults(run=run)
-            for name in names:
-                action.add_argument(name, **({"action": "store_true"} if name.startswith("--") else {}))
+    _add_arguments(parser, _serve, _SERVER)
+    groups = {"": parser.add_subparsers(title="commands", metavar="COMMAND")}
+    for name, run, text, arguments in _COMMANDS:
+        noun, _, verb = name.rpartition(" ")
+        if noun not in groups:
+            verbs = [each.split()[1] for each, *_ in _COMMANDS if each.startswith(noun + " ")]
+            group = groups[""].add_parser(noun, help=", ".join(verbs))
+            groups[noun] = group.add_subparsers(metavar="ACTION", required=True)
+        _add_arguments(groups[noun].add_parser(verb, help=text, description=text), run, arguments)
     return parser
 
 
-def _add_operations(commands: Any, options: argparse.ArgumentParser) -> None:
-    def add(name: str, run: Callable[..., Any], summary: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, parents=[options], help=summary, description=summary)
-        command.set_defaults(run=run)
-        return command
-    add("backup", _backup, "write a copy of the database to a new file").add_argument("FILE")
-    export = add("export", _export, "print crashes or events")
-    export.add_argument("KIND", choices=_KINDS_OF_REPORTS)
-    export.add_argument("--app", metavar="NAME", help="of this app (default: of all)")
-    export.add_argument("--since", metavar="DATE", type=_date_ms, default=0,
-                        help="received on this day (UTC) or later, like 2026-03-12")
-    export.add_argument("--format", choices=("jsonl", "csv"), default="jsonl",
-                        help="jsonl (the default), which import reads, or csv, for a spreadsheet")
-    add("import", _import, "store what export has printed as jsonl").add_argument(
-        "FILE", help="- for standard input")
-    add("check", _check, "say whether the database is as it should be")
+def _add_arguments(parser: argparse.ArgumentParser, run: Callable[..., Any], arguments: _Arguments) -> None:
+    """What has no default stays unset, so that a setting comes from the environment."""
+    parser.set_defaults(run=run)
+    for name, options in arguments.items() if run is _demo else {**_DB, **arguments}.items():
+        parser.add_argument(name, **{"default": argparse.SUPPRESS, **options})
+
+
+def _serve(overrides: Dict[str, Any], make: Callable[..., Backfeedr]) -> int:
+    serve(Settings.from_env(**overrides), make=make)
+    return 0
+
+
+def _demo(overrides: Dict[str, Any], make: Callable[..., Backfeedr]) -> int:
+    serve_demo(Settings.from_env(**overrides))
+    return 0
 
 
 def _app_create(store: Store, arguments: argparse.Namespace) -> None:
     key = store.create_app(arguments.NAME, arguments.test)
-    _say(f"Made the app {arguments.NAME!r}. Its API key, shown only this once:")
+    _print_error(f"Made the app {arguments.NAME!r}. Its API key, shown only this once:")
     print(key)
 
 
 def _app_list(store: Store, arguments: argparse.Namespace) -> None:
-    _table(("APP", "KIND", "KEYS", "CREATED"), [
+    _print_table(("APP", "KIND", "KEYS", "CREATED"), [
         (app.name, "test" if app.is_test else "live", app.keys, _date(app.created_at)) for app in store.apps()])
 
 
 def _app_delete(store: Store, arguments: argparse.Namespace) -> None:
+    if not arguments.yes:
+        _confirm(arguments.NAME)
     store.delete_app(arguments.NAME)
-    _say(f"Deleted the app {arguments.NAME!r}, its keys and all that it sent.")
+    _print_error(f"Deleted the app {arguments.NAME!r}, its keys and all its reports.")
+
+
+def _confirm(name: str) -> None:
+    """Asks for the app's name. Raises StoreError unless it is typed again."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise StoreError(f"there is no terminal to confirm on; --yes deletes {name!r} without asking")
+    print(f"This deletes all reports of the app {name!r}. Type its name again: ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().rstrip("\n") != name:
+        raise StoreError("the names differ; nothing was deleted")
 
 
 def _key_create(store: Store, arguments: argparse.Namespace) -> None:
     key = store.create_key(arguments.NAME)
-    _say(f"Made a further key for the app {arguments.NAME!r}, shown only this once:")
+    _print_error(f"Made another key for the app {arguments.NAME!r}, shown only this once:")
     print(key)
 
 
 def _key_list(store: Store, arguments: argparse.Namespace) -> None:
-    _table(("KEY", "APP", "CREATED", "REVOKED"), [
-        (key.prefix + "...", key.app, _date(key.created_at), key.revoked_at and _date(key.revoked_at) or "-")
-        for key in store.keys()])
+    _print_table(("KEY", "APP", "CREATED", "REVOKED"), [
+        (key.prefix + "...", key.app, _date(key.created_at), _date(key.revoked_at)) for key in store.keys()])
 
 
 def _key_revoke(store: Store, arguments: argparse.Namespace) -> None:
     key = store.revoke_key(arguments.PREFIX)
-    _say(f"Revoked the key {key.prefix}... of the app {key.app!r}.")
+    _print_error(f"Revoked the key {key.prefix}... of the app {key.app!r}.")
 
 
 def _device_show(store: Store, arguments: argparse.Namespace) -> None:
@@ -4980,7 +4959,7 @@ def _device_forget(store: Store, arguments: argparse.Namespace) -> None:
     deleted = store.forget_device(arguments.HASH)
     if not deleted:
         raise StoreError(f"nothing is kept of a device {arguments.HASH!r}")
-    _say(f"Forgot the device {arguments.HASH!r}: {_counted_rows(deleted)}.")
+    _print_error(f"Forgot the device {arguments.HASH!r}: {_report_counts(deleted)}.")
 
 
 def _prune(store: Store, arguments: argparse.Namespace) -> None:
@@ -4988,11 +4967,11 @@ def _prune(store: Store, arguments: argparse.Namespace) -> None:
     with _progress("deleting: {:,} rows") as progress:
         deleted = store.prune(progress)
     kept = f"older than {store.retention_days} days" if store.retention_days else "(the retention keeps all)"
-    _say(f"Deleted {_counted_rows(deleted)} {kept}; gave back"
-         f" {max(0, size - store.size) / 1e6:,.1f} MB of {size / 1e6:,.1f} MB.")
+    _print_error(f"Deleted {_report_counts(deleted)} {kept}; gave back {_megabytes(max(0, size - store.size))}"
+                 f" of {_megabytes(size)}.")
 
 
-def _counted_rows(rows: Mapping[str, int]) -> str:
+def _report_counts(rows: Mapping[str, int]) -> str:
     crashes, events = rows.get("crashes", 0), rows.get("events", 0)
     return f"{crashes:,} crash{'es' * (crashes != 1)} and {events:,} event{'s' * (events != 1)}"
 
@@ -5000,14 +4979,14 @@ def _counted_rows(rows: Mapping[str, int]) -> str:
 def _backup(store: Store, arguments: argparse.Namespace) -> None:
     with _progress("copying: {:,} of {:,} pages") as progress:
         backup(store, Path(arguments.FILE), progress)
-    _say(f"Wrote {arguments.FILE}, {_megabytes(os.stat(arguments.FILE).st_size)}.")
+    _print_error(f"Wrote {arguments.FILE}, {_megabytes(os.stat(arguments.FILE).st_size)}.")
 
 
 def _export(store: Store, arguments: argparse.Namespace) -> None:
-    kind, out = _KINDS_OF_REPORTS[arguments.KIND], sys.stdout
+    kind, out = _KINDS[arguments.KIND], sys.stdout
     out.reconfigure(encoding="utf-8", newline="")  # type: ignore[union-attr]
     with _progress("exporting: {:,} " + arguments.KIND, out.isatty()) as progress:
-        reports = _watched(store.export(kind, arguments.app, arguments.since), progress)
+        reports = _with_progress(store.export(kind, arguments.app, arguments.since), progress)
         if arguments.format == "csv":
             export_csv(reports, out, kind)
         else:
@@ -5015,21 +4994,21 @@ def _export(store: Store, arguments: argparse.Namespace) -> None:
         out.flush()
 
 
-def _open(name: str) -> BinaryIO:
-    try:
-        return sys.stdin.buffer if name == "-" else open(name, "rb")
-    except OSError as error:
-        raise StoreError(f"cannot read {name}: {error.strerror}") from None
+def _with_progress(reports: Iterable[StoredReport], progress: Progress) -> Iterator[StoredReport]:
+    for number, stored in enumerate(reports, 1):
+        yield stored
+        if number % PAGE_ROWS == 0:
+            progress(number)
 
 
 def _import(store: Store, arguments: argparse.Namespace) -> None:
     with _progress("importing: {:,} reports") as progress, arguments.FILE as file:
         counts = import_jsonl(store, iter(lambda: file.readline(MAX_LINE), b""), progress)
-    _say(f"Stored {counts['stored']:,} reports; {counts['known']:,} were here already, and the time of"
-         f" {counts['expired']:,} is over.")
+    _print_error(f"Stored {counts['stored']:,} reports; {counts['known']:,} were here already, and the time of"
+                 f" {counts['expired']:,} is over.")
 
 
-def _check(overrides: Dict[str, Any]) -> int:
+def _check(overrides: Dict[str, Any], make: Callable[..., Backfeedr]) -> int:
     path = overrides.get("db_path") or os.environ.get("BACKFEEDR_DB_PATH") or Settings.db_path
     status = 0
     for name, look in chain([("settings", lambda: f"{len(fields(Settings.from_env(**overrides)))}, all good")],
@@ -5045,16 +5024,9 @@ def _check(overrides: Dict[str, Any]) -> int:
     return status
 
 
-def _watched(reports: Iterable[StoredReport], progress: Progress) -> Iterator[StoredReport]:
-    for number, kept in enumerate(reports, 1):
-        yield kept
-        if number % PAGE_ROWS == 0:
-            progress(number)
-
-
 @contextmanager
 def _progress(text: str, quiet: bool = False) -> Iterator[Progress]:
-    """Shows on a terminal, in a line that goes in the end, how far long work has come: at most ten times a second."""
+    """Shows the progress of long work in one line of a terminal, at most ten times a second; clears it at the end."""
     due, quiet = 0.0, quiet or not sys.stderr.isatty()
 
     def show(*figures: int) -> None:
@@ -5070,42 +5042,73 @@ def _progress(text: str, quiet: bool = False) -> Iterator[Progress]:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def _date_ms(text: str) -> int:
+def _print_error(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _print_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    lines = [head, *rows]
+    widths = [max(len(str(line[column])) for line in lines) for column in range(len(head))]
+    for line in lines:
+        print("  ".join(str(cell).ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+def _date(time_ms: Optional[int]) -> str:
+    return "-" if time_ms is None else iso_time(time_ms)[:10]
+
+
+def _start_of_day(text: str) -> int:
     try:
         return parse_time(text + "T00:00:00Z")
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a date like 2026-03-12") from None
 
 
-_KINDS_OF_REPORTS = {"crashes": Crash, "events": Event}
-_COMMANDS = {
-    "app": {
-        "create": (_app_create, "make an app and print its first key", "NAME", "--test"),
-        "list": (_app_list, "list the apps"),
-        "delete": (_app_delete, "delete an app, its keys and all that it sent", "NAME")},
-    "key": {
-        "create": (_key_create, "make a further key for an app and print it", "NAME"),
-        "list": (_key_list, "list the keys, by the part that may be shown"),
-        "revoke": (_key_revoke, "end a key at once", "PREFIX")},
-    "device": {
-        "show": (_device_show, "print all that is kept of a device, as JSON", "HASH"),
-        "forget": (_device_forget, "delete all that is kept of a device", "HASH")},
-}
+def _open_input(name: str) -> BinaryIO:
+    """As an argument's type it runs first: a missing file must not leave a new database behind."""
+    try:
+        return sys.stdin.buffer if name == "-" else open(name, "rb")
+    except OSError as error:
+        raise StoreError(f"cannot read {name}: {error.strerror}") from None
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def _date(time_ms: int) -> str:
-    return datetime.fromtimestamp(time_ms / SECOND, timezone.utc).strftime("%Y-%m-%d")
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    lines = [head, *rows]
-    widths = [max(len(str(line[column])) for line in lines) for column in range(len(head))]
-    for line in lines:
-        print("  ".join(str(cell).ljust(width) for cell, width in zip(line, widths)).rstrip())
+_Arguments = Mapping[str, Mapping[str, Any]]  # what argparse is told of each
+_KINDS = {"crashes": Crash, "events": Event}
+_APP = {"NAME": dict(help="the app's name")}
+_HASH = {"HASH": dict(help="the device_id_hash that the app sends")}
+_DB = {"--db": dict(dest="db_path", metavar="FILE", help="the database (default: backfeedr.db)")}
+_SERVER = {
+    "--host": dict(help="the address to listen on (default: 127.0.0.1)"),
+    "--port": dict(type=int, help="the port (default: 8080); 0 takes a free one"),
+    "--verbose": dict(action="store_true", help="log a line for each request, on standard error")}
+_COMMANDS = (  # name, function, help, arguments beside --db
+    ("serve", _serve, "start the server", _SERVER),
+    ("demo", _demo, "serve made-up reports, to look at", _SERVER),
+    ("app create", _app_create, "make an app and print its first key", {
+        **_APP, "--test": dict(action="store_true", default=False, help="a test app: it is in no public figure")}),
+    ("app list", _app_list, "list the apps", {}),
+    ("app delete", _app_delete, "delete an app, its keys and all its reports", {
+        **_APP, "--yes": dict(action="store_true", default=False, help="do not ask to type the name again")}),
+    ("key create", _key_create, "make another key for an app and print it", _APP),
+    ("key list", _key_list, "list the keys, each by its visible beginning", {}),
+    ("key revoke", _key_revoke, "end a key at once", {
+        "PREFIX": dict(help="the key, or enough of its beginning")}),
+    ("device show", _device_show, "print all that is kept of a device, as JSON", _HASH),
+    ("device forget", _device_forget, "delete all that is kept of a device", _HASH),
+    ("prune", _prune, "delete what is older than the retention, now", {}),
+    ("backup", _backup, "write a copy of the database to a new file", {
+        "FILE": dict(help="the new file; one that exists is not replaced")}),
+    ("export", _export, "print crashes or events", {
+        "KIND": dict(choices=_KINDS, help="which reports to print"),
+        "--app": dict(metavar="NAME", default=None, help="of this app (default: of all)"),
+        "--since": dict(metavar="DATE", type=_start_of_day, default=0,
+                        help="received on this day (UTC) or later, like 2026-03-12"),
+        "--format": dict(choices=("jsonl", "csv"), default="jsonl",
+                         help="jsonl (the default), which import reads, or csv, for a spreadsheet")}),
+    ("import", _import, "store what export has printed as jsonl", {
+        "FILE": dict(type=_open_input, help="the file; - is standard input")}),
+    ("check", _check, "say whether the database is as it should be", {}),
+)
 
 
 if __name__ == "__main__":

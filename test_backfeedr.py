@@ -5094,9 +5094,45 @@ def test_keys_are_made_listed_and_revoked(command):
 
 def test_app_delete_deletes(command):
     command("app", "create", "Shop")
-    assert command("app", "delete", "Shop")[0] == 0
-    assert command("app", "delete", "Shop") == (1, "", "backfeedr: there is no app named 'Shop'\n")
+    assert command("app", "delete", "Shop", "--yes")[0] == 0
+    assert command("app", "delete", "Shop", "--yes") == (1, "", "backfeedr: there is no app named 'Shop'\n")
     assert command("key", "list")[1].splitlines()[1:] == []
+
+
+@pytest.mark.parametrize("typed, status", [("Shop\n", 0), ("shop\n", 1), ("Shop \n", 1), ("\n", 1), ("", 1)])
+def test_app_delete_on_a_terminal_asks_for_the_name_again(command, monkeypatch, typed, status):
+    command("app", "create", "Shop")
+    terminal = io.StringIO(typed)
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdin", terminal)
+    got, out, err = command("app", "delete", "Shop")
+    assert (got, out) == (status, "") and "Type its name again: " in err
+    assert err.endswith("nothing was deleted\n" if status else "Deleted the app 'Shop', its keys and all its reports.\n")
+    assert len(command("app", "list")[1].splitlines()) == 1 + status
+    assert len(command("key", "list")[1].splitlines()) == 1 + status
+
+
+@pytest.mark.parametrize("stdin", [io.StringIO("Shop\n"), None])
+def test_app_delete_without_a_terminal_is_refused_unless_it_is_told_yes(command, monkeypatch, stdin):
+    monkeypatch.setattr(sys, "stdin", stdin)
+    command("app", "create", "Shop")
+    assert command("app", "delete", "Shop") \
+        == (1, "", "backfeedr: there is no terminal to confirm on; --yes deletes 'Shop' without asking\n")
+    assert len(command("app", "list")[1].splitlines()) == len(command("key", "list")[1].splitlines()) == 2
+    assert command("app", "delete", "Shop", "--yes")[0] == 0
+
+
+def test_every_argument_and_option_has_a_help_text():
+    def texts(parser):
+        for action in parser._actions:
+            yield action.dest, action.help
+            if isinstance(action, argparse._SubParsersAction):
+                yield from ((choice.dest, choice.help) for choice in action._choices_actions)
+                for child in action.choices.values():
+                    yield from texts(child)
+
+    missing = [dest for dest, text in texts(backfeedr._parser()) if not text and dest != "==SUPPRESS=="]
+    assert missing == []
 
 
 @pytest.mark.parametrize("arguments, status, text", [
@@ -5406,7 +5442,7 @@ def test_check_finds_what_is_wrong(command, filled, damage, line):
 
 def test_check_leaves_an_older_schema_to_the_next_start_and_an_empty_file_alone(command, filled, monkeypatch):
     monkeypatch.setattr(backfeedr, "SCHEMA_VERSION", backfeedr.SCHEMA_VERSION + 1)
-    assert re.search(r"\nok  schema: version \d+, of which the next start makes version \d+\n", command("check")[1])
+    assert re.search(r"\nok  schema: version \d+, which the next start upgrades to version \d+\n", command("check")[1])
     Path("empty.db").touch()
     status, out, _ = command("check", "--db", "empty.db")
     assert status == 1 and "\nBAD schema: there are no tables\n" in out and Path("empty.db").read_bytes() == b""
