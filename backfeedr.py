@@ -518,10 +518,6 @@ def _is_event_type(value: Any) -> bool:
     return value in EVENT_TYPES
 
 
-def _is_stack_trace(value: Any) -> bool:
-    return type(value) is list and all(map(_is_frame, value))
-
-
 def _is_frame(frame: Any) -> bool:
     return type(frame) is dict and all(
         frame.get(name) in (None, "") or type(frame[name]) is kind
@@ -543,7 +539,8 @@ def _depth(value: Any) -> int:
 
 
 _CRASH_FIELDS = dict(
-    exception_type=_is_short_text, exception_reason=lambda value: type(value) is str, stack_trace=_is_stack_trace,
+    exception_type=_is_short_text, exception_reason=lambda value: type(value) is str,
+    stack_trace=lambda value: type(value) is list and all(map(_is_frame, value)),
     app_version=_is_short_text, build_number=_is_short_text, os_version=_is_short_text, device_model=_is_short_text,
     device_id_hash=_is_short_text, locale=_is_short_text, free_memory_mb=_is_number,
     battery_level=lambda value: _is_number(value) and (0 <= value <= 1 or value == -1),
@@ -597,7 +594,7 @@ def parse_batch(given: JsonObject) -> List[Event]:
         events[0][unused] = {name: value for name, value in given.items() if name != "events"}
     try:
         return list(map(Event._make, _validate_batch(events, _EVENT_FIELDS)))
-    except (Refusal, TypeError, AttributeError):  # a bad event, none at all, or a list in the place of a text
+    except (Refusal, TypeError, AttributeError):  # a bad event, something else, or a list where a text belongs
         return [_parse_event_at(index, event) for index, event in enumerate(events)]
 
 
@@ -4358,8 +4355,8 @@ def _drain(server: Any) -> None:
 # long calls `progress` with how far it has come.
 
 BACKUP_PAGES = 1000  # copied between two calls of `progress`
-IMPORT_LINES = 1000  # in a transaction,
-IMPORT_BYTES = 1_000_000  # unless they are longer than this together
+IMPORT_LINES = 1000  # at most in a transaction
+IMPORT_BYTES = 1_000_000  # after which a transaction ends, too
 MAX_LINE = 1 << 27  # bytes of an exported report: far above any body that a server accepts
 LOW_DISK = 100_000_000  # bytes; with less than this free, `check` fails
 
@@ -4374,7 +4371,7 @@ def backup(store: Store, path: Path, progress: Progress) -> None:
     if path.exists():
         raise StoreError(f"there is a file {path} already")
     try:
-        # Mode 0600. It goes at the end, whatever happens.
+        # A temporary file has mode 0600, and is deleted also after an error.
         with tempfile.NamedTemporaryFile(prefix=path.name + ".", suffix=".partial", dir=path.parent) as partial:
             _copy_database(store, partial.name, progress)
             os.link(partial.name, path)  # fails if another file took the name meanwhile
@@ -4432,7 +4429,7 @@ def _parse_exported(line: bytes) -> StoredReport:
     app, report_id, is_test, received_at, extra = (
         _validate_field(given.pop(name, None), name, rule, absent=()) for name, rule in _EXPORTED_FIELDS.items())
     match = re.fullmatch("(evt_)?([0-7][0-9a-f]{15})", report_id)
-    # A seq is at or after its time of receipt, by a day at most: the clock may have been that fast before.
+    # A seq is never before its time of receipt. It may be about a day later, after the server's clock was set back.
     if not match or not first_seq(received_at) <= int(match[2], 16) < first_seq(received_at + 2 * DAY):
         raise Refusal("invalid id")
     report = (parse_event if match[1] else parse_crash)({**extra, **given})
@@ -4868,7 +4865,7 @@ def main(argv: Optional[Sequence[str]] = None, make: Callable[..., Backfeedr] = 
         problem: Any = "interrupted"
     except (SettingsError, StoreError, Refusal, OSError, UnicodeError, ImportError) as error:
         problem = error
-    _print_error(f"backfeedr: {problem}")
+    _print_stderr(f"backfeedr: {problem}")
     return 1
 
 
@@ -4907,7 +4904,7 @@ def _demo(overrides: Dict[str, Any], make: Callable[..., Backfeedr]) -> int:
 
 def _app_create(store: Store, arguments: argparse.Namespace) -> None:
     key = store.create_app(arguments.NAME, arguments.test)
-    _print_error(f"Made the app {arguments.NAME!r}. Its API key, shown only this once:")
+    _print_stderr(f"Made the app {arguments.NAME!r}. Its API key, shown only this once:")
     print(key)
 
 
@@ -4920,7 +4917,7 @@ def _app_delete(store: Store, arguments: argparse.Namespace) -> None:
     if not arguments.yes:
         _confirm(arguments.NAME)
     store.delete_app(arguments.NAME)
-    _print_error(f"Deleted the app {arguments.NAME!r}, its keys and all its reports.")
+    _print_stderr(f"Deleted the app {arguments.NAME!r}, its keys and all its reports.")
 
 
 def _confirm(name: str) -> None:
@@ -4934,7 +4931,7 @@ def _confirm(name: str) -> None:
 
 def _key_create(store: Store, arguments: argparse.Namespace) -> None:
     key = store.create_key(arguments.NAME)
-    _print_error(f"Made another key for the app {arguments.NAME!r}, shown only this once:")
+    _print_stderr(f"Made another key for the app {arguments.NAME!r}, shown only this once:")
     print(key)
 
 
@@ -4945,7 +4942,7 @@ def _key_list(store: Store, arguments: argparse.Namespace) -> None:
 
 def _key_revoke(store: Store, arguments: argparse.Namespace) -> None:
     key = store.revoke_key(arguments.PREFIX)
-    _print_error(f"Revoked the key {key.prefix}... of the app {key.app!r}.")
+    _print_stderr(f"Revoked the key {key.prefix}... of the app {key.app!r}.")
 
 
 def _device_show(store: Store, arguments: argparse.Namespace) -> None:
@@ -4959,7 +4956,7 @@ def _device_forget(store: Store, arguments: argparse.Namespace) -> None:
     deleted = store.forget_device(arguments.HASH)
     if not deleted:
         raise StoreError(f"nothing is kept of a device {arguments.HASH!r}")
-    _print_error(f"Forgot the device {arguments.HASH!r}: {_report_counts(deleted)}.")
+    _print_stderr(f"Forgot the device {arguments.HASH!r}: {_report_counts(deleted)}.")
 
 
 def _prune(store: Store, arguments: argparse.Namespace) -> None:
@@ -4967,8 +4964,8 @@ def _prune(store: Store, arguments: argparse.Namespace) -> None:
     with _progress("deleting: {:,} rows") as progress:
         deleted = store.prune(progress)
     kept = f"older than {store.retention_days} days" if store.retention_days else "(the retention keeps all)"
-    _print_error(f"Deleted {_report_counts(deleted)} {kept}; gave back {_megabytes(max(0, size - store.size))}"
-                 f" of {_megabytes(size)}.")
+    _print_stderr(f"Deleted {_report_counts(deleted)} {kept}; gave back {_megabytes(max(0, size - store.size))}"
+                  f" of {_megabytes(size)}.")
 
 
 def _report_counts(rows: Mapping[str, int]) -> str:
@@ -4979,7 +4976,7 @@ def _report_counts(rows: Mapping[str, int]) -> str:
 def _backup(store: Store, arguments: argparse.Namespace) -> None:
     with _progress("copying: {:,} of {:,} pages") as progress:
         backup(store, Path(arguments.FILE), progress)
-    _print_error(f"Wrote {arguments.FILE}, {_megabytes(os.stat(arguments.FILE).st_size)}.")
+    _print_stderr(f"Wrote {arguments.FILE}, {_megabytes(os.stat(arguments.FILE).st_size)}.")
 
 
 def _export(store: Store, arguments: argparse.Namespace) -> None:
@@ -5004,8 +5001,8 @@ def _with_progress(reports: Iterable[StoredReport], progress: Progress) -> Itera
 def _import(store: Store, arguments: argparse.Namespace) -> None:
     with _progress("importing: {:,} reports") as progress, arguments.FILE as file:
         counts = import_jsonl(store, iter(lambda: file.readline(MAX_LINE), b""), progress)
-    _print_error(f"Stored {counts['stored']:,} reports; {counts['known']:,} were here already, and the time of"
-                 f" {counts['expired']:,} is over.")
+    _print_stderr(f"Stored {counts['stored']:,} reports; {counts['known']:,} were here already, and"
+                  f" {counts['expired']:,} are older than the retention.")
 
 
 def _check(overrides: Dict[str, Any], make: Callable[..., Backfeedr]) -> int:
@@ -5042,7 +5039,7 @@ def _progress(text: str, quiet: bool = False) -> Iterator[Progress]:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def _print_error(text: str) -> None:
+def _print_stderr(text: str) -> None:
     print(text, file=sys.stderr)
 
 

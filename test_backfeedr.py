@@ -5269,9 +5269,9 @@ def test_what_export_prints_import_stores_as_it_was(command, filled, serve, tmp_
     count = Path("all").read_bytes().count(b"\n") - 1
     status, out, err = command("import", "all", "--db", "other.db")
     assert (status, out) == (0, "")
-    assert err == f"Stored {count:,} reports; 0 were here already, and the time of 0 is over.\n"
+    assert err == f"Stored {count:,} reports; 0 were here already, and 0 are older than the retention.\n"
     again = command("import", "all", "--db", "other.db")[2]
-    assert again == f"Stored 0 reports; {count:,} were here already, and the time of 0 is over.\n"
+    assert again == f"Stored 0 reports; {count:,} were here already, and 0 are older than the retention.\n"
     for kind in ("crashes", "events"):
         assert command("export", kind, "--db", "other.db")[1].encode() == Path(kind).read_bytes()
     other = serve("other.db")
