@@ -92,11 +92,11 @@ log = logging.getLogger("backfeedr")
 
 # == Settings ==================================================================
 #
-# Every choice an operator has, with its unit and default. A value that makes no
-# sense is refused when the settings are made, not when they are first used.
+# Every choice an operator has, with its unit and default. An invalid value is
+# refused when the settings are made, not when it is first used.
 
 class SettingsError(ValueError):
-    """A setting that makes no sense. `str()` is one line that names it."""
+    """A setting with an invalid value. `str()` is one line that names the setting."""
 
     def __init__(self, name: str, problem: str):
         super().__init__(f"{name}: {problem}")
@@ -105,13 +105,15 @@ class SettingsError(ValueError):
 
 _RANGES = {"port": (0, 65535), "rate_limit": (0, 1_000_000), "max_body_size": (1, 1 << 30),
            "retention_days": (0, 36_500), "threads": (1, 1_000)}
-_KINDS = {str: "a text", int: "a whole number", bool: "1 or 0"}
-_NOT_OURS = {"BACKFEEDR_ENDPOINT"}  # where examples/client.py sends to
+_TYPE_NAMES = {str: "a text", int: "a whole number", bool: "1 or 0"}
+_BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+_PREFIX = "BACKFEEDR_"
+_CLIENT_VARIABLES = {"BACKFEEDR_ENDPOINT"}  # where examples/client.py sends to
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What an operator may choose. Raises SettingsError for a value that makes no sense."""
+    """What an operator may choose. Raises SettingsError for an invalid value."""
 
     host: str = "127.0.0.1"
     port: int = 8080                                 # 0 takes a free one
@@ -120,7 +122,7 @@ class Settings:
     auth_token: str = field(default="", repr=False)  # the admin token; "": made at first start
     rate_limit: int = 100                            # requests a minute and key; 0 is off
     max_body_size: int = 1_048_576                   # bytes, as sent and again after decompression
-    retention_days: int = 90                         # by the time of receipt; 0 keeps all
+    retention_days: int = 90                         # since receipt; 0 keeps all
     require_signature: bool = False
     public_metrics: bool = True
     threads: int = 32
@@ -131,55 +133,53 @@ class Settings:
         object.__setattr__(self, "db_path", os.fspath(self.db_path))
         for each in fields(self):
             value, kind = getattr(self, each.name), type(each.default)
-            low, high = _RANGES.get(each.name, (None, None))
             if type(value) is not kind:
-                raise SettingsError(each.name, f"{repr(value) if each.repr else 'it'} is not {_KINDS[kind]}")
-            if low is not None and not low <= value <= high:
+                raise SettingsError(each.name, f"{repr(value) if each.repr else 'it'} is not {_TYPE_NAMES[kind]}")
+            low, high = _RANGES.get(each.name, (value, value))
+            if not low <= value <= high:
                 raise SettingsError(each.name, f"{value} is not from {low} to {high}")
-            if kind is str and (value.strip() != value or value and not value.isprintable()):
-                raise SettingsError(each.name, "has a space at an end or a control character")
-        if not self.host or self.db_path in ("", ":memory:"):
-            raise SettingsError("db_path" if self.host else "host", "must name a " + ("file" if self.host else "host"))
+            if kind is str and (value != value.strip() or value and not value.isprintable()):
+                raise SettingsError(each.name, "begins or ends with a space, or has a control character")
+        if not self.host:
+            raise SettingsError("host", "must name a host")
+        if self.db_path in ("", ":memory:"):
+            raise SettingsError("db_path", "must name a file")
         if not re.fullmatch(r"(https?://[A-Za-z0-9.:\[\]-]+(/[A-Za-z0-9._~%/-]*)?)?", self.public_url):
             raise SettingsError("public_url", f"{self.public_url!r} is not like https://crashes.example.com")
 
     @classmethod
     def from_env(cls, environ: Optional[Mapping[str, str]] = None, **overrides: Any) -> Settings:
-        """Settings from the BACKFEEDR_* variables (of os.environ, unless `environ` is given).
+        """Settings from the BACKFEEDR_* variables of `environ` (default: os.environ); `overrides` come first.
 
-        `overrides` come first; an empty variable counts as unset. An error names the variable,
-        also one that is no setting: a misspelt one would leave open what it was to close.
+        An empty variable counts as unset. An error names the variable. An unknown variable is
+        an error, too: a misspelt one would leave open what it was meant to close.
         """
         environ = os.environ if environ is None else environ
-        _refuse_unknown((name for name in environ if environ[name]), [each.name.upper() for each in fields(cls)])
-        variables = {each.name: "BACKFEEDR_" + each.name.upper() for each in fields(cls)
-                     if each.name not in overrides and environ.get("BACKFEEDR_" + each.name.upper())}
+        variables = {_PREFIX + each.name.upper(): each for each in fields(cls)}
+        given = {name: text for name, text in environ.items() if text and name.startswith(_PREFIX)}
+        unknown = sorted(given.keys() - variables.keys() - _CLIENT_VARIABLES)
+        if unknown:
+            raise SettingsError(unknown[0], "there is no such setting; " + _suggestion(unknown[0], variables))
+        values = {each.name: _from_text(given[name], type(each.default))
+                  for name, each in variables.items() if name in given}
         try:
-            read = {each.name: _from_text(each.name, environ[variables[each.name]], type(each.default))
-                    for each in fields(cls) if each.name in variables}
-            return cls(**{**read, **overrides})
+            return cls(**{**values, **overrides})
         except SettingsError as error:
-            raise SettingsError(variables.get(error.name, error.name), error.problem) from None
+            name = error.name if error.name in overrides else _PREFIX + error.name.upper()
+            raise SettingsError(name, error.problem) from None
 
 
-def _refuse_unknown(variables: Iterable[str], known: Sequence[str]) -> None:
-    for name in variables:
-        prefix, ours, rest = name.partition("BACKFEEDR_")
-        if ours and not prefix and rest not in known and name not in _NOT_OURS:
-            close = get_close_matches(rest, known, 1)
-            raise SettingsError(name, "there is no such setting; " + (
-                f"did you mean {ours}{close[0]}?" if close else f"after {ours} comes one of {', '.join(known)}"))
+def _suggestion(variable: str, known: Iterable[str]) -> str:
+    suffixes = [name[len(_PREFIX):] for name in known]
+    close = get_close_matches(variable[len(_PREFIX):], suffixes, 1)
+    return f"did you mean {_PREFIX}{close[0]}?" if close else f"after {_PREFIX} comes one of {', '.join(suffixes)}"
 
 
-def _from_text(name: str, text: str, kind: type) -> Any:
-    booleans = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+def _from_text(text: str, kind: type) -> Any:
+    """The value that a variable's text stands for; the text itself if it is none, which Settings then refuses."""
     if kind is int and re.fullmatch("-?[0-9]{1,18}", text):
         return int(text)
-    if kind is bool and text.lower() in booleans:
-        return booleans[text.lower()]
-    if kind is str:
-        return text
-    raise SettingsError(name, f"{text!r} is not {_KINDS[kind]}")
+    return _BOOLEANS.get(text.lower(), text) if kind is bool else text
 
 
 # == Schema ====================================================================
@@ -369,9 +369,9 @@ def group_hash(exception_type: str, frames: Sequence[Mapping[str, Any]]) -> str:
 
 # == Payloads ==================================================================
 #
-# JSON in, a crash or an event out, or a Refusal; all further in trusts what comes
-# from here. A report is a tuple in the order of its columns, so that it is bound
-# to an insert as it is. A check takes a value and its name, and gives what is stored.
+# JSON in, a crash or an event out, or a Refusal; the code below trusts what comes
+# from here. A report is a tuple in the order of its columns, so it is inserted as
+# it is.
 
 EVENT_TYPES = ("session_start", "session_end", "error", "custom")
 MAX_BATCH = 100  # events
@@ -379,20 +379,22 @@ MAX_TEXT = 500  # characters of versions, models, types, names, ids, locale
 MAX_DEPTH = 64  # of nested JSON: far above any SDK's, far below Python's recursion limit
 MAX_NUMBER = (1 << 63) - 1
 
-Given = Dict[str, Any]
+JsonObject = Dict[str, Any]
+Rule = Callable[[Any], bool]  # whether a value that is present is valid
+Rules = Mapping[str, Rule]  # by field
 
 
-def decode_json(body: bytes) -> Given:
-    """The JSON object in a body. Raises Refusal unless it is one, in UTF-8, of finite numbers.
+def decode_json(body: bytes) -> JsonObject:
+    """The JSON object in a body. Raises Refusal unless it is one, in UTF-8, with finite numbers.
 
-    A NUL or a lone surrogate, which no database takes, becomes U+FFFD: a report
-    is not lost for a character.
+    A NUL or a lone surrogate, which SQLite does not store, becomes U+FFFD: one
+    bad character must not cost a report.
     """
     try:
         text = body.decode("utf-8")
         value = _DECODER.decode(text)
-        if "\\u" in text:  # unescaped, UTF-8 and JSON allow neither
-            value = _mend(value)
+        if "\\u" in text:  # UTF-8 and JSON allow these characters only as escapes
+            value = _replace_unstorable(value)
     except (ValueError, RecursionError):
         raise Refusal("invalid JSON") from None
     if type(value) is not dict:
@@ -407,87 +409,50 @@ def _finite(text: str) -> float:
     return number
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_refuse_constant)
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
-
-
-def _one_encoder() -> Callable[[Any], str]:
-    """_ENCODER.encode, without what it makes anew for each call: that takes longer than the encoding."""
+def _make_encoder() -> Callable[[Any], str]:
+    """Compact JSON as text. JSONEncoder.encode sets up a C encoder in each call, which takes longer than encoding."""
+    encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
     make = json.encoder.c_make_encoder  # type: ignore[attr-defined]
     if make is None:
-        return _ENCODER.encode
-    encode = make(None, _ENCODER.default, json.encoder.encode_basestring, None, ":", ",",  # type: ignore
+        return encoder.encode
+    encode = make(None, encoder.default, json.encoder.encode_basestring, None, ":", ",",  # type: ignore
                   False, False, False)
     return lambda value: "".join(encode(value, 0))
 
 
-_encode = _one_encoder()
+_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+_encode = _make_encoder()
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
-def _mend(value: Any) -> Any:
+def _replace_unstorable(value: Any) -> Any:
     if type(value) is str:
         return _UNSTORABLE.sub("\ufffd", value)
     if type(value) is list:
-        return [_mend(item) for item in value]
+        return [_replace_unstorable(item) for item in value]
     if type(value) is dict:
-        return {_mend(name): _mend(item) for name, item in value.items()}
+        return {_replace_unstorable(name): _replace_unstorable(item) for name, item in value.items()}
     return value
 
 
-def _short_text(value: Any, name: str) -> str:
-    if type(value) is not str or len(value) > MAX_TEXT:
-        raise Refusal(f"invalid {name}")
-    return value
+# Types are compared exactly, because isinstance would accept True as an int.
+
+def _is_short_text(value: Any) -> bool:
+    return type(value) is str and len(value) <= MAX_TEXT
 
 
-def _event_type(value: Any, name: str) -> str:
-    if _short_text(value, name) not in EVENT_TYPES:
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= MAX_NUMBER
+
+
+def _is_object(value: Any) -> bool:
+    return type(value) is dict
+
+
+def _is_event_type(value: Any) -> bool:
+    if _is_short_text(value) and value not in EVENT_TYPES:
         raise Refusal("invalid event type")
-    return value
-
-
-def _time(value: Any, name: str) -> int:
-    try:
-        return parse_time(_short_text(value, name))
-    except ValueError:
-        raise Refusal(f"invalid {name}") from None
-
-
-def _number(value: Any, name: str) -> Union[int, float]:
-    if type(value) not in (int, float) or abs(value) > MAX_NUMBER:
-        raise Refusal(f"invalid {name}")
-    return value
-
-
-def _battery_level(value: Any, name: str) -> Union[int, float]:
-    if not 0 <= _number(value, name) <= 1 and value != -1:
-        raise Refusal(f"invalid {name}")
-    return value
-
-
-def _object(value: Any, name: str) -> str:
-    if type(value) is not dict:
-        raise Refusal(f"invalid {name}")
-    return _to_json(value, name)
-
-
-def _of(kind: type) -> Callable[[Any, str], Any]:
-    def check(value: Any, name: str) -> Any:
-        if type(value) is not kind:  # isinstance would take True for an int
-            raise Refusal(f"invalid {name}")
-        return value
-    return check
-
-
-def _stack_trace(value: Any, name: str) -> str:
-    if type(value) is not list or not all(map(_is_frame, value)):
-        raise Refusal(f"invalid {name}")
-    return _to_json(value, name)
+    return value in EVENT_TYPES
 
 
 def _is_frame(frame: Any) -> bool:
@@ -496,35 +461,34 @@ def _is_frame(frame: Any) -> bool:
         for name, kind in (("frame", int), ("symbol", str), ("file", str), ("line", int)))
 
 
-def _to_json(value: Any, name: str) -> str:
-    """Compact JSON. Raises Refusal where it is nested too deep to be shown again."""
-    try:
-        text = _encode(value)
-    except RecursionError:
-        raise Refusal(f"invalid {name}") from None
-    # Counting brackets is quick and clears nearly all; only then look closely.
-    if len(text) > 2 * MAX_DEPTH and text.count("{") + text.count("[") > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
-        raise Refusal(f"invalid {name}")
+def _to_json(value: Any) -> str:
+    """Compact JSON. Raises ValueError or RecursionError if it is nested too deep to be shown again."""
+    text = _encode(value)
+    # Counting brackets is fast and clears nearly every value.
+    if len(text) > MAX_DEPTH and text.count("{") + text.count("[") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+        raise ValueError
     return text
 
 
-def _is_deeper(value: Any, depth: int) -> bool:
-    if type(value) not in (dict, list):
-        return False
-    items = value.values() if type(value) is dict else value
-    return depth == 0 or any(_is_deeper(item, depth - 1) for item in items)
+def _depth(value: Any) -> int:
+    items = list(value.values()) if type(value) is dict else value
+    return 1 + max(map(_depth, items), default=0) if type(items) is list else 0
 
 
 _CRASH_FIELDS = dict(
-    exception_type=_short_text, exception_reason=_of(str), stack_trace=_stack_trace, app_version=_short_text,
-    build_number=_short_text, os_version=_short_text, device_model=_short_text, device_id_hash=_short_text,
-    locale=_short_text, free_memory_mb=_number, battery_level=_battery_level, is_charging=_of(bool),
-    occurred_at=_time)
+    exception_type=_is_short_text, exception_reason=lambda value: type(value) is str,
+    stack_trace=lambda value: type(value) is list and all(map(_is_frame, value)),
+    app_version=_is_short_text, build_number=_is_short_text, os_version=_is_short_text, device_model=_is_short_text,
+    device_id_hash=_is_short_text, locale=_is_short_text, free_memory_mb=_is_number,
+    battery_level=lambda value: _is_number(value) and (0 <= value <= 1 or value == -1),
+    is_charging=lambda value: type(value) is bool, occurred_at=_is_short_text)
 _EVENT_FIELDS = dict(
-    type=_event_type, name=_short_text, properties=_object, app_version=_short_text, os_version=_short_text,
-    device_model=_short_text, device_id_hash=_short_text, session_id=_short_text, locale=_short_text,
-    occurred_at=_time)
-_OF_OBJECTS = (_object, _stack_trace)
+    type=_is_event_type, name=_is_short_text, properties=_is_object, app_version=_is_short_text,
+    os_version=_is_short_text, device_model=_is_short_text, device_id_hash=_is_short_text, session_id=_is_short_text,
+    locale=_is_short_text, occurred_at=_is_short_text)
+_CONVERSIONS = {  # to what is stored; the other fields are stored as they are, and the unknown ones under "JSON"
+    "occurred_at": parse_time, "received_at": parse_time, "stack_trace": _to_json, "properties": _to_json,
+    "JSON": _to_json}
 _REQUIRED = ("exception_type", "type", "occurred_at")
 
 Crash = namedtuple("Crash", ["group_hash", *_CRASH_FIELDS, "extra"])
@@ -534,9 +498,9 @@ Event.__doc__ = "A valid event: the fields of the API, and `extra`, the unknown 
 Reports = Union[Sequence[Crash], Sequence[Event]]
 
 
-def parse_crash(given: Given) -> Crash:
+def parse_crash(given: JsonObject) -> Crash:
     """A crash from its JSON object. Raises Refusal."""
-    values = _checked(given, _CRASH_FIELDS)
+    values = _validate(given, _CRASH_FIELDS)
     return Crash(group_hash(given["exception_type"], given.get("stack_trace") or ()), *values)
 
 
@@ -544,14 +508,14 @@ def parse_event(given: Any) -> Event:
     """An event from its JSON object. Raises Refusal."""
     if type(given) is not dict:
         raise Refusal("invalid event")
-    return Event._make(_checked(given, _EVENT_FIELDS))
+    return Event._make(_validate(given, _EVENT_FIELDS))
 
 
-def parse_batch(given: Given) -> List[Event]:
-    """1 to 100 events, all or none. Raises Refusal, with the index where one of them is the reason.
+def parse_batch(given: JsonObject) -> List[Event]:
+    """1 to 100 events, all or none. Raises Refusal, with the index of the first bad event.
 
-    Unknown fields beside `events` are kept with the first event, as `batch`: with
-    each of them, a small request could make the database write a large one.
+    Unknown fields beside `events` are kept with the first event, as `batch`. A copy
+    in every event would let a small request write much to the database.
     """
     events = given.get("events")
     if events in (None, "", []):
@@ -561,11 +525,13 @@ def parse_batch(given: Given) -> List[Event]:
     if len(events) > MAX_BATCH:
         raise Refusal(f"too many events: at most {MAX_BATCH}")
     if len(given) > 1 and type(events[0]) is dict:
-        free = next(name for name in ("batch" + "_" * n for n in range(len(events[0]) + 1)) if name not in events[0])
-        events[0][free] = {name: value for name, value in given.items() if name != "events"}
+        unused = "batch"
+        while unused in events[0]:
+            unused += "_"
+        events[0][unused] = {name: value for name, value in given.items() if name != "events"}
     try:
-        return list(map(Event._make, _all_checked(events, _EVENT_FIELDS)))
-    except (Refusal, TypeError, AttributeError):  # an event is bad, or is none, or has a list for a text
+        return list(map(Event._make, _validate_batch(events, _EVENT_FIELDS)))
+    except (Refusal, TypeError, AttributeError):  # a bad event, something else, or a list where a text belongs
         return [_parse_event_at(index, event) for index, event in enumerate(events)]
 
 
@@ -576,48 +542,52 @@ def _parse_event_at(index: int, event: Any) -> Event:
         raise Refusal(f"{refusal} at index {index}") from None
 
 
-Checks = Mapping[str, Callable[[Any, str], Any]]
+def _validate(given: JsonObject, rules: Rules) -> List[Any]:
+    """The fields in the order of their columns, then the unknown ones as JSON."""
+    values = [_validate_field(given.get(name), name, is_valid) for name, is_valid in rules.items()]
+    return [*values, _unknown_fields(given, rules)]
 
 
-def _checked(given: Given, checks: Checks) -> List[Any]:
-    """The fields in the order of their columns, and the unknown ones as JSON."""
-    return [*[_value(given.get(name), name, check) for name, check in checks.items()], _unknown(given, checks)]
-
-
-def _all_checked(objects: List[Given], checks: Checks) -> Iterable[Tuple[Any, ...]]:
-    """The same of each object, in a third of the time: field by field, because in a batch most are the same
-    from event to event, and what was found good once need not be looked at again."""
+def _validate_batch(objects: List[JsonObject], rules: Rules) -> Iterable[Tuple[Any, ...]]:
+    """`_validate` for each object in a third of the time: field by field, and each distinct value only once,
+    because most values are the same from event to event."""
     names, columns = set().union(*objects), []
-    for name, check in checks.items():
+    for name, is_valid in rules.items():
         values = [given.get(name) for given in objects] if name in names else [None] * len(objects)
-        if check in _OF_OBJECTS:
-            columns.append([_value(value, name, check) for value in values])
+        if is_valid is _is_object:  # not hashable
+            columns.append([_validate_field(value, name, is_valid) for value in values])
         else:
-            good = {value: _value(value, name, check) for value in set(values)}
-            columns.append([good[value] for value in values] if len(good) > 1 else [good[values[0]]] * len(objects))
-    columns.append([_unknown(given, checks) for given in objects] if names - checks.keys() else [None] * len(objects))
+            stored = {value: _validate_field(value, name, is_valid) for value in set(values)}
+            columns.append(map(stored.__getitem__, values))
+    has_unknown = not names <= rules.keys()
+    columns.append([_unknown_fields(given, rules) if has_unknown else None for given in objects])
     return zip(*columns)
 
 
-def _unknown(given: Given, checks: Mapping[str, Any]) -> Optional[str]:
-    unknown = {name: value for name, value in given.items() if name not in checks}
-    return _to_json(unknown, "JSON") if unknown else None
+def _unknown_fields(given: JsonObject, rules: Rules) -> Optional[str]:
+    unknown = {name: value for name, value in given.items() if name not in rules}
+    return _validate_field(unknown, "JSON", _is_object) if unknown else None
 
 
-def _value(value: Any, name: str, check: Callable[[Any, str], Any]) -> Any:
-    """A value as it is stored; null and "" mean that it is absent."""
-    if value is not None and value != "":
-        return check(value, name)
-    if name in _REQUIRED:
-        raise Refusal(f"missing {name}")
-    return None
+def _validate_field(value: Any, name: str, is_valid: Rule, absent: Sequence[Any] = (None, "")) -> Any:
+    """The value to store, None for an absent one. Raises Refusal."""
+    if value in absent:
+        if name in _REQUIRED:
+            raise Refusal(f"missing {name}")
+        return None
+    try:
+        if is_valid(value):
+            return _CONVERSIONS[name](value) if name in _CONVERSIONS else value
+    except (ValueError, RecursionError):
+        pass
+    raise Refusal(f"invalid {name}")
 
 
 # == Signature =================================================================
 #
 # HMAC-SHA256 over a timestamp and the raw body. The key travels with the request,
-# so this hides nothing: it proves that the body is the one that was signed, and
-# that it is no recording of an hour ago.
+# so this hides nothing: it proves that the body was not changed, and that it was
+# signed just now.
 
 SIGNATURE_WINDOW = 300 * SECOND  # both ways
 
@@ -629,12 +599,12 @@ def sign(key: bytes, timestamp: bytes, body: bytes) -> str:
 
 
 def verify(key: bytes, timestamp: bytes, signature: bytes, body: bytes, now: int) -> None:
-    """Returns if the signature is right and, at `now` in milliseconds, fresh; else raises Refusal."""
+    """Raises Refusal unless the signature is right and, at `now` in milliseconds, fresh."""
     try:
         signed_at = parse_time(timestamp.decode("latin-1"))
     except ValueError:
         raise Refusal("invalid timestamp") from None
-    # Bytes, because compare_digest takes no text beyond ASCII.
+    # As bytes, because compare_digest accepts no text beyond ASCII.
     if not hmac.compare_digest(sign(key, timestamp, body).encode(), signature):
         raise Refusal("invalid signature")
     if abs(now - signed_at) > SIGNATURE_WINDOW:
@@ -643,17 +613,17 @@ def verify(key: bytes, timestamp: bytes, signature: bytes, body: bytes, now: int
 
 # == RateLimiter ===============================================================
 #
-# A log of each key's last requests: exact, where a counter per minute would let
-# twice the limit through around the full minute. It holds at most `limit` numbers
-# per key, and only keys that exist come this far.
+# The times of each key's last requests. A counter per minute would be smaller, but
+# would allow twice the limit around the full minute. At most `limit` numbers are
+# kept for a key, and only existing keys get here.
 
 class RateLimiter:
-    """Allows `limit` requests of a key in any `window` of seconds; a limit of 0 allows all. Thread-safe.
+    """Allows `limit` requests of a key in any `window` of seconds; 0 allows all. Thread-safe.
 
     `clock` gives seconds and never runs backwards.
     """
 
-    waits = False  # for another host, so that requests had better not ask one after the other
+    waits = False  # True where `allow` asks another host; requests are then not checked one after the other
 
     def __init__(self, limit: int, window: float = 60.0, clock: Callable[[], float] = time.monotonic):
         self.limit, self.window, self._clock = limit, window, clock
@@ -661,20 +631,20 @@ class RateLimiter:
         self._lock = threading.Lock()
 
     def allow(self, key: bytes) -> bool:
-        """Whether the key may go on. What is refused does not count."""
+        """Whether the key may go on. A refused request does not count."""
         if not self.limit:
             return True
         with self._lock:
             now, times = self._clock(), self._times[key]
             while times and now - times[0] >= self.window:
                 times.popleft()
-            if len(times) < self.limit:
+            allowed = len(times) < self.limit
+            if allowed:
                 times.append(now)
-                return True
-            return False
+            return allowed
 
     def retry_after(self, key: bytes) -> int:
-        """Whole seconds, at least 1, after which `allow` says yes again."""
+        """Whole seconds, at least 1, until `allow` says yes again."""
         with self._lock:
             times = self._times[key]
             return max(1, math.ceil(times[0] + self.window - self._clock())) if times else 1
@@ -4032,7 +4002,7 @@ class Backfeedr:
         self._requests: Counter = Counter()  # by method, route and status
         self._counting = threading.Lock()
         self.pages = Dashboard(self.store, self.metrics, self.settings.public_url)
-        self._ingestion: Dict[str, Tuple[Callable[[Given], Reports], Callable[..., Dict[str, Any]]]] = {
+        self._ingestion: Dict[str, Tuple[Callable[[JsonObject], Reports], Callable[..., Dict[str, Any]]]] = {
             # By path: what makes reports of a body, and an answer of them.
             "/api/v1/crashes": (lambda given: [parse_crash(given)], _crash_answer),
             "/api/v1/events": (lambda given: [parse_event(given)], _event_answer),
@@ -4597,134 +4567,129 @@ def _drain(server: Any) -> None:
 
 # == Operations ================================================================
 #
-# What keeps the reports of a running server safe, and moves them: a copy of the file,
-# and a line a report. What takes long tells somebody, `progress`, how far it has come.
+# Back up, export, import and check a database while the server runs. What takes
+# long calls `progress` with how far it has come.
 
-BACKUP_PAGES = 1000  # between two looks at how far a backup has come
-IMPORT_LINES = 1000  # in a transaction,
-IMPORT_BYTES = 1_000_000  # unless they are longer than this together
-MAX_LINE = 1 << 27  # bytes of a report in a file: far above any body that a server takes
-LOW_DISK = 100_000_000  # free bytes, below which `check` finds something wrong
+BACKUP_PAGES = 1000  # copied between two calls of `progress`
+IMPORT_LINES = 1000  # at most in a transaction
+IMPORT_BYTES = 1_000_000  # after which a transaction ends, too
+MAX_LINE = 1 << 27  # bytes of an exported report: far above any body that a server accepts
+LOW_DISK = 100_000_000  # bytes; with less than this free, `check` fails
 
 Progress = Callable[..., Any]
 
 
 def backup(store: Store, path: Path, progress: Progress) -> None:
-    """Writes a copy of the database as it is now to a new file that only its owner can read. Raises StoreError.
+    """Copies the database as it is now to a new file that only its owner can read. Raises StoreError.
 
-    From within one read transaction: it stops no writer, and no writer makes it begin anew,
-    as happens to the backup API else. The price is a WAL that grows until it is done.
-    A copy has its name only when it is complete.
+    The copy gets its name only when it is complete.
     """
     if path.exists():
         raise StoreError(f"there is a file {path} already")
-    partial = ""
     try:
-        number, partial = tempfile.mkstemp(".partial", path.name + ".", path.parent)  # readable by its owner only
-        os.close(number)
-        _copy_database(store, partial, progress)
-        os.link(partial, path)  # refuses what has come meanwhile
+        # A temporary file has mode 0600, and is deleted also after an error.
+        with tempfile.NamedTemporaryFile(prefix=path.name + ".", suffix=".partial", dir=path.parent) as partial:
+            _copy_database(store, partial.name, progress)
+            os.link(partial.name, path)  # fails if another file took the name meanwhile
     except OSError as error:
         raise StoreError(f"cannot write the backup {path}: {error.strerror}") from None
-    finally:
-        if os.path.exists(partial):
-            os.unlink(partial)
 
 
 def _copy_database(store: Store, path: str, progress: Progress) -> None:
+    """Copies within one read transaction: it blocks no writer, and no writer makes SQLite start the copy again.
+    The price is a WAL that grows until the copy is done."""
     with store.reading() as db, closing(sqlite3.connect(path)) as copy:
         db.execute("begin")
-        db.execute("select 1 from apps").fetchone()  # from here on it sees nothing new
+        db.execute("select 1 from apps").fetchone()  # a read transaction starts with its first read
         try:
             db.backup(copy, pages=BACKUP_PAGES, progress=lambda _, left, pages: progress(pages - left, pages))
         except sqlite3.Error as error:
-            raise StoreError(f"cannot write the backup: {error}") from None  # so it is not the store's trouble
+            raise StoreError(f"cannot write the backup: {error}") from None  # the copy failed, not the store
         db.execute("commit")
 
 
 def export_jsonl(reports: Iterable[StoredReport], out: TextIO) -> None:
-    """Writes a JSON object a line: a report as it was sent, and what a server knew of it beside."""
-    for kept in reports:
-        out.write(_encode(_exported(kept)) + "\n")
+    """Writes one JSON object per line: the report as it was sent, with its id, app and time of receipt."""
+    for stored in reports:
+        out.write(_encode(_exported(stored)) + "\n")
 
 
 def export_csv(reports: Iterable[StoredReport], out: TextIO, kind: type) -> None:
-    """Writes the same as a table with a head, in which no cell is a formula to a spreadsheet."""
-    names = ["id", "app", "is_test", "received_at", *kind._fields]
-    table = csv.DictWriter(out, names)
+    """Writes the same as a table with a header. A spreadsheet reads no cell of it as a formula."""
+    table = csv.DictWriter(out, ["id", "app", "is_test", "received_at", *kind._fields])
     table.writeheader()
-    for kept in reports:
-        table.writerow({name: _cell(value) for name, value in _exported(kept).items()})
+    for stored in reports:
+        table.writerow({name: _csv_cell(value) for name, value in _exported(stored).items()})
 
 
-def _exported(kept: StoredReport) -> Figures:
-    report_id = crash_id(kept.seq) if type(kept.report) is Crash else event_ids([kept.seq])[0]
-    return _shown({"id": report_id, "app": kept.app, "is_test": kept.is_test, "received_at": kept.received_at,
-                   **kept.report._asdict()}, exact_time)
+def _exported(stored: StoredReport) -> Figures:
+    report_id = crash_id(stored.seq) if type(stored.report) is Crash else event_ids([stored.seq])[0]
+    return _shown({"id": report_id, "app": stored.app, "is_test": stored.is_test, "received_at": stored.received_at,
+                   **stored.report._asdict()}, exact_time)
 
 
-def _cell(value: Any) -> Any:
+def _csv_cell(value: Any) -> Any:
     if type(value) in (list, dict):
         return _encode(value)
     return "'" + value if type(value) is str and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 
 
-def read_kept(line: bytes) -> StoredReport:
-    """A report from a line that `export_jsonl` wrote, checked like a client's. Raises Refusal.
+_EXPORTED_FIELDS = {"app": _is_short_text, "id": _is_short_text, "is_test": _CRASH_FIELDS["is_charging"],
+                    "received_at": _is_short_text, "extra": _is_object}  # beside those of a crash or an event
 
-    What the server makes of a report, its group_hash, is made anew.
-    """
-    given = decode_json(line)
-    given.pop("group_hash", None)
-    app, report_id = (_short_text(given.pop(name, None), name) for name in ("app", "id"))
-    is_test = _of(bool)(given.pop("is_test", None), "is_test")
-    came = _time(given.pop("received_at", None), "received_at")
-    extra = _of(dict)(given.pop("extra", {}), "extra")
+
+def _parse_exported(line: bytes) -> StoredReport:
+    """A report from a line of `export_jsonl`, checked like one from a client. Raises Refusal."""
+    given = {"extra": {}, **decode_json(line)}
+    given.pop("group_hash", None)  # computed again
+    app, report_id, is_test, received_at, extra = (
+        _validate_field(given.pop(name, None), name, rule, absent=()) for name, rule in _EXPORTED_FIELDS.items())
     match = re.fullmatch("(evt_)?([0-7][0-9a-f]{15})", report_id)
-    seq = int(match[2], 16) if match else -1
-    # A seq is not before its time; and after it by a day at most, where a clock was so fast before.
-    if match is None or not first_seq(came) <= seq < first_seq(came + 2 * DAY):
+    # A seq is never before its time of receipt. It may be about a day later, after the server's clock was set back.
+    if not match or not first_seq(received_at) <= int(match[2], 16) < first_seq(received_at + 2 * DAY):
         raise Refusal("invalid id")
     report = (parse_event if match[1] else parse_crash)({**extra, **given})
-    return StoredReport(seq, app, is_test, came, report)
+    return StoredReport(int(match[2], 16), app, is_test, received_at, report)
 
 
 def import_jsonl(store: Store, lines: Iterable[bytes], progress: Progress) -> Counter:
-    """Stores what `export_jsonl` wrote, in the way of `Store.import_`, and returns the sum of what that does.
+    """Stores what `export_jsonl` wrote and returns the summed counts of `Store.import_`.
 
-    Raises StoreError with the number of the first bad line; what stands well before it is stored then.
+    Raises StoreError with the number of the first bad line; the good lines before it are stored then.
     """
     counts: Counter = Counter()
     try:
-        for step in _steps(lines):
-            counts += store.import_(step)
+        for batch in _import_batches(lines):
+            counts += store.import_(batch)
             progress(sum(counts.values()))
     except (StoreError, StorageUnavailable) as error:
-        raise StoreError(f"{error}; {counts['stored']:,} reports before it were stored: import the whole file"
-                         " again, when this is mended") from None
+        raise StoreError(f"{error}; {counts['stored']:,} reports before it were stored: fix this and import the"
+                         " whole file again") from None
     return counts
 
 
-def _steps(lines: Iterable[bytes]) -> Iterator[List[StoredReport]]:
-    step: List[StoredReport] = []
+def _import_batches(lines: Iterable[bytes]) -> Iterator[List[StoredReport]]:
+    batch: List[StoredReport] = []
     size = 0
     for number, line in enumerate(lines, 1):
         try:
-            step += [read_kept(line)] if line.strip() else []
+            if line.strip():
+                batch.append(_parse_exported(line))
         except Refusal as refusal:
-            yield step
+            yield batch
             raise StoreError(f"line {number}: {refusal}") from None
         size += len(line)
-        if len(step) >= IMPORT_LINES or size > IMPORT_BYTES:
-            yield step
-            step, size = [], 0
-    yield step
+        if len(batch) >= IMPORT_LINES or size > IMPORT_BYTES:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 class ReadOnlyConnection(Connection):
-    """A connection that changes nothing, nor the files beside: without a WAL nobody writes, and none is made."""
+    """A connection that changes neither the database nor the files beside it."""
 
     def __init__(self, path: Path):
+        # Without a WAL, nobody writes; `immutable` keeps SQLite from making one.
         super().__init__(path, True, "ro" if Path(f"{path}-wal").exists() else "ro&immutable=1")
 
     @staticmethod
@@ -4733,23 +4698,23 @@ class ReadOnlyConnection(Connection):
 
 
 def check(path: Path) -> Iterator[Tuple[str, Callable[[], str]]]:
-    """What there is to look at in a database, by name. To look gives what was found, or raises what is wrong."""
+    """The checks of a database, by name. Each returns what it found, or raises what is wrong."""
     yield "SQLite", check_sqlite
-    yield "disk", lambda: _look_at_disk(path)
-    yield "file", lambda: _look_at_file(path)
-    yield "schema", lambda: _look_at_schema(path)
-    yield "pages", lambda: _look_at_pages(path)
-    yield "roll-ups", lambda: _look_at_roll_ups(path)
+    yield "disk", lambda: _check_disk(path)
+    yield "file", lambda: _check_access(path)
+    yield "schema", lambda: _check_schema(path)
+    yield "pages", lambda: _check_pages(path)
+    yield "roll-ups", lambda: _check_roll_ups(path)
 
 
-def _look_at_disk(path: Path) -> str:
+def _check_disk(path: Path) -> str:
     free = shutil.disk_usage(path.parent).free
     if free < LOW_DISK:
         raise StoreError(f"only {_megabytes(free)} are free")
     return f"{_megabytes(free)} free"
 
 
-def _look_at_file(path: Path) -> str:
+def _check_access(path: Path) -> str:
     if not path.is_file():
         raise StoreError(f"{path} is not there")
     if not os.access(path, os.R_OK | os.W_OK):
@@ -4757,23 +4722,23 @@ def _look_at_file(path: Path) -> str:
     return f"{path}, {_megabytes(path.stat().st_size)}, WAL {_megabytes(_wal_size(path))}"
 
 
-def _look_at_schema(path: Path) -> str:
+def _check_schema(path: Path) -> str:
     with closing(ReadOnlyConnection(path)) as db, closing(sqlite3.connect(":memory:")) as fresh:
         check_is_ours(db, path)
         version = db.pragma("user_version")
-        if 0 < version < SCHEMA_VERSION:
-            return f"version {version}, of which the next start makes version {SCHEMA_VERSION}"
         if not version:
             raise StoreError("there are no tables")
+        if version < SCHEMA_VERSION:
+            return f"version {version}, which the next start upgrades to version {SCHEMA_VERSION}"
         fresh.executescript(SCHEMA)
-        expected, found = map(_shape, (fresh, db))
-        if not expected <= found:
-            raise StoreError(f"there is no {', '.join(sorted(expected - found))}")
+        missing = _schema_parts(fresh) - _schema_parts(db)
+        if missing:
+            raise StoreError(f"there is no {', '.join(sorted(missing))}")
         return f"version {version}"
 
 
-def _shape(db: sqlite3.Connection) -> Set[str]:
-    """The tables, indexes and columns."""
+def _schema_parts(db: sqlite3.Connection) -> Set[str]:
+    """The tables and indexes, each with each of its columns."""
     return {f"{kind} {name}" + f" with {column}" * bool(column) for kind, name, column in db.execute("""
         select master.type, master.name, columns.name
         from sqlite_master as master cross join pragma_table_xinfo(master.name) as columns
@@ -4785,7 +4750,7 @@ def _shape(db: sqlite3.Connection) -> Set[str]:
         """) if not name.startswith("sqlite_")}
 
 
-def _look_at_pages(path: Path) -> str:
+def _check_pages(path: Path) -> str:
     with closing(ReadOnlyConnection(path)) as db:
         found = db.pragma("quick_check(1)")
         if found != "ok":
@@ -4793,7 +4758,7 @@ def _look_at_pages(path: Path) -> str:
         return f"{db.pragma('page_count'):,}, all sound"
 
 
-def _look_at_roll_ups(path: Path) -> str:
+def _check_roll_ups(path: Path) -> str:
     """Counts all reports again, by the same code into tables of its own, and compares.
 
     Sums outlive their reports. So where some have expired, a sum may be larger than what is counted again.
@@ -5082,117 +5047,109 @@ _DEMO_CRASHES: Sequence[tuple] = (  # in a thousand sessions of a version; app; 
 
 # == Command line ==============================================================
 #
-# Every command works while the server runs: all they share is the file.
+# Every command works while the server runs: they share nothing but the file. To
+# add one, write its function and add a row to _COMMANDS.
 
 def main(argv: Optional[Sequence[str]] = None, make: Callable[..., Backfeedr] = Backfeedr,
          open_store: Callable[..., Store] = Store) -> int:
-    """Runs a command. Returns 0, or 1 for what went wrong; exits with 2 for wrong usage."""
-    arguments = _parser().parse_args(argv)
-    overrides = {each.name: getattr(arguments, each.name) for each in fields(Settings)
-                 if hasattr(arguments, each.name)}
+    """Runs a command. Returns 0, or 1 after an error; exits with 2 for wrong usage."""
     try:
-        if arguments.run is _check:
-            return _check(overrides)
+        arguments = _parser().parse_args(argv)
+        overrides = {each.name: getattr(arguments, each.name) for each in fields(Settings)
+                     if hasattr(arguments, each.name)}
+        if arguments.run in (_serve, _demo, _check):
+            return arguments.run(overrides, make)
         settings = Settings.from_env(**overrides)
-        if arguments.run is serve:
-            serve(settings, make=make)
-        elif arguments.run is serve_demo:
-            serve_demo(settings)
-        else:
-            if arguments.run is _import:  # before a database is made for it
-                arguments.FILE = _open(arguments.FILE)
-            retention_days = settings.retention_days if os.environ.get("BACKFEEDR_RETENTION_DAYS") else None
-            with open_store(settings.db_path, retention_days=retention_days,
-                            may_create=arguments.run in (_app_create, _import)) as store:
-                arguments.run(store, arguments)
-    except BrokenPipeError:  # whoever reads the output has had enough, also of what Python writes when it ends
+        retention_days = settings.retention_days if os.environ.get("BACKFEEDR_RETENTION_DAYS") else None
+        with open_store(settings.db_path, retention_days=retention_days,
+                        may_create=arguments.run in (_app_create, _import)) as store:
+            arguments.run(store, arguments)
+        return 0
+    except BrokenPipeError:  # nobody reads the output any more, nor what Python flushes at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except KeyboardInterrupt:
-        _say("backfeedr: interrupted")
-        return 1
+        problem: Any = "interrupted"
     except (SettingsError, StoreError, Refusal, OSError, UnicodeError, ImportError) as error:
-        _say(f"backfeedr: {error}")
-        return 1
-    return 0
+        problem = error
+    _print_stderr(f"backfeedr: {problem}")
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    options.add_argument("--db", dest="db_path", metavar="FILE", help="the database (default: backfeedr.db)")
-    serving = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    serving.add_argument("--host", help="the address to listen on (default: 127.0.0.1)")
-    serving.add_argument("--port", type=int, help="the port (default: 8080); 0 takes a free one")
-    serving.add_argument("--verbose", action="store_true", help="log a line for each request, on standard error")
-    parser = argparse.ArgumentParser(prog="backfeedr", parents=[options, serving], description=(
+    parser = argparse.ArgumentParser(prog="backfeedr", description=(
         "Crash reports and usage figures for iOS apps, on your own host. Without a command, it serves."))
     parser.add_argument("--version", action="version", version=f"backfeedr {__version__}")
-    parser.set_defaults(run=serve)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    commands.add_parser("serve", parents=[options, serving], help="start the server").set_defaults(run=serve)
-    commands.add_parser("demo", parents=[serving], help="serve made-up reports, to look at").set_defaults(run=serve_demo)
-    prune = commands.add_parser("prune", parents=[options], help="delete what is older than the retention, now")
-    prune.set_defaults(run=_prune)
-    _add_operations(commands, options)
-    for noun, actions in _COMMANDS.items():
-        nouns = commands.add_parser(noun, help=f"{', '.join(actions)}").add_subparsers(metavar="ACTION", required=True)
-        for verb, (run, summary, *names) in actions.items():
-            action = nouns.add_parser(verb, parents=[options], help=summary, description=summary)
-            action.set_defaults(run=run)
-            for name in names:
-                action.add_argument(name, **({"action": "store_true"} if name.startswith("--") else {}))
+    _add_arguments(parser, _serve, _SERVER)
+    groups = {"": parser.add_subparsers(title="commands", metavar="COMMAND")}
+    for name, run, text, arguments in _COMMANDS:
+        noun, _, verb = name.rpartition(" ")
+        if noun not in groups:
+            verbs = [each.split()[1] for each, *_ in _COMMANDS if each.startswith(noun + " ")]
+            group = groups[""].add_parser(noun, help=", ".join(verbs))
+            groups[noun] = group.add_subparsers(metavar="ACTION", required=True)
+        _add_arguments(groups[noun].add_parser(verb, help=text, description=text), run, arguments)
     return parser
 
 
-def _add_operations(commands: Any, options: argparse.ArgumentParser) -> None:
-    def add(name: str, run: Callable[..., Any], summary: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, parents=[options], help=summary, description=summary)
-        command.set_defaults(run=run)
-        return command
-    add("backup", _backup, "write a copy of the database to a new file").add_argument("FILE")
-    export = add("export", _export, "print crashes or events")
-    export.add_argument("KIND", choices=_KINDS_OF_REPORTS)
-    export.add_argument("--app", metavar="NAME", help="of this app (default: of all)")
-    export.add_argument("--since", metavar="DATE", type=_date_ms, default=0,
-                        help="received on this day (UTC) or later, like 2026-03-12")
-    export.add_argument("--format", choices=("jsonl", "csv"), default="jsonl",
-                        help="jsonl (the default), which import reads, or csv, for a spreadsheet")
-    add("import", _import, "store what export has printed as jsonl").add_argument(
-        "FILE", help="- for standard input")
-    add("check", _check, "say whether the database is as it should be")
+def _add_arguments(parser: argparse.ArgumentParser, run: Callable[..., Any], arguments: _Arguments) -> None:
+    """What has no default stays unset, so that a setting comes from the environment."""
+    parser.set_defaults(run=run)
+    for name, options in arguments.items() if run is _demo else {**_DB, **arguments}.items():
+        parser.add_argument(name, **{"default": argparse.SUPPRESS, **options})
+
+
+def _serve(overrides: Dict[str, Any], make: Callable[..., Backfeedr]) -> int:
+    serve(Settings.from_env(**overrides), make=make)
+    return 0
+
+
+def _demo(overrides: Dict[str, Any], make: Callable[..., Backfeedr]) -> int:
+    serve_demo(Settings.from_env(**overrides))
+    return 0
 
 
 def _app_create(store: Store, arguments: argparse.Namespace) -> None:
     key = store.create_app(arguments.NAME, arguments.test)
-    _say(f"Made the app {arguments.NAME!r}. Its API key, shown only this once:")
+    _print_stderr(f"Made the app {arguments.NAME!r}. Its API key, shown only this once:")
     print(key)
 
 
 def _app_list(store: Store, arguments: argparse.Namespace) -> None:
-    _table(("APP", "KIND", "KEYS", "CREATED"), [
+    _print_table(("APP", "KIND", "KEYS", "CREATED"), [
         (app.name, "test" if app.is_test else "live", app.keys, _date(app.created_at)) for app in store.apps()])
 
 
 def _app_delete(store: Store, arguments: argparse.Namespace) -> None:
+    if not arguments.yes:
+        _confirm(arguments.NAME)
     store.delete_app(arguments.NAME)
-    _say(f"Deleted the app {arguments.NAME!r}, its keys and all that it sent.")
+    _print_stderr(f"Deleted the app {arguments.NAME!r}, its keys and all its reports.")
+
+
+def _confirm(name: str) -> None:
+    """Asks for the app's name. Raises StoreError unless it is typed again."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise StoreError(f"there is no terminal to confirm on; --yes deletes {name!r} without asking")
+    print(f"This deletes all reports of the app {name!r}. Type its name again: ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().rstrip("\n") != name:
+        raise StoreError("the names differ; nothing was deleted")
 
 
 def _key_create(store: Store, arguments: argparse.Namespace) -> None:
     key = store.create_key(arguments.NAME)
-    _say(f"Made a further key for the app {arguments.NAME!r}, shown only this once:")
+    _print_stderr(f"Made another key for the app {arguments.NAME!r}, shown only this once:")
     print(key)
 
 
 def _key_list(store: Store, arguments: argparse.Namespace) -> None:
-    _table(("KEY", "APP", "CREATED", "REVOKED"), [
-        (key.prefix + "...", key.app, _date(key.created_at), key.revoked_at and _date(key.revoked_at) or "-")
-        for key in store.keys()])
+    _print_table(("KEY", "APP", "CREATED", "REVOKED"), [
+        (key.prefix + "...", key.app, _date(key.created_at), _date(key.revoked_at)) for key in store.keys()])
 
 
 def _key_revoke(store: Store, arguments: argparse.Namespace) -> None:
     key = store.revoke_key(arguments.PREFIX)
-    _say(f"Revoked the key {key.prefix}... of the app {key.app!r}.")
+    _print_stderr(f"Revoked the key {key.prefix}... of the app {key.app!r}.")
 
 
 def _device_show(store: Store, arguments: argparse.Namespace) -> None:
@@ -5206,7 +5163,7 @@ def _device_forget(store: Store, arguments: argparse.Namespace) -> None:
     deleted = store.forget_device(arguments.HASH)
     if not deleted:
         raise StoreError(f"nothing is kept of a device {arguments.HASH!r}")
-    _say(f"Forgot the device {arguments.HASH!r}: {_counted_rows(deleted)}.")
+    _print_stderr(f"Forgot the device {arguments.HASH!r}: {_report_counts(deleted)}.")
 
 
 def _prune(store: Store, arguments: argparse.Namespace) -> None:
@@ -5214,11 +5171,11 @@ def _prune(store: Store, arguments: argparse.Namespace) -> None:
     with _progress("deleting: {:,} rows") as progress:
         deleted = store.prune(progress)
     kept = f"older than {store.retention_days} days" if store.retention_days else "(the retention keeps all)"
-    _say(f"Deleted {_counted_rows(deleted)} {kept}; gave back"
-         f" {max(0, size - store.size) / 1e6:,.1f} MB of {size / 1e6:,.1f} MB.")
+    _print_stderr(f"Deleted {_report_counts(deleted)} {kept}; gave back {_megabytes(max(0, size - store.size))}"
+                  f" of {_megabytes(size)}.")
 
 
-def _counted_rows(rows: Mapping[str, int]) -> str:
+def _report_counts(rows: Mapping[str, int]) -> str:
     crashes, events = rows.get("crashes", 0), rows.get("events", 0)
     return f"{crashes:,} crash{'es' * (crashes != 1)} and {events:,} event{'s' * (events != 1)}"
 
@@ -5226,14 +5183,14 @@ def _counted_rows(rows: Mapping[str, int]) -> str:
 def _backup(store: Store, arguments: argparse.Namespace) -> None:
     with _progress("copying: {:,} of {:,} pages") as progress:
         backup(store, Path(arguments.FILE), progress)
-    _say(f"Wrote {arguments.FILE}, {_megabytes(os.stat(arguments.FILE).st_size)}.")
+    _print_stderr(f"Wrote {arguments.FILE}, {_megabytes(os.stat(arguments.FILE).st_size)}.")
 
 
 def _export(store: Store, arguments: argparse.Namespace) -> None:
-    kind, out = _KINDS_OF_REPORTS[arguments.KIND], sys.stdout
+    kind, out = _KINDS[arguments.KIND], sys.stdout
     out.reconfigure(encoding="utf-8", newline="")  # type: ignore[union-attr]
     with _progress("exporting: {:,} " + arguments.KIND, out.isatty()) as progress:
-        reports = _watched(store.export(kind, arguments.app, arguments.since), progress)
+        reports = _with_progress(store.export(kind, arguments.app, arguments.since), progress)
         if arguments.format == "csv":
             export_csv(reports, out, kind)
         else:
@@ -5241,21 +5198,21 @@ def _export(store: Store, arguments: argparse.Namespace) -> None:
         out.flush()
 
 
-def _open(name: str) -> BinaryIO:
-    try:
-        return sys.stdin.buffer if name == "-" else open(name, "rb")
-    except OSError as error:
-        raise StoreError(f"cannot read {name}: {error.strerror}") from None
+def _with_progress(reports: Iterable[StoredReport], progress: Progress) -> Iterator[StoredReport]:
+    for number, stored in enumerate(reports, 1):
+        yield stored
+        if number % PAGE_ROWS == 0:
+            progress(number)
 
 
 def _import(store: Store, arguments: argparse.Namespace) -> None:
     with _progress("importing: {:,} reports") as progress, arguments.FILE as file:
         counts = import_jsonl(store, iter(lambda: file.readline(MAX_LINE), b""), progress)
-    _say(f"Stored {counts['stored']:,} reports; {counts['known']:,} were here already, and the time of"
-         f" {counts['expired']:,} is over.")
+    _print_stderr(f"Stored {counts['stored']:,} reports; {counts['known']:,} were here already, and"
+                  f" {counts['expired']:,} are older than the retention.")
 
 
-def _check(overrides: Dict[str, Any]) -> int:
+def _check(overrides: Dict[str, Any], make: Callable[..., Backfeedr]) -> int:
     path = overrides.get("db_path") or os.environ.get("BACKFEEDR_DB_PATH") or Settings.db_path
     status = 0
     for name, look in chain([("settings", lambda: f"{len(fields(Settings.from_env(**overrides)))}, all good")],
@@ -5271,16 +5228,9 @@ def _check(overrides: Dict[str, Any]) -> int:
     return status
 
 
-def _watched(reports: Iterable[StoredReport], progress: Progress) -> Iterator[StoredReport]:
-    for number, kept in enumerate(reports, 1):
-        yield kept
-        if number % PAGE_ROWS == 0:
-            progress(number)
-
-
 @contextmanager
 def _progress(text: str, quiet: bool = False) -> Iterator[Progress]:
-    """Shows on a terminal, in a line that goes in the end, how far long work has come: at most ten times a second."""
+    """Shows the progress of long work in one line of a terminal, at most ten times a second; clears it at the end."""
     due, quiet = 0.0, quiet or not sys.stderr.isatty()
 
     def show(*figures: int) -> None:
@@ -5296,42 +5246,73 @@ def _progress(text: str, quiet: bool = False) -> Iterator[Progress]:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def _date_ms(text: str) -> int:
+def _print_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _print_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    lines = [head, *rows]
+    widths = [max(len(str(line[column])) for line in lines) for column in range(len(head))]
+    for line in lines:
+        print("  ".join(str(cell).ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+def _date(time_ms: Optional[int]) -> str:
+    return "-" if time_ms is None else iso_time(time_ms)[:10]
+
+
+def _start_of_day(text: str) -> int:
     try:
         return parse_time(text + "T00:00:00Z")
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a date like 2026-03-12") from None
 
 
-_KINDS_OF_REPORTS = {"crashes": Crash, "events": Event}
-_COMMANDS = {
-    "app": {
-        "create": (_app_create, "make an app and print its first key", "NAME", "--test"),
-        "list": (_app_list, "list the apps"),
-        "delete": (_app_delete, "delete an app, its keys and all that it sent", "NAME")},
-    "key": {
-        "create": (_key_create, "make a further key for an app and print it", "NAME"),
-        "list": (_key_list, "list the keys, by the part that may be shown"),
-        "revoke": (_key_revoke, "end a key at once", "PREFIX")},
-    "device": {
-        "show": (_device_show, "print all that is kept of a device, as JSON", "HASH"),
-        "forget": (_device_forget, "delete all that is kept of a device", "HASH")},
-}
+def _open_input(name: str) -> BinaryIO:
+    """As an argument's type it runs first: a missing file must not leave a new database behind."""
+    try:
+        return sys.stdin.buffer if name == "-" else open(name, "rb")
+    except OSError as error:
+        raise StoreError(f"cannot read {name}: {error.strerror}") from None
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def _date(time_ms: int) -> str:
-    return datetime.fromtimestamp(time_ms / SECOND, timezone.utc).strftime("%Y-%m-%d")
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    lines = [head, *rows]
-    widths = [max(len(str(line[column])) for line in lines) for column in range(len(head))]
-    for line in lines:
-        print("  ".join(str(cell).ljust(width) for cell, width in zip(line, widths)).rstrip())
+_Arguments = Mapping[str, Mapping[str, Any]]  # what argparse is told of each
+_KINDS = {"crashes": Crash, "events": Event}
+_APP = {"NAME": dict(help="the app's name")}
+_HASH = {"HASH": dict(help="the device_id_hash that the app sends")}
+_DB = {"--db": dict(dest="db_path", metavar="FILE", help="the database (default: backfeedr.db)")}
+_SERVER = {
+    "--host": dict(help="the address to listen on (default: 127.0.0.1)"),
+    "--port": dict(type=int, help="the port (default: 8080); 0 takes a free one"),
+    "--verbose": dict(action="store_true", help="log a line for each request, on standard error")}
+_COMMANDS = (  # name, function, help, arguments beside --db
+    ("serve", _serve, "start the server", _SERVER),
+    ("demo", _demo, "serve made-up reports, to look at", _SERVER),
+    ("app create", _app_create, "make an app and print its first key", {
+        **_APP, "--test": dict(action="store_true", default=False, help="a test app: it is in no public figure")}),
+    ("app list", _app_list, "list the apps", {}),
+    ("app delete", _app_delete, "delete an app, its keys and all its reports", {
+        **_APP, "--yes": dict(action="store_true", default=False, help="do not ask to type the name again")}),
+    ("key create", _key_create, "make another key for an app and print it", _APP),
+    ("key list", _key_list, "list the keys, each by its visible beginning", {}),
+    ("key revoke", _key_revoke, "end a key at once", {
+        "PREFIX": dict(help="the key, or enough of its beginning")}),
+    ("device show", _device_show, "print all that is kept of a device, as JSON", _HASH),
+    ("device forget", _device_forget, "delete all that is kept of a device", _HASH),
+    ("prune", _prune, "delete what is older than the retention, now", {}),
+    ("backup", _backup, "write a copy of the database to a new file", {
+        "FILE": dict(help="the new file; one that exists is not replaced")}),
+    ("export", _export, "print crashes or events", {
+        "KIND": dict(choices=_KINDS, help="which reports to print"),
+        "--app": dict(metavar="NAME", default=None, help="of this app (default: of all)"),
+        "--since": dict(metavar="DATE", type=_start_of_day, default=0,
+                        help="received on this day (UTC) or later, like 2026-03-12"),
+        "--format": dict(choices=("jsonl", "csv"), default="jsonl",
+                         help="jsonl (the default), which import reads, or csv, for a spreadsheet")}),
+    ("import", _import, "store what export has printed as jsonl", {
+        "FILE": dict(type=_open_input, help="the file; - is standard input")}),
+    ("check", _check, "say whether the database is as it should be", {}),
+)
 
 
 if __name__ == "__main__":

@@ -252,7 +252,7 @@ def check_database(path, forgotten=False):
             tables["groups"] = {key: (*row[:2], *row[3:]) for key, row in tables["groups"].items()}
     for table in expected:
         assert found[table] == expected[table], table
-    assert POSTGRES or backfeedr._look_at_roll_ups(Path(path).absolute()), "and `check` sees it so"
+    assert POSTGRES or backfeedr._check_roll_ups(Path(path).absolute()), "and `check` sees it so"
 
 
 def windows(path):
@@ -867,7 +867,7 @@ def one_day(keeping):
     """A server that keeps reports for a day. `check` compares what can be compared."""
     server = keeping(1)
     yield server
-    assert POSTGRES or backfeedr._look_at_roll_ups(server.store.path)
+    assert POSTGRES or backfeedr._check_roll_ups(server.store.path)
 
 
 @pytest.fixture
@@ -1474,7 +1474,7 @@ def test_expired_crashes_are_taken_out_of_other(one_name, clock, later):
     assert answers["overview"]["top_crashes"][0]["group_hash"] == "(other)"
     later(server, 7 * A_DAY)
     assert [row[2] for row in stored(server, "groups")["groups"]] == ["LATE"]
-    assert POSTGRES or backfeedr._look_at_roll_ups(server.store.path)
+    assert POSTGRES or backfeedr._check_roll_ups(server.store.path)
 
 
 # -- What `check` finds
@@ -1505,10 +1505,10 @@ def sound(tmp_path_factory):
 def test_check_names_the_table_that_was_tampered_with(sound, tmp_path, table, damage):
     path = tmp_path / "test.db"
     path.write_bytes(sound)
-    assert backfeedr._look_at_roll_ups(path)
+    assert backfeedr._check_roll_ups(path)
     sql_run(path, damage)
     with pytest.raises(StoreError, match=f"^these tables are not what they should be: {table}$"):
-        backfeedr._look_at_roll_ups(path)
+        backfeedr._check_roll_ups(path)
 
 
 @sqlite_only
@@ -1517,7 +1517,7 @@ def test_check_finds_nothing_wrong_after_some_reports_have_expired(keeping, cloc
     server = keeping(5)
     fill(server, clock, seed, 120)
     server.store.prune()
-    assert 0 < count(server, "crashes") and backfeedr._look_at_roll_ups(server.store.path)
+    assert 0 < count(server, "crashes") and backfeedr._check_roll_ups(server.store.path)
 
 
 # -- Many at once
@@ -5302,9 +5302,45 @@ def test_keys_are_made_listed_and_revoked(command):
 
 def test_app_delete_deletes(command):
     command("app", "create", "Shop")
-    assert command("app", "delete", "Shop")[0] == 0
-    assert command("app", "delete", "Shop") == (1, "", "backfeedr: there is no app named 'Shop'\n")
+    assert command("app", "delete", "Shop", "--yes")[0] == 0
+    assert command("app", "delete", "Shop", "--yes") == (1, "", "backfeedr: there is no app named 'Shop'\n")
     assert command("key", "list")[1].splitlines()[1:] == []
+
+
+@pytest.mark.parametrize("typed, status", [("Shop\n", 0), ("shop\n", 1), ("Shop \n", 1), ("\n", 1), ("", 1)])
+def test_app_delete_on_a_terminal_asks_for_the_name_again(command, monkeypatch, typed, status):
+    command("app", "create", "Shop")
+    terminal = io.StringIO(typed)
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdin", terminal)
+    got, out, err = command("app", "delete", "Shop")
+    assert (got, out) == (status, "") and "Type its name again: " in err
+    assert err.endswith("nothing was deleted\n" if status else "Deleted the app 'Shop', its keys and all its reports.\n")
+    assert len(command("app", "list")[1].splitlines()) == 1 + status
+    assert len(command("key", "list")[1].splitlines()) == 1 + status
+
+
+@pytest.mark.parametrize("stdin", [io.StringIO("Shop\n"), None])
+def test_app_delete_without_a_terminal_is_refused_unless_it_is_told_yes(command, monkeypatch, stdin):
+    monkeypatch.setattr(sys, "stdin", stdin)
+    command("app", "create", "Shop")
+    assert command("app", "delete", "Shop") \
+        == (1, "", "backfeedr: there is no terminal to confirm on; --yes deletes 'Shop' without asking\n")
+    assert len(command("app", "list")[1].splitlines()) == len(command("key", "list")[1].splitlines()) == 2
+    assert command("app", "delete", "Shop", "--yes")[0] == 0
+
+
+def test_every_argument_and_option_has_a_help_text():
+    def texts(parser):
+        for action in parser._actions:
+            yield action.dest, action.help
+            if isinstance(action, argparse._SubParsersAction):
+                yield from ((choice.dest, choice.help) for choice in action._choices_actions)
+                for child in action.choices.values():
+                    yield from texts(child)
+
+    missing = [dest for dest, text in texts(backfeedr._parser()) if not text and dest != "==SUPPRESS=="]
+    assert missing == []
 
 
 @pytest.mark.parametrize("arguments, status, text", [
@@ -5441,9 +5477,9 @@ def test_what_export_prints_import_stores_as_it_was(command, filled, serve, tmp_
     count = Path("all").read_bytes().count(b"\n") - 1
     status, out, err = command("import", "all", "--db", "other.db")
     assert (status, out) == (0, "")
-    assert err == f"Stored {count:,} reports; 0 were here already, and the time of 0 is over.\n"
+    assert err == f"Stored {count:,} reports; 0 were here already, and 0 are older than the retention.\n"
     again = command("import", "all", "--db", "other.db")[2]
-    assert again == f"Stored 0 reports; {count:,} were here already, and the time of 0 is over.\n"
+    assert again == f"Stored 0 reports; {count:,} were here already, and 0 are older than the retention.\n"
     for kind in ("crashes", "events"):
         assert command("export", kind, "--db", "other.db")[1].encode() == Path(kind).read_bytes()
     other = serve("other.db")
@@ -5614,7 +5650,7 @@ def test_check_finds_what_is_wrong(command, filled, damage, line):
 
 def test_check_leaves_an_older_schema_to_the_next_start_and_an_empty_file_alone(command, filled, monkeypatch):
     monkeypatch.setattr(backfeedr, "SCHEMA_VERSION", backfeedr.SCHEMA_VERSION + 1)
-    assert re.search(r"\nok  schema: version \d+, of which the next start makes version \d+\n", command("check")[1])
+    assert re.search(r"\nok  schema: version \d+, which the next start upgrades to version \d+\n", command("check")[1])
     Path("empty.db").touch()
     status, out, _ = command("check", "--db", "empty.db")
     assert status == 1 and "\nBAD schema: there are no tables\n" in out and Path("empty.db").read_bytes() == b""
