@@ -5,8 +5,8 @@
     python examples/postgres.py postgresql://backfeedr@db.example.com/backfeedr --port 8080
     python examples/postgres.py postgresql://backfeedr@db.example.com/backfeedr import reports.jsonl
 
-Options, commands and BACKFEEDR_ variables are the server's own, but for those of the file: `--db`, backup, check
-and demo. A password belongs in ~/.pgpass and not into the URL, which other users of the host can see. An
+Options, commands and BACKFEEDR_ variables are the server's own, but for those of the file: `--db`, backup and
+check. A password belongs in ~/.pgpass and not into the URL, which other users of the host can see. An
 `?options=-csearch_path%3DNAME` in the URL names the schema to live in; the role needs no more than to create
 tables there. A URL may name several hosts: the one that takes writes is used.
 
@@ -406,7 +406,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("url", metavar="URL", help="postgresql://USER@HOST/DATABASE, or key=value pairs of libpq")
     parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER)
     given = parser.parse_args(argv)
-    if {"backup", "check", "demo", "--db"} & set(given.arguments[:1]):
+    if {"backup", "check", "--db"} & set(given.arguments[:1]):
         parser.error(f"{given.arguments[0]} is of SQLite's file; for a copy of a database see pg_dump")
     logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # the store says it, and once
     return backfeedr.main(given.arguments, make=lambda *args, **options: PostgresBackfeedr(given.url, *args, **options),
