@@ -14,24 +14,34 @@ and the curl line that sends a first crash:
 
 It is a WSGI callable, too: `Backfeedr(db_path="crashes.db")` mounts in any app.
 
-The sections, each of which uses only those above it:
+The rooms, each of which uses only those above it:
 
     Settings        what an operator may choose
-    Schema          the one SQLite file
+    Schema          the reports in the one SQLite file
     Values          refusals, times, ids, keys, group hashes
     Payloads        JSON in, a crash or an event out
     Signature       HMAC-SHA256 over a request
     RateLimiter     so many requests a minute and key
-    RollUps         what a report changes in the figures
-    Store           connections, the one write path, apps and keys
+    Figures         what is counted: tables, counting and question of each figure
+    Database        connections, transactions, migrations
+    Apps            apps, keys, the admin
+    Store           the one write path, export, and how reports go again
     Metrics         the questions asked of the store
     Requests        what a request carries, and what a client may be told
     Dashboard       the pages that people look at
     Backfeedr       the WSGI callable
-    Server          waitress, and how it stops
+    Server          waitress, how it gathers reports, and how it stops
     Operations      backup, export, import, check
-    Demo            a month of made-up reports, to look at
-    Command line    serve, demo, app, key, device, prune, and the operations
+    Command line    serve, app, key, device, prune, and the operations
+
+To make a change, touch:
+
+    add an endpoint             Backfeedr._routes, and a question in Metrics
+    add a field to a report     REPORT_TABLES, migrate, and _CRASH_FIELDS or _EVENT_FIELDS
+    add a figure                a class in Figures, RollUps, and a question in Metrics
+    add a page                  Dashboard.routes, a method there, and a template
+    add a command               a function in Command line, and a row of _COMMANDS
+    accept another format       a function in Payloads, and Backfeedr._ingestion
 """
 
 from __future__ import annotations
@@ -48,7 +58,6 @@ import json
 import logging
 import math
 import os
-import random
 import re
 import secrets
 import shutil
@@ -4818,233 +4827,6 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
-# == Demo ======================================================================
-#
-# A month of made-up apps, so that there is something to look at. It goes in the way that
-# all reports go, under a clock that is moved by hand; the tables are below the logic.
-
-DEMO_DAYS = 35  # the 30 that are shown, and some before: so those begin with phones that are known
-
-
-def serve_demo(settings: Settings) -> None:
-    """Serves made-up reports from a file that is gone afterwards. Raises as `serve`."""
-    def make(settings: Settings, announce: Callable[[str], Any]) -> Backfeedr:
-        fill_demo(settings.db_path, int(time.time() * SECOND))
-        app = Backfeedr(settings, announce=announce)
-        announce("This is a month of made-up reports. The link signs in, once and for ten minutes:\n\n"
-                 f"    {app.pages.invite(_url(settings.host, settings.port))}\n\n")
-        return app
-
-    with tempfile.TemporaryDirectory() as folder:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and so leaves nothing behind while it fills
-        serve(replace(settings, db_path=os.path.join(folder, "demo.db"), api_key="", retention_days=0), make)
-
-
-def fill_demo(path: str, now: int, seed: int = 1) -> None:
-    """Makes the database at `path` and fills it with a month of reports that ends at `now`, in milliseconds.
-
-    The same `now` and `seed` make the same reports. Raises StoreError where an app of the demo is there already.
-    """
-    chance, moment = random.Random(seed), now - DEMO_DAYS * DAY
-    end = now - min(180 * SECOND, now % DAY // 2)  # the last report is some minutes old, but of today
-    with Store(path, clock=lambda: moment / SECOND) as store:
-        keys = {app.name: sha256(store.create_app(app.name, app.is_test)) for app in _DEMO_APPS}
-        reports = sorted(chain.from_iterable(_demo_reports(app, end, chance) for app in _DEMO_APPS),
-                         key=itemgetter(0, 1, 2, 3))
-        for (moment, name, kind), batch in groupby(reports, itemgetter(0, 1, 2)):
-            parse: Callable[[Given], Any] = parse_crash if kind == "crash" else parse_event
-            store.add(keys[name], [parse({**given, "occurred_at": iso_time(at)}) for *_, at, given in batch])
-
-
-def _demo_reports(app: _DemoApp, end: int, chance: random.Random) -> Iterator[Tuple[int, str, str, int, Given]]:
-    """All reports of an app: when they are received, its name, their kind, when they occurred, what is in them."""
-    for phone in [_DemoPhone(app, end, chance) for _ in range(app.phones)]:
-        for start in phone.starts():
-            for kind, at, given in phone.session(start):
-                if at <= end:
-                    yield _demo_arrival(kind, at, end, chance), app.name, kind, at, given
-
-
-def _demo_arrival(kind: str, at: int, end: int, chance: random.Random) -> int:
-    """A crash comes with the next start, all else soon; and the older, the more in one commit, to be quick."""
-    delay = chance.expovariate(1 / 1200) if kind == "crash" else chance.uniform(1, 20)
-    age = max(0, end - at - int(delay * SECOND))
-    step = 5 * SECOND if age < HOUR else HOUR // 6 if age < DAY else 4 * HOUR
-    return end - age // step * step
-
-
-class _DemoPhone:
-    """A made-up phone: who has it, and what it reports."""
-
-    def __init__(self, app: _DemoApp, end: int, chance: random.Random):
-        self.app, self.end, self.chance = app, end, chance
-        age = min(DEMO_DAYS - 1, chance.randrange(66))  # in days; about half of them are there from the first
-        self.joined_at = self.time_of(end // DAY - age)
-        self.sessions, days = chance.choice(_DEMO_HABITS[:4] if age == DEMO_DAYS - 1 else _DEMO_HABITS)
-        self.left_at = self.joined_at + chance.expovariate(1 / days) * DAY
-        self.lag = chance.expovariate(1 / chance.choice((1, 2, 2, 12))) * DAY  # from a release until it is installed
-        model = self.pick(_DEMO_MODELS)
-        systems = _DEMO_SYSTEMS[2:] if model.startswith("iPhone17") else _DEMO_SYSTEMS  # which came with iOS 18
-        self.about = {"device_model": model, "os_version": self.pick(systems), "locale": self.pick(_DEMO_LOCALES),
-                      "device_id_hash": sha256(str(chance.random())).hex()}
-
-    def pick(self, shares: Sequence[Tuple[int, Any]]) -> Any:
-        return self.chance.choices([each[1] for each in shares], [each[0] for each in shares])[0]
-
-    def time_of(self, day: int) -> int:
-        hour, = self.chance.choices(range(24), self.app.hours)
-        return day * DAY + int((hour + self.chance.random()) * HOUR)
-
-    def starts(self) -> Iterator[int]:
-        """When its sessions begin."""
-        yield self.joined_at
-        for day in range(self.joined_at // DAY, int(min(self.left_at, self.end)) // DAY + 1):
-            mean = self.sessions * self.app.week[(day + 3) % 7]  # 1970 began on a Thursday
-            for at in [self.time_of(day) for _ in range(round(self.chance.expovariate(1 / mean)))]:
-                if self.joined_at < at < self.left_at:
-                    yield at
-        if self.joined_at < self.end < self.left_at and self.chance.random() < 0.05:  # so that it is never all quiet
-            yield self.end - int(min(HOUR // 2, self.end % DAY) * self.chance.random())
-
-    def session(self, start: int) -> Iterator[Tuple[str, int, Given]]:
-        """The reports of a session, as kind, time and content."""
-        chance = self.chance
-        version, build = self.release(start)
-        event = {**self.about, "app_version": version, "session_id": f"sess_{chance.getrandbits(48):012x}"}
-        length = chance.lognormvariate(math.log(self.app.seconds), 0.8) * SECOND
-        shares = sorted(chance.uniform(0.05, 0.95) for _ in range(chance.choice((1, 1, 1, 1, 1, 2, 2, 3, 4))))
-        steps = [(start + int(length * share), *self.pick(self.app.actions)) for share in shares]
-        yield "event", start, {**event, "type": "session_start"}
-        for at, kind, name, details in steps:
-            properties = {field: chance.choice(values) for field, values in details.items()}
-            yield "event", at, {**event, "type": kind, "name": name, "properties": properties}
-        crash = self.crash(version)
-        if crash:
-            trail = [(start, "launch"), *((at, name) for at, _, name, _ in steps)]
-            yield "crash", steps[-1][0] + chance.randrange(2000), {
-                **self.about, "app_version": version, "build_number": build, **crash,
-                "breadcrumbs": [{"at": iso_time(at), "action": name} for at, name in trail]}
-        elif chance.random() < 0.93:  # of the others nothing more is heard
-            yield "event", start + int(length), {**event, "type": "session_end"}
-
-    def release(self, at: int) -> Sequence[str]:
-        """The version that it has, and the build."""
-        days = ((self.end - out * DAY, names) for out, *names in self.app.releases)
-        return [names for out, names in days if at >= out + self.lag or self.joined_at >= out][-1]
-
-    def crash(self, version: str) -> Optional[Given]:
-        """What a session ends with, if it does."""
-        for rates, app, only, kind, reason, trace in _DEMO_CRASHES:
-            is_concerned = self.app.name.startswith(app) and only in " {device_model} {os_version}".format(**self.about)
-            if is_concerned and 1000 * self.chance.random() < rates.get(version, 0):
-                return {"exception_type": kind, "exception_reason": reason, **self.condition(),
-                        "stack_trace": [_demo_frame(*each) for each in enumerate(trace.split(" < "))]}
-        return None
-
-    def condition(self) -> Given:
-        chance = self.chance
-        return {"free_memory_mb": chance.randrange(60, 1900), "battery_level": round(chance.uniform(0.06, 1), 2),
-                "is_charging": chance.random() < 0.25, "free_disk_mb": chance.randrange(900, 180_000),
-                "orientation": self.pick(((4, "portrait"), (1, "landscapeLeft")))}
-
-
-def _demo_frame(number: int, text: str) -> Given:
-    place, symbol = text.split(" ", 1)
-    file, _, line = place.partition(":")
-    own = {"file": file, "line": int(line)} if line else {"file": None, "line": None, "library": place}
-    return {"frame": number, "symbol": symbol, **own}
-
-
-class _DemoApp(NamedTuple):
-    name: str
-    is_test: bool
-    phones: int
-    seconds: int               # that a session takes
-    week: Sequence[float]      # how much it is used on each weekday,
-    hours: Sequence[int]       # and in each hour in UTC
-    releases: Sequence[tuple]  # days before the end, version, build
-    actions: Sequence[tuple]   # how often; what: event type, name, and what its properties may be
-
-
-_DEMO_HABITS: Sequence[Tuple[float, float]] = (  # sessions a weekday, and days; the first four: who stays
-    (1.9, 300), (1.1, 120), (0.7, 60), (0.6, 30), (1.3, 50), (1.2, 4), (1, 2), (0.8, 0.5))
-_DEMO_MODELS = (
-    (8, "iPhone13,2"), (12, "iPhone14,5"), (7, "iPhone14,7"), (9, "iPhone15,2"), (10, "iPhone15,4"), (11, "iPhone16,1"),
-    (8, "iPhone16,2"), (9, "iPhone17,1"), (5, "iPhone17,2"), (10, "iPhone17,3"), (5, "iPad13,18"), (3, "iPad14,3"))
-_DEMO_SYSTEMS = ((7, "17.6.1"), (3, "17.7.2"), (9, "18.5"), (24, "18.6.2"), (17, "18.7.1"), (18, "26.0"), (22, "26.1"))
-_DEMO_LOCALES = ((44, "de_DE"), (9, "de_AT"), (7, "de_CH"), (15, "en_GB"), (8, "en_US"), (7, "fr_FR"), (5, "nl_NL"))
-_DEMO_RIDES = (
-    (40, ("custom", "board_opened", {"stop": ("Marktplatz", "Hauptbahnhof", "Hafen"), "from": ("widget", "nearby")})),
-    (25, ("custom", "trip_searched", {"results": (0, 3, 4, 5, 6), "took_ms": (180, 240, 310, 420, 960)})),
-    (9, ("custom", "favourite_added", {"kind": ("stop", "line", "trip")})),
-    (8, ("custom", "ticket_bought", {"zone": ("A", "AB", "ABC"), "kind": ("single", "day", "month")})),
-    (4, ("error", "departures_timeout", {"status": (502, 504), "retry": (1, 2, 3)})))
-_DEMO_MEALS = (
-    (40, ("custom", "recipe_opened", {"course": ("main", "soup", "baking"), "from": ("search", "home", "link")})),
-    (20, ("custom", "timer_started", {"minutes": (5, 8, 10, 12, 25, 45)})),
-    (3, ("error", "image_import_failed", {"reason": ("too_large", "no_access")})))
-_DEMO_COMMUTE = (2, 1, 1, 1, 4, 14, 26, 24, 13, 9, 9, 11, 12, 11, 14, 22, 27, 20, 13, 9, 7, 6, 5, 3)
-_DEMO_COOKING = (2, 1, 1, 1, 1, 2, 4, 6, 8, 11, 14, 12, 8, 8, 11, 17, 24, 23, 15, 9, 7, 6, 5, 3)
-_DEMO_APPS = (
-    _DemoApp("Tramwise", False, 270, 75, (1.05, 1.1, 1.1, 1.08, 1, 0.5, 0.42), _DEMO_COMMUTE,
-             ((99, "2.3.0", "418"), (22.3, "2.4.0", "431"), (8.4, "2.4.1", "437")), _DEMO_RIDES),
-    _DemoApp("Ladlebook", False, 75, 380, (0.6, 0.55, 0.6, 0.65, 0.8, 1.2, 1.35), _DEMO_COOKING,
-             ((99, "1.8.2", "96"), (12.2, "1.9.0", "103")), _DEMO_MEALS),
-    _DemoApp("Tramwise Beta", True, 24, 60, (1, 1, 1, 1, 1, 0.2, 0.2), _DEMO_COMMUTE,
-             ((99, "2.4.0", "426"), (6.5, "2.5.0", "452")), _DEMO_RIDES))
-
-# Stack traces: frame < caller < ..., each a file and line or a library, and a symbol. First, how they end and begin.
-_MAIN = (" < CoreFoundation __CFRunLoopRun < CoreFoundation CFRunLoopRunSpecific < GraphicsServices GSEventRunModal"
-         " < UIKitCore -[UIApplication _run] < UIKitCore UIApplicationMain < dyld start")
-_MAIN_QUEUE = (" < libdispatch.dylib _dispatch_main_queue_drain"
-               " < CoreFoundation __CFRUNLOOP_IS_SERVICING_THE_MAIN_DISPATCH_QUEUE__" + _MAIN)
-_WORKER = (" < libdispatch.dylib _dispatch_call_block_and_release < libdispatch.dylib _dispatch_lane_serial_drain"
-           " < libsystem_pthread.dylib _pthread_wqthread < libsystem_pthread.dylib start_wqthread")
-_RAISE = "CoreFoundation __exceptionPreprocess < libobjc.A.dylib objc_exception_throw < "
-_FATAL = "libswiftCore.dylib _assertionFailure(_:_:file:line:flags:) < "
-_DEMO_CRASHES: Sequence[tuple] = (  # in a thousand sessions of a version; app; on what only; type, reason, trace
-    ({"2.4.0": 38}, "Tramwise", "", "EXC_BREAKPOINT",
-     "Tramwise/DepartureBoard.swift:214: Fatal error: Unexpectedly found nil while unwrapping an Optional value",
-     _FATAL + "DepartureBoard.swift:214 closure #1 (Departure) -> BoardRow in DepartureBoard.merge(_:into:)"
-     " < libswiftCore.dylib Sequence.map<A, B>(_:) < DepartureBoard.swift:209 DepartureBoard.merge(_:into:)"
-     " < RealtimeFeed.swift:88 closure #2 (RealtimeUpdate) -> () in RealtimeFeed.subscribe(to:)" + _MAIN_QUEUE),
-    ({"2.3.0": 8, "2.4.0": 8, "2.4.1": 0.5}, "Tramwise", "", "EXC_BAD_ACCESS",
-     "KERN_INVALID_ADDRESS at 0x0000000000000018",
-     "libobjc.A.dylib objc_retain < LineMapRenderer.swift:162 LineMapRenderer.draw(_:zoomScale:in:)"
-     " < LineMapRenderer.swift:97 @objc LineMapRenderer.draw(_:zoomScale:in:)"
-     " < MapKit -[MKOverlayRenderer _renderTile:inContext:] < VectorKit md::OverlayTileSource::rasterize()" + _WORKER),
-    ({"2.3.0": 8, "2.4.0": 7, "2.4.1": 1, "2.5.0": 25}, "Tramwise", "", "SIGABRT",
-     "NSInternalInconsistencyException: Invalid update: invalid number of items in section 0",
-     _RAISE + "Foundation -[NSAssertionHandler handleFailureInMethod:object:file:lineNumber:description:]"
-     " < UIKitCore -[UICollectionView performBatchUpdates:completion:]"
-     " < FavouritesController.swift:176 FavouritesController.reload(animated:)"
-     " < FavouritesController.swift:58 closure #1 ([Stop]) -> () in FavouritesController.viewDidLoad()" + _MAIN_QUEUE),
-    ({"2.3.0": 4, "2.4.0": 4, "2.4.1": 0.5}, "Tramwise", "", "EXC_CRASH",
-     "0x8badf00d: scene-update watchdog transgression: exhausted real (wall clock) time allowance of 10.00 seconds",
-     "libsystem_kernel.dylib __ulock_wait < libdispatch.dylib _dispatch_sync_f_slow"
-     " < Timetable.swift:61 Timetable.read<A>(_:) < Timetable.swift:118 Timetable.departures(at:after:)"
-     " < SceneDelegate.swift:47 SceneDelegate.sceneWillEnterForeground(_:)" + _MAIN_QUEUE),
-    ({"2.3.0": 45, "2.4.0": 50, "2.4.1": 10}, "Tramwise", " iPad13,18", "EXC_RESOURCE",
-     "RESOURCE_TYPE_MEMORY: high watermark memory limit exceeded (limit=2098 MB)",
-     "libsystem_platform.dylib _platform_memmove < CoreGraphics CGBitmapContextCreateImage"
-     " < NetworkMapTiles.swift:201 NetworkMapTiles.image(for:scale:)"
-     " < NetworkMapTiles.swift:74 closure #1 @Sendable () -> () in NetworkMapTiles.preload(_:)" + _WORKER),
-    ({"2.3.0": 8, "2.4.0": 8, "2.4.1": 1, "2.5.0": 15}, "Tramwise", " 26.", "EXC_BREAKPOINT",
-     "BUG IN CLIENT OF LIBDISPATCH: Assertion failed: Block was expected to execute on queue [com.apple.main-thread]",
-     "libdispatch.dylib _dispatch_assert_queue_fail < libdispatch.dylib dispatch_assert_queue"
-     " < libswift_Concurrency.dylib swift_task_isCurrentExecutorWithFlagsImpl(swift::SerialExecutorRef)"
-     " < NearbyStops.swift:52 closure #1 (CMPedometerData?, Error?) -> () in NearbyStops.start()" + _WORKER),
-    ({"2.3.0": 1, "2.4.0": 1}, "Tramwise", "", "SIGABRT",
-     "NSInvalidArgumentException: -[NSNull length]: unrecognized selector sent to instance 0x1f8d6e3a8",
-     _RAISE + "CoreFoundation -[NSObject(NSObject) doesNotRecognizeSelector:] < CoreFoundation ___forwarding___"
-     " < FareParser.swift:39 FareParser.zone(from:) < TicketShop.swift:107 TicketShop.loadFares()" + _WORKER),
-    ({"1.8.2": 30, "1.9.0": 6}, "Ladlebook", "", "EXC_BREAKPOINT",
-     "Swift/ContiguousArrayBuffer.swift:675: Fatal error: Index out of range",
-     _FATAL + "libswiftCore.dylib Array.subscript.getter < StepPager.swift:66 StepPager.step(at:)"
-     " < StepPager.swift:31 closure #1 (Int) -> StepCard in StepPager.body.getter"
-     " < SwiftUI ForEachState.item(at:offset:) < SwiftUI ViewGraph.updateOutputs(at:)" + _MAIN))
-
-
 # == Command line ==============================================================
 #
 # Every command works while the server runs: they share nothing but the file. To
@@ -5057,7 +4839,7 @@ def main(argv: Optional[Sequence[str]] = None, make: Callable[..., Backfeedr] = 
         arguments = _parser().parse_args(argv)
         overrides = {each.name: getattr(arguments, each.name) for each in fields(Settings)
                      if hasattr(arguments, each.name)}
-        if arguments.run in (_serve, _demo, _check):
+        if arguments.run in (_serve, _check):
             return arguments.run(overrides, make)
         settings = Settings.from_env(**overrides)
         retention_days = settings.retention_days if os.environ.get("BACKFEEDR_RETENTION_DAYS") else None
@@ -5095,17 +4877,12 @@ def _parser() -> argparse.ArgumentParser:
 def _add_arguments(parser: argparse.ArgumentParser, run: Callable[..., Any], arguments: _Arguments) -> None:
     """What has no default stays unset, so that a setting comes from the environment."""
     parser.set_defaults(run=run)
-    for name, options in arguments.items() if run is _demo else {**_DB, **arguments}.items():
+    for name, options in {**_DB, **arguments}.items():
         parser.add_argument(name, **{"default": argparse.SUPPRESS, **options})
 
 
 def _serve(overrides: Dict[str, Any], make: Callable[..., Backfeedr]) -> int:
     serve(Settings.from_env(**overrides), make=make)
-    return 0
-
-
-def _demo(overrides: Dict[str, Any], make: Callable[..., Backfeedr]) -> int:
-    serve_demo(Settings.from_env(**overrides))
     return 0
 
 
@@ -5287,7 +5064,6 @@ _SERVER = {
     "--verbose": dict(action="store_true", help="log a line for each request, on standard error")}
 _COMMANDS = (  # name, function, help, arguments beside --db
     ("serve", _serve, "start the server", _SERVER),
-    ("demo", _demo, "serve made-up reports, to look at", _SERVER),
     ("app create", _app_create, "make an app and print its first key", {
         **_APP, "--test": dict(action="store_true", default=False, help="a test app: it is in no public figure")}),
     ("app list", _app_list, "list the apps", {}),

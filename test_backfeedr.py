@@ -5171,46 +5171,41 @@ DEMO_NOW = parse_time(NOW)
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """A filled database as the demo serves it."""
-    path = tmp_path_factory.mktemp("demo") / "demo.db"
-    backfeedr.fill_demo(str(path), DEMO_NOW)
-    with Store(str(path), clock=lambda: DEMO_NOW / 1000) as store:
+    """A store that the demo has filled."""
+    path = str(tmp_path_factory.mktemp("demo") / "demo.db")
+    load_example("demo").fill_demo(path, DEMO_NOW)
+    with Store(path, clock=lambda: DEMO_NOW / 1000) as store:
         yield store
 
 
-def demo_answers(store):
-    """What is shown on the pages, but for ids: they begin at random."""
-    ask = backfeedr.Metrics(store)
-    return [ask.overview(), ask.daily_crashes(days=30), ask.sessions(), ask.retention(), ask.releases(), ask.groups(),
-            [{**event, "id": None} for event in ask.events()["events"]]]
+def test_the_demo_makes_the_same_reports_for_a_seed_and_others_for_another(demo):
+    first, again, other = (load_example("demo").made_up_reports(DEMO_NOW, seed) for seed in (1, 1, 2))
+    assert first == again and first != other
+    for table in ("crashes", "events"):
+        with demo.reading() as db:
+            rows = db.execute(f"select occurred_at, device_id_hash from {table}").fetchall()
+        assert Counter(rows) == Counter((each.occurred_at, each.fields["device_id_hash"])
+                                        for each in first if each.kind in table), "the default seed is 1"
 
 
-def test_demo_is_the_same_for_a_seed_and_another_for_another(demo, tmp_path):
-    for seed in (1, 2):
-        path = str(tmp_path / f"{seed}.db")
-        backfeedr.fill_demo(path, DEMO_NOW, seed)
-        with Store(path, clock=lambda: DEMO_NOW / 1000) as store:
-            assert (demo_answers(store) == demo_answers(demo)) == (seed == 1)
-
-
-def test_demo_has_roll_ups_that_equal_its_rows(demo):
+def test_the_demos_roll_ups_equal_its_rows(demo):
     check_database(demo.path)
 
 
-def test_demo_is_of_a_size_that_is_worth_looking_at(demo):
-    counts = {table: sql(demo.path, f"select count(*) from {table}")[0][0] for table in ("crashes", "events")}
+def test_the_demo_is_of_a_size_that_is_worth_looking_at(demo):
+    (crashes,), (events,) = (sql(demo.path, f"select count(*) from {table}")[0] for table in ("crashes", "events"))
     devices, = sql(demo.path, "select count(distinct device_id_hash) from events")[0]
-    assert 200 <= counts["crashes"] <= 500 and 15_000 <= counts["events"] <= 26_000 and 300 <= devices <= 400
+    assert 200 <= crashes <= 500 and 15_000 <= events <= 26_000 and 300 <= devices <= 400
     assert sorted(app.is_test for app in demo.apps()) == [False, False, True]
 
 
-def test_demo_shows_a_bad_release_that_was_fixed(demo):
+def test_the_demo_shows_a_bad_release_that_was_fixed(demo):
     rates = {release["app_version"]: release["crash_free_sessions"]
              for release in backfeedr.Metrics(demo).releases("Tramwise")["releases"]}
     assert 92 <= rates["2.4.0"] <= 95 < rates["2.3.0"] < 99 < rates["2.4.1"]
 
 
-def test_demo_has_groups_of_one_release_of_one_model_and_a_rare_one(demo):
+def test_the_demo_has_groups_of_one_release_of_one_model_and_a_rare_one(demo):
     ask = backfeedr.Metrics(demo)
     found = [ask.group(group["group_hash"]) for group in ask.groups()["groups"]]
     assert 8 <= len(found) <= 10
@@ -5221,35 +5216,34 @@ def test_demo_has_groups_of_one_release_of_one_model_and_a_rare_one(demo):
         assert 8 <= len(frames) <= 14 and {bool(frame["file"]) for frame in frames} == {True, False}
 
 
-def test_demo_has_the_rhythm_of_a_week(demo):
+def test_the_demo_has_the_rhythm_of_a_week(demo):
     sessions = backfeedr.Metrics(demo).sessions("Tramwise", days=28)
     weekend = [count for label, count in zip(sessions["labels"], sessions["sessions"])
                if date.fromisoformat(label).weekday() >= 5]
     assert sum(weekend) / 8 < 0.7 * (sum(sessions["sessions"]) - sum(weekend)) / 20
 
 
-def test_demo_reports_are_received_after_they_occurred(demo):
+def test_the_demos_reports_are_received_after_they_occurred(demo):
     for table in ("crashes", "events"):
         assert sql(demo.path, f"select count(*) from {table} where occurred_at > received_at") == [(0,)]
     last, = sql(demo.path, "select max(received_at) from events")[0]
     assert 60_000 <= DEMO_NOW - last <= 600_000
 
 
-def test_demo_is_what_the_api_would_have_taken(demo, serve):
-    api = Api(serve())
-    shown = ("id", "app", "group_hash", "received_at")
-    for table, path in (("crashes", CRASHES), ("events", EVENTS)):
-        with demo.reading() as db:
-            reports = backfeedr._reports(db, f"select * from {table} order by seq desc limit 40", {})
-        for row in reports:
-            given = {name: value for name, value in {**row, **row.get("extra", {})}.items()
-                     if name not in (*shown, "extra")}
-            assert api.post(path, given)[0] == 201
+def test_the_api_takes_the_demos_reports(demo, serve):
+    api, reports = Api(serve()), load_example("demo").made_up_reports(DEMO_NOW, 1)
+    for kind, path in (("crash", CRASHES), ("event", EVENTS)):
+        for each in [each for each in reports if each.kind == kind][-40:]:
+            assert api.post(path, {**each.fields, "occurred_at": backfeedr.iso_time(each.occurred_at)})[0] == 201
 
 
 @pytest.mark.parametrize("now", ["2026-03-12T00:00:00Z", "2026-03-12T00:10:00Z", "2026-03-15T03:00:00Z"])  # a Sunday
-def test_demo_has_figures_of_today_at_any_hour(tmp_path, now):
-    backfeedr.fill_demo(str(tmp_path / "test.db"), parse_time(now))
+def test_the_demo_has_figures_of_today_at_any_hour(tmp_path, monkeypatch, now):
+    module, since = load_example("demo"), parse_time(now) - 2 * DAY
+    reports = module.made_up_reports  # only those of the last days are stored here, which is quick
+    monkeypatch.setattr(module, "made_up_reports", lambda *args: [
+        each for each in reports(*args) if each.occurred_at > since])
+    module.fill_demo(str(tmp_path / "test.db"), parse_time(now))
     with Store(str(tmp_path / "test.db"), clock=Clock(now)) as store:
         ask = backfeedr.Metrics(store)
         assert ask.sessions(days=1)["sessions"][0] > 0 and ask.active_devices(days=1)["dau"][0] > 0
@@ -6875,7 +6869,7 @@ def ask(url, body=None, key=KEY, **headers):
 
 @pytest.mark.slow
 def test_the_demo_serves_its_pages_to_its_link_and_leaves_nothing_behind(tmp_path):
-    with running([sys.executable, SERVER, "demo", "--port", "0"], tmp_path, TMPDIR=str(tmp_path)) as process:
+    with running([sys.executable, EXAMPLES / "demo.py", "--port", "0"], tmp_path, TMPDIR=str(tmp_path)) as process:
         assert process.stdout.readline().startswith("backfeedr on http://127.0.0.1:")
         link = next(line.strip() for line in process.stdout if "/sign-in?code=" in line)
         url, path = link.rsplit("/", 1)
@@ -6896,7 +6890,7 @@ def test_the_demo_serves_its_pages_to_its_link_and_leaves_nothing_behind(tmp_pat
 def test_a_demo_that_cannot_listen_says_so_before_it_makes_anything(tmp_path):
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = str(taken.getsockname()[1])
-        with running([sys.executable, SERVER, "demo", "--port", port], tmp_path, TMPDIR=str(tmp_path)) as process:
+        with running([sys.executable, EXAMPLES / "demo.py", "--port", port], tmp_path, TMPDIR=str(tmp_path)) as process:
             assert "Address already in use" in process.stdout.read() and process.wait(20) == 1
     assert list(tmp_path.iterdir()) == []
 
