@@ -3140,7 +3140,8 @@ class Mutations:
         request[part] = self.pick([
             odd, before[:where] + odd + before[where:], before[:where] + before[where + 1:], before + ", " + before,
             before + "/", before.upper(), "", *FITTING.get(part, []),
-            *["&".join(f"{name}={self.pick(ODD_TEXTS)}" for name in names)] * (4 if part == "query" else 0)])
+            *[self.pick("&&&;").join(name + self.pick("==== ") + self.pick(ODD_TEXTS) for name in names)]
+            * (4 if part == "query" else 0)])
 
 
 def containers(value):
