@@ -4795,6 +4795,8 @@ def _check_roll_ups(path: Path) -> str:
 # What can be told where reports have expired. A device or a session whose first report is gone would count on a
 # later day, or for a later release.
 TELLABLE = ("crash_days", "labels", "group_days", "active_days", "device_hours")
+SPANS = {"sessions": ("first_seq", "last_seq"), "groups": ("first_seen", "last_seen"),  # which can only have been longer
+         "releases": ("first_seen", "last_seen"), "devices": ("first_day", "last_hour")}
 
 
 def _unequal_tables(db: sqlite3.Connection, figure: Figure, expired: int) -> Iterator[str]:
@@ -4813,12 +4815,15 @@ def _unequal_tables(db: sqlite3.Connection, figure: Figure, expired: int) -> Ite
         if any(db.execute(query + " limit 1").fetchone() for query in queries):
             yield table
     for table in set(re.findall(r"create table (\w+)", figure.TABLES)) - {"medians"}:
+        same = " and ".join(f"theirs.{each} = ours.{each}" for each in KEYS[table])
+        first, last = SPANS.get(table, ("app_id", "app_id"))
         # A device goes with its last report to the hour.
-        settled = "where (app_id, device) in (select app_id, device from main.devices where last_seq > :settled)"
-        key = ", ".join(KEYS[table])
+        settled = "(app_id, device) in (select app_id, device from main.devices where last_seq > :settled) and"
         if db.execute(f"""
-                select {key} from main.{table} {settled if "device" in table else ""}
-                except select {key} from stored.{table} limit 1
+                select 1 from main.{table} as ours where {settled if "device" in table else ""} not exists (
+                    select 1 from stored.{table} as theirs
+                    where {same} and theirs.{first} <= ours.{first} and theirs.{last} >= ours.{last})
+                limit 1
                 """, {"settled": expired and expired + first_seq(HOUR)}).fetchone():
             yield table
 
