@@ -3013,6 +3013,7 @@ PAGE_ROWS = 25
 SHOWN_FRAMES, SHOWN_TEXT = 200, 20_000  # frames and characters of a report on its page; the API has the rest
 
 _FORM_EXPIRED = "form expired"
+_FROM_ELSEWHERE = "You came here from another site, so your browser did not say who you are."
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that HTML does not allow
 
 Response = bottle.HTTPResponse
@@ -3107,10 +3108,9 @@ class Dashboard:
                 ("GET", "/", self._overview), ("GET", "/crashes", self._crashes),
                 ("GET", "/crashes/<group_hash>", self._group), ("GET", "/events", self._events),
                 ("GET", "/releases", self._releases), ("GET", "/apps", self._apps),
-                ("POST", "/apps", self._change_apps), ("POST", "/sign-out", self._sign_out)):
-            yield method, path, self._with_error_pages(self._after_sign_in(handler))
-        yield "GET", "/sign-in", self._with_error_pages(self._sign_in_page)
-        yield "POST", "/sign-in", self._with_error_pages(self._sign_in)
+                ("POST", "/apps", self._change_apps), ("POST", "/sign-out", self._sign_out),
+                ("GET", "/sign-in", self._sign_in_page), ("POST", "/sign-in", self._sign_in)):
+            yield method, path, self._with_error_pages(handler)
 
     def invite(self, url: str) -> str:
         """A link that signs in once, within ten minutes."""
@@ -3120,17 +3120,16 @@ class Dashboard:
         """The page for an error that bottle raised."""
         return self._error_page(PageRequest(environ, self._store.now, self._public_url), status, text)
 
-    # What all pages share
-
     def _error_page(self, page: PageRequest, status: int, text: str) -> Response:
-        return self._render(page, text.capitalize(), "error", status, hint=_HINTS.get(status, _HINTS[400]))
+        return self._render(page, text.capitalize(), "message", status, text=_HINTS.get(status, _HINTS[400]),
+                            target="/", label="To the overview")
 
     def _with_error_pages(self, handler: PageHandler) -> Callable[..., Response]:
-        """A callback for bottle, which turns every error of the handler into a page."""
+        """The handler as a callback for bottle, with a page for every error."""
         def respond(**path: str) -> Response:
             page = PageRequest(bottle.request.environ, self._store.now, self._public_url)
             try:
-                return handler(page, **path)
+                return self._check_session(page) or handler(page, **path)
             except Refusal as refusal:
                 status = 403 if str(refusal) == _FORM_EXPIRED else _STATUS.get(str(refusal), 400)
                 response = self._error_page(page, status, str(refusal))
@@ -3142,19 +3141,20 @@ class Dashboard:
                 return self._error_page(page, 500, "internal server error")
         return respond
 
-    def _after_sign_in(self, handler: PageHandler) -> PageHandler:
-        """The handler for a browser that is signed in; any other is sent to the sign-in page."""
-        def respond(page: PageRequest, **path: str) -> Response:
-            is_form = page.environ["REQUEST_METHOD"] == "POST"
-            if self._store.is_granted("session", page.session):
-                page.form_secret, page.apps = page.session, self._store.apps()
-                if is_form:
-                    page.read_form()
-                return handler(page, **path)
-            if page.environ.get("HTTP_SEC_FETCH_SITE") == "cross-site" and not is_form:
-                return self._render(page, "Continue", "continue")  # from here, the browser sends its strict cookie
-            return page.redirect("/sign-in?" + urlencode({"next": "/" if is_form else page.address}))
-        return respond
+    def _check_session(self, page: PageRequest) -> Optional[Response]:
+        """Reads the form, if there is one. Returns a page where the browser has to sign in first."""
+        is_form = page.environ["REQUEST_METHOD"] == "POST"
+        if page.path != "/sign-in":
+            if not self._store.is_granted("session", page.session):
+                if page.environ.get("HTTP_SEC_FETCH_SITE") == "cross-site" and not is_form:
+                    # A link on another site brings no SameSite=strict cookie. A link on this page does.
+                    return self._render(page, "Continue", "message", text=_FROM_ELSEWHERE, target=page.address,
+                                        label="Go on")
+                return page.redirect("/sign-in?" + urlencode({"next": "/" if is_form else page.address}))
+            page.form_secret, page.apps = page.session, self._store.apps()
+        if is_form:
+            page.read_form()
+        return None
 
     def _render(self, page: PageRequest, title: str, template: str, status: int = 200, **values: Any) -> Response:
         values.update(_TEMPLATE_GLOBALS, page=page, title=title, apps=page.apps, link=page.link, when=page.when)
@@ -3177,7 +3177,6 @@ class Dashboard:
         return response
 
     def _sign_in(self, page: PageRequest) -> Response:
-        page.read_form()
         if not self.sign_in_limiter.allow(b""):
             wait = self.sign_in_limiter.retry_after(b"")
             response = self._sign_in_page(page, f"Too many tries. The next one is in {wait} seconds.", 429)
@@ -3230,7 +3229,7 @@ class Dashboard:
         return self._render(
             page, group["exception_type"], "group", group=group, report=report, parameters=parameters,
             next=group["next"], chart=column_chart("Crashes", days["labels"], days["groups"][group_hash]["days"]),
-            frames=report.get("stack_trace", []), max_frames=SHOWN_FRAMES, context=_context(report),
+            frames=[_frame(frame) for frame in report.get("stack_trace", [])], max_frames=SHOWN_FRAMES, context=_context(report),
             has_reasons=len({each.get("exception_reason") for each in reports}) > 1)
 
     def _events(self, page: PageRequest) -> Response:
@@ -3249,7 +3248,7 @@ class Dashboard:
 
     def _apps(self, page: PageRequest, status: int = 200, **notice: str) -> Response:
         page.apps, keys = self._store.apps(), self._store.keys()
-        return self._render(page, "Apps", "apps", status, notice=notice, iso=iso_time, keys={
+        return self._render(page, "Apps", "apps", status, notice=notice, keys={
             app.name: [key for key in keys if key.app == app.name] for app in page.apps})
 
     def _change_apps(self, page: PageRequest) -> Response:
@@ -3299,11 +3298,9 @@ def _tiles(week: Figures, labels: Sequence[str], crashes: Sequence[int], session
     lowest = min((rate for rate in rates if rate is not None), default=0)
     axis_start = max(rate for rate in (0, 50, 80, 90, 95, 99) if rate <= lowest)
     crashes_before, sessions_before = sum(crashes[-14:-7]), sum(sessions[-14:-7])
-    rate, rate_note = "-", "7 days"
-    if week["crashes_7d"] or week["sessions_7d"]:
-        rate = f"{week['crash_free_rate_7d']:.2f} %"
-    if crashes_before or sessions_before:
-        rate_note += f"; {crash_free_rate(crashes_before, sessions_before):.2f} % in the 7 before"
+    rate = f"{week['crash_free_rate_7d']:.2f} %" if week["crashes_7d"] or week["sessions_7d"] else "-"
+    rate_before = f"{crash_free_rate(crashes_before, sessions_before):.2f} % in the 7 before"
+    rate_note = f"7 days; {rate_before}" if crashes_before or sessions_before else "7 days"
     yield "Crash-free sessions", rate, rate_note, line_chart("Crash-free sessions", labels, rates, axis_start, " %")
     yield "Active devices", f"{week['dau']:,}", "24 hours", line_chart("Active devices", labels, devices)
     for name, value, before, days in (("Sessions", week["sessions_7d"], sessions_before, sessions),
@@ -3326,13 +3323,13 @@ def _context(report: Figures) -> List[Tuple[str, str]]:
     return known + [(name, _as_text(value)) for name, value in report.get("extra", {}).items()]
 
 
-def _place(frame: Figures) -> str:
-    """File and line of a frame, and the fields that this server does not know, such as its library."""
-    known = []
-    if frame.get("file"):
-        known.append(frame["file"] if frame.get("line") is None else f"{frame['file']}:{frame['line']}")
-    return ", ".join(known + [_as_text(value) for name, value in frame.items()
-                              if name not in ("frame", "symbol", "file", "line") and value is not None])
+def _frame(frame: Figures) -> Tuple[str, str, bool]:
+    """Symbol and place of a frame, with fields such as its library; and whether it is one of the app itself."""
+    file, line = frame.get("file"), frame.get("line")
+    place = [file if line is None else f"{file}:{line}"] if file else []
+    place += [_as_text(value) for name, value in frame.items()
+              if name not in ("frame", "symbol", "file", "line") and value is not None]
+    return frame.get("symbol") or "(no symbol)", ", ".join(place), bool(file)
 
 
 def _details(event: Figures) -> str:
@@ -3350,6 +3347,10 @@ def _as_text(value: Any) -> str:
 
 def _shorten(text: str, length: int = 300) -> str:
     return text if len(text) <= length else text[:length] + "..."
+
+
+def _options(choices: Iterable[Any], chosen: Any = None) -> str:
+    return "".join(f'<option{" selected" if choice == chosen else ""}>{escape(str(choice))}</option>' for choice in choices)
 
 
 # == Templates =================================================================
@@ -3378,7 +3379,7 @@ class Column(NamedTuple):
     condition: str = ""  # an expression of the template; where it is false, the column is left out
 
 
-def _list(rows: str, *columns: Column, empty: str, row_attributes: str = "") -> str:
+def _list(rows: str, *columns: Column, empty: str = "", row_attributes: str = "") -> str:
     """A table of `rows`, an expression of the template. On a narrow screen, each cell shows its label instead."""
     head, body = "", ""
     for label, cell, css, condition in columns:
@@ -3387,54 +3388,47 @@ def _list(rows: str, *columns: Column, empty: str, row_attributes: str = "") -> 
         head += f"{start}<th{css}>{label}</th>\n{end}"
         body += f'{start}<td{css} data-label="{label}">{cell}</td>\n{end}'
     return (f'% if {rows}:\n<table class="list"><thead><tr>\n{head}</tr></thead><tbody>\n% for row in {rows}:\n'
-            f'<tr{row_attributes}>\n{body}</tr>\n% end\n</tbody></table>\n% else:\n<p class="empty">{empty}</p>\n% end\n')
+            f"<tr{row_attributes}>\n{body}</tr>\n% end\n</tbody></table>\n"
+            f'% else:\n<p class="empty">{empty}</p>\n% end\n')
 
 
-def _form(path: str, content: str, css: str = "", **hidden: str) -> str:
+def _form(path: str, content: str, **hidden: str) -> str:
     fields = "".join(f'<input type="hidden" name="{name}" value="{value}">\n'
                      for name, value in {"form_token": "{{page.form_token}}", **hidden}.items())
-    return f'<form{css} method="post" action="{{{{page.root}}}}{path}">\n{fields}{content}</form>'
+    return f'<form method="post" action="{{{{page.root}}}}{path}">\n{fields}{content}</form>'
 
 
-_COUNT, _TIME = '{{number(row["%s"])}}', '{{!when(row["%s"])}}'
+_COUNT, _TIME, _TEXT = '{{number(row["%s"])}}', '{{!when(row["%s"])}}', '<bdi>{{shorten(row.get("%s", ""), 40)}}</bdi>'
+_CRASHES = Column("Crashes", _COUNT % "count", "number")
+_VERSION, _SYSTEM = Column("Version", _TEXT % "app_version"), Column("System", _TEXT % "os_version")
+_DEVICE = Column("Device", _TEXT % "device_model")
 _SEEN = (Column("First seen", _TIME % "first_seen"), Column("Last seen", _TIME % "last_seen"))
-_VERSION, _SYSTEM, _DEVICE = (Column(label, '<bdi>{{shorten(row.get("%s", ""), 40)}}</bdi>' % field) for label, field in (
-    ("Version", "app_version"), ("System", "os_version"), ("Device", "device_model")))
 _APP = Column("App", '<bdi>{{row["app"]}}</bdi>', condition="not page.app and len(apps) > 1")
-_GROUP = '<a href="{{link("/crashes/" + row["group_hash"])}}"><bdi>{{row["exception_type"]}}</bdi></a>\n'
-_REASON = '<span class="reason"><bdi>{{shorten(row["exception_reason"])}}</bdi></span>'
-_RELEASE = ('<a href="{{link("/crashes", app=row["app"], version=row["app_version"])}}">'
-            '<bdi>{{row["app_version"]}}</bdi></a>')
 _CRASH_FREE = Column("Crash-free sessions", '{{"%.2f" % row["crash_free_sessions"]}} %', "number")
 _ADOPTION = Column("Adoption", '{{"%.1f" % row["adoption"]}} %', "number")
+_GROUP_LINK = '<a href="{{link("/crashes/" + row["group_hash"])}}"><bdi>{{row["exception_type"]}}</bdi></a>\n'
+_REASON = '<span class="reason"><bdi>{{shorten(row["exception_reason"])}}</bdi></span>'
+_RELEASE_LINK = ('<a href="{{link("/crashes", app=row["app"], version=row["app_version"])}}">'
+                 '<bdi>{{row["app_version"]}}</bdi></a>')
 _NO_RELEASE = "No release yet: reports that carry an <code>app_version</code> show here."
 _FILTER = """<form class="filter" method="get" action="{{page.root}}{{page.path}}">
-% if page.app:
-<input type="hidden" name="app" value="{{page.app}}">
-% end
+<input type="hidden" name="app" value="{{page.app or ""}}">
 """
-_PAGE_LINKS = """% if "cursor" in parameters or next:
-<p class="more">
-% if "cursor" in parameters:
-<a href="{{link(page.path, **{**parameters, "cursor": None})}}">First page</a>
+_PAGE_LINKS = """% if "cursor" in parameters:
+<a class="more" href="{{link(page.path, **{**parameters, "cursor": None})}}">First page</a>
 % end
 % if next:
-<a href="{{link(page.path, **{**parameters, "cursor": next})}}" rel="next">Next page</a>
-% end
-</p>
+<a class="more" href="{{link(page.path, **{**parameters, "cursor": next})}}" rel="next">Next page</a>
 % end
 """
 
 _TEMPLATES = {
     "layout": """<!doctype html>
-<html lang="en"><head>
-<meta charset="utf-8">
+<html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><meta name="robots" content="noindex">
-<title>{{shorten(title, 80)}} - backfeedr</title>
-<link rel="icon" href="{{icon}}"><style>{{!style}}</style>
-</head><body>
-<header><a class="brand" href="{{link("/")}}">backfeedr</a>
+<title>{{shorten(title, 80)}} - backfeedr</title><link rel="icon" href="{{icon}}"><style>{{!style}}</style></head>
+<body><header><a class="brand" href="{{link("/")}}">backfeedr</a>
 % if apps is not None:
 <nav aria-label="Pages">
 % for path, name in pages:
@@ -3455,24 +3449,21 @@ _TEMPLATES = {
 % end
 <main><h1><bdi>{{shorten(title)}}</bdi></h1>
 {{!body}}</main>
-<footer>All days and times are UTC.</footer>
-</body></html>
+<footer>All days and times are UTC.</footer></body></html>
 """,
-    "continue": """<p>You came here from another site, so your browser did not say who you are.</p>
-<p><a href="{{page.root}}{{page.address}}">Go on</a></p>
+    "message": """<p>{{text}}</p>
+<p><a href="{{page.root}}{{target}}">{{label}}</a></p>
 """,
-    "error": """<p>{{hint}}</p>
-<p><a href="{{page.root}}/">To the overview</a></p>
-""",
-    "sign_in": _form("/sign-in", """% if problem:
+    "sign_in": """<div class="sign-in">
+% if problem:
 <p class="problem" role="alert">{{problem}}</p>
 % end
-<input name="username" value="admin" autocomplete="username" hidden>
+""" + _form("/sign-in", """<input name="username" value="admin" autocomplete="username" hidden>
 <p><label for="token">Admin token</label>
 <input id="token" type="password" name="token" autocomplete="current-password" required autofocus></p>
 <p><button>Sign in</button></p>
 <p class="note">The server printed it at its first start. <code>BACKFEEDR_AUTH_TOKEN</code> sets another one.</p>
-""", css=' class="sign-in"', next="{{target}}"),
+""", next="{{target}}") + "</div>\n",
     "overview": """% if is_empty:
 <section class="hint"><p>Nothing has been received yet. Send a first crash, with the key of an app
 (<a href="{{link("/apps")}}">Apps</a> makes a new one):</p>
@@ -3486,44 +3477,31 @@ _TEMPLATES = {
 <div class="halves"><section><h2>Crashes per day</h2>{{!crashes}}</section>
 <section><h2><a href="{{link("/releases")}}">Latest releases</a></h2>
 """ + _list(
-        "latest",
-        Column("Version", _RELEASE + '\n<span class="reason"><bdi>{{"" if page.app else row["app"]}}</bdi></span>', "main"),
+        "latest", Column("Version", _RELEASE_LINK + """
+<span class="reason"><bdi>{{"" if page.app else row["app"]}}</bdi></span>""", "main"),
         _CRASH_FREE, _ADOPTION, empty=_NO_RELEASE) + """</section></div>
 <section><h2><a href="{{link("/crashes", days=7)}}">Most frequent crashes of 7 days</a></h2>
-""" + _list("top", Column("Crashes", _COUNT % "count", "number"), Column("Group", _GROUP + _REASON, "main"),
-            empty="No crash in the last 7 days.") + """</section>
+""" + _list(
+        "top", _CRASHES, Column("Group", _GROUP_LINK + _REASON, "main"),
+        empty="No crash in the last 7 days.") + """</section>
 <div class="halves"><section><h2>Exception types, 30 days</h2>{{!bar_chart(types)}}</section>
 <section><h2>Crashing devices, 30 days</h2>{{!bar_chart(devices)}}</section></div>
 """,
-    "crashes": _FILTER + """<label>Version
-<input name="version" list="versions" value="{{parameters.get("version", "")}}"></label>
-<datalist id="versions">
-% for version in versions:
-<option value="{{version}}"></option>
-% end
-</datalist>
-<label>Days <select name="days"><option value="">all</option>
-% for choice in day_choices:
-<option{{!" selected" if parameters.get("days") == choice else ""}}>{{choice}}</option>
-% end
-</select></label>
+    "crashes": _FILTER + """<label>Version <input name="version" list="versions"
+value="{{parameters.get("version", "")}}"></label><datalist id="versions">{{!options(versions)}}</datalist>
+<label>Days <select name="days"><option value="">all</option>{{!options(day_choices, parameters.get("days"))}}</select></label>
 <label>Text <input type="search" name="text" value="{{parameters.get("text", "")}}"></label>
 <button>Show</button></form>
 """ + _list(
-        "groups",
-        Column("Crashes", _COUNT % "count", "number"),
-        Column("Group", _GROUP + """\
-% if row["place"]:
+        "groups", _CRASHES, Column("Group", _GROUP_LINK + """\
 <code><bdi>{{shorten(row["place"], 120)}}</bdi></code>
-% end
 """ + _REASON, "main"),
         _APP._replace(cell='<bdi>{{", ".join(row["apps"])}}</bdi>'),
         Column("30 days", '{{!sparkline(row["days"], "Crashes")}}'),
         Column("Devices", _COUNT % "devices", "number"),
         Column("Versions", '<bdi>{{", ".join(shorten(version, 40) for version in row["versions"][-2:])}}</bdi>'
                            '{{", +{}".format(len(row["versions"]) - 2) if len(row["versions"]) > 2 else ""}}'),
-        *_SEEN,
-        empty="""
+        *_SEEN, empty="""
 % if parameters:
 No crash fits. <a href="{{link("/crashes")}}">Show all</a>
 % else:
@@ -3532,8 +3510,7 @@ No crash is kept{{" of " + page.app if page.app else ""}}. When one comes in, it
 % end
 """) + _PAGE_LINKS,
     "group": """<p class="reason"><bdi>{{shorten(report.get("exception_reason", ""), 5000)}}</bdi></p>
-<dl class="facts">
-<div><dt>Crashes</dt><dd>{{number(group["count"])}}</dd></div>
+<dl class="facts"><div><dt>Crashes</dt><dd>{{number(group["count"])}}</dd></div>
 <div><dt>Devices</dt><dd>{{number(group["devices"])}}</dd></div>
 <div><dt>First seen</dt><dd>{{!when(group["first_seen"])}}</dd></div>
 <div><dt>Last seen</dt><dd>{{!when(group["last_seen"])}}</dd></div>
@@ -3543,16 +3520,15 @@ No crash is kept{{" of " + page.app if page.app else ""}}. When one comes in, it
 <div class="crash"><div>
 % if frames:
 <ol class="trace" start="0">
-% for frame in frames[:max_frames]:
-<li{{!' class="own"' if frame.get("file") else ""}}
-><code><bdi>{{shorten(frame.get("symbol") or "(no symbol)", 1000)}}</bdi></code>
-<span class="place"><bdi>{{shorten(place(frame))}}</bdi></span></li>
+% for symbol, place, is_own in frames[:max_frames]:
+<li{{!' class="own"' if is_own else ""}}><code><bdi>{{shorten(symbol, 1000)}}</bdi></code>
+<span class="place"><bdi>{{shorten(place)}}</bdi></span></li>
 % end
 </ol>
 % if frames[max_frames:]:
 <p class="note">and {{number(len(frames) - max_frames)}} further frames</p>
 % end
-% if any(frame.get("file") for frame in frames):
+% if any(is_own for _, _, is_own in frames):
 <p class="note">Frames of the app itself are those with a file.</p>
 % else:
 <p class="note">No frame has a file, so none is known to be the app's own.</p>
@@ -3560,8 +3536,7 @@ No crash is kept{{" of " + page.app if page.app else ""}}. When one comes in, it
 % else:
 <p class="empty">This report came without a stack trace.</p>
 % end
-</div><dl class="context">
-<div><dt>Occurred</dt><dd>{{!when(report["occurred_at"])}}</dd></div>
+</div><dl class="context"><div><dt>Occurred</dt><dd>{{!when(report["occurred_at"])}}</dd></div>
 <div><dt>Received</dt><dd>{{!when(report["received_at"])}}</dd></div>
 % for name, value in context:
 <div{{!' class="long"' if len(value) > 80 else ""}}><dt><bdi>{{shorten(name, 100)}}</bdi></dt>
@@ -3579,34 +3554,26 @@ No crash is kept{{" of " + page.app if page.app else ""}}. When one comes in, it
         _APP, _VERSION, _SYSTEM, _DEVICE,
         Column("Reason", '<span class="reason"><bdi>{{shorten(row.get("exception_reason", ""), 120)}}</bdi></span>',
                condition="has_reasons"),
-        row_attributes="""{{!' aria-current="true"' if row["id"] == report["id"] else ""}}""",
-        empty="") + _PAGE_LINKS + "</section>\n",
+        row_attributes="""{{!' aria-current="true"' if row["id"] == report["id"] else ""}}"""
+    ) + _PAGE_LINKS + "</section>\n",
     "events": """% if "session_id" in parameters:
 <p>Session <code><bdi>{{parameters["session_id"]}}</bdi></code>, in the order in which its events came.
 <a href="{{link("/events")}}">All events</a></p>
 % else:
-""" + _FILTER + """<label>Type <select name="type"><option value="">all</option>
-% for choice in types:
-<option{{!" selected" if parameters.get("type") == choice else ""}}>{{choice}}</option>
-% end
-</select></label>
+""" + _FILTER + """<label>Type
+<select name="type"><option value="">all</option>{{!options(types, parameters.get("type"))}}</select></label>
 <label>Name <input name="name" value="{{parameters.get("name", "")}}"></label>
-<label>Session <input name="session_id"></label>
-<button>Show</button></form>
+<label>Session <input name="session_id"></label> <button>Show</button></form>
 % end
 """ + _list(
-        "events",
-        Column("Occurred", _TIME % "occurred_at"),
+        "events", Column("Occurred", _TIME % "occurred_at"),
         Column("Event", '{{row["type"]}} <b><bdi>{{shorten(row.get("name", ""), 80)}}</bdi></b>', "main"),
-        _APP,
-        Column("Properties", '<span class="reason"><bdi>{{details(row)}}</bdi></span>'),
-        _VERSION, _DEVICE,
-        Column("Session", """
+        _APP, Column("Properties", '<span class="reason"><bdi>{{details(row)}}</bdi></span>'),
+        _VERSION, _DEVICE, Column("Session", """
 % if row.get("session_id") and "session_id" not in parameters:
 <a href="{{link("/events", session_id=row["session_id"])}}"><bdi>{{shorten(row["session_id"], 12)}}</bdi></a>
 % end
-"""),
-        empty="""
+"""), empty="""
 % if next:
 None of the 20,000 events that were looked at fits.
 % elif parameters:
@@ -3617,57 +3584,45 @@ No event is kept{{" of " + page.app if page.app else ""}}.
 % end
 """) + _PAGE_LINKS,
     "releases": _list(
-        "releases",
-        Column("Version", _RELEASE, "main"),
-        _APP._replace(condition="not page.app"),
-        _CRASH_FREE,
+        "releases", Column("Version", _RELEASE_LINK, "main"), _APP._replace(condition="not page.app"), _CRASH_FREE,
         Column("Crash-free devices", '{{"%.2f" % row["crash_free_devices"]}} %', "number"),
-        Column("Crashes", _COUNT % "crashes", "number"),
-        Column("Sessions", _COUNT % "sessions", "number"),
-        _ADOPTION._replace(label="Adoption, 7 days"),
-        *_SEEN, empty=_NO_RELEASE),
+        Column("Crashes", _COUNT % "crashes", "number"), Column("Sessions", _COUNT % "sessions", "number"),
+        _ADOPTION._replace(label="Adoption, 7 days"), *_SEEN, empty=_NO_RELEASE),
     "apps": """% if "problem" in notice:
 <p class="problem" role="alert">{{notice["problem"]}}.</p>
 % end
 % if "message" in notice:
 <section class="hint" role="status"><p>{{notice["message"]}}</p>
 % if "key" in notice:
-<p><code class="key">{{notice["key"]}}</code></p>
-<p>It goes into the app. To try it:</p>
+<p><code class="key">{{notice["key"]}}</code></p><p>It goes into the app. To try it:</p>
 <pre>{{curl_line(page.url, notice["key"])}}</pre>
 % end
 </section>
 % end
 % for app in apps:
-<section class="app"><h2><bdi>{{app.name}}</bdi>{{" (test)" if app.is_test else ""}}</h2>
+<section><h2><bdi>{{app.name}}</bdi>{{" (test)" if app.is_test else ""}}</h2>
 <p class="note">Made {{!when(iso(app.created_at))}}. <a href="{{link("/", app=app.name)}}">Its figures</a></p>
 """ + _list(
-        "keys[app.name]",
-        Column("Key", "<code>{{row.prefix}}...</code>"),
-        Column("Made", "{{!when(iso(row.created_at))}}"),
-        Column("In use", """
+        "keys[app.name]", Column("Key", "<code>{{row.prefix}}...</code>"),
+        Column("Made", "{{!when(iso(row.created_at))}}"), Column("In use", """
 % if row.revoked_at:
 revoked {{!when(iso(row.revoked_at))}}
 % else:
 <details><summary>Revoke</summary><p>What apps with this key send is refused from then on.</p>
 """ + _form("/apps", "<button>Revoke it</button>", action="revoke", key="{{row.hash}}") + """</details>
 % end
-""", "bare"),
-        empty="It has no key, so nothing can be sent to it.") + '<div class="actions">\n' + _form(
+""", "bare"), empty="It has no key, so nothing can be sent to it.") + '<div class="actions">\n' + _form(
             "/apps", "<button>Make a further key</button>", action="key", name="{{app.name}}") + """
 <details><summary>Delete the app</summary>
-""" + _form("/apps", """\
-<p>This deletes its keys and all that it sent. To be sure, type its name.</p>
+""" + _form("/apps", """<p>This deletes its keys and all that it sent. To be sure, type its name.</p>
 <label>Name <input name="typed" autocomplete="off" required></label> <button class="danger">Delete it</button>
 """, action="delete", name="{{app.name}}") + """</details></div></section>
 % end
-<section class="app"><h2>A new app</h2>
-""" + _form("/apps", """\
-<p><label>Name <input name="name" maxlength="100" required></label>
+<section><h2>A new app</h2>
+""" + _form("/apps", """<p><label>Name <input name="name" maxlength="100" required></label>
 <label><input type="checkbox" name="test" value="1"> a test app, whose reports count in no public figure</label></p>
 <p><button>Make it, with a first key</button></p>
-""", action="create") + "</section>\n",
-}
+""", action="create") + "</section>\n"}
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fcfbf8; --ink: #1f1e1b; --soft: #66635b; --rule: #dcd8cd; --tint: #f3f0e8;
@@ -3676,26 +3631,23 @@ STYLE = """
   --tint: #201f1c; --link: #8cbcf0; --mark: #7fb0e4; --bad: #ff8f80; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 78rem; padding: 0 1.25rem 2rem; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; overflow-wrap: anywhere; -webkit-text-size-adjust: 100%; }
-code, pre, td.number, .figure, .brand, .trace, .facts dd, .long dd { font-family: ui-monospace, "SF Mono", Menlo,
-  Consolas, "DejaVu Sans Mono", monospace; }
-a, summary, .plain { color: var(--link); text-underline-offset: 0.15em; }
-header, nav, .facts, .filter, .actions, .more { display: flex; flex-wrap: wrap; gap: 0.6rem 1.5rem; align-items: baseline; }
-header, nav { gap: 0.25rem 1.25rem; }
+  font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; -webkit-text-size-adjust: 100%; }
+code, pre, td.number, .figure, .brand, .trace, .facts dd, .long dd { font-family: ui-monospace, Menlo, Consolas, monospace; }
+header, nav, .facts, .filter, .actions { display: flex; flex-wrap: wrap; gap: 0.4rem 1.3rem; align-items: baseline; }
 header { padding: 0.9rem 0 0.6rem; border-bottom: 2px solid var(--ink); }
 header nav { flex: 1; }
-nav a, .brand { text-decoration: none; padding: 0.2rem 0; }
-.brand { font-weight: 700; }
-h2 a, .brand, a[aria-current] { color: inherit; }
-a[aria-current] { font-weight: 600; border-bottom: 2px solid var(--mark); }
 .apps { padding: 0.5rem 0; border-bottom: 1px solid var(--rule); font-size: 0.92em; }
+a, summary, .plain { color: var(--link); text-underline-offset: 0.15em; }
+h2 a, .brand, a[aria-current] { color: inherit; }
+nav a, .brand { text-decoration: none; padding: 0.2rem 0; }
+a[aria-current] { border-bottom: 2px solid var(--mark); }
+a[aria-current], .brand, .own, .key { font-weight: 600; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 1.4rem 0 0.8rem; }
 h2 { font-size: 0.95rem; margin: 0 0 0.5rem; }
 main section { margin: 1.75rem 0 0; min-width: 0; }
-.tiles, .halves, .thirds { display: grid; gap: 0 2.5rem;
+.tiles, .halves, .thirds { --least: 24rem; display: grid; gap: 0 2.5rem;
   grid-template-columns: repeat(auto-fit, minmax(min(var(--least), 100%), 1fr)); }
 .tiles { --least: 9rem; gap: 1.5rem 2rem; }
-.halves { --least: 24rem; }
 .thirds { --least: 17rem; }
 .tiles section { margin: 0; border-top: 1px solid var(--rule); padding-top: 0.7rem; }
 .tiles h2 { font-weight: 400; margin: 0; }
@@ -3708,35 +3660,33 @@ table { border-collapse: collapse; width: 100%; }
 th { text-align: left; font-weight: 400; }
 th, td { padding: 0.4rem 1.2rem 0.4rem 0; vertical-align: top; }
 th:last-child, td:last-child { padding-right: 0; }
-.list tr { border-bottom: 1px solid var(--rule); }
-.list td:is([data-label="App"], [data-label="Versions"]) { min-width: 6.5rem; }
-.list tr[aria-current] { background: var(--tint); }
 time, .number { white-space: nowrap; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
+.number { text-align: right; }
+.list tr { border-bottom: 1px solid var(--rule); }
+.list tr[aria-current] { background: var(--tint); }
+.list td:is([data-label="App"], [data-label="Versions"]) { min-width: 6.5rem; }
 .list th.number:first-child, .bars .number { width: 1%; }
-.bars th { color: inherit; font-size: 1em; width: 42%; padding-right: 0.8rem; }
-.bars th, .bars td { padding-top: 0.15rem; padding-bottom: 0.15rem; }
+.bars th { color: inherit; font-size: 1em; width: 42%; }
+.bars :is(th, td) { padding: 0.15rem 0.8rem 0.15rem 0; }
 .bars svg { margin-top: 0.4rem; }
 svg { display: block; }
 rect, circle { fill: var(--mark); }
 line { stroke: var(--rule); }
-.marks line { stroke: var(--mark); stroke-width: 2; stroke-linecap: round; }
+.marks line, polyline { stroke: var(--mark); stroke-width: 2; stroke-linecap: round; fill: none; }
 .day { fill-opacity: 0; }
 .day:hover { fill-opacity: 0.15; }
-polyline { fill: none; stroke: var(--mark); stroke-width: 1.5; stroke-linejoin: round; }
 .chart { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: 0 0.6rem; }
 .chart p { display: flex; justify-content: space-between; margin: 0; font-size: 12px; line-height: 1; }
 .chart p:first-child { flex-direction: column; text-align: right; }
 .chart p:last-child { grid-column: 2; padding-top: 0.35rem; }
 dl, dd, form { margin: 0; }
 .crash { display: grid; gap: 1.5rem 2.5rem; grid-template-columns: minmax(0, 2fr) minmax(0, 1fr); }
-.trace { margin: 0; padding: 0 0 0 2.6rem; }
+.trace { margin: 0; padding-left: 2.6rem; }
 li { padding: 0.15rem 0 0.15rem 0.6rem; border-left: 3px solid transparent; }
-.own { color: var(--ink); font-weight: 600; border-left-color: var(--bad); background: var(--tint); }
-.place { font-weight: 400; padding-left: 0.6rem; }
+.own { color: var(--ink); border-left-color: var(--bad); background: var(--tint); }
+.place { color: var(--soft); font-weight: 400; padding-left: 0.6rem; }
 .own .place { color: var(--link); }
-.context > div { display: grid; grid-template-columns: 7rem minmax(0, 1fr); gap: 0 0.8rem; padding: 0.2rem 0; }
-.context > .long { display: block; }
+.context > div:not(.long) { display: grid; grid-template-columns: 7rem minmax(0, 1fr); gap: 0 0.8rem; padding: 0.2rem 0; }
 pre, .long dd { margin: 0.2rem 0; padding: 0.5rem 0.7rem; background: var(--tint); white-space: pre-wrap;
   font-size: 0.88em; max-height: 22rem; overflow-y: auto; }
 form { display: inline-block; }
@@ -3744,16 +3694,17 @@ form { display: inline-block; }
 .filter label { display: grid; }
 input, select, button { font: inherit; color: inherit; background: var(--paper); border: 1px solid var(--soft);
   border-radius: 3px; padding: 0.3rem 0.6rem; max-width: 100%; }
-button { background: var(--tint); }
 button, summary { cursor: pointer; }
+button { background: var(--tint); }
 button:hover { border-color: var(--ink); }
 .plain { border: 0; padding: 0.2rem 0; background: none; }
 .danger, .problem { color: var(--bad); }
 .sign-in { max-width: 24rem; }
 .sign-in :is(label, input) { display: block; width: 100%; }
 .hint { margin-bottom: 1.5rem; padding: 0.3rem 1rem 0.8rem; border-left: 3px solid var(--mark); background: var(--tint); }
-.key { font-size: 1.1em; font-weight: 600; user-select: all; }
+.key { font-size: 1.1em; user-select: all; }
 .actions { margin-top: 0.6rem; }
+.more { display: inline-block; margin: 1rem 1.5rem 0 0; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 @media (max-width: 48rem) {
   .crash { grid-template-columns: minmax(0, 1fr); }
@@ -3761,8 +3712,7 @@ button:hover { border-color: var(--ink); }
   .list, .list tbody { display: block; }
   .list tr { display: flex; flex-wrap: wrap; gap: 0 1.2rem; padding: 0.5rem 0; }
   .list td { padding: 0.1rem 0; text-align: left; white-space: normal; }
-  .list td:not(.main, .bare)::before { content: attr(data-label) " "; color: var(--soft); font-size: 0.85em;
-    font-family: system-ui, -apple-system, sans-serif; }
+  .list td:not(.main, .bare)::before { content: attr(data-label) " "; color: var(--soft); font: 0.85em system-ui; }
   .list .main { order: -1; flex-basis: 100%; }
   .list td:empty, .list td:has(> bdi:empty), .list td:has(> .reason > bdi:empty) { display: none; }
   .list svg { display: inline-block; vertical-align: middle; }
@@ -3779,9 +3729,9 @@ PAGE_HEADERS = {
         "default-src 'none'; img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'; style-src"
         f" 'sha256-{base64.b64encode(sha256(STYLE)).decode()}'")}
 
-_TEMPLATE_GLOBALS = {"bar_chart": bar_chart, "curl_line": curl_line, "details": _details, "number": "{:,}".format,
-                     "icon": _ICON, "pages": _PAGES, "place": _place, "shorten": _shorten, "sparkline": sparkline,
-                     "style": STYLE}
+_TEMPLATE_GLOBALS = {"bar_chart": bar_chart, "curl_line": curl_line, "details": _details, "icon": _ICON, "iso": iso_time,
+                     "number": "{:,}".format, "options": _options, "pages": _PAGES, "shorten": _shorten,
+                     "sparkline": sparkline, "style": STYLE}
 
 
 # == Backfeedr =================================================================
