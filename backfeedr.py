@@ -26,7 +26,9 @@ The sections, each of which uses only those above it:
     Store           connections, the one write path, apps and keys
     Metrics         the questions asked of the store
     Requests        what a request carries, and what a client may be told
+    Charts          numbers in, SVG out
     Dashboard       the pages that people look at
+    Templates       their HTML and CSS
     Backfeedr       the WSGI callable
     Server          waitress, and how it stops
     Operations      backup, export, import, check
@@ -2904,7 +2906,7 @@ def curl_line(url: str, key: str) -> str:
 # == Charts ====================================================================
 #
 # Functions from numbers to SVG. Horizontal positions are percentages, so that a chart
-# is as wide as the page has room for.
+# is as wide as the page has room for. Labels of days are ISO dates.
 
 _HEIGHT, _EDGE = 72, 3  # pixels: the height of a chart, and the margin above and below its lines
 _NO_CHART = '<p class="empty">None in these days.</p>'
@@ -2917,10 +2919,7 @@ Draw = Callable[[Values, float], str]  # SVG from y positions in pixels, and the
 
 
 def line_chart(title: str, labels: Sequence[str], values: Values, low: float = 0, unit: str = "") -> str:
-    """A line through one value a day, and a dot for today, which is not over. None leaves a gap.
-
-    `labels` are ISO dates. The axis begins at `low`; with a unit, it ends at 100.
-    """
+    """A line through one value a day, from `low` up, and a dot for today, which is not over. None leaves a gap."""
     return _chart(title, labels, values, _draw_line, low, unit)
 
 
@@ -3229,8 +3228,8 @@ class Dashboard:
         return self._render(
             page, group["exception_type"], "group", group=group, report=report, parameters=parameters,
             next=group["next"], chart=column_chart("Crashes", days["labels"], days["groups"][group_hash]["days"]),
-            frames=[_frame(frame) for frame in report.get("stack_trace", [])], max_frames=SHOWN_FRAMES, context=_context(report),
-            has_reasons=len({each.get("exception_reason") for each in reports}) > 1)
+            frames=[_frame(frame) for frame in report.get("stack_trace", [])], max_frames=SHOWN_FRAMES,
+            context=_context(report), has_reasons=len({each.get("exception_reason") for each in reports}) > 1)
 
     def _events(self, page: PageRequest) -> Response:
         parameters = page.parameters("type", "name", "session_id", "cursor")
@@ -3350,14 +3349,15 @@ def _shorten(text: str, length: int = 300) -> str:
 
 
 def _options(choices: Iterable[Any], chosen: Any = None) -> str:
-    return "".join(f'<option{" selected" if choice == chosen else ""}>{escape(str(choice))}</option>' for choice in choices)
+    return "".join(f'<option{" selected" if choice == chosen else ""}>{escape(str(choice))}</option>'
+                   for choice in choices)
 
 
 # == Templates =================================================================
 #
 # The HTML and CSS of the pages. Templates know only `for` and `if`; `{{ }}` escapes,
-# `{{! }}` takes HTML that was made above. Constants and functions make the source of
-# what several templates share.
+# `{{! }}` takes HTML that was made above. What several templates share is a constant
+# or a function with their source, such as _list() and _form().
 
 _PAGES = (("/", "Overview"), ("/crashes", "Crashes"), ("/events", "Events"), ("/releases", "Releases"),
           ("/apps", "Apps"))
@@ -3393,6 +3393,7 @@ def _list(rows: str, *columns: Column, empty: str = "", row_attributes: str = ""
 
 
 def _form(path: str, content: str, **hidden: str) -> str:
+    """A form with the token that read_form() checks."""
     fields = "".join(f'<input type="hidden" name="{name}" value="{value}">\n'
                      for name, value in {"form_token": "{{page.form_token}}", **hidden}.items())
     return f'<form method="post" action="{{{{page.root}}}}{path}">\n{fields}{content}</form>'
@@ -3489,7 +3490,8 @@ _TEMPLATES = {
 """,
     "crashes": _FILTER + """<label>Version <input name="version" list="versions"
 value="{{parameters.get("version", "")}}"></label><datalist id="versions">{{!options(versions)}}</datalist>
-<label>Days <select name="days"><option value="">all</option>{{!options(day_choices, parameters.get("days"))}}</select></label>
+<label>Days
+<select name="days"><option value="">all</option>{{!options(day_choices, parameters.get("days"))}}</select></label>
 <label>Text <input type="search" name="text" value="{{parameters.get("text", "")}}"></label>
 <button>Show</button></form>
 """ + _list(
@@ -3632,78 +3634,61 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 78rem; padding: 0 1.25rem 2rem; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; -webkit-text-size-adjust: 100%; }
-code, pre, td.number, .figure, .brand, .trace, .facts dd, .long dd { font-family: ui-monospace, Menlo, Consolas, monospace; }
+code, pre, td.number, .figure, .brand, .trace, .facts dd, .long dd { font-family: ui-monospace, Consolas, monospace; }
+dl, dd, form, .figure, .chart p, .tiles :is(section, h2) { margin: 0; }
+th, dt, footer, .note, .trace, .filter label { color: var(--soft); font-size: 0.9em; }
+.empty, .reason, .place, .chart p { color: var(--soft); }
 header, nav, .facts, .filter, .actions { display: flex; flex-wrap: wrap; gap: 0.4rem 1.3rem; align-items: baseline; }
-header { padding: 0.9rem 0 0.6rem; border-bottom: 2px solid var(--ink); }
-header nav { flex: 1; }
+header { padding: 0.9rem 0 0.6rem; border-bottom: 2px solid var(--ink); } header nav { flex: 1; }
 .apps { padding: 0.5rem 0; border-bottom: 1px solid var(--rule); font-size: 0.92em; }
-a, summary, .plain { color: var(--link); text-underline-offset: 0.15em; }
-h2 a, .brand, a[aria-current] { color: inherit; }
+a, summary, .plain { color: var(--link); }
+h2 a, .brand, a[aria-current] { color: inherit; } a[aria-current] { border-bottom: 2px solid var(--mark); }
 nav a, .brand { text-decoration: none; padding: 0.2rem 0; }
-a[aria-current] { border-bottom: 2px solid var(--mark); }
 a[aria-current], .brand, .own, .key { font-weight: 600; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 1.4rem 0 0.8rem; }
 h2 { font-size: 0.95rem; margin: 0 0 0.5rem; }
 main section { margin: 1.75rem 0 0; min-width: 0; }
 .tiles, .halves, .thirds { --least: 24rem; display: grid; gap: 0 2.5rem;
   grid-template-columns: repeat(auto-fit, minmax(min(var(--least), 100%), 1fr)); }
-.tiles { --least: 9rem; gap: 1.5rem 2rem; }
-.thirds { --least: 17rem; }
-.tiles section { margin: 0; border-top: 1px solid var(--rule); padding-top: 0.7rem; }
-.tiles h2 { font-weight: 400; margin: 0; }
-.figure { font-size: 1.9rem; line-height: 1.2; margin: 0; }
-th, dt, footer, .note, .trace, .filter label { color: var(--soft); font-size: 0.9em; }
-.empty, .reason, .chart p { color: var(--soft); }
+.tiles { --least: 9rem; gap: 1.5rem 2rem; } .thirds { --least: 17rem; }
+.tiles section { border-top: 1px solid var(--rule); padding-top: 0.7rem; } .tiles h2 { font-weight: 400; }
+.figure { font-size: 1.9rem; line-height: 1.2; }
 .note { margin: 0.2rem 0; }
 footer { margin-top: 3rem; padding-top: 0.6rem; border-top: 1px solid var(--rule); }
-table { border-collapse: collapse; width: 100%; }
-th { text-align: left; font-weight: 400; }
-th, td { padding: 0.4rem 1.2rem 0.4rem 0; vertical-align: top; }
-th:last-child, td:last-child { padding-right: 0; }
-time, .number { white-space: nowrap; }
-.number { text-align: right; }
+table { border-collapse: collapse; width: 100%; } th { text-align: left; font-weight: 400; }
+th, td { padding: 0.4rem 1.2rem 0.4rem 0; vertical-align: top; } :is(th, td):last-child { padding-right: 0; }
+time, .number { white-space: nowrap; } .number { text-align: right; }
 .list tr { border-bottom: 1px solid var(--rule); }
-.list tr[aria-current] { background: var(--tint); }
+.list tr[aria-current], .own, .hint, pre, .long dd, button { background: var(--tint); }
 .list td:is([data-label="App"], [data-label="Versions"]) { min-width: 6.5rem; }
 .list th.number:first-child, .bars .number { width: 1%; }
 .bars th { color: inherit; font-size: 1em; width: 42%; }
-.bars :is(th, td) { padding: 0.15rem 0.8rem 0.15rem 0; }
-.bars svg { margin-top: 0.4rem; }
-svg { display: block; }
-rect, circle { fill: var(--mark); }
-line { stroke: var(--rule); }
+.bars :is(th, td) { padding-block: 0.15rem; }
+svg { display: block; } .bars svg { margin-top: 0.4rem; }
+rect, circle { fill: var(--mark); } line { stroke: var(--rule); }
 .marks line, polyline { stroke: var(--mark); stroke-width: 2; stroke-linecap: round; fill: none; }
-.day { fill-opacity: 0; }
-.day:hover { fill-opacity: 0.15; }
-.chart { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: 0 0.6rem; }
-.chart p { display: flex; justify-content: space-between; margin: 0; font-size: 12px; line-height: 1; }
-.chart p:first-child { flex-direction: column; text-align: right; }
-.chart p:last-child { grid-column: 2; padding-top: 0.35rem; }
-dl, dd, form { margin: 0; }
+.day { fill-opacity: 0; } .day:hover { fill-opacity: 0.15; }
+.chart { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: 0.35rem 0.6rem; }
+.chart p { display: flex; justify-content: space-between; font-size: 12px; line-height: 1; }
+.chart p:first-child { flex-direction: column; text-align: right; } .chart p:last-child { grid-column: 2; }
 .crash { display: grid; gap: 1.5rem 2.5rem; grid-template-columns: minmax(0, 2fr) minmax(0, 1fr); }
 .trace { margin: 0; padding-left: 2.6rem; }
 li { padding: 0.15rem 0 0.15rem 0.6rem; border-left: 3px solid transparent; }
-.own { color: var(--ink); border-left-color: var(--bad); background: var(--tint); }
-.place { color: var(--soft); font-weight: 400; padding-left: 0.6rem; }
-.own .place { color: var(--link); }
-.context > div:not(.long) { display: grid; grid-template-columns: 7rem minmax(0, 1fr); gap: 0 0.8rem; padding: 0.2rem 0; }
-pre, .long dd { margin: 0.2rem 0; padding: 0.5rem 0.7rem; background: var(--tint); white-space: pre-wrap;
-  font-size: 0.88em; max-height: 22rem; overflow-y: auto; }
+.own { color: var(--ink); border-left-color: var(--bad); } .own .place { color: var(--link); }
+.place { font-weight: 400; padding-left: 0.6rem; }
+.context > :not(.long) { display: grid; grid-template-columns: 7rem minmax(0, 1fr); gap: 0 0.8rem; padding: 0.2rem 0; }
+pre, .long dd { margin: 0.2rem 0; padding: 0.5rem 0.7rem; white-space: pre-wrap; font-size: 0.88em; max-height: 22rem;
+  overflow-y: auto; }
 form { display: inline-block; }
-.filter { align-items: end; margin-bottom: 1rem; }
-.filter label { display: grid; }
-input, select, button { font: inherit; color: inherit; background: var(--paper); border: 1px solid var(--soft);
-  border-radius: 3px; padding: 0.3rem 0.6rem; max-width: 100%; }
-button, summary { cursor: pointer; }
-button { background: var(--tint); }
-button:hover { border-color: var(--ink); }
-.plain { border: 0; padding: 0.2rem 0; background: none; }
-.danger, .problem { color: var(--bad); }
-.sign-in { max-width: 24rem; }
-.sign-in :is(label, input) { display: block; width: 100%; }
-.hint { margin-bottom: 1.5rem; padding: 0.3rem 1rem 0.8rem; border-left: 3px solid var(--mark); background: var(--tint); }
-.key { font-size: 1.1em; user-select: all; }
-.actions { margin-top: 0.6rem; }
+.filter { align-items: end; margin-bottom: 1rem; } .filter label { display: grid; }
+input, select, button { font: inherit; color: inherit; border: 1px solid var(--soft); border-radius: 3px;
+  padding: 0.3rem 0.6rem; max-width: 100%; }
+input, select { background: var(--paper); }
+button, summary { cursor: pointer; } button:hover { border-color: var(--ink); }
+.plain { border: 0; padding: 0.2rem 0; background: none; } .danger, .problem { color: var(--bad); }
+.sign-in { max-width: 24rem; } .sign-in :is(form, label, input) { display: block; width: 100%; }
+.hint { margin-bottom: 1.5rem; padding: 0.3rem 1rem 0.8rem; border-left: 3px solid var(--mark); }
+.key { font-size: 1.1em; user-select: all; } .actions { margin-top: 0.6rem; }
 .more { display: inline-block; margin: 1rem 1.5rem 0 0; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 @media (max-width: 48rem) {
@@ -3717,7 +3702,6 @@ button:hover { border-color: var(--ink); }
   .list td:empty, .list td:has(> bdi:empty), .list td:has(> .reason > bdi:empty) { display: none; }
   .list svg { display: inline-block; vertical-align: middle; }
   header nav { order: 1; flex-basis: 100%; column-gap: 0.8rem; }
-  .bars th { width: 50%; }
   .brand { flex: 1; }
 }
 @media print { header nav, header form, .apps, .filter, .actions, .more { display: none; } }
@@ -3729,9 +3713,10 @@ PAGE_HEADERS = {
         "default-src 'none'; img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'; style-src"
         f" 'sha256-{base64.b64encode(sha256(STYLE)).decode()}'")}
 
-_TEMPLATE_GLOBALS = {"bar_chart": bar_chart, "curl_line": curl_line, "details": _details, "icon": _ICON, "iso": iso_time,
-                     "number": "{:,}".format, "options": _options, "pages": _PAGES, "shorten": _shorten,
-                     "sparkline": sparkline, "style": STYLE}
+_TEMPLATE_GLOBALS = {
+    "bar_chart": bar_chart, "curl_line": curl_line, "details": _details, "icon": _ICON, "iso": iso_time,
+    "number": "{:,}".format, "options": _options, "pages": _PAGES, "shorten": _shorten, "sparkline": sparkline,
+    "style": STYLE}
 
 
 # == Backfeedr =================================================================
