@@ -3641,6 +3641,7 @@ th, dt, footer, .note, .trace, .filter label { color: var(--soft); font-size: 0.
 header, nav, .facts, .filter, .actions { display: flex; flex-wrap: wrap; gap: 0.4rem 1.3rem; align-items: baseline; }
 header { padding: 0.9rem 0 0.6rem; border-bottom: 2px solid var(--ink); } header nav { flex: 1; }
 .apps { padding: 0.5rem 0; border-bottom: 1px solid var(--rule); font-size: 0.92em; }
+.facts { column-gap: 2.2rem; }
 a, summary, .plain { color: var(--link); }
 h2 a, .brand, a[aria-current] { color: inherit; } a[aria-current] { border-bottom: 2px solid var(--mark); }
 nav a, .brand { text-decoration: none; padding: 0.2rem 0; }
@@ -3686,7 +3687,7 @@ input, select, button { font: inherit; color: inherit; border: 1px solid var(--s
 input, select { background: var(--paper); }
 button, summary { cursor: pointer; } button:hover { border-color: var(--ink); }
 .plain { border: 0; padding: 0.2rem 0; background: none; } .danger, .problem { color: var(--bad); }
-.sign-in { max-width: 24rem; } .sign-in :is(form, label, input) { display: block; width: 100%; }
+.sign-in { max-width: 24rem; } .sign-in :is(form, input) { width: 100%; } .sign-in label { display: block; }
 .hint { margin-bottom: 1.5rem; padding: 0.3rem 1rem 0.8rem; border-left: 3px solid var(--mark); }
 .key { font-size: 1.1em; user-select: all; } .actions { margin-top: 0.6rem; }
 .more { display: inline-block; margin: 1rem 1.5rem 0 0; }
@@ -3703,6 +3704,7 @@ button, summary { cursor: pointer; } button:hover { border-color: var(--ink); }
   .list svg { display: inline-block; vertical-align: middle; }
   header nav { order: 1; flex-basis: 100%; column-gap: 0.8rem; }
   .brand { flex: 1; }
+  .bars th { width: 50%; }
 }
 @media print { header nav, header form, .apps, .filter, .actions, .more { display: none; } }
 """
