@@ -3467,7 +3467,7 @@ def test_a_wrong_admin_token_does_not_sign_in(api, token):
 
 
 def test_after_ten_tries_a_minute_even_the_right_token_has_to_wait(api, clock):
-    api.server.pages.tries = RateLimiter(backfeedr.TRIES, clock=clock)
+    api.server.pages.sign_in_limiter = RateLimiter(backfeedr.SIGN_IN_TRIES, clock=clock)
     someone = Person(api.server)
     for _ in range(10):
         someone.sign_in("wrong", status=403)
