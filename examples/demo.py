@@ -76,7 +76,7 @@ def fill_demo(path: str, now: int, seed: int = 1) -> None:
     with backfeedr.Store(path, clock=lambda: moment / SECOND) as store:
         keys = {app.name: backfeedr.sha256(store.create_app(app.name, app.is_test)) for app in APPS}
         for (moment, name, kind), batch in groupby(made_up_reports(now, seed), itemgetter(0, 1, 2)):
-            parse = backfeedr.parse_crash if kind == "crash" else backfeedr.parse_event
+            parse: Callable[[Fields], Any] = backfeedr.parse_crash if kind == "crash" else backfeedr.parse_event
             store.add(keys[name], [
                 parse({**each.fields, "occurred_at": backfeedr.iso_time(each.occurred_at)}) for each in batch])
 
@@ -213,7 +213,7 @@ class App(NamedTuple):
     actions: Sequence[tuple]   # share; event type, name, and the values of its properties
 
 
-HABITS: Sequence[Tuple[float, float]] = (  # sessions a weekday, and mean days of use; the first four are of people who stay
+HABITS: Sequence[Tuple[float, float]] = (  # sessions a weekday, and mean days of use; the first four stay
     (1.9, 300), (1.1, 120), (0.7, 60), (0.6, 30), (1.3, 50), (1.2, 4), (1, 2), (0.8, 0.5))
 MODELS = (
     (8, "iPhone13,2"), (12, "iPhone14,5"), (7, "iPhone14,7"), (9, "iPhone15,2"), (10, "iPhone15,4"), (11, "iPhone16,1"),
