@@ -3501,8 +3501,8 @@ def test_signing_in_makes_a_new_session_and_signing_out_ends_it(api):
     assert re.fullmatch("[0-9a-f]{32}", during) and during != someone.web.cookies["backfeedr_form"]
     assert len(sql(api.server.store.path, "select * from grants")) == 1
     assert during.encode() not in content_of(api.server.store.path)
-    form = next(form for form in page.forms.values() if form.action.endswith("/sign-out"))
-    assert form.submit(status=303).headers["Location"] == "/sign-in"
+    assert page.forms[0].action == "/sign-out"
+    assert page.forms[0].submit(status=303).headers["Location"] == "/sign-in"
     assert sql(api.server.store.path, "select * from grants") == []
     someone.web.set_cookie("backfeedr", during)
     someone.get("/", 303)
@@ -3821,12 +3821,13 @@ def test_the_list_of_crashes_can_be_narrowed(api, person, clock):
     for type_, version, reason in (("SIGABRT", "1.0", "Alpha 100%"), *[("SIGBUS", "1.1", "beta")] * 2):
         api.post(CRASHES, {**CRASH, "exception_type": type_, "app_version": version, "exception_reason": reason})
     clock.move(86400 * 9)
-    api.post(CRASHES, {**CRASH, "exception_type": "SIGFPE", "app_version": "2.0", "occurred_at": "2026-03-21T14:00:00Z"})
+    api.post(CRASHES, {"exception_type": "SIGFPE", "app_version": "2.0", "occurred_at": "2026-03-21T14:00:00Z"})
     person.sign_in()
-    for query, shown in (("", ["SIGBUS", "SIGABRT", "SIGFPE"]), ("?version=1.1", ["SIGBUS"]), ("?days=1", ["SIGFPE"]),
-                         ("?text=ALPHA", ["SIGABRT"]), ("?text=100%25", ["SIGABRT"]), ("?text=%25", ["SIGABRT"]),
-                         ("?text=sig", ["SIGBUS", "SIGABRT", "SIGFPE"]), ("?text=" + group_hash("SIGBUS", []), ["SIGBUS"]),
-                         ("?version=1.1&text=alpha", []), ("?app=default", ["SIGBUS", "SIGABRT", "SIGFPE"])):
+    each_type = ["SIGBUS", "SIGABRT", "SIGFPE"]
+    for query, shown in (
+            ("", each_type), ("?app=default", each_type), ("?version=1.1", ["SIGBUS"]), ("?days=1", ["SIGFPE"]),
+            ("?text=sig", each_type), ("?text=ALPHA", ["SIGABRT"]), ("?text=100%25", ["SIGABRT"]), ("?text=%25", ["SIGABRT"]),
+            ("?text=" + group_hash("SIGBUS", []), ["SIGBUS"]), ("?version=1.1&text=alpha", [])):
         page = person.get("/crashes" + query)
         rows = re.findall(r"<bdi>(SIG\w+)</bdi></a>", page.text)
         assert sorted(rows) == sorted(shown) and rows[:1] == shown[:1], query
@@ -3853,35 +3854,25 @@ def test_the_reports_of_a_group_can_be_read_one_by_one(api, person):
         person.get(f"/crashes/{group}?{query}", status)
 
 
-def names(page):
-    """Those of the events on a page."""
-    return re.findall(r"<b><bdi>(\w+)</bdi></b>", page.text)
+NAMES = [f"n{n}" for n in range(100)]
 
 
-def test_the_events_of_a_session_are_shown_in_their_order(api, person):
-    for name in ("first", "second", "third"):
-        api.post(EVENTS, {**EVENT, "name": name, "session_id": "mine", "properties": {"at": name, "n": [1, {"a": 2}]}})
-        api.post(EVENTS, {**EVENT, "name": "other", "session_id": "theirs"})
-    page = person.get("/events")
-    assert names(page) == ["other", "third", "other", "second", "other", "first"]
-    assert names(page.click("mine", index=0)) == ["first", "second", "third"]
-    assert 'at: third, n: 1 {"a": 2}' in person.text("/events")
-    assert names(person.get("/events?name=second")) == ["second"] and names(person.get("/events?type=error")) == []
-
-
-NUMBERED = [f"n{n}" for n in range(100)]
-
-
-@pytest.mark.parametrize("path, order", [("/events", ["last", *NUMBERED[::-1]]), ("/events?session_id=s", NUMBERED)])
-def test_the_pages_of_events_follow_one_another(api, person, path, order):
-    api.post(BATCH, {"events": [{**EVENT, "name": name, "session_id": "s"} for name in NUMBERED]})
-    api.post(BATCH, {"events": [{**EVENT, "name": "last"}]})
-    page = person.get(path)
-    seen = names(page)
-    while "Next page" in page:
+@pytest.mark.parametrize("query, expected", [
+    ("", ["last", *NAMES[::-1], "first"]), ("?session_id=mine", NAMES), ("?name=n7", ["n7"]), ("?type=error", [])])
+def test_events_are_listed_latest_first_and_those_of_a_session_in_their_order(api, person, query, expected):
+    mine = {**EVENT, "session_id": "mine", "properties": {"at": "n", "n": [1, {"a": 2}]}}
+    api.post(EVENTS, {**EVENT, "name": "first", "session_id": "theirs"})
+    api.post(BATCH, {"events": [{**mine, "name": name} for name in NAMES]})
+    api.post(EVENTS, {**EVENT, "name": "last", "session_id": "theirs"})
+    assert 'at: n, n: 1 {"a": 2}' in person.text("/events")
+    assert person.get("/events").click("mine", index=0).request.path_qs == "/events?session_id=mine"
+    page, seen = person.get("/events" + query), []
+    while True:
+        seen += re.findall(r"<b><bdi>(\w+)</bdi></b>", page.text)
+        if "Next page" not in page:
+            break
         page = page.click("Next page")
-        seen += names(page)
-    assert seen == order and "First page" in page
+    assert seen == expected and (len(seen) < 50 or "First page" in page)
 
 
 def test_a_page_is_about_all_live_apps_and_names_them_or_about_the_one_that_is_chosen(api, person):
@@ -3913,7 +3904,8 @@ def test_a_test_app_can_be_chosen_where_there_is_no_other(api, person):
 
 # -- Apps and keys
 
-@pytest.mark.parametrize("name, options, kind, is_test", [("Shop", {}, "live", 0), ("Trial", {"test": True}, "test", 1)])
+@pytest.mark.parametrize("name, options, kind, is_test", [
+    ("Shop", {}, "live", 0), ("Trial", {"test": True}, "test", 1)])
 def test_a_new_app_shows_its_key_once_and_the_curl_line_that_uses_it(api, person, name, options, kind, is_test):
     page = submit(person.get("/apps"), "create", name=name, **options)
     key = re.search(f"bf_{kind}_[0-9a-f]{{32}}", page.text)[0]
@@ -3923,15 +3915,13 @@ def test_a_new_app_shows_its_key_once_and_the_curl_line_that_uses_it(api, person
     assert sql(api.server.store.path, f"select is_test from apps where name = '{name}'") == [(is_test,)]
 
 
-@pytest.mark.parametrize("reason, fields", [
-    ("", {"action": "create", "name": ""}), ("", {"action": "create", "name": " Shop"}),
-    ("", {"action": "create", "name": "default"}), ("", {"action": "create", "name": "x" * 101}),
-    ("", {"action": "create", "name": "a\nb"}), ("", {"action": "revoke"}), ("", {"action": "revoke", "key": ""}),
-    ("", {"action": "revoke", "key": "nothing"}), ("There is no such action", {"action": "x"})])
-def test_a_form_that_asks_for_the_impossible_is_refused_with_the_reason(api, person, reason, fields):
+@pytest.mark.parametrize("fields", [
+    *({"action": "create", "name": name} for name in ("", " Shop", "default", "x" * 101, "a\nb")),
+    {"action": "revoke"}, {"action": "revoke", "key": ""}, {"action": "revoke", "key": "nothing"}, {"action": "x"}])
+def test_a_form_that_asks_for_the_impossible_is_refused_with_the_reason(api, person, fields):
     before = stored(api.server, "apps", "keys")
     answer = person.post("/apps", 400, form_token=person.get("/apps").forms[0]["form_token"].value, **fields)
-    assert 'role="alert"' in answer and reason in answer
+    assert 'role="alert"' in answer and ("There is no such action" in answer) == (fields["action"] == "x")
     assert stored(api.server, "apps", "keys") == before and api.post(CRASHES, CRASH)[0] == 201
 
 
@@ -4116,12 +4106,12 @@ class Running:
     """A real server in its own process, on a free port."""
 
     def __init__(self, db, *arguments, **variables):
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("BACKFEEDR_")}
-        environ.update({"BACKFEEDR_API_KEY": KEY, "BACKFEEDR_AUTH_TOKEN": TOKEN, "BACKFEEDR_RATE_LIMIT": "0"}, **variables)
+        variables = {"BACKFEEDR_API_KEY": KEY, "BACKFEEDR_AUTH_TOKEN": TOKEN, "BACKFEEDR_RATE_LIMIT": "0", **variables}
         on_postgres = str(db).startswith("postgresql:")
         program = [str(EXAMPLES / "postgres.py"), db] if on_postgres else [str(SERVER), "--db", str(db)]
-        self.process = subprocess.Popen([sys.executable, *program, "--port", "0", *arguments], env=environ,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, *program, "--port", "0", *arguments], env=clean_environ(**variables),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.db = db
         first_line = self.process.stdout.readline().strip()
         assert first_line.startswith("backfeedr on http://"), self.process.communicate()
@@ -4187,10 +4177,8 @@ class Load:
 
     def __init__(self, servers, clients=8, key=KEY):
         self.acknowledged, self.lost, self.others, self.stopped = [], 0, [], threading.Event()
-        self.threads = [threading.Thread(target=self._run, args=(servers[n % len(servers)], n, key))
-                        for n in range(clients)]
-        for thread in self.threads:
-            thread.start()
+        self.pool = ThreadPoolExecutor(max(1, clients))
+        self.clients = [self.pool.submit(self._run, servers[n % len(servers)], n, key) for n in range(clients)]
 
     def _run(self, server, n, key):
         connection, count = server.connect(), 0
@@ -4217,9 +4205,8 @@ class Load:
 
     def finish(self):
         self.stopped.set()
-        for thread in self.threads:
-            thread.join(30)
-            assert not thread.is_alive()
+        for client in self.clients:
+            client.result(30)
 
 
 def stored_ids(path):
@@ -4289,8 +4276,6 @@ def test_300_clients_that_send_a_byte_now_and_then_keep_no_report_out_and_no_sto
     check_database(server.db)
 
 
-# -- The web server in this process
-
 @pytest.fixture
 def slow_server(serve, clock, monkeypatch):
     """A real web server in this process, by a clock moved by hand. `turn` lets it do what is to be done."""
@@ -4299,7 +4284,8 @@ def slow_server(serve, clock, monkeypatch):
     app = serve(rate_limit=0)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = backfeedr._make_server(app, app.settings, listener)
-        server.app, server.turn = app, lambda: server.asyncore.loop(timeout=0, use_poll=True, map=server._map, count=1)
+        server.app = app
+        server.turn = lambda: server.asyncore.loop(timeout=0, use_poll=True, map=server._map, count=1)
         yield server
         server.task_dispatcher.shutdown()
         server.asyncore.close_all(server._map)
@@ -4374,27 +4360,14 @@ def test_a_report_has_the_time_that_a_slow_phone_takes_and_no_more(slow_server, 
             assert crash_count(slow_server.app) == (n if status else 0)
 
 
-@pytest.mark.parametrize("request_line, header, status", [
-    ("GET /api/v1/health", "X: 1", 200), (f"POST {CRASHES}", "Content-Length: 0", 401),
-    (f"POST {CRASHES}", "Content-Length: +5", 400), (f"POST {CRASHES}", "Content-Length: 5000000", 413)])
-def test_a_client_that_expects_100_continue_but_has_nothing_to_send_is_answered(slow_server, request_line, header, status):
-    with connect_to(slow_server) as client:
-        client.sendall(f"{request_line} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n{header}\r\n\r\n".encode())
-        assert answer_on(client, slow_server).startswith(b"HTTP/1.1 %d " % status)
-
-
 def test_a_thread_that_sends_on_a_connection_keeps_the_others_from_it(slow_server):
     """Else an answer and the `100 Continue` of the request that follows it are mixed, and both sent twice."""
     free = []
 
-    def look(channel):
-        free.append(channel.outbuf_lock.acquire(blocking=False) and not channel.outbuf_lock.release())
-
     class Watched(slow_server.channel_class):
         def send(self, data, do_close=True):
-            looking = threading.Thread(target=look, args=(self,))
-            looking.start()
-            looking.join()
+            with ThreadPoolExecutor(1) as another:
+                free.append(another.submit(lambda: self.outbuf_lock.acquire(False) and not self.outbuf_lock.release()))
             return super().send(data, do_close)
 
     slow_server.channel_class = Watched
@@ -4405,10 +4378,8 @@ def test_a_thread_that_sends_on_a_connection_keeps_the_others_from_it(slow_serve
         client.sendall(get + b"POST /api/v1/crashes HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")
         answer += answer_on(client, slow_server, b"100 Continue")
     assert (answer.count(b'{"status": "ok"}'), answer.count(b"100 Continue")) == (2, 1)
-    assert free and not any(free)
+    assert free and not any(each.result() for each in free)
 
-
-# -- Reports that come together
 
 @pytest.fixture
 def crowd(slow_server):
@@ -4440,7 +4411,7 @@ def test_reports_that_come_together_are_stored_by_one_commit_and_each_is_answere
                  posted() + posted() + posted(body=b"")) == [[201], [400], [201], [400], [201, 201, 400]]
     assert crash_count(slow_server.app) == len(stored(slow_server.app, "events")["events"]) == 3
     commits = scraped(Api(slow_server.app))
-    assert [commits[f'commit_requests_bucket{{le="{size}"}}'] for size in (1, 2, 4)] == [1, 1, 2]  # of 1 and of 3 requests
+    assert [commits[f'commit_requests_bucket{{le="{size}"}}'] for size in (1, 2, 4)] == [1, 1, 2]  # one of 1, one of 3
 
 
 @pytest.mark.parametrize("limit, is_packed, expected", [
@@ -4484,12 +4455,9 @@ def test_the_report_of_a_client_that_has_gone_is_not_stored(slow_server, crowd):
     assert crash_count(slow_server.app) == 1
 
 
-class Remote(RateLimiter):
-    waits = True
-
-
 @pytest.mark.parametrize("limiter, expected", [
-    (Remote(1), False), (SimpleNamespace(allow=lambda key: True), False), (RateLimiter(9), True), (None, True)])
+    (SimpleNamespace(allow=lambda key: True, waits=True), False), (SimpleNamespace(allow=lambda key: True), False),
+    (RateLimiter(9), True), (None, True)])
 def test_reports_are_taken_together_only_where_none_has_to_wait_for_another_host(tmp_path, limiter, expected):
     with Backfeedr(Settings(db_path=str(tmp_path / "test.db"), api_key=KEY), limiter=limiter, announce=str) as server:
         assert server.may_gather("POST", CRASHES, KEY) is False, "a key that has to be looked for"
@@ -4498,8 +4466,6 @@ def test_reports_are_taken_together_only_where_none_has_to_wait_for_another_host
         assert not any(server.may_gather(*request) for request in (
             ("GET", CRASHES, KEY), ("POST", CRASHES + "/", KEY), ("POST", CRASHES, ""), ("POST", CRASHES, "\u20ac")))
 
-
-# -- What a web server hands over
 
 def environ_of(stream, length, key=KEY, **more):
     """That of a crash."""
@@ -4551,7 +4517,7 @@ def test_a_bad_report_with_a_revoked_key_is_refused_for_the_key(serve, monkeypat
         assert Api(server).post(CRASHES, b"{", key=key)[0] == 400  # the server knows the key from now on
     server.store.revoke_key(other)
     looked, is_active_key = [], server.store.is_active_key
-    monkeypatch.setattr(server.store, "is_active_key", lambda key_hash: looked.append(key_hash) or is_active_key(key_hash))
+    monkeypatch.setattr(server.store, "is_active_key", lambda key: looked.append(key) or is_active_key(key))
     environs = [environ_of(io.BytesIO(b"{"), 1, key) for key in (KEY, other, KEY, other)]
     server.submit(environs)
     answers = [answer_to(server, environ)[1]["error"] for environ in environs]
@@ -4570,14 +4536,13 @@ def test_a_body_that_cannot_be_read_is_refused_and_not_logged(serve, caplog, len
     assert caplog.records == [] and crash_count(server) == 0
 
 
-# -- What it says
-
 @pytest.mark.slow
 def test_a_request_is_answered_and_with_verbose_logged_without_what_is_private(run):
     server = run("--verbose", BACKFEEDR_MAX_BODY_SIZE="1000")
     body = json.dumps({**CRASH, "device_id_hash": "private-device"}).encode()
-    post, get, key = b"POST /api/v1/crashes HTTP/1.1", b"GET /api/v1/health HTTP/1.1", b"X-Backfeedr-Key: " + KEY.encode()
-    length, chunked = b"Content-Length: %d" % len(body), b"Transfer-Encoding: chunked"
+    post, get = b"POST /api/v1/crashes HTTP/1.1", b"GET /api/v1/health HTTP/1.1"
+    key, length = b"X-Backfeedr-Key: " + KEY.encode(), b"Content-Length: %d" % len(body)
+    chunked, expect = b"Transfer-Encoding: chunked", b"Expect: 100-continue"
     requests = [
         ([post, key, length], body, "POST /api/v1/crashes 201"),
         ([post, key, chunked], b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body), "POST /api/v1/crashes 201"),
@@ -4601,14 +4566,19 @@ def test_a_request_is_answered_and_with_verbose_logged_without_what_is_private(r
         ([post, b"Content-Length: " + b"9" * 5000], b"", "POST /api/v1/crashes 400"),
         ([post, b"Transfer-Encoding: private"], b"", "POST /api/v1/crashes 501"),
         ([post, b"Transfer-Encoding: gzip"], b"", "POST /api/v1/crashes 501"),
+        ([get, expect, b"X: 1"], b"", "GET /api/v1/health 200"),
+        ([post, expect, b"Content-Length: 0"], b"", "POST /api/v1/crashes 401"),
+        ([post, expect, b"Content-Length: +5"], b"", "POST /api/v1/crashes 400"),
+        ([post, expect, b"Content-Length: 5000000"], b"", "POST /api/v1/crashes 413"),
         ([b"GET http://[::1/ HTTP/1.1"], b"", "- - 400"), ([get, b"private header"], b"", "- - 400"),
         ([get, b"X: " + b"private" * 6000], b"", "- - 431"),
     ]
     for head, content, logged in requests:
         with server.send(b"\r\n".join([*head, b"", content])) as raw:
+            begins = raw.recv(12, socket.MSG_PEEK | socket.MSG_WAITALL)
+            assert begins[:7] == b"HTTP/1." and begins[9:] == logged[-3:].encode(), (logged, begins)  # and not 100
             answer = http.client.HTTPResponse(raw, method=logged.split()[0])
             answer.begin()
-            assert answer.status == int(logged.split()[-1]), (logged, answer.status)
             assert answer.status < 400 or set(json.loads(answer.read())) == {"error"}
             assert answer.status == 303 or answer.headers["Content-Type"] == "application/json"
     status, out, err = server.stop()
@@ -4624,15 +4594,13 @@ def test_a_request_is_answered_and_with_verbose_logged_without_what_is_private(r
     ("0.0.0.0", "", True), ("0.0.0.0", "http://example.com", True), ("0.0.0.0", "https://example.com", False),
     ("localhost", "", False),
     pytest.param("::1", "", False, marks=pytest.mark.skipif(not socket.has_ipv6, reason="there is no IPv6"))])
-def test_the_first_line_is_the_url_and_a_warning_follows_if_others_reach_it_without_https(run, host, public_url, warned):
+def test_the_first_line_is_the_url_and_a_url_open_to_others_without_https_is_warned_of(run, host, public_url, warned):
     server = run("--host", host, BACKFEEDR_PUBLIC_URL=public_url)
     assert server.url == f"http://{'[::1]' if host == '::1' else host}:{server.port}"
     status, out, err = server.stop()
     assert (status, out, err.count("\n")) == (0, "", int(warned))
     assert not warned or err.startswith("backfeedr: 0.0.0.0 ") and "https" in err and "BACKFEEDR_PUBLIC_URL" in err
 
-
-# -- Several processes, and a full disk
 
 @pytest.mark.slow
 def test_pruning_beside_a_server_under_load_disturbs_nobody(run, tmp_path):
@@ -4643,7 +4611,7 @@ def test_pruning_beside_a_server_under_load_disturbs_nobody(run, tmp_path):
             store.add(backfeedr.sha256(KEY), [parse_event(dict(EVENT, device_id_hash="old"))] * 500)
     server = run(BACKFEEDR_RETENTION_DAYS="0")
     pruning = subprocess.Popen([sys.executable, str(SERVER), "prune", "--db", str(path)],
-                               env={**os.environ, "BACKFEEDR_RETENTION_DAYS": "1"}, stderr=subprocess.PIPE, text=True)
+                               env=clean_environ(BACKFEEDR_RETENTION_DAYS="1"), stderr=subprocess.PIPE, text=True)
     connection, statuses = server.connect(), []
     while pruning.poll() is None or len(statuses) < 20:
         statuses.append(server.post(CRASHES, {**CRASH, "device_id_hash": "new"}, connection)[0])
@@ -4683,9 +4651,8 @@ def test_a_second_store_in_a_process_does_not_cost_the_first_its_locks(tmp_path)
         subprocess.run([sys.executable, str(SERVER), "app", "list", "--db", str(path)], check=True, capture_output=True)
         assert path.with_name("twice.db-wal").exists()
         one.add(key, [parse_event(dict(EVENT))])
-        count = "import sqlite3, sys; print(*sqlite3.connect(sys.argv[1]).execute('select count(*) from events').fetchone())"
-        seen = subprocess.run([sys.executable, "-c", count, str(path)], check=True, capture_output=True, text=True)
-        assert seen.stdout.strip() == "2"
+        count = f"import sqlite3; print(*sqlite3.connect({str(path)!r}).execute('select count(*) from events'))"
+        assert subprocess.check_output([sys.executable, "-c", count]).strip() == b"(2,)"
 
 
 @pytest.mark.slow
