@@ -14,24 +14,34 @@ and the curl line that sends a first crash:
 
 It is a WSGI callable, too: `Backfeedr(db_path="crashes.db")` mounts in any app.
 
-The sections, each of which uses only those above it:
+The rooms, each of which uses only those above it:
 
     Settings        what an operator may choose
-    Schema          the one SQLite file
+    Schema          the reports in the one SQLite file
     Values          refusals, times, ids, keys, group hashes
     Payloads        JSON in, a crash or an event out
     Signature       HMAC-SHA256 over a request
     RateLimiter     so many requests a minute and key
-    RollUps         what a report changes in the figures
-    Store           connections, the one write path, apps and keys
+    Figures         what is counted: tables, counting and question of each figure
+    Database        connections, transactions, migrations
+    Apps            apps, keys, the admin
+    Store           the one write path, export, and how reports go again
     Metrics         the questions asked of the store
     Requests        what a request carries, and what a client may be told
     Dashboard       the pages that people look at
     Backfeedr       the WSGI callable
-    Server          waitress, and how it stops
+    Server          waitress, how it gathers reports, and how it stops
     Operations      backup, export, import, check
-    Demo            a month of made-up reports, to look at
-    Command line    serve, demo, app, key, device, prune, and the operations
+    Command line    serve, app, key, device, prune, and the operations
+
+To make a change, touch:
+
+    add an endpoint             Backfeedr._routes, and a question in Metrics
+    add a field to a report     REPORT_TABLES, migrate, and _CRASH_FIELDS or _EVENT_FIELDS
+    add a figure                a class in Figures, RollUps, and a question in Metrics
+    add a page                  Dashboard.routes, a method there, and a template
+    add a command               a function in Command line, and a row of _COMMANDS
+    accept another format       a function in Payloads, and Backfeedr._ingestion
 """
 
 from __future__ import annotations
@@ -48,7 +58,6 @@ import json
 import logging
 import math
 import os
-import random
 import re
 import secrets
 import shutil
@@ -60,16 +69,16 @@ import tempfile
 import threading
 import time
 import zlib
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections import Counter, defaultdict, deque, namedtuple
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime, timezone
 from difflib import get_close_matches
 from functools import lru_cache
 from http import HTTPStatus
-from itertools import accumulate, chain, groupby
-from operator import itemgetter
+from itertools import accumulate, chain, groupby, repeat
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import (Any, BinaryIO, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
                     Sequence, Set, TextIO, Tuple, Union)
@@ -92,11 +101,11 @@ log = logging.getLogger("backfeedr")
 
 # == Settings ==================================================================
 #
-# Every choice an operator has, with its unit and default. A value that makes no
-# sense is refused when the settings are made, not when they are first used.
+# Every choice an operator has, with its unit and default. An invalid value is
+# refused when the settings are made, not when it is first used.
 
 class SettingsError(ValueError):
-    """A setting that makes no sense. `str()` is one line that names it."""
+    """A setting with an invalid value. `str()` is one line that names the setting."""
 
     def __init__(self, name: str, problem: str):
         super().__init__(f"{name}: {problem}")
@@ -105,13 +114,15 @@ class SettingsError(ValueError):
 
 _RANGES = {"port": (0, 65535), "rate_limit": (0, 1_000_000), "max_body_size": (1, 1 << 30),
            "retention_days": (0, 36_500), "threads": (1, 1_000)}
-_KINDS = {str: "a text", int: "a whole number", bool: "1 or 0"}
-_NOT_OURS = {"BACKFEEDR_ENDPOINT"}  # where examples/client.py sends to
+_TYPE_NAMES = {str: "a text", int: "a whole number", bool: "1 or 0"}
+_BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+_PREFIX = "BACKFEEDR_"
+_CLIENT_VARIABLES = {"BACKFEEDR_ENDPOINT"}  # where examples/client.py sends to
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What an operator may choose. Raises SettingsError for a value that makes no sense."""
+    """What an operator may choose. Raises SettingsError for an invalid value."""
 
     host: str = "127.0.0.1"
     port: int = 8080                                 # 0 takes a free one
@@ -120,7 +131,7 @@ class Settings:
     auth_token: str = field(default="", repr=False)  # the admin token; "": made at first start
     rate_limit: int = 100                            # requests a minute and key; 0 is off
     max_body_size: int = 1_048_576                   # bytes, as sent and again after decompression
-    retention_days: int = 90                         # by the time of receipt; 0 keeps all
+    retention_days: int = 90                         # since receipt; 0 keeps all
     require_signature: bool = False
     public_metrics: bool = True
     threads: int = 32
@@ -131,92 +142,89 @@ class Settings:
         object.__setattr__(self, "db_path", os.fspath(self.db_path))
         for each in fields(self):
             value, kind = getattr(self, each.name), type(each.default)
-            low, high = _RANGES.get(each.name, (None, None))
             if type(value) is not kind:
-                raise SettingsError(each.name, f"{repr(value) if each.repr else 'it'} is not {_KINDS[kind]}")
-            if low is not None and not low <= value <= high:
+                raise SettingsError(each.name, f"{repr(value) if each.repr else 'it'} is not {_TYPE_NAMES[kind]}")
+            low, high = _RANGES.get(each.name, (value, value))
+            if not low <= value <= high:
                 raise SettingsError(each.name, f"{value} is not from {low} to {high}")
-            if kind is str and (value.strip() != value or value and not value.isprintable()):
-                raise SettingsError(each.name, "has a space at an end or a control character")
-        if not self.host or self.db_path in ("", ":memory:"):
-            raise SettingsError("db_path" if self.host else "host", "must name a " + ("file" if self.host else "host"))
+            if kind is str and (value != value.strip() or value and not value.isprintable()):
+                raise SettingsError(each.name, "begins or ends with a space, or has a control character")
+        if not self.host:
+            raise SettingsError("host", "must name a host")
+        if self.db_path in ("", ":memory:"):
+            raise SettingsError("db_path", "must name a file")
         if not re.fullmatch(r"(https?://[A-Za-z0-9.:\[\]-]+(/[A-Za-z0-9._~%/-]*)?)?", self.public_url):
             raise SettingsError("public_url", f"{self.public_url!r} is not like https://crashes.example.com")
 
     @classmethod
     def from_env(cls, environ: Optional[Mapping[str, str]] = None, **overrides: Any) -> Settings:
-        """Settings from the BACKFEEDR_* variables (of os.environ, unless `environ` is given).
+        """Settings from the BACKFEEDR_* variables of `environ` (default: os.environ); `overrides` come first.
 
-        `overrides` come first; an empty variable counts as unset. An error names the variable,
-        also one that is no setting: a misspelt one would leave open what it was to close.
+        An empty variable counts as unset. An error names the variable. An unknown variable is
+        an error, too: a misspelt one would leave open what it was meant to close.
         """
         environ = os.environ if environ is None else environ
-        _refuse_unknown((name for name in environ if environ[name]), [each.name.upper() for each in fields(cls)])
-        variables = {each.name: "BACKFEEDR_" + each.name.upper() for each in fields(cls)
-                     if each.name not in overrides and environ.get("BACKFEEDR_" + each.name.upper())}
+        variables = {_PREFIX + each.name.upper(): each for each in fields(cls)}
+        given = {name: text for name, text in environ.items() if text and name.startswith(_PREFIX)}
+        unknown = sorted(given.keys() - variables.keys() - _CLIENT_VARIABLES)
+        if unknown:
+            raise SettingsError(unknown[0], "there is no such setting; " + _suggestion(unknown[0], variables))
+        values = {each.name: _from_text(given[name], type(each.default))
+                  for name, each in variables.items() if name in given}
         try:
-            read = {each.name: _from_text(each.name, environ[variables[each.name]], type(each.default))
-                    for each in fields(cls) if each.name in variables}
-            return cls(**{**read, **overrides})
+            return cls(**{**values, **overrides})
         except SettingsError as error:
-            raise SettingsError(variables.get(error.name, error.name), error.problem) from None
+            name = error.name if error.name in overrides else _PREFIX + error.name.upper()
+            raise SettingsError(name, error.problem) from None
 
 
-def _refuse_unknown(variables: Iterable[str], known: Sequence[str]) -> None:
-    for name in variables:
-        prefix, ours, rest = name.partition("BACKFEEDR_")
-        if ours and not prefix and rest not in known and name not in _NOT_OURS:
-            close = get_close_matches(rest, known, 1)
-            raise SettingsError(name, "there is no such setting; " + (
-                f"did you mean {ours}{close[0]}?" if close else f"after {ours} comes one of {', '.join(known)}"))
+def _suggestion(variable: str, known: Iterable[str]) -> str:
+    suffixes = [name[len(_PREFIX):] for name in known]
+    close = get_close_matches(variable[len(_PREFIX):], suffixes, 1)
+    return f"did you mean {_PREFIX}{close[0]}?" if close else f"after {_PREFIX} comes one of {', '.join(suffixes)}"
 
 
-def _from_text(name: str, text: str, kind: type) -> Any:
-    booleans = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+def _from_text(text: str, kind: type) -> Any:
+    """The value that a variable's text stands for; the text itself if it is none, which Settings then refuses."""
     if kind is int and re.fullmatch("-?[0-9]{1,18}", text):
         return int(text)
-    if kind is bool and text.lower() in booleans:
-        return booleans[text.lower()]
-    if kind is str:
-        return text
-    raise SettingsError(name, f"{text!r} is not {_KINDS[kind]}")
+    return _BOOLEANS.get(text.lower(), text) if kind is bool else text
 
 
 # == Schema ====================================================================
 #
 # One SQLite file that its owner can open with any tool. A report is a row, under
-# the field names of the API; times are milliseconds since 1970 UTC. The roll-ups
-# below the reports change in the same transaction as they.
+# the field names of the API; times are milliseconds since 1970 UTC. The tables of
+# the figures stand with the figures, in the room after the next three.
 #
-# `seq` is the time of receipt in milliseconds * 2^20 + a counter. It is the
-# answered id, which so costs no byte and no index of its own; it is unique
-# across files; and it ascends with arrival: inserts append, retention cuts from
-# the front. A report counts at `occurred_at`, or at `received_at` when the
-# device's clock is more than five minutes fast.
+# `seq` is the time of receipt in milliseconds * 2^20 + a counter. It is the id that
+# was answered, so the id costs no byte and no index of its own. It is unique across
+# files, and it ascends: inserts append, and retention deletes from the front.
 
 APPLICATION_ID = 0x62666472  # "bfdr": tells our files from other people's
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
-SCHEMA = """
+REPORT_TABLES = """
 create table apps (
     id integer primary key autoincrement,  -- never given twice
     name text not null unique, is_test integer not null, created_at integer not null);
 create table keys (
-    key_hash blob primary key,             -- SHA-256 of the key, which is itself kept nowhere
+    key_hash blob primary key,             -- SHA-256; the key itself is stored nowhere
     app_id integer not null, prefix text not null, created_at integer not null, revoked_at integer
 ) without rowid;
 create table secrets (name text primary key, hash blob not null) without rowid;  -- 'admin_token'
-create table grants (                      -- what lets a browser in, by its SHA-256
+create table grants (                      -- browser sessions and one-time links, by their SHA-256
     hash blob primary key, expires_at integer not null) without rowid;
 
 create table crashes (
     seq integer primary key, id text generated always as (printf('%016x', seq)) virtual,
     app_id integer not null, received_at integer not null, occurred_at integer not null,
+    other integer not null default 0,      -- bits of the fields that count as '(other)': see NewNames
     group_hash text not null, exception_type text not null,
     app_version text, build_number text, os_version text, device_model text, device_id_hash text,
     locale text, free_memory_mb numeric, battery_level real,  -- 0 to 1; -1 is unknown
     is_charging integer,
-    -- What may be long comes last: SQLite reads a row only as far as it must.
+    -- Long values come last: SQLite reads a row only as far as it must.
     exception_reason text, stack_trace text,  -- JSON
     extra text);                           -- JSON: the fields that this server does not know
 create index crashes_by_group on crashes (  -- covers what groups are counted by
@@ -224,86 +232,22 @@ create index crashes_by_group on crashes (  -- covers what groups are counted by
 create table events (
     seq integer primary key, id text generated always as (printf('evt_%016x', seq)) virtual,
     app_id integer not null, received_at integer not null, occurred_at integer not null,
+    other integer not null default 0,
     type text not null, name text,
     app_version text, os_version text, device_model text, device_id_hash text, session_id text, locale text,
     properties text, extra text);          -- JSON
 
--- By what a request that was stored is known when it comes again.
-create table replays (
+create table replays (                     -- how a stored request is recognised when it comes again
     app_id integer not null, mark blob not null,   -- digest of the Idempotency-Key or the signature
     request blob not null,                         -- digest of path and body
     first_seq integer not null, reports integer not null,  -- their seqs follow one another
     received_at integer not null, primary key (app_id, mark)) without rowid;
 create index replays_by_age on replays (received_at);
 
--- What is known of a device and a session as long as one report of theirs is kept.
-create table devices (
-    app_id integer not null, device_id_hash text not null,
-    first_seen integer not null, last_seen integer not null, last_seq integer not null,  -- to the hour
-    days_from integer not null, days blob not null,  -- bit n, the lowest being 0: seen on the day days_from + n
-    versions text not null,                -- JSON: of each app_version, whether it crashed there: 0 or 1
-    primary key (app_id, device_id_hash)) without rowid;
-create table sessions (
-    app_id integer not null, session_id text not null,
-    first_seq integer not null, last_seq integer not null,  -- between them are its events
-    started_at integer, ended_at integer, app_version text,  -- of its latest start and end
-    primary key (app_id, session_id)) without rowid;
-
--- The roll-ups: sums, and what else an answer needs so as not to read the rows
--- above. They stay when the rows expire, but for labels and groups, which tell of
--- what is kept, and what is of the last week only. App 0 is all live apps together,
--- where a phone with two of them is one device.
-create table hours (
-    app_id integer not null, hour integer not null,  -- hours since 1970 UTC
-    crashes integer not null default 0, sessions integer not null default 0,
-    devices integer not null default 0,    -- last seen in this hour: the sum until now counts each once
-    primary key (app_id, hour)) without rowid;
-create table days (
-    app_id integer not null, day integer not null,  -- days since 1970 UTC
-    crashes integer not null default 0,
-    dau integer not null default 0, wau integer not null default 0,  -- devices of this day, of the
-    mau integer not null default 0,        -- 7 and the 30 days that end with it
-    newcomers integer not null default 0, back_1 integer not null default 0,  -- devices first seen on this
-    back_7 integer not null default 0, back_30 integer not null default 0,    -- day; and again n days later
-    sessions integer not null default 0, ended integer not null default 0,  -- started on this day
-    session_ms integer not null default 0, median_seconds integer,          -- of those that ended
-    primary key (app_id, day)) without rowid;
-create table durations (                   -- of the sessions of a day
-    app_id integer not null, day integer not null, seconds integer not null,  -- in two significant digits
-    sessions integer not null, primary key (app_id, day, seconds)) without rowid;
-create table releases (
-    app_id integer not null, app_version text not null,
-    first_seen integer not null, last_seen integer not null,  -- when received
-    sessions integer not null default 0, crashes integer not null default 0,
-    devices integer not null default 0, crashed_devices integer not null default 0,
-    primary key (app_id, app_version)) without rowid;
-create table release_days (                -- of the last 7 days
-    app_id integer not null, app_version text not null, day integer not null, sessions integer not null,
-    primary key (app_id, app_version, day)) without rowid;
-create index release_days_by_age on release_days (app_id, day);
-create table labels (
-    app_id integer not null, field text not null,  -- exception_type or device_model
-    day integer not null,                  -- -1000000: all days together
-    label text not null, crashes integer not null, primary key (app_id, field, day, label)) without rowid;
-create table groups (                      -- of which a crash is kept, or is of the last 7 days
-    app_id integer not null, group_hash text not null,
-    exception_type text not null, exception_reason text,  -- of the latest crash
-    first_seen integer not null, last_seen integer not null,
-    recent integer not null,               -- crashes since recent_since
-    primary key (app_id, group_hash)) without rowid;
-create table group_hours (                 -- what is in groups.recent
-    app_id integer not null, hour integer not null, group_hash text not null, crashes integer not null,
-    primary key (app_id, hour, group_hash)) without rowid;
+-- retention_days; last_seq, the highest that was given; expired_crashes and expired_events,
+-- the highest that has expired; trimmed_day, on which old sums were deleted last.
 create table state (name text primary key, value integer not null) without rowid;
-insert into state values ('recent_since', 0);  -- the hour 7 days before the latest commit; also: retention_days,
-                                               -- expired_crashes, expired_events: the highest seq that has
 """
-
-
-# Script by script from a version of the schema to the next one.
-MIGRATIONS: Dict[int, str] = {
-    1: "create table grants (hash blob primary key, expires_at integer not null) without rowid;\n",
-}
 
 
 # == Values ====================================================================
@@ -315,7 +259,6 @@ HOUR = 3600 * SECOND
 DAY = 24 * HOUR
 MAX_SKEW = 300 * SECOND  # how fast a device's clock may be and still be believed
 SEQ_BITS = 20  # of a seq's counter within a millisecond
-EVERY_APP = 0  # all live apps together, in some roll-ups
 
 
 class Refusal(Exception):
@@ -379,13 +322,16 @@ def exact_time(time_ms: int) -> str:
     return text
 
 
+EPOCH = 1_167_609_600_000  # 2007, when the first iPhone came: an earlier time is that of a clock that was never set
+
+
 def counted_at(occurred_at: int, received_at: int) -> int:
-    """When a report counts: at the device's time, unless the device's clock is fast."""
-    return received_at if occurred_at > received_at + MAX_SKEW else occurred_at
+    """When a report counts: at the device's time, unless its clock is fast or was never set."""
+    return occurred_at if EPOCH <= occurred_at <= received_at + MAX_SKEW else received_at
 
 
-_LIVE = "(select id from apps where is_test = 0)"  # in SQL
-_COUNTED_AT = f"case when occurred_at > received_at + {MAX_SKEW} then received_at else occurred_at end"  # in SQL
+COUNTED_AT = (f"case when occurred_at between {EPOCH} and received_at + {MAX_SKEW} then occurred_at"
+              " else received_at end")  # in SQL
 
 
 def first_seq(received_at: int) -> int:
@@ -432,9 +378,9 @@ def group_hash(exception_type: str, frames: Sequence[Mapping[str, Any]]) -> str:
 
 # == Payloads ==================================================================
 #
-# JSON in, a crash or an event out, or a Refusal; all further in trusts what comes
-# from here. A report is a tuple in the order of its columns, so that it is bound
-# to an insert as it is. A check takes a value and its name, and gives what is stored.
+# JSON in, a crash or an event out, or a Refusal; the code below trusts what comes
+# from here. A report is a tuple in the order of its columns, so it is inserted as
+# it is.
 
 EVENT_TYPES = ("session_start", "session_end", "error", "custom")
 MAX_BATCH = 100  # events
@@ -442,20 +388,22 @@ MAX_TEXT = 500  # characters of versions, models, types, names, ids, locale
 MAX_DEPTH = 64  # of nested JSON: far above any SDK's, far below Python's recursion limit
 MAX_NUMBER = (1 << 63) - 1
 
-Given = Dict[str, Any]
+JsonObject = Dict[str, Any]
+Rule = Callable[[Any], bool]  # whether a value that is present is valid
+Rules = Mapping[str, Rule]  # by field
 
 
-def decode_json(body: bytes) -> Given:
-    """The JSON object in a body. Raises Refusal unless it is one, in UTF-8, of finite numbers.
+def decode_json(body: bytes) -> JsonObject:
+    """The JSON object in a body. Raises Refusal unless it is one, in UTF-8, with finite numbers.
 
-    A NUL or a lone surrogate, which no database takes, becomes U+FFFD: a report
-    is not lost for a character.
+    A NUL or a lone surrogate, which SQLite does not store, becomes U+FFFD: one
+    bad character must not cost a report.
     """
     try:
         text = body.decode("utf-8")
         value = _DECODER.decode(text)
-        if "\\u" in text:  # unescaped, UTF-8 and JSON allow neither
-            value = _mend(value)
+        if "\\u" in text:  # UTF-8 and JSON allow these characters only as escapes
+            value = _replace_unstorable(value)
     except (ValueError, RecursionError):
         raise Refusal("invalid JSON") from None
     if type(value) is not dict:
@@ -470,87 +418,50 @@ def _finite(text: str) -> float:
     return number
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_refuse_constant)
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
-
-
-def _one_encoder() -> Callable[[Any], str]:
-    """_ENCODER.encode, without what it makes anew for each call: that takes longer than the encoding."""
+def _make_encoder() -> Callable[[Any], str]:
+    """Compact JSON as text. JSONEncoder.encode sets up a C encoder in each call, which takes longer than encoding."""
+    encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
     make = json.encoder.c_make_encoder  # type: ignore[attr-defined]
     if make is None:
-        return _ENCODER.encode
-    encode = make(None, _ENCODER.default, json.encoder.encode_basestring, None, ":", ",",  # type: ignore
+        return encoder.encode
+    encode = make(None, encoder.default, json.encoder.encode_basestring, None, ":", ",",  # type: ignore
                   False, False, False)
     return lambda value: "".join(encode(value, 0))
 
 
-_encode = _one_encoder()
+_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+_encode = _make_encoder()
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
-def _mend(value: Any) -> Any:
+def _replace_unstorable(value: Any) -> Any:
     if type(value) is str:
         return _UNSTORABLE.sub("\ufffd", value)
     if type(value) is list:
-        return [_mend(item) for item in value]
+        return [_replace_unstorable(item) for item in value]
     if type(value) is dict:
-        return {_mend(name): _mend(item) for name, item in value.items()}
+        return {_replace_unstorable(name): _replace_unstorable(item) for name, item in value.items()}
     return value
 
 
-def _short_text(value: Any, name: str) -> str:
-    if type(value) is not str or len(value) > MAX_TEXT:
-        raise Refusal(f"invalid {name}")
-    return value
+# Types are compared exactly, because isinstance would accept True as an int.
+
+def _is_short_text(value: Any) -> bool:
+    return type(value) is str and len(value) <= MAX_TEXT
 
 
-def _event_type(value: Any, name: str) -> str:
-    if _short_text(value, name) not in EVENT_TYPES:
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= MAX_NUMBER
+
+
+def _is_object(value: Any) -> bool:
+    return type(value) is dict
+
+
+def _is_event_type(value: Any) -> bool:
+    if _is_short_text(value) and value not in EVENT_TYPES:
         raise Refusal("invalid event type")
-    return value
-
-
-def _time(value: Any, name: str) -> int:
-    try:
-        return parse_time(_short_text(value, name))
-    except ValueError:
-        raise Refusal(f"invalid {name}") from None
-
-
-def _number(value: Any, name: str) -> Union[int, float]:
-    if type(value) not in (int, float) or abs(value) > MAX_NUMBER:
-        raise Refusal(f"invalid {name}")
-    return value
-
-
-def _battery_level(value: Any, name: str) -> Union[int, float]:
-    if not 0 <= _number(value, name) <= 1 and value != -1:
-        raise Refusal(f"invalid {name}")
-    return value
-
-
-def _object(value: Any, name: str) -> str:
-    if type(value) is not dict:
-        raise Refusal(f"invalid {name}")
-    return _to_json(value, name)
-
-
-def _of(kind: type) -> Callable[[Any, str], Any]:
-    def check(value: Any, name: str) -> Any:
-        if type(value) is not kind:  # isinstance would take True for an int
-            raise Refusal(f"invalid {name}")
-        return value
-    return check
-
-
-def _stack_trace(value: Any, name: str) -> str:
-    if type(value) is not list or not all(map(_is_frame, value)):
-        raise Refusal(f"invalid {name}")
-    return _to_json(value, name)
+    return value in EVENT_TYPES
 
 
 def _is_frame(frame: Any) -> bool:
@@ -559,35 +470,34 @@ def _is_frame(frame: Any) -> bool:
         for name, kind in (("frame", int), ("symbol", str), ("file", str), ("line", int)))
 
 
-def _to_json(value: Any, name: str) -> str:
-    """Compact JSON. Raises Refusal where it is nested too deep to be shown again."""
-    try:
-        text = _encode(value)
-    except RecursionError:
-        raise Refusal(f"invalid {name}") from None
-    # Counting brackets is quick and clears nearly all; only then look closely.
-    if len(text) > 2 * MAX_DEPTH and text.count("{") + text.count("[") > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
-        raise Refusal(f"invalid {name}")
+def _to_json(value: Any) -> str:
+    """Compact JSON. Raises ValueError or RecursionError if it is nested too deep to be shown again."""
+    text = _encode(value)
+    # Counting brackets is fast and clears nearly every value.
+    if len(text) > MAX_DEPTH and text.count("{") + text.count("[") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+        raise ValueError
     return text
 
 
-def _is_deeper(value: Any, depth: int) -> bool:
-    if type(value) not in (dict, list):
-        return False
-    items = value.values() if type(value) is dict else value
-    return depth == 0 or any(_is_deeper(item, depth - 1) for item in items)
+def _depth(value: Any) -> int:
+    items = list(value.values()) if type(value) is dict else value
+    return 1 + max(map(_depth, items), default=0) if type(items) is list else 0
 
 
 _CRASH_FIELDS = dict(
-    exception_type=_short_text, exception_reason=_of(str), stack_trace=_stack_trace, app_version=_short_text,
-    build_number=_short_text, os_version=_short_text, device_model=_short_text, device_id_hash=_short_text,
-    locale=_short_text, free_memory_mb=_number, battery_level=_battery_level, is_charging=_of(bool),
-    occurred_at=_time)
+    exception_type=_is_short_text, exception_reason=lambda value: type(value) is str,
+    stack_trace=lambda value: type(value) is list and all(map(_is_frame, value)),
+    app_version=_is_short_text, build_number=_is_short_text, os_version=_is_short_text, device_model=_is_short_text,
+    device_id_hash=_is_short_text, locale=_is_short_text, free_memory_mb=_is_number,
+    battery_level=lambda value: _is_number(value) and (0 <= value <= 1 or value == -1),
+    is_charging=lambda value: type(value) is bool, occurred_at=_is_short_text)
 _EVENT_FIELDS = dict(
-    type=_event_type, name=_short_text, properties=_object, app_version=_short_text, os_version=_short_text,
-    device_model=_short_text, device_id_hash=_short_text, session_id=_short_text, locale=_short_text,
-    occurred_at=_time)
-_OF_OBJECTS = (_object, _stack_trace)
+    type=_is_event_type, name=_is_short_text, properties=_is_object, app_version=_is_short_text,
+    os_version=_is_short_text, device_model=_is_short_text, device_id_hash=_is_short_text, session_id=_is_short_text,
+    locale=_is_short_text, occurred_at=_is_short_text)
+_CONVERSIONS = {  # to what is stored; the other fields are stored as they are, and the unknown ones under "JSON"
+    "occurred_at": parse_time, "received_at": parse_time, "stack_trace": _to_json, "properties": _to_json,
+    "JSON": _to_json}
 _REQUIRED = ("exception_type", "type", "occurred_at")
 
 Crash = namedtuple("Crash", ["group_hash", *_CRASH_FIELDS, "extra"])
@@ -597,9 +507,9 @@ Event.__doc__ = "A valid event: the fields of the API, and `extra`, the unknown 
 Reports = Union[Sequence[Crash], Sequence[Event]]
 
 
-def parse_crash(given: Given) -> Crash:
+def parse_crash(given: JsonObject) -> Crash:
     """A crash from its JSON object. Raises Refusal."""
-    values = _checked(given, _CRASH_FIELDS)
+    values = _validate(given, _CRASH_FIELDS)
     return Crash(group_hash(given["exception_type"], given.get("stack_trace") or ()), *values)
 
 
@@ -607,14 +517,14 @@ def parse_event(given: Any) -> Event:
     """An event from its JSON object. Raises Refusal."""
     if type(given) is not dict:
         raise Refusal("invalid event")
-    return Event._make(_checked(given, _EVENT_FIELDS))
+    return Event._make(_validate(given, _EVENT_FIELDS))
 
 
-def parse_batch(given: Given) -> List[Event]:
-    """1 to 100 events, all or none. Raises Refusal, with the index where one of them is the reason.
+def parse_batch(given: JsonObject) -> List[Event]:
+    """1 to 100 events, all or none. Raises Refusal, with the index of the first bad event.
 
-    Unknown fields beside `events` are kept with the first event, as `batch`: with
-    each of them, a small request could make the database write a large one.
+    Unknown fields beside `events` are kept with the first event, as `batch`. A copy
+    in every event would let a small request write much to the database.
     """
     events = given.get("events")
     if events in (None, "", []):
@@ -624,11 +534,13 @@ def parse_batch(given: Given) -> List[Event]:
     if len(events) > MAX_BATCH:
         raise Refusal(f"too many events: at most {MAX_BATCH}")
     if len(given) > 1 and type(events[0]) is dict:
-        free = next(name for name in ("batch" + "_" * n for n in range(len(events[0]) + 1)) if name not in events[0])
-        events[0][free] = {name: value for name, value in given.items() if name != "events"}
+        unused = "batch"
+        while unused in events[0]:
+            unused += "_"
+        events[0][unused] = {name: value for name, value in given.items() if name != "events"}
     try:
-        return list(map(Event._make, _all_checked(events, _EVENT_FIELDS)))
-    except (Refusal, TypeError, AttributeError):  # an event is bad, or is none, or has a list for a text
+        return list(map(Event._make, _validate_batch(events, _EVENT_FIELDS)))
+    except (Refusal, TypeError, AttributeError):  # a bad event, something else, or a list where a text belongs
         return [_parse_event_at(index, event) for index, event in enumerate(events)]
 
 
@@ -639,48 +551,52 @@ def _parse_event_at(index: int, event: Any) -> Event:
         raise Refusal(f"{refusal} at index {index}") from None
 
 
-Checks = Mapping[str, Callable[[Any, str], Any]]
+def _validate(given: JsonObject, rules: Rules) -> List[Any]:
+    """The fields in the order of their columns, then the unknown ones as JSON."""
+    values = [_validate_field(given.get(name), name, is_valid) for name, is_valid in rules.items()]
+    return [*values, _unknown_fields(given, rules)]
 
 
-def _checked(given: Given, checks: Checks) -> List[Any]:
-    """The fields in the order of their columns, and the unknown ones as JSON."""
-    return [*[_value(given.get(name), name, check) for name, check in checks.items()], _unknown(given, checks)]
-
-
-def _all_checked(objects: List[Given], checks: Checks) -> Iterable[Tuple[Any, ...]]:
-    """The same of each object, in a third of the time: field by field, because in a batch most are the same
-    from event to event, and what was found good once need not be looked at again."""
+def _validate_batch(objects: List[JsonObject], rules: Rules) -> Iterable[Tuple[Any, ...]]:
+    """`_validate` for each object in a third of the time: field by field, and each distinct value only once,
+    because most values are the same from event to event."""
     names, columns = set().union(*objects), []
-    for name, check in checks.items():
+    for name, is_valid in rules.items():
         values = [given.get(name) for given in objects] if name in names else [None] * len(objects)
-        if check in _OF_OBJECTS:
-            columns.append([_value(value, name, check) for value in values])
+        if is_valid is _is_object:  # not hashable
+            columns.append([_validate_field(value, name, is_valid) for value in values])
         else:
-            good = {value: _value(value, name, check) for value in set(values)}
-            columns.append([good[value] for value in values] if len(good) > 1 else [good[values[0]]] * len(objects))
-    columns.append([_unknown(given, checks) for given in objects] if names - checks.keys() else [None] * len(objects))
+            stored = {value: _validate_field(value, name, is_valid) for value in set(values)}
+            columns.append(map(stored.__getitem__, values))
+    has_unknown = not names <= rules.keys()
+    columns.append([_unknown_fields(given, rules) if has_unknown else None for given in objects])
     return zip(*columns)
 
 
-def _unknown(given: Given, checks: Mapping[str, Any]) -> Optional[str]:
-    unknown = {name: value for name, value in given.items() if name not in checks}
-    return _to_json(unknown, "JSON") if unknown else None
+def _unknown_fields(given: JsonObject, rules: Rules) -> Optional[str]:
+    unknown = {name: value for name, value in given.items() if name not in rules}
+    return _validate_field(unknown, "JSON", _is_object) if unknown else None
 
 
-def _value(value: Any, name: str, check: Callable[[Any, str], Any]) -> Any:
-    """A value as it is stored; null and "" mean that it is absent."""
-    if value is not None and value != "":
-        return check(value, name)
-    if name in _REQUIRED:
-        raise Refusal(f"missing {name}")
-    return None
+def _validate_field(value: Any, name: str, is_valid: Rule, absent: Sequence[Any] = (None, "")) -> Any:
+    """The value to store, None for an absent one. Raises Refusal."""
+    if value in absent:
+        if name in _REQUIRED:
+            raise Refusal(f"missing {name}")
+        return None
+    try:
+        if is_valid(value):
+            return _CONVERSIONS[name](value) if name in _CONVERSIONS else value
+    except (ValueError, RecursionError):
+        pass
+    raise Refusal(f"invalid {name}")
 
 
 # == Signature =================================================================
 #
 # HMAC-SHA256 over a timestamp and the raw body. The key travels with the request,
-# so this hides nothing: it proves that the body is the one that was signed, and
-# that it is no recording of an hour ago.
+# so this hides nothing: it proves that the body was not changed, and that it was
+# signed just now.
 
 SIGNATURE_WINDOW = 300 * SECOND  # both ways
 
@@ -692,12 +608,12 @@ def sign(key: bytes, timestamp: bytes, body: bytes) -> str:
 
 
 def verify(key: bytes, timestamp: bytes, signature: bytes, body: bytes, now: int) -> None:
-    """Returns if the signature is right and, at `now` in milliseconds, fresh; else raises Refusal."""
+    """Raises Refusal unless the signature is right and, at `now` in milliseconds, fresh."""
     try:
         signed_at = parse_time(timestamp.decode("latin-1"))
     except ValueError:
         raise Refusal("invalid timestamp") from None
-    # Bytes, because compare_digest takes no text beyond ASCII.
+    # As bytes, because compare_digest accepts no text beyond ASCII.
     if not hmac.compare_digest(sign(key, timestamp, body).encode(), signature):
         raise Refusal("invalid signature")
     if abs(now - signed_at) > SIGNATURE_WINDOW:
@@ -706,17 +622,17 @@ def verify(key: bytes, timestamp: bytes, signature: bytes, body: bytes, now: int
 
 # == RateLimiter ===============================================================
 #
-# A log of each key's last requests: exact, where a counter per minute would let
-# twice the limit through around the full minute. It holds at most `limit` numbers
-# per key, and only keys that exist come this far.
+# The times of each key's last requests. A counter per minute would be smaller, but
+# would allow twice the limit around the full minute. At most `limit` numbers are
+# kept for a key, and only existing keys get here.
 
 class RateLimiter:
-    """Allows `limit` requests of a key in any `window` of seconds; a limit of 0 allows all. Thread-safe.
+    """Allows `limit` requests of a key in any `window` of seconds; 0 allows all. Thread-safe.
 
     `clock` gives seconds and never runs backwards.
     """
 
-    waits = False  # for another host, so that requests had better not ask one after the other
+    waits = False  # True where `allow` asks another host; requests are then not checked one after the other
 
     def __init__(self, limit: int, window: float = 60.0, clock: Callable[[], float] = time.monotonic):
         self.limit, self.window, self._clock = limit, window, clock
@@ -724,569 +640,749 @@ class RateLimiter:
         self._lock = threading.Lock()
 
     def allow(self, key: bytes) -> bool:
-        """Whether the key may go on. What is refused does not count."""
+        """Whether the key may go on. A refused request does not count."""
         if not self.limit:
             return True
         with self._lock:
             now, times = self._clock(), self._times[key]
             while times and now - times[0] >= self.window:
                 times.popleft()
-            if len(times) < self.limit:
+            allowed = len(times) < self.limit
+            if allowed:
                 times.append(now)
-                return True
-            return False
+            return allowed
 
     def retry_after(self, key: bytes) -> int:
-        """Whole seconds, at least 1, after which `allow` says yes again."""
+        """Whole seconds, at least 1, until `allow` says yes again."""
         with self._lock:
             times = self._times[key]
             return max(1, math.ceil(times[0] + self.window - self._clock())) if times else 1
 
 
-# == RollUps ===================================================================
+# == Figures ===================================================================
 #
-# What a report changes in the figures. Whatever adds, forgets or expires reports
-# says so here in the same transaction: the sums stay equal to a count over the rows.
+# What the server counts. A figure is a class: its tables, how reports count in it,
+# and the questions it answers. Reports count by 1 when they are stored and by -1
+# when a device is forgotten, in the transaction that changes their rows, so a sum
+# always equals a count over the rows. When reports expire, sums stay; only what
+# describes the reports that are kept goes with them. `check` counts all again.
 
-ALL_DAYS = -1_000_000  # the `day` of a label's sum over all days; the year 1 began on day -719162
-SHOWN_DAYS = 400  # how far back a device's days are known: a year, a month before it, and some
-LEAVING = 1000  # rows that leave the week in a commit, so that nobody waits for it after a quiet week
-DEVICE_VERSIONS = 50  # app versions that are known of a device: far above any phone's
-NEW_RELEASES = 100  # of an app within a day: as a release stays for ever, junk must not make too many
+ALL_DAYS = -1_000_000  # the `day` of a label's sum over all days
+WEEK = 7               # days of the overview, ending today
+DURATION_DAYS = 400    # for which durations are kept: a year, and some
+DEVICE_DAYS = 400      # before its receipt, on which a report may still count a device
+HOURS_KEPT = 48        # for which devices are counted by the hour they were last seen in
+TRIMMED = 1000         # rows that one step of `trim` deletes from a table
+MAX_ANSWER = 60_000    # bytes of JSON that the rows of a public answer may take: all of it stays below 64 kB
 
-_SUMS = {  # table: the rest of its key beside the app, and its sums
-    "hours": (("hour",), ("crashes", "sessions", "devices")),
-    "days": (("day",), ("crashes", "dau", "wau", "mau", "newcomers", "back_1", "back_7", "back_30",
-                        "sessions", "ended", "session_ms")),
-    "durations": (("day", "seconds"), ("sessions",)),
-    "release_days": (("app_version", "day"), ("sessions",)),
-    "labels": (("field", "day", "label"), ("crashes",)),
-    "group_hours": (("hour", "group_hash"), ("crashes",)),
-}
-_ACTIVE = (("dau", 1), ("wau", 7), ("mau", 30))
-_BACK = (("back_1", 1), ("back_7", 7), ("back_30", 30))
+OTHER = "(other)"      # counts the names that are beyond these limits, each of an app and a UTC day:
+NEW_NAMES = {"group_hash": 500, "exception_type": 200, "device_model": 200, "app_version": 100}
+FLAGS = {"exception_type": 1, "device_model": 2, "app_version": 4}  # a report's `other`: which of its names do
 
+# Of the app that is asked for, or of all live ones.
+APPS = "app_id in (select id from apps where id = :app or :app is null and is_test = 0)"
 
-class _Device(NamedTuple):
-    """What is known of a device in an app; bit n of `days`: seen on the n-th of the days that are shown."""
+TABLES = {Crash: "crashes", Event: "events"}
+COUNTED = {  # a report as the figures see it; `at` is the time at which it counts
+    Crash: namedtuple("CountedCrash", "seq app_id received_at at app_version device_id_hash group_hash exception_type"
+                                      " device_model exception_reason"),
+    Event: namedtuple("CountedEvent", "seq app_id received_at at app_version device_id_hash type session_id")}
 
-    first_seen: int
-    last_seen: int
-    last_seq: int
-    days: int
-    versions: Dict[str, int]
-
-    def merged(self, other: _Device) -> _Device:
-        """What is known from both."""
-        versions = self.versions
-        if not other.versions.items() <= versions.items():
-            versions = dict(versions)
-            for version, crashed in other.versions.items():
-                if version in versions or len(versions) < DEVICE_VERSIONS:
-                    versions[version] = max(crashed, versions.get(version, 0))
-        return _Device(min(self.first_seen, other.first_seen), max(self.last_seen, other.last_seen),
-                       max(self.last_seq, other.last_seq), self.days | other.days, versions)
+Figures = Dict[str, Any]  # an answer
 
 
-class _Session(NamedTuple):
-    """What is known of a session."""
+def counted_columns(kind: type) -> str:
+    """The columns of a table that make a counted report."""
+    columns = {"at": COUNTED_AT, **{name: f"case when (other & {flag}) > 0 then '{OTHER}' else {name} end"
+                                    for name, flag in FLAGS.items()}}
+    return ", ".join(columns.get(name, name) for name in COUNTED[kind]._fields)
 
-    first_seq: int = 0
+
+def counted(kind: type, app_id: int, seqs: Sequence[int], received: Sequence[int], flags: Sequence[int],
+            reports: Reports) -> List[Any]:
+    """The counted reports of reports that are about to be stored."""
+    if any(flags):
+        reports = [report._replace(**{name: OTHER for name, flag in FLAGS.items() if flag & given})
+                   for report, given in zip(reports, flags)]
+    times = [counted_at(report.occurred_at, came) for report, came in zip(reports, received)]
+    columns = [map(attrgetter(name), reports) for name in COUNTED[kind]._fields[4:]]
+    return list(map(COUNTED[kind]._make, zip(seqs, repeat(app_id), received, times, *columns)))
+
+
+class Sums:
+    """A table of sums, and in a transaction the changes to it, which are written with one statement."""
+
+    def __init__(self, table: str, key: str, columns: str):
+        self.table, self.key, self.columns = table, ["app_id", *key.split()], columns.split()
+        self._changes: Dict[tuple, Dict[str, int]] = defaultdict(lambda: dict.fromkeys(self.columns, 0))
+
+    @property
+    def schema(self) -> str:
+        texts = ("field", "label", "group_hash", "app_version")
+        columns = [f"{name} {'text' if name in texts else 'integer'} not null" for name in self.key + self.columns]
+        return (f"create table {self.table} ({', '.join(columns)},\n"
+                f"    primary key ({', '.join(self.key)})) without rowid;\n")
+
+    def add(self, *key: Any, **counts: int) -> None:
+        """Adds to a row, which is made where there is none, and deleted when all its sums are 0."""
+        row = self._changes[key]
+        for column, count in counts.items():
+            row[column] += count
+
+    def save(self, db: sqlite3.Connection) -> List[tuple]:
+        """Writes the changes; returns the keys of the rows that have changed."""
+        changed = {key: row for key, row in self._changes.items() if any(row.values())}
+        insert_rows(db, f"""
+            insert into {self.table} ({", ".join(self.key + self.columns)}) values *
+            on conflict ({", ".join(self.key)}) do update set
+                {", ".join(f"{each} = {self.table}.{each} + excluded.{each}" for each in self.columns)}
+            """, [(*key, *row.values()) for key, row in changed.items()])
+        if gone := [key for key, row in changed.items() if min(row.values()) < 0]:
+            tests = [f"{each} = ?" for each in self.key] + [f"{each} <= 0" for each in self.columns]
+            db.executemany(f"delete from {self.table} where {' and '.join(tests)}", gone)
+        self._changes.clear()
+        return list(changed)
+
+
+def per_day(db: sqlite3.Connection, table: str, columns: Sequence[str], app: Optional[int],
+            days: range) -> Dict[str, List[int]]:
+    """Sums of a table with a row a day, as a list for each column."""
+    rows = {day: row for day, *row in db.execute(f"""
+        select day, {", ".join(f"sum({column})" for column in columns)} from {table}
+        where {APPS} and day between :first and :last
+        group by day
+        """, {"app": app, "first": days[0], "last": days[-1]})}
+    empty = [0] * len(columns)
+    return {column: [rows.get(day, empty)[n] for day in days] for n, column in enumerate(columns)}
+
+
+class Figure:
+    """One figure in one transaction."""
+
+    TABLES = ""  # what describes the reports that are kept
+    SUMS: Mapping[str, Tuple[str, str]] = {}  # tables of sums: the rest of the key beside app_id, and the sums
+    WINDOW: Tuple[str, int] = ("", 0)  # a table of SUMS that holds so many days only
+    COUNTS: Tuple[type, ...] = (Crash,)  # the kinds of reports that count in it
+
+    def __init__(self, db: sqlite3.Connection, now: int):
+        self._db, self._now, self._today = db, now, now // DAY
+        self.sums = {table: Sums(table, *columns) for table, columns in self.SUMS.items()}
+
+    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+        """Counts reports that were stored (by 1), or whose rows were deleted to be forgotten (by -1)."""
+        raise NotImplementedError
+
+    def expire(self, kind: type, reports: Sequence[Any]) -> None:
+        """Deletes what describes only reports whose rows have expired."""
+
+    def save(self) -> None:
+        """Writes what has changed."""
+        for sums in self.sums.values():
+            sums.save(self._db)
+
+
+class NewNames:
+    """Decides which names count by themselves: whoever has a key can invent names without end."""
+
+    TABLES = """
+create table new_names (                   -- of an app and a UTC day
+    app_id integer not null, day integer not null, field text not null, names integer not null,
+    primary key (app_id, day, field)) without rowid;
+"""
+    SUMS: Mapping[str, Tuple[str, str]] = {}
+
+    def __init__(self, db: sqlite3.Connection):
+        self._db = db
+        self.accepted: Set[Tuple[int, str, str]] = set()  # app_id, field, name; new in this transaction
+
+    def limit(self, app_id: int, received: Sequence[int], reports: Reports) -> Tuple[Sequence[int], Reports]:
+        """The `other` of each report, and the reports with the group under which they are stored."""
+        fields = ["app_version"] if type(reports[0]) is Event else list(NEW_NAMES)
+        days: Dict[Tuple[int, str, str], int] = {}  # of a name: the one on which its first report was received
+        for came, report in zip(received, reports):
+            for each in fields:
+                if name := getattr(report, each):
+                    days.setdefault((app_id, each, name), came // DAY)
+        refused = self._refused(days)
+        if not refused:
+            return [0] * len(reports), reports
+        names = [[field for field in fields if (app_id, field, getattr(report, field)) in refused] for report in reports]
+        return ([sum(FLAGS.get(field, 0) for field in each) for each in names],
+                [report._replace(group_hash=OTHER) if "group_hash" in each else report
+                 for report, each in zip(reports, names)])
+
+    def _refused(self, days: Mapping[Tuple[int, str, str], int]) -> Set[Tuple[int, str, str]]:
+        unknown = [name for name in days if name not in self.accepted]
+        known = set(rows_of(self._db, f"""
+            select column1, column2, column3 from (values *) as keys
+            where case column2
+                when 'group_hash' then exists (
+                    select 1 from groups where app_id = column1 and group_hash = column3)
+                when 'app_version' then exists (
+                    select 1 from releases where app_id = column1 and app_version = column3)
+                else exists (
+                    select 1 from labels
+                    where app_id = column1 and field = column2 and day = {ALL_DAYS} and label = column3) end
+            """, unknown))
+        return {name for name in unknown if name not in known and not self._accept(*name, days[name])}
+
+    def _accept(self, app_id: int, field: str, name: str, day: int) -> bool:
+        is_accepted = self._db.execute("""
+            insert into new_names values (:app, :day, :field, 1)
+            on conflict (app_id, day, field) do update set names = new_names.names + 1 where new_names.names < :most
+            """, {"app": app_id, "day": day, "field": field, "most": NEW_NAMES[field]}).rowcount > 0
+        if is_accepted:
+            self.accepted.add((app_id, field, name))
+        return is_accepted
+
+
+class Crashes(Figure):
+    """Crashes per UTC day; and of those that are kept, the exception types and device models, per day and ALL_DAYS."""
+
+    SUMS = {"crash_days": ("day", "crashes"), "labels": ("field day label", "crashes")}
+
+    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+        for crash in reports:
+            self.sums["crash_days"].add(crash.app_id, crash.at // DAY, crashes=by)
+        self._count_labels(reports, by)
+
+    def expire(self, kind: type, reports: Sequence[Any]) -> None:
+        self._count_labels(reports, -1)
+
+    def _count_labels(self, crashes: Sequence[Any], by: int) -> None:
+        alike = Counter((crash.app_id, crash.at // DAY, crash.exception_type, crash.device_model) for crash in crashes)
+        for (app_id, day, *labels), count in alike.items():
+            for name, label in zip(("exception_type", "device_model"), labels):
+                for each in (ALL_DAYS, day) if label else ():
+                    self.sums["labels"].add(app_id, name, each, label, crashes=by * count)
+
+    @staticmethod
+    def most_frequent(db: sqlite3.Connection, app: Optional[int], field: str, days: Optional[range],
+                      limit: int) -> Figures:
+        """The most frequent labels of these days, or of all that is kept, with their crashes."""
+        shown = days or range(ALL_DAYS, ALL_DAYS + 1)
+        return labelled(db.execute(f"""
+            select label, sum(crashes) from labels
+            where {APPS} and field = :field and day between :first and :last
+            group by label
+            order by sum(crashes) desc, label
+            limit :limit
+            """, {"app": app, "field": field, "first": shown[0], "last": shown[-1], "limit": limit}))
+
+
+class Groups(Figure):
+    """What a group is called, and its crashes per UTC day of the week. It goes with the last crash that is kept,
+    but not before its week is over."""
+
+    TABLES = """
+create table groups (
+    app_id integer not null, group_hash text not null,
+    exception_type text not null, exception_reason text,  -- of the latest crash
+    first_seen integer not null, last_seen integer not null,  -- by the time at which crashes count
+    primary key (app_id, group_hash)) without rowid;
+"""
+    SUMS = {"group_days": ("day group_hash", "crashes")}
+    WINDOW = ("group_days", WEEK)
+
+    def __init__(self, db: sqlite3.Connection, now: int):
+        super().__init__(db, now)
+        self._seen: Dict[tuple, List[Any]] = {}  # by app_id and group_hash: the rest of its row
+
+    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+        for crash in reports:
+            if crash.at // DAY >= self._today - WEEK:
+                self.sums["group_days"].add(crash.app_id, crash.at // DAY, crash.group_hash, crashes=by)
+            if by > 0:
+                self._see(crash)
+        if by < 0:
+            self._leave({(crash.app_id, crash.group_hash) for crash in reports})
+
+    def _see(self, crash: Any) -> None:
+        name = OTHER if crash.group_hash == OTHER else crash.exception_type
+        group = self._seen.setdefault((crash.app_id, crash.group_hash), [name, None, crash.at, crash.at])
+        if crash.at >= group[3]:
+            group[:2] = name, crash.exception_reason
+        group[2], group[3] = min(group[2], crash.at), max(group[3], crash.at)
+
+    def _leave(self, groups: Set[tuple]) -> None:
+        """Replaces what was the latest crash's by that of the latest one left. The first stays: it was seen then."""
+        self._db.executemany(f"""
+            update groups set (exception_type, exception_reason, last_seen) = (
+                select coalesce(max(case when group_hash = '{OTHER}' or (other & {FLAGS["exception_type"]}) > 0
+                        then '{OTHER}' else exception_type end), groups.exception_type),
+                    max(exception_reason), coalesce(max({COUNTED_AT}), groups.last_seen)
+                from crashes
+                where seq = (
+                    select seq from crashes
+                    where app_id = :app and group_hash = :group
+                    order by {COUNTED_AT} desc, seq desc
+                    limit 1))
+            where app_id = :app and group_hash = :group
+            """, [{"app": app_id, "group": group_hash} for app_id, group_hash in groups])
+        self.drop(groups, MAX_NUMBER)
+
+    def expire(self, kind: type, reports: Sequence[Any]) -> None:
+        self.drop({(crash.app_id, crash.group_hash) for crash in reports}, (self._today - WEEK) * DAY)
+
+    def drop(self, groups: Set[tuple], before: int) -> None:
+        """Deletes those of which no crash is kept and which were last seen before that time."""
+        self._db.executemany("""
+            delete from groups where app_id = :app and group_hash = :group and last_seen < :before
+                and not exists (select 1 from crashes where app_id = :app and group_hash = :group)
+            """, [{"app": app_id, "group": group_hash, "before": before} for app_id, group_hash in groups])
+
+    def save(self) -> None:
+        super().save()
+        insert_rows(self._db, """
+            insert into groups values *
+            on conflict (app_id, group_hash) do update set
+                exception_type = case when excluded.last_seen >= groups.last_seen
+                    then excluded.exception_type else groups.exception_type end,
+                exception_reason = case when excluded.last_seen >= groups.last_seen
+                    then excluded.exception_reason else groups.exception_reason end,
+                first_seen = min(groups.first_seen, excluded.first_seen),
+                last_seen = max(groups.last_seen, excluded.last_seen)
+            """, [(*key, *group) for key, group in self._seen.items()])
+
+    @staticmethod
+    def most_frequent(db: sqlite3.Connection, app: Optional[int], days: range) -> List[Figures]:
+        """The five most frequent groups of these days, at most the last seven; of several apps, by the latest's name."""
+        return dict_rows(db, f"""
+            select top.group_hash, exception_type, substr(coalesce(exception_reason, ''), 1, 200) as exception_reason,
+                count
+            from (
+                select group_hash, sum(crashes) as count from group_days
+                where {APPS} and day between :first and :last
+                group by group_hash
+                order by count desc, group_hash
+                limit 5) as top
+            cross join groups on groups.group_hash = top.group_hash and groups.app_id = (
+                select app_id from groups
+                where {APPS} and group_hash = top.group_hash
+                order by last_seen desc, app_id
+                limit 1)
+            order by count desc, top.group_hash
+            """, {"app": app, "first": days[0], "last": days[-1]})
+
+
+class Releases(Figure):
+    """Sessions, crashes and devices per app_version, and its sessions per UTC day of the week."""
+
+    TABLES = """
+create table releases (
+    app_id integer not null, app_version text not null,
+    first_seen integer not null, last_seen integer not null,  -- when its first and its last report were received
+    primary key (app_id, app_version)) without rowid;
+"""
+    SUMS = {"release_sums": ("app_version", "sessions crashes devices crashed_devices"),
+            "release_days": ("day app_version", "sessions")}
+    WINDOW = ("release_days", WEEK)
+    COUNTS = (Crash, Event)
+
+    def __init__(self, db: sqlite3.Connection, now: int):
+        super().__init__(db, now)
+        self._received: Dict[tuple, Tuple[int, int]] = {}  # by app_id and app_version: the rest of its row
+
+    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+        for (app_id, version), run in groupby(reports, attrgetter("app_id", "app_version")):
+            if not version:
+                continue
+            received = [report.received_at for report in run]
+            if kind is Crash:
+                self.add(app_id, version, crashes=by * len(received))
+            if by > 0:
+                first, last = self._received.get((app_id, version), (received[0], received[0]))
+                self._received[app_id, version] = min(first, *received), max(last, *received)
+
+    def add(self, app_id: int, version: Optional[str], **counts: int) -> None:
+        """Counts crashes, sessions or devices of a release."""
+        if version:
+            self.sums["release_sums"].add(app_id, version, **counts)
+
+    def add_session(self, app_id: int, version: Optional[str], day: int, by: int) -> None:
+        """Counts a session that started on a day."""
+        self.add(app_id, version, sessions=by)
+        if version and day >= self._today - WEEK:
+            self.sums["release_days"].add(app_id, day, version, sessions=by)
+
+    def save(self) -> None:
+        super().save()
+        insert_rows(self._db, """
+            insert into releases values *
+            on conflict (app_id, app_version) do update set
+                first_seen = min(releases.first_seen, excluded.first_seen),
+                last_seen = max(releases.last_seen, excluded.last_seen)
+            """, [(*key, *times) for key, times in self._received.items()])
+
+    @staticmethod
+    def latest(db: sqlite3.Connection, app: Optional[int], days: range) -> List[Figures]:
+        """The latest 100 releases, with their share of the sessions of these days: `recent` to `of_all`."""
+        return dict_rows(db, f"""
+            with latest as (
+                select * from releases where {APPS} order by first_seen desc, app_version, app_id limit 100),
+            recent as (
+                select app_id, app_version, sum(sessions) as recent from release_days
+                where {APPS} and day between :first and :last group by app_id, app_version),
+            whole as (
+                select app_id, sum(sessions) as of_all from session_days
+                where {APPS} and day between :first and :last group by app_id)
+            select apps.name as app, latest.app_version, coalesce(sessions, 0) as sessions,
+                coalesce(crashes, 0) as crashes, coalesce(devices, 0) as devices,
+                coalesce(crashed_devices, 0) as crashed_devices, first_seen, last_seen, recent, of_all
+            from latest join apps on apps.id = latest.app_id
+            left join release_sums as sums on sums.app_id = latest.app_id and sums.app_version = latest.app_version
+            left join recent on recent.app_id = latest.app_id and recent.app_version = latest.app_version
+            left join whole on whole.app_id = latest.app_id
+            order by first_seen desc, latest.app_version, latest.app_id
+            """, {"app": app, "first": days[0], "last": days[-1]})
+
+
+class Session(NamedTuple):
+    """What is known of a session; the times are those at which its start and end count, in milliseconds."""
+
+    first_seq: int = MAX_NUMBER
     last_seq: int = 0
     started_at: Optional[int] = None
     ended_at: Optional[int] = None
-    app_version: Optional[str] = None
+    app_version: Optional[str] = None  # of its start
 
-    def merged(self, later: _Session) -> _Session:
-        """What is known from both; of two starts at once, the later one counts."""
-        starts = [each for each in (later, self) if each.started_at is not None]
-        latest = max(starts, key=lambda each: each.started_at or 0) if starts else self
-        ends = [each.ended_at for each in (self, later) if each.ended_at is not None]
-        return _Session(min(self.first_seq, later.first_seq), max(self.last_seq, later.last_seq),
-                        latest.started_at, max(ends, default=None), latest.app_version)
+    def merged(self, later: Session) -> Session:
+        """What is known from both. The first start and the last end count."""
+        start = min(self, later, key=lambda each: each.started_at or MAX_NUMBER)
+        return Session(min(self.first_seq, later.first_seq), max(self.last_seq, later.last_seq), start.started_at,
+                       max(self.ended_at or 0, later.ended_at or 0) or None, start.app_version)
+
+    @property
+    def duration(self) -> Optional[int]:
+        """Milliseconds. None where it has not ended, or would have taken longer than a day: a clock was set."""
+        length = (self.ended_at or 0) - (self.started_at or 0)
+        return length if self.started_at and self.ended_at and 0 <= length <= DAY else None
 
 
-class RollUps:
-    """The sums that one transaction changes: made before its rows change, and saved after.
+class Sessions(Figure):
+    """Sessions by the UTC day on which they started, and how long they took. A session is a session_id of a
+    device: SDKs that count their launches use the same ids."""
 
-    Each sum is written once, which is faster than a statement a report.
-    """
+    TABLES = """
+create table sessions (                    -- of which an event is kept
+    app_id integer not null, session_id text not null, device integer not null,  -- see device_key
+    first_seq integer not null, last_seq integer not null,  -- between them are its events
+    started_at integer, ended_at integer, app_version text,
+    primary key (app_id, session_id, device)) without rowid;
+create table medians (                     -- of the durations of a day that is over
+    app_id integer not null, day integer not null, seconds integer not null,
+    primary key (app_id, day)) without rowid;
+"""
+    SUMS = {"session_days": ("day", "sessions ended session_ms"),  # `ended` have a duration; session_ms is their sum
+            "durations": ("day seconds", "sessions")}  # seconds in two significant digits
+    WINDOW = ("durations", DURATION_DAYS)
+    COUNTS = (Event,)
+    MEDIAN = """
+        select seconds from (
+            select seconds, sum(sessions) over (order by seconds) as so_far, sum(sessions) over () as total
+            from durations where app_id = session_days.app_id and day = session_days.day) as sums
+        where 2 * so_far >= total
+        order by seconds
+        limit 1
+        """
 
-    def __init__(self, db: sqlite3.Connection, now: int):
-        self._db, self._now = db, now
-        self._first_day = now // DAY - SHOWN_DAYS
-        self._live = {app_id for app_id, in db.execute(f"select id from apps where id in {_LIVE}")}
-        self._sums: Dict[str, Dict[tuple, Dict[str, int]]] = {
-            table: defaultdict(lambda: defaultdict(int)) for table in _SUMS}
-        self._groups: Dict[tuple, List[Any]] = {}
-        self._releases: Dict[tuple, Dict[str, int]] = defaultdict(lambda: defaultdict(int))
-        self._reported: Dict[tuple, Tuple[int, int]] = {}  # when the first and the last report of one came
-        self._devices: Dict[tuple, _Device] = {}
-        self._sessions: Dict[tuple, _Session] = {}
-        self._since = self._move_week()
+    def __init__(self, db: sqlite3.Connection, now: int, releases: Releases):
+        super().__init__(db, now)
+        self._releases = releases
+        self._seen: Dict[tuple, Session] = {}  # by app_id, session_id and device
 
-    def _scopes(self, app_id: int) -> Tuple[int, ...]:
-        """Where the devices and sessions of an app count."""
-        return (app_id, EVERY_APP) if app_id in self._live else (app_id,)
+    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+        for event in reports:
+            if event.type == "session_start" and not event.session_id:
+                self._count(event.app_id, Session(started_at=event.at, app_version=event.app_version), by)
+        (self._see if by > 0 else self._forget)([event for event in reports if event.session_id])
 
-    # Reports that come
+    def _see(self, events: Sequence[Any]) -> None:
+        for (app_id, session_id, device), run in groupby(events, _SESSION):
+            key = (app_id, session_id, device_key(device))
+            session = self._seen.get(key, Session())
+            for event in (steps := list(run)):
+                if event.type == "session_start":
+                    session = session.merged(Session(started_at=event.at, app_version=event.app_version))
+                elif event.type == "session_end":
+                    session = session.merged(Session(ended_at=event.at))
+            self._seen[key] = session.merged(Session(steps[0].seq, steps[-1].seq))
 
-    def add_crashes(self, app_id: int, seqs: Sequence[int], received: Sequence[int], crashes: Sequence[Crash],
-                    times: Sequence[int]) -> None:
-        """Counts crashes of an app, in the order of their seqs, each at its time."""
-        alike = Counter((crash.exception_type, crash.device_model, crash.group_hash, crash.app_version, at // HOUR)
-                        for crash, at in zip(crashes, times))
-        for (*what, hour), count in alike.items():
-            self._count_crash(app_id, *what, hour * HOUR, count)
-        for crash, at in zip(crashes, times):
-            group = self._groups.setdefault((app_id, crash.group_hash), [crash.exception_type, None, at, at, []])
-            if at >= group[3]:
-                group[1] = crash.exception_reason
-            group[2], group[3] = min(group[2], at), max(group[3], at)
-            group[4].append(at)
-        self._see(app_id, seqs, received, crashes, times, crashed=1)
+    def _forget(self, events: Sequence[Any]) -> None:
+        """All events of a session are of one device, so it goes with the first of them."""
+        stored = self._stored({(app_id, session_id, device_key(device))
+                               for app_id, session_id, device in map(_SESSION, events)})
+        for key, session in stored.items():
+            self._count(key[0], session, -1)
+        self._db.executemany("delete from sessions where app_id = ? and session_id = ? and device = ?", list(stored))
 
-    def add_events(self, app_id: int, seqs: Sequence[int], received: Sequence[int], events: Sequence[Event],
-                   times: Sequence[int]) -> None:
-        """The same with events."""
-        sessions = [event.session_id for event in events]
-        last = dict(zip(sessions, seqs))
-        first = dict(zip(reversed(sessions), reversed(seqs)))
-        for session_id in last.keys() - {None}:
-            self._see_session(app_id, session_id, first[session_id], last[session_id])
-        for event, at in zip(events, times):
-            if event.type in ("session_start", "session_end") and event.session_id:
-                self._see_session(app_id, event.session_id, first[event.session_id], last[event.session_id],
-                                  event.type, at, event.app_version)
-            elif event.type == "session_start":
-                self._count_session(app_id, _Session(started_at=at, app_version=event.app_version), 1)
-        self._see(app_id, seqs, received, events, times, crashed=0)
+    def expire(self, kind: type, reports: Sequence[Any]) -> None:
+        self._db.executemany(
+            "delete from sessions where app_id = ? and session_id = ? and device = ? and last_seq <= ?",
+            [(app_id, session_id, device_key(device), reports[-1].seq)
+             for app_id, session_id, device in set(map(_SESSION, reports)) if session_id])
 
-    def _see_session(self, app_id: int, session_id: str, first_seq: int, last_seq: int, event_type: str = "",
-                     at: Optional[int] = None, app_version: Optional[str] = None) -> None:
-        seen = _Session(first_seq, last_seq)
-        if event_type == "session_start":
-            seen = seen._replace(started_at=at, app_version=app_version)
-        elif event_type == "session_end":
-            seen = seen._replace(ended_at=at)
-        known = self._sessions.get((app_id, session_id))
-        self._sessions[app_id, session_id] = known.merged(seen) if known else seen
-
-    def _see(self, app_id: int, seqs: Sequence[int], received: Sequence[int], reports: Reports,
-             times: Sequence[int], crashed: int) -> None:
-        """Notes the versions and the devices that sent these reports: run by run, as a batch has one of each."""
-        rows = zip([report.device_id_hash for report in reports], [report.app_version for report in reports],
-                   times, seqs, received)
-        for (device, version), run in groupby(rows, key=itemgetter(0, 1)):
-            at, seq, came = zip(*(row[2:] for row in run))
-            if version:
-                first, last = self._reported.get((app_id, version), (came[0], came[0]))
-                self._reported[app_id, version] = min(first, *came), max(last, *came)
-            if device:
-                found = _Device(min(at), max(at), seq[-1], sum(map(self._day_bit, {each // DAY for each in at})),
-                                {version: crashed} if version else {})
-                before = self._devices.get((app_id, device))
-                self._devices[app_id, device] = before.merged(found) if before else found
-
-    def _day_bit(self, day: int) -> int:
-        return 1 << day - self._first_day if day >= self._first_day else 0
-
-    # Reports that go, as rows of their tables that have just been deleted
-
-    def remove_crashes(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Takes crashes from every sum, and out of their groups."""
-        for row in rows:
-            at = counted_at(row["occurred_at"], row["received_at"])
-            self._count_crash(row["app_id"], row["exception_type"], row["device_model"], row["group_hash"],
-                             row["app_version"], at, -1)
-            if at // HOUR >= self._since:
-                self._change_recent([(-1, row["app_id"], row["group_hash"])])
-        groups = {(row["app_id"], row["group_hash"]) for row in rows}
-        for app_id, group_hash in groups:
-            self._db.execute(f"""
-                update groups set (exception_reason, last_seen) = (
-                    select max(exception_reason), coalesce(max({_COUNTED_AT}), groups.last_seen) from crashes
-                    where seq = (
-                        select seq from crashes
-                        where app_id = :app and group_hash = :group
-                        order by {_COUNTED_AT} desc, seq desc
-                        limit 1))
-                where app_id = :app and group_hash = :group
-                """, {"app": app_id, "group": group_hash})
-        self.drop_groups(groups)
-        self.merge_groups({(group_hash,) for _, group_hash in groups})
-
-    def expire_crashes(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Takes crashes from what counts those that are kept; all other sums stay."""
-        for row in rows:
-            self._count_labels(row["app_id"], row["exception_type"], row["device_model"],
-                              counted_at(row["occurred_at"], row["received_at"]), -1)
-        self.drop_groups({(row["app_id"], row["group_hash"]) for row in rows})
-
-    def merge_groups(self, group_hashes: Iterable[tuple]) -> None:
-        """Makes these groups of all apps anew from those of each live one."""
-        for group in group_hashes:
-            self._db.execute("delete from groups where app_id = ? and group_hash = ?", (EVERY_APP, *group))
-            self._db.execute(f"""
-                insert into groups
-                select ?, group_hash, exception_type, exception_reason,
-                    min(first_seen) over (), last_seen, sum(recent) over ()
-                from groups
-                where app_id in {_LIVE} and group_hash = ?
-                order by last_seen desc, app_id
-                limit 1
-                """, (EVERY_APP, *group))
-
-    def remove_events(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Takes events from every sum; their sessions become what is left of them."""
-        sessions = set()
-        for row in rows:
-            if row["session_id"]:
-                sessions.add((row["app_id"], row["session_id"]))
-            elif row["type"] == "session_start":
-                at = counted_at(row["occurred_at"], row["received_at"])
-                self._count_session(row["app_id"], _Session(started_at=at, app_version=row["app_version"]), -1)
-        for key, session in self.sessions(list(sessions)).items():
-            self._count_session(key[0], session, -1)
-            self._db.execute("delete from sessions where app_id = ? and session_id = ?", key)
-            for seq, *event in self._db.execute(f"""
-                    select seq, type, {_COUNTED_AT}, app_version from events
-                    where seq between ? and ? and app_id = ? and session_id = ?
-                    order by seq
-                    """, (session.first_seq, session.last_seq, *key)):  # of other devices, or of none
-                self._see_session(*key, seq, seq, *event)
-
-    def remove_sums(self, app_id: int) -> None:
-        """Takes the crashes and sessions of an app that is to go from those of all."""
-        for table, columns in (("days", ("crashes", "sessions", "ended", "session_ms")), ("durations", ("sessions",))):
-            key = _SUMS[table][0]
-            for row in self._db.execute(f"select {', '.join(key + columns)} from {table} where app_id = ?", (app_id,)):
-                for column, count in zip(columns, row[len(key):]):
-                    self._sums[table][(EVERY_APP, *row[:len(key)])][column] -= count
-
-    # What they count; `by` is 1, or -1 where they go
-
-    def _count_crash(self, app_id: int, exception_type: str, device_model: Optional[str], group_hash: str,
-                    app_version: Optional[str], at: int, by: int) -> None:
-        self._count_labels(app_id, exception_type, device_model, at, by)
-        self._sums["hours"][app_id, at // HOUR]["crashes"] += by
-        for scope in self._scopes(app_id):
-            self._sums["days"][scope, at // DAY]["crashes"] += by
-        if at // HOUR >= self._since:
-            self._sums["group_hours"][app_id, at // HOUR, group_hash]["crashes"] += by
-        if app_version:
-            self._releases[app_id, app_version]["crashes"] += by
-
-    def _count_labels(self, app_id: int, exception_type: str, device_model: Optional[str], at: int, by: int) -> None:
-        labels = self._sums["labels"]
-        for day in (ALL_DAYS, at // DAY):
-            labels[app_id, "exception_type", day, exception_type]["crashes"] += by
-            if device_model:
-                labels[app_id, "device_model", day, device_model]["crashes"] += by
-
-    def _count_session(self, app_id: int, session: _Session, by: int) -> None:
-        start, end, version = session.started_at, session.ended_at, session.app_version
-        if start is None:
+    def _count(self, app_id: int, session: Session, by: int) -> None:
+        if session.started_at is None:
             return
-        self._sums["hours"][app_id, start // HOUR]["sessions"] += by
-        if version:
-            self._releases[app_id, version]["sessions"] += by
-            if start // DAY >= self._now // DAY - 7:
-                self._sums["release_days"][app_id, version, start // DAY]["sessions"] += by
-        for scope in self._scopes(app_id):
-            sums = self._sums["days"][scope, start // DAY]
-            sums["sessions"] += by
-            if end is not None and end >= start:
-                sums["ended"] += by
-                sums["session_ms"] += by * (end - start)
-                self._sums["durations"][scope, start // DAY, rounded_seconds(end - start)]["sessions"] += by
-
-    def _count_device(self, app_id: int, before: Optional[_Device], after: Optional[_Device]) -> None:
-        """Versions count in their own app only: those of different apps have nothing to do with each other."""
-        if before and after and _counted(before) == _counted(after):
-            return
-        days = self._sums["days"]
-        for column, span in _ACTIVE:
-            old, new = (_covered(device.days, span) if device else 0 for device in (before, after))
-            for bits, by in ((new & ~old, 1), (old & ~new, -1)):
-                for bit in _bits(bits):
-                    days[app_id, self._first_day + bit][column] += by
-        for device, by in ((before, -1), (after, 1)):
-            if device is not None:
-                self._sums["hours"][app_id, device.last_seen // HOUR]["devices"] += by
-                first = device.first_seen // DAY
-                days[app_id, first]["newcomers"] += by
-                for column, later in _BACK:
-                    days[app_id, first][column] += by * bool(device.days & self._day_bit(first + later))
-                for version, crashed in device.versions.items() if app_id != EVERY_APP else ():
-                    self._releases[app_id, version]["devices"] += by
-                    self._releases[app_id, version]["crashed_devices"] += by * crashed
-
-    # To the disk
+        day, duration = session.started_at // DAY, session.duration
+        self._releases.add_session(app_id, session.app_version, day, by)
+        self.sums["session_days"].add(app_id, day, sessions=by)
+        if duration is not None:
+            self.sums["session_days"].add(app_id, day, ended=by, session_ms=by * duration)
+            if day >= self._today - DURATION_DAYS:
+                self.sums["durations"].add(app_id, day, rounded_seconds(duration), sessions=by)
 
     def save(self) -> None:
-        """Writes everything that has changed."""
-        self._save_devices()
-        self._save_sessions()
-        self._save_groups()
-        self._save_releases()
-        for table, sums in self._sums.items():
-            changed = {key: row for key, row in sums.items() if any(row.values())}
-            if changed:
-                self._save_sums(table, changed)
-        self._save_medians({key[:2] for key in self._sums["durations"]})
-
-    def _save_sums(self, table: str, sums: Dict[tuple, Dict[str, int]]) -> None:
-        add, clear = _sum_statements(table)
-        columns = _SUMS[table][1]
-        insert_rows(self._db, add, [(*key, *[row[column] for column in columns]) for key, row in sums.items()])
-        gone = [key for key, row in sums.items() if min(row.values()) < 0]
-        if gone:
-            self._db.executemany(clear, gone)
-
-    def _save_releases(self) -> None:
-        for app_id, version in {*self._releases, *self._reported}:
-            release = {"sessions": 0, "crashes": 0, "devices": 0, "crashed_devices": 0,
-                       **self._releases[app_id, version], "app": app_id, "version": version}
-            release["first"], release["last"] = self._reported.get((app_id, version), (MAX_NUMBER, 0))
-            update = """
-                update releases set
-                    first_seen = min(first_seen, :first), last_seen = max(last_seen, :last),
-                    sessions = sessions + :sessions, crashes = crashes + :crashes,
-                    devices = devices + :devices, crashed_devices = crashed_devices + :crashed_devices
-                where app_id = :app and app_version = :version
-                """
-            if not self._db.execute(update, release).rowcount and release["last"]:
-                self._db.execute("""
-                    insert into releases (app_id, app_version, first_seen, last_seen)
-                    select :app, :version, :first, :last
-                    where :most > (
-                        select count(*) from releases
-                        where app_id = :app and first_seen > :first - :day and first_seen <= :first)
-                    """, {**release, "day": DAY, "most": NEW_RELEASES})
-                self._db.execute(update, release)
-
-    def _save_medians(self, days: Iterable[tuple]) -> None:
-        for app_id, day in days:
-            self._db.execute("""
-                update days set median_seconds = (
-                    select seconds from (
-                        select seconds, sum(sessions) over (order by seconds) as so_far, sum(sessions) over () as total
-                        from durations where app_id = :app and day = :day) as sums
-                    where 2 * so_far >= total
-                    order by seconds
-                    limit 1)
-                where app_id = :app and day = :day
-                """, {"app": app_id, "day": day})
-
-    def _save_groups(self) -> None:
-        for app in sorted({app_id for app_id, _ in self._groups}):  # by itself, as one statement has each group once
-            insert_rows(self._db, """
-                insert into groups values *
-                on conflict (app_id, group_hash) do update set
-                    exception_reason = case when excluded.last_seen >= groups.last_seen
-                        then excluded.exception_reason else groups.exception_reason end,
-                    recent = groups.recent + excluded.recent,
-                    first_seen = min(groups.first_seen, excluded.first_seen),
-                    last_seen = max(groups.last_seen, excluded.last_seen)
-                """, [(scope, group_hash, *group, sum(at // HOUR >= self._since for at in times))
-                      for (app_id, group_hash), (*group, times) in self._groups.items() if app_id == app
-                      for scope in self._scopes(app_id)])
-
-    def _move_week(self) -> int:
-        """The hour from which `recent` and group_hours count: seven days ago.
-
-        So the most frequent groups of the week cost a look at each group, not at each hour of each.
-        """
-        new = (self._now - 7 * DAY) // HOUR
-        old, is_old = self._db.execute("""
-            select value, exists (select 1 from group_hours where app_id in (select id from apps) and hour < ?)
-            from state where name = 'recent_since'
-            """, (new,)).fetchone()
-        if old == 0 or old > new + 24:  # at the start, and where the clock went back far
-            self._count_week(new)
-        else:
-            new = max(old, new)
-        if old != new:
-            self._db.execute("update state set value = ? where name = 'recent_since'", (new,))
-        if is_old:
-            self._leave_week(new)
-        return new
-
-    def _leave_week(self, since: int) -> None:
-        """Takes out some of the hours that are too old; those that are left wait for the next commit."""
-        gone = self._db.execute("""
-            select crashes, app_id, group_hash, hour from group_hours
-            where app_id in (select id from apps) and hour < ?
-            limit ?
-            """, (since, LEAVING)).fetchall()
-        self._db.executemany("delete from group_hours where app_id = ? and group_hash = ? and hour = ?",
-                             [row[1:] for row in gone])
-        self._change_recent((-crashes, app_id, group_hash) for crashes, app_id, group_hash, _ in gone)
-        self.drop_groups({row[1:3] for row in gone})
-
-    def _count_week(self, since: int) -> None:
-        self._db.execute("delete from group_hours")
-        self._db.execute("update groups set recent = 0")
-        self._db.execute(f"""
-            insert into group_hours
-            select app_id, hour, group_hash, count(*)
-            from (select app_id, {_COUNTED_AT} / {HOUR} as hour, group_hash from crashes) as counted
-            where hour >= ?
-            group by app_id, hour, group_hash
-            """, (since,))
-        self._change_recent(self._db.execute(
-            "select sum(crashes), app_id, group_hash from group_hours group by app_id, group_hash").fetchall())
-        self.drop_groups(self._db.execute(
-            "select app_id, group_hash from groups where app_id <> ? and recent = 0", (EVERY_APP,)).fetchall())
-
-    def _change_recent(self, changes: Iterable[tuple]) -> None:
-        self._db.executemany("update groups set recent = recent + ? where app_id = ? and group_hash = ?",
-                             [(crashes, scope, group_hash) for crashes, app_id, group_hash in changes
-                              for scope in self._scopes(app_id)])
-
-    def drop_groups(self, groups: Iterable[tuple]) -> None:
-        """Deletes those of which no crash is kept and none is of this week, by (app_id, group_hash)."""
-        for app_id, group_hash in groups:
-            self._db.execute("""
-                delete from groups where app_id = :app and group_hash = :group and recent = 0
-                    and not exists (select 1 from crashes where app_id = :app and group_hash = :group)
-                """, {"app": app_id, "group": group_hash})
-            self._db.execute(f"""
-                delete from groups where app_id = :every and group_hash = :group
-                    and not exists (select 1 from groups where app_id in {_LIVE} and group_hash = :group)
-                """, {"every": EVERY_APP, "group": group_hash})
-
-    # Devices and sessions
-
-    def _save_devices(self) -> None:
-        """Writes devices where that changes a figure: one that is busy once an hour, and not with each report."""
-        stored = self._stored_devices(list(self._devices))
-        seen = {key: stored[key].merged(device) if key in stored else device for key, device in self._devices.items()}
-        self._replace_devices({key: after for key, after in seen.items()
-                               if key not in stored or _by_hour(stored[key]) != _by_hour(after)}, stored)
-
-    def remove_devices(self, keys: Sequence[tuple]) -> None:
-        """Deletes devices, by (app_id, device_id_hash), and takes them from all figures."""
-        self._replace_devices(dict.fromkeys(keys), self._stored_devices(keys))
-        self._db.executemany("delete from devices where app_id = ? and device_id_hash = ?", keys)
-
-    def expire_devices(self, last_seqs: Mapping[tuple, int]) -> None:
-        """Deletes what is known of devices, by (app_id, device_id_hash), if that was the seq of their last report.
-
-        The sums stay. In live apps a device goes from all at once, as it is one for all together.
-        """
-        stored = self._stored_devices(list(last_seqs))
-        for (app_id, device), last_seq in last_seqs.items():
-            rows = {(scope, device): stored.get((scope, device))
-                    for scope in (self._live if app_id in self._live else (app_id,))}
-            if all(row is None or row.last_seq <= last_seq for row in rows.values()):
-                self._db.executemany("delete from devices where app_id = ? and device_id_hash = ?", list(rows))
-
-    def _stored_devices(self, keys: Sequence[tuple]) -> Dict[tuple, _Device]:
-        """What is stored of devices in these apps; and in all live ones, if one of these is live."""
-        wanted = {(scope, device) for app_id, device in keys
-                  for scope in (self._live if app_id in self._live else (app_id,))}
-        rows = rows_of(self._db, """
-            select devices.* from (values *) as keys cross join devices on app_id = column1 and device_id_hash = column2
-            """, list(wanted))
-        return {(app_id, device): _Device(first, last, seq, self._unpacked(days_from, days), _decode_versions(versions))
-                for app_id, device, first, last, seq, days_from, days, versions in rows}
-
-    def _replace_devices(self, changed: Mapping[tuple, Optional[_Device]], stored: Mapping[tuple, _Device]) -> None:
-        now = {**stored, **changed}
-        for (app_id, device), after in changed.items():
-            self._count_device(app_id, stored.get((app_id, device)), after)
-        for device in {device for app_id, device in changed if app_id in self._live}:
-            self._count_device(EVERY_APP, self._everywhere(device, stored), self._everywhere(device, now))
-        insert_rows(self._db, """
-            insert into devices values *
-            on conflict (app_id, device_id_hash) do update set
-                first_seen = excluded.first_seen, last_seen = excluded.last_seen, last_seq = excluded.last_seq,
-                days_from = excluded.days_from, days = excluded.days, versions = excluded.versions
-            """, [(*key, *after[:3], *self._packed(after.days), _encode(after.versions))
-                  for key, after in changed.items() if after])
-
-    def _everywhere(self, device: str, devices: Mapping[tuple, Optional[_Device]]) -> Optional[_Device]:
-        found = None
-        for app_id in self._live:
-            known = devices.get((app_id, device))
-            found = found.merged(known) if found and known else found or known
-        return found
-
-    def _packed(self, days: int) -> Tuple[int, bytes]:
-        lowest = max(0, (days & -days).bit_length() - 1)
-        days >>= lowest
-        return self._first_day + lowest, days.to_bytes((days.bit_length() + 7) // 8, "big")
-
-    def _unpacked(self, days_from: int, days: bytes) -> int:
-        by, bits = days_from - self._first_day, int.from_bytes(days, "big")
-        return bits << by if by > 0 else bits >> -by
-
-    def _save_sessions(self) -> None:
-        stored = self.sessions(list(self._sessions))
-        changed = {key: stored[key].merged(seen) if key in stored else seen for key, seen in self._sessions.items()}
+        stored = self._stored(self._seen)
+        changed = {key: stored[key].merged(seen) if key in stored else seen for key, seen in self._seen.items()}
         for key, after in changed.items():
-            before = stored.get(key)
-            if before is None or before[2:] != after[2:]:
-                if before:
-                    self._count_session(key[0], before, -1)
-                self._count_session(key[0], after, 1)
+            before = stored.get(key, Session())
+            if before[2:] != after[2:]:
+                self._count(key[0], before, -1)
+                self._count(key[0], after, 1)
         insert_rows(self._db, """
             insert into sessions values *
-            on conflict (app_id, session_id) do update set
+            on conflict (app_id, session_id, device) do update set
                 first_seq = excluded.first_seq, last_seq = excluded.last_seq, started_at = excluded.started_at,
                 ended_at = excluded.ended_at, app_version = excluded.app_version
             """, [(*key, *after) for key, after in changed.items()])
+        self.sums["session_days"].save(self._db)
+        self._save_medians([key[:2] for key in self.sums["durations"].save(self._db) if key[1] < self._today - 1])
 
-    def sessions(self, keys: Sequence[tuple]) -> Dict[tuple, _Session]:
-        """What is stored of sessions, by (app_id, session_id)."""
-        return {(app_id, session_id): _Session(*rest) for app_id, session_id, *rest in rows_of(self._db, """
-            select sessions.* from (values *) as keys cross join sessions on app_id = column1 and session_id = column2
-            """, keys)}
+    def _stored(self, keys: Iterable[tuple]) -> Dict[tuple, Session]:
+        return {row[:3]: Session(*row[3:]) for row in rows_of(self._db, """
+            select sessions.* from (values *) as keys
+            cross join sessions on app_id = column1 and session_id = column2 and device = column3
+            """, list(keys))}
+
+    def _save_medians(self, days: Sequence[tuple]) -> None:
+        self._db.executemany(f"""
+            insert into medians select app_id, day, ({self.MEDIAN}) from session_days
+            where app_id = ? and day = ? and ended > 0
+            on conflict (app_id, day) do update set seconds = excluded.seconds
+            """, days)
+
+    def close_days(self) -> None:
+        """Stores the medians of days that are over. Those of today and yesterday change with nearly every session,
+        so they are computed when they are asked for."""
+        self._save_medians(self._db.execute("""
+            select app_id, day from session_days
+            where app_id in (select id from apps) and day between ? and ? and ended > 0 and not exists (
+                select 1 from medians where app_id = session_days.app_id and day = session_days.day)
+            limit ?
+            """, (self._today - DURATION_DAYS, self._today - 2, TRIMMED)).fetchall())
+
+    @staticmethod
+    def per_day(db: sqlite3.Connection, app: Optional[int], days: range) -> Figures:
+        """Sessions, the mean and the median of their seconds. Of several apps together there is no median."""
+        rows = {row[0]: row[1:] for row in db.execute(f"""
+            select day, sum(sessions), sum(ended), sum(session_ms), sum(min(ended, 1)), max(app_id * min(ended, 1)),
+                max((select seconds from medians where app_id = session_days.app_id and day = session_days.day))
+            from session_days where {APPS} and day between :first and :last group by day
+            """, {"app": app, "first": days[0], "last": days[-1]})}
+        found: Figures = {"sessions": [], "median_seconds": [], "mean_seconds": []}
+        for day in days:
+            sessions, ended, total, apps, only_app, median = rows.get(day, (0, 0, 0, 0, 0, None))
+            if apps == 1 and median is None:
+                median, = db.execute(f"select ({Sessions.MEDIAN}) from session_days where app_id = ? and day = ?",
+                                     (only_app, day)).fetchone()
+            found["sessions"].append(sessions)
+            found["median_seconds"].append(median if apps == 1 else None)
+            found["mean_seconds"].append(round(total / ended / SECOND, 1) if ended else None)
+        return found
 
 
-@lru_cache(maxsize=1024)
-def _decode_versions(text: str) -> Dict[str, int]:
-    """To be read only: most devices have the same ones."""
-    return json.loads(text)
+_SESSION = attrgetter("app_id", "session_id", "device_id_hash")
 
 
-@lru_cache(maxsize=None)
-def _sum_statements(table: str) -> Tuple[str, str]:
-    """To add to sums; and to delete them where all of them are 0."""
-    key, columns = ("app_id", *_SUMS[table][0]), _SUMS[table][1]
-    return (f"""
-        insert into {table} ({", ".join(key + columns)}) values *
-        on conflict ({", ".join(key)}) do update set
-            {", ".join(f"{each} = {table}.{each} + excluded.{each}" for each in columns)}
-        """, f"""
-        delete from {table} where {" and ".join([f"{each} = ?" for each in key] + [f"{each} <= 0" for each in columns])}
-        """)
+class Device:
+    """What a transaction learns of a device."""
+
+    __slots__ = ("first_day", "days", "last_hour", "last_seq", "versions")
+
+    def __init__(self) -> None:
+        self.first_day, self.last_hour, self.last_seq = MAX_NUMBER, 0, 0
+        self.days: Set[int] = set()
+        self.versions: Dict[str, int] = {}  # whether it crashed there: 1 or 0
+
+    def see(self, reports: Sequence[Any], crashed: int) -> None:
+        """Adds reports of one version."""
+        times, version = [report.at for report in reports], reports[0].app_version
+        oldest = reports[0].received_at // DAY - DEVICE_DAYS
+        self.days.update(day for day in {at // DAY for at in times} if day >= oldest)
+        self.first_day = min(self.first_day, min(times) // DAY)
+        self.last_hour = max(self.last_hour, max(times) // HOUR)
+        self.last_seq = max(self.last_seq, reports[-1].seq)
+        if version:
+            self.versions[version] = max(crashed, self.versions.get(version, 0))
 
 
-def _counted(device: _Device) -> tuple:
-    """What of a device shows in the figures."""
-    return device.first_seen // DAY, device.last_seen // HOUR, device.days, device.versions
+class Devices(Figure):
+    """Devices that are active, that are new and come back, and those of each release. What is known of a device
+    goes with its last report (to the hour); it is known by a digest, so that no figure holds its name."""
+
+    TABLES = """
+create table devices (                     -- of which a report is kept
+    app_id integer not null, device integer not null,  -- see device_key
+    first_day integer not null, last_hour integer not null,  -- by the time at which reports count
+    last_seq integer not null,             -- to the hour
+    primary key (app_id, device)) without rowid;
+create table device_days (
+    app_id integer not null, device integer not null, day integer not null,
+    primary key (app_id, device, day)) without rowid;
+create table device_versions (
+    app_id integer not null, device integer not null, app_version text not null, crashed integer not null,
+    primary key (app_id, device, app_version)) without rowid;
+"""
+    ACTIVE = {"dau": 1, "wau": 7, "mau": 30}  # devices of a day, of the 7 and of the 30 days that end with it
+    BACK = {"back_1": 1, "back_7": 7, "back_30": 30}  # of those first seen on a day, those seen n days later
+    SUMS = {"device_hours": ("hour", "devices"),  # by the hour in which they were last seen
+            "active_days": ("day", "dau wau mau"), "cohorts": ("day", "devices back_1 back_7 back_30")}
+    COUNTS = (Crash, Event)
+
+    def __init__(self, db: sqlite3.Connection, now: int, releases: Releases):
+        super().__init__(db, now)
+        self._releases = releases
+        self._seen: Dict[Tuple[int, int], Device] = defaultdict(Device)  # by app_id and device
+        self._spans: Counter = Counter()  # app_id, column of active_days, first day, day after the last: devices
+
+    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+        """Reports that are forgotten do not count here: their device is forgotten as a whole."""
+        runs = groupby(reports if by > 0 else (), attrgetter("app_id", "device_id_hash", "app_version"))
+        for (app_id, device, _), run in runs:
+            if device:
+                self._seen[app_id, device_key(device)].see(list(run), int(kind is Crash))
+
+    def save(self) -> None:
+        stored = {row[:2]: row[2:] for row in rows_of(self._db, """
+            select devices.* from (values *) as keys cross join devices on app_id = column1 and device = column2
+            """, list(self._seen))}
+        self._save_days(stored)
+        self._save_versions()
+        changed = []
+        for key, seen in self._seen.items():
+            first_day, last_hour, last_seq = stored.get(key, (MAX_NUMBER, 0, 0))
+            if seen.last_hour > last_hour:
+                self._count_hour(key[0], last_hour, -1)
+                self._count_hour(key[0], seen.last_hour, 1)
+            if seen.first_day < first_day or seen.last_hour > last_hour or _hour(seen.last_seq) > _hour(last_seq):
+                changed.append((*key, min(first_day, seen.first_day), max(last_hour, seen.last_hour),
+                                max(last_seq, seen.last_seq)))
+        insert_rows(self._db, """
+            insert into devices values *
+            on conflict (app_id, device) do update set first_day = excluded.first_day,
+                last_hour = excluded.last_hour, last_seq = excluded.last_seq
+            """, changed)
+        for (app_id, column, first, end), count in self._spans.items():  # which many devices have in common
+            for day in range(first, end):
+                self.sums["active_days"].add(app_id, day, **{column: count})
+        super().save()
+
+    def _save_days(self, stored: Mapping[tuple, Sequence[int]]) -> None:
+        """Days on which a device was not seen before. Mostly there are none: its last day is in its row."""
+        fresh = {key: seen for key, seen in self._seen.items()
+                 if key not in stored or seen.first_day < stored[key][0] or seen.days - {stored[key][1] // 24}}
+        near = defaultdict(list)  # the days around them, which decide what changes
+        for app_id, device, day in rows_of(self._db, """
+                select app_id, device, day from (values *) as keys cross join device_days
+                    on app_id = column1 and device = column2 and day between column3 and column4
+                order by day
+                """, [(*key, seen.first_day - 30, max(*seen.days, seen.first_day, stored[key][0]) + 30)
+                      for key, seen in fresh.items() if key in stored]):
+            near[app_id, device].append(day)
+        rows = []
+        for key, seen in fresh.items():
+            days, first_day = near[key], stored[key][0] if key in stored else None
+            self._count_cohort(key[0], first_day, days, -1)
+            for day in sorted(seen.days - set(days)):
+                self._count_active(key[0], days, day, 1)
+                insort(days, day)
+                rows.append((*key, day))
+            self._count_cohort(key[0], min(seen.first_day, first_day or MAX_NUMBER), days, 1)
+        insert_rows(self._db, "insert into device_days values *", rows)
+
+    def _count_active(self, app_id: int, others: List[int], day: int, by: int) -> None:
+        """Counts the days that a device is active on because of one day, and not because of its others."""
+        at = bisect_left(others, day)
+        before, after = others[at - 1] if at else -DAY, others[at] if at < len(others) else DAY
+        for column, span in self.ACTIVE.items():
+            self._spans[app_id, column, max(day, before + span), min(day + span, after)] += by
+
+    def _count_cohort(self, app_id: int, first_day: Optional[int], days: Sequence[int], by: int) -> None:
+        if first_day is not None:
+            self.sums["cohorts"].add(app_id, first_day, devices=by, **{
+                column: by for column, later in self.BACK.items() if first_day + later in days})
+
+    def _count_hour(self, app_id: int, hour: int, by: int) -> None:
+        if hour >= self._now // HOUR - HOURS_KEPT:
+            self.sums["device_hours"].add(app_id, hour, devices=by)
+
+    def _save_versions(self) -> None:
+        seen = {(*key, version): crashed for key, device in self._seen.items()
+                for version, crashed in device.versions.items()}
+        stored = {row[:3]: row[3] for row in rows_of(self._db, """
+            select device_versions.* from (values *) as keys
+            cross join device_versions on app_id = column1 and device = column2 and app_version = column3
+            """, list(seen))}
+        changed = {key: crashed for key, crashed in seen.items() if crashed > stored.get(key, -1)}
+        for key, crashed in changed.items():
+            self._releases.add(key[0], key[2], devices=int(key not in stored), crashed_devices=crashed)
+        insert_rows(self._db, """
+            insert into device_versions values *
+            on conflict (app_id, device, app_version) do update set crashed = excluded.crashed
+            """, [(*key, crashed) for key, crashed in changed.items()])
+
+    def forget(self, device_id_hash: str) -> int:
+        """Takes a device out of all figures, in all apps; in how many it was known."""
+        device = device_key(device_id_hash)
+        rows = self._db.execute("""
+            select app_id, first_day, last_hour from devices where app_id in (select id from apps) and device = ?
+            """, (device,)).fetchall()
+        for app_id, first_day, last_hour in rows:
+            days, versions = ([row[2:] for row in self._db.execute(
+                f"select * from {table} where app_id = ? and device = ? order by 3", (app_id, device))]
+                for table in ("device_days", "device_versions"))
+            self._count_hour(app_id, last_hour, -1)
+            left = [day for day, in days]
+            self._count_cohort(app_id, first_day, left, -1)
+            while left:
+                self._count_active(app_id, left[:-1], left.pop(), -1)
+            for version, crashed in versions:
+                self._releases.add(app_id, version, devices=-1, crashed_devices=-crashed)
+            for table in ("devices", "device_days", "device_versions"):
+                self._db.execute(f"delete from {table} where app_id = ? and device = ?", (app_id, device))
+        return len(rows)
+
+    def expire(self, kind: type, reports: Sequence[Any]) -> None:
+        """The days of a device that stays go when no report that is kept can be of them."""
+        oldest, is_gone = reports[-1].received_at // DAY - DEVICE_DAYS, (
+            "not exists (select 1 from devices where app_id = :app and device = :device)")
+        last = {(each.app_id, each.device_id_hash): each.seq for each in reports if each.device_id_hash}
+        for statement in (
+                "delete from devices where app_id = :app and device = :device and last_seq <= :seq",
+                f"delete from device_days where app_id = :app and device = :device and (day < :oldest or {is_gone})",
+                f"delete from device_versions where app_id = :app and device = :device and {is_gone}"):
+            self._db.executemany(statement, [
+                {"app": app_id, "device": device_key(device), "seq": seq, "oldest": oldest}
+                for (app_id, device), seq in last.items()])
+
+    @staticmethod
+    def last_24_hours(db: sqlite3.Connection, app: Optional[int], now: int) -> int:
+        """Devices that were seen in the last 24 hours, rounded to the full hour."""
+        return db.execute(f"select coalesce(sum(devices), 0) from device_hours where {APPS} and hour >= :since",
+                          {"app": app, "since": (now - DAY) // HOUR}).fetchone()[0]
 
 
-def _by_hour(device: _Device) -> tuple:
-    """The same, and the hour in which it was last received: for as long as its reports are kept."""
-    return (*_counted(device), (device.last_seq >> SEQ_BITS) // HOUR)
+@lru_cache(maxsize=4096)
+def device_key(device_id_hash: Optional[str]) -> int:
+    """The number by which figures know a device: 63 bits of its SHA-256. 0 for none."""
+    return int.from_bytes(sha256(device_id_hash)[:8], "big") >> 1 if device_id_hash else 0
 
 
-def _covered(days: int, span: int) -> int:
-    """The days on which a device that was seen on `days` is one of the last `span` days."""
-    for _ in range(span - 1):
-        days |= days << 1
-    return days
-
-
-def _bits(number: int) -> Iterator[int]:
-    while number:
-        lowest = number & -number
-        yield lowest.bit_length() - 1
-        number ^= lowest
+def _hour(seq: int) -> int:
+    """The hour of receipt."""
+    return (seq >> SEQ_BITS) // HOUR
 
 
 def rounded_seconds(milliseconds: int) -> int:
@@ -1295,15 +1391,89 @@ def rounded_seconds(milliseconds: int) -> int:
     return (milliseconds + unit // 2) // unit * unit // SECOND
 
 
+def _schema_of_figures() -> str:
+    return "".join(figure.TABLES + "".join(Sums(table, *spec).schema for table, spec in figure.SUMS.items())
+                   for figure in (NewNames, Crashes, Groups, Releases, Sessions, Devices))
+
+
+FIGURE_TABLES = _schema_of_figures()
+SCHEMA = REPORT_TABLES + FIGURE_TABLES
+# The primary key of each table with rows of an app, beside the reports.
+KEYS = {table: tuple(key.split(", ")) for table, key in re.findall(
+    r"create table (\w+) \([^;]*?primary key \((app_id, [^)]*)\)", re.sub("--.*", "", SCHEMA))}
+
+
+class RollUps:
+    """All figures in one transaction: reports are counted, and then all changes are saved, once."""
+
+    def __init__(self, db: sqlite3.Connection, now: int):
+        self._db, self._now = db, now
+        self.names, self.groups, self.releases = NewNames(db), Groups(db, now), Releases(db, now)
+        self.sessions, self.devices = Sessions(db, now, self.releases), Devices(db, now, self.releases)
+        # Releases come last, because sessions and devices count in them when they are saved.
+        self.figures = (Crashes(db, now), self.groups, self.sessions, self.devices, self.releases)
+
+    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+        """Counts reports of a kind, in the order of their seqs."""
+        for figure in self.figures:
+            if kind in figure.COUNTS:
+                figure.count(kind, reports, by)
+
+    def expire(self, kind: type, reports: Sequence[Any]) -> None:
+        """Deletes what describes only reports whose rows have expired."""
+        for figure in self.figures:
+            if kind in figure.COUNTS:
+                figure.expire(kind, reports)
+
+    def save(self) -> None:
+        """Writes everything that has changed."""
+        for figure in self.figures:
+            figure.save()
+
+    def trim(self) -> int:
+        """Once a day: deletes some of the rows whose window is over; how many."""
+        self.sessions.close_days()
+        windows = {"new_names": 0, **dict(figure.WINDOW for figure in self.figures if figure.WINDOW[0])}
+        old = {table: self._delete_old(table, "day", self._now // DAY - days) for table, days in windows.items()}
+        old["device_hours"] = self._delete_old("device_hours", "hour", self._now // HOUR - HOURS_KEPT)
+        self.groups.drop({(app_id, group_hash) for app_id, _, group_hash in old["group_days"]},
+                         (self._now // DAY - WEEK) * DAY)
+        return sum(map(len, old.values()))
+
+    def _delete_old(self, table: str, column: str, before: int) -> List[tuple]:
+        rows = self._db.execute(f"""
+            select {", ".join(KEYS[table])} from {table}
+            where app_id in (select id from apps) and {column} < ? limit ?
+            """, (before, TRIMMED)).fetchall()
+        self._db.executemany(f"delete from {table} where {' and '.join(f'{each} = ?' for each in KEYS[table])}", rows)
+        return rows
+
+
+def labelled(rows: Iterable[Tuple[str, int]]) -> Figures:
+    """Labels and counts as an answer has them."""
+    pairs = list(fitting(rows))
+    return {"labels": [label for label, _ in pairs], "data": [count for _, count in pairs]}
+
+
+def fitting(rows: Iterable[Any]) -> Iterator[Any]:
+    """The first rows, as many as MAX_ANSWER holds."""
+    size = 0
+    for row in rows:
+        size += len(json.dumps(row))
+        if size > MAX_ANSWER:
+            return
+        yield row
+
+
 STATEMENTS = 512  # that are kept prepared: an insert is another one for each number of rows
 ROWS = 128  # in a statement
 
 
 def insert_rows(db: sqlite3.Connection, statement: str, rows: Sequence[tuple]) -> None:
-    """Runs an insert for all rows, its `values *` standing for their placeholders, with few statements.
+    """Runs an insert for all rows, its `values *` standing for their placeholders.
 
-    Python gives its lock away for the time of a statement, and under load has to
-    queue for it after each: executemany would queue once a row.
+    In few statements: Python releases its lock for each one, and under load has to queue
+    for it again afterwards. executemany would queue once a row.
     """
     for start in range(0, len(rows), ROWS):
         part = rows[start:start + ROWS]
@@ -1326,30 +1496,346 @@ def _with_placeholders(statement: str, rows: int, columns: int) -> str:
     return statement.replace("values *", "values " + ", ".join([row] * rows))
 
 
-# == Store =====================================================================
+def dict_rows(db: sqlite3.Connection, query: str, parameters: Any = ()) -> List[Dict[str, Any]]:
+    """The rows of a query, each by the names of its columns."""
+    rows = db.execute(query, parameters)
+    names = [column[0] for column in rows.description]
+    return [dict(zip(names, row)) for row in rows]
+
+
+# == Database ==================================================================
 #
-# Everything that touches the file: one writing connection per process, behind a
-# lock; readers, which cannot write; and one path by which a report reaches the
-# disk. `add` queues it, and whoever gets the lock commits all that is queued: one
-# fsync serves everyone who waits, and there is no thread that could die.
+# One SQLite file: its tables, and how it is read and written. A process has one
+# connection that writes, behind a lock, and readers that cannot write.
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for a lock that another process holds
-REPLAY_DAYS = 7  # how long a phone may be offline between a request and its repetition
-BUSY_GROUP = 4  # requests in a commit, from which on the next one waits for company
-GATHER_SECONDS = 0.002  # at most: a commit costs as much as ten reports; who comes alone never waits
-MAX_WAIT = 30.0  # seconds for a commit that others make: longer than any lock and sync together
-STEP = 200  # rows that a commit deletes, and more where more come in: too few to be felt
-PRUNE_STEP = 1000  # rows, or pages, that `prune` deletes at a time
-PAUSE = 2  # the pause after such a step, in its lengths
-EXPIRE_SLICE = 10  # rows after which first to look at the clock: one may be as large as a body
-EXPIRE_SECONDS = 0.02  # so long a commit may go on deleting, before it writes that to the disk
-PAGE_ROWS = 1000  # that an export reads at a time,
-PAGE_TEXT = 1_000_000  # and characters: a row may be as large as a body
 
 
 class StoreError(Exception):
     """What the store cannot do for its operator. `str()` is one line that says why."""
 
+
+class Connection(sqlite3.Connection):
+    """A connection in autocommit mode. It never makes the file: one that vanished must not come back empty."""
+
+    def __init__(self, path: Path, query_only: bool = False, mode: str = "rw"):
+        super().__init__(f"{path.as_uri()}?mode={mode}", uri=True, timeout=BUSY_TIMEOUT,
+                         isolation_level=None, check_same_thread=False, cached_statements=STATEMENTS)
+        self.execute("pragma synchronous = full")  # NORMAL may lose acknowledged commits with the power
+        self.execute("pragma secure_delete = on")  # overwrite what is deleted
+        # In KiB. One connection writes, and as many as there are busy threads read.
+        self.execute(f"pragma cache_size = {-512 if query_only else -8192}")
+        self.execute(f"pragma query_only = {int(query_only)}")
+
+    def begin_writing(self, shared: bool) -> None:
+        """Begins a transaction that writes. Where it is `shared`, an engine that can may let others in that write to
+        other apps; SQLite lets one write at a time."""
+        self.execute("begin immediate")  # a lock taken later may fail at once instead of waiting
+
+    def lock_apps(self, key_hashes: Sequence[bytes]) -> None:
+        """In a shared transaction: waits for others that write to the apps of these keys."""
+
+    def reserve_seqs(self, now: int, count: int) -> int:
+        """The first of so many seqs that follow one another and were never given before."""
+        last, = self.execute("""
+            select max(coalesce((select max(seq) from crashes where seq < :ahead), 0),
+                coalesce((select max(seq) from events where seq < :ahead), 0),
+                coalesce((select value from state where name = 'last_seq' and value < :ahead), 0))
+            """, {"ahead": first_seq(now + DAY)}).fetchone()  # beyond are those of a clock that was fast
+        first = max(last + 1, first_seq(now) + secrets.randbits(SEQ_BITS))  # at random: other files have other ids
+        self.execute(SET_STATE, ("last_seq", first + count - 1))
+        return first
+
+    def append(self, table: str, columns: Sequence[str], rows: Sequence[tuple]) -> None:
+        """Inserts rows that are new to a table."""
+        insert_rows(self, f"insert into {table} ({', '.join(columns)}) values *", rows)
+
+    def pragma(self, name: str) -> Any:
+        """The first value of a pragma."""
+        return self.execute(f"pragma {name}").fetchone()[0]
+
+
+SET_STATE = "insert into state values (?, ?) on conflict (name) do update set value = excluded.value"
+
+
+def _wal_size(path: Path) -> int:
+    wal = Path(f"{path}-wal")
+    return wal.stat().st_size if wal.exists() else 0
+
+
+def _file_identity(path: Path) -> Tuple[int, int]:
+    try:
+        found = os.stat(path)
+        return found.st_dev, found.st_ino
+    except OSError as error:
+        raise sqlite3.OperationalError(f"{path}: {error.strerror}") from None
+
+
+class Database:
+    """A file with the tables of this server. Thread-safe; works on both sides of a fork.
+
+    Raises StoreError where the file cannot be opened or is something else. Every method
+    may raise StorageUnavailable. `clock` gives seconds since 1970. For another engine
+    (examples/postgres.py) a subclass replaces what is SQLite's own: `Error`, _open,
+    _connect, _check_file, reading, _shrink, _fold_in_wal, size and vitals.
+    """
+
+    Error: type = sqlite3.Error  # what a connection raises
+
+    def __init__(self, path: str, clock: Callable[[], float] = time.time, may_create: bool = True):
+        self._clock = clock
+        self._closed, self._trouble, self._logged = False, "", ""
+        # A parent's connections stay here untouched in the child: to close them would harm the parent's.
+        self._processes: Dict[int, _Process] = {}
+        self._open(path, may_create)
+
+    def _open(self, path: str, may_create: bool) -> None:
+        self.path = Path(path).absolute()
+        _prepare(self.path, may_create)
+        self._file = _file_identity(self.path)
+
+    def __enter__(self: Any) -> Any:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes this process's connections and so folds in the WAL. May be called twice."""
+        self._closed = True
+        here = self._here
+        with here.write_lock:
+            while here.readers:
+                here.readers.pop().close()
+            here.close_writer()  # last, because a reader may not fold in the WAL
+
+    @property
+    def now(self) -> int:
+        """The time, in milliseconds since 1970 UTC."""
+        return int(self._clock() * SECOND)
+
+    @property
+    def _here(self) -> _Process:
+        pid = os.getpid()
+        return self._processes.get(pid) or self._processes.setdefault(pid, _Process())
+
+    def _connect(self, query_only: bool = False) -> Connection:
+        self._check_file()
+        return Connection(self.path, query_only)
+
+    def _check_file(self) -> None:
+        """Raises sqlite3.Error where the file is gone, or where another has come in its place: the WAL
+        beside it still belongs to the first, and would spoil the second."""
+        if self._closed:
+            raise sqlite3.ProgrammingError("the store is closed")
+        if _file_identity(self.path) != self._file:
+            raise sqlite3.OperationalError(f"{self.path} is another file than at the start")
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A connection that cannot write; for short reads, because an open one holds up the WAL."""
+        here, db, is_good = self._here, None, False
+        try:
+            db = here.idle_reader() or self._connect(query_only=True)
+            yield db
+            is_good = not self._closed
+        except self.Error as error:
+            raise self._unavailable("read", error) from error
+        finally:
+            if is_good:
+                here.readers.append(db)
+            elif db:
+                db.close()
+
+    @contextmanager
+    def writing(self, shared: bool = False) -> Iterator[Connection]:
+        """The process's one writing connection, in a transaction that is durable at the end."""
+        here = self._here
+        with here.write_lock:
+            try:
+                self._check_file()
+                db = here.writer = here.writer or self._connect()
+                db.begin_writing(shared)
+                yield db
+                db.execute("commit")
+            except BaseException as error:
+                # Closing undoes what is left of the transaction, also where SQLite has
+                # rolled back by itself and every further statement would be its own.
+                here.close_writer()
+                if isinstance(error, self.Error):
+                    raise self._unavailable("write", error) from error
+                raise
+            self._trouble = self._logged = ""
+
+    @contextmanager
+    def writing_step(self) -> Iterator[Connection]:
+        """A transaction of many. The pause after it lets others in that wait for the lock: SQLite's own way of
+        waiting seldom wins it from somebody who is always back at once."""
+        with self.writing() as db:
+            began = time.monotonic()
+            yield db
+        time.sleep(PAUSE * (time.monotonic() - began))
+
+    def _unavailable(self, verb: str, error: Exception) -> StorageUnavailable:
+        """Logs once what is wrong, and remembers it until a commit succeeds, unless it is a lock."""
+        if str(error) != self._logged:
+            log.error("cannot %s the database: %s", verb, error)
+            self._logged = str(error)
+        if verb == "write" and "locked" not in str(error):
+            self._trouble = str(error)
+        return StorageUnavailable()
+
+    def check(self) -> None:
+        """Raises StorageUnavailable if the file is gone or cannot be read, or if the last commit has
+        failed and another one, which is made to see, fails as well."""
+        with self.reading() as db:
+            self._check_file()
+            db.execute("select 1 from apps").fetchone()
+        if self._trouble:
+            with self.writing() as db:
+                db.execute("update secrets set hash = hash")
+
+    @property
+    def size(self) -> int:
+        """Bytes of the database."""
+        return self.path.stat().st_size
+
+    def _shrink(self) -> None:
+        """Gives the disk the space of what is deleted."""
+        free, before = 1, 0
+        while free and free != before:  # it stays where the file was made without auto_vacuum
+            before = free
+            with self.writing_step() as db:
+                for _ in range(PRUNE_STEP):  # of one page each: some Pythons end a longer pragma after its first
+                    db.execute("pragma incremental_vacuum(1)").fetchall()
+                free = db.pragma("freelist_count")
+        self._fold_in_wal()
+
+    def _fold_in_wal(self) -> None:
+        with self.reading() as db:
+            db.execute("pragma wal_checkpoint(truncate)").fetchall()
+
+
+_ANOTHER = "; --db or BACKFEEDR_DB_PATH names another"
+
+
+def _prepare(path: Path, may_create: bool) -> None:
+    """Makes the file and its tables where there are none, and brings an old schema up to date.
+
+    Raises StoreError, and has changed nothing, where the file is something else.
+    """
+    if not may_create and not path.exists():
+        raise StoreError(f"there is no database {path}{_ANOTHER}")
+    check_sqlite()
+    deadline = time.monotonic() + BUSY_TIMEOUT
+    try:
+        with suppress(FileExistsError):  # then only SQLite opens it: to close it would drop all locks of this process
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        while True:
+            try:
+                return _make_tables(path)
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)  # the change to WAL does not itself wait for another process
+    except (OSError, sqlite3.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        hint = _ANOTHER if type(error) is sqlite3.DatabaseError else ""  # it is something else; not: locked
+        raise StoreError(f"cannot open the database {path}: {reason}{hint}") from None
+
+
+def check_sqlite() -> str:
+    """The version of SQLite. Raises StoreError where it is too old."""
+    if sqlite3.sqlite_version_info < (3, 32):  # whose statements take more than 999 values
+        raise StoreError(f"SQLite 3.32 or later is needed; this Python has {sqlite3.sqlite_version}")
+    return sqlite3.sqlite_version
+
+
+def _make_tables(path: Path) -> None:
+    with closing(Connection(path)) as db:
+        check_is_ours(db, path)
+        if db.pragma("user_version") == SCHEMA_VERSION:
+            return
+        if not db.pragma("user_version"):
+            db.execute("pragma auto_vacuum = incremental")
+            db.execute("pragma journal_mode = wal")
+        db.execute("begin immediate")
+        migrate(db, db.pragma("user_version"), run_script)  # again: another process may have been faster
+        db.execute(f"pragma application_id = {APPLICATION_ID}")
+        db.execute(f"pragma user_version = {SCHEMA_VERSION}")
+        db.execute("commit")
+
+
+def check_is_ours(db: Connection, path: Path) -> None:
+    """Raises StoreError where a file has other tables than ours, or those of a later version."""
+    version = db.pragma("user_version")
+    is_empty = not version and not db.pragma("schema_version")
+    if not is_empty and db.pragma("application_id") != APPLICATION_ID:
+        raise StoreError(f"{path} is a database, but not one of backfeedr's{_ANOTHER}")
+    if version > SCHEMA_VERSION:
+        raise StoreError(f"{path} is of a newer backfeedr (schema {version}; this one knows {SCHEMA_VERSION})")
+
+
+def run_script(db: Connection, script: str) -> None:
+    """Runs the statements of a script: executescript() would commit before it begins."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            db.execute(statement)
+            statement = ""
+
+
+def migrate(db: Connection, version: int, run: Callable[[Connection, str], None]) -> None:
+    """Makes the tables, or brings those of an older version up to date, in the current transaction."""
+    if not version:
+        return run(db, SCHEMA)
+    if version < 2:
+        run(db, "create table grants (hash blob primary key, expires_at integer not null) without rowid;\n")
+    if version < 3:
+        _migrate_to_3(db, run)
+
+
+def _migrate_to_3(db: Connection, run: Callable[[Connection, str], None]) -> None:
+    """Figures are kept per app: those of app 0, all apps together, go. Devices and sessions are known by digests."""
+    old = ("devices", "sessions", "hours", "days", "durations", "releases", "release_days", "labels", "groups")
+    rename = "".join(f"alter table {table} rename to old_{table};\n" for table in old)
+    mark = "".join(f"alter table {table} add column other integer not null default 0;\n" for table in TABLES.values())
+    sums = "".join(f"insert into {table} select {columns} from {source} {group};\n" for table, columns, source, group in (
+        ("crash_days", "app_id, day, crashes", "old_days where app_id > 0 and crashes > 0", ""),
+        ("session_days", "app_id, day, sessions, ended, session_ms", "old_days where app_id > 0 and sessions > 0", ""),
+        ("medians", "app_id, day, median_seconds", "old_days where app_id > 0 and median_seconds is not null", ""),
+        ("active_days", "app_id, day, dau, wau, mau", "old_days where app_id > 0 and mau > 0", ""),
+        ("cohorts", "app_id, day, newcomers, back_1, back_7, back_30",
+         "old_days where app_id > 0 and newcomers > 0", ""),
+        ("device_hours", "app_id, hour, devices", "old_hours where app_id > 0 and devices > 0", ""),
+        ("durations", "*", "old_durations where app_id > 0", ""), ("labels", "*", "old_labels", ""),
+        ("releases", "app_id, app_version, first_seen, last_seen", "old_releases", ""),
+        ("release_sums", "app_id, app_version, sessions, crashes, devices, crashed_devices", "old_releases", ""),
+        ("release_days", "app_id, day, app_version, sessions", "old_release_days", ""),
+        ("groups", "app_id, group_hash, exception_type, exception_reason, first_seen, last_seen",
+         "old_groups where app_id > 0", ""),
+        ("group_days", "app_id, hour / 24, group_hash, sum(crashes)", "group_hours where app_id > 0",
+         "group by app_id, hour / 24, group_hash")))
+    run(db, rename + "drop index release_days_by_age;\n" + mark + FIGURE_TABLES + sums)
+    rows = [(app_id, session_id, device_key(device), *rest) for app_id, session_id, *rest, device in db.execute("""
+        select old_sessions.*, device_id_hash from old_sessions left join events on seq = last_seq
+        """).fetchall()]
+    insert_rows(db, "insert into sessions values *", rows)
+    for app_id, name, first_seen, last_seen, last_seq, lowest, bits, crashed_in in db.execute(
+            "select * from old_devices where app_id > 0").fetchall():
+        key, number = (app_id, device_key(name)), int.from_bytes(bits, "big")
+        insert_rows(db, "insert into devices values *", [(*key, first_seen // DAY, last_seen // HOUR, last_seq)])
+        insert_rows(db, "insert into device_days values *",
+                    [(*key, lowest + n) for n in range(number.bit_length()) if number >> n & 1])
+        insert_rows(db, "insert into device_versions values *", [(*key, *each) for each in json.loads(crashed_in).items()])
+    run(db, "".join(f"drop table old_{table};\n" for table in old)
+        + "drop table group_hours;\ndelete from state where name = 'recent_since';\n")
+
+
+# == Apps ======================================================================
+#
+# Apps, their keys, and what lets an admin in.
 
 class App(NamedTuple):
     """An app; `keys` counts its active ones, `created_at` is in milliseconds."""
@@ -1377,630 +1863,8 @@ class FirstStart(NamedTuple):
     token: Optional[str]
 
 
-class Idempotency(NamedTuple):
-    """By what a repeated request is known: digests, any of which seen before means a repetition,
-    and a digest of all that is in it."""
-
-    marks: Tuple[bytes, ...] = ()
-    request: bytes = b""
-
-
-class Receipt(NamedTuple):
-    """What was made durable: the seqs, one a report, and whether a request before this one did it."""
-
-    seqs: range
-    replayed: bool
-
-
-class StoredReport(NamedTuple):
-    """A report as one store hands it to another; `received_at` is in milliseconds."""
-
-    seq: int
-    app: str
-    is_test: bool
-    received_at: int
-    report: Union[Crash, Event]
-
-
-class Submission:
-    """The reports of one request on their way to the disk, and what became of them."""
-
-    def __init__(self, key_hash: bytes = b"", reports: Reports = (), idempotency: Idempotency = Idempotency(),
-                 error: Optional[Exception] = None):
-        self.key_hash, self.reports, self.idempotency, self.error = key_hash, reports, idempotency, error
-        self.receipt: Optional[Receipt] = None
-
-    def result(self) -> Receipt:
-        """Of reports that are durable. Raises what has kept them from being so; once, because an error that
-        has been raised holds all that was at hand, and what holds it too would be a ring of megabytes."""
-        if self.error is not None:
-            try:
-                raise self.error
-            finally:
-                self.error = None
-        assert self.receipt is not None
-        return self.receipt
-
-
-class _Waiter:
-    """A thread that waits for its submissions to be committed."""
-
-    def __init__(self) -> None:
-        self.submissions: List[Submission] = []
-        self.leads = False
-        self._turn = threading.Lock()
-        self._turn.acquire()
-
-    def wait(self) -> bool:
-        """Returns when these are done with, or the thread is to lead the next commit.
-
-        A signal may hit a leader between any two steps; so nobody waits for one for ever: False.
-        """
-        found = self._turn.acquire(timeout=MAX_WAIT)
-        self.leads |= not found  # whoever led is gone
-        return found
-
-    def wake(self) -> None:
-        self._turn.release()
-
-
-class Histogram:
-    """Counts values by their upper bounds. One thread adds at a time; others may read."""
-
-    def __init__(self, *bounds: float):
-        self.bounds, self.counts, self.sum = (*bounds, math.inf), [0] * (len(bounds) + 1), 0.0
-
-    def add(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
-
-    def samples(self) -> Iterator[Tuple[str, float]]:
-        """What Prometheus wants of it: what follows its name, and the figure."""
-        totals = list(accumulate(self.counts))
-        for bound, total in zip(self.bounds, totals):
-            yield '_bucket{le="%s"}' % ("+Inf" if bound == math.inf else bound), total
-        yield from (("_sum", self.sum), ("_count", totals[-1]))
-
-
-class _Process:
-    """What one process holds of a store. None of it may cross a fork."""
-
-    def __init__(self) -> None:
-        self.write_lock = threading.Lock()
-        self.writer: Optional[Connection] = None
-        self.readers: List[Connection] = []
-        self.seen_keys: Set[bytes] = set()
-        self.queue_lock = threading.Lock()  # of what follows
-        self.queue: List[_Waiter] = []
-        self.has_leader = False
-        self.last_group = 0
-        self.company = threading.Lock()  # free when as many wait as were in the last group
-        self.company.acquire()
-        self.group_sizes = Histogram(1, 2, 4, 8, 16, 32, 64, 128)  # requests
-        self.commit_seconds = Histogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)
-        self.stored = Counter(crashes=0, events=0)
-
-    @property
-    def waiting(self) -> List[Submission]:
-        return [each for waiter in self.queue for each in waiter.submissions]
-
-    def enqueue(self, waiter: _Waiter, submissions: Sequence[Submission], max_waiters: int, max_rows: int) -> None:
-        """Lets a thread wait for those of its submissions for which there is room: for them it leads where
-        nobody does. The others have an error."""
-        with self.queue_lock:
-            waiting = self.waiting
-            requests, rows = len(waiting), sum(len(other.reports) for other in waiting)
-            for each in submissions:
-                if requests >= max_waiters or requests and rows + len(each.reports) > max_rows:
-                    each.error = StorageUnavailable()
-                else:
-                    requests, rows = requests + 1, rows + len(each.reports)
-                    waiter.submissions.append(each)
-            if waiter.submissions:
-                self.queue.append(waiter)
-            if requests >= self.last_group and self.company.locked():
-                self.company.release()
-        if not self.has_leader:
-            self.appoint_leader()
-
-    def appoint_leader(self) -> None:
-        """Lets the first in the queue commit it all; nobody, if nobody waits."""
-        with self.queue_lock:
-            self.has_leader = bool(self.queue)
-            if self.queue and not self.queue[0].leads:
-                self.queue[0].leads = True
-                self.queue[0].wake()
-
-    def withdraw(self, waiter: _Waiter) -> None:
-        with self.queue_lock:
-            if waiter in self.queue:
-                self.queue.remove(waiter)
-
-    def gather(self) -> None:
-        """Under load, waits a moment for company: whoever was in the last group mostly comes again."""
-        if self.last_group >= BUSY_GROUP:
-            self.company.acquire(timeout=GATHER_SECONDS)
-
-    def take_queue(self) -> List[_Waiter]:
-        with self.queue_lock:
-            self.last_group, queue, self.queue = len(self.waiting), self.queue, []
-            self.company.acquire(blocking=False)
-        return queue
-
-    def idle_reader(self) -> Optional[Connection]:
-        try:
-            return self.readers.pop()
-        except IndexError:
-            return None
-
-
-class Connection(sqlite3.Connection):
-    """A connection in autocommit mode. It never makes the file: one that vanished must not come back empty."""
-
-    def __init__(self, path: Path, query_only: bool = False, mode: str = "rw"):
-        super().__init__(f"{path.as_uri()}?mode={mode}", uri=True, timeout=BUSY_TIMEOUT,
-                         isolation_level=None, check_same_thread=False,
-                         cached_statements=STATEMENTS)
-        self.execute("pragma synchronous = full")  # NORMAL may lose acknowledged commits with the power
-        # In KiB. One connection writes, and as many as there are busy threads read.
-        self.execute(f"pragma cache_size = {-512 if query_only else -8192}")
-        self.execute(f"pragma query_only = {int(query_only)}")
-
-    def append(self, table: str, columns: Sequence[str], rows: Sequence[tuple]) -> None:
-        """Inserts rows that are new to a table."""
-        insert_rows(self, f"insert into {table} ({', '.join(columns)}) values *", rows)
-
-    def pragma(self, name: str) -> Any:
-        """The first value of a pragma."""
-        return self.execute(f"pragma {name}").fetchone()[0]
-
-
-def _close(db: Optional[Connection]) -> None:
-    if db is not None:
-        db.close()
-
-
-def _wal_size(path: Path) -> int:
-    wal = Path(f"{path}-wal")
-    return wal.stat().st_size if wal.exists() else 0
-
-
-def _file_identity(path: Path) -> Tuple[int, int]:
-    try:
-        found = os.stat(path)
-    except OSError as error:
-        raise sqlite3.OperationalError(f"{path}: {error.strerror}") from None
-    return found.st_dev, found.st_ino
-
-
-class Store:
-    """Apps, keys and reports in one SQLite file. Thread-safe; works on both sides of a fork.
-
-    Raises StoreError where the file cannot be opened or is something else. Every
-    method may raise StorageUnavailable. `clock` gives seconds since 1970;
-    `retention_days` of 0 keeps all, and None what the last server has kept. Close it,
-    or use it as a context manager.
-
-    max_waiters: requests that may wait for a commit. More than our server takes at a time,
-        unless commits take so long that a phone had better come again.
-    max_rows: reports that may wait for a commit; all of them go into the next one, so
-        that nobody waits for two. As many take about a tenth of a second to write.
-
-    For a store on another engine (examples/postgres.py) a class of this one replaces
-    what is SQLite's own: `Error`, _open, _connect, _check_file, reading, _shrink, size.
-    """
-
-    Error: type = sqlite3.Error  # what a connection raises
-
-    def __init__(self, path: str, clock: Callable[[], float] = time.time, retention_days: Optional[int] = 0,
-                 max_waiters: int = 256, max_rows: int = 10_000, may_create: bool = True):
-        self.max_waiters, self.max_rows = max_waiters, max_rows
-        self._clock = clock
-        self._closed, self._trouble, self._logged = False, "", ""
-        # A parent's connections stay here untouched in the child: to close them would harm the parent's.
-        self._processes: Dict[int, _Process] = {}
-        self._open(path, may_create)
-        if retention_days is None:
-            with self.reading() as db:
-                row = db.execute("select value from state where name = 'retention_days'").fetchone()
-            retention_days = row[0] if row else Settings.retention_days
-        self.retention_days: int = retention_days
-
-    def _open(self, path: str, may_create: bool) -> None:
-        self.path = Path(path).absolute()
-        _prepare(self.path, may_create)
-        self._file = _file_identity(self.path)
-
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes this process's connections and so folds in the WAL. May be called twice."""
-        self._closed = True
-        here = self._here
-        with here.write_lock:
-            while here.readers:
-                here.readers.pop().close()
-            _close(here.writer)  # last, because a reader may not fold in the WAL
-            here.writer = None
-
-    @property
-    def now(self) -> int:
-        """The time, in milliseconds since 1970 UTC."""
-        return int(self._clock() * SECOND)
-
-    @property
-    def _oldest_seq(self) -> int:
-        """Of the reports that are to be kept."""
-        return first_seq(self.now - self.retention_days * DAY) if self.retention_days else 0
-
-    @property
-    def _here(self) -> _Process:
-        pid = os.getpid()
-        return self._processes.get(pid) or self._processes.setdefault(pid, _Process())
-
-    def _connect(self, query_only: bool = False) -> Connection:
-        self._check_file()
-        return Connection(self.path, query_only)
-
-    def _check_file(self) -> None:
-        """Raises sqlite3.Error where the file is gone. So it does where another has come in its place:
-        the WAL beside it still belongs to the first, and would spoil the second."""
-        if self._closed:
-            raise sqlite3.ProgrammingError("the store is closed")
-        if _file_identity(self.path) != self._file:
-            raise sqlite3.OperationalError(f"{self.path} is another file than at the start")
-
-    @contextmanager
-    def reading(self) -> Iterator[Connection]:
-        """A connection that cannot write; for short reads, because an open one holds up the WAL."""
-        here = self._here
-        db = None
-        try:
-            db = here.idle_reader() or self._connect(query_only=True)
-            yield db
-        except BaseException as error:
-            _close(db)
-            if isinstance(error, self.Error):
-                raise self._unavailable("read", error) from error
-            raise
-        if self._closed:
-            db.close()
-        else:
-            here.readers.append(db)
-
-    @contextmanager
-    def writing(self) -> Iterator[Connection]:
-        """The process's one writing connection, in a transaction that is durable at the end."""
-        here = self._here
-        with here.write_lock:
-            try:
-                self._check_file()
-                db = here.writer = here.writer or self._connect()
-                db.execute("begin immediate")  # a lock taken later may fail at once instead of waiting
-                yield db
-                db.execute("commit")
-            except BaseException as error:
-                # Closing undoes what is left of the transaction, also where SQLite has
-                # rolled back by itself and every further statement would be its own.
-                _close(here.writer)
-                here.writer = None
-                if isinstance(error, self.Error):
-                    raise self._unavailable("write", error) from error
-                raise
-            self._trouble = self._logged = ""
-
-    def _unavailable(self, verb: str, error: Exception) -> StorageUnavailable:
-        """Says once in the log what is wrong; and remembers it until a commit succeeds, but for a lock."""
-        if str(error) != self._logged:
-            log.error("cannot %s the database: %s", verb, error)
-            self._logged = str(error)
-        if verb == "write" and "locked" not in str(error):
-            self._trouble = str(error)
-        return StorageUnavailable()
-
-    def check(self) -> None:
-        """Raises StorageUnavailable if the file is gone or cannot be read, or if the last commit has
-        failed and another one, which is made to see, fails as well."""
-        with self.reading() as db:
-            self._check_file()
-            db.execute("select 1 from apps").fetchone()
-        if self._trouble:
-            with self.writing() as db:
-                db.execute("update secrets set hash = hash")
-
-    def vitals(self) -> List[Tuple[str, str, str, Iterable[Tuple[str, float]]]]:
-        """Figures for who watches over the server: name, kind, meaning, and samples as Prometheus writes them.
-
-        They are of this process, but for the sizes and the rows. No table of reports is read.
-        """
-        here = self._here
-        with self.reading() as db:
-            self._check_file()
-            crashes, = db.execute("""
-                select coalesce(sum(crashes), 0) from labels
-                where app_id in (select id from apps) and field = 'exception_type' and day = ?
-                """, (ALL_DAYS,)).fetchone()
-        return [
-            ("commit_requests", "histogram", "Requests that one commit stored.", here.group_sizes.samples()),
-            ("commit_seconds", "histogram", "From asking for the write lock until the commit was durable.",
-             here.commit_seconds.samples()),
-            ("waiters", "gauge", "Requests that wait for the next commit.", [("", len(here.waiting))]),
-            ("reports_stored_total", "counter", "Reports stored since this process began: not what is kept now,"
-             " which would take a look at every row.",
-             [(f'{{table="{table}"}}', n) for table, n in here.stored.items()]),
-            ("crashes_kept", "gauge", "Rows of the table crashes, by their roll-up.", [("", crashes)]),
-            ("file_bytes", "gauge", "Size of the database.", [("", self.size)]),
-            ("wal_bytes", "gauge", "Size of its write-ahead log.", [("", self._wal_size)])]
-
-    @property
-    def size(self) -> int:
-        """Bytes of the database."""
-        return self.path.stat().st_size
-
-    @property
-    def _wal_size(self) -> int:
-        return _wal_size(self.path)
-
-    # Reports
-
-    def add(self, key_hash: bytes, reports: Reports, idempotency: Idempotency = Idempotency()) -> Receipt:
-        """Stores reports of one kind, all or none, and returns when they are durable.
-
-        They go to the app of the key with that SHA-256. A repeated request, as told by
-        `idempotency`, stores nothing and has the first one's receipt. Raises Refusal where an
-        Idempotency-Key comes with another request, or the key is not active at the time
-        of the commit; StorageUnavailable also where too many wait already.
-        """
-        if not reports:
-            raise ValueError("no reports")
-        submission = Submission(key_hash, reports, idempotency)
-        self.add_all([submission])
-        return submission.result()
-
-    def add_all(self, submissions: Sequence[Submission]) -> None:
-        """The same for several requests, in one commit: each then has a receipt or an error. What nobody has
-        foreseen is in the log, and StorageUnavailable to them all."""
-        here, waiter = self._here, _Waiter()
-        try:
-            here.enqueue(waiter, submissions, self.max_waiters, self.max_rows)
-            if waiter.submissions and not waiter.wait():
-                here.withdraw(waiter)
-                for each in waiter.submissions:
-                    each.error = StorageUnavailable()
-            elif waiter.leads:
-                self._commit_queue(here)
-        except BaseException:  # a signal, if this is the main thread
-            here.withdraw(waiter)
-            raise
-        finally:
-            if waiter.leads:
-                here.appoint_leader()
-
-    def _commit_queue(self, here: _Process) -> None:
-        """Commits all that waits in one transaction, and wakes everyone who waits."""
-        waiters: List[_Waiter] = []
-        try:
-            here.gather()
-            began = time.monotonic()
-            with self.writing() as db:
-                waiters = here.take_queue()
-                group = [each for waiter in waiters for each in waiter.submissions]
-                commit = _Commit(db, self.now)
-                for each in group:
-                    commit.take(each)
-                commit.save()
-                self._expire(db, max(STEP, 3 * sum(len(each.reports) for each in group)))
-            here.group_sizes.add(len(group))
-            here.commit_seconds.add(time.monotonic() - began)
-            here.stored.update(commit.counts())
-        except BaseException as error:
-            waiters = waiters or here.take_queue()
-            for waiter in waiters:
-                for each in waiter.submissions:
-                    each.error = StorageUnavailable()
-            if not isinstance(error, Exception):
-                raise
-            if not isinstance(error, StorageUnavailable):
-                log.exception("unexpected error")
-        finally:
-            for waiter in waiters:
-                if not waiter.leads:
-                    waiter.wake()
-
-    def export(self, kind: type, app: Optional[str] = None, since: int = 0) -> Iterator[StoredReport]:
-        """The reports of a kind, Crash or Event, that are here now, in the order of their seqs: of all apps or
-        of one, received at `since` or later. Raises StoreError where there is no such app.
-
-        Page by page, as one read for as long as somebody takes the output would hold up the WAL.
-        """
-        with self.reading() as db:
-            if app is not None:
-                self._app(db, app)
-            last, = db.execute(f"select coalesce(max(seq), -1) from {_TABLES[kind]}").fetchone()
-        page = self._page(kind, min(max(0, first_seq(since)), MAX_NUMBER) - 1, last)
-        while page:
-            yield from (kept for kept in page if app in (None, kept.app) and kept.received_at >= since)
-            page = self._page(kind, page[-1].seq, last)
-
-    def _page(self, kind: type, after: int, last: int) -> List[StoredReport]:
-        page: List[StoredReport] = []
-        size = 0
-        with self.reading() as db, closing(db.execute(f"""
-                select seq, apps.name, is_test, received_at, {", ".join("reports." + each for each in kind._fields)}
-                from {_TABLES[kind]} as reports cross join apps on apps.id = app_id
-                where seq > ? and seq <= ?
-                order by seq
-                limit ?
-                """, (after, last, PAGE_ROWS))) as rows:
-            for seq, name, is_test, received_at, *values in rows:
-                page.append(StoredReport(seq, name, bool(is_test), received_at, kind._make(values)))
-                size += sum(len(value) for value in values if type(value) is str)
-                if size > PAGE_TEXT:
-                    break
-        return page
-
-    def import_(self, reports: Sequence[StoredReport]) -> Counter:
-        """Stores reports that another store has exported, all or none, and makes their apps, without keys.
-
-        Returns how many were `stored`; how many were `known`, because their seq is here already, whatever is
-        in them; and how many had `expired`: their time is over, or reports as old have gone from here, maybe
-        these, which would be counted twice. Raises StoreError where an app is live here and a test there.
-        """
-        counts: Counter = Counter()
-        with self._in_step() as db:
-            commit = _Commit(db, self.now)
-            for kind, table in _TABLES.items():
-                given = {kept.seq: kept for kept in reports if type(kept.report) is kind}
-                known = {seq for seq, in rows_of(db, f"""
-                    select seq from (values *) as keys cross join {table} on seq = column1
-                    """, [(seq,) for seq in given])}
-                oldest = max(self._oldest_seq, self._expired_to(db, table) + 1)
-                fresh = [kept for seq, kept in given.items() if seq >= oldest and seq not in known]
-                for (app, is_test), kept in groupby(sorted(fresh, key=itemgetter(1, 2, 0)), key=itemgetter(1, 2)):
-                    commit.take_kept(self._imported_app(db, app, is_test), list(kept))
-                counts.update(stored=len(fresh), expired=len(given.keys() - known) - len(fresh))
-            commit.save()
-            self._expire(db, STEP)
-        counts["known"] = len(reports) - counts["stored"] - counts["expired"]
-        return counts
-
-    def _expired_to(self, db: Connection, table: str) -> int:
-        """The highest seq that has expired here."""
-        row = db.execute("select value from state where name = ?", ("expired_" + table,)).fetchone()
-        return row[0] if row else -1
-
-    # Reports that go
-
-    def _expire(self, db: Connection, step: int) -> Counter:
-        """Deletes at most `step` rows of each table whose time is over, and fewer where they are large; how many."""
-        window = {"replays": self.now - REPLAY_DAYS * DAY, "week": self.now // DAY - 7,
-                  "rows": self._oldest_seq}
-        over = db.execute("""
-            select (select min(received_at) from replays) < :replays,
-                exists (select 1 from release_days where app_id in (select id from apps) and day < :week),
-                (select min(seq) from crashes) < :rows, (select min(seq) from events) < :rows
-            """, window).fetchone()
-        deleted: Counter = Counter()
-        if over[0]:
-            deleted["replays"] = db.execute("""
-                delete from replays where (app_id, mark) in (
-                    select app_id, mark from replays where received_at < ? limit ?)
-                """, (window["replays"], step)).rowcount
-        if over[1]:
-            db.execute("delete from release_days where app_id in (select id from apps) and day < :week", window)
-        if over[2] or over[3]:
-            deadline = time.monotonic() + EXPIRE_SECONDS
-            for table in _COUNTED:
-                size = EXPIRE_SLICE
-                while count := self._expire_some(db, table, window["rows"], min(size, step - deleted[table])):
-                    deleted[table] += count
-                    size *= 2
-                    if time.monotonic() > deadline:
-                        break
-        return +deleted
-
-    def _expire_some(self, db: Connection, table: str, before: int, limit: int) -> int:
-        """Deletes some of the oldest reports; what is known of a device or a session goes with its last one."""
-        rollups = RollUps(db, self.now)
-        rows = dict_rows(db, f"select {_COUNTED[table]} from {table} where seq < ? order by seq limit ?",
-                         (before, limit))
-        if rows:
-            last = rows[-1]["seq"]
-            db.execute(f"delete from {table} where seq <= ?", (last,))
-            db.execute(_SET_STATE, ("expired_" + table, last))
-            rollups.expire_devices({(row["app_id"], row["device_id_hash"]): row["seq"] for row in rows
-                                    if row["device_id_hash"]})
-            if table == "crashes":
-                rollups.expire_crashes(rows)
-            else:
-                db.executemany("delete from sessions where app_id = ? and session_id = ? and last_seq <= ?",
-                               {(row["app_id"], row["session_id"], last) for row in rows if row["session_id"]})
-            rollups.save()
-        return len(rows)
-
-    def prune(self, progress: Callable[[int], Any] = lambda rows: None) -> Counter:
-        """Deletes all rows whose time is over, and gives the disk their space back; how many rows of each table.
-
-        In steps and with pauses longer than they, so that nobody else's reports wait for it.
-        """
-        deleted: Counter = Counter()
-        while True:
-            with self._in_step() as db:
-                step = self._expire(db, PRUNE_STEP)
-            if not step:
-                break
-            deleted += step
-            progress(sum(deleted.values()))
-        self._shrink()
-        return deleted
-
-    def _shrink(self) -> None:
-        """Gives the disk the space of what is deleted."""
-        free, before = 1, 0
-        while free and free != before:  # it stays where the file was made without auto_vacuum
-            before = free
-            with self._in_step() as db:
-                for _ in range(PRUNE_STEP):  # of one page each: some Pythons end a longer pragma after its first
-                    db.execute("pragma incremental_vacuum(1)").fetchall()
-                free = db.pragma("freelist_count")
-        self._fold_in_wal()
-
-    def _fold_in_wal(self) -> None:
-        with self.reading() as db:
-            db.execute("pragma wal_checkpoint(truncate)").fetchall()
-
-    @contextmanager
-    def _in_step(self) -> Iterator[Connection]:
-        """A transaction of many. The pause after it lets those in that wait: SQLite's own waiting is a
-        matter of luck against somebody who is always back at once."""
-        with self.writing() as db:
-            began = time.monotonic()
-            yield db
-        time.sleep(PAUSE * (time.monotonic() - began))
-
-    def forget_device(self, device_id_hash: str) -> Counter:
-        """Deletes all that is kept of a device, in all apps; how many rows of each table.
-
-        It is taken out of every sum. When a group or a release was first seen stays as it is.
-        """
-        deleted: Counter = Counter()
-        last = {}
-        for table in _COUNTED:
-            with self.reading() as db:
-                last[table] = db.execute(f"select coalesce(max(seq), 0) from {table}").fetchone()[0]
-                seqs = [seq for seq, in db.execute(
-                    f"select seq from {table} where device_id_hash = ? and seq <= ?", (device_id_hash, last[table]))]
-            for start in range(0, len(seqs), EXPIRE_SLICE):
-                with self._in_step() as db:
-                    deleted[table] += self._forget_rows(db, table, seqs[start:start + EXPIRE_SLICE])
-        with self._in_step() as db:
-            for table in last:  # what has come meanwhile
-                seqs = [seq for seq, in db.execute(
-                    f"select seq from {table} where device_id_hash = ? and seq > ?", (device_id_hash, last[table]))]
-                deleted[table] += self._forget_rows(db, table, seqs)
-            keys = db.execute("select app_id, device_id_hash from devices where app_id in (select id from apps)"
-                              " and device_id_hash = ?", (device_id_hash,)).fetchall()
-            rollups = RollUps(db, self.now)
-            rollups.remove_devices(keys)
-            rollups.save()
-        self._fold_in_wal()
-        return +deleted + Counter(devices=len(keys))
-
-    def _forget_rows(self, db: Connection, table: str, seqs: Sequence[int]) -> int:
-        db.execute("pragma secure_delete = on")  # overwrite what is deleted
-        rollups = RollUps(db, self.now)
-        rows = [row for seq in seqs
-                for row in dict_rows(db, f"select {_COUNTED[table]} from {table} where seq = ?", (seq,))]
-        db.executemany(f"delete from {table} where seq = ?", [(seq,) for seq in seqs])
-        (rollups.remove_crashes if table == "crashes" else rollups.remove_events)(rows)
-        rollups.save()
-        return len(rows)
-
-    # Apps and keys
+class Apps(Database):
+    """A database that knows apps, keys and the admin."""
 
     def start(self, api_key: str = "", auth_token: str = "") -> FirstStart:
         """Gives a server what it needs to begin: an app `default` where there is none, an admin token.
@@ -2008,7 +1872,6 @@ class Store:
         Secrets that are given are taken; else they are made, where none is stored.
         """
         with self.writing() as db:
-            db.execute(_SET_STATE, ("retention_days", self.retention_days))
             key = token = None
             known = db.execute("select revoked_at from keys where key_hash = ?", (sha256(api_key),)).fetchone()
             if known and known[0]:
@@ -2021,12 +1884,11 @@ class Store:
                 key = self._insert_app(db, "default", False)
             if not auth_token and not db.execute("select 1 from secrets").fetchone():
                 auth_token = token = "bf_admin_" + secrets.token_hex(16)
-            if auth_token:
-                if db.execute("""
-                        insert into secrets values ('admin_token', ?)
-                        on conflict (name) do update set hash = excluded.hash where secrets.hash <> excluded.hash
-                        """, (sha256(auth_token),)).rowcount:
-                    db.execute("delete from grants")  # they were for whoever knew the old one
+            if auth_token and db.execute("""
+                    insert into secrets values ('admin_token', ?)
+                    on conflict (name) do update set hash = excluded.hash where secrets.hash <> excluded.hash
+                    """, (sha256(auth_token),)).rowcount:
+                db.execute("delete from grants")  # they were for whoever knew the old one
             return FirstStart(key, token)
 
     def is_admin(self, token: bytes) -> bool:
@@ -2080,14 +1942,6 @@ class Store:
         self._make_app(db, name, is_test)
         return self._insert_key(db, name, new_key(is_test))
 
-    def _imported_app(self, db: Connection, name: str, is_test: bool) -> int:
-        if not db.execute("select 1 from apps where name = ?", (name,)).fetchone():
-            self._make_app(db, name, is_test)
-        app_id, was_test = self._app(db, name)
-        if was_test != is_test:
-            raise StoreError(f"the app {name!r} is a {'test' if was_test else 'live'} one here")
-        return app_id
-
     def _make_app(self, db: Connection, name: str, is_test: bool) -> None:
         if name != name.strip() or not 1 <= len(name) <= 100 or not name.isprintable():
             raise StoreError("an app's name is 1 to 100 printable characters, without a space at an end")
@@ -2109,7 +1963,7 @@ class Store:
         row = db.execute("select id, is_test from apps where name = ?", (name,)).fetchone()
         if row is None:
             raise StoreError(f"there is no app named {name!r}")
-        return row
+        return row[0], bool(row[1])
 
     def apps(self) -> List[App]:
         """All apps, by name."""
@@ -2143,6 +1997,472 @@ class Store:
             db.execute("update keys set revoked_at = ? where key_hash = ?", (self.now, key_hash))
             return Key(*rest, self.now, bytes(key_hash).hex())
 
+
+# == Store =====================================================================
+#
+# The reports: the one path by which they reach the disk, and how they go again. Requests
+# that come together share one commit, so one fsync serves them all.
+
+REPLAY_DAYS = 7  # how long a phone may be offline between a request and its repetition
+BUSY_GROUP = 4  # requests; after a commit of as many the next one waits for more to come,
+GATHER_SECONDS = 0.003  # at most so long: a commit costs as much as ten reports
+MAX_WAIT = 30.0  # seconds to wait for another thread's commit: longer than any lock and sync together
+PRUNE_STEP = 1000  # rows, or pages, that a step deletes of a table
+PAUSE = 2  # the pause after such a step, in its lengths
+EXPIRE_SLICE = 10  # rows after which first to look at the clock: one may be as large as a body
+EXPIRE_SECONDS = 0.02  # for which a step may delete expired reports
+PAGE_ROWS = 1000  # that an export reads at a time,
+PAGE_TEXT = 1_000_000  # and characters: a row may be as large as a body
+
+
+class Idempotency(NamedTuple):
+    """How a repeated request is recognised: digests of which one seen before means a repetition, and a digest
+    of its content."""
+
+    marks: Tuple[bytes, ...] = ()
+    request: bytes = b""
+
+
+class Receipt(NamedTuple):
+    """What was made durable: the seqs, one a report, and whether a request before this one did it."""
+
+    seqs: range
+    replayed: bool
+
+
+class StoredReport(NamedTuple):
+    """A report as one store hands it to another; `received_at` is in milliseconds."""
+
+    seq: int
+    app: str
+    is_test: bool
+    received_at: int
+    report: Union[Crash, Event]
+
+
+class Submission:
+    """The reports of one request on their way to the disk, and what became of them."""
+
+    def __init__(self, key_hash: bytes = b"", reports: Reports = (), idempotency: Idempotency = Idempotency(),
+                 error: Optional[Exception] = None):
+        self.key_hash, self.reports, self.idempotency, self.error = key_hash, reports, idempotency, error
+        self.receipt: Optional[Receipt] = None
+
+    def result(self) -> Receipt:
+        """Of reports that are durable. Raises what has kept them from being so; once, because an error that
+        has been raised holds all that was at hand, and what holds it too would be a ring of megabytes."""
+        if self.error is not None:
+            try:
+                raise self.error
+            finally:
+                self.error = None
+        assert self.receipt is not None
+        return self.receipt
+
+
+class _Group:
+    """The submissions that one commit stores.
+
+    Each thread brings a group. If none is open it opens and commits its own; else its submissions join
+    the open one, whose thread wakes it when they are stored.
+    """
+
+    def __init__(self) -> None:
+        self.submissions: List[Submission] = []
+        self.joined: List[_Group] = []  # of the threads that wait for this one
+        # A lock for each thread: one Event for all costs a tenth of the speed at 16 threads.
+        self._asleep = threading.Lock()
+        self._asleep.acquire()
+
+    @property
+    def rows(self) -> int:
+        return sum(len(each.reports) for each in self.submissions)
+
+    def wait(self, seconds: float = MAX_WAIT) -> bool:
+        """Lets its thread sleep until it is woken; whether it was within this time."""
+        return self._asleep.acquire(timeout=seconds)
+
+    def wake(self) -> None:
+        if self._asleep.locked():
+            self._asleep.release()
+
+
+class Histogram:
+    """Counts values by their upper bounds. One thread adds at a time; others may read."""
+
+    def __init__(self, *bounds: float):
+        self.bounds, self.counts, self.sum = (*bounds, math.inf), [0] * (len(bounds) + 1), 0.0
+
+    def add(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def samples(self) -> Iterator[Tuple[str, float]]:
+        """What Prometheus wants of it: what follows its name, and the figure."""
+        totals = list(accumulate(self.counts))
+        for bound, total in zip(self.bounds, totals):
+            yield '_bucket{le="%s"}' % ("+Inf" if bound == math.inf else bound), total
+        yield from (("_sum", self.sum), ("_count", totals[-1]))
+
+
+class _Process:
+    """What one process holds of a store. None of it may cross a fork."""
+
+    def __init__(self) -> None:
+        self.write_lock = threading.Lock()
+        self.writer: Optional[Connection] = None
+        self.readers: List[Connection] = []
+        self.seen_keys: Set[bytes] = set()
+        self.group_lock = threading.Lock()  # of the next two
+        self.open_group: Optional[_Group] = None  # which submissions may still join
+        self.last_size = 0  # of the group before it
+        self.commit_lock = threading.Lock()
+        self.group_sizes = Histogram(1, 2, 4, 8, 16, 32, 64, 128)  # requests
+        self.commit_seconds = Histogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)
+        self.stored = Counter(crashes=0, events=0)
+
+    @property
+    def waiting(self) -> List[Submission]:
+        group = self.open_group
+        return group.submissions if group else []
+
+    def join(self, own: _Group, submissions: Sequence[Submission], max_waiters: int, max_rows: int
+             ) -> Optional[_Group]:
+        """The group that these submissions are now in: the open one, or `own`, which is then open. Those for
+        which there is no room get an error; None if there is room for none."""
+        with self.group_lock:
+            group = self.open_group or own
+            before, rows = len(group.submissions), group.rows
+            for each in submissions:
+                count = len(group.submissions)
+                if count >= max_waiters or count and rows + len(each.reports) > max_rows:
+                    each.error = StorageUnavailable()
+                else:
+                    group.submissions.append(each)
+                    rows += len(each.reports)
+            if len(group.submissions) == before:
+                return None
+            if group is not own:
+                group.joined.append(own)
+            if len(group.submissions) >= self.last_size:
+                group.wake()
+            self.open_group = group
+            return group
+
+    def close(self, group: _Group) -> None:
+        """Lets no more submissions join the group."""
+        with self.group_lock:
+            if self.open_group is group:
+                self.open_group, self.last_size = None, len(group.submissions)
+
+    def withdraw(self, submissions: Sequence[Submission]) -> None:
+        """Takes submissions out of the open group."""
+        with self.group_lock:
+            if self.open_group:
+                self.open_group.submissions = [each for each in self.waiting if each not in submissions]
+
+    def close_writer(self) -> None:
+        if self.writer:
+            self.writer.close()
+            self.writer = None
+
+    def idle_reader(self) -> Optional[Connection]:
+        try:
+            return self.readers.pop()
+        except IndexError:
+            return None
+
+
+class Store(Apps):
+    """Apps, keys and reports in one SQLite file.
+
+    `retention_days` of 0 keeps all, and None what the last server has kept. Close it, or
+    use it as a context manager.
+
+    max_waiters: requests that may wait for a commit. More than our server takes at a time,
+        unless commits take so long that a phone had better come again.
+    max_rows: reports that may wait for a commit; all of them go into the next one, so
+        that nobody waits for two. As many take about a tenth of a second to write.
+    """
+
+    def __init__(self, path: str, clock: Callable[[], float] = time.time, retention_days: Optional[int] = 0,
+                 max_waiters: int = 256, max_rows: int = 10_000, may_create: bool = True):
+        super().__init__(path, clock, may_create)
+        self.max_waiters, self.max_rows = max_waiters, max_rows
+        if retention_days is None:
+            with self.reading() as db:
+                retention_days = get_state(db, "retention_days", Settings.retention_days)
+        self.retention_days: int = retention_days
+        self._expire_at = 0  # when to look next for what is older
+
+    def start(self, api_key: str = "", auth_token: str = "") -> FirstStart:
+        """As Apps.start; and keeps the retention for commands that are not told one."""
+        with self.writing() as db:
+            db.execute(SET_STATE, ("retention_days", self.retention_days))
+        return super().start(api_key, auth_token)
+
+    def vitals(self) -> List[Tuple[str, str, str, Iterable[Tuple[str, float]]]]:
+        """Figures for who watches over the server: name, kind, meaning, and samples as Prometheus writes them.
+
+        They are of this process, but for the sizes and the rows. No table of reports is read.
+        """
+        here = self._here
+        with self.reading() as db:
+            self._check_file()
+            crashes, = db.execute("""
+                select coalesce(sum(crashes), 0) from labels
+                where app_id in (select id from apps) and field = 'exception_type' and day = ?
+                """, (ALL_DAYS,)).fetchone()
+        return [
+            ("commit_requests", "histogram", "Requests that one commit stored.", here.group_sizes.samples()),
+            ("commit_seconds", "histogram", "From asking for the write lock until the commit was durable.",
+             here.commit_seconds.samples()),
+            ("waiters", "gauge", "Requests that wait for the next commit.", [("", len(here.waiting))]),
+            ("reports_stored_total", "counter", "Reports stored since this process began: not what is kept now,"
+             " which would take a look at every row.",
+             [(f'{{table="{table}"}}', n) for table, n in here.stored.items()]),
+            ("crashes_kept", "gauge", "Rows of the table crashes, by their roll-up.", [("", crashes)]),
+            ("file_bytes", "gauge", "Size of the database.", [("", self.size)]),
+            ("wal_bytes", "gauge", "Size of its write-ahead log.", [("", _wal_size(self.path))])]
+
+    # Reports that come
+
+    def add(self, key_hash: bytes, reports: Reports, idempotency: Idempotency = Idempotency()) -> Receipt:
+        """Stores reports of one kind, all or none, and returns when they are durable.
+
+        They go to the app of the key with that SHA-256. A repeated request, as told by
+        `idempotency`, stores nothing and has the first one's receipt. Raises Refusal where an
+        Idempotency-Key comes with another request, or the key is not active at the time
+        of the commit; StorageUnavailable also where too many wait already.
+        """
+        if not reports:
+            raise ValueError("no reports")
+        submission = Submission(key_hash, reports, idempotency)
+        self.add_all([submission])
+        return submission.result()
+
+    def add_all(self, submissions: Sequence[Submission]) -> None:
+        """The same for several requests, in one commit: each then has a receipt or an error. An unexpected
+        error is logged, and is StorageUnavailable to them all."""
+        here, own, stored = self._here, _Group(), None
+        try:
+            group = here.join(own, submissions, self.max_waiters, self.max_rows)
+            if group is own:
+                stored = self._commit_group(here, own)
+            elif group and not own.wait():
+                here.close(group)  # a signal has hit the thread that opened it where nothing catches it
+                raise StorageUnavailable()
+        except BaseException as error:  # also a signal, if this is the main thread
+            here.close(own)
+            here.withdraw(submissions)
+            for submission in (*own.submissions, *submissions):
+                submission.error = StorageUnavailable()
+            if not isinstance(error, Exception):
+                raise
+            if not isinstance(error, StorageUnavailable):
+                log.exception("unexpected error")
+        finally:
+            for each in own.joined:
+                each.wake()
+        if stored:
+            self._committed(stored)
+
+    def _commit_group(self, here: _Process, group: _Group) -> Stored:
+        """Stores a group in one transaction. Until that begins, the group grows."""
+        with here.commit_lock:
+            if here.last_size >= BUSY_GROUP:
+                group.wait(GATHER_SECONDS)  # until it has as many as the last one, most of whom come again
+            began = time.monotonic()
+            with self.writing(shared=True) as db:
+                here.close(group)
+                commit = Commit(db, self.now)
+                commit.add(group.submissions)
+                stored = commit.save()
+            here.group_sizes.add(len(group.submissions))
+            here.commit_seconds.add(time.monotonic() - began)
+            return stored
+
+    def _committed(self, stored: Stored) -> None:
+        """Told what each commit stored, when it is durable and answered."""
+        self._here.stored.update(stored.counts)
+        self._expire_if_due()
+
+    def export(self, kind: type, app: Optional[str] = None, since: int = 0) -> Iterator[StoredReport]:
+        """The reports of a kind, Crash or Event, that are here now, in the order of their seqs: of all apps or
+        of one, received at `since` or later. Raises StoreError where there is no such app.
+
+        Page by page, as one read for as long as somebody takes the output would hold up the WAL.
+        """
+        with self.reading() as db:
+            if app is not None:
+                self._app(db, app)
+            last, = db.execute(f"select coalesce(max(seq), -1) from {TABLES[kind]}").fetchone()
+        page = self._page(kind, min(max(0, first_seq(since)), MAX_NUMBER) - 1, last)
+        while page:
+            yield from (each for each in page if app in (None, each.app) and each.received_at >= since)
+            page = self._page(kind, page[-1].seq, last)
+
+    def _page(self, kind: type, after: int, last: int) -> List[StoredReport]:
+        page: List[StoredReport] = []
+        size = 0
+        with self.reading() as db, closing(db.execute(f"""
+                select seq, apps.name, is_test, received_at, {", ".join("reports." + each for each in kind._fields)}
+                from {TABLES[kind]} as reports cross join apps on apps.id = app_id
+                where seq > ? and seq <= ?
+                order by seq
+                limit ?
+                """, (after, last, PAGE_ROWS))) as rows:
+            for seq, name, is_test, received_at, *values in rows:
+                page.append(StoredReport(seq, name, bool(is_test), received_at, kind._make(values)))
+                size += sum(len(value) for value in values if type(value) is str)
+                if size > PAGE_TEXT:
+                    break
+        return page
+
+    def import_(self, reports: Sequence[StoredReport]) -> Counter:
+        """Stores reports that another store has exported, all or none, and makes their apps, without keys.
+
+        Returns how many were `stored`; how many were `known`, because their seq is here already, whatever is
+        in them; and how many had `expired`: their time is over, or reports as old have gone from here, maybe
+        these, which would be counted twice. Raises StoreError where an app is live here and a test there.
+        """
+        counts: Counter = Counter()
+        with self.writing_step() as db:
+            commit = Commit(db, self.now)
+            for kind, table in TABLES.items():
+                given = {each.seq: each for each in reports if type(each.report) is kind}
+                known = {seq for seq, in rows_of(db, f"""
+                    select seq from (values *) as keys cross join {table} on seq = column1
+                    """, [(seq,) for seq in given])}
+                oldest = max(self._oldest_seq, get_state(db, "expired_" + table, -1) + 1)
+                fresh = [each for seq, each in given.items() if seq >= oldest and seq not in known]
+                for (app, is_test), run in groupby(sorted(fresh, key=itemgetter(1, 2, 0)), key=itemgetter(1, 2)):
+                    commit.add_stored(self._imported_app(db, app, is_test), list(run))
+                counts.update(stored=len(fresh), expired=len(given.keys() - known) - len(fresh))
+            commit.save()
+        counts["known"] = len(reports) - counts["stored"] - counts["expired"]
+        return counts
+
+    def _imported_app(self, db: Connection, name: str, is_test: bool) -> int:
+        if not db.execute("select 1 from apps where name = ?", (name,)).fetchone():
+            self._make_app(db, name, is_test)
+        app_id, was_test = self._app(db, name)
+        if was_test != is_test:
+            raise StoreError(f"the app {name!r} is a {'test' if was_test else 'live'} one here")
+        return app_id
+
+    # Reports that go
+
+    @property
+    def _oldest_seq(self) -> int:
+        """Of the reports that are to be kept."""
+        return first_seq(self.now - self.retention_days * DAY) if self.retention_days else 0
+
+    def _expire_if_due(self) -> None:
+        """After a commit, in a transaction of its own: a step once a second, or more while there is more to do."""
+        now = self.now
+        if self._expire_at - SECOND <= now < self._expire_at:
+            return
+        try:
+            with self.writing() as db:
+                deleted = self._expire(db)
+        except Exception as error:  # the reports of the commit are stored, and later commits try again
+            deleted = Counter()
+            if not isinstance(error, StorageUnavailable):
+                log.exception("unexpected error")
+        self._expire_at = now if deleted else now + SECOND
+
+    def _expire(self, db: Connection) -> Counter:
+        """A step of deleting what is older than the retention; how many rows of each table.
+
+        It ends after EXPIRE_SECONDS, because it keeps others from writing.
+        """
+        deleted, deadline = Counter(), time.monotonic() + EXPIRE_SECONDS
+        before = self.now - REPLAY_DAYS * DAY
+        deleted["replays"] = db.execute("""
+            delete from replays where (app_id, mark) in (
+                select app_id, mark from replays where received_at < ? limit ?)
+            """, (before, PRUNE_STEP)).rowcount
+        for kind, table in TABLES.items():
+            size = EXPIRE_SLICE
+            while count := self._expire_some(db, kind, size):
+                deleted[table] += count
+                size = min(2 * size, PRUNE_STEP)
+                if time.monotonic() > deadline:
+                    break
+        if get_state(db, "trimmed_day", 0) != self.now // DAY:
+            deleted["sums"] = RollUps(db, self.now).trim()
+            if not deleted["sums"]:
+                db.execute(SET_STATE, ("trimmed_day", self.now // DAY))
+        return +deleted
+
+    def _expire_some(self, db: Connection, kind: type, limit: int) -> int:
+        """Deletes some of the oldest reports, and what describes only them; how many."""
+        table, rollups = TABLES[kind], RollUps(db, self.now)
+        rows = [COUNTED[kind]._make(row) for row in db.execute(f"""
+            select {counted_columns(kind)} from {table} where seq < ? order by seq limit ?
+            """, (self._oldest_seq, limit))]
+        if rows:
+            db.execute(f"delete from {table} where seq <= ?", (rows[-1].seq,))
+            db.execute(SET_STATE, ("expired_" + table, rows[-1].seq))
+            rollups.expire(kind, rows)
+            rollups.save()
+        return len(rows)
+
+    def prune(self, progress: Callable[[int], Any] = lambda rows: None) -> Counter:
+        """Deletes all rows whose time is over, and gives the disk their space back; how many rows of each table.
+
+        In steps and with pauses longer than they, so that nobody else's reports wait for it.
+        """
+        deleted: Counter = Counter()
+        while True:
+            with self.writing_step() as db:
+                step = self._expire(db)
+            if not step:
+                break
+            deleted += step
+            progress(sum(deleted.values()))
+        self._shrink()
+        return deleted
+
+    def forget_device(self, device_id_hash: str) -> Counter:
+        """Deletes all that is kept of a device, in all apps; how many rows of each table.
+
+        It is taken out of every sum. When a group or a release was first seen stays as it is.
+        """
+        deleted: Counter = Counter()
+        last = {}
+        for kind, table in TABLES.items():
+            with self.reading() as db:
+                last[kind], = db.execute(f"select coalesce(max(seq), 0) from {table}").fetchone()
+                seqs = self._seqs_of_device(db, table, device_id_hash, 0)
+            for start in range(0, len(seqs), EXPIRE_SLICE):
+                with self.writing_step() as db:
+                    deleted[table] += self._forget_rows(db, kind, seqs[start:start + EXPIRE_SLICE])
+        with self.writing_step() as db:
+            for kind, table in TABLES.items():  # what has come meanwhile
+                deleted[table] += self._forget_rows(
+                    db, kind, self._seqs_of_device(db, table, device_id_hash, last[kind]))
+            rollups = RollUps(db, self.now)
+            deleted["devices"] = rollups.devices.forget(device_id_hash)
+            rollups.save()
+        self._fold_in_wal()
+        return +deleted
+
+    def _seqs_of_device(self, db: Connection, table: str, device_id_hash: str, after: int) -> List[int]:
+        return [seq for seq, in db.execute(f"select seq from {table} where device_id_hash = ? and seq > ?",
+                                           (device_id_hash, after))]
+
+    def _forget_rows(self, db: Connection, kind: type, seqs: Sequence[int]) -> int:
+        rollups = RollUps(db, self.now)
+        rows = [COUNTED[kind]._make(row) for row in rows_of(db, f"""
+            select {counted_columns(kind)} from (values *) as keys cross join {TABLES[kind]} on seq = column1
+            """, [(seq,) for seq in seqs])]
+        db.executemany(f"delete from {TABLES[kind]} where seq = ?", [(seq,) for seq in seqs])
+        rollups.count(kind, rows, -1)
+        rollups.save()
+        return len(rows)
+
     def delete_app(self, name: str) -> None:
         """Deletes an app, its keys and all that it sent. Raises StoreError where there is none.
 
@@ -2152,17 +2472,17 @@ class Store:
         with self.writing() as db:
             app_id = self._app(db, name)[0]
             db.execute("delete from keys where app_id = ?", (app_id,))
-        for table in ("events", "crashes"):
+        for table in TABLES.values():
             self._delete_reports(table, app_id)
-        while self._delete_devices(app_id) or self._delete_groups(app_id):
-            pass
+        for table, key in KEYS.items():
+            columns, count = ", ".join(key), 1
+            while count:
+                with self.writing_step() as db:
+                    count = db.execute(f"""
+                        delete from {table} where ({columns}) in (
+                            select {columns} from {table} where app_id = ? limit ?)
+                        """, (app_id, PRUNE_STEP)).rowcount
         with self.writing() as db:
-            if not db.execute("select is_test from apps where id = ?", (app_id,)).fetchone()[0]:
-                rollups = RollUps(db, self.now)
-                rollups.remove_sums(app_id)
-                rollups.save()
-            for table in ("replays", "sessions", "releases", *_SUMS):
-                db.execute(f"delete from {table} where app_id = ?", (app_id,))
             db.execute("delete from apps where id = ?", (app_id,))
 
     def _delete_reports(self, table: str, app_id: int) -> None:
@@ -2171,215 +2491,112 @@ class Store:
             with self.reading() as db:
                 seqs = db.execute(f"select seq from {table} where app_id = ? and seq > ? order by seq limit ?",
                                   (app_id, seqs[-1][0], PRUNE_STEP)).fetchall()
-            with self._in_step() as db:
+            with self.writing_step() as db:
                 db.executemany(f"delete from {table} where seq = ?", seqs)
 
-    def _delete_devices(self, app_id: int) -> bool:
-        """One step of it; whether there may be more."""
-        with self._in_step() as db:
-            keys = db.execute("select app_id, device_id_hash from devices where app_id = ? limit ?",
-                              (app_id, STEP)).fetchall()
-            rollups = RollUps(db, self.now)
-            rollups.remove_devices(keys)
-            rollups.save()
-            rollups.expire_devices(dict.fromkeys(keys, self._oldest_seq))  # in others, where they waited for it
-        return bool(keys)
 
-    def _delete_groups(self, app_id: int) -> bool:
-        """One step of it; whether there may be more."""
-        with self._in_step() as db:
-            groups = db.execute("select group_hash from groups where app_id = ? limit ?", (app_id, STEP)).fetchall()
-            db.executemany("delete from groups where app_id = ? and group_hash = ?",
-                           [(app_id, *group) for group in groups])
-            RollUps(db, self.now).merge_groups(groups)
-        return bool(groups)
+def get_state(db: Connection, name: str, default: int) -> int:
+    """A value of the table `state`."""
+    row = db.execute("select value from state where name = ?", (name,)).fetchone()
+    return row[0] if row else default
 
 
-def dict_rows(db: sqlite3.Connection, query: str, parameters: Any = ()) -> List[Dict[str, Any]]:
-    """The rows of a query, each by the names of its columns."""
-    rows = db.execute(query, parameters)
-    names = [column[0] for column in rows.description]
-    return [dict(zip(names, row)) for row in rows]
+class Stored(NamedTuple):
+    """What a commit stored: reports by table, and the groups of which it has the first crash that is kept."""
+
+    counts: Mapping[str, int]
+    new_groups: Sequence[Tuple[int, str]]  # app_id and group_hash
 
 
-_ANOTHER = "; --db or BACKFEEDR_DB_PATH names another"
-
-
-def _prepare(path: Path, may_create: bool) -> None:
-    """Makes the file and its tables where there are none, and brings an old schema up to date.
-
-    Raises StoreError, and has changed nothing, where the file is something else.
-    """
-    if not may_create and not path.exists():
-        raise StoreError(f"there is no database {path}{_ANOTHER}")
-    _check_sqlite()
-    try:
-        try:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-        except FileExistsError:  # and never opened but by SQLite: closing it drops the locks of a whole process
-            pass
-        deadline = time.monotonic() + BUSY_TIMEOUT
-        while True:
-            try:
-                return _make_tables(path)
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error) or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)  # the change to WAL does not itself wait for another process
-    except (OSError, sqlite3.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        hint = _ANOTHER if type(error) is sqlite3.DatabaseError else ""  # it is something else; not: locked
-        raise StoreError(f"cannot open the database {path}: {reason}{hint}") from None
-
-
-def _check_sqlite() -> str:
-    if sqlite3.sqlite_version_info < (3, 32):  # whose statements take more than 999 values
-        raise StoreError(f"SQLite 3.32 or later is needed; this Python has {sqlite3.sqlite_version}")
-    return sqlite3.sqlite_version
-
-
-def _make_tables(path: Path) -> None:
-    with closing(Connection(path)) as db:
-        _check_file(db, path)
-        if db.pragma("user_version") == SCHEMA_VERSION:
-            return
-        if not db.pragma("user_version"):
-            db.execute("pragma auto_vacuum = incremental")
-            db.execute("pragma journal_mode = wal")
-        db.execute("begin immediate")
-        version = db.pragma("user_version")  # again: another process may have been faster
-        scripts = [MIGRATIONS[old] for old in range(version, SCHEMA_VERSION)] if version else [SCHEMA]
-        for statement in _statements("".join(scripts)):
-            db.execute(statement)
-        db.execute(f"pragma application_id = {APPLICATION_ID}")
-        db.execute(f"pragma user_version = {SCHEMA_VERSION}")
-        db.execute("commit")
-
-
-def _check_file(db: Connection, path: Path) -> None:
-    version = db.pragma("user_version")
-    is_empty = not version and not db.pragma("schema_version")
-    if not is_empty and db.pragma("application_id") != APPLICATION_ID:
-        raise StoreError(f"{path} is a database, but not one of backfeedr's{_ANOTHER}")
-    if version > SCHEMA_VERSION:
-        raise StoreError(f"{path} is of a newer backfeedr (schema {version}; this one knows {SCHEMA_VERSION})")
-
-
-def _statements(script: str) -> Iterator[str]:
-    """The statements of a script: executescript() would commit before it begins."""
-    statement = ""
-    for line in script.splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            yield statement
-            statement = ""
-
-
-class _Commit:
+class Commit:
     """The reports of one transaction."""
 
     def __init__(self, db: Connection, now: int):
         self._db, self._now = db, now
-        self._apps: Dict[bytes, Optional[Tuple[int]]] = {}  # by key
-        self._next_seq: Dict[type, int] = {}
-        # By kind and app: the seqs of reports, when they were received, and they themselves.
-        self._taken: Dict[tuple, Tuple[List[int], List[int], List[Any]]] = defaultdict(lambda: ([], [], []))
+        # Requests, each with the one that it repeats, or with itself.
+        self._requests: List[Tuple[int, Submission, Submission]] = []
+        # By kind and app: the seqs of reports, when they were received, and the reports.
+        self._reports: Dict[tuple, Tuple[List[int], List[int], List[Any]]] = defaultdict(lambda: ([], [], []))
 
-    def take(self, submission: Submission) -> None:
-        """Adds the reports of a request, unless it is a repetition or must be refused."""
-        kind, idempotency = type(submission.reports[0]), submission.idempotency
-        try:
-            app_id = self._app(submission.key_hash)
-            earlier = self._earlier(app_id, idempotency)
-        except Refusal as refusal:
-            submission.error = refusal
-            return
-        seqs = earlier or self._new_seqs(kind, len(submission.reports))
-        submission.receipt = Receipt(seqs, bool(earlier))
-        insert_rows(self._db, "insert into replays values * on conflict do nothing",
-                    [(app_id, mark, idempotency.request, seqs[0], len(seqs), self._now) for mark in idempotency.marks])
-        if not earlier:
-            self._put(app_id, seqs, [self._now] * len(seqs), submission.reports)
+    def add(self, submissions: Sequence[Submission]) -> None:
+        """Adds requests. Each has a receipt after `save`, or an error where it must be refused."""
+        self._db.lock_apps([each.key_hash for each in submissions])
+        apps = dict(rows_of(self._db, """
+            select key_hash, app_id from (values *) as given cross join keys on key_hash = column1
+            where revoked_at is null
+            """, list({(each.key_hash,) for each in submissions})))
+        known = self._earlier({(apps[each.key_hash], mark) for each in submissions if each.key_hash in apps
+                               for mark in each.idempotency.marks})
+        for each in submissions:
+            app_id, marks = apps.get(each.key_hash), each.idempotency.marks
+            first = next((known[app_id, mark] for mark in marks if (app_id, mark) in known), each)
+            if app_id is None:
+                each.error = Refusal("invalid API key")
+            elif first.idempotency.request != each.idempotency.request:
+                each.error = Refusal("idempotency key reused with a different body")
+            else:
+                self._requests.append((app_id, each, first))
+                known.update(((app_id, mark), first) for mark in marks)
 
-    def take_kept(self, app_id: int, kept: Sequence[StoredReport]) -> None:
-        """Adds reports of one kind that have been received before, in the order of their seqs."""
-        self._put(app_id, [each.seq for each in kept], [each.received_at for each in kept],
-                  [each.report for each in kept])
+    def _earlier(self, marks: Set[Tuple[int, bytes]]) -> Dict[Tuple[int, bytes], Submission]:
+        """The requests that are stored under these marks."""
+        found = {}
+        for app_id, mark, request, first, count in rows_of(self._db, """
+                select app_id, mark, request, first_seq, reports from (values *) as given
+                cross join replays on app_id = column1 and mark = column2
+                """, list(marks)):
+            found[app_id, bytes(mark)] = earlier = Submission(idempotency=Idempotency((), bytes(request)))
+            earlier.receipt = Receipt(range(first, first + count), False)
+        return found
 
-    def _put(self, app_id: int, seqs: Sequence[int], received: Sequence[int], reports: Reports) -> None:
-        for taken, more in zip(self._taken[type(reports[0]), app_id], (seqs, received, reports)):
+    def add_stored(self, app_id: int, stored: Sequence[StoredReport]) -> None:
+        """Adds reports of one kind that were received before, in the order of their seqs."""
+        self._put(app_id, [each.seq for each in stored], [each.received_at for each in stored],
+                  [each.report for each in stored])
+
+    def _put(self, app_id: int, seqs: Iterable[int], received: Sequence[int], reports: Reports) -> None:
+        for taken, more in zip(self._reports[type(reports[0]), app_id], (seqs, received, reports)):
             taken.extend(more)
 
-    def _app(self, key_hash: bytes) -> int:
-        if key_hash not in self._apps:
-            self._apps[key_hash] = self._db.execute(
-                "select app_id from keys where key_hash = ? and revoked_at is null", (key_hash,)).fetchone()
-        found = self._apps[key_hash]
-        if found is None:
-            raise Refusal("invalid API key")
-        return found[0]
-
-    def _earlier(self, app_id: int, idempotency: Idempotency) -> Optional[range]:
-        """The seqs of the request that this one repeats."""
-        for mark in idempotency.marks:
-            row = self._db.execute("select request, first_seq, reports from replays where app_id = ? and mark = ?",
-                                   (app_id, mark)).fetchone()
-            if row is not None:
-                if row[0] != idempotency.request:
-                    raise Refusal("idempotency key reused with a different body")
-                return range(row[1], row[1] + row[2])
-        return None
-
-    def _new_seqs(self, kind: type, count: int) -> range:
-        if kind not in self._next_seq:
-            # Seqs of a clock that was fast by more than a day are left ahead.
-            last = self._db.execute(f"select max(seq) from {_TABLES[kind]} where seq < ?",
-                                    (first_seq(self._now + DAY),)).fetchone()[0] or 0
-            # A random start keeps the ids of two hosts apart.
-            self._next_seq[kind] = max(last + 1, first_seq(self._now) + secrets.randbits(SEQ_BITS))
-        first = self._next_seq[kind]
-        self._next_seq[kind] += count
-        return range(first, first + count)
-
-    def counts(self) -> Counter:
-        """How many reports are to go into each table."""
-        counts: Counter = Counter()
-        for (kind, _), (seqs, *_) in self._taken.items():
-            counts[_TABLES[kind]] += len(seqs)
-        return counts
-
-    def save(self) -> None:
-        """Writes the rows and the sums."""
-        rollups = RollUps(self._db, self._now)
-        for (kind, app_id), (seqs, received, reports) in self._taken.items():
-            self._db.append(_TABLES[kind], ("seq", "app_id", "received_at", *kind._fields),
-                            [(seq, app_id, came, *report) for seq, came, report in zip(seqs, received, reports)])
-            times = [counted_at(report.occurred_at, came) for report, came in zip(reports, received)]
-            (rollups.add_crashes if kind is Crash else rollups.add_events)(app_id, seqs, received, reports, times)
+    def save(self) -> Stored:
+        """Writes the rows and the figures."""
+        self._give_receipts()
+        rollups, counts = RollUps(self._db, self._now), Counter()
+        for (kind, app_id), (seqs, received, reports) in self._reports.items():
+            flags, reports = rollups.names.limit(app_id, received, reports)
+            self._db.append(TABLES[kind], ("seq", "app_id", "received_at", "other", *kind._fields),
+                            [(seq, app_id, came, flag, *report)
+                             for seq, came, flag, report in zip(seqs, received, flags, reports)])
+            rollups.count(kind, counted(kind, app_id, seqs, received, flags, reports), 1)
+            counts[TABLES[kind]] += len(reports)
         rollups.save()
+        return Stored(counts, [(app_id, name) for app_id, field, name in rollups.names.accepted
+                               if field == "group_hash"])
 
-
-_SET_STATE = "insert into state values (?, ?) on conflict (name) do update set value = excluded.value"
-_TABLES = {Crash: "crashes", Event: "events"}
-_COUNTED = {  # columns by which a report counts somewhere
-    "crashes": "seq, app_id, received_at, occurred_at, group_hash, exception_type, app_version, device_model,"
-               " device_id_hash",
-    "events": "seq, app_id, received_at, occurred_at, type, app_version, device_id_hash, session_id"}
+    def _give_receipts(self) -> None:
+        new = [(app_id, each) for app_id, each, first in self._requests if each is first]
+        total = sum(len(each.reports) for _, each in new)
+        seq = self._db.reserve_seqs(self._now, total) if total else 0
+        for app_id, each in new:
+            each.receipt = Receipt(range(seq, seq + len(each.reports)), False)
+            seq += len(each.reports)
+            self._put(app_id, each.receipt.seqs, [self._now] * len(each.reports), each.reports)
+        for _, each, first in self._requests:
+            each.receipt = first.receipt if each is first else Receipt(first.receipt.seqs, True)
+        insert_rows(self._db, "insert into replays values * on conflict do nothing", [
+            (app_id, mark, each.idempotency.request, each.receipt.seqs[0], len(each.receipt.seqs), self._now)
+            for app_id, each, _ in self._requests for mark in each.idempotency.marks])
 
 
 # == Metrics ===================================================================
 #
-# The questions asked of the store. What anyone may ask reads roll-ups only: an
-# answer costs what it shows, not what is stored. Windows begin at a full hour, or
-# are UTC days; where no app is named, all live ones are meant.
+# The questions asked of the store. What anyone may ask reads figures only: an
+# answer costs what it shows, not what is stored. Windows are UTC days; without an
+# app, an answer is the sum over the live apps.
 
 ADOPTION_DAYS = 7  # of whose sessions a release has its share
 SCANNED = 20_000  # events that are looked at for a page: a page may be short, and another one follow
 REPORTS = 20  # of a group that are shown at once
-
-_APPS = f"app_id in (select id from apps where id = :app or :app = {EVERY_APP} and is_test = 0)"
-
-Figures = Dict[str, Any]
 
 
 class Metrics:
@@ -2392,13 +2609,14 @@ class Metrics:
         self._store = store
 
     @contextmanager
-    def _asking(self, app: Optional[str]) -> Iterator[Tuple[Connection, int]]:
+    def _snapshot(self, app: Optional[str] = None) -> Iterator[Tuple[Connection, Optional[int]]]:
+        """A connection that sees one moment, and the id of the app, None for all live ones."""
         with self._store.reading() as db:
-            db.execute("begin")  # so that all figures of an answer are of one moment
+            db.execute("begin")
             row = db.execute("select id from apps where name = ?", (app,)).fetchone()
             if app is not None and row is None:
                 raise Refusal("not found")
-            yield db, row[0] if row else EVERY_APP
+            yield db, row[0] if row else None
             db.execute("commit")
 
     def _last_days(self, days: int) -> range:
@@ -2407,121 +2625,73 @@ class Metrics:
 
     def daily_crashes(self, app: Optional[str] = None, days: Optional[int] = None) -> Figures:
         """Crashes per UTC day: the seven that end today from Monday to Sunday, or `days` of them by date."""
-        figures = self._days(app, days or 7, "crashes")
+        shown = self._last_days(days or WEEK)
+        with self._snapshot(app) as (db, app_id):
+            crashes = per_day(db, "crash_days", ["crashes"], app_id, shown)["crashes"]
         if days:
-            return {"labels": figures["labels"], "data": figures["crashes"]}
-        by_weekday = dict(zip((date.fromisoformat(label).weekday() for label in figures["labels"]), figures["crashes"]))
+            return {"labels": _dates(shown), "data": crashes}
+        by_weekday = {(day + 3) % 7: count for day, count in zip(shown, crashes)}  # 1970 began on a Thursday
         return {"labels": list(_WEEKDAYS), "data": [by_weekday[n] for n in range(7)]}
 
     def crash_types(self, app: Optional[str] = None, days: Optional[int] = None) -> Figures:
-        """Crashes per exception type, the most frequent first."""
-        return self._labels("exception_type", app, days, limit=MAX_NUMBER)
+        """Crashes per exception type, the 100 most frequent first."""
+        return self._labels("exception_type", app, days, limit=100)
 
     def devices(self, app: Optional[str] = None, days: Optional[int] = None) -> Figures:
         """Crashes per device model, the ten most frequent."""
         return self._labels("device_model", app, days, limit=10)
 
     def _labels(self, field: str, app: Optional[str], days: Optional[int], limit: int) -> Figures:
-        shown = self._last_days(days) if days else range(ALL_DAYS, ALL_DAYS + 1)
-        with self._asking(app) as (db, app_id):
-            return _labelled(db.execute(f"""
-                select label, sum(crashes) from labels
-                where {_APPS} and field = :field and day between :first and :last
-                group by label
-                order by sum(crashes) desc, label
-                limit :limit
-                """, {"app": app_id, "field": field, "first": shown[0], "last": shown[-1], "limit": limit}))
+        with self._snapshot(app) as (db, app_id):
+            return Crashes.most_frequent(db, app_id, field, self._last_days(days) if days else None, limit)
 
     def overview(self, app: Optional[str] = None) -> Figures:
-        """The last seven days in a few figures, and the devices of the last 24 hours."""
-        week = (self._store.now - 7 * DAY) // HOUR
-        with self._asking(app) as (db, app_id):
-            crashes, sessions = db.execute(f"""
-                select coalesce(sum(crashes), 0), coalesce(sum(sessions), 0) from hours
-                where {_APPS} and hour >= :week
-                """, {"app": app_id, "week": week}).fetchone()
-            devices, = db.execute("select coalesce(sum(devices), 0) from hours where app_id = ? and hour >= ?",
-                                  (app_id, (self._store.now - DAY) // HOUR)).fetchone()
-            top = self._top_groups(db, app_id, week)
-        return {"crash_free_rate_7d": crash_free_rate(crashes, sessions), "dau": devices,
-                "sessions_7d": sessions, "crashes_7d": crashes, "top_crashes": top}
-
-    def _top_groups(self, db: Connection, app_id: int, since: int) -> List[Figures]:
-        """The five most frequent groups: `recent`, less what has grown too old since the last crash."""
-        old = dict(db.execute(f"""
-            select group_hash, sum(crashes) from group_hours
-            where {_APPS} and hour < :since
-            group by group_hash
-            """, {"app": app_id, "since": since}).fetchall())
-        # What grows less by the old ones was not further behind than there are of them.
-        rows = dict_rows(db, """
-            select group_hash, exception_type, coalesce(exception_reason, '') as exception_reason, recent as count
-            from groups
-            where app_id = ? and recent > 0
-            order by recent desc, group_hash
-            limit ?
-            """, (app_id, 5 + len(old)))
-        for row in rows:
-            row["count"] -= old.get(row["group_hash"], 0)
-        return sorted((row for row in rows if row["count"] > 0), key=lambda row: (-row["count"], row["group_hash"]))[:5]
+        """The seven UTC days that end today in a few figures, and the devices of the last 24 hours."""
+        week = self._last_days(WEEK)
+        with self._snapshot(app) as (db, app_id):
+            crashes = sum(per_day(db, "crash_days", ["crashes"], app_id, week)["crashes"])
+            sessions = sum(per_day(db, "session_days", ["sessions"], app_id, week)["sessions"])
+            return {"crash_free_rate_7d": crash_free_rate(crashes, sessions),
+                    "dau": Devices.last_24_hours(db, app_id, self._store.now),
+                    "sessions_7d": sessions, "crashes_7d": crashes,
+                    "top_crashes": Groups.most_frequent(db, app_id, week)}
 
     def active_devices(self, app: Optional[str] = None, days: Optional[int] = None) -> Figures:
         """Per UTC day, the devices of that day, of the 7 and of the 30 days that end with it."""
-        return self._days(app, days, "dau", "wau", "mau")
+        shown = self._last_days(days or 30)
+        with self._snapshot(app) as (db, app_id):
+            return {"labels": _dates(shown), **per_day(db, "active_days", list(Devices.ACTIVE), app_id, shown)}
 
     def sessions(self, app: Optional[str] = None, days: Optional[int] = None) -> Figures:
         """Per UTC day, the sessions that began on it; and of those that ended, how long they took.
 
-        The median is of durations in two significant digits; null where none has ended.
+        The median is of durations in two significant digits. It is null where no session has ended, and
+        where those of several apps have: ask for one app.
         """
-        figures = self._days(app, days, "sessions", "ended", "session_ms", "median_seconds")
-        times = zip(figures.pop("session_ms"), figures.pop("ended"))
-        figures["mean_seconds"] = [round(total / ended / SECOND, 1) if ended else None for total, ended in times]
-        return figures
+        shown = self._last_days(days or 30)
+        with self._snapshot(app) as (db, app_id):
+            return {"labels": _dates(shown), **Sessions.per_day(db, app_id, shown)}
 
     def retention(self, app: Optional[str] = None, days: Optional[int] = None) -> Figures:
         """Of the devices first seen on a UTC day, the percentage seen again 1, 7 and 30 days later.
 
         null where that day is not over yet, or no device is new.
         """
-        figures = self._days(app, days, "newcomers", *(column for column, _ in _BACK))
         shown = self._last_days(days or 30)
-        devices = figures.pop("newcomers")
-        for column, later in _BACK:
-            figures["day_" + str(later)] = [
+        with self._snapshot(app) as (db, app_id):
+            cohorts = per_day(db, "cohorts", ["devices", *Devices.BACK], app_id, shown)
+        answer = {"labels": _dates(shown), "devices": cohorts["devices"]}
+        for column, later in Devices.BACK.items():
+            answer[f"day_{later}"] = [
                 round(100 * back / new, 2) if new and day + later < shown[-1] else None
-                for day, new, back in zip(shown, devices, figures.pop(column))]
-        return {"labels": figures.pop("labels"), "devices": devices, **figures}
-
-    def _days(self, app: Optional[str], days: Optional[int], *columns: str) -> Figures:
-        """Columns of the roll-up of days, as lists; 30 days unless told."""
-        shown = self._last_days(days or 30)
-        with self._asking(app) as (db, app_id):
-            rows = {row[0]: row[1:] for row in db.execute(
-                f"select day, {', '.join(columns)} from days where app_id = ? and day between ? and ?",
-                (app_id, shown[0], shown[-1]))}
-        empty = [None if column == "median_seconds" else 0 for column in columns]
-        return {"labels": _dates(shown),
-                **{column: [rows.get(day, empty)[n] for day in shown] for n, column in enumerate(columns)}}
+                for day, new, back in zip(shown, cohorts["devices"], cohorts[column])]
+        return answer
 
     def releases(self, app: Optional[str] = None) -> Figures:
         """What is known of each version of an app, the latest first: at most 100 of them."""
-        shown = self._last_days(ADOPTION_DAYS)
-        with self._asking(app) as (db, app_id):
-            rows = dict_rows(db, f"""
-                with latest as (
-                    select * from releases where {_APPS} order by first_seen desc, app_version, app_id limit 100)
-                select apps.name as app, app_version, sessions, crashes, devices, crashed_devices,
-                    first_seen, last_seen,
-                    (select sum(sessions) from release_days
-                        where app_id = latest.app_id and app_version = latest.app_version
-                            and day between :first and :last) as recent,
-                    (select sum(sessions) from days
-                        where app_id = latest.app_id and day between :first and :last) as of_all
-                from latest join apps on apps.id = app_id
-                order by first_seen desc, app_version, app_id
-                """, {"app": app_id, "first": shown[0], "last": shown[-1]})
-        return {"releases": [_release(**row) for row in rows]}
+        with self._snapshot(app) as (db, app_id):
+            rows = Releases.latest(db, app_id, self._last_days(ADOPTION_DAYS))
+        return {"releases": list(fitting(_release(**row) for row in rows))}
 
     # Behind the admin token: these read the reports, a page at a time
 
@@ -2529,62 +2699,62 @@ class Metrics:
                text: Optional[str] = None, limit: int = 50, cursor: Optional[str] = None) -> Figures:
         """The groups of the crashes that are kept, the most frequent first; with `text` in type, reason or hash."""
         count, group = _group_cursor(cursor)
-        first, last = (self._last_days(days)[0], self._last_days(days)[-1]) if days else (None, None)
-        fits = f"""
-            select *, {_COUNTED_AT} as at from crashes
-            where {_APPS} and (:version is null or app_version = :version)
-                and (:first is null or {_COUNTED_AT} / {DAY} between :first and :last)
+        shown = self._last_days(days) if days else [None]
+        matching = f"""
+            select *, {COUNTED_AT} as at from crashes
+            where {APPS} and (:version is null or app_version = :version)
+                and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
             """
-        found = f"""{fits}
-                and (:text is null or (app_id, group_hash) in (
-                    select app_id, group_hash from groups where {_APPS} and instr(lower(
-                        exception_type || char(10) || coalesce(exception_reason, '') || char(10) || group_hash),
-                        lower(:text))))
-            """
-        with self._asking(app) as (db, app_id):
-            window = {"app": app_id, "version": version, "first": first, "last": last, "text": text,
+        with self._snapshot(app) as (db, app_id):
+            window = {"app": app_id, "version": version, "first": shown[0], "last": shown[-1], "text": text,
                       "limit": limit + 1, "count": count, "group": group}
             rows = dict_rows(db, f"""
                 select group_hash, count(*) as count, count(distinct device_id_hash) as devices,
                     min(at) as first_seen, max(at) as last_seen
-                from ({found}) as found
+                from ({matching}
+                    and (:text is null or (app_id, group_hash) in (
+                        select app_id, group_hash from groups where {APPS} and instr(lower(
+                            exception_type || char(10) || coalesce(exception_reason, '') || char(10) || group_hash),
+                            lower(:text))))) as found
                 group by group_hash
                 having count(*) < :count or count(*) = :count and group_hash > :group
                 order by count(*) desc, group_hash
                 limit :limit
                 """, window)
-            shown = [{
+            groups = [{
                 **self._group(db, app_id, row["group_hash"]), "count": row["count"], "devices": row["devices"],
                 "versions": sorted((version for version, in db.execute(f"""
-                    select distinct app_version from ({fits} and group_hash = :group) as found
+                    select distinct app_version from ({matching} and group_hash = :group) as found
                     where app_version is not null
                     """, {**window, "group": row["group_hash"]})), key=_version_key),
                 "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"])}
                 for row in rows[:limit]]
         following = "{count}-{group_hash}".format(**rows[limit - 1]) if rows[limit:] else None
-        return {"groups": shown, "next": following}
+        return {"groups": groups, "next": following}
 
-    def _group(self, db: Connection, app_id: int, group_hash: str) -> Figures:
-        row, = dict_rows(db, """
+    def _group(self, db: Connection, app_id: Optional[int], group_hash: str) -> Figures:
+        row, = dict_rows(db, f"""
             select group_hash, exception_type, coalesce(exception_reason, '') as exception_reason from groups
-            where app_id = ? and group_hash = ?
-            """, (app_id, group_hash))
+            where {APPS} and group_hash = :group
+            order by last_seen desc, app_id
+            limit 1
+            """, {"app": app_id, "group": group_hash})
         return row
 
     def group(self, group_hash: str, app: Optional[str] = None, limit: int = REPORTS,
               cursor: Optional[str] = None) -> Figures:
         """A group, its spread, and its latest reports. Refusal where no crash of it is kept."""
-        with self._asking(app) as (db, app_id):
+        with self._snapshot(app) as (db, app_id):
             window = {"app": app_id, "group": group_hash, "before": _before(cursor), "limit": limit + 1}
             count, devices, first_seen, last_seen = db.execute(f"""
-                select count(*), count(distinct device_id_hash), min({_COUNTED_AT}), max({_COUNTED_AT}) from crashes
-                where {_APPS} and group_hash = :group
+                select count(*), count(distinct device_id_hash), min({COUNTED_AT}), max({COUNTED_AT}) from crashes
+                where {APPS} and group_hash = :group
                 """, window).fetchone()
             if not count:
                 raise Refusal("not found")
-            spread = {name: _labelled(db.execute(f"""
+            spread = {name: labelled(db.execute(f"""
                 select {column}, count(*) from crashes
-                where {_APPS} and group_hash = :group and {column} is not null
+                where {APPS} and group_hash = :group and {column} is not null
                 group by {column}
                 order by count(*) desc, {column}
                 limit 20
@@ -2593,7 +2763,7 @@ class Metrics:
             reports = _reports(db, f"""
                 select * from crashes where seq in (
                     select seq from crashes
-                    where {_APPS} and group_hash = :group and seq < :before
+                    where {APPS} and group_hash = :group and seq < :before
                     order by seq desc
                     limit :limit)
                 order by seq desc
@@ -2606,26 +2776,26 @@ class Metrics:
         """Of each of these groups: its crashes on each of the last days, the oldest first; its apps; and where in
         the app its latest crash was."""
         shown = self._last_days(days)
-        with self._asking(app) as (db, app_id):
+        with self._snapshot(app) as (db, app_id):
             window = {"app": app_id, "first": shown[0], "last": shown[-1], "since": shown[0] * DAY - MAX_SKEW}
             return {"labels": _dates(shown), "groups": {
                 group_hash: self._group_days(db, {**window, "group": group_hash}, shown) for group_hash in groups}}
 
     def _group_days(self, db: Connection, window: Figures, shown: range) -> Figures:
         counts = dict(db.execute(f"""
-            select {_COUNTED_AT} / {DAY} as day, count(*) from crashes
-            where {_APPS} and group_hash = :group and received_at >= :since
-                and {_COUNTED_AT} / {DAY} between :first and :last
+            select {COUNTED_AT} / {DAY} as day, count(*) from crashes
+            where {APPS} and group_hash = :group and received_at >= :since
+                and {COUNTED_AT} / {DAY} between :first and :last
             group by day
             """, window))
         apps = db.execute(f"""
-            select name from apps where {_APPS.replace("app_id", "id", 1)} and exists (
+            select name from apps where {APPS.replace("app_id", "id", 1)} and exists (
                 select 1 from crashes where app_id = apps.id and group_hash = :group)
             order by name
             """, window).fetchall()
         latest = db.execute(f"""
             select case when length(stack_trace) < 100000 then stack_trace end from crashes
-            where {_APPS} and group_hash = :group
+            where {APPS} and group_hash = :group
             order by received_at desc
             limit 1
             """, window).fetchone()
@@ -2635,18 +2805,17 @@ class Metrics:
 
     def is_empty(self, app: Optional[str] = None) -> bool:
         """Whether nothing was received of an app; of its events, only the latest are looked at."""
-        with self._asking(app) as (db, app_id):
-            return not any(db.execute("""
-                select exists (select 1 from crashes where app_id = :app or :app = :every),
-                    exists (select 1 from days where app_id = :app),
-                    exists (select 1 from (select app_id from events order by seq desc limit :some) as latest
-                        where app_id = :app or :app = :every)
-                """, {"app": app_id, "every": EVERY_APP, "some": 1000}).fetchone())
+        with self._snapshot(app) as (db, app_id):
+            return not any(db.execute(f"""
+                select exists (select 1 from crash_days where {APPS}), exists (select 1 from session_days where {APPS}),
+                    exists (select 1 from (select app_id from events order by seq desc limit 1000) as latest
+                        where {APPS})
+                """, {"app": app_id}).fetchone())
 
     def crash(self, id: str, app: Optional[str] = None) -> Figures:
         """One crash, as it was sent. Refusal where it is not kept."""
-        with self._asking(app) as (db, app_id):
-            found = _reports(db, f"select * from crashes where id = :id and seq = :seq and {_APPS}", {
+        with self._snapshot(app) as (db, app_id):
+            found = _reports(db, f"select * from crashes where id = :id and seq = :seq and {APPS}", {
                 "id": id, "seq": int(id, 16) if re.fullmatch("[0-7][0-9a-f]{15}", id) else -1, "app": app_id})
         if not found:
             raise Refusal("not found")
@@ -2655,7 +2824,7 @@ class Metrics:
     def session(self, session_id: str, app: Optional[str] = None, limit: int = 50,
                 cursor: Optional[str] = None) -> Figures:
         """The events of a session in the order in which they came; in pages as those of `events`."""
-        with self._asking(app) as (db, app_id):
+        with self._snapshot(app) as (db, app_id):
             window = {"app": app_id, "type": None, "name": None, "session": session_id}
             first, window["last"] = self._seqs_of_session(db, window)
             window["after"] = max(first - 1, _before(cursor) if cursor else 0)
@@ -2665,7 +2834,7 @@ class Metrics:
     def events(self, app: Optional[str] = None, type: Optional[str] = None, name: Optional[str] = None,
                session_id: Optional[str] = None, limit: int = 50, cursor: Optional[str] = None) -> Figures:
         """The latest events that are kept. A page may be short of `limit`, or even empty, and have a next one."""
-        with self._asking(app) as (db, app_id):
+        with self._snapshot(app) as (db, app_id):
             window = {"app": app_id, "type": type, "name": name, "session": session_id,
                       "before": _before(cursor), "after": 0}
             if session_id is not None:  # its events are between its first and its last
@@ -2678,15 +2847,15 @@ class Metrics:
         """Between which its events are."""
         return db.execute(f"""
             select coalesce(min(first_seq), 0), coalesce(max(last_seq), -1) from sessions
-            where {_APPS} and session_id = :session
+            where {APPS} and session_id = :session
             """, window).fetchone()
 
     def _events(self, db: Connection, scan: str, window: Figures, limit: int) -> Figures:
-        """A page of those among the first SCANNED events of a query that fit."""
+        """A page of those among the first SCANNED events of a query that match."""
         window.update(limit=limit + 1, scanned=SCANNED)
         found = _reports(db, f"""
             select * from ({scan} limit :scanned) as scanned
-            where {_APPS} and (:type is null or type = :type) and (:name is null or name = :name)
+            where {APPS} and (:type is null or type = :type) and (:name is null or name = :name)
                 and (:session is null or session_id = :session)
             limit :limit
             """, window)
@@ -2697,25 +2866,20 @@ class Metrics:
 
     def device(self, device_id_hash: str) -> Figures:
         """Everything that is kept of a device, in all apps."""
-        with self._store.reading() as db:
-            db.execute("begin")
+        with self._snapshot() as (db, _):
             found = {
                 "apps": dict_rows(db, """
-                    select name as app, first_seen, last_seen, versions from devices join apps on apps.id = app_id
-                    where device_id_hash = ? order by name
-                    """, (device_id_hash,)),
+                    select app_id, name as app, first_day, last_hour from devices join apps on apps.id = app_id
+                    where device = ? order by name
+                    """, (device_key(device_id_hash),)),
                 **{table: _reports(db, f"select * from {table} where device_id_hash = :device order by seq",
-                                   {"device": device_id_hash}) for table in ("crashes", "events")}}
-            db.execute("commit")
-        for app in found["apps"]:
-            app.update(first_seen=iso_time(app["first_seen"]), last_seen=iso_time(app["last_seen"]),
-                       versions=sorted(json.loads(app["versions"]), key=_version_key))
+                                   {"device": device_id_hash}) for table in TABLES.values()}}
+            for app in found["apps"]:
+                app["versions"] = sorted((version for version, in db.execute(
+                    "select app_version from device_versions where app_id = ? and device = ?",
+                    (app.pop("app_id"), device_key(device_id_hash)))), key=_version_key)
+                app.update(first_seen=iso_time(app.pop("first_day") * DAY), last_seen=iso_time(app.pop("last_hour") * HOUR))
         return found
-
-
-def _labelled(rows: Iterable[Tuple[str, int]]) -> Figures:
-    pairs = list(rows)
-    return {"labels": [label for label, _ in pairs], "data": [count for _, count in pairs]}
 
 
 def _dates(days: Iterable[int]) -> List[str]:
@@ -2732,7 +2896,7 @@ def _reports(db: Connection, query: str, parameters: Mapping[str, Any]) -> List[
 
 
 def _shown(row: Mapping[str, Any], time_text: Callable[[int], str]) -> Figures:
-    report = {name: value for name, value in row.items() if value is not None and name != "seq"}
+    report = {name: value for name, value in row.items() if value is not None and name not in ("seq", "other")}
     for name in {"stack_trace", "properties", "extra"} & report.keys():
         report[name] = json.loads(report[name])
     for name in ("received_at", "occurred_at"):
@@ -2759,7 +2923,7 @@ def _version_key(version: str) -> List[Tuple[int, str]]:
 def _group_cursor(cursor: Optional[str]) -> Tuple[int, str]:
     if cursor is None:
         return MAX_NUMBER, ""
-    match = re.fullmatch("([0-9]{1,18})-([0-9a-f]{16})", cursor)
+    match = re.fullmatch(r"([0-9]{1,18})-([0-9a-f]{16}|\(other\))", cursor)
     if match is None:
         raise Refusal("invalid cursor")
     return int(match[1]), match[2]
@@ -3847,7 +4011,7 @@ class Backfeedr:
         self._requests: Counter = Counter()  # by method, route and status
         self._counting = threading.Lock()
         self.pages = Dashboard(self.store, self.metrics, self.settings.public_url)
-        self._ingestion: Dict[str, Tuple[Callable[[Given], Reports], Callable[..., Dict[str, Any]]]] = {
+        self._ingestion: Dict[str, Tuple[Callable[[JsonObject], Reports], Callable[..., Dict[str, Any]]]] = {
             # By path: what makes reports of a body, and an answer of them.
             "/api/v1/crashes": (lambda given: [parse_crash(given)], _crash_answer),
             "/api/v1/events": (lambda given: [parse_event(given)], _event_answer),
@@ -3861,7 +4025,7 @@ class Backfeedr:
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
         method, path = environ.get("REQUEST_METHOD", ""), environ.get("PATH_INFO", "")
         if method == "POST" and path in self._ingestion:  # without bottle, whose part would be as large as ours
-            body, status, headers = _answered(self._submitted, environ)
+            body, status, headers = _answered(self._answer_submission, environ)
             start_response(_STATUS_LINES[status], [*headers.items(), ("Content-Length", str(len(body)))])
             self._count(method, path, status)
             return [body]
@@ -3894,9 +4058,9 @@ class Backfeedr:
         ask, router = self.metrics, _Router(self.pages)
         for method, path, handler in (
                 ("GET", "/health", self._health),
-                ("POST", "/crashes", self._submitted),
-                ("POST", "/events", self._submitted),
-                ("POST", "/events/batch", self._submitted),
+                ("POST", "/crashes", self._answer_submission),
+                ("POST", "/events", self._answer_submission),
+                ("POST", "/events/batch", self._answer_submission),
                 ("GET", "/metrics/daily-crashes", self._asked(ask.daily_crashes, "days")),
                 ("GET", "/metrics/crash-types", self._asked(ask.crash_types, "days")),
                 ("GET", "/metrics/devices", self._asked(ask.devices, "days")),
@@ -3929,34 +4093,25 @@ class Backfeedr:
             *(f"backfeedr_{name}{suffix} {value:.15g}" for suffix, value in samples))]
         return 200, "\n".join([*lines, ""])
 
-    def may_gather(self, method: str, path: str, key: str) -> bool:
-        """Whether such a request may be submitted together with others: not where it would keep them waiting,
-        because another host or the database has to be asked of it."""
+    def can_batch(self, method: str, path: str, key: str) -> bool:
+        """Whether such a request may share a batch. One about which another host or the database has to be
+        asked would hold up the others."""
         return (method == "POST" and path in self._ingestion and not getattr(self._limiter, "waits", True)
                 and self.store.is_cached_key(sha256(key.encode("latin-1", "replace"))))
 
-    def submit(self, environs: Iterable[Environ]) -> None:
-        """Takes what several requests to the ingestion carry, and stores it in one commit. The WSGI call, which
-        does so for a request that comes alone, then only answers each."""
-        submissions: List[Submission] = []
-        try:
-            for environ in environs:
-                environ[_SUBMISSION] = submission = Submission()
-                submissions.append(submission)
-                try:
-                    self._take(environ, submission)
-                except Refusal as refusal:
-                    refusal.__traceback__ = refusal.__context__ = None  # which hold the body
-                    submission.error = refusal
-                except Exception as error:
-                    submission.error = error
-        finally:
-            self.store.add_all([each for each in submissions if each.error is None])
-        self._look_again([each for each in submissions if each.key_hash and not each.reports])
+    def submit_all(self, environs: Iterable[Environ]) -> None:
+        """Decodes requests to the ingestion and stores what they carry in one commit. The WSGI call, which does
+        so for a request that comes alone, then only answers each."""
+        submissions = []
+        for environ in environs:
+            environ[_SUBMISSION] = submission = self._decode_submission(environ)
+            submissions.append(submission)
+        self.store.add_all([each for each in submissions if each.error is None])
+        self._recheck_keys([each for each in submissions if each.key_hash and not each.reports])
 
-    def _look_again(self, refused: Sequence[Submission]) -> None:
-        """A key may have been revoked since it was seen. A commit looks; so must a refusal: once for each key, as a
-        database that is away is waited for."""
+    def _recheck_keys(self, refused: Sequence[Submission]) -> None:
+        """A key may have been revoked since it was cached, which a commit finds out, and a refusal must as well.
+        Looks once for each key, because a database that is away makes each look wait."""
         for key_hash in {each.key_hash for each in refused}:
             try:
                 error = None if self.store.is_active_key(key_hash) else Refusal("invalid API key")
@@ -3966,15 +4121,26 @@ class Backfeedr:
                 if error and each.key_hash == key_hash:
                     each.error = error
 
-    def _submitted(self, environ: Environ) -> Answer:
+    def _answer_submission(self, environ: Environ) -> Answer:
         if _SUBMISSION not in environ:
-            self.submit([environ])
+            self.submit_all([environ])
         submission = environ.pop(_SUBMISSION)  # as a host app may call again with the same one
         seqs, replayed = submission.result()
         _, answer = self._ingestion[environ["PATH_INFO"]]
         return 200 if replayed else 201, answer(submission.reports, seqs)
 
-    def _take(self, environ: Environ, submission: Submission) -> None:
+    def _decode_submission(self, environ: Environ) -> Submission:
+        """The reports of a request, or the error that answers it."""
+        submission = Submission()
+        try:
+            self._decode(environ, submission)
+        except Exception as error:
+            if isinstance(error, Refusal):
+                error.__traceback__ = error.__context__ = None  # which hold the body
+            submission.error = error
+        return submission
+
+    def _decode(self, environ: Environ, submission: Submission) -> None:
         """Checks in the order of the contract: size, key, rate, signature, JSON, fields."""
         body = _read_body(environ, self.settings.max_body_size)
         key = _header(environ, "X_BACKFEEDR_KEY")
@@ -3984,17 +4150,14 @@ class Backfeedr:
         if not self.store.is_known_key(key_hash):
             raise Refusal("invalid API key")
         submission.key_hash = key_hash
+        if not self._limiter.allow(key_hash):  # may ask another host, so not under the lock below
+            raise Refusal("rate limit exceeded", self._limiter.retry_after(key_hash))
         parse, _ = self._ingestion[environ["PATH_INFO"]]
-        self._check_rate(key_hash)  # may ask another host, for which nobody else should wait
         with self._turn:
             signature = self._check_signature(environ, key, body)
             plain = _decompress(environ, body, self.settings.max_body_size)
             submission.reports = parse(decode_json(plain))
             submission.idempotency = _idempotency(environ, signature, plain)
-
-    def _check_rate(self, key_hash: bytes) -> None:
-        if not self._limiter.allow(key_hash):
-            raise Refusal("rate limit exceeded", self._limiter.retry_after(key_hash))
 
     def _check_signature(self, environ: Environ, key: bytes, body: bytes) -> bytes:
         """The signature, if it is good; b"" where there is none and none is required."""
@@ -4094,18 +4257,27 @@ def first_start_text(made: FirstStart, url: str) -> str:
 
 # == Server ====================================================================
 #
-# waitress, and what it needs to be ours: what it refuses is answered in JSON, a stop
-# answers everything that has been sent, no address is logged, its one I/O thread
-# gets its turn, and reports that come together share a thread and a commit.
+# waitress, and what has to be changed in it: it refuses in JSON, a stop answers every
+# request that was sent, no client's address is logged, and reports that come together
+# share a thread and a commit. Each class below says which fault of waitress it mends.
 
-DRAIN_SECONDS = 4.0  # a stop waits so long for requests that have begun to arrive
+try:
+    import waitress.server
+    from waitress.channel import HTTPChannel
+    from waitress.parser import HTTPRequestParser, ParsingError
+    from waitress.task import ErrorTask, Task, ThreadedTaskDispatcher, WSGITask
+except ImportError:  # only `serve` needs it; an app that runs under another server does not
+    waitress = None  # type: ignore[assignment]
+    HTTPChannel = HTTPRequestParser = ErrorTask = Task = ThreadedTaskDispatcher = WSGITask = object  # type: ignore
+
+DRAIN_SECONDS = 4.0  # how long a stop waits for requests that have begun to arrive
+QUIET_SECONDS = 0.3  # after so long without a byte, a stop takes a connection to be idle
 SWITCH_SECONDS = 0.002  # how long a thread may keep the interpreter while others wait for it
-QUIET_SECONDS = 0.3  # a connection that is silent so long has sent nothing more
-REQUEST_SECONDS = 60  # for a request to arrive, and for a connection between two requests;
-SLOWEST = 2000  # bytes a second, a phone's on a bad day: the time that they take is not counted
-TOGETHER = 100  # submissions that are taken until they are durable: of batches, as many rows as may wait for a commit;
-TOGETHER_BYTES = 4_000_000  # and their bytes, as decoded they need a multiple of it
-SUBMITTERS = 8  # threads for them: one commits, and others take what comes meanwhile; each keeps memory of its own
+REQUEST_SECONDS = 60  # for a request to arrive, and between two requests of a connection
+SLOWEST = 2000  # bytes a second, of a phone on a bad day: each byte gives its request as much more time
+BATCH_THREADS = 4  # one commits while the next one decodes; with two, 16 clients get 14 % less done
+BATCHED_REQUESTS = 100  # in all batches together; if each is 100 events, as many rows as the store lets wait
+BATCHED_BYTES = 4_000_000  # in all batches together; decoded they take several times as much memory
 
 
 def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> None:
@@ -4114,10 +4286,8 @@ def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> Non
 
     `make` makes the server from settings with its real port, and tells `announce` what is to be printed.
     """
-    try:
-        import waitress  # noqa: F401 (only here: another server's host needs none)
-    except ImportError:
-        raise ImportError(_MISSING.format("waitress")) from None
+    if waitress is None:
+        raise ImportError(_MISSING.format("waitress"))
     listener = _listen(settings.host, settings.port)
     settings = replace(settings, port=listener.getsockname()[1])
     made: List[str] = []
@@ -4133,11 +4303,10 @@ def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> Non
         print("".join(made), end="", flush=True)
         sys.stderr.write(_warning(settings, listener.getsockname()[0]))
         # The default of 5 ms starves the I/O thread, which has to win the interpreter back
-        # after each call; much less wakes all that wait for it too often. Set here and not
-        # on import: a host app's process is its own.
+        # after each call: reports take longer while pages are made. Much less wakes the
+        # waiting threads too often. Set here and not on import, which may be in a host app.
         sys.setswitchinterval(SWITCH_SECONDS)
-        gc.freeze()  # what is here now stays; and of a batch's many objects nearly none are in cycles
-        gc.set_threshold(20_000, 20, 20)
+        gc.freeze()  # the collector no longer looks at what is here to stay: worth 5 % of a batch's time
         while not stopping.is_set():
             server.asyncore.loop(timeout=1, use_poll=True, map=server._map, count=1)
         _drain(server)
@@ -4162,191 +4331,217 @@ def _warning(settings: Settings, address: str) -> str:
             " with https in front, and name its address in BACKFEEDR_PUBLIC_URL\n")
 
 
+class _Parser(HTTPRequestParser):
+    """A request. waitress leaves some without an answer."""
+
+    came = 0.0  # when it was complete
+    environ: Optional[Environ] = None  # once a thread has begun with it
+
+    def parse_header(self, header_plus: bytes) -> None:
+        try:
+            super().parse_header(header_plus)
+        except ValueError as error:
+            # For `http://[` or a length of 5,000 digits. waitress logs it and closes the connection.
+            raise ParsingError(str(error)) from None
+        finally:
+            # Where no body follows or it is refused, waitress sends `100 Continue` and waits for one.
+            if not self.chunked and not 0 < self.content_length < self.adj.max_request_body_size:
+                self.expect_continue = False
+
+
+class _Task(Task):
+    """Any answer."""
+
+    def build_response_header(self) -> bytes:
+        """Tells clients to send no more during a stop, which waitress does not: a client that went on sending would
+        lose its last request. Logs the request."""
+        if not self.channel.server.accepting:
+            self.set_close_on_finish()
+        if log.isEnabledFor(logging.INFO):
+            request = self.request
+            log.info("%s %s %.1f ms", _request_line(request), self.status[:3], 1000 * (time.monotonic() - request.came))
+        return super().build_response_header()
+
+
+class _ErrorTask(_Task, ErrorTask):
+    """What waitress refuses, in JSON. Its own answer is plain text."""
+
+    def execute(self) -> None:
+        error = self.request.error
+        body = _error_body(error.code)
+        self.status = f"{error.code} {error.reason}"
+        self.response_headers.extend(_HEADERS.items())
+        self.set_close_on_finish()
+        self.content_length = len(body)
+        self.write(body)
+
+
+class _AppTask(_Task, WSGITask):
+    """An answer of the app."""
+
+    def get_environment(self) -> Environ:
+        """One for each request and not for each task: a batch has put the submission into it."""
+        if self.request.environ is None:
+            self.request.environ = super().get_environment()
+        return self.request.environ
+
+
+class _Channel(HTTPChannel):
+    """A connection."""
+
+    parser_class, task_class, error_task_class = _Parser, _AppTask, _ErrorTask
+    __repr__ = object.__repr__  # that of waitress has the client's address, and is logged with errors
+
+    def received(self, data: bytes) -> bool:
+        """Counts the time of a request from its beginning. waitress counts from the last byte, so a client that
+        sends a byte now and then would keep its connection for ever."""
+        begun = self.request
+        received = super().received(data)
+        now = self.last_activity
+        self.began = now if begun is None or self.request is not begun else min(now, self.began + len(data) / SLOWEST)
+        self.last_activity = self.began
+        return received
+
+    def service(self) -> None:
+        """Sends the answer at once if the next request of the connection is here already. Because of `send_bytes`
+        the I/O thread would keep it until that one is answered, too."""
+        super().service()
+        if self.requests:
+            with self.outbuf_lock:
+                if self.connected:
+                    self._flush_exception(self._flush_some, do_close=False)
+
+    def _flush_some(self, do_close: bool = True) -> bool:
+        """Takes the lock, which waitress's I/O thread does not. While that sent an answer, a worker sent the
+        `100 Continue` for the next request, and both were sent twice and mixed."""
+        with self.outbuf_lock:
+            return super()._flush_some(do_close)
+
+    def writable(self) -> bool:
+        """Not where `handle_write` would leave a small answer to the thread that works on it. waitress's I/O thread
+        would spin until that is done, and take the interpreter from the thread that it waits for."""
+        if self.requests and not self.will_close and self.total_outbufs_len < self.adj.send_bytes:
+            return False
+        return super().writable()
+
+
+class _Dispatcher(ThreadedTaskDispatcher):
+    """Gives all submissions that come while a thread decodes to that thread, which stores them in one commit.
+    waitress wakes a thread for each request, which takes longer than the work; all others it still gets."""
+
+    def __init__(self, app: Backfeedr, threads: int):
+        super().__init__()
+        self.set_thread_count(threads)
+        self.app = app
+        self.taking = threading.Lock()  # held by the thread that waits for requests and decodes them
+        self.changed = threading.Condition()  # guards what follows
+        self.coming: Deque[_Channel] = deque()  # their requests wait for a batch
+        self.requests = self.bytes = 0  # in all batches
+        self.is_stopped = False
+        self.batch_threads = [threading.Thread(target=self.run, daemon=True) for _ in range(BATCH_THREADS)]
+        for thread in self.batch_threads:
+            thread.start()
+
+    def add_task(self, channel: _Channel) -> None:
+        request = channel.requests[0]
+        request.came = time.monotonic()
+        if request.error or not self.app.can_batch(
+                request.command, request.path, request.headers.get("X_BACKFEEDR_KEY", "")):
+            return super().add_task(channel)
+        with self.changed:
+            self.coming.append(channel)
+            self.changed.notify()
+
+    def run(self) -> None:
+        while not self.is_stopped:
+            self.store_batch()
+
+    def store_batch(self) -> None:
+        """Waits for requests, stores what they carry, and answers each."""
+        batch: List[Tuple[_Channel, int]] = []
+        with closing(self.take_all(batch)) as environs:
+            self.attempt(self.app.submit_all, environs)
+        with self.changed:
+            self.requests -= len(batch)
+            self.bytes -= sum(size for _, size in batch)
+            self.changed.notify()
+        for channel, _ in batch:
+            self.attempt(channel.service)
+
+    def take_all(self, batch: List[Tuple[_Channel, int]]) -> Iterator[Environ]:
+        """Waits for a request, and takes it and all others that come while the caller decodes. One thread does so
+        at a time. `batch` gets the channels and the sizes of their requests."""
+        with self.taking:
+            with self.changed:
+                self.changed.wait_for(lambda: self.is_stopped or self.has_next())
+            while self.take_next(batch):
+                channel, _ = batch[-1]
+                if not channel.connected:
+                    continue
+                request = channel.requests[0]
+                environ = _AppTask(channel, request).get_environment()
+                if time.monotonic() - request.came <= BUSY_TIMEOUT:
+                    yield environ
+                else:  # there was no room for so long
+                    environ[_SUBMISSION] = Submission(error=StorageUnavailable())
+
+    def has_next(self) -> bool:
+        """Whether a request waits, and there is room for it."""
+        return bool(self.coming) and self.requests < BATCHED_REQUESTS and self.bytes < BATCHED_BYTES
+
+    def take_next(self, batch: List[Tuple[_Channel, int]]) -> bool:
+        with self.changed:
+            if not self.has_next():
+                return False
+            channel = self.coming.popleft()
+            request = channel.requests[0]
+            is_packed = "CONTENT_ENCODING" in request.headers  # and may become as large as any
+            size = self.app.settings.max_body_size if is_packed else request.body_bytes_received
+            self.requests, self.bytes = self.requests + 1, self.bytes + size
+            batch.append((channel, size))
+            return True
+
+    def attempt(self, step: Callable[..., Any], *arguments: Any) -> None:
+        """Logs an error, which must not end the thread or keep others from their answers."""
+        try:
+            step(*arguments)
+        except BaseException:
+            log.exception("unexpected error")
+
+    def shutdown(self, *arguments: Any, **options: Any) -> bool:
+        with self.changed:
+            self.is_stopped = True
+            self.changed.notify_all()
+        for thread in self.batch_threads:
+            thread.join(timeout=1)
+        return super().shutdown(*arguments, **options)
+
+
+def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) -> Any:
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of every request that waits
+    server = waitress.server.create_server(
+        app, _dispatcher=_Dispatcher(app, settings.threads), sockets=[listener], ident=None,
+        max_request_body_size=settings.max_body_size + 65536,  # a little more: the app's own limit goes first
+        connection_limit=_connection_limit(settings.threads + BATCH_THREADS),
+        max_request_header_size=32768, inbuf_overflow=131072,
+        channel_timeout=REQUEST_SECONDS, cleanup_interval=10, recv_bytes=65536, asyncore_use_poll=True)
+    server.channel_class = _Channel
+    # Head and body of an answer leave together, sent by the I/O thread: a tenth more speed. (As an option
+    # of create_server it is deprecated.)
+    server.adj.send_bytes = 16384
+    return server
+
+
 def _request_line(request: Any) -> str:
-    """Method and path of waitress's request as they may be logged: in printable ASCII, without query or key."""
-    if not hasattr(request, "path") or request.error and request.error.code == 431:  # which waitress has not read
+    """Method and path of a request as they may be logged: in printable ASCII, without query or key."""
+    if not hasattr(request, "path") or request.error and request.error.code == 431:  # waitress did not read it
         return "- -"
     path = quote(request.path[:200], safe="/:@!$&'()*+,;=~", encoding="latin-1") or "-"
     return re.sub("(bf_[a-z]+_)[0-9A-Za-z]+", r"\1...", f"{request.command[:20]} {path}")
 
 
-def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) -> Any:
-    import waitress.channel
-    import waitress.parser
-    import waitress.server
-    import waitress.task
-
-    class Parser(waitress.parser.HTTPRequestParser):
-        environ: Optional[Environ] = None  # and since when it is worked on
-        began = 0.0
-
-        def parse_header(self, header_plus: bytes) -> None:
-            try:
-                super().parse_header(header_plus)
-            except ValueError as error:  # a target or a length that waitress has not foreseen
-                raise waitress.parser.ParsingError(str(error)) from None
-            finally:  # else waitress says `100 Continue` also where nothing is to come, and waits for it
-                if not self.chunked and not 0 < self.content_length < self.adj.max_request_body_size:
-                    self.expect_continue = False
-
-    class Logged:
-        def service(self) -> None:
-            began = self.request.began or time.perf_counter()  # type: ignore[attr-defined]
-            try:
-                super().service()  # type: ignore[misc]
-            finally:
-                if settings.verbose:
-                    took = 1000 * (time.perf_counter() - began)
-                    log.info("%s %s %.1f ms", _request_line(self.request), self.status[:3], took)  # type: ignore
-
-    class ErrorTask(Logged, waitress.task.ErrorTask):
-        def execute(self) -> None:
-            error = self.request.error
-            body = _error_body(error.code)
-            self.status = f"{error.code} {error.reason}"
-            self.response_headers.extend(_HEADERS.items())
-            self.set_close_on_finish()
-            self.content_length = len(body)
-            self.write(body)
-
-    class Task(Logged, waitress.task.WSGITask):
-        def get_environment(self) -> Environ:
-            request = self.request
-            if request.environ is None:  # and not another one where its submission has been taken
-                request.began, request.environ = time.perf_counter(), super().get_environment()
-            return request.environ
-
-        def build_response_header(self) -> bytes:
-            if not self.channel.server.accepting:  # while it stops: tell the client to send no more
-                self.set_close_on_finish()
-            return super().build_response_header()
-
-    class Channel(waitress.channel.HTTPChannel):
-        parser_class, task_class, error_task_class = Parser, Task, ErrorTask
-        __repr__ = object.__repr__  # waitress puts it in its log, with the client's address
-
-        def begin(self) -> Environ:
-            """The environ of its request, which a task then answers."""
-            return Task(self, self.requests[0]).get_environment()
-
-        def received(self, data: bytes) -> bool:
-            begun = self.request
-            received = super().received(data)
-            now = self.last_activity
-            self.began = now if begun is None or self.request is not begun else min(
-                now, self.began + len(data) / SLOWEST)
-            self.last_activity = self.began  # and not that of the last byte: a drip would be active for ever
-            return received
-
-        def _flush_some(self, do_close: bool = True) -> bool:
-            with self.outbuf_lock:  # else a `100 Continue` from a worker and the answer before it mix, both sent twice
-                return super()._flush_some(do_close)
-
-        def writable(self) -> bool:
-            # While a thread works on a request, it sends the answer itself. To ask meanwhile
-            # whether there is room keeps the I/O thread spinning, and the other from finishing.
-            if self.requests and not self.will_close and self.total_outbufs_len < self.adj.outbuf_high_watermark:
-                return False
-            return super().writable()
-
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of every request that waits
-    server = waitress.server.create_server(
-        app, _dispatcher=_make_dispatcher(app, settings.threads), sockets=[listener], ident=None,
-        max_request_body_size=settings.max_body_size + 65536,  # a little more: the app's own limit goes first
-        connection_limit=_connection_limit(settings.threads + SUBMITTERS),
-        max_request_header_size=32768, inbuf_overflow=131072,
-        channel_timeout=REQUEST_SECONDS, cleanup_interval=10, recv_bytes=65536, asyncore_use_poll=True)
-    server.channel_class = Channel
-    server.adj.send_bytes = 16384  # so that head and body of an answer leave together, by the I/O thread
-    return server
-
-
-def _make_dispatcher(app: Backfeedr, threads: int) -> Any:
-    import waitress.task
-
-    class Dispatcher(waitress.task.ThreadedTaskDispatcher):
-        """Gives one thread all submissions that have come meanwhile, for one commit, and another one any other
-        request: to wake a thread for each, and again after its commit, takes longer than what it does."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.submitters = waitress.task.ThreadedTaskDispatcher()
-            self.submitters.set_thread_count(SUBMITTERS)
-            self.coming: Deque[Tuple[Any, float]] = deque()  # channels, and since when they wait
-            self.is_called = False  # a thread, to take what comes
-            self.requests = self.bytes = 0  # that are taken, and not yet durable
-
-        def add_task(self, task: Any) -> None:
-            request = task.requests[0]
-            if request.error or not app.may_gather(
-                    request.command, request.path, request.headers.get("X_BACKFEEDR_KEY", "")):
-                return super().add_task(task)
-            self.coming.append((task, time.monotonic()))
-            self.call()
-
-        def call(self) -> None:
-            """Calls a thread where there is something to take, and room for it."""
-            with self.lock:
-                if self.is_called or not self.coming or not self.has_room():
-                    return
-                self.is_called = True
-            self.submitters.add_task(self)
-
-        def has_room(self) -> bool:
-            return self.requests < TOGETHER and self.bytes < TOGETHER_BYTES
-
-        def service(self) -> None:
-            """In a thread: takes what comes, and answers it when it is durable."""
-            taken: List[Tuple[Any, int]] = []
-            self.attempt(app.submit, self.take(taken))  # what is wrong is in the answers
-            with self.lock:
-                self.requests -= len(taken)
-                self.bytes -= sum(size for _, size in taken)
-            self.call()
-            for channel, _ in taken:
-                self.attempt(channel.service)
-
-        def attempt(self, step: Callable[..., Any], *arguments: Any) -> None:
-            """As one must not keep the others from their answers."""
-            try:
-                step(*arguments)
-            except Exception:
-                log.exception("unexpected error")
-
-        def take(self, taken: List[Tuple[Any, int]]) -> Iterator[Environ]:
-            try:
-                while self.coming and self.has_room():
-                    channel, came = self.coming.popleft()
-                    request = channel.requests[0]
-                    is_packed = "CONTENT_ENCODING" in request.headers
-                    size = app.settings.max_body_size if is_packed else request.body_bytes_received
-                    taken.append((channel, size))
-                    with self.lock:
-                        self.requests, self.bytes = self.requests + 1, self.bytes + size
-                    if channel.connected and time.monotonic() - came <= BUSY_TIMEOUT:
-                        yield channel.begin()
-                    elif channel.connected:  # those before it have waited as long, and in vain
-                        channel.begin()[_SUBMISSION] = Submission(error=StorageUnavailable())
-            finally:  # what comes from now on is for another thread
-                self.is_called = False
-                self.call()
-
-        def cancel(self) -> None:
-            """At a stop that has taken too long."""
-            for channel, _ in list(self.coming):
-                channel.cancel()
-
-        def shutdown(self, *arguments: Any, **options: Any) -> bool:
-            self.submitters.shutdown(*arguments, **options)
-            return super().shutdown(*arguments, **options)
-
-    dispatcher = Dispatcher()
-    dispatcher.set_thread_count(threads)
-    return dispatcher
-
-
 def _connection_limit(threads: int) -> int:
-    """As many as there are files for: two each, one of them for a large body, beside the database's."""
+    """As many connections as there are files for: two each, as a large body takes one, beside the database's."""
     files = 1024
     try:
         import resource
@@ -4361,7 +4556,7 @@ def _connection_limit(threads: int) -> int:
 
 
 def _drain(server: Any) -> None:
-    """Stops accepting, and answers everything that has been sent."""
+    """Stops accepting, and answers every request that was sent. waitress ends with requests in flight."""
     accepted = -1
     while len(server.active_channels) > accepted:
         accepted = len(server.active_channels)
@@ -4381,155 +4576,154 @@ def _drain(server: Any) -> None:
 
 # == Operations ================================================================
 #
-# What keeps the reports of a running server safe, and moves them: a copy of the file,
-# and a line a report. What takes long tells somebody, `progress`, how far it has come.
+# Back up, export, import and check a database while the server runs. What takes
+# long calls `progress` with how far it has come.
 
-BACKUP_PAGES = 1000  # between two looks at how far a backup has come
-IMPORT_LINES = 1000  # in a transaction,
-IMPORT_BYTES = 1_000_000  # unless they are longer than this together
-MAX_LINE = 1 << 27  # bytes of a report in a file: far above any body that a server takes
-LOW_DISK = 100_000_000  # free bytes, below which `check` finds something wrong
+BACKUP_PAGES = 1000  # copied between two calls of `progress`
+IMPORT_LINES = 1000  # at most in a transaction
+IMPORT_BYTES = 1_000_000  # after which a transaction ends, too
+MAX_LINE = 1 << 27  # bytes of an exported report: far above any body that a server accepts
+LOW_DISK = 100_000_000  # bytes; with less than this free, `check` fails
 
 Progress = Callable[..., Any]
 
 
 def backup(store: Store, path: Path, progress: Progress) -> None:
-    """Writes a copy of the database as it is now to a new file that only its owner can read. Raises StoreError.
+    """Copies the database as it is now to a new file that only its owner can read. Raises StoreError.
 
-    From within one read transaction: it stops no writer, and no writer makes it begin anew,
-    as happens to the backup API else. The price is a WAL that grows until it is done.
-    A copy has its name only when it is complete.
+    The copy gets its name only when it is complete.
     """
     if path.exists():
         raise StoreError(f"there is a file {path} already")
-    partial = ""
     try:
-        number, partial = tempfile.mkstemp(".partial", path.name + ".", path.parent)  # readable by its owner only
-        os.close(number)
-        _copy_database(store, partial, progress)
-        os.link(partial, path)  # refuses what has come meanwhile
+        # A temporary file has mode 0600, and is deleted also after an error.
+        with tempfile.NamedTemporaryFile(prefix=path.name + ".", suffix=".partial", dir=path.parent) as partial:
+            _copy_database(store, partial.name, progress)
+            os.link(partial.name, path)  # fails if another file took the name meanwhile
     except OSError as error:
         raise StoreError(f"cannot write the backup {path}: {error.strerror}") from None
-    finally:
-        if os.path.exists(partial):
-            os.unlink(partial)
 
 
 def _copy_database(store: Store, path: str, progress: Progress) -> None:
+    """Copies within one read transaction: it blocks no writer, and no writer makes SQLite start the copy again.
+    The price is a WAL that grows until the copy is done."""
     with store.reading() as db, closing(sqlite3.connect(path)) as copy:
         db.execute("begin")
-        db.execute("select 1 from apps").fetchone()  # from here on it sees nothing new
+        db.execute("select 1 from apps").fetchone()  # a read transaction starts with its first read
         try:
             db.backup(copy, pages=BACKUP_PAGES, progress=lambda _, left, pages: progress(pages - left, pages))
         except sqlite3.Error as error:
-            raise StoreError(f"cannot write the backup: {error}") from None  # so it is not the store's trouble
+            raise StoreError(f"cannot write the backup: {error}") from None  # the copy failed, not the store
         db.execute("commit")
 
 
 def export_jsonl(reports: Iterable[StoredReport], out: TextIO) -> None:
-    """Writes a JSON object a line: a report as it was sent, and what a server knew of it beside."""
-    for kept in reports:
-        out.write(_encode(_exported(kept)) + "\n")
+    """Writes one JSON object per line: the report as it was sent, with its id, app and time of receipt."""
+    for stored in reports:
+        out.write(_encode(_exported(stored)) + "\n")
 
 
 def export_csv(reports: Iterable[StoredReport], out: TextIO, kind: type) -> None:
-    """Writes the same as a table with a head, in which no cell is a formula to a spreadsheet."""
-    names = ["id", "app", "is_test", "received_at", *kind._fields]
-    table = csv.DictWriter(out, names)
+    """Writes the same as a table with a header. A spreadsheet reads no cell of it as a formula."""
+    table = csv.DictWriter(out, ["id", "app", "is_test", "received_at", *kind._fields])
     table.writeheader()
-    for kept in reports:
-        table.writerow({name: _cell(value) for name, value in _exported(kept).items()})
+    for stored in reports:
+        table.writerow({name: _csv_cell(value) for name, value in _exported(stored).items()})
 
 
-def _exported(kept: StoredReport) -> Figures:
-    report_id = crash_id(kept.seq) if type(kept.report) is Crash else event_ids([kept.seq])[0]
-    return _shown({"id": report_id, "app": kept.app, "is_test": kept.is_test, "received_at": kept.received_at,
-                   **kept.report._asdict()}, exact_time)
+def _exported(stored: StoredReport) -> Figures:
+    report_id = crash_id(stored.seq) if type(stored.report) is Crash else event_ids([stored.seq])[0]
+    return _shown({"id": report_id, "app": stored.app, "is_test": stored.is_test, "received_at": stored.received_at,
+                   **stored.report._asdict()}, exact_time)
 
 
-def _cell(value: Any) -> Any:
+def _csv_cell(value: Any) -> Any:
     if type(value) in (list, dict):
         return _encode(value)
     return "'" + value if type(value) is str and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 
 
-def read_kept(line: bytes) -> StoredReport:
-    """A report from a line that `export_jsonl` wrote, checked like a client's. Raises Refusal.
+_EXPORTED_FIELDS = {"app": _is_short_text, "id": _is_short_text, "is_test": _CRASH_FIELDS["is_charging"],
+                    "received_at": _is_short_text, "extra": _is_object}  # beside those of a crash or an event
 
-    What the server makes of a report, its group_hash, is made anew.
-    """
-    given = decode_json(line)
-    given.pop("group_hash", None)
-    app, report_id = (_short_text(given.pop(name, None), name) for name in ("app", "id"))
-    is_test = _of(bool)(given.pop("is_test", None), "is_test")
-    came = _time(given.pop("received_at", None), "received_at")
-    extra = _of(dict)(given.pop("extra", {}), "extra")
+
+def _parse_exported(line: bytes) -> StoredReport:
+    """A report from a line of `export_jsonl`, checked like one from a client. Raises Refusal."""
+    given = {"extra": {}, **decode_json(line)}
+    given.pop("group_hash", None)  # computed again
+    app, report_id, is_test, received_at, extra = (
+        _validate_field(given.pop(name, None), name, rule, absent=()) for name, rule in _EXPORTED_FIELDS.items())
     match = re.fullmatch("(evt_)?([0-7][0-9a-f]{15})", report_id)
-    seq = int(match[2], 16) if match else -1
-    # A seq is not before its time; and after it by a day at most, where a clock was so fast before.
-    if match is None or not first_seq(came) <= seq < first_seq(came + 2 * DAY):
+    # A seq is never before its time of receipt. It may be about a day later, after the server's clock was set back.
+    if not match or not first_seq(received_at) <= int(match[2], 16) < first_seq(received_at + 2 * DAY):
         raise Refusal("invalid id")
     report = (parse_event if match[1] else parse_crash)({**extra, **given})
-    return StoredReport(seq, app, is_test, came, report)
+    return StoredReport(int(match[2], 16), app, is_test, received_at, report)
 
 
 def import_jsonl(store: Store, lines: Iterable[bytes], progress: Progress) -> Counter:
-    """Stores what `export_jsonl` wrote, in the way of `Store.import_`, and returns the sum of what that does.
+    """Stores what `export_jsonl` wrote and returns the summed counts of `Store.import_`.
 
-    Raises StoreError with the number of the first bad line; what stands well before it is stored then.
+    Raises StoreError with the number of the first bad line; the good lines before it are stored then.
     """
     counts: Counter = Counter()
     try:
-        for step in _steps(lines):
-            counts += store.import_(step)
+        for batch in _import_batches(lines):
+            counts += store.import_(batch)
             progress(sum(counts.values()))
     except (StoreError, StorageUnavailable) as error:
-        raise StoreError(f"{error}; {counts['stored']:,} reports before it were stored: import the whole file"
-                         " again, when this is mended") from None
+        raise StoreError(f"{error}; {counts['stored']:,} reports before it were stored: fix this and import the"
+                         " whole file again") from None
     return counts
 
 
-def _steps(lines: Iterable[bytes]) -> Iterator[List[StoredReport]]:
-    step: List[StoredReport] = []
+def _import_batches(lines: Iterable[bytes]) -> Iterator[List[StoredReport]]:
+    batch: List[StoredReport] = []
     size = 0
     for number, line in enumerate(lines, 1):
         try:
-            step += [read_kept(line)] if line.strip() else []
+            if line.strip():
+                batch.append(_parse_exported(line))
         except Refusal as refusal:
-            yield step
+            yield batch
             raise StoreError(f"line {number}: {refusal}") from None
         size += len(line)
-        if len(step) >= IMPORT_LINES or size > IMPORT_BYTES:
-            yield step
-            step, size = [], 0
-    yield step
+        if len(batch) >= IMPORT_LINES or size > IMPORT_BYTES:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 class ReadOnlyConnection(Connection):
-    """A connection that changes nothing, nor the files beside: without a WAL nobody writes, and none is made."""
+    """A connection that changes neither the database nor the files beside it."""
 
     def __init__(self, path: Path):
+        # Without a WAL, nobody writes; `immutable` keeps SQLite from making one.
         super().__init__(path, True, "ro" if Path(f"{path}-wal").exists() else "ro&immutable=1")
+
+    @staticmethod
+    def uri(path: Path) -> str:
+        return f"{path.as_uri()}?mode=" + ("ro" if Path(f"{path}-wal").exists() else "ro&immutable=1")
 
 
 def check(path: Path) -> Iterator[Tuple[str, Callable[[], str]]]:
-    """What there is to look at in a database, by name. To look gives what was found, or raises what is wrong."""
-    yield "SQLite", _check_sqlite
-    yield "disk", lambda: _look_at_disk(path)
-    yield "file", lambda: _look_at_file(path)
-    yield "schema", lambda: _look_at_schema(path)
-    yield "pages", lambda: _look_at_pages(path)
-    yield "roll-ups", lambda: _look_at_roll_ups(path)
+    """The checks of a database, by name. Each returns what it found, or raises what is wrong."""
+    yield "SQLite", check_sqlite
+    yield "disk", lambda: _check_disk(path)
+    yield "file", lambda: _check_access(path)
+    yield "schema", lambda: _check_schema(path)
+    yield "pages", lambda: _check_pages(path)
+    yield "roll-ups", lambda: _check_roll_ups(path)
 
 
-def _look_at_disk(path: Path) -> str:
+def _check_disk(path: Path) -> str:
     free = shutil.disk_usage(path.parent).free
     if free < LOW_DISK:
         raise StoreError(f"only {_megabytes(free)} are free")
     return f"{_megabytes(free)} free"
 
 
-def _look_at_file(path: Path) -> str:
+def _check_access(path: Path) -> str:
     if not path.is_file():
         raise StoreError(f"{path} is not there")
     if not os.access(path, os.R_OK | os.W_OK):
@@ -4537,23 +4731,23 @@ def _look_at_file(path: Path) -> str:
     return f"{path}, {_megabytes(path.stat().st_size)}, WAL {_megabytes(_wal_size(path))}"
 
 
-def _look_at_schema(path: Path) -> str:
+def _check_schema(path: Path) -> str:
     with closing(ReadOnlyConnection(path)) as db, closing(sqlite3.connect(":memory:")) as fresh:
-        _check_file(db, path)
+        check_is_ours(db, path)
         version = db.pragma("user_version")
-        if 0 < version < SCHEMA_VERSION:
-            return f"version {version}, of which the next start makes version {SCHEMA_VERSION}"
         if not version:
             raise StoreError("there are no tables")
+        if version < SCHEMA_VERSION:
+            return f"version {version}, which the next start upgrades to version {SCHEMA_VERSION}"
         fresh.executescript(SCHEMA)
-        expected, found = map(_shape, (fresh, db))
-        if not expected <= found:
-            raise StoreError(f"there is no {', '.join(sorted(expected - found))}")
+        missing = _schema_parts(fresh) - _schema_parts(db)
+        if missing:
+            raise StoreError(f"there is no {', '.join(sorted(missing))}")
         return f"version {version}"
 
 
-def _shape(db: sqlite3.Connection) -> Set[str]:
-    """The tables, indexes and columns."""
+def _schema_parts(db: sqlite3.Connection) -> Set[str]:
+    """The tables and indexes, each with each of its columns."""
     return {f"{kind} {name}" + f" with {column}" * bool(column) for kind, name, column in db.execute("""
         select master.type, master.name, columns.name
         from sqlite_master as master cross join pragma_table_xinfo(master.name) as columns
@@ -4565,7 +4759,7 @@ def _shape(db: sqlite3.Connection) -> Set[str]:
         """) if not name.startswith("sqlite_")}
 
 
-def _look_at_pages(path: Path) -> str:
+def _check_pages(path: Path) -> str:
     with closing(ReadOnlyConnection(path)) as db:
         found = db.pragma("quick_check(1)")
         if found != "ok":
@@ -4573,419 +4767,166 @@ def _look_at_pages(path: Path) -> str:
         return f"{db.pragma('page_count'):,}, all sound"
 
 
-def _look_at_roll_ups(path: Path) -> str:
-    """Compares what is equal however much has expired. Most sums outlive their reports, so only what tells of
-    those that are kept is counted again; of the rest, those that say the same in two places are compared."""
-    day_columns = "crashes", "sessions", "ended", "session_ms"
-    # A device goes with its last report to the hour.
-    settled = (f"seq > {first_seq(HOUR)} + (select coalesce(max(value), 0) from state"
-               " where name in ('expired_crashes', 'expired_events'))")
-    minus, unequal = ", ".join(f"-{each}" for each in day_columns), " or ".join(f"sum({each})" for each in day_columns)
-    with closing(ReadOnlyConnection(path)) as db:
+def _check_roll_ups(path: Path) -> str:
+    """Counts all reports again, by the same code into tables of its own, and compares.
+
+    Sums outlive their reports. So where some have expired, a sum may be larger than what is counted again.
+    """
+    with closing(sqlite3.connect("", isolation_level=None, uri=True)) as db:  # "": a temporary file
+        db.execute("attach database ? as stored", (ReadOnlyConnection.uri(path),))
+        run_script(db, FIGURE_TABLES)
         db.execute("begin")
-        wrong = [what for what, query in {
-            "labels of crashes": f"""
-                select sum(crashes) from (
-                    select app_id, 'exception_type' as field, exception_type as label, count(*) as crashes
-                    from crashes group by app_id, exception_type
-                    union all
-                    select app_id, 'device_model', device_model, count(*)
-                    from crashes where device_model is not null group by app_id, device_model
-                    union all
-                    select app_id, field, label, -crashes from labels where day = {ALL_DAYS})
-                group by app_id, field, label having sum(crashes)""",
-            "labels of days": f"""
-                select sum(crashes) from labels
-                group by app_id, field, label having sum(iif(day = {ALL_DAYS}, -crashes, crashes))""",
-            "groups of crashes": """
-                select app_id, group_hash from crashes except select app_id, group_hash from groups""",
-            "groups of the week": f"""
-                select sum(crashes) from (
-                    select app_id, group_hash, crashes from group_hours
-                    union all
-                    select app_id, group_hash, -recent from groups where app_id <> {EVERY_APP})
-                group by app_id, group_hash having sum(crashes)""",
-            "hours and days": f"""
-                select app_id from (
-                    select app_id, crashes, sessions, devices from hours
-                    union all
-                    select app_id, -crashes, -sessions, -newcomers from days)
-                where app_id <> {EVERY_APP}
-                group by app_id having sum(crashes) or sum(sessions) or sum(devices)""",
-            "days of all apps": f"""
-                select day from (
-                    select day, {", ".join(day_columns)} from days where app_id = {EVERY_APP}
-                    union all
-                    select day, {minus} from days where app_id in {_LIVE})
-                group by day having {unequal}""",
-            "durations of days": """
-                select sum(sessions) from (
-                    select app_id, day, sessions from durations
-                    union all
-                    select app_id, day, -ended from days)
-                group by app_id, day having sum(sessions)""",
-            "devices of crashes": f"""
-                select seq from crashes where device_id_hash is not null and {settled} and not exists (
-                    select 1 from devices
-                    where app_id = crashes.app_id and device_id_hash = crashes.device_id_hash)""",
-            "devices of events": f"""
-                select seq from events where device_id_hash is not null and {settled} and not exists (
-                    select 1 from devices where app_id = events.app_id and device_id_hash = events.device_id_hash)""",
-            "sessions of events": """
-                select seq from events where session_id is not null and not exists (
-                    select 1 from sessions
-                    where app_id = events.app_id and session_id = events.session_id
-                        and seq between first_seq and last_seq)""",
-        }.items() if db.execute(query).fetchone()]
+        newest = [db.execute(f"select coalesce(max(received_at), 0) from {table}").fetchone()[0]
+                  for table in TABLES.values()]
+        now = max(*newest, (get_state(db, "trimmed_day", -1) + 1) * DAY)  # of the windows
+        expired = max(get_state(db, "expired_" + table, 0) for table in TABLES.values())
+        for kind, table in TABLES.items():
+            rows = db.execute(f"select {counted_columns(kind)} from {table} order by seq")
+            while page := list(map(COUNTED[kind]._make, rows.fetchmany(PAGE_ROWS))):
+                rollups = RollUps(db, now)
+                rollups.count(kind, page, 1)
+                rollups.save()
+        wrong = [table for figure in RollUps(db, now).figures for table in _unequal_tables(db, figure, expired)]
     if wrong:
-        raise StoreError(f"the {', the '.join(wrong)} are not what they should be")
+        raise StoreError(f"these tables are not what they should be: {', '.join(wrong)}")
     return "agree with the rows, where that can be told"
+
+
+# What can be told where reports have expired. A device or a session whose first report is gone would count on a
+# later day, or for a later release.
+TELLABLE = ("crash_days", "labels", "group_days", "active_days", "device_hours")
+
+
+def _unequal_tables(db: sqlite3.Connection, figure: Figure, expired: int) -> Iterator[str]:
+    for table, sums in figure.sums.items():
+        if expired and table not in TELLABLE:
+            continue
+        columns = ", ".join(sums.key + sums.columns)
+        ours, theirs = (f"select {columns} from {place}.{table}" for place in ("main", "stored"))
+        queries = [f"{ours} except {theirs}", f"{theirs} except {ours}"]
+        if table in (figure.WINDOW[0], "device_hours"):  # whose old rows are deleted some time later
+            queries = queries[:1]
+        if expired and table != "labels":
+            queries = [f"select 1 from main.{table} as ours left join stored.{table} as theirs using"
+                       f" ({', '.join(sums.key)}) where "
+                       + " or ".join(f"ours.{each} > coalesce(theirs.{each}, 0)" for each in sums.columns)]
+        if any(db.execute(query + " limit 1").fetchone() for query in queries):
+            yield table
+    for table in set(re.findall(r"create table (\w+)", figure.TABLES)) - {"medians"}:
+        # A device goes with its last report to the hour.
+        settled = "where (app_id, device) in (select app_id, device from main.devices where last_seq > :settled)"
+        key = ", ".join(KEYS[table])
+        if db.execute(f"""
+                select {key} from main.{table} {settled if "device" in table else ""}
+                except select {key} from stored.{table} limit 1
+                """, {"settled": expired and expired + first_seq(HOUR)}).fetchone():
+            yield table
 
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
-# == Demo ======================================================================
-#
-# A month of made-up apps, so that there is something to look at. It goes in the way that
-# all reports go, under a clock that is moved by hand; the tables are below the logic.
-
-DEMO_DAYS = 35  # the 30 that are shown, and some before: so those begin with phones that are known
-
-
-def serve_demo(settings: Settings) -> None:
-    """Serves made-up reports from a file that is gone afterwards. Raises as `serve`."""
-    def make(settings: Settings, announce: Callable[[str], Any]) -> Backfeedr:
-        fill_demo(settings.db_path, int(time.time() * SECOND))
-        app = Backfeedr(settings, announce=announce)
-        announce("This is a month of made-up reports. The link signs in, once and for ten minutes:\n\n"
-                 f"    {app.pages.invite(_url(settings.host, settings.port))}\n\n")
-        return app
-
-    with tempfile.TemporaryDirectory() as folder:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and so leaves nothing behind while it fills
-        serve(replace(settings, db_path=os.path.join(folder, "demo.db"), api_key="", retention_days=0), make)
-
-
-def fill_demo(path: str, now: int, seed: int = 1) -> None:
-    """Makes the database at `path` and fills it with a month of reports that ends at `now`, in milliseconds.
-
-    The same `now` and `seed` make the same reports. Raises StoreError where an app of the demo is there already.
-    """
-    chance, moment = random.Random(seed), now - DEMO_DAYS * DAY
-    end = now - min(180 * SECOND, now % DAY // 2)  # the last report is some minutes old, but of today
-    with Store(path, clock=lambda: moment / SECOND) as store:
-        keys = {app.name: sha256(store.create_app(app.name, app.is_test)) for app in _DEMO_APPS}
-        reports = sorted(chain.from_iterable(_demo_reports(app, end, chance) for app in _DEMO_APPS),
-                         key=itemgetter(0, 1, 2, 3))
-        for (moment, name, kind), batch in groupby(reports, itemgetter(0, 1, 2)):
-            parse: Callable[[Given], Any] = parse_crash if kind == "crash" else parse_event
-            store.add(keys[name], [parse({**given, "occurred_at": iso_time(at)}) for *_, at, given in batch])
-
-
-def _demo_reports(app: _DemoApp, end: int, chance: random.Random) -> Iterator[Tuple[int, str, str, int, Given]]:
-    """All reports of an app: when they are received, its name, their kind, when they occurred, what is in them."""
-    for phone in [_DemoPhone(app, end, chance) for _ in range(app.phones)]:
-        for start in phone.starts():
-            for kind, at, given in phone.session(start):
-                if at <= end:
-                    yield _demo_arrival(kind, at, end, chance), app.name, kind, at, given
-
-
-def _demo_arrival(kind: str, at: int, end: int, chance: random.Random) -> int:
-    """A crash comes with the next start, all else soon; and the older, the more in one commit, to be quick."""
-    delay = chance.expovariate(1 / 1200) if kind == "crash" else chance.uniform(1, 20)
-    age = max(0, end - at - int(delay * SECOND))
-    step = 5 * SECOND if age < HOUR else HOUR // 6 if age < DAY else 4 * HOUR
-    return end - age // step * step
-
-
-class _DemoPhone:
-    """A made-up phone: who has it, and what it reports."""
-
-    def __init__(self, app: _DemoApp, end: int, chance: random.Random):
-        self.app, self.end, self.chance = app, end, chance
-        age = min(DEMO_DAYS - 1, chance.randrange(66))  # in days; about half of them are there from the first
-        self.joined_at = self.time_of(end // DAY - age)
-        self.sessions, days = chance.choice(_DEMO_HABITS[:4] if age == DEMO_DAYS - 1 else _DEMO_HABITS)
-        self.left_at = self.joined_at + chance.expovariate(1 / days) * DAY
-        self.lag = chance.expovariate(1 / chance.choice((1, 2, 2, 12))) * DAY  # from a release until it is installed
-        model = self.pick(_DEMO_MODELS)
-        systems = _DEMO_SYSTEMS[2:] if model.startswith("iPhone17") else _DEMO_SYSTEMS  # which came with iOS 18
-        self.about = {"device_model": model, "os_version": self.pick(systems), "locale": self.pick(_DEMO_LOCALES),
-                      "device_id_hash": sha256(str(chance.random())).hex()}
-
-    def pick(self, shares: Sequence[Tuple[int, Any]]) -> Any:
-        return self.chance.choices([each[1] for each in shares], [each[0] for each in shares])[0]
-
-    def time_of(self, day: int) -> int:
-        hour, = self.chance.choices(range(24), self.app.hours)
-        return day * DAY + int((hour + self.chance.random()) * HOUR)
-
-    def starts(self) -> Iterator[int]:
-        """When its sessions begin."""
-        yield self.joined_at
-        for day in range(self.joined_at // DAY, int(min(self.left_at, self.end)) // DAY + 1):
-            mean = self.sessions * self.app.week[(day + 3) % 7]  # 1970 began on a Thursday
-            for at in [self.time_of(day) for _ in range(round(self.chance.expovariate(1 / mean)))]:
-                if self.joined_at < at < self.left_at:
-                    yield at
-        if self.joined_at < self.end < self.left_at and self.chance.random() < 0.05:  # so that it is never all quiet
-            yield self.end - int(min(HOUR // 2, self.end % DAY) * self.chance.random())
-
-    def session(self, start: int) -> Iterator[Tuple[str, int, Given]]:
-        """The reports of a session, as kind, time and content."""
-        chance = self.chance
-        version, build = self.release(start)
-        event = {**self.about, "app_version": version, "session_id": f"sess_{chance.getrandbits(48):012x}"}
-        length = chance.lognormvariate(math.log(self.app.seconds), 0.8) * SECOND
-        shares = sorted(chance.uniform(0.05, 0.95) for _ in range(chance.choice((1, 1, 1, 1, 1, 2, 2, 3, 4))))
-        steps = [(start + int(length * share), *self.pick(self.app.actions)) for share in shares]
-        yield "event", start, {**event, "type": "session_start"}
-        for at, kind, name, details in steps:
-            properties = {field: chance.choice(values) for field, values in details.items()}
-            yield "event", at, {**event, "type": kind, "name": name, "properties": properties}
-        crash = self.crash(version)
-        if crash:
-            trail = [(start, "launch"), *((at, name) for at, _, name, _ in steps)]
-            yield "crash", steps[-1][0] + chance.randrange(2000), {
-                **self.about, "app_version": version, "build_number": build, **crash,
-                "breadcrumbs": [{"at": iso_time(at), "action": name} for at, name in trail]}
-        elif chance.random() < 0.93:  # of the others nothing more is heard
-            yield "event", start + int(length), {**event, "type": "session_end"}
-
-    def release(self, at: int) -> Sequence[str]:
-        """The version that it has, and the build."""
-        days = ((self.end - out * DAY, names) for out, *names in self.app.releases)
-        return [names for out, names in days if at >= out + self.lag or self.joined_at >= out][-1]
-
-    def crash(self, version: str) -> Optional[Given]:
-        """What a session ends with, if it does."""
-        for rates, app, only, kind, reason, trace in _DEMO_CRASHES:
-            is_concerned = self.app.name.startswith(app) and only in " {device_model} {os_version}".format(**self.about)
-            if is_concerned and 1000 * self.chance.random() < rates.get(version, 0):
-                return {"exception_type": kind, "exception_reason": reason, **self.condition(),
-                        "stack_trace": [_demo_frame(*each) for each in enumerate(trace.split(" < "))]}
-        return None
-
-    def condition(self) -> Given:
-        chance = self.chance
-        return {"free_memory_mb": chance.randrange(60, 1900), "battery_level": round(chance.uniform(0.06, 1), 2),
-                "is_charging": chance.random() < 0.25, "free_disk_mb": chance.randrange(900, 180_000),
-                "orientation": self.pick(((4, "portrait"), (1, "landscapeLeft")))}
-
-
-def _demo_frame(number: int, text: str) -> Given:
-    place, symbol = text.split(" ", 1)
-    file, _, line = place.partition(":")
-    own = {"file": file, "line": int(line)} if line else {"file": None, "line": None, "library": place}
-    return {"frame": number, "symbol": symbol, **own}
-
-
-class _DemoApp(NamedTuple):
-    name: str
-    is_test: bool
-    phones: int
-    seconds: int               # that a session takes
-    week: Sequence[float]      # how much it is used on each weekday,
-    hours: Sequence[int]       # and in each hour in UTC
-    releases: Sequence[tuple]  # days before the end, version, build
-    actions: Sequence[tuple]   # how often; what: event type, name, and what its properties may be
-
-
-_DEMO_HABITS: Sequence[Tuple[float, float]] = (  # sessions a weekday, and days; the first four: who stays
-    (1.9, 300), (1.1, 120), (0.7, 60), (0.6, 30), (1.3, 50), (1.2, 4), (1, 2), (0.8, 0.5))
-_DEMO_MODELS = (
-    (8, "iPhone13,2"), (12, "iPhone14,5"), (7, "iPhone14,7"), (9, "iPhone15,2"), (10, "iPhone15,4"), (11, "iPhone16,1"),
-    (8, "iPhone16,2"), (9, "iPhone17,1"), (5, "iPhone17,2"), (10, "iPhone17,3"), (5, "iPad13,18"), (3, "iPad14,3"))
-_DEMO_SYSTEMS = ((7, "17.6.1"), (3, "17.7.2"), (9, "18.5"), (24, "18.6.2"), (17, "18.7.1"), (18, "26.0"), (22, "26.1"))
-_DEMO_LOCALES = ((44, "de_DE"), (9, "de_AT"), (7, "de_CH"), (15, "en_GB"), (8, "en_US"), (7, "fr_FR"), (5, "nl_NL"))
-_DEMO_RIDES = (
-    (40, ("custom", "board_opened", {"stop": ("Marktplatz", "Hauptbahnhof", "Hafen"), "from": ("widget", "nearby")})),
-    (25, ("custom", "trip_searched", {"results": (0, 3, 4, 5, 6), "took_ms": (180, 240, 310, 420, 960)})),
-    (9, ("custom", "favourite_added", {"kind": ("stop", "line", "trip")})),
-    (8, ("custom", "ticket_bought", {"zone": ("A", "AB", "ABC"), "kind": ("single", "day", "month")})),
-    (4, ("error", "departures_timeout", {"status": (502, 504), "retry": (1, 2, 3)})))
-_DEMO_MEALS = (
-    (40, ("custom", "recipe_opened", {"course": ("main", "soup", "baking"), "from": ("search", "home", "link")})),
-    (20, ("custom", "timer_started", {"minutes": (5, 8, 10, 12, 25, 45)})),
-    (3, ("error", "image_import_failed", {"reason": ("too_large", "no_access")})))
-_DEMO_COMMUTE = (2, 1, 1, 1, 4, 14, 26, 24, 13, 9, 9, 11, 12, 11, 14, 22, 27, 20, 13, 9, 7, 6, 5, 3)
-_DEMO_COOKING = (2, 1, 1, 1, 1, 2, 4, 6, 8, 11, 14, 12, 8, 8, 11, 17, 24, 23, 15, 9, 7, 6, 5, 3)
-_DEMO_APPS = (
-    _DemoApp("Tramwise", False, 270, 75, (1.05, 1.1, 1.1, 1.08, 1, 0.5, 0.42), _DEMO_COMMUTE,
-             ((99, "2.3.0", "418"), (22.3, "2.4.0", "431"), (8.4, "2.4.1", "437")), _DEMO_RIDES),
-    _DemoApp("Ladlebook", False, 75, 380, (0.6, 0.55, 0.6, 0.65, 0.8, 1.2, 1.35), _DEMO_COOKING,
-             ((99, "1.8.2", "96"), (12.2, "1.9.0", "103")), _DEMO_MEALS),
-    _DemoApp("Tramwise Beta", True, 24, 60, (1, 1, 1, 1, 1, 0.2, 0.2), _DEMO_COMMUTE,
-             ((99, "2.4.0", "426"), (6.5, "2.5.0", "452")), _DEMO_RIDES))
-
-# Stack traces: frame < caller < ..., each a file and line or a library, and a symbol. First, how they end and begin.
-_MAIN = (" < CoreFoundation __CFRunLoopRun < CoreFoundation CFRunLoopRunSpecific < GraphicsServices GSEventRunModal"
-         " < UIKitCore -[UIApplication _run] < UIKitCore UIApplicationMain < dyld start")
-_MAIN_QUEUE = (" < libdispatch.dylib _dispatch_main_queue_drain"
-               " < CoreFoundation __CFRUNLOOP_IS_SERVICING_THE_MAIN_DISPATCH_QUEUE__" + _MAIN)
-_WORKER = (" < libdispatch.dylib _dispatch_call_block_and_release < libdispatch.dylib _dispatch_lane_serial_drain"
-           " < libsystem_pthread.dylib _pthread_wqthread < libsystem_pthread.dylib start_wqthread")
-_RAISE = "CoreFoundation __exceptionPreprocess < libobjc.A.dylib objc_exception_throw < "
-_FATAL = "libswiftCore.dylib _assertionFailure(_:_:file:line:flags:) < "
-_DEMO_CRASHES: Sequence[tuple] = (  # in a thousand sessions of a version; app; on what only; type, reason, trace
-    ({"2.4.0": 38}, "Tramwise", "", "EXC_BREAKPOINT",
-     "Tramwise/DepartureBoard.swift:214: Fatal error: Unexpectedly found nil while unwrapping an Optional value",
-     _FATAL + "DepartureBoard.swift:214 closure #1 (Departure) -> BoardRow in DepartureBoard.merge(_:into:)"
-     " < libswiftCore.dylib Sequence.map<A, B>(_:) < DepartureBoard.swift:209 DepartureBoard.merge(_:into:)"
-     " < RealtimeFeed.swift:88 closure #2 (RealtimeUpdate) -> () in RealtimeFeed.subscribe(to:)" + _MAIN_QUEUE),
-    ({"2.3.0": 8, "2.4.0": 8, "2.4.1": 0.5}, "Tramwise", "", "EXC_BAD_ACCESS",
-     "KERN_INVALID_ADDRESS at 0x0000000000000018",
-     "libobjc.A.dylib objc_retain < LineMapRenderer.swift:162 LineMapRenderer.draw(_:zoomScale:in:)"
-     " < LineMapRenderer.swift:97 @objc LineMapRenderer.draw(_:zoomScale:in:)"
-     " < MapKit -[MKOverlayRenderer _renderTile:inContext:] < VectorKit md::OverlayTileSource::rasterize()" + _WORKER),
-    ({"2.3.0": 8, "2.4.0": 7, "2.4.1": 1, "2.5.0": 25}, "Tramwise", "", "SIGABRT",
-     "NSInternalInconsistencyException: Invalid update: invalid number of items in section 0",
-     _RAISE + "Foundation -[NSAssertionHandler handleFailureInMethod:object:file:lineNumber:description:]"
-     " < UIKitCore -[UICollectionView performBatchUpdates:completion:]"
-     " < FavouritesController.swift:176 FavouritesController.reload(animated:)"
-     " < FavouritesController.swift:58 closure #1 ([Stop]) -> () in FavouritesController.viewDidLoad()" + _MAIN_QUEUE),
-    ({"2.3.0": 4, "2.4.0": 4, "2.4.1": 0.5}, "Tramwise", "", "EXC_CRASH",
-     "0x8badf00d: scene-update watchdog transgression: exhausted real (wall clock) time allowance of 10.00 seconds",
-     "libsystem_kernel.dylib __ulock_wait < libdispatch.dylib _dispatch_sync_f_slow"
-     " < Timetable.swift:61 Timetable.read<A>(_:) < Timetable.swift:118 Timetable.departures(at:after:)"
-     " < SceneDelegate.swift:47 SceneDelegate.sceneWillEnterForeground(_:)" + _MAIN_QUEUE),
-    ({"2.3.0": 45, "2.4.0": 50, "2.4.1": 10}, "Tramwise", " iPad13,18", "EXC_RESOURCE",
-     "RESOURCE_TYPE_MEMORY: high watermark memory limit exceeded (limit=2098 MB)",
-     "libsystem_platform.dylib _platform_memmove < CoreGraphics CGBitmapContextCreateImage"
-     " < NetworkMapTiles.swift:201 NetworkMapTiles.image(for:scale:)"
-     " < NetworkMapTiles.swift:74 closure #1 @Sendable () -> () in NetworkMapTiles.preload(_:)" + _WORKER),
-    ({"2.3.0": 8, "2.4.0": 8, "2.4.1": 1, "2.5.0": 15}, "Tramwise", " 26.", "EXC_BREAKPOINT",
-     "BUG IN CLIENT OF LIBDISPATCH: Assertion failed: Block was expected to execute on queue [com.apple.main-thread]",
-     "libdispatch.dylib _dispatch_assert_queue_fail < libdispatch.dylib dispatch_assert_queue"
-     " < libswift_Concurrency.dylib swift_task_isCurrentExecutorWithFlagsImpl(swift::SerialExecutorRef)"
-     " < NearbyStops.swift:52 closure #1 (CMPedometerData?, Error?) -> () in NearbyStops.start()" + _WORKER),
-    ({"2.3.0": 1, "2.4.0": 1}, "Tramwise", "", "SIGABRT",
-     "NSInvalidArgumentException: -[NSNull length]: unrecognized selector sent to instance 0x1f8d6e3a8",
-     _RAISE + "CoreFoundation -[NSObject(NSObject) doesNotRecognizeSelector:] < CoreFoundation ___forwarding___"
-     " < FareParser.swift:39 FareParser.zone(from:) < TicketShop.swift:107 TicketShop.loadFares()" + _WORKER),
-    ({"1.8.2": 30, "1.9.0": 6}, "Ladlebook", "", "EXC_BREAKPOINT",
-     "Swift/ContiguousArrayBuffer.swift:675: Fatal error: Index out of range",
-     _FATAL + "libswiftCore.dylib Array.subscript.getter < StepPager.swift:66 StepPager.step(at:)"
-     " < StepPager.swift:31 closure #1 (Int) -> StepCard in StepPager.body.getter"
-     " < SwiftUI ForEachState.item(at:offset:) < SwiftUI ViewGraph.updateOutputs(at:)" + _MAIN))
-
-
 # == Command line ==============================================================
 #
-# Every command works while the server runs: all they share is the file.
+# Every command works while the server runs: they share nothing but the file. To
+# add one, write its function and add a row to _COMMANDS.
 
 def main(argv: Optional[Sequence[str]] = None, make: Callable[..., Backfeedr] = Backfeedr,
          open_store: Callable[..., Store] = Store) -> int:
-    """Runs a command. Returns 0, or 1 for what went wrong; exits with 2 for wrong usage."""
-    arguments = _parser().parse_args(argv)
-    overrides = {each.name: getattr(arguments, each.name) for each in fields(Settings)
-                 if hasattr(arguments, each.name)}
+    """Runs a command. Returns 0, or 1 after an error; exits with 2 for wrong usage."""
     try:
-        if arguments.run is _check:
-            return _check(overrides)
+        arguments = _parser().parse_args(argv)
+        overrides = {each.name: getattr(arguments, each.name) for each in fields(Settings)
+                     if hasattr(arguments, each.name)}
+        if arguments.run in (_serve, _check):
+            return arguments.run(overrides, make)
         settings = Settings.from_env(**overrides)
-        if arguments.run is serve:
-            serve(settings, make=make)
-        elif arguments.run is serve_demo:
-            serve_demo(settings)
-        else:
-            if arguments.run is _import:  # before a database is made for it
-                arguments.FILE = _open(arguments.FILE)
-            retention_days = settings.retention_days if os.environ.get("BACKFEEDR_RETENTION_DAYS") else None
-            with open_store(settings.db_path, retention_days=retention_days,
-                            may_create=arguments.run in (_app_create, _import)) as store:
-                arguments.run(store, arguments)
-    except BrokenPipeError:  # whoever reads the output has had enough, also of what Python writes when it ends
+        retention_days = settings.retention_days if os.environ.get("BACKFEEDR_RETENTION_DAYS") else None
+        with open_store(settings.db_path, retention_days=retention_days,
+                        may_create=arguments.run in (_app_create, _import)) as store:
+            arguments.run(store, arguments)
+        return 0
+    except BrokenPipeError:  # nobody reads the output any more, nor what Python flushes at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except KeyboardInterrupt:
-        _say("backfeedr: interrupted")
-        return 1
+        problem: Any = "interrupted"
     except (SettingsError, StoreError, Refusal, OSError, UnicodeError, ImportError) as error:
-        _say(f"backfeedr: {error}")
-        return 1
-    return 0
+        problem = error
+    _print_stderr(f"backfeedr: {problem}")
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    options.add_argument("--db", dest="db_path", metavar="FILE", help="the database (default: backfeedr.db)")
-    serving = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    serving.add_argument("--host", help="the address to listen on (default: 127.0.0.1)")
-    serving.add_argument("--port", type=int, help="the port (default: 8080); 0 takes a free one")
-    serving.add_argument("--verbose", action="store_true", help="log a line for each request, on standard error")
-    parser = argparse.ArgumentParser(prog="backfeedr", parents=[options, serving], description=(
+    parser = argparse.ArgumentParser(prog="backfeedr", description=(
         "Crash reports and usage figures for iOS apps, on your own host. Without a command, it serves."))
     parser.add_argument("--version", action="version", version=f"backfeedr {__version__}")
-    parser.set_defaults(run=serve)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    commands.add_parser("serve", parents=[options, serving], help="start the server").set_defaults(run=serve)
-    commands.add_parser("demo", parents=[serving], help="serve made-up reports, to look at").set_defaults(run=serve_demo)
-    prune = commands.add_parser("prune", parents=[options], help="delete what is older than the retention, now")
-    prune.set_defaults(run=_prune)
-    _add_operations(commands, options)
-    for noun, actions in _COMMANDS.items():
-        nouns = commands.add_parser(noun, help=f"{', '.join(actions)}").add_subparsers(metavar="ACTION", required=True)
-        for verb, (run, summary, *names) in actions.items():
-            action = nouns.add_parser(verb, parents=[options], help=summary, description=summary)
-            action.set_defaults(run=run)
-            for name in names:
-                action.add_argument(name, **({"action": "store_true"} if name.startswith("--") else {}))
+    _add_arguments(parser, _serve, _SERVER)
+    groups = {"": parser.add_subparsers(title="commands", metavar="COMMAND")}
+    for name, run, text, arguments in _COMMANDS:
+        noun, _, verb = name.rpartition(" ")
+        if noun not in groups:
+            verbs = [each.split()[1] for each, *_ in _COMMANDS if each.startswith(noun + " ")]
+            group = groups[""].add_parser(noun, help=", ".join(verbs))
+            groups[noun] = group.add_subparsers(metavar="ACTION", required=True)
+        _add_arguments(groups[noun].add_parser(verb, help=text, description=text), run, arguments)
     return parser
 
 
-def _add_operations(commands: Any, options: argparse.ArgumentParser) -> None:
-    def add(name: str, run: Callable[..., Any], summary: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, parents=[options], help=summary, description=summary)
-        command.set_defaults(run=run)
-        return command
-    add("backup", _backup, "write a copy of the database to a new file").add_argument("FILE")
-    export = add("export", _export, "print crashes or events")
-    export.add_argument("KIND", choices=_KINDS_OF_REPORTS)
-    export.add_argument("--app", metavar="NAME", help="of this app (default: of all)")
-    export.add_argument("--since", metavar="DATE", type=_date_ms, default=0,
-                        help="received on this day (UTC) or later, like 2026-03-12")
-    export.add_argument("--format", choices=("jsonl", "csv"), default="jsonl",
-                        help="jsonl (the default), which import reads, or csv, for a spreadsheet")
-    add("import", _import, "store what export has printed as jsonl").add_argument(
-        "FILE", help="- for standard input")
-    add("check", _check, "say whether the database is as it should be")
+def _add_arguments(parser: argparse.ArgumentParser, run: Callable[..., Any], arguments: _Arguments) -> None:
+    """What has no default stays unset, so that a setting comes from the environment."""
+    parser.set_defaults(run=run)
+    for name, options in {**_DB, **arguments}.items():
+        parser.add_argument(name, **{"default": argparse.SUPPRESS, **options})
+
+
+def _serve(overrides: Dict[str, Any], make: Callable[..., Backfeedr]) -> int:
+    serve(Settings.from_env(**overrides), make=make)
+    return 0
 
 
 def _app_create(store: Store, arguments: argparse.Namespace) -> None:
     key = store.create_app(arguments.NAME, arguments.test)
-    _say(f"Made the app {arguments.NAME!r}. Its API key, shown only this once:")
+    _print_stderr(f"Made the app {arguments.NAME!r}. Its API key, shown only this once:")
     print(key)
 
 
 def _app_list(store: Store, arguments: argparse.Namespace) -> None:
-    _table(("APP", "KIND", "KEYS", "CREATED"), [
+    _print_table(("APP", "KIND", "KEYS", "CREATED"), [
         (app.name, "test" if app.is_test else "live", app.keys, _date(app.created_at)) for app in store.apps()])
 
 
 def _app_delete(store: Store, arguments: argparse.Namespace) -> None:
+    if not arguments.yes:
+        _confirm(arguments.NAME)
     store.delete_app(arguments.NAME)
-    _say(f"Deleted the app {arguments.NAME!r}, its keys and all that it sent.")
+    _print_stderr(f"Deleted the app {arguments.NAME!r}, its keys and all its reports.")
+
+
+def _confirm(name: str) -> None:
+    """Asks for the app's name. Raises StoreError unless it is typed again."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise StoreError(f"there is no terminal to confirm on; --yes deletes {name!r} without asking")
+    print(f"This deletes all reports of the app {name!r}. Type its name again: ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().rstrip("\n") != name:
+        raise StoreError("the names differ; nothing was deleted")
 
 
 def _key_create(store: Store, arguments: argparse.Namespace) -> None:
     key = store.create_key(arguments.NAME)
-    _say(f"Made a further key for the app {arguments.NAME!r}, shown only this once:")
+    _print_stderr(f"Made another key for the app {arguments.NAME!r}, shown only this once:")
     print(key)
 
 
 def _key_list(store: Store, arguments: argparse.Namespace) -> None:
-    _table(("KEY", "APP", "CREATED", "REVOKED"), [
-        (key.prefix + "...", key.app, _date(key.created_at), key.revoked_at and _date(key.revoked_at) or "-")
-        for key in store.keys()])
+    _print_table(("KEY", "APP", "CREATED", "REVOKED"), [
+        (key.prefix + "...", key.app, _date(key.created_at), _date(key.revoked_at)) for key in store.keys()])
 
 
 def _key_revoke(store: Store, arguments: argparse.Namespace) -> None:
     key = store.revoke_key(arguments.PREFIX)
-    _say(f"Revoked the key {key.prefix}... of the app {key.app!r}.")
+    _print_stderr(f"Revoked the key {key.prefix}... of the app {key.app!r}.")
 
 
 def _device_show(store: Store, arguments: argparse.Namespace) -> None:
@@ -4999,7 +4940,7 @@ def _device_forget(store: Store, arguments: argparse.Namespace) -> None:
     deleted = store.forget_device(arguments.HASH)
     if not deleted:
         raise StoreError(f"nothing is kept of a device {arguments.HASH!r}")
-    _say(f"Forgot the device {arguments.HASH!r}: {_counted_rows(deleted)}.")
+    _print_stderr(f"Forgot the device {arguments.HASH!r}: {_report_counts(deleted)}.")
 
 
 def _prune(store: Store, arguments: argparse.Namespace) -> None:
@@ -5007,11 +4948,11 @@ def _prune(store: Store, arguments: argparse.Namespace) -> None:
     with _progress("deleting: {:,} rows") as progress:
         deleted = store.prune(progress)
     kept = f"older than {store.retention_days} days" if store.retention_days else "(the retention keeps all)"
-    _say(f"Deleted {_counted_rows(deleted)} {kept}; gave back"
-         f" {max(0, size - store.size) / 1e6:,.1f} MB of {size / 1e6:,.1f} MB.")
+    _print_stderr(f"Deleted {_report_counts(deleted)} {kept}; gave back {_megabytes(max(0, size - store.size))}"
+                  f" of {_megabytes(size)}.")
 
 
-def _counted_rows(rows: Mapping[str, int]) -> str:
+def _report_counts(rows: Mapping[str, int]) -> str:
     crashes, events = rows.get("crashes", 0), rows.get("events", 0)
     return f"{crashes:,} crash{'es' * (crashes != 1)} and {events:,} event{'s' * (events != 1)}"
 
@@ -5019,14 +4960,14 @@ def _counted_rows(rows: Mapping[str, int]) -> str:
 def _backup(store: Store, arguments: argparse.Namespace) -> None:
     with _progress("copying: {:,} of {:,} pages") as progress:
         backup(store, Path(arguments.FILE), progress)
-    _say(f"Wrote {arguments.FILE}, {_megabytes(os.stat(arguments.FILE).st_size)}.")
+    _print_stderr(f"Wrote {arguments.FILE}, {_megabytes(os.stat(arguments.FILE).st_size)}.")
 
 
 def _export(store: Store, arguments: argparse.Namespace) -> None:
-    kind, out = _KINDS_OF_REPORTS[arguments.KIND], sys.stdout
+    kind, out = _KINDS[arguments.KIND], sys.stdout
     out.reconfigure(encoding="utf-8", newline="")  # type: ignore[union-attr]
     with _progress("exporting: {:,} " + arguments.KIND, out.isatty()) as progress:
-        reports = _watched(store.export(kind, arguments.app, arguments.since), progress)
+        reports = _with_progress(store.export(kind, arguments.app, arguments.since), progress)
         if arguments.format == "csv":
             export_csv(reports, out, kind)
         else:
@@ -5034,21 +4975,21 @@ def _export(store: Store, arguments: argparse.Namespace) -> None:
         out.flush()
 
 
-def _open(name: str) -> BinaryIO:
-    try:
-        return sys.stdin.buffer if name == "-" else open(name, "rb")
-    except OSError as error:
-        raise StoreError(f"cannot read {name}: {error.strerror}") from None
+def _with_progress(reports: Iterable[StoredReport], progress: Progress) -> Iterator[StoredReport]:
+    for number, stored in enumerate(reports, 1):
+        yield stored
+        if number % PAGE_ROWS == 0:
+            progress(number)
 
 
 def _import(store: Store, arguments: argparse.Namespace) -> None:
     with _progress("importing: {:,} reports") as progress, arguments.FILE as file:
         counts = import_jsonl(store, iter(lambda: file.readline(MAX_LINE), b""), progress)
-    _say(f"Stored {counts['stored']:,} reports; {counts['known']:,} were here already, and the time of"
-         f" {counts['expired']:,} is over.")
+    _print_stderr(f"Stored {counts['stored']:,} reports; {counts['known']:,} were here already, and"
+                  f" {counts['expired']:,} are older than the retention.")
 
 
-def _check(overrides: Dict[str, Any]) -> int:
+def _check(overrides: Dict[str, Any], make: Callable[..., Backfeedr]) -> int:
     path = overrides.get("db_path") or os.environ.get("BACKFEEDR_DB_PATH") or Settings.db_path
     status = 0
     for name, look in chain([("settings", lambda: f"{len(fields(Settings.from_env(**overrides)))}, all good")],
@@ -5064,16 +5005,9 @@ def _check(overrides: Dict[str, Any]) -> int:
     return status
 
 
-def _watched(reports: Iterable[StoredReport], progress: Progress) -> Iterator[StoredReport]:
-    for number, kept in enumerate(reports, 1):
-        yield kept
-        if number % PAGE_ROWS == 0:
-            progress(number)
-
-
 @contextmanager
 def _progress(text: str, quiet: bool = False) -> Iterator[Progress]:
-    """Shows on a terminal, in a line that goes in the end, how far long work has come: at most ten times a second."""
+    """Shows the progress of long work in one line of a terminal, at most ten times a second; clears it at the end."""
     due, quiet = 0.0, quiet or not sys.stderr.isatty()
 
     def show(*figures: int) -> None:
@@ -5089,42 +5023,72 @@ def _progress(text: str, quiet: bool = False) -> Iterator[Progress]:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def _date_ms(text: str) -> int:
+def _print_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _print_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    lines = [head, *rows]
+    widths = [max(len(str(line[column])) for line in lines) for column in range(len(head))]
+    for line in lines:
+        print("  ".join(str(cell).ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+def _date(time_ms: Optional[int]) -> str:
+    return "-" if time_ms is None else iso_time(time_ms)[:10]
+
+
+def _start_of_day(text: str) -> int:
     try:
         return parse_time(text + "T00:00:00Z")
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a date like 2026-03-12") from None
 
 
-_KINDS_OF_REPORTS = {"crashes": Crash, "events": Event}
-_COMMANDS = {
-    "app": {
-        "create": (_app_create, "make an app and print its first key", "NAME", "--test"),
-        "list": (_app_list, "list the apps"),
-        "delete": (_app_delete, "delete an app, its keys and all that it sent", "NAME")},
-    "key": {
-        "create": (_key_create, "make a further key for an app and print it", "NAME"),
-        "list": (_key_list, "list the keys, by the part that may be shown"),
-        "revoke": (_key_revoke, "end a key at once", "PREFIX")},
-    "device": {
-        "show": (_device_show, "print all that is kept of a device, as JSON", "HASH"),
-        "forget": (_device_forget, "delete all that is kept of a device", "HASH")},
-}
+def _open_input(name: str) -> BinaryIO:
+    """As an argument's type it runs first: a missing file must not leave a new database behind."""
+    try:
+        return sys.stdin.buffer if name == "-" else open(name, "rb")
+    except OSError as error:
+        raise StoreError(f"cannot read {name}: {error.strerror}") from None
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def _date(time_ms: int) -> str:
-    return datetime.fromtimestamp(time_ms / SECOND, timezone.utc).strftime("%Y-%m-%d")
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    lines = [head, *rows]
-    widths = [max(len(str(line[column])) for line in lines) for column in range(len(head))]
-    for line in lines:
-        print("  ".join(str(cell).ljust(width) for cell, width in zip(line, widths)).rstrip())
+_Arguments = Mapping[str, Mapping[str, Any]]  # what argparse is told of each
+_KINDS = {"crashes": Crash, "events": Event}
+_APP = {"NAME": dict(help="the app's name")}
+_HASH = {"HASH": dict(help="the device_id_hash that the app sends")}
+_DB = {"--db": dict(dest="db_path", metavar="FILE", help="the database (default: backfeedr.db)")}
+_SERVER = {
+    "--host": dict(help="the address to listen on (default: 127.0.0.1)"),
+    "--port": dict(type=int, help="the port (default: 8080); 0 takes a free one"),
+    "--verbose": dict(action="store_true", help="log a line for each request, on standard error")}
+_COMMANDS = (  # name, function, help, arguments beside --db
+    ("serve", _serve, "start the server", _SERVER),
+    ("app create", _app_create, "make an app and print its first key", {
+        **_APP, "--test": dict(action="store_true", default=False, help="a test app: it is in no public figure")}),
+    ("app list", _app_list, "list the apps", {}),
+    ("app delete", _app_delete, "delete an app, its keys and all its reports", {
+        **_APP, "--yes": dict(action="store_true", default=False, help="do not ask to type the name again")}),
+    ("key create", _key_create, "make another key for an app and print it", _APP),
+    ("key list", _key_list, "list the keys, each by its visible beginning", {}),
+    ("key revoke", _key_revoke, "end a key at once", {
+        "PREFIX": dict(help="the key, or enough of its beginning")}),
+    ("device show", _device_show, "print all that is kept of a device, as JSON", _HASH),
+    ("device forget", _device_forget, "delete all that is kept of a device", _HASH),
+    ("prune", _prune, "delete what is older than the retention, now", {}),
+    ("backup", _backup, "write a copy of the database to a new file", {
+        "FILE": dict(help="the new file; one that exists is not replaced")}),
+    ("export", _export, "print crashes or events", {
+        "KIND": dict(choices=_KINDS, help="which reports to print"),
+        "--app": dict(metavar="NAME", default=None, help="of this app (default: of all)"),
+        "--since": dict(metavar="DATE", type=_start_of_day, default=0,
+                        help="received on this day (UTC) or later, like 2026-03-12"),
+        "--format": dict(choices=("jsonl", "csv"), default="jsonl",
+                         help="jsonl (the default), which import reads, or csv, for a spreadsheet")}),
+    ("import", _import, "store what export has printed as jsonl", {
+        "FILE": dict(type=_open_input, help="the file; - is standard input")}),
+    ("check", _check, "say whether the database is as it should be", {}),
+)
 
 
 if __name__ == "__main__":

@@ -73,8 +73,7 @@ CRASHES, EVENTS, BATCH = "/api/v1/crashes", "/api/v1/events", "/api/v1/events/ba
 METRICS = ["/api/v1/metrics/daily-crashes", "/api/v1/metrics/crash-types", "/api/v1/metrics/devices",
            "/api/v1/overview", "/api/v1/metrics/active-devices", "/api/v1/metrics/sessions",
            "/api/v1/metrics/retention", "/api/v1/releases"]
-REPORT_TABLES = ["crashes", "events", "replays", "devices", "sessions", "hours", "days", "durations", "releases",
-                 "release_days", "labels", "groups", "group_hours"]
+REPORT_TABLES = ["crashes", "events", *backfeedr.KEYS]
 
 
 class Clock:
@@ -241,131 +240,117 @@ def rows_by_name(path, query):
 
 
 def check_database(path, forgotten=False):
-    """The file is sound, and each roll-up equals a slow and obvious computation over the rows.
+    """The file is sound, and each figure equals a slow and obvious computation over the rows.
 
     Where a device was forgotten, but for the times of what it was the first or last to report.
     """
     assert POSTGRES or sql(path, "pragma integrity_check") == [("ok",)]
-    expected, found = recount(path), roll_ups(path)
+    expected, found = recount(path), figures(path)
     if forgotten:
         for tables in expected, found:
-            tables["releases"] = {key: row[2:] for key, row in tables["releases"].items() if any(row[2:])}
+            tables["releases"] = {}
             tables["groups"] = {key: (*row[:2], *row[3:]) for key, row in tables["groups"].items()}
     for table in expected:
         assert found[table] == expected[table], table
-    assert POSTGRES or backfeedr._look_at_roll_ups(Path(path).absolute()), "and `check` sees it so"
+    assert POSTGRES or backfeedr._check_roll_ups(Path(path).absolute()), "and `check` sees it so"
 
 
-def roll_ups(path):
-    """What is stored beside the reports, each table by its key; without sums of 0."""
-    keys = dict(hours=2, days=2, durations=3, releases=2, release_days=3, labels=4, groups=2, group_hours=3,
-                devices=2, sessions=2)
-    tables = {table: {row[:size]: row[size:] for row in sql(path, f"select * from {table}")}
-              for table, size in keys.items()}
-    tables["devices"] = {key: (row[0] // DAY, row[1] // HOUR, {row[3] + n for n in range(8 * len(row[4]))
-                                          if int.from_bytes(row[4], "big") >> n & 1}, json.loads(row[5]))
-                         for key, row in tables["devices"].items()}
-    return {table: {key: row for key, row in rows.items() if any(row)} for table, rows in tables.items()}
+def windows(path):
+    """Of tables that hold a window only, the first day or hour of it."""
+    newest = sql(path, """
+        select max(at) from (select received_at as at from crashes union all select received_at from events union all
+            select (value + 1) * 86400000 from state where name = 'trimmed_day') as times""")[0][0] or 0
+    return dict(group_days=newest // DAY - 7, release_days=newest // DAY - 7, durations=newest // DAY - 400,
+                device_hours=newest // HOUR - 48)
+
+
+def figures(path):
+    """What is stored beside the reports, each table by its key; without sums of 0, and without what is too old."""
+    tables, first = {}, windows(path)
+    for table, key in backfeedr.KEYS.items():
+        rows = {row[:len(key)]: row[len(key):] for row in sql(path, f"select {', '.join(key)}, {table}.* from {table}")}
+        tables[table] = {found: row[len(key):] for found, row in rows.items()
+                         if found[1] >= first.get(table, found[1])}
+    tables["devices"] = {key: row[:2] for key, row in tables["devices"].items()}
+    return tables
 
 
 def recount(path):
-    """What `roll_ups` must find, from the reports alone."""
-    live = {app for app, in sql(path, "select id from apps where is_test = 0")}
-    since, = sql(path, "select value from state where name = 'recent_since'")[0]
-    tables = defaultdict(lambda: defaultdict(Counter))
-    crashes = rows_of_table(path, "crashes")
-    events = rows_of_table(path, "events")
-    reports = sorted(crashes + events, key=lambda row: row["seq"])
-
-    tables["today"] = max((row["received_at"] // DAY for row in reports), default=0)
-
-    def scopes(app):
-        return (app, 0) if app in live else (app,)
-
+    """What `figures` must find, from the reports alone."""
+    tables = {table: defaultdict(Counter) for table in backfeedr.KEYS if table not in ("replays", "new_names", "medians")}
+    columns = dict(
+        crash_days=("crashes",), labels=("crashes",), group_days=("crashes",), release_days=("sessions",),
+        release_sums=("sessions", "crashes", "devices", "crashed"), device_hours=("devices",),
+        session_days=("sessions", "ended", "ms"), durations=("sessions",), active_days=("dau", "wau", "mau"),
+        cohorts=("devices", "back_1", "back_7", "back_30"))
+    crashes, events = rows_of_table(path, "crashes"), rows_of_table(path, "events")
     for row in crashes:
-        app, hour, day = row["app_id"], row["at"] // HOUR, row["at"] // DAY
-        tables["hours"][app, hour]["crashes"] += 1
-        for scope in scopes(app):
-            tables["days"][scope, day]["crashes"] += 1
-        if hour >= since:
-            tables["group_hours"][app, hour, row["group_hash"]]["crashes"] += 1
+        app, day = row["app_id"], row["at"] // DAY
+        tables["crash_days"][app, day]["crashes"] += 1
+        tables["group_days"][app, day, row["group_hash"]]["crashes"] += 1
         for field in ("exception_type", "device_model"):
             for each in (-1_000_000, day) if row[field] else ():
                 tables["labels"][app, field, each, row[field]]["crashes"] += 1
         if row["app_version"]:
-            tables["releases"][app, row["app_version"]]["crashes"] += 1
-    for scope in {0, *(row["app_id"] for row in crashes)}:
-        mine = [row for row in crashes if scope in scopes(row["app_id"])]
-        for (group,), rows in grouped(mine, "group_hash").items():
-            latest = max(rows, key=lambda row: (row["at"], row["seq"]))
-            times = [row["at"] for row in rows]
-            tables["groups"][scope, group] = (
-                latest["exception_type"], latest["exception_reason"], min(times), max(times),
-                sum(at // HOUR >= since for at in times))
-    for (app, version), rows in grouped(reports, "app_id", "app_version").items():
+            tables["release_sums"][app, row["app_version"]]["crashes"] += 1
+    for key, rows in grouped(crashes, "app_id", "group_hash").items():
+        latest, times = max(rows, key=lambda row: (row["at"], row["seq"])), [row["at"] for row in rows]
+        name = "(other)" if key[1] == "(other)" else latest["exception_type"]
+        tables["groups"][key] = name, latest["exception_reason"], min(times), max(times)
+    reports = sorted(crashes + events, key=lambda row: row["seq"])
+    for key, rows in grouped(reports, "app_id", "app_version").items():
         times = [row["received_at"] for row in rows]
-        tables["releases"][app, version].update(first=min(times), last=max(times))
+        tables["releases"][key] = min(times), max(times)
+    recount_sessions(tables, events)
+    recount_devices(tables, reports)
+    first = windows(path)
+    return {table: {key: tuple(row[name] for name in columns[table]) if table in columns else row
+                    for key, row in rows.items() if key[1] >= first.get(table, key[1])}
+            for table, rows in tables.items()}
 
-    for (app, session), rows in grouped(events, "app_id", "session_id").items():
+
+def recount_sessions(tables, events):
+    for row in events:
+        row["device"] = backfeedr.device_key(row["device_id_hash"])
+        if row["type"] == "session_start" and not row["session_id"]:
+            count_session(tables, row, None)
+    for key, rows in grouped(events, "app_id", "session_id", "device").items():
         starts = [row for row in rows if row["type"] == "session_start"]
-        start = max(starts, key=lambda row: (row["at"], row["seq"])) if starts else None
+        start = min(starts, key=lambda row: (row["at"], row["seq"])) if starts else None
         end = max((row["at"] for row in rows if row["type"] == "session_end"), default=None)
-        tables["sessions"][app, session] = (
+        tables["sessions"][key] = (
             rows[0]["seq"], rows[-1]["seq"], start and start["at"], end, start and start["app_version"])
         if start:
-            count_session(tables, scopes(app), start, end)
-    for row in events:
-        if row["type"] == "session_start" and not row["session_id"]:
-            count_session(tables, scopes(row["app_id"]), row, None)
-    for (app, day), durations in tables.pop("durations_of", {}).items():
-        tables["days"][app, day]["median"] = statistics.median_low(durations.elements())
-        for seconds, count in durations.items():
-            tables["durations"][app, day, seconds]["sessions"] = count
-
-    for scope in {each for row in reports for each in scopes(row["app_id"])}:
-        mine = [row for row in reports if scope in scopes(row["app_id"])]
-        for (device,), rows in grouped(mine, "device_id_hash").items():
-            times = [row["at"] for row in rows]
-            seen = {row["at"] // DAY for row in rows if row["at"] // DAY >= row["received_at"] // DAY - 400}
-            versions = {row["app_version"]: 0 for row in rows if row["app_version"] and scope}
-            versions.update({row["app_version"]: 1 for row in rows if row["app_version"] in versions
-                             and "exception_type" in row})
-            if scope:
-                tables["devices"][scope, device] = min(times) // DAY, max(times) // HOUR, seen, versions
-            tables["hours"][scope, max(times) // HOUR]["devices"] += 1
-            for name, span in (("dau", 1), ("wau", 7), ("mau", 30)):
-                for day in {day + later for day in seen for later in range(span)}:
-                    tables["days"][scope, day][name] += 1
-            first = min(times) // DAY
-            tables["days"][scope, first]["newcomers"] += 1
-            for later in (1, 7, 30):
-                tables["days"][scope, first][f"back_{later}"] += first + later in seen
-            for version, crashed in versions.items():
-                tables["releases"][scope, version]["devices"] += 1
-                tables["releases"][scope, version]["crashed"] += crashed
-
-    columns = dict(
-        hours=("crashes", "sessions", "devices"), durations=("sessions",), release_days=("sessions",),
-        days=("crashes", "dau", "wau", "mau", "newcomers", "back_1", "back_7", "back_30", "sessions", "ended", "ms", "median"),
-        releases=("first", "last", "sessions", "crashes", "devices", "crashed"),
-        labels=("crashes",), group_hours=("crashes",), groups=None, devices=None, sessions=None)
-    return {table: {key: tuple(row.get(name, None if name == "median" else 0) for name in names) if names else row
-                    for key, row in tables[table].items()} for table, names in columns.items()}
+            count_session(tables, start, end)
 
 
-def count_session(tables, scopes, start, end):
-    at, version = start["at"], start["app_version"]
-    tables["hours"][scopes[0], at // HOUR]["sessions"] += 1
+def count_session(tables, start, end):
+    app, at, version = start["app_id"], start["at"], start["app_version"]
     if version:
-        tables["releases"][scopes[0], version]["sessions"] += 1
-        if at // DAY >= tables["today"] - 7:
-            tables["release_days"][scopes[0], version, at // DAY]["sessions"] += 1
-    for scope in scopes:
-        tables["days"][scope, at // DAY]["sessions"] += 1
-        if end is not None and end >= at:
-            tables["days"][scope, at // DAY].update(ended=1, ms=end - at)
-            seconds = two_digits(end - at)
-            tables["durations_of"][scope, at // DAY][seconds] += 1
+        tables["release_sums"][app, version]["sessions"] += 1
+        tables["release_days"][app, at // DAY, version]["sessions"] += 1
+    tables["session_days"][app, at // DAY]["sessions"] += 1
+    if end is not None and 0 <= end - at <= DAY:
+        tables["session_days"][app, at // DAY].update(ended=1, ms=end - at)
+        tables["durations"][app, at // DAY, two_digits(end - at)]["sessions"] += 1
+
+
+def recount_devices(tables, reports):
+    for (app, device), rows in grouped(reports, "app_id", "device_id_hash").items():
+        key, times = (app, backfeedr.device_key(device)), [row["at"] for row in rows]
+        first, seen = min(times) // DAY, {row["at"] // DAY for row in rows
+                                          if row["at"] // DAY >= row["received_at"] // DAY - 400}
+        tables["devices"][key] = first, max(times) // HOUR
+        tables["device_days"].update({(*key, day): () for day in seen})
+        tables["device_hours"][app, max(times) // HOUR]["devices"] += 1
+        for name, span in (("dau", 1), ("wau", 7), ("mau", 30)):
+            for day in {day + later for day in seen for later in range(span)}:
+                tables["active_days"][app, day][name] += 1
+        tables["cohorts"][app, first].update(devices=1, **{f"back_{n}": int(first + n in seen) for n in (1, 7, 30)})
+        for version in {row["app_version"] for row in rows} - {None}:
+            crashed = int(any("exception_type" in row for row in rows if row["app_version"] == version))
+            tables["device_versions"][(*key, version)] = (crashed,)
+            tables["release_sums"][app, version].update(devices=1, crashed=crashed)
 
 
 def two_digits(ms):
@@ -376,10 +361,14 @@ def two_digits(ms):
 
 
 def rows_of_table(path, table):
+    """The reports as they count: each with its time, and without the names that are beyond the day's limit."""
     rows = rows_by_name(path, f"select * from {table} order by seq")
     for row in rows:
-        fast = row["occurred_at"] > row["received_at"] + 300_000
-        row["at"] = row["received_at"] if fast else row["occurred_at"]
+        is_believed = 1_167_609_600_000 <= row["occurred_at"] <= row["received_at"] + 300_000
+        row["at"] = row["occurred_at"] if is_believed else row["received_at"]
+        for name, flag in backfeedr.FLAGS.items():
+            if row["other"] & flag:
+                row[name] = "(other)"
     return rows
 
 
@@ -846,50 +835,83 @@ def test_replays_and_refused_bodies_count_against_the_limit_but_metrics_do_not(s
 
 # == Store =====================================================================
 
+KEY_HASH = backfeedr.sha256(KEY)
+A_DAY = 24 * 3600  # in seconds, as a clock is moved
+ENTITIES = ("devices", "device_days", "device_versions", "sessions")  # tables of what reports are kept of
+
+
+def add(server, times=1, key=KEY, **fields):
+    """Stores reports of this moment without HTTP: events where there is a `type`, else crashes. Returns the receipt."""
+    fields.setdefault("occurred_at", time_text(server.store.now / 1000))
+    if "type" not in fields:
+        fields.setdefault("exception_type", "SIGABRT")
+    report = (parse_event if "type" in fields else parse_crash)(fields)
+    return server.store.add(backfeedr.sha256(key), [report] * times)
+
+
+def count(server, table, where="1 = 1"):
+    return sql(server.store.path, f"select count(*) from {table} where {where}")[0][0]
+
+
+@pytest.fixture
+def keeping(serve):
+    """Makes a server that keeps reports for some days. Sums outlive them, so they are not compared."""
+    def make(days):
+        serve.unchecked.append(serve(retention_days=days))
+        return serve.unchecked[-1]
+    return make
+
+
+@pytest.fixture
+def one_day(keeping):
+    """A server that keeps reports for a day. `check` compares what can be compared."""
+    server = keeping(1)
+    yield server
+    assert POSTGRES or backfeedr._check_roll_ups(server.store.path)
+
+
+@pytest.fixture
+def later(clock):
+    """Stores an event some time later. Its commit lets expire what is due then."""
+    def later(server, seconds, **fields):
+        clock.move(seconds)
+        return add(server, **{"type": "custom", **fields})
+    return later
+
+
 @sqlite_only
-def test_a_commit_is_synced_before_it_is_acknowledged(api):
-    with api.server.store.writing() as db:
+def test_a_transaction_takes_its_lock_at_once_and_is_synced_before_its_end(api):
+    """If it took the lock later, a first read could make a write fail without waiting."""
+    with api.server.store.writing() as db, closing(sqlite3.connect(str(api.server.store.path), timeout=0)) as other:
         assert (db.pragma("synchronous"), db.pragma("journal_mode")) == (2, "wal")
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            other.execute("begin immediate")
 
 
 @sqlite_only
-def test_nobody_is_told_of_a_commit_before_it_is_made(serve, monkeypatch):
-    server = serve()
-    add = backfeedr.Store.add
-    execute, told, seen = backfeedr.Connection.execute, [], []
+def test_a_commit_is_durable_before_its_answer_and_before_anything_expires(serve, monkeypatch):
+    server, execute, answered, seen = serve(), backfeedr.Connection.execute, [], []
 
     def watched(db, statement, *args):
         if statement == "commit" and not db.pragma("query_only"):
-            seen.append((list(told), sql(server.store.path, "select count(*) from crashes")[0][0]))
+            seen.append((len(answered), count(server, "crashes")))
         return execute(db, statement, *args)
 
     monkeypatch.setattr(backfeedr.Connection, "execute", watched)
-    calls = [lambda: told.append(add(server.store, backfeedr.sha256(KEY), [parse_crash(dict(CRASH))]))] * 5
-    run_together(server.store, calls)
-    assert seen == [([], 0)] and len(told) == 5
-    assert len(stored(server, "crashes")["crashes"]) == 5
-
-
-@sqlite_only
-def test_a_transaction_takes_its_lock_at_once(api):
-    """Else a first read could make a later write fail without waiting."""
-    with api.server.store.writing():
-        with closing(sqlite3.connect(str(api.server.store.path), timeout=0)) as other:
-            with pytest.raises(sqlite3.OperationalError, match="locked"):
-                other.execute("begin immediate")
+    run_together(server.store, [lambda: answered.append(add(server))] * 5)
+    assert seen[0] == (0, 0) and [crashes for _, crashes in seen] == [0, 5], "a commit of 5, then that of the expiry"
+    assert len(answered) == count(server, "crashes") == 5
 
 
 def test_a_reader_cannot_write(api):
-    with pytest.raises(StorageUnavailable):
-        with api.server.store.reading() as db:
-            db.execute("delete from apps")
+    with pytest.raises(StorageUnavailable), api.server.store.reading() as db:
+        db.execute("delete from apps")
     assert [app.name for app in api.server.store.apps()] == ["default"]
 
 
 def test_a_key_is_kept_only_as_its_digest_and_prefix(api):
     key = api.server.store.create_app("Shop")
-    api.post(CRASHES, CRASH, key=key)
-    assert api.post(CRASHES, CRASH, key=key)[0] == 201
+    assert [api.post(CRASHES, CRASH, key=key)[0] for _ in range(2)] == [201, 201]
     api.server.close()
     content = content_of(api.server.store.path)
     for secret in (key, KEY, TOKEN):
@@ -897,47 +919,38 @@ def test_a_key_is_kept_only_as_its_digest_and_prefix(api):
     assert hashlib.sha256(key.encode()).digest() in content and key[:16].encode() in content
 
 
-def test_a_revoked_key_is_refused_at_once_and_its_sister_is_not(api):
-    store = api.server.store
-    first = store.create_app("Shop")
-    second = store.create_key("Shop")
-    assert [api.post(CRASHES, CRASH, key=key)[0] for key in (first, second)] == [201, 201]
-    assert store.revoke_key(first[:16]).app == "Shop"
-    before = stored(api.server)
-    assert api.post(CRASHES, CRASH, key=first) == (401, {"error": "invalid API key"})
-    assert stored(api.server) == before
-    assert api.post(CRASHES, CRASH, key=second)[0] == 201
-    assert [app.keys for app in store.apps() if app.name == "Shop"] == [1]
-
-
-@sqlite_only
-def test_a_key_that_another_process_has_revoked_is_refused_whatever_the_request(api):
-    assert api.post(CRASHES, CRASH)[0] == 201
-    with Store(str(api.server.store.path)) as other:
-        other.revoke_key(KEY)
+@pytest.mark.parametrize("how", ["by its prefix", "as a whole", pytest.param("by another process", marks=sqlite_only),
+                                 "before a restart with settings that name it"])
+def test_a_revoked_key_is_refused_at_once_and_another_one_of_its_app_is_not(serve, caplog, how):
+    api = Api(serve())
+    other = api.server.store.create_key("default")
+    assert [api.post(CRASHES, CRASH, key=key)[0] for key in (KEY, other)] == [201, 201]
+    if how == "by another process":
+        with Store(str(api.server.store.path)) as store:
+            store.revoke_key(KEY)
+    else:
+        assert api.server.store.revoke_key(KEY[:16] if how == "by its prefix" else KEY).app == "default"
+    if "restart" in how:
+        api.server.close()
+        api = Api(serve())
+        assert "was revoked" in caplog.text
     before = stored(api.server)
     for body in (b"{", CRASH):
         assert api.post(CRASHES, body) == (401, {"error": "invalid API key"})
     assert stored(api.server) == before
+    assert api.post(CRASHES, CRASH, key=other)[0] == 201
+    assert [app.keys for app in api.server.store.apps()] == [1]
 
 
-def test_a_key_is_revoked_by_the_whole_of_it_or_by_enough_of_it(api):
+@pytest.mark.parametrize("key", ["bf_live_", "", "bf_live_zz", "x", "revoked already"])
+def test_no_key_is_revoked_unless_exactly_one_active_key_is_meant(api, key):
     store = api.server.store
-    first, second = store.create_app("Shop"), store.create_key("Shop")
-    for prefix in ("bf_live_", "", "bf_live_zz", "x"):
-        with pytest.raises(StoreError, match="active keys begin with"):
-            store.revoke_key(prefix)
-    store.revoke_key(second)
-    with pytest.raises(StoreError):
-        store.revoke_key(second)
-    assert [api.post(CRASHES, CRASH, key=key)[0] for key in (first, second)] == [201, 401]
-
-
-def test_a_key_that_was_revoked_stays_so_even_if_the_settings_name_it(serve):
-    first = serve()
-    first.store.revoke_key(KEY)
-    first.close()
-    assert Api(serve()).post(CRASHES, CRASH) == (401, {"error": "invalid API key"})
+    revoked = store.create_key("default")
+    keys = [KEY, store.create_key("default")]
+    store.revoke_key(revoked)
+    with pytest.raises(StoreError, match="active keys begin with"):
+        store.revoke_key(revoked if key == "revoked already" else key)
+    assert [api.post(CRASHES, CRASH, key=key)[0] for key in (*keys, revoked)] == [201, 201, 401]
 
 
 @pytest.mark.parametrize("name", ["", " ", "a ", "\n", "x" * 101, "default"])
@@ -947,156 +960,244 @@ def test_an_app_needs_a_proper_name_of_its_own(api, name):
     assert [app.name for app in api.server.store.apps()] == ["default"]
 
 
-def test_a_deleted_app_takes_everything_with_it_and_leaves_the_others(api):
-    store = api.server.store
-    key = store.create_app("Shop")
-    crash = {**CRASH, "device_id_hash": "both", "device_model": "iPhone16,1"}
-    session = {**EVENT, "type": "session_start", "session_id": "s"}
-    api.post(CRASHES, crash)
-    before = stored(api.server)
-    api.post(CRASHES, {**crash, "occurred_at": NOW}, key=key, Idempotency_Key="k")
-    api.post(BATCH, {"events": [{**session, "device_id_hash": "only"}] * 30}, key=key)
-    store.delete_app("Shop")
-    assert stored(api.server, *[table for table in REPORT_TABLES if table != "hours"]) \
-        == {table: rows for table, rows in before.items() if table != "hours"}
-    assert api.post(CRASHES, crash, key=key) == (401, {"error": "invalid API key"})
-    assert api.get("/api/v1/overview?app=Shop")[0] == 404
-    assert api.get("/api/v1/overview")[1]["dau"] == 1
-    with pytest.raises(StoreError):
-        store.delete_app("Shop")
+# -- Repetitions
+
+def signed(body, time=NOW, **headers):
+    """A request for a crash that is signed at a time."""
+    signature = backfeedr.sign(KEY.encode(), time.encode(), body)
+    return CRASHES, body, {"X_Backfeedr_Timestamp": time, "X_Backfeedr_Signature": signature, **headers}
 
 
-def test_a_report_that_arrives_as_its_app_goes_is_refused(api):
-    api.server.store.delete_app("default")
-    with pytest.raises(Refusal, match="invalid API key"):
-        api.server.store.add(backfeedr.sha256(KEY), [parse_event(dict(EVENT))])
-    assert stored(api.server, "events", "hours") == {"events": [], "hours": []}
+RAW, TWICE = json.dumps(CRASH).encode(), {"events": [EVENT, EVENT]}
+UNDER_A, IN_TIME = {"Idempotency_Key": "a"}, "2026-03-12T14:30:05Z"
+ZIPPED = [(CRASHES, gzip.compress(RAW, mtime=n), {"Content_Encoding": "gzip", **UNDER_A}) for n in (1, 2)]
+REPETITIONS = {  # a request, and those that follow: after how many seconds, and with what status
+    "same body": ((BATCH, TWICE, UNDER_A), (6 * A_DAY, (BATCH, TWICE, UNDER_A), 200)),
+    "another body": ((EVENTS, EVENT, UNDER_A), (0, (EVENTS, {**EVENT, "name": "x"}, UNDER_A), 422)),
+    "another path": ((EVENTS, EVENT, UNDER_A), (0, (BATCH, {"events": [EVENT]}, UNDER_A), 422)),
+    "compressed anew": (ZIPPED[0], (0, ZIPPED[1], 200)),
+    "neither key nor signature": ((CRASHES, CRASH, {}), (0, (CRASHES, CRASH, {}), 201)),
+    "signed": (signed(RAW), (299, signed(RAW), 200), (0, signed(RAW, Idempotency_Key="added"), 200),
+               (0, signed(RAW, "2026-03-12T14:30:01Z"), 201)),
+    "signed retry under its key, replayed without": (
+        signed(RAW, **UNDER_A), (0, signed(RAW, IN_TIME, **UNDER_A), 200), (0, signed(RAW, IN_TIME), 200))}
 
 
-def test_a_revoked_key_of_the_settings_is_said_and_stays_revoked(serve, caplog):
-    server = serve()
-    server.store.revoke_key(KEY)
-    other = server.store.create_key("default")
-    server.close()
-    api = Api(serve())
-    assert "was revoked" in caplog.text
-    assert [api.post(CRASHES, CRASH, key=key)[0] for key in (KEY, other)] == [401, 201]
+@pytest.mark.parametrize("requests", REPETITIONS.values(), ids=REPETITIONS)
+def test_a_repeated_request_has_the_same_ids_and_stores_nothing(api, clock, requests):
+    def send(path, body, headers):
+        return api.post(path, body, **headers)
+
+    first, *later = requests
+    status, ids = send(*first)
+    assert status == 201
+    for seconds, request, expected in later:
+        before = stored(api.server)
+        clock.move(seconds)
+        status, answer = send(*request)
+        assert status == expected and (answer == ids) == (expected == 200)
+        assert expected != 422 or answer == {"error": "idempotency key reused with a different body"}
+        after = stored(api.server)
+        if expected != 201 and request[2] != first[2]:
+            before["replays"] = after["replays"] = None  # the request is known by a further mark
+        assert (after == before) == (expected != 201)
 
 
-def test_the_same_idempotency_key_and_body_give_the_same_ids_once(api, clock):
-    first = api.post(BATCH, {"events": [EVENT, EVENT]}, Idempotency_Key="a")
-    before = stored(api.server)
-    clock.move(6 * 24 * 3600)
-    again = api.post(BATCH, {"events": [EVENT, EVENT]}, Idempotency_Key="a")
-    assert (first[0], again[0]) == (201, 200) and first[1] == again[1]
-    assert stored(api.server) == before
-
-
-def test_an_idempotency_key_with_another_body_or_path_is_refused(api):
-    assert api.post(EVENTS, EVENT, Idempotency_Key="a")[0] == 201
-    before = stored(api.server)
-    refused = (422, {"error": "idempotency key reused with a different body"})
-    assert api.post(EVENTS, {**EVENT, "name": "x"}, Idempotency_Key="a") == refused
-    assert api.post(BATCH, {"events": [EVENT]}, Idempotency_Key="a") == refused
-    assert stored(api.server) == before
-    assert api.post(EVENTS, EVENT, key=api.server.store.create_app("Shop"), Idempotency_Key="a")[0] == 201
-
-
-def test_a_request_that_was_refused_leaves_its_idempotency_key_free(api):
-    assert api.post(EVENTS, b"{", Idempotency_Key="a")[0] == 400
-    assert api.post(EVENTS, EVENT, Idempotency_Key="a")[0] == 201
-
-
-def test_an_exact_replay_of_a_signed_request_stores_nothing(api, clock):
-    body = json.dumps(CRASH).encode()
-    first = api.signed(CRASHES, body, NOW)
-    before = stored(api.server)
-    clock.move(299)
-    assert api.signed(CRASHES, body, NOW) == (200, first[1])
-    assert api.signed(CRASHES, body, NOW, Idempotency_Key="added")[0] == 200
-    assert stored(api.server, "crashes", "hours") == {table: before[table] for table in ("crashes", "hours")}
-    assert api.signed(CRASHES, body, "2026-03-12T14:30:01Z")[0] == 201
-
-
-def test_a_signed_retry_under_its_idempotency_key_cannot_be_replayed_without_it(api):
-    body = json.dumps(CRASH).encode()
-    assert api.signed(CRASHES, body, NOW, Idempotency_Key="a")[0] == 201
-    assert api.signed(CRASHES, body, "2026-03-12T14:30:05Z", Idempotency_Key="a")[0] == 200
-    assert api.signed(CRASHES, body, "2026-03-12T14:30:05Z")[0] == 200
-    assert len(stored(api.server, "crashes")["crashes"]) == 1
-
-
-def test_a_retry_that_is_compressed_anew_is_the_same_request(api):
-    body = json.dumps(CRASH).encode()
-    first = api.post(CRASHES, gzip.compress(body, mtime=1), Content_Encoding="gzip", Idempotency_Key="a")
-    again = api.post(CRASHES, gzip.compress(body, mtime=2), Content_Encoding="gzip", Idempotency_Key="a")
-    assert (first[0], again) == (201, (200, first[1]))
-
-
-def test_identical_unsigned_requests_are_two_reports(api):
-    ids = {api.post(CRASHES, CRASH)[1]["id"] for _ in range(2)}
-    assert len(ids) == len(stored(api.server, "crashes")["crashes"]) == 2
-
-
-def test_a_repetition_is_forgotten_after_its_week(api, clock):
-    assert api.post(EVENTS, EVENT, Idempotency_Key="a")[0] == 201
-    clock.move(7 * 24 * 3600 + 1)
+def test_an_idempotency_key_is_free_after_a_refusal_in_another_app_and_after_a_week(api, clock):
+    shop = api.server.store.create_app("Shop")
+    assert [api.post(EVENTS, *request, Idempotency_Key="a")[0] for request in ((b"{",), (EVENT,), (EVENT, shop))] \
+        == [400, 201, 201]
+    clock.move(7 * A_DAY + 1)
     api.post(EVENTS, EVENT)
-    assert stored(api.server, "replays") == {"replays": []}
+    assert count(api.server, "replays") == 0
 
 
-def test_expired_rows_go_with_later_commits_and_the_counts_of_what_is_retained_with_them(serve, clock):
-    server = serve(retention_days=1)
-    api = Api(server)
-    api.post(CRASHES, {**CRASH, "device_model": "iPhone16,1"})
-    api.post(EVENTS, EVENT)
-    clock.move(24 * 3600 + 1)
-    api.post(CRASHES, {**CRASH, "exception_type": "LATE"})
-    assert sql(server.store.path, "select exception_type from crashes") == [("LATE",)]
-    assert stored(server, "events") == {"events": []}
+# -- Reports that go
+
+def test_reports_expire_with_later_commits_and_so_do_the_counts_of_what_is_kept(one_day, clock):
+    api = Api(one_day)
+    add(one_day, device_model="iPhone16,1")
+    add(one_day, type="custom")
+    clock.move(A_DAY + 1)
+    add(one_day, exception_type="LATE")
+    assert sql(one_day.store.path, "select exception_type from crashes") == [("LATE",)]
+    assert count(one_day, "events") == 0
     assert api.get("/api/v1/metrics/crash-types")[1] == {"labels": ["LATE"], "data": [1]}
     assert api.get("/api/v1/metrics/devices")[1] == {"labels": [], "data": []}
     assert sum(api.get("/api/v1/metrics/daily-crashes")[1]["data"]) == 2
-    assert sql(server.store.path, "select label, crashes from labels") == [("LATE", 1)] * 2  # of its day, of all
-    serve.unchecked.append(server)  # its roll-ups outlive its rows
+    assert sql(one_day.store.path, "select label, crashes from labels") == [("LATE", 1)] * 2  # of its day, of all
 
 
-def test_what_is_known_of_a_device_and_a_session_goes_with_its_last_report(serve, clock):
-    server = serve(retention_days=1)
-    serve.unchecked.append(server)
-    api = Api(server)
-    for event in ({"session_id": "s1", "device_id_hash": "d1", "type": "session_start"},
-                  {"session_id": "s2", "device_id_hash": "d2", "type": "session_start"}):
-        api.post(EVENTS, {**EVENT, **event})
-    api.post(CRASHES, {**CRASH, "device_id_hash": "d3"})
-    clock.move(12 * 3600)
-    api.post(EVENTS, {**EVENT, "session_id": "s2", "device_id_hash": "d2"})
-    clock.move(12 * 3600 + 1)
-    api.post(EVENTS, EVENT)
-    assert sql(server.store.path, "select device_id_hash from devices") == [("d2",)]
-    assert sql(server.store.path, "select session_id from sessions") == [("s2",)]
-    clock.move(12 * 3600)
-    api.post(EVENTS, EVENT)
-    assert stored(server, "devices", "sessions") == {"devices": [], "sessions": []}
-    assert api.get("/api/v1/metrics/active-devices?days=2")[1]["mau"] == [3, 3]  # history outlives the rows
+@sqlite_only
+def test_an_expiry_that_fails_costs_no_report_and_is_tried_again(one_day, clock, later):
+    add(one_day)
+    clock.move(A_DAY + 1)
+    sql_run(one_day.store.path, "create trigger broken before delete on crashes begin select raise(abort, 'no'); end")
+    assert Api(one_day).post(EVENTS, EVENT)[0] == 201
+    assert (count(one_day, "crashes"), count(one_day, "events")) == (1, 1)
+    sql_run(one_day.store.path, "drop trigger broken")
+    later(one_day, 1)
+    assert (count(one_day, "crashes"), count(one_day, "events")) == (0, 2)
 
 
-def test_a_device_keeps_its_first_fifty_versions(api):
-    for n in range(52):
-        api.post(CRASHES, {**CRASH, "device_id_hash": "d", "app_version": f"1.{n}"})
-    (versions,), = sql(api.server.store.path, "select versions from devices")
-    assert len(json.loads(versions)) == 50
-    sql_run(api.server.store.path, "update devices set versions = '{}'")  # so that it can be recounted
-    sql_run(api.server.store.path, "delete from releases")
-    api.server.store.delete_app("default")
+def test_reports_expire_once_a_second_or_with_each_commit_while_there_are_more(one_day, clock, later):
+    left = []
+    for seconds in (0, 0.5):
+        clock.move(seconds)
+        add(one_day)
+    clock.move(A_DAY - 0.25)
+    for seconds in (0, 0, 0.75, 0.25):  # the first one expires; there is no other; too early; the second one expires
+        later(one_day, seconds)
+        left.append(count(one_day, "crashes"))
+    assert left == [1, 1, 1, 0]
 
+
+def test_a_commit_stops_deleting_large_reports_when_it_has_taken_its_time(one_day, clock, monkeypatch):
+    monkeypatch.setattr(backfeedr, "EXPIRE_SECONDS", 0)
+    add(one_day, 25)
+    clock.move(A_DAY + 1)
+    for left in (15, 5, 0):
+        add(one_day, type="custom")
+        assert count(one_day, "crashes") == left
+
+
+def test_retention_keeps_up_with_large_batches(one_day, clock, monkeypatch):
+    monkeypatch.setattr(backfeedr, "EXPIRE_SECONDS", 60)  # however slow the machine
+    for _ in range(4):
+        add(one_day, 1000, type="custom")
+        clock.move(A_DAY + 1)
+    assert count(one_day, "events") == 1000
+
+
+def test_retention_of_zero_keeps_all_reports(serve, clock):
+    server = serve(retention_days=0)
+    add(server)
+    clock.move(10_000 * A_DAY)
+    assert server.store.prune() == {"sums": 3}  # of the group's day, and how many types and groups were new then
+    assert count(server, "crashes") == 1
+    add(server)
+    assert count(server, "crashes") == 2
+
+
+def test_pruning_deletes_what_has_expired_and_gives_its_space_back(one_day, clock):
+    def size():
+        return one_day.store.size if POSTGRES else sql(one_day.store.path, "pragma page_count")[0][0]
+
+    for _ in range(5):
+        add(one_day, 1000, type="custom", name="x" * 400)
+    add(one_day, 50)
+    full = size()
+    clock.move(A_DAY + 1)
+    assert one_day.store.prune() == {"events": 5000, "crashes": 50, "sums": 2}
+    assert not any(stored(one_day, "events", "crashes", "devices", "labels").values())
+    assert count(one_day, "groups") == 1
+    assert POSTGRES or sql(one_day.store.path, "pragma freelist_count") == [(0,)]
+    assert size() < full / (2 if POSTGRES else 10), "though PostgreSQL promises no more than to use it again"
+    assert POSTGRES or one_day.store.size < full * 4096 / 10
+    assert one_day.store.prune() == {}
+
+
+@sqlite_only
+def test_pruning_ends_where_the_file_cannot_shrink(one_day, clock):
+    add(one_day, 100, type="custom", name="x" * 400)
+    one_day.store.close()
+    with closing(sqlite3.connect(str(one_day.store.path), isolation_level=None)) as db:
+        for statement in ("pragma journal_mode = delete", "pragma auto_vacuum = none", "vacuum",
+                          "pragma journal_mode = wal"):
+            db.execute(statement)
+    clock.move(A_DAY + 1)
+    with Store(str(one_day.store.path), clock=clock, retention_days=1) as store:
+        assert store.prune() == {"events": 100}
+
+
+def test_what_is_known_of_a_device_and_a_session_goes_with_its_last_report(one_day, later):
+    for n in (1, 2):
+        add(one_day, type="session_start", session_id=f"s{n}", device_id_hash=f"d{n}", app_version="1.0")
+    add(one_day, device_id_hash="d3")
+    later(one_day, A_DAY / 2, session_id="s2", device_id_hash="d2")
+    later(one_day, A_DAY / 2 + 1)
+    assert {device for table in ENTITIES for device, in sql(one_day.store.path, f"select device from {table}")} \
+        == {backfeedr.device_key("d2")}
+    assert sql(one_day.store.path, "select session_id from sessions") == [("s2",)]
+    later(one_day, A_DAY / 2)
+    assert not any(stored(one_day, *ENTITIES).values())
+    assert Api(one_day).get("/api/v1/metrics/active-devices?days=2")[1]["mau"] == [3, 3]  # outlives the reports
+
+
+@pytest.mark.parametrize("steps, tops, last, left", [
+    ([(0, "A"), (3 * A_DAY, "B")], [1, 1], (5 * A_DAY, "B"), {"B"}),
+    ([(1800, "A"), (2 * A_DAY, None), (-1, None)], [1], (8 * A_DAY, None), set())], ids=["a week", "a clock set back"])
+def test_a_group_goes_when_no_crash_of_it_is_kept_and_none_is_of_the_week(one_day, clock, steps, tops, last, left):
+    def step(seconds, kind):
+        clock.move(seconds)
+        add(one_day, **({"exception_type": kind, "exception_reason": f"reason {kind}"} if kind else {"type": "custom"}))
+
+    for each in steps:
+        step(*each)
+    assert [top["count"] for top in Api(one_day).get("/api/v1/overview")[1]["top_crashes"]] == tops
+    step(*last)
+    assert {row[2] for row in stored(one_day, "groups")["groups"]} == left
+    assert count(one_day, "group_days") == 2 * len(left)  # B, of two days
+    assert "reason A" not in str(stored(one_day))
+
+
+def test_a_release_outlives_its_reports_and_is_never_below_zero(keeping, clock, later):
+    server = keeping(10)
+    for version in ("1.0", "1.1", "1.1", "1.1"):
+        add(server, type="session_start", session_id="s", device_id_hash="d", app_version=version)
+        clock.move(6 * A_DAY)
+    server.store.forget_device("d")
+    assert sql(server.store.path, "select app_version from releases order by app_version") == [("1.0",), ("1.1",)]
+    assert count(server, "release_sums", "sessions <> 0 or devices <> 0") == 0
+    later(server, 9 * A_DAY)
+    assert count(server, "release_days") == 0
+
+
+def test_a_device_of_two_apps_goes_from_each_with_its_last_report_there(keeping, clock):
+    server = keeping(90)
+    event = {"type": "custom", "device_id_hash": "d", "key": server.store.create_app("Shop")}
+    add(server, type="custom", device_id_hash="d")
+    for days in (50, 45):
+        clock.move(days * A_DAY)
+        add(server, **event)
+    assert count(server, "devices") == 1 and count(server, "events") == 2
+    assert server.store.forget_device("d") == {"events": 2, "devices": 1}
+    for name in ("active-devices", "retention"):
+        figures = Api(server).get(f"/api/v1/metrics/{name}?days=365&app=Shop")[1]
+        assert not any(any(figures[column]) for column in figures.keys() - {"labels"}), name
+    add(server, **event)
+    clock.move(91 * A_DAY)
+    server.store.prune()
+    assert count(server, "devices") == 0
+
+
+def test_figures_heal_when_a_clock_that_was_years_ahead_is_set_right(keeping, clock):
+    server = keeping(90)
+    for seconds in (3 * 365 * A_DAY, 3600 - 3 * 365 * A_DAY, 3600, 3600):
+        clock.move(seconds)
+        add(server, device_id_hash="d")
+    # Without the one of a day to come.
+    assert Api(server).get("/api/v1/overview")[1]["top_crashes"][0]["count"] == 3
+    assert Api(server).get("/api/v1/metrics/active-devices?days=1")[1]["mau"] == [1]
+    clock.move(91 * A_DAY)
+    server.store.prune()
+    assert count(server, "crashes") == 1
+
+
+def test_a_crash_of_the_day_before_1970_counts_once_and_today(api):
+    add(api.server, occurred_at="1969-12-31T12:00:00Z")
+    for days in ("", "?days=1"):
+        assert api.get("/api/v1/metrics/crash-types" + days)[1] == {"labels": ["SIGABRT"], "data": [1]}
+
+
+# -- Devices that are forgotten, apps that are deleted
 
 def fill(server, clock, seed, reports):
     """Random reports of two live apps and a test app, which share devices, versions and groups."""
     chance = random.Random(seed)
     names = [app.name for app in server.store.apps()]
     keys = [backfeedr.sha256(server.store.create_app(name, name == "Beta")) for name in ("Shop", "Beta")
-            if name not in names] + [backfeedr.sha256(KEY)]
+            if name not in names] + [KEY_HASH]
     for _ in range(reports):
         clock.move(chance.choice((1, 600, 40_000)))
         at = time_text(clock.seconds - chance.choice((-30, 0, 0, 3600, 90_000, 900_000)))
@@ -1120,273 +1221,317 @@ def test_a_forgotten_device_is_in_no_row_and_no_sum_as_if_it_had_never_been(serv
     deleted = server.store.forget_device("d2")
     assert deleted["crashes"] and deleted["events"] and deleted["devices"]
     check_database(server.store.path, forgotten=True)
-    for table in ("crashes", "events", "devices"):
-        assert sql(server.store.path, f"select count(*) from {table} where device_id_hash = 'd2'") == [(0,)]
+    for tables, device in ((("crashes", "events"), "device_id_hash = 'd2'"),
+                           (ENTITIES, f"device = {backfeedr.device_key('d2')}")):
+        assert [count(server, table, device) for table in tables] == [0] * len(tables)
     assert server.store.forget_device("d2") == {}
     fill(server, clock, seed + 100, 50)  # and it may come again
     check_database(server.store.path, forgotten=True)
     serve.unchecked.append(server)
 
 
-@pytest.mark.parametrize("name", ["default", "Shop", "Beta"])
-def test_a_deleted_app_leaves_no_trace_in_the_figures_of_all_apps(serve, clock, name):
-    server = serve()
-    fill(server, clock, 7, 150)
-    server.store.delete_app(name)
-    check_database(server.store.path)
-    assert not any(row[0] == 0 for row in sql(server.store.path, "select app_id from devices"))
-
-
 def test_a_forgotten_device_takes_the_reason_that_it_gave_with_it(api):
-    api.post(CRASHES, {**CRASH, "device_id_hash": "d1", "exception_reason": "theirs"})
-    api.post(CRASHES, {**CRASH, "device_id_hash": "d2", "exception_reason": "of a person"})
+    for device, reason in (("d1", "theirs"), ("d2", "of a person")):
+        add(api.server, device_id_hash=device, exception_reason=reason)
     api.server.store.forget_device("d2")
     assert "person" not in str(stored(api.server))
     assert api.get("/api/v1/overview")[1]["top_crashes"][0]["exception_reason"] == "theirs"
 
 
-def test_pruning_deletes_what_has_expired_and_gives_its_space_back(serve, clock):
-    server = serve(retention_days=1)
-    serve.unchecked.append(server)
-    batch = [parse_event({**EVENT, "name": "x" * 400})] * 1000
-    for _ in range(5):
-        server.store.add(backfeedr.sha256(KEY), batch)
-    server.store.add(backfeedr.sha256(KEY), [parse_crash(dict(CRASH))] * 50)
-
-    def size():
-        return server.store.size if POSTGRES else sql(server.store.path, "pragma page_count")[0][0]
-
-    full = size()
-    clock.move(24 * 3600 + 1)
-    assert server.store.prune() == {"events": 5000, "crashes": 50}
-    assert stored(server, "events", "crashes", "devices") == {"events": [], "crashes": [], "devices": []}
-    assert stored(server, "labels") == {"labels": []} and len(stored(server, "groups")["groups"]) == 2
-    assert POSTGRES or sql(server.store.path, "pragma freelist_count") == [(0,)]
-    assert size() < full / (2 if POSTGRES else 10), "though PostgreSQL promises no more than to use it again"
-    assert POSTGRES or server.store.size < full * 4096 / 10
-    assert server.store.prune() == {}
-
-
-def test_a_group_goes_when_no_crash_of_it_is_kept_and_none_is_of_the_week(serve, clock):
-    server = serve(retention_days=1)
-    serve.unchecked.append(server)
-    api = Api(server)
-    api.post(CRASHES, {**CRASH, "exception_reason": "about a person"})
-    clock.move(3 * 24 * 3600)
-    api.post(CRASHES, {**CRASH, "exception_type": "OTHER"})
-    assert [top["count"] for top in api.get("/api/v1/overview")[1]["top_crashes"]] == [1, 1]
-    clock.move(5 * 24 * 3600)
-    api.post(CRASHES, {**CRASH, "exception_type": "OTHER"})
-    assert {row[2] for row in stored(server, "groups")["groups"]} == {"OTHER"}
-    assert "person" not in str(stored(server))
-
-
-def test_a_device_of_two_apps_goes_from_both_with_its_last_report_in_either(serve, clock):
-    """As it is one device of all apps together, what it has counted there must not be forgotten in between."""
-    server = serve(retention_days=90)
-    serve.unchecked.append(server)
-    shop = backfeedr.sha256(server.store.create_app("Shop"))
-    api = Api(server)
-    api.post(EVENTS, {**EVENT, "device_id_hash": "d", "occurred_at": time_text(clock.seconds)})
-    for days in (50, 45):
-        clock.move(days * 24 * 3600)
-        event = {**EVENT, "device_id_hash": "d", "occurred_at": time_text(clock.seconds)}
-        server.store.add(shop, [parse_event(event)])
-    assert len(stored(server, "devices")["devices"]) == 2 and len(stored(server, "events")["events"]) == 2
-    server.store.forget_device("d")
-    for name in ("active-devices", "retention"):
-        figures = api.get(f"/api/v1/metrics/{name}?days=365")[1]
-        assert not any(any(figures[column]) for column in figures.keys() - {"labels"}), name
-    server.store.add(shop, [parse_event(event)])
-    clock.move(91 * 24 * 3600)
-    server.store.prune()
-    assert stored(server, "devices") == {"devices": []}
-
-
-def test_figures_heal_when_a_clock_that_was_years_ahead_is_set_right(serve, clock):
-    server = serve(retention_days=90)
-    serve.unchecked.append(server)
-    api = Api(server)
-    years = 3 * 365 * 24 * 3600
-    clock.move(years)
-    api.post(CRASHES, {**CRASH, "device_id_hash": "d", "occurred_at": time_text(clock.seconds)})
-    clock.move(-years)
-    for _ in range(3):
-        clock.move(3600)
-        api.post(CRASHES, {**CRASH, "device_id_hash": "d", "occurred_at": time_text(clock.seconds)})
-    overview = api.get("/api/v1/overview")[1]
-    assert overview["top_crashes"][0]["count"] == 4  # with the one that came from the future
-    assert api.get("/api/v1/metrics/active-devices?days=1")[1]["mau"] == [1]
-    clock.move(91 * 24 * 3600)
-    server.store.prune()
-    assert len(stored(server, "crashes")["crashes"]) == 1
-
-
-def test_no_more_than_a_hundred_releases_of_an_app_begin_within_a_day(serve, clock):
-    server = serve(rate_limit=0)
-    serve.unchecked.append(server)
-    api = Api(server)
-    api.post(EVENTS, {**EVENT, "app_version": "1.0"})
-    for n in range(120):
-        event = {**EVENT, "type": "session_start", "app_version": f"junk {n}", "occurred_at": time_text(clock.seconds)}
-        assert api.post(EVENTS, event)[0] == 201
-    assert sql(server.store.path, "select count(*), sum(sessions) from releases") == [(100, 99)]
-    clock.move(24 * 3600)
-    api.post(CRASHES, {**CRASH, "app_version": "1.0"})
-    api.post(EVENTS, {**EVENT, "app_version": "2.0"})
-    assert sql(server.store.path, "select app_version, crashes from releases where app_version like '_.0'") == [
-        ("1.0", 1), ("2.0", 0)]
-
-
-def test_a_release_outlives_its_reports_and_is_never_below_zero(serve, clock):
-    server = serve(retention_days=10)
-    serve.unchecked.append(server)
-    for version in ("1.0", "1.1", "1.1", "1.1"):
-        server.store.add(backfeedr.sha256(KEY), [parse_event({
-            **EVENT, "type": "session_start", "session_id": "s", "device_id_hash": "d", "app_version": version,
-            "occurred_at": time_text(clock.seconds)})])
-        clock.move(6 * 24 * 3600)
-    server.store.forget_device("d")
-    assert sql(server.store.path, "select app_version, sessions, devices from releases order by app_version") == [("1.0", 0, 0), ("1.1", 0, 0)]
-    clock.move(9 * 24 * 3600)
-    server.store.add(backfeedr.sha256(KEY), [parse_event(dict(EVENT))])
-    assert stored(server, "release_days") == {"release_days": []}
-
-
-def test_a_deleted_app_takes_the_rows_of_its_devices_in_others_that_only_waited_for_it(serve, clock):
-    server = serve(retention_days=10)
-    serve.unchecked.append(server)
-    shop = backfeedr.sha256(server.store.create_app("Shop"))
-    for key in (backfeedr.sha256(KEY), shop):
-        server.store.add(key, [parse_event({**EVENT, "device_id_hash": "d"})])
-        clock.move(6 * 24 * 3600)
-    server.store.prune()
-    assert len(stored(server, "devices")["devices"]) == 2
-    server.store.delete_app("Shop")
-    assert stored(server, "devices") == {"devices": []}
-
-
-def test_a_crash_of_the_day_before_1970_counts_once(api):
-    api.post(CRASHES, {**CRASH, "occurred_at": "1969-12-31T12:00:00Z"})
-    assert api.get("/api/v1/metrics/crash-types")[1] == {"labels": ["SIGABRT"], "data": [1]}
-
-
-def test_a_clock_that_goes_back_a_little_does_not_count_the_week_anew(serve, clock):
-    server = serve(retention_days=1)
-    serve.unchecked.append(server)
-    api = Api(server)
-    clock.seconds = parse_time("2026-03-12T15:00:00Z") / 1000
-    api.post(CRASHES, {**CRASH, "exception_reason": "about a person"})
-    clock.move(2 * 24 * 3600)
-    api.post(EVENTS, EVENT)
-    clock.move(-1)
-    api.post(EVENTS, EVENT)
-    assert api.get("/api/v1/overview")[1]["top_crashes"][0]["count"] == 1
-    clock.move(8 * 24 * 3600)
-    api.post(EVENTS, EVENT)
-    assert stored(server, "groups", "group_hours") == {"groups": [], "group_hours": []}
-
-
-def test_what_leaves_the_week_does_so_in_steps_and_is_never_counted(serve, clock, monkeypatch):
-    monkeypatch.setattr(backfeedr, "LEAVING", 3)
-    server = serve()
-    api = Api(server)
-    for n in range(10):
-        api.post(CRASHES, {**CRASH, "exception_type": f"T{n}", "occurred_at": time_text(clock.seconds)})
-    clock.move(8 * 24 * 3600)
-    for left in (7, 4, 1, 0):
-        api.post(CRASHES, {**CRASH, "exception_type": "T1", "occurred_at": time_text(clock.seconds)})
-        assert {top["exception_type"] for top in api.get("/api/v1/overview")[1]["top_crashes"]} == {"T1"}
-        hours = [hour for _, hour, _, _ in stored(server, "group_hours")["group_hours"]]
-        assert sum(hour < clock.seconds // 3600 - 168 for hour in hours) == left
-
-
-def test_a_commit_stops_deleting_large_reports_when_it_has_taken_its_time(serve, clock, monkeypatch):
-    monkeypatch.setattr(backfeedr, "EXPIRE_SECONDS", 0)
-    server = serve(retention_days=1)
-    serve.unchecked.append(server)
-    server.store.add(backfeedr.sha256(KEY), [parse_crash(dict(CRASH))] * 25)
-    clock.move(24 * 3600 + 1)
-    for left in (15, 5, 0):
-        server.store.add(backfeedr.sha256(KEY), [parse_event(dict(EVENT))])
-        assert len(stored(server, "crashes")["crashes"]) == left
-
-
-@sqlite_only
-def test_pruning_ends_where_the_file_cannot_shrink(serve, clock):
-    server = serve(retention_days=1)
-    serve.unchecked.append(server)
-    server.store.add(backfeedr.sha256(KEY), [parse_event({**EVENT, "name": "x" * 400})] * 100)
-    server.store.close()
-    sql_run(server.store.path, "pragma auto_vacuum = none")
-    with closing(sqlite3.connect(str(server.store.path), isolation_level=None)) as db:
-        db.execute("pragma journal_mode = delete")
-        db.execute("pragma auto_vacuum = none")
-        db.execute("vacuum")
-        db.execute("pragma journal_mode = wal")
-    clock.move(24 * 3600 + 1)
-    with Store(str(server.store.path), clock=clock, retention_days=1) as store:
-        assert store.prune() == {"events": 100}
-
-
-def test_forgetting_a_device_leaves_a_session_that_others_report_too(api):
-    api.post(EVENTS, {**EVENT, "type": "session_start", "session_id": "s"})  # before its device was known
-    api.post(EVENTS, {**EVENT, "session_id": "s", "device_id_hash": "d"})
+def test_forgetting_a_device_leaves_the_events_of_a_session_that_have_no_device(api):
+    add(api.server, type="session_start", session_id="s")
+    add(api.server, type="custom", session_id="s", device_id_hash="d")
     api.server.store.forget_device("d")
     assert api.get("/api/v1/overview")[1]["sessions_7d"] == 1
     assert len(api.get("/api/v1/events?session_id=s", **ADMIN)[1]["events"]) == 1
 
 
-def test_pruning_keeps_what_has_not_expired(serve, clock):
-    server = serve(retention_days=0)
-    api = Api(server)
-    api.post(CRASHES, CRASH)
-    clock.move(9_000 * 24 * 3600)
-    assert server.store.prune() == {}
-    assert len(stored(server, "crashes")["crashes"]) == 1
+def test_two_devices_with_the_same_session_id_are_two_sessions(api, clock):
+    for device, lasted in (("d1", 60), ("d2", 3600)):
+        for type, ago in (("session_start", lasted), ("session_end", 0)):
+            at = time_text(clock.seconds - ago)
+            add(api.server, type=type, session_id="1", device_id_hash=device, occurred_at=at)
+    assert api.get("/api/v1/overview")[1]["sessions_7d"] == 2
+    assert api.get("/api/v1/metrics/sessions?days=1")[1] \
+        == {"labels": [NOW[:10]], "sessions": [2], "median_seconds": [60], "mean_seconds": [1830.0]}
+    api.server.store.forget_device("d2")
+    assert api.get("/api/v1/metrics/sessions?days=1")[1]["mean_seconds"] == [60.0]
 
 
-def test_retention_keeps_up_with_large_batches(serve, clock):
-    server = serve(retention_days=1)
-    batch = [parse_event(dict(EVENT))] * 1000
-    for _ in range(4):
-        server.store.add(backfeedr.sha256(KEY), batch)
-        clock.move(24 * 3600 + 1)
-    assert len(stored(server, "events")["events"]) == 1000
+@pytest.mark.parametrize("name", ["default", "Shop", "Beta"])
+def test_an_app_is_deleted_in_bounded_steps_with_everything_and_further_where_it_was_cut_off(
+        serve, clock, monkeypatch, name):
+    server, steps, step = serve(), [], Store.writing_step
+    fill(server, clock, 7, 80)
+    (app_id,), = sql(server.store.path, f"select id from apps where name = '{name}'")
+    key, api = server.store.create_key(name), Api(server)
+    assert api.post(CRASHES, CRASH, key=key, Idempotency_Key="a")[0] == 201
+
+    def rows(comparison="="):
+        return sorted(repr(row) for table in ("keys", *REPORT_TABLES)
+                      for row in sql(server.store.path, f"select * from {table} where app_id {comparison} {app_id}"))
+
+    @contextmanager
+    def watched(store):
+        before = len(rows())
+        with step(store) as db:
+            yield db
+        steps.append(before - len(rows()))
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(backfeedr, "PRUNE_STEP", 20)
+    monkeypatch.setattr(Store, "writing_step", watched)
+    everything, others = len(rows()) - 2, rows("<>")  # the keys go first
+    with pytest.raises(KeyboardInterrupt):
+        server.store.delete_app(name)
+    assert 0 < len(rows()) < everything and name in [app.name for app in server.store.apps() if not app.keys]
+    server.store.delete_app(name)
+    assert (max(steps), sum(steps), rows(), rows("<>")) == (20, everything, [], others)
+    assert api.post(CRASHES, CRASH, key=key) == (401, {"error": "invalid API key"})
+    assert api.get(f"/api/v1/overview?app={name}")[0] == 404
+    with pytest.raises(StoreError):
+        server.store.delete_app(name)
 
 
-def test_retention_of_zero_keeps_all(serve, clock):
-    api = Api(serve(retention_days=0))
-    api.post(CRASHES, CRASH)
-    clock.move(10_000 * 24 * 3600)
-    api.post(CRASHES, CRASH)
-    assert len(stored(api.server, "crashes")["crashes"]) == 2
+def test_a_report_that_arrives_as_its_app_is_deleted_is_refused(api):
+    api.server.store.delete_app("default")
+    with pytest.raises(Refusal, match="invalid API key"):
+        add(api.server, type="custom")
+    assert not any(stored(api.server).values())
 
 
-def test_ids_are_unique_and_ascend_even_if_the_clock_goes_back(api, clock):
-    ids = []
-    for step in (0, 0, -3600, 7200):
-        clock.move(step)
-        ids.append(api.post(CRASHES, CRASH)[1]["id"])
-    assert ids == sorted(set(ids))
+# -- Windows and names
 
+WINDOWS = {"new_names": 0, "device_hours": 2, "group_days": 7, "release_days": 7, "durations": 400}  # in days
+
+
+@pytest.fixture
+def windows_filled(serve, clock):
+    """A server with ten rows in each table that holds a window of days, of the hours until now."""
+    server = serve()
+    serve.unchecked.append(server)
+    clock.move(-10 * 3600)
+    for n in range(10):
+        clock.move(3600)
+        shared = dict(session_id=str(n), device_id_hash=f"d{n}", app_version=f"1.{n}")
+        add(server, exception_type=f"T{n}")
+        add(server, type="session_start", occurred_at=time_text(clock.seconds - 60 * n), **shared)
+        add(server, type="session_end", **shared)
+    assert {table: count(server, table) for table in WINDOWS} == {**dict.fromkeys(WINDOWS, 10), "new_names": 3}
+    return server
+
+
+@pytest.mark.parametrize("table", WINDOWS)
+def test_a_window_is_kept_for_its_days_and_trimmed_on_the_next(windows_filled, clock, table):
+    rows = 1 if table == "device_hours" else count(windows_filled, table)  # which goes hour by hour
+    for days, left in ((WINDOWS[table], rows), (1, 0)):
+        clock.move(days * A_DAY)
+        windows_filled.store.prune()
+        assert count(windows_filled, table) == left
+
+
+def test_windows_are_trimmed_in_bounded_steps_and_what_waits_is_not_counted(windows_filled, clock, monkeypatch):
+    monkeypatch.setattr(backfeedr, "TRIMMED", 3)
+    clock.move(401 * A_DAY)
+    for crashes, left in enumerate((7, 4, 1, 0), 1):
+        add(windows_filled, exception_type="T1")
+        top, = Api(windows_filled).get("/api/v1/overview")[1]["top_crashes"]
+        assert (top["exception_type"], top["count"]) == ("T1", crashes)
+        # Today has a group; and two names of it, where there were three, are new.
+        assert {table: count(windows_filled, table) for table in WINDOWS} == {
+            "new_names": 0, "device_hours": left, "group_days": left + 1, "release_days": left, "durations": left}
+
+
+def test_reports_of_made_up_times_leave_only_lasting_sums_behind(one_day, clock):
+    now = one_day.store.now
+    for days in (-3000, 0, 0.9, 2.1, 7, 8, 399, 400, 401, 3000, 6900, 30_000):  # ago
+        at = dict(occurred_at=time_text(clock.seconds - days * A_DAY), device_id_hash=f"d{days}", app_version="1.0")
+        add(one_day, **at)
+        for type in ("session_start", "session_end"):
+            add(one_day, type=type, session_id="s", **at)
+    for table, column, newest, kept in [("device_hours", "hour", now // backfeedr.HOUR, 48)] + [
+            (table, "day", now // backfeedr.DAY, days) for table, days in {**WINDOWS, "device_days": 400}.items()
+            if table != "device_hours"]:
+        assert count(one_day, table) and not count(one_day, table, f"{column} not between {newest - kept} and {newest}")
+    clock.move(402 * A_DAY)
+    one_day.store.prune()
+    assert {table for table in REPORT_TABLES if count(one_day, table)} \
+        == {"crash_days", "session_days", "medians", "active_days", "cohorts", "releases", "release_sums"}
+
+
+LABELS = f"select label, crashes from labels where day = {backfeedr.ALL_DAYS} and field = "
+NAMES = {  # how many new names count in a day, the crashes by name, and a crash with the nth name
+    "group": (500, "select group_hash, sum(crashes) from group_days group by group_hash",
+              lambda n: {"stack_trace": [{"symbol": f"f{n}"}]}),
+    "type": (200, LABELS + "'exception_type'", lambda n: {"exception_type": f"T{n}"}),
+    "model": (200, LABELS + "'device_model'", lambda n: {"device_model": f"m{n}"}),
+    "release": (100, "select app_version, crashes from release_sums", lambda n: {"app_version": f"1.{n}"})}
+
+
+@pytest.mark.parametrize("limit, query, crash", NAMES.values(), ids=NAMES)
+def test_new_names_beyond_the_limit_of_an_app_and_day_count_as_other(serve, clock, limit, query, crash):
+    server = serve()
+    shop = server.store.create_app("Shop")
+
+    def send(*numbers, key=KEY):
+        """How many names there are then, and how many crashes `(other)` and the most frequent other name have."""
+        server.store.add(backfeedr.sha256(key), [parse_crash({**CRASH, **crash(n)}) for n in numbers])
+        names = Counter(dict(sql(server.store.path, query)))
+        return len(names), names.pop("(other)", 0), max(names.values())
+
+    assert send(*range(limit - 1)) == (limit - 1, 0, 1)
+    assert send(limit - 1) == (limit, 0, 1)
+    assert send(limit) == (limit + 1, 1, 1)
+    assert send(0, limit, limit + 1) == (limit + 1, 3, 2), "a known name counts by itself"
+    assert send("x", key=shop) == (limit + 2, 3, 2), "another app has a limit of its own"
+    clock.seconds = parse_time("2026-03-12T23:59:59Z") / 1000
+    assert send(limit) == (limit + 2, 4, 2)
+    clock.move(1)
+    assert send(limit) == (limit + 3, 4, 2), "the next day begins"
+
+
+def test_a_group_is_named_by_its_latest_crash_even_if_an_earlier_type_counted_as_other(serve, clock, monkeypatch):
+    monkeypatch.setitem(backfeedr.NEW_NAMES, "exception_type", 1)
+    server, names = serve(), []
+    add(server, exception_type="A")
+    for later, act in ((0, lambda: add(server, exception_type="T")),
+                       (A_DAY, lambda: add(server, exception_type="T", device_id_hash="d")),
+                       (0, lambda: server.store.forget_device("d"))):
+        clock.move(later)
+        act()
+        names += sql(server.store.path, "select exception_type from groups where exception_type <> 'A'")
+    assert names == [("(other)",), ("T",), ("(other)",)]
+    check_database(server.store.path, forgotten=True)
+    serve.unchecked.append(server)
+
+
+def test_crashes_and_events_share_the_limit_of_releases(serve):
+    server = serve()
+    add(server, type="custom", app_version="1.0")
+    for parse, body in ((parse_crash, CRASH), (parse_event, {**EVENT, "type": "session_start"})):
+        server.store.add(KEY_HASH, [parse({**body, "app_version": f"{body.get('type')} {n}"}) for n in range(60)])
+    assert count(server, "releases") == 101
+    sums = {version: rest for version, *rest in sql(
+        server.store.path, "select app_version, crashes, sessions from release_sums")}
+    assert list(map(sum, zip(*sums.values()))) == [60, 60] and sums["(other)"] == [0, 21]
+
+
+def public_answers(server):
+    return {path.rpartition("/")[2]: Api(server).get(path)[1] for path in METRICS}
+
+
+@pytest.fixture
+def one_name(keeping, monkeypatch):
+    """A server that counts one new name of each kind, and its answers before two crashes of a device with others."""
+    for field in backfeedr.NEW_NAMES:
+        monkeypatch.setitem(backfeedr.NEW_NAMES, field, 1)
+    server = keeping(1)
+    add(server, exception_type="A", device_model="m", app_version="1.0")
+    add(server, exception_type="B0", device_model="m0", app_version="2.0")
+    before = public_answers(server)
+    for n in (1, 2):
+        add(server, exception_type=f"B{n}", exception_reason=f"reason {n}", device_model=f"m{n}",
+            app_version=f"2.{n}", device_id_hash="d")
+    check_database(server.store.path)
+    return server, before
+
+
+def test_other_is_shown_like_any_name_and_its_page_has_the_reports_as_they_came(one_name):
+    api, answers = Api(one_name[0]), public_answers(one_name[0])
+    other = {"group_hash": "(other)", "exception_type": "(other)", "exception_reason": "reason 2", "count": 3}
+    assert answers["overview"]["top_crashes"] == [other, {
+        "group_hash": group_hash("A", []), "exception_type": "A", "exception_reason": "", "count": 1}]
+    assert answers["crash-types"] == {"labels": ["(other)", "A"], "data": [3, 1]}
+    assert answers["devices"] == {"labels": ["(other)", "m"], "data": [3, 1]}
+    assert [(each["app_version"], each["crashes"], each["crash_free_devices"])
+            for each in answers["releases"]["releases"]] == [("(other)", 3, 0.0), ("1.0", 1, 100.0)]
+    assert api.get("/api/v1/crashes", **ADMIN)[1]["groups"][0] \
+        == {**other, "devices": 1, "versions": ["2.0", "2.1", "2.2"], "first_seen": NOW, "last_seen": NOW}
+    status, group = api.get("/api/v1/crashes/(other)", **ADMIN)
+    assert (status, {name: group[name] for name in other}) == (200, other)
+    assert [(each["exception_type"], each["device_model"]) for each in group["reports"]] \
+        == [("B2", "m2"), ("B1", "m1"), ("B0", "m0")]
+    person = Person(api.server)
+    person.sign_in()
+    assert "/crashes/(other)" in html.unescape(person.get("/crashes").text)
+    assert "reason 1" in text_of(person.get("/crashes/(other)"))
+
+
+def test_a_forgotten_device_is_taken_out_of_other(one_name):
+    server, before = one_name
+    server.store.forget_device("d")
+    assert public_answers(server) == before
+    check_database(server.store.path, forgotten=True)
+
+
+def test_expired_crashes_are_taken_out_of_other(one_name, clock, later):
+    server, _ = one_name
+    clock.move(A_DAY + 1)
+    add(server, exception_type="LATE")
+    answers = public_answers(server)
+    assert answers["crash-types"] == {"labels": ["LATE"], "data": [1]} and answers["devices"]["labels"] == []
+    assert answers["overview"]["top_crashes"][0]["group_hash"] == "(other)"
+    later(server, 7 * A_DAY)
+    assert [row[2] for row in stored(server, "groups")["groups"]] == ["LATE"]
+    assert POSTGRES or backfeedr._check_roll_ups(server.store.path)
+
+
+# -- What `check` finds
+
+SUMS = {table: columns.split() for figure in backfeedr.Figure.__subclasses__()
+        for table, (_, columns) in figure.SUMS.items()}
+MADE_UP = {"crash_days": "1, 1, 1", "labels": "1, 'device_model', 1, 'x', 1", "session_days": "1, 1, 1, 0, 0",
+           "active_days": "1, 1, 1, 1, 1", "cohorts": "1, 1, 1, 0, 0, 0", "release_sums": "1, 'x', 1, 0, 0, 0"}
+TAMPERED = [
+    *((table, f"delete from {table}") for table in (*SUMS, "groups", "releases", *ENTITIES)),
+    *((table, f"insert into {table} values ({row})") for table, row in MADE_UP.items()),
+    *((table, f"update {table} set {column} = {column} {by}") for table, columns in SUMS.items()
+      for column in columns for by in ("+ 1", "- 1"))]
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """The bytes of a database that has rows in each table of the figures."""
+    path, clock = tmp_path_factory.mktemp("sound") / "test.db", Clock()
+    with Backfeedr(Settings(db_path=str(path), api_key=KEY, auth_token=TOKEN), clock=clock) as server:
+        fill(server, clock, 9, 60)
+        assert all(count(server, table) for table, _ in TAMPERED)
+    return path.read_bytes()
+
+
+@sqlite_only
+@pytest.mark.parametrize("table, damage", TAMPERED)
+def test_check_names_the_table_that_was_tampered_with(sound, tmp_path, table, damage):
+    path = tmp_path / "test.db"
+    path.write_bytes(sound)
+    assert backfeedr._check_roll_ups(path)
+    sql_run(path, damage)
+    with pytest.raises(StoreError, match=f"^these tables are not what they should be: {table}$"):
+        backfeedr._check_roll_ups(path)
+
+
+@sqlite_only
+@pytest.mark.parametrize("seed", range(4))
+def test_check_finds_nothing_wrong_after_some_reports_have_expired(keeping, clock, seed):
+    server = keeping(5)
+    fill(server, clock, seed, 120)
+    server.store.prune()
+    assert 0 < count(server, "crashes") and backfeedr._check_roll_ups(server.store.path)
+
+
+# -- Many at once
 
 def test_many_threads_share_commits_and_lose_nothing(serve):
-    server = serve()
-    key_hash = backfeedr.sha256(KEY)
-    seqs = []
+    server, seqs = serve(), []
 
     def send(n):
         for m in range(25):
-            crash = {**CRASH, "device_id_hash": f"d{n % 3}", "device_model": f"m{m % 2}"}
-            seqs.extend(server.store.add(key_hash, [parse_crash(crash)]).seqs)
-            seqs.extend(server.store.add(key_hash, [parse_event({**EVENT, "session_id": f"s{n}"})] * 3).seqs)
+            seqs.extend(add(server, device_id_hash=f"d{n % 3}", device_model=f"m{m % 2}").seqs)
+            seqs.extend(add(server, 3, session_id=f"s{n}", type="custom").seqs)
 
-    threads = [threading.Thread(target=send, args=(n,)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(send, range(8)))
     rows = sql(server.store.path, "select seq from crashes union all select seq from events")
     assert sorted(seqs) == sorted(seq for seq, in rows) and len(seqs) == 8 * 25 * 4
 
@@ -1394,17 +1539,14 @@ def test_many_threads_share_commits_and_lose_nothing(serve):
 def test_one_refused_request_does_not_hurt_its_neighbours_in_a_commit(serve):
     """Requests that wait together: a good one, a repetition, a reused key and one of an app that is gone."""
     server = serve()
-    store = server.store
-    key_hash = backfeedr.sha256(KEY)
     event = parse_event(dict(EVENT))
-    cases = [(key_hash, Idempotency((b"a",), b"1")), (key_hash, Idempotency((b"a",), b"1")), (key_hash, Idempotency((b"a",), b"2")),
-             (b"gone", Idempotency())]
-    outcomes = run_together(store, [lambda case=case: store.add(case[0], [event], case[1]) for case in cases])
-    kinds = sorted(str(outcome) if isinstance(outcome, Exception) else str(outcome.replayed) for outcome in outcomes)
-    assert kinds in (["False", "True", "idempotency key reused with a different body", "invalid API key"],
-                     ["False", "idempotency key reused with a different body",
-                      "idempotency key reused with a different body", "invalid API key"])
-    assert len(stored(server, "events")["events"]) == 1
+    calls = [lambda case=case: server.store.add(case[0], [event], Idempotency(*case[1:])) for case in (
+        (KEY_HASH, (b"a",), b"1"), (KEY_HASH, (b"a",), b"1"), (KEY_HASH, (b"a",), b"2"), (b"gone",))]
+    kinds = sorted(str(outcome) if isinstance(outcome, Exception) else str(outcome.replayed)
+                   for outcome in run_together(server.store, calls))
+    reused = "idempotency key reused with a different body"
+    assert kinds in (["False", "True", reused, "invalid API key"], ["False", reused, reused, "invalid API key"])
+    assert count(server, "events") == 1
 
 
 def run_together(store, calls):
@@ -1422,7 +1564,7 @@ def run_together(store, calls):
     with here.write_lock:
         for thread in threads:
             thread.start()
-        wait_until(lambda: len(here.queue) == len(calls))
+        wait_until(lambda: len(here.waiting) == len(calls))
     for thread in threads:
         thread.join(30)
         assert not thread.is_alive()
@@ -1437,6 +1579,35 @@ def wait_until(condition, seconds=20):
         time.sleep(0.005)
 
 
+def test_ids_are_unique_and_ascend_whatever_the_clock_does_and_is_deleted(serve, clock):
+    server, ids = serve(retention_days=1), []
+    serve.unchecked.append(server)
+    api, shop = Api(server), server.store.create_app("Shop")
+    for seconds, delete in ((0, None), (0, lambda: server.store.forget_device("d")), (-3600, server.store.prune),
+                            (-20 * 3600, lambda: server.store.delete_app("Shop")), (7200, None),
+                            (2 * A_DAY, server.store.prune), (60 - A_DAY, None)):
+        clock.move(seconds)
+        for path, body in ((CRASHES, CRASH), (EVENTS, EVENT), (CRASHES, CRASH)):
+            key = shop if seconds < -7200 and delete else KEY
+            ids.append(api.post(path, {**body, "device_id_hash": "d"}, key=key)[1]["id"])
+        if delete:
+            delete()
+    server.close()
+    serve.unchecked.append(serve())
+    ids.append(Api(serve.unchecked[-1]).post(EVENTS, EVENT)[1]["id"])
+    numbers = [int(each[-16:], 16) for each in ids]
+    assert numbers == sorted(set(numbers)) and len(numbers) == 22
+
+
+def test_ids_stay_unique_after_a_clock_that_was_years_ahead(serve, clock):
+    server, seqs = serve(), []
+    for years in (0, 3, 0, -3, 0):
+        clock.move(years * 365 * A_DAY + 60)
+        seqs += [*add(server).seqs, *add(server, type="custom").seqs]
+    assert len(set(seqs)) == 10 and seqs[-4:] == sorted(seqs[-4:]) and seqs[1] < seqs[-4] < seqs[2]
+    serve.unchecked.append(server)
+
+
 def test_a_store_works_on_both_sides_of_a_fork(serve):
     server = serve()
     api = Api(server)
@@ -1449,8 +1620,10 @@ def test_a_store_works_on_both_sides_of_a_fork(serve):
             os._exit(2)
     assert os.waitpid(child, 0)[1] == 0
     assert api.post(CRASHES, CRASH)[0] == 201
-    assert len(stored(server, "crashes")["crashes"]) == 3
+    assert count(server, "crashes") == 3
 
+
+# -- The file and its schema
 
 @sqlite_only
 def test_close_may_be_called_twice_and_folds_the_wal_in(serve):
@@ -1459,96 +1632,31 @@ def test_close_may_be_called_twice_and_folds_the_wal_in(serve):
     server.close()
     server.close()
     assert [file.name for file in server.store.path.parent.iterdir()] == ["test.db"]
-    assert Api(server).post(CRASHES, CRASH) == (503, {"error": "storage unavailable"})
-    assert len(stored(server, "crashes")["crashes"]) == 1
+    assert Api(server).post(CRASHES, CRASH) == UNAVAILABLE
+    assert count(server, "crashes") == 1
 
 
-@pytest.mark.parametrize("content", [b"junk" * 1000, b"SQLite format 3\x00" + b"junk" * 1000])
-def test_a_file_that_is_no_database_is_refused_and_left_alone(tmp_path, content):
-    path = tmp_path / "junk.db"
-    path.write_bytes(content)
-    with pytest.raises(StoreError, match="cannot open the database .*junk.db"):
-        Store(str(path))
-    assert path.read_bytes() == content
-
-
-def test_the_database_of_another_program_is_refused_and_left_alone(tmp_path):
+@pytest.mark.parametrize("content, error", [
+    (b"junk" * 1000, "cannot open the database .*other.db"),
+    (b"SQLite format 3\x00" + b"junk" * 1000, "cannot open the database .*other.db"),
+    (None, "not one of backfeedr's")], ids=["junk", "a broken database", "another program's"])
+def test_a_file_that_is_not_ours_is_refused_and_left_alone(tmp_path, content, error):
     path = tmp_path / "other.db"
-    with closing(sqlite3.connect(str(path))) as db:
-        db.execute("create table theirs (a)")
-    content = path.read_bytes()
-    with pytest.raises(StoreError, match="not one of backfeedr's"):
+    if content:
+        path.write_bytes(content)
+    else:
+        with closing(sqlite3.connect(str(path))) as db:
+            db.execute("create table theirs (a)")
+        content = path.read_bytes()
+    with pytest.raises(StoreError, match=error):
         Store(str(path))
     assert path.read_bytes() == content
 
 
-def version_of(path):
-    query = "select value from state where name = 'schema_version'" if POSTGRES else "pragma user_version"
-    return sql(path, query)[0][0]
-
-
-def set_version(path, version):
-    sql_run(path, f"update state set value = {version} where name = 'schema_version'" if POSTGRES
-            else f"pragma user_version = {version}")
-
-
-def test_a_database_of_a_newer_backfeedr_is_refused_and_left_alone(serve):
-    server = serve("newer.db")
-    server.close()
-    set_version(server.store.path, 99)
-    content = content_of(server.store.path)
-    with pytest.raises(StoreError, match="newer backfeedr"):
-        serve("newer.db")
-    assert content_of(server.store.path) == content and version_of(server.store.path) == 99
-
-
-def test_an_older_schema_is_migrated_and_keeps_its_rows(serve, monkeypatch):
-    server = serve()
-    Api(server).post(CRASHES, CRASH)
-    server.close()
-    before = stored(server)
-    now = backfeedr.SCHEMA_VERSION
-    monkeypatch.setattr(backfeedr, "SCHEMA_VERSION", now + 2)
-    monkeypatch.setattr(backfeedr, "MIGRATIONS", {now: "alter table apps add column note text;\n",
-                                                  now + 1: "update apps set note = 'two';\n"})
-    again = serve()
-    assert sql(again.store.path, "select note from apps") == [("two",)]
-    assert version_of(again.store.path) == now + 2
-    assert stored(again) == before
-    assert Api(again).post(CRASHES, CRASH)[0] == 201
-
-
-SINCE = {1: ["drop table grants"]}  # what undoes each migration
-
-
-@pytest.mark.parametrize("version", SINCE)
-def test_a_database_of_each_earlier_version_becomes_as_a_new_one(serve, version):
-    server = serve()
-    Api(server).post(CRASHES, CRASH)
-    server.close()
-    schema = ("select table_name, column_name, data_type from information_schema.columns"
-              " where table_schema = current_schema() order by 1, 2" if POSTGRES
-              else "select type, name, tbl_name from sqlite_master order by name")
-    new, before = sql(server.store.path, schema), stored(server)
-    for undone in range(backfeedr.SCHEMA_VERSION - 1, version - 1, -1):
-        for statement in SINCE[undone]:
-            sql_run(server.store.path, statement)
-    set_version(server.store.path, version)
-    again = serve()
-    assert (sql(again.store.path, schema), stored(again)) == (new, before)
-    assert Api(again).post(CRASHES, CRASH)[0] == 201
-
-
-def test_a_migration_that_fails_leaves_the_database_as_it_was(serve, monkeypatch):
-    server = serve()
-    server.close()
-    content = content_of(server.store.path)
-    now = backfeedr.SCHEMA_VERSION
-    monkeypatch.setattr(backfeedr, "SCHEMA_VERSION", now + 1)
-    monkeypatch.setattr(backfeedr, "MIGRATIONS", {now: "alter table apps add column note text;\nnonsense;\n"})
-    with pytest.raises(StoreError, match="syntax error"):
-        serve()
-    assert content_of(server.store.path) == content and version_of(server.store.path) == now
+def test_an_empty_file_becomes_a_database(tmp_path):
+    (tmp_path / "empty.db").touch()
+    with Store(str(tmp_path / "empty.db")) as store:
+        assert store.apps() == []
 
 
 def test_a_directory_without_write_permission_is_refused(tmp_path):
@@ -1572,10 +1680,109 @@ def test_a_directory_without_write_permission_is_refused(tmp_path):
         folder.rmdir()
 
 
-def test_an_empty_file_becomes_a_database(tmp_path):
-    (tmp_path / "empty.db").touch()
-    with Store(str(tmp_path / "empty.db")) as store:
-        assert store.apps() == []
+def version_of(path):
+    query = "select value from state where name = 'schema_version'" if POSTGRES else "pragma user_version"
+    return sql(path, query)[0][0]
+
+
+def set_version(path, version):
+    sql_run(path, f"update state set value = {version} where name = 'schema_version'" if POSTGRES
+            else f"pragma user_version = {version}")
+
+
+def test_a_database_of_a_newer_backfeedr_is_refused_and_left_alone(serve):
+    server = serve("newer.db")
+    server.close()
+    set_version(server.store.path, 99)
+    content = content_of(server.store.path)
+    with pytest.raises(StoreError, match="newer backfeedr"):
+        serve("newer.db")
+    assert content_of(server.store.path) == content and version_of(server.store.path) == 99
+
+
+@pytest.fixture
+def old_database(tmp_path):
+    """Makes a database of an earlier version, as that made it: two apps with three crashes and six events."""
+    def make(version):
+        path = tmp_path / "test.db"
+        with closing(sqlite3.connect(str(path))) as db:
+            db.executescript(zlib.decompress(base64.b85decode("".join(VERSION_2.split()))).decode())
+            if version == 1:
+                db.execute("drop table grants")
+            db.execute(f"pragma application_id = {backfeedr.APPLICATION_ID}")
+            db.execute(f"pragma user_version = {version}")
+        return path
+    return make
+
+
+def columns_of(path):
+    return sql(path, """
+        select master.type, master.name, columns.name, columns.type, columns.pk
+        from sqlite_master as master, pragma_table_xinfo(master.name) as columns
+        where master.name not like 'sqlite_%' order by 1, 2, 3
+        """)
+
+
+@sqlite_only
+@pytest.mark.parametrize("version", range(1, backfeedr.SCHEMA_VERSION))
+def test_a_database_of_an_earlier_version_becomes_as_a_new_one_and_keeps_its_reports(old_database, serve, version):
+    path = old_database(version)
+    reports = [rows_by_name(path, f"select * from {table}") for table in ("crashes", "events")]
+    server = serve()
+    check_database(path)
+    assert version_of(path) == backfeedr.SCHEMA_VERSION and columns_of(path) == columns_of(serve("new.db").store.path)
+    assert [[{**row, "other": 0} for row in rows] for rows in reports] \
+        == [rows_by_name(path, f"select * from {table}") for table in ("crashes", "events")]
+    api = Api(server)
+    assert {name: api.get("/api/v1/overview")[1][name] for name in ("sessions_7d", "crashes_7d", "dau")} \
+        == {"sessions_7d": 3, "crashes_7d": 3, "dau": 1}
+    assert api.get("/api/v1/metrics/retention?days=3&app=default")[1]["day_1"] == [100.0, None, None]
+    again = server.store.add(KEY_HASH, [parse_event(dict(EVENT))], Idempotency((b"a",), b"1"))
+    assert again.replayed and list(again.seqs) == [row["seq"] for row in reports[1] if row["type"] == "error"]
+    for type in ("session_start", "session_end"):  # of a session and a device that are known already
+        add(server, type=type, session_id="s0", device_id_hash="d1", app_version="1.0")
+    assert api.get("/api/v1/overview")[1]["sessions_7d"] == 3
+    assert server.store.forget_device("d1") == {"crashes": 3, "events": 6, "devices": 2}
+    check_database(path, forgotten=True)
+    serve.unchecked.append(server)
+
+
+@sqlite_only
+def test_a_migration_that_fails_leaves_the_database_as_it_was(old_database, serve):
+    path = old_database(2)
+    sql_run(path, "drop table group_hours")
+    content = path.read_bytes()
+    with pytest.raises(StoreError, match="no such table: group_hours"):
+        serve()
+    assert path.read_bytes() == content and version_of(path) == 2
+
+
+VERSION_2 = """
+c-p;M+iv4H5`EvV5C&MN184^->SB5JDalMf4fbWRK)(r!MJGbbl82IW!C?P=N!>~7a^hZ0H{wKOsaSRDqC-;$!IPR>b@G&RD><Jl>x-48R#w#fnG5SIvQr
+{Htnd88N-lMo6$imjyr><kNKW!T{$5)}DSs|`Ze5D(j|+FKtcq)1)q|E^z_AX^a%r4gPu~6WZ-=Qda!F;3{1v|>)r<9%mrqlB9A$1iv2|SKEch{d*Nt0U+
+pz?HEx+rNch*~0zm%8S66IT#8s=48Ue?mW5eLn<(dNOyRejGQDU>>E!CC%(&IGS!ky}-K5K<vmnk)XtTwom)@Wz2>UT~o>vXcBQk?<$-HYr)u$1nEZT?*f
+AM`^jcvtBb%Uy^(!2!bDY_PT_3c{p5zSektn<>lOl-3TIoKk##%l|@{CoVhuxjCtjvlJm`!V?AB6JdKOX=}9io4waQ5lk(T>z~fVy@?0Ov($NUV%F9EN^X
+}p(xV(j*O7Rh&WRNc>F0zAMFsW-U$8!EEwaGx_O+6f567ifB&%Lu#Poz*a7*o~B;d@+*<j}7qKSa{}J(fsTr2M@PZT$2RH;7qM%NXu9GE*?MplC7BpqoOZ
+qhkVN)~xioP2wL*HU3)1e`UJOrP5H=b6ItB3RS#Pcf}nHMoyhYdFG<dWcZdt-y$veIZr;uFwb};LI19IAcc}_(6Tcd!^ccibvzB)^p<leWKcf~`Sj88rO!
+oW)7?_PYLmM2OeJ;l%vDMczD^c2@o3Rr#bYKQGZ64%=GHvfoSTC#Rel^rd0Ln=!_ehaW!g3irBR7nPphicyn>IBn_zmZxG!6o&>y%mqh*Zsk?ZQ3b$7IG!
+&NyUR{c~0v(%(*oaT%K`j}ku+H#!{#x<cn71v~DT~vl`IG1kJyqv$$wKTb`&cAKUpEl+T{&pzkGjiREC-v~7ZIRu!i0A%zD4T3W)WoNCMJJwSNg?axP!?%
+5CjWe8Cm&mBaFNf>t$Lo%1;d2v`mfMlF7*%UHtZEVmmFukJ)3>t|IwSFAVbvw)O4#Sjc>012?7|N@m4!n!E`A*K9>U;Yh26Q{@Fg-tv%qU?o7+T@H<bQc)
+sfKG2?lP`PwME-XzW^!-D_Ka$PAj`tG)Nd6J8-I&kaOXJI>WbLl9qRlvM%v>E{*zV#Ws49+Lxru2WpYRP2e-%DHl*CfC2?Ol0RRFd2)xw8GHrMXYSK#twD
+2HSBR+U-0FJh%CG=X_y~{qL9Zd_ARWY`!k(HGZ@2-N^mz!F%++?!w3Wd+(myhu<Pb543-HjD8IsqX+i*_^Tg<MEASUkD{+%L!ScIkM4ap3T;PP^>mDL$+u
+&dnCA!K&ekn({`H^Ve>cn+wx5y`I>Q!pdD}VNoazZ~G?(c{9^at$8!U6bZtT;wE&6pWX}j`nS9UjsFADZ73c^Uj6z$y5b4h}yBh_5_d%wN1gJ7TVBy}Se`
+f0G++m3xNf9Pk|Za{56?2{ZzX*x8S6jNE5Cz=_1H<D{P>@P5buFdenFxvTUNI}5%{=P%QV?i{U!MwqY^tj_Ymj^DR!1s^7T<)PU<9f|SJM<4DDf_P_z?^K
+ePZj%(UyDq4D`N(ZyZiMN3jCeCoKK;E1s!Pp3e6^~!{jP*3N5>GO~}k_Q7eY-!ixRXu%aZzKe*mLqWzBMv-2ho30jdYtoV5kvGu%JL{)=W@eur&UC^IdFx
+-dxUB4g~q7(~-oHFUzl@&%M^<Tw|kFIZaDAD+4d-4;o$k5kw<>{l4Y@<)<?P9LMFgIXK8sU1<hd+OkLHp?!a^!E4zyE71uv!OoJdCRu>zRBWHi}i)|7<j|
+B@@TgolW-MM4Ff=73z2l{Cfh3s;AioF;~L69eR4JTyCML7h*Ltc9nLl&Hp(c=SptdA{~L28usqHj=!fshQL+yN3O00SP+K80GSfhNYGAQI_@ywtB0~X9bk
+rpR7#x=X5PZ4w~(2{(~5AroM{A|PQ&oO!>|?dTAK|KL&!&j0z@c8gm#Efgb3}s!8M`1iwF@S#1J755%LkC01*lip&cR=AwmG+vJ4R+LWCG1<RL;nA`~D(A
+tJOxgd#);L7Wi82|=8hlfAem)UX__`7|S4%MF@6Wh?2;wkSg#(0^oiM}$H|Xom<zh|nGo@{rhgNNhZ$8a$*LJfs>tq#8V=8a$*LJfs>tq#Aq#aUVh4M-cZ
+B#C-&DA3@wl5cd(peFSkIK|DYZ4-mwI4a5ndK7>#oLZ}ZR)Q1r2LkRUDg!&LdeF&jGgis$ss1G63hY;#R2=yU^`Vc~W2%$cNP#;354<Xct5b8q+^&y1%5J
+G(jp+1CAA3~@PA=HNu>O%<iA%yz$`)e|&kNO=<nGYe%hY;pN2=gI?`4GZ<2w^^iFdssg4<XEl5avS&^C5)!5W;*2VLpT~A3~T9A<Tym=0gbcA%yu5!h8r}
+K7=qILYNOB%!d%>LkROBg!vG{d<bDa?5h2^^X-Rq?Ps+>8Pa|j(ta4yei+hz7}9>&r2VX8wbgzY(ta4yei+hz7}9<i(ta4yei+hz7}9<i(ta4yei+hz7}9
+<i(ta4yei+hz7}9<i(ta4yei+hz7}9>&cKb2DXCB`Ants`=`i|nZY(j(7HBI_bdu<-&bnj$MjvAWNuC*hwuD!LV2+aZQ^~vsd<qp#96S`;3j8pyCsa4l?-
+N^#|h_0l2Z%BLLVm!XJoqzOSkEyfn&O2SA)jOHiUsjl^xCdk&7G=7H?pFo8K?B=#g{`~709V+$nL5_pD^6pIF1=<T=1<XvE7pAPu<&+3b0TFN4C+@cdP{4
+&>udKpaQoWqX1`|vjrDV};Y@305t^Q8&A6Z)aLwLtoJlq>KlLly?TcY?l@$k>2U3mCRHWp1Eyq=cs8Y3^y*lgtAJl?$NB
+"""
 
 
 # -- From one store to another
@@ -1640,39 +1847,36 @@ def test_an_import_takes_reports_in_any_order_and_each_once(serve, clock):
 
 def test_what_has_expired_is_not_imported_and_never_counted_twice(serve, clock):
     server, other = serve(retention_days=30), serve("other.db", retention_days=60)
-    for name in ("old", "new"):
-        Api(server).post(EVENTS, {**EVENT, "type": "session_start", "session_id": name})
-        clock.move(20 * 24 * 3600)
-    exported = list(server.store.export(backfeedr.Event))
-    api = Api(server)
-    api.post(EVENTS, EVENT)  # the old one goes
-    assert server.store.import_(exported) == {"stored": 0, "known": 1, "expired": 1}
-    server.store.retention_days = 365
-    assert server.store.import_(exported) == {"stored": 0, "known": 1, "expired": 1}
-    assert sql(server.store.path, "select sum(sessions) from days where app_id = 1") == [(2,)]
-    clock.move(30 * 24 * 3600)
-    assert other.store.import_(exported) == {"stored": 1, "known": 0, "expired": 1}
-    assert [row[3] for row in sql(other.store.path, "select seq, app_id, id, session_id from events")] == ["new"]
     serve.unchecked.append(server)
+    for name in ("old", "new"):
+        add(server, type="session_start", session_id=name)
+        clock.move(20 * A_DAY)
+    exported = list(server.store.export(backfeedr.Event))
+    add(server, type="custom")  # the old one goes
+    for server.store.retention_days in (30, 365):
+        assert server.store.import_(exported) == {"stored": 0, "known": 1, "expired": 1}
+    assert sql(server.store.path, "select sum(sessions) from session_days") == [(2,)]
+    clock.move(30 * A_DAY)
+    assert other.store.import_(exported) == {"stored": 1, "known": 0, "expired": 1}
+    assert sql(other.store.path, "select session_id from events") == [("new",)]
 
 
 def test_a_test_app_is_not_imported_into_a_live_one(serve):
     server, other = serve(), serve("other.db")
-    for store, is_test in ((server.store, True), (other.store, False)):
-        key = store.create_app("Shop", is_test)
-        store.add(backfeedr.sha256(key), [parse_crash(dict(CRASH))])
+    for each, is_test in ((server, True), (other, False)):
+        add(each, key=each.store.create_app("Shop", is_test))
     before = stored(other)
     with pytest.raises(StoreError, match="the app 'Shop' is a live one here"):
         hand_over(server, other)
     assert stored(other) == before
 
 
-def test_imported_releases_were_first_seen_when_they_were_received(serve, clock):
-    """And the most that may begin in a day are counted in the day in which they did."""
+def test_imported_names_were_new_when_they_were_received(serve, clock):
+    """So the limit of a day does not hit those of many days."""
     server, other = serve(), serve("other.db")
     for n in range(150):
-        for path, body in ((CRASHES, CRASH), (EVENTS, EVENT)):
-            Api(server).post(path, {**body, "app_version": f"1.{n}"})
+        for more in ({}, {"type": "custom"}):
+            add(server, app_version=f"1.{n}", **more)
         clock.move(3600)
     hand_over(server, other)
     query = "select app_version, first_seen, last_seen from releases order by app_version"
@@ -1690,7 +1894,7 @@ def test_an_export_is_of_what_was_there_when_it_began_and_reads_no_more_than_it_
     reports = server.store.export(backfeedr.Event)
     first = next(reports)
     assert [reader.in_transaction for reader in server.store._here.readers] == [False], "a page is no open read"
-    Api(server).post(EVENTS, EVENT)
+    add(server, type="custom")
     assert [first.seq, *(kept.seq for kept in reports)] == [row[2] for row in events]
     since = events[40][4]
     assert [(kept.seq, kept.app) for kept in server.store.export(backfeedr.Event, "Shop", since)] \
@@ -1724,105 +1928,93 @@ def disk(monkeypatch):
 @sqlite_only
 def test_a_full_disk_in_the_middle_of_a_group_fails_the_whole_group_until_there_is_room(serve, disk):
     server = serve()
-    api = Api(server)
-    api.post(CRASHES, CRASH)
+    api, text = Api(server), {"text": "x" * 300}
+    add(server)
     before = stored(server)
     disk.pages = sql(server.store.path, "pragma page_count")[0][0] + 3  # enough for some of the group's rows
     server.store._here.writer.close()
     server.store._here.writer = None
-    batch = [parse_event({**EVENT, "properties": {"text": "x" * 300}}) for _ in range(100)]
-    crash = parse_crash(dict(CRASH))
-    calls = [lambda: server.store.add(backfeedr.sha256(KEY), [crash])] * 3 \
-        + [lambda: server.store.add(backfeedr.sha256(KEY), batch)] * 2
+    calls = [lambda: add(server)] * 3 + [lambda: add(server, 100, properties=text, type="custom")] * 2
     for _ in range(2):
         assert {type(outcome) for outcome in run_together(server.store, calls)} == {StorageUnavailable}
         assert stored(server) == before
-    assert api.post(BATCH, {"events": [{**EVENT, "properties": {"text": "x" * 300}}] * 100}) == UNAVAILABLE
+    assert api.post(BATCH, {"events": [{**EVENT, "properties": text}] * 100}) == UNAVAILABLE
     assert int(api.headers["Retry-After"]) >= 1
     assert api.post(CRASHES, CRASH)[0] == 201, "what still finds room is stored"
     assert api.get("/api/v1/health")[0] == 200 and api.get("/api/v1/overview")[0] == 200
     disk.pages = 1_000_000
     server.store._here.writer.execute("pragma max_page_count = 1000000")
     assert {type(outcome) for outcome in run_together(server.store, calls)} == {backfeedr.Receipt}
-    assert len(stored(server, "events")["events"]) == 200
+    assert count(server, "events") == 200
 
 
-@sqlite_only
-def test_a_lock_of_another_process_is_waited_for_within_a_bound(serve, monkeypatch):
-    monkeypatch.setattr(backfeedr, "BUSY_TIMEOUT", 0.1)
-    api = Api(serve())
-    before = stored(api.server)
-    with closing(sqlite3.connect(str(api.server.store.path), isolation_level=None)) as other:
+@contextmanager
+def locked(path, *_):
+    """Another process holds the lock, until the end or until it rolls back."""
+    with closing(sqlite3.connect(str(path), isolation_level=None, check_same_thread=False)) as other:
         other.execute("begin immediate")
-        assert api.post(CRASHES, CRASH) == UNAVAILABLE
-        assert api.get("/api/v1/health") == (200, {"status": "ok"})
-        assert api.get("/api/v1/overview")[0] == 200
-        other.execute("rollback")
-    assert stored(api.server) == before
-    assert api.post(CRASHES, CRASH)[0] == 201
+        yield other
 
 
-@sqlite_only
-def test_a_lock_that_is_given_up_in_time_costs_nobody_a_report(serve):
-    api = Api(serve())
-    with closing(sqlite3.connect(str(api.server.store.path), isolation_level=None, check_same_thread=False)) as other:
-        other.execute("begin immediate")
-        release = threading.Timer(0.2, other.execute, ["rollback"])
-        release.start()
-        assert api.post(CRASHES, CRASH)[0] == 201
-        release.join()
-
-
-@sqlite_only
-def test_a_file_that_is_gone_is_reported_and_used_again_when_it_is_back(api):
-    path = api.server.store.path
-    api.post(CRASHES, CRASH)
+@contextmanager
+def moved_away(path, *_):
     path.rename(path.with_suffix(".away"))
-    assert api.post(CRASHES, CRASH) == UNAVAILABLE
-    assert api.get("/api/v1/health") == UNAVAILABLE
+    yield
     assert not path.exists(), "it must not come back empty"
     path.with_suffix(".away").rename(path)
-    assert api.get("/api/v1/health") == (200, {"status": "ok"})
-    assert api.post(CRASHES, CRASH)[0] == 201
-    assert len(stored(api.server, "crashes")["crashes"]) == 2
 
 
-@sqlite_only
-def test_a_database_put_in_the_place_of_the_file_is_left_alone(serve):
-    server, other = serve(), serve("other.db")
-    api = Api(server)
-    api.post(CRASHES, CRASH)
-    other.close()
-    path, content = server.store.path, other.store.path.read_bytes()
+@contextmanager
+def replaced(path, *_):
+    """A copy of it, as a restored backup is one, takes the place of the file."""
+    shutil.copy(path, path.with_suffix(".copy"))
+    content = path.with_suffix(".copy").read_bytes()
     path.rename(path.with_suffix(".away"))
-    path.write_bytes(content)
-    assert api.post(CRASHES, CRASH) == UNAVAILABLE
-    assert api.get("/api/v1/health") == UNAVAILABLE
-    assert path.read_bytes() == content
+    path.with_suffix(".copy").rename(path)
+    yield
+    assert path.read_bytes() == content, "it must be left alone"
     path.with_suffix(".away").rename(path)
-    assert api.post(CRASHES, CRASH)[0] == 201
-    assert api.get("/api/v1/health")[0] == 200
 
 
-@sqlite_only
-def test_a_failed_sync_makes_health_fail_until_a_commit_succeeds(api, monkeypatch, caplog):
-    execute = backfeedr.Connection.execute
-
+@contextmanager
+def broken_sync(path, monkeypatch, caplog):
     def failing(db, statement, *args):
         if statement == "commit" and db.in_transaction and not db.pragma("query_only"):
             raise sqlite3.OperationalError("disk I/O error")
         return execute(db, statement, *args)
 
-    before = stored(api.server)
+    execute = backfeedr.Connection.execute
     monkeypatch.setattr(backfeedr.Connection, "execute", failing)
-    assert api.post(CRASHES, CRASH) == UNAVAILABLE
-    assert api.get("/api/v1/health") == UNAVAILABLE
-    assert api.get("/api/v1/overview")[0] == 200
+    yield
     assert "disk I/O error" in caplog.text
-    assert stored(api.server) == before
     monkeypatch.setattr(backfeedr.Connection, "execute", execute)
-    assert api.get("/api/v1/health")[0] == 200
+
+
+@sqlite_only
+@pytest.mark.parametrize("fault, health, overview", [
+    (locked, 200, 200), (moved_away, 503, None), (replaced, 503, None), (broken_sync, 503, 200)])
+def test_a_fault_is_answered_with_503_and_over_when_its_cause_is(serve, monkeypatch, caplog, fault, health, overview):
+    monkeypatch.setattr(backfeedr, "BUSY_TIMEOUT", 0.1)
+    api = Api(serve())
     assert api.post(CRASHES, CRASH)[0] == 201
+    before = stored(api.server)
+    with fault(api.server.store.path, monkeypatch, caplog):
+        assert api.post(CRASHES, CRASH) == UNAVAILABLE
+        assert api.get("/api/v1/health") == (UNAVAILABLE if health == 503 else (200, {"status": "ok"}))
+        assert overview is None or api.get("/api/v1/overview")[0] == overview
+    assert stored(api.server) == before
+    assert api.get("/api/v1/health") == (200, {"status": "ok"})
+    assert api.post(CRASHES, CRASH)[0] == 201
+    assert count(api.server, "crashes") == 2
+
+
+@sqlite_only
+def test_a_lock_that_is_given_up_in_time_costs_nobody_a_report(api):
+    with locked(api.server.store.path) as other:
+        release = threading.Timer(0.2, other.execute, ["rollback"])
+        release.start()
+        assert api.post(CRASHES, CRASH)[0] == 201
+        release.join()
 
 
 @pytest.mark.parametrize("fault", [RuntimeError, KeyboardInterrupt, MemoryError, sqlite3.DatabaseError])
@@ -1833,12 +2025,11 @@ def test_no_waiter_is_left_hanging_whatever_its_leader_meets(serve, monkeypatch,
         raise fault("on purpose")
 
     with monkeypatch.context() as patched:
-        patched.setattr(backfeedr._Commit, "save", fail)
-        calls = [lambda: server.store.add(backfeedr.sha256(KEY), [parse_crash(dict(CRASH))])] * 5
-        outcomes = run_together(server.store, calls)
+        patched.setattr(backfeedr.Commit, "save", fail)
+        outcomes = run_together(server.store, [lambda: add(server)] * 5)
     kinds = Counter(type(outcome) for outcome in outcomes)
     assert kinds[StorageUnavailable] + kinds[fault] == 5 and kinds[fault] <= 1
-    assert stored(server, "crashes", "hours") == {"crashes": [], "hours": []}
+    assert not any(stored(server).values())
     assert Api(server).post(CRASHES, CRASH)[0] == 201
 
 
@@ -1856,11 +2047,11 @@ def test_a_waiter_that_is_interrupted_leaves_the_queue_to_the_others(serve, monk
     with here.write_lock:
         leader = threading.Thread(target=add)
         leader.start()
-        wait_until(lambda: here.queue)
-        monkeypatch.setattr(backfeedr._Waiter, "wait", interrupted)
+        wait_until(lambda: here.waiting)
+        monkeypatch.setattr(backfeedr._Group, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             add()
-        assert len(here.queue) == 1
+        assert len(here.waiting) == 1
         monkeypatch.undo()
     leader.join(20)
     assert not leader.is_alive() and add().replayed is False
@@ -1874,7 +2065,7 @@ def test_too_many_waiters_are_sent_away_at_once(tmp_path, limit, events):
         refused = []
 
         def one_too_many():
-            wait_until(lambda: len(store._here.queue) == 2)
+            wait_until(lambda: len(store._here.waiting) == 2)
             with pytest.raises(StorageUnavailable) as error:
                 store.add(key_hash, batch)
             refused.append(error.value.retry_after)
@@ -4380,9 +4571,8 @@ def test_a_thread_that_sends_on_a_connection_keeps_the_others_from_it(slow_serve
 @pytest.fixture
 def crowd(slow_server):
     """Answers requests that have all come before a thread had time for them: status by status."""
-    dispatcher, called = slow_server.task_dispatcher, slow_server.task_dispatcher.submitters
-    called.set_thread_count(0)
-    wait_until(lambda: not called.threads)
+    dispatcher = slow_server.task_dispatcher
+    dispatcher.shutdown()
     assert Api(slow_server.app).post(CRASHES, b"{")[0] == 400  # the server knows the key from now on
 
     def crowd(*requests):
@@ -4390,13 +4580,12 @@ def crowd(slow_server):
         for connection, request in zip(connections, requests):
             connection.sendall(request)
         wait_until(lambda: slow_server.turn() or len(dispatcher.coming) == len(requests))
-        assert list(called.queue) == [dispatcher]
-        while called.queue:
-            called.queue.popleft().service()
+        while dispatcher.coming:
+            dispatcher.store_batch()
         answers = [received_by(connection, slow_server) for connection in connections]
         for connection in connections:
             connection.close()
-        assert (dispatcher.requests, dispatcher.bytes, dispatcher.is_called) == (0, 0, False)
+        assert (dispatcher.requests, dispatcher.bytes) == (0, 0)
         return [[int(part[:3]) for part in (answer or b"").split(b"HTTP/1.1 ")[1:]] for answer in answers]
     return crowd
 
@@ -4411,11 +4600,11 @@ def test_reports_that_come_together_are_stored_by_one_commit_and_each_is_answere
 
 
 @pytest.mark.parametrize("limit, is_packed, expected", [
-    ({"TOGETHER": 2}, False, [2, 2, 2, 1]), ({"TOGETHER_BYTES": 250}, False, [3, 3, 1]), ({}, False, [7]),
-    ({"TOGETHER_BYTES": Settings.max_body_size + 1}, True, [2, 2, 2, 1])])  # as each may become as large as a body
+    ({"BATCHED_REQUESTS": 2}, False, [2, 2, 2, 1]), ({"BATCHED_BYTES": 250}, False, [3, 3, 1]), ({}, False, [7]),
+    ({"BATCHED_BYTES": Settings.max_body_size + 1}, True, [2, 2, 2, 1])])  # as each may become as large as a body
 def test_no_more_is_taken_at_a_time_than_there_is_room_for(slow_server, crowd, monkeypatch, limit, is_packed, expected):
-    taken, submit = [], slow_server.app.submit
-    monkeypatch.setattr(slow_server.app, "submit", lambda environs: submit(taken.append(list(environs)) or taken[-1]))
+    taken, submit = [], slow_server.app.submit_all
+    monkeypatch.setattr(slow_server.app, "submit_all", lambda environs: submit(taken.append(list(environs)) or taken[-1]))
     for name, value in limit.items():
         monkeypatch.setattr(backfeedr, name, value)
     crash = json.dumps({**CRASH, "log": "x" * 21}).encode()
@@ -4428,7 +4617,7 @@ def test_no_more_is_taken_at_a_time_than_there_is_room_for(slow_server, crowd, m
 @pytest.mark.parametrize("owner, name, value, answers, count", [
     (lambda server: backfeedr, "BUSY_TIMEOUT", -1, [503], 0),  # so each has waited too long for room
     (lambda server: server.app.store, "add_all", lambda submissions: 1 / 0, [500], 0),
-    (lambda server: server.app.store, "writing", lambda: 1 / 0, [503], 0),
+    (lambda server: server.app.store, "writing", lambda **options: 1 / 0, [503], 0),
     (lambda server: backfeedr, "decode_json", lambda body: 1 / 0, [500], 0),
     (lambda server: server.channel_class, "service", lambda channel: 1 / 0, [], 3)])
 def test_an_error_of_reports_that_come_together_is_the_answer_to_each(
@@ -4442,11 +4631,11 @@ def test_an_error_of_reports_that_come_together_is_the_answer_to_each(
 
 
 def test_the_report_of_a_client_that_has_gone_is_not_stored(slow_server, crowd):
-    def gone(dispatcher=slow_server.task_dispatcher, service=slow_server.task_dispatcher.service):
-        dispatcher.coming[0][0].connected = False
-        service()
+    def gone(dispatcher=slow_server.task_dispatcher, store_batch=slow_server.task_dispatcher.store_batch):
+        dispatcher.coming[0].connected = False
+        store_batch()
 
-    slow_server.task_dispatcher.service = gone
+    slow_server.task_dispatcher.store_batch = gone
     assert crowd(posted(), posted()) == [[], [201]]
     assert crash_count(slow_server.app) == 1
 
@@ -4456,10 +4645,10 @@ def test_the_report_of_a_client_that_has_gone_is_not_stored(slow_server, crowd):
     (RateLimiter(9), True), (None, True)])
 def test_reports_are_taken_together_only_where_none_has_to_wait_for_another_host(tmp_path, limiter, expected):
     with Backfeedr(Settings(db_path=str(tmp_path / "test.db"), api_key=KEY), limiter=limiter, announce=str) as server:
-        assert server.may_gather("POST", CRASHES, KEY) is False, "a key that has to be looked for"
+        assert server.can_batch("POST", CRASHES, KEY) is False, "a key that has to be looked for"
         assert Api(server).post(CRASHES, CRASH)[0] == 201
-        assert server.may_gather("POST", CRASHES, KEY) is expected
-        assert not any(server.may_gather(*request) for request in (
+        assert server.can_batch("POST", CRASHES, KEY) is expected
+        assert not any(server.can_batch(*request) for request in (
             ("GET", CRASHES, KEY), ("POST", CRASHES + "/", KEY), ("POST", CRASHES, ""), ("POST", CRASHES, "\u20ac")))
 
 
@@ -4514,7 +4703,7 @@ def test_a_bad_report_with_a_revoked_key_is_refused_for_the_key(serve, monkeypat
     looked, is_active_key = [], server.store.is_active_key
     monkeypatch.setattr(server.store, "is_active_key", lambda key: looked.append(key) or is_active_key(key))
     environs = [environ_of(io.BytesIO(b"{"), key, CONTENT_LENGTH="1") for key in (KEY, other, KEY, other)]
-    server.submit(environs)
+    server.submit_all(environs)
     answers = [answer_to(server, environ)[1]["error"] for environ in environs]
     assert answers == ["invalid JSON", "invalid API key"] * 2
     assert len(looked) == 2, "once for each key, as a database that is away is waited for"
@@ -4608,7 +4797,7 @@ def test_pruning_beside_a_server_under_load_disturbs_nobody(run, tmp_path):
     assert "5,000 events" in pruning.communicate()[1] and set(statuses) == {201}
     assert server.stop()[0] == 0
     assert sql(path, "select (select count(*) from events), (select count(*) from crashes)") == [(0, len(statuses))]
-    assert sql(path, "select device_id_hash from devices") == [("new",)]
+    assert sql(path, "select device from devices") == [(backfeedr.device_key("new"),)]
     assert sql(path, "pragma integrity_check") == [("ok",)]
 
 
@@ -4700,6 +4889,24 @@ def test_a_server_whose_disk_is_full_recovers_without_a_restart(run):
     check_database(server.db)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("is_batched", [False, True])
+@pytest.mark.parametrize("path", ["/api/v1/health", "/api/v1/overview"])
+def test_an_answer_does_not_wait_for_the_next_request_of_its_connection(run, path, is_batched):
+    server = run()
+    if is_batched:  # only with a key that has been seen
+        assert server.post(CRASHES, CRASH)[0] == 201
+    with closing(sqlite3.connect(server.db, isolation_level=None)) as other:
+        other.execute("begin immediate")
+        with server.send(f"GET {path} HTTP/1.1\r\n\r\n".encode() + posted()) as client:
+            client.settimeout(2.5)  # half as long as the second request may wait for the lock
+            assert read_answer(client)[0].startswith(b"HTTP/1.1 200 ")
+            other.execute("rollback")
+            client.settimeout(20)
+            assert read_answer(client)[0].startswith(b"HTTP/1.1 201 ")
+    assert len(stored_ids(server.db)) == 1 + is_batched
+
+
 # == Demo ======================================================================
 
 DEMO_NOW = parse_time(NOW)
@@ -4707,46 +4914,41 @@ DEMO_NOW = parse_time(NOW)
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """A filled database as the demo serves it."""
-    path = tmp_path_factory.mktemp("demo") / "demo.db"
-    backfeedr.fill_demo(str(path), DEMO_NOW)
-    with Store(str(path), clock=lambda: DEMO_NOW / 1000) as store:
+    """A store that the demo has filled."""
+    path = str(tmp_path_factory.mktemp("demo") / "demo.db")
+    load_example("demo").fill_demo(path, DEMO_NOW)
+    with Store(path, clock=lambda: DEMO_NOW / 1000) as store:
         yield store
 
 
-def demo_answers(store):
-    """What is shown on the pages, but for ids: they begin at random."""
-    ask = backfeedr.Metrics(store)
-    return [ask.overview(), ask.daily_crashes(days=30), ask.sessions(), ask.retention(), ask.releases(), ask.groups(),
-            [{**event, "id": None} for event in ask.events()["events"]]]
+def test_the_demo_makes_the_same_reports_for_a_seed_and_others_for_another(demo):
+    first, again, other = (load_example("demo").made_up_reports(DEMO_NOW, seed) for seed in (1, 1, 2))
+    assert first == again and first != other
+    for table in ("crashes", "events"):
+        with demo.reading() as db:
+            rows = db.execute(f"select occurred_at, device_id_hash from {table}").fetchall()
+        assert Counter(rows) == Counter((each.occurred_at, each.fields["device_id_hash"])
+                                        for each in first if each.kind in table), "the default seed is 1"
 
 
-def test_demo_is_the_same_for_a_seed_and_another_for_another(demo, tmp_path):
-    for seed in (1, 2):
-        path = str(tmp_path / f"{seed}.db")
-        backfeedr.fill_demo(path, DEMO_NOW, seed)
-        with Store(path, clock=lambda: DEMO_NOW / 1000) as store:
-            assert (demo_answers(store) == demo_answers(demo)) == (seed == 1)
-
-
-def test_demo_has_roll_ups_that_equal_its_rows(demo):
+def test_the_demos_roll_ups_equal_its_rows(demo):
     check_database(demo.path)
 
 
-def test_demo_is_of_a_size_that_is_worth_looking_at(demo):
-    counts = {table: sql(demo.path, f"select count(*) from {table}")[0][0] for table in ("crashes", "events")}
+def test_the_demo_is_of_a_size_that_is_worth_looking_at(demo):
+    (crashes,), (events,) = (sql(demo.path, f"select count(*) from {table}")[0] for table in ("crashes", "events"))
     devices, = sql(demo.path, "select count(distinct device_id_hash) from events")[0]
-    assert 200 <= counts["crashes"] <= 500 and 15_000 <= counts["events"] <= 26_000 and 300 <= devices <= 400
+    assert 200 <= crashes <= 500 and 15_000 <= events <= 26_000 and 300 <= devices <= 400
     assert sorted(app.is_test for app in demo.apps()) == [False, False, True]
 
 
-def test_demo_shows_a_bad_release_that_was_fixed(demo):
+def test_the_demo_shows_a_bad_release_that_was_fixed(demo):
     rates = {release["app_version"]: release["crash_free_sessions"]
              for release in backfeedr.Metrics(demo).releases("Tramwise")["releases"]}
     assert 92 <= rates["2.4.0"] <= 95 < rates["2.3.0"] < 99 < rates["2.4.1"]
 
 
-def test_demo_has_groups_of_one_release_of_one_model_and_a_rare_one(demo):
+def test_the_demo_has_groups_of_one_release_of_one_model_and_a_rare_one(demo):
     ask = backfeedr.Metrics(demo)
     found = [ask.group(group["group_hash"]) for group in ask.groups()["groups"]]
     assert 8 <= len(found) <= 10
@@ -4757,35 +4959,34 @@ def test_demo_has_groups_of_one_release_of_one_model_and_a_rare_one(demo):
         assert 8 <= len(frames) <= 14 and {bool(frame["file"]) for frame in frames} == {True, False}
 
 
-def test_demo_has_the_rhythm_of_a_week(demo):
+def test_the_demo_has_the_rhythm_of_a_week(demo):
     sessions = backfeedr.Metrics(demo).sessions("Tramwise", days=28)
     weekend = [count for label, count in zip(sessions["labels"], sessions["sessions"])
                if date.fromisoformat(label).weekday() >= 5]
     assert sum(weekend) / 8 < 0.7 * (sum(sessions["sessions"]) - sum(weekend)) / 20
 
 
-def test_demo_reports_are_received_after_they_occurred(demo):
+def test_the_demos_reports_are_received_after_they_occurred(demo):
     for table in ("crashes", "events"):
         assert sql(demo.path, f"select count(*) from {table} where occurred_at > received_at") == [(0,)]
     last, = sql(demo.path, "select max(received_at) from events")[0]
     assert 60_000 <= DEMO_NOW - last <= 600_000
 
 
-def test_demo_is_what_the_api_would_have_taken(demo, serve):
-    api = Api(serve())
-    shown = ("id", "app", "group_hash", "received_at")
-    for table, path in (("crashes", CRASHES), ("events", EVENTS)):
-        with demo.reading() as db:
-            reports = backfeedr._reports(db, f"select * from {table} order by seq desc limit 40", {})
-        for row in reports:
-            given = {name: value for name, value in {**row, **row.get("extra", {})}.items()
-                     if name not in (*shown, "extra")}
-            assert api.post(path, given)[0] == 201
+def test_the_api_takes_the_demos_reports(demo, serve):
+    api, reports = Api(serve()), load_example("demo").made_up_reports(DEMO_NOW, 1)
+    for kind, path in (("crash", CRASHES), ("event", EVENTS)):
+        for each in [each for each in reports if each.kind == kind][-40:]:
+            assert api.post(path, {**each.fields, "occurred_at": backfeedr.iso_time(each.occurred_at)})[0] == 201
 
 
 @pytest.mark.parametrize("now", ["2026-03-12T00:00:00Z", "2026-03-12T00:10:00Z", "2026-03-15T03:00:00Z"])  # a Sunday
-def test_demo_has_figures_of_today_at_any_hour(tmp_path, now):
-    backfeedr.fill_demo(str(tmp_path / "test.db"), parse_time(now))
+def test_the_demo_has_figures_of_today_at_any_hour(tmp_path, monkeypatch, now):
+    module, since = load_example("demo"), parse_time(now) - 2 * DAY
+    reports = module.made_up_reports  # only those of the last days are stored here, which is quick
+    monkeypatch.setattr(module, "made_up_reports", lambda *args: [
+        each for each in reports(*args) if each.occurred_at > since])
+    module.fill_demo(str(tmp_path / "test.db"), parse_time(now))
     with Store(str(tmp_path / "test.db"), clock=Clock(now)) as store:
         ask = backfeedr.Metrics(store)
         assert ask.sessions(days=1)["sessions"][0] > 0 and ask.active_devices(days=1)["dau"][0] > 0
@@ -4838,9 +5039,45 @@ def test_keys_are_made_listed_and_revoked(command):
 
 def test_app_delete_deletes(command):
     command("app", "create", "Shop")
-    assert command("app", "delete", "Shop")[0] == 0
-    assert command("app", "delete", "Shop") == (1, "", "backfeedr: there is no app named 'Shop'\n")
+    assert command("app", "delete", "Shop", "--yes")[0] == 0
+    assert command("app", "delete", "Shop", "--yes") == (1, "", "backfeedr: there is no app named 'Shop'\n")
     assert command("key", "list")[1].splitlines()[1:] == []
+
+
+@pytest.mark.parametrize("typed, status", [("Shop\n", 0), ("shop\n", 1), ("Shop \n", 1), ("\n", 1), ("", 1)])
+def test_app_delete_on_a_terminal_asks_for_the_name_again(command, monkeypatch, typed, status):
+    command("app", "create", "Shop")
+    terminal = io.StringIO(typed)
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdin", terminal)
+    got, out, err = command("app", "delete", "Shop")
+    assert (got, out) == (status, "") and "Type its name again: " in err
+    assert err.endswith("nothing was deleted\n" if status else "Deleted the app 'Shop', its keys and all its reports.\n")
+    assert len(command("app", "list")[1].splitlines()) == 1 + status
+    assert len(command("key", "list")[1].splitlines()) == 1 + status
+
+
+@pytest.mark.parametrize("stdin", [io.StringIO("Shop\n"), None])
+def test_app_delete_without_a_terminal_is_refused_unless_it_is_told_yes(command, monkeypatch, stdin):
+    monkeypatch.setattr(sys, "stdin", stdin)
+    command("app", "create", "Shop")
+    assert command("app", "delete", "Shop") \
+        == (1, "", "backfeedr: there is no terminal to confirm on; --yes deletes 'Shop' without asking\n")
+    assert len(command("app", "list")[1].splitlines()) == len(command("key", "list")[1].splitlines()) == 2
+    assert command("app", "delete", "Shop", "--yes")[0] == 0
+
+
+def test_every_argument_and_option_has_a_help_text():
+    def texts(parser):
+        for action in parser._actions:
+            yield action.dest, action.help
+            if isinstance(action, argparse._SubParsersAction):
+                yield from ((choice.dest, choice.help) for choice in action._choices_actions)
+                for child in action.choices.values():
+                    yield from texts(child)
+
+    missing = [dest for dest, text in texts(backfeedr._parser()) if not text and dest != "==SUPPRESS=="]
+    assert missing == []
 
 
 @pytest.mark.parametrize("arguments, status, text", [
@@ -4977,9 +5214,9 @@ def test_what_export_prints_import_stores_as_it_was(command, filled, serve, tmp_
     count = Path("all").read_bytes().count(b"\n") - 1
     status, out, err = command("import", "all", "--db", "other.db")
     assert (status, out) == (0, "")
-    assert err == f"Stored {count:,} reports; 0 were here already, and the time of 0 is over.\n"
+    assert err == f"Stored {count:,} reports; 0 were here already, and 0 are older than the retention.\n"
     again = command("import", "all", "--db", "other.db")[2]
-    assert again == f"Stored 0 reports; {count:,} were here already, and the time of 0 is over.\n"
+    assert again == f"Stored 0 reports; {count:,} were here already, and 0 are older than the retention.\n"
     for kind in ("crashes", "events"):
         assert command("export", kind, "--db", "other.db")[1].encode() == Path(kind).read_bytes()
     other = serve("other.db")
@@ -5150,7 +5387,7 @@ def test_check_finds_what_is_wrong(command, filled, damage, line):
 
 def test_check_leaves_an_older_schema_to_the_next_start_and_an_empty_file_alone(command, filled, monkeypatch):
     monkeypatch.setattr(backfeedr, "SCHEMA_VERSION", backfeedr.SCHEMA_VERSION + 1)
-    assert re.search(r"\nok  schema: version \d+, of which the next start makes version \d+\n", command("check")[1])
+    assert re.search(r"\nok  schema: version \d+, which the next start upgrades to version \d+\n", command("check")[1])
     Path("empty.db").touch()
     status, out, _ = command("check", "--db", "empty.db")
     assert status == 1 and "\nBAD schema: there are no tables\n" in out and Path("empty.db").read_bytes() == b""
@@ -6375,7 +6612,7 @@ def ask(url, body=None, key=KEY, **headers):
 
 @pytest.mark.slow
 def test_the_demo_serves_its_pages_to_its_link_and_leaves_nothing_behind(tmp_path):
-    with running([sys.executable, SERVER, "demo", "--port", "0"], tmp_path, TMPDIR=str(tmp_path)) as process:
+    with running([sys.executable, EXAMPLES / "demo.py", "--port", "0"], tmp_path, TMPDIR=str(tmp_path)) as process:
         assert process.stdout.readline().startswith("backfeedr on http://127.0.0.1:")
         link = next(line.strip() for line in process.stdout if "/sign-in?code=" in line)
         url, path = link.rsplit("/", 1)
@@ -6396,7 +6633,7 @@ def test_the_demo_serves_its_pages_to_its_link_and_leaves_nothing_behind(tmp_pat
 def test_a_demo_that_cannot_listen_says_so_before_it_makes_anything(tmp_path):
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = str(taken.getsockname()[1])
-        with running([sys.executable, SERVER, "demo", "--port", port], tmp_path, TMPDIR=str(tmp_path)) as process:
+        with running([sys.executable, EXAMPLES / "demo.py", "--port", port], tmp_path, TMPDIR=str(tmp_path)) as process:
             assert "Address already in use" in process.stdout.read() and process.wait(20) == 1
     assert list(tmp_path.iterdir()) == []
 

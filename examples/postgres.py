@@ -5,15 +5,16 @@
     python examples/postgres.py postgresql://backfeedr@db.example.com/backfeedr --port 8080
     python examples/postgres.py postgresql://backfeedr@db.example.com/backfeedr import reports.jsonl
 
-Options, commands and BACKFEEDR_ variables are the server's own, but for those of the file: `--db`, backup, check
-and demo. A password belongs in ~/.pgpass and not into the URL, which other users of the host can see. An
+Options, commands and BACKFEEDR_ variables are the server's own, but for those of the file: `--db`, backup and
+check. A password belongs in ~/.pgpass and not into the URL, which other users of the host can see. An
 `?options=-csearch_path%3DNAME` in the URL names the schema to live in; the role needs no more than to create
 tables there. A URL may name several hosts: the one that takes writes is used.
 
 The questions are those of backfeedr.py, each translated once to PostgreSQL's words, so that there is one set of
-figures. What differs is how a transaction begins: as SQLite lets one process write at a time, so the row that
-every commit locks first lets one host. A host that is lost while it holds that row gives it up after
-IDLE_SECONDS.
+figures. What differs is how a transaction begins: SQLite lets one process write at a time; here a commit locks the
+rows of its apps, because all figures are per app, so hosts write different apps side by side. Everything else
+that writes (expiry, deleting an app, an import) locks all apps. A host that is lost while it holds a lock
+gives it up after IDLE_SECONDS.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import argparse
 import logging
 import os
 import re
+import secrets
 import sys
 from contextlib import closing, contextmanager
 from functools import lru_cache
@@ -52,7 +54,7 @@ except ImportError as error:
 # grows: rows of an app lie together, and those of a day of it, because `seq` is
 # the time of receipt. So it is the key by which an engine that spreads data should
 # spread it: Citus by create_distributed_table('crashes', 'app_id') and so on, and
-# YugabyteDB by itself. App 0, the sum of all, is one more app to them.
+# YugabyteDB by itself.
 
 _SCHEMA = (  # what SQLite says, and what PostgreSQL says for it
     (r"--[^\n]*", ""),
@@ -80,6 +82,23 @@ create function instr(text, text) returns boolean immutable language sql as 'sel
 create unlogged table rates (key_hash bytea primary key, times float8[] not null);
 """
 
+# Hosts that commit side by side take their seqs from one sequence, which ascends with the time. A value of a
+# clock that was fast by more than a day is left ahead.
+_SEQS = f"""
+insert into state values ('writer', 0);
+create sequence report_seqs minvalue 0;
+create function next_seqs(lowest bigint, count bigint) returns bigint language plpgsql as $$
+declare first bigint;
+begin
+    perform pg_advisory_lock({backfeedr.APPLICATION_ID});
+    select greatest(lowest, case when last_value < lowest + {backfeedr.first_seq(backfeedr.DAY)} then last_value + 1 end)
+        into first from report_seqs;
+    perform setval('report_seqs', first + count - 1);
+    perform pg_advisory_unlock({backfeedr.APPLICATION_ID});
+    return first;
+end $$;
+"""
+
 
 def _in_our_words(script: str) -> str:
     for pattern, ours in _SCHEMA:
@@ -91,7 +110,7 @@ def _prepare(db: Connection, may_create: bool) -> None:
     """Makes the tables where there are none, and brings an older schema up to date: one host at a time."""
     if db.execute("show server_encoding").fetchone()[0] != "UTF8":
         raise backfeedr.StoreError("the encoding of the database is not UTF8")
-    db.execute("begin isolation level read committed; select pg_advisory_xact_lock(%d)" % backfeedr.APPLICATION_ID)
+    db.run("begin isolation level read committed; select pg_advisory_xact_lock(%d)" % (backfeedr.APPLICATION_ID + 1))
     version = _version(db)
     if version > backfeedr.SCHEMA_VERSION:
         raise backfeedr.StoreError(
@@ -99,10 +118,9 @@ def _prepare(db: Connection, may_create: bool) -> None:
     if not version and not may_create:
         raise backfeedr.StoreError("there are no tables of backfeedr in the database")
     if version < backfeedr.SCHEMA_VERSION:
-        scripts = [backfeedr.MIGRATIONS[old] for old in range(version, backfeedr.SCHEMA_VERSION)]\
-            if version else [backfeedr.SCHEMA]
-        db.run(_in_our_words("".join(scripts)) + ("" if version else _FURTHER))
-        db.execute(backfeedr._SET_STATE, ("schema_version", backfeedr.SCHEMA_VERSION))
+        backfeedr.migrate(db, version, lambda db, script: db.run(_in_our_words(script)))
+        db.run(("" if version else _FURTHER) + (_SEQS if version < 3 else ""))
+        db.execute(backfeedr.SET_STATE, ("schema_version", backfeedr.SCHEMA_VERSION))
     db.execute("commit")
 
 
@@ -135,9 +153,6 @@ select set_config('synchronous_commit', 'on', false) where current_setting('sync
 
 _DIALECT = (  # what SQLite says, and what PostgreSQL says for it
     (r"^begin$", "begin isolation level repeatable read, read only"),
-    # The row is there from the start, and whoever has it is the one who writes.
-    (r"^begin immediate$", "begin isolation level read committed;"
-                           " select 1 from state where name = 'recent_since' for update"),
     (r"^\s*pragma .*", ""),
     (r"%", "%%"),
     (r"\?", "%s"),
@@ -206,6 +221,23 @@ class Connection(psycopg.Connection):
     def execute(self, query: str, parameters: Any = (), **options: Any) -> psycopg.Cursor:
         return super().execute(translated(query), parameters, **options)
 
+    def begin_writing(self, shared: bool) -> None:
+        """Locks, unless it is shared, all that writes: a row that is always there, because there may be no app yet."""
+        self.run("begin isolation level read committed" + ("" if shared else """;
+            select 1 from state where name = 'writer' for update;
+            select 1 from apps order by id for update"""))
+
+    def lock_apps(self, key_hashes: Sequence[bytes]) -> None:
+        """In the order of their ids, as everybody does: else two hosts could wait for each other."""
+        super().execute("""
+            select 1 from apps where id in (select app_id from keys where key_hash = any(%s)) order by id for update
+            """, (list(key_hashes),))
+
+    def reserve_seqs(self, now: int, count: int) -> int:
+        """The first of so many seqs that follow one another and were never given before."""
+        lowest = backfeedr.first_seq(now) + secrets.randbits(backfeedr.SEQ_BITS)  # at random: other databases have other ids
+        return super().execute("select next_seqs(%s::bigint, %s::bigint)", (lowest, count)).fetchone()[0]
+
     def append(self, table: str, columns: Sequence[str], rows: Iterable[tuple]) -> None:
         """Inserts rows that are new to a table."""
         with self.cursor() as cursor:
@@ -255,7 +287,7 @@ class _Pools:
 READERS = 8  # connections of a process to read by,
 LIMITERS = 4  # and to ask for a limit by
 POOL_SECONDS = 2.0  # to wait for one of them
-_GROWING = "crashes, events, replays, devices, sessions, hours, days, labels, groups, group_hours"
+_GROWING = ", ".join(["crashes", "events", *backfeedr.KEYS])
 
 
 class PostgresStore(backfeedr.Store):
@@ -277,6 +309,7 @@ class PostgresStore(backfeedr.Store):
             raise backfeedr.StoreError(f"cannot open the database: {_line(error)}") from None
 
     def close(self) -> None:
+        """Closes this process's connections. May be called twice."""
         super().close()
         self._readers.close()
 
@@ -406,7 +439,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("url", metavar="URL", help="postgresql://USER@HOST/DATABASE, or key=value pairs of libpq")
     parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER)
     given = parser.parse_args(argv)
-    if {"backup", "check", "demo", "--db"} & set(given.arguments[:1]):
+    if {"backup", "check", "--db"} & set(given.arguments[:1]):
         parser.error(f"{given.arguments[0]} is of SQLite's file; for a copy of a database see pg_dump")
     logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # the store says it, and once
     return backfeedr.main(given.arguments, make=lambda *args, **options: PostgresBackfeedr(given.url, *args, **options),
