@@ -28,7 +28,9 @@ The rooms, each of which uses only those above it:
     Store           the one write path, export, and how reports go again
     Metrics         the questions asked of the store
     Requests        what a request carries, and what a client may be told
+    Charts          numbers in, SVG out
     Dashboard       the pages that people look at
+    Templates       their HTML and CSS
     Backfeedr       the WSGI callable
     Server          waitress, how it gathers reports, and how it stops
     Operations      backup, export, import, check
@@ -2950,11 +2952,10 @@ def crash_free_rate(crashes: int, sessions: int) -> float:
 
 # == Requests ==================================================================
 #
-# What a request carries, read by ourselves: bottle's own readers stop at 100 KiB
-# and raise for a header that is not UTF-8. And all that a client may be told.
+# Reads what a request carries, and lists every error that a client can get. bottle's
+# own readers are not used: they stop at 100 KiB, and fail on headers that are not UTF-8.
 
-# All that a client is told. What is not here, `missing ...` and `invalid ...`,
-# speaks of what is in the request: 400.
+# The error texts by status. A text that is not here starts with `missing` or `invalid` and has status 400.
 ERRORS = {
     401: ("missing API key", "invalid API key", "missing admin token", "invalid admin token",
           "invalid signature", "stale timestamp", "signature required"),
@@ -2974,12 +2975,12 @@ _STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in H
 _HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 Environ = Dict[str, Any]
-Answer = Tuple[int, Union[Dict[str, Any], str]]
-Handler = Callable[..., Answer]  # of an environ, and of what is in the path
+Answer = Tuple[int, Union[Dict[str, Any], str]]  # status, and a JSON object or a text
+Handler = Callable[..., Answer]  # called with an environ and the parts of the path
 
 
 def _error_body(status: int) -> bytes:
-    """For what bottle or waitress refuse by themselves."""
+    """The JSON for an error that bottle or waitress raised."""
     text, *_ = ERRORS.get(status, ("invalid request",))
     return json.dumps({"error": text}).encode()
 
@@ -2990,33 +2991,28 @@ def _header(environ: Environ, name: str) -> bytes:
 
 
 def _read_body(environ: Environ, limit: int) -> bytes:
-    """The raw body, of at most `limit` bytes. (bottle's own readers stop at 100 KiB.)"""
-    length = environ.get("CONTENT_LENGTH")
-    if length:
-        if not re.fullmatch("[0-9]+", length):
-            raise Refusal("invalid Content-Length")
-        if len(length) > 18 or int(length) > limit:  # int() itself refuses thousands of digits
-            raise Refusal("request body too large")
-        body = _read(environ, int(length))
-        if len(body) < int(length):  # the client has gone, and will send it again
-            raise Refusal("invalid Content-Length")
-        return body
-    # Without a length there is a body only where the server marks its end, as for chunks.
-    body = _read(environ, limit + 1) if environ.get("wsgi.input_terminated") else b""
+    """The body as it was sent. Raises Refusal where it has more than `limit` bytes."""
+    length = environ.get("CONTENT_LENGTH") or ""
+    if not re.fullmatch("[0-9]*", length):
+        raise Refusal("invalid Content-Length")
+    if len(length) > 18 or int(length or 0) > limit:  # int() raises ValueError for thousands of digits
+        raise Refusal("request body too large")
+    if not length and not environ.get("wsgi.input_terminated"):
+        return b""  # a body without a length, such as a chunked one, needs a server that marks its end
+    size = int(length) if length else limit + 1
+    try:
+        body = environ["wsgi.input"].read(size)
+    except Exception:  # for a lost connection or a malformed chunk, each server raises an error of its own
+        raise Refusal("invalid body") from None
     if len(body) > limit:
         raise Refusal("request body too large")
+    if length and len(body) < size:  # the connection was lost, and the client will send it again
+        raise Refusal("invalid Content-Length")
     return body
 
 
-def _read(environ: Environ, size: int) -> bytes:
-    try:
-        return environ["wsgi.input"].read(size)
-    except Exception:  # each server has its own for a client that has gone, or a chunk that is none
-        raise Refusal("invalid body") from None
-
-
 def _decompress(environ: Environ, body: bytes, limit: int) -> bytes:
-    """The body without its Content-Encoding; again of at most `limit` bytes."""
+    """The body without its Content-Encoding. Raises Refusal where that has more than `limit` bytes."""
     encoding = _header(environ, "CONTENT_ENCODING").lower()
     if encoding in (b"", b"identity"):
         return body
@@ -3035,17 +3031,21 @@ def _decompress(environ: Environ, body: bytes, limit: int) -> bytes:
 
 
 def _idempotency(environ: Environ, signature: bytes, body: bytes) -> Idempotency:
-    """An Idempotency-Key and a signature each mark a request: either is enough to know it again."""
+    """What marks a repeated request: its Idempotency-Key or its signature, each of which is enough."""
     path, key = environ["PATH_INFO"].encode("latin-1", "replace"), _header(environ, "IDEMPOTENCY_KEY")
     marks = [sha256(mark)[:16] for mark, given in (
         (b"key:" + key, key), (b"signature:" + path + b":" + signature, signature)) if given]
     return Idempotency(tuple(marks), sha256(path + b":" + body)[:16] if marks else b"")
 
 
+def _query(environ: Environ) -> str:
+    return environ.get("QUERY_STRING", "").encode("latin-1", "replace").decode("utf-8", "replace")
+
+
 def _parameters(environ: Environ, *names: str) -> Dict[str, Any]:
-    """The parameters of these names that are in the query string. Raises Refusal for those that make no sense."""
-    query = environ.get("QUERY_STRING", "").encode("latin-1", "replace").decode("utf-8", "replace")
-    given: Dict[str, Any] = {name: values[-1] for name, values in parse_qs(query, keep_blank_values=True).items()}
+    """The query parameters of these names, without empty ones. Raises Refusal for an invalid number."""
+    found = parse_qs(_query(environ), keep_blank_values=True)
+    given: Dict[str, Any] = {name: values[-1] for name, values in found.items()}
     for name, highest in (("days", 365), ("limit", 100)):
         if name in given:
             if not (re.fullmatch("[0-9]{1,3}", given[name]) and 1 <= int(given[name]) <= highest):
@@ -3067,60 +3067,162 @@ def curl_line(url: str, key: str) -> str:
             f"""    -d '{{"exception_type": "SIGABRT", "occurred_at": "{now}"}}'""")
 
 
+# == Charts ====================================================================
+#
+# Functions from numbers to SVG. Horizontal positions are percentages, so that a chart
+# is as wide as the page has room for. Labels of days are ISO dates.
+
+_HEIGHT, _EDGE = 72, 3  # pixels: the height of a chart, and the margin above and below its lines
+_NO_CHART = '<p class="empty">None in these days.</p>'
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+escape = bottle.html_escape
+
+Values = Sequence[Optional[float]]
+Draw = Callable[[Values, float], str]  # SVG from y positions in pixels, and the percentage from one to the next
+
+
+def line_chart(title: str, labels: Sequence[str], values: Values, low: float = 0, unit: str = "") -> str:
+    """A line through one value a day, from `low` up, and a dot for today, which is not over. None leaves a gap."""
+    return _chart(title, labels, values, _draw_line, low, unit)
+
+
+def column_chart(title: str, labels: Sequence[str], values: Values) -> str:
+    """A column for one value a day."""
+    return _chart(title, labels, values, _draw_columns)
+
+
+def _draw_line(ys: Values, step: float) -> str:
+    xs, today = [f"{(n + 0.5) * step:.2f}%" for n in range(len(ys))], len(ys) - 1
+    starts = [n for n in range(today - 1) if ys[n] is not None and ys[n + 1] is not None]
+    dots = [n for n, y in enumerate(ys) if y is not None and (n == today or not {n - 1, n} & set(starts))]
+    return "".join([
+        *(f'<line x1="{xs[n]}" x2="{xs[n + 1]}" y1="{ys[n]:.1f}" y2="{ys[n + 1]:.1f}"/>' for n in starts),
+        *(f'<circle cx="{xs[n]}" cy="{ys[n]:.1f}" r="2.5"/>' for n in dots)])
+
+
+def _draw_columns(ys: Values, step: float) -> str:
+    return "".join(f'<rect x="{(n + 0.15) * step:.2f}%" width="{0.7 * step:.2f}%" y="{y:.1f}"'
+                   f' height="{_HEIGHT - _EDGE - y:.1f}"/>' for n, y in enumerate(ys) if y is not None)
+
+
+def _chart(title: str, labels: Sequence[str], values: Values, draw: Draw, low: float = 0, unit: str = "") -> str:
+    known = [(value, label) for value, label in zip(values, labels) if value is not None]
+    if not known:
+        return _NO_CHART
+    (highest, peak), (lowest, _) = max(known), min(known)
+    high, step, bottom = 100 if unit else _ceiling(highest), 100 / len(values), _HEIGHT - _EDGE
+    ys = [None if value is None else bottom - (bottom - _EDGE) * (value - low) / (high - low) for value in values]
+    first, last = _day(labels[0]), _day(labels[-1])
+    summary = (f"{title} per day, {first} to {last}: latest {known[-1][0]:,}{unit},"
+               f" highest {highest:,}{unit} on {_day(peak)}, lowest {lowest:,}{unit}")
+    tooltips = [f"{_day(label)}: " + ("none" if value is None else f"{value:,}{unit}")
+                for label, value in zip(labels, values)]
+    tooltips[-1] += " so far"
+    days = "".join(f'<rect class="day" x="{n * step:.2f}%" width="{step:.2f}%" y="0" height="{_HEIGHT}">'
+                   f'<title>{tooltip}</title></rect>' for n, tooltip in enumerate(tooltips))
+    axis = "".join(f'<line x1="0" x2="100%" y1="{y}" y2="{y}"/>' for y in (_EDGE, bottom))
+    return (f'<div class="chart" role="img" aria-label="{summary}">'
+            f'<p><span>{high:,}{unit}</span><span>{low:,}{unit}</span></p><svg width="100%" height="{_HEIGHT}">'
+            f'<g class="axis">{axis}</g><g class="marks">{draw(ys, step)}</g>{days}</svg>'
+            f'<p><span>{first}</span><span>{last}</span></p></div>')
+
+
+def _ceiling(value: float) -> int:
+    """The next round number: 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, ..."""
+    unit = 10 ** max(0, len(str(int(value))) - 2)
+    steps = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 50, 60, 80, 100)
+    return next(unit * step for step in steps if value <= unit * step)
+
+
+def _day(label: str) -> str:
+    day = date.fromisoformat(label)
+    return f"{day.day} {_MONTHS[day.month - 1]}"
+
+
+def sparkline(values: Sequence[int], title: str) -> str:
+    """A line as high as a line of text, through one value a day."""
+    high, total = max(*values, 1), f"{sum(values):,} in {len(values)} days"
+    points = " ".join(f"{4 * n},{19 - 17 * value / high:.1f}" for n, value in enumerate(values))
+    return (f'<svg class="spark" role="img" aria-label="{title}: {total}" width="118" height="20">'
+            f'<title>{total}</title><polyline points="{points}"/></svg>')
+
+
+def bar_chart(figures: Figures, total: Optional[int] = None) -> str:
+    """A bar for each of the first ten labels, and the count of what is in `total` but not among them."""
+    shown = list(zip(figures["labels"], figures["data"]))[:10]
+    rest = (sum(figures["data"]) if total is None else total) - sum(count for _, count in shown)
+    longest = max((count for _, count in shown), default=1)
+    rows = [(f"<bdi>{escape(_shorten(label, 80))}</bdi>", count,
+             f'<rect width="{100 * count / longest:.1f}%" height="10"/>') for label, count in shown]
+    if rest > 0:
+        rows.append(("others, or unknown", rest, ""))
+    html = "".join(
+        f'<tr><th scope="row">{label}</th><td><svg width="100%" height="10" aria-hidden="true">{bar}</svg></td>'
+        f'<td class="number">{count:,}</td></tr>' for label, count, bar in rows)
+    return f'<table class="bars">{html}</table>' if rows else _NO_CHART
+
+
 # == Dashboard =================================================================
 #
-# The pages, for whoever has the admin token. They are made here and take nothing
-# from elsewhere, and no JavaScript. What a report carries is hostile: it reaches a
-# page through `{{ }}` or escape() only, an address through urlencode() besides, and
-# never a style or a script.
+# The pages, for whoever has the admin token. They load nothing from other hosts and
+# use no JavaScript. What a report contains is hostile: it reaches a page only through
+# `{{ }}` or escape(), an address also through urlencode(), and never a style.
 
-SIGNED_IN = 7 * DAY  # for which a browser stays signed in
-INVITED = 600 * SECOND  # for which a one-time link is good
-TRIES = 10  # to sign in within a minute, by all together: as no address is kept, nobody is told from another
-PAGE = 25  # rows of a list
-SHOWN_FRAMES, SHOWN_TEXT = 200, 20_000  # frames and characters; the API has the rest
+SESSION_LIFETIME = 7 * DAY
+LINK_LIFETIME = 600 * SECOND  # of a link that signs in once
+SIGN_IN_TRIES = 10  # a minute, for all clients together, because no IP address is stored
+PAGE_ROWS = 25
+SHOWN_FRAMES, SHOWN_TEXT = 200, 20_000  # frames and characters of a report on its page; the API has the rest
 
 _FORM_EXPIRED = "form expired"
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # no HTML
-escape = bottle.html_escape
+_FROM_ELSEWHERE = "You came here from another site, so your browser did not say who you are."
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that HTML does not allow
+
+Response = bottle.HTTPResponse
+PageHandler = Callable[..., Response]  # called with a PageRequest and the parts of the path
 
 
 class PageRequest:
-    """A request for a page: below which prefix, from which browser, for what."""
+    """A request for a page: its address, its browser's cookies and, after read_form(), its form."""
 
     def __init__(self, environ: Environ, now: int, public_url: str):
-        self.environ, self.now = environ, now
+        self.environ, self.now, self._public_url = environ, now, public_url.rstrip("/")
         self.root = quote(environ.get("SCRIPT_NAME", "").encode("latin-1", "replace")).rstrip("/")
         self.path = quote(environ.get("PATH_INFO", "").encode("latin-1", "replace"))
         self.section = "/" + self.path.split("/")[1] if "/" in self.path else "/"
-        given = parse_qsl(environ.get("QUERY_STRING", "").encode("latin-1", "replace").decode("utf-8", "replace"))
-        self.query = urlencode(given)  # without the fields that a form left empty
-        self.here = self.path + ("?" + self.query if self.query else "")
+        given = parse_qsl(_query(environ))  # without the fields that a form left empty
+        self.query = urlencode(given)
+        self.address = self.path + ("?" + self.query if self.query else "")
         self.app: Optional[str] = dict(given).get("app")
-        self.apps: Optional[List[App]] = None  # None: nobody is signed in
+        self.apps: Optional[List[App]] = None  # None unless the browser is signed in
         self.session = self._cookie("backfeedr")
-        self.secret = self._cookie("backfeedr_form") or secrets.token_hex(16)  # that of the forms
+        self.form_secret = self._cookie("backfeedr_form") or secrets.token_hex(16)
         self.form: Dict[str, str] = {}
-        scheme = environ.get("HTTP_X_FORWARDED_PROTO", environ.get("wsgi.url_scheme", "")).split(",")[0].strip().lower()
-        self.is_https = "https" in (scheme, environ.get("wsgi.url_scheme"), public_url.partition(":")[0])
-        host = re.fullmatch(r"[0-9A-Za-z.:\[\]-]+", environ.get("HTTP_HOST", ""))
-        self.url = public_url.rstrip("/") or f"http{'s' * self.is_https}://{host[0] if host else 'localhost'}{self.root}"
+        scheme = environ.get("wsgi.url_scheme", "")
+        forwarded = environ.get("HTTP_X_FORWARDED_PROTO", scheme).split(",")[0].strip().lower()
+        self.is_https = "https" in (forwarded, scheme, public_url.partition(":")[0])
 
     def _cookie(self, name: str) -> str:
         found = re.search(f"(?:^|; ?){name}=([0-9a-f]{{32}})(?:;|$)", self.environ.get("HTTP_COOKIE", ""))
         return found[1] if found else ""
 
-    def asked(self, *names: str) -> Dict[str, Any]:
-        """The parameters of these names, and the app."""
-        return _parameters({"QUERY_STRING": self.query}, "app", *names)
+    @property
+    def url(self) -> str:
+        """The address of the server as the browser sees it, without a slash at the end."""
+        host = re.fullmatch(r"[0-9A-Za-z.:\[\]-]+", self.environ.get("HTTP_HOST", ""))
+        return self._public_url or f"http{'s' * self.is_https}://{host[0] if host else 'localhost'}{self.root}"
+
+    def parameters(self, *names: str) -> Dict[str, Any]:
+        return _parameters({"QUERY_STRING": self.query}, *names)
 
     @property
     def form_token(self) -> str:
-        """What a form must carry: nobody who does not know the browser's secret can make it."""
-        return sha256("form" + self.secret).hex()
+        """What a form must carry. Another site cannot make it, as it does not know this browser's secret."""
+        return sha256("form" + self.form_secret).hex()
 
     def read_form(self) -> None:
-        """Raises Refusal unless it comes from a page of this browser."""
+        """Raises Refusal unless the form comes from a page of this browser."""
         fields = parse_qs(_read_body(self.environ, 65_536).decode("utf-8", "replace"), keep_blank_values=True)
         self.form = {name: values[-1] for name, values in fields.items()}
         token = self.form.get("form_token", "").encode("utf-8", "replace")
@@ -3128,20 +3230,27 @@ class PageRequest:
             raise Refusal(_FORM_EXPIRED)
 
     def link(self, path: str, **query: Any) -> str:
-        """The address of a page; the app stays chosen, if there is such an app."""
-        app = self.app if self.app and any(app.name == self.app for app in self.apps or ()) else None
+        """The address of a page about the same app, unless `query` has another. None and "" are left out of it."""
+        app = self.app if any(app.name == self.app for app in self.apps or ()) else None
         given = {name: value for name, value in {"app": app, **query}.items() if value not in (None, "")}
         return self.root + path + ("?" + urlencode(given) if given else "")
 
+    def redirect(self, path: str) -> Response:
+        return Response(b"", 303, {**PAGE_HEADERS, "Location": self.root + path})
+
+    def set_cookie(self, response: Response, name: str, value: str) -> None:
+        response.set_cookie(name, value, path=self.root + "/", httponly=True, samesite="strict", secure=self.is_https,
+                            max_age=SESSION_LIFETIME // SECOND)
+
     def when(self, time_text: str) -> str:
-        """HTML of a time as the API gives it: how long ago, and the exact one on hover."""
+        """HTML of a time as the API gives it: how long ago it was, and the exact time as a tooltip."""
         exact = time_text[:19].replace("T", " ")
         shown = _ago(self.now - parse_time(time_text)) or exact[:10]
         return f'<time datetime="{time_text}" title="{exact} UTC">{shown}</time>'
 
 
 def _ago(span: int) -> str:
-    """"" for what is better told by its date."""
+    """A time span in words; "" after 100 days or in the future, where a date says more."""
     for unit, name in ((DAY, "d"), (HOUR, "h"), (60 * SECOND, "min")):
         if span >= unit:
             return f"{span // unit} {name} ago" if span < 100 * DAY else ""
@@ -3149,379 +3258,270 @@ def _ago(span: int) -> str:
 
 
 class Dashboard:
-    """Makes the pages. Whoever is not signed in sees that of signing in."""
+    """Answers the requests for pages."""
 
     def __init__(self, store: Store, metrics: Metrics, public_url: str = ""):
         self._store, self._metrics, self._public_url = store, metrics, public_url
-        self.tries = RateLimiter(TRIES)
+        self.sign_in_limiter = RateLimiter(SIGN_IN_TRIES)
         self._templates = {name: bottle.SimpleTemplate(source) for name, source in _TEMPLATES.items()}
 
-    def routes(self) -> Iterator[Tuple[str, str, Callable[..., bottle.HTTPResponse]]]:
+    def routes(self) -> Iterator[Tuple[str, str, Callable[..., Response]]]:
         """Method, path and handler of each page."""
-        for path, page in (("/", self._overview), ("/crashes", self._crashes), ("/crashes/<group_hash>", self._group),
-                           ("/events", self._events), ("/releases", self._releases), ("/apps", self._apps)):
-            yield "GET", path, self._guarded(self._signed_in(page))
-        yield "POST", "/apps", self._guarded(self._signed_in(self._change_apps))
-        yield "POST", "/sign-out", self._guarded(self._signed_in(self._sign_out))
-        yield "GET", "/sign-in", self._guarded(self._ask_to_sign_in)
-        yield "POST", "/sign-in", self._guarded(self._sign_in)
+        for method, path, handler in (
+                ("GET", "/", self._overview), ("GET", "/crashes", self._crashes),
+                ("GET", "/crashes/<group_hash>", self._group), ("GET", "/events", self._events),
+                ("GET", "/releases", self._releases), ("GET", "/apps", self._apps),
+                ("POST", "/apps", self._change_apps), ("POST", "/sign-out", self._sign_out),
+                ("GET", "/sign-in", self._sign_in_page), ("POST", "/sign-in", self._sign_in)):
+            yield method, path, self._with_error_pages(handler)
 
     def invite(self, url: str) -> str:
         """A link that signs in once, within ten minutes."""
-        return f"{url}/sign-in?code={self._store.grant('code', INVITED)}"
+        return f"{url}/sign-in?code={self._store.grant('code', LINK_LIFETIME)}"
 
-    def refused(self, environ: Environ, status: int, text: str) -> bottle.HTTPResponse:
-        """The page that says why there is none."""
-        return self._refused(self._visit(environ), status, text)
+    def error_page(self, environ: Environ, status: int, text: str) -> Response:
+        """The page for an error that bottle raised."""
+        return self._error_page(PageRequest(environ, self._store.now, self._public_url), status, text)
 
-    # What all pages have around them
+    def _error_page(self, page: PageRequest, status: int, text: str) -> Response:
+        return self._render(page, text.capitalize(), "message", status, text=_HINTS.get(status, _HINTS[400]),
+                            target="/", label="To the overview")
 
-    def _visit(self, environ: Environ) -> PageRequest:
-        return PageRequest(environ, self._store.now, self._public_url)
-
-    def _refused(self, visit: PageRequest, status: int, text: str) -> bottle.HTTPResponse:
-        return self._html(visit, text.capitalize(), "error", status, hint=_HINTS.get(status, _HINTS[400]))
-
-    def _guarded(self, page: Callable[..., bottle.HTTPResponse]) -> Callable[..., bottle.HTTPResponse]:
-        def respond(**path: str) -> bottle.HTTPResponse:
-            visit = self._visit(bottle.request.environ)
+    def _with_error_pages(self, handler: PageHandler) -> Callable[..., Response]:
+        """The handler as a callback for bottle, with a page for every error."""
+        def respond(**path: str) -> Response:
+            page = PageRequest(bottle.request.environ, self._store.now, self._public_url)
             try:
-                return page(visit, **path)
+                return self._check_session(page) or handler(page, **path)
             except Refusal as refusal:
                 status = 403 if str(refusal) == _FORM_EXPIRED else _STATUS.get(str(refusal), 400)
-                answer = self._refused(visit, status, str(refusal))
+                response = self._error_page(page, status, str(refusal))
                 if refusal.retry_after is not None:
-                    answer.set_header("Retry-After", str(refusal.retry_after))
-                return answer
+                    response.set_header("Retry-After", str(refusal.retry_after))
+                return response
             except Exception:
                 log.exception("unexpected error")
-                return self._refused(visit, 500, "internal server error")
+                return self._error_page(page, 500, "internal server error")
         return respond
 
-    def _signed_in(self, page: Callable[..., bottle.HTTPResponse]) -> Callable[..., bottle.HTTPResponse]:
-        def respond(visit: PageRequest, **path: str) -> bottle.HTTPResponse:
-            is_form = visit.environ["REQUEST_METHOD"] == "POST"
-            if not self._store.is_granted("session", visit.session):
-                if visit.environ.get("HTTP_SEC_FETCH_SITE") == "cross-site" and not is_form:
-                    return self._html(visit, "Continue", "continue")  # whose link brings the cookie
-                return _redirect(visit, "/sign-in?" + urlencode({"next": "/" if is_form else visit.here}))
-            visit.secret, visit.apps = visit.session, self._store.apps()
-            if is_form:
-                visit.read_form()
-            return page(visit, **path)
-        return respond
+    def _check_session(self, page: PageRequest) -> Optional[Response]:
+        """Reads the form, if there is one. Returns a page where the browser has to sign in first."""
+        is_form = page.environ["REQUEST_METHOD"] == "POST"
+        if page.path != "/sign-in":
+            if not self._store.is_granted("session", page.session):
+                if page.environ.get("HTTP_SEC_FETCH_SITE") == "cross-site" and not is_form:
+                    # A link on another site brings no SameSite=strict cookie. A link on this page does.
+                    return self._render(page, "Continue", "message", text=_FROM_ELSEWHERE, target=page.address,
+                                        label="Go on")
+                return page.redirect("/sign-in?" + urlencode({"next": "/" if is_form else page.address}))
+            page.form_secret, page.apps = page.session, self._store.apps()
+        if is_form:
+            page.read_form()
+        return None
 
-    def _html(self, visit: PageRequest, title: str, template: str, status: int = 200, **values: Any) -> bottle.HTTPResponse:
-        given = {"visit": visit, "link": visit.link, "when": visit.when, "title": title, "short": _short,
-                 "apps": visit.apps, "pages": _PAGES, "curl": curl_line, **values}
-        given.update(more=lambda path: self._templates["more"].render(path=path, **given),
-                     form=lambda action, label, **fields: self._templates["form"].render(
-                         action=action, label=label, fields=fields, **given))
-        body = self._templates[template].render(**given)
-        page = self._templates["layout"].render(style=STYLE, body=body, icon=_ICON, **given)
-        return bottle.HTTPResponse(_CONTROL.sub("\ufffd", page).encode("utf-8", "replace"), status, PAGE_HEADERS)
+    def _render(self, page: PageRequest, title: str, template: str, status: int = 200, **values: Any) -> Response:
+        values.update(_TEMPLATE_GLOBALS, page=page, title=title, apps=page.apps, link=page.link, when=page.when)
+        values["body"] = self._templates[template].render(values)
+        html = self._templates["layout"].render(values)
+        return Response(_CONTROL.sub("\ufffd", html).encode("utf-8", "replace"), status, PAGE_HEADERS)
 
     # Signing in and out
 
-    def _ask_to_sign_in(self, visit: PageRequest, problem: str = "", status: int = 200) -> bottle.HTTPResponse:
-        query = parse_qs(visit.query)
+    def _sign_in_page(self, page: PageRequest, problem: str = "", status: int = 200) -> Response:
+        query = parse_qs(page.query)
         code = query.get("code", [""])[-1]
-        if code and visit.environ["REQUEST_METHOD"] == "GET":  # HEAD is somebody who looks ahead
+        if code and page.environ["REQUEST_METHOD"] == "GET":  # HEAD is a preview, and must not use up the code
             if self._store.withdraw("code", code):
-                return self._let_in(visit, "/")
+                return self._start_session(page, "/")
             problem, status = "This link was good once, for ten minutes. Sign in with the admin token.", 403
-        target = visit.form.get("next") or query.get("next", ["/"])[-1]
-        answer = self._html(visit, "Sign in", "sign_in", status, problem=problem, target=target)
-        _set_cookie(answer, visit, "backfeedr_form", visit.secret)
-        return answer
+        target = page.form.get("next") or query.get("next", ["/"])[-1]
+        response = self._render(page, "Sign in", "sign_in", status, problem=problem, target=target)
+        page.set_cookie(response, "backfeedr_form", page.form_secret)
+        return response
 
-    def _sign_in(self, visit: PageRequest) -> bottle.HTTPResponse:
-        visit.read_form()
-        if not self.tries.allow(b""):
-            wait = self.tries.retry_after(b"")
-            answer = self._ask_to_sign_in(visit, f"Too many tries. The next one is in {wait} seconds.", 429)
-            answer.set_header("Retry-After", str(wait))
-            return answer
-        if not self._store.is_admin(visit.form.get("token", "").strip().encode()):
-            return self._ask_to_sign_in(visit, "That is not the admin token.", 403)
-        return self._let_in(visit, visit.form.get("next", ""))
+    def _sign_in(self, page: PageRequest) -> Response:
+        if not self.sign_in_limiter.allow(b""):
+            wait = self.sign_in_limiter.retry_after(b"")
+            response = self._sign_in_page(page, f"Too many tries. The next one is in {wait} seconds.", 429)
+            response.set_header("Retry-After", str(wait))
+            return response
+        if not self._store.is_admin(page.form.get("token", "").strip().encode()):
+            return self._sign_in_page(page, "That is not the admin token.", 403)
+        return self._start_session(page, page.form.get("next", ""))
 
-    def _let_in(self, visit: PageRequest, target: str) -> bottle.HTTPResponse:
-        """Under a new session id, as somebody may have planted the one before."""
-        is_ours = re.fullmatch(r"/(?![/\\])[!-~]*", target)
-        answer = _redirect(visit, target if is_ours else "/")
-        _set_cookie(answer, visit, "backfeedr", self._store.grant("session", SIGNED_IN))
-        return answer
+    def _start_session(self, page: PageRequest, target: str) -> Response:
+        """With a new session id: an attacker may have planted the one that the browser had."""
+        is_our_path = re.fullmatch(r"/(?![/\\])[!-~]*", target)
+        response = page.redirect(target if is_our_path else "/")
+        page.set_cookie(response, "backfeedr", self._store.grant("session", SESSION_LIFETIME))
+        return response
 
-    def _sign_out(self, visit: PageRequest) -> bottle.HTTPResponse:
-        self._store.withdraw("session", visit.session)
-        return _redirect(visit, "/sign-in")
+    def _sign_out(self, page: PageRequest) -> Response:
+        self._store.withdraw("session", page.session)
+        return page.redirect("/sign-in")
 
     # The pages
 
-    def _overview(self, visit: PageRequest) -> bottle.HTTPResponse:
-        ask, app = self._metrics, visit.app
-        week = ask.overview(app)
-        crashes, sessions = ask.daily_crashes(app, 30), ask.sessions(app, 30)["sessions"]
-        return self._html(
-            visit, "Overview", "overview", is_empty=ask.is_empty(app), week=week, latest=ask.releases(app)["releases"][:4],
-            tiles=_tiles(week, crashes["labels"], crashes["data"], sessions,
-                         ask.active_devices(app, 30)["dau"]),
-            crashes=column_chart("Crashes", crashes["labels"], crashes["data"]),
-            types=bar_chart(ask.crash_types(app, 30)), devices=bar_chart(ask.devices(app, 30)))
+    def _overview(self, page: PageRequest) -> Response:
+        metrics, app = self._metrics, page.app
+        week, crashes = metrics.overview(app), metrics.daily_crashes(app, 30)
+        tiles = _tiles(week, crashes["labels"], crashes["data"], metrics.sessions(app, 30)["sessions"],
+                       metrics.active_devices(app, 30)["dau"])
+        return self._render(
+            page, "Overview", "overview", is_empty=metrics.is_empty(app), tiles=tiles, top=week["top_crashes"],
+            latest=metrics.releases(app)["releases"][:4], types=metrics.crash_types(app, 30),
+            devices=metrics.devices(app, 30), crashes=column_chart("Crashes", crashes["labels"], crashes["data"]))
 
-    def _crashes(self, visit: PageRequest) -> bottle.HTTPResponse:
-        ask, asked = self._metrics, visit.asked("version", "days", "text", "cursor")
-        found = ask.groups(**asked, limit=PAGE)
-        details = ask.group_days([group["group_hash"] for group in found["groups"]], visit.app)["groups"]
-        return self._html(visit, "Crashes", "crashes", **found, asked=asked, spark=sparkline, details=details,
-                          is_filtered=bool(asked.keys() - {"app"}), spans=sorted({1, 7, 30, 90, 365, asked.get("days", 1)}),
-                          versions=[each["app_version"] for each in ask.releases(visit.app)["releases"]])
+    def _crashes(self, page: PageRequest) -> Response:
+        parameters = page.parameters("version", "days", "text", "cursor")
+        found = self._metrics.groups(page.app, **parameters, limit=PAGE_ROWS)
+        details = self._metrics.group_days([group["group_hash"] for group in found["groups"]], page.app)["groups"]
+        return self._render(page, "Crashes", "crashes", parameters=parameters, next=found["next"],
+                            groups=[{**group, **details[group["group_hash"]]} for group in found["groups"]],
+                            day_choices=sorted({1, 7, 30, 90, 365, parameters.get("days", 1)}),
+                            versions=[each["app_version"] for each in self._metrics.releases(page.app)["releases"]])
 
-    def _group(self, visit: PageRequest, group_hash: str) -> bottle.HTTPResponse:
-        ask, asked = self._metrics, visit.asked("cursor", "report")
-        group = ask.group(group_hash, visit.app, cursor=asked.get("cursor"))
-        report = ask.crash(asked["report"], visit.app) if "report" in asked else next(iter(group["reports"]), {})
+    def _group(self, page: PageRequest, group_hash: str) -> Response:
+        metrics, parameters = self._metrics, page.parameters("cursor", "report")
+        group = metrics.group(group_hash, page.app, cursor=parameters.get("cursor"))
+        reports = group["reports"]
+        report = metrics.crash(parameters["report"], page.app) if "report" in parameters else next(iter(reports), {})
         if report.get("group_hash") != group_hash:
             raise Refusal("not found")
-        details = ask.group_days([group_hash], visit.app)
-        return self._html(
-            visit, group["exception_type"], "group", group=group, report=report, asked=asked, next=group["next"],
-            reasons=len({each.get("exception_reason") for each in group["reports"]}) > 1,  # else it is said above
-            is_latest=not asked.keys() - {"app"}, frames=report.get("stack_trace", []), most=SHOWN_FRAMES, place=_place,
-            chart=column_chart("Crashes", details["labels"], details["groups"][group_hash]["days"]),
-            has_own=any(frame.get("file") for frame in report.get("stack_trace", [])), context=_context(report),
-            bars=bar_chart)
+        days = metrics.group_days([group_hash], page.app)
+        return self._render(
+            page, group["exception_type"], "group", group=group, report=report, parameters=parameters,
+            next=group["next"], chart=column_chart("Crashes", days["labels"], days["groups"][group_hash]["days"]),
+            frames=[_frame(frame) for frame in report.get("stack_trace", [])], max_frames=SHOWN_FRAMES,
+            context=_context(report), has_reasons=len({each.get("exception_reason") for each in reports}) > 1)
 
-    def _events(self, visit: PageRequest) -> bottle.HTTPResponse:
-        asked = visit.asked("type", "name", "session_id", "cursor")
-        if asked.get("type", "custom") not in EVENT_TYPES:
+    def _events(self, page: PageRequest) -> Response:
+        parameters = page.parameters("type", "name", "session_id", "cursor")
+        if parameters.get("type", "custom") not in EVENT_TYPES:
             raise Refusal("invalid event type")
-        if "session_id" in asked:
-            asked = {name: value for name, value in asked.items() if name not in ("type", "name")}
-        found = (self._metrics.session if "session_id" in asked else self._metrics.events)(**asked, limit=2 * PAGE)
-        return self._html(visit, "A session" if "session_id" in asked else "Events", "events", **found, asked=asked,
-                          is_filtered=bool(asked.keys() - {"app"}), types=EVENT_TYPES, details=_details)
+        query, title = self._metrics.events, "Events"
+        if "session_id" in parameters:
+            query, title = self._metrics.session, "A session"
+            parameters = {name: value for name, value in parameters.items() if name not in ("type", "name")}
+        found = query(app=page.app, **parameters, limit=2 * PAGE_ROWS)
+        return self._render(page, title, "events", **found, parameters=parameters, types=EVENT_TYPES)
 
-    def _releases(self, visit: PageRequest) -> bottle.HTTPResponse:
-        return self._html(visit, "Releases", "releases", **self._metrics.releases(visit.app))
+    def _releases(self, page: PageRequest) -> Response:
+        return self._render(page, "Releases", "releases", **self._metrics.releases(page.app))
 
-    def _apps(self, visit: PageRequest, status: int = 200, **said: str) -> bottle.HTTPResponse:
-        visit.apps = self._store.apps()
-        keys = self._store.keys()
-        return self._html(visit, "Apps", "apps", status, iso=iso_time, keys={
-            app.name: [key for key in keys if key.app == app.name] for app in visit.apps}, **{
-            "problem": "", "message": "", "key": "", "curl": "", **said})
+    def _apps(self, page: PageRequest, status: int = 200, **notice: str) -> Response:
+        page.apps, keys = self._store.apps(), self._store.keys()
+        return self._render(page, "Apps", "apps", status, notice=notice, keys={
+            app.name: [key for key in keys if key.app == app.name] for app in page.apps})
 
-    def _change_apps(self, visit: PageRequest) -> bottle.HTTPResponse:
-        changes = {"create": self._create_app, "key": self._create_key, "revoke": self._revoke_key,
-                   "delete": self._delete_app}
+    def _change_apps(self, page: PageRequest) -> Response:
         try:
-            change = changes.get(visit.form.get("action", ""))
-            if change is None:
-                raise StoreError("there is no such action")
-            return self._apps(visit, **change(visit))
+            return self._apps(page, **self._change(page.form, page.form.get("name", "")))
         except StoreError as error:
-            return self._apps(visit, 400, problem=str(error).capitalize())
+            return self._apps(page, 400, problem=str(error).capitalize())
 
-    def _create_app(self, visit: PageRequest) -> Dict[str, str]:
-        name = visit.form.get("name", "")
-        return _new_key(visit, name, self._store.create_app(name, is_test="test" in visit.form))
+    def _change(self, form: Dict[str, str], name: str) -> Dict[str, str]:
+        """Does what a form of the page of apps asks for. Returns what the page then says."""
+        action = form.get("action")
+        if action == "revoke":
+            key = self._store.revoke_key(form.get("key", ""))
+            return {"message": f"Revoked the key {key.prefix}... of {key.app}."}
+        if action == "delete":
+            return {"message": self._delete_app(name, form.get("typed"))}
+        if action not in ("create", "key"):
+            raise StoreError("there is no such action")
+        new_key = self._store.create_key(name) if action == "key" else self._store.create_app(name, "test" in form)
+        return {"message": f"The new key of {name}, shown only this once:", "key": new_key}
 
-    def _create_key(self, visit: PageRequest) -> Dict[str, str]:
-        name = visit.form.get("name", "")
-        return _new_key(visit, name, self._store.create_key(name))
-
-    def _revoke_key(self, visit: PageRequest) -> Dict[str, str]:
-        key = self._store.revoke_key(visit.form.get("key", ""))
-        return {"message": f"Revoked the key {key.prefix}... of {key.app}."}
-
-    def _delete_app(self, visit: PageRequest) -> Dict[str, str]:
-        """In a thread: a large app takes longer than a proxy waits."""
-        name = visit.form.get("name", "")
-        if visit.form.get("typed") != name:
+    def _delete_app(self, name: str, typed: Optional[str]) -> str:
+        """Deletes in a thread, because a large app takes longer than a proxy waits for an answer."""
+        if typed != name:
             raise StoreError(f"to delete it, type its name: {name}")
-        failed: List[Exception] = []
-        work = threading.Thread(target=_trying, args=(self._store.delete_app, name, failed), daemon=True)
-        work.start()
-        work.join(timeout=2)
-        for error in failed:
-            raise error
-        return {"message": f"{name} is being deleted." if work.is_alive() else f"Deleted {name} and all that it sent."}
+        errors: List[Exception] = []
 
+        def delete() -> None:
+            try:
+                self._store.delete_app(name)
+            except Exception as error:
+                log.error("cannot delete an app: %s", error)
+                errors.append(error)
 
-def _trying(change: Callable[[str], None], name: str, failed: List[Exception]) -> None:
-    try:
-        change(name)
-    except Exception as error:
-        log.error("cannot delete an app: %s", error)
-        failed.append(error)
-
-
-def _new_key(visit: PageRequest, name: str, key: str) -> Dict[str, str]:
-    return {"message": f"The new key of {name}, shown only this once:", "key": key, "curl": curl_line(visit.url, key)}
-
-
-def _redirect(visit: PageRequest, path: str) -> bottle.HTTPResponse:
-    return bottle.HTTPResponse(b"", 303, {**PAGE_HEADERS, "Location": visit.root + path})
-
-
-def _set_cookie(answer: bottle.HTTPResponse, visit: PageRequest, name: str, value: str) -> None:
-    answer.set_cookie(name, value, path=visit.root + "/", httponly=True, samesite="strict",
-                      max_age=SIGNED_IN // SECOND, **({"secure": True} if visit.is_https else {}))
-
-
-def _short(text: str, length: int = 300) -> str:
-    return text if len(text) <= length else text[:length] + "..."
+        thread = threading.Thread(target=delete, daemon=True)
+        thread.start()
+        thread.join(timeout=2)
+        if errors:
+            raise errors[0]
+        return f"{name} is being deleted." if thread.is_alive() else f"Deleted {name} and all that it sent."
 
 
 def _tiles(week: Figures, labels: Sequence[str], crashes: Sequence[int], sessions: Sequence[int],
-           devices: Sequence[int]) -> List[Figures]:
+           devices: Sequence[int]) -> Iterator[Tuple[str, str, str, str]]:
+    """Name, value, note and chart of the figures on top of the overview."""
     rates = [crash_free_rate(*day) if any(day) else None for day in zip(crashes, sessions)]
-    before = [sum(each[-14:-7]) for each in (crashes, sessions)]
     lowest = min((rate for rate in rates if rate is not None), default=0)
-    low = max(limit for limit in (0, 50, 80, 90, 95, 99) if limit <= lowest)
-    return [
-        {"name": "Crash-free sessions", "value": f"{week['crash_free_rate_7d']:.2f} %" if week["sessions_7d"] or week["crashes_7d"] else "-",
-         "note": f"7 days; {crash_free_rate(*before):.2f} % in the 7 before" if any(before) else "7 days",
-         "chart": line_chart("Crash-free sessions", labels, rates, low, " %")},
-        {"name": "Active devices", "value": f"{week['dau']:,}", "note": "24 hours",
-         "chart": line_chart("Active devices", labels, devices)},
-        {"name": "Sessions", "value": f"{week['sessions_7d']:,}", "note": f"7 days; {before[1]:,} in the 7 before",
-         "chart": line_chart("Sessions", labels, sessions)},
-        {"name": "Crashes", "value": f"{week['crashes_7d']:,}", "note": f"7 days; {before[0]:,} in the 7 before",
-         "chart": line_chart("Crashes", labels, crashes)}]
+    axis_start = max(rate for rate in (0, 50, 80, 90, 95, 99) if rate <= lowest)
+    crashes_before, sessions_before = sum(crashes[-14:-7]), sum(sessions[-14:-7])
+    rate = f"{week['crash_free_rate_7d']:.2f} %" if week["crashes_7d"] or week["sessions_7d"] else "-"
+    rate_before = f"{crash_free_rate(crashes_before, sessions_before):.2f} % in the 7 before"
+    rate_note = f"7 days; {rate_before}" if crashes_before or sessions_before else "7 days"
+    yield "Crash-free sessions", rate, rate_note, line_chart("Crash-free sessions", labels, rates, axis_start, " %")
+    yield "Active devices", f"{week['dau']:,}", "24 hours", line_chart("Active devices", labels, devices)
+    for name, value, before, days in (("Sessions", week["sessions_7d"], sessions_before, sessions),
+                                      ("Crashes", week["crashes_7d"], crashes_before, crashes)):
+        yield name, f"{value:,}", f"7 days; {before:,} in the 7 before", line_chart(name, labels, days)
 
 
-_CONTEXT = {"app": "App", "app_version": "Version", "build_number": "Build", "os_version": "System",
-            "device_model": "Device", "locale": "Locale", "free_memory_mb": "Free memory", "battery_level": "Battery",
-            "is_charging": "Charging", "device_id_hash": "Device id", "id": "Report"}
+_CONTEXT: Dict[str, Tuple[str, Callable[[Any], str]]] = {
+    "app": ("App", str), "app_version": ("Version", str), "build_number": ("Build", str),
+    "os_version": ("System", str), "device_model": ("Device", str), "locale": ("Locale", str),
+    "free_memory_mb": ("Free memory", "{:,} MB".format),
+    "battery_level": ("Battery", lambda level: f"{level:.0%}" if level >= 0 else "unknown"),
+    "is_charging": ("Charging", lambda is_charging: "yes" if is_charging else "no"),
+    "device_id_hash": ("Device id", str), "id": ("Report", str)}
 
 
 def _context(report: Figures) -> List[Tuple[str, str]]:
-    """Name and value of what a crash tells of its circumstances, at the end what this server does not know."""
-    shown = {**report}
-    if "free_memory_mb" in shown:
-        shown["free_memory_mb"] = f"{shown['free_memory_mb']:,} MB"
-    if "battery_level" in shown:
-        shown["battery_level"] = f"{shown['battery_level']:.0%}" if shown["battery_level"] >= 0 else "unknown"
-    if "is_charging" in shown:
-        shown["is_charging"] = "yes" if shown["is_charging"] else "no"
-    return [(name, str(shown[field])) for field, name in _CONTEXT.items() if field in shown] + [
-        (name, _as_text(value)) for name, value in report.get("extra", {}).items()]
+    """Name and value of what a crash says about the device, then of the fields that this server does not know."""
+    known = [(name, as_text(report[field])) for field, (name, as_text) in _CONTEXT.items() if field in report]
+    return known + [(name, _as_text(value)) for name, value in report.get("extra", {}).items()]
 
 
-def _place(frame: Figures) -> str:
-    """Where a frame is: in a file, or wherever else an SDK says, as in a library."""
-    known = [f"{frame['file']}:{frame['line']}" if frame.get("line") is not None else frame["file"]] if frame.get(
-        "file") else []
-    return ", ".join(known + [_as_text(value) for name, value in frame.items()
-                              if name not in ("frame", "symbol", "file", "line") and value is not None])
-
-
-def _as_text(value: Any) -> str:
-    """A value of a field that this server does not know: a list item by item."""
-    lines = value if type(value) is list else [value]
-    return _short("\n".join(line if type(line) is str else json.dumps(line, ensure_ascii=False) for line in lines),
-                  SHOWN_TEXT)
+def _frame(frame: Figures) -> Tuple[str, str, bool]:
+    """Symbol and place of a frame, with fields such as its library; and whether it is one of the app itself."""
+    file, line = frame.get("file"), frame.get("line")
+    place = [file if line is None else f"{file}:{line}"] if file else []
+    place += [_as_text(value) for name, value in frame.items()
+              if name not in ("frame", "symbol", "file", "line") and value is not None]
+    return frame.get("symbol") or "(no symbol)", ", ".join(place), bool(file)
 
 
 def _details(event: Figures) -> str:
-    """What an event says beside what all have."""
-    return ", ".join(f"{name}: {_short(_as_text(value), 100)}" for name, value in list({
-        **event.get("properties", {}), **event.get("extra", {})}.items())[:20])
+    """The first twenty properties and unknown fields of an event."""
+    given = {**event.get("properties", {}), **event.get("extra", {})}
+    return ", ".join(f"{name}: {_shorten(_as_text(value), 100)}" for name, value in list(given.items())[:20])
 
 
-# Charts: from numbers to SVG. Places across are percentages, so that a chart is as wide as its room.
-
-_HEIGHT, _EDGE = 72, 3  # of a chart in pixels; and how far its lines stay from the edges
-
-Draw = Callable[[Sequence[Optional[float]], float], str]  # of the ys, and how far one is from the next in percent
-
-
-def line_chart(title: str, labels: Sequence[str], values: Sequence[Optional[float]], low: float = 0,
-               unit: str = "") -> str:
-    """A line through one value a day, from `low` up, and a dot for today, which is not over; None leaves a gap.
-    `labels` are ISO dates."""
-    return _chart(title, labels, values, low, unit, _lines)
+def _as_text(value: Any) -> str:
+    """Any JSON value for a reader: a list has an item to a line."""
+    items = value if type(value) is list else [value]
+    return _shorten("\n".join(item if type(item) is str else json.dumps(item, ensure_ascii=False) for item in items),
+                    SHOWN_TEXT)
 
 
-def column_chart(title: str, labels: Sequence[str], values: Sequence[Optional[float]]) -> str:
-    """A column for one value a day, from 0 up."""
-    return _chart(title, labels, values, 0, "", _columns)
+def _shorten(text: str, length: int = 300) -> str:
+    return text if len(text) <= length else text[:length] + "..."
 
 
-def _lines(ys: Sequence[Optional[float]], step: float) -> str:
-    points = [((n + 0.5) * step, y) for n, y in enumerate(ys)]
-    lines = "".join(f'<line x1="{x1:.2f}%" x2="{x2:.2f}%" y1="{y1:.1f}" y2="{y2:.1f}"/>'
-                    for (x1, y1), (x2, y2) in zip(points, points[1:-1]) if y1 is not None and y2 is not None)
-    alone = [(x, y) for (x, y), before, after in zip(points, [None, *ys], [*ys[1:-1], None, None])
-             if y is not None and after is None and (before is None or x == points[-1][0])]
-    return lines + "".join(f'<circle cx="{x:.2f}%" cy="{y:.1f}" r="2.5"/>' for x, y in alone)
+def _options(choices: Iterable[Any], chosen: Any = None) -> str:
+    return "".join(f'<option{" selected" if choice == chosen else ""}>{escape(str(choice))}</option>'
+                   for choice in choices)
 
 
-def _columns(ys: Sequence[Optional[float]], step: float) -> str:
-    return "".join(f'<rect x="{(n + 0.15) * step:.2f}%" width="{0.7 * step:.2f}%" y="{y:.1f}"'
-                   f' height="{_HEIGHT - _EDGE - y:.1f}"/>' for n, y in enumerate(ys) if y is not None)
-
-
-def _chart(title: str, labels: Sequence[str], values: Sequence[Optional[float]], low: float, unit: str,
-           draw: Draw) -> str:
-    known = [(value, label) for value, label in zip(values, labels) if value is not None]
-    if not known:
-        return '<p class="empty">None in these days.</p>'
-    high, step, bottom = 100 if unit else _ceiling(max(known)[0]), 100 / len(values), _HEIGHT - _EDGE
-    ys = [None if value is None else bottom - (bottom - _EDGE) * (value - low) / (high - low) for value in values]
-    first, last = _day(labels[0]), _day(labels[-1])
-    said = (f"{title} per day, {first} to {last}: latest {known[-1][0]:,}{unit}, highest {max(known)[0]:,}{unit}"
-            f" on {_day(max(known)[1])}, lowest {min(known)[0]:,}{unit}")
-    said_of = [f"{_day(label)}: " + ("none" if value is None else f"{value:,}{unit}")
-               for label, value in zip(labels, values)]
-    said_of[-1] += " so far"
-    days = "".join(f'<rect class="day" x="{n * step:.2f}%" width="{step:.2f}%" y="0" height="{_HEIGHT}">'
-                   f'<title>{text}</title></rect>' for n, text in enumerate(said_of))
-    return (f'<div class="chart" role="img" aria-label="{said}"><p><span>{high:,}{unit}</span>'
-            f'<span>{low:,}{unit}</span></p><svg width="100%" height="{_HEIGHT}"><g class="axis">'
-            f'<line x1="0" x2="100%" y1="{_EDGE}" y2="{_EDGE}"/><line x1="0" x2="100%" y1="{bottom}" y2="{bottom}"/></g>'
-            f'<g class="marks">{draw(ys, step)}</g>{days}</svg><p><span>{first}</span><span>{last}</span></p></div>')
-
-
-def _ceiling(value: float) -> int:
-    """The next round number: 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, ..."""
-    unit = 10 ** max(0, len(str(int(value))) - 2)
-    return next(unit * step for step in (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 50, 60, 80, 100) if value <= unit * step)
-
-
-def _day(label: str) -> str:
-    day = date.fromisoformat(label)
-    return f"{day.day} {_MONTHS[3 * day.month - 3:3 * day.month]}"
-
-
-_MONTHS = "JanFebMarAprMayJunJulAugSepOctNovDec"
-
-
-def sparkline(values: Sequence[int], title: str) -> str:
-    """A line as high as a line of text, through one value a day."""
-    high = max(*values, 1)
-    points = " ".join(f"{4 * n},{19 - 17 * value / high:.1f}" for n, value in enumerate(values))
-    return (f'<svg class="spark" role="img" aria-label="{title}: {sum(values):,} in {len(values)} days" width="118"'
-            f' height="20"><title>{sum(values):,} in {len(values)} days</title><polyline points="{points}"/></svg>')
-
-
-def bar_chart(figures: Figures, total: Optional[int] = None, limit: int = 10) -> str:
-    """A bar for each label, the longest first; and how much of the total is not among them."""
-    shown = list(zip(figures["labels"], figures["data"]))[:limit]
-    rest = (sum(figures["data"]) if total is None else total) - sum(count for _, count in shown)
-    most = max((count for _, count in shown), default=1)
-    rows = [(f"<bdi>{escape(_short(label, 80))}</bdi>", f'<rect width="{100 * count / most:.1f}%" height="10"/>', count)
-            for label, count in shown] + ([("others, or unknown", "", rest)] if rest > 0 else [])
-    return '<table class="bars">' + "".join(
-        f'<tr><th scope="row">{label}</th><td><svg width="100%" height="10" aria-hidden="true">{bar}</svg></td>'
-        f'<td class="number">{count:,}</td></tr>' for label, bar, count in rows) + "</table>" if rows else (
-        '<p class="empty">None in these days.</p>')
-
-
-# The templates. They know `for` and `if`; `{{ }}` escapes, `{{! }}` takes HTML that was made above.
+# == Templates =================================================================
+#
+# The HTML and CSS of the pages. Templates know only `for` and `if`; `{{ }}` escapes,
+# `{{! }}` takes HTML that was made above. What several templates share is a constant
+# or a function with their source, such as _list() and _form().
 
 _PAGES = (("/", "Overview"), ("/crashes", "Crashes"), ("/events", "Events"), ("/releases", "Releases"),
           ("/apps", "Apps"))
@@ -3532,330 +3532,263 @@ _HINTS = {
     405: "This address is for another kind of request.",
     500: "The reason is in the server's log.",
     503: "The database cannot be used now. The reason is in the server's log; try again in a moment."}
-
 _ICON = ("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath d='M1 11h4l2-8 "
          "3 11 2-6h3' fill='none' stroke='%23c0392b' stroke-width='2'/%3E%3C/svg%3E")
 
+
+class Column(NamedTuple):
+    label: str
+    cell: str  # template source, in which `row` is what is listed
+    css: str = ""  # on a narrow screen, a cell of the class "main" comes first, and "main" and "bare" have no label
+    condition: str = ""  # an expression of the template; where it is false, the column is left out
+
+
+def _list(rows: str, *columns: Column, empty: str = "", row_attributes: str = "") -> str:
+    """A table of `rows`, an expression of the template. On a narrow screen, each cell shows its label instead."""
+    head, body = "", ""
+    for label, cell, css, condition in columns:
+        css = f' class="{css}"' if css else ""
+        start, end = (f"% if {condition}:\n", "% end\n") if condition else ("", "")
+        head += f"{start}<th{css}>{label}</th>\n{end}"
+        body += f'{start}<td{css} data-label="{label}">{cell}</td>\n{end}'
+    return (f'% if {rows}:\n<table class="list"><thead><tr>\n{head}</tr></thead><tbody>\n% for row in {rows}:\n'
+            f"<tr{row_attributes}>\n{body}</tr>\n% end\n</tbody></table>\n"
+            f'% else:\n<p class="empty">{empty}</p>\n% end\n')
+
+
+def _form(path: str, content: str, **hidden: str) -> str:
+    """A form with the token that read_form() checks."""
+    fields = "".join(f'<input type="hidden" name="{name}" value="{value}">\n'
+                     for name, value in {"form_token": "{{page.form_token}}", **hidden}.items())
+    return f'<form method="post" action="{{{{page.root}}}}{path}">\n{fields}{content}</form>'
+
+
+_COUNT, _TIME, _TEXT = '{{number(row["%s"])}}', '{{!when(row["%s"])}}', '<bdi>{{shorten(row.get("%s", ""), 40)}}</bdi>'
+_CRASHES = Column("Crashes", _COUNT % "count", "number")
+_VERSION, _SYSTEM = Column("Version", _TEXT % "app_version"), Column("System", _TEXT % "os_version")
+_DEVICE = Column("Device", _TEXT % "device_model")
+_SEEN = (Column("First seen", _TIME % "first_seen"), Column("Last seen", _TIME % "last_seen"))
+_APP = Column("App", '<bdi>{{row["app"]}}</bdi>', condition="not page.app and len(apps) > 1")
+_CRASH_FREE = Column("Crash-free sessions", '{{"%.2f" % row["crash_free_sessions"]}} %', "number")
+_ADOPTION = Column("Adoption", '{{"%.1f" % row["adoption"]}} %', "number")
+_GROUP_LINK = '<a href="{{link("/crashes/" + row["group_hash"])}}"><bdi>{{row["exception_type"]}}</bdi></a>\n'
+_REASON = '<span class="reason"><bdi>{{shorten(row["exception_reason"])}}</bdi></span>'
+_RELEASE_LINK = ('<a href="{{link("/crashes", app=row["app"], version=row["app_version"])}}">'
+                 '<bdi>{{row["app_version"]}}</bdi></a>')
+_NO_RELEASE = "No release yet: reports that carry an <code>app_version</code> show here."
+_FILTER = """<form class="filter" method="get" action="{{page.root}}{{page.path}}">
+<input type="hidden" name="app" value="{{page.app or ""}}">
+"""
+_PAGE_LINKS = """% if "cursor" in parameters:
+<a class="more" href="{{link(page.path, **{**parameters, "cursor": None})}}">First page</a>
+% end
+% if next:
+<a class="more" href="{{link(page.path, **{**parameters, "cursor": next})}}" rel="next">Next page</a>
+% end
+"""
+
 _TEMPLATES = {
     "layout": """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
+<html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta name="robots" content="noindex">
-<title>{{short(title, 80)}} - backfeedr</title>
-<link rel="icon" href="{{icon}}">
-<style>{{!style}}</style>
-</head>
-<body>
-<header>
-<a class="brand" href="{{link("/")}}">backfeedr</a>
+<meta name="color-scheme" content="light dark"><meta name="robots" content="noindex">
+<title>{{shorten(title, 80)}} - backfeedr</title><link rel="icon" href="{{icon}}"><style>{{!style}}</style></head>
+<body><header><a class="brand" href="{{link("/")}}">backfeedr</a>
 % if apps is not None:
 <nav aria-label="Pages">
 % for path, name in pages:
-<a href="{{link(path)}}"{{!' aria-current="page"' if visit.section == path else ""}}>{{name}}</a>
+<a href="{{link(path)}}"{{!' aria-current="page"' if page.section == path else ""}}>{{name}}</a>
 % end
 </nav>
-<form method="post" action="{{visit.root}}/sign-out"><input type="hidden" name="form_token" value="{{visit.form_token}}"><button class="plain">Sign out</button></form>
+""" + _form("/sign-out", '<button class="plain">Sign out</button>') + """
 % end
 </header>
-% if apps and visit.section != "/apps" and (len(apps) > 1 or apps[0].is_test):
+% if apps and page.section != "/apps" and (len(apps) > 1 or apps[0].is_test):
 <nav class="apps" aria-label="Apps">
-<a href="{{link(visit.section, app=None)}}"{{!' aria-current="true"' if not visit.app else ""}}>All live apps</a>
+<a href="{{link(page.section, app=None)}}"{{!' aria-current="true"' if not page.app else ""}}>All live apps</a>
 % for app in apps:
-<a href="{{link(visit.section, app=app.name)}}"{{!' aria-current="true"' if visit.app == app.name else ""}}><bdi>{{app.name}}</bdi>{{" (test)" if app.is_test else ""}}</a>
+<a href="{{link(page.section, app=app.name)}}"{{!' aria-current="true"' if page.app == app.name else ""}}
+><bdi>{{app.name}}</bdi>{{" (test)" if app.is_test else ""}}</a>
 % end
 </nav>
 % end
-<main>
-<h1><bdi>{{short(title)}}</bdi></h1>
-{{!body}}
-</main>
-<footer>All days and times are UTC.</footer>
-</body>
-</html>
+<main><h1><bdi>{{shorten(title)}}</bdi></h1>
+{{!body}}</main>
+<footer>All days and times are UTC.</footer></body></html>
 """,
-    "continue": """<p>You came here from another site, so your browser did not say who you are.</p>
-<p><a href="{{visit.root}}{{visit.here}}">Go on</a></p>
+    "message": """<p>{{text}}</p>
+<p><a href="{{page.root}}{{target}}">{{label}}</a></p>
 """,
-    "error": """<p>{{hint}}</p>
-<p><a href="{{visit.root}}/">To the overview</a></p>
-""",
-    "sign_in": """<form class="sign-in" method="post" action="{{visit.root}}/sign-in">
+    "sign_in": """<div class="sign-in">
 % if problem:
 <p class="problem" role="alert">{{problem}}</p>
 % end
-<input type="hidden" name="form_token" value="{{visit.form_token}}">
-<input type="hidden" name="next" value="{{target}}">
-<input name="username" value="admin" autocomplete="username" hidden>
+""" + _form("/sign-in", """<input name="username" value="admin" autocomplete="username" hidden>
 <p><label for="token">Admin token</label>
 <input id="token" type="password" name="token" autocomplete="current-password" required autofocus></p>
 <p><button>Sign in</button></p>
 <p class="note">The server printed it at its first start. <code>BACKFEEDR_AUTH_TOKEN</code> sets another one.</p>
-</form>
-""",
+""", next="{{target}}") + "</div>\n",
     "overview": """% if is_empty:
 <section class="hint"><p>Nothing has been received yet. Send a first crash, with the key of an app
 (<a href="{{link("/apps")}}">Apps</a> makes a new one):</p>
-<pre>{{curl(visit.url, "bf_live_your_key")}}</pre></section>
+<pre>{{curl_line(page.url, "bf_live_your_key")}}</pre></section>
 % end
 <div class="tiles">
-% for tile in tiles:
-<section><h2>{{tile["name"]}}</h2><p class="figure">{{tile["value"]}}</p><p class="note">{{tile["note"]}}</p>
-{{!tile["chart"]}}</section>
+% for name, value, note, chart in tiles:
+<section><h2>{{name}}</h2><p class="figure">{{value}}</p><p class="note">{{note}}</p>{{!chart}}</section>
 % end
 </div>
-<div class="halves">
-<section><h2>Crashes per day</h2>{{!crashes}}</section>
+<div class="halves"><section><h2>Crashes per day</h2>{{!crashes}}</section>
 <section><h2><a href="{{link("/releases")}}">Latest releases</a></h2>
-% if latest:
-<table class="list"><thead><tr><th>Version</th><th class="number">Crash-free sessions</th><th class="number">Adoption</th></tr></thead><tbody>
-% for release in latest:
-<tr><td class="main"><a href="{{link("/crashes", app=release["app"], version=release["app_version"])}}"><bdi>{{release["app_version"]}}</bdi></a> <span class="reason"><bdi>{{"" if visit.app else release["app"]}}</bdi></span></td><td class="number" data-label="Crash-free sessions">{{"%.2f" % release["crash_free_sessions"]}} %</td><td class="number" data-label="Adoption">{{"%.1f" % release["adoption"]}} %</td></tr>
-% end
-</tbody></table>
-% else:
-<p class="empty">No release yet: reports that carry an <code>app_version</code> show here.</p>
-% end
-</section>
-</div>
+""" + _list(
+        "latest", Column("Version", _RELEASE_LINK + """
+<span class="reason"><bdi>{{"" if page.app else row["app"]}}</bdi></span>""", "main"),
+        _CRASH_FREE, _ADOPTION, empty=_NO_RELEASE) + """</section></div>
 <section><h2><a href="{{link("/crashes", days=7)}}">Most frequent crashes of 7 days</a></h2>
-% if week["top_crashes"]:
-<table class="list"><thead><tr><th class="number">Crashes</th><th>Group</th></tr></thead><tbody>
-% for group in week["top_crashes"]:
-<tr><td class="number" data-label="Crashes">{{"{:,}".format(group["count"])}}</td><td class="main"><a href="{{link("/crashes/" + group["group_hash"])}}"><bdi>{{group["exception_type"]}}</bdi></a> <span class="reason"><bdi>{{short(group["exception_reason"])}}</bdi></span></td></tr>
-% end
-</tbody></table>
-% else:
-<p class="empty">No crash in the last 7 days.</p>
-% end
-</section>
-<div class="halves">
-<section><h2>Exception types, 30 days</h2>{{!types}}</section>
-<section><h2>Crashing devices, 30 days</h2>{{!devices}}</section>
-</div>
+""" + _list(
+        "top", _CRASHES, Column("Group", _GROUP_LINK + _REASON, "main"),
+        empty="No crash in the last 7 days.") + """</section>
+<div class="halves"><section><h2>Exception types, 30 days</h2>{{!bar_chart(types)}}</section>
+<section><h2>Crashing devices, 30 days</h2>{{!bar_chart(devices)}}</section></div>
 """,
-    "crashes": """<form class="filter" method="get" action="{{visit.root}}/crashes">
-% if visit.app:
-<input type="hidden" name="app" value="{{visit.app}}">
-% end
-<label>Version <input name="version" list="versions" value="{{asked.get("version", "")}}"></label>
-<datalist id="versions">
-% for version in versions:
-<option value="{{version}}"></option>
-% end
-</datalist>
-<label>Days <select name="days"><option value="">all</option>
-% for choice in spans:
-<option{{!" selected" if asked.get("days") == choice else ""}}>{{choice}}</option>
-% end
-</select></label>
-<label>Text <input type="search" name="text" value="{{asked.get("text", "")}}"></label>
-<button>Show</button>
-</form>
-% if groups:
-<table class="list"><thead><tr><th class="number">Crashes</th><th>Group</th>{{!"" if visit.app or len(apps) < 2 else "<th>App</th>"}}<th>30 days</th><th class="number">Devices</th><th>Versions</th><th>First seen</th><th>Last seen</th></tr></thead><tbody>
-% for group in groups:
-% more_of_it = details[group["group_hash"]]
-<tr><td class="number" data-label="Crashes">{{"{:,}".format(group["count"])}}</td>
-<td class="main"><a href="{{link("/crashes/" + group["group_hash"])}}"><bdi>{{group["exception_type"]}}</bdi></a>
-% if more_of_it["place"]:
-<code><bdi>{{short(more_of_it["place"], 120)}}</bdi></code>
-% end
-<span class="reason"><bdi>{{short(group["exception_reason"])}}</bdi></span></td>
-% if not visit.app and len(apps) > 1:
-<td data-label="App"><bdi>{{", ".join(more_of_it["apps"])}}</bdi></td>
-% end
-<td data-label="30 days">{{!spark(more_of_it["days"], "Crashes")}}</td>
-<td class="number" data-label="Devices">{{"{:,}".format(group["devices"])}}</td>
-<td data-label="Versions"><bdi>{{", ".join(short(version, 40) for version in group["versions"][-2:])}}</bdi>{{", +{}".format(len(group["versions"]) - 2) if len(group["versions"]) > 2 else ""}}</td>
-<td data-label="First seen">{{!when(group["first_seen"])}}</td>
-<td data-label="Last seen">{{!when(group["last_seen"])}}</td></tr>
-% end
-</tbody></table>
-% elif is_filtered:
-<p class="empty">No crash fits. <a href="{{link("/crashes")}}">Show all</a></p>
+    "crashes": _FILTER + """<label>Version <input name="version" list="versions"
+value="{{parameters.get("version", "")}}"></label><datalist id="versions">{{!options(versions)}}</datalist>
+<label>Days
+<select name="days"><option value="">all</option>{{!options(day_choices, parameters.get("days"))}}</select></label>
+<label>Text <input type="search" name="text" value="{{parameters.get("text", "")}}"></label>
+<button>Show</button></form>
+""" + _list(
+        "groups", _CRASHES, Column("Group", _GROUP_LINK + """\
+<code><bdi>{{shorten(row["place"], 120)}}</bdi></code>
+""" + _REASON, "main"),
+        _APP._replace(cell='<bdi>{{", ".join(row["apps"])}}</bdi>'),
+        Column("30 days", '{{!sparkline(row["days"], "Crashes")}}'),
+        Column("Devices", _COUNT % "devices", "number"),
+        Column("Versions", '<bdi>{{", ".join(shorten(version, 40) for version in row["versions"][-2:])}}</bdi>'
+                           '{{", +{}".format(len(row["versions"]) - 2) if len(row["versions"]) > 2 else ""}}'),
+        *_SEEN, empty="""
+% if parameters:
+No crash fits. <a href="{{link("/crashes")}}">Show all</a>
 % else:
-<p class="empty">No crash is kept{{" of " + visit.app if visit.app else ""}}. When one comes in, it is here at once; <a href="{{link("/apps")}}">Apps</a> has the keys to send one with.</p>
+No crash is kept{{" of " + page.app if page.app else ""}}. When one comes in, it is here at once;
+<a href="{{link("/apps")}}">Apps</a> has the keys to send one with.
 % end
-{{!more("/crashes")}}
-""",
-    "group": """<p class="reason"><bdi>{{short(report.get("exception_reason", ""), 5000)}}</bdi></p>
-<dl class="facts"><div><dt>Crashes</dt><dd>{{"{:,}".format(group["count"])}}</dd></div><div><dt>Devices</dt><dd>{{"{:,}".format(group["devices"])}}</dd></div><div><dt>First seen</dt><dd>{{!when(group["first_seen"])}}</dd></div><div><dt>Last seen</dt><dd>{{!when(group["last_seen"])}}</dd></div><div><dt>Group</dt><dd><code>{{group["group_hash"]}}</code></dd></div></dl>
+""") + _PAGE_LINKS,
+    "group": """<p class="reason"><bdi>{{shorten(report.get("exception_reason", ""), 5000)}}</bdi></p>
+<dl class="facts"><div><dt>Crashes</dt><dd>{{number(group["count"])}}</dd></div>
+<div><dt>Devices</dt><dd>{{number(group["devices"])}}</dd></div>
+<div><dt>First seen</dt><dd>{{!when(group["first_seen"])}}</dd></div>
+<div><dt>Last seen</dt><dd>{{!when(group["last_seen"])}}</dd></div>
+<div><dt>Group</dt><dd><code>{{group["group_hash"]}}</code></dd></div></dl>
 <section><h2>Crashes per day</h2>{{!chart}}</section>
-<section><h2>{{"The latest crash" if is_latest else "A crash"}}, {{!when(report["occurred_at"])}}</h2>
-<div class="crash">
-<div>
+<section><h2>{{"A crash" if parameters else "The latest crash"}}, {{!when(report["occurred_at"])}}</h2>
+<div class="crash"><div>
 % if frames:
 <ol class="trace" start="0">
-% for frame in frames[:most]:
-<li{{!' class="own"' if frame.get("file") else ""}}><code><bdi>{{short(frame.get("symbol") or "(no symbol)", 1000)}}</bdi></code>
-<span class="place"><bdi>{{short(place(frame))}}</bdi></span>
-</li>
+% for symbol, place, is_own in frames[:max_frames]:
+<li{{!' class="own"' if is_own else ""}}><code><bdi>{{shorten(symbol, 1000)}}</bdi></code>
+<span class="place"><bdi>{{shorten(place)}}</bdi></span></li>
 % end
 </ol>
-% if frames[most:]:
-<p class="note">and {{"{:,}".format(len(frames) - most)}} further frames</p>
+% if frames[max_frames:]:
+<p class="note">and {{number(len(frames) - max_frames)}} further frames</p>
 % end
-<p class="note">{{"Frames of the app itself are those with a file." if has_own else "No frame has a file, so none is known to be the app's own."}}</p>
+% if any(is_own for _, _, is_own in frames):
+<p class="note">Frames of the app itself are those with a file.</p>
+% else:
+<p class="note">No frame has a file, so none is known to be the app's own.</p>
+% end
 % else:
 <p class="empty">This report came without a stack trace.</p>
 % end
-</div>
-<dl class="context">
-<div><dt>Occurred</dt><dd>{{!when(report["occurred_at"])}}</dd></div>
+</div><dl class="context"><div><dt>Occurred</dt><dd>{{!when(report["occurred_at"])}}</dd></div>
 <div><dt>Received</dt><dd>{{!when(report["received_at"])}}</dd></div>
 % for name, value in context:
-% if len(value) > 80:
-<div class="wide"><dt><bdi>{{short(name, 100)}}</bdi></dt><dd><pre><bdi>{{value}}</bdi></pre></dd></div>
-% else:
-<div><dt><bdi>{{short(name, 100)}}</bdi></dt><dd><bdi>{{value}}</bdi></dd></div>
+<div{{!' class="long"' if len(value) > 80 else ""}}><dt><bdi>{{shorten(name, 100)}}</bdi></dt>
+<dd><bdi>{{value}}</bdi></dd></div>
 % end
-% end
-</dl>
-</div>
-</section>
-<div class="thirds">
-<section><h2>Versions</h2>{{!bars(group["versions"], group["count"])}}</section>
-<section><h2>Systems</h2>{{!bars(group["systems"], group["count"])}}</section>
-<section><h2>Devices</h2>{{!bars(group["device_models"], group["count"])}}</section>
-</div>
+</dl></div></section>
+<div class="thirds"><section><h2>Versions</h2>{{!bar_chart(group["versions"], group["count"])}}</section>
+<section><h2>Systems</h2>{{!bar_chart(group["systems"], group["count"])}}</section>
+<section><h2>Devices</h2>{{!bar_chart(group["device_models"], group["count"])}}</section></div>
 <section><h2>Its crashes</h2>
-<table class="list"><thead><tr><th>Received</th>{{!"" if visit.app or len(apps) < 2 else "<th>App</th>"}}<th>Version</th><th>System</th><th>Device</th>{{!"<th>Reason</th>" if reasons else ""}}</tr></thead><tbody>
-% for each in group["reports"]:
-<tr{{!' aria-current="true"' if each["id"] == report["id"] else ""}}><td data-label="Received"><a href="{{link(visit.path, report=each["id"], cursor=asked.get("cursor"))}}">{{!when(each["received_at"])}}</a></td>
-% if not visit.app and len(apps) > 1:
-<td data-label="App"><bdi>{{each["app"]}}</bdi></td>
-% end
-<td data-label="Version"><bdi>{{short(each.get("app_version", ""), 40)}}</bdi></td><td data-label="System"><bdi>{{short(each.get("os_version", ""), 40)}}</bdi></td><td data-label="Device"><bdi>{{short(each.get("device_model", ""), 40)}}</bdi></td>
-% if reasons:
-<td data-label="Reason"><span class="reason"><bdi>{{short(each.get("exception_reason", ""), 120)}}</bdi></span></td>
-% end
-</tr>
-% end
-</tbody></table>
-{{!more(visit.path)}}
-</section>
-""",
-    "events": """% if "session_id" in asked:
-<p>Session <code><bdi>{{asked["session_id"]}}</bdi></code>, in the order in which its events came. <a href="{{link("/events")}}">All events</a></p>
+""" + _list(
+        'group["reports"]',
+        Column("Received", '<a href="{{link(page.path, report=row["id"], cursor=parameters.get("cursor"))}}">'
+                           '{{!when(row["received_at"])}}</a>'),
+        _APP, _VERSION, _SYSTEM, _DEVICE,
+        Column("Reason", '<span class="reason"><bdi>{{shorten(row.get("exception_reason", ""), 120)}}</bdi></span>',
+               condition="has_reasons"),
+        row_attributes="""{{!' aria-current="true"' if row["id"] == report["id"] else ""}}"""
+    ) + _PAGE_LINKS + "</section>\n",
+    "events": """% if "session_id" in parameters:
+<p>Session <code><bdi>{{parameters["session_id"]}}</bdi></code>, in the order in which its events came.
+<a href="{{link("/events")}}">All events</a></p>
 % else:
-<form class="filter" method="get" action="{{visit.root}}/events">
-% if visit.app:
-<input type="hidden" name="app" value="{{visit.app}}">
+""" + _FILTER + """<label>Type
+<select name="type"><option value="">all</option>{{!options(types, parameters.get("type"))}}</select></label>
+<label>Name <input name="name" value="{{parameters.get("name", "")}}"></label>
+<label>Session <input name="session_id"></label> <button>Show</button></form>
 % end
-<label>Type <select name="type"><option value="">all</option>
-% for choice in types:
-<option{{!" selected" if asked.get("type") == choice else ""}}>{{choice}}</option>
+""" + _list(
+        "events", Column("Occurred", _TIME % "occurred_at"),
+        Column("Event", '{{row["type"]}} <b><bdi>{{shorten(row.get("name", ""), 80)}}</bdi></b>', "main"),
+        _APP, Column("Properties", '<span class="reason"><bdi>{{details(row)}}</bdi></span>'),
+        _VERSION, _DEVICE, Column("Session", """
+% if row.get("session_id") and "session_id" not in parameters:
+<a href="{{link("/events", session_id=row["session_id"])}}"><bdi>{{shorten(row["session_id"], 12)}}</bdi></a>
 % end
-</select></label>
-<label>Name <input name="name" value="{{asked.get("name", "")}}"></label>
-<label>Session <input name="session_id"></label>
-<button>Show</button>
-</form>
-% end
-% if events:
-<table class="list"><thead><tr><th>Occurred</th><th>Event</th>{{!"" if visit.app or len(apps) < 2 else "<th>App</th>"}}<th>Properties</th><th>Version</th><th>Device</th><th>Session</th></tr></thead><tbody>
-% for event in events:
-<tr><td data-label="Occurred">{{!when(event["occurred_at"])}}</td><td class="main">{{event["type"]}} <b><bdi>{{short(event.get("name", ""), 80)}}</bdi></b></td>
-% if not visit.app and len(apps) > 1:
-<td data-label="App"><bdi>{{event["app"]}}</bdi></td>
-% end
-<td data-label="Properties"><span class="reason"><bdi>{{details(event)}}</bdi></span></td><td data-label="Version"><bdi>{{short(event.get("app_version", ""), 40)}}</bdi></td><td data-label="Device"><bdi>{{short(event.get("device_model", ""), 40)}}</bdi></td><td data-label="Session">
-% if event.get("session_id") and "session_id" not in asked:
-<a href="{{link("/events", session_id=event["session_id"])}}"><bdi>{{short(event["session_id"], 12)}}</bdi></a>
-% end
-</td></tr>
-% end
-</tbody></table>
-% elif next:
-<p class="empty">None of the 20,000 events that were looked at fits.</p>
-% elif is_filtered:
-<p class="empty">No event fits. <a href="{{link("/events")}}">Show all</a></p>
+"""), empty="""
+% if next:
+None of the 20,000 events that were looked at fits.
+% elif parameters:
+No event fits. <a href="{{link("/events")}}">Show all</a>
 % else:
-<p class="empty">No event is kept{{" of " + visit.app if visit.app else ""}}. <code>examples/client.py</code> shows how an app sends its sessions.</p>
+No event is kept{{" of " + page.app if page.app else ""}}.
+<code>examples/client.py</code> shows how an app sends its sessions.
 % end
-{{!more("/events")}}
-""",
-    "releases": """% if releases:
-<table class="list"><thead><tr><th>Version</th>{{!"" if visit.app else "<th>App</th>"}}<th class="number">Crash-free sessions</th><th class="number">Crash-free devices</th><th class="number">Crashes</th><th class="number">Sessions</th><th class="number">Adoption, 7 days</th><th>First seen</th><th>Last seen</th></tr></thead><tbody>
-% for release in releases:
-<tr><td class="main"><a href="{{link("/crashes", app=release["app"], version=release["app_version"])}}"><bdi>{{release["app_version"]}}</bdi></a></td>
-% if not visit.app:
-<td data-label="App"><bdi>{{release["app"]}}</bdi></td>
+""") + _PAGE_LINKS,
+    "releases": _list(
+        "releases", Column("Version", _RELEASE_LINK, "main"), _APP._replace(condition="not page.app"), _CRASH_FREE,
+        Column("Crash-free devices", '{{"%.2f" % row["crash_free_devices"]}} %', "number"),
+        Column("Crashes", _COUNT % "crashes", "number"), Column("Sessions", _COUNT % "sessions", "number"),
+        _ADOPTION._replace(label="Adoption, 7 days"), *_SEEN, empty=_NO_RELEASE),
+    "apps": """% if "problem" in notice:
+<p class="problem" role="alert">{{notice["problem"]}}.</p>
 % end
-<td class="number" data-label="Crash-free sessions">{{"%.2f" % release["crash_free_sessions"]}} %</td><td class="number" data-label="Crash-free devices">{{"%.2f" % release["crash_free_devices"]}} %</td><td class="number" data-label="Crashes">{{"{:,}".format(release["crashes"])}}</td><td class="number" data-label="Sessions">{{"{:,}".format(release["sessions"])}}</td><td class="number" data-label="Adoption, 7 days">{{"%.1f" % release["adoption"]}} %</td><td data-label="First seen">{{!when(release["first_seen"])}}</td><td data-label="Last seen">{{!when(release["last_seen"])}}</td></tr>
-% end
-</tbody></table>
-% else:
-<p class="empty">No release yet: reports that carry an <code>app_version</code> show here.</p>
-% end
-""",
-    "apps": """% if problem:
-<p class="problem" role="alert">{{problem}}.</p>
-% end
-% if message:
-<section class="hint" role="status"><p>{{message}}</p>
-% if key:
-<p><code class="key">{{key}}</code></p>
-<p>It goes into the app. To try it:</p>
-<pre>{{curl}}</pre>
+% if "message" in notice:
+<section class="hint" role="status"><p>{{notice["message"]}}</p>
+% if "key" in notice:
+<p><code class="key">{{notice["key"]}}</code></p><p>It goes into the app. To try it:</p>
+<pre>{{curl_line(page.url, notice["key"])}}</pre>
 % end
 </section>
 % end
 % for app in apps:
-<section class="app"><h2><bdi>{{app.name}}</bdi>{{" (test)" if app.is_test else ""}}</h2>
+<section><h2><bdi>{{app.name}}</bdi>{{" (test)" if app.is_test else ""}}</h2>
 <p class="note">Made {{!when(iso(app.created_at))}}. <a href="{{link("/", app=app.name)}}">Its figures</a></p>
-% if keys[app.name]:
-<table class="list"><thead><tr><th>Key</th><th>Made</th><th>In use</th></tr></thead><tbody>
-% for key in keys[app.name]:
-<tr><td data-label="Key"><code>{{key.prefix}}...</code></td><td data-label="Made">{{!when(iso(key.created_at))}}</td><td>
-% if key.revoked_at:
-revoked {{!when(iso(key.revoked_at))}}
+""" + _list(
+        "keys[app.name]", Column("Key", "<code>{{row.prefix}}...</code>"),
+        Column("Made", "{{!when(iso(row.created_at))}}"), Column("In use", """
+% if row.revoked_at:
+revoked {{!when(iso(row.revoked_at))}}
 % else:
-<details><summary>Revoke</summary><p>What apps with this key send is refused from then on.</p>{{!form("revoke", "Revoke it", key=key.hash)}}</details>
+<details><summary>Revoke</summary><p>What apps with this key send is refused from then on.</p>
+""" + _form("/apps", "<button>Revoke it</button>", action="revoke", key="{{row.hash}}") + """</details>
 % end
-</td></tr>
-% end
-</tbody></table>
-% else:
-<p class="empty">It has no key, so nothing can be sent to it.</p>
-% end
-<div class="actions">
-{{!form("key", "Make a further key", name=app.name)}}
+""", "bare"), empty="It has no key, so nothing can be sent to it.") + '<div class="actions">\n' + _form(
+            "/apps", "<button>Make a further key</button>", action="key", name="{{app.name}}") + """
 <details><summary>Delete the app</summary>
-<form method="post" action="{{visit.root}}/apps"><input type="hidden" name="form_token" value="{{visit.form_token}}"><input type="hidden" name="action" value="delete"><input type="hidden" name="name" value="{{app.name}}">
-<p>This deletes its keys and all that it sent. To be sure, type its name.</p>
-<label>Name <input name="typed" autocomplete="off" required></label> <button class="danger">Delete it</button></form>
-</details>
-</div>
-</section>
+""" + _form("/apps", """<p>This deletes its keys and all that it sent. To be sure, type its name.</p>
+<label>Name <input name="typed" autocomplete="off" required></label> <button class="danger">Delete it</button>
+""", action="delete", name="{{app.name}}") + """</details></div></section>
 % end
-<section class="app"><h2>A new app</h2>
-<form method="post" action="{{visit.root}}/apps"><input type="hidden" name="form_token" value="{{visit.form_token}}"><input type="hidden" name="action" value="create">
-<p><label>Name <input name="name" maxlength="100" required></label>
+<section><h2>A new app</h2>
+""" + _form("/apps", """<p><label>Name <input name="name" maxlength="100" required></label>
 <label><input type="checkbox" name="test" value="1"> a test app, whose reports count in no public figure</label></p>
-<p><button>Make it, with a first key</button></p></form></section>
-""",
-    "more": """% if "cursor" in asked or next:
-<p class="more">
-% if "cursor" in asked:
-<a href="{{link(path, **{**asked, "cursor": None})}}">First page</a>
-% end
-% if next:
-<a href="{{link(path, **{**asked, "cursor": next})}}" rel="next">Next page</a>
-% end
-</p>
-% end
-""",
-    "form": """<form method="post" action="{{visit.root}}/apps"><input type="hidden" name="form_token" value="{{visit.form_token}}"><input type="hidden" name="action" value="{{action}}">
-% for name, value in fields.items():
-<input type="hidden" name="{{name}}" value="{{value}}">
-% end
-<button>{{label}}</button></form>
-""",
-}
+<p><button>Make it, with a first key</button></p>
+""", action="create") + "</section>\n"}
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fcfbf8; --ink: #1f1e1b; --soft: #66635b; --rule: #dcd8cd; --tint: #f3f0e8;
@@ -3863,109 +3796,79 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --paper: #161614; --ink: #e9e6de; --soft: #a19d92; --rule: #383631;
   --tint: #201f1c; --link: #8cbcf0; --mark: #7fb0e4; --bad: #ff8f80; } }
 * { box-sizing: border-box; }
-html { -webkit-text-size-adjust: 100%; }
 body { margin: 0 auto; max-width: 78rem; padding: 0 1.25rem 2rem; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; overflow-wrap: anywhere; }
-code, pre, .figure, .number, .brand, .trace, .facts dd { font-family: ui-monospace, "SF Mono", Menlo, Consolas,
-  "DejaVu Sans Mono", monospace; }
-a { color: var(--link); text-underline-offset: 0.15em; }
-header, .apps { display: flex; flex-wrap: wrap; gap: 0.25rem 1.25rem; align-items: baseline; }
-header { padding: 0.9rem 0 0.6rem; border-bottom: 2px solid var(--ink); }
-header nav { display: flex; flex-wrap: wrap; gap: 0.25rem 1.25rem; flex: 1; }
-.brand { font-weight: 700; color: inherit; }
-header a, .apps a { text-decoration: none; padding: 0.2rem 0; }
-[aria-current]:is(a) { color: inherit; font-weight: 600; border-bottom: 2px solid var(--mark); }
+  font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; -webkit-text-size-adjust: 100%; }
+code, pre, td.number, .figure, .brand, .trace, .facts dd, .long dd { font-family: ui-monospace, Consolas, monospace; }
+dl, dd, form, .figure, .chart p, .tiles :is(section, h2) { margin: 0; }
+th, dt, footer, .note, .trace, .filter label { color: var(--soft); font-size: 0.9em; }
+.empty, .reason, .place, .chart p { color: var(--soft); }
+header, nav, .facts, .filter, .actions { display: flex; flex-wrap: wrap; gap: 0.4rem 1.3rem; align-items: baseline; }
+header { padding: 0.9rem 0 0.6rem; border-bottom: 2px solid var(--ink); } header nav { flex: 1; }
 .apps { padding: 0.5rem 0; border-bottom: 1px solid var(--rule); font-size: 0.92em; }
+.facts { column-gap: 2.2rem; }
+a, summary, .plain { color: var(--link); }
+h2 a, .brand, a[aria-current] { color: inherit; } a[aria-current] { border-bottom: 2px solid var(--mark); }
+nav a, .brand { text-decoration: none; padding: 0.2rem 0; }
+a[aria-current], .brand, .own, .key { font-weight: 600; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 1.4rem 0 0.8rem; }
 h2 { font-size: 0.95rem; margin: 0 0 0.5rem; }
-h2 a { color: inherit; }
-main > section, .halves > section, .thirds > section { margin: 1.75rem 0 0; }
-section section { margin: 0; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: 1.5rem 2rem; }
-.tiles section { border-top: 1px solid var(--rule); padding-top: 0.7rem; }
-.tiles h2 { font-weight: 400; margin: 0; }
-.figure { font-size: 1.9rem; line-height: 1.2; margin: 0; }
-.halves, .thirds { display: grid; gap: 0 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); }
-.thirds { grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)); }
-.halves > *, .thirds > *, .tiles > * { min-width: 0; }
-.note, .empty, .reason, footer { color: var(--soft); }
-.note { margin: 0.2rem 0; font-size: 0.9em; }
-footer { margin-top: 3rem; padding-top: 0.6rem; border-top: 1px solid var(--rule); font-size: 0.9em; }
-table { border-collapse: collapse; width: 100%; }
-th { text-align: left; font-weight: 400; color: var(--soft); font-size: 0.9em; }
-th, td { padding: 0.4rem 1.2rem 0.4rem 0; vertical-align: top; }
-th:last-child, td:last-child { padding-right: 0; }
+main section { margin: 1.75rem 0 0; min-width: 0; }
+.tiles, .halves, .thirds { --least: 24rem; display: grid; gap: 0 2.5rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(var(--least), 100%), 1fr)); }
+.tiles { --least: 9rem; gap: 1.5rem 2rem; } .thirds { --least: 17rem; }
+.tiles section { border-top: 1px solid var(--rule); padding-top: 0.7rem; } .tiles h2 { font-weight: 400; }
+.figure { font-size: 1.9rem; line-height: 1.2; }
+.note { margin: 0.2rem 0; }
+footer { margin-top: 3rem; padding-top: 0.6rem; border-top: 1px solid var(--rule); }
+table { border-collapse: collapse; width: 100%; } th { text-align: left; font-weight: 400; }
+th, td { padding: 0.4rem 1.2rem 0.4rem 0; vertical-align: top; } :is(th, td):last-child { padding-right: 0; }
+time, .number { white-space: nowrap; } .number { text-align: right; }
 .list tr { border-bottom: 1px solid var(--rule); }
+.list tr[aria-current], .own, .hint, pre, .long dd, button { background: var(--tint); }
 .list td:is([data-label="App"], [data-label="Versions"]) { min-width: 6.5rem; }
-.list tr[aria-current] { background: var(--tint); }
-.number { text-align: right; white-space: nowrap; }
-th.number { font-family: inherit; }
-.list th.number:first-child { width: 1%; }
-td.number { font-variant-numeric: tabular-nums; }
-time { white-space: nowrap; }
-.bars th { color: inherit; font-size: 1em; width: 42%; padding-right: 0.8rem; }
-.bars th, .bars td { padding-top: 0.15rem; padding-bottom: 0.15rem; }
-.bars .number { width: 1%; }
-svg { display: block; }
-.bars svg { margin-top: 0.4rem; }
-.bars rect, .marks rect { fill: var(--mark); }
-.marks line { stroke: var(--mark); stroke-width: 2; stroke-linecap: round; }
-.marks circle { fill: var(--mark); }
-.axis line { stroke: var(--rule); }
-.day { fill: transparent; }
-.day:hover { fill: var(--mark); fill-opacity: 0.15; }
-.spark polyline { fill: none; stroke: var(--mark); stroke-width: 1.5; stroke-linejoin: round; }
-.chart { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: 0 0.6rem; }
-.chart p { display: flex; justify-content: space-between; margin: 0; color: var(--soft); font-size: 12px; line-height: 1; }
-.chart p:first-child { flex-direction: column; text-align: right; }
-.chart p:last-child { grid-column: 2; padding-top: 0.35rem; }
-dl { margin: 0; }
-dt { color: var(--soft); font-size: 0.9em; }
-dd { margin: 0; }
-.facts { display: flex; flex-wrap: wrap; gap: 0.6rem 2.2rem; }
+.list th.number:first-child, .bars .number { width: 1%; }
+.bars th { color: inherit; font-size: 1em; width: 42%; }
+.bars :is(th, td) { padding-block: 0.15rem; }
+svg { display: block; } .bars svg { margin-top: 0.4rem; }
+rect, circle { fill: var(--mark); } line { stroke: var(--rule); }
+.marks line, polyline { stroke: var(--mark); stroke-width: 2; stroke-linecap: round; fill: none; }
+.day { fill-opacity: 0; } .day:hover { fill-opacity: 0.15; }
+.chart { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: 0.35rem 0.6rem; }
+.chart p { display: flex; justify-content: space-between; font-size: 12px; line-height: 1; }
+.chart p:first-child { flex-direction: column; text-align: right; } .chart p:last-child { grid-column: 2; }
 .crash { display: grid; gap: 1.5rem 2.5rem; grid-template-columns: minmax(0, 2fr) minmax(0, 1fr); }
-.trace { margin: 0; padding: 0 0 0 2.6rem; font-size: 0.9em; color: var(--soft); }
-.trace li { padding: 0.15rem 0 0.15rem 0.6rem; border-left: 3px solid transparent; }
-.trace .own { color: var(--ink); font-weight: 600; border-left-color: var(--bad); background: var(--tint); }
-.trace .place { font-weight: 400; padding-left: 0.6rem; }
-.trace .own .place { color: var(--link); }
-.context > div { display: grid; grid-template-columns: 7rem minmax(0, 1fr); gap: 0 0.8rem; padding: 0.2rem 0; }
-.context > .wide { display: block; }
-pre { margin: 0.2rem 0; padding: 0.5rem 0.7rem; background: var(--tint); white-space: pre-wrap; font-size: 0.88em;
-  max-height: 22rem; overflow-y: auto; }
-form { display: inline-block; margin: 0; }
-.filter { display: flex; flex-wrap: wrap; gap: 0.6rem 1.2rem; align-items: end; margin-bottom: 1rem; }
-.filter label { display: grid; font-size: 0.9em; color: var(--soft); }
-input, select, button { font: inherit; color: inherit; background: var(--paper); border: 1px solid var(--soft);
-  border-radius: 3px; padding: 0.3rem 0.6rem; max-width: 100%; }
-input[type="checkbox"] { width: auto; }
-button { cursor: pointer; background: var(--tint); }
-button:hover { border-color: var(--ink); }
-.plain { border: 0; padding: 0.2rem 0; background: none; color: var(--link); }
-.danger, .problem { color: var(--bad); }
-.sign-in { display: block; max-width: 24rem; }
-.sign-in label { display: block; }
-.sign-in input { width: 100%; }
-.hint { margin-bottom: 1.5rem; padding: 0.3rem 1rem 0.8rem; border-left: 3px solid var(--mark); background: var(--tint); }
-.key { font-size: 1.1em; font-weight: 600; user-select: all; }
-.actions { display: flex; flex-wrap: wrap; gap: 0.6rem 1.5rem; align-items: baseline; margin-top: 0.6rem; }
-summary { cursor: pointer; color: var(--link); }
-.more { display: flex; gap: 1.5rem; }
+.trace { margin: 0; padding-left: 2.6rem; }
+li { padding: 0.15rem 0 0.15rem 0.6rem; border-left: 3px solid transparent; }
+.own { color: var(--ink); border-left-color: var(--bad); } .own .place { color: var(--link); }
+.place { font-weight: 400; padding-left: 0.6rem; }
+.context > :not(.long) { display: grid; grid-template-columns: 7rem minmax(0, 1fr); gap: 0 0.8rem; padding: 0.2rem 0; }
+pre, .long dd { margin: 0.2rem 0; padding: 0.5rem 0.7rem; white-space: pre-wrap; font-size: 0.88em; max-height: 22rem;
+  overflow-y: auto; }
+form { display: inline-block; }
+.filter { align-items: end; margin-bottom: 1rem; } .filter label { display: grid; }
+input, select, button { font: inherit; color: inherit; border: 1px solid var(--soft); border-radius: 3px;
+  padding: 0.3rem 0.6rem; max-width: 100%; }
+input, select { background: var(--paper); }
+button, summary { cursor: pointer; } button:hover { border-color: var(--ink); }
+.plain { border: 0; padding: 0.2rem 0; background: none; } .danger, .problem { color: var(--bad); }
+.sign-in { max-width: 24rem; } .sign-in :is(form, input) { width: 100%; } .sign-in label { display: block; }
+.hint { margin-bottom: 1.5rem; padding: 0.3rem 1rem 0.8rem; border-left: 3px solid var(--mark); }
+.key { font-size: 1.1em; user-select: all; } .actions { margin-top: 0.6rem; }
+.more { display: inline-block; margin: 1rem 1.5rem 0 0; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 @media (max-width: 48rem) {
   .crash { grid-template-columns: minmax(0, 1fr); }
   .list thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-  .list, .list tbody, .list tr { display: block; }
+  .list, .list tbody { display: block; }
   .list tr { display: flex; flex-wrap: wrap; gap: 0 1.2rem; padding: 0.5rem 0; }
   .list td { padding: 0.1rem 0; text-align: left; white-space: normal; }
-  .list td[data-label]::before { content: attr(data-label) " "; color: var(--soft); font-size: 0.85em;
-    font-family: system-ui, -apple-system, sans-serif; }
+  .list td:not(.main, .bare)::before { content: attr(data-label) " "; color: var(--soft); font: 0.85em system-ui; }
   .list .main { order: -1; flex-basis: 100%; }
   .list td:empty, .list td:has(> bdi:empty), .list td:has(> .reason > bdi:empty) { display: none; }
   .list svg { display: inline-block; vertical-align: middle; }
   header nav { order: 1; flex-basis: 100%; column-gap: 0.8rem; }
+  .brand { flex: 1; }
   .bars th { width: 50%; }
-  header .brand { flex: 1; }
 }
 @media print { header nav, header form, .apps, .filter, .actions, .more { display: none; } }
 """
@@ -3975,6 +3878,11 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer", "Content-Security-Policy": (
         "default-src 'none'; img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'; style-src"
         f" 'sha256-{base64.b64encode(sha256(STYLE)).decode()}'")}
+
+_TEMPLATE_GLOBALS = {
+    "bar_chart": bar_chart, "curl_line": curl_line, "details": _details, "icon": _ICON, "iso": iso_time,
+    "number": "{:,}".format, "options": _options, "pages": _PAGES, "shorten": _shorten, "sparkline": sparkline,
+    "style": STYLE}
 
 
 # == Backfeedr =================================================================
@@ -4199,7 +4107,7 @@ class _Router(bottle.Bottle):
     def default_error_handler(self, error: bottle.HTTPError) -> bottle.HTTPResponse:
         environ, status = bottle.request.environ, error.status_code
         if "text/html" in environ.get("HTTP_ACCEPT", "") and not environ["PATH_INFO"].startswith("/api/"):
-            answer = self._pages.refused(environ, status, ERRORS.get(status, ["invalid request"])[0])
+            answer = self._pages.error_page(environ, status, ERRORS.get(status, ["invalid request"])[0])
         else:
             answer = bottle.HTTPResponse(_error_body(status), status, _HEADERS)
         if "Allow" in error.headers:
@@ -4795,6 +4703,8 @@ def _check_roll_ups(path: Path) -> str:
 # What can be told where reports have expired. A device or a session whose first report is gone would count on a
 # later day, or for a later release.
 TELLABLE = ("crash_days", "labels", "group_days", "active_days", "device_hours")
+SPANS = {"sessions": ("first_seq", "last_seq"), "groups": ("first_seen", "last_seen"),  # which can only have been longer
+         "releases": ("first_seen", "last_seen"), "devices": ("first_day", "last_hour")}
 
 
 def _unequal_tables(db: sqlite3.Connection, figure: Figure, expired: int) -> Iterator[str]:
@@ -4813,12 +4723,15 @@ def _unequal_tables(db: sqlite3.Connection, figure: Figure, expired: int) -> Ite
         if any(db.execute(query + " limit 1").fetchone() for query in queries):
             yield table
     for table in set(re.findall(r"create table (\w+)", figure.TABLES)) - {"medians"}:
+        same = " and ".join(f"theirs.{each} = ours.{each}" for each in KEYS[table])
+        first, last = SPANS.get(table, ("app_id", "app_id"))
         # A device goes with its last report to the hour.
-        settled = "where (app_id, device) in (select app_id, device from main.devices where last_seq > :settled)"
-        key = ", ".join(KEYS[table])
+        settled = "(app_id, device) in (select app_id, device from main.devices where last_seq > :settled) and"
         if db.execute(f"""
-                select {key} from main.{table} {settled if "device" in table else ""}
-                except select {key} from stored.{table} limit 1
+                select 1 from main.{table} as ours where {settled if "device" in table else ""} not exists (
+                    select 1 from stored.{table} as theirs
+                    where {same} and theirs.{first} <= ours.{first} and theirs.{last} >= ours.{last})
+                limit 1
                 """, {"settled": expired and expired + first_seq(HOUR)}).fetchone():
             yield table
 
