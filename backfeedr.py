@@ -3172,7 +3172,7 @@ def bar_chart(figures: Figures, total: Optional[int] = None) -> str:
 SESSION_LIFETIME = 7 * DAY
 LINK_LIFETIME = 600 * SECOND  # of a link that signs in once
 SIGN_IN_TRIES = 10  # a minute, for all clients together, because no IP address is stored
-PAGE_ROWS = 25
+LIST_ROWS = 25
 SHOWN_FRAMES, SHOWN_TEXT = 200, 20_000  # frames and characters of a report on its page; the API has the rest
 
 _FORM_EXPIRED = "form expired"
@@ -3374,7 +3374,7 @@ class Dashboard:
 
     def _crashes(self, page: PageRequest) -> Response:
         parameters = page.parameters("version", "days", "text", "cursor")
-        found = self._metrics.groups(page.app, **parameters, limit=PAGE_ROWS)
+        found = self._metrics.groups(page.app, **parameters, limit=LIST_ROWS)
         details = self._metrics.group_days([group["group_hash"] for group in found["groups"]], page.app)["groups"]
         return self._render(page, "Crashes", "crashes", parameters=parameters, next=found["next"],
                             groups=[{**group, **details[group["group_hash"]]} for group in found["groups"]],
@@ -3403,7 +3403,7 @@ class Dashboard:
         if "session_id" in parameters:
             query, title = self._metrics.session, "A session"
             parameters = {name: value for name, value in parameters.items() if name not in ("type", "name")}
-        found = query(app=page.app, **parameters, limit=2 * PAGE_ROWS)
+        found = query(app=page.app, **parameters, limit=2 * LIST_ROWS)
         return self._render(page, title, "events", **found, parameters=parameters, types=EVENT_TYPES)
 
     def _releases(self, page: PageRequest) -> Response:
@@ -4968,7 +4968,7 @@ def _open_input(name: str) -> BinaryIO:
 
 _Arguments = Mapping[str, Mapping[str, Any]]  # what argparse is told of each
 _KINDS = {"crashes": Crash, "events": Event}
-_APP = {"NAME": dict(help="the app's name")}
+_APP_NAME = {"NAME": dict(help="the app's name")}
 _HASH = {"HASH": dict(help="the device_id_hash that the app sends")}
 _DB = {"--db": dict(dest="db_path", metavar="FILE", help="the database (default: backfeedr.db)")}
 _SERVER = {
@@ -4978,11 +4978,11 @@ _SERVER = {
 _COMMANDS = (  # name, function, help, arguments beside --db
     ("serve", _serve, "start the server", _SERVER),
     ("app create", _app_create, "make an app and print its first key", {
-        **_APP, "--test": dict(action="store_true", default=False, help="a test app: it is in no public figure")}),
+        **_APP_NAME, "--test": dict(action="store_true", default=False, help="a test app: it is in no public figure")}),
     ("app list", _app_list, "list the apps", {}),
     ("app delete", _app_delete, "delete an app, its keys and all its reports", {
-        **_APP, "--yes": dict(action="store_true", default=False, help="do not ask to type the name again")}),
-    ("key create", _key_create, "make another key for an app and print it", _APP),
+        **_APP_NAME, "--yes": dict(action="store_true", default=False, help="do not ask to type the name again")}),
+    ("key create", _key_create, "make another key for an app and print it", _APP_NAME),
     ("key list", _key_list, "list the keys, each by its visible beginning", {}),
     ("key revoke", _key_revoke, "end a key at once", {
         "PREFIX": dict(help="the key, or enough of its beginning")}),
