@@ -4355,8 +4355,13 @@ def test_reports_that_come_together_are_stored_by_one_commit_and_each_is_answere
     ({"BATCHED_REQUESTS": 2}, False, [2, 2, 2, 1]), ({"BATCHED_BYTES": 250}, False, [3, 3, 1]), ({}, False, [7]),
     ({"BATCHED_BYTES": Settings.max_body_size + 1}, True, [2, 2, 2, 1])])  # as each may become as large as a body
 def test_no_more_is_taken_at_a_time_than_there_is_room_for(slow_server, crowd, monkeypatch, limit, is_packed, expected):
-    taken, submit = [], slow_server.app.submit_all
-    monkeypatch.setattr(slow_server.app, "submit_all", lambda environs: submit(taken.append(list(environs)) or taken[-1]))
+    taken, submit_all = [], slow_server.app.submit_all
+
+    def watched(environs):
+        taken.append(list(environs))
+        submit_all(taken[-1])
+
+    monkeypatch.setattr(slow_server.app, "submit_all", watched)
     for name, value in limit.items():
         monkeypatch.setattr(backfeedr, name, value)
     crash = json.dumps({**CRASH, "log": "x" * 21}).encode()
