@@ -23,7 +23,6 @@ import json
 import os
 import random
 import re
-import select
 import shutil
 import signal
 import socket
@@ -1388,7 +1387,7 @@ def test_other_is_shown_like_any_name_and_its_page_has_the_reports_as_they_came(
     person = Person(api.server)
     person.sign_in()
     assert "/crashes/(other)" in html.unescape(person.get("/crashes").text)
-    assert "reason 1" in text_of(person.get("/crashes/(other)"))
+    assert "reason 1" in person.text("/crashes/(other)")
 
 
 def test_a_forgotten_device_is_taken_out_of_other(one_name):
