@@ -3,13 +3,12 @@
 
     python examples/benchmark.py                # reports that come in; --quick gives a first impression
     python examples/benchmark.py metrics        # what a growing database costs
-    python examples/benchmark.py postgres URL   # SQLite beside PostgreSQL, with one host and with two
+    python examples/benchmark.py postgres URL   # SQLite beside PostgreSQL, by one host, and by two for one app or two
     python examples/benchmark.py --server old/backfeedr.py --server new/backfeedr.py   # two versions; or `metrics`
 
-The real server is loaded in turn with a bare handler: bottle and waitress with the same options, which reads the
-body and gives an answer of the same size, but stores nothing. The load comes from `wrk` if that is installed, else
-from a process in Python, which makes every server look slower. No host is quiet, so no figure stands alone: the
-sides take short turns within a round, and a ratio is the median over the rounds.
+The real server is loaded in turn with a bare handler: bottle and waitress with the same options, which reads the body
+and answers as much, but stores nothing. The load comes from `wrk`, or from Python, which makes all servers look slower.
+No host is quiet: the sides take short turns within a round, and a ratio is the median over the rounds.
 """
 
 from __future__ import annotations
@@ -43,14 +42,11 @@ from urllib.parse import urlencode, urlsplit
 
 HERE = Path(__file__).resolve().parent
 KEY, TOKEN = "bf_live_" + "b" * 32, "bf_admin_" + "b" * 32
-HEADERS = {"Content-Type": "application/json", "X-Backfeedr-Key": KEY}
 HEALTH = "/api/v1/health"
 ROUND_SECONDS = 2.5  # about as long as a side is loaded in a round
 PATIENCE = 30.0  # seconds for a server to stop and to answer
-LONGEST = 600.0  # seconds that a pruning may take
 SIZE_EVENTS = 20_000  # to measure bytes on disk and raw inserts with
 say = partial(print, file=sys.stderr, flush=True)  # progress
-
 
 # == Reports ===================================================================
 
@@ -210,12 +206,13 @@ def bare(_: str) -> None:
 
 
 def over_network(url: str) -> Callable[..., SimpleNamespace]:
-    """Asks a server by one connection that is kept: headers, body, and milliseconds until all was there."""
+    """Asks a server, by one connection: headers, body, milliseconds. Its URL may end with # and another app's key."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE)
+    ours = {"Content-Type": "application/json", "X-Backfeedr-Key": urlsplit(url).fragment or KEY}
 
     def ask(path: str, body: bytes | None = None, **headers: str) -> SimpleNamespace:
         started = time.perf_counter()
-        connection.request("GET" if body is None else "POST", path, body, {**HEADERS, **headers})
+        connection.request("GET" if body is None else "POST", path, body, {**ours, **headers})
         answer = connection.getresponse()
         text, ms = answer.read(), 1000 * (time.perf_counter() - started)
         if answer.status not in (200, 201, 303):
@@ -261,11 +258,11 @@ class Bench:
              meanwhile: Callable[[], Any]) -> tuple[SimpleNamespace, Any]:
         """Loads the servers of a database until `meanwhile` returns. What came of it, and what that returned."""
         share = max(1, connections // len(urls))
-        wrk = ["wrk", "-t1", f"-c{share}", f"-d{2 * LONGEST:.0f}", f"--timeout={PATIENCE:.0f}",
-               "-s", HERE / "benchmark.lua", *(f"-H{name}: {value}" for name, value in HEADERS.items())]
+        wrk = ["wrk", "-t1", f"-c{share}", f"-d{40 * PATIENCE:.0f}", f"--timeout={PATIENCE:.0f}", "-s", HERE / "benchmark.lua"]
         with ExitStack() as stack:
             senders = [stack.enter_context(
-                process(*wrk, url + scenario.path, "--", bodies) if self.uses_wrk else
+                process(*wrk, f"-HX-Backfeedr-Key: {urlsplit(url).fragment or KEY}", "-HContent-Type: application/json",
+                        url.partition("#")[0] + scenario.path, "--", bodies) if self.uses_wrk else
                 serving(__file__, "_client", url, scenario.path, bodies, share)) for url in urls]
             returned = meanwhile()
             for each in senders:
@@ -503,8 +500,8 @@ def measure_pruning(bench: Bench, sides: dict[str, tuple]) -> None:
         started = time.monotonic()
         if way == "prune":
             with process(sys.executable, file, "prune", "--db", db, BACKFEEDR_RETENTION_DAYS="1") as pruning:
-                pruning.wait(LONGEST)
-        while way == "server" and count_expired("limit 1") and time.monotonic() < started + LONGEST:
+                pruning.wait(20 * PATIENCE)
+        while way == "server" and count_expired("limit 1") and time.monotonic() < started + 20 * PATIENCE:
             time.sleep(0.2)
         time.sleep(took if way == "nothing" else 0)
         return time.monotonic() - started
@@ -540,8 +537,11 @@ def postgres(bench: Bench, arguments: argparse.Namespace) -> None:
         with ExitStack() as servers:
             hosts = [servers.enter_context(backfeedr(HERE / "postgres.py", url)).url for _ in range(2)]
             one = servers.enter_context(backfeedr(arguments.server[0], "--db", file)).url
-            sides = {"SQLite": ([one], file), "one host": (hosts[:1], "PostgreSQL"), "two hosts": (hosts, "PostgreSQL")}
-            table = Table(sides, [("one host", "SQLite"), ("two hosts", "SQLite"), ("two hosts", "one host")])
+            with process(sys.executable, HERE / "postgres.py", url, "app", "create", "Second") as command:
+                other_key = command.communicate(timeout=PATIENCE)[0].strip()
+            sides = {"SQLite": ([one], file), "one host": (hosts[:1], "PostgreSQL"), "two hosts": (hosts, "PostgreSQL"),
+                     "two apps": ([hosts[0], f"{hosts[1]}#{other_key}"], "PostgreSQL")}  # each by a host of its own
+            table = Table(sides, [("one host", "SQLite"), ("two hosts", "one host"), ("two apps", "one host")])
             bench.measure(table, sides, (CRASH, EVENTS), arguments)
         bench.check("PostgreSQL", db.execute)
     bench.check_file(file)
