@@ -2015,7 +2015,7 @@ def test_too_many_waiters_are_sent_away_at_once(tmp_path, limit, events):
 
 def test_submissions_of_one_call_share_a_commit_and_each_has_its_own_outcome(serve):
     server = serve("small.db")
-    Submission, store, body = backfeedr.Submission, server.store, b"body"
+    Submission, store = backfeedr.Submission, server.store
     store.max_waiters = 5
     once, other = Idempotency((b"mark",), b"a"), Idempotency((b"mark",), b"b")
     key_hash, crash = backfeedr.sha256(KEY), [parse_crash(dict(CRASH))]
@@ -4008,7 +4008,7 @@ def test_a_browser_shows_the_pages_without_an_error(browser, serve, tmp_path, de
     browser.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
     browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
     browser.call("Network.clearBrowserCookies")
-    web = Threaded(("127.0.0.1", 0), LosingHandler)
+    web = Threaded(("127.0.0.1", 0), ScriptedHandler)
     web.set_app(server)
     sign_in = f"document.querySelector('#token').value = '{TOKEN}'; document.querySelector('main button').click()"
     group = "location = document.querySelector('.list a[href*=\"/crashes/\"]').href"
