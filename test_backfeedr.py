@@ -266,11 +266,11 @@ def windows(path):
 
 def figures(path):
     """What is stored beside the reports, each table by its key; without sums of 0, and without what is too old."""
-    tables = {}
+    tables, since = {}, windows(path)
     for table, key in backfeedr.KEYS.items():
         rows = {row[:len(key)]: row[len(key):] for row in sql(path, f"select {', '.join(key)}, {table}.* from {table}")}
         tables[table] = {found: row[len(key):] for found, row in rows.items()
-                         if found[1] >= windows(path).get(table, found[1])}
+                         if found[1] >= since.get(table, found[1])}
     tables["devices"] = {key: row[:2] for key, row in tables["devices"].items()}
     return tables
 
@@ -295,7 +295,7 @@ def recount(path):
             tables["release_sums"][app, row["app_version"]]["crashes"] += 1
     for key, rows in grouped(crashes, "app_id", "group_hash").items():
         latest, times = max(rows, key=lambda row: (row["at"], row["seq"])), [row["at"] for row in rows]
-        name = "(other)" if key[1] == "(other)" else latest["exception_type"]
+        name = "(other)" if key[1] == "(other)" else latest["sent_type"]
         tables["groups"][key] = name, latest["exception_reason"], min(times), max(times)
     reports = sorted(crashes + events, key=lambda row: row["seq"])
     for key, rows in grouped(reports, "app_id", "app_version").items():
@@ -303,8 +303,9 @@ def recount(path):
         tables["releases"][key] = min(times), max(times)
     recount_sessions(tables, events)
     recount_devices(tables, reports)
+    since = windows(path)
     found = {table: {key: tuple(row[name] for name in columns[table]) if table in columns else row
-                     for key, row in rows.items() if key[1] >= windows(path).get(table, key[1])}
+                     for key, row in rows.items() if key[1] >= since.get(table, key[1])}
              for table, rows in tables.items()}
     return found
 
@@ -366,6 +367,7 @@ def rows_of_table(path, table):
     for row in rows:
         is_believed = 1_167_609_600_000 <= row["occurred_at"] <= row["received_at"] + 300_000
         row["at"] = row["occurred_at"] if is_believed else row["received_at"]
+        row["sent_type"] = row.get("exception_type")
         for name, flag in backfeedr.FLAGS.items():
             if row["other"] & flag:
                 row[name] = "(other)"
