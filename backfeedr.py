@@ -686,29 +686,30 @@ APPS = "app_id in (select id from apps where id = :app or :app is null and is_te
 
 TABLES = {Crash: "crashes", Event: "events"}
 COUNTED = {  # a report as the figures see it; `at` is the time at which it counts
-    Crash: namedtuple("CountedCrash", "seq app_id received_at at app_version device_id_hash group_hash exception_type"
-                                      " device_model exception_reason"),
-    Event: namedtuple("CountedEvent", "seq app_id received_at at app_version device_id_hash type session_id")}
+    Crash: namedtuple("CountedCrash", "seq app_id received_at at sent_type app_version device_id_hash group_hash"
+                                      " exception_type device_model exception_reason"),
+    Event: namedtuple("CountedEvent", "seq app_id received_at at type app_version device_id_hash session_id")}
 
 Figures = Dict[str, Any]  # an answer
 
 
 def counted_columns(kind: type) -> str:
     """The columns of a table that make a counted report."""
-    columns = {"at": COUNTED_AT, **{name: f"case when (other & {flag}) > 0 then '{OTHER}' else {name} end"
-                                    for name, flag in FLAGS.items()}}
+    columns = {"at": COUNTED_AT, "sent_type": "exception_type", **{
+        name: f"case when (other & {flag}) > 0 then '{OTHER}' else {name} end" for name, flag in FLAGS.items()}}
     return ", ".join(columns.get(name, name) for name in COUNTED[kind]._fields)
 
 
 def counted(kind: type, app_id: int, seqs: Sequence[int], received: Sequence[int], flags: Sequence[int],
             reports: Reports) -> List[Any]:
     """The counted reports of reports that are about to be stored."""
+    types = list(map(attrgetter("exception_type" if kind is Crash else "type"), reports))  # as they were sent
     if any(flags):
         reports = [report._replace(**{name: OTHER for name, flag in FLAGS.items() if flag & given})
                    for report, given in zip(reports, flags)]
     times = [counted_at(report.occurred_at, came) for report, came in zip(reports, received)]
-    columns = [map(attrgetter(name), reports) for name in COUNTED[kind]._fields[4:]]
-    return list(map(COUNTED[kind]._make, zip(seqs, repeat(app_id), received, times, *columns)))
+    columns = [map(attrgetter(name), reports) for name in COUNTED[kind]._fields[5:]]
+    return list(map(COUNTED[kind]._make, zip(seqs, repeat(app_id), received, times, types, *columns)))
 
 
 class Sums:
@@ -900,7 +901,7 @@ create table groups (
             self._leave({(crash.app_id, crash.group_hash) for crash in reports})
 
     def _see(self, crash: Any) -> None:
-        name = OTHER if crash.group_hash == OTHER else crash.exception_type
+        name = OTHER if crash.group_hash == OTHER else crash.sent_type
         group = self._seen.setdefault((crash.app_id, crash.group_hash), [name, None, crash.at, crash.at])
         if crash.at >= group[3]:
             group[:2] = name, crash.exception_reason
@@ -1032,7 +1033,7 @@ create table releases (
                 coalesce(crashes, 0) as crashes, coalesce(devices, 0) as devices,
                 coalesce(crashed_devices, 0) as crashed_devices, first_seen, last_seen, recent, of_all
             from latest join apps on apps.id = latest.app_id
-            left join release_sums as sums on sums.app_id = latest.app_id and sums.app_version = latest.app_version
+            left join release_sums using (app_id, app_version)
             left join recent on recent.app_id = latest.app_id and recent.app_version = latest.app_version
             left join whole on whole.app_id = latest.app_id
             order by first_seen desc, latest.app_version, latest.app_id
@@ -1150,7 +1151,9 @@ create table medians (                     -- of the durations of a day that is 
                 ended_at = excluded.ended_at, app_version = excluded.app_version
             """, [(*key, *after) for key, after in changed.items()])
         self.sums["session_days"].save(self._db)
-        self._save_medians([key[:2] for key in self.sums["durations"].save(self._db) if key[1] < self._today - 1])
+        changed_days = {key[:2] for key in self.sums["durations"].save(self._db)}
+        self._db.executemany("delete from medians where app_id = ? and day = ?", list(changed_days))
+        self._save_medians([key for key in changed_days if key[1] < self._today - 1])
 
     def _stored(self, keys: Iterable[tuple]) -> Dict[tuple, Session]:
         return {row[:3]: Session(*row[3:]) for row in rows_of(self._db, """
@@ -2711,7 +2714,7 @@ class Metrics:
             window = {"app": app_id, "version": version, "first": shown[0], "last": shown[-1], "text": text,
                       "limit": limit + 1, "count": count, "group": group}
             rows = dict_rows(db, f"""
-                select group_hash, count(*) as count, count(distinct device_id_hash) as devices,
+                select group_hash, count(*) as count, count(distinct app_id || ' ' || device_id_hash) as devices,
                     min(at) as first_seen, max(at) as last_seen
                 from ({matching}
                     and (:text is null or (app_id, group_hash) in (
@@ -2749,7 +2752,8 @@ class Metrics:
         with self._snapshot(app) as (db, app_id):
             window = {"app": app_id, "group": group_hash, "before": _before(cursor), "limit": limit + 1}
             count, devices, first_seen, last_seen = db.execute(f"""
-                select count(*), count(distinct device_id_hash), min({COUNTED_AT}), max({COUNTED_AT}) from crashes
+                select count(*), count(distinct app_id || ' ' || device_id_hash), min({COUNTED_AT}), max({COUNTED_AT})
+                from crashes
                 where {APPS} and group_hash = :group
                 """, window).fetchone()
             if not count:
