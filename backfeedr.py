@@ -904,17 +904,14 @@ create table groups (
         name = OTHER if crash.group_hash == OTHER else crash.sent_type
         group = self._seen.setdefault((crash.app_id, crash.group_hash), [name, None, crash.at, crash.at])
         if crash.at >= group[3]:
-            group[:2] = name, crash.exception_reason
+            group[1] = crash.exception_reason
         group[2], group[3] = min(group[2], crash.at), max(group[3], crash.at)
 
     def _leave(self, groups: Set[tuple]) -> None:
         """Replaces what was the latest crash's by that of the latest one left. The first stays: it was seen then."""
         self._db.executemany(f"""
-            update groups set (exception_type, exception_reason, last_seen) = (
-                select coalesce(max(case when group_hash = '{OTHER}' or (other & {FLAGS["exception_type"]}) > 0
-                        then '{OTHER}' else exception_type end), groups.exception_type),
-                    max(exception_reason), coalesce(max({COUNTED_AT}), groups.last_seen)
-                from crashes
+            update groups set (exception_reason, last_seen) = (
+                select max(exception_reason), coalesce(max({COUNTED_AT}), groups.last_seen) from crashes
                 where seq = (
                     select seq from crashes
                     where app_id = :app and group_hash = :group
@@ -939,8 +936,6 @@ create table groups (
         insert_rows(self._db, """
             insert into groups values *
             on conflict (app_id, group_hash) do update set
-                exception_type = case when excluded.last_seen >= groups.last_seen
-                    then excluded.exception_type else groups.exception_type end,
                 exception_reason = case when excluded.last_seen >= groups.last_seen
                     then excluded.exception_reason else groups.exception_reason end,
                 first_seen = min(groups.first_seen, excluded.first_seen),
