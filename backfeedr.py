@@ -809,7 +809,7 @@ create table new_names (                   -- of an app and a UTC day
         refused = self._refused(days)
         if not refused:
             return [0] * len(reports), reports
-        names = [[field for field in fields if (app_id, field, getattr(report, field)) in refused] for report in reports]
+        names = [[each for each in fields if (app_id, each, getattr(report, each)) in refused] for report in reports]
         return ([sum(FLAGS.get(field, 0) for field in each) for each in names],
                 [report._replace(group_hash=OTHER) if "group_hash" in each else report
                  for report, each in zip(reports, names)])
@@ -840,7 +840,7 @@ create table new_names (                   -- of an app and a UTC day
 
 
 class Crashes(Figure):
-    """Crashes per UTC day; and of those that are kept, the exception types and device models, per day and ALL_DAYS."""
+    """Crashes per UTC day; and of those that are kept, exception types and device models, per day and ALL_DAYS."""
 
     SUMS = {"crash_days": ("day", "crashes"), "labels": ("field day label", "crashes")}
 
@@ -944,7 +944,7 @@ create table groups (
 
     @staticmethod
     def most_frequent(db: sqlite3.Connection, app: Optional[int], days: range) -> List[Figures]:
-        """The five most frequent groups of these days, at most the last seven; of several apps, by the latest's name."""
+        """The five most frequent groups of these days, at most the last seven; of several apps, the latest's name."""
         return dict_rows(db, f"""
             select top.group_hash, exception_type, substr(coalesce(exception_reason, ''), 1, 200) as exception_reason,
                 count
@@ -1801,7 +1801,7 @@ def _migrate_to_3(db: Connection, run: Callable[[Connection, str], None]) -> Non
     old = ("devices", "sessions", "hours", "days", "durations", "releases", "release_days", "labels", "groups")
     rename = "".join(f"alter table {table} rename to old_{table};\n" for table in old)
     mark = "".join(f"alter table {table} add column other integer not null default 0;\n" for table in TABLES.values())
-    sums = "".join(f"insert into {table} select {columns} from {source} {group};\n" for table, columns, source, group in (
+    sums = "".join(f"insert into {table} select {columns} from {source} {end};\n" for table, columns, source, end in (
         ("crash_days", "app_id, day, crashes", "old_days where app_id > 0 and crashes > 0", ""),
         ("session_days", "app_id, day, sessions, ended, session_ms", "old_days where app_id > 0 and sessions > 0", ""),
         ("medians", "app_id, day, median_seconds", "old_days where app_id > 0 and median_seconds is not null", ""),
@@ -1828,7 +1828,8 @@ def _migrate_to_3(db: Connection, run: Callable[[Connection, str], None]) -> Non
         insert_rows(db, "insert into devices values *", [(*key, first_seen // DAY, last_seen // HOUR, last_seq)])
         insert_rows(db, "insert into device_days values *",
                     [(*key, lowest + n) for n in range(number.bit_length()) if number >> n & 1])
-        insert_rows(db, "insert into device_versions values *", [(*key, *each) for each in json.loads(crashed_in).items()])
+        insert_rows(db, "insert into device_versions values *",
+                    [(*key, *each) for each in json.loads(crashed_in).items()])
     run(db, "".join(f"drop table old_{table};\n" for table in old)
         + "drop table group_hours;\ndelete from state where name = 'recent_since';\n")
 
@@ -1877,8 +1878,9 @@ class Apps(Database):
             if known and known[0]:
                 log.warning("the API key of the settings was revoked, and stays so")
             elif api_key and not known:
-                db.execute("insert into apps (name, is_test, created_at) values ('default', 0, ?) on conflict do nothing",
-                           (self.now,))
+                db.execute("""
+                    insert into apps (name, is_test, created_at) values ('default', 0, ?) on conflict do nothing
+                    """, (self.now,))
                 self._insert_key(db, "default", api_key)
             elif not db.execute("select 1 from apps").fetchone():
                 key = self._insert_app(db, "default", False)
@@ -2862,7 +2864,8 @@ class Metrics:
             """, window)
         if found[limit:]:
             return {"events": found[:limit], "next": found[limit - 1]["id"]}
-        row = db.execute(f"select seq from ({scan} limit :scanned) as scanned limit 1 offset :scanned - 1", window).fetchone()
+        row = db.execute(f"select seq from ({scan} limit :scanned) as scanned limit 1 offset :scanned - 1",
+                         window).fetchone()
         return {"events": found, "next": event_ids(row)[0] if row else None}
 
     def device(self, device_id_hash: str) -> Figures:
@@ -2879,7 +2882,8 @@ class Metrics:
                 app["versions"] = sorted((version for version, in db.execute(
                     "select app_version from device_versions where app_id = ? and device = ?",
                     (app.pop("app_id"), device_key(device_id_hash)))), key=_version_key)
-                app.update(first_seen=iso_time(app.pop("first_day") * DAY), last_seen=iso_time(app.pop("last_hour") * HOUR))
+                app["first_seen"] = iso_time(app.pop("first_day") * DAY)
+                app["last_seen"] = iso_time(app.pop("last_hour") * HOUR)
         return found
 
 
@@ -4702,7 +4706,8 @@ def _check_roll_ups(path: Path) -> str:
 # What can be told where reports have expired. A device or a session whose first report is gone would count on a
 # later day, or for a later release.
 TELLABLE = ("crash_days", "labels", "group_days", "active_days", "device_hours")
-SPANS = {"sessions": ("first_seq", "last_seq"), "groups": ("first_seen", "last_seen"),  # which can only have been longer
+# Which can only have been longer.
+SPANS = {"sessions": ("first_seq", "last_seq"), "groups": ("first_seen", "last_seen"),
          "releases": ("first_seen", "last_seen"), "devices": ("first_day", "last_hour")}
 
 

@@ -235,7 +235,7 @@ class Connection(psycopg.Connection):
 
     def reserve_seqs(self, now: int, count: int) -> int:
         """The first of so many seqs that follow one another and were never given before."""
-        lowest = backfeedr.first_seq(now) + secrets.randbits(backfeedr.SEQ_BITS)  # at random: other databases have other ids
+        lowest = backfeedr.first_seq(now) + secrets.randbits(backfeedr.SEQ_BITS)  # random: other databases have other ids
         return super().execute("select next_seqs(%s::bigint, %s::bigint)", (lowest, count)).fetchone()[0]
 
     def append(self, table: str, columns: Sequence[str], rows: Iterable[tuple]) -> None:
