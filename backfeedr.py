@@ -14,14 +14,14 @@ and the curl line that sends a first crash:
 
 It is a WSGI callable, too: `Backfeedr(db_path="crashes.db")` mounts in any app.
 
-The rooms, each of which uses only those above it:
+The rooms, each of which uses only those above it (but Templates, which stand below for their length):
 
     Settings        what an operator may choose
     Schema          the reports in the one SQLite file
     Values          refusals, times, ids, keys, group hashes
     Payloads        JSON in, a crash or an event out
     Signature       HMAC-SHA256 over a request
-    RateLimiter     so many requests a minute and key
+    RateLimiter     at most so many requests a minute for a key
     Figures         what is counted: tables, counting and question of each figure
     Database        connections, transactions, migrations
     Apps            apps, keys, the admin
@@ -39,11 +39,11 @@ The rooms, each of which uses only those above it:
 To make a change, touch:
 
     add an endpoint             Backfeedr._routes, and a question in Metrics
-    add a field to a report     REPORT_TABLES, migrate, and _CRASH_FIELDS or _EVENT_FIELDS
-    add a figure                a class in Figures, RollUps, and a question in Metrics
-    add a page                  Dashboard.routes, a method there, and a template
+    add a field to a report     REPORT_TABLES with SCHEMA_VERSION, migrate, and _CRASH_FIELDS or _EVENT_FIELDS
+    add a figure                a class in FIGURES with SCHEMA_VERSION, migrate, and a question in Metrics
+    add a page                  Dashboard.routes, a method there, and a template with _PAGES above it
     add a command               a function in Command line, and a row of _COMMANDS
-    accept another format       a function in Payloads, and Backfeedr._ingestion
+    accept another format       a function in Payloads, and a row of Backfeedr._ingestion
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def _from_text(text: str, kind: type) -> Any:
 #
 # One SQLite file that its owner can open with any tool. A report is a row, under
 # the field names of the API; times are milliseconds since 1970 UTC. The tables of
-# the figures stand with the figures, in the room after the next three.
+# the figures stand in the room Figures.
 #
 # `seq` is the time of receipt in milliseconds * 2^20 + a counter. It is the id that
 # was answered, so the id costs no byte and no index of its own. It is unique across
@@ -226,7 +226,7 @@ create table crashes (
     app_version text, build_number text, os_version text, device_model text, device_id_hash text,
     locale text, free_memory_mb numeric, battery_level real,  -- 0 to 1; -1 is unknown
     is_charging integer,
-    -- Long values come last: SQLite reads a row only as far as it must.
+    -- Long values come last: SQLite reads a row only up to the last column it needs.
     exception_reason text, stack_trace text,  -- JSON
     extra text);                           -- JSON: the fields that this server does not know
 create index crashes_by_group on crashes (  -- covers what groups are counted by
@@ -381,8 +381,7 @@ def group_hash(exception_type: str, frames: Sequence[Mapping[str, Any]]) -> str:
 # == Payloads ==================================================================
 #
 # JSON in, a crash or an event out, or a Refusal; the code below trusts what comes
-# from here. A report is a tuple in the order of its columns, so it is inserted as
-# it is.
+# from here. A report is a namedtuple whose fields are its columns.
 
 EVENT_TYPES = ("session_start", "session_end", "error", "custom")
 MAX_BATCH = 100  # events
@@ -554,7 +553,7 @@ def _parse_event_at(index: int, event: Any) -> Event:
 
 
 def _validate(given: JsonObject, rules: Rules) -> List[Any]:
-    """The fields in the order of their columns, then the unknown ones as JSON."""
+    """The fields in the order of the rules, then the unknown ones as JSON."""
     values = [_validate_field(given.get(name), name, is_valid) for name, is_valid in rules.items()]
     return [*values, _unknown_fields(given, rules)]
 
@@ -671,15 +670,15 @@ class RateLimiter:
 
 ALL_DAYS = -1_000_000  # the `day` of a label's sum over all days
 WEEK = 7               # days of the overview, ending today
-DURATION_DAYS = 400    # for which durations are kept: a year, and some
-DEVICE_DAYS = 400      # before its receipt, on which a report may still count a device
-HOURS_KEPT = 48        # for which devices are counted by the hour they were last seen in
+DURATION_DAYS = 400    # days that durations are kept: a year, and some
+DEVICE_DAYS = 400      # a report that occurred more days before its receipt counts no device
+HOURS_KEPT = 48        # hours for which it is kept how many devices were last seen in each
 TRIMMED = 1000         # rows that one step of `trim` deletes from a table
 MAX_ANSWER = 60_000    # bytes of JSON that the rows of a public answer may take: all of it stays below 64 kB
 
-OTHER = "(other)"      # counts the names that are beyond these limits, each of an app and a UTC day:
+OTHER = "(other)"      # stands for names beyond these limits, which hold for an app and a UTC day:
 NEW_NAMES = {"group_hash": 500, "exception_type": 200, "device_model": 200, "app_version": 100}
-FLAGS = {"exception_type": 1, "device_model": 2, "app_version": 4}  # a report's `other`: which of its names do
+FLAGS = {"exception_type": 1, "device_model": 2, "app_version": 4}  # bits of `other`: this name counts as (other)
 
 # Of the app that is asked for, or of all live ones.
 APPS = "app_id in (select id from apps where id = :app or :app is null and is_test = 0)"
@@ -764,11 +763,12 @@ class Figure:
 
     TABLES = ""  # what describes the reports that are kept
     SUMS: Mapping[str, Tuple[str, str]] = {}  # tables of sums: the rest of the key beside app_id, and the sums
-    WINDOW: Tuple[str, int] = ("", 0)  # a table of SUMS that holds so many days only
+    WINDOW = ("", "", 0)  # a table, its column of days or hours, and how many of them it holds
     COUNTS: Tuple[type, ...] = (Crash,)  # the kinds of reports that count in it
 
-    def __init__(self, db: sqlite3.Connection, now: int):
+    def __init__(self, db: sqlite3.Connection, now: int, releases: Optional[Releases] = None):
         self._db, self._now, self._today = db, now, now // DAY
+        self._releases: Any = releases  # in which sessions and devices count too
         self.sums = {table: Sums(table, *columns) for table, columns in self.SUMS.items()}
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
@@ -793,6 +793,7 @@ create table new_names (                   -- of an app and a UTC day
     primary key (app_id, day, field)) without rowid;
 """
     SUMS: Mapping[str, Tuple[str, str]] = {}
+    WINDOW = ("new_names", "day", 0)
 
     def __init__(self, db: sqlite3.Connection):
         self._db = db
@@ -885,10 +886,10 @@ create table groups (
     primary key (app_id, group_hash)) without rowid;
 """
     SUMS = {"group_days": ("day group_hash", "crashes")}
-    WINDOW = ("group_days", WEEK)
+    WINDOW = ("group_days", "day", WEEK)
 
-    def __init__(self, db: sqlite3.Connection, now: int):
-        super().__init__(db, now)
+    def __init__(self, *args: Any):
+        super().__init__(*args)
         self._seen: Dict[tuple, List[Any]] = {}  # by app_id and group_hash: the rest of its row
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
@@ -908,7 +909,7 @@ create table groups (
         group[2], group[3] = min(group[2], crash.at), max(group[3], crash.at)
 
     def _leave(self, groups: Set[tuple]) -> None:
-        """Replaces what was the latest crash's by that of the latest one left. The first stays: it was seen then."""
+        """Sets reason and last_seen to those of the latest crash that is left; first_seen stays."""
         self._db.executemany(f"""
             update groups set (exception_reason, last_seen) = (
                 select max(exception_reason), coalesce(max({COUNTED_AT}), groups.last_seen) from crashes
@@ -974,11 +975,11 @@ create table releases (
 """
     SUMS = {"release_sums": ("app_version", "sessions crashes devices crashed_devices"),
             "release_days": ("day app_version", "sessions")}
-    WINDOW = ("release_days", WEEK)
+    WINDOW = ("release_days", "day", WEEK)
     COUNTS = (Crash, Event)
 
-    def __init__(self, db: sqlite3.Connection, now: int):
-        super().__init__(db, now)
+    def __init__(self, *args: Any):
+        super().__init__(*args)
         self._received: Dict[tuple, Tuple[int, int]] = {}  # by app_id and app_version: the rest of its row
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
@@ -1073,7 +1074,7 @@ create table medians (                     -- of the durations of a day that is 
 """
     SUMS = {"session_days": ("day", "sessions ended session_ms"),  # `ended` have a duration; session_ms is their sum
             "durations": ("day seconds", "sessions")}  # seconds in two significant digits
-    WINDOW = ("durations", DURATION_DAYS)
+    WINDOW = ("durations", "day", DURATION_DAYS)
     COUNTS = (Event,)
     MEDIAN = """
         select seconds from (
@@ -1084,16 +1085,19 @@ create table medians (                     -- of the durations of a day that is 
         limit 1
         """
 
-    def __init__(self, db: sqlite3.Connection, now: int, releases: Releases):
-        super().__init__(db, now)
-        self._releases = releases
+    def __init__(self, *args: Any):
+        super().__init__(*args)
         self._seen: Dict[tuple, Session] = {}  # by app_id, session_id and device
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
         for event in reports:
             if event.type == "session_start" and not event.session_id:
                 self._count(event.app_id, Session(started_at=event.at, app_version=event.app_version), by)
-        (self._see if by > 0 else self._forget)([event for event in reports if event.session_id])
+        events = [event for event in reports if event.session_id]
+        if by > 0:
+            self._see(events)
+        else:
+            self._forget(events)
 
     def _see(self, events: Sequence[Any]) -> None:
         for (app_id, session_id, device), run in groupby(events, _SESSION):
@@ -1168,8 +1172,9 @@ create table medians (                     -- of the durations of a day that is 
         so they are computed when they are asked for."""
         self._save_medians(self._db.execute("""
             select app_id, day from session_days
-            where app_id in (select id from apps) and day between ? and ? and ended > 0 and not exists (
-                select 1 from medians where app_id = session_days.app_id and day = session_days.day)
+            where app_id in (select id from apps) and day between ? and ? and ended > 0
+                and exists (select 1 from durations where app_id = session_days.app_id and day = session_days.day)
+                and not exists (select 1 from medians where app_id = session_days.app_id and day = session_days.day)
             limit ?
             """, (self._today - DURATION_DAYS, self._today - 2, TRIMMED)).fetchall())
 
@@ -1226,7 +1231,7 @@ class Devices(Figure):
 create table devices (                     -- of which a report is kept
     app_id integer not null, device integer not null,  -- see device_key
     first_day integer not null, last_hour integer not null,  -- by the time at which reports count
-    last_seq integer not null,             -- to the hour
+    last_seq integer not null,             -- of its last report, or of an earlier one of the same hour
     primary key (app_id, device)) without rowid;
 create table device_days (
     app_id integer not null, device integer not null, day integer not null,
@@ -1239,11 +1244,11 @@ create table device_versions (
     BACK = {"back_1": 1, "back_7": 7, "back_30": 30}  # of those first seen on a day, those seen n days later
     SUMS = {"device_hours": ("hour", "devices"),  # by the hour in which they were last seen
             "active_days": ("day", "dau wau mau"), "cohorts": ("day", "devices back_1 back_7 back_30")}
+    WINDOW = ("device_hours", "hour", HOURS_KEPT)
     COUNTS = (Crash, Event)
 
-    def __init__(self, db: sqlite3.Connection, now: int, releases: Releases):
-        super().__init__(db, now)
-        self._releases = releases
+    def __init__(self, *args: Any):
+        super().__init__(*args)
         self._seen: Dict[Tuple[int, int], Device] = defaultdict(Device)  # by app_id and device
         self._spans: Counter = Counter()  # app_id, column of active_days, first day, day after the last: devices
 
@@ -1305,7 +1310,7 @@ create table device_versions (
     def _count_active(self, app_id: int, others: List[int], day: int, by: int) -> None:
         """Counts the days that a device is active on because of one day, and not because of its others."""
         at = bisect_left(others, day)
-        before, after = others[at - 1] if at else -DAY, others[at] if at < len(others) else DAY
+        before, after = others[at - 1] if at else -MAX_NUMBER, others[at] if at < len(others) else MAX_NUMBER
         for column, span in self.ACTIVE.items():
             self._spans[app_id, column, max(day, before + span), min(day + span, after)] += by
 
@@ -1334,7 +1339,7 @@ create table device_versions (
             """, [(*key, crashed) for key, crashed in changed.items()])
 
     def forget(self, device_id_hash: str) -> int:
-        """Takes a device out of all figures, in all apps; in how many it was known."""
+        """Takes a device out of all figures. Returns in how many apps it was known."""
         device = device_key(device_id_hash)
         rows = self._db.execute("""
             select app_id, first_day, last_hour from devices where app_id in (select id from apps) and device = ?
@@ -1356,8 +1361,8 @@ create table device_versions (
 
     def expire(self, kind: type, reports: Sequence[Any]) -> None:
         """The days of a device that stays go when no report that is kept can be of them."""
-        oldest, is_gone = reports[-1].received_at // DAY - DEVICE_DAYS, (
-            "not exists (select 1 from devices where app_id = :app and device = :device)")
+        oldest = reports[-1].received_at // DAY - DEVICE_DAYS
+        is_gone = "not exists (select 1 from devices where app_id = :app and device = :device)"
         last = {(each.app_id, each.device_id_hash): each.seq for each in reports if each.device_id_hash}
         for statement in (
                 "delete from devices where app_id = :app and device = :device and last_seq <= :seq",
@@ -1391,12 +1396,9 @@ def rounded_seconds(milliseconds: int) -> int:
     return (milliseconds + unit // 2) // unit * unit // SECOND
 
 
-def _schema_of_figures() -> str:
-    return "".join(figure.TABLES + "".join(Sums(table, *spec).schema for table, spec in figure.SUMS.items())
-                   for figure in (NewNames, Crashes, Groups, Releases, Sessions, Devices))
-
-
-FIGURE_TABLES = _schema_of_figures()
+FIGURES = (Crashes, Groups, Sessions, Devices, Releases)  # Releases last: others count in them when they are saved
+FIGURE_TABLES = "".join(figure.TABLES + "".join(Sums(table, *spec).schema for table, spec in figure.SUMS.items())
+                        for figure in (NewNames, *FIGURES))
 SCHEMA = REPORT_TABLES + FIGURE_TABLES
 # The primary key of each table with rows of an app, beside the reports.
 KEYS = {table: tuple(key.split(", ")) for table, key in re.findall(
@@ -1407,46 +1409,42 @@ class RollUps:
     """All figures in one transaction: reports are counted, and then all changes are saved, once."""
 
     def __init__(self, db: sqlite3.Connection, now: int):
-        self._db, self._now = db, now
-        self.names, self.groups, self.releases = NewNames(db), Groups(db, now), Releases(db, now)
-        self.sessions, self.devices = Sessions(db, now, self.releases), Devices(db, now, self.releases)
-        # Releases come last, because sessions and devices count in them when they are saved.
-        self.figures = (Crashes(db, now), self.groups, self.sessions, self.devices, self.releases)
+        self._db, self._now, self.names, releases = db, now, NewNames(db), Releases(db, now)
+        self.figures: Dict[type, Any] = {each: each(db, now, releases) for each in FIGURES[:-1]}
+        self.figures[Releases] = releases
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
         """Counts reports of a kind, in the order of their seqs."""
-        for figure in self.figures:
+        for figure in self.figures.values():
             if kind in figure.COUNTS:
                 figure.count(kind, reports, by)
 
     def expire(self, kind: type, reports: Sequence[Any]) -> None:
         """Deletes what describes only reports whose rows have expired."""
-        for figure in self.figures:
+        for figure in self.figures.values():
             if kind in figure.COUNTS:
                 figure.expire(kind, reports)
 
     def save(self) -> None:
         """Writes everything that has changed."""
-        for figure in self.figures:
+        for figure in self.figures.values():
             figure.save()
 
     def trim(self) -> int:
         """Once a day: deletes some of the rows whose window is over; how many."""
-        self.sessions.close_days()
-        windows = {"new_names": 0, **dict(figure.WINDOW for figure in self.figures if figure.WINDOW[0])}
-        old = {table: self._delete_old(table, "day", self._now // DAY - days) for table, days in windows.items()}
-        old["device_hours"] = self._delete_old("device_hours", "hour", self._now // HOUR - HOURS_KEPT)
-        self.groups.drop({(app_id, group_hash) for app_id, _, group_hash in old["group_days"]},
-                         (self._now // DAY - WEEK) * DAY)
-        return sum(map(len, old.values()))
-
-    def _delete_old(self, table: str, column: str, before: int) -> List[tuple]:
-        rows = self._db.execute(f"""
-            select {", ".join(KEYS[table])} from {table}
-            where app_id in (select id from apps) and {column} < ? limit ?
-            """, (before, TRIMMED)).fetchall()
-        self._db.executemany(f"delete from {table} where {' and '.join(f'{each} = ?' for each in KEYS[table])}", rows)
-        return rows
+        self.figures[Sessions].close_days()
+        deleted = 0
+        for table, column, length in (figure.WINDOW for figure in (NewNames, *FIGURES) if figure.WINDOW[0]):
+            rows = self._db.execute(f"""
+                select {", ".join(KEYS[table])} from {table}
+                where app_id in (select id from apps) and {column} < ? limit ?
+                """, (self._now // (HOUR if column == "hour" else DAY) - length, TRIMMED)).fetchall()
+            self._db.executemany(
+                f"delete from {table} where {' and '.join(f'{each} = ?' for each in KEYS[table])}", rows)
+            if table == "group_days":
+                self.figures[Groups].drop({(row[0], row[2]) for row in rows}, (self._now // DAY - WEEK) * DAY)
+            deleted += len(rows)
+        return deleted
 
 
 def labelled(rows: Iterable[Tuple[str, int]]) -> Figures:
@@ -1465,7 +1463,7 @@ def fitting(rows: Iterable[Any]) -> Iterator[Any]:
         yield row
 
 
-STATEMENTS = 512  # that are kept prepared: an insert is another one for each number of rows
+STATEMENTS = 512  # prepared statements that are kept: an insert is a different one for each number of rows
 ROWS = 128  # in a statement
 
 
@@ -1475,19 +1473,19 @@ def insert_rows(db: sqlite3.Connection, statement: str, rows: Sequence[tuple]) -
     In few statements: Python releases its lock for each one, and under load has to queue
     for it again afterwards. executemany would queue once a row.
     """
-    for start in range(0, len(rows), ROWS):
-        part = rows[start:start + ROWS]
-        db.execute(_with_placeholders(statement, len(part), len(part[0])), list(chain.from_iterable(part)))
+    for _ in _in_parts(db, statement, rows):
+        pass
 
 
 def rows_of(db: sqlite3.Connection, query: str, keys: Sequence[tuple]) -> List[tuple]:
     """The rows of a query for all keys, its `values *` standing for their placeholders."""
-    found = []
-    for start in range(0, len(keys), ROWS):
-        part = keys[start:start + ROWS]
-        found += db.execute(_with_placeholders(query, len(part), len(part[0])),
-                            list(chain.from_iterable(part))).fetchall()
-    return found
+    return [row for cursor in _in_parts(db, query, keys) for row in cursor]
+
+
+def _in_parts(db: sqlite3.Connection, statement: str, rows: Sequence[tuple]) -> Iterator[Any]:
+    for start in range(0, len(rows), ROWS):
+        part = rows[start:start + ROWS]
+        yield db.execute(_with_placeholders(statement, len(part), len(part[0])), list(chain.from_iterable(part)))
 
 
 @lru_cache(maxsize=STATEMENTS)
@@ -1509,6 +1507,8 @@ def dict_rows(db: sqlite3.Connection, query: str, parameters: Any = ()) -> List[
 # connection that writes, behind a lock, and readers that cannot write.
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for a lock that another process holds
+PRUNE_STEP = 1000  # rows, or pages, that a step deletes of a table
+PAUSE = 2  # the pause after such a step, in its lengths
 
 
 class StoreError(Exception):
@@ -1528,8 +1528,8 @@ class Connection(sqlite3.Connection):
         self.execute(f"pragma query_only = {int(query_only)}")
 
     def begin_writing(self, shared: bool) -> None:
-        """Begins a transaction that writes. Where it is `shared`, an engine that can may let others in that write to
-        other apps; SQLite lets one write at a time."""
+        """Begins a transaction that writes. If it is `shared`, other engines may run transactions of other apps
+        beside it; SQLite has one writer."""
         self.execute("begin immediate")  # a lock taken later may fail at once instead of waiting
 
     def lock_apps(self, key_hashes: Sequence[bytes]) -> None:
@@ -1629,7 +1629,7 @@ class Database:
         if self._closed:
             raise sqlite3.ProgrammingError("the store is closed")
         if _file_identity(self.path) != self._file:
-            raise sqlite3.OperationalError(f"{self.path} is another file than at the start")
+            raise sqlite3.OperationalError(f"{self.path} was replaced since the start")
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -1659,8 +1659,8 @@ class Database:
                 yield db
                 db.execute("commit")
             except BaseException as error:
-                # Closing undoes what is left of the transaction, also where SQLite has
-                # rolled back by itself and every further statement would be its own.
+                # Closing undoes what is left of the transaction, also where SQLite has rolled
+                # back by itself, after which each statement would be a transaction of its own.
                 here.close_writer()
                 if isinstance(error, self.Error):
                     raise self._unavailable("write", error) from error
@@ -1669,8 +1669,8 @@ class Database:
 
     @contextmanager
     def writing_step(self) -> Iterator[Connection]:
-        """A transaction of many. The pause after it lets others in that wait for the lock: SQLite's own way of
-        waiting seldom wins it from somebody who is always back at once."""
+        """A transaction of many. The pause after it lets other processes get the lock: SQLite polls for it, and
+        seldom wins against one that takes it again at once."""
         with self.writing() as db:
             began = time.monotonic()
             yield db
@@ -1686,8 +1686,8 @@ class Database:
         return StorageUnavailable()
 
     def check(self) -> None:
-        """Raises StorageUnavailable if the file is gone or cannot be read, or if the last commit has
-        failed and another one, which is made to see, fails as well."""
+        """Raises StorageUnavailable if the file is gone or cannot be read, or if the last commit failed and
+        a trial commit fails too."""
         with self.reading() as db:
             self._check_file()
             db.execute("select 1 from apps").fetchone()
@@ -1701,7 +1701,7 @@ class Database:
         return self.path.stat().st_size
 
     def _shrink(self) -> None:
-        """Gives the disk the space of what is deleted."""
+        """Returns the space of deleted rows to the disk."""
         free, before = 1, 0
         while free and free != before:  # it stays where the file was made without auto_vacuum
             before = free
@@ -1883,14 +1883,15 @@ class Apps(Database):
                     """, (self.now,))
                 self._insert_key(db, "default", api_key)
             elif not db.execute("select 1 from apps").fetchone():
-                key = self._insert_app(db, "default", False)
+                self._make_app(db, "default", False)
+                key = self._insert_key(db, "default", new_key(False))
             if not auth_token and not db.execute("select 1 from secrets").fetchone():
                 auth_token = token = "bf_admin_" + secrets.token_hex(16)
             if auth_token and db.execute("""
                     insert into secrets values ('admin_token', ?)
                     on conflict (name) do update set hash = excluded.hash where secrets.hash <> excluded.hash
                     """, (sha256(auth_token),)).rowcount:
-                db.execute("delete from grants")  # they were for whoever knew the old one
+                db.execute("delete from grants")  # they were given for the old token
             return FirstStart(key, token)
 
     def is_admin(self, token: bytes) -> bool:
@@ -1920,7 +1921,7 @@ class Apps(Database):
                               (sha256(kind + secret), self.now)).rowcount > 0
 
     def is_cached_key(self, key_hash: bytes) -> bool:
-        """As is_known_key, but of what is known without a look at the database."""
+        """As is_known_key, without reading the database."""
         return key_hash in self._here.seen_keys
 
     def is_active_key(self, key_hash: bytes) -> bool:
@@ -1938,11 +1939,8 @@ class Apps(Database):
     def create_app(self, name: str, is_test: bool = False) -> str:
         """Makes an app and returns its first key, which is not kept. Raises StoreError."""
         with self.writing() as db:
-            return self._insert_app(db, name, is_test)
-
-    def _insert_app(self, db: Connection, name: str, is_test: bool) -> str:
-        self._make_app(db, name, is_test)
-        return self._insert_key(db, name, new_key(is_test))
+            self._make_app(db, name, is_test)
+            return self._insert_key(db, name, new_key(is_test))
 
     def _make_app(self, db: Connection, name: str, is_test: bool) -> None:
         if name != name.strip() or not 1 <= len(name) <= 100 or not name.isprintable():
@@ -2006,12 +2004,10 @@ class Apps(Database):
 # that come together share one commit, so one fsync serves them all.
 
 REPLAY_DAYS = 7  # how long a phone may be offline between a request and its repetition
-BUSY_GROUP = 4  # requests; after a commit of as many the next one waits for more to come,
-GATHER_SECONDS = 0.003  # at most so long: a commit costs as much as ten reports
+BUSY_GROUP = 4  # requests: after a commit of so many, the next one waits for more
+GATHER_SECONDS = 0.003  # how long it waits: a commit costs as much as ten reports
 MAX_WAIT = 30.0  # seconds to wait for another thread's commit: longer than any lock and sync together
-PRUNE_STEP = 1000  # rows, or pages, that a step deletes of a table
-PAUSE = 2  # the pause after such a step, in its lengths
-EXPIRE_SLICE = 10  # rows after which first to look at the clock: one may be as large as a body
+EXPIRE_SLICE = 10  # rows before the first look at the clock: one may be as large as a body
 EXPIRE_SECONDS = 0.02  # for which a step may delete expired reports
 PAGE_ROWS = 1000  # that an export reads at a time,
 PAGE_TEXT = 1_000_000  # and characters: a row may be as large as a body
@@ -2051,8 +2047,8 @@ class Submission:
         self.receipt: Optional[Receipt] = None
 
     def result(self) -> Receipt:
-        """Of reports that are durable. Raises what has kept them from being so; once, because an error that
-        has been raised holds all that was at hand, and what holds it too would be a ring of megabytes."""
+        """The receipt. Raises the error and drops it: its traceback holds the request, and the reference cycle
+        would keep megabytes until the collector runs."""
         if self.error is not None:
             try:
                 raise self.error
@@ -2081,7 +2077,7 @@ class _Group:
         return sum(len(each.reports) for each in self.submissions)
 
     def wait(self, seconds: float = MAX_WAIT) -> bool:
-        """Lets its thread sleep until it is woken; whether it was within this time."""
+        """Sleeps until woken. Returns False after so many seconds."""
         return self._asleep.acquire(timeout=seconds)
 
     def wake(self) -> None:
@@ -2181,10 +2177,8 @@ class Store(Apps):
     `retention_days` of 0 keeps all, and None what the last server has kept. Close it, or
     use it as a context manager.
 
-    max_waiters: requests that may wait for a commit. More than our server takes at a time,
-        unless commits take so long that a phone had better come again.
-    max_rows: reports that may wait for a commit; all of them go into the next one, so
-        that nobody waits for two. As many take about a tenth of a second to write.
+    max_waiters: requests that may wait for a commit; further ones get a 503.
+    max_rows: reports that may wait; all go into the next commit (about 0.1 s).
     """
 
     def __init__(self, path: str, clock: Callable[[], float] = time.time, retention_days: Optional[int] = 0,
@@ -2204,7 +2198,7 @@ class Store(Apps):
         return super().start(api_key, auth_token)
 
     def vitals(self) -> List[Tuple[str, str, str, Iterable[Tuple[str, float]]]]:
-        """Figures for who watches over the server: name, kind, meaning, and samples as Prometheus writes them.
+        """Figures for monitoring: name, kind, meaning, and samples as Prometheus writes them.
 
         They are of this process, but for the sizes and the rows. No table of reports is read.
         """
@@ -2244,15 +2238,15 @@ class Store(Apps):
         return submission.result()
 
     def add_all(self, submissions: Sequence[Submission]) -> None:
-        """The same for several requests, in one commit: each then has a receipt or an error. An unexpected
-        error is logged, and is StorageUnavailable to them all."""
+        """Stores several requests in one commit: each then has a receipt or an error. An unexpected error is
+        logged, and is StorageUnavailable to them all."""
         here, own, stored = self._here, _Group(), None
         try:
             group = here.join(own, submissions, self.max_waiters, self.max_rows)
             if group is own:
                 stored = self._commit_group(here, own)
             elif group and not own.wait():
-                here.close(group)  # a signal has hit the thread that opened it where nothing catches it
+                here.close(group)  # the committing thread was ended by a signal
                 raise StorageUnavailable()
         except BaseException as error:  # also a signal, if this is the main thread
             here.close(own)
@@ -2285,7 +2279,7 @@ class Store(Apps):
             return stored
 
     def _committed(self, stored: Stored) -> None:
-        """Told what each commit stored, when it is durable and answered."""
+        """Called after each commit, when it is durable and answered, with what it stored. Alerts belong here."""
         self._here.stored.update(stored.counts)
         self._expire_if_due()
 
@@ -2293,7 +2287,7 @@ class Store(Apps):
         """The reports of a kind, Crash or Event, that are here now, in the order of their seqs: of all apps or
         of one, received at `since` or later. Raises StoreError where there is no such app.
 
-        Page by page, as one read for as long as somebody takes the output would hold up the WAL.
+        In pages: a single long read would hold up the WAL.
         """
         with self.reading() as db:
             if app is not None:
@@ -2361,9 +2355,9 @@ class Store(Apps):
         return first_seq(self.now - self.retention_days * DAY) if self.retention_days else 0
 
     def _expire_if_due(self) -> None:
-        """After a commit, in a transaction of its own: a step once a second, or more while there is more to do."""
+        """Runs one step after a commit, at most once a second, or after every commit while rows are left to delete."""
         now = self.now
-        if self._expire_at - SECOND <= now < self._expire_at:
+        if self._expire_at - SECOND <= now < self._expire_at:  # the lower bound: the clock may have been set back
             return
         try:
             with self.writing() as db:
@@ -2446,7 +2440,7 @@ class Store(Apps):
                 deleted[table] += self._forget_rows(
                     db, kind, self._seqs_of_device(db, table, device_id_hash, last[kind]))
             rollups = RollUps(db, self.now)
-            deleted["devices"] = rollups.devices.forget(device_id_hash)
+            deleted["devices"] = rollups.figures[Devices].forget(device_id_hash)
             rollups.save()
         self._fold_in_wal()
         return +deleted
@@ -2592,8 +2586,8 @@ class Commit:
 
 # == Metrics ===================================================================
 #
-# The questions asked of the store. What anyone may ask reads figures only: an
-# answer costs what it shows, not what is stored. Windows are UTC days; without an
+# The questions asked of the store. Public questions read figures only: an answer
+# costs what it shows, not what is stored. Windows are UTC days; without an
 # app, an answer is the sum over the live apps.
 
 ADOPTION_DAYS = 7  # of whose sessions a release has its share
@@ -3085,6 +3079,10 @@ Values = Sequence[Optional[float]]
 Draw = Callable[[Values, float], str]  # SVG from y positions in pixels, and the percentage from one to the next
 
 
+def _shorten(text: str, length: int = 300) -> str:
+    return text if len(text) <= length else text[:length] + "..."
+
+
 def line_chart(title: str, labels: Sequence[str], values: Values, low: float = 0, unit: str = "") -> str:
     """A line through one value a day, from `low` up, and a dot for today, which is not over. None leaves a gap."""
     return _chart(title, labels, values, _draw_line, low, unit)
@@ -3511,10 +3509,6 @@ def _as_text(value: Any) -> str:
                     SHOWN_TEXT)
 
 
-def _shorten(text: str, length: int = 300) -> str:
-    return text if len(text) <= length else text[:length] + "..."
-
-
 def _options(choices: Iterable[Any], chosen: Any = None) -> str:
     return "".join(f'<option{" selected" if choice == chosen else ""}>{escape(str(choice))}</option>'
                    for choice in choices)
@@ -3922,11 +3916,14 @@ class Backfeedr:
         self._requests: Counter = Counter()  # by method, route and status
         self._counting = threading.Lock()
         self.pages = Dashboard(self.store, self.metrics, self.settings.public_url)
-        self._ingestion: Dict[str, Tuple[Callable[[JsonObject], Reports], Callable[..., Dict[str, Any]]]] = {
-            # By path: what makes reports of a body, and an answer of them.
-            "/api/v1/crashes": (lambda given: [parse_crash(given)], _crash_answer),
-            "/api/v1/events": (lambda given: [parse_event(given)], _event_answer),
-            "/api/v1/events/batch": (parse_batch, _batch_answer)}
+        self._ingestion: Dict[str, Tuple[Callable[[bytes], Reports], Callable[..., Dict[str, Any]]]] = {
+            # By path: what makes reports of a body, and an answer of the reports and their seqs.
+            "/api/v1/crashes": (lambda body: [parse_crash(decode_json(body))], lambda crashes, seqs: {
+                "id": crash_id(seqs[0]), "group_hash": crashes[0].group_hash}),
+            "/api/v1/events": (lambda body: [parse_event(decode_json(body))], lambda events, seqs: {
+                "id": event_ids(seqs)[0]}),
+            "/api/v1/events/batch": (lambda body: parse_batch(decode_json(body)), lambda events, seqs: {
+                "count": len(seqs), "ids": event_ids(seqs)})}
         self._router = self._routes()
         made = self.store.start(self.settings.api_key, self.settings.auth_token)
         if made != (None, None):
@@ -3935,14 +3932,14 @@ class Backfeedr:
 
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
         method, path = environ.get("REQUEST_METHOD", ""), environ.get("PATH_INFO", "")
-        if method == "POST" and path in self._ingestion:  # without bottle, whose part would be as large as ours
+        if method == "POST" and path in self._ingestion:  # not through bottle, which would take as long as our own part
             body, status, headers = _answered(self._answer_submission, environ)
             start_response(_STATUS_LINES[status], [*headers.items(), ("Content-Length", str(len(body)))])
             self._count(method, path, status)
             return [body]
         try:
             path.encode("latin-1").decode("utf-8")
-        except UnicodeError:  # of which bottle would drop the bytes, and find what is left
+        except UnicodeError:  # bottle would drop these bytes and match what is left
             path = "/api/not found" if path.startswith("/api/") else "/not found"
         environ = {**environ, "PATH_INFO": path, "bottle.route": None}  # an outer bottle may have set it
         answer = self._router(environ, start_response)
@@ -3969,22 +3966,21 @@ class Backfeedr:
         ask, router = self.metrics, _Router(self.pages)
         for method, path, handler in (
                 ("GET", "/health", self._health),
-                ("POST", "/crashes", self._answer_submission),
-                ("POST", "/events", self._answer_submission),
-                ("POST", "/events/batch", self._answer_submission),
-                ("GET", "/metrics/daily-crashes", self._asked(ask.daily_crashes, "days")),
-                ("GET", "/metrics/crash-types", self._asked(ask.crash_types, "days")),
-                ("GET", "/metrics/devices", self._asked(ask.devices, "days")),
-                ("GET", "/metrics/active-devices", self._asked(ask.active_devices, "days")),
-                ("GET", "/metrics/sessions", self._asked(ask.sessions, "days")),
-                ("GET", "/metrics/retention", self._asked(ask.retention, "days")),
-                ("GET", "/overview", self._asked(ask.overview)),
-                ("GET", "/releases", self._asked(ask.releases)),
-                ("GET", "/crashes", self._read(ask.groups, "version", "days", "text", "limit", "cursor")),
-                ("GET", "/crashes/<group_hash>", self._read(ask.group, "limit", "cursor")),
-                ("GET", "/events", self._read(ask.events, "type", "name", "session_id", "limit", "cursor"))):
+                ("GET", "/metrics/daily-crashes", self.public_route(ask.daily_crashes, "days")),
+                ("GET", "/metrics/crash-types", self.public_route(ask.crash_types, "days")),
+                ("GET", "/metrics/devices", self.public_route(ask.devices, "days")),
+                ("GET", "/metrics/active-devices", self.public_route(ask.active_devices, "days")),
+                ("GET", "/metrics/sessions", self.public_route(ask.sessions, "days")),
+                ("GET", "/metrics/retention", self.public_route(ask.retention, "days")),
+                ("GET", "/overview", self.public_route(ask.overview)),
+                ("GET", "/releases", self.public_route(ask.releases)),
+                ("GET", "/crashes", self.admin_route(ask.groups, "version", "days", "text", "limit", "cursor")),
+                ("GET", "/crashes/<group_hash>", self.admin_route(ask.group, "limit", "cursor")),
+                ("GET", "/events", self.admin_route(ask.events, "type", "name", "session_id", "limit", "cursor"))):
             router.route("/api/v1" + path, method, _by_bottle(handler))
         router.route("/metrics", "GET", _by_bottle(self._prometheus))
+        for path in self._ingestion:  # __call__ answers these; here they give a GET its 405
+            router.route(path, "POST", _by_bottle(self._answer_submission))
         for method, path, page in self.pages.routes():
             router.route(path, method, page)
         return router
@@ -4067,7 +4063,7 @@ class Backfeedr:
         with self._turn:
             signature = self._check_signature(environ, key, body)
             plain = _decompress(environ, body, self.settings.max_body_size)
-            submission.reports = parse(decode_json(plain))
+            submission.reports = parse(plain)
             submission.idempotency = _idempotency(environ, signature, plain)
 
     def _check_signature(self, environ: Environ, key: bytes, body: bytes) -> bytes:
@@ -4079,14 +4075,14 @@ class Backfeedr:
             raise Refusal("signature required")
         return signature
 
-    def _asked(self, question: Callable[..., Figures], *names: str) -> Handler:
-        """What anyone may ask, unless the settings say otherwise; by app, and by the parameters of these names."""
+    def public_route(self, question: Callable[..., Figures], *names: str) -> Handler:
+        """A route for everyone, or for the admin where public_metrics is off. Takes `app` and these parameters."""
         if not self.settings.public_metrics:
-            return self._read(question, *names)
+            return self.admin_route(question, *names)
         return lambda environ, **path: (200, question(**path, **_parameters(environ, "app", *names)))
 
-    def _read(self, question: Callable[..., Figures], *names: str) -> Handler:
-        """What the admin may ask."""
+    def admin_route(self, question: Callable[..., Figures], *names: str) -> Handler:
+        """A route for the admin."""
         def handler(environ: Environ, **path: str) -> Answer:
             self._check_admin(environ)
             return 200, question(**path, **_parameters(environ, "app", *names))
@@ -4140,18 +4136,6 @@ def _answered(handler: Handler, environ: Environ, **path: str) -> Tuple[bytes, i
 
 def _by_bottle(handler: Handler) -> Callable[..., bottle.HTTPResponse]:
     return lambda **path: bottle.HTTPResponse(*_answered(handler, bottle.request.environ, **path))
-
-
-def _crash_answer(crashes: Sequence[Crash], seqs: range) -> Dict[str, Any]:
-    return {"id": crash_id(seqs[0]), "group_hash": crashes[0].group_hash}
-
-
-def _event_answer(events: Sequence[Event], seqs: range) -> Dict[str, Any]:
-    return {"id": event_ids(seqs)[0]}
-
-
-def _batch_answer(events: Sequence[Event], seqs: range) -> Dict[str, Any]:
-    return {"count": len(seqs), "ids": event_ids(seqs)}
 
 
 def first_start_text(made: FirstStart, url: str) -> str:
@@ -4243,7 +4227,7 @@ def _warning(settings: Settings, address: str) -> str:
 
 
 class _Parser(HTTPRequestParser):
-    """A request. waitress leaves some without an answer."""
+    """A request parser. Answers two kinds of request that waitress leaves without an answer."""
 
     came = 0.0  # when it was complete
     environ: Optional[Environ] = None  # once a thread has begun with it
@@ -4261,7 +4245,7 @@ class _Parser(HTTPRequestParser):
 
 
 class _Task(Task):
-    """Any answer."""
+    """Common to all answers."""
 
     def build_response_header(self) -> bytes:
         """Tells clients to send no more during a stop, which waitress does not: a client that went on sending would
@@ -4605,16 +4589,16 @@ def _import_batches(lines: Iterable[bytes]) -> Iterator[List[StoredReport]]:
     yield batch
 
 
+def _read_only_mode(path: Path) -> str:
+    """Without a WAL nobody writes; `immutable` keeps SQLite from making one."""
+    return "ro" if Path(f"{path}-wal").exists() else "ro&immutable=1"
+
+
 class ReadOnlyConnection(Connection):
     """A connection that changes neither the database nor the files beside it."""
 
     def __init__(self, path: Path):
-        # Without a WAL, nobody writes; `immutable` keeps SQLite from making one.
-        super().__init__(path, True, "ro" if Path(f"{path}-wal").exists() else "ro&immutable=1")
-
-    @staticmethod
-    def uri(path: Path) -> str:
-        return f"{path.as_uri()}?mode=" + ("ro" if Path(f"{path}-wal").exists() else "ro&immutable=1")
+        super().__init__(path, True, _read_only_mode(path))
 
 
 def check(path: Path) -> Iterator[Tuple[str, Callable[[], str]]]:
@@ -4684,7 +4668,7 @@ def _check_roll_ups(path: Path) -> str:
     Sums outlive their reports. So where some have expired, a sum may be larger than what is counted again.
     """
     with closing(sqlite3.connect("", isolation_level=None, uri=True)) as db:  # "": a temporary file
-        db.execute("attach database ? as stored", (ReadOnlyConnection.uri(path),))
+        db.execute("attach database ? as stored", (f"{path.as_uri()}?mode={_read_only_mode(path)}",))
         run_script(db, FIGURE_TABLES)
         db.execute("begin")
         newest = [db.execute(f"select coalesce(max(received_at), 0) from {table}").fetchone()[0]
@@ -4697,10 +4681,10 @@ def _check_roll_ups(path: Path) -> str:
                 rollups = RollUps(db, now)
                 rollups.count(kind, page, 1)
                 rollups.save()
-        wrong = [table for figure in RollUps(db, now).figures for table in _unequal_tables(db, figure, expired)]
+        wrong = [table for figure in RollUps(db, now).figures.values() for table in _unequal_tables(db, figure, expired)]
     if wrong:
         raise StoreError(f"these tables are not what they should be: {', '.join(wrong)}")
-    return "agree with the rows, where that can be told"
+    return "agree with the reports"
 
 
 # What can be told where reports have expired. A device or a session whose first report is gone would count on a
@@ -4718,7 +4702,7 @@ def _unequal_tables(db: sqlite3.Connection, figure: Figure, expired: int) -> Ite
         columns = ", ".join(sums.key + sums.columns)
         ours, theirs = (f"select {columns} from {place}.{table}" for place in ("main", "stored"))
         queries = [f"{ours} except {theirs}", f"{theirs} except {ours}"]
-        if table in (figure.WINDOW[0], "device_hours"):  # whose old rows are deleted some time later
+        if table == figure.WINDOW[0]:  # whose old rows are deleted some time later
             queries = queries[:1]
         if expired and table != "labels":
             queries = [f"select 1 from main.{table} as ours left join stored.{table} as theirs using"
