@@ -828,16 +828,21 @@ create table new_names (                   -- of an app and a UTC day
                     select 1 from labels
                     where app_id = column1 and field = column2 and day = {ALL_DAYS} and label = column3) end
             """, unknown))
-        return {name for name in unknown if name not in known and not self._accept(*name, days[name])}
-
-    def _accept(self, app_id: int, field: str, name: str, day: int) -> bool:
-        is_accepted = self._db.execute("""
-            insert into new_names values (:app, :day, :field, 1)
-            on conflict (app_id, day, field) do update set names = new_names.names + 1 where new_names.names < :most
-            """, {"app": app_id, "day": day, "field": field, "most": NEW_NAMES[field]}).rowcount > 0
-        if is_accepted:
-            self.accepted.add((app_id, field, name))
-        return is_accepted
+        fresh = defaultdict(list)  # by app, day and field
+        for name in unknown:
+            if name not in known:
+                fresh[name[0], days[name], name[1]].append(name)
+        used = {row[:3]: row[3] for row in rows_of(self._db, """
+            select new_names.* from (values *) as keys
+            cross join new_names on app_id = column1 and day = column2 and field = column3
+            """, list(fresh))}
+        room = {key: max(0, NEW_NAMES[key[2]] - used.get(key, 0)) for key in fresh}
+        insert_rows(self._db, """
+            insert into new_names values *
+            on conflict (app_id, day, field) do update set names = new_names.names + excluded.names
+            """, [(*key, min(room[key], len(names))) for key, names in fresh.items() if room[key]])
+        self.accepted.update(name for key, names in fresh.items() for name in names[:room[key]])
+        return {name for key, names in fresh.items() for name in names[room[key]:]}
 
 
 class Crashes(Figure):
@@ -891,6 +896,7 @@ create table groups (
     def __init__(self, *args: Any):
         super().__init__(*args)
         self._seen: Dict[tuple, List[Any]] = {}  # by app_id and group_hash: the rest of its row
+        self._left: Set[tuple] = set()  # groups that crashes were taken out of
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
         for crash in reports:
@@ -920,7 +926,7 @@ create table groups (
                     limit 1))
             where app_id = :app and group_hash = :group
             """, [{"app": app_id, "group": group_hash} for app_id, group_hash in groups])
-        self.drop(groups, MAX_NUMBER)
+        self._left |= groups
 
     def expire(self, kind: type, reports: Sequence[Any]) -> None:
         self.drop({(crash.app_id, crash.group_hash) for crash in reports}, (self._today - WEEK) * DAY)
@@ -942,6 +948,9 @@ create table groups (
                 first_seen = min(groups.first_seen, excluded.first_seen),
                 last_seen = max(groups.last_seen, excluded.last_seen)
             """, [(*key, *group) for key, group in self._seen.items()])
+        self.drop({(app_id, group_hash) for app_id, group_hash in self._left if not self._db.execute("""
+            select 1 from group_days where app_id = ? and day >= ? and group_hash = ? limit 1
+            """, (app_id, self._today - WEEK, group_hash)).fetchone()}, MAX_NUMBER)
 
     @staticmethod
     def most_frequent(db: sqlite3.Connection, app: Optional[int], days: range) -> List[Figures]:
@@ -1163,7 +1172,8 @@ create table medians (                     -- of the durations of a day that is 
     def _save_medians(self, days: Sequence[tuple]) -> None:
         self._db.executemany(f"""
             insert into medians select app_id, day, ({self.MEDIAN}) from session_days
-            where app_id = ? and day = ? and ended > 0
+            where app_id = ? and day = ? and exists (
+                select 1 from durations where app_id = session_days.app_id and day = session_days.day)
             on conflict (app_id, day) do update set seconds = excluded.seconds
             """, days)
 
@@ -1558,6 +1568,12 @@ class Connection(sqlite3.Connection):
 SET_STATE = "insert into state values (?, ?) on conflict (name) do update set value = excluded.value"
 
 
+def get_state(db: sqlite3.Connection, name: str, default: int) -> int:
+    """A value of the table `state`."""
+    row = db.execute("select value from state where name = ?", (name,)).fetchone()
+    return row[0] if row else default
+
+
 def _wal_size(path: Path) -> int:
     wal = Path(f"{path}-wal")
     return wal.stat().st_size if wal.exists() else 0
@@ -1796,40 +1812,45 @@ def migrate(db: Connection, version: int, run: Callable[[Connection, str], None]
         _migrate_to_3(db, run)
 
 
+def recount(db: sqlite3.Connection) -> None:
+    """Counts all reports again, into empty tables."""
+    newest = [db.execute(f"select coalesce(max(received_at), 0) from {table}").fetchone()[0] for table in TABLES.values()]
+    now = max(*newest, (get_state(db, "trimmed_day", -1) + 1) * DAY)  # of the windows
+    for kind, table in TABLES.items():
+        last, page = -1, [None]
+        while page:
+            page = [COUNTED[kind]._make(row) for row in db.execute(
+                f"select {counted_columns(kind)} from {table} where seq > ? order by seq limit 1000", (last,))]
+            last, rollups = page[-1].seq if page else last, RollUps(db, now)
+            rollups.count(kind, page, 1)
+            rollups.save()
+
+
 def _migrate_to_3(db: Connection, run: Callable[[Connection, str], None]) -> None:
-    """Figures are kept per app: those of app 0, all apps together, go. Devices and sessions are known by digests."""
+    """Figures are kept per app: those of app 0, all apps together, go. All reports are counted again by the rules of
+    now. Where some have expired, a sum is at least what it was."""
     old = ("devices", "sessions", "hours", "days", "durations", "releases", "release_days", "labels", "groups")
-    rename = "".join(f"alter table {table} rename to old_{table};\n" for table in old)
-    mark = "".join(f"alter table {table} add column other integer not null default 0;\n" for table in TABLES.values())
-    sums = "".join(f"insert into {table} select {columns} from {source} {end};\n" for table, columns, source, end in (
-        ("crash_days", "app_id, day, crashes", "old_days where app_id > 0 and crashes > 0", ""),
-        ("session_days", "app_id, day, sessions, ended, session_ms", "old_days where app_id > 0 and sessions > 0", ""),
-        ("medians", "app_id, day, median_seconds", "old_days where app_id > 0 and median_seconds is not null", ""),
-        ("active_days", "app_id, day, dau, wau, mau", "old_days where app_id > 0 and mau > 0", ""),
-        ("cohorts", "app_id, day, newcomers, back_1, back_7, back_30",
-         "old_days where app_id > 0 and newcomers > 0", ""),
-        ("device_hours", "app_id, hour, devices", "old_hours where app_id > 0 and devices > 0", ""),
-        ("durations", "*", "old_durations where app_id > 0", ""), ("labels", "*", "old_labels", ""),
-        ("releases", "app_id, app_version, first_seen, last_seen", "old_releases", ""),
-        ("release_sums", "app_id, app_version, sessions, crashes, devices, crashed_devices", "old_releases", ""),
-        ("release_days", "app_id, day, app_version, sessions", "old_release_days", ""),
-        ("groups", "app_id, group_hash, exception_type, exception_reason, first_seen, last_seen",
-         "old_groups where app_id > 0", ""),
-        ("group_days", "app_id, hour / 24, group_hash, sum(crashes)", "group_hours where app_id > 0",
-         "group by app_id, hour / 24, group_hash")))
-    run(db, rename + "drop index release_days_by_age;\n" + mark + FIGURE_TABLES + sums)
-    rows = [(app_id, session_id, device_key(device), *rest) for app_id, session_id, *rest, device in db.execute("""
-        select old_sessions.*, device_id_hash from old_sessions left join events on seq = last_seq
-        """).fetchall()]
-    insert_rows(db, "insert into sessions values *", rows)
-    for app_id, name, first_seen, last_seen, last_seq, lowest, bits, crashed_in in db.execute(
-            "select * from old_devices where app_id > 0").fetchall():
-        key, number = (app_id, device_key(name)), int.from_bytes(bits, "big")
-        insert_rows(db, "insert into devices values *", [(*key, first_seen // DAY, last_seen // HOUR, last_seq)])
-        insert_rows(db, "insert into device_days values *",
-                    [(*key, lowest + n) for n in range(number.bit_length()) if number >> n & 1])
-        insert_rows(db, "insert into device_versions values *",
-                    [(*key, *each) for each in json.loads(crashed_in).items()])
+    run(db, "".join(f"alter table {table} rename to old_{table};\n" for table in old)
+        + "drop index release_days_by_age;\n"
+        + "".join(f"alter table {table} add column other integer not null default 0;\n" for table in TABLES.values())
+        + FIGURE_TABLES)
+    recount(db)
+    is_expired = any(get_state(db, "expired_" + table, -1) >= 0 for table in TABLES.values())
+    for table, columns, source in (
+            ("crash_days", "day, crashes", "old_days"), ("session_days", "day, sessions, ended, session_ms", "old_days"),
+            ("active_days", "day, dau, wau, mau", "old_days"), ("device_hours", "hour, devices", "old_hours"),
+            ("cohorts", "day, newcomers, back_1, back_7, back_30", "old_days"),
+            ("durations", "day, seconds, sessions", "old_durations"),
+            ("release_sums", "app_version, sessions, crashes, devices, crashed_devices", "old_releases"),
+            ("releases", "app_version, first_seen, last_seen", "old_releases")) if is_expired else ():
+        key, (_, sums) = KEYS[table], next((figure.SUMS[table] for figure in FIGURES if table in figure.SUMS), ("", ""))
+        change = ", ".join(f"{each} = max({table}.{each}, excluded.{each})" for each in sums.split())
+        db.execute(f"""
+            insert into {table} select app_id, {columns} from {source}
+            where app_id > 0 and {" + ".join(columns.split(", ")[len(key) - 1:])} > 0
+            on conflict ({", ".join(key)}) do update set
+                {change or f"first_seen = min({table}.first_seen, excluded.first_seen)"}
+            """)
     run(db, "".join(f"drop table old_{table};\n" for table in old)
         + "drop table group_hours;\ndelete from state where name = 'recent_since';\n")
 
@@ -2153,11 +2174,10 @@ class _Process:
             if self.open_group is group:
                 self.open_group, self.last_size = None, len(group.submissions)
 
-    def withdraw(self, submissions: Sequence[Submission]) -> None:
-        """Takes submissions out of the open group."""
+    def withdraw(self, group: _Group, submissions: Sequence[Submission]) -> None:
+        """Takes submissions out of a group."""
         with self.group_lock:
-            if self.open_group:
-                self.open_group.submissions = [each for each in self.waiting if each not in submissions]
+            group.submissions = [each for each in group.submissions if each not in submissions]
 
     def close_writer(self) -> None:
         if self.writer:
@@ -2240,17 +2260,17 @@ class Store(Apps):
     def add_all(self, submissions: Sequence[Submission]) -> None:
         """Stores several requests in one commit: each then has a receipt or an error. An unexpected error is
         logged, and is StorageUnavailable to them all."""
-        here, own, stored = self._here, _Group(), None
+        here, own, group, stored = self._here, _Group(), None, None
         try:
             group = here.join(own, submissions, self.max_waiters, self.max_rows)
             if group is own:
                 stored = self._commit_group(here, own)
             elif group and not own.wait():
-                here.close(group)  # the committing thread was ended by a signal
+                here.close(group)  # the committing thread is slow, or was ended by a signal
                 raise StorageUnavailable()
         except BaseException as error:  # also a signal, if this is the main thread
             here.close(own)
-            here.withdraw(submissions)
+            here.withdraw(group or own, submissions)
             for submission in (*own.submissions, *submissions):
                 submission.error = StorageUnavailable()
             if not isinstance(error, Exception):
@@ -2276,11 +2296,11 @@ class Store(Apps):
                 stored = commit.save()
             here.group_sizes.add(len(group.submissions))
             here.commit_seconds.add(time.monotonic() - began)
+            here.stored.update(stored.counts)
             return stored
 
     def _committed(self, stored: Stored) -> None:
         """Called after each commit, when it is durable and answered, with what it stored. Alerts belong here."""
-        self._here.stored.update(stored.counts)
         self._expire_if_due()
 
     def export(self, kind: type, app: Optional[str] = None, since: int = 0) -> Iterator[StoredReport]:
@@ -2336,6 +2356,7 @@ class Store(Apps):
                     commit.add_stored(self._imported_app(db, app, is_test), list(run))
                 counts.update(stored=len(fresh), expired=len(given.keys() - known) - len(fresh))
             commit.save()
+            self._expire(db)
         counts["known"] = len(reports) - counts["stored"] - counts["expired"]
         return counts
 
@@ -2355,15 +2376,25 @@ class Store(Apps):
         return first_seq(self.now - self.retention_days * DAY) if self.retention_days else 0
 
     def _expire_if_due(self) -> None:
-        """Runs one step after a commit, at most once a second, or after every commit while rows are left to delete."""
+        """Runs one step after a commit, at most once a second, or after every commit while rows are left to delete.
+
+        It looks before it locks: the lock is on all apps, and whoever waits for it holds up its own answer.
+        """
         now = self.now
         if self._expire_at - SECOND <= now < self._expire_at:  # the lower bound: the clock may have been set back
             return
+        deleted: Counter = Counter()
         try:
-            with self.writing() as db:
-                deleted = self._expire(db)
+            with self.reading() as db:
+                is_due = any(db.execute("""
+                    select (select min(received_at) from replays) < :replays, (select min(seq) from crashes) < :oldest,
+                        (select min(seq) from events) < :oldest,
+                        not exists (select 1 from state where name = 'trimmed_day' and value = :today)
+                    """, {"replays": now - REPLAY_DAYS * DAY, "oldest": self._oldest_seq, "today": now // DAY}).fetchone())
+            if is_due:
+                with self.writing() as db:
+                    deleted = self._expire(db)
         except Exception as error:  # the reports of the commit are stored, and later commits try again
-            deleted = Counter()
             if not isinstance(error, StorageUnavailable):
                 log.exception("unexpected error")
         self._expire_at = now if deleted else now + SECOND
@@ -2489,12 +2520,6 @@ class Store(Apps):
                                   (app_id, seqs[-1][0], PRUNE_STEP)).fetchall()
             with self.writing_step() as db:
                 db.executemany(f"delete from {table} where seq = ?", seqs)
-
-
-def get_state(db: Connection, name: str, default: int) -> int:
-    """A value of the table `state`."""
-    row = db.execute("select value from state where name = ?", (name,)).fetchone()
-    return row[0] if row else default
 
 
 class Stored(NamedTuple):
@@ -4671,43 +4696,42 @@ def _check_roll_ups(path: Path) -> str:
         db.execute("attach database ? as stored", (f"{path.as_uri()}?mode={_read_only_mode(path)}",))
         run_script(db, FIGURE_TABLES)
         db.execute("begin")
-        newest = [db.execute(f"select coalesce(max(received_at), 0) from {table}").fetchone()[0]
-                  for table in TABLES.values()]
-        now = max(*newest, (get_state(db, "trimmed_day", -1) + 1) * DAY)  # of the windows
         expired = max(get_state(db, "expired_" + table, 0) for table in TABLES.values())
-        for kind, table in TABLES.items():
-            rows = db.execute(f"select {counted_columns(kind)} from {table} order by seq")
-            while page := list(map(COUNTED[kind]._make, rows.fetchmany(PAGE_ROWS))):
-                rollups = RollUps(db, now)
-                rollups.count(kind, page, 1)
-                rollups.save()
-        wrong = [table for figure in RollUps(db, now).figures.values() for table in _unequal_tables(db, figure, expired)]
+        recount(db)
+        wrong = [table for figure in RollUps(db, 0).figures.values() for table in _unequal_tables(db, figure, expired)]
+        wrong += ["durations"] if expired and db.execute("""
+            select 1 from (select app_id, day, sessions, ended, 0 as durations from stored.session_days
+                where day > (select max(day) - 399 from stored.session_days) and day > :expired
+                union all select app_id, day, 0, 0, sessions from stored.durations where day > :expired) as both
+            group by app_id, day having sum(ended) > sum(durations) or sum(sessions) < sum(ended) limit 1
+            """, {"expired": (expired >> SEQ_BITS) // DAY}).fetchone() else []
     if wrong:
         raise StoreError(f"these tables are not what they should be: {', '.join(wrong)}")
     return "agree with the reports"
 
 
-# What can be told where reports have expired. A device or a session whose first report is gone would count on a
-# later day, or for a later release.
-TELLABLE = ("crash_days", "labels", "group_days", "active_days", "device_hours")
 # Which can only have been longer.
 SPANS = {"sessions": ("first_seq", "last_seq"), "groups": ("first_seen", "last_seen"),
          "releases": ("first_seen", "last_seen"), "devices": ("first_day", "last_hour")}
 
 
 def _unequal_tables(db: sqlite3.Connection, figure: Figure, expired: int) -> Iterator[str]:
+    """Where reports have expired, days after them are compared, and what cannot be less than what is left. A device
+    or a session whose first report is gone would count on a later day, or for a later release."""
     for table, sums in figure.sums.items():
-        if expired and table not in TELLABLE:
-            continue
-        columns = ", ".join(sums.key + sums.columns)
-        ours, theirs = (f"select {columns} from {place}.{table}" for place in ("main", "stored"))
+        columns, where = ", ".join(sums.key + sums.columns), ""
+        if expired and table in ("crash_days", "group_days"):
+            where = f" where day > {(expired >> SEQ_BITS) // DAY + 1}"
+        ours, theirs = (f"select {columns} from {place}.{table}{where}" for place in ("main", "stored"))
         queries = [f"{ours} except {theirs}", f"{theirs} except {ours}"]
         if table == figure.WINDOW[0]:  # whose old rows are deleted some time later
             queries = queries[:1]
-        if expired and table != "labels":
+        if expired and table in ("active_days", "device_hours"):
             queries = [f"select 1 from main.{table} as ours left join stored.{table} as theirs using"
                        f" ({', '.join(sums.key)}) where "
                        + " or ".join(f"ours.{each} > coalesce(theirs.{each}, 0)" for each in sums.columns)]
+        elif expired and not where and table != "labels":
+            continue
         if any(db.execute(query + " limit 1").fetchone() for query in queries):
             yield table
     for table in set(re.findall(r"create table (\w+)", figure.TABLES)) - {"medians"}:

@@ -1454,7 +1454,77 @@ def test_check_finds_nothing_wrong_after_some_reports_have_expired(keeping, cloc
     assert 0 < count(server, "crashes") and backfeedr._check_roll_ups(server.store.path)
 
 
+@sqlite_only
+@pytest.mark.parametrize("damage, table", [
+    ("update crash_days set crashes = crashes + 1000", "crash_days"), ("delete from labels", "labels"),
+    ("update session_days set sessions = 0", "durations"), ("delete from durations", "durations"),
+    ("delete from devices", "devices"), ("delete from active_days", "active_days")])
+def test_check_finds_damage_also_where_reports_have_expired(keeping, clock, later, damage, table):
+    server = keeping(5)
+    fill(server, clock, 1, 60)
+    for n in range(8):
+        ends = {"session_id": f"s{n}", "device_id_hash": "d"}
+        later(server, A_DAY, type="session_start", **ends)
+        add(server, type="session_end", **ends)
+        add(server, device_id_hash="d")
+    server.store.prune()
+    assert backfeedr._check_roll_ups(server.store.path)
+    sql_run(server.store.path, damage)
+    with pytest.raises(StoreError, match=table):
+        backfeedr._check_roll_ups(server.store.path)
+
+
+@sqlite_only
+def test_check_finds_nothing_wrong_in_a_database_that_took_over_an_old_export(serve, clock):
+    old, new = serve("old.db"), serve("new.db")
+    fill(old, clock, 2, 60)
+    clock.move(10 * A_DAY)
+    assert hand_over(old, new)["stored"]
+    assert backfeedr._check_roll_ups(new.store.path)
+
+
+def test_expiry_goes_on_after_a_clock_that_was_fast_by_years_is_set_right(keeping, clock, later):
+    server = keeping(1)
+    for event_type in ("session_start", "session_end"):
+        add(server, type=event_type, session_id="s", device_id_hash="d")
+    later(server, 800 * A_DAY)
+    later(server, -797 * A_DAY)
+    server.store.prune()
+    assert Api(server).get("/api/v1/health")[0] == 200
+
+
+def test_a_commit_takes_no_second_lock_where_nothing_is_due(api, clock, monkeypatch):
+    add(api.server)
+    monkeypatch.setattr(Store, "_expire", lambda *args: pytest.fail("there is nothing to delete"))
+    for _ in range(3):
+        clock.move(5)
+        add(api.server)
+
+
+def test_a_forgotten_device_leaves_a_group_whose_week_still_counts_but_not_its_reason(one_day, later):
+    add(one_day, 3)
+    later(one_day, A_DAY + 1)
+    add(one_day, device_id_hash="d", exception_reason="my secret")
+    one_day.store.forget_device("d")
+    week = Api(one_day).get("/api/v1/overview")[1]
+    assert (week["crashes_7d"], [(each["count"], each["exception_reason"]) for each in week["top_crashes"]]) \
+        == (3, [(3, "")])
+
+
 # -- Many at once
+
+def test_a_request_that_was_told_503_because_a_commit_is_slow_is_not_stored(api, monkeypatch):
+    monkeypatch.setattr(backfeedr._Group, "wait", lambda self, seconds=0.2: self._asleep.acquire(timeout=0.2))
+    here = api.server.store._here
+    with ThreadPoolExecutor(2) as pool:
+        with here.write_lock:
+            first = pool.submit(add, api.server)
+            wait_until(lambda: len(here.waiting) == 1)
+            second = pool.submit(add, api.server)
+            assert type(second.exception(20)) is StorageUnavailable
+        assert first.result(20)
+    assert count(api.server, "crashes") == 1
+
 
 def test_many_threads_share_commits_and_lose_nothing(serve):
     server, seqs = serve(), []
@@ -5820,7 +5890,7 @@ def test_hosts_that_prune_at_once_while_reports_come_in_delete_each_row_once(ser
     assert stored(server, "crashes")["crashes"] == []
     assert deleted["events"] <= 3000 and deleted["crashes"] <= 500, "as those who add delete too"
     serve.unchecked.append(server)  # whose sums include the rows that are gone
-    assert sql(schemas(), "select device_id_hash from devices") == [("new",)]
+    assert sql(schemas(), "select device from devices") == [(backfeedr.device_key("new"),)]
     assert sql(schemas(), "select session_id from sessions") == []
 
 
