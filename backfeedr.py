@@ -1825,7 +1825,8 @@ def migrate(db: Connection, version: int, run: Callable[[Connection, str], None]
 
 def recount(db: sqlite3.Connection) -> None:
     """Counts all reports again, into empty tables."""
-    newest = [db.execute(f"select coalesce(max(received_at), 0) from {table}").fetchone()[0] for table in TABLES.values()]
+    newest = [db.execute(f"select coalesce(max(received_at), 0) from {table}").fetchone()[0]
+              for table in TABLES.values()]
     now = max(*newest, (get_state(db, "trimmed_day", -1) + 1) * DAY)  # of the windows
     for kind, table in TABLES.items():
         last, page = -1, [None]
@@ -1848,7 +1849,8 @@ def _migrate_to_3(db: Connection, run: Callable[[Connection, str], None]) -> Non
     recount(db)
     is_expired = any(get_state(db, "expired_" + table, -1) >= 0 for table in TABLES.values())
     for table, columns, source in (
-            ("crash_days", "day, crashes", "old_days"), ("session_days", "day, sessions, ended, session_ms", "old_days"),
+            ("crash_days", "day, crashes", "old_days"),
+            ("session_days", "day, sessions, ended, session_ms", "old_days"),
             ("active_days", "day, dau, wau, mau", "old_days"), ("device_hours", "hour, devices", "old_hours"),
             ("cohorts", "day, newcomers, back_1, back_7, back_30", "old_days"),
             ("durations", "day, seconds, sessions", "old_durations"),
@@ -2397,11 +2399,12 @@ class Store(Apps):
         deleted: Counter = Counter()
         try:
             with self.reading() as db:
+                oldest = {"replays": now - REPLAY_DAYS * DAY, "oldest": self._oldest_seq, "today": now // DAY}
                 is_due = any(db.execute("""
                     select (select min(received_at) from replays) < :replays, (select min(seq) from crashes) < :oldest,
                         (select min(seq) from events) < :oldest,
                         not exists (select 1 from state where name = 'trimmed_day' and value = :today)
-                    """, {"replays": now - REPLAY_DAYS * DAY, "oldest": self._oldest_seq, "today": now // DAY}).fetchone())
+                    """, oldest).fetchone())
             if is_due:
                 with self.writing() as db:
                     deleted = self._expire(db)
@@ -3570,6 +3573,8 @@ _ICON = ("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='
 
 
 class Column(NamedTuple):
+    """A column of a list on a page."""
+
     label: str
     cell: str  # template source, in which `row` is what is listed
     css: str = ""  # on a narrow screen, a cell of the class "main" comes first, and "main" and "bare" have no label

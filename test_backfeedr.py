@@ -275,7 +275,7 @@ def figures(path):
 
 def recount(path):
     """What `figures` must find, from the reports alone."""
-    tables = {table: defaultdict(Counter) for table in backfeedr.KEYS if table not in ("replays", "new_names", "medians")}
+    tables = {table: defaultdict(Counter) for table in backfeedr.KEYS.keys() - {"replays", "new_names", "medians"}}
     columns = dict(
         crash_days=("crashes",), labels=("crashes",), group_days=("crashes",), release_days=("sessions",),
         release_sums=("sessions", "crashes", "devices", "crashed"), device_hours=("devices",),
@@ -4606,7 +4606,8 @@ def test_app_delete_on_a_terminal_asks_for_the_name_again(command, monkeypatch, 
     monkeypatch.setattr(sys, "stdin", terminal)
     got, out, err = command("app", "delete", "Shop")
     assert (got, out) == (status, "") and "Type its name again: " in err
-    assert err.endswith("nothing was deleted\n" if status else "Deleted the app 'Shop', its keys and all its reports.\n")
+    done = "Deleted the app 'Shop', its keys and all its reports.\n"
+    assert err.endswith("nothing was deleted\n" if status else done)
     assert len(command("app", "list")[1].splitlines()) == 1 + status
     assert len(command("key", "list")[1].splitlines()) == 1 + status
 

@@ -47,7 +47,6 @@ ROUND_SECONDS = 2.5  # about as long as a side is loaded in a round
 PATIENCE = 30.0  # seconds for a server to stop and to answer
 SIZE_EVENTS = 20_000  # to measure bytes on disk and raw inserts with
 say = partial(print, file=sys.stderr, flush=True)  # progress
-
 # == Reports ===================================================================
 
 SPAN = 90 * 86_400  # seconds of an app's life in a filled database
@@ -258,7 +257,8 @@ class Bench:
              meanwhile: Callable[[], Any]) -> tuple[SimpleNamespace, Any]:
         """Loads the servers of a database until `meanwhile` returns. What came of it, and what that returned."""
         share = max(1, connections // len(urls))
-        wrk = ["wrk", "-t1", f"-c{share}", f"-d{40 * PATIENCE:.0f}", f"--timeout={PATIENCE:.0f}", "-s", HERE / "benchmark.lua"]
+        wrk = ["wrk", "-t1", f"-c{share}", f"-d{40 * PATIENCE:.0f}", f"--timeout={PATIENCE:.0f}",
+               "-s", HERE / "benchmark.lua"]
         with ExitStack() as stack:
             senders = [stack.enter_context(
                 process(*wrk, f"-HX-Backfeedr-Key: {urlsplit(url).fragment or KEY}", "-HContent-Type: application/json",

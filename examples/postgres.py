@@ -235,7 +235,7 @@ class Connection(psycopg.Connection):
 
     def reserve_seqs(self, now: int, count: int) -> int:
         """The first of so many seqs that follow one another and were never given before."""
-        lowest = backfeedr.first_seq(now) + secrets.randbits(backfeedr.SEQ_BITS)  # random: other databases have other ids
+        lowest = backfeedr.first_seq(now) + secrets.randbits(backfeedr.SEQ_BITS)  # random: other databases differ
         return super().execute("select next_seqs(%s::bigint, %s::bigint)", (lowest, count)).fetchone()[0]
 
     def append(self, table: str, columns: Sequence[str], rows: Iterable[tuple]) -> None:
@@ -345,8 +345,6 @@ class PostgresStore(backfeedr.Store):
                 select coalesce(sum(pg_total_relation_size(oid)), 0) from pg_class
                 where relnamespace = current_schema()::regnamespace and relkind = 'r'
                 """).fetchone()[0])
-
-    _wal_size = 0
 
     def _shrink(self) -> None:
         """Makes room for new rows where the deleted ones were. A file of PostgreSQL's does not become smaller.
