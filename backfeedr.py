@@ -159,11 +159,9 @@ class Settings:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
-        """Settings from the BACKFEEDR_* variables of `environ` (default: os.environ); `overrides` come first.
-
-        An empty variable counts as unset. An unknown one is an error: a misspelt one would leave open what it was
-        meant to close.
-        """
+        """Settings from the BACKFEEDR_* variables of `environ` (default: os.environ); `overrides` come first. An empty
+        variable counts as unset. An unknown one is an error: a misspelt one would leave open what it was meant to
+        close."""
         environ = os.environ if environ is None else environ
         variables = {_PREFIX + each.name.upper(): each for each in fields(cls)}
         given = {name: text for name, text in environ.items() if text and name.startswith(_PREFIX)}
@@ -189,9 +187,8 @@ def _from_text(text: str, kind: type) -> Any:
 
 
 # == Schema ====================================================================
-# One SQLite file that its owner can open with any tool. A report is a row, under
-# the field names of the API; times are milliseconds since 1970 UTC. The tables of
-# the figures stand in the room Figures.
+# One SQLite file that its owner can open with any tool. A report is a row, under the field names of the API; times are
+# milliseconds since 1970 UTC. The tables of the figures stand in the room Figures.
 #
 # `seq` is the time of receipt in milliseconds * 2^20 + a counter. It is the id that
 # was answered, so the id costs no byte and no index of its own. It is unique across
@@ -563,9 +560,8 @@ def _validate_field(value: Any, name: str, is_valid: Rule, absent: Sequence[Any]
 
 
 # == Signature =================================================================
-# HMAC-SHA256 over a timestamp and the raw body. The key travels with the request,
-# so this hides nothing: it proves that the body was not changed, and that it was
-# signed just now.
+# HMAC-SHA256 over a timestamp and the raw body. The key travels with the request, so this hides nothing: it proves that
+# the body was not changed, and that it was signed just now.
 
 SIGNATURE_WINDOW = 300 * SECOND  # both ways
 
@@ -590,15 +586,12 @@ def verify(key: bytes, timestamp: bytes, signature: bytes, body: bytes, now: int
 
 
 # == RateLimiter ===============================================================
-# The times of each key's last requests. A counter per minute would be smaller, but
-# would allow twice the limit around the full minute. At most `limit` numbers are
-# kept for a key, and only existing keys get here.
+# The times of each key's last requests. A counter per minute would be smaller, but would allow twice the limit around
+# the full minute. At most `limit` numbers are kept for a key, and only existing keys get here.
 
 class RateLimiter:
-    """Allows `limit` requests of a key in any `window` of seconds; 0 allows all. Thread-safe.
-
-    `clock` gives seconds and never runs backwards.
-    """
+    """Allows `limit` requests of a key in any `window` of seconds; 0 allows all. Thread-safe. `clock` gives seconds and
+    never runs backwards."""
 
     waits = False  # True where `allow` asks another host; requests are then not checked one after the other
 
@@ -628,11 +621,10 @@ class RateLimiter:
 
 
 # == Figures ===================================================================
-# What the server counts. A figure is a class: its tables, how reports count in it,
-# and the questions it answers. Reports count by 1 when they are stored and by -1
-# when a device is forgotten, in the transaction that changes their rows, so a sum
-# always equals a count over the rows. When reports expire, sums stay; only what
-# describes the reports that are kept goes with them. `check` counts all again.
+# What the server counts. A figure is a class: its tables, how reports count in it, and the questions it answers.
+# Reports count by 1 when they are stored and by -1 when a device is forgotten, in the transaction that changes their
+# rows, so a sum always equals a count over the rows. When reports expire, sums stay; only what describes the reports
+# that are kept goes with them. `check` counts all again.
 
 ALL_DAYS = -1_000_000  # the `day` of a label's sum over all days
 WEEK = 7               # days of the overview, ending today
@@ -721,8 +713,7 @@ def per_day(db: sqlite3.Connection, table: str, columns: Sequence[str], app: int
     rows = {day: row for day, *row in db.execute(f"""
         select day, {", ".join(f"sum({column})" for column in columns)} from {table}
         where {APPS} and day between :first and :last
-        group by day
-        """, {"app": app, "first": days[0], "last": days[-1]})}
+        group by day""", {"app": app, "first": days[0], "last": days[-1]})}
     empty = [0] * len(columns)
     return {column: [rows.get(day, empty)[n] for day in days] for n, column in enumerate(columns)}
 
@@ -805,8 +796,7 @@ create table new_names (                   -- of an app and a UTC day
                 fresh[app_id, day, each].append((app_id, each, text))
         used = {row[:3]: row[3] for row in rows_of(self._db, """
             select new_names.* from (values *) as keys
-            cross join new_names on app_id = column1 and day = column2 and field = column3
-            """, list(fresh))}
+            cross join new_names on app_id = column1 and day = column2 and field = column3""", list(fresh))}
         room = {key: max(0, NEW_NAMES[key[2]] - used.get(key, 0)) for key in fresh}
         write_rows(self._db, """
             insert into new_names values *
@@ -847,8 +837,7 @@ class Crashes(Figure):
             where {APPS} and field = :field and day between :first and :last
             group by label
             order by sum(crashes) desc, label
-            limit :limit
-            """, {"app": app, "field": field, "first": shown[0], "last": shown[-1], "limit": limit}))
+            limit :limit""", {"app": app, "field": field, "first": shown[0], "last": shown[-1], "limit": limit}))
 
 
 class Groups(Figure):
@@ -936,8 +925,7 @@ create table groups (
                 where {APPS} and group_hash = top.group_hash
                 order by last_seen desc, app_id
                 limit 1)
-            order by count desc, top.group_hash
-            """, {"app": app, "first": days[0], "last": days[-1]})
+            order by count desc, top.group_hash""", {"app": app, "first": days[0], "last": days[-1]})
 
 
 class Releases(Figure):
@@ -1127,16 +1115,14 @@ create table medians (                     -- of the durations of a day that is 
     def _stored(self, keys: Iterable[tuple]) -> dict[tuple, Session]:
         return {row[:3]: Session(*row[3:]) for row in rows_of(self._db, """
             select sessions.* from (values *) as keys
-            cross join sessions on app_id = column1 and session_id = column2 and device = column3
-            """, list(keys))}
+            cross join sessions on app_id = column1 and session_id = column2 and device = column3""", list(keys))}
 
     def _save_medians(self, days: Sequence[tuple]) -> None:
         self._db.executemany(f"""
             insert into medians select app_id, day, ({self.MEDIAN}) from session_days
             where app_id = ? and day = ? and exists (
                 select 1 from durations where app_id = session_days.app_id and day = session_days.day)
-            on conflict (app_id, day) do update set seconds = excluded.seconds
-            """, days)
+            on conflict (app_id, day) do update set seconds = excluded.seconds""", days)
 
     def close_days(self) -> None:
         """Stores the medians of days that are over. Those of today and yesterday change with nearly every session,
@@ -1146,8 +1132,7 @@ create table medians (                     -- of the durations of a day that is 
             where app_id in (select id from apps) and day between ? and ? and ended > 0
                 and exists (select 1 from durations where app_id = session_days.app_id and day = session_days.day)
                 and not exists (select 1 from medians where app_id = session_days.app_id and day = session_days.day)
-            limit ?
-            """, (self._today - DURATION_DAYS, self._today - 2, TRIMMED)).fetchall())
+            limit ?""", (self._today - DURATION_DAYS, self._today - 2, TRIMMED)).fetchall())
 
     @staticmethod
     def per_day(db: sqlite3.Connection, app: int | None, days: range) -> JsonObject:
@@ -1246,8 +1231,7 @@ create table device_versions (
         write_rows(self._db, """
             insert into devices values *
             on conflict (app_id, device) do update set first_day = excluded.first_day,
-                last_hour = excluded.last_hour, last_seq = excluded.last_seq
-            """, changed)
+                last_hour = excluded.last_hour, last_seq = excluded.last_seq""", changed)
         for (app_id, column, first, end), count in self._spans.items():  # which many devices have in common
             for day in range(first, end):
                 self.sums["active_days"].add(app_id, day, **{column: count})
@@ -1261,8 +1245,7 @@ create table device_versions (
         for app_id, device, day in rows_of(self._db, """
                 select app_id, device, day from (values *) as keys cross join device_days
                     on app_id = column1 and device = column2 and day between column3 and column4
-                order by day
-                """, [(*key, seen.first_day - 30, max(*seen.days, seen.first_day, stored[key][0]) + 30)
+                order by day""", [(*key, seen.first_day - 30, max(*seen.days, seen.first_day, stored[key][0]) + 30)
                       for key, seen in fresh.items() if key in stored]):
             near[app_id, device].append(day)
         rows = []
@@ -1697,10 +1680,8 @@ _ANOTHER = "; --db or BACKFEEDR_DB_PATH names another"
 
 
 def _prepare(path: Path, may_create: bool) -> None:
-    """Makes the file and its tables where there are none, and brings an old schema up to date.
-
-    Raises StoreError, and has changed nothing, where the file is something else.
-    """
+    """Makes the file and its tables where there are none, and brings an old schema up to date. Raises StoreError, and
+    has changed nothing, where the file is something else."""
     if not may_create and not path.exists():
         raise StoreError(f"there is no database {path}{_ANOTHER}")
     check_sqlite()
@@ -1808,8 +1789,7 @@ def _migrate_to_3(db: Connection, run: Callable[[Connection, str], None]) -> Non
             insert into {table} select app_id, {columns} from {source}
             where app_id > 0 and {" + ".join(columns.split(", ")[len(key) - 1:])} > 0
             on conflict ({", ".join(key)}) do update set
-                {change or f"first_seen = min({table}.first_seen, excluded.first_seen)"}
-            """)
+                {change or f"first_seen = min({table}.first_seen, excluded.first_seen)"}""")
     run(db, "".join(f"drop table old_{table};\n" for table in old)
         + "drop table group_hours;\ndelete from state where name = 'recent_since';\n")
 
@@ -1947,16 +1927,14 @@ class Apps(Database):
             return [App(name, bool(is_test), *rest) for name, is_test, *rest in db.execute("""
                 select name, is_test, created_at,
                     (select count(*) from keys where app_id = apps.id and revoked_at is null)
-                from apps order by name
-                """)]
+                from apps order by name""")]
 
     def keys(self) -> list[Key]:
         """All keys, the oldest first."""
         with self.reading() as db:
             return [Key(*row, bytes(key_hash).hex()) for key_hash, *row in db.execute("""
                 select key_hash, prefix, name, keys.created_at, revoked_at from keys join apps on apps.id = app_id
-                order by keys.created_at, prefix
-                """)]
+                order by keys.created_at, prefix""")]
 
     def revoke_key(self, key: str) -> Key:
         """Ends the one active key that begins with this, or is it, or has this hash. Raises StoreError."""
@@ -2103,8 +2081,7 @@ class Commit:
         self._db.lock_apps([each.key_hash for each in submissions])
         apps = dict(rows_of(self._db, """
             select key_hash, app_id from (values *) as given cross join keys on key_hash = column1
-            where revoked_at is null
-            """, list({(each.key_hash,) for each in submissions})))
+            where revoked_at is null""", list({(each.key_hash,) for each in submissions})))
         known = self._earlier({(apps[each.key_hash], mark) for each in submissions if each.key_hash in apps
                                for mark in each.idempotency.marks})
         for each in submissions:
@@ -2123,8 +2100,7 @@ class Commit:
         found = {}
         for app_id, mark, request, first, count in rows_of(self._db, """
                 select app_id, mark, request, first_seq, reports from (values *) as given
-                cross join replays on app_id = column1 and mark = column2
-                """, list(marks)):
+                cross join replays on app_id = column1 and mark = column2""", list(marks)):
             found[app_id, bytes(mark)] = earlier = Submission(idempotency=Idempotency((), bytes(request)))
             earlier.receipt = Receipt(range(first, first + count), False)
         return found
@@ -2206,10 +2182,8 @@ class Store(Apps):
         return super().start(api_key, auth_token)
 
     def vitals(self) -> list[tuple[str, str, str, Iterable[tuple[str, float]]]]:
-        """Figures for monitoring: name, kind, meaning, and samples as Prometheus writes them.
-
-        They are of this process, but for the sizes and the rows. No table of reports is read.
-        """
+        """Figures for monitoring: name, kind, meaning, and samples as Prometheus writes them. They are of this process,
+        but for the sizes and the rows. No table of reports is read."""
         here = self._here
         with self.reading() as db:
             self._check_file()
@@ -2232,13 +2206,10 @@ class Store(Apps):
     # Reports that come
 
     def add(self, key_hash: bytes, reports: Reports, idempotency: Idempotency = Idempotency()) -> Receipt:
-        """Stores reports of one kind, all or none, and returns when they are durable.
-
-        They go to the app of the key with that SHA-256. A repeated request, as told by
-        `idempotency`, stores nothing and has the first one's receipt. Raises Refusal where an
-        Idempotency-Key comes with another request, or the key is not active at the time
-        of the commit; StorageUnavailable also where too many wait already.
-        """
+        """Stores reports of one kind, all or none, and returns when they are durable. They go to the app of the key
+        with that SHA-256. A repeated request, as told by `idempotency`, stores nothing and has the first one's receipt.
+        Raises Refusal where an Idempotency-Key comes with another request, or the key is not active at the time of the
+        commit; StorageUnavailable also where too many wait already."""
         if not reports:
             raise ValueError("no reports")
         submission = Submission(key_hash, reports, idempotency)
@@ -2305,11 +2276,9 @@ class Store(Apps):
         self._expire_if_due()
 
     def export(self, kind: type, app: str | None = None, since: int = 0) -> Iterator[StoredReport]:
-        """The reports of a kind, Crash or Event, that are here now, in the order of their seqs: of all apps or
-        of one, received at `since` or later. Raises StoreError where there is no such app.
-
-        In pages: a single long read would hold up the WAL.
-        """
+        """The reports of a kind, Crash or Event, that are here now, in the order of their seqs: of all apps or of one,
+        received at `since` or later. Raises StoreError where there is no such app. In pages: a single long read would
+        hold up the WAL."""
         with self.reading() as db:
             if app is not None:
                 self._app(db, app)
@@ -2327,8 +2296,7 @@ class Store(Apps):
                 from {TABLES[kind]} as reports cross join apps on apps.id = app_id
                 where seq > ? and seq <= ?
                 order by seq
-                limit ?
-                """, (after, last, PAGE_ROWS))) as rows:
+                limit ?""", (after, last, PAGE_ROWS))) as rows:
             for seq, name, is_test, received_at, *values in rows:
                 page.append(StoredReport(seq, name, bool(is_test), received_at, kind._make(values)))
                 size += sum(len(value) for value in values if type(value) is str)
@@ -2337,12 +2305,10 @@ class Store(Apps):
         return page
 
     def import_(self, reports: Sequence[StoredReport]) -> Counter:
-        """Stores reports that another store has exported, all or none, and makes their apps, without keys.
-
-        Returns how many were `stored`; how many were `known`, because their seq is here already, whatever is
-        in them; and how many had `expired`: their time is over, or reports as old have gone from here, maybe
-        these, which would be counted twice. Raises StoreError where an app is live here and a test there.
-        """
+        """Stores reports that another store has exported, all or none, and makes their apps, without keys. Returns how
+        many were `stored`; how many were `known`, because their seq is here already, whatever is in them; and how many
+        had `expired`: their time is over, or reports as old have gone from here, maybe these, which would be counted
+        twice. Raises StoreError where an app is live here and a test there."""
         counts: Counter = Counter()
         with self.writing_step() as db:
             commit = Commit(db, self.now)
@@ -2378,10 +2344,8 @@ class Store(Apps):
         return first_seq(self.now - self.retention_days * DAY) if self.retention_days else 0
 
     def _expire_if_due(self) -> None:
-        """Runs one step after a commit, at most once a second, or after every commit while rows are left to delete.
-
-        It looks before it locks: the lock is on all apps, and whoever waits for it holds up its own answer.
-        """
+        """Runs one step after a commit, at most once a second, or after every commit while rows are left to delete. It
+        looks before it locks: the lock is on all apps, and whoever waits for it holds up its own answer."""
         now = self.now
         if self._expire_at - SECOND <= now < self._expire_at:  # the lower bound: the clock may have been set back
             return
@@ -2403,10 +2367,8 @@ class Store(Apps):
         self._expire_at = now if deleted else now + SECOND
 
     def _expire(self, db: Connection) -> Counter:
-        """A step of deleting what is older than the retention; how many rows of each table.
-
-        It ends after EXPIRE_SECONDS, because it keeps others from writing.
-        """
+        """A step of deleting what is older than the retention; how many rows of each table. It ends after
+        EXPIRE_SECONDS, because it keeps others from writing."""
         deleted, deadline = Counter(), time.monotonic() + EXPIRE_SECONDS
         deleted["replays"] = db.execute("""
             delete from replays where (app_id, mark) in (
@@ -2436,10 +2398,8 @@ class Store(Apps):
         return [each.seq for each in reports]
 
     def prune(self, progress: Callable[[int], Any] = lambda rows: None) -> Counter:
-        """Deletes all rows whose time is over, and gives the disk their space back; how many rows of each table.
-
-        In steps and with pauses longer than they, so that nobody else's reports wait for it.
-        """
+        """Deletes all rows whose time is over, and gives the disk their space back; how many rows of each table. In
+        steps and with pauses longer than they, so that nobody else's reports wait for it."""
         deleted: Counter = Counter()
         while True:
             with self.writing_step() as db:
@@ -2452,10 +2412,8 @@ class Store(Apps):
         return deleted
 
     def forget_device(self, device_id_hash: str) -> Counter:
-        """Deletes all that is kept of a device, in all apps; how many rows of each table.
-
-        It is taken out of every sum. When a group or a release was first seen stays as it is.
-        """
+        """Deletes all that is kept of a device, in all apps; how many rows of each table. It is taken out of every sum.
+        When a group or a release was first seen stays as it is."""
         deleted: Counter = Counter()
         after = {}
         for kind, table in TABLES.items():
@@ -2487,11 +2445,9 @@ class Store(Apps):
             yield page
 
     def delete_app(self, name: str) -> None:
-        """Deletes an app, its keys and all that it sent. Raises StoreError where there is none.
-
-        In steps, so that nobody else's reports wait for it: the keys first, the app
-        last, so that it can be repeated where it was cut off.
-        """
+        """Deletes an app, its keys and all that it sent. Raises StoreError where there is none. In steps, so that
+        nobody else's reports wait for it: the keys first, the app last, so that it can be repeated where it was cut
+        off."""
         with self.writing() as db:
             app_id = self._app(db, name)[0]
             db.execute("delete from keys where app_id = ?", (app_id,))
@@ -2505,16 +2461,14 @@ class Store(Apps):
                 with self.writing_step() as db:
                     count = db.execute(f"""
                         delete from {table} where ({columns}) in (
-                            select {columns} from {table} where app_id = ? limit ?)
-                        """, (app_id, PRUNE_STEP)).rowcount
+                            select {columns} from {table} where app_id = ? limit ?)""", (app_id, PRUNE_STEP)).rowcount
         with self.writing() as db:
             db.execute("delete from apps where id = ?", (app_id,))
 
 
 # == Metrics ===================================================================
-# The questions asked of the store. Public questions read figures only: an answer
-# costs what it shows, not what is stored. Windows are UTC days; without an
-# app, an answer is the sum over the live apps.
+# The questions asked of the store. Public questions read figures only: an answer costs what it shows, not what is
+# stored. Windows are UTC days; without an app, an answer is the sum over the live apps.
 
 ADOPTION_DAYS = 7  # of whose sessions a release has its share
 SCANNED = 20_000  # events that are looked at for a page: a page may be short, and another one follow
@@ -2523,10 +2477,8 @@ _WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 
 
 class Metrics:
-    """Answers in the shapes of the API, as of now. `app` is a name; Refusal where there is none such.
-
-    Lists come in pages of `limit`: `cursor` is the `next` of the page before, None at the end.
-    """
+    """Answers in the shapes of the API, as of now. `app` is a name; Refusal where there is none such. Lists come in
+    pages of `limit`: `cursor` is the `next` of the page before, None at the end."""
 
     def __init__(self, store: Store):
         self._store = store
@@ -2642,14 +2594,12 @@ class Metrics:
                 group by group_hash
                 having count(*) < :count or count(*) = :count and group_hash > :group
                 order by count(*) desc, group_hash
-                limit :limit
-                """, parameters)
+                limit :limit""", parameters)
             groups = [{
                 **self._group_name(db, app_id, row["group_hash"]), "count": row["count"], "devices": row["devices"],
                 "versions": sorted((version for version, in db.execute(f"""
                     select distinct app_version from ({matching} and group_hash = :group) as found
-                    where app_version is not null
-                    """, {**parameters, "group": row["group_hash"]})), key=_version_key),
+                    where app_version is not null""", {**parameters, "group": row["group_hash"]})), key=_version_key),
                 "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"])}
                 for row in rows[:limit]]
         following = "{count}-{group_hash}".format(**rows[limit - 1]) if rows[limit:] else None
@@ -2660,8 +2610,7 @@ class Metrics:
             select group_hash, exception_type, coalesce(exception_reason, '') as exception_reason from groups
             where {APPS} and group_hash = :group
             order by last_seen desc, app_id
-            limit 1
-            """, {"app": app_id, "group": group_hash})[0]
+            limit 1""", {"app": app_id, "group": group_hash})[0]
 
     def group(self, group_hash: str, app: str | None = None, limit: int = REPORTS,
               cursor: str | None = None) -> JsonObject:
@@ -2671,8 +2620,7 @@ class Metrics:
             count, devices, first_seen, last_seen = db.execute(f"""
                 select count(*), count(distinct app_id || ' ' || device_id_hash), min({COUNTED_AT}), max({COUNTED_AT})
                 from crashes
-                where {APPS} and group_hash = :group
-                """, parameters).fetchone()
+                where {APPS} and group_hash = :group""", parameters).fetchone()
             if not count:
                 raise Refusal("not found")
             spread = {name: labelled(db.execute(f"""
@@ -2680,8 +2628,7 @@ class Metrics:
                 where {APPS} and group_hash = :group and {column} is not null
                 group by {column}
                 order by count(*) desc, {column}
-                limit 20
-                """, parameters)) for name, column in (
+                limit 20""", parameters)) for name, column in (
                     ("versions", "app_version"), ("systems", "os_version"), ("device_models", "device_model"))}
             reports = _reports(db, f"""
                 select * from crashes where seq in (
@@ -2689,8 +2636,7 @@ class Metrics:
                     where {APPS} and group_hash = :group and seq < :before
                     order by seq desc
                     limit :limit)
-                order by seq desc
-                """, parameters)
+                order by seq desc""", parameters)
             return {**self._group_name(db, app_id, group_hash), "count": count, "devices": devices,
                     "first_seen": iso_time(first_seen), "last_seen": iso_time(last_seen), **spread,
                     "reports": reports[:limit], "next": reports[limit - 1]["id"] if reports[limit:] else None}
@@ -2709,19 +2655,16 @@ class Metrics:
             select {COUNTED_AT} / {DAY} as day, count(*) from crashes
             where {APPS} and group_hash = :group and received_at >= :since
                 and {COUNTED_AT} / {DAY} between :first and :last
-            group by day
-            """, parameters))
+            group by day""", parameters))
         apps = db.execute(f"""
             select name from apps where {APPS.replace("app_id", "id", 1)} and exists (
                 select 1 from crashes where app_id = apps.id and group_hash = :group)
-            order by name
-            """, parameters).fetchall()
+            order by name""", parameters).fetchall()
         latest = db.execute(f"""
             select case when length(stack_trace) < 100000 then stack_trace end from crashes
             where {APPS} and group_hash = :group
             order by received_at desc
-            limit 1
-            """, parameters).fetchone()
+            limit 1""", parameters).fetchone()
         frames = json.loads(latest[0] or "[]") if latest else []
         return {"days": [counts.get(day, 0) for day in shown], "apps": [name for name, in apps],
                 "place": next((frame.get("symbol") or "" for frame in frames if frame.get("file")), "")}
@@ -2732,8 +2675,7 @@ class Metrics:
             return not any(db.execute(f"""
                 select exists (select 1 from crash_days where {APPS}), exists (select 1 from session_days where {APPS}),
                     exists (select 1 from (select app_id from events order by seq desc limit 1000) as latest
-                        where {APPS})
-                """, {"app": app_id}).fetchone())
+                        where {APPS})""", {"app": app_id}).fetchone())
 
     def crash(self, id: str, app: str | None = None) -> JsonObject:
         """One crash, as it was sent. Refusal where it is not kept."""
@@ -2754,8 +2696,7 @@ class Metrics:
             if session_id is not None:  # its events are between its first and its last
                 first, last = db.execute(f"""
                     select coalesce(min(first_seq), 0), coalesce(max(last_seq), -1) from sessions
-                    where {APPS} and session_id = :session
-                    """, parameters).fetchone()
+                    where {APPS} and session_id = :session""", parameters).fetchone()
             if oldest_first:
                 first = max(first, _seq_of(cursor, -1) + 1)
             else:
@@ -2767,8 +2708,7 @@ class Metrics:
                 where {APPS} and (:type is null or type = :type) and (:name is null or name = :name)
                     and (:session is null or session_id = :session)
                 order by seq {order}
-                limit :limit
-                """, parameters)
+                limit :limit""", parameters)
             row = db.execute(f"select seq from (select seq {scan}) as scanned order by seq {order}"
                              " limit 1 offset :scanned - 1", parameters).fetchone()
         following = found[limit - 1]["id"] if found[limit:] else event_ids(row)[0] if row else None
@@ -2781,8 +2721,7 @@ class Metrics:
             found = {
                 "apps": dict_rows(db, """
                     select app_id, name as app, first_day, last_hour from devices join apps on apps.id = app_id
-                    where device = ? order by name
-                    """, (device,)),
+                    where device = ? order by name""", (device,)),
                 **{table: _reports(db, f"select * from {table} where device_id_hash = :device order by seq",
                                    {"device": device_id_hash}) for table in TABLES.values()}}
             for app in found["apps"]:
@@ -3384,9 +3323,8 @@ def _options(choices: Iterable[Any], chosen: Any = None) -> str:
 
 
 # == Templates =================================================================
-# The HTML and CSS of the pages. Templates know only `for` and `if`; `{{ }}` escapes,
-# `{{! }}` takes HTML that was made above. What several templates share is a constant
-# or a function with their source, such as _list() and _form().
+# The HTML and CSS of the pages. Templates know only `for` and `if`; `{{ }}` escapes, `{{! }}` takes HTML that was made
+# above. What several templates share is a constant or a function with their source, such as _list() and _form().
 
 _PAGES = (("/", "Overview"), ("/crashes", "Crashes"), ("/events", "Events"), ("/releases", "Releases"),
           ("/apps", "Apps"))
@@ -4026,16 +3964,14 @@ SWITCH_SECONDS = 0.002  # how long a thread may keep the interpreter while other
 REQUEST_SECONDS = 60  # for a request to arrive, and between two requests of a connection
 SLOWEST = 2000  # bytes a second, of a phone on a bad day: each byte gives its request as much more time
 BATCH_THREADS = 4  # one commits while the next one decodes; with two, 16 clients get 14 % less done
-BATCHED_REQUESTS = 25  # if each is 100 events, the threads have as many rows as the store lets wait
-BATCHED_BYTES = 1_000_000  # of a batch; decoded they take several times as much memory
+BATCHED_REQUESTS = 25  # in a batch; of 100 events each, the batches have as many rows as the store lets wait
+BATCHED_BYTES = 1_000_000  # in a batch; decoded they take several times as much memory
 
 
 def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> None:
-    """Serves until SIGTERM or SIGINT. Raises OSError where it cannot listen, and ImportError without waitress,
-    before it touches the database: a first start's secrets are shown only once.
-
-    `make` makes the server from settings with its real port, and tells `announce` what is to be printed.
-    """
+    """Serves until SIGTERM or SIGINT. Raises OSError where it cannot listen, and ImportError without waitress, before
+    it touches the database: a first start's secrets are shown only once. `make` makes the server from settings with its
+    real port, and tells `announce` what is to be printed."""
     if waitress is None:
         raise ImportError(_MISSING.format("waitress"))
     listener = _listen(settings.host, settings.port)
@@ -4230,9 +4166,8 @@ class _Dispatcher(ThreadedTaskDispatcher):
                     yield environ
                 is_packed = "CONTENT_ENCODING" in request.headers  # and may become as large as any
                 size += self.app.settings.max_body_size if is_packed else request.body_bytes_received
-                if len(batch) == BATCHED_REQUESTS or size > BATCHED_BYTES:
-                    break
-                channel = self.coming.get_nowait()
+                has_room = len(batch) < BATCHED_REQUESTS and size < BATCHED_BYTES
+                channel = self.coming.get_nowait() if has_room else None
 
     def shutdown(self, *arguments: Any, **options: Any) -> bool:
         self.is_stopped = True
@@ -4269,15 +4204,13 @@ def _request_line(request: Any) -> str:
 def _connection_limit(threads: int) -> int:
     """As many connections as there are files for: two each, as a large body takes one, beside the database's."""
     files = 1024
-    try:
+    with suppress(ImportError, ValueError, OSError):
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         endless = resource.RLIM_INFINITY
         files = 4096 if hard == endless else min(4096, hard)
         if soft != endless and soft < files:
             resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
-    except (ImportError, ValueError, OSError):
-        pass
     return max(50, min(1000, (files - 3 * threads - 50) // 2))
 
 
@@ -4314,10 +4247,8 @@ Progress = Callable[..., Any]
 
 
 def backup(store: Store, path: Path, progress: Progress) -> None:
-    """Copies the database as it is now to a new file that only its owner can read. Raises StoreError.
-
-    The copy gets its name only when it is complete.
-    """
+    """Copies the database as it is now to a new file that only its owner can read. Raises StoreError. The copy gets its
+    name only when it is complete."""
     if path.exists():
         raise StoreError(f"there is a file {path} already")
     try:
@@ -4342,18 +4273,16 @@ def _copy_database(store: Store, path: str, progress: Progress) -> None:
         db.execute("commit")
 
 
-def export_jsonl(reports: Iterable[StoredReport], out: TextIO) -> None:
-    """Writes one JSON object per line: the report as it was sent, with its id, app and time of receipt."""
-    for stored in reports:
-        out.write(_encode(_exported(stored)) + "\n")
+def write_jsonl(out: TextIO, stored: StoredReport) -> None:
+    """Writes a report as a line of JSON: as it was sent, with its id, app and time of receipt."""
+    out.write(_encode(_exported(stored)) + "\n")
 
 
-def export_csv(reports: Iterable[StoredReport], out: TextIO, kind: type) -> None:
-    """Writes the same as a table with a header. A spreadsheet reads no cell of it as a formula."""
+def csv_writer(out: TextIO, kind: type) -> Callable[[StoredReport], Any]:
+    """Writes reports as a table with a header. A spreadsheet reads no cell of it as a formula."""
     table = csv.DictWriter(out, ["id", "app", "is_test", "received_at", *kind._fields])
     table.writeheader()
-    for stored in reports:
-        table.writerow({name: _csv_cell(value) for name, value in _exported(stored).items()})
+    return lambda stored: table.writerow({name: _csv_cell(value) for name, value in _exported(stored).items()})
 
 
 def _exported(stored: StoredReport) -> JsonObject:
@@ -4373,7 +4302,7 @@ _EXPORTED_FIELDS = {"app": _is_short_text, "id": _is_short_text, "is_test": _CRA
 
 
 def _parse_exported(line: bytes) -> StoredReport:
-    """A report from a line of `export_jsonl`, checked like one from a client. Raises Refusal."""
+    """A report from a line of `write_jsonl`, checked like one from a client. Raises Refusal."""
     given = {"extra": {}, **decode_json(line)}
     given.pop("group_hash", None)  # computed again
     app, report_id, is_test, received_at, extra = (
@@ -4387,10 +4316,8 @@ def _parse_exported(line: bytes) -> StoredReport:
 
 
 def import_jsonl(store: Store, lines: Iterable[bytes], progress: Progress) -> Counter:
-    """Stores what `export_jsonl` wrote and returns the summed counts of `Store.import_`.
-
-    Raises StoreError with the number of the first bad line; the good lines before it are stored then.
-    """
+    """Stores what `write_jsonl` wrote and returns the summed counts of `Store.import_`. Raises StoreError with the
+    number of the first bad line; the good lines before it are stored then."""
     counts: Counter = Counter()
     try:
         for batch in _import_batches(lines):
@@ -4424,11 +4351,8 @@ def _read_only_mode(path: Path) -> str:
     return "ro" if Path(f"{path}-wal").exists() else "ro&immutable=1"
 
 
-class ReadOnlyConnection(Connection):
-    """A connection that changes neither the database nor the files beside it."""
-
-    def __init__(self, path: Path):
-        super().__init__(path, True, _read_only_mode(path))
+def _open_read_only(path: Path) -> Connection:
+    return Connection(path, True, _read_only_mode(path))
 
 
 def check(path: Path) -> Iterator[tuple[str, Callable[[], str]]]:
@@ -4457,7 +4381,7 @@ def _check_access(path: Path) -> str:
 
 
 def _check_schema(path: Path) -> str:
-    with closing(ReadOnlyConnection(path)) as db, closing(sqlite3.connect(":memory:")) as fresh:
+    with closing(_open_read_only(path)) as db, closing(sqlite3.connect(":memory:")) as fresh:
         check_is_ours(db, path)
         version = db.pragma("user_version")
         if not version:
@@ -4465,8 +4389,7 @@ def _check_schema(path: Path) -> str:
         if version < SCHEMA_VERSION:
             return f"version {version}, which the next start upgrades to version {SCHEMA_VERSION}"
         fresh.executescript(SCHEMA)
-        missing = _schema_parts(fresh) - _schema_parts(db)
-        if missing:
+        if missing := _schema_parts(fresh) - _schema_parts(db):
             raise StoreError(f"there is no {', '.join(sorted(missing))}")
         return f"version {version}"
 
@@ -4480,12 +4403,11 @@ def _schema_parts(db: sqlite3.Connection) -> set[str]:
         union
         select master.type, master.name, columns.name
         from sqlite_master as master cross join pragma_index_info(master.name) as columns
-        where master.type = 'index'
-        """) if not name.startswith("sqlite_")}
+        where master.type = 'index'""") if not name.startswith("sqlite_")}
 
 
 def _check_pages(path: Path) -> str:
-    with closing(ReadOnlyConnection(path)) as db:
+    with closing(_open_read_only(path)) as db:
         found = db.pragma("quick_check(1)")
         if found != "ok":
             raise StoreError(" ".join(found.splitlines()[-1:]))
@@ -4493,10 +4415,8 @@ def _check_pages(path: Path) -> str:
 
 
 def _check_roll_ups(path: Path) -> str:
-    """Counts all reports again, by the same code into tables of its own, and compares.
-
-    Sums outlive their reports. So where some have expired, a sum may be larger than what is counted again.
-    """
+    """Counts all reports again, by the same code into tables of its own, and compares. Sums outlive their reports. So
+    where some have expired, a sum may be larger than what is counted again."""
     with closing(sqlite3.connect("", isolation_level=None, uri=True)) as db:  # "": a temporary file
         db.execute("attach database ? as stored", (f"{path.as_uri()}?mode={_read_only_mode(path)}",))
         run_script(db, FIGURE_TABLES)
@@ -4548,8 +4468,7 @@ def _unequal_tables(db: sqlite3.Connection, figure: Figure, expired: int) -> Ite
                 select 1 from main.{table} as ours where {settled if "device" in table else ""} not exists (
                     select 1 from stored.{table} as theirs
                     where {same} and theirs.{first} <= ours.{first} and theirs.{last} >= ours.{last})
-                limit 1
-                """, {"settled": expired and expired + first_seq(HOUR)}).fetchone():
+                limit 1""", {"settled": expired and expired + first_seq(HOUR)}).fetchone():
             yield table
 
 
@@ -4568,9 +4487,12 @@ def main(argv: Sequence[str] | None = None, make: Callable[..., Backfeedr] = Bac
         arguments = _parser().parse_args(argv)
         overrides = {each.name: getattr(arguments, each.name) for each in fields(Settings)
                      if hasattr(arguments, each.name)}
-        if arguments.run in (_serve, _check):
-            return arguments.run(overrides, make)
+        if arguments.run is _check:
+            return _check(overrides)
         settings = Settings.from_env(**overrides)
+        if arguments.run is serve:
+            serve(settings, make)
+            return 0
         retention_days = settings.retention_days if os.environ.get("BACKFEEDR_RETENTION_DAYS") else None
         with open_store(settings.db_path, retention_days=retention_days,
                         may_create=arguments.run in (_app_create, _import)) as store:
@@ -4591,28 +4513,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="backfeedr", description=(
         "Crash reports and usage figures for iOS apps, on your own host. Without a command, it serves."))
     parser.add_argument("--version", action="version", version=f"backfeedr {__version__}")
-    _add_arguments(parser, _serve, _SERVER)
     groups = {"": parser.add_subparsers(title="commands", metavar="COMMAND")}
-    for name, run, text, arguments in _COMMANDS:
+    for name, run, text, arguments in (("", serve, "", _SERVER), *_COMMANDS):
         noun, _, verb = name.rpartition(" ")
         if noun not in groups:
             verbs = [each.split()[1] for each, *_ in _COMMANDS if each.startswith(noun + " ")]
             group = groups[""].add_parser(noun, help=", ".join(verbs))
             groups[noun] = group.add_subparsers(metavar="ACTION", required=True)
-        _add_arguments(groups[noun].add_parser(verb, help=text, description=text), run, arguments)
+        command = groups[noun].add_parser(verb, help=text, description=text) if name else parser
+        command.set_defaults(run=run)
+        for argument, options in {**_DB, **arguments}.items():
+            # Without a default, one that is not given stays unset, so that the environment decides.
+            command.add_argument(argument, **{"default": argparse.SUPPRESS, **options})
     return parser
-
-
-def _add_arguments(parser: argparse.ArgumentParser, run: Callable[..., Any], arguments: _Arguments) -> None:
-    """What has no default stays unset, so that a setting comes from the environment."""
-    parser.set_defaults(run=run)
-    for name, options in {**_DB, **arguments}.items():
-        parser.add_argument(name, **{"default": argparse.SUPPRESS, **options})
-
-
-def _serve(overrides: dict[str, Any], make: Callable[..., Backfeedr]) -> int:
-    serve(Settings.from_env(**overrides), make=make)
-    return 0
 
 
 def _app_create(store: Store, arguments: argparse.Namespace) -> None:
@@ -4681,8 +4594,8 @@ def _prune(store: Store, arguments: argparse.Namespace) -> None:
                   f" of {_megabytes(size)}.")
 
 
-def _report_counts(rows: Mapping[str, int]) -> str:
-    crashes, events = rows.get("crashes", 0), rows.get("events", 0)
+def _report_counts(rows: Counter) -> str:
+    crashes, events = rows["crashes"], rows["events"]
     return f"{crashes:,} crash{'es' * (crashes != 1)} and {events:,} event{'s' * (events != 1)}"
 
 
@@ -4696,19 +4609,13 @@ def _export(store: Store, arguments: argparse.Namespace) -> None:
     kind, out = _KINDS[arguments.KIND], sys.stdout
     out.reconfigure(encoding="utf-8", newline="")  # type: ignore[union-attr]
     with _progress("exporting: {:,} " + arguments.KIND, out.isatty()) as progress:
-        reports = _with_progress(store.export(kind, arguments.app, arguments.since), progress)
-        if arguments.format == "csv":
-            export_csv(reports, out, kind)
-        else:
-            export_jsonl(reports, out)
+        reports = store.export(kind, arguments.app, arguments.since)
+        write = csv_writer(out, kind) if arguments.format == "csv" else partial(write_jsonl, out)
+        for number, stored in enumerate(reports, 1):
+            write(stored)
+            if number % PAGE_ROWS == 0:
+                progress(number)
         out.flush()
-
-
-def _with_progress(reports: Iterable[StoredReport], progress: Progress) -> Iterator[StoredReport]:
-    for number, stored in enumerate(reports, 1):
-        yield stored
-        if number % PAGE_ROWS == 0:
-            progress(number)
 
 
 def _import(store: Store, arguments: argparse.Namespace) -> None:
@@ -4718,7 +4625,7 @@ def _import(store: Store, arguments: argparse.Namespace) -> None:
                   f" {counts['expired']:,} are older than the retention.")
 
 
-def _check(overrides: dict[str, Any], make: Callable[..., Backfeedr]) -> int:
+def _check(overrides: dict[str, Any]) -> int:
     path = overrides.get("db_path") or os.environ.get("BACKFEEDR_DB_PATH") or Settings.db_path
     status = 0
     for name, look in chain([("settings", lambda: f"{len(fields(Settings.from_env(**overrides)))}, all good")],
@@ -4792,7 +4699,7 @@ _SERVER = {
     "--port": dict(type=int, help="the port (default: 8080); 0 takes a free one"),
     "--verbose": dict(action="store_true", help="log a line for each request, on standard error")}
 _COMMANDS = (  # name, function, help, arguments beside --db
-    ("serve", _serve, "start the server", _SERVER),
+    ("serve", serve, "start the server", _SERVER),
     ("app create", _app_create, "make an app and print its first key", {
         **_APP_NAME, "--test": dict(action="store_true", default=False, help="a test app: it is in no public figure")}),
     ("app list", _app_list, "list the apps", {}),
