@@ -2121,8 +2121,8 @@ def crash_at(time, kind="A", **more):
     return {"exception_type": kind, "occurred_at": time, **more}
 
 
-def start_at(time, **more):
-    return {"type": "session_start", "occurred_at": time, **more}
+def start_at(time, session_id="", **more):
+    return {"type": "session_start", "occurred_at": time, "session_id": session_id, **more}
 
 
 def series(labels, *data):
@@ -2141,23 +2141,20 @@ SMALL_WORLD = {  # Now is Thursday 2026-03-12, 14:30. A session counts at its fi
         crash_at("2026-03-11T23:59:59.999Z", device_model="iPhone15,2", device_id_hash="d2"),
         crash_at("2026-03-06T00:00:00Z", "B", device_model="", device_id_hash=""),  # first of 7 days
         crash_at("2026-03-05T23:59:59.999Z", "C"),  # the day before, but within 7 x 24 h
-        crash_at("2026-03-05T14:00:00Z", "C"), crash_at("2026-03-05T13:59:59.999Z", "D"),
-        crash_at("2026-03-12T14:35:00Z", "E", exception_reason="at once"),  # 5 minutes fast: believed
-        crash_at("2026-03-12T14:35:00Z", "E", exception_reason="latest"),
+        crash_at("2026-03-12T14:35:00Z", "E", exception_reason="latest"),  # 5 minutes fast: believed
         crash_at("2026-03-12T15:00:00Z", "E", device_id_hash="fast", exception_reason="30 minutes fast: at 14:30"),
         crash_at("2025-01-01T00:00:00Z", "D", device_id_hash="late", device_model="iPhone15,2"),
-        start_at("2026-03-12T10:00:00Z", session_id="s1"), start_at("2026-03-12T11:00:00Z", session_id="s1"),
-        start_at("2026-03-12T10:00:00Z", session_id="s2"), start_at("2026-03-05T23:59:59.999Z", session_id="s2"),
-        start_at("2026-03-05T23:59:59.999Z", session_id="s3"), start_at("2026-03-12T10:00:00Z", session_id="s3"),
-        start_at("2026-03-06T00:00:00Z", session_id="s4"), start_at(NOW, session_id="s5", type="session_end"),
-        start_at("2026-03-10T00:00:00Z"), start_at("2026-03-10T00:00:00Z", session_id=""),
-        *[start_at("2026-03-08T12:00:00Z")] * 11, {"type": "custom", "occurred_at": NOW, "device_id_hash": ""},
+        *[start_at(time, id) for id, times in [
+            ("s1", ["2026-03-12T10:00:00Z", "2026-03-12T11:00:00Z"]), ("s3", ["2026-03-06T00:00:00Z"]),
+            ("s2", ["2026-03-12T10:00:00Z", "2026-03-05T23:59:59.999Z"]), ("", ["2026-03-08T12:00:00Z"] * 7)]
+          for time in times],
+        start_at(NOW, "s4", type="session_end"), {"type": "custom", "occurred_at": NOW, "device_id_hash": ""},
         {"type": "error", "occurred_at": "2026-03-11T14:00:00Z", "device_id_hash": "d3"},
         {"type": "error", "occurred_at": "2026-03-11T13:59:59.999Z", "device_id_hash": "d4"}],  # too old
     "Shop": [crash_at("2026-03-09T12:00:00Z", device_model="iPhone16,1", device_id_hash="d1"),
-             start_at("2026-03-12T10:00:00Z", session_id="s1", device_id_hash="d1")],
+             start_at("2026-03-12T10:00:00Z", "s1", device_id_hash="d1")],
     "Beta": [crash_at("2026-03-10T12:00:00Z", "Z", device_model="iPad", device_id_hash="d9"),
-             start_at("2026-03-12T10:00:00Z", session_id="s1", device_id_hash="d9")]}
+             start_at("2026-03-12T10:00:00Z", "s1", device_id_hash="d9")]}
 
 
 def test_figures_of_an_app_and_of_all_live_apps_are_those_worked_out_by_hand(api, clock):
@@ -2165,30 +2162,26 @@ def test_figures_of_an_app_and_of_all_live_apps_are_those_worked_out_by_hand(api
         key = KEY if app == "default" else api.server.store.create_app(app, is_test=app == "Beta")
         for each in reports:
             assert api.post(CRASHES if "exception_type" in each else EVENTS, each, key=key)[0] == 201
-    ties = sorted([("A", 3), ("E", 3, "latest")], key=lambda top: group_hash(top[0], []))
-    expected = {
-        "metrics/daily-crashes": series(WEEKDAYS, 1, 0, 1, 4, 1, 0, 0),
-        "metrics/daily-crashes?app=default": series(WEEKDAYS, 0, 0, 1, 4, 1, 0, 0),
+    days = " ".join(f"2026-03-{day:02}" for day in range(5, 13))
+    assert_answers(api, {
+        "metrics/daily-crashes": series(WEEKDAYS, 1, 0, 1, 3, 1, 0, 0),
         "metrics/daily-crashes?app=Beta": series(WEEKDAYS, 0, 1, 0, 0, 0, 0, 0),
-        "metrics/daily-crashes?days=1": series("2026-03-12", 4),
-        "metrics/daily-crashes?days=8": series(
-            " ".join(f"2026-03-{day:02}" for day in range(5, 13)), 3, 1, 0, 0, 1, 0, 1, 4),
-        "metrics/crash-types": series("A E C D B", 3, 3, 2, 2, 1), "metrics/crash-types?days=1": series("E A", 3, 1),
-        "metrics/crash-types?app=Shop": series("A", 1), "metrics/crash-types?app=Beta": series("Z", 1),
-        "metrics/devices": series("iPhone15,2 iPhone16,1", 2, 2), "metrics/devices?app=Beta": series("iPad", 1),
-        "metrics/devices?days=2": series("iPhone15,2 iPhone16,1", 1, 1),
-        "overview": overview(56.25, 5, 16, 7, *ties, ("B", 1)),  # d1, d2, d3, fast; Shop's d1
-        "overview?app=default": overview(60.0, 4, 15, 6, ("E", 3, "latest"), ("A", 2), ("B", 1)),
-        "overview?app=Shop": overview(0.0, 1, 1, 1, ("A", 1)), "overview?app=Beta": overview(0.0, 1, 1, 1, ("Z", 1))}
-    assert {path: api.get("/api/v1/" + path)[1] for path in expected} == expected
-    year = api.get("/api/v1/metrics/daily-crashes?days=365")[1]
-    assert (len(year["labels"]), year["labels"][0], sum(year["data"])) == (365, "2025-03-13", 10)
+        "metrics/daily-crashes?days=8": series(days, 1, 1, 0, 0, 1, 0, 1, 3),
+        "metrics/crash-types": series("A E B C D", 3, 2, 1, 1, 1), "metrics/crash-types?days=1": series("E A", 2, 1),
+        "metrics/crash-types?app=Beta": series("Z", 1), "metrics/devices?app=Beta": series("iPad", 1),
+        "metrics/devices": series("iPhone15,2 iPhone16,1", 2, 2),
+        "overview": overview(40.0, 5, 10, 6, ("A", 3), ("E", 2, "latest"), ("B", 1)),  # d1, d2, d3, fast; Shop's d1
+        "overview?app=Shop": overview(0.0, 1, 1, 1, ("A", 1)), "overview?app=Beta": overview(0.0, 1, 1, 1, ("Z", 1))})
     clock.move(6 * 24 * 3600)  # Wednesday 18 March, 14:30
-    assert api.get("/api/v1/metrics/daily-crashes")[1] == series(WEEKDAYS, 0, 0, 0, 4, 0, 0, 0)
-    assert api.get("/api/v1/overview")[1] == overview(0.0, 0, 2, 4, ("E", 3, "latest"), ("A", 1))
+    assert_answers(api, {"metrics/daily-crashes": series(WEEKDAYS, 0, 0, 0, 3, 0, 0, 0),
+                         "overview": overview(0.0, 0, 2, 3, ("E", 2, "latest"), ("A", 1))})
     clock.move(2 * 24 * 3600)
-    assert api.get("/api/v1/overview")[1] == overview(100.0, 0, 0, 0)
-    assert api.get("/api/v1/metrics/crash-types")[1] == expected["metrics/crash-types"]
+    assert_answers(api, {"overview": overview(100.0, 0, 0, 0),
+                         "metrics/crash-types": series("A E B C D", 3, 2, 1, 1, 1)})
+
+
+def assert_answers(api, expected):
+    assert {path: api.get("/api/v1/" + path)[1] for path in expected} == expected
 
 
 @pytest.mark.parametrize("character, length, least", [
@@ -2216,44 +2209,20 @@ def test_crash_free_rate_is_within_0_and_100_with_two_decimals():
     assert {each: backfeedr.crash_free_rate(*each) for each in rates} == rates
 
 
-@pytest.mark.parametrize("occurred_at, counts", [
-    ("2026-03-12T23:59:59.999Z", [0, 1, 0]), ("2026-03-13T00:00:00Z", [0, 0, 1]), ("2026-03-13T00:03:00Z", [0, 0, 1]),
-    ("2026-03-13T00:03:00.001Z", [0, 1, 0]), ("2006-12-31T23:59:59.9Z", [0, 1, 0]), ("2007-01-01T00:00:00Z", [0] * 3)])
-def test_a_clock_is_believed_since_2007_and_up_to_five_minutes_ahead(api, clock, occurred_at, counts):
-    clock.seconds = parse_time("2026-03-12T23:58:00Z") / 1000
-    api.post(CRASHES, crash_at(occurred_at))
-    clock.move(24 * 3600)
-    assert api.get("/api/v1/metrics/daily-crashes?days=3")[1] == series("2026-03-11 2026-03-12 2026-03-13", *counts)
-    assert report(api.server)["occurred_at"] == parse_time(occurred_at)
-
-
 def test_an_app_name_beyond_ascii_is_found_however_it_is_encoded(api):
     api.server.store.create_app("Caf\u00e9")
     for query in ("app=Caf%C3%A9", "app=Caf\u00c3\u00a9"):
         assert api.web.get("/api/v1/overview", extra_environ={"QUERY_STRING": query}).status_int == 200
 
 
-@pytest.mark.parametrize("paths, name, values", [
-    (METRICS + LISTS[:1], "days", ["0", "366", "-1", "", "x", "1.5", "%D9%A1", "7%0A", "1&days=0", "00001"]),
-    (METRICS + LISTS, "app", ["nope", "%00", "%FF", "default%20", "x" * 5000, "' or 1=1 --"]),
-    (LISTS, "limit", ["0", "101", "x"]), (LISTS, "cursor", ["x"])])
-def test_questions_that_make_no_sense_are_refused(api, paths, name, values):
-    api.post(CRASHES, crash_at(NOW))
-    queries = [f"{path}?{name}={value}" for path in paths for value in values]
-    assert {query: api.get(query, **ADMIN) for query in queries} == dict.fromkeys(
-        queries, (404, {"error": "not found"}) if name == "app" else (400, {"error": f"invalid {name}"}))
-    assert api.get("/api/v1/crashes/0123456789abcdef", **ADMIN) == (404, {"error": "not found"})
-
-
 @pytest.mark.parametrize("public", [True, False])
-def test_lists_need_the_admin_token_and_metrics_where_they_are_not_public(serve, public):
+def test_metrics_need_the_admin_token_where_they_are_not_public(serve, public):
     api = Api(serve(public_metrics=public))
-    for path in LISTS + ([] if public else METRICS):
-        for header, word in ((None, "missing"), ("Basic " + TOKEN, "missing"), ("Bearer " + KEY, "invalid")):
-            answer = api.get(path, **({"Authorization": header} if header else {}))
-            assert answer == (401, {"error": f"{word} admin token"}), (path, header)
     for path in METRICS:
         assert api.get(path, **({} if public else ADMIN))[0] == 200
+        for header, word in (("", "missing"), ("Basic " + TOKEN, "missing"), ("Bearer " + KEY, "invalid")):
+            answer = api.get(path, Authorization=header)
+            assert public or answer == (401, {"error": f"{word} admin token"}), (path, header)
     assert api.get("/api/v1/health") == (200, {"status": "ok"})
 
 
@@ -2263,7 +2232,7 @@ LABEL_LOOKUP = "labels USING PRIMARY KEY (app_id=? AND field=? AND day>? AND day
 GROUP = "groups USING PRIMARY KEY (app_id=? AND group_hash=?)"
 GROUP_CRASHES = "crashes USING COVERING INDEX crashes_by_group (app_id=? AND group_hash=?)"
 SESSION_LOOKUPS = ["events USING INTEGER PRIMARY KEY (rowid>? AND rowid<?)",
-           "sessions USING PRIMARY KEY (app_id=? AND session_id=?)"]
+                   "sessions USING PRIMARY KEY (app_id=? AND session_id=?)"]
 PLANS = {
     "daily_crashes": [f"crash_days {BY_DAY}"], "active_devices": [f"active_days {BY_DAY}"],
     "sessions": [f"session_days {BY_DAY}"], "retention": [f"cohorts {BY_DAY}"],
@@ -2281,26 +2250,28 @@ PLANS = {
 
 
 @sqlite_only
-@pytest.mark.parametrize("question", PLANS)
-def test_each_question_and_a_commit_look_up_what_they_need_by_an_index(api, question):
+def test_each_question_and_a_commit_look_up_what_they_need_by_an_index(api):
     event = {**EVENT, "app_version": "1.0", "session_id": "s", "device_id_hash": "d"}
-    crash, queries = api.post(CRASHES, {**CRASH, "app_version": "1.0"})[1], []
+    crash, session = api.post(CRASHES, {**CRASH, "app_version": "1.0"})[1], {"session_id": "s"}
     api.post(EVENTS, event)
     given = {"group": {"group_hash": crash["group_hash"]}, "group_days": {"groups": [crash["group_hash"]]},
-             "events": {"session_id": "s"}, "session": {"session_id": "s"}, "crash": {"id": crash["id"]}}
-    with api.server.store.reading() as reader:  # is handed out again to whoever reads next
-        db = api.server.store._here.writer if question == "a commit" else reader
-    db.set_trace_callback(queries.append)
-    if question == "a commit":
-        api.post(EVENTS, {**event, "occurred_at": "2026-03-01T00:00:00Z"})
-    else:
-        getattr(api.server.metrics, question)(**given.get(question, {}))
-    db.set_trace_callback(None)
-    steps = {re.sub("(?<=SEARCH) TABLE|(?<=SCAN) TABLE| AS \\w+| LEFT-JOIN", "", step)  # as versions of SQLite differ
-             for query in queries if query.split()[0].lower() in ("select", "with")
-             for *_, step in db.execute("explain query plan " + query)}
-    assert {f"SEARCH {step}" for step in PLANS[question]} <= steps
-    assert not {step.split()[1] for step in steps if step.startswith("SCAN ")} & {"crashes", "events", *backfeedr.KEYS}
+             "events": session, "session": session, "crash": {"id": crash["id"]}}
+    for question, plan in PLANS.items():
+        with api.server.store.reading() as reader:  # is handed out again to whoever reads next
+            db, queries = api.server.store._here.writer if question == "a commit" else reader, []
+        db.set_trace_callback(queries.append)
+        if question == "a commit":
+            api.post(EVENTS, {**event, "occurred_at": "2026-03-01T00:00:00Z"})
+        else:
+            getattr(api.server.metrics, question)(**given.get(question, {}))
+        db.set_trace_callback(None)
+        # Versions of SQLite say it differently.
+        steps = {re.sub("(?<=SEARCH) TABLE|(?<=SCAN) TABLE| AS \\w+| LEFT-JOIN", "", step)
+                 for query in queries if query.split()[0].lower() in ("select", "with")
+                 for *_, step in db.execute("explain query plan " + query)}
+        assert {f"SEARCH {step}" for step in plan} <= steps, question
+        scanned = {step.split()[1] for step in steps if step.startswith("SCAN ")}
+        assert not scanned & {"crashes", "events", *backfeedr.KEYS}, question
 
 
 def iso_time(ms):
@@ -2317,48 +2288,24 @@ def slow_rate(crashes, sessions):
 
 
 def by_frequency(values, most=20):
-    ranked = sorted(Counter(each for each in values if each).items(), key=lambda row: (-row[1], row[0]))[:most]
-    return {"labels": [label for label, _ in ranked], "data": [count for _, count in ranked]}
-
-
-class Acknowledged(dict):
-    """A report that was acknowledged, as the admin sees it, and what counts of it."""
-
-    def __init__(self, sent, app, received, id, group):
-        super().__init__({name: value for name, value in sent.items() if value not in (None, "") and name != "zone"},
-                         id=id, app=app, received_at=iso_time(received),
-                         **({"extra": {"zone": sent["zone"]}} if "zone" in sent else {}))
-        occurred = parse_time(sent["occurred_at"])
-        self.at = occurred if 1_167_609_600_000 <= occurred <= received + 300_000 else received
-        self.day, self.app, self.received, self.forgotten = self.at // DAY, app, received, False
-        self.device = (app, self["device_id_hash"]) if "device_id_hash" in self else None
-        self.version, self.group, self.type, self.model = (
-            self.get("app_version"), group, self.get("exception_type"), group and self.get("device_model"))
+    ranked = sorted(Counter(values).items(), key=lambda row: (-row[1], row[0] or ""))
+    return {name: [row[n] for row in ranked if row[0]][:most] for n, name in enumerate(("labels", "data"))}
 
 
 class Slow:
-    """What the README and the contract promise of a list of reports, each answer by loops over all of it."""
+    """What the README and the contract promise of some apps, by loops over all reports and what `recount` finds."""
 
-    def __init__(self, reports, apps, now):
+    def __init__(self, tables, crashes, events, apps, now):
         self.apps, self.now, self.today = apps, now, now // DAY
-        self.ever = [report for report in reports if report.app in apps]
-        self.reports = [report for report in self.ever if not report.forgotten]
-        self.crashes = [report for report in self.reports if report.group]
-        self.events = [report for report in self.reports if not report.group]
-        self.device_days, sessions, self.sessions = defaultdict(set), defaultdict(list), []
-        for n, report in enumerate(self.reports):
-            self.device_days[report.device].add(report.day)
-            sessions[report.app, report.get("session_id", n), report.device].append(report)
-        self.device_days.pop(None, None)
-        for events in sessions.values():
-            starts = [event for event in events if event.get("type") == "session_start"]
-            for start in sorted(starts, key=lambda event: event.at)[:1]:
-                end = max((event.at for event in events if event["type"] == "session_end"), default=0)
-                lasted = end - start.at if 0 <= end - start.at <= DAY else None
-                self.sessions.append((start.app, start.version, start.day, lasted))
+        self.tables = {table: {key: row for key, row in rows.items() if key[0] in apps}
+                       for table, rows in tables.items()}
+        self.crashes, self.events = ([row for row in rows if row["app_id"] in apps] for rows in (crashes, events))
 
     def is_of_last(self, days, day):
         return not days or self.today - days < day <= self.today
+
+    def total(self, table, day, column=0):
+        return sum(row[column] for key, row in self.tables[table].items() if key[1] == day)
 
     def per_day(self, days, figures):
         shown = range(self.today - days + 1, self.today + 1)
@@ -2366,85 +2313,78 @@ class Slow:
         return {name: [row[name] for row in rows] for name in rows[0]}
 
     def crashes_of(self, day):
-        return {"data": sum(crash.day == day for crash in self.crashes)}
+        return {"data": self.total("crash_days", day)}
 
     def weekdays(self):
         week, monday = self.per_day(7, self.crashes_of)["data"], (3 - self.today) % 7  # 1970 began on a Thursday
         return series(WEEKDAYS, *week[monday:], *week[:monday])
 
     def labels(self, field, days, most):
-        return by_frequency((getattr(crash, field) for crash in self.crashes if self.is_of_last(days, crash.day)), most)
+        return by_frequency((row[field] for row in self.crashes if self.is_of_last(days, row["at"] // DAY)), most)
 
-    def active(self, day):
-        return {name: sum(any(day - span < each <= day for each in days) for days in self.device_days.values())
-                for name, span in (("dau", 1), ("wau", 7), ("mau", 30))}
+    def active_of(self, day):
+        return {name: self.total("active_days", day, n) for n, name in enumerate(("dau", "wau", "mau"))}
 
     def sessions_of(self, day):
-        mine = [(lasted, app) for app, _, started, lasted in self.sessions if started == day]
-        ended = sorted(row for row in mine if row[0] is not None)
-        is_of_one_app = len({app for _, app in ended}) == 1
-        return {"sessions": len(mine),
-                "median_seconds": two_digits(ended[(len(ended) - 1) // 2][0]) if is_of_one_app else None,
-                "mean_seconds": round(sum(ms for ms, _ in ended) / len(ended) / 1000, 1) if ended else None}
+        sessions, ended, ms = (self.total("session_days", day, column) for column in range(3))
+        lasted = sorted((each, app) for (app, started, each), (count,) in self.tables["durations"].items()
+                        for _ in range(count) if started == day)
+        is_of_one_app = len({app for _, app in lasted}) == 1
+        return {"sessions": sessions, "median_seconds": lasted[(ended - 1) // 2][0] if is_of_one_app else None,
+                "mean_seconds": round(ms / ended / 1000, 1) if ended else None}
 
-    def retention(self, day):
-        new = [days for days in self.device_days.values() if min(days) == day]
-        return {"devices": len(new), **{
-            f"day_{later}": per_cent(sum(day + later in days for days in new), len(new))
-            if new and day + later < self.today else None for later in (1, 7, 30)}}
+    def retention_of(self, day):
+        devices, *back = (self.total("cohorts", day, column) for column in range(4))
+        return {"devices": devices, **{
+            f"day_{later}": per_cent(count, devices) if devices and day + later < self.today else None
+            for later, count in zip((1, 7, 30), back)}}
 
     def overview(self):
-        crashes = [crash.group for crash in self.crashes if self.is_of_last(7, crash.day)]
-        sessions = sum(self.is_of_last(7, day) for _, _, day, _ in self.sessions)
-        hour, top = (self.now - DAY) // HOUR * HOUR, by_frequency(crashes, 5)
-        return {"crash_free_rate_7d": slow_rate(len(crashes), sessions),
-                "dau": len({report.device for report in self.reports if report.at >= hour} - {None}),
-                "sessions_7d": sessions, "crashes_7d": len(crashes),
+        crashes = [row["group_hash"] for row in self.crashes if self.is_of_last(7, row["at"] // DAY)]
+        sessions = sum(self.per_day(7, self.sessions_of)["sessions"])
+        hours, top = range((self.now - DAY) // HOUR, self.now // HOUR + 2), by_frequency(crashes, 5)
+        return {"crash_free_rate_7d": slow_rate(len(crashes), sessions), "sessions_7d": sessions,
+                "crashes_7d": len(crashes), "dau": sum(self.total("device_hours", hour) for hour in hours),
                 "top_crashes": [{**self.named(group), "count": count} for group, count in zip(*top.values())]}
 
     def named(self, group):
         """With the reason of its latest crash; of two at once, of the first app's that came last there."""
-        *_, latest = max((crash.at, -self.apps.index(crash.app), n, crash) for n, crash in enumerate(self.crashes)
-                         if crash.group == group)
-        return {"group_hash": group, "exception_reason": latest.get("exception_reason", ""),
-                "exception_type": "(other)" if group == "(other)" else latest["exception_type"]}
+        groups = [row for key, row in sorted(self.tables["groups"].items()) if key[1] == group]
+        name, reason, *_ = max(groups, key=lambda row: row[3])
+        return {"group_hash": group, "exception_reason": reason or "", "exception_type": name}
 
     def releases(self):
         found = []
-        for app, version in {(report.app, report.version) for report in self.ever if report.version}:
-            received = [report.received for report in self.ever if (report.app, report.version) == (app, version)]
-            mine = [report for report in self.reports if (report.app, report.version) == (app, version)]
-            crashes = [report for report in mine if report.group]
-            devices, crashed = (len({report.device for report in some} - {None}) for some in (mine, crashes))
-            sessions = sum(session[:2] == (app, version) for session in self.sessions)
-            recent = [row[1] for row in self.sessions if row[0] == app and self.is_of_last(7, row[2])]
-            found.append((-min(received), version, self.apps.index(app), {
-                "app": app, "app_version": version, "sessions": sessions, "crashes": len(crashes),
-                "crash_free_sessions": slow_rate(len(crashes), sessions),
+        for (app, version), (first, last) in self.tables["releases"].items():
+            sessions, crashes, devices, crashed = self.tables["release_sums"].get((app, version), [0] * 4)
+            recent, adopted = (sum(row[0] for key, row in self.tables[table].items() if key[0] == app
+                                   and self.is_of_last(7, key[1]) and key[2:] in ((), (version,)))
+                               for table in ("session_days", "release_days"))
+            found.append((-first, version, app, {
+                "app": self.apps[app], "app_version": version, "sessions": sessions, "crashes": crashes,
+                "crash_free_sessions": slow_rate(crashes, sessions),
                 "crash_free_devices": slow_rate(crashed, devices),
-                "adoption": per_cent(recent.count(version), len(recent)) if recent else 0.0,
-                "first_seen": iso_time(min(received)), "last_seen": iso_time(max(received))}))
+                "adoption": per_cent(adopted, recent) if recent else 0.0,
+                "first_seen": iso_time(first), "last_seen": iso_time(last)}))
         return {"releases": [row for *_, row in sorted(found)[:100]]}
 
     def groups(self, version=None, days=None):
-        groups = defaultdict(list)
-        for crash in self.crashes:
-            if self.is_of_last(days, crash.day) and version in (None, crash.get("app_version")):
-                groups[crash.group].append(crash)
-        return sorted(map(self.spread, groups.values()), key=lambda row: (-row["count"], row["group_hash"]))
+        rows = [row for row in self.crashes if self.is_of_last(days, row["at"] // DAY)
+                and version in (None, row["sent"].get("app_version"))]
+        groups = map(self.spread, grouped(rows, "group_hash").values())
+        return sorted(groups, key=lambda row: (-row["count"], row["group_hash"]))
 
-    def spread(self, crashes):
-        return {**self.named(crashes[0].group), "count": len(crashes),
-                "devices": len({crash.device for crash in crashes} - {None}),
-                "first_seen": iso_time(min(crash.at for crash in crashes)),
-                "last_seen": iso_time(max(crash.at for crash in crashes)),
-                "versions": sorted({crash.get("app_version") for crash in crashes} - {None},
-                                   key=lambda version: list(map(int, version.split("."))))}
+    def spread(self, rows):
+        times, versions = [row["at"] for row in rows], {row["sent"].get("app_version") for row in rows} - {None}
+        return {**self.named(rows[0]["group_hash"]), "count": len(rows),
+                "devices": len(grouped(rows, "app_id", "device_id_hash")),
+                "first_seen": iso_time(min(times)), "last_seen": iso_time(max(times)),
+                "versions": sorted(versions, key=lambda version: list(map(int, version.split("."))))}
 
     def group(self, group):
-        crashes = [crash for crash in self.crashes if crash.group == group]
-        return {**self.spread(crashes), "reports": crashes[::-1], **{
-            part: by_frequency(crash.get(field) for crash in crashes) for part, field in (
+        rows = [row for row in self.crashes if row["group_hash"] == group]
+        return {**self.spread(rows), "reports": [{**row["sent"], "group_hash": group} for row in rows[::-1]], **{
+            part: by_frequency(row["sent"].get(field) for row in rows) for part, field in (
                 ("versions", "app_version"), ("systems", "os_version"), ("device_models", "device_model"))}}
 
     def answers(self, dice, with_lists):
@@ -2452,33 +2392,33 @@ class Slow:
         yield "overview", {}, self.overview()
         yield "releases", {}, self.releases()
         yield "metrics/daily-crashes", {}, self.weekdays()
-        for days in (None, dice.choice([1, 2, 3, 7]), dice.choice([8, 31, 60])):
+        for days in (None, dice.choice([1, 2, 3, 7]), dice.choice([8, 31, 60, 365])):
             query, shown = ({"days": days}, days) if days else ({}, 30)
-            yield "metrics/crash-types", query, self.labels("type", days, 100)
-            yield "metrics/devices", query, self.labels("model", days, 10)
-            yield "metrics/active-devices", query, self.per_day(shown, self.active)
+            yield "metrics/crash-types", query, self.labels("exception_type", days, 100)
+            yield "metrics/devices", query, self.labels("device_model", days, 10)
+            yield "metrics/active-devices", query, self.per_day(shown, self.active_of)
             yield "metrics/sessions", query, self.per_day(shown, self.sessions_of)
-            yield "metrics/retention", query, self.per_day(shown, self.retention)
+            yield "metrics/retention", query, self.per_day(shown, self.retention_of)
             yield "metrics/daily-crashes", {"days": shown}, self.per_day(shown, self.crashes_of)
         if with_lists:
             for query in ({}, {"version": "2.0"}, {"days": dice.choice([1, 2, 7])}, {"version": "1.10.0", "days": 9}):
                 yield "crashes", {"limit": 2, **query}, {"groups": self.groups(**query)}
-            for group in {crash.group for crash in self.crashes[-2:]}:
+            for group in {row["group_hash"] for row in self.crashes[-2:]}:
                 yield f"crashes/{group}", {"limit": 2}, self.group(group)
+            events = [row["sent"] for row in self.events[::-1]]
             for query in ({"session_id": f"s{dice.randrange(40)}"}, {"type": "error"}, {"type": "custom", "name": "x"}):
-                found = [event for event in self.events[::-1] if query.items() <= event.items()]
+                found = [event for event in events if query.items() <= event.items()]
                 yield "events", {"limit": 2, **query}, {"events": found}
-            yield "events", {"limit": 50}, {"events": self.events[::-1]}
+            yield "events", {"limit": 50}, {"events": events}
 
 
 class World:
-    """Random reports over five weeks to three apps, with a note of each that was acknowledged."""
+    """Random reports over five weeks to three apps; `sent` has each that was acknowledged, as the admin sees it."""
 
     def __init__(self, api, clock, seed, variety):
         self.api, self.clock, self.random, self.variety = api, clock, random.Random(seed), variety
-        self.store = api.server.store
+        self.store, self.sent, self.waiting = api.server.store, {}, defaultdict(list)
         self.keys = {"default": KEY, "Shop": self.store.create_app("Shop"), "Beta": self.store.create_app("Beta", True)}
-        self.reports, self.sent, self.count, self.new_names, self.waiting = [], [], 0, Counter(), defaultdict(list)
         clock.seconds = parse_time("2026-02-20T09:00:00Z") / 1000
 
     def pass_time(self):
@@ -2506,7 +2446,7 @@ class World:
         given = {"device_id_hash": f"d{chance.randrange(14)}", "os_version": chance.choice(["18.3", "17.0"]),
                  "app_version": chance.choice(["1.9.0", "1.10.0", "1.10.0", "2.0", f"3.{self.store.now // (7 * DAY)}",
                                                f"4.{chance.randrange(self.variety)}"]),
-                 "device_model": f"iPhone{chance.randrange(13 * self.variety)}", "zone": chance.randrange(9)}
+                 "device_model": f"iPhone{chance.randrange(13 * self.variety)}"}
         for name in chance.sample(sorted(given), chance.choice([0, 0, 1, 2])):
             given[name] = chance.choice([None, ""])
         return {name: value for name, value in given.items() if value is not None or chance.random() < 0.5}
@@ -2514,7 +2454,7 @@ class World:
     def crash(self):
         chance = self.random
         return {**self.common(), "exception_type": f"{chance.choice('AAABBCDEFG')}{chance.randrange(self.variety)}",
-                "exception_reason": chance.choice([None, "", "why", f"crash {self.count}"]),
+                "exception_reason": chance.choice([None, "", "why", f"crash {len(self.sent)}"]),
                 "occurred_at": iso_time(self.moment()),
                 "stack_trace": [{"frame": 0, "symbol": chance.choice("xy"), "file": chance.choice([None, "a.swift"])}]}
 
@@ -2522,11 +2462,11 @@ class World:
         """One of a session, which come in any order and perhaps weeks apart, or of none."""
         waiting = self.waiting[app]
         if len(waiting) < 5 or self.random.random() < 0.2:
-            self.begin_session(waiting)
+            waiting += self.session()
         return waiting.pop(self.random.choice([0, self.random.randrange(len(waiting))]))
 
-    def begin_session(self, waiting):
-        """Mostly of one device. Some ids are used again, or are none."""
+    def session(self):
+        """Its events, mostly of one device. Some ids are used again, or are none."""
         chance, start, who = self.random, self.moment(), self.common()
         session = chance.choice([f"s{chance.randrange(40)}", f"s{chance.randrange(40)}", None, ""])
         lasts = chance.choice([0, 499, 500, 9_499, 9_500, 94_000, 104_000, DAY, DAY + 1, chance.randrange(600_000),
@@ -2536,53 +2476,29 @@ class World:
                 [begin, end], [begin, end], [begin, begin, end], [begin, ("session_end", -lasts)], [begin], [end],
                 [begin, ("session_start", lasts), ("session_end", lasts // 2), ("session_end", 2 * lasts)],
                 [end, begin, ("custom", 0), ("error", 0)]]):
-            waiting.append({**(who if chance.random() < 0.9 else self.common()), "session_id": session,
-                            "type": kind, "name": chance.choice(["x", "y", None]),
-                            "occurred_at": iso_time(start + after)})
+            yield {**(who if chance.random() < 0.9 else self.common()), "session_id": session, "type": kind,
+                   "name": chance.choice(["x", "y", None]), "occurred_at": iso_time(start + after)}
 
     def send(self):
-        """A crash, an event or a batch; some signed, some under a key, which are now and then sent again."""
-        chance, self.count = self.random, self.count + 1
-        app = chance.choice(["default", "default", "Shop", "Shop", "Beta"])
-        path = chance.choice([CRASHES, CRASHES, EVENTS, EVENTS, BATCH])
-        bodies = [self.crash() if path == CRASHES else self.event(app)
-                  for _ in range(chance.randrange(1, 9) if path == BATCH else 1)]
-        raw = json.dumps({"events": bodies} if path == BATCH else bodies[0]).encode()
-        headers = {"key": self.keys[app], **chance.choice([{}, {"Idempotency_Key": f"key {self.count}"}])}
-        stamp = chance.choice([None, iso_time(self.store.now // 1000 * 1000)[:-1] + f".{self.count:09}Z"])
-        post, args = (self.api.signed, [stamp]) if stamp else (self.api.post, [])
-        status, answer = post(path, raw, *args, **headers)
+        """A crash, an event or a batch."""
+        app = self.random.choice(["default", "default", "Shop", "Shop", "Beta"])
+        path = self.random.choice([CRASHES, CRASHES, EVENTS, EVENTS, BATCH])
+        bodies = [{**(self.crash() if path == CRASHES else self.event(app)), "zone": 7}
+                  for _ in range(self.random.randrange(1, 9) if path == BATCH else 1)]
+        status, answer = self.api.post(path, {"events": bodies} if path == BATCH else bodies[0], key=self.keys[app])
         assert status == 201
         for body, id in zip(bodies, answer["ids"] if path == BATCH else [answer["id"]]):
-            self.note(Acknowledged(body, app, self.store.now, id, answer.get("group_hash")))
-        if stamp or len(headers) > 1:
-            self.sent.append((self.store.now, 290_000 if stamp else 6 * DAY, post, (path, raw, *args), headers, answer))
-
-    def note(self, report):
-        """Beyond the day's limit of an app's new names, a report counts under (other)."""
-        for field, most in zip(("group", "type", "model", "version"), backfeedr.NEW_NAMES.values()):
-            name, today = getattr(report, field), (report.app, field, self.store.now // DAY)
-            if name and not any(getattr(each, field) == name and each.app == report.app
-                                and (field == "version" or not each.forgotten) for each in self.reports):
-                self.new_names[today] += 1
-                setattr(report, field, name if self.new_names[today] <= most else "(other)")
-        report.update({"group_hash": report.group} if report.group else {})
-        self.reports.append(report)
-
-    def send_again(self):
-        """An exact replay, while its key (7 days) or its signature (300 s) is known, whatever the clock does."""
-        fresh = [row for row in self.sent if abs(self.store.now - row[0]) < row[1]]
-        if fresh:
-            _, _, post, args, headers, answer = self.random.choice(fresh)
-            assert post(*args, **headers) == (200, answer)
+            given = {name: value for name, value in body.items() if value not in (None, "") and name != "zone"}
+            self.sent[id] = {**given, "extra": {"zone": 7}, "id": id, "app": app,
+                             "received_at": iso_time(self.store.now)}
 
     def forget(self):
         device = f"d{self.random.randrange(14)}"
-        known = [each for each in self.reports if each.get("device_id_hash") == device and not each.forgotten]
+        known = [id for id, sent in self.sent.items() if sent.get("device_id_hash") == device]
+        gone = [self.sent.pop(id) for id in known]
         assert self.store.forget_device(device) == +Counter(
-            ("crashes" if each.group else "events" for each in known), devices=len({each.app for each in known}))
-        for each in known:
-            each.forgotten = True
+            ("crashes" if "exception_type" in each else "events" for each in gone),
+            devices=len({each["app"] for each in gone}))
 
     def answer(self, path, query):
         """The answer to a question; of a list, with the rows of all its pages, each but the last one full."""
@@ -2595,49 +2511,51 @@ class World:
                 answer[part] += self.answer(path, {**query, "cursor": following})[part]
         return answer
 
-    def compare(self, with_lists):
+    def compare(self, with_lists, forgets):
+        path = self.store.path
+        reports, ids = [rows_of_table(path, table) for table in ("crashes", "events")], {
+            name: id for id, name in sql(path, "select id, name from apps")}
+        assert {row["id"] for rows in reports for row in rows} == self.sent.keys()
+        for row in sum(reports, []):
+            row["sent"] = self.sent[row["id"]]
+        tables = {**recount(path), **({"releases": figures(path)["releases"]} if forgets else {})}
         for app in (None, *self.keys):
-            slow = Slow(self.reports, [app] if app else ["default", "Shop"], self.store.now)
-            for path, query, expected in slow.answers(self.random, with_lists):
+            apps = {ids[name]: name for name in ([app] if app else ["default", "Shop"])}
+            for question, query, expected in Slow(tables, *reports, apps, self.store.now).answers(
+                    self.random, with_lists):
                 query = {**query, **({"app": app} if app else {})}
-                assert self.answer(path, query) == expected, (path, query)
+                assert self.answer(question, query) == expected, (question, query)
 
 
-@pytest.mark.parametrize("seed, variety", [*((seed, 1) for seed in range(6)), (6, 40), (7, 40)])
+@pytest.mark.parametrize("seed, variety", [*((seed, 1) for seed in range(4)), (4, 40), (5, 40)])
 def test_all_answers_equal_a_slow_and_obvious_computation_over_all_reports(serve, clock, monkeypatch, seed, variety):
     if variety > 1:
         monkeypatch.setattr(backfeedr, "NEW_NAMES", dict(group_hash=3, exception_type=2, device_model=2, app_version=1))
     world = World(Api(serve(rate_limit=0, retention_days=0)), clock, seed, variety)
+    forgets = seed % 2 == 1  # devices, so that the times of releases are no longer those of what is left
     serve.unchecked.append(world.api.server)
-    world.compare(with_lists=True)
+    world.compare(True, forgets)
     for until in ("2026-02-27T00:00:00Z", "2026-03-05T00:00:00Z", "2026-03-27T00:00:00Z"):
         while world.store.now < parse_time(until):
             for _ in range(world.random.randrange(1, 5)):
                 world.send()
-            world.send_again()
-            if world.random.random() < 0.05:
+            if forgets and world.random.random() < 0.05:
                 world.forget()
             world.pass_time()
         clock.seconds = ((world.store.now + 301_000) // DAY + 1) * DAY / 1000 - 120
         for _ in range(12):  # so that some of the fast clocks are in the next day
             world.send()
-        world.forget()
-        world.compare(with_lists=True)
+        if forgets:
+            world.forget()
+        world.compare(True, forgets)
         clock.move(130)
-        world.compare(with_lists=False)  # nothing but the day is another
-    assert len(world.reports) > 150
-    assert (variety > 1) == any(report.group == "(other)" for report in world.reports)
-    check_database(world.store.path, forgotten=True)
+        world.compare(False, forgets)  # nothing but the day is another
+    assert len(world.sent) > 150
+    assert (variety > 1) == any(row["group_hash"] == "(other)" for row in rows_of_table(world.store.path, "crashes"))
+    check_database(world.store.path, forgotten=forgets)
 
 
 # == Backfeedr =================================================================
-
-def test_a_server_may_leave_out_an_empty_path(serve):
-    answered = []
-    serve()({"REQUEST_METHOD": "GET", "SCRIPT_NAME": "/m", "wsgi.errors": sys.stderr},
-            lambda line, headers, exc_info=None: answered.append(line))
-    assert answered == ["303 See Other"]  # to signing in
-
 
 def test_every_answer_of_the_reference(api):
     assert api.get("/api/v1/health") == (200, {"status": "ok"})
@@ -2649,11 +2567,6 @@ def test_every_answer_of_the_reference(api):
     assert batch["count"] == 2 and all(each.startswith("evt_") for each in [event["id"], *batch["ids"]])
     assert set(api.get("/api/v1/overview")[1]) == {
         "crash_free_rate_7d", "dau", "sessions_7d", "crashes_7d", "top_crashes"}
-
-
-def test_a_key_beyond_ascii_works(serve):
-    api = Api(serve(api_key="clé"))
-    assert api.post(CRASHES, CRASH, key="clé".encode().decode("latin-1"))[0] == 201
 
 
 def test_checks_go_size_key_rate_signature_json(serve, clock):
@@ -2674,48 +2587,67 @@ def test_checks_go_size_key_rate_signature_json(serve, clock):
 @pytest.mark.parametrize("form", [{}, ZIPPED, {"environ": {"CONTENT_LENGTH": None, "wsgi.input_terminated": True}}])
 @pytest.mark.parametrize("given, limit", [({}, 1 << 20), ({"max_body_size": 1000}, 1000)])
 def test_a_body_of_the_limit_is_taken_and_one_byte_more_is_not(serve, form, given, limit):
-    server = serve(**given)
-    largest, too_large = (gzip.compress(body) if form is ZIPPED else body
-                          for body in (VALID.ljust(limit), VALID.ljust(limit + 1)))
-    assert call(server, body=largest, **form)[0] == 201
-    assert call(server, body=too_large, **form) == (413, {"error": "request body too large"})
+    server, pack = serve(**given), gzip.compress if form is ZIPPED else bytes
+    assert call(server, body=pack(VALID.ljust(limit)), **form)[0] == 201
+    assert call(server, body=pack(VALID.ljust(limit + 1)), **form) == (413, {"error": "request body too large"})
     assert len(stored(server, "crashes")["crashes"]) == 1
 
 
-@pytest.mark.parametrize("request_", [
-    {"body": GZIPPED, "Content_Encoding": "gzip"}, {"body": GZIPPED, "Content_Encoding": "GZIP"},
-    {"Content_Encoding": "identity"}, {"environ": {"CONTENT_TYPE": "application/x-www-form-urlencoded"}},  # curl's
-    *[{"body": body, **headers, "X_Backfeedr_Timestamp": time, "X_Backfeedr_Signature": sign(body, time)}
-      for body, headers in ((VALID, {}), (GZIPPED, ZIPPED))  # it covers the bytes as sent
-      for time in (NOW, "2026-03-12T14:30:00.123456789Z", "2026-03-12T15:30:00+01:00")]])
-def test_every_valid_form_of_a_request_is_taken(api, request_):
-    assert call(api.server, **request_)[0] == 201
-    assert len(stored(api.server, "crashes")["crashes"]) == 1
+def test_every_valid_form_of_a_request_is_taken(api):
+    marks = [{"Idempotency_Key": mark} for mark in ("\xff\xfe", "a, a", "x" * 30_000, "\x00")]
+    as_curl_sends_it = {"environ": {"CONTENT_TYPE": "application/x-www-form-urlencoded"}}
+    for n, request in enumerate([
+            as_curl_sends_it, {"Content_Encoding": "identity"},
+            {"body": GZIPPED, "Content_Encoding": "gzip"}, {"body": GZIPPED, "Content_Encoding": "GZIP"},
+            *[{"body": body, **headers, "X_Backfeedr_Timestamp": time, "X_Backfeedr_Signature": sign(body, time)}
+              for body, headers in ((VALID, {}), (GZIPPED, ZIPPED))  # it covers the bytes as sent
+              for time in (NOW, "2026-03-12T14:30:00.123456789Z", "2026-03-12T15:30:00+01:00")], *marks], 1):
+        status, answer = call(api.server, **request)
+        assert status == 201 and (request not in marks or call(api.server, **request) == (200, answer)), request
+        assert len(stored(api.server, "crashes")["crashes"]) == n
 
 
-def test_mounted_under_a_prefix_it_answers_there(serve):
-    server = serve()
+def mounted(app, prefix):
+    """The app below a prefix of another one."""
+    host = backfeedr.bottle.Bottle()
+    host.route("/", callback=lambda: "host")
+    host.mount(prefix, app)
+    return host
 
+
+def mounted_without_bottle(app, prefix):
+    """Like `mounted`, by a host that is a plain function and hands over the rest of the path, however little it is."""
     def host(environ, start_response):
-        mount, path = environ["PATH_INFO"][:8], environ["PATH_INFO"][8:]
-        if mount == "/crashes":
-            return server({**environ, "SCRIPT_NAME": mount, "PATH_INFO": path}, start_response)
-        start_response("200 OK", [("Content-Type", "text/plain")])
+        if environ["PATH_INFO"].startswith(prefix):
+            rest = environ.pop("PATH_INFO")[len(prefix):]
+            return app({**environ, "SCRIPT_NAME": prefix, **({"PATH_INFO": rest} if rest else {})}, start_response)
+        start_response("200 OK", [("Content-Type", "text/html")])
         return [b"host"]
 
-    api = Api(host, "/crashes")
-    assert api.web.get("/").text == "host"
-    assert api.get("/api/v1/health") == (200, {"status": "ok"})
+    return host
+
+
+@pytest.mark.parametrize("mount", [mounted_without_bottle, mounted], ids=lambda mount: mount.__name__)
+def test_mounted_under_a_prefix_it_answers_there_and_counts_its_own_routes_alone(serve, mount):
+    server = serve()
+    api = Api(mount(server, "/deep"), "/deep")
     status, answer = api.post(CRASHES, CRASH)
     assert (status, report(server)["id"]) == (201, answer["id"])
-    assert api.get("/nope") == (404, {"error": "not found"})
+    assert api.get("/api/v1/health") == (200, {"status": "ok"})
+    assert api.get("/nothing") == (404, {"error": "not found"})
+    assert "/deep/sign-in?next=" in api.web.get("/deep", status=303).location
+    home = api.web.get("/")
+    assert (home.text, home.content_type) == ("host", "text/html")
+    assert requests_counted(api) == {("POST", CRASHES, "201"): 1, ("GET", "/api/v1/health", "200"): 1,
+                                     ("other", "other", "404"): 1, ("GET", "/", "303"): 1}
 
 
 def test_two_instances_share_nothing(serve):
-    one, two = Api(serve("one.db", rate_limit=1)), Api(serve("two.db", api_key="other"))
+    one, two = Api(serve("one.db", rate_limit=1)), Api(serve("two.db", api_key="clé"))
+    key = "clé".encode().decode("latin-1")  # as a web server gives the header
     assert one.post(CRASHES, CRASH)[0] == 201
     assert two.post(CRASHES, CRASH) == (401, {"error": "invalid API key"})
-    assert [two.post(path, body, key="other")[0] for path, body in ((CRASHES, CRASH), (EVENTS, EVENT))] == [201, 201]
+    assert [two.post(path, body, key=key)[0] for path, body in ((CRASHES, CRASH), (EVENTS, EVENT))] == [201, 201]
     assert one.post(CRASHES, CRASH)[0] == 429
     assert [[len(rows) for rows in stored(each.server, "crashes", "events").values()] for each in (one, two)] \
         == [[1, 0], [1, 1]]
@@ -2740,10 +2672,8 @@ def start(tmp_path):
 
 def test_settings_come_from_the_environment_unless_given(start, tmp_path, monkeypatch):
     monkeypatch.setenv("BACKFEEDR_API_KEY", KEY)
-    with Backfeedr(db_path=str(tmp_path / "a.db"), announce=lambda text: None) as server:
-        assert Api(server).post(CRASHES, CRASH)[0] == 201
-    with start() as server:
-        assert Api(server).post(CRASHES, CRASH)[0] == 401
+    with Backfeedr(db_path=str(tmp_path / "a.db"), announce=lambda text: None) as one, start() as other:
+        assert [Api(server).post(CRASHES, CRASH)[0] for server in (one, other)] == [201, 401]
     with pytest.raises(TypeError):
         Backfeedr(Settings(), port=1)
 
@@ -2752,13 +2682,12 @@ def test_settings_come_from_the_environment_unless_given(start, tmp_path, monkey
 def test_a_first_start_makes_and_tells_a_key_and_a_token_once(start, url):
     for _ in range(2):
         start(public_metrics=False, public_url=url).close()
+    text, = start.told
+    key, token = re.findall("(?m)^    (bf_(?:live|admin)_[0-9a-f]{32})$", text)
     with start(public_metrics=False) as server:
-        api, (text,) = Api(server), start.told
-        key, = re.findall("(?m)^    (bf_live_[0-9a-f]{32})$", text)
-        token, = re.findall("(?m)^    (bf_admin_[0-9a-f]{32})$", text)
-        assert api.post(CRASHES, CRASH, key=key)[0] == 201
-        assert api.get("/api/v1/overview", Authorization=f"Bearer {token}")[0] == 200
-    assert f"X-Backfeedr-Key: {key}" in text and ("127.0.0.1" in text) == (not url)
+        assert Api(server).post(CRASHES, CRASH, key=key)[0] == 201
+        assert Api(server).get("/api/v1/overview", Authorization=f"Bearer {token}")[0] == 200
+    assert len(start.told) == 1 and f"X-Backfeedr-Key: {key}" in text and ("127.0.0.1" in text) == (not url)
     assert f"curl -X POST {url or 'http://127.0.0.1:8080/'}api/v1/crashes " in text
 
 
@@ -2810,20 +2739,9 @@ def test_requests_are_counted_by_route_and_status_and_never_by_the_path_sent(api
     assert requests_counted(api) == {**expected, ("GET", "/metrics", "200"): 1}
 
 
-def test_mounted_in_a_bottle_app_it_counts_its_own_routes_and_leaves_the_hosts_answers_alone(serve):
-    host = backfeedr.bottle.Bottle()
-    host.route("/", callback=lambda: "host")
-    host.mount("/deep/", serve())
-    api = Api(host, "/deep")
-    assert [api.post(CRASHES, CRASH)[0], api.get("/nothing")[0]] == [201, 404]
-    assert requests_counted(api) == {("POST", CRASHES, "201"): 1, ("other", "other", "404"): 1}
-    answer = api.web.get("/")
-    assert (answer.text, answer.content_type) == ("host", "text/html")
-
-
 @sqlite_only
 def test_prometheus_gets_commits_rows_and_sizes(serve):
-    api = Api(serve())
+    api, other = Api(serve()), Api(serve())
     for path, body in ((CRASHES, CRASH), (BATCH, {"events": [EVENT] * 5}), (BATCH, {"events": [EVENT, {}]})):
         api.post(path, body)
     samples = scraped(api)
@@ -2835,7 +2753,6 @@ def test_prometheus_gets_commits_rows_and_sizes(serve):
     assert 0 < samples["commit_seconds_sum"] < 10
     for name, suffix in (("file_bytes", ""), ("wal_bytes", "-wal")):
         assert samples[name] == os.stat(f"{api.server.store.path}{suffix}").st_size > 0
-    other = Api(serve())
     other.get("/api/v1/health")
     assert scraped(other)["commit_requests_count"] == 0, "of this process and server"
 
@@ -2873,20 +2790,21 @@ def call(server, *arguments, **headers):
 
 
 TYPED = {"method": "GET", "body": b""}
-LIST = {**TYPED, "path": EVENTS}
-BEARER = {**LIST, "Authorization": "Bearer " + TOKEN}
+BEARER = {**TYPED, "path": EVENTS, "Authorization": "Bearer " + TOKEN}
 ONE_GROUP = CRASHES + "/" + "0" * 16
-NOT_JSON, NOT_FOUND = (400, "invalid JSON"), (404, "not found")
-BAD_LENGTH, TOO_LARGE = (400, "invalid Content-Length"), (413, "request body too large")
-BAD_TIME, BAD_SIGNATURE = (400, "invalid timestamp"), (401, "invalid signature")
+NOT_JSON, NOT_FOUND, TOO_LARGE = (400, "invalid JSON"), (404, "not found"), (413, "request body too large")
+BAD_LENGTH, BAD_TIME, BAD_SIGNATURE = (
+    (400, "invalid Content-Length"), (400, "invalid timestamp"), (401, "invalid signature"))
 NO_TOKEN, BAD_TOKEN = (401, "missing admin token"), (401, "invalid admin token")
 
 HOSTILE_REQUESTS = [  # the answer, the request, and the values of one part of it that get this answer
-    # a wrong length, a body that is too long, and one that is too long when it is unpacked
+    # a wrong length, a body that is cut or too long, and one that is too long when it is unpacked
     (BAD_LENGTH, {}, "length", [1000, "-1", "+5", "1e3", "0x10", "5, 5", "\u00b2", "\u0661", " 5", "5\n", "five"]),
     (NOT_JSON, {}, "length", [10, 0, ""]), (TOO_LARGE, {}, "length", [10_001, "9" * 5000]),
+    *[(NOT_JSON, {"path": path}, "body", [body[:size] for size in range(len(body))]) for path, body in (
+        (CRASHES, (EXAMPLES / "crash.json").read_bytes().strip()), (BATCH, batch_of(EVENT, EVENT)))],
     (TOO_LARGE, {}, "body", [b" " * 10_001]),
-    (TOO_LARGE, ZIPPED, "body", [gzip.compress(b" " * size) for size in (1_000_000, 100_000_000)]),
+    (TOO_LARGE, ZIPPED, "body", [gzip.compress(b" " * size) for size in (1_000_000, 10_000_000)]),
     (NOT_JSON, ZIPPED, "body", [gzip.compress(gzip.compress(b" " * 1_000_000))]),
     # not gzip, cut, damaged, or with more after it: only one member is read, as every gzip library writes it
     ((400, "invalid gzip body"), ZIPPED, "body", [
@@ -2911,11 +2829,11 @@ HOSTILE_REQUESTS = [  # the answer, the request, and the values of one part of i
         None, "", "\xff", "\xfc", "sha256=", "sha256=\u00e9", SIGNATURE[7:], SIGNATURE[:7] + SIGNATURE[7:].upper(),
         SIGNATURE * 2, SIGNATURE + ", " + SIGNATURE, "sha1=" + "0" * 40, "sha256=" + "0" * 64, "x" * 30_000]),
     (BAD_SIGNATURE, {"X_Backfeedr_Timestamp": "2026-03-12T14:22:31Z"}, "X_Backfeedr_Signature", [None, ""]),
-    (NO_TOKEN, LIST, "Authorization", [
-        None, "", "Bearer", "Bearer ", TOKEN, "Basic " + TOKEN, "B\xe9arer " + TOKEN, "Bearer\x00" + TOKEN]),
-    (BAD_TOKEN, LIST, "Authorization", ["Bearer " + token for token in (
-        KEY, "\xff", TOKEN + ", Bearer " + TOKEN, TOKEN + "\xff", TOKEN[:-1], "x" * 30_000)]),
-    (NO_TOKEN, TYPED, "path", ["/metrics"]), (BAD_TOKEN, {**TYPED, "Authorization": "Bearer x"}, "path", ["/metrics"]),
+    *[request for path in (*LISTS, "/metrics") for request in (
+        (NO_TOKEN, {**TYPED, "path": path}, "Authorization", [
+            None, "", "Bearer", "Bearer ", TOKEN, "Basic " + TOKEN, "B\xe9arer " + TOKEN, "Bearer\x00" + TOKEN]),
+        (BAD_TOKEN, {**TYPED, "path": path}, "Authorization", ["Bearer " + token for token in (
+            "x", KEY, "\xff", TOKEN + ", Bearer " + TOKEN, TOKEN + "\xff", TOKEN[:-1], "x" * 30_000)]))],
     # paths and methods
     (NOT_FOUND, TYPED, "path", [
         "/nothing", "/api/v1", "/api/v1/", "/api/v1/nope", "/api/v2/health", "/api/v1//health", "/api/v1/../v1/health",
@@ -2923,8 +2841,8 @@ HOSTILE_REQUESTS = [  # the answer, the request, and the values of one part of i
         "/../../etc/passwd", "/api/v1/health\x00", "/api/v1/health\n", "/api/v1/health\xff", "/api/v1/health\xc3\xa4",
         "/API/V1/HEALTH", "api/v1/health", "/api/v1/health;a=1", "/api/v1/metrics", "/api/v1/metrics/nope",
         "/api/v1/\u0130", "/" + "x" * 30_000, "/" * 1000, ONE_GROUP + "/"]),
-    (NOT_FOUND, BEARER, "path", [
-        CRASHES + "/" + group for group in ("0" * 16, "..", "\x00", "'", "*", "\xc3\xa4", "%", "x" * 30_000)]),
+    (NOT_FOUND, BEARER, "path", [f"{CRASHES}/{group}" for group in (
+        "0" * 16, "0123456789abcdef", "..", "\x00", "'", "*", "\xc3\xa4", "%", "x" * 30_000)]),
     *[((405, "method not allowed", allowed), {"path": path, "body": b""}, "method", methods)
       for paths, allowed, methods in (
           ([CRASHES], "GET,POST", ["PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "ANY", "PROXY", "", "\xff",
@@ -2933,96 +2851,82 @@ HOSTILE_REQUESTS = [  # the answer, the request, and the values of one part of i
           ([*METRICS, "/api/v1/health", "/metrics", ONE_GROUP], "GET", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"]))
       for path in paths],
     # query strings
-    ((400, "invalid days"), {**BEARER, "path": "/api/v1/metrics/sessions"}, "query", ["days=" + days for days in (
-        "", "0", "-1", "366", "1.5", "1e2", "NaN", "9" * 5000, "%00", "7%00", "\xb2", "%d9%a1", "%ff", "+7", "7,7",
-        "7&days=x")]),
-    ((400, "invalid limit"), BEARER, "query", ["limit=" + limit for limit in (
-        "", "0", "101", "-1", "1000", "x", "%F0")]),
-    *[((400, "invalid cursor"), {**BEARER, "path": path}, "query", ["cursor=" + cursor for cursor in (
-        "x", "0", "evt_", "evt_" + "8" + "0" * 15, "g" * 16, "0" * 15, "0" * 17, "0" * 16 + "%0A", "%00", "-1",
-        "9" * 5000)]) for path in (EVENTS, ONE_GROUP)],
-    ((400, "invalid cursor"), {**BEARER, "path": CRASHES}, "query", ["cursor=" + cursor for cursor in (
-        "x", "0", "1-", "-" + "0" * 16, "9" * 19 + "-" + "0" * 16, "1-" + "0" * 15, "1-" + "G" * 16,
-        "1-" + "0" * 16 + "%0A", "1--" + "0" * 16, "evt_" + "0" * 16, "9" * 5000)]),
-    *[(NOT_FOUND, {**BEARER, "path": path}, "query", ["app=" + app for app in (
-        "nope", "DEFAULT", "default%00", "%00", "%ff", "\xff", "'%20or%201=1", "x" * 30_000, "default&app=nope")])
-      for path in [*METRICS, CRASHES, EVENTS]]]
+    *[((status, text), {**BEARER, "path": path}, "query", [f"{name}={value}" for value in values])
+      for paths, status, text, name, values in (
+          ([*METRICS, CRASHES], 400, "invalid days", "days", [
+              "", "0", "-1", "366", "1.5", "1e2", "x", "NaN", "00001", "9" * 5000, "%00", "7%00", "7%0A", "\xb2",
+              "%d9%a1", "%ff", "+7", "7,7", "7&days=x", "1&days=0"]),
+          (LISTS, 400, "invalid limit", "limit", ["", "0", "101", "-1", "1000", "x", "%F0"]),
+          ([EVENTS, ONE_GROUP, LISTS[2]], 400, "invalid cursor", "cursor", [
+              "x", "0", "evt_", "evt_8" + "0" * 15, "g" * 16, "0" * 15, "0" * 17, "0" * 16 + "%0A", "%00", "-1",
+              "9" * 5000]),
+          ([CRASHES], 400, "invalid cursor", "cursor", [
+              "x", "0", "1-", "-" + "0" * 16, "9" * 19 + "-" + "0" * 16, "1-" + "0" * 15, "1-" + "G" * 16,
+              "1-" + "0" * 16 + "%0A", "1--" + "0" * 16, "evt_" + "0" * 16, "9" * 5000]),
+          ([*METRICS, *LISTS], 404, "not found", "app", [
+              "nope", "DEFAULT", "default%00", "default%20", "%00", "%ff", "\xff", "'%20or%201=1", "' or 1=1 --",
+              "x" * 30_000, "default&app=nope"])) for path in paths]]
 
 
 def test_a_hostile_request_has_its_answer_and_changes_nothing(serve, caplog):
     api = Api(serve(rate_limit=0, max_body_size=10_000))
-    api.post(CRASHES, {**CRASH, "device_id_hash": "d", "app_version": "1.0"})
-    api.post(EVENTS, start_at(NOW, session_id="s", device_id_hash="d"))
+    api.post(CRASHES, {**crash_at(NOW), "device_id_hash": "d", "app_version": "1.0"})
+    api.post(EVENTS, start_at(NOW, "s", device_id_hash="d"))
     for (expected, text, *allowed), request, part, values in HOSTILE_REQUESTS:
+        before = stored(api.server)
         for value in values:
-            what, before = {**request, part: value}, stored(api.server)
+            what = {**request, part: value}
             status, headers, answer = call_with_headers(api.server, **what)
             assert (status, answer) == (expected, {"error": text}), what
             assert [",".join(sorted(headers[name].split(","))) for name in headers if name == "Allow"] == allowed, what
-            assert stored(api.server) == before, what
-            assert call(api.server)[0] == 201, what
+        assert stored(api.server) == before, (request, part)
+        assert call(api.server)[0] == 201, "it goes on"
     assert caplog.records == []
-
-
-def test_a_truncated_report_is_refused(serve):
-    api = Api(serve(rate_limit=0))
-    for path, body in ((CRASHES, (EXAMPLES / "crash.json").read_bytes().strip()), (BATCH, batch_of(EVENT, EVENT))):
-        for size in range(len(body)):
-            assert call(api.server, path=path, body=body[:size]) == (400, {"error": "invalid JSON"}), size
-    assert not any(stored(api.server).values())
-    assert api.post(BATCH, batch_of(EVENT, EVENT))[0] == 201
-
-
-def test_an_idempotency_key_may_hold_any_bytes(api):
-    for n, mark in enumerate(("\xff\xfe", "a, a", "x" * 30_000, "\x00")):
-        status, answer = call(api.server, Idempotency_Key=mark)
-        assert (status, call(api.server, Idempotency_Key=mark)) == (201, (200, answer))
-        assert len(stored(api.server, "crashes")["crashes"]) == n + 1
 
 
 @pytest.mark.slow
 def test_a_hostile_request_to_the_real_web_server_is_answered_in_json_and_changes_nothing(run, tmp_path):
-    server = run(BACKFEEDR_MAX_BODY_SIZE="10000")
     key, length = b"X-Backfeedr-Key: " + KEY.encode(), b"Content-Length: %d" % len(VALID)
-    chunked, health = b"Transfer-Encoding: chunked", b"GET /api/v1/health HTTP/1.1"
-    requests = [  # a line, headers, a body, and the status of the answer
-        *[(b"POST /api/v1/crashes HTTP/1.1", *request) for request in (
-            *[([key, b"Content-Length: " + value], VALID, 400) for value in (b"10", b"5, 5", b"+5", b"\xb2")],
-            *[([key, *lengths], VALID, 400) for lengths in ([length, length], [])],
-            ([key, b"Content-Length: 10001"], b"x" * 10_001, 413),
-            *[([key, chunked], body, 400) for body in (b"0\r\n\r\n", b"x\r\n", b"-5\r\n", b"5\r\nabcdefgh")],
-            *[([key, chunked], body, 413) for body in (
-                b"2711\r\n" + b"x" * 10_001 + b"\r\n0\r\n\r\n", b"f" * 5000 + b"\r\n" + b"x" * 80_000, b"1" * 80_000)],
-            ([key, b"Transfer-Encoding: chunked, gzip"], VALID, 501),
-            ([key, b"Content-Encoding: \xff", length], VALID, 415),
-            ([key, b"Content-Encoding: gzip", b"Content-Encoding: gzip", length], VALID, 415),
-            *[([*keys, length], VALID, 401) for keys in (
-                [key, key], [b"X-Backfeedr-Key: \xff\xfe"], [b"X_Backfeedr_Key: " + KEY.encode()])],
-            *[([key + more, length], VALID, 400) for more in (
-                b"\x00", b"\r\nX-Backfeedr-Timestamp: \xff", b"\r\nX-Backfeedr-Signature: \xff")])],
-        (b"GET /api/v1/events HTTP/1.1", [b"Authorization: Bearer \xff"], b"", 401),
-        (b"PUT /api/v1/crashes HTTP/1.1", [], b"", 405),
-        *[(b"GET %s HTTP/1.1" % path, [], b"", status) for status, paths in (
-            (404, [b"/api/v1/health%00", b"/api/v1/health\x00", b"/api/v1/../v1/health", b"/..%2f..%2fetc/passwd",
-                   b"/api//v1/health", b"/api/v1/health/", b"/api/v1/h%C3%A4", b"/api/v1/h%FF", b"/" + b"x" * 30_000]),
-            (400, [b"/api/v1/h\xc3\xa4", b"/api/v1/metrics/devices?days=\xff"]), (431, [b"/" + b"x" * 32_768]))
-          for path in paths],
-        *[(line, [], b"", 400) for line in (
-            b"get /api/v1/health HTTP/1.1", b"\xff /api/v1/health HTTP/1.1", b"GET", b"\x16\x03\x01")],
-        *[(health, [header], b"", 400) for header in (b" folded", b"a\rb: c")],
-        (health, [b"X: " + b"x" * 32_768], b"", 431)]
-    before = None
-    for line, headers, content, expected in requests:
+
+    def post(*headers, body=VALID):
+        return b"\r\n".join([b"POST /api/v1/crashes HTTP/1.1", *headers, b"", body])
+
+    def chunked(body):
+        return post(key, b"Transfer-Encoding: chunked", body=body)
+
+    requests = {  # by the status of the answer
+        400: [*[post(key, *lengths) for lengths in ([length, length], [])],
+              *[post(key, b"Content-Length: " + value) for value in (b"10", b"5, 5", b"+5", b"\xb2")],
+              *map(chunked, (b"0\r\n\r\n", b"x\r\n", b"-5\r\n", b"5\r\nabcdefgh")), post(key + b"\x00", length),
+              *[post(key, name + b": \xff", length) for name in (b"X-Backfeedr-Timestamp", b"X-Backfeedr-Signature")],
+              *[b"GET /api/v1/%s HTTP/1.1\r\n\r\n" % path for path in (b"h\xc3\xa4", b"metrics/devices?days=\xff")],
+              *[line + b"\r\n\r\n" for line in (
+                  b"get /api/v1/health HTTP/1.1", b"\xff /api/v1/health HTTP/1.1", b"GET", b"\x16\x03\x01")],
+              *[b"GET /api/v1/health HTTP/1.1\r\n%s\r\n\r\n" % header for header in (b" folded", b"a\rb: c")]],
+        401: [*[post(*keys, length) for keys in (
+                  [key, key], [b"X-Backfeedr-Key: \xff\xfe"], [b"X_Backfeedr_Key: " + KEY.encode()])],
+              b"GET /api/v1/events HTTP/1.1\r\nAuthorization: Bearer \xff\r\n\r\n"],
+        404: [b"GET /%s HTTP/1.1\r\n\r\n" % path for path in (
+            b"api/v1/health%00", b"api/v1/health\x00", b"api/v1/../v1/health", b"..%2f..%2fetc/passwd",
+            b"api//v1/health", b"api/v1/health/", b"api/v1/h%C3%A4", b"api/v1/h%FF", b"x" * 30_000)],
+        405: [b"PUT /api/v1/crashes HTTP/1.1\r\n\r\n"],
+        413: [post(key, b"Content-Length: 10001", body=b"x" * 10_001), *map(chunked, (
+            b"2711\r\n" + b"x" * 10_001 + b"\r\n0\r\n\r\n", b"f" * 5000 + b"\r\n" + b"x" * 80_000, b"1" * 80_000))],
+        415: [post(key, b"Content-Encoding: \xff", length), post(key, *[b"Content-Encoding: gzip"] * 2, length)],
+        431: [b"GET /%s HTTP/1.1\r\n\r\n" % (b"x" * 32_768),
+              b"GET /api/v1/health HTTP/1.1\r\nX: %s\r\n\r\n" % (b"x" * 32_768)],
+        501: [post(key, b"Transfer-Encoding: chunked, gzip")]}
+    server, before = run(BACKFEEDR_MAX_BODY_SIZE="10000"), []
+    for status, request in [(status, request) for status in requests for request in requests[status]]:
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as raw:
-            raw.sendall(b"".join(each + b"\r\n" for each in [line, *headers, b""]) + content)
+            raw.sendall(request)
             head, answer = read_answer(raw)
-        assert int(head.split()[1]) == expected, (line, headers, content[:50], head)
+        assert int(head.split()[1]) == status, (request[:200], head)
         assert b"\r\nContent-Type: application/json" in head and set(json.loads(answer)) == {"error"}
-        assert before is None or stored_ids(tmp_path / "run.db") == before, (line, headers)
+        assert stored_ids(tmp_path / "run.db") == before, request[:200]
         assert server.post(CRASHES, CRASH)[0] == 201
         before = stored_ids(tmp_path / "run.db")
-    assert server.stop() == (0, "", "")
-    assert len(stored_ids(tmp_path / "run.db")) == len(requests)
+    assert server.stop() == (0, "", "") and len(before) == sum(map(len, requests.values()))
     check_database(tmp_path / "run.db")
 
 
@@ -3083,8 +2987,8 @@ class Mutations:
         else:
             request = {**BEARER, "path": self.pick(FUZZ_PATHS)}
         for _ in range(self.random.randint(1, 3)):
-            self.pick([self.change_json, self.change_json, self.change_bytes, self.change_coding, self.change_text,
-                       self.change_text, self.change_text])(request)
+            self.pick([self.change_json, self.change_json, self.change_bytes, self.change_coding,
+                       *[self.change_text] * 3])(request)
         return request
 
     def change_json(self, request):
@@ -3093,30 +2997,24 @@ class Mutations:
             whole = json.loads(request["body"])
         except (ValueError, RecursionError):
             return
-        places = [each for each in containers(whole) if each]
-        if places:
-            place = self.pick(places)
-            where = self.pick(list(place) if type(place) is dict else range(len(place)))
-            self.change_place(place, where)
-        request["body"] = json.dumps(whole, ensure_ascii=self.random.random() < 0.8).encode("utf-8", "surrogatepass")
-
-    def change_place(self, place, where):
-        kind = self.pick(["replace", "replace", "delete", "nest", "add"])
-        if kind == "delete":
+        place, where = self.pick([*places(whole), (None, None)])
+        change = place is not None and self.pick(["replace", "replace", "delete", "nest", "add"])
+        if change == "delete":
             del place[where]
-        elif kind == "nest":
+        elif change == "nest":
             for _ in range(self.pick([3, 61, 64, 65, 250])):
                 place[where] = [place[where]]
-        elif kind == "add" and type(place) is list:
+        elif change == "add" and type(place) is list:
             place *= self.pick([2, 50, 101])
-        else:
+        elif change:
             new = self.pick(["x", "", "events", "batch", "extra", "type", "seq", "\x00"])
-            place[where if kind == "replace" else new] = self.pick(ODD_VALUES)
+            place[where if change == "replace" else new] = self.pick(ODD_VALUES)
+        request["body"] = json.dumps(whole, ensure_ascii=self.random.random() < 0.8).encode("utf-8", "surrogatepass")
 
     def change_bytes(self, request):
         body, where = request["body"], self.random.randrange(len(request["body"]) + 1)
-        some = bytes(self.random.randrange(256) for _ in range(self.random.randint(0, 5)))
-        request["body"] = body[:where] + some * self.pick([1, 1, 1000]) + body[where + self.pick([0, 1, 5, 100]):]
+        some = self.random.randbytes(self.random.randint(0, 5)) * self.pick([1, 1, 1000])
+        request["body"] = body[:where] + some + body[where + self.pick([0, 1, 5, 100]):]
 
     def change_coding(self, request):
         request["Content_Encoding"] = self.pick(["gzip", "gzip", "gzip", "GZIP", "deflate", "identity"])
@@ -3125,23 +3023,22 @@ class Mutations:
     def change_text(self, request):
         """The method, the path, the query, the length, or a header."""
         part, odd = self.pick(["method", "path", "query", "length", self.pick(FUZZ_HEADERS)]), self.pick(ODD_TEXTS)
-        names = self.random.choices(["app", "days", "limit", "cursor", "version", "type", "name", "session_id", ""],
-                                    k=self.pick([1, 2, 50]))
         before = str(request.get(part) or {"length": len(request["body"]), "X_Backfeedr_Key": KEY}.get(part, ""))
         where = self.random.randrange(len(before) + 1)
+        names = self.random.choices(["app", "days", "limit", "cursor", "version", "type", "name", "session_id", ""],
+                                    k=self.pick([1, 2, 50]))
+        query = self.pick("&&&;").join(name + self.pick("==== ") + self.pick(ODD_TEXTS) for name in names)
         request[part] = self.pick([
             odd, before[:where] + odd + before[where:], before[:where] + before[where + 1:], before + ", " + before,
-            before + "/", before.upper(), "", *FITTING.get(part, []),
-            *[self.pick("&&&;").join(name + self.pick("==== ") + self.pick(ODD_TEXTS) for name in names)]
-            * (4 if part == "query" else 0)])
+            before + "/", before.upper(), "", *FITTING.get(part, []), *[query] * (4 if part == "query" else 0)])
 
 
-def containers(value):
-    """Each object and each list within it, itself too."""
-    if type(value) in (dict, list):
-        yield value
-        for each in value.values() if type(value) is dict else value:
-            yield from containers(each)
+def places(value):
+    """Each place of a value within this one: what it is in, and its name or its index there."""
+    inside = value if type(value) is dict else range(len(value)) if type(value) is list else ()
+    for where in inside:
+        yield value, where
+        yield from places(value[where])
 
 
 @pytest.mark.slow
@@ -3190,13 +3087,6 @@ class Person:
         form["token"] = token
         answer = form.submit(status=status)
         return answer.follow(headers=HTML) if status == 303 else answer
-
-
-def mounted(app, prefix):
-    """The app below a prefix of another one."""
-    host = backfeedr.bottle.Bottle()
-    host.mount(prefix, app)
-    return host
 
 
 @pytest.fixture
