@@ -2137,7 +2137,7 @@ def overview(rate, dau, sessions, crashes, *top):
 
 SMALL_WORLD = {  # Now is Thursday 2026-03-12, 14:30. A session counts at its first start, in whatever order they come.
     "default": [
-        crash_at("2026-03-12T10:00:00Z", device_model="iPhone16,1", device_id_hash="d1"),
+        crash_at("2026-03-12T10:00:00Z", device_model="iPhone16,1", device_id_hash="d1", exception_reason="1st app"),
         crash_at("2026-03-11T23:59:59.999Z", device_model="iPhone15,2", device_id_hash="d2"),
         crash_at("2026-03-06T00:00:00Z", "B", device_model="", device_id_hash=""),  # first of 7 days
         crash_at("2026-03-05T23:59:59.999Z", "C"),  # the day before, but within 7 x 24 h
@@ -2151,7 +2151,7 @@ SMALL_WORLD = {  # Now is Thursday 2026-03-12, 14:30. A session counts at its fi
         start_at(NOW, "s4", type="session_end"), {"type": "custom", "occurred_at": NOW, "device_id_hash": ""},
         {"type": "error", "occurred_at": "2026-03-11T14:00:00Z", "device_id_hash": "d3"},
         {"type": "error", "occurred_at": "2026-03-11T13:59:59.999Z", "device_id_hash": "d4"}],  # too old
-    "Shop": [crash_at("2026-03-09T12:00:00Z", device_model="iPhone16,1", device_id_hash="d1"),
+    "Shop": [crash_at("2026-03-12T10:00:00Z", device_model="iPhone16,1", device_id_hash="d1", exception_reason="2nd"),
              start_at("2026-03-12T10:00:00Z", "s1", device_id_hash="d1")],
     "Beta": [crash_at("2026-03-10T12:00:00Z", "Z", device_model="iPad", device_id_hash="d9"),
              start_at("2026-03-12T10:00:00Z", "s1", device_id_hash="d9")]}
@@ -2164,17 +2164,21 @@ def test_figures_of_an_app_and_of_all_live_apps_are_those_worked_out_by_hand(api
             assert api.post(CRASHES if "exception_type" in each else EVENTS, each, key=key)[0] == 201
     days = " ".join(f"2026-03-{day:02}" for day in range(5, 13))
     assert_answers(api, {
-        "metrics/daily-crashes": series(WEEKDAYS, 1, 0, 1, 3, 1, 0, 0),
+        "metrics/daily-crashes": series(WEEKDAYS, 0, 0, 1, 4, 1, 0, 0),
         "metrics/daily-crashes?app=Beta": series(WEEKDAYS, 0, 1, 0, 0, 0, 0, 0),
-        "metrics/daily-crashes?days=8": series(days, 1, 1, 0, 0, 1, 0, 1, 3),
-        "metrics/crash-types": series("A E B C D", 3, 2, 1, 1, 1), "metrics/crash-types?days=1": series("E A", 2, 1),
+        "metrics/daily-crashes?days=8": series(days, 1, 1, 0, 0, 0, 0, 1, 4),
+        "metrics/crash-types": series("A E B C D", 3, 2, 1, 1, 1), "metrics/crash-types?days=1": series("A E", 2, 2),
         "metrics/crash-types?app=Beta": series("Z", 1), "metrics/devices?app=Beta": series("iPad", 1),
         "metrics/devices": series("iPhone15,2 iPhone16,1", 2, 2),
-        "overview": overview(40.0, 5, 10, 6, ("A", 3), ("E", 2, "latest"), ("B", 1)),  # d1, d2, d3, fast; Shop's d1
-        "overview?app=Shop": overview(0.0, 1, 1, 1, ("A", 1)), "overview?app=Beta": overview(0.0, 1, 1, 1, ("Z", 1))})
+        "overview": overview(40.0, 5, 10, 6, ("A", 3, "1st app"), ("E", 2, "latest"), ("B", 1)),  # d1, d2, d3, fast; d1
+        "overview?app=Shop": overview(0.0, 1, 1, 1, ("A", 1, "2nd")),
+        "overview?app=Beta": overview(0.0, 1, 1, 1, ("Z", 1))})
+    groups = api.get("/api/v1/crashes?limit=1", **ADMIN)[1]["groups"]
+    assert [groups[0][name] for name in ("exception_type", "exception_reason", "count")] == ["A", "1st app", 3]
+    ties = sorted([("A", 2, "1st app"), ("E", 2, "latest")], key=lambda top: group_hash(top[0], []))
     clock.move(6 * 24 * 3600)  # Wednesday 18 March, 14:30
-    assert_answers(api, {"metrics/daily-crashes": series(WEEKDAYS, 0, 0, 0, 3, 0, 0, 0),
-                         "overview": overview(0.0, 0, 2, 3, ("E", 2, "latest"), ("A", 1))})
+    assert_answers(api, {"metrics/daily-crashes": series(WEEKDAYS, 0, 0, 0, 4, 0, 0, 0),
+                         "overview": overview(0.0, 0, 2, 4, *ties)})
     clock.move(2 * 24 * 3600)
     assert_answers(api, {"overview": overview(100.0, 0, 0, 0),
                          "metrics/crash-types": series("A E B C D", 3, 2, 1, 1, 1)})
