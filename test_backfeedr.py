@@ -2220,13 +2220,12 @@ def test_an_app_name_beyond_ascii_is_found_however_it_is_encoded(api):
 
 
 @pytest.mark.parametrize("public", [True, False])
-def test_metrics_need_the_admin_token_where_they_are_not_public(serve, public):
+def test_lists_need_the_admin_token_and_metrics_where_they_are_not_public(serve, public):
     api = Api(serve(public_metrics=public))
-    for path in METRICS:
-        assert api.get(path, **({} if public else ADMIN))[0] == 200
+    for path in LISTS + ([] if public else METRICS):
         for header, word in (("", "missing"), ("Basic " + TOKEN, "missing"), ("Bearer " + KEY, "invalid")):
-            answer = api.get(path, Authorization=header)
-            assert public or answer == (401, {"error": f"{word} admin token"}), (path, header)
+            assert api.get(path, Authorization=header) == (401, {"error": f"{word} admin token"}), (path, header)
+    assert {api.get(path, **({} if public else ADMIN))[0] for path in METRICS} == {200}
     assert api.get("/api/v1/health") == (200, {"status": "ok"})
 
 
@@ -2810,7 +2809,7 @@ HOSTILE_REQUESTS = [  # the answer, the request, and the values of one part of i
         None, "", "\xff", "\xfc", "sha256=", "sha256=\u00e9", SIGNATURE[7:], SIGNATURE[:7] + SIGNATURE[7:].upper(),
         SIGNATURE * 2, SIGNATURE + ", " + SIGNATURE, "sha1=" + "0" * 40, "sha256=" + "0" * 64, "x" * 30_000]),
     (BAD_SIGNATURE, {"X_Backfeedr_Timestamp": "2026-03-12T14:22:31Z"}, "X_Backfeedr_Signature", [None, ""]),
-    *[request for path in (*LISTS, "/metrics") for request in (
+    *[request for path in (EVENTS, "/metrics") for request in (
         ((401, "missing admin token"), {**TYPED, "path": path}, "Authorization", [
             None, "", "Bearer", "Bearer ", TOKEN, "Basic " + TOKEN, "B\xe9arer " + TOKEN, "Bearer\x00" + TOKEN]),
         ((401, "invalid admin token"), {**TYPED, "path": path}, "Authorization", ["Bearer " + token for token in (
@@ -3355,11 +3354,10 @@ def test_the_largest_report_does_not_make_a_page_much_larger(api, person):
 
 # -- What the pages show
 
-SESSION = {**EVENT, "type": "session_start", "app_version": "1.2.0", "occurred_at": "2026-03-12T10:00:00Z"}
 FULL = {**json.loads((EXAMPLES / "crash.json").read_text()), "free_disk_mb": 70,
         "breadcrumbs": [{"at": "14:22", "screen": "Cart"}, "tap"]}
+FULL["stack_trace"].append({"frame": 9, "symbol": "UIApplicationMain", "file": None, "line": None})
 OWN = [frame["symbol"] for frame in FULL["stack_trace"] if frame.get("file")]
-SYSTEM = {"frame": 9, "symbol": "UIApplicationMain", "file": None, "line": None}
 
 
 @pytest.mark.parametrize("reports, said_by_path, counts", [
@@ -3368,14 +3366,14 @@ SYSTEM = {"frame": 9, "symbol": "UIApplicationMain", "file": None, "line": None}
           "/crashes": ["No crash is kept"], "/crashes?days=7": ["No crash fits"], "/events": ["No event is kept"],
           "/events?name=x": ["No event fits"], "/events?session_id=x": ["No event fits"],
           "/releases": ["reports that carry an app_version"]}, {}),
-    ([*({**SESSION, "session_id": f"s{n}", "device_id_hash": f"d{n}"} for n in range(4)),
+    ([*(start_at("2026-03-12T10:00:00Z", f"s{n}", device_id_hash=f"d{n}", app_version="1.2.0") for n in range(4)),
       {**CRASH, "app_version": "1.2.0", "device_model": "iPhone16,1", "exception_reason": "Because"},
       {**CRASH, "occurred_at": "2026-03-01T10:00:00Z"}],
      {"/": ["Crash-free sessions 75.00 %", "Active devices 4 24 hours", "Sessions 4 7 days", "Crashes 1 7 days",
             "1.2.0 default 75.00 % 100.0 %", "1 SIGABRT Because", "iPhone16,1 1", "SIGABRT 2",
             'aria-label="Crashes per day, 11 Feb to 12 Mar: latest 1, highest 1 on 12 Mar, lowest 0"',
             "<title>1 Mar: 1</title>", "<title>2 Mar: 0</title>"]}, {'class="chart"': 5}),
-    ([{**FULL, "stack_trace": [*FULL["stack_trace"], SYSTEM]}], {"/crashes/{group}": [
+    ([FULL], {"/crashes/{group}": [
         "ContentView.swift:42", "Free memory 312 MB", "Battery 67%", "Charging no", "Locale de_DE", "Version 1.2.0",
         "Build 47", "System 18.3.1", "free_disk_mb 70", 'breadcrumbs {"at": "14:22", "screen": "Cart"} tap',
         "Crashes 1 Devices 1", "<li><code><bdi>UIApplicationMain",
