@@ -4023,9 +4023,11 @@ def slow_server(serve, clock, monkeypatch):
         server.asyncore.close_all(server._map)
 
 
-def connect_to(server):
+def send_to(server, request):
+    """A new connection, on which these bytes were sent."""
     connection = socket.create_connection(("127.0.0.1", int(server.effective_port)))
     connection.setblocking(False)
+    connection.sendall(request)
     return connection
 
 
@@ -4063,8 +4065,7 @@ def crash_count(server):
                                    b"POST /api/v1/crashes HTTP/1.1\r\nContent-Length: 1000\r\n\r\n",
                                    b"POST /api/v1/crashes HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n3e8\r\n"])
 def test_a_request_that_has_not_arrived_whole_within_a_minute_is_ended(slow_server, clock, start):
-    with connect_to(slow_server) as drip:
-        drip.sendall(start)
+    with send_to(slow_server, start) as drip:
         for seconds in range(100):
             if received_by(drip, slow_server) is None:
                 break
@@ -4077,7 +4078,7 @@ def test_a_request_that_has_not_arrived_whole_within_a_minute_is_ended(slow_serv
 def test_a_report_has_the_time_that_a_slow_phone_takes_and_no_more(slow_server, clock, size, seconds, statuses):
     """Three times 30 s on one connection; for 300 kB 100 s, but not 300."""
     request = posted(body={**CRASH, "log": "x" * size})
-    with connect_to(slow_server) as phone:
+    with send_to(slow_server, b"") as phone:
         for n, status in enumerate(statuses, 1):
             for second in range(seconds):
                 phone.sendall(request[len(request) * second // seconds:len(request) * (second + 1) // seconds])
@@ -4101,9 +4102,8 @@ def test_a_thread_that_sends_on_a_connection_keeps_the_others_from_it(slow_serve
             return super().send(data, do_close)
 
     slow_server.channel_class = Watched
-    with connect_to(slow_server) as client:
-        get = b"GET /api/v1/health HTTP/1.1\r\n\r\n"
-        client.sendall(get)
+    get = b"GET /api/v1/health HTTP/1.1\r\n\r\n"
+    with send_to(slow_server, get) as client:
         answer = answer_on(client, slow_server)
         client.sendall(get + b"POST /api/v1/crashes HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")
         answer += answer_on(client, slow_server, b"100 Continue")
@@ -4119,9 +4119,7 @@ def crowd(slow_server):
     assert Api(slow_server.app).post(CRASHES, b"{")[0] == 400  # the server knows the key from now on
 
     def crowd(*requests):
-        connections = [connect_to(slow_server) for _ in requests]
-        for connection, request in zip(connections, requests):
-            connection.sendall(request)
+        connections = [send_to(slow_server, request) for request in requests]
         wait_until(lambda: slow_server.turn() or len(dispatcher.coming) == len(requests))
         while dispatcher.coming:
             dispatcher.store_batch()
