@@ -4131,15 +4131,6 @@ def crowd(slow_server):
     return crowd
 
 
-def test_reports_that_come_together_are_stored_by_one_commit_and_each_is_answered(slow_server, crowd):
-    batch = {"events": [EVENT] * 3}
-    assert crowd(posted(), posted(body=b"{"), posted(BATCH, batch), posted(EVENTS, batch),
-                 posted() + posted() + posted(body=b"")) == [[201], [400], [201], [400], [201, 201, 400]]
-    assert crash_count(slow_server.app) == len(stored(slow_server.app, "events")["events"]) == 3
-    commits = scraped(Api(slow_server.app))
-    assert [commits[f'commit_requests_bucket{{le="{size}"}}'] for size in (1, 2, 4)] == [1, 1, 2]  # one of 1, one of 3
-
-
 @pytest.mark.parametrize("limit, is_packed, expected", [
     ({"BATCHED_REQUESTS": 2}, False, [2, 2, 2, 1]), ({"BATCHED_BYTES": 250}, False, [3, 3, 1]), ({}, False, [7]),
     ({"BATCHED_BYTES": Settings.max_body_size + 1}, True, [2, 2, 2, 1])])  # as each may become as large as a body
@@ -4160,9 +4151,14 @@ def test_no_more_is_taken_at_a_time_than_there_is_room_for(slow_server, crowd, m
     assert list(map(len, taken)) == expected and crash_count(slow_server.app) == 7
 
 
-def test_reports_that_come_together_share_an_error_but_not_that_a_client_has_gone(
+def test_reports_that_come_together_share_a_commit_or_an_error_and_each_is_answered_unless_its_client_has_gone(
         slow_server, crowd, monkeypatch, caplog):
-    app, dispatcher, count = slow_server.app, slow_server.task_dispatcher, 0
+    app, dispatcher, batch, count = slow_server.app, slow_server.task_dispatcher, {"events": [EVENT] * 3}, 3
+    assert crowd(posted(), posted(body=b"{"), posted(BATCH, batch), posted(EVENTS, batch),
+                 posted() + posted() + posted(body=b"")) == [[201], [400], [201], [400], [201, 201, 400]]
+    assert crash_count(app) == len(stored(app, "events")["events"]) == count
+    commits = scraped(Api(app))
+    assert [commits[f'commit_requests_bucket{{le="{size}"}}'] for size in (1, 2, 4)] == [1, 1, 2]  # one of 1, one of 3
 
     def fail(*_, **options):
         return 1 / 0
@@ -4825,7 +4821,7 @@ def test_check_prints_a_line_for_each_check_and_changes_nothing(command, filled,
         == ["settings", "SQLite", "disk", "file", "schema", "pages", "roll-ups"]
 
 
-def test_check_finds_what_is_wrong(command, filled):
+def test_check_finds_what_is_wrong_and_leaves_an_older_schema_to_the_next_start(command, filled, monkeypatch):
     filled.close()
     sound, unequal = Path("backfeedr.db").read_bytes(), "roll-ups: these tables are not what they should be: "
     for damage, line in (
@@ -4844,10 +4840,7 @@ def test_check_finds_what_is_wrong(command, filled):
         status, out, err = command("check")
         assert (status, err) == (1, "") and f"\nBAD {line}" in out, out
         assert out.count("\nBAD ") == 1 if is_sql else Path("backfeedr.db").read_bytes() == damage
-
-
-def test_check_leaves_an_older_schema_to_the_next_start_and_finds_a_missing_file_a_full_disk_and_a_wrong_setting(
-        command, filled, monkeypatch):
+    Path("backfeedr.db").write_bytes(sound)
     monkeypatch.setattr(backfeedr, "SCHEMA_VERSION", backfeedr.SCHEMA_VERSION + 1)
     assert re.search(r"\nok  schema: version \d+, which the next start upgrades to version \d+\n", command("check")[1])
     monkeypatch.setenv("BACKFEEDR_PORT", "http")
