@@ -5015,6 +5015,9 @@ def test_an_export_and_its_import_take_no_more_memory_for_more_events(command):
 README = (HERE / "README.md").read_text(encoding="utf-8")
 PROGRAMS = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 SECRETS = {"BACKFEEDR_API_KEY": KEY, "BACKFEEDR_AUTH_TOKEN": TOKEN}
+URL = r"http://127\.0\.0\.1:[1-9]\d*"
+LISTENER = socket.create_server(("127.0.0.1", 0))
+TAKEN = str(LISTENER.getsockname()[1])  # a port, as long as the tests run
 
 
 def load_example(name):
@@ -5032,13 +5035,6 @@ embed_module = load_example("embed")
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]
-
-
-@contextmanager
-def taken_port(words):
-    """These words, in which the word TAKEN is now a port that is taken."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        yield [str(taken.getsockname()[1]) if word == "TAKEN" else word for word in words]
 
 
 def clean_environ(**variables):
@@ -5085,19 +5081,14 @@ def running(*command, cwd, **variables):
             process.kill()
 
 
-def read_until(stream, end):
-    """The lines up to the one that has `end`."""
-    text = ""
-    while end not in text:
-        line = stream.readline()
-        assert line, text
+def printed(process, pattern):
+    """The first match of a pattern in what a program prints, from here on."""
+    text = line = process.stdout.readline()
+    while line and not re.search(pattern, text):
+        line = process.stdout.readline()
         text += line
-    return text
-
-
-def url_in(stream, before="http://"):
-    """The address in the first line that has it after `before`."""
-    return re.search(r"http://127\.0\.0\.1:[1-9]\d*", read_until(stream, before)).group()
+    assert line, text
+    return re.search(pattern, text)
 
 
 def ask(url, body=None, key=KEY, **headers):
@@ -5173,6 +5164,8 @@ def scripted(script, app=webtest.TestResponse(b'{"id": "evt_1"}', 201)):
         yield url, requests
 
 
+# -- examples/client.py
+
 STORED = 201, {"id": "evt_1"}
 LOST, ServerError = client_module.ConnectionLost, client_module.ServerError
 
@@ -5185,6 +5178,9 @@ def batch_answer(request):
 
 def numbered_events(count):
     return [{"type": "custom", "name": str(number)} for number in range(count)]
+
+
+CLIENT_NOW = 1773325351.25  # 2026-03-12T14:22:31.250000Z
 
 
 def make_client(url, key=KEY, **options):
@@ -5219,21 +5215,6 @@ def real_server(tmp_path, losses=(), **settings):
         yield server, url, server.store.create_app("Shop")
 
 
-def stored_names(server):
-    return [name for name, in sql(server.store.path, "select name from events order by seq")]
-
-
-# -- examples/client.py: one request
-
-CLIENT_NOW = 1773325351.25  # 2026-03-12T14:22:31.250000Z
-
-
-def test_client_signature_equals_the_vector():
-    body = b'{"type":"custom","name":"purchase","occurred_at":"2026-03-12T14:22:31Z"}'
-    assert client_module.signature(KEY, "2026-03-12T14:22:31Z", body) == (
-        "sha256=6c3e10dd63bdf20cb9257a8a8b590969e83722725287c4009b98423fc82add3d")
-
-
 @pytest.mark.parametrize("suffix", ["", "/", "/api/v1", "/api/v1/"])
 @pytest.mark.parametrize("prefix", ["", "/crashes", "/a/b"])
 def test_client_finds_the_api_under_any_form_of_endpoint(prefix, suffix):
@@ -5252,6 +5233,9 @@ def test_client_refuses_an_invalid_endpoint_or_key_without_showing_the_key(endpo
 
 
 def test_client_signs_each_attempt_anew_over_the_bytes_that_it_sends_unless_it_is_not_to_sign():
+    body = b'{"type":"custom","name":"purchase","occurred_at":"2026-03-12T14:22:31Z"}'
+    assert client_module.signature(KEY, "2026-03-12T14:22:31Z", body) == (
+        "sha256=6c3e10dd63bdf20cb9257a8a8b590969e83722725287c4009b98423fc82add3d")
     times = iter([CLIENT_NOW, CLIENT_NOW + 299])
     got = sent(UNAVAILABLE, STORED, clock=lambda: next(times))
     assert got.answer == {"id": "evt_1"} and len(got.requests) == 2
@@ -5276,8 +5260,6 @@ def test_client_refuses_a_number_that_json_cannot_express():
     got = sent(STORED, send=lambda client: client.crash({**CRASH, "free_memory_mb": float("nan")}))
     assert (got.answer, got.requests) == (ValueError, [])
 
-
-# -- examples/client.py: attempts
 
 LATER = {"error": "later"}
 BACKOFF = [(longest / 2, longest) for longest in (0.5, 1, 2, 4, 8, 16, 30, 30, 30)]
@@ -5342,8 +5324,6 @@ def test_client_reads_a_refusal_that_comes_before_all_is_sent():
     assert got.answer == (413, "large")
 
 
-# -- examples/client.py: batches, and a real server
-
 @pytest.mark.parametrize("count, sizes", [
     (0, []), (1, [1]), (100, [100]), (101, [100, 1]), (200, [100, 100]), (250, [100, 100, 50])])
 def test_client_sends_a_long_batch_in_several_and_merges_the_answers(count, sizes):
@@ -5386,8 +5366,6 @@ def test_client_signs_with_any_text_as_key_and_sends_two_equal_events_in_a_secon
         assert sql(server.store.path, "select name from events") == [("purchase",)] * 2
 
 
-# -- examples/client.py: command line
-
 @pytest.mark.parametrize("kind, answered", [("crash", "group_hash"), ("event", "id"), ("batch", "count")])
 def test_client_command_sends_the_example_payloads(tmp_path, kind, answered):
     with real_server(tmp_path, require_signature=True) as (_, url, key):
@@ -5420,9 +5398,8 @@ NOT_SENT = [  # what is to be sent, as what, and the error
     ("crash", b"", "- is not JSON*"), ("crash", b"{", "- is not JSON*"), ("crash", b"\xff\xfe", "- is not JSON*"),
     ("crash", b"[" * 100_000, "*recursion*"), ("crash", b'{"exception_type": NaN}', "*not JSON compliant*"),
     ("crash", b"[]", "- holds no JSON object"), ("event", b'"purchase"', "- holds no JSON object"),
-    ("batch", b"{}", "- holds no list of JSON objects"), ("batch", b'{"events": {}}', "- holds no list of JSON objects"),
-    ("batch", b'[{"type": "custom"}, 3]', "- holds no list of JSON objects"),
-    ("event", b"{}", "no answer from http://127.0.0.1:*")]
+    ("event", b"{}", "no answer from http://127.0.0.1:*"), *(("batch", text, "- holds no list of JSON objects") for text in (
+        b"{}", b'{"events": {}}', b'[{"type": "custom"}, 3]'))]
 REFUSED = [  # the answers to two batches, and the error
     ([(400, {"error": "invalid\n  locale"})], "400: invalid locale"),
     ([(302, {}, {"Location": "https://example.com/"})], "302: redirects are not followed (to https://example.com/)"),
@@ -5449,6 +5426,8 @@ def test_client_command_says_in_one_line_what_went_wrong(monkeypatch, capsys, sc
 OPENAPI = json.loads((EXAMPLES / "openapi.json").read_bytes())
 OPERATIONS = [(method.upper(), path, operation) for path, operations in OPENAPI["paths"].items()
               for method, operation in operations.items()]
+POSTS = [(path, operation) for method, path, operation in OPERATIONS if method == "POST"]
+GETS = [(path, operation) for method, path, operation in OPERATIONS if method == "GET"]
 JSON_TYPES = {"string": [str], "object": [dict], "array": [list], "boolean": [bool], "null": [type(None)],
               "integer": [int], "number": [int, float]}
 BOUNDS = {str: ("minLength", "maxLength"), list: ("minItems", "maxItems"),
@@ -5504,12 +5483,10 @@ def check_schema(schema, value, where="$"):
     ({"type": "string", "pattern": "^[a-z]$"}, ["a"], ["", "A", "ab", 1, None]),
     ({"type": "string", "minLength": 1, "maxLength": 2}, ["a", "ab"], ["", "abc"]),
     ({"type": "string", "enum": ["a"]}, ["a"], ["b", 1]),
-    ({"type": "array", "minItems": 1, "maxItems": 2, "items": {"type": "boolean"}},
-     [[True]], [[], [1], [True] * 3, {}]),
+    ({"type": "array", "minItems": 1, "maxItems": 2, "items": {"type": "boolean"}}, [[True]], [[], [1], [True] * 3, {}]),
     ({"type": "object", "required": ["a"], "properties": {"a": {"type": "null"}}, "additionalProperties": False},
      [{"a": None}], [{}, {"a": 1}, {"a": None, "b": 1}, []]),
-    ({"$ref": "#/components/schemas/Health"}, [{"status": "ok"}], [{"status": "bad"}, {}]),
-    ({"type": "string", "unknown": 1}, [], [""])])
+    ({"$ref": "#/components/schemas/Health"}, [{"status": "ok"}], [{"status": "bad"}, {}])])
 def test_the_validator_of_these_tests_knows_good_from_bad(schema, good, bad):
     for value in good:
         check_schema(schema, value)
@@ -5544,82 +5521,76 @@ def test_every_example_of_openapi_is_what_its_schema_says(method, path, operatio
         check_schema(content(operation["requestBody"])["schema"], body)
 
 
-class Documented:
-    """Sends requests and checks each answer against the description of its operation."""
-
-    def __init__(self, server):
-        self.server, self.seen = server, defaultdict(set)
-
-    def send(self, method, path, expected, body=b"", query=None, **headers):
-        operation = OPENAPI["paths"][path][method.lower()]
-        place = "/api/v1" + path.replace("{group_hash}", OPENAPI["components"]["parameters"]["group_hash"]["example"])
-        status, answer = call(self.server, method, place, body, urlencode(query or {}), **headers)
-        assert status == expected, (method, path, query, status, answer)
-        check_schema(content(operation["responses"][str(status)])["schema"], answer)
-        self.seen[method, path].add(str(status))
-        return answer
+def documented(server, method, path, expected, body=b"", query=None, **headers):
+    """The answer to a request, once it is found to be as its operation is described."""
+    operation = OPENAPI["paths"][path][method.lower()]
+    place = "/api/v1" + path.replace("{group_hash}", OPENAPI["components"]["parameters"]["group_hash"]["example"])
+    status, answer = call(server, method, place, body, urlencode(query or {}), **headers)
+    assert status == expected, (method, path, query, status, answer)
+    check_schema(content(operation["responses"][str(status)])["schema"], answer)
+    return answer
 
 
 def reports_of(path, operation):
     """Each example of a body, and each refusal that its sender can bring about: the status, the body, and headers."""
     for n, body in enumerate(json.dumps(example).encode() for example in bodies(operation)):
-        under, stamp = {"Idempotency_Key": f"{path} {n}"}, {"X_Backfeedr_Timestamp": NOW}
+        under, signature = {"Idempotency_Key": f"{path} {n}"}, backfeedr.sign(KEY.encode(), NOW.encode(), body)
         yield from ((201, body, under), (200, body, under), (422, body + b" ", under),
                     (201, gzip.compress(body), {"Content_Encoding": "gzip"}),
-                    (201, body, {**stamp, "X_Backfeedr_Signature": backfeedr.sign(KEY.encode(), NOW.encode(), body)}),
-                    (401, body, {**stamp, "X_Backfeedr_Signature": "sha256=0"}))
+                    (201, body, {"X_Backfeedr_Timestamp": NOW, "X_Backfeedr_Signature": signature}),
+                    (401, body, {"X_Backfeedr_Timestamp": NOW, "X_Backfeedr_Signature": "sha256=0"}))
     yield from ((401, body, {"X_Backfeedr_Key": None}), (400, b"{}", {}), (413, b" " * 10_001, {}),
                 (415, body, {"Content_Encoding": "br"}))
 
 
 def questions_of(operation):
-    """A question without parameters, then with each of them, its example, its bounds, and what is beyond: the status,
-    and the query."""
+    """A question without parameters, then with the example of each, its bounds, and what is beyond: status and query."""
     yield 200, {}
-    for parameter in map(resolved, operation.get("parameters", [])):
-        if parameter["in"] == "query":
-            name, schema = parameter["name"], parameter["schema"]
-            yield 200, {name: parameter["example"]}
+    for each in map(resolved, operation.get("parameters", [])):
+        name, schema = each["name"], each["schema"]
+        if each["in"] == "query":
+            yield 200, {name: each["example"]}
             if "minimum" in schema:
-                least, most = schema["minimum"], schema["maximum"]
-                yield from ((status, {name: value}) for status, value in (
-                    (400, least - 1), (200, least), (200, most), (400, most + 1)))
+                yield from ((200, {name: schema["minimum"]}), (400, {name: schema["minimum"] - 1}),
+                            (200, {name: schema["maximum"]}), (400, {name: schema["maximum"] + 1}))
             yield from {"cursor": [(400, {"cursor": "x"})],
                         "app": [(404, {"app": "nope"}), (400, {"days": "0"})]}.get(name, [])
 
 
 def test_every_request_of_openapi_is_answered_as_it_says(serve, monkeypatch):
-    sent, private = Documented(serve(max_body_size=10_000, rate_limit=1000)), Documented(
-        serve("private.db", public_metrics=False))
-    store, answer = sent.server.store, None
-    for method, path, operation in OPERATIONS:
-        for status, body, headers in reports_of(path, operation) if method == "POST" else ():
-            before, answer = answer, sent.send(method, path, status, body, **headers)
+    server, private = serve(max_body_size=10_000, rate_limit=1000), serve("private.db", public_metrics=False)
+    seen, answer = defaultdict(set), None
+
+    def send(method, path, status, body=b"", server=server, **more):
+        seen[method, path].add(str(status))
+        return documented(server, method, path, status, body, **more)
+
+    for path, operation in POSTS:
+        for status, body, headers in reports_of(path, operation):
+            before, answer = answer, send("POST", path, status, body, **headers)
             assert status != 200 or answer == before
-        for status, query in questions_of(operation) if method == "GET" else ():
-            sent.send(method, path, status, query=query, **ADMIN)
-        if method == "GET" and {} not in operation["security"]:
-            sent.send(method, path, 401)
-        elif method == "GET" and path != "/health":
-            private.send(method, path, 401)
-            private.send(method, path, 200, **ADMIN)
-            sent.seen[method, path].add("401")
-    sent.server._limiter.limit = 1
-    for method, path, _ in OPERATIONS:
-        if method == "POST":
-            sent.send(method, path, 429, b"{}")
-    sent.server._limiter.limit = 0
+    for path, operation in GETS:
+        for status, query in questions_of(operation):
+            send("GET", path, status, query=query, **ADMIN)
+        if path != "/health":
+            asked = private if {} in operation["security"] else server
+            send("GET", path, 401, server=asked)
+            send("GET", path, 200, server=asked, **ADMIN)
+    server._limiter.limit = 1
+    for path, _ in POSTS:
+        send("POST", path, 429, b"{}")
+    server._limiter.limit = 0
 
     def fail(*_):
         raise StorageUnavailable
     for name in ("writing", "check", "reading"):
-        monkeypatch.setattr(store, name, fail)
+        monkeypatch.setattr(server.store, name, fail)
     for name in ("is_admin", "is_known_key", "is_active_key"):
-        monkeypatch.setattr(store, name, lambda secret: True)
+        monkeypatch.setattr(server.store, name, lambda secret: True)
     for method, path, operation in OPERATIONS:
-        sent.send(method, path, 503, json.dumps(bodies(operation)[0]).encode() if method == "POST" else b"null", **ADMIN)
+        send(method, path, 503, json.dumps(bodies(operation)[0]).encode() if method == "POST" else b"null", **ADMIN)
         by_the_web_server = {"431", "500", "501"}
-        assert operation["responses"].keys() - by_the_web_server == sent.seen[method, path], path
+        assert operation["responses"].keys() - by_the_web_server == seen[method, path], path
 
 
 # -- Host apps
@@ -5649,10 +5620,8 @@ def test_embedded_server_knows_where_it_is_mounted(path, extra_environ, seen):
 @pytest.mark.slow
 def test_embed_command_serves_and_announces_the_mounted_address(tmp_path):
     with running(sys.executable, EXAMPLES / "embed.py", "--port", "0", "--db", "e.db", cwd=tmp_path) as process:
-        url = re.fullmatch(r"embed on (http://127\.0\.0\.1:[1-9]\d*)\n", process.stdout.readline()).group(1)
-        told = read_until(process.stdout, "-d '")
-        assert f"curl -X POST {url}/crashes{CRASHES}" in told
-        key = re.search("bf_live_[0-9a-f]{32}", told).group()
+        url, key = printed(process, rf"(?s)\Aembed on ({URL})\n.*(bf_live_[0-9a-f]{{32}}).*curl -X POST \1/crashes"
+                                    rf"{CRASHES} .*-d '").groups()
         answer = make_client(url + "/crashes", key, clock=time.time).crash(CRASH)
     assert sql(tmp_path / "e.db", "select id from crashes") == [(answer["id"],)]
 
@@ -5663,7 +5632,7 @@ def test_a_host_app_of_a_framework_serves_its_pages_and_backfeedr_below_crashes(
     pytest.importorskip(name.partition("_")[2])
     with running(sys.executable, EXAMPLES / f"{name}.py", "--port", "0", "--db", "e.db", cwd=tmp_path,
                  BACKFEEDR_API_KEY=KEY) as process:
-        url = url_in(process.stdout)
+        url = printed(process, URL)[0]
         assert ask(url + "/")[::2] == (200, "Hello\n")
         status, headers, body = ask(url + "/nothing")
         assert (status, headers.get_content_type()) == (404, "text/html"), "the host's own answer"
@@ -5677,12 +5646,9 @@ def test_a_host_app_of_a_framework_serves_its_pages_and_backfeedr_below_crashes(
     check_database(tmp_path / "e.db")
 
 
-# A host that notes where a connection is used by another process than that which made it.
+# Put behind the server: it notes where a connection is used by another process than that which made it.
 WATCHED = """
-import os
-import backfeedr
-
-class Watched(backfeedr.Connection):
+class Connection(Connection):
     def __init__(self, *args, **options):
         self.maker = os.getpid()
         super().__init__(*args, **options)
@@ -5692,27 +5658,23 @@ class Watched(backfeedr.Connection):
             print(name, file=open("crossed.txt", "a"))
         return super().__getattribute__(name)
 
-backfeedr.Connection = Watched
-server = backfeedr.Backfeedr()
-
-def app(environ, start_response):
-    return server(environ, lambda status, headers, *rest: start_response(
-        status, [*headers, ("X-Worker", str(os.getpid()))], *rest))
+class Backfeedr(Backfeedr):
+    def __call__(self, environ, start_response):
+        return super().__call__(environ, lambda status, headers, *rest: start_response(
+            status, [*headers, ("X-Worker", str(os.getpid()))], *rest))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("app", [[], ["watched:app"]], ids=["as it stands", "watched"])
-def test_two_gunicorn_workers_forked_from_one_server_store_all_that_they_acknowledge(tmp_path, app):
+def test_two_gunicorn_workers_forked_from_one_server_store_all_that_they_acknowledge(tmp_path):
     pytest.importorskip("gunicorn")
-    (tmp_path / "watched.py").write_text(WATCHED)
-    path, answers, shares = tmp_path / "g.db", [], Counter()
-    with running(sys.executable, "-m", "gunicorn", "-c", EXAMPLES / "gunicorn.conf.py", "--bind", "127.0.0.1:0", *app,
-                 cwd=tmp_path, **SECRETS, BACKFEEDR_DB_PATH=str(path), BACKFEEDR_RATE_LIMIT="0",
-                 PYTHONPATH=str(SERVER.parent)) as process:
-        url = url_in(process.stdout, "Listening at: ")
+    (tmp_path / "backfeedr.py").write_text(SERVER.read_text(encoding="utf-8") + WATCHED, encoding="utf-8")
+    path, answers, shares = tmp_path / "backfeedr.db", [], Counter()
+    with running(sys.executable, "-m", "gunicorn", "-c", EXAMPLES / "gunicorn.conf.py", "--bind", "127.0.0.1:0",
+                 cwd=tmp_path, **SECRETS, BACKFEEDR_RATE_LIMIT="0", PYTHONPATH=str(tmp_path)) as process:
+        url = printed(process, f"(?<=Listening at: ){URL}")[0]
         # Which worker takes a connection is the system's choice: many at a time, until each has had some.
-        while len(answers) < 60 or app and (len(shares) < 2 or min(shares.values()) < 5):
+        while len(answers) < 60 or len(shares) < 2 or min(shares.values()) < 5:
             with ThreadPoolExecutor(8) as pool:
                 answers += pool.map(lambda _: ask(url + CRASHES, CRASH), range(20))
             shares = Counter(headers["X-Worker"] for _, headers, _ in answers)
@@ -5743,7 +5705,7 @@ def test_the_readmes_lines_for_other_wsgi_servers_serve_it(tmp_path, command, fr
     assert f"`{command}`" in section("Put it into your own app").replace("\n", " ")
     with running("bash", "-c", f"{program} {free} {rest}", cwd=tmp_path, **SECRETS, PATH=PROGRAMS,
                  PYTHONPATH=str(SERVER.parent)) as process:
-        check_stores_a_crash(url_in(process.stdout), tmp_path / "backfeedr.db")
+        check_stores_a_crash(printed(process, URL)[0], tmp_path / "backfeedr.db")
 
 
 def test_the_library_example_makes_a_key_that_works_at_the_first_and_at_the_next_run(tmp_path):
@@ -5760,15 +5722,12 @@ def test_the_library_example_makes_a_key_that_works_at_the_first_and_at_the_next
     assert sql(path, "select name from crashes join apps on apps.id = app_id") == [("Shop",)] * 2
 
 
-# -- Demo and benchmark
-
 @pytest.mark.slow
 def test_the_demo_serves_its_pages_to_its_link_and_leaves_nothing_behind(tmp_path):
     shorter = "import sys, demo; demo.DAYS = 2; sys.exit(demo.main())"
     with running(sys.executable, "-c", shorter, "--port", "0", cwd=tmp_path, TMPDIR=str(tmp_path),
                  PYTHONPATH=os.pathsep.join([str(EXAMPLES), str(SERVER.parent)])) as process:
-        assert process.stdout.readline().startswith("backfeedr on http://127.0.0.1:")
-        link = read_until(process.stdout, "/sign-in?code=").split()[-1]
+        link = printed(process, rf"(?s)\Abackfeedr on {URL}\n.*?({URL}/sign-in\?code=\S+)")[1]
         cookie = ask(link)[1]["Set-Cookie"].split(";")[0]
         assert "Tramwise" in ask(link.rpartition("sign-in")[0], Cookie=cookie)[2]
         assert len(list(tmp_path.iterdir())) == 1
@@ -5805,7 +5764,7 @@ NO_SETTING, ANOTHER_FILE = "there is no such setting; ", "; --db or BACKFEEDR_DB
     ([], {"BACKFEEDR_": "1"}, f"BACKFEEDR_: {NO_SETTING}after BACKFEEDR_ comes one of HOST, PORT, *"),
     ([], {"BACKFEEDR_XYZ": "1"}, f"BACKFEEDR_XYZ: {NO_SETTING}after BACKFEEDR_ comes one of HOST, *"),
     ([], {"BACKFEEDR_THREADS": "many"}, "BACKFEEDR_THREADS: 'many' is not a whole number"),
-    (["--port", "TAKEN"], {}, "cannot listen on 127.0.0.1 port *: Address already in use*;"
+    (["--port", TAKEN], {}, "cannot listen on 127.0.0.1 port *: Address already in use*;"
                               " --port or BACKFEEDR_PORT takes another"),
     (["--host", "256.0.0.1"], {}, "cannot listen on 256.0.0.1 port 8080: *; --host or BACKFEEDR_HOST takes another"),
     (["--port", "0", "--db", "junk.db"], {},
@@ -5819,24 +5778,22 @@ def test_an_error_is_one_line_that_says_what_to_do_and_makes_nothing(command, mo
     before = {path.name: path.read_bytes() for path in Path().iterdir()}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with taken_port(arguments) as given:
-        status, out, err = command(*given)
+    status, out, err = command(*arguments)
     assert (status, out, err.count("\n")) == (1, "", 1) and fnmatch.fnmatchcase(err, f"backfeedr: {line}\n"), err
     assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
 
 
 @pytest.mark.parametrize("name, arguments, line", [
     ("client", ["--key", KEY, "crash", "none.json"], "cannot read none.json: No such file or directory"),
-    ("demo", ["--port", "TAKEN"], "*Address already in use*"), ("embed", ["--port", "TAKEN", "--db", "e.db"], "*"),
+    ("demo", ["--port", TAKEN], "*Address already in use*"), ("embed", ["--port", TAKEN, "--db", "e.db"], "*"),
     ("library", ["--db", "no/l.db"], "cannot open the database *")])
 def test_an_example_says_in_one_line_what_is_wrong_and_makes_nothing(tmp_path, name, arguments, line):
-    with taken_port(arguments) as given:
-        status, out, err = run_example(name, *given, cwd=tmp_path, TMPDIR=str(tmp_path))
+    status, out, err = run_example(name, *arguments, cwd=tmp_path, TMPDIR=str(tmp_path))
     assert (status, out, err.count("\n")) == (1, "", 1) and fnmatch.fnmatchcase(err, f"{name}: {line}\n"), err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_variable_stops_an_embedding_host_too_but_not_given_settings(tmp_path, monkeypatch):
+def test_an_unknown_variable_stops_an_embedding_host_too_but_not_given_settings_nor_does_one_of_others(tmp_path, monkeypatch):
     monkeypatch.setenv("BACKFEEDR_PUBLIC_METRIC", "0")
     path = tmp_path / "crashes.db"
     with pytest.raises(SettingsError, match="^BACKFEEDR_PUBLIC_METRIC: .* did you mean BACKFEEDR_PUBLIC_METRICS"):
@@ -5844,9 +5801,6 @@ def test_an_unknown_variable_stops_an_embedding_host_too_but_not_given_settings(
     assert not path.exists()
     with Backfeedr(Settings(db_path=str(path)), announce=lambda text: None) as server:
         assert [app.name for app in server.store.apps()] == ["default"]
-
-
-def test_variables_of_others_are_no_settings():
     assert Settings.from_env({"BACKFEEDR_ENDPOINT": "http://x", "BACKFEEDR_RATELIMIT": "", "MY_BACKFEEDR_X": "1",
                               "PATH": "/bin", "BACKFEEDRS": "1"}) == Settings()
 
@@ -5863,7 +5817,10 @@ def test_a_missing_package_is_one_line_that_installs_it_and_no_secrets_are_made(
     assert not (tmp_path / "backfeedr.db").exists()
 
 
-# -- README
+# -- README and packaging
+
+DEFAULTS = {"BACKFEEDR_" + field.name.upper(): field.default for field in dataclasses.fields(Settings)}
+
 
 def section(title):
     return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.M | re.S).group(1)
@@ -5885,14 +5842,11 @@ def table(title):
     return [[cell.strip(" `").replace("\0", "|") for cell in row.split("|")] for row in rows]
 
 
-def test_the_readmes_settings_are_those_of_the_program_with_their_defaults():
-    shown = {variable: default for variable, default, _ in table("Settings")}
-    secrets = {"api_key": "made at first start", "auth_token": "made at first start"}
-    for field in dataclasses.fields(Settings):
-        default = int(field.default) if isinstance(field.default, bool) else field.default
-        told = shown.pop("BACKFEEDR_" + field.name.upper())
-        assert told == secrets.get(field.name, str(default)) or default == "" and field.name not in secrets, field.name
-    assert shown == {}
+def test_the_readmes_settings_their_defaults_and_the_latest_release_are_those_of_the_program():
+    assert re.findall(r"^- \*\*(.+?)\*\*", section("Releases"), re.M)[0] == backfeedr.__version__
+    assert {variable: default for variable, default, _ in table("Settings")} == {
+        **{name: str(int(default) if isinstance(default, bool) else default) for name, default in DEFAULTS.items()},
+        **dict.fromkeys(SECRETS, "made at first start")}
 
 
 def usages(command, *words):
@@ -6011,10 +5965,8 @@ def test_the_readmes_first_lines_start_a_server(tmp_path, pip):
     start = re.search("<!-- start -->(.*?)<!-- /start -->", README, re.S).group(1)
     with running("bash", "-c", code_blocks("sh", start)[0], cwd=tmp_path, BACKFEEDR_PORT="0", PATH=PROGRAMS, **SECRETS,
                  **pip) as process:
-        check_stores_a_crash(url_in(process.stdout, "backfeedr on "), tmp_path / "backfeedr.db")
+        check_stores_a_crash(printed(process, f"(?<=backfeedr on ){URL}")[0], tmp_path / "backfeedr.db")
 
-
-# -- Packaging
 
 @pytest.mark.slow
 def test_one_command_makes_one_file_that_runs_with_nothing_but_python(clone, tmp_path, pip):
@@ -6026,7 +5978,7 @@ def test_one_command_makes_one_file_that_runs_with_nothing_but_python(clone, tmp
     isolated = [sys.executable, "-I", "-S", shutil.copy(clone / "backfeedr.pyz", tmp_path)]
     shutil.rmtree(clone)
     with running(*isolated, "--port", "0", cwd=tmp_path, **SECRETS) as process:
-        check_stores_a_crash(url_in(process.stdout), tmp_path / "backfeedr.db")
+        check_stores_a_crash(printed(process, URL)[0], tmp_path / "backfeedr.db")
         process.terminate()
         assert (process.stdout.read(), process.wait(20)) == ("", 0)
     assert run_program(*isolated, "--version") == (0, f"backfeedr {backfeedr.__version__}\n", "")
@@ -6050,10 +6002,6 @@ def test_a_wheel_holds_exactly_one_module_and_the_version_of_it(clone, pip):
         assert archive.read("backfeedr.py") == SERVER.read_bytes()
         assert b"backfeedr = backfeedr:main" in archive.read(info + "entry_points.txt")
         assert b"\nRequires-Python: >=3.9\n" in archive.read(info + "METADATA")
-
-
-def test_the_readmes_latest_release_is_this_version():
-    assert re.findall(r"^- \*\*(.+?)\*\*", section("Releases"), re.M)[0] == backfeedr.__version__
 
 
 # -- examples/deploy
@@ -6168,8 +6116,7 @@ def test_the_systemd_unit_is_valid_hardened_and_lets_a_stop_end():
     assert float(score) < 2
     text = unit.read_text()
     assert int(re.search("^TimeoutStopSec=([0-9]+)$", text, re.M).group(1)) > 10
-    assert {*re.findall("BACKFEEDR_[A-Z_]+", text)} <= {
-        "BACKFEEDR_" + field.name.upper() for field in dataclasses.fields(Settings)}
+    assert {*re.findall("BACKFEEDR_[A-Z_]+", text)} <= DEFAULTS.keys()
 
 
 # == PostgreSQL ================================================================
@@ -6247,7 +6194,7 @@ def test_a_host_that_is_killed_loses_nothing_it_acknowledged_and_does_not_hold_u
 @pytest.fixture
 def cluster():
     """A PostgreSQL of one's own, which a test may stop: its URL, and functions that stop and start it."""
-    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     if not programs:
         pytest.skip("there is no initdb")
     folder, port, user = tempfile.mkdtemp(prefix="backfeedr-postgres-"), free_port(), ""
@@ -6256,20 +6203,17 @@ def cluster():
         user = "runuser -u postgres -- "
 
     def run_as_user(program, options):
-        bash(f"{user}{programs[-1].with_name(program)} -D {folder}/data {options}", folder)
+        bash(f"{user}{programs[-1]}/{program} -D {folder}/data {options}", folder)
 
-    def start():
-        run_as_user("pg_ctl", f"start -w -l {folder}/log -o '-p {port} -c listen_addresses=127.0.0.1"
-                              f" -c unix_socket_directories={folder}'")
-
-    def stop():
-        run_as_user("pg_ctl", "stop -m immediate")
-
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
+    made = SimpleNamespace(url=f"postgresql://postgres@127.0.0.1:{port}/postgres",
+                           start=lambda: run_as_user("pg_ctl", f"start -w -l {folder}/log -o '{options}'"),
+                           stop=lambda: run_as_user("pg_ctl", "stop -m immediate"))
     try:
         run_as_user("initdb", "-A trust -E UTF8 --locale=C.UTF-8 -U postgres --no-sync")
-        start()
-        yield SimpleNamespace(stop=stop, start=start, url=f"postgresql://postgres@127.0.0.1:{port}/postgres")
-        stop()
+        made.start()
+        yield made
+        made.stop()
     finally:
         shutil.rmtree(folder)
 
@@ -6280,10 +6224,11 @@ def test_a_database_that_is_restarted_under_load_loses_nothing_and_the_hosts_com
     load = Load(hosts, clients=16)
     wait_for_more(load, 300)
     cluster.stop()
-    for host in hosts:
-        status, headers, body = ask(host.url + EVENTS, EVENT)
-        assert (status, json.loads(body), headers["Retry-After"]) == (*AWAY, "2")
-        assert ask(host.url + "/api/v1/health")[0] == 503
+    with ThreadPoolExecutor() as pool:
+        healths = [pool.submit(ask, host.url + "/api/v1/health") for host in hosts]
+        for status, headers, body in pool.map(lambda host: ask(host.url + EVENTS, EVENT), hosts):
+            assert (status, json.loads(body), headers["Retry-After"]) == (*AWAY, "2")
+    assert [each.result()[0] for each in healths] == [503, 503]
     cluster.start()
     wait_for_more(load, 300)
     load.finish()
@@ -6312,7 +6257,8 @@ def balancer(tmp_path, hosts):
 
 
 @on_postgres
-def test_a_rolling_restart_behind_the_balancer_is_noticed_by_nobody(run, hosts, schemas, balancer):
+def test_a_rolling_restart_behind_the_balancer_is_noticed_by_nobody_and_a_lost_host_costs_only_what_it_had_read(
+        run, hosts, schemas, balancer):
     load = Load([balancer], clients=16)
 
     def all_take_reports():
@@ -6328,22 +6274,19 @@ def test_a_rolling_restart_behind_the_balancer_is_noticed_by_nobody(run, hosts, 
     load.finish()
     check_all_stored(load, schemas())
 
-
-@on_postgres
-def test_behind_the_balancer_a_lost_host_costs_only_what_it_had_read_and_a_503_says_so(run, hosts, schemas, balancer):
-    load = Load([balancer], clients=16)
+    before, load = set(load.acknowledged), Load([balancer], clients=16)
     wait_for_more(load, 300)
     hosts[0].process.kill()
     wait_for_more(load, 300)
     load.finish()
     assert load.lost == 0 and [each for each in load.others if each != AWAY] == [] and len(load.others) <= 16
-    found = stored_ids(schemas())
-    assert set(load.acknowledged) <= set(found) and len(found) - len(load.acknowledged) <= 10 * len(load.others)
+    found = set(stored_ids(schemas())) - before
+    assert set(load.acknowledged) <= found and len(found) - len(load.acknowledged) <= 10 * len(load.others)
     hosts[1].stop()
     status, headers, body = ask(balancer.url + CRASHES, CRASH)
     assert (status, json.loads(body), headers["Retry-After"], headers["Content-Type"]) == (
         *AWAY, "2", "application/json")
-    hosts[1] = run("--port", str(hosts[1].port), db=schemas())
+    run("--port", str(hosts[1].port), db=schemas())
     wait_until(lambda: balancer.post(CRASHES, CRASH)[0] == 201, 60)
 
 
