@@ -5747,7 +5747,8 @@ def test_the_benchmark_runs_and_finds_all_that_was_acknowledged(tmp_path):
 NO_SETTING, ANOTHER_FILE = "there is no such setting; ", "; --db or BACKFEEDR_DB_PATH names another"
 ERRORS = {  # variables (each without BACKFEEDR_) and arguments of a command, and the line that it ends with
     "RATELIMIT=5": f"BACKFEEDR_RATELIMIT: {NO_SETTING}did you mean BACKFEEDR_RATE_LIMIT?",
-    "REQUIRE_SIGNATURES=1 --db x.db": f"BACKFEEDR_REQUIRE_SIGNATURES: {NO_SETTING}did you mean BACKFEEDR_REQUIRE_SIGNATURE?",
+    "REQUIRE_SIGNATURES=1 --db x.db":
+        f"BACKFEEDR_REQUIRE_SIGNATURES: {NO_SETTING}did you mean BACKFEEDR_REQUIRE_SIGNATURE?",
     "TOKEN=secret app create Shop": f"BACKFEEDR_TOKEN: {NO_SETTING}did you mean BACKFEEDR_AUTH_TOKEN?",
     "=1": f"BACKFEEDR_: {NO_SETTING}after BACKFEEDR_ comes one of HOST, PORT, *",
     "XYZ=1": f"BACKFEEDR_XYZ: {NO_SETTING}after BACKFEEDR_ comes one of HOST, *",
@@ -5911,17 +5912,6 @@ def test_each_request_of_the_readme_is_answered_as_it_shows(run):
     assert sql(server.db, "select count(*) from crashes") == [(3,)]
 
 
-@pytest.fixture
-def clone(tmp_path):
-    """A clone after the README's first lines: with .venv, whose programs are first in the path."""
-    folder = tmp_path / "clone"
-    shutil.copytree(EXAMPLES, folder / "examples")
-    for path in (SERVER, *(HERE / name for name in ("README.md", "setup.cfg", "pyproject.toml", "LICENSE"))):
-        shutil.copy(path, folder)
-    (folder / ".venv").symlink_to(sys.prefix)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def pip(tmp_path_factory):
     """Variables by which pip finds bottle and waitress, which it has downloaded; skips a test where it can not."""
@@ -5934,15 +5924,15 @@ def pip(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_readmes_client_and_signing_lines_are_stored(run, clone):
+def test_the_readmes_client_and_signing_lines_are_stored(run):
     server = run(BACKFEEDR_RATE_LIMIT="100")
     (send,), (sign,) = code_blocks("sh", "client.py"), code_blocks("sh", "openssl")
-    told = json.loads(bash(at_server(send, server), clone, BACKFEEDR_ENDPOINT=server.url))
+    told = json.loads(bash(at_server(send, server), HERE, BACKFEEDR_ENDPOINT=server.url))
     assert sql(server.db, "select id, group_hash from crashes") == [(told["id"], told["group_hash"])]
-    event = json.loads(bash(at_server(sign, server), clone))
+    event = json.loads(bash(at_server(sign, server), HERE))
     assert sql(server.db, "select id, name from events") == [(event["id"], "purchase")]
     wrong = sign.replace("$time.$hash", "$time.wrong")
-    assert bash(at_server(wrong, server), clone) == '{"error": "invalid signature"}'
+    assert bash(at_server(wrong, server), HERE) == '{"error": "invalid signature"}'
 
 
 @pytest.mark.slow
@@ -5954,9 +5944,13 @@ def test_the_readmes_first_lines_start_a_server(tmp_path, pip):
 
 
 @pytest.mark.slow
-def test_one_command_makes_one_file_that_runs_with_nothing_but_python(clone, tmp_path, pip):
+def test_one_command_makes_one_file_that_runs_with_nothing_but_python(tmp_path, pip):
     command, = code_blocks("sh", "zipapp")
     assert len(command.splitlines()) == 1
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    shutil.copy(SERVER, clone)
+    (clone / ".venv").symlink_to(sys.prefix)
     for _ in range(2):  # the second is for the next release
         bash(command, clone, **pip)
     # without the environment, this folder, and all that is installed
@@ -5972,12 +5966,14 @@ def test_one_command_makes_one_file_that_runs_with_nothing_but_python(clone, tmp
 
 
 @pytest.mark.slow
-def test_a_wheel_holds_exactly_one_module_and_the_version_of_it(clone, pip):
+def test_a_wheel_holds_exactly_one_module_and_the_version_of_it(tmp_path, pip):
     pytest.importorskip("build")
-    (clone / ".venv").unlink()
+    shutil.copytree(EXAMPLES, tmp_path / "examples")
+    for path in (SERVER, *(HERE / name for name in ("README.md", "setup.cfg", "pyproject.toml", "LICENSE"))):
+        shutil.copy(path, tmp_path)
     assert "`python -m build`" in section("Releases")
-    bash("python -m build", clone)
-    wheel, = (clone / "dist").glob("*.whl")
+    bash("python -m build", tmp_path)
+    wheel, = (tmp_path / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         info = f"backfeedr-{backfeedr.__version__}.dist-info/"
         assert [name for name in archive.namelist() if not name.startswith(info)] == ["backfeedr.py"]
@@ -5999,12 +5995,11 @@ def edited(name, folder, *changes):
 
 
 @contextmanager
-def nginx(folder, site, http, *changes):
+def nginx(folder, name, http, *changes):
     """nginx with a site of examples/deploy that has its http on that port; it listens when the block begins."""
-    site = edited(site, folder, ("listen 80;", f"listen 127.0.0.1:{http};"), ("    listen [::]:80;\n", ""),
+    site = edited(name, folder, ("listen 80;", f"listen 127.0.0.1:{http};"), ("    listen [::]:80;\n", ""),
                   ("    listen [::]:443 ssl;\n", ""), *changes)
-    folders = "".join(f"{name}_temp_path {folder}/{name}; " for name in
-                      ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    folders = "".join(f"{each}_temp_path {folder}/{each}; " for each in "client_body proxy fastcgi uwsgi scgi".split())
     user = "" if os.geteuid() else "user root; "  # another user may not come into the test's folder
     (folder / "main.conf").write_text(
         f"{user}pid {folder}/pid; error_log {folder}/error.log; events {{ }}\n"
@@ -6021,8 +6016,8 @@ def curl(certificate, port, path, *options, **given):
     """The status (0: cut off) and the text that curl gets from crashes.example.com, which is on this host."""
     site = f"crashes.example.com:{port}"
     _, out, err = run_program(
-        "curl", "--silent", "--show-error", "--max-time", "20", "--write-out", "\\n%{http_code}", "--cacert", certificate,
-        "--resolve", f"{site}:127.0.0.1", f"https://{site}{path}", *options, **given)
+        "curl", "--silent", "--show-error", "--max-time", "20", "--write-out", "\\n%{http_code}", "--cacert",
+        certificate, "--resolve", f"{site}:127.0.0.1", f"https://{site}{path}", *options, **given)
     text, _, status = out.rpartition("\n")
     return int(status), text or err
 
@@ -6273,20 +6268,18 @@ def test_hosts_that_start_at_once_make_one_database(schemas):
 def test_hosts_that_prune_at_once_while_reports_come_in_delete_each_row_once(serve, clock, schemas):
     server, key = serve(retention_days=1, rate_limit=0), backfeedr.sha256(KEY)
     old = [parse_event(dict(EVENT, session_id=f"s{n % 50}", device_id_hash=f"d{n % 70}")) for n in range(1000)]
-    for _ in range(3):
-        server.store.add(key, old)
-    server.store.add(key, [parse_crash(dict(CRASH, device_id_hash=f"d{n}")) for n in range(500)])
+    for reports in (old, old, [parse_crash(dict(CRASH, device_id_hash=f"d{n}")) for n in range(500)]):
+        server.store.add(key, reports)
     clock.move(24 * 3600 + 1)
-    other = postgres().PostgresStore(schemas(), clock, 1)
     new = [parse_event(dict(EVENT, device_id_hash="new"))]
-    with closing(other), ThreadPoolExecutor(4) as pool:
+    with closing(postgres().PostgresStore(schemas(), clock, 1)) as other, ThreadPoolExecutor(4) as pool:
         pruning = [pool.submit(store.prune) for store in (server.store, other)]
         adding = [pool.submit(store.add, key, new) for store in (server.store, other) * 20]
         seqs = {each.result().seqs[0] for each in adding}
         deleted = sum((each.result() for each in pruning), Counter())
     assert {seq for seq, in sql(schemas(), "select seq from events")} == seqs
     assert stored(server, "crashes")["crashes"] == []
-    assert deleted["events"] <= 3000 and deleted["crashes"] <= 500, "as those who add delete too"
+    assert deleted["events"] <= 2000 and deleted["crashes"] <= 500, "as those who add delete too"
     serve.unchecked.append(server)  # whose sums include the rows that are gone
     assert sql(schemas(), "select device from devices") == [(backfeedr.device_key("new"),)]
     assert sql(schemas(), "select session_id from sessions") == []
@@ -6300,27 +6293,25 @@ def test_a_grown_file_moves_to_postgres_with_its_ids_and_counts(tmp_path, clock,
         with open(lines, "w", encoding="utf-8") as out:
             for kind in (backfeedr.Crash, backfeedr.Event):
                 backfeedr.export_jsonl(server.store.export(kind), out)
-        count = len(stored_ids(path))
-        with closing(postgres().PostgresStore(schemas(), clock)) as store, \
-                open(lines, "rb") as given:  # at the same time, as the sums of a week end with it
-            assert backfeedr.import_jsonl(store, given, lambda *_: None)["stored"] == count
+        # at the same time, as the sums of a week end with it
+        with closing(postgres().PostgresStore(schemas(), clock)) as store, open(lines, "rb") as given:
+            assert backfeedr.import_jsonl(store, given, lambda *_: None)["stored"] == len(stored_ids(path))
         with Backfeedr(server.settings, store=postgres().PostgresStore(schemas(), clock)) as moved:
             assert answers(moved) == answers(server)
         assert sorted(stored_ids(schemas())) == sorted(stored_ids(path))
     check_database(schemas())
     monkeypatch.setenv("BACKFEEDR_RETENTION_DAYS", "0")
     assert postgres().main([schemas(), "import", str(lines)]) == 0
-    assert capsys.readouterr().err.startswith(f"Stored 0 reports; {count:,} were here already")
+    assert capsys.readouterr().err.startswith(f"Stored 0 reports; {len(stored_ids(path)):,} were here already")
 
 
 @needs_postgres
 def test_a_report_of_the_longest_texts_in_the_widest_characters_is_stored(serve):
-    server = serve()
-    names = ("exception_type", "app_version", "os_version", "device_model", "device_id_hash", "locale")
-    wide = {name: "".join(chr(0x10000 + random.Random(name + str(n)).randrange(0xffff)) for n in range(500))
-            for name in names}
+    server, dice = serve(), random.Random(1)
+    wide = {name: "".join(chr(dice.randrange(0x10000, 0x1ffff)) for _ in range(500)) for name in (
+        "exception_type", "app_version", "os_version", "device_model", "device_id_hash", "locale")}
     assert Api(server).post(CRASHES, {**CRASH, **wide})[0] == 201
-    assert {name: report(server)[name] for name in names} == wide
+    assert {name: report(server)[name] for name in wide} == wide
 
 
 @needs_postgres
