@@ -5515,16 +5515,6 @@ def test_every_example_of_openapi_is_what_its_schema_says(method, path, operatio
         check_schema(content(operation["requestBody"])["schema"], body)
 
 
-def documented(server, method, path, expected, body=b"", query=None, **headers):
-    """The answer to a request, once it is found to be as its operation is described."""
-    operation = OPENAPI["paths"][path][method.lower()]
-    place = "/api/v1" + path.replace("{group_hash}", OPENAPI["components"]["parameters"]["group_hash"]["example"])
-    status, answer = call(server, method, place, body, urlencode(query or {}), **headers)
-    assert status == expected, (method, path, query, status, answer)
-    check_schema(content(operation["responses"][str(status)])["schema"], answer)
-    return answer
-
-
 def reports_of(path, operation):
     """Each example of a body, and each refusal that its sender can bring about: the status, the body, and headers."""
     for n, body in enumerate(json.dumps(example).encode() for example in bodies(operation)):
@@ -5553,11 +5543,16 @@ def questions_of(operation):
 
 def test_every_request_of_openapi_is_answered_as_it_says(serve, monkeypatch):
     server, private = serve(max_body_size=10_000, rate_limit=1000), serve("private.db", public_metrics=False)
-    seen, answer = defaultdict(set), None
+    group, seen, answer = resolved({"$ref": "#/components/parameters/group_hash"})["example"], defaultdict(set), None
 
-    def send(method, path, status, body=b"", server=server, **more):
+    def send(method, path, expected, body=b"", query=(), server=server, **headers):
+        place = "/api/v1" + path.replace("{group_hash}", group)
+        status, answer = call(server, method, place, body, urlencode(query), **headers)
+        assert status == expected, (method, path, query, status, answer)
+        response = OPENAPI["paths"][path][method.lower()]["responses"][str(status)]
+        check_schema(content(response)["schema"], answer)
         seen[method, path].add(str(status))
-        return documented(server, method, path, status, body, **more)
+        return answer
 
     for path, operation in POSTS:
         for status, body, headers in reports_of(path, operation):
@@ -5890,16 +5885,23 @@ def same_shape(shown, got):
     return not (isinstance(shown, list) and shown and got) or same_shape(shown[0], got[0])
 
 
-def at_server(command, server):
-    """A command as it stands, but for the host and the secrets of a server that a test has started."""
-    return (command.replace("http://localhost:8080", server.url).replace("bf_live_your_key", KEY)
-            .replace("bf_admin_your_token", TOKEN))
-
-
 @pytest.mark.slow
-def test_each_request_of_the_readme_is_answered_as_it_shows(run):
-    """But for the figures, which are of another database."""
-    server, now = run(), time_text(time.time())
+def test_each_request_of_the_readme_is_answered_as_it_shows_and_its_client_and_signing_lines_are_stored(run):
+    """As they stand, but for the host and the secrets; and but for the figures, which are of another database."""
+    server, now = run(BACKFEEDR_RATE_LIMIT="100"), time_text(time.time())
+
+    def answer_to(command):
+        for old, new in (
+                ("http://localhost:8080", server.url), ("bf_live_your_key", KEY), ("bf_admin_your_token", TOKEN)):
+            command = command.replace(old, new)
+        return json.loads(bash(command, HERE, BACKFEEDR_ENDPOINT=server.url))
+
+    (send,), (sign,) = code_blocks("sh", "client.py"), code_blocks("sh", "openssl")
+    told, event = answer_to(send), answer_to(sign)
+    assert sql(server.db, "select id, group_hash from crashes") == [(told["id"], told["group_hash"])]
+    assert sql(server.db, "select id, name from events") == [(event["id"], "purchase")]
+    assert answer_to(sign.replace("$time.$hash", "$time.wrong")) == {"error": "invalid signature"}
+
     crash = dict(CRASH, occurred_at=now, app_version="1.0", exception_reason="of all that is shown", device_id_hash="d")
     session = dict(type="session_start", session_id="s", app_version="1.0", device_id_hash="d", occurred_at=now)
     for path, body in ((CRASHES, crash), (CRASHES, dict(crash, exception_type="Other")), (EVENTS, session)):
@@ -5907,9 +5909,9 @@ def test_each_request_of_the_readme_is_answered_as_it_shows(run):
     shown = re.findall(r"^\$ (curl (?:.*\\\n)*.*)\n(\{.*)$", "".join(code_blocks("console")), re.M)
     assert len(shown) == README.count("\n$ curl"), "a request without an answer"
     for command, answer in shown:
-        got = bash(at_server(command, server), HERE)
-        assert same_shape(json.loads(answer.replace(", ...", "")), json.loads(got)), (command, got)
-    assert sql(server.db, "select count(*) from crashes") == [(3,)]
+        got = answer_to(command)
+        assert same_shape(json.loads(answer.replace(", ...", "")), got), (command, got)
+    assert sql(server.db, "select count(*) from crashes") == [(4,)]
 
 
 @pytest.fixture(scope="module")
@@ -5924,33 +5926,16 @@ def pip(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_readmes_client_and_signing_lines_are_stored(run):
-    server = run(BACKFEEDR_RATE_LIMIT="100")
-    (send,), (sign,) = code_blocks("sh", "client.py"), code_blocks("sh", "openssl")
-    told = json.loads(bash(at_server(send, server), HERE, BACKFEEDR_ENDPOINT=server.url))
-    assert sql(server.db, "select id, group_hash from crashes") == [(told["id"], told["group_hash"])]
-    event = json.loads(bash(at_server(sign, server), HERE))
-    assert sql(server.db, "select id, name from events") == [(event["id"], "purchase")]
-    wrong = sign.replace("$time.$hash", "$time.wrong")
-    assert bash(at_server(wrong, server), HERE) == '{"error": "invalid signature"}'
-
-
-@pytest.mark.slow
-def test_the_readmes_first_lines_start_a_server(tmp_path, pip):
-    shutil.copy(SERVER, tmp_path)
-    start = re.search("<!-- start -->\n```sh\n(.*?)```\n<!-- /start -->", README, re.S)[1]
-    with running("bash", "-c", start, cwd=tmp_path, BACKFEEDR_PORT="0", PATH=PROGRAMS, **SECRETS, **pip) as process:
-        check_stores_a_crash(printed(process, f"(?<=backfeedr on ){URL}")[0], tmp_path / "backfeedr.db")
-
-
-@pytest.mark.slow
-def test_one_command_makes_one_file_that_runs_with_nothing_but_python(tmp_path, pip):
-    command, = code_blocks("sh", "zipapp")
-    assert len(command.splitlines()) == 1
+def test_the_readmes_first_lines_start_a_server_and_one_makes_a_file_that_runs_with_nothing_but_python(tmp_path, pip):
     clone = tmp_path / "clone"
     clone.mkdir()
     shutil.copy(SERVER, clone)
-    (clone / ".venv").symlink_to(sys.prefix)
+    start = re.search("<!-- start -->\n```sh\n(.*?)```\n<!-- /start -->", README, re.S)[1]
+    with running("bash", "-c", start, cwd=clone, BACKFEEDR_PORT="0", PATH=PROGRAMS, **SECRETS, **pip) as process:
+        check_stores_a_crash(printed(process, f"(?<=backfeedr on ){URL}")[0], clone / "backfeedr.db")
+
+    command, = code_blocks("sh", "zipapp")
+    assert len(command.splitlines()) == 1
     for _ in range(2):  # the second is for the next release
         bash(command, clone, **pip)
     # without the environment, this folder, and all that is installed
