@@ -5084,11 +5084,11 @@ def running(*command, cwd, **variables):
 
 def printed(process, pattern):
     """The first match of a pattern in what a program prints, from here on."""
-    text = line = process.stdout.readline()
-    while line and not re.search(pattern, text):
+    text = ""
+    while not re.search(pattern, text):
         line = process.stdout.readline()
+        assert line, text
         text += line
-    assert line, text
     return re.search(pattern, text)
 
 
@@ -5112,14 +5112,12 @@ def check_stores_a_crash(url, db):
 @contextmanager
 def in_thread(server):
     """Serves in a thread, on the port that the server has taken; its address."""
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield "http://127.0.0.1:%d" % server.server_address[1]
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with server, ThreadPoolExecutor(1) as pool:
+        pool.submit(server.serve_forever, poll_interval=0.01)
+        try:
+            yield "http://127.0.0.1:%d" % server.server_address[1]
+        finally:
+            server.shutdown()
 
 
 class ScriptedHandler(WSGIRequestHandler):
@@ -5621,7 +5619,7 @@ def test_a_host_app_of_a_framework_serves_its_pages_and_backfeedr_below_crashes(
                  BACKFEEDR_API_KEY=KEY) as process:
         url = printed(process, URL)[0]
         assert ask(url + "/")[::2] == (200, "Hello\n")
-        status, headers, body = ask(url + "/nothing")
+        status, headers, _ = ask(url + "/nothing")
         assert (status, headers.get_content_type()) == (404, "text/html"), "the host's own answer"
         for path in ("/crashes/nothing", "/crashes/api/v1/nothing"):
             assert ask(url + path)[::2] == (404, '{"error": "not found"}'), path
@@ -5696,15 +5694,13 @@ def test_the_readmes_lines_for_other_wsgi_servers_serve_it(tmp_path, command, fr
 
 
 def test_the_library_example_makes_a_key_that_works_at_the_first_and_at_the_next_run(tmp_path):
-    path, keys = tmp_path / "l.db", []
-    for _ in range(2):
-        status, out, err = run_example("library", "--db", path, **SECRETS)
-        key, figures = out.splitlines()
-        assert (status, err) == (0, "")
-        assert set(json.loads(figures)) == {"crash_free_rate_7d", "dau", "sessions_7d", "crashes_7d", "top_crashes"}
-        keys.append(key)
+    path = tmp_path / "l.db"
+    runs = [run_example("library", "--db", path, **SECRETS) for _ in range(2)]
     with Backfeedr(Settings(db_path=str(path))) as server:
-        assert [Api(server).post(CRASHES, CRASH, key=key)[0] for key in keys] == [201, 201]
+        for status, out, err in runs:
+            key, figures = out.splitlines()
+            assert (status, err, Api(server).post(CRASHES, CRASH, key=key)[0]) == (0, "", 201)
+            assert set(json.loads(figures)) == {"crash_free_rate_7d", "dau", "sessions_7d", "crashes_7d", "top_crashes"}
         assert [(app.name, app.keys) for app in server.store.apps()] == [("Shop", 2), ("default", 1)]
     assert sql(path, "select name from crashes join apps on apps.id = app_id") == [("Shop",)] * 2
 
