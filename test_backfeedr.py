@@ -5202,15 +5202,6 @@ def sent(*script, suffix="", **options):
     return got
 
 
-@contextmanager
-def real_server(tmp_path, losses=(), **settings):
-    """A real server, its URL, and a key. Some of its answers get lost in the ways of a script."""
-    path = str(tmp_path / "crashes.db")
-    with Backfeedr(db_path=path, rate_limit=0, announce=lambda text: None, **settings) as server, \
-            scripted(losses or [None], server) as (url, _):
-        yield server, url, server.store.create_app("Shop")
-
-
 @pytest.mark.parametrize("suffix", ["", "/", "/api/v1", "/api/v1/"])
 @pytest.mark.parametrize("prefix", ["", "/crashes", "/a/b"])
 def test_client_finds_the_api_under_any_form_of_endpoint(prefix, suffix):
@@ -5334,36 +5325,39 @@ def test_client_says_what_of_a_long_batch_is_stored_when_a_later_part_fails():
 
 
 @pytest.mark.parametrize("sign", [True, False], ids=["signed", "unsigned"])
-def test_client_whose_answers_were_lost_stores_nothing_twice(tmp_path, sign):
-    script, ids, gateway = [None], [], (502, b"<h1>502</h1>", {"Content-Type": "text/html"})
-    with real_server(tmp_path, script) as (server, url, key):
-        client = make_client(url, key, sign=sign, clock=time.time)
+def test_client_whose_answers_were_lost_stores_nothing_twice(serve, clock, sign):
+    server, script, ids = serve(), [None], []
+    gateway = 502, b"<h1>502</h1>", {"Content-Type": "text/html"}
+    with scripted(script, server) as (url, _):
+        client = make_client(url, sign=sign, clock=clock)
         for losses in (["drop"], ["cut"], [gateway], ["drop", "cut", gateway]):
             script[:] = [*losses, None]
+            clock.move(1)
             ids.append(client.event({"type": "custom", "name": "purchase"})["id"])
             assert script == [None]
         script[:] = [None, "drop", None, "cut", None]
         answer = client.batch(numbered_events(250))
-        assert script == [None] and answer["count"] == 250
-        names = ["purchase"] * 4 + [str(number) for number in range(250)]
-        assert sql(server.store.path, "select id, name from events order by seq") == [*zip(ids + answer["ids"], names)]
+    assert script == [None] and answer["count"] == 250
+    names = ["purchase"] * 4 + [str(number) for number in range(250)]
+    assert sql(server.store.path, "select id, name from events order by seq") == [*zip(ids + answer["ids"], names)]
 
 
 @pytest.mark.parametrize("key", ["a key of my own", "schl\u00fcssel-\u9375"])
-def test_client_signs_with_any_text_as_key_and_sends_two_equal_events_in_a_second_as_two(tmp_path, key):
-    with real_server(tmp_path, api_key=key, require_signature=True) as (server, url, _):
-        times = iter(server.store.now // 1000 + number / 1000 for number in range(100))
-        client = make_client(url, key, clock=lambda: next(times))
-        client.event(EVENT), client.event(EVENT)
-        assert sql(server.store.path, "select name from events") == [("purchase",)] * 2
+def test_client_signs_with_any_text_as_key_and_sends_two_equal_events_in_a_second_as_two(serve, clock, key):
+    server = serve(api_key=key, require_signature=True)
+    with scripted([None], server) as (url, _):
+        for _ in range(2):
+            make_client(url, key, clock=clock).event(EVENT)
+            clock.move(0.001)
+    assert sql(server.store.path, "select name from events") == [("purchase",)] * 2
 
 
-@pytest.mark.parametrize("kind, answered", [("crash", "group_hash"), ("event", "id"), ("batch", "count")])
-def test_client_command_sends_the_example_payloads(tmp_path, kind, answered):
-    with real_server(tmp_path, require_signature=True) as (_, url, key):
-        status, out, err = run_example("client", kind, EXAMPLES / (kind + ".json"),
-                                       BACKFEEDR_ENDPOINT=url, BACKFEEDR_API_KEY=key)
-    assert (status, err) == (0, "") and answered in json.loads(out)
+@pytest.mark.slow
+def test_client_command_sends_the_example_payloads(run):
+    variables = {"BACKFEEDR_ENDPOINT": run(BACKFEEDR_REQUIRE_SIGNATURE="1").url, "BACKFEEDR_API_KEY": KEY}
+    for kind, answered in (("crash", "group_hash"), ("event", "id"), ("batch", "count")):
+        status, out, err = run_example("client", kind, EXAMPLES / f"{kind}.json", **variables)
+        assert (status, err) == (0, "") and answered in json.loads(out)
 
 
 def test_client_command_prefers_its_options_and_reads_standard_input():
@@ -5582,16 +5576,6 @@ def test_every_request_of_openapi_is_answered_as_it_says(serve, monkeypatch):
 
 # -- Host apps
 
-def test_embedded_server_answers_below_its_prefix_and_the_host_app_elsewhere(api):
-    app = webtest.TestApp(embed_module.make_app(api.server))
-    app.post_json("/crashes" + EVENTS, EVENT, headers={"X-Backfeedr-Key": KEY}, status=201)
-    assert report(api.server, "events")["name"] == "purchase"
-    assert app.get("/crashes/api/v1/health").json == {"status": "ok"}
-    assert app.get("/crashes/nothing", status=404).json == {"error": "not found"}
-    for path in ("/", "/crashes", "/crashesque/api/v1/health", "/api/v1/health"):
-        assert app.get(path).text == "Hello\n"
-
-
 @pytest.mark.parametrize("path, mount", [("/api/v1/health", ""), ("/", ""), ("/api/v1/health", "/host")])
 def test_embedded_server_knows_where_it_is_mounted(path, mount):
     def inner(environ, start_response):
@@ -5600,6 +5584,7 @@ def test_embedded_server_knows_where_it_is_mounted(path, mount):
         return []
     app = webtest.TestApp(embed_module.make_app(inner))
     app.get("/crashes" + path, extra_environ={"SCRIPT_NAME": mount}, status=204)
+    assert app.get("/crashes").text == "Hello\n", "without a slash it is a path of the host app"
 
 
 @pytest.mark.slow
@@ -5612,15 +5597,17 @@ def test_embed_command_serves_and_announces_the_mounted_address(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["embed_bottle", "embed_flask", "embed_django"])
-def test_a_host_app_of_a_framework_serves_its_pages_and_backfeedr_below_crashes(tmp_path, name):
-    pytest.importorskip(name.partition("_")[2])
+@pytest.mark.parametrize("name, status, kind", [("embed", 200, "text/plain"), *(
+    (f"embed_{framework}", 404, "text/html") for framework in ("bottle", "flask", "django"))])
+def test_a_host_app_serves_its_pages_and_backfeedr_below_crashes(tmp_path, name, status, kind):
+    pytest.importorskip(name.partition("_")[2] or "waitress")
     with running(sys.executable, EXAMPLES / f"{name}.py", "--port", "0", "--db", "e.db", cwd=tmp_path,
                  BACKFEEDR_API_KEY=KEY) as process:
         url = printed(process, URL)[0]
         assert ask(url + "/")[::2] == (200, "Hello\n")
-        status, headers, _ = ask(url + "/nothing")
-        assert (status, headers.get_content_type()) == (404, "text/html"), "the host's own answer"
+        for path in ("/nothing", "/crashesque/api/v1/health", "/api/v1/health"):
+            got, headers, _ = ask(url + path)
+            assert (got, headers.get_content_type()) == (status, kind), "the host's own answer"
         for path in ("/crashes/nothing", "/crashes/api/v1/nothing"):
             assert ask(url + path)[::2] == (404, '{"error": "not found"}'), path
         assert 'action="/crashes/sign-in"' in ask(url + "/crashes/sign-in")[2]
