@@ -5860,8 +5860,7 @@ def test_the_readmes_lines_for_a_host_app_run_as_they_stand(tmp_path, monkeypatc
 def same_shape(shown, got):
     """Whether an answer has the fields that are shown, at any depth; "..." stands for more of a list."""
     if isinstance(shown, dict):
-        return isinstance(got, dict) and list(shown) == list(got) and all(
-            same_shape(shown[name], got[name]) for name in shown)
+        return isinstance(got, dict) and list(shown) == list(got) and all(map(same_shape, shown.values(), got.values()))
     return not (isinstance(shown, list) and shown and got) or same_shape(shown[0], got[0])
 
 
@@ -6232,8 +6231,8 @@ def test_hosts_that_start_at_once_make_one_database(schemas):
 @needs_postgres
 def test_hosts_that_prune_at_once_while_reports_come_in_delete_each_row_once(serve, clock, schemas):
     server, key = serve(retention_days=1, rate_limit=0), backfeedr.sha256(KEY)
-    old = [parse_event(dict(EVENT, session_id=f"s{n % 50}", device_id_hash=f"d{n % 70}")) for n in range(1000)]
-    for reports in (old, old, [parse_crash(dict(CRASH, device_id_hash=f"d{n}")) for n in range(500)]):
+    old = [parse_event(dict(EVENT, session_id=f"s{n % 50}", device_id_hash=f"d{n % 70}")) for n in range(600)]
+    for reports in (old, old, [parse_crash(dict(CRASH, device_id_hash=f"d{n}")) for n in range(300)]):
         server.store.add(key, reports)
     clock.move(24 * 3600 + 1)
     new = [parse_event(dict(EVENT, device_id_hash="new"))]
@@ -6244,7 +6243,7 @@ def test_hosts_that_prune_at_once_while_reports_come_in_delete_each_row_once(ser
         deleted = sum((each.result() for each in pruning), Counter())
     assert {seq for seq, in sql(schemas(), "select seq from events")} == seqs
     assert stored(server, "crashes")["crashes"] == []
-    assert deleted["events"] <= 2000 and deleted["crashes"] <= 500, "as those who add delete too"
+    assert deleted["events"] <= 1200 and deleted["crashes"] <= 300, "as those who add delete too"
     serve.unchecked.append(server)  # whose sums include the rows that are gone
     assert sql(schemas(), "select device from devices") == [(backfeedr.device_key("new"),)]
     assert sql(schemas(), "select session_id from sessions") == []
