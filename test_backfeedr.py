@@ -5910,9 +5910,12 @@ def test_the_readmes_first_lines_start_a_server_and_one_makes_a_file_that_runs_w
         check_stores_a_crash(printed(process, URL)[0], tmp_path / "backfeedr.db")
         process.terminate()
         assert (process.stdout.read(), process.wait(20)) == ("", 0)
-    assert run_program(*isolated, "--version") == (0, f"backfeedr {backfeedr.__version__}\n", "")
-    check_one_line(run_program(*isolated, "key", "create", "No", cwd=tmp_path), "backfeedr: there is no app named 'No'")
-    assert run_program(*isolated, "nonsense")[0] == 2
+    with ThreadPoolExecutor() as pool:
+        version, refusal, misuse = pool.map(
+            lambda words: run_program(*isolated, *words.split(), cwd=tmp_path), (
+                "--version", "key create No", "nonsense"))
+    assert version == (0, f"backfeedr {backfeedr.__version__}\n", "") and misuse[0] == 2
+    check_one_line(refusal, "backfeedr: there is no app named 'No'")
 
 
 @pytest.mark.slow
