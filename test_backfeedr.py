@@ -430,8 +430,9 @@ def test_the_file_states_its_kind_and_version_and_only_its_owner_can_read_it(ser
         os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.glob("test.db*")}
     assert modes == {"test.db": 0o600, "test.db-wal": 0o600, "test.db-shm": 0o600}
-    assert [sql(tmp_path / "test.db", "pragma " + name) for name in ("application_id", "user_version", "journal_mode")] \
-        == [[(backfeedr.APPLICATION_ID,)], [(backfeedr.SCHEMA_VERSION,)], [("wal",)]]
+    names = "application_id", "user_version", "journal_mode"
+    assert [sql(tmp_path / "test.db", "pragma " + name)[0][0] for name in names] \
+        == [backfeedr.APPLICATION_ID, backfeedr.SCHEMA_VERSION, "wal"]
 
 
 @pytest.mark.parametrize("table, example", [("crashes", "crash.json"), ("events", "event.json")])
@@ -946,15 +947,12 @@ def test_reports_and_the_counts_of_what_is_kept_expire_with_commits_but_once_a_s
     assert sql(one_day.store.path, "select label, crashes from labels") == [("LATE", 4)] * 2  # of its day, of all
 
 
-def test_a_commit_stops_deleting_large_reports_when_it_has_taken_its_time(one_day, later, monkeypatch):
+def test_a_commit_deletes_large_reports_for_some_time_and_keeps_up_with_large_batches(one_day, later, monkeypatch):
     monkeypatch.setattr(backfeedr, "EXPIRE_SECONDS", 0)
     add(one_day, 25)
     for seconds, left in ((A_DAY + 1, 15), (0, 5), (0, 0)):
         later(one_day, seconds)
         assert count(one_day, "crashes") == left
-
-
-def test_retention_keeps_up_with_large_batches(one_day, later, monkeypatch):
     monkeypatch.setattr(backfeedr, "EXPIRE_SECONDS", 60)  # however slow the machine
     for _ in range(4):
         later(one_day, A_DAY + 1, times=1000)
@@ -1135,41 +1133,34 @@ def test_a_forgotten_device_is_in_no_row_and_no_sum_as_if_it_had_never_been(keep
     check_database(server.store.path, forgotten=True)
 
 
-def test_a_forgotten_device_takes_the_reason_that_it_gave_with_it(api):
+def test_a_forgotten_device_takes_the_reason_that_it_gave_with_it(one_day, later):
+    def crashes_of_the_week():
+        week = Api(one_day).get("/api/v1/overview")[1]
+        return week["crashes_7d"], [(each["count"], each["exception_reason"]) for each in week["top_crashes"]]
+
     for device, reason in (("d1", "theirs"), ("d2", "of a person")):
-        add(api.server, device_id_hash=device, exception_reason=reason)
-    api.server.store.forget_device("d2")
-    assert "person" not in str(stored(api.server))
-    assert api.get("/api/v1/overview")[1]["top_crashes"][0]["exception_reason"] == "theirs"
-
-
-def test_a_forgotten_device_leaves_a_group_whose_week_still_counts_but_not_its_reason(one_day, later):
-    add(one_day, 3)
+        add(one_day, device_id_hash=device, exception_reason=reason)
+    one_day.store.forget_device("d2")
+    assert "person" not in str(stored(one_day)) and crashes_of_the_week() == (1, [(1, "theirs")])
     later(one_day, A_DAY + 1)
-    add(one_day, device_id_hash="d", exception_reason="my secret")
-    one_day.store.forget_device("d")
-    week = Api(one_day).get("/api/v1/overview")[1]
-    assert (week["crashes_7d"], [(each["count"], each["exception_reason"]) for each in week["top_crashes"]]) \
-        == (3, [(3, "")])
+    add(one_day, device_id_hash="d2", exception_reason="my secret")
+    one_day.store.forget_device("d2")
+    assert crashes_of_the_week() == (1, [(1, "")]), "its week still counts"
 
 
-def test_forgetting_a_device_leaves_the_events_of_a_session_that_have_no_device(api):
-    add(api.server, type="session_start", session_id="s")
-    add(api.server, type="custom", session_id="s", device_id_hash="d")
-    api.server.store.forget_device("d")
-    assert api.get("/api/v1/overview")[1]["sessions_7d"] == 1
-    assert len(api.get("/api/v1/events?session_id=s", **ADMIN)[1]["events"]) == 1
-
-
-def test_two_devices_with_the_same_session_id_are_two_sessions(api, clock):
+def test_a_session_is_of_one_device_and_leaves_its_events_that_have_none_when_that_is_forgotten(api, clock):
     for device, lasted in (("d1", 60), ("d2", 3600)):
         for type, ago in (("session_start", lasted), ("session_end", 0)):
             add(api.server, type=type, session_id="1", device_id_hash=device, occurred_at=time_text(clock() - ago))
     assert api.get("/api/v1/overview")[1]["sessions_7d"] == 2
     assert api.get("/api/v1/metrics/sessions?days=1")[1] \
         == {"labels": [NOW[:10]], "sessions": [2], "median_seconds": [60], "mean_seconds": [1830.0]}
+    add(api.server, type="session_start", session_id="s")
+    add(api.server, type="custom", session_id="s", device_id_hash="d2")
     api.server.store.forget_device("d2")
     assert api.get("/api/v1/metrics/sessions?days=1")[1]["mean_seconds"] == [60.0]
+    assert api.get("/api/v1/overview")[1]["sessions_7d"] == 2
+    assert len(api.get("/api/v1/events?session_id=s", **ADMIN)[1]["events"]) == 1
 
 
 def test_an_app_is_deleted_in_bounded_steps_with_everything_and_further_where_it_was_cut_off(
@@ -1334,24 +1325,27 @@ def public_answers(server):
     return {path.rpartition("/")[2]: Api(server).get(path)[1] for path in METRICS}
 
 
-@pytest.fixture
-def one_name(keeping, monkeypatch):
-    """A server that counts one new name of each kind, and its answers before two crashes of a device with others."""
+def test_other_is_shown_like_any_name_with_its_reports_as_they_came_until_they_are_forgotten_or_expire(
+        one_day, later, monkeypatch):
     for field in backfeedr.NEW_NAMES:
         monkeypatch.setitem(backfeedr.NEW_NAMES, field, 1)
-    server = keeping(1)
-    add(server, exception_type="A", device_model="m", app_version="1.0")
-    add(server, exception_type="B0", device_model="m0", app_version="2.0")
-    before = public_answers(server)
-    for n in (1, 2):
-        add(server, exception_type=f"B{n}", exception_reason=f"reason {n}", device_model=f"m{n}",
-            app_version=f"2.{n}", device_id_hash="d")
-    check_database(server.store.path)
-    return server, before
+    api = Api(one_day)
 
+    def add_two_of_a_device():
+        for n in (1, 2):
+            add(one_day, exception_type=f"B{n}", exception_reason=f"reason {n}", device_model=f"m{n}",
+                app_version=f"2.{n}", device_id_hash="d")
+        check_database(one_day.store.path, forgotten=True)
 
-def test_other_is_shown_like_any_name_and_its_page_has_the_reports_as_they_came(one_name):
-    api, answers = Api(one_name[0]), public_answers(one_name[0])
+    def public_answers():
+        return {path.rpartition("/")[2]: api.get(path)[1] for path in METRICS}
+
+    add(one_day, exception_type="A", device_model="m", app_version="1.0")
+    add(one_day, exception_type="B0", device_model="m0", app_version="2.0")
+    before = public_answers()
+    add_two_of_a_device()
+    check_database(one_day.store.path)
+    answers = public_answers()
     other = {"group_hash": "(other)", "exception_type": "(other)", "exception_reason": "reason 2", "count": 3}
     assert answers["overview"]["top_crashes"] == [other, {
         "group_hash": group_hash("A", []), "exception_type": "A", "exception_reason": "", "count": 1}]
@@ -1369,24 +1363,16 @@ def test_other_is_shown_like_any_name_and_its_page_has_the_reports_as_they_came(
     person.sign_in()
     assert "/crashes/(other)" in html.unescape(person.get("/crashes").text)
     assert "reason 1" in person.text("/crashes/(other)")
-
-
-def test_a_forgotten_device_is_taken_out_of_other(one_name):
-    server, before = one_name
-    server.store.forget_device("d")
-    assert public_answers(server) == before
-    check_database(server.store.path, forgotten=True)
-
-
-def test_expired_crashes_are_taken_out_of_other(one_name, later):
-    server, _ = one_name
-    later(server, A_DAY + 1, exception_type="LATE")
-    answers = public_answers(server)
+    one_day.store.forget_device("d")
+    assert public_answers() == before
+    check_database(one_day.store.path, forgotten=True)
+    add_two_of_a_device()
+    later(one_day, A_DAY + 1, exception_type="LATE")
+    answers = public_answers()
     assert answers["crash-types"] == {"labels": ["LATE"], "data": [1]} and answers["devices"]["labels"] == []
     assert answers["overview"]["top_crashes"][0]["group_hash"] == "(other)"
-    later(server, 7 * A_DAY)
-    assert [row[2] for row in stored(server, "groups")["groups"]] == ["LATE"]
-    assert POSTGRES or backfeedr._check_roll_ups(server.store.path)
+    later(one_day, 7 * A_DAY)
+    assert [row[2] for row in stored(one_day, "groups")["groups"]] == ["LATE"]
 
 
 # -- What `check` finds
@@ -1532,7 +1518,7 @@ def test_a_waiter_that_is_interrupted_leaves_the_queue_to_the_others(api, monkey
 
 
 @pytest.mark.parametrize("limit, events", [({"max_waiters": 2}, 1), ({"max_rows": 200}, 100)])
-def test_too_many_waiters_are_sent_away_at_once(tmp_path, limit, events):
+def test_too_many_waiters_are_sent_away_at_once_and_a_larger_batch_is_taken_where_nobody_waits(tmp_path, limit, events):
     with Store(str(tmp_path / "small.db"), **limit) as store:
         key_hash, batch = backfeedr.sha256(store.create_app("Shop")), [parse_event(dict(EVENT))] * events
 
@@ -1543,13 +1529,7 @@ def test_too_many_waiters_are_sent_away_at_once(tmp_path, limit, events):
 
         run_together(store, [lambda: store.add(key_hash, batch)] * 2, one_too_many)
         assert len(sql(store.path, "select seq from events")) == 2 * events
-        store.add(key_hash, batch)
-
-
-def test_a_batch_larger_than_the_limit_of_rows_is_taken_where_nobody_waits(tmp_path):
-    with Store(str(tmp_path / "small.db"), max_rows=10) as store:
-        batch = [parse_event(dict(EVENT))] * 100
-        assert len(store.add(backfeedr.sha256(store.create_app("Shop")), batch).seqs) == 100
+        assert len(store.add(key_hash, batch * 3).seqs) == 3 * events
 
 
 def test_submissions_of_one_call_share_a_commit_and_each_has_its_own_outcome(api):
@@ -1626,26 +1606,17 @@ def test_close_may_be_called_twice_and_folds_the_wal_in(api):
     assert count(server, "crashes") == 1
 
 
-@pytest.mark.parametrize("content, error", [
-    (b"junk" * 1000, "cannot open the database .*other.db"),
-    (b"SQLite format 3\x00" + b"junk" * 1000, "cannot open the database .*other.db"),
-    (None, "not one of backfeedr's")], ids=["junk", "a broken database", "another program's"])
-def test_a_file_that_is_not_ours_is_refused_and_left_alone(tmp_path, content, error):
-    path = tmp_path / "other.db"
-    if content:
+def test_a_file_that_is_not_ours_is_refused_and_left_alone_and_an_empty_one_becomes_a_database(tmp_path):
+    path, broken = tmp_path / "other.db", "cannot open the database .*other.db"
+    sql_run(tmp_path / "theirs.db", "create table theirs (a)")
+    for content, error in ((b"junk" * 1000, broken), (b"SQLite format 3\x00" + b"junk" * 1000, broken),
+                           ((tmp_path / "theirs.db").read_bytes(), "not one of backfeedr's")):
         path.write_bytes(content)
-    else:
-        with closing(sqlite3.connect(str(path))) as db:
-            db.execute("create table theirs (a)")
-        content = path.read_bytes()
-    with pytest.raises(StoreError, match=error):
-        Store(str(path))
-    assert path.read_bytes() == content
-
-
-def test_an_empty_file_becomes_a_database(tmp_path):
-    (tmp_path / "empty.db").touch()
-    with Store(str(tmp_path / "empty.db")) as store:
+        with pytest.raises(StoreError, match=error):
+            Store(str(path))
+        assert path.read_bytes() == content
+    path.write_bytes(b"")
+    with Store(str(path)) as store:
         assert store.apps() == []
 
 
