@@ -660,18 +660,6 @@ def test_the_signature_of_the_contract():
         == "sha256=6c3e10dd63bdf20cb9257a8a8b590969e83722725287c4009b98423fc82add3d"
 
 
-def openssl_sha256(data, *options):
-    command = ["openssl", "dgst", "-sha256", *options, "-r"]
-    return subprocess.run(command, input=data, capture_output=True, check=True).stdout.split()[0]
-
-
-@pytest.mark.skipif(not shutil.which("openssl"), reason="there is no openssl")
-def test_a_signature_made_by_openssl_is_accepted(api):
-    made = openssl_sha256(NOW.encode() + b"." + openssl_sha256(VECTOR_BODY), "-hmac", KEY).decode()
-    assert api.post(EVENTS, VECTOR_BODY, X_Backfeedr_Timestamp=NOW, X_Backfeedr_Signature="sha256=" + made)[0] == 201
-    assert report(api.server, "events")["name"] == "purchase"
-
-
 @pytest.mark.parametrize("part, valid", [("body", VALID), *[(name, text.encode()) for name, text in SIGNED.items()]])
 def test_one_flipped_bit_of_body_time_or_signature_is_refused(serve, part, valid):
     server = serve(rate_limit=0)
@@ -1118,19 +1106,23 @@ def fill(server, clock, seed, reports):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_forgotten_device_is_in_no_row_and_no_sum_as_if_it_had_never_been(keeping, clock, seed):
+def test_a_forgotten_device_is_in_no_row_and_no_sum_until_it_comes_again_and_sums_outlive_reports(keeping, clock, seed):
     server = keeping()
+    path = server.store.path
     fill(server, clock, seed, 150)
-    check_database(server.store.path)
+    check_database(path)
     deleted = server.store.forget_device("d2")
     assert deleted["crashes"] and deleted["events"] and deleted["devices"]
-    check_database(server.store.path, forgotten=True)
-    for tables, device in ((("crashes", "events"), "device_id_hash = 'd2'"),
-                           (ENTITIES, f"device = {backfeedr.device_key('d2')}")):
-        assert not any(count(server, table, device) for table in tables)
+    check_database(path, forgotten=True)
+    assert not any(count(server, table, "device_id_hash = 'd2'") for table in ("crashes", "events"))
+    assert not any(count(server, table, f"device = {backfeedr.device_key('d2')}") for table in ENTITIES)
     assert server.store.forget_device("d2") == {}
-    fill(server, clock, seed + 100, 50)  # and it may come again
-    check_database(server.store.path, forgotten=True)
+    fill(server, clock, seed + 100, 50)
+    check_database(path, forgotten=True)
+    server.store.retention_days = 5
+    fill(server, clock, seed + 200, 50)
+    server.store.prune()
+    assert 0 < count(server, "crashes") and (POSTGRES or backfeedr._check_roll_ups(path))
 
 
 def test_a_forgotten_device_takes_the_reason_that_it_gave_with_it(one_day, later):
@@ -1198,13 +1190,9 @@ def test_an_app_is_deleted_in_bounded_steps_with_everything_and_further_where_it
         assert api.get(f"/api/v1/overview?app={name}")[0] == 404
         with pytest.raises(StoreError):
             store.delete_app(name)
-
-
-def test_a_report_that_arrives_as_its_app_is_deleted_is_refused(api):
-    api.server.store.delete_app("default")
     with pytest.raises(Refusal, match="invalid API key"):
-        add(api.server, type="custom")
-    assert not any(stored(api.server).values())
+        add(server, type="custom")  # it arrives as its app is deleted
+    assert not any(stored(server).values())
 
 
 # -- Windows and names
@@ -1413,15 +1401,6 @@ def test_check_names_the_tables_that_were_tampered_with(keeping, clock, later, d
         sql_run(path, damage)
         with pytest.raises(StoreError, match=f"^these tables are not what they should be: {tables}$"):
             backfeedr._check_roll_ups(path)
-
-
-@sqlite_only
-@pytest.mark.parametrize("seed", range(4))
-def test_check_finds_nothing_wrong_after_some_reports_have_expired(keeping, clock, seed):
-    server = keeping(5)
-    fill(server, clock, seed, 120)
-    server.store.prune()
-    assert 0 < count(server, "crashes") and backfeedr._check_roll_ups(server.store.path)
 
 
 # -- Many at once
@@ -1656,7 +1635,8 @@ def test_a_database_of_a_newer_backfeedr_is_refused_and_left_alone(serve):
 
 
 def make_old_database(path, version):
-    """A database of an earlier version, as that made it: two apps with three crashes and six events."""
+    """A database of an earlier version, as that made it: two apps with three crashes and six events. Of the table
+    `days`, which a migration without expired reports only drops, some rows are left out."""
     with closing(sqlite3.connect(str(path))) as db:
         db.executescript(zlib.decompress(base64.b85decode("".join(VERSION_2.split()))).decode())
         if version == 1:
@@ -1710,30 +1690,25 @@ def test_a_migration_that_fails_leaves_the_database_as_it_was(tmp_path, serve):
 
 
 VERSION_2 = """
-c-p;M+iv4H5`EvV5C&MN184^->SB5JDalMf4fbWRK)(r!MJGbbl82IW!C?P=N!>~7a^hZ0H{wKOsaSRDqC-;$!IPR>b@G&RD><Jl>x-48R#w#fnG5SIvQr
-{Htnd88N-lMo6$imjyr><kNKW!T{$5)}DSs|`Ze5D(j|+FKtcq)1)q|E^z_AX^a%r4gPu~6WZ-=Qda!F;3{1v|>)r<9%mrqlB9A$1iv2|SKEch{d*Nt0U+
-pz?HEx+rNch*~0zm%8S66IT#8s=48Ue?mW5eLn<(dNOyRejGQDU>>E!CC%(&IGS!ky}-K5K<vmnk)XtTwom)@Wz2>UT~o>vXcBQk?<$-HYr)u$1nEZT?*f
-AM`^jcvtBb%Uy^(!2!bDY_PT_3c{p5zSektn<>lOl-3TIoKk##%l|@{CoVhuxjCtjvlJm`!V?AB6JdKOX=}9io4waQ5lk(T>z~fVy@?0Ov($NUV%F9EN^X
-}p(xV(j*O7Rh&WRNc>F0zAMFsW-U$8!EEwaGx_O+6f567ifB&%Lu#Poz*a7*o~B;d@+*<j}7qKSa{}J(fsTr2M@PZT$2RH;7qM%NXu9GE*?MplC7BpqoOZ
-qhkVN)~xioP2wL*HU3)1e`UJOrP5H=b6ItB3RS#Pcf}nHMoyhYdFG<dWcZdt-y$veIZr;uFwb};LI19IAcc}_(6Tcd!^ccibvzB)^p<leWKcf~`Sj88rO!
-oW)7?_PYLmM2OeJ;l%vDMczD^c2@o3Rr#bYKQGZ64%=GHvfoSTC#Rel^rd0Ln=!_ehaW!g3irBR7nPphicyn>IBn_zmZxG!6o&>y%mqh*Zsk?ZQ3b$7IG!
-&NyUR{c~0v(%(*oaT%K`j}ku+H#!{#x<cn71v~DT~vl`IG1kJyqv$$wKTb`&cAKUpEl+T{&pzkGjiREC-v~7ZIRu!i0A%zD4T3W)WoNCMJJwSNg?axP!?%
-5CjWe8Cm&mBaFNf>t$Lo%1;d2v`mfMlF7*%UHtZEVmmFukJ)3>t|IwSFAVbvw)O4#Sjc>012?7|N@m4!n!E`A*K9>U;Yh26Q{@Fg-tv%qU?o7+T@H<bQc)
-sfKG2?lP`PwME-XzW^!-D_Ka$PAj`tG)Nd6J8-I&kaOXJI>WbLl9qRlvM%v>E{*zV#Ws49+Lxru2WpYRP2e-%DHl*CfC2?Ol0RRFd2)xw8GHrMXYSK#twD
-2HSBR+U-0FJh%CG=X_y~{qL9Zd_ARWY`!k(HGZ@2-N^mz!F%++?!w3Wd+(myhu<Pb543-HjD8IsqX+i*_^Tg<MEASUkD{+%L!ScIkM4ap3T;PP^>mDL$+u
-&dnCA!K&ekn({`H^Ve>cn+wx5y`I>Q!pdD}VNoazZ~G?(c{9^at$8!U6bZtT;wE&6pWX}j`nS9UjsFADZ73c^Uj6z$y5b4h}yBh_5_d%wN1gJ7TVBy}Se`
-f0G++m3xNf9Pk|Za{56?2{ZzX*x8S6jNE5Cz=_1H<D{P>@P5buFdenFxvTUNI}5%{=P%QV?i{U!MwqY^tj_Ymj^DR!1s^7T<)PU<9f|SJM<4DDf_P_z?^K
-ePZj%(UyDq4D`N(ZyZiMN3jCeCoKK;E1s!Pp3e6^~!{jP*3N5>GO~}k_Q7eY-!ixRXu%aZzKe*mLqWzBMv-2ho30jdYtoV5kvGu%JL{)=W@eur&UC^IdFx
--dxUB4g~q7(~-oHFUzl@&%M^<Tw|kFIZaDAD+4d-4;o$k5kw<>{l4Y@<)<?P9LMFgIXK8sU1<hd+OkLHp?!a^!E4zyE71uv!OoJdCRu>zRBWHi}i)|7<j|
-B@@TgolW-MM4Ff=73z2l{Cfh3s;AioF;~L69eR4JTyCML7h*Ltc9nLl&Hp(c=SptdA{~L28usqHj=!fshQL+yN3O00SP+K80GSfhNYGAQI_@ywtB0~X9bk
-rpR7#x=X5PZ4w~(2{(~5AroM{A|PQ&oO!>|?dTAK|KL&!&j0z@c8gm#Efgb3}s!8M`1iwF@S#1J755%LkC01*lip&cR=AwmG+vJ4R+LWCG1<RL;nA`~D(A
-tJOxgd#);L7Wi82|=8hlfAem)UX__`7|S4%MF@6Wh?2;wkSg#(0^oiM}$H|Xom<zh|nGo@{rhgNNhZ$8a$*LJfs>tq#8V=8a$*LJfs>tq#Aq#aUVh4M-cZ
-B#C-&DA3@wl5cd(peFSkIK|DYZ4-mwI4a5ndK7>#oLZ}ZR)Q1r2LkRUDg!&LdeF&jGgis$ss1G63hY;#R2=yU^`Vc~W2%$cNP#;354<Xct5b8q+^&y1%5J
-G(jp+1CAA3~@PA=HNu>O%<iA%yz$`)e|&kNO=<nGYe%hY;pN2=gI?`4GZ<2w^^iFdssg4<XEl5avS&^C5)!5W;*2VLpT~A3~T9A<Tym=0gbcA%yu5!h8r}
-K7=qILYNOB%!d%>LkROBg!vG{d<bDa?5h2^^X-Rq?Ps+>8Pa|j(ta4yei+hz7}9>&r2VX8wbgzY(ta4yei+hz7}9<i(ta4yei+hz7}9<i(ta4yei+hz7}9
-<i(ta4yei+hz7}9<i(ta4yei+hz7}9>&cKb2DXCB`Ants`=`i|nZY(j(7HBI_bdu<-&bnj$MjvAWNuC*hwuD!LV2+aZQ^~vsd<qp#96S`;3j8pyCsa4l?-
-N^#|h_0l2Z%BLLVm!XJoqzOSkEyfn&O2SA)jOHiUsjl^xCdk&7G=7H?pFo8K?B=#g{`~709V+$nL5_pD^6pIF1=<T=1<XvE7pAPu<&+3b0TFN4C+@cdP{4
-&>udKpaQoWqX1`|vjrDV};Y@305t^Q8&A6Z)aLwLtoJlq>KlLly?TcY?l@$k>2U3mCRHWp1Eyq=cs8Y3^y*lgtAJl?$NB
+c-p;KS#RSu5Pt8k5EdvD18PCiy4*fF+1;l_Uy1_zCeRX{2$3Z(B{>Ne{qG&>Bx&l1x7Y-+!$ULQd~<N9m@`^2tD=XDS@e7^tvf4CtTeCKBjeVYrzgtatY`LS
+(Yh+qJm&1g^2)JtdV=TJYh~pH{MA`z)p`1@W{#DXQN_w?kkW5(thiB^MD%)b^XD(I3<gvRFz^*U(elYUWW_<o;|REsgmu(%=Iofhs^DgII~He`;#pnXSTAYy
+RMeHli<dOf;FS!96(AgWP{56t2Los2J#v~0an^*f?Dd>-RvMX`6&!OA$b{sQeKR@M5e{z*cw{-_f+LG&FBIsf@EGjOtK*&hE5iP(?FcEGjde+RRnu(737o|&
+y-e|4#Bt5})aoNI>T~OM&57(aX6Gs`@~C<{GksNnxiDVBdb8wMhdRxYD6dZkP|!{lrM4$wmo#S4sYqC+PNm5R!m+X<rWxx7N6z38b}IN=bOI;WC&tql6w<0<
+Fqg3lNCQV?O+Lg=ls~5VV{fc%32Z6{Fl9yK=cwW|?lr*&r_KLkillkMUVGO@hqtI<%mOK+yIar5WGYTke4tP#Q>3z^6Qk!W*xUy3kA)h$RMF22H&ZALX>E$C
+n?tB%rFbgpXwYKn%!@PQRSNE#c74k<XXlK*jcztr1*AW#6-clI1sW=|HhoNaSw*tb<VVg02dBQ5a{1`E>tj)1+Dz4}HmEzxL{QU5CPI3!RZ^()(Xu_uhruBR
+3RrG<G^2}aCh8Jl$B`GOi8b8~T}+iaHY1f<CN7;;Wh;4xA1yXlhR2NgP|CP^;6g-$kJXv$>@u1=qFXQ(7Wk~4VuP_YX$z;m0z@BaomCccMjGcf^`SVo$7rGe
+wqRVckn^y9qiG4PXV+gA)=vxTIeUo<I3wp#9K_*=m$wAVTej%OUD-tI8ZpsnUeJjpDa|2I;v!GVG5F1yP2ZNnpoX(^DWA=;ph39K|8i|D2l<1z1-zVP(BsUP
+XT1*mAGLXvlUHTOikxocB+<?JFEOx=&uFO}%y2pt9q)?)rE8pv+x~1HaVrPBY>u1;n%x;aux!@iW6H8*ovn?q>r0|J7$)p*)OD%Q$lEO4@}L)=HQ?5(&%|}&
+=F}0rR=&Eg8&R(zAiDL8o+js=eiQQFff_m)_<!oEf1z2;mT%>0UP5y(_7&}$mgYI20XueA8f*tSI0&}b+oI-Y<J=L){`;voUoWW=o7W}1#IN=qh3M1$_F?-u
+@E`X3?H;51Pa(ngcz6F0e)Jx~d-Cw`(G7i!_kr(*;pfl3i#_Cqdl!Yi?EtF7G0LFdju0kW*Yg8gMd1AP&zCP6jN$qTEuk}9L8q^s^5s+waILt=7y0!U)c%5{
+-`BN!x^hLo&L!nm-rdSJqx(W{M?%jJfu=A({uW^%Pi3kZxjVNV*`Bwfj3y`~zMFW#&UWlQ{Ndk`-H_UT*e94vuskI#a(OSri2`GXLeS-qp8x}2!*G2+3|!=6
+&m%i`*RioBUO2)a+W|&$3|N4ehY0pu_vnJU`v%6f&Pg2VhZdCmYl)RH*+!p8_8VV|$hVa-0>|6^d<c1N07G*KdBp2T>oqi&td5f_&k45d66uub(IPbZXhLH@
+8Z<&v{Db;-A>IYp9Gy2=h*xPO6B^%d;W~X=Bcq}~%viYc!>G_TDD-#!F6b39&I>+~$O!?<u25*1)W3=ukFKw_4{Ut3xA3_FktVP2mF1%l+ghDc%Y~`H5aba8
+AkY?U`2GQ$_Tdlgz&D2Pe{DflYoN-9HZq_ma2_^-h1<V3lE@UqF?5Z=-b2I^L=dR*G4$UOAtIlQ1;UiVDh@TgMJ%^eR1>~3%w2^YY2)8yqbcQ<5vdHctzmCI
+a@-yEzy(OOKcHPq5YP9A39RqH%?=!hp@W7AR~*Vno*>!|5Q;k)M1O?Hk6=BB<%~dG%rqOFPQvipafq65P?t~(N8i*GEk#x{(=q5ZEn>TKYt%T1!)t)yHNg5{
+#u_m3?a8?C8eHT`8Zt@KC?8&c$h-?No@jd{kYbD_HSJihYTfGzDeIcTKX+PmXxoHpdX?)YXB?qnH+hF_Bg`mKD{w2WBT-V&&!|GWE3|U=7&{r;`K=Ev(e`!L
+sXJP^(z4pO%OdtG_S{eI=@ji}H*5z9WYH8dZwgsq3Ymwga^2nb#}J+BxVia28AhZ@@`*;dDbCs%sg7FqrgWou-F*z)uAAI!w~^3DJtBtkZcu{d;%+cOsrAO^
+wd1*Y572A2+jk^UndULX0f=#l@D$8fFfSrRq^j-gMEUv;JcnM<
 """
 
 
@@ -1763,7 +1738,7 @@ def named_rows(server):
         """)] for table in ("crashes", "events")]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_what_a_store_exports_makes_the_same_rows_sums_and_answers_in_another(serve, clock, seed):
     server, other, third = (serve(name, retention_days=365) for name in ("test.db", "other.db", "third.db"))
     fill(server, clock, seed, 120)
@@ -1856,18 +1831,15 @@ UNAVAILABLE = (503, {"error": "storage unavailable"})
 @pytest.fixture
 def disk(monkeypatch):
     """A disk of so many pages for every connection that is opened from now on; None is plenty."""
-    class Disk:
-        pages = None
-
-    open_connection = backfeedr.Connection.__init__
+    disk, open_connection = SimpleNamespace(pages=None), backfeedr.Connection.__init__
 
     def init(db, *args, **kwargs):
         open_connection(db, *args, **kwargs)
-        if Disk.pages is not None:
-            db.execute(f"pragma max_page_count = {Disk.pages}")
+        if disk.pages is not None:
+            db.execute(f"pragma max_page_count = {disk.pages}")
 
     monkeypatch.setattr(backfeedr.Connection, "__init__", init)
-    return Disk
+    return disk
 
 
 @sqlite_only
