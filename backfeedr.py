@@ -73,22 +73,22 @@ import time
 import zlib
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict, deque, namedtuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime, timezone
 from difflib import get_close_matches
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from http import HTTPStatus
 from itertools import accumulate, chain, groupby, repeat
 from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import (Any, BinaryIO, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
-                    Sequence, Set, TextIO, Tuple, Union)
+from queue import Empty, SimpleQueue
+from typing import Any, BinaryIO, Callable, NamedTuple, Optional, TextIO, Union
 from urllib.parse import parse_qs, parse_qsl, quote, urlencode
 
-# A virtual environment, because the Pythons of many systems refuse to be added to.
 _MISSING = ("{} is missing; 'python3 -m venv .venv && .venv/bin/pip install bottle waitress' installs what it needs,"
-            " and .venv/bin/python runs it")
+            " and .venv/bin/python runs it")  # many systems' own Python refuses new packages
 try:
     import bottle
 except ImportError:
@@ -102,7 +102,6 @@ log = logging.getLogger("backfeedr")
 
 
 # == Settings ==================================================================
-#
 # Every choice an operator has, with its unit and default. An invalid value is
 # refused when the settings are made, not when it is first used.
 
@@ -159,18 +158,18 @@ class Settings:
             raise SettingsError("public_url", f"{self.public_url!r} is not like https://crashes.example.com")
 
     @classmethod
-    def from_env(cls, environ: Optional[Mapping[str, str]] = None, **overrides: Any) -> Settings:
-        """Settings from the BACKFEEDR_* variables of `environ` (default: os.environ); `overrides` come first.
-
-        An empty variable counts as unset. An error names the variable. An unknown variable is
-        an error, too: a misspelt one would leave open what it was meant to close.
-        """
+    def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
+        """Settings from the BACKFEEDR_* variables of `environ` (default: os.environ); `overrides` come first. An empty
+        variable counts as unset. An unknown one is an error: a misspelt one would leave open what it was meant to
+        close."""
         environ = os.environ if environ is None else environ
         variables = {_PREFIX + each.name.upper(): each for each in fields(cls)}
         given = {name: text for name, text in environ.items() if text and name.startswith(_PREFIX)}
-        unknown = sorted(given.keys() - variables.keys() - _CLIENT_VARIABLES)
-        if unknown:
-            raise SettingsError(unknown[0], "there is no such setting; " + _suggestion(unknown[0], variables))
+        if unknown := sorted(given.keys() - variables.keys() - _CLIENT_VARIABLES):
+            names = [name[len(_PREFIX):] for name in variables]
+            close = get_close_matches(unknown[0][len(_PREFIX):], names, 1)
+            hint = f"did you mean {_PREFIX}{close[0]}?" if close else f"after {_PREFIX} comes one of {', '.join(names)}"
+            raise SettingsError(unknown[0], f"there is no such setting; {hint}")
         values = {each.name: _from_text(given[name], type(each.default))
                   for name, each in variables.items() if name in given}
         try:
@@ -178,12 +177,6 @@ class Settings:
         except SettingsError as error:
             name = error.name if error.name in overrides else _PREFIX + error.name.upper()
             raise SettingsError(name, error.problem) from None
-
-
-def _suggestion(variable: str, known: Iterable[str]) -> str:
-    suffixes = [name[len(_PREFIX):] for name in known]
-    close = get_close_matches(variable[len(_PREFIX):], suffixes, 1)
-    return f"did you mean {_PREFIX}{close[0]}?" if close else f"after {_PREFIX} comes one of {', '.join(suffixes)}"
 
 
 def _from_text(text: str, kind: type) -> Any:
@@ -194,10 +187,8 @@ def _from_text(text: str, kind: type) -> Any:
 
 
 # == Schema ====================================================================
-#
-# One SQLite file that its owner can open with any tool. A report is a row, under
-# the field names of the API; times are milliseconds since 1970 UTC. The tables of
-# the figures stand in the room Figures.
+# One SQLite file that its owner can open with any tool. A report is a row, under the field names of the API; times are
+# milliseconds since 1970 UTC. The tables of the figures stand in the room Figures.
 #
 # `seq` is the time of receipt in milliseconds * 2^20 + a counter. It is the id that
 # was answered, so the id costs no byte and no index of its own. It is unique across
@@ -214,7 +205,8 @@ create table keys (
     key_hash blob primary key,             -- SHA-256; the key itself is stored nowhere
     app_id integer not null, prefix text not null, created_at integer not null, revoked_at integer
 ) without rowid;
-create table secrets (name text primary key, hash blob not null) without rowid;  -- 'admin_token'
+create table secrets (name text primary key, hash blob not null)  -- 'admin_token'
+    without rowid;
 create table grants (                      -- browser sessions and one-time links, by their SHA-256
     hash blob primary key, expires_at integer not null) without rowid;
 
@@ -227,8 +219,8 @@ create table crashes (
     locale text, free_memory_mb numeric, battery_level real,  -- 0 to 1; -1 is unknown
     is_charging integer,
     -- Long values come last: SQLite reads a row only up to the last column it needs.
-    exception_reason text, stack_trace text,  -- JSON
-    extra text);                           -- JSON: the fields that this server does not know
+    -- stack_trace is JSON, and so is extra, which has the fields that this server does not know.
+    exception_reason text, stack_trace text, extra text);
 create index crashes_by_group on crashes (  -- covers what groups are counted by
     app_id, group_hash, received_at, occurred_at, app_version, os_version, device_model, device_id_hash);
 create table events (
@@ -237,7 +229,7 @@ create table events (
     other integer not null default 0,
     type text not null, name text,
     app_version text, os_version text, device_model text, device_id_hash text, session_id text, locale text,
-    properties text, extra text);          -- JSON
+    properties text, extra text);
 
 create table replays (                     -- how a stored request is recognised when it comes again
     app_id integer not null, mark blob not null,   -- digest of the Idempotency-Key or the signature
@@ -253,7 +245,6 @@ create table state (name text primary key, value integer not null) without rowid
 
 
 # == Values ====================================================================
-#
 # What a client may be told, and the small conversions of which the rest is made.
 
 SECOND = 1000  # all times are in milliseconds
@@ -264,12 +255,10 @@ SEQ_BITS = 20  # of a seq's counter within a millisecond
 
 
 class Refusal(Exception):
-    """A request that is not taken. `str()` is what the client is told.
+    """A request that is not taken. `str()` is what the client is told, `retry_after` after how many seconds the same
+    request may succeed."""
 
-    `retry_after`, in whole seconds, is set where the same request may succeed later.
-    """
-
-    def __init__(self, text: str, retry_after: Optional[int] = None):
+    def __init__(self, text: str, retry_after: int | None = None):
         super().__init__(text)
         self.retry_after = retry_after
 
@@ -288,22 +277,15 @@ _DAY_ZERO = date(1970, 1, 1).toordinal()
 
 
 def parse_time(text: str) -> int:
-    """Milliseconds since 1970 UTC of an RFC 3339 time with a zone. Raises ValueError.
-
-    In whole numbers: datetime overflows where an offset leads out of the years 1
-    to 9999, and before Python 3.11 it knows neither Z nor nanoseconds.
-    """
+    """Milliseconds since 1970 UTC of an RFC 3339 time with a zone. Raises ValueError. (datetime overflows where an
+    offset leads out of the years 1 to 9999, and before Python 3.11 it knows neither Z nor nanoseconds.)"""
     match = _RFC3339.fullmatch(text)
     if match is None:
         raise ValueError("not an RFC 3339 time with a zone")
     day, hours, minutes, seconds, fraction, sign, zone_hours, zone_minutes = match.groups()
-    total = (date.fromisoformat(day).toordinal() - _DAY_ZERO) * DAY
-    total += int(hours) * HOUR + int(minutes) * 60_000 + int(seconds) * SECOND
-    if fraction:
-        total += int(fraction[:3].ljust(3, "0"))
-    if sign:
-        total -= int(sign + "1") * (int(zone_hours) * HOUR + int(zone_minutes) * 60_000)
-    return total
+    offset = int(sign + "1") * (int(zone_hours) * HOUR + int(zone_minutes) * 60_000) if sign else 0
+    return ((date.fromisoformat(day).toordinal() - _DAY_ZERO) * DAY + int(hours) * HOUR + int(minutes) * 60_000
+            + int(seconds) * SECOND + int((fraction or "")[:3].ljust(3, "0")) - offset)
 
 
 def iso_time(time_ms: int) -> str:
@@ -346,7 +328,7 @@ def crash_id(seq: int) -> str:
     return f"{seq:016x}"
 
 
-def event_ids(seqs: Iterable[int]) -> List[str]:
+def event_ids(seqs: Iterable[int]) -> list[str]:
     """The ids of events as they are answered; the schema says the same."""
     return [f"evt_{seq:016x}" for seq in seqs]
 
@@ -358,28 +340,23 @@ def new_key(is_test: bool) -> str:
 
 def key_prefix(key: str) -> str:
     """What may be shown of a key: 8 of its 32 digits, or a third of a key of the operator's own."""
-    made_here = re.fullmatch("bf_(live|test)_[0-9a-f]{32}", key)
-    return key[:16] if made_here else key[:min(16, len(key) // 3)]
+    return key[:16 if re.fullmatch("bf_(live|test)_[0-9a-f]{32}", key) else min(16, len(key) // 3)]
 
 
-def sha256(data: Union[bytes, str]) -> bytes:
+def sha256(data: bytes | str) -> bytes:
     """The digest under which keys and tokens are kept."""
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).digest()
 
 
 def group_hash(exception_type: str, frames: Sequence[Mapping[str, Any]]) -> str:
-    """The group of a crash: its exception type, and where in the app it happened.
-
-    Frames with a `file` are the app's own: the symbols of the first three count.
-    System frames stand in only where there is none.
-    """
+    """The group of a crash: its exception type, and where in the app it happened. Frames with a `file` are the
+    app's own: the symbols of the first three count. System frames stand in only where there is none."""
     chosen = [f for f in frames if f.get("file")] or [f for f in frames if f.get("symbol")]
     symbols = [frame.get("symbol") or "" for frame in chosen[:3]]
     return hashlib.sha256(":".join([exception_type, *symbols]).encode()).hexdigest()[:16]
 
 
 # == Payloads ==================================================================
-#
 # JSON in, a crash or an event out, or a Refusal; the code below trusts what comes
 # from here. A report is a namedtuple whose fields are its columns.
 
@@ -389,24 +366,21 @@ MAX_TEXT = 500  # characters of versions, models, types, names, ids, locale
 MAX_DEPTH = 64  # of nested JSON: far above any SDK's, far below Python's recursion limit
 MAX_NUMBER = (1 << 63) - 1
 
-JsonObject = Dict[str, Any]
+JsonObject = dict[str, Any]
 Rule = Callable[[Any], bool]  # whether a value that is present is valid
 Rules = Mapping[str, Rule]  # by field
 
 
 def decode_json(body: bytes) -> JsonObject:
-    """The JSON object in a body. Raises Refusal unless it is one, in UTF-8, with finite numbers.
-
-    A NUL or a lone surrogate, which SQLite does not store, becomes U+FFFD: one
-    bad character must not cost a report.
-    """
+    """The JSON object in a body. Raises Refusal unless it is one, in UTF-8, with finite numbers. A NUL or a lone
+    surrogate, which SQLite does not store, becomes U+FFFD: one bad character must not cost a report."""
     try:
         text = body.decode("utf-8")
         value = _DECODER.decode(text)
         if "\\u" in text:  # UTF-8 and JSON allow these characters only as escapes
             value = _replace_unstorable(value)
     except (ValueError, RecursionError):
-        raise Refusal("invalid JSON") from None
+        value = None
     if type(value) is not dict:
         raise Refusal("invalid JSON")
     return value
@@ -419,20 +393,17 @@ def _finite(text: str) -> float:
     return number
 
 
-def _make_encoder() -> Callable[[Any], str]:
-    """Compact JSON as text. JSONEncoder.encode sets up a C encoder in each call, which takes longer than encoding."""
-    encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
-    make = json.encoder.c_make_encoder  # type: ignore[attr-defined]
-    if make is None:
-        return encoder.encode
-    encode = make(None, encoder.default, json.encoder.encode_basestring, None, ":", ",",  # type: ignore
-                  False, False, False)
-    return lambda value: "".join(encode(value, 0))
-
-
 _DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
-_encode = _make_encoder()
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
+# Its encode() makes one of these in each call, which takes longer than encoding. PyPy has none.
+_C_ENCODER = json.encoder.c_make_encoder and json.encoder.c_make_encoder(  # type: ignore[attr-defined]
+    None, _ENCODER.default, json.encoder.encode_basestring, None, ":", ",", False, False, False)
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+
+
+def _encode(value: Any) -> str:
+    """Compact JSON."""
+    return "".join(_C_ENCODER(value, 0)) if _C_ENCODER else _ENCODER.encode(value)
 
 
 def _replace_unstorable(value: Any) -> Any:
@@ -445,13 +416,11 @@ def _replace_unstorable(value: Any) -> Any:
     return value
 
 
-# Types are compared exactly, because isinstance would accept True as an int.
-
 def _is_short_text(value: Any) -> bool:
     return type(value) is str and len(value) <= MAX_TEXT
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:  # types are compared exactly, because isinstance would accept True as an int
     return type(value) in (int, float) and abs(value) <= MAX_NUMBER
 
 
@@ -521,12 +490,9 @@ def parse_event(given: Any) -> Event:
     return Event._make(_validate(given, _EVENT_FIELDS))
 
 
-def parse_batch(given: JsonObject) -> List[Event]:
-    """1 to 100 events, all or none. Raises Refusal, with the index of the first bad event.
-
-    Unknown fields beside `events` are kept with the first event, as `batch`. A copy
-    in every event would let a small request write much to the database.
-    """
+def parse_batch(given: JsonObject) -> list[Event]:
+    """1 to 100 events, all or none. Raises Refusal, with the index of the first bad event. Unknown fields beside
+    `events` are kept with the first event, as `batch`: a copy in each would let a small request write much."""
     events = given.get("events")
     if events in (None, "", []):
         raise Refusal("missing events")
@@ -542,23 +508,23 @@ def parse_batch(given: JsonObject) -> List[Event]:
     try:
         return list(map(Event._make, _validate_batch(events, _EVENT_FIELDS)))
     except (Refusal, TypeError, AttributeError):  # a bad event, something else, or a list where a text belongs
-        return [_parse_event_at(index, event) for index, event in enumerate(events)]
-
-
-def _parse_event_at(index: int, event: Any) -> Event:
+        pass
+    parsed: list[Event] = []
     try:
-        return parse_event(event)
+        for event in events:
+            parsed.append(parse_event(event))
     except Refusal as refusal:
-        raise Refusal(f"{refusal} at index {index}") from None
+        raise Refusal(f"{refusal} at index {len(parsed)}") from None
+    return parsed
 
 
-def _validate(given: JsonObject, rules: Rules) -> List[Any]:
+def _validate(given: JsonObject, rules: Rules) -> list[Any]:
     """The fields in the order of the rules, then the unknown ones as JSON."""
     values = [_validate_field(given.get(name), name, is_valid) for name, is_valid in rules.items()]
     return [*values, _unknown_fields(given, rules)]
 
 
-def _validate_batch(objects: List[JsonObject], rules: Rules) -> Iterable[Tuple[Any, ...]]:
+def _validate_batch(objects: list[JsonObject], rules: Rules) -> Iterable[tuple[Any, ...]]:
     """`_validate` for each object in a third of the time: field by field, and each distinct value only once,
     because most values are the same from event to event."""
     names, columns = set().union(*objects), []
@@ -574,7 +540,7 @@ def _validate_batch(objects: List[JsonObject], rules: Rules) -> Iterable[Tuple[A
     return zip(*columns)
 
 
-def _unknown_fields(given: JsonObject, rules: Rules) -> Optional[str]:
+def _unknown_fields(given: JsonObject, rules: Rules) -> str | None:
     unknown = {name: value for name, value in given.items() if name not in rules}
     return _validate_field(unknown, "JSON", _is_object) if unknown else None
 
@@ -594,10 +560,8 @@ def _validate_field(value: Any, name: str, is_valid: Rule, absent: Sequence[Any]
 
 
 # == Signature =================================================================
-#
-# HMAC-SHA256 over a timestamp and the raw body. The key travels with the request,
-# so this hides nothing: it proves that the body was not changed, and that it was
-# signed just now.
+# HMAC-SHA256 over a timestamp and the raw body. The key travels with the request, so this hides nothing: it proves that
+# the body was not changed, and that it was signed just now.
 
 SIGNATURE_WINDOW = 300 * SECOND  # both ways
 
@@ -622,22 +586,18 @@ def verify(key: bytes, timestamp: bytes, signature: bytes, body: bytes, now: int
 
 
 # == RateLimiter ===============================================================
-#
-# The times of each key's last requests. A counter per minute would be smaller, but
-# would allow twice the limit around the full minute. At most `limit` numbers are
-# kept for a key, and only existing keys get here.
+# The times of each key's last requests. A counter per minute would be smaller, but would allow twice the limit around
+# the full minute. At most `limit` numbers are kept for a key, and only existing keys get here.
 
 class RateLimiter:
-    """Allows `limit` requests of a key in any `window` of seconds; 0 allows all. Thread-safe.
-
-    `clock` gives seconds and never runs backwards.
-    """
+    """Allows `limit` requests of a key in any `window` of seconds; 0 allows all. Thread-safe. `clock` gives seconds and
+    never runs backwards."""
 
     waits = False  # True where `allow` asks another host; requests are then not checked one after the other
 
     def __init__(self, limit: int, window: float = 60.0, clock: Callable[[], float] = time.monotonic):
         self.limit, self.window, self._clock = limit, window, clock
-        self._times: Dict[bytes, Deque[float]] = defaultdict(deque)
+        self._times: dict[bytes, deque[float]] = defaultdict(deque)
         self._lock = threading.Lock()
 
     def allow(self, key: bytes) -> bool:
@@ -648,10 +608,10 @@ class RateLimiter:
             now, times = self._clock(), self._times[key]
             while times and now - times[0] >= self.window:
                 times.popleft()
-            allowed = len(times) < self.limit
-            if allowed:
-                times.append(now)
-            return allowed
+            if len(times) >= self.limit:
+                return False
+            times.append(now)
+            return True
 
     def retry_after(self, key: bytes) -> int:
         """Whole seconds, at least 1, until `allow` says yes again."""
@@ -661,12 +621,10 @@ class RateLimiter:
 
 
 # == Figures ===================================================================
-#
-# What the server counts. A figure is a class: its tables, how reports count in it,
-# and the questions it answers. Reports count by 1 when they are stored and by -1
-# when a device is forgotten, in the transaction that changes their rows, so a sum
-# always equals a count over the rows. When reports expire, sums stay; only what
-# describes the reports that are kept goes with them. `check` counts all again.
+# What the server counts. A figure is a class: its tables, how reports count in it, and the questions it answers.
+# Reports count by 1 when they are stored and by -1 when a device is forgotten, in the transaction that changes their
+# rows, so a sum always equals a count over the rows. When reports expire, sums stay; only what describes the reports
+# that are kept goes with them. `check` counts all again.
 
 ALL_DAYS = -1_000_000  # the `day` of a label's sum over all days
 WEEK = 7               # days of the overview, ending today
@@ -689,18 +647,18 @@ COUNTED = {  # a report as the figures see it; `at` is the time at which it coun
                                       " exception_type device_model exception_reason"),
     Event: namedtuple("CountedEvent", "seq app_id received_at at type app_version device_id_hash session_id")}
 
-Figures = Dict[str, Any]  # an answer
 
-
-def counted_columns(kind: type) -> str:
-    """The columns of a table that make a counted report."""
+def counted_rows(db: sqlite3.Connection, kind: type, source: str, parameters: Any = ()) -> list[Any]:
+    """The counted reports of stored ones; `source` is all of a query that follows its columns."""
     columns = {"at": COUNTED_AT, "sent_type": "exception_type", **{
         name: f"case when (other & {flag}) > 0 then '{OTHER}' else {name} end" for name, flag in FLAGS.items()}}
-    return ", ".join(columns.get(name, name) for name in COUNTED[kind]._fields)
+    query = f"select {', '.join(columns.get(name, name) for name in COUNTED[kind]._fields)} {source}"
+    rows = rows_of(db, query, parameters) if "values *" in query else db.execute(query, parameters)
+    return list(map(COUNTED[kind]._make, rows))
 
 
 def counted(kind: type, app_id: int, seqs: Sequence[int], received: Sequence[int], flags: Sequence[int],
-            reports: Reports) -> List[Any]:
+            reports: Reports) -> list[Any]:
     """The counted reports of reports that are about to be stored."""
     types = list(map(attrgetter("exception_type" if kind is Crash else "type"), reports))  # as they were sent
     if any(flags):
@@ -717,7 +675,7 @@ class Sums:
 
     def __init__(self, table: str, key: str, columns: str):
         self.table, self.key, self.columns = table, ["app_id", *key.split()], columns.split()
-        self._changes: Dict[tuple, Dict[str, int]] = defaultdict(lambda: dict.fromkeys(self.columns, 0))
+        self._changes: dict[tuple, dict[str, int]] = defaultdict(lambda: dict.fromkeys(self.columns, 0))
 
     @property
     def schema(self) -> str:
@@ -732,12 +690,12 @@ class Sums:
         for column, count in counts.items():
             row[column] += count
 
-    def save(self, db: sqlite3.Connection) -> List[tuple]:
+    def save(self, db: sqlite3.Connection) -> list[tuple]:
         """Writes the changes; returns the keys of the rows that have changed."""
         changed = {key: row for key, row in self._changes.items() if any(row.values())}
         if not changed:
             return []
-        insert_rows(db, f"""
+        write_rows(db, f"""
             insert into {self.table} ({", ".join(self.key + self.columns)}) values *
             on conflict ({", ".join(self.key)}) do update set
                 {", ".join(f"{each} = {self.table}.{each} + excluded.{each}" for each in self.columns)}
@@ -749,14 +707,13 @@ class Sums:
         return list(changed)
 
 
-def per_day(db: sqlite3.Connection, table: str, columns: Sequence[str], app: Optional[int],
-            days: range) -> Dict[str, List[int]]:
+def per_day(db: sqlite3.Connection, table: str, columns: Sequence[str], app: int | None,
+            days: range) -> dict[str, list[int]]:
     """Sums of a table with a row a day, as a list for each column."""
     rows = {day: row for day, *row in db.execute(f"""
         select day, {", ".join(f"sum({column})" for column in columns)} from {table}
         where {APPS} and day between :first and :last
-        group by day
-        """, {"app": app, "first": days[0], "last": days[-1]})}
+        group by day""", {"app": app, "first": days[0], "last": days[-1]})}
     empty = [0] * len(columns)
     return {column: [rows.get(day, empty)[n] for day in days] for n, column in enumerate(columns)}
 
@@ -765,11 +722,11 @@ class Figure:
     """One figure in one transaction."""
 
     TABLES = ""  # what describes the reports that are kept
-    SUMS: Mapping[str, Tuple[str, str]] = {}  # tables of sums: the rest of the key beside app_id, and the sums
+    SUMS: Mapping[str, tuple[str, str]] = {}  # tables of sums: the rest of the key beside app_id, and the sums
     WINDOW = ("", "", 0)  # a table, its column of days or hours, and how many of them it holds
-    COUNTS: Tuple[type, ...] = (Crash,)  # the kinds of reports that count in it
+    COUNTS: tuple[type, ...] = (Crash,)  # the kinds of reports that count in it
 
-    def __init__(self, db: sqlite3.Connection, now: int, releases: Optional[Releases] = None):
+    def __init__(self, db: sqlite3.Connection, now: int, releases: Releases | None = None):
         self._db, self._now, self._today = db, now, now // DAY
         self._releases: Any = releases  # in which sessions and devices count too
         self.sums = {table: Sums(table, *columns) for table, columns in self.SUMS.items()}
@@ -795,14 +752,14 @@ create table new_names (                   -- of an app and a UTC day
     app_id integer not null, day integer not null, field text not null, names integer not null,
     primary key (app_id, day, field)) without rowid;
 """
-    SUMS: Mapping[str, Tuple[str, str]] = {}
+    SUMS: Mapping[str, tuple[str, str]] = {}
     WINDOW = ("new_names", "day", 0)
 
     def __init__(self, db: sqlite3.Connection):
         self._db = db
-        self.accepted: Set[Tuple[int, str, str]] = set()  # app_id, field, name; new in this transaction
+        self.accepted: set[tuple[int, str, str]] = set()  # app_id, field, name; new in this transaction
 
-    def limit(self, app_id: int, received: Sequence[int], reports: Reports) -> Tuple[Sequence[int], Reports]:
+    def limit(self, app_id: int, received: Sequence[int], reports: Reports) -> tuple[Sequence[int], Reports]:
         """The `other` of each report, and the reports with the group under which they are stored."""
         fields = ["app_version"] if type(reports[0]) is Event else list(NEW_NAMES)
         names = {(app_id, each, name) for each in fields for name in set(map(attrgetter(each), reports)) if name}
@@ -813,11 +770,11 @@ create table new_names (                   -- of an app and a UTC day
         if not refused:
             return [0] * len(reports), reports
         further = [[each for each in fields if (app_id, each, getattr(report, each)) in refused] for report in reports]
-        return ([sum(FLAGS.get(field, 0) for field in each) for each in further],
-                [report._replace(group_hash=OTHER) if "group_hash" in each else report
-                 for report, each in zip(reports, further)])
+        return [sum(FLAGS.get(field, 0) for field in each) for each in further], [
+            report._replace(group_hash=OTHER) if "group_hash" in each else report
+            for report, each in zip(reports, further)]
 
-    def _unknown(self, names: Set[Tuple[int, str, str]]) -> Set[Tuple[int, str, str]]:
+    def _unknown(self, names: set[tuple[int, str, str]]) -> set[tuple[int, str, str]]:
         return names - set(rows_of(self._db, f"""
             select column1, column2, column3 from (values *) as keys
             where case column2
@@ -825,25 +782,23 @@ create table new_names (                   -- of an app and a UTC day
                     select 1 from groups where app_id = column1 and group_hash = column3)
                 when 'app_version' then exists (
                     select 1 from releases where app_id = column1 and app_version = column3)
-                else exists (
-                    select 1 from labels
+                else exists (select 1 from labels
                     where app_id = column1 and field = column2 and day = {ALL_DAYS} and label = column3) end
             """, list(names)))
 
-    def _refused(self, names: Iterable[Tuple[int, int, str, str]]) -> Set[Tuple[int, str, str]]:
+    def _refused(self, names: Iterable[tuple[int, int, str, str]]) -> set[tuple[int, str, str]]:
         """Of new names, those beyond the limit of the day on which their first report was received."""
-        fresh: Dict[tuple, List[tuple]] = defaultdict(list)  # by app, day and field
-        seen: Set[tuple] = set()
+        fresh: dict[tuple, list[tuple]] = defaultdict(list)  # by app, day and field
+        seen: set[tuple] = set()
         for app_id, day, each, text in names:
             if (app_id, each, text) not in seen:
                 seen.add((app_id, each, text))
                 fresh[app_id, day, each].append((app_id, each, text))
         used = {row[:3]: row[3] for row in rows_of(self._db, """
             select new_names.* from (values *) as keys
-            cross join new_names on app_id = column1 and day = column2 and field = column3
-            """, list(fresh))}
+            cross join new_names on app_id = column1 and day = column2 and field = column3""", list(fresh))}
         room = {key: max(0, NEW_NAMES[key[2]] - used.get(key, 0)) for key in fresh}
-        insert_rows(self._db, """
+        write_rows(self._db, """
             insert into new_names values *
             on conflict (app_id, day, field) do update set names = new_names.names + excluded.names
             """, [(*key, min(room[key], len(each))) for key, each in fresh.items() if room[key]])
@@ -873,8 +828,8 @@ class Crashes(Figure):
                     self.sums["labels"].add(app_id, name, each, label, crashes=by * count)
 
     @staticmethod
-    def most_frequent(db: sqlite3.Connection, app: Optional[int], field: str, days: Optional[range],
-                      limit: int) -> Figures:
+    def most_frequent(db: sqlite3.Connection, app: int | None, field: str, days: range | None,
+                      limit: int) -> JsonObject:
         """The most frequent labels of these days, or of all that is kept, with their crashes."""
         shown = days or range(ALL_DAYS, ALL_DAYS + 1)
         return labelled(db.execute(f"""
@@ -882,8 +837,7 @@ class Crashes(Figure):
             where {APPS} and field = :field and day between :first and :last
             group by label
             order by sum(crashes) desc, label
-            limit :limit
-            """, {"app": app, "field": field, "first": shown[0], "last": shown[-1], "limit": limit}))
+            limit :limit""", {"app": app, "field": field, "first": shown[0], "last": shown[-1], "limit": limit}))
 
 
 class Groups(Figure):
@@ -902,27 +856,44 @@ create table groups (
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self._seen: Dict[tuple, List[Any]] = {}  # by app_id and group_hash: the rest of its row
-        self._left: Set[tuple] = set()  # groups that crashes were taken out of
+        self._seen: dict[tuple, list[Any]] = {}  # by app_id and group_hash: the rest of its row
+        self._left: set[tuple] = set()  # groups that crashes were taken out of
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
         for crash in reports:
+            key = crash.app_id, crash.group_hash
             if crash.at // DAY >= self._today - WEEK:
                 self.sums["group_days"].add(crash.app_id, crash.at // DAY, crash.group_hash, crashes=by)
-            if by > 0:
-                self._see(crash)
-        if by < 0:
-            self._leave({(crash.app_id, crash.group_hash) for crash in reports})
+            if by < 0:
+                self._left.add(key)
+                continue
+            name = OTHER if crash.group_hash == OTHER else crash.sent_type
+            group = self._seen.setdefault(key, [name, None, crash.at, crash.at])
+            if crash.at >= group[3]:
+                group[1] = crash.exception_reason
+            group[2], group[3] = min(group[2], crash.at), max(group[3], crash.at)
 
-    def _see(self, crash: Any) -> None:
-        name = OTHER if crash.group_hash == OTHER else crash.sent_type
-        group = self._seen.setdefault((crash.app_id, crash.group_hash), [name, None, crash.at, crash.at])
-        if crash.at >= group[3]:
-            group[1] = crash.exception_reason
-        group[2], group[3] = min(group[2], crash.at), max(group[3], crash.at)
+    def expire(self, kind: type, reports: Sequence[Any]) -> None:
+        self.drop({(crash.app_id, crash.group_hash) for crash in reports}, (self._today - WEEK) * DAY)
 
-    def _leave(self, groups: Set[tuple]) -> None:
-        """Sets reason and last_seen to those of the latest crash that is left; first_seen stays."""
+    def drop(self, groups: Iterable[tuple], before: int) -> None:
+        """Deletes those of which no crash is kept and which were last seen before that time."""
+        self._db.executemany("""
+            delete from groups where app_id = :app and group_hash = :group and last_seen < :before
+                and not exists (select 1 from crashes where app_id = :app and group_hash = :group)
+            """, [{"app": app_id, "group": group_hash, "before": before} for app_id, group_hash in groups])
+
+    def save(self) -> None:
+        super().save()
+        write_rows(self._db, """
+            insert into groups values *
+            on conflict (app_id, group_hash) do update set
+                exception_reason = case when excluded.last_seen >= groups.last_seen
+                    then excluded.exception_reason else groups.exception_reason end,
+                first_seen = min(groups.first_seen, excluded.first_seen),
+                last_seen = max(groups.last_seen, excluded.last_seen)
+            """, [(*key, *group) for key, group in self._seen.items()])
+        # What is left of a group has the reason and last_seen of its latest crash; first_seen stays.
         self._db.executemany(f"""
             update groups set (exception_reason, last_seen) = (
                 select max(exception_reason), coalesce(max({COUNTED_AT}), groups.last_seen) from crashes
@@ -932,35 +903,13 @@ create table groups (
                     order by {COUNTED_AT} desc, seq desc
                     limit 1))
             where app_id = :app and group_hash = :group
-            """, [{"app": app_id, "group": group_hash} for app_id, group_hash in groups])
-        self._left |= groups
-
-    def expire(self, kind: type, reports: Sequence[Any]) -> None:
-        self.drop({(crash.app_id, crash.group_hash) for crash in reports}, (self._today - WEEK) * DAY)
-
-    def drop(self, groups: Set[tuple], before: int) -> None:
-        """Deletes those of which no crash is kept and which were last seen before that time."""
-        self._db.executemany("""
-            delete from groups where app_id = :app and group_hash = :group and last_seen < :before
-                and not exists (select 1 from crashes where app_id = :app and group_hash = :group)
-            """, [{"app": app_id, "group": group_hash, "before": before} for app_id, group_hash in groups])
-
-    def save(self) -> None:
-        super().save()
-        insert_rows(self._db, """
-            insert into groups values *
-            on conflict (app_id, group_hash) do update set
-                exception_reason = case when excluded.last_seen >= groups.last_seen
-                    then excluded.exception_reason else groups.exception_reason end,
-                first_seen = min(groups.first_seen, excluded.first_seen),
-                last_seen = max(groups.last_seen, excluded.last_seen)
-            """, [(*key, *group) for key, group in self._seen.items()])
-        self.drop({(app_id, group_hash) for app_id, group_hash in self._left if not self._db.execute("""
+            """, [{"app": app_id, "group": group_hash} for app_id, group_hash in self._left])
+        self.drop([(app_id, group_hash) for app_id, group_hash in self._left if not self._db.execute("""
             select 1 from group_days where app_id = ? and day >= ? and group_hash = ? limit 1
-            """, (app_id, self._today - WEEK, group_hash)).fetchone()}, MAX_NUMBER)
+            """, (app_id, self._today - WEEK, group_hash)).fetchone()], MAX_NUMBER)
 
     @staticmethod
-    def most_frequent(db: sqlite3.Connection, app: Optional[int], days: range) -> List[Figures]:
+    def most_frequent(db: sqlite3.Connection, app: int | None, days: range) -> list[JsonObject]:
         """The five most frequent groups of these days, at most the last seven; of several apps, the latest's name."""
         return dict_rows(db, f"""
             select top.group_hash, exception_type, substr(coalesce(exception_reason, ''), 1, 200) as exception_reason,
@@ -976,8 +925,7 @@ create table groups (
                 where {APPS} and group_hash = top.group_hash
                 order by last_seen desc, app_id
                 limit 1)
-            order by count desc, top.group_hash
-            """, {"app": app, "first": days[0], "last": days[-1]})
+            order by count desc, top.group_hash""", {"app": app, "first": days[0], "last": days[-1]})
 
 
 class Releases(Figure):
@@ -996,7 +944,7 @@ create table releases (
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self._received: Dict[tuple, Tuple[int, int]] = {}  # by app_id and app_version: the rest of its row
+        self._received: dict[tuple, tuple[int, int]] = {}  # by app_id and app_version: the rest of its row
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
         for (app_id, version), run in groupby(reports, attrgetter("app_id", "app_version")):
@@ -1009,12 +957,12 @@ create table releases (
                 first, last = self._received.get((app_id, version), (received[0], received[0]))
                 self._received[app_id, version] = min(first, *received), max(last, *received)
 
-    def add(self, app_id: int, version: Optional[str], **counts: int) -> None:
+    def add(self, app_id: int, version: str | None, **counts: int) -> None:
         """Counts crashes, sessions or devices of a release."""
         if version:
             self.sums["release_sums"].add(app_id, version, **counts)
 
-    def add_session(self, app_id: int, version: Optional[str], day: int, by: int) -> None:
+    def add_session(self, app_id: int, version: str | None, day: int, by: int) -> None:
         """Counts a session that started on a day."""
         self.add(app_id, version, sessions=by)
         if version and day >= self._today - WEEK:
@@ -1022,7 +970,7 @@ create table releases (
 
     def save(self) -> None:
         super().save()
-        insert_rows(self._db, """
+        write_rows(self._db, """
             insert into releases values *
             on conflict (app_id, app_version) do update set
                 first_seen = min(releases.first_seen, excluded.first_seen),
@@ -1030,7 +978,7 @@ create table releases (
             """, [(*key, *times) for key, times in self._received.items()])
 
     @staticmethod
-    def latest(db: sqlite3.Connection, app: Optional[int], days: range) -> List[Figures]:
+    def latest(db: sqlite3.Connection, app: int | None, days: range) -> list[JsonObject]:
         """The latest 100 releases, with their share of the sessions of these days: `recent` to `of_all`."""
         return dict_rows(db, f"""
             with latest as (
@@ -1057,9 +1005,9 @@ class Session(NamedTuple):
 
     first_seq: int = MAX_NUMBER
     last_seq: int = 0
-    started_at: Optional[int] = None
-    ended_at: Optional[int] = None
-    app_version: Optional[str] = None  # of its start
+    started_at: int | None = None
+    ended_at: int | None = None
+    app_version: str | None = None  # of its start
 
     def merged(self, later: Session) -> Session:
         """What is known from both. The first start and the last end count."""
@@ -1068,10 +1016,13 @@ class Session(NamedTuple):
                        max(self.ended_at or 0, later.ended_at or 0) or None, start.app_version)
 
     @property
-    def duration(self) -> Optional[int]:
+    def duration(self) -> int | None:
         """Milliseconds. None where it has not ended, or would have taken longer than a day: a clock was set."""
         length = (self.ended_at or 0) - (self.started_at or 0)
         return length if self.started_at and self.ended_at and 0 <= length <= DAY else None
+
+
+_SESSION = attrgetter("app_id", "session_id", "device_id_hash")
 
 
 class Sessions(Figure):
@@ -1103,33 +1054,26 @@ create table medians (                     -- of the durations of a day that is 
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self._seen: Dict[tuple, Session] = {}  # by app_id, session_id and device
+        self._seen: dict[tuple, Session] = {}  # by app_id, session_id and device
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
         for (app_id, session_id, device), run in groupby(reports, _SESSION):
             events = list(run)
-            ends = [event for event in events if event.type in ("session_start", "session_end")]
+            ends = [Session(started_at=event.at, app_version=event.app_version) if event.type == "session_start"
+                    else Session(ended_at=event.at) for event in events if event.type.startswith("session_")]
             if session_id and by > 0:
-                self._see((app_id, session_id, device_key(device)), events, ends)
+                key = app_id, session_id, device_key(device)
+                known = self._seen.get(key, Session()).merged(Session(events[0].seq, events[-1].seq))
+                self._seen[key] = reduce(Session.merged, ends, known)
             elif not session_id:
-                for event in ends:
-                    self._count(app_id, _session_of(event), by)
-        if by < 0:
-            self._forget([event for event in reports if event.session_id])
-
-    def _see(self, key: tuple, events: Sequence[Any], ends: Iterable[Any]) -> None:
-        session = self._seen.get(key, Session()).merged(Session(events[0].seq, events[-1].seq))
-        for event in ends:
-            session = session.merged(_session_of(event))
-        self._seen[key] = session
-
-    def _forget(self, events: Sequence[Any]) -> None:
-        """All events of a session are of one device, so it goes with the first of them."""
-        stored = self._stored({(app_id, session_id, device_key(device))
-                               for app_id, session_id, device in map(_SESSION, events)})
-        for key, session in stored.items():
-            self._count(key[0], session, -1)
-        self._db.executemany("delete from sessions where app_id = ? and session_id = ? and device = ?", list(stored))
+                for session in ends:
+                    self._count(app_id, session, by)
+        if by < 0:  # all events of a session are of one device, so it goes with the first of them
+            gone = self._stored({(app_id, session_id, device_key(device))
+                                 for app_id, session_id, device in map(_SESSION, reports) if session_id})
+            for key, session in gone.items():
+                self._count(key[0], session, -1)
+            self._db.executemany("delete from sessions where app_id = ? and session_id = ? and device = ?", list(gone))
 
     def expire(self, kind: type, reports: Sequence[Any]) -> None:
         self._db.executemany(
@@ -1146,7 +1090,8 @@ create table medians (                     -- of the durations of a day that is 
         if duration is not None:
             self.sums["session_days"].add(app_id, day, ended=by, session_ms=by * duration)
             if day >= self._today - DURATION_DAYS:
-                self.sums["durations"].add(app_id, day, rounded_seconds(duration), sessions=by)
+                unit = 10 ** max(0, len(str(duration // SECOND)) - 2) * SECOND  # so a day has few different ones
+                self.sums["durations"].add(app_id, day, (duration + unit // 2) // unit * unit // SECOND, sessions=by)
 
     def save(self) -> None:
         stored = self._stored(self._seen)
@@ -1156,7 +1101,7 @@ create table medians (                     -- of the durations of a day that is 
             if before[2:] != after[2:]:
                 self._count(key[0], before, -1)
                 self._count(key[0], after, 1)
-        insert_rows(self._db, """
+        write_rows(self._db, """
             insert into sessions values *
             on conflict (app_id, session_id, device) do update set
                 first_seq = excluded.first_seq, last_seq = excluded.last_seq, started_at = excluded.started_at,
@@ -1167,19 +1112,17 @@ create table medians (                     -- of the durations of a day that is 
         self._db.executemany("delete from medians where app_id = ? and day = ?", list(changed_days))
         self._save_medians([key for key in changed_days if key[1] < self._today - 1])
 
-    def _stored(self, keys: Iterable[tuple]) -> Dict[tuple, Session]:
+    def _stored(self, keys: Iterable[tuple]) -> dict[tuple, Session]:
         return {row[:3]: Session(*row[3:]) for row in rows_of(self._db, """
             select sessions.* from (values *) as keys
-            cross join sessions on app_id = column1 and session_id = column2 and device = column3
-            """, list(keys))}
+            cross join sessions on app_id = column1 and session_id = column2 and device = column3""", list(keys))}
 
     def _save_medians(self, days: Sequence[tuple]) -> None:
         self._db.executemany(f"""
             insert into medians select app_id, day, ({self.MEDIAN}) from session_days
             where app_id = ? and day = ? and exists (
                 select 1 from durations where app_id = session_days.app_id and day = session_days.day)
-            on conflict (app_id, day) do update set seconds = excluded.seconds
-            """, days)
+            on conflict (app_id, day) do update set seconds = excluded.seconds""", days)
 
     def close_days(self) -> None:
         """Stores the medians of days that are over. Those of today and yesterday change with nearly every session,
@@ -1189,18 +1132,17 @@ create table medians (                     -- of the durations of a day that is 
             where app_id in (select id from apps) and day between ? and ? and ended > 0
                 and exists (select 1 from durations where app_id = session_days.app_id and day = session_days.day)
                 and not exists (select 1 from medians where app_id = session_days.app_id and day = session_days.day)
-            limit ?
-            """, (self._today - DURATION_DAYS, self._today - 2, TRIMMED)).fetchall())
+            limit ?""", (self._today - DURATION_DAYS, self._today - 2, TRIMMED)).fetchall())
 
     @staticmethod
-    def per_day(db: sqlite3.Connection, app: Optional[int], days: range) -> Figures:
+    def per_day(db: sqlite3.Connection, app: int | None, days: range) -> JsonObject:
         """Sessions, the mean and the median of their seconds. Of several apps together there is no median."""
         rows = {row[0]: row[1:] for row in db.execute(f"""
             select day, sum(sessions), sum(ended), sum(session_ms), sum(min(ended, 1)), max(app_id * min(ended, 1)),
                 max((select seconds from medians where app_id = session_days.app_id and day = session_days.day))
             from session_days where {APPS} and day between :first and :last group by day
             """, {"app": app, "first": days[0], "last": days[-1]})}
-        found: Figures = {"sessions": [], "median_seconds": [], "mean_seconds": []}
+        found: JsonObject = {"sessions": [], "median_seconds": [], "mean_seconds": []}
         for day in days:
             sessions, ended, total, apps, only_app, median = rows.get(day, (0, 0, 0, 0, 0, None))
             if apps == 1 and median is None:
@@ -1212,16 +1154,6 @@ create table medians (                     -- of the durations of a day that is 
         return found
 
 
-_SESSION = attrgetter("app_id", "session_id", "device_id_hash")
-
-
-def _session_of(event: Any) -> Session:
-    """What a start or an end tells of a session."""
-    if event.type == "session_end":
-        return Session(ended_at=event.at)
-    return Session(started_at=event.at, app_version=event.app_version)
-
-
 class Device:
     """What a transaction learns of a device."""
 
@@ -1229,8 +1161,8 @@ class Device:
 
     def __init__(self) -> None:
         self.first_day, self.last_hour, self.last_seq = MAX_NUMBER, 0, 0
-        self.days: Set[int] = set()
-        self.versions: Dict[str, int] = {}  # whether it crashed there: 1 or 0
+        self.days: set[int] = set()
+        self.versions: dict[str, int] = {}  # whether it crashed there: 1 or 0
 
     def see(self, reports: Sequence[Any], crashed: int) -> None:
         """Adds reports of one version."""
@@ -1270,7 +1202,7 @@ create table device_versions (
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self._seen: Dict[Tuple[int, int], Device] = defaultdict(Device)  # by app_id and device
+        self._seen: dict[tuple[int, int], Device] = defaultdict(Device)  # by app_id and device
         self._spans: Counter = Counter()  # app_id, column of active_days, first day, day after the last: devices
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
@@ -1292,14 +1224,14 @@ create table device_versions (
             if seen.last_hour > last_hour:
                 self._count_hour(key[0], last_hour, -1)
                 self._count_hour(key[0], seen.last_hour, 1)
-            if seen.first_day < first_day or seen.last_hour > last_hour or _hour(seen.last_seq) > _hour(last_seq):
+            is_of_later_hour = (seen.last_seq >> SEQ_BITS) // HOUR > (last_seq >> SEQ_BITS) // HOUR
+            if seen.first_day < first_day or seen.last_hour > last_hour or is_of_later_hour:
                 changed.append((*key, min(first_day, seen.first_day), max(last_hour, seen.last_hour),
                                 max(last_seq, seen.last_seq)))
-        insert_rows(self._db, """
+        write_rows(self._db, """
             insert into devices values *
             on conflict (app_id, device) do update set first_day = excluded.first_day,
-                last_hour = excluded.last_hour, last_seq = excluded.last_seq
-            """, changed)
+                last_hour = excluded.last_hour, last_seq = excluded.last_seq""", changed)
         for (app_id, column, first, end), count in self._spans.items():  # which many devices have in common
             for day in range(first, end):
                 self.sums["active_days"].add(app_id, day, **{column: count})
@@ -1313,8 +1245,7 @@ create table device_versions (
         for app_id, device, day in rows_of(self._db, """
                 select app_id, device, day from (values *) as keys cross join device_days
                     on app_id = column1 and device = column2 and day between column3 and column4
-                order by day
-                """, [(*key, seen.first_day - 30, max(*seen.days, seen.first_day, stored[key][0]) + 30)
+                order by day""", [(*key, seen.first_day - 30, max(*seen.days, seen.first_day, stored[key][0]) + 30)
                       for key, seen in fresh.items() if key in stored]):
             near[app_id, device].append(day)
         rows = []
@@ -1326,16 +1257,16 @@ create table device_versions (
                 insort(days, day)
                 rows.append((*key, day))
             self._count_cohort(key[0], min(seen.first_day, first_day or MAX_NUMBER), days, 1)
-        insert_rows(self._db, "insert into device_days values *", rows)
+        write_rows(self._db, "insert into device_days values *", rows)
 
-    def _count_active(self, app_id: int, others: List[int], day: int, by: int) -> None:
+    def _count_active(self, app_id: int, others: list[int], day: int, by: int) -> None:
         """Counts the days that a device is active on because of one day, and not because of its others."""
         at = bisect_left(others, day)
         before, after = others[at - 1] if at else -MAX_NUMBER, others[at] if at < len(others) else MAX_NUMBER
         for column, span in self.ACTIVE.items():
             self._spans[app_id, column, max(day, before + span), min(day + span, after)] += by
 
-    def _count_cohort(self, app_id: int, first_day: Optional[int], days: Sequence[int], by: int) -> None:
+    def _count_cohort(self, app_id: int, first_day: int | None, days: Sequence[int], by: int) -> None:
         if first_day is not None:
             self.sums["cohorts"].add(app_id, first_day, devices=by, **{
                 column: by for column, later in self.BACK.items() if first_day + later in days})
@@ -1354,7 +1285,7 @@ create table device_versions (
         changed = {key: crashed for key, crashed in seen.items() if crashed > stored.get(key, -1)}
         for key, crashed in changed.items():
             self._releases.add(key[0], key[2], devices=int(key not in stored), crashed_devices=crashed)
-        insert_rows(self._db, """
+        write_rows(self._db, """
             insert into device_versions values *
             on conflict (app_id, device, app_version) do update set crashed = excluded.crashed
             """, [(*key, crashed) for key, crashed in changed.items()])
@@ -1394,27 +1325,16 @@ create table device_versions (
                 for (app_id, device), seq in last.items()])
 
     @staticmethod
-    def last_24_hours(db: sqlite3.Connection, app: Optional[int], now: int) -> int:
+    def last_24_hours(db: sqlite3.Connection, app: int | None, now: int) -> int:
         """Devices that were seen in the last 24 hours, rounded to the full hour."""
         return db.execute(f"select coalesce(sum(devices), 0) from device_hours where {APPS} and hour >= :since",
                           {"app": app, "since": (now - DAY) // HOUR}).fetchone()[0]
 
 
 @lru_cache(maxsize=4096)
-def device_key(device_id_hash: Optional[str]) -> int:
+def device_key(device_id_hash: str | None) -> int:
     """The number by which figures know a device: 63 bits of its SHA-256. 0 for none."""
     return int.from_bytes(sha256(device_id_hash)[:8], "big") >> 1 if device_id_hash else 0
-
-
-def _hour(seq: int) -> int:
-    """The hour of receipt."""
-    return (seq >> SEQ_BITS) // HOUR
-
-
-def rounded_seconds(milliseconds: int) -> int:
-    """Whole seconds in two significant digits: so a day has few different ones, however many sessions."""
-    unit = 10 ** max(0, len(str(milliseconds // SECOND)) - 2) * SECOND
-    return (milliseconds + unit // 2) // unit * unit // SECOND
 
 
 FIGURES = (Crashes, Groups, Sessions, Devices, Releases)  # Releases last: others count in them when they are saved
@@ -1431,19 +1351,15 @@ class RollUps:
 
     def __init__(self, db: sqlite3.Connection, now: int):
         self._db, self._now, self.names, releases = db, now, NewNames(db), Releases(db, now)
-        self.figures: Dict[type, Any] = {each: each(db, now, releases) for each in FIGURES[:-1]}
+        self.figures: dict[type, Any] = {each: each(db, now, releases) for each in FIGURES[:-1]}
         self.figures[Releases] = releases
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        """Counts reports of a kind, in the order of their seqs."""
-        for figure in self.figures.values():
-            if kind in figure.COUNTS:
+        """Counts reports of a kind, in the order of their seqs, as Figure.count; by 0, those that have expired."""
+        for figure in self.figures.values() if reports else ():
+            if kind in figure.COUNTS and by:
                 figure.count(kind, reports, by)
-
-    def expire(self, kind: type, reports: Sequence[Any]) -> None:
-        """Deletes what describes only reports whose rows have expired."""
-        for figure in self.figures.values():
-            if kind in figure.COUNTS:
+            elif kind in figure.COUNTS:
                 figure.expire(kind, reports)
 
     def save(self) -> None:
@@ -1468,7 +1384,7 @@ class RollUps:
         return deleted
 
 
-def labelled(rows: Iterable[Tuple[str, int]]) -> Figures:
+def labelled(rows: Iterable[tuple[str, int]]) -> JsonObject:
     """Labels and counts as an answer has them."""
     pairs = list(fitting(rows))
     return {"labels": [label for label, _ in pairs], "data": [count for _, count in pairs]}
@@ -1488,17 +1404,14 @@ STATEMENTS = 512  # prepared statements that are kept: an insert is a different 
 ROWS = 128  # in a statement
 
 
-def insert_rows(db: sqlite3.Connection, statement: str, rows: Sequence[tuple]) -> None:
-    """Runs an insert for all rows, its `values *` standing for their placeholders.
-
-    In few statements: Python releases its lock for each one, and under load has to queue
-    for it again afterwards. executemany would queue once a row.
-    """
+def write_rows(db: sqlite3.Connection, statement: str, rows: Sequence[tuple]) -> None:
+    """Runs a statement for all rows, its `values *` standing for their placeholders. In few parts: Python releases
+    its lock for each, and under load has to queue for it again. executemany would queue once a row."""
     for _ in _in_parts(db, statement, rows):
         pass
 
 
-def rows_of(db: sqlite3.Connection, query: str, keys: Sequence[tuple]) -> List[tuple]:
+def rows_of(db: sqlite3.Connection, query: str, keys: Sequence[tuple]) -> list[tuple]:
     """The rows of a query for all keys, its `values *` standing for their placeholders."""
     return [row for cursor in _in_parts(db, query, keys) for row in cursor]
 
@@ -1515,7 +1428,7 @@ def _with_placeholders(statement: str, rows: int, columns: int) -> str:
     return statement.replace("values *", "values " + ", ".join([row] * rows))
 
 
-def dict_rows(db: sqlite3.Connection, query: str, parameters: Any = ()) -> List[Dict[str, Any]]:
+def dict_rows(db: sqlite3.Connection, query: str, parameters: Any = ()) -> list[JsonObject]:
     """The rows of a query, each by the names of its columns."""
     rows = db.execute(query, parameters)
     names = [column[0] for column in rows.description]
@@ -1523,17 +1436,27 @@ def dict_rows(db: sqlite3.Connection, query: str, parameters: Any = ()) -> List[
 
 
 # == Database ==================================================================
-#
 # One SQLite file: its tables, and how it is read and written. A process has one
 # connection that writes, behind a lock, and readers that cannot write.
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for a lock that another process holds
 PRUNE_STEP = 1000  # rows, or pages, that a step deletes of a table
 PAUSE = 2  # the pause after such a step, in its lengths
+SET_STATE = "insert into state values (?, ?) on conflict (name) do update set value = excluded.value"
 
 
 class StoreError(Exception):
     """What the store cannot do for its operator. `str()` is one line that says why."""
+
+
+class Closing:
+    """A context manager that calls close() at the end."""
+
+    def __enter__(self: Any) -> Any:
+        return self
+
+    def __exit__(self: Any, *exc: Any) -> None:
+        self.close()
 
 
 class Connection(sqlite3.Connection):
@@ -1569,14 +1492,11 @@ class Connection(sqlite3.Connection):
 
     def append(self, table: str, columns: Sequence[str], rows: Sequence[tuple]) -> None:
         """Inserts rows that are new to a table."""
-        insert_rows(self, f"insert into {table} ({', '.join(columns)}) values *", rows)
+        write_rows(self, f"insert into {table} ({', '.join(columns)}) values *", rows)
 
     def pragma(self, name: str) -> Any:
         """The first value of a pragma."""
         return self.execute(f"pragma {name}").fetchone()[0]
-
-
-SET_STATE = "insert into state values (?, ?) on conflict (name) do update set value = excluded.value"
 
 
 def get_state(db: sqlite3.Connection, name: str, default: int) -> int:
@@ -1590,7 +1510,7 @@ def _wal_size(path: Path) -> int:
     return wal.stat().st_size if wal.exists() else 0
 
 
-def _file_identity(path: Path) -> Tuple[int, int]:
+def _file_identity(path: Path) -> tuple[int, int]:
     try:
         found = os.stat(path)
         return found.st_dev, found.st_ino
@@ -1598,7 +1518,25 @@ def _file_identity(path: Path) -> Tuple[int, int]:
         raise sqlite3.OperationalError(f"{path}: {error.strerror}") from None
 
 
-class Database:
+class Connections:
+    """Those that a process has to a database. None may cross a fork."""
+
+    def __init__(self) -> None:
+        self.write_lock = threading.Lock()
+        self.writer: Any = None
+        self.readers: list[Any] = []  # those that are idle
+
+    def close_writer(self) -> None:
+        if self.writer:
+            self.writer.close()
+            self.writer = None
+
+    def idle_reader(self) -> Any:
+        with suppress(IndexError):
+            return self.readers.pop()
+
+
+class Database(Closing):
     """A file with the tables of this server. Thread-safe; works on both sides of a fork.
 
     Raises StoreError where the file cannot be opened or is something else. Every method
@@ -1608,12 +1546,13 @@ class Database:
     """
 
     Error: type = sqlite3.Error  # what a connection raises
+    make_process: type = Connections
 
     def __init__(self, path: str, clock: Callable[[], float] = time.time, may_create: bool = True):
         self._clock = clock
         self._closed, self._trouble, self._logged = False, "", ""
         # A parent's connections stay here untouched in the child: to close them would harm the parent's.
-        self._processes: Dict[int, _Process] = {}
+        self._processes: dict[int, Any] = {}
         self._open(path, may_create)
 
     def _open(self, path: str, may_create: bool) -> None:
@@ -1621,20 +1560,13 @@ class Database:
         _prepare(self.path, may_create)
         self._file = _file_identity(self.path)
 
-    def __enter__(self: Any) -> Any:
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self.close()
-
     def close(self) -> None:
         """Closes this process's connections and so folds in the WAL. May be called twice."""
         self._closed = True
-        here = self._here
-        with here.write_lock:
-            while here.readers:
-                here.readers.pop().close()
-            here.close_writer()  # last, because a reader may not fold in the WAL
+        with self._here.write_lock:
+            while self._here.readers:
+                self._here.readers.pop().close()
+            self._here.close_writer()  # last, because a reader may not fold in the WAL
 
     @property
     def now(self) -> int:
@@ -1642,9 +1574,10 @@ class Database:
         return int(self._clock() * SECOND)
 
     @property
-    def _here(self) -> _Process:
+    def _here(self) -> Any:
+        """What this process has of the database."""
         pid = os.getpid()
-        return self._processes.get(pid) or self._processes.setdefault(pid, _Process())
+        return self._processes.get(pid) or self._processes.setdefault(pid, self.make_process())
 
     def _connect(self, query_only: bool = False) -> Connection:
         self._check_file()
@@ -1747,10 +1680,8 @@ _ANOTHER = "; --db or BACKFEEDR_DB_PATH names another"
 
 
 def _prepare(path: Path, may_create: bool) -> None:
-    """Makes the file and its tables where there are none, and brings an old schema up to date.
-
-    Raises StoreError, and has changed nothing, where the file is something else.
-    """
+    """Makes the file and its tables where there are none, and brings an old schema up to date. Raises StoreError, and
+    has changed nothing, where the file is something else."""
     if not may_create and not path.exists():
         raise StoreError(f"there is no database {path}{_ANOTHER}")
     check_sqlite()
@@ -1803,14 +1734,10 @@ def check_is_ours(db: Connection, path: Path) -> None:
         raise StoreError(f"{path} is of a newer backfeedr (schema {version}; this one knows {SCHEMA_VERSION})")
 
 
-def run_script(db: Connection, script: str) -> None:
-    """Runs the statements of a script: executescript() would commit before it begins."""
-    statement = ""
-    for line in script.splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            db.execute(statement)
-            statement = ""
+def run_script(db: sqlite3.Connection, script: str) -> None:
+    """Runs statements that each end a line: executescript() would commit before it begins."""
+    for statement in script.split(";\n"):
+        db.execute(statement)
 
 
 def migrate(db: Connection, version: int, run: Callable[[Connection, str], None]) -> None:
@@ -1829,11 +1756,11 @@ def recount(db: sqlite3.Connection) -> None:
               for table in TABLES.values()]
     now = max(*newest, (get_state(db, "trimmed_day", -1) + 1) * DAY)  # of the windows
     for kind, table in TABLES.items():
-        last, page = -1, [None]
+        page: list[Any] = [None]
         while page:
-            page = [COUNTED[kind]._make(row) for row in db.execute(
-                f"select {counted_columns(kind)} from {table} where seq > ? order by seq limit 1000", (last,))]
-            last, rollups = page[-1].seq if page else last, RollUps(db, now)
+            after = page[-1].seq if page[-1] else -1
+            page = counted_rows(db, kind, f"from {table} where seq > ? order by seq limit 1000", (after,))
+            rollups = RollUps(db, now)
             rollups.count(kind, page, 1)
             rollups.save()
 
@@ -1862,14 +1789,12 @@ def _migrate_to_3(db: Connection, run: Callable[[Connection, str], None]) -> Non
             insert into {table} select app_id, {columns} from {source}
             where app_id > 0 and {" + ".join(columns.split(", ")[len(key) - 1:])} > 0
             on conflict ({", ".join(key)}) do update set
-                {change or f"first_seen = min({table}.first_seen, excluded.first_seen)"}
-            """)
+                {change or f"first_seen = min({table}.first_seen, excluded.first_seen)"}""")
     run(db, "".join(f"drop table old_{table};\n" for table in old)
         + "drop table group_hours;\ndelete from state where name = 'recent_since';\n")
 
 
 # == Apps ======================================================================
-#
 # Apps, their keys, and what lets an admin in.
 
 class App(NamedTuple):
@@ -1882,39 +1807,36 @@ class App(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What is known of an API key; the times are in milliseconds, None while it is active. `hash`: SHA-256 in hex."""
+    """What is known of an API key; the times are in milliseconds, `hash` is its SHA-256 in hex."""
 
     prefix: str
     app: str
     created_at: int
-    revoked_at: Optional[int]
+    revoked_at: int | None  # None: it is active
     hash: str
 
 
 class FirstStart(NamedTuple):
     """The secrets that a start has made. None: there was one already."""
 
-    key: Optional[str]
-    token: Optional[str]
+    key: str | None
+    token: str | None
 
 
 class Apps(Database):
     """A database that knows apps, keys and the admin."""
 
     def start(self, api_key: str = "", auth_token: str = "") -> FirstStart:
-        """Gives a server what it needs to begin: an app `default` where there is none, an admin token.
-
-        Secrets that are given are taken; else they are made, where none is stored.
-        """
+        """Gives a server what it needs to begin: an app `default` where there is none, an admin token. Secrets that
+        are given are taken; else they are made, where none is stored."""
         with self.writing() as db:
             key = token = None
             known = db.execute("select revoked_at from keys where key_hash = ?", (sha256(api_key),)).fetchone()
             if known and known[0]:
                 log.warning("the API key of the settings was revoked, and stays so")
             elif api_key and not known:
-                db.execute("""
-                    insert into apps (name, is_test, created_at) values ('default', 0, ?) on conflict do nothing
-                    """, (self.now,))
+                if not db.execute("select 1 from apps where name = 'default'").fetchone():
+                    self._make_app(db, "default", False)
                 self._insert_key(db, "default", api_key)
             elif not db.execute("select 1 from apps").fetchone():
                 self._make_app(db, "default", False)
@@ -1993,28 +1915,26 @@ class Apps(Database):
                    (sha256(key), self._app(db, app)[0], key_prefix(key), self.now))
         return key
 
-    def _app(self, db: Connection, name: str) -> Tuple[int, bool]:
+    def _app(self, db: Connection, name: str) -> tuple[int, bool]:
         row = db.execute("select id, is_test from apps where name = ?", (name,)).fetchone()
         if row is None:
             raise StoreError(f"there is no app named {name!r}")
         return row[0], bool(row[1])
 
-    def apps(self) -> List[App]:
+    def apps(self) -> list[App]:
         """All apps, by name."""
         with self.reading() as db:
             return [App(name, bool(is_test), *rest) for name, is_test, *rest in db.execute("""
                 select name, is_test, created_at,
                     (select count(*) from keys where app_id = apps.id and revoked_at is null)
-                from apps order by name
-                """)]
+                from apps order by name""")]
 
-    def keys(self) -> List[Key]:
+    def keys(self) -> list[Key]:
         """All keys, the oldest first."""
         with self.reading() as db:
             return [Key(*row, bytes(key_hash).hex()) for key_hash, *row in db.execute("""
                 select key_hash, prefix, name, keys.created_at, revoked_at from keys join apps on apps.id = app_id
-                order by keys.created_at, prefix
-                """)]
+                order by keys.created_at, prefix""")]
 
     def revoke_key(self, key: str) -> Key:
         """Ends the one active key that begins with this, or is it, or has this hash. Raises StoreError."""
@@ -2032,26 +1952,15 @@ class Apps(Database):
             return Key(*rest, self.now, bytes(key_hash).hex())
 
 
-# == Store =====================================================================
-#
-# The reports: the one path by which they reach the disk, and how they go again. Requests
-# that come together share one commit, so one fsync serves them all.
-
-REPLAY_DAYS = 7  # how long a phone may be offline between a request and its repetition
-BUSY_GROUP = 4  # requests: after a commit of so many, the next one waits for more
-GATHER_SECONDS = 0.003  # how long it waits: a commit costs as much as ten reports
-MAX_WAIT = 30.0  # seconds to wait for another thread's commit: longer than any lock and sync together
-EXPIRE_SLICE = 10  # rows before the first look at the clock: one may be as large as a body
-EXPIRE_SECONDS = 0.02  # for which a step may delete expired reports
-PAGE_ROWS = 1000  # that an export reads at a time,
-PAGE_TEXT = 1_000_000  # and characters: a row may be as large as a body
-
+# == Commit ====================================================================
+# How reports become rows. Requests that come together share one transaction, so one
+# fsync serves them all: a thread that finds none open opens a group and commits it.
 
 class Idempotency(NamedTuple):
     """How a repeated request is recognised: digests of which one seen before means a repetition, and a digest
     of its content."""
 
-    marks: Tuple[bytes, ...] = ()
+    marks: tuple[bytes, ...] = ()
     request: bytes = b""
 
 
@@ -2069,16 +1978,23 @@ class StoredReport(NamedTuple):
     app: str
     is_test: bool
     received_at: int
-    report: Union[Crash, Event]
+    report: Crash | Event
+
+
+class Stored(NamedTuple):
+    """What a commit stored: reports by table, and the groups of which it has the first crash that is kept."""
+
+    counts: Mapping[str, int]
+    new_groups: Sequence[tuple[int, str]]  # app_id and group_hash
 
 
 class Submission:
     """The reports of one request on their way to the disk, and what became of them."""
 
     def __init__(self, key_hash: bytes = b"", reports: Reports = (), idempotency: Idempotency = Idempotency(),
-                 error: Optional[Exception] = None):
+                 error: Exception | None = None):
         self.key_hash, self.reports, self.idempotency, self.error = key_hash, reports, idempotency, error
-        self.receipt: Optional[Receipt] = None
+        self.receipt: Receipt | None = None
 
     def result(self) -> Receipt:
         """The receipt. Raises the error and drops it: its traceback holds the request, and the reference cycle
@@ -2092,31 +2008,24 @@ class Submission:
         return self.receipt
 
 
-class _Group:
-    """The submissions that one commit stores.
-
-    Each thread brings a group. If none is open it opens and commits its own; else its submissions join
-    the open one, whose thread wakes it when they are stored.
-    """
+class Group:
+    """The submissions that one commit stores."""
 
     def __init__(self) -> None:
-        self.submissions: List[Submission] = []
-        self.joined: List[_Group] = []  # of the threads that wait for this one
-        # A lock for each thread: one Event for all costs a tenth of the speed at 16 threads.
-        self._asleep = threading.Lock()
-        self._asleep.acquire()
+        self.submissions: list[Submission] = []
+        self.full = threading.Event()  # it has as many as the last one, most of whom come again
+        self.done: list[threading.Lock] = []  # one for each thread: one Event for all costs a tenth of the speed
 
-    @property
-    def rows(self) -> int:
-        return sum(len(each.reports) for each in self.submissions)
-
-    def wait(self, seconds: float = MAX_WAIT) -> bool:
-        """Sleeps until woken. Returns False after so many seconds."""
-        return self._asleep.acquire(timeout=seconds)
-
-    def wake(self) -> None:
-        if self._asleep.locked():
-            self._asleep.release()
+    def join(self, submissions: Sequence[Submission], max_waiters: int, max_rows: int) -> None:
+        """Takes submissions in, or gives those for which there is no room an error."""
+        rows = sum(len(each.reports) for each in self.submissions)
+        for each in submissions:
+            rows += len(each.reports)
+            if len(self.submissions) < max_waiters and (rows <= max_rows or not self.submissions):
+                self.submissions.append(each)
+            else:
+                rows -= len(each.reports)
+                each.error = StorageUnavailable()
 
 
 class Histogram:
@@ -2129,7 +2038,7 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
-    def samples(self) -> Iterator[Tuple[str, float]]:
+    def samples(self) -> Iterator[tuple[str, float]]:
         """What Prometheus wants of it: what follows its name, and the figure."""
         totals = list(accumulate(self.counts))
         for bound, total in zip(self.bounds, totals):
@@ -2137,16 +2046,14 @@ class Histogram:
         yield from (("_sum", self.sum), ("_count", totals[-1]))
 
 
-class _Process:
-    """What one process holds of a store. None of it may cross a fork."""
+class Process(Connections):
+    """What a process has of a store."""
 
     def __init__(self) -> None:
-        self.write_lock = threading.Lock()
-        self.writer: Optional[Connection] = None
-        self.readers: List[Connection] = []
-        self.seen_keys: Set[bytes] = set()
-        self.group_lock = threading.Lock()  # of the next two
-        self.open_group: Optional[_Group] = None  # which submissions may still join
+        super().__init__()
+        self.seen_keys: set[bytes] = set()
+        self.group_lock = threading.Lock()  # of the next two, and of what the group has
+        self.group: Group | None = None  # which submissions may still join
         self.last_size = 0  # of the group before it
         self.commit_lock = threading.Lock()
         self.group_sizes = Histogram(1, 2, 4, 8, 16, 32, 64, 128)  # requests
@@ -2154,393 +2061,9 @@ class _Process:
         self.stored = Counter(crashes=0, events=0)
 
     @property
-    def waiting(self) -> List[Submission]:
-        group = self.open_group
+    def waiting(self) -> list[Submission]:
+        group = self.group
         return group.submissions if group else []
-
-    def join(self, own: _Group, submissions: Sequence[Submission], max_waiters: int, max_rows: int
-             ) -> Optional[_Group]:
-        """The group that these submissions are now in: the open one, or `own`, which is then open. Those for
-        which there is no room get an error; None if there is room for none."""
-        with self.group_lock:
-            group = self.open_group or own
-            before, rows = len(group.submissions), group.rows
-            for each in submissions:
-                count = len(group.submissions)
-                if count >= max_waiters or count and rows + len(each.reports) > max_rows:
-                    each.error = StorageUnavailable()
-                else:
-                    group.submissions.append(each)
-                    rows += len(each.reports)
-            if len(group.submissions) == before:
-                return None
-            if group is not own:
-                group.joined.append(own)
-            if len(group.submissions) >= self.last_size:
-                group.wake()
-            self.open_group = group
-            return group
-
-    def close(self, group: _Group) -> None:
-        """Lets no more submissions join the group."""
-        with self.group_lock:
-            if self.open_group is group:
-                self.open_group, self.last_size = None, len(group.submissions)
-
-    def withdraw(self, group: _Group, submissions: Sequence[Submission]) -> None:
-        """Takes submissions out of a group."""
-        with self.group_lock:
-            group.submissions = [each for each in group.submissions if each not in submissions]
-
-    def close_writer(self) -> None:
-        if self.writer:
-            self.writer.close()
-            self.writer = None
-
-    def idle_reader(self) -> Optional[Connection]:
-        try:
-            return self.readers.pop()
-        except IndexError:
-            return None
-
-
-class Store(Apps):
-    """Apps, keys and reports in one SQLite file.
-
-    `retention_days` of 0 keeps all, and None what the last server has kept. Close it, or
-    use it as a context manager.
-
-    max_waiters: requests that may wait for a commit; further ones get a 503.
-    max_rows: reports that may wait; all go into the next commit (about 0.1 s).
-    """
-
-    def __init__(self, path: str, clock: Callable[[], float] = time.time, retention_days: Optional[int] = 0,
-                 max_waiters: int = 256, max_rows: int = 10_000, may_create: bool = True):
-        super().__init__(path, clock, may_create)
-        self.max_waiters, self.max_rows = max_waiters, max_rows
-        if retention_days is None:
-            with self.reading() as db:
-                retention_days = get_state(db, "retention_days", Settings.retention_days)
-        self.retention_days: int = retention_days
-        self._expire_at = 0  # when to look next for what is older
-
-    def start(self, api_key: str = "", auth_token: str = "") -> FirstStart:
-        """As Apps.start; and keeps the retention for commands that are not told one."""
-        with self.writing() as db:
-            db.execute(SET_STATE, ("retention_days", self.retention_days))
-        return super().start(api_key, auth_token)
-
-    def vitals(self) -> List[Tuple[str, str, str, Iterable[Tuple[str, float]]]]:
-        """Figures for monitoring: name, kind, meaning, and samples as Prometheus writes them.
-
-        They are of this process, but for the sizes and the rows. No table of reports is read.
-        """
-        here = self._here
-        with self.reading() as db:
-            self._check_file()
-            crashes, = db.execute("""
-                select coalesce(sum(crashes), 0) from labels
-                where app_id in (select id from apps) and field = 'exception_type' and day = ?
-                """, (ALL_DAYS,)).fetchone()
-        return [
-            ("commit_requests", "histogram", "Requests that one commit stored.", here.group_sizes.samples()),
-            ("commit_seconds", "histogram", "From asking for the write lock until the commit was durable.",
-             here.commit_seconds.samples()),
-            ("waiters", "gauge", "Requests that wait for the next commit.", [("", len(here.waiting))]),
-            ("reports_stored_total", "counter", "Reports stored since this process began: not what is kept now,"
-             " which would take a look at every row.",
-             [(f'{{table="{table}"}}', n) for table, n in here.stored.items()]),
-            ("crashes_kept", "gauge", "Rows of the table crashes, by their roll-up.", [("", crashes)]),
-            ("file_bytes", "gauge", "Size of the database.", [("", self.size)]),
-            ("wal_bytes", "gauge", "Size of its write-ahead log.", [("", _wal_size(self.path))])]
-
-    # Reports that come
-
-    def add(self, key_hash: bytes, reports: Reports, idempotency: Idempotency = Idempotency()) -> Receipt:
-        """Stores reports of one kind, all or none, and returns when they are durable.
-
-        They go to the app of the key with that SHA-256. A repeated request, as told by
-        `idempotency`, stores nothing and has the first one's receipt. Raises Refusal where an
-        Idempotency-Key comes with another request, or the key is not active at the time
-        of the commit; StorageUnavailable also where too many wait already.
-        """
-        if not reports:
-            raise ValueError("no reports")
-        submission = Submission(key_hash, reports, idempotency)
-        self.add_all([submission])
-        return submission.result()
-
-    def add_all(self, submissions: Sequence[Submission]) -> None:
-        """Stores several requests in one commit: each then has a receipt or an error. An unexpected error is
-        logged, and is StorageUnavailable to them all."""
-        here, own, group, stored = self._here, _Group(), None, None
-        try:
-            group = here.join(own, submissions, self.max_waiters, self.max_rows)
-            if group is own:
-                stored = self._commit_group(here, own)
-            elif group and not own.wait():
-                here.close(group)  # the committing thread is slow, or was ended by a signal
-                raise StorageUnavailable()
-        except BaseException as error:  # also a signal, if this is the main thread
-            here.close(own)
-            here.withdraw(group or own, submissions)
-            for submission in (*own.submissions, *submissions):
-                submission.error = StorageUnavailable()
-            if not isinstance(error, Exception):
-                raise
-            if not isinstance(error, StorageUnavailable):
-                log.exception("unexpected error")
-        finally:
-            for each in own.joined:
-                each.wake()
-        if stored:
-            self._committed(stored)
-
-    def _commit_group(self, here: _Process, group: _Group) -> Stored:
-        """Stores a group in one transaction. Until that begins, the group grows."""
-        with here.commit_lock:
-            if here.last_size >= BUSY_GROUP:
-                group.wait(GATHER_SECONDS)  # until it has as many as the last one, most of whom come again
-            began = time.monotonic()
-            with self.writing(shared=True) as db:
-                here.close(group)
-                commit = Commit(db, self.now)
-                commit.add(group.submissions)
-                stored = commit.save()
-            here.group_sizes.add(len(group.submissions))
-            here.commit_seconds.add(time.monotonic() - began)
-            here.stored.update(stored.counts)
-            return stored
-
-    def _committed(self, stored: Stored) -> None:
-        """Called after each commit, when it is durable and answered, with what it stored. Alerts belong here."""
-        self._expire_if_due()
-
-    def export(self, kind: type, app: Optional[str] = None, since: int = 0) -> Iterator[StoredReport]:
-        """The reports of a kind, Crash or Event, that are here now, in the order of their seqs: of all apps or
-        of one, received at `since` or later. Raises StoreError where there is no such app.
-
-        In pages: a single long read would hold up the WAL.
-        """
-        with self.reading() as db:
-            if app is not None:
-                self._app(db, app)
-            last, = db.execute(f"select coalesce(max(seq), -1) from {TABLES[kind]}").fetchone()
-        page = self._page(kind, min(max(0, first_seq(since)), MAX_NUMBER) - 1, last)
-        while page:
-            yield from (each for each in page if app in (None, each.app) and each.received_at >= since)
-            page = self._page(kind, page[-1].seq, last)
-
-    def _page(self, kind: type, after: int, last: int) -> List[StoredReport]:
-        page: List[StoredReport] = []
-        size = 0
-        with self.reading() as db, closing(db.execute(f"""
-                select seq, apps.name, is_test, received_at, {", ".join("reports." + each for each in kind._fields)}
-                from {TABLES[kind]} as reports cross join apps on apps.id = app_id
-                where seq > ? and seq <= ?
-                order by seq
-                limit ?
-                """, (after, last, PAGE_ROWS))) as rows:
-            for seq, name, is_test, received_at, *values in rows:
-                page.append(StoredReport(seq, name, bool(is_test), received_at, kind._make(values)))
-                size += sum(len(value) for value in values if type(value) is str)
-                if size > PAGE_TEXT:
-                    break
-        return page
-
-    def import_(self, reports: Sequence[StoredReport]) -> Counter:
-        """Stores reports that another store has exported, all or none, and makes their apps, without keys.
-
-        Returns how many were `stored`; how many were `known`, because their seq is here already, whatever is
-        in them; and how many had `expired`: their time is over, or reports as old have gone from here, maybe
-        these, which would be counted twice. Raises StoreError where an app is live here and a test there.
-        """
-        counts: Counter = Counter()
-        with self.writing_step() as db:
-            commit = Commit(db, self.now)
-            for kind, table in TABLES.items():
-                given = {each.seq: each for each in reports if type(each.report) is kind}
-                known = {seq for seq, in rows_of(db, f"""
-                    select seq from (values *) as keys cross join {table} on seq = column1
-                    """, [(seq,) for seq in given])}
-                oldest = max(self._oldest_seq, get_state(db, "expired_" + table, -1) + 1)
-                fresh = [each for seq, each in given.items() if seq >= oldest and seq not in known]
-                for (app, is_test), run in groupby(sorted(fresh, key=itemgetter(1, 2, 0)), key=itemgetter(1, 2)):
-                    commit.add_stored(self._imported_app(db, app, is_test), list(run))
-                counts.update(stored=len(fresh), expired=len(given.keys() - known) - len(fresh))
-            commit.save()
-            self._expire(db)
-        counts["known"] = len(reports) - counts["stored"] - counts["expired"]
-        return counts
-
-    def _imported_app(self, db: Connection, name: str, is_test: bool) -> int:
-        if not db.execute("select 1 from apps where name = ?", (name,)).fetchone():
-            self._make_app(db, name, is_test)
-        app_id, was_test = self._app(db, name)
-        if was_test != is_test:
-            raise StoreError(f"the app {name!r} is a {'test' if was_test else 'live'} one here")
-        return app_id
-
-    # Reports that go
-
-    @property
-    def _oldest_seq(self) -> int:
-        """Of the reports that are to be kept."""
-        return first_seq(self.now - self.retention_days * DAY) if self.retention_days else 0
-
-    def _expire_if_due(self) -> None:
-        """Runs one step after a commit, at most once a second, or after every commit while rows are left to delete.
-
-        It looks before it locks: the lock is on all apps, and whoever waits for it holds up its own answer.
-        """
-        now = self.now
-        if self._expire_at - SECOND <= now < self._expire_at:  # the lower bound: the clock may have been set back
-            return
-        deleted: Counter = Counter()
-        try:
-            with self.reading() as db:
-                oldest = {"replays": now - REPLAY_DAYS * DAY, "oldest": self._oldest_seq, "today": now // DAY}
-                is_due = any(db.execute("""
-                    select (select min(received_at) from replays) < :replays, (select min(seq) from crashes) < :oldest,
-                        (select min(seq) from events) < :oldest,
-                        not exists (select 1 from state where name = 'trimmed_day' and value = :today)
-                    """, oldest).fetchone())
-            if is_due:
-                with self.writing() as db:
-                    deleted = self._expire(db)
-        except Exception as error:  # the reports of the commit are stored, and later commits try again
-            if not isinstance(error, StorageUnavailable):
-                log.exception("unexpected error")
-        self._expire_at = now if deleted else now + SECOND
-
-    def _expire(self, db: Connection) -> Counter:
-        """A step of deleting what is older than the retention; how many rows of each table.
-
-        It ends after EXPIRE_SECONDS, because it keeps others from writing.
-        """
-        deleted, deadline = Counter(), time.monotonic() + EXPIRE_SECONDS
-        before = self.now - REPLAY_DAYS * DAY
-        deleted["replays"] = db.execute("""
-            delete from replays where (app_id, mark) in (
-                select app_id, mark from replays where received_at < ? limit ?)
-            """, (before, PRUNE_STEP)).rowcount
-        for kind, table in TABLES.items():
-            size = EXPIRE_SLICE
-            while count := self._expire_some(db, kind, size):
-                deleted[table] += count
-                size = min(2 * size, PRUNE_STEP)
-                if time.monotonic() > deadline:
-                    break
-        if get_state(db, "trimmed_day", 0) != self.now // DAY:
-            deleted["sums"] = RollUps(db, self.now).trim()
-            if not deleted["sums"]:
-                db.execute(SET_STATE, ("trimmed_day", self.now // DAY))
-        return +deleted
-
-    def _expire_some(self, db: Connection, kind: type, limit: int) -> int:
-        """Deletes some of the oldest reports, and what describes only them; how many."""
-        table, rollups = TABLES[kind], RollUps(db, self.now)
-        rows = [COUNTED[kind]._make(row) for row in db.execute(f"""
-            select {counted_columns(kind)} from {table} where seq < ? order by seq limit ?
-            """, (self._oldest_seq, limit))]
-        if rows:
-            db.execute(f"delete from {table} where seq <= ?", (rows[-1].seq,))
-            db.execute(SET_STATE, ("expired_" + table, rows[-1].seq))
-            rollups.expire(kind, rows)
-            rollups.save()
-        return len(rows)
-
-    def prune(self, progress: Callable[[int], Any] = lambda rows: None) -> Counter:
-        """Deletes all rows whose time is over, and gives the disk their space back; how many rows of each table.
-
-        In steps and with pauses longer than they, so that nobody else's reports wait for it.
-        """
-        deleted: Counter = Counter()
-        while True:
-            with self.writing_step() as db:
-                step = self._expire(db)
-            if not step:
-                break
-            deleted += step
-            progress(sum(deleted.values()))
-        self._shrink()
-        return deleted
-
-    def forget_device(self, device_id_hash: str) -> Counter:
-        """Deletes all that is kept of a device, in all apps; how many rows of each table.
-
-        It is taken out of every sum. When a group or a release was first seen stays as it is.
-        """
-        deleted: Counter = Counter()
-        last = {}
-        for kind, table in TABLES.items():
-            with self.reading() as db:
-                last[kind], = db.execute(f"select coalesce(max(seq), 0) from {table}").fetchone()
-                seqs = self._seqs_of_device(db, table, device_id_hash, 0)
-            for start in range(0, len(seqs), EXPIRE_SLICE):
-                with self.writing_step() as db:
-                    deleted[table] += self._forget_rows(db, kind, seqs[start:start + EXPIRE_SLICE])
-        with self.writing_step() as db:
-            for kind, table in TABLES.items():  # what has come meanwhile
-                deleted[table] += self._forget_rows(
-                    db, kind, self._seqs_of_device(db, table, device_id_hash, last[kind]))
-            rollups = RollUps(db, self.now)
-            deleted["devices"] = rollups.figures[Devices].forget(device_id_hash)
-            rollups.save()
-        self._fold_in_wal()
-        return +deleted
-
-    def _seqs_of_device(self, db: Connection, table: str, device_id_hash: str, after: int) -> List[int]:
-        return [seq for seq, in db.execute(f"select seq from {table} where device_id_hash = ? and seq > ?",
-                                           (device_id_hash, after))]
-
-    def _forget_rows(self, db: Connection, kind: type, seqs: Sequence[int]) -> int:
-        rollups = RollUps(db, self.now)
-        rows = [COUNTED[kind]._make(row) for row in rows_of(db, f"""
-            select {counted_columns(kind)} from (values *) as keys cross join {TABLES[kind]} on seq = column1
-            """, [(seq,) for seq in seqs])]
-        db.executemany(f"delete from {TABLES[kind]} where seq = ?", [(seq,) for seq in seqs])
-        rollups.count(kind, rows, -1)
-        rollups.save()
-        return len(rows)
-
-    def delete_app(self, name: str) -> None:
-        """Deletes an app, its keys and all that it sent. Raises StoreError where there is none.
-
-        In steps, so that nobody else's reports wait for it: the keys first, the app
-        last, so that it can be repeated where it was cut off.
-        """
-        with self.writing() as db:
-            app_id = self._app(db, name)[0]
-            db.execute("delete from keys where app_id = ?", (app_id,))
-        for table in TABLES.values():
-            self._delete_reports(table, app_id)
-        for table, key in KEYS.items():
-            columns, count = ", ".join(key), 1
-            while count:
-                with self.writing_step() as db:
-                    count = db.execute(f"""
-                        delete from {table} where ({columns}) in (
-                            select {columns} from {table} where app_id = ? limit ?)
-                        """, (app_id, PRUNE_STEP)).rowcount
-        with self.writing() as db:
-            db.execute("delete from apps where id = ?", (app_id,))
-
-    def _delete_reports(self, table: str, app_id: int) -> None:
-        seqs = [(0,)]
-        while seqs:
-            with self.reading() as db:
-                seqs = db.execute(f"select seq from {table} where app_id = ? and seq > ? order by seq limit ?",
-                                  (app_id, seqs[-1][0], PRUNE_STEP)).fetchall()
-            with self.writing_step() as db:
-                db.executemany(f"delete from {table} where seq = ?", seqs)
-
-
-class Stored(NamedTuple):
-    """What a commit stored: reports by table, and the groups of which it has the first crash that is kept."""
-
-    counts: Mapping[str, int]
-    new_groups: Sequence[Tuple[int, str]]  # app_id and group_hash
 
 
 class Commit:
@@ -2549,17 +2072,16 @@ class Commit:
     def __init__(self, db: Connection, now: int):
         self._db, self._now = db, now
         # Requests, each with the one that it repeats, or with itself.
-        self._requests: List[Tuple[int, Submission, Submission]] = []
+        self._requests: list[tuple[int, Submission, Submission]] = []
         # By kind and app: the seqs of reports, when they were received, and the reports.
-        self._reports: Dict[tuple, Tuple[List[int], List[int], List[Any]]] = defaultdict(lambda: ([], [], []))
+        self._reports: dict[tuple, tuple[list[int], list[int], list[Any]]] = defaultdict(lambda: ([], [], []))
 
     def add(self, submissions: Sequence[Submission]) -> None:
         """Adds requests. Each has a receipt after `save`, or an error where it must be refused."""
         self._db.lock_apps([each.key_hash for each in submissions])
         apps = dict(rows_of(self._db, """
             select key_hash, app_id from (values *) as given cross join keys on key_hash = column1
-            where revoked_at is null
-            """, list({(each.key_hash,) for each in submissions})))
+            where revoked_at is null""", list({(each.key_hash,) for each in submissions})))
         known = self._earlier({(apps[each.key_hash], mark) for each in submissions if each.key_hash in apps
                                for mark in each.idempotency.marks})
         for each in submissions:
@@ -2573,23 +2095,18 @@ class Commit:
                 self._requests.append((app_id, each, first))
                 known.update(((app_id, mark), first) for mark in marks)
 
-    def _earlier(self, marks: Set[Tuple[int, bytes]]) -> Dict[Tuple[int, bytes], Submission]:
+    def _earlier(self, marks: set[tuple[int, bytes]]) -> dict[tuple[int, bytes], Submission]:
         """The requests that are stored under these marks."""
         found = {}
         for app_id, mark, request, first, count in rows_of(self._db, """
                 select app_id, mark, request, first_seq, reports from (values *) as given
-                cross join replays on app_id = column1 and mark = column2
-                """, list(marks)):
+                cross join replays on app_id = column1 and mark = column2""", list(marks)):
             found[app_id, bytes(mark)] = earlier = Submission(idempotency=Idempotency((), bytes(request)))
             earlier.receipt = Receipt(range(first, first + count), False)
         return found
 
-    def add_stored(self, app_id: int, stored: Sequence[StoredReport]) -> None:
-        """Adds reports of one kind that were received before, in the order of their seqs."""
-        self._put(app_id, [each.seq for each in stored], [each.received_at for each in stored],
-                  [each.report for each in stored])
-
-    def _put(self, app_id: int, seqs: Iterable[int], received: Sequence[int], reports: Reports) -> None:
+    def put(self, app_id: int, seqs: Iterable[int], received: Iterable[int], reports: Reports) -> None:
+        """Adds reports of one kind in the order of their seqs."""
         for taken, more in zip(self._reports[type(reports[0]), app_id], (seqs, received, reports)):
             taken.extend(more)
 
@@ -2615,36 +2132,359 @@ class Commit:
         for app_id, each in new:
             each.receipt = Receipt(range(seq, seq + len(each.reports)), False)
             seq += len(each.reports)
-            self._put(app_id, each.receipt.seqs, [self._now] * len(each.reports), each.reports)
+            self.put(app_id, each.receipt.seqs, [self._now] * len(each.reports), each.reports)
         for _, each, first in self._requests:
             each.receipt = first.receipt if each is first else Receipt(first.receipt.seqs, True)
-        insert_rows(self._db, "insert into replays values * on conflict do nothing", [
+        write_rows(self._db, "insert into replays values * on conflict do nothing", [
             (app_id, mark, each.idempotency.request, each.receipt.seqs[0], len(each.receipt.seqs), self._now)
             for app_id, each, _ in self._requests for mark in each.idempotency.marks])
 
 
+# == Store =====================================================================
+# The one path by which reports reach the disk, and how they go again.
+
+REPLAY_DAYS = 7  # how long a phone may be offline between a request and its repetition
+BUSY_GROUP = 4  # requests: after a commit of so many, the next one waits for more
+GATHER_SECONDS = 0.003  # how long it waits: a commit costs as much as ten reports
+MAX_WAIT = 30.0  # seconds to wait for another thread's commit: longer than any lock and sync together
+EXPIRE_SLICE = 10  # rows before the first look at the clock: one may be as large as a body
+EXPIRE_SECONDS = 0.02  # for which a step may delete expired reports
+PAGE_ROWS = 1000  # that an export reads at a time,
+PAGE_TEXT = 1_000_000  # and characters: a row may be as large as a body
+
+
+class Store(Apps):
+    """Apps, keys and reports in one SQLite file.
+
+    `retention_days` of 0 keeps all, and None what the last server has kept. Close it, or
+    use it as a context manager.
+
+    max_waiters: requests that may wait for a commit; further ones get a 503.
+    max_rows: reports that may wait; all go into the next commit (about 0.1 s).
+    """
+
+    make_process = Process
+
+    def __init__(self, path: str, clock: Callable[[], float] = time.time, retention_days: int | None = 0,
+                 max_waiters: int = 256, max_rows: int = 10_000, may_create: bool = True):
+        super().__init__(path, clock, may_create)
+        self.max_waiters, self.max_rows = max_waiters, max_rows
+        if retention_days is None:
+            with self.reading() as db:
+                retention_days = get_state(db, "retention_days", Settings.retention_days)
+        self.retention_days: int = retention_days
+        self._expire_at = 0  # when to look next for what is older
+
+    def start(self, api_key: str = "", auth_token: str = "") -> FirstStart:
+        """As Apps.start; and keeps the retention for commands that are not told one."""
+        with self.writing() as db:
+            db.execute(SET_STATE, ("retention_days", self.retention_days))
+        return super().start(api_key, auth_token)
+
+    def vitals(self) -> list[tuple[str, str, str, Iterable[tuple[str, float]]]]:
+        """Figures for monitoring: name, kind, meaning, and samples as Prometheus writes them. They are of this process,
+        but for the sizes and the rows. No table of reports is read."""
+        here = self._here
+        with self.reading() as db:
+            self._check_file()
+            crashes, = db.execute("""
+                select coalesce(sum(crashes), 0) from labels
+                where app_id in (select id from apps) and field = 'exception_type' and day = ?
+                """, (ALL_DAYS,)).fetchone()
+        return [
+            ("commit_requests", "histogram", "Requests that one commit stored.", here.group_sizes.samples()),
+            ("commit_seconds", "histogram", "From asking for the write lock until the commit was durable.",
+             here.commit_seconds.samples()),
+            ("waiters", "gauge", "Requests that wait for the next commit.", [("", len(here.waiting))]),
+            ("reports_stored_total", "counter", "Reports stored since this process began: not what is kept now,"
+             " which would take a look at every row.",
+             [(f'{{table="{table}"}}', n) for table, n in here.stored.items()]),
+            ("crashes_kept", "gauge", "Rows of the table crashes, by their roll-up.", [("", crashes)]),
+            ("file_bytes", "gauge", "Size of the database.", [("", self.size)]),
+            ("wal_bytes", "gauge", "Size of its write-ahead log.", [("", _wal_size(self.path))])]
+
+    # Reports that come
+
+    def add(self, key_hash: bytes, reports: Reports, idempotency: Idempotency = Idempotency()) -> Receipt:
+        """Stores reports of one kind, all or none, and returns when they are durable. They go to the app of the key
+        with that SHA-256. A repeated request, as told by `idempotency`, stores nothing and has the first one's receipt.
+        Raises Refusal where an Idempotency-Key comes with another request, or the key is not active at the time of the
+        commit; StorageUnavailable also where too many wait already."""
+        if not reports:
+            raise ValueError("no reports")
+        submission = Submission(key_hash, reports, idempotency)
+        self.add_all([submission])
+        return submission.result()
+
+    def add_all(self, submissions: Sequence[Submission]) -> None:
+        """Stores several requests in one commit: each then has a receipt or an error. An unexpected error is
+        logged, and is StorageUnavailable to them all."""
+        if not submissions:
+            return
+        here, own, done, stored = self._here, Group(), threading.Lock(), None
+        group = own
+        try:
+            with here.group_lock:
+                group = here.group = here.group or own
+                group.join(submissions, self.max_waiters, self.max_rows)
+                if group is not own:
+                    done.acquire()
+                    group.done.append(done)
+                if len(group.submissions) >= here.last_size:
+                    group.full.set()
+            if group is own:
+                stored = self._commit_group(here, own)
+            elif any(each.error is None for each in submissions) and not done.acquire(timeout=MAX_WAIT):
+                raise StorageUnavailable()  # the committing thread is slow, or was ended by a signal
+        except BaseException as error:  # also a signal, if this is the main thread
+            with here.group_lock:
+                if here.group is group and (group is own or isinstance(error, Exception)):
+                    here.group = None
+                refused = group.submissions if group is own else submissions
+                group.submissions = [each for each in group.submissions if each not in refused]
+            for submission in refused:
+                submission.error = StorageUnavailable()
+            if not isinstance(error, Exception):
+                raise
+            if not isinstance(error, StorageUnavailable):
+                log.exception("unexpected error")
+        finally:
+            for each in own.done:
+                each.release()
+        if stored:
+            self._committed(stored)
+
+    def _commit_group(self, here: Process, group: Group) -> Stored:
+        """Stores a group in one transaction. Until that begins, the group grows."""
+        with here.commit_lock:
+            if here.last_size >= BUSY_GROUP:
+                group.full.wait(GATHER_SECONDS)
+            began = time.monotonic()
+            with self.writing(shared=True) as db:
+                with here.group_lock:
+                    here.last_size, here.group = len(group.submissions), None
+                commit = Commit(db, self.now)
+                commit.add(group.submissions)
+                stored = commit.save()
+            here.group_sizes.add(len(group.submissions))
+            here.commit_seconds.add(time.monotonic() - began)
+            here.stored.update(stored.counts)
+            return stored
+
+    def _committed(self, stored: Stored) -> None:
+        """Called after each commit, when it is durable and answered, with what it stored. Alerts belong here."""
+        self._expire_if_due()
+
+    def export(self, kind: type, app: str | None = None, since: int = 0) -> Iterator[StoredReport]:
+        """The reports of a kind, Crash or Event, that are here now, in the order of their seqs: of all apps or of one,
+        received at `since` or later. Raises StoreError where there is no such app. In pages: a single long read would
+        hold up the WAL."""
+        with self.reading() as db:
+            if app is not None:
+                self._app(db, app)
+            last, = db.execute(f"select coalesce(max(seq), -1) from {TABLES[kind]}").fetchone()
+        page = self._page(kind, min(max(0, first_seq(since)), MAX_NUMBER) - 1, last)
+        while page:
+            yield from (each for each in page if app in (None, each.app) and each.received_at >= since)
+            page = self._page(kind, page[-1].seq, last)
+
+    def _page(self, kind: type, after: int, last: int) -> list[StoredReport]:
+        page: list[StoredReport] = []
+        size = 0
+        with self.reading() as db, closing(db.execute(f"""
+                select seq, apps.name, is_test, received_at, {", ".join("reports." + each for each in kind._fields)}
+                from {TABLES[kind]} as reports cross join apps on apps.id = app_id
+                where seq > ? and seq <= ?
+                order by seq
+                limit ?""", (after, last, PAGE_ROWS))) as rows:
+            for seq, name, is_test, received_at, *values in rows:
+                page.append(StoredReport(seq, name, bool(is_test), received_at, kind._make(values)))
+                size += sum(len(value) for value in values if type(value) is str)
+                if size > PAGE_TEXT:
+                    break
+        return page
+
+    def import_(self, reports: Sequence[StoredReport]) -> Counter:
+        """Stores reports that another store has exported, all or none, and makes their apps, without keys. Returns how
+        many were `stored`; how many were `known`, because their seq is here already, whatever is in them; and how many
+        had `expired`: their time is over, or reports as old have gone from here, maybe these, which would be counted
+        twice. Raises StoreError where an app is live here and a test there."""
+        counts: Counter = Counter()
+        with self.writing_step() as db:
+            commit = Commit(db, self.now)
+            for kind, table in TABLES.items():
+                given = {each.seq: each for each in reports if type(each.report) is kind}
+                known = {seq for seq, in rows_of(db, f"""
+                    select seq from (values *) as keys cross join {table} on seq = column1
+                    """, [(seq,) for seq in given])}
+                oldest = max(self._oldest_seq, get_state(db, "expired_" + table, -1) + 1)
+                fresh = [each for seq, each in given.items() if seq >= oldest and seq not in known]
+                for (app, is_test), run in groupby(sorted(fresh, key=itemgetter(1, 2, 0)), key=itemgetter(1, 2)):
+                    seqs, _, _, received, bare = zip(*run)
+                    commit.put(self._imported_app(db, app, is_test), seqs, received, bare)
+                counts.update(stored=len(fresh), expired=len(given.keys() - known) - len(fresh))
+            commit.save()
+            self._expire(db)
+        counts["known"] = len(reports) - counts["stored"] - counts["expired"]
+        return counts
+
+    def _imported_app(self, db: Connection, name: str, is_test: bool) -> int:
+        if not db.execute("select 1 from apps where name = ?", (name,)).fetchone():
+            self._make_app(db, name, is_test)
+        app_id, was_test = self._app(db, name)
+        if was_test != is_test:
+            raise StoreError(f"the app {name!r} is a {'test' if was_test else 'live'} one here")
+        return app_id
+
+    # Reports that go
+
+    @property
+    def _oldest_seq(self) -> int:
+        """Of the reports that are to be kept."""
+        return first_seq(self.now - self.retention_days * DAY) if self.retention_days else 0
+
+    def _expire_if_due(self) -> None:
+        """Runs one step after a commit, at most once a second, or after every commit while rows are left to delete. It
+        looks before it locks: the lock is on all apps, and whoever waits for it holds up its own answer."""
+        now = self.now
+        if self._expire_at - SECOND <= now < self._expire_at:  # the lower bound: the clock may have been set back
+            return
+        deleted: Counter = Counter()
+        try:
+            with self.reading() as db:
+                oldest = {"replays": now - REPLAY_DAYS * DAY, "oldest": self._oldest_seq, "today": now // DAY}
+                is_due = any(db.execute("""
+                    select (select min(received_at) from replays) < :replays, (select min(seq) from crashes) < :oldest,
+                        (select min(seq) from events) < :oldest,
+                        not exists (select 1 from state where name = 'trimmed_day' and value = :today)
+                    """, oldest).fetchone())
+            if is_due:
+                with self.writing() as db:
+                    deleted = self._expire(db)
+        except Exception as error:  # the reports of the commit are stored, and later commits try again
+            if not isinstance(error, StorageUnavailable):
+                log.exception("unexpected error")
+        self._expire_at = now if deleted else now + SECOND
+
+    def _expire(self, db: Connection) -> Counter:
+        """A step of deleting what is older than the retention; how many rows of each table. It ends after
+        EXPIRE_SECONDS, because it keeps others from writing."""
+        deleted, deadline = Counter(), time.monotonic() + EXPIRE_SECONDS
+        deleted["replays"] = db.execute("""
+            delete from replays where (app_id, mark) in (
+                select app_id, mark from replays where received_at < ? limit ?)
+            """, (self.now - REPLAY_DAYS * DAY, PRUNE_STEP)).rowcount
+        for kind, table in TABLES.items():
+            size = EXPIRE_SLICE
+            while seqs := self._delete(db, kind, 0, f"from {table} where seq < ? order by seq limit ?",
+                                       (self._oldest_seq, size)):
+                db.execute(SET_STATE, ("expired_" + table, seqs[-1]))
+                deleted[table] += len(seqs)
+                size = min(2 * size, PRUNE_STEP)
+                if time.monotonic() > deadline:
+                    break
+        if get_state(db, "trimmed_day", 0) != self.now // DAY:
+            deleted["sums"] = RollUps(db, self.now).trim()
+            if not deleted["sums"]:
+                db.execute(SET_STATE, ("trimmed_day", self.now // DAY))
+        return +deleted
+
+    def _delete(self, db: Connection, kind: type, by: int, source: str, parameters: Any) -> list[int]:
+        """Deletes the reports of a query, and counts them as RollUps.count does. Returns their seqs."""
+        reports, rollups = counted_rows(db, kind, source, parameters), RollUps(db, self.now)
+        write_rows(db, f"delete from {TABLES[kind]} where seq in (values *)", [(each.seq,) for each in reports])
+        rollups.count(kind, reports, by)
+        rollups.save()
+        return [each.seq for each in reports]
+
+    def prune(self, progress: Callable[[int], Any] = lambda rows: None) -> Counter:
+        """Deletes all rows whose time is over, and gives the disk their space back; how many rows of each table. In
+        steps and with pauses longer than they, so that nobody else's reports wait for it."""
+        deleted: Counter = Counter()
+        while True:
+            with self.writing_step() as db:
+                step = self._expire(db)
+            if not step:
+                break
+            deleted += step
+            progress(sum(deleted.values()))
+        self._shrink()
+        return deleted
+
+    def forget_device(self, device_id_hash: str) -> Counter:
+        """Deletes all that is kept of a device, in all apps; how many rows of each table. It is taken out of every sum.
+        When a group or a release was first seen stays as it is."""
+        deleted: Counter = Counter()
+        after = {}
+        for kind, table in TABLES.items():
+            with self.reading() as db:
+                after[kind], = db.execute(f"select coalesce(max(seq), 0) from {table}").fetchone()
+            for page in self._seqs(table, "device_id_hash", device_id_hash):
+                for start in range(0, len(page), EXPIRE_SLICE):
+                    with self.writing_step() as db:
+                        deleted[table] += len(self._delete(
+                            db, kind, -1, f"from (values *) as keys cross join {table} on seq = column1",
+                            page[start:start + EXPIRE_SLICE]))
+        with self.writing_step() as db:
+            for kind, table in TABLES.items():  # what has come meanwhile
+                deleted[table] += len(self._delete(db, kind, -1, f"from {table} where device_id_hash = ? and seq > ?",
+                                                   (device_id_hash, after[kind])))
+            rollups = RollUps(db, self.now)
+            deleted["devices"] = rollups.figures[Devices].forget(device_id_hash)
+            rollups.save()
+        self._fold_in_wal()
+        return +deleted
+
+    def _seqs(self, table: str, column: str, value: Any) -> Iterator[list[tuple[int]]]:
+        """The seqs of the reports with a value, in pages: a single long read would hold up the WAL."""
+        page = [(0,)]
+        while page:
+            with self.reading() as db:
+                page = db.execute(f"select seq from {table} where {column} = ? and seq > ? order by seq limit ?",
+                                  (value, page[-1][0], PRUNE_STEP)).fetchall()
+            yield page
+
+    def delete_app(self, name: str) -> None:
+        """Deletes an app, its keys and all that it sent. Raises StoreError where there is none. In steps, so that
+        nobody else's reports wait for it: the keys first, the app last, so that it can be repeated where it was cut
+        off."""
+        with self.writing() as db:
+            app_id = self._app(db, name)[0]
+            db.execute("delete from keys where app_id = ?", (app_id,))
+        for table in TABLES.values():
+            for page in self._seqs(table, "app_id", app_id):
+                with self.writing_step() as db:
+                    write_rows(db, f"delete from {table} where seq in (values *)", page)
+        for table, key in KEYS.items():
+            columns, count = ", ".join(key), 1
+            while count:
+                with self.writing_step() as db:
+                    count = db.execute(f"""
+                        delete from {table} where ({columns}) in (
+                            select {columns} from {table} where app_id = ? limit ?)""", (app_id, PRUNE_STEP)).rowcount
+        with self.writing() as db:
+            db.execute("delete from apps where id = ?", (app_id,))
+
+
 # == Metrics ===================================================================
-#
-# The questions asked of the store. Public questions read figures only: an answer
-# costs what it shows, not what is stored. Windows are UTC days; without an
-# app, an answer is the sum over the live apps.
+# The questions asked of the store. Public questions read figures only: an answer costs what it shows, not what is
+# stored. Windows are UTC days; without an app, an answer is the sum over the live apps.
 
 ADOPTION_DAYS = 7  # of whose sessions a release has its share
 SCANNED = 20_000  # events that are looked at for a page: a page may be short, and another one follow
 REPORTS = 20  # of a group that are shown at once
+_WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 
 
 class Metrics:
-    """Answers in the shapes of the API, as of now. `app` is a name; Refusal where there is none such.
-
-    Lists come in pages of `limit`: `cursor` is the `next` of the page before, None at the end.
-    """
+    """Answers in the shapes of the API, as of now. `app` is a name; Refusal where there is none such. Lists come in
+    pages of `limit`: `cursor` is the `next` of the page before, None at the end."""
 
     def __init__(self, store: Store):
         self._store = store
 
     @contextmanager
-    def _snapshot(self, app: Optional[str] = None) -> Iterator[Tuple[Connection, Optional[int]]]:
+    def _snapshot(self, app: str | None = None) -> Iterator[tuple[Connection, int | None]]:
         """A connection that sees one moment, and the id of the app, None for all live ones."""
         with self._store.reading() as db:
             db.execute("begin")
@@ -2658,29 +2498,29 @@ class Metrics:
         today = self._store.now // DAY
         return range(today - days + 1, today + 1)
 
-    def daily_crashes(self, app: Optional[str] = None, days: Optional[int] = None) -> Figures:
+    def daily_crashes(self, app: str | None = None, days: int | None = None) -> JsonObject:
         """Crashes per UTC day: the seven that end today from Monday to Sunday, or `days` of them by date."""
         shown = self._last_days(days or WEEK)
         with self._snapshot(app) as (db, app_id):
             crashes = per_day(db, "crash_days", ["crashes"], app_id, shown)["crashes"]
         if days:
             return {"labels": _dates(shown), "data": crashes}
-        by_weekday = {(day + 3) % 7: count for day, count in zip(shown, crashes)}  # 1970 began on a Thursday
-        return {"labels": list(_WEEKDAYS), "data": [by_weekday[n] for n in range(7)]}
+        monday = -(shown[0] + 3) % WEEK  # 1970 began on a Thursday
+        return {"labels": list(_WEEKDAYS), "data": crashes[monday:] + crashes[:monday]}
 
-    def crash_types(self, app: Optional[str] = None, days: Optional[int] = None) -> Figures:
+    def crash_types(self, app: str | None = None, days: int | None = None) -> JsonObject:
         """Crashes per exception type, the 100 most frequent first."""
-        return self._labels("exception_type", app, days, limit=100)
+        return self._labels(app, days, "exception_type", 100)
 
-    def devices(self, app: Optional[str] = None, days: Optional[int] = None) -> Figures:
+    def devices(self, app: str | None = None, days: int | None = None) -> JsonObject:
         """Crashes per device model, the ten most frequent."""
-        return self._labels("device_model", app, days, limit=10)
+        return self._labels(app, days, "device_model", 10)
 
-    def _labels(self, field: str, app: Optional[str], days: Optional[int], limit: int) -> Figures:
+    def _labels(self, app: str | None, days: int | None, field: str, limit: int) -> JsonObject:
         with self._snapshot(app) as (db, app_id):
             return Crashes.most_frequent(db, app_id, field, self._last_days(days) if days else None, limit)
 
-    def overview(self, app: Optional[str] = None) -> Figures:
+    def overview(self, app: str | None = None) -> JsonObject:
         """The seven UTC days that end today in a few figures, and the devices of the last 24 hours."""
         week = self._last_days(WEEK)
         with self._snapshot(app) as (db, app_id):
@@ -2691,27 +2531,22 @@ class Metrics:
                     "sessions_7d": sessions, "crashes_7d": crashes,
                     "top_crashes": Groups.most_frequent(db, app_id, week)}
 
-    def active_devices(self, app: Optional[str] = None, days: Optional[int] = None) -> Figures:
+    def active_devices(self, app: str | None = None, days: int | None = None) -> JsonObject:
         """Per UTC day, the devices of that day, of the 7 and of the 30 days that end with it."""
         shown = self._last_days(days or 30)
         with self._snapshot(app) as (db, app_id):
             return {"labels": _dates(shown), **per_day(db, "active_days", list(Devices.ACTIVE), app_id, shown)}
 
-    def sessions(self, app: Optional[str] = None, days: Optional[int] = None) -> Figures:
-        """Per UTC day, the sessions that began on it; and of those that ended, how long they took.
-
-        The median is of durations in two significant digits. It is null where no session has ended, and
-        where those of several apps have: ask for one app.
-        """
+    def sessions(self, app: str | None = None, days: int | None = None) -> JsonObject:
+        """Per UTC day, the sessions that began on it; and of those that ended, how long they took. The median is of
+        durations in two significant digits. It is null where none has ended, and where those of several apps have."""
         shown = self._last_days(days or 30)
         with self._snapshot(app) as (db, app_id):
             return {"labels": _dates(shown), **Sessions.per_day(db, app_id, shown)}
 
-    def retention(self, app: Optional[str] = None, days: Optional[int] = None) -> Figures:
-        """Of the devices first seen on a UTC day, the percentage seen again 1, 7 and 30 days later.
-
-        null where that day is not over yet, or no device is new.
-        """
+    def retention(self, app: str | None = None, days: int | None = None) -> JsonObject:
+        """Of the devices first seen on a UTC day, the percentage seen again 1, 7 and 30 days later: null where that
+        day is not over yet, or no device is new."""
         shown = self._last_days(days or 30)
         with self._snapshot(app) as (db, app_id):
             cohorts = per_day(db, "cohorts", ["devices", *Devices.BACK], app_id, shown)
@@ -2722,18 +2557,23 @@ class Metrics:
                 for day, new, back in zip(shown, cohorts["devices"], cohorts[column])]
         return answer
 
-    def releases(self, app: Optional[str] = None) -> Figures:
+    def releases(self, app: str | None = None) -> JsonObject:
         """What is known of each version of an app, the latest first: at most 100 of them."""
         with self._snapshot(app) as (db, app_id):
             rows = Releases.latest(db, app_id, self._last_days(ADOPTION_DAYS))
-        return {"releases": list(fitting(_release(**row) for row in rows))}
+        return {"releases": list(fitting({
+            "app": row["app"], "app_version": row["app_version"], "sessions": row["sessions"],
+            "crashes": row["crashes"], "crash_free_sessions": crash_free_rate(row["crashes"], row["sessions"]),
+            "crash_free_devices": crash_free_rate(row["crashed_devices"], row["devices"]),
+            "adoption": round(100 * (row["recent"] or 0) / row["of_all"], 2) if row["of_all"] else 0.0,
+            "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"])} for row in rows))}
 
     # Behind the admin token: these read the reports, a page at a time
 
-    def groups(self, app: Optional[str] = None, version: Optional[str] = None, days: Optional[int] = None,
-               text: Optional[str] = None, limit: int = 50, cursor: Optional[str] = None) -> Figures:
+    def groups(self, app: str | None = None, version: str | None = None, days: int | None = None,
+               text: str | None = None, limit: int = 50, cursor: str | None = None) -> JsonObject:
         """The groups of the crashes that are kept, the most frequent first; with `text` in type, reason or hash."""
-        count, group = _group_cursor(cursor)
+        count, group = _parse_cursor(cursor, r"([0-9]{1,18})-([0-9a-f]{16}|\(other\))", (MAX_NUMBER, ""))
         shown = self._last_days(days) if days else [None]
         matching = f"""
             select *, {COUNTED_AT} as at from crashes
@@ -2741,8 +2581,8 @@ class Metrics:
                 and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
             """
         with self._snapshot(app) as (db, app_id):
-            window = {"app": app_id, "version": version, "first": shown[0], "last": shown[-1], "text": text,
-                      "limit": limit + 1, "count": count, "group": group}
+            parameters = {"app": app_id, "version": version, "first": shown[0], "last": shown[-1], "text": text,
+                          "limit": limit + 1, "count": int(count), "group": group}
             rows = dict_rows(db, f"""
                 select group_hash, count(*) as count, count(distinct app_id || ' ' || device_id_hash) as devices,
                     min(at) as first_seen, max(at) as last_seen
@@ -2754,38 +2594,33 @@ class Metrics:
                 group by group_hash
                 having count(*) < :count or count(*) = :count and group_hash > :group
                 order by count(*) desc, group_hash
-                limit :limit
-                """, window)
+                limit :limit""", parameters)
             groups = [{
-                **self._group(db, app_id, row["group_hash"]), "count": row["count"], "devices": row["devices"],
+                **self._group_name(db, app_id, row["group_hash"]), "count": row["count"], "devices": row["devices"],
                 "versions": sorted((version for version, in db.execute(f"""
                     select distinct app_version from ({matching} and group_hash = :group) as found
-                    where app_version is not null
-                    """, {**window, "group": row["group_hash"]})), key=_version_key),
+                    where app_version is not null""", {**parameters, "group": row["group_hash"]})), key=_version_key),
                 "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"])}
                 for row in rows[:limit]]
         following = "{count}-{group_hash}".format(**rows[limit - 1]) if rows[limit:] else None
         return {"groups": groups, "next": following}
 
-    def _group(self, db: Connection, app_id: Optional[int], group_hash: str) -> Figures:
-        row, = dict_rows(db, f"""
+    def _group_name(self, db: Connection, app_id: int | None, group_hash: str) -> JsonObject:
+        return dict_rows(db, f"""
             select group_hash, exception_type, coalesce(exception_reason, '') as exception_reason from groups
             where {APPS} and group_hash = :group
             order by last_seen desc, app_id
-            limit 1
-            """, {"app": app_id, "group": group_hash})
-        return row
+            limit 1""", {"app": app_id, "group": group_hash})[0]
 
-    def group(self, group_hash: str, app: Optional[str] = None, limit: int = REPORTS,
-              cursor: Optional[str] = None) -> Figures:
+    def group(self, group_hash: str, app: str | None = None, limit: int = REPORTS,
+              cursor: str | None = None) -> JsonObject:
         """A group, its spread, and its latest reports. Refusal where no crash of it is kept."""
         with self._snapshot(app) as (db, app_id):
-            window = {"app": app_id, "group": group_hash, "before": _before(cursor), "limit": limit + 1}
+            parameters = {"app": app_id, "group": group_hash, "before": _seq_of(cursor, MAX_NUMBER), "limit": limit + 1}
             count, devices, first_seen, last_seen = db.execute(f"""
                 select count(*), count(distinct app_id || ' ' || device_id_hash), min({COUNTED_AT}), max({COUNTED_AT})
                 from crashes
-                where {APPS} and group_hash = :group
-                """, window).fetchone()
+                where {APPS} and group_hash = :group""", parameters).fetchone()
             if not count:
                 raise Refusal("not found")
             spread = {name: labelled(db.execute(f"""
@@ -2793,8 +2628,7 @@ class Metrics:
                 where {APPS} and group_hash = :group and {column} is not null
                 group by {column}
                 order by count(*) desc, {column}
-                limit 20
-                """, window)) for name, column in (
+                limit 20""", parameters)) for name, column in (
                     ("versions", "app_version"), ("systems", "os_version"), ("device_models", "device_model"))}
             reports = _reports(db, f"""
                 select * from crashes where seq in (
@@ -2802,53 +2636,48 @@ class Metrics:
                     where {APPS} and group_hash = :group and seq < :before
                     order by seq desc
                     limit :limit)
-                order by seq desc
-                """, window)
-            return {**self._group(db, app_id, group_hash), "count": count, "devices": devices,
+                order by seq desc""", parameters)
+            return {**self._group_name(db, app_id, group_hash), "count": count, "devices": devices,
                     "first_seen": iso_time(first_seen), "last_seen": iso_time(last_seen), **spread,
                     "reports": reports[:limit], "next": reports[limit - 1]["id"] if reports[limit:] else None}
 
-    def group_days(self, groups: Sequence[str], app: Optional[str] = None, days: int = 30) -> Figures:
+    def group_days(self, groups: Sequence[str], app: str | None = None, days: int = 30) -> JsonObject:
         """Of each of these groups: its crashes on each of the last days, the oldest first; its apps; and where in
         the app its latest crash was."""
         shown = self._last_days(days)
         with self._snapshot(app) as (db, app_id):
-            window = {"app": app_id, "first": shown[0], "last": shown[-1], "since": shown[0] * DAY - MAX_SKEW}
+            parameters = {"app": app_id, "first": shown[0], "last": shown[-1], "since": shown[0] * DAY - MAX_SKEW}
             return {"labels": _dates(shown), "groups": {
-                group_hash: self._group_days(db, {**window, "group": group_hash}, shown) for group_hash in groups}}
+                group_hash: self._days_of(db, {**parameters, "group": group_hash}, shown) for group_hash in groups}}
 
-    def _group_days(self, db: Connection, window: Figures, shown: range) -> Figures:
+    def _days_of(self, db: Connection, parameters: JsonObject, shown: range) -> JsonObject:
         counts = dict(db.execute(f"""
             select {COUNTED_AT} / {DAY} as day, count(*) from crashes
             where {APPS} and group_hash = :group and received_at >= :since
                 and {COUNTED_AT} / {DAY} between :first and :last
-            group by day
-            """, window))
+            group by day""", parameters))
         apps = db.execute(f"""
             select name from apps where {APPS.replace("app_id", "id", 1)} and exists (
                 select 1 from crashes where app_id = apps.id and group_hash = :group)
-            order by name
-            """, window).fetchall()
+            order by name""", parameters).fetchall()
         latest = db.execute(f"""
             select case when length(stack_trace) < 100000 then stack_trace end from crashes
             where {APPS} and group_hash = :group
             order by received_at desc
-            limit 1
-            """, window).fetchone()
+            limit 1""", parameters).fetchone()
         frames = json.loads(latest[0] or "[]") if latest else []
         return {"days": [counts.get(day, 0) for day in shown], "apps": [name for name, in apps],
                 "place": next((frame.get("symbol") or "" for frame in frames if frame.get("file")), "")}
 
-    def is_empty(self, app: Optional[str] = None) -> bool:
+    def is_empty(self, app: str | None = None) -> bool:
         """Whether nothing was received of an app; of its events, only the latest are looked at."""
         with self._snapshot(app) as (db, app_id):
             return not any(db.execute(f"""
                 select exists (select 1 from crash_days where {APPS}), exists (select 1 from session_days where {APPS}),
                     exists (select 1 from (select app_id from events order by seq desc limit 1000) as latest
-                        where {APPS})
-                """, {"app": app_id}).fetchone())
+                        where {APPS})""", {"app": app_id}).fetchone())
 
-    def crash(self, id: str, app: Optional[str] = None) -> Figures:
+    def crash(self, id: str, app: str | None = None) -> JsonObject:
         """One crash, as it was sent. Refusal where it is not kept."""
         with self._snapshot(app) as (db, app_id):
             found = _reports(db, f"select * from crashes where id = :id and seq = :seq and {APPS}", {
@@ -2857,83 +2686,66 @@ class Metrics:
             raise Refusal("not found")
         return found[0]
 
-    def session(self, session_id: str, app: Optional[str] = None, limit: int = 50,
-                cursor: Optional[str] = None) -> Figures:
-        """The events of a session in the order in which they came; in pages as those of `events`."""
-        with self._snapshot(app) as (db, app_id):
-            window = {"app": app_id, "type": None, "name": None, "session": session_id}
-            first, window["last"] = self._seqs_of_session(db, window)
-            window["after"] = max(first - 1, _before(cursor) if cursor else 0)
-            return self._events(db, "select * from events where seq > :after and seq <= :last order by seq",
-                                window, limit)
-
-    def events(self, app: Optional[str] = None, type: Optional[str] = None, name: Optional[str] = None,
-               session_id: Optional[str] = None, limit: int = 50, cursor: Optional[str] = None) -> Figures:
+    def events(self, app: str | None = None, type: str | None = None, name: str | None = None,
+               session_id: str | None = None, limit: int = 50, cursor: str | None = None,
+               oldest_first: bool = False) -> JsonObject:
         """The latest events that are kept. A page may be short of `limit`, or even empty, and have a next one."""
         with self._snapshot(app) as (db, app_id):
-            window = {"app": app_id, "type": type, "name": name, "session": session_id,
-                      "before": _before(cursor), "after": 0}
+            first, last, order = 0, MAX_NUMBER, "asc" if oldest_first else "desc"
+            parameters = {"app": app_id, "type": type, "name": name, "session": session_id, "limit": limit + 1}
             if session_id is not None:  # its events are between its first and its last
-                first, last = self._seqs_of_session(db, window)
-                window["after"], window["before"] = first - 1, min(window["before"], last + 1)
-            return self._events(db, "select * from events where seq > :after and seq < :before order by seq desc",
-                                window, limit)
+                first, last = db.execute(f"""
+                    select coalesce(min(first_seq), 0), coalesce(max(last_seq), -1) from sessions
+                    where {APPS} and session_id = :session""", parameters).fetchone()
+            if oldest_first:
+                first = max(first, _seq_of(cursor, -1) + 1)
+            else:
+                last = min(last, _seq_of(cursor, MAX_NUMBER) - 1)
+            parameters.update(first=first, last=last, scanned=SCANNED)
+            scan = f"from events where seq between :first and :last order by seq {order} limit :scanned"
+            found = _reports(db, f"""
+                select * from (select * {scan}) as scanned
+                where {APPS} and (:type is null or type = :type) and (:name is null or name = :name)
+                    and (:session is null or session_id = :session)
+                order by seq {order}
+                limit :limit""", parameters)
+            row = db.execute(f"select seq from (select seq {scan}) as scanned order by seq {order}"
+                             " limit 1 offset :scanned - 1", parameters).fetchone()
+        following = found[limit - 1]["id"] if found[limit:] else event_ids(row)[0] if row else None
+        return {"events": found[:limit], "next": following}
 
-    def _seqs_of_session(self, db: Connection, window: Figures) -> Tuple[int, int]:
-        """Between which its events are."""
-        return db.execute(f"""
-            select coalesce(min(first_seq), 0), coalesce(max(last_seq), -1) from sessions
-            where {APPS} and session_id = :session
-            """, window).fetchone()
-
-    def _events(self, db: Connection, scan: str, window: Figures, limit: int) -> Figures:
-        """A page of those among the first SCANNED events of a query that match."""
-        window.update(limit=limit + 1, scanned=SCANNED)
-        found = _reports(db, f"""
-            select * from ({scan} limit :scanned) as scanned
-            where {APPS} and (:type is null or type = :type) and (:name is null or name = :name)
-                and (:session is null or session_id = :session)
-            limit :limit
-            """, window)
-        if found[limit:]:
-            return {"events": found[:limit], "next": found[limit - 1]["id"]}
-        row = db.execute(f"select seq from ({scan} limit :scanned) as scanned limit 1 offset :scanned - 1",
-                         window).fetchone()
-        return {"events": found, "next": event_ids(row)[0] if row else None}
-
-    def device(self, device_id_hash: str) -> Figures:
+    def device(self, device_id_hash: str) -> JsonObject:
         """Everything that is kept of a device, in all apps."""
+        device = device_key(device_id_hash)
         with self._snapshot() as (db, _):
             found = {
                 "apps": dict_rows(db, """
                     select app_id, name as app, first_day, last_hour from devices join apps on apps.id = app_id
-                    where device = ? order by name
-                    """, (device_key(device_id_hash),)),
+                    where device = ? order by name""", (device,)),
                 **{table: _reports(db, f"select * from {table} where device_id_hash = :device order by seq",
                                    {"device": device_id_hash}) for table in TABLES.values()}}
             for app in found["apps"]:
                 app["versions"] = sorted((version for version, in db.execute(
                     "select app_version from device_versions where app_id = ? and device = ?",
-                    (app.pop("app_id"), device_key(device_id_hash)))), key=_version_key)
+                    (app.pop("app_id"), device))), key=_version_key)
                 app["first_seen"] = iso_time(app.pop("first_day") * DAY)
                 app["last_seen"] = iso_time(app.pop("last_hour") * HOUR)
         return found
 
 
-def _dates(days: Iterable[int]) -> List[str]:
+def _dates(days: Iterable[int]) -> list[str]:
     return [date.fromordinal(_DAY_ZERO + day).isoformat() for day in days]
 
 
-def _reports(db: Connection, query: str, parameters: Mapping[str, Any]) -> List[Figures]:
+def _reports(db: Connection, query: str, parameters: Mapping[str, Any]) -> list[JsonObject]:
     """Crashes or events as they were sent, without what was absent; and their app, and when they were received."""
     apps = dict(db.execute("select id, name from apps"))
-    reports = []
-    for row in dict_rows(db, query, parameters):
-        reports.append(_shown({"id": row.pop("id"), "app": apps.get(row.pop("app_id")), **row}, iso_time))
-    return reports
+    return [as_sent({"id": row.pop("id"), "app": apps.get(row.pop("app_id")), **row}, iso_time)
+            for row in dict_rows(db, query, parameters)]
 
 
-def _shown(row: Mapping[str, Any], time_text: Callable[[int], str]) -> Figures:
+def as_sent(row: Mapping[str, Any], time_text: Callable[[int], str]) -> JsonObject:
+    """A report as it was sent, from its row."""
     report = {name: value for name, value in row.items() if value is not None and name not in ("seq", "other")}
     for name in {"stack_trace", "properties", "extra"} & report.keys():
         report[name] = json.loads(report[name])
@@ -2944,39 +2756,23 @@ def _shown(row: Mapping[str, Any], time_text: Callable[[int], str]) -> Figures:
     return report
 
 
-def _release(app: str, app_version: str, sessions: int, crashes: int, devices: int, crashed_devices: int,
-             first_seen: int, last_seen: int, recent: Optional[int], of_all: Optional[int]) -> Figures:
-    return {"app": app, "app_version": app_version, "sessions": sessions, "crashes": crashes,
-            "crash_free_sessions": crash_free_rate(crashes, sessions),
-            "crash_free_devices": crash_free_rate(crashed_devices, devices),
-            "adoption": round(100 * (recent or 0) / of_all, 2) if of_all else 0.0,
-            "first_seen": iso_time(first_seen), "last_seen": iso_time(last_seen)}
-
-
-def _version_key(version: str) -> List[Tuple[int, str]]:
+def _version_key(version: str) -> list[tuple[int, str]]:
     """Sorts 1.10 after 1.9."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split("[.+-]", version)]
 
 
-def _group_cursor(cursor: Optional[str]) -> Tuple[int, str]:
-    if cursor is None:
-        return MAX_NUMBER, ""
-    match = re.fullmatch(r"([0-9]{1,18})-([0-9a-f]{16}|\(other\))", cursor)
-    if match is None:
+def _parse_cursor(cursor: str | None, pattern: str, default: Any) -> Any:
+    """The groups of the pattern in a cursor; the default where there is none. Raises Refusal."""
+    match = re.fullmatch(pattern, cursor or "")
+    if cursor is not None and match is None:
         raise Refusal("invalid cursor")
-    return int(match[1]), match[2]
+    return match.groups() if match else default
 
 
-def _before(cursor: Optional[str]) -> int:
-    """The seq of an id that a page ended with."""
-    if cursor is None:
-        return MAX_NUMBER
-    if not re.fullmatch("(evt_)?[0-7][0-9a-f]{15}", cursor):
-        raise Refusal("invalid cursor")
-    return int(cursor[-16:], 16)
-
-
-_WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+def _seq_of(cursor: str | None, default: int) -> int:
+    """The seq of the id that a page ended with."""
+    digits, = _parse_cursor(cursor, "(?:evt_)?([0-7][0-9a-f]{15})", ("",))
+    return int(digits, 16) if digits else default
 
 
 def crash_free_rate(crashes: int, sessions: int) -> float:
@@ -2987,7 +2783,6 @@ def crash_free_rate(crashes: int, sessions: int) -> float:
 
 
 # == Requests ==================================================================
-#
 # Reads what a request carries, and lists every error that a client can get. bottle's
 # own readers are not used: they stop at 100 KiB, and fail on headers that are not UTF-8.
 
@@ -2995,30 +2790,26 @@ def crash_free_rate(crashes: int, sessions: int) -> float:
 ERRORS = {
     401: ("missing API key", "invalid API key", "missing admin token", "invalid admin token",
           "invalid signature", "stale timestamp", "signature required"),
-    404: ("not found",),
-    405: ("method not allowed",),
-    413: ("request body too large",),
-    415: ("unsupported content encoding",),
-    422: ("idempotency key reused with a different body",),
-    429: ("rate limit exceeded",),
-    431: ("request header too large",),
-    500: ("internal server error",),
-    501: ("transfer encoding not supported",),
-    503: ("storage unavailable",),
-}
+    404: ("not found",), 405: ("method not allowed",), 413: ("request body too large",),
+    415: ("unsupported content encoding",), 422: ("idempotency key reused with a different body",),
+    429: ("rate limit exceeded",), 431: ("request header too large",), 500: ("internal server error",),
+    501: ("transfer encoding not supported",), 503: ("storage unavailable",)}
 _STATUS = {text: status for status, texts in ERRORS.items() for text in texts}
 _STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
 _HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
-Environ = Dict[str, Any]
-Answer = Tuple[int, Union[Dict[str, Any], str]]  # status, and a JSON object or a text
+Environ = dict[str, Any]
+Answer = tuple[int, Union[dict[str, Any], str]]  # status, and a JSON object or a text
 Handler = Callable[..., Answer]  # called with an environ and the parts of the path
 
 
+def _error_text(status: int) -> str:
+    """What a client is told of an error that bottle or waitress raised."""
+    return ERRORS.get(status, ("invalid request",))[0]
+
+
 def _error_body(status: int) -> bytes:
-    """The JSON for an error that bottle or waitress raised."""
-    text, *_ = ERRORS.get(status, ("invalid request",))
-    return json.dumps({"error": text}).encode()
+    return json.dumps({"error": _error_text(status)}).encode()
 
 
 def _header(environ: Environ, name: str) -> bytes:
@@ -3078,10 +2869,10 @@ def _query(environ: Environ) -> str:
     return environ.get("QUERY_STRING", "").encode("latin-1", "replace").decode("utf-8", "replace")
 
 
-def _parameters(environ: Environ, *names: str) -> Dict[str, Any]:
+def _parameters(environ: Environ, *names: str) -> dict[str, Any]:
     """The query parameters of these names, without empty ones. Raises Refusal for an invalid number."""
     found = parse_qs(_query(environ), keep_blank_values=True)
-    given: Dict[str, Any] = {name: values[-1] for name, values in found.items()}
+    given: dict[str, Any] = {name: values[-1] for name, values in found.items()}
     for name, highest in (("days", 365), ("limit", 100)):
         if name in given:
             if not (re.fullmatch("[0-9]{1,3}", given[name]) and 1 <= int(given[name]) <= highest):
@@ -3097,25 +2888,23 @@ def _url(host: str, port: int) -> str:
 def curl_line(url: str, key: str) -> str:
     """The command that sends a first crash to a server at `url`."""
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return (f"curl -X POST {url}/api/v1/crashes \\\n"
-            '    -H "Content-Type: application/json" \\\n'
-            f'    -H "X-Backfeedr-Key: {key}" \\\n'
-            f"""    -d '{{"exception_type": "SIGABRT", "occurred_at": "{now}"}}'""")
+    return " \\\n    ".join([f"curl -X POST {url}/api/v1/crashes", '-H "Content-Type: application/json"',
+                           f'-H "X-Backfeedr-Key: {key}"',
+                           f"""-d '{{"exception_type": "SIGABRT", "occurred_at": "{now}"}}'"""])
 
 
 # == Charts ====================================================================
-#
 # Functions from numbers to SVG. Horizontal positions are percentages, so that a chart
 # is as wide as the page has room for. Labels of days are ISO dates.
 
 _HEIGHT, _EDGE = 72, 3  # pixels: the height of a chart, and the margin above and below its lines
 _NO_CHART = '<p class="empty">None in these days.</p>'
+_ROUND = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 50, 60, 80, 100)  # where an axis may end, and tens of times these
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 escape = bottle.html_escape
 
 Values = Sequence[Optional[float]]
-Draw = Callable[[Values, float], str]  # SVG from y positions in pixels, and the percentage from one to the next
 
 
 def _shorten(text: str, length: int = 300) -> str:
@@ -3124,34 +2913,32 @@ def _shorten(text: str, length: int = 300) -> str:
 
 def line_chart(title: str, labels: Sequence[str], values: Values, low: float = 0, unit: str = "") -> str:
     """A line through one value a day, from `low` up, and a dot for today, which is not over. None leaves a gap."""
-    return _chart(title, labels, values, _draw_line, low, unit)
+    def draw(ys: Values, step: float) -> Iterator[str]:
+        xs, today = [f"{(n + 0.5) * step:.2f}%" for n in range(len(ys))], len(ys) - 1
+        starts = {n for n in range(today - 1) if ys[n] is not None and ys[n + 1] is not None}
+        yield from (f'<line x1="{xs[n]}" x2="{xs[n + 1]}" y1="{ys[n]:.1f}" y2="{ys[n + 1]:.1f}"/>' for n in starts)
+        yield from (f'<circle cx="{xs[n]}" cy="{y:.1f}" r="2.5"/>' for n, y in enumerate(ys)
+                    if y is not None and (n == today or not {n - 1, n} & starts))
+    return _chart(title, labels, values, draw, low, unit)
 
 
 def column_chart(title: str, labels: Sequence[str], values: Values) -> str:
     """A column for one value a day."""
-    return _chart(title, labels, values, _draw_columns)
+    def draw(ys: Values, step: float) -> Iterator[str]:
+        return (f'<rect x="{(n + 0.15) * step:.2f}%" width="{0.7 * step:.2f}%" y="{y:.1f}"'
+                f' height="{_HEIGHT - _EDGE - y:.1f}"/>' for n, y in enumerate(ys) if y is not None)
+    return _chart(title, labels, values, draw)
 
 
-def _draw_line(ys: Values, step: float) -> str:
-    xs, today = [f"{(n + 0.5) * step:.2f}%" for n in range(len(ys))], len(ys) - 1
-    starts = [n for n in range(today - 1) if ys[n] is not None and ys[n + 1] is not None]
-    dots = [n for n, y in enumerate(ys) if y is not None and (n == today or not {n - 1, n} & set(starts))]
-    return "".join([
-        *(f'<line x1="{xs[n]}" x2="{xs[n + 1]}" y1="{ys[n]:.1f}" y2="{ys[n + 1]:.1f}"/>' for n in starts),
-        *(f'<circle cx="{xs[n]}" cy="{ys[n]:.1f}" r="2.5"/>' for n in dots)])
-
-
-def _draw_columns(ys: Values, step: float) -> str:
-    return "".join(f'<rect x="{(n + 0.15) * step:.2f}%" width="{0.7 * step:.2f}%" y="{y:.1f}"'
-                   f' height="{_HEIGHT - _EDGE - y:.1f}"/>' for n, y in enumerate(ys) if y is not None)
-
-
-def _chart(title: str, labels: Sequence[str], values: Values, draw: Draw, low: float = 0, unit: str = "") -> str:
+def _chart(title: str, labels: Sequence[str], values: Values, draw: Callable[[Values, float], Iterable[str]],
+           low: float = 0, unit: str = "") -> str:
+    """`draw` makes SVG of the y positions in pixels, and of the percentage from one x position to the next."""
     known = [(value, label) for value, label in zip(values, labels) if value is not None]
     if not known:
         return _NO_CHART
     (highest, peak), (lowest, _) = max(known), min(known)
-    high, step, bottom = 100 if unit else _ceiling(highest), 100 / len(values), _HEIGHT - _EDGE
+    step, bottom, tens = 100 / len(values), _HEIGHT - _EDGE, 10 ** max(0, len(str(int(highest))) - 2)
+    high = 100 if unit else next(tens * each for each in _ROUND if highest <= tens * each)
     ys = [None if value is None else bottom - (bottom - _EDGE) * (value - low) / (high - low) for value in values]
     first, last = _day(labels[0]), _day(labels[-1])
     summary = (f"{title} per day, {first} to {last}: latest {known[-1][0]:,}{unit},"
@@ -3164,15 +2951,8 @@ def _chart(title: str, labels: Sequence[str], values: Values, draw: Draw, low: f
     axis = "".join(f'<line x1="0" x2="100%" y1="{y}" y2="{y}"/>' for y in (_EDGE, bottom))
     return (f'<div class="chart" role="img" aria-label="{summary}">'
             f'<p><span>{high:,}{unit}</span><span>{low:,}{unit}</span></p><svg width="100%" height="{_HEIGHT}">'
-            f'<g class="axis">{axis}</g><g class="marks">{draw(ys, step)}</g>{days}</svg>'
+            f'<g class="axis">{axis}</g><g class="marks">{"".join(draw(ys, step))}</g>{days}</svg>'
             f'<p><span>{first}</span><span>{last}</span></p></div>')
-
-
-def _ceiling(value: float) -> int:
-    """The next round number: 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, ..."""
-    unit = 10 ** max(0, len(str(int(value))) - 2)
-    steps = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 50, 60, 80, 100)
-    return next(unit * step for step in steps if value <= unit * step)
 
 
 def _day(label: str) -> str:
@@ -3188,7 +2968,7 @@ def sparkline(values: Sequence[int], title: str) -> str:
             f'<title>{total}</title><polyline points="{points}"/></svg>')
 
 
-def bar_chart(figures: Figures, total: Optional[int] = None) -> str:
+def bar_chart(figures: JsonObject, total: int | None = None) -> str:
     """A bar for each of the first ten labels, and the count of what is in `total` but not among them."""
     shown = list(zip(figures["labels"], figures["data"]))[:10]
     rest = (sum(figures["data"]) if total is None else total) - sum(count for _, count in shown)
@@ -3204,7 +2984,6 @@ def bar_chart(figures: Figures, total: Optional[int] = None) -> str:
 
 
 # == Dashboard =================================================================
-#
 # The pages, for whoever has the admin token. They load nothing from other hosts and
 # use no JavaScript. What a report contains is hostile: it reaches a page only through
 # `{{ }}` or escape(), an address also through urlencode(), and never a style.
@@ -3234,11 +3013,11 @@ class PageRequest:
         given = parse_qsl(_query(environ))  # without the fields that a form left empty
         self.query = urlencode(given)
         self.address = self.path + ("?" + self.query if self.query else "")
-        self.app: Optional[str] = dict(given).get("app")
-        self.apps: Optional[List[App]] = None  # None unless the browser is signed in
+        self.app: str | None = dict(given).get("app")
+        self.apps: list[App] | None = None  # None unless the browser is signed in
         self.session = self._cookie("backfeedr")
         self.form_secret = self._cookie("backfeedr_form") or secrets.token_hex(16)
-        self.form: Dict[str, str] = {}
+        self.form: dict[str, str] = {}
         scheme = environ.get("wsgi.url_scheme", "")
         forwarded = environ.get("HTTP_X_FORWARDED_PROTO", scheme).split(",")[0].strip().lower()
         self.is_https = "https" in (forwarded, scheme, public_url.partition(":")[0])
@@ -3253,7 +3032,7 @@ class PageRequest:
         host = re.fullmatch(r"[0-9A-Za-z.:\[\]-]+", self.environ.get("HTTP_HOST", ""))
         return self._public_url or f"http{'s' * self.is_https}://{host[0] if host else 'localhost'}{self.root}"
 
-    def parameters(self, *names: str) -> Dict[str, Any]:
+    def parameters(self, *names: str) -> dict[str, Any]:
         return _parameters({"QUERY_STRING": self.query}, *names)
 
     @property
@@ -3283,18 +3062,12 @@ class PageRequest:
                             max_age=SESSION_LIFETIME // SECOND)
 
     def when(self, time_text: str) -> str:
-        """HTML of a time as the API gives it: how long ago it was, and the exact time as a tooltip."""
-        exact = time_text[:19].replace("T", " ")
-        shown = _ago(self.now - parse_time(time_text)) or exact[:10]
+        """HTML of a time as the API gives it: how long ago, or a date; and the exact time as a tooltip."""
+        exact, span = time_text[:19].replace("T", " "), self.now - parse_time(time_text)
+        units = [(DAY, "d"), (HOUR, "h"), (60 * SECOND, "min")]
+        shown = next((f"{span // unit} {name} ago" for unit, name in units if span >= unit), "just now")
+        shown = shown if -MAX_SKEW <= span < 100 * DAY else exact[:10]
         return f'<time datetime="{time_text}" title="{exact} UTC">{shown}</time>'
-
-
-def _ago(span: int) -> str:
-    """A time span in words; "" after 100 days or in the future, where a date says more."""
-    for unit, name in ((DAY, "d"), (HOUR, "h"), (60 * SECOND, "min")):
-        if span >= unit:
-            return f"{span // unit} {name} ago" if span < 100 * DAY else ""
-    return "just now" if span >= -MAX_SKEW else ""
 
 
 class Dashboard:
@@ -3305,7 +3078,7 @@ class Dashboard:
         self.sign_in_limiter = RateLimiter(SIGN_IN_TRIES)
         self._templates = {name: bottle.SimpleTemplate(source) for name, source in _TEMPLATES.items()}
 
-    def routes(self) -> Iterator[Tuple[str, str, Callable[..., Response]]]:
+    def routes(self) -> Iterator[tuple[str, str, Callable[..., Response]]]:
         """Method, path and handler of each page."""
         for method, path, handler in (
                 ("GET", "/", self._overview), ("GET", "/crashes", self._crashes),
@@ -3313,38 +3086,36 @@ class Dashboard:
                 ("GET", "/releases", self._releases), ("GET", "/apps", self._apps),
                 ("POST", "/apps", self._change_apps), ("POST", "/sign-out", self._sign_out),
                 ("GET", "/sign-in", self._sign_in_page), ("POST", "/sign-in", self._sign_in)):
-            yield method, path, self._with_error_pages(handler)
+            yield method, path, partial(self._respond, handler)
 
     def invite(self, url: str) -> str:
         """A link that signs in once, within ten minutes."""
         return f"{url}/sign-in?code={self._store.grant('code', LINK_LIFETIME)}"
 
-    def error_page(self, environ: Environ, status: int, text: str) -> Response:
-        """The page for an error that bottle raised."""
-        return self._error_page(PageRequest(environ, self._store.now, self._public_url), status, text)
+    def request(self, environ: Environ) -> PageRequest:
+        return PageRequest(environ, self._store.now, self._public_url)
 
-    def _error_page(self, page: PageRequest, status: int, text: str) -> Response:
-        return self._render(page, text.capitalize(), "message", status, text=_HINTS.get(status, _HINTS[400]),
-                            target="/", label="To the overview")
+    def _respond(self, handler: PageHandler, **path: str) -> Response:
+        """A page, or a page for the error."""
+        page = self.request(bottle.request.environ)
+        try:
+            return self._check_session(page) or handler(page, **path)
+        except Refusal as refusal:
+            status = 403 if str(refusal) == _FORM_EXPIRED else _STATUS.get(str(refusal), 400)
+            return self.error_page(page, status, str(refusal), refusal.retry_after)
+        except Exception:
+            log.exception("unexpected error")
+            return self.error_page(page, 500, "internal server error")
 
-    def _with_error_pages(self, handler: PageHandler) -> Callable[..., Response]:
-        """The handler as a callback for bottle, with a page for every error."""
-        def respond(**path: str) -> Response:
-            page = PageRequest(bottle.request.environ, self._store.now, self._public_url)
-            try:
-                return self._check_session(page) or handler(page, **path)
-            except Refusal as refusal:
-                status = 403 if str(refusal) == _FORM_EXPIRED else _STATUS.get(str(refusal), 400)
-                response = self._error_page(page, status, str(refusal))
-                if refusal.retry_after is not None:
-                    response.set_header("Retry-After", str(refusal.retry_after))
-                return response
-            except Exception:
-                log.exception("unexpected error")
-                return self._error_page(page, 500, "internal server error")
-        return respond
+    def error_page(self, page: PageRequest, status: int, text: str, retry_after: int | None = None) -> Response:
+        """The page for an error."""
+        response = self._render(page, text.capitalize(), "message", status, text=_HINTS.get(status, _HINTS[400]),
+                                target="/", label="To the overview")
+        if retry_after is not None:
+            response.set_header("Retry-After", str(retry_after))
+        return response
 
-    def _check_session(self, page: PageRequest) -> Optional[Response]:
+    def _check_session(self, page: PageRequest) -> Response | None:
         """Reads the form, if there is one. Returns a page where the browser has to sign in first."""
         is_form = page.environ["REQUEST_METHOD"] == "POST"
         if page.path != "/sign-in":
@@ -3436,14 +3207,14 @@ class Dashboard:
             context=_context(report), has_reasons=len({each.get("exception_reason") for each in reports}) > 1)
 
     def _events(self, page: PageRequest) -> Response:
-        parameters = page.parameters("type", "name", "session_id", "cursor")
+        parameters, title = page.parameters("type", "name", "session_id", "cursor"), "Events"
         if parameters.get("type", "custom") not in EVENT_TYPES:
             raise Refusal("invalid event type")
-        query, title = self._metrics.events, "Events"
         if "session_id" in parameters:
-            query, title = self._metrics.session, "A session"
+            title = "A session"
             parameters = {name: value for name, value in parameters.items() if name not in ("type", "name")}
-        found = query(app=page.app, **parameters, limit=2 * LIST_ROWS)
+        found = self._metrics.events(page.app, **parameters, limit=2 * LIST_ROWS,
+                                     oldest_first="session_id" in parameters)
         return self._render(page, title, "events", **found, parameters=parameters, types=EVENT_TYPES)
 
     def _releases(self, page: PageRequest) -> Response:
@@ -3455,29 +3226,27 @@ class Dashboard:
             app.name: [key for key in keys if key.app == app.name] for app in page.apps})
 
     def _change_apps(self, page: PageRequest) -> Response:
+        """Does what a form of the page of apps asks for."""
+        store, form, name = self._store, page.form, page.form.get("name", "")
         try:
-            return self._apps(page, **self._change(page.form, page.form.get("name", "")))
+            if form.get("action") == "revoke":
+                revoked = store.revoke_key(form.get("key", ""))
+                return self._apps(page, message=f"Revoked the key {revoked.prefix}... of {revoked.app}.")
+            if form.get("action") == "delete":
+                return self._apps(page, message=self._delete_app(name, form.get("typed")))
+            if form.get("action") not in ("create", "key"):
+                raise StoreError("there is no such action")
+            key = store.create_key(name) if form["action"] == "key" else store.create_app(name, "test" in form)
+            return self._apps(page, message=f"The new key of {name}, shown only this once:", key=key)
         except StoreError as error:
             return self._apps(page, 400, problem=str(error).capitalize())
 
-    def _change(self, form: Dict[str, str], name: str) -> Dict[str, str]:
-        """Does what a form of the page of apps asks for. Returns what the page then says."""
-        action = form.get("action")
-        if action == "revoke":
-            key = self._store.revoke_key(form.get("key", ""))
-            return {"message": f"Revoked the key {key.prefix}... of {key.app}."}
-        if action == "delete":
-            return {"message": self._delete_app(name, form.get("typed"))}
-        if action not in ("create", "key"):
-            raise StoreError("there is no such action")
-        new_key = self._store.create_key(name) if action == "key" else self._store.create_app(name, "test" in form)
-        return {"message": f"The new key of {name}, shown only this once:", "key": new_key}
-
-    def _delete_app(self, name: str, typed: Optional[str]) -> str:
-        """Deletes in a thread, because a large app takes longer than a proxy waits for an answer."""
+    def _delete_app(self, name: str, typed: str | None) -> str:
+        """Deletes in a thread, because a large app takes longer than a proxy waits for an answer. Returns what the
+        page then says."""
         if typed != name:
             raise StoreError(f"to delete it, type its name: {name}")
-        errors: List[Exception] = []
+        errors: list[Exception] = []
 
         def delete() -> None:
             try:
@@ -3494,8 +3263,8 @@ class Dashboard:
         return f"{name} is being deleted." if thread.is_alive() else f"Deleted {name} and all that it sent."
 
 
-def _tiles(week: Figures, labels: Sequence[str], crashes: Sequence[int], sessions: Sequence[int],
-           devices: Sequence[int]) -> Iterator[Tuple[str, str, str, str]]:
+def _tiles(week: JsonObject, labels: Sequence[str], crashes: Sequence[int], sessions: Sequence[int],
+           devices: Sequence[int]) -> Iterator[tuple[str, str, str, str]]:
     """Name, value, note and chart of the figures on top of the overview."""
     rates = [crash_free_rate(*day) if any(day) else None for day in zip(crashes, sessions)]
     lowest = min((rate for rate in rates if rate is not None), default=0)
@@ -3511,7 +3280,7 @@ def _tiles(week: Figures, labels: Sequence[str], crashes: Sequence[int], session
         yield name, f"{value:,}", f"7 days; {before:,} in the 7 before", line_chart(name, labels, days)
 
 
-_CONTEXT: Dict[str, Tuple[str, Callable[[Any], str]]] = {
+_CONTEXT: dict[str, tuple[str, Callable[[Any], str]]] = {
     "app": ("App", str), "app_version": ("Version", str), "build_number": ("Build", str),
     "os_version": ("System", str), "device_model": ("Device", str), "locale": ("Locale", str),
     "free_memory_mb": ("Free memory", "{:,} MB".format),
@@ -3520,13 +3289,13 @@ _CONTEXT: Dict[str, Tuple[str, Callable[[Any], str]]] = {
     "device_id_hash": ("Device id", str), "id": ("Report", str)}
 
 
-def _context(report: Figures) -> List[Tuple[str, str]]:
+def _context(report: JsonObject) -> list[tuple[str, str]]:
     """Name and value of what a crash says about the device, then of the fields that this server does not know."""
     known = [(name, as_text(report[field])) for field, (name, as_text) in _CONTEXT.items() if field in report]
     return known + [(name, _as_text(value)) for name, value in report.get("extra", {}).items()]
 
 
-def _frame(frame: Figures) -> Tuple[str, str, bool]:
+def _frame(frame: JsonObject) -> tuple[str, str, bool]:
     """Symbol and place of a frame, with fields such as its library; and whether it is one of the app itself."""
     file, line = frame.get("file"), frame.get("line")
     place = [file if line is None else f"{file}:{line}"] if file else []
@@ -3535,7 +3304,7 @@ def _frame(frame: Figures) -> Tuple[str, str, bool]:
     return frame.get("symbol") or "(no symbol)", ", ".join(place), bool(file)
 
 
-def _details(event: Figures) -> str:
+def _details(event: JsonObject) -> str:
     """The first twenty properties and unknown fields of an event."""
     given = {**event.get("properties", {}), **event.get("extra", {})}
     return ", ".join(f"{name}: {_shorten(_as_text(value), 100)}" for name, value in list(given.items())[:20])
@@ -3554,10 +3323,8 @@ def _options(choices: Iterable[Any], chosen: Any = None) -> str:
 
 
 # == Templates =================================================================
-#
-# The HTML and CSS of the pages. Templates know only `for` and `if`; `{{ }}` escapes,
-# `{{! }}` takes HTML that was made above. What several templates share is a constant
-# or a function with their source, such as _list() and _form().
+# The HTML and CSS of the pages. Templates know only `for` and `if`; `{{ }}` escapes, `{{! }}` takes HTML that was made
+# above. What several templates share is a constant or a function with their source, such as _list() and _form().
 
 _PAGES = (("/", "Overview"), ("/crashes", "Crashes"), ("/events", "Events"), ("/releases", "Releases"),
           ("/apps", "Apps"))
@@ -3924,11 +3691,10 @@ _TEMPLATE_GLOBALS = {
 
 
 # == Backfeedr =================================================================
-#
 # The WSGI callable. A handler reads "decode, check, store, answer"; whoever may
 # not come so far has been turned away before.
 
-class Backfeedr:
+class Backfeedr(Closing):
     """The server as a WSGI callable, for any mount point.
 
     `Backfeedr(db_path="crashes.db")` takes further settings from the environment,
@@ -3941,9 +3707,9 @@ class Backfeedr:
     server; `limiter` takes that of a RateLimiter, which knows of this process only.
     """
 
-    def __init__(self, settings: Optional[Settings] = None, *, clock: Callable[[], float] = time.time,
-                 store: Optional[Store] = None, limiter: Optional[RateLimiter] = None,
-                 announce: Optional[Callable[[str], Any]] = None, **overrides: Any):
+    def __init__(self, settings: Settings | None = None, *, clock: Callable[[], float] = time.time,
+                 store: Store | None = None, limiter: RateLimiter | None = None,
+                 announce: Callable[[str], Any] | None = None, **overrides: Any):
         if settings is not None and overrides:
             raise TypeError("give settings or single ones, not both")
         self.settings = settings or Settings.from_env(**overrides)
@@ -3957,7 +3723,7 @@ class Backfeedr:
         self._requests: Counter = Counter()  # by method, route and status
         self._counting = threading.Lock()
         self.pages = Dashboard(self.store, self.metrics, self.settings.public_url)
-        self._ingestion: Dict[str, Tuple[Callable[[bytes], Reports], Callable[..., Dict[str, Any]]]] = {
+        self._ingestion: dict[str, tuple[Callable[[bytes], Reports], Callable[..., dict[str, Any]]]] = {
             # By path: what makes reports of a body, and an answer of the reports and their seqs.
             "/api/v1/crashes": (lambda body: [parse_crash(decode_json(body))], lambda crashes, seqs: {
                 "id": crash_id(seqs[0]), "group_hash": crashes[0].group_hash}),
@@ -3974,7 +3740,7 @@ class Backfeedr:
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
         method, path = environ.get("REQUEST_METHOD", ""), environ.get("PATH_INFO", "")
         if method == "POST" and path in self._ingestion:  # not through bottle, which would take as long as our own part
-            body, status, headers = _answered(self._answer_submission, environ)
+            body, status, headers = _answer(self._answer_submission, environ)
             start_response(_STATUS_LINES[status], [*headers.items(), ("Content-Length", str(len(body)))])
             self._count(method, path, status)
             return [body]
@@ -3992,12 +3758,6 @@ class Backfeedr:
         """By the route and not the path: a stranger could make up paths without end."""
         with self._counting:
             self._requests[method, rule, status] += 1
-
-    def __enter__(self) -> Backfeedr:
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self.close()
 
     def close(self) -> None:
         """Closes the database. May be called twice."""
@@ -4018,10 +3778,10 @@ class Backfeedr:
                 ("GET", "/crashes", self.admin_route(ask.groups, "version", "days", "text", "limit", "cursor")),
                 ("GET", "/crashes/<group_hash>", self.admin_route(ask.group, "limit", "cursor")),
                 ("GET", "/events", self.admin_route(ask.events, "type", "name", "session_id", "limit", "cursor"))):
-            router.route("/api/v1" + path, method, _by_bottle(handler))
-        router.route("/metrics", "GET", _by_bottle(self._prometheus))
+            router.route("/api/v1" + path, method, partial(_response, handler))
+        router.route("/metrics", "GET", partial(_response, self._prometheus))
         for path in self._ingestion:  # __call__ answers these; here they give a GET its 405
-            router.route(path, "POST", _by_bottle(self._answer_submission))
+            router.route(path, "POST", partial(_response, self._answer_submission))
         for method, path, page in self.pages.routes():
             router.route(path, method, page)
         return router
@@ -4052,19 +3812,23 @@ class Backfeedr:
         so for a request that comes alone, then only answers each."""
         submissions = []
         for environ in environs:
-            environ[_SUBMISSION] = submission = self._decode_submission(environ)
+            environ[_SUBMISSION] = submission = Submission()
             submissions.append(submission)
+            try:
+                self._decode(environ, submission)
+            except Exception as error:
+                if isinstance(error, Refusal):
+                    error.__traceback__ = error.__context__ = None  # which hold the body
+                submission.error = error
         self.store.add_all([each for each in submissions if each.error is None])
-        self._recheck_keys([each for each in submissions if each.key_hash and not each.reports])
-
-    def _recheck_keys(self, refused: Sequence[Submission]) -> None:
-        """A key may have been revoked since it was cached, which a commit finds out, and a refusal must as well.
-        Looks once for each key, because a database that is away makes each look wait."""
+        # A key may have been revoked since it was cached, which a commit finds out, and a refusal must as well.
+        # Each key is looked up once, because a database that is away makes each look wait.
+        refused = [each for each in submissions if each.key_hash and not each.reports]
         for key_hash in {each.key_hash for each in refused}:
             try:
                 error = None if self.store.is_active_key(key_hash) else Refusal("invalid API key")
-            except StorageUnavailable:
-                error = StorageUnavailable()
+            except StorageUnavailable as unavailable:
+                error = unavailable
             for each in refused:
                 if error and each.key_hash == key_hash:
                     each.error = error
@@ -4076,17 +3840,6 @@ class Backfeedr:
         seqs, replayed = submission.result()
         _, answer = self._ingestion[environ["PATH_INFO"]]
         return 200 if replayed else 201, answer(submission.reports, seqs)
-
-    def _decode_submission(self, environ: Environ) -> Submission:
-        """The reports of a request, or the error that answers it."""
-        submission = Submission()
-        try:
-            self._decode(environ, submission)
-        except Exception as error:
-            if isinstance(error, Refusal):
-                error.__traceback__ = error.__context__ = None  # which hold the body
-            submission.error = error
-        return submission
 
     def _decode(self, environ: Environ, submission: Submission) -> None:
         """Checks in the order of the contract: size, key, rate, signature, JSON, fields."""
@@ -4116,13 +3869,13 @@ class Backfeedr:
             raise Refusal("signature required")
         return signature
 
-    def public_route(self, question: Callable[..., Figures], *names: str) -> Handler:
+    def public_route(self, question: Callable[..., JsonObject], *names: str) -> Handler:
         """A route for everyone, or for the admin where public_metrics is off. Takes `app` and these parameters."""
         if not self.settings.public_metrics:
             return self.admin_route(question, *names)
         return lambda environ, **path: (200, question(**path, **_parameters(environ, "app", *names)))
 
-    def admin_route(self, question: Callable[..., Figures], *names: str) -> Handler:
+    def admin_route(self, question: Callable[..., JsonObject], *names: str) -> Handler:
         """A route for the admin."""
         def handler(environ: Environ, **path: str) -> Answer:
             self._check_admin(environ)
@@ -4147,7 +3900,7 @@ class _Router(bottle.Bottle):
     def default_error_handler(self, error: bottle.HTTPError) -> bottle.HTTPResponse:
         environ, status = bottle.request.environ, error.status_code
         if "text/html" in environ.get("HTTP_ACCEPT", "") and not environ["PATH_INFO"].startswith("/api/"):
-            answer = self._pages.error_page(environ, status, ERRORS.get(status, ["invalid request"])[0])
+            answer = self._pages.error_page(self._pages.request(environ), status, _error_text(status))
         else:
             answer = bottle.HTTPResponse(_error_body(status), status, _HEADERS)
         if "Allow" in error.headers:
@@ -4158,7 +3911,7 @@ class _Router(bottle.Bottle):
 _SUBMISSION = "backfeedr.submission"  # in an environ
 
 
-def _answered(handler: Handler, environ: Environ, **path: str) -> Tuple[bytes, int, Dict[str, str]]:
+def _answer(handler: Handler, environ: Environ, **path: str) -> tuple[bytes, int, dict[str, str]]:
     """Body, status and headers of what a handler says, whatever happens: a text as it is, all else as JSON."""
     headers = _HEADERS
     try:
@@ -4175,8 +3928,8 @@ def _answered(handler: Handler, environ: Environ, **path: str) -> Tuple[bytes, i
     return json.dumps(answer).encode(), status, headers
 
 
-def _by_bottle(handler: Handler) -> Callable[..., bottle.HTTPResponse]:
-    return lambda **path: bottle.HTTPResponse(*_answered(handler, bottle.request.environ, **path))
+def _response(handler: Handler, **path: str) -> bottle.HTTPResponse:
+    return bottle.HTTPResponse(*_answer(handler, bottle.request.environ, **path))
 
 
 def first_start_text(made: FirstStart, url: str) -> str:
@@ -4192,7 +3945,6 @@ def first_start_text(made: FirstStart, url: str) -> str:
 
 
 # == Server ====================================================================
-#
 # waitress, and what has to be changed in it: it refuses in JSON, a stop answers every
 # request that was sent, no client's address is logged, and reports that come together
 # share a thread and a commit. Each class below says which fault of waitress it mends.
@@ -4212,21 +3964,19 @@ SWITCH_SECONDS = 0.002  # how long a thread may keep the interpreter while other
 REQUEST_SECONDS = 60  # for a request to arrive, and between two requests of a connection
 SLOWEST = 2000  # bytes a second, of a phone on a bad day: each byte gives its request as much more time
 BATCH_THREADS = 4  # one commits while the next one decodes; with two, 16 clients get 14 % less done
-BATCHED_REQUESTS = 100  # in all batches together; if each is 100 events, as many rows as the store lets wait
-BATCHED_BYTES = 4_000_000  # in all batches together; decoded they take several times as much memory
+BATCHED_REQUESTS = 25  # in a batch; of 100 events each, the batches have as many rows as the store lets wait
+BATCHED_BYTES = 1_000_000  # in a batch; decoded they take several times as much memory
 
 
 def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> None:
-    """Serves until SIGTERM or SIGINT. Raises OSError where it cannot listen, and ImportError without waitress,
-    before it touches the database: a first start's secrets are shown only once.
-
-    `make` makes the server from settings with its real port, and tells `announce` what is to be printed.
-    """
+    """Serves until SIGTERM or SIGINT. Raises OSError where it cannot listen, and ImportError without waitress, before
+    it touches the database: a first start's secrets are shown only once. `make` makes the server from settings with its
+    real port, and tells `announce` what is to be printed."""
     if waitress is None:
         raise ImportError(_MISSING.format("waitress"))
     listener = _listen(settings.host, settings.port)
     settings = replace(settings, port=listener.getsockname()[1])
-    made: List[str] = []
+    made: list[str] = []
     if settings.verbose:
         log.addHandler(logging.StreamHandler())
         log.setLevel(logging.INFO)
@@ -4271,7 +4021,7 @@ class _Parser(HTTPRequestParser):
     """A request parser. Answers two kinds of request that waitress leaves without an answer."""
 
     came = 0.0  # when it was complete
-    environ: Optional[Environ] = None  # once a thread has begun with it
+    environ: Environ | None = None  # once a thread has begun with it
 
     def parse_header(self, header_plus: bytes) -> None:
         try:
@@ -4368,12 +4118,9 @@ class _Dispatcher(ThreadedTaskDispatcher):
     def __init__(self, app: Backfeedr, threads: int):
         super().__init__()
         self.set_thread_count(threads)
-        self.app = app
+        self.app, self.is_stopped = app, False
+        self.coming: SimpleQueue = SimpleQueue()  # of channels whose requests wait for a batch; None wakes a thread
         self.taking = threading.Lock()  # held by the thread that waits for requests and decodes them
-        self.changed = threading.Condition()  # guards what follows
-        self.coming: Deque[_Channel] = deque()  # their requests wait for a batch
-        self.requests = self.bytes = 0  # in all batches
-        self.is_stopped = False
         self.batch_threads = [threading.Thread(target=self.run, daemon=True) for _ in range(BATCH_THREADS)]
         for thread in self.batch_threads:
             thread.start()
@@ -4384,9 +4131,7 @@ class _Dispatcher(ThreadedTaskDispatcher):
         if request.error or not self.app.can_batch(
                 request.command, request.path, request.headers.get("X_BACKFEEDR_KEY", "")):
             return super().add_task(channel)
-        with self.changed:
-            self.coming.append(channel)
-            self.changed.notify()
+        self.coming.put(channel)
 
     def run(self) -> None:
         while not self.is_stopped:
@@ -4394,48 +4139,11 @@ class _Dispatcher(ThreadedTaskDispatcher):
 
     def store_batch(self) -> None:
         """Waits for requests, stores what they carry, and answers each."""
-        batch: List[Tuple[_Channel, int]] = []
+        batch: list[_Channel] = []
         with closing(self.take_all(batch)) as environs:
             self.attempt(self.app.submit_all, environs)
-        with self.changed:
-            self.requests -= len(batch)
-            self.bytes -= sum(size for _, size in batch)
-            self.changed.notify()
-        for channel, _ in batch:
+        for channel in batch:
             self.attempt(channel.service)
-
-    def take_all(self, batch: List[Tuple[_Channel, int]]) -> Iterator[Environ]:
-        """Waits for a request, and takes it and all others that come while the caller decodes. One thread does so
-        at a time. `batch` gets the channels and the sizes of their requests."""
-        with self.taking:
-            with self.changed:
-                self.changed.wait_for(lambda: self.is_stopped or self.has_next())
-            while self.take_next(batch):
-                channel, _ = batch[-1]
-                if not channel.connected:
-                    continue
-                request = channel.requests[0]
-                environ = _AppTask(channel, request).get_environment()
-                if time.monotonic() - request.came <= BUSY_TIMEOUT:
-                    yield environ
-                else:  # there was no room for so long
-                    environ[_SUBMISSION] = Submission(error=StorageUnavailable())
-
-    def has_next(self) -> bool:
-        """Whether a request waits, and there is room for it."""
-        return bool(self.coming) and self.requests < BATCHED_REQUESTS and self.bytes < BATCHED_BYTES
-
-    def take_next(self, batch: List[Tuple[_Channel, int]]) -> bool:
-        with self.changed:
-            if not self.has_next():
-                return False
-            channel = self.coming.popleft()
-            request = channel.requests[0]
-            is_packed = "CONTENT_ENCODING" in request.headers  # and may become as large as any
-            size = self.app.settings.max_body_size if is_packed else request.body_bytes_received
-            self.requests, self.bytes = self.requests + 1, self.bytes + size
-            batch.append((channel, size))
-            return True
 
     def attempt(self, step: Callable[..., Any], *arguments: Any) -> None:
         """Logs an error, which must not end the thread or keep others from their answers."""
@@ -4444,10 +4152,27 @@ class _Dispatcher(ThreadedTaskDispatcher):
         except BaseException:
             log.exception("unexpected error")
 
+    def take_all(self, batch: list[_Channel]) -> Iterator[Environ]:
+        """Waits for a request, and takes it and all others that come while the caller decodes, into `batch`."""
+        with self.taking, suppress(Empty):
+            channel, size = self.coming.get(), 0
+            while channel:
+                batch.append(channel)
+                request = channel.requests[0]
+                environ = _AppTask(channel, request).get_environment()
+                if time.monotonic() - request.came > BUSY_TIMEOUT:  # no thread was free for so long
+                    environ[_SUBMISSION] = Submission(error=StorageUnavailable())
+                elif channel.connected:
+                    yield environ
+                is_packed = "CONTENT_ENCODING" in request.headers  # and may become as large as any
+                size += self.app.settings.max_body_size if is_packed else request.body_bytes_received
+                has_room = len(batch) < BATCHED_REQUESTS and size < BATCHED_BYTES
+                channel = self.coming.get_nowait() if has_room else None
+
     def shutdown(self, *arguments: Any, **options: Any) -> bool:
-        with self.changed:
-            self.is_stopped = True
-            self.changed.notify_all()
+        self.is_stopped = True
+        for _ in self.batch_threads:
+            self.coming.put(None)
         for thread in self.batch_threads:
             thread.join(timeout=1)
         return super().shutdown(*arguments, **options)
@@ -4479,15 +4204,13 @@ def _request_line(request: Any) -> str:
 def _connection_limit(threads: int) -> int:
     """As many connections as there are files for: two each, as a large body takes one, beside the database's."""
     files = 1024
-    try:
+    with suppress(ImportError, ValueError, OSError):
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         endless = resource.RLIM_INFINITY
         files = 4096 if hard == endless else min(4096, hard)
         if soft != endless and soft < files:
             resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
-    except (ImportError, ValueError, OSError):
-        pass
     return max(50, min(1000, (files - 3 * threads - 50) // 2))
 
 
@@ -4511,7 +4234,6 @@ def _drain(server: Any) -> None:
 
 
 # == Operations ================================================================
-#
 # Back up, export, import and check a database while the server runs. What takes
 # long calls `progress` with how far it has come.
 
@@ -4525,10 +4247,8 @@ Progress = Callable[..., Any]
 
 
 def backup(store: Store, path: Path, progress: Progress) -> None:
-    """Copies the database as it is now to a new file that only its owner can read. Raises StoreError.
-
-    The copy gets its name only when it is complete.
-    """
+    """Copies the database as it is now to a new file that only its owner can read. Raises StoreError. The copy gets its
+    name only when it is complete."""
     if path.exists():
         raise StoreError(f"there is a file {path} already")
     try:
@@ -4553,23 +4273,21 @@ def _copy_database(store: Store, path: str, progress: Progress) -> None:
         db.execute("commit")
 
 
-def export_jsonl(reports: Iterable[StoredReport], out: TextIO) -> None:
-    """Writes one JSON object per line: the report as it was sent, with its id, app and time of receipt."""
-    for stored in reports:
-        out.write(_encode(_exported(stored)) + "\n")
+def write_jsonl(out: TextIO, stored: StoredReport) -> None:
+    """Writes a report as a line of JSON: as it was sent, with its id, app and time of receipt."""
+    out.write(_encode(_exported(stored)) + "\n")
 
 
-def export_csv(reports: Iterable[StoredReport], out: TextIO, kind: type) -> None:
-    """Writes the same as a table with a header. A spreadsheet reads no cell of it as a formula."""
+def csv_writer(out: TextIO, kind: type) -> Callable[[StoredReport], Any]:
+    """Writes reports as a table with a header. A spreadsheet reads no cell of it as a formula."""
     table = csv.DictWriter(out, ["id", "app", "is_test", "received_at", *kind._fields])
     table.writeheader()
-    for stored in reports:
-        table.writerow({name: _csv_cell(value) for name, value in _exported(stored).items()})
+    return lambda stored: table.writerow({name: _csv_cell(value) for name, value in _exported(stored).items()})
 
 
-def _exported(stored: StoredReport) -> Figures:
+def _exported(stored: StoredReport) -> JsonObject:
     report_id = crash_id(stored.seq) if type(stored.report) is Crash else event_ids([stored.seq])[0]
-    return _shown({"id": report_id, "app": stored.app, "is_test": stored.is_test, "received_at": stored.received_at,
+    return as_sent({"id": report_id, "app": stored.app, "is_test": stored.is_test, "received_at": stored.received_at,
                    **stored.report._asdict()}, exact_time)
 
 
@@ -4584,7 +4302,7 @@ _EXPORTED_FIELDS = {"app": _is_short_text, "id": _is_short_text, "is_test": _CRA
 
 
 def _parse_exported(line: bytes) -> StoredReport:
-    """A report from a line of `export_jsonl`, checked like one from a client. Raises Refusal."""
+    """A report from a line of `write_jsonl`, checked like one from a client. Raises Refusal."""
     given = {"extra": {}, **decode_json(line)}
     given.pop("group_hash", None)  # computed again
     app, report_id, is_test, received_at, extra = (
@@ -4598,10 +4316,8 @@ def _parse_exported(line: bytes) -> StoredReport:
 
 
 def import_jsonl(store: Store, lines: Iterable[bytes], progress: Progress) -> Counter:
-    """Stores what `export_jsonl` wrote and returns the summed counts of `Store.import_`.
-
-    Raises StoreError with the number of the first bad line; the good lines before it are stored then.
-    """
+    """Stores what `write_jsonl` wrote and returns the summed counts of `Store.import_`. Raises StoreError with the
+    number of the first bad line; the good lines before it are stored then."""
     counts: Counter = Counter()
     try:
         for batch in _import_batches(lines):
@@ -4613,8 +4329,8 @@ def import_jsonl(store: Store, lines: Iterable[bytes], progress: Progress) -> Co
     return counts
 
 
-def _import_batches(lines: Iterable[bytes]) -> Iterator[List[StoredReport]]:
-    batch: List[StoredReport] = []
+def _import_batches(lines: Iterable[bytes]) -> Iterator[list[StoredReport]]:
+    batch: list[StoredReport] = []
     size = 0
     for number, line in enumerate(lines, 1):
         try:
@@ -4635,14 +4351,11 @@ def _read_only_mode(path: Path) -> str:
     return "ro" if Path(f"{path}-wal").exists() else "ro&immutable=1"
 
 
-class ReadOnlyConnection(Connection):
-    """A connection that changes neither the database nor the files beside it."""
-
-    def __init__(self, path: Path):
-        super().__init__(path, True, _read_only_mode(path))
+def _open_read_only(path: Path) -> Connection:
+    return Connection(path, True, _read_only_mode(path))
 
 
-def check(path: Path) -> Iterator[Tuple[str, Callable[[], str]]]:
+def check(path: Path) -> Iterator[tuple[str, Callable[[], str]]]:
     """The checks of a database, by name. Each returns what it found, or raises what is wrong."""
     yield "SQLite", check_sqlite
     yield "disk", lambda: _check_disk(path)
@@ -4668,7 +4381,7 @@ def _check_access(path: Path) -> str:
 
 
 def _check_schema(path: Path) -> str:
-    with closing(ReadOnlyConnection(path)) as db, closing(sqlite3.connect(":memory:")) as fresh:
+    with closing(_open_read_only(path)) as db, closing(sqlite3.connect(":memory:")) as fresh:
         check_is_ours(db, path)
         version = db.pragma("user_version")
         if not version:
@@ -4676,13 +4389,12 @@ def _check_schema(path: Path) -> str:
         if version < SCHEMA_VERSION:
             return f"version {version}, which the next start upgrades to version {SCHEMA_VERSION}"
         fresh.executescript(SCHEMA)
-        missing = _schema_parts(fresh) - _schema_parts(db)
-        if missing:
+        if missing := _schema_parts(fresh) - _schema_parts(db):
             raise StoreError(f"there is no {', '.join(sorted(missing))}")
         return f"version {version}"
 
 
-def _schema_parts(db: sqlite3.Connection) -> Set[str]:
+def _schema_parts(db: sqlite3.Connection) -> set[str]:
     """The tables and indexes, each with each of its columns."""
     return {f"{kind} {name}" + f" with {column}" * bool(column) for kind, name, column in db.execute("""
         select master.type, master.name, columns.name
@@ -4691,12 +4403,11 @@ def _schema_parts(db: sqlite3.Connection) -> Set[str]:
         union
         select master.type, master.name, columns.name
         from sqlite_master as master cross join pragma_index_info(master.name) as columns
-        where master.type = 'index'
-        """) if not name.startswith("sqlite_")}
+        where master.type = 'index'""") if not name.startswith("sqlite_")}
 
 
 def _check_pages(path: Path) -> str:
-    with closing(ReadOnlyConnection(path)) as db:
+    with closing(_open_read_only(path)) as db:
         found = db.pragma("quick_check(1)")
         if found != "ok":
             raise StoreError(" ".join(found.splitlines()[-1:]))
@@ -4704,10 +4415,8 @@ def _check_pages(path: Path) -> str:
 
 
 def _check_roll_ups(path: Path) -> str:
-    """Counts all reports again, by the same code into tables of its own, and compares.
-
-    Sums outlive their reports. So where some have expired, a sum may be larger than what is counted again.
-    """
+    """Counts all reports again, by the same code into tables of its own, and compares. Sums outlive their reports. So
+    where some have expired, a sum may be larger than what is counted again."""
     with closing(sqlite3.connect("", isolation_level=None, uri=True)) as db:  # "": a temporary file
         db.execute("attach database ? as stored", (f"{path.as_uri()}?mode={_read_only_mode(path)}",))
         run_script(db, FIGURE_TABLES)
@@ -4759,8 +4468,7 @@ def _unequal_tables(db: sqlite3.Connection, figure: Figure, expired: int) -> Ite
                 select 1 from main.{table} as ours where {settled if "device" in table else ""} not exists (
                     select 1 from stored.{table} as theirs
                     where {same} and theirs.{first} <= ours.{first} and theirs.{last} >= ours.{last})
-                limit 1
-                """, {"settled": expired and expired + first_seq(HOUR)}).fetchone():
+                limit 1""", {"settled": expired and expired + first_seq(HOUR)}).fetchone():
             yield table
 
 
@@ -4769,20 +4477,22 @@ def _megabytes(size: int) -> str:
 
 
 # == Command line ==============================================================
-#
 # Every command works while the server runs: they share nothing but the file. To
 # add one, write its function and add a row to _COMMANDS.
 
-def main(argv: Optional[Sequence[str]] = None, make: Callable[..., Backfeedr] = Backfeedr,
+def main(argv: Sequence[str] | None = None, make: Callable[..., Backfeedr] = Backfeedr,
          open_store: Callable[..., Store] = Store) -> int:
     """Runs a command. Returns 0, or 1 after an error; exits with 2 for wrong usage."""
     try:
         arguments = _parser().parse_args(argv)
         overrides = {each.name: getattr(arguments, each.name) for each in fields(Settings)
                      if hasattr(arguments, each.name)}
-        if arguments.run in (_serve, _check):
-            return arguments.run(overrides, make)
+        if arguments.run is _check:
+            return _check(overrides)
         settings = Settings.from_env(**overrides)
+        if arguments.run is serve:
+            serve(settings, make)
+            return 0
         retention_days = settings.retention_days if os.environ.get("BACKFEEDR_RETENTION_DAYS") else None
         with open_store(settings.db_path, retention_days=retention_days,
                         may_create=arguments.run in (_app_create, _import)) as store:
@@ -4803,28 +4513,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="backfeedr", description=(
         "Crash reports and usage figures for iOS apps, on your own host. Without a command, it serves."))
     parser.add_argument("--version", action="version", version=f"backfeedr {__version__}")
-    _add_arguments(parser, _serve, _SERVER)
     groups = {"": parser.add_subparsers(title="commands", metavar="COMMAND")}
-    for name, run, text, arguments in _COMMANDS:
+    for name, run, text, arguments in (("", serve, "", _SERVER), *_COMMANDS):
         noun, _, verb = name.rpartition(" ")
         if noun not in groups:
             verbs = [each.split()[1] for each, *_ in _COMMANDS if each.startswith(noun + " ")]
             group = groups[""].add_parser(noun, help=", ".join(verbs))
             groups[noun] = group.add_subparsers(metavar="ACTION", required=True)
-        _add_arguments(groups[noun].add_parser(verb, help=text, description=text), run, arguments)
+        command = groups[noun].add_parser(verb, help=text, description=text) if name else parser
+        command.set_defaults(run=run)
+        for argument, options in {**_DB, **arguments}.items():
+            # Without a default, one that is not given stays unset, so that the environment decides.
+            command.add_argument(argument, **{"default": argparse.SUPPRESS, **options})
     return parser
-
-
-def _add_arguments(parser: argparse.ArgumentParser, run: Callable[..., Any], arguments: _Arguments) -> None:
-    """What has no default stays unset, so that a setting comes from the environment."""
-    parser.set_defaults(run=run)
-    for name, options in {**_DB, **arguments}.items():
-        parser.add_argument(name, **{"default": argparse.SUPPRESS, **options})
-
-
-def _serve(overrides: Dict[str, Any], make: Callable[..., Backfeedr]) -> int:
-    serve(Settings.from_env(**overrides), make=make)
-    return 0
 
 
 def _app_create(store: Store, arguments: argparse.Namespace) -> None:
@@ -4893,8 +4594,8 @@ def _prune(store: Store, arguments: argparse.Namespace) -> None:
                   f" of {_megabytes(size)}.")
 
 
-def _report_counts(rows: Mapping[str, int]) -> str:
-    crashes, events = rows.get("crashes", 0), rows.get("events", 0)
+def _report_counts(rows: Counter) -> str:
+    crashes, events = rows["crashes"], rows["events"]
     return f"{crashes:,} crash{'es' * (crashes != 1)} and {events:,} event{'s' * (events != 1)}"
 
 
@@ -4908,19 +4609,13 @@ def _export(store: Store, arguments: argparse.Namespace) -> None:
     kind, out = _KINDS[arguments.KIND], sys.stdout
     out.reconfigure(encoding="utf-8", newline="")  # type: ignore[union-attr]
     with _progress("exporting: {:,} " + arguments.KIND, out.isatty()) as progress:
-        reports = _with_progress(store.export(kind, arguments.app, arguments.since), progress)
-        if arguments.format == "csv":
-            export_csv(reports, out, kind)
-        else:
-            export_jsonl(reports, out)
+        reports = store.export(kind, arguments.app, arguments.since)
+        write = csv_writer(out, kind) if arguments.format == "csv" else partial(write_jsonl, out)
+        for number, stored in enumerate(reports, 1):
+            write(stored)
+            if number % PAGE_ROWS == 0:
+                progress(number)
         out.flush()
-
-
-def _with_progress(reports: Iterable[StoredReport], progress: Progress) -> Iterator[StoredReport]:
-    for number, stored in enumerate(reports, 1):
-        yield stored
-        if number % PAGE_ROWS == 0:
-            progress(number)
 
 
 def _import(store: Store, arguments: argparse.Namespace) -> None:
@@ -4930,7 +4625,7 @@ def _import(store: Store, arguments: argparse.Namespace) -> None:
                   f" {counts['expired']:,} are older than the retention.")
 
 
-def _check(overrides: Dict[str, Any], make: Callable[..., Backfeedr]) -> int:
+def _check(overrides: dict[str, Any]) -> int:
     path = overrides.get("db_path") or os.environ.get("BACKFEEDR_DB_PATH") or Settings.db_path
     status = 0
     for name, look in chain([("settings", lambda: f"{len(fields(Settings.from_env(**overrides)))}, all good")],
@@ -4975,7 +4670,7 @@ def _print_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         print("  ".join(str(cell).ljust(width) for cell, width in zip(line, widths)).rstrip())
 
 
-def _date(time_ms: Optional[int]) -> str:
+def _date(time_ms: int | None) -> str:
     return "-" if time_ms is None else iso_time(time_ms)[:10]
 
 
@@ -5004,7 +4699,7 @@ _SERVER = {
     "--port": dict(type=int, help="the port (default: 8080); 0 takes a free one"),
     "--verbose": dict(action="store_true", help="log a line for each request, on standard error")}
 _COMMANDS = (  # name, function, help, arguments beside --db
-    ("serve", _serve, "start the server", _SERVER),
+    ("serve", serve, "start the server", _SERVER),
     ("app create", _app_create, "make an app and print its first key", {
         **_APP_NAME, "--test": dict(action="store_true", default=False, help="a test app: it is in no public figure")}),
     ("app list", _app_list, "list the apps", {}),
