@@ -1300,10 +1300,6 @@ def test_crashes_and_events_share_the_limit_of_releases(api):
     assert list(map(sum, zip(*sums.values()))) == [60, 60] and sums["(other)"] == [0, 21]
 
 
-def public_answers(server):
-    return {path.rpartition("/")[2]: Api(server).get(path)[1] for path in METRICS}
-
-
 def test_other_is_shown_like_any_name_with_its_reports_as_they_came_until_they_are_forgotten_or_expire(
         one_day, later, monkeypatch):
     for field in backfeedr.NEW_NAMES:
