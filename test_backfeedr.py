@@ -919,8 +919,7 @@ def test_an_expiry_that_fails_costs_no_report_and_is_tried_again(one_day, clock,
     assert (count(one_day, "crashes"), count(one_day, "events")) == (0, 2)
 
 
-def test_reports_and_the_counts_of_what_is_kept_expire_with_commits_but_once_a_second(
-        one_day, clock, later, monkeypatch):
+def test_reports_and_the_counts_of_what_is_kept_expire_once_a_second_at_most(one_day, clock, later, monkeypatch):
     api, left = Api(one_day), []
     add(one_day, device_model="iPhone16,1")
     add(one_day, type="custom")
@@ -1146,8 +1145,7 @@ def test_a_session_is_of_one_device_and_leaves_its_events_that_have_none_when_th
     assert len(api.get("/api/v1/events?session_id=s", **ADMIN)[1]["events"]) == 1
 
 
-def test_an_app_is_deleted_in_bounded_steps_with_everything_and_further_where_it_was_cut_off(
-        serve, clock, monkeypatch):
+def test_an_app_is_deleted_in_bounded_steps_with_everything_and_further_if_it_was_cut_off(serve, clock, monkeypatch):
     server, step = serve(), Store.writing_step
     api, store = Api(server), server.store
     fill(server, clock, 7, 80)
@@ -1300,8 +1298,7 @@ def test_crashes_and_events_share_the_limit_of_releases(api):
     assert list(map(sum, zip(*sums.values()))) == [60, 60] and sums["(other)"] == [0, 21]
 
 
-def test_other_is_shown_like_any_name_with_its_reports_as_they_came_until_they_are_forgotten_or_expire(
-        one_day, later, monkeypatch):
+def test_other_is_shown_like_any_name_with_its_reports_until_they_are_forgotten_or_expire(one_day, later, monkeypatch):
     for field in backfeedr.NEW_NAMES:
         monkeypatch.setitem(backfeedr.NEW_NAMES, field, 1)
     api = Api(one_day)
@@ -1637,8 +1634,7 @@ def columns_of(path):
 
 @sqlite_only
 @pytest.mark.parametrize("version", range(1, backfeedr.SCHEMA_VERSION))
-def test_a_database_of_an_earlier_version_becomes_as_a_new_one_and_keeps_its_reports(
-        tmp_path, keeping, serve, version):
+def test_a_database_of_an_earlier_version_becomes_as_new_and_keeps_its_reports(tmp_path, keeping, serve, version):
     path = tmp_path / "test.db"
     make_old_database(path, version)
     reports = [rows_by_name(path, f"select * from {table}") for table in ("crashes", "events")]
