@@ -205,8 +205,8 @@ create table keys (
     key_hash blob primary key,             -- SHA-256; the key itself is stored nowhere
     app_id integer not null, prefix text not null, created_at integer not null, revoked_at integer
 ) without rowid;
-create table secrets (name text primary key, hash blob not null)  -- 'admin_token'
-    without rowid;
+create table secrets (                     -- 'admin_token'
+    name text primary key, hash blob not null) without rowid;
 create table grants (                      -- browser sessions and one-time links, by their SHA-256
     hash blob primary key, expires_at integer not null) without rowid;
 
