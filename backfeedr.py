@@ -25,6 +25,7 @@ The rooms, each of which uses only those above it (but Templates, which stand be
     Figures         what is counted: tables, counting and question of each figure
     Database        connections, transactions, migrations
     Apps            apps, keys, the admin
+    Commit          how reports become rows, those of several requests together
     Store           the one write path, export, and how reports go again
     Metrics         the questions asked of the store
     Requests        what a request carries, and what a client may be told
@@ -80,12 +81,12 @@ from datetime import date, datetime, timezone
 from difflib import get_close_matches
 from functools import lru_cache, partial, reduce
 from http import HTTPStatus
-from itertools import accumulate, chain, groupby, repeat
+from itertools import accumulate, chain, groupby, product, repeat
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, BinaryIO, Callable, NamedTuple, Optional, TextIO, Union
-from urllib.parse import parse_qs, parse_qsl, quote, urlencode
+from urllib.parse import parse_qs, parse_qsl, quote, urlencode, urlsplit
 
 _MISSING = ("{} is missing; 'python3 -m venv .venv && .venv/bin/pip install bottle waitress' installs what it needs,"
             " and .venv/bin/python runs it")  # many systems' own Python refuses new packages
@@ -114,10 +115,13 @@ class SettingsError(ValueError):
 
 
 _RANGES = {"port": (0, 65535), "rate_limit": (0, 1_000_000), "max_body_size": (1, 1 << 30),
-           "retention_days": (0, 36_500), "threads": (1, 1_000)}
+           "retention_days": (0, 36_500), "max_db_size": (0, 1 << 50), "threads": (1, 1_000)}
 _TYPE_NAMES = {str: "a text", int: "a whole number", bool: "1 or 0"}
 _BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 _PREFIX = "BACKFEEDR_"
+# What it gives the containers beside services whose names begin with ours.
+_KUBERNETES = re.compile(r"BACKFEEDR_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)=.*|PORT(_[0-9]+_\w+)?=.*://.*"
+                         r"|PORT_[0-9]+_[A-Z]+_(PROTO|PORT|ADDR)=.*)")
 _CLIENT_VARIABLES = {"BACKFEEDR_ENDPOINT"}  # where examples/client.py sends to
 
 
@@ -133,6 +137,7 @@ class Settings:
     rate_limit: int = 100                            # requests a minute and key; 0 is off
     max_body_size: int = 1_048_576                   # bytes, as sent and again after decompression
     retention_days: int = 90                         # since receipt; 0 keeps all
+    max_db_size: int = 0                             # bytes, beyond which the oldest reports go early; 0 is off
     require_signature: bool = False
     public_metrics: bool = True
     threads: int = 32
@@ -152,6 +157,8 @@ class Settings:
                 raise SettingsError(each.name, "begins or ends with a space, or has a control character")
         if not self.host:
             raise SettingsError("host", "must name a host")
+        if 0 < len(self.auth_token) < 16:
+            raise SettingsError("auth_token", "has fewer than 16 characters, so that it could be guessed")
         if self.db_path in ("", ":memory:"):
             raise SettingsError("db_path", "must name a file")
         if not re.fullmatch(r"(https?://[A-Za-z0-9.:\[\]-]+(/[A-Za-z0-9._~%/-]*)?)?", self.public_url):
@@ -165,6 +172,9 @@ class Settings:
         environ = os.environ if environ is None else environ
         variables = {_PREFIX + each.name.upper(): each for each in fields(cls)}
         given = {name: text for name, text in environ.items() if text and name.startswith(_PREFIX)}
+        if ignored := sorted(name for name, text in given.items() if _KUBERNETES.fullmatch(f"{name}={text}")):
+            log.warning("ignored %s: Kubernetes sets them for a service", ", ".join(ignored))
+            given = {name: text for name, text in given.items() if name not in ignored}
         if unknown := sorted(given.keys() - variables.keys() - _CLIENT_VARIABLES):
             names = [name[len(_PREFIX):] for name in variables]
             close = get_close_matches(unknown[0][len(_PREFIX):], names, 1)
@@ -173,10 +183,10 @@ class Settings:
         values = {each.name: _from_text(given[name], type(each.default))
                   for name, each in variables.items() if name in given}
         try:
-            return cls(**{**values, **overrides})
-        except SettingsError as error:
-            name = error.name if error.name in overrides else _PREFIX + error.name.upper()
-            raise SettingsError(name, error.problem) from None
+            cls(**values)
+        except SettingsError as error:  # also where something else is given instead
+            raise SettingsError(_PREFIX + error.name.upper(), error.problem) from None
+        return cls(**{**values, **overrides})
 
 
 def _from_text(text: str, kind: type) -> Any:
@@ -197,6 +207,11 @@ def _from_text(text: str, kind: type) -> Any:
 APPLICATION_ID = 0x62666472  # "bfdr": tells our files from other people's
 SCHEMA_VERSION = 3
 
+GROUP_INDEX = """
+create index crashes_by_group on crashes (  -- covers what groups are counted by
+    app_id, group_hash, received_at, occurred_at, clock_ahead_ms, app_version, os_version, device_model,
+    device_id_hash);
+"""
 REPORT_TABLES = """
 create table apps (
     id integer primary key autoincrement,  -- never given twice
@@ -213,20 +228,19 @@ create table grants (                      -- browser sessions and one-time link
 create table crashes (
     seq integer primary key, id text generated always as (printf('%016x', seq)) virtual,
     app_id integer not null, received_at integer not null, occurred_at integer not null,
+    clock_ahead_ms integer not null default 0,  -- by how much the device's clock was fast
     other integer not null default 0,      -- bits of the fields that count as '(other)': see NewNames
     group_hash text not null, exception_type text not null,
     app_version text, build_number text, os_version text, device_model text, device_id_hash text,
-    locale text, free_memory_mb numeric, battery_level real,  -- 0 to 1; -1 is unknown
+    session_id text, locale text, free_memory_mb numeric, battery_level real,  -- 0 to 1; -1 is unknown
     is_charging integer,
     -- Long values come last: SQLite reads a row only up to the last column it needs.
     -- stack_trace is JSON, and so is extra, which has the fields that this server does not know.
     exception_reason text, stack_trace text, extra text);
-create index crashes_by_group on crashes (  -- covers what groups are counted by
-    app_id, group_hash, received_at, occurred_at, app_version, os_version, device_model, device_id_hash);
 create table events (
     seq integer primary key, id text generated always as (printf('evt_%016x', seq)) virtual,
     app_id integer not null, received_at integer not null, occurred_at integer not null,
-    other integer not null default 0,
+    clock_ahead_ms integer not null default 0, other integer not null default 0,
     type text not null, name text,
     app_version text, os_version text, device_model text, device_id_hash text, session_id text, locale text,
     properties text, extra text);
@@ -238,10 +252,12 @@ create table replays (                     -- how a stored request is recognised
     received_at integer not null, primary key (app_id, mark)) without rowid;
 create index replays_by_age on replays (received_at);
 
--- retention_days; last_seq, the highest that was given; expired_crashes and expired_events,
--- the highest that has expired; trimmed_day, on which old sums were deleted last.
+create table given_seqs (                  -- all seqs that were ever given are within these
+    first integer primary key, last integer not null);
+-- retention_days; expired_crashes and expired_events, the highest seq that has expired, and early_ with the id of an
+-- app, the highest of its that went early; trimmed_day, on which old sums were deleted last.
 create table state (name text primary key, value integer not null) without rowid;
-"""
+""" + GROUP_INDEX
 
 
 # == Values ====================================================================
@@ -255,12 +271,12 @@ SEQ_BITS = 20  # of a seq's counter within a millisecond
 
 
 class Refusal(Exception):
-    """A request that is not taken. `str()` is what the client is told, `retry_after` after how many seconds the same
-    request may succeed."""
+    """A request that is not taken. `str()` is what the client is told, `detail` what may help its developer, and
+    `retry_after` after how many seconds the same request may succeed."""
 
-    def __init__(self, text: str, retry_after: int | None = None):
+    def __init__(self, text: str, retry_after: int | None = None, detail: str = ""):
         super().__init__(text)
-        self.retry_after = retry_after
+        self.retry_after, self.detail = retry_after, detail
 
 
 class StorageUnavailable(Refusal):
@@ -272,7 +288,7 @@ class StorageUnavailable(Refusal):
 
 _RFC3339 = re.compile(
     r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt]([01][0-9]|2[0-3]):([0-5][0-9]):([0-5][0-9])(?:\.([0-9]{1,9}))?"
-    r"(?:[Zz]|([+-])([01][0-9]|2[0-3]):([0-5][0-9]))")
+    r"(?:[Zz]|([+-])([01][0-9]|2[0-3]):?([0-5][0-9]))")
 _DAY_ZERO = date(1970, 1, 1).toordinal()
 
 
@@ -286,6 +302,21 @@ def parse_time(text: str) -> int:
     offset = int(sign + "1") * (int(zone_hours) * HOUR + int(zone_minutes) * 60_000) if sign else 0
     return ((date.fromisoformat(day).toordinal() - _DAY_ZERO) * DAY + int(hours) * HOUR + int(minutes) * 60_000
             + int(seconds) * SECOND + int((fraction or "")[:3].ljust(3, "0")) - offset)
+
+
+def parse_occurred_at(value: Any) -> int:
+    """Milliseconds since 1970 UTC of the time in a report. A number is seconds since 1970, or if that would be before
+    2008, since 2001, which is Swift's default; from 1e12 on it is milliseconds. Raises ValueError."""
+    if type(value) in (int, float):
+        time_ms = value if value >= 1e12 else SECOND * (value if value >= 1.2e9 else value + 978_307_200)
+        if not (1 - _DAY_ZERO) * DAY <= time_ms < (date.max.toordinal() + 1 - _DAY_ZERO) * DAY:
+            raise ValueError("is not within the years 1 to 9999")
+        return int(time_ms)
+    try:
+        return parse_time(value)
+    except (ValueError, TypeError):
+        has_no_zone = type(value) is str and _RFC3339.fullmatch(value + "Z")
+        raise ValueError("has no zone" if has_no_zone else "is not a time like 2026-03-12T14:22:31Z") from None
 
 
 def iso_time(time_ms: int) -> str:
@@ -309,13 +340,20 @@ def exact_time(time_ms: int) -> str:
 EPOCH = 1_167_609_600_000  # 2007, when the first iPhone came: an earlier time is that of a clock that was never set
 
 
-def counted_at(occurred_at: int, received_at: int) -> int:
-    """When a report counts: at the device's time, unless its clock is fast or was never set."""
-    return occurred_at if EPOCH <= occurred_at <= received_at + MAX_SKEW else received_at
+def clock_ahead(latest: int, now: int) -> int:
+    """By how many milliseconds the clock is fast whose latest time this is. All reports of a request are moved by it,
+    so that durations stay right."""
+    return latest - now if latest > now + MAX_SKEW else 0
 
 
-COUNTED_AT = (f"case when occurred_at between {EPOCH} and received_at + {MAX_SKEW} then occurred_at"
-              " else received_at end")  # in SQL
+def counted_at(occurred_at: int, received_at: int, ahead_ms: int) -> int:
+    """When a report counts: at the device's time, as far as its clock is fast before it; at receipt, if the clock was
+    never set."""
+    return occurred_at - ahead_ms if EPOCH <= occurred_at - ahead_ms <= received_at + MAX_SKEW else received_at
+
+
+COUNTED_AT = (f"case when occurred_at - clock_ahead_ms between {EPOCH} and received_at + {MAX_SKEW}"
+              " then occurred_at - clock_ahead_ms else received_at end")  # in SQL
 
 
 def first_seq(received_at: int) -> int:
@@ -357,39 +395,46 @@ def group_hash(exception_type: str, frames: Sequence[Mapping[str, Any]]) -> str:
 
 
 # == Payloads ==================================================================
-# JSON in, a crash or an event out, or a Refusal; the code below trusts what comes
-# from here. A report is a namedtuple whose fields are its columns.
+# JSON in, a crash or an event out, or a Refusal; the code below trusts what comes from here. A report is a namedtuple
+# whose fields are its columns. A developer sees at once that a required field is missing or wrong; what only some
+# phones send must not cost a report, so other fields are converted, cut, or kept as they came, under `extra`.
 
 EVENT_TYPES = ("session_start", "session_end", "error", "custom")
 MAX_BATCH = 100  # events
 MAX_TEXT = 500  # characters of versions, models, types, names, ids, locale
 MAX_DEPTH = 64  # of nested JSON: far above any SDK's, far below Python's recursion limit
 MAX_NUMBER = (1 << 63) - 1
+MAX_STORED, MAX_STORED_BATCHED = 256_000, 32_000  # bytes of text that a report may take, and an event of a batch
+MAX_NAMES = 256  # of `properties`, and of unknown fields
+FIRST_FRAMES, LAST_FRAMES = 384, 128  # of a longer stack trace
 
 JsonObject = dict[str, Any]
-Rule = Callable[[Any], bool]  # whether a value that is present is valid
-Rules = Mapping[str, Rule]  # by field
+Converters = Mapping[str, Callable[[Any], Any]]  # by field: what is stored for a value; ValueError for a wrong kind
 
 
 def decode_json(body: bytes) -> JsonObject:
     """The JSON object in a body. Raises Refusal unless it is one, in UTF-8, with finite numbers. A NUL or a lone
     surrogate, which SQLite does not store, becomes U+FFFD: one bad character must not cost a report."""
     try:
-        text = body.decode("utf-8")
-        value = _DECODER.decode(text)
+        text = body.decode()
+        value = _DECODER.decode(text[1:] if text.startswith("\ufeff") else text)  # a byte order mark
         if "\\u" in text:  # UTF-8 and JSON allow these characters only as escapes
             value = _replace_unstorable(value)
-    except (ValueError, RecursionError):
-        value = None
+    except RecursionError:
+        raise Refusal("invalid JSON", detail="it is nested too deep") from None
+    except UnicodeDecodeError:
+        raise Refusal("invalid JSON", detail="it is not UTF-8") from None
+    except ValueError as error:
+        raise Refusal("invalid JSON", detail=str(error)[:100]) from None
     if type(value) is not dict:
-        raise Refusal("invalid JSON")
+        raise Refusal("invalid JSON", detail=f"the body is {_kind(value)}, not an object")
     return value
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError("number out of range")
+        raise ValueError("a number is out of range")
     return number
 
 
@@ -416,28 +461,54 @@ def _replace_unstorable(value: Any) -> Any:
     return value
 
 
-def _is_short_text(value: Any) -> bool:
-    return type(value) is str and len(value) <= MAX_TEXT
+def _kind(value: Any) -> str:
+    """What a value is called to a developer."""
+    return {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}.get(
+        type(value), "a number")
 
 
-def _is_number(value: Any) -> bool:  # types are compared exactly, because isinstance would accept True as an int
-    return type(value) in (int, float) and abs(value) <= MAX_NUMBER
+# Converters. Types are compared exactly, because isinstance would accept True as an int.
+
+def _required_text(value: Any) -> str:
+    if type(value) is not str:
+        raise ValueError(f"is {_kind(value)}, not text")
+    return value[:MAX_TEXT]
 
 
-def _is_object(value: Any) -> bool:
-    return type(value) is dict
+def _text(value: Any) -> str:
+    return _required_text(str(value) if type(value) is int else value)
 
 
-def _is_event_type(value: Any) -> bool:
-    if _is_short_text(value) and value not in EVENT_TYPES:
-        raise Refusal("invalid event type")
-    return value in EVENT_TYPES
+def _long_text(value: Any) -> str:
+    if type(value) is not str:
+        raise ValueError
+    return value
 
 
-def _is_frame(frame: Any) -> bool:
-    return type(frame) is dict and all(
-        frame.get(name) in (None, "") or type(frame[name]) is kind
-        for name, kind in (("frame", int), ("symbol", str), ("file", str), ("line", int)))
+def _number(value: Any) -> float:
+    if type(value) is str and re.fullmatch(r"-?[0-9]{1,18}(\.[0-9]{1,18})?", value):
+        value = float(value) if "." in value else int(value)
+    if type(value) not in (int, float) or abs(value) > MAX_NUMBER:
+        raise ValueError
+    return value
+
+
+def _battery_level(value: Any) -> float:
+    if not (0 <= (number := _number(value)) <= 1 or number == -1):
+        raise ValueError
+    return number
+
+
+def _flag(value: Any) -> bool:
+    if type(value) is not bool and not (type(value) is int and value in (0, 1)):
+        raise ValueError
+    return bool(value)
+
+
+def _event_type(value: Any) -> str:
+    if type(value) is str and value not in EVENT_TYPES:
+        raise Refusal("invalid event type", detail=f"it is not one of {', '.join(EVENT_TYPES)}")
+    return _required_text(value)
 
 
 def _to_json(value: Any) -> str:
@@ -454,20 +525,25 @@ def _depth(value: Any) -> int:
     return 1 + max(map(_depth, items), default=0) if type(items) is list else 0
 
 
-_CRASH_FIELDS = dict(
-    exception_type=_is_short_text, exception_reason=lambda value: type(value) is str,
-    stack_trace=lambda value: type(value) is list and all(map(_is_frame, value)),
-    app_version=_is_short_text, build_number=_is_short_text, os_version=_is_short_text, device_model=_is_short_text,
-    device_id_hash=_is_short_text, locale=_is_short_text, free_memory_mb=_is_number,
-    battery_level=lambda value: _is_number(value) and (0 <= value <= 1 or value == -1),
-    is_charging=lambda value: type(value) is bool, occurred_at=_is_short_text)
-_EVENT_FIELDS = dict(
-    type=_is_event_type, name=_is_short_text, properties=_is_object, app_version=_is_short_text,
-    os_version=_is_short_text, device_model=_is_short_text, device_id_hash=_is_short_text, session_id=_is_short_text,
-    locale=_is_short_text, occurred_at=_is_short_text)
-_CONVERSIONS = {  # to what is stored; the other fields are stored as they are, and the unknown ones under "JSON"
-    "occurred_at": parse_time, "received_at": parse_time, "stack_trace": _to_json, "properties": _to_json,
-    "JSON": _to_json}
+def _object(value: Any) -> str:
+    if type(value) is not dict:
+        raise ValueError
+    return _to_json(value)
+
+
+def _frames(value: Any) -> str:
+    if type(value) is not list or not all(type(frame) is dict for frame in value):
+        raise ValueError
+    return _to_json(value)
+
+
+_CRASH_FIELDS: Converters = dict(
+    exception_type=_required_text, exception_reason=_long_text, stack_trace=_frames, app_version=_text,
+    build_number=_text, os_version=_text, device_model=_text, device_id_hash=_text, session_id=_text, locale=_text,
+    free_memory_mb=_number, battery_level=_battery_level, is_charging=_flag, occurred_at=parse_occurred_at)
+_EVENT_FIELDS: Converters = dict(
+    type=_event_type, name=_text, properties=_object, app_version=_text, os_version=_text, device_model=_text,
+    device_id_hash=_text, session_id=_text, locale=_text, occurred_at=parse_occurred_at)
 _REQUIRED = ("exception_type", "type", "occurred_at")
 
 Crash = namedtuple("Crash", ["group_hash", *_CRASH_FIELDS, "extra"])
@@ -479,15 +555,49 @@ Reports = Union[Sequence[Crash], Sequence[Event]]
 
 def parse_crash(given: JsonObject) -> Crash:
     """A crash from its JSON object. Raises Refusal."""
-    values = _validate(given, _CRASH_FIELDS)
-    return Crash(group_hash(given["exception_type"], given.get("stack_trace") or ()), *values)
+    frames = given.get("stack_trace") or []
+    if type(frames) is not list or not all(map(_is_plain_frame, frames)):
+        frames = _plain_frames(frames)
+        given["stack_trace"] = frames or given["stack_trace"]
+    values = _convert(given, _CRASH_FIELDS, MAX_STORED)
+    return Crash(group_hash(values[0], frames), *values)
 
 
-def parse_event(given: Any) -> Event:
-    """An event from its JSON object. Raises Refusal."""
+def own_names(stack_trace: str | None) -> tuple[str, ...]:
+    """Symbol and file of the first frames of a stored stack trace that are of the app itself."""
+    frames = [frame for frame in json.loads(stack_trace or "[]") if frame.get("file")]
+    return tuple(str(frame.get(name) or "") for frame in frames[:20] for name in ("symbol", "file"))
+
+
+_recent_own_names = lru_cache(maxsize=128)(own_names)  # of alike crashes, the traces are mostly the same
+
+
+def _is_plain_frame(frame: Any) -> bool:
+    return type(frame) is dict and all(frame.get(name) in (None, "") or type(frame[name]) is kind for name, kind in (
+        ("frame", int), ("symbol", str), ("file", str), ("line", int)))
+
+
+def _plain_frames(frames: Any) -> list[JsonObject]:
+    """The frames, with symbols and files that are text, and numbers that are numbers where they can be; [] where these
+    are no frames."""
+    if type(frames) is not list or not all(type(frame) is dict for frame in frames):
+        return []
+    frames = list(map(dict, frames))
+    for frame, name in product(frames, ("symbol", "file")):
+        if frame.get(name) is not None and type(frame[name]) is not str:
+            frame[name] = _encode(frame[name])
+    for frame, name in product(frames, ("frame", "line")):
+        with suppress(ValueError):
+            if (number := _number(frame.get(name))) == int(number):
+                frame[name] = int(number)
+    return frames
+
+
+def parse_event(given: Any, limit: int = MAX_STORED) -> Event:
+    """An event from its JSON object, of which so many bytes are stored. Raises Refusal."""
     if type(given) is not dict:
-        raise Refusal("invalid event")
-    return Event._make(_validate(given, _EVENT_FIELDS))
+        raise Refusal("invalid event", detail=f"it is {_kind(given)}, not an object")
+    return Event._make(_convert(given, _EVENT_FIELDS, limit))
 
 
 def parse_batch(given: JsonObject) -> list[Event]:
@@ -497,7 +607,7 @@ def parse_batch(given: JsonObject) -> list[Event]:
     if events in (None, "", []):
         raise Refusal("missing events")
     if type(events) is not list:
-        raise Refusal("invalid events")
+        raise Refusal("invalid events", detail=f"events is {_kind(events)}, not a list")
     if len(events) > MAX_BATCH:
         raise Refusal(f"too many events: at most {MAX_BATCH}")
     if len(given) > 1 and type(events[0]) is dict:
@@ -506,57 +616,140 @@ def parse_batch(given: JsonObject) -> list[Event]:
             unused += "_"
         events[0][unused] = {name: value for name, value in given.items() if name != "events"}
     try:
-        return list(map(Event._make, _validate_batch(events, _EVENT_FIELDS)))
-    except (Refusal, TypeError, AttributeError):  # a bad event, something else, or a list where a text belongs
+        return list(map(Event._make, _convert_alike(events, _EVENT_FIELDS)))
+    except (Refusal, ValueError, TypeError, AttributeError, RecursionError):  # a bad or odd event
         pass
     parsed: list[Event] = []
     try:
         for event in events:
-            parsed.append(parse_event(event))
+            parsed.append(parse_event(event, MAX_STORED_BATCHED))
     except Refusal as refusal:
-        raise Refusal(f"{refusal} at index {len(parsed)}") from None
+        raise Refusal(f"{refusal} at index {len(parsed)}", detail=refusal.detail) from None
     return parsed
 
 
-def _validate(given: JsonObject, rules: Rules) -> list[Any]:
-    """The fields in the order of the rules, then the unknown ones as JSON."""
-    values = [_validate_field(given.get(name), name, is_valid) for name, is_valid in rules.items()]
-    return [*values, _unknown_fields(given, rules)]
+def _convert(given: JsonObject, converters: Converters, limit: int | None) -> list[Any]:
+    """What is stored for each field, None for an absent one; then the unknown fields, as JSON. What more than `limit`
+    bytes would be needed for is cut."""
+    values, unknown = {}, {name: value for name, value in given.items() if name not in converters}
+    for name, convert in converters.items():
+        value, values[name] = given.get(name), None
+        if value in (None, ""):
+            if name in _REQUIRED:
+                raise Refusal(f"missing {name}")
+            continue
+        try:
+            values[name] = convert(value)
+        except (ValueError, RecursionError) as error:
+            if name in _REQUIRED:
+                raise Refusal(f"invalid {name}", detail=f"{name} {error}") from None
+            unknown[name] = value
+    stored = [*values.values(), _unknown_as_json(unknown) if unknown else None]
+    texts = [value for value in stored if type(value) is str]
+    size = sum(map(len, texts))
+    if limit is None or size < 1000 or (  # too many names or frames take more
+            len(unknown.keys() - {"truncated"}) <= MAX_NAMES and _length(given, "properties", dict) <= MAX_NAMES
+            and _length(given, "stack_trace", list) <= FIRST_FRAMES + LAST_FRAMES and (
+                size <= limit // 4 or sum(len(text.encode()) for text in texts) <= limit)):
+        return stored
+    return _convert(_cut(given, values, unknown, limit), converters, None)
 
 
-def _validate_batch(objects: list[JsonObject], rules: Rules) -> Iterable[tuple[Any, ...]]:
-    """`_validate` for each object in a third of the time: field by field, and each distinct value only once,
-    because most values are the same from event to event."""
-    names, columns = set().union(*objects), []
-    for name, is_valid in rules.items():
-        values = [given.get(name) for given in objects] if name in names else [None] * len(objects)
-        if is_valid is _is_object:  # not hashable
-            columns.append([_validate_field(value, name, is_valid) for value in values])
-        else:
-            stored = {value: _validate_field(value, name, is_valid) for value in set(values)}
-            columns.append(map(stored.__getitem__, values))
-    has_unknown = not names <= rules.keys()
-    columns.append([_unknown_fields(given, rules) if has_unknown else None for given in objects])
-    return zip(*columns)
+def _length(given: JsonObject, name: str, kind: type) -> int:
+    return len(given[name]) if type(given.get(name)) is kind else 0
 
 
-def _unknown_fields(given: JsonObject, rules: Rules) -> str | None:
-    unknown = {name: value for name, value in given.items() if name not in rules}
-    return _validate_field(unknown, "JSON", _is_object) if unknown else None
+def _cut(given: JsonObject, values: JsonObject, unknown: JsonObject, limit: int) -> JsonObject:
+    """As much of a report as `limit` bytes hold; `truncated` says what was cut."""
+    long = {name: given[name] for name in ("exception_reason", "stack_trace", "properties")
+            if values.get(name) is not None}
+    kept = {name: given[name] for name, value in values.items() if value is not None and name not in long}
+    parts = {**long, "unknown fields": {"truncated_" if name == "truncated" else name: value
+                                        for name, value in unknown.items()}}
+    room = limit - 200 - sum(len(str(value).encode()) for name, value in values.items() if name not in long)
+    share, truncated = _fair_share([_size(part) for part in parts.values()], room), []
+    for name, part in parts.items():
+        fitting = part
+        if name == "stack_trace" and len(part) > FIRST_FRAMES + LAST_FRAMES:
+            fitting = part[:FIRST_FRAMES] + part[-LAST_FRAMES:]
+        elif type(part) is dict:
+            fitting = dict(list(part.items())[:MAX_NAMES])
+        fitting = _shortened(fitting, share)
+        kept.update(fitting if name == "unknown fields" else {name: fitting})
+        truncated += [name] if fitting != part else []
+    return {**kept, "truncated": truncated}
 
 
-def _validate_field(value: Any, name: str, is_valid: Rule, absent: Sequence[Any] = (None, "")) -> Any:
-    """The value to store, None for an absent one. Raises Refusal."""
-    if value in absent:
-        if name in _REQUIRED:
-            raise Refusal(f"missing {name}")
-        return None
+def _size(value: Any) -> int:
+    return len(_encode(value).encode())
+
+
+def _fair_share(sizes: Sequence[int], room: int) -> int:
+    """What the largest of these may have: small ones take what they need, the others as much as each other."""
+    for number, size in enumerate(sorted(sizes)):
+        if size > room // (len(sizes) - number):
+            return max(0, room // (len(sizes) - number))
+        room -= size
+    return max(sizes, default=0)
+
+
+def _shortened(value: Any, size: int, levels: int = 6) -> Any:
+    """A value whose JSON has at most so many bytes: of too many members the first, of the largest members their
+    beginning, and so of a text. What is nested deeper becomes a text: each level costs a look at all of it."""
+    if _size(value) <= size:
+        return value
+    if type(value) in (dict, list) and levels:
+        members = list(value.items() if type(value) is dict else value)
+        fitting = bisect_left(list(accumulate(_size(member) + 2 for member in members)), size - 2)
+        members = members[:max(fitting, size // 30)]
+        parts = [part for pair in members for part in pair] if type(value) is dict else members
+        share = _fair_share(list(map(_size, parts)), size - 4 - 2 * len(parts))
+        parts = [_shortened(part, share, levels - 1) for part in parts]
+        return dict(zip(parts[::2], parts[1::2])) if type(value) is dict else parts
+    text = value if type(value) is str else _encode(value)
+    while text and (length := _size(text)) > size:
+        text = text[:len(text) * size // (length + 1)]
+    return text
+
+
+def _unknown_as_json(unknown: JsonObject) -> str:
+    """The unknown fields. What is nested too deep is kept as text."""
     try:
-        if is_valid(value):
-            return _CONVERSIONS[name](value) if name in _CONVERSIONS else value
-    except (ValueError, RecursionError):
-        pass
-    raise Refusal(f"invalid {name}")
+        try:
+            return _to_json(unknown)
+        except ValueError:
+            return _encode({name: value if _depth(value) < MAX_DEPTH else _encode(value)
+                            for name, value in unknown.items()})
+    except RecursionError:
+        raise Refusal("invalid JSON", detail="it is nested too deep") from None
+
+
+def _convert_alike(objects: list[JsonObject], converters: Converters) -> Iterable[tuple[Any, ...]]:
+    """`_convert` for each object in a third of the time: field by field, and each distinct value only once, because
+    most values are the same from event to event. Raises an error where one is not plain."""
+    names, columns = set().union(*objects), []
+    for name, convert in converters.items():
+        values = [given.get(name) for given in objects] if name in names else [None] * len(objects)
+        kinds = {*map(type, values)} - {type(None)}
+        if kinds - {dict if convert is _object else str}:
+            raise ValueError
+        if convert is _object:  # not hashable
+            if max(map(len, filter(None, values)), default=0) > MAX_NAMES:
+                raise ValueError
+            columns.append([None if value is None else _to_json(value) for value in values])
+        else:
+            stored = {value: convert(value) if value else None for value in set(values)}
+            if name in _REQUIRED and None in stored.values():
+                raise ValueError
+            columns.append(map(stored.__getitem__, values))
+    has_unknown = not names <= converters.keys()
+    unknown = [{name: value for name, value in given.items() if name not in converters}
+               for given in objects] if has_unknown else []
+    columns.append([_unknown_as_json(each) if each else None for each in unknown] or [None] * len(objects))
+    texts = filter(None, chain(columns[-1], columns[list(converters).index("properties")]))
+    if len(names) > MAX_NAMES or max(map(len, texts), default=0) > MAX_STORED_BATCHED // 8:
+        raise ValueError
+    return zip(*columns)
 
 
 # == Signature =================================================================
@@ -632,6 +825,7 @@ DURATION_DAYS = 400    # days that durations are kept: a year, and some
 DEVICE_DAYS = 400      # a report that occurred more days before its receipt counts no device
 HOURS_KEPT = 48        # hours for which it is kept how many devices were last seen in each
 TRIMMED = 1000         # rows that one step of `trim` deletes from a table
+MAX_RELEASES = 1000    # of an app, whatever the day
 MAX_ANSWER = 60_000    # bytes of JSON that the rows of a public answer may take: all of it stays below 64 kB
 
 OTHER = "(other)"      # stands for names beyond these limits, which hold for an app and a UTC day:
@@ -643,31 +837,32 @@ APPS = "app_id in (select id from apps where id = :app or :app is null and is_te
 
 TABLES = {Crash: "crashes", Event: "events"}
 COUNTED = {  # a report as the figures see it; `at` is the time at which it counts
-    Crash: namedtuple("CountedCrash", "seq app_id received_at at sent_type app_version device_id_hash group_hash"
-                                      " exception_type device_model exception_reason"),
+    Crash: namedtuple("CountedCrash", "seq app_id received_at at sent_type app_version device_id_hash session_id"
+                                      " group_hash exception_type device_model exception_reason stack_trace"),
     Event: namedtuple("CountedEvent", "seq app_id received_at at type app_version device_id_hash session_id")}
 
 
 def counted_rows(db: sqlite3.Connection, kind: type, source: str, parameters: Any = ()) -> list[Any]:
     """The counted reports of stored ones; `source` is all of a query that follows its columns."""
-    columns = {"at": COUNTED_AT, "sent_type": "exception_type", **{
+    columns = {"at": COUNTED_AT, "sent_type": "exception_type", "stack_trace": "null", **{
         name: f"case when (other & {flag}) > 0 then '{OTHER}' else {name} end" for name, flag in FLAGS.items()}}
     query = f"select {', '.join(columns.get(name, name) for name in COUNTED[kind]._fields)} {source}"
     rows = rows_of(db, query, parameters) if "values *" in query else db.execute(query, parameters)
     return list(map(COUNTED[kind]._make, rows))
 
 
-def counted(kind: type, app_id: int, seqs: Sequence[int], received: Sequence[int], flags: Sequence[int],
-            reports: Reports) -> list[Any]:
+def counted(kind: type, app_id: int, seqs: Sequence[int], received: Sequence[int], ahead: Sequence[int],
+            flags: Sequence[int], reports: Reports) -> list[Any]:
     """The counted reports of reports that are about to be stored."""
     types = list(map(attrgetter("exception_type" if kind is Crash else "type"), reports))  # as they were sent
     if any(flags):
         reports = [report._replace(**{name: OTHER for name, flag in FLAGS.items() if flag & given})
                    for report, given in zip(reports, flags)]
-    times = map(counted_at, map(attrgetter("occurred_at"), reports), received)
+    clocks = list(zip(map(attrgetter("occurred_at"), reports), received, ahead))
+    at = {each: counted_at(*each) for each in set(clocks)}  # of which a batch has few
     columns = [map(attrgetter(name), reports) for name in COUNTED[kind]._fields[5:]]
     make = partial(tuple.__new__, COUNTED[kind])  # as _make, in a third of the time
-    return list(map(make, zip(seqs, repeat(app_id), received, times, types, *columns)))
+    return list(map(make, zip(seqs, repeat(app_id), received, map(at.__getitem__, clocks), types, *columns)))
 
 
 class Sums:
@@ -679,7 +874,7 @@ class Sums:
 
     @property
     def schema(self) -> str:
-        texts = ("field", "label", "group_hash", "app_version")
+        texts = ("field", "label", "group_hash", "app_version", "key")
         columns = [f"{name} {'text' if name in texts else 'integer'} not null" for name in self.key + self.columns]
         return (f"create table {self.table} ({', '.join(columns)},\n"
                 f"    primary key ({', '.join(self.key)})) without rowid;\n")
@@ -798,6 +993,10 @@ create table new_names (                   -- of an app and a UTC day
             select new_names.* from (values *) as keys
             cross join new_names on app_id = column1 and day = column2 and field = column3""", list(fresh))}
         room = {key: max(0, NEW_NAMES[key[2]] - used.get(key, 0)) for key in fresh}
+        for app_id, day, each in fresh:
+            if each == "app_version":
+                known, = self._db.execute("select count(*) from releases where app_id = ?", (app_id,)).fetchone()
+                room[app_id, day, each] = min(room[app_id, day, each], max(0, MAX_RELEASES - known))
         write_rows(self._db, """
             insert into new_names values *
             on conflict (app_id, day, field) do update set names = new_names.names + excluded.names
@@ -805,6 +1004,17 @@ create table new_names (                   -- of an app and a UTC day
         refused = {name for key, each in fresh.items() for name in each[room[key]:]}
         self.accepted |= seen - refused
         return refused
+
+
+class Requests(Figure):
+    """Requests per key and UTC day. No report tells of them: a commit counts them."""
+
+    SUMS = {"key_days": ("day key", "requests")}  # `key`: see key_name
+    WINDOW = ("key_days", "day", 90)
+    COUNTS = ()
+
+    def add(self, app_id: int, key: str, requests: int) -> None:
+        self.sums["key_days"].add(app_id, self._today, key, requests=requests)
 
 
 class Crashes(Figure):
@@ -847,8 +1057,10 @@ class Groups(Figure):
     TABLES = """
 create table groups (
     app_id integer not null, group_hash text not null,
-    exception_type text not null, exception_reason text,  -- of the latest crash
-    first_seen integer not null, last_seen integer not null,  -- by the time at which crashes count
+    exception_type text not null,
+    first_seen integer not null, first_version text,      -- of its first crash, by the time at which crashes count
+    last_seen integer not null, exception_reason text,    -- of its latest; the beginning of the reason
+    place text, search text,                              -- where in the app it was; in lower case what a search finds
     primary key (app_id, group_hash)) without rowid;
 """
     SUMS = {"group_days": ("day group_hash", "crashes")}
@@ -856,8 +1068,9 @@ create table groups (
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self._seen: dict[tuple, list[Any]] = {}  # by app_id and group_hash: the rest of its row
-        self._left: set[tuple] = set()  # groups that crashes were taken out of
+        self._first: dict[tuple, Any] = {}  # by app_id and group_hash
+        self._latest: dict[tuple, Any] = {}
+        self._left: dict[tuple, int] = {}  # groups that crashes were taken out of, and the latest time of these
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
         for crash in reports:
@@ -865,16 +1078,17 @@ create table groups (
             if crash.at // DAY >= self._today - WEEK:
                 self.sums["group_days"].add(crash.app_id, crash.at // DAY, crash.group_hash, crashes=by)
             if by < 0:
-                self._left.add(key)
+                self._left[key] = max(crash.at, self._left.get(key, 0))
                 continue
-            name = OTHER if crash.group_hash == OTHER else crash.sent_type
-            group = self._seen.setdefault(key, [name, None, crash.at, crash.at])
-            if crash.at >= group[3]:
-                group[1] = crash.exception_reason
-            group[2], group[3] = min(group[2], crash.at), max(group[3], crash.at)
+            if crash.at < self._first.setdefault(key, crash).at:
+                self._first[key] = crash
+            if crash.at >= self._latest.setdefault(key, crash).at:
+                self._latest[key] = crash
 
     def expire(self, kind: type, reports: Sequence[Any]) -> None:
-        self.drop({(crash.app_id, crash.group_hash) for crash in reports}, (self._today - WEEK) * DAY)
+        for crash in reports:
+            key = crash.app_id, crash.group_hash
+            self._left[key] = max(crash.at, self._left.get(key, 0))
 
     def drop(self, groups: Iterable[tuple], before: int) -> None:
         """Deletes those of which no crash is kept and which were last seen before that time."""
@@ -888,25 +1102,48 @@ create table groups (
         write_rows(self._db, """
             insert into groups values *
             on conflict (app_id, group_hash) do update set
+                first_seen = min(groups.first_seen, excluded.first_seen),
+                first_version = case when excluded.first_seen < groups.first_seen
+                    then excluded.first_version else groups.first_version end,
+                last_seen = max(groups.last_seen, excluded.last_seen),
                 exception_reason = case when excluded.last_seen >= groups.last_seen
                     then excluded.exception_reason else groups.exception_reason end,
-                first_seen = min(groups.first_seen, excluded.first_seen),
-                last_seen = max(groups.last_seen, excluded.last_seen)
-            """, [(*key, *group) for key, group in self._seen.items()])
-        # What is left of a group has the reason and last_seen of its latest crash; first_seen stays.
-        self._db.executemany(f"""
-            update groups set (exception_reason, last_seen) = (
-                select max(exception_reason), coalesce(max({COUNTED_AT}), groups.last_seen) from crashes
-                where seq = (
-                    select seq from crashes
-                    where app_id = :app and group_hash = :group
-                    order by {COUNTED_AT} desc, seq desc
-                    limit 1))
-            where app_id = :app and group_hash = :group
-            """, [{"app": app_id, "group": group_hash} for app_id, group_hash in self._left])
+                place = case when excluded.last_seen >= groups.last_seen then excluded.place else groups.place end,
+                search = case when excluded.last_seen >= groups.last_seen then excluded.search else groups.search end
+            """, [(*key, OTHER if key[1] == OTHER else latest.sent_type, self._first[key].at,
+                   self._first[key].app_version, latest.at, *self._shown(key[1], latest))
+                  for key, latest in self._latest.items()])
+        for key, latest in self._left.items():  # what is left of a group is shown as its latest crash
+            if self._db.execute("select 1 from groups where app_id = ? and group_hash = ? and last_seen <= ?",
+                                (*key, latest)).fetchone():
+                self.show_latest(*key)
         self.drop([(app_id, group_hash) for app_id, group_hash in self._left if not self._db.execute("""
             select 1 from group_days where app_id = ? and day >= ? and group_hash = ? limit 1
             """, (app_id, self._today - WEEK, group_hash)).fetchone()], MAX_NUMBER)
+
+    @staticmethod
+    def _shown(group_hash: str, crash: Any) -> tuple[str | None, str, str]:
+        """Reason, place and search text of a group whose latest crash this is."""
+        reason, trace = (crash.exception_reason or "")[:MAX_TEXT] or None, crash.stack_trace or ""
+        names = (_recent_own_names if len(trace) < 20_000 else own_names)(trace)
+        words = "\n".join([crash.sent_type, reason or "", group_hash, *names])
+        return reason, "".join(names[:1])[:200], words.casefold()[:4 * MAX_TEXT]
+
+    def show_latest(self, app_id: int, group_hash: str) -> None:
+        """Shows a group as its latest crash that is kept; first_seen stays."""
+        seqs = self._db.execute(f"""
+            select seq from crashes where app_id = ? and group_hash = ? order by {COUNTED_AT} desc, seq desc limit 1
+            """, (app_id, group_hash)).fetchall()
+        latest = counted_rows(self._db, Crash, "from (values *) as keys cross join crashes on seq = column1", seqs)
+        if latest:
+            trace, = self._db.execute("select stack_trace from crashes where seq = ?", (latest[0].seq,)).fetchone()
+            shown = (latest[0].at, *self._shown(group_hash, latest[0]._replace(stack_trace=trace)))
+        else:  # what its crashes said goes with them
+            shown = (None, None, None, group_hash)
+        self._db.execute("""
+            update groups set last_seen = coalesce(?, last_seen), exception_reason = ?, place = ?, search = ?
+            where app_id = ? and group_hash = ?
+            """, (*shown, app_id, group_hash))
 
     @staticmethod
     def most_frequent(db: sqlite3.Connection, app: int | None, days: range) -> list[JsonObject]:
@@ -937,7 +1174,7 @@ create table releases (
     first_seen integer not null, last_seen integer not null,  -- when its first and its last report were received
     primary key (app_id, app_version)) without rowid;
 """
-    SUMS = {"release_sums": ("app_version", "sessions crashes devices crashed_devices"),
+    SUMS = {"release_sums": ("app_version", "sessions crashed_sessions crashes devices crashed_devices"),
             "release_days": ("day app_version", "sessions")}
     WINDOW = ("release_days", "day", WEEK)
     COUNTS = (Crash, Event)
@@ -962,9 +1199,9 @@ create table releases (
         if version:
             self.sums["release_sums"].add(app_id, version, **counts)
 
-    def add_session(self, app_id: int, version: str | None, day: int, by: int) -> None:
+    def add_session(self, app_id: int, version: str | None, day: int, crashed: int, by: int) -> None:
         """Counts a session that started on a day."""
-        self.add(app_id, version, sessions=by)
+        self.add(app_id, version, sessions=by, crashed_sessions=by * crashed)
         if version and day >= self._today - WEEK:
             self.sums["release_days"].add(app_id, day, version, sessions=by)
 
@@ -990,7 +1227,8 @@ create table releases (
                 select app_id, sum(sessions) as of_all from session_days
                 where {APPS} and day between :first and :last group by app_id)
             select apps.name as app, latest.app_version, coalesce(sessions, 0) as sessions,
-                coalesce(crashes, 0) as crashes, coalesce(devices, 0) as devices,
+                coalesce(crashed_sessions, 0) as crashed_sessions, coalesce(crashes, 0) as crashes,
+                coalesce(devices, 0) as devices,
                 coalesce(crashed_devices, 0) as crashed_devices, first_seen, last_seen, recent, of_all
             from latest join apps on apps.id = latest.app_id
             left join release_sums using (app_id, app_version)
@@ -1008,12 +1246,14 @@ class Session(NamedTuple):
     started_at: int | None = None
     ended_at: int | None = None
     app_version: str | None = None  # of its start
+    crashed: int = 0  # whether a crash names it: 1 or 0
 
     def merged(self, later: Session) -> Session:
         """What is known from both. The first start and the last end count."""
         start = min(self, later, key=lambda each: each.started_at or MAX_NUMBER)
         return Session(min(self.first_seq, later.first_seq), max(self.last_seq, later.last_seq), start.started_at,
-                       max(self.ended_at or 0, later.ended_at or 0) or None, start.app_version)
+                       max(self.ended_at or 0, later.ended_at or 0) or None, start.app_version,
+                       max(self.crashed, later.crashed))
 
     @property
     def duration(self) -> int | None:
@@ -1023,6 +1263,7 @@ class Session(NamedTuple):
 
 
 _SESSION = attrgetter("app_id", "session_id", "device_id_hash")
+_ENDS = {"session_start", "session_end"}
 
 
 class Sessions(Figure):
@@ -1030,10 +1271,10 @@ class Sessions(Figure):
     device: SDKs that count their launches use the same ids."""
 
     TABLES = """
-create table sessions (                    -- of which an event is kept
+create table sessions (                    -- of which a report is kept
     app_id integer not null, session_id text not null, device integer not null,  -- see device_key
-    first_seq integer not null, last_seq integer not null,  -- between them are its events
-    started_at integer, ended_at integer, app_version text,
+    first_seq integer not null, last_seq integer not null,  -- between them are its reports
+    started_at integer, ended_at integer, app_version text, crashed integer not null,
     primary key (app_id, session_id, device)) without rowid;
 create table medians (                     -- of the durations of a day that is over
     app_id integer not null, day integer not null, seconds integer not null,
@@ -1042,7 +1283,7 @@ create table medians (                     -- of the durations of a day that is 
     SUMS = {"session_days": ("day", "sessions ended session_ms"),  # `ended` have a duration; session_ms is their sum
             "durations": ("day seconds", "sessions")}  # seconds in two significant digits
     WINDOW = ("durations", "day", DURATION_DAYS)
-    COUNTS = (Event,)
+    COUNTS = (Crash, Event)
     MEDIAN = """
         select seconds from (
             select seconds, sum(sessions) over (order by seconds) as so_far, sum(sessions) over () as total
@@ -1060,15 +1301,15 @@ create table medians (                     -- of the durations of a day that is 
         for (app_id, session_id, device), run in groupby(reports, _SESSION):
             events = list(run)
             ends = [Session(started_at=event.at, app_version=event.app_version) if event.type == "session_start"
-                    else Session(ended_at=event.at) for event in events if event.type.startswith("session_")]
+                    else Session(ended_at=event.at) for event in events if event.type in _ENDS] if kind is Event else []
             if session_id and by > 0:
                 key = app_id, session_id, device_key(device)
-                known = self._seen.get(key, Session()).merged(Session(events[0].seq, events[-1].seq))
-                self._seen[key] = reduce(Session.merged, ends, known)
+                seen = Session(events[0].seq, events[-1].seq, crashed=int(kind is Crash))
+                self._seen[key] = reduce(Session.merged, ends, self._seen.get(key, Session()).merged(seen))
             elif not session_id:
                 for session in ends:
                     self._count(app_id, session, by)
-        if by < 0:  # all events of a session are of one device, so it goes with the first of them
+        if by < 0:  # all reports of a session are of one device, so it goes with the first of them
             gone = self._stored({(app_id, session_id, device_key(device))
                                  for app_id, session_id, device in map(_SESSION, reports) if session_id})
             for key, session in gone.items():
@@ -1085,7 +1326,7 @@ create table medians (                     -- of the durations of a day that is 
         if session.started_at is None:
             return
         day, duration = session.started_at // DAY, session.duration
-        self._releases.add_session(app_id, session.app_version, day, by)
+        self._releases.add_session(app_id, session.app_version, day, session.crashed, by)
         self.sums["session_days"].add(app_id, day, sessions=by)
         if duration is not None:
             self.sums["session_days"].add(app_id, day, ended=by, session_ms=by * duration)
@@ -1105,7 +1346,7 @@ create table medians (                     -- of the durations of a day that is 
             insert into sessions values *
             on conflict (app_id, session_id, device) do update set
                 first_seq = excluded.first_seq, last_seq = excluded.last_seq, started_at = excluded.started_at,
-                ended_at = excluded.ended_at, app_version = excluded.app_version
+                ended_at = excluded.ended_at, app_version = excluded.app_version, crashed = excluded.crashed
             """, [(*key, *after) for key, after in changed.items()])
         self.sums["session_days"].save(self._db)
         changed_days = {key[:2] for key in self.sums["durations"].save(self._db)}
@@ -1337,7 +1578,8 @@ def device_key(device_id_hash: str | None) -> int:
     return int.from_bytes(sha256(device_id_hash)[:8], "big") >> 1 if device_id_hash else 0
 
 
-FIGURES = (Crashes, Groups, Sessions, Devices, Releases)  # Releases last: others count in them when they are saved
+# Releases last: others count in them when they are saved.
+FIGURES = (Requests, Crashes, Groups, Sessions, Devices, Releases)
 FIGURE_TABLES = "".join(figure.TABLES + "".join(Sums(table, *spec).schema for table, spec in figure.SUMS.items())
                         for figure in (NewNames, *FIGURES))
 SCHEMA = REPORT_TABLES + FIGURE_TABLES
@@ -1467,6 +1709,7 @@ class Connection(sqlite3.Connection):
                          isolation_level=None, check_same_thread=False, cached_statements=STATEMENTS)
         self.execute("pragma synchronous = full")  # NORMAL may lose acknowledged commits with the power
         self.execute("pragma secure_delete = on")  # overwrite what is deleted
+        self.execute("pragma journal_size_limit = 16000000")  # bytes that a WAL may keep after its peak
         # In KiB. One connection writes, and as many as there are busy threads read.
         self.execute(f"pragma cache_size = {-512 if query_only else -8192}")
         self.execute(f"pragma query_only = {int(query_only)}")
@@ -1484,11 +1727,22 @@ class Connection(sqlite3.Connection):
         last, = self.execute("""
             select max(coalesce((select max(seq) from crashes where seq < :ahead), 0),
                 coalesce((select max(seq) from events where seq < :ahead), 0),
-                coalesce((select value from state where name = 'last_seq' and value < :ahead), 0))
+                coalesce((select max(last) from given_seqs where last < :ahead), 0))
             """, {"ahead": first_seq(now + DAY)}).fetchone()  # beyond are those of a clock that was fast
         first = max(last + 1, first_seq(now) + secrets.randbits(SEQ_BITS))  # at random: other files have other ids
-        self.execute(SET_STATE, ("last_seq", first + count - 1))
+        while given := self.execute("select last from given_seqs where first < ? and last >= ?",
+                                    (first + count, first)).fetchone():
+            first = given[0] + 1
+        if not self.execute("update given_seqs set last = ? where first = ("
+                            "select max(first) from given_seqs where last between ? and ?)",
+                            (first + count - 1, first - first_seq(DAY), first)).rowcount:
+            self.execute("insert into given_seqs values (?, ?)", (first, first + count - 1))
         return first
+
+    def try_to_write(self) -> None:
+        """Needs room on the disk, as a report does."""
+        for statement in ("create table trial (a)", "insert into trial values (zeroblob(100000))", "drop table trial"):
+            self.execute(statement)
 
     def append(self, table: str, columns: Sequence[str], rows: Sequence[tuple]) -> None:
         """Inserts rows that are new to a table."""
@@ -1503,6 +1757,10 @@ def get_state(db: sqlite3.Connection, name: str, default: int) -> int:
     """A value of the table `state`."""
     row = db.execute("select value from state where name = ?", (name,)).fetchone()
     return row[0] if row else default
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
 
 
 def _wal_size(path: Path) -> int:
@@ -1541,11 +1799,12 @@ class Database(Closing):
 
     Raises StoreError where the file cannot be opened or is something else. Every method
     may raise StorageUnavailable. `clock` gives seconds since 1970. For another engine
-    (examples/postgres.py) a subclass replaces what is SQLite's own: `Error`, _open,
-    _connect, _check_file, reading, _shrink, _fold_in_wal, size and vitals.
+    (examples/postgres.py) a subclass replaces what is SQLite's own: `Error`, `Outage`, _open,
+    _connect, _check_file, reading, _shrink, _fold_in_wal, size, used, warnings and vitals.
     """
 
     Error: type = sqlite3.Error  # what a connection raises
+    Outage: type = sqlite3.OperationalError  # of these, those that are not about what is written: a lock, a full disk
     make_process: type = Connections
 
     def __init__(self, path: str, clock: Callable[[], float] = time.time, may_create: bool = True):
@@ -1625,7 +1884,6 @@ class Database(Closing):
                 if isinstance(error, self.Error):
                     raise self._unavailable("write", error) from error
                 raise
-            self._trouble = self._logged = ""
 
     @contextmanager
     def writing_step(self) -> Iterator[Connection]:
@@ -1645,20 +1903,30 @@ class Database(Closing):
             self._trouble = str(error)
         return StorageUnavailable()
 
+    def _check_clock(self) -> None:
+        if not EPOCH < self.now < MAX_NUMBER >> SEQ_BITS:
+            raise self._unavailable("use", ValueError(f"the clock of this host says {iso_time(self.now)}: set it"))
+
     def check(self) -> None:
-        """Raises StorageUnavailable if the file is gone or cannot be read, or if the last commit failed and
-        a trial commit fails too."""
+        """Raises StorageUnavailable if the file is gone or cannot be read, or if the last commit of reports failed
+        and there is no room for a trial."""
+        self._check_clock()
         with self.reading() as db:
             self._check_file()
             db.execute("select 1 from apps").fetchone()
         if self._trouble:
             with self.writing() as db:
-                db.execute("update secrets set hash = hash")
+                db.try_to_write()
+            self._trouble = self._logged = ""
 
     @property
     def size(self) -> int:
         """Bytes of the database."""
         return self.path.stat().st_size
+
+    def used(self, db: Connection) -> int:
+        """Bytes of the database that are not free."""
+        return (db.pragma("page_count") - db.pragma("freelist_count")) * db.pragma("page_size")
 
     def _shrink(self) -> None:
         """Returns the space of deleted rows to the disk."""
@@ -1771,9 +2039,13 @@ def _migrate_to_3(db: Connection, run: Callable[[Connection, str], None]) -> Non
     old = ("devices", "sessions", "hours", "days", "durations", "releases", "release_days", "labels", "groups")
     run(db, "".join(f"alter table {table} rename to old_{table};\n" for table in old)
         + "drop index release_days_by_age;\n"
-        + "".join(f"alter table {table} add column other integer not null default 0;\n" for table in TABLES.values())
-        + FIGURE_TABLES)
+        + "".join(f"alter table {table} add column {column} integer not null default 0;\n"
+                  for table in TABLES.values() for column in ("clock_ahead_ms", "other"))
+        + "create table given_seqs (first integer primary key, last integer not null);\ndrop index crashes_by_group;\n"
+        + "alter table crashes add column session_id text;\n" + GROUP_INDEX + FIGURE_TABLES)
     recount(db)
+    for app_id, group_hash in db.execute("select app_id, group_hash from groups").fetchall():
+        Groups(db, 0).show_latest(app_id, group_hash)
     is_expired = any(get_state(db, "expired_" + table, -1) >= 0 for table in TABLES.values())
     for table, columns, source in (
             ("crash_days", "day, crashes", "old_days"),
@@ -1781,7 +2053,7 @@ def _migrate_to_3(db: Connection, run: Callable[[Connection, str], None]) -> Non
             ("active_days", "day, dau, wau, mau", "old_days"), ("device_hours", "hour, devices", "old_hours"),
             ("cohorts", "day, newcomers, back_1, back_7, back_30", "old_days"),
             ("durations", "day, seconds, sessions", "old_durations"),
-            ("release_sums", "app_version, sessions, crashes, devices, crashed_devices", "old_releases"),
+            ("release_sums", "app_version, sessions, 0, crashes, devices, crashed_devices", "old_releases"),
             ("releases", "app_version, first_seen, last_seen", "old_releases")) if is_expired else ():
         key, (_, sums) = KEYS[table], next((figure.SUMS[table] for figure in FIGURES if table in figure.SUMS), ("", ""))
         change = ", ".join(f"{each} = max({table}.{each}, excluded.{each})" for each in sums.split())
@@ -1814,6 +2086,13 @@ class Key(NamedTuple):
     created_at: int
     revoked_at: int | None  # None: it is active
     hash: str
+    last_used: int | None = None  # the UTC day of its last request, within 90 days
+    requests: int = 0  # of the seven UTC days that end today
+
+
+def key_name(key_hash: bytes) -> str:
+    """The name under which the uses of a key are counted."""
+    return bytes(key_hash).hex()[:16]
 
 
 class FirstStart(NamedTuple):
@@ -1856,6 +2135,11 @@ class Apps(Database):
             row = db.execute("select hash from secrets where name = 'admin_token'").fetchone()
         return row is not None and hmac.compare_digest(row[0], sha256(token))
 
+    def instance(self) -> str:
+        """What tells this installation from others on the same host, in 8 hex digits; a new admin token changes it."""
+        with self.reading() as db:
+            return sha256(b"instance" + db.execute("select hash from secrets").fetchone()[0]).hex()[:8]
+
     def grant(self, kind: str, lifetime: int) -> str:
         """A new secret that stands for the admin token, for so many milliseconds and for one kind of use."""
         secret = secrets.token_hex(16)
@@ -1872,6 +2156,8 @@ class Apps(Database):
 
     def withdraw(self, kind: str, secret: str) -> bool:
         """Ends a grant; whether there was one."""
+        if not self.is_granted(kind, secret):  # whom a stranger asks for must not take the lock
+            return False
         with self.writing() as db:
             return db.execute("delete from grants where hash = ? and expires_at > ?",
                               (sha256(kind + secret), self.now)).rowcount > 0
@@ -1879,6 +2165,13 @@ class Apps(Database):
     def is_cached_key(self, key_hash: bytes) -> bool:
         """As is_known_key, without reading the database."""
         return key_hash in self._here.seen_keys
+
+    def app_of_key(self, key_hash: bytes) -> str:
+        """The name of the app that the key with this SHA-256 belongs to; "" where there is none."""
+        with self.reading() as db:
+            row = db.execute("select name from keys join apps on apps.id = app_id where key_hash = ?",
+                             (key_hash,)).fetchone()
+        return row[0] if row else ""
 
     def is_active_key(self, key_hash: bytes) -> bool:
         """Whether the key with this SHA-256 is active."""
@@ -1932,12 +2225,17 @@ class Apps(Database):
     def keys(self) -> list[Key]:
         """All keys, the oldest first."""
         with self.reading() as db:
-            return [Key(*row, bytes(key_hash).hex()) for key_hash, *row in db.execute("""
-                select key_hash, prefix, name, keys.created_at, revoked_at from keys join apps on apps.id = app_id
-                order by keys.created_at, prefix""")]
+            uses = {key: used for key, *used in db.execute("""
+                select key, max(day), sum(case when day > ? then requests else 0 end) from key_days group by key
+                """, (self.now // DAY - WEEK,))}
+            return [Key(*row, bytes(key_hash).hex(), *uses.get(key_name(key_hash), (None, 0)))
+                    for key_hash, *row in db.execute("""
+                        select key_hash, prefix, name, keys.created_at, revoked_at from keys
+                        join apps on apps.id = app_id order by keys.created_at, prefix""")]
 
     def revoke_key(self, key: str) -> Key:
         """Ends the one active key that begins with this, or is it, or has this hash. Raises StoreError."""
+        key = key[:-3] if key.endswith("...") else key  # as `key list` shows it
         with self.writing() as db:
             found = db.execute("""
                 select key_hash, prefix, name, keys.created_at from keys join apps on apps.id = app_id
@@ -1978,6 +2276,7 @@ class StoredReport(NamedTuple):
     app: str
     is_test: bool
     received_at: int
+    clock_ahead_ms: int
     report: Crash | Event
 
 
@@ -2073,8 +2372,9 @@ class Commit:
         self._db, self._now = db, now
         # Requests, each with the one that it repeats, or with itself.
         self._requests: list[tuple[int, Submission, Submission]] = []
-        # By kind and app: the seqs of reports, when they were received, and the reports.
-        self._reports: dict[tuple, tuple[list[int], list[int], list[Any]]] = defaultdict(lambda: ([], [], []))
+        self._uses: Counter = Counter()  # of keys, by app and key
+        # By kind and app: the seqs of reports, when they were received, how fast their clocks were, and the reports.
+        self._reports: dict[tuple, tuple[list[Any], ...]] = defaultdict(lambda: ([], [], [], []))
 
     def add(self, submissions: Sequence[Submission]) -> None:
         """Adds requests. Each has a receipt after `save`, or an error where it must be refused."""
@@ -2093,6 +2393,7 @@ class Commit:
                 each.error = Refusal("idempotency key reused with a different body")
             else:
                 self._requests.append((app_id, each, first))
+                self._uses[app_id, key_name(each.key_hash)] += 1
                 known.update(((app_id, mark), first) for mark in marks)
 
     def _earlier(self, marks: set[tuple[int, bytes]]) -> dict[tuple[int, bytes], Submission]:
@@ -2105,22 +2406,26 @@ class Commit:
             earlier.receipt = Receipt(range(first, first + count), False)
         return found
 
-    def put(self, app_id: int, seqs: Iterable[int], received: Iterable[int], reports: Reports) -> None:
+    def put(self, app_id: int, seqs: Iterable[int], received: Iterable[int], ahead: Iterable[int],
+            reports: Reports) -> None:
         """Adds reports of one kind in the order of their seqs."""
-        for taken, more in zip(self._reports[type(reports[0]), app_id], (seqs, received, reports)):
+        for taken, more in zip(self._reports[type(reports[0]), app_id], (seqs, received, ahead, reports)):
             taken.extend(more)
 
     def save(self) -> Stored:
         """Writes the rows and the figures."""
         self._give_receipts()
         rollups, counts = RollUps(self._db, self._now), Counter()
-        for (kind, app_id), (seqs, received, reports) in self._reports.items():
+        for (kind, app_id), (seqs, received, ahead, reports) in self._reports.items():
             flags, reports = rollups.names.limit(app_id, received, reports)
-            self._db.append(TABLES[kind], ("seq", "app_id", "received_at", "other", *kind._fields),
-                            [(seq, app_id, came, flag, *report)
-                             for seq, came, flag, report in zip(seqs, received, flags, reports)])
-            rollups.count(kind, counted(kind, app_id, seqs, received, flags, reports), 1)
+            columns = {"seq": seqs, "app_id": repeat(app_id), "received_at": received, **{
+                name: values for name, values in (("clock_ahead_ms", ahead), ("other", flags)) if any(values)}}
+            self._db.append(TABLES[kind], (*columns, *kind._fields),
+                            [(*ours, *report) for ours, report in zip(zip(*columns.values()), reports)])
+            rollups.count(kind, counted(kind, app_id, seqs, received, ahead, flags, reports), 1)
             counts[TABLES[kind]] += len(reports)
+        for (app_id, key), uses in self._uses.items():
+            rollups.figures[Requests].add(app_id, key, uses)
         rollups.save()
         return Stored(counts, [(app_id, name) for app_id, field, name in rollups.names.accepted
                                if field == "group_hash"])
@@ -2130,9 +2435,11 @@ class Commit:
         total = sum(len(each.reports) for _, each in new)
         seq = self._db.reserve_seqs(self._now, total) if total else 0
         for app_id, each in new:
-            each.receipt = Receipt(range(seq, seq + len(each.reports)), False)
-            seq += len(each.reports)
-            self.put(app_id, each.receipt.seqs, [self._now] * len(each.reports), each.reports)
+            count = len(each.reports)
+            each.receipt = Receipt(range(seq, seq + count), False)
+            seq += count
+            ahead_ms = clock_ahead(max(map(attrgetter("occurred_at"), each.reports)), self._now)
+            self.put(app_id, each.receipt.seqs, [self._now] * count, [ahead_ms] * count, each.reports)
         for _, each, first in self._requests:
             each.receipt = first.receipt if each is first else Receipt(first.receipt.seqs, True)
         write_rows(self._db, "insert into replays values * on conflict do nothing", [
@@ -2149,6 +2456,7 @@ GATHER_SECONDS = 0.003  # how long it waits: a commit costs as much as ten repor
 MAX_WAIT = 30.0  # seconds to wait for another thread's commit: longer than any lock and sync together
 EXPIRE_SLICE = 10  # rows before the first look at the clock: one may be as large as a body
 EXPIRE_SECONDS = 0.02  # for which a step may delete expired reports
+NEARLY_FULL = 0.9  # the share of the disk or of max_db_size from which on the operator is warned
 PAGE_ROWS = 1000  # that an export reads at a time,
 PAGE_TEXT = 1_000_000  # and characters: a row may be as large as a body
 
@@ -2161,19 +2469,21 @@ class Store(Apps):
 
     max_waiters: requests that may wait for a commit; further ones get a 503.
     max_rows: reports that may wait; all go into the next commit (about 0.1 s).
+    max_db_size: bytes, beyond which the oldest reports of the app that holds most go early; 0 is off.
     """
 
     make_process = Process
 
     def __init__(self, path: str, clock: Callable[[], float] = time.time, retention_days: int | None = 0,
-                 max_waiters: int = 256, max_rows: int = 10_000, may_create: bool = True):
+                 max_waiters: int = 256, max_rows: int = 10_000, may_create: bool = True, max_db_size: int = 0):
         super().__init__(path, clock, may_create)
-        self.max_waiters, self.max_rows = max_waiters, max_rows
+        self.max_waiters, self.max_rows, self.max_db_size = max_waiters, max_rows, max_db_size
         if retention_days is None:
             with self.reading() as db:
                 retention_days = get_state(db, "retention_days", Settings.retention_days)
         self.retention_days: int = retention_days
         self._expire_at = 0  # when to look next for what is older
+        self._largest = (0, 0)  # when the app that holds most was looked up, and its id
 
     def start(self, api_key: str = "", auth_token: str = "") -> FirstStart:
         """As Apps.start; and keeps the retention for commands that are not told one."""
@@ -2248,11 +2558,23 @@ class Store(Apps):
                 raise
             if not isinstance(error, StorageUnavailable):
                 log.exception("unexpected error")
+            is_outage = isinstance(error.__cause__ or error, (self.Outage, StorageUnavailable))
+            for submission in refused if group is own and len(refused) > 1 and not is_outage else ():
+                self._commit_alone(here, submission)  # one report must not cost its neighbours theirs
         finally:
             for each in own.done:
                 each.release()
         if stored:
             self._committed(stored)
+
+    def _commit_alone(self, here: Process, submission: Submission) -> None:
+        group = Group()
+        group.submissions = [submission]
+        try:
+            submission.error = None
+            self._committed(self._commit_group(here, group))
+        except Exception:
+            submission.error = StorageUnavailable()
 
     def _commit_group(self, here: Process, group: Group) -> Stored:
         """Stores a group in one transaction. Until that begins, the group grows."""
@@ -2260,15 +2582,18 @@ class Store(Apps):
             if here.last_size >= BUSY_GROUP:
                 group.full.wait(GATHER_SECONDS)
             began = time.monotonic()
+            self._check_clock()
             with self.writing(shared=True) as db:
                 with here.group_lock:
-                    here.last_size, here.group = len(group.submissions), None
+                    if here.group is group:
+                        here.last_size, here.group = len(group.submissions), None
                 commit = Commit(db, self.now)
                 commit.add(group.submissions)
                 stored = commit.save()
             here.group_sizes.add(len(group.submissions))
             here.commit_seconds.add(time.monotonic() - began)
             here.stored.update(stored.counts)
+            self._trouble = self._logged = ""
             return stored
 
     def _committed(self, stored: Stored) -> None:
@@ -2292,13 +2617,14 @@ class Store(Apps):
         page: list[StoredReport] = []
         size = 0
         with self.reading() as db, closing(db.execute(f"""
-                select seq, apps.name, is_test, received_at, {", ".join("reports." + each for each in kind._fields)}
+                select seq, apps.name, is_test, received_at, clock_ahead_ms,
+                    {", ".join("reports." + each for each in kind._fields)}
                 from {TABLES[kind]} as reports cross join apps on apps.id = app_id
                 where seq > ? and seq <= ?
                 order by seq
                 limit ?""", (after, last, PAGE_ROWS))) as rows:
-            for seq, name, is_test, received_at, *values in rows:
-                page.append(StoredReport(seq, name, bool(is_test), received_at, kind._make(values)))
+            for seq, name, is_test, received_at, ahead_ms, *values in rows:
+                page.append(StoredReport(seq, name, bool(is_test), received_at, ahead_ms, kind._make(values)))
                 size += sum(len(value) for value in values if type(value) is str)
                 if size > PAGE_TEXT:
                     break
@@ -2309,7 +2635,7 @@ class Store(Apps):
         many were `stored`; how many were `known`, because their seq is here already, whatever is in them; and how many
         had `expired`: their time is over, or reports as old have gone from here, maybe these, which would be counted
         twice. Raises StoreError where an app is live here and a test there."""
-        counts: Counter = Counter()
+        counts = Counter(stored=0, expired=0)
         with self.writing_step() as db:
             commit = Commit(db, self.now)
             for kind, table in TABLES.items():
@@ -2320,11 +2646,16 @@ class Store(Apps):
                 oldest = max(self._oldest_seq, get_state(db, "expired_" + table, -1) + 1)
                 fresh = [each for seq, each in given.items() if seq >= oldest and seq not in known]
                 for (app, is_test), run in groupby(sorted(fresh, key=itemgetter(1, 2, 0)), key=itemgetter(1, 2)):
-                    seqs, _, _, received, bare = zip(*run)
-                    commit.put(self._imported_app(db, app, is_test), seqs, received, bare)
-                counts.update(stored=len(fresh), expired=len(given.keys() - known) - len(fresh))
+                    app_id = self._imported_app(db, app, is_test)
+                    early = get_state(db, f"early_{app_id}", -1)
+                    if kept := [each for each in run if each.seq > early]:
+                        seqs, _, _, *columns = zip(*kept)
+                        commit.put(app_id, seqs, *columns)
+                    counts["stored"] += len(kept)
+                counts["expired"] += len(given.keys() - known)
             commit.save()
             self._expire(db)
+        counts["expired"] -= counts["stored"]
         counts["known"] = len(reports) - counts["stored"] - counts["expired"]
         return counts
 
@@ -2352,13 +2683,14 @@ class Store(Apps):
         deleted: Counter = Counter()
         try:
             with self.reading() as db:
+                is_full = 0 < self.max_db_size < self.used(db)
                 oldest = {"replays": now - REPLAY_DAYS * DAY, "oldest": self._oldest_seq, "today": now // DAY}
                 is_due = any(db.execute("""
                     select (select min(received_at) from replays) < :replays, (select min(seq) from crashes) < :oldest,
                         (select min(seq) from events) < :oldest,
                         not exists (select 1 from state where name = 'trimmed_day' and value = :today)
                     """, oldest).fetchone())
-            if is_due:
+            if is_due or is_full:
                 with self.writing() as db:
                     deleted = self._expire(db)
         except Exception as error:  # the reports of the commit are stored, and later commits try again
@@ -2383,11 +2715,54 @@ class Store(Apps):
                 size = min(2 * size, PRUNE_STEP)
                 if time.monotonic() > deadline:
                     break
+        while 0 < self.max_db_size < self.used(db) and time.monotonic() < deadline:
+            if not (early := self._delete_early(db)):
+                break
+            deleted += early
         if get_state(db, "trimmed_day", 0) != self.now // DAY:
             deleted["sums"] = RollUps(db, self.now).trim()
             if not deleted["sums"]:
                 db.execute(SET_STATE, ("trimmed_day", self.now // DAY))
+                for warning in self.warnings():
+                    log.warning("%s", warning)
         return +deleted
+
+    def _delete_early(self, db: Connection) -> Counter:
+        """Deletes some of the oldest reports of the app that holds most; how many rows of each table."""
+        app_id = self._largest_app(db)
+        oldest = db.execute("""
+            select seq from (
+                select * from (select seq from crashes where app_id = :app order by seq limit :limit) as crashes
+                union all
+                select * from (select seq from events where app_id = :app order by seq limit :limit) as events) as both
+            order by seq limit :limit
+            """, {"app": app_id, "limit": 20 * EXPIRE_SLICE}).fetchall()
+        deleted: Counter = Counter()
+        for kind, table in TABLES.items() if oldest else ():
+            deleted[table] = len(self._delete(db, kind, 0, f"from {table} where app_id = ? and seq <= ?",
+                                              (app_id, oldest[-1][0])))
+        if oldest:
+            db.execute(SET_STATE, (f"early_{app_id}", oldest[-1][0]))
+        else:
+            self._largest = (0, 0)
+        return +deleted
+
+    def _largest_app(self, db: Connection) -> int:
+        """The id of the app that holds most, by rows, of which a crash takes as much as ten events; 0 for none. Counted
+        once an hour, because it looks at all of them."""
+        if not 0 <= self.now - self._largest[0] < HOUR:
+            app_id, name = db.execute(f"""
+                select apps.id, name from apps join (
+                    select app_id, 10 * count(*) as size from crashes group by app_id
+                    union all select app_id, count(*) from events group by app_id) as held on app_id = apps.id
+                group by apps.id, name order by sum(size) desc, apps.id limit 1""").fetchone() or (0, "")
+            self._largest = (self.now, app_id)
+            log.warning("the database is larger than BACKFEEDR_MAX_DB_SIZE: the oldest reports of %s go early", name)
+        return self._largest[1]
+
+    def warnings(self) -> list[str]:
+        """What an operator should know before it is too late."""
+        return size_warnings(self.path, self.max_db_size)
 
     def _delete(self, db: Connection, kind: type, by: int, source: str, parameters: Any) -> list[int]:
         """Deletes the reports of a query, and counts them as RollUps.count does. Returns their seqs."""
@@ -2463,7 +2838,19 @@ class Store(Apps):
                         delete from {table} where ({columns}) in (
                             select {columns} from {table} where app_id = ? limit ?)""", (app_id, PRUNE_STEP)).rowcount
         with self.writing() as db:
+            db.execute("delete from state where name = ?", (f"early_{app_id}",))
             db.execute("delete from apps where id = ?", (app_id,))
+
+
+def size_warnings(path: Path, max_db_size: int) -> list[str]:
+    """Says where a database or its disk is nearly full."""
+    texts, size, disk = [], max_db_size and path.stat().st_size, shutil.disk_usage(path.parent)
+    if size > NEARLY_FULL * max_db_size:
+        texts.append(f"The database has {100 * size // max_db_size} % of BACKFEEDR_MAX_DB_SIZE; beyond it the oldest"
+                     " reports go early.")
+    if disk.used > NEARLY_FULL * (disk.used + disk.free):
+        texts.append(f"The disk is nearly full: {megabytes(disk.free)} are free.")
+    return texts
 
 
 # == Metrics ===================================================================
@@ -2473,6 +2860,7 @@ class Store(Apps):
 ADOPTION_DAYS = 7  # of whose sessions a release has its share
 SCANNED = 20_000  # events that are looked at for a page: a page may be short, and another one follow
 REPORTS = 20  # of a group that are shown at once
+MAX_VERSIONS = 100  # of a group that a list has
 _WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 
 
@@ -2557,14 +2945,21 @@ class Metrics:
                 for day, new, back in zip(shown, cohorts["devices"], cohorts[column])]
         return answer
 
-    def releases(self, app: str | None = None) -> JsonObject:
-        """What is known of each version of an app, the latest first: at most 100 of them."""
+    def releases(self, app: str | None = None, sort: str | None = None) -> JsonObject:
+        """What is known of each version of an app: the latest 100, in the order in which they were first seen, or if
+        `sort` is "version", in that of their versions, the highest first. null: of no session or device."""
+        if sort not in (None, "version", "first_seen"):
+            raise Refusal("invalid sort")
         with self._snapshot(app) as (db, app_id):
             rows = Releases.latest(db, app_id, self._last_days(ADOPTION_DAYS))
+        if sort == "version":
+            rows.sort(key=lambda row: version_key(row["app_version"]), reverse=True)
         return {"releases": list(fitting({
             "app": row["app"], "app_version": row["app_version"], "sessions": row["sessions"],
-            "crashes": row["crashes"], "crash_free_sessions": crash_free_rate(row["crashes"], row["sessions"]),
-            "crash_free_devices": crash_free_rate(row["crashed_devices"], row["devices"]),
+            "crashes": row["crashes"], "crashed_sessions": row["crashed_sessions"],
+            "crash_free_sessions": crash_free_rate(row["crashed_sessions"] or row["crashes"], row["sessions"])
+            if row["sessions"] else None, "by": "session" if row["crashed_sessions"] else "count",
+            "crash_free_devices": crash_free_rate(row["crashed_devices"], row["devices"]) if row["devices"] else None,
             "adoption": round(100 * (row["recent"] or 0) / row["of_all"], 2) if row["of_all"] else 0.0,
             "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"])} for row in rows))}
 
@@ -2572,54 +2967,66 @@ class Metrics:
 
     def groups(self, app: str | None = None, version: str | None = None, days: int | None = None,
                text: str | None = None, limit: int = 50, cursor: str | None = None) -> JsonObject:
-        """The groups of the crashes that are kept, the most frequent first; with `text` in type, reason or hash."""
+        """The groups of the crashes that are kept, the most frequent first. `version` may end with *; `text` is in what
+        the list shows, or in symbols and files of the app in the latest crash. `is_new`: first seen in this version,
+        or without one, within 7 days."""
         count, group = _parse_cursor(cursor, r"([0-9]{1,18})-([0-9a-f]{16}|\(other\))", (MAX_NUMBER, ""))
-        shown = self._last_days(days) if days else [None]
-        matching = f"""
-            select *, {COUNTED_AT} as at from crashes
-            where {APPS} and (:version is null or app_version = :version)
-                and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
-            """
+        shown, week = self._last_days(days) if days else [None], self._last_days(WEEK)[0] * DAY
         with self._snapshot(app) as (db, app_id):
-            parameters = {"app": app_id, "version": version, "first": shown[0], "last": shown[-1], "text": text,
-                          "limit": limit + 1, "count": int(count), "group": group}
+            parameters = {"app": app_id, **_version_filter(version), "first": shown[0], "last": shown[-1],
+                          "text": text and text.casefold(), "limit": limit + 1, "count": int(count), "group": group}
             rows = dict_rows(db, f"""
                 select group_hash, count(*) as count, count(distinct app_id || ' ' || device_id_hash) as devices,
-                    min(at) as first_seen, max(at) as last_seen
-                from ({matching}
+                    max({COUNTED_AT}) as last_seen
+                from crashes
+                where {APPS} and {OF_VERSION} and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
                     and (:text is null or (app_id, group_hash) in (
-                        select app_id, group_hash from groups where {APPS} and instr(lower(
-                            exception_type || char(10) || coalesce(exception_reason, '') || char(10) || group_hash),
-                            lower(:text))))) as found
+                        select app_id, group_hash from groups where {APPS} and instr(search, :text)))
                 group by group_hash
                 having count(*) < :count or count(*) = :count and group_hash > :group
                 order by count(*) desc, group_hash
                 limit :limit""", parameters)
-            groups = [{
-                **self._group_name(db, app_id, row["group_hash"]), "count": row["count"], "devices": row["devices"],
-                "versions": sorted((version for version, in db.execute(f"""
-                    select distinct app_version from ({matching} and group_hash = :group) as found
-                    where app_version is not null""", {**parameters, "group": row["group_hash"]})), key=_version_key),
-                "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"])}
-                for row in rows[:limit]]
-        following = "{count}-{group_hash}".format(**rows[limit - 1]) if rows[limit:] else None
+            groups, size = [], 0
+            for row in rows[:limit]:
+                if size > PAGE_TEXT:
+                    break
+                found = self._named(db, app_id, row.pop("group_hash"))
+                first = (found.pop("first_version") or "")[:parameters["length"]]
+                is_new = first == parameters["version"] if version else found["first_seen"] >= week
+                versions = [each for each, in db.execute(f"""
+                    select app_version from crashes
+                    where {APPS} and group_hash = :group and app_version is not null and {OF_VERSION}
+                        and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
+                    group by app_version
+                    order by count(*) desc, app_version
+                    limit {MAX_VERSIONS}""", {**parameters, "group": found["group_hash"]})]
+                size += sum(map(len, versions))
+                groups.append({**found, **row, "versions": sorted(versions, key=version_key), "is_new": is_new,
+                               "first_seen": iso_time(found["first_seen"]), "last_seen": iso_time(row["last_seen"])})
+        following = f"{groups[-1]['count']}-{groups[-1]['group_hash']}" if rows[len(groups):] else None
         return {"groups": groups, "next": following}
 
-    def _group_name(self, db: Connection, app_id: int | None, group_hash: str) -> JsonObject:
+    def _named(self, db: Connection, app_id: int | None, group_hash: str) -> JsonObject:
+        """What is known of a group; of several apps, of the one that saw it last."""
         return dict_rows(db, f"""
-            select group_hash, exception_type, coalesce(exception_reason, '') as exception_reason from groups
-            where {APPS} and group_hash = :group
+            select group_hash, exception_type, coalesce(exception_reason, '') as exception_reason,
+                coalesce(place, '') as place, (
+                    select min(first_seen) from groups where {APPS} and group_hash = :group) as first_seen, (
+                    select first_version from groups where {APPS} and group_hash = :group
+                    order by first_seen, app_id limit 1) as first_version
+            from groups where {APPS} and group_hash = :group
             order by last_seen desc, app_id
             limit 1""", {"app": app_id, "group": group_hash})[0]
 
     def group(self, group_hash: str, app: str | None = None, limit: int = REPORTS,
               cursor: str | None = None) -> JsonObject:
-        """A group, its spread, and its latest reports. Refusal where no crash of it is kept."""
+        """A group, its spread, and its crashes, the latest first. Refusal where no crash of it is kept."""
+        at, report_id = _parse_cursor(cursor, "([0-9]{1,18})-([0-7][0-9a-f]{15})", (MAX_NUMBER, "0"))
         with self._snapshot(app) as (db, app_id):
-            parameters = {"app": app_id, "group": group_hash, "before": _seq_of(cursor, MAX_NUMBER), "limit": limit + 1}
-            count, devices, first_seen, last_seen = db.execute(f"""
-                select count(*), count(distinct app_id || ' ' || device_id_hash), min({COUNTED_AT}), max({COUNTED_AT})
-                from crashes
+            parameters = {"app": app_id, "group": group_hash, "at": int(at), "seq": int(report_id, 16),
+                          "limit": limit + 1}
+            count, devices, last_seen = db.execute(f"""
+                select count(*), count(distinct app_id || ' ' || device_id_hash), max({COUNTED_AT}) from crashes
                 where {APPS} and group_hash = :group""", parameters).fetchone()
             if not count:
                 raise Refusal("not found")
@@ -2630,44 +3037,39 @@ class Metrics:
                 order by count(*) desc, {column}
                 limit 20""", parameters)) for name, column in (
                     ("versions", "app_version"), ("systems", "os_version"), ("device_models", "device_model"))}
-            reports = _reports(db, f"""
-                select * from crashes where seq in (
-                    select seq from crashes
-                    where {APPS} and group_hash = :group and seq < :before
-                    order by seq desc
-                    limit :limit)
-                order by seq desc""", parameters)
-            return {**self._group_name(db, app_id, group_hash), "count": count, "devices": devices,
-                    "first_seen": iso_time(first_seen), "last_seen": iso_time(last_seen), **spread,
-                    "reports": reports[:limit], "next": reports[limit - 1]["id"] if reports[limit:] else None}
+            page = db.execute(f"""
+                select seq, {COUNTED_AT} as at from crashes
+                where {APPS} and group_hash = :group and ({COUNTED_AT}, seq) < (:at, :seq)
+                order by at desc, seq desc
+                limit :limit""", parameters).fetchall()
+            found = self._named(db, app_id, group_hash)
+            reports = _reports(db, "crashes", [seq for seq, _ in page[:limit]])
+        seq, at = page[len(reports) - 1] if reports else (0, 0)
+        return {**found, "count": count, "devices": devices, "first_seen": iso_time(found["first_seen"]),
+                "last_seen": iso_time(last_seen), **spread, "reports": reports,
+                "next": f"{at}-{crash_id(seq)}" if page[len(reports):] else None}
 
-    def group_days(self, groups: Sequence[str], app: str | None = None, days: int = 30) -> JsonObject:
-        """Of each of these groups: its crashes on each of the last days, the oldest first; its apps; and where in
-        the app its latest crash was."""
+    def group_days(self, groups: Sequence[str], app: str | None = None, version: str | None = None,
+                   days: int = 30) -> JsonObject:
+        """Of each of these groups, its apps, and its crashes on each of the last days, the oldest first."""
         shown = self._last_days(days)
         with self._snapshot(app) as (db, app_id):
-            parameters = {"app": app_id, "first": shown[0], "last": shown[-1], "since": shown[0] * DAY - MAX_SKEW}
+            parameters = {"app": app_id, **_version_filter(version), "first": shown[0], "last": shown[-1],
+                          "since": shown[0] * DAY - MAX_SKEW}
             return {"labels": _dates(shown), "groups": {
                 group_hash: self._days_of(db, {**parameters, "group": group_hash}, shown) for group_hash in groups}}
 
     def _days_of(self, db: Connection, parameters: JsonObject, shown: range) -> JsonObject:
         counts = dict(db.execute(f"""
             select {COUNTED_AT} / {DAY} as day, count(*) from crashes
-            where {APPS} and group_hash = :group and received_at >= :since
+            where {APPS} and group_hash = :group and {OF_VERSION} and received_at >= :since
                 and {COUNTED_AT} / {DAY} between :first and :last
             group by day""", parameters))
         apps = db.execute(f"""
             select name from apps where {APPS.replace("app_id", "id", 1)} and exists (
                 select 1 from crashes where app_id = apps.id and group_hash = :group)
             order by name""", parameters).fetchall()
-        latest = db.execute(f"""
-            select case when length(stack_trace) < 100000 then stack_trace end from crashes
-            where {APPS} and group_hash = :group
-            order by received_at desc
-            limit 1""", parameters).fetchone()
-        frames = json.loads(latest[0] or "[]") if latest else []
-        return {"days": [counts.get(day, 0) for day in shown], "apps": [name for name, in apps],
-                "place": next((frame.get("symbol") or "" for frame in frames if frame.get("file")), "")}
+        return {"days": [counts.get(day, 0) for day in shown], "apps": [name for name, in apps]}
 
     def is_empty(self, app: str | None = None) -> bool:
         """Whether nothing was received of an app; of its events, only the latest are looked at."""
@@ -2680,11 +3082,11 @@ class Metrics:
     def crash(self, id: str, app: str | None = None) -> JsonObject:
         """One crash, as it was sent. Refusal where it is not kept."""
         with self._snapshot(app) as (db, app_id):
-            found = _reports(db, f"select * from crashes where id = :id and seq = :seq and {APPS}", {
-                "id": id, "seq": int(id, 16) if re.fullmatch("[0-7][0-9a-f]{15}", id) else -1, "app": app_id})
-        if not found:
-            raise Refusal("not found")
-        return found[0]
+            seq = int(id, 16) if re.fullmatch("[0-7][0-9a-f]{15}", id) else -1
+            if not db.execute(f"select 1 from crashes where seq = :seq and {APPS}",
+                              {"seq": seq, "app": app_id}).fetchone():
+                raise Refusal("not found")
+            return _reports(db, "crashes", [seq])[0]
 
     def events(self, app: str | None = None, type: str | None = None, name: str | None = None,
                session_id: str | None = None, limit: int = 50, cursor: str | None = None,
@@ -2703,16 +3105,17 @@ class Metrics:
                 last = min(last, _seq_of(cursor, MAX_NUMBER) - 1)
             parameters.update(first=first, last=last, scanned=SCANNED)
             scan = f"from events where seq between :first and :last order by seq {order} limit :scanned"
-            found = _reports(db, f"""
-                select * from (select * {scan}) as scanned
+            seqs = [seq for seq, in db.execute(f"""
+                select seq from (select seq, app_id, type, name, session_id {scan}) as scanned
                 where {APPS} and (:type is null or type = :type) and (:name is null or name = :name)
                     and (:session is null or session_id = :session)
                 order by seq {order}
-                limit :limit""", parameters)
+                limit :limit""", parameters)]
             row = db.execute(f"select seq from (select seq {scan}) as scanned order by seq {order}"
                              " limit 1 offset :scanned - 1", parameters).fetchone()
-        following = found[limit - 1]["id"] if found[limit:] else event_ids(row)[0] if row else None
-        return {"events": found[:limit], "next": following}
+            found = _reports(db, "events", seqs[:limit])
+        following = found[-1]["id"] if seqs[len(found):] else event_ids(row)[0] if row else None
+        return {"events": found, "next": following}
 
     def device(self, device_id_hash: str) -> JsonObject:
         """Everything that is kept of a device, in all apps."""
@@ -2722,12 +3125,13 @@ class Metrics:
                 "apps": dict_rows(db, """
                     select app_id, name as app, first_day, last_hour from devices join apps on apps.id = app_id
                     where device = ? order by name""", (device,)),
-                **{table: _reports(db, f"select * from {table} where device_id_hash = :device order by seq",
-                                   {"device": device_id_hash}) for table in TABLES.values()}}
+                **{table: _reports(db, table, [seq for seq, in db.execute(
+                    f"select seq from {table} where device_id_hash = ? order by seq", (device_id_hash,))], MAX_NUMBER)
+                   for table in TABLES.values()}}
             for app in found["apps"]:
                 app["versions"] = sorted((version for version, in db.execute(
                     "select app_version from device_versions where app_id = ? and device = ?",
-                    (app.pop("app_id"), device))), key=_version_key)
+                    (app.pop("app_id"), device))), key=version_key)
                 app["first_seen"] = iso_time(app.pop("first_day") * DAY)
                 app["last_seen"] = iso_time(app.pop("last_hour") * HOUR)
         return found
@@ -2737,16 +3141,24 @@ def _dates(days: Iterable[int]) -> list[str]:
     return [date.fromordinal(_DAY_ZERO + day).isoformat() for day in days]
 
 
-def _reports(db: Connection, query: str, parameters: Mapping[str, Any]) -> list[JsonObject]:
-    """Crashes or events as they were sent, without what was absent; and their app, and when they were received."""
-    apps = dict(db.execute("select id, name from apps"))
-    return [as_sent({"id": row.pop("id"), "app": apps.get(row.pop("app_id")), **row}, iso_time)
-            for row in dict_rows(db, query, parameters)]
+def _reports(db: Connection, table: str, seqs: Sequence[int], max_text: int = PAGE_TEXT) -> list[JsonObject]:
+    """Crashes or events as they were sent, without what was absent; and their app, and when they were received. Of
+    more than so many characters, the first."""
+    apps, reports, size = dict(db.execute("select id, name from apps")), [], 0
+    for seq in seqs:
+        row, = dict_rows(db, f"select * from {table} where seq = ?", (seq,))
+        size += sum(len(value) for value in row.values() if type(value) is str)
+        reports.append(as_sent({"id": row.pop("id"), "app": apps.get(row.pop("app_id")), **row}, iso_time))
+        if size > max_text:
+            break
+    return reports
 
 
 def as_sent(row: Mapping[str, Any], time_text: Callable[[int], str]) -> JsonObject:
     """A report as it was sent, from its row."""
     report = {name: value for name, value in row.items() if value is not None and name not in ("seq", "other")}
+    if not report["clock_ahead_ms"]:
+        del report["clock_ahead_ms"]
     for name in {"stack_trace", "properties", "extra"} & report.keys():
         report[name] = json.loads(report[name])
     for name in ("received_at", "occurred_at"):
@@ -2756,9 +3168,23 @@ def as_sent(row: Mapping[str, Any], time_text: Callable[[int], str]) -> JsonObje
     return report
 
 
-def _version_key(version: str) -> list[tuple[int, str]]:
-    """Sorts 1.10 after 1.9."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split("[.+-]", version)]
+OF_VERSION = "(:version is null or substr(app_version, 1, :length) = :version)"
+
+
+def _version_filter(version: str | None) -> JsonObject:
+    """The parameters of OF_VERSION. A version that ends with * stands for all that begin so."""
+    if version and version.endswith("*"):
+        return {"version": version[:-1], "length": len(version) - 1}
+    return {"version": version, "length": MAX_TEXT}
+
+
+def version_key(version: str) -> list[Any]:
+    """Sorts 1.10 after 1.9, 1.2 (10) after 1.2 (9), and 1.2.0-rc.1 and 1.2.0b3 before 1.2.0."""
+    release, *pre_releases = re.split("-|(?<=[0-9])(?=[A-Za-z])", version, maxsplit=1)
+    pre_release = "".join(pre_releases)
+    numbers = [[(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.findall("[0-9]+|[^0-9]+", text)]
+               for text in (release, pre_release)]
+    return [numbers[0], not pre_releases, numbers[1]]
 
 
 def _parse_cursor(cursor: str | None, pattern: str, default: Any) -> Any:
@@ -2843,8 +3269,8 @@ def _decompress(environ: Environ, body: bytes, limit: int) -> bytes:
     encoding = _header(environ, "CONTENT_ENCODING").lower()
     if encoding in (b"", b"identity"):
         return body
-    if encoding != b"gzip":
-        raise Refusal("unsupported content encoding")
+    if encoding not in (b"gzip", b"x-gzip"):
+        raise Refusal("unsupported content encoding", detail="gzip is supported")
     inflater = zlib.decompressobj(wbits=31)  # 31: with a gzip header
     try:
         plain = inflater.decompress(body, limit + 1)
@@ -2990,7 +3416,6 @@ def bar_chart(figures: JsonObject, total: int | None = None) -> str:
 
 SESSION_LIFETIME = 7 * DAY
 LINK_LIFETIME = 600 * SECOND  # of a link that signs in once
-SIGN_IN_TRIES = 10  # a minute, for all clients together, because no IP address is stored
 LIST_ROWS = 25
 SHOWN_FRAMES, SHOWN_TEXT = 200, 20_000  # frames and characters of a report on its page; the API has the rest
 
@@ -3005,9 +3430,10 @@ PageHandler = Callable[..., Response]  # called with a PageRequest and the parts
 class PageRequest:
     """A request for a page: its address, its browser's cookies and, after read_form(), its form."""
 
-    def __init__(self, environ: Environ, now: int, public_url: str):
-        self.environ, self.now, self._public_url = environ, now, public_url.rstrip("/")
-        self.root = quote(environ.get("SCRIPT_NAME", "").encode("latin-1", "replace")).rstrip("/")
+    def __init__(self, environ: Environ, now: int, public_url: str, cookie: str):
+        self.environ, self.now, self._public_url, self.cookie = environ, now, public_url.rstrip("/"), cookie
+        mounted = quote(environ.get("SCRIPT_NAME", "").encode("latin-1", "replace"))
+        self.root = (urlsplit(public_url).path or mounted).rstrip("/")  # a proxy may have stripped the prefix
         self.path = quote(environ.get("PATH_INFO", "").encode("latin-1", "replace"))
         self.section = "/" + self.path.split("/")[1] if "/" in self.path else "/"
         given = parse_qsl(_query(environ))  # without the fields that a form left empty
@@ -3015,15 +3441,14 @@ class PageRequest:
         self.address = self.path + ("?" + self.query if self.query else "")
         self.app: str | None = dict(given).get("app")
         self.apps: list[App] | None = None  # None unless the browser is signed in
-        self.session = self._cookie("backfeedr")
-        self.form_secret = self._cookie("backfeedr_form") or secrets.token_hex(16)
+        self.session = self._read_cookie("")
+        self.form_secret = self._read_cookie("_form") or secrets.token_hex(16)
         self.form: dict[str, str] = {}
-        scheme = environ.get("wsgi.url_scheme", "")
-        forwarded = environ.get("HTTP_X_FORWARDED_PROTO", scheme).split(",")[0].strip().lower()
-        self.is_https = "https" in (forwarded, scheme, public_url.partition(":")[0])
+        self.is_https = "https" in (environ.get("wsgi.url_scheme"), public_url.partition(":")[0])
 
-    def _cookie(self, name: str) -> str:
-        found = re.search(f"(?:^|; ?){name}=([0-9a-f]{{32}})(?:;|$)", self.environ.get("HTTP_COOKIE", ""))
+    def _read_cookie(self, suffix: str) -> str:
+        found = re.search(f"(?:^|; ?){self.cookie}{suffix}=([0-9a-f]{{32}})(?:;|$)",
+                          self.environ.get("HTTP_COOKIE", ""))
         return found[1] if found else ""
 
     @property
@@ -3057,9 +3482,9 @@ class PageRequest:
     def redirect(self, path: str) -> Response:
         return Response(b"", 303, {**PAGE_HEADERS, "Location": self.root + path})
 
-    def set_cookie(self, response: Response, name: str, value: str) -> None:
-        response.set_cookie(name, value, path=self.root + "/", httponly=True, samesite="strict", secure=self.is_https,
-                            max_age=SESSION_LIFETIME // SECOND)
+    def set_cookie(self, response: Response, suffix: str, value: str) -> None:
+        response.set_cookie(self.cookie + suffix, value, path=self.root + "/", httponly=True, samesite="strict",
+                            secure=self.is_https, max_age=SESSION_LIFETIME // SECOND)
 
     def when(self, time_text: str) -> str:
         """HTML of a time as the API gives it: how long ago, or a date; and the exact time as a tooltip."""
@@ -3073,9 +3498,9 @@ class PageRequest:
 class Dashboard:
     """Answers the requests for pages."""
 
-    def __init__(self, store: Store, metrics: Metrics, public_url: str = ""):
-        self._store, self._metrics, self._public_url = store, metrics, public_url
-        self.sign_in_limiter = RateLimiter(SIGN_IN_TRIES)
+    def __init__(self, store: Store, metrics: Metrics, refused: RefusedReports, public_url: str = ""):
+        self._store, self._metrics, self._refused, self._public_url = store, metrics, refused, public_url
+        self._cookie = "backfeedr_" + store.instance()  # two servers on one host share their cookies
         self._templates = {name: bottle.SimpleTemplate(source) for name, source in _TEMPLATES.items()}
 
     def routes(self) -> Iterator[tuple[str, str, Callable[..., Response]]]:
@@ -3093,7 +3518,7 @@ class Dashboard:
         return f"{url}/sign-in?code={self._store.grant('code', LINK_LIFETIME)}"
 
     def request(self, environ: Environ) -> PageRequest:
-        return PageRequest(environ, self._store.now, self._public_url)
+        return PageRequest(environ, self._store.now, self._public_url, self._cookie)
 
     def _respond(self, handler: PageHandler, **path: str) -> Response:
         """A page, or a page for the error."""
@@ -3109,8 +3534,8 @@ class Dashboard:
 
     def error_page(self, page: PageRequest, status: int, text: str, retry_after: int | None = None) -> Response:
         """The page for an error."""
-        response = self._render(page, text.capitalize(), "message", status, text=_HINTS.get(status, _HINTS[400]),
-                                target="/", label="To the overview")
+        response = self._render(page, text[:1].upper() + text[1:], "message", status, target="/",
+                                label="To the overview", text=_HINTS.get(status, _HINTS[400]))
         if retry_after is not None:
             response.set_header("Retry-After", str(retry_after))
         return response
@@ -3147,15 +3572,10 @@ class Dashboard:
             problem, status = "This link was good once, for ten minutes. Sign in with the admin token.", 403
         target = page.form.get("next") or query.get("next", ["/"])[-1]
         response = self._render(page, "Sign in", "sign_in", status, problem=problem, target=target)
-        page.set_cookie(response, "backfeedr_form", page.form_secret)
+        page.set_cookie(response, "_form", page.form_secret)
         return response
 
     def _sign_in(self, page: PageRequest) -> Response:
-        if not self.sign_in_limiter.allow(b""):
-            wait = self.sign_in_limiter.retry_after(b"")
-            response = self._sign_in_page(page, f"Too many tries. The next one is in {wait} seconds.", 429)
-            response.set_header("Retry-After", str(wait))
-            return response
         if not self._store.is_admin(page.form.get("token", "").strip().encode()):
             return self._sign_in_page(page, "That is not the admin token.", 403)
         return self._start_session(page, page.form.get("next", ""))
@@ -3164,7 +3584,7 @@ class Dashboard:
         """With a new session id: an attacker may have planted the one that the browser had."""
         is_our_path = re.fullmatch(r"/(?![/\\])[!-~]*", target)
         response = page.redirect(target if is_our_path else "/")
-        page.set_cookie(response, "backfeedr", self._store.grant("session", SESSION_LIFETIME))
+        page.set_cookie(response, "", self._store.grant("session", SESSION_LIFETIME))
         return response
 
     def _sign_out(self, page: PageRequest) -> Response:
@@ -3180,13 +3600,15 @@ class Dashboard:
                        metrics.active_devices(app, 30)["dau"])
         return self._render(
             page, "Overview", "overview", is_empty=metrics.is_empty(app), tiles=tiles, top=week["top_crashes"],
+            warnings=[*self._refused.today(app), *self._store.warnings()],
             latest=metrics.releases(app)["releases"][:4], types=metrics.crash_types(app, 30),
             devices=metrics.devices(app, 30), crashes=column_chart("Crashes", crashes["labels"], crashes["data"]))
 
     def _crashes(self, page: PageRequest) -> Response:
         parameters = page.parameters("version", "days", "text", "cursor")
         found = self._metrics.groups(page.app, **parameters, limit=LIST_ROWS)
-        details = self._metrics.group_days([group["group_hash"] for group in found["groups"]], page.app)["groups"]
+        details = self._metrics.group_days([group["group_hash"] for group in found["groups"]], page.app,
+                                           parameters.get("version"))["groups"]
         return self._render(page, "Crashes", "crashes", parameters=parameters, next=found["next"],
                             groups=[{**group, **details[group["group_hash"]]} for group in found["groups"]],
                             day_choices=sorted({1, 7, 30, 90, 365, parameters.get("days", 1)}),
@@ -3218,7 +3640,9 @@ class Dashboard:
         return self._render(page, title, "events", **found, parameters=parameters, types=EVENT_TYPES)
 
     def _releases(self, page: PageRequest) -> Response:
-        return self._render(page, "Releases", "releases", **self._metrics.releases(page.app))
+        parameters = page.parameters("sort")
+        return self._render(page, "Releases", "releases", **self._metrics.releases(page.app, **parameters),
+                            parameters=parameters)
 
     def _apps(self, page: PageRequest, status: int = 200, **notice: str) -> Response:
         page.apps, keys = self._store.apps(), self._store.keys()
@@ -3239,7 +3663,7 @@ class Dashboard:
             key = store.create_key(name) if form["action"] == "key" else store.create_app(name, "test" in form)
             return self._apps(page, message=f"The new key of {name}, shown only this once:", key=key)
         except StoreError as error:
-            return self._apps(page, 400, problem=str(error).capitalize())
+            return self._apps(page, 400, problem=str(error)[:1].upper() + str(error)[1:])
 
     def _delete_app(self, name: str, typed: str | None) -> str:
         """Deletes in a thread, because a large app takes longer than a proxy waits for an answer. Returns what the
@@ -3266,13 +3690,13 @@ class Dashboard:
 def _tiles(week: JsonObject, labels: Sequence[str], crashes: Sequence[int], sessions: Sequence[int],
            devices: Sequence[int]) -> Iterator[tuple[str, str, str, str]]:
     """Name, value, note and chart of the figures on top of the overview."""
-    rates = [crash_free_rate(*day) if any(day) else None for day in zip(crashes, sessions)]
+    rates = [crash_free_rate(*day) if day[1] else None for day in zip(crashes, sessions)]
     lowest = min((rate for rate in rates if rate is not None), default=0)
     axis_start = max(rate for rate in (0, 50, 80, 90, 95, 99) if rate <= lowest)
     crashes_before, sessions_before = sum(crashes[-14:-7]), sum(sessions[-14:-7])
-    rate = f"{week['crash_free_rate_7d']:.2f} %" if week["crashes_7d"] or week["sessions_7d"] else "-"
+    rate = f"{week['crash_free_rate_7d']:.2f} %" if week["sessions_7d"] else "-"
     rate_before = f"{crash_free_rate(crashes_before, sessions_before):.2f} % in the 7 before"
-    rate_note = f"7 days; {rate_before}" if crashes_before or sessions_before else "7 days"
+    rate_note = f"7 days; {rate_before}" if sessions_before else "7 days"
     yield "Crash-free sessions", rate, rate_note, line_chart("Crash-free sessions", labels, rates, axis_start, " %")
     yield "Active devices", f"{week['dau']:,}", "24 hours", line_chart("Active devices", labels, devices)
     for name, value, before, days in (("Sessions", week["sessions_7d"], sessions_before, sessions),
@@ -3286,7 +3710,8 @@ _CONTEXT: dict[str, tuple[str, Callable[[Any], str]]] = {
     "free_memory_mb": ("Free memory", "{:,} MB".format),
     "battery_level": ("Battery", lambda level: f"{level:.0%}" if level >= 0 else "unknown"),
     "is_charging": ("Charging", lambda is_charging: "yes" if is_charging else "no"),
-    "device_id_hash": ("Device id", str), "id": ("Report", str)}
+    "device_id_hash": ("Device id", str), "session_id": ("Session", str), "id": ("Report", str),
+    "clock_ahead_ms": ("Clock", lambda ms: f"fast by {ms // SECOND:,} s")}
 
 
 def _context(report: JsonObject) -> list[tuple[str, str]]:
@@ -3374,7 +3799,7 @@ _VERSION, _SYSTEM = Column("Version", _TEXT % "app_version"), Column("System", _
 _DEVICE = Column("Device", _TEXT % "device_model")
 _SEEN = (Column("First seen", _TIME % "first_seen"), Column("Last seen", _TIME % "last_seen"))
 _APP = Column("App", '<bdi>{{row["app"]}}</bdi>', condition="not page.app and len(apps) > 1")
-_CRASH_FREE = Column("Crash-free sessions", '{{"%.2f" % row["crash_free_sessions"]}} %', "number")
+_CRASH_FREE = Column("Crash-free sessions", '{{percent(row["crash_free_sessions"])}}', "number")
 _ADOPTION = Column("Adoption", '{{"%.1f" % row["adoption"]}} %', "number")
 _GROUP_LINK = '<a href="{{link("/crashes/" + row["group_hash"])}}"><bdi>{{row["exception_type"]}}</bdi></a>\n'
 _REASON = '<span class="reason"><bdi>{{shorten(row["exception_reason"])}}</bdi></span>'
@@ -3434,7 +3859,10 @@ _TEMPLATES = {
 <p><button>Sign in</button></p>
 <p class="note">The server printed it at its first start. <code>BACKFEEDR_AUTH_TOKEN</code> sets another one.</p>
 """, next="{{target}}") + "</div>\n",
-    "overview": """% if is_empty:
+    "overview": """% for warning in warnings:
+<p class="problem" role="alert">{{warning}}</p>
+% end
+% if is_empty:
 <section class="hint"><p>Nothing has been received yet. Send a first crash, with the key of an app
 (<a href="{{link("/apps")}}">Apps</a> makes a new one):</p>
 <pre>{{curl_line(page.url, "bf_live_your_key")}}</pre></section>
@@ -3465,6 +3893,9 @@ value="{{parameters.get("version", "")}}"></label><datalist id="versions">{{!opt
 <button>Show</button></form>
 """ + _list(
         "groups", _CRASHES, Column("Group", _GROUP_LINK + """\
+% if row["is_new"]:
+<b class="new">new</b>
+% end
 <code><bdi>{{shorten(row["place"], 120)}}</bdi></code>
 """ + _REASON, "main"),
         _APP._replace(cell='<bdi>{{", ".join(row["apps"])}}</bdi>'),
@@ -3554,9 +3985,15 @@ No event is kept{{" of " + page.app if page.app else ""}}.
 <code>examples/client.py</code> shows how an app sends its sessions.
 % end
 """) + _PAGE_LINKS,
-    "releases": _list(
+    "releases": """<p class="note">In the order of
+% if "sort" in parameters:
+<a href="{{link("/releases")}}">first appearance</a> | versions</p>
+% else:
+first appearance | <a href="{{link("/releases", sort="version")}}">versions</a></p>
+% end
+""" + _list(
         "releases", Column("Version", _RELEASE_LINK, "main"), _APP._replace(condition="not page.app"), _CRASH_FREE,
-        Column("Crash-free devices", '{{"%.2f" % row["crash_free_devices"]}} %', "number"),
+        Column("Crash-free devices", '{{percent(row["crash_free_devices"])}}', "number"),
         Column("Crashes", _COUNT % "crashes", "number"), Column("Sessions", _COUNT % "sessions", "number"),
         _ADOPTION._replace(label="Adoption, 7 days"), *_SEEN, empty=_NO_RELEASE),
     "apps": """% if "problem" in notice:
@@ -3686,7 +4123,8 @@ PAGE_HEADERS = {
 
 _TEMPLATE_GLOBALS = {
     "bar_chart": bar_chart, "curl_line": curl_line, "details": _details, "icon": _ICON, "iso": iso_time,
-    "number": "{:,}".format, "options": _options, "pages": _PAGES, "shorten": _shorten, "sparkline": sparkline,
+    "number": "{:,}".format, "percent": lambda share: "-" if share is None else f"{share:.2f} %", "options": _options,
+    "pages": _PAGES, "shorten": _shorten, "sparkline": sparkline,
     "style": STYLE}
 
 
@@ -3714,15 +4152,15 @@ class Backfeedr(Closing):
             raise TypeError("give settings or single ones, not both")
         self.settings = settings or Settings.from_env(**overrides)
         self.store = store or Store(self.settings.db_path, clock, self.settings.retention_days,
-                                    max_waiters=max(256, self.settings.threads))
+                                    max_waiters=max(256, self.settings.threads), max_db_size=self.settings.max_db_size)
         self.metrics = Metrics(self.store)
         self._limiter = limiter or RateLimiter(self.settings.rate_limit)
+        self.refused = RefusedReports(self.store)
         # Python runs one thread at a time. Those that wait here sleep until it is their
         # turn; those that wait for the interpreter wake up each switch interval to ask.
         self._turn = threading.Lock()
         self._requests: Counter = Counter()  # by method, route and status
         self._counting = threading.Lock()
-        self.pages = Dashboard(self.store, self.metrics, self.settings.public_url)
         self._ingestion: dict[str, tuple[Callable[[bytes], Reports], Callable[..., dict[str, Any]]]] = {
             # By path: what makes reports of a body, and an answer of the reports and their seqs.
             "/api/v1/crashes": (lambda body: [parse_crash(decode_json(body))], lambda crashes, seqs: {
@@ -3731,14 +4169,18 @@ class Backfeedr(Closing):
                 "id": event_ids(seqs)[0]}),
             "/api/v1/events/batch": (lambda body: parse_batch(decode_json(body)), lambda events, seqs: {
                 "count": len(seqs), "ids": event_ids(seqs)})}
-        self._router = self._routes()
         made = self.store.start(self.settings.api_key, self.settings.auth_token)
-        if made != (None, None):
-            url = self.settings.public_url.rstrip("/") or _url(self.settings.host, self.settings.port)
-            (announce or sys.stderr.write)(first_start_text(made, url))
+        if made != (None, None):  # without `announce`, another server has the app, whose address is not known
+            known = _url(self.settings.host, self.settings.port) if announce else "https://YOUR-SERVER"
+            (announce or sys.stderr.write)(first_start_text(made, self.settings.public_url.rstrip("/") or known))
+        self.pages = Dashboard(self.store, self.metrics, self.refused, self.settings.public_url)
+        self._router = self._routes()
 
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
         method, path = environ.get("REQUEST_METHOD", ""), environ.get("PATH_INFO", "")
+        if len(path) > 1 and path.endswith("/"):  # the same path
+            path = path[:-1]
+            environ = {**environ, "PATH_INFO": path}
         if method == "POST" and path in self._ingestion:  # not through bottle, which would take as long as our own part
             body, status, headers = _answer(self._answer_submission, environ)
             start_response(_STATUS_LINES[status], [*headers.items(), ("Content-Length", str(len(body)))])
@@ -3749,9 +4191,14 @@ class Backfeedr(Closing):
         except UnicodeError:  # bottle would drop these bytes and match what is left
             path = "/api/not found" if path.startswith("/api/") else "/not found"
         environ = {**environ, "PATH_INFO": path, "bottle.route": None}  # an outer bottle may have set it
+        outer = None
+        with suppress(RuntimeError):
+            outer = bottle.request.environ
         answer = self._router(environ, start_response)
         route = environ["bottle.route"]
         self._count(route.method if route else "other", route.rule if route else "other", bottle.response.status_code)
+        if outer is not None:  # an outer bottle restores the path of the request that it finds here
+            bottle.request.bind(outer)
         return answer
 
     def _count(self, method: str, rule: str, status: int) -> None:
@@ -3774,7 +4221,7 @@ class Backfeedr(Closing):
                 ("GET", "/metrics/sessions", self.public_route(ask.sessions, "days")),
                 ("GET", "/metrics/retention", self.public_route(ask.retention, "days")),
                 ("GET", "/overview", self.public_route(ask.overview)),
-                ("GET", "/releases", self.public_route(ask.releases)),
+                ("GET", "/releases", self._releases),
                 ("GET", "/crashes", self.admin_route(ask.groups, "version", "days", "text", "limit", "cursor")),
                 ("GET", "/crashes/<group_hash>", self.admin_route(ask.group, "limit", "cursor")),
                 ("GET", "/events", self.admin_route(ask.events, "type", "name", "session_id", "limit", "cursor"))):
@@ -3786,6 +4233,14 @@ class Backfeedr(Closing):
             router.route(path, method, page)
         return router
 
+    def _releases(self, environ: Environ) -> Answer:
+        """As a public route; but a stranger who names no app does not learn the names of all."""
+        status, answer = self.public_route(self.metrics.releases, "sort")(environ)
+        if not _parameters(environ, "app") and not self._is_admin(environ):
+            for release in answer["releases"]:
+                del release["app"]
+        return status, answer
+
     def _health(self, environ: Environ) -> Answer:
         self.store.check()
         return 200, {"status": "ok"}
@@ -3794,8 +4249,13 @@ class Backfeedr(Closing):
         self._check_admin(environ)
         with self._counting:
             requests = sorted(self._requests.items())
-        figures = [("requests_total", "counter", "Requests that reached the app, by route.", [
-            ('{method="%s",path="%s",status="%d"}' % key, n) for key, n in requests]), *self.store.vitals()]
+        figures = [
+            ("requests_total", "counter", "Requests that reached the app, by route.", [
+                ('{method="%s",path="%s",status="%d"}' % key, n) for key, n in requests]),
+            *([("rate_limited_total", "counter", "Requests with reports that the rate limit refused, by app.", [
+                ("{app=%s}" % json.dumps(app, ensure_ascii=False), n) for app, n in list(self.refused.total.items())])]
+              if self.refused.total else []),
+            *self.store.vitals()]
         lines = [line for name, kind, meaning, samples in figures for line in (
             f"# HELP backfeedr_{name} {meaning}", f"# TYPE backfeedr_{name} {kind}",
             *(f"backfeedr_{name}{suffix} {value:.15g}" for suffix, value in samples))]
@@ -3852,6 +4312,7 @@ class Backfeedr(Closing):
             raise Refusal("invalid API key")
         submission.key_hash = key_hash
         if not self._limiter.allow(key_hash):  # may ask another host, so not under the lock below
+            self.refused.count(key_hash)
             raise Refusal("rate limit exceeded", self._limiter.retry_after(key_hash))
         parse, _ = self._ingestion[environ["PATH_INFO"]]
         with self._turn:
@@ -3882,12 +4343,48 @@ class Backfeedr(Closing):
             return 200, question(**path, **_parameters(environ, "app", *names))
         return handler
 
-    def _check_admin(self, environ: Environ) -> None:
+    def _is_admin(self, environ: Environ) -> bool:
         scheme, _, token = _header(environ, "AUTHORIZATION").partition(b" ")
-        if scheme.lower() != b"bearer" or not token.strip():
+        return scheme.lower() == b"bearer" and self.store.is_admin(token.strip())
+
+    def _check_admin(self, environ: Environ) -> None:
+        if not re.match(b"(?i)bearer +[^ ]", _header(environ, "AUTHORIZATION")):
             raise Refusal("missing admin token")
-        if not self.store.is_admin(token.strip()):
+        if not self._is_admin(environ):
             raise Refusal("invalid admin token")
+
+
+class RefusedReports:
+    """Counts what the rate limit refuses, by app: all phones of an app share its key, and are told nothing more than
+    to come again. Logs it once a minute."""
+
+    def __init__(self, store: Store):
+        self._store, self._lock, self._logged_at = store, threading.Lock(), 0
+        self._apps: dict[bytes, str] = {}
+        self.total: Counter = Counter()
+        self._days: Counter = Counter()  # by app and day
+
+    def count(self, key_hash: bytes) -> None:
+        app = self._apps.get(key_hash) or self._apps.setdefault(key_hash, self._store.app_of_key(key_hash))
+        with self._lock:
+            self.total[app] += 1
+            self._days[app, self._store.now // DAY] += 1
+            is_due = not 0 <= self._store.now - self._logged_at < 60 * SECOND
+            self._logged_at = self._store.now if is_due else self._logged_at
+            texts = self._texts(app) if is_due else []
+        for text in texts:
+            log.warning("%s", text)
+
+    def today(self, app: str | None = None) -> list[str]:
+        """A sentence for each app of which something was refused today."""
+        with self._lock:
+            return self._texts(app)
+
+    def _texts(self, app: str | None) -> list[str]:
+        today = self._store.now // DAY
+        return [f"{count:,} report{'s' if count > 1 else ''} of {name} {'were' if count > 1 else 'was'} refused today:"
+                " rate limit"
+                for (name, day), count in sorted(self._days.items()) if day == today and app in (None, name)]
 
 
 class _Router(bottle.Bottle):
@@ -3920,8 +4417,12 @@ def _answer(handler: Handler, environ: Environ, **path: str) -> tuple[bytes, int
             return answer.encode(), status, {**headers, "Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
     except Refusal as refusal:
         status, answer = _STATUS.get(str(refusal), 400), {"error": str(refusal)}
+        if refusal.detail:
+            answer["detail"] = refusal.detail
         if refusal.retry_after is not None:
             headers = {**headers, "Retry-After": str(refusal.retry_after)}
+        if status == 415:
+            headers = {**headers, "Accept-Encoding": "gzip"}
     except Exception:
         log.exception("unexpected error")
         return _error_body(500), 500, headers
@@ -3961,7 +4462,9 @@ except ImportError:  # only `serve` needs it; an app that runs under another ser
 DRAIN_SECONDS = 4.0  # how long a stop waits for requests that have begun to arrive
 QUIET_SECONDS = 0.3  # after so long without a byte, a stop takes a connection to be idle
 SWITCH_SECONDS = 0.002  # how long a thread may keep the interpreter while others wait for it
-REQUEST_SECONDS = 60  # for a request to arrive, and between two requests of a connection
+REQUEST_SECONDS = 60  # for a request to arrive, between two of a connection, and for an answer to get on
+PIPELINED = 4  # requests of a connection that are read ahead; what follows waits as bytes
+MAX_UNSENT = 65_536  # bytes; while more wait for a client, its next request is not begun
 SLOWEST = 2000  # bytes a second, of a phone on a bad day: each byte gives its request as much more time
 BATCH_THREADS = 4  # one commits while the next one decodes; with two, 16 clients get 14 % less done
 BATCHED_REQUESTS = 25  # in a batch; of 100 events each, the batches have as many rows as the store lets wait
@@ -4018,7 +4521,7 @@ def _warning(settings: Settings, address: str) -> str:
 
 
 class _Parser(HTTPRequestParser):
-    """A request parser. Answers two kinds of request that waitress leaves without an answer."""
+    """A request parser. Answers requests that waitress leaves without an answer, or refuses for a proxy's header."""
 
     came = 0.0  # when it was complete
     environ: Environ | None = None  # once a thread has begun with it
@@ -4030,6 +4533,8 @@ class _Parser(HTTPRequestParser):
             # For `http://[` or a length of 5,000 digits. waitress logs it and closes the connection.
             raise ParsingError(str(error)) from None
         finally:
+            if self.headers.get("X_FORWARDED_PROTO") not in (None, "http", "https"):
+                del self.headers["X_FORWARDED_PROTO"]  # waitress would refuse the request, when a batch has stored it
             # Where no body follows or it is refused, waitress sends `100 Continue` and waits for one.
             if not self.chunked and not 0 < self.content_length < self.adj.max_request_body_size:
                 self.expect_continue = False
@@ -4077,31 +4582,65 @@ class _Channel(HTTPChannel):
 
     parser_class, task_class, error_task_class = _Parser, _AppTask, _ErrorTask
     __repr__ = object.__repr__  # that of waitress has the client's address, and is logged with errors
+    held = b""  # what came after PIPELINED requests
+    is_paused = False  # the next request waits until the client has read answers
+    progressed = 0.0  # when the last bytes were sent, or the first were there to send
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.reading = threading.Lock()
 
     def received(self, data: bytes) -> bool:
         """Counts the time of a request from its beginning. waitress counts from the last byte, so a client that
-        sends a byte now and then would keep its connection for ever."""
-        begun = self.request
-        received = super().received(data)
-        now = self.last_activity
-        self.began = now if begun is None or self.request is not begun else min(now, self.began + len(data) / SLOWEST)
-        self.last_activity = self.began
-        return received
+        sends a byte now and then would keep its connection for ever. Reads few requests ahead: waitress would make
+        megabytes of a packet of them."""
+        with self.reading:
+            begun, self.held, received = self.request, self.held + data, False
+            while self.held and len(self.requests) < PIPELINED:
+                request, size = self.request, 1024
+                if request is not None and request.headers_finished:
+                    size = max(size, request.content_length - request.body_bytes_received)
+                part, self.held = self.held[:size], self.held[size:]
+                received = super().received(part)
+            now = self.last_activity
+            is_new = begun is None or self.request is not begun
+            self.began = now if is_new else min(now, self.began + len(data) / SLOWEST)
+            self.last_activity = self.began
+            return received
 
     def service(self) -> None:
         """Sends the answer at once if the next request of the connection is here already. Because of `send_bytes`
         the I/O thread would keep it until that one is answered, too."""
+        had_output = self.total_outbufs_len
+        self.progressed = self.progressed if had_output else time.time()
         super().service()
+        self.progressed = self.progressed if had_output else self.last_activity
+        if self.held:
+            self.received(b"")
         if self.requests:
             with self.outbuf_lock:
                 if self.connected:
                     self._flush_exception(self._flush_some, do_close=False)
 
+    def pause(self) -> bool:
+        """Whether the next request has to wait: it would be begun for a client that does not read."""
+        if self.total_outbufs_len <= MAX_UNSENT:
+            return False
+        with self.outbuf_lock:
+            self.is_paused = self.connected and self.total_outbufs_len > MAX_UNSENT
+            return self.is_paused
+
     def _flush_some(self, do_close: bool = True) -> bool:
         """Takes the lock, which waitress's I/O thread does not. While that sent an answer, a worker sent the
         `100 Continue` for the next request, and both were sent twice and mixed."""
         with self.outbuf_lock:
-            return super()._flush_some(do_close)
+            sent = super()._flush_some(do_close)
+            if sent:
+                self.progressed = self.last_activity
+            if self.is_paused and self.total_outbufs_len <= MAX_UNSENT:
+                self.is_paused = False
+                self.server.add_task(self)
+            return sent
 
     def writable(self) -> bool:
         """Not where `handle_write` would leave a small answer to the thread that works on it. waitress's I/O thread
@@ -4109,6 +4648,14 @@ class _Channel(HTTPChannel):
         if self.requests and not self.will_close and self.total_outbufs_len < self.adj.send_bytes:
             return False
         return super().writable()
+
+
+def _close_stuck(server: Any, now: float) -> None:
+    """Closes connections that were idle for too long. waitress spares those whose client does not read."""
+    for channel in list(server.active_channels.values()):
+        since = channel.progressed if channel.total_outbufs_len else channel.last_activity
+        if since < now - REQUEST_SECONDS and (channel.total_outbufs_len or not channel.requests):
+            channel.handle_close()  # at once: to a client that does not read, the socket is never ready
 
 
 class _Dispatcher(ThreadedTaskDispatcher):
@@ -4126,12 +4673,15 @@ class _Dispatcher(ThreadedTaskDispatcher):
             thread.start()
 
     def add_task(self, channel: _Channel) -> None:
+        if channel.pause():
+            return
         request = channel.requests[0]
         request.came = time.monotonic()
         if request.error or not self.app.can_batch(
                 request.command, request.path, request.headers.get("X_BACKFEEDR_KEY", "")):
-            return super().add_task(channel)
-        self.coming.put(channel)
+            super().add_task(channel)
+        else:
+            self.coming.put(channel)
 
     def run(self) -> None:
         while not self.is_stopped:
@@ -4185,8 +4735,11 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
         max_request_body_size=settings.max_body_size + 65536,  # a little more: the app's own limit goes first
         connection_limit=_connection_limit(settings.threads + BATCH_THREADS),
         max_request_header_size=32768, inbuf_overflow=131072,
-        channel_timeout=REQUEST_SECONDS, cleanup_interval=10, recv_bytes=65536, asyncore_use_poll=True)
+        channel_timeout=REQUEST_SECONDS, cleanup_interval=10, recv_bytes=65536, asyncore_use_poll=True,
+        outbuf_high_watermark=1 << 40,  # at which a worker would wait for the client
+        trusted_proxy="127.0.0.1", trusted_proxy_headers={"x-forwarded-proto"}, clear_untrusted_proxy_headers=True)
     server.channel_class = _Channel
+    server.maintenance = partial(_close_stuck, server)
     # Head and body of an answer leave together, sent by the I/O thread: a tenth more speed. (As an option
     # of create_server it is deprecated.)
     server.adj.send_bytes = 16384
@@ -4227,7 +4780,7 @@ def _drain(server: Any) -> None:
     while server.active_channels and time.monotonic() < deadline:
         server.asyncore.loop(timeout=0.05, use_poll=True, map=server._map, count=1)
         for channel in list(server.active_channels.values()):
-            busy = channel.requests or channel.request or channel.total_outbufs_len
+            busy = channel.requests or channel.request or channel.held or channel.total_outbufs_len
             if not busy and time.time() - channel.last_activity > QUIET_SECONDS:
                 channel.will_close = True
     server.task_dispatcher.shutdown(timeout=1)
@@ -4280,7 +4833,7 @@ def write_jsonl(out: TextIO, stored: StoredReport) -> None:
 
 def csv_writer(out: TextIO, kind: type) -> Callable[[StoredReport], Any]:
     """Writes reports as a table with a header. A spreadsheet reads no cell of it as a formula."""
-    table = csv.DictWriter(out, ["id", "app", "is_test", "received_at", *kind._fields])
+    table = csv.DictWriter(out, ["id", "app", "is_test", "received_at", "clock_ahead_ms", *kind._fields])
     table.writeheader()
     return lambda stored: table.writerow({name: _csv_cell(value) for name, value in _exported(stored).items()})
 
@@ -4288,31 +4841,44 @@ def csv_writer(out: TextIO, kind: type) -> Callable[[StoredReport], Any]:
 def _exported(stored: StoredReport) -> JsonObject:
     report_id = crash_id(stored.seq) if type(stored.report) is Crash else event_ids([stored.seq])[0]
     return as_sent({"id": report_id, "app": stored.app, "is_test": stored.is_test, "received_at": stored.received_at,
-                   **stored.report._asdict()}, exact_time)
+                    "clock_ahead_ms": stored.clock_ahead_ms, **stored.report._asdict()}, exact_time)
+
+
+# Spreadsheets skip control characters, and take the full-width signs for the others.
+_FORMULA = re.compile("[-=+@\uff0d\uff1d\uff0b\uff20\x00-\x1f\x7f-\x9f]")
 
 
 def _csv_cell(value: Any) -> Any:
     if type(value) in (list, dict):
         return _encode(value)
-    return "'" + value if type(value) is str and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
-
-
-_EXPORTED_FIELDS = {"app": _is_short_text, "id": _is_short_text, "is_test": _CRASH_FIELDS["is_charging"],
-                    "received_at": _is_short_text, "extra": _is_object}  # beside those of a crash or an event
+    return "'" + value if type(value) is str and _FORMULA.match(value) else value
 
 
 def _parse_exported(line: bytes) -> StoredReport:
     """A report from a line of `write_jsonl`, checked like one from a client. Raises Refusal."""
-    given = {"extra": {}, **decode_json(line)}
-    given.pop("group_hash", None)  # computed again
-    app, report_id, is_test, received_at, extra = (
-        _validate_field(given.pop(name, None), name, rule, absent=()) for name, rule in _EXPORTED_FIELDS.items())
-    match = re.fullmatch("(evt_)?([0-7][0-9a-f]{15})", report_id)
+    given = {"extra": {}, "clock_ahead_ms": 0, **decode_json(line)}
+    group = given.pop("group_hash", "")  # computed again, unless the frames that make it were cut
+    ours = {}
+    for name, kind in (("app", str), ("id", str), ("is_test", bool), ("received_at", str), ("clock_ahead_ms", int),
+                       ("extra", dict)):
+        ours[name] = given.pop(name, None)
+        if type(ours[name]) is not kind:
+            raise Refusal(f"invalid {name}" if ours[name] is not None else f"missing {name}")
+    if not 0 <= ours["clock_ahead_ms"] < 10_000 * 366 * DAY:  # all years there are
+        raise Refusal("invalid clock_ahead_ms")
+    try:
+        received_at = parse_time(ours["received_at"])
+    except ValueError:
+        raise Refusal("invalid received_at") from None
+    match = re.fullmatch("(evt_)?([0-7][0-9a-f]{15})", ours["id"])
     # A seq is never before its time of receipt. It may be about a day later, after the server's clock was set back.
     if not match or not first_seq(received_at) <= int(match[2], 16) < first_seq(received_at + 2 * DAY):
         raise Refusal("invalid id")
-    report = (parse_event if match[1] else parse_crash)({**extra, **given})
-    return StoredReport(int(match[2], 16), app, is_test, received_at, report)
+    report = (parse_event if match[1] else parse_crash)({**ours["extra"], **given})
+    cut = ours["extra"].get("truncated")
+    if type(cut) is list and "stack_trace" in cut and re.fullmatch("[0-9a-f]{16}", str(group)):
+        report = report._replace(group_hash=group)
+    return StoredReport(int(match[2], 16), ours["app"], ours["is_test"], received_at, ours["clock_ahead_ms"], report)
 
 
 def import_jsonl(store: Store, lines: Iterable[bytes], progress: Progress) -> Counter:
@@ -4358,6 +4924,9 @@ def _open_read_only(path: Path) -> Connection:
 def check(path: Path) -> Iterator[tuple[str, Callable[[], str]]]:
     """The checks of a database, by name. Each returns what it found, or raises what is wrong."""
     yield "SQLite", check_sqlite
+    if not (path.is_file() and os.access(path, os.R_OK)):  # of which there is nothing more to say
+        yield "file", lambda: _check_access(path)
+        return
     yield "disk", lambda: _check_disk(path)
     yield "file", lambda: _check_access(path)
     yield "schema", lambda: _check_schema(path)
@@ -4368,16 +4937,16 @@ def check(path: Path) -> Iterator[tuple[str, Callable[[], str]]]:
 def _check_disk(path: Path) -> str:
     free = shutil.disk_usage(path.parent).free
     if free < LOW_DISK:
-        raise StoreError(f"only {_megabytes(free)} are free")
-    return f"{_megabytes(free)} free"
+        raise StoreError(f"only {megabytes(free)} are free")
+    return f"{megabytes(free)} free"
 
 
 def _check_access(path: Path) -> str:
     if not path.is_file():
-        raise StoreError(f"{path} is not there")
+        raise StoreError(f"there is no database {path}{_ANOTHER}")
     if not os.access(path, os.R_OK | os.W_OK):
         raise StoreError(f"{path} may not be read and written; a server could not use it")
-    return f"{path}, {_megabytes(path.stat().st_size)}, WAL {_megabytes(_wal_size(path))}"
+    return f"{path}, {megabytes(path.stat().st_size)}, WAL {megabytes(_wal_size(path))}"
 
 
 def _check_schema(path: Path) -> str:
@@ -4421,7 +4990,8 @@ def _check_roll_ups(path: Path) -> str:
         db.execute("attach database ? as stored", (f"{path.as_uri()}?mode={_read_only_mode(path)}",))
         run_script(db, FIGURE_TABLES)
         db.execute("begin")
-        expired = max(get_state(db, "expired_" + table, 0) for table in TABLES.values())
+        expired, = db.execute("""
+            select coalesce(max(value), 0) from state where name like 'expired%' or name like 'early%'""").fetchone()
         recount(db)
         wrong = [table for figure in RollUps(db, 0).figures.values() for table in _unequal_tables(db, figure, expired)]
         wrong += ["durations"] if expired and db.execute("""
@@ -4444,6 +5014,8 @@ def _unequal_tables(db: sqlite3.Connection, figure: Figure, expired: int) -> Ite
     """Where reports have expired, days after them are compared, and what cannot be less than what is left. A device
     or a session whose first report is gone would count on a later day, or for a later release."""
     for table, sums in figure.sums.items():
+        if table == "key_days":  # which no report tells
+            continue
         columns, where = ", ".join(sums.key + sums.columns), ""
         if expired and table in ("crash_days", "group_days"):
             where = f" where day > {(expired >> SEQ_BITS) // DAY + 1}"
@@ -4470,10 +5042,6 @@ def _unequal_tables(db: sqlite3.Connection, figure: Figure, expired: int) -> Ite
                     where {same} and theirs.{first} <= ours.{first} and theirs.{last} >= ours.{last})
                 limit 1""", {"settled": expired and expired + first_seq(HOUR)}).fetchone():
             yield table
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
 
 
 # == Command line ==============================================================
@@ -4509,8 +5077,17 @@ def main(argv: Sequence[str] | None = None, make: Callable[..., Backfeedr] = Bac
     return 1
 
 
+class CommandParser(argparse.ArgumentParser):
+    """Says which word a misspelt one may mean."""
+
+    def error(self, message: str) -> Any:
+        wrong = re.search(r"invalid choice: (.+) \(choose from (.+)\)", message)
+        meant = wrong and get_close_matches(wrong[1].strip("'"), re.findall(r"[\w-]+", wrong[2]), 1)
+        super().error(f"{message}; did you mean {meant[0]}?" if meant else message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="backfeedr", description=(
+    parser = CommandParser(prog="backfeedr", description=(
         "Crash reports and usage figures for iOS apps, on your own host. Without a command, it serves."))
     parser.add_argument("--version", action="version", version=f"backfeedr {__version__}")
     groups = {"": parser.add_subparsers(title="commands", metavar="COMMAND")}
@@ -4562,8 +5139,9 @@ def _key_create(store: Store, arguments: argparse.Namespace) -> None:
 
 
 def _key_list(store: Store, arguments: argparse.Namespace) -> None:
-    _print_table(("KEY", "APP", "CREATED", "REVOKED"), [
-        (key.prefix + "...", key.app, _date(key.created_at), _date(key.revoked_at)) for key in store.keys()])
+    _print_table(("KEY", "APP", "CREATED", "REVOKED", "LAST USED", "REQUESTS IN 7 DAYS"), [
+        (key.prefix + "...", key.app, _date(key.created_at), _date(key.revoked_at),
+         _date(key.last_used and key.last_used * DAY), f"{key.requests:,}") for key in store.keys()])
 
 
 def _key_revoke(store: Store, arguments: argparse.Namespace) -> None:
@@ -4575,7 +5153,7 @@ def _device_show(store: Store, arguments: argparse.Namespace) -> None:
     found = Metrics(store).device(arguments.HASH)
     if not any(found.values()):
         raise StoreError(f"nothing is kept of a device {arguments.HASH!r}")
-    print(json.dumps(found, indent=2, ensure_ascii=False))
+    print(json.dumps(found, indent=2, ensure_ascii=False), file=_harmless(sys.stdout))
 
 
 def _device_forget(store: Store, arguments: argparse.Namespace) -> None:
@@ -4590,8 +5168,8 @@ def _prune(store: Store, arguments: argparse.Namespace) -> None:
     with _progress("deleting: {:,} rows") as progress:
         deleted = store.prune(progress)
     kept = f"older than {store.retention_days} days" if store.retention_days else "(the retention keeps all)"
-    _print_stderr(f"Deleted {_report_counts(deleted)} {kept}; gave back {_megabytes(max(0, size - store.size))}"
-                  f" of {_megabytes(size)}.")
+    _print_stderr(f"Deleted {_report_counts(deleted)} {kept}; gave back {megabytes(max(0, size - store.size))}"
+                  f" of {megabytes(size)}.")
 
 
 def _report_counts(rows: Counter) -> str:
@@ -4602,20 +5180,23 @@ def _report_counts(rows: Counter) -> str:
 def _backup(store: Store, arguments: argparse.Namespace) -> None:
     with _progress("copying: {:,} of {:,} pages") as progress:
         backup(store, Path(arguments.FILE), progress)
-    _print_stderr(f"Wrote {arguments.FILE}, {_megabytes(os.stat(arguments.FILE).st_size)}.")
+    _print_stderr(f"Wrote {arguments.FILE}, {megabytes(os.stat(arguments.FILE).st_size)}.")
 
 
 def _export(store: Store, arguments: argparse.Namespace) -> None:
-    kind, out = _KINDS[arguments.KIND], sys.stdout
-    out.reconfigure(encoding="utf-8", newline="")  # type: ignore[union-attr]
-    with _progress("exporting: {:,} " + arguments.KIND, out.isatty()) as progress:
+    if arguments.bom and arguments.format != "csv":
+        raise StoreError("--bom is for --format csv: import reads jsonl without one")
+    sys.stdout.reconfigure(encoding="utf-8", newline="")  # type: ignore[union-attr]
+    kind, out = _KINDS[arguments.KIND], _harmless(sys.stdout)
+    with _progress("exporting: {:,} " + arguments.KIND, sys.stdout.isatty()) as progress:
+        out.write("\ufeff" * arguments.bom)
         reports = store.export(kind, arguments.app, arguments.since)
         write = csv_writer(out, kind) if arguments.format == "csv" else partial(write_jsonl, out)
         for number, stored in enumerate(reports, 1):
             write(stored)
             if number % PAGE_ROWS == 0:
                 progress(number)
-        out.flush()
+        sys.stdout.flush()
 
 
 def _import(store: Store, arguments: argparse.Namespace) -> None:
@@ -4626,18 +5207,22 @@ def _import(store: Store, arguments: argparse.Namespace) -> None:
 
 
 def _check(overrides: dict[str, Any]) -> int:
-    path = overrides.get("db_path") or os.environ.get("BACKFEEDR_DB_PATH") or Settings.db_path
+    path = Path(overrides.get("db_path") or os.environ.get("BACKFEEDR_DB_PATH") or Settings.db_path).absolute()
     status = 0
     for name, look in chain([("settings", lambda: f"{len(fields(Settings.from_env(**overrides)))}, all good")],
-                            check(Path(path).absolute())):
+                            check(path)):
         try:
             with _progress("checking the " + name) as progress:
                 progress()
                 found = look()
-            print(f"ok  {name}: {found}")
+            print(f"ok  {name}: {found}", file=_harmless(sys.stdout))
         except (SettingsError, StoreError, sqlite3.Error, OSError) as error:
-            print(f"BAD {name}: {error}")
+            print(f"BAD {name}: {error}", file=_harmless(sys.stdout))
             status = 1
+    if path.is_file():
+        with suppress(SettingsError):  # which was said above
+            for warning in size_warnings(path, Settings.from_env(**overrides).max_db_size):
+                print(f"WARN {warning}")
     return status
 
 
@@ -4659,15 +5244,35 @@ def _progress(text: str, quiet: bool = False) -> Iterator[Progress]:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
+class _Terminal:
+    """A terminal that no report controls. Characters that move the cursor, begin a command or turn the direction of
+    the text are written as JSON escapes them; tabs and line ends stay."""
+
+    CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+                          "|\r(?!\n)")
+
+    def __init__(self, out: TextIO):
+        self._out = out
+
+    def write(self, text: str) -> None:
+        self._out.write(self.CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+
+
+def _harmless(out: TextIO) -> Any:
+    """Where to print what reports may have in them. To a pipe or a file it goes as it is."""
+    return _Terminal(out) if out and out.isatty() else out  # a process may have none
+
+
 def _print_stderr(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(text, file=_harmless(sys.stderr))
 
 
 def _print_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     lines = [head, *rows]
     widths = [max(len(str(line[column])) for line in lines) for column in range(len(head))]
     for line in lines:
-        print("  ".join(str(cell).ljust(width) for cell, width in zip(line, widths)).rstrip())
+        print("  ".join(str(cell).ljust(width) for cell, width in zip(line, widths)).rstrip(),
+              file=_harmless(sys.stdout))
 
 
 def _date(time_ms: int | None) -> str:
@@ -4720,7 +5325,9 @@ _COMMANDS = (  # name, function, help, arguments beside --db
         "--since": dict(metavar="DATE", type=_start_of_day, default=0,
                         help="received on this day (UTC) or later, like 2026-03-12"),
         "--format": dict(choices=("jsonl", "csv"), default="jsonl",
-                         help="jsonl (the default), which import reads, or csv, for a spreadsheet")}),
+                         help="jsonl (the default), which import reads, or csv, for a spreadsheet"),
+        "--bom": dict(action="store_true", default=False,
+                      help="begin csv with a byte order mark, by which Excel knows that it is UTF-8")}),
     ("import", _import, "store what export has printed as jsonl", {
         "FILE": dict(type=_open_input, help="the file; - is standard input")}),
     ("check", _check, "say whether the database is as it should be", {}),

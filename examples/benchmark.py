@@ -77,8 +77,8 @@ def crash(device: int, group: int, at: float, share: float = 1.0) -> dict:
 
 
 def batch(number: int) -> dict:
-    """The start of a session and 99 events of it, whose clock is a day fast: they count when they are received."""
-    event = {**report("event", number, time.time() + 86_400), "session_id": f"sess_{number:06x}"}
+    """The start of a session and 99 events of it."""
+    event = {**report("event", number, time.time()), "session_id": f"sess_{number:06x}"}
     return {"events": [{**event, "type": "session_start"}] + [event] * 99}
 
 
@@ -92,7 +92,7 @@ def visit(choose: random.Random, now: float, share: float = 1.0) -> list[dict]:
             for kind, at in zip(kinds, [ended - seconds, *times, ended])]
 
 
-CRASH = Scenario("crash", "/api/v1/crashes", "crashes", 1, 256, lambda n: crash(n, n % 128, time.time() + 86_400))
+CRASH = Scenario("crash", "/api/v1/crashes", "crashes", 1, 256, lambda n: crash(n, n % 128, time.time()))
 EVENTS = Scenario("batch of 100", "/api/v1/events/batch", "events", 100, 256, batch)
 FRESH = EVENTS._replace(name="new batch of 100", bodies=1500)  # as many as a round sends: a session is new only once
 

@@ -13,6 +13,8 @@ Read it to write an SDK. What a client owes its reports, in the order of the cod
    reports on disk between launches keeps that key beside them.
 4. Wait in between: as long as the server asks for, and a random while longer, or
    a million phones come back in the same second.
+5. Where the phone's clock is wrong, sign by the server's, which each answer tells.
+6. Leave a bad event out of its batch, so that it does not cost the others.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import sys
 import time
 import uuid
 from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Callable, Sequence
 from urllib.parse import quote, urlsplit
@@ -43,8 +46,8 @@ MAX_RETRY_AFTER = 300  # seconds; a caller would rather know than wait any longe
 class BackfeedrError(Exception):
     """A request that was not acknowledged. `str()` is one line that says why.
 
-    `retry_after` is in seconds, as the server asks. `stored` is the answer for the
-    part of a long batch that was acknowledged before.
+    `retry_after` is in seconds, as the server asks. Of a batch, `stored` is the answer
+    for what was acknowledged, and `refused` says why events were not, by their index.
     """
 
     retryable, retry_after = True, 0
@@ -52,14 +55,16 @@ class BackfeedrError(Exception):
     def __init__(self, text: str):
         super().__init__(" ".join(text.split()))
         self.stored: dict[str, Any] = {"count": 0, "ids": []}
+        self.refused: dict[int, str] = {}
 
 
 class ServerError(BackfeedrError):
-    """The server's answer was no. `message` is its `error` text, or what else is wrong with the answer."""
+    """The server's answer was no. `message` is its `error` text, or what else is wrong with the answer; `detail` may
+    say more. `date` is the time of the answer in seconds since 1970, if it has one."""
 
-    def __init__(self, status: int, message: str, retry_after: int = 0):
-        super().__init__(f"the server answered {status}: {message}")
-        self.status, self.message = status, message
+    def __init__(self, status: int, message: str, retry_after: int = 0, detail: str = "", date: float | None = None):
+        super().__init__(f"the server answered {status}: {message}" + (f" ({detail})" if detail else ""))
+        self.status, self.message, self.detail, self.date = status, message, detail, date
         self.retryable, self.retry_after = status in RETRIED, retry_after
 
 
@@ -90,7 +95,25 @@ def acknowledged(status: int, headers: http.client.HTTPMessage, body: bytes) -> 
     if 300 <= status < 400:
         raise ServerError(status, f"redirects are not followed (to {headers.get('Location')})")
     wait = re.fullmatch("[0-9]{1,9}", headers.get("Retry-After", ""))  # the other form, a date, is not used here
-    raise ServerError(status, str(answer.get("error") or "not an answer of backfeedr"), int(wait[0]) if wait else 0)
+    raise ServerError(status, str(answer.get("error") or "not an answer of backfeedr"), int(wait[0]) if wait else 0,
+                      str(answer.get("detail") or ""), date_of(headers))
+
+
+def date_of(headers: http.client.HTTPMessage) -> float | None:
+    """The time of an answer in seconds since 1970; None where it has none."""
+    try:
+        return parsedate_to_datetime(headers["Date"]).timestamp()
+    except (TypeError, ValueError, IndexError, OverflowError):  # which of them, depends on the version of Python
+        return None
+
+
+def batch_error(stored: dict[str, Any], refused: dict[int, str]) -> ServerError:
+    """The error for a batch of which all but some events were stored."""
+    index, why = next(iter(refused.items()))
+    more = f", and {len(refused) - 1} more events" if len(refused) > 1 else ""
+    error = ServerError(400, f"{why} at index {index}{more}")
+    error.stored, error.refused = stored, refused
+    return error
 
 
 class Client:
@@ -112,6 +135,7 @@ class Client:
             raise ValueError("the API key is empty or has a control character")
         self.endpoint, self._api_key, self._sign = endpoint, api_key, sign
         self._timeout, self._attempts, self._sleep, self._clock = timeout, attempts, sleep, clock
+        self._behind = 0  # whole seconds by which the clock is behind the server's, where it once was too far off
         self._is_tls, self._host = url.scheme == "https", url.hostname
         self._port = url.port or (443 if self._is_tls else 80)
         self._base = quote(url.path, safe="/%").rstrip("/").removesuffix("/api/v1").rstrip("/") + "/api/v1"
@@ -127,28 +151,49 @@ class Client:
     def batch(self, events: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Sends events, in as many requests as it takes. Returns `count` and `ids` of all of them.
 
-        A request is stored as a whole or not at all. Where one fails, none after it
-        is sent, and the error's `stored` is the answer for those before it.
+        A request is stored as a whole or not at all. An event that the server refuses
+        is left out of it, and the others are sent before ServerError is raised. Where
+        a request fails for another reason, none after it is sent.
         """
         merged: dict[str, Any] = {"count": 0, "ids": []}
-        dated = [self._dated(event) for event in events]
-        for start in range(0, len(dated), MAX_BATCH):
+        refused: dict[int, str] = {}
+        left = list(enumerate(map(self._dated, events)))
+        while left:
+            part = left[:MAX_BATCH]
             try:
-                answer = self._submit("/events/batch", {"events": dated[start:start + MAX_BATCH]})
+                answer = self._submit("/events/batch", {"events": [event for _, event in part]})
             except BackfeedrError as error:
-                error.stored = merged
-                raise
-            merged["count"] += answer["count"]
-            merged["ids"] += answer["ids"]
+                bad = re.fullmatch("(.*) at index ([0-9]{1,2})", getattr(error, "message", ""))
+                if not bad or error.status != 400 or int(bad[2]) >= len(part):
+                    error.stored, error.refused = merged, refused
+                    raise
+                index, _ = left.pop(int(bad[2]))
+                refused[index] = bad[1] + (f" ({error.detail})" if error.detail else "")
+            else:
+                left = left[len(part):]
+                merged["count"] += answer["count"]
+                merged["ids"] += answer["ids"]
+        if refused:
+            raise batch_error(merged, refused)
         return merged
 
     def _dated(self, report: dict[str, Any]) -> dict[str, Any]:
         return {**report, "occurred_at": report.get("occurred_at") or rfc3339(self._clock())}
 
     def _submit(self, path: str, document: dict[str, Any]) -> dict[str, Any]:
-        """Sends a document until it is answered, or there is no point in trying again."""
+        """Sends a document. Where the clock is too far off to sign by, it is signed once more by the server's."""
         body = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
         idempotency_key = str(uuid.uuid4())
+        try:
+            return self._send(path, body, idempotency_key)
+        except ServerError as error:
+            if (error.status, error.message) != (401, "stale timestamp") or error.date is None:
+                raise
+            self._behind = round(error.date - self._clock())  # the clock's fractions of a second stay
+        return self._send(path, body, idempotency_key)
+
+    def _send(self, path: str, body: bytes, idempotency_key: str) -> dict[str, Any]:
+        """Sends a body until it is answered, or there is no point in trying again."""
         for failures in range(self._attempts - 1):
             try:
                 return self._attempt(path, body, idempotency_key)
@@ -178,7 +223,7 @@ class Client:
         headers = {"Content-Type": "application/json", "Idempotency-Key": idempotency_key,
                    "X-Backfeedr-Key": self._api_key.encode()}  # bytes: a key may be any text
         if self._sign:
-            timestamp = rfc3339(self._clock())  # anew for each attempt: it is good for five minutes
+            timestamp = rfc3339(self._clock() + self._behind)  # anew for each attempt: it is good for five minutes
             headers["X-Backfeedr-Timestamp"] = timestamp
             headers["X-Backfeedr-Signature"] = signature(self._api_key, timestamp, body)
         return headers
@@ -195,8 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         answer = getattr(client, arguments.kind)(_read(arguments.kind, arguments.file))
     except (BackfeedrError, ValueError, RecursionError) as error:
-        before = getattr(error, "stored", {}).get("count")
-        print(f"client: {error}" + (f" (the first {before} events are stored)" if before else ""), file=sys.stderr)
+        stored = getattr(error, "stored", {}).get("count")
+        print(f"client: {error}" + (f"; {stored} events are stored" if stored else ""), file=sys.stderr)
         return 1
     print(json.dumps(answer))
     return 0

@@ -11,6 +11,7 @@ import argparse
 import socket
 import sys
 from pathlib import Path
+from urllib.parse import quote
 from wsgiref.util import shift_path_info
 
 import waitress
@@ -31,9 +32,14 @@ def hello(environ, start_response):
 def make_app(server, host=hello):
     """A WSGI app that gives `server`, a Backfeedr, all below /crashes/, and the rest to the host app."""
     def app(environ, start_response):
-        if environ.get("PATH_INFO", "").startswith("/crashes/"):
+        path = environ.get("PATH_INFO", "")
+        if path.startswith("/crashes/"):
             shift_path_info(environ)  # moves "/crashes" from PATH_INFO to SCRIPT_NAME
             return server(environ, start_response)
+        if path == "/crashes":  # which somebody typed
+            location = quote(environ.get("SCRIPT_NAME", "")) + "/crashes/"
+            start_response("308 Permanent Redirect", [("Location", location)])
+            return []
         return host(environ, start_response)
     return app
 

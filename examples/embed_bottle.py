@@ -13,6 +13,10 @@ def make_app(server):
     host = bottle.Bottle()
     host.mount("/crashes/", server)
 
+    @host.get("/crashes")
+    def add_slash():
+        bottle.redirect("crashes/", 308)
+
     @host.get("/")
     def hello():
         return "Hello\n"

@@ -7,14 +7,20 @@
 
 import embed  # the file beside this one, which serves it
 import flask
+import werkzeug.utils
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
 
 def make_app(server):
     """The host app, with `server`, a Backfeedr, in it."""
     host = flask.Flask(__name__)
+
+    def mounted(environ, start_response):
+        app = server if environ["PATH_INFO"] else werkzeug.utils.redirect(environ["SCRIPT_NAME"] + "/", 308)
+        return app(environ, start_response)
+
     # Around what Flask does, so that none of its hooks, sessions and error pages is in a phone's way.
-    host.wsgi_app = DispatcherMiddleware(host.wsgi_app, {"/crashes": server})
+    host.wsgi_app = DispatcherMiddleware(host.wsgi_app, {"/crashes": mounted})
 
     @host.get("/")
     def hello():

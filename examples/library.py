@@ -12,19 +12,20 @@ import sys
 from pathlib import Path
 
 try:
-    from backfeedr import Backfeedr, SettingsError, StoreError
+    from backfeedr import Metrics, Store, StoreError
 except ImportError:  # a fresh clone: it lies in the folder above this one
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from backfeedr import Backfeedr, SettingsError, StoreError
+    from backfeedr import Metrics, Store, StoreError
 
 
 def key_and_figures(db_path, app):
     """A new key for an app, which is made where there is none of that name; and the app's last seven days."""
-    with Backfeedr(db_path=db_path) as server:
+    # A Backfeedr would make the app `default` in a new database, and an admin token: these are for a server.
+    with Store(db_path) as store:
         # create_key refuses a name that it does not know: a misspelt one must not make a second app.
-        known = app in [each.name for each in server.store.apps()]
-        key = server.store.create_key(app) if known else server.store.create_app(app)
-        return key, server.metrics.overview(app)
+        known = app in [each.name for each in store.apps()]
+        key = store.create_key(app) if known else store.create_app(app)
+        return key, Metrics(store).overview(app)
 
 
 def main(argv=None):
@@ -34,7 +35,7 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     try:
         key, figures = key_and_figures(arguments.db, arguments.app)
-    except (SettingsError, StoreError) as error:
+    except StoreError as error:
         sys.exit(f"library: {error}")
     print(key)
     print(json.dumps(figures))

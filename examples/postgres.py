@@ -5,10 +5,10 @@
     python examples/postgres.py postgresql://backfeedr@db.example.com/backfeedr --port 8080
     python examples/postgres.py postgresql://backfeedr@db.example.com/backfeedr import reports.jsonl
 
-Options, commands and BACKFEEDR_ variables are the server's own, but for those of the file: `--db`, backup and
-check. A password belongs in ~/.pgpass and not into the URL, which other users of the host can see. An
-`?options=-csearch_path%3DNAME` in the URL names the schema to live in; the role needs no more than to create
-tables there. A URL may name several hosts: the one that takes writes is used.
+Options, commands and BACKFEEDR_ variables are the server's own, but for those of the file: `--db`, backup, check
+and BACKFEEDR_MAX_DB_SIZE. A password belongs in ~/.pgpass and not into the URL, which other users of the host can
+see. An `?options=-csearch_path%3DNAME` in the URL names the schema to live in; the role needs no more than to
+create tables there. A URL may name several hosts: the one that takes writes is used.
 
 The questions are those of backfeedr.py, each translated once to PostgreSQL's words, so that there is one set of
 figures. What differs is how a transaction begins: SQLite lets one process write at a time; here a commit locks the
@@ -63,7 +63,7 @@ _SCHEMA = (  # what SQLite says, and what PostgreSQL says for it
      r"seq integer not null, primary key (app_id, seq),"
      r" id text generated always as ('\1' || lpad(to_hex(seq), 16, '0')) stored"),
     # An entry of an index holds 2,700 bytes, and these columns 8,000.
-    (r", app_version, os_version, device_model, device_id_hash\);", ");"),
+    (r", app_version, os_version, device_model,\s+device_id_hash\);", ");"),
     (r"\) without rowid", ")"),
     (r"\binteger\b", "bigint"),
     (r"\breal\b", "double precision"),
@@ -82,18 +82,38 @@ create function instr(text, text) returns boolean immutable language sql as 'sel
 create unlogged table rates (key_hash bytea primary key, times float8[] not null);
 """
 
-# Hosts that commit side by side take their seqs from one sequence, which ascends with the time. A value of a
-# clock that was fast by more than a day is left ahead.
+# Hosts that commit side by side take their seqs from sequences, which no transaction keeps locked. They are what
+# SQLite keeps in `state` for reserve_seqs, whose steps these are: what a clock gave that was fast stays given.
 _SEQS = f"""
 insert into state values ('writer', 0);
-create sequence report_seqs minvalue 0;
+create sequence last_seq minvalue 0;
+create sequence line_first minvalue 0;
+create sequence fast_first minvalue 0;
+create sequence fast_last minvalue 0;
 create function next_seqs(lowest bigint, count bigint) returns bigint language plpgsql as $$
-declare first bigint;
+declare
+    a_day constant bigint := {backfeedr.first_seq(backfeedr.DAY)};
+    first bigint := lowest;
+    last bigint; line bigint; from_fast bigint; to_fast bigint;
 begin
     perform pg_advisory_lock({backfeedr.APPLICATION_ID});
-    select greatest(lowest, case when last_value < lowest + {backfeedr.first_seq(backfeedr.DAY)} then last_value + 1 end)
-        into first from report_seqs;
-    perform setval('report_seqs', first + count - 1);
+    select l.last_value, n.last_value, f.last_value, t.last_value into last, line, from_fast, to_fast
+        from last_seq as l, line_first as n, fast_first as f, fast_last as t;
+    if lowest + a_day < line then
+        from_fast := least(line, nullif(from_fast, 0));
+        to_fast := greatest(last, to_fast);
+        last := 0;
+    end if;
+    first := greatest(lowest, last + 1, (select max(seq) + 1 from crashes where seq < lowest + a_day),
+        (select max(seq) + 1 from events where seq < lowest + a_day));
+    if from_fast < first + count and first <= to_fast then
+        first := to_fast + 1;
+    end if;
+    if first > last + a_day then
+        line := first;
+    end if;
+    perform setval('last_seq', first + count - 1), setval('line_first', line),
+        setval('fast_first', from_fast), setval('fast_last', to_fast);
     perform pg_advisory_unlock({backfeedr.APPLICATION_ID});
     return first;
 end $$;
@@ -238,6 +258,13 @@ class Connection(psycopg.Connection):
         lowest = backfeedr.first_seq(now) + secrets.randbits(backfeedr.SEQ_BITS)  # random: other databases differ
         return super().execute("select next_seqs(%s::bigint, %s::bigint)", (lowest, count)).fetchone()[0]
 
+    def try_to_write(self) -> None:
+        """Needs room on the disk, as a report does."""
+        self.run("""create table trial (a bytea);
+            alter table trial alter a set storage external;
+            insert into trial values (decode(repeat('00', 100000), 'hex'));
+            drop table trial""")
+
     def append(self, table: str, columns: Sequence[str], rows: Iterable[tuple]) -> None:
         """Inserts rows that are new to a table."""
         with self.cursor() as cursor:
@@ -298,6 +325,16 @@ class PostgresStore(backfeedr.Store):
     """
 
     Error = psycopg.Error
+    Outage = psycopg.OperationalError
+
+    def __init__(self, path: str, *args: Any, max_db_size: int = 0, **options: Any):
+        if max_db_size:  # of a disk that is not ours
+            raise backfeedr.StoreError("BACKFEEDR_MAX_DB_SIZE is of SQLite's file: unset it, and limit the database")
+        super().__init__(path, *args, **options)
+
+    def warnings(self) -> List[str]:
+        """None: of the disk of the database, nothing is known here."""
+        return []
 
     def _open(self, path: str, may_create: bool) -> None:
         self.path = path  # type: ignore[assignment]
@@ -419,7 +456,8 @@ class PostgresBackfeedr(backfeedr.Backfeedr):
     """The server on a database that others serve too."""
 
     def __init__(self, url: str, settings: backfeedr.Settings, **options: Any):
-        store = PostgresStore(url, retention_days=settings.retention_days, max_waiters=max(256, settings.threads))
+        store = PostgresStore(url, retention_days=settings.retention_days, max_waiters=max(256, settings.threads),
+                              max_db_size=settings.max_db_size)
         self.limiter = PostgresLimiter(store, settings.rate_limit)
         super().__init__(settings, store=store, limiter=self.limiter, **options)
 

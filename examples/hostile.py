@@ -1,0 +1,97 @@
+#!/usr/bin/env python3
+"""What can somebody do with a leaked key? Measures what a flood of made-up names costs everybody else.
+
+    python examples/hostile.py [--reports 500000] [--server FILE] [--dir DIR]
+
+Sends so many reports with one key, of which every type, group, model, version, device, session and day is new, half of
+them crashes, to a real server on this host. Shows how long the public answers then are and take, what another app's
+reports cost before and after, and how large the file is when all of it is past the retention and pruned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median, quantiles
+
+from benchmark import CRASH, EVENTS, FIGURES, HERE, Bench, backfeedr, over_network, process, rfc3339, say
+
+CLIENTS, LONG = 8, "x" * 400  # of the flood; what makes names long
+PRUNE = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import backfeedr
+with backfeedr.Store(sys.argv[2], lambda: time.time() + 400 * 86_400, retention_days=1) as store:
+    store.prune()
+"""
+
+
+def names(number: int, now: float) -> dict:
+    """The fields of a report of which everything is new."""
+    return {"app_version": f"{number}.{LONG}", "device_model": f"m{number}{LONG}", "device_id_hash": f"d{number}",
+            "session_id": f"s{number}", "occurred_at": rfc3339(now - 3_600 * (number % 160_000))}
+
+
+def flood(url: str, reports: int) -> None:
+    """Sends the reports: crashes one by one, events in batches of 100."""
+    def send(first: int) -> None:
+        ask, now = over_network(url), time.time()
+        for start in range(first, first + reports // CLIENTS, 200):
+            for number in range(start, start + 100):
+                ask(CRASH.path, json.dumps({**names(number, now), "exception_type": f"t{number}{LONG}"}).encode())
+            events = [{**names(number, now), "type": "session_start"} for number in range(start + 100, start + 200)]
+            ask(EVENTS.path, json.dumps({"events": events}).encode())
+            say(f"{start - first + 200:,} of {reports // CLIENTS:,}") if not first and start % 10_000 == 0 else None
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        list(pool.map(send, range(0, reports, reports // CLIENTS)))
+
+
+def measure(bench: Bench, file: Path, db: Path, reports: int, seconds: float) -> None:
+    """Prints what the flood costs."""
+    with ExitStack() as stack:
+        url = stack.enter_context(backfeedr(file, "--db", db)).url
+        with process(sys.executable, file, "app", "create", "Other", "--db", db) as command:
+            other = f"{url}#{command.communicate()[0].strip()}"
+        bodies = bench.bodies(CRASH)
+
+        def speed() -> float:
+            return bench.load([other], db, CRASH, bodies, 16, lambda: time.sleep(seconds))[0].rate
+
+        before = speed()
+        flood(url, reports)
+        after, ask = speed(), over_network(url)
+        print(f"{reports:,} reports; the file has {db.stat().st_size / 1e6:,.0f} MB")
+        print(f"another app's crashes/s, before and after: {before:,.0f} and {after:,.0f} ({before / after:.2f})")
+        for path in FIGURES:
+            answers = [ask(path) for _ in range(20)]
+            print(f"{path:45}{len(answers[0].body):>8,} bytes {median(each.ms for each in answers):7.2f} ms,"
+                  f" p95 {quantiles((each.ms for each in answers), n=20)[18]:7.2f} ms")
+    began = time.monotonic()
+    with process(sys.executable, "-c", PRUNE, file.parent, db) as pruning:
+        pruning.wait()
+    print(f"pruned in {time.monotonic() - began:,.0f} s: {db.stat().st_size / 1e6:,.2f} MB are left")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Measures what a flood of made-up names costs everybody else.")
+    parser.add_argument("--reports", type=int, default=500_000, metavar="N", help="default: 500000")
+    parser.add_argument("--seconds", type=float, default=5.0, metavar="N", help="of the other app's load (default: 5)")
+    parser.add_argument("--server", type=Path, default=HERE.parent / "backfeedr.py", help="a backfeedr.py")
+    parser.add_argument("--dir", type=Path, default=Path("."), help="where the database is put (default: here)")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="backfeedr-hostile-", dir=given.dir) as folder:
+        bench = Bench(Path(folder).resolve(), uses_wrk=False)
+        measure(bench, given.server.resolve(), bench.folder / "hostile.db", max(200 * CLIENTS, given.reports),
+                given.seconds)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
