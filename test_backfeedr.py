@@ -941,7 +941,8 @@ def later(clock):
 def test_a_transaction_takes_its_lock_at_once_and_is_synced_before_its_end(api):
     """If it took the lock later, a first read could make a write fail without waiting."""
     with api.server.store.writing() as db, closing(sqlite3.connect(str(api.server.store.path), timeout=0)) as other:
-        assert (db.pragma("synchronous"), db.pragma("journal_mode")) == (2, "wal")
+        assert (db.pragma("synchronous"), db.pragma("journal_mode"), db.pragma("secure_delete")) == (2, "wal", 1)
+        assert db.pragma("journal_size_limit") == 16_000_000, "what a WAL may keep after its peak"
         with pytest.raises(sqlite3.OperationalError, match="locked"):
             other.execute("begin immediate")
 
@@ -5454,6 +5455,14 @@ def test_client_leaves_bad_events_out_of_a_batch_says_which_and_sends_the_rest(s
     assert sql(server.store.path, "select name from events order by seq") == good
     assert got.error.stored == {"count": len(good), "ids": stored_ids(server.store.path)}
     assert len({each.headers["Idempotency-Key"] for each in requests}) == len(requests)
+
+
+def test_client_gives_up_a_batch_with_too_many_bad_events(serve, clock):
+    server, events = serve(), [{**event, "type": "launch"} for event in numbered_events(50)]
+    with scripted([None], server) as (url, requests):
+        got = outcome_of(url, lambda client: client.batch(events), clock=clock)
+    assert got.answer == (400, "invalid event type at index 0") and len(requests) == 11
+    assert {*got.error.refused} == {*range(10)} and count(server, "events") == 0
 
 
 @pytest.mark.parametrize("status, text", [

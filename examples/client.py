@@ -38,6 +38,7 @@ from typing import Any, Callable, Sequence
 from urllib.parse import quote, urlsplit
 
 MAX_BATCH = 100  # events in a request
+MAX_REFUSED = 10  # bad events that a batch leaves out: each costs a request, of which an app's phones share so many
 RETRIED = {429, 500, 502, 503, 504}
 FIRST_PAUSE, MAX_PAUSE = 0.5, 30.0  # seconds; each pause is twice the one before
 MAX_RETRY_AFTER = 300  # seconds; a caller would rather know than wait any longer
@@ -153,7 +154,8 @@ class Client:
 
         A request is stored as a whole or not at all. An event that the server refuses
         is left out of it, and the others are sent before ServerError is raised. Where
-        a request fails for another reason, none after it is sent.
+        a request fails for another reason, or for an eleventh bad event, none after it
+        is sent.
         """
         merged: dict[str, Any] = {"count": 0, "ids": []}
         refused: dict[int, str] = {}
@@ -164,7 +166,7 @@ class Client:
                 answer = self._submit("/events/batch", {"events": [event for _, event in part]})
             except BackfeedrError as error:
                 bad = re.fullmatch("(.*) at index ([0-9]{1,2})", getattr(error, "message", ""))
-                if not bad or error.status != 400 or int(bad[2]) >= len(part):
+                if not bad or error.status != 400 or int(bad[2]) >= len(part) or len(refused) == MAX_REFUSED:
                     error.stored, error.refused = merged, refused
                     raise
                 index, _ = left.pop(int(bad[2]))
