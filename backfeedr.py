@@ -4496,6 +4496,7 @@ def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> Non
         # waiting threads too often. Set here and not on import, which may be in a host app.
         sys.setswitchinterval(SWITCH_SECONDS)
         gc.freeze()  # the collector no longer looks at what is here to stay: worth 5 % of a batch's time
+        gc.set_threshold(20_000)  # nor again and again at what one commit counts, which has no cycles: 1 to 5 %
         while not stopping.is_set():
             server.asyncore.loop(timeout=1, use_poll=True, map=server._map, count=1)
         _drain(server)
