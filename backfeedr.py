@@ -4318,7 +4318,10 @@ class Backfeedr(Closing):
         with self._turn:
             signature = self._check_signature(environ, key, body)
             plain = _decompress(environ, body, self.settings.max_body_size)
-            submission.reports = parse(plain)
+            try:
+                submission.reports = parse(plain)
+            except RecursionError:  # at a depth that can be read, but not written again
+                raise Refusal("invalid JSON", detail="it is nested too deep") from None
             submission.idempotency = _idempotency(environ, signature, plain)
 
     def _check_signature(self, environ: Environ, key: bytes, body: bytes) -> bytes:

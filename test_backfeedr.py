@@ -768,18 +768,18 @@ def test_a_small_body_that_becomes_deep_and_long_costs_few_looks_at_it(api, monk
     body = gzip.compress(json.dumps({**CRASH, "x": value}).encode())
     assert len(body) < 3_000 and api.post(CRASHES, body, Content_Encoding="gzip")[0] == 201
     assert sum(sizes) < 40 * 600_000
-    for path, sent in ((CRASHES, CRASH), (EVENTS, EVENT), (BATCH, None)):
-        event = {**EVENT, "properties": nested_object(700)}
-        status, _ = api.post(path, {"events": [event]} if path == BATCH else {**sent, "x": nested_object(700)})
-        assert status in (201, 400), "Pythons differ in how deep they read"
 
 
-def nested_object(depth):
-    """JSON's object in an object in an object ..., as bytes would not do."""
-    value = 1
-    for _ in range(depth):
-        value = {"a": value}
-    return value
+def test_no_depth_of_a_body_is_an_error_of_the_server(serve):
+    api = Api(serve(rate_limit=0))
+    for depth in (*range(60, 1000, 47), *range(930, 1000, 5)):  # Pythons differ in how deep they read
+        deep = '{"a":' * depth + "1" + "}" * depth
+        for path, body in ((CRASHES, changed(CRASH, x=1, y="y" * 270_000)), (EVENTS, changed(EVENT, properties=1)),
+                           (CRASHES, changed(CRASH, stack_trace=[{"symbol": 1}])),
+                           (BATCH, b'{"events": [' + changed(EVENT, properties=1) + b"]}")):
+            status, answer = api.post(path, re.sub(rb'("x"|"properties"|"symbol"): 1', rb"\1: " + deep.encode(), body))
+            assert status == 201 or status == 400 and answer["error"].startswith("invalid JSON"), (path, depth, answer)
+    assert count(api.server, "crashes") > 10 and count(api.server, "events") > 10
 
 
 def test_a_batch_of_100_events_of_every_type_is_stored_in_order_with_its_unknown_fields(api):
