@@ -1760,6 +1760,7 @@ def get_state(db: sqlite3.Connection, name: str, default: int) -> int:
 
 
 def megabytes(size: int) -> str:
+    """Bytes as an operator reads them."""
     return f"{size / 1e6:,.1f} MB"
 
 
