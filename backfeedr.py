@@ -2752,7 +2752,7 @@ class Store(Apps):
         """The id of the app that holds most, by rows, of which a crash takes as much as ten events; 0 for none. Counted
         once an hour, because it looks at all of them."""
         if not 0 <= self.now - self._largest[0] < HOUR:
-            app_id, name = db.execute(f"""
+            app_id, name = db.execute("""
                 select apps.id, name from apps join (
                     select app_id, 10 * count(*) as size from crashes group by app_id
                     union all select app_id, count(*) from events group by app_id) as held on app_id = apps.id
