@@ -18,10 +18,12 @@ The rooms, each of which uses only those above it (but Templates, which stand be
 
     Settings        what an operator may choose
     Schema          the reports in the one SQLite file
-    Values          refusals, times, ids, keys, group hashes
+    Values          refusals, times, ids, keys
+    Grouping        what a stack frame says, and the group of a crash
     Payloads        JSON in, a crash or an event out
     Signature       HMAC-SHA256 over a request
     RateLimiter     at most so many requests a minute for a key
+    Symbols         the names of a build's functions, and how a frame gets its own
     Figures         what is counted: tables, counting and question of each figure
     Database        connections, transactions, migrations
     Apps            apps, keys, the admin
@@ -72,7 +74,7 @@ import tempfile
 import threading
 import time
 import zlib
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import Counter, defaultdict, deque, namedtuple
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -205,7 +207,7 @@ def _from_text(text: str, kind: type) -> Any:
 # files, and it ascends: inserts append, and retention deletes from the front.
 
 APPLICATION_ID = 0x62666472  # "bfdr": tells our files from other people's
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 GROUP_INDEX = """
 create index crashes_by_group on crashes (  -- covers what groups are counted by
@@ -230,7 +232,8 @@ create table crashes (
     app_id integer not null, received_at integer not null, occurred_at integer not null,
     clock_ahead_ms integer not null default 0,  -- by how much the device's clock was fast
     other integer not null default 0,      -- bits of the fields that count as '(other)': see NewNames
-    group_hash text not null, exception_type text not null,
+    group_hash text not null, images text,  -- builds whose symbols can name its frames, divided by spaces
+    exception_type text not null,
     app_version text, build_number text, os_version text, device_model text, device_id_hash text,
     session_id text, locale text, free_memory_mb numeric, battery_level real,  -- 0 to 1; -1 is unknown
     is_charging integer,
@@ -386,12 +389,166 @@ def sha256(data: bytes | str) -> bytes:
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).digest()
 
 
+# == Grouping ==================================================================
+# What the frames of a stack trace say, and the group of a crash. It is made of names, never of load addresses or lines,
+# so that the same fault is one group on all phones, and in the next build.
+
+SYSTEM_BASE = 0x180000000  # Apple's own libraries are loaded at this address or above, an app below it
+MAX_NAME = 1000  # characters of a symbol that count
+MAX_IMAGES = 4  # of a crash, whose symbols may name its frames
+_NOT_OWN = {"dyld", "libobjc-trampolines.dylib"}  # which are loaded below it, too
+
+# What a frame says, under our name and under those of KSCrash, PLCrashReporter and Sentry.
+_FRAME_FIELDS = {
+    "symbol": ("symbol", "symbol_name", "function"), "file": ("file", "filename"), "line": ("line", "lineno"),
+    "binary": ("binary", "object_name", "image", "package"), "uuid": ("uuid", "image_uuid", "debug_id"),
+    "offset": ("offset",), "address": ("address", "instruction_addr"),
+    "image_base": ("image_base", "image_addr", "object_addr"), "path": ("path", "package")}
+_FIELDS_OF = {name: [field for field, names in _FRAME_FIELDS.items() if name in names]
+              for name in chain.from_iterable(_FRAME_FIELDS.values())}
+_PLAIN_FIELDS = {"frame", "symbol", "file", "line"}  # those of the API
+_LOCATED = re.compile(r"(.*) \+ ([0-9]{1,18})")  # symbol or binary, and an offset into it
+_ADDRESS = re.compile("0x[0-9a-fA-F]+|[0-9a-fA-F]{8,16}|<redacted>|<unknown>|[?]+|")  # where a device knows no symbol
+_BARE = re.compile(r"[\w.-]+")
+
+
+class Frame(NamedTuple):
+    """A frame, whatever an SDK calls its fields. "" and None: not given."""
+
+    symbol: str = ""
+    file: str = ""
+    binary: str = ""
+    uuid: str = ""              # of the build, as dwarfdump prints it
+    offset: int | None = None   # from the beginning of the binary, in bytes
+    is_own: bool | None = None  # whether it is the app's own code; None: nothing tells
+    is_named: bool = True       # whether the symbol is to be trusted
+
+    @property
+    def is_open(self) -> bool:
+        """Whether symbols of its build can name it."""
+        return bool(self.uuid and self.offset is not None and self.is_own is not False and not self.is_named)
+
+
+def read_frame(given: Mapping[str, Any]) -> Frame:
+    """What a frame says. A device's own symbol for a frame of a known build is not trusted: in a stripped binary it is
+    that of whatever function comes before. `symbolicated` says that it is from symbols."""
+    if given.keys() <= _PLAIN_FIELDS:
+        symbol, file = given.get("symbol") or "", given.get("file") or ""
+        if " + " not in symbol and not _ADDRESS.fullmatch(symbol):
+            return Frame(symbol, file, is_own=bool(file) or None)
+    values: dict[str, Any] = dict.fromkeys(_FRAME_FIELDS)
+    for name, value in given.items():
+        for field in _FIELDS_OF.get(name, ()) if value not in (None, "") else ():
+            if values[field] is None or name == field:
+                values[field] = value
+    symbol, file, binary, path = (_string(values[name]) for name in ("symbol", "file", "binary", "path"))
+    address, base, offset = (_integer(values[name]) for name in ("address", "image_base", "offset"))
+    binary = binary.rpartition("/")[2]
+    if address is not None and offset is None and base is not None:
+        offset = address - base
+    elif address is not None and base is None and offset is not None:
+        base = address - offset
+    located = _LOCATED.fullmatch(symbol)
+    if located and (located[1] == binary or _ADDRESS.fullmatch(located[1]) or not binary and int(located[2]) > 4096
+                    and _BARE.fullmatch(located[1])):  # no function is as long as a binary
+        symbol, binary = "", binary or located[1]
+        offset = int(located[2]) if offset is None else offset
+    symbol, uuid = "" if _ADDRESS.fullmatch(symbol) else symbol, image_uuid(values["uuid"])
+    is_named = bool(file or symbol and (given.get("symbolicated") is True or not uuid or offset is None))
+    return Frame(symbol, file, binary, uuid, offset, _is_own(given.get("in_app"), file, path, base, binary), is_named)
+
+
+def _is_own(in_app: Any, file: str, path: str, base: int | None, binary: str) -> bool | None:
+    if type(in_app) is bool:
+        return in_app
+    if file or path.startswith("/"):
+        return bool(file) or ".app/" in path or ".appex/" in path
+    return base < SYSTEM_BASE and binary not in _NOT_OWN if base else None
+
+
+def _string(value: Any) -> str:
+    return value if type(value) is str else ""
+
+
+def _integer(value: Any) -> int | None:
+    """A number, also one as text, such as 0x1a2b."""
+    if type(value) is str and re.fullmatch("0x[0-9a-fA-F]{1,16}|[0-9]{1,18}", value):
+        return int(value, 16 if value.startswith("0x") else 10)
+    return value if type(value) is int and 0 <= value < 1 << 64 else None
+
+
+def image_uuid(value: Any) -> str:
+    """The UUID of a build in upper case with dashes; "" for anything else."""
+    digits = _string(value).replace("-", "")[:40].upper()  # Sentry's debug_id has a number behind it
+    if not re.fullmatch("[0-9A-F]{32,40}", digits):
+        return ""
+    return "-".join(digits[start:end] for start, end in ((0, 8), (8, 12), (12, 16), (16, 20), (20, 32)))
+
+
+_PREFIX_WORDS = re.compile(
+    r"(?:@objc |specialized |merged |dynamic |implicit |partial apply (?:forwarder )?for |\$defer #[0-9]+ (?:\(\) )?in "
+    r"|closure #[0-9]+ (?:\(.*?\) (?:(?:async |throws )*-> .*? )?)?in |\([0-9]+\) (?:suspend|await) resume partial function for "
+    r"|(?:generic|function signature) specialization <[^<>]*(?:<[^<>]*>[^<>]*)*> of )+")
+_BLOCK = re.compile(r"(?:__[0-9]+(?=[-+]\[)|__(?=.*_block_invoke))?(.*?)_block_invoke[_.0-9]*")
+_SUFFIX = re.compile(r"(?: \+ [0-9]+| \([^()]*:[0-9]+\)| (?:at )?0x[0-9a-fA-F]+|(?:\.(?:cold|llvm|resume|part|constprop|isra))?"
+                     r"\.[0-9]+|\.(?:cold|resume)|T[YQ][0-9]+_)+")
+# Of every program, and made by the compiler: they tell nothing of where a fault is.
+_NOT_COUNTED = re.compile(
+    r"(?:_?main|start|_?dyld_start|static .*\$main\(\)|\$s.*5\$mainyyFZ|__debug_main_executable_dylib_entry_point"
+    r"|<compiler-generated>|(?:reabstraction )?thunk for .*|protocol witness for .*|.* thunk)")
+# What every abort runs through.
+_OF_ABORTS = re.compile(
+    r"_*(?:pthread_kill|kill|raise|abort|abort_message|assert_rtn|exceptionPreprocess|objc_exception_throw"
+    r"|objc_terminate|cxa_throw|cxa_rethrow|demangling_terminate_handler|assertionFailure|fatalErrorMessage"
+    r"|preconditionFailure)\b.*|_?swift_.*|Swift\._?(?:assertionFailure|fatalErrorMessage|preconditionFailure)\b.*"
+    r"|(?:Swift runtime failure: .*)|[-+]\[NSException .*|std::(?:__)?terminate.*")
+
+
+@lru_cache(maxsize=2048)
+def canonical_name(symbol: str) -> str:
+    """A symbol without what the compiler and the tools add to it, and what differs from build to build."""
+    name = _PREFIX_WORDS.sub("", symbol, 1) if _PREFIX_WORDS.match(symbol) else symbol
+    block = _BLOCK.fullmatch(name)
+    name = block[1] if block else name
+    ends = _SUFFIX.search(name) if name else None
+    while ends and ends.end() < len(name):
+        ends = _SUFFIX.search(name, ends.end())
+    return name[:ends.start()] if ends and ends.start() else name
+
+
 def group_hash(exception_type: str, frames: Sequence[Mapping[str, Any]]) -> str:
-    """The group of a crash: its exception type, and where in the app it happened. Frames with a `file` are the
-    app's own: the symbols of the first three count. System frames stand in only where there is none."""
-    chosen = [f for f in frames if f.get("file")] or [f for f in frames if f.get("symbol")]
-    symbols = [frame.get("symbol") or "" for frame in chosen[:3]]
-    return hashlib.sha256(":".join([exception_type, *symbols]).encode()).hexdigest()[:16]
+    """The group of a crash: its exception type, and the names of the first three frames of the app's own code. System
+    frames stand in only where there is none. A frame without a name is its build and offset."""
+    return group_of(exception_type, list(map(read_frame, frames)))
+
+
+def group_of(exception_type: str, frames: Sequence[Frame]) -> str:
+    """As group_hash, of frames that were read."""
+    labels = [(frame, _label(frame)) for frame in frames]
+    counted = [(frame, label) for frame, label in labels if not _NOT_COUNTED.fullmatch(label)]
+    telling = [(frame, label) for frame, label in counted if not _OF_ABORTS.fullmatch(label)]
+    candidates = (
+        [label for frame, label in counted if frame.is_own],
+        [label for frame, label in telling if frame.symbol],
+        [label for frame, label in telling if label],
+        [label for frame, label in labels if frame.is_own or frame.symbol],
+        [label for frame, label in labels if label])
+    names = [name for name, _ in groupby(next(filter(None, candidates), []))]
+    return hashlib.sha256(":".join([exception_type, *names[:3]]).encode()).hexdigest()[:16]
+
+
+def _label(frame: Frame) -> str:
+    if frame.is_named and frame.symbol:
+        return canonical_name(frame.symbol[:MAX_NAME])
+    if frame.offset is None:
+        return canonical_name(frame.symbol[:MAX_NAME]) or ("" if frame.file else frame.binary)
+    return f"{frame.uuid or frame.binary}+{frame.offset}"
+
+
+def open_images(frames: Iterable[Frame]) -> str | None:
+    """The builds whose symbols can name frames of the app's own code, up to MAX_IMAGES, divided by spaces."""
+    uuids = dict.fromkeys(frame.uuid for frame in frames if frame.is_open)
+    return " ".join(list(uuids)[:MAX_IMAGES]) or None
 
 
 # == Payloads ==================================================================
@@ -546,8 +703,8 @@ _EVENT_FIELDS: Converters = dict(
     device_id_hash=_text, session_id=_text, locale=_text, occurred_at=parse_occurred_at)
 _REQUIRED = ("exception_type", "type", "occurred_at")
 
-Crash = namedtuple("Crash", ["group_hash", *_CRASH_FIELDS, "extra"])
-Crash.__doc__ = "A valid crash: the fields of the API, and `extra`, the unknown ones as JSON."
+Crash = namedtuple("Crash", ["group_hash", "images", *_CRASH_FIELDS, "extra"])
+Crash.__doc__ = "A valid crash: the fields of the API, `images` as of open_images, `extra`, the unknown fields as JSON."
 Event = namedtuple("Event", [*_EVENT_FIELDS, "extra"])
 Event.__doc__ = "A valid event: the fields of the API, and `extra`, the unknown ones as JSON."
 Reports = Union[Sequence[Crash], Sequence[Event]]
@@ -560,7 +717,8 @@ def parse_crash(given: JsonObject) -> Crash:
         frames = _plain_frames(frames)
         given["stack_trace"] = frames or given["stack_trace"]
     values = _convert(given, _CRASH_FIELDS, MAX_STORED)
-    return Crash(group_hash(values[0], frames), *values)
+    read = list(map(read_frame, frames))
+    return Crash(group_of(values[0], read), open_images(read), *values)
 
 
 def own_names(stack_trace: str | None) -> tuple[str, ...]:
@@ -813,6 +971,90 @@ class RateLimiter:
             return max(1, math.ceil(times[0] + self.window - self._clock())) if times else 1
 
 
+# == Symbols ===================================================================
+# What the developer's tool has read from the symbols of a build: the function, file and line of each instruction, inlined
+# ones too. They come in pages, so that a look-up reads one of them.
+
+SYMBOL_TABLES = """
+create table symbols (                     -- builds whose symbols are held, or on their way
+    uuid text primary key, binary_name text not null, arch text not null,
+    parts integer not null, received integer not null,  -- of its requests
+    size integer not null, rows integer not null, uploaded_at integer not null) without rowid;
+create table symbol_parts (                -- that have come
+    uuid text not null, part integer not null, primary key (uuid, part)) without rowid;
+create table symbol_pages (
+    uuid text not null, first integer not null,  -- its lowest offset
+    part integer not null, page blob not null,   -- see encode_page
+    primary key (uuid, first)) without rowid;
+create table group_aliases (               -- where the crashes of a group have moved
+    app_id integer not null, group_hash text not null, target text not null,
+    primary key (app_id, group_hash)) without rowid;
+create table regroupings (                 -- groups whose crashes may have to move
+    app_id integer not null, group_hash text not null,
+    received_at integer not null, seq integer not null, target text not null,  -- of the last one that was looked at
+    primary key (app_id, group_hash)) without rowid;
+"""
+INLINE_DEPTH = 100  # functions that an instruction can be inlined in
+
+
+def encode_page(strings: Sequence[str], frames: Sequence[int], rows: Sequence[int]) -> bytes:
+    """A page as it is stored. `rows` are pairs: how far a row begins behind the one before it, and the index of its
+    frame, -1 for none. `frames` are quadruples: indexes of name and file in `strings`, -1 for no file; the line, 0 for
+    none; and the index of the frame that it is inlined in, -1 for none."""
+    return zlib.compress(_encode([strings, frames, rows]).encode())
+
+
+class Symbols:
+    """The symbols that are held, as a transaction sees them."""
+
+    def __init__(self, db: Any):
+        self._db = db
+        self._held: dict[str, bool] = {}
+        self._found: dict[tuple[str, int], list[tuple[str, str, int]]] = {}
+
+    def is_held(self, uuid: str) -> bool:
+        """Whether all symbols of a build are here."""
+        if uuid not in self._held:
+            self._held[uuid] = self._db.execute(
+                "select 1 from symbols where uuid = ? and received = parts", (uuid,)).fetchone() is not None
+        return self._held[uuid]
+
+    def lookup(self, uuid: str, offset: int) -> list[tuple[str, str, int]]:
+        """Name, file and line of an instruction: first the innermost inlined function. "" and 0 are not known."""
+        if (uuid, offset) not in self._found:
+            row = self._db.execute("""
+                select first, page from symbol_pages where uuid = ? and first <= ? order by first desc limit 1
+                """, (uuid, offset)).fetchone() if self.is_held(uuid) and offset <= MAX_NUMBER else None
+            self._found[uuid, offset] = _find(*row, offset) if row else []
+        return self._found[uuid, offset]
+
+    def name(self, frames: Sequence[JsonObject]) -> list[JsonObject]:
+        """The frames with the names, files and lines that the symbols give; an inlined one stands before the one that it
+        is in. Where nothing is known, a frame is as it was."""
+        named = []
+        for place, frame in enumerate(frames):
+            read = read_frame(frame)
+            found = [] if read.file or not read.uuid or read.offset is None else self.lookup(
+                read.uuid, max(0, read.offset - (place > 0)))  # all but the innermost are return addresses
+            named += [_named_frame(frame, *each, is_inlined=each is not found[-1]) for each in found] or [frame]
+        return named
+
+
+def _find(first: int, page: bytes, offset: int) -> list[tuple[str, str, int]]:
+    strings, frames, rows = json.loads(zlib.decompress(page))
+    at = bisect_right(list(accumulate(rows[::2], initial=first))[1:], offset) - 1
+    frame, found = rows[2 * at + 1], []
+    while frame >= 0 and len(found) < INLINE_DEPTH:
+        name, file, line, frame = frames[4 * frame:4 * frame + 4]
+        found.append((strings[name], strings[file] if file >= 0 else "", line))
+    return found
+
+
+def _named_frame(frame: JsonObject, symbol: str, file: str, line: int, is_inlined: bool) -> JsonObject:
+    named = {"in_app": True, **frame, "symbol": symbol, "file": file or None, "line": line or None, "symbolicated": True}
+    return {**named, "inlined": True} if is_inlined else named
+
+
 # == Figures ===================================================================
 # What the server counts. A figure is a class: its tables, how reports count in it, and the questions it answers.
 # Reports count by 1 when they are stored and by -1 when a device is forgotten, in the transaction that changes their
@@ -838,7 +1080,7 @@ APPS = "app_id in (select id from apps where id = :app or :app is null and is_te
 TABLES = {Crash: "crashes", Event: "events"}
 COUNTED = {  # a report as the figures see it; `at` is the time at which it counts
     Crash: namedtuple("CountedCrash", "seq app_id received_at at sent_type app_version device_id_hash session_id"
-                                      " group_hash exception_type device_model exception_reason stack_trace"),
+                                      " group_hash images exception_type device_model exception_reason stack_trace"),
     Event: namedtuple("CountedEvent", "seq app_id received_at at type app_version device_id_hash session_id")}
 
 
@@ -874,7 +1116,7 @@ class Sums:
 
     @property
     def schema(self) -> str:
-        texts = ("field", "label", "group_hash", "app_version", "key")
+        texts = ("field", "label", "group_hash", "app_version", "key", "uuid")
         columns = [f"{name} {'text' if name in texts else 'integer'} not null" for name in self.key + self.columns]
         return (f"create table {self.table} ({', '.join(columns)},\n"
                 f"    primary key ({', '.join(self.key)})) without rowid;\n")
@@ -926,6 +1168,11 @@ class Figure:
         self._releases: Any = releases  # in which sessions and devices count too
         self.sums = {table: Sums(table, *columns) for table, columns in self.SUMS.items()}
 
+    @classmethod
+    def tables(cls) -> str:
+        """The statements that make its tables."""
+        return cls.TABLES + "".join(Sums(table, *spec).schema for table, spec in cls.SUMS.items())
+
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
         """Counts reports that were stored (by 1), or whose rows were deleted to be forgotten (by -1)."""
         raise NotImplementedError
@@ -947,7 +1194,6 @@ create table new_names (                   -- of an app and a UTC day
     app_id integer not null, day integer not null, field text not null, names integer not null,
     primary key (app_id, day, field)) without rowid;
 """
-    SUMS: Mapping[str, tuple[str, str]] = {}
     WINDOW = ("new_names", "day", 0)
 
     def __init__(self, db: sqlite3.Connection):
@@ -1163,6 +1409,20 @@ create table groups (
                 order by last_seen desc, app_id
                 limit 1)
             order by count desc, top.group_hash""", {"app": app, "first": days[0], "last": days[-1]})
+
+
+class Images(Figure):
+    """Of the crashes that are kept, those of each group that symbols of a build can name."""
+
+    SUMS = {"group_images": ("group_hash uuid", "crashes")}
+
+    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+        for crash in reports:
+            for uuid in (crash.images or "").split():
+                self.sums["group_images"].add(crash.app_id, crash.group_hash, uuid, crashes=by)
+
+    def expire(self, kind: type, reports: Sequence[Any]) -> None:
+        self.count(kind, reports, -1)
 
 
 class Releases(Figure):
@@ -1579,10 +1839,9 @@ def device_key(device_id_hash: str | None) -> int:
 
 
 # Releases last: others count in them when they are saved.
-FIGURES = (Requests, Crashes, Groups, Sessions, Devices, Releases)
-FIGURE_TABLES = "".join(figure.TABLES + "".join(Sums(table, *spec).schema for table, spec in figure.SUMS.items())
-                        for figure in (NewNames, *FIGURES))
-SCHEMA = REPORT_TABLES + FIGURE_TABLES
+FIGURES = (Requests, Crashes, Groups, Images, Sessions, Devices, Releases)
+FIGURE_TABLES = NewNames.TABLES + "".join(figure.tables() for figure in FIGURES)
+SCHEMA = REPORT_TABLES + SYMBOL_TABLES + FIGURE_TABLES
 # The primary key of each table with rows of an app, beside the reports.
 KEYS = {table: tuple(key.split(", ")) for table, key in re.findall(
     r"create table (\w+) \([^;]*?primary key \((app_id, [^)]*)\)", re.sub("--.*", "", SCHEMA))}
@@ -2015,8 +2274,14 @@ def migrate(db: Connection, version: int, run: Callable[[Connection, str], None]
         return run(db, SCHEMA)
     if version < 2:
         run(db, "create table grants (hash blob primary key, expires_at integer not null) without rowid;\n")
+    if version < 4:
+        run(db, "alter table crashes add column images text;\n" + SYMBOL_TABLES)
     if version < 3:
         _migrate_to_3(db, run)
+    elif version < 4:
+        run(db, Images.tables())
+    if version < 4:  # names are made canonical now
+        db.execute("insert into regroupings select app_id, group_hash, 0, 0, '' from groups")
 
 
 def recount(db: sqlite3.Connection) -> None:
@@ -3157,7 +3422,8 @@ def _reports(db: Connection, table: str, seqs: Sequence[int], max_text: int = PA
 
 def as_sent(row: Mapping[str, Any], time_text: Callable[[int], str]) -> JsonObject:
     """A report as it was sent, from its row."""
-    report = {name: value for name, value in row.items() if value is not None and name not in ("seq", "other")}
+    hidden = ("seq", "other", "images")
+    report = {name: value for name, value in row.items() if value is not None and name not in hidden}
     if not report["clock_ahead_ms"]:
         del report["clock_ahead_ms"]
     for name in {"stack_trace", "properties", "extra"} & report.keys():
@@ -4838,7 +5104,8 @@ def write_jsonl(out: TextIO, stored: StoredReport) -> None:
 
 def csv_writer(out: TextIO, kind: type) -> Callable[[StoredReport], Any]:
     """Writes reports as a table with a header. A spreadsheet reads no cell of it as a formula."""
-    table = csv.DictWriter(out, ["id", "app", "is_test", "received_at", "clock_ahead_ms", *kind._fields])
+    table = csv.DictWriter(out, ["id", "app", "is_test", "received_at", "clock_ahead_ms",
+                                *(each for each in kind._fields if each != "images")])
     table.writeheader()
     return lambda stored: table.writerow({name: _csv_cell(value) for name, value in _exported(stored).items()})
 
@@ -5032,7 +5299,7 @@ def _unequal_tables(db: sqlite3.Connection, figure: Figure, expired: int) -> Ite
             queries = [f"select 1 from main.{table} as ours left join stored.{table} as theirs using"
                        f" ({', '.join(sums.key)}) where "
                        + " or ".join(f"ours.{each} > coalesce(theirs.{each}, 0)" for each in sums.columns)]
-        elif expired and not where and table != "labels":
+        elif expired and not where and table not in ("labels", "group_images"):
             continue
         if any(db.execute(query + " limit 1").fetchone() for query in queries):
             yield table
