@@ -282,6 +282,14 @@ class Refusal(Exception):
         self.retry_after, self.detail = retry_after, detail
 
 
+class Moved(Refusal):
+    """The crashes of a group have moved to another one."""
+
+    def __init__(self, group_hash: str):
+        super().__init__("moved", detail=f"to {group_hash}")
+        self.group_hash, self.location = group_hash, ""
+
+
 class StorageUnavailable(Refusal):
     """The database can not be used now; nothing of the request was acknowledged."""
 
@@ -424,6 +432,11 @@ class Frame(NamedTuple):
     is_named: bool = True       # whether the symbol is to be trusted
 
     @property
+    def title(self) -> str:
+        """What people are shown."""
+        return self.symbol or (f"{self.binary} + {self.offset}" if self.binary and self.offset is not None else "")
+
+    @property
     def is_open(self) -> bool:
         """Whether symbols of its build can name it."""
         return bool(self.uuid and self.offset is not None and self.is_own is not False and not self.is_named)
@@ -487,11 +500,13 @@ def image_uuid(value: Any) -> str:
 
 _PREFIX_WORDS = re.compile(
     r"(?:@objc |specialized |merged |dynamic |implicit |partial apply (?:forwarder )?for |\$defer #[0-9]+ (?:\(\) )?in "
-    r"|closure #[0-9]+ (?:\(.*?\) (?:(?:async |throws )*-> .*? )?)?in |\([0-9]+\) (?:suspend|await) resume partial function for "
+    r"|closure #[0-9]+ (?:\(.*?\) (?:(?:async |throws )*-> .*? )?)?in "
+    r"|\([0-9]+\) (?:suspend|await) resume partial function for "
     r"|(?:generic|function signature) specialization <[^<>]*(?:<[^<>]*>[^<>]*)*> of )+")
 _BLOCK = re.compile(r"(?:__[0-9]+(?=[-+]\[)|__(?=.*_block_invoke))?(.*?)_block_invoke[_.0-9]*")
-_SUFFIX = re.compile(r"(?: \+ [0-9]+| \([^()]*:[0-9]+\)| (?:at )?0x[0-9a-fA-F]+|(?:\.(?:cold|llvm|resume|part|constprop|isra))?"
-                     r"\.[0-9]+|\.(?:cold|resume)|T[YQ][0-9]+_)+")
+_SUFFIX = re.compile(
+    r"(?: \+ [0-9]+| \([^()]*:[0-9]+\)| (?:at )?0x[0-9a-fA-F]+|\.(?:cold|resume)|T[YQ][0-9]+_"
+    r"|(?:\.(?:cold|llvm|resume|part|constprop|isra))?\.[0-9]+)+")
 # Of every program, and made by the compiler: they tell nothing of where a fault is.
 _NOT_COUNTED = re.compile(
     r"(?:_?main|start|_?dyld_start|static .*\$main\(\)|\$s.*5\$mainyyFZ|__debug_main_executable_dylib_entry_point"
@@ -707,7 +722,7 @@ Crash = namedtuple("Crash", ["group_hash", "images", *_CRASH_FIELDS, "extra"])
 Crash.__doc__ = "A valid crash: the fields of the API, `images` as of open_images, `extra`, the unknown fields as JSON."
 Event = namedtuple("Event", [*_EVENT_FIELDS, "extra"])
 Event.__doc__ = "A valid event: the fields of the API, and `extra`, the unknown ones as JSON."
-Reports = Union[Sequence[Crash], Sequence[Event]]
+Reports = Sequence[Union[Crash, Event]]
 
 
 def parse_crash(given: JsonObject) -> Crash:
@@ -721,13 +736,15 @@ def parse_crash(given: JsonObject) -> Crash:
     return Crash(group_of(values[0], read), open_images(read), *values)
 
 
-def own_names(stack_trace: str | None) -> tuple[str, ...]:
-    """Symbol and file of the first frames of a stored stack trace that are of the app itself."""
-    frames = [frame for frame in json.loads(stack_trace or "[]") if frame.get("file")]
-    return tuple(str(frame.get(name) or "") for frame in frames[:20] for name in ("symbol", "file"))
+def own_names(frames: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Name and file of the first frames of a stack trace that are of the app itself."""
+    own = [frame for frame in map(read_frame, frames) if frame.is_own][:20]
+    return tuple(name for frame in own for name in (frame.title, frame.file))
 
 
-_recent_own_names = lru_cache(maxsize=128)(own_names)  # of alike crashes, the traces are mostly the same
+@lru_cache(maxsize=128)
+def _recent_own_names(stack_trace: str) -> tuple[str, ...]:  # of alike crashes, the traces are mostly the same
+    return own_names(json.loads(stack_trace or "[]"))
 
 
 def _is_plain_frame(frame: Any) -> bool:
@@ -972,8 +989,8 @@ class RateLimiter:
 
 
 # == Symbols ===================================================================
-# What the developer's tool has read from the symbols of a build: the function, file and line of each instruction, inlined
-# ones too. They come in pages, so that a look-up reads one of them.
+# What the developer's tool has read from the symbols of a build: the function, file and line of each instruction,
+# inlined ones too. They come in pages, so that a look-up reads one of them.
 
 SYMBOL_TABLES = """
 create table symbols (                     -- builds whose symbols are held, or on their way
@@ -995,6 +1012,8 @@ create table regroupings (                 -- groups whose crashes may have to m
     primary key (app_id, group_hash)) without rowid;
 """
 INLINE_DEPTH = 100  # functions that an instruction can be inlined in
+GROUPED_FRAMES = 100  # of a crash that are looked up for its group,
+SHOWN_LOOKUPS = 1000  # and look-ups for an answer: of 0.2 ms
 
 
 def encode_page(strings: Sequence[str], frames: Sequence[int], rows: Sequence[int]) -> bytes:
@@ -1012,6 +1031,11 @@ class Symbols:
         self._held: dict[str, bool] = {}
         self._found: dict[tuple[str, int], list[tuple[str, str, int]]] = {}
 
+    @property
+    def lookups(self) -> int:
+        """How many instructions were looked up."""
+        return len(self._found)
+
     def is_held(self, uuid: str) -> bool:
         """Whether all symbols of a build are here."""
         if uuid not in self._held:
@@ -1028,22 +1052,35 @@ class Symbols:
             self._found[uuid, offset] = _find(*row, offset) if row else []
         return self._found[uuid, offset]
 
-    def name(self, frames: Sequence[JsonObject]) -> list[JsonObject]:
-        """The frames with the names, files and lines that the symbols give; an inlined one stands before the one that it
-        is in. Where nothing is known, a frame is as it was."""
-        named = []
+    def name(self, frames: Sequence[JsonObject], lookups: int = GROUPED_FRAMES) -> list[JsonObject]:
+        """The frames with the names, files and lines that the symbols give; an inlined one stands before the one that
+        it is in. Where nothing is known, or after so many look-ups, a frame is as it was."""
+        named: list[JsonObject] = []
+        most = self.lookups + lookups
         for place, frame in enumerate(frames):
-            read = read_frame(frame)
-            found = [] if read.file or not read.uuid or read.offset is None else self.lookup(
-                read.uuid, max(0, read.offset - (place > 0)))  # all but the innermost are return addresses
+            read, found = read_frame(frame), []
+            if read.uuid and read.offset is not None and not read.file and self.is_held(read.uuid):
+                key = read.uuid, max(0, read.offset - (place > 0))  # all but the innermost are return addresses
+                found = self.lookup(*key) if key in self._found or self.lookups < most else []
             named += [_named_frame(frame, *each, is_inlined=each is not found[-1]) for each in found] or [frame]
         return named
+
+    def can_name(self, images: str | None) -> bool:
+        """Whether the symbols of one of these builds are held."""
+        return any(map(self.is_held, (images or "").split()))
+
+    def group(self, crash: Crash) -> Crash:
+        """The crash, in the group that its names give."""
+        if not self.can_name(crash.images):
+            return crash
+        frames = self.name(json.loads(crash.stack_trace))
+        return crash._replace(group_hash=group_hash(crash.exception_type, frames))
 
 
 def _find(first: int, page: bytes, offset: int) -> list[tuple[str, str, int]]:
     strings, frames, rows = json.loads(zlib.decompress(page))
-    at = bisect_right(list(accumulate(rows[::2], initial=first))[1:], offset) - 1
-    frame, found = rows[2 * at + 1], []
+    begins = list(accumulate(rows[::2], initial=first))[1:]
+    frame, found = rows[2 * bisect_right(begins, offset) - 1], []
     while frame >= 0 and len(found) < INLINE_DEPTH:
         name, file, line, frame = frames[4 * frame:4 * frame + 4]
         found.append((strings[name], strings[file] if file >= 0 else "", line))
@@ -1051,7 +1088,8 @@ def _find(first: int, page: bytes, offset: int) -> list[tuple[str, str, int]]:
 
 
 def _named_frame(frame: JsonObject, symbol: str, file: str, line: int, is_inlined: bool) -> JsonObject:
-    named = {"in_app": True, **frame, "symbol": symbol, "file": file or None, "line": line or None, "symbolicated": True}
+    named = {"in_app": True, **frame, "symbol": symbol, "file": file or None, "line": line or None,
+             "symbolicated": True}
     return {**named, "inlined": True} if is_inlined else named
 
 
@@ -1317,6 +1355,7 @@ create table groups (
         self._first: dict[tuple, Any] = {}  # by app_id and group_hash
         self._latest: dict[tuple, Any] = {}
         self._left: dict[tuple, int] = {}  # groups that crashes were taken out of, and the latest time of these
+        self._symbols = Symbols(self._db)
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
         for crash in reports:
@@ -1367,11 +1406,13 @@ create table groups (
             select 1 from group_days where app_id = ? and day >= ? and group_hash = ? limit 1
             """, (app_id, self._today - WEEK, group_hash)).fetchone()], MAX_NUMBER)
 
-    @staticmethod
-    def _shown(group_hash: str, crash: Any) -> tuple[str | None, str, str]:
+    def _shown(self, group_hash: str, crash: Any) -> tuple[str | None, str, str]:
         """Reason, place and search text of a group whose latest crash this is."""
         reason, trace = (crash.exception_reason or "")[:MAX_TEXT] or None, crash.stack_trace or ""
-        names = (_recent_own_names if len(trace) < 20_000 else own_names)(trace)
+        if len(trace) < 20_000 and not self._symbols.can_name(crash.images):
+            names = _recent_own_names(trace)
+        else:
+            names = own_names(self._symbols.name(json.loads(trace or "[]")))
         words = "\n".join([crash.sent_type, reason or "", group_hash, *names])
         return reason, "".join(names[:1])[:200], words.casefold()[:4 * MAX_TEXT]
 
@@ -1390,6 +1431,18 @@ create table groups (
             update groups set last_seen = coalesce(?, last_seen), exception_reason = ?, place = ?, search = ?
             where app_id = ? and group_hash = ?
             """, (*shown, app_id, group_hash))
+
+    def leave(self, app_id: int, group_hash: str, target: str) -> None:
+        """Makes the old name of a group an alias, if all its crashes have moved."""
+        if not target or self._db.execute("select 1 from crashes where app_id = ? and group_hash = ? limit 1",
+                                          (app_id, group_hash)).fetchone():
+            return
+        self._db.execute("update group_aliases set target = ? where app_id = ? and target = ?",
+                         (target, app_id, group_hash))
+        self._db.execute("delete from group_aliases where app_id = ? and group_hash = ?", (app_id, target))
+        self._db.execute("""
+            insert into group_aliases values (?, ?, ?) on conflict (app_id, group_hash) do update set
+                target = excluded.target""", (app_id, group_hash, target))
 
     @staticmethod
     def most_frequent(db: sqlite3.Connection, app: int | None, days: range) -> list[JsonObject]:
@@ -2635,7 +2688,7 @@ class Commit:
     """The reports of one transaction."""
 
     def __init__(self, db: Connection, now: int):
-        self._db, self._now = db, now
+        self._db, self._now, self._symbols = db, now, Symbols(db)
         # Requests, each with the one that it repeats, or with itself.
         self._requests: list[tuple[int, Submission, Submission]] = []
         self._uses: Counter = Counter()  # of keys, by app and key
@@ -2658,6 +2711,7 @@ class Commit:
             elif first.idempotency.request != each.idempotency.request:
                 each.error = Refusal("idempotency key reused with a different body")
             else:
+                each.reports = self.group(each.reports)
                 self._requests.append((app_id, each, first))
                 self._uses[app_id, key_name(each.key_hash)] += 1
                 known.update(((app_id, mark), first) for mark in marks)
@@ -2671,6 +2725,12 @@ class Commit:
             found[app_id, bytes(mark)] = earlier = Submission(idempotency=Idempotency((), bytes(request)))
             earlier.receipt = Receipt(range(first, first + count), False)
         return found
+
+    def group(self, reports: Reports) -> Reports:
+        """The reports, with crashes in the groups that the symbols give."""
+        if Crash not in set(map(type, reports)):
+            return reports
+        return [self._symbols.group(each) if type(each) is Crash and each.images else each for each in reports]
 
     def put(self, app_id: int, seqs: Iterable[int], received: Iterable[int], ahead: Iterable[int],
             reports: Reports) -> None:
@@ -2705,7 +2765,9 @@ class Commit:
             each.receipt = Receipt(range(seq, seq + count), False)
             seq += count
             ahead_ms = clock_ahead(max(map(attrgetter("occurred_at"), each.reports)), self._now)
-            self.put(app_id, each.receipt.seqs, [self._now] * count, [ahead_ms] * count, each.reports)
+            for kind in dict.fromkeys(map(type, each.reports)):
+                seqs, reports = zip(*(pair for pair in zip(each.receipt.seqs, each.reports) if type(pair[1]) is kind))
+                self.put(app_id, seqs, [self._now] * len(seqs), [ahead_ms] * len(seqs), reports)
         for _, each, first in self._requests:
             each.receipt = first.receipt if each is first else Receipt(first.receipt.seqs, True)
         write_rows(self._db, "insert into replays values * on conflict do nothing", [
@@ -2723,6 +2785,7 @@ MAX_WAIT = 30.0  # seconds to wait for another thread's commit: longer than any 
 EXPIRE_SLICE = 10  # rows before the first look at the clock: one may be as large as a body
 EXPIRE_SECONDS = 0.02  # for which a step may delete expired reports
 NEARLY_FULL = 0.9  # the share of the disk or of max_db_size from which on the operator is warned
+REGROUPED = 20  # crashes that a step looks at to move them to another group
 PAGE_ROWS = 1000  # that an export reads at a time,
 PAGE_TEXT = 1_000_000  # and characters: a row may be as large as a body
 
@@ -2782,7 +2845,7 @@ class Store(Apps):
     # Reports that come
 
     def add(self, key_hash: bytes, reports: Reports, idempotency: Idempotency = Idempotency()) -> Receipt:
-        """Stores reports of one kind, all or none, and returns when they are durable. They go to the app of the key
+        """Stores reports, all or none, and returns when they are durable. They go to the app of the key
         with that SHA-256. A repeated request, as told by `idempotency`, stores nothing and has the first one's receipt.
         Raises Refusal where an Idempotency-Key comes with another request, or the key is not active at the time of the
         commit; StorageUnavailable also where too many wait already."""
@@ -2915,8 +2978,8 @@ class Store(Apps):
                     app_id = self._imported_app(db, app, is_test)
                     early = get_state(db, f"early_{app_id}", -1)
                     if kept := [each for each in run if each.seq > early]:
-                        seqs, _, _, *columns = zip(*kept)
-                        commit.put(app_id, seqs, *columns)
+                        seqs, _, _, received, ahead, same_kind = zip(*kept)
+                        commit.put(app_id, seqs, received, ahead, commit.group(same_kind))
                     counts["stored"] += len(kept)
                 counts["expired"] += len(given.keys() - known)
             commit.save()
@@ -2953,7 +3016,7 @@ class Store(Apps):
                 oldest = {"replays": now - REPLAY_DAYS * DAY, "oldest": self._oldest_seq, "today": now // DAY}
                 is_due = any(db.execute("""
                     select (select min(received_at) from replays) < :replays, (select min(seq) from crashes) < :oldest,
-                        (select min(seq) from events) < :oldest,
+                        (select min(seq) from events) < :oldest, exists (select 1 from regroupings),
                         not exists (select 1 from state where name = 'trimmed_day' and value = :today)
                     """, oldest).fetchone())
             if is_due or is_full:
@@ -2985,6 +3048,7 @@ class Store(Apps):
             if not (early := self._delete_early(db)):
                 break
             deleted += early
+        deleted["moved"] = self._regroup(db)
         if get_state(db, "trimmed_day", 0) != self.now // DAY:
             deleted["sums"] = RollUps(db, self.now).trim()
             if not deleted["sums"]:
@@ -3025,6 +3089,68 @@ class Store(Apps):
             self._largest = (self.now, app_id)
             log.warning("the database is larger than BACKFEEDR_MAX_DB_SIZE: the oldest reports of %s go early", name)
         return self._largest[1]
+
+    def _regroup(self, db: Connection) -> int:
+        """A step of moving crashes to the groups that their names give now. Returns how many it looked at; 0: all are
+        where they belong."""
+        row = db.execute("select * from regroupings order by app_id, group_hash limit 1").fetchone()
+        if row is None:
+            return 0
+        app_id, group, *after, target = row
+        page = db.execute("""
+            select received_at, seq, exception_type, images, stack_trace, extra from crashes
+            where app_id = ? and group_hash = ? and (received_at, seq) > (?, ?) and group_hash <> ?
+            order by received_at, seq
+            limit ?""", (app_id, group, *after, OTHER, REGROUPED)).fetchall()
+        symbols, moved = Symbols(db), []
+        for _, seq, *crash in page:
+            place = self._place(symbols, group, *crash)
+            moved += [(*place, seq)] if place != (group, crash[1]) else []
+        if moved:
+            target = self._move(db, app_id, group, moved) or target
+        if len(page) == REGROUPED:
+            db.execute("update regroupings set received_at = ?, seq = ?, target = ? where app_id = ? and group_hash = ?",
+                       (*page[-1][:2], target, app_id, group))
+        else:
+            db.execute("delete from regroupings where app_id = ? and group_hash = ?", (app_id, group))
+            Groups(db, self.now).leave(app_id, group, target)
+        return len(page) + 1
+
+    @staticmethod
+    def _place(symbols: Symbols, group: str, exception_type: str, images: str | None, stack_trace: str | None,
+               extra: str | None) -> tuple[str, str | None]:
+        """Group and images of a stored crash. Of one whose trace was cut, the frames that made its group may be gone."""
+        frames = json.loads(stack_trace or "[]")
+        images, named = open_images(map(read_frame, frames)), symbols.name(frames)
+        is_cut = "stack_trace" in json.loads(extra or "{}").get("truncated", ())
+        return group if is_cut and named == frames else group_hash(exception_type, named), images
+
+    def _move(self, db: Connection, app_id: int, group: str, moved: Sequence[tuple[str, str | None, int]]) -> str:
+        """Gives crashes of a group another group and images. Returns the last group that is another."""
+        seqs = [(seq,) for *_, seq in moved]
+        source = "from (values *) as keys cross join crashes on seq = column1"
+        rollups, before = RollUps(db, self.now), counted_rows(db, Crash, source, seqs)
+        db.executemany("update crashes set group_hash = ?, images = ? where seq = ?", moved)
+        traces = dict(rows_of(db, "select seq, stack_trace " + source, seqs))
+        after = [each._replace(stack_trace=traces[each.seq]) for each in counted_rows(db, Crash, source, seqs)]
+        for figure in (rollups.figures[Groups], rollups.figures[Images]):
+            figure.count(Crash, before, -1)
+            figure.count(Crash, after, 1)
+        first = db.execute("select first_seen, first_version from groups where app_id = ? and group_hash = ?",
+                           (app_id, group)).fetchone()
+        rollups.save()
+        others = [each for each, *_ in moved if each != group]
+        db.executemany("""
+            update groups set first_seen = ?, first_version = ? where app_id = ? and group_hash = ? and first_seen > ?
+            """, [(*first, app_id, each, first[0]) for each in set(others)])
+        return others[-1] if others else ""
+
+    def regroup(self) -> None:
+        """Moves all crashes to the groups that their names give now, in steps beside others who write."""
+        step = 1
+        while step:
+            with self.writing_step() as db:
+                step = self._regroup(db)
 
     def warnings(self) -> list[str]:
         """What an operator should know before it is too late."""
@@ -3295,7 +3421,10 @@ class Metrics:
                 select count(*), count(distinct app_id || ' ' || device_id_hash), max({COUNTED_AT}) from crashes
                 where {APPS} and group_hash = :group""", parameters).fetchone()
             if not count:
-                raise Refusal("not found")
+                alias = db.execute(f"""
+                    select target from group_aliases where {APPS} and group_hash = :group order by app_id
+                    """, parameters).fetchone()
+                raise Moved(alias[0]) if alias else Refusal("not found")
             spread = {name: labelled(db.execute(f"""
                 select {column}, count(*) from crashes
                 where {APPS} and group_hash = :group and {column} is not null
@@ -3410,14 +3539,25 @@ def _dates(days: Iterable[int]) -> list[str]:
 def _reports(db: Connection, table: str, seqs: Sequence[int], max_text: int = PAGE_TEXT) -> list[JsonObject]:
     """Crashes or events as they were sent, without what was absent; and their app, and when they were received. Of
     more than so many characters, the first."""
-    apps, reports, size = dict(db.execute("select id, name from apps")), [], 0
+    apps, reports, size, symbols = dict(db.execute("select id, name from apps")), [], 0, Symbols(db)
     for seq in seqs:
         row, = dict_rows(db, f"select * from {table} where seq = ?", (seq,))
         size += sum(len(value) for value in row.values() if type(value) is str)
-        reports.append(as_sent({"id": row.pop("id"), "app": apps.get(row.pop("app_id")), **row}, iso_time))
+        report = as_sent({"id": row.pop("id"), "app": apps.get(row.pop("app_id")), **row}, iso_time)
+        _name_frames(symbols, report if table == "crashes" else report.get("properties", {}))
+        reports.append(report)
         if size > max_text:
             break
     return reports
+
+
+def _name_frames(symbols: Symbols, report: JsonObject) -> None:
+    """Names the frames of a stack trace, and keeps those that were sent beside."""
+    frames = report.get("stack_trace")
+    if type(frames) is list and all(type(frame) is dict for frame in frames):
+        report["stack_trace"] = symbols.name(frames, max(0, SHOWN_LOOKUPS - symbols.lookups))
+        if report["stack_trace"] != frames:
+            report["raw_stack_trace"] = frames
 
 
 def as_sent(row: Mapping[str, Any], time_text: Callable[[int], str]) -> JsonObject:
@@ -3481,6 +3621,7 @@ def crash_free_rate(crashes: int, sessions: int) -> float:
 
 # The error texts by status. A text that is not here starts with `missing` or `invalid` and has status 400.
 ERRORS = {
+    301: ("moved",),  # a group, to another
     401: ("missing API key", "invalid API key", "missing admin token", "invalid admin token",
           "invalid signature", "stale timestamp", "signature required"),
     404: ("not found",), 405: ("method not allowed",), 413: ("request body too large",),
@@ -3746,6 +3887,10 @@ class PageRequest:
         given = {name: value for name, value in {"app": app, **query}.items() if value not in (None, "")}
         return self.root + path + ("?" + urlencode(given) if given else "")
 
+    def moved(self, path: str) -> str:
+        """The address of what has moved there, with the same query."""
+        return self.root + path + ("?" + self.query if self.query else "")
+
     def redirect(self, path: str) -> Response:
         return Response(b"", 303, {**PAGE_HEADERS, "Location": self.root + path})
 
@@ -3792,6 +3937,8 @@ class Dashboard:
         page = self.request(bottle.request.environ)
         try:
             return self._check_session(page) or handler(page, **path)
+        except Moved as moved:
+            return Response(b"", 301, {**PAGE_HEADERS, "Location": page.moved("/crashes/" + moved.group_hash)})
         except Refusal as refusal:
             status = 403 if str(refusal) == _FORM_EXPIRED else _STATUS.get(str(refusal), 400)
             return self.error_page(page, status, str(refusal), refusal.retry_after)
@@ -3987,13 +4134,24 @@ def _context(report: JsonObject) -> list[tuple[str, str]]:
     return known + [(name, _as_text(value)) for name, value in report.get("extra", {}).items()]
 
 
-def _frame(frame: JsonObject) -> tuple[str, str, bool]:
-    """Symbol and place of a frame, with fields such as its library; and whether it is one of the app itself."""
-    file, line = frame.get("file"), frame.get("line")
-    place = [file if line is None else f"{file}:{line}"] if file else []
-    place += [_as_text(value) for name, value in frame.items()
-              if name not in ("frame", "symbol", "file", "line") and value is not None]
-    return frame.get("symbol") or "(no symbol)", ", ".join(place), bool(file)
+def _frame(frame: JsonObject) -> tuple[str, str, bool, str]:
+    """Symbol and place of a frame, with fields such as its library; whether it is one of the app itself; and where in
+    its build it is."""
+    read = read_frame(frame)
+    line = next((frame[name] for name in _FRAME_FIELDS["line"] if frame.get(name) is not None), None)
+    place = [read.file if line is None else f"{read.file}:{line}"] if read.file else []
+    place += [read.binary] if read.binary and read.symbol else []
+    place += ["inlined"] if frame.get("inlined") else []
+    place += [_as_text(value) for name, value in frame.items() if name not in _SHOWN_FIELDS and value is not None]
+    raw = f"{read.binary} + {read.offset} {read.uuid}".strip() if read.offset is not None else ""
+    return read.title or "(no symbol)", ", ".join(place), bool(read.is_own), raw
+
+
+def _tooltip(text: str) -> str:
+    return f' title="{escape(_shorten(text))}"' if text else ""
+
+
+_SHOWN_FIELDS = {*_FIELDS_OF, "frame", "in_app", "symbolicated", "inlined"}
 
 
 def _details(event: JsonObject) -> str:
@@ -4189,18 +4347,16 @@ No crash is kept{{" of " + page.app if page.app else ""}}. When one comes in, it
 <div class="crash"><div>
 % if frames:
 <ol class="trace" start="0">
-% for symbol, place, is_own in frames[:max_frames]:
-<li{{!' class="own"' if is_own else ""}}><code><bdi>{{shorten(symbol, 1000)}}</bdi></code>
+% for symbol, place, is_own, raw in frames[:max_frames]:
+<li{{!' class="own"' if is_own else ""}}{{!tooltip(raw)}}><code><bdi>{{shorten(symbol, 1000)}}</bdi></code>
 <span class="place"><bdi>{{shorten(place)}}</bdi></span></li>
 % end
 </ol>
 % if frames[max_frames:]:
 <p class="note">and {{number(len(frames) - max_frames)}} further frames</p>
 % end
-% if any(is_own for _, _, is_own in frames):
-<p class="note">Frames of the app itself are those with a file.</p>
-% else:
-<p class="note">No frame has a file, so none is known to be the app's own.</p>
+% if not any(is_own for _, _, is_own, _ in frames):
+<p class="note">No frame is known to be the app's own.</p>
 % end
 % else:
 <p class="empty">This report came without a stack trace.</p>
@@ -4392,7 +4548,7 @@ _TEMPLATE_GLOBALS = {
     "bar_chart": bar_chart, "curl_line": curl_line, "details": _details, "icon": _ICON, "iso": iso_time,
     "number": "{:,}".format, "percent": lambda share: "-" if share is None else f"{share:.2f} %", "options": _options,
     "pages": _PAGES, "shorten": _shorten, "sparkline": sparkline,
-    "style": STYLE}
+    "style": STYLE, "tooltip": _tooltip}
 
 
 # == Backfeedr =================================================================
@@ -4490,7 +4646,7 @@ class Backfeedr(Closing):
                 ("GET", "/overview", self.public_route(ask.overview)),
                 ("GET", "/releases", self._releases),
                 ("GET", "/crashes", self.admin_route(ask.groups, "version", "days", "text", "limit", "cursor")),
-                ("GET", "/crashes/<group_hash>", self.admin_route(ask.group, "limit", "cursor")),
+                ("GET", "/crashes/<group_hash>", self._group),
                 ("GET", "/events", self.admin_route(ask.events, "type", "name", "session_id", "limit", "cursor"))):
             router.route("/api/v1" + path, method, partial(_response, handler))
         router.route("/metrics", "GET", partial(_response, self._prometheus))
@@ -4507,6 +4663,13 @@ class Backfeedr(Closing):
             for release in answer["releases"]:
                 del release["app"]
         return status, answer
+
+    def _group(self, environ: Environ, group_hash: str) -> Answer:
+        try:
+            return self.admin_route(self.metrics.group, "limit", "cursor")(environ, group_hash=group_hash)
+        except Moved as moved:
+            moved.location = self.pages.request(environ).moved("/api/v1/crashes/" + moved.group_hash)
+            raise
 
     def _health(self, environ: Environ) -> Answer:
         self.store.check()
@@ -4691,6 +4854,8 @@ def _answer(handler: Handler, environ: Environ, **path: str) -> tuple[bytes, int
             answer["detail"] = refusal.detail
         if refusal.retry_after is not None:
             headers = {**headers, "Retry-After": str(refusal.retry_after)}
+        if isinstance(refusal, Moved):
+            headers = {**headers, "Location": refusal.location}
         if status == 415:
             headers = {**headers, "Accept-Encoding": "gzip"}
     except Exception:

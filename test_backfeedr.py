@@ -276,9 +276,10 @@ def figures(path):
 def recount(path):
     """What `figures` must find, from the reports alone."""
     tables = {table: defaultdict(Counter)
-              for table in backfeedr.KEYS.keys() - {"replays", "new_names", "medians", "key_days"}}
+              for table in backfeedr.KEYS.keys() - {"replays", "new_names", "medians", "key_days", "regroupings", "group_aliases"}}
     columns = dict(
-        crash_days=("crashes",), labels=("crashes",), group_days=("crashes",), release_days=("sessions",),
+        crash_days=("crashes",), labels=("crashes",), group_days=("crashes",), group_images=("crashes",),
+        release_days=("sessions",),
         release_sums=("sessions", "crashed_sessions", "crashes", "devices", "crashed"), device_hours=("devices",),
         session_days=("sessions", "ended", "ms"), durations=("sessions",), active_days=("dau", "wau", "mau"),
         cohorts=("devices", "back_1", "back_7", "back_30"))
@@ -287,6 +288,8 @@ def recount(path):
         app, day = row["app_id"], row["at"] // DAY
         tables["crash_days"][app, day]["crashes"] += 1
         tables["group_days"][app, day, row["group_hash"]]["crashes"] += 1
+        for uuid in (row["images"] or "").split():
+            tables["group_images"][app, row["group_hash"], uuid]["crashes"] += 1
         for field in ("exception_type", "device_model"):
             for each in (-1_000_000, day) if row[field] else ():
                 tables["labels"][app, field, each, row[field]]["crashes"] += 1
@@ -1239,8 +1242,10 @@ def fill(server, clock, seed, reports):
         shared = {"device_id_hash": chance.choice(("d1", "d2", "d3", "")), "occurred_at": at,
                   "app_version": chance.choice(("1.0", "1.1", ""))}
         if chance.random() < 0.4:
-            report = parse_crash({**CRASH, "exception_type": chance.choice("ABC"), "device_model": "m", **shared,
-                                  "exception_reason": str(chance.random())})
+            kind = chance.choice("ABC")
+            trace = [{"binary": "Shop", "uuid": "5a" * 16, "offset": 4660, "in_app": True}] if kind == "A" else []
+            report = parse_crash({**CRASH, "exception_type": kind, "device_model": "m", **shared,
+                                  "stack_trace": trace, "exception_reason": str(chance.random())})
         else:
             report = parse_event({"type": chance.choice(("session_start", "session_end", "custom")), **shared,
                                   "session_id": chance.choice(("s1", "s2", "s3", "")) and
@@ -1845,6 +1850,15 @@ def make_old_database(path, version):
         db.executescript(zlib.decompress(base64.b85decode("".join(VERSION_2.split()))).decode())
         if version == 1:
             db.execute("drop table grants")
+    if version == 3:
+        sql_run(path, f"pragma application_id = {backfeedr.APPLICATION_ID}")
+        sql_run(path, "pragma user_version = 2")
+        backfeedr.Store(str(path)).close()
+    with closing(sqlite3.connect(str(path), isolation_level=None)) as db:
+        if version == 3:
+            for table in ("symbols", "symbol_parts", "symbol_pages", "group_aliases", "regroupings", "group_images"):
+                db.execute(f"drop table {table}")
+            db.execute("alter table crashes drop column images")
         db.execute(f"pragma application_id = {backfeedr.APPLICATION_ID}")
         db.execute(f"pragma user_version = {version}")
 
@@ -1866,8 +1880,13 @@ def test_a_database_of_an_earlier_version_becomes_as_new_and_keeps_its_reports(t
     server = keeping()
     api = Api(server)
     check_database(path)
+    assert count(server, "regroupings"), "as names are made canonical now"
+    server.store.prune()
+    check_database(path)
+    assert not count(server, "regroupings")
     assert version_of(path) == backfeedr.SCHEMA_VERSION and columns_of(path) == columns_of(serve("new.db").store.path)
-    assert [[{**row, "other": 0, "clock_ahead_ms": 0, "session_id": row.get("session_id")} for row in rows]
+    assert [[{**row, "other": 0, "clock_ahead_ms": 0, "session_id": row.get("session_id"),
+               **({"images": None} if "group_hash" in row else {})} for row in rows]
             for rows in reports] == [rows_by_name(path, f"select * from {table}") for table in ("crashes", "events")]
     assert {name: api.get("/api/v1/overview")[1][name] for name in ("sessions_7d", "crashes_7d", "dau")} \
         == {"sessions_7d": 3, "crashes_7d": 3, "dau": 1}
