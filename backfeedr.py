@@ -3109,8 +3109,9 @@ class Store(Apps):
         if moved:
             target = self._move(db, app_id, group, moved) or target
         if len(page) == REGROUPED:
-            db.execute("update regroupings set received_at = ?, seq = ?, target = ? where app_id = ? and group_hash = ?",
-                       (*page[-1][:2], target, app_id, group))
+            db.execute("""
+                update regroupings set received_at = ?, seq = ?, target = ? where app_id = ? and group_hash = ?
+                """, (*page[-1][:2], target, app_id, group))
         else:
             db.execute("delete from regroupings where app_id = ? and group_hash = ?", (app_id, group))
             Groups(db, self.now).leave(app_id, group, target)
@@ -3119,7 +3120,7 @@ class Store(Apps):
     @staticmethod
     def _place(symbols: Symbols, group: str, exception_type: str, images: str | None, stack_trace: str | None,
                extra: str | None) -> tuple[str, str | None]:
-        """Group and images of a stored crash. Of one whose trace was cut, the frames that made its group may be gone."""
+        """Group and images of a stored crash. If its trace was cut, the frames that made its group may be gone."""
         frames = json.loads(stack_trace or "[]")
         images, named = open_images(map(read_frame, frames)), symbols.name(frames)
         is_cut = "stack_trace" in json.loads(extra or "{}").get("truncated", ())

@@ -273,10 +273,13 @@ def figures(path):
     return tables
 
 
+MOVES = {"regroupings", "group_aliases"}  # of groups, which no report tells
+
+
 def recount(path):
     """What `figures` must find, from the reports alone."""
     tables = {table: defaultdict(Counter)
-              for table in backfeedr.KEYS.keys() - {"replays", "new_names", "medians", "key_days", "regroupings", "group_aliases"}}
+              for table in backfeedr.KEYS.keys() - {"replays", "new_names", "medians", "key_days"} - MOVES}
     columns = dict(
         crash_days=("crashes",), labels=("crashes",), group_days=("crashes",), group_images=("crashes",),
         release_days=("sessions",),
@@ -517,6 +520,30 @@ def hashed(text):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def test_keys_have_the_form_of_the_contract_and_show_little():
+    assert re.fullmatch("bf_live_[0-9a-f]{32} bf_test_[0-9a-f]{32}", " ".join(map(backfeedr.new_key, (False, True))))
+    assert [backfeedr.key_prefix(key) for key in (KEY, "hunter2hunter2", "k")] == ["bf_live_01234567", "hunt", ""]
+
+
+# == Grouping ==================================================================
+
+BUILD = "5a1b0c0d-0000-4000-8000-00000000beef"
+NEXT_BUILD = "6b1b0c0d-0000-4000-8000-00000000beef"
+
+
+def own(offset, uuid=BUILD, **further):
+    """A frame of the app's own code without a name, as MetricKit has it."""
+    return {"binary": "Shop", "uuid": uuid, "offset": offset, "in_app": True, **further}
+
+
+def system(offset, binary="UIKitCore", **further):
+    return {"binary": binary, "uuid": "77" * 16, "offset": offset, "address": 0x190000000 + offset, **further}
+
+
+def symbols(*names, **further):
+    return [{"symbol": name, **further} for name in names]
+
+
 @pytest.mark.parametrize("kind, trace, expected", [
     ("EXC_BAD_ACCESS", frames(("ContentView.body.getter", "ContentView.swift")), "acc0d2dfe0c1898c"),
     ("EXC_BAD_ACCESS", [{"symbol": "ContentView.body.getter", "file": "x", "line": 43, "address": "0x1"}],
@@ -526,13 +553,107 @@ def hashed(text):
      hashed("SIGABRT:objc_msgSend")),
     ("SIGABRT", frames((None, None), ("raise", None)), hashed("SIGABRT:raise")),
     *[("SIGABRT", trace, hashed("SIGABRT")) for trace in ([], frames((None, None)))]])
-def test_group_hash(kind, trace, expected):
+def test_the_group_is_the_hash_that_the_contract_gives(kind, trace, expected):
     assert group_hash(kind, trace) == expected
 
 
-def test_keys_have_the_form_of_the_contract_and_show_little():
-    assert re.fullmatch("bf_live_[0-9a-f]{32} bf_test_[0-9a-f]{32}", " ".join(map(backfeedr.new_key, (False, True))))
-    assert [backfeedr.key_prefix(key) for key in (KEY, "hunter2hunter2", "k")] == ["bf_live_01234567", "hunt", ""]
+@pytest.mark.parametrize("symbol, name", [
+    *((name, name) for name in (
+        "A.b", "Shop.Cart.total() -> Swift.Int", "-[Cart totalOf:with:]", "+[Cart shared]", "cart_total", "f.b", "v1.2x",
+        "operator new(unsigned long)", "Cart.subscript.getter", "A.b(c: Swift.Int) throws -> ()", "$s4Shop1AV1byyF")),
+    *((prefix + "A.b()", "A.b()") for prefix in (
+        "@objc ", "specialized ", "merged ", "closure #1 in ", "closure #1 (Swift.Int) -> () in ", "$defer #1 () in ",
+        "closure #12 (Swift.Int) async throws -> Swift.Array<(A)> in ", "closure #2 () in closure #1 in ",
+        "partial apply for ", "partial apply forwarder for closure #1 in ", "@objc specialized ",
+        "(2) suspend resume partial function for ", "(1) await resume partial function for ",
+        "generic specialization <Swift.Array<Swift.Int>> of ", "function signature specialization <Arg[0] = Dead> of ")),
+    *(("A.b()" + suffix, "A.b()") for suffix in (
+        " + 123", ".cold.1", ".llvm.1234567", ".resume.0", ".cold", " (Cart.swift:12)", " 0x1f4", " at 0x10", ".12 + 4")),
+    ("__24-[Cart totalOf:with:]_block_invoke_2", "-[Cart totalOf:with:]"), ("__cart_total_block_invoke", "cart_total"),
+    ("__cart_total_block_invoke.17", "cart_total"), ("$s4Shop1AV1byyYaFTQ0_", "$s4Shop1AV1byyYaF")])
+def test_what_a_compiler_adds_to_a_name_makes_no_other_group(symbol, name):
+    assert backfeedr.canonical_name(symbol) == name
+    assert group_hash("A", symbols(symbol, file="a.swift")) == hashed(f"A:{name}")
+
+
+@pytest.mark.parametrize("trace, names", [
+    # Own frames: those with a file, those that say so, those of an image in the app, those that are loaded below.
+    ([system(1), own(2)], f"{BUILD.upper()}+2"), ([system(1), own(2), own(3), own(4), own(5)], ":".join(
+        f"{BUILD.upper()}+{n}" for n in (2, 3, 4))),
+    *(([*symbols("a", **other), *symbols("b", in_app=True)], "b") for other in ({}, {"file": "a.c", "in_app": False})),
+    *(([*symbols("a", path="/usr/lib/liba.dylib"), *symbols("b", path=path)], "b") for path in (
+        "/private/var/containers/Bundle/Application/0/Shop.app/Shop",
+        "/Applications/Shop.app/Contents/MacOS/Shop", "/private/x/Shop.app/Frameworks/Cart.framework/Cart",
+        "/private/x/Shop.app/Shop.debug.dylib", "/private/x/Widget.appex/Widget")),
+    *(([*symbols("a", **other), *symbols("b", address=0x17fffffff, image_base=0x17ffffff0)], "b") for other in (
+        dict(address=0x18000000f, image_base=0x180000000), dict(binary="dyld", address=9, image_base=4),
+        dict(binary="libobjc-trampolines.dylib", address=9, image_base=4))),
+    # What does not count, beside what does.
+    (symbols("@objc A.b()", "A.b()", "A.b()", "thunk for @escaping () -> ()", "C.d()", "main", file="a"), "A.b():C.d()"),
+    ([*symbols("static Shop.$main()", "main", "A.b()", file="a")], "A.b()"), ([*symbols("main", file="a")], "main"),
+    ([*symbols("UIApplicationMain"), *symbols("main", file="a")], "UIApplicationMain"),
+    # Without own frames: what every abort runs through says nothing.
+    ([*symbols("__pthread_kill", "pthread_kill", "abort", "Shop.Cart.total()")], "Shop.Cart.total()"),
+    (symbols("__exceptionPreprocess", "objc_exception_throw", "-[NSException raise]", "-[A b]", *"cde"), "-[A b]:c:d"),
+    (symbols("_assertionFailure(_:_:file:line:flags:)", "swift_unexpectedError", "_swift_runtime_on_report", "A.b()"),
+     "A.b()"),
+    ([*symbols("abort", "raise")], "abort:raise"), ([*symbols("aborted()", "x")], "aborted():x"),
+    # Without names: build and offset, or binary and offset.
+    ([{"binary": "UIKitCore", "offset": 7}, {"binary": "Foundation", "offset": 8}], "UIKitCore+7:Foundation+8"),
+    *(([{"symbol": text, **binary}], "Shop+15424") for text, binary in (
+        ("Shop + 15424", {"binary": "Shop"}), ("Shop + 15424", {}), ("0x1040c8000 + 15424", {"binary": "Shop"}))),
+    *(([{"symbol": text, "binary": "Shop", "uuid": BUILD, "offset": 9}], f"{BUILD.upper()}+9") for text in (
+        "0x1040c8000", "00000001040c8000", "<redacted>", "???", "Shop + 9", "the.function.before")),
+    ([{"symbol": "0x1040c8000"}, *symbols("a")], "a"), ([{"symbol": "-[A b] + 15424"}], "-[A b]"),
+    # A device's own symbol is taken where no symbols can come, or where it is said to be from symbols.
+    ([{"symbol": "A.b()", "binary": "Shop", "offset": 9, "in_app": True}], "A.b()"),
+    ([own(9, symbol="A.b()", symbolicated=True)], "A.b()"),
+    ([own(9, symbol="A.b()", file="a.swift")], "A.b()")])
+def test_the_group_is_made_of_the_first_three_names_that_tell(trace, names):
+    assert group_hash("SIGABRT", trace) == hashed(f"SIGABRT:{names}")
+
+
+LOADED = 0x104F00000
+SDK_FRAMES = {
+    "ours": {"binary": "Shop", "uuid": BUILD, "offset": 20924, "in_app": True},
+    "addresses": {"binary": "Shop", "uuid": BUILD, "address": LOADED + 20924, "image_base": LOADED},
+    "KSCrash": {"object_name": "Shop", "uuid": BUILD.upper(), "instruction_addr": LOADED + 20924, "object_addr": LOADED,
+                "symbol_name": "<redacted>"},
+    "PLCrashReporter": {"image": "Shop", "image_uuid": BUILD.replace("-", ""), "address": hex(LOADED + 20924),
+                        "image_base": hex(LOADED)},
+    "Sentry": {"package": "/private/var/containers/Bundle/Application/0/Shop.app/Shop", "debug_id": BUILD,
+               "instruction_addr": hex(LOADED + 20924), "image_addr": hex(LOADED), "function": "<redacted>",
+               "in_app": True}}
+
+
+@pytest.mark.parametrize("load_address", [0, 0x3A4000])
+@pytest.mark.parametrize("sdk", SDK_FRAMES)
+def test_a_crash_is_in_one_group_whatever_the_sdk_and_the_load_address(api, sdk, load_address):
+    moved = {name: hex(int(value, 16) + load_address) if type(value) is str and value.startswith("0x1") else
+             value + load_address if type(value) is int and value >= LOADED else value
+             for name, value in SDK_FRAMES[sdk].items()}
+    crash = {**CRASH, "stack_trace": [system(7 + load_address), moved]}
+    assert api.post(CRASHES, crash)[1]["group_hash"] == hashed(f"{CRASH['exception_type']}:{BUILD.upper()}+20924")
+    row = report(api.server)
+    assert row["images"] == BUILD.upper() and json.loads(row["stack_trace"]) == crash["stack_trace"], "as it was sent"
+
+
+def test_two_places_of_a_stripped_binary_are_two_groups_though_the_device_says_one_name(api):
+    traces = [[own(offset, symbol="Shop.AppDelegate.init()")] for offset in (20924, 38292)]
+    groups = {api.post(CRASHES, {**CRASH, "stack_trace": trace})[1]["group_hash"] for trace in traces}
+    assert len(groups) == 2 == count(api.server, "groups")
+
+
+@pytest.mark.parametrize("frame", [
+    {"symbol": 7, "file": ["x"], "binary": 1.5, "uuid": {}, "offset": "much", "address": -1, "image_base": True},
+    {"uuid": "5a" * 15, "offset": 1 << 70}, {"address": "0x" + "f" * 17, "image_addr": "0x"},
+    {"in_app": "yes", "path": 7}, {"offset": "20924", "uuid": BUILD + "-0"}, {"symbol": " + 1"},
+    {"symbol": "(" * 400 + "closure #1 (" * 400},
+    {"function": None, "filename": "", "lineno": None}])
+def test_odd_frames_cost_no_report(api, frame):
+    status, answer = api.post(CRASHES, {**CRASH, "stack_trace": [frame]})
+    assert (status, answer["group_hash"]) == (201, report(api.server)["group_hash"])
+    assert api.get(f"{CRASHES}/{answer['group_hash']}", **ADMIN)[1]["count"] == 1
 
 
 # == Payloads ==================================================================
