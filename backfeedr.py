@@ -4585,14 +4585,16 @@ class Backfeedr(Closing):
         self._turn = threading.Lock()
         self._requests: Counter = Counter()  # by method, route and status
         self._counting = threading.Lock()
-        self._ingestion: dict[str, tuple[Callable[[bytes], Reports], Callable[..., dict[str, Any]]]] = {
-            # By path: what makes reports of a body, and an answer of the reports and their seqs.
-            "/api/v1/crashes": (lambda body: [parse_crash(decode_json(body))], lambda crashes, seqs: {
+        self._ingestion: dict[str, tuple[Callable[[bytes, str], Reports], Callable[..., dict[str, Any]]]] = {
+            # By path: what makes reports of a body and a device, and an answer of the reports and their seqs.
+            "/api/v1/crashes": (lambda body, _: [parse_crash(decode_json(body))], lambda crashes, seqs: {
                 "id": crash_id(seqs[0]), "group_hash": crashes[0].group_hash}),
-            "/api/v1/events": (lambda body: [parse_event(decode_json(body))], lambda events, seqs: {
+            "/api/v1/events": (lambda body, _: [parse_event(decode_json(body))], lambda events, seqs: {
                 "id": event_ids(seqs)[0]}),
-            "/api/v1/events/batch": (lambda body: parse_batch(decode_json(body)), lambda events, seqs: {
-                "count": len(seqs), "ids": event_ids(seqs)})}
+            "/api/v1/events/batch": (lambda body, _: parse_batch(decode_json(body)), lambda events, seqs: {
+                "count": len(seqs), "ids": event_ids(seqs)}),
+            "/api/v1/diagnostics": (lambda body, device: parse_diagnostics(body, self.store.now, device),
+                                    _diagnostics_answer)}
         made = self.store.start(self.settings.api_key, self.settings.auth_token)
         if made != (None, None):  # without `announce`, another server has the app, whose address is not known
             known = _url(self.settings.host, self.settings.port) if announce else "https://YOUR-SERVER"
@@ -4711,7 +4713,9 @@ class Backfeedr(Closing):
                 if isinstance(error, Refusal):
                     error.__traceback__ = error.__context__ = None  # which hold the body
                 submission.error = error
-        self.store.add_all([each for each in submissions if each.error is None])
+            if not submission.reports:  # Apple's payload may be empty
+                submission.receipt = Receipt(range(0), True)
+        self.store.add_all([each for each in submissions if each.error is None and each.reports])
         # A key may have been revoked since it was cached, which a commit finds out, and a refusal must as well.
         # Each key is looked up once, because a database that is away makes each look wait.
         refused = [each for each in submissions if each.key_hash and not each.reports]
@@ -4750,7 +4754,7 @@ class Backfeedr(Closing):
             signature = self._check_signature(environ, key, body)
             plain = _decompress(environ, body, self.settings.max_body_size)
             try:
-                submission.reports = parse(plain)
+                submission.reports = parse(plain, _header(environ, "X_BACKFEEDR_DEVICE").decode("utf-8", "replace"))
             except RecursionError:  # at a depth that can be read, but not written again
                 raise Refusal("invalid JSON", detail="it is nested too deep") from None
             submission.idempotency = _idempotency(environ, signature, plain)
@@ -4786,6 +4790,12 @@ class Backfeedr(Closing):
             raise Refusal("missing admin token")
         if not self._is_admin(environ):
             raise Refusal("invalid admin token")
+
+
+def _diagnostics_answer(reports: Reports, seqs: Sequence[int]) -> JsonObject:
+    return {"count": len(seqs), "ids": [crash_id(seq) if type(each) is Crash else event_ids([seq])[0]
+                                        for each, seq in zip(reports, seqs)],
+            "group_hashes": [each.group_hash if type(each) is Crash else None for each in reports]}
 
 
 class RefusedReports:

@@ -559,16 +559,18 @@ def test_the_group_is_the_hash_that_the_contract_gives(kind, trace, expected):
 
 @pytest.mark.parametrize("symbol, name", [
     *((name, name) for name in (
-        "A.b", "Shop.Cart.total() -> Swift.Int", "-[Cart totalOf:with:]", "+[Cart shared]", "cart_total", "f.b", "v1.2x",
+        "A.b", "Shop.Cart.total() -> Swift.Int", "-[Cart totalOf:with:]", "+[Cart shared]", "cart_total", "f.b", "v.2x",
         "operator new(unsigned long)", "Cart.subscript.getter", "A.b(c: Swift.Int) throws -> ()", "$s4Shop1AV1byyF")),
     *((prefix + "A.b()", "A.b()") for prefix in (
         "@objc ", "specialized ", "merged ", "closure #1 in ", "closure #1 (Swift.Int) -> () in ", "$defer #1 () in ",
         "closure #12 (Swift.Int) async throws -> Swift.Array<(A)> in ", "closure #2 () in closure #1 in ",
         "partial apply for ", "partial apply forwarder for closure #1 in ", "@objc specialized ",
         "(2) suspend resume partial function for ", "(1) await resume partial function for ",
-        "generic specialization <Swift.Array<Swift.Int>> of ", "function signature specialization <Arg[0] = Dead> of ")),
+        "generic specialization <Swift.Array<Swift.Int>> of ",
+        "function signature specialization <Arg[0] = Dead> of ")),
     *(("A.b()" + suffix, "A.b()") for suffix in (
-        " + 123", ".cold.1", ".llvm.1234567", ".resume.0", ".cold", " (Cart.swift:12)", " 0x1f4", " at 0x10", ".12 + 4")),
+        " + 123", ".cold.1", ".llvm.1234567", ".resume.0", ".cold", " (Cart.swift:12)", " 0x1f4", " at 0x10",
+        ".12 + 4")),
     ("__24-[Cart totalOf:with:]_block_invoke_2", "-[Cart totalOf:with:]"), ("__cart_total_block_invoke", "cart_total"),
     ("__cart_total_block_invoke.17", "cart_total"), ("$s4Shop1AV1byyYaFTQ0_", "$s4Shop1AV1byyYaF")])
 def test_what_a_compiler_adds_to_a_name_makes_no_other_group(symbol, name):
@@ -589,7 +591,8 @@ def test_what_a_compiler_adds_to_a_name_makes_no_other_group(symbol, name):
         dict(address=0x18000000f, image_base=0x180000000), dict(binary="dyld", address=9, image_base=4),
         dict(binary="libobjc-trampolines.dylib", address=9, image_base=4))),
     # What does not count, beside what does.
-    (symbols("@objc A.b()", "A.b()", "A.b()", "thunk for @escaping () -> ()", "C.d()", "main", file="a"), "A.b():C.d()"),
+    (symbols("@objc A.b()", "A.b()", "A.b()", "thunk for @escaping () -> ()", "C.d()", "main", file="a"),
+     "A.b():C.d()"),
     ([*symbols("static Shop.$main()", "main", "A.b()", file="a")], "A.b()"), ([*symbols("main", file="a")], "main"),
     ([*symbols("UIApplicationMain"), *symbols("main", file="a")], "UIApplicationMain"),
     # Without own frames: what every abort runs through says nothing.
