@@ -45,32 +45,35 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence, TextIO
-from urllib.error import HTTPError
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional, Sequence, TextIO, Tuple
 from urllib.parse import quote, urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.request import HTTPErrorProcessor, Request, build_opener
+from uuid import UUID
 
 try:
-    import symbolic
+    from symbolic.debuginfo import Archive
+    from symbolic.exceptions import SymbolicError
 except ImportError as error:
     if __name__ != "__main__":
         raise
     sys.exit(f"symbols: {error.name or 'symbolic'} is missing; 'pip install symbolic' installs it")
 
-PAGE_ROWS = 500
-PAGE_BYTES = PART_BYTES = 400_000  # of JSON; the server takes 1 MiB in a request
-MAX_STRING = 1_000  # bytes; the server takes as many characters
-ATTEMPTS = 5
+PAGE_ROWS, PAGE_STRINGS, PAGE_FRAMES = 500, 400, 4_000  # with these a page is below 600,000 bytes of JSON
+MAX_STRING = 1_000  # bytes of UTF-8; the server takes as many characters
+PART_BYTES = 500_000  # of JSON, if no page is larger; the server takes 1 MiB in a request
+ATTEMPTS, TIMEOUT = 5, 30  # seconds for each step of an attempt
 FIRST_PAUSE, MAX_RETRY_AFTER = 0.5, 300  # seconds; each pause is twice the one before
 RETRIED = {429, 500, 502, 503, 504}
 ABOUT_ONE_IMAGE = {400, 409, 413, 422}  # refusals after which it is worth while to send the next image
 DEFAULT_PATHS = ("DWARF_DSYM_FOLDER_PATH", "CI_ARCHIVE_PATH")  # variables of Xcode and of Xcode Cloud
+NOTHING = "no debug information"
 UNREADABLE_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
-DEMANGLERS = (  # what a mangled name begins with, and commands that read names on standard input, the first found is used
+DEMANGLERS = (  # what a mangled name begins with, and commands that read such from standard input, of which one will do
     ("Swift", re.compile(r"_?\$[sS]|_T"), ("xcrun swift-demangle --simplified", "swift-demangle --simplified")),
-    ("C++", re.compile("_?_Z"), ("c++filt -n", "llvm-cxxfilt -n")))
+    ("C++", re.compile("_?_Z"), ("llvm-cxxfilt -n", "c++filt -n")))
+MANGLED = re.compile("|".join(pattern.pattern for _, pattern, _ in DEMANGLERS))
 
-Chain = tuple  # of (name, path or None, line), innermost first: what an address is inlined into; () where unknown
+Chain = Tuple[Tuple[str, Optional[str], int], ...]  # name, path and line, innermost first; () where nothing is known
 
 
 class SymbolsError(Exception):
@@ -94,18 +97,15 @@ def printable(text: str) -> str:
     return "".join(each if each.isprintable() else "?" for each in text)
 
 
-def first_line(error: Exception) -> str:
-    """symbolic's errors may have a trace of its own below."""
-    return str(error).partition("\n")[0]
-
-
 # == The server ================================================================
 
-class NoRedirects(HTTPRedirectHandler):
-    """A redirect would carry the token away."""
+class AnyAnswer(HTTPErrorProcessor):
+    """Leaves refusals to the caller, and redirects, which would carry the token away, too."""
 
-    def redirect_request(self, *args: Any) -> None:
-        return None
+    def http_response(self, request: Any, response: Any) -> Any:
+        return response
+
+    https_response = http_response
 
 
 class Server:
@@ -113,17 +113,15 @@ class Server:
 
     def __init__(self, endpoint: str, token: str, sleep: Callable[[float], object] = time.sleep):
         url = urlsplit(endpoint)
-        if (url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc or url.query or url.fragment
-                or not endpoint.isprintable() or " " in endpoint or url.port == 0):
+        if not re.fullmatch(r"https?://[\w.:[\]-]+(/[^?#\s]*)?", endpoint, re.A) or not url.hostname or url.port == 0:
             raise ValueError(f"{endpoint!r} is not an address such as https://example.com/prefix")
         if not token or not token.isprintable():
             raise ValueError("the token is missing, or it has a control character: BACKFEEDR_AUTH_TOKEN has it")
-        path = quote(url.path, safe="/%").rstrip("/")
-        path = path.removesuffix("/api/v1")
+        path = quote(url.path, safe="/%").rstrip("/").removesuffix("/api/v1")
         self._url, self.endpoint, self._sleep = f"{url.scheme}://{url.netloc}{path}/api/v1/symbols", endpoint, sleep
         # http.client writes a header as Latin-1; the server reads it as UTF-8.
         self._headers = {"Authorization": ("Bearer " + token).encode().decode("latin-1")}
-        self._opener = build_opener(NoRedirects)
+        self._opener = build_opener(AnyAnswer)
 
     def symbols(self) -> dict[str, Any]:
         """What the server holds and misses: {"symbols": [...], "missing": [...]}."""
@@ -135,14 +133,14 @@ class Server:
 
     def _ask(self, field: str, path: str, body: bytes | None = None) -> dict[str, Any]:
         """The answer, which has that field. Asks again where that may help."""
-        for failures in range(ATTEMPTS):
+        for failures in range(ATTEMPTS - 1):
             try:
                 return self._attempt(field, path, body)
             except ServerError as error:
-                if not error.retryable or failures == ATTEMPTS - 1:
+                if not error.retryable:
                     raise
                 self._sleep(error.retry_after + random.uniform(0.5, 1) * FIRST_PAUSE * 2 ** failures)
-        raise AssertionError("unreachable")
+        return self._attempt(field, path, body)
 
     def _attempt(self, field: str, path: str, body: bytes | None) -> dict[str, Any]:
         headers = dict(self._headers)
@@ -150,31 +148,28 @@ class Server:
             headers.update({"Content-Type": "application/json", "Content-Encoding": "gzip"})
         request = Request(self._url + path, body, headers, method="GET" if body is None else "PUT")
         try:
-            with self._opener.open(request, timeout=30) as response:
-                return self._answer(field, response.status, response.headers, response.read())
-        except HTTPError as error:
-            with error:
-                return self._answer(field, error.code, error.headers, error.read(100_000))
+            with self._opener.open(request, timeout=TIMEOUT) as response:
+                return acknowledged(field, response.status, response.headers, response.read())
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise ServerError(f"no answer from {self.endpoint}: {str(reason) or type(reason).__name__}") from error
 
-    def _answer(self, field: str, status: int, headers: Any, body: bytes) -> dict[str, Any]:
-        """The JSON of an answer that says yes. Raises ServerError for any other."""
-        try:
-            answer = json.loads(body)
-        except ValueError:
-            answer = None
-        answer = answer if isinstance(answer, dict) else {}
-        if status in (200, 201) and field in answer:
-            return answer
-        why = str(answer.get("error") or "not an answer of backfeedr")
-        if 300 <= status < 400:
-            why = f"redirects are not followed (to {headers.get('Location')})"
-        if answer.get("detail"):
-            why += f" ({answer['detail']})"
-        wait = re.fullmatch("[0-9]{1,9}", headers.get("Retry-After") or "")
-        raise ServerError(f"the server answered {status}: {why}", status, int(wait[0]) if wait else 0)
+
+def acknowledged(field: str, status: int, headers: http.client.HTTPMessage, body: bytes) -> dict[str, Any]:
+    """The JSON object of an answer that says yes, and has that field. Raises ServerError for any other."""
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        answer = None
+    answer = answer if isinstance(answer, dict) else {}
+    if status in (200, 201) and field in answer:
+        return answer
+    why = str(answer.get("error") or "not an answer of backfeedr")
+    if 300 <= status < 400:
+        why = f"redirects are not followed (to {headers.get('Location')})"
+    why += f" ({answer['detail']})" if answer.get("detail") else ""
+    wait = re.fullmatch("[0-9]{1,9}", headers.get("Retry-After", ""))
+    raise ServerError(f"the server answered {status}: {why}", status, int(wait[0]) if wait else 0)
 
 
 # == What lies in a path =======================================================
@@ -226,24 +221,25 @@ class Image:
     reader: Any  # symbolic's
 
     def __str__(self) -> str:
-        return printable(f"{self.name} {self.uuid} {self.arch}")
+        return f"{self.name} {self.uuid} {self.arch}"
 
     def chains(self, progress: Callable[[str], None]) -> Iterator[tuple[int, Chain]]:
         """The start of each run of addresses that have the same chain, ascending, and that chain. Ends with a gap."""
-        cache, step, last = self.reader.make_symcache(), instruction_size(self.arch), ()
-        done, total = 0, sum(end - start for start, end in self.ranges) or 1
-        for start, end in self.ranges:
-            for at in range(start, end, step):
+        cache, step = self.reader.make_symcache(), instruction_size(self.arch)
+        last: Chain = ()
+        end = 0
+        for start, stop in [*self.ranges, (sys.maxsize, sys.maxsize)]:
+            if last and start > end:
+                yield end, ()
+                last = ()
+            end = stop
+            for at in range(start, stop, step):
                 chain = tuple((each.symbol or "<unknown>", each.full_path, each.line) for each in cache.lookup(at))
                 if chain != last:
                     yield at, chain
                     last = chain
-                if at & 0x3FFF == 0:
-                    progress(f"{self}: reading, {100 * (done + at - start) // total} %")
-            if last:
-                yield end, ()
-                last = ()
-            done += end - start
+                if at % 0x4000 == 0:
+                    progress(f"{self}: reading, {100 * at // self.ranges[-1][1]} %")
 
 
 def instruction_size(arch: str) -> int:
@@ -255,15 +251,15 @@ def images(path: Path) -> Iterator[Image]:
     """Each architecture of a Mach-O file. Raises SymbolsError."""
     try:
         ranges = code_ranges(path)
-        for each in symbolic.Archive.open(str(path)).iter_objects():
+        for each in Archive.open(str(path)).iter_objects():
             uuid = each.debug_id[:36].upper()
-            yield Image(path.name, uuid, each.arch, ranges.get(uuid, []), each)
+            yield Image(printable(path.name), uuid, each.arch, ranges.get(uuid, []), each)
     except OSError as error:
         raise SymbolsError(f"cannot read it: {error.strerror}") from None
     except (struct.error, ValueError):
         raise SymbolsError("it is no Mach-O file, or its headers are cut off") from None
-    except symbolic.SymbolicError as error:
-        raise SymbolsError(f"it cannot be read: {first_line(error)}") from None
+    except SymbolicError as error:
+        raise SymbolsError(f"it cannot be read: {error.message}") from None
 
 
 def code_ranges(path: Path) -> dict[str, list[tuple[int, int]]]:
@@ -291,59 +287,47 @@ def slice_ranges(file: Any, offset: int) -> tuple[str, list[tuple[int, int]]]:
     for _ in range(count):
         command, length = struct.unpack_from("<II", commands, at)
         if command == 0x1B:  # LC_UUID
-            digits = commands[at + 8:at + 24].hex().upper()
-            uuid = "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+            uuid = str(UUID(bytes=commands[at + 8:at + 24])).upper()
         elif command == (0x19 if wide else 0x1):  # LC_SEGMENT_64, LC_SEGMENT
             name, address, _, _, _, sections = segment.unpack_from(commands, at)
             base = address if name.rstrip(b"\0") == b"__TEXT" else base
             found += [section.unpack_from(commands, at + segment.size + n * section.size) for n in range(sections)]
         at += max(length, 8)
-    return uuid, merged((address - base, address - base + size) for name, _, address, size, flags in found
-                        # Pure instructions, but no stubs, which would get the name of the last function before them.
+    # Pure instructions, but no stubs, which would get the name of the last function before them.
+    return uuid, sorted((address - base, address - base + size) for name, _, address, size, flags in found
                         if flags & 0x80000000 and not flags & 0xFF and b"stub" not in name)
-
-
-def merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Ascending, those that touch made one."""
-    out: list[tuple[int, int]] = []
-    for start, end in sorted(ranges):
-        if out and start <= out[-1][1]:
-            out[-1] = out[-1][0], max(end, out[-1][1])
-        else:
-            out.append((start, end))
-    return out
 
 
 # == Pages and parts ===========================================================
 
 class Page:
-    """Rows on their way into JSON. `size` is the most bytes that it takes, with its names demangled."""
+    """Rows that follow each other, on their way into JSON."""
 
     def __init__(self, first: int):
         self.first = self._at = first
-        self.count = self.size = 0
-        self.rows: list[int] = []
+        self._rows: list[int] = []
         self._strings: dict[str, int] = {}
         self._frames: dict[tuple[int, int, int, int], int] = {}
 
     def add(self, at: int, chain: Chain) -> None:
         """Adds a row that begins at an offset from the image's start."""
-        frame = -1
+        frame = -1  # where there is none
         for name, path, line in reversed(chain):
             key = (self._string(name), self._string(base_name(path)) if path else -1, line, frame)
-            self.size += 0 if key in self._frames else 32
             frame = self._frames.setdefault(key, len(self._frames))
-        self.rows += (at - self._at, frame)
-        self._at, self.count, self.size = at, self.count + 1, self.size + 16
+        self._rows += (at - self._at, frame)
+        self._at = at
 
     def _string(self, text: str) -> int:
-        if text not in self._strings:
-            self.size += MAX_STRING if mangling(text) else len(json.dumps(text))
         return self._strings.setdefault(text, len(self._strings))
+
+    def is_full(self) -> bool:
+        return (len(self._rows) >= 2 * PAGE_ROWS or len(self._strings) >= PAGE_STRINGS
+                or len(self._frames) >= PAGE_FRAMES)
 
     def document(self) -> dict[str, Any]:
         return {"first": self.first, "strings": list(self._strings),
-                "frames": [each for frame in self._frames for each in frame], "rows": self.rows}
+                "frames": [each for frame in self._frames for each in frame], "rows": self._rows}
 
 
 def base_name(path: str) -> str:
@@ -351,10 +335,10 @@ def base_name(path: str) -> str:
 
 
 def pages(chains: Iterable[tuple[int, Chain]]) -> Iterator[dict[str, Any]]:
-    """What the server wants to know, in JSON's words; names are mangled."""
+    """The pages of an image as the server takes them, but for their names, which are mangled."""
     page = None
     for at, chain in chains:
-        if page and (page.count == PAGE_ROWS or page.size > PAGE_BYTES):
+        if page and page.is_full():
             yield page.document()
             page = None
         page = page or Page(at)
@@ -380,7 +364,7 @@ def parts(image: Image, folder: str, progress: Callable[[str], None]) -> Parts:
     with open(os.path.join(folder, "pages"), "w+", encoding="utf-8") as waiting:
         for page in pages(image.chains(progress)):
             rows += len(page["rows"]) // 2
-            names.update(filter(mangling, page["strings"]))
+            names.update(filter(MANGLED.match, page["strings"]))
             waiting.write(compact(page) + "\n")
         waiting.seek(0)
         progress(f"{image}: demangling {len(names):,} names")
@@ -421,11 +405,6 @@ def compact(document: Any) -> str:
 
 # == Names =====================================================================
 
-def mangling(name: str) -> str:
-    """The language of a mangled name, "" for any other."""
-    return next((language for language, pattern, _ in DEMANGLERS if pattern.match(name)), "")
-
-
 def demangled(names: Iterable[str]) -> tuple[dict[str, str], str]:
     """Each mangled name's plain form, and a note on those that stay as they are."""
     plain: dict[str, str] = {}
@@ -446,7 +425,7 @@ def answers(command: str, names: list[str]) -> list[str] | None:
         return None
     done = subprocess.run([path, *options], input="\n".join(names) + "\n", capture_output=True,
                           check=False, encoding="utf-8", errors="replace")
-    lines = done.stdout.splitlines()
+    lines = done.stdout.split("\n")[:-1]
     return lines if done.returncode == 0 and len(lines) == len(names) else None
 
 
@@ -475,11 +454,13 @@ class Terminal:
 
 def send(server: Server, image: Image, terminal: Terminal) -> str:
     """Sends the symbols of an image. Returns what became of it; raises SymbolsError."""
+    if "debug" not in image.reader.features:
+        return NOTHING
     with tempfile.TemporaryDirectory() as folder:
         try:
             found = parts(image, folder, terminal.progress)
-        except symbolic.SymbolicError as error:
-            raise SymbolsError(f"its debug information cannot be read: {first_line(error)}") from None
+        except SymbolicError as error:
+            raise SymbolsError(f"its debug information cannot be read: {error.message}") from None
         with found.file:
             answer = {"complete": True}
             for number, line in enumerate(found.file):
@@ -488,7 +469,25 @@ def send(server: Server, image: Image, terminal: Terminal) -> str:
                 answer = server.put(image.uuid, f'{head[:-1]},"pages":{line.rstrip()}}}'.encode())
     if not answer["complete"]:
         raise SymbolsError(f"the server has {answer.get('received')} of {found.number} parts")
-    return f"{found.rows:,} rows, sent{found.note}" if found.rows else "no debug information"
+    return f"{found.rows:,} rows, sent{found.note}" if found.rows else NOTHING
+
+
+def send_file(server: Server, file: Path, path: Path, held: set[str], terminal: Terminal) -> bool:
+    """Sends each image of a file that is not held, and adds it to these. Whether the file has symbols at all."""
+    what, useful = str(path) if file == path else f"{path}: {file.name}", False
+    try:
+        for image in images(file):
+            what = str(image)
+            outcome = "held already" if image.uuid in held else send(server, image, terminal)
+            terminal.say(f"{image}: {outcome}")
+            if outcome != NOTHING:
+                held.add(image.uuid)
+                useful = True
+    except SymbolsError as error:
+        if getattr(error, "stops", False):
+            raise ServerError(f"{what}: {error}; nothing after it was sent") from error
+        terminal.fail(SymbolsError(f"{what}: {error}"))
+    return useful
 
 
 def send_all(server: Server, paths: Sequence[Path], terminal: Terminal) -> None:
@@ -502,27 +501,6 @@ def send_all(server: Server, paths: Sequence[Path], terminal: Terminal) -> None:
             terminal.fail(SymbolsError(f"{path}: cannot read it: {getattr(error, 'strerror', None) or error}"))
         if terminal.failures == failures and not any(useful):
             terminal.fail(SymbolsError(f"no {'debug information' if useful else 'dSYM'} in {path}"))
-
-
-def send_file(server: Server, file: Path, path: Path, held: set[str], terminal: Terminal) -> bool:
-    """Sends each image of a file that is not held, and adds it to these. Whether it has any that is held now."""
-    what, useful = str(path) if file == path else f"{path}: {file.name}", False
-    try:
-        for image in images(file):
-            what = str(image)
-            if image.uuid in held:
-                terminal.say(f"{image}: held already")
-            elif "debug" not in image.reader.features:
-                terminal.say(f"{image}: no debug information")
-            else:
-                terminal.say(f"{image}: {send(server, image, terminal)}")
-                held.add(image.uuid)
-            useful |= image.uuid in held
-    except SymbolsError as error:
-        if getattr(error, "stops", False):
-            raise
-        terminal.fail(SymbolsError(f"{what}: {error}"))
-    return useful
 
 
 def missing(answer: dict[str, Any]) -> Iterator[str]:
