@@ -43,7 +43,6 @@ import tempfile
 import time
 import zipfile
 import zlib
-from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional, Sequence, TextIO, Tuple
 from urllib.parse import quote, urlsplit
@@ -210,8 +209,7 @@ def is_zip(path: PurePath) -> bool:
 
 # == Reading an image ==========================================================
 
-@dataclass(frozen=True)
-class Image:
+class Image(NamedTuple):
     """One architecture of a Mach-O file. `ranges` are (start, end) of its code, in bytes from the image's start."""
 
     name: str
