@@ -151,7 +151,8 @@ class Server:
                 return acknowledged(field, response.status, response.headers, response.read())
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
-            raise ServerError(f"no answer from {self.endpoint}: {str(reason) or type(reason).__name__}") from error
+            reason = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+            raise ServerError(f"no answer from {self.endpoint}: {reason}") from error
 
 
 def acknowledged(field: str, status: int, headers: http.client.HTTPMessage, body: bytes) -> dict[str, Any]:
@@ -251,7 +252,8 @@ def images(path: Path) -> Iterator[Image]:
         ranges = code_ranges(path)
         for each in Archive.open(str(path)).iter_objects():
             uuid = each.debug_id[:36].upper()
-            yield Image(printable(path.name), uuid, each.arch, ranges.get(uuid, []), each)
+            arch = re.sub("_?v8$", "", each.arch)  # arm64_32, as Apple says it
+            yield Image(printable(path.name), uuid, arch, ranges.get(uuid, []), each)
     except OSError as error:
         raise SymbolsError(f"cannot read it: {error.strerror}") from None
     except (struct.error, ValueError):
