@@ -30,6 +30,7 @@ import socketserver
 import sqlite3
 import ssl
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlencode, urlsplit
+from uuid import UUID
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import pytest
@@ -5727,6 +5729,334 @@ def test_client_command_says_in_one_line_what_went_wrong(monkeypatch, capsys, sc
     with scripted([*script]) as (url, _):
         status = client_module.main(["--key", KEY, "--endpoint", url, kind, "-"])
     check_one_line((status, *capsys.readouterr()), "client: " + error)
+
+
+# -- examples/symbols.py
+
+# The image of a dSYM of arm64, DWARF 5, compressed. It is made of two files of C by `clang -target arm64-apple-ios15.0
+# -gdwarf-5 -O1 -ffile-prefix-map=$PWD=/secret/Shop -fdebug-compilation-dir=/secret/Shop -c`, `ld64.lld -arch arm64
+# -platform_version ios 15.0 15.0` and dsymutil (of LLVM 21, 14 and 19). In basket.c, basket_sum (line 13) has price_of
+# (line 3) inlined in its line 17, and calls discount (line 8), which is static. In main.c, pay (line 5), whose symbol
+# is a mangled Swift name, calls basket_sum, and main (line 11) calls pay.
+SHOP_UUID = "4C4C4477-5555-3144-A1A5-8052A9FBFB44"
+SHOP_IMAGE = zlib.decompress(base64.b64decode(
+    "eNrtWt1vFFUUv3dnZrvd6bbbbku7/ZBFFygJdHf7SQuBIi3QWmWtIKCJw37Mtgvt7rKzpQUrLe0DmBACCCYSkgaJBo2YEB9MUB94MvEBo/+BvqAP"
+    "fTExEYnGc+690267rdbEF5M5yem559xzf+ece2emO3fut7/P/1lCCCVATuAi4EaFLFAdcA3wwEDP+OHDoZ7bH0wPfvT0aU+zsNuYV5lgrqOduAlB"
+    "mDDIfpBe4APAmhbes7/3td7Bg6SAKPlnQpyfGM6h3qOHVhg/vfI4RbBN6JqW0ydyi/0FeN0c73qeyZYPKC+NpGljqfFkKq4lU4n0CnjXBV63exW8"
+    "Ferk8zXQ99ILvT19Jta0qNPEEfJm3hzQZTjDEuL0HNkzuG+x48oyHJ8wF3GJQhLXBK8vrkfHhrSRZErn+sp4T8hSvNXIxItkI6kh3SjAeyLwjpv6"
+    "GvFG0rGRpJEzluMdu8rx3jb1DWvMLx7PrlTvjwLvqKmvEU9cHgV4Xdc4XkosXteza8wvGs3qpwvx7r7D8YYF3t3n1oZn5LJkpfzcNzjeL6a+cc14"
+    "WjqRKFgP27scL2zqm9a4vnD9MdBleIMCr8HU14iXiozC1VdYb0bg+cT8ZTb9/f1qkUUWWWSRRRZZZJFF/wfC37Sl8Bs3LN5PS/BNHhqXhF4hdPN9"
+    "+BmhZ4TeznR33vu7Fk8asfRYKke00UgyRbRoxDip5zRjbJRofqP1leF0pv15ZtvbkomcOXNmH/z6Hh3W9Ak9NpbTtWE9Etez1tJYZJFFFllkkUUW"
+    "WWSRRRZZZNF/RpcJfhd3kA58f6f0aakLhfiKDI317KVeouttqvIMdaHyB6n7+tq9+d2P3//4e7W6w0mKbebugEwkF1UU55d2KTMjufuVCrs01q+4"
+    "pJJ+pbJPUez9UuYBGiv6Fbd9RlHUfqXE7pQmHkCf4xObDCFj/yqjdaj4r3ue7H90e5v+RuC3h5EHb0JGmYWMqpUy56zinoUIPNoFmwNwthLzg56D"
+    "z4QYkFllorj/owV/M4B/Ff+IKINvjMiknoblep+UcczJrdtpmNukU1Nzcr1fmjg3J/sbpYkp7EQjobJM3FI5mZPdjTQmN27FNqGSCSTfoeE59pE9"
+    "P4gb+tz1vI9SmcgQaKvpIxKuF7JbyIWdn7yC0N8scFpIc0foipDfMD/q4LEbCLWJiSQSm0TUYEGlNrQoROrELtmuyMouaNj3wp8iBVbCUdTGIRwO"
+    "3pBJMfssTEeLiQtNTtyUchIXIjixZJXb1d1sw6oM2yV+PhSo3O2iYayalN7HHMpo2DYLDbeEY2naRVgg52E2mgclt5ZVU8qqucaqQejtCEzqWVpl"
+    "bqLgN2PnKZaXMo65nGdoRWgvPY5uZfRl2gKxJVgNQiqKiQ37POjsMRbmYhLnAsdWKlUsJE2XExX712FYCQBoEM3ldGOtR5FqZyZrs9Xu6rraH6a8"
+    "5XUVdqMaSmyiUm2XukPd7O3zgN23gfI5Z8Y+D8Tyg7JLVVWosoygxb6JiSIPDFVV9IMlc4FXnweV7aAWN1GM0F1z1rsIv9sLAaBshdiqF/HV1iVq"
+    "SQMNeXDsUfWYegSgXOBeE4Ke0gN0yvNWHSFlfWA5VwPLwqM8nvIuDcTClC+mkKotSKIiv+6dXmH1KKyySg8UsxP0qlUCCPd1mNEM9Z6neNaJxEYi"
+    "qSHfaT1rJNMpX3OoKdgU9DUO53IZoysQGErmhseiTbH0aMAYTyZy6BwYGTk9ui2TTZ/QY7km8PCFQu0dLXp7e3sw2hwPRtoSnYnOzmgo1hHt6GhJ"
+    "tMaaE+3xRCga3EL43mhTjARIwNBjWT0XwP1RkskmY7qWThB23iaZypGYnsoZJJPUY7pB8rZU0cEgfMMV9YXdV9x8BeDVtlxBMBcyQPjJKLyn8WjK"
+    "BPBZ4AuEHeohN4DfA54D/hAY76nPgb8CfiieA98B/ww8D7ykjoX6RDbw9Fp6Dst8ACNvEXJg4NUXgx1BvOzZA5cKf4k9z/l4O+FnlNA/OH1RvaoX"
+    "f3Fi6ubkZ+Mlm0fuVNXfq7o5+emvl04evHVRvSEynBcVmJU9FFkj4X+2SsLPu+HRm23ArcA7ML6fqpJH9rIbTbSkBtbCW8tj2iDRNvZPi93eNurn"
+    "YpYJ8jp/NF4WQaCSvbzjfp43+Qt3Qa0l"))
+SHOP_SYMBOLS = {  # an offset from the image's start, and what is there, innermost first
+    0x3FFC: [], 0x4000: [("basket_sum", "basket.c", 14)], 0x4018: [("basket_sum", "basket.c", 16)],
+    0x401C: [("price_of", "basket.c", 5), ("basket_sum", "basket.c", 17)],  # its first and last instruction:
+    0x4020: [("basket_sum", "basket.c", 17)], 0x404C: [("basket_sum", "basket.c", 18)],
+    0x4050: [("discount", "basket.c", 10)], 0x406C: [("discount", "basket.c", 10)],
+    0x4070: [("Basket.pay()", "main.c", 6)], 0x407C: [("Basket.pay()", "main.c", 7)],
+    0x4088: [("Basket.pay()", "main.c", 8)], 0x4090: [("main", "main.c", 13)], 0x4094: []}
+OTHER_UUID = "00112233-4455-6677-8899-AABBCCDDEEFF"
+MISSING = {"uuid": OTHER_UUID, "binary": "Shop", "app": "Shop", "app_version": "1.3.0", "build_number": "48",
+           "crashes": 1037}
+SENT = f"Shop {SHOP_UUID} arm64: 15 rows, sent"
+
+
+class SymbolStore:
+    """What `scripted` answers as a server that keeps symbols."""
+
+    def __init__(self, held=(), missing=()):
+        self.held, self.missing, self.parts = dict.fromkeys(held, True), missing, defaultdict(dict)
+
+    def __call__(self, request):
+        if request.method == "GET":
+            return 200, {"symbols": [{"uuid": uuid, "complete": complete} for uuid, complete in self.held.items()],
+                         "missing": [each for each in self.missing if each["uuid"] not in self.parts]}
+        assert request.headers["Content-Encoding"] == "gzip"
+        body, uuid = gzip.decompress(request.body), request.path.rpartition("/")[2]
+        assert len(body) <= 1_048_576
+        part = json.loads(body)
+        held = self.parts[uuid]
+        held[part["part"]] = part
+        return 201, {"uuid": uuid, "parts": part["parts"], "received": len(held),
+                     "complete": len(held) == part["parts"]}
+
+    def rows(self, uuid):
+        """Of all parts of an image, the start of each row and what is there, innermost first."""
+        for _, part in sorted(self.parts[uuid].items()):
+            for page in part["pages"]:
+                at, strings = page["first"], page["strings"]
+                assert page["rows"][0] == 0 and len(page["rows"]) <= 1_000 and max(map(len, strings)) <= 1_000
+                for delta, frame in zip(page["rows"][::2], page["rows"][1::2]):
+                    at, chain = at + delta, []
+                    while frame >= 0:
+                        name, file, line, frame = page["frames"][4 * frame:4 * frame + 4]
+                        chain.append((strings[name], strings[file] if file >= 0 else None, line))
+                    yield at, chain
+
+    def at(self, uuid, offset):
+        """What is at an offset of an image."""
+        return [[], *(chain for start, chain in self.rows(uuid) if start <= offset)][-1]
+
+
+@pytest.fixture
+def symbols_module(monkeypatch):
+    pytest.importorskip("symbolic")
+    module = load_example("symbols")
+    monkeypatch.setattr(module, "FIRST_PAUSE", 0)
+    monkeypatch.setenv("no_proxy", "*")
+    for name in ("BACKFEEDR_ENDPOINT", *module.DEFAULT_PATHS):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("BACKFEEDR_AUTH_TOKEN", TOKEN)
+    return module
+
+
+@pytest.fixture
+def send_symbols(symbols_module, capsys, monkeypatch, tmp_path):
+    """Runs examples/symbols.py against a script in a new folder, with no demangler in reach: what `command` gives."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    def run(script, *arguments):
+        with scripted(script if isinstance(script, list) else [script]) as (url, requests):
+            status = symbols_module.main(["--server", url, *map(str, arguments)])
+        assert {each.headers["Authorization"] for each in requests} <= {f"Bearer {TOKEN}"}
+        return status, *capsys.readouterr()
+    return run
+
+
+def dsym(name="Shop", uuid=SHOP_UUID, folder=".", image=SHOP_IMAGE):
+    """Writes a dSYM whose image has that UUID; its path."""
+    path = Path(folder, f"{name}.dSYM")
+    place = path / "Contents" / "Resources" / "DWARF"
+    place.mkdir(parents=True)
+    (place / name).write_bytes(image.replace(UUID(SHOP_UUID).bytes, UUID(uuid).bytes))
+    (path / "Contents" / "Info.plist").write_text("<plist/>")
+    return path
+
+
+def zipped(name, folder, *more):
+    """Zips a folder, as a Mac does; the zip's path."""
+    with zipfile.ZipFile(name, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in [*Path(folder).rglob("*"), *map(Path, more)]:
+            archive.write(path)
+            archive.writestr(f"__MACOSX/{path.parent}/._{path.name}", b"\0\5\x16\7")
+    return Path(name)
+
+
+def fat(*slices):
+    """A Mach-O file of several architectures."""
+    at, head, body = 4096, struct.pack(">II", 0xCAFEBABE, len(slices)), b""
+    for each in slices:
+        head += struct.pack(">5I", 0x100000C, 0, at + len(body), len(each), 12)
+        body += each.ljust(-(-len(each) // 4096) * 4096, b"\0")
+    return head.ljust(at, b"\0") + body
+
+
+def test_symbols_reach_the_server_with_names_lines_and_what_is_inlined_but_without_folders(send_symbols, tmp_path):
+    demangler, store = tmp_path / "swift-demangle", SymbolStore()
+    demangler.write_text("#!/bin/sh\nwhile read -r name; do echo 'Basket.pay()'; done\n")
+    demangler.chmod(0o755)
+    assert send_symbols(store, dsym()) == (0, SENT + "\n", "")
+    part, = store.parts[SHOP_UUID].values()
+    assert {name: part[name] for name in ("binary", "arch", "part", "parts")} == {
+        "binary": "Shop", "arch": "arm64", "part": 0, "parts": 1}
+    assert {offset: store.at(SHOP_UUID, offset) for offset in SHOP_SYMBOLS} == SHOP_SYMBOLS
+    starts = [start for start, _ in store.rows(SHOP_UUID)]
+    assert starts == sorted(set(starts)) and len(starts) == 15 and "secret" not in json.dumps(part)
+
+
+def test_names_stay_mangled_where_there_is_no_demangler_and_the_line_says_so(send_symbols):
+    store = SymbolStore()
+    assert send_symbols(store, dsym()) == (0, f"{SENT}, Swift names as they are: swift-demangle is missing\n", "")
+    assert store.at(SHOP_UUID, 0x4070) == [("$s4Shop6BasketC3payyyF", "main.c", 6)]
+
+
+def test_held_builds_are_skipped_incomplete_ones_are_not_and_what_is_missing_is_told(send_symbols):
+    store, paths = SymbolStore([SHOP_UUID], [MISSING]), [dsym(), dsym("Kit", OTHER_UUID, "b")]
+    told = f"Shop {SHOP_UUID} arm64: held already\n"
+    assert send_symbols(store, paths[0]) == (
+        0, f"{told}still missing: Shop 1.3.0 (48), {OTHER_UUID}: 1,037 crashes\n", "")
+    assert not store.parts and send_symbols(store, "--quiet", paths[0]) == (0, "", "")
+    status, out, err = send_symbols(store, *paths)
+    assert (status, [*store.parts], err) == (0, [OTHER_UUID], "") and "missing: Shop" not in out
+    store.held[SHOP_UUID] = False
+    assert send_symbols(store, paths[0], paths[0])[1].splitlines()[1:] == told.splitlines()
+    assert set(store.parts) == {SHOP_UUID, OTHER_UUID}
+
+
+def test_progress_is_one_line_which_only_a_terminal_gets(send_symbols, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    status, out, err = send_symbols(SymbolStore(), dsym())
+    assert (status, out.count("\n"), err.count("\n")) == (0, 1, 0)
+    shown = [text.partition("arm64: ")[2] for text in err.split("\r\033[K")]
+    assert shown == ["", "reading, 99 %", "demangling 1 names", "sending part 1 of 1", ""], "which takes it away"
+
+
+def made(kind):
+    """A path of that kind, which holds the images of both UUIDs."""
+    if kind == "Mach-O":
+        Path("Shop").write_bytes(fat(SHOP_IMAGE, SHOP_IMAGE.replace(UUID(SHOP_UUID).bytes, UUID(OTHER_UUID).bytes)))
+        return "Shop"
+    folder = Path("App.xcarchive/dSYMs")
+    dsym("Shop", folder=folder), dsym("Kit", OTHER_UUID, folder)
+    Path("App.xcarchive/Shop").write_bytes(b"the app itself, which is not read")
+    if kind == "zips in a folder":
+        Path("out").mkdir()
+        return zipped("out/Shop.app.dSYM.zip", folder).parent
+    if kind == "zip in a zip":
+        return zipped("all.zip", "none", zipped("Shop.dSYM.ZIP", folder))
+    return {"zip": partial(zipped, "appDsyms.zip", folder), "archive": lambda: "App.xcarchive",
+            "folder": lambda: folder}[kind]()
+
+
+@pytest.mark.parametrize("kind", ["Mach-O", "zip", "zips in a folder", "zip in a zip", "archive", "folder"])
+def test_images_are_found_in_each_kind_of_path(send_symbols, kind):
+    store = SymbolStore()
+    status, out, err = send_symbols(store, made(kind))
+    assert (status, err, len(out.splitlines())) == (0, "", 2), out
+    for uuid in (SHOP_UUID, OTHER_UUID):
+        assert store.at(uuid, 0x401C) == SHOP_SYMBOLS[0x401C]
+
+
+@pytest.mark.parametrize("variable", ["DWARF_DSYM_FOLDER_PATH", "CI_ARCHIVE_PATH"])
+def test_a_build_by_xcode_needs_no_path(send_symbols, monkeypatch, variable):
+    monkeypatch.setenv(variable, str(dsym().absolute().parent))
+    assert send_symbols(SymbolStore())[0] == 0
+
+
+NO_MACHO = "it is no Mach-O file, or its headers are cut off"
+STRIPPED = SHOP_IMAGE.replace(b"__debug_", b"__others_")
+
+
+@pytest.mark.parametrize("make, line", [
+    (lambda: "none", "none: cannot read it: No such file or directory"),
+    (lambda: Path("empty").mkdir() or "empty", "no dSYM in empty"),
+    (lambda: zipped("a.zip", "empty"), "no dSYM in a.zip"),
+    (lambda: Path("a.txt").write_text("a") and "a.txt", f"a.txt: {NO_MACHO}"),
+    (lambda: dsym(image=b""), f"Shop.dSYM: Shop: {NO_MACHO}"),
+    (lambda: dsym(image=SHOP_IMAGE[:500]), f"Shop.dSYM: Shop: {NO_MACHO}"),
+    (lambda: dsym(image=SHOP_IMAGE[:32]), f"Shop.dSYM: Shop: {NO_MACHO}"),
+    (lambda: dsym(image=b"\x7fELF" + bytes(100)), f"Shop.dSYM: Shop: {NO_MACHO}")])
+def test_what_cannot_be_read_is_one_line_and_does_not_keep_the_next_from_being_sent(send_symbols, make, line):
+    path, store = make(), SymbolStore()
+    check_one_line(send_symbols(store, path), f"symbols: {line}")
+    status, _, err = send_symbols(store, path, dsym("Kit", OTHER_UUID, "b"))
+    assert (status, err, [*store.parts]) == (1, f"symbols: {line}\n", [OTHER_UUID])
+
+
+def test_a_broken_image_in_a_zip_is_named_and_nothing_of_it_is_sent(send_symbols):
+    path, store = zipped("a.zip", dsym()), SymbolStore()
+    data = bytearray(path.read_bytes())
+    at = data.index(b"DWARF/Shop") + 500
+    data[at:at + 50] = bytes(50)
+    path.write_bytes(data)
+    check_one_line(send_symbols(store, path), "symbols: a.zip: cannot read it: *")
+    assert not store.parts
+
+
+def test_an_image_without_debug_information_is_told_and_fails_where_there_is_no_other(send_symbols):
+    dsym("Kit", OTHER_UUID, image=STRIPPED)
+    told = f"Kit {OTHER_UUID} arm64: no debug information\n"
+    assert send_symbols(SymbolStore(), "Kit.dSYM") == (1, told, "symbols: no debug information in Kit.dSYM\n")
+    dsym()
+    status, out, err = send_symbols(SymbolStore(), ".")
+    assert (status, out.startswith(told + SENT), err) == (0, True, "")
+
+
+AWAY = [  # an answer that the next image would get, too, and the line
+    ((401, {"error": "invalid token"}), "the server answered 401: invalid token"),
+    ((302, {}, {"Location": "https://example.com/"}),
+     "the server answered 302: redirects are not followed (to https://example.com/)"),
+    ((200, b"<h1>Welcome</h1>"), "the server answered 200: not an answer of backfeedr"),
+    ((503, {"error": "storage unavailable"}, {"Retry-After": 301}), "the server answered 503: storage unavailable"),
+    ("drop", "no answer from http://127.0.0.1:*"), ("cut", "no answer from http://127.0.0.1:*")]
+
+
+@pytest.mark.parametrize("answer, line", AWAY)
+@pytest.mark.parametrize("part", [False, True])
+def test_a_server_that_takes_no_symbols_is_one_line_and_not_asked_for_the_next_image(send_symbols, answer, line, part):
+    store = SymbolStore()
+    paths = dsym(), dsym("Kit", OTHER_UUID, "b")
+    outcome = send_symbols(lambda request: store(request) if part and request.method == "GET" else answer, *paths)
+    check_one_line(outcome, f"symbols: Shop {SHOP_UUID} arm64: {line}; nothing after it was sent" if part else
+                   f"symbols: {line}")
+    assert TOKEN not in outcome[2]
+
+
+@pytest.mark.parametrize("answer, line", [
+    ((400, {"error": "invalid pages", "detail": "page 0\n\x1b"}), "the server answered 400: invalid pages (page 0 ?)"),
+    ((200, {"uuid": SHOP_UUID, "complete": False, "received": 0}), "the server has 0 of 1 parts")])
+def test_an_image_that_the_server_refuses_is_one_line_and_the_next_is_sent(send_symbols, answer, line):
+    store = SymbolStore()
+    status, out, err = send_symbols(lambda request: answer if SHOP_UUID in request.path else store(request),
+                                    dsym(), dsym("Kit", OTHER_UUID, "b"))
+    assert (status, err) == (1, f"symbols: Shop {SHOP_UUID} arm64: {line}\n")
+    assert [*store.parts] == [OTHER_UUID] and out.startswith(f"Kit {OTHER_UUID} arm64: 15 rows, sent")
+
+
+def test_what_may_succeed_later_is_asked_again_after_the_pause_that_the_server_asks_for(symbols_module):
+    store, pauses = SymbolStore(), []
+    busy = 503, {"error": "storage unavailable"}, {"Retry-After": 7}
+    with scripted([busy, "drop", (429, {"error": "rate limit exceeded"}, {"Retry-After": 60}), store]) as (url, sent):
+        answer = symbols_module.Server(url + "/api/v1/", TOKEN, pauses.append).symbols()
+    assert (answer["symbols"], pauses, {each.path for each in sent}) == ([], [7, 0, 60], {"/api/v1/symbols"})
+    with scripted([busy]) as (url, sent), pytest.raises(symbols_module.ServerError, match="503: storage unavailable"):
+        symbols_module.Server(url, TOKEN, pauses.append).put(SHOP_UUID, b"{}")
+    assert len(sent) == symbols_module.ATTEMPTS and len({each.body for each in sent}) == 1
+
+
+def test_a_large_image_is_sent_in_parts_that_the_server_takes_and_long_names_are_cut(symbols_module):
+    """Its rows are more than a page takes, its names longer, its inlining deeper; some of its sections touch."""
+    names = ["a" * 2_000, "\u00e9" * 600, "short"]
+
+    def lookup(at):
+        n = at // 8
+        return [SimpleNamespace(symbol=f"{n % 997}-{depth}-{names[n % 3]}", full_path=f"C:\\x\\{n % 7}.c", line=at)
+                for depth in range(at // 128 % 40)]
+    reader = SimpleNamespace(features={"debug"}, make_symcache=lambda: SimpleNamespace(lookup=lookup))
+    ranges = [(5120, 7_000), (7_000, 9_000), (9_500, 10_000)]
+    image = symbols_module.Image("Big", SHOP_UUID, "arm64", ranges, reader)
+    store, terminal = SymbolStore(), symbols_module.Terminal(quiet=True)
+    with scripted([store]) as (url, _):
+        outcome = symbols_module.send(symbols_module.Server(url, TOKEN), image, terminal)
+    rows, kept = dict(store.rows(SHOP_UUID)), store.parts[SHOP_UUID]
+    assert outcome == f"{len(rows):,} rows, sent" and [*kept] == [*range(len(kept))] and len(kept) > 2
+    expected = {at: [(each.symbol.encode()[:1_000].decode(errors="ignore"), each.full_path[5:], each.line)
+                     for each in lookup(at)] for first, end in ranges for at in range(first, end, 4)}
+    assert {at: rows[at] for at in expected if expected[at]} == {at: each for at, each in expected.items() if each}
+    assert {at for at, each in rows.items() if not each} == {9_000, 10_000}
+
+
+@pytest.mark.parametrize("arguments, variables", [
+    ([], {}), (["--server", "localhost:8080", "a"], {}), (["--server", "http://host:0", "a"], {}),
+    (["--server", "https://me:secret@example.com", "a"], {}), (["a"], {"BACKFEEDR_AUTH_TOKEN": ""}),
+    (["a"], {"BACKFEEDR_ENDPOINT": "http://a b"}), (["--token", "a\n", "a"], {}),
+    (["--server", "http://:80", "a"], {})])
+def test_symbols_command_ends_with_2_for_wrong_usage(symbols_module, capsys, monkeypatch, arguments, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as caught:
+        symbols_module.main(arguments)
+    assert caught.value.code == 2 and "usage:" in capsys.readouterr().err
+
+
+def test_symbols_command_says_which_package_is_missing(tmp_path):
+    check_one_line(run_program(sys.executable, "-S", EXAMPLES / "symbols.py", "none", cwd=tmp_path, PYTHONPATH=""),
+                   "symbols: symbolic is missing; 'pip install symbolic' installs it")
 
 
 # -- examples/openapi.json

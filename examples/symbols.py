@@ -1,0 +1,550 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["symbolic>=13,<14"]
+# ///
+"""Sends the symbols of a release to backfeedr, so that its crashes are shown with names and lines.
+
+    export BACKFEEDR_ENDPOINT=https://crashes.example.com BACKFEEDR_AUTH_TOKEN=bf_admin_...
+    uv run examples/symbols.py App.xcarchive
+
+Without uv: `pip install symbolic`, and `python examples/symbols.py PATH...`. A PATH is a `.dSYM`, an `.xcarchive`, a
+zip or a folder with dSYMs anywhere in it, or a Mach-O file with debug information. A build that the server holds is
+skipped, so run it as often as you like: after a failure a second run sends what is missing. The exit status is 0, 1
+where a dSYM was not sent (a line on standard error says why), 2 for wrong usage. What is sent of a source file is its
+base name and lines, never its folder or text.
+
+Where it runs by itself, with the two variables above set (the token as a secret of the CI):
+
+- Xcode, as the last "Run Script" build phase, with ENABLE_USER_SCRIPT_SANDBOXING off, and with
+  ${DWARF_DSYM_FOLDER_PATH}/${DWARF_DSYM_FILE_NAME}/Contents/Resources/DWARF/${EXECUTABLE_NAME} as its input file, so
+  that it waits for the dSYM: `[ "$ACTION" != install ] || python3 symbols.py`. ACTION is install when Xcode archives.
+- Xcode Cloud, in ci_post_xcodebuild.sh: `[ -z "$CI_ARCHIVE_PATH" ] || python3 symbols.py`
+- fastlane, after build_app: `sh("python3", "symbols.py", lane_context[SharedValues::DSYM_OUTPUT_PATH])`
+
+Swift names are made readable by Xcode's or the toolchain's `swift-demangle`, C++ names by `c++filt`. Where there is
+none, they are sent as they are, and the line of the image says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import http.client
+import json
+import os
+import random
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+import zlib
+from pathlib import Path, PurePath
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional, Sequence, TextIO, Tuple
+from urllib.parse import quote, urlsplit
+from urllib.request import HTTPErrorProcessor, Request, build_opener
+from uuid import UUID
+
+try:
+    from symbolic.debuginfo import Archive
+    from symbolic.exceptions import SymbolicError
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"symbols: {error.name or 'symbolic'} is missing; 'pip install symbolic' installs it")
+
+PAGE_ROWS, PAGE_STRINGS, PAGE_FRAMES = 500, 400, 4_000  # with these a page is below 600,000 bytes of JSON
+MAX_STRING = 1_000  # bytes of UTF-8; the server takes as many characters
+PART_BYTES = 500_000  # of JSON, if no page is larger; the server takes 1 MiB in a request
+ATTEMPTS, TIMEOUT = 5, 30  # seconds for each step of an attempt
+FIRST_PAUSE, MAX_RETRY_AFTER = 0.5, 300  # seconds; each pause is twice the one before
+RETRIED = {429, 500, 502, 503, 504}
+ABOUT_ONE_IMAGE = {400, 409, 413, 422}  # refusals after which it is worth while to send the next image
+DEFAULT_PATHS = ("DWARF_DSYM_FOLDER_PATH", "CI_ARCHIVE_PATH")  # variables of Xcode and of Xcode Cloud
+NOTHING = "no debug information"
+UNREADABLE_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+DEMANGLERS = (  # what a mangled name begins with, and commands that read such from standard input, of which one will do
+    ("Swift", re.compile(r"_?\$[sS]|_T"), ("xcrun swift-demangle --simplified", "swift-demangle --simplified")),
+    ("C++", re.compile("_?_Z"), ("llvm-cxxfilt -n", "c++filt -n")))
+MANGLED = re.compile("|".join(pattern.pattern for _, pattern, _ in DEMANGLERS))
+
+Chain = Tuple[Tuple[str, Optional[str], int], ...]  # name, path and line, innermost first; () where nothing is known
+
+
+class SymbolsError(Exception):
+    """What was not sent. `str()` is one line that says why."""
+
+    def __init__(self, text: object):
+        super().__init__(printable(" ".join(str(text).split())))
+
+
+class ServerError(SymbolsError):
+    """The server did not take a request. `stops` where it would not take the next image either."""
+
+    def __init__(self, text: str, status: int | None = None, retry_after: int = 0):
+        super().__init__(text)
+        self.stops, self.retry_after = status not in ABOUT_ONE_IMAGE, retry_after
+        self.retryable = (status is None or status in RETRIED) and retry_after <= MAX_RETRY_AFTER
+
+
+def printable(text: str) -> str:
+    """Without what a terminal would obey: names come from whoever has a key."""
+    return "".join(each if each.isprintable() else "?" for each in text)
+
+
+# == The server ================================================================
+
+class AnyAnswer(HTTPErrorProcessor):
+    """Leaves refusals to the caller, and redirects, which would carry the token away, too."""
+
+    def http_response(self, request: Any, response: Any) -> Any:
+        return response
+
+    https_response = http_response
+
+
+class Server:
+    """A backfeedr with an admin's token. Its methods raise ServerError, the constructor ValueError."""
+
+    def __init__(self, endpoint: str, token: str, sleep: Callable[[float], object] = time.sleep):
+        url = urlsplit(endpoint)
+        if not re.fullmatch(r"https?://[\w.:[\]-]+(/[^?#\s]*)?", endpoint, re.A) or not url.hostname or url.port == 0:
+            raise ValueError(f"{endpoint!r} is not an address such as https://example.com/prefix")
+        if not token or not token.isprintable():
+            raise ValueError("the token is missing, or it has a control character: BACKFEEDR_AUTH_TOKEN has it")
+        path = quote(url.path, safe="/%").rstrip("/").removesuffix("/api/v1")
+        self._url, self.endpoint, self._sleep = f"{url.scheme}://{url.netloc}{path}/api/v1/symbols", endpoint, sleep
+        # http.client writes a header as Latin-1; the server reads it as UTF-8.
+        self._headers = {"Authorization": ("Bearer " + token).encode().decode("latin-1")}
+        self._opener = build_opener(AnyAnswer)
+
+    def symbols(self) -> dict[str, Any]:
+        """What the server holds and misses: {"symbols": [...], "missing": [...]}."""
+        return self._ask("symbols", "")
+
+    def put(self, uuid: str, part: bytes) -> dict[str, Any]:
+        """Stores a part of an image's symbols; the same part twice is stored once."""
+        return self._ask("complete", "/" + uuid, gzip.compress(part, mtime=0))
+
+    def _ask(self, field: str, path: str, body: bytes | None = None) -> dict[str, Any]:
+        """The answer, which has that field. Asks again where that may help."""
+        for failures in range(ATTEMPTS - 1):
+            try:
+                return self._attempt(field, path, body)
+            except ServerError as error:
+                if not error.retryable:
+                    raise
+                self._sleep(error.retry_after + random.uniform(0.5, 1) * FIRST_PAUSE * 2 ** failures)
+        return self._attempt(field, path, body)
+
+    def _attempt(self, field: str, path: str, body: bytes | None) -> dict[str, Any]:
+        headers = dict(self._headers)
+        if body is not None:
+            headers.update({"Content-Type": "application/json", "Content-Encoding": "gzip"})
+        request = Request(self._url + path, body, headers, method="GET" if body is None else "PUT")
+        try:
+            with self._opener.open(request, timeout=TIMEOUT) as response:
+                return acknowledged(field, response.status, response.headers, response.read())
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            reason = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+            raise ServerError(f"no answer from {self.endpoint}: {reason}") from error
+
+
+def acknowledged(field: str, status: int, headers: http.client.HTTPMessage, body: bytes) -> dict[str, Any]:
+    """The JSON object of an answer that says yes, and has that field. Raises ServerError for any other."""
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        answer = None
+    answer = answer if isinstance(answer, dict) else {}
+    if status in (200, 201) and field in answer:
+        return answer
+    why = str(answer.get("error") or "not an answer of backfeedr")
+    if 300 <= status < 400:
+        why = f"redirects are not followed (to {headers.get('Location')})"
+    why += f" ({answer['detail']})" if answer.get("detail") else ""
+    wait = re.fullmatch("[0-9]{1,9}", headers.get("Retry-After", ""))
+    raise ServerError(f"the server answered {status}: {why}", status, int(wait[0]) if wait else 0)
+
+
+# == What lies in a path =======================================================
+
+def candidates(path: Path) -> Iterator[Path]:
+    """The files that may be images: those of dSYMs in a folder or zip, else the file itself. Those of a zip are there
+    until the next is asked for."""
+    if path.is_dir():
+        for folder, folders, names in os.walk(path):
+            folders.sort()
+            for each in (Path(folder, name) for name in sorted(names)):
+                if is_image(each.absolute()):
+                    yield each
+                elif is_zip(each):
+                    yield from candidates(each)
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
+            for member in archive.infolist():
+                name = PurePath(member.filename)
+                if is_image(name) or is_zip(name):
+                    copy = Path(folder, name.name)
+                    with archive.open(member) as source, copy.open("wb") as target:
+                        shutil.copyfileobj(source, target)
+                    yield from candidates(copy)
+                    copy.unlink()
+    else:
+        yield path
+
+
+def is_image(path: PurePath) -> bool:
+    """Whether a file's place is where a dSYM has its images. `._Shop` is what a Mac's zip knows of `Shop`."""
+    return path.parts[-4:-1] == ("Contents", "Resources", "DWARF") and not path.name.startswith(".")
+
+
+def is_zip(path: PurePath) -> bool:
+    return path.name.lower().endswith(".dsym.zip") and not path.name.startswith(".")
+
+
+# == Reading an image ==========================================================
+
+class Image(NamedTuple):
+    """One architecture of a Mach-O file. `ranges` are (start, end) of its code, in bytes from the image's start."""
+
+    name: str
+    uuid: str
+    arch: str
+    ranges: list[tuple[int, int]]
+    reader: Any  # symbolic's
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.uuid} {self.arch}"
+
+    def chains(self, progress: Callable[[str], None]) -> Iterator[tuple[int, Chain]]:
+        """The start of each run of addresses that have the same chain, ascending, and that chain. Ends with a gap."""
+        cache, step = self.reader.make_symcache(), instruction_size(self.arch)
+        last: Chain = ()
+        end = 0
+        for start, stop in [*self.ranges, (sys.maxsize, sys.maxsize)]:
+            if last and start > end:
+                yield end, ()
+                last = ()
+            end = stop
+            for at in range(start, stop, step):
+                chain = tuple((each.symbol or "<unknown>", each.full_path, each.line) for each in cache.lookup(at))
+                if chain != last:
+                    yield at, chain
+                    last = chain
+                if at % 0x4000 == 0:
+                    progress(f"{self}: reading, {100 * at // self.ranges[-1][1]} %")
+
+
+def instruction_size(arch: str) -> int:
+    """Bytes; the smallest that an instruction may have."""
+    return 1 if arch.startswith(("x86", "i386")) else 4 if arch.startswith("arm64") else 2
+
+
+def images(path: Path) -> Iterator[Image]:
+    """Each architecture of a Mach-O file. Raises SymbolsError."""
+    try:
+        ranges = code_ranges(path)
+        for each in Archive.open(str(path)).iter_objects():
+            uuid = each.debug_id[:36].upper()
+            arch = re.sub("_?v8$", "", each.arch)  # arm64_32, as Apple says it
+            yield Image(printable(path.name), uuid, arch, ranges.get(uuid, []), each)
+    except OSError as error:
+        raise SymbolsError(f"cannot read it: {error.strerror}") from None
+    except (struct.error, ValueError):
+        raise SymbolsError("it is no Mach-O file, or its headers are cut off") from None
+    except SymbolicError as error:
+        raise SymbolsError(f"it cannot be read: {error.message}") from None
+
+
+def code_ranges(path: Path) -> dict[str, list[tuple[int, int]]]:
+    """By UUID, the (start, end) of the code of each architecture of a Mach-O file, in bytes from the image's start."""
+    with path.open("rb") as file:
+        magic, count = struct.unpack(">II", file.read(8))
+        offsets = [0]
+        if magic in (0xCAFEBABE, 0xCAFEBABF):  # a fat file, whose offsets have 32 or 64 bits
+            entry = struct.Struct(">8xI8x" if magic == 0xCAFEBABE else ">8xQ16x")
+            offsets = [at for at, in entry.iter_unpack(file.read(entry.size * min(count, 100)))]
+        return dict(slice_ranges(file, at) for at in offsets)
+
+
+def slice_ranges(file: Any, offset: int) -> tuple[str, list[tuple[int, int]]]:
+    """The UUID and the code of the Mach-O header at an offset of a file."""
+    file.seek(offset)
+    magic, _, _, _, count, size, _ = struct.unpack("<7I", file.read(28))
+    if magic not in (0xFEEDFACE, 0xFEEDFACF):
+        raise ValueError("no Mach-O header")
+    wide = magic == 0xFEEDFACF
+    commands = file.read(size + 4 * wide)[4 * wide:]
+    segment, section = (struct.Struct(each) for each in (
+        ("<8x16s4Q8xI4x", "<16s16sQQ16xI12x") if wide else ("<8x16s4I8xI4x", "<16s16sII16xI8x")))
+    at, uuid, base, found = 0, "", 0, []
+    for _ in range(count):
+        command, length = struct.unpack_from("<II", commands, at)
+        if command == 0x1B:  # LC_UUID
+            uuid = str(UUID(bytes=commands[at + 8:at + 24])).upper()
+        elif command == (0x19 if wide else 0x1):  # LC_SEGMENT_64, LC_SEGMENT
+            name, address, _, _, _, sections = segment.unpack_from(commands, at)
+            base = address if name.rstrip(b"\0") == b"__TEXT" else base
+            found += [section.unpack_from(commands, at + segment.size + n * section.size) for n in range(sections)]
+        at += max(length, 8)
+    # Pure instructions, but no stubs, which would get the name of the last function before them.
+    return uuid, sorted((address - base, address - base + size) for name, _, address, size, flags in found
+                        if flags & 0x80000000 and not flags & 0xFF and b"stub" not in name)
+
+
+# == Pages and parts ===========================================================
+
+class Page:
+    """Rows that follow each other, on their way into JSON."""
+
+    def __init__(self, first: int):
+        self.first = self._at = first
+        self._rows: list[int] = []
+        self._strings: dict[str, int] = {}
+        self._frames: dict[tuple[int, int, int, int], int] = {}
+
+    def add(self, at: int, chain: Chain) -> None:
+        """Adds a row that begins at an offset from the image's start."""
+        frame = -1  # where there is none
+        for name, path, line in reversed(chain):
+            key = (self._string(name), self._string(base_name(path)) if path else -1, line, frame)
+            frame = self._frames.setdefault(key, len(self._frames))
+        self._rows += (at - self._at, frame)
+        self._at = at
+
+    def _string(self, text: str) -> int:
+        return self._strings.setdefault(text, len(self._strings))
+
+    def is_full(self) -> bool:
+        return (len(self._rows) >= 2 * PAGE_ROWS or len(self._strings) >= PAGE_STRINGS
+                or len(self._frames) >= PAGE_FRAMES)
+
+    def document(self) -> dict[str, Any]:
+        return {"first": self.first, "strings": list(self._strings),
+                "frames": [each for frame in self._frames for each in frame], "rows": self._rows}
+
+
+def base_name(path: str) -> str:
+    return path.replace("\\", "/").rpartition("/")[2]
+
+
+def pages(chains: Iterable[tuple[int, Chain]]) -> Iterator[dict[str, Any]]:
+    """The pages of an image as the server takes them, but for their names, which are mangled."""
+    page = None
+    for at, chain in chains:
+        if page and page.is_full():
+            yield page.document()
+            page = None
+        page = page or Page(at)
+        page.add(at, chain)
+    if page:
+        yield page.document()
+
+
+class Parts(NamedTuple):
+    """An image's pages, as lists in JSON, each a line of a temporary file."""
+
+    file: TextIO
+    number: int
+    rows: int
+    note: str  # on what could not be done
+
+
+def parts(image: Image, folder: str, progress: Callable[[str], None]) -> Parts:
+    """Reads an image. An image may have more pages than there is memory: they wait in files of the folder, first for
+    the names to be known, which are demangled all at once, then for the number of parts."""
+    names: set[str] = set()
+    rows = 0
+    with open(os.path.join(folder, "pages"), "w+", encoding="utf-8") as waiting:
+        for page in pages(image.chains(progress)):
+            rows += len(page["rows"]) // 2
+            names.update(filter(MANGLED.match, page["strings"]))
+            waiting.write(compact(page) + "\n")
+        waiting.seek(0)
+        progress(f"{image}: demangling {len(names):,} names")
+        plain, note = demangled(names)
+        number, file = 0, open(os.path.join(folder, "parts"), "w+", encoding="utf-8")
+        for part in gathered(renamed(line, plain) for line in waiting):
+            file.write(part)
+            number += 1
+    file.seek(0)
+    return Parts(file, number, rows, note)
+
+
+def renamed(page: str, plain: dict[str, str]) -> str:
+    """A page in JSON with its strings as they are shown, cut to what the server takes."""
+    document = json.loads(page)
+    document["strings"] = [plain.get(text, text).encode()[:MAX_STRING].decode(errors="ignore")
+                           for text in document["strings"]]
+    return compact(document)
+
+
+def gathered(texts: Iterable[str]) -> Iterator[str]:
+    """Lines of JSON lists that have about PART_BYTES each."""
+    part: list[str] = []
+    size = 0
+    for text in texts:
+        if part and size + len(text.encode()) > PART_BYTES:
+            yield f"[{','.join(part)}]\n"
+            part, size = [], 0
+        part.append(text)
+        size += len(text.encode())
+    if part:
+        yield f"[{','.join(part)}]\n"
+
+
+def compact(document: Any) -> str:
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+
+
+# == Names =====================================================================
+
+def demangled(names: Iterable[str]) -> tuple[dict[str, str], str]:
+    """Each mangled name's plain form, and a note on those that stay as they are."""
+    plain: dict[str, str] = {}
+    notes = []
+    for language, pattern, commands in DEMANGLERS:
+        wanted = sorted(filter(pattern.match, names))
+        found = next(filter(None, (answers(command, wanted) for command in commands)), None) if wanted else []
+        plain.update(zip(wanted, found or []))
+        notes += [f", {language} names as they are: {commands[-1].split()[0]} is missing"] if found is None else []
+    return plain, "".join(notes)
+
+
+def answers(command: str, names: list[str]) -> list[str] | None:
+    """A line for each name from one run of a command; None where it does not work here."""
+    program, *options = command.split()
+    path = shutil.which(program)
+    if not path:
+        return None
+    done = subprocess.run([path, *options], input="\n".join(names) + "\n", capture_output=True,
+                          check=False, encoding="utf-8", errors="replace")
+    lines = done.stdout.split("\n")[:-1]
+    return lines if done.returncode == 0 and len(lines) == len(names) else None
+
+
+# == The run ===================================================================
+
+class Terminal:
+    """One line of progress where a person sees it; results to standard output, failures to standard error."""
+
+    def __init__(self, quiet: bool):
+        self._quiet, self._live, self.failures = quiet, sys.stderr.isatty() and not quiet, 0
+
+    def progress(self, text: str) -> None:
+        if self._live:
+            print(f"\r\033[K{text[:shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        self.progress("")
+        if not self._quiet:
+            print(text, flush=True)
+
+    def fail(self, text: object) -> None:
+        self.progress("")
+        self.failures += 1
+        print(f"symbols: {text}", file=sys.stderr, flush=True)
+
+
+def send(server: Server, image: Image, terminal: Terminal) -> str:
+    """Sends the symbols of an image. Returns what became of it; raises SymbolsError."""
+    if "debug" not in image.reader.features:
+        return NOTHING
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            found = parts(image, folder, terminal.progress)
+        except SymbolicError as error:
+            raise SymbolsError(f"its debug information cannot be read: {error.message}") from None
+        with found.file:
+            answer = {"complete": True}
+            for number, line in enumerate(found.file):
+                terminal.progress(f"{image}: sending part {number + 1} of {found.number}")
+                head = compact({"binary": image.name, "arch": image.arch, "part": number, "parts": found.number})
+                answer = server.put(image.uuid, f'{head[:-1]},"pages":{line.rstrip()}}}'.encode())
+    if not answer["complete"]:
+        raise SymbolsError(f"the server has {answer.get('received')} of {found.number} parts")
+    return f"{found.rows:,} rows, sent{found.note}" if found.rows else NOTHING
+
+
+def send_file(server: Server, file: Path, path: Path, held: set[str], terminal: Terminal) -> bool:
+    """Sends each image of a file that is not held, and adds it to these. Whether the file has symbols at all."""
+    what, useful = str(path) if file == path else f"{path}: {file.name}", False
+    try:
+        for image in images(file):
+            what = str(image)
+            outcome = "held already" if image.uuid in held else send(server, image, terminal)
+            terminal.say(f"{image}: {outcome}")
+            if outcome != NOTHING:
+                held.add(image.uuid)
+                useful = True
+    except SymbolsError as error:
+        if getattr(error, "stops", False):
+            raise ServerError(f"{what}: {error}; nothing after it was sent") from error
+        terminal.fail(SymbolsError(f"{what}: {error}"))
+    return useful
+
+
+def send_all(server: Server, paths: Sequence[Path], terminal: Terminal) -> None:
+    """Sends what lies in the paths and is not held. Raises ServerError where there is no point in going on."""
+    held = {each["uuid"].upper() for each in server.symbols()["symbols"] if each["complete"]}
+    for path in paths:
+        failures, useful = terminal.failures, []
+        try:
+            useful = [send_file(server, file, path, held, terminal) for file in candidates(path)]
+        except (OSError, *UNREADABLE_ZIP) as error:
+            terminal.fail(SymbolsError(f"{path}: cannot read it: {getattr(error, 'strerror', None) or error}"))
+        if terminal.failures == failures and not any(useful):
+            terminal.fail(SymbolsError(f"no {'debug information' if useful else 'dSYM'} in {path}"))
+
+
+def missing(answer: dict[str, Any]) -> Iterator[str]:
+    """A line for each build whose crashes still wait for its symbols."""
+    for each in answer.get("missing", []):
+        build = each["build_number"] and f"({each['build_number']})"
+        what = " ".join(filter(None, (each["binary"], each["app_version"], build)))
+        yield printable(f"still missing: {what}, {each['uuid']}: {each['crashes']:,} crashes")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Sends the symbols. Returns 0, or 1 for what was not sent; exits with 2 for wrong usage."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    paths = arguments.paths or [path for path in map(os.environ.get, DEFAULT_PATHS) if path][:1]
+    if not paths:
+        parser.error(f"no PATH is given, and none of {', '.join(DEFAULT_PATHS)} is set")
+    try:
+        server = Server(arguments.server, arguments.token)
+    except ValueError as error:
+        parser.error(str(error))
+    terminal = Terminal(arguments.quiet)
+    try:
+        send_all(server, [Path(path) for path in paths], terminal)
+        for line in () if arguments.quiet else missing(server.symbols()):
+            terminal.say(line)
+    except ServerError as error:
+        terminal.fail(error)
+    except KeyboardInterrupt:
+        terminal.fail("interrupted; a second run goes on")
+    return 1 if terminal.failures else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Sends the symbols of dSYMs to backfeedr.")
+    parser.add_argument("--server", metavar="URL", help="default: $BACKFEEDR_ENDPOINT, else http://localhost:8080",
+                        default=os.environ.get("BACKFEEDR_ENDPOINT") or "http://localhost:8080")
+    parser.add_argument("--token", help="default: $BACKFEEDR_AUTH_TOKEN, where other users of the host do not see it",
+                        default=os.environ.get("BACKFEEDR_AUTH_TOKEN", ""))
+    parser.add_argument("--quiet", action="store_true", help="say nothing but what failed")
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="a .dSYM, an .xcarchive, a folder, a zip or a Mach-O "
+                        f"file; default: ${', else $'.join(DEFAULT_PATHS)}")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
