@@ -5593,6 +5593,7 @@ OPERATIONS = [(method.upper(), path, operation) for path, operations in OPENAPI[
               for method, operation in operations.items()]
 POSTS = [(path, operation) for method, path, operation in OPERATIONS if method == "POST"]
 GETS = [(path, operation) for method, path, operation in OPERATIONS if method == "GET"]
+PUTS = [(path, operation) for method, path, operation in OPERATIONS if method == "PUT"]
 JSON_TYPES = {"string": [str], "object": [dict], "array": [list], "boolean": [bool], "null": [type(None)],
               "integer": [int], "number": [int, float]}
 BOUNDS = {str: ("minLength", "maxLength"), list: ("minItems", "maxItems"),
@@ -5682,7 +5683,7 @@ def test_every_example_of_openapi_is_what_its_schema_says(method, path, operatio
         check_schema(content(each)["schema"], content(each)["example"])
     for each in map(resolved, operation.get("parameters", [])):
         check_schema(each["schema"], each["example"])
-    for body in bodies(operation) if method == "POST" else ():
+    for body in bodies(operation) if method != "GET" else ():
         check_schema(content(operation["requestBody"])["schema"], body)
 
 
@@ -5718,7 +5719,7 @@ def test_every_request_of_openapi_is_answered_as_it_says(serve, monkeypatch):
     group, seen, answer = resolved({"$ref": "#/components/parameters/group_hash"})["example"], defaultdict(set), None
 
     def send(method, path, expected, body=b"", query=(), server=server, **headers):
-        place = "/api/v1" + path.replace("{group_hash}", group)
+        place = "/api/v1" + path.replace("{group_hash}", group).replace("{uuid}", UUID)
         status, got, answer = call_with_headers(server, method, place, body, urlencode(query), **headers)
         assert status == expected, (method, path, query, status, answer)
         response = resolved(OPENAPI["paths"][path][method.lower()]["responses"][str(status)])
@@ -5735,6 +5736,11 @@ def test_every_request_of_openapi_is_answered_as_it_says(serve, monkeypatch):
                build_number=47, battery_level="nan", locale=[], memory={"free": 1})
     odd["stack_trace"] = [{**odd["stack_trace"][0], "frame": "0", "line": "many"}, {"symbol": 7}]
     assert send("POST", "/crashes", 201, json.dumps(odd).encode())["group_hash"] == group, "which is asked for below"
+    for path, operation in PUTS:
+        body = json.dumps(bodies(operation)[0]).encode()
+        for status, given, headers in ((201, body, ADMIN), (200, body, ADMIN), (401, body, {}), (400, b"{}", ADMIN),
+                                       (413, b" " * 10_001, ADMIN), (415, body, {**ADMIN, "Content_Encoding": "br"})):
+            send("PUT", path, status, given, **headers)
     for path, operation in GETS:
         for status, query in questions_of(operation):
             for who in [ADMIN, {}] if {} in operation["security"] else [ADMIN]:
@@ -5757,7 +5763,8 @@ def test_every_request_of_openapi_is_answered_as_it_says(serve, monkeypatch):
     for name in ("is_admin", "is_known_key", "is_active_key"):
         monkeypatch.setattr(server.store, name, lambda secret: True)
     for method, path, operation in OPERATIONS:
-        send(method, path, 503, json.dumps(bodies(operation)[0]).encode() if method == "POST" else b"null", **ADMIN)
+        body = b"null" if method == "GET" else json.dumps(bodies(operation)[0]).encode()
+        send(method, path, 503, body, **ADMIN)
         by_the_web_server = {"431", "500", "501"}
         assert operation["responses"].keys() - by_the_web_server == seen[method, path], path
 
