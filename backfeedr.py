@@ -37,7 +37,7 @@ The rooms, each of which uses only those above it (but Templates, which stand be
     Backfeedr       the WSGI callable
     Server          waitress, how it gathers reports, and how it stops
     Operations      backup, export, import, check
-    Command line    serve, app, key, device, prune, and the operations
+    Command line    serve, app, key, device, symbols, prune, and the operations
 
 To make a change, touch:
 
@@ -69,6 +69,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import struct
 import sys
 import tempfile
 import threading
@@ -980,7 +981,8 @@ create table symbols (                     -- builds whose symbols are held, or 
     uuid text primary key, binary_name text not null, arch text not null,
     parts integer not null, received integer not null,  -- of its requests; 0 while they are being deleted
     size integer not null, rows integer not null,
-    uploaded_at integer not null) without rowid;        -- when its latest part came
+    uploaded_at integer not null           -- when the latest of its parts came
+) without rowid;
 create table symbol_parts (                -- that have come, and what is stored of each
     uuid text not null, part integer not null, size integer not null, rows integer not null,
     primary key (uuid, part)) without rowid;
@@ -1000,7 +1002,7 @@ INLINE_DEPTH = 100  # functions of one instruction: where it is, and those that 
 MAX_PARTS = 4000  # requests that bring the symbols of a build
 MAX_PAGE_ROWS = 2000  # all of which a look-up reads
 MAX_OFFSET = 1 << 40  # of an instruction, in bytes
-MAX_LINE_NUMBER = (1 << 31) - 1
+MAX_STEP = (1 << 31) - 1  # of an offset from row to row, and of a line
 
 
 class SymbolPart(NamedTuple):
@@ -1064,14 +1066,14 @@ def _page_rules(page: Any, after: int) -> Rules:
     yield len(frames) % 4 == 0, "frames is not quadruples of name, file, line and parent"
     yield _are_within(frames[0::4], 0, len(strings) - 1), "frames has a name that is no index of strings"
     yield _are_within(frames[1::4], -1, len(strings) - 1), "frames has a file that is no index of strings, nor -1"
-    yield _are_within(frames[2::4], 0, MAX_LINE_NUMBER), f"frames has a line that is not from 0 to {MAX_LINE_NUMBER}"
+    yield _are_within(frames[2::4], 0, MAX_STEP), f"frames has a line that is not from 0 to {MAX_STEP}"
     yield _are_within(frames[3::4], -1, len(frames)), "frames has a parent that is no index of frames, nor -1"
     yield all(map(lt, frames[3::4], range(len(frames)))), "frames has a parent that does not stand before its child"
     yield _depth_of_chains(frames[3::4]) <= INLINE_DEPTH, f"frames has a chain of more than {INLINE_DEPTH}"
     yield len(rows) % 2 == 0, "rows is not pairs of delta and frame"
     yield 1 <= len(rows) // 2 <= MAX_PAGE_ROWS, f"it has not 1 to {MAX_PAGE_ROWS} rows"
     yield _are_within(rows[:1], 0, 0), "rows has a first delta that is not 0"
-    yield _are_within(rows[2::2], 1, MAX_OFFSET), f"rows has a later delta that is not from 1 to {MAX_OFFSET}"
+    yield _are_within(rows[2::2], 1, MAX_STEP), f"rows has a later delta that is not from 1 to {MAX_STEP}"
     yield page["first"] + sum(rows[::2]) <= MAX_OFFSET, f"rows has an offset above {MAX_OFFSET}"
     yield _are_within(rows[1::2], -1, len(frames) // 4 - 1), "rows has a frame that is no index of frames, nor -1"
 
@@ -1096,8 +1098,10 @@ def _depth_of_chains(parents: Sequence[int]) -> int:
 def encode_page(strings: Sequence[str], frames: Sequence[int], rows: Sequence[int]) -> bytes:
     """A page as it is stored. `rows` are pairs: how far a row begins behind the one before it, and the index of its
     frame, -1 for none. `frames` are quadruples: indexes of name and file in `strings`, -1 for no file; the line, 0 for
-    none; and the index of the frame that it is inlined in, -1 for none."""
-    return zlib.compress(_encode([strings, frames, rows]).encode())
+    none; and the index of the frame that it is inlined in, -1 for none. Numbers are stored as they are in memory,
+    because a look-up in JSON takes three times as long."""
+    numbers = struct.pack(f"<2I{len(frames)}i{len(rows)}i", len(frames), len(rows), *frames, *rows)
+    return zlib.compress(numbers + _encode(strings).encode())
 
 
 class Symbols:
@@ -1137,7 +1141,10 @@ class Symbols:
 
 
 def _find(first: int, page: bytes, offset: int) -> list[tuple[str, str, int]]:
-    strings, frames, rows = json.loads(zlib.decompress(page))
+    plain = zlib.decompress(page)
+    sizes = struct.unpack_from("<2I", plain)
+    numbers = struct.unpack_from(f"<{sum(sizes)}i", plain, 8)
+    frames, rows, strings = numbers[:sizes[0]], numbers[sizes[0]:], json.loads(plain[8 + 4 * sum(sizes):])
     at = bisect_right(list(accumulate(rows[::2], initial=first))[1:], offset) - 1
     frame, found = rows[2 * at + 1], []
     while frame >= 0 and len(found) < INLINE_DEPTH:
