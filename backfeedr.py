@@ -3050,24 +3050,25 @@ class Store(Apps):
         return stored
 
     def _put_part(self, uuid: str, part: SymbolPart) -> tuple[JsonObject, bool] | None:
-        """As put_symbols; None where parts of another upload have to go first."""
+        """As put_symbols; None where what is left of another upload has to go first."""
         with self.writing() as db:
-            parts, received = db.execute(
-                "select parts, received from symbols where uuid = ?", (uuid,)).fetchone() or (part.parts, 0)
-            is_complete = was_held = received == parts
-            if not is_complete and parts != part.parts:
-                return None
-            if not is_complete:
+            query = "select parts, received from symbols where uuid = ?"
+            parts, received = db.execute(query, (uuid,)).fetchone() or (part.parts, -1)
+            was_held = received == parts
+            if not was_held:
+                if parts != part.parts or not received:
+                    return None
                 was_held = self._store_part(db, uuid, part)
-                received, = db.execute("select received from symbols where uuid = ?", (uuid,)).fetchone()
+                parts, received = db.execute(query, (uuid,)).fetchone()
                 if received == parts:
                     self._symbols_arrived(db, uuid)
         return {"uuid": uuid, "parts": parts, "received": received, "complete": received == parts}, was_held
 
     def _store_part(self, db: Connection, uuid: str, part: SymbolPart) -> bool:
         """Writes a part; whether it was here already."""
-        db.execute("delete from symbol_pages where uuid = ? and part = ?", (uuid, part.part))
         was_held = db.execute("delete from symbol_parts where uuid = ? and part = ?", (uuid, part.part)).rowcount > 0
+        if was_held:  # looks at all pages of the build
+            db.execute("delete from symbol_pages where uuid = ? and part = ?", (uuid, part.part))
         self._check_room(db, uuid, part)
         db.execute("""
             insert into symbols values (?, ?, ?, ?, 0, 0, 0, ?)

@@ -1233,7 +1233,8 @@ def test_without_a_retention_only_what_never_became_complete_goes(keeping, later
     assert len(symbol_rows(server)["symbols"]) == 2
 
 
-def test_symbols_are_deleted_in_steps_of_which_none_looks_a_wrong_name_up(api, monkeypatch):
+@pytest.mark.parametrize("then", ["it is deleted again", "it is sent again"])
+def test_symbols_are_deleted_in_steps_of_which_none_looks_a_wrong_name_up(api, monkeypatch, then):
     monkeypatch.setattr(backfeedr, "SYMBOL_PAGES", 2)
     assert put(api.server, {**PART, "pages": [{**PAGE, "first": 1000 * n} for n in range(5)]})[0] == 201
     found, writing_step = [], Store.writing_step
@@ -1247,10 +1248,12 @@ def test_symbols_are_deleted_in_steps_of_which_none_looks_a_wrong_name_up(api, m
     with pytest.raises(StorageUnavailable):
         api.server.store.delete_symbols(UUID)
     assert found == [([TOTAL], 5), ([], 3), ([], 1)]
-    assert [each["complete"] for each in listed(api.server)[0]] == [False], "it can be deleted again"
-    assert api.server.store.delete_symbols("3f1b6a52") == UUID
-    assert not any(symbol_rows(api.server).values())
-    assert put(api.server)[0] == 201
+    assert [each["complete"] for each in listed(api.server)[0]] == [False]
+    if then == "it is deleted again":
+        assert api.server.store.delete_symbols("3f1b6a52") == UUID
+        assert not any(symbol_rows(api.server).values())
+    assert put(api.server, {**PART, "pages": [LATER_PAGE]})[0] == 201
+    assert [row[1] for row in symbol_rows(api.server)["symbol_pages"]] == [2000], "what was left did not stay"
 
 
 @pytest.mark.parametrize("given, problem", [
