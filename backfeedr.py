@@ -37,7 +37,7 @@ The rooms, each of which uses only those above it (but Templates, which stand be
     Backfeedr       the WSGI callable
     Server          waitress, how it gathers reports, and how it stops
     Operations      backup, export, import, check
-    Command line    serve, app, key, device, prune, and the operations
+    Command line    serve, app, key, device, symbols, prune, and the operations
 
 To make a change, touch:
 
@@ -69,6 +69,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import struct
 import sys
 import tempfile
 import threading
@@ -84,7 +85,7 @@ from difflib import get_close_matches
 from functools import lru_cache, partial, reduce
 from http import HTTPStatus
 from itertools import accumulate, chain, groupby, product, repeat
-from operator import attrgetter, itemgetter
+from operator import attrgetter, itemgetter, lt
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, BinaryIO, Callable, NamedTuple, Optional, TextIO, Union
@@ -995,10 +996,13 @@ class RateLimiter:
 SYMBOL_TABLES = """
 create table symbols (                     -- builds whose symbols are held, or on their way
     uuid text primary key, binary_name text not null, arch text not null,
-    parts integer not null, received integer not null,  -- of its requests
-    size integer not null, rows integer not null, uploaded_at integer not null) without rowid;
-create table symbol_parts (                -- that have come
-    uuid text not null, part integer not null, primary key (uuid, part)) without rowid;
+    parts integer not null, received integer not null,  -- of its requests; 0 while they are being deleted
+    size integer not null, rows integer not null,
+    uploaded_at integer not null           -- when the latest of its parts came
+) without rowid;
+create table symbol_parts (                -- that have come, and what is stored of each
+    uuid text not null, part integer not null, size integer not null, rows integer not null,
+    primary key (uuid, part)) without rowid;
 create table symbol_pages (
     uuid text not null, first integer not null,  -- its lowest offset
     part integer not null, page blob not null,   -- see encode_page
@@ -1011,16 +1015,112 @@ create table regroupings (                 -- groups whose crashes may have to m
     received_at integer not null, seq integer not null, target text not null,  -- of the last one that was looked at
     primary key (app_id, group_hash)) without rowid;
 """
-INLINE_DEPTH = 100  # functions that an instruction can be inlined in
 GROUPED_FRAMES = 100  # of a crash that are looked up for its group,
 SHOWN_LOOKUPS = 1000  # and look-ups for an answer: of 0.2 ms
+INLINE_DEPTH = 100  # functions of one instruction: where it is, and those that this is inlined in
+MAX_PARTS = 4000  # requests that bring the symbols of a build
+MAX_PAGE_ROWS = 2000  # all of which a look-up reads
+MAX_OFFSET = 1 << 40  # of an instruction, in bytes
+MAX_STEP = (1 << 31) - 1  # of an offset from row to row, and of a line
+
+
+class SymbolPart(NamedTuple):
+    """One of the requests that bring the symbols of a build."""
+
+    binary: str
+    arch: str
+    part: int   # from 0 on
+    parts: int
+    rows: int
+    pages: Sequence[tuple[int, bytes]]  # lowest offset, and the page as it is stored
+
+    @property
+    def size(self) -> int:
+        """Bytes of its pages."""
+        return sum(len(page) for _, page in self.pages)
+
+
+def parse_symbols(body: bytes) -> SymbolPart:
+    """A part of a build's symbols from a body of PUT /symbols. Checked completely, so that a look-up may trust what is
+    stored. Raises Refusal, whose detail says what is wrong where."""
+    given = decode_json(body)
+    _refuse_first(_part_rules(given), "")
+    pages, after, total = [], -1, 0
+    for number, page in enumerate(given["pages"]):
+        _refuse_first(_page_rules(page, after), f"pages[{number}]: ")
+        first, rows = page["first"], page["rows"]
+        after = first + sum(rows[::2])
+        total += len(rows) // 2
+        pages.append((first, encode_page(page["strings"], page["frames"], rows)))
+    return SymbolPart(given["binary"], given["arch"], given["part"], given["parts"], total, pages)
+
+
+Rules = Iterator[tuple[Any, str]]  # whether each is kept, and what is wrong where it is not
+
+
+def _refuse_first(rules: Rules, place: str) -> None:
+    """Raises Refusal for the first rule that is not kept. Those after it, which rely on it, are not looked at."""
+    for is_kept, problem in rules:
+        if not is_kept:
+            raise Refusal("invalid symbols", detail=place + problem)
+
+
+def _part_rules(given: JsonObject) -> Rules:
+    for name in ("binary", "arch"):
+        yield _is_text(given.get(name), MAX_TEXT) and given[name], f"{name} is not text of 1 to {MAX_TEXT} characters"
+    yield _are_within([given.get("parts")], 1, MAX_PARTS), f"parts is not from 1 to {MAX_PARTS}"
+    yield _are_within([given.get("part")], 0, given["parts"] - 1), "part is not from 0 to parts - 1"
+    yield type(given.get("pages")) is list and given["pages"], "pages is not a list of at least one page"
+
+
+def _page_rules(page: Any, after: int) -> Rules:
+    """What holds for a page whose rows begin behind the offset `after`."""
+    yield type(page) is dict, "it is not an object"
+    yield _are_within([page.get("first")], 0, MAX_OFFSET), f"first is not from 0 to {MAX_OFFSET}"
+    yield page["first"] > after, "first is not behind the page before it"
+    for name in ("strings", "frames", "rows"):
+        yield type(page.get(name)) is list, f"{name} is not a list"
+    strings, frames, rows = page["strings"], page["frames"], page["rows"]
+    yield all(_is_text(each, MAX_NAME) for each in strings), f"strings has other than text of {MAX_NAME} characters"
+    yield len(frames) % 4 == 0, "frames is not quadruples of name, file, line and parent"
+    yield _are_within(frames[0::4], 0, len(strings) - 1), "frames has a name that is no index of strings"
+    yield _are_within(frames[1::4], -1, len(strings) - 1), "frames has a file that is no index of strings, nor -1"
+    yield _are_within(frames[2::4], 0, MAX_STEP), f"frames has a line that is not from 0 to {MAX_STEP}"
+    yield _are_within(frames[3::4], -1, len(frames)), "frames has a parent that is no index of frames, nor -1"
+    yield all(map(lt, frames[3::4], range(len(frames)))), "frames has a parent that does not stand before its child"
+    yield _depth_of_chains(frames[3::4]) <= INLINE_DEPTH, f"frames has a chain of more than {INLINE_DEPTH}"
+    yield len(rows) % 2 == 0, "rows is not pairs of delta and frame"
+    yield 1 <= len(rows) // 2 <= MAX_PAGE_ROWS, f"it has not 1 to {MAX_PAGE_ROWS} rows"
+    yield _are_within(rows[:1], 0, 0), "rows has a first delta that is not 0"
+    yield _are_within(rows[2::2], 1, MAX_STEP), f"rows has a later delta that is not from 1 to {MAX_STEP}"
+    yield page["first"] + sum(rows[::2]) <= MAX_OFFSET, f"rows has an offset above {MAX_OFFSET}"
+    yield _are_within(rows[1::2], -1, len(frames) // 4 - 1), "rows has a frame that is no index of frames, nor -1"
+
+
+def _is_text(value: Any, length: int) -> bool:
+    return type(value) is str and len(value) <= length
+
+
+def _are_within(values: Sequence[Any], low: int, high: int) -> bool:
+    """Whether all are integers within these. By type first: True is an int."""
+    return not values or {*map(type, values)} == {int} and low <= min(values) and max(values) <= high
+
+
+def _depth_of_chains(parents: Sequence[int]) -> int:
+    """Of frames that each stand behind their parent."""
+    depths = [0]  # of -1, and then of each frame
+    for parent in parents:
+        depths.append(depths[parent + 1] + 1)
+    return max(depths)
 
 
 def encode_page(strings: Sequence[str], frames: Sequence[int], rows: Sequence[int]) -> bytes:
     """A page as it is stored. `rows` are pairs: how far a row begins behind the one before it, and the index of its
     frame, -1 for none. `frames` are quadruples: indexes of name and file in `strings`, -1 for no file; the line, 0 for
-    none; and the index of the frame that it is inlined in, -1 for none."""
-    return zlib.compress(_encode([strings, frames, rows]).encode())
+    none; and the index of the frame that it is inlined in, -1 for none. Numbers are stored as they are in memory,
+    because a look-up in JSON takes three times as long."""
+    numbers = struct.pack(f"<2I{len(frames)}i{len(rows)}i", len(frames), len(rows), *frames, *rows)
+    return zlib.compress(numbers + _encode(strings).encode())
 
 
 class Symbols:
@@ -1078,9 +1178,12 @@ class Symbols:
 
 
 def _find(first: int, page: bytes, offset: int) -> list[tuple[str, str, int]]:
-    strings, frames, rows = json.loads(zlib.decompress(page))
-    begins = list(accumulate(rows[::2], initial=first))[1:]
-    frame, found = rows[2 * bisect_right(begins, offset) - 1], []
+    plain = zlib.decompress(page)
+    sizes = struct.unpack_from("<2I", plain)
+    numbers = struct.unpack_from(f"<{sum(sizes)}i", plain, 8)
+    frames, rows, strings = numbers[:sizes[0]], numbers[sizes[0]:], json.loads(plain[8 + 4 * sum(sizes):])
+    at = bisect_right(list(accumulate(rows[::2], initial=first))[1:], offset) - 1
+    frame, found = rows[2 * at + 1], []
     while frame >= 0 and len(found) < INLINE_DEPTH:
         name, file, line, frame = frames[4 * frame:4 * frame + 4]
         found.append((strings[name], strings[file] if file >= 0 else "", line))
@@ -2786,6 +2889,9 @@ EXPIRE_SLICE = 10  # rows before the first look at the clock: one may be as larg
 EXPIRE_SECONDS = 0.02  # for which a step may delete expired reports
 NEARLY_FULL = 0.9  # the share of the disk or of max_db_size from which on the operator is warned
 REGROUPED = 20  # crashes that a step looks at to move them to another group
+MAX_SYMBOL_BYTES, MAX_BUILDS = 200_000_000, 500  # of a build's stored symbols, and builds that have some
+UPLOAD_DAYS = 7  # after which symbols go of which some parts never came
+SYMBOL_PAGES = 100  # that a step deletes: each may take 100 kB
 PAGE_ROWS = 1000  # that an export reads at a time,
 PAGE_TEXT = 1_000_000  # and characters: a row may be as large as a body
 
@@ -2996,6 +3102,118 @@ class Store(Apps):
             raise StoreError(f"the app {name!r} is a {'test' if was_test else 'live'} one here")
         return app_id
 
+    # Symbols
+
+    def put_symbols(self, uuid: str, part: SymbolPart) -> tuple[JsonObject, bool]:
+        """Stores a part of a build's symbols in place of what came as the same part before, and returns how far its
+        upload is, and whether this part or all of it was here already. A build that is complete stays as it is. One
+        that was begun in another number of parts is begun anew. Raises Refusal where there is no room."""
+        while (stored := self._put_part(uuid, part)) is None:
+            self._drop_symbols(uuid)
+        return stored
+
+    def _put_part(self, uuid: str, part: SymbolPart) -> tuple[JsonObject, bool] | None:
+        """As put_symbols; None where what is left of another upload has to go first."""
+        with self.writing() as db:
+            query = "select parts, received from symbols where uuid = ?"
+            parts, received = db.execute(query, (uuid,)).fetchone() or (part.parts, -1)
+            was_held = received == parts
+            if not was_held:
+                if parts != part.parts or not received:
+                    return None
+                was_held = self._store_part(db, uuid, part)
+                parts, received = db.execute(query, (uuid,)).fetchone()
+                if received == parts:
+                    self._symbols_arrived(db, uuid)
+        return {"uuid": uuid, "parts": parts, "received": received, "complete": received == parts}, was_held
+
+    def _store_part(self, db: Connection, uuid: str, part: SymbolPart) -> bool:
+        """Writes a part; whether it was here already."""
+        was_held = db.execute("delete from symbol_parts where uuid = ? and part = ?", (uuid, part.part)).rowcount > 0
+        if was_held:  # looks at all pages of the build
+            db.execute("delete from symbol_pages where uuid = ? and part = ?", (uuid, part.part))
+        self._check_room(db, uuid, part)
+        db.execute("""
+            insert into symbols values (?, ?, ?, ?, 0, 0, 0, ?)
+            on conflict (uuid) do update set binary_name = excluded.binary_name, arch = excluded.arch,
+                uploaded_at = excluded.uploaded_at
+            """, (uuid, part.binary, part.arch, part.parts, self.now))
+        write_rows(db, """
+            insert into symbol_pages values *
+            on conflict (uuid, first) do update set part = excluded.part, page = excluded.page
+            """, [(uuid, first, part.part, page) for first, page in part.pages])
+        db.execute("insert into symbol_parts values (?, ?, ?, ?)", (uuid, part.part, part.size, part.rows))
+        db.execute("""
+            update symbols set (received, size, rows) = (
+                select count(*), sum(size), sum(rows) from symbol_parts where uuid = :uuid)
+            where uuid = :uuid""", {"uuid": uuid})
+        return was_held
+
+    @staticmethod
+    def _check_room(db: Connection, uuid: str, part: SymbolPart) -> None:
+        """Raises Refusal where a part would exceed a bound."""
+        size, = db.execute("select coalesce(sum(size), 0) from symbol_parts where uuid = ?", (uuid,)).fetchone()
+        if size + part.size > MAX_SYMBOL_BYTES:
+            raise Refusal("too many symbols", detail=(
+                f"those of a build may take {megabytes(MAX_SYMBOL_BYTES)}; 'symbols delete {uuid}' deletes what came"))
+        builds, = db.execute("select count(*) from symbols where uuid <> ?", (uuid,)).fetchone()
+        if builds >= MAX_BUILDS:
+            oldest = db.execute("""
+                select uuid, binary_name from symbols where uuid <> ?
+                order by uuid in (select uuid from group_images), uploaded_at, uuid limit 1""", (uuid,)).fetchone()
+            raise Refusal("too many symbols", detail=(
+                f"those of {MAX_BUILDS} builds are held; 'symbols delete {oldest[0]}' deletes those of {oldest[1]} that"
+                " are needed least"))
+
+    def _symbols_arrived(self, db: Connection, uuid: str) -> None:
+        """Notes the groups whose crashes the symbols of a build can name."""
+
+    def delete_symbols(self, uuid: str) -> str:
+        """Deletes the symbols of the one build whose UUID this is, or begins so, in at least 4 characters; its UUID.
+        Raises StoreError."""
+        digits = (image_uuid(uuid) or uuid).replace("-", "").upper()
+        if len(digits) < 4:
+            raise StoreError("a build is named by at least 4 characters of its UUID")
+        with self.reading() as db:
+            found = db.execute("select uuid from symbols where substr(replace(uuid, '-', ''), 1, ?) = ?",
+                               (len(digits), digits)).fetchall()
+        if len(found) != 1:
+            raise StoreError(f"the UUIDs of {len(found) or 'no'} builds begin with {uuid!r}: see 'symbols list'")
+        self._drop_symbols(found[0][0])
+        self._fold_in_wal()
+        return found[0][0]
+
+    def _drop_symbols(self, uuid: str) -> None:
+        deleted = 1
+        while deleted:
+            with self.writing_step() as db:
+                deleted = self._drop_pages(db, uuid)
+
+    def _drop_pages(self, db: Connection, uuid: str) -> int:
+        """A step of deleting symbols; how many rows. From the first on, none of them is looked up: of a page that is
+        gone, the one before it would answer. The build goes last, so that its deletion can be taken up again."""
+        db.execute("update symbols set received = 0, size = 0, rows = 0 where uuid = ?", (uuid,))
+        deleted = db.execute("delete from symbol_parts where uuid = ?", (uuid,)).rowcount
+        deleted += db.execute("""
+            delete from symbol_pages where (uuid, first) in (
+                select uuid, first from symbol_pages where uuid = ? order by first limit ?)
+            """, (uuid, SYMBOL_PAGES)).rowcount
+        return deleted or db.execute("delete from symbols where uuid = ?", (uuid,)).rowcount
+
+    def _expire_symbols(self, db: Connection) -> int:
+        """A step of deleting the symbols of a build of which no crash is kept, which are older than the retention, and
+        which a later build of the same binary has followed; or which never became complete. How many rows."""
+        days = self.retention_days
+        row = db.execute("""
+            select uuid from symbols
+            where received < parts and uploaded_at < :given_up or uploaded_at < :expired
+                and uuid not in (select uuid from group_images) and exists (
+                    select 1 from symbols as later where later.binary_name = symbols.binary_name
+                        and later.received = later.parts and later.uploaded_at > symbols.uploaded_at)
+            order by uuid limit 1
+            """, {"given_up": self.now - UPLOAD_DAYS * DAY, "expired": self.now - days * DAY if days else 0}).fetchone()
+        return self._drop_pages(db, row[0]) if row else 0
+
     # Reports that go
 
     @property
@@ -3051,7 +3269,8 @@ class Store(Apps):
         deleted["moved"] = self._regroup(db)
         if get_state(db, "trimmed_day", 0) != self.now // DAY:
             deleted["sums"] = RollUps(db, self.now).trim()
-            if not deleted["sums"]:
+            deleted["symbols"] = self._expire_symbols(db)
+            if not deleted["sums"] + deleted["symbols"]:
                 db.execute(SET_STATE, ("trimmed_day", self.now // DAY))
                 for warning in self.warnings():
                     log.warning("%s", warning)
@@ -3254,6 +3473,7 @@ ADOPTION_DAYS = 7  # of whose sessions a release has its share
 SCANNED = 20_000  # events that are looked at for a page: a page may be short, and another one follow
 REPORTS = 20  # of a group that are shown at once
 MAX_VERSIONS = 100  # of a group that a list has
+MISSING_BUILDS = 100  # whose symbols are asked for
 _WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 
 
@@ -3512,6 +3732,38 @@ class Metrics:
             found = _reports(db, "events", seqs[:limit])
         following = found[-1]["id"] if seqs[len(found):] else event_ids(row)[0] if row else None
         return {"events": found, "next": following}
+
+    def symbols(self, app: str | None = None) -> JsonObject:
+        """The builds whose symbols are held, the newest first; and those whose symbols are missing, with the crashes
+        that could be named by them, the most frequent first."""
+        with self._snapshot(app) as (db, app_id):
+            held = dict_rows(db, """
+                select uuid, binary_name as binary, arch, parts, rows, size, received = parts as complete, uploaded_at
+                from symbols order by uploaded_at desc, uuid""")
+            missing = dict_rows(db, f"""
+                select uuid, app_id, group_hash, total as crashes from (
+                    select uuid, app_id, group_hash, sum(crashes) over (partition by uuid) as total, row_number() over (
+                        partition by uuid order by crashes desc, app_id, group_hash) as place
+                    from group_images
+                    where {APPS} and uuid not in (select uuid from symbols where received = parts)) as ranked
+                where place = 1
+                order by total desc, uuid
+                limit :limit""", {"app": app_id, "limit": MISSING_BUILDS})
+            return {"symbols": [{**each, "complete": bool(each["complete"]),
+                                 "uploaded_at": iso_time(each["uploaded_at"])} for each in held],
+                    "missing": [self._missing_build(db, **each) for each in missing]}
+
+    @staticmethod
+    def _missing_build(db: Connection, uuid: str, app_id: int, group_hash: str, crashes: int) -> JsonObject:
+        """What is known of a build: what its latest crash says, in the group where it has most."""
+        app, version, build, trace = db.execute("""
+            select name, app_version, build_number, stack_trace from crashes join apps on apps.id = app_id
+            where app_id = ? and group_hash = ? and instr(images, ?)
+            order by received_at desc, seq desc
+            limit 1""", (app_id, group_hash, uuid)).fetchone() or (None, None, None, None)
+        binaries = (frame.binary for frame in map(read_frame, json.loads(trace or "[]")) if frame.uuid == uuid)
+        return {"uuid": uuid, "binary": next(filter(None, binaries), None), "app": app, "app_version": version,
+                "build_number": build, "crashes": crashes}
 
     def device(self, device_id_hash: str) -> JsonObject:
         """Everything that is kept of a device, in all apps."""
@@ -4650,7 +4902,9 @@ class Backfeedr(Closing):
                 ("GET", "/releases", self._releases),
                 ("GET", "/crashes", self.admin_route(ask.groups, "version", "days", "text", "limit", "cursor")),
                 ("GET", "/crashes/<group_hash>", self._group),
-                ("GET", "/events", self.admin_route(ask.events, "type", "name", "session_id", "limit", "cursor"))):
+                ("GET", "/events", self.admin_route(ask.events, "type", "name", "session_id", "limit", "cursor")),
+                ("GET", "/symbols", self.admin_route(ask.symbols)),
+                ("PUT", "/symbols/<uuid>", self._put_symbols)):
             router.route("/api/v1" + path, method, partial(_response, handler))
         router.route("/metrics", "GET", partial(_response, self._prometheus))
         for path in self._ingestion:  # __call__ answers these; here they give a GET its 405
@@ -4673,6 +4927,16 @@ class Backfeedr(Closing):
         except Moved as moved:
             moved.location = self.pages.request(environ).moved("/api/v1/crashes/" + moved.group_hash)
             raise
+
+    def _put_symbols(self, environ: Environ, uuid: str) -> Answer:
+        body = _read_body(environ, self.settings.max_body_size)
+        self._check_admin(environ)
+        build = image_uuid(uuid)
+        if not build:
+            raise Refusal("invalid uuid", detail="it is not that of a build, as dwarfdump --uuid prints it")
+        part = parse_symbols(_decompress(environ, body, self.settings.max_body_size))
+        answer, was_held = self.store.put_symbols(build, part)
+        return 200 if was_held else 201, answer
 
     def _health(self, environ: Environ) -> Answer:
         self.store.check()
@@ -5611,6 +5875,27 @@ def _device_forget(store: Store, arguments: argparse.Namespace) -> None:
     _print_stderr(f"Forgot the device {arguments.HASH!r}: {_report_counts(deleted)}.")
 
 
+def _symbols_list(store: Store, arguments: argparse.Namespace) -> None:
+    found = Metrics(store).symbols()
+    _print_table(("UUID", "BINARY", "ARCH", "ROWS", "SIZE", "UPLOADED"), [
+        (each["uuid"], each["binary"], each["arch"], f"{each['rows']:,}", megabytes(each["size"]),
+         each["uploaded_at"][:10] if each["complete"] else "not complete") for each in found["symbols"]])
+    print("\nMissing, though crashes wait for them:\n" if found["missing"] else "\nNone are missing.")
+    if found["missing"]:
+        _print_table(("UUID", "BINARY", "CRASHES", "APP", "VERSION"), [
+            (each["uuid"], each["binary"] or "-", f"{each['crashes']:,}", each["app"] or "-", _version(each))
+            for each in found["missing"]])
+
+
+def _version(build: JsonObject) -> str:
+    number = build["build_number"]
+    return (build["app_version"] or "") + f" ({number})" * bool(number) or "-"
+
+
+def _symbols_delete(store: Store, arguments: argparse.Namespace) -> None:
+    _print_stderr(f"Deleted the symbols of the build {store.delete_symbols(arguments.UUID)}.")
+
+
 def _prune(store: Store, arguments: argparse.Namespace) -> None:
     size = store.size
     with _progress("deleting: {:,} rows") as progress:
@@ -5764,6 +6049,9 @@ _COMMANDS = (  # name, function, help, arguments beside --db
         "PREFIX": dict(help="the key, or enough of its beginning")}),
     ("device show", _device_show, "print all that is kept of a device, as JSON", _HASH),
     ("device forget", _device_forget, "delete all that is kept of a device", _HASH),
+    ("symbols list", _symbols_list, "list the builds whose symbols are held, and those whose are missing", {}),
+    ("symbols delete", _symbols_delete, "delete the symbols of a build", {
+        "UUID": dict(help="the build's UUID, or enough of its beginning")}),
     ("prune", _prune, "delete what is older than the retention, now", {}),
     ("backup", _backup, "write a copy of the database to a new file", {
         "FILE": dict(help="the new file; one that exists is not replaced")}),

@@ -542,7 +542,7 @@ def system(offset, binary="UIKitCore", **further):
     return {"binary": binary, "uuid": "77" * 16, "offset": offset, "address": 0x190000000 + offset, **further}
 
 
-def symbols(*names, **further):
+def calls(*names, **further):
     return [{"symbol": name, **further} for name in names]
 
 
@@ -577,39 +577,39 @@ def test_the_group_is_the_hash_that_the_contract_gives(kind, trace, expected):
     ("__cart_total_block_invoke.17", "cart_total"), ("$s4Shop1AV1byyYaFTQ0_", "$s4Shop1AV1byyYaF")])
 def test_what_a_compiler_adds_to_a_name_makes_no_other_group(symbol, name):
     assert backfeedr.canonical_name(symbol) == name
-    assert group_hash("A", symbols(symbol, file="a.swift")) == hashed(f"A:{name}")
+    assert group_hash("A", calls(symbol, file="a.swift")) == hashed(f"A:{name}")
 
 
 @pytest.mark.parametrize("trace, names", [
     # Own frames: those with a file, those that say so, those of an image in the app, those that are loaded below.
     ([system(1), own(2)], f"{BUILD.upper()}+2"), ([system(1), own(2), own(3), own(4), own(5)], ":".join(
         f"{BUILD.upper()}+{n}" for n in (2, 3, 4))),
-    *(([*symbols("a", **other), *symbols("b", in_app=True)], "b") for other in ({}, {"file": "a.c", "in_app": False})),
-    *(([*symbols("a", path="/usr/lib/liba.dylib"), *symbols("b", path=path)], "b") for path in (
+    *(([*calls("a", **other), *calls("b", in_app=True)], "b") for other in ({}, {"file": "a.c", "in_app": False})),
+    *(([*calls("a", path="/usr/lib/liba.dylib"), *calls("b", path=path)], "b") for path in (
         "/private/var/containers/Bundle/Application/0/Shop.app/Shop",
         "/Applications/Shop.app/Contents/MacOS/Shop", "/private/x/Shop.app/Frameworks/Cart.framework/Cart",
         "/private/x/Shop.app/Shop.debug.dylib", "/private/x/Widget.appex/Widget")),
-    *(([*symbols("a", **other), *symbols("b", address=0x17fffffff, image_base=0x17ffffff0)], "b") for other in (
+    *(([*calls("a", **other), *calls("b", address=0x17fffffff, image_base=0x17ffffff0)], "b") for other in (
         dict(address=0x18000000f, image_base=0x180000000), dict(binary="dyld", address=9, image_base=4),
         dict(binary="libobjc-trampolines.dylib", address=9, image_base=4))),
     # What does not count, beside what does.
-    (symbols("@objc A.b()", "A.b()", "A.b()", "thunk for @escaping () -> ()", "C.d()", "main", file="a"),
+    (calls("@objc A.b()", "A.b()", "A.b()", "thunk for @escaping () -> ()", "C.d()", "main", file="a"),
      "A.b():C.d()"),
-    ([*symbols("static Shop.$main()", "main", "A.b()", file="a")], "A.b()"), ([*symbols("main", file="a")], "main"),
-    ([*symbols("UIApplicationMain"), *symbols("main", file="a")], "UIApplicationMain"),
+    ([*calls("static Shop.$main()", "main", "A.b()", file="a")], "A.b()"), ([*calls("main", file="a")], "main"),
+    ([*calls("UIApplicationMain"), *calls("main", file="a")], "UIApplicationMain"),
     # Without own frames: what every abort runs through says nothing.
-    ([*symbols("__pthread_kill", "pthread_kill", "abort", "Shop.Cart.total()")], "Shop.Cart.total()"),
-    (symbols("__exceptionPreprocess", "objc_exception_throw", "-[NSException raise]", "-[A b]", *"cde"), "-[A b]:c:d"),
-    (symbols("_assertionFailure(_:_:file:line:flags:)", "swift_unexpectedError", "_swift_runtime_on_report", "A.b()"),
+    ([*calls("__pthread_kill", "pthread_kill", "abort", "Shop.Cart.total()")], "Shop.Cart.total()"),
+    (calls("__exceptionPreprocess", "objc_exception_throw", "-[NSException raise]", "-[A b]", *"cde"), "-[A b]:c:d"),
+    (calls("_assertionFailure(_:_:file:line:flags:)", "swift_unexpectedError", "_swift_runtime_on_report", "A.b()"),
      "A.b()"),
-    ([*symbols("abort", "raise")], "abort:raise"), ([*symbols("aborted()", "x")], "aborted():x"),
+    ([*calls("abort", "raise")], "abort:raise"), ([*calls("aborted()", "x")], "aborted():x"),
     # Without names: build and offset, or binary and offset.
     ([{"binary": "UIKitCore", "offset": 7}, {"binary": "Foundation", "offset": 8}], "UIKitCore+7:Foundation+8"),
     *(([{"symbol": text, **binary}], "Shop+15424") for text, binary in (
         ("Shop + 15424", {"binary": "Shop"}), ("Shop + 15424", {}), ("0x1040c8000 + 15424", {"binary": "Shop"}))),
     *(([{"symbol": text, "binary": "Shop", "uuid": BUILD, "offset": 9}], f"{BUILD.upper()}+9") for text in (
         "0x1040c8000", "00000001040c8000", "<redacted>", "???", "Shop + 9", "the.function.before")),
-    ([{"symbol": "0x1040c8000"}, *symbols("a")], "a"), ([{"symbol": "-[A b] + 15424"}], "-[A b]"),
+    ([{"symbol": "0x1040c8000"}, *calls("a")], "a"), ([{"symbol": "-[A b] + 15424"}], "-[A b]"),
     # A device's own symbol is taken where no symbols can come, or where it is said to be from symbols.
     ([{"symbol": "A.b()", "binary": "Shop", "offset": 9, "in_app": True}], "A.b()"),
     ([own(9, symbol="A.b()", symbolicated=True)], "A.b()"),
@@ -1017,6 +1017,447 @@ def test_replays_and_refused_bodies_count_against_the_limit_but_metrics_do_not(s
     assert [api.post(CRASHES, CRASH, Idempotency_Key="a")[0] for _ in range(2)] == [201, 200]
     assert [api.post(CRASHES, body)[0] for body in (b"{", CRASH)] == [400, 429]
     assert all(api.get(path)[0] == 200 for path in METRICS * 10)
+
+
+# == Symbols ===================================================================
+
+SYMBOLS = "/api/v1/symbols"
+UUID, UUID_2 = "3F1B6A52-9C0D-3E84-8A77-5D2E9B4C6F10", "3F1BFFFF-51B8-3F96-B3AA-07E6D41C2F85"
+PAGE = {"first": 1000, "strings": ["total", "Cart.swift", "add"], "frames": [0, 1, 12, -1, 2, -1, 0, 0, 2, 1, 7, 1],
+        "rows": [0, 0, 8, 2, 12, -1, 20, 1]}
+PART = {"binary": "Shop", "arch": "arm64", "part": 0, "parts": 1, "pages": [PAGE]}
+LATER_PAGE = {"first": 2000, "strings": ["later"], "frames": [0, -1, 3, -1], "rows": [0, 0]}
+BOTH_PARTS = [{**PART, "parts": 2}, {**PART, "parts": 2, "part": 1, "pages": [LATER_PAGE]}]
+
+
+def put(server, part=PART, uuid=UUID, **headers):
+    """Sends a part of a build's symbols: the status and the answer."""
+    body = part if isinstance(part, bytes) else json.dumps(part).encode()
+    return call(server, "PUT", f"{SYMBOLS}/{uuid}", body, **{**ADMIN, **headers})
+
+
+def listed(server, query=""):
+    """The symbols that are held, and those that are missing."""
+    status, answer = call(server, **{**BEARER, "path": SYMBOLS}, query=query)
+    assert status == 200
+    return answer["symbols"], answer["missing"]
+
+
+def looked_up(server, offset, uuid=UUID):
+    with server.store.reading() as db:
+        return backfeedr.Symbols(db).lookup(uuid, offset)
+
+
+def symbol_rows(server):
+    return stored(server, "symbols", "symbol_parts", "symbol_pages")
+
+
+def frame_of(uuid, offset=16_400, **fields):
+    return {"binary": "Shop", "uuid": uuid, "offset": offset, "in_app": True, **fields}
+
+
+TOTAL, ADD = ("total", "Cart.swift", 12), ("add", "", 0)
+
+
+@pytest.mark.parametrize("offset, found", [
+    (0, []), (999, []),
+    *((offset, [TOTAL]) for offset in (1000, 1007)),
+    *((offset, [("add", "Cart.swift", 7), ADD, TOTAL]) for offset in (1008, 1019)),
+    *((offset, []) for offset in (1020, 1039)),
+    *((offset, [ADD, TOTAL]) for offset in (1040, 1999)),
+    *((offset, [("later", "", 3)]) for offset in (2000, 2001, 1 << 40, (1 << 63) - 1)), (1 << 63, [])])
+def test_an_offset_has_the_functions_of_the_row_that_it_is_in_the_innermost_first(api, offset, found):
+    for part in reversed(BOTH_PARTS):
+        assert looked_up(api.server, offset) == [], "before all parts are here"
+        assert put(api.server, part)[0] == 201
+    assert looked_up(api.server, offset) == found
+    assert looked_up(api.server, offset, UUID_2) == []
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 1, 2, 1, 0)])
+def test_parts_come_in_any_order_and_again_and_are_complete_once(api, monkeypatch, order):
+    arrived = []
+    monkeypatch.setattr(Store, "_symbols_arrived", lambda store, db, uuid: arrived.append(
+        (uuid, db.execute("select received from symbols").fetchone()[0])))
+    here = set()
+    for n in [*order, *order]:
+        status, answer = put(api.server, {**PART, "part": n, "parts": 3, "pages": [{**PAGE, "first": 1000 * n}]})
+        assert status == (200 if n in here else 201)
+        here.add(n)
+        assert answer == {"uuid": UUID, "parts": 3, "received": len(here), "complete": len(here) == 3}
+        assert arrived == [(UUID, 3)] * answer["complete"], "in the transaction of the last part, and once"
+    (held,), missing = listed(api.server)
+    rows = symbol_rows(api.server)
+    assert held == {"uuid": UUID, "binary": "Shop", "arch": "arm64", "parts": 3, "rows": 12, "complete": True,
+                    "uploaded_at": NOW, "size": sum(len(row[3]) for row in rows["symbol_pages"])}
+    assert missing == [] and len(rows["symbol_parts"]) == len(rows["symbol_pages"]) == 3
+
+
+def test_parts_that_come_together_are_complete_once(api, monkeypatch):
+    arrived = []
+    monkeypatch.setattr(Store, "_symbols_arrived", lambda store, db, uuid: arrived.append(uuid))
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda n: put(api.server, {
+            **PART, "part": n % 20, "parts": 20, "pages": [{**PAGE, "first": 1000 * (n % 20)}]}), range(40)))
+    assert Counter(status for status, _ in answers) == {201: 20, 200: 20}
+    assert arrived == [UUID] and listed(api.server)[0][0]["rows"] == 80
+
+
+def test_a_last_part_that_cannot_be_noted_is_not_stored(api, monkeypatch):
+    def fail(*_):
+        raise StorageUnavailable
+    assert put(api.server, BOTH_PARTS[0])[0] == 201
+    before = symbol_rows(api.server)
+    monkeypatch.setattr(Store, "_symbols_arrived", fail)
+    assert put(api.server, BOTH_PARTS[1])[0] == 503 and symbol_rows(api.server) == before
+    monkeypatch.undo()
+    assert put(api.server, BOTH_PARTS[1])[1]["complete"]
+
+
+def test_a_part_replaces_itself_until_the_build_is_complete(api, clock):
+    assert put(api.server, {**BOTH_PARTS[0], "pages": [{**PAGE, "first": 5}, LATER_PAGE], "arch": "x86_64"})[0] == 201
+    clock.move(60)
+    assert put(api.server, BOTH_PARTS[0])[0] == 200, "of which one page is gone"
+    assert [row[:3] for row in symbol_rows(api.server)["symbol_pages"]] == [(UUID, 1000, 0)]
+    assert put(api.server, BOTH_PARTS[1])[0] == 201
+    before = symbol_rows(api.server)
+    for part in (*BOTH_PARTS, {**PART, "parts": 9}, {**PART, "binary": "Other", "pages": [LATER_PAGE]}):
+        clock.move(60)
+        assert put(api.server, part) == (200, {"uuid": UUID, "parts": 2, "received": 2, "complete": True})
+    assert symbol_rows(api.server) == before
+    assert [[each["arch"], each["uploaded_at"]] for each in listed(api.server)[0]] == [
+        ["arm64", "2026-03-12T14:31:00Z"]]
+
+
+def test_pages_of_two_parts_that_begin_alike_are_one_that_came_last(api):
+    other = {**LATER_PAGE, "first": 1000}
+    for part in (BOTH_PARTS[0], {**BOTH_PARTS[1], "pages": [other]}):
+        assert put(api.server, part)[0] == 201
+    assert looked_up(api.server, 1000) == [("later", "", 3)]
+
+
+def test_another_number_of_parts_begins_an_upload_anew_in_steps(api, monkeypatch):
+    pages = [{**PAGE, "first": 1000 * n} for n in range(7)]
+    assert put(api.server, {**PART, "parts": 2, "pages": pages})[0] == 201
+    put(api.server, uuid=UUID_2)
+    steps, writing_step = [], Store.writing_step
+    monkeypatch.setattr(backfeedr, "SYMBOL_PAGES", 3)
+    monkeypatch.setattr(Store, "writing_step", lambda store: steps.append(1) or writing_step(store))
+    assert put(api.server, {**PART, "parts": 3, "part": 2}) == (
+        201, {"uuid": UUID, "parts": 3, "received": 1, "complete": False})
+    assert len(steps) == 5, "three for the pages, one for the build, one that finds nothing"
+    assert [row[:3] for row in symbol_rows(api.server)["symbol_pages"]] == [(UUID, 1000, 2), (UUID_2, 1000, 0)]
+
+
+ODD_INTEGERS = (None, True, "1", 1.0, [])
+BAD_PARTS = [  # what is wrong, and parts in which it is
+    *((f"{name} is not text of 1 to 500 characters", [{**PART, name: value} for value in (None, "", 1, "x" * 501)])
+      for name in ("binary", "arch")),
+    ("parts is not from 1 to 4000", [{**PART, "parts": value} for value in (*ODD_INTEGERS, 0, -1, 4001)]),
+    ("part is not from 0 to parts - 1", [{**PART, "part": value} for value in (*ODD_INTEGERS, -1, 1)]),
+    ("pages is not a list of at least one page", [{**PART, "pages": value} for value in (None, [], {}, "x", 1)]),
+    ("pages[1]: it is not an object", [{**PART, "pages": [PAGE, value]} for value in (None, [], "x", 1)]),
+    ("pages[1]: first is not behind the page before it",
+     [{**PART, "pages": [PAGE, {**LATER_PAGE, "first": first}]} for first in (0, 1000, 1039, 1040)]),
+    *(("pages[0]: " + problem, [{**PART, "pages": [{**PAGE, name: value}]} for value in values])
+      for problem, name, values in (
+          ("first is not from 0 to 1099511627776", "first", (*ODD_INTEGERS, -1, (1 << 40) + 1)),
+          *((f"{name} is not a list", name, (None, {}, "x", 1)) for name in ("strings", "frames", "rows")),
+          ("strings has other than text of 1000 characters", "strings", (
+              ["total", "Cart.swift", each] for each in (None, 1, [], {}, "x" * 1001))),
+          ("frames is not quadruples of name, file, line and parent", "frames", ([0], [0, -1, 0], [0, -1, 0, -1, 0])),
+          ("frames has a name that is no index of strings", "frames", (
+              [each, -1, 0, -1] for each in (*ODD_INTEGERS, -1, 3))),
+          ("frames has a file that is no index of strings, nor -1", "frames", (
+              [0, each, 0, -1] for each in (*ODD_INTEGERS, -2, 3))),
+          ("frames has a line that is not from 0 to 2147483647", "frames", (
+              [0, -1, each, -1] for each in (*ODD_INTEGERS, -1, 1 << 31))),
+          ("frames has a parent that is no index of frames, nor -1", "frames", (
+              [0, -1, 0, each] for each in (*ODD_INTEGERS, -2, 1 << 64))),
+          ("frames has a parent that does not stand before its child", "frames", (
+              [0, -1, 0, 0], [0, -1, 0, -1, 0, -1, 0, 1], [0, -1, 0, 1, 0, -1, 0, -1])),
+          ("frames has a chain of more than 100", "frames", (
+              [each for n in range(101) for each in (0, -1, 0, n - 1)],)),
+          ("rows is not pairs of delta and frame", "rows", ([0], [0, 0, 1])),
+          ("it has not 1 to 2000 rows", "rows", ([], [0, -1] + [1, -1] * 2000)),
+          ("rows has a first delta that is not 0", "rows", ([each, 0] for each in (*ODD_INTEGERS, 1, -1))),
+          ("rows has a later delta that is not from 1 to 2147483647", "rows", (
+              [0, 0, 1, 0, each, 0] for each in (*ODD_INTEGERS, 0, -1, 1 << 31))),
+          ("rows has an offset above 1099511627776", "rows", ([0, 0] + [1 << 30, 0] * 1024,)),
+          ("rows has a frame that is no index of frames, nor -1", "rows", (
+              [0, each] for each in (*ODD_INTEGERS, -2, 3)))))]
+
+
+@pytest.mark.parametrize("problem, parts", BAD_PARTS)
+def test_a_part_that_is_not_as_it_should_be_is_refused_and_stores_nothing(api, problem, parts):
+    for part in parts:
+        assert put(api.server, part) == (400, {"error": "invalid symbols", "detail": problem}), part
+    assert symbol_rows(api.server) == {"symbols": [], "symbol_parts": [], "symbol_pages": []}
+
+
+@pytest.mark.parametrize("page, found", [
+    ({"first": 0, "strings": [], "frames": [], "rows": [0, -1]}, []),
+    ({"first": 1 << 40, "strings": [""], "frames": [0, 0, 0, -1], "rows": [0, 0]}, [("", "", 0)]),
+    ({"first": 0, "strings": ["x" * 1000], "frames": [0, -1, (1 << 31) - 1, -1], "rows": [0, -1, (1 << 31) - 1, 0],
+      "more": 1}, [("x" * 1000, "", (1 << 31) - 1)]),
+    ({"first": 0, "strings": ["f"], "frames": [each for n in range(100) for each in (0, -1, n, n - 1)],
+      "rows": [0, 99] + [1, 99] * 1999}, [("f", "", n) for n in reversed(range(100))]),
+    ({"first": 0, "strings": ["\0\ud800\u00fc"], "frames": [0, -1, 0, -1], "rows": [0, 0]},
+     [("\ufffd\ufffd\u00fc", "", 0)])])
+def test_a_part_at_its_bounds_is_stored_and_looked_up(api, page, found):
+    assert put(api.server, {**PART, "arch": "x" * 500, "part": 3998, "parts": 4000, "pages": [page]})[0] == 201
+    assert put(api.server, {**PART, "pages": [page]}, UUID_2, Content_Encoding="identity")[0] == 201
+    assert looked_up(api.server, 1 << 41, UUID_2) == found
+
+
+@pytest.mark.parametrize("uuid, canonical", [
+    *((each, UUID) for each in (UUID, UUID.lower(), UUID.replace("-", ""), UUID + "0")),
+    *((each, None) for each in (UUID[:-1], "x" * 32, "nope", "%00"))])
+def test_a_build_is_known_by_its_uuid_however_that_is_written(api, uuid, canonical):
+    status, answer = put(api.server, uuid=uuid)
+    assert (status, answer.get("uuid"), answer.get("error")) == (
+        (201, UUID, None) if canonical else (400, None, "invalid uuid"))
+    assert [row[0] for row in symbol_rows(api.server)["symbols"]] == [UUID] * bool(canonical)
+
+
+def test_a_request_is_checked_by_size_token_uuid_encoding_and_json_in_this_order(serve):
+    server = serve(max_body_size=1000)
+    wrong = {"part": b" " * 1001, "Authorization": None, "uuid": "x", "Content_Encoding": "br"}
+    for mended, status, error in (
+            ("part", 413, "request body too large"), ("Authorization", 401, "missing admin token"),
+            ("uuid", 400, "invalid uuid"), ("Content_Encoding", 415, "unsupported content encoding"),
+            (None, 400, "invalid JSON")):
+        answer = put(server, **wrong)
+        assert (answer[0], answer[1]["error"]) == (status, error)
+        wrong.update(part=b"{")
+        wrong.pop(mended if mended != "part" else None, None)
+    assert put(server, Authorization="Bearer x")[1] == {"error": "invalid admin token"}
+    assert put(server, gzip.compress(b"[" * 100_000), Content_Encoding="gzip")[0] == 413
+    assert put(server, b"[" * 1000)[1]["error"] == "invalid JSON"
+    assert symbol_rows(server)["symbols"] == []
+    assert put(server, gzip.compress(json.dumps(PART).encode()), Content_Encoding="gzip")[0] == 201
+    for method, path, allowed in (("POST", SYMBOLS, "GET"), ("GET", f"{SYMBOLS}/{UUID}", "PUT"),
+                                  ("DELETE", f"{SYMBOLS}/{UUID}", "PUT")):
+        status, headers, _ = call_with_headers(server, method, path, b"", **ADMIN)
+        assert (status, headers["Allow"]) == (405, allowed)
+    assert call(server, "GET", SYMBOLS, b"") == (401, {"error": "missing admin token"})
+
+
+def test_a_build_has_a_bound_of_bytes_and_the_database_one_of_builds(api, monkeypatch, clock):
+    size = len(backfeedr.encode_page(*(PAGE[name] for name in ("strings", "frames", "rows"))))
+    parts = [{**PART, "part": n, "parts": 3, "pages": [{**PAGE, "first": 1000 * n}]} for n in range(3)]
+    monkeypatch.setattr(backfeedr, "MAX_SYMBOL_BYTES", 2 * size)
+    assert [put(api.server, part)[0] for part in (*parts[:2], parts[1])] == [201, 201, 200], "not counted twice"
+    before = symbol_rows(api.server)
+    status, answer = put(api.server, parts[2])
+    assert (status, answer["error"]) == (400, "too many symbols") and f"'symbols delete {UUID}'" in answer["detail"]
+    assert symbol_rows(api.server) == before
+    clock.move(1)
+    monkeypatch.setattr(backfeedr, "MAX_BUILDS", 2)
+    add(api.server, stack_trace=[frame_of(UUID)])
+    third = "0" * 32
+    assert put(api.server, uuid=UUID_2)[0] == 201
+    status, answer = put(api.server, uuid=third)
+    assert (status, answer["error"]) == (400, "too many symbols")
+    assert f"'symbols delete {UUID_2}'" in answer["detail"], "not the older one, which has a crash"
+    assert put(api.server, uuid=UUID_2)[0] == 200 and put(api.server, parts[1])[0] == 200
+    assert api.server.store.delete_symbols(UUID_2) == UUID_2
+    assert put(api.server, uuid=third)[0] == 201
+
+
+def test_missing_symbols_are_listed_with_the_crashes_that_wait_for_them(api, clock):
+    server, third = api.server, "ABCDEF01-0000-0000-0000-000000000000"
+    test_key = server.store.create_app("Beta", is_test=True)
+    shop_key = server.store.create_app("Shop")
+    add(server, 2, stack_trace=[frame_of(UUID)], app_version="1.0", build_number="1")
+    clock.move(1)
+    add(server, stack_trace=[frame_of(UUID)], app_version="1.1", build_number="2")
+    add(server, stack_trace=[frame_of(UUID, 99)], app_version="9")
+    add(server, 5, key=shop_key, exception_type="X", app_version="3.0", stack_trace=[
+        {"symbol": "abort", "binary": "libc"}, {"image_uuid": UUID_2, "offset": 5}, frame_of(third, binary="/a/Kit")])
+    add(server, 7, key=test_key, stack_trace=[frame_of(UUID_2, binary="Beta")])
+    add(server, stack_trace=[{"symbol": "f", "file": "f.swift", "uuid": third, "offset": 1}])
+
+    def missing(uuid, binary, app, version, build, crashes):
+        return {"uuid": uuid, "binary": binary, "app": app, "app_version": version, "build_number": build,
+                "crashes": crashes}
+    ours = missing(UUID, "Shop", "default", "1.1", "2", 4)
+    shops = [missing(UUID_2, None, "Shop", "3.0", None, 5), missing(third, "Kit", "Shop", "3.0", None, 5)]
+    assert listed(server) == ([], [*shops, ours])
+    assert listed(server, "app=default") == ([], [ours]) and listed(server, "app=Shop") == ([], shops)
+    assert listed(server, "app=Beta") == ([], [missing(UUID_2, "Beta", "Beta", None, None, 7)])
+    assert call(server, **{**BEARER, "path": SYMBOLS}, query="app=x")[0] == 404
+    put(server, BOTH_PARTS[0])
+    clock.move(1)
+    put(server, uuid=UUID_2)
+    held, waiting = listed(server)
+    assert [(each["uuid"], each["complete"]) for each in held] == [(UUID_2, True), (UUID, False)], "the newest first"
+    assert waiting == [shops[1], ours], "until it is complete"
+    put(server, BOTH_PARTS[1])
+    assert listed(server)[1] == [shops[1]]
+
+
+def test_of_many_missing_symbols_those_with_the_most_crashes_are_listed(api, monkeypatch):
+    for n in range(1, 6):
+        add(api.server, n, stack_trace=[frame_of(f"{n:032x}")])
+    monkeypatch.setattr(backfeedr, "MISSING_BUILDS", 3)
+    assert [each["crashes"] for each in listed(api.server)[1]] == [5, 4, 3]
+
+
+RETENTION = [  # what came of builds of the days before: day, uuid, what; then day, seconds more, and what is kept
+    *(([(0, UUID, PART), (after, UUID_2, later), *crashes], 90 + days, seconds, kept)
+      for after, later, crashes, days, seconds, kept in (
+          (1, PART, [], 0, 0, [UUID, UUID_2]), (1, PART, [], 0, 1, [UUID_2]),
+          (0, PART, [], 1, 0, [UUID, UUID_2]),                            # none of them is the later one
+          (1, {**PART, "binary": "Other"}, [], 9, 0, [UUID, UUID_2]),
+          (85, BOTH_PARTS[0], [], 1, 0, [UUID, UUID_2]),                  # which is not complete
+          (1, PART, [(30, UUID, None)], 1, 0, [UUID, UUID_2]),            # of which a crash is kept
+          (1, PART, [(30, UUID_2, None)], 1, 0, [UUID_2]))),
+    ([(0, UUID, PART)], 300, 0, [UUID]),
+    *(([(0, UUID, BOTH_PARTS[0])], 7, seconds, kept) for seconds, kept in ((0, [UUID]), (1, []))),
+    ([(0, UUID, BOTH_PARTS[0]), (5, UUID, BOTH_PARTS[0])], 12, 0, [UUID]),  # its latest part counts
+    ([(0, UUID, BOTH_PARTS[0]), (5, UUID, BOTH_PARTS[0])], 12, 1, [])]
+
+
+@pytest.mark.parametrize("came, day, seconds, kept", RETENTION)
+@pytest.mark.parametrize("how", ["pruned", "after a commit"])
+def test_symbols_go_when_no_crash_needs_them_and_a_later_build_has_come(keeping, clock, came, day, seconds, kept, how):
+    server, start = keeping(90), clock.seconds
+    for after, uuid, part in came:
+        clock.seconds = start + after * A_DAY
+        assert put(server, part, uuid)[0] in (200, 201) if part else add(server, stack_trace=[frame_of(uuid)])
+    clock.seconds = start + day * A_DAY + seconds
+    if how == "pruned":
+        server.store.prune()
+    for _ in range(9 if how != "pruned" else 0):
+        add(server, type="custom")
+    assert [row[0] for row in symbol_rows(server)["symbols"]] == kept
+    assert {row[0] for rows in symbol_rows(server).values() for row in rows} == set(kept)
+
+
+def test_symbols_whose_last_crash_has_expired_go_on_the_next_day(keeping, later):
+    server = keeping(90)
+    put(server)
+    add(server, stack_trace=[frame_of(UUID)])
+    later(server, A_DAY)
+    put(server, uuid=UUID_2)
+    for days, kept in ((88.9, [UUID, UUID_2]), (0.2, [UUID, UUID_2]), (1, [UUID_2])):
+        later(server, days * A_DAY)
+        for _ in range(5):
+            later(server, 1)
+        assert [row[0] for row in symbol_rows(server)["symbols"]] == kept
+
+
+def test_without_a_retention_only_what_never_became_complete_goes(keeping, later, clock):
+    server = keeping(0)
+    put(server)
+    put(server, BOTH_PARTS[0], UUID_2)
+    clock.move(1)
+    put(server, uuid="0" * 32)
+    for _ in range(5):
+        later(server, 1000 * A_DAY)
+    assert len(symbol_rows(server)["symbols"]) == 2
+
+
+@pytest.mark.parametrize("then", ["it is deleted again", "it is sent again"])
+def test_symbols_are_deleted_in_steps_of_which_none_looks_a_wrong_name_up(api, monkeypatch, then):
+    monkeypatch.setattr(backfeedr, "SYMBOL_PAGES", 2)
+    assert put(api.server, {**PART, "pages": [{**PAGE, "first": 1000 * n} for n in range(5)]})[0] == 201
+    found, writing_step = [], Store.writing_step
+
+    def watched(store):
+        found.append((looked_up(api.server, 1000), len(symbol_rows(api.server)["symbol_pages"])))
+        if len(found) == 3:
+            raise StorageUnavailable
+        return writing_step(store)
+    monkeypatch.setattr(Store, "writing_step", watched)
+    with pytest.raises(StorageUnavailable):
+        api.server.store.delete_symbols(UUID)
+    assert found == [([TOTAL], 5), ([], 3), ([], 1)]
+    assert [each["complete"] for each in listed(api.server)[0]] == [False]
+    if then == "it is deleted again":
+        assert api.server.store.delete_symbols("3f1b6a52") == UUID
+        assert not any(symbol_rows(api.server).values())
+    assert put(api.server, {**PART, "pages": [LATER_PAGE]})[0] == 201
+    assert [row[1] for row in symbol_rows(api.server)["symbol_pages"]] == [2000], "what was left did not stay"
+
+
+@pytest.mark.parametrize("given, problem", [
+    ("3F1", "at least 4 characters"), ("---3F1", "at least 4 characters"), ("", "at least 4 characters"),
+    ("3F1B", "of 2 builds begin with '3F1B'"), ("0000", "of no builds begin with"), ("%%%%", "of no builds"),
+    (UUID[:-1] + "1", "of no builds")])
+def test_no_symbols_are_deleted_unless_one_build_is_meant(api, given, problem):
+    for uuid in (UUID, UUID_2):
+        put(api.server, uuid=uuid)
+    with pytest.raises(StoreError, match=problem):
+        api.server.store.delete_symbols(given)
+    assert len(symbol_rows(api.server)["symbols"]) == 2
+    assert api.server.store.delete_symbols(UUID.lower()[:7]) == UUID
+
+
+def test_the_commands_list_and_delete_symbols(command, clock):
+    with opened(clock) as server:
+        assert command("symbols", "list") == (0, "UUID  BINARY  ARCH  ROWS  SIZE  UPLOADED\n\nNone are missing.\n", "")
+        add(server, 2, stack_trace=[frame_of(UUID_2)], app_version="1.2", build_number="47")
+        add(server, stack_trace=[{"image_uuid": "1" * 32, "offset": 5}])
+        put(server)
+        clock.move(1)
+        put(server, BOTH_PARTS[0], "0" * 32)
+        status, out, err = command("symbols", "list")
+        held, missing = out.split("\nMissing, though crashes wait for them:\n\n")
+        assert (status, err) == (0, "")
+        assert [line.split() for line in held.splitlines()[1:]] == [
+            ["00000000-0000-0000-0000-000000000000", "Shop", "arm64", "4", "0.0", "MB", "not", "complete"],
+            [UUID, "Shop", "arm64", "4", "0.0", "MB", "2026-03-12"]]
+        assert [line.split() for line in missing.splitlines()] == [
+            ["UUID", "BINARY", "CRASHES", "APP", "VERSION"], [UUID_2, "Shop", "2", "default", "1.2", "(47)"],
+            ["11111111-1111-1111-1111-111111111111", "-", "1", "default", "-"]]
+        assert command("symbols", "delete", UUID[:6]) == (0, "", f"Deleted the symbols of the build {UUID}.\n")
+        assert command("symbols", "delete", UUID[:6]) == (
+            1, "", "backfeedr: the UUIDs of no builds begin with '3F1B6A': see 'symbols list'\n")
+        assert command("symbols", "delete")[0] == 2 and len(symbol_rows(server)["symbols"]) == 1
+
+
+def change_number(mutations, request):
+    """A whole number, somewhere in the JSON, becomes one that is near."""
+    whole = json.loads(request["body"])
+    place, where = mutations.pick([each for each in places(whole) if type(each[0][each[1]]) is int])
+    place[where] += mutations.pick([-2, -1, 1, 2, 1000])
+    request["body"] = json.dumps(whole).encode()
+
+
+def send_mutated_symbols(server, times, seed):
+    """Requests that began as valid ones. How often each status was answered."""
+    mutations, statuses = Mutations(seed), Counter()
+    for _ in range(times):
+        uuid, parts = mutations.random.randrange(32), mutations.pick([1, 1, 2])
+        part = {**PART, "parts": parts, "part": mutations.random.randrange(parts), "pages": [PAGE, LATER_PAGE]}
+        request = {"method": "PUT", "path": f"{SYMBOLS}/{uuid:032x}", "body": json.dumps(part).encode(), **ADMIN}
+        for _ in range(mutations.random.randint(0, 2)):
+            change_number(mutations, request)
+        for _ in range(mutations.random.randint(0, 2)):
+            mutations.pick([mutations.change_json, mutations.change_json, mutations.change_bytes,
+                            mutations.change_coding, mutations.change_text])(request)
+        status, _, _ = call_with_headers(server, **request)
+        statuses[status] += 1
+        if status == 200 and (held := listed(server)[0]):  # one begins again
+            server.store.delete_symbols(mutations.pick(held)["uuid"])
+    return statuses
+
+
+@pytest.mark.slow
+def test_random_symbols_are_refused_or_looked_up_at_any_offset(serve, caplog):
+    server = serve(rate_limit=0, max_body_size=100_000)
+    statuses = send_mutated_symbols(server, 400, seed=1)
+    assert {200, 201, 400, 401, 404, 405, 413} <= set(statuses) <= {200, 201, 303, 400, 401, 404, 405, 413, 415}
+    assert caplog.records == []
+    held = [each for each in listed(server)[0] if each["complete"]]
+    offsets = {first + change for _, first, *_ in symbol_rows(server)["symbol_pages"] for change in range(-50, 1100)}
+    with server.store.reading() as db:
+        symbols = backfeedr.Symbols(db)
+        found = Counter(len(symbols.lookup(each["uuid"], offset)) for each in held
+                        for offset in {*offsets, 0, 1 << 40, 1 << 63} if offset >= 0)
+    assert held and {0, 1, 3} <= found.keys()
 
 
 # == Store =====================================================================
@@ -6066,6 +6507,7 @@ OPERATIONS = [(method.upper(), path, operation) for path, operations in OPENAPI[
               for method, operation in operations.items()]
 POSTS = [(path, operation) for method, path, operation in OPERATIONS if method == "POST"]
 GETS = [(path, operation) for method, path, operation in OPERATIONS if method == "GET"]
+PUTS = [(path, operation) for method, path, operation in OPERATIONS if method == "PUT"]
 JSON_TYPES = {"string": [str], "object": [dict], "array": [list], "boolean": [bool], "null": [type(None)],
               "integer": [int], "number": [int, float]}
 BOUNDS = {str: ("minLength", "maxLength"), list: ("minItems", "maxItems"),
@@ -6155,7 +6597,7 @@ def test_every_example_of_openapi_is_what_its_schema_says(method, path, operatio
         check_schema(content(each)["schema"], content(each)["example"])
     for each in map(resolved, operation.get("parameters", [])):
         check_schema(each["schema"], each["example"])
-    for body in bodies(operation) if method == "POST" else ():
+    for body in bodies(operation) if method != "GET" else ():
         check_schema(content(operation["requestBody"])["schema"], body)
 
 
@@ -6191,7 +6633,7 @@ def test_every_request_of_openapi_is_answered_as_it_says(serve, monkeypatch):
     group, seen, answer = resolved({"$ref": "#/components/parameters/group_hash"})["example"], defaultdict(set), None
 
     def send(method, path, expected, body=b"", query=(), server=server, **headers):
-        place = "/api/v1" + path.replace("{group_hash}", group)
+        place = "/api/v1" + path.replace("{group_hash}", group).replace("{uuid}", UUID)
         status, got, answer = call_with_headers(server, method, place, body, urlencode(query), **headers)
         assert status == expected, (method, path, query, status, answer)
         response = resolved(OPENAPI["paths"][path][method.lower()]["responses"][str(status)])
@@ -6208,6 +6650,11 @@ def test_every_request_of_openapi_is_answered_as_it_says(serve, monkeypatch):
                build_number=47, battery_level="nan", locale=[], memory={"free": 1})
     odd["stack_trace"] = [{**odd["stack_trace"][0], "frame": "0", "line": "many"}, {"symbol": 7}]
     assert send("POST", "/crashes", 201, json.dumps(odd).encode())["group_hash"] == group, "which is asked for below"
+    for path, operation in PUTS:
+        body = json.dumps(bodies(operation)[0]).encode()
+        for status, given, headers in ((201, body, ADMIN), (200, body, ADMIN), (401, body, {}), (400, b"{}", ADMIN),
+                                       (413, b" " * 10_001, ADMIN), (415, body, {**ADMIN, "Content_Encoding": "br"})):
+            send("PUT", path, status, given, **headers)
     for path, operation in GETS:
         for status, query in questions_of(operation):
             for who in [ADMIN, {}] if {} in operation["security"] else [ADMIN]:
@@ -6230,7 +6677,8 @@ def test_every_request_of_openapi_is_answered_as_it_says(serve, monkeypatch):
     for name in ("is_admin", "is_known_key", "is_active_key"):
         monkeypatch.setattr(server.store, name, lambda secret: True)
     for method, path, operation in OPERATIONS:
-        send(method, path, 503, json.dumps(bodies(operation)[0]).encode() if method == "POST" else b"null", **ADMIN)
+        body = b"null" if method == "GET" else json.dumps(bodies(operation)[0]).encode()
+        send(method, path, 503, body, **ADMIN)
         by_the_web_server = {"431", "500", "501"}
         assert operation["responses"].keys() - by_the_web_server == seen[method, path], path
 

@@ -314,7 +314,7 @@ class _Pools:
 READERS = 8  # connections of a process to read by,
 LIMITERS = 4  # and to ask for a limit by
 POOL_SECONDS = 2.0  # to wait for one of them
-_GROWING = ", ".join(["crashes", "events", *backfeedr.KEYS])
+_GROWING = ", ".join(["crashes", "events", "symbol_pages", *backfeedr.KEYS])
 
 
 class PostgresStore(backfeedr.Store):
