@@ -3167,6 +3167,9 @@ class Store(Apps):
 
     def _symbols_arrived(self, db: Connection, uuid: str) -> None:
         """Notes the groups whose crashes the symbols of a build can name."""
+        db.execute("""
+            insert into regroupings select app_id, group_hash, 0, 0, '' from group_images where uuid = ?
+            on conflict (app_id, group_hash) do update set received_at = 0, seq = 0""", (uuid,))
 
     def delete_symbols(self, uuid: str) -> str:
         """Deletes the symbols of the one build whose UUID this is, or begins so, in at least 4 characters; its UUID.
@@ -3270,6 +3273,13 @@ class Store(Apps):
         if get_state(db, "trimmed_day", 0) != self.now // DAY:
             deleted["sums"] = RollUps(db, self.now).trim()
             deleted["symbols"] = self._expire_symbols(db)
+            deleted["aliases"] = db.execute("""
+                delete from group_aliases
+                where not exists (
+                        select 1 from groups where app_id = group_aliases.app_id and group_hash = target)
+                    and not exists (
+                        select 1 from regroupings where app_id = group_aliases.app_id and group_hash = target)
+                """).rowcount
             if not deleted["sums"] + deleted["symbols"]:
                 db.execute(SET_STATE, ("trimmed_day", self.now // DAY))
                 for warning in self.warnings():
@@ -3368,7 +3378,7 @@ class Store(Apps):
     def regroup(self) -> None:
         """Moves all crashes to the groups that their names give now, in steps beside others who write."""
         step = 1
-        while step:
+        while step and not self._closed:
             with self.writing_step() as db:
                 step = self._regroup(db)
 
@@ -3659,10 +3669,11 @@ class Metrics:
                 order by at desc, seq desc
                 limit :limit""", parameters).fetchall()
             found = self._named(db, app_id, group_hash)
+            missing = self._missing_builds(db, app_id, group_hash)
             reports = _reports(db, "crashes", [seq for seq, _ in page[:limit]])
         seq, at = page[len(reports) - 1] if reports else (0, 0)
         return {**found, "count": count, "devices": devices, "first_seen": iso_time(found["first_seen"]),
-                "last_seen": iso_time(last_seen), **spread, "reports": reports,
+                "last_seen": iso_time(last_seen), **spread, "missing_symbols": missing, "reports": reports,
                 "next": f"{at}-{crash_id(seq)}" if page[len(reports):] else None}
 
     def group_days(self, groups: Sequence[str], app: str | None = None, version: str | None = None,
@@ -3740,18 +3751,22 @@ class Metrics:
             held = dict_rows(db, """
                 select uuid, binary_name as binary, arch, parts, rows, size, received = parts as complete, uploaded_at
                 from symbols order by uploaded_at desc, uuid""")
-            missing = dict_rows(db, f"""
-                select uuid, app_id, group_hash, total as crashes from (
-                    select uuid, app_id, group_hash, sum(crashes) over (partition by uuid) as total, row_number() over (
-                        partition by uuid order by crashes desc, app_id, group_hash) as place
-                    from group_images
-                    where {APPS} and uuid not in (select uuid from symbols where received = parts)) as ranked
-                where place = 1
-                order by total desc, uuid
-                limit :limit""", {"app": app_id, "limit": MISSING_BUILDS})
             return {"symbols": [{**each, "complete": bool(each["complete"]),
                                  "uploaded_at": iso_time(each["uploaded_at"])} for each in held],
-                    "missing": [self._missing_build(db, **each) for each in missing]}
+                    "missing": self._missing_builds(db, app_id)}
+
+    def _missing_builds(self, db: Connection, app_id: int | None, group_hash: str | None = None) -> list[JsonObject]:
+        """The builds whose symbols are missing, of all groups or of one."""
+        return [self._missing_build(db, **each) for each in dict_rows(db, f"""
+            select uuid, app_id, group_hash, total as crashes from (
+                select uuid, app_id, group_hash, sum(crashes) over (partition by uuid) as total, row_number() over (
+                    partition by uuid order by crashes desc, app_id, group_hash) as place
+                from group_images
+                where {APPS} and (:group is null or group_hash = :group)
+                    and uuid not in (select uuid from symbols where received = parts)) as ranked
+            where place = 1
+            order by total desc, uuid
+            limit :limit""", {"app": app_id, "group": group_hash, "limit": MISSING_BUILDS})]
 
     @staticmethod
     def _missing_build(db: Connection, uuid: str, app_id: int, group_hash: str, crashes: int) -> JsonObject:
@@ -4400,6 +4415,12 @@ def _frame(frame: JsonObject) -> tuple[str, str, bool, str]:
     return read.title or "(no symbol)", ", ".join(place), bool(read.is_own), raw
 
 
+def build_name(build: JsonObject) -> str:
+    """What a build is called, such as Shop 1.3.0 (48)."""
+    number = build["build_number"] and f"({build['build_number']})"
+    return " ".join(filter(None, (build["binary"] or "a build", build["app_version"], number)))
+
+
 def _tooltip(text: str) -> str:
     return f' title="{escape(_shorten(text))}"' if text else ""
 
@@ -4608,6 +4629,11 @@ No crash is kept{{" of " + page.app if page.app else ""}}. When one comes in, it
 % if frames[max_frames:]:
 <p class="note">and {{number(len(frames) - max_frames)}} further frames</p>
 % end
+% for build in group["missing_symbols"][:3]:
+<p class="problem">Symbols of <bdi>{{build_name(build)}}</bdi> are missing: {{number(build["crashes"])}}
+{{"crashes wait" if build["crashes"] > 1 else "crash waits"}} for them.
+<code>python examples/symbols.py --server {{page.url}} App.xcarchive</code> sends them (build {{build["uuid"]}}).</p>
+% end
 % if not any(is_own for _, _, is_own, _ in frames):
 <p class="note">No frame is known to be the app's own.</p>
 % end
@@ -4798,7 +4824,7 @@ PAGE_HEADERS = {
         f" 'sha256-{base64.b64encode(sha256(STYLE)).decode()}'")}
 
 _TEMPLATE_GLOBALS = {
-    "bar_chart": bar_chart, "curl_line": curl_line, "details": _details, "icon": _ICON, "iso": iso_time,
+    "bar_chart": bar_chart, "build_name": build_name, "curl_line": curl_line, "details": _details, "icon": _ICON, "iso": iso_time,
     "number": "{:,}".format, "percent": lambda share: "-" if share is None else f"{share:.2f} %", "options": _options,
     "pages": _PAGES, "shorten": _shorten, "sparkline": sparkline,
     "style": STYLE, "tooltip": _tooltip}
@@ -4936,7 +4962,15 @@ class Backfeedr(Closing):
             raise Refusal("invalid uuid", detail="it is not that of a build, as dwarfdump --uuid prints it")
         part = parse_symbols(_decompress(environ, body, self.settings.max_body_size))
         answer, was_held = self.store.put_symbols(build, part)
+        if answer["complete"] and not was_held:  # who embeds the server may not run commands; commits go on with it, too
+            threading.Thread(target=self._regroup, name="backfeedr regroup", daemon=True).start()
         return 200 if was_held else 201, answer
+
+    def _regroup(self) -> None:
+        try:
+            self.store.regroup()
+        except Exception as error:
+            log.error("crashes will move to the groups of their names later: %s", error)
 
     def _health(self, environ: Environ) -> Answer:
         self.store.check()
@@ -5882,14 +5916,8 @@ def _symbols_list(store: Store, arguments: argparse.Namespace) -> None:
          each["uploaded_at"][:10] if each["complete"] else "not complete") for each in found["symbols"]])
     print("\nMissing, though crashes wait for them:\n" if found["missing"] else "\nNone are missing.")
     if found["missing"]:
-        _print_table(("UUID", "BINARY", "CRASHES", "APP", "VERSION"), [
-            (each["uuid"], each["binary"] or "-", f"{each['crashes']:,}", each["app"] or "-", _version(each))
-            for each in found["missing"]])
-
-
-def _version(build: JsonObject) -> str:
-    number = build["build_number"]
-    return (build["app_version"] or "") + f" ({number})" * bool(number) or "-"
+        _print_table(("UUID", "BUILD", "APP", "CRASHES"), [
+            (each["uuid"], build_name(each), each["app"] or "-", f"{each['crashes']:,}") for each in found["missing"]])
 
 
 def _symbols_delete(store: Store, arguments: argparse.Namespace) -> None:

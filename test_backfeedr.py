@@ -1022,7 +1022,7 @@ def test_replays_and_refused_bodies_count_against_the_limit_but_metrics_do_not(s
 # == Symbols ===================================================================
 
 SYMBOLS = "/api/v1/symbols"
-UUID, UUID_2 = "3F1B6A52-9C0D-3E84-8A77-5D2E9B4C6F10", "3F1BFFFF-51B8-3F96-B3AA-07E6D41C2F85"
+HELD, OTHER_BUILD = "3F1B6A52-9C0D-3E84-8A77-5D2E9B4C6F10", "3F1BFFFF-51B8-3F96-B3AA-07E6D41C2F85"
 PAGE = {"first": 1000, "strings": ["total", "Cart.swift", "add"], "frames": [0, 1, 12, -1, 2, -1, 0, 0, 2, 1, 7, 1],
         "rows": [0, 0, 8, 2, 12, -1, 20, 1]}
 PART = {"binary": "Shop", "arch": "arm64", "part": 0, "parts": 1, "pages": [PAGE]}
@@ -1030,7 +1030,7 @@ LATER_PAGE = {"first": 2000, "strings": ["later"], "frames": [0, -1, 3, -1], "ro
 BOTH_PARTS = [{**PART, "parts": 2}, {**PART, "parts": 2, "part": 1, "pages": [LATER_PAGE]}]
 
 
-def put(server, part=PART, uuid=UUID, **headers):
+def put(server, part=PART, uuid=HELD, **headers):
     """Sends a part of a build's symbols: the status and the answer."""
     body = part if isinstance(part, bytes) else json.dumps(part).encode()
     return call(server, "PUT", f"{SYMBOLS}/{uuid}", body, **{**ADMIN, **headers})
@@ -1043,7 +1043,7 @@ def listed(server, query=""):
     return answer["symbols"], answer["missing"]
 
 
-def looked_up(server, offset, uuid=UUID):
+def looked_up(server, offset, uuid=HELD):
     with server.store.reading() as db:
         return backfeedr.Symbols(db).lookup(uuid, offset)
 
@@ -1071,7 +1071,7 @@ def test_an_offset_has_the_functions_of_the_row_that_it_is_in_the_innermost_firs
         assert looked_up(api.server, offset) == [], "before all parts are here"
         assert put(api.server, part)[0] == 201
     assert looked_up(api.server, offset) == found
-    assert looked_up(api.server, offset, UUID_2) == []
+    assert looked_up(api.server, offset, OTHER_BUILD) == []
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 1, 2, 1, 0)])
@@ -1084,11 +1084,11 @@ def test_parts_come_in_any_order_and_again_and_are_complete_once(api, monkeypatc
         status, answer = put(api.server, {**PART, "part": n, "parts": 3, "pages": [{**PAGE, "first": 1000 * n}]})
         assert status == (200 if n in here else 201)
         here.add(n)
-        assert answer == {"uuid": UUID, "parts": 3, "received": len(here), "complete": len(here) == 3}
-        assert arrived == [(UUID, 3)] * answer["complete"], "in the transaction of the last part, and once"
+        assert answer == {"uuid": HELD, "parts": 3, "received": len(here), "complete": len(here) == 3}
+        assert arrived == [(HELD, 3)] * answer["complete"], "in the transaction of the last part, and once"
     (held,), missing = listed(api.server)
     rows = symbol_rows(api.server)
-    assert held == {"uuid": UUID, "binary": "Shop", "arch": "arm64", "parts": 3, "rows": 12, "complete": True,
+    assert held == {"uuid": HELD, "binary": "Shop", "arch": "arm64", "parts": 3, "rows": 12, "complete": True,
                     "uploaded_at": NOW, "size": sum(len(row[3]) for row in rows["symbol_pages"])}
     assert missing == [] and len(rows["symbol_parts"]) == len(rows["symbol_pages"]) == 3
 
@@ -1100,7 +1100,7 @@ def test_parts_that_come_together_are_complete_once(api, monkeypatch):
         answers = list(pool.map(lambda n: put(api.server, {
             **PART, "part": n % 20, "parts": 20, "pages": [{**PAGE, "first": 1000 * (n % 20)}]}), range(40)))
     assert Counter(status for status, _ in answers) == {201: 20, 200: 20}
-    assert arrived == [UUID] and listed(api.server)[0][0]["rows"] == 80
+    assert arrived == [HELD] and listed(api.server)[0][0]["rows"] == 80
 
 
 def test_a_last_part_that_cannot_be_noted_is_not_stored(api, monkeypatch):
@@ -1118,12 +1118,12 @@ def test_a_part_replaces_itself_until_the_build_is_complete(api, clock):
     assert put(api.server, {**BOTH_PARTS[0], "pages": [{**PAGE, "first": 5}, LATER_PAGE], "arch": "x86_64"})[0] == 201
     clock.move(60)
     assert put(api.server, BOTH_PARTS[0])[0] == 200, "of which one page is gone"
-    assert [row[:3] for row in symbol_rows(api.server)["symbol_pages"]] == [(UUID, 1000, 0)]
+    assert [row[:3] for row in symbol_rows(api.server)["symbol_pages"]] == [(HELD, 1000, 0)]
     assert put(api.server, BOTH_PARTS[1])[0] == 201
     before = symbol_rows(api.server)
     for part in (*BOTH_PARTS, {**PART, "parts": 9}, {**PART, "binary": "Other", "pages": [LATER_PAGE]}):
         clock.move(60)
-        assert put(api.server, part) == (200, {"uuid": UUID, "parts": 2, "received": 2, "complete": True})
+        assert put(api.server, part) == (200, {"uuid": HELD, "parts": 2, "received": 2, "complete": True})
     assert symbol_rows(api.server) == before
     assert [[each["arch"], each["uploaded_at"]] for each in listed(api.server)[0]] == [
         ["arm64", "2026-03-12T14:31:00Z"]]
@@ -1139,14 +1139,14 @@ def test_pages_of_two_parts_that_begin_alike_are_one_that_came_last(api):
 def test_another_number_of_parts_begins_an_upload_anew_in_steps(api, monkeypatch):
     pages = [{**PAGE, "first": 1000 * n} for n in range(7)]
     assert put(api.server, {**PART, "parts": 2, "pages": pages})[0] == 201
-    put(api.server, uuid=UUID_2)
+    put(api.server, uuid=OTHER_BUILD)
     steps, writing_step = [], Store.writing_step
     monkeypatch.setattr(backfeedr, "SYMBOL_PAGES", 3)
     monkeypatch.setattr(Store, "writing_step", lambda store: steps.append(1) or writing_step(store))
     assert put(api.server, {**PART, "parts": 3, "part": 2}) == (
-        201, {"uuid": UUID, "parts": 3, "received": 1, "complete": False})
+        201, {"uuid": HELD, "parts": 3, "received": 1, "complete": False})
     assert len(steps) == 5, "three for the pages, one for the build, one that finds nothing"
-    assert [row[:3] for row in symbol_rows(api.server)["symbol_pages"]] == [(UUID, 1000, 2), (UUID_2, 1000, 0)]
+    assert [row[:3] for row in symbol_rows(api.server)["symbol_pages"]] == [(HELD, 1000, 2), (OTHER_BUILD, 1000, 0)]
 
 
 ODD_INTEGERS = (None, True, "1", 1.0, [])
@@ -1206,18 +1206,18 @@ def test_a_part_that_is_not_as_it_should_be_is_refused_and_stores_nothing(api, p
      [("\ufffd\ufffd\u00fc", "", 0)])])
 def test_a_part_at_its_bounds_is_stored_and_looked_up(api, page, found):
     assert put(api.server, {**PART, "arch": "x" * 500, "part": 3998, "parts": 4000, "pages": [page]})[0] == 201
-    assert put(api.server, {**PART, "pages": [page]}, UUID_2, Content_Encoding="identity")[0] == 201
-    assert looked_up(api.server, 1 << 41, UUID_2) == found
+    assert put(api.server, {**PART, "pages": [page]}, OTHER_BUILD, Content_Encoding="identity")[0] == 201
+    assert looked_up(api.server, 1 << 41, OTHER_BUILD) == found
 
 
 @pytest.mark.parametrize("uuid, canonical", [
-    *((each, UUID) for each in (UUID, UUID.lower(), UUID.replace("-", ""), UUID + "0")),
-    *((each, None) for each in (UUID[:-1], "x" * 32, "nope", "%00"))])
+    *((each, HELD) for each in (HELD, HELD.lower(), HELD.replace("-", ""), HELD + "0")),
+    *((each, None) for each in (HELD[:-1], "x" * 32, "nope", "%00"))])
 def test_a_build_is_known_by_its_uuid_however_that_is_written(api, uuid, canonical):
     status, answer = put(api.server, uuid=uuid)
     assert (status, answer.get("uuid"), answer.get("error")) == (
-        (201, UUID, None) if canonical else (400, None, "invalid uuid"))
-    assert [row[0] for row in symbol_rows(api.server)["symbols"]] == [UUID] * bool(canonical)
+        (201, HELD, None) if canonical else (400, None, "invalid uuid"))
+    assert [row[0] for row in symbol_rows(api.server)["symbols"]] == [HELD] * bool(canonical)
 
 
 def test_a_request_is_checked_by_size_token_uuid_encoding_and_json_in_this_order(serve):
@@ -1236,8 +1236,8 @@ def test_a_request_is_checked_by_size_token_uuid_encoding_and_json_in_this_order
     assert put(server, b"[" * 1000)[1]["error"] == "invalid JSON"
     assert symbol_rows(server)["symbols"] == []
     assert put(server, gzip.compress(json.dumps(PART).encode()), Content_Encoding="gzip")[0] == 201
-    for method, path, allowed in (("POST", SYMBOLS, "GET"), ("GET", f"{SYMBOLS}/{UUID}", "PUT"),
-                                  ("DELETE", f"{SYMBOLS}/{UUID}", "PUT")):
+    for method, path, allowed in (("POST", SYMBOLS, "GET"), ("GET", f"{SYMBOLS}/{HELD}", "PUT"),
+                                  ("DELETE", f"{SYMBOLS}/{HELD}", "PUT")):
         status, headers, _ = call_with_headers(server, method, path, b"", **ADMIN)
         assert (status, headers["Allow"]) == (405, allowed)
     assert call(server, "GET", SYMBOLS, b"") == (401, {"error": "missing admin token"})
@@ -1250,18 +1250,18 @@ def test_a_build_has_a_bound_of_bytes_and_the_database_one_of_builds(api, monkey
     assert [put(api.server, part)[0] for part in (*parts[:2], parts[1])] == [201, 201, 200], "not counted twice"
     before = symbol_rows(api.server)
     status, answer = put(api.server, parts[2])
-    assert (status, answer["error"]) == (400, "too many symbols") and f"'symbols delete {UUID}'" in answer["detail"]
+    assert (status, answer["error"]) == (400, "too many symbols") and f"'symbols delete {HELD}'" in answer["detail"]
     assert symbol_rows(api.server) == before
     clock.move(1)
     monkeypatch.setattr(backfeedr, "MAX_BUILDS", 2)
-    add(api.server, stack_trace=[frame_of(UUID)])
+    add(api.server, stack_trace=[frame_of(HELD)])
     third = "0" * 32
-    assert put(api.server, uuid=UUID_2)[0] == 201
+    assert put(api.server, uuid=OTHER_BUILD)[0] == 201
     status, answer = put(api.server, uuid=third)
     assert (status, answer["error"]) == (400, "too many symbols")
-    assert f"'symbols delete {UUID_2}'" in answer["detail"], "not the older one, which has a crash"
-    assert put(api.server, uuid=UUID_2)[0] == 200 and put(api.server, parts[1])[0] == 200
-    assert api.server.store.delete_symbols(UUID_2) == UUID_2
+    assert f"'symbols delete {OTHER_BUILD}'" in answer["detail"], "not the older one, which has a crash"
+    assert put(api.server, uuid=OTHER_BUILD)[0] == 200 and put(api.server, parts[1])[0] == 200
+    assert api.server.store.delete_symbols(OTHER_BUILD) == OTHER_BUILD
     assert put(api.server, uuid=third)[0] == 201
 
 
@@ -1269,29 +1269,29 @@ def test_missing_symbols_are_listed_with_the_crashes_that_wait_for_them(api, clo
     server, third = api.server, "ABCDEF01-0000-0000-0000-000000000000"
     test_key = server.store.create_app("Beta", is_test=True)
     shop_key = server.store.create_app("Shop")
-    add(server, 2, stack_trace=[frame_of(UUID)], app_version="1.0", build_number="1")
+    add(server, 2, stack_trace=[frame_of(HELD)], app_version="1.0", build_number="1")
     clock.move(1)
-    add(server, stack_trace=[frame_of(UUID)], app_version="1.1", build_number="2")
-    add(server, stack_trace=[frame_of(UUID, 99)], app_version="9")
+    add(server, stack_trace=[frame_of(HELD)], app_version="1.1", build_number="2")
+    add(server, stack_trace=[frame_of(HELD, 99)], app_version="9")
     add(server, 5, key=shop_key, exception_type="X", app_version="3.0", stack_trace=[
-        {"symbol": "abort", "binary": "libc"}, {"image_uuid": UUID_2, "offset": 5}, frame_of(third, binary="/a/Kit")])
-    add(server, 7, key=test_key, stack_trace=[frame_of(UUID_2, binary="Beta")])
+        {"symbol": "abort", "binary": "libc"}, {"image_uuid": OTHER_BUILD, "offset": 5}, frame_of(third, binary="/a/Kit")])
+    add(server, 7, key=test_key, stack_trace=[frame_of(OTHER_BUILD, binary="Beta")])
     add(server, stack_trace=[{"symbol": "f", "file": "f.swift", "uuid": third, "offset": 1}])
 
     def missing(uuid, binary, app, version, build, crashes):
         return {"uuid": uuid, "binary": binary, "app": app, "app_version": version, "build_number": build,
                 "crashes": crashes}
-    ours = missing(UUID, "Shop", "default", "1.1", "2", 4)
-    shops = [missing(UUID_2, None, "Shop", "3.0", None, 5), missing(third, "Kit", "Shop", "3.0", None, 5)]
+    ours = missing(HELD, "Shop", "default", "1.1", "2", 4)
+    shops = [missing(OTHER_BUILD, None, "Shop", "3.0", None, 5), missing(third, "Kit", "Shop", "3.0", None, 5)]
     assert listed(server) == ([], [*shops, ours])
     assert listed(server, "app=default") == ([], [ours]) and listed(server, "app=Shop") == ([], shops)
-    assert listed(server, "app=Beta") == ([], [missing(UUID_2, "Beta", "Beta", None, None, 7)])
+    assert listed(server, "app=Beta") == ([], [missing(OTHER_BUILD, "Beta", "Beta", None, None, 7)])
     assert call(server, **{**BEARER, "path": SYMBOLS}, query="app=x")[0] == 404
     put(server, BOTH_PARTS[0])
     clock.move(1)
-    put(server, uuid=UUID_2)
+    put(server, uuid=OTHER_BUILD)
     held, waiting = listed(server)
-    assert [(each["uuid"], each["complete"]) for each in held] == [(UUID_2, True), (UUID, False)], "the newest first"
+    assert [(each["uuid"], each["complete"]) for each in held] == [(OTHER_BUILD, True), (HELD, False)], "the newest first"
     assert waiting == [shops[1], ours], "until it is complete"
     put(server, BOTH_PARTS[1])
     assert listed(server)[1] == [shops[1]]
@@ -1305,18 +1305,18 @@ def test_of_many_missing_symbols_those_with_the_most_crashes_are_listed(api, mon
 
 
 RETENTION = [  # what came of builds of the days before: day, uuid, what; then day, seconds more, and what is kept
-    *(([(0, UUID, PART), (after, UUID_2, later), *crashes], 90 + days, seconds, kept)
+    *(([(0, HELD, PART), (after, OTHER_BUILD, later), *crashes], 90 + days, seconds, kept)
       for after, later, crashes, days, seconds, kept in (
-          (1, PART, [], 0, 0, [UUID, UUID_2]), (1, PART, [], 0, 1, [UUID_2]),
-          (0, PART, [], 1, 0, [UUID, UUID_2]),                            # none of them is the later one
-          (1, {**PART, "binary": "Other"}, [], 9, 0, [UUID, UUID_2]),
-          (85, BOTH_PARTS[0], [], 1, 0, [UUID, UUID_2]),                  # which is not complete
-          (1, PART, [(30, UUID, None)], 1, 0, [UUID, UUID_2]),            # of which a crash is kept
-          (1, PART, [(30, UUID_2, None)], 1, 0, [UUID_2]))),
-    ([(0, UUID, PART)], 300, 0, [UUID]),
-    *(([(0, UUID, BOTH_PARTS[0])], 7, seconds, kept) for seconds, kept in ((0, [UUID]), (1, []))),
-    ([(0, UUID, BOTH_PARTS[0]), (5, UUID, BOTH_PARTS[0])], 12, 0, [UUID]),  # its latest part counts
-    ([(0, UUID, BOTH_PARTS[0]), (5, UUID, BOTH_PARTS[0])], 12, 1, [])]
+          (1, PART, [], 0, 0, [HELD, OTHER_BUILD]), (1, PART, [], 0, 1, [OTHER_BUILD]),
+          (0, PART, [], 1, 0, [HELD, OTHER_BUILD]),                            # none of them is the later one
+          (1, {**PART, "binary": "Other"}, [], 9, 0, [HELD, OTHER_BUILD]),
+          (85, BOTH_PARTS[0], [], 1, 0, [HELD, OTHER_BUILD]),                  # which is not complete
+          (1, PART, [(30, HELD, None)], 1, 0, [HELD, OTHER_BUILD]),            # of which a crash is kept
+          (1, PART, [(30, OTHER_BUILD, None)], 1, 0, [OTHER_BUILD]))),
+    ([(0, HELD, PART)], 300, 0, [HELD]),
+    *(([(0, HELD, BOTH_PARTS[0])], 7, seconds, kept) for seconds, kept in ((0, [HELD]), (1, []))),
+    ([(0, HELD, BOTH_PARTS[0]), (5, HELD, BOTH_PARTS[0])], 12, 0, [HELD]),  # its latest part counts
+    ([(0, HELD, BOTH_PARTS[0]), (5, HELD, BOTH_PARTS[0])], 12, 1, [])]
 
 
 @pytest.mark.parametrize("came, day, seconds, kept", RETENTION)
@@ -1338,10 +1338,10 @@ def test_symbols_go_when_no_crash_needs_them_and_a_later_build_has_come(keeping,
 def test_symbols_whose_last_crash_has_expired_go_on_the_next_day(keeping, later):
     server = keeping(90)
     put(server)
-    add(server, stack_trace=[frame_of(UUID)])
+    add(server, stack_trace=[frame_of(HELD)])
     later(server, A_DAY)
-    put(server, uuid=UUID_2)
-    for days, kept in ((88.9, [UUID, UUID_2]), (0.2, [UUID, UUID_2]), (1, [UUID_2])):
+    put(server, uuid=OTHER_BUILD)
+    for days, kept in ((88.9, [HELD, OTHER_BUILD]), (0.2, [HELD, OTHER_BUILD]), (1, [OTHER_BUILD])):
         later(server, days * A_DAY)
         for _ in range(5):
             later(server, 1)
@@ -1351,7 +1351,7 @@ def test_symbols_whose_last_crash_has_expired_go_on_the_next_day(keeping, later)
 def test_without_a_retention_only_what_never_became_complete_goes(keeping, later, clock):
     server = keeping(0)
     put(server)
-    put(server, BOTH_PARTS[0], UUID_2)
+    put(server, BOTH_PARTS[0], OTHER_BUILD)
     clock.move(1)
     put(server, uuid="0" * 32)
     for _ in range(5):
@@ -1372,11 +1372,11 @@ def test_symbols_are_deleted_in_steps_of_which_none_looks_a_wrong_name_up(api, m
         return writing_step(store)
     monkeypatch.setattr(Store, "writing_step", watched)
     with pytest.raises(StorageUnavailable):
-        api.server.store.delete_symbols(UUID)
+        api.server.store.delete_symbols(HELD)
     assert found == [([TOTAL], 5), ([], 3), ([], 1)]
     assert [each["complete"] for each in listed(api.server)[0]] == [False]
     if then == "it is deleted again":
-        assert api.server.store.delete_symbols("3f1b6a52") == UUID
+        assert api.server.store.delete_symbols("3f1b6a52") == HELD
         assert not any(symbol_rows(api.server).values())
     assert put(api.server, {**PART, "pages": [LATER_PAGE]})[0] == 201
     assert [row[1] for row in symbol_rows(api.server)["symbol_pages"]] == [2000], "what was left did not stay"
@@ -1385,20 +1385,20 @@ def test_symbols_are_deleted_in_steps_of_which_none_looks_a_wrong_name_up(api, m
 @pytest.mark.parametrize("given, problem", [
     ("3F1", "at least 4 characters"), ("---3F1", "at least 4 characters"), ("", "at least 4 characters"),
     ("3F1B", "of 2 builds begin with '3F1B'"), ("0000", "of no builds begin with"), ("%%%%", "of no builds"),
-    (UUID[:-1] + "1", "of no builds")])
+    (HELD[:-1] + "1", "of no builds")])
 def test_no_symbols_are_deleted_unless_one_build_is_meant(api, given, problem):
-    for uuid in (UUID, UUID_2):
+    for uuid in (HELD, OTHER_BUILD):
         put(api.server, uuid=uuid)
     with pytest.raises(StoreError, match=problem):
         api.server.store.delete_symbols(given)
     assert len(symbol_rows(api.server)["symbols"]) == 2
-    assert api.server.store.delete_symbols(UUID.lower()[:7]) == UUID
+    assert api.server.store.delete_symbols(HELD.lower()[:7]) == HELD
 
 
 def test_the_commands_list_and_delete_symbols(command, clock):
     with opened(clock) as server:
-        assert command("symbols", "list") == (0, "UUID  BINARY  ARCH  ROWS  SIZE  UPLOADED\n\nNone are missing.\n", "")
-        add(server, 2, stack_trace=[frame_of(UUID_2)], app_version="1.2", build_number="47")
+        assert command("symbols", "list") == (0, "HELD  BINARY  ARCH  ROWS  SIZE  UPLOADED\n\nNone are missing.\n", "")
+        add(server, 2, stack_trace=[frame_of(OTHER_BUILD)], app_version="1.2", build_number="47")
         add(server, stack_trace=[{"image_uuid": "1" * 32, "offset": 5}])
         put(server)
         clock.move(1)
@@ -1408,12 +1408,12 @@ def test_the_commands_list_and_delete_symbols(command, clock):
         assert (status, err) == (0, "")
         assert [line.split() for line in held.splitlines()[1:]] == [
             ["00000000-0000-0000-0000-000000000000", "Shop", "arm64", "4", "0.0", "MB", "not", "complete"],
-            [UUID, "Shop", "arm64", "4", "0.0", "MB", "2026-03-12"]]
+            [HELD, "Shop", "arm64", "4", "0.0", "MB", "2026-03-12"]]
         assert [line.split() for line in missing.splitlines()] == [
-            ["UUID", "BINARY", "CRASHES", "APP", "VERSION"], [UUID_2, "Shop", "2", "default", "1.2", "(47)"],
+            ["HELD", "BINARY", "CRASHES", "APP", "VERSION"], [OTHER_BUILD, "Shop", "2", "default", "1.2", "(47)"],
             ["11111111-1111-1111-1111-111111111111", "-", "1", "default", "-"]]
-        assert command("symbols", "delete", UUID[:6]) == (0, "", f"Deleted the symbols of the build {UUID}.\n")
-        assert command("symbols", "delete", UUID[:6]) == (
+        assert command("symbols", "delete", HELD[:6]) == (0, "", f"Deleted the symbols of the build {HELD}.\n")
+        assert command("symbols", "delete", HELD[:6]) == (
             1, "", "backfeedr: the UUIDs of no builds begin with '3F1B6A': see 'symbols list'\n")
         assert command("symbols", "delete")[0] == 2 and len(symbol_rows(server)["symbols"]) == 1
 
@@ -1458,6 +1458,210 @@ def test_random_symbols_are_refused_or_looked_up_at_any_offset(serve, caplog):
         found = Counter(len(symbols.lookup(each["uuid"], offset)) for each in held
                         for offset in {*offsets, 0, 1 << 40, 1 << 63} if offset >= 0)
     assert held and {0, 1, 3} <= found.keys()
+
+
+# -- What symbols change: names, groups, addresses
+
+NEXT_PART = {**PART, "pages": [{**PAGE, "first": 5000}]}  # of OTHER_BUILD, in which all is elsewhere
+SHOP_NAMES = "add:total"  # of offset 8 in the page: the inlined one has the name of the one that it is in
+
+
+def shop_crash(offset, uuid=HELD, **fields):
+    """A crash whose second frame is at this offset; it is a return address."""
+    return {**CRASH, "stack_trace": [system(7), frame_of(uuid, offset + 1)], **fields}
+
+
+def shop_crash_now(clock, *place, **fields):
+    return shop_crash(*place, occurred_at=time_text(clock.seconds), **fields)
+
+
+def joined_threads():
+    for thread in threading.enumerate():
+        if thread.name == "backfeedr regroup":
+            thread.join()
+
+
+def stored_rows(server, *tables):
+    return sum(count(server, table) for table in tables)
+
+
+def group_rows(server):
+    return sorted(sql(server.store.path, "select group_hash, first_version, place from groups"))
+
+
+def test_a_crash_is_in_one_group_before_and_after_its_symbols_in_this_and_in_the_next_build(api, person, clock):
+    shared = {"device_id_hash": "d1", "session_id": "s1"}
+    before = api.post(CRASHES, shop_crash_now(clock, 1008, app_version="1.0", **shared))[1]["group_hash"]
+    assert before == hashed(f"SIGABRT:{HELD}+1009")
+    clock.move(60)
+    old_next = api.post(CRASHES, shop_crash_now(clock, 5008, OTHER_BUILD, app_version="1.1"))[1]["group_hash"]
+    assert put(api.server)[0] == 201
+    joined_threads()
+    named = hashed("SIGABRT:" + SHOP_NAMES)
+    assert api.post(CRASHES, shop_crash_now(clock, 1009, app_version="1.0", **shared))[1]["group_hash"] == named
+    assert put(api.server, NEXT_PART, OTHER_BUILD)[0] == 201
+    joined_threads()
+    assert api.post(CRASHES, shop_crash_now(clock, 5008, OTHER_BUILD, app_version="1.1"))[1]["group_hash"] == named
+    found = api.get(f"{CRASHES}/{named}", **ADMIN)[1]
+    assert (found["count"], found["first_version"], found["first_seen"]) == (4, "1.0", found["reports"][-1]["occurred_at"])
+    assert group_rows(api.server) == [(named, "1.0", "add")] and count(api.server, "regroupings") == 0
+    assert report_groups(api.server) == [named]
+    check_database(api.server.store.path)
+    for old in (before, old_next):
+        status, headers, answer = call_with_headers(api.server, "GET", f"{CRASHES}/{old}", query="limit=1", **ADMIN)
+        assert (status, answer) == (301, {"error": "moved", "detail": f"to {named}"})
+        assert headers["Location"] == f"{CRASHES}/{named}?limit=1"
+        page = person.web.get(f"/crashes/{old}?app=default", headers=HTML)
+        assert (page.status_int, page.headers["Location"]) == (301, f"/crashes/{named}?app=default")
+    assert api.get(f"{CRASHES}/{'0' * 16}", **ADMIN)[0] == 404
+
+
+def test_figures_are_the_same_after_crashes_have_moved(api, clock):
+    for n in range(5):
+        api.post(CRASHES, shop_crash_now(clock, 1000 + 4 * n, app_version=f"1.{n}", device_id_hash=f"d{n}", device_model="m"))
+        clock.move(86_400)
+    asked = [*METRICS, "/api/v1/releases", "/api/v1/metrics/retention?days=9"]
+    before = [api.get(path)[1] for path in asked]
+    put(api.server)
+    joined_threads()
+    for path, old, new in zip(asked, before, [api.get(path)[1] for path in asked]):
+        if path == "/api/v1/overview":
+            assert sum(each["count"] for each in old.pop("top_crashes")) == sum(
+                each["count"] for each in new.pop("top_crashes")) == 5
+        assert old == new, path
+    assert len(group_rows(api.server)) == 2, "of two places with names"
+    check_database(api.server.store.path)
+
+
+def test_crashes_move_in_steps_beside_others_and_go_on_after_a_restart(serve, clock, monkeypatch):
+    monkeypatch.setattr(backfeedr, "REGROUPED", 3)
+    monkeypatch.setattr(backfeedr.Backfeedr, "_regroup", lambda server: None)
+    server = serve("steps.db", rate_limit=0)
+    api = Api(server)
+    for n in range(8):
+        api.post(CRASHES, shop_crash_now(clock, 1008, device_id_hash=f"d{n % 3}"))
+        clock.move(1)
+    put(server)
+    named = hashed("SIGABRT:" + SHOP_NAMES)
+
+    def counts():
+        return {"moved" if group == named else "left": n for group, n in sql(
+            server.store.path, "select group_hash, count(*) from crashes group by 1")}
+
+    serve.unchecked.append(server)  # the group that they leave was first seen when its crashes that have moved were
+    with server.store.writing() as db:
+        assert server.store._regroup(db)
+    assert counts() == {"moved": 3, "left": 5}
+    check_database(server.store.path, forgotten=True)
+    old = api.get(f"{CRASHES}/{hashed(f'SIGABRT:{HELD}+1009')}", **ADMIN)
+    assert (old[0], old[1]["count"]) == (200, 5), "of which some are still there"
+    server.store.forget_device("d1")
+    assert counts() == {"moved": 2, "left": 3}
+    server.close()
+    server = serve("steps.db", rate_limit=0)
+    api = Api(server)
+    for n in range(3):  # each commit is followed by a step
+        clock.move(2)
+        api.post(CRASHES, shop_crash_now(clock, 1008))
+        check_database(server.store.path, forgotten=True)
+    assert counts() == {"moved": 8} and count(server, "regroupings") == 0
+
+
+@pytest.mark.parametrize("sent", ["again", "by import"])
+def test_what_came_before_its_symbols_is_told_its_group_of_now(api, serve, sent):
+    crash, key = shop_crash(1008), {"Idempotency_Key": "k"}
+    first = api.post(CRASHES, crash, **key)[1]
+    exported = [io.StringIO(), list(api.server.store.export(backfeedr.Crash))]
+    other = api.server if sent == "again" else serve("other.db")
+    put(other)
+    joined_threads()
+    if sent == "again":
+        status, again = api.post(CRASHES, crash, **key)
+        assert (status, again) == (200, {**first, "group_hash": hashed("SIGABRT:" + SHOP_NAMES)})
+    else:
+        other.store.import_(exported[1])
+    assert report(other)["group_hash"] == hashed("SIGABRT:" + SHOP_NAMES)
+
+
+def test_what_is_beyond_the_days_limit_of_groups_stays_there(api, monkeypatch):
+    monkeypatch.setitem(backfeedr.NEW_NAMES, "group_hash", 0)
+    api.post(CRASHES, shop_crash(1008))
+    put(api.server)
+    joined_threads()
+    assert report(api.server)["group_hash"] == "(other)" and stored_rows(api.server, "regroupings", "group_aliases") == 0
+
+
+def test_aliases_follow_and_go_with_their_group_and_their_app(api, clock):
+    frames = [frame_of(HELD, 1009), frame_of(OTHER_BUILD, 5041)]  # of a framework and of the app
+    old = api.post(CRASHES, {**CRASH, "stack_trace": [system(7), *frames]})[1]["group_hash"]
+    put(api.server, NEXT_PART, OTHER_BUILD)
+    joined_threads()
+    between = report(api.server)["group_hash"]
+    put(api.server)
+    joined_threads()
+    last = report(api.server)["group_hash"]
+    assert len({old, between, last}) == 3 and last == hashed("SIGABRT:add:total:add")
+    assert dict(row[1:] for row in stored(api.server, "group_aliases")["group_aliases"]) == {old: last, between: last}
+    clock.move(100 * 86_400)
+    api.server.store.prune()
+    assert stored_rows(api.server, "crashes", "groups", "group_images", "group_aliases") == 0
+    api.post(CRASHES, shop_crash(1008))
+    api.server.store.delete_symbols(HELD)
+    assert api.post(CRASHES, shop_crash(1008))[1]["group_hash"] == hashed(f"SIGABRT:{HELD}+1009"), "as before the symbols"
+    put(api.server)
+    joined_threads()
+    assert count(api.server, "group_aliases") == 1 and len(group_rows(api.server)) == 1
+    api.server.store.delete_app("default")
+    assert stored_rows(api.server, "group_aliases", "regroupings", "group_images") == 0
+
+
+def test_reports_are_shown_with_names_and_the_frames_that_were_sent_beside(api, person):
+    api.post(CRASHES, shop_crash(1008, app_version="1.3.0", build_number="48"))
+    api.post(CRASHES, shop_crash(1008, app_version="1.3.0", build_number="48"))
+    hang = {"type": "error", "name": "Hang", "occurred_at": NOW, "properties": {"stack_trace": [frame_of(HELD, 1000)]}}
+    api.post(EVENTS, hang)
+    group = report_groups(api.server)[0]
+    page = person.text(f"/crashes/{group}")
+    assert "Symbols of Shop 1.3.0 (48) are missing: 2 crashes wait for them." in page
+    assert "python examples/symbols.py --server http://localhost:80 App.xcarchive" in page and "Shop + 1009" in page
+    missing = {"uuid": HELD, "binary": "Shop", "app": "default", "app_version": "1.3.0", "build_number": "48", "crashes": 2}
+    assert api.get(f"{CRASHES}/{group}", **ADMIN)[1]["missing_symbols"] == [missing]
+    put(api.server)
+    joined_threads()
+    group, = report_groups(api.server)
+    found = api.get(f"{CRASHES}/{group}", **ADMIN)[1]
+    raw = shop_crash(1008)["stack_trace"]
+    named = [{**raw[1], "symbol": name, "file": file, "line": line, "symbolicated": True, **inlined}
+             for name, file, line, inlined in (("add", "Cart.swift", 7, {"inlined": True}), ("add", None, None, {
+                 "inlined": True}), ("total", "Cart.swift", 12, {}))]
+    assert found["missing_symbols"] == []
+    for each in found["reports"]:
+        assert (each["stack_trace"], each["raw_stack_trace"]) == ([raw[0], *named], raw)
+    assert json.loads(rows_by_name(api.server.store.path, "select stack_trace from crashes")[0]["stack_trace"]) == raw
+    shown = person.get(f"/crashes/{group}")
+    assert f'<li class="own" title="Shop + 1009 {HELD}"><code><bdi>add</bdi></code>' in shown.text
+    assert "Cart.swift:7, Shop, inlined" in person.text(f"/crashes/{group}") and "missing" not in shown.text
+    event, = api.get(EVENTS, **ADMIN)[1]["events"]
+    assert event["properties"]["stack_trace"][-1] == {**frame_of(HELD, 1000), "symbol": "total", "file": "Cart.swift",
+                                                      "line": 12, "symbolicated": True}
+    assert event["properties"]["raw_stack_trace"] == hang["properties"]["stack_trace"]
+
+
+def report_groups(server):
+    return [group for group, in sql(server.store.path, "select distinct group_hash from crashes")]
+
+
+def test_a_hostile_report_costs_no_more_look_ups_than_are_allowed(api, monkeypatch):
+    monkeypatch.setattr(backfeedr, "SHOWN_LOOKUPS", 5)
+    monkeypatch.setattr(backfeedr.Symbols.name, "__defaults__", (4,))
+    looked, lookup = [], backfeedr.Symbols.lookup
+    monkeypatch.setattr(backfeedr.Symbols, "lookup", lambda *args: looked.append(args[1:]) or lookup(*args))
+    put(api.server)
+    status, answer = api.post(CRASHES, {**CRASH, "stack_trace": [frame_of(HELD, 1000 + n) for n in range(50)]})
+    assert status == 201 and len(set(looked)) == 4
+    looked.clear()
+    found = api.get(f"{CRASHES}/{answer['group_hash']}", **ADMIN)[1]["reports"][0]["stack_trace"]
+    assert len(set(looked)) == 5 and found[-1] == frame_of(HELD, 1049) and len(found) >= 50
 
 
 # == Store =====================================================================
@@ -6633,7 +6837,7 @@ def test_every_request_of_openapi_is_answered_as_it_says(serve, monkeypatch):
     group, seen, answer = resolved({"$ref": "#/components/parameters/group_hash"})["example"], defaultdict(set), None
 
     def send(method, path, expected, body=b"", query=(), server=server, **headers):
-        place = "/api/v1" + path.replace("{group_hash}", group).replace("{uuid}", UUID)
+        place = "/api/v1" + path.replace("{group_hash}", group).replace("{uuid}", HELD)
         status, got, answer = call_with_headers(server, method, place, body, urlencode(query), **headers)
         assert status == expected, (method, path, query, status, answer)
         response = resolved(OPENAPI["paths"][path][method.lower()]["responses"][str(status)])
