@@ -763,8 +763,9 @@ SIGNALS = {3: "SIGQUIT", 4: "SIGILL", 5: "SIGTRAP", 6: "SIGABRT", 7: "SIGEMT", 8
            11: "SIGSEGV", 12: "SIGSYS", 13: "SIGPIPE", 14: "SIGALRM", 15: "SIGTERM"}  # Darwin's numbers
 BUG_TYPES = {"298": "jetsam, memory of the whole system", "202": "CPU use", "206": "CPU use", **dict.fromkeys(
     ("222", "223", "228", "328"), "a hang"), "309": "a crash", "109": "a crash"}
-EVENT_NAMES = {"hangDiagnostic": "Hang", "cpuExceptionDiagnostic": "CPU exception", "appLaunchDiagnostic": "Slow launch",
-               "diskWriteExceptionDiagnostic": "Disk write exception"}
+EVENT_NAMES = {
+    "hangDiagnostic": "Hang", "cpuExceptionDiagnostic": "CPU exception", "appLaunchDiagnostic": "Slow launch",
+    "diskWriteExceptionDiagnostic": "Disk write exception"}
 DURATIONS = ("hangDuration", "totalCPUTime", "writesCaused", "totalWritesCaused", "launchDuration")
 SHARED_CACHE = 0x180000000  # where iOS loads its own libraries; apps lie below
 
@@ -791,7 +792,7 @@ def parse_diagnostics(body: bytes, now: int, device: str = "") -> list[Crash | E
     try:
         text = body.decode()
         text = _storable(_PRIVATE.sub(lambda match: f"/{match[1]}USER" if match[1] else "/UUID", text))
-        reports = _reports(text[1:] if text.startswith("\ufeff") else text)
+        reports = _apple_reports(text[1:] if text.startswith("\ufeff") else text)
         if len(reports) > MAX_BATCH:
             raise Refusal(f"too many diagnostics: at most {MAX_BATCH}")
         common = {"device_id_hash": device}
@@ -806,7 +807,7 @@ def parse_diagnostics(body: bytes, now: int, device: str = "") -> list[Crash | E
 AppleReport = tuple[Callable[[JsonObject], Union[Crash, Event]], JsonObject]  # how it is parsed, and it
 
 
-def _reports(text: str) -> list[AppleReport]:
+def _apple_reports(text: str) -> list[AppleReport]:
     try:
         objects, problem = [_decode_whole(text)], ""
     except ValueError as error:
@@ -981,7 +982,7 @@ class _Image(NamedTuple):
     is_own: bool = False
 
 
-def _frame(number: int, image: _Image, offset: int | None, given: JsonObject) -> JsonObject:
+def _apple_frame(number: int, image: _Image, offset: int | None, given: JsonObject) -> JsonObject:
     """A frame of ours, of a frame of an .ips file."""
     file, line = _member(given, "sourceFile", str).rpartition("/")[2], _whole(given, "sourceLine")
     if file == "<compiler-generated>":
@@ -1071,7 +1072,7 @@ def _metrickit_trace(tree: JsonObject, is_crash: bool) -> list[JsonObject]:
     ends = [_metrickit_binary(frame, names) in _THREAD_STARTS for frame in (path[:1] + path[-1:])]
     if not is_crash and ends == [True, False]:
         path.reverse()
-    return [_frame(number, *_metrickit_image(frame, names), {}) for number, frame in _numbered(path)]
+    return [_apple_frame(number, *_metrickit_image(frame, names), {}) for number, frame in _numbered(path)]
 
 
 def _metrickit_binary(frame: JsonObject, names: Mapping[str | None, str]) -> str:
@@ -1135,7 +1136,7 @@ def _ips_trace(body: JsonObject) -> list[JsonObject]:
         index = _whole(given, "imageIndex")
         image = images[index] if index is not None and index < len(images) else _Image()
         # Where the image is not known, the offset is an address.
-        trace.append(_frame(number, image, _whole(given, "imageOffset") if image.binary or image.uuid else None, given))
+        trace.append(_apple_frame(number, image, _whole(given, "imageOffset") if image.binary or image.uuid else None, given))
     return trace
 
 
