@@ -82,7 +82,7 @@ from datetime import date, datetime, timezone
 from difflib import get_close_matches
 from functools import lru_cache, partial, reduce
 from http import HTTPStatus
-from itertools import accumulate, chain, groupby, product, repeat, takewhile
+from itertools import accumulate, chain, groupby, islice, product, repeat
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from operator import attrgetter, itemgetter
 from pathlib import Path
@@ -767,6 +767,7 @@ EVENT_NAMES = {
     "hangDiagnostic": "Hang", "cpuExceptionDiagnostic": "CPU exception", "appLaunchDiagnostic": "Slow launch",
     "diskWriteExceptionDiagnostic": "Disk write exception"}
 DURATIONS = ("hangDuration", "totalCPUTime", "writesCaused", "totalWritesCaused", "launchDuration")
+MAX_PATH = 1024  # Darwin's bound
 SHARED_CACHE = 0x180000000  # where iOS loads its own libraries; apps lie below
 
 _UUID = "[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"
@@ -792,11 +793,10 @@ def parse_diagnostics(body: bytes, now: int, device: str = "") -> list[Crash | E
     try:
         text = body.decode()
         text = _storable(_PRIVATE.sub(lambda match: f"/{match[1]}USER" if match[1] else "/UUID", text))
-        reports = _apple_reports(text[1:] if text.startswith("\ufeff") else text)
+        reports = list(islice(_apple_reports(text[1:] if text.startswith("\ufeff") else text), MAX_BATCH + 1))
         if len(reports) > MAX_BATCH:
             raise Refusal(f"too many diagnostics: at most {MAX_BATCH}")
-        common = {"device_id_hash": device}
-        return [parse({**given, "occurred_at": given["occurred_at"] or iso_time(now), **common})
+        return [parse({**given, "occurred_at": given["occurred_at"] or iso_time(now), "device_id_hash": device})
                 for parse, given in reports]
     except UnicodeDecodeError:
         raise Refusal(UNKNOWN_FORMAT, detail="it is not UTF-8") from None
@@ -807,7 +807,7 @@ def parse_diagnostics(body: bytes, now: int, device: str = "") -> list[Crash | E
 AppleReport = tuple[Callable[[JsonObject], Union[Crash, Event]], JsonObject]  # how it is parsed, and it
 
 
-def _apple_reports(text: str) -> list[AppleReport]:
+def _apple_reports(text: str) -> Iterable[AppleReport]:
     try:
         objects, problem = [_decode_whole(text)], ""
     except ValueError as error:
@@ -824,14 +824,19 @@ def _apple_reports(text: str) -> list[AppleReport]:
     if problem and re.search("^Exception Type:", text, re.M):
         return [(parse_crash, _ips_crash(objects[0] if objects else {}, _crash_as_ips(text)))]
     if problem or bug_types:
-        raise Refusal(UNKNOWN_FORMAT, detail=problem or "an .ips file without its second part")
+        raise Refusal(UNKNOWN_FORMAT, detail="an .ips file whose body cannot be read" if bug_types else problem)
     return _metrickit_reports(objects[0])
 
 
 # Reading JSON. Each level of `subFrames` is two of JSON, and a real call stack has hundreds.
 
 def _decode_whole(text: str) -> Any:
-    value, end = _decode(text, len(text) - len(text.lstrip(" \t\n\r")))
+    """The JSON value that a text is. Raises ValueError."""
+    begin = len(text) - len(text.lstrip(" \t\n\r"))
+    try:
+        value, end = _DECODER.raw_decode(text, begin)  # ten times as fast
+    except RecursionError:
+        value, end = _decode_deep(text, begin)
     if text[end:].strip(" \t\n\r"):
         raise json.JSONDecodeError("Extra data", text, end)
     return value
@@ -839,23 +844,15 @@ def _decode_whole(text: str) -> Any:
 
 def _objects_on_lines(text: str) -> list[JsonObject]:
     """The objects that begin a line: head and body of an .ips file, whatever stands around them. Each try may read the
-    whole text, so there are few."""
+    whole text, so there are few, and only fast ones."""
     found, at = [], 0
     for _ in range(4):
         if match := _OBJECT_LINE.search(text, at):
             at = match.end()
-            with suppress(ValueError):
-                value, at = _decode(text, match.start())
+            with suppress(ValueError, RecursionError):
+                value, at = _DECODER.raw_decode(text, match.start())
                 found.append(value)
     return found
-
-
-def _decode(text: str, at: int) -> tuple[Any, int]:
-    """The JSON value at a place, and where it ends. Raises ValueError."""
-    try:
-        return _DECODER.raw_decode(text, at)  # ten times as fast
-    except RecursionError:
-        return _decode_deep(text, at)
 
 
 _JSON_VALUE = re.compile(
@@ -868,8 +865,8 @@ _JSON_WORDS = {"true": True, "false": False, "null": None}
 
 
 def _decode_deep(text: str, at: int) -> tuple[Any, int]:
-    """What `_decode` does, without recursion. `subFrames` and the frames in them may nest without end, all else by
-    MAX_DEPTH levels."""
+    """The JSON value at a place, and where it ends, without recursion. `subFrames` and the frames in them may nest
+    without end, all else by MAX_DEPTH levels. Raises ValueError."""
     def expect(pattern: re.Pattern[str], what: str) -> Any:
         nonlocal at
         if not (match := pattern.match(text, at)):
@@ -1004,22 +1001,20 @@ def _numbered(frames: list[JsonObject]) -> list[tuple[int, JsonObject]]:
 
 # MetricKit.
 
-def _metrickit_reports(payload: JsonObject) -> list[AppleReport]:
+def _metrickit_reports(payload: JsonObject) -> Iterator[AppleReport]:
     kinds = [name for name in payload if re.search(r"\wDiagnostics?\Z", name)]
     if not kinds and not payload.keys() & {"timeStampBegin", "timeStampEnd", "timeRange"}:
         raise Refusal(UNKNOWN_FORMAT, detail="the object is neither a MetricKit payload nor an .ips file")
     span = _member(payload, "timeRange", dict)
     time_given = _apple_time(
         payload.get("timeStampEnd"), payload.get("timeStampBegin"), span.get("end"), span.get("begin"))
-    reports = []
     for kind in kinds:
         value = payload[kind]
         for item in value if type(value) is list else [] if value is None else [value]:
             if type(item) is not dict:
                 raise Refusal(UNKNOWN_FORMAT, detail=f"{kind[:50]} has {_kind(item)} where an object belongs")
             if report := _metrickit_report(kind[:-1] if kind[-1] == "s" else kind, item, payload):
-                reports.append((report[0], {**report[1], "occurred_at": time_given}))
-    return reports
+                yield report[0], {**report[1], "occurred_at": time_given}
 
 
 def _metrickit_report(kind: str, item: JsonObject, payload: JsonObject) -> AppleReport | None:
@@ -1128,90 +1123,87 @@ def _ips_trace(body: JsonObject) -> list[JsonObject]:
     thread = threads[faulting] if faulting is not None and faulting < len(threads) else None
     if type(thread) is not dict:
         thread = next((each for each in _objects(body, "threads") if each.get("triggered") is True), {})
-    main_path = _member(body, "procPath", str)
+    main_path = _member(body, "procPath", str)[:MAX_PATH]
     images = [_ips_image(image, main_path) if type(image) is dict else _Image()
               for image in _member(body, "usedImages", list)]
     trace = []
     for number, given in _numbered(_objects(body, "lastExceptionBacktrace") or _objects(thread, "frames")):
         index = _whole(given, "imageIndex")
         image = images[index] if index is not None and index < len(images) else _Image()
-        # Where the image is not known, the offset is an address.
-        trace.append(_apple_frame(number, image, _whole(given, "imageOffset") if image.binary or image.uuid else None, given))
+        offset = _whole(given, "imageOffset") if image.binary or image.uuid else None  # else it is an address
+        trace.append(_apple_frame(number, image, offset, given))
     return trace
 
 
 def _ips_image(given: JsonObject, main_path: str) -> _Image:
-    path, uuid = _member(given, "path", str), _uuid(given.get("uuid"))
+    path, uuid = _member(given, "path", str)[:MAX_PATH], _uuid(given.get("uuid"))
     binary = (_member(given, "name", str) or path.rpartition("/")[2])[:MAX_TEXT]
     is_own = bool(path and (path == main_path or _OWN_PATH.match(path))) and not _NEVER_OWN.fullmatch(binary)
     return _Image("" if binary == "???" else binary, uuid, is_own)
 
 
-_CRASH_HEAD = re.compile(r"([A-Z][\w /]{1,40}):(.*)")
+_CRASH_HEAD = re.compile(r"^([A-Z][\w /]{1,40}):(.*)", re.M)
 _CRASH_TYPE = re.compile(r"(\w+)(?: \((\w+)\))?")
 _CRASH_END = re.compile(r"(?:Namespace )?(\w+),? (?:Code )?(?:0x([0-9a-f]{1,16})|([0-9]{1,19}))\b[, ]*(.*)", re.I)
-_CRASH_IMAGE = re.compile(r"\s*0x([0-9a-f]{1,16})\s*-\s*0x([0-9a-f]{1,16})\s([^<]*)<([0-9a-f-]+)>(.*)", re.I)
-_CRASH_FRAME = re.compile(r"[0-9]{1,9}\s(.*?)0x([0-9a-f]{1,16})\b(.*)", re.I)
+_CRASH_THREAD = re.compile(r"^(?:Last Exception Backtrace:|Thread [0-9]{1,9} Crashed:).*\n", re.M)
+_CRASH_FRAME = re.compile(r"^[0-9]{1,9}[ \t](.*?)0x([0-9a-f]{1,16})\b(.*)", re.M | re.I)
 _CRASH_PLACE = re.compile(  # Cart.total() + 112 (Cart.swift:12)
     r"(?!0x)(.*?)(?: \+ [0-9]+)?(?: \[inlined\])?(?: \(([^():]{1,200}):([0-9]{1,9})\))?(?: \[inlined\])?")
+_CRASH_IMAGE = re.compile(
+    r"^[ \t]*0x([0-9a-f]{1,16})[ \t]*-[ \t]*0x([0-9a-f]{1,16})[ \t]([^<\n]*)<([0-9a-f-]+)>(.*)", re.M | re.I)
 
 
 def _crash_as_ips(text: str) -> JsonObject:
     """What an .ips file would have, of the text of a .crash file."""
-    lines = text.replace("\x00", "\ufffd").splitlines()
-    head = {match[1]: match[2].strip() for match in map(_CRASH_HEAD.match, reversed(lines)) if match}
+    text = text.replace("\x00", "\ufffd").replace("\r\n", "\n")
+    head = {name: value.strip() for name, value in reversed(_CRASH_HEAD.findall(text))}  # the first of a name
     kind, ended = (pattern.match(head.get(name, "")) for pattern, name in (
         (_CRASH_TYPE, "Exception Type"), (_CRASH_END, "Termination Reason")))
     version, _, build = head.get("Version", "").replace("???", "").partition("(")
-    explained = [head.get("Termination Description", ""), *filter(re.compile("<RBSTerminateContext").match, lines)]
+    explained = re.search("^<RBSTerminateContext.*", text, re.M)
     return {
         "exception": {"type": kind and kind[1], "signal": kind and kind[2], "codes": head.get("Exception Codes"),
                       "subtype": head.get("Exception Subtype")},
-        "termination": {"details": explained[:2], **({
+        "termination": {"details": [head.get("Termination Description") or (explained and explained[0])], **({
             "namespace": ended[1], "code": int(ended[2], 16) if ended[2] else int(ended[3]), "indicator": ended[4]}
             if ended else {})},
-        "asi": {"": _section(lines, "Application Specific Information:")},
+        "asi": {"": _section(text, re.search("^Application Specific Information:.*\n", text, re.M)).splitlines()},
         "bundleInfo": {"CFBundleShortVersionString": version.strip(), "CFBundleVersion": build.rstrip(") "),
                        "CFBundleIdentifier": head.get("Identifier")},
         "procName": head.get("Process", "").partition(" [")[0], "procPath": head.get("Path"),
         "cpuType": head.get("Code Type", "").partition(" (")[0], "osVersion": {"train": head.get("OS Version")},
-        "modelCode": head.get("Hardware Model"), "captureTime": head.get("Date/Time"), **_crash_stack(lines)}
+        "modelCode": head.get("Hardware Model"), "captureTime": head.get("Date/Time"), **_crash_stack(text)}
 
 
-def _section(lines: list[str], title: str) -> list[str]:
+def _section(text: str, title: re.Match[str] | None) -> str:
     """What stands below a title, up to an empty line."""
-    found = next(filter(lambda n: re.match(title, lines[n]), range(len(lines))), len(lines))
-    return list(takewhile(str.strip, lines[found + 1:]))
+    return re.split(r"\n[ \t]*\n", text[title.end():], maxsplit=1)[0] if title else ""
 
 
-def _crash_stack(lines: list[str]) -> JsonObject:
-    """The frames and images, as in an .ips file, by the address of each."""
-    found = sorted((int(match[1], 16), int(match[2], 16), match[3].strip(" +"), match[4], match[5].strip())
-                   for match in map(_CRASH_IMAGE.match, lines) if match)
-    found = [image for image in found if image[0]]  # what begins at 0 is no image, and would have every address
-    starts, frames = [image[0] for image in found], []
-    images = [{"uuid": uuid, "path": path, "name": path.rpartition("/")[2] or name} for *_, name, uuid, path in found]
-    for binary, address, place in _crash_frames(
-            _section(lines, "Last Exception Backtrace:") or _section(lines, "Thread [0-9]{1,9} Crashed:")):
-        index, match = bisect_left(starts, address + 1) - 1, _CRASH_PLACE.fullmatch(place)
-        is_known = index >= 0 and address <= found[index][1]
-        if not is_known:
-            images.append({"name": binary})
+def _crash_stack(text: str) -> JsonObject:
+    """Frames and images as an .ips file has them. What a frame's image is, its address says."""
+    found = {int(start, 16): (int(end, 16), {"path": path.strip(), "uuid": uuid, "name": path.rpartition("/")[2]})
+             for start, end, _, uuid, path in _CRASH_IMAGE.findall(text)}
+    found.pop(0, None)  # no image, though every address lies in it
+    starts, frames, images = sorted(found), [], []
+    for binary, address, place in _crash_frames(_section(text, _CRASH_THREAD.search(text))):
+        start = starts[bisect_left(starts, address + 1) - 1] if starts else 0
+        end, image = found.get(start, (0, {}))
+        is_known, match = start <= address <= end, _CRASH_PLACE.fullmatch(place)
+        images.append(image if is_known else {"name": binary})
         symbol, file, line = match.groups() if match else (None, None, None)
-        frames.append({"imageIndex": index if is_known else len(images) - 1, "symbol": symbol, "sourceFile": file,
-                       "imageOffset": address - starts[index] if is_known else None,
-                       "sourceLine": int(line) if line else None, "inline": "[inlined]" in place})
+        frames.append({"imageIndex": len(frames), "imageOffset": address - start if is_known else None,
+                       "symbol": symbol, "sourceFile": file, "sourceLine": int(line) if line else None,
+                       "inline": "[inlined]" in place})
     return {"usedImages": images, "lastExceptionBacktrace": frames}
 
 
-def _crash_frames(lines: Iterable[str]) -> Iterator[tuple[str, int, str]]:
+def _crash_frames(section: str) -> Iterator[tuple[str, int, str]]:
     """Of each frame the binary, the address, and what else its line says. An exception without symbols has its
-    addresses in one line."""
-    for line in lines:
-        if line.startswith("(0x"):
-            yield from (("", int(digits, 16), "") for digits in re.findall(r"0x([0-9a-f]{1,16})\b", line))
-        elif match := _CRASH_FRAME.match(line):
-            yield match[1].strip(), int(match[2], 16), match[3].strip()
+    addresses in one line. Apple's tools write 512 frames of a thread."""
+    for binary, digits, place in islice(_CRASH_FRAME.findall(section), 2000) if section[:1] != "(" else (
+            ("", digits, "") for digits in re.findall(r"0x([0-9a-f]{1,16})\b", section)[:2000]):
+        yield binary.strip(), int(digits, 16), place.strip()
 
 
 # == Signature =================================================================
