@@ -777,7 +777,7 @@ _OBJECT_LINE = re.compile(r"^\{", re.M)
 _APPLE_TIME = re.compile(
     r"([0-9-]{10})[ T]([0-9:]{8})(?:(\.[0-9]{1,9})[0-9]*)? ?(Z|[+-][0-9]{2}:?[0-9]{2})?")
 _OS_VERSION = re.compile(r"(?:[A-Za-z]+ ){0,4}([0-9]+(?:\.[0-9]+)*)(?: \([\w ]{1,30}\))*")
-_KILL_CODE = re.compile(r"\bcode[: ] ?(0x[0-9a-f]{1,16}|[0-9]{1,19})", re.I)
+_KILL_CODE = re.compile(r"(?:\bcode[: ] ?|^[A-Z]{1,40} )(?:0x([0-9a-f]{1,16})|([0-9]{1,19}))\b", re.I)
 _UNCAUGHT = re.compile(r"uncaught exception '([^'\n]{1,200})', reason: '")
 _FATAL = re.compile("Fatal error|Precondition failed|Assertion failed|BUG IN ")
 # Of a simulator the system's own files lie below Xcode.app, too.
@@ -837,8 +837,8 @@ def _decode_whole(text: str) -> Any:
         value, end = _DECODER.raw_decode(text, begin)  # ten times as fast
     except RecursionError:
         value, end = _decode_deep(text, begin)
-    if text[end:].strip(" \t\n\r"):
-        raise json.JSONDecodeError("Extra data", text, end)
+    if rest := text[end:].lstrip(" \t\n\r"):
+        raise json.JSONDecodeError("Extra data", text, len(text) - len(rest))
     return value
 
 
@@ -921,9 +921,7 @@ def _objects(given: JsonObject, name: str) -> list[JsonObject]:
 
 
 def _plain_members(given: JsonObject) -> JsonObject:
-    """Those that say something, and nothing but what is to be kept."""
-    return {name: value for name, value in given.items()
-            if value not in ("", {}) and type(value) in (str, int, dict)}
+    return {name: value for name, value in given.items() if type(value) in (str, int) and value != ""}
 
 
 def _whole(given: JsonObject, name: str) -> int | None:
@@ -936,7 +934,7 @@ def _uuid(value: Any) -> str | None:
     digits = value.replace("-", "").upper() if type(value) is str else ""
     if not re.fullmatch("[0-9A-F]{32}", digits) or not digits.strip("0"):
         return None
-    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+    return re.sub("(.{8})(.{4})(.{4})(.{4})", r"\1-\2-\3-\4-", digits)
 
 
 def _apple_time(*values: Any) -> Any:
@@ -964,11 +962,11 @@ def _exception_type(name: str, kill_code: str, mach: str, signal: str) -> str:
 
 def _kill_code(*values: Any) -> str:
     """Why the system ended the app, as 0x8badf00d, of a code or of texts that may name one. Lower numbers are those of
-    signals, higher ones hold what differs from crash to crash."""
-    found = chain.from_iterable([value] if type(value) is int else [
-        int(digits, 16 if digits[1:2] in ("x", "X") else 10) for digits in _KILL_CODE.findall(value)]
-        for value in values if type(value) in (int, str))
-    return next((f"{number:#x}" for number in found if 0xFFFF < number <= 0xFFFFFFFF), "")
+    signals, higher ones differ from crash to crash."""
+    numbers = [value for value in values if type(value) is int]
+    numbers += [int(digits or decimal, 16 if digits else 10) for value in values if type(value) is str
+                for digits, decimal in _KILL_CODE.findall(value)]
+    return next((f"{number:#x}" for number in numbers if 0xFFFF < number <= 0xFFFFFFFF), "")
 
 
 class _Image(NamedTuple):
@@ -992,7 +990,7 @@ def _apple_frame(number: int, image: _Image, offset: int | None, given: JsonObje
             **{name: True for name, value in flags.items() if value}}
 
 
-def _numbered(frames: list[JsonObject]) -> list[tuple[int, JsonObject]]:
+def _numbered(frames: list[Any]) -> list[tuple[int, Any]]:
     """The frames with their numbers: of too many, one more than Payloads keeps, so that it says what it cut."""
     numbered = list(enumerate(frames))
     return numbered if len(frames) <= FIRST_FRAMES + LAST_FRAMES else (
@@ -1029,7 +1027,8 @@ def _metrickit_report(kind: str, item: JsonObject, payload: JsonObject) -> Apple
     if is_crash:
         if (type_and_reason := _metrickit_exception(meta))["exception_type"] == "Unknown" and kind[0] == "m":
             type_and_reason["exception_type"] = "Memory exception"
-        return parse_crash, {**_without(meta, _CRASH_FIELDS), **given, **type_and_reason, "stack_trace": trace}
+        unknown = {name: value for name, value in meta.items() if name not in _CRASH_FIELDS}
+        return parse_crash, {**unknown, **given, **type_and_reason, "stack_trace": trace}
     if not trace and kind not in EVENT_NAMES:
         return None
     duration = next((name for name in DURATIONS if meta.get(name)), "")
@@ -1038,10 +1037,6 @@ def _metrickit_report(kind: str, item: JsonObject, payload: JsonObject) -> Apple
     return parse_event, {
         **given, "type": "error", "name": EVENT_NAMES.get(kind, words.capitalize()),
         "properties": {**meta, **{name: value for name, value in known.items() if value not in (None, "", [])}}}
-
-
-def _without(given: JsonObject, names: Iterable[str]) -> JsonObject:
-    return {name: value for name, value in given.items() if name not in names}
 
 
 def _metrickit_exception(meta: JsonObject) -> JsonObject:
@@ -1064,28 +1059,26 @@ def _metrickit_trace(tree: JsonObject, is_crash: bool) -> list[JsonObject]:
         path.append(max(frames, key=lambda frame: _whole(frame, "sampleCount") or 0))
         frames = _objects(path[-1], "subFrames")
     names = {_uuid(each.get("uuid")): _member(each, "name", str) for each in _objects(tree, "binaryInfo")}
-    ends = [_metrickit_binary(frame, names) in _THREAD_STARTS for frame in (path[:1] + path[-1:])]
-    if not is_crash and ends == [True, False]:
-        path.reverse()
-    return [_apple_frame(number, *_metrickit_image(frame, names), {}) for number, frame in _numbered(path)]
-
-
-def _metrickit_binary(frame: JsonObject, names: Mapping[str | None, str]) -> str:
-    return _member(frame, "binaryName", str) or names.get(_uuid(frame.get("binaryUUID")), "")
+    images = [_metrickit_image(frame, names) for frame in path]
+    from_start = [image.binary in _THREAD_STARTS for image, _ in images]
+    if not is_crash and from_start[:1] == [True] and not from_start[-1]:
+        images.reverse()
+    return [_apple_frame(number, *image, {}) for number, image in _numbered(images)]
 
 
 def _metrickit_image(frame: JsonObject, names: Mapping[str | None, str]) -> tuple[_Image, int | None]:
     """A frame's binary and its offset there. There are no paths: what was loaded below the system's libraries is the
     app's own. iOS 14 and 15 and macOS 12 say where the binary was loaded in place of the offset."""
-    binary, given, address = _metrickit_binary(frame, names), _whole(frame, "offsetIntoBinaryTextSegment"), _whole(
-        frame, "address")
+    uuid, address = _uuid(frame.get("binaryUUID")), _whole(frame, "address")
+    binary, given = _member(frame, "binaryName", str) or names.get(uuid, ""), _whole(
+        frame, "offsetIntoBinaryTextSegment")
+    loaded_at: int | None
     if given is not None and given >= 1 << 32:
-        loaded_at: int | None = given
-        offset = None if address is None or address < given else address - given
+        loaded_at, offset = given, None if address is None or address < given else address - given
     else:
         loaded_at, offset = None if address is None else address - (given or 0), given
     is_own = loaded_at is not None and 0 <= loaded_at < SHARED_CACHE and not _NEVER_OWN.fullmatch(binary)
-    return _Image(binary[:MAX_TEXT], _uuid(frame.get("binaryUUID")), is_own), offset
+    return _Image(binary[:MAX_TEXT], uuid, is_own), offset
 
 
 # .ips and .crash files.
@@ -1102,10 +1095,10 @@ def _ips_crash(header: JsonObject, body: JsonObject) -> JsonObject:
                _member(ended, "indicator", str), *notes[:1]]
     kept = {"process": body.get("procName") or header.get("app_name"), "platformArchitecture": body.get("cpuType"),
             "bundleIdentifier": bundle.get("CFBundleIdentifier") or header.get("bundleID"),
-            "exceptionCodes": exception.get("codes"), "exceptionSubtype": exception.get("subtype"),
-            "termination": _plain_members({name: ended.get(name) for name in ("namespace", "code", "indicator")})}
+            "exceptionCodes": exception.get("codes"), "exceptionSubtype": exception.get("subtype")}
+    termination = _plain_members({name: ended.get(name) for name in ("namespace", "code", "indicator")})
     return {
-        **_plain_members(kept),
+        **_plain_members(kept), **({"termination": termination} if termination else {}),
         "exception_type": _exception_type(
             thrown[1] if thrown else "", _kill_code(ended.get("code"), *why_ended), _member(exception, "type", str),
             _member(exception, "signal", str)),
@@ -1150,7 +1143,7 @@ _CRASH_FRAME = re.compile(r"^[0-9]{1,9}[ \t](.*?)0x([0-9a-f]{1,16})\b(.*)", re.M
 _CRASH_PLACE = re.compile(  # Cart.total() + 112 (Cart.swift:12)
     r"(?!0x)(.*?)(?: \+ [0-9]+)?(?: \[inlined\])?(?: \(([^():]{1,200}):([0-9]{1,9})\))?(?: \[inlined\])?")
 _CRASH_IMAGE = re.compile(
-    r"^[ \t]*0x([0-9a-f]{1,16})[ \t]*-[ \t]*0x([0-9a-f]{1,16})[ \t]([^<\n]*)<([0-9a-f-]+)>(.*)", re.M | re.I)
+    r"^[ \t]*0x([0-9a-f]{1,16})[ \t]*-[ \t]*0x([0-9a-f]{1,16})[ \t][^<\n]*<([0-9a-f-]+)>(.*)", re.M | re.I)
 
 
 def _crash_as_ips(text: str) -> JsonObject:
@@ -1167,7 +1160,7 @@ def _crash_as_ips(text: str) -> JsonObject:
         "termination": {"details": [head.get("Termination Description") or (explained and explained[0])], **({
             "namespace": ended[1], "code": int(ended[2], 16) if ended[2] else int(ended[3]), "indicator": ended[4]}
             if ended else {})},
-        "asi": {"": _section(text, re.search("^Application Specific Information:.*\n", text, re.M)).splitlines()},
+        "asi": {"": [_section(text, re.search("^Application Specific Information:.*\n", text, re.M))]},
         "bundleInfo": {"CFBundleShortVersionString": version.strip(), "CFBundleVersion": build.rstrip(") "),
                        "CFBundleIdentifier": head.get("Identifier")},
         "procName": head.get("Process", "").partition(" [")[0], "procPath": head.get("Path"),
@@ -1182,15 +1175,15 @@ def _section(text: str, title: re.Match[str] | None) -> str:
 
 def _crash_stack(text: str) -> JsonObject:
     """Frames and images as an .ips file has them. What a frame's image is, its address says."""
-    found = {int(start, 16): (int(end, 16), {"path": path.strip(), "uuid": uuid, "name": path.rpartition("/")[2]})
-             for start, end, _, uuid, path in _CRASH_IMAGE.findall(text)}
+    found = {int(start, 16): (int(end, 16), {"path": path.strip(), "uuid": uuid})
+             for start, end, uuid, path in _CRASH_IMAGE.findall(text)}
     found.pop(0, None)  # no image, though every address lies in it
-    starts, frames, images = sorted(found), [], []
+    starts, frames, images = sorted(found), list[JsonObject](), list[JsonObject]()
     for binary, address, place in _crash_frames(_section(text, _CRASH_THREAD.search(text))):
         start = starts[bisect_left(starts, address + 1) - 1] if starts else 0
         end, image = found.get(start, (0, {}))
         is_known, match = start <= address <= end, _CRASH_PLACE.fullmatch(place)
-        images.append(image if is_known else {"name": binary})
+        images.append({**(image if is_known else {}), "name": binary})
         symbol, file, line = match.groups() if match else (None, None, None)
         frames.append({"imageIndex": len(frames), "imageOffset": address - start if is_known else None,
                        "symbol": symbol, "sourceFile": file, "sourceLine": int(line) if line else None,
