@@ -815,8 +815,9 @@ def _apple_reports(text: str) -> Iterable[AppleReport]:
     if not all(type(each) is dict for each in objects):
         raise Refusal(UNKNOWN_FORMAT, detail=f"the body is {_kind(objects[0])}, not an object")
     bug_types = [str(each["bug_type"]) for each in objects if type(each.get("bug_type")) in (str, int)]
+    bug_types = list(filter(re.compile("[0-9]{1,9}").fullmatch, bug_types))
     if bug_types and BUG_TYPES.get(bug_types[0]) != "a crash":
-        raise Refusal(f"unsupported bug_type {bug_types[0][:10]}",
+        raise Refusal(f"unsupported bug_type {bug_types[0]}",
                       detail=f"{BUG_TYPES.get(bug_types[0], 'it')} is no crash of the app")
     for each in objects:
         if any(type(each.get(name)) is list for name in ("threads", "usedImages", "lastExceptionBacktrace")):
