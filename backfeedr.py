@@ -819,8 +819,9 @@ def _apple_reports(text: str) -> Iterable[AppleReport]:
     if bug_types and BUG_TYPES.get(bug_types[0]) != "a crash":
         raise Refusal(f"unsupported bug_type {bug_types[0]}",
                       detail=f"{BUG_TYPES.get(bug_types[0], 'it')} is no crash of the app")
+    names_of_a_body = {"threads", "exception"} if bug_types else {"usedImages", "termination"}  # others have threads
     for each in objects:
-        if any(type(each.get(name)) is list for name in ("threads", "usedImages", "lastExceptionBacktrace")):
+        if each.keys() & names_of_a_body:
             return [(parse_crash, _ips_crash(objects[0], each))]
     if problem and re.search("^Exception Type:", text, re.M):
         return [(parse_crash, _ips_crash(objects[0] if objects else {}, _crash_as_ips(text)))]
@@ -1004,7 +1005,7 @@ def _metrickit_reports(payload: JsonObject) -> Iterator[AppleReport]:
     kinds = [name for name in payload if re.search(r"\wDiagnostics?\Z", name)]
     if not kinds and not payload.keys() & {"timeStampBegin", "timeStampEnd", "timeRange"}:
         raise Refusal(UNKNOWN_FORMAT, detail="the object is neither a MetricKit payload nor an .ips file")
-    span = _member(payload, "timeRange", dict)
+    span, environment = _member(payload, "timeRange", dict), _member(payload, "environment", dict)
     time_given = _apple_time(
         payload.get("timeStampEnd"), payload.get("timeStampBegin"), span.get("end"), span.get("begin"))
     for kind in kinds:
@@ -1012,12 +1013,14 @@ def _metrickit_reports(payload: JsonObject) -> Iterator[AppleReport]:
         for item in value if type(value) is list else [] if value is None else [value]:
             if type(item) is not dict:
                 raise Refusal(UNKNOWN_FORMAT, detail=f"{kind[:50]} has {_kind(item)} where an object belongs")
-            if report := _metrickit_report(kind[:-1] if kind[-1] == "s" else kind, item, payload):
+            if report := _metrickit_report(kind[:-1] if kind[-1] == "s" else kind, item, environment):
                 yield report[0], {**report[1], "occurred_at": time_given}
+                if _size(environment) > MAX_STORED_BATCHED:  # a copy in each would let a small request write much
+                    environment = {}
 
 
-def _metrickit_report(kind: str, item: JsonObject, payload: JsonObject) -> AppleReport | None:
-    meta = {**_member(payload, "environment", dict), **item, **_member(item, "diagnosticMetaData", dict)}
+def _metrickit_report(kind: str, item: JsonObject, environment: JsonObject) -> AppleReport | None:
+    meta = {**environment, **item, **_member(item, "diagnosticMetaData", dict)}
     for name in ("callStackTree", "diagnosticMetaData", "version"):
         meta.pop(name, None)
     given = {ours: meta.pop(apples, None) or meta.pop(apples.replace("app", "application"), None) for ours, apples in (
@@ -1064,7 +1067,7 @@ def _metrickit_trace(tree: JsonObject, is_crash: bool) -> list[JsonObject]:
     from_start = [image.binary in _THREAD_STARTS for image, _ in images]
     if not is_crash and from_start[:1] == [True] and not from_start[-1]:
         images.reverse()
-    return [_apple_frame(number, *image, {}) for number, image in _numbered(images)]
+    return [_apple_frame(number, image, offset, {}) for number, (image, offset) in _numbered(images)]
 
 
 def _metrickit_image(frame: JsonObject, names: Mapping[str | None, str]) -> tuple[_Image, int | None]:

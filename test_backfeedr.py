@@ -1190,6 +1190,7 @@ UNREADABLE = [
         (b"\xff", "it is not UTF-8"), (b"[]", "the body is a list, not an object"),
         (b"1", "the body is a number, not an object"),
         (b"{}", "the object is neither a MetricKit payload nor an .ips file"),
+        ({**CRASH, "threads": [], "exception": {}}, "the object is neither a MetricKit payload nor an .ips file"),
         (json.dumps(CRASH).encode(), "the object is neither a MetricKit payload nor an .ips file"),
         (b'{"crashDiagnostics": [1, 2', "Expecting ',' delimiter: line 1 column 27 (char 26)"),
         (b'{"crashDiagnostics": []} x', "Extra data: line 1 column 26 (char 25)"),
@@ -1215,8 +1216,20 @@ def test_what_cannot_be_read_is_refused_with_its_reason(body, text, detail):
     assert (str(refused.value), refused.value.detail) == (text, detail)
 
 
-def test_a_hundred_diagnostics_are_taken():
+def test_a_hundred_diagnostics_are_taken_and_store_hardly_more_than_was_sent():
     assert len(diagnosed({"crashDiagnostics": [{}] * 60, "hangDiagnostics": [{}] * 40})) == 100
+    for length, count in ((1000, 100), (100_000, 1)):  # what they share is copied only where it is small
+        body = {"environment": {"x": "y" * length, "applicationVersion": "1"}, "crashDiagnostic": [{}] * 100}
+        assert [len(report["extra"]["x"]) for report in diagnosed(body) if "extra" in report] == [length] * count
+
+
+def test_the_examples_are_read():
+    crash, hang = diagnosed((EXAMPLES / "diagnostics.json").read_bytes())
+    assert (crash["exception_type"], hang["name"]) == ("EXC_BREAKPOINT", "Hang")
+    report = only((EXAMPLES / "crash.ips").read_bytes())
+    assert report["exception_reason"] == "Shop/Cart.swift:42: Fatal error: Index out of range"
+    assert [frame["symbol"] for frame in report["stack_trace"] if frame.get("in_app")] == [
+        "Cart.item(at:)", "CartView.body.getter"]
 
 
 def nest(depth, frame='{"binaryName":"Shop","offsetIntoBinaryTextSegment":%d'):
