@@ -443,9 +443,9 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=
 # Its encode() makes one of these in each call, which takes longer than encoding. PyPy has none.
 _C_ENCODER = json.encoder.c_make_encoder and json.encoder.c_make_encoder(  # type: ignore[attr-defined]
     None, _ENCODER.default, json.encoder.encode_basestring, None, ":", ",", False, False, False)
-# An even number of backslashes, then a pair of surrogates, which is one character, or a NUL or one without the other.
-_UNSTORABLE = re.compile(
-    r"(?<!\\)((?:\\\\)*)(?:(\\ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2})|\\u(?:0000|d[89a-f][0-9a-f]{2}))", re.I)
+_MAYBE_UNSTORABLE = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")  # a look that costs next to nothing
+# An escape: a pair of surrogates, which is one character; a NUL or a surrogate alone; any other.
+_ESCAPE = re.compile(r"\\(?:ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}|(u0000|ud[89a-f][0-9a-f]{2})|.)", re.I | re.S)
 
 
 def _encode(value: Any) -> str:
@@ -455,7 +455,9 @@ def _encode(value: Any) -> str:
 
 def _storable(text: str) -> str:
     """JSON without what SQLite does not store, which UTF-8 and JSON allow only as escapes."""
-    return _UNSTORABLE.sub(lambda match: match[1] + (match[2] or r"\ufffd"), text) if "\\u" in text else text
+    if not _MAYBE_UNSTORABLE.search(text):
+        return text
+    return _ESCAPE.sub(lambda match: r"\ufffd" if match[1] else match[0], text)
 
 
 def _kind(value: Any) -> str:
