@@ -1022,6 +1022,8 @@ def _metrickit_reports(payload: JsonObject) -> Iterator[AppleReport]:
 
 
 def _metrickit_report(kind: str, item: JsonObject, environment: JsonObject) -> AppleReport | None:
+    """A crash, or an event of what kills nobody; None of an unknown kind without a call stack. What has no column is
+    kept under Apple's names."""
     meta = {**environment, **item, **_member(item, "diagnosticMetaData", dict)}
     for name in ("callStackTree", "diagnosticMetaData", "version"):
         meta.pop(name, None)
@@ -1035,14 +1037,17 @@ def _metrickit_report(kind: str, item: JsonObject, environment: JsonObject) -> A
             type_and_reason["exception_type"] = "Memory exception"
         unknown = {name: value for name, value in meta.items() if name not in _CRASH_FIELDS}
         return parse_crash, {**unknown, **given, **type_and_reason, "stack_trace": trace}
-    if not trace and kind not in EVENT_NAMES:
-        return None
+    if trace or kind in EVENT_NAMES:
+        return parse_event, _metrickit_event(kind, meta, given, trace)
+    return None
+
+
+def _metrickit_event(kind: str, meta: JsonObject, given: JsonObject, trace: list[JsonObject]) -> JsonObject:
     duration = next((name for name in DURATIONS if meta.get(name)), "")
     known = {"duration": meta.pop(duration, None), "build_number": given.pop("build_number"), "stack_trace": trace}
-    words = re.sub("(?<=[a-z0-9])([A-Z])", r" \1", kind[:-len("Diagnostic")][:MAX_TEXT])
-    return parse_event, {
-        **given, "type": "error", "name": EVENT_NAMES.get(kind, words.capitalize()),
-        "properties": {**meta, **{name: value for name, value in known.items() if value not in (None, "", [])}}}
+    words = re.sub("(?<=[a-z0-9])([A-Z])", r" \1", kind[:-len("Diagnostic")][:MAX_TEXT])  # gpuHang: "Gpu hang"
+    return {**given, "type": "error", "name": EVENT_NAMES.get(kind, words.capitalize()), "properties": {
+        **meta, **{name: value for name, value in known.items() if value not in (None, "", [])}}}
 
 
 def _metrickit_exception(meta: JsonObject) -> JsonObject:
@@ -1064,7 +1069,8 @@ def _metrickit_trace(tree: JsonObject, is_crash: bool) -> list[JsonObject]:
     while frames:
         path.append(max(frames, key=lambda frame: _whole(frame, "sampleCount") or 0))
         frames = _objects(path[-1], "subFrames")
-    names = {_uuid(each.get("uuid")): _member(each, "name", str) for each in _objects(tree, "binaryInfo")}
+    names = {uuid: _member(each, "name", str) for each in _objects(tree, "binaryInfo")
+             if (uuid := _uuid(each.get("uuid")))}
     images = [_metrickit_image(frame, names) for frame in path]
     from_start = [image.binary in _THREAD_STARTS for image, _ in images]
     if not is_crash and from_start[:1] == [True] and not from_start[-1]:
@@ -1072,12 +1078,12 @@ def _metrickit_trace(tree: JsonObject, is_crash: bool) -> list[JsonObject]:
     return [_apple_frame(number, image, offset, {}) for number, (image, offset) in _numbered(images)]
 
 
-def _metrickit_image(frame: JsonObject, names: Mapping[str | None, str]) -> tuple[_Image, int | None]:
+def _metrickit_image(frame: JsonObject, names: Mapping[str, str]) -> tuple[_Image, int | None]:
     """A frame's binary and its offset there. There are no paths: what was loaded below the system's libraries is the
     app's own. iOS 14 and 15 and macOS 12 say where the binary was loaded in place of the offset."""
     uuid, address = _uuid(frame.get("binaryUUID")), _whole(frame, "address")
-    binary, given = _member(frame, "binaryName", str) or names.get(uuid, ""), _whole(
-        frame, "offsetIntoBinaryTextSegment")
+    binary = _member(frame, "binaryName", str) or names.get(uuid or "", "")
+    given = _whole(frame, "offsetIntoBinaryTextSegment")
     loaded_at: int | None
     if given is not None and given >= 1 << 32:
         loaded_at, offset = given, None if address is None or address < given else address - given
