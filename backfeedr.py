@@ -21,6 +21,7 @@ The rooms, each of which uses only those above it (but Templates, which stand be
     Values          refusals, times, ids, keys
     Grouping        what a stack frame says, and the group of a crash
     Payloads        JSON in, a crash or an event out
+    Apple formats   MetricKit, .ips and .crash in, the same out
     Signature       HMAC-SHA256 over a request
     RateLimiter     at most so many requests a minute for a key
     Symbols         the names of a build's functions, and how a frame gets its own
@@ -84,7 +85,8 @@ from datetime import date, datetime, timezone
 from difflib import get_close_matches
 from functools import lru_cache, partial, reduce
 from http import HTTPStatus
-from itertools import accumulate, chain, groupby, product, repeat
+from itertools import accumulate, chain, groupby, islice, product, repeat
+from json.decoder import scanstring  # type: ignore[attr-defined]
 from operator import attrgetter, itemgetter, lt
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -589,10 +591,8 @@ def decode_json(body: bytes) -> JsonObject:
     """The JSON object in a body. Raises Refusal unless it is one, in UTF-8, with finite numbers. A NUL or a lone
     surrogate, which SQLite does not store, becomes U+FFFD: one bad character must not cost a report."""
     try:
-        text = body.decode()
+        text = _storable(body.decode())
         value = _DECODER.decode(text[1:] if text.startswith("\ufeff") else text)  # a byte order mark
-        if "\\u" in text:  # UTF-8 and JSON allow these characters only as escapes
-            value = _replace_unstorable(value)
     except RecursionError:
         raise Refusal("invalid JSON", detail="it is nested too deep") from None
     except UnicodeDecodeError:
@@ -616,7 +616,9 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=
 # Its encode() makes one of these in each call, which takes longer than encoding. PyPy has none.
 _C_ENCODER = json.encoder.c_make_encoder and json.encoder.c_make_encoder(  # type: ignore[attr-defined]
     None, _ENCODER.default, json.encoder.encode_basestring, None, ":", ",", False, False, False)
-_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+_MAYBE_UNSTORABLE = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")  # a look that costs next to nothing
+# An escape: a pair of surrogates, which is one character; a NUL or a surrogate alone; any other.
+_ESCAPE = re.compile(r"\\(?:ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}|(u0000|ud[89a-f][0-9a-f]{2})|.)", re.I | re.S)
 
 
 def _encode(value: Any) -> str:
@@ -624,14 +626,11 @@ def _encode(value: Any) -> str:
     return "".join(_C_ENCODER(value, 0)) if _C_ENCODER else _ENCODER.encode(value)
 
 
-def _replace_unstorable(value: Any) -> Any:
-    if type(value) is str:
-        return _UNSTORABLE.sub("\ufffd", value)
-    if type(value) is list:
-        return [_replace_unstorable(item) for item in value]
-    if type(value) is dict:
-        return {_replace_unstorable(name): _replace_unstorable(item) for name, item in value.items()}
-    return value
+def _storable(text: str) -> str:
+    """JSON without what SQLite does not store, which UTF-8 and JSON allow only as escapes."""
+    if not _MAYBE_UNSTORABLE.search(text):
+        return text
+    return _ESCAPE.sub(lambda match: r"\ufffd" if match[1] else match[0], text)
 
 
 def _kind(value: Any) -> str:
@@ -926,6 +925,466 @@ def _convert_alike(objects: list[JsonObject], converters: Converters) -> Iterabl
     if len(names) > MAX_NAMES or max(map(len, texts), default=0) > MAX_STORED_BATCHED // 8:
         raise ValueError
     return zip(*columns)
+
+
+# == Apple formats =============================================================
+# What Apple makes of a crash in, the crashes and events of Payloads out, by pure functions. The formats are told apart
+# by their content. A diagnostic becomes an object like those of our own clients and takes their way, so that it is
+# converted, cut and grouped as theirs. What could identify a phone or a person is left behind.
+
+UNKNOWN_FORMAT = "unknown report format"
+MACH_EXCEPTIONS = {
+    1: "EXC_BAD_ACCESS", 2: "EXC_BAD_INSTRUCTION", 3: "EXC_ARITHMETIC", 4: "EXC_EMULATION", 5: "EXC_SOFTWARE",
+    6: "EXC_BREAKPOINT", 7: "EXC_SYSCALL", 8: "EXC_MACH_SYSCALL", 9: "EXC_RPC_ALERT", 10: "EXC_CRASH",
+    11: "EXC_RESOURCE", 12: "EXC_GUARD", 13: "EXC_CORPSE_NOTIFY"}
+SIGNALS = {3: "SIGQUIT", 4: "SIGILL", 5: "SIGTRAP", 6: "SIGABRT", 7: "SIGEMT", 8: "SIGFPE", 9: "SIGKILL", 10: "SIGBUS",
+           11: "SIGSEGV", 12: "SIGSYS", 13: "SIGPIPE", 14: "SIGALRM", 15: "SIGTERM"}  # Darwin's numbers
+BUG_TYPES = {"298": "jetsam, memory of the whole system", "202": "CPU use", "206": "CPU use", **dict.fromkeys(
+    ("222", "223", "228", "328"), "a hang"), "309": "a crash", "109": "a crash"}
+EVENT_NAMES = {
+    "hangDiagnostic": "Hang", "cpuExceptionDiagnostic": "CPU exception", "appLaunchDiagnostic": "Slow launch",
+    "diskWriteExceptionDiagnostic": "Disk write exception"}
+DURATIONS = ("hangDuration", "totalCPUTime", "writesCaused", "totalWritesCaused", "launchDuration")
+MAX_PATH = 1024  # Darwin's bound
+SHARED_CACHE = 0x180000000  # where iOS loads its own libraries; apps lie below
+
+_UUID = "[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"
+# The name of a person and the folder of an installation, in a path, whose slashes JSON may escape.
+_PRIVATE = re.compile(rf"/(?:((?:Users|home)\\?/)(?:[^\s\\/\"']|\\u[0-9A-Fa-f]{{4}})+|{_UUID})")
+_OBJECT_LINE = re.compile(r"^\{", re.M)
+_APPLE_TIME = re.compile(
+    r"([0-9-]{10})[ T]([0-9:]{8})(?:(\.[0-9]{1,9})[0-9]*)? ?(Z|[+-][0-9]{2}:?[0-9]{2})?")
+_OS_VERSION = re.compile(r"(?:[A-Za-z]+ ){0,4}([0-9]+(?:\.[0-9]+)*)(?: \([\w ]{1,30}\))*")
+_KILL_CODE = re.compile(r"(?:\bcode[: ] ?|^[A-Z]{1,40} )(?:0x([0-9a-f]{1,16})|([0-9]{1,19}))\b", re.I)
+_UNCAUGHT = re.compile(r"uncaught exception '([^'\n]{1,200})', reason: '")
+_FATAL = re.compile("Fatal error|Precondition failed|Assertion failed|BUG IN ")
+# Of a simulator the system's own files lie below Xcode.app, too.
+_OWN_PATH = re.compile(r"(?!/System/|/usr/|.*/(?:RuntimeRoot|Contents/Developer)/).*\.app(?:ex)?/", re.S)
+_NEVER_OWN = re.compile(r"dyld|libobjc-trampolines\.dylib|libswift\w{0,40}\.dylib")  # the last, where an app brings it
+_THREAD_STARTS = ("dyld", "libdyld.dylib", "libsystem_pthread.dylib")
+
+
+def parse_diagnostics(body: bytes, now: int, device: str = "") -> list[Crash | Event]:
+    """The crashes and events in what Apple made, in its order: a MetricKit payload of either shape, an .ips file, a
+    .crash text. [] where MetricKit had nothing to tell. `now`, in milliseconds, is when it occurred if nothing says
+    that, `device` the device_id_hash. Raises Refusal."""
+    try:
+        text = body.decode()
+        text = _storable(_PRIVATE.sub(lambda match: f"/{match[1]}USER" if match[1] else "/UUID", text))
+        reports = list(islice(_apple_reports(text[1:] if text.startswith("\ufeff") else text), MAX_BATCH + 1))
+        if len(reports) > MAX_BATCH:
+            raise Refusal(f"too many diagnostics: at most {MAX_BATCH}")
+        return [parse({**given, "occurred_at": given["occurred_at"] or iso_time(now), "device_id_hash": device})
+                for parse, given in reports]
+    except UnicodeDecodeError:
+        raise Refusal(UNKNOWN_FORMAT, detail="it is not UTF-8") from None
+    except RecursionError:  # in a field that is kept as it came
+        raise Refusal(UNKNOWN_FORMAT, detail="it is nested too deep") from None
+
+
+AppleReport = tuple[Callable[[JsonObject], Union[Crash, Event]], JsonObject]  # how it is parsed, and it
+
+
+def _apple_reports(text: str) -> Iterable[AppleReport]:
+    try:
+        objects, problem = [_decode_whole(text)], ""
+    except ValueError as error:
+        objects, problem = _objects_on_lines(text), str(error)[:100]
+    if not all(type(each) is dict for each in objects):
+        raise Refusal(UNKNOWN_FORMAT, detail=f"the body is {_kind(objects[0])}, not an object")
+    bug_types = [str(each["bug_type"]) for each in objects if type(each.get("bug_type")) in (str, int)]
+    bug_types = list(filter(re.compile("[0-9]{1,9}").fullmatch, bug_types))
+    if bug_types and BUG_TYPES.get(bug_types[0]) != "a crash":
+        raise Refusal(f"unsupported bug_type {bug_types[0]}",
+                      detail=f"{BUG_TYPES.get(bug_types[0], 'it')} is no crash of the app")
+    names_of_a_body = {"threads", "exception"} if bug_types else {"usedImages", "termination"}  # others have threads
+    for each in objects:
+        if each.keys() & names_of_a_body:
+            return [(parse_crash, _ips_crash(objects[0], each))]
+    if problem and re.search("^Exception Type:", text, re.M):
+        return [(parse_crash, _ips_crash(objects[0] if objects else {}, _crash_as_ips(text)))]
+    if problem or bug_types:
+        raise Refusal(UNKNOWN_FORMAT, detail="an .ips file whose body cannot be read" if bug_types else problem)
+    return _metrickit_reports(objects[0])
+
+
+# Reading JSON. Each level of `subFrames` is two of JSON, and a real call stack has hundreds.
+
+def _decode_whole(text: str) -> Any:
+    """The JSON value that a text is. Raises ValueError."""
+    begin = len(text) - len(text.lstrip(" \t\n\r"))
+    try:
+        value, end = _DECODER.raw_decode(text, begin)  # ten times as fast
+    except RecursionError:
+        value, end = _decode_deep(text, begin)
+    if rest := text[end:].lstrip(" \t\n\r"):
+        raise json.JSONDecodeError("Extra data", text, len(text) - len(rest))
+    return value
+
+
+def _objects_on_lines(text: str) -> list[JsonObject]:
+    """The objects that begin a line: head and body of an .ips file, whatever stands around them. Each try may read the
+    whole text, so there are few, and only fast ones."""
+    found, at = [], 0
+    for _ in range(4):
+        if match := _OBJECT_LINE.search(text, at):
+            at = match.end()
+            with suppress(ValueError, RecursionError):
+                value, at = _DECODER.raw_decode(text, match.start())
+                found.append(value)
+    return found
+
+
+_JSON_VALUE = re.compile(
+    r'[ \t\n\r]*([\[{"]|true|false|null|-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?|NaN|-?Infinity)')
+_JSON_END = re.compile(r"[ \t\n\r]*[\]}]")
+_JSON_NEXT = re.compile(r"[ \t\n\r]*([,\]}])")
+_JSON_NAME = re.compile(r'[ \t\n\r]*"')
+_JSON_COLON = re.compile(r"[ \t\n\r]*:")
+_JSON_WORDS = {"true": True, "false": False, "null": None}
+
+
+def _decode_deep(text: str, at: int) -> tuple[Any, int]:
+    """The JSON value at a place, and where it ends, without recursion. `subFrames` and the frames in them may nest
+    without end, all else by MAX_DEPTH levels. Raises ValueError."""
+    def expect(pattern: re.Pattern[str], what: str) -> Any:
+        nonlocal at
+        if not (match := pattern.match(text, at)):
+            raise json.JSONDecodeError(f"Expecting {what}", text, at)
+        at = match.end()
+        return match
+
+    inside: Any = []  # the innermost container that is open
+    outer: list[tuple[Any, Any, int]] = []  # those around it, their open member, their depth
+    name, depth = None, 0
+    while True:
+        if type(inside) is dict:
+            expect(_JSON_NAME, "property name enclosed in double quotes")
+            name, at = scanstring(text, at)
+            expect(_JSON_COLON, "':' delimiter")
+        token, *parts = expect(_JSON_VALUE, "value").groups()
+        if token == '"':
+            value, at = scanstring(text, at)
+        else:
+            value = ({} if token == "{" else [] if token == "[" else _JSON_WORDS[token] if token in _JSON_WORDS
+                     else _finite(token) if any(parts) or token[-1] in "Ny" else int(token))
+        if type(inside) is dict:
+            inside[name] = value
+        else:
+            inside.append(value)
+        if token in ("{", "["):
+            outer.append((inside, name, depth))
+            is_frames = name == "subFrames" and type(inside) is not type(value)
+            inside, name, depth = value, name if is_frames else None, depth if is_frames else depth + 1
+            if depth > MAX_DEPTH:
+                raise ValueError("it is nested too deep")
+            if not _JSON_END.match(text, at):
+                continue
+        while outer and (end := expect(_JSON_NEXT, "',' delimiter")[1]) != ",":
+            if end != ("}" if type(inside) is dict else "]"):
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, at - 1)
+            inside, name, depth = outer.pop()
+        if not outer:
+            return inside[0], at
+
+
+# Members of a kind, whatever was sent.
+
+def _member(given: Any, name: str, kind: Callable[[], Any]) -> Any:
+    """A member of an object if it is of this kind, else the empty value of the kind."""
+    value = given.get(name)
+    return value if type(value) is kind else kind()
+
+
+def _objects(given: JsonObject, name: str) -> list[JsonObject]:
+    return [item for item in _member(given, name, list) if type(item) is dict]
+
+
+def _plain_members(given: JsonObject) -> JsonObject:
+    return {name: value for name, value in given.items() if type(value) in (str, int) and value != ""}
+
+
+def _whole(given: JsonObject, name: str) -> int | None:
+    value = given.get(name)
+    return value if type(value) is int and 0 <= value <= MAX_NUMBER else None
+
+
+def _uuid(value: Any) -> str | None:
+    """A build's UUID as dwarfdump prints it; None for none, which some write as zeros."""
+    digits = value.replace("-", "").upper() if type(value) is str else ""
+    if not re.fullmatch("[0-9A-F]{32}", digits) or not digits.strip("0"):
+        return None
+    return re.sub("(.{8})(.{4})(.{4})(.{4})", r"\1-\2-\3-\4-", digits)
+
+
+def _apple_time(*values: Any) -> Any:
+    """The first of these that is a time, as `parse_occurred_at` takes it; None if there is none."""
+    for value in values:
+        if type(value) is str and (match := _APPLE_TIME.fullmatch(value)):
+            value = f"{match[1]}T{match[2]}{match[3] or ''}{match[4] or 'Z'}"
+        with suppress(ValueError):
+            parse_occurred_at(value)
+            return value
+    return None
+
+
+def _os_version(value: Any) -> Any:
+    """"17.0" of "iPhone OS 17.0 (21A329)"."""
+    if type(value) is dict:
+        return value.get("number")
+    match = _OS_VERSION.fullmatch(value[:MAX_TEXT]) if type(value) is str else None
+    return match[1] if match else value
+
+
+def _exception_type(name: str, kill_code: str, mach: str, signal: str) -> str:
+    return name or kill_code or (signal if mach in ("", "EXC_CRASH") and signal else mach) or "Unknown"
+
+
+def _kill_code(*values: Any) -> str:
+    """Why the system ended the app, as 0x8badf00d, of a code or of texts that may name one. Lower numbers are those of
+    signals, higher ones differ from crash to crash."""
+    numbers = [value for value in values if type(value) is int]
+    numbers += [int(digits or decimal, 16 if digits else 10) for value in values if type(value) is str
+                for digits, decimal in _KILL_CODE.findall(value)]
+    return next((f"{number:#x}" for number in numbers if 0xFFFF < number <= 0xFFFFFFFF), "")
+
+
+class _Image(NamedTuple):
+    """What a frame says of its binary."""
+
+    binary: str = ""
+    uuid: str | None = None
+    is_own: bool = False
+
+
+def _apple_frame(number: int, image: _Image, offset: int | None, given: JsonObject) -> JsonObject:
+    """A frame of ours, of a frame of an .ips file."""
+    file, line = _member(given, "sourceFile", str).rpartition("/")[2], _whole(given, "sourceLine")
+    if file == "<compiler-generated>":
+        file, line = "", None
+    symbol = _member(given, "symbol", str)
+    frame = {"frame": number, "symbol": "" if symbol == "<redacted>" else symbol, "file": file, "line": line or "",
+             "binary": image.binary, "uuid": image.uuid or "", "offset": "" if offset is None else offset}
+    flags = {"inlined": given.get("inline") is True, "in_app": image.is_own}
+    return {**{name: value for name, value in frame.items() if value != ""},
+            **{name: True for name, value in flags.items() if value}}
+
+
+def _numbered(frames: list[Any]) -> list[tuple[int, Any]]:
+    """The frames with their numbers: of too many, one more than Payloads keeps, so that it says what it cut."""
+    numbered = list(enumerate(frames))
+    return numbered if len(frames) <= FIRST_FRAMES + LAST_FRAMES else (
+        numbered[:FIRST_FRAMES] + numbered[-LAST_FRAMES - 1:])
+
+
+# MetricKit.
+
+def _metrickit_reports(payload: JsonObject) -> Iterator[AppleReport]:
+    kinds = [name for name in payload if re.search(r"\wDiagnostics?\Z", name)]
+    if not kinds and not payload.keys() & {"timeStampBegin", "timeStampEnd", "timeRange"}:
+        raise Refusal(UNKNOWN_FORMAT, detail="the object is neither a MetricKit payload nor an .ips file")
+    span, environment = _member(payload, "timeRange", dict), _member(payload, "environment", dict)
+    time_given = _apple_time(
+        payload.get("timeStampEnd"), payload.get("timeStampBegin"), span.get("end"), span.get("begin"))
+    for kind in kinds:
+        value = payload[kind]
+        for item in value if type(value) is list else [] if value is None else [value]:
+            if type(item) is not dict:
+                raise Refusal(UNKNOWN_FORMAT, detail=f"{kind[:50]} has {_kind(item)} where an object belongs")
+            if report := _metrickit_report(kind[:-1] if kind[-1] == "s" else kind, item, environment):
+                yield report[0], {**report[1], "occurred_at": time_given}
+                if _size(environment) > MAX_STORED_BATCHED:  # a copy in each would let a small request write much
+                    environment = {}
+
+
+def _metrickit_report(kind: str, item: JsonObject, environment: JsonObject) -> AppleReport | None:
+    """A crash, or an event of what kills nobody; None of an unknown kind without a call stack. What has no column is
+    kept under Apple's names."""
+    meta = {**environment, **item, **_member(item, "diagnosticMetaData", dict)}
+    for name in ("callStackTree", "diagnosticMetaData", "version"):
+        meta.pop(name, None)
+    given = {ours: meta.pop(apples, None) or meta.pop(apples.replace("app", "application"), None) for ours, apples in (
+        ("app_version", "appVersion"), ("build_number", "appBuildVersion"), ("device_model", "deviceType"))}
+    given["os_version"] = _os_version(meta.pop("osVersion", None))
+    is_crash = kind in ("crashDiagnostic", "memoryExceptionDiagnostic")
+    trace = _metrickit_trace(_member(item, "callStackTree", dict), is_crash)
+    if is_crash:
+        if (type_and_reason := _metrickit_exception(meta))["exception_type"] == "Unknown" and kind[0] == "m":
+            type_and_reason["exception_type"] = "Memory exception"
+        unknown = {name: value for name, value in meta.items() if name not in _CRASH_FIELDS}
+        return parse_crash, {**unknown, **given, **type_and_reason, "stack_trace": trace}
+    if trace or kind in EVENT_NAMES:
+        return parse_event, _metrickit_event(kind, meta, given, trace)
+    return None
+
+
+def _metrickit_event(kind: str, meta: JsonObject, given: JsonObject, trace: list[JsonObject]) -> JsonObject:
+    duration = next((name for name in DURATIONS if meta.get(name)), "")
+    known = {"duration": meta.pop(duration, None), "build_number": given.pop("build_number"), "stack_trace": trace}
+    words = re.sub("(?<=[a-z0-9])([A-Z])", r" \1", kind[:-len("Diagnostic")][:MAX_TEXT])  # gpuHang: "Gpu hang"
+    return {**given, "type": "error", "name": EVENT_NAMES.get(kind, words.capitalize()), "properties": {
+        **meta, **{name: value for name, value in known.items() if value not in (None, "", [])}}}
+
+
+def _metrickit_exception(meta: JsonObject) -> JsonObject:
+    thrown = _member(meta, "objectiveCexceptionReason", dict)
+    ended = _member(meta, "terminationReason", str)
+    names = [number if type(number) is str else numbers.get(number, "") if type(number) is int else ""
+             for number, numbers in ((meta.get("exceptionType"), MACH_EXCEPTIONS), (meta.get("signal"), SIGNALS))]
+    name = _member(thrown, "exceptionName", str) or _member(thrown, "className", str)
+    return {"exception_type": _exception_type(name, _kill_code(ended), *names),
+            "exception_reason": _member(thrown, "composedMessage", str) or ended}
+
+
+def _metrickit_trace(tree: JsonObject, is_crash: bool) -> list[JsonObject]:
+    """The frames of the thread that it is about, flat, the innermost first. Of a tree of samples, the path that most
+    of them took, which may begin where the thread did."""
+    stacks = _objects(tree, "callStacks") or _objects(tree, "callStackThreads")
+    stack = next((each for each in stacks if each.get("threadAttributed") is True), stacks[0] if stacks else {})
+    frames, path = _objects(stack, "callStackRootFrames") or _objects(stack, "rootFrames"), []
+    while frames:
+        path.append(max(frames, key=lambda frame: _whole(frame, "sampleCount") or 0))
+        frames = _objects(path[-1], "subFrames")
+    names = {uuid: _member(each, "name", str) for each in _objects(tree, "binaryInfo")
+             if (uuid := _uuid(each.get("uuid")))}
+    images = [_metrickit_image(frame, names) for frame in path]
+    from_start = [image.binary in _THREAD_STARTS for image, _ in images]
+    if not is_crash and from_start[:1] == [True] and not from_start[-1]:
+        images.reverse()
+    return [_apple_frame(number, image, offset, {}) for number, (image, offset) in _numbered(images)]
+
+
+def _metrickit_image(frame: JsonObject, names: Mapping[str, str]) -> tuple[_Image, int | None]:
+    """A frame's binary and its offset there. There are no paths: what was loaded below the system's libraries is the
+    app's own. iOS 14 and 15 and macOS 12 say where the binary was loaded in place of the offset."""
+    uuid, address = _uuid(frame.get("binaryUUID")), _whole(frame, "address")
+    binary = _member(frame, "binaryName", str) or names.get(uuid or "", "")
+    given = _whole(frame, "offsetIntoBinaryTextSegment")
+    loaded_at: int | None
+    if given is not None and given >= 1 << 32:
+        loaded_at, offset = given, None if address is None or address < given else address - given
+    else:
+        loaded_at, offset = None if address is None else address - (given or 0), given
+    is_own = loaded_at is not None and 0 <= loaded_at < SHARED_CACHE and not _NEVER_OWN.fullmatch(binary)
+    return _Image(binary[:MAX_TEXT], uuid, is_own), offset
+
+
+# .ips and .crash files.
+
+def _ips_crash(header: JsonObject, body: JsonObject) -> JsonObject:
+    """The crash in an .ips file. Of its fields only those are taken over that are named here."""
+    exception, ended, bundle = (_member(body, name, dict) for name in ("exception", "termination", "bundleInfo"))
+    notes = [note for notes in _member(body, "asi", dict).values() if type(notes) is list
+             for note in notes if type(note) is str]
+    why_ended = [text for name in ("reasons", "details") for text in _member(ended, name, list) if type(text) is str]
+    thrown = next(filter(None, map(_UNCAUGHT.search, notes)), None)
+    reasons = [thrown and re.split(r"'(?: \*\*\*|\n|\Z)", thrown.string[thrown.end():], maxsplit=1)[0],
+               next(filter(_FATAL.search, notes), ""), _member(exception, "subtype", str), " ".join(why_ended),
+               _member(ended, "indicator", str), *notes[:1]]
+    kept = {"process": body.get("procName") or header.get("app_name"), "platformArchitecture": body.get("cpuType"),
+            "bundleIdentifier": bundle.get("CFBundleIdentifier") or header.get("bundleID"),
+            "exceptionCodes": exception.get("codes"), "exceptionSubtype": exception.get("subtype")}
+    termination = _plain_members({name: ended.get(name) for name in ("namespace", "code", "indicator")})
+    return {
+        **_plain_members(kept), **({"termination": termination} if termination else {}),
+        "exception_type": _exception_type(
+            thrown[1] if thrown else "", _kill_code(ended.get("code"), *why_ended), _member(exception, "type", str),
+            _member(exception, "signal", str)),
+        "exception_reason": next(filter(None, reasons), None), "stack_trace": _ips_trace(body),
+        "app_version": bundle.get("CFBundleShortVersionString") or header.get("app_version"),
+        "build_number": bundle.get("CFBundleVersion") or header.get("build_version"),
+        "os_version": _os_version(_member(body, "osVersion", dict).get("train") or header.get("os_version")),
+        "device_model": body.get("modelCode"),
+        "occurred_at": _apple_time(body.get("captureTime"), header.get("timestamp"))}
+
+
+def _ips_trace(body: JsonObject) -> list[JsonObject]:
+    """The frames of the exception, else of the thread that crashed."""
+    threads, faulting = _member(body, "threads", list), _whole(body, "faultingThread")
+    thread = threads[faulting] if faulting is not None and faulting < len(threads) else None
+    if type(thread) is not dict:
+        thread = next((each for each in _objects(body, "threads") if each.get("triggered") is True), {})
+    main_path = _member(body, "procPath", str)[:MAX_PATH]
+    images = [_ips_image(image, main_path) if type(image) is dict else _Image()
+              for image in _member(body, "usedImages", list)]
+    trace = []
+    for number, given in _numbered(_objects(body, "lastExceptionBacktrace") or _objects(thread, "frames")):
+        index = _whole(given, "imageIndex")
+        image = images[index] if index is not None and index < len(images) else _Image()
+        offset = _whole(given, "imageOffset") if image.binary or image.uuid else None  # else it is an address
+        trace.append(_apple_frame(number, image, offset, given))
+    return trace
+
+
+def _ips_image(given: JsonObject, main_path: str) -> _Image:
+    path, uuid = _member(given, "path", str)[:MAX_PATH], _uuid(given.get("uuid"))
+    binary = (_member(given, "name", str) or path.rpartition("/")[2])[:MAX_TEXT]
+    is_own = bool(path and (path == main_path or _OWN_PATH.match(path))) and not _NEVER_OWN.fullmatch(binary)
+    return _Image("" if binary == "???" else binary, uuid, is_own)
+
+
+_CRASH_HEAD = re.compile(r"^([A-Z][\w /]{1,40}):(.*)", re.M)
+_CRASH_TYPE = re.compile(r"(\w+)(?: \((\w+)\))?")
+_CRASH_END = re.compile(r"(?:Namespace )?(\w+),? (?:Code )?(?:0x([0-9a-f]{1,16})|([0-9]{1,19}))\b[, ]*(.*)", re.I)
+_CRASH_THREAD = re.compile(r"^(?:Last Exception Backtrace:|Thread [0-9]{1,9} Crashed:).*\n", re.M)
+_CRASH_FRAME = re.compile(r"^[0-9]{1,9}[ \t](.*?)0x([0-9a-f]{1,16})\b(.*)", re.M | re.I)
+_CRASH_PLACE = re.compile(  # Cart.total() + 112 (Cart.swift:12)
+    r"(?!0x)(.*?)(?: \+ [0-9]+)?(?: \[inlined\])?(?: \(([^():]{1,200}):([0-9]{1,9})\))?(?: \[inlined\])?")
+_CRASH_IMAGE = re.compile(
+    r"^[ \t]*0x([0-9a-f]{1,16})[ \t]*-[ \t]*0x([0-9a-f]{1,16})[ \t][^<\n]*<([0-9a-f-]+)>(.*)", re.M | re.I)
+
+
+def _crash_as_ips(text: str) -> JsonObject:
+    """What an .ips file would have, of the text of a .crash file."""
+    text = text.replace("\x00", "\ufffd").replace("\r\n", "\n")
+    head = {name: value.strip() for name, value in reversed(_CRASH_HEAD.findall(text))}  # the first of a name
+    kind, ended = (pattern.match(head.get(name, "")) for pattern, name in (
+        (_CRASH_TYPE, "Exception Type"), (_CRASH_END, "Termination Reason")))
+    version, _, build = head.get("Version", "").replace("???", "").partition("(")
+    explained = re.search("^<RBSTerminateContext.*", text, re.M)
+    return {
+        "exception": {"type": kind and kind[1], "signal": kind and kind[2], "codes": head.get("Exception Codes"),
+                      "subtype": head.get("Exception Subtype")},
+        "termination": {"details": [head.get("Termination Description") or (explained and explained[0])], **({
+            "namespace": ended[1], "code": int(ended[2], 16) if ended[2] else int(ended[3]), "indicator": ended[4]}
+            if ended else {})},
+        "asi": {"": [_section(text, re.search("^Application Specific Information:.*\n", text, re.M))]},
+        "bundleInfo": {"CFBundleShortVersionString": version.strip(), "CFBundleVersion": build.rstrip(") "),
+                       "CFBundleIdentifier": head.get("Identifier")},
+        "procName": head.get("Process", "").partition(" [")[0], "procPath": head.get("Path"),
+        "cpuType": head.get("Code Type", "").partition(" (")[0], "osVersion": {"train": head.get("OS Version")},
+        "modelCode": head.get("Hardware Model"), "captureTime": head.get("Date/Time"), **_crash_stack(text)}
+
+
+def _section(text: str, title: re.Match[str] | None) -> str:
+    """What stands below a title, up to an empty line."""
+    return re.split(r"\n[ \t]*\n", text[title.end():], maxsplit=1)[0] if title else ""
+
+
+def _crash_stack(text: str) -> JsonObject:
+    """Frames and images as an .ips file has them. What a frame's image is, its address says."""
+    found = {int(start, 16): (int(end, 16), {"path": path.strip(), "uuid": uuid})
+             for start, end, uuid, path in _CRASH_IMAGE.findall(text)}
+    found.pop(0, None)  # no image, though every address lies in it
+    starts, frames, images = sorted(found), list[JsonObject](), list[JsonObject]()
+    for binary, address, place in _crash_frames(_section(text, _CRASH_THREAD.search(text))):
+        start = starts[bisect_left(starts, address + 1) - 1] if starts else 0
+        end, image = found.get(start, (0, {}))
+        is_known, match = start <= address <= end, _CRASH_PLACE.fullmatch(place)
+        images.append({**(image if is_known else {}), "name": binary})
+        symbol, file, line = match.groups() if match else (None, None, None)
+        frames.append({"imageIndex": len(frames), "imageOffset": address - start if is_known else None,
+                       "symbol": symbol, "sourceFile": file, "sourceLine": int(line) if line else None,
+                       "inline": "[inlined]" in place})
+    return {"usedImages": images, "lastExceptionBacktrace": frames}
+
+
+def _crash_frames(section: str) -> Iterator[tuple[str, int, str]]:
+    """Of each frame the binary, the address, and what else its line says. An exception without symbols has its
+    addresses in one line. Apple's tools write 512 frames of a thread."""
+    for binary, digits, place in islice(_CRASH_FRAME.findall(section), 2000) if section[:1] != "(" else (
+            ("", digits, "") for digits in re.findall(r"0x([0-9a-f]{1,16})\b", section)[:2000]):
+        yield binary.strip(), int(digits, 16), place.strip()
 
 
 # == Signature =================================================================

@@ -921,6 +921,521 @@ def test_a_batch_of_100_events_of_every_type_is_stored_in_order_with_its_unknown
     assert json.loads(extras[0]) == {"sdk": "1.0", "batch": {"sent_at": "now"}} and extras[1:] == [None] * 99
 
 
+# == Apple formats =============================================================
+
+SHOP, KIT, MALLOC = ("11111111-2222-3333-4444-55555555555" + last for last in "ABC")  # builds
+ADDRESS = {"Shop": 0x100400000, "Kit": 0x100800000, "libsystem_malloc.dylib": 0x1a0000000, "dyld": 0x100200000,
+           "libsystem_pthread.dylib": 0x1b0000000, "libobjc-trampolines.dylib": 0x100300000, "UIKitCore": 0x180000000}
+BUILDS = {"Shop": SHOP, "Kit": KIT, "libsystem_malloc.dylib": MALLOC}
+SPAN = {"timeStampBegin": "2026-03-11 09:00:00", "timeStampEnd": "2026-03-12 09:00:00"}
+META = {"appVersion": "1.2.0", "appBuildVersion": "47", "osVersion": "iPhone OS 26.1 (23B85)",
+        "deviceType": "iPhone16,1", "exceptionType": 6, "signal": 5}
+
+
+def sampled(binary, offset, *inside, **more):
+    """A frame of MetricKit, and those that are nested in it."""
+    frame = {"binaryName": binary, "binaryUUID": BUILDS.get(binary, KIT), "offsetIntoBinaryTextSegment": offset,
+             "address": ADDRESS.get(binary, 0x100000000) + offset, "sampleCount": 1, **more}
+    return {**frame, "subFrames": list(inside)} if inside else frame
+
+
+def tree_of(*roots, **more):
+    return {"callStackPerThread": True, "callStacks": [
+        {"threadAttributed": True, "callStackRootFrames": list(roots), **more}]}
+
+
+def payload_of(kind="crashDiagnostics", tree=None, meta=META, **more):
+    item = {"version": "1.0.0", "diagnosticMetaData": meta, "callStackTree": tree or tree_of(sampled("Shop", 16))}
+    return {**SPAN, kind: [item], **more}
+
+
+IMAGES = [{"name": name, "path": path, "uuid": uuid.lower(), "base": 0x100000000 * (number + 1), "size": 4096}
+          for number, (name, path, uuid) in enumerate([
+              ("Shop", "/private/var/containers/Bundle/Application/%s/Shop.app/Shop" % KIT, SHOP),
+              ("Kit", "/private/var/containers/Bundle/Application/%s/Shop.app/Frameworks/Kit.framework/Kit" % KIT, KIT),
+              ("UIKitCore", "/System/Library/PrivateFrameworks/UIKitCore.framework/UIKitCore", MALLOC)])]
+IPS_HEAD = {"app_name": "Shop", "bug_type": "309", "timestamp": "2026-03-12 10:00:09.00 +0100",
+            "incident_id": "incident-secret", "os_version": "iPhone OS 26.1 (23B85)"}
+IPS_BODY = {
+    "procName": "Shop", "procPath": IMAGES[0]["path"], "cpuType": "ARM-64", "modelCode": "iPhone16,1",
+    "captureTime": "2026-03-12 10:00:07.1234 +0100", "crashReporterKey": "reporter-secret",
+    "storeInfo": {"deviceIdentifierForVendor": "vendor-secret"}, "osVersion": {"train": "iPhone OS 26.1"},
+    "bundleInfo": {"CFBundleShortVersionString": "1.2.0", "CFBundleVersion": "47",
+                   "CFBundleIdentifier": "com.example.Shop"},
+    "exception": {"type": "EXC_BREAKPOINT", "signal": "SIGTRAP", "codes": "0x1, 0x2"},
+    "termination": {"namespace": "SIGNAL", "code": 5, "indicator": "Trace/BPT trap: 5", "byProc": "proc-secret"},
+    "faultingThread": 1, "threads": [{"frames": [{"imageIndex": 2, "imageOffset": 1, "symbol": "other-secret"}]}, {
+        "triggered": True, "threadState": {"x": "register-secret"}, "frames": [
+            {"imageIndex": 2, "imageOffset": 8, "symbol": "UIApplicationMain"},
+            {"imageIndex": 0, "imageOffset": 32, "symbol": "Cart.total()", "sourceFile": "Cart.swift",
+             "sourceLine": 12, "inline": True, "symbolLocation": 4},
+            {"imageIndex": 1, "imageOffset": 64}]}],
+    "usedImages": IMAGES}
+
+
+def ips_of(head=IPS_HEAD, **changes):
+    return b"\n".join(json.dumps(part).encode() for part in (head, {**IPS_BODY, **changes}) if part is not None)
+
+
+CRASH_TEXT = """\
+Incident Identifier: incident-secret
+CrashReporter Key:   reporter-secret
+Hardware Model:      iPhone16,1
+Process:             Shop [4711]
+Path:                /private/var/containers/Bundle/Application/11111111-2222-3333-4444-55555555555B/Shop.app/Shop
+Identifier:          com.example.Shop
+Version:             1.2.0 (47)
+Code Type:           ARM-64 (Native)
+Date/Time:           2026-03-12 10:00:07.1234 +0100
+OS Version:          iPhone OS 26.1 (23B85)
+
+Exception Type:  EXC_CRASH (SIGABRT)
+Exception Codes: 0x0000000000000000, 0x0000000000000000
+Termination Reason: SIGNAL 6 Abort trap: 6
+Triggered by Thread:  1
+
+Thread 0 name:  Dispatch queue: com.apple.main-thread
+Thread 0:
+0   UIKitCore                     \t0x0000000180000001 other-secret + 1
+
+Thread 1 Crashed:
+0   UIKitCore                     \t0x0000000180000008 UIApplicationMain + 340
+1   Shop                          \t0x0000000100400020 Cart.total() + 4 (Cart.swift:12) [inlined]
+2   Pay Kit                       \t0x0000000100800040 0x100800000 + 64
+
+Thread 1 crashed with ARM Thread State (64-bit):
+    x0: 0x0000000000000000   x1: 0x0000000000000000
+
+Binary Images:
+0x100400000 - 0x10040ffff Shop arm64  <1111111122223333444455555555555a> /private/var/containers/Bundle/Application/\
+11111111-2222-3333-4444-55555555555B/Shop.app/Shop
+0x100800000 - 0x10080ffff Pay Kit arm64  <1111111122223333444455555555555b> /private/var/containers/Bundle/\
+Application/11111111-2222-3333-4444-55555555555B/Shop.app/Frameworks/Pay Kit.framework/Pay Kit
+0x180000000 - 0x18fffffff UIKitCore arm64e  <1111111122223333444455555555555c> /System/Library/UIKitCore
+0x0 - 0xffffffffffffffff ??? unknown-arch  <00000000000000000000000000000000> ???
+"""
+
+
+def crash_text(*changes):
+    """The text above with some of it replaced."""
+    text = CRASH_TEXT
+    for before, after in changes:
+        assert before in text
+        text = text.replace(before, after)
+    return text.encode()
+
+
+def diagnosed(body, device=""):
+    """What is read in a body, as objects without what is absent."""
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return [{name: json.loads(value) if name in ("stack_trace", "properties", "extra") else value
+             for name, value in report._asdict().items() if value is not None}
+            for report in backfeedr.parse_diagnostics(body, parse_time(NOW), device)]
+
+
+def only(body):
+    report, = diagnosed(body)
+    return report
+
+
+def trace_of(body):
+    """The frames of the one crash or event in a body."""
+    report = only(body)
+    return report["stack_trace"] if "stack_trace" in report else report["properties"]["stack_trace"]
+
+
+FLAT = [{"frame": 0, "symbol": "UIApplicationMain", "binary": "UIKitCore", "uuid": MALLOC, "offset": 8},
+        {"frame": 1, "symbol": "Cart.total()", "file": "Cart.swift", "line": 12, "binary": "Shop", "uuid": SHOP,
+         "offset": 32, "inlined": True, "in_app": True},
+        {"frame": 2, "binary": "Kit", "uuid": KIT, "offset": 64, "in_app": True}]
+COLUMNS = {"app_version": "1.2.0", "build_number": "47", "os_version": "26.1", "device_model": "iPhone16,1"}
+AT_CAPTURE = {"occurred_at": parse_time("2026-03-12T09:00:07.123Z")}
+PROCESS = {"process": "Shop", "bundleIdentifier": "com.example.Shop", "platformArchitecture": "ARM-64"}
+WHOLE_REPORTS = [
+    (ips_of(), {
+        **COLUMNS, **AT_CAPTURE, "exception_type": "EXC_BREAKPOINT", "exception_reason": "Trace/BPT trap: 5",
+        "stack_trace": FLAT, "extra": {**PROCESS, "exceptionCodes": "0x1, 0x2", "termination": {
+            "namespace": "SIGNAL", "code": 5, "indicator": "Trace/BPT trap: 5"}}}),
+    (crash_text(), {
+        **COLUMNS, **AT_CAPTURE, "exception_type": "SIGABRT", "exception_reason": "Abort trap: 6",
+        "stack_trace": [*FLAT[:2], {**FLAT[2], "binary": "Pay Kit"}], "extra": {
+            **PROCESS, "exceptionCodes": "0x0000000000000000, 0x0000000000000000",
+            "termination": {"namespace": "SIGNAL", "code": 6, "indicator": "Abort trap: 6"}}}),
+    (payload_of(meta={**META, "terminationReason": "Namespace SIGNAL, Code 0x5", "regionFormat": "DE", "pid": 7}), {
+        **COLUMNS, "occurred_at": parse_time("2026-03-12T09:00:00Z"), "exception_type": "EXC_BREAKPOINT",
+        "exception_reason": "Namespace SIGNAL, Code 0x5", "extra": {
+            "exceptionType": 6, "signal": 5, "terminationReason": "Namespace SIGNAL, Code 0x5", "regionFormat": "DE",
+            "pid": 7},
+        "stack_trace": [{"frame": 0, "binary": "Shop", "uuid": SHOP, "offset": 16, "in_app": True}]}),
+    (payload_of("hangDiagnostics", meta={**META, "hangDuration": "3 sec", "pid": 7, "exceptionType": None}), {
+        "type": "error", "name": "Hang", "occurred_at": parse_time("2026-03-12T09:00:00Z"), "properties": {
+            "duration": "3 sec", "build_number": "47", "pid": 7, "signal": 5, "exceptionType": None, "stack_trace": [
+                {"frame": 0, "binary": "Shop", "uuid": SHOP, "offset": 16, "in_app": True}]},
+        **{name: value for name, value in COLUMNS.items() if name != "build_number"}}),
+    ({"timeRange": {"begin": 794998800.0, "end": 795002400.5}, "environment": {
+        "osVersion": {"platform": "iOS", "number": "27.0", "buildNumber": "24A1"}, "deviceType": "iPhone18,1",
+        "applicationVersion": "1.3.0", "applicationBuildVersion": "48", "pid": 9}, "memoryExceptionDiagnostic": {
+            "callStackTree": {"binaryInfo": [{"uuid": SHOP.lower(), "name": "Shop"}], "callStackThreads": [
+                {"rootFrames": [{"address": 1}]}, {"threadAttributed": True, "rootFrames": [
+                    {"binaryUUID": SHOP, "address": 0x100400010, "offsetIntoBinaryTextSegment": 16}]}]}}}, {
+        "exception_type": "Memory exception", "app_version": "1.3.0", "build_number": "48", "os_version": "27.0",
+        "device_model": "iPhone18,1", "occurred_at": (978307200 + 795002400) * 1000 + 500, "extra": {"pid": 9},
+        "stack_trace": [{"frame": 0, "binary": "Shop", "uuid": SHOP, "offset": 16, "in_app": True}]})]
+
+
+@pytest.mark.parametrize("body, expected", WHOLE_REPORTS, ids=["ips", "crash", "MetricKit", "hang", "iOS 27"])
+def test_apples_report_becomes_one_of_ours(body, expected):
+    report = only(body)
+    if "exception_type" in expected:
+        expected = {**expected, "group_hash": group_hash(report["exception_type"], report["stack_trace"])}
+    assert report == expected
+    assert diagnosed(body, "d1") == [{**report, "device_id_hash": "d1"}]
+
+
+def test_nothing_that_identifies_a_phone_or_a_person_is_kept():
+    path = "/Users/ann/Shop/Cart.swift and /home/bob, /private/var/mobile/Containers/Data/Application/%s/x" % KIT
+    for reason in (path, path.replace("ann", "Jos\u00e9")):
+        asi = {"asi": {"libswiftCore.dylib": ["Fatal error: " + reason]}}
+        for body in (ips_of(**asi), ips_of(**asi).replace(b"/", b"\\/"), crash_text(
+                ("Triggered", "Application Specific Information:\nFatal error: " + reason + "\n\nTriggered")),
+                payload_of(meta={"terminationReason": reason, "objectiveCexceptionReason": {"arguments": [reason]}})):
+            report = only(body)
+            assert report["exception_reason"].endswith(
+                "/Users/USER/Shop/Cart.swift and /home/USER /private/var/mobile/Containers/Data/Application/UUID/x")
+            text = json.dumps(report, ensure_ascii=False)
+            assert not [word for word in ("secret", "ann", "Jos", "bob", "Application/" + KIT, "Shop.app", "4711")
+                        if word in text]
+
+
+def test_a_payload_gives_each_of_its_diagnostics_in_its_order():
+    kinds = {"appLaunchDiagnostics": "Slow launch", "crashDiagnostics": None, "hangDiagnostics": "Hang",
+             "cpuExceptionDiagnostics": "CPU exception", "diskWriteExceptionDiagnostics": "Disk write exception",
+             "fooBarDiagnostics": "Foo bar", "gpuDiagnostic": "Gpu", "memoryExceptionDiagnostics": None}
+    both = {kind: payload_of(kind)[kind] * 2 for kind in kinds}
+    both["fooBarDiagnostics"].append({"callStackTree": {}})  # which says nothing that anybody knows
+    assert [report.get("name") for report in diagnosed({**SPAN, **both})] == [
+        name for name in kinds.values() for _ in range(2)]
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("hangDuration", "hang"), ("totalCPUTime", "cpuException"), ("writesCaused", "diskWriteException"),
+    ("launchDuration", "appLaunch")])
+def test_how_long_or_much_an_event_was_is_its_duration_as_apple_wrote_it(name, kind):
+    meta = {name: "2,5 Sek.", "totalSampledTime": "3 Sek.", "isTestFlightApp": False}
+    properties = only(payload_of(kind + "Diagnostics", meta=meta))["properties"]
+    del properties["stack_trace"]
+    assert properties == {"duration": "2,5 Sek.", "totalSampledTime": "3 Sek.", "isTestFlightApp": False}
+
+
+KILLED = {"type": "EXC_CRASH", "signal": "SIGKILL"}
+ABORTED = "SIGNAL 6 Abort trap: 6"
+THROWN = {"exceptionName": "NSRangeException", "composedMessage": "index 3 beyond bounds", "className": "NSException"}
+WATCHDOG = "<RBSTerminateContext| domain:10 code:0x8BADF00D explanation:scene-create watchdog>"
+ASI = "*** Terminating app due to uncaught exception 'NSRangeException', reason: 'it's 3\nof 2'\n%s terminating"
+TYPES = [  # what MetricKit, an .ips and a .crash say, and its type and reason
+    *[(payload_of(meta=meta), kind, None) for meta, kind in [
+        ({"exceptionType": 1, "signal": 11}, "EXC_BAD_ACCESS"), ({"exceptionType": 10, "signal": 6}, "SIGABRT"),
+        ({"exceptionType": 10}, "EXC_CRASH"), ({"signal": 9}, "SIGKILL"), ({}, "Unknown"),
+        ({"exceptionType": 99, "signal": 99}, "Unknown"), ({"exceptionType": [1], "signal": None}, "Unknown")]],
+    *[(payload_of(meta={"exceptionType": 10, "signal": 9, "terminationReason": reason}), kind, reason)
+      for reason, kind in [
+          (WATCHDOG, "0x8badf00d"), ("Namespace X, Code 0xDEAD10CC", "0xdead10cc"),
+          ("Namespace X, Code 65536", "0x10000"), ("FRONTBOARD 2343432205", "0x8badf00d"),
+          ("Namespace SIGNAL, Code 0xffff", "SIGKILL"), ("code:", "SIGKILL")]],
+    (payload_of(meta={"signal": 6, "objectiveCexceptionReason": THROWN, "terminationReason": WATCHDOG}),
+     "NSRangeException", "index 3 beyond bounds"), *[
+    (ips_of(**changes), kind, reason) for changes, kind, reason in [
+        ({"exception": KILLED, "termination": {"code": 2343432205}}, "0x8badf00d", None),
+        ({"exception": KILLED, "termination": {"code": 1, "details": [WATCHDOG]}}, "0x8badf00d", WATCHDOG),
+        ({"exception": {"type": "EXC_GUARD"}, "termination": {"code": 1 << 61, "reasons": ["fd", "7"]}},
+         "EXC_GUARD", "fd 7"),
+        ({"exception": {"type": "EXC_BAD_ACCESS", "subtype": "KERN_INVALID_ADDRESS at 0x0"}}, "EXC_BAD_ACCESS",
+         "KERN_INVALID_ADDRESS at 0x0"),
+        ({"asi": {"CoreFoundation": ["noise", ASI % "libc++"]}}, "NSRangeException", "it's 3\nof 2"),
+        ({"asi": {"a": ["noise"], "b": ["Shop/Cart.swift:12: Fatal error: empty"]}}, "EXC_BREAKPOINT",
+         "Shop/Cart.swift:12: Fatal error: empty"),
+        ({"exception": 1, "termination": [], "asi": []}, "Unknown", None),
+        ({"exception": {}, "termination": {}, "asi": {"a": ["noise"]}}, "Unknown", "noise")]], *[
+    (crash_text(change), kind, reason) for change, kind, reason in [
+        (("EXC_CRASH (SIGABRT)", "EXC_BAD_ACCESS (SIGSEGV)\nException Subtype: KERN_X at 0x1"),
+         "EXC_BAD_ACCESS", "KERN_X at 0x1"),
+        ((ABORTED, "Namespace SPRINGBOARD, Code 0x8badf00d"), "0x8badf00d", None),
+        ((ABORTED, "RUNNINGBOARD 3735883980 "), "0xdead10cc", None),
+        ((ABORTED, "FRONTBOARD\n" + WATCHDOG), "0x8badf00d", WATCHDOG),
+        (("Triggered", "Application Specific Information:\n" + ASI % "x" + "\n\nTriggered"),
+         "NSRangeException", "it's 3\nof 2")]]]
+
+
+@pytest.mark.parametrize("body, kind, reason", TYPES, ids=lambda value: str(value)[-40:])
+def test_the_exception_type_is_the_most_telling_of_those_given(body, kind, reason):
+    report = only(body)
+    assert (report["exception_type"], report.get("exception_reason")) == (kind, reason)
+
+
+@pytest.mark.parametrize("given, expected", [
+    ("iPhone OS 17.0 (21A329)", "17.0"), ("iPhone OS 14.0.1 (18A393)", "14.0.1"), ("macOS 12.0.1 (21A559)", "12.0.1"),
+    ("iPadOS 26.1 (23B85)", "26.1"), ("visionOS 2.0 (22N320)", "2.0"), ("Mac OS X 10.15.7 (19H2)", "10.15.7"),
+    ("iPhone OS 16.4.1 (a) (20E772520a)", "16.4.1"), ("Version 17.0 (Build 21A329)", "17.0"), ("17.5", "17.5"),
+    ("Something else", "Something else"), ("iOS 17 beta", "iOS 17 beta"), ({"number": "27.0"}, "27.0")])
+def test_the_os_version_is_its_number_alone(given, expected):
+    assert only(payload_of(meta={"osVersion": given}))["os_version"] == expected
+
+
+@pytest.mark.parametrize("span, expected", [
+    ({"timeStampBegin": "2026-03-11 01:00:00 +0000", "timeStampEnd": "2026-03-12 01:00:00 +0000"},
+     "2026-03-12T01:00:00Z"),
+    ({"timeStampEnd": "2026-03-12 03:00:00 +0200"}, "2026-03-12T01:00:00Z"),
+    ({"timeStampBegin": "2026-03-12 01:00:00"}, "2026-03-12T01:00:00Z"),
+    ({"timeStampBegin": "2026-03-12 01:00:00", "timeStampEnd": "yesterday"}, "2026-03-12T01:00:00Z"),
+    ({"timeRange": {"begin": 1, "end": "2026-03-12T01:00:00Z"}}, "2026-03-12T01:00:00Z"),
+    ({"timeRange": {"begin": 794970000, "end": None}}, "2026-03-12T01:00:00Z"),
+    ({"timeRange": {"begin": "2026-03-12T01:00:00.5000000001Z"}}, "2026-03-12T01:00:00.500Z"),
+    *[(span, NOW) for span in ({}, {"timeRange": []}, {"timeStampEnd": True, "timeStampBegin": 1e300}, {
+        "timeStampEnd": "2026-13-01 00:00:00"})]])
+def test_a_diagnostic_occurred_when_its_span_ended_else_at_receipt(span, expected):
+    body = {"crashDiagnostics": payload_of()["crashDiagnostics"], **span}
+    assert only(body)["occurred_at"] == parse_time(expected)
+
+
+def test_a_file_without_its_time_has_that_of_its_head_else_of_receipt():
+    assert only(ips_of(captureTime=None))["occurred_at"] == parse_time("2026-03-12T09:00:09Z")
+    for body in (ips_of(None, captureTime="?"), crash_text(("Date/Time:  ", "Date/Mime:  "))):
+        assert only(body)["occurred_at"] == parse_time(NOW)
+
+
+def steps(body):
+    return [(frame.get("binary"), frame.get("offset"), frame.get("in_app", False)) for frame in trace_of(body)]
+
+
+BASE = 0x100400000
+STEPS = [  # a frame of MetricKit, and its binary, offset, and whether it is the app's own
+    ({"address": BASE + 5, "offsetIntoBinaryTextSegment": 5}, ("Shop", 5, True)),
+    ({"address": BASE + 5, "offsetIntoBinaryTextSegment": BASE}, ("Shop", 5, True)),  # iOS 14
+    ({"address": (1 << 33) + 5, "offsetIntoBinaryTextSegment": 1 << 33}, ("Shop", 5, False)),
+    ({"address": 0x180000000 + 4, "offsetIntoBinaryTextSegment": 5}, ("Shop", 5, True)),
+    ({"address": 0x180000000 + 5, "offsetIntoBinaryTextSegment": 5}, ("Shop", 5, False)),
+    ({"address": BASE, "binaryName": "dyld"}, ("dyld", 16, False)),
+    ({"address": BASE, "binaryName": "libobjc-trampolines.dylib"}, ("libobjc-trampolines.dylib", 16, False)),
+    ({"address": BASE, "binaryName": "libswiftCore.dylib"}, ("libswiftCore.dylib", 16, False)),
+    ({"address": BASE, "binaryName": None}, (None, 16, True)),
+    ({"address": None}, ("Shop", 16, False)),
+    ({"address": None, "offsetIntoBinaryTextSegment": BASE}, ("Shop", None, True)),
+    ({"address": BASE, "offsetIntoBinaryTextSegment": None}, ("Shop", None, True)),
+    ({"address": 5, "offsetIntoBinaryTextSegment": 6}, ("Shop", 6, False)),
+    ({"address": BASE - 1, "offsetIntoBinaryTextSegment": BASE}, ("Shop", None, True)),
+    ({"address": str(BASE), "offsetIntoBinaryTextSegment": "0x12"}, ("Shop", None, False)),
+    ({"address": -5, "offsetIntoBinaryTextSegment": -5}, ("Shop", None, False)),
+    ({"address": 1 << 70, "offsetIntoBinaryTextSegment": True}, ("Shop", None, False))]
+
+
+@pytest.mark.parametrize("changes, expected", STEPS)
+def test_a_frame_of_metrickit_has_its_offset_and_whether_it_is_the_apps_own(changes, expected):
+    assert steps(payload_of(tree=tree_of(sampled("Shop", 16, **changes)))) == [expected]
+
+
+@pytest.mark.parametrize("changes, is_own", [
+    *[({"path": path}, True) for path in (
+        "/private/var/containers/Bundle/Application/1/Shop.app/Shop", "/Users/x/Shop.app/Contents/MacOS/Shop",
+        "/var/Shop.app/PlugIns/Share.appex/Share", "/var/Share.appex/Share", "/var/Shop.app/Shop.debug.dylib",
+        "/var/Shop.app/Frameworks/Kit.framework/Kit", "/opt/tool")],
+    *[({"path": path}, False) for path in (
+        "/usr/lib/libobjc.A.dylib", "/System/Library/CoreServices/X.app/X", "/opt/other", "", None,
+        "/var/Shop.appx/Shop", "/Applications/Xcode.app/Contents/Developer/Platforms/P/usr/lib/libc.dylib",
+        "/Applications/Xcode.app/R/RuntimeRoot/System/Library/UIKit")],
+    ({"path": "/var/Shop.app/Frameworks/libswiftCore.dylib", "name": "libswiftCore.dylib"}, False)])
+def test_an_image_below_an_app_is_its_own(changes, is_own):
+    body = ips_of(procPath="/opt/tool", usedImages=[{**IMAGES[0], **changes}])
+    assert "in_app" not in trace_of(body)[0] and trace_of(body)[1].get("in_app", False) is is_own
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({"imageIndex": 7}, {}), ({"imageIndex": -1}, {}), ({"imageIndex": "0"}, {}), ({"imageIndex": None}, {}),
+    ({"imageIndex": 3}, {}), ({"imageIndex": 4}, {}), ({"imageIndex": 5}, {}),
+    ({"imageOffset": "0x20"}, {"binary": "Shop", "uuid": SHOP, "in_app": True}),
+    ({"symbol": "<redacted>"}, {"binary": "Shop", "uuid": SHOP, "offset": 32, "in_app": True}),
+    ({"sourceFile": "/Users/x/Cart.swift", "sourceLine": "12"},
+     {"file": "Cart.swift", "binary": "Shop", "uuid": SHOP, "offset": 32, "in_app": True}),
+    ({"sourceFile": "/<compiler-generated>", "sourceLine": 3},
+     {"binary": "Shop", "uuid": SHOP, "offset": 32, "in_app": True})])
+def test_a_frame_says_only_what_is_known_of_it(changes, expected):
+    images = [*IMAGES, {"name": "???", "path": "", "uuid": SHOP.translate(str.maketrans("12345A", "0" * 6))}, 5, []]
+    frame = {"imageIndex": 0, "imageOffset": 32, **changes}
+    assert trace_of(ips_of(usedImages=images, threads=[{"frames": [frame]}], faultingThread=0)) == [
+        {"frame": 0, **expected}]
+
+
+DEEP = sampled("Shop", 1, sampled("Kit", 2, sampleCount=3), sampled("Kit", 3, sampled("Kit", 4), sampleCount=5),
+               sampled("Kit", 5, sampleCount=5))
+TREES = [  # a kind, its tree, and the offsets of its frames
+    ("crash", tree_of(sampled("Shop", 1), sampled("Shop", 2, sampleCount=2)), [2]),
+    ("crash", {"callStacks": [{"callStackRootFrames": [sampled("Shop", n)], "threadAttributed": n == 2}
+                              for n in (1, 2, 3)]}, [2]),
+    ("crash", {"callStacks": [{"callStackRootFrames": [sampled("Shop", n)]} for n in (1, 2)]}, [1]),
+    ("hang", tree_of(DEEP), [1, 3, 4]), ("crash", tree_of(DEEP, threadAttributed=None), [1, 3, 4]),
+    *[(kind, tree_of(sampled(start, 1, sampled("UIKitCore", 2, sampled("Shop", 3)))), order)
+      for start in ("dyld", "libsystem_pthread.dylib")
+      for kind, order in (("hang", [3, 2, 1]), ("cpuException", [3, 2, 1]), ("crash", [1, 2, 3]))],
+    ("hang", tree_of(sampled("dyld", 1, sampled("Shop", 2, sampled("dyld", 3)))), [1, 2, 3]),  # it was loading
+    ("hang", tree_of(sampled("Shop", 1, sampled("dyld", 2))), [1, 2])]
+
+
+@pytest.mark.parametrize("kind, tree, offsets", TREES)
+def test_the_frames_are_those_of_the_thread_it_is_about_the_innermost_first(kind, tree, offsets):
+    trace = trace_of(payload_of(kind + "Diagnostics", tree))
+    assert [(frame["frame"], frame["offset"]) for frame in trace] == list(enumerate(offsets))
+
+
+def test_an_exceptions_backtrace_comes_before_that_of_the_thread():
+    thrower = [{"imageIndex": 0, "imageOffset": 3}]
+    assert [frame["offset"] for frame in trace_of(ips_of(lastExceptionBacktrace=thrower))] == [3]
+    assert [frame["offset"] for frame in trace_of(ips_of(lastExceptionBacktrace=[], faultingThread=9))] == [8, 32, 64]
+    assert [frame["offset"] for frame in trace_of(ips_of(faultingThread=0))] == [1]
+    for backtrace in ("(0x100400010 0x180000002)", "0   Shop  0x100400010 0x100400000 + 16\n1  X\t0x180000002 f + 2"):
+        trace = trace_of(crash_text(("Thread 0 name", f"Last Exception Backtrace:\n{backtrace}\n\nThread 0 name")))
+        assert [(frame["offset"], frame.get("in_app")) for frame in trace] == [(16, True), (2, None)]
+
+
+@pytest.mark.parametrize("body", [
+    ips_of(None), ips_of({}), b"\xef\xbb\xbf" + ips_of(), ips_of() + b"\n\nModel: Mac, BootROM 1\nDisplay: {LCD}\n",
+    b'"timestamp":"2026-03-12"}\n' + ips_of(None), ips_of({**IPS_HEAD, "bug_type": 109}), b"\n\n" + ips_of(),
+    b"----\nTranslated Report (Full Report Below)\n----\n" + crash_text(("Cart.total", "Wrong.one")) + ips_of(),
+    json.dumps(IPS_HEAD).encode() + b"\n" + json.dumps(IPS_BODY, indent=2).encode(),
+    json.dumps({**IPS_HEAD, "bug_type": "109"}).encode() + b"\n" + crash_text(),
+    crash_text().replace(b"\n", b"\r\n"), crash_text() + b"\x00",
+    b"----\nTranslated Report (Full Report Below)\n----\n" + crash_text() + ips_of()[:-50]])
+def test_a_file_is_read_whatever_stands_around_its_body(body):
+    assert only(body)["stack_trace"][1] == FLAT[1] and only(body)["app_version"] == "1.2.0"
+
+
+@pytest.mark.parametrize("body", [SPAN, {"crashDiagnostics": []}, {**SPAN, "hangDiagnostics": None}, {"timeRange": {}},
+                                  {"fooDiagnostics": [{}, {"callStackTree": 1}]}])
+def test_a_payload_without_a_diagnostic_has_nothing_in_it(body):
+    assert diagnosed(body) == []
+
+
+UNREADABLE = [
+    *[(body, "unknown report format", detail) for body, detail in [
+        (b"", "Expecting value: line 1 column 1 (char 0)"), (b"hello", "Expecting value: line 1 column 1 (char 0)"),
+        (b"\xff", "it is not UTF-8"), (b"[]", "the body is a list, not an object"),
+        (b"1", "the body is a number, not an object"),
+        (b"{}", "the object is neither a MetricKit payload nor an .ips file"),
+        ({**CRASH, "threads": [], "exception": {}}, "the object is neither a MetricKit payload nor an .ips file"),
+        (json.dumps(CRASH).encode(), "the object is neither a MetricKit payload nor an .ips file"),
+        (b'{"crashDiagnostics": [1, 2', "Expecting ',' delimiter: line 1 column 27 (char 26)"),
+        (b'{"crashDiagnostics": []} x', "Extra data: line 1 column 26 (char 25)"),
+        (b'{"crashDiagnostics": [NaN]}', "a number is out of range"),
+        (b'{"crashDiagnostics": [[]]}', "crashDiagnostics has a list where an object belongs"),
+        (b'{"hangDiagnostic": 1}', "hangDiagnostic has a number where an object belongs"),
+        (json.dumps(IPS_HEAD).encode(), "an .ips file whose body cannot be read"),
+        (ips_of()[:-50], "an .ips file whose body cannot be read"),
+        (b"[" * (1 << 20), "it is nested too deep"), (b'{"a":' * 200_000, "it is nested too deep"),
+        (b'{"subFrames":' * 80_000, "it is nested too deep"),
+        (b'{"subFrames":[' * 1000 + b"[" * 200_000, "it is nested too deep")]],
+    (ips_of({**IPS_HEAD, "bug_type": "298"}), "unsupported bug_type 298",
+     "jetsam, memory of the whole system is no crash of the app"),
+    (b'{"bug_type": "228"}\n{"x": 1}', "unsupported bug_type 228", "a hang is no crash of the app"),
+    (b'{"bug_type": 7777}\nx', "unsupported bug_type 7777", "it is no crash of the app"),
+    ({"crashDiagnostics": [{}] * 60, "hangDiagnostics": [{}] * 41}, "too many diagnostics: at most 100", "")]
+
+
+@pytest.mark.parametrize("body, text, detail", UNREADABLE, ids=lambda value: str(value)[:40])
+def test_what_cannot_be_read_is_refused_with_its_reason(body, text, detail):
+    with pytest.raises(Refusal) as refused:
+        diagnosed(body)
+    assert (str(refused.value), refused.value.detail) == (text, detail)
+
+
+def test_a_hundred_diagnostics_are_taken_and_store_hardly_more_than_was_sent():
+    assert len(diagnosed({"crashDiagnostics": [{}] * 60, "hangDiagnostics": [{}] * 40})) == 100
+    for length, count in ((1000, 100), (100_000, 1)):  # what they share is copied only where it is small
+        body = {"environment": {"x": "y" * length, "applicationVersion": "1"}, "crashDiagnostic": [{}] * 100}
+        assert [len(report["extra"]["x"]) for report in diagnosed(body) if "extra" in report] == [length] * count
+
+
+def test_the_examples_are_read():
+    crash, hang = diagnosed((EXAMPLES / "diagnostics.json").read_bytes())
+    assert (crash["exception_type"], hang["name"]) == ("EXC_BREAKPOINT", "Hang")
+    report = only((EXAMPLES / "crash.ips").read_bytes())
+    assert report["exception_reason"] == "Shop/Cart.swift:42: Fatal error: Index out of range"
+    assert [frame["symbol"] for frame in report["stack_trace"] if frame.get("in_app")] == [
+        "Cart.item(at:)", "CartView.body.getter"]
+
+
+def nest(depth, frame='{"binaryName":"Shop","offsetIntoBinaryTextSegment":%d'):
+    """A payload with so many frames, each in the one before."""
+    frames = "".join((frame % number if "%" in frame else frame) + ',"subFrames":[' for number in range(depth))
+    head, tail = json.dumps(payload_of(tree=tree_of("..."))).split('"..."')
+    return (head + frames + "]}" * depth + tail).encode()
+
+
+@pytest.mark.parametrize("depth", [30, 70, 490, 600, 3000])
+def test_a_call_stack_may_be_nested_as_deep_as_it_is(depth):
+    report = only(nest(depth))
+    kept = [*range(depth)] if depth <= 512 else [*range(384), *range(depth - 128, depth)]
+    assert [(frame["frame"], frame["offset"]) for frame in report["stack_trace"]] == [(n, n) for n in kept]
+    assert report["extra"].get("truncated") == (None if depth <= 512 else ["stack_trace"])
+    assert report["device_model"] == "iPhone16,1"
+
+
+DEEP_FRAMES = '{"subFrames":[' * 2000 + "]}" * 2000
+JSON_VALUES = [
+    "0", "-0", "1", "-12", "1.5", "-1e3", "1E+2", "0.1e-2", "true", "false", "null", "[]", "{}", "[ ]", "{ }", '""',
+    '"a\\"\\\\\\/\\b\\u00e9\\ud83d\\ude00"', "[1, [2, {}], {\"a\": [null]}]", '{"a": 1, "a": 2}', '{"": {"b": "c"}}',
+    "[" * 60 + "]" * 60, " [\n1\t,\r2 ] ", "1e400", "1" * 4000, "9" * 5000, "01", "1.", ".5",
+    "+1", "-", "1e", "NaN", "Infinity", "-Infinity", "nul", "True", "[1,]", "[,1]", "[1 2]", "[1", "[1}", "{", "}", "]",
+    "{1: 2}", '{"a"}', '{"a": }', '{"a": 1,}', '{"a" 1}', "{'a': 1}",
+    '"a', '"\\x"', '"\\u12"', '"a\nb"', "[1]]", "\x00", "\u00a01", "", "[[]", "{\"a\": [}]"]
+
+
+@pytest.mark.parametrize("value", JSON_VALUES, ids=lambda value: value[:20])
+def test_json_that_is_nested_deep_is_read_as_any_other(value):
+    text = '{"x": %s}' % value
+    try:
+        expected = json.loads(text, parse_float=backfeedr._finite, parse_constant=backfeedr._finite)
+    except ValueError:
+        with pytest.raises(ValueError):
+            backfeedr._decode_deep(text, 0)
+        return
+    decoded, end = backfeedr._decode_deep(text, 0)
+    assert (repr(decoded), end) == (repr(expected), len(text))
+    decoded = backfeedr._decode_whole('{"x": %s, "deep": %s}' % (value, DEEP_FRAMES))
+    assert repr(decoded["x"]) == repr(expected["x"]) and list(decoded) == ["x", "deep"]
+
+
+def test_characters_that_no_database_takes_are_replaced_in_apples_reports():
+    body = payload_of(meta={"terminationReason": "a\x00\ud800b\\u0000", "\udc00": 1, "regionFormat": "\U0001f600"})
+    for sent in (json.dumps(body), '%s, "x": %s}' % (json.dumps(body)[:-1], DEEP_FRAMES)):
+        report = only(sent.encode())
+        assert report["exception_reason"] == "a\ufffd\ufffdb\\u0000"
+        assert report["extra"]["\ufffd"] == 1 and report["extra"]["regionFormat"] == "\U0001f600"
+
+
+def apple_mutant(mutations):
+    """One of Apple's reports with something changed in it."""
+    sources = [[json.dumps(body).encode()] for body in (*(body for body, _ in WHOLE_REPORTS[2:]), {
+        "hangDiagnostics": [{"callStackTree": tree} for _, tree, _ in TREES]})]
+    parts = mutations.pick([*sources, ips_of().split(b"\n"), crash_text().split(b"\n")])
+    for _ in range(mutations.random.randint(1, 4)):
+        where = mutations.random.randrange(len(parts))
+        request = {"body": parts[where]}
+        mutations.pick([mutations.change_json] * 3 + [mutations.change_bytes])(request)
+        parts[where] = request["body"]
+        if len(parts) > 2:  # text: a line comes again, elsewhere
+            parts.insert(mutations.random.randrange(len(parts)), mutations.pick(parts))
+    return b"\n".join(parts)
+
+
+def test_whatever_is_changed_in_apples_reports_they_are_read_or_refused():
+    mutations, answers = Mutations(seed=1), Counter()
+    for _ in range(900):
+        body = apple_mutant(mutations)
+        try:
+            answers[len(backfeedr.parse_diagnostics(body, parse_time(NOW)))] += 1
+        except Refusal as refusal:
+            answers[str(refusal)] += 1
+    assert answers[1] > 300 and answers["unknown report format"] > 50, answers
+
+
 # == Signature =================================================================
 
 VECTOR_BODY = b'{"type":"custom","name":"purchase","occurred_at":"2026-03-12T14:22:31Z"}'
