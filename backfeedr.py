@@ -406,8 +406,11 @@ def sha256(data: bytes | str) -> bytes:
 
 SYSTEM_BASE = 0x180000000  # Apple's own libraries are loaded at this address or above, an app below it
 MAX_NAME = 1000  # characters of a symbol that count
+MAX_PATH = 1024  # Darwin's bound
 MAX_IMAGES = 4  # of a crash, whose symbols may name its frames
-_NOT_OWN = {"dyld", "libobjc-trampolines.dylib"}  # which are loaded below it, too
+_NEVER_OWN = re.compile(r"dyld|libobjc-trampolines\.dylib|libswift\w{0,40}\.dylib")  # though they are loaded below it
+# Of a simulator the system's own files lie below Xcode.app, too.
+_OWN_PATH = re.compile(r"(?!/System/|/usr/|.*/(?:RuntimeRoot|Contents/Developer)/).*\.app(?:ex)?/", re.S)
 
 # What a frame says, under our name and under those of KSCrash, PLCrashReporter and Sentry.
 _FRAME_FIELDS = {
@@ -470,16 +473,17 @@ def read_frame(given: Mapping[str, Any]) -> Frame:
         symbol, binary = "", binary or located[1]
         offset = int(located[2]) if offset is None else offset
     symbol, uuid = "" if _ADDRESS.fullmatch(symbol) else symbol, image_uuid(values["uuid"])
-    is_named = bool(file or symbol and (given.get("symbolicated") is True or not uuid or offset is None))
-    return Frame(symbol, file, binary, uuid, offset, _is_own(given.get("in_app"), file, path, base, binary), is_named)
+    is_own = _is_own(given.get("in_app"), file, path, base, binary)
+    is_named = bool(file or symbol and (given.get("symbolicated") is True or not uuid or offset is None or not is_own))
+    return Frame(symbol, file, binary, uuid, offset, is_own, is_named)
 
 
 def _is_own(in_app: Any, file: str, path: str, base: int | None, binary: str) -> bool | None:
     if type(in_app) is bool:
         return in_app
     if file or path.startswith("/"):
-        return bool(file) or ".app/" in path or ".appex/" in path
-    return base < SYSTEM_BASE and binary not in _NOT_OWN if base else None
+        return bool(file or _OWN_PATH.match(path[:MAX_PATH])) and not _NEVER_OWN.fullmatch(binary)
+    return base < SYSTEM_BASE and not _NEVER_OWN.fullmatch(binary) if base else None
 
 
 def _string(value: Any) -> str:
@@ -496,7 +500,7 @@ def _integer(value: Any) -> int | None:
 def image_uuid(value: Any) -> str:
     """The UUID of a build in upper case with dashes; "" for anything else."""
     digits = _string(value).replace("-", "")[:40].upper()  # Sentry's debug_id has a number behind it
-    if not re.fullmatch("[0-9A-F]{32,40}", digits):
+    if not re.fullmatch("[0-9A-F]{32,40}", digits) or not digits.strip("0"):  # some write zeros for none
         return ""
     return "-".join(digits[start:end] for start, end in ((0, 8), (8, 12), (12, 16), (16, 20), (20, 32)))
 
@@ -945,8 +949,6 @@ EVENT_NAMES = {
     "hangDiagnostic": "Hang", "cpuExceptionDiagnostic": "CPU exception", "appLaunchDiagnostic": "Slow launch",
     "diskWriteExceptionDiagnostic": "Disk write exception"}
 DURATIONS = ("hangDuration", "totalCPUTime", "writesCaused", "totalWritesCaused", "launchDuration")
-MAX_PATH = 1024  # Darwin's bound
-SHARED_CACHE = 0x180000000  # where iOS loads its own libraries; apps lie below
 
 _UUID = "[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"
 # The name of a person and the folder of an installation, in a path, whose slashes JSON may escape.
@@ -958,9 +960,6 @@ _OS_VERSION = re.compile(r"(?:[A-Za-z]+ ){0,4}([0-9]+(?:\.[0-9]+)*)(?: \([\w ]{1
 _KILL_CODE = re.compile(r"(?:\bcode[: ] ?|^[A-Z]{1,40} )(?:0x([0-9a-f]{1,16})|([0-9]{1,19}))\b", re.I)
 _UNCAUGHT = re.compile(r"uncaught exception '([^'\n]{1,200})', reason: '")
 _FATAL = re.compile("Fatal error|Precondition failed|Assertion failed|BUG IN ")
-# Of a simulator the system's own files lie below Xcode.app, too.
-_OWN_PATH = re.compile(r"(?!/System/|/usr/|.*/(?:RuntimeRoot|Contents/Developer)/).*\.app(?:ex)?/", re.S)
-_NEVER_OWN = re.compile(r"dyld|libobjc-trampolines\.dylib|libswift\w{0,40}\.dylib")  # the last, where an app brings it
 _THREAD_STARTS = ("dyld", "libdyld.dylib", "libsystem_pthread.dylib")
 
 
@@ -1109,14 +1108,6 @@ def _whole(given: JsonObject, name: str) -> int | None:
     return value if type(value) is int and 0 <= value <= MAX_NUMBER else None
 
 
-def _uuid(value: Any) -> str | None:
-    """A build's UUID as dwarfdump prints it; None for none, which some write as zeros."""
-    digits = value.replace("-", "").upper() if type(value) is str else ""
-    if not re.fullmatch("[0-9A-F]{32}", digits) or not digits.strip("0"):
-        return None
-    return re.sub("(.{8})(.{4})(.{4})(.{4})", r"\1-\2-\3-\4-", digits)
-
-
 def _apple_time(*values: Any) -> Any:
     """The first of these that is a time, as `parse_occurred_at` takes it; None if there is none."""
     for value in values:
@@ -1153,7 +1144,7 @@ class _Image(NamedTuple):
     """What a frame says of its binary."""
 
     binary: str = ""
-    uuid: str | None = None
+    uuid: str = ""
     is_own: bool = False
 
 
@@ -1164,8 +1155,9 @@ def _apple_frame(number: int, image: _Image, offset: int | None, given: JsonObje
         file, line = "", None
     symbol = _member(given, "symbol", str)
     frame = {"frame": number, "symbol": "" if symbol == "<redacted>" else symbol, "file": file, "line": line or "",
-             "binary": image.binary, "uuid": image.uuid or "", "offset": "" if offset is None else offset}
-    flags = {"inlined": given.get("inline") is True, "in_app": image.is_own}
+             "binary": image.binary, "uuid": image.uuid, "offset": "" if offset is None else offset}
+    flags = {"inlined": given.get("inline") is True, "in_app": image.is_own,
+             "symbolicated": image.is_own and frame["symbol"] and not file}  # other devices' own names may be wrong
     return {**{name: value for name, value in frame.items() if value != ""},
             **{name: True for name, value in flags.items() if value}}
 
@@ -1246,7 +1238,7 @@ def _metrickit_trace(tree: JsonObject, is_crash: bool) -> list[JsonObject]:
         path.append(max(frames, key=lambda frame: _whole(frame, "sampleCount") or 0))
         frames = _objects(path[-1], "subFrames")
     names = {uuid: _member(each, "name", str) for each in _objects(tree, "binaryInfo")
-             if (uuid := _uuid(each.get("uuid")))}
+             if (uuid := image_uuid(each.get("uuid")))}
     images = [_metrickit_image(frame, names) for frame in path]
     from_start = [image.binary in _THREAD_STARTS for image, _ in images]
     if not is_crash and from_start[:1] == [True] and not from_start[-1]:
@@ -1257,15 +1249,15 @@ def _metrickit_trace(tree: JsonObject, is_crash: bool) -> list[JsonObject]:
 def _metrickit_image(frame: JsonObject, names: Mapping[str, str]) -> tuple[_Image, int | None]:
     """A frame's binary and its offset there. There are no paths: what was loaded below the system's libraries is the
     app's own. iOS 14 and 15 and macOS 12 say where the binary was loaded in place of the offset."""
-    uuid, address = _uuid(frame.get("binaryUUID")), _whole(frame, "address")
-    binary = _member(frame, "binaryName", str) or names.get(uuid or "", "")
+    uuid, address = image_uuid(frame.get("binaryUUID")), _whole(frame, "address")
+    binary = _member(frame, "binaryName", str) or names.get(uuid, "")
     given = _whole(frame, "offsetIntoBinaryTextSegment")
     loaded_at: int | None
     if given is not None and given >= 1 << 32:
         loaded_at, offset = given, None if address is None or address < given else address - given
     else:
         loaded_at, offset = None if address is None else address - (given or 0), given
-    is_own = loaded_at is not None and 0 <= loaded_at < SHARED_CACHE and not _NEVER_OWN.fullmatch(binary)
+    is_own = loaded_at is not None and 0 <= loaded_at < SYSTEM_BASE and not _NEVER_OWN.fullmatch(binary)
     return _Image(binary[:MAX_TEXT], uuid, is_own), offset
 
 
@@ -1317,7 +1309,7 @@ def _ips_trace(body: JsonObject) -> list[JsonObject]:
 
 
 def _ips_image(given: JsonObject, main_path: str) -> _Image:
-    path, uuid = _member(given, "path", str)[:MAX_PATH], _uuid(given.get("uuid"))
+    path, uuid = _member(given, "path", str)[:MAX_PATH], image_uuid(given.get("uuid"))
     binary = (_member(given, "name", str) or path.rpartition("/")[2])[:MAX_TEXT]
     is_own = bool(path and (path == main_path or _OWN_PATH.match(path))) and not _NEVER_OWN.fullmatch(binary)
     return _Image("" if binary == "???" else binary, uuid, is_own)
