@@ -5413,7 +5413,7 @@ class Backfeedr(Closing):
             raise Refusal("invalid uuid", detail="it is not that of a build, as dwarfdump --uuid prints it")
         part = parse_symbols(_decompress(environ, body, self.settings.max_body_size))
         answer, was_held = self.store.put_symbols(build, part)
-        if answer["complete"] and not was_held:  # who embeds the server may not run commands; commits go on with it, too
+        if answer["complete"] and not was_held:  # commits go on with it, too, where this thread ends early
             threading.Thread(target=self._regroup, name="backfeedr regroup", daemon=True).start()
         return 200 if was_held else 201, answer
 

@@ -1791,7 +1791,8 @@ def test_missing_symbols_are_listed_with_the_crashes_that_wait_for_them(api, clo
     add(server, stack_trace=[frame_of(HELD)], app_version="1.1", build_number="2")
     add(server, stack_trace=[frame_of(HELD, 99)], app_version="9")
     add(server, 5, key=shop_key, exception_type="X", app_version="3.0", stack_trace=[
-        {"symbol": "abort", "binary": "libc"}, {"image_uuid": OTHER_BUILD, "offset": 5}, frame_of(third, binary="/a/Kit")])
+        {"symbol": "abort", "binary": "libc"}, {"image_uuid": OTHER_BUILD, "offset": 5},
+        frame_of(third, binary="/a/Kit")])
     add(server, 7, key=test_key, stack_trace=[frame_of(OTHER_BUILD, binary="Beta")])
     add(server, stack_trace=[{"symbol": "f", "file": "f.swift", "uuid": third, "offset": 1}])
 
@@ -1808,7 +1809,7 @@ def test_missing_symbols_are_listed_with_the_crashes_that_wait_for_them(api, clo
     clock.move(1)
     put(server, uuid=OTHER_BUILD)
     held, waiting = listed(server)
-    assert [(each["uuid"], each["complete"]) for each in held] == [(OTHER_BUILD, True), (HELD, False)], "the newest first"
+    assert [(each["uuid"], each["complete"]) for each in held] == [(OTHER_BUILD, True), (HELD, False)], "newest first"
     assert waiting == [shops[1], ours], "until it is complete"
     put(server, BOTH_PARTS[1])
     assert listed(server)[1] == [shops[1]]
@@ -2020,7 +2021,8 @@ def test_a_crash_is_in_one_group_before_and_after_its_symbols_in_this_and_in_the
     joined_threads()
     assert api.post(CRASHES, shop_crash_now(clock, 5008, OTHER_BUILD, app_version="1.1"))[1]["group_hash"] == named
     found = api.get(f"{CRASHES}/{named}", **ADMIN)[1]
-    assert (found["count"], found["first_version"], found["first_seen"]) == (4, "1.0", found["reports"][-1]["occurred_at"])
+    first = found["reports"][-1]["occurred_at"]
+    assert (found["count"], found["first_version"], found["first_seen"]) == (4, "1.0", first)
     assert group_rows(api.server) == [(named, "1.0", "add")] and count(api.server, "regroupings") == 0
     assert report_groups(api.server) == [named]
     check_database(api.server.store.path)
@@ -2035,7 +2037,8 @@ def test_a_crash_is_in_one_group_before_and_after_its_symbols_in_this_and_in_the
 
 def test_figures_are_the_same_after_crashes_have_moved(api, clock):
     for n in range(5):
-        api.post(CRASHES, shop_crash_now(clock, 1000 + 4 * n, app_version=f"1.{n}", device_id_hash=f"d{n}", device_model="m"))
+        device = dict(app_version=f"1.{n}", device_id_hash=f"d{n}", device_model="m")
+        api.post(CRASHES, shop_crash_now(clock, 1000 + 4 * n, **device))
         clock.move(86_400)
     asked = [*METRICS, "/api/v1/releases", "/api/v1/metrics/retention?days=9"]
     before = [api.get(path)[1] for path in asked]
@@ -2105,7 +2108,8 @@ def test_what_is_beyond_the_days_limit_of_groups_stays_there(api, monkeypatch):
     api.post(CRASHES, shop_crash(1008))
     put(api.server)
     joined_threads()
-    assert report(api.server)["group_hash"] == "(other)" and stored_rows(api.server, "regroupings", "group_aliases") == 0
+    assert report(api.server)["group_hash"] == "(other)"
+    assert stored_rows(api.server, "regroupings", "group_aliases") == 0
 
 
 def test_aliases_follow_and_go_with_their_group_and_their_app(api, clock):
@@ -2124,7 +2128,7 @@ def test_aliases_follow_and_go_with_their_group_and_their_app(api, clock):
     assert stored_rows(api.server, "crashes", "groups", "group_images", "group_aliases") == 0
     api.post(CRASHES, shop_crash(1008))
     api.server.store.delete_symbols(HELD)
-    assert api.post(CRASHES, shop_crash(1008))[1]["group_hash"] == hashed(f"SIGABRT:{HELD}+1009"), "as before the symbols"
+    assert api.post(CRASHES, shop_crash(1008))[1]["group_hash"] == hashed(f"SIGABRT:{HELD}+1009"), "as before"
     put(api.server)
     joined_threads()
     assert count(api.server, "group_aliases") == 1 and len(group_rows(api.server)) == 1
