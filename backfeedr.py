@@ -25,6 +25,7 @@ The rooms, each of which uses only those above it (but Templates, which stand be
     Signature       HMAC-SHA256 over a request
     RateLimiter     at most so many requests a minute for a key
     Symbols         the names of a build's functions, and how a frame gets its own
+    Triage          what was decided about groups, and what is worth telling
     Figures         what is counted: tables, counting and question of each figure
     Database        connections, transactions, migrations
     Apps            apps, keys, the admin
@@ -1647,6 +1648,47 @@ def _named_frame(frame: JsonObject, symbol: str, file: str, line: int, is_inline
     return {**named, "inlined": True} if is_inlined else named
 
 
+# == Triage ====================================================================
+# What somebody has decided about a group, how a crash undoes that, and the facts that are worth telling. All of it is
+# written in the transaction of the crash.
+
+TRIAGE_TABLES = """
+create table triage (                      -- groups that somebody has decided about; outlives their crashes
+    app_id integer not null, group_hash text not null,
+    state text not null,                   -- 'open', 'resolved' or 'muted'
+    changed_at integer not null, fixed_in text,  -- a version, perhaps with its build: 1.3.0 (48)
+    until integer, crashes_left integer, devices_left integer,  -- what a mute lasts for; null: is no condition
+    regressed_at integer, primary key (app_id, group_hash)) without rowid;
+create table group_history (
+    app_id integer not null, group_hash text not null, entry integer not null,  -- 1, 2, 3
+    at integer not null, what text not null, detail text, primary key (app_id, group_hash, entry)) without rowid;
+create table facts (                       -- to be told to channels, the oldest first; detail is JSON
+    id integer primary key autoincrement, app_id integer not null, at integer not null, kind text not null,
+    group_hash text, detail text not null);
+create table channels (
+    id integer primary key autoincrement, url text not null, secret text not null,
+    app_id integer,                        -- null: all live apps
+    kinds text not null,                   -- of facts, divided by commas
+    created_at integer not null, last_fact integer not null,  -- up to which facts are in messages
+    ended_at integer, error text, error_at integer, sent_at integer);
+create table messages (                    -- on their way; id is the webhook-id
+    id text primary key, channel_id integer not null, created_at integer not null, body text not null,  -- JSON
+    facts integer not null, tries integer not null, due_at integer not null) without rowid;
+create index messages_by_time on messages (channel_id, created_at);
+"""
+FACT_KINDS = {  # and which of them a channel is told unless it chooses
+    "crash.new": True, "crash.regressed": True, "crash.unmuted": True, "crash.spread": False,
+    "release.worse": False, "digest": False}
+
+
+def note_fact(db: Any, kind: str, app_id: int, at: int, group_hash: str | None, **detail: Any) -> None:
+    """Writes a fact in the current transaction, if there is anybody to tell it to."""
+    db.execute("""
+        insert into facts (app_id, at, kind, group_hash, detail) select ?, ?, ?, ?, ?
+        where exists (select 1 from channels where ended_at is null)
+        """, (app_id, at, kind, group_hash, _encode(detail)))
+
+
 # == Figures ===================================================================
 # What the server counts. A figure is a class: its tables, how reports count in it, and the questions it answers.
 # Reports count by 1 when they are stored and by -1 when a device is forgotten, in the transaction that changes their
@@ -2448,7 +2490,7 @@ def device_key(device_id_hash: str | None) -> int:
 # Releases last: others count in them when they are saved.
 FIGURES = (Requests, Crashes, Groups, Images, Sessions, Devices, Releases)
 FIGURE_TABLES = NewNames.TABLES + "".join(figure.tables() for figure in FIGURES)
-SCHEMA = REPORT_TABLES + SYMBOL_TABLES + FIGURE_TABLES
+SCHEMA = REPORT_TABLES + SYMBOL_TABLES + TRIAGE_TABLES + FIGURE_TABLES
 # The primary key of each table with rows of an app, beside the reports.
 KEYS = {table: tuple(key.split(", ")) for table, key in re.findall(
     r"create table (\w+) \([^;]*?primary key \((app_id, [^)]*)\)", re.sub("--.*", "", SCHEMA))}
@@ -2882,7 +2924,7 @@ def migrate(db: Connection, version: int, run: Callable[[Connection, str], None]
     if version < 2:
         run(db, "create table grants (hash blob primary key, expires_at integer not null) without rowid;\n")
     if version < 4:
-        run(db, "alter table crashes add column images text;\n" + SYMBOL_TABLES)
+        run(db, "alter table crashes add column images text;\n" + SYMBOL_TABLES + TRIAGE_TABLES)
     if version < 3:
         _migrate_to_3(db, run)
     elif version < 4:
@@ -5275,7 +5317,8 @@ PAGE_HEADERS = {
         f" 'sha256-{base64.b64encode(sha256(STYLE)).decode()}'")}
 
 _TEMPLATE_GLOBALS = {
-    "bar_chart": bar_chart, "build_name": build_name, "curl_line": curl_line, "details": _details, "icon": _ICON, "iso": iso_time,
+    "bar_chart": bar_chart, "build_name": build_name, "curl_line": curl_line, "details": _details, "icon": _ICON,
+    "iso": iso_time,
     "number": "{:,}".format, "percent": lambda share: "-" if share is None else f"{share:.2f} %", "options": _options,
     "pages": _PAGES, "shorten": _shorten, "sparkline": sparkline,
     "style": STYLE, "tooltip": _tooltip}

@@ -275,7 +275,7 @@ def figures(path):
     return tables
 
 
-MOVES = {"regroupings", "group_aliases"}  # of groups, which no report tells
+MOVES = {"regroupings", "group_aliases", "triage", "group_history"}  # which no report tells
 
 
 def recount(path):
@@ -3148,7 +3148,9 @@ def make_old_database(path, version):
         backfeedr.Store(str(path)).close()
     with closing(sqlite3.connect(str(path), isolation_level=None)) as db:
         if version == 3:
-            for table in ("symbols", "symbol_parts", "symbol_pages", "group_aliases", "regroupings", "group_images"):
+            for table in (
+                    "symbols", "symbol_parts", "symbol_pages", "group_aliases", "regroupings", "group_images",
+                    "triage", "group_history", "facts", "channels", "messages"):
                 db.execute(f"drop table {table}")
             db.execute("alter table crashes drop column images")
         db.execute(f"pragma application_id = {backfeedr.APPLICATION_ID}")
