@@ -422,8 +422,10 @@ _FIELDS_OF = {name: [field for field, names in _FRAME_FIELDS.items() if name in 
               for name in chain.from_iterable(_FRAME_FIELDS.values())}
 _PLAIN_FIELDS = {"frame", "symbol", "file", "line"}  # those of the API
 _LOCATED = re.compile(r"(.*) \+ ([0-9]{1,18})")  # symbol or binary, and an offset into it
-_ADDRESS = re.compile("0x[0-9a-fA-F]+|[0-9a-fA-F]{8,16}|<redacted>|<unknown>|[?]+|")  # where a device knows no symbol
-_BARE = re.compile(r"[\w.-]+")
+# What stands where a device knows no symbol.
+_ADDRESS = re.compile("0x[0-9a-fA-F]+|[0-9a-fA-F]{8,16}|<redacted>|<unknown>|[?]+|_{0,2}mh_(?:execute|dylib)_header|")
+_CALL_STACK_LINE = re.compile(r"(?:[0-9]{1,4}\s+(\S.{0,200}?)\s+)?0x[0-9a-fA-F]{1,16} (?!\+ )(.+)")  # callStackSymbols
+_BARE = re.compile(r"[\w. -]+")
 
 
 class Frame(NamedTuple):
@@ -463,6 +465,8 @@ def read_frame(given: Mapping[str, Any]) -> Frame:
     symbol, file, binary, path = (_string(values[name]) for name in ("symbol", "file", "binary", "path"))
     address, base, offset = (_integer(values[name]) for name in ("address", "image_base", "offset"))
     binary = binary.rpartition("/")[2]
+    if line := _CALL_STACK_LINE.fullmatch(symbol):
+        binary, symbol = binary or line[1] or "", line[2]
     if address is not None and offset is None and base is not None:
         offset = address - base
     elif address is not None and base is None and offset is not None:
@@ -481,7 +485,7 @@ def read_frame(given: Mapping[str, Any]) -> Frame:
 @lru_cache(maxsize=4096)
 def _plain_frame(symbol: str, file: str) -> Frame | None:
     """A frame of which nothing else is known; None where its symbol is an address."""
-    if " + " in symbol or _ADDRESS.fullmatch(symbol):
+    if " + " in symbol or "0x" in symbol or _ADDRESS.fullmatch(symbol):
         return None
     return Frame(symbol, file, is_own=bool(file) or None)
 
@@ -514,18 +518,19 @@ def image_uuid(value: Any) -> str:
 
 
 _PREFIX_WORDS = re.compile(
-    r"(?:@objc |specialized |merged |dynamic |implicit |partial apply (?:forwarder )?for |\$defer #[0-9]+ (?:\(\) )?in "
-    r"|closure #[0-9]+ (?:\(.*?\) (?:(?:async |throws )*-> .*? )?)?in "
+    r"(?:@objc |@nonobjc |specialized |merged |dynamic |implicit |partial apply (?:forwarder )?for "
+    r"|\$defer #[0-9]+ (?:\(\) )?in |(?:implicit )?(?:auto)?closure #[0-9]+ (?:[(@<].{0,200}? )?in "
     r"|\([0-9]+\) (?:suspend|await) resume partial function for "
     r"|(?:generic|function signature) specialization <[^<>]*(?:<[^<>]*>[^<>]*)*> of )+")
-_BLOCK = re.compile(r"(?:__[0-9]+(?=[-+]\[)|__(?=.*_block_invoke))?(.*?)_block_invoke[_.0-9]*")
+_BLOCK = re.compile(r"(?:__[0-9]+(?=[-+]\[)|__(?=.*_block_invoke))?(.*?)_block_invoke(?:_[0-9]+)?")
 _SUFFIX = re.compile(
-    r"(?: \+ [0-9]+| \([^()]*:[0-9]+\)| (?:at )?0x[0-9a-fA-F]+|\.(?:cold|resume)|T[YQ][0-9]+_"
-    r"|(?:\.(?:cold|llvm|resume|part|constprop|isra))?\.[0-9]+)+")
+    r"(?: \+ [0-9]+| \([^()]*:[0-9]+\)| \(\.[\w.]+\)| \[clone [^]]*\]| (?:at )?0x[0-9a-fA-F]+|\.(?:cold|resume)"
+    r"|T[YQ][0-9]+_|(?:\.(?:cold|llvm|resume|part|constprop|isra))?\.[0-9]+)+")
 # Of every program, and made by the compiler: they tell nothing of where a fault is.
 _NOT_COUNTED = re.compile(
-    r"(?:_?main|start|_?dyld_start|static .*\$main\(\)|\$s.*5\$mainyyFZ|__debug_main_executable_dylib_entry_point"
-    r"|<compiler-generated>|(?:reabstraction )?thunk for .*|protocol witness for .*|.* thunk)")
+    r"(?:_?main|start|_?dyld_start|static .*\$main\(\)(?: -> \(\))?|\$s.*5\$mainyyFZ|<compiler-generated>"
+    r"|__debug_main_executable_dylib_entry_point|protocol witness for .*|outlined .*|.* thunk"
+    r"|(?:(?:reabstraction|dispatch|non-virtual|virtual) )?thunk (?:for|to|of|helper from) .*)")
 # What every abort runs through.
 _OF_ABORTS = re.compile(
     r"_*(?:pthread_kill|kill|raise|abort|abort_message|assert_rtn|exceptionPreprocess|objc_exception_throw"
@@ -537,29 +542,33 @@ _OF_ABORTS = re.compile(
 @lru_cache(maxsize=2048)
 def canonical_name(symbol: str) -> str:
     """A symbol without what the compiler and the tools add to it, and what differs from build to build."""
-    name = _PREFIX_WORDS.sub("", symbol, 1) if _PREFIX_WORDS.match(symbol) else symbol
+    name = _without_suffix(_PREFIX_WORDS.sub("", symbol, 1) if _PREFIX_WORDS.match(symbol) else symbol)
     block = _BLOCK.fullmatch(name)
-    name = block[1] if block else name
-    ends = _SUFFIX.search(name) if name else None
-    while ends and ends.end() < len(name):
-        ends = _SUFFIX.search(name, ends.end())
-    return name[:ends.start()] if ends and ends.start() else name
+    return block[1] if block else name
+
+
+def _without_suffix(name: str) -> str:
+    for end in _SUFFIX.finditer(name):
+        if end.start() and end.end() == len(name):
+            return name[:end.start()]
+    return name
 
 
 def group_hash(exception_type: str, frames: Sequence[Mapping[str, Any]]) -> str:
     """The group of a crash: its exception type, and the names of the first three frames of the app's own code. System
     frames stand in only where there is none. A frame without a name is its build and offset."""
-    return group_of(exception_type, list(map(read_frame, frames)))
+    return group_of(exception_type, map(read_frame, frames))
 
 
-def group_of(exception_type: str, frames: Sequence[Frame]) -> str:
-    """As group_hash, of frames that were read."""
-    candidates = (  # generators, as nearly always the first three of the first are enough
-        (label for frame in frames if frame.is_own and _counts(label := _label(frame))),
-        (label for frame in frames if frame.symbol and _tells(label := _label(frame))),
-        (label for frame in frames if (label := _label(frame)) and _tells(label)),
-        (_label(frame) for frame in frames if frame.is_own or frame.symbol),
-        filter(None, map(_label, frames)))
+def group_of(exception_type: str, frames: Iterable[Frame]) -> str:
+    """As group_hash, of frames that were read. Takes no more of them than it needs: mostly, the app's own tell."""
+    seen: list[Frame] = []
+    candidates = (
+        (label for frame in frames if seen.append(frame) or frame.is_own and _counts(label := _label(frame))),
+        (label for frame in seen if frame.symbol and _tells(label := _label(frame))),
+        (label for frame in seen if (label := _label(frame)) and _tells(label)),
+        (_label(frame) for frame in seen if frame.is_own or frame.symbol),
+        filter(None, map(_label, seen)))
     names = next(filter(None, (list(islice((name for name, _ in groupby(labels)), 3)) for labels in candidates)), [])
     return hashlib.sha256(":".join([exception_type, *names]).encode()).hexdigest()[:16]
 
@@ -750,7 +759,7 @@ def parse_crash(given: JsonObject) -> Crash:
         frames = _plain_frames(frames)
         given["stack_trace"] = frames or given["stack_trace"]
     values = _convert(given, _CRASH_FIELDS, MAX_STORED)
-    read = list(map(read_frame, frames))
+    read = list(map(read_frame, _kept_frames(frames)))
     return Crash(group_of(values[0], read), open_images(read), *values)
 
 
@@ -852,6 +861,10 @@ def _convert(given: JsonObject, converters: Converters, limit: int | None) -> li
     return _convert(_cut(given, values, unknown, limit), converters, None)
 
 
+def _kept_frames(frames: list[Any]) -> list[Any]:
+    return frames if len(frames) <= FIRST_FRAMES + LAST_FRAMES else frames[:FIRST_FRAMES] + frames[-LAST_FRAMES:]
+
+
 def _length(given: JsonObject, name: str, kind: type) -> int:
     return len(given[name]) if type(given.get(name)) is kind else 0
 
@@ -867,8 +880,8 @@ def _cut(given: JsonObject, values: JsonObject, unknown: JsonObject, limit: int)
     share, truncated = _fair_share([_size(part) for part in parts.values()], room), []
     for name, part in parts.items():
         fitting = part
-        if name == "stack_trace" and len(part) > FIRST_FRAMES + LAST_FRAMES:
-            fitting = part[:FIRST_FRAMES] + part[-LAST_FRAMES:]
+        if name == "stack_trace":
+            fitting = _kept_frames(part)
         elif type(part) is dict:
             fitting = dict(list(part.items())[:MAX_NAMES])
         fitting = _shortened(fitting, share)
