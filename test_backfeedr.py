@@ -4409,8 +4409,9 @@ def test_requests_of_all_kinds_share_a_commit_and_their_receipts_are_of_their_ow
     if poisoned:
         refuse_poison(api.server, monkeypatch)
     poison = [submission_of(payload_of(meta={"terminationReason": "poison"}))] * poisoned
-    given = [submission_of(MIXED, b"a"), submission_of(CRASH, path=CRASHES),
-             submission_of(batch_of(EVENT, EVENT), path=BATCH), submission_of(MIXED, b"a"), *poison, submission_of(ips_of()), submission_of(MIXED)]
+    crash, batch = submission_of(CRASH, path=CRASHES), submission_of(batch_of(EVENT, EVENT), path=BATCH)
+    given = [submission_of(MIXED, b"a"), crash, batch, submission_of(MIXED, b"a"), *poison, submission_of(ips_of()),
+             submission_of(MIXED)]
     store.add_all(given)
     rows = {}
     for table, name in (("crashes", "exception_type"), ("events", "name")):
