@@ -1146,7 +1146,7 @@ class _Image(NamedTuple):
 
     binary: str = ""
     uuid: str = ""
-    is_own: bool = False
+    is_own: bool | None = None  # None: nothing tells
 
 
 def _apple_frame(number: int, image: _Image, offset: int | None, given: JsonObject) -> JsonObject:
@@ -1158,9 +1158,9 @@ def _apple_frame(number: int, image: _Image, offset: int | None, given: JsonObje
     frame = {"frame": number, "symbol": "" if symbol == "<redacted>" else symbol, "file": file, "line": line or "",
              "binary": image.binary, "uuid": image.uuid, "offset": "" if offset is None else offset}
     flags = {"inlined": given.get("inline") is True, "in_app": image.is_own,
-             "symbolicated": image.is_own and frame["symbol"] and not file}  # other devices' own names may be wrong
+             "symbolicated": bool(image.is_own and frame["symbol"] and not file)}  # what a device names may be wrong
     return {**{name: value for name, value in frame.items() if value != ""},
-            **{name: True for name, value in flags.items() if value}}
+            **{name: value for name, value in flags.items() if value or name == "in_app" and value is False}}
 
 
 def _numbered(frames: list[Any]) -> list[tuple[int, Any]]:
@@ -1258,7 +1258,8 @@ def _metrickit_image(frame: JsonObject, names: Mapping[str, str]) -> tuple[_Imag
         loaded_at, offset = given, None if address is None or address < given else address - given
     else:
         loaded_at, offset = None if address is None else address - (given or 0), given
-    is_own = loaded_at is not None and 0 <= loaded_at < SYSTEM_BASE and not _NEVER_OWN.fullmatch(binary)
+    is_own = None if loaded_at is None else (
+        0 <= loaded_at < SYSTEM_BASE and not _NEVER_OWN.fullmatch(binary))
     return _Image(binary[:MAX_TEXT], uuid, is_own), offset
 
 
@@ -1312,7 +1313,7 @@ def _ips_trace(body: JsonObject) -> list[JsonObject]:
 def _ips_image(given: JsonObject, main_path: str) -> _Image:
     path, uuid = _member(given, "path", str)[:MAX_PATH], image_uuid(given.get("uuid"))
     binary = (_member(given, "name", str) or path.rpartition("/")[2])[:MAX_TEXT]
-    is_own = bool(path and (path == main_path or _OWN_PATH.match(path))) and not _NEVER_OWN.fullmatch(binary)
+    is_own = bool(path == main_path or _OWN_PATH.match(path)) and not _NEVER_OWN.fullmatch(binary) if path else None
     return _Image("" if binary == "???" else binary, uuid, is_own)
 
 
