@@ -7951,16 +7951,19 @@ def test_each_request_of_the_readme_is_answered_as_it_shows_and_its_client_and_s
     server, now = run(BACKFEEDR_RATE_LIMIT="100"), time_text(time.time())
 
     def answer_to(command):
-        for old, new in (
-                ("http://localhost:8080", server.url), ("bf_live_your_key", KEY), ("bf_admin_your_token", TOKEN)):
+        for old, new in (("http://localhost:8080", server.url), ("http://127.0.0.1:8080", server.url),
+                         ("bf_live_your_key", KEY), ("bf_admin_your_token", TOKEN)):
             command = command.replace(old, new)
         return json.loads(bash(command, HERE, BACKFEEDR_ENDPOINT=server.url))
 
-    (send,), (sign,) = code_blocks("sh", "client.py"), code_blocks("sh", "openssl")
+    (send,), (sign,), (apples,) = (code_blocks("sh", words) for words in ("client.py", "openssl", "crash.ips"))
     told, event = answer_to(send), answer_to(sign)
     assert sql(server.db, "select id, group_hash from crashes") == [(told["id"], told["group_hash"])]
     assert sql(server.db, "select id, name from events") == [(event["id"], "purchase")]
     assert answer_to(sign.replace("$time.$hash", "$time.wrong")) == {"error": "invalid signature"}
+    read, = re.findall(r"The answer is `(\{.*?\})`", README)
+    assert json.loads(read.replace("...", "")).keys() == answer_to(apples).keys()
+    assert sql(server.db, "select exception_type from crashes")[1:] == [("EXC_BREAKPOINT",)]
 
     crash = dict(CRASH, occurred_at=now, app_version="1.0", exception_reason="of all that is shown", device_id_hash="d")
     session = dict(type="session_start", session_id="s", app_version="1.0", device_id_hash="d", occurred_at=now)
@@ -7971,7 +7974,7 @@ def test_each_request_of_the_readme_is_answered_as_it_shows_and_its_client_and_s
     for command, answer in shown:
         got = answer_to(command)
         assert same_shape(json.loads(answer.replace(", ...", "")), got), (command, got)
-    assert sql(server.db, "select count(*) from crashes") == [(4,)]
+    assert sql(server.db, "select count(*) from crashes") == [(5,)]
 
 
 @pytest.fixture(scope="module")
