@@ -5871,6 +5871,25 @@ def test_a_bad_report_with_a_revoked_key_is_refused_for_the_key(serve, monkeypat
     assert len(looked) == 2, "once for each key, as a database that is away is waited for"
 
 
+def test_an_empty_payload_is_answered_beside_what_its_batch_stores_and_refuses(serve):
+    server = serve()
+    other = server.store.create_app("Shop")
+
+    def answers(*requests):
+        environs = [environ_of(json.dumps(body).encode(), key, PATH_INFO=path) for path, body, key in requests]
+        server.submit_all(environs)
+        return [answer_to(server, environ) for environ in environs]
+
+    given = [(DIAGNOSTICS, MIXED, KEY), (DIAGNOSTICS, SPAN, other), (DIAGNOSTICS, {}, KEY), (CRASHES, CRASH, other)]
+    mixed, empty, refused, crash = answers(*given)
+    assert (mixed[0], empty, refused[0], crash[0]) == (201, (200, NOTHING), 400, 201)
+    assert sorted([*mixed[1]["ids"], crash[1]["id"]]) == sorted(stored_ids(server.store.path))
+    assert list(server.store._here.group_sizes.counts)[:2] == [0, 1], "two requests in one commit"
+    server.store.revoke_key(other)
+    assert [status for status, _ in answers(*given)] == [201, 401, 400, 401]
+    assert [status for status, _ in answers(*given[1:3])] == [401, 400] and len(stored_ids(server.store.path)) == 9
+
+
 @pytest.mark.parametrize("length", [{"CONTENT_LENGTH": "5"}, {"CONTENT_LENGTH": "", "wsgi.input_terminated": True}])
 def test_a_body_that_cannot_be_read_is_refused_and_not_logged(serve, caplog, length):
     """As when the client has gone, or another web server cannot read a chunk."""
