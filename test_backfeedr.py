@@ -7590,6 +7590,24 @@ def questions_of(operation):
                         "app": [(404, {"app": "nope"}), (400, {"days": "0"})]}.get(name, [])
 
 
+def send_files(send):
+    """Sends what Apple makes but MetricKit's payloads, and asks for the groups."""
+    for name, text in (("ips", (EXAMPLES / "crash.ips").read_bytes()), ("crash", crash_text())):
+        plain = {"environ": {"CONTENT_TYPE": "text/plain"}}
+        answer = send("POST", "/diagnostics", 201, text, X_Backfeedr_Device=name, **plain)
+        waiting = send("GET", "/crashes/{group_hash}", 200, group=answer["group_hashes"][0], **ADMIN)
+        assert len(waiting["missing_symbols"]) == {"ips": 0, "crash": 1}[name]
+
+
+def put_symbols(send):
+    for path, operation in PUTS:
+        body = json.dumps(bodies(operation)[0]).encode()
+        for status, given, headers in ((201, body, ADMIN), (200, body, ADMIN), (401, body, {}), (400, b"{}", ADMIN),
+                                       (413, b" " * 10_001, ADMIN), (415, body, {**ADMIN, "Content_Encoding": "br"})):
+            send("PUT", path, status, given, **headers)
+    joined_threads()
+
+
 MOVED = shop_crash(16_392)  # to another group when the symbols of the example come
 
 
@@ -7611,22 +7629,13 @@ def test_every_request_of_openapi_is_answered_as_it_says(serve, monkeypatch):
         for status, body, headers in reports_of(path, operation):
             before, answer = answer, send("POST", path, status, body, **headers)
             assert status != 200 or not headers or answer == before
-    for name, text in (("ips", (EXAMPLES / "crash.ips").read_bytes()), ("crash", crash_text())):
-        plain = {"environ": {"CONTENT_TYPE": "text/plain"}}
-        answer = send("POST", "/diagnostics", 201, text, X_Backfeedr_Device=name, **plain)
-        waiting = send("GET", "/crashes/{group_hash}", 200, group=answer["group_hashes"][0], **ADMIN)
-        assert len(waiting["missing_symbols"]) == {"ips": 0, "crash": 1}[name]
+    send_files(send)
     old = send("POST", "/crashes", 201, json.dumps(MOVED).encode())["group_hash"]
     odd = dict(bodies(OPENAPI["paths"]["/crashes"]["post"])[0], occurred_at=2e9, device_model="x" * 501, is_charging=1,
                build_number=47, battery_level="nan", locale=[], memory={"free": 1})
     odd["stack_trace"] = [{**odd["stack_trace"][0], "frame": "0", "line": "many"}, {"symbol": 7}]
     assert send("POST", "/crashes", 201, json.dumps(odd).encode())["group_hash"] == group, "which is asked for below"
-    for path, operation in PUTS:
-        body = json.dumps(bodies(operation)[0]).encode()
-        for status, given, headers in ((201, body, ADMIN), (200, body, ADMIN), (401, body, {}), (400, b"{}", ADMIN),
-                                       (413, b" " * 10_001, ADMIN), (415, body, {**ADMIN, "Content_Encoding": "br"})):
-            send("PUT", path, status, given, **headers)
-    joined_threads()
+    put_symbols(send)
     moved = send("GET", "/crashes/{group_hash}", 301, group=old, **ADMIN)["detail"]
     named = send("GET", "/crashes/{group_hash}", 200, group=moved.split()[1], **ADMIN)["reports"][0]
     assert named["raw_stack_trace"] == MOVED["stack_trace"] and len(named["stack_trace"]) == 3
