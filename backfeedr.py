@@ -453,8 +453,8 @@ def read_frame(given: Mapping[str, Any]) -> Frame:
     that of whatever function comes before. `symbolicated` says that it is from symbols."""
     if given.keys() <= _PLAIN_FIELDS:
         symbol, file = given.get("symbol") or "", given.get("file") or ""
-        if " + " not in symbol and not _ADDRESS.fullmatch(symbol):
-            return Frame(symbol, file, is_own=bool(file) or None)
+        if len(symbol) + len(file) < 200 and (frame := _plain_frame(symbol, file)):
+            return frame
     values: dict[str, Any] = dict.fromkeys(_FRAME_FIELDS)
     for name, value in given.items():
         for field in _FIELDS_OF.get(name, ()) if value not in (None, "") else ():
@@ -476,6 +476,14 @@ def read_frame(given: Mapping[str, Any]) -> Frame:
     is_own = _is_own(given.get("in_app"), file, path, base, binary)
     is_named = bool(file or symbol and (given.get("symbolicated") is True or not uuid or offset is None or not is_own))
     return Frame(symbol, file, binary, uuid, offset, is_own, is_named)
+
+
+@lru_cache(maxsize=4096)
+def _plain_frame(symbol: str, file: str) -> Frame | None:
+    """A frame of which nothing else is known; None where its symbol is an address."""
+    if " + " in symbol or _ADDRESS.fullmatch(symbol):
+        return None
+    return Frame(symbol, file, is_own=bool(file) or None)
 
 
 def _is_own(in_app: Any, file: str, path: str, base: int | None, binary: str) -> bool | None:
@@ -546,17 +554,23 @@ def group_hash(exception_type: str, frames: Sequence[Mapping[str, Any]]) -> str:
 
 def group_of(exception_type: str, frames: Sequence[Frame]) -> str:
     """As group_hash, of frames that were read."""
-    labels = [(frame, _label(frame)) for frame in frames]
-    counted = [(frame, label) for frame, label in labels if not _NOT_COUNTED.fullmatch(label)]
-    telling = [(frame, label) for frame, label in counted if not _OF_ABORTS.fullmatch(label)]
-    candidates = (
-        [label for frame, label in counted if frame.is_own],
-        [label for frame, label in telling if frame.symbol],
-        [label for frame, label in telling if label],
-        [label for frame, label in labels if frame.is_own or frame.symbol],
-        [label for frame, label in labels if label])
-    names = [name for name, _ in groupby(next(filter(None, candidates), []))]
-    return hashlib.sha256(":".join([exception_type, *names[:3]]).encode()).hexdigest()[:16]
+    candidates = (  # generators, as nearly always the first three of the first are enough
+        (label for frame in frames if frame.is_own and _counts(label := _label(frame))),
+        (label for frame in frames if frame.symbol and _tells(label := _label(frame))),
+        (label for frame in frames if (label := _label(frame)) and _tells(label)),
+        (_label(frame) for frame in frames if frame.is_own or frame.symbol),
+        filter(None, map(_label, frames)))
+    names = next(filter(None, (list(islice((name for name, _ in groupby(labels)), 3)) for labels in candidates)), [])
+    return hashlib.sha256(":".join([exception_type, *names]).encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=2048)
+def _counts(label: str) -> bool:
+    return not _NOT_COUNTED.fullmatch(label)
+
+
+def _tells(label: str) -> bool:
+    return _counts(label) and not _OF_ABORTS.fullmatch(label)
 
 
 def _label(frame: Frame) -> str:
@@ -751,9 +765,13 @@ def _recent_own_names(stack_trace: str) -> tuple[str, ...]:  # of alike crashes,
     return own_names(json.loads(stack_trace or "[]"))
 
 
+_TEXT_OR_NONE, _INTEGER_OR_NONE = {str, type(None)}, {int, type(None)}
+
+
 def _is_plain_frame(frame: Any) -> bool:
-    return type(frame) is dict and all(frame.get(name) in (None, "") or type(frame[name]) is kind for name, kind in (
-        ("frame", int), ("symbol", str), ("file", str), ("line", int)))
+    return (type(frame) is dict
+            and type(frame.get("symbol")) in _TEXT_OR_NONE and type(frame.get("file")) in _TEXT_OR_NONE
+            and type(frame.get("frame")) in _INTEGER_OR_NONE and type(frame.get("line")) in _INTEGER_OR_NONE)
 
 
 def _plain_frames(frames: Any) -> list[JsonObject]:
@@ -5277,7 +5295,8 @@ PAGE_HEADERS = {
         f" 'sha256-{base64.b64encode(sha256(STYLE)).decode()}'")}
 
 _TEMPLATE_GLOBALS = {
-    "bar_chart": bar_chart, "build_name": build_name, "curl_line": curl_line, "details": _details, "icon": _ICON, "iso": iso_time,
+    "bar_chart": bar_chart, "build_name": build_name, "curl_line": curl_line, "details": _details, "icon": _ICON,
+    "iso": iso_time,
     "number": "{:,}".format, "percent": lambda share: "-" if share is None else f"{share:.2f} %", "options": _options,
     "pages": _PAGES, "shorten": _shorten, "sparkline": sparkline,
     "style": STYLE, "tooltip": _tooltip}

@@ -1048,7 +1048,8 @@ def trace_of(body):
     return report["stack_trace"] if "stack_trace" in report else report["properties"]["stack_trace"]
 
 
-FLAT = [{"frame": 0, "symbol": "UIApplicationMain", "binary": "UIKitCore", "uuid": MALLOC, "offset": 8, "in_app": False},
+FLAT = [{"frame": 0, "symbol": "UIApplicationMain", "binary": "UIKitCore", "uuid": MALLOC, "offset": 8,
+         "in_app": False},
         {"frame": 1, "symbol": "Cart.total()", "file": "Cart.swift", "line": 12, "binary": "Shop", "uuid": SHOP,
          "offset": 32, "inlined": True, "in_app": True},
         {"frame": 2, "binary": "Kit", "uuid": KIT, "offset": 64, "in_app": True}]
@@ -2149,7 +2150,8 @@ def test_reports_are_shown_with_names_and_the_frames_that_were_sent_beside(api, 
     page = person.text(f"/crashes/{group}")
     assert "Symbols of Shop 1.3.0 (48) are missing: 2 crashes wait for them." in page
     assert "python examples/symbols.py --server http://localhost:80 App.xcarchive" in page and "Shop + 1009" in page
-    missing = {"uuid": HELD, "binary": "Shop", "app": "default", "app_version": "1.3.0", "build_number": "48", "crashes": 2}
+    missing = {"uuid": HELD, "binary": "Shop", "app": "default", "app_version": "1.3.0", "build_number": "48",
+               "crashes": 2}
     assert api.get(f"{CRASHES}/{group}", **ADMIN)[1]["missing_symbols"] == [missing]
     put(api.server)
     joined_threads()
