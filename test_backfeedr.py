@@ -1299,7 +1299,7 @@ def test_an_exceptions_backtrace_comes_before_that_of_the_thread():
     assert [frame["offset"] for frame in trace_of(ips_of(faultingThread=0))] == [1]
     for backtrace in ("(0x100400010 0x180000002)", "0   Shop  0x100400010 0x100400000 + 16\n1  X\t0x180000002 f + 2"):
         trace = trace_of(crash_text(("Thread 0 name", f"Last Exception Backtrace:\n{backtrace}\n\nThread 0 name")))
-        assert [(frame["offset"], frame.get("in_app")) for frame in trace] == [(16, True), (2, None)]
+        assert [(frame["offset"], frame.get("in_app")) for frame in trace] == [(16, True), (2, False)]
 
 
 @pytest.mark.parametrize("body", [
