@@ -1004,6 +1004,7 @@ def parse_diagnostics(body: bytes, now: int, device: str = "") -> list[Crash | E
         reports = list(islice(_apple_reports(text[1:] if text.startswith("\ufeff") else text), MAX_BATCH + 1))
         if len(reports) > MAX_BATCH:
             raise Refusal(f"too many diagnostics: at most {MAX_BATCH}")
+        device = device.replace("\x00", "\ufffd")  # which a header may have, but no database takes
         return [parse({**given, "occurred_at": given["occurred_at"] or iso_time(now), "device_id_hash": device})
                 for parse, given in reports]
     except UnicodeDecodeError:
