@@ -4330,7 +4330,7 @@ class Metrics:
         """What is known of a build: what its latest crash says, in the group where it has most."""
         app, version, build, trace = db.execute("""
             select name, app_version, build_number, stack_trace from (
-                select * from crashes where app_id = ? and group_hash = ? order by received_at desc limit 200) as latest
+                select * from crashes where app_id = ? and group_hash = ? order by received_at desc limit 20) as latest
             join apps on apps.id = app_id
             where instr(images, ?)
             order by received_at desc, seq desc
