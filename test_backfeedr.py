@@ -247,7 +247,7 @@ def check_database(path, forgotten=False):
     expected, found = recount(path), figures(path)
     if forgotten:
         for tables in expected, found:
-            tables["releases"] = {}
+            tables["releases"] = tables["builds"] = {}
             tables["groups"] = {key: (row[0], *row[3:]) for key, row in tables["groups"].items()}
     for table in expected:
         assert found[table] == expected[table], table
@@ -284,6 +284,7 @@ def recount(path):
               for table in backfeedr.KEYS.keys() - {"replays", "new_names", "medians", "key_days"} - MOVES}
     columns = dict(
         crash_days=("crashes",), labels=("crashes",), group_days=("crashes",), group_images=("crashes",),
+        group_devices=("crashes",), group_sums=("crashes", "devices"), release_hours=("devices", "crashed"),
         release_days=("sessions",),
         release_sums=("sessions", "crashed_sessions", "crashes", "devices", "crashed"), device_hours=("devices",),
         session_days=("sessions", "ended", "ms"), durations=("sessions",), active_days=("dau", "wau", "mau"),
@@ -293,6 +294,7 @@ def recount(path):
         app, day = row["app_id"], row["at"] // DAY
         tables["crash_days"][app, day]["crashes"] += 1
         tables["group_days"][app, day, row["group_hash"]]["crashes"] += 1
+        tables["group_sums"][app, row["group_hash"]]["crashes"] += 1
         for uuid in (row["images"] or "").split():
             tables["group_images"][app, row["group_hash"], uuid]["crashes"] += 1
         for field in ("exception_type", "device_model"):
@@ -305,7 +307,14 @@ def recount(path):
         name = "(other)" if key[1] == "(other)" else latest["sent_type"]
         reason = (latest["exception_reason"] or "")[:500] or None
         tables["groups"][key] = name, first["at"], first["app_version"], latest["at"], reason
+    for (*group, device), rows in grouped(crashes, "app_id", "group_hash", "device_id_hash").items():
+        tables["group_devices"][(*group, backfeedr.device_key(device))]["crashes"] = len(rows)
+        tables["group_sums"][tuple(group)]["devices"] += 1
     reports = sorted(crashes + events, key=lambda row: row["seq"])
+    for row in reports:
+        row["build"] = row.get("build_number") or ""
+    for key, rows in grouped(reports, "app_id", "app_version", "build").items():
+        tables["builds"][key] = (min(row["received_at"] for row in rows),)
     for key, rows in grouped(reports, "app_id", "app_version").items():
         times = [row["received_at"] for row in rows]
         tables["releases"][key] = min(times), max(times)
@@ -357,9 +366,14 @@ def recount_devices(tables, reports):
                 tables["active_days"][app, day][name] += 1
         tables["cohorts"][app, first].update(devices=1, **{f"back_{n}": int(first + n in seen) for n in (1, 7, 30)})
         for version in {row["app_version"] for row in rows} - {None}:
-            crashed = int(any("exception_type" in row for row in rows if row["app_version"] == version))
-            tables["device_versions"][(*key, version)] = (crashed,)
-            tables["release_sums"][app, version].update(devices=1, crashed=crashed)
+            hours = [(row["received_at"] // HOUR, "exception_type" in row) for row in rows
+                     if row["app_version"] == version]
+            first, crashed = min(hours)[0], min((hour for hour, is_crash in hours if is_crash), default=None)
+            tables["device_versions"][(*key, version)] = first, crashed
+            tables["release_hours"][app, version, first]["devices"] += 1
+            if crashed is not None:
+                tables["release_hours"][app, version, crashed]["crashed"] += 1
+            tables["release_sums"][app, version].update(devices=1, crashed=int(crashed is not None))
 
 
 def two_digits(ms):
@@ -2690,7 +2704,8 @@ def test_reports_of_made_up_times_leave_only_lasting_sums_behind(one_day, clock)
     clock.move(402 * A_DAY)
     one_day.store.prune()
     assert {table for table in REPORT_TABLES if count(one_day, table)} \
-        == {"crash_days", "session_days", "medians", "active_days", "cohorts", "releases", "release_sums"}
+        == {"crash_days", "session_days", "medians", "active_days", "cohorts", "releases", "release_sums",
+            "release_hours", "builds"}
 
 
 LABELS = f"select label, crashes from labels where day = {backfeedr.ALL_DAYS} and field = "
@@ -2876,14 +2891,15 @@ SUMS = {table: columns.split() for figure in backfeedr.Figure.__subclasses__()
 MADE_UP = {"crash_days": "1, 1, 1", "labels": "1, 'device_model', 1, 'x', 1", "session_days": "1, 1, 1, 0, 0",
            "active_days": "1, 1, 1, 1, 1", "cohorts": "1, 1, 1, 0, 0, 0", "release_sums": "1, 'x', 1, 0, 0, 0, 0"}
 TAMPERED = [
-    *((table, f"delete from {table}") for table in (*SUMS, "groups", "releases", *ENTITIES)),
+    *((table, f"delete from {table}") for table in (*SUMS, "groups", "releases", "builds", *ENTITIES)),
     *((table, f"insert into {table} values ({row})") for table, row in MADE_UP.items()),
     *((table, f"update {table} set {column} = {column} {by}") for table, columns in SUMS.items()
       for column in columns for by in ("+ 1", "- 1"))]
 DAMAGED = [  # where reports have expired
     ("crash_days", "update crash_days set crashes = crashes + 1000"), ("durations", "delete from durations"),
     ("durations", "update session_days set sessions = 0"),
-    *((table, f"delete from {table}") for table in ("labels", "devices", "active_days"))]
+    *((table, f"delete from {table}") for table in (
+        "labels", "devices", "active_days", "group_devices", "group_sums", "builds"))]
 
 
 @sqlite_only
