@@ -261,8 +261,9 @@ create index replays_by_age on replays (received_at);
 
 create table given_seqs (                  -- all seqs that were ever given are within these
     first integer primary key, last integer not null);
--- retention_days; expired_crashes and expired_events, the highest seq that has expired, and early_ with the id of an
--- app, the highest of its that went early; trimmed_day, on which old sums were deleted last.
+-- retention_days; expired_crashes and expired_events, the highest seq that has expired; and with the id of an app, early_,
+-- the highest of its that went early, and worse_, first_seen of its release that was told last to be worse; trimmed_day,
+-- on which old sums were deleted last.
 create table state (name text primary key, value integer not null) without rowid;
 """ + GROUP_INDEX
 
@@ -399,6 +400,15 @@ def key_prefix(key: str) -> str:
 def sha256(data: bytes | str) -> bytes:
     """The digest under which keys and tokens are kept."""
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).digest()
+
+
+def version_key(version: str) -> list[Any]:
+    """Sorts 1.10 after 1.9, 1.2 (10) after 1.2 (9), and 1.2.0-rc.1 and 1.2.0b3 before 1.2.0."""
+    release, *pre_releases = re.split("-|(?<=[0-9])(?=[A-Za-z])", version, maxsplit=1)
+    pre_release = "".join(pre_releases)
+    numbers = [[(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.findall("[0-9]+|[^0-9]+", text)]
+               for text in (release, pre_release)]
+    return [numbers[0], not pre_releases, numbers[1]]
 
 
 # == Grouping ==================================================================
@@ -1703,6 +1713,7 @@ HOURS_KEPT = 48        # hours for which it is kept how many devices were last s
 TRIMMED = 1000         # rows that one step of `trim` deletes from a table
 MAX_RELEASES = 1000    # of an app, whatever the day
 MAX_BUILDS_OF_APP = 2000
+HEALTH_DAYS = 90       # of a release's age in which it is compared with the one before it
 MAX_ANSWER = 60_000    # bytes of JSON that the rows of a public answer may take: all of it stays below 64 kB
 
 OTHER = "(other)"      # stands for names beyond these limits, which hold for an app and a UTC day:
@@ -2203,6 +2214,41 @@ create table releases (
             """, [(*key, *times) for key, times in self._received.items()])
 
     @staticmethod
+    def pairs(db: sqlite3.Connection, app: int | None) -> list[Pair]:
+        """Each release with the one before it, by when they were first seen. A version below that is an old one that
+        came late: it is compared with none, and none with it."""
+        rows = db.execute(f"""
+            select app_id, app_version, first_seen from releases where {APPS} and app_version <> '{OTHER}'
+            """, {"app": app}).fetchall()
+        newest: dict[int, tuple[str, int]] = {}
+        pairs = []
+        for app_id, version, first in sorted(rows, key=lambda row: (row[2], version_key(row[1]))):
+            before = newest.get(app_id)
+            if before is None or version_key(version) >= version_key(before[0]):
+                pairs += [Pair(app_id, version, first, *before)] if before else []
+                newest[app_id] = version, first
+        return pairs
+
+    @staticmethod
+    def verdicts(db: sqlite3.Connection, pairs: Sequence[Pair], now: int) -> dict[Pair, tuple[JsonObject, Health]]:
+        """What `verdict` says of releases, and of which devices: at equal ages, those that came to the newer until the
+        last full hour, and to the one before it within as long a time."""
+        spans: dict[tuple, tuple] = {}
+        for pair in pairs:
+            end = min(now, pair.first_seen + HEALTH_DAYS * DAY) // HOUR
+            end_before = (pair.before_seen + end * HOUR - pair.first_seen + HOUR // 2) // HOUR
+            spans[pair] = ((pair.app_id, pair.app_version, pair.first_seen // HOUR, end),
+                           (pair.app_id, pair.before, pair.before_seen // HOUR, end_before))
+        found = {row[:4]: Health(*row[4:]) for row in rows_of(db, """
+            select column1, column2, column3, column4, sum(devices), sum(crashed_devices) from (values *) as spans
+            cross join release_hours on app_id = column1 and app_version = column2
+                and hour >= column3 and hour < column4
+            group by column1, column2, column3, column4""", list({*chain.from_iterable(spans.values())}))}
+        healths = {pair: [found.get(span, Health(0, 0)) for span in both] for pair, both in spans.items()}
+        return {pair: ({**said, "before": pair.before}, both[0]) for pair, both in healths.items()
+                if (said := verdict(*both))}
+
+    @staticmethod
     def latest(db: sqlite3.Connection, app: int | None, days: range) -> list[JsonObject]:
         """The latest 100 releases, with their share of the sessions of these days: `recent` to `of_all`."""
         return dict_rows(db, f"""
@@ -2214,7 +2260,7 @@ create table releases (
             whole as (
                 select app_id, sum(sessions) as of_all from session_days
                 where {APPS} and day between :first and :last group by app_id)
-            select apps.name as app, latest.app_version, coalesce(sessions, 0) as sessions,
+            select latest.app_id, apps.name as app, latest.app_version, coalesce(sessions, 0) as sessions,
                 coalesce(crashed_sessions, 0) as crashed_sessions, coalesce(crashes, 0) as crashes,
                 coalesce(devices, 0) as devices,
                 coalesce(crashed_devices, 0) as crashed_devices, first_seen, last_seen, recent, of_all
@@ -2224,6 +2270,83 @@ create table releases (
             left join whole on whole.app_id = latest.app_id
             order by first_seen desc, latest.app_version, latest.app_id
             """, {"app": app, "first": days[0], "last": days[-1]})
+
+
+class Pair(NamedTuple):
+    """A release, and the one before it; times are those of their first reports, in milliseconds."""
+
+    app_id: int
+    app_version: str
+    first_seen: int
+    before: str
+    before_seen: int
+
+
+class Health(NamedTuple):
+    """Devices of a release, and how many of them crashed there."""
+
+    devices: int
+    crashed: int
+
+    @property
+    def share(self) -> float:
+        """Of the devices, those that never crashed."""
+        return 1 - self.crashed / self.devices
+
+    @property
+    def variance(self) -> float:
+        """Of one device; of two crashes and two others more, since a share of 0 or 1 would have none."""
+        share = (self.crashed + 2) / (self.devices + 4)
+        return share * (1 - share)
+
+    def wilson(self) -> tuple[float, float]:
+        """Wilson's interval of the share."""
+        z2 = CONFIDENCE ** 2 / self.devices
+        half = math.sqrt(z2 * (self.share * (1 - self.share) + z2 / 4))
+        return (self.share + z2 / 2 - half) / (1 + z2), (self.share + z2 / 2 + half) / (1 + z2)
+
+
+CONFIDENCE = 1.96  # standard deviations: 95 %
+HALF_WIDTH = 0.05  # of an interval that is narrow enough to say that there is no difference
+FEWEST, ENOUGH = 20, 50  # devices of both releases for any verdict; for `no difference seen`, and to tell somebody
+
+
+def newcombe(ours: Health, before: Health) -> tuple[float, float]:
+    """The 95 % interval of the difference of two shares: Newcombe, Interval estimation for the difference between
+    independent proportions, Statistics in Medicine 17 (1998) 873-890, method 10."""
+    (low, high), (low_before, high_before) = ours.wilson(), before.wilson()
+    difference = ours.share - before.share
+    return (difference - math.hypot(ours.share - low, high_before - before.share),
+            difference + math.hypot(high - ours.share, before.share - low_before))
+
+
+def verdict(ours: Health, before: Health) -> JsonObject | None:
+    """Whether a release is worse than the one before it, in a word and a text, with the interval of the difference in
+    percentage points; None where no device is known of either. Without a difference it is too early until the smaller
+    has as many devices as make the interval of two such releases 5 points wide to each side, and at least 50."""
+    least = min(ours.devices, before.devices)
+    if not max(ours.devices, before.devices):
+        return None
+    low, high = newcombe(ours, before) if least else (-1.0, 1.0)
+    needed = max(ENOUGH, math.ceil((CONFIDENCE / HALF_WIDTH) ** 2 * (ours.variance + before.variance)))
+    word = ("too early" if least < FEWEST else "worse" if high < 0 else "better" if low > 0
+            else "too early" if least < needed else "no difference seen")
+    if word == "too early":
+        text = f"about {math.ceil((needed - least) / 10) * 10} more devices"
+    else:
+        text = "{} % of devices crash-free, {} % before".format(
+            *_told_apart(100 * ours.share, 100 * before.share, 0 if word == "no difference seen" else 2))
+    return {"word": word, "text": f"{word}: {text}",
+            "interval": [round(100 * low, 1), round(100 * high, 1)] if least else None}
+
+
+def _told_apart(value: float, other: float, digits: int) -> tuple[str, str]:
+    """Two figures with no more decimals than it takes to tell them apart, and at most so many."""
+    for n in range(digits + 1):
+        texts = f"{value:.{n}f}", f"{other:.{n}f}"
+        if texts[0] != texts[1]:
+            break
+    return texts
 
 
 class Session(NamedTuple):
@@ -3535,6 +3658,7 @@ class Store(Apps):
                 retention_days = get_state(db, "retention_days", Settings.retention_days)
         self.retention_days: int = retention_days
         self._expire_at = 0  # when to look next for what is older
+        self._judged_hour = 0  # in which it was last looked for releases that are worse
         self._largest = (0, 0)  # when the app that holds most was looked up, and its id
 
     def start(self, api_key: str = "", auth_token: str = "") -> FirstStart:
@@ -3857,8 +3981,11 @@ class Store(Apps):
                         (select min(seq) from events) < :oldest, exists (select 1 from regroupings),
                         not exists (select 1 from state where name = 'trimmed_day' and value = :today)
                     """, oldest).fetchone())
-            if is_due or is_full:
+                is_worse = now // HOUR != self._judged_hour and any(worse_releases(db, now))
+                self._judged_hour = now // HOUR
+            if is_due or is_full or is_worse:
                 with self.writing() as db:
+                    note_worse_releases(db, now)
                     deleted = self._expire(db)
         except Exception as error:  # the reports of the commit are stored, and later commits try again
             if not isinstance(error, StorageUnavailable):
@@ -4077,8 +4204,25 @@ class Store(Apps):
                         delete from {table} where ({columns}) in (
                             select {columns} from {table} where app_id = ? limit ?)""", (app_id, PRUNE_STEP)).rowcount
         with self.writing() as db:
-            db.execute("delete from state where name = ?", (f"early_{app_id}",))
+            db.executemany("delete from state where name = ?", [(f"early_{app_id}",), (f"worse_{app_id}",)])
             db.execute("delete from apps where id = ?", (app_id,))
+
+
+def worse_releases(db: Connection, now: int) -> Iterator[tuple[Pair, JsonObject]]:
+    """The newest release of each live app that is worse than the one before it, unless somebody was told."""
+    newest = {pair.app_id: pair for pair in Releases.pairs(db, None)}
+    for pair, (said, devices) in Releases.verdicts(db, list(newest.values()), now).items():
+        if said["word"] == "worse" and devices.devices >= ENOUGH \
+                and get_state(db, f"worse_{pair.app_id}", 0) != pair.first_seen:
+            yield pair, said
+
+
+def note_worse_releases(db: Connection, now: int) -> None:
+    """Writes facts of releases that are worse, once of each."""
+    for pair, said in list(worse_releases(db, now)):
+        note_fact(db, "release.worse", pair.app_id, now, None, app_version=pair.app_version, before=pair.before,
+                  text=said["text"])
+        db.execute(SET_STATE, (f"worse_{pair.app_id}", pair.first_seen))
 
 
 def size_warnings(path: Path, max_db_size: int) -> list[str]:
@@ -4187,11 +4331,15 @@ class Metrics:
 
     def releases(self, app: str | None = None, sort: str | None = None) -> JsonObject:
         """What is known of each version of an app: the latest 100, in the order in which they were first seen, or if
-        `sort` is "version", in that of their versions, the highest first. null: of no session or device."""
+        `sort` is "version", in that of their versions, the highest first. null: of no session or device; as a verdict,
+        of no release before it."""
         if sort not in (None, "version", "first_seen"):
             raise Refusal("invalid sort")
         with self._snapshot(app) as (db, app_id):
             rows = Releases.latest(db, app_id, self._last_days(ADOPTION_DAYS))
+            shown = {(row["app_id"], row["app_version"]) for row in rows}
+            pairs = [pair for pair in Releases.pairs(db, app_id) if pair[:2] in shown]
+            verdicts = {pair[:2]: said for pair, (said, _) in Releases.verdicts(db, pairs, self._store.now).items()}
         if sort == "version":
             rows.sort(key=lambda row: version_key(row["app_version"]), reverse=True)
         return {"releases": list(fitting({
@@ -4201,50 +4349,56 @@ class Metrics:
             if row["sessions"] else None, "by": "session" if row["crashed_sessions"] else "count",
             "crash_free_devices": crash_free_rate(row["crashed_devices"], row["devices"]) if row["devices"] else None,
             "adoption": round(100 * (row["recent"] or 0) / row["of_all"], 2) if row["of_all"] else 0.0,
-            "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"])} for row in rows))}
+            "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"]),
+            "verdict": verdicts.get((row["app_id"], row["app_version"]))} for row in rows))}
 
     # Behind the admin token: these read the reports, a page at a time
 
     def groups(self, app: str | None = None, version: str | None = None, days: int | None = None,
-               text: str | None = None, limit: int = 50, cursor: str | None = None) -> JsonObject:
-        """The groups of the crashes that are kept, the most frequent first. `version` may end with *; `text` is in what
-        the list shows, or in symbols and files of the app in the latest crash. `is_new`: first seen in this version,
-        or without one, within 7 days."""
-        count, group = _parse_cursor(cursor, r"([0-9]{1,18})-([0-9a-f]{16}|\(other\))", (MAX_NUMBER, ""))
+               text: str | None = None, sort: str | None = None, limit: int = 50,
+               cursor: str | None = None) -> JsonObject:
+        """The groups of the crashes that are kept: those with most crashes first, or as `sort` says. `version` may end
+        with *; `text` is in what the list shows, or in symbols and files of the app in the latest crash. `is_new`:
+        first seen in this version, or without one, within 7 days."""
+        if sort not in (None, *SORTS):
+            raise Refusal("invalid sort")
+        column = SORTS[sort or "crashes"]
+        value, group = _parse_cursor(cursor, r"([0-9]{1,18})-([0-9a-f]{16}|\(other\))", (MAX_NUMBER, ""))
         shown, week = self._last_days(days) if days else [None], self._last_days(WEEK)[0] * DAY
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, **_version_filter(version), "first": shown[0], "last": shown[-1],
-                          "text": text and text.casefold(), "limit": limit + 1, "count": int(count), "group": group}
+                          "text": text and text.casefold(), "limit": limit + 1, "value": int(value), "group": group}
             rows = dict_rows(db, f"""
-                select group_hash, count(*) as count, count(distinct app_id || ' ' || device_id_hash) as devices,
-                    max({COUNTED_AT}) as last_seen
-                from crashes
-                where {APPS} and {OF_VERSION} and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
-                    and (:text is null or (app_id, group_hash) in (
-                        select app_id, group_hash from groups where {APPS} and instr(search, :text)))
-                group by group_hash
-                having count(*) < :count or count(*) = :count and group_hash > :group
-                order by count(*) desc, group_hash
+                select * from (
+                    select group_hash, sum(crashes) as count, sum(devices) as devices, max(latest) as last_seen, (
+                        select min(first_seen) from groups where {APPS} and group_hash = counts.group_hash
+                        ) as first_seen
+                    from ({CRASHES_OF_GROUPS if version or days else SUMS_OF_GROUPS}) as counts
+                    where :text is null or (app_id, group_hash) in (
+                        select app_id, group_hash from groups where {APPS} and instr(search, :text))
+                    group by group_hash) as found
+                where {column} < :value or {column} = :value and group_hash > :group
+                order by {column} desc, group_hash
                 limit :limit""", parameters)
             groups, size = [], 0
             for row in rows[:limit]:
                 if size > PAGE_TEXT:
                     break
-                found = self._named(db, app_id, row.pop("group_hash"))
+                found = self._named(db, app_id, row["group_hash"])
                 first = (found.pop("first_version") or "")[:parameters["length"]]
-                is_new = first == parameters["version"] if version else found["first_seen"] >= week
+                is_new = first == parameters["version"] if version else row["first_seen"] >= week
                 versions = [each for each, in db.execute(f"""
                     select app_version from crashes
                     where {APPS} and group_hash = :group and app_version is not null and {OF_VERSION}
                         and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
                     group by app_version
                     order by count(*) desc, app_version
-                    limit {MAX_VERSIONS}""", {**parameters, "group": found["group_hash"]})]
+                    limit {MAX_VERSIONS}""", {**parameters, "group": row["group_hash"]})]
                 size += sum(map(len, versions))
                 groups.append({**found, **row, "versions": sorted(versions, key=version_key), "is_new": is_new,
-                               "first_seen": iso_time(found["first_seen"]), "last_seen": iso_time(row["last_seen"])})
-        following = f"{groups[-1]['count']}-{groups[-1]['group_hash']}" if rows[len(groups):] else None
-        return {"groups": groups, "next": following}
+                               **{name: iso_time(row[name]) for name in ("first_seen", "last_seen")}})
+        last = rows[len(groups) - 1] if rows[len(groups):] else None
+        return {"groups": groups, "next": last and f"{last[column]}-{last['group_hash']}"}
 
     def _named(self, db: Connection, app_id: int | None, group_hash: str) -> JsonObject:
         """What is known of a group; of several apps, of the one that saw it last."""
@@ -4266,7 +4420,8 @@ class Metrics:
             parameters = {"app": app_id, "group": group_hash, "at": int(at), "seq": int(report_id, 16),
                           "limit": limit + 1}
             count, devices, last_seen = db.execute(f"""
-                select count(*), count(distinct app_id || ' ' || device_id_hash), max({COUNTED_AT}) from crashes
+                select sum(crashes), sum(devices), max(last_seen) from group_sums
+                join groups using (app_id, group_hash)
                 where {APPS} and group_hash = :group""", parameters).fetchone()
             if not count:
                 alias = db.execute(f"""
@@ -4460,7 +4615,20 @@ def as_sent(row: Mapping[str, Any], time_text: Callable[[int], str]) -> JsonObje
     return report
 
 
+# Columns by which groups are sorted. Where all that are kept count, their sums know.
+SORTS = {"crashes": "count", "devices": "devices", "last_seen": "last_seen", "first_seen": "first_seen"}
+SUMS_OF_GROUPS = f"""
+    select app_id, group_hash, crashes, devices, last_seen as latest from group_sums
+    join groups using (app_id, group_hash) where {APPS}"""
 OF_VERSION = "(:version is null or substr(app_version, 1, :length) = :version)"
+
+
+CRASHES_OF_GROUPS = f"""
+    select app_id, group_hash, count(*) as crashes, count(distinct device_id_hash) as devices,
+        max({COUNTED_AT}) as latest
+    from crashes
+    where {APPS} and {OF_VERSION} and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
+    group by app_id, group_hash"""
 
 
 def _version_filter(version: str | None) -> JsonObject:
@@ -4468,15 +4636,6 @@ def _version_filter(version: str | None) -> JsonObject:
     if version and version.endswith("*"):
         return {"version": version[:-1], "length": len(version) - 1}
     return {"version": version, "length": MAX_TEXT}
-
-
-def version_key(version: str) -> list[Any]:
-    """Sorts 1.10 after 1.9, 1.2 (10) after 1.2 (9), and 1.2.0-rc.1 and 1.2.0b3 before 1.2.0."""
-    release, *pre_releases = re.split("-|(?<=[0-9])(?=[A-Za-z])", version, maxsplit=1)
-    pre_release = "".join(pre_releases)
-    numbers = [[(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.findall("[0-9]+|[^0-9]+", text)]
-               for text in (release, pre_release)]
-    return [numbers[0], not pre_releases, numbers[1]]
 
 
 def _parse_cursor(cursor: str | None, pattern: str, default: Any) -> Any:
@@ -5544,7 +5703,7 @@ class Backfeedr(Closing):
                 ("GET", "/metrics/retention", self.public_route(ask.retention, "days")),
                 ("GET", "/overview", self.public_route(ask.overview)),
                 ("GET", "/releases", self._releases),
-                ("GET", "/crashes", self.admin_route(ask.groups, "version", "days", "text", "limit", "cursor")),
+                ("GET", "/crashes", self.admin_route(ask.groups, "version", "days", "text", "sort", "limit", "cursor")),
                 ("GET", "/crashes/<group_hash>", self._group),
                 ("GET", "/events", self.admin_route(ask.events, "type", "name", "session_id", "limit", "cursor")),
                 ("GET", "/symbols", self.admin_route(ask.symbols)),

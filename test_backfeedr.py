@@ -2159,7 +2159,8 @@ def test_reports_are_shown_with_names_and_the_frames_that_were_sent_beside(api, 
     page = person.text(f"/crashes/{group}")
     assert "Symbols of Shop 1.3.0 (48) are missing: 2 crashes wait for them." in page
     assert "python examples/symbols.py --server http://localhost:80 App.xcarchive" in page and "Shop + 1009" in page
-    missing = {"uuid": HELD, "binary": "Shop", "app": "default", "app_version": "1.3.0", "build_number": "48", "crashes": 2}
+    missing = {"uuid": HELD, "binary": "Shop", "app": "default", "app_version": "1.3.0", "build_number": "48",
+               "crashes": 2}
     assert api.get(f"{CRASHES}/{group}", **ADMIN)[1]["missing_symbols"] == [missing]
     put(api.server)
     joined_threads()
@@ -3166,8 +3167,15 @@ def make_old_database(path, version):
         if version == 3:
             for table in (
                     "symbols", "symbol_parts", "symbol_pages", "group_aliases", "regroupings", "group_images",
-                    "triage", "group_history", "facts", "channels", "messages"):
+                    "triage", "group_history", "facts", "channels", "messages", "group_devices", "group_sums",
+                    "builds", "release_hours"):
                 db.execute(f"drop table {table}")
+            db.executescript("""
+                create table old (app_id integer not null, device integer not null, app_version text not null,
+                    crashed integer not null, primary key (app_id, device, app_version)) without rowid;
+                insert into old select app_id, device, app_version, crash_hour is not null from device_versions;
+                drop table device_versions;
+                alter table old rename to device_versions;""")
             db.execute("alter table crashes drop column images")
         db.execute(f"pragma application_id = {backfeedr.APPLICATION_ID}")
         db.execute(f"pragma user_version = {version}")
@@ -3626,23 +3634,27 @@ PLANS = {
     "overview": [*(f"{table} {BY_DAY}" for table in ("crash_days", "session_days", "group_days")), GROUP,
                  "device_hours USING PRIMARY KEY (app_id=? AND hour>?)"],
     "releases": [f"release_days {BY_DAY}", f"session_days {BY_DAY}", "releases USING PRIMARY KEY (app_id=?)",
-                 "release_sums USING PRIMARY KEY (app_id=? AND app_version=?)", f"apps {BY_SEQ}"],
-    "groups": ["crashes USING COVERING INDEX crashes_by_group (app_id=?)", GROUP, GROUP_CRASHES],
+                 "release_sums USING PRIMARY KEY (app_id=? AND app_version=?)", f"apps {BY_SEQ}",
+                 "release_hours USING PRIMARY KEY (app_id=? AND app_version=? AND hour>? AND hour<?)"],
+    "groups": ["group_sums USING PRIMARY KEY (app_id=?)", GROUP, GROUP_CRASHES],
+    "groups, of days": ["crashes USING COVERING INDEX crashes_by_group (app_id=?)", GROUP, GROUP_CRASHES],
     "group": [f"crashes {BY_SEQ}", GROUP, GROUP_CRASHES], "crash": [f"crashes {BY_SEQ}"],
     "group_days": [GROUP_CRASHES[:-1] + " AND received_at>?)"],
     "events": SESSION_LOOKUPS, "events, oldest first": SESSION_LOOKUPS,
     "a commit": [f"{table} USING PRIMARY KEY (app_id=? AND {key})" for table, key in (
         ("devices", "device=?"), ("device_days", "device=? AND day>? AND day<?"),
-        ("device_versions", "device=? AND app_version=?"), ("sessions", "session_id=? AND device=?"))]}
+        ("device_versions", "device=? AND app_version=?"), ("builds", "app_version=? AND build_number=?"),
+        ("sessions", "session_id=? AND device=?"))]}
 
 
 @sqlite_only
 def test_each_question_and_a_commit_look_up_what_they_need_by_an_index(api):
     event = {**EVENT, "app_version": "1.0", "session_id": "s", "device_id_hash": "d"}
     crash, session = api.post(CRASHES, {**CRASH, "app_version": "1.0"})[1], {"session_id": "s"}
-    api.post(EVENTS, event)
+    for version in ("1.0", "1.1"):
+        api.post(EVENTS, {**event, "app_version": version})
     given = {"group": {"group_hash": crash["group_hash"]}, "group_days": {"groups": [crash["group_hash"]]},
-             "events": session, "crash": {"id": crash["id"]},
+             "groups, of days": {"days": 7}, "events": session, "crash": {"id": crash["id"]},
              "events, oldest first": {**session, "oldest_first": True}}
     for question, plan in PLANS.items():
         with api.server.store.reading() as reader:  # is handed out again to whoever reads next
@@ -3764,10 +3776,33 @@ class Slow:
                 "crash_free_sessions": slow_rate(crashed_sessions or crashes, sessions) if sessions else None,
                 "crash_free_devices": slow_rate(crashed, devices) if devices else None,
                 "adoption": per_cent(adopted, recent) if recent else 0.0,
-                "first_seen": iso_time(first), "last_seen": iso_time(last)}))
+                "first_seen": iso_time(first), "last_seen": iso_time(last),
+                "verdict": self.verdict(app, version, first)}))
         return {"releases": [row for *_, row in sorted(found)[:100]]}
 
-    def groups(self, version=None, days=None):
+    def verdict(self, app, version, first):
+        """Of a release that is not below all that were seen before it, against the highest of these."""
+        order = sorted((first, backfeedr.version_key(name), name) for (of_app, name), (first, _)
+                       in self.tables["releases"].items() if of_app == app and name != "(other)")
+        earlier = [each for each in order if each[2] != version and each[:2] <= (first, backfeedr.version_key(version))]
+        if version == "(other)" or not earlier:
+            return None
+        _, highest, before = max(earlier, key=lambda each: each[1])
+        if backfeedr.version_key(version) < highest:
+            return None
+        first_before = self.tables["releases"][app, before][0]
+        end = min(self.now, first + 90 * DAY) // HOUR
+        lasted = end * HOUR - first
+        said = backfeedr.verdict(self.health(app, version, end),
+                                 self.health(app, before, (first_before + lasted + HOUR // 2) // HOUR))
+        return said and {**said, "before": before}
+
+    def health(self, app, version, end):
+        rows = [row for (*key, hour), row in self.tables["release_hours"].items()
+                if key == [app, version] and hour < end and hour >= self.tables["releases"][app, version][0] // HOUR]
+        return backfeedr.Health(*map(sum, zip((0, 0), *rows)))
+
+    def groups(self, version=None, days=None, sort="crashes"):
         rows = [row for row in self.crashes if self.is_of_last(days, row["at"] // DAY)
                 and version in (None, row["sent"].get("app_version"))]
         groups = list(map(self.spread, grouped(rows, "group_hash").values()))
@@ -3775,7 +3810,9 @@ class Slow:
             group["is_new"] = (group.pop("first_version") == version if version else
                                parse_time(group["first_seen"]) >= (self.today - 6) * DAY)
             group.pop("first_version", None)
-        return sorted(groups, key=lambda row: (-row["count"], row["group_hash"]))
+        column = "count" if sort == "crashes" else sort
+        groups.sort(key=lambda row: row["group_hash"])
+        return sorted(groups, key=lambda row: parse_time(row[column]) if "seen" in sort else row[column], reverse=True)
 
     def spread(self, rows):
         times, versions = [row["at"] for row in rows], {row["sent"].get("app_version") for row in rows} - {None}
@@ -3806,7 +3843,8 @@ class Slow:
             yield "metrics/retention", query, self.per_day(shown, self.retention_of)
             yield "metrics/daily-crashes", {"days": shown}, self.per_day(shown, self.crashes_of)
         if with_lists:
-            for query in ({}, {"version": "2.0"}, {"days": dice.choice([1, 2, 7])}, {"version": "1.10.0", "days": 9}):
+            for query in ({}, {"version": "2.0"}, {"days": dice.choice([1, 2, 7])}, {"version": "1.10.0", "days": 9},
+                          *({"sort": sort, **dice.choice([{}, {"days": 9}])} for sort in backfeedr.SORTS)):
                 yield "crashes", {"limit": 2, **query}, {"groups": self.groups(**query)}
             for group in {row["group_hash"] for row in self.crashes[-2:]}:
                 yield f"crashes/{group}", {"limit": 2}, self.group(group)
