@@ -1774,6 +1774,11 @@ class Sums:
         for column, count in counts.items():
             row[column] += count
 
+    def add_each(self, column: str, counts: Mapping[tuple, int]) -> None:
+        """Adds to a column of many rows."""
+        for key, count in counts.items():
+            self._changes[key][column] += count
+
     def save(self, db: sqlite3.Connection) -> list[tuple]:
         """Writes the changes; returns the keys of the rows that have changed."""
         changed = {key: row for key, row in self._changes.items() if any(row.values())}
@@ -1916,16 +1921,15 @@ class Crashes(Figure):
     SUMS = {"crash_days": ("day", "crashes"), "labels": ("field day label", "crashes")}
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        for crash in reports:
-            self.sums["crash_days"].add(crash.app_id, crash.at // DAY, crashes=by)
-        self._count_labels(reports, by)
+        self._count_alike(reports, by, by)
 
     def expire(self, kind: type, reports: Sequence[Any]) -> None:
-        self._count_labels(reports, -1)
+        self._count_alike(reports, 0, -1)
 
-    def _count_labels(self, crashes: Sequence[Any], by: int) -> None:
+    def _count_alike(self, crashes: Sequence[Any], by_day: int, by: int) -> None:
         alike = Counter((crash.app_id, crash.at // DAY, crash.exception_type, crash.device_model) for crash in crashes)
         for (app_id, day, *labels), count in alike.items():
+            self.sums["crash_days"].add(app_id, day, crashes=by_day * count)
             for name, label in zip(("exception_type", "device_model"), labels):
                 for each in (ALL_DAYS, day) if label else ():
                     self.sums["labels"].add(app_id, name, each, label, crashes=by * count)
@@ -1969,8 +1973,6 @@ create table groups (
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
         for crash in reports:
             key = crash.app_id, crash.group_hash
-            if crash.at // DAY >= self._today - WEEK:
-                self.sums["group_days"].add(crash.app_id, crash.at // DAY, crash.group_hash, crashes=by)
             if by < 0:
                 self._left[key] = max(crash.at, self._left.get(key, 0))
                 continue
@@ -1978,6 +1980,10 @@ create table groups (
                 self._first[key] = crash
             if crash.at >= self._latest.setdefault(key, crash).at:
                 self._latest[key] = crash
+        alike = Counter((crash.app_id, crash.at // DAY, crash.group_hash) for crash in reports)
+        for day_of_group, crashes in alike.items():
+            if day_of_group[1] >= self._today - WEEK:
+                self.sums["group_days"].add(*day_of_group, crashes=by * crashes)
 
     def expire(self, kind: type, reports: Sequence[Any]) -> None:
         for crash in reports:
@@ -2100,24 +2106,23 @@ class GroupDevices(Figure):
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
         for (app_id, group, device), crashes in Counter(map(_GROUP_DEVICE, reports)).items():
-            self._crashes[app_id, group, device_key(device)] += by * crashes
+            self.sums["group_sums"].add(app_id, group, crashes=by * crashes)
+            if device:
+                self._crashes[app_id, group, device_key(device)] += by * crashes
 
     def expire(self, kind: type, reports: Sequence[Any]) -> None:
         self.count(kind, reports, -1)
 
     def save(self) -> None:
-        before = {row[:3]: row[3] for row in rows_of(self._db, """
+        had = {row[:3]: row[3] for row in rows_of(self._db, """
             select group_devices.* from (values *) as keys
             cross join group_devices on app_id = column1 and group_hash = column2 and device = column3
-            """, [key for key in self._crashes if key[2]])}
-        for key, by in self._crashes.items():
-            had, devices = before.get(key, 0), 0
-            if key[2]:
-                self.sums["group_devices"].add(*key, crashes=by)
-                devices = int(had + by > 0) - int(had > 0)
-            self.sums["group_sums"].add(*key[:2], crashes=by, devices=devices)
-            if devices > 0:
-                self.new[key[:2]] += devices
+            """, list(self._crashes))}
+        self.new = Counter(key[:2] for key, by in self._crashes.items() if by > 0 and key not in had)
+        gone = Counter(key[:2] for key, crashes in had.items() if crashes + self._crashes[key] <= 0)
+        self.sums["group_devices"].add_each("crashes", self._crashes)
+        self.sums["group_sums"].add_each("devices", self.new)
+        self.sums["group_sums"].add_each("devices", {key: -count for key, count in gone.items()})
         super().save()
 
 
@@ -2641,10 +2646,10 @@ create table device_versions (
             """, list(seen))}
         after = {key: _earliest(hours, stored.get(key)) for key, hours in seen.items()}
         changed = {key: hours for key, hours in after.items() if hours != stored.get(key)}
-        for key, hours in changed.items():
-            if key in stored:
-                self._count_version(key[0], key[2], *stored[key], -1)
-            self._count_version(key[0], key[2], *hours, 1)
+        alike = Counter((key[0], key[2], *hours) for key, hours in changed.items())
+        alike.subtract((key[0], key[2], *stored[key]) for key in changed.keys() & stored.keys())
+        for each, count in alike.items():
+            self._count_version(*each, count)
         write_rows(self._db, """
             insert into device_versions values *
             on conflict (app_id, device, app_version) do update set
@@ -2653,7 +2658,7 @@ create table device_versions (
 
     def _count_version(self, app_id: int, version: str, first: int, crash: int, by: int) -> None:
         has_crashed = crash < MAX_NUMBER
-        self._releases.add(app_id, version, devices=by, crashed_devices=by * has_crashed)
+        self._releases.add(app_id, version, devices=by, crashed_devices=by * int(has_crashed))
         self.sums["release_hours"].add(app_id, version, first, devices=by)
         if has_crashed:
             self.sums["release_hours"].add(app_id, version, crash, crashed_devices=by)
@@ -3602,8 +3607,11 @@ class Commit:
             each.receipt = Receipt(range(seq, seq + count), False)
             seq += count
             ahead_ms = clock_ahead(max(map(attrgetter("occurred_at"), each.reports)), self._now)
-            for kind in dict.fromkeys(map(type, each.reports)):
-                seqs, reports = zip(*(pair for pair in zip(each.receipt.seqs, each.reports) if type(pair[1]) is kind))
+            kinds = dict.fromkeys(map(type, each.reports))
+            for kind in kinds:
+                seqs, reports = each.receipt.seqs, each.reports
+                if len(kinds) > 1:
+                    seqs, reports = zip(*(pair for pair in zip(seqs, reports) if type(pair[1]) is kind))
                 self.put(app_id, seqs, [self._now] * len(seqs), [ahead_ms] * len(seqs), reports)
         for _, each, first in self._requests:
             each.receipt = first.receipt if each is first else Receipt(first.receipt.seqs, True)
