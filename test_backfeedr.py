@@ -248,7 +248,7 @@ def check_database(path, forgotten=False):
     expected, found = recount(path), figures(path)
     if forgotten:
         for tables in expected, found:
-            tables["releases"] = {}
+            tables["releases"] = tables["builds"] = {}
             tables["groups"] = {key: (row[0], *row[3:]) for key, row in tables["groups"].items()}
     for table in expected:
         assert found[table] == expected[table], table
@@ -285,6 +285,7 @@ def recount(path):
               for table in backfeedr.KEYS.keys() - {"replays", "new_names", "medians", "key_days"} - MOVES}
     columns = dict(
         crash_days=("crashes",), labels=("crashes",), group_days=("crashes",), group_images=("crashes",),
+        group_devices=("crashes",), group_sums=("crashes", "devices"), release_hours=("devices", "crashed"),
         release_days=("sessions",),
         release_sums=("sessions", "crashed_sessions", "crashes", "devices", "crashed"), device_hours=("devices",),
         session_days=("sessions", "ended", "ms"), durations=("sessions",), active_days=("dau", "wau", "mau"),
@@ -294,6 +295,7 @@ def recount(path):
         app, day = row["app_id"], row["at"] // DAY
         tables["crash_days"][app, day]["crashes"] += 1
         tables["group_days"][app, day, row["group_hash"]]["crashes"] += 1
+        tables["group_sums"][app, row["group_hash"]]["crashes"] += 1
         for uuid in (row["images"] or "").split():
             tables["group_images"][app, row["group_hash"], uuid]["crashes"] += 1
         for field in ("exception_type", "device_model"):
@@ -306,7 +308,14 @@ def recount(path):
         name = "(other)" if key[1] == "(other)" else latest["sent_type"]
         reason = (latest["exception_reason"] or "")[:500] or None
         tables["groups"][key] = name, first["at"], first["app_version"], latest["at"], reason
+    for (*group, device), rows in grouped(crashes, "app_id", "group_hash", "device_id_hash").items():
+        tables["group_devices"][(*group, backfeedr.device_key(device))]["crashes"] = len(rows)
+        tables["group_sums"][tuple(group)]["devices"] += 1
     reports = sorted(crashes + events, key=lambda row: row["seq"])
+    for row in reports:
+        row["build"] = row.get("build_number") or ""
+    for key, rows in grouped(reports, "app_id", "app_version", "build").items():
+        tables["builds"][key] = (min(row["received_at"] for row in rows),)
     for key, rows in grouped(reports, "app_id", "app_version").items():
         times = [row["received_at"] for row in rows]
         tables["releases"][key] = min(times), max(times)
@@ -358,9 +367,14 @@ def recount_devices(tables, reports):
                 tables["active_days"][app, day][name] += 1
         tables["cohorts"][app, first].update(devices=1, **{f"back_{n}": int(first + n in seen) for n in (1, 7, 30)})
         for version in {row["app_version"] for row in rows} - {None}:
-            crashed = int(any("exception_type" in row for row in rows if row["app_version"] == version))
-            tables["device_versions"][(*key, version)] = (crashed,)
-            tables["release_sums"][app, version].update(devices=1, crashed=crashed)
+            hours = [(row["received_at"] // HOUR, "exception_type" in row) for row in rows
+                     if row["app_version"] == version]
+            first, crashed = min(hours)[0], min((hour for hour, is_crash in hours if is_crash), default=None)
+            tables["device_versions"][(*key, version)] = first, crashed
+            tables["release_hours"][app, version, first]["devices"] += 1
+            if crashed is not None:
+                tables["release_hours"][app, version, crashed]["crashed"] += 1
+            tables["release_sums"][app, version].update(devices=1, crashed=int(crashed is not None))
 
 
 def two_digits(ms):
@@ -2771,7 +2785,8 @@ def test_reports_of_made_up_times_leave_only_lasting_sums_behind(one_day, clock)
     clock.move(402 * A_DAY)
     one_day.store.prune()
     assert {table for table in REPORT_TABLES if count(one_day, table)} \
-        == {"crash_days", "session_days", "medians", "active_days", "cohorts", "releases", "release_sums"}
+        == {"crash_days", "session_days", "medians", "active_days", "cohorts", "releases", "release_sums",
+            "release_hours", "builds"}
 
 
 LABELS = f"select label, crashes from labels where day = {backfeedr.ALL_DAYS} and field = "
@@ -2957,14 +2972,15 @@ SUMS = {table: columns.split() for figure in backfeedr.Figure.__subclasses__()
 MADE_UP = {"crash_days": "1, 1, 1", "labels": "1, 'device_model', 1, 'x', 1", "session_days": "1, 1, 1, 0, 0",
            "active_days": "1, 1, 1, 1, 1", "cohorts": "1, 1, 1, 0, 0, 0", "release_sums": "1, 'x', 1, 0, 0, 0, 0"}
 TAMPERED = [
-    *((table, f"delete from {table}") for table in (*SUMS, "groups", "releases", *ENTITIES)),
+    *((table, f"delete from {table}") for table in (*SUMS, "groups", "releases", "builds", *ENTITIES)),
     *((table, f"insert into {table} values ({row})") for table, row in MADE_UP.items()),
     *((table, f"update {table} set {column} = {column} {by}") for table, columns in SUMS.items()
       for column in columns for by in ("+ 1", "- 1"))]
 DAMAGED = [  # where reports have expired
     ("crash_days", "update crash_days set crashes = crashes + 1000"), ("durations", "delete from durations"),
     ("durations", "update session_days set sessions = 0"),
-    *((table, f"delete from {table}") for table in ("labels", "devices", "active_days"))]
+    *((table, f"delete from {table}") for table in (
+        "labels", "devices", "active_days", "group_devices", "group_sums", "builds"))]
 
 
 @sqlite_only
@@ -3231,8 +3247,15 @@ def make_old_database(path, version):
         if version == 3:
             for table in (
                     "symbols", "symbol_parts", "symbol_pages", "group_aliases", "regroupings", "group_images",
-                    "triage", "group_history", "facts", "channels", "messages"):
+                    "triage", "group_history", "facts", "channels", "messages", "group_devices", "group_sums",
+                    "builds", "release_hours"):
                 db.execute(f"drop table {table}")
+            db.executescript("""
+                create table old (app_id integer not null, device integer not null, app_version text not null,
+                    crashed integer not null, primary key (app_id, device, app_version)) without rowid;
+                insert into old select app_id, device, app_version, crash_hour is not null from device_versions;
+                drop table device_versions;
+                alter table old rename to device_versions;""")
             db.execute("alter table crashes drop column images")
         db.execute(f"pragma application_id = {backfeedr.APPLICATION_ID}")
         db.execute(f"pragma user_version = {version}")
@@ -3696,23 +3719,27 @@ PLANS = {
     "overview": [*(f"{table} {BY_DAY}" for table in ("crash_days", "session_days", "group_days")), GROUP,
                  "device_hours USING PRIMARY KEY (app_id=? AND hour>?)"],
     "releases": [f"release_days {BY_DAY}", f"session_days {BY_DAY}", "releases USING PRIMARY KEY (app_id=?)",
-                 "release_sums USING PRIMARY KEY (app_id=? AND app_version=?)", f"apps {BY_SEQ}"],
-    "groups": ["crashes USING COVERING INDEX crashes_by_group (app_id=?)", GROUP, GROUP_CRASHES],
+                 "release_sums USING PRIMARY KEY (app_id=? AND app_version=?)", f"apps {BY_SEQ}",
+                 "release_hours USING PRIMARY KEY (app_id=? AND app_version=? AND hour>? AND hour<?)"],
+    "groups": ["group_sums USING PRIMARY KEY (app_id=?)", GROUP, GROUP_CRASHES],
+    "groups, of days": ["crashes USING COVERING INDEX crashes_by_group (app_id=?)", GROUP, GROUP_CRASHES],
     "group": [f"crashes {BY_SEQ}", GROUP, GROUP_CRASHES], "crash": [f"crashes {BY_SEQ}"],
     "group_days": [GROUP_CRASHES[:-1] + " AND received_at>?)"],
     "events": SESSION_LOOKUPS, "events, oldest first": SESSION_LOOKUPS,
     "a commit": [f"{table} USING PRIMARY KEY (app_id=? AND {key})" for table, key in (
         ("devices", "device=?"), ("device_days", "device=? AND day>? AND day<?"),
-        ("device_versions", "device=? AND app_version=?"), ("sessions", "session_id=? AND device=?"))]}
+        ("device_versions", "device=? AND app_version=?"), ("builds", "app_version=? AND build_number=?"),
+        ("sessions", "session_id=? AND device=?"))]}
 
 
 @sqlite_only
 def test_each_question_and_a_commit_look_up_what_they_need_by_an_index(api):
     event = {**EVENT, "app_version": "1.0", "session_id": "s", "device_id_hash": "d"}
     crash, session = api.post(CRASHES, {**CRASH, "app_version": "1.0"})[1], {"session_id": "s"}
-    api.post(EVENTS, event)
+    for version in ("1.0", "1.1"):
+        api.post(EVENTS, {**event, "app_version": version})
     given = {"group": {"group_hash": crash["group_hash"]}, "group_days": {"groups": [crash["group_hash"]]},
-             "events": session, "crash": {"id": crash["id"]},
+             "groups, of days": {"days": 7}, "events": session, "crash": {"id": crash["id"]},
              "events, oldest first": {**session, "oldest_first": True}}
     for question, plan in PLANS.items():
         with api.server.store.reading() as reader:  # is handed out again to whoever reads next
@@ -3834,10 +3861,33 @@ class Slow:
                 "crash_free_sessions": slow_rate(crashed_sessions or crashes, sessions) if sessions else None,
                 "crash_free_devices": slow_rate(crashed, devices) if devices else None,
                 "adoption": per_cent(adopted, recent) if recent else 0.0,
-                "first_seen": iso_time(first), "last_seen": iso_time(last)}))
+                "first_seen": iso_time(first), "last_seen": iso_time(last),
+                "verdict": self.verdict(app, version, first)}))
         return {"releases": [row for *_, row in sorted(found)[:100]]}
 
-    def groups(self, version=None, days=None):
+    def verdict(self, app, version, first):
+        """Of a release that is not below all that were seen before it, against the highest of these."""
+        order = sorted((first, backfeedr.version_key(name), name) for (of_app, name), (first, _)
+                       in self.tables["releases"].items() if of_app == app and name != "(other)")
+        earlier = [each for each in order if each[2] != version and each[:2] <= (first, backfeedr.version_key(version))]
+        if version == "(other)" or not earlier:
+            return None
+        _, highest, before = max(earlier, key=lambda each: each[1])
+        if backfeedr.version_key(version) < highest:
+            return None
+        first_before = self.tables["releases"][app, before][0]
+        end = min(self.now, first + 90 * DAY) // HOUR
+        lasted = end * HOUR - first
+        said = backfeedr.verdict(self.health(app, version, end),
+                                 self.health(app, before, (first_before + lasted + HOUR // 2) // HOUR))
+        return said and {**said, "before": before}
+
+    def health(self, app, version, end):
+        rows = [row for (*key, hour), row in self.tables["release_hours"].items()
+                if key == [app, version] and hour < end and hour >= self.tables["releases"][app, version][0] // HOUR]
+        return backfeedr.Health(*map(sum, zip((0, 0), *rows)))
+
+    def groups(self, version=None, days=None, sort="crashes"):
         rows = [row for row in self.crashes if self.is_of_last(days, row["at"] // DAY)
                 and version in (None, row["sent"].get("app_version"))]
         groups = list(map(self.spread, grouped(rows, "group_hash").values()))
@@ -3845,7 +3895,9 @@ class Slow:
             group["is_new"] = (group.pop("first_version") == version if version else
                                parse_time(group["first_seen"]) >= (self.today - 6) * DAY)
             group.pop("first_version", None)
-        return sorted(groups, key=lambda row: (-row["count"], row["group_hash"]))
+        column = "count" if sort == "crashes" else sort
+        groups.sort(key=lambda row: row["group_hash"])
+        return sorted(groups, key=lambda row: parse_time(row[column]) if "seen" in sort else row[column], reverse=True)
 
     def spread(self, rows):
         times, versions = [row["at"] for row in rows], {row["sent"].get("app_version") for row in rows} - {None}
@@ -3876,7 +3928,8 @@ class Slow:
             yield "metrics/retention", query, self.per_day(shown, self.retention_of)
             yield "metrics/daily-crashes", {"days": shown}, self.per_day(shown, self.crashes_of)
         if with_lists:
-            for query in ({}, {"version": "2.0"}, {"days": dice.choice([1, 2, 7])}, {"version": "1.10.0", "days": 9}):
+            for query in ({}, {"version": "2.0"}, {"days": dice.choice([1, 2, 7])}, {"version": "1.10.0", "days": 9},
+                          *({"sort": sort, **dice.choice([{}, {"days": 9}])} for sort in backfeedr.SORTS)):
                 yield "crashes", {"limit": 2, **query}, {"groups": self.groups(**query)}
             for group in {row["group_hash"] for row in self.crashes[-2:]}:
                 yield f"crashes/{group}", {"limit": 2}, self.group(group)
@@ -4141,10 +4194,167 @@ def test_releases_are_in_the_order_of_their_appearance_or_of_their_versions_and_
                             ("&sort=version", ["2.0-rc.1", "1.10", "1.9"])):
         found = api.get("/api/v1/releases?app=default" + query)[1]["releases"]
         assert [row["app_version"] for row in found] == expected
-    assert api.get("/api/v1/releases?sort=x") == (400, {"error": "invalid sort"})
+    assert api.get("/api/v1/releases?sort=x") == api.get(CRASHES + "?sort=x", **ADMIN) \
+        == (400, {"error": "invalid sort"})
     assert [[row.get("app") for row in api.get("/api/v1/releases" + query, **headers)[1]["releases"]]
             for query, headers in (("", {}), ("", ADMIN), ("?app=default", {}))] == [
         [None] * 3, ["default"] * 3, ["default"] * 3]
+
+
+VERDICTS = [  # devices and how many of them crashed, before and now
+    ((100, 4), (100, 12), "worse: 88 % of devices crash-free, 96 % before", [-16.2, -0.3]),
+    ((300, 36), (300, 12), "better: 96 % of devices crash-free, 88 % before", [3.7, 12.5]),
+    ((400, 16), (400, 16), "no difference seen: 96 % of devices crash-free, 96 % before", [-2.8, 2.8]),
+    ((100_000, 1000), (100_000, 1200), "worse: 98.8 % of devices crash-free, 99.0 % before", [-0.3, -0.1]),
+    ((20, 0), (20, 20), "worse: 0 % of devices crash-free, 100 % before", [-100.0, -77.2]),
+    ((19, 0), (19, 19), "too early: about 750 more devices", [-100.0, -76.2]),
+    ((60, 60), (60, 60), "no difference seen: 0 % of devices crash-free, 0 % before", [-6.0, 6.0]),
+    ((500, 0), (0, 0), "too early: about 50 more devices", None),
+    ((0, 0), (500, 0), "too early: about 50 more devices", None)]
+
+
+@pytest.mark.parametrize("before, ours, text, interval", VERDICTS)
+def test_a_verdict_says_in_words_what_the_interval_of_the_difference_allows(before, ours, text, interval):
+    found = backfeedr.verdict(backfeedr.Health(*ours), backfeedr.Health(*before))
+    assert found == {"word": text.partition(":")[0], "text": text, "interval": interval}
+
+
+def test_a_verdict_of_no_devices_is_none_and_the_interval_is_that_of_the_paper():
+    assert backfeedr.verdict(backfeedr.Health(0, 0), backfeedr.Health(0, 0)) is None
+    for ours, before, expected in (  # Newcombe 1998, table II, method 10: cases a, b, e and h
+            ((70, 14), (80, 32), (0.0524, 0.3339)), ((10, 1), (10, 7), (0.1705, 0.8090)),
+            ((10, 10), (20, 20), (-0.1611, 0.2775)), ((10, 0), (10, 10), (0.6075, 1.0))):
+        found = backfeedr.newcombe(backfeedr.Health(*ours), backfeedr.Health(*before))
+        assert found == pytest.approx(expected, abs=0.0002)
+
+
+def test_equal_releases_are_seldom_called_worse_and_a_worse_one_is():
+    chance, called = random.Random(7), Counter()
+
+    def release(devices, share):
+        return backfeedr.Health(devices, sum(chance.random() >= share for _ in range(devices)))
+
+    for devices, before, share in ((50, 50, 0.8), (50, 400, 0.96), (300, 300, 0.96), (300, 1000, 0.5),
+                                   (300, 300, 0.995)):
+        words = Counter(backfeedr.verdict(release(devices, share), release(before, share))["word"] for _ in range(400))
+        assert words["worse"] <= 20, (devices, before, share)
+        called += words
+    assert called["worse"] + called["better"] <= 0.05 * sum(called.values())
+    assert all(backfeedr.verdict(release(300, 0.8), release(300, 0.96))["word"] == "worse" for _ in range(20))
+
+
+def send_devices(server, version, devices, crashed):
+    """An event of each device of a release, and crashes of the first of them."""
+    server.store.add(KEY_HASH, [kind({**body, "app_version": version, "device_id_hash": f"{version} {n}"})
+                                for kind, body, number in ((parse_event, EVENT, devices), (parse_crash, CRASH, crashed))
+                                for n in range(number)])
+
+
+def verdicts(api):
+    return {row["app_version"]: row["verdict"] and row["verdict"]["text"]
+            for row in api.get("/api/v1/releases?app=default")[1]["releases"]}
+
+
+def test_a_release_is_compared_with_the_one_before_it_at_equal_ages_and_the_first_with_none(keeping, clock):
+    api = Api(keeping())
+    send_devices(api.server, "1.9", 100, 4)
+    clock.move(5 * 3600)
+    send_devices(api.server, "1.9", 200, 200)  # they crash later than what the next release has reached
+    clock.move(A_DAY)
+    send_devices(api.server, "1.10", 100, 12)
+    assert verdicts(api) == {"1.10": None, "1.9": None}, "no hour of it is over"
+    clock.move(3600)
+    send_devices(api.server, "1.8", 100, 100)  # an old version that came late is no new one
+    worse = "worse: 88 % of devices crash-free, 96 % before"
+    assert verdicts(api) == {"1.8": None, "1.10": worse, "1.9": None}
+    found, = (row["verdict"] for row in api.get("/api/v1/releases")[1]["releases"] if row["verdict"])
+    assert found == {"word": "worse", "text": worse, "interval": [-16.2, -0.3], "before": "1.9"}
+    clock.move(5 * 3600)
+    assert verdicts(api)["1.10"] == "better: 88 % of devices crash-free, 0 % before"
+    send_devices(api.server, "1.11", 100, 0)
+    clock.move(3600)
+    assert verdicts(api)["1.11"] == "better: 100 % of devices crash-free, 88 % before"
+    for n in range(100):
+        api.server.store.forget_device(f"1.10 {n}")
+    assert verdicts(api)["1.11"] == "too early: about 60 more devices", "of the one before it, none is known any longer"
+
+
+def test_two_releases_that_start_together_are_in_the_order_of_their_versions(api, clock):
+    for version, crashed in (("1.10", 50), ("1.9", 1)):
+        send_devices(api.server, version, 100, crashed)
+    clock.move(3600)
+    assert verdicts(api) == {"1.10": "worse: 50 % of devices crash-free, 99 % before", "1.9": None}
+
+
+def test_a_verdict_stays_when_the_devices_of_it_have_expired(keeping, clock):
+    api = Api(keeping(10))
+    for version, crashed in (("1.0", 4), ("1.1", 24)):
+        send_devices(api.server, version, 100, crashed)
+        clock.move(2 * A_DAY)
+    clock.move(20 * A_DAY)
+    api.server.store.prune()
+    assert count(api.server, "device_versions") == 0
+    assert verdicts(api) == {"1.1": "worse: 76 % of devices crash-free, 96 % before", "1.0": None}
+
+
+@pytest.mark.parametrize("devices, crashed, is_told", [(50, 15, True), (49, 15, False), (50, 8, False)])
+def test_a_release_that_is_surely_worse_is_told_once(serve, clock, devices, crashed, is_told):
+    """From 50 devices on; 8 of 50 are worse than 4 of 100, but one of many looks would find as much by chance."""
+    server = serve()
+    channel = "'https://example.com', '', null, 'release.worse', 0, 0"
+    sql_run(server.store.path, f"""
+        insert into channels (url, secret, app_id, kinds, created_at, last_fact) values ({channel})""")
+    for version, number, of in (("1.0", 100, 4), ("1.1", devices, crashed)):
+        send_devices(server, version, number, of)
+        clock.move(A_DAY)
+    assert verdicts(Api(server))["1.1"].startswith("worse")
+    for _ in range(3):
+        add(server, type="custom")
+        clock.move(3600)
+    facts = [(kind, json.loads(detail)) for kind, detail in sql(server.store.path, "select kind, detail from facts")]
+    assert facts == [("release.worse", {
+        "app_version": "1.1", "before": "1.0",
+        "text": "worse: 70 % of devices crash-free, 96 % before"})] * is_told
+    server.store.delete_app("default")
+    assert count(server, "state", "name like 'worse%'") == 0
+
+
+def test_a_build_is_first_seen_once_and_events_count_for_none(api, clock):
+    server, start = api.server, api.server.store.now
+    for fields in ({"build_number": "48"}, {"build_number": "49"}, {"build_number": "48"}, {}, {"type": "custom"}):
+        add(server, app_version="1.3", **fields)
+        clock.move(1)
+    add(server, build_number="50")
+    assert sorted(sql(server.store.path, "select app_version, build_number, first_seen from builds")) \
+        == [("1.3", "", start + 3000), ("1.3", "48", start), ("1.3", "49", start + 1000)]
+
+
+def test_an_app_has_so_many_builds_and_no_more(serve, monkeypatch):
+    monkeypatch.setattr(backfeedr, "MAX_BUILDS_OF_APP", 5)
+    server = serve()
+    serve.unchecked.append(server)
+    for n in range(4):
+        server.store.add(KEY_HASH, [parse_crash({**CRASH, "app_version": "1.0", "build_number": str(build)})
+                                    for build in (2 * n, 2 * n + 1)])
+    add(server, key=server.store.create_app("Shop"), app_version="1.0")
+    assert sql(server.store.path, "select app_id, count(*) from builds group by app_id order by 1") == [(1, 5), (2, 1)]
+    assert POSTGRES or backfeedr._check_roll_ups(server.store.path)
+
+
+def test_a_commit_tells_which_devices_are_new_to_a_group_and_which_builds_are_new(api, monkeypatch):
+    saved, save = [], backfeedr.RollUps.save
+
+    def watched(rollups):
+        save(rollups)
+        saved.append((sum(rollups.figures[backfeedr.GroupDevices].new.values()),
+                      sorted(build for *_, build in rollups.figures[backfeedr.Builds].new)))
+
+    monkeypatch.setattr(backfeedr.RollUps, "save", watched)
+    for devices, build in ((["d1", "d2", "d1", None], "48"), (["d1", "d3"], "48"), (["d1", None], "49"),
+                           (["d1"], None)):
+        api.server.store.add(KEY_HASH, [parse_crash({
+            **CRASH, "app_version": "1.3", "device_id_hash": each, "build_number": build}) for each in devices])
+    assert [each for each in saved if any(each)] == [(2, ["48"]), (1, []), (0, ["49"]), (0, [""])]
 
 
 # == Backfeedr =================================================================
