@@ -2193,12 +2193,11 @@ def test_when_a_group_was_first_seen_goes_with_its_first_crash(api, clock):
         clock.move(86_400)
     with api.server.store.writing() as db:  # as a version before this one had them in one group, and a crash that went
         db.execute("update crashes set group_hash = 'aaaaaaaaaaaaaaaa'")
-        db.execute("delete from groups")
-        db.execute("delete from group_images")
-        db.execute("delete from group_days")
+        for table in ("groups", "group_images", "group_days", "group_devices", "group_sums"):
+            db.execute(f"delete from {table}")
         rollups, crashes = backfeedr.RollUps(db, api.server.store.now), backfeedr.counted_rows(
             db, backfeedr.Crash, "from crashes order by seq")
-        for figure in (backfeedr.Groups, backfeedr.Images):
+        for figure in (backfeedr.Groups, backfeedr.GroupDevices, backfeedr.Images):
             rollups.figures[figure].count(backfeedr.Crash, crashes, 1)
         rollups.save()
         db.execute("update groups set first_seen = 1, first_version = '0.9'")
