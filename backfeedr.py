@@ -1699,14 +1699,15 @@ ALL_DAYS = -1_000_000  # the `day` of a label's sum over all days
 WEEK = 7               # days of the overview, ending today
 DURATION_DAYS = 400    # days that durations are kept: a year, and some
 DEVICE_DAYS = 400      # a report that occurred more days before its receipt counts no device
+NAME_DAYS = 90         # days for which it is kept how often an event of a name came
 HOURS_KEPT = 48        # hours for which it is kept how many devices were last seen in each
 TRIMMED = 1000         # rows that one step of `trim` deletes from a table
 MAX_RELEASES = 1000    # of an app, whatever the day
 MAX_ANSWER = 60_000    # bytes of JSON that the rows of a public answer may take: all of it stays below 64 kB
 
 OTHER = "(other)"      # stands for names beyond these limits, which hold for an app and a UTC day:
-NEW_NAMES = {"group_hash": 500, "exception_type": 200, "device_model": 200, "app_version": 100}
-FLAGS = {"exception_type": 1, "device_model": 2, "app_version": 4}  # bits of `other`: this name counts as (other)
+NEW_NAMES = {"group_hash": 500, "exception_type": 200, "device_model": 200, "app_version": 100, "name": 200}
+FLAGS = {"exception_type": 1, "device_model": 2, "app_version": 4, "name": 8}  # bits of `other`: this name counts as (other)
 
 # Of the app that is asked for, or of all live ones.
 APPS = "app_id in (select id from apps where id = :app or :app is null and is_test = 0)"
@@ -1715,7 +1716,7 @@ TABLES = {Crash: "crashes", Event: "events"}
 COUNTED = {  # a report as the figures see it; `at` is the time at which it counts
     Crash: namedtuple("CountedCrash", "seq app_id received_at at sent_type app_version device_id_hash session_id"
                                       " group_hash images exception_type device_model exception_reason stack_trace"),
-    Event: namedtuple("CountedEvent", "seq app_id received_at at type app_version device_id_hash session_id")}
+    Event: namedtuple("CountedEvent", "seq app_id received_at at type app_version device_id_hash session_id name")}
 
 
 def counted_rows(db: sqlite3.Connection, kind: type, source: str, parameters: Any = ()) -> list[Any]:
@@ -1750,7 +1751,7 @@ class Sums:
 
     @property
     def schema(self) -> str:
-        texts = ("field", "label", "group_hash", "app_version", "key", "uuid")
+        texts = ("field", "label", "group_hash", "app_version", "key", "uuid", "name", "type")
         columns = [f"{name} {'text' if name in texts else 'integer'} not null" for name in self.key + self.columns]
         return (f"create table {self.table} ({', '.join(columns)},\n"
                 f"    primary key ({', '.join(self.key)})) without rowid;\n")
@@ -1836,7 +1837,7 @@ create table new_names (                   -- of an app and a UTC day
 
     def limit(self, app_id: int, received: Sequence[int], reports: Reports) -> tuple[Sequence[int], Reports]:
         """The `other` of each report, and the reports with the group under which they are stored."""
-        fields = ["app_version"] if type(reports[0]) is Event else list(NEW_NAMES)
+        fields = [each for each in NEW_NAMES if each in type(reports[0])._fields]
         names = {(app_id, each, name) for each in fields for name in set(map(attrgetter(each), reports)) if name}
         unknown = self._unknown(names - self.accepted)
         refused = self._refused(dict.fromkeys(  # in the order in which they came
@@ -1857,6 +1858,7 @@ create table new_names (                   -- of an app and a UTC day
                     select 1 from groups where app_id = column1 and group_hash = column3)
                 when 'app_version' then exists (
                     select 1 from releases where app_id = column1 and app_version = column3)
+                when 'name' then exists (select 1 from event_names where app_id = column1 and name = column3)
                 else exists (select 1 from labels
                     where app_id = column1 and field = column2 and day = {ALL_DAYS} and label = column3) end
             """, list(names)))
@@ -2487,8 +2489,41 @@ def device_key(device_id_hash: str | None) -> int:
     return int.from_bytes(sha256(device_id_hash)[:8], "big") >> 1 if device_id_hash else 0
 
 
+class EventNames(Figure):
+    """Events by name, type and UTC day, without those that begin or end a session. "" is no name."""
+
+    SUMS = {"event_names": ("name type day", "events")}
+    WINDOW = ("event_names", "day", NAME_DAYS)
+    COUNTS = (Event,)
+
+    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+        alike = Counter((event.app_id, event.name or "", event.type, event.at // DAY) for event in reports
+                        if event.type not in _ENDS)
+        for key, count in alike.items():
+            if key[-1] >= self._today - NAME_DAYS:
+                self.sums["event_names"].add(*key, events=by * count)
+
+    @staticmethod
+    def most_frequent(db: sqlite3.Connection, app: int | None, days: range, limit: int) -> list[JsonObject]:
+        """The most frequent names of these days: `name`, `type`, `count`, and `days` with the events of each day."""
+        parameters = {"app": app, "first": days[0], "last": days[-1], "limit": limit}
+        found = dict_rows(db, f"""
+            select name, type, sum(events) as count from event_names
+            where {APPS} and day between :first and :last
+            group by name, type
+            order by count desc, name, type
+            limit :limit""", parameters)
+        for row in found:
+            counts = dict(db.execute(f"""
+                select day, sum(events) from event_names
+                where {APPS} and name = :name and type = :type and day between :first and :last
+                group by day""", {**parameters, **row}))
+            row["days"] = [counts.get(day, 0) for day in days]
+        return found
+
+
 # Releases last: others count in them when they are saved.
-FIGURES = (Requests, Crashes, Groups, Images, Sessions, Devices, Releases)
+FIGURES = (Requests, Crashes, Groups, Images, Sessions, Devices, EventNames, Releases)
 FIGURE_TABLES = NewNames.TABLES + "".join(figure.tables() for figure in FIGURES)
 SCHEMA = REPORT_TABLES + SYMBOL_TABLES + TRIAGE_TABLES + FIGURE_TABLES
 # The primary key of each table with rows of an app, beside the reports.
@@ -2928,7 +2963,10 @@ def migrate(db: Connection, version: int, run: Callable[[Connection, str], None]
     if version < 3:
         _migrate_to_3(db, run)
     elif version < 4:
-        run(db, Images.tables())
+        run(db, Images.tables() + EventNames.tables())
+        db.execute(f"""
+            insert into event_names select app_id, coalesce(name, ''), type, {COUNTED_AT} / {DAY}, count(*) from events
+            where type in ('error', 'custom') group by 1, 2, 3, 4""")
     if version < 4:  # names are made canonical now
         db.execute("insert into regroupings select app_id, group_hash, 0, 0, '' from groups")
 
@@ -6257,7 +6295,7 @@ def _unequal_tables(db: sqlite3.Connection, figure: Figure, expired: int) -> Ite
         if table == "key_days":  # which no report tells
             continue
         columns, where = ", ".join(sums.key + sums.columns), ""
-        if expired and table in ("crash_days", "group_days"):
+        if expired and table in ("crash_days", "group_days", "event_names"):
             where = f" where day > {(expired >> SEQ_BITS) // DAY + 1}"
         ours, theirs = (f"select {columns} from {place}.{table}{where}" for place in ("main", "stored"))
         queries = [f"{ours} except {theirs}", f"{theirs} except {ours}"]

@@ -260,7 +260,7 @@ def windows(path):
         select max(at) from (select received_at as at from crashes union all select received_at from events union all
             select (value + 1) * 86400000 from state where name = 'trimmed_day') as times""")[0][0] or 0
     return dict(group_days=newest // DAY - 7, release_days=newest // DAY - 7, durations=newest // DAY - 400,
-                device_hours=newest // HOUR - 48)
+                event_names=newest // DAY - 90, device_hours=newest // HOUR - 48)
 
 
 def figures(path):
@@ -269,10 +269,15 @@ def figures(path):
     for table, key in backfeedr.KEYS.items():
         size, columns = len(key), ", ".join(key)
         tables[table] = {row[:size]: row[2 * size:] for row in sql(path, f"select {columns}, {table}.* from {table}")
-                         if table not in first or row[1] >= first[table]}
+                         if table not in first or time_in(table, row) >= first[table]}
     tables["devices"] = {key: row[:2] for key, row in tables["devices"].items()}
     tables["groups"] = {key: row[:5] for key, row in tables["groups"].items()}
     return tables
+
+
+def time_in(table, key):
+    """The day or hour in a key of a table that holds a window."""
+    return key[3 if table == "event_names" else 1]
 
 
 MOVES = {"regroupings", "group_aliases", "triage", "group_history"}  # which no report tells
@@ -284,7 +289,7 @@ def recount(path):
               for table in backfeedr.KEYS.keys() - {"replays", "new_names", "medians", "key_days"} - MOVES}
     columns = dict(
         crash_days=("crashes",), labels=("crashes",), group_days=("crashes",), group_images=("crashes",),
-        release_days=("sessions",),
+        release_days=("sessions",), event_names=("events",),
         release_sums=("sessions", "crashed_sessions", "crashes", "devices", "crashed"), device_hours=("devices",),
         session_days=("sessions", "ended", "ms"), durations=("sessions",), active_days=("dau", "wau", "mau"),
         cohorts=("devices", "back_1", "back_7", "back_30"))
@@ -305,6 +310,9 @@ def recount(path):
         name = "(other)" if key[1] == "(other)" else latest["sent_type"]
         reason = (latest["exception_reason"] or "")[:500] or None
         tables["groups"][key] = name, first["at"], first["app_version"], latest["at"], reason
+    for row in events:
+        if row["type"] in ("error", "custom"):
+            tables["event_names"][row["app_id"], row["name"] or "", row["type"], row["at"] // DAY]["events"] += 1
     reports = sorted(crashes + events, key=lambda row: row["seq"])
     for key, rows in grouped(reports, "app_id", "app_version").items():
         times = [row["received_at"] for row in rows]
@@ -313,7 +321,7 @@ def recount(path):
     recount_devices(tables, reports)
     first = windows(path)
     return {table: {key: tuple(row[name] for name in columns[table]) if table in columns else row
-                    for key, row in rows.items() if table not in first or key[1] >= first[table]}
+                    for key, row in rows.items() if table not in first or time_in(table, key) >= first[table]}
             for table, rows in tables.items()}
 
 
@@ -3917,7 +3925,8 @@ class World:
 @pytest.mark.parametrize("seed, variety", [*((seed, 1) for seed in range(4)), (4, 40), (5, 40)])
 def test_all_answers_equal_a_slow_and_obvious_computation_over_all_reports(serve, clock, monkeypatch, seed, variety):
     if variety > 1:
-        monkeypatch.setattr(backfeedr, "NEW_NAMES", dict(group_hash=3, exception_type=2, device_model=2, app_version=1))
+        monkeypatch.setattr(backfeedr, "NEW_NAMES", dict(
+            group_hash=3, exception_type=2, device_model=2, app_version=1, name=1))
     world = World(Api(serve(rate_limit=0, retention_days=0)), clock, seed, variety)
     serve.unchecked.append(world.api.server)
     world.compare(with_lists=True)
