@@ -4921,7 +4921,7 @@ class Dashboard:
             raise Refusal("not found")
         days, (older, newer) = metrics.group_days([group_hash], page.app), metrics.neighbours(report, page.app)
         return self._render(
-            page, group["place"] or group["exception_type"], "group", group=group, report=report, older=older,
+            page, _culprit(group), "group", group=group, report=report, older=older,
             newer=newer, next=group["next"], parameters=parameters, crumbs=_crumbs(report),
             before=_steps(report, metrics.events_before(report)),
             chart=column_chart("Crashes", days["labels"], days["groups"][group_hash]["days"]),
@@ -5132,6 +5132,11 @@ def _portrait(group: JsonObject) -> Iterator[tuple[str, str]]:
         yield "History", history
 
 
+def _culprit(group: JsonObject) -> str:
+    """The function of the app in which a group crashes; its exception type, where none is known."""
+    return canonical_name(group["place"]) or group["exception_type"]
+
+
 _CONTEXT: dict[str, tuple[str, Callable[[Any], str]]] = {
     "app": ("App", str), "app_version": ("Version", str), "build_number": ("Build", str),
     "os_version": ("System", str), "device_model": ("Device", str), "locale": ("Locale", str),
@@ -5250,7 +5255,7 @@ _SEEN = (Column("First seen", _TIME % "first_seen"), Column("Last seen", _TIME %
 _APP = Column("App", '<bdi>{{row["app"]}}</bdi>', condition="not page.app and len(apps) > 1")
 _CRASH_FREE = Column("Crash-free sessions", '{{percent(row["crash_free_sessions"])}}', "number")
 _ADOPTION = Column("Adoption", '{{"%.1f" % row["adoption"]}} %', "number")
-_GROUP = Column("Group", """\
+_GROUP_LINK = """\
 <a href="{{link("/crashes/" + row["group_hash"])}}"><bdi>{{culprit(row)}}</bdi></a>
 % if row["is_new"]:
 <b class="new">new</b>
@@ -5258,8 +5263,13 @@ _GROUP = Column("Group", """\
 % if row.get("is_regressed"):
 <b class="new">regressed</b>
 % end
+"""
+_GROUP = Column("Group", _GROUP_LINK + """\
 <code><bdi>{{row["exception_type"] if row["place"] else ""}}</bdi></code>
-<span class="reason"><bdi>{{shorten(row["exception_reason"], 200)}}</bdi></span>""", "main")
+<span class="reason"><bdi>{{shorten(row["exception_reason"])}}</bdi></span>""", "main")
+_BRIEF_GROUP = Column("Group", _GROUP_LINK + """\
+% about = (row["app"] if not page.app and len(apps) > 1 else "", row["exception_type"], row["exception_reason"])
+<span class="brief reason"><bdi>{{shorten(": ".join(filter(None, about)), 100)}}</bdi></span>""", "main")
 _RELEASE_LINK = ('<a href="{{link("/crashes", app=row["app"], version=row["app_version"])}}">'
                  '<bdi>{{row["app_version"]}}</bdi></a>')
 _TILES = """<div class="tiles">
@@ -5272,8 +5282,8 @@ _NO_RELEASE = "No release yet: reports that carry an <code>app_version</code> sh
 
 
 def _steps_list(rows: str) -> str:
-    return _list(rows, Column("Time", "{{row[0]}}", "number"), Column("Action", "<bdi>{{row[1]}}</bdi>", "main"),
-                 Column("Details", '<span class="reason"><bdi>{{row[2]}}</bdi></span>'))
+    return _list(rows, Column("Time", "{{row[0]}}", "number"), Column(
+        "Action", '<bdi>{{row[1]}}</bdi> <span class="reason">{{row[2]}}</span>', "bare"))
 
 
 _FILTER = """<form class="filter" method="get" action="{{page.root}}{{page.path}}">
@@ -5338,6 +5348,7 @@ _TEMPLATES = {
 <pre>{{curl_line(page.url, "bf_live_your_key")}}</pre></section>
 % end
 <section><h2><a href="{{link("/releases")}}">Is the latest release worse?</a></h2>
+<div class="verdicts">
 % for row in verdicts:
 % verdict = row.get("verdict") or {}
 <p>""" + _RELEASE_LINK + """ <bdi>{{"" if page.app or len(verdicts) < 2 else row["app"]}}</bdi>
@@ -5349,20 +5360,22 @@ _TEMPLATES = {
 % end
 </p>
 % end
+</div>
 % if not verdicts:
 <p class="empty">""" + _NO_RELEASE + """</p>
 % end
 </section>
 <div class="halves"><section><h2>New and regressed in 7 days: {{number(new_count)}}</h2>
 """ + _list(
-        "new", _GROUP, _APP, _CRASHES, _SEEN[1], empty="No group is new.") + """</section>
+        "new", _BRIEF_GROUP, _CRASHES, _SEEN[1], empty="No group is new.") + """</section>
 <section><h2><a href="{{link("/crashes", days=7)}}">To fix first</a></h2>
 """ + _list(
-        "first", _GROUP, _APP, Column("Devices", _COUNT % "devices", "number"), _CRASHES, _SEEN[1],
+        "first", _BRIEF_GROUP, Column("Devices", _COUNT % "devices", "number"), _CRASHES, _SEEN[1],
         empty="No crash in the last 7 days.") + """
 <p class="note">By devices that crashed in the newest release in 7 days, halved for each day since the last crash.</p>
 </section></div>
-""" + _TILES + """<section><h2><a href="{{link("/releases")}}">Latest releases</a></h2>
+<section>""" + _TILES + """</section>
+<section><h2><a href="{{link("/releases")}}">Latest releases</a></h2>
 """ + _list(
         "releases", Column("Version", _RELEASE_LINK + """
 <span class="reason"><bdi>{{"" if page.app else row["app"]}}</bdi></span>""", "main"),
@@ -5498,7 +5511,7 @@ No event is kept{{" of " + page.app if page.app else ""}}.
 <code>examples/client.py</code> shows how an app sends its sessions.
 % end
 """) + _PAGE_LINKS,
-    "usage": _TILES + """<section><h2>Retention: of the devices first seen in 60 days</h2></section>
+    "usage": _TILES + """<section><h2>Retention of the devices first seen in the last 60 days</h2></section>
 """ + _TILES.replace("in tiles:", "in back:") + """<div class="halves"><section>
 <h2><a href="{{link("/events")}}">Events, 30 days</a></h2>
 """ + _list(
@@ -5586,7 +5599,8 @@ main section { margin: 1.75rem 0 0; min-width: 0; }
 .tiles { --least: 9rem; gap: 1.5rem 2rem; } .thirds { --least: 17rem; }
 .tiles section { border-top: 1px solid var(--rule); padding-top: 0.7rem; } .tiles h2 { font-weight: 400; }
 .figure { font-size: 1.9rem; line-height: 1.2; }
-.note { margin: 0.2rem 0; }
+.note, .verdicts p { margin: 0.2rem 0; }
+.brief { word-break: break-all; display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 1; overflow: hidden; }
 footer { margin-top: 3rem; padding-top: 0.6rem; border-top: 1px solid var(--rule); }
 table { border-collapse: collapse; width: 100%; } th { text-align: left; font-weight: 400; }
 th, td { padding: 0.4rem 1.2rem 0.4rem 0; vertical-align: top; } :is(th, td):last-child { padding-right: 0; }
@@ -5649,7 +5663,8 @@ PAGE_HEADERS = {
 
 _TEMPLATE_GLOBALS = {
     "bar_chart": bar_chart, "build_name": build_name,
-    "culprit": lambda group: _shorten(group["place"] or group["exception_type"], 120), "curl_line": curl_line, "details": _details, "icon": _ICON,
+    "culprit": lambda group: _shorten(_culprit(group), 120), "curl_line": curl_line,
+    "details": _details, "icon": _ICON,
     "iso": iso_time,
     "number": "{:,}".format, "percent": lambda share: "-" if share is None else f"{share:.2f} %", "options": _options,
     "pages": _PAGES, "shorten": _shorten, "sparkline": sparkline,
