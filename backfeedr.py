@@ -5268,8 +5268,9 @@ _GROUP = Column("Group", _GROUP_LINK + """\
 <code><bdi>{{row["exception_type"] if row["place"] else ""}}</bdi></code>
 <span class="reason"><bdi>{{shorten(row["exception_reason"])}}</bdi></span>""", "main")
 _BRIEF_GROUP = Column("Group", _GROUP_LINK + """\
-% about = (row["app"] if not page.app and len(apps) > 1 else "", row["exception_type"], row["exception_reason"])
-<span class="brief reason"><bdi>{{shorten(": ".join(filter(None, about)), 100)}}</bdi></span>""", "main")
+% about = [row["app"]] if not page.app and len(apps) > 1 else []
+% about += [row["exception_type"]] if row["place"] else []
+<span class="brief reason"><bdi>{{shorten(": ".join([*about, row["exception_reason"]]), 100)}}</bdi></span>""", "main")
 _RELEASE_LINK = ('<a href="{{link("/crashes", app=row["app"], version=row["app_version"])}}">'
                  '<bdi>{{row["app_version"]}}</bdi></a>')
 _TILES = """<div class="tiles">
@@ -5600,7 +5601,8 @@ main section { margin: 1.75rem 0 0; min-width: 0; }
 .tiles section { border-top: 1px solid var(--rule); padding-top: 0.7rem; } .tiles h2 { font-weight: 400; }
 .figure { font-size: 1.9rem; line-height: 1.2; }
 .note, .verdicts p { margin: 0.2rem 0; }
-.brief { word-break: break-all; display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 1; overflow: hidden; }
+.brief { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 1; overflow: hidden;
+  word-break: break-all; }
 footer { margin-top: 3rem; padding-top: 0.6rem; border-top: 1px solid var(--rule); }
 table { border-collapse: collapse; width: 100%; } th { text-align: left; font-weight: 400; }
 th, td { padding: 0.4rem 1.2rem 0.4rem 0; vertical-align: top; } :is(th, td):last-child { padding-right: 0; }
