@@ -261,8 +261,9 @@ create index replays_by_age on replays (received_at);
 
 create table given_seqs (                  -- all seqs that were ever given are within these
     first integer primary key, last integer not null);
--- retention_days; expired_crashes and expired_events, the highest seq that has expired, and early_ with the id of an
--- app, the highest of its that went early; trimmed_day, on which old sums were deleted last.
+-- retention_days; expired_crashes and expired_events, the highest seq that has expired; and with the id of an app, early_,
+-- the highest of its that went early, and worse_, first_seen of its release that was told last to be worse; trimmed_day,
+-- on which old sums were deleted last.
 create table state (name text primary key, value integer not null) without rowid;
 """ + GROUP_INDEX
 
@@ -399,6 +400,15 @@ def key_prefix(key: str) -> str:
 def sha256(data: bytes | str) -> bytes:
     """The digest under which keys and tokens are kept."""
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).digest()
+
+
+def version_key(version: str) -> list[Any]:
+    """Sorts 1.10 after 1.9, 1.2 (10) after 1.2 (9), and 1.2.0-rc.1 and 1.2.0b3 before 1.2.0."""
+    release, *pre_releases = re.split("-|(?<=[0-9])(?=[A-Za-z])", version, maxsplit=1)
+    pre_release = "".join(pre_releases)
+    numbers = [[(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.findall("[0-9]+|[^0-9]+", text)]
+               for text in (release, pre_release)]
+    return [numbers[0], not pre_releases, numbers[1]]
 
 
 # == Grouping ==================================================================
@@ -1703,6 +1713,8 @@ NAME_DAYS = 90         # days for which it is kept how often an event of a name 
 HOURS_KEPT = 48        # hours for which it is kept how many devices were last seen in each
 TRIMMED = 1000         # rows that one step of `trim` deletes from a table
 MAX_RELEASES = 1000    # of an app, whatever the day
+MAX_BUILDS_OF_APP = 2000
+HEALTH_DAYS = 90       # of a release's age in which it is compared with the one before it
 MAX_ANSWER = 60_000    # bytes of JSON that the rows of a public answer may take: all of it stays below 64 kB
 
 OTHER = "(other)"      # stands for names beyond these limits, which hold for an app and a UTC day:
@@ -1714,8 +1726,9 @@ APPS = "app_id in (select id from apps where id = :app or :app is null and is_te
 
 TABLES = {Crash: "crashes", Event: "events"}
 COUNTED = {  # a report as the figures see it; `at` is the time at which it counts
-    Crash: namedtuple("CountedCrash", "seq app_id received_at at sent_type app_version device_id_hash session_id"
-                                      " group_hash images exception_type device_model exception_reason stack_trace"),
+    Crash: namedtuple("CountedCrash", "seq app_id received_at at sent_type app_version build_number device_id_hash"
+                                      " session_id group_hash images exception_type device_model exception_reason"
+                                      " stack_trace"),
     Event: namedtuple("CountedEvent", "seq app_id received_at at type app_version device_id_hash session_id name")}
 
 
@@ -2076,6 +2089,83 @@ class Images(Figure):
         self.count(kind, reports, -1)
 
 
+class GroupDevices(Figure):
+    """Of the crashes that are kept, those of each group and of each device in it, and the devices of each group."""
+
+    SUMS = {"group_devices": ("group_hash device", "crashes"),  # see device_key
+            "group_sums": ("group_hash", "crashes devices")}
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self._crashes: Counter = Counter()  # by app_id, group_hash and device
+        self.new: Counter = Counter()  # by app_id and group_hash: devices that the group did not have before
+
+    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+        for (app_id, group, device), crashes in Counter(map(_GROUP_DEVICE, reports)).items():
+            self._crashes[app_id, group, device_key(device)] += by * crashes
+
+    def expire(self, kind: type, reports: Sequence[Any]) -> None:
+        self.count(kind, reports, -1)
+
+    def save(self) -> None:
+        before = {row[:3]: row[3] for row in rows_of(self._db, """
+            select group_devices.* from (values *) as keys
+            cross join group_devices on app_id = column1 and group_hash = column2 and device = column3
+            """, [key for key in self._crashes if key[2]])}
+        for key, by in self._crashes.items():
+            had, devices = before.get(key, 0), 0
+            if key[2]:
+                self.sums["group_devices"].add(*key, crashes=by)
+                devices = int(had + by > 0) - int(had > 0)
+            self.sums["group_sums"].add(*key[:2], crashes=by, devices=devices)
+            if devices > 0:
+                self.new[key[:2]] += devices
+        super().save()
+
+
+_GROUP_DEVICE = attrgetter("app_id", "group_hash", "device_id_hash")
+_RECEIVED_AT = attrgetter("received_at")
+
+
+class Builds(Figure):
+    """When each build was first seen. A build beyond the bound has no row; `releases` still knows its version."""
+
+    TABLES = """
+create table builds (
+    app_id integer not null, app_version text not null, build_number text not null,  -- '': not said, as by all events
+    first_seen integer not null,           -- when its first report was received
+    primary key (app_id, app_version, build_number)) without rowid;
+"""
+    COUNTS = (Crash, Event)
+    BUILD = {Crash: attrgetter("app_id", "app_version", "build_number"), Event: attrgetter("app_id", "app_version")}
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self._received: dict[tuple, int] = {}  # by app_id, app_version and build_number
+        self.new: set[tuple] = set()  # of these, the builds that were never seen before
+
+    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+        for (app_id, version, *build), run in groupby(reports if by > 0 else (), self.BUILD[kind]):
+            if version:
+                key, received = (app_id, version, "".join(filter(None, build))), min(map(_RECEIVED_AT, run))
+                self._received[key] = min(received, self._received.get(key, received))
+
+    def save(self) -> None:
+        stored = {row[:3]: row[3] for row in rows_of(self._db, """
+            select builds.* from (values *) as keys
+            cross join builds on app_id = column1 and app_version = column2 and build_number = column3
+            """, list(self._received))}
+        changed = {key: at for key, at in self._received.items() if at < stored.get(key, MAX_NUMBER)}
+        for app_id in {key[0] for key in changed.keys() - stored.keys()}:
+            known, = self._db.execute("select count(*) from builds where app_id = ?", (app_id,)).fetchone()
+            fresh = [key for key in changed if key[0] == app_id and key not in stored]
+            self.new.update(fresh[:max(0, MAX_BUILDS_OF_APP - known)])
+        write_rows(self._db, """
+            insert into builds values *
+            on conflict (app_id, app_version, build_number) do update set first_seen = excluded.first_seen
+            """, [(*key, at) for key, at in changed.items() if key in stored or key in self.new])
+
+
 class Releases(Figure):
     """Sessions, crashes and devices per app_version, and its sessions per UTC day of the week."""
 
@@ -2126,6 +2216,41 @@ create table releases (
             """, [(*key, *times) for key, times in self._received.items()])
 
     @staticmethod
+    def pairs(db: sqlite3.Connection, app: int | None) -> list[Pair]:
+        """Each release with the one before it, by when they were first seen. A version below that is an old one that
+        came late: it is compared with none, and none with it."""
+        rows = db.execute(f"""
+            select app_id, app_version, first_seen from releases where {APPS} and app_version <> '{OTHER}'
+            """, {"app": app}).fetchall()
+        newest: dict[int, tuple[str, int]] = {}
+        pairs = []
+        for app_id, version, first in sorted(rows, key=lambda row: (row[2], version_key(row[1]))):
+            before = newest.get(app_id)
+            if before is None or version_key(version) >= version_key(before[0]):
+                pairs += [Pair(app_id, version, first, *before)] if before else []
+                newest[app_id] = version, first
+        return pairs
+
+    @staticmethod
+    def verdicts(db: sqlite3.Connection, pairs: Sequence[Pair], now: int) -> dict[Pair, tuple[JsonObject, Health]]:
+        """What `verdict` says of releases, and of which devices: at equal ages, those that came to the newer until the
+        last full hour, and to the one before it within as long a time."""
+        spans: dict[tuple, tuple] = {}
+        for pair in pairs:
+            end = min(now, pair.first_seen + HEALTH_DAYS * DAY) // HOUR
+            end_before = (pair.before_seen + end * HOUR - pair.first_seen + HOUR // 2) // HOUR
+            spans[pair] = ((pair.app_id, pair.app_version, pair.first_seen // HOUR, end),
+                           (pair.app_id, pair.before, pair.before_seen // HOUR, end_before))
+        found = {row[:4]: Health(*row[4:]) for row in rows_of(db, """
+            select column1, column2, column3, column4, sum(devices), sum(crashed_devices) from (values *) as spans
+            cross join release_hours on app_id = column1 and app_version = column2
+                and hour >= column3 and hour < column4
+            group by column1, column2, column3, column4""", list({*chain.from_iterable(spans.values())}))}
+        healths = {pair: [found.get(span, Health(0, 0)) for span in both] for pair, both in spans.items()}
+        return {pair: ({**said, "before": pair.before}, both[0]) for pair, both in healths.items()
+                if (said := verdict(*both))}
+
+    @staticmethod
     def latest(db: sqlite3.Connection, app: int | None, days: range) -> list[JsonObject]:
         """The latest 100 releases, with their share of the sessions of these days: `recent` to `of_all`."""
         return dict_rows(db, f"""
@@ -2137,7 +2262,7 @@ create table releases (
             whole as (
                 select app_id, sum(sessions) as of_all from session_days
                 where {APPS} and day between :first and :last group by app_id)
-            select apps.name as app, latest.app_version, coalesce(sessions, 0) as sessions,
+            select latest.app_id, apps.name as app, latest.app_version, coalesce(sessions, 0) as sessions,
                 coalesce(crashed_sessions, 0) as crashed_sessions, coalesce(crashes, 0) as crashes,
                 coalesce(devices, 0) as devices,
                 coalesce(crashed_devices, 0) as crashed_devices, first_seen, last_seen, recent, of_all
@@ -2147,6 +2272,83 @@ create table releases (
             left join whole on whole.app_id = latest.app_id
             order by first_seen desc, latest.app_version, latest.app_id
             """, {"app": app, "first": days[0], "last": days[-1]})
+
+
+class Pair(NamedTuple):
+    """A release, and the one before it; times are those of their first reports, in milliseconds."""
+
+    app_id: int
+    app_version: str
+    first_seen: int
+    before: str
+    before_seen: int
+
+
+class Health(NamedTuple):
+    """Devices of a release, and how many of them crashed there."""
+
+    devices: int
+    crashed: int
+
+    @property
+    def share(self) -> float:
+        """Of the devices, those that never crashed."""
+        return 1 - self.crashed / self.devices
+
+    @property
+    def variance(self) -> float:
+        """Of one device; of two crashes and two others more, since a share of 0 or 1 would have none."""
+        share = (self.crashed + 2) / (self.devices + 4)
+        return share * (1 - share)
+
+    def wilson(self) -> tuple[float, float]:
+        """Wilson's interval of the share."""
+        z2 = CONFIDENCE ** 2 / self.devices
+        half = math.sqrt(z2 * (self.share * (1 - self.share) + z2 / 4))
+        return (self.share + z2 / 2 - half) / (1 + z2), (self.share + z2 / 2 + half) / (1 + z2)
+
+
+CONFIDENCE = 1.96  # standard deviations: 95 %
+HALF_WIDTH = 0.05  # of an interval that is narrow enough to say that there is no difference
+FEWEST, ENOUGH = 20, 50  # devices of both releases for any verdict; for `no difference seen`, and to tell somebody
+
+
+def newcombe(ours: Health, before: Health) -> tuple[float, float]:
+    """The 95 % interval of the difference of two shares: Newcombe, Interval estimation for the difference between
+    independent proportions, Statistics in Medicine 17 (1998) 873-890, method 10."""
+    (low, high), (low_before, high_before) = ours.wilson(), before.wilson()
+    difference = ours.share - before.share
+    return (difference - math.hypot(ours.share - low, high_before - before.share),
+            difference + math.hypot(high - ours.share, before.share - low_before))
+
+
+def verdict(ours: Health, before: Health) -> JsonObject | None:
+    """Whether a release is worse than the one before it, in a word and a text, with the interval of the difference in
+    percentage points; None where no device is known of either. Without a difference it is too early until the smaller
+    has as many devices as make the interval of two such releases 5 points wide to each side, and at least 50."""
+    least = min(ours.devices, before.devices)
+    if not max(ours.devices, before.devices):
+        return None
+    low, high = newcombe(ours, before) if least else (-1.0, 1.0)
+    needed = max(ENOUGH, math.ceil((CONFIDENCE / HALF_WIDTH) ** 2 * (ours.variance + before.variance)))
+    word = ("too early" if least < FEWEST else "worse" if high < 0 else "better" if low > 0
+            else "too early" if least < needed else "no difference seen")
+    if word == "too early":
+        text = f"about {math.ceil((needed - least) / 10) * 10} more devices"
+    else:
+        text = "{} % of devices crash-free, {} % before".format(
+            *_told_apart(100 * ours.share, 100 * before.share, 0 if word == "no difference seen" else 2))
+    return {"word": word, "text": f"{word}: {text}",
+            "interval": [round(100 * low, 1), round(100 * high, 1)] if least else None}
+
+
+def _told_apart(value: float, other: float, digits: int) -> tuple[str, str]:
+    """Two figures with no more decimals than it takes to tell them apart, and at most so many."""
+    for n in range(digits + 1):
+        texts = f"{value:.{n}f}", f"{other:.{n}f}"
+        if texts[0] != texts[1]:
+            break
+    return texts
 
 
 class Session(NamedTuple):
@@ -2314,7 +2516,7 @@ class Device:
     def __init__(self) -> None:
         self.first_day, self.last_hour, self.last_seq = MAX_NUMBER, 0, 0
         self.days: set[int] = set()
-        self.versions: dict[str, int] = {}  # whether it crashed there: 1 or 0
+        self.versions: dict[str, tuple[int, int]] = {}  # first_hour and crash_hour, MAX_NUMBER for none
 
     def see(self, reports: Sequence[Any], crashed: int) -> None:
         """Adds reports of one version."""
@@ -2325,7 +2527,12 @@ class Device:
         self.last_hour = max(self.last_hour, max(times) // HOUR)
         self.last_seq = max(self.last_seq, reports[-1].seq)
         if version:
-            self.versions[version] = max(crashed, self.versions.get(version, 0))
+            hour = min(map(_RECEIVED_AT, reports)) // HOUR
+            self.versions[version] = _earliest((hour, hour if crashed else MAX_NUMBER), self.versions.get(version))
+
+
+def _earliest(hours: tuple[int, int], others: tuple[int, int] | None) -> tuple[int, int]:
+    return (min(hours[0], others[0]), min(hours[1], others[1])) if others else hours
 
 
 class Devices(Figure):
@@ -2341,14 +2548,19 @@ create table devices (                     -- of which a report is kept
 create table device_days (
     app_id integer not null, device integer not null, day integer not null,
     primary key (app_id, device, day)) without rowid;
+"""
+    VERSIONS = """
 create table device_versions (
-    app_id integer not null, device integer not null, app_version text not null, crashed integer not null,
+    app_id integer not null, device integer not null, app_version text not null,
+    first_hour integer not null, crash_hour integer,  -- of receipt of its first report, of its first crash if any
     primary key (app_id, device, app_version)) without rowid;
 """
+    TABLES += VERSIONS
     ACTIVE = {"dau": 1, "wau": 7, "mau": 30}  # devices of a day, of the 7 and of the 30 days that end with it
     BACK = {"back_1": 1, "back_7": 7, "back_30": 30}  # of those first seen on a day, those seen n days later
     SUMS = {"device_hours": ("hour", "devices"),  # by the hour in which they were last seen
-            "active_days": ("day", "dau wau mau"), "cohorts": ("day", "devices back_1 back_7 back_30")}
+            "active_days": ("day", "dau wau mau"), "cohorts": ("day", "devices back_1 back_7 back_30"),
+            "release_hours": ("app_version hour", "devices crashed_devices")}  # by first_hour and by crash_hour
     WINDOW = ("device_hours", "hour", HOURS_KEPT)
     COUNTS = (Crash, Event)
 
@@ -2369,7 +2581,7 @@ create table device_versions (
             select devices.* from (values *) as keys cross join devices on app_id = column1 and device = column2
             """, list(self._seen))}
         self._save_days(stored)
-        self._save_versions()
+        self.save_versions()
         changed = []
         for key, seen in self._seen.items():
             first_day, last_hour, last_seq = stored.get(key, (MAX_NUMBER, 0, 0))
@@ -2427,20 +2639,32 @@ create table device_versions (
         if hour >= self._now // HOUR - HOURS_KEPT:
             self.sums["device_hours"].add(app_id, hour, devices=by)
 
-    def _save_versions(self) -> None:
-        seen = {(*key, version): crashed for key, device in self._seen.items()
-                for version, crashed in device.versions.items()}
-        stored = {row[:3]: row[3] for row in rows_of(self._db, """
-            select device_versions.* from (values *) as keys
+    def save_versions(self) -> None:
+        """Writes what is new of devices in releases."""
+        seen = {(*key, version): hours for key, device in self._seen.items()
+                for version, hours in device.versions.items()}
+        stored = {row[:3]: row[3:] for row in rows_of(self._db, f"""
+            select app_id, device, app_version, first_hour, coalesce(crash_hour, {MAX_NUMBER}) from (values *) as keys
             cross join device_versions on app_id = column1 and device = column2 and app_version = column3
             """, list(seen))}
-        changed = {key: crashed for key, crashed in seen.items() if crashed > stored.get(key, -1)}
-        for key, crashed in changed.items():
-            self._releases.add(key[0], key[2], devices=int(key not in stored), crashed_devices=crashed)
+        after = {key: _earliest(hours, stored.get(key)) for key, hours in seen.items()}
+        changed = {key: hours for key, hours in after.items() if hours != stored.get(key)}
+        for key, hours in changed.items():
+            if key in stored:
+                self._count_version(key[0], key[2], *stored[key], -1)
+            self._count_version(key[0], key[2], *hours, 1)
         write_rows(self._db, """
             insert into device_versions values *
-            on conflict (app_id, device, app_version) do update set crashed = excluded.crashed
-            """, [(*key, crashed) for key, crashed in changed.items()])
+            on conflict (app_id, device, app_version) do update set
+                first_hour = excluded.first_hour, crash_hour = excluded.crash_hour
+            """, [(*key, first, crash if crash < MAX_NUMBER else None) for key, (first, crash) in changed.items()])
+
+    def _count_version(self, app_id: int, version: str, first: int, crash: int, by: int) -> None:
+        has_crashed = crash < MAX_NUMBER
+        self._releases.add(app_id, version, devices=by, crashed_devices=by * has_crashed)
+        self.sums["release_hours"].add(app_id, version, first, devices=by)
+        if has_crashed:
+            self.sums["release_hours"].add(app_id, version, crash, crashed_devices=by)
 
     def forget(self, device_id_hash: str) -> int:
         """Takes a device out of all figures. Returns in how many apps it was known."""
@@ -2457,8 +2681,8 @@ create table device_versions (
             self._count_cohort(app_id, first_day, left, -1)
             while left:
                 self._count_active(app_id, left[:-1], left.pop(), -1)
-            for version, crashed in versions:
-                self._releases.add(app_id, version, devices=-1, crashed_devices=-crashed)
+            for version, first, crash in versions:
+                self._count_version(app_id, version, first, MAX_NUMBER if crash is None else crash, -1)
             for table in ("devices", "device_days", "device_versions"):
                 self._db.execute(f"delete from {table} where app_id = ? and device = ?", (app_id, device))
         return len(rows)
@@ -2523,7 +2747,7 @@ class EventNames(Figure):
 
 
 # Releases last: others count in them when they are saved.
-FIGURES = (Requests, Crashes, Groups, Images, Sessions, Devices, EventNames, Releases)
+FIGURES = (Requests, Crashes, Groups, GroupDevices, Images, Builds, Sessions, Devices, EventNames, Releases)
 FIGURE_TABLES = NewNames.TABLES + "".join(figure.tables() for figure in FIGURES)
 SCHEMA = REPORT_TABLES + SYMBOL_TABLES + TRIAGE_TABLES + FIGURE_TABLES
 # The primary key of each table with rows of an app, beside the reports.
@@ -2963,16 +3187,13 @@ def migrate(db: Connection, version: int, run: Callable[[Connection, str], None]
     if version < 3:
         _migrate_to_3(db, run)
     elif version < 4:
-        run(db, Images.tables() + EventNames.tables())
-        db.execute(f"""
-            insert into event_names select app_id, coalesce(name, ''), type, {COUNTED_AT} / {DAY}, count(*) from events
-            where type in ('error', 'custom') group by 1, 2, 3, 4""")
+        _migrate_to_4(db, run)
     if version < 4:  # names are made canonical now
         db.execute("insert into regroupings select app_id, group_hash, 0, 0, '' from groups")
 
 
-def recount(db: sqlite3.Connection) -> None:
-    """Counts all reports again, into empty tables."""
+def recount(db: sqlite3.Connection, save: Callable[[RollUps], None] = RollUps.save) -> None:
+    """Counts all reports again, into empty tables; `save` may write some of what a step has counted."""
     newest = [db.execute(f"select coalesce(max(received_at), 0) from {table}").fetchone()[0]
               for table in TABLES.values()]
     now = max(*newest, (get_state(db, "trimmed_day", -1) + 1) * DAY)  # of the windows
@@ -2983,7 +3204,30 @@ def recount(db: sqlite3.Connection) -> None:
             page = counted_rows(db, kind, f"from {table} where seq > ? order by seq limit 1000", (after,))
             rollups = RollUps(db, now)
             rollups.count(kind, page, 1)
-            rollups.save()
+            save(rollups)
+
+
+def _migrate_to_4(db: Connection, run: Callable[[Connection, str], None]) -> None:
+    """The new figures are counted from the reports. A device whose first reports in a release have expired was first
+    there at hour 0, which is of no age of a release."""
+    run(db, "alter table device_versions rename to old_versions;\n" + Devices.VERSIONS
+        + Sums("release_hours", *Devices.SUMS["release_hours"]).schema
+        + "".join(figure.tables() for figure in (GroupDevices, Images, Builds, EventNames)))
+    recount(db, _save_new_figures)
+    run(db, """insert into device_versions
+        select app_id, device, app_version, 0, case when crashed > 0 then 0 end from old_versions where true
+        on conflict (app_id, device, app_version) do update set
+            crash_hour = coalesce(device_versions.crash_hour, excluded.crash_hour);
+drop table old_versions;
+""")
+
+
+def _save_new_figures(rollups: RollUps) -> None:
+    devices = rollups.figures[Devices]
+    devices.save_versions()
+    for figure in (GroupDevices, Builds, EventNames):
+        rollups.figures[figure].save()
+    devices.sums["release_hours"].save(devices._db)
 
 
 def _migrate_to_3(db: Connection, run: Callable[[Connection, str], None]) -> None:
@@ -3449,6 +3693,7 @@ class Store(Apps):
                 retention_days = get_state(db, "retention_days", Settings.retention_days)
         self.retention_days: int = retention_days
         self._expire_at = 0  # when to look next for what is older
+        self._judged_hour = 0  # in which it was last looked for releases that are worse
         self._largest = (0, 0)  # when the app that holds most was looked up, and its id
 
     def start(self, api_key: str = "", auth_token: str = "") -> FirstStart:
@@ -3771,8 +4016,11 @@ class Store(Apps):
                         (select min(seq) from events) < :oldest, exists (select 1 from regroupings),
                         not exists (select 1 from state where name = 'trimmed_day' and value = :today)
                     """, oldest).fetchone())
-            if is_due or is_full:
+                is_worse = now // HOUR != self._judged_hour and any(worse_releases(db, now))
+                self._judged_hour = now // HOUR
+            if is_due or is_full or is_worse:
                 with self.writing() as db:
+                    note_worse_releases(db, now)
                     deleted = self._expire(db)
         except Exception as error:  # the reports of the commit are stored, and later commits try again
             if not isinstance(error, StorageUnavailable):
@@ -3894,7 +4142,7 @@ class Store(Apps):
         db.executemany("update crashes set group_hash = ?, images = ? where seq = ?", moved)
         traces = dict(rows_of(db, "select seq, stack_trace " + source, seqs))
         after = [each._replace(stack_trace=traces[each.seq]) for each in counted_rows(db, Crash, source, seqs)]
-        for figure in (rollups.figures[Groups], rollups.figures[Images]):
+        for figure in (rollups.figures[each] for each in (Groups, GroupDevices, Images)):
             figure.count(Crash, before, -1)
             figure.count(Crash, after, 1)
         first = db.execute("select first_seen, first_version from groups where app_id = ? and group_hash = ?",
@@ -3991,8 +4239,25 @@ class Store(Apps):
                         delete from {table} where ({columns}) in (
                             select {columns} from {table} where app_id = ? limit ?)""", (app_id, PRUNE_STEP)).rowcount
         with self.writing() as db:
-            db.execute("delete from state where name = ?", (f"early_{app_id}",))
+            db.executemany("delete from state where name = ?", [(f"early_{app_id}",), (f"worse_{app_id}",)])
             db.execute("delete from apps where id = ?", (app_id,))
+
+
+def worse_releases(db: Connection, now: int) -> Iterator[tuple[Pair, JsonObject]]:
+    """The newest release of each live app that is worse than the one before it, unless somebody was told."""
+    newest = {pair.app_id: pair for pair in Releases.pairs(db, None)}
+    for pair, (said, devices) in Releases.verdicts(db, list(newest.values()), now).items():
+        if said["word"] == "worse" and devices.devices >= ENOUGH \
+                and get_state(db, f"worse_{pair.app_id}", 0) != pair.first_seen:
+            yield pair, said
+
+
+def note_worse_releases(db: Connection, now: int) -> None:
+    """Writes facts of releases that are worse, once of each."""
+    for pair, said in list(worse_releases(db, now)):
+        note_fact(db, "release.worse", pair.app_id, now, None, app_version=pair.app_version, before=pair.before,
+                  text=said["text"])
+        db.execute(SET_STATE, (f"worse_{pair.app_id}", pair.first_seen))
 
 
 def size_warnings(path: Path, max_db_size: int) -> list[str]:
@@ -4109,11 +4374,15 @@ class Metrics:
 
     def releases(self, app: str | None = None, sort: str | None = None) -> JsonObject:
         """What is known of each version of an app: the latest 100, in the order in which they were first seen, or if
-        `sort` is "version", in that of their versions, the highest first. null: of no session or device."""
+        `sort` is "version", in that of their versions, the highest first. null: of no session or device; as a verdict,
+        of no release before it."""
         if sort not in (None, "version", "first_seen"):
             raise Refusal("invalid sort")
         with self._snapshot(app) as (db, app_id):
             rows = Releases.latest(db, app_id, self._last_days(ADOPTION_DAYS))
+            shown = {(row["app_id"], row["app_version"]) for row in rows}
+            pairs = [pair for pair in Releases.pairs(db, app_id) if pair[:2] in shown]
+            verdicts = {pair[:2]: said for pair, (said, _) in Releases.verdicts(db, pairs, self._store.now).items()}
         if sort == "version":
             rows.sort(key=lambda row: version_key(row["app_version"]), reverse=True)
         return {"releases": list(fitting({
@@ -4123,50 +4392,56 @@ class Metrics:
             if row["sessions"] else None, "by": "session" if row["crashed_sessions"] else "count",
             "crash_free_devices": crash_free_rate(row["crashed_devices"], row["devices"]) if row["devices"] else None,
             "adoption": round(100 * (row["recent"] or 0) / row["of_all"], 2) if row["of_all"] else 0.0,
-            "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"])} for row in rows))}
+            "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"]),
+            "verdict": verdicts.get((row["app_id"], row["app_version"]))} for row in rows))}
 
     # Behind the admin token: these read the reports, a page at a time
 
     def groups(self, app: str | None = None, version: str | None = None, days: int | None = None,
-               text: str | None = None, limit: int = 50, cursor: str | None = None) -> JsonObject:
-        """The groups of the crashes that are kept, the most frequent first. `version` may end with *; `text` is in what
-        the list shows, or in symbols and files of the app in the latest crash. `is_new`: first seen in this version,
-        or without one, within 7 days."""
-        count, group = _parse_cursor(cursor, r"([0-9]{1,18})-([0-9a-f]{16}|\(other\))", (MAX_NUMBER, ""))
+               text: str | None = None, sort: str | None = None, limit: int = 50,
+               cursor: str | None = None) -> JsonObject:
+        """The groups of the crashes that are kept: those with most crashes first, or as `sort` says. `version` may end
+        with *; `text` is in what the list shows, or in symbols and files of the app in the latest crash. `is_new`:
+        first seen in this version, or without one, within 7 days."""
+        if sort not in (None, *SORTS):
+            raise Refusal("invalid sort")
+        column = SORTS[sort or "crashes"]
+        value, group = _parse_cursor(cursor, r"([0-9]{1,18})-([0-9a-f]{16}|\(other\))", (MAX_NUMBER, ""))
         shown, week = self._last_days(days) if days else [None], self._last_days(WEEK)[0] * DAY
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, **_version_filter(version), "first": shown[0], "last": shown[-1],
-                          "text": text and text.casefold(), "limit": limit + 1, "count": int(count), "group": group}
+                          "text": text and text.casefold(), "limit": limit + 1, "value": int(value), "group": group}
             rows = dict_rows(db, f"""
-                select group_hash, count(*) as count, count(distinct app_id || ' ' || device_id_hash) as devices,
-                    max({COUNTED_AT}) as last_seen
-                from crashes
-                where {APPS} and {OF_VERSION} and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
-                    and (:text is null or (app_id, group_hash) in (
-                        select app_id, group_hash from groups where {APPS} and instr(search, :text)))
-                group by group_hash
-                having count(*) < :count or count(*) = :count and group_hash > :group
-                order by count(*) desc, group_hash
+                select * from (
+                    select group_hash, sum(crashes) as count, sum(devices) as devices, max(latest) as last_seen, (
+                        select min(first_seen) from groups where {APPS} and group_hash = counts.group_hash
+                        ) as first_seen
+                    from ({CRASHES_OF_GROUPS if version or days else SUMS_OF_GROUPS}) as counts
+                    where :text is null or (app_id, group_hash) in (
+                        select app_id, group_hash from groups where {APPS} and instr(search, :text))
+                    group by group_hash) as found
+                where {column} < :value or {column} = :value and group_hash > :group
+                order by {column} desc, group_hash
                 limit :limit""", parameters)
             groups, size = [], 0
             for row in rows[:limit]:
                 if size > PAGE_TEXT:
                     break
-                found = self._named(db, app_id, row.pop("group_hash"))
+                found = self._named(db, app_id, row["group_hash"])
                 first = (found.pop("first_version") or "")[:parameters["length"]]
-                is_new = first == parameters["version"] if version else found["first_seen"] >= week
+                is_new = first == parameters["version"] if version else row["first_seen"] >= week
                 versions = [each for each, in db.execute(f"""
                     select app_version from crashes
                     where {APPS} and group_hash = :group and app_version is not null and {OF_VERSION}
                         and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
                     group by app_version
                     order by count(*) desc, app_version
-                    limit {MAX_VERSIONS}""", {**parameters, "group": found["group_hash"]})]
+                    limit {MAX_VERSIONS}""", {**parameters, "group": row["group_hash"]})]
                 size += sum(map(len, versions))
                 groups.append({**found, **row, "versions": sorted(versions, key=version_key), "is_new": is_new,
-                               "first_seen": iso_time(found["first_seen"]), "last_seen": iso_time(row["last_seen"])})
-        following = f"{groups[-1]['count']}-{groups[-1]['group_hash']}" if rows[len(groups):] else None
-        return {"groups": groups, "next": following}
+                               **{name: iso_time(row[name]) for name in ("first_seen", "last_seen")}})
+        last = rows[len(groups) - 1] if rows[len(groups):] else None
+        return {"groups": groups, "next": last and f"{last[column]}-{last['group_hash']}"}
 
     def _named(self, db: Connection, app_id: int | None, group_hash: str) -> JsonObject:
         """What is known of a group; of several apps, of the one that saw it last."""
@@ -4188,7 +4463,8 @@ class Metrics:
             parameters = {"app": app_id, "group": group_hash, "at": int(at), "seq": int(report_id, 16),
                           "limit": limit + 1}
             count, devices, last_seen = db.execute(f"""
-                select count(*), count(distinct app_id || ' ' || device_id_hash), max({COUNTED_AT}) from crashes
+                select sum(crashes), sum(devices), max(last_seen) from group_sums
+                join groups using (app_id, group_hash)
                 where {APPS} and group_hash = :group""", parameters).fetchone()
             if not count:
                 alias = db.execute(f"""
@@ -4447,7 +4723,20 @@ def as_sent(row: Mapping[str, Any], time_text: Callable[[int], str]) -> JsonObje
     return report
 
 
+# Columns by which groups are sorted. Where all that are kept count, their sums know.
+SORTS = {"crashes": "count", "devices": "devices", "last_seen": "last_seen", "first_seen": "first_seen"}
+SUMS_OF_GROUPS = f"""
+    select app_id, group_hash, crashes, devices, last_seen as latest from group_sums
+    join groups using (app_id, group_hash) where {APPS}"""
 OF_VERSION = "(:version is null or substr(app_version, 1, :length) = :version)"
+
+
+CRASHES_OF_GROUPS = f"""
+    select app_id, group_hash, count(*) as crashes, count(distinct device_id_hash) as devices,
+        max({COUNTED_AT}) as latest
+    from crashes
+    where {APPS} and {OF_VERSION} and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
+    group by app_id, group_hash"""
 
 
 def _version_filter(version: str | None) -> JsonObject:
@@ -4455,15 +4744,6 @@ def _version_filter(version: str | None) -> JsonObject:
     if version and version.endswith("*"):
         return {"version": version[:-1], "length": len(version) - 1}
     return {"version": version, "length": MAX_TEXT}
-
-
-def version_key(version: str) -> list[Any]:
-    """Sorts 1.10 after 1.9, 1.2 (10) after 1.2 (9), and 1.2.0-rc.1 and 1.2.0b3 before 1.2.0."""
-    release, *pre_releases = re.split("-|(?<=[0-9])(?=[A-Za-z])", version, maxsplit=1)
-    pre_release = "".join(pre_releases)
-    numbers = [[(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.findall("[0-9]+|[^0-9]+", text)]
-               for text in (release, pre_release)]
-    return [numbers[0], not pre_releases, numbers[1]]
 
 
 def _parse_cursor(cursor: str | None, pattern: str, default: Any) -> Any:
@@ -4906,8 +5186,9 @@ class Dashboard:
         details = self._metrics.group_days([group["group_hash"] for group in found["groups"]], page.app,
                                            parameters.get("version"))["groups"]
         return self._render(page, "Crashes", "crashes", parameters={**parameters, "days": days or "all"},
-                            next=found["next"], sorts=_SORTS, is_empty=not page.parameters("days")
+                            next=found["next"], is_empty=not page.parameters("days")
                             and not found["groups"] and self._metrics.is_empty(page.app),
+                            sorts=[(each, each.replace("_", " ")) for each in SORTS],
                             groups=[{**group, **details[group["group_hash"]]} for group in found["groups"]],
                             day_choices=[("all", "all"), *((n, n) for n in sorted({1, 7, 30, 90, 365, days or 1}))],
                             versions=[each["app_version"] for each in self._metrics.releases(page.app)["releases"]])
@@ -5206,7 +5487,6 @@ def _options(choices: Iterable[Any], chosen: Any = None) -> str:
 
 _PAGES = (("/", "Overview"), ("/crashes", "Crashes"), ("/usage", "Usage"), ("/releases", "Releases"),
           ("/apps", "Apps"))
-_SORTS = (("", "crashes"), ("devices", "devices"), ("last_seen", "last seen"), ("first_seen", "first seen"))
 _HINTS = {
     400: "The address or the form is not one that these pages make.",
     403: "This form belongs to a session that is over. Open the page again, and then send it.",
@@ -5388,7 +5668,7 @@ _TEMPLATES = {
 value="{{parameters.get("version", "")}}"></label><datalist id="versions">{{!options(versions)}}</datalist>
 <label>Days
 <select name="days">{{!options(day_choices, parameters["days"])}}</select></label>
-<label>Sorted by <select name="sort">{{!options(sorts, parameters.get("sort"))}}</select></label>
+<label>Sorted by <select name="sort">{{!options(sorts, parameters.get("sort", "crashes"))}}</select></label>
 <label>Text <input type="search" name="text" value="{{parameters.get("text", "")}}"></label>
 <button>Show</button></form>
 <p class="note">
@@ -5769,7 +6049,7 @@ class Backfeedr(Closing):
                 ("GET", "/metrics/retention", self.public_route(ask.retention, "days")),
                 ("GET", "/overview", self.public_route(ask.overview)),
                 ("GET", "/releases", self._releases),
-                ("GET", "/crashes", self.admin_route(ask.groups, "version", "days", "text", "limit", "cursor")),
+                ("GET", "/crashes", self.admin_route(ask.groups, "version", "days", "text", "sort", "limit", "cursor")),
                 ("GET", "/crashes/<group_hash>", self._group),
                 ("GET", "/events", self.admin_route(ask.events, "type", "name", "session_id", "limit", "cursor")),
                 ("GET", "/symbols", self.admin_route(ask.symbols)),
@@ -6596,7 +6876,8 @@ def _check_roll_ups(path: Path) -> str:
 
 # Which can only have been longer.
 SPANS = {"sessions": ("first_seq", "last_seq"), "groups": ("first_seen", "last_seen"),
-         "releases": ("first_seen", "last_seen"), "devices": ("first_day", "last_hour")}
+         "releases": ("first_seen", "last_seen"), "devices": ("first_day", "last_hour"),
+         "builds": ("first_seen", "app_id")}
 
 
 def _unequal_tables(db: sqlite3.Connection, figure: Figure, expired: int) -> Iterator[str]:
@@ -6616,17 +6897,21 @@ def _unequal_tables(db: sqlite3.Connection, figure: Figure, expired: int) -> Ite
             queries = [f"select 1 from main.{table} as ours left join stored.{table} as theirs using"
                        f" ({', '.join(sums.key)}) where "
                        + " or ".join(f"ours.{each} > coalesce(theirs.{each}, 0)" for each in sums.columns)]
-        elif expired and not where and table not in ("labels", "group_images"):
+        elif expired and not where and table not in ("labels", "group_images", "group_devices", "group_sums"):
             continue
         if any(db.execute(query + " limit 1").fetchone() for query in queries):
             yield table
     for table in set(re.findall(r"create table (\w+)", figure.TABLES)) - {"medians"}:
         same = " and ".join(f"theirs.{each} = ours.{each}" for each in KEYS[table])
         first, last = SPANS.get(table, ("app_id", "app_id"))
-        # A device goes with its last report to the hour.
-        settled = "(app_id, device) in (select app_id, device from main.devices where last_seq > :settled) and"
+        comparable = ""
+        if "device" in table:  # which goes with its last report to the hour
+            comparable = "(app_id, device) in (select app_id, device from main.devices where last_seq > :settled) and"
+        elif table == "builds":  # of which others may have come first
+            comparable = f"""(select count(*) from stored.builds as theirs where theirs.app_id = ours.app_id)
+                < {MAX_BUILDS_OF_APP} and"""
         if db.execute(f"""
-                select 1 from main.{table} as ours where {settled if "device" in table else ""} not exists (
+                select 1 from main.{table} as ours where {comparable} not exists (
                     select 1 from stored.{table} as theirs
                     where {same} and theirs.{first} <= ours.{first} and theirs.{last} >= ours.{last})
                 limit 1""", {"settled": expired and expired + first_seq(HOUR)}).fetchone():

@@ -247,7 +247,7 @@ def check_database(path, forgotten=False):
     expected, found = recount(path), figures(path)
     if forgotten:
         for tables in expected, found:
-            tables["releases"] = {}
+            tables["releases"] = tables["builds"] = {}
             tables["groups"] = {key: (row[0], *row[3:]) for key, row in tables["groups"].items()}
     for table in expected:
         assert found[table] == expected[table], table
@@ -289,6 +289,7 @@ def recount(path):
               for table in backfeedr.KEYS.keys() - {"replays", "new_names", "medians", "key_days"} - MOVES}
     columns = dict(
         crash_days=("crashes",), labels=("crashes",), group_days=("crashes",), group_images=("crashes",),
+        group_devices=("crashes",), group_sums=("crashes", "devices"), release_hours=("devices", "crashed"),
         release_days=("sessions",), event_names=("events",),
         release_sums=("sessions", "crashed_sessions", "crashes", "devices", "crashed"), device_hours=("devices",),
         session_days=("sessions", "ended", "ms"), durations=("sessions",), active_days=("dau", "wau", "mau"),
@@ -298,6 +299,7 @@ def recount(path):
         app, day = row["app_id"], row["at"] // DAY
         tables["crash_days"][app, day]["crashes"] += 1
         tables["group_days"][app, day, row["group_hash"]]["crashes"] += 1
+        tables["group_sums"][app, row["group_hash"]]["crashes"] += 1
         for uuid in (row["images"] or "").split():
             tables["group_images"][app, row["group_hash"], uuid]["crashes"] += 1
         for field in ("exception_type", "device_model"):
@@ -313,7 +315,14 @@ def recount(path):
     for row in events:
         if row["type"] in ("error", "custom"):
             tables["event_names"][row["app_id"], row["name"] or "", row["type"], row["at"] // DAY]["events"] += 1
+    for (*group, device), rows in grouped(crashes, "app_id", "group_hash", "device_id_hash").items():
+        tables["group_devices"][(*group, backfeedr.device_key(device))]["crashes"] = len(rows)
+        tables["group_sums"][tuple(group)]["devices"] += 1
     reports = sorted(crashes + events, key=lambda row: row["seq"])
+    for row in reports:
+        row["build"] = row.get("build_number") or ""
+    for key, rows in grouped(reports, "app_id", "app_version", "build").items():
+        tables["builds"][key] = (min(row["received_at"] for row in rows),)
     for key, rows in grouped(reports, "app_id", "app_version").items():
         times = [row["received_at"] for row in rows]
         tables["releases"][key] = min(times), max(times)
@@ -365,9 +374,14 @@ def recount_devices(tables, reports):
                 tables["active_days"][app, day][name] += 1
         tables["cohorts"][app, first].update(devices=1, **{f"back_{n}": int(first + n in seen) for n in (1, 7, 30)})
         for version in {row["app_version"] for row in rows} - {None}:
-            crashed = int(any("exception_type" in row for row in rows if row["app_version"] == version))
-            tables["device_versions"][(*key, version)] = (crashed,)
-            tables["release_sums"][app, version].update(devices=1, crashed=crashed)
+            hours = [(row["received_at"] // HOUR, "exception_type" in row) for row in rows
+                     if row["app_version"] == version]
+            first, crashed = min(hours)[0], min((hour for hour, is_crash in hours if is_crash), default=None)
+            tables["device_versions"][(*key, version)] = first, crashed
+            tables["release_hours"][app, version, first]["devices"] += 1
+            if crashed is not None:
+                tables["release_hours"][app, version, crashed]["crashed"] += 1
+            tables["release_sums"][app, version].update(devices=1, crashed=int(crashed is not None))
 
 
 def two_digits(ms):
@@ -2702,7 +2716,8 @@ def test_reports_of_made_up_times_leave_only_lasting_sums_behind(one_day, clock)
     clock.move(402 * A_DAY)
     one_day.store.prune()
     assert {table for table in REPORT_TABLES if count(one_day, table)} \
-        == {"crash_days", "session_days", "medians", "active_days", "cohorts", "releases", "release_sums"}
+        == {"crash_days", "session_days", "medians", "active_days", "cohorts", "releases", "release_sums",
+            "release_hours", "builds"}
 
 
 LABELS = f"select label, crashes from labels where day = {backfeedr.ALL_DAYS} and field = "
@@ -2925,14 +2940,15 @@ SUMS = {table: columns.split() for figure in backfeedr.Figure.__subclasses__()
 MADE_UP = {"crash_days": "1, 1, 1", "labels": "1, 'device_model', 1, 'x', 1", "session_days": "1, 1, 1, 0, 0",
            "active_days": "1, 1, 1, 1, 1", "cohorts": "1, 1, 1, 0, 0, 0", "release_sums": "1, 'x', 1, 0, 0, 0, 0"}
 TAMPERED = [
-    *((table, f"delete from {table}") for table in (*SUMS, "groups", "releases", *ENTITIES)),
+    *((table, f"delete from {table}") for table in (*SUMS, "groups", "releases", "builds", *ENTITIES)),
     *((table, f"insert into {table} values ({row})") for table, row in MADE_UP.items()),
     *((table, f"update {table} set {column} = {column} {by}") for table, columns in SUMS.items()
       for column in columns for by in ("+ 1", "- 1"))]
 DAMAGED = [  # where reports have expired
     ("crash_days", "update crash_days set crashes = crashes + 1000"), ("durations", "delete from durations"),
     ("durations", "update session_days set sessions = 0"),
-    *((table, f"delete from {table}") for table in ("labels", "devices", "active_days"))]
+    *((table, f"delete from {table}") for table in (
+        "labels", "devices", "active_days", "group_devices", "group_sums", "builds"))]
 
 
 @sqlite_only
@@ -3199,8 +3215,15 @@ def make_old_database(path, version):
         if version == 3:
             for table in (
                     "symbols", "symbol_parts", "symbol_pages", "group_aliases", "regroupings", "group_images",
-                    "event_names", "triage", "group_history", "facts", "channels", "messages"):
+                    "triage", "group_history", "facts", "channels", "messages", "group_devices", "group_sums",
+                    "builds", "release_hours", "event_names"):
                 db.execute(f"drop table {table}")
+            db.executescript("""
+                create table old (app_id integer not null, device integer not null, app_version text not null,
+                    crashed integer not null, primary key (app_id, device, app_version)) without rowid;
+                insert into old select app_id, device, app_version, crash_hour is not null from device_versions;
+                drop table device_versions;
+                alter table old rename to device_versions;""")
             db.execute("alter table crashes drop column images")
         db.execute(f"pragma application_id = {backfeedr.APPLICATION_ID}")
         db.execute(f"pragma user_version = {version}")
@@ -3659,8 +3682,10 @@ PLANS = {
     "overview": [*(f"{table} {BY_DAY}" for table in ("crash_days", "session_days", "group_days")), GROUP,
                  "device_hours USING PRIMARY KEY (app_id=? AND hour>?)"],
     "releases": [f"release_days {BY_DAY}", f"session_days {BY_DAY}", "releases USING PRIMARY KEY (app_id=?)",
-                 "release_sums USING PRIMARY KEY (app_id=? AND app_version=?)", f"apps {BY_SEQ}"],
-    "groups": ["crashes USING COVERING INDEX crashes_by_group (app_id=?)", GROUP, GROUP_CRASHES],
+                 "release_sums USING PRIMARY KEY (app_id=? AND app_version=?)", f"apps {BY_SEQ}",
+                 "release_hours USING PRIMARY KEY (app_id=? AND app_version=? AND hour>? AND hour<?)"],
+    "groups": ["group_sums USING PRIMARY KEY (app_id=?)", GROUP, GROUP_CRASHES],
+    "groups, of days": ["crashes USING COVERING INDEX crashes_by_group (app_id=?)", GROUP, GROUP_CRASHES],
     "group": [f"crashes {BY_SEQ}", GROUP, GROUP_CRASHES], "crash": [f"crashes {BY_SEQ}"],
     "attention": [f"group_days {BY_DAY}", GROUP, "triage USING PRIMARY KEY (app_id=? AND group_hash=?)",
                   GROUP_CRASHES[:-1] + " AND received_at>?)"],
@@ -3670,16 +3695,19 @@ PLANS = {
     "events": SESSION_LOOKUPS, "events, oldest first": SESSION_LOOKUPS,
     "a commit": [f"{table} USING PRIMARY KEY (app_id=? AND {key})" for table, key in (
         ("devices", "device=?"), ("device_days", "device=? AND day>? AND day<?"),
-        ("device_versions", "device=? AND app_version=?"), ("sessions", "session_id=? AND device=?"))]}
+        ("device_versions", "device=? AND app_version=?"), ("builds", "app_version=? AND build_number=?"),
+        ("sessions", "session_id=? AND device=?"))]}
 
 
 @sqlite_only
 def test_each_question_and_a_commit_look_up_what_they_need_by_an_index(api):
     event = {**EVENT, "app_version": "1.0", "session_id": "s", "device_id_hash": "d"}
     crash, session = api.post(CRASHES, {**CRASH, "app_version": "1.0"})[1], {"session_id": "s"}
-    api.post(EVENTS, event)
+    for version in ("1.0", "1.1"):
+        api.post(EVENTS, {**event, "app_version": version})
     given = {"group": {"group_hash": crash["group_hash"]}, "group_days": {"groups": [crash["group_hash"]]},
-             "events": session, "crash": {"id": crash["id"]}, "neighbours": {"crash": crash},
+             "groups, of days": {"days": 7}, "events": session, "crash": {"id": crash["id"]},
+             "neighbours": {"crash": crash},
              "events, oldest first": {**session, "oldest_first": True}}
     for question, plan in PLANS.items():
         with api.server.store.reading() as reader:  # is handed out again to whoever reads next
@@ -3801,10 +3829,33 @@ class Slow:
                 "crash_free_sessions": slow_rate(crashed_sessions or crashes, sessions) if sessions else None,
                 "crash_free_devices": slow_rate(crashed, devices) if devices else None,
                 "adoption": per_cent(adopted, recent) if recent else 0.0,
-                "first_seen": iso_time(first), "last_seen": iso_time(last)}))
+                "first_seen": iso_time(first), "last_seen": iso_time(last),
+                "verdict": self.verdict(app, version, first)}))
         return {"releases": [row for *_, row in sorted(found)[:100]]}
 
-    def groups(self, version=None, days=None):
+    def verdict(self, app, version, first):
+        """Of a release that is not below all that were seen before it, against the highest of these."""
+        order = sorted((first, backfeedr.version_key(name), name) for (of_app, name), (first, _)
+                       in self.tables["releases"].items() if of_app == app and name != "(other)")
+        earlier = [each for each in order if each[2] != version and each[:2] <= (first, backfeedr.version_key(version))]
+        if version == "(other)" or not earlier:
+            return None
+        _, highest, before = max(earlier, key=lambda each: each[1])
+        if backfeedr.version_key(version) < highest:
+            return None
+        first_before = self.tables["releases"][app, before][0]
+        end = min(self.now, first + 90 * DAY) // HOUR
+        lasted = end * HOUR - first
+        said = backfeedr.verdict(self.health(app, version, end),
+                                 self.health(app, before, (first_before + lasted + HOUR // 2) // HOUR))
+        return said and {**said, "before": before}
+
+    def health(self, app, version, end):
+        rows = [row for (*key, hour), row in self.tables["release_hours"].items()
+                if key == [app, version] and hour < end and hour >= self.tables["releases"][app, version][0] // HOUR]
+        return backfeedr.Health(*map(sum, zip((0, 0), *rows)))
+
+    def groups(self, version=None, days=None, sort="crashes"):
         rows = [row for row in self.crashes if self.is_of_last(days, row["at"] // DAY)
                 and version in (None, row["sent"].get("app_version"))]
         groups = list(map(self.spread, grouped(rows, "group_hash").values()))
@@ -3812,7 +3863,9 @@ class Slow:
             group["is_new"] = (group.pop("first_version") == version if version else
                                parse_time(group["first_seen"]) >= (self.today - 6) * DAY)
             group.pop("first_version", None)
-        return sorted(groups, key=lambda row: (-row["count"], row["group_hash"]))
+        column = "count" if sort == "crashes" else sort
+        groups.sort(key=lambda row: row["group_hash"])
+        return sorted(groups, key=lambda row: parse_time(row[column]) if "seen" in sort else row[column], reverse=True)
 
     def spread(self, rows):
         times, versions = [row["at"] for row in rows], {row["sent"].get("app_version") for row in rows} - {None}
@@ -3843,7 +3896,8 @@ class Slow:
             yield "metrics/retention", query, self.per_day(shown, self.retention_of)
             yield "metrics/daily-crashes", {"days": shown}, self.per_day(shown, self.crashes_of)
         if with_lists:
-            for query in ({}, {"version": "2.0"}, {"days": dice.choice([1, 2, 7])}, {"version": "1.10.0", "days": 9}):
+            for query in ({}, {"version": "2.0"}, {"days": dice.choice([1, 2, 7])}, {"version": "1.10.0", "days": 9},
+                          *({"sort": sort, **dice.choice([{}, {"days": 9}])} for sort in backfeedr.SORTS)):
                 yield "crashes", {"limit": 2, **query}, {"groups": self.groups(**query)}
             for group in {row["group_hash"] for row in self.crashes[-2:]}:
                 yield f"crashes/{group}", {"limit": 2}, self.group(group)
