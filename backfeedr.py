@@ -5405,8 +5405,9 @@ def _portrait(group: JsonObject) -> Iterator[tuple[str, str]]:
     spread = [(title, ", ".join(f"{_shorten(label, 80)} ({count:,})" for label, count in zip(*group[part].values())))
               for title, part in (("Versions", "versions"), ("Systems", "systems"), ("Models", "device_models"))]
     yield "Spread", "\n".join([
-        f"Crashes: {group['count']:,}", f"Devices: {group['devices']:,}", f"First seen: {group['first_seen']}",
-        f"Last seen: {group['last_seen']}", *(f"{title}: {each}" for title, each in spread if each)])
+        f"Crashes: {group['count'] or 0:,}", f"Devices: {group['devices'] or 0:,}",
+        *(f"{title}: {each}" for title, each in (
+            ("First seen", group["first_seen"]), ("Last seen", group["last_seen"]), *spread) if each)])
     history = "\n".join(f"{each['at']} {each['what']} {_as_text(each.get('detail') or '')}".rstrip()
                         for each in group.get("history", ()))
     if history:
