@@ -263,7 +263,7 @@ CRASHES: Sequence[tuple] = (  # crashes in a thousand sessions of a version; app
      " < FavouriteStops.swift:120 FavouriteStops.didChange(_:)" + MAIN_QUEUE),
     ({"2.4.2": 80}, "Tramwise", " iPhone17", "EXC_BAD_ACCESS", "KERN_PROTECTION_FAILURE at 0x000000016d3fbff0",
      "libsystem_platform.dylib _platform_memmove < LiveActivity.swift:57 LiveActivity.update(with:)"
-     " < LiveActivity.swift:22 LiveActivity.start(for:)" + WORKER),
+     " < LiveActivity.swift:22 LiveActivity.start(for:) < TripView.swift:140 TripView.follow(_:)" + WORKER),
     ({"2.3.0": 8, "2.4.0": 8, "2.4.1": 0.5, "2.4.2": 0.5}, "Tramwise", "", "EXC_BAD_ACCESS",
      "KERN_INVALID_ADDRESS at 0x0000000000000018",
      "libobjc.A.dylib objc_retain < LineMapRenderer.swift:162 LineMapRenderer.draw(_:zoomScale:in:)"
