@@ -261,9 +261,9 @@ create index replays_by_age on replays (received_at);
 
 create table given_seqs (                  -- all seqs that were ever given are within these
     first integer primary key, last integer not null);
--- retention_days; expired_crashes and expired_events, the highest seq that has expired; and with the id of an app, early_,
--- the highest of its that went early, and worse_, first_seen of its release that was told last to be worse; trimmed_day,
--- on which old sums were deleted last.
+-- retention_days; expired_crashes and expired_events, the highest seq that has expired; with the id of an app, early_,
+-- the highest of its that went early, and worse_, first_seen of its release that was told last to be worse;
+-- trimmed_day, on which old sums were deleted last.
 create table state (name text primary key, value integer not null) without rowid;
 """ + GROUP_INDEX
 
@@ -2232,9 +2232,9 @@ create table releases (
         return pairs
 
     @staticmethod
-    def verdicts(db: sqlite3.Connection, pairs: Sequence[Pair], now: int) -> dict[Pair, tuple[JsonObject, Health]]:
-        """What `verdict` says of releases, and of which devices: at equal ages, those that came to the newer until the
-        last full hour, and to the one before it within as long a time."""
+    def healths(db: sqlite3.Connection, pairs: Sequence[Pair], now: int) -> dict[Pair, list[Health]]:
+        """That of a release and of the one before it at equal ages: of the devices that came to the newer until the
+        last full hour, and to the other within as long a time."""
         spans: dict[tuple, tuple] = {}
         for pair in pairs:
             end = min(now, pair.first_seen + HEALTH_DAYS * DAY) // HOUR
@@ -2246,9 +2246,7 @@ create table releases (
             cross join release_hours on app_id = column1 and app_version = column2
                 and hour >= column3 and hour < column4
             group by column1, column2, column3, column4""", list({*chain.from_iterable(spans.values())}))}
-        healths = {pair: [found.get(span, Health(0, 0)) for span in both] for pair, both in spans.items()}
-        return {pair: ({**said, "before": pair.before}, both[0]) for pair, both in healths.items()
-                if (said := verdict(*both))}
+        return {pair: [found.get(span, Health(0, 0)) for span in both] for pair, both in spans.items()}
 
     @staticmethod
     def latest(db: sqlite3.Connection, app: int | None, days: range) -> list[JsonObject]:
@@ -2295,28 +2293,23 @@ class Health(NamedTuple):
         """Of the devices, those that never crashed."""
         return 1 - self.crashed / self.devices
 
-    @property
-    def variance(self) -> float:
-        """Of one device; of two crashes and two others more, since a share of 0 or 1 would have none."""
-        share = (self.crashed + 2) / (self.devices + 4)
-        return share * (1 - share)
-
-    def wilson(self) -> tuple[float, float]:
-        """Wilson's interval of the share."""
-        z2 = CONFIDENCE ** 2 / self.devices
+    def wilson(self, z: float) -> tuple[float, float]:
+        """Wilson's interval of the share, of so many standard deviations to each side."""
+        z2 = z ** 2 / self.devices
         half = math.sqrt(z2 * (self.share * (1 - self.share) + z2 / 4))
         return (self.share + z2 / 2 - half) / (1 + z2), (self.share + z2 / 2 + half) / (1 + z2)
 
 
 CONFIDENCE = 1.96  # standard deviations: 95 %
+ALARM = 2.58       # 99 %, to tell somebody: looked at each hour, 95 % would once call a sixth of equal releases worse
 HALF_WIDTH = 0.05  # of an interval that is narrow enough to say that there is no difference
 FEWEST, ENOUGH = 20, 50  # devices of both releases for any verdict; for `no difference seen`, and to tell somebody
 
 
-def newcombe(ours: Health, before: Health) -> tuple[float, float]:
-    """The 95 % interval of the difference of two shares: Newcombe, Interval estimation for the difference between
-    independent proportions, Statistics in Medicine 17 (1998) 873-890, method 10."""
-    (low, high), (low_before, high_before) = ours.wilson(), before.wilson()
+def newcombe(ours: Health, before: Health, z: float = CONFIDENCE) -> tuple[float, float]:
+    """The interval of the difference of two shares, of 95 % by default: Newcombe, Interval estimation for the
+    difference between independent proportions, Statistics in Medicine 17 (1998) 873-890, method 10."""
+    (low, high), (low_before, high_before) = ours.wilson(z), before.wilson(z)
     difference = ours.share - before.share
     return (difference - math.hypot(ours.share - low, high_before - before.share),
             difference + math.hypot(high - ours.share, before.share - low_before))
@@ -2324,13 +2317,14 @@ def newcombe(ours: Health, before: Health) -> tuple[float, float]:
 
 def verdict(ours: Health, before: Health) -> JsonObject | None:
     """Whether a release is worse than the one before it, in a word and a text, with the interval of the difference in
-    percentage points; None where no device is known of either. Without a difference it is too early until the smaller
-    has as many devices as make the interval of two such releases 5 points wide to each side, and at least 50."""
-    least = min(ours.devices, before.devices)
-    if not max(ours.devices, before.devices):
+    percentage points; None where no device is known of either. It is too early to see no difference until the smaller
+    has at least 50 devices, and as many as make the interval of two equal releases 5 points wide to each side."""
+    least, most = sorted((ours.devices, before.devices))
+    if not most:
         return None
     low, high = newcombe(ours, before) if least else (-1.0, 1.0)
-    needed = max(ENOUGH, math.ceil((CONFIDENCE / HALF_WIDTH) ** 2 * (ours.variance + before.variance)))
+    crashed = (ours.crashed + before.crashed + 2) / (least + most + 4)  # and of two more: a few may have had luck
+    needed = max(ENOUGH, math.ceil((CONFIDENCE / HALF_WIDTH) ** 2 * 2 * crashed * (1 - crashed)))
     word = ("too early" if least < FEWEST else "worse" if high < 0 else "better" if low > 0
             else "too early" if least < needed else "no difference seen")
     if word == "too early":
@@ -4016,11 +4010,12 @@ class Store(Apps):
                         (select min(seq) from events) < :oldest, exists (select 1 from regroupings),
                         not exists (select 1 from state where name = 'trimmed_day' and value = :today)
                     """, oldest).fetchone())
-                is_worse = now // HOUR != self._judged_hour and any(worse_releases(db, now))
+                is_worse = now // HOUR != self._judged_hour and worse_releases(db, now)
                 self._judged_hour = now // HOUR
             if is_due or is_full or is_worse:
                 with self.writing() as db:
-                    note_worse_releases(db, now)
+                    if is_worse:
+                        note_worse_releases(db, now)
                     deleted = self._expire(db)
         except Exception as error:  # the reports of the commit are stored, and later commits try again
             if not isinstance(error, StorageUnavailable):
@@ -4243,20 +4238,21 @@ class Store(Apps):
             db.execute("delete from apps where id = ?", (app_id,))
 
 
-def worse_releases(db: Connection, now: int) -> Iterator[tuple[Pair, JsonObject]]:
-    """The newest release of each live app that is worse than the one before it, unless somebody was told."""
+def worse_releases(db: Connection, now: int) -> list[tuple[Pair, str]]:
+    """The newest release of each live app where it is surely worse than the one before it, unless that was told; and
+    the text of the verdict."""
     newest = {pair.app_id: pair for pair in Releases.pairs(db, None)}
-    for pair, (said, devices) in Releases.verdicts(db, list(newest.values()), now).items():
-        if said["word"] == "worse" and devices.devices >= ENOUGH \
-                and get_state(db, f"worse_{pair.app_id}", 0) != pair.first_seen:
-            yield pair, said
+    return [(pair, (verdict(*both) or {})["text"])
+            for pair, both in Releases.healths(db, list(newest.values()), now).items()
+            if min(both).devices >= ENOUGH and newcombe(*both, ALARM)[1] < 0
+            and get_state(db, f"worse_{pair.app_id}", 0) != pair.first_seen]
 
 
 def note_worse_releases(db: Connection, now: int) -> None:
     """Writes facts of releases that are worse, once of each."""
-    for pair, said in list(worse_releases(db, now)):
+    for pair, text in worse_releases(db, now):
         note_fact(db, "release.worse", pair.app_id, now, None, app_version=pair.app_version, before=pair.before,
-                  text=said["text"])
+                  text=text)
         db.execute(SET_STATE, (f"worse_{pair.app_id}", pair.first_seen))
 
 
@@ -4382,7 +4378,9 @@ class Metrics:
             rows = Releases.latest(db, app_id, self._last_days(ADOPTION_DAYS))
             shown = {(row["app_id"], row["app_version"]) for row in rows}
             pairs = [pair for pair in Releases.pairs(db, app_id) if pair[:2] in shown]
-            verdicts = {pair[:2]: said for pair, (said, _) in Releases.verdicts(db, pairs, self._store.now).items()}
+            verdicts = {pair[:2]: {**said, "before": pair.before}
+                        for pair, both in Releases.healths(db, pairs, self._store.now).items()
+                        if (said := verdict(*both))}
         if sort == "version":
             rows.sort(key=lambda row: version_key(row["app_version"]), reverse=True)
         return {"releases": list(fitting({

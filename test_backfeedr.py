@@ -4163,10 +4163,167 @@ def test_releases_are_in_the_order_of_their_appearance_or_of_their_versions_and_
                             ("&sort=version", ["2.0-rc.1", "1.10", "1.9"])):
         found = api.get("/api/v1/releases?app=default" + query)[1]["releases"]
         assert [row["app_version"] for row in found] == expected
-    assert api.get("/api/v1/releases?sort=x") == (400, {"error": "invalid sort"})
+    assert api.get("/api/v1/releases?sort=x") == api.get(CRASHES + "?sort=x", **ADMIN) \
+        == (400, {"error": "invalid sort"})
     assert [[row.get("app") for row in api.get("/api/v1/releases" + query, **headers)[1]["releases"]]
             for query, headers in (("", {}), ("", ADMIN), ("?app=default", {}))] == [
         [None] * 3, ["default"] * 3, ["default"] * 3]
+
+
+VERDICTS = [  # devices and how many of them crashed, before and now
+    ((100, 4), (100, 12), "worse: 88 % of devices crash-free, 96 % before", [-16.2, -0.3]),
+    ((300, 36), (300, 12), "better: 96 % of devices crash-free, 88 % before", [3.7, 12.5]),
+    ((400, 16), (400, 16), "no difference seen: 96 % of devices crash-free, 96 % before", [-2.8, 2.8]),
+    ((100_000, 1000), (100_000, 1200), "worse: 98.8 % of devices crash-free, 99.0 % before", [-0.3, -0.1]),
+    ((20, 0), (20, 20), "worse: 0 % of devices crash-free, 100 % before", [-100.0, -77.2]),
+    ((19, 0), (19, 19), "too early: about 750 more devices", [-100.0, -76.2]),
+    ((60, 60), (60, 60), "no difference seen: 0 % of devices crash-free, 0 % before", [-6.0, 6.0]),
+    ((500, 0), (0, 0), "too early: about 50 more devices", None),
+    ((0, 0), (500, 0), "too early: about 50 more devices", None)]
+
+
+@pytest.mark.parametrize("before, ours, text, interval", VERDICTS)
+def test_a_verdict_says_in_words_what_the_interval_of_the_difference_allows(before, ours, text, interval):
+    found = backfeedr.verdict(backfeedr.Health(*ours), backfeedr.Health(*before))
+    assert found == {"word": text.partition(":")[0], "text": text, "interval": interval}
+
+
+def test_a_verdict_of_no_devices_is_none_and_the_interval_is_that_of_the_paper():
+    assert backfeedr.verdict(backfeedr.Health(0, 0), backfeedr.Health(0, 0)) is None
+    for ours, before, expected in (  # Newcombe 1998, table II, method 10: cases a, b, e and h
+            ((70, 14), (80, 32), (0.0524, 0.3339)), ((10, 1), (10, 7), (0.1705, 0.8090)),
+            ((10, 10), (20, 20), (-0.1611, 0.2775)), ((10, 0), (10, 10), (0.6075, 1.0))):
+        found = backfeedr.newcombe(backfeedr.Health(*ours), backfeedr.Health(*before))
+        assert found == pytest.approx(expected, abs=0.0002)
+
+
+def test_equal_releases_are_seldom_called_worse_and_a_worse_one_is():
+    chance, called = random.Random(7), Counter()
+
+    def release(devices, share):
+        return backfeedr.Health(devices, sum(chance.random() >= share for _ in range(devices)))
+
+    for devices, before, share in ((50, 50, 0.8), (50, 400, 0.96), (300, 300, 0.96), (300, 1000, 0.5),
+                                   (300, 300, 0.995)):
+        words = Counter(backfeedr.verdict(release(devices, share), release(before, share))["word"] for _ in range(400))
+        assert words["worse"] <= 20, (devices, before, share)
+        called += words
+    assert called["worse"] + called["better"] <= 0.05 * called.total()
+    assert all(backfeedr.verdict(release(300, 0.8), release(300, 0.96))["word"] == "worse" for _ in range(20))
+
+
+def send_devices(server, version, devices, crashed):
+    """An event of each device of a release, and crashes of the first of them."""
+    server.store.add(KEY_HASH, [kind({**body, "app_version": version, "device_id_hash": f"{version} {n}"})
+                                for kind, body, number in ((parse_event, EVENT, devices), (parse_crash, CRASH, crashed))
+                                for n in range(number)])
+
+
+def verdicts(api):
+    return {row["app_version"]: row["verdict"] and row["verdict"]["text"]
+            for row in api.get("/api/v1/releases?app=default")[1]["releases"]}
+
+
+def test_a_release_is_compared_with_the_one_before_it_at_equal_ages_and_the_first_with_none(keeping, clock):
+    api = Api(keeping())
+    send_devices(api.server, "1.9", 100, 4)
+    clock.move(5 * 3600)
+    send_devices(api.server, "1.9", 200, 200)  # they crash later than what the next release has reached
+    clock.move(A_DAY)
+    send_devices(api.server, "1.10", 100, 12)
+    assert verdicts(api) == {"1.10": None, "1.9": None}, "no hour of it is over"
+    clock.move(3600)
+    send_devices(api.server, "1.8", 100, 100)  # an old version that came late is no new one
+    worse = "worse: 88 % of devices crash-free, 96 % before"
+    assert verdicts(api) == {"1.8": None, "1.10": worse, "1.9": None}
+    found, = (row["verdict"] for row in api.get("/api/v1/releases")[1]["releases"] if row["verdict"])
+    assert found == {"word": "worse", "text": worse, "interval": [-16.2, -0.3], "before": "1.9"}
+    clock.move(5 * 3600)
+    assert verdicts(api)["1.10"] == "better: 88 % of devices crash-free, 0 % before"
+    send_devices(api.server, "1.11", 100, 0)
+    clock.move(3600)
+    assert verdicts(api)["1.11"] == "better: 100 % of devices crash-free, 88 % before"
+    for n in range(100):
+        api.server.store.forget_device(f"1.10 {n}")
+    assert verdicts(api)["1.11"] == "too early: about 60 more devices", "of the one before it, none is known any longer"
+
+
+def test_two_releases_that_start_together_are_in_the_order_of_their_versions(api, clock):
+    for version, crashed in (("1.10", 50), ("1.9", 1)):
+        send_devices(api.server, version, 100, crashed)
+    clock.move(3600)
+    assert verdicts(api) == {"1.10": "worse: 50 % of devices crash-free, 99 % before", "1.9": None}
+
+
+def test_a_verdict_stays_when_the_devices_of_it_have_expired(keeping, clock):
+    api = Api(keeping(10))
+    for version, crashed in (("1.0", 4), ("1.1", 24)):
+        send_devices(api.server, version, 100, crashed)
+        clock.move(2 * A_DAY)
+    clock.move(20 * A_DAY)
+    api.server.store.prune()
+    assert count(api.server, "device_versions") == 0
+    assert verdicts(api) == {"1.1": "worse: 76 % of devices crash-free, 96 % before", "1.0": None}
+
+
+@pytest.mark.parametrize("devices, crashed, is_told", [(50, 15, True), (49, 15, False), (50, 8, False)])
+def test_a_release_that_is_surely_worse_is_told_once(serve, clock, devices, crashed, is_told):
+    """From 50 devices on; 8 of 50 are worse than 4 of 100, but one of many looks would find as much by chance."""
+    server = serve()
+    channel = "'https://example.com', '', null, 'release.worse', 0, 0"
+    sql_run(server.store.path, f"""
+        insert into channels (url, secret, app_id, kinds, created_at, last_fact) values ({channel})""")
+    for version, number, of in (("1.0", 100, 4), ("1.1", devices, crashed)):
+        send_devices(server, version, number, of)
+        clock.move(A_DAY)
+    assert verdicts(Api(server))["1.1"].startswith("worse")
+    for _ in range(3):
+        add(server, type="custom")
+        clock.move(3600)
+    facts = [(kind, json.loads(detail)) for kind, detail in sql(server.store.path, "select kind, detail from facts")]
+    assert facts == [("release.worse", {
+        "app_version": "1.1", "before": "1.0",
+        "text": "worse: 70 % of devices crash-free, 96 % before"})] * is_told
+    server.store.delete_app("default")
+    assert count(server, "state", "name like 'worse%'") == 0
+
+
+def test_a_build_is_first_seen_once_and_events_count_for_none(api, clock):
+    server, start = api.server, api.server.store.now
+    for fields in ({"build_number": "48"}, {"build_number": "49"}, {"build_number": "48"}, {}, {"type": "custom"}):
+        add(server, app_version="1.3", **fields)
+        clock.move(1)
+    add(server, build_number="50")
+    assert sorted(sql(server.store.path, "select app_version, build_number, first_seen from builds")) \
+        == [("1.3", "", start + 3000), ("1.3", "48", start), ("1.3", "49", start + 1000)]
+
+
+def test_an_app_has_so_many_builds_and_no_more(serve, monkeypatch):
+    monkeypatch.setattr(backfeedr, "MAX_BUILDS_OF_APP", 5)
+    server = serve()
+    serve.unchecked.append(server)
+    for n in range(4):
+        server.store.add(KEY_HASH, [parse_crash({**CRASH, "app_version": "1.0", "build_number": str(build)})
+                                    for build in (2 * n, 2 * n + 1)])
+    add(server, key=server.store.create_app("Shop"), app_version="1.0")
+    assert sql(server.store.path, "select app_id, count(*) from builds group by app_id order by 1") == [(1, 5), (2, 1)]
+    assert POSTGRES or backfeedr._check_roll_ups(server.store.path)
+
+
+def test_a_commit_tells_which_devices_are_new_to_a_group_and_which_builds_are_new(api, monkeypatch):
+    saved, save = [], backfeedr.RollUps.save
+
+    def watched(rollups):
+        save(rollups)
+        saved.append((sum(rollups.figures[backfeedr.GroupDevices].new.values()),
+                      sorted(build for *_, build in rollups.figures[backfeedr.Builds].new)))
+
+    monkeypatch.setattr(backfeedr.RollUps, "save", watched)
+    for devices, build in ((["d1", "d2", "d1", None], "48"), (["d1", "d3"], "48"), (["d1", None], "49"),
+                           (["d1"], None)):
+        api.server.store.add(KEY_HASH, [parse_crash({
+            **CRASH, "app_version": "1.3", "device_id_hash": each, "build_number": build}) for each in devices])
+    assert [each for each in saved if any(each)] == [(2, ["48"]), (1, []), (0, ["49"]), (0, [""])]
 
 
 # == Backfeedr =================================================================
