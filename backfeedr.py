@@ -1757,6 +1757,7 @@ ALL_DAYS = -1_000_000  # the `day` of a label's sum over all days
 WEEK = 7               # days of the overview, ending today
 DURATION_DAYS = 400    # days that durations are kept: a year, and some
 DEVICE_DAYS = 400      # a report that occurred more days before its receipt counts no device
+NAME_DAYS = 90         # days for which it is kept how often an event of a name came
 HOURS_KEPT = 48        # hours for which it is kept how many devices were last seen in each
 TRIMMED = 1000         # rows that one step of `trim` deletes from a table
 MAX_RELEASES = 1000    # of an app, whatever the day
@@ -1765,8 +1766,8 @@ HEALTH_DAYS = 90       # of a release's age in which it is compared with the one
 MAX_ANSWER = 60_000    # bytes of JSON that the rows of a public answer may take: all of it stays below 64 kB
 
 OTHER = "(other)"      # stands for names beyond these limits, which hold for an app and a UTC day:
-NEW_NAMES = {"group_hash": 500, "exception_type": 200, "device_model": 200, "app_version": 100}
-FLAGS = {"exception_type": 1, "device_model": 2, "app_version": 4}  # bits of `other`: this name counts as (other)
+NEW_NAMES = {"group_hash": 500, "exception_type": 200, "device_model": 200, "app_version": 100, "name": 200}
+FLAGS = {"exception_type": 1, "device_model": 2, "app_version": 4, "name": 8}  # bits of `other`: it counts as (other)
 
 # Of the app that is asked for, or of all live ones.
 APPS = "app_id in (select id from apps where id = :app or :app is null and is_test = 0)"
@@ -1776,7 +1777,7 @@ COUNTED = {  # a report as the figures see it; `at` is the time at which it coun
     Crash: namedtuple("CountedCrash", "seq app_id received_at at sent_type app_version build_number device_id_hash"
                                       " session_id group_hash images exception_type device_model exception_reason"
                                       " stack_trace"),
-    Event: namedtuple("CountedEvent", "seq app_id received_at at type app_version device_id_hash session_id")}
+    Event: namedtuple("CountedEvent", "seq app_id received_at at type app_version device_id_hash session_id name")}
 
 
 def counted_rows(db: sqlite3.Connection, kind: type, source: str, parameters: Any = ()) -> list[Any]:
@@ -1811,7 +1812,7 @@ class Sums:
 
     @property
     def schema(self) -> str:
-        texts = ("field", "label", "group_hash", "app_version", "key", "uuid")
+        texts = ("field", "label", "group_hash", "app_version", "key", "uuid", "name", "type")
         columns = [f"{name} {'text' if name in texts else 'integer'} not null" for name in self.key + self.columns]
         return (f"create table {self.table} ({', '.join(columns)},\n"
                 f"    primary key ({', '.join(self.key)})) without rowid;\n")
@@ -1902,7 +1903,7 @@ create table new_names (                   -- of an app and a UTC day
 
     def limit(self, app_id: int, received: Sequence[int], reports: Reports) -> tuple[Sequence[int], Reports]:
         """The `other` of each report, and the reports with the group under which they are stored."""
-        fields = ["app_version"] if type(reports[0]) is Event else list(NEW_NAMES)
+        fields = [each for each in NEW_NAMES if each in type(reports[0])._fields]
         names = {(app_id, each, name) for each in fields for name in set(map(attrgetter(each), reports)) if name}
         unknown = self._unknown(names - self.accepted)
         refused = self._refused(dict.fromkeys(  # in the order in which they came
@@ -1923,6 +1924,7 @@ create table new_names (                   -- of an app and a UTC day
                     select 1 from groups where app_id = column1 and group_hash = column3)
                 when 'app_version' then exists (
                     select 1 from releases where app_id = column1 and app_version = column3)
+                when 'name' then exists (select 1 from event_names where app_id = column1 and name = column3)
                 else exists (select 1 from labels
                     where app_id = column1 and field = column2 and day = {ALL_DAYS} and label = column3) end
             """, list(names)))
@@ -2768,8 +2770,41 @@ def device_key(device_id_hash: str | None) -> int:
     return int.from_bytes(sha256(device_id_hash)[:8], "big") >> 1 if device_id_hash else 0
 
 
+class EventNames(Figure):
+    """Events by name, type and UTC day, without those that begin or end a session. "" is no name."""
+
+    SUMS = {"event_names": ("name type day", "events")}
+    WINDOW = ("event_names", "day", NAME_DAYS)
+    COUNTS = (Event,)
+
+    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+        alike = Counter((event.app_id, event.name or "", event.type, event.at // DAY) for event in reports
+                        if event.type not in _ENDS)
+        for key, count in alike.items():
+            if key[-1] >= self._today - NAME_DAYS:
+                self.sums["event_names"].add(*key, events=by * count)
+
+    @staticmethod
+    def most_frequent(db: sqlite3.Connection, app: int | None, days: range, limit: int) -> list[JsonObject]:
+        """The most frequent names of these days: `name`, `type`, `count`, and `days` with the events of each day."""
+        parameters = {"app": app, "first": days[0], "last": days[-1], "limit": limit}
+        found = dict_rows(db, f"""
+            select name, type, sum(events) as count from event_names
+            where {APPS} and day between :first and :last
+            group by name, type
+            order by count desc, name, type
+            limit :limit""", parameters)
+        for row in found:
+            counts = dict(db.execute(f"""
+                select day, sum(events) from event_names
+                where {APPS} and name = :name and type = :type and day between :first and :last
+                group by day""", {**parameters, **row}))
+            row["days"] = [counts.get(day, 0) for day in days]
+        return found
+
+
 # Releases last: others count in them when they are saved.
-FIGURES = (Requests, Crashes, Groups, GroupDevices, Images, Builds, Sessions, Devices, Releases)
+FIGURES = (Requests, Crashes, Groups, GroupDevices, Images, Builds, Sessions, Devices, EventNames, Releases)
 FIGURE_TABLES = NewNames.TABLES + "".join(figure.tables() for figure in FIGURES)
 SCHEMA = REPORT_TABLES + SYMBOL_TABLES + TRIAGE_TABLES + FIGURE_TABLES
 # The primary key of each table with rows of an app, beside the reports.
@@ -3235,7 +3270,7 @@ def _migrate_to_4(db: Connection, run: Callable[[Connection, str], None]) -> Non
     there at hour 0, which is of no age of a release."""
     run(db, "alter table device_versions rename to old_versions;\n" + Devices.VERSIONS
         + Sums("release_hours", *Devices.SUMS["release_hours"]).schema
-        + "".join(figure.tables() for figure in (GroupDevices, Images, Builds)))
+        + "".join(figure.tables() for figure in (GroupDevices, Images, Builds, EventNames)))
     recount(db, _save_new_figures)
     run(db, """insert into device_versions
         select app_id, device, app_version, 0, case when crashed > 0 then 0 end from old_versions where true
@@ -3248,8 +3283,8 @@ drop table old_versions;
 def _save_new_figures(rollups: RollUps) -> None:
     devices = rollups.figures[Devices]
     devices.save_versions()
-    for each in (rollups.figures[GroupDevices], rollups.figures[Builds]):
-        each.save()
+    for figure in (GroupDevices, Builds, EventNames):
+        rollups.figures[figure].save()
     devices.sums["release_hours"].save(devices._db)
 
 
@@ -4355,6 +4390,8 @@ SCANNED = 20_000  # events that are looked at for a page: a page may be short, a
 REPORTS = 20  # of a group that are shown at once
 MAX_VERSIONS = 100  # of a group that a list has
 MISSING_BUILDS = 100  # whose symbols are asked for
+CANDIDATES, SHOWN_GROUPS = 20, 5  # groups that are weighed for the overview, and that it shows of a kind
+SESSION_EVENTS = 20  # that are shown before a crash, of the session's latest 100
 _WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 
 
@@ -4425,6 +4462,12 @@ class Metrics:
         shown = self._last_days(days or 30)
         with self._snapshot(app) as (db, app_id):
             return {"labels": _dates(shown), **Sessions.per_day(db, app_id, shown)}
+
+    def event_names(self, app: str | None = None, days: int | None = None) -> JsonObject:
+        """The 50 most frequent names of events, with their events per UTC day."""
+        shown = self._last_days(days or 30)
+        with self._snapshot(app) as (db, app_id):
+            return {"labels": _dates(shown), "events": EventNames.most_frequent(db, app_id, shown, 50)}
 
     def retention(self, app: str | None = None, days: int | None = None) -> JsonObject:
         """Of the devices first seen on a UTC day, the percentage seen again 1, 7 and 30 days later: null where that
@@ -4560,6 +4603,69 @@ class Metrics:
                 "last_seen": iso_time(last_seen), **spread, "missing_symbols": missing, "reports": reports,
                 "next": f"{at}-{crash_id(seq)}" if page[len(reports):] else None}
 
+    def attention(self, app: str | None = None) -> JsonObject:
+        """Of the open groups that crashed on the seven UTC days that end today: `new` are those that were new or
+        regressed then, the latest first, of `new_count`; `first` those to be fixed first, by their `score`: devices
+        that crashed in the newest release of their app, halved for each day since the last crash. A group of two apps
+        is two."""
+        week = self._last_days(WEEK)
+        with self._snapshot(app) as (db, app_id):
+            parameters = {"app": app_id, "first": week[0], "last": week[-1], "since": week[0] * DAY - MAX_SKEW}
+            rows = dict_rows(db, f"""
+                select apps.name as app, groups.app_id, groups.group_hash, exception_type, first_seen, last_seen,
+                    coalesce(exception_reason, '') as exception_reason, coalesce(place, '') as place,
+                    coalesce(regressed_at, 0) as regressed_at, sums.crashes as count
+                from (
+                    select app_id, group_hash, sum(crashes) as crashes from group_days
+                    where {APPS} and day between :first and :last and group_hash <> '{OTHER}'
+                    group by app_id, group_hash) as sums
+                cross join groups on groups.app_id = sums.app_id and groups.group_hash = sums.group_hash
+                cross join apps on apps.id = groups.app_id
+                left join triage on triage.app_id = groups.app_id and triage.group_hash = groups.group_hash
+                where coalesce(state, 'open') = 'open'
+                order by count desc, groups.group_hash, groups.app_id""", parameters)
+            for row in rows[:CANDIDATES]:
+                row.update(self._weight(db, {**parameters, **row}))
+        first = sorted(rows[:CANDIDATES], key=lambda row: (-row["score"], -row["devices"], -row["count"]))
+        for row in rows:
+            row["is_new"], row["is_regressed"] = (row[at] >= week[0] * DAY for at in ("first_seen", "regressed_at"))
+            row["last_seen"] = iso_time(row["last_seen"])
+        new = [row for row in rows if row["is_new"] or row["is_regressed"]]
+        new.sort(key=lambda row: max(row["first_seen"], row["regressed_at"]), reverse=True)
+        return {"new": new[:SHOWN_GROUPS], "new_count": len(new), "first": first[:SHOWN_GROUPS]}
+
+    def _weight(self, db: Connection, group: JsonObject) -> JsonObject:
+        devices, newest = db.execute(f"""
+            select count(distinct device_id_hash), count(distinct case when app_version = (
+                select app_version from releases where app_id = :app_id order by first_seen desc, app_version limit 1)
+                then device_id_hash end)
+            from crashes
+            where app_id = :app_id and group_hash = :group_hash and received_at >= :since
+                and {COUNTED_AT} / {DAY} between :first and :last""", group).fetchone()
+        return {"devices": devices, "score": newest * 0.5 ** (max(0, self._store.now - group["last_seen"]) / DAY)}
+
+    def neighbours(self, crash: JsonObject, app: str | None = None) -> tuple[str | None, str | None]:
+        """The ids of the crashes of its group before and after one."""
+        with self._snapshot(app) as (db, app_id):
+            parameters = {"app": app_id, "group": crash["group_hash"], "seq": int(crash["id"], 16)}
+            older, newer = (db.execute(f"""
+                select seq from crashes
+                where {APPS} and group_hash = :group and ({COUNTED_AT}, seq) {side} (
+                    select {COUNTED_AT}, seq from crashes where seq = :seq)
+                order by {COUNTED_AT} {order}, seq {order}
+                limit 1""", parameters).fetchone() for side, order in (("<", "desc"), (">", "asc")))
+        return older and crash_id(older[0]), newer and crash_id(newer[0])
+
+    def events_before(self, crash: JsonObject) -> list[JsonObject]:
+        """The last events of its session up to a crash, by the device's clock, the oldest first."""
+        if "session_id" not in crash:
+            return []
+        found = self.events(crash["app"], session_id=crash["session_id"], limit=100,
+                            device_id_hash=crash.get("device_id_hash"))["events"]
+        at = parse_time(crash["occurred_at"])
+        found = [event for event in found if parse_time(event["occurred_at"]) <= at]
+        return sorted(found, key=lambda event: (parse_time(event["occurred_at"]), event["id"]))[-SESSION_EVENTS:]
+
     def group_days(self, groups: Sequence[str], app: str | None = None, version: str | None = None,
                    days: int = 30) -> JsonObject:
         """Of each of these groups, its apps, and its crashes on each of the last days, the oldest first."""
@@ -4601,11 +4707,12 @@ class Metrics:
 
     def events(self, app: str | None = None, type: str | None = None, name: str | None = None,
                session_id: str | None = None, limit: int = 50, cursor: str | None = None,
-               oldest_first: bool = False) -> JsonObject:
+               oldest_first: bool = False, device_id_hash: str | None = None) -> JsonObject:
         """The latest events that are kept. A page may be short of `limit`, or even empty, and have a next one."""
         with self._snapshot(app) as (db, app_id):
             first, last, order = 0, MAX_NUMBER, "asc" if oldest_first else "desc"
-            parameters = {"app": app_id, "type": type, "name": name, "session": session_id, "limit": limit + 1}
+            parameters = {"app": app_id, "type": type, "name": name, "session": session_id, "limit": limit + 1,
+                          "device": device_id_hash}
             if session_id is not None:  # its events are between its first and its last
                 first, last = db.execute(f"""
                     select coalesce(min(first_seq), 0), coalesce(max(last_seq), -1) from sessions
@@ -4617,9 +4724,10 @@ class Metrics:
             parameters.update(first=first, last=last, scanned=SCANNED)
             scan = f"from events where seq between :first and :last order by seq {order} limit :scanned"
             seqs = [seq for seq, in db.execute(f"""
-                select seq from (select seq, app_id, type, name, session_id {scan}) as scanned
+                select seq from (select seq, app_id, type, name, session_id, device_id_hash {scan}) as scanned
                 where {APPS} and (:type is null or type = :type) and (:name is null or name = :name)
                     and (:session is null or session_id = :session)
+                    and (:device is null or device_id_hash = :device)
                 order by seq {order}
                 limit :limit""", parameters)]
             row = db.execute(f"select seq from (select seq {scan}) as scanned order by seq {order}"
@@ -5007,6 +5115,7 @@ class PageRequest:
         self.query = urlencode(given)
         self.address = self.path + ("?" + self.query if self.query else "")
         self.app: str | None = dict(given).get("app")
+        self._is_of_all_days = ("days", "all") in given
         self.apps: list[App] | None = None  # None unless the browser is signed in
         self.session = self._read_cookie("")
         self.form_secret = self._read_cookie("_form") or secrets.token_hex(16)
@@ -5025,7 +5134,12 @@ class PageRequest:
         return self._public_url or f"http{'s' * self.is_https}://{host[0] if host else 'localhost'}{self.root}"
 
     def parameters(self, *names: str) -> dict[str, Any]:
-        return _parameters({"QUERY_STRING": self.query}, *names)
+        query = urlencode([each for each in parse_qsl(self.query) if each != ("days", "all")])
+        return _parameters({"QUERY_STRING": query}, *names)
+
+    def days(self, default: int | None) -> int | None:
+        """The days that were chosen, None for all."""
+        return None if self._is_of_all_days else self.parameters("days").get("days", default)
 
     @property
     def form_token(self) -> str:
@@ -5078,8 +5192,9 @@ class Dashboard:
         """Method, path and handler of each page."""
         for method, path, handler in (
                 ("GET", "/", self._overview), ("GET", "/crashes", self._crashes),
+                ("GET", "/crashes/<group_hash>.<form:re:txt|md>", self._group_text),
                 ("GET", "/crashes/<group_hash>", self._group), ("GET", "/events", self._events),
-                ("GET", "/releases", self._releases), ("GET", "/apps", self._apps),
+                ("GET", "/usage", self._usage), ("GET", "/releases", self._releases), ("GET", "/apps", self._apps),
                 ("POST", "/apps", self._change_apps), ("POST", "/sign-out", self._sign_out),
                 ("GET", "/sign-in", self._sign_in_page), ("POST", "/sign-in", self._sign_in)):
             yield method, path, partial(self._respond, handler)
@@ -5097,7 +5212,8 @@ class Dashboard:
         try:
             return self._check_session(page) or handler(page, **path)
         except Moved as moved:
-            return Response(b"", 301, {**PAGE_HEADERS, "Location": page.moved("/crashes/" + moved.group_hash)})
+            form = "." + path["form"] if "form" in path else ""
+            return Response(b"", 301, {**PAGE_HEADERS, "Location": page.moved(f"/crashes/{moved.group_hash}{form}")})
         except Refusal as refusal:
             status = 403 if str(refusal) == _FORM_EXPIRED else _STATUS.get(str(refusal), 400)
             return self.error_page(page, status, str(refusal), refusal.retry_after)
@@ -5168,23 +5284,28 @@ class Dashboard:
 
     def _overview(self, page: PageRequest) -> Response:
         metrics, app = self._metrics, page.app
-        week, crashes = metrics.overview(app), metrics.daily_crashes(app, 30)
-        tiles = _tiles(week, crashes["labels"], crashes["data"], metrics.sessions(app, 30)["sessions"],
+        releases = metrics.releases(app)["releases"]
+        tiles = _tiles(metrics.overview(app), metrics.daily_crashes(app, 30), metrics.sessions(app, 30)["sessions"],
                        metrics.active_devices(app, 30)["dau"])
+        latest = {row["app"]: row for row in reversed(releases)}  # of each app
         return self._render(
-            page, "Overview", "overview", is_empty=metrics.is_empty(app), tiles=tiles, top=week["top_crashes"],
+            page, "Overview", "overview", is_empty=metrics.is_empty(app), tiles=tiles, **metrics.attention(app),
             warnings=[*self._refused.today(app), *self._store.warnings()],
-            latest=metrics.releases(app)["releases"][:4], types=metrics.crash_types(app, 30),
-            devices=metrics.devices(app, 30), crashes=column_chart("Crashes", crashes["labels"], crashes["data"]))
+            verdicts=sorted(latest.values(), key=releases.index)[:SHOWN_GROUPS], releases=releases[:4],
+            types=metrics.crash_types(app, 30), devices=metrics.devices(app, 30))
 
     def _crashes(self, page: PageRequest) -> Response:
-        parameters = page.parameters("version", "days", "text", "cursor")
-        found = self._metrics.groups(page.app, **parameters, limit=LIST_ROWS)
+        parameters = page.parameters("version", "text", "sort", "cursor")
+        days = page.days(None if {"version", "text"} & parameters.keys() else WEEK)
+        found = self._metrics.groups(page.app, **parameters, days=days, limit=LIST_ROWS)
         details = self._metrics.group_days([group["group_hash"] for group in found["groups"]], page.app,
                                            parameters.get("version"))["groups"]
-        return self._render(page, "Crashes", "crashes", parameters=parameters, next=found["next"],
+        return self._render(page, "Crashes", "crashes", parameters={**parameters, "days": days or "all"},
+                            next=found["next"], is_empty=not page.parameters("days")
+                            and not found["groups"] and self._metrics.is_empty(page.app),
+                            sorts=[(each, each.replace("_", " ")) for each in SORTS],
                             groups=[{**group, **details[group["group_hash"]]} for group in found["groups"]],
-                            day_choices=sorted({1, 7, 30, 90, 365, parameters.get("days", 1)}),
+                            day_choices=[("all", "all"), *((n, n) for n in sorted({1, 7, 30, 90, 365, days or 1}))],
                             versions=[each["app_version"] for each in self._metrics.releases(page.app)["releases"]])
 
     def _group(self, page: PageRequest, group_hash: str) -> Response:
@@ -5194,12 +5315,29 @@ class Dashboard:
         report = metrics.crash(parameters["report"], page.app) if "report" in parameters else next(iter(reports), {})
         if report.get("group_hash") != group_hash:
             raise Refusal("not found")
-        days = metrics.group_days([group_hash], page.app)
+        days, (older, newer) = metrics.group_days([group_hash], page.app), metrics.neighbours(report, page.app)
         return self._render(
-            page, group["exception_type"], "group", group=group, report=report, parameters=parameters,
-            next=group["next"], chart=column_chart("Crashes", days["labels"], days["groups"][group_hash]["days"]),
+            page, _culprit(group), "group", group=group, report=report, older=older,
+            newer=newer, next=group["next"], parameters=parameters, crumbs=_crumbs(report),
+            before=_steps(report, metrics.events_before(report)),
+            chart=column_chart("Crashes", days["labels"], days["groups"][group_hash]["days"]),
             frames=[_frame(frame) for frame in report.get("stack_trace", [])], max_frames=SHOWN_FRAMES,
             context=_context(report), has_reasons=len({each.get("exception_reason") for each in reports}) > 1)
+
+    def _group_text(self, page: PageRequest, group_hash: str, form: str) -> Response:
+        """A group as text for a bug tracker, or as Markdown. It names no device, no session and no field that the
+        server does not know."""
+        group = self._metrics.group(group_hash, page.app, limit=1)
+        text = group_text(group, f"{page.url}/crashes/{group_hash}", form == "md")
+        kind = {"Content-Type": f"text/{'markdown' if form == 'md' else 'plain'}; charset=utf-8"}
+        return Response(text.encode("utf-8", "replace"), 200, {**PAGE_HEADERS, **kind})
+
+    def _usage(self, page: PageRequest) -> Response:
+        metrics, app = self._metrics, page.app
+        tiles = _usage_tiles(metrics.overview(app)["dau"], metrics.active_devices(app, 30), metrics.sessions(app, 30))
+        return self._render(
+            page, "Usage", "usage", tiles=tiles, back=_retention_tiles(metrics.retention(app, 60)),
+            releases=metrics.releases(app)["releases"][:8], events=metrics.event_names(app)["events"])
 
     def _events(self, page: PageRequest) -> Response:
         parameters, title = page.parameters("type", "name", "session_id", "cursor"), "Events"
@@ -5260,9 +5398,13 @@ class Dashboard:
         return f"{name} is being deleted." if thread.is_alive() else f"Deleted {name} and all that it sent."
 
 
-def _tiles(week: JsonObject, labels: Sequence[str], crashes: Sequence[int], sessions: Sequence[int],
-           devices: Sequence[int]) -> Iterator[tuple[str, str, str, str]]:
-    """Name, value, note and chart of the figures on top of the overview."""
+Tile = tuple[str, str, str, str]  # name, value, note and chart of a figure
+
+
+def _tiles(week: JsonObject, crash_days: JsonObject, sessions: Sequence[int],
+           devices: Sequence[int]) -> Iterator[Tile]:
+    """Those of the overview."""
+    labels, crashes = crash_days["labels"], crash_days["data"]
     rates = [crash_free_rate(*day) if day[1] else None for day in zip(crashes, sessions)]
     lowest = min((rate for rate in rates if rate is not None), default=0)
     axis_start = max(rate for rate in (0, 50, 80, 90, 95, 99) if rate <= lowest)
@@ -5272,9 +5414,124 @@ def _tiles(week: JsonObject, labels: Sequence[str], crashes: Sequence[int], sess
     rate_note = f"7 days; {rate_before}" if sessions_before else "7 days"
     yield "Crash-free sessions", rate, rate_note, line_chart("Crash-free sessions", labels, rates, axis_start, " %")
     yield "Active devices", f"{week['dau']:,}", "24 hours", line_chart("Active devices", labels, devices)
-    for name, value, before, days in (("Sessions", week["sessions_7d"], sessions_before, sessions),
-                                      ("Crashes", week["crashes_7d"], crashes_before, crashes)):
-        yield name, f"{value:,}", f"7 days; {before:,} in the 7 before", line_chart(name, labels, days)
+    yield _week_tile("Sessions", labels, sessions, line_chart)
+    yield _week_tile("Crashes", labels, crashes, column_chart)
+
+
+def _week_tile(name: str, labels: Sequence[str], days: Sequence[int], draw: Callable[..., str]) -> Tile:
+    return (name, f"{sum(days[-7:]):,}", f"7 days; {sum(days[-14:-7]):,} in the 7 before", draw(name, labels, days))
+
+
+def _usage_tiles(dau: int, active: JsonObject, sessions: JsonObject) -> Iterator[Tile]:
+    """Active devices, and sessions with their length: the mean, where several apps have no median."""
+    for column, value, note in (("dau", dau, "24 hours"), ("wau", active["wau"][-1], "7 days"),
+                                ("mau", active["mau"][-1], "30 days")):
+        name = f"Devices active in {note}"
+        yield name, f"{value:,}", "", line_chart(name, active["labels"], active[column])
+    yield _week_tile("Sessions", sessions["labels"], sessions["sessions"], line_chart)
+    kind = "median" if any(each is not None for each in sessions["median_seconds"]) else "mean"
+    lengths = sessions[kind + "_seconds"]
+    known = [(each, f"{kind} of {_day(label)}") for label, each in zip(sessions["labels"], lengths) if each is not None]
+    last, note = known[-1] if known else (None, "none has ended")
+    yield ("Length of a session", "-" if last is None else _duration(last), note,
+           line_chart("Seconds of a session", sessions["labels"], lengths))
+
+
+def _retention_tiles(cohorts: JsonObject) -> Iterator[Tile]:
+    """Of the devices first seen on a day, the share that was seen again later."""
+    for later in Devices.BACK.values():
+        rates, name = cohorts[f"day_{later}"], f"Back after {later} day{'s' * (later > 1)}"
+        known = [(rate, devices) for rate, devices in zip(rates, cohorts["devices"]) if rate is not None]
+        devices = sum(each for _, each in known)
+        share = f"{sum(rate * each for rate, each in known) / devices:.0f} %" if devices else "-"
+        yield name, share, f"of {devices:,} new devices", line_chart(name, cohorts["labels"], rates, 0, " %")
+
+
+def _duration(seconds: float) -> str:
+    size, unit = next((each for each in ((3600, "h"), (60, "min")) if seconds >= 2 * each[0]), (1, "s"))
+    return f"{seconds / size:.0f} {unit}"
+
+
+Step = tuple[str, str, str]  # before a crash: when, what, and details of it
+_CRUMB_TIMES = ("at", "timestamp", "time", "date", "occurred_at")
+_CRUMB_ACTIONS = ("message", "action", "name", "event", "title", "screen", "category", "type")
+
+
+def _crumbs(report: JsonObject) -> list[Step]:
+    """The breadcrumbs of a crash, in the shapes that SDKs send; at most 100, and the crash itself at the end."""
+    given = report.get("extra", {}).get("breadcrumbs")
+    given = given.get("values") if type(given) is dict else given
+    steps = [_crumb(each, report) for each in given[-100:]] if type(given) is list else []
+    return steps and [*steps, ("00:00", report["exception_type"], "the crash")]
+
+
+def _crumb(given: Any, report: JsonObject) -> Step:
+    if type(given) is not dict:
+        return "", _shorten(_as_text(given)), ""
+    time_field = next((each for each in _CRUMB_TIMES if given.get(each) not in (None, "")), "")
+    action = next((each for each in _CRUMB_ACTIONS if given.get(each) and type(given[each]) is str), "")
+    rest = {name: value for name, value in given.items() if name not in (time_field, action) and value not in (
+        None, "", [], {})}
+    return _offset(given.get(time_field, ""), report), _shorten(given.get(action, "")), _details({"extra": rest})
+
+
+def _steps(report: JsonObject, events: Sequence[JsonObject]) -> list[Step]:
+    """The events of a session before a crash."""
+    return [(_offset(event["occurred_at"], report), f"{event['type']} {_shorten(event.get('name', ''), 80)}".strip(),
+             _details(event)) for event in events]
+
+
+def _offset(at: Any, report: JsonObject) -> str:
+    """How long before a crash something was, such as -00:12. What is no time near it stays as it is."""
+    try:
+        span = parse_occurred_at(at) - parse_time(report["occurred_at"])
+    except ValueError:
+        return _shorten(_as_text(at), 40)
+    (hours, minutes), seconds = divmod(abs(span) // 60_000, 60), abs(span) // SECOND % 60
+    if hours > 99:
+        return _shorten(_as_text(at), 40)
+    return ("+" if span > 0 else "-") + (f"{hours}:" if hours else "") + f"{minutes:02}:{seconds:02}"
+
+
+_MISLEADING = re.compile(_CONTROL.pattern + "|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # turn text around
+
+
+def group_text(group: JsonObject, url: str, is_markdown: bool) -> str:
+    """A group for a bug tracker or for a reader. What its reports say is indented, or stands in a fence that it cannot
+    close: none of it begins a line or is taken for markup."""
+    parts = [f"{'# ' if is_markdown else ''}Crash group {group['group_hash']}\n\n{url}\n"]
+    for title, text in _portrait(group):
+        lines = [_MISLEADING.sub("\ufffd", line) for line in text.splitlines()]
+        fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 3)
+        shown = [fence + "text", *lines, fence] if is_markdown else ["    " + line for line in lines]
+        parts.append("\n".join([f"{'## ' if is_markdown else ''}{title}", *[""] * is_markdown, *shown, ""]))
+    return "\n".join(parts)
+
+
+def _portrait(group: JsonObject) -> Iterator[tuple[str, str]]:
+    """Title and text of what is told of a group."""
+    report = next(iter(group["reports"]), {})
+    reason = _shorten(report.get("exception_reason", ""), SHOWN_TEXT)
+    yield "What", "\n".join(filter(None, (group["place"], group["exception_type"], reason)))
+    frames = [_frame(each) for each in report.get("stack_trace", [])[:SHOWN_FRAMES]]
+    yield "Stack trace of the latest crash (* is the app's own code)", "\n".join(
+        f"{n:3} {'*' if is_own else ' '} {_shorten(symbol, 1000)}  {_shorten(place)}".rstrip()
+        for n, (symbol, place, is_own, _) in enumerate(frames)) or "none was sent"
+    spread = [(title, ", ".join(f"{_shorten(label, 80)} ({count:,})" for label, count in zip(*group[part].values())))
+              for title, part in (("Versions", "versions"), ("Systems", "systems"), ("Models", "device_models"))]
+    yield "Spread", "\n".join([
+        f"Crashes: {group['count'] or 0:,}", f"Devices: {group['devices'] or 0:,}",
+        *(f"{title}: {each}" for title, each in (
+            ("First seen", group["first_seen"]), ("Last seen", group["last_seen"]), *spread) if each)])
+    history = "\n".join(f"{each['at']} {each['what']} {_as_text(each.get('detail') or '')}".rstrip()
+                        for each in group.get("history", ()))
+    if history:
+        yield "History", history
+
+
+def _culprit(group: JsonObject) -> str:
+    """The function of the app in which a group crashes; its exception type, where none is known."""
+    return canonical_name(group["place"]) or group["exception_type"]
 
 
 _CONTEXT: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -5290,7 +5547,8 @@ _CONTEXT: dict[str, tuple[str, Callable[[Any], str]]] = {
 def _context(report: JsonObject) -> list[tuple[str, str]]:
     """Name and value of what a crash says about the device, then of the fields that this server does not know."""
     known = [(name, as_text(report[field])) for field, (name, as_text) in _CONTEXT.items() if field in report]
-    return known + [(name, _as_text(value)) for name, value in report.get("extra", {}).items()]
+    return known + [(name, _as_text(value)) for name, value in report.get("extra", {}).items()
+                    if name != "breadcrumbs" or not _crumbs(report)]
 
 
 def _frame(frame: JsonObject) -> tuple[str, str, bool, str]:
@@ -5333,15 +5591,17 @@ def _as_text(value: Any) -> str:
 
 
 def _options(choices: Iterable[Any], chosen: Any = None) -> str:
-    return "".join(f'<option{" selected" if choice == chosen else ""}>{escape(str(choice))}</option>'
-                   for choice in choices)
+    """Of values, or of pairs of a value and its name."""
+    pairs = [each if type(each) is tuple else (each, each) for each in choices]
+    return "".join(f'<option value="{escape(str(value))}"{" selected" if value == chosen else ""}>'
+                   f"{escape(str(name))}</option>" for value, name in pairs)
 
 
 # == Templates =================================================================
 # The HTML and CSS of the pages. Templates know only `for` and `if`; `{{ }}` escapes, `{{! }}` takes HTML that was made
 # above. What several templates share is a constant or a function with their source, such as _list() and _form().
 
-_PAGES = (("/", "Overview"), ("/crashes", "Crashes"), ("/events", "Events"), ("/releases", "Releases"),
+_PAGES = (("/", "Overview"), ("/crashes", "Crashes"), ("/usage", "Usage"), ("/releases", "Releases"),
           ("/apps", "Apps"))
 _HINTS = {
     400: "The address or the form is not one that these pages make.",
@@ -5369,7 +5629,7 @@ def _list(rows: str, *columns: Column, empty: str = "", row_attributes: str = ""
     for label, cell, css, condition in columns:
         css = f' class="{css}"' if css else ""
         start, end = (f"% if {condition}:\n", "% end\n") if condition else ("", "")
-        head += f"{start}<th{css}>{label}</th>\n{end}"
+        head += f'{start}<th scope="col"{css}>{label}</th>\n{end}'
         body += f'{start}<td{css} data-label="{label}">{cell}</td>\n{end}'
     return (f'% if {rows}:\n<table class="list"><thead><tr>\n{head}</tr></thead><tbody>\n% for row in {rows}:\n'
             f"<tr{row_attributes}>\n{body}</tr>\n% end\n</tbody></table>\n"
@@ -5391,11 +5651,38 @@ _SEEN = (Column("First seen", _TIME % "first_seen"), Column("Last seen", _TIME %
 _APP = Column("App", '<bdi>{{row["app"]}}</bdi>', condition="not page.app and len(apps) > 1")
 _CRASH_FREE = Column("Crash-free sessions", '{{percent(row["crash_free_sessions"])}}', "number")
 _ADOPTION = Column("Adoption", '{{"%.1f" % row["adoption"]}} %', "number")
-_GROUP_LINK = '<a href="{{link("/crashes/" + row["group_hash"])}}"><bdi>{{row["exception_type"]}}</bdi></a>\n'
-_REASON = '<span class="reason"><bdi>{{shorten(row["exception_reason"])}}</bdi></span>'
+_GROUP_LINK = """\
+<a href="{{link("/crashes/" + row["group_hash"])}}"><bdi>{{culprit(row)}}</bdi></a>
+% if row["is_new"]:
+<b class="new">new</b>
+% end
+% if row.get("is_regressed"):
+<b class="new">regressed</b>
+% end
+"""
+_GROUP = Column("Group", _GROUP_LINK + """\
+<code><bdi>{{row["exception_type"] if row["place"] else ""}}</bdi></code>
+<span class="reason"><bdi>{{shorten(row["exception_reason"])}}</bdi></span>""", "main")
+_BRIEF_GROUP = Column("Group", _GROUP_LINK + """\
+% about = [row["app"]] if not page.app and len(apps) > 1 else []
+% about += [row["exception_type"]] if row["place"] else []
+<span class="brief reason"><bdi>{{shorten(": ".join([*about, row["exception_reason"]]), 100)}}</bdi></span>""", "main")
 _RELEASE_LINK = ('<a href="{{link("/crashes", app=row["app"], version=row["app_version"])}}">'
                  '<bdi>{{row["app_version"]}}</bdi></a>')
+_TILES = """<div class="tiles">
+% for name, value, note, chart in tiles:
+<section><h2>{{name}}</h2><p class="figure">{{value}}</p><p class="note">{{note}}</p>{{!chart}}</section>
+% end
+</div>
+"""
 _NO_RELEASE = "No release yet: reports that carry an <code>app_version</code> show here."
+
+
+def _steps_list(rows: str) -> str:
+    return _list(rows, Column("Time", "{{row[0]}}", "number"), Column(
+        "Action", '<bdi>{{row[1]}}</bdi> <span class="reason">{{row[2]}}</span>', "bare"))
+
+
 _FILTER = """<form class="filter" method="get" action="{{page.root}}{{page.path}}">
 <input type="hidden" name="app" value="{{page.app or ""}}">
 """
@@ -5457,58 +5744,90 @@ _TEMPLATES = {
 (<a href="{{link("/apps")}}">Apps</a> makes a new one):</p>
 <pre>{{curl_line(page.url, "bf_live_your_key")}}</pre></section>
 % end
-<div class="tiles">
-% for name, value, note, chart in tiles:
-<section><h2>{{name}}</h2><p class="figure">{{value}}</p><p class="note">{{note}}</p>{{!chart}}</section>
+<section><h2><a href="{{link("/releases")}}">Is the latest release worse?</a></h2>
+<div class="verdicts">
+% for row in verdicts:
+% verdict = row.get("verdict") or {}
+<p>""" + _RELEASE_LINK + """ <bdi>{{"" if page.app or len(verdicts) < 2 else row["app"]}}</bdi>
+<b{{!' class="problem"' if verdict.get("word") == "worse" else ""}}>
+{{verdict.get("text") or "nothing to compare it with"}}</b>
+% if verdict.get("before") and verdict.get("interval"):
+<span class="note">compared with <bdi>{{shorten(verdict["before"], 40)}}</bdi> at the same age, in percentage points:
+{{"{:+.1f} to {:+.1f}".format(*verdict["interval"])}}</span>
+% end
+</p>
 % end
 </div>
-<div class="halves"><section><h2>Crashes per day</h2>{{!crashes}}</section>
+% if not verdicts:
+<p class="empty">""" + _NO_RELEASE + """</p>
+% end
+</section>
+<div class="halves"><section><h2>New and regressed in 7 days: {{number(new_count)}}</h2>
+""" + _list(
+        "new", _BRIEF_GROUP, _CRASHES, _SEEN[1], empty="No group is new.") + """</section>
+<section><h2><a href="{{link("/crashes", days=7)}}">To fix first</a></h2>
+""" + _list(
+        "first", _BRIEF_GROUP, Column("Devices", _COUNT % "devices", "number"), _CRASHES, _SEEN[1],
+        empty="No crash in the last 7 days.") + """
+<p class="note">By devices that crashed in the newest release in 7 days, halved for each day since the last crash.</p>
+</section></div>
+<section>""" + _TILES + """</section>
 <section><h2><a href="{{link("/releases")}}">Latest releases</a></h2>
 """ + _list(
-        "latest", Column("Version", _RELEASE_LINK + """
+        "releases", Column("Version", _RELEASE_LINK + """
 <span class="reason"><bdi>{{"" if page.app else row["app"]}}</bdi></span>""", "main"),
-        _CRASH_FREE, _ADOPTION, empty=_NO_RELEASE) + """</section></div>
-<section><h2><a href="{{link("/crashes", days=7)}}">Most frequent crashes of 7 days</a></h2>
-""" + _list(
-        "top", _CRASHES, Column("Group", _GROUP_LINK + _REASON, "main"),
-        empty="No crash in the last 7 days.") + """</section>
+        _CRASH_FREE, _ADOPTION, empty=_NO_RELEASE) + """</section>
 <div class="halves"><section><h2>Exception types, 30 days</h2>{{!bar_chart(types)}}</section>
 <section><h2>Crashing devices, 30 days</h2>{{!bar_chart(devices)}}</section></div>
 """,
     "crashes": _FILTER + """<label>Version <input name="version" list="versions"
 value="{{parameters.get("version", "")}}"></label><datalist id="versions">{{!options(versions)}}</datalist>
 <label>Days
-<select name="days"><option value="">all</option>{{!options(day_choices, parameters.get("days"))}}</select></label>
+<select name="days">{{!options(day_choices, parameters["days"])}}</select></label>
+<label>Sorted by <select name="sort">{{!options(sorts, parameters.get("sort", "crashes"))}}</select></label>
 <label>Text <input type="search" name="text" value="{{parameters.get("text", "")}}"></label>
 <button>Show</button></form>
-""" + _list(
-        "groups", _CRASHES, Column("Group", _GROUP_LINK + """\
-% if row["is_new"]:
-<b class="new">new</b>
+<p class="note">
+% if parameters["days"] == "all":
+All days that are kept. <a href="{{link("/crashes", **{**parameters, "days": 7, "cursor": None})}}">The last 7 days</a>
+% else:
+The last {{"{} days".format(parameters["days"]) if parameters["days"] > 1 else "day"}}, today included.
+<a href="{{link("/crashes", **{**parameters, "days": "all", "cursor": None})}}">All days</a>
 % end
-<code><bdi>{{shorten(row["place"], 120)}}</bdi></code>
-""" + _REASON, "main"),
+</p>
+""" + _list(
+        "groups", _CRASHES, _GROUP,
         _APP._replace(cell='<bdi>{{", ".join(row["apps"])}}</bdi>'),
         Column("30 days", '{{!sparkline(row["days"], "Crashes")}}'),
         Column("Devices", _COUNT % "devices", "number"),
         Column("Versions", '<bdi>{{", ".join(shorten(version, 40) for version in row["versions"][-2:])}}</bdi>'
                            '{{", +{}".format(len(row["versions"]) - 2) if len(row["versions"]) > 2 else ""}}'),
         *_SEEN, empty="""
-% if parameters:
-No crash fits. <a href="{{link("/crashes")}}">Show all</a>
+% if parameters != {"days": "all"} and not is_empty:
+No crash fits. <a href="{{link("/crashes", days="all")}}">Show all</a>
 % else:
 No crash is kept{{" of " + page.app if page.app else ""}}. When one comes in, it is here at once;
 <a href="{{link("/apps")}}">Apps</a> has the keys to send one with.
 % end
 """) + _PAGE_LINKS,
-    "group": """<p class="reason"><bdi>{{shorten(report.get("exception_reason", ""), 5000)}}</bdi></p>
+    "group": """<p><b><bdi>{{group["exception_type"] if group["place"] else ""}}</bdi></b>
+<span class="reason"><bdi>{{shorten(report.get("exception_reason", ""), 5000)}}</bdi></span></p>
 <dl class="facts"><div><dt>Crashes</dt><dd>{{number(group["count"])}}</dd></div>
 <div><dt>Devices</dt><dd>{{number(group["devices"])}}</dd></div>
 <div><dt>First seen</dt><dd>{{!when(group["first_seen"])}}</dd></div>
 <div><dt>Last seen</dt><dd>{{!when(group["last_seen"])}}</dd></div>
-<div><dt>Group</dt><dd><code>{{group["group_hash"]}}</code></dd></div></dl>
+<div><dt>Group</dt><dd><code>{{group["group_hash"]}}</code></dd></div>
+<div><dt>To pass on</dt><dd><a href="{{link(page.path + ".txt")}}">text</a>
+<a href="{{link(page.path + ".md")}}">Markdown</a></dd></div></dl>
 <section><h2>Crashes per day</h2>{{!chart}}</section>
 <section><h2>{{"A crash" if parameters else "The latest crash"}}, {{!when(report["occurred_at"])}}</h2>
+<p class="note">
+% for id, name, rel in ((older, "Older crash", "prev"), (newer, "Newer crash", "next")):
+% if id:
+<a href="{{link(page.path, report=id)}}" rel="{{rel}}">{{name}}</a>
+% end
+% end
+</p>
 <div class="crash"><div>
 % if frames:
 <ol class="trace" start="0">
@@ -5538,6 +5857,17 @@ No crash is kept{{" of " + page.app if page.app else ""}}. When one comes in, it
 <dd><bdi>{{value}}</bdi></dd></div>
 % end
 </dl></div></section>
+<div class="halves">
+% if crumbs:
+<section><h2>Breadcrumbs</h2>
+""" + _steps_list("crumbs") + """</section>
+% end
+% if before:
+<section><h2><a href="{{link("/events", app=report["app"], session_id=report["session_id"])}}">Events of its
+session</a></h2>
+""" + _steps_list("before") + """</section>
+% end
+</div>
 <div class="thirds"><section><h2>Versions</h2>{{!bar_chart(group["versions"], group["count"])}}</section>
 <section><h2>Systems</h2>{{!bar_chart(group["systems"], group["count"])}}</section>
 <section><h2>Devices</h2>{{!bar_chart(group["device_models"], group["count"])}}</section></div>
@@ -5578,6 +5908,19 @@ No event is kept{{" of " + page.app if page.app else ""}}.
 <code>examples/client.py</code> shows how an app sends its sessions.
 % end
 """) + _PAGE_LINKS,
+    "usage": _TILES + """<section><h2>Retention of the devices first seen in the last 60 days</h2></section>
+""" + _TILES.replace("in tiles:", "in back:") + """<div class="halves"><section>
+<h2><a href="{{link("/events")}}">Events, 30 days</a></h2>
+""" + _list(
+        "events", Column("Event", '<a href="{{link("/events", type=row["type"], name=row["name"])}}"><bdi>'
+                         '{{shorten(row["name"], 80) or "(no name)"}}</bdi></a> <span class="reason">'
+                         '{{row["type"]}}</span>', "main"),
+        Column("30 days", '{{!sparkline(row["days"], "Events")}}'), Column("Events", _COUNT % "count", "number"),
+        empty="No event in 30 days.") + """<p><a href="{{link("/events")}}">All events, one by one</a></p></section>
+<section><h2><a href="{{link("/releases")}}">Adoption, 7 days</a></h2>
+""" + _list(
+        "releases", Column("Version", _RELEASE_LINK, "main"), _APP._replace(condition="not page.app"), _ADOPTION,
+        Column("Sessions in all", _COUNT % "sessions", "number"), empty=_NO_RELEASE) + "</section></div>\n",
     "releases": """<p class="note">In the order of
 % if "sort" in parameters:
 <a href="{{link("/releases")}}">first appearance</a> | versions</p>
@@ -5653,7 +5996,9 @@ main section { margin: 1.75rem 0 0; min-width: 0; }
 .tiles { --least: 9rem; gap: 1.5rem 2rem; } .thirds { --least: 17rem; }
 .tiles section { border-top: 1px solid var(--rule); padding-top: 0.7rem; } .tiles h2 { font-weight: 400; }
 .figure { font-size: 1.9rem; line-height: 1.2; }
-.note { margin: 0.2rem 0; }
+.note, .verdicts p { margin: 0.2rem 0; }
+.brief { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 1; overflow: hidden;
+  word-break: break-all; }
 footer { margin-top: 3rem; padding-top: 0.6rem; border-top: 1px solid var(--rule); }
 table { border-collapse: collapse; width: 100%; } th { text-align: left; font-weight: 400; }
 th, td { padding: 0.4rem 1.2rem 0.4rem 0; vertical-align: top; } :is(th, td):last-child { padding-right: 0; }
@@ -5715,7 +6060,9 @@ PAGE_HEADERS = {
         f" 'sha256-{base64.b64encode(sha256(STYLE)).decode()}'")}
 
 _TEMPLATE_GLOBALS = {
-    "bar_chart": bar_chart, "build_name": build_name, "curl_line": curl_line, "details": _details, "icon": _ICON,
+    "bar_chart": bar_chart, "build_name": build_name,
+    "culprit": lambda group: _shorten(_culprit(group), 120), "curl_line": curl_line,
+    "details": _details, "icon": _ICON,
     "iso": iso_time,
     "number": "{:,}".format, "percent": lambda share: "-" if share is None else f"{share:.2f} %", "options": _options,
     "pages": _PAGES, "shorten": _shorten, "sparkline": sparkline,
@@ -6651,7 +6998,7 @@ def _unequal_tables(db: sqlite3.Connection, figure: Figure, expired: int) -> Ite
         if table == "key_days":  # which no report tells
             continue
         columns, where = ", ".join(sums.key + sums.columns), ""
-        if expired and table in ("crash_days", "group_days"):
+        if expired and table in ("crash_days", "group_days", "event_names"):
             where = f" where day > {(expired >> SEQ_BITS) // DAY + 1}"
         ours, theirs = (f"select {columns} from {place}.{table}{where}" for place in ("main", "stored"))
         queries = [f"{ours} except {theirs}", f"{theirs} except {ours}"]

@@ -165,7 +165,7 @@ class Phone:
         if crash:
             trail = [(start, "launch"), *((at, name) for at, _, name, _ in steps)]
             yield "crash", steps[-1][0] + chance.randrange(2000), {
-                **self.about, "app_version": version, "build_number": build, **crash,
+                **event, "build_number": build, **crash,
                 "breadcrumbs": [{"at": backfeedr.iso_time(at), "action": name} for at, name in trail]}
         elif chance.random() < 0.93:  # the others are killed in the background, without a session_end
             yield "event", start + int(length), {**event, "type": "session_end"}
@@ -234,7 +234,7 @@ COMMUTE = (2, 1, 1, 1, 4, 14, 26, 24, 13, 9, 9, 11, 12, 11, 14, 22, 27, 20, 13, 
 COOKING = (2, 1, 1, 1, 1, 2, 4, 6, 8, 11, 14, 12, 8, 8, 11, 17, 24, 23, 15, 9, 7, 6, 5, 3)
 APPS = (
     App("Tramwise", False, 270, 75, (1.05, 1.1, 1.1, 1.08, 1, 0.5, 0.42), COMMUTE,
-        ((99, "2.3.0", "418"), (22.3, "2.4.0", "431"), (8.4, "2.4.1", "437")), RIDES),
+        ((99, "2.3.0", "418"), (22.3, "2.4.0", "431"), (12.4, "2.4.1", "437"), (3.6, "2.4.2", "441")), RIDES),
     App("Ladlebook", False, 75, 380, (0.6, 0.55, 0.6, 0.65, 0.8, 1.2, 1.35), COOKING,
         ((99, "1.8.2", "96"), (12.2, "1.9.0", "103")), MEALS),
     App("Tramwise Beta", True, 24, 60, (1, 1, 1, 1, 1, 0.2, 0.2), COMMUTE,
@@ -255,12 +255,21 @@ CRASHES: Sequence[tuple] = (  # crashes in a thousand sessions of a version; app
      FATAL + "DepartureBoard.swift:214 closure #1 (Departure) -> BoardRow in DepartureBoard.merge(_:into:)"
      " < libswiftCore.dylib Sequence.map<A, B>(_:) < DepartureBoard.swift:209 DepartureBoard.merge(_:into:)"
      " < RealtimeFeed.swift:88 closure #2 (RealtimeUpdate) -> () in RealtimeFeed.subscribe(to:)" + MAIN_QUEUE),
-    ({"2.3.0": 8, "2.4.0": 8, "2.4.1": 0.5}, "Tramwise", "", "EXC_BAD_ACCESS",
+    ({"2.4.2": 55}, "Tramwise", "", "SIGABRT",
+     "NSInvalidArgumentException: *** -[__NSPlaceholderDictionary initWithObjects:forKeys:count:]: duplicate keys",
+     RAISE + "CoreFoundation -[__NSPlaceholderDictionary initWithObjects:forKeys:count:]"
+     " < WidgetTimeline.swift:83 WidgetTimeline.entries(for:until:)"
+     " < WidgetTimeline.swift:41 closure #1 @Sendable () -> () in WidgetTimeline.refresh()"
+     " < FavouriteStops.swift:120 FavouriteStops.didChange(_:)" + MAIN_QUEUE),
+    ({"2.4.2": 80}, "Tramwise", " iPhone17", "EXC_BAD_ACCESS", "KERN_PROTECTION_FAILURE at 0x000000016d3fbff0",
+     "libsystem_platform.dylib _platform_memmove < LiveActivity.swift:57 LiveActivity.update(with:)"
+     " < LiveActivity.swift:22 LiveActivity.start(for:) < TripView.swift:140 TripView.follow(_:)" + WORKER),
+    ({"2.3.0": 8, "2.4.0": 8, "2.4.1": 0.5, "2.4.2": 0.5}, "Tramwise", "", "EXC_BAD_ACCESS",
      "KERN_INVALID_ADDRESS at 0x0000000000000018",
      "libobjc.A.dylib objc_retain < LineMapRenderer.swift:162 LineMapRenderer.draw(_:zoomScale:in:)"
      " < LineMapRenderer.swift:97 @objc LineMapRenderer.draw(_:zoomScale:in:)"
      " < MapKit -[MKOverlayRenderer _renderTile:inContext:] < VectorKit md::OverlayTileSource::rasterize()" + WORKER),
-    ({"2.3.0": 8, "2.4.0": 7, "2.4.1": 1, "2.5.0": 25}, "Tramwise", "", "SIGABRT",
+    ({"2.3.0": 8, "2.4.0": 7, "2.4.1": 1, "2.4.2": 1, "2.5.0": 25}, "Tramwise", "", "SIGABRT",
      "NSInternalInconsistencyException: Invalid update: invalid number of items in section 0",
      RAISE + "Foundation -[NSAssertionHandler handleFailureInMethod:object:file:lineNumber:description:]"
      " < UIKitCore -[UICollectionView performBatchUpdates:completion:]"
@@ -271,7 +280,7 @@ CRASHES: Sequence[tuple] = (  # crashes in a thousand sessions of a version; app
      "libsystem_kernel.dylib __ulock_wait < libdispatch.dylib _dispatch_sync_f_slow"
      " < Timetable.swift:61 Timetable.read<A>(_:) < Timetable.swift:118 Timetable.departures(at:after:)"
      " < SceneDelegate.swift:47 SceneDelegate.sceneWillEnterForeground(_:)" + MAIN_QUEUE),
-    ({"2.3.0": 45, "2.4.0": 50, "2.4.1": 10}, "Tramwise", " iPad13,18", "EXC_RESOURCE",
+    ({"2.3.0": 45, "2.4.0": 50, "2.4.1": 10, "2.4.2": 10}, "Tramwise", " iPad13,18", "EXC_RESOURCE",
      "RESOURCE_TYPE_MEMORY: high watermark memory limit exceeded (limit=2098 MB)",
      "libsystem_platform.dylib _platform_memmove < CoreGraphics CGBitmapContextCreateImage"
      " < NetworkMapTiles.swift:201 NetworkMapTiles.image(for:scale:)"
