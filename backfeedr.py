@@ -4386,13 +4386,13 @@ class Alerts:
 
     def _note(self, message: Message, error: Undelivered | None) -> None:
         """When a message gets through, what else waits for its channel is due. When not, the channel's others wait
-        until its next try."""
+        until its next try. None of them waits longer than a message is tried, or a dead channel would collect them."""
         now = self._store.now
         pause = PAUSES[message.tries - 1] if message.tries <= len(PAUSES) else None
         values = {"id": message.id, "channel": message.channel_id, "now": now, "tries": message.tries,
                   "error": str(error), "is_gone": bool(error and error.is_gone)}
         values["next"] = now + max(pause or PAUSES[0], error.pause if error else 0)
-        values["retry"] = values["next"] if pause else None
+        values.update(retry=values["next"] if pause else None, oldest=now - sum(PAUSES))
         steps = ["update channels set error = null, error_at = null, sent_at = :now where id = :channel",
                  "update messages set due_at = null where id = :id",
                  "update messages set due_at = :now where channel_id = :channel and due_at > :now"]
@@ -4403,6 +4403,7 @@ class Alerts:
                 where id = :channel""",
                      "update messages set due_at = :retry, taken_until = 0 where id = :id and tries = :tries",
                      "update messages set due_at = :next where channel_id = :channel and due_at <= :now",
+                     "update messages set due_at = null where channel_id = :channel and created_at < :oldest",
                      "delete from messages where channel_id = :channel and :is_gone = 1"]
         with self._store.writing(shared=True) as db:
             for step in steps:  # the channel first, so that two hosts do not wait for each other
