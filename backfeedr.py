@@ -4186,7 +4186,7 @@ def shown_address(url: str) -> str:
     parts = urlsplit(url)
     host = parts.hostname if parts.scheme in CHANNELS else ""
     rest = url.partition(parts.netloc)[2] if host else url.partition("://")[2]
-    return f"{parts.scheme}://{host}" + (f"{'/' * bool(host)}...{rest[-4:] if len(rest) > 12 else ''}" if rest else "")
+    return f"{parts.scheme}://{host}" + (f"{'/' * bool(host)}...{rest[-4:] if len(rest) >= 12 else ''}" if rest else "")
 
 
 class Alerts:

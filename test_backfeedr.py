@@ -52,6 +52,7 @@ from types import SimpleNamespace
 from urllib.parse import urlencode, urlsplit
 from uuid import UUID
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+from xml.etree import ElementTree
 
 import pytest
 import webtest
@@ -5754,6 +5755,87 @@ def test_a_browser_shows_the_pages_without_an_error(serve, tmp_path, demo):
             assert requests and all(each.startswith((url, "data:")) for each in requests)
 
 
+# -- Alerts and the feed
+
+def test_the_page_of_apps_adds_tests_and_removes_channels_and_shows_a_secret_once(api, clock, person, receiver):
+    page = submit(person.get("/apps"), "add-channel", url=receiver.url + "/a/secret/path", app="default",
+                  **{"on-crash.spread": True, "hour": "9"})
+    secret, = re.findall("whsec_[A-Za-z0-9+/=]+", html.unescape(page.text))
+    assert sql(api.server.store.path, "select url, secret, app_id, kinds, with_reason, digest_at from channels") == [
+        (receiver.url + "/a/secret/path", secret, 1, "crash.new,crash.regressed,crash.unmuted,crash.spread", 0, None)]
+    assert not re.search("whsec|secret/path", person.get("/apps").text) and "...path" in person.text("/apps")
+    page = submit(person.get("/apps"), "test-channel", id="1")
+    assert "Channel 1 took a test message." in page.text
+    assert receiver.bodies[0]["data"]["facts"] == [{"type": "test", "text": "This is a test of channel 1."}]
+    receiver.status = 500
+    page = submit(person.get("/apps"), "test-channel", id="1")
+    assert page.status_int == 400 and "Channel 1: it answered 500." in page.text
+    assert "it answered 500, just now ; 0 waiting" in person.text("/apps")
+    page = submit(person.get("/apps"), "add-channel", url="ftp:/")
+    assert page.status_int == 400 and "A channel&#039;s address is like https://" in page.text
+    page = submit(person.get("/apps"), "add-channel", url="slack+https://example.com/1", reason=True,
+                  **{"on-digest": True})
+    assert "Made channel 2." in page.text and "whsec" not in page.text
+    assert sql(api.server.store.path, "select with_reason, app_id, digest_at from channels where id = 2") == [
+        (1, None, parse_time("2026-03-13T07:00:00Z"))]
+    for number in "1", "2":
+        assert f"Removed channel {number}." in submit(person.get("/apps"), "remove-channel", id=number).text
+    assert "Nobody is told" in person.text("/apps")
+    token = person.get("/apps").forms[0]["form_token"].value
+    answer = person.web.post("/apps", {"action": "remove-channel", "id": "1", "form_token": token}, status=400)
+    assert "There is no channel 1" in answer.text
+
+
+def feed_of(person, path, status=200):
+    """Title, time, id and link of each entry of the feed, and the feed itself."""
+    answer = person.web.get(path, status=status)
+    if status != 200:
+        return None, answer
+    assert answer.content_type == "application/atom+xml"
+    feed, atom = ElementTree.fromstring(answer.body), "{http://www.w3.org/2005/Atom}"
+    return [(each.find(atom + "title").text, each.find(atom + "updated").text, each.find(atom + "id").text,
+             each.find(atom + "link").attrib["href"]) for each in feed.iter(atom + "entry")], feed
+
+
+def test_the_feed_has_new_and_regressed_groups_for_whoever_has_its_token(serve, clock):
+    api = Api(serve(public_url="http://crashes.example.com"))
+    api.server.store.create_app("Beta", is_test=True)
+    person = Person(api.server)
+    person.sign_in()
+    hostile = "<b>&'\"\x01\ufffe\ud800]]>"
+    hashes = [api.post(CRASHES, {**CRASH, "exception_type": each, "occurred_at": f"2026-03-12T14:0{n}:00Z",
+                                 "app_version": "1.0"})[1]["group_hash"] for n, each in enumerate(["A", hostile])]
+    for path in ("/crashes.atom", "/crashes.atom?token=", "/crashes.atom?token=" + TOKEN, "/crashes.atom?token=\xff"):
+        assert feed_of(person, path, 404)[1].json == {"error": "not found"}, "there is no token yet"
+    page = submit(person.get("/apps"), "make-feed").text
+    url, = re.findall(r"http://crashes.example.com(/crashes.atom\?token=bf_feed_[0-9a-f]{32})<", page)
+    assert "bf_feed_" not in person.get("/apps").text
+    assert url[-40:].encode() not in content_of(api.server.store.path)
+    stranger = Person(api.server)
+    entries, feed = feed_of(stranger, url)
+    assert [entry[:2] for entry in entries] == [
+        ("New: <b>&'\"\ufffd\ufffd\ufffd]]>", "2026-03-12T14:01:00Z"), ("New: A", "2026-03-12T14:00:00Z")]
+    assert entries[1][3] == f"http://crashes.example.com/crashes/{hashes[0]}?app=default"
+    links = {each.attrib.get("rel"): each.attrib["href"] for each in feed.findall("{http://www.w3.org/2005/Atom}link")}
+    assert links["self"] == "http://crashes.example.com" + url
+    assert feed.find("{http://www.w3.org/2005/Atom}updated").text == entries[0][1]
+    api.post(CRASHES, {**CRASH, "exception_type": "A"})
+    sql_run(api.server.store.path, f"""
+        insert into triage (app_id, group_hash, state, changed_at, regressed_at)
+        values (1, '{hashes[0]}', 'open', 0, {api.server.store.now})""")
+    later, _ = feed_of(stranger, url)
+    assert later[0][:2] == ("Regressed: A", NOW) and later[1:] == entries and later[0][2] != entries[1][2]
+    assert feed_of(stranger, url + "&app=Beta")[0] == [] and feed_of(stranger, url + "&app=default")[0] == later
+    feed_of(stranger, url + "&app=nobody", 404)
+    for number in range(60):
+        api.server.store.add(backfeedr.sha256(KEY), [parse_crash({**CRASH, "exception_type": f"E{number}"})])
+    assert len(feed_of(stranger, url)[0]) == 50
+    submit(person.get("/apps"), "make-feed")
+    feed_of(stranger, url, 404)
+    submit(person.get("/apps"), "withdraw-feed")
+    assert sql(api.server.store.path, "select name from secrets") == [("admin_token",)]
+
+
 # == Server ====================================================================
 
 def start_python(*arguments, **variables):
@@ -6526,6 +6608,41 @@ def test_key_list_has_the_day_of_the_last_use_and_the_requests_of_seven_days(com
     found = {line.split()[0][:16]: tuple(line.split()[-3:]) for line in lines}
     day = {days: time_text(today - days * 86400)[:10] for days in (4, 20)}
     assert [found[used[name][:16]] for name in used] == [("-", "-", "0"), ("-", day[20], "0"), ("-", day[4], "5")]
+
+
+def test_the_commands_of_alerts_add_list_test_and_remove_channels_and_deliver(command, clock, receiver):
+    clock.seconds = time.time() - 120
+    with opened(clock) as server:
+        server.store.create_app("Shop")
+        status, secret, err = command("alert", "add", receiver.url + "/hook/secret", "--app", "Shop", "--on",
+                                      "crash.new,digest", "--hour", "23")
+        assert status == 0 and re.fullmatch("whsec_.{44}\n", secret)
+        assert "Made channel 1." in err and "can be read on its way" in err and "/hook" not in err
+        assert command("alert", "add", f"slack+{receiver.url}/2", "--with-reason")[:2] == (0, "")
+        note(server, app="Shop")
+        lines = command("alert", "list")[1].splitlines()
+        assert [line.split()[:3] for line in lines[1:]] == [
+            ["1", "http://127.0.0.1/...cret", "Shop"], ["2", "slack+http://127.0.0.1/...", "all"]]
+    assert command("deliver") == (0, "", "Messages sent: 2; failed, to be tried again: 0\n")
+    assert command("deliver") == (0, "", "Messages sent: 0; failed, to be tried again: 0\n")
+    assert command("alert", "test", "1") == (0, "", "Channel 1 took a test message.\n")
+    assert "WARN" not in command("check")[1].replace("disk is nearly full", "")
+    receiver.status = 404
+    assert command("alert", "test", "1") == (1, "", "backfeedr: channel 1: it answered 404\n")
+    assert "it answered 404" in command("alert", "list")[1]
+    status, out, _ = command("check")
+    assert status == 0 and "\nWARN Channel 1 (http://127.0.0.1/...cret) has failed: it answered 404 at 20" in out
+    receiver.status = 410
+    assert command("alert", "test", "2") == (1, "", "backfeedr: channel 2: it answered 410\n")
+    assert "\nWARN Channel 2 (slack+http://127.0.0.1/...) has ended: it answered 410 at 20" in command("check")[1]
+    assert command("alert", "remove", "1") == (0, "", "Removed channel 1.\n")
+    for verb in "remove", "test":
+        assert command("alert", verb, "1") == (1, "", "backfeedr: there is no channel 1: see 'alert list'\n")
+    for options, problem in ((["--app", "Shopp"], "no app named"), (["--on", "crash.old"], "no fact 'crash.old'")):
+        status, out, err = command("alert", "add", receiver.url, *options)
+        assert (status, out, err.count("\n")) == (1, "", 1) and problem in err
+    assert command("alert", "add", receiver.url, "--hour", "24")[0] == 2
+    assert len(command("alert", "list")[1].splitlines()) == 2
 
 
 @pytest.mark.parametrize("step", [0, 1, 4, 12])
