@@ -5841,9 +5841,8 @@ revoked {{!when(iso(row.revoked_at))}}
              + " " + _form("/apps", '<button class="plain">Remove</button>', action="remove-channel",
                            id='{{row["id"]}}'), "bare"),
         empty="Nobody is told of new or regressed crashes yet.") + """
-<details><summary>Add a channel</summary>
-""" + _form("/apps", """<p><label>Address <input name="url" size="50" required
-placeholder="https://..., slack+https://..., ntfy+https://ntfy.sh/TOPIC"></label>
+<div class="actions"><details><summary>Add a channel</summary>
+""" + _form("/apps", """<p><label>Address <input name="url" size="30" required placeholder="https://..., slack+https://..."></label>
 <label>App <select name="app"><option value="">all live apps</option>{{!options(app.name for app in apps)}}</select>
 </label></p><p>
 % for kind, is_on in fact_kinds.items():
@@ -5853,7 +5852,7 @@ placeholder="https://..., slack+https://..., ntfy+https://ntfy.sh/TOPIC"></label
 <label><input type="checkbox" name="reason" value="1"> with the reasons of crashes, which then leave this host</label>
 </p>
 <p><button>Add it</button></p>
-""", action="add-channel") + """</details></section>
+""", action="add-channel") + """</details></div></section>
 <section><h2>Feed</h2>
 <p>{{"The feed of new and regressed crashes has an address." if has_feed else "A feed has new and regressed crashes."}}
 """ + _form("/apps", '<button>Make a new address</button>', action="make-feed") + """
