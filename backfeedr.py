@@ -4042,7 +4042,7 @@ FACT_WORDS = {  # what a message calls them, and their priority at ntfy
 _TOLD = ("exception_type", "place", "app_version", "build_number", "crashes", "devices", "fixed_in", "before")
 
 
-class Undelivered(Exception):
+class Undelivered(StoreError):
     """A try that failed. `str()` says why, without the address, which may be secret; `pause` is what the receiver asks
     for, in milliseconds, and `is_gone` whether it wants nothing more."""
 
@@ -4060,21 +4060,16 @@ class Message(NamedTuple):
     tries: int
 
 
-class Post(NamedTuple):
-    """A request to a receiver."""
-
-    url: str
-    body: bytes
-    headers: dict[str, str] = {}
+Post = tuple[str, bytes, dict[str, str]]  # a request: its address, body and headers
 
 
 def _webhook(channel: JsonObject, message: Message, now: int) -> Post:
     """As https://www.standardwebhooks.com has it."""
     timestamp, key = str(now // SECOND), base64.b64decode(channel["secret"][len("whsec_"):])
     mark = hmac.new(key, f"{message.id}.{timestamp}.{message.body}".encode(), hashlib.sha256).digest()
-    return Post(channel["url"], message.body.encode(), {
+    return channel["url"], message.body.encode(), {
         "webhook-id": message.id, "webhook-timestamp": timestamp,
-        "webhook-signature": "v1," + base64.b64encode(mark).decode()})
+        "webhook-signature": "v1," + base64.b64encode(mark).decode()}
 
 
 def _slack(channel: JsonObject, message: Message, now: int) -> Post:
@@ -4083,17 +4078,16 @@ def _slack(channel: JsonObject, message: Message, now: int) -> Post:
     text = "\n".join(message_lines(message))
     for mark, harmless in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("@", "@\u200b")):
         text = text.replace(mark, harmless)
-    return Post(channel["url"].partition("+")[2], _encode({"text": text}).encode())
+    return channel["url"].partition("+")[2], _encode({"text": text}).encode(), {}
 
 
 def _ntfy(channel: JsonObject, message: Message, now: int) -> Post:
     """As JSON: a header could not carry every title."""
     url, _, topic = channel["url"].partition("+")[2].rpartition("/")
     data, (title, *lines) = json.loads(message.body)["data"], message_lines(message, False)
-    link = {"click": data["url"]} if data.get("url") else {}
-    priority = max(FACT_WORDS[each["type"]][1] for each in data["facts"])
-    return Post(url + "/", _encode({"topic": topic, "title": title, "message": "\n".join(lines), "priority": priority,
-                                    **link}).encode())
+    told = {"topic": topic, "title": title, "message": "\n".join(lines), "click": data.get("url"),
+            "priority": max(FACT_WORDS[each["type"]][1] for each in data["facts"])}
+    return url + "/", _encode({name: value for name, value in told.items() if value}).encode(), {}
 
 
 CHANNELS: dict[str, Callable[[JsonObject, Message, int], Post]] = {
@@ -4110,10 +4104,10 @@ def message_lines(message: Message, with_links: bool = True) -> list[str]:
     return [data["title"], *lines[:shown], *([f"and {more:,} more"] if more else [])]
 
 
-def post(request: Post) -> None:
+def post(url: str, body: bytes, headers: Mapping[str, str]) -> None:
     """Sends a request. Raises Undelivered unless its answer is a 2xx; a redirect is none."""
-    parts = urlsplit(request.url)
-    headers = {"Content-Type": "application/json", "User-Agent": f"backfeedr/{__version__}", **request.headers}
+    parts = urlsplit(url)
+    headers = {"Content-Type": "application/json", "User-Agent": f"backfeedr/{__version__}", **headers}
     if parts.username is not None:
         user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
         headers["Authorization"] = "Basic " + base64.b64encode(user.encode()).decode()
@@ -4128,7 +4122,7 @@ def post(request: Post) -> None:
     late.daemon = True
     late.start()
     try:
-        connection.request("POST", (parts.path or "/") + ("?" + parts.query) * bool(parts.query), request.body, headers)
+        connection.request("POST", (parts.path or "/") + ("?" + parts.query) * bool(parts.query), body, headers)
         answer = connection.getresponse()
     except (OSError, HTTPException, ValueError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
@@ -4150,35 +4144,32 @@ def _pause(retry_after: str) -> int:
 
 
 def _apprise(url: str) -> Any:
-    """What sends to one of the many other kinds of address. Raises StoreError."""
+    """What sends to one of the many other kinds of address. Raises Undelivered."""
     try:
         import apprise  # type: ignore[import-not-found]
     except ImportError:
-        raise StoreError("only https://, slack+https:// and ntfy+https:// go without Apprise:"
-                         " pip install 'backfeedr[alerts]' or apprise") from None
+        raise Undelivered("only https://, slack+https:// and ntfy+https:// go without Apprise:"
+                          " pip install 'backfeedr[alerts]' or apprise") from None
     logging.getLogger("apprise").setLevel(logging.CRITICAL)  # it logs addresses
     sender = apprise.Apprise()
     if not sender.add(url):
-        raise StoreError("that is no address that Apprise knows")
+        raise Undelivered("that is no address that Apprise knows")
     return sender
 
 
 def check_address(url: str) -> str:
     """The scheme of a channel's address. Raises StoreError where there is no sending to it."""
-    try:
+    with suppress(ValueError):
         parts = urlsplit(url)
-        is_sound = re.fullmatch("[!-~]+", url) and parts.scheme and parts.netloc
-        is_ours = is_sound and parts.scheme in CHANNELS
-        is_sound = is_sound and (not is_ours or parts.hostname and parts.port != 0 and not parts.fragment)
-    except ValueError:
-        is_sound = None
-    if not is_sound:
-        raise StoreError("a channel's address is like https://example.com/hook, without spaces")
-    if parts.scheme.startswith("ntfy+") and not re.fullmatch(r"(/.*)?/[\w-]{1,64}", parts.path + parts.query):
-        raise StoreError("an address of ntfy ends with the topic: ntfy+https://ntfy.sh/TOPIC")
-    if not is_ours:
-        _apprise(url)
-    return parts.scheme
+        is_ours = parts.scheme in CHANNELS
+        has_topic = "ntfy" not in parts.scheme or re.fullmatch(r"(/.*)?/[\w-]{1,64}", parts.path + parts.query)
+        if re.fullmatch("[!-~]+", url) and parts.netloc and (not is_ours or (
+                parts.hostname and parts.port != 0 and not parts.fragment and has_topic)):
+            if not is_ours:
+                _apprise(url)
+            return parts.scheme
+    raise StoreError("a channel's address is like https://example.com/hook or ntfy+https://ntfy.sh/TOPIC, and has no"
+                     " spaces")
 
 
 def shown_address(url: str) -> str:
@@ -4237,12 +4228,11 @@ class Alerts:
     def test(self, id: int) -> None:
         """Sends a message now. Raises StoreError with what came back instead of a 2xx."""
         with self._store.reading() as db:
-            channel = next(iter(dict_rows(db, "select * from channels where id = ?", (id,))), None)
-        if channel is None:
+            found = dict_rows(db, "select * from channels where id = ?", (id,))
+        if not found:
             raise StoreError(f"there is no channel {id}: see 'alert list'")
-        facts = [{"type": "test", "text": f"This is a test of channel {id}."}]
-        body = self._body("test", "backfeedr: a test", facts)
-        if error := self._try(channel, Message(_message_id(), id, body, 1)):
+        body = self._body("test", "backfeedr: a test", [{"type": "test", "text": f"This is a test of channel {id}."}])
+        if error := self._try(found[0], Message(_message_id(), id, body, 1)):
             raise StoreError(f"channel {id}: {error}")
 
     # Messages
@@ -4374,15 +4364,10 @@ class Alerts:
     def _send(self, channel: JsonObject, message: Message) -> None:
         scheme = urlsplit(channel["url"]).scheme
         if scheme in CHANNELS:
-            post(CHANNELS[scheme](channel, message, self._store.now))
-        else:
-            title, *lines = message_lines(message)
-            try:
-                sender = _apprise(channel["url"])
-            except StoreError as error:
-                raise Undelivered(str(error)) from None
-            if not sender.notify(title=title, body="\n".join(lines)):
-                raise Undelivered("Apprise could not send it")
+            return post(*CHANNELS[scheme](channel, message, self._store.now))
+        title, *lines = message_lines(message)
+        if not _apprise(channel["url"]).notify(title=title, body="\n".join(lines)):
+            raise Undelivered("Apprise could not send it")
 
     def _note(self, message: Message, error: Undelivered | None) -> None:
         """When a message gets through, what else waits for its channel is due. When not, the channel's others wait
@@ -5842,7 +5827,8 @@ revoked {{!when(iso(row.revoked_at))}}
                            id='{{row["id"]}}'), "bare"),
         empty="Nobody is told of new or regressed crashes yet.") + """
 <div class="actions"><details><summary>Add a channel</summary>
-""" + _form("/apps", """<p><label>Address <input name="url" size="30" required placeholder="https://..., slack+https://..."></label>
+""" + _form("/apps", """<p class="note">A webhook (https), slack+https, ntfy+https, or what Apprise knows.</p>
+<p><label>Address <input name="url" size="30" required></label>
 <label>App <select name="app"><option value="">all live apps</option>{{!options(app.name for app in apps)}}</select>
 </label></p><p>
 % for kind, is_on in fact_kinds.items():
