@@ -427,8 +427,10 @@ _FIELDS_OF = {name: [field for field, names in _FRAME_FIELDS.items() if name in 
               for name in chain.from_iterable(_FRAME_FIELDS.values())}
 _PLAIN_FIELDS = {"frame", "symbol", "file", "line"}  # those of the API
 _LOCATED = re.compile(r"(.*) \+ ([0-9]{1,18})")  # symbol or binary, and an offset into it
-_ADDRESS = re.compile("0x[0-9a-fA-F]+|[0-9a-fA-F]{8,16}|<redacted>|<unknown>|[?]+|")  # where a device knows no symbol
-_BARE = re.compile(r"[\w.-]+")
+# What stands where a device knows no symbol.
+_ADDRESS = re.compile("0x[0-9a-fA-F]+|[0-9a-fA-F]{8,16}|<redacted>|<unknown>|[?]+|_{0,2}mh_(?:execute|dylib)_header|")
+_CALL_STACK_LINE = re.compile(r"(?:[0-9]{1,4}\s+(\S.{0,200}?)\s+)?0x[0-9a-fA-F]{1,16} (?!\+ )(.+)")  # callStackSymbols
+_BARE = re.compile(r"[\w. -]+")
 
 
 class Frame(NamedTuple):
@@ -458,8 +460,8 @@ def read_frame(given: Mapping[str, Any]) -> Frame:
     that of whatever function comes before. `symbolicated` says that it is from symbols."""
     if given.keys() <= _PLAIN_FIELDS:
         symbol, file = given.get("symbol") or "", given.get("file") or ""
-        if " + " not in symbol and not _ADDRESS.fullmatch(symbol):
-            return Frame(symbol, file, is_own=bool(file) or None)
+        if len(symbol) + len(file) < 200 and (frame := _plain_frame(symbol, file)):
+            return frame
     values: dict[str, Any] = dict.fromkeys(_FRAME_FIELDS)
     for name, value in given.items():
         for field in _FIELDS_OF.get(name, ()) if value not in (None, "") else ():
@@ -468,6 +470,8 @@ def read_frame(given: Mapping[str, Any]) -> Frame:
     symbol, file, binary, path = (_string(values[name]) for name in ("symbol", "file", "binary", "path"))
     address, base, offset = (_integer(values[name]) for name in ("address", "image_base", "offset"))
     binary = binary.rpartition("/")[2]
+    if line := _CALL_STACK_LINE.fullmatch(symbol):
+        binary, symbol = binary or line[1] or "", line[2]
     if address is not None and offset is None and base is not None:
         offset = address - base
     elif address is not None and base is None and offset is not None:
@@ -481,6 +485,14 @@ def read_frame(given: Mapping[str, Any]) -> Frame:
     is_own = _is_own(given.get("in_app"), file, path, base, binary)
     is_named = bool(file or symbol and (given.get("symbolicated") is True or not uuid or offset is None or not is_own))
     return Frame(symbol, file, binary, uuid, offset, is_own, is_named)
+
+
+@lru_cache(maxsize=4096)
+def _plain_frame(symbol: str, file: str) -> Frame | None:
+    """A frame of which nothing else is known; None where its symbol is an address."""
+    if " + " in symbol or "0x" in symbol or _ADDRESS.fullmatch(symbol):
+        return None
+    return Frame(symbol, file, is_own=bool(file) or None)
 
 
 def _is_own(in_app: Any, file: str, path: str, base: int | None, binary: str) -> bool | None:
@@ -511,18 +523,19 @@ def image_uuid(value: Any) -> str:
 
 
 _PREFIX_WORDS = re.compile(
-    r"(?:@objc |specialized |merged |dynamic |implicit |partial apply (?:forwarder )?for |\$defer #[0-9]+ (?:\(\) )?in "
-    r"|closure #[0-9]+ (?:\(.*?\) (?:(?:async |throws )*-> .*? )?)?in "
+    r"(?:@objc |@nonobjc |specialized |merged |dynamic |implicit |partial apply (?:forwarder )?for "
+    r"|\$defer #[0-9]+ (?:\(\) )?in |(?:implicit )?(?:auto)?closure #[0-9]+ (?:[(@<].{0,200}? )?in "
     r"|\([0-9]+\) (?:suspend|await) resume partial function for "
     r"|(?:generic|function signature) specialization <[^<>]*(?:<[^<>]*>[^<>]*)*> of )+")
-_BLOCK = re.compile(r"(?:__[0-9]+(?=[-+]\[)|__(?=.*_block_invoke))?(.*?)_block_invoke[_.0-9]*")
+_BLOCK = re.compile(r"(?:__[0-9]+(?=[-+]\[)|__(?=.*_block_invoke))?(.*?)_block_invoke(?:_[0-9]+)?")
 _SUFFIX = re.compile(
-    r"(?: \+ [0-9]+| \([^()]*:[0-9]+\)| (?:at )?0x[0-9a-fA-F]+|\.(?:cold|resume)|T[YQ][0-9]+_"
-    r"|(?:\.(?:cold|llvm|resume|part|constprop|isra))?\.[0-9]+)+")
+    r"(?: \+ [0-9]+| \([^()]*:[0-9]+\)| \(\.[\w.]+\)| \[clone [^]]*\]| (?:at )?0x[0-9a-fA-F]+|\.(?:cold|resume)"
+    r"|T[YQ][0-9]+_|(?:\.(?:cold|llvm|resume|part|constprop|isra))?\.[0-9]+)+")
 # Of every program, and made by the compiler: they tell nothing of where a fault is.
 _NOT_COUNTED = re.compile(
-    r"(?:_?main|start|_?dyld_start|static .*\$main\(\)|\$s.*5\$mainyyFZ|__debug_main_executable_dylib_entry_point"
-    r"|<compiler-generated>|(?:reabstraction )?thunk for .*|protocol witness for .*|.* thunk)")
+    r"(?:_?main|start|_?dyld_start|static .*\$main\(\)(?: -> \(\))?|\$s.*5\$mainyyFZ|<compiler-generated>"
+    r"|__debug_main_executable_dylib_entry_point|protocol witness for .*|outlined .*|.* thunk"
+    r"|(?:(?:reabstraction|dispatch|non-virtual|virtual) )?thunk (?:for|to|of|helper from) .*)")
 # What every abort runs through.
 _OF_ABORTS = re.compile(
     r"_*(?:pthread_kill|kill|raise|abort|abort_message|assert_rtn|exceptionPreprocess|objc_exception_throw"
@@ -534,34 +547,44 @@ _OF_ABORTS = re.compile(
 @lru_cache(maxsize=2048)
 def canonical_name(symbol: str) -> str:
     """A symbol without what the compiler and the tools add to it, and what differs from build to build."""
-    name = _PREFIX_WORDS.sub("", symbol, 1) if _PREFIX_WORDS.match(symbol) else symbol
+    name = _without_suffix(_PREFIX_WORDS.sub("", symbol, 1) if _PREFIX_WORDS.match(symbol) else symbol)
     block = _BLOCK.fullmatch(name)
-    name = block[1] if block else name
-    ends = _SUFFIX.search(name) if name else None
-    while ends and ends.end() < len(name):
-        ends = _SUFFIX.search(name, ends.end())
-    return name[:ends.start()] if ends and ends.start() else name
+    return block[1] if block else name
+
+
+def _without_suffix(name: str) -> str:
+    for end in _SUFFIX.finditer(name):
+        if end.start() and end.end() == len(name):
+            return name[:end.start()]
+    return name
 
 
 def group_hash(exception_type: str, frames: Sequence[Mapping[str, Any]]) -> str:
     """The group of a crash: its exception type, and the names of the first three frames of the app's own code. System
     frames stand in only where there is none. A frame without a name is its build and offset."""
-    return group_of(exception_type, list(map(read_frame, frames)))
+    return group_of(exception_type, map(read_frame, frames))
 
 
-def group_of(exception_type: str, frames: Sequence[Frame]) -> str:
-    """As group_hash, of frames that were read."""
-    labels = [(frame, _label(frame)) for frame in frames]
-    counted = [(frame, label) for frame, label in labels if not _NOT_COUNTED.fullmatch(label)]
-    telling = [(frame, label) for frame, label in counted if not _OF_ABORTS.fullmatch(label)]
+def group_of(exception_type: str, frames: Iterable[Frame]) -> str:
+    """As group_hash, of frames that were read. Takes no more of them than it needs: mostly, the app's own tell."""
+    seen: list[Frame] = []
     candidates = (
-        [label for frame, label in counted if frame.is_own],
-        [label for frame, label in telling if frame.symbol],
-        [label for frame, label in telling if label],
-        [label for frame, label in labels if frame.is_own or frame.symbol],
-        [label for frame, label in labels if label])
-    names = [name for name, _ in groupby(next(filter(None, candidates), []))]
-    return hashlib.sha256(":".join([exception_type, *names[:3]]).encode()).hexdigest()[:16]
+        (label for frame in frames if seen.append(frame) or frame.is_own and _counts(label := _label(frame))),
+        (label for frame in seen if frame.symbol and _tells(label := _label(frame))),
+        (label for frame in seen if (label := _label(frame)) and _tells(label)),
+        (_label(frame) for frame in seen if frame.is_own or frame.symbol),
+        filter(None, map(_label, seen)))
+    names = next(filter(None, (list(islice((name for name, _ in groupby(labels)), 3)) for labels in candidates)), [])
+    return hashlib.sha256(":".join([exception_type, *names]).encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=2048)
+def _counts(label: str) -> bool:
+    return not _NOT_COUNTED.fullmatch(label)
+
+
+def _tells(label: str) -> bool:
+    return _counts(label) and not _OF_ABORTS.fullmatch(label)
 
 
 def _label(frame: Frame) -> str:
@@ -741,13 +764,13 @@ def parse_crash(given: JsonObject) -> Crash:
         frames = _plain_frames(frames)
         given["stack_trace"] = frames or given["stack_trace"]
     values = _convert(given, _CRASH_FIELDS, MAX_STORED)
-    read = list(map(read_frame, frames))
+    read = list(map(read_frame, _kept_frames(frames)))
     return Crash(group_of(values[0], read), open_images(read), *values)
 
 
-def own_names(frames: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+def own_names(frames: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
     """Name and file of the first frames of a stack trace that are of the app itself."""
-    own = [frame for frame in map(read_frame, frames) if frame.is_own][:20]
+    own = islice((frame for frame in map(read_frame, frames) if frame.is_own), 20)
     return tuple(name for frame in own for name in (frame.title, frame.file))
 
 
@@ -756,9 +779,13 @@ def _recent_own_names(stack_trace: str) -> tuple[str, ...]:  # of alike crashes,
     return own_names(json.loads(stack_trace or "[]"))
 
 
+_TEXT_OR_NONE, _INTEGER_OR_NONE = {str, type(None)}, {int, type(None)}
+
+
 def _is_plain_frame(frame: Any) -> bool:
-    return type(frame) is dict and all(frame.get(name) in (None, "") or type(frame[name]) is kind for name, kind in (
-        ("frame", int), ("symbol", str), ("file", str), ("line", int)))
+    return (type(frame) is dict
+            and type(frame.get("symbol")) in _TEXT_OR_NONE and type(frame.get("file")) in _TEXT_OR_NONE
+            and type(frame.get("frame")) in _INTEGER_OR_NONE and type(frame.get("line")) in _INTEGER_OR_NONE)
 
 
 def _plain_frames(frames: Any) -> list[JsonObject]:
@@ -839,6 +866,10 @@ def _convert(given: JsonObject, converters: Converters, limit: int | None) -> li
     return _convert(_cut(given, values, unknown, limit), converters, None)
 
 
+def _kept_frames(frames: list[Any]) -> list[Any]:
+    return frames if len(frames) <= FIRST_FRAMES + LAST_FRAMES else frames[:FIRST_FRAMES] + frames[-LAST_FRAMES:]
+
+
 def _length(given: JsonObject, name: str, kind: type) -> int:
     return len(given[name]) if type(given.get(name)) is kind else 0
 
@@ -854,8 +885,8 @@ def _cut(given: JsonObject, values: JsonObject, unknown: JsonObject, limit: int)
     share, truncated = _fair_share([_size(part) for part in parts.values()], room), []
     for name, part in parts.items():
         fitting = part
-        if name == "stack_trace" and len(part) > FIRST_FRAMES + LAST_FRAMES:
-            fitting = part[:FIRST_FRAMES] + part[-LAST_FRAMES:]
+        if name == "stack_trace":
+            fitting = _kept_frames(part)
         elif type(part) is dict:
             fitting = dict(list(part.items())[:MAX_NAMES])
         fitting = _shortened(fitting, share)
@@ -978,6 +1009,7 @@ def parse_diagnostics(body: bytes, now: int, device: str = "") -> list[Crash | E
         reports = list(islice(_apple_reports(text[1:] if text.startswith("\ufeff") else text), MAX_BATCH + 1))
         if len(reports) > MAX_BATCH:
             raise Refusal(f"too many diagnostics: at most {MAX_BATCH}")
+        device = device.replace("\x00", "\ufffd")  # which a header may have, but no database takes
         return [parse({**given, "occurred_at": given["occurred_at"] or iso_time(now), "device_id_hash": device})
                 for parse, given in reports]
     except UnicodeDecodeError:
@@ -1150,7 +1182,7 @@ class _Image(NamedTuple):
 
     binary: str = ""
     uuid: str = ""
-    is_own: bool = False
+    is_own: bool | None = None  # None: nothing tells
 
 
 def _apple_frame(number: int, image: _Image, offset: int | None, given: JsonObject) -> JsonObject:
@@ -1162,9 +1194,9 @@ def _apple_frame(number: int, image: _Image, offset: int | None, given: JsonObje
     frame = {"frame": number, "symbol": "" if symbol == "<redacted>" else symbol, "file": file, "line": line or "",
              "binary": image.binary, "uuid": image.uuid, "offset": "" if offset is None else offset}
     flags = {"inlined": given.get("inline") is True, "in_app": image.is_own,
-             "symbolicated": image.is_own and frame["symbol"] and not file}  # other devices' own names may be wrong
+             "symbolicated": bool(image.is_own and frame["symbol"] and not file)}  # what a device names may be wrong
     return {**{name: value for name, value in frame.items() if value != ""},
-            **{name: True for name, value in flags.items() if value}}
+            **{name: value for name, value in flags.items() if value or name == "in_app" and value is False}}
 
 
 def _numbered(frames: list[Any]) -> list[tuple[int, Any]]:
@@ -1262,7 +1294,8 @@ def _metrickit_image(frame: JsonObject, names: Mapping[str, str]) -> tuple[_Imag
         loaded_at, offset = given, None if address is None or address < given else address - given
     else:
         loaded_at, offset = None if address is None else address - (given or 0), given
-    is_own = loaded_at is not None and 0 <= loaded_at < SYSTEM_BASE and not _NEVER_OWN.fullmatch(binary)
+    is_own = None if loaded_at is None else (
+        0 <= loaded_at < SYSTEM_BASE and not _NEVER_OWN.fullmatch(binary))
     return _Image(binary[:MAX_TEXT], uuid, is_own), offset
 
 
@@ -1316,7 +1349,7 @@ def _ips_trace(body: JsonObject) -> list[JsonObject]:
 def _ips_image(given: JsonObject, main_path: str) -> _Image:
     path, uuid = _member(given, "path", str)[:MAX_PATH], image_uuid(given.get("uuid"))
     binary = (_member(given, "name", str) or path.rpartition("/")[2])[:MAX_TEXT]
-    is_own = bool(path and (path == main_path or _OWN_PATH.match(path))) and not _NEVER_OWN.fullmatch(binary)
+    is_own = bool(path == main_path or _OWN_PATH.match(path)) and not _NEVER_OWN.fullmatch(binary) if path else None
     return _Image("" if binary == "???" else binary, uuid, is_own)
 
 
@@ -1471,8 +1504,9 @@ create table regroupings (                 -- groups whose crashes may have to m
     received_at integer not null, seq integer not null, target text not null,  -- of the last one that was looked at
     primary key (app_id, group_hash)) without rowid;
 """
-GROUPED_FRAMES = 100  # of a crash that are looked up for its group,
-SHOWN_LOOKUPS = 1000  # and look-ups for an answer: of 0.2 ms
+GROUPED_LOOKUPS = 20  # instructions that are looked up for the group of a crash: three names tell it
+SHOWN_LOOKUPS = 1000  # and for an answer; a look-up takes 0.3 ms
+CACHED_PAGES = 64  # of a transaction
 INLINE_DEPTH = 100  # functions of one instruction: where it is, and those that this is inlined in
 MAX_PARTS = 4000  # requests that bring the symbols of a build
 MAX_PAGE_ROWS = 2000  # all of which a look-up reads
@@ -1586,6 +1620,7 @@ class Symbols:
         self._db = db
         self._held: dict[str, bool] = {}
         self._found: dict[tuple[str, int], list[tuple[str, str, int]]] = {}
+        self._pages: dict[tuple[str, int], tuple] = {}  # by UUID and lowest offset
 
     @property
     def lookups(self) -> int:
@@ -1599,47 +1634,60 @@ class Symbols:
                 "select 1 from symbols where uuid = ? and received = parts", (uuid,)).fetchone() is not None
         return self._held[uuid]
 
-    def lookup(self, uuid: str, offset: int) -> list[tuple[str, str, int]]:
-        """Name, file and line of an instruction: first the innermost inlined function. "" and 0 are not known."""
-        if (uuid, offset) not in self._found:
-            row = self._db.execute("""
-                select first, page from symbol_pages where uuid = ? and first <= ? order by first desc limit 1
-                """, (uuid, offset)).fetchone() if self.is_held(uuid) and offset <= MAX_NUMBER else None
-            self._found[uuid, offset] = _find(*row, offset) if row else []
-        return self._found[uuid, offset]
-
-    def name(self, frames: Sequence[JsonObject], lookups: int = GROUPED_FRAMES) -> list[JsonObject]:
-        """The frames with the names, files and lines that the symbols give; an inlined one stands before the one that
-        it is in. Where nothing is known, or after so many look-ups, a frame is as it was."""
-        named: list[JsonObject] = []
-        most = self.lookups + lookups
-        for place, frame in enumerate(frames):
-            read, found = read_frame(frame), []
-            if read.uuid and read.offset is not None and not read.file and self.is_held(read.uuid):
-                key = read.uuid, max(0, read.offset - (place > 0))  # all but the innermost are return addresses
-                found = self.lookup(*key) if key in self._found or self.lookups < most else []
-            named += [_named_frame(frame, *each, is_inlined=each is not found[-1]) for each in found] or [frame]
-        return named
-
     def can_name(self, images: str | None) -> bool:
         """Whether the symbols of one of these builds are held."""
         return any(map(self.is_held, (images or "").split()))
+
+    def lookup(self, uuid: str, offset: int) -> list[tuple[str, str, int]]:
+        """Name, file and line of an instruction: first the innermost inlined function. "" and 0 are not known."""
+        if (uuid, offset) not in self._found:
+            row = self._db.execute("select max(first) from symbol_pages where uuid = ? and first <= ?",
+                                   (uuid, min(offset, MAX_OFFSET))).fetchone() if self.is_held(uuid) else (None,)
+            self._found[uuid, offset] = [] if row[0] is None else _find(*self._page(uuid, row[0]), offset)
+        return self._found[uuid, offset]
+
+    def _page(self, uuid: str, first: int) -> tuple:
+        if (uuid, first) not in self._pages:
+            page, = self._db.execute("select page from symbol_pages where uuid = ? and first = ?",
+                                     (uuid, first)).fetchone()
+            if len(self._pages) >= CACHED_PAGES:
+                self._pages.clear()
+            self._pages[uuid, first] = _decode_page(first, page)
+        return self._pages[uuid, first]
+
+    def named(self, frames: Iterable[JsonObject], lookups: int = GROUPED_LOOKUPS) -> Iterator[JsonObject]:
+        """The frames with the names, files and lines that the symbols give; an inlined one stands before the one that
+        it is in. Where nothing is known, or after so many look-ups, a frame is as it was."""
+        most, is_return = self.lookups + lookups, 0
+        for frame in frames:
+            read, found = read_frame(frame), []
+            if read.uuid and read.offset is not None and not read.file and self.is_held(read.uuid):
+                key = read.uuid, max(0, read.offset - is_return)
+                found = self.lookup(*key) if key in self._found or self.lookups < most else []
+            yield from [_named_frame(frame, *each, is_inlined=each is not found[-1]) for each in found] or [frame]
+            is_return = is_return or int(frame.get("inlined") is not True)  # all but the innermost are return addresses
 
     def group(self, crash: Crash) -> Crash:
         """The crash, in the group that its names give."""
         if not self.can_name(crash.images):
             return crash
-        frames = self.name(json.loads(crash.stack_trace))
-        return crash._replace(group_hash=group_hash(crash.exception_type, frames))
+        frames = self.named(json.loads(crash.stack_trace))
+        return crash._replace(group_hash=group_of(crash.exception_type, map(read_frame, frames)))
 
 
-def _find(first: int, page: bytes, offset: int) -> list[tuple[str, str, int]]:
+def _decode_page(first: int, page: bytes) -> tuple[list[int], Sequence[int], Sequence[int], list[str]]:
+    """Where its rows begin, their frames, all frames, and the strings."""
     plain = zlib.decompress(page)
     sizes = struct.unpack_from("<2I", plain)
     numbers = struct.unpack_from(f"<{sum(sizes)}i", plain, 8)
-    frames, rows, strings = numbers[:sizes[0]], numbers[sizes[0]:], json.loads(plain[8 + 4 * sum(sizes):])
-    at = bisect_right(list(accumulate(rows[::2], initial=first))[1:], offset) - 1
-    frame, found = rows[2 * at + 1], []
+    rows = numbers[sizes[0]:]
+    return (list(accumulate(rows[::2], initial=first))[1:], rows[1::2], numbers[:sizes[0]],
+            json.loads(plain[8 + 4 * sum(sizes):]))
+
+
+def _find(begins: Sequence[int], rows: Sequence[int], frames: Sequence[int], strings: Sequence[str],
+          offset: int) -> list[tuple[str, str, int]]:
+    frame, found = rows[bisect_right(begins, offset) - 1], []
     while frame >= 0 and len(found) < INLINE_DEPTH:
         name, file, line, frame = frames[4 * frame:4 * frame + 4]
         found.append((strings[name], strings[file] if file >= 0 else "", line))
@@ -1958,7 +2006,7 @@ create table groups (
         self._first: dict[tuple, Any] = {}  # by app_id and group_hash
         self._latest: dict[tuple, Any] = {}
         self._left: dict[tuple, int] = {}  # groups that crashes were taken out of, and the latest time of these
-        self._symbols = Symbols(self._db)
+        self.symbols = Symbols(self._db)
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
         for crash in reports:
@@ -2012,10 +2060,10 @@ create table groups (
     def _shown(self, group_hash: str, crash: Any) -> tuple[str | None, str, str]:
         """Reason, place and search text of a group whose latest crash this is."""
         reason, trace = (crash.exception_reason or "")[:MAX_TEXT] or None, crash.stack_trace or ""
-        if len(trace) < 20_000 and not self._symbols.can_name(crash.images):
+        if len(trace) < 20_000 and not self.symbols.can_name(crash.images):
             names = _recent_own_names(trace)
         else:
-            names = own_names(self._symbols.name(json.loads(trace or "[]")))
+            names = own_names(self.symbols.named(json.loads(trace or "[]")))
         words = "\n".join([crash.sent_type, reason or "", group_hash, *names])
         return reason, "".join(names[:1])[:200], words.casefold()[:4 * MAX_TEXT]
 
@@ -2035,10 +2083,20 @@ create table groups (
             where app_id = ? and group_hash = ?
             """, (*shown, app_id, group_hash))
 
+    def move(self, before: Sequence[Any], after: Sequence[Any]) -> None:
+        """Counts crashes in their new groups. `leave` ends it for the old one, which is looked at once."""
+        for crash in before:
+            if crash.at // DAY >= self._today - WEEK:
+                self.sums["group_days"].add(crash.app_id, crash.at // DAY, crash.group_hash, crashes=-1)
+        self.count(Crash, after, 1)
+
     def leave(self, app_id: int, group_hash: str, target: str) -> None:
-        """Makes the old name of a group an alias, if all its crashes have moved."""
-        if not target or self._db.execute("select 1 from crashes where app_id = ? and group_hash = ? limit 1",
-                                          (app_id, group_hash)).fetchone():
+        """Shows what is left of a group whose crashes have moved. If nothing is, its name becomes an alias."""
+        self._left[app_id, group_hash] = MAX_NUMBER
+        self.save()
+        if self._db.execute("select 1 from crashes where app_id = ? and group_hash = ? limit 1",
+                            (app_id, group_hash)).fetchone() or not self._db.execute(
+                                "select 1 from apps where id = ?", (app_id,)).fetchone():
             return
         self._db.execute("update group_aliases set target = ? where app_id = ? and target = ?",
                          (target, app_id, group_hash))
@@ -2506,10 +2564,11 @@ KEYS = {table: tuple(key.split(", ")) for table, key in re.findall(
 class RollUps:
     """All figures in one transaction: reports are counted, and then all changes are saved, once."""
 
-    def __init__(self, db: sqlite3.Connection, now: int):
+    def __init__(self, db: sqlite3.Connection, now: int, symbols: Symbols | None = None):
         self._db, self._now, self.names, releases = db, now, NewNames(db), Releases(db, now)
         self.figures: dict[type, Any] = {each: each(db, now, releases) for each in FIGURES[:-1]}
         self.figures[Releases] = releases
+        self.figures[Groups].symbols = symbols or Symbols(db)
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
         """Counts reports of a kind, in the order of their seqs, as Figure.count; by 0, those that have expired."""
@@ -3312,6 +3371,7 @@ class Process(Connections):
         self.commit_seconds = Histogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)
         self.stored = Counter(crashes=0, events=0)
         self.facts_noted = threading.Event()
+        self.regrouping: threading.Thread | None = None
 
     @property
     def waiting(self) -> list[Submission]:
@@ -3376,7 +3436,7 @@ class Commit:
     def save(self) -> Stored:
         """Writes the rows and the figures."""
         self._give_receipts()
-        rollups, counts = RollUps(self._db, self._now), Counter()
+        rollups, counts = RollUps(self._db, self._now, self._symbols), Counter()
         for (kind, app_id), (seqs, received, ahead, reports) in self._reports.items():
             flags, reports = rollups.names.limit(app_id, received, reports)
             columns = {"seq": seqs, "app_id": repeat(app_id), "received_at": received, **{
@@ -3421,8 +3481,8 @@ MAX_WAIT = 30.0  # seconds to wait for another thread's commit: longer than any 
 EXPIRE_SLICE = 10  # rows before the first look at the clock: one may be as large as a body
 EXPIRE_SECONDS = 0.02  # for which a step may delete expired reports
 NEARLY_FULL = 0.9  # the share of the disk or of max_db_size from which on the operator is warned
-REGROUPED = 20  # crashes that a step looks at to move them to another group
-MAX_SYMBOL_BYTES, MAX_BUILDS = 200_000_000, 500  # of a build's stored symbols, and builds that have some
+REGROUPED = 100  # crashes that are moved to another group together, or fewer within EXPIRE_SECONDS
+MAX_SYMBOL_BYTES, MAX_BUILDS = 200_000_000, 1000  # of a build's stored symbols, and builds that have some
 UPLOAD_DAYS = 7  # after which symbols go of which some parts never came
 SYMBOL_PAGES = 100  # that a step deletes: each may take 100 kB
 FACT_DAYS = 7  # after which a fact goes that nobody was told
@@ -3649,19 +3709,21 @@ class Store(Apps):
         """Stores a part of a build's symbols in place of what came as the same part before, and returns how far its
         upload is, and whether this part or all of it was here already. A build that is complete stays as it is. One
         that was begun in another number of parts is begun anew. Raises Refusal where there is no room."""
-        while (stored := self._put_part(uuid, part)) is None:
-            self._drop_symbols(uuid)
+        while type(stored := self._put_part(uuid, part)) is str:
+            self._drop_symbols(stored)
         return stored
 
-    def _put_part(self, uuid: str, part: SymbolPart) -> tuple[JsonObject, bool] | None:
-        """As put_symbols; None where what is left of another upload has to go first."""
+    def _put_part(self, uuid: str, part: SymbolPart) -> Any:
+        """As put_symbols; or the UUID of a build whose symbols, or what is left of them, have to go first."""
         with self.writing() as db:
+            if surplus := self._surplus_build(db, uuid):
+                return surplus
             query = "select parts, received from symbols where uuid = ?"
             parts, received = db.execute(query, (uuid,)).fetchone() or (part.parts, -1)
             was_held = received == parts
             if not was_held:
                 if parts != part.parts or not received:
-                    return None
+                    return uuid
                 was_held = self._store_part(db, uuid, part)
                 parts, received = db.execute(query, (uuid,)).fetchone()
                 if received == parts:
@@ -3690,21 +3752,31 @@ class Store(Apps):
             where uuid = :uuid""", {"uuid": uuid})
         return was_held
 
-    @staticmethod
-    def _check_room(db: Connection, uuid: str, part: SymbolPart) -> None:
-        """Raises Refusal where a part would exceed a bound."""
+    def _check_room(self, db: Connection, uuid: str, part: SymbolPart) -> None:
+        """Raises Refusal where a part would exceed a bound. Symbols must not take the room of reports."""
         size, = db.execute("select coalesce(sum(size), 0) from symbol_parts where uuid = ?", (uuid,)).fetchone()
         if size + part.size > MAX_SYMBOL_BYTES:
             raise Refusal("too many symbols", detail=(
                 f"those of a build may take {megabytes(MAX_SYMBOL_BYTES)}; 'symbols delete {uuid}' deletes what came"))
-        builds, = db.execute("select count(*) from symbols where uuid <> ?", (uuid,)).fetchone()
-        if builds >= MAX_BUILDS:
-            oldest = db.execute("""
-                select uuid, binary_name from symbols where uuid <> ?
-                order by uuid in (select uuid from group_images), uploaded_at, uuid limit 1""", (uuid,)).fetchone()
+        total, = db.execute("select coalesce(sum(size), 0) from symbol_parts").fetchone()
+        if self.max_db_size and total + part.size > self.max_db_size // 2:
             raise Refusal("too many symbols", detail=(
-                f"those of {MAX_BUILDS} builds are held; 'symbols delete {oldest[0]}' deletes those of {oldest[1]} that"
-                " are needed least"))
+                "they would take more than half of BACKFEEDR_MAX_DB_SIZE; 'symbols delete' makes room"))
+
+    @staticmethod
+    def _surplus_build(db: Connection, uuid: str) -> str:
+        """The build whose symbols have to go for those of a new one: of which no crash is kept, and the oldest of them;
+        "" where there is room. Raises Refusal where each has crashes."""
+        builds, = db.execute("select count(*) from symbols where uuid <> ?", (uuid,)).fetchone()
+        if builds < MAX_BUILDS:
+            return ""
+        oldest, is_needed = db.execute("""
+            select uuid, uuid in (select uuid from group_images) as is_needed from symbols where uuid <> ?
+            order by is_needed, uploaded_at, uuid limit 1""", (uuid,)).fetchone()
+        if is_needed:
+            raise Refusal("too many symbols", detail=(
+                f"those of {MAX_BUILDS} builds with crashes are held; 'symbols delete {oldest}' deletes the oldest"))
+        return oldest
 
     def _symbols_arrived(self, db: Connection, uuid: str) -> None:
         """Notes the groups whose crashes the symbols of a build can name."""
@@ -3745,15 +3817,17 @@ class Store(Apps):
         return deleted or db.execute("delete from symbols where uuid = ?", (uuid,)).rowcount
 
     def _expire_symbols(self, db: Connection) -> int:
-        """A step of deleting the symbols of a build of which no crash is kept, which are older than the retention, and
-        which a later build of the same binary has followed; or which never became complete. How many rows."""
+        """A step of deleting the symbols of a build of which no crash is kept, and which a later one of the same binary
+        followed longer ago than the retention, so that few of its hangs are kept; or which never became complete. How
+        many rows."""
         days = self.retention_days
         row = db.execute("""
             select uuid from symbols
             where received < parts and uploaded_at < :given_up or uploaded_at < :expired
                 and uuid not in (select uuid from group_images) and exists (
                     select 1 from symbols as later where later.binary_name = symbols.binary_name
-                        and later.received = later.parts and later.uploaded_at > symbols.uploaded_at)
+                        and later.received = later.parts and later.uploaded_at > symbols.uploaded_at
+                        and later.uploaded_at < :expired)
             order by uuid limit 1
             """, {"given_up": self.now - UPLOAD_DAYS * DAY, "expired": self.now - days * DAY if days else 0}).fetchone()
         return self._drop_pages(db, row[0]) if row else 0
@@ -3787,7 +3861,7 @@ class Store(Apps):
         except Exception as error:  # the reports of the commit are stored, and later commits try again
             if not isinstance(error, StorageUnavailable):
                 log.exception("unexpected error")
-        self._expire_at = now if deleted else now + SECOND
+        self._expire_at = now if deleted.keys() - {"moved"} else now + SECOND
 
     def _expire(self, db: Connection) -> Counter:
         """A step of deleting what is older than the retention; how many rows of each table. It ends after
@@ -3864,57 +3938,77 @@ class Store(Apps):
     def _regroup(self, db: Connection) -> int:
         """A step of moving crashes to the groups that their names give now. Returns how many it looked at; 0: all are
         where they belong."""
-        row = db.execute("select * from regroupings order by app_id, group_hash limit 1").fetchone()
-        if row is None:
-            return 0
-        app_id, group, *after, target = row
-        page = db.execute("""
+        looked, deadline, symbols = 0, time.monotonic() + EXPIRE_SECONDS, Symbols(db)
+        while row := db.execute("select * from regroupings order by app_id, group_hash limit 1").fetchone():
+            looked += self._regroup_some(db, symbols, deadline, *row)
+            if time.monotonic() > deadline:
+                break
+        return looked
+
+    def _regroup_some(self, db: Connection, symbols: Symbols, deadline: float, app_id: int, group: str,
+                      received_at: int, seq: int, target: str) -> int:
+        """Moves crashes of a group that come after this place; how many it looked at, and one more at the end."""
+        moved, places, looked, at = [], {}, 0, (received_at, seq)
+        rows = db.execute("""
             select received_at, seq, exception_type, images, stack_trace, extra from crashes
             where app_id = ? and group_hash = ? and (received_at, seq) > (?, ?) and group_hash <> ?
             order by received_at, seq
-            limit ?""", (app_id, group, *after, OTHER, REGROUPED)).fetchall()
-        symbols, moved = Symbols(db), []
-        for _, seq, *crash in page:
-            place = self._place(symbols, group, *crash)
-            moved += [(*place, seq)] if place != (group, crash[1]) else []
+            limit ?""", (app_id, group, *at, OTHER, REGROUPED))
+        for *at, exception_type, images, trace, extra in rows:
+            key = exception_type, trace, extra and "truncated" in extra
+            place = places[key] = places.get(key) or self._place(symbols, group, exception_type, trace, extra)
+            moved += [(*place, at[1])] if place != (group, images) else []
+            looked += 1
+            if time.monotonic() > deadline:
+                break
+        rows.close()
+        is_first = not received_at
         if moved:
-            target = self._move(db, app_id, group, moved) or target
-        if len(page) == REGROUPED:
+            target = self._move(db, symbols, app_id, group, moved, is_first) or target
+        is_cut_off = looked == REGROUPED or looked and time.monotonic() > deadline
+        if is_cut_off and db.execute("select 1 from crashes where app_id = ? and group_hash = ? limit 1",
+                                     (app_id, group)).fetchone():
             db.execute("""
                 update regroupings set received_at = ?, seq = ?, target = ? where app_id = ? and group_hash = ?
-                """, (*page[-1][:2], target, app_id, group))
-        else:
-            db.execute("delete from regroupings where app_id = ? and group_hash = ?", (app_id, group))
+                """, (*at, target, app_id, group))
+            return looked
+        db.execute("delete from regroupings where app_id = ? and group_hash = ?", (app_id, group))
+        if target:
             Groups(db, self.now).leave(app_id, group, target)
-        return len(page) + 1
+        return looked + 1
 
     @staticmethod
-    def _place(symbols: Symbols, group: str, exception_type: str, images: str | None, stack_trace: str | None,
+    def _place(symbols: Symbols, group: str, exception_type: str, trace: str | None,
                extra: str | None) -> tuple[str, str | None]:
         """Group and images of a stored crash. If its trace was cut, the frames that made its group may be gone."""
-        frames = json.loads(stack_trace or "[]")
-        images, named = open_images(map(read_frame, frames)), symbols.name(frames)
-        is_cut = "stack_trace" in json.loads(extra or "{}").get("truncated", ())
-        return group if is_cut and named == frames else group_hash(exception_type, named), images
+        frames = json.loads(trace or "[]")
+        images = open_images(map(read_frame, frames))
+        if "stack_trace" in json.loads(extra or "{}").get("truncated", ()) and not symbols.can_name(images):
+            return group, images
+        return group_of(exception_type, map(read_frame, symbols.named(frames))), images
 
-    def _move(self, db: Connection, app_id: int, group: str, moved: Sequence[tuple[str, str | None, int]]) -> str:
-        """Gives crashes of a group another group and images. Returns the last group that is another."""
+    def _move(self, db: Connection, symbols: Symbols, app_id: int, group: str,
+              moved: Sequence[tuple[str, str | None, int]], is_first: bool) -> str:
+        """Gives crashes of a group another group and images. When the group was first seen goes with its first crash,
+        as those before may have expired. Returns the last group that is another."""
         seqs = [(seq,) for *_, seq in moved]
         source = "from (values *) as keys cross join crashes on seq = column1"
-        rollups, before = RollUps(db, self.now), counted_rows(db, Crash, source, seqs)
+        rollups, before = RollUps(db, self.now, symbols), counted_rows(db, Crash, source, seqs)
         db.executemany("update crashes set group_hash = ?, images = ? where seq = ?", moved)
         traces = dict(rows_of(db, "select seq, stack_trace " + source, seqs))
         after = [each._replace(stack_trace=traces[each.seq]) for each in counted_rows(db, Crash, source, seqs)]
-        for figure in (rollups.figures[Groups], rollups.figures[Images]):
-            figure.count(Crash, before, -1)
-            figure.count(Crash, after, 1)
-        first = db.execute("select first_seen, first_version from groups where app_id = ? and group_hash = ?",
-                           (app_id, group)).fetchone()
+        rollups.figures[Groups].move(before, after)
+        rollups.figures[Images].count(Crash, before, -1)
+        rollups.figures[Images].count(Crash, after, 1)
         rollups.save()
+        if is_first:
+            db.execute("""
+                update groups set (first_seen, first_version) = (
+                    select first_seen, first_version from groups where app_id = :app and group_hash = :group)
+                where app_id = :app and group_hash = :target and first_seen > (
+                    select first_seen from groups where app_id = :app and group_hash = :group)
+                """, {"app": app_id, "group": group, "target": moved[0][0]})
         others = [each for each, *_ in moved if each != group]
-        db.executemany("""
-            update groups set first_seen = ?, first_version = ? where app_id = ? and group_hash = ? and first_seen > ?
-            """, [(*first, app_id, each, first[0]) for each in set(others)])
         return others[-1] if others else ""
 
     def regroup(self) -> None:
@@ -3923,6 +4017,17 @@ class Store(Apps):
         while step and not self._closed:
             with self.writing_step() as db:
                 step = self._regroup(db)
+
+    def regroup_in_background(self) -> None:
+        """As `regroup`, in a thread of its own, of which a process has one. Where it ends early, commits go on."""
+        def run() -> None:
+            with suppress(StorageUnavailable):
+                self.regroup()
+
+        here = self._here
+        if here.regrouping is None or not here.regrouping.is_alive():
+            here.regrouping = threading.Thread(target=run, name="backfeedr regroup", daemon=True)
+            here.regrouping.start()
 
     def warnings(self) -> list[str]:
         """What an operator should know before it is too late."""
@@ -4692,7 +4797,7 @@ class Metrics:
                 order by at desc, seq desc
                 limit :limit""", parameters).fetchall()
             found = self._named(db, app_id, group_hash)
-            missing = self._missing_builds(db, app_id, group_hash)
+            missing = self._missing_builds(db, app_id, group_hash, 3)
             reports = _reports(db, "crashes", [seq for seq, _ in page[:limit]])
         seq, at = page[len(reports) - 1] if reports else (0, 0)
         return {**found, "count": count, "devices": devices, "first_seen": iso_time(found["first_seen"]),
@@ -4778,7 +4883,8 @@ class Metrics:
                                  "uploaded_at": iso_time(each["uploaded_at"])} for each in held],
                     "missing": self._missing_builds(db, app_id)}
 
-    def _missing_builds(self, db: Connection, app_id: int | None, group_hash: str | None = None) -> list[JsonObject]:
+    def _missing_builds(self, db: Connection, app_id: int | None, group_hash: str | None = None,
+                        limit: int | None = None) -> list[JsonObject]:
         """The builds whose symbols are missing, of all groups or of one."""
         return [self._missing_build(db, **each) for each in dict_rows(db, f"""
             select uuid, app_id, group_hash, total as crashes from (
@@ -4789,14 +4895,16 @@ class Metrics:
                     and uuid not in (select uuid from symbols where received = parts)) as ranked
             where place = 1
             order by total desc, uuid
-            limit :limit""", {"app": app_id, "group": group_hash, "limit": MISSING_BUILDS})]
+            limit :limit""", {"app": app_id, "group": group_hash, "limit": limit or MISSING_BUILDS})]
 
     @staticmethod
     def _missing_build(db: Connection, uuid: str, app_id: int, group_hash: str, crashes: int) -> JsonObject:
         """What is known of a build: what its latest crash says, in the group where it has most."""
         app, version, build, trace = db.execute("""
-            select name, app_version, build_number, stack_trace from crashes join apps on apps.id = app_id
-            where app_id = ? and group_hash = ? and instr(images, ?)
+            select name, app_version, build_number, stack_trace from (
+                select * from crashes where app_id = ? and group_hash = ? order by received_at desc limit 20) as latest
+            join apps on apps.id = app_id
+            where instr(images, ?)
             order by received_at desc, seq desc
             limit 1""", (app_id, group_hash, uuid)).fetchone() or (None, None, None, None)
         binaries = (frame.binary for frame in map(read_frame, json.loads(trace or "[]")) if frame.uuid == uuid)
@@ -4846,7 +4954,7 @@ def _name_frames(symbols: Symbols, report: JsonObject) -> None:
     """Names the frames of a stack trace, and keeps those that were sent beside."""
     frames = report.get("stack_trace")
     if type(frames) is list and all(type(frame) is dict for frame in frames):
-        report["stack_trace"] = symbols.name(frames, max(0, SHOWN_LOOKUPS - symbols.lookups))
+        report["stack_trace"] = list(symbols.named(frames, SHOWN_LOOKUPS - symbols.lookups))
         if report["stack_trace"] != frames:
             report["raw_stack_trace"] = frames
 
@@ -5702,7 +5810,7 @@ No crash is kept{{" of " + page.app if page.app else ""}}. When one comes in, it
 % if frames[max_frames:]:
 <p class="note">and {{number(len(frames) - max_frames)}} further frames</p>
 % end
-% for build in group["missing_symbols"][:3]:
+% for build in group["missing_symbols"]:
 <p class="problem">Symbols of <bdi>{{build_name(build)}}</bdi> are missing: {{number(build["crashes"])}}
 {{"crashes wait" if build["crashes"] > 1 else "crash waits"}} for them.
 <code>python examples/symbols.py --server {{page.url}} App.xcarchive</code> sends them (build {{build["uuid"]}}).</p>
@@ -6097,15 +6205,9 @@ class Backfeedr(Closing):
             raise Refusal("invalid uuid", detail="it is not that of a build, as dwarfdump --uuid prints it")
         part = parse_symbols(_decompress(environ, body, self.settings.max_body_size))
         answer, was_held = self.store.put_symbols(build, part)
-        if answer["complete"] and not was_held:  # commits go on with it, too, where this thread ends early
-            threading.Thread(target=self._regroup, name="backfeedr regroup", daemon=True).start()
+        if answer["complete"] and not was_held:
+            self.store.regroup_in_background()
         return 200 if was_held else 201, answer
-
-    def _regroup(self) -> None:
-        try:
-            self.store.regroup()
-        except Exception as error:
-            log.error("crashes will move to the groups of their names later: %s", error)
 
     def _health(self, environ: Environ) -> Answer:
         self.store.check()
@@ -6369,6 +6471,7 @@ def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> Non
             signal.signal(number, lambda *_: (stopping.set(), server.pull_trigger()))
         print("backfeedr on", _url(settings.host, settings.port), flush=True)
         print("".join(made), end="", flush=True)
+        app.store.regroup_in_background()  # what a migration or a stop has left to do
         sys.stderr.write(_warning(settings, listener.getsockname()[0]))
         # The default of 5 ms starves the I/O thread, which has to win the interpreter back
         # after each call: reports take longer while pages are made. Much less wakes the
