@@ -31,6 +31,7 @@ The rooms, each of which uses only those above it (but Templates, which stand be
     Apps            apps, keys, the admin
     Commit          how reports become rows, those of several requests together
     Store           the one write path, export, and how reports go again
+    Alerts          facts on their way to channels
     Metrics         the questions asked of the store
     Requests        what a request carries, and what a client may be told
     Charts          numbers in, SVG out
@@ -39,7 +40,7 @@ The rooms, each of which uses only those above it (but Templates, which stand be
     Backfeedr       the WSGI callable
     Server          waitress, how it gathers reports, and how it stops
     Operations      backup, export, import, check
-    Command line    serve, app, key, device, symbols, prune, and the operations
+    Command line    serve, app, key, device, symbols, alert, prune, and the operations
 
 To make a change, touch:
 
@@ -48,6 +49,7 @@ To make a change, touch:
     add a figure                a class in FIGURES with SCHEMA_VERSION, migrate, and a question in Metrics
     add a page                  Dashboard.routes, a method there, and a template with _PAGES above it
     add a command               a function in Command line, and a row of _COMMANDS
+    add a kind of alert channel  a function in Alerts, and a row of CHANNELS
     accept another format       a function in Payloads, and a row of Backfeedr._ingestion
 """
 
@@ -84,15 +86,17 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime, timezone
 from difflib import get_close_matches
+from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial, reduce
 from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from itertools import accumulate, chain, groupby, islice, product, repeat
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from operator import attrgetter, itemgetter, lt
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, BinaryIO, Callable, NamedTuple, Optional, TextIO, Union
-from urllib.parse import parse_qs, parse_qsl, quote, urlencode, urlsplit
+from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlencode, urlsplit
 
 _MISSING = ("{} is missing; 'python3 -m venv .venv && .venv/bin/pip install bottle waitress' installs what it needs,"
             " and .venv/bin/python runs it")  # many systems' own Python refuses new packages
@@ -226,7 +230,7 @@ create table keys (
     key_hash blob primary key,             -- SHA-256; the key itself is stored nowhere
     app_id integer not null, prefix text not null, created_at integer not null, revoked_at integer
 ) without rowid;
-create table secrets (                     -- 'admin_token'
+create table secrets (                     -- 'admin_token', 'feed_token'
     name text primary key, hash blob not null) without rowid;
 create table grants (                      -- browser sessions and one-time links, by their SHA-256
     hash blob primary key, expires_at integer not null) without rowid;
@@ -1727,11 +1731,14 @@ create table channels (
     id integer primary key autoincrement, url text not null, secret text not null,
     app_id integer,                        -- null: all live apps
     kinds text not null,                   -- of facts, divided by commas
+    with_reason integer not null, digest_at integer,  -- when the next digest is due
     created_at integer not null, last_fact integer not null,  -- up to which facts are in messages
     ended_at integer, error text, error_at integer, sent_at integer);
-create table messages (                    -- on their way; id is the webhook-id
+create table messages (                    -- on their way, and those of the last hour; id is the webhook-id
     id text primary key, channel_id integer not null, created_at integer not null, body text not null,  -- JSON
-    facts integer not null, tries integer not null, due_at integer not null) without rowid;
+    tries integer not null default 0, taken_until integer not null default 0,  -- by whoever sends it
+    due_at integer                         -- null: it is sent, or given up
+) without rowid;
 create index messages_by_time on messages (channel_id, created_at);
 """
 FACT_KINDS = {  # and which of them a channel is told unless it chooses
@@ -1741,10 +1748,10 @@ FACT_KINDS = {  # and which of them a channel is told unless it chooses
 
 def note_fact(db: Any, kind: str, app_id: int, at: int, group_hash: str | None, **detail: Any) -> None:
     """Writes a fact in the current transaction, if there is anybody to tell it to."""
-    db.execute("""
+    db.has_facts |= db.execute("""
         insert into facts (app_id, at, kind, group_hash, detail) select ?, ?, ?, ?, ?
         where exists (select 1 from channels where ended_at is null)
-        """, (app_id, at, kind, group_hash, _encode(detail)))
+        """, (app_id, at, kind, group_hash, _encode(detail))).rowcount > 0
 
 
 # == Figures ===================================================================
@@ -2929,6 +2936,8 @@ class Closing:
 class Connection(sqlite3.Connection):
     """A connection in autocommit mode. It never makes the file: one that vanished must not come back empty."""
 
+    has_facts = False  # whether a commit has noted some
+
     def __init__(self, path: Path, query_only: bool = False, mode: str = "rw"):
         super().__init__(f"{path.as_uri()}?mode={mode}", uri=True, timeout=BUSY_TIMEOUT,
                          isolation_level=None, check_same_thread=False, cached_statements=STATEMENTS)
@@ -2946,6 +2955,10 @@ class Connection(sqlite3.Connection):
 
     def lock_apps(self, key_hashes: Sequence[bytes]) -> None:
         """In a shared transaction: waits for others that write to the apps of these keys."""
+
+    def lock_rows(self, query: str, parameters: Mapping[str, Any]) -> list[tuple]:
+        """The rows of a query that nobody else holds. Nobody else gets them before this transaction ends."""
+        return self.execute(query, parameters).fetchall()
 
     def reserve_seqs(self, now: int, count: int) -> int:
         """The first of so many seqs that follow one another and were never given before."""
@@ -3375,7 +3388,7 @@ class Apps(Database):
             elif not db.execute("select 1 from apps").fetchone():
                 self._make_app(db, "default", False)
                 key = self._insert_key(db, "default", new_key(False))
-            if not auth_token and not db.execute("select 1 from secrets").fetchone():
+            if not auth_token and not db.execute("select 1 from secrets where name = 'admin_token'").fetchone():
                 auth_token = token = "bf_admin_" + secrets.token_hex(16)
             if auth_token and db.execute("""
                     insert into secrets values ('admin_token', ?)
@@ -3387,13 +3400,37 @@ class Apps(Database):
     def is_admin(self, token: bytes) -> bool:
         """Whether this is the admin token."""
         with self.reading() as db:
-            row = db.execute("select hash from secrets where name = 'admin_token'").fetchone()
+            return self._is_secret(db, "admin_token", token)
+
+    @staticmethod
+    def _is_secret(db: Connection, name: str, token: bytes) -> bool:
+        row = db.execute("select hash from secrets where name = ?", (name,)).fetchone()
         return row is not None and hmac.compare_digest(row[0], sha256(token))
+
+    def is_feed(self, token: bytes) -> bool:
+        """Whether this is the token of the feed."""
+        with self.reading() as db:
+            return self._is_secret(db, "feed_token", token)
+
+    def has_feed(self) -> bool:
+        """Whether the feed has a token."""
+        with self.reading() as db:
+            return db.execute("select 1 from secrets where name = 'feed_token'").fetchone() is not None
+
+    def change_feed(self, make: bool) -> str:
+        """Withdraws the token of the feed. Returns a new one, which is not kept, or "" unless it is to `make` one."""
+        token = "bf_feed_" + secrets.token_hex(16) if make else ""
+        with self.writing() as db:
+            db.execute("delete from secrets where name = 'feed_token'")
+            if make:
+                db.execute("insert into secrets values ('feed_token', ?)", (sha256(token),))
+        return token
 
     def instance(self) -> str:
         """What tells this installation from others on the same host, in 8 hex digits; a new admin token changes it."""
         with self.reading() as db:
-            return sha256(b"instance" + db.execute("select hash from secrets").fetchone()[0]).hex()[:8]
+            return sha256(b"instance" + db.execute(
+                "select hash from secrets where name = 'admin_token'").fetchone()[0]).hex()[:8]
 
     def grant(self, kind: str, lifetime: int) -> str:
         """A new secret that stands for the admin token, for so many milliseconds and for one kind of use."""
@@ -3540,6 +3577,7 @@ class Stored(NamedTuple):
 
     counts: Mapping[str, int]
     new_groups: Sequence[tuple[int, str]]  # app_id and group_hash
+    has_facts: bool = False
 
 
 class Submission:
@@ -3613,6 +3651,7 @@ class Process(Connections):
         self.group_sizes = Histogram(1, 2, 4, 8, 16, 32, 64, 128)  # requests
         self.commit_seconds = Histogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)
         self.stored = Counter(crashes=0, events=0)
+        self.facts_noted = threading.Event()
         self.regrouping: threading.Thread | None = None
 
     @property
@@ -3690,8 +3729,9 @@ class Commit:
         for (app_id, key), uses in self._uses.items():
             rollups.figures[Requests].add(app_id, key, uses)
         rollups.save()
+        has_facts, self._db.has_facts = self._db.has_facts, False
         return Stored(counts, [(app_id, name) for app_id, field, name in rollups.names.accepted
-                               if field == "group_hash"])
+                               if field == "group_hash"], has_facts)
 
     def _give_receipts(self) -> None:
         new = [(app_id, each) for app_id, each, first in self._requests if each is first]
@@ -3729,6 +3769,7 @@ REGROUPED = 100  # crashes that are moved to another group together, or fewer wi
 MAX_SYMBOL_BYTES, MAX_BUILDS = 200_000_000, 1000  # of a build's stored symbols, and builds that have some
 UPLOAD_DAYS = 7  # after which symbols go of which some parts never came
 SYMBOL_PAGES = 100  # that a step deletes: each may take 100 kB
+FACT_DAYS = 7  # after which a fact goes that nobody was told
 PAGE_ROWS = 1000  # that an export reads at a time,
 PAGE_TEXT = 1_000_000  # and characters: a row may be as large as a body
 
@@ -3870,8 +3911,15 @@ class Store(Apps):
             return stored
 
     def _committed(self, stored: Stored) -> None:
-        """Called after each commit, when it is durable and answered, with what it stored. Alerts belong here."""
+        """Called after each commit, when it is durable and answered, with what it stored."""
+        if stored.has_facts:
+            self.facts_noted.set()
         self._expire_if_due()
+
+    @property
+    def facts_noted(self) -> threading.Event:
+        """Set by a commit of this process that has noted facts."""
+        return self._here.facts_noted
 
     def export(self, kind: type, app: str | None = None, since: int = 0) -> Iterator[StoredReport]:
         """The reports of a kind, Crash or Event, that are here now, in the order of their seqs: of all apps or of one,
@@ -4129,6 +4177,7 @@ class Store(Apps):
         if get_state(db, "trimmed_day", 0) != self.now // DAY:
             deleted["sums"] = RollUps(db, self.now).trim()
             deleted["symbols"] = self._expire_symbols(db)
+            db.execute("delete from facts where at < ?", (self.now - FACT_DAYS * DAY,))
             deleted["aliases"] = db.execute("""
                 delete from group_aliases
                 where not exists (
@@ -4349,6 +4398,10 @@ class Store(Apps):
                             select {columns} from {table} where app_id = ? limit ?)""", (app_id, PRUNE_STEP)).rowcount
         with self.writing() as db:
             db.executemany("delete from state where name = ?", [(f"early_{app_id}",), (f"worse_{app_id}",)])
+            for table, column in (("messages", "channel_id"), ("channels", "id")):
+                db.execute(f"delete from {table} where {column} in (select id from channels where app_id = ?)",
+                           (app_id,))
+            db.execute("delete from facts where app_id = ?", (app_id,))
             db.execute("delete from apps where id = ?", (app_id,))
 
 
@@ -4379,6 +4432,443 @@ def size_warnings(path: Path, max_db_size: int) -> list[str]:
     if disk.used > NEARLY_FULL * (disk.used + disk.free):
         texts.append(f"The disk is nearly full: {megabytes(disk.free)} are free.")
     return texts
+
+
+# == Alerts ====================================================================
+# Facts on their way to channels. The facts of a minute become a message of each channel that wants them. A message is
+# taken in a short transaction, sent in none, and noted in another: whatever ends between these, it comes again, under
+# the same id. A kind of channel is a function from a message to an HTTP request; CHANNELS has them by scheme.
+
+GATHERED = 60 * SECOND  # for which the facts of a channel become one message
+LISTED = 10  # facts in a message; it counts the others
+TEXT_BYTES = 1800  # of their lines: Discord takes 2,000 characters, ntfy 4,096 bytes
+HOURLY = 30  # messages of a channel; what is beyond goes with a later one
+# Between the tries of a message: the schedule of Standard Webhooks.
+PAUSES = [SECOND * each for each in (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)]
+TRY_SECONDS = 15.0  # for a try
+TAKEN = 60 * SECOND  # for which nobody else sends a message: longer than a try
+LONGEST_WAIT, SHORTEST_WAIT = 60.0, 1.0  # seconds between two looks at what is due
+FACT_WORDS = {  # what a message calls them, and their priority at ntfy
+    "crash.new": ("new", 3), "crash.regressed": ("regressed", 4), "crash.unmuted": ("no longer muted", 3),
+    "crash.spread": ("spreading", 4), "release.worse": ("worse", 4), "digest": ("digest", 2), "test": ("test", 3)}
+# What a message has of a fact. Nothing else leaves the host, whatever is in `detail`.
+_TOLD = ("exception_type", "place", "app_version", "build_number", "crashes", "devices", "fixed_in", "before")
+
+
+class Undelivered(StoreError):
+    """A try that failed. `str()` says why, without the address, which may be secret; `pause` is what the receiver asks
+    for, in milliseconds, and `is_gone` whether it wants nothing more."""
+
+    def __init__(self, text: str, pause: int = 0, is_gone: bool = False):
+        super().__init__(text)
+        self.pause, self.is_gone = pause, is_gone
+
+
+class Message(NamedTuple):
+    """A message that is being sent; `body` is JSON, and `tries` counts this one."""
+
+    id: str
+    channel_id: int
+    body: str
+    tries: int
+
+
+Post = tuple[str, bytes, dict[str, str]]  # a request: its address, body and headers
+
+
+def _webhook(channel: JsonObject, message: Message, now: int) -> Post:
+    """As https://www.standardwebhooks.com has it."""
+    timestamp, key = str(now // SECOND), base64.b64decode(channel["secret"][len("whsec_"):])
+    mark = hmac.new(key, f"{message.id}.{timestamp}.{message.body}".encode(), hashlib.sha256).digest()
+    return channel["url"], message.body.encode(), {
+        "webhook-id": message.id, "webhook-timestamp": timestamp,
+        "webhook-signature": "v1," + base64.b64encode(mark).decode()}
+
+
+def _slack(channel: JsonObject, message: Message, now: int) -> Post:
+    """For Slack, Mattermost, and Discord at an address that ends with /slack. What a report says is no markup there,
+    and calls nobody."""
+    text = "\n".join(message_lines(message))
+    for mark, harmless in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("@", "@\u200b")):
+        text = text.replace(mark, harmless)
+    return channel["url"].partition("+")[2], _encode({"text": text}).encode(), {}
+
+
+def _ntfy(channel: JsonObject, message: Message, now: int) -> Post:
+    """As JSON: a header could not carry every title."""
+    url, _, topic = channel["url"].partition("+")[2].rpartition("/")
+    data, (title, *lines) = json.loads(message.body)["data"], message_lines(message, False)
+    told = {"topic": topic, "title": title, "message": "\n".join(lines), "click": data.get("url"),
+            "priority": max(FACT_WORDS[each["type"]][1] for each in data["facts"])}
+    return url + "/", _encode({name: value for name, value in told.items() if value}).encode(), {}
+
+
+CHANNELS: dict[str, Callable[[JsonObject, Message, int], Post]] = {
+    "https": _webhook, "http": _webhook, "slack+https": _slack, "slack+http": _slack, "ntfy+https": _ntfy,
+    "ntfy+http": _ntfy}
+
+
+def message_lines(message: Message, with_links: bool = True) -> list[str]:
+    """The title of a message, a line for each fact as far as they fit, and how many more there are."""
+    data = json.loads(message.body)["data"]
+    lines = [f"{each['text']} {each.get('url', '') if with_links else ''}".rstrip() for each in data["facts"]]
+    shown = sum(size <= TEXT_BYTES for size in accumulate(len(line.encode()) + 1 for line in lines))
+    more = data["more"] + len(lines) - shown
+    return [data["title"], *lines[:shown], *([f"and {more:,} more"] if more else [])]
+
+
+def post(url: str, body: bytes, headers: Mapping[str, str]) -> None:
+    """Sends a request. Raises Undelivered unless its answer is a 2xx; a redirect is none."""
+    parts = urlsplit(url)
+    headers = {"Content-Type": "application/json", "User-Agent": f"backfeedr/{__version__}", **headers}
+    if parts.username is not None:
+        user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        headers["Authorization"] = "Basic " + base64.b64encode(user.encode()).decode()
+    connect = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+    connection = connect(parts.hostname or "", parts.port, timeout=TRY_SECONDS)
+
+    def hang_up() -> None:
+        with suppress(OSError, TypeError):  # where it has no socket
+            socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+
+    late, began = threading.Timer(TRY_SECONDS, hang_up), time.monotonic()  # a socket's timeout begins anew each byte
+    late.daemon = True
+    late.start()
+    try:
+        connection.request("POST", (parts.path or "/") + ("?" + parts.query) * bool(parts.query), body, headers)
+        answer = connection.getresponse()
+    except (OSError, HTTPException, ValueError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise Undelivered("no answer in time" if time.monotonic() - began >= TRY_SECONDS else reason) from None
+    finally:
+        late.cancel()
+        connection.close()
+    if not 200 <= answer.status < 300:
+        raise Undelivered(f"it answered {answer.status}", _pause(answer.headers.get("Retry-After", "")),
+                          answer.status == 410)
+
+
+def _pause(retry_after: str) -> int:
+    """Milliseconds of a Retry-After in seconds or as a date, at most a day; 0 for none."""
+    pause = int(retry_after) if re.fullmatch("[0-9]{1,9}", retry_after) else 0
+    with suppress(ValueError, TypeError, OverflowError):  # it is no date
+        pause = pause or int(parsedate_to_datetime(retry_after).timestamp() - time.time())
+    return min(max(0, pause * SECOND), DAY)
+
+
+def _apprise(url: str) -> Any:
+    """What sends to one of the many other kinds of address. Raises Undelivered."""
+    try:
+        import apprise  # type: ignore[import-not-found]
+    except ImportError:
+        raise Undelivered("only https://, slack+https:// and ntfy+https:// go without Apprise:"
+                          " pip install 'backfeedr[alerts]' or apprise") from None
+    logging.getLogger("apprise").setLevel(logging.CRITICAL)  # it logs addresses
+    sender = apprise.Apprise()
+    if not sender.add(url):
+        raise Undelivered("that is no address that Apprise knows")
+    return sender
+
+
+def check_address(url: str) -> str:
+    """The scheme of a channel's address. Raises StoreError where there is no sending to it."""
+    with suppress(ValueError):
+        parts = urlsplit(url)
+        is_ours = parts.scheme in CHANNELS
+        has_topic = "ntfy" not in parts.scheme or re.fullmatch(r"(/.*)?/[\w-]{1,64}", parts.path + parts.query)
+        if re.fullmatch("[!-~]+", url) and parts.netloc and (not is_ours or (
+                parts.hostname and parts.port != 0 and not parts.fragment and has_topic)):
+            if not is_ours:
+                _apprise(url)
+            return parts.scheme
+    raise StoreError("a channel's address is like https://example.com/hook or ntfy+https://ntfy.sh/TOPIC, and has no"
+                     " spaces")
+
+
+def shown_address(url: str) -> str:
+    """What may be shown of an address: it may have a secret in any part but its scheme, and the host of an HTTP one."""
+    parts = urlsplit(url)
+    host = parts.hostname if parts.scheme in CHANNELS else ""
+    rest = url.partition(parts.netloc)[2] if host else url.partition("://")[2]
+    return f"{parts.scheme}://{host}" + (f"{'/' * bool(host)}...{rest[-4:] if len(rest) >= 12 else ''}" if rest else "")
+
+
+class Alerts:
+    """The channels, and what is on its way to them. `digest` gives the lines of an app's daily digest, or that of all
+    live apps for None."""
+
+    def __init__(self, store: Store, public_url: str, digest: Callable[[str | None], list[str]]):
+        self._store, self._url, self._digest = store, public_url.rstrip("/"), digest
+        self._stopping = threading.Event()
+
+    # Channels
+
+    def add(self, url: str, app: str | None = None, kinds: Sequence[str] = (), with_reason: bool = False,
+            hour: int = 7) -> tuple[int, str]:
+        """A new channel: its id, and the secret that signs its messages, "" where it has none. Raises StoreError.
+        Without an app, it is of all live ones; without kinds of facts, of those in FACT_KINDS that are on. A digest
+        comes at this hour, UTC."""
+        kinds = list(dict.fromkeys(kinds)) or [kind for kind, is_on in FACT_KINDS.items() if is_on]
+        if unknown := [kind for kind in kinds if kind not in FACT_KINDS]:
+            raise StoreError(f"there is no fact {unknown[0]!r}; there are {', '.join(FACT_KINDS)}")
+        is_signed = check_address(url) in ("https", "http")
+        secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode() if is_signed else ""
+        now, at_hour = self._store.now, hour * HOUR
+        digest_at = now - (now - at_hour) % DAY + DAY if "digest" in kinds else None
+        with self._store.writing() as db:
+            app_id = self._store._app(db, app)[0] if app else None
+            db.execute("""
+                insert into channels (url, secret, app_id, kinds, with_reason, digest_at, created_at, last_fact)
+                select ?, ?, ?, ?, ?, ?, ?, coalesce(max(id), 0) from facts
+                """, (url, secret, app_id, ",".join(kinds), with_reason, digest_at, now))
+            return db.execute("select max(id) from channels").fetchone()[0], secret
+
+    def channels(self) -> list[JsonObject]:
+        """All channels, without what is secret; the times are in milliseconds."""
+        with self._store.reading() as db:
+            return [{**each, "address": shown_address(each.pop("url"))} for each in dict_rows(db, """
+                select channels.id, url, name as app, kinds, sent_at, error, error_at, ended_at, (
+                    select count(*) from messages where channel_id = channels.id and due_at is not null) as waiting
+                from channels left join apps on apps.id = app_id order by channels.id""")]
+
+    def remove(self, id: int) -> None:
+        """Ends a channel and what is on its way to it. Raises StoreError where there is none."""
+        with self._store.writing() as db:
+            if not db.execute("delete from channels where id = ?", (id,)).rowcount:
+                raise StoreError(f"there is no channel {id}: see 'alert list'")
+            db.execute("delete from messages where channel_id = ?", (id,))
+
+    def test(self, id: int) -> None:
+        """Sends a message now. Raises StoreError with what came back instead of a 2xx."""
+        with self._store.reading() as db:
+            found = dict_rows(db, "select * from channels where id = ?", (id,))
+        if not found:
+            raise StoreError(f"there is no channel {id}: see 'alert list'")
+        body = self._body("test", "backfeedr: a test", [{"type": "test", "text": f"This is a test of channel {id}."}])
+        if error := self._try(found[0], Message(_message_id(), id, body, 1)):
+            raise StoreError(f"channel {id}: {error}")
+
+    # Messages
+
+    def _body(self, kind: str, title: str, facts: Sequence[JsonObject], more: int = 0) -> str:
+        link = facts[0].get("url") if len(facts) == 1 else self._url and self._url + "/crashes"
+        return _encode({"type": kind, "timestamp": iso_time(self._store.now), "data": {
+            "title": title, "facts": facts, "more": more, **({"url": link} if link else {})}})
+
+    def _insert(self, db: Connection, channel_id: int, body: str) -> None:
+        db.execute("insert into messages (id, channel_id, created_at, body, due_at) values (?, ?, ?, ?, ?)",
+                   (_message_id(), channel_id, self._store.now, body, self._store.now))
+
+    _DUE = """
+        select * from channels
+        where ended_at is null
+            and exists (select 1 from facts where id > last_fact and at not between :since and :now)
+            and (select count(*) from messages where channel_id = channels.id and created_at > :hour) < :most
+        order by id"""
+
+    def _gather(self) -> None:
+        """Makes messages of the facts that have waited for a minute, and of the digests whose hour has come."""
+        now = self._store.now
+        bounds = {"since": now - GATHERED + 1, "now": now, "hour": now - HOUR, "most": HOURLY}
+        with self._store.reading() as db:
+            is_due = db.execute(self._DUE, bounds).fetchone()
+            digests = dict_rows(db, """
+                select channels.*, name from channels left join apps on apps.id = app_id
+                where ended_at is null and digest_at <= ?""", (now,))
+        bodies = [(each, self._digest_body(each["name"])) for each in digests]
+        if is_due or bodies:
+            with self._store.writing() as db:  # which has all facts with lower ids before it, on any engine
+                for channel in dict_rows(db, self._DUE, bounds):
+                    self._gather_for(db, channel)
+                for channel, body in bodies:
+                    later = channel["digest_at"] + DAY * (1 + (now - channel["digest_at"]) // DAY)
+                    if db.execute("update channels set digest_at = ? where id = ? and digest_at = ?",
+                                  (later, channel["id"], channel["digest_at"])).rowcount:
+                        self._insert(db, channel["id"], body)
+                db.execute("delete from messages where due_at is null and created_at <= ?", (now - HOUR,))
+                db.execute("""
+                    delete from facts where id <= (select min(last_fact) from channels where ended_at is null)""")
+
+    def _digest_body(self, app: str | None) -> str:
+        facts = [{"type": "digest", "text": line} for line in self._digest(app)]
+        return self._body("digest", f"backfeedr: the last day of {app or 'all apps'}", facts)
+
+    def _gather_for(self, db: Connection, channel: JsonObject) -> None:
+        """Makes a message of a channel's facts, unless the first is not a minute old."""
+        wanted, now = """
+            from facts join apps on apps.id = facts.app_id
+            where facts.id > :last_fact and (app_id = :app_id or :app_id is null and is_test = 0)
+                and instr(',' || :kinds || ',', ',' || kind || ',')""", self._store.now
+        counts = db.execute(f"""
+            select kind, count(*), min(facts.id), min(at) {wanted} group by kind order by min(facts.id)
+            """, channel).fetchall()
+        last, = db.execute("select max(id) from facts").fetchone()
+        if counts and now - GATHERED < min(row[3] for row in counts) <= now:
+            last, counts = counts[0][2] - 1, []
+        db.execute("update channels set last_fact = ? where id = ?", (last, channel["id"]))
+        if counts:
+            rows = db.execute(f"""
+                select kind, at, app_id, name, group_hash, detail {wanted} order by facts.id limit :most
+                """, {**channel, "most": LISTED}).fetchall()
+            facts = [self._fact(db, channel["with_reason"], *row) for row in rows]
+            title = "backfeedr: " + ", ".join(f"{row[1]:,} {FACT_WORDS[row[0]][0]}" for row in counts)
+            self._insert(db, channel["id"], self._body(
+                facts[0]["type"], title, facts, sum(row[1] for row in counts) - len(facts)))
+
+    def _fact(self, db: Connection, with_reason: bool, kind: str, at: int, app_id: int, app: str,
+              group_hash: str | None, detail: str) -> JsonObject:
+        """What a message says of a fact."""
+        given = json.loads(detail)
+        fact = {"type": kind, "at": iso_time(at), "app": app, **({"group_hash": group_hash} if group_hash else {}),
+                **{name: given[name] for name in _TOLD if given.get(name) is not None},
+                "text": _fact_text(kind, app, given)}
+        if self._url:
+            page = "/crashes/" + group_hash if group_hash else "/releases"
+            fact["url"] = f"{self._url}{page}?{urlencode({'app': app})}"
+        if with_reason and group_hash:
+            row = db.execute("select exception_reason from groups where app_id = ? and group_hash = ?",
+                             (app_id, group_hash)).fetchone()
+            if row and row[0]:
+                fact["reason"] = _one_line(row[0])
+                fact["text"] += ": " + fact["reason"]
+        return fact
+
+    # Delivery
+
+    def deliver(self) -> Counter:
+        """Sends what is due, each message once; how many were `sent`, and of how many the try `failed`."""
+        done: Counter = Counter(sent=0, failed=0)
+        self._gather()
+        while not self._stopping.is_set() and (taken := self._take()):
+            done["failed" if self._try(*taken) else "sent"] += 1
+        return done
+
+    def _take(self) -> tuple[JsonObject, Message] | None:
+        """A message that is due and its channel. Nobody else gets it for some time."""
+        now = {"now": self._store.now, "until": self._store.now + TAKEN}
+        due = "from messages where due_at <= :now and taken_until <= :now"
+        with self._store.reading() as db:
+            if not db.execute(f"select 1 {due} limit 1", now).fetchone():
+                return None
+        with self._store.writing(shared=True) as db:
+            rows = db.lock_rows(f"select id, channel_id, body, tries + 1 {due} order by due_at, created_at, id limit 1",
+                                now)
+            if not rows:
+                return None
+            message = Message(*rows[0])
+            db.execute("update messages set tries = :tries, taken_until = :until where id = :id",
+                       {**now, "id": message.id, "tries": message.tries})
+            return dict_rows(db, "select * from channels where id = ?", (message.channel_id,))[0], message
+
+    def _try(self, channel: JsonObject, message: Message) -> str:
+        """Sends a message and notes what came of it. Returns what is wrong, or ""."""
+        error = None
+        try:
+            self._send(channel, message)
+        except Undelivered as failed:
+            error = failed
+        except Exception as unexpected:  # one channel must not hold up the others; its text may have the address
+            log.error("cannot send to channel %d: %s", channel["id"], type(unexpected).__name__)
+            error = Undelivered(type(unexpected).__name__)
+        if not self._stopping.is_set():  # else it comes again after the next start
+            self._note(message, error)
+        return str(error or "")
+
+    def _send(self, channel: JsonObject, message: Message) -> None:
+        scheme = urlsplit(channel["url"]).scheme
+        if scheme in CHANNELS:
+            return post(*CHANNELS[scheme](channel, message, self._store.now))
+        title, *lines = message_lines(message)
+        if not _apprise(channel["url"]).notify(title=title, body="\n".join(lines)):
+            raise Undelivered("Apprise could not send it")
+
+    def _note(self, message: Message, error: Undelivered | None) -> None:
+        """When a message gets through, what else waits for its channel is due. When not, the channel's others wait
+        until its next try. None of them waits longer than a message is tried, or a dead channel would collect them."""
+        now = self._store.now
+        pause = PAUSES[message.tries - 1] if message.tries <= len(PAUSES) else None
+        values = {"id": message.id, "channel": message.channel_id, "now": now, "tries": message.tries,
+                  "error": str(error), "is_gone": bool(error and error.is_gone)}
+        values["next"] = now + max(pause or PAUSES[0], error.pause if error else 0)
+        values.update(retry=values["next"] if pause else None, oldest=now - sum(PAUSES))
+        steps = ["update channels set error = null, error_at = null, sent_at = :now where id = :channel",
+                 "update messages set due_at = null where id = :id",
+                 "update messages set due_at = :now where channel_id = :channel and due_at > :now"]
+        if error:
+            steps = ["""
+                update channels set error = :error, error_at = :now,
+                    ended_at = case when :is_gone = 1 then coalesce(ended_at, :now) else ended_at end
+                where id = :channel""",
+                     "update messages set due_at = :retry, taken_until = 0 where id = :id and tries = :tries",
+                     "update messages set due_at = :next where channel_id = :channel and due_at <= :now",
+                     "update messages set due_at = null where channel_id = :channel and created_at < :oldest",
+                     "delete from messages where channel_id = :channel and :is_gone = 1"]
+        with self._store.writing(shared=True) as db:
+            for step in steps:  # the channel first, so that two hosts do not wait for each other
+                db.execute(step, values)
+
+    def _seconds_to_next(self) -> float:
+        """Until something is due."""
+        with self._store.reading() as db:
+            at, = db.execute("""
+                select min(at) from (
+                    select due_at as at from messages where taken_until <= :now
+                    union all select taken_until from messages where taken_until > :now and due_at is not null
+                    union all select digest_at from channels where ended_at is null
+                    union all select min(facts.at) + :gathered from facts
+                        where id > (select min(last_fact) from channels where ended_at is null)) as times
+                """, {"now": self._store.now, "gathered": GATHERED}).fetchone()
+        seconds = LONGEST_WAIT if at is None else (at - self._store.now) / SECOND
+        return min(max(seconds, SHORTEST_WAIT), LONGEST_WAIT)
+
+    def _run(self) -> None:
+        noted = self._store.facts_noted
+        while not self._stopping.is_set():
+            noted.clear()
+            wait = LONGEST_WAIT
+            try:
+                self.deliver()
+                wait = 0 if self._stopping.is_set() else self._seconds_to_next()
+            except StorageUnavailable:
+                pass  # the store has said why
+            except Exception:
+                log.exception("unexpected error")
+            noted.wait(wait)
+            self._stopping.wait(SHORTEST_WAIT)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Delivers in a thread, for as long as the block runs. What is being sent at the end may come again."""
+        self._stopping.clear()
+        thread = threading.Thread(target=self._run, name="backfeedr alerts", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._stopping.set()
+            self._store.facts_noted.set()
+            thread.join(timeout=1)
+
+
+def _message_id() -> str:
+    return "msg_" + secrets.token_hex(12)
+
+
+def _one_line(text: Any) -> str:
+    """At most 200 characters of what a report says."""
+    return " ".join(str(text).split())[:200]
+
+
+def _fact_text(kind: str, app: str, given: JsonObject) -> str:
+    version = " ".join(filter(None, (app, given.get("app_version"), given.get("build_number") and
+                                     f"({given['build_number']})")))
+    if kind == "release.worse":
+        return _one_line(f"{version} is {given.get('text') or 'worse'}")
+    what = given.get("exception_type", "a crash") + (f" in {given['place']}" if given.get("place") else "")
+    counts = [f"{given[name]:,} {name[:-len(end)] if given[name] == 1 else name}"
+              for name, end in (("crashes", "es"), ("devices", "s")) if given.get(name)]
+    parts = [f"fixed in {given['fixed_in']}"] if given.get("fixed_in") else []
+    return f"{FACT_WORDS[kind][0].capitalize()}: {_one_line(what)} ({_one_line(', '.join([version, *parts, *counts]))})"
 
 
 # == Metrics ===================================================================
@@ -4506,6 +4996,46 @@ class Metrics:
             "adoption": round(100 * (row["recent"] or 0) / row["of_all"], 2) if row["of_all"] else 0.0,
             "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"]),
             "verdict": verdicts.get((row["app_id"], row["app_version"]))} for row in rows))}
+
+    def digest(self, app: str | None = None) -> list[str]:
+        """The last day in a few lines: is the latest release worse, what is new, what is fixed?"""
+        since, lines = self._store.now - DAY, []
+        for release in self.releases(app)["releases"][:1]:
+            if verdict := (release.get("verdict") or {}).get("text"):
+                lines.append(f"{release['app']} {release['app_version']} is {verdict}")
+        with self._snapshot(app) as (db, app_id):
+            parameters = {"app": app_id, "since": since, "other": OTHER}
+            crashes = per_day(db, "crash_days", ["crashes"], app_id, self._last_days(3))["crashes"]
+            new = db.execute(f"""
+                select exception_type, place from groups
+                where {APPS} and first_seen >= :since and group_hash <> :other order by first_seen desc
+                """, parameters).fetchall()
+            decided = dict(db.execute(f"""
+                select case when state = 'resolved' then 'resolved' else 'regressed' end as what, count(*) from triage
+                where {APPS} and (state = 'resolved' and changed_at >= :since or regressed_at >= :since) group by what
+                """, parameters).fetchall())
+        lines.append(f"Crashes: {crashes[1]:,} yesterday, {crashes[0]:,} the day before")
+        lines.append(f"New: {len(new):,}" + "".join(
+            f"; {_one_line(kind)}{f' in {_one_line(place)}' if place else ''}" for kind, place in new[:3]))
+        lines.append(f"Resolved: {decided.get('resolved', 0):,}; regressed: {decided.get('regressed', 0):,}")
+        return lines
+
+    def news(self, app: str | None = None, limit: int = 50) -> list[JsonObject]:
+        """The groups that came or regressed last, the latest first; `at` is in milliseconds."""
+        with self._snapshot(app) as (db, app_id):
+            return dict_rows(db, f"""
+                select news.what, news.at, news.app_id, apps.name as app, apps.created_at, news.group_hash,
+                    exception_type, coalesce(place, '') as place, first_version
+                from (
+                    select * from (
+                        select 'new' as what, first_seen as at, app_id, group_hash from groups
+                        where {APPS} and group_hash <> :other order by at desc, group_hash limit :limit) as new
+                    union all select 'regressed', regressed_at, app_id, group_hash from triage
+                        where {APPS} and regressed_at is not null) as news
+                join apps on apps.id = news.app_id
+                join groups on groups.app_id = news.app_id and groups.group_hash = news.group_hash
+                order by news.at desc, news.what, news.app_id, news.group_hash
+                limit :limit""", {"app": app_id, "other": OTHER, "limit": limit})
 
     # Behind the admin token: these read the reports, a page at a time
 
@@ -5097,6 +5627,7 @@ SHOWN_FRAMES, SHOWN_TEXT = 200, 20_000  # frames and characters of a report on i
 _FORM_EXPIRED = "form expired"
 _FROM_ELSEWHERE = "You came here from another site, so your browser did not say who you are."
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that HTML does not allow
+_NOT_XML = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")
 
 Response = bottle.HTTPResponse
 PageHandler = Callable[..., Response]  # called with a PageRequest and the parts of the path
@@ -5183,8 +5714,9 @@ class PageRequest:
 class Dashboard:
     """Answers the requests for pages."""
 
-    def __init__(self, store: Store, metrics: Metrics, refused: RefusedReports, public_url: str = ""):
+    def __init__(self, store: Store, metrics: Metrics, refused: RefusedReports, alerts: Alerts, public_url: str = ""):
         self._store, self._metrics, self._refused, self._public_url = store, metrics, refused, public_url
+        self._alerts = alerts
         self._cookie = "backfeedr_" + store.instance()  # two servers on one host share their cookies
         self._templates = {name: bottle.SimpleTemplate(source) for name, source in _TEMPLATES.items()}
 
@@ -5198,6 +5730,7 @@ class Dashboard:
                 ("POST", "/apps", self._change_apps), ("POST", "/sign-out", self._sign_out),
                 ("GET", "/sign-in", self._sign_in_page), ("POST", "/sign-in", self._sign_in)):
             yield method, path, partial(self._respond, handler)
+        yield "GET", "/crashes.atom", self._feed
 
     def invite(self, url: str) -> str:
         """A link that signs in once, within ten minutes."""
@@ -5358,12 +5891,53 @@ class Dashboard:
     def _apps(self, page: PageRequest, status: int = 200, **notice: str) -> Response:
         page.apps, keys = self._store.apps(), self._store.keys()
         return self._render(page, "Apps", "apps", status, notice=notice, keys={
-            app.name: [key for key in keys if key.app == app.name] for app in page.apps})
+            app.name: [key for key in keys if key.app == app.name] for app in page.apps},
+            channels=self._alerts.channels(), has_feed=self._store.has_feed(), fact_kinds=FACT_KINDS)
+
+    def _feed(self) -> Response:
+        """New and regressed groups as Atom, for whoever has the token of the feed; for others there is nothing here."""
+        page = self.request(bottle.request.environ)
+        given = dict(parse_qsl(page.query))
+        try:
+            if not self._store.is_feed(given.get("token", "").encode("utf-8", "replace")):
+                raise bottle.HTTPError(404)
+            news = self._metrics.news(page.app)
+        except Refusal as refusal:
+            raise bottle.HTTPError(_STATUS.get(str(refusal), 400)) from None
+        xml = self._templates["feed"].render(page=page, news=news, iso=iso_time, urn=_urn, urlencode=urlencode,
+                                             updated=iso_time(news[0]["at"] if news else 0))
+        return Response(_NOT_XML.sub("\ufffd", xml).encode("utf-8", "replace"), 200, {
+            **PAGE_HEADERS, "Content-Type": "application/atom+xml; charset=utf-8"})
+
+    def _change_alerts(self, page: PageRequest) -> Response | None:
+        """Does what a form of alerts or of the feed asks for; None where it is of something else."""
+        alerts, form, action = self._alerts, page.form, page.form.get("action", "")
+        id = int(form["id"]) if re.fullmatch("[0-9]{1,9}", form.get("id", "")) else 0
+        if action == "add-channel":
+            kinds = [kind for kind in FACT_KINDS if f"on-{kind}" in form]
+            hour = int(form["hour"]) if re.fullmatch("1?[0-9]|2[0-3]", form.get("hour", "")) else 7
+            number, secret = alerts.add(form.get("url", "").strip(), form.get("app") or None, kinds, "reason" in form,
+                                        hour)
+            told = "; its secret, shown only this once:" if secret else "."
+            return self._apps(page, message=f"Made channel {number}{told}", secret=secret)
+        if action == "test-channel":
+            alerts.test(id)
+            return self._apps(page, message=f"Channel {id} took a test message.")
+        if action == "remove-channel":
+            alerts.remove(id)
+            return self._apps(page, message=f"Removed channel {id}.")
+        if action in ("make-feed", "withdraw-feed"):
+            token = self._store.change_feed(action == "make-feed")
+            return self._apps(page, secret=token and f"{page.url}/crashes.atom?token={token}", message=(
+                "The address of the feed, shown only this once:" if token else "Withdrew the address of the feed."))
+        return None
 
     def _change_apps(self, page: PageRequest) -> Response:
         """Does what a form of the page of apps asks for."""
         store, form, name = self._store, page.form, page.form.get("name", "")
         try:
+            if answer := self._change_alerts(page):
+                return answer
             if form.get("action") == "revoke":
                 revoked = store.revoke_key(form.get("key", ""))
                 return self._apps(page, message=f"Revoked the key {revoked.prefix}... of {revoked.app}.")
@@ -5396,6 +5970,12 @@ class Dashboard:
         if errors:
             raise errors[0]
         return f"{name} is being deleted." if thread.is_alive() else f"Deleted {name} and all that it sent."
+
+
+def _urn(*parts: Any) -> str:
+    """An id that stays the same: of what is in the parts."""
+    digits = sha256(_encode(parts)).hex()
+    return f"urn:uuid:{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:32]}"
 
 
 Tile = tuple[str, str, str, str]  # name, value, note and chart of a figure
@@ -5941,6 +6521,9 @@ first appearance | <a href="{{link("/releases", sort="version")}}">versions</a><
 <p><code class="key">{{notice["key"]}}</code></p><p>It goes into the app. To try it:</p>
 <pre>{{curl_line(page.url, notice["key"])}}</pre>
 % end
+% if notice.get("secret"):
+<p><code class="key">{{notice["secret"]}}</code></p>
+% end
 </section>
 % end
 % for app in apps:
@@ -5966,7 +6549,59 @@ revoked {{!when(iso(row.revoked_at))}}
 """ + _form("/apps", """<p><label>Name <input name="name" maxlength="100" required></label>
 <label><input type="checkbox" name="test" value="1"> a test app, whose reports count in no public figure</label></p>
 <p><button>Make it, with a first key</button></p>
-""", action="create") + "</section>\n"}
+""", action="create") + """</section>
+<section><h2>Alerts</h2>
+""" + _list(
+        "channels", Column("Channel", '<code><bdi>{{row["id"]}}: {{row["address"]}}</bdi></code>', "main"),
+        Column("App", '<bdi>{{row["app"] or "all live apps"}}</bdi>'),
+        Column("Facts", '{{row["kinds"].replace(",", ", ")}}'),
+        Column("Last sent", '{{!when(iso(row["sent_at"])) if row["sent_at"] else "never"}}'), Column("State", """
+% if row["ended_at"]:
+<span class="problem">ended {{!when(iso(row["ended_at"]))}}: its receiver wants no more</span>
+% elif row["error"]:
+<span class="problem">{{row["error"]}}, {{!when(iso(row["error_at"]))}}; {{row["waiting"]}} waiting</span>
+% else:
+{{"{} waiting".format(row["waiting"]) if row["waiting"] else "good"}}
+% end
+"""), Column("Change", _form("/apps", '<button class="plain">Test</button>', action="test-channel", id='{{row["id"]}}')
+             + " " + _form("/apps", '<button class="plain">Remove</button>', action="remove-channel",
+                           id='{{row["id"]}}'), "bare"),
+        empty="Nobody is told of new or regressed crashes yet.") + """
+<div class="actions"><details><summary>Add a channel</summary>
+""" + _form("/apps", """<p class="note">A webhook (https), slack+https, ntfy+https, or what Apprise knows.</p>
+<p><label>Address <input name="url" size="30" required></label>
+<label>App <select name="app"><option value="">all live apps</option>{{!options(app.name for app in apps)}}</select>
+</label></p><p>
+% for kind, is_on in fact_kinds.items():
+<label><input type="checkbox" name="on-{{kind}}" value="1"{{" checked" if is_on else ""}}> {{kind}}</label>
+% end
+</p><p><label>Hour of the digest, UTC <input type="number" name="hour" min="0" max="23" value="7"></label>
+<label><input type="checkbox" name="reason" value="1"> with the reasons of crashes, which then leave this host</label>
+</p>
+<p><button>Add it</button></p>
+""", action="add-channel") + """</details></div></section>
+<section><h2>Feed</h2>
+<p>{{"The feed of new and regressed crashes has an address." if has_feed else "A feed has new and regressed crashes."}}
+""" + _form("/apps", '<button>Make a new address</button>', action="make-feed") + """
+% if has_feed:
+""" + _form("/apps", '<button>Withdraw it</button>', action="withdraw-feed") + """
+% end
+</p></section>
+""",
+    "feed": """<?xml version="1.0" encoding="utf-8"?>
+<feed xmlns="http://www.w3.org/2005/Atom"><title>Crashes{{" of " + page.app if page.app else ""}}</title>
+<id>{{page.url}}/crashes.atom{{"?" + urlencode({"app": page.app}) if page.app else ""}}</id>
+<updated>{{updated}}</updated><author><name>backfeedr</name></author>
+<link rel="self" href="{{page.url}}/crashes.atom?{{page.query}}"/><link href="{{page.url}}/crashes"/>
+% for row in news:
+<entry><id>{{urn(row["app"], row["created_at"], row["group_hash"], row["what"] != "new" and row["at"])}}</id>
+<title>{{row["what"].capitalize()}}: {{row["exception_type"]}}{{" in " + row["place"] if row["place"] else ""}}</title>
+<updated>{{iso(row["at"])}}</updated>
+<link href="{{page.url}}/crashes/{{row["group_hash"]}}?{{urlencode({"app": row["app"]})}}"/>
+<summary>{{row["app"]}}{{", first in " + row["first_version"] if row["first_version"] else ""}}</summary></entry>
+% end
+</feed>
+"""}
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fcfbf8; --ink: #1f1e1b; --soft: #66635b; --rule: #dcd8cd; --tint: #f3f0e8;
@@ -6095,6 +6730,7 @@ class Backfeedr(Closing):
         self.store = store or Store(self.settings.db_path, clock, self.settings.retention_days,
                                     max_waiters=max(256, self.settings.threads), max_db_size=self.settings.max_db_size)
         self.metrics = Metrics(self.store)
+        self.alerts = Alerts(self.store, self.settings.public_url, self.metrics.digest)
         self._limiter = limiter or RateLimiter(self.settings.rate_limit)
         self.refused = RefusedReports(self.store)
         # Python runs one thread at a time. Those that wait here sleep until it is their
@@ -6116,7 +6752,7 @@ class Backfeedr(Closing):
         if made != (None, None):  # without `announce`, another server has the app, whose address is not known
             known = _url(self.settings.host, self.settings.port) if announce else "https://YOUR-SERVER"
             (announce or sys.stderr.write)(first_start_text(made, self.settings.public_url.rstrip("/") or known))
-        self.pages = Dashboard(self.store, self.metrics, self.refused, self.settings.public_url)
+        self.pages = Dashboard(self.store, self.metrics, self.refused, self.alerts, self.settings.public_url)
         self._router = self._routes()
 
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -6148,6 +6784,11 @@ class Backfeedr(Closing):
         """By the route and not the path: a stranger could make up paths without end."""
         with self._counting:
             self._requests[method, rule, status] += 1
+
+    def deliver(self) -> Counter:
+        """Sends the alerts that are due, each once; how many were `sent`, and of how many the try `failed`. `serve`
+        does so by itself; under another server, call it every minute, on one host or on several."""
+        return self.alerts.deliver()
 
     def close(self) -> None:
         """Closes the database. May be called twice."""
@@ -6460,7 +7101,7 @@ def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> Non
     if settings.verbose:
         log.addHandler(logging.StreamHandler())
         log.setLevel(logging.INFO)
-    with listener, make(settings, announce=made.append) as app:
+    with listener, make(settings, announce=made.append) as app, app.alerts.running():
         server = _make_server(app, settings, listener)
         stopping = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -6955,6 +7596,15 @@ def _schema_parts(db: sqlite3.Connection) -> set[str]:
         where master.type = 'index'""") if not name.startswith("sqlite_")}
 
 
+def channel_warnings(path: Path) -> list[str]:
+    """Says which channels of alerts do not get through."""
+    with suppress(sqlite3.Error), closing(_open_read_only(path)) as db:  # its schema may be an older one
+        return [f"Channel {id} ({shown_address(url)}) has {'ended' if ended_at else 'failed'}: {error}"
+                f" at {iso_time(error_at)}" for id, url, ended_at, error, error_at in db.execute(
+                    "select id, url, ended_at, error, error_at from channels where error is not null order by id")]
+    return []
+
+
 def _check_pages(path: Path) -> str:
     with closing(_open_read_only(path)) as db:
         found = db.pragma("quick_check(1)")
@@ -7046,6 +7696,7 @@ def main(argv: Sequence[str] | None = None, make: Callable[..., Backfeedr] = Bac
         if arguments.run is serve:
             serve(settings, make)
             return 0
+        arguments.public_url = settings.public_url
         retention_days = settings.retention_days if os.environ.get("BACKFEEDR_RETENTION_DAYS") else None
         with open_store(settings.db_path, retention_days=retention_days,
                         may_create=arguments.run in (_app_create, _import)) as store:
@@ -7163,6 +7814,43 @@ def _symbols_delete(store: Store, arguments: argparse.Namespace) -> None:
     _print_stderr(f"Deleted the symbols of the build {store.delete_symbols(arguments.UUID)}.")
 
 
+def _alerts(store: Store, arguments: argparse.Namespace) -> Alerts:
+    return Alerts(store, arguments.public_url, Metrics(store).digest)
+
+
+def _alert_add(store: Store, arguments: argparse.Namespace) -> None:
+    kinds = [kind for kind in re.split("[, ]+", arguments.on) if kind]
+    number, secret = _alerts(store, arguments).add(arguments.URL, arguments.app, kinds, arguments.with_reason,
+                                                   arguments.hour)
+    _print_stderr(f"Made channel {number}." + " Its secret, shown only this once:" * bool(secret))
+    if "http" in urlsplit(arguments.URL).scheme.split("+"):
+        _print_stderr("What is sent there can be read on its way: only to this host is http:// as good as https://")
+    if secret:
+        print(secret)
+
+
+def _alert_list(store: Store, arguments: argparse.Namespace) -> None:
+    _print_table(("ID", "CHANNEL", "APP", "FACTS", "LAST SENT", "WAITING", "STATE"), [
+        (each["id"], each["address"], each["app"] or "all live apps", each["kinds"], _date(each["sent_at"]),
+         each["waiting"], "ended" if each["ended_at"] else each["error"] or "good")
+        for each in _alerts(store, arguments).channels()])
+
+
+def _alert_test(store: Store, arguments: argparse.Namespace) -> None:
+    _alerts(store, arguments).test(arguments.ID)
+    _print_stderr(f"Channel {arguments.ID} took a test message.")
+
+
+def _alert_remove(store: Store, arguments: argparse.Namespace) -> None:
+    _alerts(store, arguments).remove(arguments.ID)
+    _print_stderr(f"Removed channel {arguments.ID}.")
+
+
+def _deliver(store: Store, arguments: argparse.Namespace) -> None:
+    done = _alerts(store, arguments).deliver()
+    _print_stderr(f"Messages sent: {done['sent']:,}; failed, to be tried again: {done['failed']:,}")
+
+
 def _prune(store: Store, arguments: argparse.Namespace) -> None:
     size = store.size
     with _progress("deleting: {:,} rows") as progress:
@@ -7221,8 +7909,9 @@ def _check(overrides: dict[str, Any]) -> int:
             status = 1
     if path.is_file():
         with suppress(SettingsError):  # which was said above
-            for warning in size_warnings(path, Settings.from_env(**overrides).max_db_size):
-                print(f"WARN {warning}")
+            for warning in chain(size_warnings(path, Settings.from_env(**overrides).max_db_size),
+                                 channel_warnings(path)):
+                print(f"WARN {warning}", file=_harmless(sys.stdout))
     return status
 
 
@@ -7298,6 +7987,7 @@ _Arguments = Mapping[str, Mapping[str, Any]]  # what argparse is told of each
 _KINDS = {"crashes": Crash, "events": Event}
 _APP_NAME = {"NAME": dict(help="the app's name")}
 _HASH = {"HASH": dict(help="the device_id_hash that the app sends")}
+_CHANNEL_ID = {"ID": dict(type=int, help="the channel's number: see alert list")}
 _DB = {"--db": dict(dest="db_path", metavar="FILE", help="the database (default: backfeedr.db)")}
 _SERVER = {
     "--host": dict(help="the address to listen on (default: 127.0.0.1)"),
@@ -7319,6 +8009,17 @@ _COMMANDS = (  # name, function, help, arguments beside --db
     ("symbols list", _symbols_list, "list the builds whose symbols are held, and those whose are missing", {}),
     ("symbols delete", _symbols_delete, "delete the symbols of a build", {
         "UUID": dict(help="the build's UUID, or enough of its beginning")}),
+    ("alert add", _alert_add, "tell somebody of new and regressed crashes; prints the channel's secret", {
+        "URL": dict(help="https://... (a webhook), slack+https://..., ntfy+https://HOST/TOPIC, or one of Apprise's"),
+        "--app": dict(metavar="NAME", default=None, help="of this app (default: of all live ones)"),
+        "--on": dict(metavar="FACT,...", default="", help="of these facts: " + ", ".join(
+            kind + " (default)" * is_on for kind, is_on in FACT_KINDS.items())),
+        "--with-reason": dict(action="store_true", default=False, help="send the crash's reason, too"),
+        "--hour": dict(type=int, choices=range(24), metavar="H", default=7, help="of the digest, UTC (default: 7)")}),
+    ("alert list", _alert_list, "list the channels, and what is wrong with them", {}),
+    ("alert test", _alert_test, "send a test message, and say what came back", _CHANNEL_ID),
+    ("alert remove", _alert_remove, "end a channel", _CHANNEL_ID),
+    ("deliver", _deliver, "send the alerts that are due; a server does so by itself", {}),
     ("prune", _prune, "delete what is older than the retention, now", {}),
     ("backup", _backup, "write a copy of the database to a new file", {
         "FILE": dict(help="the new file; one that exists is not replaced")}),

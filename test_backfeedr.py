@@ -17,6 +17,7 @@ import gzip
 import hashlib
 import html
 import http.client
+import http.server
 import importlib.util
 import io
 import json
@@ -51,6 +52,7 @@ from types import SimpleNamespace
 from urllib.parse import urlencode, urlsplit
 from uuid import UUID
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+from xml.etree import ElementTree
 
 import pytest
 import webtest
@@ -3635,6 +3637,544 @@ def test_a_lock_that_is_given_up_in_time_costs_nobody_a_report(api):
         release.join()
 
 
+# == Alerts ====================================================================
+
+class Receiver(socketserver.ThreadingMixIn, http.server.HTTPServer):
+    """Somebody who is told: on a free port, with what came, and what is answered."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), ReceiverHandler)
+        self.came, self.status, self.headers, self.before = [], 204, {}, lambda: None
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def handle_error(self, request, client_address):
+        pass  # a sender that was killed
+
+    @property
+    def ids(self):
+        return [each.headers["webhook-id"] for each in self.came]
+
+    @property
+    def bodies(self):
+        return [json.loads(each.body) for each in self.came]
+
+
+class ReceiverHandler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        self.server.came.append(SimpleNamespace(path=self.path, headers=self.headers, body=body))
+        self.server.before()
+        self.send_response(self.server.status)
+        for name, value in self.server.headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    do_GET = do_POST
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def receiver():
+    with Receiver() as made:
+        yield made
+        made.shutdown()
+
+
+@pytest.fixture
+def receivers():
+    with Receiver() as one, Receiver() as two, Receiver() as three:
+        yield one, two, three
+        for each in (one, two, three):
+            each.shutdown()
+
+
+@pytest.fixture
+def alerting(serve, clock, receiver):
+    """A server that tells `receiver`."""
+    server = serve()
+    server.channel, server.secret = server.alerts.add(receiver.url + "/hook")
+    return server
+
+
+def note(server, kind="crash.new", app="default", group="0123456789abcdef", **detail):
+    """Notes a fact, as a commit does."""
+    with server.store.writing() as db:
+        (app_id,), = db.execute("select id from apps where name = ?", (app,))
+        backfeedr.note_fact(db, kind, app_id, server.store.now, group, **{
+            "exception_type": "SIGABRT", "place": "Cart.pay()", "app_version": "1.3.0", **detail})
+
+
+def deliver_later(server, clock, seconds=60):
+    clock.move(seconds)
+    return dict(server.deliver())
+
+
+TOLD, NOT_TOLD, NONE_DUE = {"sent": 1, "failed": 0}, {"sent": 0, "failed": 1}, {"sent": 0, "failed": 0}
+
+
+def test_a_webhook_is_signed_and_shaped_as_standard_webhooks_says(serve, clock, receiver):
+    webhooks = pytest.importorskip("standardwebhooks")
+    clock.seconds = time.time()  # which the package looks at
+    server = serve(public_url="https://crashes.example.com/x/")
+    _, secret = server.alerts.add(receiver.url + "/hook?a=b")
+    assert re.fullmatch("whsec_[A-Za-z0-9+/]{43}=", secret)
+    note(server, build_number="48", crashes=3, devices=1, exception_reason="not told")
+    noted_at = backfeedr.iso_time(server.store.now)
+    assert deliver_later(server, clock) == TOLD
+    request, = receiver.came
+    body = webhooks.Webhook(secret).verify(request.body, dict(request.headers))
+    assert (request.path, request.headers["Content-Type"]) == ("/hook?a=b", "application/json")
+    assert body == {"type": "crash.new", "timestamp": backfeedr.iso_time(server.store.now), "data": {
+        "title": "backfeedr: 1 new", "more": 0,
+        "url": "https://crashes.example.com/x/crashes/0123456789abcdef?app=default", "facts": [{
+            "type": "crash.new", "at": noted_at, "app": "default", "group_hash": "0123456789abcdef",
+            "exception_type": "SIGABRT", "place": "Cart.pay()", "app_version": "1.3.0", "build_number": "48",
+            "crashes": 3, "devices": 1,
+            "text": "New: SIGABRT in Cart.pay() (default 1.3.0 (48), 3 crashes, 1 device)",
+            "url": "https://crashes.example.com/x/crashes/0123456789abcdef?app=default"}]}}
+    for wrong in (secret[:-4] + "AAA=", backfeedr.Alerts(server.store, "", list).add(receiver.url)[1]):
+        with pytest.raises(webhooks.WebhookVerificationError):
+            webhooks.Webhook(wrong).verify(request.body, dict(request.headers))
+
+
+@pytest.mark.parametrize("kind, detail, text", [
+    ("crash.new", {}, "New: SIGABRT in Cart.pay() (default 1.3.0)"),
+    ("crash.new", {"place": "", "app_version": None}, "New: SIGABRT (default)"),
+    ("crash.regressed", {"fixed_in": "1.2.9"}, "Regressed: SIGABRT in Cart.pay() (default 1.3.0, fixed in 1.2.9)"),
+    ("crash.unmuted", {"crashes": 1}, "No longer muted: SIGABRT in Cart.pay() (default 1.3.0, 1 crash)"),
+    ("crash.spread", {"devices": 1000}, "Spreading: SIGABRT in Cart.pay() (default 1.3.0, 1,000 devices)"),
+    ("release.worse", {"before": "1.2.0", "text": "worse: 88 % of devices crash-free, 96 % before"},
+     "default 1.3.0 is worse: 88 % of devices crash-free, 96 % before"),
+    ("crash.new", {"exception_type": "A\n" * 999}, "New: " + "A " * 99 + "A  (default 1.3.0)")])
+def test_each_kind_of_fact_is_told_in_a_line(serve, clock, receiver, kind, detail, text):
+    server = serve()
+    server.alerts.add(receiver.url, kinds=[kind])
+    note(server, kind, **detail)
+    assert deliver_later(server, clock) == TOLD
+    data = receiver.bodies[0]["data"]
+    assert ([each["text"] for each in data["facts"]], data.get("url")) == ([text], None)
+
+
+def test_slack_and_ntfy_get_a_text_whose_markup_is_ours(serve, clock, receivers):
+    slack, ntfy, protected = receivers
+    server = serve(public_url="https://crashes.example.com")
+    for url in (f"slack+{slack.url}/services/T0/B0/secret", f"ntfy+{ntfy.url}/base/my-topic",
+                protected.url.replace("http://", "ntfy+http://:tk_a%3Ab@") + "/t"):
+        assert server.alerts.add(url)[1] == ""
+    note(server, place="<!channel> @here & co")
+    note(server, "crash.regressed")
+    assert deliver_later(server, clock) == {"sent": 3, "failed": 0}
+    link = "https://crashes.example.com/crashes/0123456789abcdef?app=default"
+    assert (slack.came[0].path, slack.bodies) == ("/services/T0/B0/secret", [{"text": "\n".join([
+        "backfeedr: 1 new, 1 regressed",
+        f"New: SIGABRT in &lt;!channel&gt; @\u200bhere &amp; co (default 1.3.0) {link}",
+        f"Regressed: SIGABRT in Cart.pay() (default 1.3.0) {link}"])}])
+    assert (ntfy.came[0].path, ntfy.bodies) == ("/base/", [{
+        "topic": "my-topic", "title": "backfeedr: 1 new, 1 regressed", "priority": 4,
+        "click": "https://crashes.example.com/crashes", "message": (
+            "New: SIGABRT in <!channel> @here & co (default 1.3.0)\nRegressed: SIGABRT in Cart.pay() (default 1.3.0)")}])
+    assert protected.came[0].headers["Authorization"] == "Basic " + base64.b64encode(b":tk_a:b").decode()
+
+
+def test_the_facts_of_a_minute_are_one_message_and_those_after_it_another(alerting, clock, receiver):
+    for seconds in (0, 30, 29):
+        clock.move(seconds)
+        note(alerting)
+        assert dict(alerting.deliver()) == NONE_DUE
+    assert deliver_later(alerting, clock, 1) == TOLD
+    note(alerting)
+    assert deliver_later(alerting, clock, 59) == NONE_DUE
+    assert deliver_later(alerting, clock, 1) == TOLD
+    assert [len(each["data"]["facts"]) for each in receiver.bodies] == [3, 1]
+    note(alerting)
+    assert deliver_later(alerting, clock, -3600) == TOLD, "the clock was set back"
+    assert stored(alerting, "facts") == {"facts": []}
+
+
+def test_a_storm_of_500_new_groups_is_one_message_and_a_count(alerting, clock, receiver):
+    for number in range(500):
+        note(alerting, group=f"{number:016x}")
+    note(alerting, "crash.regressed")
+    alerting.alerts.add(f"slack+{receiver.url}")
+    assert deliver_later(alerting, clock) == TOLD, "the second channel is younger"
+    assert deliver_later(alerting, clock, 3600) == NONE_DUE
+    body, = receiver.bodies
+    assert [each["group_hash"] for each in body["data"]["facts"]] == [f"{number:016x}" for number in range(10)]
+    assert (body["data"]["title"], body["data"]["more"]) == ("backfeedr: 500 new, 1 regressed", 491)
+    assert len(receiver.came[0].body) < 4000 and stored(alerting, "facts") == {"facts": []}
+
+
+def test_a_text_for_a_chat_ends_with_what_did_not_fit(serve, clock, receiver):
+    server = serve()
+    server.alerts.add("slack+" + receiver.url)
+    for _ in range(12):
+        note(server, exception_type="\u20ac" * 500)
+    assert deliver_later(server, clock) == TOLD
+    text = receiver.bodies[0]["text"]
+    assert len(text.encode()) < 2000 and text.splitlines()[-1] == f"and {12 - text.count('New:')} more"
+
+
+def test_at_most_30_messages_an_hour_go_to_a_channel_and_what_is_beyond_goes_with_a_later_one(
+        alerting, clock, receiver):
+    for number in range(40):
+        note(alerting, group=f"{number:016x}")
+        assert deliver_later(alerting, clock) == (TOLD if number < 30 else NONE_DUE)
+    assert deliver_later(alerting, clock, 3659 - 2400) == NONE_DUE, "it is not an hour since the first"
+    assert deliver_later(alerting, clock, 1) == TOLD
+    assert [len(each["data"]["facts"]) + each["data"]["more"] for each in receiver.bodies] == [1] * 30 + [10]
+    assert [each["group_hash"] for each in receiver.bodies[30]["data"]["facts"]] == [
+        f"{number:016x}" for number in range(30, 40)]
+
+
+def test_a_receiver_that_is_down_for_a_day_gets_each_once_it_is_back_under_the_same_id(alerting, clock, receiver):
+    receiver.status = 503
+    for _ in range(4):
+        note(alerting)
+        deliver_later(alerting, clock, 6 * 3600)
+    waiting = {row[0] for row in stored(alerting, "messages")["messages"]}
+    assert len(waiting) == 4 and len(receiver.ids) == 4 and set(receiver.ids) < waiting
+    channel, = alerting.alerts.channels()
+    assert (channel["error"], channel["waiting"], channel["sent_at"]) == ("it answered 503", 4, None)
+    receiver.status, receiver.came = 200, []
+    assert deliver_later(alerting, clock, 24 * 3600) == {"sent": 4, "failed": 0}
+    assert sorted(receiver.ids) == sorted(waiting)
+    assert deliver_later(alerting, clock, 48 * 3600) == NONE_DUE
+    channel, = alerting.alerts.channels()
+    assert (channel["error"], channel["waiting"], channel["sent_at"]) == (None, 0, int((clock() - 48 * 3600) * 1000))
+
+
+def test_a_message_is_tried_ten_times_by_the_schedule_and_then_given_up_while_its_error_stays(
+        alerting, clock, receiver):
+    receiver.status = 500
+    note(alerting)
+    assert deliver_later(alerting, clock) == NOT_TOLD
+    for pause in (5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400):
+        assert deliver_later(alerting, clock, pause - 1) == NONE_DUE
+        assert deliver_later(alerting, clock, 1) == NOT_TOLD
+    receiver.status = 200
+    assert deliver_later(alerting, clock, 10 * 86400) == NONE_DUE
+    assert len(receiver.ids) == 10 and len(set(receiver.ids)) == 1
+    channel, = alerting.alerts.channels()
+    assert (channel["error"], channel["waiting"], channel["ended_at"]) == ("it answered 500", 0, None)
+    note(alerting)
+    assert deliver_later(alerting, clock) == TOLD and alerting.alerts.channels()[0]["error"] is None
+
+
+def test_a_channel_that_answers_410_ends_and_the_page_says_so(alerting, clock, receiver):
+    receiver.status = 410
+    note(alerting)
+    assert deliver_later(alerting, clock) == NOT_TOLD
+    receiver.status = 200
+    note(alerting)
+    assert deliver_later(alerting, clock, 86400) == NONE_DUE and len(receiver.came) == 1
+    assert stored(alerting, "messages", "facts") == {"messages": [], "facts": []}, "nobody is left to tell"
+    someone = Person(alerting)
+    someone.sign_in()
+    assert "ended 1 d ago : its receiver wants no more" in someone.text("/apps")
+
+
+@pytest.mark.parametrize("value, seconds", [
+    ("7200", 7200), ("1", 5), ("0", 5), ("-5", 5), ("soon", 5), ("", 5), ("9" * 50, 5), ("999999999", 86400),
+    ("Wed, 21 Oct 2015 07:28:00 GMT", 5), ("an hour", 5), ("\xe4", 5)])
+def test_retry_after_is_honoured_up_to_a_day(alerting, clock, receiver, value, seconds):
+    receiver.status, receiver.headers = 429, {"Retry-After": value}
+    note(alerting)
+    assert deliver_later(alerting, clock) == NOT_TOLD
+    assert deliver_later(alerting, clock, seconds - 1) == NONE_DUE
+    assert deliver_later(alerting, clock, 1) == NOT_TOLD
+
+
+def test_a_retry_after_may_be_a_date():
+    at = datetime.fromtimestamp(time.time() + 3600, timezone.utc)
+    assert 3_590_000 <= backfeedr._pause(at.strftime("%a, %d %b %Y %H:%M:%S GMT")) <= 3_600_000
+
+
+def test_a_redirect_is_not_followed(alerting, clock, receivers, receiver):
+    elsewhere = receivers[0]
+    for status in (301, 302, 303, 307, 308):
+        receiver.status, receiver.headers = status, {"Location": elsewhere.url}
+        with pytest.raises(StoreError, match=f"channel {alerting.channel}: it answered {status}"):
+            alerting.alerts.test(alerting.channel)
+    assert (len(receiver.came), elsewhere.came) == (5, [])
+
+
+def drip(connection):
+    """Answers a byte at a time: each comes in time."""
+    with suppress(OSError):
+        for byte in b"HTTP/1.1 200 OK\r\n" + b"X: " + b"x" * 60000:
+            connection.sendall(bytes([byte]))
+            threading.Event().wait(0.05)
+
+
+@pytest.mark.parametrize("answer", [
+    lambda connection: connection.recv(1), drip, lambda connection: connection.sendall(b"what?\r\n\r\n"),
+    lambda connection: connection.close()])
+def test_a_receiver_that_answers_slowly_or_nonsense_counts_as_down_and_holds_nobody_up(
+        serve, clock, receiver, monkeypatch, answer):
+    monkeypatch.setattr(backfeedr, "TRY_SECONDS", 0.2)
+    server, held = serve(), threading.Event()
+
+    def serve_one():
+        connection, _ = listener.accept()
+        connection.recv(65536)
+        answer(connection)
+        held.wait(10)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve_one, daemon=True).start()
+        server.alerts.add("http://127.0.0.1:%d/" % listener.getsockname()[1])
+        server.alerts.add(receiver.url)
+        note(server)
+        began = time.monotonic()
+        assert deliver_later(server, clock) == {"sent": 1, "failed": 1} and time.monotonic() - began < 5
+        held.set()
+    assert server.alerts.channels()[0]["error"] in ("no answer in time", "BadStatusLine", "RemoteDisconnected")
+
+
+def test_what_waits_for_a_channel_that_is_down_is_not_tried_one_by_one(alerting, clock, receiver):
+    receiver.status = 500
+    for _ in range(5):
+        note(alerting)
+        clock.move(61)
+        alerting.alerts._gather()
+    assert dict(alerting.deliver()) == NOT_TOLD and len(receiver.came) == 1
+    receiver.status = 200
+    assert deliver_later(alerting, clock, 5) == {"sent": 5, "failed": 0}
+
+
+def test_a_channel_that_stays_down_collects_no_more_than_it_is_tried_for(alerting, clock, receiver):
+    receiver.status = 500
+    for _ in range(10 * 4):
+        note(alerting)
+        deliver_later(alerting, clock, 6 * 3600)
+    assert alerting.alerts.channels()[0]["waiting"] <= 76 / 6 + 1 and len(receiver.ids) < 60
+
+
+def test_a_poisoned_channel_does_not_hold_up_the_others_and_the_log_has_no_address(
+        serve, clock, receiver, monkeypatch, caplog):
+    def fail(*arguments):
+        raise KeyError("slack+http://secret.example.com/secret")
+
+    monkeypatch.setitem(backfeedr.CHANNELS, "slack+http", fail)
+    server = serve()
+    for url in ("slack+http://secret.example.com/secret", receiver.url):
+        server.alerts.add(url)
+    note(server)
+    assert deliver_later(server, clock) == {"sent": 1, "failed": 1}
+    assert [each["error"] for each in server.alerts.channels()] == ["KeyError", None]
+    assert "cannot send to channel" in caplog.text and "secret" not in caplog.text
+
+
+def test_two_that_deliver_at_once_send_each_message_once(serve, clock, receiver):
+    server = serve()
+    other = Store(server.store.path, clock) if not POSTGRES else postgres().PostgresStore(server.store.path, clock)
+    for _ in range(20):
+        server.alerts.add(receiver.url)
+    note(server)
+    clock.move(60)
+    both = [server.alerts, backfeedr.Alerts(other, "", list)]
+    with other, ThreadPoolExecutor(2) as pool:
+        done = sum(pool.map(lambda alerts: alerts.deliver(), both), Counter())
+    assert done == Counter(sent=20) and len(set(receiver.ids)) == len(receiver.ids) == 20
+
+
+def test_what_one_delivers_another_leaves_alone(alerting, clock, receiver):
+    at_once = []
+    receiver.before = lambda: at_once.append(alerting.deliver())
+    note(alerting)
+    assert deliver_later(alerting, clock) == TOLD and at_once == [Counter(sent=0, failed=0)]
+
+
+@pytest.mark.slow
+def test_kill_9_between_commit_and_delivery_loses_no_alert(alerting, clock, receiver):
+    clock.seconds = time.time() - 300
+    note(alerting)
+    db = alerting.store.path
+    program = [EXAMPLES / "postgres.py", db] if POSTGRES else [SERVER]
+    sending, killed = threading.Event(), threading.Event()
+    receiver.before = lambda: (sending.set(), killed.wait(20))
+    process = start_python(*program, "deliver", *([] if POSTGRES else ["--db", db]))
+    assert sending.wait(20)
+    process.kill()
+    process.communicate()
+    killed.set()
+    receiver.before = lambda: None
+    clock.seconds = time.time()
+    assert dict(alerting.deliver()) == NONE_DUE, "somebody may still be sending it"
+    assert deliver_later(alerting, clock, 61) == TOLD and deliver_later(alerting, clock, 3600) == NONE_DUE
+    assert len(receiver.ids) == 2 and len(set(receiver.ids)) == 1
+
+
+@pytest.mark.slow
+def test_a_server_delivers_in_a_thread_that_ends_with_it_even_while_a_receiver_hangs(alerting, clock, receiver, run):
+    hung, over = threading.Event(), threading.Event()
+    clock.seconds = time.time() - 300
+    note(alerting)
+    server = run(db=alerting.store.path)
+    wait_until(lambda: receiver.came)
+    wait_until(lambda: alerting.alerts.channels()[0]["sent_at"])
+    receiver.before = lambda: (hung.set(), over.wait(20))
+    note(alerting)
+    second = run(db=alerting.store.path)
+    assert hung.wait(20)
+    for each in server, second:
+        status, _, err = each.stop(seconds=8)
+        assert (status, err) == (0, "")
+    over.set()
+
+
+def test_the_thread_wakes_when_a_commit_has_noted_a_fact_and_ends_when_the_block_does(
+        alerting, clock, receiver, monkeypatch):
+    monkeypatch.setattr(backfeedr, "SHORTEST_WAIT", 0.01)
+    save = backfeedr.RollUps.save
+
+    def save_and_note(self):
+        save(self)
+        backfeedr.note_fact(self._db, "crash.new", 1, self._now - 60_000, "0123456789abcdef")
+
+    with alerting.alerts.running():
+        monkeypatch.setattr(backfeedr.RollUps, "save", save_and_note)
+        assert Api(alerting).post(CRASHES, CRASH)[0] == 201
+        wait_until(lambda: receiver.came, 10)
+    assert "backfeedr alerts" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_facts_are_kept_only_while_there_is_a_channel_for_them(serve, clock, receiver):
+    server = serve()
+    note(server)
+    assert stored(server, "facts") == {"facts": []}, "nobody would be told"
+    number, _ = server.alerts.add(receiver.url, kinds=["crash.spread"])
+    note(server)
+    assert deliver_later(server, clock) == NONE_DUE and stored(server, "facts") == {"facts": []}, "nobody wants it"
+    note(server)
+    clock.move(8 * 86400)
+    assert Api(server).post(CRASHES, CRASH)[0] == 201
+    assert stored(server, "facts") == {"facts": []}, "and nobody ever delivered it"
+    server.alerts.remove(number)
+    with pytest.raises(StoreError, match=f"there is no channel {number}"):
+        server.alerts.remove(number)
+
+
+def test_a_channel_is_told_of_its_app_or_of_all_live_ones_and_of_the_facts_that_it_asked_for(
+        serve, clock, receivers):
+    server = serve()
+    server.store.create_app("Beta", is_test=True)
+    server.store.create_app("Shop")
+    for each, options in zip(receivers, ({}, {"app": "Beta"}, {"app": "Shop", "kinds": ["crash.spread", "crash.new"]})):
+        server.alerts.add(each.url, **options)
+    for app in ("default", "Beta", "Shop"):
+        for kind in ("crash.new", "crash.regressed", "crash.unmuted", "crash.spread", "release.worse"):
+            note(server, kind, app)
+    assert deliver_later(server, clock) == {"sent": 3, "failed": 0}
+    told = [[(each["app"], each["type"].partition(".")[2]) for each in receiver.bodies[0]["data"]["facts"]]
+            for receiver in receivers]
+    on = ("new", "regressed", "unmuted")
+    assert told == [[(app, kind) for app in ("default", "Shop") for kind in on], [("Beta", kind) for kind in on],
+                    [("Shop", "new"), ("Shop", "spread")]]
+    for app in ("Beta", "Shop"):
+        note(server, app=app)
+        clock.move(60)
+        server.alerts._gather()
+        server.store.delete_app(app)
+    assert len(server.alerts.channels()) == 1 and len(stored(server, "facts")["facts"]) == 0
+    assert {row[1] for row in stored(server, "messages")["messages"]} == {1}
+
+
+def test_a_reason_leaves_the_host_only_where_a_channel_asks_for_it(serve, clock, receivers):
+    server = serve()
+    server.alerts.add(receivers[0].url)
+    server.alerts.add(receivers[1].url, with_reason=True)
+    server.alerts.add("slack+" + receivers[2].url, with_reason=True)
+    _, answer = Api(server).post(CRASHES, {**CRASH, "exception_reason": "Card 4111", "device_id_hash": "d" * 64})
+    note(server, group=answer["group_hash"], device_id_hash="d" * 64, exception_reason="Card 4111", user="me")
+    assert deliver_later(server, clock) == {"sent": 3, "failed": 0}
+    without, having, chat = (each.came[0].body for each in receivers)
+    assert not re.search("4111|dddd|me\"", without)
+    assert json.loads(having)["data"]["facts"][0]["reason"] == "Card 4111" and "dddd" not in having
+    assert "(default 1.3.0): Card 4111" in chat
+
+
+@pytest.mark.parametrize("url", [
+    "", "example.com", "https://", "https://a b/", "https://a\n/", "https://a:99999/", "https://a:0/", "https://[",
+    "https://a/#b", "https://\xe4.de/", "ntfy+https://ntfy.sh", "ntfy+https://ntfy.sh/", "ntfy+https://ntfy.sh/a?b=c",
+    "ntfy+https://ntfy.sh/a.b", "file:///etc/passwd", "gopher://a/b"])
+def test_an_address_that_cannot_be_sent_to_is_refused(api, monkeypatch, url):
+    monkeypatch.setitem(sys.modules, "apprise", None)
+    with pytest.raises(StoreError, match="Apprise" if "gopher" in url else "like https"):
+        api.server.alerts.add(url)
+    assert api.server.alerts.channels() == []
+
+
+def test_other_addresses_go_through_apprise_where_it_is_installed(serve, clock, monkeypatch):
+    told = []
+
+    class Apprise:
+        def add(self, url):
+            self.url = url
+            return url.startswith("tgram:")
+
+        def notify(self, title, body):
+            told.append((self.url, title, body))
+            return len(told) > 1
+
+    server = serve()
+    monkeypatch.setitem(sys.modules, "apprise", SimpleNamespace(Apprise=Apprise))
+    with pytest.raises(StoreError, match="no address that Apprise knows"):
+        server.alerts.add("other://a/b")
+    assert server.alerts.add("tgram://bottoken/ChatID")[1] == ""
+    note(server)
+    assert deliver_later(server, clock) == NOT_TOLD
+    assert server.alerts.channels()[0]["error"] == "Apprise could not send it"
+    assert deliver_later(server, clock, 5) == TOLD
+    assert told == 2 * [("tgram://bottoken/ChatID", "backfeedr: 1 new", "New: SIGABRT in Cart.pay() (default 1.3.0)")]
+    monkeypatch.setitem(sys.modules, "apprise", None)
+    note(server)
+    assert deliver_later(server, clock) == NOT_TOLD
+    assert "pip install" in server.alerts.channels()[0]["error"]
+
+
+@pytest.mark.parametrize("url, shown", [
+    ("https://hooks.slack.com/services/T0/B0/abcdefgh", "https://hooks.slack.com/...efgh"),
+    ("slack+https://hooks.slack.com/services/T0/B0/abcdefgh", "slack+https://hooks.slack.com/...efgh"),
+    ("https://user:password@example.com:8443/a?token=abcdefghijkl", "https://example.com/...ijkl"),
+    ("ntfy+https://ntfy.sh/topic", "ntfy+https://ntfy.sh/..."), ("https://example.com", "https://example.com"),
+    ("tgram://123456:bottoken/ChatID", "tgram://...atID"), ("pover://user@tok", "pover://...")])
+def test_an_address_is_shown_without_what_may_be_secret(url, shown):
+    assert backfeedr.shown_address(url) == shown
+
+
+def test_a_digest_comes_at_its_hour_each_day_and_says_what_is_new(serve, clock, receiver):
+    server = serve()  # at 14:30
+    server.alerts.add(receiver.url, kinds=["digest"], hour=15)
+    for name in "A", "B":
+        Api(server).post(CRASHES, {**CRASH, "exception_type": name, "app_version": "1.0"})
+    assert deliver_later(server, clock, 29 * 60) == NONE_DUE
+    assert deliver_later(server, clock, 60) == TOLD
+    assert deliver_later(server, clock, 86399) == NONE_DUE
+    assert deliver_later(server, clock, 1) == TOLD
+    assert deliver_later(server, clock, 5 * 86400 + 60) == TOLD, "one, after days without a server"
+    assert deliver_later(server, clock, 86400 - 61) == NONE_DUE and deliver_later(server, clock, 1) == TOLD
+    texts = [[each["text"] for each in body["data"]["facts"]] for body in receiver.bodies]
+    assert texts[:2] == [
+        ["Crashes: 0 yesterday, 0 the day before", "New: 2; A; B", "Resolved: 0; regressed: 0"],
+        ["Crashes: 2 yesterday, 0 the day before", "New: 0", "Resolved: 0; regressed: 0"]]
+    assert {body["type"] for body in receiver.bodies} == {"digest"}
+    assert receiver.bodies[0]["data"]["title"] == "backfeedr: the last day of all apps"
+
+
+def test_ingestion_and_questions_go_on_while_a_receiver_hangs(alerting, clock, receiver):
+    answers = []
+    receiver.before = lambda: answers.append((Api(alerting).post(CRASHES, CRASH)[0],
+                                              Api(alerting).get("/api/v1/overview")[0]))
+    note(alerting)
+    assert deliver_later(alerting, clock) == TOLD and answers == [(201, 200)]
+
+
 # == Metrics ===================================================================
 
 ADMIN = {"Authorization": "Bearer " + TOKEN}
@@ -5407,6 +5947,8 @@ class Crawl:
                 continue
             if action == "create":
                 form["name"] = MADE
+            if action == "add-channel":
+                form["url"] = "https://example.com/hook"
             answer = form.submit(headers=HTML)
             assert answer.status_int == 200, (form.action, action, answer)
             for name, fields in form.fields.items() if form.method.upper() == "GET" else ():
@@ -5417,18 +5959,21 @@ class Crawl:
 
 @pytest.mark.parametrize("prefix", ["", "/app/crashes"])
 @pytest.mark.parametrize("data", ["empty", "demo"])
-def test_every_link_and_form_leads_somewhere(serve, tmp_path, demo, data, prefix):
+def test_every_link_and_form_leads_somewhere(serve, tmp_path, demo, data, prefix, receiver):
     if data == "demo" and not POSTGRES:
         shutil.copy(demo.path, tmp_path / "test.db")
     server = serve(retention_days=0)
     serve.unchecked.append(server)  # as it is large, and a form deletes of it
     if data == "demo" and POSTGRES:
         hand_over(SimpleNamespace(store=demo), server, step=1000)
+    server.alerts.add(receiver.url)
+    server.store.change_feed(make=True)
     someone = Person(server, prefix)
     someone.sign_in()
     crawl = Crawl(someone)
     assert {path for path in crawl.kinds if "?" not in path} >= {prefix + path for path in PAGES}
-    assert set(crawl.forms) == {"", "create", "key", "revoke", "delete"}
+    assert set(crawl.forms) == {"", "create", "key", "revoke", "delete", "add-channel", "test-channel",
+                                "remove-channel", "make-feed", "withdraw-feed"}
     assert MADE not in {app.name for app in server.store.apps()}
     assert data == "empty" or len(crawl.seen) > 60 and crawl.kinds[prefix + "/crashes/*"] == 3
 
@@ -5928,6 +6473,87 @@ def test_a_browser_shows_the_pages_without_an_error(serve, tmp_path, demo):
             assert not any(map(browser.seen, ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")))
             requests = [event["request"]["url"] for event in browser.seen("Network.requestWillBeSent")]
             assert requests and all(each.startswith((url, "data:")) for each in requests)
+
+
+# -- Alerts and the feed
+
+def test_the_page_of_apps_adds_tests_and_removes_channels_and_shows_a_secret_once(api, clock, person, receiver):
+    page = submit(person.get("/apps"), "add-channel", url=receiver.url + "/a/secret/path", app="default",
+                  **{"on-crash.spread": True, "hour": "9"})
+    secret, = re.findall("whsec_[A-Za-z0-9+/=]+", html.unescape(page.text))
+    assert sql(api.server.store.path, "select url, secret, app_id, kinds, with_reason, digest_at from channels") == [
+        (receiver.url + "/a/secret/path", secret, 1, "crash.new,crash.regressed,crash.unmuted,crash.spread", 0, None)]
+    assert not re.search("whsec|secret/path", person.get("/apps").text) and "...path" in person.text("/apps")
+    page = submit(person.get("/apps"), "test-channel", id="1")
+    assert "Channel 1 took a test message." in page.text
+    assert receiver.bodies[0]["data"]["facts"] == [{"type": "test", "text": "This is a test of channel 1."}]
+    receiver.status = 500
+    page = submit(person.get("/apps"), "test-channel", id="1")
+    assert page.status_int == 400 and "Channel 1: it answered 500." in page.text
+    assert "it answered 500, just now ; 0 waiting" in person.text("/apps")
+    page = submit(person.get("/apps"), "add-channel", url="ftp:/")
+    assert page.status_int == 400 and "A channel&#039;s address is like https://" in page.text
+    page = submit(person.get("/apps"), "add-channel", url="slack+https://example.com/1", reason=True,
+                  **{"on-digest": True})
+    assert "Made channel 2." in page.text and "whsec" not in page.text
+    assert sql(api.server.store.path, "select with_reason, app_id, digest_at from channels where id = 2") == [
+        (1, None, parse_time("2026-03-13T07:00:00Z"))]
+    for number in "1", "2":
+        assert f"Removed channel {number}." in submit(person.get("/apps"), "remove-channel", id=number).text
+    assert "Nobody is told" in person.text("/apps")
+    token = person.get("/apps").forms[0]["form_token"].value
+    answer = person.web.post("/apps", {"action": "remove-channel", "id": "1", "form_token": token}, status=400)
+    assert "There is no channel 1" in answer.text
+
+
+def feed_of(person, path, status=200):
+    """Title, time, id and link of each entry of the feed, and the feed itself."""
+    answer = person.web.get(path, status=status)
+    if status != 200:
+        return None, answer
+    assert answer.content_type == "application/atom+xml"
+    feed, atom = ElementTree.fromstring(answer.body), "{http://www.w3.org/2005/Atom}"
+    return [(each.find(atom + "title").text, each.find(atom + "updated").text, each.find(atom + "id").text,
+             each.find(atom + "link").attrib["href"]) for each in feed.iter(atom + "entry")], feed
+
+
+def test_the_feed_has_new_and_regressed_groups_for_whoever_has_its_token(serve, clock):
+    api = Api(serve(public_url="http://crashes.example.com"))
+    api.server.store.create_app("Beta", is_test=True)
+    person = Person(api.server)
+    person.sign_in()
+    hostile = "<b>&'\"\x01\ufffe\ud800]]>"
+    hashes = [api.post(CRASHES, {**CRASH, "exception_type": each, "occurred_at": f"2026-03-12T14:0{n}:00Z",
+                                 "app_version": "1.0"})[1]["group_hash"] for n, each in enumerate(["A", hostile])]
+    for path in ("/crashes.atom", "/crashes.atom?token=", "/crashes.atom?token=" + TOKEN, "/crashes.atom?token=\xff"):
+        assert feed_of(person, path, 404)[1].json == {"error": "not found"}, "there is no token yet"
+    page = submit(person.get("/apps"), "make-feed").text
+    url, = re.findall(r"http://crashes.example.com(/crashes.atom\?token=bf_feed_[0-9a-f]{32})<", page)
+    assert "bf_feed_" not in person.get("/apps").text
+    assert url[-40:].encode() not in content_of(api.server.store.path)
+    stranger = Person(api.server)
+    entries, feed = feed_of(stranger, url)
+    assert [entry[:2] for entry in entries] == [
+        ("New: <b>&'\"\ufffd\ufffd\ufffd]]>", "2026-03-12T14:01:00Z"), ("New: A", "2026-03-12T14:00:00Z")]
+    assert entries[1][3] == f"http://crashes.example.com/crashes/{hashes[0]}?app=default"
+    links = {each.attrib.get("rel"): each.attrib["href"] for each in feed.findall("{http://www.w3.org/2005/Atom}link")}
+    assert links["self"] == "http://crashes.example.com" + url
+    assert feed.find("{http://www.w3.org/2005/Atom}updated").text == entries[0][1]
+    api.post(CRASHES, {**CRASH, "exception_type": "A"})
+    sql_run(api.server.store.path, f"""
+        insert into triage (app_id, group_hash, state, changed_at, regressed_at)
+        values (1, '{hashes[0]}', 'open', 0, {api.server.store.now})""")
+    later, _ = feed_of(stranger, url)
+    assert later[0][:2] == ("Regressed: A", NOW) and later[1:] == entries and later[0][2] != entries[1][2]
+    assert feed_of(stranger, url + "&app=Beta")[0] == [] and feed_of(stranger, url + "&app=default")[0] == later
+    feed_of(stranger, url + "&app=nobody", 404)
+    for number in range(60):
+        api.server.store.add(backfeedr.sha256(KEY), [parse_crash({**CRASH, "exception_type": f"E{number}"})])
+    assert len(feed_of(stranger, url)[0]) == 50
+    submit(person.get("/apps"), "make-feed")
+    feed_of(stranger, url, 404)
+    submit(person.get("/apps"), "withdraw-feed")
+    assert sql(api.server.store.path, "select name from secrets") == [("admin_token",)]
 
 
 # == Server ====================================================================
@@ -6728,6 +7354,41 @@ def test_key_list_has_the_day_of_the_last_use_and_the_requests_of_seven_days(com
     found = {line.split()[0][:16]: tuple(line.split()[-3:]) for line in lines}
     day = {days: time_text(today - days * 86400)[:10] for days in (4, 20)}
     assert [found[used[name][:16]] for name in used] == [("-", "-", "0"), ("-", day[20], "0"), ("-", day[4], "5")]
+
+
+def test_the_commands_of_alerts_add_list_test_and_remove_channels_and_deliver(command, clock, receiver):
+    clock.seconds = time.time() - 120
+    with opened(clock) as server:
+        server.store.create_app("Shop")
+        status, secret, err = command("alert", "add", receiver.url + "/hook/secret", "--app", "Shop", "--on",
+                                      "crash.new,digest", "--hour", "23")
+        assert status == 0 and re.fullmatch("whsec_.{44}\n", secret)
+        assert "Made channel 1." in err and "can be read on its way" in err and "/hook" not in err
+        assert command("alert", "add", f"slack+{receiver.url}/2", "--with-reason")[:2] == (0, "")
+        note(server, app="Shop")
+        lines = command("alert", "list")[1].splitlines()
+        assert [line.split()[:3] for line in lines[1:]] == [
+            ["1", "http://127.0.0.1/...cret", "Shop"], ["2", "slack+http://127.0.0.1/...", "all"]]
+    assert command("deliver") == (0, "", "Messages sent: 2; failed, to be tried again: 0\n")
+    assert command("deliver") == (0, "", "Messages sent: 0; failed, to be tried again: 0\n")
+    assert command("alert", "test", "1") == (0, "", "Channel 1 took a test message.\n")
+    assert "WARN" not in command("check")[1].replace("disk is nearly full", "")
+    receiver.status = 404
+    assert command("alert", "test", "1") == (1, "", "backfeedr: channel 1: it answered 404\n")
+    assert "it answered 404" in command("alert", "list")[1]
+    status, out, _ = command("check")
+    assert status == 0 and "\nWARN Channel 1 (http://127.0.0.1/...cret) has failed: it answered 404 at 20" in out
+    receiver.status = 410
+    assert command("alert", "test", "2") == (1, "", "backfeedr: channel 2: it answered 410\n")
+    assert "\nWARN Channel 2 (slack+http://127.0.0.1/...) has ended: it answered 410 at 20" in command("check")[1]
+    assert command("alert", "remove", "1") == (0, "", "Removed channel 1.\n")
+    for verb in "remove", "test":
+        assert command("alert", verb, "1") == (1, "", "backfeedr: there is no channel 1: see 'alert list'\n")
+    for options, problem in ((["--app", "Shopp"], "no app named"), (["--on", "crash.old"], "no fact 'crash.old'")):
+        status, out, err = command("alert", "add", receiver.url, *options)
+        assert (status, out, err.count("\n")) == (1, "", 1) and problem in err
+    assert command("alert", "add", receiver.url, "--hour", "24")[0] == 2
+    assert len(command("alert", "list")[1].splitlines()) == 2
 
 
 @pytest.mark.parametrize("step", [0, 1, 4, 12])

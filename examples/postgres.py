@@ -241,6 +241,8 @@ class Connection(psycopg.Connection):
     def execute(self, query: str, parameters: Any = (), **options: Any) -> psycopg.Cursor:
         return super().execute(translated(query), parameters, **options)
 
+    has_facts = False  # whether a commit has noted some
+
     def begin_writing(self, shared: bool) -> None:
         """Locks, unless it is shared, all that writes: a row that is always there, because there may be no app yet."""
         self.run("begin isolation level read committed" + ("" if shared else """;
@@ -252,6 +254,10 @@ class Connection(psycopg.Connection):
         super().execute("""
             select 1 from apps where id in (select app_id from keys where key_hash = any(%s)) order by id for update
             """, (list(key_hashes),))
+
+    def lock_rows(self, query: str, parameters: Any) -> List[Any]:
+        """The rows of a query that no other host holds. Nobody else gets them before this transaction ends."""
+        return self.execute(query + " for update skip locked", parameters).fetchall()
 
     def reserve_seqs(self, now: int, count: int) -> int:
         """The first of so many seqs that follow one another and were never given before."""
@@ -314,7 +320,7 @@ class _Pools:
 READERS = 8  # connections of a process to read by,
 LIMITERS = 4  # and to ask for a limit by
 POOL_SECONDS = 2.0  # to wait for one of them
-_GROWING = ", ".join(["crashes", "events", "symbol_pages", *backfeedr.KEYS])
+_GROWING = ", ".join(["crashes", "events", "symbol_pages", "facts", "messages", *backfeedr.KEYS])
 
 
 class PostgresStore(backfeedr.Store):
