@@ -1702,6 +1702,7 @@ DEVICE_DAYS = 400      # a report that occurred more days before its receipt cou
 HOURS_KEPT = 48        # hours for which it is kept how many devices were last seen in each
 TRIMMED = 1000         # rows that one step of `trim` deletes from a table
 MAX_RELEASES = 1000    # of an app, whatever the day
+MAX_BUILDS_OF_APP = 2000
 MAX_ANSWER = 60_000    # bytes of JSON that the rows of a public answer may take: all of it stays below 64 kB
 
 OTHER = "(other)"      # stands for names beyond these limits, which hold for an app and a UTC day:
@@ -1713,8 +1714,9 @@ APPS = "app_id in (select id from apps where id = :app or :app is null and is_te
 
 TABLES = {Crash: "crashes", Event: "events"}
 COUNTED = {  # a report as the figures see it; `at` is the time at which it counts
-    Crash: namedtuple("CountedCrash", "seq app_id received_at at sent_type app_version device_id_hash session_id"
-                                      " group_hash images exception_type device_model exception_reason stack_trace"),
+    Crash: namedtuple("CountedCrash", "seq app_id received_at at sent_type app_version build_number device_id_hash"
+                                      " session_id group_hash images exception_type device_model exception_reason"
+                                      " stack_trace"),
     Event: namedtuple("CountedEvent", "seq app_id received_at at type app_version device_id_hash session_id")}
 
 
@@ -2072,6 +2074,83 @@ class Images(Figure):
 
     def expire(self, kind: type, reports: Sequence[Any]) -> None:
         self.count(kind, reports, -1)
+
+
+class GroupDevices(Figure):
+    """Of the crashes that are kept, those of each group and of each device in it, and the devices of each group."""
+
+    SUMS = {"group_devices": ("group_hash device", "crashes"),  # see device_key
+            "group_sums": ("group_hash", "crashes devices")}
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self._crashes: Counter = Counter()  # by app_id, group_hash and device
+        self.new: Counter = Counter()  # by app_id and group_hash: devices that the group did not have before
+
+    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+        for (app_id, group, device), crashes in Counter(map(_GROUP_DEVICE, reports)).items():
+            self._crashes[app_id, group, device_key(device)] += by * crashes
+
+    def expire(self, kind: type, reports: Sequence[Any]) -> None:
+        self.count(kind, reports, -1)
+
+    def save(self) -> None:
+        before = {row[:3]: row[3] for row in rows_of(self._db, """
+            select group_devices.* from (values *) as keys
+            cross join group_devices on app_id = column1 and group_hash = column2 and device = column3
+            """, [key for key in self._crashes if key[2]])}
+        for key, by in self._crashes.items():
+            had, devices = before.get(key, 0), 0
+            if key[2]:
+                self.sums["group_devices"].add(*key, crashes=by)
+                devices = int(had + by > 0) - int(had > 0)
+            self.sums["group_sums"].add(*key[:2], crashes=by, devices=devices)
+            if devices > 0:
+                self.new[key[:2]] += devices
+        super().save()
+
+
+_GROUP_DEVICE = attrgetter("app_id", "group_hash", "device_id_hash")
+_RECEIVED_AT = attrgetter("received_at")
+
+
+class Builds(Figure):
+    """When each build was first seen. A build beyond the bound has no row; `releases` still knows its version."""
+
+    TABLES = """
+create table builds (
+    app_id integer not null, app_version text not null, build_number text not null,  -- '': not said, as by all events
+    first_seen integer not null,           -- when its first report was received
+    primary key (app_id, app_version, build_number)) without rowid;
+"""
+    COUNTS = (Crash, Event)
+    BUILD = {Crash: attrgetter("app_id", "app_version", "build_number"), Event: attrgetter("app_id", "app_version")}
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self._received: dict[tuple, int] = {}  # by app_id, app_version and build_number
+        self.new: set[tuple] = set()  # of these, the builds that were never seen before
+
+    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+        for (app_id, version, *build), run in groupby(reports if by > 0 else (), self.BUILD[kind]):
+            if version:
+                key, received = (app_id, version, "".join(filter(None, build))), min(map(_RECEIVED_AT, run))
+                self._received[key] = min(received, self._received.get(key, received))
+
+    def save(self) -> None:
+        stored = {row[:3]: row[3] for row in rows_of(self._db, """
+            select builds.* from (values *) as keys
+            cross join builds on app_id = column1 and app_version = column2 and build_number = column3
+            """, list(self._received))}
+        changed = {key: at for key, at in self._received.items() if at < stored.get(key, MAX_NUMBER)}
+        for app_id in {key[0] for key in changed.keys() - stored.keys()}:
+            known, = self._db.execute("select count(*) from builds where app_id = ?", (app_id,)).fetchone()
+            fresh = [key for key in changed if key[0] == app_id and key not in stored]
+            self.new.update(fresh[:max(0, MAX_BUILDS_OF_APP - known)])
+        write_rows(self._db, """
+            insert into builds values *
+            on conflict (app_id, app_version, build_number) do update set first_seen = excluded.first_seen
+            """, [(*key, at) for key, at in changed.items() if key in stored or key in self.new])
 
 
 class Releases(Figure):
@@ -2488,7 +2567,7 @@ def device_key(device_id_hash: str | None) -> int:
 
 
 # Releases last: others count in them when they are saved.
-FIGURES = (Requests, Crashes, Groups, Images, Sessions, Devices, Releases)
+FIGURES = (Requests, Crashes, Groups, GroupDevices, Images, Builds, Sessions, Devices, Releases)
 FIGURE_TABLES = NewNames.TABLES + "".join(figure.tables() for figure in FIGURES)
 SCHEMA = REPORT_TABLES + SYMBOL_TABLES + TRIAGE_TABLES + FIGURE_TABLES
 # The primary key of each table with rows of an app, beside the reports.
@@ -2928,7 +3007,7 @@ def migrate(db: Connection, version: int, run: Callable[[Connection, str], None]
     if version < 3:
         _migrate_to_3(db, run)
     elif version < 4:
-        run(db, Images.tables())
+        run(db, "".join(figure.tables() for figure in (GroupDevices, Images, Builds)))
     if version < 4:  # names are made canonical now
         db.execute("insert into regroupings select app_id, group_hash, 0, 0, '' from groups")
 
@@ -3856,7 +3935,7 @@ class Store(Apps):
         db.executemany("update crashes set group_hash = ?, images = ? where seq = ?", moved)
         traces = dict(rows_of(db, "select seq, stack_trace " + source, seqs))
         after = [each._replace(stack_trace=traces[each.seq]) for each in counted_rows(db, Crash, source, seqs)]
-        for figure in (rollups.figures[Groups], rollups.figures[Images]):
+        for figure in (rollups.figures[each] for each in (Groups, GroupDevices, Images)):
             figure.count(Crash, before, -1)
             figure.count(Crash, after, 1)
         first = db.execute("select first_seen, first_version from groups where app_id = ? and group_hash = ?",
@@ -6247,7 +6326,8 @@ def _check_roll_ups(path: Path) -> str:
 
 # Which can only have been longer.
 SPANS = {"sessions": ("first_seq", "last_seq"), "groups": ("first_seen", "last_seen"),
-         "releases": ("first_seen", "last_seen"), "devices": ("first_day", "last_hour")}
+         "releases": ("first_seen", "last_seen"), "devices": ("first_day", "last_hour"),
+         "builds": ("first_seen", "app_id")}
 
 
 def _unequal_tables(db: sqlite3.Connection, figure: Figure, expired: int) -> Iterator[str]:
@@ -6267,17 +6347,21 @@ def _unequal_tables(db: sqlite3.Connection, figure: Figure, expired: int) -> Ite
             queries = [f"select 1 from main.{table} as ours left join stored.{table} as theirs using"
                        f" ({', '.join(sums.key)}) where "
                        + " or ".join(f"ours.{each} > coalesce(theirs.{each}, 0)" for each in sums.columns)]
-        elif expired and not where and table not in ("labels", "group_images"):
+        elif expired and not where and table not in ("labels", "group_images", "group_devices", "group_sums"):
             continue
         if any(db.execute(query + " limit 1").fetchone() for query in queries):
             yield table
     for table in set(re.findall(r"create table (\w+)", figure.TABLES)) - {"medians"}:
         same = " and ".join(f"theirs.{each} = ours.{each}" for each in KEYS[table])
         first, last = SPANS.get(table, ("app_id", "app_id"))
-        # A device goes with its last report to the hour.
-        settled = "(app_id, device) in (select app_id, device from main.devices where last_seq > :settled) and"
+        comparable = ""
+        if "device" in table:  # which goes with its last report to the hour
+            comparable = "(app_id, device) in (select app_id, device from main.devices where last_seq > :settled) and"
+        elif table == "builds":  # of which others may have come first
+            comparable = f"""(select count(*) from stored.builds as theirs where theirs.app_id = ours.app_id)
+                < {MAX_BUILDS_OF_APP} and"""
         if db.execute(f"""
-                select 1 from main.{table} as ours where {settled if "device" in table else ""} not exists (
+                select 1 from main.{table} as ours where {comparable} not exists (
                     select 1 from stored.{table} as theirs
                     where {same} and theirs.{first} <= ours.{first} and theirs.{last} >= ours.{last})
                 limit 1""", {"settled": expired and expired + first_seq(HOUR)}).fetchone():

@@ -247,7 +247,7 @@ def check_database(path, forgotten=False):
     expected, found = recount(path), figures(path)
     if forgotten:
         for tables in expected, found:
-            tables["releases"] = {}
+            tables["releases"] = tables["builds"] = {}
             tables["groups"] = {key: (row[0], *row[3:]) for key, row in tables["groups"].items()}
     for table in expected:
         assert found[table] == expected[table], table
@@ -284,6 +284,7 @@ def recount(path):
               for table in backfeedr.KEYS.keys() - {"replays", "new_names", "medians", "key_days"} - MOVES}
     columns = dict(
         crash_days=("crashes",), labels=("crashes",), group_days=("crashes",), group_images=("crashes",),
+        group_devices=("crashes",), group_sums=("crashes", "devices"),
         release_days=("sessions",),
         release_sums=("sessions", "crashed_sessions", "crashes", "devices", "crashed"), device_hours=("devices",),
         session_days=("sessions", "ended", "ms"), durations=("sessions",), active_days=("dau", "wau", "mau"),
@@ -293,6 +294,7 @@ def recount(path):
         app, day = row["app_id"], row["at"] // DAY
         tables["crash_days"][app, day]["crashes"] += 1
         tables["group_days"][app, day, row["group_hash"]]["crashes"] += 1
+        tables["group_sums"][app, row["group_hash"]]["crashes"] += 1
         for uuid in (row["images"] or "").split():
             tables["group_images"][app, row["group_hash"], uuid]["crashes"] += 1
         for field in ("exception_type", "device_model"):
@@ -305,7 +307,14 @@ def recount(path):
         name = "(other)" if key[1] == "(other)" else latest["sent_type"]
         reason = (latest["exception_reason"] or "")[:500] or None
         tables["groups"][key] = name, first["at"], first["app_version"], latest["at"], reason
+    for (*group, device), rows in grouped(crashes, "app_id", "group_hash", "device_id_hash").items():
+        tables["group_devices"][(*group, backfeedr.device_key(device))]["crashes"] = len(rows)
+        tables["group_sums"][tuple(group)]["devices"] += 1
     reports = sorted(crashes + events, key=lambda row: row["seq"])
+    for row in reports:
+        row["build"] = row.get("build_number") or ""
+    for key, rows in grouped(reports, "app_id", "app_version", "build").items():
+        tables["builds"][key] = (min(row["received_at"] for row in rows),)
     for key, rows in grouped(reports, "app_id", "app_version").items():
         times = [row["received_at"] for row in rows]
         tables["releases"][key] = min(times), max(times)
