@@ -4069,8 +4069,7 @@ class Store(Apps):
             if len(apps) > 1:
                 raise Refusal("missing app", detail=f"it is a group of {', '.join(name for _, name in apps)}"[:500])
             if not apps:
-                id = db.execute("select id from apps where name = ?", (app,)).fetchone() if app is not None else (None,)
-                raise missing_group(db, id[0] if id else 0, group_hash)
+                raise missing_group(db, app, group_hash)
             decide(db, apps[0][0], group_hash, changes, self.now)
 
     # Reports that go
@@ -4521,7 +4520,7 @@ class Metrics:
                 where {APPS} and group_hash = :group""", parameters).fetchone()
             if not count and not db.execute(f"select 1 from triage where {APPS} and group_hash = :group",
                                             parameters).fetchone():
-                raise missing_group(db, app_id, group_hash)
+                raise missing_group(db, app, group_hash)
             spread = {name: labelled(db.execute(f"""
                 select {column}, count(*) from crashes
                 where {APPS} and group_hash = :group and {column} is not null
@@ -4684,10 +4683,12 @@ class Metrics:
         return found
 
 
-def missing_group(db: Connection, app_id: int | None, group_hash: str) -> Refusal:
+def missing_group(db: Connection, app: str | None, group_hash: str) -> Refusal:
     """What is said of a group of which nothing is known: where its crashes are, or that there is none."""
-    alias = db.execute(f"select target from group_aliases where {APPS} and group_hash = :group order by app_id",
-                       {"app": app_id, "group": group_hash}).fetchone()
+    alias = db.execute("""
+        select target from group_aliases
+        where app_id in (select id from apps where name = :app or :app is null and is_test = 0) and group_hash = :group
+        order by app_id""", {"app": app, "group": group_hash}).fetchone()
     return Moved(alias[0]) if alias else Refusal("not found")
 
 
@@ -5084,7 +5085,8 @@ class Dashboard:
         """Method, path and handler of each page."""
         for method, path, handler in (
                 ("GET", "/", self._overview), ("GET", "/crashes", self._crashes),
-                ("GET", "/crashes/<group_hash>", self._group), ("GET", "/events", self._events),
+                ("GET", "/crashes/<group_hash>", self._group), ("POST", "/crashes/<group_hash>", self._triage),
+                ("GET", "/events", self._events),
                 ("GET", "/releases", self._releases), ("GET", "/apps", self._apps),
                 ("POST", "/apps", self._change_apps), ("POST", "/sign-out", self._sign_out),
                 ("GET", "/sign-in", self._sign_in_page), ("POST", "/sign-in", self._sign_in)):
@@ -5106,15 +5108,17 @@ class Dashboard:
             return Response(b"", 301, {**PAGE_HEADERS, "Location": page.moved("/crashes/" + moved.group_hash)})
         except Refusal as refusal:
             status = 403 if str(refusal) == _FORM_EXPIRED else _STATUS.get(str(refusal), 400)
-            return self.error_page(page, status, str(refusal), refusal.retry_after)
+            return self.error_page(page, status, str(refusal), refusal.retry_after, refusal.detail)
         except Exception:
             log.exception("unexpected error")
             return self.error_page(page, 500, "internal server error")
 
-    def error_page(self, page: PageRequest, status: int, text: str, retry_after: int | None = None) -> Response:
+    def error_page(self, page: PageRequest, status: int, text: str, retry_after: int | None = None,
+                   detail: str = "") -> Response:
         """The page for an error."""
+        hint = detail and f"{detail[:1].upper()}{detail[1:]}." or _HINTS.get(status, _HINTS[400])
         response = self._render(page, text[:1].upper() + text[1:], "message", status, target="/",
-                                label="To the overview", text=_HINTS.get(status, _HINTS[400]))
+                                label="To the overview", text=hint)
         if retry_after is not None:
             response.set_header("Retry-After", str(retry_after))
         return response
@@ -5184,12 +5188,13 @@ class Dashboard:
             devices=metrics.devices(app, 30), crashes=column_chart("Crashes", crashes["labels"], crashes["data"]))
 
     def _crashes(self, page: PageRequest) -> Response:
-        parameters = page.parameters("version", "days", "text", "cursor")
+        parameters = page.parameters("version", "days", "text", "state", "cursor")
         found = self._metrics.groups(page.app, **parameters, limit=LIST_ROWS)
         details = self._metrics.group_days([group["group_hash"] for group in found["groups"]], page.app,
                                            parameters.get("version"))["groups"]
         return self._render(page, "Crashes", "crashes", parameters=parameters, next=found["next"],
                             groups=[{**group, **details[group["group_hash"]]} for group in found["groups"]],
+                            states=list(filter(None, GROUPS_OF)),
                             day_choices=sorted({1, 7, 30, 90, 365, parameters.get("days", 1)}),
                             versions=[each["app_version"] for each in self._metrics.releases(page.app)["releases"]])
 
@@ -5201,11 +5206,22 @@ class Dashboard:
         if report.get("group_hash") != group_hash:
             raise Refusal("not found")
         days = metrics.group_days([group_hash], page.app)
+        apps = days["groups"][group_hash]["apps"]
         return self._render(
-            page, group["exception_type"], "group", group=group, report=report, parameters=parameters,
-            next=group["next"], chart=column_chart("Crashes", days["labels"], days["groups"][group_hash]["days"]),
+            page, group["exception_type"], "group", group=group, group_apps=apps,
+            next_build=metrics.next_build(group_hash, apps[0]) if len(apps) == 1 else "",
+            report=report, parameters=parameters, next=group["next"], chart=column_chart("Crashes", days["labels"], days["groups"][group_hash]["days"]),
             frames=[_frame(frame) for frame in report.get("stack_trace", [])], max_frames=SHOWN_FRAMES,
             context=_context(report), has_reasons=len({each.get("exception_reason") for each in reports}) > 1)
+
+    def _triage(self, page: PageRequest, group_hash: str) -> Response:
+        """Does what a form of the page of a group asks for; a field that is empty asks for nothing."""
+        given: JsonObject = {name: text for name, text in page.form.items() if name in _TRIAGE_FIELDS and text.strip()}
+        for name, of in (("until", "{}T00:00:00Z".format), ("more_crashes", int), ("more_devices", int)):
+            with suppress(ValueError):  # then it is refused as it is
+                given.update({name: of(given[name])} if name in given else {})
+        self._store.triage(group_hash, parse_triage(given, page.now), page.app or page.form.get("app"))
+        return page.redirect(page.address)
 
     def _events(self, page: PageRequest) -> Response:
         parameters, title = page.parameters("type", "name", "session_id", "cursor"), "Events"
@@ -5405,6 +5421,55 @@ _NO_RELEASE = "No release yet: reports that carry an <code>app_version</code> sh
 _FILTER = """<form class="filter" method="get" action="{{page.root}}{{page.path}}">
 <input type="hidden" name="app" value="{{page.app or ""}}">
 """
+_BADGES = """% if row["state"] != "open" or row["regressed_at"]:
+<b class="new">{{row["state"] if row["state"] != "open" else "regressed"}}</b>
+% end
+"""
+_TRIAGE = """<section class="triage"><h2>{{group["state"].capitalize()}}\
+{{" in " + group["fixed_in"] if group["fixed_in"] and group["state"] == "resolved" else ""}}
+% if group["state"] == "open" and group["regressed_at"]:
+again since {{!when(group["regressed_at"])}}
+% end
+</h2><div class="actions">
+% if len(group_apps) > 1:
+<p class="note">Several apps have it. Decide for
+% for name in group_apps:
+<a href="{{link(page.path, app=name)}}"><bdi>{{name}}</bdi></a>
+% end
+</p>
+% else:
+% if group["state"] != "resolved":
+""" + _form("{{page.address}}", """<button>Resolve</button>
+<label>in version <input name="fixed_in" value="{{next_build}}" maxlength="500" size="14"></label>
+""", state="resolved", app="{{group_apps[0]}}") + """
+% end
+% if group["state"] != "open":
+""" + _form("{{page.address}}", "<button>Reopen</button>", state="open", app="{{group_apps[0]}}") + """
+% end
+% if group["state"] != "muted":
+<details><summary>Mute</summary>
+""" + _form("{{page.address}}", """<p><label>until <input type="date" name="until"></label>
+<label>or for <input type="number" name="more_crashes" min="1" max="2147483647"> more crashes</label>
+<label>or for <input type="number" name="more_devices" min="1" max="2147483647"> more devices</label></p>
+<p><button>Mute it</button> <span class="note">With none of them: until somebody opens it.</span></p>
+""", state="muted", app="{{group_apps[0]}}") + """</details>
+% end
+<details><summary>Comment</summary>
+""" + _form("{{page.address}}", """<p><textarea name="comment" rows="3" cols="60" maxlength="5000" required>
+</textarea></p>
+<p><button>Add it</button></p>
+""", app="{{group_apps[0]}}") + """</details>
+% end
+</div>
+% if group["history"]:
+<ol class="history">
+% for entry in reversed(group["history"]):
+<li>{{!when(entry["at"])}} {{entry["what"]}} <bdi class="reason">{{shorten(entry["detail"] or "", 5000)}}</bdi></li>
+% end
+</ol>
+% end
+</section>
+"""
 _PAGE_LINKS = """% if "cursor" in parameters:
 <a class="more" href="{{link(page.path, **{**parameters, "cursor": None})}}">First page</a>
 % end
@@ -5485,6 +5550,8 @@ _TEMPLATES = {
 value="{{parameters.get("version", "")}}"></label><datalist id="versions">{{!options(versions)}}</datalist>
 <label>Days
 <select name="days"><option value="">all</option>{{!options(day_choices, parameters.get("days"))}}</select></label>
+<label>State <select name="state"><option value="">all</option>{{!options(states, parameters.get("state"))}}</select>
+</label>
 <label>Text <input type="search" name="text" value="{{parameters.get("text", "")}}"></label>
 <button>Show</button></form>
 """ + _list(
@@ -5492,6 +5559,7 @@ value="{{parameters.get("version", "")}}"></label><datalist id="versions">{{!opt
 % if row["is_new"]:
 <b class="new">new</b>
 % end
+""" + _BADGES + """\
 <code><bdi>{{shorten(row["place"], 120)}}</bdi></code>
 """ + _REASON, "main"),
         _APP._replace(cell='<bdi>{{", ".join(row["apps"])}}</bdi>'),
@@ -5513,6 +5581,7 @@ No crash is kept{{" of " + page.app if page.app else ""}}. When one comes in, it
 <div><dt>First seen</dt><dd>{{!when(group["first_seen"])}}</dd></div>
 <div><dt>Last seen</dt><dd>{{!when(group["last_seen"])}}</dd></div>
 <div><dt>Group</dt><dd><code>{{group["group_hash"]}}</code></dd></div></dl>
+""" + _TRIAGE + """\
 <section><h2>Crashes per day</h2>{{!chart}}</section>
 <section><h2>{{"A crash" if parameters else "The latest crash"}}, {{!when(report["occurred_at"])}}</h2>
 <div class="crash"><div>
@@ -5687,13 +5756,14 @@ pre, .long dd { margin: 0.2rem 0; padding: 0.5rem 0.7rem; white-space: pre-wrap;
   overflow-y: auto; }
 form { display: inline-block; }
 .filter { align-items: end; margin-bottom: 1rem; } .filter label { display: grid; }
-input, select, button { font: inherit; color: inherit; border: 1px solid var(--soft); border-radius: 3px;
+input, select, button, textarea { font: inherit; color: inherit; border: 1px solid var(--soft); border-radius: 3px;
   padding: 0.3rem 0.6rem; max-width: 100%; }
-input, select { background: var(--paper); }
+input, select, textarea { background: var(--paper); }
 button, summary { cursor: pointer; } button:hover { border-color: var(--ink); }
 .plain { border: 0; padding: 0.2rem 0; background: none; } .danger, .problem { color: var(--bad); }
 .sign-in { max-width: 24rem; } .sign-in :is(form, input) { width: 100%; } .sign-in label { display: block; }
 .hint { margin-bottom: 1.5rem; padding: 0.3rem 1rem 0.8rem; border-left: 3px solid var(--mark); }
+[type=number] { width: 7rem; } .history { margin: 0.8rem 0 0; padding: 0; list-style: none; }
 .key { font-size: 1.1em; user-select: all; } .actions { margin-top: 0.6rem; }
 .more { display: inline-block; margin: 1rem 1.5rem 0 0; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
