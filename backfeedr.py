@@ -5210,7 +5210,8 @@ class Dashboard:
         return self._render(
             page, group["exception_type"], "group", group=group, group_apps=apps,
             next_build=metrics.next_build(group_hash, apps[0]) if len(apps) == 1 else "",
-            report=report, parameters=parameters, next=group["next"], chart=column_chart("Crashes", days["labels"], days["groups"][group_hash]["days"]),
+            report=report, parameters=parameters, next=group["next"],
+            chart=column_chart("Crashes", days["labels"], days["groups"][group_hash]["days"]),
             frames=[_frame(frame) for frame in report.get("stack_trace", [])], max_frames=SHOWN_FRAMES,
             context=_context(report), has_reasons=len({each.get("exception_reason") for each in reports}) > 1)
 
