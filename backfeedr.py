@@ -1894,34 +1894,35 @@ def see_crashes(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any]) -> 
     groups: dict[tuple[int, str], list[Any]] = defaultdict(list)
     for crash in crashes:
         groups[crash.app_id, crash.group_hash].append(crash)
-    for app_id, group_hash, kind, place, total, devices, *triage in rows_of(db, f"""
-            select column1, column2, exception_type, place, crashes, devices, {", ".join(Decision._fields)}
-            from (values *) as keys
+    fresh, accepted = rollups.figures[GroupDevices].new, rollups.names.accepted
+    for app_id, group_hash, total, devices, *triage in rows_of(db, f"""
+            select column1, column2, crashes, devices, {", ".join(Decision._fields)} from (values *) as keys
             cross join apps on apps.id = column1 and is_test = 0
-            cross join groups on groups.app_id = column1 and groups.group_hash = column2
             left join group_sums on group_sums.app_id = column1 and group_sums.group_hash = column2
             left join triage on triage.app_id = column1 and triage.group_hash = column2""", list(groups)):
-        decision, seen = Decision(*triage), groups[app_id, group_hash]
-        new, devices = rollups.figures[GroupDevices].new.get((app_id, group_hash), 0), devices or 0
-        note = partial(note_fact, db, app_id=app_id, at=now, group_hash=group_hash, exception_type=kind,
-                       place=place or "", crashes=total or 0)
+        key, decision, sums = (app_id, group_hash), Decision(*triage), {"crashes": total or 0, "devices": devices or 0}
+        seen, new = groups[key], fresh.get(key, 0)
         if decision.state not in (None, "open"):
             undoing = _undoing(db, now, decision, seen, new)
             if not undoing:
                 _count_down(db, decision, seen[0], len(seen), new)
                 continue
             _reopen(db, now, decision, *undoing)
-            note("crash." + undoing[0], devices=devices, **_build_of(undoing[1]), **(
-                {"fixed_in": decision.fixed_in} if undoing[0] == "regressed" else {}))
-        elif not decision.state and (app_id, "group_hash", group_hash) in rollups.names.accepted:
-            note("crash.new", devices=devices, **_build_of(seen[0]))
-        for bound in SPREAD:
-            if devices - new < bound <= devices:
-                note("crash.spread", devices=bound, **_build_of(seen[-1]))
+            regressed = {"fixed_in": decision.fixed_in} if undoing[0] == "regressed" else {}
+            _note(db, now, "crash." + undoing[0], undoing[1], **sums, **regressed)
+        elif not decision.state and (app_id, "group_hash", group_hash) in accepted:
+            _note(db, now, "crash.new", seen[0], **sums)
+        for bound in SPREAD if new else ():
+            if sums["devices"] - new < bound <= sums["devices"]:
+                _note(db, now, "crash.spread", seen[-1], crashes=sums["crashes"], devices=bound)
 
 
-def _build_of(crash: Any) -> JsonObject:
-    return {"app_version": crash.app_version, "build_number": crash.build_number}
+def _note(db: Any, now: int, kind: str, crash: Any, **detail: Any) -> None:
+    """Notes a fact about the group of a crash."""
+    exception_type, place = db.execute("select exception_type, place from groups where app_id = ? and group_hash = ?",
+                                       (crash.app_id, crash.group_hash)).fetchone()
+    note_fact(db, kind, crash.app_id, now, crash.group_hash, exception_type=exception_type, place=place or "",
+              app_version=crash.app_version, build_number=crash.build_number, **detail)
 
 
 def _reopen(db: Any, now: int, decision: Decision, what: str, crash: Any) -> None:
