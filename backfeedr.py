@@ -3270,12 +3270,13 @@ def migrate(db: Connection, version: int, run: Callable[[Connection, str], None]
         _migrate_to_3(db, run)
     elif version < 4:
         run(db, "".join(figure.tables() for figure in (GroupDevices, Images, Builds)))
+        recount(db, lambda rollups: [rollups.figures[each].save() for each in (GroupDevices, Builds)])
     if version < 4:  # names are made canonical now
         db.execute("insert into regroupings select app_id, group_hash, 0, 0, '' from groups")
 
 
-def recount(db: sqlite3.Connection) -> None:
-    """Counts all reports again, into empty tables."""
+def recount(db: sqlite3.Connection, save: Callable[[RollUps], Any] = RollUps.save) -> None:
+    """Counts all reports again, into empty tables; `save` may write some of what a step has counted."""
     newest = [db.execute(f"select coalesce(max(received_at), 0) from {table}").fetchone()[0]
               for table in TABLES.values()]
     now = max(*newest, (get_state(db, "trimmed_day", -1) + 1) * DAY)  # of the windows
@@ -3286,7 +3287,7 @@ def recount(db: sqlite3.Connection) -> None:
             page = counted_rows(db, kind, f"from {table} where seq > ? order by seq limit 1000", (after,))
             rollups = RollUps(db, now)
             rollups.count(kind, page, 1)
-            rollups.save()
+            save(rollups)
 
 
 def _migrate_to_3(db: Connection, run: Callable[[Connection, str], None]) -> None:

@@ -2197,6 +2197,7 @@ def test_a_hostile_report_costs_no_more_look_ups_than_are_allowed(api, monkeypat
 # == Triage ====================================================================
 
 ABORTS = group_hash("SIGABRT", [])
+UNDECIDED = {"state": "open", "fixed_in": None, "regressed_at": None}
 
 
 def patch(server, body, group=ABORTS, query="", **headers):
@@ -3157,7 +3158,8 @@ def test_reports_of_made_up_times_leave_only_lasting_sums_behind(one_day, clock)
     clock.move(402 * A_DAY)
     one_day.store.prune()
     assert {table for table in REPORT_TABLES if count(one_day, table)} \
-        == {"crash_days", "session_days", "medians", "active_days", "cohorts", "releases", "release_sums"}
+        == {"crash_days", "session_days", "medians", "active_days", "cohorts", "releases", "release_sums",
+            "builds"}
 
 
 LABELS = f"select label, crashes from labels where day = {backfeedr.ALL_DAYS} and field = "
@@ -3244,7 +3246,7 @@ def test_other_is_shown_like_any_name_with_its_reports_until_they_are_forgotten_
             for each in answers["releases"]["releases"]] == [("(other)", 3, 0.0), ("1.0", 1, None)]
     assert api.get(CRASHES, **ADMIN)[1]["groups"][0] \
         == {**other, "place": "", "is_new": True, "devices": 1, "versions": ["2.0", "2.1", "2.2"],
-            "first_seen": NOW, "last_seen": NOW}
+            "first_seen": NOW, "last_seen": NOW, **UNDECIDED}
     status, group = api.get("/api/v1/crashes/(other)", **ADMIN)
     assert (status, {name: group[name] for name in other}) == (200, other)
     assert [(each["exception_type"], each["device_model"]) for each in group["reports"]] \
@@ -3617,7 +3619,8 @@ def make_old_database(path, version):
         if version == 3:
             for table in (
                     "symbols", "symbol_parts", "symbol_pages", "group_aliases", "regroupings", "group_images",
-                    "triage", "group_history", "facts", "channels", "messages"):
+                    "group_devices", "group_sums", "builds", "triage", "group_history", "facts", "channels",
+                    "messages"):
                 db.execute(f"drop table {table}")
             db.execute("alter table crashes drop column images")
         db.execute(f"pragma application_id = {backfeedr.APPLICATION_ID}")
@@ -4231,14 +4234,14 @@ class Slow:
     def spread(self, rows):
         times, versions = [row["at"] for row in rows], {row["sent"].get("app_version") for row in rows} - {None}
         named = self.named(rows[0]["group_hash"])
-        return {**named, "count": len(rows), "devices": len(grouped(rows, "app_id", "device_id_hash")),
+        return {**named, **UNDECIDED, "count": len(rows), "devices": len(grouped(rows, "app_id", "device_id_hash")),
                 "first_seen": iso_time(named["first_seen"]), "last_seen": iso_time(max(times)),
                 "versions": sorted(versions, key=lambda version: list(map(int, version.split("."))))}
 
     def group(self, group):
         rows = [row for row in self.crashes if row["group_hash"] == group]
         rows.sort(key=lambda row: (row["at"], row["seq"]))
-        return {**self.spread(rows), "missing_symbols": [],
+        return {**self.spread(rows), "missing_symbols": [], "history": [],
                 "reports": [{**row["sent"], "group_hash": group} for row in rows[::-1]], **{
             part: by_frequency(row["sent"].get(field) for row in rows) for part, field in (
                 ("versions", "app_version"), ("systems", "os_version"), ("device_models", "device_model"))}}
