@@ -1746,6 +1746,267 @@ FACT_KINDS = {  # and which of them a channel is told unless it chooses
     "release.worse": False, "digest": False}
 
 
+STATES = {"open": "opened", "resolved": "resolved", "muted": "muted"}  # and what the history says of a change to it
+CONDITIONS = {  # of which state each is, and its column
+    "fixed_in": ("resolved", "fixed_in"), "until": ("muted", "until"),
+    "more_crashes": ("muted", "crashes_left"), "more_devices": ("muted", "devices_left")}
+MAX_TRIAGED = 10_000  # groups of an app; beyond, the oldest decision goes
+MAX_HISTORY, MAX_COMMENT = 100, 5000  # entries of a group, the latest, and characters of one
+SPREAD = (10, 100, 1000)  # devices of a group that are worth telling
+
+
+class Decision(NamedTuple):
+    """A row of triage."""
+
+    state: str
+    changed_at: int
+    fixed_in: str | None = None
+    until: int | None = None
+    crashes_left: int | None = None
+    devices_left: int | None = None
+    regressed_at: int | None = None
+
+
+def parse_triage(given: JsonObject, now: int) -> JsonObject:
+    """What a PATCH asks for of a group, times in milliseconds. Raises Refusal, also for a field that is not known: a
+    typo must not silently do nothing."""
+    if unknown := [name for name in given if name not in _TRIAGE_FIELDS]:
+        raise Refusal("invalid field", detail=f"{unknown[0][:MAX_TEXT]!r} is none of {', '.join(_TRIAGE_FIELDS)}")
+    if not given:
+        raise Refusal("missing state", detail=f"there is none of {', '.join(_TRIAGE_FIELDS)}")
+    found = {}
+    for name, value in given.items():
+        try:
+            found[name] = None if value is None and name in CONDITIONS else _TRIAGE_FIELDS[name](value)
+            if name == "until" and (found[name] or now + 1) <= now:
+                raise ValueError("is over")
+        except ValueError as error:
+            raise Refusal(f"invalid {name}", detail=f"{name} {error}") from None
+    return found
+
+
+def _state(value: Any) -> str:
+    if value not in list(STATES):
+        raise ValueError(f"is none of {', '.join(STATES)}")
+    return value
+
+
+def _some_text(value: Any) -> str:
+    if type(value) is not str or not value.strip():
+        raise ValueError("is no text")
+    return value.strip()[:MAX_COMMENT]
+
+
+def _more(value: Any) -> int:
+    if not _are_within([value], 1, MAX_STEP):
+        raise ValueError(f"is not a whole number from 1 to {MAX_STEP}")
+    return value
+
+
+_TRIAGE_FIELDS: Converters = {
+    "state": _state, "fixed_in": lambda value: _some_text(value)[:MAX_TEXT],
+    "until": lambda value: parse_occurred_at(_required_text(value)), "more_crashes": _more, "more_devices": _more,
+    "comment": _some_text}
+
+
+def decide(db: Any, app_id: int, group_hash: str, changes: JsonObject, now: int) -> None:
+    """Writes what parse_triage has read. Raises Refusal for a condition that is not of the group's state."""
+    before = _decision(db, app_id, group_hash)
+    after = before or Decision("open", now)
+    state = changes.get("state", after.state)
+    for name in changes.keys() & CONDITIONS.keys():
+        if changes[name] is not None and CONDITIONS[name][0] != state:
+            raise Refusal(f"invalid {name}", detail=f'it goes with "state": "{CONDITIONS[name][0]}"')
+    if "state" in changes:
+        after = Decision(state, now, regressed_at=None if state == "resolved" else after.regressed_at)
+    if changes.keys() - {"comment"}:
+        after = after._replace(changed_at=now, **{
+            column: changes[name] for name, (_, column) in CONDITIONS.items() if name in changes})
+        if state != "open" or before and before.state != "open":
+            _add_history(db, app_id, group_hash, now, STATES[state], _conditions(changes))
+    _write_decision(db, app_id, group_hash, after)
+    if "comment" in changes:
+        _add_history(db, app_id, group_hash, now, "commented", changes["comment"])
+    for each, in db.execute("""
+            select group_hash from triage where app_id = ? order by changed_at desc, group_hash limit 1 offset ?
+            """, (app_id, MAX_TRIAGED)).fetchall() if not before else ():
+        for table in ("triage", "group_history"):
+            db.execute(f"delete from {table} where app_id = ? and group_hash = ?", (app_id, each))
+
+
+def _decision(db: Any, app_id: int, group_hash: str) -> Decision | None:
+    row = db.execute(f"select {', '.join(Decision._fields)} from triage where app_id = ? and group_hash = ?",
+                     (app_id, group_hash)).fetchone()
+    return Decision(*row) if row else None
+
+
+def _write_decision(db: Any, app_id: int, group_hash: str, decision: Decision) -> None:
+    db.execute("delete from triage where app_id = ? and group_hash = ?", (app_id, group_hash))
+    write_rows(db, f"insert into triage (app_id, group_hash, {', '.join(Decision._fields)}) values *",
+               [(app_id, group_hash, *decision)])
+
+
+def _conditions(changes: JsonObject) -> str | None:
+    """The conditions of a change in words."""
+    texts = {"fixed_in": "in {}", "until": "until {}", "more_crashes": "for {} more crashes",
+             "more_devices": "for {} more devices"}
+    return " or ".join(text.format(iso_time(changes[name]) if name == "until" else changes[name])
+                       for name, text in texts.items() if changes.get(name) is not None) or None
+
+
+def _add_history(db: Any, app_id: int, group_hash: str, at: int, what: str, detail: str | None) -> None:
+    group = {"app": app_id, "group": group_hash}
+    last, = db.execute("""
+        select coalesce(max(entry), 0) from group_history where app_id = :app and group_hash = :group
+        """, group).fetchone()
+    write_rows(db, "insert into group_history values *", [(app_id, group_hash, last + 1, at, what, detail)])
+    db.execute("delete from group_history where app_id = :app and group_hash = :group and entry <= :old",
+               {**group, "old": last + 1 - MAX_HISTORY})
+
+
+def move_triage(db: Any, app_id: int, group_hash: str, target: str) -> None:
+    """Takes state and history of a group to the one that has its crashes now. A state that is there already stays."""
+    both = (app_id, group_hash, target)
+    entries = db.execute("""
+        select at, what, detail from group_history where app_id = ? and group_hash in (?, ?)
+        order by at, group_hash, entry""", both).fetchall()[-MAX_HISTORY:]
+    db.execute("delete from group_history where app_id = ? and group_hash in (?, ?)", both)
+    write_rows(db, "insert into group_history values *",
+               [(app_id, target, number, *entry) for number, entry in enumerate(entries, 1)])
+    decision = _decision(db, app_id, target) or _decision(db, app_id, group_hash)
+    db.execute("delete from triage where app_id = ? and group_hash in (?, ?)", both)
+    if decision:
+        _write_decision(db, app_id, target, decision)
+
+
+_VERSION_NUMBERS = re.compile(  # and what makes it a pre-release: 1.3.0-rc.1, 1.3.0b3; +48 says nothing
+    r"[vV]?([0-9]+(?:\.[0-9]+)*)(?:-([0-9A-Za-z.-]+)|([A-Za-z][0-9A-Za-z.-]*))?(?:\+.*)?")
+
+
+def _comparable(text: str) -> tuple[Any, ...] | None:
+    """What orders versions, or builds: 1.3 and 1.3.0 are the same. None where it has no numbers to go by."""
+    match = _VERSION_NUMBERS.fullmatch(text)
+    if match is None:
+        return None
+    numbers, further = list(map(int, match[1].split("."))), match[2] or match[3] or ""
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return numbers, not further, [(0, int(word), "") if word.isdecimal() else (1, 0, word)
+                                  for word in re.findall("[0-9]+|[A-Za-z]+", further)]
+
+
+def _split_build(text: str) -> tuple[str, str]:
+    """Version and build of 1.3.0 (48)."""
+    match = re.fullmatch(r"(.*[^ ]) *\(([^()]+)\)", text)
+    return (match[1], match[2]) if match else (text, "")
+
+
+def _has_reached(this: tuple[str, str], fixed: tuple[str, str]) -> bool | None:
+    """Whether a version and build is that of a fix, or a later one. None where they cannot be compared."""
+    (version, build), (fixed_version, fixed_build) = this, fixed
+    numbers, fixed_numbers = _comparable(version), _comparable(fixed_version)
+    if version == fixed_version or numbers and numbers == fixed_numbers:
+        if not fixed_build or build == fixed_build:
+            return True
+        numbers, fixed_numbers = _comparable(build), _comparable(fixed_build)
+    return numbers > fixed_numbers if numbers and fixed_numbers else None
+
+
+def _first_seen(db: Any, app_id: int, version: str, build: str) -> int | None:
+    """When a version and build, or without a build the version, was first in any report here. Events name no build:
+    they are taken for the first build of their version that a crash names."""
+    builds = dict(db.execute("select build_number, first_seen from builds where app_id = ? and app_version = ?",
+                             (app_id, version)).fetchall())
+    first = min(filter(None, builds), key=builds.__getitem__, default="")
+    return min(builds.values(), default=None) if build in ("", first) else builds.get(build)
+
+
+def _regresses(db: Any, decision: Decision, crash: Any) -> bool:
+    """Whether a crash says that what was resolved is not. Old builds that still crash do not."""
+    version, build, fixed_in = crash.app_version, crash.build_number or "", decision.fixed_in
+    if not version:  # which says nothing, unless it is so with all
+        return crash.at > decision.changed_at and not db.execute(
+            "select 1 from releases where app_id = ? limit 1", (crash.app_id,)).fetchone()
+    name, number = _split_build(version)
+    if fixed_in and (reached := _has_reached((name, build or number), _split_build(fixed_in))) is not None:
+        return reached
+    seen, since = _first_seen(db, crash.app_id, version, build), decision.changed_at + 1
+    if fixed_in:
+        since = (_first_seen(db, crash.app_id, fixed_in, "")
+                 or _first_seen(db, crash.app_id, *_split_build(fixed_in)) or MAX_NUMBER)
+    return version != OTHER and seen is not None and seen >= since
+
+
+def _undoing(db: Any, now: int, decision: Decision, crashes: Sequence[Any], devices: int) -> tuple[str, Any] | None:
+    """What becomes of a group that is not open, `regressed` or `unmuted`, and by which of its new crashes, of which so
+    many devices are new to it. None: it stays."""
+    if decision.state == "resolved":
+        first = {(each.app_version, each.build_number, each.at > decision.changed_at): each
+                 for each in reversed(crashes)}
+        return next((("regressed", each) for each in sorted(first.values()) if _regresses(db, decision, each)), None)
+    if decision.until is not None and now > decision.until:
+        return "unmuted", crashes[0]
+    if decision.crashes_left is not None and decision.crashes_left <= len(crashes):
+        return "unmuted", crashes[decision.crashes_left - 1]
+    if decision.devices_left is not None and decision.devices_left <= devices:
+        return "unmuted", crashes[-1]
+    return None
+
+
+def see_crashes(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any]) -> None:
+    """Undoes the decisions that crashes just stored speak against, and notes the facts that they make. A test app has
+    neither."""
+    groups: dict[tuple[int, str], list[Any]] = defaultdict(list)
+    for crash in crashes:
+        groups[crash.app_id, crash.group_hash].append(crash)
+    fresh, accepted = rollups.figures[GroupDevices].new, rollups.names.accepted
+    for app_id, group_hash, total, devices, *triage in rows_of(db, f"""
+            select column1, column2, crashes, devices, {", ".join(Decision._fields)} from (values *) as keys
+            cross join apps on apps.id = column1 and is_test = 0
+            left join group_sums on group_sums.app_id = column1 and group_sums.group_hash = column2
+            left join triage on triage.app_id = column1 and triage.group_hash = column2""", list(groups)):
+        key, decision, sums = (app_id, group_hash), Decision(*triage), {"crashes": total or 0, "devices": devices or 0}
+        seen, new = groups[key], fresh.get(key, 0)
+        if decision.state not in (None, "open"):
+            undoing = _undoing(db, now, decision, seen, new)
+            if not undoing:
+                _count_down(db, decision, seen[0], len(seen), new)
+                continue
+            _reopen(db, now, decision, *undoing)
+            regressed = {"fixed_in": decision.fixed_in} if undoing[0] == "regressed" else {}
+            _note(db, now, "crash." + undoing[0], undoing[1], **sums, **regressed)
+        elif not decision.state and (app_id, "group_hash", group_hash) in accepted:
+            _note(db, now, "crash.new", seen[0], **sums)
+        for bound in SPREAD if new else ():
+            if sums["devices"] - new < bound <= sums["devices"]:
+                _note(db, now, "crash.spread", seen[-1], crashes=sums["crashes"], devices=bound)
+
+
+def _note(db: Any, now: int, kind: str, crash: Any, **detail: Any) -> None:
+    """Notes a fact about the group of a crash."""
+    exception_type, place = db.execute("select exception_type, place from groups where app_id = ? and group_hash = ?",
+                                       (crash.app_id, crash.group_hash)).fetchone()
+    note_fact(db, kind, crash.app_id, now, crash.group_hash, exception_type=exception_type, place=place or "",
+              app_version=crash.app_version, build_number=crash.build_number, **detail)
+
+
+def _reopen(db: Any, now: int, decision: Decision, what: str, crash: Any) -> None:
+    """Opens a group again, with the crash that did it in its history."""
+    after = Decision("open", now, decision.fixed_in, regressed_at=now if what == "regressed" else decision.regressed_at)
+    _write_decision(db, crash.app_id, crash.group_hash, after)
+    build = f" ({crash.build_number})" if crash.build_number else ""
+    version = f" in {crash.app_version}{build}" if crash.app_version else ""
+    _add_history(db, crash.app_id, crash.group_hash, now, what, f"crash {crash_id(crash.seq)}{version}")
+
+
+def _count_down(db: Any, decision: Decision, crash: Any, crashes: int, devices: int) -> None:
+    """Counts crashes and devices of a mute that ends after so many."""
+    if decision.crashes_left or decision.devices_left and devices:
+        db.execute("""
+            update triage set crashes_left = crashes_left - ?, devices_left = devices_left - ?
+            where app_id = ? and group_hash = ?""", (crashes, devices, crash.app_id, crash.group_hash))
+
+
 def note_fact(db: Any, kind: str, app_id: int, at: int, group_hash: str | None, **detail: Any) -> None:
     """Writes a fact in the current transaction, if there is anybody to tell it to."""
     db.has_facts |= db.execute("""
@@ -2122,6 +2383,7 @@ create table groups (
         self._db.execute("update group_aliases set target = ? where app_id = ? and target = ?",
                          (target, app_id, group_hash))
         self._db.execute("delete from group_aliases where app_id = ? and group_hash = ?", (app_id, target))
+        move_triage(self._db, app_id, group_hash, target)
         self._db.execute("""
             insert into group_aliases values (?, ?, ?) on conflict (app_id, group_hash) do update set
                 target = excluded.target""", (app_id, group_hash, target))
@@ -3263,7 +3525,7 @@ def migrate(db: Connection, version: int, run: Callable[[Connection, str], None]
         db.execute("insert into regroupings select app_id, group_hash, 0, 0, '' from groups")
 
 
-def recount(db: sqlite3.Connection, save: Callable[[RollUps], None] = RollUps.save) -> None:
+def recount(db: sqlite3.Connection, save: Callable[[RollUps], Any] = RollUps.save) -> None:
     """Counts all reports again, into empty tables; `save` may write some of what a step has counted."""
     newest = [db.execute(f"select coalesce(max(received_at), 0) from {table}").fetchone()[0]
               for table in TABLES.values()]
@@ -3717,18 +3979,22 @@ class Commit:
     def save(self) -> Stored:
         """Writes the rows and the figures."""
         self._give_receipts()
-        rollups, counts = RollUps(self._db, self._now, self._symbols), Counter()
+        rollups, counts, crashes = RollUps(self._db, self._now, self._symbols), Counter(), []
         for (kind, app_id), (seqs, received, ahead, reports) in self._reports.items():
             flags, reports = rollups.names.limit(app_id, received, reports)
             columns = {"seq": seqs, "app_id": repeat(app_id), "received_at": received, **{
                 name: values for name, values in (("clock_ahead_ms", ahead), ("other", flags)) if any(values)}}
             self._db.append(TABLES[kind], (*columns, *kind._fields),
                             [(*ours, *report) for ours, report in zip(zip(*columns.values()), reports)])
-            rollups.count(kind, counted(kind, app_id, seqs, received, ahead, flags, reports), 1)
+            rows = counted(kind, app_id, seqs, received, ahead, flags, reports)
+            rollups.count(kind, rows, 1)
             counts[TABLES[kind]] += len(reports)
+            crashes += rows if kind is Crash and self._requests else []  # imports are none
         for (app_id, key), uses in self._uses.items():
             rollups.figures[Requests].add(app_id, key, uses)
         rollups.save()
+        if crashes:
+            see_crashes(self._db, self._now, rollups, crashes)
         has_facts, self._db.has_facts = self._db.has_facts, False
         return Stored(counts, [(app_id, name) for app_id, field, name in rollups.names.accepted
                                if field == "group_hash"], has_facts)
@@ -4116,6 +4382,24 @@ class Store(Apps):
             order by uuid limit 1
             """, {"given_up": self.now - UPLOAD_DAYS * DAY, "expired": self.now - days * DAY if days else 0}).fetchone()
         return self._drop_pages(db, row[0]) if row else 0
+
+    # Decisions
+
+    def triage(self, group_hash: str, changes: JsonObject, app: str | None = None) -> None:
+        """Writes what parse_triage has read about a group of an app, or of the one live app that has it. Raises
+        Refusal; Moved where another group has its crashes."""
+        with self.writing() as db:
+            apps = db.execute("""
+                select id, name from apps
+                where (name = :app or :app is null and is_test = 0) and (
+                    exists (select 1 from groups where app_id = apps.id and group_hash = :group)
+                    or exists (select 1 from triage where app_id = apps.id and group_hash = :group))
+                order by name""", {"app": app, "group": group_hash}).fetchall()
+            if len(apps) > 1:
+                raise Refusal("missing app", detail=f"it is a group of {', '.join(name for _, name in apps)}"[:500])
+            if not apps:
+                raise missing_group(db, app, group_hash)
+            decide(db, apps[0][0], group_hash, changes, self.now)
 
     # Reports that go
 
@@ -5040,11 +5324,13 @@ class Metrics:
     # Behind the admin token: these read the reports, a page at a time
 
     def groups(self, app: str | None = None, version: str | None = None, days: int | None = None,
-               text: str | None = None, sort: str | None = None, limit: int = 50,
+               text: str | None = None, state: str | None = None, sort: str | None = None, limit: int = 50,
                cursor: str | None = None) -> JsonObject:
         """The groups of the crashes that are kept: those with most crashes first, or as `sort` says. `version` may end
-        with *; `text` is in what the list shows, or in symbols and files of the app in the latest crash. `is_new`:
-        first seen in this version, or without one, within 7 days."""
+        with *; `text` is in what the list shows, or in symbols and files of the app in the latest crash; `state` is one
+        of GROUPS_OF. `is_new`: first seen in this version, or without one, within 7 days."""
+        if state not in GROUPS_OF:
+            raise Refusal("invalid state", detail=f"it is none of {', '.join(filter(None, GROUPS_OF))}")
         if sort not in (None, *SORTS):
             raise Refusal("invalid sort")
         column = SORTS[sort or "crashes"]
@@ -5052,15 +5338,16 @@ class Metrics:
         shown, week = self._last_days(days) if days else [None], self._last_days(WEEK)[0] * DAY
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, **_version_filter(version), "first": shown[0], "last": shown[-1],
-                          "text": text and text.casefold(), "limit": limit + 1, "value": int(value), "group": group}
+                          "text": text and text.casefold(), "limit": limit + 1, "value": int(value), "group": group,
+                          "week": week}
             rows = dict_rows(db, f"""
                 select * from (
                     select group_hash, sum(crashes) as count, sum(devices) as devices, max(latest) as last_seen, (
                         select min(first_seen) from groups where {APPS} and group_hash = counts.group_hash
                         ) as first_seen
                     from ({CRASHES_OF_GROUPS if version or days else SUMS_OF_GROUPS}) as counts
-                    where :text is null or (app_id, group_hash) in (
-                        select app_id, group_hash from groups where {APPS} and instr(search, :text))
+                    where {GROUPS_OF[state]} and (:text is null or (app_id, group_hash) in (
+                        select app_id, group_hash from groups where {APPS} and instr(search, :text)))
                     group by group_hash) as found
                 where {column} < :value or {column} = :value and group_hash > :group
                 order by {column} desc, group_hash
@@ -5070,6 +5357,7 @@ class Metrics:
                 if size > PAGE_TEXT:
                     break
                 found = self._named(db, app_id, row["group_hash"])
+                del found["app_id"]
                 first = (found.pop("first_version") or "")[:parameters["length"]]
                 is_new = first == parameters["version"] if version else row["first_seen"] >= week
                 versions = [each for each, in db.execute(f"""
@@ -5086,20 +5374,27 @@ class Metrics:
         return {"groups": groups, "next": last and f"{last[column]}-{last['group_hash']}"}
 
     def _named(self, db: Connection, app_id: int | None, group_hash: str) -> JsonObject:
-        """What is known of a group; of several apps, of the one that saw it last."""
-        return dict_rows(db, f"""
-            select group_hash, exception_type, coalesce(exception_reason, '') as exception_reason,
-                coalesce(place, '') as place, (
+        """What is known of a group; of several apps, of the one that saw it last. Of one whose crashes have expired,
+        what was decided."""
+        found, = dict_rows(db, f"""
+            select :group as group_hash, coalesce(exception_type, '') as exception_type,
+                coalesce(exception_reason, '') as exception_reason, coalesce(place, '') as place, (
                     select min(first_seen) from groups where {APPS} and group_hash = :group) as first_seen, (
                     select first_version from groups where {APPS} and group_hash = :group
-                    order by first_seen, app_id limit 1) as first_version
-            from groups where {APPS} and group_hash = :group
-            order by last_seen desc, app_id
-            limit 1""", {"app": app_id, "group": group_hash})[0]
+                    order by first_seen, app_id limit 1) as first_version,
+                coalesce(state, 'open') as state, fixed_in, regressed_at, known.app_id
+            from (select app_id from groups where {APPS} and group_hash = :group
+                union select app_id from triage where {APPS} and group_hash = :group) as known
+            left join groups on groups.app_id = known.app_id and groups.group_hash = :group
+            left join triage on triage.app_id = known.app_id and triage.group_hash = :group
+            order by coalesce(last_seen, 0) desc, known.app_id
+            limit 1""", {"app": app_id, "group": group_hash})
+        return {**found, "regressed_at": found["regressed_at"] and iso_time(found["regressed_at"])}
 
     def group(self, group_hash: str, app: str | None = None, limit: int = REPORTS,
               cursor: str | None = None) -> JsonObject:
-        """A group, its spread, and its crashes, the latest first. Refusal where no crash of it is kept."""
+        """A group, its spread, its history, and its crashes, the latest first. Refusal where no crash of it is kept,
+        nor a decision."""
         at, report_id = _parse_cursor(cursor, "([0-9]{1,18})-([0-7][0-9a-f]{15})", (MAX_NUMBER, "0"))
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, "group": group_hash, "at": int(at), "seq": int(report_id, 16),
@@ -5108,11 +5403,9 @@ class Metrics:
                 select sum(crashes), sum(devices), max(last_seen) from group_sums
                 join groups using (app_id, group_hash)
                 where {APPS} and group_hash = :group""", parameters).fetchone()
-            if not count:
-                alias = db.execute(f"""
-                    select target from group_aliases where {APPS} and group_hash = :group order by app_id
-                    """, parameters).fetchone()
-                raise Moved(alias[0]) if alias else Refusal("not found")
+            if not count and not db.execute(f"select 1 from triage where {APPS} and group_hash = :group",
+                                            parameters).fetchone():
+                raise missing_group(db, app, group_hash)
             spread = {name: labelled(db.execute(f"""
                 select {column}, count(*) from crashes
                 where {APPS} and group_hash = :group and {column} is not null
@@ -5126,11 +5419,16 @@ class Metrics:
                 order by at desc, seq desc
                 limit :limit""", parameters).fetchall()
             found = self._named(db, app_id, group_hash)
+            history = dict_rows(db, """
+                select at, what, detail from group_history where app_id = ? and group_hash = ? order by entry
+                """, (found.pop("app_id"), group_hash))
             missing = self._missing_builds(db, app_id, group_hash, 3)
             reports = _reports(db, "crashes", [seq for seq, _ in page[:limit]])
         seq, at = page[len(reports) - 1] if reports else (0, 0)
-        return {**found, "count": count, "devices": devices, "first_seen": iso_time(found["first_seen"]),
-                "last_seen": iso_time(last_seen), **spread, "missing_symbols": missing, "reports": reports,
+        first_seen = found["first_seen"]
+        return {**found, "count": count, "devices": devices, "first_seen": first_seen and iso_time(first_seen),
+                "last_seen": last_seen and iso_time(last_seen), **spread, "missing_symbols": missing,
+                "history": [{**each, "at": iso_time(each["at"])} for each in history], "reports": reports,
                 "next": f"{at}-{crash_id(seq)}" if page[len(reports):] else None}
 
     def attention(self, app: str | None = None) -> JsonObject:
@@ -5144,7 +5442,7 @@ class Metrics:
             rows = dict_rows(db, f"""
                 select apps.name as app, groups.app_id, groups.group_hash, exception_type, first_seen, last_seen,
                     coalesce(exception_reason, '') as exception_reason, coalesce(place, '') as place,
-                    coalesce(regressed_at, 0) as regressed_at, sums.crashes as count
+                    coalesce(regressed_at, 0) as regressed_at, 'open' as state, sums.crashes as count
                 from (
                     select app_id, group_hash, sum(crashes) as crashes from group_days
                     where {APPS} and day between :first and :last and group_hash <> '{OTHER}'
@@ -5195,6 +5493,19 @@ class Metrics:
         at = parse_time(crash["occurred_at"])
         found = [event for event in found if parse_time(event["occurred_at"]) <= at]
         return sorted(found, key=lambda event: (parse_time(event["occurred_at"]), event["id"]))[-SESSION_EVENTS:]
+
+    def next_build(self, group_hash: str, app: str) -> str:
+        """The first build that may be without the fault of a group: the newest of the app, or the one after it where
+        the group has crashed there. "" where no version is known."""
+        with self._snapshot(app) as (db, app_id):
+            version, build = max(db.execute("""
+                select app_version, build_number from builds where app_id = ? order by first_seen desc limit 100
+                """, (app_id,)).fetchall(), key=lambda row: list(map(version_key, row)), default=("", ""))
+            has_crashed = db.execute("""
+                select 1 from crashes where app_id = ? and group_hash = ? and app_version = ?
+                    and coalesce(build_number, '') = ? limit 1""", (app_id, group_hash, version, build)).fetchone()
+        name = f"{version} ({build})" if build else version
+        return re.sub("[0-9]+(?=[^0-9]*$)", lambda last: str(int(last[0]) + 1), name) if has_crashed else name
 
     def group_days(self, groups: Sequence[str], app: str | None = None, version: str | None = None,
                    days: int = 30) -> JsonObject:
@@ -5325,6 +5636,15 @@ class Metrics:
         return found
 
 
+def missing_group(db: Connection, app: str | None, group_hash: str) -> Refusal:
+    """What is said of a group of which nothing is known: where its crashes are, or that there is none."""
+    alias = db.execute("""
+        select target from group_aliases
+        where app_id in (select id from apps where name = :app or :app is null and is_test = 0) and group_hash = :group
+        order by app_id""", {"app": app, "group": group_hash}).fetchone()
+    return Moved(alias[0]) if alias else Refusal("not found")
+
+
 def _dates(days: Iterable[int]) -> list[str]:
     return [date.fromordinal(_DAY_ZERO + day).isoformat() for day in days]
 
@@ -5368,6 +5688,12 @@ def as_sent(row: Mapping[str, Any], time_text: Callable[[int], str]) -> JsonObje
     return report
 
 
+_IN_TRIAGE = "(app_id, group_hash) {} (select app_id, group_hash from triage where {})"
+GROUPS_OF: dict[str | None, str] = {  # a state that a list is asked for: the crashes of its groups
+    None: "1 = 1", "open": _IN_TRIAGE.format("not in", "state <> 'open'"),
+    "resolved": _IN_TRIAGE.format("in", "state = 'resolved'"), "muted": _IN_TRIAGE.format("in", "state = 'muted'"),
+    "regressed": _IN_TRIAGE.format("in", "state = 'open' and regressed_at is not null"),  # since it was resolved last
+    "new": "(app_id, group_hash) in (select app_id, group_hash from groups where first_seen >= :week)"}
 # Columns by which groups are sorted. Where all that are kept count, their sums know.
 SORTS = {"crashes": "count", "devices": "devices", "last_seen": "last_seen", "first_seen": "first_seen"}
 SUMS_OF_GROUPS = f"""
@@ -5725,8 +6051,9 @@ class Dashboard:
         for method, path, handler in (
                 ("GET", "/", self._overview), ("GET", "/crashes", self._crashes),
                 ("GET", "/crashes/<group_hash>.<form:re:txt|md>", self._group_text),
-                ("GET", "/crashes/<group_hash>", self._group), ("GET", "/events", self._events),
-                ("GET", "/usage", self._usage), ("GET", "/releases", self._releases), ("GET", "/apps", self._apps),
+                ("GET", "/crashes/<group_hash>", self._group), ("POST", "/crashes/<group_hash>", self._triage),
+                ("GET", "/events", self._events), ("GET", "/usage", self._usage),
+                ("GET", "/releases", self._releases), ("GET", "/apps", self._apps),
                 ("POST", "/apps", self._change_apps), ("POST", "/sign-out", self._sign_out),
                 ("GET", "/sign-in", self._sign_in_page), ("POST", "/sign-in", self._sign_in)):
             yield method, path, partial(self._respond, handler)
@@ -5749,15 +6076,17 @@ class Dashboard:
             return Response(b"", 301, {**PAGE_HEADERS, "Location": page.moved(f"/crashes/{moved.group_hash}{form}")})
         except Refusal as refusal:
             status = 403 if str(refusal) == _FORM_EXPIRED else _STATUS.get(str(refusal), 400)
-            return self.error_page(page, status, str(refusal), refusal.retry_after)
+            return self.error_page(page, status, str(refusal), refusal.retry_after, refusal.detail)
         except Exception:
             log.exception("unexpected error")
             return self.error_page(page, 500, "internal server error")
 
-    def error_page(self, page: PageRequest, status: int, text: str, retry_after: int | None = None) -> Response:
+    def error_page(self, page: PageRequest, status: int, text: str, retry_after: int | None = None,
+                   detail: str = "") -> Response:
         """The page for an error."""
+        hint = detail and f"{detail[:1].upper()}{detail[1:]}." or _HINTS.get(status, _HINTS[400])
         response = self._render(page, text[:1].upper() + text[1:], "message", status, target="/",
-                                label="To the overview", text=_HINTS.get(status, _HINTS[400]))
+                                label="To the overview", text=hint)
         if retry_after is not None:
             response.set_header("Retry-After", str(retry_after))
         return response
@@ -5828,7 +6157,7 @@ class Dashboard:
             types=metrics.crash_types(app, 30), devices=metrics.devices(app, 30))
 
     def _crashes(self, page: PageRequest) -> Response:
-        parameters = page.parameters("version", "text", "sort", "cursor")
+        parameters = page.parameters("version", "text", "state", "sort", "cursor")
         days = page.days(None if {"version", "text"} & parameters.keys() else WEEK)
         found = self._metrics.groups(page.app, **parameters, days=days, limit=LIST_ROWS)
         details = self._metrics.group_days([group["group_hash"] for group in found["groups"]], page.app,
@@ -5838,6 +6167,7 @@ class Dashboard:
                             and not found["groups"] and self._metrics.is_empty(page.app),
                             sorts=[(each, each.replace("_", " ")) for each in SORTS],
                             groups=[{**group, **details[group["group_hash"]]} for group in found["groups"]],
+                            states=list(filter(None, GROUPS_OF)),
                             day_choices=[("all", "all"), *((n, n) for n in sorted({1, 7, 30, 90, 365, days or 1}))],
                             versions=[each["app_version"] for each in self._metrics.releases(page.app)["releases"]])
 
@@ -5849,10 +6179,11 @@ class Dashboard:
         if report.get("group_hash") != group_hash:
             raise Refusal("not found")
         days, (older, newer) = metrics.group_days([group_hash], page.app), metrics.neighbours(report, page.app)
+        apps = days["groups"][group_hash]["apps"]
         return self._render(
-            page, _culprit(group), "group", group=group, report=report, older=older,
-            newer=newer, next=group["next"], parameters=parameters, crumbs=_crumbs(report),
-            before=_steps(report, metrics.events_before(report)),
+            page, _culprit(group), "group", group=group, group_apps=apps, report=report, older=older, newer=newer,
+            next=group["next"], next_build=metrics.next_build(group_hash, apps[0]) if len(apps) == 1 else "",
+            parameters=parameters, crumbs=_crumbs(report), before=_steps(report, metrics.events_before(report)),
             chart=column_chart("Crashes", days["labels"], days["groups"][group_hash]["days"]),
             frames=[_frame(frame) for frame in report.get("stack_trace", [])], max_frames=SHOWN_FRAMES,
             context=_context(report), has_reasons=len({each.get("exception_reason") for each in reports}) > 1)
@@ -5871,6 +6202,15 @@ class Dashboard:
         return self._render(
             page, "Usage", "usage", tiles=tiles, back=_retention_tiles(metrics.retention(app, 60)),
             releases=metrics.releases(app)["releases"][:8], events=metrics.event_names(app)["events"])
+
+    def _triage(self, page: PageRequest, group_hash: str) -> Response:
+        """Does what a form of the page of a group asks for; a field that is empty asks for nothing."""
+        given: JsonObject = {name: text for name, text in page.form.items() if name in _TRIAGE_FIELDS and text.strip()}
+        for name, of in (("until", "{}T00:00:00Z".format), ("more_crashes", int), ("more_devices", int)):
+            with suppress(ValueError):  # then it is refused as it is
+                given.update({name: of(given[name])} if name in given else {})
+        self._store.triage(group_hash, parse_triage(given, page.now), page.app or page.form.get("app"))
+        return page.redirect(page.address)
 
     def _events(self, page: PageRequest) -> Response:
         parameters, title = page.parameters("type", "name", "session_id", "cursor"), "Events"
@@ -6236,8 +6576,8 @@ _GROUP_LINK = """\
 % if row["is_new"]:
 <b class="new">new</b>
 % end
-% if row.get("is_regressed"):
-<b class="new">regressed</b>
+% if row["state"] != "open" or row["regressed_at"]:
+<b class="new">{{row["state"] if row["state"] != "open" else "regressed"}}</b>
 % end
 """
 _GROUP = Column("Group", _GROUP_LINK + """\
@@ -6265,6 +6605,51 @@ def _steps_list(rows: str) -> str:
 
 _FILTER = """<form class="filter" method="get" action="{{page.root}}{{page.path}}">
 <input type="hidden" name="app" value="{{page.app or ""}}">
+"""
+_TRIAGE = """<section class="triage"><h2>{{group["state"].capitalize()}}\
+{{" in " + group["fixed_in"] if group["fixed_in"] and group["state"] == "resolved" else ""}}
+% if group["state"] == "open" and group["regressed_at"]:
+again since {{!when(group["regressed_at"])}}
+% end
+</h2><div class="actions">
+% if len(group_apps) > 1:
+<p class="note">Several apps have it. Decide for
+% for name in group_apps:
+<a href="{{link(page.path, app=name)}}"><bdi>{{name}}</bdi></a>
+% end
+</p>
+% else:
+% if group["state"] != "resolved":
+""" + _form("{{page.address}}", """<button>Resolve</button>
+<label>in version <input name="fixed_in" value="{{next_build}}" maxlength="500" size="14"></label>
+""", state="resolved", app="{{group_apps[0]}}") + """
+% end
+% if group["state"] != "open":
+""" + _form("{{page.address}}", "<button>Reopen</button>", state="open", app="{{group_apps[0]}}") + """
+% end
+% if group["state"] != "muted":
+<details><summary>Mute</summary>
+""" + _form("{{page.address}}", """<p><label>until <input type="date" name="until"></label>
+<label>or for <input type="number" name="more_crashes" min="1" max="2147483647"> more crashes</label>
+<label>or for <input type="number" name="more_devices" min="1" max="2147483647"> more devices</label></p>
+<p><button>Mute it</button> <span class="note">With none of them: until somebody opens it.</span></p>
+""", state="muted", app="{{group_apps[0]}}") + """</details>
+% end
+<details><summary>Comment</summary>
+""" + _form("{{page.address}}", """<p><textarea name="comment" rows="3" cols="60" maxlength="5000" required>
+</textarea></p>
+<p><button>Add it</button></p>
+""", app="{{group_apps[0]}}") + """</details>
+% end
+</div>
+% if group["history"]:
+<ol class="history">
+% for entry in reversed(group["history"]):
+<li>{{!when(entry["at"])}} {{entry["what"]}} <bdi class="reason">{{shorten(entry["detail"] or "", 5000)}}</bdi></li>
+% end
+</ol>
+% end
+</section>
 """
 _PAGE_LINKS = """% if "cursor" in parameters:
 <a class="more" href="{{link(page.path, **{**parameters, "cursor": None})}}">First page</a>
@@ -6365,6 +6750,8 @@ value="{{parameters.get("version", "")}}"></label><datalist id="versions">{{!opt
 <label>Days
 <select name="days">{{!options(day_choices, parameters["days"])}}</select></label>
 <label>Sorted by <select name="sort">{{!options(sorts, parameters.get("sort", "crashes"))}}</select></label>
+<label>State <select name="state"><option value="">all</option>{{!options(states, parameters.get("state"))}}</select>
+</label>
 <label>Text <input type="search" name="text" value="{{parameters.get("text", "")}}"></label>
 <button>Show</button></form>
 <p class="note">
@@ -6399,6 +6786,7 @@ No crash is kept{{" of " + page.app if page.app else ""}}. When one comes in, it
 <div><dt>Group</dt><dd><code>{{group["group_hash"]}}</code></dd></div>
 <div><dt>To pass on</dt><dd><a href="{{link(page.path + ".txt")}}">text</a>
 <a href="{{link(page.path + ".md")}}">Markdown</a></dd></div></dl>
+""" + _TRIAGE + """\
 <section><h2>Crashes per day</h2>{{!chart}}</section>
 <section><h2>{{"A crash" if parameters else "The latest crash"}}, {{!when(report["occurred_at"])}}</h2>
 <p class="note">
@@ -6661,13 +7049,14 @@ pre, .long dd { margin: 0.2rem 0; padding: 0.5rem 0.7rem; white-space: pre-wrap;
   overflow-y: auto; }
 form { display: inline-block; }
 .filter { align-items: end; margin-bottom: 1rem; } .filter label { display: grid; }
-input, select, button { font: inherit; color: inherit; border: 1px solid var(--soft); border-radius: 3px;
+input, select, button, textarea { font: inherit; color: inherit; border: 1px solid var(--soft); border-radius: 3px;
   padding: 0.3rem 0.6rem; max-width: 100%; }
-input, select { background: var(--paper); }
+input, select, textarea { background: var(--paper); }
 button, summary { cursor: pointer; } button:hover { border-color: var(--ink); }
 .plain { border: 0; padding: 0.2rem 0; background: none; } .danger, .problem { color: var(--bad); }
 .sign-in { max-width: 24rem; } .sign-in :is(form, input) { width: 100%; } .sign-in label { display: block; }
 .hint { margin-bottom: 1.5rem; padding: 0.3rem 1rem 0.8rem; border-left: 3px solid var(--mark); }
+[type=number] { width: 7rem; } .history { margin: 0.8rem 0 0; padding: 0; list-style: none; }
 .key { font-size: 1.1em; user-select: all; } .actions { margin-top: 0.6rem; }
 .more { display: inline-block; margin: 1rem 1.5rem 0 0; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
@@ -6806,8 +7195,10 @@ class Backfeedr(Closing):
                 ("GET", "/metrics/retention", self.public_route(ask.retention, "days")),
                 ("GET", "/overview", self.public_route(ask.overview)),
                 ("GET", "/releases", self._releases),
-                ("GET", "/crashes", self.admin_route(ask.groups, "version", "days", "text", "sort", "limit", "cursor")),
+                ("GET", "/crashes", self.admin_route(
+                    ask.groups, "version", "days", "text", "state", "sort", "limit", "cursor")),
                 ("GET", "/crashes/<group_hash>", self._group),
+                ("PATCH", "/crashes/<group_hash>", self._triage),
                 ("GET", "/events", self.admin_route(ask.events, "type", "name", "session_id", "limit", "cursor")),
                 ("GET", "/symbols", self.admin_route(ask.symbols)),
                 ("PUT", "/symbols/<uuid>", self._put_symbols)):
@@ -6831,8 +7222,22 @@ class Backfeedr(Closing):
         try:
             return self.admin_route(self.metrics.group, "limit", "cursor")(environ, group_hash=group_hash)
         except Moved as moved:
-            moved.location = self.pages.request(environ).moved("/api/v1/crashes/" + moved.group_hash)
-            raise
+            raise self._moved(environ, moved)
+
+    def _moved(self, environ: Environ, moved: Moved) -> Moved:
+        moved.location = self.pages.request(environ).moved("/api/v1/crashes/" + moved.group_hash)
+        return moved
+
+    def _triage(self, environ: Environ, group_hash: str) -> Answer:
+        body = _read_body(environ, self.settings.max_body_size)
+        self._check_admin(environ)
+        plain = _decompress(environ, body, self.settings.max_body_size)
+        changes, named = parse_triage(decode_json(plain), self.store.now), _parameters(environ, "app")
+        try:
+            self.store.triage(group_hash, changes, **named)
+        except Moved as moved:
+            raise self._moved(environ, moved)
+        return 200, self.metrics.group(group_hash, **named)
 
     def _put_symbols(self, environ: Environ, uuid: str) -> Answer:
         body = _read_body(environ, self.settings.max_body_size)

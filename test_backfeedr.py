@@ -2281,6 +2281,465 @@ def test_a_hostile_report_costs_no_more_look_ups_than_are_allowed(api, monkeypat
     assert len(set(looked)) == 5 and found[-1] == frame_of(HELD, 1049) and len(found) >= 50
 
 
+# == Triage ====================================================================
+
+ABORTS = group_hash("SIGABRT", [])
+UNDECIDED = {"state": "open", "fixed_in": None, "regressed_at": None}
+
+
+def patch(server, body, group=ABORTS, query="", **headers):
+    """The status and the JSON of the answer to a PATCH of a group."""
+    return call(server, "PATCH", f"{CRASHES}/{group}", json.dumps(body).encode(), query, **{**ADMIN, **headers})
+
+
+def decided(server, body, group=ABORTS):
+    status, answer = patch(server, body, group)
+    assert status == 200, answer
+    return answer
+
+
+def build_of(text):
+    """The fields of a version and a build: "1.3.0 48"."""
+    return dict(zip(("app_version", "build_number"), text.split()))
+
+
+def crash_now(api, clock, build="", **fields):
+    """Sends a crash that occurs a second later, and tells its id."""
+    clock.move(1)
+    status, answer = api.post(CRASHES, {**CRASH, "occurred_at": time_text(clock.seconds), **build_of(build), **fields})
+    assert status == 201
+    return answer["id"]
+
+
+def state_of(server, group=ABORTS):
+    return server.metrics.group(group)["state"]
+
+
+def history_of(server, group=ABORTS):
+    return [(each["what"], each["detail"]) for each in server.metrics.group(group)["history"]]
+
+
+def facts_of(server):
+    return [(kind, json.loads(detail)) for kind, detail in sql(
+        server.store.path, "select kind, detail from facts order by id")]
+
+
+def tell(server):
+    """From now on, facts are kept for somebody."""
+    sql_run(server.store.path,
+            "insert into channels (url, secret, kinds, created_at, last_fact) values ('', '', '', 0, 0)")
+
+
+@pytest.fixture
+def told(api):
+    tell(api.server)
+    return api
+
+
+@pytest.mark.parametrize("seen, fixed_in, crashes", [  # before it was resolved; afterwards, and whether it regressed
+    # without a version: by builds first seen later
+    (["1.0 47"], None, {"1.0 47": 0, "1.0 48": 1}), (["1.0 47"], None, {"1.1 47": 1}), (["1.0 47"], None, {"1.1": 1}),
+    (["1.0 47", "0.9 50", "1.0 46"], None, {"0.9 50": 0, "1.0 46": 0, "1.0": 0, "0.9": 0, "0.8 1": 1}),
+    (["1.0 47", "event 0.9"], None, {"0.9 40": 0, "0.9": 0, "0.9 41": 1}),
+    (["1.0 47", "0.9 40", "event 0.9"], None, {"0.9 40": 0, "0.9 41": 1}),
+    (["1.0 47"], None, {"event 1.1": 0, "1.0 47": 0, "1.1 48": 1}),
+    # a crash without a version
+    (["1.0 47"], None, {"": 0}), (["event 1.0"], "1.0", {"": 0}), ([], None, {"": 1}), ([], "1.3.0", {"": 1}),
+    # fixed in a version: what comes before it, and what does not
+    (["1.2.0 47"], "1.3.0", {
+        **dict.fromkeys(["1.2.9", "1.2.10 99", "1.3.0-rc.1 48", "1.3.0b2", "1.3.0-0", "0.9", "1.2", "v1.2.99"], 0),
+        **dict.fromkeys(["1.3.0", "1.3", "1.3.0 1", "1.3.0.1", "1.3.1-beta", "1.10", "2", "v1.3.0", "1.3.0+7"], 1)}),
+    (["1.0 1"], "1.3.0 (48)", {
+        **dict.fromkeys(["1.3.0 47", "1.3.0 9", "1.3.0-rc.1 99", "1.2 100"], 0),
+        **dict.fromkeys(["1.3.0 48", "1.3 48", "1.3.0 100", "1.3.1 1", "1.3.0 48.1"], 1)}),
+    (["1.0 1"], "1.3.0-rc.2", {
+        "1.3.0-rc.1": 0, "1.3.0-beta.3": 0, "1.3.0-rc.2": 1, "1.3.0-rc.10": 1, "1.3.0rc2": 1, "1.3.0": 1}),
+    # versions that cannot be compared: by when they were first seen
+    ([], "winter", {"autumn": 0, "spring": 0, "winter": 1}), (["winter"], "winter", {"autumn": 1}),
+    (["autumn"], "winter", {"autumn": 0, "event winter": 0, "spring": 1}), (["1.0"], "winter", {"1.0": 0, "1.1": 0}),
+    (["autumn 7", "winter 8"], "winter (8)", {"autumn 7": 0, "winter 9": 1}),
+    (["winter b", "winter a"], "winter (a)", {"winter b": 0, "winter a": 1}),
+    (["1.3.0 48"], "1.3.0 (49)", {"1.3.0": 0, "1.3.0 49": 1})])
+def test_a_resolved_group_regresses_in_what_came_after_its_fix_and_nowhere_else(api, clock, seen, fixed_in, crashes):
+    crash_now(api, clock, seen[0] if seen and "event" not in seen[0] else "")
+    for each in seen[1:]:
+        see(api, clock, each, exception_type="SIGBUS")
+    if "event 1.0" in seen:
+        see(api, clock, "event 1.0")
+    assert decided(api.server, {"state": "resolved", "fixed_in": fixed_in})["fixed_in"] == fixed_in
+    clock.move(1)
+    for build, regressed in crashes.items():
+        decided(api.server, {"state": "resolved", "fixed_in": fixed_in} if state_of(api.server) == "open" else {
+            "comment": "Still."})
+        id = see(api, clock, build)
+        found = api.server.metrics.group(ABORTS)
+        assert (found["state"], found["regressed_at"]) == (
+            ("open", time_text(clock.seconds)) if regressed else ("resolved", None)), build
+        name = re.sub(" (.*)", r" (\1)", build)
+        last = ("regressed", f"crash {id}" + f" in {name}" * bool(build)) if regressed else ("commented", "Still.")
+        assert history_of(api.server)[-1] == last
+
+
+def see(api, clock, build, **fields):
+    """As crash_now; or an event, where it says so."""
+    if not build.startswith("event "):
+        return crash_now(api, clock, build, **fields)
+    clock.move(1)
+    assert api.post(EVENTS, {**EVENT, "occurred_at": time_text(clock.seconds), "app_version": build[6:]})[0] == 201
+
+
+def test_a_version_may_name_its_build(api, clock):
+    crash_now(api, clock)
+    for fixed_in, number, state in (("1.3.0 (48)", 47, "resolved"), ("1.3.0 (48)", 48, "open")):
+        decided(api.server, {"state": "resolved", "fixed_in": fixed_in})
+        crash_now(api, clock, app_version=f"1.3.0 ({number})")
+        assert state_of(api.server) == state
+
+
+def test_a_crash_without_a_version_that_occurred_before_it_was_resolved_does_not_reopen(api, clock):
+    crash_now(api, clock)
+    decided(api.server, {"state": "resolved"})
+    for ahead, state in ((0, "resolved"), (1, "open")):
+        occurred = time_text(clock.seconds + ahead)
+        clock.move(1)
+        api.post(CRASHES, {**CRASH, "occurred_at": occurred})
+        assert state_of(api.server) == state
+
+
+def test_what_is_beyond_the_days_limit_of_versions_reopens_nothing(api, clock, monkeypatch):
+    monkeypatch.setitem(backfeedr.NEW_NAMES, "app_version", 1)
+    crash_now(api, clock, "1.0")
+    for fixed_in in (None, "2.0"):
+        decided(api.server, {"state": "resolved", "fixed_in": fixed_in})
+        crash_now(api, clock, "3.0")
+        assert state_of(api.server) == "resolved"
+
+
+@pytest.mark.parametrize("muted, steps", [  # seconds to the next crash, its device, and the state after it
+    ({}, [(1, "a", "muted"), (10 * 86_400, "b", "muted")]),
+    ({"until": 60}, [(60, "a", "muted"), (0.001, "a", "open")]),
+    ({"more_crashes": 1}, [(1, "a", "open")]),
+    ({"more_crashes": 3}, [(1, "a", "muted"), (1, "a", "muted"), (1, "a", "open")]),
+    ({"more_devices": 2}, [*((1, device, "muted") for device in ("a", "b", "b", "")), (1, "c", "open")]),
+    ({"until": 60, "more_crashes": 2}, [(1, "a", "muted"), (1, "a", "open")]),
+    ({"until": 60, "more_crashes": 2}, [(61, "a", "open")]),
+    ({"more_crashes": 9, "more_devices": 1}, [(1, "a", "muted"), (1, "b", "open")])])
+def test_a_mute_ends_with_the_first_of_its_conditions(told, clock, muted, steps):
+    told.post(CRASHES, {**CRASH, "device_id_hash": "a"})
+    until = {"until": time_text(clock.seconds + muted["until"])} if "until" in muted else {}
+    decided(told.server, {"state": "muted", **muted, **until})
+    for seconds, device, state in steps:
+        clock.move(seconds)
+        told.post(CRASHES, {**CRASH, "device_id_hash": device})
+        assert state_of(told.server) == state
+    ended = ["crash.unmuted"] * (state == "open")
+    assert [kind for kind, _ in facts_of(told.server)][1:] == ended
+    assert [what for what, _ in history_of(told.server)] == ["muted", *["unmuted"] * len(ended)]
+
+
+def test_crashes_of_one_commit_count_each_for_a_mute_and_once_for_a_regression(told, clock):
+    crash, store = parse_crash({**CRASH, "app_version": "1.0"}), told.server.store
+    add(told.server, 1, **CRASH)
+    decided(told.server, {"state": "muted", "more_crashes": 3})
+    run_together(store, [partial(store.add, KEY_HASH, [crash])] * 2)
+    assert state_of(told.server) == "muted"
+    run_together(store, [partial(store.add, KEY_HASH, [crash])] * 3)
+    assert state_of(told.server) == "open"
+    decided(told.server, {"state": "resolved", "fixed_in": "1.0"})
+    run_together(store, [partial(store.add, KEY_HASH, [crash])] * 4)
+    store.add(KEY_HASH, [crash])
+    assert [what for what, _ in history_of(told.server)] == ["muted", "unmuted", "resolved", "regressed"]
+    assert [kind for kind, _ in facts_of(told.server)] == ["crash.new", "crash.unmuted", "crash.regressed"]
+
+
+def test_two_hosts_that_commit_side_by_side_reopen_a_group_once(serve, clock):
+    server, other = serve(), serve()
+    crash_now(Api(server), clock)
+    for _ in range(5):
+        decided(server, {"state": "resolved", "fixed_in": "1.0"})
+        clock.move(1)
+        crash = parse_crash({**CRASH, "app_version": "1.0"})
+        with ThreadPoolExecutor(4) as pool:
+            for each in [pool.submit(host.store.add, KEY_HASH, [crash]) for host in (server, other) * 2]:
+                each.result(30)
+    assert [what for what, _ in history_of(server)] == ["resolved", "regressed"] * 5
+
+
+def test_replays_imports_and_test_apps_reopen_nothing_and_tell_nothing(serve, told, clock):
+    key, new = {"Idempotency_Key": "k"}, {**CRASH, "app_version": "2.0"}
+    server, other = told.server, serve("other.db")
+    test_key = server.store.create_app("trial", is_test=True)
+    told.post(CRASHES, new, **key)
+    told.post(CRASHES, new, key=test_key)
+    Api(other).post(CRASHES, {**new, "build_number": "9"})
+    assert [kind for kind, _ in facts_of(server)] == ["crash.new"]
+    for query in ("", "app=trial"):
+        assert patch(server, {"state": "resolved", "fixed_in": "2.0"}, query=query)[0] == 200
+    clock.move(1)
+    assert told.post(CRASHES, new, **key)[0] == 200
+    assert server.store.import_(list(other.store.export(backfeedr.Crash)))["stored"] == 1
+    assert told.post(CRASHES, new, key=test_key)[0] == 201
+    assert [server.metrics.group(ABORTS, app)["state"] for app in (None, "trial")] == ["resolved"] * 2
+    assert len(facts_of(server)) == 1
+    told.post(CRASHES, new)
+    assert state_of(server) == "open" and [kind for kind, _ in facts_of(server)][1:] == ["crash.regressed"]
+
+
+def test_state_and_history_outlive_the_crashes_and_a_fault_that_comes_back_is_a_regression(serve, clock):
+    server = serve(retention_days=30)
+    api = Api(server)
+    crash_now(api, clock, "1.0 47")
+    decided(server, {"state": "resolved", "comment": "Fixed."})
+    clock.move(60 * 86_400)
+    server.store.prune()
+    assert stored_rows(server, "crashes", "groups") == 0
+    found = api.get(f"{CRASHES}/{ABORTS}", **ADMIN)[1]
+    assert (found["state"], found["count"], found["reports"], found["first_seen"]) == ("resolved", 0, [], None)
+    assert api.get(CRASHES, **ADMIN)[1]["groups"] == []
+    assert decided(server, {"comment": "Still?"})["history"][-1]["detail"] == "Still?", "it can be decided about"
+    tell(server)
+    crash_now(api, clock, "1.0 47")
+    assert state_of(server) == "resolved"
+    crash_now(api, clock, "1.1 50")
+    assert state_of(server) == "open" and [kind for kind, _ in facts_of(server)] == ["crash.regressed"]
+    assert [what for what, _ in history_of(server)] == ["resolved", "commented", "commented", "regressed"]
+    server.store.delete_app("default")
+    assert stored_rows(server, "triage", "group_history") == 0
+
+
+def test_facts_say_what_where_and_how_often(told, clock):
+    at, frame = {"occurred_at": NOW}, {"stack_trace": [{"symbol": "Cart.total()", "file": "Cart.swift"}]}
+    group = told.post(CRASHES, {**CRASH, **at, **frame, "device_id_hash": "d0", **build_of("1.2 47")})[1]["group_hash"]
+    said = {"exception_type": "SIGABRT", "place": "Cart.total()", "app_version": "1.2", "build_number": "47"}
+    assert facts_of(told.server) == [("crash.new", {**said, "crashes": 1, "devices": 1})]
+    for n in [*range(1, 9), 8, 9, 9, 10]:
+        told.post(CRASHES, {**CRASH, **at, **frame, "device_id_hash": f"d{n}", **build_of("1.2 47")})
+    assert facts_of(told.server)[1:] == [("crash.spread", {**said, "crashes": 11, "devices": 10})], "once"
+    decided(told.server, {"state": "resolved", "fixed_in": "1.3"}, group)
+    told.post(CRASHES, {**CRASH, **at, **frame, **build_of("1.3")})
+    assert facts_of(told.server)[2:] == [("crash.regressed", {
+        **said, "app_version": "1.3", "build_number": None, "crashes": 14, "devices": 11, "fixed_in": "1.3"})]
+    assert sql(told.server.store.path, "select distinct app_id, group_hash from facts") == [(1, group)]
+
+
+@pytest.mark.parametrize("bound", [10, 100])
+def test_a_spread_is_told_at_its_bound_and_not_of_a_muted_group(told, bound):
+    store, kinds = told.server.store, []
+    for first, last in ((0, bound - 1), (bound - 1, bound), (bound, bound + 5)):
+        store.add(KEY_HASH, [parse_crash({**CRASH, "device_id_hash": f"d{n}"}) for n in range(first, last)])
+        kinds += [detail["devices"] for kind, detail in facts_of(told.server) if kind == "crash.spread"][len(kinds):]
+        assert (bound in kinds) == (last >= bound)
+    decided(told.server, {"state": "muted"})
+    store.add(KEY_HASH, [parse_crash({**CRASH, "device_id_hash": f"more {n}"}) for n in range(1000)])
+    assert [kind for kind, _ in facts_of(told.server)].count("crash.spread") == len(kinds)
+
+
+def test_nothing_is_asked_of_a_group_that_nobody_has_decided_about_but_once(api):
+    asked = []
+    add(api.server, **CRASH)
+    execute = backfeedr.rows_of
+
+    def count_triage(db, query, keys):
+        asked.append("triage" in query)
+        return execute(db, query, keys)
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(backfeedr, "rows_of", count_triage)
+        context.setattr(backfeedr, "_undoing", None)
+        add(api.server, times=3, **CRASH)
+    assert asked.count(True) == 1
+
+
+BAD_DECISIONS = [
+    (b"x", "invalid JSON"), (b"[]", "invalid JSON"), ({}, "missing state"), ({"State": "open"}, "invalid field"),
+    ({"state": "open", "fixedin": "1"}, "invalid field"),
+    *(({"state": value}, "invalid state") for value in ("", "closed", "regressed", "Open", None, 1, [], {}, True)),
+    *(({"state": "resolved", "fixed_in": value}, "invalid fixed_in") for value in ("", " ", 1, [], True)),
+    *(({"state": "muted", "until": value}, "invalid until") for value in (
+        "", "soon", "2026-03-20", "2026-03-20T00:00:00", NOW, "2026-03-12T14:29:59Z", 1_800_000_000, True, [])),
+    *(({"state": "muted", name: value}, f"invalid {name}") for name in ("more_crashes", "more_devices")
+      for value in (0, -1, 1.0, "1", 1 << 31, True, [], "")),
+    *(({"comment": value}, "invalid comment") for value in ("", " \n", None, 1, [])),
+    # conditions of another state, which is that of the group where none is given
+    *(({"state": state, "fixed_in": "1.0"}, "invalid fixed_in") for state in ("open", "muted")),
+    *(({"state": state, "until": "2026-03-20T00:00:00Z"}, "invalid until") for state in ("open", "resolved")),
+    ({"fixed_in": "1.0"}, "invalid fixed_in"), ({"more_crashes": 1}, "invalid more_crashes"),
+    ({"state": "resolved", "more_devices": 1}, "invalid more_devices")]
+
+
+def test_a_decision_that_makes_no_sense_changes_nothing(api):
+    add(api.server, **CRASH)
+    for body, error in BAD_DECISIONS:
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        status, answer = call(api.server, "PATCH", f"{CRASHES}/{ABORTS}", raw, **ADMIN)
+        assert (status, answer["error"]) == (400, error), body
+        assert answer["detail"], body
+    assert stored_rows(api.server, "triage", "group_history") == 0
+    for query, group, status in (("app=nope", ABORTS, 404), ("", "0" * 16, 404), ("", "x", 404)):
+        assert patch(api.server, {"state": "open"}, group, query) == (status, {"error": "not found"})
+    assert patch(api.server, {"state": "open"}, Authorization=None)[0] == 401
+    assert patch(api.server, {"state": "open"}, Authorization="Bearer x")[0] == 401
+
+
+def test_each_decision_is_in_the_history_and_may_be_changed_in_part(api, clock):
+    server, until = api.server, "2026-03-20T00:00:00Z"
+    add(server, **CRASH)
+    for body, state, fixed_in, entries in (
+            ({"state": "open"}, "open", None, []), ({"comment": " a\0b "}, "open", None, [("commented", "a\ufffdb")]),
+            ({"state": "muted", "until": until, "more_crashes": 5}, "muted", None, [
+                ("muted", f"until {until} or for 5 more crashes")]),
+            ({"more_devices": 2, "comment": "c"}, "muted", None, [("muted", "for 2 more devices"), ("commented", "c")]),
+            ({"state": "resolved", "fixed_in": "1.0"}, "resolved", "1.0", [("resolved", "in 1.0")]),
+            ({"fixed_in": "1.1"}, "resolved", "1.1", [("resolved", "in 1.1")]),
+            ({"fixed_in": None}, "resolved", None, [("resolved", None)]),
+            ({"state": "open"}, "open", None, [("opened", None)]),
+            ({"state": "muted"}, "muted", None, [("muted", None)])):
+        clock.move(1)
+        before = history_of(server)
+        answer = decided(server, body)
+        assert (answer["state"], answer["fixed_in"], history_of(server)) == (state, fixed_in, before + entries)
+        row = sql(server.store.path, "select until, crashes_left, devices_left from triage")[0]
+        assert row == {"until": (parse_time(until), 5, None), "more_devices": (parse_time(until), 5, 2)}.get(
+            next((name for name in body if name in ("until", "more_devices")), ""), (None,) * 3)
+
+
+def test_history_and_decisions_are_bounded_and_the_oldest_go(api, clock, monkeypatch):
+    monkeypatch.setattr(backfeedr, "MAX_TRIAGED", 2)
+    add(api.server, **CRASH)
+    decided(api.server, {"comment": "x" * 6000})
+    assert history_of(api.server) == [("commented", "x" * 5000)]
+    for n in range(102):
+        decided(api.server, {"comment": str(n)})
+    assert [detail for _, detail in history_of(api.server)] == [str(n) for n in range(2, 102)]
+    for kind in ("A", "B"):
+        clock.move(1)
+        add(api.server, **{**CRASH, "exception_type": kind})
+        decided(api.server, {"state": "resolved"}, group_hash(kind, []))
+    assert {group for group, in sql(api.server.store.path, "select group_hash from triage")} \
+        == {group for group, in sql(api.server.store.path, "select group_hash from group_history")} \
+        == {group_hash(kind, []) for kind in "AB"}
+
+
+def test_a_group_of_two_apps_is_decided_about_in_one(serve, api, person, clock):
+    api.server.store.create_app("trial", is_test=True)
+    key = api.server.store.create_app("Shop")
+    for each in (KEY, key):
+        api.post(CRASHES, CRASH, key=each)
+    refused = patch(api.server, {"state": "resolved"})
+    assert refused == (400, {"error": "missing app", "detail": "it is a group of Shop, default"})
+    clock.move(1)
+    assert patch(api.server, {"state": "resolved"}, query="app=Shop")[1]["state"] == "resolved"
+    states = {app: api.server.metrics.group(ABORTS, app)["state"] for app in ("Shop", "default")}
+    assert states == {"Shop": "resolved", "default": "open"}
+    page = person.get("/crashes/" + ABORTS)
+    assert "Several apps have it" in page.text and "Resolve" not in page.text
+    assert person.text(f"/crashes/{ABORTS}?app=Shop").count("Reopen") == 1
+    assert patch(api.server, {"state": "open"}, query="app=trial")[0] == 404
+
+
+def test_lists_are_asked_for_groups_of_a_state(api, person, clock):
+    kinds = ["open", "resolved", "muted", "again", "fresh"]
+    groups = {kind: group_hash(kind, []) for kind in kinds}
+    for kind in kinds[:-1]:
+        crash_now(api, clock, exception_type=kind)
+    decided(api.server, {"state": "muted"}, groups["muted"])
+    for kind in ("resolved", "again"):
+        decided(api.server, {"state": "resolved"}, groups[kind])
+    clock.move(8 * 86_400)
+    crash_now(api, clock, exception_type="again")
+    crash_now(api, clock, exception_type="fresh")
+    person.sign_in()
+    for state, expected in {"open": ["again", "fresh", "open"], "resolved": ["resolved"], "muted": ["muted"],
+                            "regressed": ["again"], "new": ["fresh"], "": kinds}.items():
+        found = api.get(f"{CRASHES}?state={state}", **ADMIN)[1]["groups"]
+        assert sorted(each["exception_type"] for each in found) == sorted(expected)
+        shown = re.findall(r"<bdi>(\w+)</bdi></a>", person.get(f"/crashes?state={state}").text)
+        assert sorted(shown) == sorted(expected)
+    found = {each["exception_type"]: (each["state"], each["regressed_at"] is not None) for each in found}
+    assert found == {"open": ("open", False), "resolved": ("resolved", False), "muted": ("muted", False),
+                     "again": ("open", True), "fresh": ("open", False)}
+    badges = dict(re.findall(r'<bdi>(\w+)</bdi></a>\s*<b class="new">(\w+)</b>', person.get("/crashes").text))
+    assert badges == {"resolved": "resolved", "muted": "muted", "again": "regressed", "fresh": "new"}
+    assert api.get(f"{CRASHES}?state=closed", **ADMIN)[0] == 400
+    decided(api.server, {"state": "muted"}, groups["again"])
+    assert api.get(f"{CRASHES}?state=regressed", **ADMIN)[1]["groups"] == []
+
+
+@pytest.mark.parametrize("builds, crashed_in, expected", [
+    ([], "", ""), (["1.2 9", "1.2 47"], "1.2 47", "1.2 (48)"), (["1.2 47", "1.10 3"], "1.2 47", "1.10 (3)"),
+    (["1.2"], "1.2", "1.3"), (["1.9"], "1.9", "1.10"), (["2.0 1", "1.9 8"], "2.0 1", "2.0 (2)"),
+    (["dev"], "dev", "dev")])
+def test_the_version_that_may_have_the_fix_is_filled_in(api, clock, builds, crashed_in, expected):
+    for build in builds:
+        crash_now(api, clock, build, exception_type="SIGBUS")
+    crash_now(api, clock, crashed_in)
+    assert api.server.metrics.next_build(ABORTS, "default") == expected
+
+
+def state_form(page, state):
+    return next(form for form in page.forms.values() if "state" in form.fields and form["state"].value == state)
+
+
+def test_a_group_is_decided_about_on_its_page(api, person, clock):
+    crash_now(api, clock, "1.2 47")
+    path = f"/crashes/{ABORTS}?app=default"
+
+    def send(form, status=303, **values):
+        for name, value in values.items():
+            form[name] = value
+        answer = form.submit(headers=HTML, status=status)
+        assert status != 303 or answer.headers["Location"] == path
+        return answer
+
+    form = state_form(person.get(path), "resolved")
+    assert form["fixed_in"].value == "1.2 (48)"
+    send(form)
+    assert "Resolved in 1.2 (48) Reopen" in person.text(path) and "just now resolved in 1.2 (48)" in person.text(path)
+    send(state_form(person.get(path), "open"))
+    send(state_form(person.get(path), "muted"), until="2026-04-01", more_crashes="7")
+    assert "Muted Resolve in version Reopen Comment" in person.text(path)
+    assert history_of(api.server)[-1] == ("muted", "until 2026-04-01T00:00:00Z or for 7 more crashes")
+    send(state_form(person.get(path), "resolved"), fixed_in="")
+    assert api.server.metrics.group(ABORTS)["fixed_in"] is None
+    form = next(form for form in person.get(path).forms.values() if "comment" in form.fields)
+    send(form, comment=HOSTILE)
+    assert "<script" not in person.get(path).text and "alert(1)" in person.text(path)
+    crash_now(api, clock, "1.3 50")
+    assert "Open again since just now" in person.text(path)
+    before, form = stored(api.server, "triage", "group_history"), state_form(person.get(path), "muted")
+    refused = send(form, 400, until="2026-03-01")
+    assert "Invalid until" in refused.text and "Until is over." in refused.text
+    form["form_token"] = "0" * 64
+    send(form, 403)
+    assert Person(api.server).post(path, 303, state="open").headers["Location"].startswith("/sign-in")
+    assert stored(api.server, "triage", "group_history") == before
+
+
+@pytest.mark.parametrize("target_state", [None, "muted"])
+def test_state_and_history_go_where_the_crashes_go(api, clock, target_state):
+    old, named = hashed(f"SIGABRT:{HELD}+1009"), hashed("SIGABRT:" + SHOP_NAMES)
+    api.post(CRASHES, shop_crash_now(clock, 1008))
+    decided(api.server, {"state": "resolved", "fixed_in": "1.0", "comment": "old"}, old)
+    if target_state:
+        put(api.server)
+        joined_threads()
+        assert patch(api.server, {"state": target_state}, old)[0] == 301
+        assert decided(api.server, {"state": target_state}, named)["state"] == target_state
+        api.server.store.delete_symbols(HELD)
+        api.post(CRASHES, shop_crash_now(clock, 1008))
+        clock.move(1)
+        decided(api.server, {"comment": "between"}, old)
+    put(api.server)
+    joined_threads()
+    found = api.server.metrics.group(named)
+    assert (found["state"], found["fixed_in"]) == ((target_state, None) if target_state else ("resolved", "1.0"))
+    details = [each["detail"] for each in found["history"]]
+    assert details == ["in 1.0", "old", *[None, "between"] * bool(target_state)]
+    assert sql(api.server.store.path, "select group_hash from triage") == [(named,)]
+    assert patch(api.server, {"state": "open"}, old) == (301, {"error": "moved", "detail": f"to {named}"})
+    status, headers, _ = call_with_headers(api.server, "PATCH", f"{CRASHES}/{old}", b'{"state": "open"}', **ADMIN)
+    assert headers["Location"] == f"{CRASHES}/{named}"
+
+
 # == Store =====================================================================
 
 KEY_HASH = backfeedr.sha256(KEY)
@@ -2923,7 +3382,7 @@ def test_other_is_shown_like_any_name_with_its_reports_until_they_are_forgotten_
             for each in answers["releases"]["releases"]] == [("(other)", 3, 0.0), ("1.0", 1, None)]
     assert api.get(CRASHES, **ADMIN)[1]["groups"][0] \
         == {**other, "place": "", "is_new": True, "devices": 1, "versions": ["2.0", "2.1", "2.2"],
-            "first_seen": NOW, "last_seen": NOW}
+            "first_seen": NOW, "last_seen": NOW, **UNDECIDED}
     status, group = api.get("/api/v1/crashes/(other)", **ADMIN)
     assert (status, {name: group[name] for name in other}) == (200, other)
     assert [(each["exception_type"], each["device_model"]) for each in group["reports"]] \
@@ -4495,14 +4954,14 @@ class Slow:
     def spread(self, rows):
         times, versions = [row["at"] for row in rows], {row["sent"].get("app_version") for row in rows} - {None}
         named = self.named(rows[0]["group_hash"])
-        return {**named, "count": len(rows), "devices": len(grouped(rows, "app_id", "device_id_hash")),
+        return {**named, **UNDECIDED, "count": len(rows), "devices": len(grouped(rows, "app_id", "device_id_hash")),
                 "first_seen": iso_time(named["first_seen"]), "last_seen": iso_time(max(times)),
                 "versions": sorted(versions, key=lambda version: list(map(int, version.split("."))))}
 
     def group(self, group):
         rows = [row for row in self.crashes if row["group_hash"] == group]
         rows.sort(key=lambda row: (row["at"], row["seq"]))
-        return {**self.spread(rows), "missing_symbols": [],
+        return {**self.spread(rows), "missing_symbols": [], "history": [],
                 "reports": [{**row["sent"], "group_hash": group} for row in rows[::-1]], **{
             part: by_frequency(row["sent"].get(field) for row in rows) for part, field in (
                 ("versions", "app_version"), ("systems", "os_version"), ("device_models", "device_model"))}}
@@ -5442,7 +5901,8 @@ HOSTILE_REQUESTS = [  # the answer, the request, and the values of one part of i
           ([CRASHES], "GET,POST", ["PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "ANY", "PROXY", "", "\xff",
                                    "X" * 5000]),
           ([EVENTS], "GET,POST", ["PUT"]), ([BATCH], "POST", ["GET"]),
-          ([*METRICS, "/api/v1/health", "/metrics", ONE_GROUP], "GET", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"]))
+          ([ONE_GROUP], "GET,PATCH", ["POST", "PUT", "DELETE", "OPTIONS"]),
+          ([*METRICS, "/api/v1/health", "/metrics"], "GET", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"]))
       for path in paths],
     # query strings
     *[((status, text), {**BEARER, "path": path}, "query", [f"{name}={value}" for value in values])
@@ -5942,6 +6402,9 @@ class Crawl:
         for text in re.findall("<form.*?</form>", page.text, re.S):  # `page.forms` parses the whole page, slowly
             form = webtest.forms.Form(page, text)
             action = form["action"].value if "action" in form.fields else ""
+            is_triage = form.method.upper() == "POST" and form.action.startswith(self.person.prefix + "/crashes/")
+            if is_triage:
+                action = form["state"].value if "state" in form.fields else "comment"
             self.forms[action] += 1
             if "sign-out" in form.action or action == "delete" or action and self.forms[action] > 1:
                 continue
@@ -5949,8 +6412,10 @@ class Crawl:
                 form["name"] = MADE
             if action == "add-channel":
                 form["url"] = "https://example.com/hook"
+            if action == "comment":
+                form["comment"] = "Seen."
             answer = form.submit(headers=HTML)
-            assert answer.status_int == 200, (form.action, action, answer)
+            assert answer.status_int == (303 if is_triage else 200), (form.action, action, answer)
             for name, fields in form.fields.items() if form.method.upper() == "GET" else ():
                 for value, *_ in getattr(fields[0], "options", []):
                     form[name] = value
@@ -5972,8 +6437,9 @@ def test_every_link_and_form_leads_somewhere(serve, tmp_path, demo, data, prefix
     someone.sign_in()
     crawl = Crawl(someone)
     assert {path for path in crawl.kinds if "?" not in path} >= {prefix + path for path in PAGES}
-    assert set(crawl.forms) == {"", "create", "key", "revoke", "delete", "add-channel", "test-channel",
-                                "remove-channel", "make-feed", "withdraw-feed"}
+    assert set(crawl.forms) - {"open"} == {
+        "", "create", "key", "revoke", "delete", "add-channel", "test-channel", "remove-channel", "make-feed",
+        "withdraw-feed"} | ({"resolved", "muted", "comment"} if data == "demo" else set())
     assert MADE not in {app.name for app in server.store.apps()}
     assert data == "empty" or len(crawl.seen) > 60 and crawl.kinds[prefix + "/crashes/*"] == 3
 
@@ -8640,6 +9106,7 @@ OPERATIONS = [(method.upper(), path, operation) for path, operations in OPENAPI[
 POSTS = [(path, operation) for method, path, operation in OPERATIONS if method == "POST"]
 GETS = [(path, operation) for method, path, operation in OPERATIONS if method == "GET"]
 PUTS = [(path, operation) for method, path, operation in OPERATIONS if method == "PUT"]
+PATCHES = [(path, operation) for method, path, operation in OPERATIONS if method == "PATCH"]
 JSON_TYPES = {"string": [str], "object": [dict], "array": [list], "boolean": [bool], "null": [type(None)],
               "integer": [int], "number": [int, float]}
 BOUNDS = {str: ("minLength", "maxLength"), list: ("minItems", "maxItems"),
@@ -8767,6 +9234,7 @@ def questions_of(operation):
                             (200, {name: schema["maximum"]}), (400, {name: schema["maximum"] + 1}))
             yield from {"cursor": [(400, {"cursor": "x"})],
                         "sort": [(200, {"sort": "first_seen"}), (400, {"sort": "x"})],
+                        "state": [*((200, {"state": each}) for each in schema.get("enum", [])), (400, {"state": "x"})],
                         "app": [(404, {"app": "nope"}), (400, {"days": "0"})]}.get(name, [])
 
 
@@ -8816,6 +9284,14 @@ def test_every_request_of_openapi_is_answered_as_it_says(serve, monkeypatch):
     odd["stack_trace"] = [{**odd["stack_trace"][0], "frame": "0", "line": "many"}, {"symbol": 7}]
     assert send("POST", "/crashes", 201, json.dumps(odd).encode())["group_hash"] == group, "which is asked for below"
     put_symbols(send)
+    for path, operation in PATCHES:
+        every = [json.dumps(each).encode() for each in bodies(operation)]
+        for status, given, headers in (*((200, body, ADMIN) for body in every), (401, every[0], {}),
+                                       (400, b"{}", ADMIN), (413, b" " * 10_001, ADMIN),
+                                       (415, every[0], {**ADMIN, "Content_Encoding": "br"})):
+            send("PATCH", path, status, given, **headers)
+        send("PATCH", path, 404, every[0], group="0" * 16, **ADMIN)
+        send("PATCH", path, 301, every[0], group=old, **ADMIN)
     moved = send("GET", "/crashes/{group_hash}", 301, group=old, **ADMIN)["detail"]
     named = send("GET", "/crashes/{group_hash}", 200, group=moved.split()[1], **ADMIN)["reports"][0]
     assert named["raw_stack_trace"] == MOVED["stack_trace"] and len(named["stack_trace"]) == 3
