@@ -1731,7 +1731,7 @@ create table channels (
     id integer primary key autoincrement, url text not null, secret text not null,
     app_id integer,                        -- null: all live apps
     kinds text not null,                   -- of facts, divided by commas
-    with_reason integer not null, digest_at integer,  -- when the next digest is due
+    with_reason integer not null default 0, digest_at integer,  -- when the next digest is due
     created_at integer not null, last_fact integer not null,  -- up to which facts are in messages
     ended_at integer, error text, error_at integer, sent_at integer);
 create table messages (                    -- on their way, and those of the last hour; id is the webhook-id
@@ -5400,7 +5400,7 @@ class Metrics:
             parameters = {"app": app_id, "group": group_hash, "at": int(at), "seq": int(report_id, 16),
                           "limit": limit + 1}
             count, devices, last_seen = db.execute(f"""
-                select sum(crashes), sum(devices), max(last_seen) from group_sums
+                select coalesce(sum(crashes), 0), coalesce(sum(devices), 0), max(last_seen) from group_sums
                 join groups using (app_id, group_hash)
                 where {APPS} and group_hash = :group""", parameters).fetchone()
             if not count and not db.execute(f"select 1 from triage where {APPS} and group_hash = :group",
