@@ -8,5 +8,6 @@ let package = Package(
     targets: [
         .target(name: "Backfeedr", resources: [.process("PrivacyInfo.xcprivacy")]),
         .testTarget(name: "BackfeedrTests", dependencies: ["Backfeedr"]),
-    ]
+    ],
+    swiftLanguageVersions: [.v5, .version("6")]
 )

@@ -9,8 +9,8 @@ import AppKit
 #if canImport(MetricKit)
 import MetricKit
 #endif
-#if canImport(Darwin)
-import Darwin
+#if canImport(MachO)
+import MachO
 #endif
 #if canImport(ObjectiveC)
 import ObjectiveC
@@ -61,14 +61,14 @@ extension Client {
     /// before it there may be a user's name.
     static func frame(_ number: Int, at address: UInt) -> [String: Any] {
         var frame: [String: Any] = ["frame": number, "address": "0x" + String(address, radix: 16)]
-        #if canImport(Darwin)
+        #if canImport(MachO)
         var info = Dl_info()
         guard dladdr(UnsafeRawPointer(bitPattern: address), &info) != 0, let base = info.dli_fbase,
               let name = info.dli_fname else { return frame }
         let parts = String(cString: name).components(separatedBy: "/")
         let app = parts.firstIndex { $0.hasSuffix(".app") || $0.hasSuffix(".appex") }
         frame["binary"] = parts.last
-        frame["path"] = app.map { "/" + parts[$0...].joined(separator: "/") } ?? parts.last
+        frame["path"] = app.map { "/" + parts[$0...].joined(separator: "/") }
         frame["offset"] = address - UInt(bitPattern: base)
         frame["uuid"] = uuid(ofImageAt: UnsafeRawPointer(base))
         frame["symbol"] = info.dli_sname.map { String(cString: $0) }
@@ -77,7 +77,7 @@ extension Client {
         return frame
     }
 
-    #if canImport(Darwin)
+    #if canImport(MachO)
     /// The UUID in the load commands of a 64-bit image: each begins with its kind and its size.
     private static func uuid(ofImageAt base: UnsafeRawPointer) -> String? {
         let header = base.load(as: mach_header_64.self)
@@ -94,12 +94,12 @@ extension Client {
 }
 
 #if canImport(ObjectiveC)
-/// The handler that was there before ours, which is called after it.
-private let earlierHandler = Locked<(@convention(c) (NSException) -> Void)?>(nil)
+/// The handler that was there before ours, which is called after it. It is read when it is first used.
+private let earlierHandler = Locked(NSGetUncaughtExceptionHandler())
 
 extension Client {
     fileprivate func watchExceptions() {
-        earlierHandler.with { $0 = NSGetUncaughtExceptionHandler() }
+        earlierHandler.with { _ in }
         NSSetUncaughtExceptionHandler { exception in
             Backfeedr.client?.record(exception: exception.name.rawValue, reason: exception.reason ?? "",
                                      addresses: exception.callStackReturnAddresses.map { $0.uintValue })

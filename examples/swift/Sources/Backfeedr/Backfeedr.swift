@@ -381,10 +381,10 @@ struct Trimmed {
     private func finite(_ number: Double) -> Any { number.isFinite ? number as Any : "\(number)" }
 }
 
-/// A time as the API has it, in UTC: 2026-03-12T14:22:31.250Z. The years are 1 to 9999; of another, the nearest.
+/// A time as the API has it, in UTC: 2026-03-12T14:22:31.250Z. The years are 1600 to 9999; of others, the nearest.
 func rfc3339(_ date: Date) -> String {
     let seconds = date.timeIntervalSince1970.isFinite ? date.timeIntervalSince1970 : 0
-    let within = Date(timeIntervalSince1970: max(-62_135_596_800, min(seconds, 253_402_300_799)))
+    let within = Date(timeIntervalSince1970: max(-11_676_096_000, min(seconds, 253_402_300_799)))
     return Date.ISO8601FormatStyle(includingFractionalSeconds: true).format(within)
 }
 
