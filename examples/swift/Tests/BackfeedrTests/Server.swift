@@ -27,7 +27,6 @@ private func started(_ words: [String], _ environment: [String: String]) -> (Pro
     let inherited = ProcessInfo.processInfo.environment.filter { !$0.key.hasPrefix("BACKFEEDR_") }
     process.environment = inherited.merging(environment) { $1 }
     process.standardOutput = pipe
-    process.standardError = FileHandle.nullDevice
     process.standardInput = FileHandle.nullDevice
     return (process, pipe)
 }
