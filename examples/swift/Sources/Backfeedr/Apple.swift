@@ -16,7 +16,7 @@ import MachO
 import ObjectiveC
 #endif
 
-extension Client {
+extension Backfeedr.Client {
     /// Follows the app from its start to its end. What belongs to UIKit is done on the main thread.
     func followApp() {
         #if canImport(ObjectiveC)
@@ -53,7 +53,7 @@ extension Client {
         }
     }
 
-    private func observe(_ name: Notification.Name, _ body: @escaping @Sendable (Client) -> Void) {
+    private func observe(_ name: Notification.Name, _ body: @escaping @Sendable (Backfeedr.Client) -> Void) {
         _ = NotificationCenter.default.addObserver(forName: name, object: nil, queue: nil) { _ in body(self) }
     }
 
@@ -95,9 +95,9 @@ extension Client {
 
 #if canImport(ObjectiveC)
 /// The handler that was there before ours, which is called after it. It is read when it is first used.
-private let earlierHandler = Locked(NSGetUncaughtExceptionHandler())
+private let earlierHandler = Backfeedr.Locked(NSGetUncaughtExceptionHandler())
 
-extension Client {
+extension Backfeedr.Client {
     fileprivate func watchExceptions() {
         earlierHandler.with { _ in }
         NSSetUncaughtExceptionHandler { exception in
@@ -112,12 +112,12 @@ extension Client {
 #if canImport(MetricKit)
 /// Receives MetricKit's payloads: those of iOS 27 where it runs, else those before, never both.
 private final class Payloads: NSObject, MXMetricManagerSubscriber {
-    private static let kept = Locked<[AnyObject]>([])  // MetricKit does not hold on to them
-    private let client: Client
+    private static let kept = Backfeedr.Locked<[AnyObject]>([])  // MetricKit does not hold on to them
+    private let client: Backfeedr.Client
 
-    private init(_ client: Client) { self.client = client }
+    private init(_ client: Backfeedr.Client) { self.client = client }
 
-    static func receive(for client: Client) {
+    static func receive(for client: Backfeedr.Client) {
         #if compiler(>=6.4) || BACKFEEDR_METRICKIT_27
         if #available(iOS 27, macOS 27, *) { return receiveReports(for: client) }
         #endif
@@ -132,7 +132,7 @@ private final class Payloads: NSObject, MXMetricManagerSubscriber {
 
     #if compiler(>=6.4) || BACKFEEDR_METRICKIT_27
     @available(iOS 27, macOS 27, *)
-    private static func receiveReports(for client: Client) {
+    private static func receiveReports(for client: Backfeedr.Client) {
         Task.detached(priority: .utility) {
             let manager = MetricManager()
             for await report in manager.diagnosticReports {

@@ -24,7 +24,9 @@ final class VectorTests: XCTestCase {
             XCTAssertEqual(Digest.sha256(body), each.body_sha256)
             XCTAssertEqual(Outbox.signature(key: each.key, timestamp: each.timestamp, body: body), each.signature)
         }
-        for each in vectors.times { XCTAssertEqual(rfc3339(Date(timeIntervalSince1970: each.seconds)), each.text) }
+        for each in vectors.times {
+            XCTAssertEqual(Backfeedr.rfc3339(Date(timeIntervalSince1970: each.seconds)), each.text)
+        }
         for each in vectors.devices {
             XCTAssertEqual(Client.deviceID(vendor: each.vendor, bundle: each.bundle), each.device_id_hash)
         }
@@ -32,7 +34,7 @@ final class VectorTests: XCTestCase {
 
     func testTimesThatAreNoneAreWrittenAsOneThatTheServerTakes() {
         for seconds in [Double.nan, .infinity, -1e300, 1e300] {
-            XCTAssertEqual(rfc3339(Date(timeIntervalSince1970: seconds)).count, 24, "\(seconds)")
+            XCTAssertEqual(Backfeedr.rfc3339(Date(timeIntervalSince1970: seconds)).count, 24, "\(seconds)")
         }
     }
 

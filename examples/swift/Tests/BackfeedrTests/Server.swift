@@ -6,6 +6,17 @@ import XCTest
 import FoundationNetworking
 #endif
 
+typealias Answer = Backfeedr.Answer
+typealias Client = Backfeedr.Client
+typealias Clock = Backfeedr.Clock
+typealias Digest = Backfeedr.Digest
+typealias HTTP = Backfeedr.HTTP
+typealias Kind = Backfeedr.Kind
+typealias Locked = Backfeedr.Locked
+typealias Outbox = Backfeedr.Outbox
+typealias Outcome = Backfeedr.Outcome
+typealias Transport = Backfeedr.Transport
+
 let key = "bf_live_0123456789abcdef0123456789abcdef"
 let package = URL(fileURLWithPath: #filePath).deletingLastPathComponent().deletingLastPathComponent()
     .deletingLastPathComponent()
