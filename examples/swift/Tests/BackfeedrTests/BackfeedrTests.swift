@@ -106,6 +106,34 @@ final class SendingTests: XCTestCase {
         XCTAssertEqual(try server.rows(events), ["a|1", "b|1", "c|1"])
     }
 
+    func testAnAppThatIsKilledBeforeOrAfterItsRequestIsStoredLosesAndDoublesNothing() throws {
+        let program = CommandLine.arguments[0]
+        guard program.hasSuffix(".xctest") else { throw XCTSkip("the tests are no program of their own here") }
+        let server = try Server()
+        for moment in ["before", "after"] {
+            let folder = temporaryFolder()
+            _ = try runProgram([program, "BackfeedrTests.KilledApp/testRunsUntilItIsKilled"], environment: [
+                "BACKFEEDR_KILLED": moment, "BACKFEEDR_FOLDER": folder.path, "BACKFEEDR_ENDPOINT": server.endpoint])
+            XCTAssertEqual(try server.rows("select count(*) from events where name like '\(moment)%'"), [
+                moment == "before" ? "0" : "50"])
+            XCTAssertTrue(Phone(server.endpoint, folder: folder).flush())
+        }
+        XCTAssertEqual(try server.rows("select count(*), count(distinct name) from events"), ["100|100"])
+    }
+
+    func testAFullBatchIsSentByItselfAndFewerEventsWaitForMore() throws {
+        let script = Script([stored]), phone = Phone("http://h", transport: script.transport)
+        phone.client.becameActive()
+        phone.track((0..<98).map { "\($0)" })
+        phone.outbox.work.sync {}
+        XCTAssertEqual(script.requests.count, 0)
+        phone.track(["the hundredth"])
+        XCTAssertTrue(waitUntil { script.requests.count == 1 && phone.files.isEmpty })
+        phone.track(["one more"])
+        phone.client.wentToBackground()
+        XCTAssertTrue(waitUntil { script.requests.count == 2 }, "what waits is sent when the app leaves the front")
+    }
+
     func testALineThatAKillCutOffIsLeftOut() throws {
         let server = try Server(), folder = temporaryFolder()
         let phone = Phone(server.endpoint, folder: folder, isKnown: false)
@@ -255,6 +283,22 @@ final class SendingTests: XCTestCase {
         XCTAssertEqual(phone.contents, (20..<120).map { "\($0)" })
         for _ in 0..<12 { phone.client.receive(Data(count: 500_000)) }
         XCTAssertEqual(phone.files.count, 10)
+    }
+}
+
+/// An app that another test starts, and that ends by SIGKILL at a moment of its request.
+final class KilledApp: XCTestCase {
+    func testRunsUntilItIsKilled() throws {
+        let given = ProcessInfo.processInfo.environment
+        guard let moment = given["BACKFEEDR_KILLED"], let folder = given["BACKFEEDR_FOLDER"],
+              let endpoint = given["BACKFEEDR_ENDPOINT"] else { throw XCTSkip("another test starts this one") }
+        let http = HTTP(sendsInLowDataMode: false)
+        let phone = Phone(endpoint, folder: URL(fileURLWithPath: folder), transport: { request, _ in
+            if moment == "before" { kill(getpid(), SIGKILL) }
+            http.post(request) { _ in kill(getpid(), SIGKILL) }
+        })
+        phone.track((0..<50).map { "\(moment) \($0)" })
+        phone.flush()
     }
 }
 
@@ -485,6 +529,19 @@ final class AppleTests: XCTestCase {
         phone.client.receive(payload([crash(pid: pid)], more: hang))
         XCTAssertEqual(phone.contents.map { $0.contains("hangDiagnostics") }, [true])
         XCTAssertEqual(phone.contents.map { $0.contains("crashDiagnostics") }, [false])
+    }
+
+    func testAPayloadThatAKillLeftUnreadIsReadAtTheNextLaunch() throws {
+        let folder = temporaryFolder(), phone = Phone("http://h", folder: folder, isKnown: false)
+        phone.outbox.markException(pid: 4242)
+        for given in [payload([crash(pid: 4242)]), payload([crash(pid: 1)])] {
+            XCTAssertTrue(phone.outbox.add(.diagnostics, given))
+        }
+        XCTAssertEqual(phone.files, [])
+        let script = Script([stored])
+        XCTAssertTrue(Phone("http://h", folder: folder, transport: script.transport).flush())
+        XCTAssertEqual(script.requests.map { $0.httpBody }, [payload([crash(pid: 1)])])
+        XCTAssertEqual(script.requests[0].value(forHTTPHeaderField: "X-Backfeedr-Device")?.count, 64)
     }
 
     func testAMarkIsForgottenAfterTwoDays() {
