@@ -299,8 +299,10 @@ extension Backfeedr {
         /// What errors are counted by: the type, or of one from Objective-C the domain and code.
         private static func title(_ error: any Error) -> String {
             let kind = type(of: error)
-            guard kind is NSError.Type else { return String(reflecting: kind) }
-            return "\((error as NSError).domain) \((error as NSError).code)"
+            if kind is NSError.Type { return "\((error as NSError).domain) \((error as NSError).code)" }
+            // A private type's name has an address in it, which differs from launch to launch.
+            let context = #"\(unknown context at \$[0-9a-f]+\)\."#
+            return String(reflecting: kind).replacingOccurrences(of: context, with: "", options: .regularExpression)
         }
 
         static func fields(vendor: String) -> [String: String] {

@@ -26,6 +26,9 @@ extension Backfeedr {
         var error: String?
         var retryAfter: Double?
         var date: Date?
+
+        /// What tells a developer why a report was not stored.
+        var summary: String { "\(status): \(error ?? "not an answer of a backfeedr server")" }
     }
 
     /// What an answer means for the file that was sent.
@@ -314,7 +317,7 @@ extension Backfeedr {
                 self.work.async {
                     let outcome = Outcome(answer, of: kind)
                     #if DEBUG
-                    if outcome != .stored { print("Backfeedr: \(kind.path): \(answer.map { "\($0)" } ?? "no answer")") }
+                    if outcome != .stored { print("Backfeedr: \(kind) got", answer?.summary ?? "no answer") }
                     #endif
                     guard case .signAgain(let date) = outcome, !isSignedAgain else { return self.settle(name, outcome) }
                     self.ahead = date.timeIntervalSince(self.clock.now())

@@ -332,9 +332,8 @@ final class ReportTests: XCTestCase {
               device_id_hash, os_version > '', device_model > '', locale > ''
             from events where type = 'error'
             """)
-        XCTAssertEqual(error.count, 1)
-        XCTAssertTrue(error[0].hasSuffix(
-            "CartError|CartError(item: 7)|cart|opened the cart|1|\(Backfeedr.deviceID)|1|1|1"), error[0])
+        XCTAssertEqual(error, ["BackfeedrTests.ReportTests.CartError|CartError(item: 7)|cart|opened the cart|1|"
+            + "\(Backfeedr.deviceID)|1|1|1"])
         Backfeedr.isEnabled = false
         XCTAssertTrue(Phone(server.endpoint, folder: Client.folder).files.isEmpty)
     }
