@@ -230,8 +230,11 @@ extension Backfeedr {
         func dropReported(_ name: String) {
             let fresh = marks().filter { abs(clock.now().timeIntervalSince1970 - $0.at) < 172_800 }
             marks().filter { mark in !fresh.contains { $0.name == mark.name } }.forEach { remove($0.name) }
-            guard !fresh.isEmpty, let data = try? Data(contentsOf: url(name)),
-                  var payload = (try? JSONSerialization.jsonObject(with: data)) as? [String: Any] else { return }
+            guard !fresh.isEmpty, let data = try? Data(contentsOf: url(name)) else { return }
+            guard var payload = (try? JSONSerialization.jsonObject(with: data)) as? [String: Any] else {
+                if Outbox.isDeepCrash(data, ofOneOf: fresh.map { $0.pid }) { remove(name) }
+                return
+            }
             var left = fresh
             func isReported(_ metaData: Any?) -> Bool {
                 let given = metaData as? [String: Any], pid = given?["pid"] as? Int
@@ -247,6 +250,13 @@ extension Backfeedr {
             guard others.count < crashes.count else { return }
             guard payload.keys.contains(where: { $0.hasSuffix("Diagnostics") }) else { return remove(name) }
             if let rest = try? JSONSerialization.data(withJSONObject: payload) { rewrite(name, rest) }
+        }
+
+        /// Whether a payload that is too deep for JSONSerialization (some 250 frames) is of one crash, and of these.
+        private static func isDeepCrash(_ data: Data, ofOneOf pids: [Int]) -> Bool {
+            let text = String(decoding: data, as: UTF8.self)
+            guard text.components(separatedBy: "\"diagnosticMetaData\"").count == 2 else { return false }
+            return pids.contains { text.range(of: "\"pid\" *: *\($0)\\b", options: .regularExpression) != nil }
         }
 
         // MARK: Sending

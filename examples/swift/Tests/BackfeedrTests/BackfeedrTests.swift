@@ -512,9 +512,14 @@ final class AppleTests: XCTestCase {
     func testWhichCrashesOfAPayloadAreThoseOfAnException() {
         let pid = 4242, hang = #", "hangDiagnostics": [{"callStackTree": {}}]"#
         let fault = payload([crash(signal: 11)]), report = #"{"environment": {"pid": 4242}, "crashDiagnostic": {}}"#
+        func deep(_ pid: Int) -> Data {
+            let frames = String(repeating: #"{"subFrames": ["#, count: 300) + String(repeating: "]}", count: 300)
+            return payload([#"{"diagnosticMetaData": {"pid": \#(pid)}, "callStackTree": \#(frames)}"#])
+        }
         for (label, given, left) in [
             ("alone", payload([crash(pid: pid)]), nil), ("another", payload([crash(pid: 1)]), payload([crash(pid: 1)])),
             ("iOS 16 abort", payload([crash()]), nil), ("iOS 16 fault", fault, fault),
+            ("deep", deep(4242), nil), ("another, deep", deep(42), deep(42)),
             ("iOS 27", Data(report.utf8), nil), ("no JSON", Data("]".utf8), Data("]".utf8)),
             ("a list", Data("[1]".utf8), Data("[1]".utf8)), ("no objects", payload(["1"]), payload(["1"])),
         ] as [(String, Data, Data?)] {
