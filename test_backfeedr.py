@@ -22,6 +22,7 @@ import importlib.util
 import io
 import json
 import os
+import plistlib
 import random
 import re
 import shutil
@@ -8771,6 +8772,54 @@ def test_client_command_says_in_one_line_what_went_wrong(monkeypatch, capsys, sc
     check_one_line((status, *capsys.readouterr()), "client: " + error)
 
 
+# -- examples/vectors.json, and the Swift client
+
+VECTORS = json.loads((EXAMPLES / "vectors.json").read_text(encoding="utf-8"))  # the tests in examples/swift read it, too
+SWIFT_FILES = [
+    "Package.swift", "README.md", "Sources/Backfeedr/Apple.swift", "Sources/Backfeedr/Backfeedr.swift",
+    "Sources/Backfeedr/Outbox.swift", "Sources/Backfeedr/PrivacyInfo.xcprivacy", "Sources/Backfeedr/SHA256.swift",
+    "Tests/BackfeedrTests/BackfeedrTests.swift", "Tests/BackfeedrTests/FiguresTests.swift",
+    "Tests/BackfeedrTests/Server.swift", "Tests/Stubs/AppKit.swift", "Tests/Stubs/CryptoKit.swift",
+    "Tests/Stubs/MachO.swift", "Tests/Stubs/MetricKit.swift", "Tests/Stubs/ObjectiveC.swift", "Tests/Stubs/UIKit.swift"]
+
+
+@pytest.mark.parametrize("given", VECTORS["signatures"], ids=lambda given: given["signature"][7:15])
+def test_server_and_client_sign_as_the_vectors_say(given):
+    key, timestamp, body = given["key"], given["timestamp"], given["body"].encode()
+    assert hashlib.sha256(body).hexdigest() == given["body_sha256"]
+    assert backfeedr.sign(key.encode(), timestamp.encode(), body) == given["signature"]
+    assert client_module.signature(key, timestamp, body) == given["signature"]
+    parse_time(timestamp)
+
+
+def test_groups_names_times_and_devices_are_those_of_the_vectors():
+    for given in VECTORS["groups"]:
+        assert group_hash(given["exception_type"], given["frames"]) == given["group_hash"]
+    assert {given["group_hash"] for given in VECTORS["groups"]} >= {"acc0d2dfe0c1898c", "340a4fe989a59ce6"}
+    for given in VECTORS["names"]:
+        assert backfeedr.canonical_name(given["symbol"]) == given["name"]
+    for given in VECTORS["times"]:
+        assert parse_time(given["text"]) == round(given["seconds"] * 1000)
+    for given in VECTORS["devices"]:
+        digest = hashlib.sha256(f"{given['vendor']}:{given['bundle']}".encode()).hexdigest()
+        assert digest == given["device_id_hash"]
+
+
+def test_the_swift_package_is_of_these_files_and_its_privacy_manifest_says_what_its_readme_says():
+    swift = EXAMPLES / "swift"
+    files = [path.relative_to(swift) for path in swift.rglob("*") if path.is_file()]
+    assert sorted(path.as_posix() for path in files if path.parts[0] != ".build") == SWIFT_FILES
+    manifest = plistlib.loads((swift / "Sources/Backfeedr/PrivacyInfo.xcprivacy").read_bytes())
+    kinds = manifest["NSPrivacyCollectedDataTypes"]
+    assert not manifest["NSPrivacyTracking"] and not manifest["NSPrivacyAccessedAPITypes"]
+    readme = (swift / "README.md").read_text(encoding="utf-8")
+    for kind in kinds:
+        name = kind["NSPrivacyCollectedDataType"][len("NSPrivacyCollectedDataType"):]
+        assert "*" + re.sub("(?<=[a-z])(?=[A-Z])", " ", name) + "*" in readme
+        assert not kind["NSPrivacyCollectedDataTypeLinked"] and not kind["NSPrivacyCollectedDataTypeTracking"]
+    assert len(readme.splitlines()) <= 60 and len(kinds) == 4
+
+
 # -- examples/symbols.py
 
 # The image of a dSYM of arm64, DWARF 5, compressed. It is made of two files of C by `clang -target arm64-apple-ios15.0
@@ -9602,7 +9651,8 @@ def test_each_link_of_the_readme_leads_to_a_file_and_each_example_is_run_by_a_te
     links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
     assert [link for link in links if not (HERE / link).is_file()] == []
     tests = Path(__file__).read_text(encoding="utf-8")
-    names = [path.name for path in EXAMPLES.rglob("*") if path.is_file() and path.suffix not in (".pyc", ".png")]
+    names = [path.name for path in EXAMPLES.rglob("*")
+             if path.is_file() and path.suffix not in (".pyc", ".png") and ".build" not in path.parts]
     assert [name for name in names if name not in tests and f'"{Path(name).stem}"' not in tests] == []
 
 
@@ -9704,7 +9754,7 @@ def test_the_readmes_first_lines_start_a_server_and_one_makes_a_file_that_runs_w
 @pytest.mark.slow
 def test_a_wheel_holds_exactly_one_module_and_the_version_of_it(tmp_path, pip):
     pytest.importorskip("build")
-    shutil.copytree(EXAMPLES, tmp_path / "examples")
+    shutil.copytree(EXAMPLES, tmp_path / "examples", ignore=shutil.ignore_patterns(".build"))
     for path in (SERVER, *(HERE / name for name in ("README.md", "setup.cfg", "pyproject.toml", "LICENSE"))):
         shutil.copy(path, tmp_path)
     assert "`python -m build`" in section("Releases")

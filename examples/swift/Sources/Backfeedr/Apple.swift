@@ -1,0 +1,145 @@
+// What only Apple's systems have: when the app comes and goes, MetricKit, and uncaught Objective-C exceptions. There is
+// no signal handler: Swift cannot promise to be safe in one, and MetricKit reports those crashes.
+import Foundation
+#if canImport(UIKit)
+import UIKit
+#elseif canImport(AppKit)
+import AppKit
+#endif
+#if canImport(MetricKit)
+import MetricKit
+#endif
+#if canImport(MachO)
+import MachO
+#endif
+#if canImport(ObjectiveC)
+import ObjectiveC
+#endif
+
+extension Backfeedr.Client {
+    /// Follows the app from its start to its end. What belongs to UIKit is done on the main thread.
+    func followApp() {
+        #if canImport(ObjectiveC)
+        watchExceptions()
+        #endif
+        #if canImport(MetricKit)
+        Payloads.receive(for: self)
+        #endif
+        #if canImport(UIKit)
+        onMain { [self] in
+            identify(vendor: UIDevice.current.identifierForVendor?.uuidString)
+            observe(UIApplication.didBecomeActiveNotification) { $0.becameActive() }
+            observe(UIApplication.didEnterBackgroundNotification) { $0.wentToBackground() }
+        }
+        #else
+        identify(vendor: nil)
+        becameActive()  // a Mac's app has one session from its start to its end
+        #if canImport(AppKit)
+        onMain { [self] in
+            observe(NSApplication.willTerminateNotification) { client in
+                client.wentToBackground()
+                client.outbox.work.sync {}  // until it is on the disk
+            }
+        }
+        #endif
+        #endif
+    }
+
+    private func onMain(_ body: @escaping @MainActor @Sendable () -> Void) {
+        if Thread.isMainThread {
+            MainActor.assumeIsolated(body)
+        } else {
+            DispatchQueue.main.async { MainActor.assumeIsolated(body) }
+        }
+    }
+
+    private func observe(_ name: Notification.Name, _ body: @escaping @Sendable (Backfeedr.Client) -> Void) {
+        _ = NotificationCenter.default.addObserver(forName: name, object: nil, queue: nil) { _ in body(self) }
+    }
+
+    /// A frame with what the dynamic linker knows of its address. Of a path only what is inside the app is kept:
+    /// before it there may be a user's name.
+    static func frame(_ number: Int, at address: UInt) -> [String: Any] {
+        var frame: [String: Any] = ["frame": number, "address": "0x" + String(address, radix: 16)]
+        #if canImport(MachO)
+        var info = Dl_info()
+        guard dladdr(UnsafeRawPointer(bitPattern: address), &info) != 0, let base = info.dli_fbase,
+              let name = info.dli_fname else { return frame }
+        let parts = String(cString: name).components(separatedBy: "/")
+        let app = parts.firstIndex { $0.hasSuffix(".app") || $0.hasSuffix(".appex") }
+        frame["binary"] = parts.last
+        frame["path"] = app.map { "/" + parts[$0...].joined(separator: "/") }
+        frame["offset"] = address - UInt(bitPattern: base)
+        frame["uuid"] = uuid(ofImageAt: UnsafeRawPointer(base))
+        frame["symbol"] = info.dli_sname.map { String(cString: $0) }
+        if app == nil { frame["in_app"] = false }
+        #endif
+        return frame
+    }
+
+    #if canImport(MachO)
+    /// The UUID in the load commands of a 64-bit image: each begins with its kind and its size.
+    private static func uuid(ofImageAt base: UnsafeRawPointer) -> String? {
+        let header = base.load(as: mach_header_64.self)
+        guard header.magic == MH_MAGIC_64 else { return nil }
+        var at = base + MemoryLayout<mach_header_64>.size
+        for _ in 0..<header.ncmds {
+            let command = at.load(as: load_command.self)
+            if command.cmd == UInt32(LC_UUID) { return UUID(uuid: at.load(as: uuid_command.self).uuid).uuidString }
+            at += Int(command.cmdsize)
+        }
+        return nil
+    }
+    #endif
+}
+
+#if canImport(ObjectiveC)
+/// The handler that was there before ours, which is called after it. It is read when it is first used.
+private let earlierHandler = Backfeedr.Locked(NSGetUncaughtExceptionHandler())
+
+extension Backfeedr.Client {
+    fileprivate func watchExceptions() {
+        earlierHandler.with { _ in }
+        NSSetUncaughtExceptionHandler { exception in
+            Backfeedr.client?.record(exception: exception.name.rawValue, reason: exception.reason ?? "",
+                                     addresses: exception.callStackReturnAddresses.map { $0.uintValue })
+            earlierHandler.ifFree { $0 }??(exception)
+        }
+    }
+}
+#endif
+
+#if canImport(MetricKit)
+/// Receives MetricKit's payloads: those of iOS 27 where it runs, else those before, never both.
+private final class Payloads: NSObject, MXMetricManagerSubscriber {
+    private static let kept = Backfeedr.Locked<[AnyObject]>([])  // MetricKit does not hold on to them
+    private let client: Backfeedr.Client
+
+    private init(_ client: Backfeedr.Client) { self.client = client }
+
+    static func receive(for client: Backfeedr.Client) {
+        #if compiler(>=6.4) || BACKFEEDR_METRICKIT_27
+        if #available(iOS 27, macOS 27, *) { return receiveReports(for: client) }
+        #endif
+        let payloads = Payloads(client)
+        kept.with { $0.append(payloads) }
+        MXMetricManager.shared.add(payloads)
+    }
+
+    func didReceive(_ payloads: [MXDiagnosticPayload]) {
+        payloads.forEach { client.receive($0.jsonRepresentation()) }
+    }
+
+    #if compiler(>=6.4) || BACKFEEDR_METRICKIT_27
+    @available(iOS 27, macOS 27, *)
+    private static func receiveReports(for client: Backfeedr.Client) {
+        Task.detached(priority: .utility) {
+            let manager = MetricManager()
+            for await report in manager.diagnosticReports {
+                if let report = try? JSONEncoder().encode(report) { client.receive(report) }
+            }
+        }
+    }
+    #endif
+}
+#endif
