@@ -2171,7 +2171,8 @@ create table new_names (                   -- of an app and a UTC day
 
     def limit(self, app_id: int, received: Sequence[int], reports: Reports) -> tuple[Sequence[int], Reports]:
         """The `other` of each report, and the reports with the group under which they are stored."""
-        fields = [each for each in NEW_NAMES if each in type(reports[0])._fields]
+        is_event = type(reports[0]) is Event
+        fields = ["app_version", "name"] if is_event else [each for each in NEW_NAMES if each != "name"]
         names = {(app_id, each, name) for each in fields for name in set(map(attrgetter(each), reports)) if name}
         unknown = self._unknown(names - self.accepted)
         refused = self._refused(dict.fromkeys(  # in the order in which they came
@@ -2483,15 +2484,21 @@ create table builds (
                 self._received[key] = min(received, self._received.get(key, received))
 
     def save(self) -> None:
+        known = getattr(self._db, "builds", {})  # which a server's connection has read before, and which never go
+        new = [key for key, at in self._received.items() if at < known.get(key, MAX_NUMBER)]
         stored = {row[:3]: row[3] for row in rows_of(self._db, """
             select builds.* from (values *) as keys
             cross join builds on app_id = column1 and app_version = column2 and build_number = column3
-            """, list(self._received))}
+            """, new)}
+        if len(known) > MAX_BUILDS_OF_APP:
+            known.clear()
+        known.update(stored)
+        self._received = {key: self._received[key] for key in new}
         changed = {key: at for key, at in self._received.items() if at < stored.get(key, MAX_NUMBER)}
         for app_id in {key[0] for key in changed.keys() - stored.keys()}:
-            known, = self._db.execute("select count(*) from builds where app_id = ?", (app_id,)).fetchone()
+            rows, = self._db.execute("select count(*) from builds where app_id = ?", (app_id,)).fetchone()
             fresh = [key for key in changed if key[0] == app_id and key not in stored]
-            self.new.update(fresh[:max(0, MAX_BUILDS_OF_APP - known)])
+            self.new.update(fresh[:max(0, MAX_BUILDS_OF_APP - rows)])
         write_rows(self._db, """
             insert into builds values *
             on conflict (app_id, app_version, build_number) do update set first_seen = excluded.first_seen
@@ -3047,11 +3054,12 @@ class EventNames(Figure):
     COUNTS = (Event,)
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        alike = Counter((event.app_id, event.name or "", event.type, event.at // DAY) for event in reports
-                        if event.type not in _ENDS)
-        for key, count in alike.items():
-            if key[-1] >= self._today - NAME_DAYS:
-                self.sums["event_names"].add(*key, events=by * count)
+        # Without a line of Python for each event, of which a batch has a hundred.
+        columns = [map(attrgetter(name), reports) for name in ("app_id", "name", "type", "at")]
+        alike = Counter(zip(*columns[:3], map(DAY.__rfloordiv__, columns[3])))
+        for (app_id, name, type, day), count in alike.items():
+            if type not in _ENDS and day >= self._today - NAME_DAYS:
+                self.sums["event_names"].add(app_id, name or "", type, day, events=by * count)
 
     @staticmethod
     def most_frequent(db: sqlite3.Connection, app: int | None, days: range, limit: int) -> list[JsonObject]:
@@ -3199,10 +3207,12 @@ class Connection(sqlite3.Connection):
     """A connection in autocommit mode. It never makes the file: one that vanished must not come back empty."""
 
     has_facts = False  # whether a commit has noted some
+    builds: dict[tuple, int]  # see Builds
 
     def __init__(self, path: Path, query_only: bool = False, mode: str = "rw"):
         super().__init__(f"{path.as_uri()}?mode={mode}", uri=True, timeout=BUSY_TIMEOUT,
                          isolation_level=None, check_same_thread=False, cached_statements=STATEMENTS)
+        self.builds = {}
         self.execute("pragma synchronous = full")  # NORMAL may lose acknowledged commits with the power
         self.execute("pragma secure_delete = on")  # overwrite what is deleted
         self.execute("pragma journal_size_limit = 16000000")  # bytes that a WAL may keep after its peak
@@ -5356,22 +5366,26 @@ class Metrics:
             for row in rows[:limit]:
                 if size > PAGE_TEXT:
                     break
-                found = self._named(db, app_id, row["group_hash"])
-                del found["app_id"]
-                first = (found.pop("first_version") or "")[:parameters["length"]]
-                is_new = first == parameters["version"] if version else row["first_seen"] >= week
-                versions = [each for each, in db.execute(f"""
-                    select app_version from crashes
-                    where {APPS} and group_hash = :group and app_version is not null and {OF_VERSION}
-                        and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
-                    group by app_version
-                    order by count(*) desc, app_version
-                    limit {MAX_VERSIONS}""", {**parameters, "group": row["group_hash"]})]
-                size += sum(map(len, versions))
-                groups.append({**found, **row, "versions": sorted(versions, key=version_key), "is_new": is_new,
-                               **{name: iso_time(row[name]) for name in ("first_seen", "last_seen")}})
+                groups.append(self._listed(db, row, {**parameters, "group": row["group_hash"]}))
+                size += sum(map(len, groups[-1]["versions"]))
         last = rows[len(groups) - 1] if rows[len(groups):] else None
         return {"groups": groups, "next": last and f"{last[column]}-{last['group_hash']}"}
+
+    def _listed(self, db: Connection, row: JsonObject, parameters: JsonObject) -> JsonObject:
+        """A group as a list has it."""
+        found = self._named(db, parameters["app"], row["group_hash"])
+        del found["app_id"]
+        first, version = (found.pop("first_version") or "")[:parameters["length"]], parameters["version"]
+        is_new = row["first_seen"] >= parameters["week"] if version is None else first == version
+        versions = [each for each, in db.execute(f"""
+            select app_version from crashes
+            where {APPS} and group_hash = :group and app_version is not null and {OF_VERSION}
+                and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
+            group by app_version
+            order by count(*) desc, app_version
+            limit {MAX_VERSIONS}""", parameters)]
+        return {**found, **row, "versions": sorted(versions, key=version_key), "is_new": is_new,
+                **{name: iso_time(row[name]) for name in ("first_seen", "last_seen")}}
 
     def _named(self, db: Connection, app_id: int | None, group_hash: str) -> JsonObject:
         """What is known of a group; of several apps, of the one that saw it last. Of one whose crashes have expired,
