@@ -1982,6 +1982,17 @@ def see_crashes(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any]) -> 
                 _note(db, now, "crash.spread", seen[-1], crashes=sums["crashes"], devices=bound)
 
 
+def see_moved(db: Any, now: int, crashes: Sequence[Any]) -> None:
+    """Opens the resolved groups of which crashes that have just moved there say that they are not."""
+    groups: dict[tuple[int, str], list[Any]] = defaultdict(list)
+    for crash in crashes:
+        groups[crash.app_id, crash.group_hash].append(crash)
+    for key, moved in groups.items():
+        decision = _decision(db, *key)
+        if decision and decision.state == "resolved" and (undoing := _undoing(db, now, decision, moved, 0)):
+            _reopen(db, now, decision, *undoing)
+
+
 def _note(db: Any, now: int, kind: str, crash: Any, **detail: Any) -> None:
     """Notes a fact about the group of a crash."""
     exception_type, place = db.execute("select exception_type, place from groups where app_id = ? and group_hash = ?",
@@ -2174,6 +2185,9 @@ create table new_names (                   -- of an app and a UTC day
         is_event = type(reports[0]) is Event
         fields = ["app_version", "name"] if is_event else [each for each in NEW_NAMES if each != "name"]
         names = {(app_id, each, name) for each in fields for name in set(map(attrgetter(each), reports)) if name}
+        if is_event and any(name for _, each, name in names if each == "name"):  # the ends of sessions are not counted
+            names = {each for each in names if each[1] != "name"} | {
+                (app_id, "name", report.name) for report in reports if report.name and report.type not in _ENDS}
         unknown = self._unknown(names - self.accepted)
         refused = self._refused(dict.fromkeys(  # in the order in which they came
             (app_id, came // DAY, each, getattr(report, each)) for came, report in zip(received, reports)
@@ -2561,14 +2575,30 @@ create table releases (
         rows = db.execute(f"""
             select app_id, app_version, first_seen from releases where {APPS} and app_version <> '{OTHER}'
             """, {"app": app}).fetchall()
-        newest: dict[int, tuple[str, int]] = {}
+        come: dict[int, list[tuple]] = defaultdict(list)  # by version
         pairs = []
-        for app_id, version, first in sorted(rows, key=lambda row: (row[2], version_key(row[1]))):
-            before = newest.get(app_id)
-            if before is None or version_key(version) >= version_key(before[0]):
-                pairs += [Pair(app_id, version, first, *before)] if before else []
-                newest[app_id] = version, first
+        for app_id, version, first in sorted(rows, key=lambda row: row[2]):
+            own = version_key(version), version, first
+            place = bisect_left(come[app_id], own)
+            pairs += [Pair(app_id, version, first, *come[app_id][place - 1][1:])] if place else []
+            come[app_id].insert(place, own)
         return pairs
+
+    @staticmethod
+    def newest(db: sqlite3.Connection, app: int | None, since: int) -> dict[int, str]:
+        """That of each app, by its id: the last that came. An old version that comes late is none, unless more of the
+        sessions since that day are its: an app may count its versions anew."""
+        leaders: dict[int, tuple] = {}
+        for app_id, version, first, recent in db.execute(f"""
+                select app_id, app_version, first_seen, coalesce((
+                    select sum(sessions) from release_days
+                    where app_id = releases.app_id and day >= :since and app_version = releases.app_version), 0)
+                from releases where {APPS} and app_version <> '{OTHER}' order by first_seen, app_version
+                """, {"app": app, "since": since}):
+            own, leader = version_key(version), leaders.get(app_id)
+            if leader is None or own >= leader[0] or recent > leader[1]:
+                leaders[app_id] = own, recent, version
+        return {app_id: leader[-1] for app_id, leader in leaders.items()}
 
     @staticmethod
     def healths(db: sqlite3.Connection, pairs: Sequence[Pair], now: int) -> dict[Pair, list[Health]]:
@@ -4585,6 +4615,7 @@ class Store(Apps):
             figure.count(Crash, before, -1)
             figure.count(Crash, after, 1)
         rollups.save()
+        see_moved(db, self.now, after)
         if is_first:
             db.execute("""
                 update groups set (first_seen, first_version) = (
@@ -4957,7 +4988,9 @@ class Alerts:
         select * from channels
         where ended_at is null
             and exists (select 1 from facts where id > last_fact and at not between :since and :now)
-            and (select count(*) from messages where channel_id = channels.id and created_at > :hour) < :most
+            and (
+                select count(*) from messages
+                where channel_id = channels.id and (created_at > :hour or due_at is not null)) < :most
         order by id"""
 
     def _gather(self) -> None:
@@ -5094,7 +5127,7 @@ class Alerts:
                     ended_at = case when :is_gone = 1 then coalesce(ended_at, :now) else ended_at end
                 where id = :channel""",
                      "update messages set due_at = :retry, taken_until = 0 where id = :id and tries = :tries",
-                     "update messages set due_at = :next where channel_id = :channel and due_at <= :now",
+                     "update messages set due_at = :next - 1 where channel_id = :channel and due_at <= :now",
                      "update messages set due_at = null where channel_id = :channel and created_at < :oldest",
                      "delete from messages where channel_id = :channel and :is_gone = 1"]
         with self._store.writing(shared=True) as db:
@@ -6192,7 +6225,10 @@ class Dashboard:
         report = metrics.crash(parameters["report"], page.app) if "report" in parameters else next(iter(reports), {})
         if report.get("group_hash") != group_hash:
             raise Refusal("not found")
-        days, (older, newer) = metrics.group_days([group_hash], page.app), metrics.neighbours(report, page.app)
+        days = metrics.group_days([group_hash], page.app)
+        ids = [each["id"] for each in reports]
+        older, newer = ((ids[1:2] or [None])[0], None) if not parameters and (len(ids) > 1 or not group["next"]) \
+            else metrics.neighbours(report, page.app)
         apps = days["groups"][group_hash]["apps"]
         return self._render(
             page, _culprit(group), "group", group=group, group_apps=apps, report=report, older=older, newer=newer,
