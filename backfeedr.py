@@ -1927,14 +1927,20 @@ def _regresses(db: Any, decision: Decision, crash: Any) -> bool:
     if not version:  # which says nothing, unless it is so with all
         return crash.at > decision.changed_at and not db.execute(
             "select 1 from releases where app_id = ? limit 1", (crash.app_id,)).fetchone()
+    if version == OTHER and fixed_in:  # which is for the figures; what was sent can be compared
+        version, = db.execute("select app_version from crashes where seq = ?", (crash.seq,)).fetchone()
     name, number = _split_build(version)
     if fixed_in and (reached := _has_reached((name, build or number), _split_build(fixed_in))) is not None:
         return reached
     seen, since = _first_seen(db, crash.app_id, version, build), decision.changed_at + 1
+    if seen is None:  # one of too many builds
+        release = db.execute("select first_seen from releases where app_id = ? and app_version = ?",
+                             (crash.app_id, version)).fetchone()
+        seen = release[0] if release else MAX_NUMBER
     if fixed_in:
         since = (_first_seen(db, crash.app_id, fixed_in, "")
                  or _first_seen(db, crash.app_id, *_split_build(fixed_in)) or MAX_NUMBER)
-    return version != OTHER and seen is not None and seen >= since
+    return crash.app_version != OTHER and seen >= since
 
 
 def _undoing(db: Any, now: int, decision: Decision, crashes: Sequence[Any], devices: int) -> tuple[str, Any] | None:
@@ -1987,10 +1993,16 @@ def see_moved(db: Any, now: int, crashes: Sequence[Any]) -> None:
     groups: dict[tuple[int, str], list[Any]] = defaultdict(list)
     for crash in crashes:
         groups[crash.app_id, crash.group_hash].append(crash)
-    for key, moved in groups.items():
-        decision = _decision(db, *key)
-        if decision and decision.state == "resolved" and (undoing := _undoing(db, now, decision, moved, 0)):
+    for app_id, group_hash, total, devices, *triage in rows_of(db, f"""
+            select column1, column2, crashes, devices, {", ".join(Decision._fields)} from (values *) as keys
+            cross join apps on apps.id = column1 and is_test = 0
+            cross join group_sums on group_sums.app_id = column1 and group_sums.group_hash = column2
+            cross join triage on triage.app_id = column1 and triage.group_hash = column2 and state = 'resolved'
+            """, list(groups)):
+        decision = Decision(*triage)
+        if undoing := _undoing(db, now, decision, groups[app_id, group_hash], 0):
             _reopen(db, now, decision, *undoing)
+            _note(db, now, "crash.regressed", undoing[1], crashes=total, devices=devices, fixed_in=decision.fixed_in)
 
 
 def _note(db: Any, now: int, kind: str, crash: Any, **detail: Any) -> None:
@@ -5545,9 +5557,11 @@ class Metrics:
         """The first build that may be without the fault of a group: the newest of the app, or the one after it where
         the group has crashed there. "" where no version is known."""
         with self._snapshot(app) as (db, app_id):
-            version, build = max(db.execute("""
-                select app_version, build_number from builds where app_id = ? order by first_seen desc limit 100
-                """, (app_id,)).fetchall(), key=lambda row: list(map(version_key, row)), default=("", ""))
+            version = Releases.newest(db, app_id, self._last_days(WEEK)[0]).get(app_id or 0, "")
+            builds = db.execute("""
+                select build_number from builds where app_id = ? and app_version = ? order by first_seen desc limit 100
+                """, (app_id, version))
+            build = max((each for each, in builds), key=version_key, default="")
             has_crashed = db.execute("""
                 select 1 from crashes where app_id = ? and group_hash = ? and app_version = ?
                     and coalesce(build_number, '') = ? limit 1""", (app_id, group_hash, version, build)).fetchone()

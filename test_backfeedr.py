@@ -2676,6 +2676,66 @@ def test_the_version_that_may_have_the_fix_is_filled_in(api, clock, builds, cras
     assert api.server.metrics.next_build(ABORTS, "default") == expected
 
 
+def test_what_somebody_with_a_key_invents_hides_no_regression(serve, told, clock, monkeypatch):
+    serve.unchecked.append(told.server)  # builds beyond the bound are not counted
+    monkeypatch.setattr(backfeedr, "MAX_BUILDS_OF_APP", 3)
+    for n in range(3):
+        crash_now(told, clock, f"1.0 {n}", exception_type="other")
+    crash_now(told, clock, "1.0 1")
+    decided(told.server, {"state": "resolved"})
+    crash_now(told, clock, "1.0 9")
+    assert state_of(told.server) == "resolved", "of a version that was here before"
+    crash_now(told, clock, "1.1 10")
+    assert state_of(told.server) == "open", "which is new, though its build has no row"
+    decided(told.server, {"state": "resolved", "fixed_in": "1.2"})
+    monkeypatch.setitem(backfeedr.NEW_NAMES, "app_version", 0)
+    crash_now(told, clock, "1.1.9 11")
+    assert state_of(told.server) == "resolved"
+    crash_now(told, clock, "1.3 12")
+    assert state_of(told.server) == "open" and report_versions(told.server) >= {"1.3"}, "though it counts as (other)"
+
+
+def report_versions(server):
+    return {version for version, in sql(server.store.path, "select app_version from crashes")}
+
+
+def test_a_crash_that_its_symbols_bring_to_a_resolved_group_may_regress_it(told, clock):
+    named = hashed("SIGABRT:" + SHOP_NAMES)
+    put(told.server)
+    crash_now(told, clock, "1.0 1", **shop_crash(1008, exception_type="SIGABRT", occurred_at=NOW))
+    decided(told.server, {"state": "resolved", "fixed_in": "1.1"}, named)
+    crash_now(told, clock, "1.0 1", **shop_crash(5008, OTHER_BUILD, occurred_at=NOW))
+    new = {**shop_crash(5012, OTHER_BUILD), "occurred_at": time_text(clock.seconds), **build_of("1.2 3")}
+    assert told.post(CRASHES, new)[0] == 201
+    assert state_of(told.server, named) == "resolved", "as nobody knows yet what these are"
+    put(told.server, NEXT_PART, OTHER_BUILD)
+    joined_threads()
+    assert state_of(told.server, named) == "open" and history_of(told.server, named)[-1][0] == "regressed"
+    assert facts_of(told.server)[-1][0] == "crash.regressed"
+
+
+def test_a_version_that_is_no_release_hides_neither_verdicts_nor_what_comes_next(keeping, clock):
+    api = Api(keeping())
+    for version, devices, crashed in (("99.0", 1, 1), ("1.0", 100, 4), ("0.9", 1, 0), ("1.1", 100, 30)):
+        send_devices(api.server, version, devices, crashed)
+        for n in range(devices):
+            add(api.server, type="session_start", session_id=f"{version} {n}", app_version=version,
+                device_id_hash=f"{version} {n}")
+        clock.move(A_DAY)
+    assert verdicts(api)["1.1"] == "worse: 70 % of devices crash-free, 96 % before"
+    assert api.server.metrics.next_build(ABORTS, "default") == "1.2", "as the group has crashed in 1.1"
+
+
+def test_the_names_of_sessions_use_up_no_names_of_events(api, clock, monkeypatch):
+    monkeypatch.setitem(backfeedr.NEW_NAMES, "name", 3)
+    for n in range(9):
+        add(api.server, type="session_start", session_id=f"s{n}", name=f"launch {n}")
+    for name in ("a", "b", "c", "d"):
+        add(api.server, type="custom", name=name)
+    assert [row[0] for row in sql(api.server.store.path, "select name from event_names order by 1")] \
+        == ["(other)", "a", "b", "c"]
+
+
 def state_form(page, state):
     return next(form for form in page.forms.values() if "state" in form.fields and form["state"].value == state)
 
