@@ -1983,7 +1983,7 @@ def see_crashes(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any]) -> 
             _note(db, now, "crash." + undoing[0], undoing[1], **sums, **regressed)
         elif not decision.state and (app_id, "group_hash", group_hash) in accepted:
             _note(db, now, "crash.new", seen[0], **sums)
-        for bound in SPREAD if new else ():
+        for bound in SPREAD if new and group_hash != OTHER else ():
             if sums["devices"] - new < bound <= sums["devices"]:
                 _note(db, now, "crash.spread", seen[-1], crashes=sums["crashes"], devices=bound)
 
@@ -4738,6 +4738,9 @@ class Store(Apps):
             for table, column in (("messages", "channel_id"), ("channels", "id")):
                 db.execute(f"delete from {table} where {column} in (select id from channels where app_id = ?)",
                            (app_id,))
+            for id, body in db.execute("select id, body from messages where due_at is not null").fetchall():
+                if all(fact.get("app") == name for fact in json.loads(body)["data"]["facts"]):
+                    db.execute("delete from messages where id = ?", (id,))
             db.execute("delete from facts where app_id = ?", (app_id,))
             db.execute("delete from apps where id = ?", (app_id,))
 
@@ -4779,6 +4782,7 @@ def size_warnings(path: Path, max_db_size: int) -> list[str]:
 GATHERED = 60 * SECOND  # for which the facts of a channel become one message
 LISTED = 10  # facts in a message; it counts the others
 TEXT_BYTES = 1800  # of their lines: Discord takes 2,000 characters, ntfy 4,096 bytes
+CUT = 200  # characters of a line that alone is longer
 HOURLY = 30  # messages of a channel; what is beyond goes with a later one
 # Between the tries of a message: the schedule of Standard Webhooks.
 PAUSES = [SECOND * each for each in (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)]
@@ -4794,11 +4798,12 @@ _TOLD = ("exception_type", "place", "app_version", "build_number", "crashes", "d
 
 class Undelivered(StoreError):
     """A try that failed. `str()` says why, without the address, which may be secret; `pause` is what the receiver asks
-    for, in milliseconds, and `is_gone` whether it wants nothing more."""
+    for, in milliseconds, `is_gone` whether it wants nothing more, and `is_refused` whether it is about the message, so
+    that another one may get through."""
 
-    def __init__(self, text: str, pause: int = 0, is_gone: bool = False):
+    def __init__(self, text: str, pause: int = 0, is_gone: bool = False, is_refused: bool = False):
         super().__init__(text)
-        self.pause, self.is_gone = pause, is_gone
+        self.pause, self.is_gone, self.is_refused = pause, is_gone, is_refused
 
 
 class Message(NamedTuple):
@@ -4825,10 +4830,15 @@ def _webhook(channel: JsonObject, message: Message, now: int) -> Post:
 def _slack(channel: JsonObject, message: Message, now: int) -> Post:
     """For Slack, Mattermost, and Discord at an address that ends with /slack. What a report says is no markup there,
     and calls nobody."""
-    text = "\n".join(message_lines(message))
-    for mark, harmless in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("@", "@\u200b")):
-        text = text.replace(mark, harmless)
+    text = "\n".join(message_lines(message, harmless=_unmarked))
     return channel["url"].partition("+")[2], _encode({"text": text}).encode(), {}
+
+
+def _unmarked(text: str) -> str:
+    """What a chat shows as this text, and no more."""
+    for mark, instead in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("@", "@\u200b"), ("](", "]\u200b(")):
+        text = text.replace(mark, instead)
+    return text
 
 
 def _ntfy(channel: JsonObject, message: Message, now: int) -> Post:
@@ -4845,13 +4855,18 @@ CHANNELS: dict[str, Callable[[JsonObject, Message, int], Post]] = {
     "ntfy+http": _ntfy}
 
 
-def message_lines(message: Message, with_links: bool = True) -> list[str]:
-    """The title of a message, a line for each fact as far as they fit, and how many more there are."""
+def message_lines(message: Message, with_links: bool = True, harmless: Callable[[str], str] = str) -> list[str]:
+    """The title of a message, a line for each fact as far as they fit, and how many more there are: what `harmless`
+    makes of them, which may be longer. A line that could never fit is cut."""
     data = json.loads(message.body)["data"]
-    lines = [f"{each['text']} {each.get('url', '') if with_links else ''}".rstrip() for each in data["facts"]]
+
+    def line(fact: JsonObject, longest: int | None = None) -> str:
+        return harmless(f"{fact['text'][:longest]} {fact.get('url', '') if with_links else ''}".rstrip())
+
+    lines = [line(each, None if len(line(each).encode()) < TEXT_BYTES else CUT) for each in data["facts"]]
     shown = sum(size <= TEXT_BYTES for size in accumulate(len(line.encode()) + 1 for line in lines))
     more = data["more"] + len(lines) - shown
-    return [data["title"], *lines[:shown], *([f"and {more:,} more"] if more else [])]
+    return [harmless(data["title"]), *lines[:shown], *([f"and {more:,} more"] if more else [])]
 
 
 def post(url: str, body: bytes, headers: Mapping[str, str]) -> None:
@@ -4882,7 +4897,7 @@ def post(url: str, body: bytes, headers: Mapping[str, str]) -> None:
         connection.close()
     if not 200 <= answer.status < 300:
         raise Undelivered(f"it answered {answer.status}", _pause(answer.headers.get("Retry-After", "")),
-                          answer.status == 410)
+                          answer.status == 410, 400 <= answer.status < 500 and answer.status not in (408, 429))
 
 
 def _pause(retry_after: str) -> int:
@@ -4932,9 +4947,9 @@ def shown_address(url: str) -> str:
 
 class Alerts:
     """The channels, and what is on its way to them. `digest` gives the lines of an app's daily digest, or that of all
-    live apps for None."""
+    live apps for None, from a time until another."""
 
-    def __init__(self, store: Store, public_url: str, digest: Callable[[str | None], list[str]]):
+    def __init__(self, store: Store, public_url: str, digest: Callable[[str | None, int, int], list[str]]):
         self._store, self._url, self._digest = store, public_url.rstrip("/"), digest
         self._stopping = threading.Event()
 
@@ -5014,13 +5029,15 @@ class Alerts:
             digests = dict_rows(db, """
                 select channels.*, name from channels left join apps on apps.id = app_id
                 where ended_at is null and digest_at <= ?""", (now,))
-        bodies = [(each, self._digest_body(each["name"])) for each in digests]
+        bodies = []
+        for each in digests:  # from where the one before it ended, until its hour: each moment is in one
+            later = each["digest_at"] + DAY * (1 + (now - each["digest_at"]) // DAY)
+            bodies.append((each, later, self._digest_body(each["name"], each["digest_at"] - DAY, later - DAY)))
         if is_due or bodies:
             with self._store.writing() as db:  # which has all facts with lower ids before it, on any engine
                 for channel in dict_rows(db, self._DUE, bounds):
                     self._gather_for(db, channel)
-                for channel, body in bodies:
-                    later = channel["digest_at"] + DAY * (1 + (now - channel["digest_at"]) // DAY)
+                for channel, later, body in bodies:
                     if db.execute("update channels set digest_at = ? where id = ? and digest_at = ?",
                                   (later, channel["id"], channel["digest_at"])).rowcount:
                         self._insert(db, channel["id"], body)
@@ -5028,8 +5045,8 @@ class Alerts:
                 db.execute("""
                     delete from facts where id <= (select min(last_fact) from channels where ended_at is null)""")
 
-    def _digest_body(self, app: str | None) -> str:
-        facts = [{"type": "digest", "text": line} for line in self._digest(app)]
+    def _digest_body(self, app: str | None, since: int, until: int) -> str:
+        facts = [{"type": "digest", "text": line} for line in self._digest(app, since, until)]
         return self._body("digest", f"backfeedr: the last day of {app or 'all apps'}", facts)
 
     def _gather_for(self, db: Connection, channel: JsonObject) -> None:
@@ -5108,7 +5125,7 @@ class Alerts:
             error = failed
         except Exception as unexpected:  # one channel must not hold up the others; its text may have the address
             log.error("cannot send to channel %d: %s", channel["id"], type(unexpected).__name__)
-            error = Undelivered(type(unexpected).__name__)
+            error = Undelivered(type(unexpected).__name__, is_refused=True)
         if not self._stopping.is_set():  # else it comes again after the next start
             self._note(message, error)
         return str(error or "")
@@ -5123,11 +5140,13 @@ class Alerts:
 
     def _note(self, message: Message, error: Undelivered | None) -> None:
         """When a message gets through, what else waits for its channel is due. When not, the channel's others wait
-        until its next try. None of them waits longer than a message is tried, or a dead channel would collect them."""
+        until its next try, and those that were tried no longer than a message is. A message that is refused holds up
+        none, and waits for its own time whatever gets through: it is as if taken until then."""
         now = self._store.now
         pause = PAUSES[message.tries - 1] if message.tries <= len(PAUSES) else None
         values = {"id": message.id, "channel": message.channel_id, "now": now, "tries": message.tries,
-                  "error": str(error), "is_gone": bool(error and error.is_gone)}
+                  "error": str(error), "is_gone": bool(error and error.is_gone),
+                  "is_refused": bool(error and error.is_refused)}
         values["next"] = now + max(pause or PAUSES[0], error.pause if error else 0)
         values.update(retry=values["next"] if pause else None, oldest=now - sum(PAUSES))
         steps = ["update channels set error = null, error_at = null, sent_at = :now where id = :channel",
@@ -5138,9 +5157,14 @@ class Alerts:
                 update channels set error = :error, error_at = :now,
                     ended_at = case when :is_gone = 1 then coalesce(ended_at, :now) else ended_at end
                 where id = :channel""",
-                     "update messages set due_at = :retry, taken_until = 0 where id = :id and tries = :tries",
-                     "update messages set due_at = :next - 1 where channel_id = :channel and due_at <= :now",
-                     "update messages set due_at = null where channel_id = :channel and created_at < :oldest",
+                     """
+                update messages set due_at = :retry, taken_until = case when :is_refused = 1 then :next else 0 end
+                where id = :id and tries = :tries""",
+                     """
+                update messages set due_at = :next - 1
+                where channel_id = :channel and due_at <= :now and :is_refused = 0""", """
+                update messages set due_at = null
+                where channel_id = :channel and created_at < :oldest and tries > 0""",
                      "delete from messages where channel_id = :channel and :is_gone = 1"]
         with self._store.writing(shared=True) as db:
             for step in steps:  # the channel first, so that two hosts do not wait for each other
@@ -5336,28 +5360,43 @@ class Metrics:
             "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"]),
             "verdict": verdicts.get((row["app_id"], row["app_version"]))} for row in rows))}
 
-    def digest(self, app: str | None = None) -> list[str]:
-        """The last day in a few lines: is the latest release worse, what is new, what is fixed?"""
-        since, lines = self._store.now - DAY, []
-        for release in self.releases(app)["releases"][:1]:
-            if verdict := (release.get("verdict") or {}).get("text"):
-                lines.append(f"{release['app']} {release['app_version']} is {verdict}")
+    def digest(self, app: str | None, since: int, until: int) -> list[str]:
+        """What was received between two times, in milliseconds, in a few lines: is the newest release worse, what is
+        new, what is fixed?"""
         with self._snapshot(app) as (db, app_id):
-            parameters = {"app": app_id, "since": since, "other": OTHER}
+            parameters = {"app": app_id, "since": since, "until": until, "other": OTHER}
+            lines = self._newest_verdicts(db, app_id)
             crashes = per_day(db, "crash_days", ["crashes"], app_id, self._last_days(3))["crashes"]
+            # What came late is new, too. What is older than the last crash that has expired may have come before.
+            expired, = db.execute(
+                "select coalesce(max(value), 0) from state where name = 'expired_crashes' or name like 'early%'"
+                ).fetchone()
             new = db.execute(f"""
                 select exception_type, place from groups
-                where {APPS} and first_seen >= :since and group_hash <> :other order by first_seen desc
-                """, parameters).fetchall()
+                where {APPS} and first_seen > :expired and group_hash <> :other and (
+                    select min(received_at) from crashes
+                    where app_id = groups.app_id and group_hash = groups.group_hash) between :since and :until - 1
+                order by first_seen desc
+                """, {**parameters, "expired": min(expired >> SEQ_BITS, since - MAX_SKEW)}).fetchall()
             decided = dict(db.execute(f"""
                 select case when state = 'resolved' then 'resolved' else 'regressed' end as what, count(*) from triage
-                where {APPS} and (state = 'resolved' and changed_at >= :since or regressed_at >= :since) group by what
+                where {APPS} and (state = 'resolved' and changed_at between :since and :until - 1
+                    or regressed_at between :since and :until - 1) group by what
                 """, parameters).fetchall())
         lines.append(f"Crashes: {crashes[1]:,} yesterday, {crashes[0]:,} the day before")
         lines.append(f"New: {len(new):,}" + "".join(
             f"; {_one_line(kind)}{f' in {_one_line(place)}' if place else ''}" for kind, place in new[:3]))
         lines.append(f"Resolved: {decided.get('resolved', 0):,}; regressed: {decided.get('regressed', 0):,}")
         return lines
+
+    def _newest_verdicts(self, db: Connection, app: int | None) -> list[str]:
+        """What is to be said of the newest release of each app, ten at most, those first that are worse."""
+        newest = Releases.newest(db, app, self._last_days(ADOPTION_DAYS)[0])
+        pairs = [pair for pair in Releases.pairs(db, app) if newest.get(pair.app_id) == pair.app_version]
+        names = dict(db.execute("select id, name from apps").fetchall())
+        said = [(found["word"] != "worse", names[pair.app_id], f"{pair.app_version} is {found['text']}")
+                for pair, both in Releases.healths(db, pairs, self._store.now).items() if (found := verdict(*both))]
+        return [f"{name} {text}" for _, name, text in sorted(said)[:LISTED]]
 
     def news(self, app: str | None = None, limit: int = 50) -> list[JsonObject]:
         """The groups that came or regressed last, the latest first; `at` is in milliseconds."""

@@ -2523,6 +2523,14 @@ def test_facts_say_what_where_and_how_often(told, clock):
     assert sql(told.server.store.path, "select distinct app_id, group_hash from facts") == [(1, group)]
 
 
+def test_nothing_is_told_of_the_group_of_what_is_beyond_the_days_limit(told, monkeypatch):
+    monkeypatch.setitem(backfeedr.NEW_NAMES, "group_hash", 1)
+    told.server.store.add(KEY_HASH, [parse_crash({**CRASH, "exception_type": f"E{n}", "device_id_hash": f"d{n}"})
+                                     for n in range(30)])
+    assert "(other)" in {row[1] for row in sql(told.server.store.path, "select app_id, group_hash from groups")}
+    assert [kind for kind, _ in facts_of(told.server)] == ["crash.new"]
+
+
 @pytest.mark.parametrize("bound", [10, 100])
 def test_a_spread_is_told_at_its_bound_and_not_of_a_muted_group(told, bound):
     store, kinds = told.server.store, []
@@ -4339,6 +4347,22 @@ def test_a_text_for_a_chat_ends_with_what_did_not_fit(serve, clock, receiver):
     assert len(text.encode()) < 2000 and text.splitlines()[-1] == f"and {12 - text.count('New:')} more"
 
 
+@pytest.mark.parametrize("text, shown", [
+    ("<" * 300, "&lt;" * 300), ("&" * 700, "&amp;" * 200), ("@" * 900, "@\u200b" * 200),
+    ("[x](https://e)", "[x]\u200b(https://e)"), ("![x](https://e)" * 9, "![x]\u200b(https://e)" * 9),
+    ("\U0001f600" * 900, "\U0001f600" * 200)])
+@pytest.mark.parametrize("facts", [1, 10])
+def test_a_text_for_a_chat_has_no_markup_of_a_report_and_is_never_too_long(text, shown, facts):
+    body = {"data": {"title": "2 new", "facts": [{"text": text, "url": "https://c/1"}] * facts, "more": 0}}
+    message = backfeedr.Message("msg_1", 1, json.dumps(body), 1)
+    sent = json.loads(backfeedr._slack({"url": "slack+https://e.com/1"}, message, 0)[1])["text"]
+    lines = sent.splitlines()
+    assert len(sent) < 2000 and (lines[0], lines[1][:len(shown)]) == ("2 new", shown)
+    assert lines[1].endswith(" https://c/1") and not re.search(r"[<>]|\]\(|@(?!\u200b)|&(?!lt;|amp;)", sent)
+    told = sum(line.startswith(shown) for line in lines)
+    assert lines[told + 1:] == ([f"and {facts - told} more"] if told < facts else [])
+
+
 def test_at_most_30_messages_an_hour_go_to_a_channel_and_what_is_beyond_goes_with_a_later_one(
         alerting, clock, receiver):
     for number in range(40):
@@ -4475,6 +4499,55 @@ def test_a_channel_that_stays_down_collects_no_more_than_it_is_tried_for(alertin
     assert alerting.alerts.channels()[0]["waiting"] <= 76 / 6 + 1 and len(receiver.ids) < 60
 
 
+@pytest.mark.parametrize("status", [400, 404, 422])
+def test_a_message_that_is_refused_holds_up_no_other_and_none_is_lost_in_three_days(alerting, clock, receiver, status):
+    def answer():
+        receiver.status = status if "Poisoned" in receiver.came[-1].body else 204
+
+    def told():
+        return [each["data"]["facts"][0]["exception_type"] for each in receiver.bodies]
+
+    receiver.before, good = answer, []
+    for kind in ("Good 1", "Poisoned", "Good 2", "Good 3"):
+        note(alerting, exception_type=kind)
+        clock.move(60)
+        alerting.alerts._gather()
+    assert dict(alerting.deliver()) == {"sent": 3, "failed": 1}
+    assert told() == ["Good 1", "Poisoned", "Good 2", "Good 3"]
+    for hour in range(72):
+        note(alerting, exception_type=f"Later {hour}")
+        assert deliver_later(alerting, clock, 3600)["sent"] == 1
+        assert f"Later {hour}" in told()[-2:]
+    assert 6 <= told().count("Poisoned") <= 9, "by its own schedule, whatever gets through"
+    receiver.before, receiver.status = lambda: None, 204
+    assert deliver_later(alerting, clock, 86400) == TOLD and told()[-1] == "Poisoned"
+    assert deliver_later(alerting, clock, 86400) == NONE_DUE
+
+
+@pytest.mark.parametrize("status, tried", [
+    (500, 1), (503, 1), (429, 1), (408, 1), (301, 1), (400, 3), (401, 3), (404, 3), (413, 3)])
+def test_what_is_not_about_the_message_holds_up_the_others(alerting, clock, receiver, status, tried):
+    receiver.status = status
+    for _ in range(3):
+        note(alerting)
+        clock.move(60)
+        alerting.alerts._gather()
+    assert dict(alerting.deliver()) == {"sent": 0, "failed": tried} and len(set(receiver.ids)) == tried
+
+
+def test_a_message_that_was_never_tried_is_not_given_up_with_those_that_were(alerting, clock, receiver):
+    receiver.status = 500
+    for _ in range(2):
+        note(alerting)
+        clock.move(60)
+        alerting.alerts._gather()
+    clock.move(10 * 86400)
+    assert dict(alerting.deliver()) == NOT_TOLD
+    assert alerting.alerts.channels()[0]["waiting"] == 1
+    receiver.status = 200
+    assert deliver_later(alerting, clock, 86400) == TOLD and len(set(receiver.ids)) == 2
+
+
 def test_a_poisoned_channel_does_not_hold_up_the_others_and_the_log_has_no_address(
         serve, clock, receiver, monkeypatch, caplog):
     def fail(*arguments):
@@ -4605,6 +4678,21 @@ def test_a_channel_is_told_of_its_app_or_of_all_live_ones_and_of_the_facts_that_
     assert {row[1] for row in stored(server, "messages")["messages"]} == {1}
 
 
+def test_a_message_that_waits_with_facts_of_a_deleted_app_alone_is_not_sent(serve, clock, receiver):
+    server = serve()
+    server.alerts.add(receiver.url)
+    server.store.create_app("Shop")
+    for apps in (["Shop"], ["Shop", "default"], ["default"]):
+        for app in apps:
+            note(server, app=app)
+        clock.move(60)
+        server.alerts._gather()
+    server.store.delete_app("Shop")
+    assert dict(server.deliver()) == {"sent": 2, "failed": 0}
+    assert [[fact["app"] for fact in body["data"]["facts"]] for body in receiver.bodies] == [
+        ["Shop", "default"], ["default"]]
+
+
 def test_a_reason_leaves_the_host_only_where_a_channel_asks_for_it(serve, clock, receivers):
     server = serve()
     server.alerts.add(receivers[0].url)
@@ -4685,6 +4773,48 @@ def test_a_digest_comes_at_its_hour_each_day_and_says_what_is_new(serve, clock, 
         ["Crashes: 2 yesterday, 0 the day before", "New: 0", "Resolved: 0; regressed: 0"]]
     assert {body["type"] for body in receiver.bodies} == {"digest"}
     assert receiver.bodies[0]["data"]["title"] == "backfeedr: the last day of all apps"
+
+
+def test_what_comes_late_is_new_in_one_digest_whenever_the_digests_are_made(serve, clock, receiver):
+    server = serve()
+    server.alerts.add(receiver.url, kinds=["digest"], hour=15)
+    deliver_later(server, clock, 30 * 60)  # 15:00
+    for name, hours_ago in (("Old", 30), ("Older", 50 * 24), ("Fast", -0.08)):
+        Api(server).post(CRASHES, {**CRASH, "exception_type": name,
+                                   "occurred_at": time_text(clock.seconds - hours_ago * 3600)})
+    deliver_later(server, clock, 86400 + 7)
+    Api(server).post(CRASHES, {**CRASH, "exception_type": "After", "occurred_at": time_text(clock.seconds - 3600)})
+    Api(server).post(CRASHES, {**CRASH, "exception_type": "Old", "occurred_at": time_text(clock.seconds - 3600)})
+    for seconds in (86400 - 7, 2 * 86400 + 3, 86400 - 3):
+        deliver_later(server, clock, seconds)
+    lines = [body["data"]["facts"][-2]["text"] for body in receiver.bodies]
+    assert lines == ["New: 0", "New: 3; Fast; Old; Older", "New: 1; After", "New: 0", "New: 0"]
+
+
+def test_a_group_whose_first_crashes_have_expired_is_not_new_again_in_a_digest(keeping, clock, receiver):
+    server = keeping(1)
+    server.alerts.add(receiver.url, kinds=["digest"], hour=15)
+    for _ in range(4):
+        Api(server).post(CRASHES, {**CRASH, "occurred_at": time_text(clock.seconds)})
+        server.store.prune()
+        deliver_later(server, clock, 2 * 86400)
+    assert [body["data"]["facts"][-2]["text"] for body in receiver.bodies] == ["New: 1; SIGABRT"] + ["New: 0"] * 3
+
+
+def test_a_digest_says_of_the_newest_release_of_each_live_app_how_it_is(serve, clock):
+    server = serve()
+    keys = [KEY_HASH, *(backfeedr.sha256(server.store.create_app(app, is_test=app == "Test"))
+                        for app in ("Shop", "Test", "Quiet"))]
+    for version, crashed in (("1.9", (4, 40, 4)), ("1.10", (4, 80, 80)), ("1.2", (0, 0, 0))):  # the last: a straggler
+        for key_hash, number in zip(keys, crashed):
+            send_devices(server, version, 100 if crashed[1] else 1, number, key_hash)
+        clock.move(A_DAY)
+    said = {"default": "default 1.10 is too early: about 50 more devices",
+            "Shop": "Shop 1.10 is worse: 20 % of devices crash-free, 60 % before",
+            "Test": "Test 1.10 is worse: 20 % of devices crash-free, 96 % before"}
+    for app, lines in ((None, [said["Shop"], said["default"]]), ("Quiet", []), *((app, [said[app]]) for app in said)):
+        digest = server.metrics.digest(app, server.store.now - A_DAY * 1000, server.store.now)
+        assert digest[:-3] == lines
 
 
 def test_ingestion_and_questions_go_on_while_a_receiver_hangs(alerting, clock, receiver):
@@ -5358,9 +5488,9 @@ def test_equal_releases_are_seldom_called_worse_and_a_worse_one_is():
     assert all(backfeedr.verdict(release(300, 0.8), release(300, 0.96))["word"] == "worse" for _ in range(20))
 
 
-def send_devices(server, version, devices, crashed):
+def send_devices(server, version, devices, crashed, key_hash=KEY_HASH):
     """An event of each device of a release, and crashes of the first of them."""
-    server.store.add(KEY_HASH, [kind({**body, "app_version": version, "device_id_hash": f"{version} {n}"})
+    server.store.add(key_hash, [kind({**body, "app_version": version, "device_id_hash": f"{version} {n}"})
                                 for kind, body, number in ((parse_event, EVENT, devices), (parse_crash, CRASH, crashed))
                                 for n in range(number)])
 
