@@ -2582,14 +2582,14 @@ create table releases (
 
     @staticmethod
     def pairs(db: sqlite3.Connection, app: int | None) -> list[Pair]:
-        """Each release with the one before it, by when they were first seen. A version below that is an old one that
-        came late: it is compared with none, and none with it."""
+        """Each release with the one before it: the highest lower version that was seen before it. So neither a version
+        that comes late nor one that is no release, such as 99.0, hides the others."""
         rows = db.execute(f"""
             select app_id, app_version, first_seen from releases where {APPS} and app_version <> '{OTHER}'
             """, {"app": app}).fetchall()
         come: dict[int, list[tuple]] = defaultdict(list)  # by version
         pairs = []
-        for app_id, version, first in sorted(rows, key=lambda row: row[2]):
+        for app_id, version, first in sorted(rows, key=lambda row: (row[2], version_key(row[1]))):
             own = version_key(version), version, first
             place = bisect_left(come[app_id], own)
             pairs += [Pair(app_id, version, first, *come[app_id][place - 1][1:])] if place else []
@@ -4748,9 +4748,10 @@ class Store(Apps):
 def worse_releases(db: Connection, now: int) -> list[tuple[Pair, str]]:
     """The newest release of each live app where it is surely worse than the one before it, unless that was told; and
     the text of the verdict."""
-    newest = {pair.app_id: pair for pair in Releases.pairs(db, None)}
+    newest = Releases.newest(db, None, now // DAY - WEEK + 1)
+    pairs = [pair for pair in Releases.pairs(db, None) if pair.app_version == newest[pair.app_id]]
     return [(pair, (verdict(*both) or {})["text"])
-            for pair, both in Releases.healths(db, list(newest.values()), now).items()
+            for pair, both in Releases.healths(db, pairs, now).items()
             if min(both).devices >= ENOUGH and newcombe(*both, ALARM)[1] < 0
             and get_state(db, f"worse_{pair.app_id}", 0) != pair.first_seen]
 

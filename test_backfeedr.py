@@ -5110,15 +5110,14 @@ class Slow:
         return {"releases": [row for *_, row in sorted(found)[:100]]}
 
     def verdict(self, app, version, first):
-        """Of a release that is not below all that were seen before it, against the highest of these."""
+        """Of a release against the highest lower one of those that were seen before it."""
         order = sorted((first, backfeedr.version_key(name), name) for (of_app, name), (first, _)
                        in self.tables["releases"].items() if of_app == app and name != "(other)")
-        earlier = [each for each in order if each[2] != version and each[:2] <= (first, backfeedr.version_key(version))]
+        own = backfeedr.version_key(version)
+        earlier = [each[1:] for each in order if each[:2] <= (first, own) and each[1:] < (own, version)]
         if version == "(other)" or not earlier:
             return None
-        _, highest, before = max(earlier, key=lambda each: each[1])
-        if backfeedr.version_key(version) < highest:
-            return None
+        _, before = max(earlier)
         first_before = self.tables["releases"][app, before][0]
         end = min(self.now, first + 90 * DAY) // HOUR
         lasted = end * HOUR - first
