@@ -5382,7 +5382,7 @@ class Metrics:
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, **_version_filter(version), "first": shown[0], "last": shown[-1],
                           "text": text and text.casefold(), "limit": limit + 1, "value": int(value), "group": group,
-                          "week": week}
+                          "week": week, "since": shown[0] * DAY - MAX_SKEW if days else 0}
             rows = dict_rows(db, f"""
                 select * from (
                     select group_hash, sum(crashes) as count, sum(devices) as devices, max(latest) as last_seen, (
@@ -5413,7 +5413,7 @@ class Metrics:
         versions = [each for each, in db.execute(f"""
             select app_version from crashes
             where {APPS} and group_hash = :group and app_version is not null and {OF_VERSION}
-                and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
+                and received_at >= :since and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
             group by app_version
             order by count(*) desc, app_version
             limit {MAX_VERSIONS}""", parameters)]
@@ -5750,11 +5750,12 @@ OF_VERSION = "(:version is null or substr(app_version, 1, :length) = :version)"
 
 
 CRASHES_OF_GROUPS = f"""
-    select app_id, group_hash, count(*) as crashes, count(distinct device_id_hash) as devices,
+    select known.app_id, known.group_hash, count(*) as crashes, count(distinct device_id_hash) as devices,
         max({COUNTED_AT}) as latest
-    from crashes
-    where {APPS} and {OF_VERSION} and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
-    group by app_id, group_hash"""
+    from (select app_id, group_hash from groups where {APPS} and last_seen >= :since) as known
+    cross join crashes on crashes.app_id = known.app_id and crashes.group_hash = known.group_hash
+    where received_at >= :since and {OF_VERSION} and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
+    group by known.app_id, known.group_hash"""
 
 
 def _version_filter(version: str | None) -> JsonObject:
@@ -5768,6 +5769,7 @@ def _parse_cursor(cursor: str | None, pattern: str, default: Any) -> Any:
     """The groups of the pattern in a cursor; the default where there is none. Raises Refusal."""
     match = re.fullmatch(pattern, cursor or "")
     if cursor is not None and match is None:
+# By group, so that the index finds those that were received since a time: see group_days.
         raise Refusal("invalid cursor")
     return match.groups() if match else default
 

@@ -4759,6 +4759,7 @@ BY_DAY, BY_SEQ = "USING PRIMARY KEY (app_id=? AND day>? AND day<?)", "USING INTE
 LABELS_BY_DAY = ["labels USING PRIMARY KEY (app_id=? AND field=? AND day>? AND day<?)"]
 GROUP = "groups USING PRIMARY KEY (app_id=? AND group_hash=?)"
 GROUP_CRASHES = "crashes USING COVERING INDEX crashes_by_group (app_id=? AND group_hash=?)"
+CRASHES_SINCE = GROUP_CRASHES[:-1] + " AND received_at>?)"
 SESSION_LOOKUPS = ["events USING INTEGER PRIMARY KEY (rowid>? AND rowid<?)",
                    "sessions USING PRIMARY KEY (app_id=? AND session_id=?)"]
 PLANS = {
@@ -4769,14 +4770,14 @@ PLANS = {
     "releases": [f"release_days {BY_DAY}", f"session_days {BY_DAY}", "releases USING PRIMARY KEY (app_id=?)",
                  "release_sums USING PRIMARY KEY (app_id=? AND app_version=?)", f"apps {BY_SEQ}",
                  "release_hours USING PRIMARY KEY (app_id=? AND app_version=? AND hour>? AND hour<?)"],
-    "groups": ["group_sums USING PRIMARY KEY (app_id=?)", GROUP, GROUP_CRASHES],
-    "groups, of days": ["crashes USING COVERING INDEX crashes_by_group (app_id=?)", GROUP, GROUP_CRASHES],
+    "groups": ["group_sums USING PRIMARY KEY (app_id=?)", GROUP, CRASHES_SINCE],
+    "groups, of days": ["groups USING PRIMARY KEY (app_id=?)", GROUP, CRASHES_SINCE],
     "group": [f"crashes {BY_SEQ}", GROUP, GROUP_CRASHES], "crash": [f"crashes {BY_SEQ}"],
     "attention": [f"group_days {BY_DAY}", GROUP, "triage USING PRIMARY KEY (app_id=? AND group_hash=?)",
-                  GROUP_CRASHES[:-1] + " AND received_at>?)"],
+                  CRASHES_SINCE],
     "event_names": ["event_names USING PRIMARY KEY (app_id=?)", "event_names USING PRIMARY KEY (app_id=? AND name=?"
                     " AND type=? AND day>? AND day<?)"], "neighbours": [GROUP_CRASHES],
-    "group_days": [GROUP_CRASHES[:-1] + " AND received_at>?)"],
+    "group_days": [CRASHES_SINCE],
     "events": SESSION_LOOKUPS, "events, oldest first": SESSION_LOOKUPS,
     "a commit": [f"{table} USING PRIMARY KEY (app_id=? AND {key})" for table, key in (
         ("devices", "device=?"), ("device_days", "device=? AND day>? AND day<?"),
