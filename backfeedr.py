@@ -7105,8 +7105,9 @@ table { border-collapse: collapse; width: 100%; } th { text-align: left; font-we
 th, td { padding: 0.4rem 1.2rem 0.4rem 0; vertical-align: top; } :is(th, td):last-child { padding-right: 0; }
 time, .number { white-space: nowrap; } .number { text-align: right; }
 .list tr { border-bottom: 1px solid var(--rule); }
+.list th { white-space: normal; overflow-wrap: normal; }
 .list tr[aria-current], .own, .hint, pre, .long dd, button { background: var(--tint); }
-.list td:is([data-label="App"], [data-label="Versions"]) { min-width: 6.5rem; }
+.list td:is([data-label="App"], [data-label="Versions"], [data-label="Verdict"]) { min-width: 6.5rem; }
 .list th.number:first-child, .bars .number { width: 1%; }
 .bars th { color: inherit; font-size: 1em; width: 42%; }
 .bars :is(th, td) { padding-block: 0.15rem; }
@@ -7138,7 +7139,7 @@ button, summary { cursor: pointer; } button:hover { border-color: var(--ink); }
 .key { font-size: 1.1em; user-select: all; } .actions { margin-top: 0.6rem; }
 .more { display: inline-block; margin: 1rem 1.5rem 0 0; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
-@media (max-width: 48rem) {
+@media (max-width: 60rem) {
   .crash { grid-template-columns: minmax(0, 1fr); }
   .list thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   .list, .list tbody { display: block; }
