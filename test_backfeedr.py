@@ -7002,7 +7002,7 @@ def test_a_browser_shows_the_pages_without_an_error(serve, tmp_path, demo):
                   for path in PAGES[1:])):
             browser.load(method, **params)
             assert browser.run("document.title").endswith(title + " - backfeedr")
-            for width, scheme in ((1280, "light"), (1280, "dark"), (390, "dark"), (390, "light")):
+            for width, scheme in ((1280, "light"), (1280, "dark"), (970, "light"), (390, "dark"), (390, "light")):
                 browser.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1,
                              mobile=width < 600)
                 browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
