@@ -81,7 +81,7 @@ import time
 import zlib
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, defaultdict, deque, namedtuple
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime, timezone
@@ -5244,7 +5244,9 @@ SCANNED = 20_000  # events that are looked at for a page: a page may be short, a
 REPORTS = 20  # of a group that are shown at once
 MAX_VERSIONS = 100  # of a group that a list has
 MISSING_BUILDS = 100  # whose symbols are asked for
-CANDIDATES, SHOWN_GROUPS = 20, 5  # groups that are weighed for the overview, and that it shows of a kind
+# Groups that are weighed for the overview: so many of most crashes, and of the others of most devices. And those that
+# it shows of a kind.
+CANDIDATES, SHOWN_GROUPS = 20, 5
 SESSION_EVENTS = 20  # that are shown before a crash, of the session's latest 100
 _WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 
@@ -5344,11 +5346,7 @@ class Metrics:
             raise Refusal("invalid sort")
         with self._snapshot(app) as (db, app_id):
             rows = Releases.latest(db, app_id, self._last_days(ADOPTION_DAYS))
-            shown = {(row["app_id"], row["app_version"]) for row in rows}
-            pairs = [pair for pair in Releases.pairs(db, app_id) if pair[:2] in shown]
-            verdicts = {pair[:2]: {**said, "before": pair.before}
-                        for pair, both in Releases.healths(db, pairs, self._store.now).items()
-                        if (said := verdict(*both))}
+            verdicts = self._verdicts(db, app_id, {(row["app_id"], row["app_version"]) for row in rows})
         if sort == "version":
             rows.sort(key=lambda row: version_key(row["app_version"]), reverse=True)
         return {"releases": list(fitting({
@@ -5361,12 +5359,30 @@ class Metrics:
             "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"]),
             "verdict": verdicts.get((row["app_id"], row["app_version"]))} for row in rows))}
 
+    def _verdicts(self, db: Connection, app_id: int | None, releases: Container[tuple]) -> dict[tuple, JsonObject]:
+        """The verdicts of these releases, by app id and version; of those that have one."""
+        pairs = [pair for pair in Releases.pairs(db, app_id) if pair[:2] in releases]
+        return {pair[:2]: {**said, "before": pair.before}
+                for pair, both in Releases.healths(db, pairs, self._store.now).items() if (said := verdict(*both))}
+
+    def newest_releases(self, app: str | None = None) -> list[JsonObject]:
+        """The newest release of each app with its verdict, those that are worse first. An old version that comes late
+        is not the newest."""
+        with self._snapshot(app) as (db, app_id):
+            newest = Releases.newest(db, app_id, self._last_days(ADOPTION_DAYS)[0])
+            verdicts = self._verdicts(db, app_id, set(newest.items()))
+            names = dict(db.execute("select id, name from apps"))
+        rows = [{"app": names[each[0]], "app_version": each[1], "verdict": verdicts.get(each)}
+                for each in newest.items()]
+        return sorted(rows, key=lambda row: ((row["verdict"] or {}).get("word") != "worse", row["app"]))
+
     def digest(self, app: str | None, since: int, until: int) -> list[str]:
         """What was received between two times, in milliseconds, in a few lines: is the newest release worse, what is
         new, what is fixed?"""
+        lines = [f"{each['app']} {each['app_version']} is {each['verdict']['text']}"
+                 for each in self.newest_releases(app) if each["verdict"]][:LISTED]
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, "since": since, "until": until, "other": OTHER}
-            lines = self._newest_verdicts(db, app_id)
             crashes = per_day(db, "crash_days", ["crashes"], app_id, self._last_days(3))["crashes"]
             # What came late is new, too. What is older than the last crash that has expired may have come before.
             expired, = db.execute(
@@ -5389,15 +5405,6 @@ class Metrics:
             f"; {_one_line(kind)}{f' in {_one_line(place)}' if place else ''}" for kind, place in new[:3]))
         lines.append(f"Resolved: {decided.get('resolved', 0):,}; regressed: {decided.get('regressed', 0):,}")
         return lines
-
-    def _newest_verdicts(self, db: Connection, app: int | None) -> list[str]:
-        """What is to be said of the newest release of each app, ten at most, those first that are worse."""
-        newest = Releases.newest(db, app, self._last_days(ADOPTION_DAYS)[0])
-        pairs = [pair for pair in Releases.pairs(db, app) if newest.get(pair.app_id) == pair.app_version]
-        names = dict(db.execute("select id, name from apps").fetchall())
-        said = [(found["word"] != "worse", names[pair.app_id], f"{pair.app_version} is {found['text']}")
-                for pair, both in Releases.healths(db, pairs, self._store.now).items() if (found := verdict(*both))]
-        return [f"{name} {text}" for _, name, text in sorted(said)[:LISTED]]
 
     def news(self, app: str | None = None, limit: int = 50) -> list[JsonObject]:
         """The groups that came or regressed last, the latest first; `at` is in milliseconds."""
@@ -5434,7 +5441,7 @@ class Metrics:
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, **_version_filter(version), "first": shown[0], "last": shown[-1],
                           "text": text and text.casefold(), "limit": limit + 1, "value": int(value), "group": group,
-                          "week": week}
+                          "week": week, "since": shown[0] * DAY - MAX_SKEW if days else 0}
             rows = dict_rows(db, f"""
                 select * from (
                     select group_hash, sum(crashes) as count, sum(devices) as devices, max(latest) as last_seen, (
@@ -5465,7 +5472,7 @@ class Metrics:
         versions = [each for each, in db.execute(f"""
             select app_version from crashes
             where {APPS} and group_hash = :group and app_version is not null and {OF_VERSION}
-                and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
+                and received_at >= :since and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
             group by app_version
             order by count(*) desc, app_version
             limit {MAX_VERSIONS}""", parameters)]
@@ -5534,26 +5541,31 @@ class Metrics:
         """Of the open groups that crashed on the seven UTC days that end today: `new` are those that were new or
         regressed then, the latest first, of `new_count`; `first` those to be fixed first, by their `score`: devices
         that crashed in the newest release of their app, halved for each day since the last crash. A group of two apps
-        is two."""
+        is two. A group of which neither a crash nor a decision is kept has no page, so it is left out."""
         week = self._last_days(WEEK)
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, "first": week[0], "last": week[-1], "since": week[0] * DAY - MAX_SKEW}
             rows = dict_rows(db, f"""
                 select apps.name as app, groups.app_id, groups.group_hash, exception_type, first_seen, last_seen,
                     coalesce(exception_reason, '') as exception_reason, coalesce(place, '') as place,
-                    coalesce(regressed_at, 0) as regressed_at, 'open' as state, sums.crashes as count
+                    coalesce(regressed_at, 0) as regressed_at, 'open' as state, sums.crashes as count,
+                    coalesce(group_sums.devices, 0) as devices
                 from (
                     select app_id, group_hash, sum(crashes) as crashes from group_days
                     where {APPS} and day between :first and :last and group_hash <> '{OTHER}'
                     group by app_id, group_hash) as sums
                 cross join groups on groups.app_id = sums.app_id and groups.group_hash = sums.group_hash
                 cross join apps on apps.id = groups.app_id
+                left join group_sums on group_sums.app_id = groups.app_id and group_sums.group_hash = groups.group_hash
                 left join triage on triage.app_id = groups.app_id and triage.group_hash = groups.group_hash
-                where coalesce(state, 'open') = 'open'
+                where coalesce(state, 'open') = 'open' and coalesce(group_sums.crashes, changed_at) is not null
                 order by count desc, groups.group_hash, groups.app_id""", parameters)
-            for row in rows[:CANDIDATES]:
-                row.update(self._weight(db, {**parameters, **row}))
-        first = sorted(rows[:CANDIDATES], key=lambda row: (-row["score"], -row["devices"], -row["count"]))
+            by_devices = sorted(rows[CANDIDATES:], key=itemgetter("devices"), reverse=True)
+            candidates = rows[:CANDIDATES] + by_devices[:CANDIDATES]  # one device may crash in a loop
+            newest = Releases.newest(db, app_id, week[0])
+            for row in candidates:
+                row.update(self._weight(db, {**parameters, **row, "newest": newest.get(row["app_id"])}))
+        first = sorted(candidates, key=lambda row: (-row["score"], -row["devices"], -row["count"]))
         for row in rows:
             row["is_new"], row["is_regressed"] = (row[at] >= week[0] * DAY for at in ("first_seen", "regressed_at"))
             row["last_seen"] = iso_time(row["last_seen"])
@@ -5563,9 +5575,8 @@ class Metrics:
 
     def _weight(self, db: Connection, group: JsonObject) -> JsonObject:
         devices, newest = db.execute(f"""
-            select count(distinct device_id_hash), count(distinct case when app_version = (
-                select app_version from releases where app_id = :app_id order by first_seen desc, app_version limit 1)
-                then device_id_hash end)
+            select count(distinct device_id_hash),
+                count(distinct case when app_version = :newest then device_id_hash end)
             from crashes
             where app_id = :app_id and group_hash = :group_hash and received_at >= :since
                 and {COUNTED_AT} / {DAY} between :first and :last""", group).fetchone()
@@ -5625,8 +5636,9 @@ class Metrics:
                 and {COUNTED_AT} / {DAY} between :first and :last
             group by day""", parameters))
         apps = db.execute(f"""
-            select name from apps where {APPS.replace("app_id", "id", 1)} and exists (
-                select 1 from crashes where app_id = apps.id and group_hash = :group)
+            select name from apps where {APPS.replace("app_id", "id", 1)} and (
+                exists (select 1 from crashes where app_id = apps.id and group_hash = :group)
+                or exists (select 1 from triage where app_id = apps.id and group_hash = :group))
             order by name""", parameters).fetchall()
         return {"days": [counts.get(day, 0) for day in shown], "apps": [name for name, in apps]}
 
@@ -5803,12 +5815,14 @@ SUMS_OF_GROUPS = f"""
 OF_VERSION = "(:version is null or substr(app_version, 1, :length) = :version)"
 
 
+# By group, so that the index finds those that were received since a time: see group_days.
 CRASHES_OF_GROUPS = f"""
-    select app_id, group_hash, count(*) as crashes, count(distinct device_id_hash) as devices,
+    select known.app_id, known.group_hash, count(*) as crashes, count(distinct device_id_hash) as devices,
         max({COUNTED_AT}) as latest
-    from crashes
-    where {APPS} and {OF_VERSION} and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
-    group by app_id, group_hash"""
+    from (select app_id, group_hash from groups where {APPS} and last_seen >= :since) as known
+    cross join crashes on crashes.app_id = known.app_id and crashes.group_hash = known.group_hash
+    where received_at >= :since and {OF_VERSION} and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
+    group by known.app_id, known.group_hash"""
 
 
 def _version_filter(version: str | None) -> JsonObject:
@@ -6250,11 +6264,10 @@ class Dashboard:
         releases = metrics.releases(app)["releases"]
         tiles = _tiles(metrics.overview(app), metrics.daily_crashes(app, 30), metrics.sessions(app, 30)["sessions"],
                        metrics.active_devices(app, 30)["dau"])
-        latest = {row["app"]: row for row in reversed(releases)}  # of each app
         return self._render(
             page, "Overview", "overview", is_empty=metrics.is_empty(app), tiles=tiles, **metrics.attention(app),
             warnings=[*self._refused.today(app), *self._store.warnings()],
-            verdicts=sorted(latest.values(), key=releases.index)[:SHOWN_GROUPS], releases=releases[:4],
+            verdicts=metrics.newest_releases(app), releases=releases[:4],
             types=metrics.crash_types(app, 30), devices=metrics.devices(app, 30))
 
     def _crashes(self, page: PageRequest) -> Response:
@@ -6277,8 +6290,8 @@ class Dashboard:
         group = metrics.group(group_hash, page.app, cursor=parameters.get("cursor"))
         reports = group["reports"]
         report = metrics.crash(parameters["report"], page.app) if "report" in parameters else next(iter(reports), {})
-        if report.get("group_hash") != group_hash:
-            raise Refusal("not found")
+        if (report or parameters) and report.get("group_hash") != group_hash:
+            raise Refusal("not found")  # without either, its crashes have expired, and what was decided is left
         days = metrics.group_days([group_hash], page.app)
         ids = [each["id"] for each in reports]
         older, newer = ((ids[1:2] or [None])[0], None) if not parameters and (len(ids) > 1 or not group["next"]) \
@@ -6296,7 +6309,8 @@ class Dashboard:
         """A group as text for a bug tracker, or as Markdown. It names no device, no session and no field that the
         server does not know."""
         group = self._metrics.group(group_hash, page.app, limit=1)
-        text = group_text(group, f"{page.url}/crashes/{group_hash}", form == "md")
+        query = "?" + urlencode({"app": page.app}) if page.app else ""  # without it, a test app's group is not found
+        text = group_text(group, f"{page.url}/crashes/{group_hash}{query}", form == "md")
         kind = {"Content-Type": f"text/{'markdown' if form == 'md' else 'plain'}; charset=utf-8"}
         return Response(text.encode("utf-8", "replace"), 200, {**PAGE_HEADERS, **kind})
 
@@ -6554,8 +6568,9 @@ def _portrait(group: JsonObject) -> Iterator[tuple[str, str]]:
 
 
 def _culprit(group: JsonObject) -> str:
-    """The function of the app in which a group crashes; its exception type, where none is known."""
-    return canonical_name(group["place"]) or group["exception_type"]
+    """The function of the app in which a group crashes; its exception type, where none is known; its name, where that
+    is all that is kept."""
+    return canonical_name(group["place"]) or group["exception_type"] or group["group_hash"]
 
 
 _CONTEXT: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -6816,7 +6831,7 @@ _TEMPLATES = {
 <section><h2><a href="{{link("/releases")}}">Is the latest release worse?</a></h2>
 <div class="verdicts">
 % for row in verdicts:
-% verdict = row.get("verdict") or {}
+% verdict = row["verdict"] or {}
 <p>""" + _RELEASE_LINK + """ <bdi>{{"" if page.app or len(verdicts) < 2 else row["app"]}}</bdi>
 <b{{!' class="problem"' if verdict.get("word") == "worse" else ""}}>
 {{verdict.get("text") or "nothing to compare it with"}}</b>
@@ -6885,12 +6900,16 @@ No crash is kept{{" of " + page.app if page.app else ""}}. When one comes in, it
 <span class="reason"><bdi>{{shorten(report.get("exception_reason", ""), 5000)}}</bdi></span></p>
 <dl class="facts"><div><dt>Crashes</dt><dd>{{number(group["count"])}}</dd></div>
 <div><dt>Devices</dt><dd>{{number(group["devices"])}}</dd></div>
-<div><dt>First seen</dt><dd>{{!when(group["first_seen"])}}</dd></div>
-<div><dt>Last seen</dt><dd>{{!when(group["last_seen"])}}</dd></div>
+% for label, at in (("First seen", group["first_seen"]), ("Last seen", group["last_seen"])):
+<div><dt>{{label}}</dt><dd>{{!when(at) if at else "-"}}</dd></div>
+% end
 <div><dt>Group</dt><dd><code>{{group["group_hash"]}}</code></dd></div>
 <div><dt>To pass on</dt><dd><a href="{{link(page.path + ".txt")}}">text</a>
 <a href="{{link(page.path + ".md")}}">Markdown</a></dd></div></dl>
 """ + _TRIAGE + """\
+% if not report:
+<p class="empty">Its crashes have expired. What was decided stays.</p>
+% else:
 <section><h2>Crashes per day</h2>{{!chart}}</section>
 <section><h2>{{"A crash" if parameters else "The latest crash"}}, {{!when(report["occurred_at"])}}</h2>
 <p class="note">
@@ -6952,7 +6971,7 @@ session</a></h2>
         Column("Reason", '<span class="reason"><bdi>{{shorten(row.get("exception_reason", ""), 120)}}</bdi></span>',
                condition="has_reasons"),
         row_attributes="""{{!' aria-current="true"' if row["id"] == report["id"] else ""}}"""
-    ) + _PAGE_LINKS + "</section>\n",
+    ) + _PAGE_LINKS + "</section>\n% end\n",
     "events": """% if "session_id" in parameters:
 <p>Session <code><bdi>{{parameters["session_id"]}}</bdi></code>, in the order in which its events came.
 <a href="{{link("/events")}}">All events</a></p>
@@ -7000,8 +7019,9 @@ No event is kept{{" of " + page.app if page.app else ""}}.
 first appearance | <a href="{{link("/releases", sort="version")}}">versions</a></p>
 % end
 """ + _list(
-        "releases", Column("Version", _RELEASE_LINK, "main"), _APP._replace(condition="not page.app"), _CRASH_FREE,
-        Column("Crash-free devices", '{{percent(row["crash_free_devices"])}}', "number"),
+        "releases", Column("Version", _RELEASE_LINK, "main"),
+        Column("Verdict", '{{(row["verdict"] or {}).get("text", "-")}}'), _APP._replace(condition="not page.app"),
+        _CRASH_FREE, Column("Crash-free devices", '{{percent(row["crash_free_devices"])}}', "number"),
         Column("Crashes", _COUNT % "crashes", "number"), Column("Sessions", _COUNT % "sessions", "number"),
         _ADOPTION._replace(label="Adoption, 7 days"), *_SEEN, empty=_NO_RELEASE),
     "apps": """% if "problem" in notice:
@@ -7131,8 +7151,9 @@ table { border-collapse: collapse; width: 100%; } th { text-align: left; font-we
 th, td { padding: 0.4rem 1.2rem 0.4rem 0; vertical-align: top; } :is(th, td):last-child { padding-right: 0; }
 time, .number { white-space: nowrap; } .number { text-align: right; }
 .list tr { border-bottom: 1px solid var(--rule); }
+.list th { white-space: normal; overflow-wrap: normal; }
 .list tr[aria-current], .own, .hint, pre, .long dd, button { background: var(--tint); }
-.list td:is([data-label="App"], [data-label="Versions"]) { min-width: 6.5rem; }
+.list td:is([data-label="App"], [data-label="Versions"], [data-label="Verdict"]) { min-width: 6.5rem; }
 .list th.number:first-child, .bars .number { width: 1%; }
 .bars th { color: inherit; font-size: 1em; width: 42%; }
 .bars :is(th, td) { padding-block: 0.15rem; }
@@ -7164,7 +7185,7 @@ button, summary { cursor: pointer; } button:hover { border-color: var(--ink); }
 .key { font-size: 1.1em; user-select: all; } .actions { margin-top: 0.6rem; }
 .more { display: inline-block; margin: 1rem 1.5rem 0 0; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
-@media (max-width: 48rem) {
+@media (max-width: 60rem) {
   .crash { grid-template-columns: minmax(0, 1fr); }
   .list thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   .list, .list tbody { display: block; }

@@ -4949,6 +4949,7 @@ BY_DAY, BY_SEQ = "USING PRIMARY KEY (app_id=? AND day>? AND day<?)", "USING INTE
 LABELS_BY_DAY = ["labels USING PRIMARY KEY (app_id=? AND field=? AND day>? AND day<?)"]
 GROUP = "groups USING PRIMARY KEY (app_id=? AND group_hash=?)"
 GROUP_CRASHES = "crashes USING COVERING INDEX crashes_by_group (app_id=? AND group_hash=?)"
+CRASHES_SINCE = GROUP_CRASHES[:-1] + " AND received_at>?)"
 SESSION_LOOKUPS = ["events USING INTEGER PRIMARY KEY (rowid>? AND rowid<?)",
                    "sessions USING PRIMARY KEY (app_id=? AND session_id=?)"]
 PLANS = {
@@ -4959,14 +4960,14 @@ PLANS = {
     "releases": [f"release_days {BY_DAY}", f"session_days {BY_DAY}", "releases USING PRIMARY KEY (app_id=?)",
                  "release_sums USING PRIMARY KEY (app_id=? AND app_version=?)", f"apps {BY_SEQ}",
                  "release_hours USING PRIMARY KEY (app_id=? AND app_version=? AND hour>? AND hour<?)"],
-    "groups": ["group_sums USING PRIMARY KEY (app_id=?)", GROUP, GROUP_CRASHES],
-    "groups, of days": ["crashes USING COVERING INDEX crashes_by_group (app_id=?)", GROUP, GROUP_CRASHES],
+    "groups": ["group_sums USING PRIMARY KEY (app_id=?)", GROUP, CRASHES_SINCE],
+    "groups, of days": ["groups USING PRIMARY KEY (app_id=?)", GROUP, CRASHES_SINCE],
     "group": [f"crashes {BY_SEQ}", GROUP, GROUP_CRASHES], "crash": [f"crashes {BY_SEQ}"],
     "attention": [f"group_days {BY_DAY}", GROUP, "triage USING PRIMARY KEY (app_id=? AND group_hash=?)",
-                  GROUP_CRASHES[:-1] + " AND received_at>?)"],
+                  CRASHES_SINCE],
     "event_names": ["event_names USING PRIMARY KEY (app_id=?)", "event_names USING PRIMARY KEY (app_id=? AND name=?"
                     " AND type=? AND day>? AND day<?)"], "neighbours": [GROUP_CRASHES],
-    "group_days": [GROUP_CRASHES[:-1] + " AND received_at>?)"],
+    "group_days": [CRASHES_SINCE],
     "events": SESSION_LOOKUPS, "events, oldest first": SESSION_LOOKUPS,
     "a commit": [f"{table} USING PRIMARY KEY (app_id=? AND {key})" for table, key in (
         ("devices", "device=?"), ("device_days", "device=? AND day>? AND day<?"),
@@ -6883,6 +6884,77 @@ def test_the_overview_names_what_is_new_and_what_to_fix_first(api, clock, person
     assert api.server.metrics.attention("Shop") == {"new": [], "new_count": 0, "first": []}
 
 
+def test_an_old_version_that_comes_late_hides_neither_the_verdict_of_the_newest_nor_what_to_fix_there(
+        keeping, clock):
+    server = keeping()
+    shop, someone = server.store.create_app("Shop"), Person(server)
+    clock.move(-3600)
+    add(server, key=shop, app_version="7.0", device_id_hash="s")
+    clock.move(3600)
+    send_devices(server, "1.1", 100, 4)
+    clock.move(A_DAY)
+    send_devices(server, "1.2", 100, 12)
+    clock.move(3600)
+    add(server, exception_type="Rare", app_version="0.9", device_id_hash="old")
+    someone.sign_in()
+    text = someone.text("/releases?app=default")
+    assert "Version Verdict Crash-free" in text and " 1.2 worse: 88 % of devices crash-free, 96 % before" in text
+    assert " 0.9 - " in text
+    for n in range(99):  # they and 0.9 take all places in the list of releases
+        add(server, app_version=f"0.8.{n}", device_id_hash="old")
+    text = someone.text("/").split("Is the latest release worse?")[1]
+    assert re.match(" 1[.]2 default worse: 88 % of devices .* 7[.]0 Shop nothing to compare it with New and", text)
+    assert "worse" in someone.text("/?app=default") and server.metrics.digest()[0].startswith("default 1.2 is worse: ")
+    scores = {each["exception_type"]: each["score"] > 0 for each in server.metrics.attention("default")["first"]}
+    assert scores == {"SIGABRT": True, "Rare": False}
+
+
+def test_a_group_of_many_devices_is_weighed_though_those_of_one_crash_more_often(api, person):
+    for kind in range(25):
+        add(api.server, times=5, exception_type=f"Loop{kind}", app_version="1.0", device_id_hash="one")
+    for device in range(4):
+        add(api.server, exception_type="Spread", app_version="1.0", device_id_hash=f"d{device}")
+    first = api.server.metrics.attention()["first"]
+    assert [(each["exception_type"], each["devices"]) for each in first][0] == ("Spread", 4)
+    assert re.search("To fix first Group Devices Crashes Last seen Spread new 4 4", person.text("/"))
+
+
+@pytest.mark.parametrize("days_later", [2, 20])  # its name is kept for a week
+def test_a_group_whose_crashes_have_expired_shows_what_was_decided_and_can_be_decided_anew(
+        one_day, clock, later, days_later):
+    someone, path = Person(one_day), f"/crashes/{ABORTS}"
+    for kind in ("SIGABRT", "Undecided"):
+        id = backfeedr.crash_id(add(one_day, exception_type=kind).seqs[0])
+    decided(one_day, {"state": "resolved", "comment": "It was the cart."})
+    later(one_day, days_later * A_DAY)
+    one_day.store.prune()
+    assert count(one_day, "crashes") == 0
+    someone.sign_in()
+    text = someone.text(path)
+    assert re.search(f"{'SIGABRT' if days_later < 7 else ABORTS} - backfeedr", text)
+    for said in ("Resolved Reopen Mute", "Crashes 0 Devices 0", "commented It was the cart.", "crashes have expired"):
+        assert said in text, said
+    for form, state in (("open", "Open Resolve"), ("muted", "Muted Resolve"), ("open", "Open Resolve")):
+        answer = state_form(someone.get(path), form).submit(headers=HTML)
+        assert answer.status_int == 303 and state in someone.text(urlsplit(answer.headers["Location"]).path)
+    for query in ("?report=" + id, "?report=0000000000000000", "?cursor=1-0000000000000000"):
+        someone.get(path + query, 404)
+    someone.get("/crashes/" + group_hash("Undecided", []), 404)
+    links = re.findall('href="(/crashes/[0-9a-f]{16})"', someone.get("/").text)
+    assert set(links) == ({path} if days_later < 7 else set())
+    assert {someone.get(link).status_int for link in links} <= {200}
+    assert someone.web.get(path + ".txt").text.startswith(f"Crash group {ABORTS}\n")
+
+
+def test_the_address_in_a_text_names_the_app_that_was_asked_for(api, person):
+    key = api.server.store.create_app("Trial & Co", is_test=True)
+    group = api.post(CRASHES, CRASH, key=key)[1]["group_hash"]
+    for form in ("txt", "md"):
+        text = person.web.get(f"/crashes/{group}.{form}?app=Trial+%26+Co").text
+        link = re.search("http://localhost:80(.*)", text)[1]
+        assert link == f"/crashes/{group}?app=Trial+%26+Co" and person.get(link).status_int == 200
+
+
 def test_the_list_of_crashes_says_of_which_days_it_is_and_links_to_the_others(api, person):
     api.post(CRASHES, {**CRASH, "app_version": "1.0"})
     for query, said in (("", "The last 7 days, today included."), ("?days=1", "The last day, today included."),
@@ -7119,7 +7191,7 @@ def test_a_browser_shows_the_pages_without_an_error(serve, tmp_path, demo):
                   for path in PAGES[1:])):
             browser.load(method, **params)
             assert browser.run("document.title").endswith(title + " - backfeedr")
-            for width, scheme in ((1280, "light"), (1280, "dark"), (390, "dark"), (390, "light")):
+            for width, scheme in ((1280, "light"), (1280, "dark"), (970, "light"), (390, "dark"), (390, "light")):
                 browser.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1,
                              mobile=width < 600)
                 browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
