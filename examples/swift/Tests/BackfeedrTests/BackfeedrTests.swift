@@ -225,6 +225,41 @@ final class SendingTests: XCTestCase {
         }
     }
 
+    func testAfterAnAnswerNoPauseOfEarlierFailuresIsLeft() {
+        let script = Script([lost, lost, stored]), phone = Phone("http://h", transport: script.transport)
+        phone.track(["a"])
+        XCTAssertFalse(phone.flush())
+        XCTAssertFalse(phone.flush())
+        XCTAssertTrue(phone.flush())
+        phone.track(["b"])
+        phone.client.wentToBackground()
+        XCTAssertTrue(waitUntil(within: 10) { script.requests.count == 4 })
+    }
+
+    func testAFlushBeforeTheDeviceIsKnownDoesNotSayThatAllIsSent() {
+        let script = Script([stored]), phone = Phone("http://h", transport: script.transport, isKnown: false)
+        phone.track(["a"])
+        XCTAssertFalse(phone.flush())
+        phone.client.identify(vendor: "vendor")
+        XCTAssertTrue(phone.flush())
+        XCTAssertEqual(script.requests.count, 1)
+    }
+
+    func testEventsThatTheDiskDoesNotLetGoAreAtMostABatch() throws {
+        // In a folder with so long a path there may be a file of lines, but none with the longer name of a request.
+        let start = temporaryFolder(), room = Int(PATH_MAX) - 40 - start.path.utf8.count
+        let path = (0..<room).map { $0 % 100 == 0 && $0 < room - 1 ? "/" : "x" }.joined()
+        let script = Script([stored]), folder = URL(fileURLWithPath: start.path + path)
+        for _ in 0..<2 {
+            let phone = Phone("http://h", folder: folder, transport: script.transport)
+            phone.track((0..<250).map { "\($0)" })
+            XCTAssertFalse(phone.flush())
+        }
+        let lines = try String(contentsOf: folder.appendingPathComponent("gathering.jsonl"), encoding: .utf8)
+        XCTAssertEqual(lines.split(separator: "\n").count, Outbox.maxBatch)
+        XCTAssertEqual(script.requests.count, 0)
+    }
+
     func testARequestIsSignedAnewWithTheSameKeyAndBody() {
         let clock = ManualClock(), script = Script([lost, stored])
         let phone = Phone("http://h/a", clock: clock.clock, transport: script.transport)
@@ -546,6 +581,14 @@ final class AppleTests: XCTestCase {
         XCTAssertTrue(Phone("http://h", folder: folder, transport: script.transport).flush())
         XCTAssertEqual(script.requests.map { $0.httpBody }, [payload([crash(pid: 1)])])
         XCTAssertEqual(script.requests[0].value(forHTTPHeaderField: "X-Backfeedr-Device")?.count, 64)
+    }
+
+    func testOldMarksGoAtTheNextLaunch() throws {
+        let clock = ManualClock(), phone = Phone("http://h", clock: clock.clock, isKnown: false)
+        for pid in 0..<3 { phone.outbox.markException(pid: pid) }
+        clock.move(172_801)
+        _ = Phone("http://h", folder: phone.folder, clock: clock.clock, isKnown: false)
+        XCTAssertEqual(try FileManager.default.contentsOfDirectory(atPath: phone.folder.path), [])
     }
 
     func testAMarkIsForgottenAfterTwoDays() {
