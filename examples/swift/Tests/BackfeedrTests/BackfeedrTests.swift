@@ -413,6 +413,38 @@ final class ReportTests: XCTestCase {
         XCTAssertTrue(crumbs.allSatisfy { $0["text"]!.count == 200 })
     }
 
+    private func error(in body: Data?) throws -> [String: Any] {
+        let batch = try JSONSerialization.jsonObject(with: XCTUnwrap(body)) as? [String: Any]
+        let event = try XCTUnwrap((batch?["events"] as? [[String: Any]])?.first)
+        return try XCTUnwrap(event["properties"] as? [String: Any])
+    }
+
+    func testTheNewestBreadcrumbsOfALongErrorAreKept() throws {
+        let script = Script([stored]), phone = Phone("http://h", transport: script.transport)
+        for number in 0..<50 { phone.client.breadcrumb("\(number) " + String(repeating: "\u{8A9E}", count: 190)) }
+        let long = Dictionary(uniqueKeysWithValues: (0..<20).map { ("\($0)", String(repeating: "x", count: 2000)) })
+        phone.client.capture(CartError(item: 1), long, "")
+        phone.flush()
+        let crumbs = try XCTUnwrap(try error(in: script.requests[0].httpBody)["breadcrumbs"] as? [[String: String]])
+        XCTAssertEqual(crumbs.count, 50)
+        XCTAssertEqual(crumbs.last?["text"]?.hasPrefix("49 "), true)
+        XCTAssertEqual(crumbs.first?["text"], "")
+    }
+
+    func testOfTheURLsOfAnErrorNeitherQueryNorPasswordIsSent() throws {
+        struct Failed: Error { var reason: any Error }
+        let secret = "https://anna:secret@h.example/cart?token=secret#secret"
+        let error = URLError(.timedOut, userInfo: [NSURLErrorFailingURLErrorKey: URL(string: secret)!])
+        for error in [error, error as NSError, Failed(reason: error)] as [any Error] {
+            let script = Script([stored]), phone = Phone("http://h", transport: script.transport)
+            phone.client.capture(error, [:], "")
+            phone.flush()
+            let text = try XCTUnwrap(try self.error(in: script.requests[0].httpBody)["error"] as? String)
+            XCTAssertTrue(text.contains("https://h.example/cart"), text)
+            XCTAssertFalse(text.contains("secret"), text)
+        }
+    }
+
     func testNoValueCostsAReportOrTheApp() throws {
         final class Opaque: Sendable {}
         enum Kind { case book }
