@@ -260,7 +260,12 @@ extension Backfeedr {
             guard let front = front.ifFree({ $0 }), front.isEnabled != false else { return }
             let pid = Int(ProcessInfo.processInfo.processIdentifier)
             var trimmed = Trimmed(room: 100_000)
-            var crash: [String: Any] = front.fields
+            var fields = front.fields
+            if fields.isEmpty {  // so early in the launch that the device is not known yet: all but its id
+                fields = Client.fields(vendor: "")
+                fields["device_id_hash"] = nil
+            }
+            var crash: [String: Any] = fields
             crash["exception_type"] = name.isEmpty ? "NSException" : trimmed.text(name)
             crash["exception_reason"] = trimmed.text(reason)
             crash["stack_trace"] = addresses.prefix(512).enumerated().map { Client.frame($0.offset, at: $0.element) }
@@ -301,7 +306,7 @@ extension Backfeedr {
 
         /// A text whose URLs have no password, query and fragment: those of URLError and the like may hold tokens.
         private static func withoutSecrets(_ text: String) -> String {
-            [(#"://[^\s/?#@]*@"#, "://"), (#"(://[^\s?#"',]*)[?#][^\s"',]*"#, "$1")].reduce(text) { text, each in
+            [(#"://[^\s/?#@]*@"#, "://"), (#"(://[^\s?#"]*)[?#][^\s"]*"#, "$1")].reduce(text) { text, each in
                 text.replacingOccurrences(of: each.0, with: each.1, options: .regularExpression)
             }
         }

@@ -433,14 +433,14 @@ final class ReportTests: XCTestCase {
 
     func testOfTheURLsOfAnErrorNeitherQueryNorPasswordIsSent() throws {
         struct Failed: Error { var reason: any Error }
-        let secret = "https://anna:secret@h.example/cart?token=secret#secret"
+        let secret = "https://anna:secret@h.example/cart,2?ids=1,2&token='secret'#secret"
         let error = URLError(.timedOut, userInfo: [NSURLErrorFailingURLErrorKey: URL(string: secret)!])
         for error in [error, error as NSError, Failed(reason: error)] as [any Error] {
             let script = Script([stored]), phone = Phone("http://h", transport: script.transport)
             phone.client.capture(error, [:], "")
             phone.flush()
             let text = try XCTUnwrap(try self.error(in: script.requests[0].httpBody)["error"] as? String)
-            XCTAssertTrue(text.contains("https://h.example/cart"), text)
+            XCTAssertTrue(text.contains("https://h.example/cart,2"), text)
             XCTAssertFalse(text.contains("secret"), text)
         }
     }
@@ -574,6 +574,14 @@ final class AppleTests: XCTestCase {
         XCTAssertEqual(crashes, [
             "NSRangeException|index 9 beyond bounds|0x2000|1|opened the cart|1", "SIGSEGV|None|None|0|None|1",
             "SIGABRT|None|None|0|None|1"])
+    }
+
+    func testAnExceptionBeforeTheDeviceIsKnownTellsTheSystemAndNoDevice() throws {
+        let phone = Phone("http://h", isKnown: false)
+        phone.client.record(exception: "E", reason: "at launch", addresses: [])
+        let crash = try JSONSerialization.jsonObject(with: Data(XCTUnwrap(phone.contents.first).utf8)) as? [String: Any]
+        XCTAssertNotNil(crash?["os_version"])
+        XCTAssertNil(crash?["device_id_hash"])
     }
 
     func testWhichCrashesOfAPayloadAreThoseOfAnException() {
