@@ -27,8 +27,15 @@ extension Backfeedr.Client {
         #endif
         #if canImport(UIKit)
         onMain { [self] in
-            identify(vendor: UIDevice.current.identifierForVendor?.uuidString)
-            observe(UIApplication.didBecomeActiveNotification) { $0.becameActive() }
+            // There is none before the phone was first unlocked. Another id would be another device, so that waits.
+            if let vendor = UIDevice.current.identifierForVendor { identify(vendor: vendor.uuidString) }
+            observe(UIApplication.didBecomeActiveNotification) { client in
+                client.becameActive()
+                client.onMain {
+                    guard client.deviceID.isEmpty else { return }
+                    client.identify(vendor: UIDevice.current.identifierForVendor?.uuidString)
+                }
+            }
             observe(UIApplication.didEnterBackgroundNotification) { $0.wentToBackground() }
         }
         #else
@@ -64,7 +71,7 @@ extension Backfeedr.Client {
         #if canImport(MachO)
         var info = Dl_info()
         guard dladdr(UnsafeRawPointer(bitPattern: address), &info) != 0, let base = info.dli_fbase,
-              let name = info.dli_fname else { return frame }
+              let name = info.dli_fname, address >= UInt(bitPattern: base) else { return frame }
         let parts = String(cString: name).components(separatedBy: "/")
         let app = parts.firstIndex { $0.hasSuffix(".app") || $0.hasSuffix(".appex") }
         frame["binary"] = parts.last

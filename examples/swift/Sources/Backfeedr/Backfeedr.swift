@@ -35,7 +35,8 @@ public enum Backfeedr {
     }
 
     /// Reports an error that the app has caught, with its type, its description, the place in the source, the
-    /// breadcrumbs, and what you add as context. Keep names and paths of people out of it.
+    /// breadcrumbs, and what you add as context. Of a URL in the description neither query nor password is sent. Keep
+    /// names and paths of people out of the rest.
     public static func capture(_ error: any Error, context: [String: any Sendable] = [:],
                                file: String = #fileID, line: Int = #line) {
         client?.capture(error, context, "\(file):\(line)")
@@ -259,7 +260,12 @@ extension Backfeedr {
             guard let front = front.ifFree({ $0 }), front.isEnabled != false else { return }
             let pid = Int(ProcessInfo.processInfo.processIdentifier)
             var trimmed = Trimmed(room: 100_000)
-            var crash: [String: Any] = front.fields
+            var fields = front.fields
+            if fields.isEmpty {  // so early in the launch that the device is not known yet: all but its id
+                fields = Client.fields(vendor: "")
+                fields["device_id_hash"] = nil
+            }
+            var crash: [String: Any] = fields
             crash["exception_type"] = name.isEmpty ? "NSException" : trimmed.text(name)
             crash["exception_reason"] = trimmed.text(reason)
             crash["stack_trace"] = addresses.prefix(512).enumerated().map { Client.frame($0.offset, at: $0.element) }
@@ -288,12 +294,21 @@ extension Backfeedr {
             case .error(let error, let context, let place, let breadcrumbs):
                 event["type"] = "error"
                 event["name"] = trimmed.text(title(error))
+                // The newest breadcrumbs tell most, so where there is no room it is the oldest and the context.
                 event["properties"] = [
-                    "error": trimmed.text(String(describing: error)), "place": trimmed.text(place),
-                    "context": trimmed.value(context), "breadcrumbs": breadcrumbs.map { trimmed.breadcrumb($0) }]
+                    "error": withoutSecrets(trimmed.text(String(describing: error))), "place": trimmed.text(place),
+                    "breadcrumbs": Array(breadcrumbs.reversed().map { trimmed.breadcrumb($0) }.reversed()),
+                    "context": trimmed.value(context)]
             }
             guard JSONSerialization.isValidJSONObject(event) else { return nil }
             return try? JSONSerialization.data(withJSONObject: event, options: .sortedKeys)
+        }
+
+        /// A text whose URLs have no password, query and fragment: those of URLError and the like may hold tokens.
+        private static func withoutSecrets(_ text: String) -> String {
+            [(#"://[^\s/?#@]*@"#, "://"), (#"(://[^\s?#"]*)[?#][^\s"]*"#, "$1")].reduce(text) { text, each in
+                text.replacingOccurrences(of: each.0, with: each.1, options: .regularExpression)
+            }
         }
 
         /// What errors are counted by: the type, or of one from Objective-C the domain and code.

@@ -135,6 +135,7 @@ extension Backfeedr {
 
         /// Makes requests of new payloads, without the crashes that were reported already.
         func acceptPayloads() {
+            for mark in marks() where !isFresh(mark.at) { remove(mark.name) }
             for name in all() where name.hasSuffix(Outbox.new) {
                 dropReported(name)
                 try? FileManager.default.moveItem(at: url(name), to: url(String(name.dropLast(Outbox.new.count))))
@@ -154,11 +155,12 @@ extension Backfeedr {
         func gather(_ events: some Sequence<Data>) -> Bool {
             var chunk = Data(), isFull = false
             for event in events {
-                if gathered >= Outbox.maxBatch || gatheredBytes + event.count > Outbox.maxBatchBytes {
+                if gathered >= Outbox.maxBatch || gathered > 0 && gatheredBytes + event.count > Outbox.maxBatchBytes {
                     write(chunk)
                     chunk = Data()
                     seal()
                     isFull = true
+                    if gathered > 0 { break }  // the disk does not let it go, so there is no place for more
                 }
                 chunk += event + [10]
                 gathered += 1
@@ -183,8 +185,10 @@ extension Backfeedr {
 
         /// Makes a request of the events so far, and lets the oldest files go where there are too many.
         func seal() {
-            (gathered, gatheredBytes) = (0, 0)
             try? FileManager.default.moveItem(at: lines, to: url(Outbox.newName(.events, at: clock.now())))
+            // What the disk does not let go counts as full, or it would grow without bound.
+            gathered = FileManager.default.fileExists(atPath: lines.path) ? Outbox.maxBatch : 0
+            gatheredBytes = 0
             prune()
         }
 
@@ -224,12 +228,13 @@ extension Backfeedr {
             }.sorted { $0.at < $1.at }
         }
 
+        private func isFresh(_ at: Double) -> Bool { abs(clock.now().timeIntervalSince1970 - at) < 172_800 }
+
         /// Takes crashes out of a payload that were reported as exceptions. Only iOS 17 and later tell a pid; before,
         /// the report comes at the next launch, so an abort is the exception's. A mark is good for one crash and two
         /// days.
         func dropReported(_ name: String) {
-            let fresh = marks().filter { abs(clock.now().timeIntervalSince1970 - $0.at) < 172_800 }
-            marks().filter { mark in !fresh.contains { $0.name == mark.name } }.forEach { remove($0.name) }
+            let fresh = marks().filter { isFresh($0.at) }
             guard !fresh.isEmpty, let data = try? Data(contentsOf: url(name)) else { return }
             guard var payload = (try? JSONSerialization.jsonObject(with: data)) as? [String: Any] else {
                 if Outbox.isDeepCrash(data, ofOneOf: fresh.map { $0.pid }) { remove(name) }
@@ -289,7 +294,7 @@ extension Backfeedr {
 
         private func finish() {
             isSending = false
-            let told = waiting, isDone = isEmpty
+            let told = waiting, isDone = isOff || isEmpty && !deviceID.isEmpty  // before, reports wait in memory
             waiting = []
             told.forEach { $0(isDone) }
         }
@@ -343,7 +348,7 @@ extension Backfeedr {
         private func settle(_ name: String, _ outcome: Outcome) {
             switch outcome {
             case .stored, .refused:
-                failures = 0
+                (failures, pausedUntil) = (0, 0)  // the server is there again
                 remove(name)
                 skip(name)  // where the disk refuses that, it is not sent without end
             case .leaveOut(let index): leaveOut(index, of: name)

@@ -225,6 +225,41 @@ final class SendingTests: XCTestCase {
         }
     }
 
+    func testAfterAnAnswerNoPauseOfEarlierFailuresIsLeft() {
+        let script = Script([lost, lost, stored]), phone = Phone("http://h", transport: script.transport)
+        phone.track(["a"])
+        XCTAssertFalse(phone.flush())
+        XCTAssertFalse(phone.flush())
+        XCTAssertTrue(phone.flush())
+        phone.track(["b"])
+        phone.client.wentToBackground()
+        XCTAssertTrue(waitUntil(within: 10) { script.requests.count == 4 })
+    }
+
+    func testAFlushBeforeTheDeviceIsKnownDoesNotSayThatAllIsSent() {
+        let script = Script([stored]), phone = Phone("http://h", transport: script.transport, isKnown: false)
+        phone.track(["a"])
+        XCTAssertFalse(phone.flush())
+        phone.client.identify(vendor: "vendor")
+        XCTAssertTrue(phone.flush())
+        XCTAssertEqual(script.requests.count, 1)
+    }
+
+    func testEventsThatTheDiskDoesNotLetGoAreAtMostABatch() throws {
+        // In a folder with so long a path there may be a file of lines, but none with the longer name of a request.
+        let start = temporaryFolder(), room = Int(PATH_MAX) - 40 - start.path.utf8.count
+        let path = (0..<room).map { $0 % 100 == 0 && $0 < room - 1 ? "/" : "x" }.joined()
+        let script = Script([stored]), folder = URL(fileURLWithPath: start.path + path)
+        for _ in 0..<2 {
+            let phone = Phone("http://h", folder: folder, transport: script.transport)
+            phone.track((0..<250).map { "\($0)" })
+            XCTAssertFalse(phone.flush())
+        }
+        let lines = try String(contentsOf: folder.appendingPathComponent("gathering.jsonl"), encoding: .utf8)
+        XCTAssertEqual(lines.split(separator: "\n").count, Outbox.maxBatch)
+        XCTAssertEqual(script.requests.count, 0)
+    }
+
     func testARequestIsSignedAnewWithTheSameKeyAndBody() {
         let clock = ManualClock(), script = Script([lost, stored])
         let phone = Phone("http://h/a", clock: clock.clock, transport: script.transport)
@@ -378,6 +413,38 @@ final class ReportTests: XCTestCase {
         XCTAssertTrue(crumbs.allSatisfy { $0["text"]!.count == 200 })
     }
 
+    private func error(in body: Data?) throws -> [String: Any] {
+        let batch = try JSONSerialization.jsonObject(with: XCTUnwrap(body)) as? [String: Any]
+        let event = try XCTUnwrap((batch?["events"] as? [[String: Any]])?.first)
+        return try XCTUnwrap(event["properties"] as? [String: Any])
+    }
+
+    func testTheNewestBreadcrumbsOfALongErrorAreKept() throws {
+        let script = Script([stored]), phone = Phone("http://h", transport: script.transport)
+        for number in 0..<50 { phone.client.breadcrumb("\(number) " + String(repeating: "\u{8A9E}", count: 190)) }
+        let long = Dictionary(uniqueKeysWithValues: (0..<20).map { ("\($0)", String(repeating: "x", count: 2000)) })
+        phone.client.capture(CartError(item: 1), long, "")
+        phone.flush()
+        let crumbs = try XCTUnwrap(try error(in: script.requests[0].httpBody)["breadcrumbs"] as? [[String: String]])
+        XCTAssertEqual(crumbs.count, 50)
+        XCTAssertEqual(crumbs.last?["text"]?.hasPrefix("49 "), true)
+        XCTAssertEqual(crumbs.first?["text"], "")
+    }
+
+    func testOfTheURLsOfAnErrorNeitherQueryNorPasswordIsSent() throws {
+        struct Failed: Error { var reason: any Error }
+        let secret = "https://anna:secret@h.example/cart,2?ids=1,2&token='secret'#secret"
+        let error = URLError(.timedOut, userInfo: [NSURLErrorFailingURLErrorKey: URL(string: secret)!])
+        for error in [error, error as NSError, Failed(reason: error)] as [any Error] {
+            let script = Script([stored]), phone = Phone("http://h", transport: script.transport)
+            phone.client.capture(error, [:], "")
+            phone.flush()
+            let text = try XCTUnwrap(try self.error(in: script.requests[0].httpBody)["error"] as? String)
+            XCTAssertTrue(text.contains("https://h.example/cart,2"), text)
+            XCTAssertFalse(text.contains("secret"), text)
+        }
+    }
+
     func testNoValueCostsAReportOrTheApp() throws {
         final class Opaque: Sendable {}
         enum Kind { case book }
@@ -509,6 +576,14 @@ final class AppleTests: XCTestCase {
             "SIGABRT|None|None|0|None|1"])
     }
 
+    func testAnExceptionBeforeTheDeviceIsKnownTellsTheSystemAndNoDevice() throws {
+        let phone = Phone("http://h", isKnown: false)
+        phone.client.record(exception: "E", reason: "at launch", addresses: [])
+        let crash = try JSONSerialization.jsonObject(with: Data(XCTUnwrap(phone.contents.first).utf8)) as? [String: Any]
+        XCTAssertNotNil(crash?["os_version"])
+        XCTAssertNil(crash?["device_id_hash"])
+    }
+
     func testWhichCrashesOfAPayloadAreThoseOfAnException() {
         let pid = 4242, hang = #", "hangDiagnostics": [{"callStackTree": {}}]"#
         let fault = payload([crash(signal: 11)]), report = #"{"environment": {"pid": 4242}, "crashDiagnostic": {}}"#
@@ -546,6 +621,14 @@ final class AppleTests: XCTestCase {
         XCTAssertTrue(Phone("http://h", folder: folder, transport: script.transport).flush())
         XCTAssertEqual(script.requests.map { $0.httpBody }, [payload([crash(pid: 1)])])
         XCTAssertEqual(script.requests[0].value(forHTTPHeaderField: "X-Backfeedr-Device")?.count, 64)
+    }
+
+    func testOldMarksGoAtTheNextLaunch() throws {
+        let clock = ManualClock(), phone = Phone("http://h", clock: clock.clock, isKnown: false)
+        for pid in 0..<3 { phone.outbox.markException(pid: pid) }
+        clock.move(172_801)
+        _ = Phone("http://h", folder: phone.folder, clock: clock.clock, isKnown: false)
+        XCTAssertEqual(try FileManager.default.contentsOfDirectory(atPath: phone.folder.path), [])
     }
 
     func testAMarkIsForgottenAfterTwoDays() {
