@@ -49,8 +49,8 @@ To make a change, touch:
     add a figure                a class in FIGURES with SCHEMA_VERSION, migrate, and a question in Metrics
     add a page                  Dashboard.routes, a method there, and a template with _PAGES above it
     add a command               a function in Command line, and a row of _COMMANDS
-    add a kind of alert channel  a function in Alerts, and a row of CHANNELS
-    accept another format       a function in Payloads, and a row of Backfeedr._ingestion
+    add a kind of channel       a function in Alerts, and a row of CHANNELS
+    accept another format       a function in Payloads or Apple formats, and a row of Backfeedr._ingestion
 """
 
 from __future__ import annotations
@@ -2196,10 +2196,11 @@ create table new_names (                   -- of an app and a UTC day
         """The `other` of each report, and the reports with the group under which they are stored."""
         is_event = type(reports[0]) is Event
         fields = ["app_version", "name"] if is_event else [each for each in NEW_NAMES if each != "name"]
-        names = {(app_id, each, name) for each in fields for name in set(map(attrgetter(each), reports)) if name}
-        if is_event and any(name for _, each, name in names if each == "name"):  # the ends of sessions are not counted
-            names = {each for each in names if each[1] != "name"} | {
-                (app_id, "name", report.name) for report in reports if report.name and report.type not in _ENDS}
+        found = {each: set(map(attrgetter(each), reports)) for each in fields}
+        if is_event:  # the ends of sessions are not counted by name
+            named = set(map(attrgetter("name", "type"), reports))  # in C, as a batch has a hundred
+            found["name"] = {name for name, type_ in named if type_ not in _ENDS}
+        names = {(app_id, each, name) for each, of in found.items() for name in of if name}
         unknown = self._unknown(names - self.accepted)
         refused = self._refused(dict.fromkeys(  # in the order in which they came
             (app_id, came // DAY, each, getattr(report, each)) for came, report in zip(received, reports)
