@@ -8514,6 +8514,27 @@ def _open_input(name: str) -> BinaryIO:
         raise StoreError(f"cannot read {name}: {error.strerror}") from None
 
 
+class _PrintHandbook(argparse.Action):
+    """Prints a topic of the handbook, or a line for each topic, and exits. The handbook is a file beside the program,
+    in its .pyz, or where a wheel puts it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, topic: Any,
+                 option: str | None = None) -> None:
+        sections = dict(part.split("\n", 1) for part in self._text().split("\n## ")[1:])
+        if topic and topic not in sections:
+            parser.error(f"invalid choice: {topic!r} (choose from {', '.join(sections)})")
+        lines = [f"{name:12}{text.strip().splitlines()[0]}" for name, text in sections.items()]
+        print(sections[topic].strip() if topic else "\n".join(lines), file=_harmless(sys.stdout))
+        parser.exit()
+
+    def _text(self) -> str:
+        here = os.path.dirname(__file__)
+        for folder in (here, os.path.join(here, "examples"), os.path.join(sys.prefix, "share", "backfeedr")):
+            with suppress(OSError):
+                return str(globals()["__loader__"].get_data(os.path.join(folder, "handbook.md")), "utf-8")
+        raise StoreError("there is no handbook.md: copy examples/handbook.md beside backfeedr.py")
+
+
 _Arguments = Mapping[str, Mapping[str, Any]]  # what argparse is told of each
 _KINDS = {"crashes": Crash, "events": Event}
 _APP_NAME = {"NAME": dict(help="the app's name")}
@@ -8566,6 +8587,8 @@ _COMMANDS = (  # name, function, help, arguments beside --db
     ("import", _import, "store what export has printed as jsonl", {
         "FILE": dict(type=_open_input, help="the file; - is standard input")}),
     ("check", _check, "say whether the database is as it should be", {}),
+    ("help", _PrintHandbook, "explain a topic; without one, list the topics", {
+        "TOPIC": dict(nargs="?", default="", action=_PrintHandbook, help="one of those that help lists")}),
 )
 
 

@@ -8545,9 +8545,33 @@ def test_an_export_and_its_import_take_no_more_memory_for_more_events(command):
         assert peaks[name, 4_000] < peaks[name, 1_000] * 1.2, peaks
 
 
+def test_help_lists_the_topics_of_the_handbook_prints_one_and_knows_what_a_misspelt_one_means(command):
+    status, out, err = command("help")
+    lines = dict(line.split(None, 1) for line in out.splitlines())
+    assert (status, err, list(lines)) == (0, "", re.findall("^## (.*)", HANDBOOK, re.M))
+    for topic, line in lines.items():
+        status, out, err = command("help", topic)
+        assert (status, err) == (0, "") and out.startswith(line + "\n\n") and f"## {topic}\n\n{out}" in HANDBOOK
+    status, out, err = command("help", "privcy")
+    assert (status, out) == (2, "") and err.endswith("; did you mean privacy?\n")
+    assert not Path("backfeedr.db").exists()
+
+
+@pytest.mark.parametrize("place", ["handbook.md", "examples/handbook.md", "share/backfeedr/handbook.md"])
+def test_the_handbook_is_found_beside_the_program_and_where_it_is_missing_help_says_what_to_copy(
+        command, monkeypatch, tmp_path, place):
+    monkeypatch.setattr(backfeedr, "__file__", str(tmp_path / "backfeedr.py"))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert command("help", "limits") == (
+        1, "", "backfeedr: there is no handbook.md: copy examples/handbook.md beside backfeedr.py\n")
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / place).write_text("# A handbook\n\n## limits\n\nHow much.\n")
+    assert command("help", "limits") == (0, "How much.\n", "")
+
+
 # == Examples and packaging ====================================================
 
-README = (HERE / "README.md").read_text(encoding="utf-8")
+README, HANDBOOK = (path.read_text(encoding="utf-8") for path in (HERE / "README.md", EXAMPLES / "handbook.md"))
 PROGRAMS = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 SECRETS = {"BACKFEEDR_API_KEY": KEY, "BACKFEEDR_AUTH_TOKEN": TOKEN}
 URL = r"http://127\.0\.0\.1:[1-9]\d*"
@@ -9872,8 +9896,8 @@ def section(title):
 
 
 def code_blocks(kind, words=""):
-    """The blocks of that kind that have these words."""
-    return [block for block in re.findall(rf"^```{kind}\n(.*?)^```$", README, re.M | re.S) if words in block]
+    """The blocks of that kind that have these words, in the README or the handbook."""
+    return [block for block in re.findall(rf"^```{kind}\n(.*?)^```$", README + HANDBOOK, re.M | re.S) if words in block]
 
 
 def table(title):
@@ -9883,7 +9907,7 @@ def table(title):
 
 
 def test_the_readmes_settings_their_defaults_and_the_latest_release_are_those_of_the_program():
-    assert re.findall(r"^- \*\*(.+?)\*\*", section("Releases"), re.M)[0] == backfeedr.__version__
+    assert re.findall(r"^- \*\*(.+?)\*\*", section("Changelog"), re.M)[0] == backfeedr.__version__
     assert {variable: default for variable, default, _ in table("Settings")} == {
         **{name: str(int(default) if isinstance(default, bool) else default) for name, default in DEFAULTS.items()},
         **dict.fromkeys(SECRETS, "made at first start")}
@@ -9907,13 +9931,24 @@ def form(usage):
 
 def test_the_readmes_commands_are_those_of_the_program(command):
     shown = [cells[0] for cells in table("Commands")]
-    assert sorted(map(form, shown)) == sorted(map(form, usages(command)))
-    assert shown[0].startswith("python backfeedr.py [serve]") and "--db" in shown[0]
+    assert sorted(form("python backfeedr.py " + cell) for cell in shown) == sorted(map(form, usages(command)))
+    assert shown[0].startswith("[serve]") and "--db" in shown[0]
 
 
-def test_each_link_of_the_readme_leads_to_a_file_and_each_example_is_run_by_a_test():
+def test_the_readmes_endpoints_are_those_of_openapi():
+    shown = [cells[0].replace("GROUP_HASH", "{group_hash}").replace("UUID", "{uuid}") for cells in table("API")]
+    assert sorted(shown) == sorted(["GET /metrics", *(f"{method} /api/v1{path}" for method, path, _ in OPERATIONS)])
+
+
+def test_the_readme_is_short_and_each_of_its_links_leads_somewhere_and_each_example_is_run_by_a_test(command):
+    lines = README.splitlines()
+    assert len(lines) <= 250 and [line for line in lines if len(line) > 120 and not line.startswith("![")] == []
     links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
     assert [link for link in links if not (HERE / link).is_file()] == []
+    titles = {re.sub("[^a-z -]", "", title.lower()).replace(" ", "-") for title in re.findall("^## (.*)", README, re.M)}
+    assert {*re.findall(r"\]\(#([^)]+)\)", README)} == titles
+    topics = {line.split()[0] for line in command("help")[1].splitlines()}
+    assert {*re.findall(r"`help\s([a-z]+)`", README + HANDBOOK)} <= topics
     tests = Path(__file__).read_text(encoding="utf-8")
     names = [path.name for path in EXAMPLES.rglob("*")
              if path.is_file() and path.suffix not in (".pyc", ".png") and ".build" not in path.parts]
@@ -9968,8 +10003,8 @@ def test_each_request_of_the_readme_is_answered_as_it_shows_and_its_client_and_s
     session = dict(type="session_start", session_id="s", app_version="1.0", device_id_hash="d", occurred_at=now)
     for path, body in ((CRASHES, crash), (CRASHES, dict(crash, exception_type="Other")), (EVENTS, session)):
         assert server.post(path, body)[0] == 201
-    shown = re.findall(r"^\$ (curl (?:.*\\\n)*.*)\n(\{.*)$", "".join(code_blocks("console")), re.M)
-    assert len(shown) == README.count("\n$ curl"), "a request without an answer"
+    shown = re.findall(r"^\$ (curl (?:.*\\\n)*.*)\n(\{.*(?:\n .*)*)$", "".join(code_blocks("console")), re.M)
+    assert len(shown) == (README + HANDBOOK).count("\n$ curl"), "a request without an answer"
     for command, answer in shown:
         got = answer_to(command)
         assert same_shape(json.loads(answer.replace(", ...", "")), got), (command, got)
@@ -9990,14 +10025,14 @@ def pip(tmp_path_factory):
 @pytest.mark.slow
 def test_the_readmes_first_lines_start_a_server_and_one_makes_a_file_that_runs_with_nothing_but_python(tmp_path, pip):
     clone = tmp_path / "clone"
-    clone.mkdir()
+    (clone / "examples").mkdir(parents=True)
     shutil.copy(SERVER, clone)
+    shutil.copy(EXAMPLES / "handbook.md", clone / "examples")
     start = re.search("<!-- start -->\n```sh\n(.*?)```\n<!-- /start -->", README, re.S)[1]
     with running("bash", "-c", start, cwd=clone, BACKFEEDR_PORT="0", PATH=PROGRAMS, **SECRETS, **pip) as process:
         check_stores_a_crash(printed(process, f"(?<=backfeedr on ){URL}")[0], clone / "backfeedr.db")
 
     command, = code_blocks("sh", "zipapp")
-    assert len(command.splitlines()) == 1
     for _ in range(2):  # the second is for the next release
         bash(command, clone, **pip)
     # without the environment, this folder, and all that is installed
@@ -10008,25 +10043,27 @@ def test_the_readmes_first_lines_start_a_server_and_one_makes_a_file_that_runs_w
         process.terminate()
         assert (process.stdout.read(), process.wait(20)) == ("", 0)
     with ThreadPoolExecutor() as pool:
-        version, refusal, misuse = pool.map(
+        version, refusal, misuse, helped = pool.map(
             lambda words: run_program(*isolated, *words.split(), cwd=tmp_path), (
-                "--version", "key create No", "nonsense"))
+                "--version", "key create No", "nonsense", "help limits"))
     assert version == (0, f"backfeedr {backfeedr.__version__}\n", "") and misuse[0] == 2
     check_one_line(refusal, "backfeedr: there is no app named 'No'")
+    assert helped[0] == 0 and helped[1] in HANDBOOK
 
 
 @pytest.mark.slow
-def test_a_wheel_holds_exactly_one_module_and_the_version_of_it(tmp_path, pip):
+def test_a_wheel_holds_exactly_one_module_its_version_and_the_handbook(tmp_path, pip):
     pytest.importorskip("build")
     shutil.copytree(EXAMPLES, tmp_path / "examples", ignore=shutil.ignore_patterns(".build"))
     for path in (SERVER, *(HERE / name for name in ("README.md", "setup.cfg", "pyproject.toml", "LICENSE"))):
         shutil.copy(path, tmp_path)
-    assert "`python -m build`" in section("Releases")
+    assert "`python -m build`" in section("Changelog")
     bash("python -m build", tmp_path)
     wheel, = (tmp_path / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        info = f"backfeedr-{backfeedr.__version__}.dist-info/"
-        assert [name for name in archive.namelist() if not name.startswith(info)] == ["backfeedr.py"]
+        info, data = (f"backfeedr-{backfeedr.__version__}.{kind}/" for kind in ("dist-info", "data"))
+        assert sorted(name for name in archive.namelist() if not name.startswith(info)) == [
+            data + "data/share/backfeedr/handbook.md", "backfeedr.py"]
         assert archive.read("backfeedr.py") == SERVER.read_bytes()
         assert b"backfeedr = backfeedr:main" in archive.read(info + "entry_points.txt")
         assert b"\nRequires-Python: >=3.9\n" in archive.read(info + "METADATA")
