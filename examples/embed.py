@@ -3,8 +3,8 @@
     python examples/embed.py --port 8080
     python examples/client.py --endpoint http://127.0.0.1:8080/crashes --key bf_live_... crash examples/crash.json
 
-`make_app` is the part to copy. For the host apps of a framework see embed_bottle.py,
-embed_flask.py and embed_django.py, which are served by `main` below.
+Copy `make_app`. For host apps in a framework see embed_bottle.py, embed_flask.py and
+embed_django.py, which are served by `main` below.
 """
 
 import argparse
@@ -30,13 +30,13 @@ def hello(environ, start_response):
 
 
 def make_app(server, host=hello):
-    """A WSGI app that gives `server`, a Backfeedr, all below /crashes/, and the rest to the host app."""
+    """A WSGI app that passes /crashes/ and below to `server`, a Backfeedr, and the rest to the host app."""
     def app(environ, start_response):
         path = environ.get("PATH_INFO", "")
         if path.startswith("/crashes/"):
             shift_path_info(environ)  # moves "/crashes" from PATH_INFO to SCRIPT_NAME
             return server(environ, start_response)
-        if path == "/crashes":  # which somebody typed
+        if path == "/crashes":  # typed without the slash
             location = quote(environ.get("SCRIPT_NAME", "")) + "/crashes/"
             start_response("308 Permanent Redirect", [("Location", location)])
             return []
@@ -58,7 +58,7 @@ def main(argv=None, make_app=make_app):
 
 
 def serve(listener, db_path, make_app):
-    """Serves on a listening socket. What a new database announces names the mounted address."""
+    """Serves on a listening socket. What a first start prints has the mounted address."""
     port = listener.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     print(f"embed on {url}\nbackfeedr on {url}/crashes\n", flush=True)

@@ -4,8 +4,8 @@
     python examples/embed_django.py --port 8080
     python examples/client.py --endpoint http://127.0.0.1:8080/crashes --key bf_live_... crash examples/crash.json
 
-In a project of yours `make_app` goes into wsgi.py: Django has no word for mounting a
-WSGI app, so the few lines of `embed.make_app` stand in front of it.
+In your project `make_app` goes into wsgi.py. Django cannot mount a WSGI app, so the few
+lines of `embed.make_app` stand in front of it.
 """
 
 import embed  # the file beside this one, which serves it
@@ -23,7 +23,7 @@ urlpatterns = [path("", hello)]
 
 
 def make_app(server):
-    """The project, with `server`, a Backfeedr, before it."""
+    """The project, with `server`, a Backfeedr, in front of it."""
     settings.configure(ROOT_URLCONF=__name__, ALLOWED_HOSTS=["127.0.0.1", "localhost"])
     return embed.make_app(server, get_wsgi_application())
 

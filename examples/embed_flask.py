@@ -19,7 +19,7 @@ def make_app(server):
         app = server if environ["PATH_INFO"] else werkzeug.utils.redirect(environ["SCRIPT_NAME"] + "/", 308)
         return app(environ, start_response)
 
-    # Around what Flask does, so that none of its hooks, sessions and error pages is in a phone's way.
+    # Outside Flask, so that its hooks, sessions and error pages do not touch the reports.
     host.wsgi_app = DispatcherMiddleware(host.wsgi_app, {"/crashes": mounted})
 
     @host.get("/")

@@ -3,19 +3,19 @@
     pip install gunicorn
     gunicorn -c examples/gunicorn.conf.py
 
-The command line of it is `gunicorn --preload --workers 2 'backfeedr:Backfeedr()'`.
+The same without this file: `gunicorn --preload --workers 2 'backfeedr:Backfeedr()'`.
 """
 
-# Made once and then forked: a first start announces its key once, and a wrong setting ends it.
+# The app is made once, then forked: a first start prints its key once, and a wrong setting ends it.
 preload_app = True
-# It reads the BACKFEEDR_* variables, but for host, port and threads: these are gunicorn's.
+# It reads the BACKFEEDR_* variables except host, port and threads, which are set here.
 wsgi_app = "backfeedr:Backfeedr()"
 bind = "127.0.0.1:8080"
-# Each process counts requests by itself: BACKFEEDR_RATE_LIMIT holds for each of them.
+# Each process counts requests for itself: BACKFEEDR_RATE_LIMIT applies to each of them.
 workers = 2
-# No address is logged: a warning of gunicorn names the client of a malformed request, and so would an access log.
-# What starts and stops is not logged either; faults are.
+# No address is logged. gunicorn's warnings about malformed requests name the client, and so would an access log.
+# At this level starts and stops are not logged, errors are.
 loglevel = "error"
 accesslog = None
-# Of each process. Reports that come at one moment share a commit, so many threads cost little.
+# For each process. Reports that arrive together share a commit, so many threads cost little.
 threads = 16

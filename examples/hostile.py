@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What can somebody do with a leaked key? Measures what a flood of made-up names costs everybody else.
+"""What can a leaked key do? Measures what a flood of made-up names costs everybody else.
 
     python examples/hostile.py [--reports 500000] [--server FILE] [--dir DIR]
 
-Sends so many reports with one key, of which every type, group, model, version, device, session and day is new, half of
-them crashes, to a real server on this host. Shows how long the public answers then are and take, what another app's
-reports cost before and after, and how large the file is when all of it is past the retention and pruned.
+Sends that many reports with one key to a real server on this host. Half of them are crashes; every type, group, model,
+version, device, session and day is new. Shows the size and time of the public answers after that, the speed of another
+app's reports before and after, and the size of the file after the retention, when all of it has been pruned.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from statistics import median, quantiles
 
 from benchmark import CRASH, EVENTS, FIGURES, HERE, Bench, backfeedr, over_network, process, rfc3339, say
 
-CLIENTS, LONG = 8, "x" * 400  # of the flood; what makes names long
+CLIENTS = 8  # that send the flood
+LONG = "x" * 400  # makes names long
 PRUNE = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
@@ -33,7 +34,7 @@ with backfeedr.Store(sys.argv[2], lambda: time.time() + 400 * 86_400, retention_
 
 
 def names(number: int, now: float) -> dict:
-    """The fields of a report of which everything is new."""
+    """The fields of a report in which everything is new."""
     return {"app_version": f"{number}.{LONG}", "device_model": f"m{number}{LONG}", "device_id_hash": f"d{number}",
             "session_id": f"s{number}", "occurred_at": rfc3339(now - 3_600 * (number % 160_000))}
 
@@ -82,9 +83,9 @@ def measure(bench: Bench, file: Path, db: Path, reports: int, seconds: float) ->
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measures what a flood of made-up names costs everybody else.")
     parser.add_argument("--reports", type=int, default=500_000, metavar="N", help="default: 500000")
-    parser.add_argument("--seconds", type=float, default=5.0, metavar="N", help="of the other app's load (default: 5)")
+    parser.add_argument("--seconds", type=float, default=5.0, metavar="N", help="load of the other app (default: 5)")
     parser.add_argument("--server", type=Path, default=HERE.parent / "backfeedr.py", help="a backfeedr.py")
-    parser.add_argument("--dir", type=Path, default=Path("."), help="where the database is put (default: here)")
+    parser.add_argument("--dir", type=Path, default=Path("."), help="folder for the database (default: here)")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="backfeedr-hostile-", dir=given.dir) as folder:
         bench = Bench(Path(folder).resolve(), uses_wrk=False)

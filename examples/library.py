@@ -1,9 +1,9 @@
-"""backfeedr from plain Python, without any web server: makes a key, and prints what is known of an app.
+"""backfeedr from plain Python, without a web server: makes a key, and prints the figures of an app.
 
     python examples/library.py
     python examples/library.py --db backfeedr.db --app Shop
 
-It may do so while a server works on the same file.
+This works while a server uses the same file.
 """
 
 import argparse
@@ -19,10 +19,10 @@ except ImportError:  # a fresh clone: it lies in the folder above this one
 
 
 def key_and_figures(db_path, app):
-    """A new key for an app, which is made where there is none of that name; and the app's last seven days."""
-    # A Backfeedr would make the app `default` in a new database, and an admin token: these are for a server.
+    """A new key for an app, and the app's last seven days. The app is made if there is none of that name."""
+    # In a new database, a Backfeedr would also make the app `default` and an admin token, which only a server needs.
     with Store(db_path) as store:
-        # create_key refuses a name that it does not know: a misspelt one must not make a second app.
+        # create_key refuses unknown names, so that a misspelt one does not make a second app.
         known = app in [each.name for each in store.apps()]
         key = store.create_key(app) if known else store.create_app(app)
         return key, Metrics(store).overview(app)
