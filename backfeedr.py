@@ -6306,9 +6306,8 @@ class Dashboard:
             types=metrics.crash_types(app, 30), devices=metrics.devices(app, 30))
 
     def _crashes(self, page: PageRequest) -> Response:
-        metrics, given = self._metrics, page.parameters("version", "text", "state", "sort", "cursor")
-        days = page.parameters("days").get("days", None if {"version", "text"} & given.keys() else WEEK)
-        days = None if page.query.get("days") == "all" else days
+        metrics, given = self._metrics, page.parameters("version", "text", "state", "sort", "cursor", "days")
+        days = given.pop("days", None if {"version", "text", "days"} & page.query.keys() else WEEK)
         found = metrics.groups(page.app, **given, days=days, limit=LIST_ROWS)
         details = metrics.group_days([each["group_hash"] for each in found["groups"]], page.app,
                                      given.get("version"))["groups"]
@@ -6338,8 +6337,7 @@ class Dashboard:
     def _group_text(self, page: PageRequest, group_hash: str, form: str) -> Response:
         """A group for a bug tracker, a reader or an assistant."""
         group = self._metrics.group(group_hash, page.app, limit=1)
-        query = "?" + urlencode({"app": page.app}) if page.app else ""  # without it, a test app's group is not found
-        text = group_text(group, f"{page.url}/crashes/{group_hash}{query}")
+        text = group_text(group, page.url + page.address.replace("." + form, "", 1))
         kind = {"Content-Type": f"text/{'markdown' if form == 'md' else 'plain'}; charset=utf-8"}
         return bottle.HTTPResponse(text.encode("utf-8", "replace"), 200, {**PAGE_HEADERS, **kind})
 
@@ -6446,25 +6444,20 @@ def _sentence(text: str) -> str:
 Tile = tuple[str, str, str, str]  # name, value, note and chart of a figure
 
 
-def _week_tile(name: str, labels: Sequence[str], days: Sequence[int], draw: Callable[[Values], str]) -> Tile:
-    note = f"7 days; {sum(days[-14:-7]):,} in the 7 before"
-    return name, f"{sum(days[-7:]):,}", note, chart(name, labels, days, draw)
-
-
 def _overview_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
     week, crash_days, active = metrics.overview(app), metrics.daily_crashes(app, 30), metrics.active_devices(app, 30)
     labels, crashes, sessions = crash_days["labels"], crash_days["data"], metrics.sessions(app, 30)["sessions"]
     rates = [crash_free_rate(*day) if day[1] else None for day in zip(crashes, sessions)]
     lowest = min((rate for rate in rates if rate is not None), default=0)
     axis_start = max(rate for rate in (0, 50, 80, 90, 95, 99) if rate <= lowest)
-    value = f"{week['crash_free_rate_7d']:.2f} %" if week["sessions_7d"] else "-"
     before = crash_free_rate(sum(crashes[-14:-7]), sum(sessions[-14:-7]))
-    note = f"7 days; {before:.2f} % in the 7 before" if sum(sessions[-14:-7]) else "7 days"
-    name = "Crash-free sessions"
-    yield name, value, note, chart(name, labels, rates, low=axis_start, unit=" %")
+    yield ("Crash-free sessions", f"{week['crash_free_rate_7d']:.2f} %" if week["sessions_7d"] else "-",
+           f"7 days; {before:.2f} % in the 7 before" if sum(sessions[-14:-7]) else "7 days",
+           chart("Crash-free sessions", labels, rates, low=axis_start, unit=" %"))
     yield "Active devices", f"{week['dau']:,}", "24 hours", chart("Active devices", labels, active["dau"])
-    yield _week_tile("Sessions", labels, sessions, draw_line)
-    yield _week_tile("Crashes", labels, crashes, draw_columns)
+    for name, days, draw in (("Sessions", sessions, draw_line), ("Crashes", crashes, draw_columns)):
+        note = f"7 days; {sum(days[-14:-7]):,} in the 7 before"
+        yield name, f"{sum(days[-7:]):,}", note, chart(name, labels, days, draw)
 
 
 def _usage_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
@@ -6581,11 +6574,8 @@ def _fields(page: PageRequest, report: JsonObject) -> Iterator[tuple[str, str]]:
         "occurred_at": page.when, "received_at": page.when, "device_model": device_name}
     for name, value in {**report, **report.get("extra", {})}.items():
         if name not in _SHOWN_APART and not (name == "breadcrumbs" and _crumbs(report)):
-            yield name.replace("_", " "), shown.get(name, _any_html)(value)
-
-
-def _any_html(value: Any) -> str:
-    return f"<bdi>{escape(_as_text(value))}</bdi>"
+            html = shown[name](value) if name in shown else f"<bdi>{escape(_as_text(value))}</bdi>"
+            yield name.replace("_", " "), html
 
 
 def _frame(frame: JsonObject) -> tuple[str, str, bool, str]:
@@ -6627,8 +6617,7 @@ def _as_text(value: Any) -> str:
 # The HTML and CSS of the pages. Templates know only `for` and `if`; `{{ }}` escapes, `{{! }}` takes HTML that was made
 # above. What several templates share is a constant, or a function that returns their source, such as _table().
 
-_PAGES = (("/", "Overview"), ("/crashes", "Crashes"), ("/usage", "Usage"), ("/releases", "Releases"),
-          ("/apps", "Apps"))
+_PAGES = (("/", "Overview"), ("/crashes", "Crashes"), ("/usage", "Usage"), ("/releases", "Releases"), ("/apps", "Apps"))
 _ICON = ("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath d='M1 11h4l2-8 "
          "3 11 2-6h3' fill='none' stroke='%23c0392b' stroke-width='2'/%3E%3C/svg%3E")
 Column = tuple[str, str, str]  # label, template of a cell, in which `row` is what is listed, and CSS class
@@ -6691,10 +6680,9 @@ _GROUP = ("Crash", """
 _CRASHES = ("Crashes", '{{number(row["count"])}}', "number")
 _VERSION = ("Version", '<bdi>{{shorten(row.get("app_version", ""), 40)}}</bdi>', "bare")
 _DEVICE = ("Device", '{{!device_name(row.get("device_model", ""))}}', "bare")
-_RELEASE = """
+_RELEASE = ("Version", """\
 <a href="{{link("/crashes", app=row["app"], version=row["app_version"])}}"><bdi>{{row["app_version"]}}</bdi></a>
-""" + _APP
-_RELEASES = ("Version", _RELEASE, "main")
+""" + _APP, "main")
 _NO_RELEASE = "No release yet. Reports with an <code>app_version</code> appear here."
 _TILES = """<div class="grid tiles">
 % for name, value, note, chart in tiles:
@@ -6756,8 +6744,7 @@ again since {{!when(group["regressed_at"])}}
 
 _TEMPLATES = {
     "layout": """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><meta name="robots" content="noindex">
 <title>{{shorten(title, 80)}} - backfeedr</title><link rel="icon" href="{{icon}}"><style>{{!style}}</style></head>
 <body><a class="skip" href="#main">Skip to content</a>
@@ -6807,7 +6794,7 @@ _TEMPLATES = {
 <section><h2><a href="{{link("/releases")}}">Is the latest release worse?</a></h2>
 % for row in verdicts:
 % verdict = row["verdict"] or {}
-<p class="verdict">""" + _RELEASE + """\
+<p class="verdict">""" + _RELEASE[1] + """\
 <b{{!' class="problem"' if verdict.get("word") == "worse" else ""}}>
 {{verdict.get("text") or "no earlier release to compare with"}}</b>
 % if verdict.get("before") and verdict.get("interval"):
@@ -6847,10 +6834,7 @@ No crashes stored{{" of " + page.app if page.app else ""}}. <a href="{{link("/ap
 sending one.
 % end
 """) + _PAGE_LINKS,
-    "group": """<p>
-% if group["place"]:
-<b><bdi>{{group["exception_type"]}}</bdi></b>
-% end
+    "group": """<p><b><bdi>{{group["exception_type"] if group["place"] else ""}}</bdi></b>
 <span class="soft"><bdi>{{shorten(report.get("exception_reason", ""), 5000)}}</bdi></span></p>
 <dl class="facts">
 % for name in ("count", "devices", "first_seen", "last_seen"):
@@ -6963,7 +6947,7 @@ No events stored{{" of " + page.app if page.app else ""}}.
         ("30 days", '{{!sparkline(row["days"], "Events")}}', ""), ("Events", '{{!show(row["count"])}}', "number"),
         empty="No events in 30 days.") + """<p><a href="{{link("/events")}}">All events, one by one</a></p></section>
 <section><h2><a href="{{link("/releases")}}">Adoption, 7 days</a></h2>
-""" + _table("releases", _RELEASES, "Adoption", "Sessions", empty=_NO_RELEASE) + "</section></div>\n",
+""" + _table("releases", _RELEASE, "Adoption", "Sessions", empty=_NO_RELEASE) + "</section></div>\n",
     "releases": """<p class="note">Sorted by
 % if "sort" in parameters:
 <a href="{{link("/releases")}}">first seen</a> | version</p>
@@ -6971,9 +6955,9 @@ No events stored{{" of " + page.app if page.app else ""}}.
 first seen | <a href="{{link("/releases", sort="version")}}">version</a></p>
 % end
 """ + _table(
-        "releases", _RELEASES, ("Verdict", '{{(row["verdict"] or {}).get("text", "-")}}', ""), "Crash-free sessions",
-        "Crash-free devices", "Crashes", "Sessions", ("Adoption, 7 days", '{{!show(row["adoption"])}}', "number"),
-        "First seen", "Last seen", empty=_NO_RELEASE),
+        "releases", _RELEASE, ("Verdict", '{{(row["verdict"] or {}).get("text", "-")}}', ""), "Crash-free sessions",
+        "Crash-free devices", "Crashes", "Sessions", "Adoption", "First seen", "Last seen", empty=_NO_RELEASE)
+    + '<p class="note">Adoption is the share of the sessions of the last 7 days.</p>\n',
     "apps": """% if notice:
 <section class="hint" role="{{"status" if status == 200 else "alert"}}"><p>{{notice["message"]}}</p>
 % if notice.get("secret"):
@@ -7146,9 +7130,9 @@ PAGE_HEADERS = {
         f" 'sha256-{base64.b64encode(sha256(STYLE)).decode()}'")}
 
 _TEMPLATE_GLOBALS = {
-    "bar_chart": bar_chart, "build_name": build_name, "culprit": _culprit,
-    "curl_line": curl_line, "details": _details, "device_name": device_name, "icon": _ICON, "iso": iso_time,
-    "number": "{:,}".format, "pages": _PAGES, "shorten": _shorten, "sparkline": sparkline, "style": STYLE}
+    "bar_chart": bar_chart, "build_name": build_name, "culprit": _culprit, "curl_line": curl_line, "details": _details,
+    "device_name": device_name, "icon": _ICON, "iso": iso_time, "number": "{:,}".format, "pages": _PAGES,
+    "shorten": _shorten, "sparkline": sparkline, "style": STYLE}
 
 
 # == Backfeedr =================================================================

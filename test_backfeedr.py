@@ -6856,7 +6856,7 @@ def test_the_overview_names_what_is_new_and_what_to_fix_first(api, clock, person
         "Fresh": (1, 1.0, 1), "Back": (1, 1.0, 1), "Stale": (3, 0.75, 3), "Old": (5, 0.0, 5)}
     assert [each["exception_type"] for each in found["first"][2:]] == ["Stale", "Old"]
     text = person.text("/").split("Is the latest release worse?")[1].split("Crash-free")[0]
-    assert re.search("2[.]0 .*New or regressed in .* 7 days: 3 .*Back regressed .*To fix first .*Stale new 3 3 2 d", text)
+    assert re.search("2[.]0 .*New or regressed .* 7 days: 3 .*Back regressed .*To fix first .*Stale new 3 3 2 d", text)
     assert "Gone" not in text and "Fixed" not in text and "Muted" not in text
     assert "halved for each day since the last crash" in text
     api.server.store.create_app("Shop")
