@@ -6604,7 +6604,9 @@ class Crawl:
                 form[name] = value
             answer = form.submit(headers=HTML)
             assert answer.status_int == (303 if is_triage else 200), (form.action, action, answer)
-            for name, fields in form.fields.items() if form.method.upper() == "GET" else ():
+            self.kinds["form of " + form.action] += 1
+            is_new = form.method.upper() == "GET" and self.kinds["form of " + form.action] == 1
+            for name, fields in form.fields.items() if is_new else ():
                 for value, *_ in getattr(fields[0], "options", []):
                     form[name] = value
                     yield form.submit(headers=HTML).request.path_qs.replace("//", "/", 1)  # as bottle restores it
