@@ -6184,7 +6184,7 @@ class PageRequest:
         return f'<time datetime="{iso_time(at)}" title="{exact}">{shown}</time>'
 
     def app_note(self, row: JsonObject) -> str:
-        """The apps of what is listed, unless the page is about one."""
+        """The apps of a row of a list; "" where the page is about one app."""
         return "" if self.app or len(self.apps or ()) < 2 else ", ".join(row.get("apps") or [row["app"]])
 
     def show(self, value: Any) -> str:
@@ -6426,7 +6426,7 @@ class Dashboard:
         id = int(form["id"]) if re.fullmatch("[0-9]{1,9}", form.get("id", "")) else 0
         if action == "test-channel":
             self._alerts.test(id)
-            return {"message": f"Channel {id} took a test message."}
+            return {"message": f"Sent a test message to channel {id}."}
         if action == "remove-channel":
             self._alerts.remove(id)
             return {"message": f"Removed channel {id}."}
@@ -6541,7 +6541,7 @@ def group_text(group: JsonObject, url: str) -> str:
 
 
 def _portrait(group: JsonObject) -> Iterator[tuple[str, str]]:
-    """Title and text of what is told of a group."""
+    """The title and the text of each section."""
     report: JsonObject = next(iter(group["reports"]), {})
     reason = _shorten(report.get("exception_reason", ""), SHOWN_TEXT)
     yield "What", "\n".join(filter(None, (group["place"], group["exception_type"], reason)))
@@ -6569,7 +6569,7 @@ _SHOWN_APART = ("exception_type", "exception_reason", "stack_trace", "raw_stack_
 
 
 def _fields(page: PageRequest, report: JsonObject) -> Iterator[tuple[str, str]]:
-    """Name and HTML of what else a crash says, in fields that the server knows and in others."""
+    """Name and HTML of the other fields of a crash, known to the server or not."""
     shown: dict[str, Callable[[Any], str]] = {
         "occurred_at": page.when, "received_at": page.when, "device_model": device_name}
     for name, value in {**report, **report.get("extra", {})}.items():
@@ -6811,7 +6811,8 @@ _TEMPLATES = {
 """ + _table("new", _GROUP, _CRASHES, "Last seen", empty="No new or regressed crashes.") + """</section>
 <section><h2><a href="{{link("/crashes", days=7)}}">To fix first</a></h2>
 """ + _table("first", _GROUP, "Devices", _CRASHES, "Last seen", empty="No crashes in the last 7 days.") + """
-<p class="note">By devices that crashed in the newest release in 7 days, halved for each day since the last crash.</p>
+<p class="note">Ranked by devices that crashed in the newest release in 7 days, halved for each day since the last
+crash.</p>
 </section></div>
 """ + _TILES + """<div class="grid"><section><h2>Exception types, 30 days</h2>{{!bar_chart(types)}}</section>
 <section><h2>Crashing devices, 30 days</h2>{{!bar_chart(devices)}}</section></div>
@@ -7011,7 +7012,7 @@ revoked {{!when(row.revoked_at)}}
              + _form('<button class="plain">Remove</button>', action="remove-channel", id='{{row["id"]}}'), "bare"),
         empty="No channels: nobody is told of new or regressed crashes.") + """
 <details><summary>Add channel</summary>
-""" + _form("""<p class="note">A webhook (https), slack+https, ntfy+https, or what Apprise knows.</p>
+""" + _form("""<p class="note">A webhook (https), slack+https, ntfy+https, or any address that Apprise supports.</p>
 <p><label>Address <input name="url" size="30" required></label>
 <label>App """ + _select("app", '[("", "all live apps"), *(app.name for app in apps)]') + """</label></p><p>
 % for kind, is_on in fact_kinds.items():

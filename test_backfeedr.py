@@ -7194,7 +7194,7 @@ def test_the_page_of_apps_adds_tests_and_removes_channels_and_shows_a_secret_onc
         (receiver.url + "/a/secret/path", secret, 1, "crash.new,crash.regressed,crash.unmuted,crash.spread", 0, None)]
     assert not re.search("whsec|secret/path", person.get("/apps").text) and "...path" in person.text("/apps")
     page = submit(person.get("/apps"), "test-channel", id="1")
-    assert "Channel 1 took a test message." in page.text
+    assert "Sent a test message to channel 1." in page.text
     assert receiver.bodies[0]["data"]["facts"] == [{"type": "test", "text": "This is a test of channel 1."}]
     receiver.status = 500
     page = submit(person.get("/apps"), "test-channel", id="1")
