@@ -6531,6 +6531,7 @@ def test_every_page_allows_nothing_from_elsewhere_and_a_get_changes_nothing(api,
                                        f" frame-ancestors 'none'; style-src 'sha256-{digest}'",
             "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
         assert {name: answer.headers[name] for name in expected} == expected, answer.request.path
+        assert 'href="#main"' in answer and not re.search("<th[ >](?!scope=)", answer.text)
         assert not re.search(r"<script|\sstyle=|\son\w+=|javascript:|https?://(?!localhost)", answer.text.replace(
             "xmlns=&#039;http://www.w3.org/2000/svg&#039;", ""))
     assert stored(api.server, *tables) == before
@@ -6678,14 +6679,14 @@ FULL["stack_trace"].append({"frame": 9, "symbol": "UIApplicationMain", "file": N
 OWN = [frame["symbol"] for frame in FULL["stack_trace"] if frame.get("file")]
 
 
-@pytest.mark.parametrize("reports, said_by_path, counts", [
+@pytest.mark.parametrize("reports, said_by_path", [
     ([], {"/": ["Nothing received yet", "curl -X POST http://localhost:80/api/v1/crashes",
                 "No crashes in the last 7 days", "Reports with an app_version"],
           "/crashes": ["No matches", '<option value="7" selected>last 7 days'],
           "/crashes?days=all": ["No crashes stored", '<option value="all" selected>all days'],
           "/usage": ["No events in 30 days", "none has ended", "Reports with an app_version"],
           "/events": ["No events stored"], "/events?name=x": ["No matches"], "/events?session_id=x": ["No matches"],
-          "/releases": ["Reports with an app_version"]}, {}),
+          "/releases": ["Reports with an app_version"]}),
     ([*(start_at("2026-03-12T10:00:00Z", f"s{n}", device_id_hash=f"d{n}", app_version="1.2.0") for n in range(4)),
       {**CRASH, "app_version": "1.2.0", "device_model": "iPhone16,1", "exception_reason": "Because"},
       {**CRASH, "occurred_at": "2026-03-01T10:00:00Z"}],
@@ -6693,21 +6694,19 @@ OWN = [frame["symbol"] for frame in FULL["stack_trace"] if frame.get("file")]
             "SIGABRT Because 0 1", "iPhone 15 Pro iPhone16,1 1", "SIGABRT 2",
             'aria-label="Crashes per day, 11 Feb to 12 Mar: latest 1, highest 1 on 12 Mar, lowest 0"',
             "<title>1 Mar: 1</title>", "<title>2 Mar: 0</title>"],
-      "/releases": ["1.2.0 - 75.00 % 100.00 % 1 4 100.00 %"]}, {}),
+      "/releases": ["1.2.0 - 75.00 % 100.00 % 1 4 100.00 %"]}),
     ([FULL], {"/crashes/{group}": [
         "ContentView.swift:42", "free memory mb 312", "battery level 0.67", "is charging false", "locale de_DE",
         "app version 1.2.0", "build number 47", "os version 18.3.1", "free disk mb 70",
-        "Time Action 14:22 Cart tap 00:00", "Crashes 1 Devices 1", "<code><bdi>UIApplicationMain",
-        *(f'<li class="own" title=""><code><bdi>{symbol}</bdi>' for symbol in OWN)]}, {'class="own"': len(OWN)}),
+        "Time Action 14:22 Cart tap 00:00", "Crashes 1 Devices 1", '<li title=""><code><bdi>UIApplicationMain',
+        *(f'<li class="own" title=""><code><bdi>{symbol}</bdi>' for symbol in OWN)]}),
     ([{**CRASH, "occurred_at": "2031-01-02T03:04:05Z"}],
-     {"/crashes/{group}": ['title="2031-01-02 03:04:05">2031-01-02<']}, {})])
-def test_each_page_shows_what_is_known_and_what_to_do_where_nothing_is(api, person, reports, said_by_path, counts):
+     {"/crashes/{group}": ['title="2031-01-02 03:04:05">2031-01-02<']})])
+def test_each_page_shows_what_is_known_and_what_to_do_where_nothing_is(api, person, reports, said_by_path):
     group = [api.post(CRASHES if "exception_type" in each else EVENTS, each)[1].get("group_hash") for each in reports]
     for path, said in said_by_path.items():
         page, text = (read(path.format(group=group and group[-1])) for read in (person.get, person.text))
         assert [each for each in said if each not in text and each not in page.text] == []
-        assert {each: page.text.count(each) for each in counts} == counts
-        assert ('class="chart"' in page) == (path not in ("/releases", "/events") and bool(reports)) or not reports
 
 
 def test_the_list_of_crashes_can_be_narrowed_and_says_of_which_days_it_is(api, person, clock):
