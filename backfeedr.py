@@ -5967,65 +5967,99 @@ def curl_line(url: str, key: str) -> str:
 
 
 # == Charts ====================================================================
-# Functions from numbers to SVG. Horizontal positions are percentages, so that a chart
-# is as wide as the page has room for. Labels of days are ISO dates.
+# Functions from figures to SVG, and the names of devices. A drawing has one unit of width for each day, and is
+# stretched to the width that the page has. Labels of days are ISO dates.
 
-_HEIGHT, _EDGE = 72, 3  # pixels: the height of a chart, and the margin above and below its lines
-_NO_CHART = '<p class="empty">None in these days.</p>'
+_HEIGHT = 72  # of a chart, in pixels
+_NO_CHART = '<p class="empty">No data in this period.</p>'
 _ROUND = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 50, 60, 80, 100)  # where an axis may end, and tens of times these
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+_DEVICES = """
+iPhone 10,1/4 8; 10,2/5 8 Plus; 10,3/6 X; 11,2 XS; 11,4/6 XS Max; 11,8 XR; 12,1 11; 12,3 11 Pro; 12,5 11 Pro Max
+iPhone 12,8 SE (2nd generation); 13,1 12 mini; 13,2 12; 13,3 12 Pro; 13,4 12 Pro Max; 14,4 13 mini; 14,5 13; 14,2 13 Pro
+iPhone 14,3 13 Pro Max; 14,6 SE (3rd generation); 14,7 14; 14,8 14 Plus; 15,2 14 Pro; 15,3 14 Pro Max; 15,4 15
+iPhone 15,5 15 Plus; 16,1 15 Pro; 16,2 15 Pro Max; 17,1 16 Pro; 17,2 16 Pro Max; 17,3 16; 17,4 16 Plus; 17,5 16e
+iPhone 18,1 17 Pro; 18,2 17 Pro Max; 18,3 17; 18,4 Air; 18,5 17e; 19,2 18 Pro; 19,3/7 18 Pro Max; 19,4 Duo
+iPad 7,5/6 (6th generation); 7,11/12 (7th generation); 11,6/7 (8th generation); 12,1/2 (9th generation)
+iPad 13,18/19 (10th generation); 15,7/8 (A16); 11,1/2 mini (5th generation); 14,1/2 mini (6th generation)
+iPad 16,1/2 mini (A17 Pro); 11,3/4 Air (3rd generation); 13,1/2 Air (4th generation); 13,16/17 Air (5th generation)
+iPad 14,8/9 Air 11-inch (M2); 14,10/11 Air 13-inch (M2); 15,3/4 Air 11-inch (M3); 15,5/6 Air 13-inch (M3)
+iPad 16,8/9 Air 11-inch (M4); 16,10/11 Air 13-inch (M4); 8,1/2/3/4 Pro 11-inch (1st generation)
+iPad 8,5/6/7/8 Pro 12.9-inch (3rd generation); 8,9/10 Pro 11-inch (2nd generation)
+iPad 8,11/12 Pro 12.9-inch (4th generation); 13,4/5/6/7 Pro 11-inch (3rd generation)
+iPad 13,8/9/10/11 Pro 12.9-inch (5th generation); 14,3/4 Pro 11-inch (4th generation)
+iPad 14,5/6 Pro 12.9-inch (6th generation); 16,3/4 Pro 11-inch (M4); 16,5/6 Pro 13-inch (M4); 17,1/2 Pro 11-inch (M5)
+iPad 17,3/4 Pro 13-inch (M5)
+Watch 5,1/2/3/4 Series 5; 5,9/10/11/12 SE; 6,1/2/3/4 Series 6; 6,6/7/8/9 Series 7; 6,10/11/12/13 SE (2nd generation)
+Watch 6,14/15/16/17 Series 8; 6,18 Ultra; 7,1/2/3/4 Series 9; 7,5 Ultra 2; 7,8/9/10/11 Series 10; 7,12 Ultra 3
+Watch 7,13/14/15/16 SE 3; 7,17/18/19/20 Series 11"""  # family, then the numbers of a code and the name that Apple sells
 
 escape = bottle.html_escape
 
 Values = Sequence[Optional[float]]
 
 
+def _read_devices() -> Iterator[tuple[str, str]]:
+    for line in _DEVICES.strip().splitlines():
+        family, _, entries = line.partition(" ")
+        for major, minors, name in re.findall("([0-9]+),([0-9/]+) ([^;]+)", entries):
+            yield from ((f"{family}{major},{minor}", f"{family} {name}") for minor in minors.split("/"))
+
+
+_DEVICE_NAMES = dict(_read_devices())
+
+
+def device_name(code: str) -> str:
+    """HTML of a device's code, with its name if that is known. Any other text stays as it is."""
+    name = _DEVICE_NAMES.get(code)
+    return f'{name} <small class="code">{code}</small>' if name else f"<bdi>{escape(_shorten(code, 80))}</bdi>"
+
+
 def _shorten(text: str, length: int = 300) -> str:
     return text if len(text) <= length else text[:length] + "..."
 
 
-def line_chart(title: str, labels: Sequence[str], values: Values, low: float = 0, unit: str = "") -> str:
-    """A line through one value a day, from `low` up, and a dot for today, which is not over. None leaves a gap."""
-    def draw(ys: Values, step: float) -> Iterator[str]:
-        xs, today = [f"{(n + 0.5) * step:.2f}%" for n in range(len(ys))], len(ys) - 1
-        starts = {n for n in range(today - 1) if ys[n] is not None and ys[n + 1] is not None}
-        yield from (f'<line x1="{xs[n]}" x2="{xs[n + 1]}" y1="{ys[n]:.1f}" y2="{ys[n + 1]:.1f}"/>' for n in starts)
-        yield from (f'<circle cx="{xs[n]}" cy="{y:.1f}" r="2.5"/>' for n, y in enumerate(ys)
-                    if y is not None and (n == today or not {n - 1, n} & starts))
-    return _chart(title, labels, values, draw, low, unit)
+def draw_line(ys: Values) -> str:
+    """A line that None interrupts, and a dot for today, which is not over."""
+    line, dots, today = "", "", len(ys) - 1
+    for n, y in enumerate(ys):
+        if y is not None:
+            is_start = n in (0, today) or ys[n - 1] is None
+            line += f"{'M' if is_start else 'L'}{n + 0.5},{y:.1f}"
+            if is_start and (n >= today - 1 or ys[n + 1] is None):
+                dots += f"M{n + 0.5},{y:.1f}h0"
+    return f'<path d="{line}"/><path class="dot" d="{dots}"/>'
 
 
-def column_chart(title: str, labels: Sequence[str], values: Values) -> str:
-    """A column for one value a day."""
-    def draw(ys: Values, step: float) -> Iterator[str]:
-        return (f'<rect x="{(n + 0.15) * step:.2f}%" width="{0.7 * step:.2f}%" y="{y:.1f}"'
-                f' height="{_HEIGHT - _EDGE - y:.1f}"/>' for n, y in enumerate(ys) if y is not None)
-    return _chart(title, labels, values, draw)
+def draw_columns(ys: Values) -> str:
+    """A column for each value."""
+    return "".join(f'<rect x="{n + 0.15:.2f}" width="0.7" y="{y:.1f}" height="{_HEIGHT - y:.1f}"/>'
+                   for n, y in enumerate(ys) if y is not None)
 
 
-def _chart(title: str, labels: Sequence[str], values: Values, draw: Callable[[Values, float], Iterable[str]],
-           low: float = 0, unit: str = "") -> str:
-    """`draw` makes SVG of the y positions in pixels, and of the percentage from one x position to the next."""
+def chart(title: str, labels: Sequence[str], values: Values, draw: Callable[[Values], str] = draw_line,
+          low: float = 0, unit: str = "") -> str:
+    """One value a day from `low` up, with a tooltip for each day. None: there is no value."""
     known = [(value, label) for value, label in zip(values, labels) if value is not None]
     if not known:
         return _NO_CHART
     (highest, peak), (lowest, _) = max(known), min(known)
-    step, bottom, tens = 100 / len(values), _HEIGHT - _EDGE, 10 ** max(0, len(str(int(highest))) - 2)
+    tens = 10 ** max(0, len(str(int(highest))) - 2)
     high = 100 if unit else next(tens * each for each in _ROUND if highest <= tens * each)
-    ys = [None if value is None else bottom - (bottom - _EDGE) * (value - low) / (high - low) for value in values]
+    drawn = draw([None if value is None else _HEIGHT * (high - value) / (high - low) for value in values])
     first, last = _day(labels[0]), _day(labels[-1])
     summary = (f"{title} per day, {first} to {last}: latest {known[-1][0]:,}{unit},"
                f" highest {highest:,}{unit} on {_day(peak)}, lowest {lowest:,}{unit}")
-    tooltips = [f"{_day(label)}: " + ("none" if value is None else f"{value:,}{unit}")
-                for label, value in zip(labels, values)]
-    tooltips[-1] += " so far"
-    days = "".join(f'<rect class="day" x="{n * step:.2f}%" width="{step:.2f}%" y="0" height="{_HEIGHT}">'
-                   f'<title>{tooltip}</title></rect>' for n, tooltip in enumerate(tooltips))
-    axis = "".join(f'<line x1="0" x2="100%" y1="{y}" y2="{y}"/>' for y in (_EDGE, bottom))
+    for n, (label, value) in enumerate(zip(labels, values)):
+        text = "none" if value is None else f"{value:,}{unit}{' so far' if label == labels[-1] else ''}"
+        drawn += f'<rect class="day" x="{n}" width="1" height="{_HEIGHT}"><title>{_day(label)}: {text}</title></rect>'
     return (f'<div class="chart" role="img" aria-label="{summary}">'
-            f'<p><span>{high:,}{unit}</span><span>{low:,}{unit}</span></p><svg width="100%" height="{_HEIGHT}">'
-            f'<g class="axis">{axis}</g><g class="marks">{"".join(draw(ys, step))}</g>{days}</svg>'
-            f'<p><span>{first}</span><span>{last}</span></p></div>')
+            f"<p><span>{high:,}{unit}</span><span>{low:,}{unit}</span></p>{_svg(len(values), _HEIGHT, drawn)}"
+            f"<p><span>{first}</span><span>{last}</span></p></div>")
+
+
+def _svg(width: int, height: int, content: str) -> str:
+    return f'<svg viewBox="0 0 {width} {height}" height="{height}" preserveAspectRatio="none">{content}</svg>'
 
 
 def _day(label: str) -> str:
@@ -6036,9 +6070,8 @@ def _day(label: str) -> str:
 def sparkline(values: Sequence[int], title: str) -> str:
     """A line as high as a line of text, through one value a day."""
     high, total = max(*values, 1), f"{sum(values):,} in {len(values)} days"
-    points = " ".join(f"{4 * n},{19 - 17 * value / high:.1f}" for n, value in enumerate(values))
-    return (f'<svg class="spark" role="img" aria-label="{title}: {total}" width="118" height="20">'
-            f'<title>{total}</title><polyline points="{points}"/></svg>')
+    line = draw_line([18 - 16 * value / high for value in values])
+    return f'<span class="spark" role="img" aria-label="{title}: {total}">{_svg(len(values), 20, line)}</span>'
 
 
 def bar_chart(figures: JsonObject, total: int | None = None) -> str:
@@ -6046,37 +6079,39 @@ def bar_chart(figures: JsonObject, total: int | None = None) -> str:
     shown = list(zip(figures["labels"], figures["data"]))[:10]
     rest = (sum(figures["data"]) if total is None else total) - sum(count for _, count in shown)
     longest = max((count for _, count in shown), default=1)
-    rows = [(f"<bdi>{escape(_shorten(label, 80))}</bdi>", count,
-             f'<rect width="{100 * count / longest:.1f}%" height="10"/>') for label, count in shown]
-    if rest > 0:
-        rows.append(("others, or unknown", rest, ""))
+    rows = [(device_name(label), count, f"{100 * count / longest:.1f}") for label, count in shown]
+    rows += [("other or unknown", rest, "0")] if rest > 0 else []
     html = "".join(
-        f'<tr><th scope="row">{label}</th><td><svg width="100%" height="10" aria-hidden="true">{bar}</svg></td>'
-        f'<td class="number">{count:,}</td></tr>' for label, count, bar in rows)
+        f'<tr><th scope="row">{label}</th><td><svg height="10" aria-hidden="true"><rect width="{share}%" height="10"/>'
+        f'</svg></td><td class="number">{count:,}</td></tr>' for label, count, share in rows)
     return f'<table class="bars">{html}</table>' if rows else _NO_CHART
 
 
 # == Dashboard =================================================================
-# The pages, for whoever has the admin token. They load nothing from other hosts and
-# use no JavaScript. What a report contains is hostile: it reaches a page only through
-# `{{ }}` or escape(), an address also through urlencode(), and never a style.
+# The pages, behind the admin token. They load nothing from other hosts and use no JavaScript. What a report contains
+# is hostile: it reaches a page only through `{{ }}` or escape(), an address also through urlencode(), never a style.
 
 SESSION_LIFETIME = 7 * DAY
 LINK_LIFETIME = 600 * SECOND  # of a link that signs in once
 LIST_ROWS = 25
+SHOWN_VERDICTS = 5
 SHOWN_FRAMES, SHOWN_TEXT = 200, 20_000  # frames and characters of a report on its page; the API has the rest
 
 _FORM_EXPIRED = "form expired"
-_FROM_ELSEWHERE = "You came here from another site, so your browser did not say who you are."
+_HINTS = {
+    403: "The session has changed since the page was loaded. Load it again, then resend the form.",
+    404: "It may have expired, or belong to an app that was deleted.",
+    500: "The server's log has the reason.", 503: "The server's log has the reason. Try again in a moment."}
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that HTML does not allow
-_NOT_XML = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")
+_NOT_XML = re.compile(_CONTROL.pattern + "|[\ufffe\uffff]")
+_MISLEADING = re.compile(_CONTROL.pattern + "|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # turn text around
 
-Response = bottle.HTTPResponse
+Response = Any  # a bottle.HTTPResponse; bottle has no types
 PageHandler = Callable[..., Response]  # called with a PageRequest and the parts of the path
 
 
 class PageRequest:
-    """A request for a page: its address, its browser's cookies and, after read_form(), its form."""
+    """A request for a page: its address, its browser's session and, after read_form(), its form."""
 
     def __init__(self, environ: Environ, now: int, public_url: str, cookie: str):
         self.environ, self.now, self._public_url, self.cookie = environ, now, public_url.rstrip("/"), cookie
@@ -6084,43 +6119,35 @@ class PageRequest:
         self.root = (urlsplit(public_url).path or mounted).rstrip("/")  # a proxy may have stripped the prefix
         self.path = quote(environ.get("PATH_INFO", "").encode("latin-1", "replace"))
         self.section = "/" + self.path.split("/")[1] if "/" in self.path else "/"
-        given = parse_qsl(_query(environ))  # without the fields that a form left empty
-        self.query = urlencode(given)
-        self.address = self.path + ("?" + self.query if self.query else "")
-        self.app: str | None = dict(given).get("app")
-        self._is_of_all_days = ("days", "all") in given
+        self.query = dict(parse_qsl(_query(environ)))  # without the fields that a form left empty
+        self._suffix = "?" + urlencode(self.query) if self.query else ""
+        self.address = self.path + self._suffix
+        self.app = self.query.get("app")
         self.apps: list[App] | None = None  # None unless the browser is signed in
-        self.session = self._read_cookie("")
-        self.form_secret = self._read_cookie("_form") or secrets.token_hex(16)
         self.form: dict[str, str] = {}
-        self.is_https = "https" in (environ.get("wsgi.url_scheme"), public_url.partition(":")[0])
-
-    def _read_cookie(self, suffix: str) -> str:
-        found = re.search(f"(?:^|; ?){self.cookie}{suffix}=([0-9a-f]{{32}})(?:;|$)",
-                          self.environ.get("HTTP_COOKIE", ""))
-        return found[1] if found else ""
+        found = re.search(f"(?:^|; ?){cookie}=([0-9a-f]{{32}})(?:;|$)", environ.get("HTTP_COOKIE", ""))
+        self.session = found[1] if found else ""
 
     @property
     def url(self) -> str:
         """The address of the server as the browser sees it, without a slash at the end."""
         host = re.fullmatch(r"[0-9A-Za-z.:\[\]-]+", self.environ.get("HTTP_HOST", ""))
-        return self._public_url or f"http{'s' * self.is_https}://{host[0] if host else 'localhost'}{self.root}"
+        scheme = "https" if self.environ.get("wsgi.url_scheme") == "https" else "http"
+        return self._public_url or f"{scheme}://{host[0] if host else 'localhost'}{self.root}"
 
     def parameters(self, *names: str) -> dict[str, Any]:
-        query = urlencode([each for each in parse_qsl(self.query) if each != ("days", "all")])
-        return _parameters({"QUERY_STRING": query}, *names)
-
-    def days(self, default: int | None) -> int | None:
-        """The days that were chosen, None for all."""
-        return None if self._is_of_all_days else self.parameters("days").get("days", default)
+        """As _parameters, where days=all is no limit."""
+        query = {name: value for name, value in self.query.items() if (name, value) != ("days", "all")}
+        return _parameters({"QUERY_STRING": urlencode(query)}, *names)
 
     @property
     def form_token(self) -> str:
-        """What a form must carry. Another site cannot make it, as it does not know this browser's secret."""
-        return sha256("form" + self.form_secret).hex()
+        """What a form must carry. Another site cannot make it, as it does not know the session. Signing in has none:
+        a form that is forged there would need the admin token."""
+        return sha256("form" + self.session).hex()
 
     def read_form(self) -> None:
-        """Raises Refusal unless the form comes from a page of this browser."""
+        """Raises Refusal unless the form comes from a page of this session."""
         fields = parse_qs(_read_body(self.environ, 65_536).decode("utf-8", "replace"), keep_blank_values=True)
         self.form = {name: values[-1] for name, values in fields.items()}
         token = self.form.get("form_token", "").encode("utf-8", "replace")
@@ -6135,22 +6162,38 @@ class PageRequest:
 
     def moved(self, path: str) -> str:
         """The address of what has moved there, with the same query."""
-        return self.root + path + ("?" + self.query if self.query else "")
+        return self.root + path + self._suffix
 
     def redirect(self, path: str) -> Response:
-        return Response(b"", 303, {**PAGE_HEADERS, "Location": self.root + path})
+        return bottle.HTTPResponse(b"", 303, {**PAGE_HEADERS, "Location": self.root + path})
 
-    def set_cookie(self, response: Response, suffix: str, value: str) -> None:
-        response.set_cookie(self.cookie + suffix, value, path=self.root + "/", httponly=True, samesite="strict",
-                            secure=self.is_https, max_age=SESSION_LIFETIME // SECOND)
+    def set_session(self, response: Response, session: str, lifetime: int = SESSION_LIFETIME) -> Response:
+        """Sets the cookie. It is Lax, so that a link from a chat or a mail finds the browser signed in: no GET changes
+        anything, and a form needs its token."""
+        response.set_cookie(self.cookie, session, path=self.root + "/", httponly=True, samesite="lax",
+                            secure=self.url.startswith("https:"), max_age=lifetime // SECOND)
+        return response
 
-    def when(self, time_text: str) -> str:
-        """HTML of a time as the API gives it: how long ago, or a date; and the exact time as a tooltip."""
-        exact, span = time_text[:19].replace("T", " "), self.now - parse_time(time_text)
+    def when(self, time: str | int) -> str:
+        """HTML of a time, as the API gives it or in milliseconds: how long ago, or a date; and exactly."""
+        at = parse_time(time) if isinstance(time, str) else time
+        exact, span = iso_time(at)[:19].replace("T", " "), self.now - at
         units = [(DAY, "d"), (HOUR, "h"), (60 * SECOND, "min")]
         shown = next((f"{span // unit} {name} ago" for unit, name in units if span >= unit), "just now")
         shown = shown if -MAX_SKEW <= span < 100 * DAY else exact[:10]
-        return f'<time datetime="{time_text}" title="{exact} UTC">{shown}</time>'
+        return f'<time datetime="{iso_time(at)}" title="{exact}">{shown}</time>'
+
+    def app_note(self, row: JsonObject) -> str:
+        """The apps of a row of a list; "" where the page is about one app."""
+        return "" if self.app or len(self.apps or ()) < 2 else ", ".join(row.get("apps") or [row["app"]])
+
+    def show(self, value: Any) -> str:
+        """HTML of a percentage, a count or a time."""
+        if value is None:
+            return "-"
+        if isinstance(value, str):
+            return self.when(value)
+        return f"{value:.2f} %" if isinstance(value, float) else f"{value:,}"
 
 
 class Dashboard:
@@ -6186,10 +6229,15 @@ class Dashboard:
         """A page, or a page for the error."""
         page = self.request(bottle.request.environ)
         try:
-            return self._check_session(page) or handler(page, **path)
+            is_form = page.environ["REQUEST_METHOD"] == "POST"
+            if page.path != "/sign-in" and not self._is_signed_in(page):
+                return page.redirect("/sign-in?" + urlencode({"next": "/" if is_form else page.address}))
+            if is_form:
+                page.read_form()
+            return handler(page, **path)
         except Moved as moved:
-            form = "." + path["form"] if "form" in path else ""
-            return Response(b"", 301, {**PAGE_HEADERS, "Location": page.moved(f"/crashes/{moved.group_hash}{form}")})
+            location = page.moved(page.path.replace(path["group_hash"], moved.group_hash))
+            return bottle.HTTPResponse(b"", 301, {**PAGE_HEADERS, "Location": location})
         except Refusal as refusal:
             status = 403 if str(refusal) == _FORM_EXPIRED else _STATUS.get(str(refusal), 400)
             return self.error_page(page, status, str(refusal), refusal.retry_after, refusal.detail)
@@ -6200,47 +6248,37 @@ class Dashboard:
     def error_page(self, page: PageRequest, status: int, text: str, retry_after: int | None = None,
                    detail: str = "") -> Response:
         """The page for an error."""
-        hint = detail and f"{detail[:1].upper()}{detail[1:]}." or _HINTS.get(status, _HINTS[400])
-        response = self._render(page, text[:1].upper() + text[1:], "message", status, target="/",
-                                label="To the overview", text=hint)
+        with suppress(Exception):  # without its navigation, where the database is the error
+            self._is_signed_in(page)
+        hint = _sentence(detail) if detail else _HINTS.get(status, "The address or the form is not valid.")
+        response = self._render(page, _sentence(text)[:-1], "error", status, hint=hint)
         if retry_after is not None:
             response.set_header("Retry-After", str(retry_after))
         return response
 
-    def _check_session(self, page: PageRequest) -> Response | None:
-        """Reads the form, if there is one. Returns a page where the browser has to sign in first."""
-        is_form = page.environ["REQUEST_METHOD"] == "POST"
-        if page.path != "/sign-in":
-            if not self._store.is_granted("session", page.session):
-                if page.environ.get("HTTP_SEC_FETCH_SITE") == "cross-site" and not is_form:
-                    # A link on another site brings no SameSite=strict cookie. A link on this page does.
-                    return self._render(page, "Continue", "message", text=_FROM_ELSEWHERE, target=page.address,
-                                        label="Go on")
-                return page.redirect("/sign-in?" + urlencode({"next": "/" if is_form else page.address}))
-            page.form_secret, page.apps = page.session, self._store.apps()
-        if is_form:
-            page.read_form()
-        return None
+    def _is_signed_in(self, page: PageRequest) -> bool:
+        """Gives the page its list of apps, too."""
+        if page.apps is None and self._store.is_granted("session", page.session):
+            page.apps = self._store.apps()
+        return page.apps is not None
 
     def _render(self, page: PageRequest, title: str, template: str, status: int = 200, **values: Any) -> Response:
-        values.update(_TEMPLATE_GLOBALS, page=page, title=title, apps=page.apps, link=page.link, when=page.when)
+        values.update(_TEMPLATE_GLOBALS, page=page, title=title, status=status, apps=page.apps, link=page.link,
+                      when=page.when, show=page.show)
         values["body"] = self._templates[template].render(values)
         html = self._templates["layout"].render(values)
-        return Response(_CONTROL.sub("\ufffd", html).encode("utf-8", "replace"), status, PAGE_HEADERS)
+        return bottle.HTTPResponse(_CONTROL.sub("\ufffd", html).encode("utf-8", "replace"), status, PAGE_HEADERS)
 
     # Signing in and out
 
     def _sign_in_page(self, page: PageRequest, problem: str = "", status: int = 200) -> Response:
-        query = parse_qs(page.query)
-        code = query.get("code", [""])[-1]
+        code = page.query.get("code", "")
         if code and page.environ["REQUEST_METHOD"] == "GET":  # HEAD is a preview, and must not use up the code
             if self._store.withdraw("code", code):
                 return self._start_session(page, "/")
-            problem, status = "This link was good once, for ten minutes. Sign in with the admin token.", 403
-        target = page.form.get("next") or query.get("next", ["/"])[-1]
-        response = self._render(page, "Sign in", "sign_in", status, problem=problem, target=target)
-        page.set_cookie(response, "_form", page.form_secret)
-        return response
+            problem, status = "This link has been used or has expired. Sign in with the admin token.", 403
+        target = page.form.get("next") or page.query.get("next", "/")
+        return self._render(page, "Sign in", "sign_in", status, problem=problem, target=target)
 
     def _sign_in(self, page: PageRequest) -> Response:
         if not self._store.is_admin(page.form.get("token", "").strip().encode()):
@@ -6251,76 +6289,57 @@ class Dashboard:
         """With a new session id: an attacker may have planted the one that the browser had."""
         is_our_path = re.fullmatch(r"/(?![/\\])[!-~]*", target)
         response = page.redirect(target if is_our_path else "/")
-        page.set_cookie(response, "", self._store.grant("session", SESSION_LIFETIME))
-        return response
+        return page.set_session(response, self._store.grant("session", SESSION_LIFETIME))
 
     def _sign_out(self, page: PageRequest) -> Response:
         self._store.withdraw("session", page.session)
-        return page.redirect("/sign-in")
+        return page.set_session(page.redirect("/sign-in"), "", lifetime=0)
 
     # The pages
 
     def _overview(self, page: PageRequest) -> Response:
         metrics, app = self._metrics, page.app
-        releases = metrics.releases(app)["releases"]
-        tiles = _tiles(metrics.overview(app), metrics.daily_crashes(app, 30), metrics.sessions(app, 30)["sessions"],
-                       metrics.active_devices(app, 30)["dau"])
         return self._render(
-            page, "Overview", "overview", is_empty=metrics.is_empty(app), tiles=tiles, **metrics.attention(app),
-            warnings=[*self._refused.today(app), *self._store.warnings()],
-            verdicts=metrics.newest_releases(app), releases=releases[:4],
+            page, "Overview", "overview", is_empty=metrics.is_empty(app), tiles=_overview_tiles(metrics, app),
+            warnings=[*self._refused.today(app), *self._store.warnings()], **metrics.attention(app),
+            verdicts=metrics.newest_releases(app)[:SHOWN_VERDICTS],
             types=metrics.crash_types(app, 30), devices=metrics.devices(app, 30))
 
     def _crashes(self, page: PageRequest) -> Response:
-        parameters = page.parameters("version", "text", "state", "sort", "cursor")
-        days = page.days(None if {"version", "text"} & parameters.keys() else WEEK)
-        found = self._metrics.groups(page.app, **parameters, days=days, limit=LIST_ROWS)
-        details = self._metrics.group_days([group["group_hash"] for group in found["groups"]], page.app,
-                                           parameters.get("version"))["groups"]
-        return self._render(page, "Crashes", "crashes", parameters={**parameters, "days": days or "all"},
-                            next=found["next"], is_empty=not page.parameters("days")
-                            and not found["groups"] and self._metrics.is_empty(page.app),
-                            sorts=[(each, each.replace("_", " ")) for each in SORTS],
-                            groups=[{**group, **details[group["group_hash"]]} for group in found["groups"]],
-                            states=list(filter(None, GROUPS_OF)),
-                            day_choices=[("all", "all"), *((n, n) for n in sorted({1, 7, 30, 90, 365, days or 1}))],
-                            versions=[each["app_version"] for each in self._metrics.releases(page.app)["releases"]])
+        metrics, given = self._metrics, page.parameters("version", "text", "state", "sort", "cursor", "days")
+        days = given.pop("days", None if {"version", "text", "days"} & page.query.keys() else WEEK)
+        found = metrics.groups(page.app, **given, days=days, limit=LIST_ROWS)
+        details = metrics.group_days([each["group_hash"] for each in found["groups"]], page.app,
+                                     given.get("version"))["groups"]
+        return self._render(
+            page, "Crashes", "crashes", parameters={**given, "days": days or "all"}, next=found["next"],
+            groups=[{**each, **details[each["group_hash"]]} for each in found["groups"]],
+            periods=[("all", "all days"), *((n, f"last {n} days" if n > 1 else "today")
+                                            for n in sorted({1, 7, 30, 90, 365, days or 1}))],
+            sorts=[(each, each.replace("_", " ")) for each in SORTS], states=list(filter(None, GROUPS_OF)))
 
     def _group(self, page: PageRequest, group_hash: str) -> Response:
-        metrics, parameters = self._metrics, page.parameters("cursor", "report")
-        group = metrics.group(group_hash, page.app, cursor=parameters.get("cursor"))
-        reports = group["reports"]
-        report = metrics.crash(parameters["report"], page.app) if "report" in parameters else next(iter(reports), {})
-        if (report or parameters) and report.get("group_hash") != group_hash:
-            raise Refusal("not found")  # without either, its crashes have expired, and what was decided is left
-        days = metrics.group_days([group_hash], page.app)
-        ids = [each["id"] for each in reports]
-        older, newer = ((ids[1:2] or [None])[0], None) if not parameters and (len(ids) > 1 or not group["next"]) \
-            else metrics.neighbours(report, page.app)
+        metrics, group = self._metrics, self._metrics.group(group_hash, page.app, limit=1)
+        id, days = page.query.get("report"), metrics.group_days([group_hash], page.app)
+        report = metrics.crash(id, page.app) if id else next(iter(group["reports"]), {})
+        if report.get("group_hash", group_hash) != group_hash:
+            raise Refusal("not found")
+        older, newer = metrics.neighbours(report, page.app) if report else (None, None)
         apps = days["groups"][group_hash]["apps"]
         return self._render(
             page, _culprit(group), "group", group=group, group_apps=apps, report=report, older=older, newer=newer,
-            next=group["next"], next_build=metrics.next_build(group_hash, apps[0]) if len(apps) == 1 else "",
-            parameters=parameters, crumbs=_crumbs(report), before=_steps(report, metrics.events_before(report)),
-            chart=column_chart("Crashes", days["labels"], days["groups"][group_hash]["days"]),
+            next_build=metrics.next_build(group_hash, apps[0]) if len(apps) == 1 else "",
+            is_latest=not id, crumbs=_crumbs(report), before=_steps(report, metrics.events_before(report)),
+            chart=chart("Crashes", days["labels"], days["groups"][group_hash]["days"], draw_columns),
             frames=[_frame(frame) for frame in report.get("stack_trace", [])], max_frames=SHOWN_FRAMES,
-            context=_context(report), has_reasons=len({each.get("exception_reason") for each in reports}) > 1)
+            fields=_fields(page, report))
 
     def _group_text(self, page: PageRequest, group_hash: str, form: str) -> Response:
-        """A group as text for a bug tracker, or as Markdown. It names no device, no session and no field that the
-        server does not know."""
+        """A group for a bug tracker, a reader or an assistant."""
         group = self._metrics.group(group_hash, page.app, limit=1)
-        query = "?" + urlencode({"app": page.app}) if page.app else ""  # without it, a test app's group is not found
-        text = group_text(group, f"{page.url}/crashes/{group_hash}{query}", form == "md")
+        text = group_text(group, page.url + page.address.replace("." + form, "", 1))
         kind = {"Content-Type": f"text/{'markdown' if form == 'md' else 'plain'}; charset=utf-8"}
-        return Response(text.encode("utf-8", "replace"), 200, {**PAGE_HEADERS, **kind})
-
-    def _usage(self, page: PageRequest) -> Response:
-        metrics, app = self._metrics, page.app
-        tiles = _usage_tiles(metrics.overview(app)["dau"], metrics.active_devices(app, 30), metrics.sessions(app, 30))
-        return self._render(
-            page, "Usage", "usage", tiles=tiles, back=_retention_tiles(metrics.retention(app, 60)),
-            releases=metrics.releases(app)["releases"][:8], events=metrics.event_names(app)["events"])
+        return bottle.HTTPResponse(text.encode("utf-8", "replace"), 200, {**PAGE_HEADERS, **kind})
 
     def _triage(self, page: PageRequest, group_hash: str) -> Response:
         """Does what a form of the page of a group asks for; a field that is empty asks for nothing."""
@@ -6328,162 +6347,142 @@ class Dashboard:
         for name, of in (("until", "{}T00:00:00Z".format), ("more_crashes", int), ("more_devices", int)):
             with suppress(ValueError):  # then it is refused as it is
                 given.update({name: of(given[name])} if name in given else {})
-        self._store.triage(group_hash, parse_triage(given, page.now), page.app or page.form.get("app"))
+        self._store.triage(group_hash, parse_triage(given, page.now), page.app)
         return page.redirect(page.address)
 
+    def _usage(self, page: PageRequest) -> Response:
+        metrics, app = self._metrics, page.app
+        return self._render(
+            page, "Usage", "usage", tiles=_usage_tiles(metrics, app), back=_retention_tiles(metrics, app),
+            releases=metrics.releases(app)["releases"][:8], events=metrics.event_names(app)["events"])
+
     def _events(self, page: PageRequest) -> Response:
-        parameters, title = page.parameters("type", "name", "session_id", "cursor"), "Events"
-        if parameters.get("type", "custom") not in EVENT_TYPES:
-            raise Refusal("invalid event type")
-        if "session_id" in parameters:
-            title = "A session"
-            parameters = {name: value for name, value in parameters.items() if name not in ("type", "name")}
-        found = self._metrics.events(page.app, **parameters, limit=2 * LIST_ROWS,
-                                     oldest_first="session_id" in parameters)
-        return self._render(page, title, "events", **found, parameters=parameters, types=EVENT_TYPES)
+        parameters = page.parameters("type", "name", "session_id", "device_id_hash", "cursor")
+        is_session = "session_id" in parameters
+        found = self._metrics.events(page.app, **parameters, limit=LIST_ROWS, oldest_first=is_session)
+        return self._render(page, "Session" if is_session else "Events", "events", **found, parameters=parameters,
+                            types=EVENT_TYPES)
 
     def _releases(self, page: PageRequest) -> Response:
         parameters = page.parameters("sort")
         return self._render(page, "Releases", "releases", **self._metrics.releases(page.app, **parameters),
                             parameters=parameters)
 
-    def _apps(self, page: PageRequest, status: int = 200, **notice: str) -> Response:
-        page.apps, keys = self._store.apps(), self._store.keys()
-        return self._render(page, "Apps", "apps", status, notice=notice, keys={
-            app.name: [key for key in keys if key.app == app.name] for app in page.apps},
-            channels=self._alerts.channels(), has_feed=self._store.has_feed(), fact_kinds=FACT_KINDS)
-
     def _feed(self) -> Response:
-        """New and regressed groups as Atom, for whoever has the token of the feed; for others there is nothing here."""
+        """New and regressed groups as Atom. Without the feed's token there is nothing here."""
         page = self.request(bottle.request.environ)
-        given = dict(parse_qsl(page.query))
         try:
-            if not self._store.is_feed(given.get("token", "").encode("utf-8", "replace")):
+            if not self._store.is_feed(page.query.get("token", "").encode("utf-8", "replace")):
                 raise bottle.HTTPError(404)
             news = self._metrics.news(page.app)
         except Refusal as refusal:
             raise bottle.HTTPError(_STATUS.get(str(refusal), 400)) from None
-        xml = self._templates["feed"].render(page=page, news=news, iso=iso_time, urn=_urn, urlencode=urlencode,
+        xml = self._templates["feed"].render(page=page, news=news, iso=iso_time, urlencode=urlencode,
                                              updated=iso_time(news[0]["at"] if news else 0))
-        return Response(_NOT_XML.sub("\ufffd", xml).encode("utf-8", "replace"), 200, {
+        return bottle.HTTPResponse(_NOT_XML.sub("\ufffd", xml).encode("utf-8", "replace"), 200, {
             **PAGE_HEADERS, "Content-Type": "application/atom+xml; charset=utf-8"})
 
-    def _change_alerts(self, page: PageRequest) -> Response | None:
-        """Does what a form of alerts or of the feed asks for; None where it is of something else."""
-        alerts, form, action = self._alerts, page.form, page.form.get("action", "")
-        id = int(form["id"]) if re.fullmatch("[0-9]{1,9}", form.get("id", "")) else 0
-        if action == "add-channel":
-            kinds = [kind for kind in FACT_KINDS if f"on-{kind}" in form]
-            hour = int(form["hour"]) if re.fullmatch("1?[0-9]|2[0-3]", form.get("hour", "")) else 7
-            number, secret = alerts.add(form.get("url", "").strip(), form.get("app") or None, kinds, "reason" in form,
-                                        hour)
-            told = "; its secret, shown only this once:" if secret else "."
-            return self._apps(page, message=f"Made channel {number}{told}", secret=secret)
-        if action == "test-channel":
-            alerts.test(id)
-            return self._apps(page, message=f"Channel {id} took a test message.")
-        if action == "remove-channel":
-            alerts.remove(id)
-            return self._apps(page, message=f"Removed channel {id}.")
-        if action in ("make-feed", "withdraw-feed"):
-            token = self._store.change_feed(action == "make-feed")
-            return self._apps(page, secret=token and f"{page.url}/crashes.atom?token={token}", message=(
-                "The address of the feed, shown only this once:" if token else "Withdrew the address of the feed."))
-        return None
+    # The page of apps, keys, alerts and the feed
+
+    def _apps(self, page: PageRequest, notice: JsonObject | None = None, status: int = 200) -> Response:
+        page.apps, keys = self._store.apps(), self._store.keys()
+        return self._render(page, "Apps", "apps", status, notice=notice or {}, keys={
+            app.name: [key for key in keys if key.app == app.name] for app in page.apps},
+            channels=self._alerts.channels(), has_feed=self._store.has_feed(), fact_kinds=FACT_KINDS)
 
     def _change_apps(self, page: PageRequest) -> Response:
-        """Does what a form of the page of apps asks for."""
-        store, form, name = self._store, page.form, page.form.get("name", "")
+        """Does what a form of the page asks for."""
+        change = self._change_alerts if "channel" in page.form.get("action", "") else self._change_keys
         try:
-            if answer := self._change_alerts(page):
-                return answer
-            if form.get("action") == "revoke":
-                revoked = store.revoke_key(form.get("key", ""))
-                return self._apps(page, message=f"Revoked the key {revoked.prefix}... of {revoked.app}.")
-            if form.get("action") == "delete":
-                return self._apps(page, message=self._delete_app(name, form.get("typed")))
-            if form.get("action") not in ("create", "key"):
-                raise StoreError("there is no such action")
-            key = store.create_key(name) if form["action"] == "key" else store.create_app(name, "test" in form)
-            return self._apps(page, message=f"The new key of {name}, shown only this once:", key=key)
+            return self._apps(page, change(page, page.form.get("action", ""), page.form))
         except StoreError as error:
-            return self._apps(page, 400, problem=str(error)[:1].upper() + str(error)[1:])
+            return self._apps(page, {"message": _sentence(str(error))}, 400)
 
-    def _delete_app(self, name: str, typed: str | None) -> str:
-        """Deletes in a thread, because a large app takes longer than a proxy waits for an answer. Returns what the
-        page then says."""
-        if typed != name:
-            raise StoreError(f"to delete it, type its name: {name}")
-        errors: list[Exception] = []
+    def _change_keys(self, page: PageRequest, action: str, form: dict[str, str]) -> JsonObject:
+        """Returns what the page then says, and a secret that it shows once."""
+        store, name = self._store, form.get("name", "")
+        if action in ("create", "key"):
+            key = store.create_app(name, "test" in form) if action == "create" else store.create_key(name)
+            return {"message": f"New key of {name}, shown only once:", "secret": key,
+                    "curl": curl_line(page.url, key)}
+        if action == "revoke":
+            revoked = store.revoke_key(form.get("key", ""))
+            return {"message": f"Revoked the key {revoked.prefix}... of {revoked.app}."}
+        if action == "delete":
+            if form.get("typed") != name:
+                raise StoreError(f"to delete it, type its name: {name}")
+            store.delete_app(name)
+            return {"message": f"Deleted {name} and all its reports."}
+        if action == "make-feed":
+            address = f"{page.url}/crashes.atom?token={store.change_feed(make=True)}"
+            return {"message": "The feed's address, shown only once:", "secret": address}
+        if action == "withdraw-feed":
+            store.change_feed(make=False)
+            return {"message": "Withdrew the feed's address."}
+        raise StoreError("there is no such action")
 
-        def delete() -> None:
-            try:
-                self._store.delete_app(name)
-            except Exception as error:
-                log.error("cannot delete an app: %s", error)
-                errors.append(error)
+    def _change_alerts(self, page: PageRequest, action: str, form: dict[str, str]) -> JsonObject:
+        """As _change_keys, for channels."""
+        id = int(form["id"]) if re.fullmatch("[0-9]{1,9}", form.get("id", "")) else 0
+        if action == "test-channel":
+            self._alerts.test(id)
+            return {"message": f"Sent a test message to channel {id}."}
+        if action == "remove-channel":
+            self._alerts.remove(id)
+            return {"message": f"Removed channel {id}."}
+        hour = int(form["hour"]) if re.fullmatch("1?[0-9]|2[0-3]", form.get("hour", "")) else 7
+        number, secret = self._alerts.add(form.get("url", "").strip(), form.get("app") or None, [
+            kind for kind in FACT_KINDS if f"on-{kind}" in form], "reason" in form, hour)
+        return {"message": f"Added channel {number}" + (". Its secret, shown only once:" if secret else "."),
+                "secret": secret}
 
-        thread = threading.Thread(target=delete, daemon=True)
-        thread.start()
-        thread.join(timeout=2)
-        if errors:
-            raise errors[0]
-        return f"{name} is being deleted." if thread.is_alive() else f"Deleted {name} and all that it sent."
 
-
-def _urn(*parts: Any) -> str:
-    """An id that stays the same: of what is in the parts."""
-    digits = sha256(_encode(parts)).hex()
-    return f"urn:uuid:{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:32]}"
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 Tile = tuple[str, str, str, str]  # name, value, note and chart of a figure
 
 
-def _tiles(week: JsonObject, crash_days: JsonObject, sessions: Sequence[int],
-           devices: Sequence[int]) -> Iterator[Tile]:
-    """Those of the overview."""
-    labels, crashes = crash_days["labels"], crash_days["data"]
+def _overview_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
+    week, crash_days, active = metrics.overview(app), metrics.daily_crashes(app, 30), metrics.active_devices(app, 30)
+    labels, crashes, sessions = crash_days["labels"], crash_days["data"], metrics.sessions(app, 30)["sessions"]
     rates = [crash_free_rate(*day) if day[1] else None for day in zip(crashes, sessions)]
     lowest = min((rate for rate in rates if rate is not None), default=0)
     axis_start = max(rate for rate in (0, 50, 80, 90, 95, 99) if rate <= lowest)
-    crashes_before, sessions_before = sum(crashes[-14:-7]), sum(sessions[-14:-7])
-    rate = f"{week['crash_free_rate_7d']:.2f} %" if week["sessions_7d"] else "-"
-    rate_before = f"{crash_free_rate(crashes_before, sessions_before):.2f} % in the 7 before"
-    rate_note = f"7 days; {rate_before}" if sessions_before else "7 days"
-    yield "Crash-free sessions", rate, rate_note, line_chart("Crash-free sessions", labels, rates, axis_start, " %")
-    yield "Active devices", f"{week['dau']:,}", "24 hours", line_chart("Active devices", labels, devices)
-    yield _week_tile("Sessions", labels, sessions, line_chart)
-    yield _week_tile("Crashes", labels, crashes, column_chart)
+    before = crash_free_rate(sum(crashes[-14:-7]), sum(sessions[-14:-7]))
+    yield ("Crash-free sessions", f"{week['crash_free_rate_7d']:.2f} %" if week["sessions_7d"] else "-",
+           f"7 days; {before:.2f} % in the 7 before" if sum(sessions[-14:-7]) else "7 days",
+           chart("Crash-free sessions", labels, rates, low=axis_start, unit=" %"))
+    yield "Active devices", f"{week['dau']:,}", "24 hours", chart("Active devices", labels, active["dau"])
+    for name, days, draw in (("Sessions", sessions, draw_line), ("Crashes", crashes, draw_columns)):
+        note = f"7 days; {sum(days[-14:-7]):,} in the 7 before"
+        yield name, f"{sum(days[-7:]):,}", note, chart(name, labels, days, draw)
 
 
-def _week_tile(name: str, labels: Sequence[str], days: Sequence[int], draw: Callable[..., str]) -> Tile:
-    return (name, f"{sum(days[-7:]):,}", f"7 days; {sum(days[-14:-7]):,} in the 7 before", draw(name, labels, days))
-
-
-def _usage_tiles(dau: int, active: JsonObject, sessions: JsonObject) -> Iterator[Tile]:
+def _usage_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
     """Active devices, and sessions with their length: the mean, where several apps have no median."""
-    for column, value, note in (("dau", dau, "24 hours"), ("wau", active["wau"][-1], "7 days"),
-                                ("mau", active["mau"][-1], "30 days")):
-        name = f"Devices active in {note}"
-        yield name, f"{value:,}", "", line_chart(name, active["labels"], active[column])
-    yield _week_tile("Sessions", sessions["labels"], sessions["sessions"], line_chart)
+    active, sessions = metrics.active_devices(app, 30), metrics.sessions(app, 30)
+    for column, value, period in (("dau", metrics.overview(app)["dau"], "24 hours"),
+                                  ("wau", active["wau"][-1], "7 days"), ("mau", active["mau"][-1], "30 days")):
+        drawn = chart(f"Devices active in {period}", active["labels"], active[column])
+        yield "Active devices", f"{value:,}", period, drawn
     kind = "median" if any(each is not None for each in sessions["median_seconds"]) else "mean"
-    lengths = sessions[kind + "_seconds"]
-    known = [(each, f"{kind} of {_day(label)}") for label, each in zip(sessions["labels"], lengths) if each is not None]
-    last, note = known[-1] if known else (None, "none has ended")
-    yield ("Length of a session", "-" if last is None else _duration(last), note,
-           line_chart("Seconds of a session", sessions["labels"], lengths))
+    known = [each for each in zip(sessions["labels"], sessions[kind + "_seconds"]) if each[1] is not None]
+    note = f"7 days; {kind} of {_day(known[-1][0])}: {_duration(known[-1][1])}" if known else "7 days; none has ended"
+    yield ("Sessions", f"{sum(sessions['sessions'][-7:]):,}", note,
+           chart("Sessions", sessions["labels"], sessions["sessions"]))
 
 
-def _retention_tiles(cohorts: JsonObject) -> Iterator[Tile]:
+def _retention_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
     """Of the devices first seen on a day, the share that was seen again later."""
+    cohorts = metrics.retention(app, 60)
     for later in Devices.BACK.values():
         rates, name = cohorts[f"day_{later}"], f"Back after {later} day{'s' * (later > 1)}"
         known = [(rate, devices) for rate, devices in zip(rates, cohorts["devices"]) if rate is not None]
         devices = sum(each for _, each in known)
         share = f"{sum(rate * each for rate, each in known) / devices:.0f} %" if devices else "-"
-        yield name, share, f"of {devices:,} new devices", line_chart(name, cohorts["labels"], rates, 0, " %")
+        yield name, share, f"of {devices:,} new devices in 60 days", chart(name, cohorts["labels"], rates, unit=" %")
 
 
 def _duration(seconds: float) -> str:
@@ -6507,11 +6506,10 @@ def _crumbs(report: JsonObject) -> list[Step]:
 def _crumb(given: Any, report: JsonObject) -> Step:
     if type(given) is not dict:
         return "", _shorten(_as_text(given)), ""
-    time_field = next((each for each in _CRUMB_TIMES if given.get(each) not in (None, "")), "")
-    action = next((each for each in _CRUMB_ACTIONS if given.get(each) and type(given[each]) is str), "")
-    rest = {name: value for name, value in given.items() if name not in (time_field, action) and value not in (
-        None, "", [], {})}
-    return _offset(given.get(time_field, ""), report), _shorten(given.get(action, "")), _details({"extra": rest})
+    rest = {name: value for name, value in given.items() if value not in (None, "", [], {})}
+    at = rest.pop(next((name for name in _CRUMB_TIMES if name in rest), ""), "")
+    action = rest.pop(next((name for name in _CRUMB_ACTIONS if type(rest.get(name)) is str), ""), "")
+    return _offset(at, report), _shorten(action), _details({"extra": rest})
 
 
 def _steps(report: JsonObject, events: Sequence[JsonObject]) -> list[Step]:
@@ -6525,70 +6523,59 @@ def _offset(at: Any, report: JsonObject) -> str:
     try:
         span = parse_occurred_at(at) - parse_time(report["occurred_at"])
     except ValueError:
-        return _shorten(_as_text(at), 40)
+        span = 100 * HOUR
     (hours, minutes), seconds = divmod(abs(span) // 60_000, 60), abs(span) // SECOND % 60
     if hours > 99:
         return _shorten(_as_text(at), 40)
     return ("+" if span > 0 else "-") + (f"{hours}:" if hours else "") + f"{minutes:02}:{seconds:02}"
 
 
-_MISLEADING = re.compile(_CONTROL.pattern + "|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # turn text around
-
-
-def group_text(group: JsonObject, url: str, is_markdown: bool) -> str:
-    """A group for a bug tracker or for a reader. What its reports say is indented, or stands in a fence that it cannot
-    close: none of it begins a line or is taken for markup."""
-    parts = [f"{'# ' if is_markdown else ''}Crash group {group['group_hash']}\n\n{url}\n"]
+def group_text(group: JsonObject, url: str) -> str:
+    """A group in Markdown that also reads as text. It names no device, no session and no field that the server does not
+    know. What reports say is indented in a fence: so none of it begins a line, or closes the fence."""
+    parts = [f"# Crash group {group['group_hash']}\n\n{url}\n"]
     for title, text in _portrait(group):
-        lines = [_MISLEADING.sub("\ufffd", line) for line in text.splitlines()]
-        fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 3)
-        shown = [fence + "text", *lines, fence] if is_markdown else ["    " + line for line in lines]
-        parts.append("\n".join([f"{'## ' if is_markdown else ''}{title}", *[""] * is_markdown, *shown, ""]))
+        lines = ["    " + _MISLEADING.sub("\ufffd", line) for line in text.splitlines()]
+        parts.append("\n".join([f"## {title}", "", "```text", *lines, "```", ""]))
     return "\n".join(parts)
 
 
 def _portrait(group: JsonObject) -> Iterator[tuple[str, str]]:
-    """Title and text of what is told of a group."""
-    report = next(iter(group["reports"]), {})
+    """The title and the text of each section."""
+    report: JsonObject = next(iter(group["reports"]), {})
     reason = _shorten(report.get("exception_reason", ""), SHOWN_TEXT)
     yield "What", "\n".join(filter(None, (group["place"], group["exception_type"], reason)))
     frames = [_frame(each) for each in report.get("stack_trace", [])[:SHOWN_FRAMES]]
     yield "Stack trace of the latest crash (* is the app's own code)", "\n".join(
         f"{n:3} {'*' if is_own else ' '} {_shorten(symbol, 1000)}  {_shorten(place)}".rstrip()
         for n, (symbol, place, is_own, _) in enumerate(frames)) or "none was sent"
-    spread = [(title, ", ".join(f"{_shorten(label, 80)} ({count:,})" for label, count in zip(*group[part].values())))
-              for title, part in (("Versions", "versions"), ("Systems", "systems"), ("Models", "device_models"))]
-    yield "Spread", "\n".join([
-        f"Crashes: {group['count'] or 0:,}", f"Devices: {group['devices'] or 0:,}",
-        *(f"{title}: {each}" for title, each in (
-            ("First seen", group["first_seen"]), ("Last seen", group["last_seen"]), *spread) if each)])
-    history = "\n".join(f"{each['at']} {each['what']} {_as_text(each.get('detail') or '')}".rstrip()
-                        for each in group.get("history", ()))
-    if history:
-        yield "History", history
+    spread = {"Crashes": group["count"], "Devices": group["devices"], "First seen": group["first_seen"],
+              "Last seen": group["last_seen"]}
+    for title, part in (("Versions", "versions"), ("Systems", "systems"), ("Models", "device_models")):
+        counts = zip(group[part]["labels"], group[part]["data"])
+        spread[title] = ", ".join(f"{_shorten(label, 80)} ({count})" for label, count in counts)
+    yield "Spread", "\n".join(f"{title}: {value}" for title, value in spread.items() if value not in (None, ""))
+    yield "History", "\n".join(f"{each['at']} {each['what']} {each['detail'] or ''}".rstrip()
+                               for each in group["history"]) or "none"
 
 
 def _culprit(group: JsonObject) -> str:
-    """The function of the app in which a group crashes; its exception type, where none is known; its name, where that
-    is all that is kept."""
+    """The function of the app in which a group crashes; its exception type, where none is known; its hash, where only
+    that is left."""
     return canonical_name(group["place"]) or group["exception_type"] or group["group_hash"]
 
 
-_CONTEXT: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "app": ("App", str), "app_version": ("Version", str), "build_number": ("Build", str),
-    "os_version": ("System", str), "device_model": ("Device", str), "locale": ("Locale", str),
-    "free_memory_mb": ("Free memory", "{:,} MB".format),
-    "battery_level": ("Battery", lambda level: f"{level:.0%}" if level >= 0 else "unknown"),
-    "is_charging": ("Charging", lambda is_charging: "yes" if is_charging else "no"),
-    "device_id_hash": ("Device id", str), "session_id": ("Session", str), "id": ("Report", str),
-    "clock_ahead_ms": ("Clock", lambda ms: f"fast by {ms // SECOND:,} s")}
+_SHOWN_APART = ("exception_type", "exception_reason", "stack_trace", "raw_stack_trace", "group_hash", "extra")
 
 
-def _context(report: JsonObject) -> list[tuple[str, str]]:
-    """Name and value of what a crash says about the device, then of the fields that this server does not know."""
-    known = [(name, as_text(report[field])) for field, (name, as_text) in _CONTEXT.items() if field in report]
-    return known + [(name, _as_text(value)) for name, value in report.get("extra", {}).items()
-                    if name != "breadcrumbs" or not _crumbs(report)]
+def _fields(page: PageRequest, report: JsonObject) -> Iterator[tuple[str, str]]:
+    """Name and HTML of the other fields of a crash, known to the server or not."""
+    shown: dict[str, Callable[[Any], str]] = {
+        "occurred_at": page.when, "received_at": page.when, "device_model": device_name}
+    for name, value in {**report, **report.get("extra", {})}.items():
+        if name not in _SHOWN_APART and not (name == "breadcrumbs" and _crumbs(report)):
+            html = shown[name](value) if name in shown else f"<bdi>{escape(_as_text(value))}</bdi>"
+            yield name.replace("_", " "), html
 
 
 def _frame(frame: JsonObject) -> tuple[str, str, bool, str]:
@@ -6604,17 +6591,13 @@ def _frame(frame: JsonObject) -> tuple[str, str, bool, str]:
     return read.title or "(no symbol)", ", ".join(place), bool(read.is_own), raw
 
 
+_SHOWN_FIELDS = {*_FIELDS_OF, "frame", "in_app", "symbolicated", "inlined"}
+
+
 def build_name(build: JsonObject) -> str:
     """What a build is called, such as Shop 1.3.0 (48)."""
     number = build["build_number"] and f"({build['build_number']})"
     return " ".join(filter(None, (build["binary"] or "a build", build["app_version"], number)))
-
-
-def _tooltip(text: str) -> str:
-    return f' title="{escape(_shorten(text))}"' if text else ""
-
-
-_SHOWN_FIELDS = {*_FIELDS_OF, "frame", "in_app", "symbolicated", "inlined"}
 
 
 def _details(event: JsonObject) -> str:
@@ -6630,293 +6613,247 @@ def _as_text(value: Any) -> str:
                     SHOWN_TEXT)
 
 
-def _options(choices: Iterable[Any], chosen: Any = None) -> str:
-    """Of values, or of pairs of a value and its name."""
-    pairs = [each if type(each) is tuple else (each, each) for each in choices]
-    return "".join(f'<option value="{escape(str(value))}"{" selected" if value == chosen else ""}>'
-                   f"{escape(str(name))}</option>" for value, name in pairs)
-
-
 # == Templates =================================================================
 # The HTML and CSS of the pages. Templates know only `for` and `if`; `{{ }}` escapes, `{{! }}` takes HTML that was made
-# above. What several templates share is a constant or a function with their source, such as _list() and _form().
+# above. What several templates share is a constant, or a function that returns their source, such as _table().
 
-_PAGES = (("/", "Overview"), ("/crashes", "Crashes"), ("/usage", "Usage"), ("/releases", "Releases"),
-          ("/apps", "Apps"))
-_HINTS = {
-    400: "The address or the form is not one that these pages make.",
-    403: "This form belongs to a session that is over. Open the page again, and then send it.",
-    404: "It may have expired, or belong to an app that was deleted.",
-    405: "This address is for another kind of request.",
-    500: "The reason is in the server's log.",
-    503: "The database cannot be used now. The reason is in the server's log; try again in a moment."}
+_PAGES = (("/", "Overview"), ("/crashes", "Crashes"), ("/usage", "Usage"), ("/releases", "Releases"), ("/apps", "Apps"))
 _ICON = ("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath d='M1 11h4l2-8 "
          "3 11 2-6h3' fill='none' stroke='%23c0392b' stroke-width='2'/%3E%3C/svg%3E")
+Column = tuple[str, str, str]  # label, template of a cell, in which `row` is what is listed, and CSS class
 
 
-class Column(NamedTuple):
-    """A column of a list on a page."""
-
-    label: str
-    cell: str  # template source, in which `row` is what is listed
-    css: str = ""  # on a narrow screen, a cell of the class "main" comes first, and "main" and "bare" have no label
-    condition: str = ""  # an expression of the template; where it is false, the column is left out
+def _field(label: str) -> Column:
+    """A column of a figure or a time, which has the name of its label."""
+    name = label.lower().replace(" ", "_").replace("-", "_")
+    return label, f'{{{{!show(row["{name}"])}}}}', "" if name.endswith("seen") else "number"
 
 
-def _list(rows: str, *columns: Column, empty: str = "", row_attributes: str = "") -> str:
-    """A table of `rows`, an expression of the template. On a narrow screen, each cell shows its label instead."""
+def _table(rows: str, *columns: Column | str, empty: str = "") -> str:
+    """Lists `rows`, an expression. On a narrow screen a cell has its label before it, unless its class is "bare" or
+    "main", which also comes first."""
     head, body = "", ""
-    for label, cell, css, condition in columns:
-        css = f' class="{css}"' if css else ""
-        start, end = (f"% if {condition}:\n", "% end\n") if condition else ("", "")
-        head += f'{start}<th scope="col"{css}>{label}</th>\n{end}'
-        body += f'{start}<td{css} data-label="{label}">{cell}</td>\n{end}'
-    return (f'% if {rows}:\n<table class="list"><thead><tr>\n{head}</tr></thead><tbody>\n% for row in {rows}:\n'
-            f"<tr{row_attributes}>\n{body}</tr>\n% end\n</tbody></table>\n"
-            f'% else:\n<p class="empty">{empty}</p>\n% end\n')
+    for label, cell, css in (_field(each) if isinstance(each, str) else each for each in columns):
+        head += f'<th scope="col" class="{css}">{label}</th>\n'
+        body += f'<td class="{css}" data-label="{label}">{cell}</td>\n'
+    return f"""% if {rows}:
+<table class="list"><thead><tr>
+{head}</tr></thead><tbody>
+% for row in {rows}:
+<tr>
+{body}</tr>
+% end
+</tbody></table>
+% else:
+<p class="empty">{empty}</p>
+% end
+"""
 
 
-def _form(path: str, content: str, **hidden: str) -> str:
-    """A form with the token that read_form() checks."""
+def _form(content: str, target: str = "page.path", **hidden: str) -> str:
+    """A form with the token that read_form() checks; `target` are the arguments of link()."""
     fields = "".join(f'<input type="hidden" name="{name}" value="{value}">\n'
                      for name, value in {"form_token": "{{page.form_token}}", **hidden}.items())
-    return f'<form method="post" action="{{{{page.root}}}}{path}">\n{fields}{content}</form>'
+    return f'<form method="post" action="{{{{link({target})}}}}">\n{fields}{content}</form>\n'
 
 
-_COUNT, _TIME, _TEXT = '{{number(row["%s"])}}', '{{!when(row["%s"])}}', '<bdi>{{shorten(row.get("%s", ""), 40)}}</bdi>'
-_CRASHES = Column("Crashes", _COUNT % "count", "number")
-_VERSION, _SYSTEM = Column("Version", _TEXT % "app_version"), Column("System", _TEXT % "os_version")
-_DEVICE = Column("Device", _TEXT % "device_model")
-_SEEN = (Column("First seen", _TIME % "first_seen"), Column("Last seen", _TIME % "last_seen"))
-_APP = Column("App", '<bdi>{{row["app"]}}</bdi>', condition="not page.app and len(apps) > 1")
-_CRASH_FREE = Column("Crash-free sessions", '{{percent(row["crash_free_sessions"])}}', "number")
-_ADOPTION = Column("Adoption", '{{"%.1f" % row["adoption"]}} %', "number")
-_GROUP_LINK = """\
-<a href="{{link("/crashes/" + row["group_hash"])}}"><bdi>{{culprit(row)}}</bdi></a>
+def _select(name: str, choices: str, chosen: str = "None") -> str:
+    """A choice of values, or of pairs of a value and its label."""
+    return f"""<select name="{name}">
+% for value, label in (each if type(each) is tuple else (each, each) for each in {choices}):
+<option value="{{{{value}}}}"{{{{" selected" if value == {chosen} else ""}}}}>{{{{label}}}}</option>
+% end
+</select>"""
+
+
+_APP = '<small><bdi>{{page.app_note(row)}}</bdi></small>\n'
+_GROUP = ("Crash", """
+<a href="{{link("/crashes/" + row["group_hash"])}}"><bdi>{{shorten(culprit(row), 120)}}</bdi></a>
 % if row["is_new"]:
 <b class="new">new</b>
 % end
 % if row["state"] != "open" or row["regressed_at"]:
 <b class="new">{{row["state"] if row["state"] != "open" else "regressed"}}</b>
 % end
-"""
-_GROUP = Column("Group", _GROUP_LINK + """\
-<code><bdi>{{row["exception_type"] if row["place"] else ""}}</bdi></code>
-<span class="reason"><bdi>{{shorten(row["exception_reason"])}}</bdi></span>""", "main")
-_BRIEF_GROUP = Column("Group", _GROUP_LINK + """\
-% about = [row["app"]] if not page.app and len(apps) > 1 else []
-% about += [row["exception_type"]] if row["place"] else []
-<span class="brief reason"><bdi>{{shorten(": ".join([*about, row["exception_reason"]]), 100)}}</bdi></span>""", "main")
-_RELEASE_LINK = ('<a href="{{link("/crashes", app=row["app"], version=row["app_version"])}}">'
-                 '<bdi>{{row["app_version"]}}</bdi></a>')
-_TILES = """<div class="tiles">
+% about = (page.app_note(row), row["exception_type"] if row["place"] else "", shorten(row["exception_reason"]))
+<span class="brief soft"><bdi>{{": ".join(filter(None, about))}}</bdi></span>""", "main")
+_CRASHES = ("Crashes", '{{number(row["count"])}}', "number")
+_VERSION = ("Version", '<bdi>{{shorten(row.get("app_version", ""), 40)}}</bdi>', "bare")
+_DEVICE = ("Device", '{{!device_name(row.get("device_model", ""))}}', "bare")
+_RELEASE = ("Version", """\
+<a href="{{link("/crashes", app=row["app"], version=row["app_version"])}}"><bdi>{{row["app_version"]}}</bdi></a>
+""" + _APP, "main")
+_NO_RELEASE = "No release yet. Reports with an <code>app_version</code> appear here."
+_TILES = """<div class="grid tiles">
 % for name, value, note, chart in tiles:
 <section><h2>{{name}}</h2><p class="figure">{{value}}</p><p class="note">{{note}}</p>{{!chart}}</section>
 % end
 </div>
 """
-_NO_RELEASE = "No release yet: reports that carry an <code>app_version</code> show here."
-
-
-def _steps_list(rows: str) -> str:
-    return _list(rows, Column("Time", "{{row[0]}}", "number"), Column(
-        "Action", '<bdi>{{row[1]}}</bdi> <span class="reason">{{row[2]}}</span>', "bare"))
-
-
 _FILTER = """<form class="filter" method="get" action="{{page.root}}{{page.path}}">
 <input type="hidden" name="app" value="{{page.app or ""}}">
 """
-_TRIAGE = """<section class="triage"><h2>{{group["state"].capitalize()}}\
-{{" in " + group["fixed_in"] if group["fixed_in"] and group["state"] == "resolved" else ""}}
+_PAGE_LINKS = """<p>
+% for label, cursor in (("First page", None), ("Next page", next)):
+% if cursor or label == "First page" and "cursor" in parameters:
+<a class="more" href="{{link(page.path, **{**parameters, "cursor": cursor})}}">{{label}}</a>
+% end
+% end
+</p>
+"""
+_TRIAGE = """<section><h2>{{group["state"].capitalize()}}
+{{"in " + group["fixed_in"] if group["fixed_in"] and group["state"] == "resolved" else ""}}
 % if group["state"] == "open" and group["regressed_at"]:
 again since {{!when(group["regressed_at"])}}
 % end
 </h2><div class="actions">
 % if len(group_apps) > 1:
-<p class="note">Several apps have it. Decide for
+<p class="note">Several apps have it. Choose one to change its state:
 % for name in group_apps:
 <a href="{{link(page.path, app=name)}}"><bdi>{{name}}</bdi></a>
 % end
 </p>
 % else:
 % if group["state"] != "resolved":
-""" + _form("{{page.address}}", """<button>Resolve</button>
+""" + _form("""<button>Resolve</button>
 <label>in version <input name="fixed_in" value="{{next_build}}" maxlength="500" size="14"></label>
-""", state="resolved", app="{{group_apps[0]}}") + """
+""", "page.path, app=group_apps[0]", state="resolved") + """\
 % end
 % if group["state"] != "open":
-""" + _form("{{page.address}}", "<button>Reopen</button>", state="open", app="{{group_apps[0]}}") + """
+""" + _form("<button>Reopen</button>", "page.path, app=group_apps[0]", state="open") + """\
 % end
 % if group["state"] != "muted":
 <details><summary>Mute</summary>
-""" + _form("{{page.address}}", """<p><label>until <input type="date" name="until"></label>
+""" + _form("""<p><label>until <input type="date" name="until"></label>
 <label>or for <input type="number" name="more_crashes" min="1" max="2147483647"> more crashes</label>
 <label>or for <input type="number" name="more_devices" min="1" max="2147483647"> more devices</label></p>
-<p><button>Mute it</button> <span class="note">With none of them: until somebody opens it.</span></p>
-""", state="muted", app="{{group_apps[0]}}") + """</details>
+<p><button>Mute</button> <span class="note">Without a condition it stays muted until somebody reopens it.</span></p>
+""", "page.path, app=group_apps[0]", state="muted") + """</details>
 % end
 <details><summary>Comment</summary>
-""" + _form("{{page.address}}", """<p><textarea name="comment" rows="3" cols="60" maxlength="5000" required>
-</textarea></p>
-<p><button>Add it</button></p>
-""", app="{{group_apps[0]}}") + """</details>
+""" + _form("""<p><textarea name="comment" rows="3" cols="60" maxlength="5000" required></textarea></p>
+<p><button>Add comment</button></p>
+""", "page.path, app=group_apps[0]") + """</details>
 % end
 </div>
-% if group["history"]:
-<ol class="history">
 % for entry in reversed(group["history"]):
-<li>{{!when(entry["at"])}} {{entry["what"]}} <bdi class="reason">{{shorten(entry["detail"] or "", 5000)}}</bdi></li>
-% end
-</ol>
+<p class="note">{{!when(entry["at"])}} {{entry["what"]}} <bdi>{{shorten(entry["detail"] or "", 5000)}}</bdi></p>
 % end
 </section>
-"""
-_PAGE_LINKS = """% if "cursor" in parameters:
-<a class="more" href="{{link(page.path, **{**parameters, "cursor": None})}}">First page</a>
-% end
-% if next:
-<a class="more" href="{{link(page.path, **{**parameters, "cursor": next})}}" rel="next">Next page</a>
-% end
 """
 
 _TEMPLATES = {
     "layout": """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><meta name="robots" content="noindex">
 <title>{{shorten(title, 80)}} - backfeedr</title><link rel="icon" href="{{icon}}"><style>{{!style}}</style></head>
-<body><header><a class="brand" href="{{link("/")}}">backfeedr</a>
+<body><a class="skip" href="#main">Skip to content</a>
+<header><a class="brand" href="{{link("/")}}">backfeedr</a>
 % if apps is not None:
 <nav aria-label="Pages">
 % for path, name in pages:
 <a href="{{link(path)}}"{{!' aria-current="page"' if page.section == path else ""}}>{{name}}</a>
 % end
 </nav>
-""" + _form("/sign-out", '<button class="plain">Sign out</button>') + """
+""" + _form('<button class="plain">Sign out</button>', '"/sign-out"') + """\
 % end
 </header>
-% if apps and page.section != "/apps" and (len(apps) > 1 or apps[0].is_test):
+% if apps and status == 200 and page.section != "/apps" and (len(apps) > 1 or apps[0].is_test):
 <nav class="apps" aria-label="Apps">
-<a href="{{link(page.section, app=None)}}"{{!' aria-current="true"' if not page.app else ""}}>All live apps</a>
-% for app in apps:
-<a href="{{link(page.section, app=app.name)}}"{{!' aria-current="true"' if page.app == app.name else ""}}
-><bdi>{{app.name}}</bdi>{{" (test)" if app.is_test else ""}}</a>
+% for name, label in [(None, "All live apps"), *((app.name, app.name + " (test)" * app.is_test) for app in apps)]:
+<a href="{{link(page.section, app=name)}}"{{!' aria-current="true"' if page.app == name else ""}}
+><bdi>{{label}}</bdi></a>
 % end
 </nav>
 % end
-<main><h1><bdi>{{shorten(title)}}</bdi></h1>
+<main id="main"><h1><bdi>{{shorten(title)}}</bdi></h1>
 {{!body}}</main>
 <footer>All days and times are UTC.</footer></body></html>
 """,
-    "message": """<p>{{text}}</p>
-<p><a href="{{page.root}}{{target}}">{{label}}</a></p>
+    "error": """<p>{{hint}}</p>
+<p><a href="{{page.root}}/">Overview</a></p>
 """,
     "sign_in": """<div class="sign-in">
 % if problem:
 <p class="problem" role="alert">{{problem}}</p>
 % end
-""" + _form("/sign-in", """<input name="username" value="admin" autocomplete="username" hidden>
+""" + _form("""<input name="username" value="admin" autocomplete="username" hidden>
 <p><label for="token">Admin token</label>
 <input id="token" type="password" name="token" autocomplete="current-password" required autofocus></p>
 <p><button>Sign in</button></p>
-<p class="note">The server printed it at its first start. <code>BACKFEEDR_AUTH_TOKEN</code> sets another one.</p>
+<p class="note">The server printed it at its first start. <code>BACKFEEDR_AUTH_TOKEN</code> sets a new one.</p>
 """, next="{{target}}") + "</div>\n",
     "overview": """% for warning in warnings:
 <p class="problem" role="alert">{{warning}}</p>
 % end
 % if is_empty:
-<section class="hint"><p>Nothing has been received yet. Send a first crash, with the key of an app
-(<a href="{{link("/apps")}}">Apps</a> makes a new one):</p>
+<section class="hint"><p>Nothing received yet. Send a first crash with the key of an app
+(<a href="{{link("/apps")}}">Apps</a> adds a key):</p>
 <pre>{{curl_line(page.url, "bf_live_your_key")}}</pre></section>
 % end
 <section><h2><a href="{{link("/releases")}}">Is the latest release worse?</a></h2>
-<div class="verdicts">
 % for row in verdicts:
 % verdict = row["verdict"] or {}
-<p>""" + _RELEASE_LINK + """ <bdi>{{"" if page.app or len(verdicts) < 2 else row["app"]}}</bdi>
+<p class="verdict">""" + _RELEASE[1] + """\
 <b{{!' class="problem"' if verdict.get("word") == "worse" else ""}}>
-{{verdict.get("text") or "nothing to compare it with"}}</b>
+{{verdict.get("text") or "no earlier release to compare with"}}</b>
 % if verdict.get("before") and verdict.get("interval"):
-<span class="note">compared with <bdi>{{shorten(verdict["before"], 40)}}</bdi> at the same age, in percentage points:
-{{"{:+.1f} to {:+.1f}".format(*verdict["interval"])}}</span>
+<small>compared with <bdi>{{shorten(verdict["before"], 40)}}</bdi> at the same age:
+{{"{:+.1f} to {:+.1f}".format(*verdict["interval"])}} percentage points</small>
 % end
 </p>
 % end
-</div>
 % if not verdicts:
 <p class="empty">""" + _NO_RELEASE + """</p>
 % end
 </section>
-<div class="halves"><section><h2>New and regressed in 7 days: {{number(new_count)}}</h2>
-""" + _list(
-        "new", _BRIEF_GROUP, _CRASHES, _SEEN[1], empty="No group is new.") + """</section>
+<div class="grid"><section><h2>New or regressed in the last 7 days: {{number(new_count)}}</h2>
+""" + _table("new", _GROUP, _CRASHES, "Last seen", empty="No new or regressed crashes.") + """</section>
 <section><h2><a href="{{link("/crashes", days=7)}}">To fix first</a></h2>
-""" + _list(
-        "first", _BRIEF_GROUP, Column("Devices", _COUNT % "devices", "number"), _CRASHES, _SEEN[1],
-        empty="No crash in the last 7 days.") + """
-<p class="note">By devices that crashed in the newest release in 7 days, halved for each day since the last crash.</p>
+""" + _table("first", _GROUP, "Devices", _CRASHES, "Last seen", empty="No crashes in the last 7 days.") + """
+<p class="note">Ranked by devices that crashed in the newest release in 7 days, halved for each day since the last
+crash.</p>
 </section></div>
-<section>""" + _TILES + """</section>
-<section><h2><a href="{{link("/releases")}}">Latest releases</a></h2>
-""" + _list(
-        "releases", Column("Version", _RELEASE_LINK + """
-<span class="reason"><bdi>{{"" if page.app else row["app"]}}</bdi></span>""", "main"),
-        _CRASH_FREE, _ADOPTION, empty=_NO_RELEASE) + """</section>
-<div class="halves"><section><h2>Exception types, 30 days</h2>{{!bar_chart(types)}}</section>
+""" + _TILES + """<div class="grid"><section><h2>Exception types, 30 days</h2>{{!bar_chart(types)}}</section>
 <section><h2>Crashing devices, 30 days</h2>{{!bar_chart(devices)}}</section></div>
 """,
-    "crashes": _FILTER + """<label>Version <input name="version" list="versions"
-value="{{parameters.get("version", "")}}"></label><datalist id="versions">{{!options(versions)}}</datalist>
-<label>Days
-<select name="days">{{!options(day_choices, parameters["days"])}}</select></label>
-<label>Sorted by <select name="sort">{{!options(sorts, parameters.get("sort", "crashes"))}}</select></label>
-<label>State <select name="state"><option value="">all</option>{{!options(states, parameters.get("state"))}}</select>
-</label>
+    "crashes": _FILTER + """<label>Version <input name="version" value="{{parameters.get("version", "")}}"></label>
+<label>Period """ + _select("days", "periods", 'parameters["days"]') + """</label>
+<label>Sort by """ + _select("sort", "sorts", 'parameters.get("sort", "crashes")') + """</label>
+<label>State """ + _select("state", '[("", "all"), *states]', 'parameters.get("state", "")') + """</label>
 <label>Text <input type="search" name="text" value="{{parameters.get("text", "")}}"></label>
 <button>Show</button></form>
-<p class="note">
-% if parameters["days"] == "all":
-All days that are kept. <a href="{{link("/crashes", **{**parameters, "days": 7, "cursor": None})}}">The last 7 days</a>
+""" + _table(
+        "groups", _GROUP, _CRASHES, "Devices", ("30 days", '{{!sparkline(row["days"], "Crashes")}}', ""),
+        ("Versions", '<bdi>{{", ".join(shorten(version, 40) for version in row["versions"][-2:])}}</bdi>'
+                     '{{", +{}".format(len(row["versions"]) - 2) if len(row["versions"]) > 2 else ""}}', ""),
+        "First seen", "Last seen", empty="""
+% if parameters != {"days": "all"}:
+No matches. <a href="{{link("/crashes", days="all")}}">Show all</a>
 % else:
-The last {{"{} days".format(parameters["days"]) if parameters["days"] > 1 else "day"}}, today included.
-<a href="{{link("/crashes", **{**parameters, "days": "all", "cursor": None})}}">All days</a>
-% end
-</p>
-""" + _list(
-        "groups", _CRASHES, _GROUP,
-        _APP._replace(cell='<bdi>{{", ".join(row["apps"])}}</bdi>'),
-        Column("30 days", '{{!sparkline(row["days"], "Crashes")}}'),
-        Column("Devices", _COUNT % "devices", "number"),
-        Column("Versions", '<bdi>{{", ".join(shorten(version, 40) for version in row["versions"][-2:])}}</bdi>'
-                           '{{", +{}".format(len(row["versions"]) - 2) if len(row["versions"]) > 2 else ""}}'),
-        *_SEEN, empty="""
-% if parameters != {"days": "all"} and not is_empty:
-No crash fits. <a href="{{link("/crashes", days="all")}}">Show all</a>
-% else:
-No crash is kept{{" of " + page.app if page.app else ""}}. When one comes in, it is here at once;
-<a href="{{link("/apps")}}">Apps</a> has the keys to send one with.
+No crashes stored{{" of " + page.app if page.app else ""}}. <a href="{{link("/apps")}}">Apps</a> has the keys for
+sending one.
 % end
 """) + _PAGE_LINKS,
     "group": """<p><b><bdi>{{group["exception_type"] if group["place"] else ""}}</bdi></b>
-<span class="reason"><bdi>{{shorten(report.get("exception_reason", ""), 5000)}}</bdi></span></p>
-<dl class="facts"><div><dt>Crashes</dt><dd>{{number(group["count"])}}</dd></div>
-<div><dt>Devices</dt><dd>{{number(group["devices"])}}</dd></div>
-% for label, at in (("First seen", group["first_seen"]), ("Last seen", group["last_seen"])):
-<div><dt>{{label}}</dt><dd>{{!when(at) if at else "-"}}</dd></div>
+<span class="soft"><bdi>{{shorten(report.get("exception_reason", ""), 5000)}}</bdi></span></p>
+<dl class="facts">
+% for name in ("count", "devices", "first_seen", "last_seen"):
+<div><dt>{{name.replace("_", " ").replace("count", "crashes").capitalize()}}</dt><dd>{{!show(group[name])}}</dd></div>
 % end
 <div><dt>Group</dt><dd><code>{{group["group_hash"]}}</code></dd></div>
-<div><dt>To pass on</dt><dd><a href="{{link(page.path + ".txt")}}">text</a>
+<div><dt>Export</dt><dd><a href="{{link(page.path + ".txt")}}">text</a>
 <a href="{{link(page.path + ".md")}}">Markdown</a></dd></div></dl>
 """ + _TRIAGE + """\
 % if not report:
-<p class="empty">Its crashes have expired. What was decided stays.</p>
+<p class="empty">The crashes of this group have expired. Its state and its history remain.</p>
 % else:
 <section><h2>Crashes per day</h2>{{!chart}}</section>
-<section><h2>{{"A crash" if parameters else "The latest crash"}}, {{!when(report["occurred_at"])}}</h2>
-<p class="note">
+<section><h2>{{"Latest crash" if is_latest else "Crash"}}, {{!when(report["occurred_at"])}}</h2>
+<p>
 % for id, name, rel in ((older, "Older crash", "prev"), (newer, "Newer crash", "next")):
 % if id:
-<a href="{{link(page.path, report=id)}}" rel="{{rel}}">{{name}}</a>
+<a class="more" href="{{link(page.path, report=id)}}" rel="{{rel}}">{{name}}</a>
 % end
 % end
 </p>
@@ -6924,12 +6861,12 @@ No crash is kept{{" of " + page.app if page.app else ""}}. When one comes in, it
 % if frames:
 <ol class="trace" start="0">
 % for symbol, place, is_own, raw in frames[:max_frames]:
-<li{{!' class="own"' if is_own else ""}}{{!tooltip(raw)}}><code><bdi>{{shorten(symbol, 1000)}}</bdi></code>
+<li{{!' class="own"' if is_own else ""}} title="{{shorten(raw)}}"><code><bdi>{{shorten(symbol, 1000)}}</bdi></code>
 <span class="place"><bdi>{{shorten(place)}}</bdi></span></li>
 % end
 </ol>
 % if frames[max_frames:]:
-<p class="note">and {{number(len(frames) - max_frames)}} further frames</p>
+<p class="note">and {{number(len(frames) - max_frames)}} more frames</p>
 % end
 % for build in group["missing_symbols"]:
 <p class="problem">Symbols of <bdi>{{build_name(build)}}</bdi> are missing: {{number(build["crashes"])}}
@@ -6940,177 +6877,170 @@ No crash is kept{{" of " + page.app if page.app else ""}}. When one comes in, it
 <p class="note">No frame is known to be the app's own.</p>
 % end
 % else:
-<p class="empty">This report came without a stack trace.</p>
+<p class="empty">This report has no stack trace.</p>
 % end
-</div><dl class="context"><div><dt>Occurred</dt><dd>{{!when(report["occurred_at"])}}</dd></div>
-<div><dt>Received</dt><dd>{{!when(report["received_at"])}}</dd></div>
-% for name, value in context:
-<div{{!' class="long"' if len(value) > 80 else ""}}><dt><bdi>{{shorten(name, 100)}}</bdi></dt>
-<dd><bdi>{{value}}</bdi></dd></div>
+</div><dl class="context">
+% for name, value in fields:
+<div{{!' class="long"' if len(value) > 100 and "_hash" not in name else ""}}><dt><bdi>{{shorten(name, 100)}}</bdi></dt>
+<dd>{{!value}}</dd></div>
 % end
 </dl></div></section>
-<div class="halves">
-% if crumbs:
-<section><h2>Breadcrumbs</h2>
-""" + _steps_list("crumbs") + """</section>
+<div class="grid">
+% session = {"app": report["app"], **{name: report.get(name) for name in ("session_id", "device_id_hash")}}
+% for title, steps in (("Breadcrumbs", crumbs), ("Events of this session", before)):
+% if steps:
+<section><h2>{{title}}</h2>
+""" + _table(
+        "steps", ("Time", "{{row[0]}}", "bare number"),
+        ("Action", '<bdi>{{row[1]}}</bdi> <span class="soft">{{row[2]}}</span>', "bare")) + """
+% if steps is before:
+<p><a href="{{link("/events", **session)}}">All events of this session</a></p>
 % end
-% if before:
-<section><h2><a href="{{link("/events", app=report["app"], session_id=report["session_id"])}}">Events of its
-session</a></h2>
-""" + _steps_list("before") + """</section>
+</section>
+% end
 % end
 </div>
-<div class="thirds"><section><h2>Versions</h2>{{!bar_chart(group["versions"], group["count"])}}</section>
-<section><h2>Systems</h2>{{!bar_chart(group["systems"], group["count"])}}</section>
-<section><h2>Devices</h2>{{!bar_chart(group["device_models"], group["count"])}}</section></div>
-<section><h2>Its crashes</h2>
-""" + _list(
-        'group["reports"]',
-        Column("Received", '<a href="{{link(page.path, report=row["id"], cursor=parameters.get("cursor"))}}">'
-                           '{{!when(row["received_at"])}}</a>'),
-        _APP, _VERSION, _SYSTEM, _DEVICE,
-        Column("Reason", '<span class="reason"><bdi>{{shorten(row.get("exception_reason", ""), 120)}}</bdi></span>',
-               condition="has_reasons"),
-        row_attributes="""{{!' aria-current="true"' if row["id"] == report["id"] else ""}}"""
-    ) + _PAGE_LINKS + "</section>\n% end\n",
+<div class="grid">
+% for title, part in (("Versions", "versions"), ("Systems", "systems"), ("Devices", "device_models")):
+<section><h2>{{title}}</h2>{{!bar_chart(group[part], group["count"])}}</section>
+% end
+</div>
+% end
+""",
     "events": """% if "session_id" in parameters:
-<p>Session <code><bdi>{{parameters["session_id"]}}</bdi></code>, in the order in which its events came.
+<p>Session <code><bdi>{{parameters["session_id"]}}</bdi></code>
+of <code><bdi>{{parameters.get("device_id_hash", "all devices")}}</bdi></code>, oldest event first.
 <a href="{{link("/events")}}">All events</a></p>
 % else:
-""" + _FILTER + """<label>Type
-<select name="type"><option value="">all</option>{{!options(types, parameters.get("type"))}}</select></label>
+""" + _FILTER + "<label>Type " + _select("type", '[("", "all"), *types]', 'parameters.get("type", "")') + """</label>
 <label>Name <input name="name" value="{{parameters.get("name", "")}}"></label>
 <label>Session <input name="session_id"></label> <button>Show</button></form>
 % end
-""" + _list(
-        "events", Column("Occurred", _TIME % "occurred_at"),
-        Column("Event", '{{row["type"]}} <b><bdi>{{shorten(row.get("name", ""), 80)}}</bdi></b>', "main"),
-        _APP, Column("Properties", '<span class="reason"><bdi>{{details(row)}}</bdi></span>'),
-        _VERSION, _DEVICE, Column("Session", """
-% if row.get("session_id") and "session_id" not in parameters:
-<a href="{{link("/events", session_id=row["session_id"])}}"><bdi>{{shorten(row["session_id"], 12)}}</bdi></a>
-% end
-"""), empty="""
-% if next:
-None of the 20,000 events that were looked at fits.
-% elif parameters:
-No event fits. <a href="{{link("/events")}}">Show all</a>
+""" + _table(
+        "events", ("Event", '{{row["type"]}} <b><bdi>{{shorten(row.get("name", ""), 80)}}</bdi></b>\n' + _APP + """
+% text = details(row)
+% if len(text) > 100:
+<details class="soft"><summary><bdi>{{text[:100]}}...</bdi></summary><bdi>{{text}}</bdi></details>
 % else:
-No event is kept{{" of " + page.app if page.app else ""}}.
+<span class="soft"><bdi>{{text}}</bdi></span>
+% end
+""", "main"),
+        ("Occurred", '{{!when(row["occurred_at"])}}', "bare"), _VERSION, _DEVICE, ("Session", """
+% if row.get("session_id"):
+<a href="{{link("/events", session_id=row["session_id"], device_id_hash=row.get("device_id_hash"))}}"><bdi>\
+{{shorten(row["session_id"], 12)}}</bdi></a>
+% end
+""", "bare"), empty="""
+% if next:
+No match among the 20,000 events searched. The next page searches older ones.
+% elif parameters:
+No matches. <a href="{{link("/events")}}">Show all</a>
+% else:
+No events stored{{" of " + page.app if page.app else ""}}.
 <code>examples/client.py</code> shows how an app sends its sessions.
 % end
 """) + _PAGE_LINKS,
-    "usage": _TILES + """<section><h2>Retention of the devices first seen in the last 60 days</h2></section>
-""" + _TILES.replace("in tiles:", "in back:") + """<div class="halves"><section>
+    "usage": _TILES + _TILES.replace("in tiles:", "in back:") + """<div class="grid"><section>
 <h2><a href="{{link("/events")}}">Events, 30 days</a></h2>
-""" + _list(
-        "events", Column("Event", '<a href="{{link("/events", type=row["type"], name=row["name"])}}"><bdi>'
-                         '{{shorten(row["name"], 80) or "(no name)"}}</bdi></a> <span class="reason">'
-                         '{{row["type"]}}</span>', "main"),
-        Column("30 days", '{{!sparkline(row["days"], "Events")}}'), Column("Events", _COUNT % "count", "number"),
-        empty="No event in 30 days.") + """<p><a href="{{link("/events")}}">All events, one by one</a></p></section>
+""" + _table(
+        "events", ("Event", """<a href="{{link("/events", type=row["type"], name=row["name"])}}"><bdi>\
+{{shorten(row["name"], 80) or "(no name)"}}</bdi></a> <span class="soft">{{row["type"]}}</span>""", "main"),
+        ("30 days", '{{!sparkline(row["days"], "Events")}}', ""), ("Events", '{{!show(row["count"])}}', "number"),
+        empty="No events in 30 days.") + """<p><a href="{{link("/events")}}">All events, one by one</a></p></section>
 <section><h2><a href="{{link("/releases")}}">Adoption, 7 days</a></h2>
-""" + _list(
-        "releases", Column("Version", _RELEASE_LINK, "main"), _APP._replace(condition="not page.app"), _ADOPTION,
-        Column("Sessions in all", _COUNT % "sessions", "number"), empty=_NO_RELEASE) + "</section></div>\n",
-    "releases": """<p class="note">In the order of
+""" + _table("releases", _RELEASE, "Adoption", "Sessions", empty=_NO_RELEASE) + "</section></div>\n",
+    "releases": """<p class="note">Sorted by
 % if "sort" in parameters:
-<a href="{{link("/releases")}}">first appearance</a> | versions</p>
+<a href="{{link("/releases")}}">first seen</a> | version</p>
 % else:
-first appearance | <a href="{{link("/releases", sort="version")}}">versions</a></p>
+first seen | <a href="{{link("/releases", sort="version")}}">version</a></p>
 % end
-""" + _list(
-        "releases", Column("Version", _RELEASE_LINK, "main"),
-        Column("Verdict", '{{(row["verdict"] or {}).get("text", "-")}}'), _APP._replace(condition="not page.app"),
-        _CRASH_FREE, Column("Crash-free devices", '{{percent(row["crash_free_devices"])}}', "number"),
-        Column("Crashes", _COUNT % "crashes", "number"), Column("Sessions", _COUNT % "sessions", "number"),
-        _ADOPTION._replace(label="Adoption, 7 days"), *_SEEN, empty=_NO_RELEASE),
-    "apps": """% if "problem" in notice:
-<p class="problem" role="alert">{{notice["problem"]}}.</p>
-% end
-% if "message" in notice:
-<section class="hint" role="status"><p>{{notice["message"]}}</p>
-% if "key" in notice:
-<p><code class="key">{{notice["key"]}}</code></p><p>It goes into the app. To try it:</p>
-<pre>{{curl_line(page.url, notice["key"])}}</pre>
-% end
+""" + _table(
+        "releases", _RELEASE, ("Verdict", '{{(row["verdict"] or {}).get("text", "-")}}', ""), "Crash-free sessions",
+        "Crash-free devices", "Crashes", "Sessions", "Adoption", "First seen", "Last seen", empty=_NO_RELEASE)
+    + '<p class="note">Adoption is the share of the sessions of the last 7 days.</p>\n',
+    "apps": """% if notice:
+<section class="hint" role="{{"status" if status == 200 else "alert"}}"><p>{{notice["message"]}}</p>
 % if notice.get("secret"):
 <p><code class="key">{{notice["secret"]}}</code></p>
+% end
+% if "curl" in notice:
+<p>Put it into the app. To try it:</p><pre>{{notice["curl"]}}</pre>
 % end
 </section>
 % end
 % for app in apps:
 <section><h2><bdi>{{app.name}}</bdi>{{" (test)" if app.is_test else ""}}</h2>
-<p class="note">Made {{!when(iso(app.created_at))}}. <a href="{{link("/", app=app.name)}}">Its figures</a></p>
-""" + _list(
-        "keys[app.name]", Column("Key", "<code>{{row.prefix}}...</code>"),
-        Column("Made", "{{!when(iso(row.created_at))}}"), Column("In use", """
+<p class="note">Created {{!when(app.created_at)}}. <a href="{{link("/", app=app.name)}}">Statistics</a></p>
+""" + _table(
+        "keys[app.name]", ("Key", "<code>{{row.prefix}}...</code>", "main"),
+        ("Created", "{{!when(row.created_at)}}", ""),
+        ("Last used", '{{iso(86_400_000 * row.last_used)[:10] if row.last_used else "-"}}', ""),
+        ("Requests, 7 days", "{{number(row.requests)}}", "number"), ("Status", """
 % if row.revoked_at:
-revoked {{!when(iso(row.revoked_at))}}
+revoked {{!when(row.revoked_at)}}
 % else:
-<details><summary>Revoke</summary><p>What apps with this key send is refused from then on.</p>
-""" + _form("/apps", "<button>Revoke it</button>", action="revoke", key="{{row.hash}}") + """</details>
+<details><summary>Revoke</summary><p>From then on, reports sent with this key are refused.</p>
+""" + _form('<button class="danger">Revoke</button>', action="revoke", key="{{row.hash}}") + """</details>
 % end
-""", "bare"), empty="It has no key, so nothing can be sent to it.") + '<div class="actions">\n' + _form(
-            "/apps", "<button>Make a further key</button>", action="key", name="{{app.name}}") + """
-<details><summary>Delete the app</summary>
-""" + _form("/apps", """<p>This deletes its keys and all that it sent. To be sure, type its name.</p>
-<label>Name <input name="typed" autocomplete="off" required></label> <button class="danger">Delete it</button>
+""", "bare"), empty="No key, so nothing can be sent.") + '<div class="actions">\n' + _form(
+            "<button>Add key</button>", action="key", name="{{app.name}}") + """
+<details><summary>Delete app</summary>
+""" + _form("""<p>This deletes its keys and all its reports. Type its name to confirm.</p>
+<label>Name <input name="typed" autocomplete="off" required></label> <button class="danger">Delete</button>
 """, action="delete", name="{{app.name}}") + """</details></div></section>
 % end
-<section><h2>A new app</h2>
-""" + _form("/apps", """<p><label>Name <input name="name" maxlength="100" required></label>
-<label><input type="checkbox" name="test" value="1"> a test app, whose reports count in no public figure</label></p>
-<p><button>Make it, with a first key</button></p>
+<section><h2>New app</h2>
+""" + _form("""<p><label>Name <input name="name" maxlength="100" required></label></p>
+<p><label><input type="checkbox" name="test" value="1"> Test app: not in public statistics</label></p>
+<p><button>Create app and key</button></p>
 """, action="create") + """</section>
 <section><h2>Alerts</h2>
-""" + _list(
-        "channels", Column("Channel", '<code><bdi>{{row["id"]}}: {{row["address"]}}</bdi></code>', "main"),
-        Column("App", '<bdi>{{row["app"] or "all live apps"}}</bdi>'),
-        Column("Facts", '{{row["kinds"].replace(",", ", ")}}'),
-        Column("Last sent", '{{!when(iso(row["sent_at"])) if row["sent_at"] else "never"}}'), Column("State", """
+""" + _table(
+        "channels", ("Channel", '<code><bdi>{{row["id"]}}: {{row["address"]}}</bdi></code>', "main"),
+        ("App", '<bdi>{{row["app"] or "all live apps"}}</bdi>', ""),
+        ("Alerts", '{{row["kinds"].replace(",", ", ")}}', ""),
+        ("Last sent", '{{!when(row["sent_at"]) if row["sent_at"] else "never"}}', ""), ("Status", """
 % if row["ended_at"]:
-<span class="problem">ended {{!when(iso(row["ended_at"]))}}: its receiver wants no more</span>
+<span class="problem">ended {{!when(row["ended_at"])}}: its receiver wants no more</span>
 % elif row["error"]:
-<span class="problem">{{row["error"]}}, {{!when(iso(row["error_at"]))}}; {{row["waiting"]}} waiting</span>
+<span class="problem">{{row["error"]}}, {{!when(row["error_at"])}}; {{row["waiting"]}} waiting</span>
 % else:
-{{"{} waiting".format(row["waiting"]) if row["waiting"] else "good"}}
+{{"{} waiting".format(row["waiting"]) if row["waiting"] else "ok"}}
 % end
-"""), Column("Change", _form("/apps", '<button class="plain">Test</button>', action="test-channel", id='{{row["id"]}}')
-             + " " + _form("/apps", '<button class="plain">Remove</button>', action="remove-channel",
-                           id='{{row["id"]}}'), "bare"),
-        empty="Nobody is told of new or regressed crashes yet.") + """
-<div class="actions"><details><summary>Add a channel</summary>
-""" + _form("/apps", """<p class="note">A webhook (https), slack+https, ntfy+https, or what Apprise knows.</p>
+""", ""), ("Change", "\n" + _form('<button class="plain">Test</button>', action="test-channel", id='{{row["id"]}}')
+             + _form('<button class="plain">Remove</button>', action="remove-channel", id='{{row["id"]}}'), "bare"),
+        empty="No channels: nobody is told of new or regressed crashes.") + """
+<details><summary>Add channel</summary>
+""" + _form("""<p class="note">A webhook (https), slack+https, ntfy+https, or any address that Apprise supports.</p>
 <p><label>Address <input name="url" size="30" required></label>
-<label>App <select name="app"><option value="">all live apps</option>{{!options(app.name for app in apps)}}</select>
-</label></p><p>
+<label>App """ + _select("app", '[("", "all live apps"), *(app.name for app in apps)]') + """</label></p><p>
 % for kind, is_on in fact_kinds.items():
 <label><input type="checkbox" name="on-{{kind}}" value="1"{{" checked" if is_on else ""}}> {{kind}}</label>
 % end
-</p><p><label>Hour of the digest, UTC <input type="number" name="hour" min="0" max="23" value="7"></label>
-<label><input type="checkbox" name="reason" value="1"> with the reasons of crashes, which then leave this host</label>
-</p>
-<p><button>Add it</button></p>
-""", action="add-channel") + """</details></div></section>
+</p><p><label>Hour of the digest, UTC <input type="number" name="hour" min="0" max="23" value="7"></label></p>
+<p><label><input type="checkbox" name="reason" value="1"> Send the reasons of crashes, too</label></p>
+<p><button>Add channel</button></p>
+""", action="add-channel") + """</details></section>
 <section><h2>Feed</h2>
-<p>{{"The feed of new and regressed crashes has an address." if has_feed else "A feed has new and regressed crashes."}}
-""" + _form("/apps", '<button>Make a new address</button>', action="make-feed") + """
+<p>An Atom feed of new and regressed crashes. {{"It has an address." if has_feed else "It has no address yet."}}</p>
+<div class="actions">
+""" + _form("<button>New address</button>", action="make-feed") + """\
 % if has_feed:
-""" + _form("/apps", '<button>Withdraw it</button>', action="withdraw-feed") + """
+""" + _form("<button>Withdraw address</button>", action="withdraw-feed") + """\
 % end
-</p></section>
+</div></section>
 """,
     "feed": """<?xml version="1.0" encoding="utf-8"?>
 <feed xmlns="http://www.w3.org/2005/Atom"><title>Crashes{{" of " + page.app if page.app else ""}}</title>
 <id>{{page.url}}/crashes.atom{{"?" + urlencode({"app": page.app}) if page.app else ""}}</id>
 <updated>{{updated}}</updated><author><name>backfeedr</name></author>
-<link rel="self" href="{{page.url}}/crashes.atom?{{page.query}}"/><link href="{{page.url}}/crashes"/>
+<link rel="self" href="{{page.url}}/crashes.atom?{{urlencode(page.query)}}"/><link href="{{page.url}}/crashes"/>
 % for row in news:
-<entry><id>{{urn(row["app"], row["created_at"], row["group_hash"], row["what"] != "new" and row["at"])}}</id>
+% link = "{}/crashes/{}?{}".format(page.url, row["group_hash"], urlencode({"app": row["app"]}))
+<entry><id>{{link}}#{{row["what"] if row["what"] == "new" else row["at"]}}</id>
 <title>{{row["what"].capitalize()}}: {{row["exception_type"]}}{{" in " + row["place"] if row["place"] else ""}}</title>
-<updated>{{iso(row["at"])}}</updated>
-<link href="{{page.url}}/crashes/{{row["group_hash"]}}?{{urlencode({"app": row["app"]})}}"/>
+<updated>{{iso(row["at"])}}</updated><link href="{{link}}"/>
 <summary>{{row["app"]}}{{", first in " + row["first_version"] if row["first_version"] else ""}}</summary></entry>
 % end
 </feed>
@@ -7124,83 +7054,74 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 78rem; padding: 0 1.25rem 2rem; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; -webkit-text-size-adjust: 100%; }
-code, pre, td.number, .figure, .brand, .trace, .facts dd, .long dd { font-family: ui-monospace, Consolas, monospace; }
-dl, dd, form, .figure, .chart p, .tiles :is(section, h2) { margin: 0; }
-th, dt, footer, .note, .trace, .filter label { color: var(--soft); font-size: 0.9em; }
-.empty, .reason, .place, .chart p { color: var(--soft); }
+code, pre, .trace, .long dd { font-family: ui-monospace, Consolas, monospace; }
+dl, dd, form, .figure, .chart p { margin: 0; }
+th, dt, pre, footer, small, .note, .trace, .filter label { color: var(--soft); font-size: 0.9em; }
+.empty, .soft, .place, .chart p { color: var(--soft); }
 header, nav, .facts, .filter, .actions { display: flex; flex-wrap: wrap; gap: 0.4rem 1.3rem; align-items: baseline; }
 header { padding: 0.9rem 0 0.6rem; border-bottom: 2px solid var(--ink); } header nav { flex: 1; }
-.apps { padding: 0.5rem 0; border-bottom: 1px solid var(--rule); font-size: 0.92em; }
-.facts { column-gap: 2.2rem; }
-a, summary, .plain { color: var(--link); }
+.skip:not(:focus) { position: absolute; left: -99rem; }
+.apps { padding: 0.5rem 0; border-bottom: 1px solid var(--rule); }
+a, summary, .plain { color: var(--link); } nav a, .brand { text-decoration: none; padding: 0.2rem 0; }
 h2 a, .brand, a[aria-current] { color: inherit; } a[aria-current] { border-bottom: 2px solid var(--mark); }
-nav a, .brand { text-decoration: none; padding: 0.2rem 0; }
 a[aria-current], .brand, .own, .key { font-weight: 600; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: 1.4rem 0 0.8rem; }
-h2 { font-size: 0.95rem; margin: 0 0 0.5rem; }
-main section { margin: 1.75rem 0 0; min-width: 0; }
-.tiles, .halves, .thirds { --least: 24rem; display: grid; gap: 0 2.5rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(var(--least), 100%), 1fr)); }
-.tiles { --least: 9rem; gap: 1.5rem 2rem; } .thirds { --least: 17rem; }
-.tiles section { border-top: 1px solid var(--rule); padding-top: 0.7rem; } .tiles h2 { font-weight: 400; }
-.figure { font-size: 1.9rem; line-height: 1.2; }
-.note, .verdicts p { margin: 0.2rem 0; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 1.4rem 0 0.8rem; } h2 { font-size: 0.95rem; margin: 0 0 0.5rem; }
+section, footer { margin: 1.75rem 0 0; min-width: 0; }
+footer, .tiles section { border-top: 1px solid var(--rule); padding-top: 0.6rem; }
+.grid { display: grid; gap: 0 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(var(--least), 100%), 1fr));
+  --least: 17rem; }
+.tiles { --least: 9rem; column-gap: 2rem; } .tiles h2 { font-weight: 400; margin: 0; }
+.figure { font-size: 1.9rem; line-height: 1.2; } .note, .verdict { margin: 0.2rem 0; }
 .brief { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 1; overflow: hidden;
   word-break: break-all; }
-footer { margin-top: 3rem; padding-top: 0.6rem; border-top: 1px solid var(--rule); }
-table { border-collapse: collapse; width: 100%; } th { text-align: left; font-weight: 400; }
+table { border-collapse: collapse; width: 100%; }
+th { text-align: left; font-weight: 400; overflow-wrap: normal; }
 th, td { padding: 0.4rem 1.2rem 0.4rem 0; vertical-align: top; } :is(th, td):last-child { padding-right: 0; }
-time, .number { white-space: nowrap; } .number { text-align: right; }
+.number { text-align: right; font-variant-numeric: tabular-nums; } td.number, .list time { white-space: nowrap; }
 .list tr { border-bottom: 1px solid var(--rule); }
-.list th { white-space: normal; overflow-wrap: normal; }
-.list tr[aria-current], .own, .hint, pre, .long dd, button { background: var(--tint); }
-.list td:is([data-label="App"], [data-label="Versions"], [data-label="Verdict"]) { min-width: 6.5rem; }
-.list th.number:first-child, .bars .number { width: 1%; }
-.bars th { color: inherit; font-size: 1em; width: 42%; }
-.bars :is(th, td) { padding-block: 0.15rem; }
-svg { display: block; } .bars svg { margin-top: 0.4rem; }
-rect, circle { fill: var(--mark); } line { stroke: var(--rule); }
-.marks line, polyline { stroke: var(--mark); stroke-width: 2; stroke-linecap: round; fill: none; }
-.day { fill-opacity: 0; } .day:hover { fill-opacity: 0.15; }
+.own, .hint, pre, .long dd, button { background: var(--tint); }
+.bars :is(th, td) { padding-block: 0.15rem; } .bars th { color: inherit; font-size: 1em; width: 52%; }
+.bars .number, th.number:first-child { width: 1%; }
+svg { display: block; width: 100%; overflow: visible; } .bars svg { margin-top: 0.4rem; }
+rect { fill: var(--mark); } .day { fill-opacity: 0; } .day:hover { fill-opacity: 0.15; }
+path { fill: none; stroke: var(--mark); stroke-width: 2; stroke-linecap: round; vector-effect: non-scaling-stroke; }
+.dot { stroke-width: 5; } .spark { display: block; width: 7.4rem; }
 .chart { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: 0.35rem 0.6rem; }
+.chart svg { border-block: 1px solid var(--rule); box-sizing: content-box; }
 .chart p { display: flex; justify-content: space-between; font-size: 12px; line-height: 1; }
 .chart p:first-child { flex-direction: column; text-align: right; } .chart p:last-child { grid-column: 2; }
 .crash { display: grid; gap: 1.5rem 2.5rem; grid-template-columns: minmax(0, 2fr) minmax(0, 1fr); }
-.trace { margin: 0; padding-left: 2.6rem; }
+.trace { margin: 0; padding-left: 2.6rem; } .place { font-weight: 400; padding-left: 0.6rem; }
 li { padding: 0.15rem 0 0.15rem 0.6rem; border-left: 3px solid transparent; }
 .own { color: var(--ink); border-left-color: var(--bad); } .own .place { color: var(--link); }
-.place { font-weight: 400; padding-left: 0.6rem; }
-.context > :not(.long) { display: grid; grid-template-columns: 7rem minmax(0, 1fr); gap: 0 0.8rem; padding: 0.2rem 0; }
-pre, .long dd { margin: 0.2rem 0; padding: 0.5rem 0.7rem; white-space: pre-wrap; font-size: 0.88em; max-height: 22rem;
-  overflow-y: auto; }
-form { display: inline-block; }
-.filter { align-items: end; margin-bottom: 1rem; } .filter label { display: grid; }
+.context > :not(.long) { display: grid; grid-template-columns: 8rem minmax(0, 1fr); gap: 0.8rem; padding: 0.2rem 0; }
+pre, .long dd { margin: 0.2rem 0; padding: 0.5rem 0.7rem; white-space: pre-wrap; max-height: 22rem; overflow-y: auto; }
+form { display: inline-block; } .filter { align-items: end; margin-bottom: 1rem; } .filter label { display: grid; }
 input, select, button, textarea { font: inherit; color: inherit; border: 1px solid var(--soft); border-radius: 3px;
   padding: 0.3rem 0.6rem; max-width: 100%; }
-input, select, textarea { background: var(--paper); }
+input, select, textarea { background: var(--paper); } [type=number] { width: 7rem; }
 button, summary { cursor: pointer; } button:hover { border-color: var(--ink); }
-.plain { border: 0; padding: 0.2rem 0; background: none; } .danger, .problem { color: var(--bad); }
-.sign-in { max-width: 24rem; } .sign-in :is(form, input) { width: 100%; } .sign-in label { display: block; }
-.hint { margin-bottom: 1.5rem; padding: 0.3rem 1rem 0.8rem; border-left: 3px solid var(--mark); }
-[type=number] { width: 7rem; } .history { margin: 0.8rem 0 0; padding: 0; list-style: none; }
-.key { font-size: 1.1em; user-select: all; } .actions { margin-top: 0.6rem; }
-.more { display: inline-block; margin: 1rem 1.5rem 0 0; }
+.plain { border: 0; padding: 0.2rem 0.6rem 0.2rem 0; background: none; } .danger, .problem { color: var(--bad); }
+.sign-in { max-width: 24rem; } .sign-in :is(form, label, #token) { display: block; width: 100%; }
+.hint { padding: 0.3rem 1rem 0.8rem; border-left: 3px solid var(--mark); } .key { user-select: all; }
+.actions { margin-top: 0.6rem; } .more { margin-right: 1.5rem; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 @media (max-width: 60rem) {
   .crash { grid-template-columns: minmax(0, 1fr); }
-  .list thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  .list thead { position: absolute; clip-path: inset(50%); }
   .list, .list tbody { display: block; }
-  .list tr { display: flex; flex-wrap: wrap; gap: 0 1.2rem; padding: 0.5rem 0; }
-  .list td { padding: 0.1rem 0; text-align: left; white-space: normal; }
+  .list tr { display: flex; flex-wrap: wrap; gap: 0 1.2rem; padding: 0.4rem 0; align-items: baseline; }
+  .list td { padding: 0; width: auto; text-align: left; white-space: normal; }
   .list td:not(.main, .bare)::before { content: attr(data-label) " "; color: var(--soft); font: 0.85em system-ui; }
   .list .main { order: -1; flex-basis: 100%; }
-  .list td:empty, .list td:has(> bdi:empty), .list td:has(> .reason > bdi:empty) { display: none; }
-  .list svg { display: inline-block; vertical-align: middle; }
-  header nav { order: 1; flex-basis: 100%; column-gap: 0.8rem; }
-  .brand { flex: 1; }
-  .bars th { width: 50%; }
+  .list td:not(.main):is(:empty, :has(> bdi:empty)), .list .code { display: none; }
+  .spark { display: inline-block; vertical-align: middle; }
+  time::after { content: ", " attr(title); color: var(--soft); font-size: 0.9em; }
+  a, nav a, .brand, summary, .plain { padding-block: 12px; }
+  input:not([type=checkbox]), select, button { min-height: 40px; }
+  header nav { order: 1; flex-basis: 100%; column-gap: 0.8rem; } .brand { flex: 1; }
+  .apps { flex-wrap: nowrap; overflow-x: auto; white-space: nowrap; }
 }
-@media print { header nav, header form, .apps, .filter, .actions, .more { display: none; } }
 """
 
 PAGE_HEADERS = {
@@ -7210,13 +7131,9 @@ PAGE_HEADERS = {
         f" 'sha256-{base64.b64encode(sha256(STYLE)).decode()}'")}
 
 _TEMPLATE_GLOBALS = {
-    "bar_chart": bar_chart, "build_name": build_name,
-    "culprit": lambda group: _shorten(_culprit(group), 120), "curl_line": curl_line,
-    "details": _details, "icon": _ICON,
-    "iso": iso_time,
-    "number": "{:,}".format, "percent": lambda share: "-" if share is None else f"{share:.2f} %", "options": _options,
-    "pages": _PAGES, "shorten": _shorten, "sparkline": sparkline,
-    "style": STYLE, "tooltip": _tooltip}
+    "bar_chart": bar_chart, "build_name": build_name, "culprit": _culprit, "curl_line": curl_line, "details": _details,
+    "device_name": device_name, "icon": _ICON, "iso": iso_time, "number": "{:,}".format, "pages": _PAGES,
+    "shorten": _shorten, "sparkline": sparkline, "style": STYLE}
 
 
 # == Backfeedr =================================================================
