@@ -7478,18 +7478,20 @@ def test_a_packet_of_requests_gets_few_answers_and_a_client_that_does_not_read_i
     for reads in (True, False):
         monkeypatch.setattr(backfeedr._Channel, "send", lambda *_, **__: 0)  # the client reads nothing
         connection = send_to(slow_server, one * 500)
-        wait_until(lambda: slow_server.turn() or len(answered) == 4)
+        wait_until(lambda: slow_server.turn() or slow_server.active_channels)
         channel, = slow_server.active_channels.values()
-        wait_until(lambda: channel.close_when_flushed)
-        assert channel.requests == [] and channel.total_outbufs_len < 120_000
+        wait_until(lambda: slow_server.turn() or channel.close_when_flushed)
+        assert channel.requests == [] and channel.total_outbufs_len < 30_000 * len(answered)
+        assert 4 <= len(answered) < 10, "which may be one more for each that was answered while the packet was read"
         clock.move(59)
         slow_server.maintenance(clock.seconds)
         assert slow_server.active_channels
         if reads:
             monkeypatch.setattr(backfeedr._Channel, "send", send)
             answers = answer_on(connection, slow_server, b"Connection: close")
-            wait_until(lambda: answers.extend(received_by(connection, slow_server) or b"") or answers.count(b"x") > 99_999)
-            assert answers.count(b"200 OK") == len(answered) == 4
+            wait_until(lambda: answers.extend(received_by(connection, slow_server) or b"")
+                       or answers.count(b"x" * 25_000) == len(answered))
+            assert answers.count(b"200 OK") == len(answered)
         else:
             clock.move(2)
             slow_server.maintenance(clock.seconds)
