@@ -10245,6 +10245,64 @@ def test_the_systemd_unit_is_valid_hardened_and_lets_a_stop_end():
         assert Settings.from_env({name: value}) != Settings(), name
 
 
+@pytest.mark.slow
+def test_the_steps_of_the_container_make_a_server_for_a_user_without_rights(pip, monkeypatch):
+    """The lines of the Dockerfile, in a folder in place of an image: where this is root, as the user that it names."""
+    root, user, health = Path(tempfile.mkdtemp(prefix="backfeedr-container-")), [], ""
+    root.chmod(0o755)
+    python = sys.executable
+    if os.geteuid() == 0:
+        needs("setpriv")
+        user = ["setpriv", "--reuid=10001", "--regid=10001", "--clear-groups"]
+        if run_program(*user, "bash", "-c", f"{python} -V")[0]:
+            python = "/usr/bin/python3"  # as that of the tests is in a folder of root's
+    (root / "bin").mkdir()
+    (root / "bin/python").symlink_to(python)
+    (root / "bin/pip").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pip "$@" --quiet --target {root}/site\n')
+    (root / "bin/pip").chmod(0o755)
+    environ = {**pip, "PATH": f"{root}/bin:{os.environ['PATH']}", "PYTHONPATH": f"{root}/site"}
+    text = re.sub(r"(?<=[ =\"])(?=/(app|data)\b)", str(root), (EXAMPLES / "deploy/Dockerfile").read_text())
+    try:
+        for word, rest in re.findall("^([A-Z]+) (.*)$", text, re.M):
+            if word == "RUN":
+                rest = rest if user else rest.replace("-o 10001 -g 10001 ", "")
+                assert run_program("bash", "-ec", rest, cwd=root, **environ)[0] == 0, rest
+            elif word == "COPY":
+                Path(rest.split()[1]).parent.mkdir()
+                shutil.copy(SERVER.with_name(rest.split()[0]), rest.split()[1])
+            elif word == "ENV":
+                environ.update(each.split("=") for each in rest.split())
+            elif word == "HEALTHCHECK":
+                health = rest.partition(" CMD ")[2]
+            else:
+                assert (word, rest) in {("FROM", "python:3.13-slim"), ("USER", "10001:10001"), ("EXPOSE", "8080"),
+                                        ("WORKDIR", f"{root}/data"), ("VOLUME", f"{root}/data")} or word == "CMD", word
+        assert {name for name in environ if name.startswith("BACKFEEDR_")} <= DEFAULTS.keys()
+        environ.update(SECRETS, BACKFEEDR_HOST="127.0.0.1", BACKFEEDR_PORT=str(free_port()))
+        look = [*user, "bash", "-c", health]
+        status, _, err = run_program(*look, **environ)
+        assert status == 1 and "Connection refused" in err, (status, err)  # before it has started
+        with running(*user, *json.loads(rest), cwd=root / "data", **environ) as process:
+            url = printed(process, URL)[0]
+            assert run_program(*look, **environ) == (0, "", "")
+            check_stores_a_crash(url, root / "data/backfeedr.db")
+            process.terminate()
+            assert process.wait(20) == 0
+        owners = {path.stat().st_uid for path in [root / "data", *(root / "data").iterdir()]}
+        assert owners == {10001 if user else os.getuid()} and (root / "data").stat().st_mode & 0o777 == 0o700
+        assert run_program(*user, "test", "-w", root / "app")[0] == (1 if user else 0)
+    finally:
+        shutil.rmtree(root)
+
+
+def test_the_file_for_compose_builds_the_container_and_keeps_its_volume():
+    compose, dockerfile = ((EXAMPLES / "deploy" / name).read_text() for name in ("compose.yaml", "Dockerfile"))
+    context, build = re.findall("(?:context|dockerfile): (.*)", compose)
+    assert (EXAMPLES / "deploy" / context / build).resolve() == (EXAMPLES / "deploy/Dockerfile").resolve()
+    (volume,), (port,) = (re.findall(f"^{word} (.*)$", dockerfile, re.M) for word in ("VOLUME", "EXPOSE"))
+    assert f"- data:{volume}\n" in compose and f'- "127.0.0.1:{port}:{port}"' in compose
+
+
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "deploy").iterdir()), ids=lambda path: path.name)
 def test_each_file_to_deploy_says_the_public_address_that_the_server_needs(path):
     assert "BACKFEEDR_PUBLIC_URL=https://crashes.example.com" in path.read_text()
