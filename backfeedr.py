@@ -48,7 +48,7 @@ To make a change, touch:
     add a field to a report     REPORT_TABLES with SCHEMA_VERSION, migrate, and _CRASH_FIELDS or _EVENT_FIELDS
     add a figure                a class in FIGURES with SCHEMA_VERSION, migrate, and a question in Metrics
     add a page                  Dashboard.routes, a method there, and a template with _PAGES above it
-    add a command               a function in Command line, and a row of _COMMANDS
+    add a command               a method of Commands, and a row of _COMMANDS
     add a kind of channel       a function in Alerts, and a row of CHANNELS
     accept another format       a function in Payloads or Apple formats, and a row of Backfeedr._ingestion
 """
@@ -7903,19 +7903,15 @@ def _drain(server: Any) -> None:
 
 
 # == Operations ================================================================
-# Back up, export, import and check a database while the server runs. What takes
-# long calls `progress` with how far it has come.
+# Back up, export, import and check a database while the server runs.
 
 IMPORT_LINES = 1000  # at most in a transaction
 IMPORT_BYTES = 1_000_000  # after which a transaction ends, too
-BACKUP_STEP = 100_000  # instructions of SQLite between two calls of `progress`
 MAX_LINE = 1 << 27  # bytes of an exported report: far above any body that a server accepts
 LOW_DISK = 100_000_000  # bytes; with less than this free, `check` fails
 
-Progress = Callable[..., Any]
 
-
-def backup(store: Store, path: Path, progress: Progress) -> None:
+def backup(store: Store, path: Path) -> None:
     """Copies the database as it is now to a new file that only its owner can read. Raises StoreError. The copy gets its
     name only when it is complete. One read transaction: it blocks no writer; the WAL grows until it is done."""
     if path.exists():
@@ -7924,7 +7920,6 @@ def backup(store: Store, path: Path, progress: Progress) -> None:
         # A temporary file has mode 0600, and is deleted also after an error.
         with tempfile.NamedTemporaryFile(prefix=path.name + ".", suffix=".partial", dir=path.parent) as partial, \
                 closing(Connection(store.path, mode="ro")) as db:
-            db.set_progress_handler(lambda: progress(os.stat(partial.name).st_size / 1e6) and None, BACKUP_STEP)
             db.execute("vacuum into ?", (partial.name,))
             os.fsync(partial.fileno())
             os.link(partial.name, path)  # fails if another file took the name meanwhile
@@ -7988,14 +7983,13 @@ def _parse_exported(line: bytes) -> StoredReport:
     return StoredReport(int(match[2], 16), app, is_test, received_at, ahead, report)
 
 
-def import_jsonl(store: Store, lines: Iterable[bytes], progress: Progress) -> Counter[str]:
+def import_jsonl(store: Store, lines: Iterable[bytes]) -> Counter[str]:
     """Stores what `write_jsonl` wrote and returns the summed counts of `Store.import_`. Raises StoreError with the
     number of the first bad line; the good lines before it are stored then."""
     counts: Counter[str] = Counter()
     try:
         for batch in _import_batches(lines):
             counts += store.import_(batch)
-            progress(sum(counts.values()))
     except (StoreError, StorageUnavailable) as error:
         raise StoreError(f"{error}; {counts['stored']:,} reports before it were stored: fix this and import the"
                          " whole file again") from None
@@ -8146,8 +8140,8 @@ def channel_warnings(path: Path) -> list[str]:
 
 
 # == Command line ==============================================================
-# Every command works while the server runs: they share nothing but the file. To add one, write its function and a row
-# of _COMMANDS. It gets the store and its arguments, prints its result, and returns what else there is to say.
+# Every command works while the server runs: they share nothing but the file. To add one, write a method of Commands
+# and a row of _COMMANDS.
 
 def main(argv: Sequence[str] | None = None, make: Callable[..., Backfeedr] = Backfeedr,
          open_store: Callable[..., Store] = Store) -> int:
@@ -8168,17 +8162,16 @@ def main(argv: Sequence[str] | None = None, make: Callable[..., Backfeedr] = Bac
 
 def _run(given: argparse.Namespace, make: Callable[..., Backfeedr], open_store: Callable[..., Store]) -> int:
     overrides = {each.name: getattr(given, each.name) for each in fields(Settings) if hasattr(given, each.name)}
-    if given.run == _check:
+    if given.command == "check":
         return _check(overrides)
     settings = Settings.from_env(**overrides)
-    if given.run == serve:
+    if given.command == "serve":
         serve(settings, make)
         return 0
-    given.public_url = settings.public_url
     retention_days = settings.retention_days if os.environ.get("BACKFEEDR_RETENTION_DAYS") else None
     with open_store(settings.db_path, retention_days=retention_days,
-                    may_create=given.run in (_app_create, _import)) as store:
-        if said := given.run(store, given):
+                    may_create=given.command in ("app_create", "import")) as store:
+        if said := getattr(Commands(store, given, settings), "do_" + given.command)():
             print(said, file=sys.stderr)
     return 0
 
@@ -8197,167 +8190,148 @@ def _parser() -> argparse.ArgumentParser:
         "Crash reports and usage figures for iOS apps, on your own host. Without a command, it serves."))
     parser.add_argument("--version", action="version", version=f"backfeedr {__version__}")
     groups = {"": parser.add_subparsers(title="commands", metavar="COMMAND")}
-    for name, run, text, arguments in (("", serve, "", _SERVER), *_COMMANDS):
+    for name, text, arguments in (("", "", _SERVER), *_COMMANDS):
         noun, _, verb = name.rpartition(" ")
         if noun not in groups:
             verbs = [each.split()[1] for each, *_ in _COMMANDS if each.startswith(noun + " ")]
             group = groups[""].add_parser(noun, help=", ".join(verbs))
             groups[noun] = group.add_subparsers(metavar="ACTION", required=True)
         command = groups[noun].add_parser(verb, help=text, description=text) if name else parser
-        command.set_defaults(run=run)
+        command.set_defaults(command=name.replace(" ", "_") or "serve")
         for argument, options in {**_DB, **arguments}.items():
             command.add_argument(argument, **options)
     return parser
 
 
-def _app_create(store: Store, given: argparse.Namespace) -> str:
-    print(store.create_app(given.NAME, given.test))
-    return f"Made the app {given.NAME!r}. Its API key is shown only this once."
+class Commands:
+    """The commands on a store. Each prints its result, and returns what else there is to say."""
 
+    def __init__(self, store: Store, given: argparse.Namespace, settings: Settings):
+        self.store, self.given, self.ask = store, given, Metrics(store)
+        self.alerts = Alerts(store, settings.public_url, self.ask.digest)
 
-def _app_list(store: Store, given: argparse.Namespace) -> None:
-    _print_table("APP KIND KEYS CREATED", [
-        (app.name, "test" if app.is_test else "live", app.keys, _date(app.created_at)) for app in store.apps()])
+    def do_app_create(self) -> str:
+        print(self.store.create_app(self.given.NAME, self.given.test))
+        return f"Made the app {self.given.NAME!r}. Its API key is shown only this once."
 
+    def do_app_list(self) -> None:
+        _print_table("APP KIND KEYS CREATED", [
+            (app.name, "test" if app.is_test else "live", app.keys, _date(app.created_at))
+            for app in self.store.apps()])
 
-def _app_delete(store: Store, given: argparse.Namespace) -> str:
-    if not given.yes:
-        _confirm(given.NAME)
-    store.delete_app(given.NAME)
-    return f"Deleted the app {given.NAME!r}, its keys and all its reports."
+    def do_app_delete(self) -> str:
+        name = self.given.NAME
+        if not self.given.yes:
+            if sys.stdin is None or not sys.stdin.isatty():
+                raise StoreError(f"there is no terminal to confirm on; --yes deletes {name!r} without asking")
+            print(f"This deletes all reports of the app {name!r}. Type its name again: ", end="", file=sys.stderr,
+                  flush=True)
+            if sys.stdin.readline().rstrip("\n") != name:
+                raise StoreError("the names differ; nothing was deleted")
+        self.store.delete_app(name)
+        return f"Deleted the app {name!r}, its keys and all its reports."
 
+    def do_key_create(self) -> str:
+        print(self.store.create_key(self.given.NAME))
+        return f"Made another key for the app {self.given.NAME!r}. It is shown only this once."
 
-def _confirm(name: str) -> None:
-    """Asks for the app's name. Raises StoreError unless it is typed again."""
-    if sys.stdin is None or not sys.stdin.isatty():
-        raise StoreError(f"there is no terminal to confirm on; --yes deletes {name!r} without asking")
-    print(f"This deletes all reports of the app {name!r}. Type its name again: ", end="", file=sys.stderr, flush=True)
-    if sys.stdin.readline().rstrip("\n") != name:
-        raise StoreError("the names differ; nothing was deleted")
+    def do_key_list(self) -> None:
+        _print_table("KEY APP CREATED REVOKED LAST_USED REQUESTS_IN_7_DAYS", [
+            (key.prefix + "...", key.app, _date(key.created_at), _date(key.revoked_at),
+             _date(key.last_used and key.last_used * DAY), f"{key.requests:,}") for key in self.store.keys()])
 
+    def do_key_revoke(self) -> str:
+        key = self.store.revoke_key(self.given.PREFIX)
+        return f"Revoked the key {key.prefix}... of the app {key.app!r}."
 
-def _key_create(store: Store, given: argparse.Namespace) -> str:
-    print(store.create_key(given.NAME))
-    return f"Made another key for the app {given.NAME!r}. It is shown only this once."
+    def do_device_show(self) -> None:
+        found = self.ask.device(self.given.HASH)
+        if not any(found.values()):
+            raise StoreError(f"nothing is stored about a device {self.given.HASH!r}")
+        print(json.dumps(found, indent=2, ensure_ascii=False))
 
+    def do_device_forget(self) -> str:
+        deleted = self.store.forget_device(self.given.HASH)
+        if not deleted:
+            raise StoreError(f"nothing is stored about a device {self.given.HASH!r}")
+        return f"Forgot the device {self.given.HASH!r}: {_report_counts(deleted)}."
 
-def _key_list(store: Store, given: argparse.Namespace) -> None:
-    _print_table("KEY APP CREATED REVOKED LAST_USED REQUESTS_IN_7_DAYS", [
-        (key.prefix + "...", key.app, _date(key.created_at), _date(key.revoked_at),
-         _date(key.last_used and key.last_used * DAY), f"{key.requests:,}") for key in store.keys()])
+    def do_symbols_list(self) -> None:
+        found = self.ask.symbols()
+        _print_table("UUID BINARY ARCH ROWS SIZE UPLOADED", [
+            (each["uuid"], each["binary"], each["arch"], f"{each['rows']:,}", megabytes(each["size"]),
+             each["uploaded_at"][:10] if each["complete"] else "not complete") for each in found["symbols"]])
+        print("\nMissing, though crashes wait for them:\n" if found["missing"] else "\nNone are missing.")
+        if found["missing"]:
+            _print_table("UUID BUILD APP CRASHES", [
+                (each["uuid"], build_name(each), each["app"] or "-", f"{each['crashes']:,}")
+                for each in found["missing"]])
 
+    def do_symbols_delete(self) -> str:
+        return f"Deleted the symbols of the build {self.store.delete_symbols(self.given.UUID)}."
 
-def _key_revoke(store: Store, given: argparse.Namespace) -> str:
-    key = store.revoke_key(given.PREFIX)
-    return f"Revoked the key {key.prefix}... of the app {key.app!r}."
+    def do_alert_add(self) -> str:
+        given, said = self.given, ""
+        kinds = [kind for kind in re.split("[, ]+", given.on) if kind]
+        number, secret = self.alerts.add(given.URL, given.app, kinds, given.with_reason, given.hour)
+        if secret:
+            print(secret)
+            said += " Its secret is shown only this once."
+        if "http" in urlsplit(given.URL).scheme.split("+"):
+            said += "\nOthers can read what is sent over http://; use https:// unless it stays on this host."
+        return f"Made channel {number}.{said}"
 
+    def do_alert_list(self) -> None:
+        _print_table("ID CHANNEL APP FACTS LAST_SENT WAITING STATE", [
+            (each["id"], each["address"], each["app"] or "all live apps", each["kinds"], _date(each["sent_at"]),
+             each["waiting"], "ended" if each["ended_at"] else each["error"] or "good")
+            for each in self.alerts.channels()])
 
-def _device_show(store: Store, given: argparse.Namespace) -> None:
-    found = Metrics(store).device(given.HASH)
-    if not any(found.values()):
-        raise StoreError(f"nothing is stored about a device {given.HASH!r}")
-    print(json.dumps(found, indent=2, ensure_ascii=False))
+    def do_alert_test(self) -> str:
+        self.alerts.test(self.given.ID)
+        return f"Channel {self.given.ID} took a test message."
 
+    def do_alert_remove(self) -> str:
+        self.alerts.remove(self.given.ID)
+        return f"Removed channel {self.given.ID}."
 
-def _device_forget(store: Store, given: argparse.Namespace) -> str:
-    deleted = store.forget_device(given.HASH)
-    if not deleted:
-        raise StoreError(f"nothing is stored about a device {given.HASH!r}")
-    return f"Forgot the device {given.HASH!r}: {_report_counts(deleted)}."
+    def do_deliver(self) -> str:
+        done = self.alerts.deliver()
+        return f"Messages sent: {done['sent']:,}; failed, to be tried again: {done['failed']:,}"
 
+    def do_prune(self) -> str:
+        store, size = self.store, self.store.size
+        deleted = store.prune()
+        kept = f"older than {store.retention_days} days" if store.retention_days else "(the retention keeps all)"
+        return (f"Deleted {_report_counts(deleted)} {kept}; gave back {megabytes(max(0, size - store.size))}"
+                f" of {megabytes(size)}.")
 
-def _symbols_list(store: Store, given: argparse.Namespace) -> None:
-    found = Metrics(store).symbols()
-    _print_table("UUID BINARY ARCH ROWS SIZE UPLOADED", [
-        (each["uuid"], each["binary"], each["arch"], f"{each['rows']:,}", megabytes(each["size"]),
-         each["uploaded_at"][:10] if each["complete"] else "not complete") for each in found["symbols"]])
-    print("\nMissing, though crashes wait for them:\n" if found["missing"] else "\nNone are missing.")
-    if found["missing"]:
-        _print_table("UUID BUILD APP CRASHES", [
-            (each["uuid"], build_name(each), each["app"] or "-", f"{each['crashes']:,}") for each in found["missing"]])
+    def do_backup(self) -> str:
+        backup(self.store, Path(self.given.FILE))
+        return f"Wrote {self.given.FILE}, {megabytes(os.stat(self.given.FILE).st_size)}."
 
+    def do_export(self) -> None:
+        given, kind, out = self.given, _KINDS[self.given.KIND], sys.stdout
+        if given.bom and given.format != "csv":
+            raise StoreError("--bom is for --format csv: import reads jsonl without one")
+        out.reconfigure(encoding="utf-8", newline="")  # type: ignore[union-attr]
+        out.write("\ufeff" * given.bom)
+        reports = self.store.export(kind, given.app, given.since)
+        write = csv_writer(out, kind) if given.format == "csv" else partial(write_jsonl, out)
+        for stored in reports:
+            write(stored)
+        out.flush()
 
-def _symbols_delete(store: Store, given: argparse.Namespace) -> str:
-    return f"Deleted the symbols of the build {store.delete_symbols(given.UUID)}."
-
-
-def _alerts(store: Store, given: argparse.Namespace) -> Alerts:
-    return Alerts(store, given.public_url, Metrics(store).digest)
-
-
-def _alert_add(store: Store, given: argparse.Namespace) -> str:
-    kinds = [kind for kind in re.split("[, ]+", given.on) if kind]
-    number, secret = _alerts(store, given).add(given.URL, given.app, kinds, given.with_reason, given.hour)
-    if secret:
-        print(secret)
-    return (f"Made channel {number}." + " Its secret is shown only this once." * bool(secret)
-            + "\nOthers can read what is sent over http://; use https:// unless it stays on this host."
-            * ("http" in urlsplit(given.URL).scheme.split("+")))
-
-
-def _alert_list(store: Store, given: argparse.Namespace) -> None:
-    _print_table("ID CHANNEL APP FACTS LAST_SENT WAITING STATE", [
-        (each["id"], each["address"], each["app"] or "all live apps", each["kinds"], _date(each["sent_at"]),
-         each["waiting"], "ended" if each["ended_at"] else each["error"] or "good")
-        for each in _alerts(store, given).channels()])
-
-
-def _alert_test(store: Store, given: argparse.Namespace) -> str:
-    _alerts(store, given).test(given.ID)
-    return f"Channel {given.ID} took a test message."
-
-
-def _alert_remove(store: Store, given: argparse.Namespace) -> str:
-    _alerts(store, given).remove(given.ID)
-    return f"Removed channel {given.ID}."
-
-
-def _deliver(store: Store, given: argparse.Namespace) -> str:
-    done = _alerts(store, given).deliver()
-    return f"Messages sent: {done['sent']:,}; failed, to be tried again: {done['failed']:,}"
-
-
-def _prune(store: Store, given: argparse.Namespace) -> str:
-    size = store.size
-    with _progress("deleting: {:,} rows") as progress:
-        deleted = store.prune(progress)
-    kept = f"older than {store.retention_days} days" if store.retention_days else "(the retention keeps all)"
-    return (f"Deleted {_report_counts(deleted)} {kept}; gave back {megabytes(max(0, size - store.size))}"
-            f" of {megabytes(size)}.")
+    def do_import(self) -> str:
+        with self.given.FILE as file:
+            counts = import_jsonl(self.store, iter(lambda: file.readline(MAX_LINE), b""))
+        return (f"Stored {counts['stored']:,} reports; {counts['known']:,} were here already, and"
+                f" {counts['expired']:,} are older than the retention.")
 
 
 def _report_counts(rows: Counter[str]) -> str:
     crashes, events = rows["crashes"], rows["events"]
     return f"{crashes:,} crash{'es' * (crashes != 1)} and {events:,} event{'s' * (events != 1)}"
-
-
-def _backup(store: Store, given: argparse.Namespace) -> str:
-    with _progress("copying: {:,.1f} MB") as progress:
-        backup(store, Path(given.FILE), progress)
-    return f"Wrote {given.FILE}, {megabytes(os.stat(given.FILE).st_size)}."
-
-
-def _export(store: Store, given: argparse.Namespace) -> None:
-    if given.bom and given.format != "csv":
-        raise StoreError("--bom is for --format csv: import reads jsonl without one")
-    sys.stdout.reconfigure(encoding="utf-8", newline="")  # type: ignore[union-attr]
-    kind = _KINDS[given.KIND]
-    with _progress("exporting: {:,} " + given.KIND, sys.stdout.isatty()) as progress:
-        sys.stdout.write("\ufeff" * given.bom)
-        reports = store.export(kind, given.app, given.since)
-        write = csv_writer(sys.stdout, kind) if given.format == "csv" else partial(write_jsonl, sys.stdout)
-        for number, stored in enumerate(reports, 1):
-            write(stored)
-            if number % PAGE_ROWS == 0:
-                progress(number)
-        sys.stdout.flush()
-
-
-def _import(store: Store, given: argparse.Namespace) -> str:
-    with _progress("importing: {:,} reports") as progress, given.FILE as file:
-        counts = import_jsonl(store, iter(lambda: file.readline(MAX_LINE), b""), progress)
-    return (f"Stored {counts['stored']:,} reports; {counts['known']:,} were here already, and"
-            f" {counts['expired']:,} are older than the retention.")
 
 
 def _check(overrides: dict[str, Any]) -> int:
@@ -8371,10 +8345,7 @@ def _check(overrides: dict[str, Any]) -> int:
 
     for name, look in {"settings": check_settings, **CHECKS}.items():
         try:
-            with _progress("checking the " + name) as progress:
-                progress()
-                found = look(path)
-            print(f"ok  {name}: {found}")
+            print(f"ok  {name}: {look(path)}", flush=True)
         except (SettingsError, StoreError, sqlite3.Error, OSError) as error:
             print(f"BAD {name}: {error}")
             status = 1
@@ -8385,22 +8356,6 @@ def _check(overrides: dict[str, Any]) -> int:
     return status
 
 
-@contextmanager
-def _progress(text: str, is_quiet: bool = False) -> Iterator[Progress]:
-    """Shows the progress of long work in one line of a terminal; clears it at the end."""
-    terminal = None if is_quiet else getattr(sys.stderr, "terminal", None)
-
-    def show(*figures: float, text: str = text) -> None:
-        if terminal:
-            terminal.write("\r\x1b[K" + text.format(*figures))
-            terminal.flush()
-
-    try:
-        yield show
-    finally:
-        show(text="")
-
-
 class _Terminal:
     """A terminal that no report controls. Characters that move the cursor, begin a command or turn the direction of
     the text are written as JSON escapes them; tabs and line ends stay."""
@@ -8409,13 +8364,13 @@ class _Terminal:
                           "|\r(?!\n)")
 
     def __init__(self, terminal: TextIO):
-        self.terminal = terminal
+        self._terminal = terminal
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.terminal, name)
+        return getattr(self._terminal, name)
 
     def write(self, text: str) -> None:
-        self.terminal.write(self.CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+        self._terminal.write(self.CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def _harmless(out: TextIO) -> Any:
@@ -8458,45 +8413,45 @@ _SERVER = {"--host": dict(help="the address to listen on (default: 127.0.0.1)", 
 _NAME = {"NAME": dict(help="the app's name")}
 _HASH = {"HASH": dict(help="the device_id_hash that the app sends")}
 _ID = {"ID": dict(type=int, help="the channel's number: see alert list")}
-_COMMANDS: Sequence[tuple[str, Callable[..., Any], str, Mapping[str, Any]]] = (  # name, function, help, arguments
-    ("serve", serve, "start the server", _SERVER),
-    ("app create", _app_create, "make an app and print its first key", {
+_COMMANDS: Sequence[tuple[str, str, Mapping[str, Any]]] = (  # name, help, arguments
+    ("serve", "start the server", _SERVER),
+    ("app create", "make an app and print its first key", {
         **_NAME, "--test": dict(action="store_true", help="a test app: it is in no public figure")}),
-    ("app list", _app_list, "list the apps", {}),
-    ("app delete", _app_delete, "delete an app, its keys and all its reports", {
+    ("app list", "list the apps", {}),
+    ("app delete", "delete an app, its keys and all its reports", {
         **_NAME, "--yes": dict(action="store_true", help="do not ask to type the name again")}),
-    ("key create", _key_create, "make another key for an app and print it", _NAME),
-    ("key list", _key_list, "list the keys, each by its visible beginning", {}),
-    ("key revoke", _key_revoke, "end a key at once", {"PREFIX": dict(help="the key, or enough of its beginning")}),
-    ("device show", _device_show, "print all that is stored about a device, as JSON", _HASH),
-    ("device forget", _device_forget, "delete all that is stored about a device", _HASH),
-    ("symbols list", _symbols_list, "list the builds whose symbols are here, and those whose are missing", {}),
-    ("symbols delete", _symbols_delete, "delete the symbols of a build", {
+    ("key create", "make another key for an app and print it", _NAME),
+    ("key list", "list the keys, each by its visible beginning", {}),
+    ("key revoke", "end a key at once", {"PREFIX": dict(help="the key, or enough of its beginning")}),
+    ("device show", "print all that is stored about a device, as JSON", _HASH),
+    ("device forget", "delete all that is stored about a device", _HASH),
+    ("symbols list", "list the builds whose symbols are here, and those whose are missing", {}),
+    ("symbols delete", "delete the symbols of a build", {
         "UUID": dict(help="the build's UUID, or enough of its beginning")}),
-    ("alert add", _alert_add, "add a channel for alerts; prints its secret", {
+    ("alert add", "add a channel for alerts; prints its secret", {
         "URL": dict(help="https://... (a webhook), slack+https://..., ntfy+https://HOST/TOPIC, or one of Apprise's"),
         "--app": dict(metavar="NAME", help="only of this app (default: of all live ones)"),
         "--on": dict(metavar="FACT,...", default="", help="of these facts: " + ", ".join(
             kind + " (default)" * is_on for kind, is_on in FACT_KINDS.items())),
         "--with-reason": dict(action="store_true", help="send the crash's reason, too"),
         "--hour": dict(type=int, choices=range(24), metavar="H", default=7, help="of the digest, UTC (default: 7)")}),
-    ("alert list", _alert_list, "list the channels, and what is wrong with them", {}),
-    ("alert test", _alert_test, "send a test message, and say what came back", _ID),
-    ("alert remove", _alert_remove, "remove a channel", _ID),
-    ("deliver", _deliver, "send the alerts that are due; a server does so by itself", {}),
-    ("prune", _prune, "delete what is older than the retention, now", {}),
-    ("backup", _backup, "write a copy of the database to a new file", {
+    ("alert list", "list the channels, and what is wrong with them", {}),
+    ("alert test", "send a test message, and say what came back", _ID),
+    ("alert remove", "remove a channel", _ID),
+    ("deliver", "send the alerts that are due; a server does so by itself", {}),
+    ("prune", "delete what is older than the retention, now", {}),
+    ("backup", "write a copy of the database to a new file", {
         "FILE": dict(help="the new file; one that exists is not replaced")}),
-    ("export", _export, "print crashes or events", {
+    ("export", "print crashes or events", {
         "KIND": dict(choices=_KINDS, help="which reports to print"),
         "--app": dict(metavar="NAME", help="only of this app (default: of all)"),
         "--since": dict(metavar="DATE", type=_start_of_day, default=0, help="received on this day (UTC) or later"),
         "--format": dict(choices=("jsonl", "csv"), default="jsonl",
                          help="jsonl (the default), which import reads, or csv, for a spreadsheet"),
         "--bom": dict(action="store_true", help="begin csv with a byte order mark, as Excel needs for UTF-8")}),
-    ("import", _import, "store what export has printed as jsonl", {
+    ("import", "store what export has printed as jsonl", {
         "FILE": dict(type=_open_input, help="the file; - is standard input")}),
-    ("check", _check, "say whether the database is as it should be", {}))
+    ("check", "say whether the database is as it should be", {}))
 
 
 if __name__ == "__main__":
