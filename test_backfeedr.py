@@ -7403,7 +7403,7 @@ def stored_ids(path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_stop_answers_everyone_and_not_even_a_kill_loses_what_was_acknowledged(run, number):
     acknowledged = []
-    for clients in (0, 16, 16, 16) if number == signal.SIGKILL else (0, 16):
+    for clients in (0, 16) if number == signal.SIGTERM else (16,):
         server = run()
         connection, sent = server.connect(), [server.post(CRASHES, CRASH)[1]["id"] for _ in range(5)]
         for _ in range(5):
@@ -7964,17 +7964,19 @@ def demo(tmp_path_factory):
         yield store
 
 
-def test_the_demo_makes_the_same_reports_for_a_seed_and_others_for_another(demo):
-    again, other = (load_example("demo").made_up_reports(DEMO_NOW, seed) for seed in (1, 2))
-    assert demo.made_up == again != other
-    for table in ("crashes", "events"):
-        rows = sql(demo.path, f"select occurred_at, device_id_hash from {table}")
-        assert Counter(rows) == Counter((each.occurred_at, each.fields["device_id_hash"])
-                                        for each in again if each.kind in table), "the default seed is 1"
+def test_the_demo_makes_the_same_reports_for_a_seed_and_others_for_another():
+    module = load_example("demo")
+    module.DAYS = 2
+    one, again, other = (module.made_up_reports(DEMO_NOW, seed) for seed in (1, 1, 2))
+    assert one == again != other
 
 
 def test_the_demo_has_much_to_look_at_and_its_roll_ups_equal_its_rows(demo):
     check_database(demo.path)
+    for table in ("crashes", "events"):
+        rows = sql(demo.path, f"select occurred_at, device_id_hash from {table}")
+        assert Counter(rows) == Counter((each.occurred_at, each.fields["device_id_hash"])
+                                        for each in demo.made_up if each.kind in table)
     ask = backfeedr.Metrics(demo)
     crashes, events, devices = sql(demo.path, """
         select (select count(*) from crashes), count(*), count(distinct device_id_hash) from events""")[0]
@@ -8014,11 +8016,9 @@ def test_the_demos_reports_are_received_after_they_occurred_and_the_api_takes_th
 
 
 @pytest.mark.parametrize("now", ["2026-03-12T00:00:00Z", "2026-03-12T00:10:00Z", "2026-03-15T03:00:00Z"])  # a Sunday
-def test_the_demo_has_figures_of_today_at_any_hour(tmp_path, monkeypatch, now):
-    module, path, since = load_example("demo"), str(tmp_path / "test.db"), parse_time(now) - 2 * DAY
-    reports = module.made_up_reports  # only those of the last days are stored here, which is quick
-    monkeypatch.setattr(module, "made_up_reports", lambda *args: [
-        each for each in reports(*args) if each.occurred_at > since])
+def test_the_demo_has_figures_of_today_at_any_hour(tmp_path, now):
+    module, path = load_example("demo"), str(tmp_path / "test.db")
+    module.DAYS = 3  # which is quick
     module.fill_demo(path, parse_time(now))
     with Store(path, clock=Clock(now)) as store:
         ask = backfeedr.Metrics(store)
@@ -8389,7 +8389,8 @@ def test_a_bad_line_is_named_and_the_lines_before_it_are_stored(command, filled,
         assert len(sql("other.db", "select * from events")) == before
         said = command("import", "good", "--db", "other.db")[2]
         assert f"Stored {len(good) - before} reports; {before} were" in said
-        check_database("other.db")
+        if before == 5 or change == b"junk":  # the others differ in nothing that is counted
+            check_database("other.db")
 
 
 def test_an_import_stopped_by_the_disk_and_an_interrupted_export_say_so_in_a_line(command, filled, monkeypatch):
@@ -8511,12 +8512,12 @@ def test_an_export_and_its_import_take_no_more_memory_for_more_events(command):
     # A process in between starts the command: the peak of a child begins with that of its parent.
     code = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
             "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)")
-    start, peaks = {**EVENT, "type": "session_start", "properties": {"text": "x" * 4000}}, {}
-    for count in (1_000, 4_000):
+    start, peaks = {**EVENT, "type": "session_start", "properties": {"text": "x" * 8000}}, {}
+    for count in (500, 2_500):
         with Store(f"{count}.db") as store:
             key_hash = backfeedr.sha256(store.create_app("Shop"))
-            for _ in range(count // 1000):
-                store.add(key_hash, [parse_event({**start, "session_id": str(n)}) for n in range(1000)])
+            for _ in range(count // 500):
+                store.add(key_hash, [parse_event({**start, "session_id": str(n)}) for n in range(500)])
         for *what, db, output in (("export", "events", f"{count}.db", f"{count}"),
                                   ("import", f"{count}", f"{count}-copy.db", os.devnull)):
             with open(output, "wb") as file:
@@ -8525,7 +8526,7 @@ def test_an_export_and_its_import_take_no_more_memory_for_more_events(command):
             peaks[what[0], count] = int(done.stderr.split()[-1])
         assert sql(f"{count}-copy.db", "select count(*) from events") == [(count,)]
     for name in ("export", "import"):
-        assert peaks[name, 4_000] < peaks[name, 1_000] * 1.2, peaks
+        assert peaks[name, 2_500] < peaks[name, 500] * 1.2, peaks
 
 
 # == Examples and packaging ====================================================
