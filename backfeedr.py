@@ -8022,41 +8022,25 @@ def _open_read_only(path: Path) -> Connection:
     return Connection(path, True, _read_only_mode(path))
 
 
-def _check_access(path: Path) -> str:
+def _check_file(path: Path) -> str:
     if not path.is_file():
         raise StoreError(f"there is no database {path}{_ANOTHER}")
     if not os.access(path, os.R_OK | os.W_OK):
         raise StoreError(f"{path} may not be read and written; a server could not use it")
-    return f"{path}, {megabytes(path.stat().st_size)}, WAL {megabytes(_wal_size(path))}"
-
-
-def _check_disk(path: Path) -> str:
     free = shutil.disk_usage(path.parent).free
     if free < LOW_DISK:
-        raise StoreError(f"only {megabytes(free)} are free")
-    return f"{megabytes(free)} free"
+        raise StoreError(f"only {megabytes(free)} of the disk are free")
+    return f"{path}, {megabytes(path.stat().st_size)}, WAL {megabytes(_wal_size(path))}, disk {megabytes(free)} free"
 
 
 def _check_schema(path: Path) -> str:
-    with closing(_open_read_only(path)) as db, closing(sqlite3.connect(":memory:")) as fresh:
+    with closing(_open_read_only(path)) as db:
         check_is_ours(db, path)
         version: int = db.pragma("user_version")
         if not version:
             raise StoreError("there are no tables")
-        if version < SCHEMA_VERSION:
-            return f"version {version}, which the next start upgrades to version {SCHEMA_VERSION}"
-        fresh.executescript(SCHEMA)
-        if missing := _schema_parts(fresh) - _schema_parts(db):
-            raise StoreError(f"there is no {', '.join(sorted(missing))}")
-        return f"version {version}"
-
-
-def _schema_parts(db: sqlite3.Connection) -> set[str]:
-    """The indexes, and the tables with each of their columns."""
-    return {part for part, in db.execute("""
-        select master.type || ' ' || master.name || coalesce(' with ' || columns.name, '')
-        from sqlite_master as master left join pragma_table_xinfo(master.name) as columns on master.type = 'table'
-        where master.name not like 'sqlite_%'""")}
+        return f"version {version}" + (
+            f", which the next start upgrades to version {SCHEMA_VERSION}" if version < SCHEMA_VERSION else "")
 
 
 def _check_pages(path: Path) -> str:
@@ -8126,8 +8110,8 @@ def _missing_rows(db: sqlite3.Connection, figure: type[Figure], expired: int) ->
 
 
 CHECKS: dict[str, Callable[[Path], str]] = {  # each returns what it found, or raises what is wrong
-    "SQLite": lambda path: check_sqlite(), "file": _check_access, "disk": _check_disk, "schema": _check_schema,
-    "pages": _check_pages, "roll-ups": _check_roll_ups}
+    "SQLite": lambda path: check_sqlite(), "file": _check_file, "schema": _check_schema, "pages": _check_pages,
+    "roll-ups": _check_roll_ups}
 
 
 def channel_warnings(path: Path) -> list[str]:
@@ -8349,7 +8333,7 @@ def _check(overrides: dict[str, Any]) -> int:
         except (SettingsError, StoreError, sqlite3.Error, OSError) as error:
             print(f"BAD {name}: {error}")
             status = 1
-            if name == "file":  # of which there is nothing more to say
+            if name == "file" and not path.is_file():  # there is nothing more to say
                 return status
     for warning in (*size_warnings(path, settings.max_db_size), *channel_warnings(path)):
         print(f"WARN {warning}")
