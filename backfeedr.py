@@ -5,16 +5,15 @@
 # ///
 """backfeedr: crash reports and usage figures for iOS apps, kept on your own host.
 
-The whole server is this file. Copy it to a machine with Python 3.9 or later,
-install bottle and waitress, and run `python backfeedr.py`. It prints an API key
-and the curl line that sends a first crash:
+The whole server is this file. Copy it to a machine with Python 3.9 or later, install bottle and waitress, and run
+`python backfeedr.py`. It prints an API key and the curl line that sends a first crash:
 
     curl -X POST http://127.0.0.1:8080/api/v1/crashes -H "X-Backfeedr-Key: bf_live_..." \\
         -d '{"exception_type": "SIGABRT", "occurred_at": "2026-03-12T14:22:31Z"}'
 
 It is a WSGI callable, too: `Backfeedr(db_path="crashes.db")` mounts in any app.
 
-The rooms, each of which uses only those above it (but Templates, which stand below for their length):
+The rooms. Each uses only those above it, except that Dashboard uses Templates, which stand below it:
 
     Settings        what an operator may choose
     Schema          the reports in the one SQLite file
@@ -7873,10 +7872,8 @@ def _request_line(request: Any) -> str:
 
 def _connection_limit(threads: int) -> int:
     """As many connections as there are files for: two each, as a large body takes one, beside the database's."""
-    try:
-        import resource
-    except ImportError:  # not POSIX
-        return 400
+    import resource  # which only POSIX has, and an app that runs under another server need not
+
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     files = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))

@@ -47,7 +47,7 @@ from contextlib import closing, contextmanager, suppress
 from datetime import date, datetime, timezone
 from decimal import ROUND_HALF_UP, Decimal
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlencode, urlsplit
@@ -134,7 +134,7 @@ needs_postgres = pytest.mark.skipif(not POSTGRES, reason="BACKFEEDR_TEST_POSTGRE
 sqlite_only = pytest.mark.skipif(bool(POSTGRES), reason="is about SQLite and its file; runs without a PostgreSQL")
 
 
-@lru_cache(maxsize=None)
+@cache
 def postgres():
     """The module examples/postgres.py."""
     return load_example("postgres")
@@ -7550,10 +7550,10 @@ def crash_count(server):
                                    b"POST /api/v1/crashes HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n3e8\r\n"])
 def test_a_request_that_has_not_arrived_whole_within_a_minute_is_ended(slow_server, clock, start):
     with send_to(slow_server, start) as drip:
-        for seconds in range(100):
-            if received_by(drip, slow_server) is None:
-                break
+        seconds = 0
+        while received_by(drip, slow_server) is not None and seconds < 100:
             clock.move(1)
+            seconds += 1
             drip.sendall(b"x" if start else b"")
     assert 60 < seconds <= 60 + 2 * 10 and not slow_server.active_channels and crash_count(slow_server.app) == 0
 
@@ -9017,7 +9017,7 @@ def test_client_command_says_in_one_line_what_went_wrong(monkeypatch, capsys, sc
 
 # -- examples/vectors.json, and the Swift client
 
-VECTORS = json.loads((EXAMPLES / "vectors.json").read_text(encoding="utf-8"))  # the tests in examples/swift read it, too
+VECTORS = json.loads((EXAMPLES / "vectors.json").read_bytes())  # the tests in examples/swift read it, too
 SWIFT_FILES = [
     "Package.swift", "README.md", "Sources/Backfeedr/Apple.swift", "Sources/Backfeedr/Backfeedr.swift",
     "Sources/Backfeedr/Outbox.swift", "Sources/Backfeedr/PrivacyInfo.xcprivacy", "Sources/Backfeedr/SHA256.swift",
@@ -9987,7 +9987,8 @@ def nginx(folder, name, http, *changes):
     """nginx with a site of examples/deploy that has its http on that port; it listens when the block begins."""
     site = edited(name, folder, ("listen 80;", f"listen 127.0.0.1:{http};"), ("    listen [::]:80;\n", ""),
                   ("    listen [::]:443 ssl;\n", ""), *changes)
-    folders = "".join(f"{each}_temp_path {folder}/{each}; " for each in "client_body proxy fastcgi uwsgi scgi".split())
+    folders = "".join(f"{each}_temp_path {folder}/{each}; "
+                      for each in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
     user = "" if os.geteuid() else "user root; "  # another user may not come into the test's folder
     (folder / "main.conf").write_text(
         f"{user}pid {folder}/pid; error_log {folder}/error.log; events {{ }}\n"
