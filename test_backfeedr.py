@@ -7827,14 +7827,14 @@ def test_pruning_beside_a_server_under_load_disturbs_nobody(run, tmp_path):
     path = tmp_path / "run.db"
     with Store(str(path), clock=Clock()) as store:  # long ago
         store.start(KEY)
-        for _ in range(10):
+        for _ in range(4):
             store.add(backfeedr.sha256(KEY), [parse_event(dict(EVENT, device_id_hash="old"))] * 500)
     server = run(BACKFEEDR_RETENTION_DAYS="0")
     pruning = start_python(SERVER, "prune", "--db", path, BACKFEEDR_RETENTION_DAYS="1")
     connection, statuses = server.connect(), []
     while pruning.poll() is None or len(statuses) < 20:
         statuses.append(server.post(CRASHES, {**CRASH, "device_id_hash": "new"}, connection)[0])
-    assert "5,000 events" in pruning.communicate()[1] and set(statuses) == {201}
+    assert "2,000 events" in pruning.communicate()[1] and set(statuses) == {201}
     assert server.stop()[0] == 0
     assert sql(path, "select (select count(*) from events), (select count(*) from crashes)") == [(0, len(statuses))]
     assert sql(path, "select device from devices") == [(backfeedr.device_key("new"),)]
@@ -7848,7 +7848,7 @@ def test_two_servers_commands_and_a_backup_on_one_file_lose_and_double_nothing(r
     assert again == (200, first[1]) and stored_ids(servers[0].db) == [first[1]["id"]]
     key = command("app", "create", "Shop", "--db", "run.db")[1].strip()
     load, other = Load(servers, clients=8), Load(servers, clients=2, key=key)
-    wait_until(lambda: len(load.acknowledged) > 300 and len(other.acknowledged) > 30)
+    wait_until(lambda: len(load.acknowledged) > 150 and len(other.acknowledged) > 20)
     before = load.acknowledged + other.acknowledged
     assert start_python(SERVER, "backup", "copy.db", "--db", "run.db").wait() == 0
     assert len(load.acknowledged + other.acknowledged) > len(before), "and nobody had to wait for it"
@@ -8383,9 +8383,9 @@ def test_a_bad_line_is_named_and_the_lines_before_it_are_stored(command, filled,
         assert (status, out, err.count("\n"), "line 8" in err) == (1, "", 1, before == 7), (change, err)
         assert err.startswith("backfeedr: " + start + problem) and f"{before} reports before it were stored" in err
         assert len(sql("other.db", "select * from events")) == before
-        said = command("import", "good", "--db", "other.db")[2]
-        assert f"Stored {len(good) - before} reports; {before} were" in said
-        if before == 5 or change == b"junk":  # the others differ in nothing that is counted
+        if before == 5 or change == b"junk":  # the others store the same
+            said = command("import", "good", "--db", "other.db")[2]
+            assert f"Stored {len(good) - before} reports; {before} were" in said
             check_database("other.db")
 
 
