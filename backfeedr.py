@@ -5,16 +5,15 @@
 # ///
 """backfeedr: crash reports and usage figures for iOS apps, kept on your own host.
 
-The whole server is this file. Copy it to a machine with Python 3.9 or later,
-install bottle and waitress, and run `python backfeedr.py`. It prints an API key
-and the curl line that sends a first crash:
+The whole server is this file. Copy it to a machine with Python 3.9 or later, install bottle and waitress, and run
+`python backfeedr.py`. It prints an API key and the curl line that sends a first crash:
 
     curl -X POST http://127.0.0.1:8080/api/v1/crashes -H "X-Backfeedr-Key: bf_live_..." \\
         -d '{"exception_type": "SIGABRT", "occurred_at": "2026-03-12T14:22:31Z"}'
 
 It is a WSGI callable, too: `Backfeedr(db_path="crashes.db")` mounts in any app.
 
-The rooms, each of which uses only those above it (but Templates, which stand below for their length):
+The rooms. Each uses only those above it, except that Dashboard uses Templates, which stand below it:
 
     Settings        what an operator may choose
     Schema          the reports in the one SQLite file
@@ -48,7 +47,7 @@ To make a change, touch:
     add a field to a report     REPORT_TABLES with SCHEMA_VERSION, migrate, and _CRASH_FIELDS or _EVENT_FIELDS
     add a figure                a class in FIGURES with SCHEMA_VERSION, migrate, and a question in Metrics
     add a page                  Dashboard.routes, a method there, and a template with _PAGES above it
-    add a command               a function in Command line, and a row of _COMMANDS
+    add a command               a method of Commands, and a row of _COMMANDS
     add a kind of channel       a function in Alerts, and a row of CHANNELS
     accept another format       a function in Payloads or Apple formats, and a row of Backfeedr._ingestion
 """
@@ -81,8 +80,8 @@ import time
 import zlib
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, defaultdict, deque, namedtuple
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime, timezone
 from difflib import get_close_matches
@@ -126,13 +125,12 @@ class SettingsError(ValueError):
 
 _RANGES = {"port": (0, 65535), "rate_limit": (0, 1_000_000), "max_body_size": (1, 1 << 30),
            "retention_days": (0, 36_500), "max_db_size": (0, 1 << 50), "threads": (1, 1_000)}
-_TYPE_NAMES = {str: "a text", int: "a whole number", bool: "1 or 0"}
+_TYPE_NAMES: dict[Any, str] = {str: "a text", int: "a whole number", bool: "1 or 0"}
 _BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 _PREFIX = "BACKFEEDR_"
-# What it gives the containers beside services whose names begin with ours.
-_KUBERNETES = re.compile(r"BACKFEEDR_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)=.*|PORT(_[0-9]+_\w+)?=.*://.*"
+# What Kubernetes gives the containers beside services whose names begin with ours.
+_KUBERNETES = re.compile(r"(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)=.*|PORT(_[0-9]+_\w+)?=.*://.*"
                          r"|PORT_[0-9]+_[A-Z]+_(PROTO|PORT|ADDR)=.*)")
-_CLIENT_VARIABLES = {"BACKFEEDR_ENDPOINT"}  # where examples/client.py sends to
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,8 @@ class Settings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "db_path", os.fspath(self.db_path))
         for each in fields(self):
-            value, kind = getattr(self, each.name), type(each.default)
+            value: Any = getattr(self, each.name)
+            kind: Any = type(each.default)
             if type(value) is not kind:
                 raise SettingsError(each.name, f"{repr(value) if each.repr else 'it'} is not {_TYPE_NAMES[kind]}")
             low, high = _RANGES.get(each.name, (value, value))
@@ -179,19 +178,17 @@ class Settings:
         """Settings from the BACKFEEDR_* variables of `environ` (default: os.environ); `overrides` come first. An empty
         variable counts as unset. An unknown one is an error: a misspelt one would leave open what it was meant to
         close."""
-        environ = os.environ if environ is None else environ
-        variables = {_PREFIX + each.name.upper(): each for each in fields(cls)}
-        given = {name: text for name, text in environ.items() if text and name.startswith(_PREFIX)}
+        given = {name[len(_PREFIX):]: text for name, text in (os.environ if environ is None else environ).items()
+                 if text and name.startswith(_PREFIX) and name != "BACKFEEDR_ENDPOINT"}  # of examples/client.py
         if ignored := sorted(name for name, text in given.items() if _KUBERNETES.fullmatch(f"{name}={text}")):
-            log.warning("ignored %s: Kubernetes sets them for a service", ", ".join(ignored))
-            given = {name: text for name, text in given.items() if name not in ignored}
-        if unknown := sorted(given.keys() - variables.keys() - _CLIENT_VARIABLES):
-            names = [name[len(_PREFIX):] for name in variables]
-            close = get_close_matches(unknown[0][len(_PREFIX):], names, 1)
-            hint = f"did you mean {_PREFIX}{close[0]}?" if close else f"after {_PREFIX} comes one of {', '.join(names)}"
-            raise SettingsError(unknown[0], f"there is no such setting; {hint}")
-        values = {each.name: _from_text(given[name], type(each.default))
-                  for name, each in variables.items() if name in given}
+            log.warning("ignored %s: Kubernetes sets them for a service", ", ".join(_PREFIX + name for name in ignored))
+        kinds, values = {each.name.upper(): type(each.default) for each in fields(cls)}, {}
+        for name in sorted(given.keys() - set(ignored)):
+            if name not in kinds:
+                close = [f"did you mean {_PREFIX}{each}?" for each in get_close_matches(name, kinds, 1)]
+                hint = "".join(close) or f"after {_PREFIX} comes one of {', '.join(kinds)}"
+                raise SettingsError(_PREFIX + name, f"there is no such setting; {hint}")
+            values[name.lower()] = _from_text(given[name], kinds[name])
         try:
             cls(**values)
         except SettingsError as error:  # also where something else is given instead
@@ -7522,15 +7519,14 @@ try:
     from waitress.parser import HTTPRequestParser, ParsingError
     from waitress.task import ErrorTask, Task, ThreadedTaskDispatcher, WSGITask
 except ImportError:  # only `serve` needs it; an app that runs under another server does not
-    waitress = None  # type: ignore[assignment]
-    HTTPChannel = HTTPRequestParser = ErrorTask = Task = ThreadedTaskDispatcher = WSGITask = object  # type: ignore
+    waitress = None
+    HTTPChannel = HTTPRequestParser = ErrorTask = Task = ThreadedTaskDispatcher = WSGITask = object
 
 DRAIN_SECONDS = 4.0  # how long a stop waits for requests that have begun to arrive
 QUIET_SECONDS = 0.3  # after so long without a byte, a stop takes a connection to be idle
 SWITCH_SECONDS = 0.002  # how long a thread may keep the interpreter while others wait for it
 REQUEST_SECONDS = 60  # for a request to arrive, between two of a connection, and for an answer to get on
-PIPELINED = 4  # requests of a connection that are read ahead; what follows waits as bytes
-MAX_UNSENT = 65_536  # bytes; while more wait for a client, its next request is not begun
+PIPELINED = 4  # requests that a connection may send ahead; after the answer to the last it is closed
 SLOWEST = 2000  # bytes a second, of a phone on a bad day: each byte gives its request as much more time
 BATCH_THREADS = 4  # one commits while the next one decodes; with two, 16 clients get 14 % less done
 BATCHED_REQUESTS = 25  # in a batch; of 100 events each, the batches have as many rows as the store lets wait
@@ -7552,8 +7548,13 @@ def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> Non
     with listener, make(settings, announce=made.append) as app, app.alerts.running():
         server = _make_server(app, settings, listener)
         stopping = threading.Event()
+
+        def stop(*_: Any) -> None:
+            stopping.set()
+            server.pull_trigger()
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: (stopping.set(), server.pull_trigger()))
+            signal.signal(number, stop)
         print("backfeedr on", _url(settings.host, settings.port), flush=True)
         print("".join(made), end="", flush=True)
         app.store.regroup_in_background()  # what a migration or a stop has left to do
@@ -7589,7 +7590,7 @@ def _warning(settings: Settings, address: str) -> str:
 
 
 class _Parser(HTTPRequestParser):
-    """A request parser. Answers requests that waitress leaves without an answer, or refuses for a proxy's header."""
+    """A request. Answers some that waitress leaves without an answer."""
 
     came = 0.0  # when it was complete
     environ: Environ | None = None  # once a thread has begun with it
@@ -7601,8 +7602,6 @@ class _Parser(HTTPRequestParser):
             # For `http://[` or a length of 5,000 digits. waitress logs it and closes the connection.
             raise ParsingError(str(error)) from None
         finally:
-            if self.headers.get("X_FORWARDED_PROTO") not in (None, "http", "https"):
-                del self.headers["X_FORWARDED_PROTO"]  # waitress would refuse the request, when a batch has stored it
             # Where no body follows or it is refused, waitress sends `100 Continue` and waits for one.
             if not self.chunked and not 0 < self.content_length < self.adj.max_request_body_size:
                 self.expect_continue = False
@@ -7611,7 +7610,7 @@ class _Parser(HTTPRequestParser):
 class _Task(Task):
     """Common to all answers."""
 
-    def build_response_header(self) -> bytes:
+    def build_response_header(self) -> Any:
         """Tells clients to send no more during a stop, which waitress does not: a client that went on sending would
         lose its last request. Logs the request."""
         if not self.channel.server.accepting:
@@ -7639,10 +7638,13 @@ class _AppTask(_Task, WSGITask):
     """An answer of the app."""
 
     def get_environment(self) -> Environ:
-        """One for each request and not for each task: a batch has put the submission into it."""
-        if self.request.environ is None:
-            self.request.environ = super().get_environment()
-        return self.request.environ
+        """One for each request and not for each task: a batch has put the submission into it. A proxy on this host is
+        believed that a client came by https; a header that makes no sense is not refused, as waitress would."""
+        environ: Environ = self.request.environ or super().get_environment()
+        if environ.get("HTTP_X_FORWARDED_PROTO") == "https" and environ["REMOTE_ADDR"] == "127.0.0.1":
+            environ["wsgi.url_scheme"] = "https"
+        self.request.environ = environ
+        return environ
 
 
 class _Channel(HTTPChannel):
@@ -7650,79 +7652,45 @@ class _Channel(HTTPChannel):
 
     parser_class, task_class, error_task_class = _Parser, _AppTask, _ErrorTask
     __repr__ = object.__repr__  # that of waitress has the client's address, and is logged with errors
-    held = b""  # what came after PIPELINED requests
-    is_paused = False  # the next request waits until the client has read answers
-    progressed = 0.0  # when the last bytes were sent, or the first were there to send
+    began = last_activity = 0.0
 
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
-        self.reading = threading.Lock()
-
-    def received(self, data: bytes) -> bool:
+    def received(self, data: bytes) -> None:
         """Counts the time of a request from its beginning. waitress counts from the last byte, so a client that
-        sends a byte now and then would keep its connection for ever. Reads few requests ahead: waitress would make
-        megabytes of a packet of them."""
-        with self.reading:
-            begun, self.held, received = self.request, self.held + data, False
-            while self.held and len(self.requests) < PIPELINED:
-                request, size = self.request, 1024
-                if request is not None and request.headers_finished:
-                    size = max(size, request.content_length - request.body_bytes_received)
-                part, self.held = self.held[:size], self.held[size:]
-                received = super().received(part)
-            now = self.last_activity
-            is_new = begun is None or self.request is not begun
-            self.began = now if is_new else min(now, self.began + len(data) / SLOWEST)
-            self.last_activity = self.began
-            return received
+        sends a byte now and then would keep its connection for ever. Takes few requests ahead: the answers to a
+        packet of them, which the client need not read, are many megabytes."""
+        begun, now = self.request, self.last_activity
+        super().received(data)
+        is_new = begun is None or self.request is not begun
+        self.began = self.last_activity = now if is_new else min(now, self.began + len(data) / SLOWEST)
+        with self.requests_lock:
+            if len(self.requests) > PIPELINED:
+                del self.requests[PIPELINED:]
+                self.requests[-1].version, self.requests[-1].headers["CONNECTION"] = "1.1", "close"
 
     def service(self) -> None:
         """Sends the answer at once if the next request of the connection is here already. Because of `send_bytes`
         the I/O thread would keep it until that one is answered, too."""
-        had_output = self.total_outbufs_len
-        self.progressed = self.progressed if had_output else time.time()
         super().service()
-        self.progressed = self.progressed if had_output else self.last_activity
-        if self.held:
-            self.received(b"")
         if self.requests:
-            with self.outbuf_lock:
-                if self.connected:
-                    self._flush_exception(self._flush_some, do_close=False)
+            self._flush_exception(self._flush_some, do_close=False)
 
-    def pause(self) -> bool:
-        """Whether the next request has to wait: it would be begun for a client that does not read."""
-        if self.total_outbufs_len <= MAX_UNSENT:
-            return False
-        with self.outbuf_lock:
-            self.is_paused = self.connected and self.total_outbufs_len > MAX_UNSENT
-            return self.is_paused
-
-    def _flush_some(self, do_close: bool = True) -> bool:
+    def _flush_some(self, do_close: bool = True) -> Any:
         """Takes the lock, which waitress's I/O thread does not. While that sent an answer, a worker sent the
         `100 Continue` for the next request, and both were sent twice and mixed."""
         with self.outbuf_lock:
-            sent = super()._flush_some(do_close)
-            if sent:
-                self.progressed = self.last_activity
-            if self.is_paused and self.total_outbufs_len <= MAX_UNSENT:
-                self.is_paused = False
-                self.server.add_task(self)
-            return sent
+            return self.connected and super()._flush_some(do_close)
 
     def writable(self) -> bool:
         """Not where `handle_write` would leave a small answer to the thread that works on it. waitress's I/O thread
         would spin until that is done, and take the interpreter from the thread that it waits for."""
-        if self.requests and not self.will_close and self.total_outbufs_len < self.adj.send_bytes:
-            return False
-        return super().writable()
+        is_left = self.requests and not self.will_close and self.total_outbufs_len < self.adj.send_bytes
+        return not is_left and bool(super().writable())
 
 
-def _close_stuck(server: Any, now: float) -> None:
+def _close_idle(server: Any, now: float) -> None:
     """Closes connections that were idle for too long. waitress spares those whose client does not read."""
     for channel in list(server.active_channels.values()):
-        since = channel.progressed if channel.total_outbufs_len else channel.last_activity
-        if since < now - REQUEST_SECONDS and (channel.total_outbufs_len or not channel.requests):
+        if channel.last_activity < now - REQUEST_SECONDS and (channel.total_outbufs_len or not channel.requests):
             channel.handle_close()  # at once: to a client that does not read, the socket is never ready
 
 
@@ -7734,19 +7702,17 @@ class _Dispatcher(ThreadedTaskDispatcher):
         super().__init__()
         self.set_thread_count(threads)
         self.app, self.is_stopped = app, False
-        self.coming: SimpleQueue = SimpleQueue()  # of channels whose requests wait for a batch; None wakes a thread
+        self.coming: SimpleQueue[_Channel | None] = SimpleQueue()  # whose requests wait for a batch; None wakes
         self.taking = threading.Lock()  # held by the thread that waits for requests and decodes them
         self.batch_threads = [threading.Thread(target=self.run, daemon=True) for _ in range(BATCH_THREADS)]
         for thread in self.batch_threads:
             thread.start()
 
     def add_task(self, channel: _Channel) -> None:
-        if channel.pause():
-            return
         request = channel.requests[0]
         request.came = time.monotonic()
-        if request.error or not self.app.can_batch(
-                request.command, request.path, request.headers.get("X_BACKFEEDR_KEY", "")):
+        key = request.headers.get("X_BACKFEEDR_KEY", "")
+        if request.error or not self.app.can_batch(request.command, request.path, key):
             super().add_task(channel)
         else:
             self.coming.put(channel)
@@ -7770,7 +7736,7 @@ class _Dispatcher(ThreadedTaskDispatcher):
         except BaseException:
             log.exception("unexpected error")
 
-    def take_all(self, batch: list[_Channel]) -> Iterator[Environ]:
+    def take_all(self, batch: list[_Channel]) -> Generator[Environ, None, None]:
         """Waits for a request, and takes it and all others that come while the caller decodes, into `batch`."""
         with self.taking, suppress(Empty):
             channel, size = self.coming.get(), 0
@@ -7787,7 +7753,7 @@ class _Dispatcher(ThreadedTaskDispatcher):
                 has_room = len(batch) < BATCHED_REQUESTS and size < BATCHED_BYTES
                 channel = self.coming.get_nowait() if has_room else None
 
-    def shutdown(self, *arguments: Any, **options: Any) -> bool:
+    def shutdown(self, *arguments: Any, **options: Any) -> Any:
         self.is_stopped = True
         for _ in self.batch_threads:
             self.coming.put(None)
@@ -7802,12 +7768,11 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
         app, _dispatcher=_Dispatcher(app, settings.threads), sockets=[listener], ident=None,
         max_request_body_size=settings.max_body_size + 65536,  # a little more: the app's own limit goes first
         connection_limit=_connection_limit(settings.threads + BATCH_THREADS),
-        max_request_header_size=32768, inbuf_overflow=131072,
-        channel_timeout=REQUEST_SECONDS, cleanup_interval=10, recv_bytes=65536, asyncore_use_poll=True,
-        outbuf_high_watermark=1 << 40,  # at which a worker would wait for the client
-        trusted_proxy="127.0.0.1", trusted_proxy_headers={"x-forwarded-proto"}, clear_untrusted_proxy_headers=True)
+        max_request_header_size=32768, inbuf_overflow=131072, recv_bytes=65536, cleanup_interval=10,
+        asyncore_use_poll=True, clear_untrusted_proxy_headers=True,
+        outbuf_high_watermark=1 << 40)  # at which a worker would wait for the client
     server.channel_class = _Channel
-    server.maintenance = partial(_close_stuck, server)
+    server.maintenance = partial(_close_idle, server)
     # Head and body of an answer leave together, sent by the I/O thread: a tenth more speed. (As an option
     # of create_server it is deprecated.)
     server.adj.send_bytes = 16384
@@ -7824,14 +7789,11 @@ def _request_line(request: Any) -> str:
 
 def _connection_limit(threads: int) -> int:
     """As many connections as there are files for: two each, as a large body takes one, beside the database's."""
-    files = 1024
-    with suppress(ImportError, ValueError, OSError):
-        import resource
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        endless = resource.RLIM_INFINITY
-        files = 4096 if hard == endless else min(4096, hard)
-        if soft != endless and soft < files:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    import resource  # which only POSIX has, and an app that runs under another server need not
+
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    files = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
     return max(50, min(1000, (files - 3 * threads - 50) // 2))
 
 
@@ -7848,50 +7810,35 @@ def _drain(server: Any) -> None:
     while server.active_channels and time.monotonic() < deadline:
         server.asyncore.loop(timeout=0.05, use_poll=True, map=server._map, count=1)
         for channel in list(server.active_channels.values()):
-            busy = channel.requests or channel.request or channel.held or channel.total_outbufs_len
-            if not busy and time.time() - channel.last_activity > QUIET_SECONDS:
+            is_busy = channel.requests or channel.request or channel.total_outbufs_len
+            if not is_busy and time.time() - channel.last_activity > QUIET_SECONDS:
                 channel.will_close = True
     server.task_dispatcher.shutdown(timeout=1)
 
 
 # == Operations ================================================================
-# Back up, export, import and check a database while the server runs. What takes
-# long calls `progress` with how far it has come.
+# Back up, export, import and check a database while the server runs.
 
-BACKUP_PAGES = 1000  # copied between two calls of `progress`
 IMPORT_LINES = 1000  # at most in a transaction
 IMPORT_BYTES = 1_000_000  # after which a transaction ends, too
 MAX_LINE = 1 << 27  # bytes of an exported report: far above any body that a server accepts
 LOW_DISK = 100_000_000  # bytes; with less than this free, `check` fails
 
-Progress = Callable[..., Any]
 
-
-def backup(store: Store, path: Path, progress: Progress) -> None:
+def backup(store: Store, path: Path) -> None:
     """Copies the database as it is now to a new file that only its owner can read. Raises StoreError. The copy gets its
-    name only when it is complete."""
+    name only when it is complete. One read transaction: it blocks no writer; the WAL grows until it is done."""
     if path.exists():
         raise StoreError(f"there is a file {path} already")
     try:
         # A temporary file has mode 0600, and is deleted also after an error.
-        with tempfile.NamedTemporaryFile(prefix=path.name + ".", suffix=".partial", dir=path.parent) as partial:
-            _copy_database(store, partial.name, progress)
+        with tempfile.NamedTemporaryFile(prefix=path.name + ".", suffix=".partial", dir=path.parent) as partial, \
+                closing(Connection(store.path, mode="ro")) as db:
+            db.execute("vacuum into ?", (partial.name,))
+            os.fsync(partial.fileno())
             os.link(partial.name, path)  # fails if another file took the name meanwhile
-    except OSError as error:
-        raise StoreError(f"cannot write the backup {path}: {error.strerror}") from None
-
-
-def _copy_database(store: Store, path: str, progress: Progress) -> None:
-    """Copies within one read transaction: it blocks no writer, and no writer makes SQLite start the copy again.
-    The price is a WAL that grows until the copy is done."""
-    with store.reading() as db, closing(sqlite3.connect(path)) as copy:
-        db.execute("begin")
-        db.execute("select 1 from apps").fetchone()  # a read transaction starts with its first read
-        try:
-            db.backup(copy, pages=BACKUP_PAGES, progress=lambda _, left, pages: progress(pages - left, pages))
-        except sqlite3.Error as error:
-            raise StoreError(f"cannot write the backup: {error}") from None  # the copy failed, not the store
-        db.execute("commit")
+    except (OSError, sqlite3.Error) as error:
+        raise StoreError(f"cannot write the backup {path}: {getattr(error, 'strerror', error)}") from None
 
 
 def write_jsonl(out: TextIO, stored: StoredReport) -> None:
@@ -7899,18 +7846,17 @@ def write_jsonl(out: TextIO, stored: StoredReport) -> None:
     out.write(_encode(_exported(stored)) + "\n")
 
 
-def csv_writer(out: TextIO, kind: type) -> Callable[[StoredReport], Any]:
+def csv_writer(out: TextIO, kind: Any) -> Callable[[StoredReport], Any]:
     """Writes reports as a table with a header. A spreadsheet reads no cell of it as a formula."""
     table = csv.DictWriter(out, ["id", "app", "is_test", "received_at", "clock_ahead_ms",
-                                *(each for each in kind._fields if each != "images")])
+                                *[each for each in kind._fields if each != "images"]])
     table.writeheader()
     return lambda stored: table.writerow({name: _csv_cell(value) for name, value in _exported(stored).items()})
 
 
 def _exported(stored: StoredReport) -> JsonObject:
     report_id = crash_id(stored.seq) if type(stored.report) is Crash else event_ids([stored.seq])[0]
-    return as_sent({"id": report_id, "app": stored.app, "is_test": stored.is_test, "received_at": stored.received_at,
-                    "clock_ahead_ms": stored.clock_ahead_ms, **stored.report._asdict()}, exact_time)
+    return as_sent({"id": report_id, **stored._asdict(), "report": None, **stored.report._asdict()}, exact_time)
 
 
 # Spreadsheets skip control characters, and take the full-width signs for the others.
@@ -7923,41 +7869,41 @@ def _csv_cell(value: Any) -> Any:
     return "'" + value if type(value) is str and _FORMULA.match(value) else value
 
 
+_EXPORTED = {"app": str, "id": str, "is_test": bool, "received_at": str, "clock_ahead_ms": int, "extra": dict}
+
+
 def _parse_exported(line: bytes) -> StoredReport:
     """A report from a line of `write_jsonl`, checked like one from a client. Raises Refusal."""
     given = {"extra": {}, "clock_ahead_ms": 0, **decode_json(line)}
     group = given.pop("group_hash", "")  # computed again, unless the frames that make it were cut
-    ours = {}
-    for name, kind in (("app", str), ("id", str), ("is_test", bool), ("received_at", str), ("clock_ahead_ms", int),
-                       ("extra", dict)):
-        ours[name] = given.pop(name, None)
-        if type(ours[name]) is not kind:
-            raise Refusal(f"invalid {name}" if ours[name] is not None else f"missing {name}")
-    if not 0 <= ours["clock_ahead_ms"] < 10_000 * 366 * DAY:  # all years there are
+    for name, kind in _EXPORTED.items():
+        if type(given.get(name)) is not kind:
+            raise Refusal(f"invalid {name}" if given.get(name) is not None else f"missing {name}")
+    app, report_id, is_test, received, ahead, extra = map(given.pop, _EXPORTED)
+    if not 0 <= ahead < 10_000 * 366 * DAY:  # all years there are
         raise Refusal("invalid clock_ahead_ms")
     try:
-        received_at = parse_time(ours["received_at"])
+        received_at = parse_time(received)
     except ValueError:
         raise Refusal("invalid received_at") from None
-    match = re.fullmatch("(evt_)?([0-7][0-9a-f]{15})", ours["id"])
+    match = re.fullmatch("(evt_)?([0-7][0-9a-f]{15})", report_id)
     # A seq is never before its time of receipt. It may be about a day later, after the server's clock was set back.
     if not match or not first_seq(received_at) <= int(match[2], 16) < first_seq(received_at + 2 * DAY):
         raise Refusal("invalid id")
-    report = (parse_event if match[1] else parse_crash)({**ours["extra"], **given})
-    cut = ours["extra"].get("truncated")
+    report: Any = (parse_event if match[1] else parse_crash)({**extra, **given})
+    cut = extra.get("truncated")
     if type(cut) is list and "stack_trace" in cut and re.fullmatch("[0-9a-f]{16}", str(group)):
         report = report._replace(group_hash=group)
-    return StoredReport(int(match[2], 16), ours["app"], ours["is_test"], received_at, ours["clock_ahead_ms"], report)
+    return StoredReport(int(match[2], 16), app, is_test, received_at, ahead, report)
 
 
-def import_jsonl(store: Store, lines: Iterable[bytes], progress: Progress) -> Counter:
+def import_jsonl(store: Store, lines: Iterable[bytes]) -> Counter[str]:
     """Stores what `write_jsonl` wrote and returns the summed counts of `Store.import_`. Raises StoreError with the
     number of the first bad line; the good lines before it are stored then."""
-    counts: Counter = Counter()
+    counts: Counter[str] = Counter()
     try:
         for batch in _import_batches(lines):
             counts += store.import_(batch)
-            progress(sum(counts.values()))
     except (StoreError, StorageUnavailable) as error:
         raise StoreError(f"{error}; {counts['stored']:,} reports before it were stored: fix this and import the"
                          " whole file again") from None
@@ -7990,67 +7936,25 @@ def _open_read_only(path: Path) -> Connection:
     return Connection(path, True, _read_only_mode(path))
 
 
-def check(path: Path) -> Iterator[tuple[str, Callable[[], str]]]:
-    """The checks of a database, by name. Each returns what it found, or raises what is wrong."""
-    yield "SQLite", check_sqlite
-    if not (path.is_file() and os.access(path, os.R_OK)):  # of which there is nothing more to say
-        yield "file", lambda: _check_access(path)
-        return
-    yield "disk", lambda: _check_disk(path)
-    yield "file", lambda: _check_access(path)
-    yield "schema", lambda: _check_schema(path)
-    yield "pages", lambda: _check_pages(path)
-    yield "roll-ups", lambda: _check_roll_ups(path)
-
-
-def _check_disk(path: Path) -> str:
-    free = shutil.disk_usage(path.parent).free
-    if free < LOW_DISK:
-        raise StoreError(f"only {megabytes(free)} are free")
-    return f"{megabytes(free)} free"
-
-
-def _check_access(path: Path) -> str:
+def _check_file(path: Path) -> str:
     if not path.is_file():
         raise StoreError(f"there is no database {path}{_ANOTHER}")
     if not os.access(path, os.R_OK | os.W_OK):
         raise StoreError(f"{path} may not be read and written; a server could not use it")
-    return f"{path}, {megabytes(path.stat().st_size)}, WAL {megabytes(_wal_size(path))}"
+    free = shutil.disk_usage(path.parent).free
+    if free < LOW_DISK:
+        raise StoreError(f"only {megabytes(free)} of the disk are free")
+    return f"{path}, {megabytes(path.stat().st_size)}, WAL {megabytes(_wal_size(path))}, disk {megabytes(free)} free"
 
 
 def _check_schema(path: Path) -> str:
-    with closing(_open_read_only(path)) as db, closing(sqlite3.connect(":memory:")) as fresh:
+    with closing(_open_read_only(path)) as db:
         check_is_ours(db, path)
-        version = db.pragma("user_version")
+        version: int = db.pragma("user_version")
         if not version:
             raise StoreError("there are no tables")
-        if version < SCHEMA_VERSION:
-            return f"version {version}, which the next start upgrades to version {SCHEMA_VERSION}"
-        fresh.executescript(SCHEMA)
-        if missing := _schema_parts(fresh) - _schema_parts(db):
-            raise StoreError(f"there is no {', '.join(sorted(missing))}")
-        return f"version {version}"
-
-
-def _schema_parts(db: sqlite3.Connection) -> set[str]:
-    """The tables and indexes, each with each of its columns."""
-    return {f"{kind} {name}" + f" with {column}" * bool(column) for kind, name, column in db.execute("""
-        select master.type, master.name, columns.name
-        from sqlite_master as master cross join pragma_table_xinfo(master.name) as columns
-        where master.type = 'table'
-        union
-        select master.type, master.name, columns.name
-        from sqlite_master as master cross join pragma_index_info(master.name) as columns
-        where master.type = 'index'""") if not name.startswith("sqlite_")}
-
-
-def channel_warnings(path: Path) -> list[str]:
-    """Says which channels of alerts do not get through."""
-    with suppress(sqlite3.Error), closing(_open_read_only(path)) as db:  # its schema may be an older one
-        return [f"Channel {id} ({shown_address(url)}) has {'ended' if ended_at else 'failed'}: {error}"
-                f" at {iso_time(error_at)}" for id, url, ended_at, error, error_at in db.execute(
-                    "select id, url, ended_at, error, error_at from channels where error is not null order by id")]
-    return []
+        return f"version {version}" + (
+            f", which the next start upgrades to version {SCHEMA_VERSION}" if version < SCHEMA_VERSION else "")
 
 
 def _check_pages(path: Path) -> str:
@@ -8062,8 +7966,7 @@ def _check_pages(path: Path) -> str:
 
 
 def _check_roll_ups(path: Path) -> str:
-    """Counts all reports again, by the same code into tables of its own, and compares. Sums outlive their reports. So
-    where some have expired, a sum may be larger than what is counted again."""
+    """Counts all reports again, by the same code into tables of its own, and compares."""
     with closing(sqlite3.connect("", isolation_level=None, uri=True)) as db:  # "": a temporary file
         db.execute("attach database ? as stored", (f"{path.as_uri()}?mode={_read_only_mode(path)}",))
         run_script(db, FIGURE_TABLES)
@@ -8071,94 +7974,104 @@ def _check_roll_ups(path: Path) -> str:
         expired, = db.execute("""
             select coalesce(max(value), 0) from state where name like 'expired%' or name like 'early%'""").fetchone()
         recount(db)
-        wrong = [table for figure in RollUps(db, 0).figures.values() for table in _unequal_tables(db, figure, expired)]
-        wrong += ["durations"] if expired and db.execute("""
-            select 1 from (select app_id, day, sessions, ended, 0 as durations from stored.session_days
-                where day > (select max(day) - 399 from stored.session_days) and day > :expired
-                union all select app_id, day, 0, 0, sessions from stored.durations where day > :expired) as both
-            group by app_id, day having sum(ended) > sum(durations) or sum(sessions) < sum(ended) limit 1
-            """, {"expired": (expired >> SEQ_BITS) // DAY}).fetchone() else []
+        wrong = [table for figure in FIGURES for test in (_unequal_sums, _missing_rows)
+                 for table in test(db, figure, expired)]
     if wrong:
         raise StoreError(f"these tables are not what they should be: {', '.join(wrong)}")
     return "agree with the reports"
 
 
-# Which can only have been longer.
+def _unequal_sums(db: sqlite3.Connection, figure: type[Figure], expired: int) -> Iterator[str]:
+    """Sums outlive their reports. Where some have expired, only those are compared that go with them, and those of the
+    days since; a device or a session whose first report is gone would count on a later day, or for a later release."""
+    for table, (_, sums) in figure.SUMS.items():
+        columns, where = ", ".join([*KEYS[table], *sums.split()]), ""
+        if expired and table in ("crash_days", "group_days", "event_names"):
+            where = f" where day > {(expired >> SEQ_BITS) // DAY + 1}"
+        elif table == "key_days" or expired and table not in ("labels", "group_images", "group_devices", "group_sums"):
+            continue  # no report tells of `key_days`
+        ours, theirs = (f"select {columns} from {place}.{table}{where}" for place in ("main", "stored"))
+        queries = [f"{ours} except {theirs}", f"{theirs} except {ours}"]
+        if table == figure.WINDOW[0]:  # whose old rows are deleted some time later
+            queries.pop()
+        if any(db.execute(query + " limit 1").fetchone() for query in queries):
+            yield table
+
+
+# The first and the last report that a row has seen, which may have expired.
 SPANS = {"sessions": ("first_seq", "last_seq"), "groups": ("first_seen", "last_seen"),
          "releases": ("first_seen", "last_seen"), "devices": ("first_day", "last_hour"),
          "builds": ("first_seen", "app_id")}
 
 
-def _unequal_tables(db: sqlite3.Connection, figure: Figure, expired: int) -> Iterator[str]:
-    """Where reports have expired, days after them are compared, and what cannot be less than what is left. A device
-    or a session whose first report is gone would count on a later day, or for a later release."""
-    for table, sums in figure.sums.items():
-        if table == "key_days":  # which no report tells
-            continue
-        columns, where = ", ".join(sums.key + sums.columns), ""
-        if expired and table in ("crash_days", "group_days", "event_names"):
-            where = f" where day > {(expired >> SEQ_BITS) // DAY + 1}"
-        ours, theirs = (f"select {columns} from {place}.{table}{where}" for place in ("main", "stored"))
-        queries = [f"{ours} except {theirs}", f"{theirs} except {ours}"]
-        if table == figure.WINDOW[0]:  # whose old rows are deleted some time later
-            queries = queries[:1]
-        if expired and table in ("active_days", "device_hours"):
-            queries = [f"select 1 from main.{table} as ours left join stored.{table} as theirs using"
-                       f" ({', '.join(sums.key)}) where "
-                       + " or ".join(f"ours.{each} > coalesce(theirs.{each}, 0)" for each in sums.columns)]
-        elif expired and not where and table not in ("labels", "group_images", "group_devices", "group_sums"):
-            continue
-        if any(db.execute(query + " limit 1").fetchone() for query in queries):
-            yield table
+def _missing_rows(db: sqlite3.Connection, figure: type[Figure], expired: int) -> Iterator[str]:
+    """Of what is counted again, each row must be there, and have seen at least as much."""
     for table in set(re.findall(r"create table (\w+)", figure.TABLES)) - {"medians"}:
         same = " and ".join(f"theirs.{each} = ours.{each}" for each in KEYS[table])
         first, last = SPANS.get(table, ("app_id", "app_id"))
-        comparable = ""
+        comparable = "1"
         if "device" in table:  # which goes with its last report to the hour
-            comparable = "(app_id, device) in (select app_id, device from main.devices where last_seq > :settled) and"
+            comparable = "(app_id, device) in (select app_id, device from main.devices where last_seq > :settled)"
         elif table == "builds":  # of which others may have come first
             comparable = f"""(select count(*) from stored.builds as theirs where theirs.app_id = ours.app_id)
-                < {MAX_BUILDS_OF_APP} and"""
+                < {MAX_BUILDS_OF_APP}"""
         if db.execute(f"""
-                select 1 from main.{table} as ours where {comparable} not exists (
+                select 1 from main.{table} as ours where {comparable} and not exists (
                     select 1 from stored.{table} as theirs
                     where {same} and theirs.{first} <= ours.{first} and theirs.{last} >= ours.{last})
                 limit 1""", {"settled": expired and expired + first_seq(HOUR)}).fetchone():
             yield table
 
 
+CHECKS: dict[str, Callable[[Path], str]] = {  # each returns what it found, or raises what is wrong
+    "SQLite": lambda path: check_sqlite(), "file": _check_file, "schema": _check_schema, "pages": _check_pages,
+    "roll-ups": _check_roll_ups}
+
+
+def channel_warnings(path: Path) -> list[str]:
+    """Says which channels of alerts do not get through."""
+    with suppress(sqlite3.Error), closing(_open_read_only(path)) as db:  # its schema may be an older one
+        return [f"Channel {id} ({shown_address(url)}) has {'ended' if ended_at else 'failed'}: {error}"
+                f" at {iso_time(error_at)}" for id, url, ended_at, error, error_at in db.execute(
+                    "select id, url, ended_at, error, error_at from channels where error is not null order by id")]
+    return []
+
+
 # == Command line ==============================================================
-# Every command works while the server runs: they share nothing but the file. To
-# add one, write its function and add a row to _COMMANDS.
+# Every command works while the server runs: they share nothing but the file. To add one, write a method of Commands
+# and a row of _COMMANDS.
 
 def main(argv: Sequence[str] | None = None, make: Callable[..., Backfeedr] = Backfeedr,
          open_store: Callable[..., Store] = Store) -> int:
     """Runs a command. Returns 0, or 1 after an error; exits with 2 for wrong usage."""
-    try:
-        arguments = _parser().parse_args(argv)
-        overrides = {each.name: getattr(arguments, each.name) for each in fields(Settings)
-                     if hasattr(arguments, each.name)}
-        if arguments.run is _check:
-            return _check(overrides)
-        settings = Settings.from_env(**overrides)
-        if arguments.run is serve:
-            serve(settings, make)
-            return 0
-        arguments.public_url = settings.public_url
-        retention_days = settings.retention_days if os.environ.get("BACKFEEDR_RETENTION_DAYS") else None
-        with open_store(settings.db_path, retention_days=retention_days,
-                        may_create=arguments.run in (_app_create, _import)) as store:
-            arguments.run(store, arguments)
-        return 0
-    except BrokenPipeError:  # nobody reads the output any more, nor what Python flushes at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    with redirect_stdout(_harmless(sys.stdout)), redirect_stderr(_harmless(sys.stderr)):
+        try:
+            return _run(_parser().parse_args(argv), make, open_store)
+        except BrokenPipeError:  # nobody reads the output any more, nor what Python flushes at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return 1
+        except KeyboardInterrupt:
+            problem: Any = "interrupted"
+        except (SettingsError, StoreError, Refusal, OSError, UnicodeError, ImportError) as error:
+            problem = error
+        print(f"backfeedr: {problem}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        problem: Any = "interrupted"
-    except (SettingsError, StoreError, Refusal, OSError, UnicodeError, ImportError) as error:
-        problem = error
-    _print_stderr(f"backfeedr: {problem}")
-    return 1
+
+
+def _run(given: argparse.Namespace, make: Callable[..., Backfeedr], open_store: Callable[..., Store]) -> int:
+    overrides = {each.name: getattr(given, each.name) for each in fields(Settings) if hasattr(given, each.name)}
+    if given.command == "check":
+        return _check(overrides)
+    settings = Settings.from_env(**overrides)
+    if given.command == "serve":
+        serve(settings, make)
+        return 0
+    retention_days = settings.retention_days if os.environ.get("BACKFEEDR_RETENTION_DAYS") else None
+    with open_store(settings.db_path, retention_days=retention_days,
+                    may_create=given.command in ("app_create", "import")) as store:
+        if said := getattr(Commands(store, given, settings), "do_" + given.command)():
+            print(said, file=sys.stderr)
+    return 0
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -8175,210 +8088,170 @@ def _parser() -> argparse.ArgumentParser:
         "Crash reports and usage figures for iOS apps, on your own host. Without a command, it serves."))
     parser.add_argument("--version", action="version", version=f"backfeedr {__version__}")
     groups = {"": parser.add_subparsers(title="commands", metavar="COMMAND")}
-    for name, run, text, arguments in (("", serve, "", _SERVER), *_COMMANDS):
+    for name, text, arguments in (("", "", _SERVER), *_COMMANDS):
         noun, _, verb = name.rpartition(" ")
         if noun not in groups:
             verbs = [each.split()[1] for each, *_ in _COMMANDS if each.startswith(noun + " ")]
             group = groups[""].add_parser(noun, help=", ".join(verbs))
             groups[noun] = group.add_subparsers(metavar="ACTION", required=True)
         command = groups[noun].add_parser(verb, help=text, description=text) if name else parser
-        command.set_defaults(run=run)
+        command.set_defaults(command=name.replace(" ", "_") or "serve")
         for argument, options in {**_DB, **arguments}.items():
-            # Without a default, one that is not given stays unset, so that the environment decides.
-            command.add_argument(argument, **{"default": argparse.SUPPRESS, **options})
+            command.add_argument(argument, **options)
     return parser
 
 
-def _app_create(store: Store, arguments: argparse.Namespace) -> None:
-    key = store.create_app(arguments.NAME, arguments.test)
-    _print_stderr(f"Made the app {arguments.NAME!r}. Its API key, shown only this once:")
-    print(key)
+class Commands:
+    """The commands on a store. Each prints its result, and returns what else there is to say."""
+
+    def __init__(self, store: Store, given: argparse.Namespace, settings: Settings):
+        self.store, self.given, self.ask = store, given, Metrics(store)
+        self.alerts = Alerts(store, settings.public_url, self.ask.digest)
+
+    def do_app_create(self) -> str:
+        print(self.store.create_app(self.given.NAME, self.given.test))
+        return f"Made the app {self.given.NAME!r}. Its API key is shown only this once."
+
+    def do_app_list(self) -> None:
+        _print_table("APP KIND KEYS CREATED", [
+            (app.name, "test" if app.is_test else "live", app.keys, _date(app.created_at))
+            for app in self.store.apps()])
+
+    def do_app_delete(self) -> str:
+        name = self.given.NAME
+        if not self.given.yes:
+            if sys.stdin is None or not sys.stdin.isatty():
+                raise StoreError(f"there is no terminal to confirm on; --yes deletes {name!r} without asking")
+            print(f"This deletes all reports of the app {name!r}. Type its name again: ", end="", file=sys.stderr,
+                  flush=True)
+            if sys.stdin.readline().rstrip("\n") != name:
+                raise StoreError("the names differ; nothing was deleted")
+        self.store.delete_app(name)
+        return f"Deleted the app {name!r}, its keys and all its reports."
+
+    def do_key_create(self) -> str:
+        print(self.store.create_key(self.given.NAME))
+        return f"Made another key for the app {self.given.NAME!r}. It is shown only this once."
+
+    def do_key_list(self) -> None:
+        _print_table("KEY APP CREATED REVOKED LAST_USED REQUESTS_IN_7_DAYS", [
+            (key.prefix + "...", key.app, _date(key.created_at), _date(key.revoked_at),
+             _date(key.last_used and key.last_used * DAY), f"{key.requests:,}") for key in self.store.keys()])
+
+    def do_key_revoke(self) -> str:
+        key = self.store.revoke_key(self.given.PREFIX)
+        return f"Revoked the key {key.prefix}... of the app {key.app!r}."
+
+    def do_device_show(self) -> None:
+        found = self.ask.device(self.given.HASH)
+        if not any(found.values()):
+            raise StoreError(f"nothing is stored about a device {self.given.HASH!r}")
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+
+    def do_device_forget(self) -> str:
+        deleted = self.store.forget_device(self.given.HASH)
+        if not deleted:
+            raise StoreError(f"nothing is stored about a device {self.given.HASH!r}")
+        return f"Forgot the device {self.given.HASH!r}: {_report_counts(deleted)}."
+
+    def do_symbols_list(self) -> None:
+        found = self.ask.symbols()
+        _print_table("UUID BINARY ARCH ROWS SIZE UPLOADED", [
+            (each["uuid"], each["binary"], each["arch"], f"{each['rows']:,}", megabytes(each["size"]),
+             each["uploaded_at"][:10] if each["complete"] else "not complete") for each in found["symbols"]])
+        print("\nMissing, though crashes wait for them:\n" if found["missing"] else "\nNone are missing.")
+        if found["missing"]:
+            _print_table("UUID BUILD APP CRASHES", [
+                (each["uuid"], build_name(each), each["app"] or "-", f"{each['crashes']:,}")
+                for each in found["missing"]])
+
+    def do_symbols_delete(self) -> str:
+        return f"Deleted the symbols of the build {self.store.delete_symbols(self.given.UUID)}."
+
+    def do_alert_add(self) -> str:
+        given, said = self.given, ""
+        kinds = [kind for kind in re.split("[, ]+", given.on) if kind]
+        number, secret = self.alerts.add(given.URL, given.app, kinds, given.with_reason, given.hour)
+        if secret:
+            print(secret)
+            said += " Its secret is shown only this once."
+        if "http" in urlsplit(given.URL).scheme.split("+"):
+            said += "\nOthers can read what is sent over http://; use https:// unless it stays on this host."
+        return f"Made channel {number}.{said}"
+
+    def do_alert_list(self) -> None:
+        _print_table("ID CHANNEL APP FACTS LAST_SENT WAITING STATE", [
+            (each["id"], each["address"], each["app"] or "all live apps", each["kinds"], _date(each["sent_at"]),
+             each["waiting"], "ended" if each["ended_at"] else each["error"] or "good")
+            for each in self.alerts.channels()])
+
+    def do_alert_test(self) -> str:
+        self.alerts.test(self.given.ID)
+        return f"Channel {self.given.ID} took a test message."
+
+    def do_alert_remove(self) -> str:
+        self.alerts.remove(self.given.ID)
+        return f"Removed channel {self.given.ID}."
+
+    def do_deliver(self) -> str:
+        done = self.alerts.deliver()
+        return f"Messages sent: {done['sent']:,}; failed, to be tried again: {done['failed']:,}"
+
+    def do_prune(self) -> str:
+        store, size = self.store, self.store.size
+        deleted = store.prune()
+        kept = f"older than {store.retention_days} days" if store.retention_days else "(the retention keeps all)"
+        return (f"Deleted {_report_counts(deleted)} {kept}; gave back {megabytes(max(0, size - store.size))}"
+                f" of {megabytes(size)}.")
+
+    def do_backup(self) -> str:
+        backup(self.store, Path(self.given.FILE))
+        return f"Wrote {self.given.FILE}, {megabytes(os.stat(self.given.FILE).st_size)}."
+
+    def do_export(self) -> None:
+        given, kind, out = self.given, _KINDS[self.given.KIND], sys.stdout
+        if given.bom and given.format != "csv":
+            raise StoreError("--bom is for --format csv: import reads jsonl without one")
+        out.reconfigure(encoding="utf-8", newline="")  # type: ignore[union-attr]
+        out.write("\ufeff" * given.bom)
+        reports = self.store.export(kind, given.app, given.since)
+        write = csv_writer(out, kind) if given.format == "csv" else partial(write_jsonl, out)
+        for stored in reports:
+            write(stored)
+        out.flush()
+
+    def do_import(self) -> str:
+        with self.given.FILE as file:
+            counts = import_jsonl(self.store, iter(lambda: file.readline(MAX_LINE), b""))
+        return (f"Stored {counts['stored']:,} reports; {counts['known']:,} were here already, and"
+                f" {counts['expired']:,} are older than the retention.")
 
 
-def _app_list(store: Store, arguments: argparse.Namespace) -> None:
-    _print_table(("APP", "KIND", "KEYS", "CREATED"), [
-        (app.name, "test" if app.is_test else "live", app.keys, _date(app.created_at)) for app in store.apps()])
-
-
-def _app_delete(store: Store, arguments: argparse.Namespace) -> None:
-    if not arguments.yes:
-        _confirm(arguments.NAME)
-    store.delete_app(arguments.NAME)
-    _print_stderr(f"Deleted the app {arguments.NAME!r}, its keys and all its reports.")
-
-
-def _confirm(name: str) -> None:
-    """Asks for the app's name. Raises StoreError unless it is typed again."""
-    if sys.stdin is None or not sys.stdin.isatty():
-        raise StoreError(f"there is no terminal to confirm on; --yes deletes {name!r} without asking")
-    print(f"This deletes all reports of the app {name!r}. Type its name again: ", end="", file=sys.stderr, flush=True)
-    if sys.stdin.readline().rstrip("\n") != name:
-        raise StoreError("the names differ; nothing was deleted")
-
-
-def _key_create(store: Store, arguments: argparse.Namespace) -> None:
-    key = store.create_key(arguments.NAME)
-    _print_stderr(f"Made another key for the app {arguments.NAME!r}, shown only this once:")
-    print(key)
-
-
-def _key_list(store: Store, arguments: argparse.Namespace) -> None:
-    _print_table(("KEY", "APP", "CREATED", "REVOKED", "LAST USED", "REQUESTS IN 7 DAYS"), [
-        (key.prefix + "...", key.app, _date(key.created_at), _date(key.revoked_at),
-         _date(key.last_used and key.last_used * DAY), f"{key.requests:,}") for key in store.keys()])
-
-
-def _key_revoke(store: Store, arguments: argparse.Namespace) -> None:
-    key = store.revoke_key(arguments.PREFIX)
-    _print_stderr(f"Revoked the key {key.prefix}... of the app {key.app!r}.")
-
-
-def _device_show(store: Store, arguments: argparse.Namespace) -> None:
-    found = Metrics(store).device(arguments.HASH)
-    if not any(found.values()):
-        raise StoreError(f"nothing is kept of a device {arguments.HASH!r}")
-    print(json.dumps(found, indent=2, ensure_ascii=False), file=_harmless(sys.stdout))
-
-
-def _device_forget(store: Store, arguments: argparse.Namespace) -> None:
-    deleted = store.forget_device(arguments.HASH)
-    if not deleted:
-        raise StoreError(f"nothing is kept of a device {arguments.HASH!r}")
-    _print_stderr(f"Forgot the device {arguments.HASH!r}: {_report_counts(deleted)}.")
-
-
-def _symbols_list(store: Store, arguments: argparse.Namespace) -> None:
-    found = Metrics(store).symbols()
-    _print_table(("UUID", "BINARY", "ARCH", "ROWS", "SIZE", "UPLOADED"), [
-        (each["uuid"], each["binary"], each["arch"], f"{each['rows']:,}", megabytes(each["size"]),
-         each["uploaded_at"][:10] if each["complete"] else "not complete") for each in found["symbols"]])
-    print("\nMissing, though crashes wait for them:\n" if found["missing"] else "\nNone are missing.")
-    if found["missing"]:
-        _print_table(("UUID", "BUILD", "APP", "CRASHES"), [
-            (each["uuid"], build_name(each), each["app"] or "-", f"{each['crashes']:,}") for each in found["missing"]])
-
-
-def _symbols_delete(store: Store, arguments: argparse.Namespace) -> None:
-    _print_stderr(f"Deleted the symbols of the build {store.delete_symbols(arguments.UUID)}.")
-
-
-def _alerts(store: Store, arguments: argparse.Namespace) -> Alerts:
-    return Alerts(store, arguments.public_url, Metrics(store).digest)
-
-
-def _alert_add(store: Store, arguments: argparse.Namespace) -> None:
-    kinds = [kind for kind in re.split("[, ]+", arguments.on) if kind]
-    number, secret = _alerts(store, arguments).add(arguments.URL, arguments.app, kinds, arguments.with_reason,
-                                                   arguments.hour)
-    _print_stderr(f"Made channel {number}." + " Its secret, shown only this once:" * bool(secret))
-    if "http" in urlsplit(arguments.URL).scheme.split("+"):
-        _print_stderr("What is sent there can be read on its way: only to this host is http:// as good as https://")
-    if secret:
-        print(secret)
-
-
-def _alert_list(store: Store, arguments: argparse.Namespace) -> None:
-    _print_table(("ID", "CHANNEL", "APP", "FACTS", "LAST SENT", "WAITING", "STATE"), [
-        (each["id"], each["address"], each["app"] or "all live apps", each["kinds"], _date(each["sent_at"]),
-         each["waiting"], "ended" if each["ended_at"] else each["error"] or "good")
-        for each in _alerts(store, arguments).channels()])
-
-
-def _alert_test(store: Store, arguments: argparse.Namespace) -> None:
-    _alerts(store, arguments).test(arguments.ID)
-    _print_stderr(f"Channel {arguments.ID} took a test message.")
-
-
-def _alert_remove(store: Store, arguments: argparse.Namespace) -> None:
-    _alerts(store, arguments).remove(arguments.ID)
-    _print_stderr(f"Removed channel {arguments.ID}.")
-
-
-def _deliver(store: Store, arguments: argparse.Namespace) -> None:
-    done = _alerts(store, arguments).deliver()
-    _print_stderr(f"Messages sent: {done['sent']:,}; failed, to be tried again: {done['failed']:,}")
-
-
-def _prune(store: Store, arguments: argparse.Namespace) -> None:
-    size = store.size
-    with _progress("deleting: {:,} rows") as progress:
-        deleted = store.prune(progress)
-    kept = f"older than {store.retention_days} days" if store.retention_days else "(the retention keeps all)"
-    _print_stderr(f"Deleted {_report_counts(deleted)} {kept}; gave back {megabytes(max(0, size - store.size))}"
-                  f" of {megabytes(size)}.")
-
-
-def _report_counts(rows: Counter) -> str:
+def _report_counts(rows: Counter[str]) -> str:
     crashes, events = rows["crashes"], rows["events"]
     return f"{crashes:,} crash{'es' * (crashes != 1)} and {events:,} event{'s' * (events != 1)}"
 
 
-def _backup(store: Store, arguments: argparse.Namespace) -> None:
-    with _progress("copying: {:,} of {:,} pages") as progress:
-        backup(store, Path(arguments.FILE), progress)
-    _print_stderr(f"Wrote {arguments.FILE}, {megabytes(os.stat(arguments.FILE).st_size)}.")
-
-
-def _export(store: Store, arguments: argparse.Namespace) -> None:
-    if arguments.bom and arguments.format != "csv":
-        raise StoreError("--bom is for --format csv: import reads jsonl without one")
-    sys.stdout.reconfigure(encoding="utf-8", newline="")  # type: ignore[union-attr]
-    kind, out = _KINDS[arguments.KIND], _harmless(sys.stdout)
-    with _progress("exporting: {:,} " + arguments.KIND, sys.stdout.isatty()) as progress:
-        out.write("\ufeff" * arguments.bom)
-        reports = store.export(kind, arguments.app, arguments.since)
-        write = csv_writer(out, kind) if arguments.format == "csv" else partial(write_jsonl, out)
-        for number, stored in enumerate(reports, 1):
-            write(stored)
-            if number % PAGE_ROWS == 0:
-                progress(number)
-        sys.stdout.flush()
-
-
-def _import(store: Store, arguments: argparse.Namespace) -> None:
-    with _progress("importing: {:,} reports") as progress, arguments.FILE as file:
-        counts = import_jsonl(store, iter(lambda: file.readline(MAX_LINE), b""), progress)
-    _print_stderr(f"Stored {counts['stored']:,} reports; {counts['known']:,} were here already, and"
-                  f" {counts['expired']:,} are older than the retention.")
-
-
 def _check(overrides: dict[str, Any]) -> int:
     path = Path(overrides.get("db_path") or os.environ.get("BACKFEEDR_DB_PATH") or Settings.db_path).absolute()
-    status = 0
-    for name, look in chain([("settings", lambda: f"{len(fields(Settings.from_env(**overrides)))}, all good")],
-                            check(path)):
+    settings, status = Settings(), 0
+
+    def check_settings(path: Path) -> str:
+        nonlocal settings
+        settings = Settings.from_env(**overrides)
+        return f"{len(fields(settings))}, all good"
+
+    for name, look in {"settings": check_settings, **CHECKS}.items():
         try:
-            with _progress("checking the " + name) as progress:
-                progress()
-                found = look()
-            print(f"ok  {name}: {found}", file=_harmless(sys.stdout))
+            print(f"ok  {name}: {look(path)}", flush=True)
         except (SettingsError, StoreError, sqlite3.Error, OSError) as error:
-            print(f"BAD {name}: {error}", file=_harmless(sys.stdout))
+            print(f"BAD {name}: {error}")
             status = 1
-    if path.is_file():
-        with suppress(SettingsError):  # which was said above
-            for warning in chain(size_warnings(path, Settings.from_env(**overrides).max_db_size),
-                                 channel_warnings(path)):
-                print(f"WARN {warning}", file=_harmless(sys.stdout))
+            if name == "file" and not path.is_file():  # there is nothing more to say
+                return status
+    for warning in (*size_warnings(path, settings.max_db_size), *channel_warnings(path)):
+        print(f"WARN {warning}")
     return status
-
-
-@contextmanager
-def _progress(text: str, quiet: bool = False) -> Iterator[Progress]:
-    """Shows the progress of long work in one line of a terminal, at most ten times a second; clears it at the end."""
-    due, quiet = 0.0, quiet or not sys.stderr.isatty()
-
-    def show(*figures: int) -> None:
-        nonlocal due
-        if not quiet and time.monotonic() >= due:
-            due = time.monotonic() + 0.1
-            print("\r\x1b[K" + text.format(*figures), end="", file=sys.stderr, flush=True)
-
-    try:
-        yield show
-    finally:
-        if due:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 class _Terminal:
@@ -8388,11 +8261,14 @@ class _Terminal:
     CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
                           "|\r(?!\n)")
 
-    def __init__(self, out: TextIO):
-        self._out = out
+    def __init__(self, terminal: TextIO):
+        self._terminal = terminal
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._terminal, name)
 
     def write(self, text: str) -> None:
-        self._out.write(self.CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+        self._terminal.write(self.CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def _harmless(out: TextIO) -> Any:
@@ -8400,16 +8276,11 @@ def _harmless(out: TextIO) -> Any:
     return _Terminal(out) if out and out.isatty() else out  # a process may have none
 
 
-def _print_stderr(text: str) -> None:
-    print(text, file=_harmless(sys.stderr))
-
-
-def _print_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    lines = [head, *rows]
-    widths = [max(len(str(line[column])) for line in lines) for column in range(len(head))]
+def _print_table(head: str, rows: Sequence[Sequence[Any]]) -> None:
+    lines = [[each.replace("_", " ") for each in head.split()], *rows]
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*lines)]
     for line in lines:
-        print("  ".join(str(cell).ljust(width) for cell, width in zip(line, widths)).rstrip(),
-              file=_harmless(sys.stdout))
+        print("  ".join(str(cell).ljust(width) for cell, width in zip(line, widths)).rstrip())
 
 
 def _date(time_ms: int | None) -> str:
@@ -8441,7 +8312,7 @@ class _PrintHandbook(argparse.Action):
         if topic and topic not in sections:
             parser.error(f"invalid choice: {topic!r} (choose from {', '.join(sections)})")
         lines = [f"{name:12}{text.strip().splitlines()[0]}" for name, text in sections.items()]
-        print(sections[topic].strip() if topic else "\n".join(lines), file=_harmless(sys.stdout))
+        print(sections[topic].strip() if topic else "\n".join(lines))
         parser.exit()
 
     def _text(self) -> str:
@@ -8452,61 +8323,56 @@ class _PrintHandbook(argparse.Action):
         raise StoreError("there is no handbook.md: copy examples/handbook.md beside backfeedr.py")
 
 
-_Arguments = Mapping[str, Mapping[str, Any]]  # what argparse is told of each
-_KINDS = {"crashes": Crash, "events": Event}
-_APP_NAME = {"NAME": dict(help="the app's name")}
+_KINDS: dict[str, Any] = {"crashes": Crash, "events": Event}
+_UNSET = {"default": argparse.SUPPRESS}  # what is not given stays unset, so that the environment decides
+_DB = {"--db": dict(dest="db_path", metavar="FILE", help="the database (default: backfeedr.db)", **_UNSET)}
+_SERVER = {"--host": dict(help="the address to listen on (default: 127.0.0.1)", **_UNSET),
+           "--port": dict(type=int, help="the port (default: 8080); 0 takes a free one", **_UNSET),
+           "--verbose": dict(action="store_true", help="log a line for each request, on standard error", **_UNSET)}
+_NAME = {"NAME": dict(help="the app's name")}
 _HASH = {"HASH": dict(help="the device_id_hash that the app sends")}
-_CHANNEL_ID = {"ID": dict(type=int, help="the channel's number: see alert list")}
-_DB = {"--db": dict(dest="db_path", metavar="FILE", help="the database (default: backfeedr.db)")}
-_SERVER = {
-    "--host": dict(help="the address to listen on (default: 127.0.0.1)"),
-    "--port": dict(type=int, help="the port (default: 8080); 0 takes a free one"),
-    "--verbose": dict(action="store_true", help="log a line for each request, on standard error")}
-_COMMANDS = (  # name, function, help, arguments beside --db
-    ("serve", serve, "start the server", _SERVER),
-    ("app create", _app_create, "make an app and print its first key", {
-        **_APP_NAME, "--test": dict(action="store_true", default=False, help="a test app: it is in no public figure")}),
-    ("app list", _app_list, "list the apps", {}),
-    ("app delete", _app_delete, "delete an app, its keys and all its reports", {
-        **_APP_NAME, "--yes": dict(action="store_true", default=False, help="do not ask to type the name again")}),
-    ("key create", _key_create, "make another key for an app and print it", _APP_NAME),
-    ("key list", _key_list, "list the keys, each by its visible beginning", {}),
-    ("key revoke", _key_revoke, "end a key at once", {
-        "PREFIX": dict(help="the key, or enough of its beginning")}),
-    ("device show", _device_show, "print all that is kept of a device, as JSON", _HASH),
-    ("device forget", _device_forget, "delete all that is kept of a device", _HASH),
-    ("symbols list", _symbols_list, "list the builds whose symbols are held, and those whose are missing", {}),
-    ("symbols delete", _symbols_delete, "delete the symbols of a build", {
+_ID = {"ID": dict(type=int, help="the channel's number: see alert list")}
+_COMMANDS: Sequence[tuple[str, str, Mapping[str, Any]]] = (  # name, help, arguments
+    ("serve", "start the server", _SERVER),
+    ("app create", "make an app and print its first key", {
+        **_NAME, "--test": dict(action="store_true", help="a test app: it is in no public figure")}),
+    ("app list", "list the apps", {}),
+    ("app delete", "delete an app, its keys and all its reports", {
+        **_NAME, "--yes": dict(action="store_true", help="do not ask to type the name again")}),
+    ("key create", "make another key for an app and print it", _NAME),
+    ("key list", "list the keys, each by its visible beginning", {}),
+    ("key revoke", "end a key at once", {"PREFIX": dict(help="the key, or enough of its beginning")}),
+    ("device show", "print all that is stored about a device, as JSON", _HASH),
+    ("device forget", "delete all that is stored about a device", _HASH),
+    ("symbols list", "list the builds whose symbols are here, and those whose are missing", {}),
+    ("symbols delete", "delete the symbols of a build", {
         "UUID": dict(help="the build's UUID, or enough of its beginning")}),
-    ("alert add", _alert_add, "tell somebody of new and regressed crashes; prints the channel's secret", {
+    ("alert add", "add a channel for alerts; prints its secret", {
         "URL": dict(help="https://... (a webhook), slack+https://..., ntfy+https://HOST/TOPIC, or one of Apprise's"),
-        "--app": dict(metavar="NAME", default=None, help="of this app (default: of all live ones)"),
+        "--app": dict(metavar="NAME", help="only of this app (default: of all live ones)"),
         "--on": dict(metavar="FACT,...", default="", help="of these facts: " + ", ".join(
             kind + " (default)" * is_on for kind, is_on in FACT_KINDS.items())),
-        "--with-reason": dict(action="store_true", default=False, help="send the crash's reason, too"),
+        "--with-reason": dict(action="store_true", help="send the crash's reason, too"),
         "--hour": dict(type=int, choices=range(24), metavar="H", default=7, help="of the digest, UTC (default: 7)")}),
-    ("alert list", _alert_list, "list the channels, and what is wrong with them", {}),
-    ("alert test", _alert_test, "send a test message, and say what came back", _CHANNEL_ID),
-    ("alert remove", _alert_remove, "end a channel", _CHANNEL_ID),
-    ("deliver", _deliver, "send the alerts that are due; a server does so by itself", {}),
-    ("prune", _prune, "delete what is older than the retention, now", {}),
-    ("backup", _backup, "write a copy of the database to a new file", {
+    ("alert list", "list the channels, and what is wrong with them", {}),
+    ("alert test", "send a test message, and say what came back", _ID),
+    ("alert remove", "remove a channel", _ID),
+    ("deliver", "send the alerts that are due; a server does so by itself", {}),
+    ("prune", "delete what is older than the retention, now", {}),
+    ("backup", "write a copy of the database to a new file", {
         "FILE": dict(help="the new file; one that exists is not replaced")}),
-    ("export", _export, "print crashes or events", {
+    ("export", "print crashes or events", {
         "KIND": dict(choices=_KINDS, help="which reports to print"),
-        "--app": dict(metavar="NAME", default=None, help="of this app (default: of all)"),
-        "--since": dict(metavar="DATE", type=_start_of_day, default=0,
-                        help="received on this day (UTC) or later, like 2026-03-12"),
+        "--app": dict(metavar="NAME", help="only of this app (default: of all)"),
+        "--since": dict(metavar="DATE", type=_start_of_day, default=0, help="received on this day (UTC) or later"),
         "--format": dict(choices=("jsonl", "csv"), default="jsonl",
                          help="jsonl (the default), which import reads, or csv, for a spreadsheet"),
-        "--bom": dict(action="store_true", default=False,
-                      help="begin csv with a byte order mark, by which Excel knows that it is UTF-8")}),
-    ("import", _import, "store what export has printed as jsonl", {
+        "--bom": dict(action="store_true", help="begin csv with a byte order mark, as Excel needs for UTF-8")}),
+    ("import", "store what export has printed as jsonl", {
         "FILE": dict(type=_open_input, help="the file; - is standard input")}),
-    ("check", _check, "say whether the database is as it should be", {}),
-    ("help", _PrintHandbook, "explain a topic; without one, list the topics", {
-        "TOPIC": dict(nargs="?", default="", action=_PrintHandbook, help="one of those that help lists")}),
-)
+    ("check", "say whether the database is as it should be", {}),
+    ("help", "explain a topic; without one, list the topics", {
+        "TOPIC": dict(nargs="?", default="", action=_PrintHandbook, help="one of those that help lists")}))
 
 
 if __name__ == "__main__":

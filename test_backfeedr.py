@@ -47,7 +47,7 @@ from contextlib import closing, contextmanager, suppress
 from datetime import date, datetime, timezone
 from decimal import ROUND_HALF_UP, Decimal
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlencode, urlsplit
@@ -55,8 +55,10 @@ from uuid import UUID
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from xml.etree import ElementTree
 
+import jsonschema
 import pytest
 import webtest
+from jsonschema import Draft202012Validator
 
 import backfeedr
 from backfeedr import (DAY, HOUR, Backfeedr, Idempotency, RateLimiter, Refusal, Settings, SettingsError, Store,
@@ -132,7 +134,7 @@ needs_postgres = pytest.mark.skipif(not POSTGRES, reason="BACKFEEDR_TEST_POSTGRE
 sqlite_only = pytest.mark.skipif(bool(POSTGRES), reason="is about SQLite and its file; runs without a PostgreSQL")
 
 
-@lru_cache(maxsize=None)
+@cache
 def postgres():
     """The module examples/postgres.py."""
     return load_example("postgres")
@@ -921,7 +923,7 @@ def test_a_cut_crash_stays_in_its_group_when_another_store_imports_it(api, serve
     lines, other = io.StringIO(), serve("other.db")
     for stored_report in api.server.store.export(backfeedr.Crash):
         backfeedr.write_jsonl(lines, stored_report)
-    assert backfeedr.import_jsonl(other.store, lines.getvalue().encode().splitlines(), lambda *_: None)["stored"] == 1
+    assert backfeedr.import_jsonl(other.store, lines.getvalue().encode().splitlines())["stored"] == 1
     assert status == 201 and report(other)["group_hash"] == answer["group_hash"]
     assert "truncated" in report(other)["extra"]
 
@@ -3556,10 +3558,9 @@ TAMPERED = [
     *((table, f"update {table} set {column} = {column} {by}") for table, columns in SUMS.items()
       for column in columns for by in ("+ 1", "- 1"))]
 DAMAGED = [  # where reports have expired
-    ("crash_days", "update crash_days set crashes = crashes + 1000"), ("durations", "delete from durations"),
-    ("durations", "update session_days set sessions = 0"),
+    ("crash_days", "update crash_days set crashes = crashes + 1000"),
     *((table, f"delete from {table}") for table in (
-        "labels", "devices", "active_days", "group_devices", "group_sums", "builds"))]
+        "labels", "devices", "group_devices", "group_sums", "builds"))]
 
 
 @sqlite_only
@@ -6168,9 +6169,11 @@ def test_a_hostile_request_to_the_real_web_server_is_answered_in_json_and_change
     for status, request in [(status, request) for status in requests for request in requests[status]]:
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as raw:
             raw.sendall(request)
-            head, answer = read_answer(raw)
-        assert int(head.split()[1]) == status, (request[:200], head)
-        assert b"\r\nContent-Type: application/json" in head and set(json.loads(answer)) <= {"error", "detail"}
+            answer = http.client.HTTPResponse(raw)
+            answer.begin()
+            assert answer.status == status, (request[:200], answer.headers)
+            assert answer.headers["Content-Type"] == "application/json"
+            assert set(json.loads(answer.read())) <= {"error", "detail"}
         assert stored_ids(tmp_path / "run.db") == before, request[:200]
         assert server.post(CRASHES, CRASH)[0] == 201
         before = stored_ids(tmp_path / "run.db")
@@ -7322,18 +7325,6 @@ def run(tmp_path):
         server.process.communicate()
 
 
-def read_answer(raw):
-    """Head and body of one answer, up to its Content-Length."""
-    data = b""
-    while b"\r\n\r\n" not in data:
-        data += raw.recv(65536)
-    head, _, body = data.partition(b"\r\n\r\n")
-    length = int(head.lower().partition(b"content-length:")[2].split()[0])
-    while len(body) < length:
-        body += raw.recv(65536)
-    return head, body
-
-
 class Load:
     """Clients that post crashes and batches, each on a connection of its own, until they are stopped
     or cannot go on. `acknowledged` has the ids of every 201; `lost` counts requests without an answer."""
@@ -7380,7 +7371,7 @@ def stored_ids(path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_stop_answers_everyone_and_not_even_a_kill_loses_what_was_acknowledged(run, number):
     acknowledged = []
-    for clients in (0, 16, 16, 16) if number == signal.SIGKILL else (0, 16):
+    for clients in (0, 16) if number == signal.SIGTERM else (16,):
         server = run()
         connection, sent = server.connect(), [server.post(CRASHES, CRASH)[1]["id"] for _ in range(5)]
         for _ in range(5):
@@ -7446,34 +7437,35 @@ def slow_server(serve, clock, monkeypatch):
         server.asyncore.close_all(server._map)
 
 
-def test_a_client_that_does_not_read_is_paused_and_closed_and_its_packet_costs_little(slow_server, clock, monkeypatch):
-    monkeypatch.setattr(backfeedr, "MAX_UNSENT", 20_000)
+def test_a_packet_of_requests_gets_few_answers_and_a_client_that_does_not_read_is_closed(
+        slow_server, clock, monkeypatch):
     answered = []
     monkeypatch.setattr(slow_server.app, "_health", lambda _: answered.append(1) or (200, {"status": "x" * 25_000}))
     slow_server.app._router = slow_server.app._routes()
-    one = b"GET /api/v1/health HTTP/1.1\r\nHost: x\r\n\r\n"
-    send = backfeedr._Channel.send
-    monkeypatch.setattr(backfeedr._Channel, "send", lambda *_, **__: 0)  # the client reads nothing
-    connection = send_to(slow_server, one * 500)
-    wait_until(lambda: slow_server.turn() or any(each.is_paused for each in slow_server.active_channels.values()))
-    channel, = slow_server.active_channels.values()
-    assert len(answered) == 1 or len(answered) == 2
-    assert len(channel.requests) <= 30 and len(channel.held) > 15_000, "the rest waits as bytes"
-    slow_server.maintenance(clock.seconds + 59)
-    assert not channel.will_close
-    monkeypatch.setattr(backfeedr._Channel, "send", send)  # it reads again, and is answered to the last
-    received = bytearray()
-    wait_until(lambda: received.extend(received_by(connection, slow_server) or b"") or received.count(b"200 OK") == 500)
-    monkeypatch.setattr(backfeedr._Channel, "send", lambda *_, **__: 0)
-    connection.sendall(one * 5)
-    wait_until(lambda: slow_server.turn() or channel.is_paused)
-    clock.move(30)
-    slow_server.maintenance(clock.seconds)
-    assert not channel.will_close
-    clock.move(31)
-    slow_server.maintenance(clock.seconds)
-    assert slow_server.active_channels == {}
-    connection.close()
+    one, send = b"GET /api/v1/health HTTP/1.1\r\nHost: x\r\n\r\n", backfeedr._Channel.send
+    for reads in (True, False):
+        monkeypatch.setattr(backfeedr._Channel, "send", lambda *_, **__: 0)  # the client reads nothing
+        connection = send_to(slow_server, one * 500)
+        wait_until(lambda: slow_server.turn() or slow_server.active_channels)
+        channel, = slow_server.active_channels.values()
+        wait_until(lambda: slow_server.turn() or channel.close_when_flushed)
+        assert channel.requests == [] and channel.total_outbufs_len < 30_000 * len(answered)
+        assert 4 <= len(answered) < 10, "which may be one more for each that was answered while the packet was read"
+        clock.move(59)
+        slow_server.maintenance(clock.seconds)
+        assert slow_server.active_channels
+        if reads:
+            monkeypatch.setattr(backfeedr._Channel, "send", send)
+            answers = answer_on(connection, slow_server, b"Connection: close")
+            wait_until(lambda: answers.extend(received_by(connection, slow_server) or b"")
+                       or answers.count(b"x" * 25_000) == len(answered))
+            assert answers.count(b"200 OK") == len(answered)
+        else:
+            clock.move(2)
+            slow_server.maintenance(clock.seconds)
+        wait_until(lambda: slow_server.turn() or slow_server.active_channels == {})
+        connection.close()
+        answered.clear()
     assert Api(slow_server.app).post(CRASHES, CRASH)[0] == 201
 
 
@@ -7535,10 +7527,10 @@ def crash_count(server):
                                    b"POST /api/v1/crashes HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n3e8\r\n"])
 def test_a_request_that_has_not_arrived_whole_within_a_minute_is_ended(slow_server, clock, start):
     with send_to(slow_server, start) as drip:
-        for seconds in range(100):
-            if received_by(drip, slow_server) is None:
-                break
+        seconds = 0
+        while received_by(drip, slow_server) is not None and seconds < 100:
             clock.move(1)
+            seconds += 1
             drip.sendall(b"x" if start else b"")
     assert 60 < seconds <= 60 + 2 * 10 and not slow_server.active_channels and crash_count(slow_server.app) == 0
 
@@ -7793,15 +7785,18 @@ def test_a_request_is_answered_and_with_verbose_logged_without_what_is_private(r
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("host, public_url, warned", [
-    ("0.0.0.0", "", True), ("0.0.0.0", "http://example.com", True), ("0.0.0.0", "https://example.com", False),
-    ("localhost", "", False), *[("::1", "", False)] * socket.has_ipv6])
-def test_the_first_line_is_the_url_and_a_server_open_to_others_without_https_warns(run, host, public_url, warned):
-    server = run("--host", host, BACKFEEDR_PUBLIC_URL=public_url)
-    assert server.url == f"http://{'[::1]' if host == '::1' else host}:{server.port}"
-    status, out, err = server.stop()
-    assert (status, out, err.count("\n")) == (0, "", int(warned))
-    assert not warned or err.startswith("backfeedr: 0.0.0.0 ") and "https" in err and "BACKFEEDR_PUBLIC_URL" in err
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
+def test_the_first_line_is_the_url_also_of_an_address_of_ipv6(run):
+    server = run("--host", "::1")
+    assert server.url == f"http://[::1]:{server.port}" and server.stop() == (0, "", "")
+
+
+@pytest.mark.parametrize("address, public_url, is_warned", [
+    ("0.0.0.0", "", True), ("192.0.2.1", "http://example.com", True), ("0.0.0.0", "https://example.com", False),
+    ("127.0.0.2", "", False), ("::1", "", False), ("fe80::1%eth0", "", True)])
+def test_a_server_open_to_others_without_https_warns(address, public_url, is_warned):
+    warning = backfeedr._warning(Settings(public_url=public_url), address)
+    assert bool(warning) == is_warned == warning.startswith(f"backfeedr: {address} ") == ("_PUBLIC_URL" in warning)
 
 
 @pytest.mark.slow
@@ -7809,14 +7804,14 @@ def test_pruning_beside_a_server_under_load_disturbs_nobody(run, tmp_path):
     path = tmp_path / "run.db"
     with Store(str(path), clock=Clock()) as store:  # long ago
         store.start(KEY)
-        for _ in range(10):
+        for _ in range(4):
             store.add(backfeedr.sha256(KEY), [parse_event(dict(EVENT, device_id_hash="old"))] * 500)
     server = run(BACKFEEDR_RETENTION_DAYS="0")
     pruning = start_python(SERVER, "prune", "--db", path, BACKFEEDR_RETENTION_DAYS="1")
     connection, statuses = server.connect(), []
     while pruning.poll() is None or len(statuses) < 20:
         statuses.append(server.post(CRASHES, {**CRASH, "device_id_hash": "new"}, connection)[0])
-    assert "5,000 events" in pruning.communicate()[1] and set(statuses) == {201}
+    assert "2,000 events" in pruning.communicate()[1] and set(statuses) == {201}
     assert server.stop()[0] == 0
     assert sql(path, "select (select count(*) from events), (select count(*) from crashes)") == [(0, len(statuses))]
     assert sql(path, "select device from devices") == [(backfeedr.device_key("new"),)]
@@ -7830,7 +7825,7 @@ def test_two_servers_commands_and_a_backup_on_one_file_lose_and_double_nothing(r
     assert again == (200, first[1]) and stored_ids(servers[0].db) == [first[1]["id"]]
     key = command("app", "create", "Shop", "--db", "run.db")[1].strip()
     load, other = Load(servers, clients=8), Load(servers, clients=2, key=key)
-    wait_until(lambda: len(load.acknowledged) > 300 and len(other.acknowledged) > 30)
+    wait_until(lambda: len(load.acknowledged) > 150 and len(other.acknowledged) > 20)
     before = load.acknowledged + other.acknowledged
     assert start_python(SERVER, "backup", "copy.db", "--db", "run.db").wait() == 0
     assert len(load.acknowledged + other.acknowledged) > len(before), "and nobody had to wait for it"
@@ -7917,11 +7912,12 @@ def test_an_answer_does_not_wait_for_the_next_request_of_its_connection(run):
         for path, key in (("/api/v1/health", KEY), ("/api/v1/overview", store.create_app("Shop"))) * 2:
             other.execute("begin immediate")
             with server.send(f"GET {path} HTTP/1.1\r\n\r\n".encode() + posted(**{"X-Backfeedr-Key": key})) as client:
-                client.settimeout(2.5)  # half as long as the second request may wait for the lock
-                assert read_answer(client)[0].startswith(b"HTTP/1.1 200 ")
-                other.execute("rollback")
-                client.settimeout(20)
-                assert read_answer(client)[0].startswith(b"HTTP/1.1 201 ")
+                for seconds, status in ((2.5, 200), (20, 201)):  # a half of what the second may wait for the lock
+                    client.settimeout(seconds)
+                    answer = http.client.HTTPResponse(client)
+                    answer.begin()
+                    assert answer.status == status and json.loads(answer.read())
+                    other.execute("rollback" if status == 200 else "select 1")
     assert len(stored_ids(server.db)) == 4
 
 
@@ -7941,17 +7937,19 @@ def demo(tmp_path_factory):
         yield store
 
 
-def test_the_demo_makes_the_same_reports_for_a_seed_and_others_for_another(demo):
-    again, other = (load_example("demo").made_up_reports(DEMO_NOW, seed) for seed in (1, 2))
-    assert demo.made_up == again != other
-    for table in ("crashes", "events"):
-        rows = sql(demo.path, f"select occurred_at, device_id_hash from {table}")
-        assert Counter(rows) == Counter((each.occurred_at, each.fields["device_id_hash"])
-                                        for each in again if each.kind in table), "the default seed is 1"
+def test_the_demo_makes_the_same_reports_for_a_seed_and_others_for_another():
+    module = load_example("demo")
+    module.DAYS = 2
+    one, again, other = (module.made_up_reports(DEMO_NOW, seed) for seed in (1, 1, 2))
+    assert one == again != other
 
 
 def test_the_demo_has_much_to_look_at_and_its_roll_ups_equal_its_rows(demo):
     check_database(demo.path)
+    for table in ("crashes", "events"):
+        rows = sql(demo.path, f"select occurred_at, device_id_hash from {table}")
+        assert Counter(rows) == Counter((each.occurred_at, each.fields["device_id_hash"])
+                                        for each in demo.made_up if each.kind in table)
     ask = backfeedr.Metrics(demo)
     crashes, events, devices = sql(demo.path, """
         select (select count(*) from crashes), count(*), count(distinct device_id_hash) from events""")[0]
@@ -7991,11 +7989,9 @@ def test_the_demos_reports_are_received_after_they_occurred_and_the_api_takes_th
 
 
 @pytest.mark.parametrize("now", ["2026-03-12T00:00:00Z", "2026-03-12T00:10:00Z", "2026-03-15T03:00:00Z"])  # a Sunday
-def test_the_demo_has_figures_of_today_at_any_hour(tmp_path, monkeypatch, now):
-    module, path, since = load_example("demo"), str(tmp_path / "test.db"), parse_time(now) - 2 * DAY
-    reports = module.made_up_reports  # only those of the last days are stored here, which is quick
-    monkeypatch.setattr(module, "made_up_reports", lambda *args: [
-        each for each in reports(*args) if each.occurred_at > since])
+def test_the_demo_has_figures_of_today_at_any_hour(tmp_path, now):
+    module, path = load_example("demo"), str(tmp_path / "test.db")
+    module.DAYS = 3  # which is quick
     module.fill_demo(path, parse_time(now))
     with Store(path, clock=Clock(now)) as store:
         ask = backfeedr.Metrics(store)
@@ -8072,7 +8068,7 @@ def test_the_commands_of_alerts_add_list_test_and_remove_channels_and_deliver(co
         status, secret, err = command("alert", "add", receiver.url + "/hook/secret", "--app", "Shop", "--on",
                                       "crash.new,digest", "--hour", "23")
         assert status == 0 and re.fullmatch("whsec_.{44}\n", secret)
-        assert "Made channel 1." in err and "can be read on its way" in err and "/hook" not in err
+        assert "Made channel 1." in err and "can read what is sent" in err and "/hook" not in err
         assert command("alert", "add", f"slack+{receiver.url}/2", "--with-reason")[:2] == (0, "")
         note(server, app="Shop")
         lines = command("alert", "list")[1].splitlines()
@@ -8211,7 +8207,7 @@ def test_device_show_prints_all_that_is_kept_and_forget_deletes_it(command):
     status, out, err = command("device", "forget", "d1")
     assert (status, out) == (0, "") and "1 crash and 1 event." in err
     for action in ("show", "forget"):
-        assert command("device", action, "d1") == (1, "", "backfeedr: nothing is kept of a device 'd1'\n")
+        assert command("device", action, "d1") == (1, "", "backfeedr: nothing is stored about a device 'd1'\n")
     assert sql("backfeedr.db", "select name from events") == [("purchase",)]
     check_database("backfeedr.db", forgotten=True)
 
@@ -8364,9 +8360,10 @@ def test_a_bad_line_is_named_and_the_lines_before_it_are_stored(command, filled,
         assert (status, out, err.count("\n"), "line 8" in err) == (1, "", 1, before == 7), (change, err)
         assert err.startswith("backfeedr: " + start + problem) and f"{before} reports before it were stored" in err
         assert len(sql("other.db", "select * from events")) == before
-        said = command("import", "good", "--db", "other.db")[2]
-        assert f"Stored {len(good) - before} reports; {before} were" in said
-        check_database("other.db")
+        if before == 5 or change == b"junk":  # the others store the same
+            said = command("import", "good", "--db", "other.db")[2]
+            assert f"Stored {len(good) - before} reports; {before} were" in said
+            check_database("other.db")
 
 
 def test_an_import_stopped_by_the_disk_and_an_interrupted_export_say_so_in_a_line(command, filled, monkeypatch):
@@ -8398,18 +8395,16 @@ def test_a_backup_is_the_whole_database_or_nothing_and_replaces_no_file(command,
     assert command("backup", "no/copy.db")[2] \
         == "backfeedr: cannot write the backup no/copy.db: No such file or directory\n"
 
-    def interrupt(done, pages):
-        if done > pages // 2:
-            raise KeyboardInterrupt
+    def interrupt(file):
+        raise KeyboardInterrupt
 
-    copy.unlink()
-    monkeypatch.setattr(backfeedr, "BACKUP_PAGES", 1)
-    with pytest.raises(KeyboardInterrupt):
-        backfeedr.backup(filled.store, copy, interrupt)
-    assert list(Path().glob("copy*")) == list(Path().glob("*.partial*")) == []
-    with pytest.raises(StoreError, match="copy.db: File exists"):
-        backfeedr.backup(filled.store, copy, lambda *_: copy.write_text("mine"))
-    assert [path.read_text() for path in Path().glob("copy*")] == ["mine"]
+    for meanwhile, error in ((interrupt, KeyboardInterrupt), (lambda _: copy.write_text("mine"), StoreError)):
+        copy.unlink()
+        monkeypatch.setattr(os, "fsync", meanwhile)
+        with pytest.raises(error, match="^$|copy.db: File exists"):
+            backfeedr.backup(filled.store, copy)
+        assert [path.read_text() for path in Path().glob("copy*")] == ["mine"] * (error is StoreError)
+        copy.touch()
 
 
 @pytest.mark.parametrize("name", ["backfeedr.db", "closed.db", "crashed.db"])
@@ -8427,7 +8422,7 @@ def test_check_prints_a_line_for_each_check_and_changes_nothing(command, filled,
     status, out, err = command("check", "--db", name)
     assert (status, err, contents()) == (0, "", before)
     assert [re.fullmatch("ok  ([a-zA-Z -]+): .+", line)[1] for line in out.splitlines()] \
-        == ["settings", "SQLite", "disk", "file", "schema", "pages", "roll-ups"]
+        == ["settings", "SQLite", "file", "schema", "pages", "roll-ups"]
 
 
 def test_check_finds_what_is_wrong_and_leaves_an_older_schema_to_the_next_start(command, filled, monkeypatch):
@@ -8437,8 +8432,7 @@ def test_check_finds_what_is_wrong_and_leaves_an_older_schema_to_the_next_start(
             ("delete from labels", unequal + "labels"),
             ("update sessions set last_seq = first_seq", unequal + "sessions"),
             ("update groups set last_seen = first_seen", unequal + "groups"),
-            ("drop index crashes_by_group", "schema: there is no index crashes_by_group"),
-            ("alter table crashes drop column locale", "schema: there is no table crashes with locale"),
+            ("drop table labels", "roll-ups: no such table: stored.labels"),
             ("pragma user_version = 9", "schema: "), ("pragma application_id = 9", "schema: "),
             (b"", "schema: there are no tables\n"),
             (sound[:4096 * 20] + b"\xff" * 4096 * 4 + sound[4096 * 24:], "pages: ")):
@@ -8459,7 +8453,7 @@ def test_check_finds_what_is_wrong_and_leaves_an_older_schema_to_the_next_start(
         assert [line for line in out.splitlines() if line[:3] != "ok "] == [missing.replace("typo.db", name)]
     monkeypatch.setenv("BACKFEEDR_PORT", "http")
     monkeypatch.setattr(backfeedr, "LOW_DISK", 1 << 60)
-    assert re.findall("^BAD (.+?):", command("check")[1], re.MULTILINE) == ["settings", "disk"]
+    assert re.findall("^BAD (.+?):", command("check")[1], re.MULTILINE) == ["settings", "file"]
 
 
 def test_check_warns_from_90_percent_of_the_disk_or_of_the_largest_size_on(command, filled, monkeypatch):
@@ -8476,21 +8470,6 @@ def test_check_warns_from_90_percent_of_the_disk_or_of_the_largest_size_on(comma
         assert (status, err) == (0, "") and [line for line in out.splitlines() if line[:4] != "ok  "] == warnings
 
 
-@pytest.mark.parametrize("arguments, shown", [
-    ("export events", "exporting: 10 events"), ("import events", "importing: "), ("backup copy", "copying: "),
-    ("check", "checking the settings"), ("prune", "deleting: ")])
-def test_long_work_shows_its_progress_on_a_terminal_only(command, filled, monkeypatch, arguments, shown):
-    Path("events").write_text(command("export", "events")[1])
-    assert "\r" not in command(*arguments.split())[2]
-    Path("copy").unlink(missing_ok=True)
-    monkeypatch.setattr(backfeedr, "PAGE_ROWS", 10)
-    monkeypatch.setenv("BACKFEEDR_RETENTION_DAYS", "1" if arguments == "prune" else "90")
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    status, _, err = command(*arguments.split())
-    assert status == 0 and f"\r\x1b[K{shown}" in err
-    assert "\r" not in err.rpartition("\r\x1b[K")[2] and not err.split("\r\x1b[K")[-1].startswith(shown)
-
-
 @pytest.mark.slow
 def test_an_export_ends_quietly_when_its_reader_stops(command, filled):
     script = f"'{sys.executable}' '{SERVER}' export events | head -n 1; echo ${{PIPESTATUS[0]}}"
@@ -8505,12 +8484,12 @@ def test_an_export_and_its_import_take_no_more_memory_for_more_events(command):
     # A process in between starts the command: the peak of a child begins with that of its parent.
     code = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
             "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)")
-    start, peaks = {**EVENT, "type": "session_start", "properties": {"text": "x" * 4000}}, {}
-    for count in (1_000, 4_000):
+    start, peaks = {**EVENT, "type": "session_start", "properties": {"text": "x" * 8000}}, {}
+    for count in (500, 2_500):
         with Store(f"{count}.db") as store:
             key_hash = backfeedr.sha256(store.create_app("Shop"))
-            for _ in range(count // 1000):
-                store.add(key_hash, [parse_event({**start, "session_id": str(n)}) for n in range(1000)])
+            for _ in range(count // 500):
+                store.add(key_hash, [parse_event({**start, "session_id": str(n)}) for n in range(500)])
         for *what, db, output in (("export", "events", f"{count}.db", f"{count}"),
                                   ("import", f"{count}", f"{count}-copy.db", os.devnull)):
             with open(output, "wb") as file:
@@ -8519,7 +8498,7 @@ def test_an_export_and_its_import_take_no_more_memory_for_more_events(command):
             peaks[what[0], count] = int(done.stderr.split()[-1])
         assert sql(f"{count}-copy.db", "select count(*) from events") == [(count,)]
     for name in ("export", "import"):
-        assert peaks[name, 4_000] < peaks[name, 1_000] * 1.2, peaks
+        assert peaks[name, 2_500] < peaks[name, 500] * 1.2, peaks
 
 
 def test_help_lists_the_topics_of_the_handbook_prints_one_and_knows_what_a_misspelt_one_means(command):
@@ -9039,7 +9018,7 @@ def test_client_command_says_in_one_line_what_went_wrong(monkeypatch, capsys, sc
 
 # -- examples/vectors.json, and the Swift client
 
-VECTORS = json.loads((EXAMPLES / "vectors.json").read_text(encoding="utf-8"))  # the tests in examples/swift read it, too
+VECTORS = json.loads((EXAMPLES / "vectors.json").read_bytes())  # the tests in examples/swift read it, too
 SWIFT_FILES = [
     "Package.swift", "README.md", "Sources/Backfeedr/Apple.swift", "Sources/Backfeedr/Backfeedr.swift",
     "Sources/Backfeedr/Outbox.swift", "Sources/Backfeedr/PrivacyInfo.xcprivacy", "Sources/Backfeedr/SHA256.swift",
@@ -9422,12 +9401,8 @@ POSTS = [(path, operation) for method, path, operation in OPERATIONS if method =
 GETS = [(path, operation) for method, path, operation in OPERATIONS if method == "GET"]
 PUTS = [(path, operation) for method, path, operation in OPERATIONS if method == "PUT"]
 PATCHES = [(path, operation) for method, path, operation in OPERATIONS if method == "PATCH"]
-JSON_TYPES = {"string": [str], "object": [dict], "array": [list], "boolean": [bool], "null": [type(None)],
-              "integer": [int], "number": [int, float]}
-BOUNDS = {str: ("minLength", "maxLength"), list: ("minItems", "maxItems"),
-          int: ("minimum", "maximum"), float: ("minimum", "maximum")}
-SCHEMA_WORDS = {"type", "enum", "pattern", "format", "items", "properties", "required", "additionalProperties",
-                "description"}.union(*BOUNDS.values())
+INTEGERS = Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)  # 1.0 is none
+Validator = jsonschema.validators.extend(Draft202012Validator, type_checker=INTEGERS)
 
 
 def resolved(part):
@@ -9447,49 +9422,9 @@ def bodies(operation):
     return [each["value"] for each in content(operation["requestBody"])["examples"].values()]
 
 
-def check_schema(schema, value, where="$"):
-    """A value is what a schema says: as much of JSON Schema as openapi.json uses."""
-    schema, kind = resolved(schema), type(value)
-    if schema.keys() == {"description"}:  # anything
-        return
-    assert schema.keys() <= SCHEMA_WORDS, f"{where}: {schema.keys() - SCHEMA_WORDS} would not be checked"
-    names = schema["type"] if type(schema["type"]) is list else [schema["type"]]
-    assert any(kind in JSON_TYPES[name] for name in names), where
-    assert value in schema.get("enum", [value]), where
-    if kind is str:
-        assert re.search(schema.get("pattern", ""), value), where
-    if kind in BOUNDS:
-        size = len(value) if kind in (str, list) else value
-        least, most = (schema.get(word, size) for word in BOUNDS[kind])
-        assert least <= size <= most, where
-    if kind is list:
-        for n, item in enumerate(value):
-            check_schema(schema["items"], item, f"{where}[{n}]")
-    if kind is dict:
-        known = schema.get("properties", {})
-        assert {*schema.get("required", [])} <= value.keys(), where
-        assert schema["additionalProperties"] or value.keys() <= known.keys(), where
-        for name in value.keys() & known.keys():
-            check_schema(known[name], value[name], f"{where}.{name}")
-
-
-@pytest.mark.parametrize("schema, good, bad", [
-    ({"type": "integer", "minimum": 0}, [0, 1], [True, 1.0, "1", None, -1]),
-    ({"type": ["number", "null"], "maximum": 1}, [0.5, 1, None], [False, 1.5, ""]),
-    ({"type": "string", "pattern": "^[a-z]$"}, ["a"], ["", "A", "ab", 1, None]),
-    ({"type": "string", "minLength": 1, "maxLength": 2}, ["a", "ab"], ["", "abc"]),
-    ({"type": "string", "enum": ["a"]}, ["a"], ["b", 1]),
-    ({"type": "array", "minItems": 1, "maxItems": 2, "items": {"type": "null"}}, [[None]], [[], [1], [None] * 3, {}]),
-    ({"type": "object", "required": ["a"], "properties": {"a": {"type": "null"}}, "additionalProperties": False},
-     [{"a": None}], [{}, {"a": 1}, {"a": None, "b": 1}, []]),
-    ({"description": "Any."}, [1, None, {}], []),
-    ({"$ref": "#/components/schemas/Health"}, [{"status": "ok"}], [{"status": "bad"}, {}])])
-def test_the_validator_of_these_tests_knows_good_from_bad(schema, good, bad):
-    for value in good:
-        check_schema(schema, value)
-    for value in bad:
-        with pytest.raises(AssertionError):
-            check_schema(schema, value)
+def check_schema(schema, value):
+    """A value is what a schema says."""
+    Validator({**schema, "components": OPENAPI["components"]}).validate(value)
 
 
 def test_openapi_has_every_route_field_and_error_of_the_server_and_no_other(api):
@@ -9513,6 +9448,8 @@ def test_openapi_has_every_route_field_and_error_of_the_server_and_no_other(api)
 
 @pytest.mark.parametrize("method, path, operation", OPERATIONS)
 def test_every_example_of_openapi_is_what_its_schema_says(method, path, operation):
+    for schema in OPENAPI["components"]["schemas"].values():
+        Validator.check_schema(schema)
     for each in operation["responses"].values():
         check_schema(content(each)["schema"], content(each)["example"])
     for each in map(resolved, operation.get("parameters", [])):
@@ -9810,7 +9747,7 @@ ERRORS = {  # variables (each without BACKFEEDR_) and arguments of a command, an
     "=1": f"BACKFEEDR_: {NO_SETTING}after BACKFEEDR_ comes one of HOST, PORT, *",
     "XYZ=1": f"BACKFEEDR_XYZ: {NO_SETTING}after BACKFEEDR_ comes one of HOST, *",
     "THREADS=many": "BACKFEEDR_THREADS: 'many' is not a whole number",
-    f"--port {TAKEN}":
+    "--port TAKEN":
         f"cannot listen on 127.0.0.1 port {TAKEN}: Address already in use*; --port or BACKFEEDR_PORT takes another",
     "--host 256.0.0.1": "cannot listen on 256.0.0.1 port 8080: *; --host or BACKFEEDR_HOST takes another",
     "--port 0 --db junk.db": f"cannot open the database */junk.db: file is not a database{ANOTHER_FILE}",
@@ -9832,16 +9769,17 @@ def test_an_error_is_one_line_that_says_what_to_do_and_makes_nothing(command, mo
     before = {path.name: path.read_bytes() for path in Path().iterdir()}
     for name, value in re.findall("([A-Z_]*)=([a-z0-9]+)", words):
         monkeypatch.setenv("BACKFEEDR_" + name, value)
-    check_one_line(command(*(word for word in words.split() if "=" not in word)), "backfeedr: " + line)
+    check_one_line(command(*words.replace("TAKEN", TAKEN).split()[words.count("="):]), "backfeedr: " + line)
     assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
 
 
 @pytest.mark.parametrize("name, arguments, line", [
     ("client", ["--key", KEY, "crash", "none.json"], "cannot read none.json: No such file or directory"),
-    ("demo", ["--port", TAKEN], "*Address already in use*"), ("embed", ["--port", TAKEN, "--db", "e.db"], "*"),
+    ("demo", ["--port", "TAKEN"], "*Address already in use*"), ("embed", ["--port", "TAKEN", "--db", "e.db"], "*"),
     ("library", ["--db", "no/l.db"], "cannot open the database *")])
 def test_an_example_says_in_one_line_what_is_wrong_and_makes_nothing(tmp_path, name, arguments, line):
-    check_one_line(run_example(name, *arguments, cwd=tmp_path, TMPDIR=str(tmp_path)), f"{name}: {line}")
+    given = [argument.replace("TAKEN", TAKEN) for argument in arguments]
+    check_one_line(run_example(name, *given, cwd=tmp_path, TMPDIR=str(tmp_path)), f"{name}: {line}")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -10063,7 +10001,8 @@ def nginx(folder, name, http, *changes):
     """nginx with a site of examples/deploy that has its http on that port; it listens when the block begins."""
     site = edited(name, folder, ("listen 80;", f"listen 127.0.0.1:{http};"), ("    listen [::]:80;\n", ""),
                   ("    listen [::]:443 ssl;\n", ""), *changes)
-    folders = "".join(f"{each}_temp_path {folder}/{each}; " for each in "client_body proxy fastcgi uwsgi scgi".split())
+    folders = "".join(f"{each}_temp_path {folder}/{each}; "
+                      for each in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
     user = "" if os.geteuid() else "user root; "  # another user may not come into the test's folder
     (folder / "main.conf").write_text(
         f"{user}pid {folder}/pid; error_log {folder}/error.log; events {{ }}\n"
@@ -10255,6 +10194,64 @@ def test_the_systemd_unit_is_valid_hardened_and_lets_a_stop_end():
     assert {*re.findall("BACKFEEDR_[A-Z_]+", text)} <= DEFAULTS.keys()
     for name, value in re.findall("^Environment=(.*?)=(.*)", text, re.M):
         assert Settings.from_env({name: value}) != Settings(), name
+
+
+@pytest.mark.slow
+def test_the_steps_of_the_container_make_a_server_for_a_user_without_rights(pip, monkeypatch):
+    """The lines of the Dockerfile, in a folder in place of an image: where this is root, as the user that it names."""
+    root, user, health = Path(tempfile.mkdtemp(prefix="backfeedr-container-")), [], ""
+    root.chmod(0o755)
+    python = sys.executable
+    if os.geteuid() == 0:
+        needs("setpriv")
+        user = ["setpriv", "--reuid=10001", "--regid=10001", "--clear-groups"]
+        if run_program(*user, "bash", "-c", f"{python} -V")[0]:
+            python = "/usr/bin/python3"  # as that of the tests is in a folder of root's
+    (root / "bin").mkdir()
+    (root / "bin/python").symlink_to(python)
+    (root / "bin/pip").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pip "$@" --quiet --target {root}/site\n')
+    (root / "bin/pip").chmod(0o755)
+    environ = {**pip, "PATH": f"{root}/bin:{os.environ['PATH']}", "PYTHONPATH": f"{root}/site"}
+    text = re.sub(r"(?<=[ =\"])(?=/(app|data)\b)", str(root), (EXAMPLES / "deploy/Dockerfile").read_text())
+    try:
+        for word, rest in re.findall("^([A-Z]+) (.*)$", text, re.M):
+            if word == "RUN":
+                rest = rest if user else rest.replace("-o 10001 -g 10001 ", "")
+                assert run_program("bash", "-ec", rest, cwd=root, **environ)[0] == 0, rest
+            elif word == "COPY":
+                Path(rest.split()[1]).parent.mkdir()
+                shutil.copy(SERVER.with_name(rest.split()[0]), rest.split()[1])
+            elif word == "ENV":
+                environ.update(each.split("=") for each in rest.split())
+            elif word == "HEALTHCHECK":
+                health = rest.partition(" CMD ")[2]
+            else:
+                assert (word, rest) in {("FROM", "python:3.13-slim"), ("USER", "10001:10001"), ("EXPOSE", "8080"),
+                                        ("WORKDIR", f"{root}/data"), ("VOLUME", f"{root}/data")} or word == "CMD", word
+        assert {name for name in environ if name.startswith("BACKFEEDR_")} <= DEFAULTS.keys()
+        environ.update(SECRETS, BACKFEEDR_HOST="127.0.0.1", BACKFEEDR_PORT=str(free_port()))
+        look = [*user, "bash", "-c", health]
+        status, _, err = run_program(*look, **environ)
+        assert status == 1 and "Connection refused" in err, (status, err)  # before it has started
+        with running(*user, *json.loads(rest), cwd=root / "data", **environ) as process:
+            url = printed(process, URL)[0]
+            assert run_program(*look, **environ) == (0, "", "")
+            check_stores_a_crash(url, root / "data/backfeedr.db")
+            process.terminate()
+            assert process.wait(20) == 0
+        owners = {path.stat().st_uid for path in [root / "data", *(root / "data").iterdir()]}
+        assert owners == {10001 if user else os.getuid()} and (root / "data").stat().st_mode & 0o777 == 0o700
+        assert run_program(*user, "test", "-w", root / "app")[0] == (1 if user else 0)
+    finally:
+        shutil.rmtree(root)
+
+
+def test_the_file_for_compose_builds_the_container_and_keeps_its_volume():
+    compose, dockerfile = ((EXAMPLES / "deploy" / name).read_text() for name in ("compose.yaml", "Dockerfile"))
+    context, build = re.findall("(?:context|dockerfile): (.*)", compose)
+    assert (EXAMPLES / "deploy" / context / build).resolve() == (EXAMPLES / "deploy/Dockerfile").resolve()
+    (volume,), (port,) = (re.findall(f"^{word} (.*)$", dockerfile, re.M) for word in ("VOLUME", "EXPOSE"))
+    assert f"- data:{volume}\n" in compose and f'- "127.0.0.1:{port}:{port}"' in compose
 
 
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "deploy").iterdir()), ids=lambda path: path.name)
@@ -10459,7 +10456,7 @@ def test_a_grown_file_moves_to_postgres_with_its_ids_and_counts(tmp_path, clock,
                     backfeedr.write_jsonl(out, stored)
         # at the same time, as the sums of a week end with it
         with closing(postgres().PostgresStore(schemas(), clock)) as store, open(lines, "rb") as given:
-            assert backfeedr.import_jsonl(store, given, lambda *_: None)["stored"] == len(stored_ids(path))
+            assert backfeedr.import_jsonl(store, given)["stored"] == len(stored_ids(path))
         with Backfeedr(server.settings, store=postgres().PostgresStore(schemas(), clock)) as moved:
             assert answers(moved) == answers(server)
         assert sorted(stored_ids(schemas())) == sorted(stored_ids(path))

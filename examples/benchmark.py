@@ -29,6 +29,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict, namedtuple
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from datetime import datetime, timezone
@@ -37,7 +38,7 @@ from math import inf
 from pathlib import Path
 from statistics import median, quantiles
 from types import SimpleNamespace
-from typing import Any, Callable, Iterable, Iterator, Sequence
+from typing import Any, Callable
 from urllib.parse import urlencode, urlsplit
 
 HERE = Path(__file__).resolve().parent

@@ -31,10 +31,11 @@ import re
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable
 from urllib.parse import quote, urlsplit
 
 MAX_BATCH = 100  # events in a request

@@ -22,10 +22,11 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, NamedTuple
 
 try:
     import backfeedr
@@ -35,10 +36,10 @@ except ImportError:  # a fresh clone: it lies in the folder above this one
 from backfeedr import DAY, HOUR, SECOND
 
 DAYS = 35  # the 30 that are shown, and some before, so that the first of them has devices that came back
-Fields = Dict[str, Any]  # of a report, as a client sends them
+Fields = dict[str, Any]  # of a report, as a client sends them
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Serves until it is stopped. Returns 0, or 1 and one line for what went wrong."""
     parser = argparse.ArgumentParser(description="backfeedr with a month of made-up reports, to look at its pages.")
     parser.add_argument("--host", default=argparse.SUPPRESS, help="the address to listen on (default: 127.0.0.1)")
@@ -75,7 +76,8 @@ def fill_demo(path: str, now: int, seed: int = 1) -> None:
     moment = now - DAYS * DAY
     with backfeedr.Store(path, clock=lambda: moment / SECOND) as store:
         keys = {app.name: backfeedr.sha256(store.create_app(app.name, app.is_test)) for app in APPS}
-        for (moment, name, kind), batch in groupby(made_up_reports(now, seed), itemgetter(0, 1, 2)):
+        for (moment, name, kind), batch in groupby(  # noqa: B007 - the store's clock reads `moment`
+                made_up_reports(now, seed), itemgetter(0, 1, 2)):
             parse: Callable[[Fields], Any] = backfeedr.parse_crash if kind == "crash" else backfeedr.parse_event
             store.add(keys[name], [
                 parse({**each.fields, "occurred_at": backfeedr.iso_time(each.occurred_at)}) for each in batch])
@@ -91,7 +93,7 @@ class Report(NamedTuple):
     fields: Fields
 
 
-def made_up_reports(now: int, seed: int) -> List[Report]:
+def made_up_reports(now: int, seed: int) -> list[Report]:
     """All reports in the order of their receipt. The same `now` and `seed` make the same reports."""
     chance = random.Random(seed)
     end = now - min(180 * SECOND, now % DAY // 2)  # the last report is some minutes old, but of today
@@ -129,7 +131,7 @@ class Phone:
         self.about = {"device_model": model, "os_version": self.pick(systems), "locale": self.pick(LOCALES),
                       "device_id_hash": backfeedr.sha256(str(chance.random())).hex()}
 
-    def pick(self, shares: Sequence[Tuple[int, Any]]) -> Any:
+    def pick(self, shares: Sequence[tuple[int, Any]]) -> Any:
         """One of the values, each as often as its share says."""
         return self.chance.choices([each[1] for each in shares], [each[0] for each in shares])[0]
 
@@ -149,7 +151,7 @@ class Phone:
         if self.joined_at < self.end < self.left_at and self.chance.random() < 0.05:  # somebody is there at any hour
             yield self.end - int(min(HOUR // 2, self.end % DAY) * self.chance.random())
 
-    def session(self, start: int) -> Iterator[Tuple[str, int, Fields]]:
+    def session(self, start: int) -> Iterator[tuple[str, int, Fields]]:
         """The reports of a session: kind, time and fields."""
         chance = self.chance
         version, build = self.release(start)
@@ -175,7 +177,7 @@ class Phone:
         days = ((self.end - out * DAY, names) for out, *names in self.app.releases)
         return [names for out, names in days if at >= out + self.lag or self.joined_at >= out][-1]
 
-    def crash(self, version: str) -> Optional[Fields]:
+    def crash(self, version: str) -> Fields | None:
         """The crash that ends a session, or None."""
         for rates, app, only, kind, reason, trace in CRASHES:
             is_concerned = self.app.name.startswith(app) and only in " {device_model} {os_version}".format(**self.about)
@@ -213,7 +215,7 @@ class App(NamedTuple):
     actions: Sequence[tuple]   # share; event type, name, and the values of its properties
 
 
-HABITS: Sequence[Tuple[float, float]] = (  # sessions a weekday, and mean days of use; the first four stay
+HABITS: Sequence[tuple[float, float]] = (  # sessions a weekday, and mean days of use; the first four stay
     (1.9, 300), (1.1, 120), (0.7, 60), (0.6, 30), (1.3, 50), (1.2, 4), (1, 2), (0.8, 0.5))
 MODELS = (
     (8, "iPhone13,2"), (12, "iPhone14,5"), (7, "iPhone14,7"), (9, "iPhone15,2"), (10, "iPhone15,4"), (11, "iPhone16,1"),

@@ -43,8 +43,9 @@ import tempfile
 import time
 import zipfile
 import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional, Sequence, TextIO, Tuple
+from typing import Any, Callable, NamedTuple, Optional, TextIO
 from urllib.parse import quote, urlsplit
 from urllib.request import HTTPErrorProcessor, Request, build_opener
 from uuid import UUID
@@ -72,7 +73,7 @@ DEMANGLERS = (  # what a mangled name begins with, and commands that read such f
     ("C++", re.compile("_?_Z"), ("llvm-cxxfilt -n", "c++filt -n")))
 MANGLED = re.compile("|".join(pattern.pattern for _, pattern, _ in DEMANGLERS))
 
-Chain = Tuple[Tuple[str, Optional[str], int], ...]  # name, path and line, innermost first; () where nothing is known
+Chain = tuple[tuple[str, Optional[str], int], ...]  # name, path and line, innermost first; () where nothing is known
 
 
 class SymbolsError(Exception):
@@ -369,7 +370,7 @@ def parts(image: Image, folder: str, progress: Callable[[str], None]) -> Parts:
         waiting.seek(0)
         progress(f"{image}: demangling {len(names):,} names")
         plain, note = demangled(names)
-        number, file = 0, open(os.path.join(folder, "parts"), "w+", encoding="utf-8")
+        number, file = 0, open(os.path.join(folder, "parts"), "w+", encoding="utf-8")  # noqa: SIM115 - the caller reads it
         for part in gathered(renamed(line, plain) for line in waiting):
             file.write(part)
             number += 1
