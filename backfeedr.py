@@ -1711,8 +1711,8 @@ def _named_frame(frame: JsonObject, symbol: str, file: str, line: int, is_inline
 
 
 # == Triage ====================================================================
-# What somebody has decided about a group, how a crash undoes that, and the facts that are worth telling. All of it is
-# written in the transaction of the crash.
+# What somebody has decided about a group, how a crash undoes that, and the facts worth telling. All of it is written in
+# the transaction of the crash.
 
 TRIAGE_TABLES = """
 create table triage (                      -- groups that somebody has decided about; outlives their crashes
@@ -1734,104 +1734,87 @@ create table channels (
     with_reason integer not null default 0, digest_at integer,  -- when the next digest is due
     created_at integer not null, last_fact integer not null,  -- up to which facts are in messages
     ended_at integer, error text, error_at integer, sent_at integer);
-create table messages (                    -- on their way, and those of the last hour; id is the webhook-id
+create table messages (                    -- waiting, and those of the last hour; id is the webhook-id
     id text primary key, channel_id integer not null, created_at integer not null, body text not null,  -- JSON
-    tries integer not null default 0, taken_until integer not null default 0,  -- by whoever sends it
-    due_at integer                         -- null: it is sent, or given up
+    tries integer not null default 0, taken_until integer not null default 0,  -- nobody else sends it before
+    due_at integer                         -- null: it was sent, or given up
 ) without rowid;
 create index messages_by_time on messages (channel_id, created_at);
 """
-FACT_KINDS = {  # and which of them a channel is told unless it chooses
+FACT_KINDS = {  # and whether a channel that does not choose is told of it
     "crash.new": True, "crash.regressed": True, "crash.unmuted": True, "crash.spread": False,
     "release.worse": False, "digest": False}
-
-
 STATES = {"open": "opened", "resolved": "resolved", "muted": "muted"}  # and what the history says of a change to it
-CONDITIONS = {  # of which state each is, and its column
-    "fixed_in": ("resolved", "fixed_in"), "until": ("muted", "until"),
-    "more_crashes": ("muted", "crashes_left"), "more_devices": ("muted", "devices_left")}
+CONDITIONS = {  # the state that each belongs to, its column, and what the history says of it
+    "fixed_in": ("resolved", "fixed_in", "in {}"), "until": ("muted", "until", "until {}"),
+    "more_crashes": ("muted", "crashes_left", "for {} more crashes"),
+    "more_devices": ("muted", "devices_left", "for {} more devices")}
+TRIAGE_FIELDS = ("state", *CONDITIONS, "comment")  # of a PATCH
 MAX_TRIAGED = 10_000  # groups of an app; beyond, the oldest decision goes
 MAX_HISTORY, MAX_COMMENT = 100, 5000  # entries of a group, the latest, and characters of one
 SPREAD = (10, 100, 1000)  # devices of a group that are worth telling
-
-
-class Decision(NamedTuple):
-    """A row of triage."""
-
-    state: str
-    changed_at: int
-    fixed_in: str | None = None
-    until: int | None = None
-    crashes_left: int | None = None
-    devices_left: int | None = None
-    regressed_at: int | None = None
+Decision = namedtuple("Decision", "state changed_at fixed_in until crashes_left devices_left regressed_at",
+                      defaults=[None] * 5)  # a row of triage
 
 
 def parse_triage(given: JsonObject, now: int) -> JsonObject:
-    """What a PATCH asks for of a group, times in milliseconds. Raises Refusal, also for a field that is not known: a
-    typo must not silently do nothing."""
-    if unknown := [name for name in given if name not in _TRIAGE_FIELDS]:
-        raise Refusal("invalid field", detail=f"{unknown[0][:MAX_TEXT]!r} is none of {', '.join(_TRIAGE_FIELDS)}")
+    """The fields of a PATCH of a group, with times in milliseconds. Raises Refusal, also for an unknown field: a typo
+    must not silently do nothing."""
+    if unknown := [name for name in given if name not in TRIAGE_FIELDS]:
+        raise Refusal("invalid field", detail=f"{unknown[0][:MAX_TEXT]!r} is none of {', '.join(TRIAGE_FIELDS)}")
     if not given:
-        raise Refusal("missing state", detail=f"there is none of {', '.join(_TRIAGE_FIELDS)}")
+        raise Refusal("missing state", detail=f"there is none of {', '.join(TRIAGE_FIELDS)}")
     found = {}
     for name, value in given.items():
         try:
-            found[name] = None if value is None and name in CONDITIONS else _TRIAGE_FIELDS[name](value)
-            if name == "until" and (found[name] or now + 1) <= now:
-                raise ValueError("is over")
+            found[name] = None if value is None and name in CONDITIONS else _triage_value(name, value, now)
         except ValueError as error:
             raise Refusal(f"invalid {name}", detail=f"{name} {error}") from None
     return found
 
 
-def _state(value: Any) -> str:
-    if value not in list(STATES):
+def _triage_value(name: str, value: Any, now: int) -> Any:
+    if name.startswith("more_"):
+        if type(value) is not int or not 1 <= value < 1 << 31:
+            raise ValueError(f"is not a whole number from 1 to {(1 << 31) - 1}")
+        return value
+    if name == "state" and value not in tuple(STATES):
         raise ValueError(f"is none of {', '.join(STATES)}")
-    return value
-
-
-def _some_text(value: Any) -> str:
     if type(value) is not str or not value.strip():
         raise ValueError("is no text")
-    return value.strip()[:MAX_COMMENT]
-
-
-def _more(value: Any) -> int:
-    if not _are_within([value], 1, MAX_STEP):
-        raise ValueError(f"is not a whole number from 1 to {MAX_STEP}")
-    return value
-
-
-_TRIAGE_FIELDS: Converters = {
-    "state": _state, "fixed_in": lambda value: _some_text(value)[:MAX_TEXT],
-    "until": lambda value: parse_occurred_at(_required_text(value)), "more_crashes": _more, "more_devices": _more,
-    "comment": _some_text}
+    if name != "until":
+        return value.strip()[:MAX_TEXT if name == "fixed_in" else MAX_COMMENT]
+    at = parse_occurred_at(value)
+    if at <= now:
+        raise ValueError("is over")
+    return at
 
 
 def decide(db: Any, app_id: int, group_hash: str, changes: JsonObject, now: int) -> None:
-    """Writes what parse_triage has read. Raises Refusal for a condition that is not of the group's state."""
+    """Writes what parse_triage has read. Raises Refusal for a condition of another state than the group's."""
     before = _decision(db, app_id, group_hash)
     after = before or Decision("open", now)
     state = changes.get("state", after.state)
-    for name in changes.keys() & CONDITIONS.keys():
-        if changes[name] is not None and CONDITIONS[name][0] != state:
+    conditions = {name: changes[name] for name in CONDITIONS if name in changes}
+    for name, value in conditions.items():
+        if value is not None and CONDITIONS[name][0] != state:
             raise Refusal(f"invalid {name}", detail=f'it goes with "state": "{CONDITIONS[name][0]}"')
     if "state" in changes:
         after = Decision(state, now, regressed_at=None if state == "resolved" else after.regressed_at)
-    if changes.keys() - {"comment"}:
-        after = after._replace(changed_at=now, **{
-            column: changes[name] for name, (_, column) in CONDITIONS.items() if name in changes})
+    if "state" in changes or conditions:
+        after = after._replace(changed_at=now, **{CONDITIONS[name][1]: each for name, each in conditions.items()})
         if state != "open" or before and before.state != "open":
-            _add_history(db, app_id, group_hash, now, STATES[state], _conditions(changes))
+            texts = [CONDITIONS[name][2].format(iso_time(value) if name == "until" else value)
+                     for name, value in conditions.items() if value is not None]
+            _add_history(db, app_id, group_hash, now, STATES[state], " or ".join(texts) or None)
     _write_decision(db, app_id, group_hash, after)
     if "comment" in changes:
         _add_history(db, app_id, group_hash, now, "commented", changes["comment"])
-    for each, in db.execute("""
-            select group_hash from triage where app_id = ? order by changed_at desc, group_hash limit 1 offset ?
-            """, (app_id, MAX_TRIAGED)).fetchall() if not before else ():
-        for table in ("triage", "group_history"):
-            db.execute(f"delete from {table} where app_id = ? and group_hash = ?", (app_id, each))
+    for table in ("group_history", "triage") if not before else ():
+        db.execute(f"""
+            delete from {table} where app_id = :app and group_hash = (
+                select group_hash from triage where app_id = :app
+                order by changed_at desc, group_hash limit 1 offset :most)""", {"app": app_id, "most": MAX_TRIAGED})
 
 
 def _decision(db: Any, app_id: int, group_hash: str) -> Decision | None:
@@ -1846,35 +1829,25 @@ def _write_decision(db: Any, app_id: int, group_hash: str, decision: Decision) -
                [(app_id, group_hash, *decision)])
 
 
-def _conditions(changes: JsonObject) -> str | None:
-    """The conditions of a change in words."""
-    texts = {"fixed_in": "in {}", "until": "until {}", "more_crashes": "for {} more crashes",
-             "more_devices": "for {} more devices"}
-    return " or ".join(text.format(iso_time(changes[name]) if name == "until" else changes[name])
-                       for name, text in texts.items() if changes.get(name) is not None) or None
-
-
 def _add_history(db: Any, app_id: int, group_hash: str, at: int, what: str, detail: str | None) -> None:
-    group = {"app": app_id, "group": group_hash}
-    last, = db.execute("""
-        select coalesce(max(entry), 0) from group_history where app_id = :app and group_hash = :group
-        """, group).fetchone()
+    """Adds an entry. Beyond MAX_HISTORY, the oldest one goes."""
+    last, = db.execute("select coalesce(max(entry), 0) from group_history where app_id = ? and group_hash = ?",
+                       (app_id, group_hash)).fetchone()
     write_rows(db, "insert into group_history values *", [(app_id, group_hash, last + 1, at, what, detail)])
-    db.execute("delete from group_history where app_id = :app and group_hash = :group and entry <= :old",
-               {**group, "old": last + 1 - MAX_HISTORY})
+    db.execute("delete from group_history where app_id = ? and group_hash = ? and entry <= ?",
+               (app_id, group_hash, last + 1 - MAX_HISTORY))
 
 
 def move_triage(db: Any, app_id: int, group_hash: str, target: str) -> None:
-    """Takes state and history of a group to the one that has its crashes now. A state that is there already stays."""
-    both = (app_id, group_hash, target)
-    entries = db.execute("""
-        select at, what, detail from group_history where app_id = ? and group_hash in (?, ?)
-        order by at, group_hash, entry""", both).fetchall()[-MAX_HISTORY:]
-    db.execute("delete from group_history where app_id = ? and group_hash in (?, ?)", both)
+    """Moves state and history of a group to the one that has its crashes now. A state that is there already stays."""
+    of_both, both = "app_id = ? and group_hash in (?, ?)", (app_id, group_hash, target)
+    entries = db.execute(f"select at, what, detail from group_history where {of_both} order by at, group_hash, entry",
+                         both).fetchall()[-MAX_HISTORY:]
+    decision = _decision(db, app_id, target) or _decision(db, app_id, group_hash)
+    for table in ("group_history", "triage"):
+        db.execute(f"delete from {table} where {of_both}", both)
     write_rows(db, "insert into group_history values *",
                [(app_id, target, number, *entry) for number, entry in enumerate(entries, 1)])
-    decision = _decision(db, app_id, target) or _decision(db, app_id, group_hash)
-    db.execute("delete from triage where app_id = ? and group_hash in (?, ?)", both)
     if decision:
         _write_decision(db, app_id, target, decision)
 
@@ -1895,18 +1868,23 @@ def _comparable(text: str) -> tuple[Any, ...] | None:
                                   for word in re.findall("[0-9]+|[A-Za-z]+", further)]
 
 
+def with_build(version: str | None, build: str | None) -> str:
+    """A version with its build: 1.3.0 (48). Either may be missing."""
+    return " ".join(filter(None, (version, build and f"({build})")))
+
+
 def _split_build(text: str) -> tuple[str, str]:
-    """Version and build of 1.3.0 (48)."""
+    """The version and the build of 1.3.0 (48)."""
     match = re.fullmatch(r"(.*[^ ]) *\(([^()]+)\)", text)
     return (match[1], match[2]) if match else (text, "")
 
 
-def _has_reached(this: tuple[str, str], fixed: tuple[str, str]) -> bool | None:
+def _has_reached(version: str, build: str, fixed_in: str) -> bool | None:
     """Whether a version and build is that of a fix, or a later one. None where they cannot be compared."""
-    (version, build), (fixed_version, fixed_build) = this, fixed
+    fixed_version, fixed_build = _split_build(fixed_in)
     numbers, fixed_numbers = _comparable(version), _comparable(fixed_version)
     if version == fixed_version or numbers and numbers == fixed_numbers:
-        if not fixed_build or build == fixed_build:
+        if fixed_build in ("", build):
             return True
         numbers, fixed_numbers = _comparable(build), _comparable(fixed_build)
     return numbers > fixed_numbers if numbers and fixed_numbers else None
@@ -1922,30 +1900,27 @@ def _first_seen(db: Any, app_id: int, version: str, build: str) -> int | None:
 
 
 def _regresses(db: Any, decision: Decision, crash: Any) -> bool:
-    """Whether a crash says that what was resolved is not. Old builds that still crash do not."""
-    version, build, fixed_in = crash.app_version, crash.build_number or "", decision.fixed_in
-    if not version:  # which says nothing, unless it is so with all
-        return crash.at > decision.changed_at and not db.execute(
-            "select 1 from releases where app_id = ? limit 1", (crash.app_id,)).fetchone()
-    if version == OTHER and fixed_in:  # which is for the figures; what was sent can be compared
-        version, = db.execute("select app_version from crashes where seq = ?", (crash.seq,)).fetchone()
-    name, number = _split_build(version)
-    if fixed_in and (reached := _has_reached((name, build or number), _split_build(fixed_in))) is not None:
-        return reached
-    seen, since = _first_seen(db, crash.app_id, version, build), decision.changed_at + 1
-    if seen is None:  # one of too many builds
-        release = db.execute("select first_seen from releases where app_id = ? and app_version = ?",
-                             (crash.app_id, version)).fetchone()
-        seen = release[0] if release else MAX_NUMBER
-    if fixed_in:
-        since = (_first_seen(db, crash.app_id, fixed_in, "")
-                 or _first_seen(db, crash.app_id, *_split_build(fixed_in)) or MAX_NUMBER)
-    return crash.app_version != OTHER and seen >= since
+    """Whether a crash shows that a resolved group is not fixed. Old builds that still crash do not."""
+    app_id, build, since = crash.app_id, crash.build_number or "", decision.changed_at + 1
+    if not crash.app_version:  # which says nothing, unless the app has no versions
+        return crash.at >= since and not db.execute("select 1 from releases where app_id = ?", (app_id,)).fetchone()
+    # As it was sent: in the figures it may be one of the others.
+    version, = db.execute("select app_version from crashes where seq = ?", (crash.seq,)).fetchone()
+    if decision.fixed_in:
+        name, number = _split_build(version)
+        if (reached := _has_reached(name, build or number, decision.fixed_in)) is not None:
+            return reached
+        since = _first_seen(db, app_id, *_split_build(decision.fixed_in)) or MAX_NUMBER
+    seen = _first_seen(db, app_id, version, build)
+    if seen is None:  # one of too many builds, or of too many versions
+        seen, = db.execute("select coalesce(max(first_seen), 0) from releases where app_id = ? and app_version = ?",
+                           (app_id, version)).fetchone()
+    return seen >= since
 
 
 def _undoing(db: Any, now: int, decision: Decision, crashes: Sequence[Any], devices: int) -> tuple[str, Any] | None:
-    """What becomes of a group that is not open, `regressed` or `unmuted`, and by which of its new crashes, of which so
-    many devices are new to it. None: it stays."""
+    """What becomes of a group that is not open, `regressed` or `unmuted`, and the new crash that did it. `devices`
+    counts those that are new to the group. None: it stays."""
     if decision.state == "resolved":
         first = {(each.app_version, each.build_number, each.at > decision.changed_at): each
                  for each in reversed(crashes)}
@@ -1959,83 +1934,56 @@ def _undoing(db: Any, now: int, decision: Decision, crashes: Sequence[Any], devi
     return None
 
 
-def see_crashes(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any]) -> None:
+def see_crashes(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], are_moved: bool = False) -> None:
     """Undoes the decisions that crashes just stored speak against, and notes the facts that they make. A test app has
-    neither."""
+    neither. Crashes that moved here from another group may be a regression, but are no news and end no mute."""
     groups: dict[tuple[int, str], list[Any]] = defaultdict(list)
     for crash in crashes:
         groups[crash.app_id, crash.group_hash].append(crash)
     fresh, accepted = rollups.figures[GroupDevices].new, rollups.names.accepted
-    for app_id, group_hash, total, devices, *triage in rows_of(db, f"""
-            select column1, column2, crashes, devices, {", ".join(Decision._fields)} from (values *) as keys
+    for app_id, group_hash, total, devices, exception_type, place, *triage in rows_of(db, f"""
+            select column1, column2, coalesce(crashes, 0), coalesce(devices, 0), exception_type, coalesce(place, ''),
+                {", ".join(Decision._fields)}
+            from (values *) as keys
             cross join apps on apps.id = column1 and is_test = 0
+            cross join groups on groups.app_id = column1 and groups.group_hash = column2
             left join group_sums on group_sums.app_id = column1 and group_sums.group_hash = column2
             left join triage on triage.app_id = column1 and triage.group_hash = column2""", list(groups)):
-        key, decision, sums = (app_id, group_hash), Decision(*triage), {"crashes": total or 0, "devices": devices or 0}
-        seen, new = groups[key], fresh.get(key, 0)
-        if decision.state not in (None, "open"):
-            undoing = _undoing(db, now, decision, seen, new)
-            if not undoing:
-                _count_down(db, decision, seen[0], len(seen), new)
+        decision, seen, new = Decision(*triage), groups[app_id, group_hash], fresh[app_id, group_hash]
+        facts = []
+        if decision.state == "resolved" or decision.state == "muted" and not are_moved:
+            if not (undoing := _undoing(db, now, decision, seen, new)):
+                if decision.crashes_left or decision.devices_left:
+                    db.execute("""
+                        update triage set crashes_left = crashes_left - ?, devices_left = devices_left - ?
+                        where app_id = ? and group_hash = ?""", (len(seen), new, app_id, group_hash))
                 continue
             _reopen(db, now, decision, *undoing)
-            regressed = {"fixed_in": decision.fixed_in} if undoing[0] == "regressed" else {}
-            _note(db, now, "crash." + undoing[0], undoing[1], **sums, **regressed)
+            facts.append(undoing)
         elif not decision.state and (app_id, "group_hash", group_hash) in accepted:
-            _note(db, now, "crash.new", seen[0], **sums)
-        for bound in SPREAD if new and group_hash != OTHER else ():
-            if sums["devices"] - new < bound <= sums["devices"]:
-                _note(db, now, "crash.spread", seen[-1], crashes=sums["crashes"], devices=bound)
-
-
-def see_moved(db: Any, now: int, crashes: Sequence[Any]) -> None:
-    """Opens the resolved groups of which crashes that have just moved there say that they are not."""
-    groups: dict[tuple[int, str], list[Any]] = defaultdict(list)
-    for crash in crashes:
-        groups[crash.app_id, crash.group_hash].append(crash)
-    for app_id, group_hash, total, devices, *triage in rows_of(db, f"""
-            select column1, column2, crashes, devices, {", ".join(Decision._fields)} from (values *) as keys
-            cross join apps on apps.id = column1 and is_test = 0
-            cross join group_sums on group_sums.app_id = column1 and group_sums.group_hash = column2
-            cross join triage on triage.app_id = column1 and triage.group_hash = column2 and state = 'resolved'
-            """, list(groups)):
-        decision = Decision(*triage)
-        if undoing := _undoing(db, now, decision, groups[app_id, group_hash], 0):
-            _reopen(db, now, decision, *undoing)
-            _note(db, now, "crash.regressed", undoing[1], crashes=total, devices=devices, fixed_in=decision.fixed_in)
-
-
-def _note(db: Any, now: int, kind: str, crash: Any, **detail: Any) -> None:
-    """Notes a fact about the group of a crash."""
-    exception_type, place = db.execute("select exception_type, place from groups where app_id = ? and group_hash = ?",
-                                       (crash.app_id, crash.group_hash)).fetchone()
-    note_fact(db, kind, crash.app_id, now, crash.group_hash, exception_type=exception_type, place=place or "",
-              app_version=crash.app_version, build_number=crash.build_number, **detail)
+            facts.append(("new", seen[0]))
+        if group_hash != OTHER and not are_moved and any(devices - new < bound <= devices for bound in SPREAD):
+            facts.append(("spread", seen[-1]))
+        for what, crash in facts:
+            note_fact(db, "crash." + what, app_id, now, group_hash, exception_type=exception_type, place=place,
+                      app_version=crash.app_version, build_number=crash.build_number, crashes=total, devices=devices,
+                      fixed_in=decision.fixed_in if what == "regressed" else None)
 
 
 def _reopen(db: Any, now: int, decision: Decision, what: str, crash: Any) -> None:
     """Opens a group again, with the crash that did it in its history."""
     after = Decision("open", now, decision.fixed_in, regressed_at=now if what == "regressed" else decision.regressed_at)
     _write_decision(db, crash.app_id, crash.group_hash, after)
-    build = f" ({crash.build_number})" if crash.build_number else ""
-    version = f" in {crash.app_version}{build}" if crash.app_version else ""
+    version = f" in {with_build(crash.app_version, crash.build_number)}" if crash.app_version else ""
     _add_history(db, crash.app_id, crash.group_hash, now, what, f"crash {crash_id(crash.seq)}{version}")
 
 
-def _count_down(db: Any, decision: Decision, crash: Any, crashes: int, devices: int) -> None:
-    """Counts crashes and devices of a mute that ends after so many."""
-    if decision.crashes_left or decision.devices_left and devices:
-        db.execute("""
-            update triage set crashes_left = crashes_left - ?, devices_left = devices_left - ?
-            where app_id = ? and group_hash = ?""", (crashes, devices, crash.app_id, crash.group_hash))
-
-
 def note_fact(db: Any, kind: str, app_id: int, at: int, group_hash: str | None, **detail: Any) -> None:
-    """Writes a fact in the current transaction, if there is anybody to tell it to."""
-    db.has_facts |= db.execute("""
+    """Writes a fact in the current transaction, if there is a channel to tell."""
+    db.execute("""
         insert into facts (app_id, at, kind, group_hash, detail) select ?, ?, ?, ?, ?
         where exists (select 1 from channels where ended_at is null)
-        """, (app_id, at, kind, group_hash, _encode(detail))).rowcount > 0
+        """, (app_id, at, kind, group_hash, _encode(detail)))
 
 
 # == Figures ===================================================================
@@ -3249,7 +3197,6 @@ class Closing:
 class Connection(sqlite3.Connection):
     """A connection in autocommit mode. It never makes the file: one that vanished must not come back empty."""
 
-    has_facts = False  # whether a commit has noted some
     builds: dict[tuple, int]  # see Builds
 
     def __init__(self, path: Path, query_only: bool = False, mode: str = "rw"):
@@ -3892,7 +3839,6 @@ class Stored(NamedTuple):
 
     counts: Mapping[str, int]
     new_groups: Sequence[tuple[int, str]]  # app_id and group_hash
-    has_facts: bool = False
 
 
 class Submission:
@@ -3966,7 +3912,6 @@ class Process(Connections):
         self.group_sizes = Histogram(1, 2, 4, 8, 16, 32, 64, 128)  # requests
         self.commit_seconds = Histogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)
         self.stored = Counter(crashes=0, events=0)
-        self.facts_noted = threading.Event()
         self.regrouping: threading.Thread | None = None
 
     @property
@@ -4048,9 +3993,8 @@ class Commit:
         rollups.save()
         if crashes:
             see_crashes(self._db, self._now, rollups, crashes)
-        has_facts, self._db.has_facts = self._db.has_facts, False
         return Stored(counts, [(app_id, name) for app_id, field, name in rollups.names.accepted
-                               if field == "group_hash"], has_facts)
+                               if field == "group_hash"])
 
     def _give_receipts(self) -> None:
         new = [(app_id, each) for app_id, each, first in self._requests if each is first]
@@ -4231,14 +4175,7 @@ class Store(Apps):
 
     def _committed(self, stored: Stored) -> None:
         """Called after each commit, when it is durable and answered, with what it stored."""
-        if stored.has_facts:
-            self.facts_noted.set()
         self._expire_if_due()
-
-    @property
-    def facts_noted(self) -> threading.Event:
-        """Set by a commit of this process that has noted facts."""
-        return self._here.facts_noted
 
     def export(self, kind: type, app: str | None = None, since: int = 0) -> Iterator[StoredReport]:
         """The reports of a kind, Crash or Event, that are here now, in the order of their seqs: of all apps or of one,
@@ -4628,7 +4565,7 @@ class Store(Apps):
             figure.count(Crash, before, -1)
             figure.count(Crash, after, 1)
         rollups.save()
-        see_moved(db, self.now, after)
+        see_crashes(db, self.now, rollups, after, are_moved=True)
         if is_first:
             db.execute("""
                 update groups set (first_seen, first_version) = (
@@ -4740,8 +4677,11 @@ class Store(Apps):
                 db.execute(f"delete from {table} where {column} in (select id from channels where app_id = ?)",
                            (app_id,))
             for id, body in db.execute("select id, body from messages where due_at is not null").fetchall():
-                if all(fact.get("app") == name for fact in json.loads(body)["data"]["facts"]):
-                    db.execute("delete from messages where id = ?", (id,))
+                message = json.loads(body)
+                facts = message["data"]["facts"] = [
+                    each for each in message["data"]["facts"] if each.get("app") != name]
+                db.execute("update messages set body = ?, due_at = case when ? > 0 then due_at end where id = ?",
+                           (_encode(message), len(facts), id))
             db.execute("delete from facts where app_id = ?", (app_id,))
             db.execute("delete from apps where id = ?", (app_id,))
 
@@ -4777,46 +4717,35 @@ def size_warnings(path: Path, max_db_size: int) -> list[str]:
 
 
 # == Alerts ====================================================================
-# Facts on their way to channels. The facts of a minute become a message of each channel that wants them. A message is
-# taken in a short transaction, sent in none, and noted in another: whatever ends between these, it comes again, under
-# the same id. A kind of channel is a function from a message to an HTTP request; CHANNELS has them by scheme.
+# Facts on their way to channels. The facts of a minute become a message for each channel that wants them. A message is
+# taken in one short transaction, sent in none, and settled in another: if the server dies between them, it is sent
+# again under the same id. A kind of channel is a function from a message to an HTTP request; CHANNELS has them all.
 
 GATHERED = 60 * SECOND  # for which the facts of a channel become one message
 LISTED = 10  # facts in a message; it counts the others
-TEXT_BYTES = 1800  # of their lines: Discord takes 2,000 characters, ntfy 4,096 bytes
-CUT = 200  # characters of a line that alone is longer
+TEXT_BYTES, LINE = 1800, 300  # of a text, and characters of a line: Discord takes 2,000 characters, ntfy 4,096 bytes
 HOURLY = 30  # messages of a channel; what is beyond goes with a later one
 # Between the tries of a message: the schedule of Standard Webhooks.
 PAUSES = [SECOND * each for each in (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)]
 TRY_SECONDS = 15.0  # for a try
 TAKEN = 60 * SECOND  # for which nobody else sends a message: longer than a try
-LONGEST_WAIT, SHORTEST_WAIT = 60.0, 1.0  # seconds between two looks at what is due
-FACT_WORDS = {  # what a message calls them, and their priority at ntfy
-    "crash.new": ("new", 3), "crash.regressed": ("regressed", 4), "crash.unmuted": ("no longer muted", 3),
-    "crash.spread": ("spreading", 4), "release.worse": ("worse", 4), "digest": ("digest", 2), "test": ("test", 3)}
+LOOK_SECONDS = 1.0  # between two looks at what is due
 # What a message has of a fact. Nothing else leaves the host, whatever is in `detail`.
 _TOLD = ("exception_type", "place", "app_version", "build_number", "crashes", "devices", "fixed_in", "before")
+# A chat shows these as they are, and calls nobody.
+_NO_MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "@\u200b", "]": "]\u200b"})
 
 
 class Undelivered(StoreError):
-    """A try that failed. `str()` says why, without the address, which may be secret; `pause` is what the receiver asks
-    for, in milliseconds, `is_gone` whether it wants nothing more, and `is_refused` whether it is about the message, so
-    that another one may get through."""
+    """A try that failed. `str()` says why, without the address, which may be secret; `status` is that of the answer, 0
+    for none; `pause` is what the receiver asks for, in milliseconds."""
 
-    def __init__(self, text: str, pause: int = 0, is_gone: bool = False, is_refused: bool = False):
+    def __init__(self, text: str, status: int = 0, pause: int = 0):
         super().__init__(text)
-        self.pause, self.is_gone, self.is_refused = pause, is_gone, is_refused
+        self.status, self.pause = status, pause
 
 
-class Message(NamedTuple):
-    """A message that is being sent; `body` is JSON, and `tries` counts this one."""
-
-    id: str
-    channel_id: int
-    body: str
-    tries: int
-
-
+Message = namedtuple("Message", "id channel_id body tries")  # one that is being sent; body is JSON, tries has this one
 Post = tuple[str, bytes, dict[str, str]]  # a request: its address, body and headers
 
 
@@ -4830,62 +4759,46 @@ def _webhook(channel: JsonObject, message: Message, now: int) -> Post:
 
 
 def _slack(channel: JsonObject, message: Message, now: int) -> Post:
-    """For Slack, Mattermost, and Discord at an address that ends with /slack. What a report says is no markup there,
-    and calls nobody."""
-    text = "\n".join(message_lines(message, harmless=_unmarked))
+    """For Slack, Mattermost, and Discord at an address that ends with /slack."""
+    text = "\n".join(message_lines(message, True, _NO_MARKUP))
     return channel["url"].partition("+")[2], _encode({"text": text}).encode(), {}
-
-
-def _unmarked(text: str) -> str:
-    """What a chat shows as this text, and no more."""
-    for mark, instead in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("@", "@\u200b"), ("](", "]\u200b(")):
-        text = text.replace(mark, instead)
-    return text
 
 
 def _ntfy(channel: JsonObject, message: Message, now: int) -> Post:
     """As JSON: a header could not carry every title."""
     url, _, topic = channel["url"].partition("+")[2].rpartition("/")
-    data, (title, *lines) = json.loads(message.body)["data"], message_lines(message, False)
-    told = {"topic": topic, "title": title, "message": "\n".join(lines), "click": data.get("url"),
-            "priority": max(FACT_WORDS[each["type"]][1] for each in data["facts"])}
-    return url + "/", _encode({name: value for name, value in told.items() if value}).encode(), {}
+    title, *lines = message_lines(message, False, {})
+    link = json.loads(message.body)["data"].get("url")
+    return url + "/", _encode({"topic": topic, "title": title, "message": "\n".join(lines),
+                               **({"click": link} if link else {})}).encode(), {}
 
 
-CHANNELS: dict[str, Callable[[JsonObject, Message, int], Post]] = {
+CHANNELS: dict[str, Callable[[JsonObject, Message, int], Post]] = {  # by the scheme of the address
     "https": _webhook, "http": _webhook, "slack+https": _slack, "slack+http": _slack, "ntfy+https": _ntfy,
     "ntfy+http": _ntfy}
 
 
-def message_lines(message: Message, with_links: bool = True, harmless: Callable[[str], str] = str) -> list[str]:
-    """The title of a message, a line for each fact as far as they fit, and how many more there are: what `harmless`
-    makes of them, which may be longer. A line that could never fit is cut."""
+def message_lines(message: Message, with_links: bool, marks: Mapping[int, str]) -> list[str]:
+    """The title of a message, a line for each fact as far as they fit, and how many more there are. `marks` says what
+    stands for characters that are markup."""
     data = json.loads(message.body)["data"]
-
-    def line(fact: JsonObject, longest: int | None = None) -> str:
-        return harmless(f"{fact['text'][:longest]} {fact.get('url', '') if with_links else ''}".rstrip())
-
-    lines = [line(each, None if len(line(each).encode()) < TEXT_BYTES else CUT) for each in data["facts"]]
+    lines = [f"{each['text'][:LINE]} {each.get('url', '') if with_links else ''}".rstrip().translate(marks)
+             for each in data["facts"]]
     shown = sum(size <= TEXT_BYTES for size in accumulate(len(line.encode()) + 1 for line in lines))
     more = data["more"] + len(lines) - shown
-    return [harmless(data["title"]), *lines[:shown], *([f"and {more:,} more"] if more else [])]
+    return [data["title"].translate(marks), *lines[:shown], *([f"and {more:,} more"] if more else [])]
 
 
 def post(url: str, body: bytes, headers: Mapping[str, str]) -> None:
     """Sends a request. Raises Undelivered unless its answer is a 2xx; a redirect is none."""
-    parts = urlsplit(url)
+    parts, began = urlsplit(url), time.monotonic()
     headers = {"Content-Type": "application/json", "User-Agent": f"backfeedr/{__version__}", **headers}
     if parts.username is not None:
         user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
         headers["Authorization"] = "Basic " + base64.b64encode(user.encode()).decode()
     connect = HTTPSConnection if parts.scheme == "https" else HTTPConnection
     connection = connect(parts.hostname or "", parts.port, timeout=TRY_SECONDS)
-
-    def hang_up() -> None:
-        with suppress(OSError, TypeError):  # where it has no socket
-            socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
-
-    late, began = threading.Timer(TRY_SECONDS, hang_up), time.monotonic()  # a socket's timeout begins anew each byte
+    late = threading.Timer(TRY_SECONDS, _hang_up, [connection])  # a socket's timeout begins anew with each byte
     late.daemon = True
     late.start()
     try:
@@ -4898,8 +4811,13 @@ def post(url: str, body: bytes, headers: Mapping[str, str]) -> None:
         late.cancel()
         connection.close()
     if not 200 <= answer.status < 300:
-        raise Undelivered(f"it answered {answer.status}", _pause(answer.headers.get("Retry-After", "")),
-                          answer.status == 410, 400 <= answer.status < 500 and answer.status not in (408, 429))
+        pause = _pause(answer.headers.get("Retry-After", ""))
+        raise Undelivered(f"it answered {answer.status}", answer.status, pause)
+
+
+def _hang_up(connection: HTTPConnection) -> None:
+    with suppress(OSError, TypeError):  # where it has no socket
+        socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
 
 
 def _pause(retry_after: str) -> int:
@@ -4913,7 +4831,7 @@ def _pause(retry_after: str) -> int:
 def _apprise(url: str) -> Any:
     """What sends to one of the many other kinds of address. Raises Undelivered."""
     try:
-        import apprise  # type: ignore[import-not-found]
+        import apprise
     except ImportError:
         raise Undelivered("only https://, slack+https:// and ntfy+https:// go without Apprise:"
                           " pip install 'backfeedr[alerts]' or apprise") from None
@@ -4928,12 +4846,12 @@ def check_address(url: str) -> str:
     """The scheme of a channel's address. Raises StoreError where there is no sending to it."""
     with suppress(ValueError):
         parts = urlsplit(url)
-        is_ours = parts.scheme in CHANNELS
-        has_topic = "ntfy" not in parts.scheme or re.fullmatch(r"(/.*)?/[\w-]{1,64}", parts.path + parts.query)
-        if re.fullmatch("[!-~]+", url) and parts.netloc and (not is_ours or (
-                parts.hostname and parts.port != 0 and not parts.fragment and has_topic)):
-            if not is_ours:
-                _apprise(url)
+        is_good = bool(re.fullmatch("[!-~]+", url) and parts.netloc)
+        if is_good and parts.scheme not in CHANNELS:
+            _apprise(url)
+        elif "ntfy" in parts.scheme and not re.fullmatch(r"(/.*)?/[\w-]{1,64}", parts.path + parts.query):
+            is_good = False  # it has no topic
+        if is_good and (parts.scheme not in CHANNELS or parts.hostname and parts.port != 0 and not parts.fragment):
             return parts.scheme
     raise StoreError("a channel's address is like https://example.com/hook or ntfy+https://ntfy.sh/TOPIC, and has no"
                      " spaces")
@@ -4960,15 +4878,14 @@ class Alerts:
     def add(self, url: str, app: str | None = None, kinds: Sequence[str] = (), with_reason: bool = False,
             hour: int = 7) -> tuple[int, str]:
         """A new channel: its id, and the secret that signs its messages, "" where it has none. Raises StoreError.
-        Without an app, it is of all live ones; without kinds of facts, of those in FACT_KINDS that are on. A digest
+        Without an app it is of all live ones; without kinds of facts, of those that are on in FACT_KINDS. A digest
         comes at this hour, UTC."""
         kinds = list(dict.fromkeys(kinds)) or [kind for kind, is_on in FACT_KINDS.items() if is_on]
         if unknown := [kind for kind in kinds if kind not in FACT_KINDS]:
             raise StoreError(f"there is no fact {unknown[0]!r}; there are {', '.join(FACT_KINDS)}")
-        is_signed = check_address(url) in ("https", "http")
+        is_signed, now = check_address(url) in ("https", "http"), self._store.now
         secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode() if is_signed else ""
-        now, at_hour = self._store.now, hour * HOUR
-        digest_at = now - (now - at_hour) % DAY + DAY if "digest" in kinds else None
+        digest_at = now - (now - hour * HOUR) % DAY + DAY if "digest" in kinds else None
         with self._store.writing() as db:
             app_id = self._store._app(db, app)[0] if app else None
             db.execute("""
@@ -5010,92 +4927,81 @@ class Alerts:
             "title": title, "facts": facts, "more": more, **({"url": link} if link else {})}})
 
     def _insert(self, db: Connection, channel_id: int, body: str) -> None:
+        """Adds a message, and drops those that were settled more than an hour ago."""
+        now = self._store.now
         db.execute("insert into messages (id, channel_id, created_at, body, due_at) values (?, ?, ?, ?, ?)",
-                   (_message_id(), channel_id, self._store.now, body, self._store.now))
-
-    _DUE = """
-        select * from channels
-        where ended_at is null
-            and exists (select 1 from facts where id > last_fact and at not between :since and :now)
-            and (
-                select count(*) from messages
-                where channel_id = channels.id and (created_at > :hour or due_at is not null)) < :most
-        order by id"""
+                   (_message_id(), channel_id, now, body, now))
+        db.execute("delete from messages where due_at is null and created_at <= ?", (now - HOUR,))
 
     def _gather(self) -> None:
         """Makes messages of the facts that have waited for a minute, and of the digests whose hour has come."""
         now = self._store.now
-        bounds = {"since": now - GATHERED + 1, "now": now, "hour": now - HOUR, "most": HOURLY}
         with self._store.reading() as db:
-            is_due = db.execute(self._DUE, bounds).fetchone()
             digests = dict_rows(db, """
-                select channels.*, name from channels left join apps on apps.id = app_id
+                select channels.*, name as app from channels left join apps on apps.id = app_id
                 where ended_at is null and digest_at <= ?""", (now,))
-        bodies = []
-        for each in digests:  # from where the one before it ended, until its hour: each moment is in one
-            later = each["digest_at"] + DAY * (1 + (now - each["digest_at"]) // DAY)
-            bodies.append((each, later, self._digest_body(each["name"], each["digest_at"] - DAY, later - DAY)))
-        if is_due or bodies:
-            with self._store.writing() as db:  # which has all facts with lower ids before it, on any engine
-                for channel in dict_rows(db, self._DUE, bounds):
-                    self._gather_for(db, channel)
-                for channel, later, body in bodies:
-                    if db.execute("update channels set digest_at = ? where id = ? and digest_at = ?",
-                                  (later, channel["id"], channel["digest_at"])).rowcount:
-                        self._insert(db, channel["id"], body)
-                db.execute("delete from messages where due_at is null and created_at <= ?", (now - HOUR,))
-                db.execute("""
-                    delete from facts where id <= (select min(last_fact) from channels where ended_at is null)""")
+            due = dict_rows(db, """
+                select * from channels
+                where ended_at is null
+                    and exists (select 1 from facts where id > last_fact and at not between :since and :now)
+                    and (
+                        select count(*) from messages
+                        where channel_id = channels.id and (created_at > :hour or due_at is not null)) < :most
+                order by id""", {"since": now - GATHERED + 1, "now": now, "hour": now - HOUR, "most": HOURLY})
+        for channel in digests:
+            self._gather_digest(channel)
+        for channel in due:
+            self._gather_facts(channel)
 
-    def _digest_body(self, app: str | None, since: int, until: int) -> str:
-        facts = [{"type": "digest", "text": line} for line in self._digest(app, since, until)]
-        return self._body("digest", f"backfeedr: the last day of {app or 'all apps'}", facts)
+    def _gather_digest(self, channel: JsonObject) -> None:
+        """Makes a message from where the last digest ended until the hour of this one, so each moment is in one."""
+        at, app = channel["digest_at"], channel["app"]
+        later = at + DAY * (1 + (self._store.now - at) // DAY)
+        facts = [{"type": "digest", "text": line} for line in self._digest(app, at - DAY, later - DAY)]
+        body = self._body("digest", f"backfeedr: the last day of {app or 'all apps'}", facts)
+        with self._store.writing() as db:
+            if db.execute("update channels set digest_at = ? where id = ? and digest_at = ?",
+                          (later, channel["id"], at)).rowcount:
+                self._insert(db, channel["id"], body)
 
-    def _gather_for(self, db: Connection, channel: JsonObject) -> None:
+    def _gather_facts(self, channel: JsonObject) -> None:
         """Makes a message of a channel's facts, unless the first is not a minute old."""
-        wanted, now = """
-            from facts join apps on apps.id = facts.app_id
-            where facts.id > :last_fact and (app_id = :app_id or :app_id is null and is_test = 0)
-                and instr(',' || :kinds || ',', ',' || kind || ',')""", self._store.now
-        counts = db.execute(f"""
-            select kind, count(*), min(facts.id), min(at) {wanted} group by kind order by min(facts.id)
-            """, channel).fetchall()
-        last, = db.execute("select max(id) from facts").fetchone()
-        if counts and now - GATHERED < min(row[3] for row in counts) <= now:
-            last, counts = counts[0][2] - 1, []
-        db.execute("update channels set last_fact = ? where id = ?", (last, channel["id"]))
-        if counts:
-            rows = db.execute(f"""
-                select kind, at, app_id, name, group_hash, detail {wanted} order by facts.id limit :most
-                """, {**channel, "most": LISTED}).fetchall()
-            facts = [self._fact(db, channel["with_reason"], *row) for row in rows]
-            title = "backfeedr: " + ", ".join(f"{row[1]:,} {FACT_WORDS[row[0]][0]}" for row in counts)
-            self._insert(db, channel["id"], self._body(
-                facts[0]["type"], title, facts, sum(row[1] for row in counts) - len(facts)))
+        with self._store.writing() as db:  # which has all facts with lower ids before it, on any engine
+            rows = dict_rows(db, """
+                select kind, at, name as app, facts.group_hash, detail, exception_reason
+                from facts join apps on apps.id = facts.app_id
+                left join groups on groups.app_id = facts.app_id and groups.group_hash = facts.group_hash
+                where facts.id > :last_fact and (facts.app_id = :app_id or :app_id is null and is_test = 0)
+                    and instr(',' || :kinds || ',', ',' || kind || ',')
+                order by facts.id""", channel)
+            if rows and self._store.now - GATHERED < rows[0]["at"] <= self._store.now:
+                return
+            is_ours = db.execute("""
+                update channels set last_fact = (select coalesce(max(id), last_fact) from facts)
+                where id = :id and last_fact = :last_fact""", channel).rowcount
+            if rows and is_ours:
+                facts = [self._fact(row, channel["with_reason"]) for row in rows[:LISTED]]
+                counts = Counter(row["kind"].rpartition(".")[2] for row in rows)
+                title = "backfeedr: " + ", ".join(f"{count:,} {word}" for word, count in counts.items())
+                self._insert(db, channel["id"], self._body(facts[0]["type"], title, facts, len(rows) - len(facts)))
+            db.execute("delete from facts where id <= (select min(last_fact) from channels where ended_at is null)")
 
-    def _fact(self, db: Connection, with_reason: bool, kind: str, at: int, app_id: int, app: str,
-              group_hash: str | None, detail: str) -> JsonObject:
+    def _fact(self, row: JsonObject, with_reason: bool) -> JsonObject:
         """What a message says of a fact."""
-        given = json.loads(detail)
-        fact = {"type": kind, "at": iso_time(at), "app": app, **({"group_hash": group_hash} if group_hash else {}),
-                **{name: given[name] for name in _TOLD if given.get(name) is not None},
-                "text": _fact_text(kind, app, given)}
-        if self._url:
-            page = "/crashes/" + group_hash if group_hash else "/releases"
-            fact["url"] = f"{self._url}{page}?{urlencode({'app': app})}"
-        if with_reason and group_hash:
-            row = db.execute("select exception_reason from groups where app_id = ? and group_hash = ?",
-                             (app_id, group_hash)).fetchone()
-            if row and row[0]:
-                fact["reason"] = _one_line(row[0])
-                fact["text"] += ": " + fact["reason"]
-        return fact
+        app, group_hash, detail = row["app"], row["group_hash"], json.loads(row["detail"])
+        reason = _one_line(row["exception_reason"] or "") if with_reason else ""
+        page = f"{self._url}/crashes/{group_hash}" if group_hash else f"{self._url}/releases"
+        fact = {"type": row["kind"], "at": iso_time(row["at"]), "app": app, "group_hash": group_hash,
+                **{name: detail.get(name) for name in _TOLD}, "reason": reason,
+                "text": ": ".join(filter(None, (_fact_text(row["kind"], app, detail), reason))),
+                "url": self._url and f"{page}?{urlencode({'app': app})}"}
+        return {name: value for name, value in fact.items() if value not in (None, "")}
 
     # Delivery
 
-    def deliver(self) -> Counter:
+    def deliver(self) -> Counter[str]:
         """Sends what is due, each message once; how many were `sent`, and of how many the try `failed`."""
-        done: Counter = Counter(sent=0, failed=0)
+        done = Counter(sent=0, failed=0)
         self._gather()
         while not self._stopping.is_set() and (taken := self._take()):
             done["failed" if self._try(*taken) else "sent"] += 1
@@ -5103,23 +5009,23 @@ class Alerts:
 
     def _take(self) -> tuple[JsonObject, Message] | None:
         """A message that is due and its channel. Nobody else gets it for some time."""
-        now = {"now": self._store.now, "until": self._store.now + TAKEN}
-        due = "from messages where due_at <= :now and taken_until <= :now"
+        now = self._store.now
+        due = """
+            select id, channel_id, body, tries + 1 from messages where due_at <= :now and taken_until <= :now
+            order by due_at, tries, created_at, id limit 1"""
         with self._store.reading() as db:
-            if not db.execute(f"select 1 {due} limit 1", now).fetchone():
+            if not db.execute(due, {"now": now}).fetchone():
                 return None
         with self._store.writing(shared=True) as db:
-            rows = db.lock_rows(f"select id, channel_id, body, tries + 1 {due} order by due_at, created_at, id limit 1",
-                                now)
-            if not rows:
+            if not (rows := db.lock_rows(due, {"now": now})):
                 return None
             message = Message(*rows[0])
-            db.execute("update messages set tries = :tries, taken_until = :until where id = :id",
-                       {**now, "id": message.id, "tries": message.tries})
+            db.execute("update messages set tries = ?, taken_until = ? where id = ?",
+                       (message.tries, now + TAKEN, message.id))
             return dict_rows(db, "select * from channels where id = ?", (message.channel_id,))[0], message
 
     def _try(self, channel: JsonObject, message: Message) -> str:
-        """Sends a message and notes what came of it. Returns what is wrong, or ""."""
+        """Sends a message and settles what came of it. Returns what is wrong, or ""."""
         error = None
         try:
             self._send(channel, message)
@@ -5127,79 +5033,54 @@ class Alerts:
             error = failed
         except Exception as unexpected:  # one channel must not hold up the others; its text may have the address
             log.error("cannot send to channel %d: %s", channel["id"], type(unexpected).__name__)
-            error = Undelivered(type(unexpected).__name__, is_refused=True)
+            error = Undelivered(type(unexpected).__name__)
         if not self._stopping.is_set():  # else it comes again after the next start
-            self._note(message, error)
+            self._settle(message, error)
         return str(error or "")
 
     def _send(self, channel: JsonObject, message: Message) -> None:
         scheme = urlsplit(channel["url"]).scheme
         if scheme in CHANNELS:
             return post(*CHANNELS[scheme](channel, message, self._store.now))
-        title, *lines = message_lines(message)
+        title, *lines = message_lines(message, True, {})
         if not _apprise(channel["url"]).notify(title=title, body="\n".join(lines)):
             raise Undelivered("Apprise could not send it")
 
-    def _note(self, message: Message, error: Undelivered | None) -> None:
-        """When a message gets through, what else waits for its channel is due. When not, the channel's others wait
-        until its next try, and those that were tried no longer than a message is. A message that is refused holds up
-        none, and waits for its own time whatever gets through: it is as if taken until then."""
-        now = self._store.now
-        pause = PAUSES[message.tries - 1] if message.tries <= len(PAUSES) else None
-        values = {"id": message.id, "channel": message.channel_id, "now": now, "tries": message.tries,
-                  "error": str(error), "is_gone": bool(error and error.is_gone),
-                  "is_refused": bool(error and error.is_refused)}
-        values["next"] = now + max(pause or PAUSES[0], error.pause if error else 0)
-        values.update(retry=values["next"] if pause else None, oldest=now - sum(PAUSES))
-        steps = ["update channels set error = null, error_at = null, sent_at = :now where id = :channel",
-                 "update messages set due_at = null where id = :id",
-                 "update messages set due_at = :now where channel_id = :channel and due_at > :now"]
-        if error:
-            steps = ["""
-                update channels set error = :error, error_at = :now,
-                    ended_at = case when :is_gone = 1 then coalesce(ended_at, :now) else ended_at end
-                where id = :channel""",
-                     """
-                update messages set due_at = :retry, taken_until = case when :is_refused = 1 then :next else 0 end
-                where id = :id and tries = :tries""",
-                     """
-                update messages set due_at = :next - 1
-                where channel_id = :channel and due_at <= :now and :is_refused = 0""", """
-                update messages set due_at = null
-                where channel_id = :channel and created_at < :oldest and tries > 0""",
-                     "delete from messages where channel_id = :channel and :is_gone = 1"]
+    def _settle(self, message: Message, error: Undelivered | None) -> None:
+        """While a receiver is down, all that waits for it waits until the next try; what gets through makes it due at
+        once. A message that is refused holds up no other, and waits for its own time: it is as if taken until then.
+        What was tried is given up after the last pause, or when it is as old as all pauses together."""
+        now, tries = self._store.now, min(message.tries, len(PAUSES))
+        values = {"id": message.id, "channel": message.channel_id, "now": now, "error": str(error),
+                  "next": now + max(PAUSES[tries - 1], error.pause if error else 0),
+                  "most": len(PAUSES), "oldest": now - sum(PAUSES)}
+        if error is None:
+            steps = ["update channels set error = null, error_at = null, sent_at = :now where id = :channel",
+                     "update messages set due_at = null where id = :id",
+                     "update messages set due_at = :now where channel_id = :channel and due_at > :now"]
+        elif error.status == 410:
+            steps = ["update channels set error = :error, error_at = :now, ended_at = :now where id = :channel",
+                     "delete from messages where channel_id = :channel"]
+        else:
+            is_refused = 400 <= error.status < 500 and error.status not in (408, 429)
+            steps = ["update channels set error = :error, error_at = :now where id = :channel",
+                     f"update messages set taken_until = {':next' if is_refused else '0'} where id = :id", """
+                update messages set due_at = null where channel_id = :channel
+                    and (id = :id and tries > :most or tries > 0 and created_at < :oldest)"""]
+            if not is_refused:
+                steps.append("update messages set due_at = :next where channel_id = :channel and due_at < :next")
         with self._store.writing(shared=True) as db:
             for step in steps:  # the channel first, so that two hosts do not wait for each other
                 db.execute(step, values)
 
-    def _seconds_to_next(self) -> float:
-        """Until something is due."""
-        with self._store.reading() as db:
-            at, = db.execute("""
-                select min(at) from (
-                    select due_at as at from messages where taken_until <= :now
-                    union all select taken_until from messages where taken_until > :now and due_at is not null
-                    union all select digest_at from channels where ended_at is null
-                    union all select min(facts.at) + :gathered from facts
-                        where id > (select min(last_fact) from channels where ended_at is null)) as times
-                """, {"now": self._store.now, "gathered": GATHERED}).fetchone()
-        seconds = LONGEST_WAIT if at is None else (at - self._store.now) / SECOND
-        return min(max(seconds, SHORTEST_WAIT), LONGEST_WAIT)
-
     def _run(self) -> None:
-        noted = self._store.facts_noted
-        while not self._stopping.is_set():
-            noted.clear()
-            wait = LONGEST_WAIT
+        while not self._stopping.wait(LOOK_SECONDS):
             try:
                 self.deliver()
-                wait = 0 if self._stopping.is_set() else self._seconds_to_next()
             except StorageUnavailable:
                 pass  # the store has said why
             except Exception:
                 log.exception("unexpected error")
-            noted.wait(wait)
-            self._stopping.wait(SHORTEST_WAIT)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -5211,7 +5092,6 @@ class Alerts:
             yield
         finally:
             self._stopping.set()
-            self._store.facts_noted.set()
             thread.join(timeout=1)
 
 
@@ -5219,21 +5099,22 @@ def _message_id() -> str:
     return "msg_" + secrets.token_hex(12)
 
 
-def _one_line(text: Any) -> str:
+def _one_line(text: str) -> str:
     """At most 200 characters of what a report says."""
-    return " ".join(str(text).split())[:200]
+    return " ".join(text.split())[:200]
 
 
-def _fact_text(kind: str, app: str, given: JsonObject) -> str:
-    version = " ".join(filter(None, (app, given.get("app_version"), given.get("build_number") and
-                                     f"({given['build_number']})")))
+def _fact_text(kind: str, app: str, detail: JsonObject) -> str:
+    """A fact in a line, such as New: SIGABRT in Cart.pay() (Shop 1.3.0 (48), 3 crashes, 1 device)."""
+    where = f"{app} {with_build(detail.get('app_version'), detail.get('build_number'))}".rstrip()
     if kind == "release.worse":
-        return _one_line(f"{version} is {given.get('text') or 'worse'}")
-    what = given.get("exception_type", "a crash") + (f" in {given['place']}" if given.get("place") else "")
-    counts = [f"{given[name]:,} {name[:-len(end)] if given[name] == 1 else name}"
-              for name, end in (("crashes", "es"), ("devices", "s")) if given.get(name)]
-    parts = [f"fixed in {given['fixed_in']}"] if given.get("fixed_in") else []
-    return f"{FACT_WORDS[kind][0].capitalize()}: {_one_line(what)} ({_one_line(', '.join([version, *parts, *counts]))})"
+        return _one_line(f"{where} is {detail.get('text') or 'worse'}")
+    what = detail.get("exception_type", "a crash") + (f" in {detail['place']}" if detail.get("place") else "")
+    fixed_in, crashes, devices = map(detail.get, ("fixed_in", "crashes", "devices"))
+    parts = filter(None, (where, fixed_in and f"fixed in {fixed_in}",
+                          crashes and f"{crashes:,} crash{'es' * (crashes != 1)}",
+                          devices and f"{devices:,} device{'s' * (devices != 1)}"))
+    return f"{kind.rpartition('.')[2].capitalize()}: {_one_line(what)} ({_one_line(', '.join(parts))})"
 
 
 # == Metrics ===================================================================
@@ -5416,7 +5297,9 @@ class Metrics:
                 from (
                     select * from (
                         select 'new' as what, first_seen as at, app_id, group_hash from groups
-                        where {APPS} and group_hash <> :other order by at desc, group_hash limit :limit) as new
+                        where {APPS} and group_hash <> :other and (app_id, group_hash) in (
+                            select app_id, group_hash from group_sums)  -- else it has no page
+                        order by at desc, group_hash limit :limit) as new
                     union all select 'regressed', regressed_at, app_id, group_hash from triage
                         where {APPS} and regressed_at is not null) as news
                 join apps on apps.id = news.app_id
@@ -5617,7 +5500,7 @@ class Metrics:
             has_crashed = db.execute("""
                 select 1 from crashes where app_id = ? and group_hash = ? and app_version = ?
                     and coalesce(build_number, '') = ? limit 1""", (app_id, group_hash, version, build)).fetchone()
-        name = f"{version} ({build})" if build else version
+        name = with_build(version, build)
         return re.sub("[0-9]+(?=[^0-9]*$)", lambda last: str(int(last[0]) + 1), name) if has_crashed else name
 
     def group_days(self, groups: Sequence[str], app: str | None = None, version: str | None = None,
@@ -6324,7 +6207,7 @@ class Dashboard:
 
     def _triage(self, page: PageRequest, group_hash: str) -> Response:
         """Does what a form of the page of a group asks for; a field that is empty asks for nothing."""
-        given: JsonObject = {name: text for name, text in page.form.items() if name in _TRIAGE_FIELDS and text.strip()}
+        given: JsonObject = {name: text for name, text in page.form.items() if name in TRIAGE_FIELDS and text.strip()}
         for name, of in (("until", "{}T00:00:00Z".format), ("more_crashes", int), ("more_devices", int)):
             with suppress(ValueError):  # then it is refused as it is
                 given.update({name: of(given[name])} if name in given else {})
@@ -6606,8 +6489,8 @@ def _frame(frame: JsonObject) -> tuple[str, str, bool, str]:
 
 def build_name(build: JsonObject) -> str:
     """What a build is called, such as Shop 1.3.0 (48)."""
-    number = build["build_number"] and f"({build['build_number']})"
-    return " ".join(filter(None, (build["binary"] or "a build", build["app_version"], number)))
+    version = with_build(build["app_version"], build["build_number"])
+    return f"{build['binary'] or 'a build'} {version}".rstrip()
 
 
 def _tooltip(text: str) -> str:

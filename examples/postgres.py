@@ -242,8 +242,6 @@ class Connection(psycopg.Connection):
     def execute(self, query: str, parameters: Any = (), **options: Any) -> psycopg.Cursor:
         return super().execute(translated(query), parameters, **options)
 
-    has_facts = False  # whether a commit has noted some
-
     def begin_writing(self, shared: bool) -> None:
         """Locks, unless it is shared, all that writes: a row that is always there, because there may be no app yet."""
         self.run("begin isolation level read committed" + ("" if shared else """;
