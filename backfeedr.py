@@ -296,7 +296,7 @@ class Moved(Refusal):
 
     def __init__(self, group_hash: str):
         super().__init__("moved", detail=f"to {group_hash}")
-        self.group_hash, self.location = group_hash, ""
+        self.group_hash = group_hash
 
 
 class StorageUnavailable(Refusal):
@@ -1754,7 +1754,7 @@ MAX_TRIAGED = 10_000  # groups of an app; beyond, the oldest decision goes
 MAX_HISTORY, MAX_COMMENT = 100, 5000  # entries of a group, the latest, and characters of one
 SPREAD = (10, 100, 1000)  # devices of a group that are worth telling
 Decision = namedtuple("Decision", "state changed_at fixed_in until crashes_left devices_left regressed_at",
-                      defaults=[None] * 5)  # a row of triage
+                      defaults=(None, None, None, None, None))  # a row of triage
 
 
 def parse_triage(given: JsonObject, now: int) -> JsonObject:
@@ -1915,7 +1915,7 @@ def _regresses(db: Any, decision: Decision, crash: Any) -> bool:
     if seen is None:  # one of too many builds, or of too many versions
         seen, = db.execute("select coalesce(max(first_seen), 0) from releases where app_id = ? and app_version = ?",
                            (app_id, version)).fetchone()
-    return seen >= since
+    return bool(seen >= since)
 
 
 def _undoing(db: Any, now: int, decision: Decision, crashes: Sequence[Any], devices: int) -> tuple[str, Any] | None:
@@ -5738,11 +5738,10 @@ def crash_free_rate(crashes: int, sessions: int) -> float:
 
 
 # == Requests ==================================================================
-# Reads what a request carries, and lists every error that a client can get. bottle's
-# own readers are not used: they stop at 100 KiB, and fail on headers that are not UTF-8.
+# Reads what a request carries, and lists every error that a client can get. bottle's own readers are not used: they
+# stop at 100 KiB, and fail on headers that are not UTF-8.
 
-# The error texts by status. A text that is not here starts with `missing` or `invalid` and has status 400.
-ERRORS = {
+ERRORS = {  # the texts by status; one that is not here starts with `missing` or `invalid` and has status 400
     301: ("moved",),  # a group, to another
     401: ("missing API key", "invalid API key", "missing admin token", "invalid admin token",
           "invalid signature", "stale timestamp", "signature required"),
@@ -5751,11 +5750,10 @@ ERRORS = {
     429: ("rate limit exceeded",), 431: ("request header too large",), 500: ("internal server error",),
     501: ("transfer encoding not supported",), 503: ("storage unavailable",)}
 _STATUS = {text: status for status, texts in ERRORS.items() for text in texts}
-_STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
 _HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 Environ = dict[str, Any]
-Answer = tuple[int, Union[dict[str, Any], str]]  # status, and a JSON object or a text
+Answer = tuple[int, Any]  # status, and a JSON object or a text
 Handler = Callable[..., Answer]  # called with an environ and the parts of the path
 
 
@@ -5770,7 +5768,7 @@ def _error_body(status: int) -> bytes:
 
 def _header(environ: Environ, name: str) -> bytes:
     """A request header as the bytes that were sent; b"" where there is none."""
-    return environ.get("HTTP_" + name, "").encode("latin-1", "replace")
+    return str(environ.get("HTTP_" + name, "")).encode("latin-1", "replace")
 
 
 def _read_body(environ: Environ, limit: int) -> bytes:
@@ -5782,9 +5780,9 @@ def _read_body(environ: Environ, limit: int) -> bytes:
         raise Refusal("request body too large")
     if not length and not environ.get("wsgi.input_terminated"):
         return b""  # a body without a length, such as a chunked one, needs a server that marks its end
-    size = int(length) if length else limit + 1
+    size = int(length or limit + 1)
     try:
-        body = environ["wsgi.input"].read(size)
+        body: bytes = environ["wsgi.input"].read(size)
     except Exception:  # for a lost connection or a malformed chunk, each server raises an error of its own
         raise Refusal("invalid body") from None
     if len(body) > limit:
@@ -5801,11 +5799,9 @@ def _decompress(environ: Environ, body: bytes, limit: int) -> bytes:
         return body
     if encoding not in (b"gzip", b"x-gzip"):
         raise Refusal("unsupported content encoding", detail="gzip is supported")
-    inflater = zlib.decompressobj(wbits=31)  # 31: with a gzip header
-    try:
+    inflater, plain = zlib.decompressobj(wbits=31), b""  # 31: with a gzip header
+    with suppress(zlib.error):
         plain = inflater.decompress(body, limit + 1)
-    except zlib.error:
-        raise Refusal("invalid gzip body") from None
     if len(plain) > limit:
         raise Refusal("request body too large")
     if not inflater.eof or inflater.unused_data:
@@ -5822,13 +5818,12 @@ def _idempotency(environ: Environ, signature: bytes, body: bytes) -> Idempotency
 
 
 def _query(environ: Environ) -> str:
-    return environ.get("QUERY_STRING", "").encode("latin-1", "replace").decode("utf-8", "replace")
+    return str(environ.get("QUERY_STRING", "")).encode("latin-1", "replace").decode("utf-8", "replace")
 
 
 def _parameters(environ: Environ, *names: str) -> dict[str, Any]:
     """The query parameters of these names, without empty ones. Raises Refusal for an invalid number."""
-    found = parse_qs(_query(environ), keep_blank_values=True)
-    given: dict[str, Any] = {name: values[-1] for name, values in found.items()}
+    given: dict[str, Any] = dict(parse_qsl(_query(environ), keep_blank_values=True))  # the last of each
     for name, highest in (("days", 365), ("limit", 100)):
         if name in given:
             if not (re.fullmatch("[0-9]{1,3}", given[name]) and 1 <= int(given[name]) <= highest):
@@ -7103,19 +7098,19 @@ _TEMPLATE_GLOBALS = {
 
 
 # == Backfeedr =================================================================
-# The WSGI callable. A handler reads "decode, check, store, answer"; whoever may
-# not come so far has been turned away before.
+# The WSGI callable. A handler reads "decode, check, store, answer", and raises Refusal where it cannot go on.
+
+_SUBMISSION = "backfeedr.submission"  # in an environ
+_STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
+
 
 class Backfeedr(Closing):
     """The server as a WSGI callable, for any mount point.
 
-    `Backfeedr(db_path="crashes.db")` takes further settings from the environment,
-    `Backfeedr(Settings(...))` takes none. Raises SettingsError and StoreError. `store`
-    is for keys and queries from Python. A new database gets an app and an admin token:
-    `announce` is told them, once, in words for the operator. `clock` gives seconds
-    since 1970. Close it, or use it as a context manager.
-
-    `store` takes the place of the file that the settings name, and is closed with the
+    `Backfeedr(db_path="crashes.db")` takes further settings from the environment, `Backfeedr(Settings(...))` takes none.
+    Raises SettingsError and StoreError. `store` is for keys and queries from Python. Close it, or use it as a context
+    manager. `clock` gives seconds since 1970. A new database gets an app and an admin token: `announce` is told them,
+    once, in words for the operator. `store` takes the place of the file that the settings name, and is closed with the
     server; `limiter` takes that of a RateLimiter, which knows of this process only.
     """
 
@@ -7129,14 +7124,19 @@ class Backfeedr(Closing):
                                     max_waiters=max(256, self.settings.threads), max_db_size=self.settings.max_db_size)
         self.metrics = Metrics(self.store)
         self.alerts = Alerts(self.store, self.settings.public_url, self.metrics.digest)
-        self._limiter = limiter or RateLimiter(self.settings.rate_limit)
         self.refused = RefusedReports(self.store)
-        # Python runs one thread at a time. Those that wait here sleep until it is their
-        # turn; those that wait for the interpreter wake up each switch interval to ask.
+        self._limiter = limiter or RateLimiter(self.settings.rate_limit)
+        # Python runs one thread at a time. Those that wait here sleep until it is their turn; those that wait for the
+        # interpreter wake up each switch interval to ask.
         self._turn = threading.Lock()
-        self._requests: Counter = Counter()  # by method, route and status
+        self._requests: Counter[tuple[str, str, int]] = Counter()  # by method, route and status
         self._counting = threading.Lock()
-        self._ingestion: dict[str, tuple[Callable[[bytes, str], Reports], Callable[..., dict[str, Any]]]] = {
+        made = self.store.start(self.settings.api_key, self.settings.auth_token)
+        if made != (None, None):  # without `announce`, another server has the app, whose address is not known
+            known = _url(self.settings.host, self.settings.port) if announce else "https://YOUR-SERVER"
+            (announce or sys.stderr.write)(first_start_text(made, self.settings.public_url.rstrip("/") or known))
+        self.pages = Dashboard(self.store, self.metrics, self.refused, self.alerts, self.settings.public_url)
+        self._ingestion: dict[str, tuple[Callable[[bytes, str], Reports], Callable[..., JsonObject]]] = {
             # By path: what makes reports of a body and a device, and an answer of the reports and their seqs.
             "/api/v1/crashes": (lambda body, _: [parse_crash(decode_json(body))], lambda crashes, seqs: {
                 "id": crash_id(seqs[0]), "group_hash": crashes[0].group_hash}),
@@ -7146,11 +7146,6 @@ class Backfeedr(Closing):
                 "count": len(seqs), "ids": event_ids(seqs)}),
             "/api/v1/diagnostics": (lambda body, device: parse_diagnostics(body, self.store.now, device),
                                     _diagnostics_answer)}
-        made = self.store.start(self.settings.api_key, self.settings.auth_token)
-        if made != (None, None):  # without `announce`, another server has the app, whose address is not known
-            known = _url(self.settings.host, self.settings.port) if announce else "https://YOUR-SERVER"
-            (announce or sys.stderr.write)(first_start_text(made, self.settings.public_url.rstrip("/") or known))
-        self.pages = Dashboard(self.store, self.metrics, self.refused, self.alerts, self.settings.public_url)
         self._router = self._routes()
 
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -7159,7 +7154,7 @@ class Backfeedr(Closing):
             path = path[:-1]
             environ = {**environ, "PATH_INFO": path}
         if method == "POST" and path in self._ingestion:  # not through bottle, which would take as long as our own part
-            body, status, headers = _answer(self._answer_submission, environ)
+            body, status, headers = self._answer(self._answer_submission, environ)
             start_response(_STATUS_LINES[status], [*headers.items(), ("Content-Length", str(len(body)))])
             self._count(method, path, status)
             return [body]
@@ -7171,7 +7166,7 @@ class Backfeedr(Closing):
         outer = None
         with suppress(RuntimeError):
             outer = bottle.request.environ
-        answer = self._router(environ, start_response)
+        answer: Iterable[bytes] = self._router(environ, start_response)
         route = environ["bottle.route"]
         self._count(route.method if route else "other", route.rule if route else "other", bottle.response.status_code)
         if outer is not None:  # an outer bottle restores the path of the request that it finds here
@@ -7183,7 +7178,7 @@ class Backfeedr(Closing):
         with self._counting:
             self._requests[method, rule, status] += 1
 
-    def deliver(self) -> Counter:
+    def deliver(self) -> Counter[str]:
         """Sends the alerts that are due, each once; how many were `sent`, and of how many the try `failed`. `serve`
         does so by itself; under another server, call it every minute, on one host or on several."""
         return self.alerts.deliver()
@@ -7192,127 +7187,181 @@ class Backfeedr(Closing):
         """Closes the database. May be called twice."""
         self.store.close()
 
+    # Routes
+
     def _routes(self) -> bottle.Bottle:
-        ask, router = self.metrics, _Router(self.pages)
-        for method, path, handler in (
-                ("GET", "/health", self._health),
-                ("GET", "/metrics/daily-crashes", self.public_route(ask.daily_crashes, "days")),
-                ("GET", "/metrics/crash-types", self.public_route(ask.crash_types, "days")),
-                ("GET", "/metrics/devices", self.public_route(ask.devices, "days")),
-                ("GET", "/metrics/active-devices", self.public_route(ask.active_devices, "days")),
-                ("GET", "/metrics/sessions", self.public_route(ask.sessions, "days")),
-                ("GET", "/metrics/retention", self.public_route(ask.retention, "days")),
-                ("GET", "/overview", self.public_route(ask.overview)),
-                ("GET", "/releases", self._releases),
-                ("GET", "/crashes", self.admin_route(
-                    ask.groups, "version", "days", "text", "state", "sort", "limit", "cursor")),
-                ("GET", "/crashes/<group_hash>", self._group),
-                ("PATCH", "/crashes/<group_hash>", self._triage),
-                ("GET", "/events", self.admin_route(ask.events, "type", "name", "session_id", "limit", "cursor")),
-                ("GET", "/symbols", self.admin_route(ask.symbols)),
-                ("PUT", "/symbols/<uuid>", self._put_symbols)):
-            router.route("/api/v1" + path, method, partial(_response, handler))
-        router.route("/metrics", "GET", partial(_response, self._prometheus))
-        for path in self._ingestion:  # __call__ answers these; here they give a GET its 405
-            router.route(path, "POST", partial(_response, self._answer_submission))
+        ask, router, admin = self.metrics, bottle.Bottle(), self._question_route
+        public = partial(admin, is_public=True)
+        router.default_error_handler = self._bottle_error
+        routes: Iterable[tuple[str, str, Handler]] = (
+            ("GET", "/api/v1/health", self._health),
+            ("GET", "/api/v1/metrics/daily-crashes", public(ask.daily_crashes, "days")),
+            ("GET", "/api/v1/metrics/crash-types", public(ask.crash_types, "days")),
+            ("GET", "/api/v1/metrics/devices", public(ask.devices, "days")),
+            ("GET", "/api/v1/metrics/active-devices", public(ask.active_devices, "days")),
+            ("GET", "/api/v1/metrics/sessions", public(ask.sessions, "days")),
+            ("GET", "/api/v1/metrics/retention", public(ask.retention, "days")),
+            ("GET", "/api/v1/overview", public(ask.overview)),
+            ("GET", "/api/v1/releases", self._releases),
+            ("GET", "/api/v1/crashes", admin(
+                ask.groups, "version", "days", "text", "state", "sort", "limit", "cursor")),
+            ("GET", "/api/v1/crashes/<group_hash>", admin(ask.group, "limit", "cursor")),
+            ("PATCH", "/api/v1/crashes/<group_hash>", self._triage),
+            ("GET", "/api/v1/events", admin(ask.events, "type", "name", "session_id", "limit", "cursor")),
+            ("GET", "/api/v1/symbols", admin(ask.symbols)),
+            ("PUT", "/api/v1/symbols/<uuid>", self._put_symbols),
+            ("GET", "/metrics", self._prometheus),
+            # __call__ answers these; here they give a GET its 405.
+            *(("POST", path, self._answer_submission) for path in self._ingestion))
+        for method, path, handler in routes:
+            router.route(path, method, partial(self._response, handler))
         for method, path, page in self.pages.routes():
             router.route(path, method, page)
         return router
 
-    def _releases(self, environ: Environ) -> Answer:
-        """As a public route; but a stranger who names no app does not learn the names of all."""
-        status, answer = self.public_route(self.metrics.releases, "sort")(environ)
-        if not _parameters(environ, "app") and not self._is_admin(environ):
-            for release in answer["releases"]:
-                del release["app"]
-        return status, answer
+    def _question_route(self, question: Callable[..., JsonObject], *names: str,
+                        is_public: bool = False) -> Handler:
+        """A route that answers a question about `app` and these parameters: for the admin, or if it is public and the
+        settings say so, for everyone."""
+        def handler(environ: Environ, **path: str) -> Answer:
+            if not (is_public and self.settings.public_metrics):
+                self._check_admin(environ)
+            return 200, question(**path, **_parameters(environ, "app", *names))
+        return handler
 
-    def _group(self, environ: Environ, group_hash: str) -> Answer:
-        try:
-            return self.admin_route(self.metrics.group, "limit", "cursor")(environ, group_hash=group_hash)
-        except Moved as moved:
-            raise self._moved(environ, moved)
+    def _check_admin(self, environ: Environ) -> None:
+        scheme, _, token = _header(environ, "AUTHORIZATION").partition(b" ")
+        if scheme.lower() != b"bearer" or not token.strip():
+            raise Refusal("missing admin token")
+        if not self.store.is_admin(token.strip()):
+            raise Refusal("invalid admin token")
 
-    def _moved(self, environ: Environ, moved: Moved) -> Moved:
-        moved.location = self.pages.request(environ).moved("/api/v1/crashes/" + moved.group_hash)
-        return moved
-
-    def _triage(self, environ: Environ, group_hash: str) -> Answer:
+    def _admin_body(self, environ: Environ) -> bytes:
+        """The plain body of a request of the admin's."""
         body = _read_body(environ, self.settings.max_body_size)
         self._check_admin(environ)
-        plain = _decompress(environ, body, self.settings.max_body_size)
-        changes, named = parse_triage(decode_json(plain), self.store.now), _parameters(environ, "app")
-        try:
-            self.store.triage(group_hash, changes, **named)
-        except Moved as moved:
-            raise self._moved(environ, moved)
-        return 200, self.metrics.group(group_hash, **named)
+        return _decompress(environ, body, self.settings.max_body_size)
 
-    def _put_symbols(self, environ: Environ, uuid: str) -> Answer:
-        body = _read_body(environ, self.settings.max_body_size)
-        self._check_admin(environ)
-        build = image_uuid(uuid)
-        if not build:
-            raise Refusal("invalid uuid", detail="it is not that of a build, as dwarfdump --uuid prints it")
-        part = parse_symbols(_decompress(environ, body, self.settings.max_body_size))
-        answer, was_held = self.store.put_symbols(build, part)
-        if answer["complete"] and not was_held:
-            self.store.regroup_in_background()
-        return 200 if was_held else 201, answer
+    def _response(self, handler: Handler, **path: str) -> bottle.HTTPResponse:
+        return bottle.HTTPResponse(*self._answer(handler, bottle.request.environ, **path))
+
+    def _answer(self, handler: Handler, environ: Environ, **path: str) -> tuple[bytes, int, dict[str, str]]:
+        """Body, status and headers of what a handler says, whatever happens: a text as it is, all else as JSON."""
+        headers = dict(_HEADERS)
+        try:
+            status, answer = handler(environ, **path)
+        except Refusal as refusal:
+            status, answer = _STATUS.get(str(refusal), 400), {"error": str(refusal)}
+            if refusal.detail:
+                answer["detail"] = refusal.detail
+            if refusal.retry_after is not None:
+                headers["Retry-After"] = str(refusal.retry_after)
+            if isinstance(refusal, Moved):
+                headers["Location"] = self.pages.request(environ).moved("/api/v1/crashes/" + refusal.group_hash)
+            if status == 415:
+                headers["Accept-Encoding"] = "gzip"
+        except Exception:
+            log.exception("unexpected error")
+            return _error_body(500), 500, headers
+        if isinstance(answer, str):
+            headers["Content-Type"] = "text/plain; version=0.0.4; charset=utf-8"
+            return answer.encode(), status, headers
+        return json.dumps(answer).encode(), status, headers
+
+    def _bottle_error(self, error: bottle.HTTPError) -> bottle.HTTPResponse:
+        """What bottle itself refuses, in JSON, or as a page for a browser that is not at the API."""
+        environ, status = bottle.request.environ, error.status_code
+        if "text/html" in environ.get("HTTP_ACCEPT", "") and not environ["PATH_INFO"].startswith("/api/"):
+            page = self.pages.request(environ)
+            answer: bottle.HTTPResponse = self.pages.error_page(page, status, _error_text(status))
+        else:
+            answer = bottle.HTTPResponse(_error_body(status), status, _HEADERS)
+        answer.headers.update({name: value for name, value in error.headers.items() if name == "Allow"})
+        return answer
+
+    # Handlers
 
     def _health(self, environ: Environ) -> Answer:
         self.store.check()
         return 200, {"status": "ok"}
 
+    def _releases(self, environ: Environ) -> Answer:
+        """As a public route; but a stranger who names no app does not learn the names of all."""
+        status, answer = self._question_route(self.metrics.releases, "sort", is_public=True)(environ)
+        try:
+            if not _parameters(environ, "app"):
+                self._check_admin(environ)
+        except Refusal:
+            for release in answer["releases"]:
+                del release["app"]
+        return status, answer
+
+    def _triage(self, environ: Environ, group_hash: str) -> Answer:
+        given, named = decode_json(self._admin_body(environ)), _parameters(environ, "app")
+        self.store.triage(group_hash, parse_triage(given, self.store.now), **named)
+        return 200, self.metrics.group(group_hash, **named)
+
+    def _put_symbols(self, environ: Environ, uuid: str) -> Answer:
+        body, build = self._admin_body(environ), image_uuid(uuid)
+        if not build:
+            raise Refusal("invalid uuid", detail="it is not that of a build, as dwarfdump --uuid prints it")
+        answer, was_held = self.store.put_symbols(build, parse_symbols(body))
+        if answer["complete"] and not was_held:
+            self.store.regroup_in_background()
+        return 200 if was_held else 201, answer
+
     def _prometheus(self, environ: Environ) -> Answer:
         self._check_admin(environ)
         with self._counting:
             requests = sorted(self._requests.items())
+        refused = [("{app=%s}" % json.dumps(app, ensure_ascii=False), n) for app, n in self.refused.by_app().items()]
         figures = [
             ("requests_total", "counter", "Requests that reached the app, by route.", [
                 ('{method="%s",path="%s",status="%d"}' % key, n) for key, n in requests]),
-            *([("rate_limited_total", "counter", "Requests with reports that the rate limit refused, by app.", [
-                ("{app=%s}" % json.dumps(app, ensure_ascii=False), n) for app, n in list(self.refused.total.items())])]
-              if self.refused.total else []),
+            ("rate_limited_total", "counter", "Requests with reports that the rate limit refused, by app.", refused),
             *self.store.vitals()]
-        lines = [line for name, kind, meaning, samples in figures for line in (
+        lines = [line for name, kind, meaning, samples in figures if samples for line in (
             f"# HELP backfeedr_{name} {meaning}", f"# TYPE backfeedr_{name} {kind}",
             *(f"backfeedr_{name}{suffix} {value:.15g}" for suffix, value in samples))]
         return 200, "\n".join([*lines, ""])
 
+    # Reports
+
     def can_batch(self, method: str, path: str, key: str) -> bool:
-        """Whether such a request may share a batch. One about which another host or the database has to be
-        asked would hold up the others."""
+        """Whether such a request may share a batch. It must not ask another host or the database about its key: that
+        would hold up the others."""
         return (method == "POST" and path in self._ingestion and not getattr(self._limiter, "waits", True)
                 and self.store.is_cached_key(sha256(key.encode("latin-1", "replace"))))
 
     def submit_all(self, environs: Iterable[Environ]) -> None:
-        """Decodes requests to the ingestion and stores what they carry in one commit. The WSGI call, which does
-        so for a request that comes alone, then only answers each."""
+        """Decodes requests to the ingestion and stores what they carry in one commit. The WSGI call, which does so for
+        a request that comes alone, then only answers each."""
         submissions = []
         for environ in environs:
             environ[_SUBMISSION] = submission = Submission()
             submissions.append(submission)
             try:
                 self._decode(environ, submission)
+            except Refusal as refusal:
+                refusal.__traceback__ = refusal.__context__ = None  # which hold the body
+                submission.error = refusal
             except Exception as error:
-                if isinstance(error, Refusal):
-                    error.__traceback__ = error.__context__ = None  # which hold the body
                 submission.error = error
             if not submission.reports:  # Apple's payload may be empty
                 submission.receipt = Receipt(range(0), True)
         self.store.add_all([each for each in submissions if each.error is None and each.reports])
-        # A key may have been revoked since it was cached, which a commit finds out, and a refusal must as well.
-        # Each key is looked up once, because a database that is away makes each look wait.
-        refused = [each for each in submissions if each.key_hash and not each.reports]
-        for key_hash in {each.key_hash for each in refused}:
+        self._recheck_keys([each for each in submissions if each.key_hash and not each.reports])
+
+    def _recheck_keys(self, submissions: Sequence[Submission]) -> None:
+        """Of what no commit has stored: a key may have been revoked since it was cached. Each is looked up once,
+        because a database that is away makes each look wait."""
+        for key_hash in {each.key_hash for each in submissions}:
             try:
                 error = None if self.store.is_active_key(key_hash) else Refusal("invalid API key")
             except StorageUnavailable as unavailable:
                 error = unavailable
-            for each in refused:
-                if error and each.key_hash == key_hash:
-                    each.error = error
+            for each in submissions if error else ():
+                each.error = error if each.key_hash == key_hash else each.error
 
     def _answer_submission(self, environ: Environ) -> Answer:
         if _SUBMISSION not in environ:
@@ -7337,7 +7386,11 @@ class Backfeedr(Closing):
             raise Refusal("rate limit exceeded", self._limiter.retry_after(key_hash))
         parse, _ = self._ingestion[environ["PATH_INFO"]]
         with self._turn:
-            signature = self._check_signature(environ, key, body)
+            timestamp, signature = _header(environ, "X_BACKFEEDR_TIMESTAMP"), _header(environ, "X_BACKFEEDR_SIGNATURE")
+            if {"HTTP_X_BACKFEEDR_TIMESTAMP", "HTTP_X_BACKFEEDR_SIGNATURE"} & environ.keys():
+                verify(key, timestamp, signature, body, self.store.now)
+            elif self.settings.require_signature:
+                raise Refusal("signature required")
             plain = _decompress(environ, body, self.settings.max_body_size)
             try:
                 submission.reports = parse(plain, _header(environ, "X_BACKFEEDR_DEVICE").decode("utf-8", "replace"))
@@ -7345,124 +7398,43 @@ class Backfeedr(Closing):
                 raise Refusal("invalid JSON", detail="it is nested too deep") from None
             submission.idempotency = _idempotency(environ, signature, plain)
 
-    def _check_signature(self, environ: Environ, key: bytes, body: bytes) -> bytes:
-        """The signature, if it is good; b"" where there is none and none is required."""
-        timestamp, signature = _header(environ, "X_BACKFEEDR_TIMESTAMP"), _header(environ, "X_BACKFEEDR_SIGNATURE")
-        if "HTTP_X_BACKFEEDR_TIMESTAMP" in environ or "HTTP_X_BACKFEEDR_SIGNATURE" in environ:
-            verify(key, timestamp, signature, body, self.store.now)
-        elif self.settings.require_signature:
-            raise Refusal("signature required")
-        return signature
 
-    def public_route(self, question: Callable[..., JsonObject], *names: str) -> Handler:
-        """A route for everyone, or for the admin where public_metrics is off. Takes `app` and these parameters."""
-        if not self.settings.public_metrics:
-            return self.admin_route(question, *names)
-        return lambda environ, **path: (200, question(**path, **_parameters(environ, "app", *names)))
-
-    def admin_route(self, question: Callable[..., JsonObject], *names: str) -> Handler:
-        """A route for the admin."""
-        def handler(environ: Environ, **path: str) -> Answer:
-            self._check_admin(environ)
-            return 200, question(**path, **_parameters(environ, "app", *names))
-        return handler
-
-    def _is_admin(self, environ: Environ) -> bool:
-        scheme, _, token = _header(environ, "AUTHORIZATION").partition(b" ")
-        return scheme.lower() == b"bearer" and self.store.is_admin(token.strip())
-
-    def _check_admin(self, environ: Environ) -> None:
-        if not re.match(b"(?i)bearer +[^ ]", _header(environ, "AUTHORIZATION")):
-            raise Refusal("missing admin token")
-        if not self._is_admin(environ):
-            raise Refusal("invalid admin token")
-
-
-def _diagnostics_answer(reports: Reports, seqs: Sequence[int]) -> JsonObject:
+def _diagnostics_answer(reports: Sequence[Any], seqs: Sequence[int]) -> JsonObject:
     return {"count": len(seqs), "ids": [crash_id(seq) if type(each) is Crash else event_ids([seq])[0]
                                         for each, seq in zip(reports, seqs)],
-            "group_hashes": [each.group_hash if type(each) is Crash else None for each in reports]}
+            "group_hashes": [getattr(each, "group_hash", None) for each in reports]}
 
 
 class RefusedReports:
-    """Counts what the rate limit refuses, by app: all phones of an app share its key, and are told nothing more than
-    to come again. Logs it once a minute."""
+    """Counts what the rate limit refuses: all phones of an app share its key, and are told no more than to come again.
+    Logs it once a minute."""
 
     def __init__(self, store: Store):
         self._store, self._lock, self._logged_at = store, threading.Lock(), 0
-        self._apps: dict[bytes, str] = {}
-        self.total: Counter = Counter()
-        self._days: Counter = Counter()  # by app and day
+        self._counts: Counter[tuple[bytes, int]] = Counter()  # by key and UTC day
 
     def count(self, key_hash: bytes) -> None:
-        app = self._apps.get(key_hash) or self._apps.setdefault(key_hash, self._store.app_of_key(key_hash))
+        now = self._store.now
         with self._lock:
-            self.total[app] += 1
-            self._days[app, self._store.now // DAY] += 1
-            is_due = not 0 <= self._store.now - self._logged_at < 60 * SECOND
-            self._logged_at = self._store.now if is_due else self._logged_at
-            texts = self._texts(app) if is_due else []
-        for text in texts:
+            self._counts[key_hash, now // DAY] += 1
+            is_due = not 0 <= now - self._logged_at < 60 * SECOND
+            self._logged_at = now if is_due else self._logged_at
+        for text in self.today() if is_due else ():
             log.warning("%s", text)
+
+    def by_app(self, day: int | None = None) -> Counter[str]:
+        """Refused reports by the name of their app, of a UTC day or since this process began."""
+        totals: Counter[str] = Counter()
+        with self._lock:
+            counts = list(self._counts.items())
+        for (key_hash, of_day), count in counts:
+            totals[self._store.app_of_key(key_hash)] += count if day in (None, of_day) else 0
+        return +totals
 
     def today(self, app: str | None = None) -> list[str]:
         """A sentence for each app of which something was refused today."""
-        with self._lock:
-            return self._texts(app)
-
-    def _texts(self, app: str | None) -> list[str]:
-        today = self._store.now // DAY
-        return [f"{count:,} report{'s' if count > 1 else ''} of {name} {'were' if count > 1 else 'was'} refused today:"
-                " rate limit"
-                for (name, day), count in sorted(self._days.items()) if day == today and app in (None, name)]
-
-
-class _Router(bottle.Bottle):
-    """Bottle, whose own refusals are JSON, or a page of ours for a browser that is not at the API."""
-
-    def __init__(self, pages: Dashboard):
-        super().__init__()
-        self._pages = pages
-
-    def default_error_handler(self, error: bottle.HTTPError) -> bottle.HTTPResponse:
-        environ, status = bottle.request.environ, error.status_code
-        if "text/html" in environ.get("HTTP_ACCEPT", "") and not environ["PATH_INFO"].startswith("/api/"):
-            answer = self._pages.error_page(self._pages.request(environ), status, _error_text(status))
-        else:
-            answer = bottle.HTTPResponse(_error_body(status), status, _HEADERS)
-        if "Allow" in error.headers:
-            answer.set_header("Allow", error.headers["Allow"])
-        return answer
-
-
-_SUBMISSION = "backfeedr.submission"  # in an environ
-
-
-def _answer(handler: Handler, environ: Environ, **path: str) -> tuple[bytes, int, dict[str, str]]:
-    """Body, status and headers of what a handler says, whatever happens: a text as it is, all else as JSON."""
-    headers = _HEADERS
-    try:
-        status, answer = handler(environ, **path)
-        if type(answer) is str:
-            return answer.encode(), status, {**headers, "Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-    except Refusal as refusal:
-        status, answer = _STATUS.get(str(refusal), 400), {"error": str(refusal)}
-        if refusal.detail:
-            answer["detail"] = refusal.detail
-        if refusal.retry_after is not None:
-            headers = {**headers, "Retry-After": str(refusal.retry_after)}
-        if isinstance(refusal, Moved):
-            headers = {**headers, "Location": refusal.location}
-        if status == 415:
-            headers = {**headers, "Accept-Encoding": "gzip"}
-    except Exception:
-        log.exception("unexpected error")
-        return _error_body(500), 500, headers
-    return json.dumps(answer).encode(), status, headers
-
-
-def _response(handler: Handler, **path: str) -> bottle.HTTPResponse:
-    return bottle.HTTPResponse(*_answer(handler, bottle.request.environ, **path))
+        return [f"{n:,} report{'s' * (n > 1)} of {name} {'were' if n > 1 else 'was'} refused today: rate limit"
+                for name, n in sorted(self.by_app(self._store.now // DAY).items()) if name and app in (None, name)]
 
 
 def first_start_text(made: FirstStart, url: str) -> str:
