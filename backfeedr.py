@@ -3218,10 +3218,6 @@ class Connection(sqlite3.Connection):
     def lock_apps(self, key_hashes: Sequence[bytes]) -> None:
         """In a shared transaction: waits for others that write to the apps of these keys."""
 
-    def lock_rows(self, query: str, parameters: Mapping[str, Any]) -> list[tuple]:
-        """The rows of a query that nobody else holds. Nobody else gets them before this transaction ends."""
-        return self.execute(query, parameters).fetchall()
-
     def reserve_seqs(self, now: int, count: int) -> int:
         """The first of so many seqs that follow one another and were never given before."""
         last, = self.execute("""
@@ -4743,37 +4739,38 @@ class Undelivered(StoreError):
     def __init__(self, text: str, status: int = 0, pause: int = 0):
         super().__init__(text)
         self.status, self.pause = status, pause
+        self.is_of_receiver = not 400 <= status < 500 or status in (408, 429)  # and not of this one message
 
 
-Message = namedtuple("Message", "id channel_id body tries")  # one that is being sent; body is JSON, tries has this one
+Message = JsonObject  # id, channel_id, body (JSON) and tries of a row of messages; url and secret of its channel
 Post = tuple[str, bytes, dict[str, str]]  # a request: its address, body and headers
 
 
-def _webhook(channel: JsonObject, message: Message, now: int) -> Post:
+def _webhook(message: Message, now: int) -> Post:
     """As https://www.standardwebhooks.com has it."""
-    timestamp, key = str(now // SECOND), base64.b64decode(channel["secret"][len("whsec_"):])
-    mark = hmac.new(key, f"{message.id}.{timestamp}.{message.body}".encode(), hashlib.sha256).digest()
-    return channel["url"], message.body.encode(), {
-        "webhook-id": message.id, "webhook-timestamp": timestamp,
+    timestamp, key = str(now // SECOND), base64.b64decode(message["secret"][len("whsec_"):])
+    mark = hmac.new(key, f"{message['id']}.{timestamp}.{message['body']}".encode(), hashlib.sha256).digest()
+    return message["url"], message["body"].encode(), {
+        "webhook-id": message["id"], "webhook-timestamp": timestamp,
         "webhook-signature": "v1," + base64.b64encode(mark).decode()}
 
 
-def _slack(channel: JsonObject, message: Message, now: int) -> Post:
+def _slack(message: Message, now: int) -> Post:
     """For Slack, Mattermost, and Discord at an address that ends with /slack."""
     text = "\n".join(message_lines(message, True, _NO_MARKUP))
-    return channel["url"].partition("+")[2], _encode({"text": text}).encode(), {}
+    return message["url"].partition("+")[2], _encode({"text": text}).encode(), {}
 
 
-def _ntfy(channel: JsonObject, message: Message, now: int) -> Post:
+def _ntfy(message: Message, now: int) -> Post:
     """As JSON: a header could not carry every title."""
-    url, _, topic = channel["url"].partition("+")[2].rpartition("/")
+    url, _, topic = message["url"].partition("+")[2].rpartition("/")
     title, *lines = message_lines(message, False, {})
-    link = json.loads(message.body)["data"].get("url")
+    link = json.loads(message["body"])["data"].get("url")
     return url + "/", _encode({"topic": topic, "title": title, "message": "\n".join(lines),
                                **({"click": link} if link else {})}).encode(), {}
 
 
-CHANNELS: dict[str, Callable[[JsonObject, Message, int], Post]] = {  # by the scheme of the address
+CHANNELS: dict[str, Callable[[Message, int], Post]] = {  # by the scheme of the address
     "https": _webhook, "http": _webhook, "slack+https": _slack, "slack+http": _slack, "ntfy+https": _ntfy,
     "ntfy+http": _ntfy}
 
@@ -4781,7 +4778,7 @@ CHANNELS: dict[str, Callable[[JsonObject, Message, int], Post]] = {  # by the sc
 def message_lines(message: Message, with_links: bool, marks: Mapping[int, str]) -> list[str]:
     """The title of a message, a line for each fact as far as they fit, and how many more there are. `marks` says what
     stands for characters that are markup."""
-    data = json.loads(message.body)["data"]
+    data = json.loads(message["body"])["data"]
     lines = [f"{each['text'][:LINE]} {each.get('url', '') if with_links else ''}".rstrip().translate(marks)
              for each in data["facts"]]
     shown = sum(size <= TEXT_BYTES for size in accumulate(len(line.encode()) + 1 for line in lines))
@@ -4840,6 +4837,13 @@ def _apprise(url: str) -> Any:
     if not sender.add(url):
         raise Undelivered("that is no address that Apprise knows")
     return sender
+
+
+def _notify(message: Message) -> None:
+    """Sends a message through Apprise. Raises Undelivered."""
+    title, *lines = message_lines(message, True, {})
+    if not _apprise(message["url"]).notify(title=title, body="\n".join(lines)):
+        raise Undelivered("Apprise could not send it")
 
 
 def check_address(url: str) -> str:
@@ -4912,11 +4916,11 @@ class Alerts:
     def test(self, id: int) -> None:
         """Sends a message now. Raises StoreError with what came back instead of a 2xx."""
         with self._store.reading() as db:
-            found = dict_rows(db, "select * from channels where id = ?", (id,))
+            found = dict_rows(db, "select id as channel_id, url, secret from channels where id = ?", (id,))
         if not found:
             raise StoreError(f"there is no channel {id}: see 'alert list'")
         body = self._body("test", "backfeedr: a test", [{"type": "test", "text": f"This is a test of channel {id}."}])
-        if error := self._try(found[0], Message(_message_id(), id, body, 1)):
+        if error := self._try({**found[0], "id": _message_id(), "body": body, "tries": 0}):
             raise StoreError(f"channel {id}: {error}")
 
     # Messages
@@ -5000,78 +5004,65 @@ class Alerts:
     # Delivery
 
     def deliver(self) -> Counter[str]:
-        """Sends what is due, each message once; how many were `sent`, and of how many the try `failed`."""
-        done = Counter(sent=0, failed=0)
+        """Sends what is due, each message once; how many were `sent`, and of how many the try `failed`. Where a
+        receiver is down, the rest of what is due to it waits for the next call: a try may take long."""
+        done, down = Counter(sent=0, failed=0), set()
         self._gather()
-        while not self._stopping.is_set() and (taken := self._take()):
-            done["failed" if self._try(*taken) else "sent"] += 1
+        with self._store.reading() as db:
+            due = dict_rows(db, """
+                select messages.id, channel_id, body, tries, url, secret from messages
+                join channels on channels.id = channel_id
+                where due_at <= :now and taken_until <= :now
+                order by messages.created_at, messages.id""", {"now": self._store.now})
+        for message in due:
+            if message["channel_id"] not in down and not self._stopping.is_set() and self._take(message):
+                error = self._try(message)
+                done["failed" if error else "sent"] += 1
+                if error and error.is_of_receiver:
+                    down.add(message["channel_id"])
         return done
 
-    def _take(self) -> tuple[JsonObject, Message] | None:
-        """A message that is due and its channel. Nobody else gets it for some time."""
+    def _take(self, message: Message) -> bool:
+        """Keeps a message from all others for some time; False where another has it."""
         now = self._store.now
-        due = """
-            select id, channel_id, body, tries + 1 from messages where due_at <= :now and taken_until <= :now
-            order by due_at, tries, created_at, id limit 1"""
-        with self._store.reading() as db:
-            if not db.execute(due, {"now": now}).fetchone():
-                return None
         with self._store.writing(shared=True) as db:
-            if not (rows := db.lock_rows(due, {"now": now})):
-                return None
-            message = Message(*rows[0])
-            db.execute("update messages set tries = ?, taken_until = ? where id = ?",
-                       (message.tries, now + TAKEN, message.id))
-            return dict_rows(db, "select * from channels where id = ?", (message.channel_id,))[0], message
+            return db.execute("""
+                update messages set tries = tries + 1, taken_until = :until
+                where id = :id and due_at <= :now and taken_until <= :now
+                """, {"id": message["id"], "now": now, "until": now + TAKEN}).rowcount > 0
 
-    def _try(self, channel: JsonObject, message: Message) -> str:
-        """Sends a message and settles what came of it. Returns what is wrong, or ""."""
+    def _try(self, message: Message) -> Undelivered | None:
+        """Sends a message and settles what came of it. Returns what is wrong."""
         error = None
         try:
-            self._send(channel, message)
+            scheme = urlsplit(message["url"]).scheme
+            if scheme in CHANNELS:
+                post(*CHANNELS[scheme](message, self._store.now))
+            else:
+                _notify(message)
         except Undelivered as failed:
             error = failed
         except Exception as unexpected:  # one channel must not hold up the others; its text may have the address
-            log.error("cannot send to channel %d: %s", channel["id"], type(unexpected).__name__)
+            log.error("cannot send to channel %d: %s", message["channel_id"], type(unexpected).__name__)
             error = Undelivered(type(unexpected).__name__)
         if not self._stopping.is_set():  # else it comes again after the next start
             self._settle(message, error)
-        return str(error or "")
-
-    def _send(self, channel: JsonObject, message: Message) -> None:
-        scheme = urlsplit(channel["url"]).scheme
-        if scheme in CHANNELS:
-            return post(*CHANNELS[scheme](channel, message, self._store.now))
-        title, *lines = message_lines(message, True, {})
-        if not _apprise(channel["url"]).notify(title=title, body="\n".join(lines)):
-            raise Undelivered("Apprise could not send it")
+        return error
 
     def _settle(self, message: Message, error: Undelivered | None) -> None:
-        """While a receiver is down, all that waits for it waits until the next try; what gets through makes it due at
-        once. A message that is refused holds up no other, and waits for its own time: it is as if taken until then.
-        What was tried is given up after the last pause, or when it is as old as all pauses together."""
-        now, tries = self._store.now, min(message.tries, len(PAUSES))
-        values = {"id": message.id, "channel": message.channel_id, "now": now, "error": str(error),
-                  "next": now + max(PAUSES[tries - 1], error.pause if error else 0),
-                  "most": len(PAUSES), "oldest": now - sum(PAUSES)}
-        if error is None:
-            steps = ["update channels set error = null, error_at = null, sent_at = :now where id = :channel",
-                     "update messages set due_at = null where id = :id",
-                     "update messages set due_at = :now where channel_id = :channel and due_at > :now"]
-        elif error.status == 410:
-            steps = ["update channels set error = :error, error_at = :now, ended_at = :now where id = :channel",
-                     "delete from messages where channel_id = :channel"]
-        else:
-            is_refused = 400 <= error.status < 500 and error.status not in (408, 429)
-            steps = ["update channels set error = :error, error_at = :now where id = :channel",
-                     f"update messages set taken_until = {':next' if is_refused else '0'} where id = :id", """
-                update messages set due_at = null where channel_id = :channel
-                    and (id = :id and tries > :most or tries > 0 and created_at < :oldest)"""]
-            if not is_refused:
-                steps.append("update messages set due_at = :next where channel_id = :channel and due_at < :next")
-        with self._store.writing(shared=True) as db:
-            for step in steps:  # the channel first, so that two hosts do not wait for each other
-                db.execute(step, values)
+        """Notes what came of a try, and when the next one is due. An answer of 410 ends the channel."""
+        now, tries, channel_id = self._store.now, message["tries"], message["channel_id"]
+        pause = max(PAUSES[tries], error.pause) if error and tries < len(PAUSES) else None
+        is_gone = error is not None and error.status == 410
+        with self._store.writing(shared=True) as db:  # the channel first, so that two hosts do not wait for each other
+            db.execute("""
+                update channels set error = ?, error_at = ?, sent_at = coalesce(?, sent_at),
+                    ended_at = coalesce(?, ended_at) where id = ?
+                """, (error and str(error), error and now, None if error else now, now if is_gone else None, channel_id))
+            db.execute("update messages set due_at = ?, taken_until = 0 where id = ?",
+                       (pause and now + pause, message["id"]))
+            if is_gone:
+                db.execute("delete from messages where channel_id = ?", (channel_id,))
 
     def _run(self) -> None:
         while not self._stopping.wait(LOOK_SECONDS):

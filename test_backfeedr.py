@@ -4302,8 +4302,7 @@ def test_slack_and_ntfy_get_a_text_whose_markup_is_ours(serve, clock, receivers)
 @pytest.mark.parametrize("facts", [1, 10])
 def test_a_text_for_a_chat_has_no_markup_of_a_report_and_says_what_did_not_fit(text, shown, facts):
     body = {"data": {"title": "2 new", "facts": [{"text": text, "url": "https://c/1"}] * facts, "more": 2}}
-    message = backfeedr.Message("msg_1", 1, json.dumps(body), 1)
-    sent = json.loads(backfeedr._slack({"url": "slack+https://e.com/1"}, message, 0)[1])["text"]
+    sent = json.loads(backfeedr._slack({"url": "slack+https://e.com/1", "body": json.dumps(body)}, 0)[1])["text"]
     lines = sent.splitlines()
     assert len(sent.encode()) < 2000 and (lines[0], lines[1][:len(shown)]) == ("2 new", shown)
     assert lines[1].endswith(" https://c/1") and not re.search(r"[<>]|\]\(|@(?!\u200b)|&(?!lt;|amp;)", sent)
@@ -4467,12 +4466,18 @@ def test_what_is_not_about_the_message_holds_up_the_others_of_its_channel(serve,
         server.alerts.remove(number)
 
 
-def test_a_channel_that_stays_down_collects_no_more_than_it_is_tried_for(alerting, clock, receiver):
+def test_a_channel_that_stays_down_collects_no_more_than_an_hours_messages(alerting, clock, receiver, monkeypatch):
+    monkeypatch.setattr(backfeedr, "HOURLY", 3)
     receiver.status = 500
-    for _ in range(12):
-        note(alerting)
-        deliver_later(alerting, clock, 18 * 3600)
-    assert alerting.alerts.channels()[0]["waiting"] <= 76 / 18 + 1 and len(receiver.ids) <= 12
+    for number in range(6):
+        note(alerting, exception_type=f"E{number}")
+        deliver_later(alerting, clock, 2 * 3600)
+    assert alerting.alerts.channels()[0]["waiting"] == 3
+    receiver.status, receiver.came = 204, []
+    assert deliver_later(alerting, clock, 86400) == {"sent": 3, "failed": 0}
+    assert deliver_later(alerting, clock) == TOLD, "what was beyond"
+    assert [[each["exception_type"] for each in facts] for facts in receiver.told] == [
+        ["E0"], ["E1"], ["E2"], ["E3", "E4", "E5"]]
 
 
 def test_a_message_that_is_refused_holds_up_no_other_and_none_is_lost_in_three_days(alerting, clock, receiver):
@@ -4495,14 +4500,13 @@ def test_a_message_that_is_refused_holds_up_no_other_and_none_is_lost_in_three_d
     assert deliver_later(alerting, clock, 86400) == NONE_DUE
 
 
-def test_a_message_that_was_never_tried_is_not_given_up_with_those_that_were(alerting, clock, receiver):
+def test_a_message_is_not_given_up_for_its_age(alerting, clock, receiver):
     receiver.status = 500
     gather(alerting, clock, "A", "B")
     clock.move(10 * 86400)
     assert dict(alerting.deliver()) == NOT_TOLD
-    assert alerting.alerts.channels()[0]["waiting"] == 1
     receiver.status = 200
-    assert deliver_later(alerting, clock, 86400) == TOLD and len(set(receiver.ids)) == 2
+    assert deliver_later(alerting, clock, 86400) == {"sent": 2, "failed": 0} and len(set(receiver.ids)) == 2
 
 
 def test_a_poisoned_channel_does_not_hold_up_the_others_and_the_log_has_no_address(

@@ -254,10 +254,6 @@ class Connection(psycopg.Connection):
             select 1 from apps where id in (select app_id from keys where key_hash = any(%s)) order by id for update
             """, (list(key_hashes),))
 
-    def lock_rows(self, query: str, parameters: Any) -> List[Any]:
-        """The rows of a query that no other host holds. Nobody else gets them before this transaction ends."""
-        return self.execute(query + " for update skip locked", parameters).fetchall()
-
     def reserve_seqs(self, now: int, count: int) -> int:
         """The first of so many seqs that follow one another and were never given before."""
         lowest = backfeedr.first_seq(now) + secrets.randbits(backfeedr.SEQ_BITS)  # random: other databases differ
