@@ -7228,10 +7228,10 @@ class Backfeedr(Closing):
             raise Refusal("invalid admin token")
 
     def _admin_body(self, environ: Environ) -> bytes:
-        """The plain body of a request of the admin's."""
+        """The body of a request of the admin's, as it was sent."""
         body = _read_body(environ, self.settings.max_body_size)
         self._check_admin(environ)
-        return _decompress(environ, body, self.settings.max_body_size)
+        return body
 
     def _response(self, handler: Handler, **path: str) -> bottle.HTTPResponse:
         return bottle.HTTPResponse(*self._answer(handler, bottle.request.environ, **path))
@@ -7288,7 +7288,8 @@ class Backfeedr(Closing):
         return status, answer
 
     def _triage(self, environ: Environ, group_hash: str) -> Answer:
-        given, named = decode_json(self._admin_body(environ)), _parameters(environ, "app")
+        body, named = self._admin_body(environ), _parameters(environ, "app")
+        given = decode_json(_decompress(environ, body, self.settings.max_body_size))
         self.store.triage(group_hash, parse_triage(given, self.store.now), **named)
         return 200, self.metrics.group(group_hash, **named)
 
@@ -7296,7 +7297,8 @@ class Backfeedr(Closing):
         body, build = self._admin_body(environ), image_uuid(uuid)
         if not build:
             raise Refusal("invalid uuid", detail="it is not that of a build, as dwarfdump --uuid prints it")
-        answer, was_held = self.store.put_symbols(build, parse_symbols(body))
+        part = parse_symbols(_decompress(environ, body, self.settings.max_body_size))
+        answer, was_held = self.store.put_symbols(build, part)
         if answer["complete"] and not was_held:
             self.store.regroup_in_background()
         return 200 if was_held else 201, answer
