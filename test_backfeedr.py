@@ -4753,6 +4753,16 @@ def test_a_group_whose_first_crashes_have_expired_is_not_new_again_in_a_digest(d
     assert new_in_digests(receiver) == ["New: 1; SIGABRT"] + ["New: 0"] * 3
 
 
+def test_the_feed_leaves_out_a_group_whose_crashes_have_expired(keeping, clock):
+    server = keeping(1)
+    address = "/crashes.atom?token=" + server.store.change_feed(True)
+    add(server, **CRASH)
+    assert "<entry>" in webtest.TestApp(server).get(address)
+    clock.move(2 * 86_400)
+    server.store.prune()
+    assert "<entry>" not in webtest.TestApp(server).get(address) and count(server, "groups") == 1
+
+
 def test_a_digest_says_of_the_newest_release_of_each_live_app_how_it_is(serve, clock):
     server = serve()
     keys = [KEY_HASH, *(backfeedr.sha256(server.store.create_app(app, is_test=app == "Test"))
