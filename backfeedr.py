@@ -5028,8 +5028,8 @@ class Alerts:
         with self._store.writing(shared=True) as db:
             return db.execute("""
                 update messages set tries = tries + 1, taken_until = :until
-                where id = :id and due_at <= :now and taken_until <= :now
-                """, {"id": message["id"], "now": now, "until": now + TAKEN}).rowcount > 0
+                where id = :id and tries = :tries and due_at <= :now and taken_until <= :now
+                """, {"id": message["id"], "tries": message["tries"], "now": now, "until": now + TAKEN}).rowcount > 0
 
     def _try(self, message: Message) -> Undelivered | None:
         """Sends a message and settles what came of it. Returns what is wrong."""
