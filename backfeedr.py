@@ -5058,7 +5058,8 @@ class Alerts:
             db.execute("""
                 update channels set error = ?, error_at = ?, sent_at = coalesce(?, sent_at),
                     ended_at = coalesce(?, ended_at) where id = ?
-                """, (error and str(error), error and now, None if error else now, now if is_gone else None, channel_id))
+                """, (error and str(error), error and now, None if error else now, now if is_gone else None,
+                      channel_id))
             db.execute("update messages set due_at = ?, taken_until = 0 where id = ?",
                        (pause and now + pause, message["id"]))
             if is_gone:
@@ -7098,11 +7099,11 @@ _STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in H
 class Backfeedr(Closing):
     """The server as a WSGI callable, for any mount point.
 
-    `Backfeedr(db_path="crashes.db")` takes further settings from the environment, `Backfeedr(Settings(...))` takes none.
-    Raises SettingsError and StoreError. `store` is for keys and queries from Python. Close it, or use it as a context
-    manager. `clock` gives seconds since 1970. A new database gets an app and an admin token: `announce` is told them,
-    once, in words for the operator. `store` takes the place of the file that the settings name, and is closed with the
-    server; `limiter` takes that of a RateLimiter, which knows of this process only.
+    `Backfeedr(db_path="crashes.db")` takes further settings from the environment, `Backfeedr(Settings(...))` takes
+    none. Raises SettingsError and StoreError. `.store` is for keys and queries from Python. Close it, or use it as a
+    context manager. `clock` gives seconds since 1970. A new database gets an app and an admin token: `announce` is told
+    them, once, in words for the operator. A `store` that is given takes the place of the file that the settings name,
+    and is closed with the server; a `limiter` takes that of a RateLimiter, which knows of this process only.
     """
 
     def __init__(self, settings: Settings | None = None, *, clock: Callable[[], float] = time.time,
@@ -7307,10 +7308,11 @@ class Backfeedr(Closing):
         self._check_admin(environ)
         with self._counting:
             requests = sorted(self._requests.items())
-        refused = [("{app=%s}" % json.dumps(app, ensure_ascii=False), n) for app, n in self.refused.by_app().items()]
+        refused = [(f"{{app={json.dumps(app, ensure_ascii=False)}}}", n) for app, n in self.refused.by_app().items()]
         figures = [
             ("requests_total", "counter", "Requests that reached the app, by route.", [
-                ('{method="%s",path="%s",status="%d"}' % key, n) for key, n in requests]),
+                (f'{{method="{method}",path="{path}",status="{status}"}}', n)
+                for (method, path, status), n in requests]),
             ("rate_limited_total", "counter", "Requests with reports that the rate limit refused, by app.", refused),
             *self.store.vitals()]
         lines = [line for name, kind, meaning, samples in figures if samples for line in (
