@@ -4290,8 +4290,9 @@ def test_slack_and_ntfy_get_a_text_whose_markup_is_ours(serve, clock, receivers)
         f"Regressed: SIGABRT in Cart.pay() (default 1.3.0) {link}"])}])
     assert (ntfy.came[0].path, ntfy.bodies) == ("/base/", [{
         "topic": "my-topic", "title": "backfeedr: 1 new, 1 regressed",
-        "click": "https://crashes.example.com/crashes", "message": (
-            "New: SIGABRT in <!channel> @here & co (default 1.3.0)\nRegressed: SIGABRT in Cart.pay() (default 1.3.0)")}])
+        "click": "https://crashes.example.com/crashes", "message": "\n".join([
+            "New: SIGABRT in <!channel> @here & co (default 1.3.0)",
+            "Regressed: SIGABRT in Cart.pay() (default 1.3.0)"])}])
     assert protected.came[0].headers["Authorization"] == "Basic " + base64.b64encode(b":tk_a:b").decode()
 
 
