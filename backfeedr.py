@@ -293,7 +293,7 @@ class Moved(Refusal):
 
     def __init__(self, group_hash: str):
         super().__init__("moved", detail=f"to {group_hash}")
-        self.group_hash, self.location = group_hash, ""
+        self.group_hash = group_hash
 
 
 class StorageUnavailable(Refusal):
@@ -1708,8 +1708,8 @@ def _named_frame(frame: JsonObject, symbol: str, file: str, line: int, is_inline
 
 
 # == Triage ====================================================================
-# What somebody has decided about a group, how a crash undoes that, and the facts that are worth telling. All of it is
-# written in the transaction of the crash.
+# What somebody has decided about a group, how a crash undoes that, and the facts worth telling. All of it is written in
+# the transaction of the crash.
 
 TRIAGE_TABLES = """
 create table triage (                      -- groups that somebody has decided about; outlives their crashes
@@ -1731,104 +1731,87 @@ create table channels (
     with_reason integer not null default 0, digest_at integer,  -- when the next digest is due
     created_at integer not null, last_fact integer not null,  -- up to which facts are in messages
     ended_at integer, error text, error_at integer, sent_at integer);
-create table messages (                    -- on their way, and those of the last hour; id is the webhook-id
+create table messages (                    -- waiting, and those of the last hour; id is the webhook-id
     id text primary key, channel_id integer not null, created_at integer not null, body text not null,  -- JSON
-    tries integer not null default 0, taken_until integer not null default 0,  -- by whoever sends it
-    due_at integer                         -- null: it is sent, or given up
+    tries integer not null default 0, taken_until integer not null default 0,  -- nobody else sends it before
+    due_at integer                         -- null: it was sent, or given up
 ) without rowid;
 create index messages_by_time on messages (channel_id, created_at);
 """
-FACT_KINDS = {  # and which of them a channel is told unless it chooses
+FACT_KINDS = {  # and whether a channel that does not choose is told of it
     "crash.new": True, "crash.regressed": True, "crash.unmuted": True, "crash.spread": False,
     "release.worse": False, "digest": False}
-
-
 STATES = {"open": "opened", "resolved": "resolved", "muted": "muted"}  # and what the history says of a change to it
-CONDITIONS = {  # of which state each is, and its column
-    "fixed_in": ("resolved", "fixed_in"), "until": ("muted", "until"),
-    "more_crashes": ("muted", "crashes_left"), "more_devices": ("muted", "devices_left")}
+CONDITIONS = {  # the state that each belongs to, its column, and what the history says of it
+    "fixed_in": ("resolved", "fixed_in", "in {}"), "until": ("muted", "until", "until {}"),
+    "more_crashes": ("muted", "crashes_left", "for {} more crashes"),
+    "more_devices": ("muted", "devices_left", "for {} more devices")}
+TRIAGE_FIELDS = ("state", *CONDITIONS, "comment")  # of a PATCH
 MAX_TRIAGED = 10_000  # groups of an app; beyond, the oldest decision goes
 MAX_HISTORY, MAX_COMMENT = 100, 5000  # entries of a group, the latest, and characters of one
 SPREAD = (10, 100, 1000)  # devices of a group that are worth telling
-
-
-class Decision(NamedTuple):
-    """A row of triage."""
-
-    state: str
-    changed_at: int
-    fixed_in: str | None = None
-    until: int | None = None
-    crashes_left: int | None = None
-    devices_left: int | None = None
-    regressed_at: int | None = None
+Decision = namedtuple("Decision", "state changed_at fixed_in until crashes_left devices_left regressed_at",
+                      defaults=(None, None, None, None, None))  # a row of triage
 
 
 def parse_triage(given: JsonObject, now: int) -> JsonObject:
-    """What a PATCH asks for of a group, times in milliseconds. Raises Refusal, also for a field that is not known: a
-    typo must not silently do nothing."""
-    if unknown := [name for name in given if name not in _TRIAGE_FIELDS]:
-        raise Refusal("invalid field", detail=f"{unknown[0][:MAX_TEXT]!r} is none of {', '.join(_TRIAGE_FIELDS)}")
+    """The fields of a PATCH of a group, with times in milliseconds. Raises Refusal, also for an unknown field: a typo
+    must not silently do nothing."""
+    if unknown := [name for name in given if name not in TRIAGE_FIELDS]:
+        raise Refusal("invalid field", detail=f"{unknown[0][:MAX_TEXT]!r} is none of {', '.join(TRIAGE_FIELDS)}")
     if not given:
-        raise Refusal("missing state", detail=f"there is none of {', '.join(_TRIAGE_FIELDS)}")
+        raise Refusal("missing state", detail=f"there is none of {', '.join(TRIAGE_FIELDS)}")
     found = {}
     for name, value in given.items():
         try:
-            found[name] = None if value is None and name in CONDITIONS else _TRIAGE_FIELDS[name](value)
-            if name == "until" and (found[name] or now + 1) <= now:
-                raise ValueError("is over")
+            found[name] = None if value is None and name in CONDITIONS else _triage_value(name, value, now)
         except ValueError as error:
             raise Refusal(f"invalid {name}", detail=f"{name} {error}") from None
     return found
 
 
-def _state(value: Any) -> str:
-    if value not in list(STATES):
+def _triage_value(name: str, value: Any, now: int) -> Any:
+    if name.startswith("more_"):
+        if type(value) is not int or not 1 <= value < 1 << 31:
+            raise ValueError(f"is not a whole number from 1 to {(1 << 31) - 1}")
+        return value
+    if name == "state" and value not in tuple(STATES):
         raise ValueError(f"is none of {', '.join(STATES)}")
-    return value
-
-
-def _some_text(value: Any) -> str:
     if type(value) is not str or not value.strip():
         raise ValueError("is no text")
-    return value.strip()[:MAX_COMMENT]
-
-
-def _more(value: Any) -> int:
-    if not _are_within([value], 1, MAX_STEP):
-        raise ValueError(f"is not a whole number from 1 to {MAX_STEP}")
-    return value
-
-
-_TRIAGE_FIELDS: Converters = {
-    "state": _state, "fixed_in": lambda value: _some_text(value)[:MAX_TEXT],
-    "until": lambda value: parse_occurred_at(_required_text(value)), "more_crashes": _more, "more_devices": _more,
-    "comment": _some_text}
+    if name != "until":
+        return value.strip()[:MAX_TEXT if name == "fixed_in" else MAX_COMMENT]
+    at = parse_occurred_at(value)
+    if at <= now:
+        raise ValueError("is over")
+    return at
 
 
 def decide(db: Any, app_id: int, group_hash: str, changes: JsonObject, now: int) -> None:
-    """Writes what parse_triage has read. Raises Refusal for a condition that is not of the group's state."""
+    """Writes what parse_triage has read. Raises Refusal for a condition of another state than the group's."""
     before = _decision(db, app_id, group_hash)
     after = before or Decision("open", now)
     state = changes.get("state", after.state)
-    for name in changes.keys() & CONDITIONS.keys():
-        if changes[name] is not None and CONDITIONS[name][0] != state:
+    conditions = {name: changes[name] for name in CONDITIONS if name in changes}
+    for name, value in conditions.items():
+        if value is not None and CONDITIONS[name][0] != state:
             raise Refusal(f"invalid {name}", detail=f'it goes with "state": "{CONDITIONS[name][0]}"')
     if "state" in changes:
         after = Decision(state, now, regressed_at=None if state == "resolved" else after.regressed_at)
-    if changes.keys() - {"comment"}:
-        after = after._replace(changed_at=now, **{
-            column: changes[name] for name, (_, column) in CONDITIONS.items() if name in changes})
+    if "state" in changes or conditions:
+        after = after._replace(changed_at=now, **{CONDITIONS[name][1]: each for name, each in conditions.items()})
         if state != "open" or before and before.state != "open":
-            _add_history(db, app_id, group_hash, now, STATES[state], _conditions(changes))
+            texts = [CONDITIONS[name][2].format(iso_time(value) if name == "until" else value)
+                     for name, value in conditions.items() if value is not None]
+            _add_history(db, app_id, group_hash, now, STATES[state], " or ".join(texts) or None)
     _write_decision(db, app_id, group_hash, after)
     if "comment" in changes:
         _add_history(db, app_id, group_hash, now, "commented", changes["comment"])
-    for each, in db.execute("""
-            select group_hash from triage where app_id = ? order by changed_at desc, group_hash limit 1 offset ?
-            """, (app_id, MAX_TRIAGED)).fetchall() if not before else ():
-        for table in ("triage", "group_history"):
-            db.execute(f"delete from {table} where app_id = ? and group_hash = ?", (app_id, each))
+    for table in ("group_history", "triage") if not before else ():
+        db.execute(f"""
+            delete from {table} where app_id = :app and group_hash = (
+                select group_hash from triage where app_id = :app
+                order by changed_at desc, group_hash limit 1 offset :most)""", {"app": app_id, "most": MAX_TRIAGED})
 
 
 def _decision(db: Any, app_id: int, group_hash: str) -> Decision | None:
@@ -1843,35 +1826,25 @@ def _write_decision(db: Any, app_id: int, group_hash: str, decision: Decision) -
                [(app_id, group_hash, *decision)])
 
 
-def _conditions(changes: JsonObject) -> str | None:
-    """The conditions of a change in words."""
-    texts = {"fixed_in": "in {}", "until": "until {}", "more_crashes": "for {} more crashes",
-             "more_devices": "for {} more devices"}
-    return " or ".join(text.format(iso_time(changes[name]) if name == "until" else changes[name])
-                       for name, text in texts.items() if changes.get(name) is not None) or None
-
-
 def _add_history(db: Any, app_id: int, group_hash: str, at: int, what: str, detail: str | None) -> None:
-    group = {"app": app_id, "group": group_hash}
-    last, = db.execute("""
-        select coalesce(max(entry), 0) from group_history where app_id = :app and group_hash = :group
-        """, group).fetchone()
+    """Adds an entry. Beyond MAX_HISTORY, the oldest one goes."""
+    last, = db.execute("select coalesce(max(entry), 0) from group_history where app_id = ? and group_hash = ?",
+                       (app_id, group_hash)).fetchone()
     write_rows(db, "insert into group_history values *", [(app_id, group_hash, last + 1, at, what, detail)])
-    db.execute("delete from group_history where app_id = :app and group_hash = :group and entry <= :old",
-               {**group, "old": last + 1 - MAX_HISTORY})
+    db.execute("delete from group_history where app_id = ? and group_hash = ? and entry <= ?",
+               (app_id, group_hash, last + 1 - MAX_HISTORY))
 
 
 def move_triage(db: Any, app_id: int, group_hash: str, target: str) -> None:
-    """Takes state and history of a group to the one that has its crashes now. A state that is there already stays."""
-    both = (app_id, group_hash, target)
-    entries = db.execute("""
-        select at, what, detail from group_history where app_id = ? and group_hash in (?, ?)
-        order by at, group_hash, entry""", both).fetchall()[-MAX_HISTORY:]
-    db.execute("delete from group_history where app_id = ? and group_hash in (?, ?)", both)
+    """Moves state and history of a group to the one that has its crashes now. A state that is there already stays."""
+    of_both, both = "app_id = ? and group_hash in (?, ?)", (app_id, group_hash, target)
+    entries = db.execute(f"select at, what, detail from group_history where {of_both} order by at, group_hash, entry",
+                         both).fetchall()[-MAX_HISTORY:]
+    decision = _decision(db, app_id, target) or _decision(db, app_id, group_hash)
+    for table in ("group_history", "triage"):
+        db.execute(f"delete from {table} where {of_both}", both)
     write_rows(db, "insert into group_history values *",
                [(app_id, target, number, *entry) for number, entry in enumerate(entries, 1)])
-    decision = _decision(db, app_id, target) or _decision(db, app_id, group_hash)
-    db.execute("delete from triage where app_id = ? and group_hash in (?, ?)", both)
     if decision:
         _write_decision(db, app_id, target, decision)
 
@@ -1892,18 +1865,23 @@ def _comparable(text: str) -> tuple[Any, ...] | None:
                                   for word in re.findall("[0-9]+|[A-Za-z]+", further)]
 
 
+def with_build(version: str | None, build: str | None) -> str:
+    """A version with its build: 1.3.0 (48). Either may be missing."""
+    return " ".join(filter(None, (version, build and f"({build})")))
+
+
 def _split_build(text: str) -> tuple[str, str]:
-    """Version and build of 1.3.0 (48)."""
+    """The version and the build of 1.3.0 (48)."""
     match = re.fullmatch(r"(.*[^ ]) *\(([^()]+)\)", text)
     return (match[1], match[2]) if match else (text, "")
 
 
-def _has_reached(this: tuple[str, str], fixed: tuple[str, str]) -> bool | None:
+def _has_reached(version: str, build: str, fixed_in: str) -> bool | None:
     """Whether a version and build is that of a fix, or a later one. None where they cannot be compared."""
-    (version, build), (fixed_version, fixed_build) = this, fixed
+    fixed_version, fixed_build = _split_build(fixed_in)
     numbers, fixed_numbers = _comparable(version), _comparable(fixed_version)
     if version == fixed_version or numbers and numbers == fixed_numbers:
-        if not fixed_build or build == fixed_build:
+        if fixed_build in ("", build):
             return True
         numbers, fixed_numbers = _comparable(build), _comparable(fixed_build)
     return numbers > fixed_numbers if numbers and fixed_numbers else None
@@ -1919,30 +1897,27 @@ def _first_seen(db: Any, app_id: int, version: str, build: str) -> int | None:
 
 
 def _regresses(db: Any, decision: Decision, crash: Any) -> bool:
-    """Whether a crash says that what was resolved is not. Old builds that still crash do not."""
-    version, build, fixed_in = crash.app_version, crash.build_number or "", decision.fixed_in
-    if not version:  # which says nothing, unless it is so with all
-        return crash.at > decision.changed_at and not db.execute(
-            "select 1 from releases where app_id = ? limit 1", (crash.app_id,)).fetchone()
-    if version == OTHER and fixed_in:  # which is for the figures; what was sent can be compared
-        version, = db.execute("select app_version from crashes where seq = ?", (crash.seq,)).fetchone()
-    name, number = _split_build(version)
-    if fixed_in and (reached := _has_reached((name, build or number), _split_build(fixed_in))) is not None:
-        return reached
-    seen, since = _first_seen(db, crash.app_id, version, build), decision.changed_at + 1
-    if seen is None:  # one of too many builds
-        release = db.execute("select first_seen from releases where app_id = ? and app_version = ?",
-                             (crash.app_id, version)).fetchone()
-        seen = release[0] if release else MAX_NUMBER
-    if fixed_in:
-        since = (_first_seen(db, crash.app_id, fixed_in, "")
-                 or _first_seen(db, crash.app_id, *_split_build(fixed_in)) or MAX_NUMBER)
-    return crash.app_version != OTHER and seen >= since
+    """Whether a crash shows that a resolved group is not fixed. Old builds that still crash do not."""
+    app_id, build, since = crash.app_id, crash.build_number or "", decision.changed_at + 1
+    if not crash.app_version:  # which says nothing, unless the app has no versions
+        return crash.at >= since and not db.execute("select 1 from releases where app_id = ?", (app_id,)).fetchone()
+    # As it was sent: in the figures it may be one of the others.
+    version, = db.execute("select app_version from crashes where seq = ?", (crash.seq,)).fetchone()
+    if decision.fixed_in:
+        name, number = _split_build(version)
+        if (reached := _has_reached(name, build or number, decision.fixed_in)) is not None:
+            return reached
+        since = _first_seen(db, app_id, *_split_build(decision.fixed_in)) or MAX_NUMBER
+    seen = _first_seen(db, app_id, version, build)
+    if seen is None:  # one of too many builds, or of too many versions
+        seen, = db.execute("select coalesce(max(first_seen), 0) from releases where app_id = ? and app_version = ?",
+                           (app_id, version)).fetchone()
+    return bool(seen >= since)
 
 
 def _undoing(db: Any, now: int, decision: Decision, crashes: Sequence[Any], devices: int) -> tuple[str, Any] | None:
-    """What becomes of a group that is not open, `regressed` or `unmuted`, and by which of its new crashes, of which so
-    many devices are new to it. None: it stays."""
+    """What becomes of a group that is not open, `regressed` or `unmuted`, and the new crash that did it. `devices`
+    counts those that are new to the group. None: it stays."""
     if decision.state == "resolved":
         first = {(each.app_version, each.build_number, each.at > decision.changed_at): each
                  for each in reversed(crashes)}
@@ -1956,83 +1931,56 @@ def _undoing(db: Any, now: int, decision: Decision, crashes: Sequence[Any], devi
     return None
 
 
-def see_crashes(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any]) -> None:
+def see_crashes(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], are_moved: bool = False) -> None:
     """Undoes the decisions that crashes just stored speak against, and notes the facts that they make. A test app has
-    neither."""
+    neither. Crashes that moved here from another group may be a regression, but are no news and end no mute."""
     groups: dict[tuple[int, str], list[Any]] = defaultdict(list)
     for crash in crashes:
         groups[crash.app_id, crash.group_hash].append(crash)
     fresh, accepted = rollups.figures[GroupDevices].new, rollups.names.accepted
-    for app_id, group_hash, total, devices, *triage in rows_of(db, f"""
-            select column1, column2, crashes, devices, {", ".join(Decision._fields)} from (values *) as keys
+    for app_id, group_hash, total, devices, exception_type, place, *triage in rows_of(db, f"""
+            select column1, column2, coalesce(crashes, 0), coalesce(devices, 0), exception_type, coalesce(place, ''),
+                {", ".join(Decision._fields)}
+            from (values *) as keys
             cross join apps on apps.id = column1 and is_test = 0
+            cross join groups on groups.app_id = column1 and groups.group_hash = column2
             left join group_sums on group_sums.app_id = column1 and group_sums.group_hash = column2
             left join triage on triage.app_id = column1 and triage.group_hash = column2""", list(groups)):
-        key, decision, sums = (app_id, group_hash), Decision(*triage), {"crashes": total or 0, "devices": devices or 0}
-        seen, new = groups[key], fresh.get(key, 0)
-        if decision.state not in (None, "open"):
-            undoing = _undoing(db, now, decision, seen, new)
-            if not undoing:
-                _count_down(db, decision, seen[0], len(seen), new)
+        decision, seen, new = Decision(*triage), groups[app_id, group_hash], fresh[app_id, group_hash]
+        facts = []
+        if decision.state == "resolved" or decision.state == "muted" and not are_moved:
+            if not (undoing := _undoing(db, now, decision, seen, new)):
+                if decision.crashes_left or decision.devices_left:
+                    db.execute("""
+                        update triage set crashes_left = crashes_left - ?, devices_left = devices_left - ?
+                        where app_id = ? and group_hash = ?""", (len(seen), new, app_id, group_hash))
                 continue
             _reopen(db, now, decision, *undoing)
-            regressed = {"fixed_in": decision.fixed_in} if undoing[0] == "regressed" else {}
-            _note(db, now, "crash." + undoing[0], undoing[1], **sums, **regressed)
+            facts.append(undoing)
         elif not decision.state and (app_id, "group_hash", group_hash) in accepted:
-            _note(db, now, "crash.new", seen[0], **sums)
-        for bound in SPREAD if new and group_hash != OTHER else ():
-            if sums["devices"] - new < bound <= sums["devices"]:
-                _note(db, now, "crash.spread", seen[-1], crashes=sums["crashes"], devices=bound)
-
-
-def see_moved(db: Any, now: int, crashes: Sequence[Any]) -> None:
-    """Opens the resolved groups of which crashes that have just moved there say that they are not."""
-    groups: dict[tuple[int, str], list[Any]] = defaultdict(list)
-    for crash in crashes:
-        groups[crash.app_id, crash.group_hash].append(crash)
-    for app_id, group_hash, total, devices, *triage in rows_of(db, f"""
-            select column1, column2, crashes, devices, {", ".join(Decision._fields)} from (values *) as keys
-            cross join apps on apps.id = column1 and is_test = 0
-            cross join group_sums on group_sums.app_id = column1 and group_sums.group_hash = column2
-            cross join triage on triage.app_id = column1 and triage.group_hash = column2 and state = 'resolved'
-            """, list(groups)):
-        decision = Decision(*triage)
-        if undoing := _undoing(db, now, decision, groups[app_id, group_hash], 0):
-            _reopen(db, now, decision, *undoing)
-            _note(db, now, "crash.regressed", undoing[1], crashes=total, devices=devices, fixed_in=decision.fixed_in)
-
-
-def _note(db: Any, now: int, kind: str, crash: Any, **detail: Any) -> None:
-    """Notes a fact about the group of a crash."""
-    exception_type, place = db.execute("select exception_type, place from groups where app_id = ? and group_hash = ?",
-                                       (crash.app_id, crash.group_hash)).fetchone()
-    note_fact(db, kind, crash.app_id, now, crash.group_hash, exception_type=exception_type, place=place or "",
-              app_version=crash.app_version, build_number=crash.build_number, **detail)
+            facts.append(("new", seen[0]))
+        if group_hash != OTHER and not are_moved and any(devices - new < bound <= devices for bound in SPREAD):
+            facts.append(("spread", seen[-1]))
+        for what, crash in facts:
+            note_fact(db, "crash." + what, app_id, now, group_hash, exception_type=exception_type, place=place,
+                      app_version=crash.app_version, build_number=crash.build_number, crashes=total, devices=devices,
+                      fixed_in=decision.fixed_in if what == "regressed" else None)
 
 
 def _reopen(db: Any, now: int, decision: Decision, what: str, crash: Any) -> None:
     """Opens a group again, with the crash that did it in its history."""
     after = Decision("open", now, decision.fixed_in, regressed_at=now if what == "regressed" else decision.regressed_at)
     _write_decision(db, crash.app_id, crash.group_hash, after)
-    build = f" ({crash.build_number})" if crash.build_number else ""
-    version = f" in {crash.app_version}{build}" if crash.app_version else ""
+    version = f" in {with_build(crash.app_version, crash.build_number)}" if crash.app_version else ""
     _add_history(db, crash.app_id, crash.group_hash, now, what, f"crash {crash_id(crash.seq)}{version}")
 
 
-def _count_down(db: Any, decision: Decision, crash: Any, crashes: int, devices: int) -> None:
-    """Counts crashes and devices of a mute that ends after so many."""
-    if decision.crashes_left or decision.devices_left and devices:
-        db.execute("""
-            update triage set crashes_left = crashes_left - ?, devices_left = devices_left - ?
-            where app_id = ? and group_hash = ?""", (crashes, devices, crash.app_id, crash.group_hash))
-
-
 def note_fact(db: Any, kind: str, app_id: int, at: int, group_hash: str | None, **detail: Any) -> None:
-    """Writes a fact in the current transaction, if there is anybody to tell it to."""
-    db.has_facts |= db.execute("""
+    """Writes a fact in the current transaction, if there is a channel to tell."""
+    db.execute("""
         insert into facts (app_id, at, kind, group_hash, detail) select ?, ?, ?, ?, ?
         where exists (select 1 from channels where ended_at is null)
-        """, (app_id, at, kind, group_hash, _encode(detail))).rowcount > 0
+        """, (app_id, at, kind, group_hash, _encode(detail)))
 
 
 # == Figures ===================================================================
@@ -3246,7 +3194,6 @@ class Closing:
 class Connection(sqlite3.Connection):
     """A connection in autocommit mode. It never makes the file: one that vanished must not come back empty."""
 
-    has_facts = False  # whether a commit has noted some
     builds: dict[tuple, int]  # see Builds
 
     def __init__(self, path: Path, query_only: bool = False, mode: str = "rw"):
@@ -3267,10 +3214,6 @@ class Connection(sqlite3.Connection):
 
     def lock_apps(self, key_hashes: Sequence[bytes]) -> None:
         """In a shared transaction: waits for others that write to the apps of these keys."""
-
-    def lock_rows(self, query: str, parameters: Mapping[str, Any]) -> list[tuple]:
-        """The rows of a query that nobody else holds. Nobody else gets them before this transaction ends."""
-        return self.execute(query, parameters).fetchall()
 
     def reserve_seqs(self, now: int, count: int) -> int:
         """The first of so many seqs that follow one another and were never given before."""
@@ -3889,7 +3832,6 @@ class Stored(NamedTuple):
 
     counts: Mapping[str, int]
     new_groups: Sequence[tuple[int, str]]  # app_id and group_hash
-    has_facts: bool = False
 
 
 class Submission:
@@ -3963,7 +3905,6 @@ class Process(Connections):
         self.group_sizes = Histogram(1, 2, 4, 8, 16, 32, 64, 128)  # requests
         self.commit_seconds = Histogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)
         self.stored = Counter(crashes=0, events=0)
-        self.facts_noted = threading.Event()
         self.regrouping: threading.Thread | None = None
 
     @property
@@ -4045,9 +3986,8 @@ class Commit:
         rollups.save()
         if crashes:
             see_crashes(self._db, self._now, rollups, crashes)
-        has_facts, self._db.has_facts = self._db.has_facts, False
         return Stored(counts, [(app_id, name) for app_id, field, name in rollups.names.accepted
-                               if field == "group_hash"], has_facts)
+                               if field == "group_hash"])
 
     def _give_receipts(self) -> None:
         new = [(app_id, each) for app_id, each, first in self._requests if each is first]
@@ -4228,14 +4168,7 @@ class Store(Apps):
 
     def _committed(self, stored: Stored) -> None:
         """Called after each commit, when it is durable and answered, with what it stored."""
-        if stored.has_facts:
-            self.facts_noted.set()
         self._expire_if_due()
-
-    @property
-    def facts_noted(self) -> threading.Event:
-        """Set by a commit of this process that has noted facts."""
-        return self._here.facts_noted
 
     def export(self, kind: type, app: str | None = None, since: int = 0) -> Iterator[StoredReport]:
         """The reports of a kind, Crash or Event, that are here now, in the order of their seqs: of all apps or of one,
@@ -4625,7 +4558,7 @@ class Store(Apps):
             figure.count(Crash, before, -1)
             figure.count(Crash, after, 1)
         rollups.save()
-        see_moved(db, self.now, after)
+        see_crashes(db, self.now, rollups, after, are_moved=True)
         if is_first:
             db.execute("""
                 update groups set (first_seen, first_version) = (
@@ -4737,8 +4670,11 @@ class Store(Apps):
                 db.execute(f"delete from {table} where {column} in (select id from channels where app_id = ?)",
                            (app_id,))
             for id, body in db.execute("select id, body from messages where due_at is not null").fetchall():
-                if all(fact.get("app") == name for fact in json.loads(body)["data"]["facts"]):
-                    db.execute("delete from messages where id = ?", (id,))
+                message = json.loads(body)
+                facts = message["data"]["facts"] = [
+                    each for each in message["data"]["facts"] if each.get("app") != name]
+                db.execute("update messages set body = ?, due_at = case when ? > 0 then due_at end where id = ?",
+                           (_encode(message), len(facts), id))
             db.execute("delete from facts where app_id = ?", (app_id,))
             db.execute("delete from apps where id = ?", (app_id,))
 
@@ -4774,115 +4710,89 @@ def size_warnings(path: Path, max_db_size: int) -> list[str]:
 
 
 # == Alerts ====================================================================
-# Facts on their way to channels. The facts of a minute become a message of each channel that wants them. A message is
-# taken in a short transaction, sent in none, and noted in another: whatever ends between these, it comes again, under
-# the same id. A kind of channel is a function from a message to an HTTP request; CHANNELS has them by scheme.
+# Facts on their way to channels. The facts of a minute become a message for each channel that wants them. A message is
+# taken in one short transaction, sent in none, and settled in another: if the server dies between them, it is sent
+# again under the same id. A kind of channel is a function from a message to an HTTP request; CHANNELS has them all.
 
 GATHERED = 60 * SECOND  # for which the facts of a channel become one message
 LISTED = 10  # facts in a message; it counts the others
-TEXT_BYTES = 1800  # of their lines: Discord takes 2,000 characters, ntfy 4,096 bytes
-CUT = 200  # characters of a line that alone is longer
+TEXT_BYTES, LINE = 1800, 300  # of a text, and characters of a line: Discord takes 2,000 characters, ntfy 4,096 bytes
 HOURLY = 30  # messages of a channel; what is beyond goes with a later one
 # Between the tries of a message: the schedule of Standard Webhooks.
 PAUSES = [SECOND * each for each in (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)]
 TRY_SECONDS = 15.0  # for a try
 TAKEN = 60 * SECOND  # for which nobody else sends a message: longer than a try
-LONGEST_WAIT, SHORTEST_WAIT = 60.0, 1.0  # seconds between two looks at what is due
-FACT_WORDS = {  # what a message calls them, and their priority at ntfy
-    "crash.new": ("new", 3), "crash.regressed": ("regressed", 4), "crash.unmuted": ("no longer muted", 3),
-    "crash.spread": ("spreading", 4), "release.worse": ("worse", 4), "digest": ("digest", 2), "test": ("test", 3)}
+LOOK_SECONDS = 1.0  # between two looks at what is due
 # What a message has of a fact. Nothing else leaves the host, whatever is in `detail`.
 _TOLD = ("exception_type", "place", "app_version", "build_number", "crashes", "devices", "fixed_in", "before")
+# A chat shows these as they are, and calls nobody.
+_NO_MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "@\u200b", "]": "]\u200b"})
 
 
 class Undelivered(StoreError):
-    """A try that failed. `str()` says why, without the address, which may be secret; `pause` is what the receiver asks
-    for, in milliseconds, `is_gone` whether it wants nothing more, and `is_refused` whether it is about the message, so
-    that another one may get through."""
+    """A try that failed. `str()` says why, without the address, which may be secret; `status` is that of the answer, 0
+    for none; `pause` is what the receiver asks for, in milliseconds."""
 
-    def __init__(self, text: str, pause: int = 0, is_gone: bool = False, is_refused: bool = False):
+    def __init__(self, text: str, status: int = 0, pause: int = 0):
         super().__init__(text)
-        self.pause, self.is_gone, self.is_refused = pause, is_gone, is_refused
+        self.status, self.pause = status, pause
+        self.is_of_receiver = not 400 <= status < 500 or status in (408, 429)  # and not of this one message
 
 
-class Message(NamedTuple):
-    """A message that is being sent; `body` is JSON, and `tries` counts this one."""
-
-    id: str
-    channel_id: int
-    body: str
-    tries: int
-
-
+Message = JsonObject  # id, channel_id, body (JSON) and tries of a row of messages; url and secret of its channel
 Post = tuple[str, bytes, dict[str, str]]  # a request: its address, body and headers
 
 
-def _webhook(channel: JsonObject, message: Message, now: int) -> Post:
+def _webhook(message: Message, now: int) -> Post:
     """As https://www.standardwebhooks.com has it."""
-    timestamp, key = str(now // SECOND), base64.b64decode(channel["secret"][len("whsec_"):])
-    mark = hmac.new(key, f"{message.id}.{timestamp}.{message.body}".encode(), hashlib.sha256).digest()
-    return channel["url"], message.body.encode(), {
-        "webhook-id": message.id, "webhook-timestamp": timestamp,
+    timestamp, key = str(now // SECOND), base64.b64decode(message["secret"][len("whsec_"):])
+    mark = hmac.new(key, f"{message['id']}.{timestamp}.{message['body']}".encode(), hashlib.sha256).digest()
+    return message["url"], message["body"].encode(), {
+        "webhook-id": message["id"], "webhook-timestamp": timestamp,
         "webhook-signature": "v1," + base64.b64encode(mark).decode()}
 
 
-def _slack(channel: JsonObject, message: Message, now: int) -> Post:
-    """For Slack, Mattermost, and Discord at an address that ends with /slack. What a report says is no markup there,
-    and calls nobody."""
-    text = "\n".join(message_lines(message, harmless=_unmarked))
-    return channel["url"].partition("+")[2], _encode({"text": text}).encode(), {}
+def _slack(message: Message, now: int) -> Post:
+    """For Slack, Mattermost, and Discord at an address that ends with /slack."""
+    text = "\n".join(message_lines(message, True, _NO_MARKUP))
+    return message["url"].partition("+")[2], _encode({"text": text}).encode(), {}
 
 
-def _unmarked(text: str) -> str:
-    """What a chat shows as this text, and no more."""
-    for mark, instead in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("@", "@\u200b"), ("](", "]\u200b(")):
-        text = text.replace(mark, instead)
-    return text
-
-
-def _ntfy(channel: JsonObject, message: Message, now: int) -> Post:
+def _ntfy(message: Message, now: int) -> Post:
     """As JSON: a header could not carry every title."""
-    url, _, topic = channel["url"].partition("+")[2].rpartition("/")
-    data, (title, *lines) = json.loads(message.body)["data"], message_lines(message, False)
-    told = {"topic": topic, "title": title, "message": "\n".join(lines), "click": data.get("url"),
-            "priority": max(FACT_WORDS[each["type"]][1] for each in data["facts"])}
-    return url + "/", _encode({name: value for name, value in told.items() if value}).encode(), {}
+    url, _, topic = message["url"].partition("+")[2].rpartition("/")
+    title, *lines = message_lines(message, False, {})
+    link = json.loads(message["body"])["data"].get("url")
+    return url + "/", _encode({"topic": topic, "title": title, "message": "\n".join(lines),
+                               **({"click": link} if link else {})}).encode(), {}
 
 
-CHANNELS: dict[str, Callable[[JsonObject, Message, int], Post]] = {
+CHANNELS: dict[str, Callable[[Message, int], Post]] = {  # by the scheme of the address
     "https": _webhook, "http": _webhook, "slack+https": _slack, "slack+http": _slack, "ntfy+https": _ntfy,
     "ntfy+http": _ntfy}
 
 
-def message_lines(message: Message, with_links: bool = True, harmless: Callable[[str], str] = str) -> list[str]:
-    """The title of a message, a line for each fact as far as they fit, and how many more there are: what `harmless`
-    makes of them, which may be longer. A line that could never fit is cut."""
-    data = json.loads(message.body)["data"]
-
-    def line(fact: JsonObject, longest: int | None = None) -> str:
-        return harmless(f"{fact['text'][:longest]} {fact.get('url', '') if with_links else ''}".rstrip())
-
-    lines = [line(each, None if len(line(each).encode()) < TEXT_BYTES else CUT) for each in data["facts"]]
+def message_lines(message: Message, with_links: bool, marks: Mapping[int, str]) -> list[str]:
+    """The title of a message, a line for each fact as far as they fit, and how many more there are. `marks` says what
+    stands for characters that are markup."""
+    data = json.loads(message["body"])["data"]
+    lines = [f"{each['text'][:LINE]} {each.get('url', '') if with_links else ''}".rstrip().translate(marks)
+             for each in data["facts"]]
     shown = sum(size <= TEXT_BYTES for size in accumulate(len(line.encode()) + 1 for line in lines))
     more = data["more"] + len(lines) - shown
-    return [harmless(data["title"]), *lines[:shown], *([f"and {more:,} more"] if more else [])]
+    return [data["title"].translate(marks), *lines[:shown], *([f"and {more:,} more"] if more else [])]
 
 
 def post(url: str, body: bytes, headers: Mapping[str, str]) -> None:
     """Sends a request. Raises Undelivered unless its answer is a 2xx; a redirect is none."""
-    parts = urlsplit(url)
+    parts, began = urlsplit(url), time.monotonic()
     headers = {"Content-Type": "application/json", "User-Agent": f"backfeedr/{__version__}", **headers}
     if parts.username is not None:
         user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
         headers["Authorization"] = "Basic " + base64.b64encode(user.encode()).decode()
     connect = HTTPSConnection if parts.scheme == "https" else HTTPConnection
     connection = connect(parts.hostname or "", parts.port, timeout=TRY_SECONDS)
-
-    def hang_up() -> None:
-        with suppress(OSError, TypeError):  # where it has no socket
-            socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
-
-    late, began = threading.Timer(TRY_SECONDS, hang_up), time.monotonic()  # a socket's timeout begins anew each byte
+    late = threading.Timer(TRY_SECONDS, _hang_up, [connection])  # a socket's timeout begins anew with each byte
     late.daemon = True
     late.start()
     try:
@@ -4895,8 +4805,13 @@ def post(url: str, body: bytes, headers: Mapping[str, str]) -> None:
         late.cancel()
         connection.close()
     if not 200 <= answer.status < 300:
-        raise Undelivered(f"it answered {answer.status}", _pause(answer.headers.get("Retry-After", "")),
-                          answer.status == 410, 400 <= answer.status < 500 and answer.status not in (408, 429))
+        pause = _pause(answer.headers.get("Retry-After", ""))
+        raise Undelivered(f"it answered {answer.status}", answer.status, pause)
+
+
+def _hang_up(connection: HTTPConnection) -> None:
+    with suppress(OSError, TypeError):  # where it has no socket
+        socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
 
 
 def _pause(retry_after: str) -> int:
@@ -4910,7 +4825,7 @@ def _pause(retry_after: str) -> int:
 def _apprise(url: str) -> Any:
     """What sends to one of the many other kinds of address. Raises Undelivered."""
     try:
-        import apprise  # type: ignore[import-not-found]
+        import apprise
     except ImportError:
         raise Undelivered("only https://, slack+https:// and ntfy+https:// go without Apprise:"
                           " pip install 'backfeedr[alerts]' or apprise") from None
@@ -4921,16 +4836,23 @@ def _apprise(url: str) -> Any:
     return sender
 
 
+def _notify(message: Message) -> None:
+    """Sends a message through Apprise. Raises Undelivered."""
+    title, *lines = message_lines(message, True, {})
+    if not _apprise(message["url"]).notify(title=title, body="\n".join(lines)):
+        raise Undelivered("Apprise could not send it")
+
+
 def check_address(url: str) -> str:
     """The scheme of a channel's address. Raises StoreError where there is no sending to it."""
     with suppress(ValueError):
         parts = urlsplit(url)
-        is_ours = parts.scheme in CHANNELS
-        has_topic = "ntfy" not in parts.scheme or re.fullmatch(r"(/.*)?/[\w-]{1,64}", parts.path + parts.query)
-        if re.fullmatch("[!-~]+", url) and parts.netloc and (not is_ours or (
-                parts.hostname and parts.port != 0 and not parts.fragment and has_topic)):
-            if not is_ours:
-                _apprise(url)
+        is_good = bool(re.fullmatch("[!-~]+", url) and parts.netloc)
+        if is_good and parts.scheme not in CHANNELS:
+            _apprise(url)
+        elif "ntfy" in parts.scheme and not re.fullmatch(r"(/.*)?/[\w-]{1,64}", parts.path + parts.query):
+            is_good = False  # it has no topic
+        if is_good and (parts.scheme not in CHANNELS or parts.hostname and parts.port != 0 and not parts.fragment):
             return parts.scheme
     raise StoreError("a channel's address is like https://example.com/hook or ntfy+https://ntfy.sh/TOPIC, and has no"
                      " spaces")
@@ -4957,15 +4879,14 @@ class Alerts:
     def add(self, url: str, app: str | None = None, kinds: Sequence[str] = (), with_reason: bool = False,
             hour: int = 7) -> tuple[int, str]:
         """A new channel: its id, and the secret that signs its messages, "" where it has none. Raises StoreError.
-        Without an app, it is of all live ones; without kinds of facts, of those in FACT_KINDS that are on. A digest
+        Without an app it is of all live ones; without kinds of facts, of those that are on in FACT_KINDS. A digest
         comes at this hour, UTC."""
         kinds = list(dict.fromkeys(kinds)) or [kind for kind, is_on in FACT_KINDS.items() if is_on]
         if unknown := [kind for kind in kinds if kind not in FACT_KINDS]:
             raise StoreError(f"there is no fact {unknown[0]!r}; there are {', '.join(FACT_KINDS)}")
-        is_signed = check_address(url) in ("https", "http")
+        is_signed, now = check_address(url) in ("https", "http"), self._store.now
         secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode() if is_signed else ""
-        now, at_hour = self._store.now, hour * HOUR
-        digest_at = now - (now - at_hour) % DAY + DAY if "digest" in kinds else None
+        digest_at = now - (now - hour * HOUR) % DAY + DAY if "digest" in kinds else None
         with self._store.writing() as db:
             app_id = self._store._app(db, app)[0] if app else None
             db.execute("""
@@ -4992,11 +4913,11 @@ class Alerts:
     def test(self, id: int) -> None:
         """Sends a message now. Raises StoreError with what came back instead of a 2xx."""
         with self._store.reading() as db:
-            found = dict_rows(db, "select * from channels where id = ?", (id,))
+            found = dict_rows(db, "select id as channel_id, url, secret from channels where id = ?", (id,))
         if not found:
             raise StoreError(f"there is no channel {id}: see 'alert list'")
         body = self._body("test", "backfeedr: a test", [{"type": "test", "text": f"This is a test of channel {id}."}])
-        if error := self._try(found[0], Message(_message_id(), id, body, 1)):
+        if error := self._try({**found[0], "id": _message_id(), "body": body, "tries": 0}):
             raise StoreError(f"channel {id}: {error}")
 
     # Messages
@@ -5007,196 +4928,148 @@ class Alerts:
             "title": title, "facts": facts, "more": more, **({"url": link} if link else {})}})
 
     def _insert(self, db: Connection, channel_id: int, body: str) -> None:
+        """Adds a message, and drops those that were settled more than an hour ago."""
+        now = self._store.now
         db.execute("insert into messages (id, channel_id, created_at, body, due_at) values (?, ?, ?, ?, ?)",
-                   (_message_id(), channel_id, self._store.now, body, self._store.now))
-
-    _DUE = """
-        select * from channels
-        where ended_at is null
-            and exists (select 1 from facts where id > last_fact and at not between :since and :now)
-            and (
-                select count(*) from messages
-                where channel_id = channels.id and (created_at > :hour or due_at is not null)) < :most
-        order by id"""
+                   (_message_id(), channel_id, now, body, now))
+        db.execute("delete from messages where due_at is null and created_at <= ?", (now - HOUR,))
 
     def _gather(self) -> None:
         """Makes messages of the facts that have waited for a minute, and of the digests whose hour has come."""
         now = self._store.now
-        bounds = {"since": now - GATHERED + 1, "now": now, "hour": now - HOUR, "most": HOURLY}
         with self._store.reading() as db:
-            is_due = db.execute(self._DUE, bounds).fetchone()
             digests = dict_rows(db, """
-                select channels.*, name from channels left join apps on apps.id = app_id
+                select channels.*, name as app from channels left join apps on apps.id = app_id
                 where ended_at is null and digest_at <= ?""", (now,))
-        bodies = []
-        for each in digests:  # from where the one before it ended, until its hour: each moment is in one
-            later = each["digest_at"] + DAY * (1 + (now - each["digest_at"]) // DAY)
-            bodies.append((each, later, self._digest_body(each["name"], each["digest_at"] - DAY, later - DAY)))
-        if is_due or bodies:
-            with self._store.writing() as db:  # which has all facts with lower ids before it, on any engine
-                for channel in dict_rows(db, self._DUE, bounds):
-                    self._gather_for(db, channel)
-                for channel, later, body in bodies:
-                    if db.execute("update channels set digest_at = ? where id = ? and digest_at = ?",
-                                  (later, channel["id"], channel["digest_at"])).rowcount:
-                        self._insert(db, channel["id"], body)
-                db.execute("delete from messages where due_at is null and created_at <= ?", (now - HOUR,))
-                db.execute("""
-                    delete from facts where id <= (select min(last_fact) from channels where ended_at is null)""")
+            due = dict_rows(db, """
+                select * from channels
+                where ended_at is null
+                    and exists (select 1 from facts where id > last_fact and at not between :since and :now)
+                    and (
+                        select count(*) from messages
+                        where channel_id = channels.id and (created_at > :hour or due_at is not null)) < :most
+                order by id""", {"since": now - GATHERED + 1, "now": now, "hour": now - HOUR, "most": HOURLY})
+        for channel in digests:
+            self._gather_digest(channel)
+        for channel in due:
+            self._gather_facts(channel)
 
-    def _digest_body(self, app: str | None, since: int, until: int) -> str:
-        facts = [{"type": "digest", "text": line} for line in self._digest(app, since, until)]
-        return self._body("digest", f"backfeedr: the last day of {app or 'all apps'}", facts)
+    def _gather_digest(self, channel: JsonObject) -> None:
+        """Makes a message from where the last digest ended until the hour of this one, so each moment is in one."""
+        at, app = channel["digest_at"], channel["app"]
+        later = at + DAY * (1 + (self._store.now - at) // DAY)
+        facts = [{"type": "digest", "text": line} for line in self._digest(app, at - DAY, later - DAY)]
+        body = self._body("digest", f"backfeedr: the last day of {app or 'all apps'}", facts)
+        with self._store.writing() as db:
+            if db.execute("update channels set digest_at = ? where id = ? and digest_at = ?",
+                          (later, channel["id"], at)).rowcount:
+                self._insert(db, channel["id"], body)
 
-    def _gather_for(self, db: Connection, channel: JsonObject) -> None:
+    def _gather_facts(self, channel: JsonObject) -> None:
         """Makes a message of a channel's facts, unless the first is not a minute old."""
-        wanted, now = """
-            from facts join apps on apps.id = facts.app_id
-            where facts.id > :last_fact and (app_id = :app_id or :app_id is null and is_test = 0)
-                and instr(',' || :kinds || ',', ',' || kind || ',')""", self._store.now
-        counts = db.execute(f"""
-            select kind, count(*), min(facts.id), min(at) {wanted} group by kind order by min(facts.id)
-            """, channel).fetchall()
-        last, = db.execute("select max(id) from facts").fetchone()
-        if counts and now - GATHERED < min(row[3] for row in counts) <= now:
-            last, counts = counts[0][2] - 1, []
-        db.execute("update channels set last_fact = ? where id = ?", (last, channel["id"]))
-        if counts:
-            rows = db.execute(f"""
-                select kind, at, app_id, name, group_hash, detail {wanted} order by facts.id limit :most
-                """, {**channel, "most": LISTED}).fetchall()
-            facts = [self._fact(db, channel["with_reason"], *row) for row in rows]
-            title = "backfeedr: " + ", ".join(f"{row[1]:,} {FACT_WORDS[row[0]][0]}" for row in counts)
-            self._insert(db, channel["id"], self._body(
-                facts[0]["type"], title, facts, sum(row[1] for row in counts) - len(facts)))
+        with self._store.writing() as db:  # which has all facts with lower ids before it, on any engine
+            rows = dict_rows(db, """
+                select kind, at, name as app, facts.group_hash, detail, exception_reason
+                from facts join apps on apps.id = facts.app_id
+                left join groups on groups.app_id = facts.app_id and groups.group_hash = facts.group_hash
+                where facts.id > :last_fact and (facts.app_id = :app_id or :app_id is null and is_test = 0)
+                    and instr(',' || :kinds || ',', ',' || kind || ',')
+                order by facts.id""", channel)
+            if rows and self._store.now - GATHERED < rows[0]["at"] <= self._store.now:
+                return
+            is_ours = db.execute("""
+                update channels set last_fact = (select coalesce(max(id), last_fact) from facts)
+                where id = :id and last_fact = :last_fact""", channel).rowcount
+            if rows and is_ours:
+                facts = [self._fact(row, channel["with_reason"]) for row in rows[:LISTED]]
+                counts = Counter(row["kind"].rpartition(".")[2] for row in rows)
+                title = "backfeedr: " + ", ".join(f"{count:,} {word}" for word, count in counts.items())
+                self._insert(db, channel["id"], self._body(facts[0]["type"], title, facts, len(rows) - len(facts)))
+            db.execute("delete from facts where id <= (select min(last_fact) from channels where ended_at is null)")
 
-    def _fact(self, db: Connection, with_reason: bool, kind: str, at: int, app_id: int, app: str,
-              group_hash: str | None, detail: str) -> JsonObject:
+    def _fact(self, row: JsonObject, with_reason: bool) -> JsonObject:
         """What a message says of a fact."""
-        given = json.loads(detail)
-        fact = {"type": kind, "at": iso_time(at), "app": app, **({"group_hash": group_hash} if group_hash else {}),
-                **{name: given[name] for name in _TOLD if given.get(name) is not None},
-                "text": _fact_text(kind, app, given)}
-        if self._url:
-            page = "/crashes/" + group_hash if group_hash else "/releases"
-            fact["url"] = f"{self._url}{page}?{urlencode({'app': app})}"
-        if with_reason and group_hash:
-            row = db.execute("select exception_reason from groups where app_id = ? and group_hash = ?",
-                             (app_id, group_hash)).fetchone()
-            if row and row[0]:
-                fact["reason"] = _one_line(row[0])
-                fact["text"] += ": " + fact["reason"]
-        return fact
+        app, group_hash, detail = row["app"], row["group_hash"], json.loads(row["detail"])
+        reason = _one_line(row["exception_reason"] or "") if with_reason else ""
+        page = f"{self._url}/crashes/{group_hash}" if group_hash else f"{self._url}/releases"
+        fact = {"type": row["kind"], "at": iso_time(row["at"]), "app": app, "group_hash": group_hash,
+                **{name: detail.get(name) for name in _TOLD}, "reason": reason,
+                "text": ": ".join(filter(None, (_fact_text(row["kind"], app, detail), reason))),
+                "url": self._url and f"{page}?{urlencode({'app': app})}"}
+        return {name: value for name, value in fact.items() if value not in (None, "")}
 
     # Delivery
 
-    def deliver(self) -> Counter:
-        """Sends what is due, each message once; how many were `sent`, and of how many the try `failed`."""
-        done: Counter = Counter(sent=0, failed=0)
+    def deliver(self) -> Counter[str]:
+        """Sends what is due, each message once; how many were `sent`, and of how many the try `failed`. Where a
+        receiver is down, the rest of what is due to it waits for the next call: a try may take long."""
+        done, down = Counter(sent=0, failed=0), set()
         self._gather()
-        while not self._stopping.is_set() and (taken := self._take()):
-            done["failed" if self._try(*taken) else "sent"] += 1
+        with self._store.reading() as db:
+            due = dict_rows(db, """
+                select messages.id, channel_id, body, tries, url, secret from messages
+                join channels on channels.id = channel_id
+                where due_at <= :now and taken_until <= :now
+                order by messages.created_at, messages.id""", {"now": self._store.now})
+        for message in due:
+            if message["channel_id"] not in down and not self._stopping.is_set() and self._take(message):
+                error = self._try(message)
+                done["failed" if error else "sent"] += 1
+                if error and error.is_of_receiver:
+                    down.add(message["channel_id"])
         return done
 
-    def _take(self) -> tuple[JsonObject, Message] | None:
-        """A message that is due and its channel. Nobody else gets it for some time."""
-        now = {"now": self._store.now, "until": self._store.now + TAKEN}
-        due = "from messages where due_at <= :now and taken_until <= :now"
-        with self._store.reading() as db:
-            if not db.execute(f"select 1 {due} limit 1", now).fetchone():
-                return None
+    def _take(self, message: Message) -> bool:
+        """Keeps a message from all others for some time; False where another has it."""
+        now = self._store.now
         with self._store.writing(shared=True) as db:
-            rows = db.lock_rows(f"select id, channel_id, body, tries + 1 {due} order by due_at, created_at, id limit 1",
-                                now)
-            if not rows:
-                return None
-            message = Message(*rows[0])
-            db.execute("update messages set tries = :tries, taken_until = :until where id = :id",
-                       {**now, "id": message.id, "tries": message.tries})
-            return dict_rows(db, "select * from channels where id = ?", (message.channel_id,))[0], message
+            return db.execute("""
+                update messages set tries = tries + 1, taken_until = :until
+                where id = :id and tries = :tries and due_at <= :now and taken_until <= :now
+                """, {"id": message["id"], "tries": message["tries"], "now": now, "until": now + TAKEN}).rowcount > 0
 
-    def _try(self, channel: JsonObject, message: Message) -> str:
-        """Sends a message and notes what came of it. Returns what is wrong, or ""."""
+    def _try(self, message: Message) -> Undelivered | None:
+        """Sends a message and settles what came of it. Returns what is wrong."""
         error = None
         try:
-            self._send(channel, message)
+            scheme = urlsplit(message["url"]).scheme
+            if scheme in CHANNELS:
+                post(*CHANNELS[scheme](message, self._store.now))
+            else:
+                _notify(message)
         except Undelivered as failed:
             error = failed
         except Exception as unexpected:  # one channel must not hold up the others; its text may have the address
-            log.error("cannot send to channel %d: %s", channel["id"], type(unexpected).__name__)
-            error = Undelivered(type(unexpected).__name__, is_refused=True)
+            log.error("cannot send to channel %d: %s", message["channel_id"], type(unexpected).__name__)
+            error = Undelivered(type(unexpected).__name__)
         if not self._stopping.is_set():  # else it comes again after the next start
-            self._note(message, error)
-        return str(error or "")
+            self._settle(message, error)
+        return error
 
-    def _send(self, channel: JsonObject, message: Message) -> None:
-        scheme = urlsplit(channel["url"]).scheme
-        if scheme in CHANNELS:
-            return post(*CHANNELS[scheme](channel, message, self._store.now))
-        title, *lines = message_lines(message)
-        if not _apprise(channel["url"]).notify(title=title, body="\n".join(lines)):
-            raise Undelivered("Apprise could not send it")
-
-    def _note(self, message: Message, error: Undelivered | None) -> None:
-        """When a message gets through, what else waits for its channel is due. When not, the channel's others wait
-        until its next try, and those that were tried no longer than a message is. A message that is refused holds up
-        none, and waits for its own time whatever gets through: it is as if taken until then."""
-        now = self._store.now
-        pause = PAUSES[message.tries - 1] if message.tries <= len(PAUSES) else None
-        values = {"id": message.id, "channel": message.channel_id, "now": now, "tries": message.tries,
-                  "error": str(error), "is_gone": bool(error and error.is_gone),
-                  "is_refused": bool(error and error.is_refused)}
-        values["next"] = now + max(pause or PAUSES[0], error.pause if error else 0)
-        values.update(retry=values["next"] if pause else None, oldest=now - sum(PAUSES))
-        steps = ["update channels set error = null, error_at = null, sent_at = :now where id = :channel",
-                 "update messages set due_at = null where id = :id",
-                 "update messages set due_at = :now where channel_id = :channel and due_at > :now"]
-        if error:
-            steps = ["""
-                update channels set error = :error, error_at = :now,
-                    ended_at = case when :is_gone = 1 then coalesce(ended_at, :now) else ended_at end
-                where id = :channel""",
-                     """
-                update messages set due_at = :retry, taken_until = case when :is_refused = 1 then :next else 0 end
-                where id = :id and tries = :tries""",
-                     """
-                update messages set due_at = :next - 1
-                where channel_id = :channel and due_at <= :now and :is_refused = 0""", """
-                update messages set due_at = null
-                where channel_id = :channel and created_at < :oldest and tries > 0""",
-                     "delete from messages where channel_id = :channel and :is_gone = 1"]
-        with self._store.writing(shared=True) as db:
-            for step in steps:  # the channel first, so that two hosts do not wait for each other
-                db.execute(step, values)
-
-    def _seconds_to_next(self) -> float:
-        """Until something is due."""
-        with self._store.reading() as db:
-            at, = db.execute("""
-                select min(at) from (
-                    select due_at as at from messages where taken_until <= :now
-                    union all select taken_until from messages where taken_until > :now and due_at is not null
-                    union all select digest_at from channels where ended_at is null
-                    union all select min(facts.at) + :gathered from facts
-                        where id > (select min(last_fact) from channels where ended_at is null)) as times
-                """, {"now": self._store.now, "gathered": GATHERED}).fetchone()
-        seconds = LONGEST_WAIT if at is None else (at - self._store.now) / SECOND
-        return min(max(seconds, SHORTEST_WAIT), LONGEST_WAIT)
+    def _settle(self, message: Message, error: Undelivered | None) -> None:
+        """Notes what came of a try, and when the next one is due. An answer of 410 ends the channel."""
+        now, tries, channel_id = self._store.now, message["tries"], message["channel_id"]
+        pause = max(PAUSES[tries], error.pause) if error and tries < len(PAUSES) else None
+        is_gone = error is not None and error.status == 410
+        with self._store.writing(shared=True) as db:  # the channel first, so that two hosts do not wait for each other
+            db.execute("""
+                update channels set error = ?, error_at = ?, sent_at = coalesce(?, sent_at),
+                    ended_at = coalesce(?, ended_at) where id = ?
+                """, (error and str(error), error and now, None if error else now, now if is_gone else None,
+                      channel_id))
+            db.execute("update messages set due_at = ?, taken_until = 0 where id = ?",
+                       (pause and now + pause, message["id"]))
+            if is_gone:
+                db.execute("delete from messages where channel_id = ?", (channel_id,))
 
     def _run(self) -> None:
-        noted = self._store.facts_noted
-        while not self._stopping.is_set():
-            noted.clear()
-            wait = LONGEST_WAIT
+        while not self._stopping.wait(LOOK_SECONDS):
             try:
                 self.deliver()
-                wait = 0 if self._stopping.is_set() else self._seconds_to_next()
             except StorageUnavailable:
                 pass  # the store has said why
             except Exception:
                 log.exception("unexpected error")
-            noted.wait(wait)
-            self._stopping.wait(SHORTEST_WAIT)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -5208,7 +5081,6 @@ class Alerts:
             yield
         finally:
             self._stopping.set()
-            self._store.facts_noted.set()
             thread.join(timeout=1)
 
 
@@ -5216,21 +5088,22 @@ def _message_id() -> str:
     return "msg_" + secrets.token_hex(12)
 
 
-def _one_line(text: Any) -> str:
+def _one_line(text: str) -> str:
     """At most 200 characters of what a report says."""
-    return " ".join(str(text).split())[:200]
+    return " ".join(text.split())[:200]
 
 
-def _fact_text(kind: str, app: str, given: JsonObject) -> str:
-    version = " ".join(filter(None, (app, given.get("app_version"), given.get("build_number") and
-                                     f"({given['build_number']})")))
+def _fact_text(kind: str, app: str, detail: JsonObject) -> str:
+    """A fact in a line, such as New: SIGABRT in Cart.pay() (Shop 1.3.0 (48), 3 crashes, 1 device)."""
+    where = f"{app} {with_build(detail.get('app_version'), detail.get('build_number'))}".rstrip()
     if kind == "release.worse":
-        return _one_line(f"{version} is {given.get('text') or 'worse'}")
-    what = given.get("exception_type", "a crash") + (f" in {given['place']}" if given.get("place") else "")
-    counts = [f"{given[name]:,} {name[:-len(end)] if given[name] == 1 else name}"
-              for name, end in (("crashes", "es"), ("devices", "s")) if given.get(name)]
-    parts = [f"fixed in {given['fixed_in']}"] if given.get("fixed_in") else []
-    return f"{FACT_WORDS[kind][0].capitalize()}: {_one_line(what)} ({_one_line(', '.join([version, *parts, *counts]))})"
+        return _one_line(f"{where} is {detail.get('text') or 'worse'}")
+    what = detail.get("exception_type", "a crash") + (f" in {detail['place']}" if detail.get("place") else "")
+    fixed_in, crashes, devices = map(detail.get, ("fixed_in", "crashes", "devices"))
+    parts = filter(None, (where, fixed_in and f"fixed in {fixed_in}",
+                          crashes and f"{crashes:,} crash{'es' * (crashes != 1)}",
+                          devices and f"{devices:,} device{'s' * (devices != 1)}"))
+    return f"{kind.rpartition('.')[2].capitalize()}: {_one_line(what)} ({_one_line(', '.join(parts))})"
 
 
 # == Metrics ===================================================================
@@ -5413,7 +5286,9 @@ class Metrics:
                 from (
                     select * from (
                         select 'new' as what, first_seen as at, app_id, group_hash from groups
-                        where {APPS} and group_hash <> :other order by at desc, group_hash limit :limit) as new
+                        where {APPS} and group_hash <> :other and (app_id, group_hash) in (
+                            select app_id, group_hash from group_sums)  -- else it has no page
+                        order by at desc, group_hash limit :limit) as new
                     union all select 'regressed', regressed_at, app_id, group_hash from triage
                         where {APPS} and regressed_at is not null) as news
                 join apps on apps.id = news.app_id
@@ -5614,7 +5489,7 @@ class Metrics:
             has_crashed = db.execute("""
                 select 1 from crashes where app_id = ? and group_hash = ? and app_version = ?
                     and coalesce(build_number, '') = ? limit 1""", (app_id, group_hash, version, build)).fetchone()
-        name = f"{version} ({build})" if build else version
+        name = with_build(version, build)
         return re.sub("[0-9]+(?=[^0-9]*$)", lambda last: str(int(last[0]) + 1), name) if has_crashed else name
 
     def group_days(self, groups: Sequence[str], app: str | None = None, version: str | None = None,
@@ -5852,11 +5727,10 @@ def crash_free_rate(crashes: int, sessions: int) -> float:
 
 
 # == Requests ==================================================================
-# Reads what a request carries, and lists every error that a client can get. bottle's
-# own readers are not used: they stop at 100 KiB, and fail on headers that are not UTF-8.
+# Reads what a request carries, and lists every error that a client can get. bottle's own readers are not used: they
+# stop at 100 KiB, and fail on headers that are not UTF-8.
 
-# The error texts by status. A text that is not here starts with `missing` or `invalid` and has status 400.
-ERRORS = {
+ERRORS = {  # the texts by status; one that is not here starts with `missing` or `invalid` and has status 400
     301: ("moved",),  # a group, to another
     401: ("missing API key", "invalid API key", "missing admin token", "invalid admin token",
           "invalid signature", "stale timestamp", "signature required"),
@@ -5865,11 +5739,10 @@ ERRORS = {
     429: ("rate limit exceeded",), 431: ("request header too large",), 500: ("internal server error",),
     501: ("transfer encoding not supported",), 503: ("storage unavailable",)}
 _STATUS = {text: status for status, texts in ERRORS.items() for text in texts}
-_STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
 _HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 Environ = dict[str, Any]
-Answer = tuple[int, Union[dict[str, Any], str]]  # status, and a JSON object or a text
+Answer = tuple[int, Any]  # status, and a JSON object or a text
 Handler = Callable[..., Answer]  # called with an environ and the parts of the path
 
 
@@ -5884,7 +5757,7 @@ def _error_body(status: int) -> bytes:
 
 def _header(environ: Environ, name: str) -> bytes:
     """A request header as the bytes that were sent; b"" where there is none."""
-    return environ.get("HTTP_" + name, "").encode("latin-1", "replace")
+    return str(environ.get("HTTP_" + name, "")).encode("latin-1", "replace")
 
 
 def _read_body(environ: Environ, limit: int) -> bytes:
@@ -5896,9 +5769,9 @@ def _read_body(environ: Environ, limit: int) -> bytes:
         raise Refusal("request body too large")
     if not length and not environ.get("wsgi.input_terminated"):
         return b""  # a body without a length, such as a chunked one, needs a server that marks its end
-    size = int(length) if length else limit + 1
+    size = int(length or limit + 1)
     try:
-        body = environ["wsgi.input"].read(size)
+        body: bytes = environ["wsgi.input"].read(size)
     except Exception:  # for a lost connection or a malformed chunk, each server raises an error of its own
         raise Refusal("invalid body") from None
     if len(body) > limit:
@@ -5915,11 +5788,9 @@ def _decompress(environ: Environ, body: bytes, limit: int) -> bytes:
         return body
     if encoding not in (b"gzip", b"x-gzip"):
         raise Refusal("unsupported content encoding", detail="gzip is supported")
-    inflater = zlib.decompressobj(wbits=31)  # 31: with a gzip header
-    try:
+    inflater, plain = zlib.decompressobj(wbits=31), b""  # 31: with a gzip header
+    with suppress(zlib.error):
         plain = inflater.decompress(body, limit + 1)
-    except zlib.error:
-        raise Refusal("invalid gzip body") from None
     if len(plain) > limit:
         raise Refusal("request body too large")
     if not inflater.eof or inflater.unused_data:
@@ -5936,13 +5807,12 @@ def _idempotency(environ: Environ, signature: bytes, body: bytes) -> Idempotency
 
 
 def _query(environ: Environ) -> str:
-    return environ.get("QUERY_STRING", "").encode("latin-1", "replace").decode("utf-8", "replace")
+    return str(environ.get("QUERY_STRING", "")).encode("latin-1", "replace").decode("utf-8", "replace")
 
 
 def _parameters(environ: Environ, *names: str) -> dict[str, Any]:
     """The query parameters of these names, without empty ones. Raises Refusal for an invalid number."""
-    found = parse_qs(_query(environ), keep_blank_values=True)
-    given: dict[str, Any] = {name: values[-1] for name, values in found.items()}
+    given: dict[str, Any] = dict(parse_qsl(_query(environ), keep_blank_values=True))  # the last of each
     for name, highest in (("days", 365), ("limit", 100)):
         if name in given:
             if not (re.fullmatch("[0-9]{1,3}", given[name]) and 1 <= int(given[name]) <= highest):
@@ -6340,7 +6210,7 @@ class Dashboard:
 
     def _triage(self, page: PageRequest, group_hash: str) -> Response:
         """Does what a form of the page of a group asks for; a field that is empty asks for nothing."""
-        given: JsonObject = {name: text for name, text in page.form.items() if name in _TRIAGE_FIELDS and text.strip()}
+        given: JsonObject = {name: text for name, text in page.form.items() if name in TRIAGE_FIELDS and text.strip()}
         for name, of in (("until", "{}T00:00:00Z".format), ("more_crashes", int), ("more_devices", int)):
             with suppress(ValueError):  # then it is refused as it is
                 given.update({name: of(given[name])} if name in given else {})
@@ -6593,8 +6463,8 @@ _SHOWN_FIELDS = {*_FIELDS_OF, "frame", "in_app", "symbolicated", "inlined"}
 
 def build_name(build: JsonObject) -> str:
     """What a build is called, such as Shop 1.3.0 (48)."""
-    number = build["build_number"] and f"({build['build_number']})"
-    return " ".join(filter(None, (build["binary"] or "a build", build["app_version"], number)))
+    version = with_build(build["app_version"], build["build_number"])
+    return f"{build['binary'] or 'a build'} {version}".rstrip()
 
 
 def _details(event: JsonObject) -> str:
@@ -7134,20 +7004,20 @@ _TEMPLATE_GLOBALS = {
 
 
 # == Backfeedr =================================================================
-# The WSGI callable. A handler reads "decode, check, store, answer"; whoever may
-# not come so far has been turned away before.
+# The WSGI callable. A handler reads "decode, check, store, answer", and raises Refusal where it cannot go on.
+
+_SUBMISSION = "backfeedr.submission"  # in an environ
+_STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
+
 
 class Backfeedr(Closing):
     """The server as a WSGI callable, for any mount point.
 
-    `Backfeedr(db_path="crashes.db")` takes further settings from the environment,
-    `Backfeedr(Settings(...))` takes none. Raises SettingsError and StoreError. `store`
-    is for keys and queries from Python. A new database gets an app and an admin token:
-    `announce` is told them, once, in words for the operator. `clock` gives seconds
-    since 1970. Close it, or use it as a context manager.
-
-    `store` takes the place of the file that the settings name, and is closed with the
-    server; `limiter` takes that of a RateLimiter, which knows of this process only.
+    `Backfeedr(db_path="crashes.db")` takes further settings from the environment, `Backfeedr(Settings(...))` takes
+    none. Raises SettingsError and StoreError. `.store` is for keys and queries from Python. Close it, or use it as a
+    context manager. `clock` gives seconds since 1970. A new database gets an app and an admin token: `announce` is told
+    them, once, in words for the operator. A `store` that is given takes the place of the file that the settings name,
+    and is closed with the server; a `limiter` takes that of a RateLimiter, which knows of this process only.
     """
 
     def __init__(self, settings: Settings | None = None, *, clock: Callable[[], float] = time.time,
@@ -7160,14 +7030,19 @@ class Backfeedr(Closing):
                                     max_waiters=max(256, self.settings.threads), max_db_size=self.settings.max_db_size)
         self.metrics = Metrics(self.store)
         self.alerts = Alerts(self.store, self.settings.public_url, self.metrics.digest)
-        self._limiter = limiter or RateLimiter(self.settings.rate_limit)
         self.refused = RefusedReports(self.store)
-        # Python runs one thread at a time. Those that wait here sleep until it is their
-        # turn; those that wait for the interpreter wake up each switch interval to ask.
+        self._limiter = limiter or RateLimiter(self.settings.rate_limit)
+        # Python runs one thread at a time. Those that wait here sleep until it is their turn; those that wait for the
+        # interpreter wake up each switch interval to ask.
         self._turn = threading.Lock()
-        self._requests: Counter = Counter()  # by method, route and status
+        self._requests: Counter[tuple[str, str, int]] = Counter()  # by method, route and status
         self._counting = threading.Lock()
-        self._ingestion: dict[str, tuple[Callable[[bytes, str], Reports], Callable[..., dict[str, Any]]]] = {
+        made = self.store.start(self.settings.api_key, self.settings.auth_token)
+        if made != (None, None):  # without `announce`, another server has the app, whose address is not known
+            known = _url(self.settings.host, self.settings.port) if announce else "https://YOUR-SERVER"
+            (announce or sys.stderr.write)(first_start_text(made, self.settings.public_url.rstrip("/") or known))
+        self.pages = Dashboard(self.store, self.metrics, self.refused, self.alerts, self.settings.public_url)
+        self._ingestion: dict[str, tuple[Callable[[bytes, str], Reports], Callable[..., JsonObject]]] = {
             # By path: what makes reports of a body and a device, and an answer of the reports and their seqs.
             "/api/v1/crashes": (lambda body, _: [parse_crash(decode_json(body))], lambda crashes, seqs: {
                 "id": crash_id(seqs[0]), "group_hash": crashes[0].group_hash}),
@@ -7177,11 +7052,6 @@ class Backfeedr(Closing):
                 "count": len(seqs), "ids": event_ids(seqs)}),
             "/api/v1/diagnostics": (lambda body, device: parse_diagnostics(body, self.store.now, device),
                                     _diagnostics_answer)}
-        made = self.store.start(self.settings.api_key, self.settings.auth_token)
-        if made != (None, None):  # without `announce`, another server has the app, whose address is not known
-            known = _url(self.settings.host, self.settings.port) if announce else "https://YOUR-SERVER"
-            (announce or sys.stderr.write)(first_start_text(made, self.settings.public_url.rstrip("/") or known))
-        self.pages = Dashboard(self.store, self.metrics, self.refused, self.alerts, self.settings.public_url)
         self._router = self._routes()
 
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -7190,7 +7060,7 @@ class Backfeedr(Closing):
             path = path[:-1]
             environ = {**environ, "PATH_INFO": path}
         if method == "POST" and path in self._ingestion:  # not through bottle, which would take as long as our own part
-            body, status, headers = _answer(self._answer_submission, environ)
+            body, status, headers = self._answer(self._answer_submission, environ)
             start_response(_STATUS_LINES[status], [*headers.items(), ("Content-Length", str(len(body)))])
             self._count(method, path, status)
             return [body]
@@ -7202,7 +7072,7 @@ class Backfeedr(Closing):
         outer = None
         with suppress(RuntimeError):
             outer = bottle.request.environ
-        answer = self._router(environ, start_response)
+        answer: Iterable[bytes] = self._router(environ, start_response)
         route = environ["bottle.route"]
         self._count(route.method if route else "other", route.rule if route else "other", bottle.response.status_code)
         if outer is not None:  # an outer bottle restores the path of the request that it finds here
@@ -7214,7 +7084,7 @@ class Backfeedr(Closing):
         with self._counting:
             self._requests[method, rule, status] += 1
 
-    def deliver(self) -> Counter:
+    def deliver(self) -> Counter[str]:
         """Sends the alerts that are due, each once; how many were `sent`, and of how many the try `failed`. `serve`
         does so by itself; under another server, call it every minute, on one host or on several."""
         return self.alerts.deliver()
@@ -7223,66 +7093,123 @@ class Backfeedr(Closing):
         """Closes the database. May be called twice."""
         self.store.close()
 
+    # Routes
+
     def _routes(self) -> bottle.Bottle:
-        ask, router = self.metrics, _Router(self.pages)
-        for method, path, handler in (
-                ("GET", "/health", self._health),
-                ("GET", "/metrics/daily-crashes", self.public_route(ask.daily_crashes, "days")),
-                ("GET", "/metrics/crash-types", self.public_route(ask.crash_types, "days")),
-                ("GET", "/metrics/devices", self.public_route(ask.devices, "days")),
-                ("GET", "/metrics/active-devices", self.public_route(ask.active_devices, "days")),
-                ("GET", "/metrics/sessions", self.public_route(ask.sessions, "days")),
-                ("GET", "/metrics/retention", self.public_route(ask.retention, "days")),
-                ("GET", "/overview", self.public_route(ask.overview)),
-                ("GET", "/releases", self._releases),
-                ("GET", "/crashes", self.admin_route(
-                    ask.groups, "version", "days", "text", "state", "sort", "limit", "cursor")),
-                ("GET", "/crashes/<group_hash>", self._group),
-                ("PATCH", "/crashes/<group_hash>", self._triage),
-                ("GET", "/events", self.admin_route(ask.events, "type", "name", "session_id", "limit", "cursor")),
-                ("GET", "/symbols", self.admin_route(ask.symbols)),
-                ("PUT", "/symbols/<uuid>", self._put_symbols)):
-            router.route("/api/v1" + path, method, partial(_response, handler))
-        router.route("/metrics", "GET", partial(_response, self._prometheus))
-        for path in self._ingestion:  # __call__ answers these; here they give a GET its 405
-            router.route(path, "POST", partial(_response, self._answer_submission))
+        ask, router, admin = self.metrics, bottle.Bottle(), self._question_route
+        public = partial(admin, is_public=True)
+        router.default_error_handler = self._bottle_error
+        routes: Iterable[tuple[str, str, Handler]] = (
+            ("GET", "/api/v1/health", self._health),
+            ("GET", "/api/v1/metrics/daily-crashes", public(ask.daily_crashes, "days")),
+            ("GET", "/api/v1/metrics/crash-types", public(ask.crash_types, "days")),
+            ("GET", "/api/v1/metrics/devices", public(ask.devices, "days")),
+            ("GET", "/api/v1/metrics/active-devices", public(ask.active_devices, "days")),
+            ("GET", "/api/v1/metrics/sessions", public(ask.sessions, "days")),
+            ("GET", "/api/v1/metrics/retention", public(ask.retention, "days")),
+            ("GET", "/api/v1/overview", public(ask.overview)),
+            ("GET", "/api/v1/releases", self._releases),
+            ("GET", "/api/v1/crashes", admin(
+                ask.groups, "version", "days", "text", "state", "sort", "limit", "cursor")),
+            ("GET", "/api/v1/crashes/<group_hash>", admin(ask.group, "limit", "cursor")),
+            ("PATCH", "/api/v1/crashes/<group_hash>", self._triage),
+            ("GET", "/api/v1/events", admin(ask.events, "type", "name", "session_id", "limit", "cursor")),
+            ("GET", "/api/v1/symbols", admin(ask.symbols)),
+            ("PUT", "/api/v1/symbols/<uuid>", self._put_symbols),
+            ("GET", "/metrics", self._prometheus),
+            # __call__ answers these; here they give a GET its 405.
+            *(("POST", path, self._answer_submission) for path in self._ingestion))
+        for method, path, handler in routes:
+            router.route(path, method, partial(self._response, handler))
         for method, path, page in self.pages.routes():
             router.route(path, method, page)
         return router
 
+    def _question_route(self, question: Callable[..., JsonObject], *names: str,
+                        is_public: bool = False) -> Handler:
+        """A route that answers a question about `app` and these parameters: for the admin, or if it is public and the
+        settings say so, for everyone."""
+        def handler(environ: Environ, **path: str) -> Answer:
+            if not (is_public and self.settings.public_metrics):
+                self._check_admin(environ)
+            return 200, question(**path, **_parameters(environ, "app", *names))
+        return handler
+
+    def _check_admin(self, environ: Environ) -> None:
+        scheme, _, token = _header(environ, "AUTHORIZATION").partition(b" ")
+        if scheme.lower() != b"bearer" or not token.strip():
+            raise Refusal("missing admin token")
+        if not self.store.is_admin(token.strip()):
+            raise Refusal("invalid admin token")
+
+    def _admin_body(self, environ: Environ) -> bytes:
+        """The body of a request of the admin's, as it was sent."""
+        body = _read_body(environ, self.settings.max_body_size)
+        self._check_admin(environ)
+        return body
+
+    def _response(self, handler: Handler, **path: str) -> bottle.HTTPResponse:
+        return bottle.HTTPResponse(*self._answer(handler, bottle.request.environ, **path))
+
+    def _answer(self, handler: Handler, environ: Environ, **path: str) -> tuple[bytes, int, dict[str, str]]:
+        """Body, status and headers of what a handler says, whatever happens: a text as it is, all else as JSON."""
+        headers = dict(_HEADERS)
+        try:
+            status, answer = handler(environ, **path)
+        except Refusal as refusal:
+            status, answer = _STATUS.get(str(refusal), 400), {"error": str(refusal)}
+            if refusal.detail:
+                answer["detail"] = refusal.detail
+            if refusal.retry_after is not None:
+                headers["Retry-After"] = str(refusal.retry_after)
+            if isinstance(refusal, Moved):
+                headers["Location"] = self.pages.request(environ).moved("/api/v1/crashes/" + refusal.group_hash)
+            if status == 415:
+                headers["Accept-Encoding"] = "gzip"
+        except Exception:
+            log.exception("unexpected error")
+            return _error_body(500), 500, headers
+        if isinstance(answer, str):
+            headers["Content-Type"] = "text/plain; version=0.0.4; charset=utf-8"
+            return answer.encode(), status, headers
+        return json.dumps(answer).encode(), status, headers
+
+    def _bottle_error(self, error: bottle.HTTPError) -> bottle.HTTPResponse:
+        """What bottle itself refuses, in JSON, or as a page for a browser that is not at the API."""
+        environ, status = bottle.request.environ, error.status_code
+        if "text/html" in environ.get("HTTP_ACCEPT", "") and not environ["PATH_INFO"].startswith("/api/"):
+            page = self.pages.request(environ)
+            answer: bottle.HTTPResponse = self.pages.error_page(page, status, _error_text(status))
+        else:
+            answer = bottle.HTTPResponse(_error_body(status), status, _HEADERS)
+        answer.headers.update({name: value for name, value in error.headers.items() if name == "Allow"})
+        return answer
+
+    # Handlers
+
+    def _health(self, environ: Environ) -> Answer:
+        self.store.check()
+        return 200, {"status": "ok"}
+
     def _releases(self, environ: Environ) -> Answer:
         """As a public route; but a stranger who names no app does not learn the names of all."""
-        status, answer = self.public_route(self.metrics.releases, "sort")(environ)
-        if not _parameters(environ, "app") and not self._is_admin(environ):
+        status, answer = self._question_route(self.metrics.releases, "sort", is_public=True)(environ)
+        try:
+            if not _parameters(environ, "app"):
+                self._check_admin(environ)
+        except Refusal:
             for release in answer["releases"]:
                 del release["app"]
         return status, answer
 
-    def _group(self, environ: Environ, group_hash: str) -> Answer:
-        try:
-            return self.admin_route(self.metrics.group, "limit", "cursor")(environ, group_hash=group_hash)
-        except Moved as moved:
-            raise self._moved(environ, moved)
-
-    def _moved(self, environ: Environ, moved: Moved) -> Moved:
-        moved.location = self.pages.request(environ).moved("/api/v1/crashes/" + moved.group_hash)
-        return moved
-
     def _triage(self, environ: Environ, group_hash: str) -> Answer:
-        body = _read_body(environ, self.settings.max_body_size)
-        self._check_admin(environ)
-        plain = _decompress(environ, body, self.settings.max_body_size)
-        changes, named = parse_triage(decode_json(plain), self.store.now), _parameters(environ, "app")
-        try:
-            self.store.triage(group_hash, changes, **named)
-        except Moved as moved:
-            raise self._moved(environ, moved)
+        body, named = self._admin_body(environ), _parameters(environ, "app")
+        given = decode_json(_decompress(environ, body, self.settings.max_body_size))
+        self.store.triage(group_hash, parse_triage(given, self.store.now), **named)
         return 200, self.metrics.group(group_hash, **named)
 
     def _put_symbols(self, environ: Environ, uuid: str) -> Answer:
-        body = _read_body(environ, self.settings.max_body_size)
-        self._check_admin(environ)
-        build = image_uuid(uuid)
+        body, build = self._admin_body(environ), image_uuid(uuid)
         if not build:
             raise Refusal("invalid uuid", detail="it is not that of a build, as dwarfdump --uuid prints it")
         part = parse_symbols(_decompress(environ, body, self.settings.max_body_size))
@@ -7291,59 +7218,59 @@ class Backfeedr(Closing):
             self.store.regroup_in_background()
         return 200 if was_held else 201, answer
 
-    def _health(self, environ: Environ) -> Answer:
-        self.store.check()
-        return 200, {"status": "ok"}
-
     def _prometheus(self, environ: Environ) -> Answer:
         self._check_admin(environ)
         with self._counting:
             requests = sorted(self._requests.items())
+        refused = [(f"{{app={json.dumps(app, ensure_ascii=False)}}}", n) for app, n in self.refused.by_app().items()]
         figures = [
             ("requests_total", "counter", "Requests that reached the app, by route.", [
-                ('{method="%s",path="%s",status="%d"}' % key, n) for key, n in requests]),
-            *([("rate_limited_total", "counter", "Requests with reports that the rate limit refused, by app.", [
-                ("{app=%s}" % json.dumps(app, ensure_ascii=False), n) for app, n in list(self.refused.total.items())])]
-              if self.refused.total else []),
+                (f'{{method="{method}",path="{path}",status="{status}"}}', n)
+                for (method, path, status), n in requests]),
+            ("rate_limited_total", "counter", "Requests with reports that the rate limit refused, by app.", refused),
             *self.store.vitals()]
-        lines = [line for name, kind, meaning, samples in figures for line in (
+        lines = [line for name, kind, meaning, samples in figures if samples for line in (
             f"# HELP backfeedr_{name} {meaning}", f"# TYPE backfeedr_{name} {kind}",
             *(f"backfeedr_{name}{suffix} {value:.15g}" for suffix, value in samples))]
         return 200, "\n".join([*lines, ""])
 
+    # Reports
+
     def can_batch(self, method: str, path: str, key: str) -> bool:
-        """Whether such a request may share a batch. One about which another host or the database has to be
-        asked would hold up the others."""
+        """Whether such a request may share a batch. It must not ask another host or the database about its key: that
+        would hold up the others."""
         return (method == "POST" and path in self._ingestion and not getattr(self._limiter, "waits", True)
                 and self.store.is_cached_key(sha256(key.encode("latin-1", "replace"))))
 
     def submit_all(self, environs: Iterable[Environ]) -> None:
-        """Decodes requests to the ingestion and stores what they carry in one commit. The WSGI call, which does
-        so for a request that comes alone, then only answers each."""
+        """Decodes requests to the ingestion and stores what they carry in one commit. The WSGI call, which does so for
+        a request that comes alone, then only answers each."""
         submissions = []
         for environ in environs:
             environ[_SUBMISSION] = submission = Submission()
             submissions.append(submission)
             try:
                 self._decode(environ, submission)
+            except Refusal as refusal:
+                refusal.__traceback__ = refusal.__context__ = None  # which hold the body
+                submission.error = refusal
             except Exception as error:
-                if isinstance(error, Refusal):
-                    error.__traceback__ = error.__context__ = None  # which hold the body
                 submission.error = error
             if not submission.reports:  # Apple's payload may be empty
                 submission.receipt = Receipt(range(0), True)
         self.store.add_all([each for each in submissions if each.error is None and each.reports])
-        # A key may have been revoked since it was cached, which a commit finds out, and a refusal must as well.
-        # Each key is looked up once, because a database that is away makes each look wait.
-        refused = [each for each in submissions if each.key_hash and not each.reports]
-        for key_hash in {each.key_hash for each in refused}:
+        self._recheck_keys([each for each in submissions if each.key_hash and not each.reports])
+
+    def _recheck_keys(self, submissions: Sequence[Submission]) -> None:
+        """Of what no commit has stored: a key may have been revoked since it was cached. Each is looked up once,
+        because a database that is away makes each look wait."""
+        for key_hash in {each.key_hash for each in submissions}:
             try:
                 error = None if self.store.is_active_key(key_hash) else Refusal("invalid API key")
             except StorageUnavailable as unavailable:
                 error = unavailable
-            for each in refused:
-                if error and each.key_hash == key_hash:
-                    each.error = error
+            for each in submissions if error else ():
+                each.error = error if each.key_hash == key_hash else each.error
 
     def _answer_submission(self, environ: Environ) -> Answer:
         if _SUBMISSION not in environ:
@@ -7368,7 +7295,11 @@ class Backfeedr(Closing):
             raise Refusal("rate limit exceeded", self._limiter.retry_after(key_hash))
         parse, _ = self._ingestion[environ["PATH_INFO"]]
         with self._turn:
-            signature = self._check_signature(environ, key, body)
+            timestamp, signature = _header(environ, "X_BACKFEEDR_TIMESTAMP"), _header(environ, "X_BACKFEEDR_SIGNATURE")
+            if {"HTTP_X_BACKFEEDR_TIMESTAMP", "HTTP_X_BACKFEEDR_SIGNATURE"} & environ.keys():
+                verify(key, timestamp, signature, body, self.store.now)
+            elif self.settings.require_signature:
+                raise Refusal("signature required")
             plain = _decompress(environ, body, self.settings.max_body_size)
             try:
                 submission.reports = parse(plain, _header(environ, "X_BACKFEEDR_DEVICE").decode("utf-8", "replace"))
@@ -7376,124 +7307,43 @@ class Backfeedr(Closing):
                 raise Refusal("invalid JSON", detail="it is nested too deep") from None
             submission.idempotency = _idempotency(environ, signature, plain)
 
-    def _check_signature(self, environ: Environ, key: bytes, body: bytes) -> bytes:
-        """The signature, if it is good; b"" where there is none and none is required."""
-        timestamp, signature = _header(environ, "X_BACKFEEDR_TIMESTAMP"), _header(environ, "X_BACKFEEDR_SIGNATURE")
-        if "HTTP_X_BACKFEEDR_TIMESTAMP" in environ or "HTTP_X_BACKFEEDR_SIGNATURE" in environ:
-            verify(key, timestamp, signature, body, self.store.now)
-        elif self.settings.require_signature:
-            raise Refusal("signature required")
-        return signature
 
-    def public_route(self, question: Callable[..., JsonObject], *names: str) -> Handler:
-        """A route for everyone, or for the admin where public_metrics is off. Takes `app` and these parameters."""
-        if not self.settings.public_metrics:
-            return self.admin_route(question, *names)
-        return lambda environ, **path: (200, question(**path, **_parameters(environ, "app", *names)))
-
-    def admin_route(self, question: Callable[..., JsonObject], *names: str) -> Handler:
-        """A route for the admin."""
-        def handler(environ: Environ, **path: str) -> Answer:
-            self._check_admin(environ)
-            return 200, question(**path, **_parameters(environ, "app", *names))
-        return handler
-
-    def _is_admin(self, environ: Environ) -> bool:
-        scheme, _, token = _header(environ, "AUTHORIZATION").partition(b" ")
-        return scheme.lower() == b"bearer" and self.store.is_admin(token.strip())
-
-    def _check_admin(self, environ: Environ) -> None:
-        if not re.match(b"(?i)bearer +[^ ]", _header(environ, "AUTHORIZATION")):
-            raise Refusal("missing admin token")
-        if not self._is_admin(environ):
-            raise Refusal("invalid admin token")
-
-
-def _diagnostics_answer(reports: Reports, seqs: Sequence[int]) -> JsonObject:
+def _diagnostics_answer(reports: Sequence[Any], seqs: Sequence[int]) -> JsonObject:
     return {"count": len(seqs), "ids": [crash_id(seq) if type(each) is Crash else event_ids([seq])[0]
                                         for each, seq in zip(reports, seqs)],
-            "group_hashes": [each.group_hash if type(each) is Crash else None for each in reports]}
+            "group_hashes": [getattr(each, "group_hash", None) for each in reports]}
 
 
 class RefusedReports:
-    """Counts what the rate limit refuses, by app: all phones of an app share its key, and are told nothing more than
-    to come again. Logs it once a minute."""
+    """Counts what the rate limit refuses: all phones of an app share its key, and are told no more than to come again.
+    Logs it once a minute."""
 
     def __init__(self, store: Store):
         self._store, self._lock, self._logged_at = store, threading.Lock(), 0
-        self._apps: dict[bytes, str] = {}
-        self.total: Counter = Counter()
-        self._days: Counter = Counter()  # by app and day
+        self._counts: Counter[tuple[bytes, int]] = Counter()  # by key and UTC day
 
     def count(self, key_hash: bytes) -> None:
-        app = self._apps.get(key_hash) or self._apps.setdefault(key_hash, self._store.app_of_key(key_hash))
+        now = self._store.now
         with self._lock:
-            self.total[app] += 1
-            self._days[app, self._store.now // DAY] += 1
-            is_due = not 0 <= self._store.now - self._logged_at < 60 * SECOND
-            self._logged_at = self._store.now if is_due else self._logged_at
-            texts = self._texts(app) if is_due else []
-        for text in texts:
+            self._counts[key_hash, now // DAY] += 1
+            is_due = not 0 <= now - self._logged_at < 60 * SECOND
+            self._logged_at = now if is_due else self._logged_at
+        for text in self.today() if is_due else ():
             log.warning("%s", text)
+
+    def by_app(self, day: int | None = None) -> Counter[str]:
+        """Refused reports by the name of their app, of a UTC day or since this process began."""
+        totals: Counter[str] = Counter()
+        with self._lock:
+            counts = list(self._counts.items())
+        for (key_hash, of_day), count in counts:
+            totals[self._store.app_of_key(key_hash)] += count if day in (None, of_day) else 0
+        return +totals
 
     def today(self, app: str | None = None) -> list[str]:
         """A sentence for each app of which something was refused today."""
-        with self._lock:
-            return self._texts(app)
-
-    def _texts(self, app: str | None) -> list[str]:
-        today = self._store.now // DAY
-        return [f"{count:,} report{'s' if count > 1 else ''} of {name} {'were' if count > 1 else 'was'} refused today:"
-                " rate limit"
-                for (name, day), count in sorted(self._days.items()) if day == today and app in (None, name)]
-
-
-class _Router(bottle.Bottle):
-    """Bottle, whose own refusals are JSON, or a page of ours for a browser that is not at the API."""
-
-    def __init__(self, pages: Dashboard):
-        super().__init__()
-        self._pages = pages
-
-    def default_error_handler(self, error: bottle.HTTPError) -> bottle.HTTPResponse:
-        environ, status = bottle.request.environ, error.status_code
-        if "text/html" in environ.get("HTTP_ACCEPT", "") and not environ["PATH_INFO"].startswith("/api/"):
-            answer = self._pages.error_page(self._pages.request(environ), status, _error_text(status))
-        else:
-            answer = bottle.HTTPResponse(_error_body(status), status, _HEADERS)
-        if "Allow" in error.headers:
-            answer.set_header("Allow", error.headers["Allow"])
-        return answer
-
-
-_SUBMISSION = "backfeedr.submission"  # in an environ
-
-
-def _answer(handler: Handler, environ: Environ, **path: str) -> tuple[bytes, int, dict[str, str]]:
-    """Body, status and headers of what a handler says, whatever happens: a text as it is, all else as JSON."""
-    headers = _HEADERS
-    try:
-        status, answer = handler(environ, **path)
-        if type(answer) is str:
-            return answer.encode(), status, {**headers, "Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-    except Refusal as refusal:
-        status, answer = _STATUS.get(str(refusal), 400), {"error": str(refusal)}
-        if refusal.detail:
-            answer["detail"] = refusal.detail
-        if refusal.retry_after is not None:
-            headers = {**headers, "Retry-After": str(refusal.retry_after)}
-        if isinstance(refusal, Moved):
-            headers = {**headers, "Location": refusal.location}
-        if status == 415:
-            headers = {**headers, "Accept-Encoding": "gzip"}
-    except Exception:
-        log.exception("unexpected error")
-        return _error_body(500), 500, headers
-    return json.dumps(answer).encode(), status, headers
-
-
-def _response(handler: Handler, **path: str) -> bottle.HTTPResponse:
-    return bottle.HTTPResponse(*_answer(handler, bottle.request.environ, **path))
+        return [f"{n:,} report{'s' * (n > 1)} of {name} {'were' if n > 1 else 'was'} refused today: rate limit"
+                for name, n in sorted(self.by_app(self._store.now // DAY).items()) if name and app in (None, name)]
 
 
 def first_start_text(made: FirstStart, url: str) -> str:

@@ -243,8 +243,6 @@ class Connection(psycopg.Connection):
     def execute(self, query: str, parameters: Any = (), **options: Any) -> psycopg.Cursor:
         return super().execute(translated(query), parameters, **options)
 
-    has_facts = False  # whether a commit has noted some
-
     def begin_writing(self, shared: bool) -> None:
         """Locks, unless it is shared, all that writes: a row that is always there, because there may be no app yet."""
         self.run("begin isolation level read committed" + ("" if shared else """;
@@ -256,10 +254,6 @@ class Connection(psycopg.Connection):
         super().execute("""
             select 1 from apps where id in (select app_id from keys where key_hash = any(%s)) order by id for update
             """, (list(key_hashes),))
-
-    def lock_rows(self, query: str, parameters: Any) -> list[Any]:
-        """The rows of a query that no other host holds. Nobody else gets them before this transaction ends."""
-        return self.execute(query + " for update skip locked", parameters).fetchall()
 
     def reserve_seqs(self, now: int, count: int) -> int:
         """The first of so many seqs that follow one another and were never given before."""
