@@ -410,7 +410,7 @@ def sha256(data: bytes | str) -> bytes:
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).digest()
 
 
-_VERSION_PARTS = re.compile(  # what makes it a pre-release follows: 1.3.0-rc.1, 1.3.0b3; +48 says nothing; then its build
+_VERSION_PARTS = re.compile(  # numbers; what makes it a pre-release: 1.3.0-rc.1, 1.3.0b3; +48 says nothing; its build
     r"[vV]?([0-9]+(?:\.[0-9]+)*)(?:-([0-9A-Za-z.-]+)|([A-Za-z][0-9A-Za-z.-]*))?(?:\+[^ (]*)?(?: *\(([^()]+)\))?")
 
 
@@ -2062,15 +2062,16 @@ FLAGS = {"exception_type": 1, "device_model": 2, "app_version": 4, "name": 8}  #
 # Of the app that is asked for, or of all live ones.
 APPS = "app_id in (select id from apps where id = :app or :app is null and is_test = 0)"
 
-TABLES = {Crash: "crashes", Event: "events"}
-COUNTED = {  # a report as the figures see it; `at` is the time at which it counts
+Row = tuple[Any, ...]  # of a row, or all of it
+TABLES: dict[type, str] = {Crash: "crashes", Event: "events"}
+COUNTED: dict[type, Any] = {  # a report as the figures see it; `at` is the time at which it counts
     Crash: namedtuple("CountedCrash", "seq app_id received_at at sent_type app_version build_number device_id_hash"
                                       " session_id group_hash images exception_type device_model exception_reason"
                                       " stack_trace"),
     Event: namedtuple("CountedEvent", "seq app_id received_at at type app_version device_id_hash session_id name")}
 
 
-def counted_rows(db: sqlite3.Connection, kind: type, source: str, parameters: Any = ()) -> list[Any]:
+def counted_rows(db: Any, kind: type, source: str, parameters: Any = ()) -> list[Any]:
     """The counted reports of stored ones; `source` is all of a query that follows its columns."""
     columns = {"at": COUNTED_AT, "sent_type": "exception_type", "stack_trace": "null", **{
         name: f"case when (other & {flag}) > 0 then '{OTHER}' else {name} end" for name, flag in FLAGS.items()}}
@@ -2147,13 +2148,13 @@ class Entities:
 
     def __init__(self, table: str, kind: Any):
         self._table, self._kind = table, kind
-        self.seen: dict[tuple, Any] = {}
+        self.seen: dict[Row, Any] = {}
 
-    def see(self, key: tuple, row: Any) -> None:
+    def see(self, key: Row, row: Any) -> None:
         """Adds what is known of a row."""
         self.seen[key] = self.seen[key].merged(row) if key in self.seen else row
 
-    def stored(self, db: sqlite3.Connection, keys: Iterable[tuple]) -> dict[tuple, Any]:
+    def stored(self, db: Any, keys: Iterable[Row]) -> dict[Row, Any]:
         """The rows with these keys."""
         names = KEYS[self._table]
         return {row[:len(names)]: self._kind(*row[len(names):]) for row in rows_of(db, f"""
@@ -2161,7 +2162,7 @@ class Entities:
             cross join {self._table} on {" and ".join(f"{name} = column{n}" for n, name in enumerate(names, 1))}
             """, list(keys))}
 
-    def save(self, db: sqlite3.Connection) -> list[tuple[tuple, Any, Any]]:
+    def save(self, db: Any) -> list[tuple[Row, Any, Any]]:
         """Writes what is new. Returns each key with its row before, None for none, and after."""
         stored = self.stored(db, self.seen)
         rows = [(key, stored.get(key), stored[key].merged(row) if key in stored else row)
@@ -2179,22 +2180,22 @@ create table new_names (                   -- of an app and a UTC day
     app_id integer not null, day integer not null, field text not null, names integer not null,
     primary key (app_id, day, field)) without rowid;
 """
-    FIELDS = {Crash: ("group_hash", "exception_type", "device_model", "app_version"), Event: ("app_version", "name")}
+    FIELDS: dict[type, Row] = {Crash: ("group_hash", "exception_type", "device_model", "app_version"),
+                               Event: ("app_version", "name")}
 
-    def __init__(self, db: sqlite3.Connection):
+    def __init__(self, db: Any):
         self._db = db
         self.accepted: set[tuple[int, str, str]] = set()  # app_id, field, name; new in this transaction
 
-    def limit(self, app_id: int, received: Sequence[int], reports: Reports) -> tuple[Sequence[int], Reports]:
+    def limit(self, app_id: int, received: Sequence[int], reports: Sequence[Any]) -> tuple[Sequence[int], Reports]:
         """The `other` of each report, and the reports with the group under which they are stored."""
         fields = self.FIELDS[type(reports[0])]
         days: dict[tuple[int, str, str], int] = {}  # on which each name was first received
         for field in fields:
-            pairs = zip(map(attrgetter(field), reports), received)
-            if field == "name":  # those of the ends of sessions are not counted
-                pairs = ((event.name, came) for event, came in zip(reports, received) if event.type not in _ENDS)
-            for name, came in dict.fromkeys(pairs):
-                if name:
+            # With types of events, because the names of the ends of sessions are not counted.
+            kinds = map(attrgetter("type"), reports) if field == "name" else repeat("")
+            for name, kind, came in dict.fromkeys(zip(map(attrgetter(field), reports), kinds, received)):
+                if name and kind not in _ENDS:
                     days.setdefault((app_id, field, name), came // DAY)
         refused = self._refused(days)
         if not refused:
@@ -2228,14 +2229,15 @@ create table new_names (                   -- of an app and a UTC day
             select new_names.* from (values *) as keys
             cross join new_names on app_id = column1 and day = column2 and field = column3""", list(fresh))}
         rows = []
-        for key, names in fresh.items():
-            room = NEW_NAMES[key[2]] - used.get(key, 0)
-            if key[2] == "app_version":
+        for (app_id, day, field), names in fresh.items():
+            room = NEW_NAMES[field] - used.get((app_id, day, field), 0)
+            if field == "app_version":
                 known, = self._db.execute("select count(distinct app_version) from builds where app_id = ?",
-                                          key[:1]).fetchone()
+                                          (app_id,)).fetchone()
                 room = min(room, MAX_RELEASES - known)
-            rows.append((*key, len(names[:max(0, room)])))
-            self.accepted.update(names[:max(0, room)])
+            accepted = names[:max(0, room)]
+            rows.append((app_id, day, field, len(accepted)))
+            self.accepted.update(accepted)
         upsert(self._db, "new_names", [row for row in rows if row[-1]], {"names": "new_names.names + excluded.names"})
         return unknown - self.accepted
 
@@ -2266,7 +2268,7 @@ class Crashes(Figure):
         return {"data": per_day(db, app, days, "crash_days", "crashes")["crashes"]}
 
     @staticmethod
-    def most_frequent(db: sqlite3.Connection, app: int | None, field: str, days: range | None,
+    def most_frequent(db: Any, app: int | None, field: str, days: range | None,
                       limit: int) -> JsonObject:
         """The most frequent labels of these days, or of all that is kept, with their crashes."""
         shown = days or range(ALL_DAYS, ALL_DAYS + 1)
@@ -2298,29 +2300,16 @@ create table groups (
 
     def __init__(self, rollups: RollUps):
         super().__init__(rollups)
-        self._first: dict[tuple, Any] = {}  # crashes by app_id and group_hash, as all of these
-        self._latest: dict[tuple, Any] = {}
-        self._left: dict[tuple, int] = {}  # the latest time of crashes that were taken out
-        self._came: dict[tuple, int] = {}  # when the first was received
-        self._crashes: Counter[tuple] = Counter()
-        self.devices: Counter[tuple] = Counter()  # that are new to a group, or are gone
         self._symbols = rollups.symbols
+        self._came: dict[Row, list[Any]] = defaultdict(list)  # crashes by app_id and group_hash
+        self._left: dict[Row, list[Any]] = defaultdict(list)
+        self.devices: Counter[Row] = Counter()  # that are new to a group, or that it has no longer
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
         for crash in reports:
-            key = crash.app_id, crash.group_hash
-            if by < 0:
-                self._left[key] = max(crash.at, self._left.get(key, 0))
-                continue
-            if crash.at < self._first.setdefault(key, crash).at:
-                self._first[key] = crash
-            if crash.at >= self._latest.setdefault(key, crash).at:
-                self._latest[key] = crash
-        alike = Counter((crash.app_id, crash.group_hash, crash.at // DAY, crash.images, crash.received_at)
-                        for crash in reports)
-        for (app_id, group, day, images, came), crashes in alike.items():
-            self._came[app_id, group] = min(came, self._came.get((app_id, group), came))
-            self._crashes[app_id, group] += by * crashes
+            (self._came if by > 0 else self._left)[crash.app_id, crash.group_hash].append(crash)
+        alike = Counter((crash.app_id, crash.group_hash, crash.at // DAY, crash.images) for crash in reports)
+        for (app_id, group, day, images), crashes in alike.items():
             self._add("group_days", app_id, day, group, crashes=by * crashes)
             for uuid in (images or "").split():
                 self._add("group_images", app_id, group, uuid, crashes=by * crashes)
@@ -2334,25 +2323,26 @@ create table groups (
 
     def save(self) -> None:
         is_later = "case when excluded.last_seen >= groups.last_seen then excluded.{0} else groups.{0} end"
-        upsert(self._db, "groups", [
-            (*key, OTHER if key[1] == OTHER else latest.sent_type, self._first[key].at, self._first[key].app_version,
-             latest.at, *self._shown(key[1], latest), self._crashes[key], self.devices[key], self._came[key])
-            for key, latest in self._latest.items()], {
-                "first_seen": "min(groups.first_seen, excluded.first_seen)",
-                "first_version": "case when excluded.first_seen < groups.first_seen"
-                                 " then excluded.first_version else groups.first_version end",
-                "last_seen": "max(groups.last_seen, excluded.last_seen)",
-                **{name: is_later.format(name) for name in ("exception_reason", "place", "search")},
-                "crashes": "groups.crashes + excluded.crashes", "devices": "groups.devices + excluded.devices",
-                "came_at": "min(groups.came_at, excluded.came_at)"})
-        for key, latest in self._left.items():  # what is left of a group is shown as its latest crash
-            if key not in self._latest:
-                self._db.execute("""
-                    update groups set crashes = crashes + ?, devices = devices + ? where app_id = ? and group_hash = ?
-                    """, (self._crashes[key], self.devices[key], *key))
+        upsert(self._db, "groups", [self._row(*each) for each in self._came.items()], {
+            "first_seen": "min(groups.first_seen, excluded.first_seen)",
+            "first_version": "case when excluded.first_seen < groups.first_seen"
+                             " then excluded.first_version else groups.first_version end",
+            "last_seen": "max(groups.last_seen, excluded.last_seen)",
+            **{name: is_later.format(name) for name in ("exception_reason", "place", "search")},
+            "crashes": "groups.crashes + excluded.crashes", "devices": "groups.devices + excluded.devices",
+            "came_at": "min(groups.came_at, excluded.came_at)"})
+        for key, crashes in self._left.items():  # what is left of a group is shown as its latest crash
+            self._db.execute("""
+                update groups set crashes = crashes - ?, devices = devices + ? where app_id = ? and group_hash = ?
+                """, (len(crashes), 0 if key in self._came else self.devices[key], *key))
             if self._db.execute("select 1 from groups where app_id = ? and group_hash = ? and last_seen <= ?",
-                                (*key, latest)).fetchone():
+                                (*key, max(crash.at for crash in crashes))).fetchone():
                 self.show_latest(*key)
+
+    def _row(self, key: Row, crashes: Sequence[Any]) -> tuple[Any, ...]:
+        first, latest = min(crashes, key=_AT), max(crashes, key=_AT)
+        return (*key, OTHER if key[1] == OTHER else latest.sent_type, first.at, first.app_version, latest.at,
+                *self._shown(key[1], latest), len(crashes), self.devices[key], min(map(_RECEIVED_AT, crashes)))
 
     def drop_empty(self, limit: int = 0) -> int:
         """Deletes the groups that crashes were taken out of, and so many others, where no crash is kept and their week
@@ -2385,7 +2375,8 @@ create table groups (
             select seq from crashes where app_id = ? and group_hash = ? order by {COUNTED_AT} desc, seq desc limit 1
             """, (app_id, group_hash)).fetchall()
         shown: tuple[Any, ...] = (None, None, None, group_hash)  # what its crashes said goes with them
-        for latest in counted_rows(self._db, Crash, "from (values *) as keys cross join crashes on seq = column1", seqs):
+        source = "from (values *) as keys cross join crashes on seq = column1"
+        for latest in counted_rows(self._db, Crash, source, seqs):
             trace, = self._db.execute("select stack_trace from crashes where seq = ?", (latest.seq,)).fetchone()
             shown = (latest.at, *self._shown(group_hash, latest._replace(stack_trace=trace)))
         self._db.execute("""
@@ -2414,7 +2405,7 @@ create table groups (
         move_triage(db, app_id, group_hash, target)
 
     @staticmethod
-    def most_frequent(db: sqlite3.Connection, app: int | None, days: range) -> list[JsonObject]:
+    def most_frequent(db: Any, app: int | None, days: range) -> list[JsonObject]:
         """The five most frequent groups of these days, at most the last seven; of several apps, the latest's name."""
         return dict_rows(db, f"""
             select top.group_hash, exception_type, substr(coalesce(exception_reason, ''), 1, 200) as exception_reason,
@@ -2434,6 +2425,8 @@ create table groups (
 
 
 _GROUP_DEVICE = attrgetter("app_id", "group_hash", "device_id_hash")
+_AT = attrgetter("at", "seq")
+_RECEIVED_AT = attrgetter("received_at")
 
 
 class Releases(Figure):
@@ -2452,11 +2445,12 @@ create view releases as
     SUMS = {"release_sums": Sums("app_version", "sessions crashed_sessions crashes devices crashed_devices"),
             "release_days": Sums("day app_version", "sessions", WEEK)}
     COUNTS = (Crash, Event)
-    BUILD = {Crash: attrgetter("app_id", "app_version", "build_number"), Event: attrgetter("app_id", "app_version")}
+    BUILD: dict[type, Any] = {Crash: attrgetter("app_id", "app_version", "build_number"),
+                              Event: attrgetter("app_id", "app_version")}
 
     def __init__(self, rollups: RollUps):
         super().__init__(rollups)
-        self._seen: dict[tuple, tuple[int, int]] = {}  # by app_id, app_version and build_number: the rest of its row
+        self._seen: dict[Row, tuple[int, int]] = {}  # by app_id, app_version and build_number: the rest of its row
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
         for (app_id, version, *build), run in groupby(reports, self.BUILD[kind]):
@@ -2478,14 +2472,18 @@ create view releases as
                     "first_seen": "min(builds.first_seen, excluded.first_seen)",
                     "last_seen": "max(builds.last_seen, excluded.last_seen)"})
 
+    ASKED = f"""(
+        select app_id, app_version, min(first_seen) as first_seen, max(last_seen) as last_seen from builds
+        where {APPS} group by app_id, app_version) as releases"""  # for which SQLite would look at all of the view
+
     @staticmethod
-    def pairs(db: sqlite3.Connection, app: int | None) -> list[Pair]:
+    def pairs(db: Any, app: int | None) -> list[Pair]:
         """Each release with the one before it: the highest lower version that was seen before it. So neither a version
         that comes late nor one that is no release, such as 99.0, hides the others."""
-        come: dict[int, list[tuple]] = defaultdict(list)  # by version
+        come: dict[int, list[Row]] = defaultdict(list)  # by version
         pairs = []
         rows = db.execute(f"""
-            select app_id, app_version, first_seen from releases where {APPS} and app_version <> '{OTHER}'
+            select app_id, app_version, first_seen from {Releases.ASKED} where app_version <> '{OTHER}'
             """, {"app": app})
         for app_id, version, first in sorted(rows, key=lambda row: (row[2], version_key(row[1]))):
             own = version_key(version), version, first
@@ -2495,15 +2493,15 @@ create view releases as
         return pairs
 
     @staticmethod
-    def newest(db: sqlite3.Connection, app: int | None, since: int) -> dict[int, str]:
+    def newest(db: Any, app: int | None, since: int) -> dict[int, str]:
         """That of each app, by its id: the last that came. An old version that comes late is none, unless more of the
         sessions since that day are its: an app may count its versions anew."""
-        leaders: dict[int, tuple] = {}
+        leaders: dict[int, Row] = {}
         for app_id, version, recent in db.execute(f"""
                 select app_id, app_version, coalesce((
                     select sum(sessions) from release_days
                     where app_id = releases.app_id and day >= :since and app_version = releases.app_version), 0)
-                from releases where {APPS} and app_version <> '{OTHER}' order by first_seen, app_version
+                from {Releases.ASKED} where app_version <> '{OTHER}' order by first_seen, app_version
                 """, {"app": app, "since": since}):
             own, leader = version_key(version), leaders.get(app_id)
             if leader is None or own >= leader[0] or recent > leader[1]:
@@ -2511,10 +2509,10 @@ create view releases as
         return {app_id: version for app_id, (_, _, version) in leaders.items()}
 
     @staticmethod
-    def healths(db: sqlite3.Connection, pairs: Sequence[Pair], now: int) -> dict[Pair, list[Health]]:
+    def healths(db: Any, pairs: Sequence[Pair], now: int) -> dict[Pair, list[Health]]:
         """That of a release and of the one before it at equal ages: of the devices that came to the newer until the
         last full hour, and to the other within as long a time."""
-        spans: dict[Pair, tuple[tuple, tuple]] = {}
+        spans: dict[Pair, tuple[Row, Row]] = {}
         for pair in pairs:
             end = min(now, pair.first_seen + HEALTH_DAYS * DAY) // HOUR
             end_before = (pair.before_seen + end * HOUR - pair.first_seen + HOUR // 2) // HOUR
@@ -2528,7 +2526,7 @@ create view releases as
         return {pair: [found.get(span, Health(0, 0)) for span in both] for pair, both in spans.items()}
 
     @staticmethod
-    def latest(db: sqlite3.Connection, app: int | None, days: range) -> list[JsonObject]:
+    def latest(db: Any, app: int | None, days: range) -> list[JsonObject]:
         """The latest 100 releases, with their share of the sessions of these days: `recent` to `of_all`."""
         return dict_rows(db, f"""
             select latest.app_id, apps.name as app, latest.app_version, coalesce(sessions, 0) as sessions,
@@ -2538,7 +2536,7 @@ create view releases as
                     and day between :first and :last and app_version = latest.app_version) as recent,
                 (select sum(sessions) from session_days where app_id = latest.app_id
                     and day between :first and :last) as of_all
-            from (select * from releases where {APPS} order by first_seen desc, app_version, app_id limit 100) as latest
+            from (select * from {Releases.ASKED} order by first_seen desc, app_version, app_id limit 100) as latest
             join apps on apps.id = latest.app_id
             left join release_sums using (app_id, app_version)
             order by first_seen desc, latest.app_version, latest.app_id
@@ -2650,7 +2648,7 @@ create table medians (                     -- of the durations of a day that is 
     app_id integer not null, day integer not null, seconds integer not null,
     primary key (app_id, day)) without rowid;
 """
-    SUMS = {"session_days": Sums("day", "sessions ended session_ms"),  # `ended` have a duration; session_ms is their sum
+    SUMS = {"session_days": Sums("day", "sessions ended session_ms"),  # `ended` have a duration; session_ms is the sum
             "durations": Sums("day seconds", "sessions", DURATION_DAYS)}  # seconds in two significant digits
     COUNTS = (Crash, Event)
     MEDIAN = """
@@ -2724,7 +2722,7 @@ create table medians (                     -- of the durations of a day that is 
             where seconds is not null""", (self._now // DAY - DURATION_DAYS, self._now // DAY - 2, TRIMMED))
 
     @staticmethod
-    def per_day(db: sqlite3.Connection, app: int | None, days: range) -> JsonObject:
+    def per_day(db: Any, app: int | None, days: range) -> JsonObject:
         """Sessions, the mean and the median of their seconds. Of several apps together there is no median."""
         sums = per_day(db, app, days, "session_days", "sessions", "ended", "session_ms")
         medians = dict(db.execute(f"""
@@ -2795,8 +2793,8 @@ create table device_versions (
         super().__init__(rollups)
         self._devices = Entities("devices", SeenDevice)
         self._versions = Entities("device_versions", SeenVersion)
-        self._days: dict[tuple, set[int]] = defaultdict(set)  # by app_id and device
-        self._spans: Counter[tuple] = Counter()  # app_id, column of active_days, first day, day after the last: devices
+        self._days: dict[Row, set[int]] = defaultdict(set)  # by app_id and device
+        self._spans: Counter[Row] = Counter()  # app_id, column of active_days, first day, day after the last: devices
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
         """Reports that are forgotten do not count here: their device is forgotten as a whole."""
@@ -2841,7 +2839,7 @@ create table device_versions (
 
     def save_versions(self) -> None:
         """Writes what is new of devices in releases."""
-        alike: Counter[tuple] = Counter()
+        alike: Counter[Row] = Counter()
         for (app_id, _, version), before, after in self._versions.save(self._db):
             if before != after:
                 alike[app_id, version, after] += 1
@@ -2850,16 +2848,17 @@ create table device_versions (
             if seen:
                 self._count_version(app_id, version, seen, count)
 
-    def _save_days(self, devices: Sequence[tuple[tuple, SeenDevice | None, SeenDevice]]) -> None:
+    def _save_days(self, devices: Sequence[tuple[Row, SeenDevice | None, SeenDevice]]) -> None:
         """Days on which a device was not seen before. Mostly there are none: its last day is in its row."""
         fresh = [each for each in devices if each[1] is None or each[2].first_day < each[1].first_day
                  or self._days[each[0]] - {each[1].last_hour // 24}]
-        near = defaultdict(list)  # the days around them, which decide what changes
+        around = {key: {*self._days[key], self._devices.seen[key].first_day, before.first_day}
+                  for key, before, _ in fresh if before}
+        near: dict[Row, list[int]] = defaultdict(list)  # the days around them decide what changes
         for app_id, device, day in rows_of(self._db, """
                 select app_id, device, day from (values *) as keys cross join device_days
                     on app_id = column1 and device = column2 and day between column3 and column4
-                order by day""", [(*key, min(span) - 30, max(span) + 30) for key, before, _ in fresh if before
-                                  for span in [{*self._days[key], self._devices.seen[key].first_day, before.first_day}]]):
+                order by day""", [(*key, min(days) - 30, max(days) + 30) for key, days in around.items()]):
             near[app_id, device].append(day)
         rows = []
         for key, before, after in fresh:
@@ -2927,13 +2926,10 @@ create table device_versions (
             for column, later in Devices.BACK.items()}}
 
     @staticmethod
-    def last_24_hours(db: sqlite3.Connection, app: int | None, now: int) -> int:
+    def last_24_hours(db: Any, app: int | None, now: int) -> int:
         """Devices that were seen in the last 24 hours, rounded to the full hour."""
-        return db.execute(f"select coalesce(sum(devices), 0) from device_hours where {APPS} and hour >= :since",
-                          {"app": app, "since": (now - DAY) // HOUR}).fetchone()[0]
-
-
-_RECEIVED_AT = attrgetter("received_at")
+        return int(db.execute(f"select coalesce(sum(devices), 0) from device_hours where {APPS} and hour >= :since",
+                              {"app": app, "since": (now - DAY) // HOUR}).fetchone()[0])
 
 
 @lru_cache(maxsize=4096)
@@ -2991,7 +2987,7 @@ class RollUps:
     def __init__(self, db: Any, now: int, symbols: Symbols | None = None):
         self.db, self.now, self.symbols, self.names = db, now, symbols or Symbols(db), NewNames(db)
         self._is_expiry = False
-        self._changes: dict[str, dict[tuple, dict[str, int]]] = defaultdict(dict)  # by table and key
+        self._changes: dict[str, dict[Row, dict[str, int]]] = defaultdict(dict)  # by table and key
         self._windows = {
             table: ("hour", now // HOUR - sums.window) if "hour" in sums.key else ("day", now // DAY - sums.window)
             for table, sums in SUMS.items() if sums.window}  # its column, and the first day or hour that is kept
@@ -3030,7 +3026,7 @@ class RollUps:
         self._changes.clear()
         self.figures[Groups].drop_empty()
 
-    def _save_sums(self, table: str, changes: Mapping[tuple, Mapping[str, int]]) -> None:
+    def _save_sums(self, table: str, changes: Mapping[Row, Mapping[str, int]]) -> None:
         columns = SUMS[table].columns.split()
         upsert(self.db, table, [(*key, *row.values()) for key, row in changes.items()],
                {column: f"{table}.{column} + excluded.{column}" for column in columns})
@@ -3047,14 +3043,14 @@ class RollUps:
         deleted += self._delete_some("release_hours", f"""
             hour > (select first_seen / {HOUR} + {24 * HEALTH_DAYS} from releases
                 where app_id = release_hours.app_id and app_version = release_hours.app_version)""")
-        return deleted + self.figures[Groups].drop_empty(TRIMMED)
+        return deleted + int(self.figures[Groups].drop_empty(TRIMMED))
 
     def _delete_some(self, table: str, condition: str) -> int:
         key = ", ".join(KEYS[table])
-        return self.db.execute(f"""
+        return int(self.db.execute(f"""
             delete from {table} where ({key}) in (
                 select {key} from {table} where app_id in (select id from apps) and {condition} limit ?)
-            """, (TRIMMED,)).rowcount
+            """, (TRIMMED,)).rowcount)
 
 
 def labelled(rows: Iterable[tuple[str, int]]) -> JsonObject:
@@ -3077,26 +3073,26 @@ STATEMENTS = 512  # prepared statements that are kept: an insert is a different 
 ROWS = 128  # in a statement
 
 
-def upsert(db: Any, table: str, rows: Sequence[tuple], changes: Mapping[str, str]) -> None:
+def upsert(db: Any, table: str, rows: Sequence[Row], changes: Mapping[str, str]) -> None:
     """Inserts whole rows. Where there is one with the same key, some of its columns change instead."""
     write_rows(db, f"""
         insert into {table} values * on conflict ({", ".join(KEYS[table])}) do update set
             {", ".join(f"{column} = {change}" for column, change in changes.items())}""", rows)
 
 
-def write_rows(db: Any, statement: str, rows: Sequence[tuple]) -> None:
+def write_rows(db: Any, statement: str, rows: Sequence[Row]) -> None:
     """Runs a statement for all rows, its `values *` standing for their placeholders. In few parts: Python releases
     its lock for each, and under load has to queue for it again. executemany would queue once a row."""
     for _ in _in_parts(db, statement, rows):
         pass
 
 
-def rows_of(db: Any, query: str, keys: Sequence[tuple]) -> list[tuple]:
+def rows_of(db: Any, query: str, keys: Sequence[Row]) -> list[Row]:
     """The rows of a query for all keys, its `values *` standing for their placeholders."""
     return [row for cursor in _in_parts(db, query, keys) for row in cursor]
 
 
-def _in_parts(db: Any, statement: str, rows: Sequence[tuple]) -> Iterator[Any]:
+def _in_parts(db: Any, statement: str, rows: Sequence[Row]) -> Iterator[Any]:
     for start in range(0, len(rows), ROWS):
         part = rows[start:start + ROWS]
         yield db.execute(_with_placeholders(statement, len(part), len(part[0])), list(chain.from_iterable(part)))
@@ -5257,7 +5253,7 @@ class Metrics:
             "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"]),
             "verdict": verdicts.get((row["app_id"], row["app_version"]))} for row in rows))}
 
-    def _verdicts(self, db: Connection, app_id: int | None, releases: Container[tuple]) -> dict[tuple, JsonObject]:
+    def _verdicts(self, db: Connection, app_id: int | None, releases: Container[Row]) -> dict[Row, JsonObject]:
         """The verdicts of these releases, by app id and version; of those that have one."""
         pairs = [pair for pair in Releases.pairs(db, app_id) if pair[:2] in releases]
         return {pair[:2]: {**said, "before": pair.before}
@@ -5327,11 +5323,12 @@ class Metrics:
             raise Refusal("invalid sort")
         column = SORTS[sort or "crashes"]
         value, group = _parse_cursor(cursor, r"([0-9]{1,18})-([0-9a-f]{16}|\(other\))", (MAX_NUMBER, ""))
-        shown, week = self._last_days(days) if days else [None], self._last_days(WEEK)[0] * DAY
+        shown: Sequence[int | None] = self._last_days(days) if days else [None]
+        week = self._last_days(WEEK)[0] * DAY
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, **_version_filter(version), "first": shown[0], "last": shown[-1],
                           "text": text and text.casefold(), "limit": limit + 1, "value": int(value), "group": group,
-                          "week": week, "since": shown[0] * DAY - MAX_SKEW if days else 0}
+                          "week": week, "since": (shown[0] or 0) * DAY - MAX_SKEW if days else 0}
             rows = dict_rows(db, f"""
                 select * from (
                     select group_hash, sum(crashes) as count, sum(devices) as devices, max(latest) as last_seen, (

@@ -5006,7 +5006,7 @@ def test_each_question_and_a_commit_look_up_what_they_need_by_an_index(api):
         db.set_trace_callback(None)
         # Versions of SQLite say it differently.
         steps = {re.sub("(?<=SEARCH) TABLE|(?<=SCAN) TABLE| AS \\w+| LEFT-JOIN", "", step)
-                 for query in queries if query.split()[0].lower() in ("select", "with")
+                 for query in queries if query.split()[0].lower() in ("select", "with", "update")
                  for *_, step in db.execute("explain query plan " + query)}
         assert {f"SEARCH {step}" for step in plan} <= steps, question
         scanned = {step.split()[1] for step in steps if step.startswith("SCAN ")}
