@@ -223,8 +223,8 @@ create index crashes_by_group on crashes (  -- covers what groups are counted by
     device_id_hash);
 """
 DEVICE_INDEX = """
-create index crashes_by_device on crashes (  -- tells whether a group has a device
-    app_id, group_hash, device_id_hash);
+create index crashes_by_device on crashes (  -- tells whether a group has a device, and what to forget of one
+    device_id_hash, app_id, group_hash);
 """
 REPORT_TABLES = """
 create table apps (

@@ -7262,8 +7262,10 @@ def test_the_feed_has_new_and_regressed_groups_for_whoever_has_its_token(serve, 
     person = Person(api.server)
     person.sign_in()
     hostile = "<b>&'\"\x01\ufffe\ud800]]>"
-    hashes = [api.post(CRASHES, {**CRASH, "exception_type": each, "occurred_at": f"2026-03-12T14:0{n}:00Z",
-                                 "app_version": "1.0"})[1]["group_hash"] for n, each in enumerate(["A", hostile])]
+    hashes = []
+    for each in ("A", hostile):
+        hashes.append(api.post(CRASHES, {**CRASH, "exception_type": each, "app_version": "1.0"})[1]["group_hash"])
+        clock.move(60)
     for path in ("/crashes.atom", "/crashes.atom?token=", "/crashes.atom?token=" + TOKEN, "/crashes.atom?token=\xff"):
         assert feed_of(person, path, 404)[1].json == {"error": "not found"}, "there is no token yet"
     page = submit(person.get("/apps"), "make-feed").text
@@ -7273,7 +7275,7 @@ def test_the_feed_has_new_and_regressed_groups_for_whoever_has_its_token(serve, 
     stranger = Person(api.server)
     entries, feed = feed_of(stranger, url)
     assert [entry[:2] for entry in entries] == [
-        ("New: <b>&'\"\ufffd\ufffd\ufffd]]>", "2026-03-12T14:01:00Z"), ("New: A", "2026-03-12T14:00:00Z")]
+        ("New: <b>&'\"\ufffd\ufffd\ufffd]]>", "2026-03-12T14:31:00Z"), ("New: A", NOW)]
     assert entries[1][3] == f"http://crashes.example.com/crashes/{hashes[0]}?app=default"
     links = {each.attrib.get("rel"): each.attrib["href"] for each in feed.findall("{http://www.w3.org/2005/Atom}link")}
     assert links["self"] == "http://crashes.example.com" + url
@@ -7283,7 +7285,7 @@ def test_the_feed_has_new_and_regressed_groups_for_whoever_has_its_token(serve, 
         insert into triage (app_id, group_hash, state, changed_at, regressed_at)
         values (1, '{hashes[0]}', 'open', 0, {api.server.store.now})""")
     later, _ = feed_of(stranger, url)
-    assert later[0][:2] == ("Regressed: A", NOW) and later[1:] == entries and later[0][2] != entries[1][2]
+    assert later[0][:2] == ("Regressed: A", "2026-03-12T14:32:00Z") and later[1:] == entries and later[0][2] != entries[1][2]
     assert feed_of(stranger, url + "&app=Beta")[0] == [] and feed_of(stranger, url + "&app=default")[0] == later
     feed_of(stranger, url + "&app=nobody", 404)
     for number in range(60):
