@@ -2988,9 +2988,9 @@ class RollUps:
         self.db, self.now, self.symbols, self.names = db, now, symbols or Symbols(db), NewNames(db)
         self._is_expiry = False
         self._changes: dict[str, dict[Row, dict[str, int]]] = defaultdict(dict)  # by table and key
-        self._windows = {
-            table: ("hour", now // HOUR - sums.window) if "hour" in sums.key else ("day", now // DAY - sums.window)
-            for table, sums in SUMS.items() if sums.window}  # its column, and the first day or hour that is kept
+        self._windows = {  # the place of the day or hour in the key, and the first that is kept
+            table: (KEYS[table].index(unit), now // (HOUR if unit == "hour" else DAY) - sums.window)
+            for table, sums in SUMS.items() if sums.window for unit in sums.key.split() if unit in ("day", "hour")}
         self.figures: dict[type, Any] = {each: each(self) for each in FIGURES}
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
@@ -3008,11 +3008,12 @@ class RollUps:
         sums = SUMS[table]
         if self._is_expiry and sums.lasts:
             return
-        if table in self._windows:
-            column, first = self._windows[table]
-            if key[KEYS[table].index(column)] < first:
-                return
-        row = self._changes[table].setdefault(key, dict.fromkeys(sums.columns.split(), 0))
+        place, first = self._windows.get(table, (0, 0))
+        if key[place] < first:
+            return
+        row = self._changes[table].get(key)
+        if row is None:
+            row = self._changes[table][key] = dict.fromkeys(sums.columns.split(), 0)
         for name, count in counts.items():
             row[name] += count
 
@@ -3037,8 +3038,9 @@ class RollUps:
     def trim(self) -> int:
         """Once a day: deletes some of the rows whose window is over; how many."""
         self.figures[Sessions].close_days()
-        deleted = sum(self._delete_some(table, f"{column} < {first}")
-                      for table, (column, first) in [*self._windows.items(), ("new_names", ("day", self.now // DAY))])
+        deleted = self._delete_some("new_names", f"day < {self.now // DAY}")
+        deleted += sum(self._delete_some(table, f"{KEYS[table][place]} < {first}")
+                       for table, (place, first) in self._windows.items())
         # Beyond this age of its release, a verdict asks for no hour.
         deleted += self._delete_some("release_hours", f"""
             hour > (select first_seen / {HOUR} + {24 * HEALTH_DAYS} from releases

@@ -3323,7 +3323,19 @@ def test_reports_of_made_up_times_leave_only_lasting_sums_behind(one_day, clock)
     clock.move(402 * A_DAY)
     one_day.store.prune()
     assert {table for table in REPORT_TABLES if count(one_day, table)} \
-        == {"crash_days", "session_days", "medians", "active_days", "cohorts", "release_sums", "builds"}
+        == {"crash_days", "session_days", "active_days", "cohorts", "release_sums", "release_hours", "builds"}
+
+
+def test_hours_of_a_release_go_when_no_verdict_asks_for_them(keeping, clock):
+    server = keeping()
+    for days in (0, 89, 2):
+        clock.move(days * A_DAY)
+        add(server, type="custom", app_version="1.0", device_id_hash=f"d{days}")
+    assert count(server, "release_hours") == 3
+    clock.move(A_DAY)
+    server.store.prune()
+    assert count(server, "release_hours") == 2
+    assert sql(server.store.path, "select devices from release_sums") == [(3,)]
 
 
 LABELS = f"select label, crashes from labels where day = {backfeedr.ALL_DAYS} and field = "
@@ -5440,7 +5452,8 @@ def test_the_latest_crash_of_a_group_is_the_one_that_occurred_last(api):
 
 
 def test_versions_sort_as_people_expect():
-    ordered = ["1.2.0b3", "1.2.0b10", "1.2.0-rc.1", "1.2.0-rc.2", "1.2.0-rc.10", "1.2.0", "1.2.0 (9)", "1.2.0 (10)",
+    assert backfeedr.version_key("v1.3+48") == backfeedr.version_key("1.3.0")
+    ordered = ["nightly", "1.2.0b3", "1.2.0b10", "1.2.0-rc.1", "1.2.0-rc.2", "1.2.0-rc.10", "1.2.0", "1.2.0 (9)", "1.2.0 (10)",
                "1.9", "1.10", "1.11b1", "1.11", "2024.1"]
     shuffled = random.Random(1).sample(ordered, len(ordered))
     assert sorted(shuffled, key=backfeedr.version_key) == ordered
