@@ -3490,7 +3490,8 @@ def _migrate_to_5(db: Connection, run: Callable[[Connection, str], None], versio
     nothing of builds and names of events, which are counted from the reports."""
     run(db, "".join(f"alter table groups add column {name} integer not null default 0;\n"
                     for name in ("crashes", "devices", "came_at"))
-        + "alter table releases rename to old_releases;\n" + "alter table builds rename to old_builds;\n" * (version > 3)
+        + "alter table releases rename to old_releases;\n"
+        + "alter table builds rename to old_builds;\n" * (version > 3)
         + Releases.TABLES + DEVICE_INDEX)
     if version > 3:
         Groups.recount(db)
@@ -5318,7 +5319,7 @@ class Metrics:
                cursor: str | None = None) -> JsonObject:
         """The groups of the crashes that are kept: those with most crashes first, or as `sort` says. `version` may end
         with *; `text` is in what the list shows, or in symbols and files of the app in the latest crash; `state` is one
-        of GROUPS_OF. `is_new`: first seen in this version, or without one, within 7 days."""
+        of GROUPS_OF. `is_new`: first seen in this version, or without one, received first within 7 days."""
         if state not in GROUPS_OF:
             raise Refusal("invalid state", detail=f"it is none of {', '.join(filter(None, GROUPS_OF))}")
         if sort not in (None, *SORTS):
