@@ -212,12 +212,16 @@ def _from_text(text: str, kind: type) -> Any:
 # files, and it ascends: inserts append, and retention deletes from the front.
 
 APPLICATION_ID = 0x62666472  # "bfdr": tells our files from other people's
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 GROUP_INDEX = """
 create index crashes_by_group on crashes (  -- covers what groups are counted by
     app_id, group_hash, received_at, occurred_at, clock_ahead_ms, app_version, os_version, device_model,
     device_id_hash);
+"""
+DEVICE_INDEX = """
+create index crashes_by_device on crashes (  -- tells whether a group has a device, and what to forget of one
+    device_id_hash, app_id, group_hash);
 """
 REPORT_TABLES = """
 create table apps (
@@ -266,7 +270,7 @@ create table given_seqs (                  -- all seqs that were ever given are 
 -- the highest of its that went early, and worse_, first_seen of its release that was told last to be worse;
 -- trimmed_day, on which old sums were deleted last.
 create table state (name text primary key, value integer not null) without rowid;
-""" + GROUP_INDEX
+""" + GROUP_INDEX + DEVICE_INDEX
 
 
 # == Values ====================================================================
@@ -403,13 +407,25 @@ def sha256(data: bytes | str) -> bytes:
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).digest()
 
 
-def version_key(version: str) -> list[Any]:
-    """Sorts 1.10 after 1.9, 1.2 (10) after 1.2 (9), and 1.2.0-rc.1 and 1.2.0b3 before 1.2.0."""
-    release, *pre_releases = re.split("-|(?<=[0-9])(?=[A-Za-z])", version, maxsplit=1)
-    pre_release = "".join(pre_releases)
-    numbers = [[(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.findall("[0-9]+|[^0-9]+", text)]
-               for text in (release, pre_release)]
-    return [numbers[0], not pre_releases, numbers[1]]
+_VERSION_PARTS = re.compile(  # numbers; what makes it a pre-release: 1.3.0-rc.1, 1.3.0b3; +48 says nothing; its build
+    r"[vV]?([0-9]+(?:\.[0-9]+)*)(?:-([0-9A-Za-z.-]+)|([A-Za-z][0-9A-Za-z.-]*))?(?:\+[^ (]*)?(?: *\(([^()]+)\))?")
+
+
+def version_key(version: str) -> tuple[Any, ...]:
+    """What orders versions, and builds: 1.10 is after 1.9, 1.2 (10) after 1.2 (9), 1.2.0-rc.1 and 1.2.0b3 before 1.2.0,
+    and 1.3 is 1.3.0. First is whether there are numbers to go by: without, it is below all others."""
+    match = _VERSION_PARTS.fullmatch(version)
+    if match is None:
+        return False, [], False, _words(version), []
+    numbers, further = list(map(int, match[1].split("."))), match[2] or match[3] or ""
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return True, numbers, not further, _words(further), _words(match[4] or "")
+
+
+def _words(text: str) -> list[tuple[int, int, str]]:
+    return [(0, int(word), "") if word.isdecimal() else (1, 0, word)
+            for word in re.findall("[0-9]+|[A-Za-z]+", text)]
 
 
 # == Grouping ==================================================================
@@ -1849,22 +1865,6 @@ def move_triage(db: Any, app_id: int, group_hash: str, target: str) -> None:
         _write_decision(db, app_id, target, decision)
 
 
-_VERSION_NUMBERS = re.compile(  # and what makes it a pre-release: 1.3.0-rc.1, 1.3.0b3; +48 says nothing
-    r"[vV]?([0-9]+(?:\.[0-9]+)*)(?:-([0-9A-Za-z.-]+)|([A-Za-z][0-9A-Za-z.-]*))?(?:\+.*)?")
-
-
-def _comparable(text: str) -> tuple[Any, ...] | None:
-    """What orders versions, or builds: 1.3 and 1.3.0 are the same. None where it has no numbers to go by."""
-    match = _VERSION_NUMBERS.fullmatch(text)
-    if match is None:
-        return None
-    numbers, further = list(map(int, match[1].split("."))), match[2] or match[3] or ""
-    while numbers and not numbers[-1]:
-        numbers.pop()
-    return numbers, not further, [(0, int(word), "") if word.isdecimal() else (1, 0, word)
-                                  for word in re.findall("[0-9]+|[A-Za-z]+", further)]
-
-
 def with_build(version: str | None, build: str | None) -> str:
     """A version with its build: 1.3.0 (48). Either may be missing."""
     return " ".join(filter(None, (version, build and f"({build})")))
@@ -1879,12 +1879,12 @@ def _split_build(text: str) -> tuple[str, str]:
 def _has_reached(version: str, build: str, fixed_in: str) -> bool | None:
     """Whether a version and build is that of a fix, or a later one. None where they cannot be compared."""
     fixed_version, fixed_build = _split_build(fixed_in)
-    numbers, fixed_numbers = _comparable(version), _comparable(fixed_version)
-    if version == fixed_version or numbers and numbers == fixed_numbers:
+    ours, theirs = version_key(version), version_key(fixed_version)
+    if version == fixed_version or ours[0] and ours == theirs:
         if fixed_build in ("", build):
             return True
-        numbers, fixed_numbers = _comparable(build), _comparable(fixed_build)
-    return numbers > fixed_numbers if numbers and fixed_numbers else None
+        ours, theirs = version_key(build), version_key(fixed_build)
+    return ours > theirs if ours[0] and theirs[0] else None
 
 
 def _first_seen(db: Any, app_id: int, version: str, build: str) -> int | None:
@@ -1937,14 +1937,13 @@ def see_crashes(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], are
     groups: dict[tuple[int, str], list[Any]] = defaultdict(list)
     for crash in crashes:
         groups[crash.app_id, crash.group_hash].append(crash)
-    fresh, accepted = rollups.figures[GroupDevices].new, rollups.names.accepted
+    fresh, accepted = rollups.figures[Groups].devices, rollups.names.accepted
     for app_id, group_hash, total, devices, exception_type, place, *triage in rows_of(db, f"""
-            select column1, column2, coalesce(crashes, 0), coalesce(devices, 0), exception_type, coalesce(place, ''),
+            select column1, column2, crashes, devices, exception_type, coalesce(place, ''),
                 {", ".join(Decision._fields)}
             from (values *) as keys
             cross join apps on apps.id = column1 and is_test = 0
             cross join groups on groups.app_id = column1 and groups.group_hash = column2
-            left join group_sums on group_sums.app_id = column1 and group_sums.group_hash = column2
             left join triage on triage.app_id = column1 and triage.group_hash = column2""", list(groups)):
         decision, seen, new = Decision(*triage), groups[app_id, group_hash], fresh[app_id, group_hash]
         facts = []
@@ -1986,37 +1985,37 @@ def note_fact(db: Any, kind: str, app_id: int, at: int, group_hash: str | None, 
 # == Figures ===================================================================
 # What the server counts. A figure is a class: its tables, how reports count in it, and the questions it answers.
 # Reports count by 1 when they are stored and by -1 when a device is forgotten, in the transaction that changes their
-# rows, so a sum always equals a count over the rows. When reports expire, sums stay; only what describes the reports
-# that are kept goes with them. `check` counts all again.
+# rows, so a sum always equals a count over the rows. When reports expire, sums that last stay as they are; all else
+# describes what is kept. `check` counts everything again.
 
 ALL_DAYS = -1_000_000  # the `day` of a label's sum over all days
 WEEK = 7               # days of the overview, ending today
 DURATION_DAYS = 400    # days that durations are kept: a year, and some
 DEVICE_DAYS = 400      # a report that occurred more days before its receipt counts no device
-NAME_DAYS = 90         # days for which it is kept how often an event of a name came
-HOURS_KEPT = 48        # hours for which it is kept how many devices were last seen in each
-TRIMMED = 1000         # rows that one step of `trim` deletes from a table
-MAX_RELEASES = 1000    # of an app, whatever the day
-MAX_BUILDS_OF_APP = 2000
+HOURS_KEPT = 48        # hours for which the devices last seen in each are kept
+NAME_DAYS = KEY_DAYS = 90
 HEALTH_DAYS = 90       # of a release's age in which it is compared with the one before it
+TRIMMED = 1000         # rows that one step of `trim` deletes from a table
+MAX_RELEASES, MAX_BUILDS_OF_APP = 1000, 2000
 MAX_ANSWER = 60_000    # bytes of JSON that the rows of a public answer may take: all of it stays below 64 kB
 
-OTHER = "(other)"      # stands for names beyond these limits, which hold for an app and a UTC day:
+OTHER = "(other)"      # stands for names beyond these limits, which hold for an app and a UTC day
 NEW_NAMES = {"group_hash": 500, "exception_type": 200, "device_model": 200, "app_version": 100, "name": 200}
 FLAGS = {"exception_type": 1, "device_model": 2, "app_version": 4, "name": 8}  # bits of `other`: it counts as (other)
 
 # Of the app that is asked for, or of all live ones.
 APPS = "app_id in (select id from apps where id = :app or :app is null and is_test = 0)"
 
-TABLES = {Crash: "crashes", Event: "events"}
-COUNTED = {  # a report as the figures see it; `at` is the time at which it counts
+Row = tuple[Any, ...]  # of a row, or all of it
+TABLES: dict[type, str] = {Crash: "crashes", Event: "events"}
+COUNTED: dict[type, Any] = {  # a report as the figures see it; `at` is the time at which it counts
     Crash: namedtuple("CountedCrash", "seq app_id received_at at sent_type app_version build_number device_id_hash"
                                       " session_id group_hash images exception_type device_model exception_reason"
                                       " stack_trace"),
     Event: namedtuple("CountedEvent", "seq app_id received_at at type app_version device_id_hash session_id name")}
 
 
-def counted_rows(db: sqlite3.Connection, kind: type, source: str, parameters: Any = ()) -> list[Any]:
+def counted_rows(db: Any, kind: type, source: str, parameters: Any = ()) -> list[Any]:
     """The counted reports of stored ones; `source` is all of a query that follows its columns."""
     columns = {"at": COUNTED_AT, "sent_type": "exception_type", "stack_trace": "null", **{
         name: f"case when (other & {flag}) > 0 then '{OTHER}' else {name} end" for name, flag in FLAGS.items()}}
@@ -2033,56 +2032,30 @@ def counted(kind: type, app_id: int, seqs: Sequence[int], received: Sequence[int
         reports = [report._replace(**{name: OTHER for name, flag in FLAGS.items() if flag & given})
                    for report, given in zip(reports, flags)]
     clocks = list(zip(map(attrgetter("occurred_at"), reports), received, ahead))
-    at = {each: counted_at(*each) for each in set(clocks)}  # of which a batch has few
+    at = {each: counted_at(*each) for each in set(clocks)}  # a batch has few different ones
     columns = [map(attrgetter(name), reports) for name in COUNTED[kind]._fields[5:]]
     make = partial(tuple.__new__, COUNTED[kind])  # as _make, in a third of the time
     return list(map(make, zip(seqs, repeat(app_id), received, map(at.__getitem__, clocks), types, *columns)))
 
 
-class Sums:
-    """A table of sums, and in a transaction the changes to it, which are written with one statement."""
+class Sums(NamedTuple):
+    """A table of sums: its key beside app_id, and its columns of sums."""
 
-    def __init__(self, table: str, key: str, columns: str):
-        self.table, self.key, self.columns = table, ["app_id", *key.split()], columns.split()
-        self._changes: dict[tuple, dict[str, int]] = defaultdict(lambda: dict.fromkeys(self.columns, 0))
+    key: str
+    columns: str
+    window: int = 0     # for how many days, or hours, its rows are kept by their `day` or `hour`; 0: for ever
+    lasts: bool = True  # whether its sums stay as they are when reports expire
 
-    @property
-    def schema(self) -> str:
-        texts = ("field", "label", "group_hash", "app_version", "key", "uuid", "name", "type")
-        columns = [f"{name} {'text' if name in texts else 'integer'} not null" for name in self.key + self.columns]
-        return (f"create table {self.table} ({', '.join(columns)},\n"
-                f"    primary key ({', '.join(self.key)})) without rowid;\n")
-
-    def add(self, *key: Any, **counts: int) -> None:
-        """Adds to a row, which is made where there is none, and deleted when all its sums are 0."""
-        row = self._changes[key]
-        for column, count in counts.items():
-            row[column] += count
-
-    def add_each(self, column: str, counts: Mapping[tuple, int]) -> None:
-        """Adds to a column of many rows."""
-        for key, count in counts.items():
-            self._changes[key][column] += count
-
-    def save(self, db: sqlite3.Connection) -> list[tuple]:
-        """Writes the changes; returns the keys of the rows that have changed."""
-        changed = {key: row for key, row in self._changes.items() if any(row.values())}
-        if not changed:
-            return []
-        write_rows(db, f"""
-            insert into {self.table} ({", ".join(self.key + self.columns)}) values *
-            on conflict ({", ".join(self.key)}) do update set
-                {", ".join(f"{each} = {self.table}.{each} + excluded.{each}" for each in self.columns)}
-            """, [(*key, *row.values()) for key, row in changed.items()])
-        if gone := [key for key, row in changed.items() if min(row.values()) < 0]:
-            tests = [f"{each} = ?" for each in self.key] + [f"{each} <= 0" for each in self.columns]
-            db.executemany(f"delete from {self.table} where {' and '.join(tests)}", gone)
-        self._changes.clear()
-        return list(changed)
+    def schema(self, table: str) -> str:
+        """The statement that makes the table."""
+        numbers = {"day", "hour", "seconds", *self.columns.split()}
+        columns = [f"{name} {'integer' if name in numbers else 'text'} not null"
+                   for name in (self.key + " " + self.columns).split()]
+        return (f"create table {table} (app_id integer not null, {', '.join(columns)},\n"
+                f"    primary key (app_id, {', '.join(self.key.split())})) without rowid;\n")
 
 
-def per_day(db: sqlite3.Connection, table: str, columns: Sequence[str], app: int | None,
-            days: range) -> dict[str, list[int]]:
+def per_day(db: Any, app: int | None, days: range, table: str, *columns: str) -> dict[str, list[int]]:
     """Sums of a table with a row a day, as a list for each column."""
     rows = {day: row for day, *row in db.execute(f"""
         select day, {", ".join(f"sum({column})" for column in columns)} from {table}
@@ -2096,137 +2069,150 @@ class Figure:
     """One figure in one transaction."""
 
     TABLES = ""  # what describes the reports that are kept
-    SUMS: Mapping[str, tuple[str, str]] = {}  # tables of sums: the rest of the key beside app_id, and the sums
-    WINDOW = ("", "", 0)  # a table, its column of days or hours, and how many of them it holds
+    SUMS: Mapping[str, Sums] = {}
     COUNTS: tuple[type, ...] = (Crash,)  # the kinds of reports that count in it
 
-    def __init__(self, db: sqlite3.Connection, now: int, releases: Releases | None = None):
-        self._db, self._now, self._today = db, now, now // DAY
-        self._releases: Any = releases  # in which sessions and devices count too
-        self.sums = {table: Sums(table, *columns) for table, columns in self.SUMS.items()}
-
-    @classmethod
-    def tables(cls) -> str:
-        """The statements that make its tables."""
-        return cls.TABLES + "".join(Sums(table, *spec).schema for table, spec in cls.SUMS.items())
+    def __init__(self, rollups: RollUps):
+        self._db, self._now, self._add = rollups.db, rollups.now, rollups.add
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        """Counts reports that were stored (by 1), or whose rows were deleted to be forgotten (by -1)."""
-        raise NotImplementedError
+        """Counts reports whose rows are about to be inserted (by 1), or have just been deleted (by -1)."""
 
     def expire(self, kind: type, reports: Sequence[Any]) -> None:
-        """Deletes what describes only reports whose rows have expired."""
+        """Takes out reports whose rows have expired; sums that last do not change meanwhile."""
+        self.count(kind, reports, -1)
 
     def save(self) -> None:
-        """Writes what has changed."""
-        for sums in self.sums.values():
-            sums.save(self._db)
+        """Writes what has changed but the sums, which are written afterwards."""
+
+
+class Entities:
+    """Rows of a table of which a transaction learns more: they are read, merged and written together. `kind` is a
+    named tuple of the columns beside the key, and has `merged`."""
+
+    def __init__(self, table: str, kind: Any):
+        self._table, self._kind = table, kind
+        self.seen: dict[Row, Any] = {}
+
+    def see(self, key: Row, row: Any) -> None:
+        """Adds what is known of a row."""
+        self.seen[key] = self.seen[key].merged(row) if key in self.seen else row
+
+    def stored(self, db: Any, keys: Iterable[Row]) -> dict[Row, Any]:
+        """The rows with these keys."""
+        names = KEYS[self._table]
+        return {row[:len(names)]: self._kind(*row[len(names):]) for row in rows_of(db, f"""
+            select {self._table}.* from (values *) as keys
+            cross join {self._table} on {" and ".join(f"{name} = column{n}" for n, name in enumerate(names, 1))}
+            """, list(keys))}
+
+    def save(self, db: Any) -> list[tuple[Row, Any, Any]]:
+        """Writes what is new. Returns each key with its row before, None for none, and after."""
+        stored = self.stored(db, self.seen)
+        rows = [(key, stored.get(key), stored[key].merged(row) if key in stored else row)
+                for key, row in self.seen.items()]
+        upsert(db, self._table, [(*key, *after) for key, before, after in rows if after != before],
+               {column: f"excluded.{column}" for column in self._kind._fields})
+        return rows
 
 
 class NewNames:
-    """Decides which names count by themselves: whoever has a key can invent names without end."""
+    """Decides which names count by themselves: anyone who has a key can invent names without end."""
 
     TABLES = """
 create table new_names (                   -- of an app and a UTC day
     app_id integer not null, day integer not null, field text not null, names integer not null,
     primary key (app_id, day, field)) without rowid;
 """
-    WINDOW = ("new_names", "day", 0)
+    FIELDS: dict[type, Row] = {Crash: ("group_hash", "exception_type", "device_model", "app_version"),
+                               Event: ("app_version", "name")}
 
-    def __init__(self, db: sqlite3.Connection):
+    def __init__(self, db: Any):
         self._db = db
         self.accepted: set[tuple[int, str, str]] = set()  # app_id, field, name; new in this transaction
 
-    def limit(self, app_id: int, received: Sequence[int], reports: Reports) -> tuple[Sequence[int], Reports]:
+    def limit(self, app_id: int, received: Sequence[int], reports: Sequence[Any]) -> tuple[Sequence[int], Reports]:
         """The `other` of each report, and the reports with the group under which they are stored."""
-        is_event = type(reports[0]) is Event
-        fields = ["app_version", "name"] if is_event else [each for each in NEW_NAMES if each != "name"]
-        found = {each: set(map(attrgetter(each), reports)) for each in fields}
-        if is_event:  # the ends of sessions are not counted by name
-            named = set(map(attrgetter("name", "type"), reports))  # in C, as a batch has a hundred
-            found["name"] = {name for name, type_ in named if type_ not in _ENDS}
-        names = {(app_id, each, name) for each, of in found.items() for name in of if name}
-        unknown = self._unknown(names - self.accepted)
-        refused = self._refused(dict.fromkeys(  # in the order in which they came
-            (app_id, came // DAY, each, getattr(report, each)) for came, report in zip(received, reports)
-            for each in fields if (app_id, each, getattr(report, each)) in unknown)) if unknown else ()
+        fields = self.FIELDS[type(reports[0])]
+        days: dict[tuple[int, str, str], int] = {}  # on which each name was first received
+        for field in fields:
+            # With types of events, because the names of the ends of sessions are not counted.
+            kinds = map(attrgetter("type"), reports) if field == "name" else repeat("")
+            for name, kind, came in dict.fromkeys(zip(map(attrgetter(field), reports), kinds, received)):
+                if name and kind not in _ENDS:
+                    days.setdefault((app_id, field, name), came // DAY)
+        refused = self._refused(days)
         if not refused:
             return [0] * len(reports), reports
-        further = [[each for each in fields if (app_id, each, getattr(report, each)) in refused] for report in reports]
-        return [sum(FLAGS.get(field, 0) for field in each) for each in further], [
+        others = [[field for field in fields if (app_id, field, getattr(report, field)) in refused]
+                  for report in reports]
+        return [sum(FLAGS.get(field, 0) for field in each) for each in others], [
             report._replace(group_hash=OTHER) if "group_hash" in each else report
-            for report, each in zip(reports, further)]
+            for report, each in zip(reports, others)]
 
-    def _unknown(self, names: set[tuple[int, str, str]]) -> set[tuple[int, str, str]]:
-        return names - set(rows_of(self._db, f"""
+    def _refused(self, days: Mapping[tuple[int, str, str], int]) -> set[tuple[int, str, str]]:
+        """Of names, those that are new and beyond the limit of their day."""
+        unknown = set(rows_of(self._db, f"""
             select column1, column2, column3 from (values *) as keys
-            where case column2
+            where not case column2
                 when 'group_hash' then exists (
                     select 1 from groups where app_id = column1 and group_hash = column3)
                 when 'app_version' then exists (
-                    select 1 from releases where app_id = column1 and app_version = column3)
+                    select 1 from builds where app_id = column1 and app_version = column3)
                 when 'name' then exists (select 1 from event_names where app_id = column1 and name = column3)
                 else exists (select 1 from labels
                     where app_id = column1 and field = column2 and day = {ALL_DAYS} and label = column3) end
-            """, list(names)))
-
-    def _refused(self, names: Iterable[tuple[int, int, str, str]]) -> set[tuple[int, str, str]]:
-        """Of new names, those beyond the limit of the day on which their first report was received."""
-        fresh: dict[tuple, list[tuple]] = defaultdict(list)  # by app, day and field
-        seen: set[tuple] = set()
-        for app_id, day, each, text in names:
-            if (app_id, each, text) not in seen:
-                seen.add((app_id, each, text))
-                fresh[app_id, day, each].append((app_id, each, text))
+            """, list(days.keys() - self.accepted)))
+        if not unknown:
+            return unknown
+        fresh: dict[tuple[int, int, str], list[tuple[int, str, str]]] = defaultdict(list)  # in the order they came
+        for key, day in days.items():
+            if key in unknown:
+                fresh[key[0], day, key[1]].append(key)
         used = {row[:3]: row[3] for row in rows_of(self._db, """
             select new_names.* from (values *) as keys
             cross join new_names on app_id = column1 and day = column2 and field = column3""", list(fresh))}
-        room = {key: max(0, NEW_NAMES[key[2]] - used.get(key, 0)) for key in fresh}
-        for app_id, day, each in fresh:
+        rows = []
+        for (app_id, day, each), names in fresh.items():
+            room = NEW_NAMES[each] - used.get((app_id, day, each), 0)
             if each == "app_version":
-                known, = self._db.execute("select count(*) from releases where app_id = ?", (app_id,)).fetchone()
-                room[app_id, day, each] = min(room[app_id, day, each], max(0, MAX_RELEASES - known))
-        write_rows(self._db, """
-            insert into new_names values *
-            on conflict (app_id, day, field) do update set names = new_names.names + excluded.names
-            """, [(*key, min(room[key], len(each))) for key, each in fresh.items() if room[key]])
-        refused = {name for key, each in fresh.items() for name in each[room[key]:]}
-        self.accepted |= seen - refused
-        return refused
+                known, = self._db.execute("select count(distinct app_version) from builds where app_id = ?",
+                                          (app_id,)).fetchone()
+                room = min(room, MAX_RELEASES - known)
+            accepted = names[:max(0, room)]
+            rows.append((app_id, day, each, len(accepted)))
+            self.accepted.update(accepted)
+        upsert(self._db, "new_names", [row for row in rows if row[-1]], {"names": "new_names.names + excluded.names"})
+        return unknown - self.accepted
 
 
 class Requests(Figure):
     """Requests per key and UTC day. No report tells of them: a commit counts them."""
 
-    SUMS = {"key_days": ("day key", "requests")}  # `key`: see key_name
-    WINDOW = ("key_days", "day", 90)
+    SUMS = {"key_days": Sums("day key", "requests", KEY_DAYS)}  # `key`: see key_name
     COUNTS = ()
-
-    def add(self, app_id: int, key: str, requests: int) -> None:
-        self.sums["key_days"].add(app_id, self._today, key, requests=requests)
 
 
 class Crashes(Figure):
     """Crashes per UTC day; and of those that are kept, exception types and device models, per day and ALL_DAYS."""
 
-    SUMS = {"crash_days": ("day", "crashes"), "labels": ("field day label", "crashes")}
+    SUMS = {"crash_days": Sums("day", "crashes"), "labels": Sums("field day label", "crashes", lasts=False)}
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        self._count_alike(reports, by, by)
-
-    def expire(self, kind: type, reports: Sequence[Any]) -> None:
-        self._count_alike(reports, 0, -1)
-
-    def _count_alike(self, crashes: Sequence[Any], by_day: int, by: int) -> None:
-        alike = Counter((crash.app_id, crash.at // DAY, crash.exception_type, crash.device_model) for crash in crashes)
-        for (app_id, day, *labels), count in alike.items():
-            self.sums["crash_days"].add(app_id, day, crashes=by_day * count)
-            for name, label in zip(("exception_type", "device_model"), labels):
+        alike = Counter((crash.app_id, crash.at // DAY, crash.exception_type, crash.device_model) for crash in reports)
+        for (app_id, day, *labels), crashes in alike.items():
+            self._add("crash_days", app_id, day, crashes=by * crashes)
+            for field, label in zip(("exception_type", "device_model"), labels):
                 for each in (ALL_DAYS, day) if label else ():
-                    self.sums["labels"].add(app_id, name, each, label, crashes=by * count)
+                    self._add("labels", app_id, field, each, label, crashes=by * crashes)
 
     @staticmethod
-    def most_frequent(db: sqlite3.Connection, app: int | None, field: str, days: range | None,
+    def per_day(db: Any, app: int | None, days: range) -> JsonObject:
+        """Crashes of these days."""
+        return {"data": per_day(db, app, days, "crash_days", "crashes")["crashes"]}
+
+    @staticmethod
+    def most_frequent(db: Any, app: int | None, field: str, days: range | None,
                       limit: int) -> JsonObject:
         """The most frequent labels of these days, or of all that is kept, with their crashes."""
         shown = days or range(ALL_DAYS, ALL_DAYS + 1)
@@ -2239,8 +2225,8 @@ class Crashes(Figure):
 
 
 class Groups(Figure):
-    """What a group is called, and its crashes per UTC day of the week. It goes with the last crash that is kept,
-    but not before its week is over."""
+    """What a group is called, its crashes and devices, and its crashes per UTC day of the week. It goes with the last
+    crash that is kept, but not before its week is over."""
 
     TABLES = """
 create table groups (
@@ -2249,76 +2235,81 @@ create table groups (
     first_seen integer not null, first_version text,      -- of its first crash, by the time at which crashes count
     last_seen integer not null, exception_reason text,    -- of its latest; the beginning of the reason
     place text, search text,                              -- where in the app it was; in lower case what a search finds
+    crashes integer not null default 0, devices integer not null default 0,  -- of the crashes that are kept
+    came_at integer not null default 0,                   -- when its first crash was received: until when it is new
     primary key (app_id, group_hash)) without rowid;
 """
-    SUMS = {"group_days": ("day group_hash", "crashes")}
-    WINDOW = ("group_days", "day", WEEK)
+    SUMS = {"group_days": Sums("day group_hash", "crashes", WEEK),
+            "group_images": Sums("group_hash uuid", "crashes", lasts=False)}  # builds whose symbols can name crashes
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
-        self._first: dict[tuple, Any] = {}  # by app_id and group_hash
-        self._latest: dict[tuple, Any] = {}
-        self._left: dict[tuple, int] = {}  # groups that crashes were taken out of, and the latest time of these
-        self.symbols = Symbols(self._db)
+    def __init__(self, rollups: RollUps):
+        super().__init__(rollups)
+        self._symbols = rollups.symbols
+        self._came: dict[Row, list[Any]] = defaultdict(list)  # crashes by app_id and group_hash
+        self._left: dict[Row, list[Any]] = defaultdict(list)
+        self.devices: Counter[Row] = Counter()  # that are new to a group, or that it has no longer
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
         for crash in reports:
-            key = crash.app_id, crash.group_hash
-            if by < 0:
-                self._left[key] = max(crash.at, self._left.get(key, 0))
-                continue
-            if crash.at < self._first.setdefault(key, crash).at:
-                self._first[key] = crash
-            if crash.at >= self._latest.setdefault(key, crash).at:
-                self._latest[key] = crash
-        alike = Counter((crash.app_id, crash.at // DAY, crash.group_hash) for crash in reports)
-        for day_of_group, crashes in alike.items():
-            if day_of_group[1] >= self._today - WEEK:
-                self.sums["group_days"].add(*day_of_group, crashes=by * crashes)
-
-    def expire(self, kind: type, reports: Sequence[Any]) -> None:
-        for crash in reports:
-            key = crash.app_id, crash.group_hash
-            self._left[key] = max(crash.at, self._left.get(key, 0))
-
-    def drop(self, groups: Iterable[tuple], before: int) -> None:
-        """Deletes those of which no crash is kept and which were last seen before that time."""
-        self._db.executemany("""
-            delete from groups where app_id = :app and group_hash = :group and last_seen < :before
-                and not exists (select 1 from crashes where app_id = :app and group_hash = :group)
-            """, [{"app": app_id, "group": group_hash, "before": before} for app_id, group_hash in groups])
+            (self._came if by > 0 else self._left)[crash.app_id, crash.group_hash].append(crash)
+        alike = Counter((crash.app_id, crash.group_hash, crash.at // DAY, crash.images) for crash in reports)
+        for (app_id, group, day, images), crashes in alike.items():
+            self._add("group_days", app_id, day, group, crashes=by * crashes)
+            for uuid in (images or "").split():
+                self._add("group_images", app_id, group, uuid, crashes=by * crashes)
+        # The rows of these crashes are not there yet, or no longer.
+        for app_id, group in rows_of(self._db, """
+                select column1, column2 from (values *) as keys where not exists (
+                    select 1 from crashes
+                    where app_id = column1 and group_hash = column2 and device_id_hash = column3)
+                """, [each for each in set(map(_GROUP_DEVICE, reports)) if each[2]]):
+            self.devices[app_id, group] += by
 
     def save(self) -> None:
-        super().save()
-        write_rows(self._db, """
-            insert into groups values *
-            on conflict (app_id, group_hash) do update set
-                first_seen = min(groups.first_seen, excluded.first_seen),
-                first_version = case when excluded.first_seen < groups.first_seen
-                    then excluded.first_version else groups.first_version end,
-                last_seen = max(groups.last_seen, excluded.last_seen),
-                exception_reason = case when excluded.last_seen >= groups.last_seen
-                    then excluded.exception_reason else groups.exception_reason end,
-                place = case when excluded.last_seen >= groups.last_seen then excluded.place else groups.place end,
-                search = case when excluded.last_seen >= groups.last_seen then excluded.search else groups.search end
-            """, [(*key, OTHER if key[1] == OTHER else latest.sent_type, self._first[key].at,
-                   self._first[key].app_version, latest.at, *self._shown(key[1], latest))
-                  for key, latest in self._latest.items()])
-        for key, latest in self._left.items():  # what is left of a group is shown as its latest crash
+        is_later = "case when excluded.last_seen >= groups.last_seen then excluded.{0} else groups.{0} end"
+        upsert(self._db, "groups", [self._row(*each) for each in self._came.items()], {
+            "first_seen": "min(groups.first_seen, excluded.first_seen)",
+            "first_version": "case when excluded.first_seen < groups.first_seen"
+                             " then excluded.first_version else groups.first_version end",
+            "last_seen": "max(groups.last_seen, excluded.last_seen)",
+            **{name: is_later.format(name) for name in ("exception_reason", "place", "search")},
+            "crashes": "groups.crashes + excluded.crashes", "devices": "groups.devices + excluded.devices",
+            "came_at": "min(groups.came_at, excluded.came_at)"})
+        for key, crashes in self._left.items():  # what is left of a group is shown as its latest crash
+            self._db.execute("""
+                update groups set crashes = crashes - ?, devices = devices + ? where app_id = ? and group_hash = ?
+                """, (len(crashes), 0 if key in self._came else self.devices[key], *key))
             if self._db.execute("select 1 from groups where app_id = ? and group_hash = ? and last_seen <= ?",
-                                (*key, latest)).fetchone():
+                                (*key, max(crash.at for crash in crashes))).fetchone():
                 self.show_latest(*key)
-        self.drop([(app_id, group_hash) for app_id, group_hash in self._left if not self._db.execute("""
-            select 1 from group_days where app_id = ? and day >= ? and group_hash = ? limit 1
-            """, (app_id, self._today - WEEK, group_hash)).fetchone()], MAX_NUMBER)
+
+    def _row(self, key: Row, crashes: Sequence[Any]) -> tuple[Any, ...]:
+        first, latest = min(crashes, key=_AT), max(crashes, key=_AT)
+        return (*key, OTHER if key[1] == OTHER else latest.sent_type, first.at, first.app_version, latest.at,
+                *self._shown(key[1], latest), len(crashes), self.devices[key], min(map(_RECEIVED_AT, crashes)))
+
+    def drop_empty(self, limit: int = 0) -> int:
+        """Deletes the groups that crashes were taken out of, and so many others, where no crash is kept and their week
+        is over. Returns how many others."""
+        empty = """crashes <= 0 and not exists (
+            select 1 from group_days
+            where app_id = groups.app_id and day >= :week and group_hash = groups.group_hash)"""
+        week = self._now // DAY - WEEK
+        self._db.executemany(f"delete from groups where app_id = :app and group_hash = :group and {empty}", [
+            {"app": app_id, "group": group_hash, "week": week} for app_id, group_hash in self._left])
+        return self._db.execute(f"""
+            delete from groups where (app_id, group_hash) in (
+                select app_id, group_hash from groups
+                where app_id in (select id from apps) and last_seen < :before and {empty} limit :limit)
+            """, {"before": week * DAY, "week": week, "limit": limit}).rowcount if limit else 0
 
     def _shown(self, group_hash: str, crash: Any) -> tuple[str | None, str, str]:
         """Reason, place and search text of a group whose latest crash this is."""
         reason, trace = (crash.exception_reason or "")[:MAX_TEXT] or None, crash.stack_trace or ""
-        if len(trace) < 20_000 and not self.symbols.can_name(crash.images):
+        if len(trace) < 20_000 and not self._symbols.can_name(crash.images):
             names = _recent_own_names(trace)
         else:
-            names = own_names(self.symbols.named(json.loads(trace or "[]")))
+            names = own_names(self._symbols.named(json.loads(trace or "[]")))
         words = "\n".join([crash.sent_type, reason or "", group_hash, *names])
         return reason, "".join(names[:1])[:200], words.casefold()[:4 * MAX_TEXT]
 
@@ -2327,42 +2318,38 @@ create table groups (
         seqs = self._db.execute(f"""
             select seq from crashes where app_id = ? and group_hash = ? order by {COUNTED_AT} desc, seq desc limit 1
             """, (app_id, group_hash)).fetchall()
-        latest = counted_rows(self._db, Crash, "from (values *) as keys cross join crashes on seq = column1", seqs)
-        if latest:
-            trace, = self._db.execute("select stack_trace from crashes where seq = ?", (latest[0].seq,)).fetchone()
-            shown = (latest[0].at, *self._shown(group_hash, latest[0]._replace(stack_trace=trace)))
-        else:  # what its crashes said goes with them
-            shown = (None, None, None, group_hash)
+        shown: tuple[Any, ...] = (None, None, None, group_hash)  # what its crashes said goes with them
+        source = "from (values *) as keys cross join crashes on seq = column1"
+        for latest in counted_rows(self._db, Crash, source, seqs):
+            trace, = self._db.execute("select stack_trace from crashes where seq = ?", (latest.seq,)).fetchone()
+            shown = (latest.at, *self._shown(group_hash, latest._replace(stack_trace=trace)))
         self._db.execute("""
             update groups set last_seen = coalesce(?, last_seen), exception_reason = ?, place = ?, search = ?
             where app_id = ? and group_hash = ?
             """, (*shown, app_id, group_hash))
 
-    def move(self, before: Sequence[Any], after: Sequence[Any]) -> None:
-        """Counts crashes in their new groups. `leave` ends it for the old one, which is looked at once."""
-        for crash in before:
-            if crash.at // DAY >= self._today - WEEK:
-                self.sums["group_days"].add(crash.app_id, crash.at // DAY, crash.group_hash, crashes=-1)
-        self.count(Crash, after, 1)
-
-    def leave(self, app_id: int, group_hash: str, target: str) -> None:
-        """Shows what is left of a group whose crashes have moved. If nothing is, its name becomes an alias."""
-        self._left[app_id, group_hash] = MAX_NUMBER
-        self.save()
-        if self._db.execute("select 1 from crashes where app_id = ? and group_hash = ? limit 1",
-                            (app_id, group_hash)).fetchone() or not self._db.execute(
-                                "select 1 from apps where id = ?", (app_id,)).fetchone():
-            return
-        self._db.execute("update group_aliases set target = ? where app_id = ? and target = ?",
-                         (target, app_id, group_hash))
-        self._db.execute("delete from group_aliases where app_id = ? and group_hash = ?", (app_id, target))
-        move_triage(self._db, app_id, group_hash, target)
-        self._db.execute("""
-            insert into group_aliases values (?, ?, ?) on conflict (app_id, group_hash) do update set
-                target = excluded.target""", (app_id, group_hash, target))
+    @staticmethod
+    def recount(db: Any) -> None:
+        """Sets what the groups have of the crashes that are kept."""
+        db.execute("""
+            update groups set (crashes, devices, came_at) = (
+                select count(*), count(distinct device_id_hash), coalesce(min(received_at), groups.came_at)
+                from crashes where app_id = groups.app_id and group_hash = groups.group_hash)""")
 
     @staticmethod
-    def most_frequent(db: sqlite3.Connection, app: int | None, days: range) -> list[JsonObject]:
+    def rename(db: Any, app_id: int, group_hash: str, target: str) -> None:
+        """If all crashes of a group have moved, its name becomes an alias of the one that has them now."""
+        if db.execute("select 1 from crashes where app_id = ? and group_hash = ? limit 1",
+                      (app_id, group_hash)).fetchone() or not db.execute(
+                          "select 1 from apps where id = ?", (app_id,)).fetchone():
+            return
+        db.execute("update group_aliases set target = ? where app_id = ? and target = ?", (target, app_id, group_hash))
+        db.execute("delete from group_aliases where app_id = ? and group_hash = ?", (app_id, target))
+        upsert(db, "group_aliases", [(app_id, group_hash, target)], {"target": "excluded.target"})
+        move_triage(db, app_id, group_hash, target)
+
+    @staticmethod
+    def most_frequent(db: Any, app: int | None, days: range) -> list[JsonObject]:
         """The five most frequent groups of these days, at most the last seven; of several apps, the latest's name."""
         return dict_rows(db, f"""
             select top.group_hash, exception_type, substr(coalesce(exception_reason, ''), 1, 200) as exception_reason,
@@ -2381,160 +2368,67 @@ create table groups (
             order by count desc, top.group_hash""", {"app": app, "first": days[0], "last": days[-1]})
 
 
-class Images(Figure):
-    """Of the crashes that are kept, those of each group that symbols of a build can name."""
-
-    SUMS = {"group_images": ("group_hash uuid", "crashes")}
-
-    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        for crash in reports:
-            for uuid in (crash.images or "").split():
-                self.sums["group_images"].add(crash.app_id, crash.group_hash, uuid, crashes=by)
-
-    def expire(self, kind: type, reports: Sequence[Any]) -> None:
-        self.count(kind, reports, -1)
-
-
-class GroupDevices(Figure):
-    """Of the crashes that are kept, those of each group and of each device in it, and the devices of each group."""
-
-    SUMS = {"group_devices": ("group_hash device", "crashes"),  # see device_key
-            "group_sums": ("group_hash", "crashes devices")}
-
-    def __init__(self, *args: Any):
-        super().__init__(*args)
-        self._crashes: Counter = Counter()  # by app_id, group_hash and device
-        self.new: Counter = Counter()  # by app_id and group_hash: devices that the group did not have before
-
-    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        for (app_id, group, device), crashes in Counter(map(_GROUP_DEVICE, reports)).items():
-            self.sums["group_sums"].add(app_id, group, crashes=by * crashes)
-            if device:
-                self._crashes[app_id, group, device_key(device)] += by * crashes
-
-    def expire(self, kind: type, reports: Sequence[Any]) -> None:
-        self.count(kind, reports, -1)
-
-    def save(self) -> None:
-        had = {row[:3]: row[3] for row in rows_of(self._db, """
-            select group_devices.* from (values *) as keys
-            cross join group_devices on app_id = column1 and group_hash = column2 and device = column3
-            """, list(self._crashes))}
-        self.new = Counter(key[:2] for key, by in self._crashes.items() if by > 0 and key not in had)
-        gone = Counter(key[:2] for key, crashes in had.items() if crashes + self._crashes[key] <= 0)
-        self.sums["group_devices"].add_each("crashes", self._crashes)
-        self.sums["group_sums"].add_each("devices", self.new)
-        self.sums["group_sums"].add_each("devices", {key: -count for key, count in gone.items()})
-        super().save()
-
-
 _GROUP_DEVICE = attrgetter("app_id", "group_hash", "device_id_hash")
+_AT = attrgetter("at", "seq")
 _RECEIVED_AT = attrgetter("received_at")
 
 
-class Builds(Figure):
-    """When each build was first seen. A build beyond the bound has no row; `releases` still knows its version."""
+class Releases(Figure):
+    """When each build and release was seen; sessions, crashes and devices per release, and its sessions per UTC day of
+    the week. Of an app's builds beyond the bound, only the release is known."""
 
     TABLES = """
 create table builds (
     app_id integer not null, app_version text not null, build_number text not null,  -- '': not said, as by all events
-    first_seen integer not null,           -- when its first report was received
-    primary key (app_id, app_version, build_number)) without rowid;
-"""
-    COUNTS = (Crash, Event)
-    BUILD = {Crash: attrgetter("app_id", "app_version", "build_number"), Event: attrgetter("app_id", "app_version")}
-
-    def __init__(self, *args: Any):
-        super().__init__(*args)
-        self._received: dict[tuple, int] = {}  # by app_id, app_version and build_number
-        self.new: set[tuple] = set()  # of these, the builds that were never seen before
-
-    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        for (app_id, version, *build), run in groupby(reports if by > 0 else (), self.BUILD[kind]):
-            if version:
-                key, received = (app_id, version, "".join(filter(None, build))), min(map(_RECEIVED_AT, run))
-                self._received[key] = min(received, self._received.get(key, received))
-
-    def save(self) -> None:
-        known = getattr(self._db, "builds", {})  # which a server's connection has read before, and which never go
-        new = [key for key, at in self._received.items() if at < known.get(key, MAX_NUMBER)]
-        stored = {row[:3]: row[3] for row in rows_of(self._db, """
-            select builds.* from (values *) as keys
-            cross join builds on app_id = column1 and app_version = column2 and build_number = column3
-            """, new)}
-        if len(known) > MAX_BUILDS_OF_APP:
-            known.clear()
-        known.update(stored)
-        self._received = {key: self._received[key] for key in new}
-        changed = {key: at for key, at in self._received.items() if at < stored.get(key, MAX_NUMBER)}
-        for app_id in {key[0] for key in changed.keys() - stored.keys()}:
-            rows, = self._db.execute("select count(*) from builds where app_id = ?", (app_id,)).fetchone()
-            fresh = [key for key in changed if key[0] == app_id and key not in stored]
-            self.new.update(fresh[:max(0, MAX_BUILDS_OF_APP - rows)])
-        write_rows(self._db, """
-            insert into builds values *
-            on conflict (app_id, app_version, build_number) do update set first_seen = excluded.first_seen
-            """, [(*key, at) for key, at in changed.items() if key in stored or key in self.new])
-
-
-class Releases(Figure):
-    """Sessions, crashes and devices per app_version, and its sessions per UTC day of the week."""
-
-    TABLES = """
-create table releases (
-    app_id integer not null, app_version text not null,
     first_seen integer not null, last_seen integer not null,  -- when its first and its last report were received
-    primary key (app_id, app_version)) without rowid;
+    primary key (app_id, app_version, build_number)) without rowid;
+create view releases as
+    select app_id, app_version, min(first_seen) as first_seen, max(last_seen) as last_seen from builds
+    group by app_id, app_version;
 """
-    SUMS = {"release_sums": ("app_version", "sessions crashed_sessions crashes devices crashed_devices"),
-            "release_days": ("day app_version", "sessions")}
-    WINDOW = ("release_days", "day", WEEK)
+    SUMS = {"release_sums": Sums("app_version", "sessions crashed_sessions crashes devices crashed_devices"),
+            "release_days": Sums("day app_version", "sessions", WEEK)}
     COUNTS = (Crash, Event)
+    BUILD: dict[type, Any] = {Crash: attrgetter("app_id", "app_version", "build_number"),
+                              Event: attrgetter("app_id", "app_version")}
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
-        self._received: dict[tuple, tuple[int, int]] = {}  # by app_id and app_version: the rest of its row
+    def __init__(self, rollups: RollUps):
+        super().__init__(rollups)
+        self._seen: dict[Row, tuple[int, int]] = {}  # by app_id, app_version and build_number: the rest of its row
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        for (app_id, version), run in groupby(reports, attrgetter("app_id", "app_version")):
-            if not version:
-                continue
+        for (app_id, version, *build), run in groupby(reports, self.BUILD[kind]):
             received = [report.received_at for report in run]
-            if kind is Crash:
-                self.add(app_id, version, crashes=by * len(received))
-            if by > 0:
-                first, last = self._received.get((app_id, version), (received[0], received[0]))
-                self._received[app_id, version] = min(first, *received), max(last, *received)
-
-    def add(self, app_id: int, version: str | None, **counts: int) -> None:
-        """Counts crashes, sessions or devices of a release."""
-        if version:
-            self.sums["release_sums"].add(app_id, version, **counts)
-
-    def add_session(self, app_id: int, version: str | None, day: int, crashed: int, by: int) -> None:
-        """Counts a session that started on a day."""
-        self.add(app_id, version, sessions=by, crashed_sessions=by * crashed)
-        if version and day >= self._today - WEEK:
-            self.sums["release_days"].add(app_id, day, version, sessions=by)
+            if version and kind is Crash:
+                self._add("release_sums", app_id, version, crashes=by * len(received))
+            if version and by > 0:
+                key = (app_id, version, next(filter(None, build), ""))
+                first, last = self._seen.get(key, (MAX_NUMBER, 0))
+                self._seen[key] = min(first, *received), max(last, *received)
 
     def save(self) -> None:
-        super().save()
-        write_rows(self._db, """
-            insert into releases values *
-            on conflict (app_id, app_version) do update set
-                first_seen = min(releases.first_seen, excluded.first_seen),
-                last_seen = max(releases.last_seen, excluded.last_seen)
-            """, [(*key, *times) for key, times in self._received.items()])
+        for key, times in self._seen.items():
+            if not self._db.execute("""
+                    update builds set first_seen = min(first_seen, ?), last_seen = max(last_seen, ?)
+                    where app_id = ? and app_version = ? and build_number = ?""", (*times, *key)).rowcount:
+                builds, = self._db.execute("select count(*) from builds where app_id = ?", key[:1]).fetchone()
+                upsert(self._db, "builds", [(*(key if builds < MAX_BUILDS_OF_APP else (*key[:2], "")), *times)], {
+                    "first_seen": "min(builds.first_seen, excluded.first_seen)",
+                    "last_seen": "max(builds.last_seen, excluded.last_seen)"})
+
+    ASKED = f"""(
+        select app_id, app_version, min(first_seen) as first_seen, max(last_seen) as last_seen from builds
+        where {APPS} group by app_id, app_version) as releases"""  # for which SQLite would look at all of the view
 
     @staticmethod
-    def pairs(db: sqlite3.Connection, app: int | None) -> list[Pair]:
+    def pairs(db: Any, app: int | None) -> list[Pair]:
         """Each release with the one before it: the highest lower version that was seen before it. So neither a version
         that comes late nor one that is no release, such as 99.0, hides the others."""
-        rows = db.execute(f"""
-            select app_id, app_version, first_seen from releases where {APPS} and app_version <> '{OTHER}'
-            """, {"app": app}).fetchall()
-        come: dict[int, list[tuple]] = defaultdict(list)  # by version
+        come: dict[int, list[Row]] = defaultdict(list)  # by version
         pairs = []
+        rows = db.execute(f"""
+            select app_id, app_version, first_seen from {Releases.ASKED} where app_version <> '{OTHER}'
+            """, {"app": app})
         for app_id, version, first in sorted(rows, key=lambda row: (row[2], version_key(row[1]))):
             own = version_key(version), version, first
             place = bisect_left(come[app_id], own)
@@ -2543,26 +2437,26 @@ create table releases (
         return pairs
 
     @staticmethod
-    def newest(db: sqlite3.Connection, app: int | None, since: int) -> dict[int, str]:
+    def newest(db: Any, app: int | None, since: int) -> dict[int, str]:
         """That of each app, by its id: the last that came. An old version that comes late is none, unless more of the
         sessions since that day are its: an app may count its versions anew."""
-        leaders: dict[int, tuple] = {}
-        for app_id, version, first, recent in db.execute(f"""
-                select app_id, app_version, first_seen, coalesce((
+        leaders: dict[int, Row] = {}
+        for app_id, version, recent in db.execute(f"""
+                select app_id, app_version, coalesce((
                     select sum(sessions) from release_days
                     where app_id = releases.app_id and day >= :since and app_version = releases.app_version), 0)
-                from releases where {APPS} and app_version <> '{OTHER}' order by first_seen, app_version
+                from {Releases.ASKED} where app_version <> '{OTHER}' order by first_seen, app_version
                 """, {"app": app, "since": since}):
             own, leader = version_key(version), leaders.get(app_id)
             if leader is None or own >= leader[0] or recent > leader[1]:
                 leaders[app_id] = own, recent, version
-        return {app_id: leader[-1] for app_id, leader in leaders.items()}
+        return {app_id: version for app_id, (_, _, version) in leaders.items()}
 
     @staticmethod
-    def healths(db: sqlite3.Connection, pairs: Sequence[Pair], now: int) -> dict[Pair, list[Health]]:
+    def healths(db: Any, pairs: Sequence[Pair], now: int) -> dict[Pair, list[Health]]:
         """That of a release and of the one before it at equal ages: of the devices that came to the newer until the
         last full hour, and to the other within as long a time."""
-        spans: dict[tuple, tuple] = {}
+        spans: dict[Pair, tuple[Row, Row]] = {}
         for pair in pairs:
             end = min(now, pair.first_seen + HEALTH_DAYS * DAY) // HOUR
             end_before = (pair.before_seen + end * HOUR - pair.first_seen + HOUR // 2) // HOUR
@@ -2576,25 +2470,19 @@ create table releases (
         return {pair: [found.get(span, Health(0, 0)) for span in both] for pair, both in spans.items()}
 
     @staticmethod
-    def latest(db: sqlite3.Connection, app: int | None, days: range) -> list[JsonObject]:
+    def latest(db: Any, app: int | None, days: range) -> list[JsonObject]:
         """The latest 100 releases, with their share of the sessions of these days: `recent` to `of_all`."""
         return dict_rows(db, f"""
-            with latest as (
-                select * from releases where {APPS} order by first_seen desc, app_version, app_id limit 100),
-            recent as (
-                select app_id, app_version, sum(sessions) as recent from release_days
-                where {APPS} and day between :first and :last group by app_id, app_version),
-            whole as (
-                select app_id, sum(sessions) as of_all from session_days
-                where {APPS} and day between :first and :last group by app_id)
             select latest.app_id, apps.name as app, latest.app_version, coalesce(sessions, 0) as sessions,
                 coalesce(crashed_sessions, 0) as crashed_sessions, coalesce(crashes, 0) as crashes,
-                coalesce(devices, 0) as devices,
-                coalesce(crashed_devices, 0) as crashed_devices, first_seen, last_seen, recent, of_all
-            from latest join apps on apps.id = latest.app_id
+                coalesce(devices, 0) as devices, coalesce(crashed_devices, 0) as crashed_devices, first_seen, last_seen,
+                (select sum(sessions) from release_days where app_id = latest.app_id
+                    and day between :first and :last and app_version = latest.app_version) as recent,
+                (select sum(sessions) from session_days where app_id = latest.app_id
+                    and day between :first and :last) as of_all
+            from (select * from {Releases.ASKED} order by first_seen desc, app_version, app_id limit 100) as latest
+            join apps on apps.id = latest.app_id
             left join release_sums using (app_id, app_version)
-            left join recent on recent.app_id = latest.app_id and recent.app_version = latest.app_version
-            left join whole on whole.app_id = latest.app_id
             order by first_seen desc, latest.app_version, latest.app_id
             """, {"app": app, "first": days[0], "last": days[-1]})
 
@@ -2657,19 +2545,9 @@ def verdict(ours: Health, before: Health) -> JsonObject | None:
     if word == "too early":
         text = f"about {math.ceil((needed - least) / 10) * 10} more devices"
     else:
-        text = "{} % of devices crash-free, {} % before".format(
-            *_told_apart(100 * ours.share, 100 * before.share, 0 if word == "no difference seen" else 2))
+        text = f"{round(100 * ours.share, 2):g} % of devices crash-free, {round(100 * before.share, 2):g} % before"
     return {"word": word, "text": f"{word}: {text}",
             "interval": [round(100 * low, 1), round(100 * high, 1)] if least else None}
-
-
-def _told_apart(value: float, other: float, digits: int) -> tuple[str, str]:
-    """Two figures with no more decimals than it takes to tell them apart, and at most so many."""
-    for n in range(digits + 1):
-        texts = f"{value:.{n}f}", f"{other:.{n}f}"
-        if texts[0] != texts[1]:
-            break
-    return texts
 
 
 class Session(NamedTuple):
@@ -2710,45 +2588,44 @@ create table sessions (                    -- of which a report is kept
     first_seq integer not null, last_seq integer not null,  -- between them are its reports
     started_at integer, ended_at integer, app_version text, crashed integer not null,
     primary key (app_id, session_id, device)) without rowid;
-create table medians (                     -- of the durations of a day that is over
+create table medians (                     -- of the durations of a day that is over, so that no question sorts them
     app_id integer not null, day integer not null, seconds integer not null,
     primary key (app_id, day)) without rowid;
 """
-    SUMS = {"session_days": ("day", "sessions ended session_ms"),  # `ended` have a duration; session_ms is their sum
-            "durations": ("day seconds", "sessions")}  # seconds in two significant digits
-    WINDOW = ("durations", "day", DURATION_DAYS)
+    SUMS = {"session_days": Sums("day", "sessions ended session_ms"),  # `ended` have a duration; session_ms is the sum
+            "durations": Sums("day seconds", "sessions", DURATION_DAYS)}  # seconds in two significant digits
     COUNTS = (Crash, Event)
     MEDIAN = """
         select seconds from (
             select seconds, sum(sessions) over (order by seconds) as so_far, sum(sessions) over () as total
-            from durations where app_id = session_days.app_id and day = session_days.day) as sums
+            from durations where app_id = ended_days.app_id and day = ended_days.day) as sums
         where 2 * so_far >= total
         order by seconds
-        limit 1
-        """
+        limit 1"""
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
-        self._seen: dict[tuple, Session] = {}  # by app_id, session_id and device
+    def __init__(self, rollups: RollUps):
+        super().__init__(rollups)
+        self._sessions = Entities("sessions", Session)
+        self._changed: set[tuple[int, int]] = set()  # app_id and day whose median is another now
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+        gone = set()
         for (app_id, session_id, device), run in groupby(reports, _SESSION):
             events = list(run)
             ends = [Session(started_at=event.at, app_version=event.app_version) if event.type == "session_start"
                     else Session(ended_at=event.at) for event in events if event.type in _ENDS] if kind is Event else []
-            if session_id and by > 0:
-                key = app_id, session_id, device_key(device)
+            key = app_id, session_id, device_key(device)
+            if not session_id:
+                for end in ends:
+                    self._count(app_id, end, by)
+            elif by < 0:  # all reports of a session are of one device, so it goes with the first of them
+                gone.add(key)
+            else:
                 seen = Session(events[0].seq, events[-1].seq, crashed=int(kind is Crash))
-                self._seen[key] = reduce(Session.merged, ends, self._seen.get(key, Session()).merged(seen))
-            elif not session_id:
-                for session in ends:
-                    self._count(app_id, session, by)
-        if by < 0:  # all reports of a session are of one device, so it goes with the first of them
-            gone = self._stored({(app_id, session_id, device_key(device))
-                                 for app_id, session_id, device in map(_SESSION, reports) if session_id})
-            for key, session in gone.items():
-                self._count(key[0], session, -1)
-            self._db.executemany("delete from sessions where app_id = ? and session_id = ? and device = ?", list(gone))
+                self._sessions.see(key, reduce(Session.merged, ends, seen))
+        for key, session in self._sessions.stored(self._db, gone).items():
+            self._count(key[0], session, -1)
+        self._db.executemany("delete from sessions where app_id = ? and session_id = ? and device = ?", list(gone))
 
     def expire(self, kind: type, reports: Sequence[Any]) -> None:
         self._db.executemany(
@@ -2760,100 +2637,73 @@ create table medians (                     -- of the durations of a day that is 
         if session.started_at is None:
             return
         day, duration = session.started_at // DAY, session.duration
-        self._releases.add_session(app_id, session.app_version, day, session.crashed, by)
-        self.sums["session_days"].add(app_id, day, sessions=by)
+        self._add("session_days", app_id, day, sessions=by)
+        if session.app_version:
+            self._add("release_sums", app_id, session.app_version, sessions=by, crashed_sessions=by * session.crashed)
+            self._add("release_days", app_id, day, session.app_version, sessions=by)
         if duration is not None:
-            self.sums["session_days"].add(app_id, day, ended=by, session_ms=by * duration)
-            if day >= self._today - DURATION_DAYS:
-                unit = 10 ** max(0, len(str(duration // SECOND)) - 2) * SECOND  # so a day has few different ones
-                self.sums["durations"].add(app_id, day, (duration + unit // 2) // unit * unit // SECOND, sessions=by)
+            self._add("session_days", app_id, day, ended=by, session_ms=by * duration)
+            unit = 10 ** max(0, len(str(duration // SECOND)) - 2) * SECOND  # so a day has few different ones
+            self._add("durations", app_id, day, (duration + unit // 2) // unit * unit // SECOND, sessions=by)
+            if day < self._now // DAY - 1:
+                self._changed.add((app_id, day))
 
     def save(self) -> None:
-        stored = self._stored(self._seen)
-        changed = {key: stored[key].merged(seen) if key in stored else seen for key, seen in self._seen.items()}
-        for key, after in changed.items():
-            before = stored.get(key, Session())
-            if before[2:] != after[2:]:
-                self._count(key[0], before, -1)
+        for key, before, after in self._sessions.save(self._db):
+            if before is None or before[2:] != after[2:]:
+                self._count(key[0], before or Session(), -1)
                 self._count(key[0], after, 1)
-        write_rows(self._db, """
-            insert into sessions values *
-            on conflict (app_id, session_id, device) do update set
-                first_seq = excluded.first_seq, last_seq = excluded.last_seq, started_at = excluded.started_at,
-                ended_at = excluded.ended_at, app_version = excluded.app_version, crashed = excluded.crashed
-            """, [(*key, *after) for key, after in changed.items()])
-        self.sums["session_days"].save(self._db)
-        changed_days = {key[:2] for key in self.sums["durations"].save(self._db)}
-        self._db.executemany("delete from medians where app_id = ? and day = ?", list(changed_days))
-        self._save_medians([key for key in changed_days if key[1] < self._today - 1])
-
-    def _stored(self, keys: Iterable[tuple]) -> dict[tuple, Session]:
-        return {row[:3]: Session(*row[3:]) for row in rows_of(self._db, """
-            select sessions.* from (values *) as keys
-            cross join sessions on app_id = column1 and session_id = column2 and device = column3""", list(keys))}
-
-    def _save_medians(self, days: Sequence[tuple]) -> None:
-        self._db.executemany(f"""
-            insert into medians select app_id, day, ({self.MEDIAN}) from session_days
-            where app_id = ? and day = ? and exists (
-                select 1 from durations where app_id = session_days.app_id and day = session_days.day)
-            on conflict (app_id, day) do update set seconds = excluded.seconds""", days)
+        self._db.executemany("delete from medians where app_id = ? and day = ?", list(self._changed))
 
     def close_days(self) -> None:
-        """Stores the medians of days that are over. Those of today and yesterday change with nearly every session,
-        so they are computed when they are asked for."""
-        self._save_medians(self._db.execute("""
-            select app_id, day from session_days
-            where app_id in (select id from apps) and day between ? and ? and ended > 0
-                and exists (select 1 from durations where app_id = session_days.app_id and day = session_days.day)
-                and not exists (select 1 from medians where app_id = session_days.app_id and day = session_days.day)
-            limit ?""", (self._today - DURATION_DAYS, self._today - 2, TRIMMED)).fetchall())
+        """Stores medians of days that are over. Those of today and yesterday change with nearly every session."""
+        self._db.execute(f"""
+            insert into medians select * from (
+                select app_id, day, ({self.MEDIAN}) as seconds from session_days as ended_days
+                where app_id in (select id from apps) and day between ? and ? and ended > 0 and not exists (
+                    select 1 from medians where app_id = ended_days.app_id and day = ended_days.day)
+                limit ?) as closed
+            where seconds is not null""", (self._now // DAY - DURATION_DAYS, self._now // DAY - 2, TRIMMED))
 
     @staticmethod
-    def per_day(db: sqlite3.Connection, app: int | None, days: range) -> JsonObject:
+    def per_day(db: Any, app: int | None, days: range) -> JsonObject:
         """Sessions, the mean and the median of their seconds. Of several apps together there is no median."""
-        rows = {row[0]: row[1:] for row in db.execute(f"""
-            select day, sum(sessions), sum(ended), sum(session_ms), sum(min(ended, 1)), max(app_id * min(ended, 1)),
-                max((select seconds from medians where app_id = session_days.app_id and day = session_days.day))
-            from session_days where {APPS} and day between :first and :last group by day
-            """, {"app": app, "first": days[0], "last": days[-1]})}
-        found: JsonObject = {"sessions": [], "median_seconds": [], "mean_seconds": []}
-        for day in days:
-            sessions, ended, total, apps, only_app, median = rows.get(day, (0, 0, 0, 0, 0, None))
-            if apps == 1 and median is None:
-                median, = db.execute(f"select ({Sessions.MEDIAN}) from session_days where app_id = ? and day = ?",
-                                     (only_app, day)).fetchone()
-            found["sessions"].append(sessions)
-            found["median_seconds"].append(median if apps == 1 else None)
-            found["mean_seconds"].append(round(total / ended / SECOND, 1) if ended else None)
-        return found
+        sums = per_day(db, app, days, "session_days", "sessions", "ended", "session_ms")
+        medians = dict(db.execute(f"""
+            select day, coalesce((
+                select seconds from medians where app_id = ended_days.app_id and day = ended_days.day
+                ), ({Sessions.MEDIAN}))
+            from (
+                select day, max(app_id) as app_id from session_days
+                where {APPS} and day between :first and :last and ended > 0
+                group by day having count(*) = 1) as ended_days""", {"app": app, "first": days[0], "last": days[-1]}))
+        return {"sessions": sums["sessions"], "median_seconds": [medians.get(day) for day in days],
+                "mean_seconds": [round(ms / ended / SECOND, 1) if ended else None
+                                 for ms, ended in zip(sums["session_ms"], sums["ended"])]}
 
 
-class Device:
-    """What a transaction learns of a device."""
+class SeenDevice(NamedTuple):
+    """What is known of a device of an app."""
 
-    __slots__ = ("first_day", "days", "last_hour", "last_seq", "versions")
+    first_day: int
+    last_hour: int
+    last_seq: int  # of its last report, or of an earlier one of the same hour, so that its row seldom changes
 
-    def __init__(self) -> None:
-        self.first_day, self.last_hour, self.last_seq = MAX_NUMBER, 0, 0
-        self.days: set[int] = set()
-        self.versions: dict[str, tuple[int, int]] = {}  # first_hour and crash_hour, MAX_NUMBER for none
-
-    def see(self, reports: Sequence[Any], crashed: int) -> None:
-        """Adds reports of one version."""
-        times, version = [report.at for report in reports], reports[0].app_version
-        oldest = reports[0].received_at // DAY - DEVICE_DAYS
-        self.days.update(day for day in {at // DAY for at in times} if day >= oldest)
-        self.first_day = min(self.first_day, min(times) // DAY)
-        self.last_hour = max(self.last_hour, max(times) // HOUR)
-        self.last_seq = max(self.last_seq, reports[-1].seq)
-        if version:
-            hour = min(map(_RECEIVED_AT, reports)) // HOUR
-            self.versions[version] = _earliest((hour, hour if crashed else MAX_NUMBER), self.versions.get(version))
+    def merged(self, later: SeenDevice) -> SeenDevice:
+        is_later = (later.last_seq >> SEQ_BITS) // HOUR > (self.last_seq >> SEQ_BITS) // HOUR
+        return SeenDevice(min(self.first_day, later.first_day), max(self.last_hour, later.last_hour),
+                          later.last_seq if is_later else self.last_seq)
 
 
-def _earliest(hours: tuple[int, int], others: tuple[int, int] | None) -> tuple[int, int]:
-    return (min(hours[0], others[0]), min(hours[1], others[1])) if others else hours
+class SeenVersion(NamedTuple):
+    """When the first report, and the first crash if any, of a device in a release were received."""
+
+    first_hour: int
+    crash_hour: int | None
+
+    def merged(self, later: SeenVersion) -> SeenVersion:
+        crashes = [each.crash_hour for each in (self, later) if each.crash_hour is not None]
+        return SeenVersion(min(self.first_hour, later.first_hour), min(crashes, default=None))
 
 
 class Devices(Figure):
@@ -2864,8 +2714,7 @@ class Devices(Figure):
 create table devices (                     -- of which a report is kept
     app_id integer not null, device integer not null,  -- see device_key
     first_day integer not null, last_hour integer not null,  -- by the time at which reports count
-    last_seq integer not null,             -- of its last report, or of an earlier one of the same hour
-    primary key (app_id, device)) without rowid;
+    last_seq integer not null, primary key (app_id, device)) without rowid;
 create table device_days (
     app_id integer not null, device integer not null, day integer not null,
     primary key (app_id, device, day)) without rowid;
@@ -2879,134 +2728,32 @@ create table device_versions (
     TABLES += VERSIONS
     ACTIVE = {"dau": 1, "wau": 7, "mau": 30}  # devices of a day, of the 7 and of the 30 days that end with it
     BACK = {"back_1": 1, "back_7": 7, "back_30": 30}  # of those first seen on a day, those seen n days later
-    SUMS = {"device_hours": ("hour", "devices"),  # by the hour in which they were last seen
-            "active_days": ("day", "dau wau mau"), "cohorts": ("day", "devices back_1 back_7 back_30"),
-            "release_hours": ("app_version hour", "devices crashed_devices")}  # by first_hour and by crash_hour
-    WINDOW = ("device_hours", "hour", HOURS_KEPT)
+    SUMS = {"device_hours": Sums("hour", "devices", HOURS_KEPT),  # by the hour in which they were last seen
+            "active_days": Sums("day", "dau wau mau"), "cohorts": Sums("day", "devices back_1 back_7 back_30"),
+            "release_hours": Sums("app_version hour", "devices crashed_devices")}  # by first_hour and by crash_hour
     COUNTS = (Crash, Event)
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
-        self._seen: dict[tuple[int, int], Device] = defaultdict(Device)  # by app_id and device
-        self._spans: Counter = Counter()  # app_id, column of active_days, first day, day after the last: devices
+    def __init__(self, rollups: RollUps):
+        super().__init__(rollups)
+        self._devices = Entities("devices", SeenDevice)
+        self._versions = Entities("device_versions", SeenVersion)
+        self._days: dict[Row, set[int]] = defaultdict(set)  # by app_id and device
+        self._spans: Counter[Row] = Counter()  # app_id, column of active_days, first day, day after the last: devices
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
         """Reports that are forgotten do not count here: their device is forgotten as a whole."""
         runs = groupby(reports if by > 0 else (), attrgetter("app_id", "device_id_hash", "app_version"))
-        for (app_id, device, _), run in runs:
-            if device:
-                self._seen[app_id, device_key(device)].see(list(run), int(kind is Crash))
-
-    def save(self) -> None:
-        stored = {row[:2]: row[2:] for row in rows_of(self._db, """
-            select devices.* from (values *) as keys cross join devices on app_id = column1 and device = column2
-            """, list(self._seen))}
-        self._save_days(stored)
-        self.save_versions()
-        changed = []
-        for key, seen in self._seen.items():
-            first_day, last_hour, last_seq = stored.get(key, (MAX_NUMBER, 0, 0))
-            if seen.last_hour > last_hour:
-                self._count_hour(key[0], last_hour, -1)
-                self._count_hour(key[0], seen.last_hour, 1)
-            is_of_later_hour = (seen.last_seq >> SEQ_BITS) // HOUR > (last_seq >> SEQ_BITS) // HOUR
-            if seen.first_day < first_day or seen.last_hour > last_hour or is_of_later_hour:
-                changed.append((*key, min(first_day, seen.first_day), max(last_hour, seen.last_hour),
-                                max(last_seq, seen.last_seq)))
-        write_rows(self._db, """
-            insert into devices values *
-            on conflict (app_id, device) do update set first_day = excluded.first_day,
-                last_hour = excluded.last_hour, last_seq = excluded.last_seq""", changed)
-        for (app_id, column, first, end), count in self._spans.items():  # which many devices have in common
-            for day in range(first, end):
-                self.sums["active_days"].add(app_id, day, **{column: count})
-        super().save()
-
-    def _save_days(self, stored: Mapping[tuple, Sequence[int]]) -> None:
-        """Days on which a device was not seen before. Mostly there are none: its last day is in its row."""
-        fresh = {key: seen for key, seen in self._seen.items()
-                 if key not in stored or seen.first_day < stored[key][0] or seen.days - {stored[key][1] // 24}}
-        near = defaultdict(list)  # the days around them, which decide what changes
-        for app_id, device, day in rows_of(self._db, """
-                select app_id, device, day from (values *) as keys cross join device_days
-                    on app_id = column1 and device = column2 and day between column3 and column4
-                order by day""", [(*key, seen.first_day - 30, max(*seen.days, seen.first_day, stored[key][0]) + 30)
-                      for key, seen in fresh.items() if key in stored]):
-            near[app_id, device].append(day)
-        rows = []
-        for key, seen in fresh.items():
-            days, first_day = near[key], stored[key][0] if key in stored else None
-            self._count_cohort(key[0], first_day, days, -1)
-            for day in sorted(seen.days - set(days)):
-                self._count_active(key[0], days, day, 1)
-                insort(days, day)
-                rows.append((*key, day))
-            self._count_cohort(key[0], min(seen.first_day, first_day or MAX_NUMBER), days, 1)
-        write_rows(self._db, "insert into device_days values *", rows)
-
-    def _count_active(self, app_id: int, others: list[int], day: int, by: int) -> None:
-        """Counts the days that a device is active on because of one day, and not because of its others."""
-        at = bisect_left(others, day)
-        before, after = others[at - 1] if at else -MAX_NUMBER, others[at] if at < len(others) else MAX_NUMBER
-        for column, span in self.ACTIVE.items():
-            self._spans[app_id, column, max(day, before + span), min(day + span, after)] += by
-
-    def _count_cohort(self, app_id: int, first_day: int | None, days: Sequence[int], by: int) -> None:
-        if first_day is not None:
-            self.sums["cohorts"].add(app_id, first_day, devices=by, **{
-                column: by for column, later in self.BACK.items() if first_day + later in days})
-
-    def _count_hour(self, app_id: int, hour: int, by: int) -> None:
-        if hour >= self._now // HOUR - HOURS_KEPT:
-            self.sums["device_hours"].add(app_id, hour, devices=by)
-
-    def save_versions(self) -> None:
-        """Writes what is new of devices in releases."""
-        seen = {(*key, version): hours for key, device in self._seen.items()
-                for version, hours in device.versions.items()}
-        stored = {row[:3]: row[3:] for row in rows_of(self._db, f"""
-            select app_id, device, app_version, first_hour, coalesce(crash_hour, {MAX_NUMBER}) from (values *) as keys
-            cross join device_versions on app_id = column1 and device = column2 and app_version = column3
-            """, list(seen))}
-        after = {key: _earliest(hours, stored.get(key)) for key, hours in seen.items()}
-        changed = {key: hours for key, hours in after.items() if hours != stored.get(key)}
-        alike = Counter((key[0], key[2], *hours) for key, hours in changed.items())
-        alike.subtract((key[0], key[2], *stored[key]) for key in changed.keys() & stored.keys())
-        for each, count in alike.items():
-            self._count_version(*each, count)
-        write_rows(self._db, """
-            insert into device_versions values *
-            on conflict (app_id, device, app_version) do update set
-                first_hour = excluded.first_hour, crash_hour = excluded.crash_hour
-            """, [(*key, first, crash if crash < MAX_NUMBER else None) for key, (first, crash) in changed.items()])
-
-    def _count_version(self, app_id: int, version: str, first: int, crash: int, by: int) -> None:
-        has_crashed = crash < MAX_NUMBER
-        self._releases.add(app_id, version, devices=by, crashed_devices=by * int(has_crashed))
-        self.sums["release_hours"].add(app_id, version, first, devices=by)
-        if has_crashed:
-            self.sums["release_hours"].add(app_id, version, crash, crashed_devices=by)
-
-    def forget(self, device_id_hash: str) -> int:
-        """Takes a device out of all figures. Returns in how many apps it was known."""
-        device = device_key(device_id_hash)
-        rows = self._db.execute("""
-            select app_id, first_day, last_hour from devices where app_id in (select id from apps) and device = ?
-            """, (device,)).fetchall()
-        for app_id, first_day, last_hour in rows:
-            days, versions = ([row[2:] for row in self._db.execute(
-                f"select * from {table} where app_id = ? and device = ? order by 3", (app_id, device))]
-                for table in ("device_days", "device_versions"))
-            self._count_hour(app_id, last_hour, -1)
-            left = [day for day, in days]
-            self._count_cohort(app_id, first_day, left, -1)
-            while left:
-                self._count_active(app_id, left[:-1], left.pop(), -1)
-            for version, first, crash in versions:
-                self._count_version(app_id, version, first, MAX_NUMBER if crash is None else crash, -1)
-            for table in ("devices", "device_days", "device_versions"):
-                self._db.execute(f"delete from {table} where app_id = ? and device = ?", (app_id, device))
-        return len(rows)
+        for (app_id, device, version), grouped in runs:
+            if not device:
+                continue
+            key, run = (app_id, device_key(device)), list(grouped)
+            times = [report.at for report in run]
+            oldest = run[0].received_at // DAY - DEVICE_DAYS
+            self._days[key].update(day for day in {at // DAY for at in times} if day >= oldest)
+            self._devices.see(key, SeenDevice(min(times) // DAY, max(times) // HOUR, run[-1].seq))
+            if version:
+                hour = min(map(_RECEIVED_AT, run)) // HOUR
+                self._versions.see((*key, version), SeenVersion(hour, hour if kind is Crash else None))
 
     def expire(self, kind: type, reports: Sequence[Any]) -> None:
         """The days of a device that stays go when no report that is kept can be of them."""
@@ -3021,11 +2768,112 @@ create table device_versions (
                 {"app": app_id, "device": device_key(device), "seq": seq, "oldest": oldest}
                 for (app_id, device), seq in last.items()])
 
+    def save(self) -> None:
+        devices = self._devices.save(self._db)
+        self._save_days(devices)
+        for (app_id, _), before, after in devices:
+            if before is None or before.last_hour != after.last_hour:
+                self._add("device_hours", app_id, after.last_hour, devices=1)
+                if before:
+                    self._add("device_hours", app_id, before.last_hour, devices=-1)
+        self.save_versions()
+        for (app_id, column, first, end), count in self._spans.items():  # which many devices have in common
+            for day in range(first, end):
+                self._add("active_days", app_id, day, **{column: count})
+
+    def save_versions(self) -> None:
+        """Writes what is new of devices in releases."""
+        alike: Counter[Row] = Counter()
+        for (app_id, _, version), before, after in self._versions.save(self._db):
+            if before != after:
+                alike[app_id, version, after] += 1
+                alike[app_id, version, before] -= 1
+        for (app_id, version, seen), count in alike.items():
+            if seen:
+                self._count_version(app_id, version, seen, count)
+
+    def _save_days(self, devices: Sequence[tuple[Row, SeenDevice | None, SeenDevice]]) -> None:
+        """Days on which a device was not seen before. Mostly there are none: its last day is in its row."""
+        fresh = [each for each in devices if each[1] is None or each[2].first_day < each[1].first_day
+                 or self._days[each[0]] - {each[1].last_hour // 24}]
+        around = {key: {*self._days[key], self._devices.seen[key].first_day, before.first_day}
+                  for key, before, _ in fresh if before}
+        near: dict[Row, list[int]] = defaultdict(list)  # the days around them decide what changes
+        for app_id, device, day in rows_of(self._db, """
+                select app_id, device, day from (values *) as keys cross join device_days
+                    on app_id = column1 and device = column2 and day between column3 and column4
+                order by day""", [(*key, min(days) - 30, max(days) + 30) for key, days in around.items()]):
+            near[app_id, device].append(day)
+        rows = []
+        for key, before, after in fresh:
+            days = near[key]
+            if before:
+                self._count_cohort(key[0], before.first_day, days, -1)
+            for day in sorted(self._days[key] - set(days)):
+                self._count_active(key[0], days, day, 1)
+                insort(days, day)
+                rows.append((*key, day))
+            self._count_cohort(key[0], after.first_day, days, 1)
+        write_rows(self._db, "insert into device_days values *", rows)
+
+    def _count_active(self, app_id: int, others: Sequence[int], day: int, by: int) -> None:
+        """Counts the days that a device is active on because of one day, and not because of its others."""
+        at = bisect_left(others, day)
+        before, after = others[at - 1] if at else -MAX_NUMBER, others[at] if at < len(others) else MAX_NUMBER
+        for column, span in self.ACTIVE.items():
+            self._spans[app_id, column, max(day, before + span), min(day + span, after)] += by
+
+    def _count_cohort(self, app_id: int, first_day: int, days: Sequence[int], by: int) -> None:
+        self._add("cohorts", app_id, first_day, devices=by, **{
+            column: by for column, later in self.BACK.items() if first_day + later in days})
+
+    def _count_version(self, app_id: int, version: str, seen: SeenVersion, by: int) -> None:
+        has_crashed = seen.crash_hour is not None
+        self._add("release_sums", app_id, version, devices=by, crashed_devices=by * int(has_crashed))
+        self._add("release_hours", app_id, version, seen.first_hour, devices=by)
+        if has_crashed:
+            self._add("release_hours", app_id, version, seen.crash_hour, crashed_devices=by)
+
+    def forget(self, device_id_hash: str) -> int:
+        """Takes a device out of all figures. Returns in how many apps it was known."""
+        device = device_key(device_id_hash)
+        rows = self._db.execute("""
+            select app_id, first_day, last_hour from devices where app_id in (select id from apps) and device = ?
+            """, (device,)).fetchall()
+        for app_id, first_day, last_hour in rows:
+            days, versions = ([row[2:] for row in self._db.execute(
+                f"select * from {table} where app_id = ? and device = ? order by 3", (app_id, device))]
+                for table in ("device_days", "device_versions"))
+            left = [day for day, in days]
+            self._add("device_hours", app_id, last_hour, devices=-1)
+            self._count_cohort(app_id, first_day, left, -1)
+            while left:
+                self._count_active(app_id, left[:-1], left.pop(), -1)
+            for version, *hours in versions:
+                self._count_version(app_id, version, SeenVersion(*hours), -1)
+            for table in ("devices", "device_days", "device_versions"):
+                self._db.execute(f"delete from {table} where app_id = ? and device = ?", (app_id, device))
+        return len(rows)
+
     @staticmethod
-    def last_24_hours(db: sqlite3.Connection, app: int | None, now: int) -> int:
+    def active(db: Any, app: int | None, days: range) -> JsonObject:
+        """Devices that were active on each of these days, and on the 7 and 30 days that end with it."""
+        return {**per_day(db, app, days, "active_days", *Devices.ACTIVE)}
+
+    @staticmethod
+    def retention(db: Any, app: int | None, days: range) -> JsonObject:
+        """Devices that are new on each of these days, and the percentage of them that came back."""
+        cohorts = per_day(db, app, days, "cohorts", "devices", *Devices.BACK)
+        return {"devices": cohorts["devices"], **{f"day_{later}": [
+            round(100 * back / new, 2) if new and day + later < days[-1] else None
+            for day, new, back in zip(days, cohorts["devices"], cohorts[column])]
+            for column, later in Devices.BACK.items()}}
+
+    @staticmethod
+    def last_24_hours(db: Any, app: int | None, now: int) -> int:
         """Devices that were seen in the last 24 hours, rounded to the full hour."""
-        return db.execute(f"select coalesce(sum(devices), 0) from device_hours where {APPS} and hour >= :since",
-                          {"app": app, "since": (now - DAY) // HOUR}).fetchone()[0]
+        return int(db.execute(f"select coalesce(sum(devices), 0) from device_hours where {APPS} and hour >= :since",
+                              {"app": app, "since": (now - DAY) // HOUR}).fetchone()[0])
 
 
 @lru_cache(maxsize=4096)
@@ -3037,40 +2885,40 @@ def device_key(device_id_hash: str | None) -> int:
 class EventNames(Figure):
     """Events by name, type and UTC day, without those that begin or end a session. "" is no name."""
 
-    SUMS = {"event_names": ("name type day", "events")}
-    WINDOW = ("event_names", "day", NAME_DAYS)
+    SUMS = {"event_names": Sums("name type day", "events", NAME_DAYS)}
     COUNTS = (Event,)
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        # Without a line of Python for each event, of which a batch has a hundred.
+        # Without a line of Python for each event, as a batch has a hundred.
         columns = [map(attrgetter(name), reports) for name in ("app_id", "name", "type", "at")]
         alike = Counter(zip(*columns[:3], map(DAY.__rfloordiv__, columns[3])))
         for (app_id, name, type, day), count in alike.items():
-            if type not in _ENDS and day >= self._today - NAME_DAYS:
-                self.sums["event_names"].add(app_id, name or "", type, day, events=by * count)
+            if type not in _ENDS:
+                self._add("event_names", app_id, name or "", type, day, events=by * count)
 
     @staticmethod
-    def most_frequent(db: sqlite3.Connection, app: int | None, days: range, limit: int) -> list[JsonObject]:
-        """The most frequent names of these days: `name`, `type`, `count`, and `days` with the events of each day."""
-        parameters = {"app": app, "first": days[0], "last": days[-1], "limit": limit}
+    def most_frequent(db: Any, app: int | None, days: range) -> JsonObject:
+        """The 50 most frequent names of these days, and their events on each."""
+        parameters = {"app": app, "first": days[0], "last": days[-1]}
         found = dict_rows(db, f"""
             select name, type, sum(events) as count from event_names
             where {APPS} and day between :first and :last
             group by name, type
             order by count desc, name, type
-            limit :limit""", parameters)
+            limit 50""", parameters)
         for row in found:
             counts = dict(db.execute(f"""
                 select day, sum(events) from event_names
                 where {APPS} and name = :name and type = :type and day between :first and :last
                 group by day""", {**parameters, **row}))
             row["days"] = [counts.get(day, 0) for day in days]
-        return found
+        return {"events": found}
 
 
-# Releases last: others count in them when they are saved.
-FIGURES = (Requests, Crashes, Groups, GroupDevices, Images, Builds, Sessions, Devices, EventNames, Releases)
-FIGURE_TABLES = NewNames.TABLES + "".join(figure.tables() for figure in FIGURES)
+FIGURES: tuple[type[Figure], ...] = (Requests, Crashes, Groups, Releases, Sessions, Devices, EventNames)
+SUMS = {table: sums for figure in FIGURES for table, sums in figure.SUMS.items()}
+FIGURE_TABLES = (NewNames.TABLES + "".join(figure.TABLES for figure in FIGURES)
+                 + "".join(sums.schema(table) for table, sums in SUMS.items()))
 SCHEMA = REPORT_TABLES + SYMBOL_TABLES + TRIAGE_TABLES + FIGURE_TABLES
 # The primary key of each table with rows of an app, beside the reports.
 KEYS = {table: tuple(key.split(", ")) for table, key in re.findall(
@@ -3080,40 +2928,75 @@ KEYS = {table: tuple(key.split(", ")) for table, key in re.findall(
 class RollUps:
     """All figures in one transaction: reports are counted, and then all changes are saved, once."""
 
-    def __init__(self, db: sqlite3.Connection, now: int, symbols: Symbols | None = None):
-        self._db, self._now, self.names, releases = db, now, NewNames(db), Releases(db, now)
-        self.figures: dict[type, Any] = {each: each(db, now, releases) for each in FIGURES[:-1]}
-        self.figures[Releases] = releases
-        self.figures[Groups].symbols = symbols or Symbols(db)
+    def __init__(self, db: Any, now: int, symbols: Symbols | None = None):
+        self.db, self.now, self.symbols, self.names = db, now, symbols or Symbols(db), NewNames(db)
+        self._is_expiry = False
+        self._changes: dict[str, dict[Row, dict[str, int]]] = defaultdict(dict)  # by table and key
+        self._windows = {  # the place of the day or hour in the key, and the first that is kept
+            table: (KEYS[table].index(unit), now // (HOUR if unit == "hour" else DAY) - sums.window)
+            for table, sums in SUMS.items() if sums.window for unit in sums.key.split() if unit in ("day", "hour")}
+        self.figures: dict[type, Any] = {each: each(self) for each in FIGURES}
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
         """Counts reports of a kind, in the order of their seqs, as Figure.count; by 0, those that have expired."""
+        self._is_expiry = not by
         for figure in self.figures.values() if reports else ():
             if kind in figure.COUNTS and by:
                 figure.count(kind, reports, by)
             elif kind in figure.COUNTS:
                 figure.expire(kind, reports)
+        self._is_expiry = False
 
-    def save(self) -> None:
-        """Writes everything that has changed."""
-        for figure in self.figures.values():
-            figure.save()
+    def add(self, table: str, *key: Any, **counts: int) -> None:
+        """Adds to the sums of a row, which is made where there is none, and deleted when all its sums are 0."""
+        sums = SUMS[table]
+        if self._is_expiry and sums.lasts:
+            return
+        place, first = self._windows.get(table, (0, 0))
+        if key[place] < first:
+            return
+        row = self._changes[table].get(key)
+        if row is None:
+            row = self._changes[table][key] = dict.fromkeys(sums.columns.split(), 0)
+        for name, count in counts.items():
+            row[name] += count
+
+    def save(self, figures: Iterable[type] = (), tables: Container[str] = ()) -> None:
+        """Writes everything that has changed, or only these figures and tables of sums."""
+        for each in figures or self.figures:
+            self.figures[each].save()
+        for table, changes in self._changes.items():
+            if not tables or table in tables:
+                self._save_sums(table, {key: row for key, row in changes.items() if any(row.values())})
+        self._changes.clear()
+        self.figures[Groups].drop_empty()
+
+    def _save_sums(self, table: str, changes: Mapping[Row, Mapping[str, int]]) -> None:
+        columns = SUMS[table].columns.split()
+        upsert(self.db, table, [(*key, *row.values()) for key, row in changes.items()],
+               {column: f"{table}.{column} + excluded.{column}" for column in columns})
+        tests = [f"{each} = ?" for each in KEYS[table]] + [f"{each} <= 0" for each in columns]
+        self.db.executemany(f"delete from {table} where {' and '.join(tests)}",
+                            [key for key, row in changes.items() if min(row.values()) < 0])
 
     def trim(self) -> int:
         """Once a day: deletes some of the rows whose window is over; how many."""
         self.figures[Sessions].close_days()
-        deleted = 0
-        for table, column, length in (figure.WINDOW for figure in (NewNames, *FIGURES) if figure.WINDOW[0]):
-            rows = self._db.execute(f"""
-                select {", ".join(KEYS[table])} from {table}
-                where app_id in (select id from apps) and {column} < ? limit ?
-                """, (self._now // (HOUR if column == "hour" else DAY) - length, TRIMMED)).fetchall()
-            self._db.executemany(
-                f"delete from {table} where {' and '.join(f'{each} = ?' for each in KEYS[table])}", rows)
-            if table == "group_days":
-                self.figures[Groups].drop({(row[0], row[2]) for row in rows}, (self._now // DAY - WEEK) * DAY)
-            deleted += len(rows)
-        return deleted
+        deleted = self._delete_some("new_names", f"day < {self.now // DAY}")
+        deleted += sum(self._delete_some(table, f"{KEYS[table][place]} < {first}")
+                       for table, (place, first) in self._windows.items())
+        # Beyond this age of its release, a verdict asks for no hour.
+        deleted += self._delete_some("release_hours", f"""
+            hour > (select first_seen / {HOUR} + {24 * HEALTH_DAYS} from releases
+                where app_id = release_hours.app_id and app_version = release_hours.app_version)""")
+        return deleted + int(self.figures[Groups].drop_empty(TRIMMED))
+
+    def _delete_some(self, table: str, condition: str) -> int:
+        key = ", ".join(KEYS[table])
+        return int(self.db.execute(f"""
+            delete from {table} where ({key}) in (
+                select {key} from {table} where app_id in (select id from apps) and {condition} limit ?)
+            """, (TRIMMED,)).rowcount)
 
 
 def labelled(rows: Iterable[tuple[str, int]]) -> JsonObject:
@@ -3136,19 +3019,26 @@ STATEMENTS = 512  # prepared statements that are kept: an insert is a different 
 ROWS = 128  # in a statement
 
 
-def write_rows(db: sqlite3.Connection, statement: str, rows: Sequence[tuple]) -> None:
+def upsert(db: Any, table: str, rows: Sequence[Row], changes: Mapping[str, str]) -> None:
+    """Inserts whole rows. Where there is one with the same key, some of its columns change instead."""
+    write_rows(db, f"""
+        insert into {table} values * on conflict ({", ".join(KEYS[table])}) do update set
+            {", ".join(f"{column} = {change}" for column, change in changes.items())}""", rows)
+
+
+def write_rows(db: Any, statement: str, rows: Sequence[Row]) -> None:
     """Runs a statement for all rows, its `values *` standing for their placeholders. In few parts: Python releases
     its lock for each, and under load has to queue for it again. executemany would queue once a row."""
     for _ in _in_parts(db, statement, rows):
         pass
 
 
-def rows_of(db: sqlite3.Connection, query: str, keys: Sequence[tuple]) -> list[tuple]:
+def rows_of(db: Any, query: str, keys: Sequence[Row]) -> list[Row]:
     """The rows of a query for all keys, its `values *` standing for their placeholders."""
     return [row for cursor in _in_parts(db, query, keys) for row in cursor]
 
 
-def _in_parts(db: sqlite3.Connection, statement: str, rows: Sequence[tuple]) -> Iterator[Any]:
+def _in_parts(db: Any, statement: str, rows: Sequence[Row]) -> Iterator[Any]:
     for start in range(0, len(rows), ROWS):
         part = rows[start:start + ROWS]
         yield db.execute(_with_placeholders(statement, len(part), len(part[0])), list(chain.from_iterable(part)))
@@ -3160,7 +3050,7 @@ def _with_placeholders(statement: str, rows: int, columns: int) -> str:
     return statement.replace("values *", "values " + ", ".join([row] * rows))
 
 
-def dict_rows(db: sqlite3.Connection, query: str, parameters: Any = ()) -> list[JsonObject]:
+def dict_rows(db: Any, query: str, parameters: Any = ()) -> list[JsonObject]:
     """The rows of a query, each by the names of its columns."""
     rows = db.execute(query, parameters)
     names = [column[0] for column in rows.description]
@@ -3194,12 +3084,10 @@ class Closing:
 class Connection(sqlite3.Connection):
     """A connection in autocommit mode. It never makes the file: one that vanished must not come back empty."""
 
-    builds: dict[tuple, int]  # see Builds
 
     def __init__(self, path: Path, query_only: bool = False, mode: str = "rw"):
         super().__init__(f"{path.as_uri()}?mode={mode}", uri=True, timeout=BUSY_TIMEOUT,
                          isolation_level=None, check_same_thread=False, cached_statements=STATEMENTS)
-        self.builds = {}
         self.execute("pragma synchronous = full")  # NORMAL may lose acknowledged commits with the power
         self.execute("pragma secure_delete = on")  # overwrite what is deleted
         self.execute("pragma journal_size_limit = 16000000")  # bytes that a WAL may keep after its peak
@@ -3512,8 +3400,8 @@ def migrate(db: Connection, version: int, run: Callable[[Connection, str], None]
         run(db, "alter table crashes add column images text;\n" + SYMBOL_TABLES + TRIAGE_TABLES)
     if version < 3:
         _migrate_to_3(db, run)
-    elif version < 4:
-        _migrate_to_4(db, run)
+    else:
+        _migrate_to_5(db, run, version)
     if version < 4:  # names are made canonical now
         db.execute("insert into regroupings select app_id, group_hash, 0, 0, '' from groups")
 
@@ -3531,29 +3419,48 @@ def recount(db: sqlite3.Connection, save: Callable[[RollUps], Any] = RollUps.sav
             rollups = RollUps(db, now)
             rollups.count(kind, page, 1)
             save(rollups)
+    Groups.recount(db)
+    while RollUps(db, now).trim():
+        pass
 
 
-def _migrate_to_4(db: Connection, run: Callable[[Connection, str], None]) -> None:
-    """The new figures are counted from the reports. A device whose first reports in a release have expired was first
-    there at hour 0, which is of no age of a release."""
+def _migrate_to_5(db: Connection, run: Callable[[Connection, str], None], version: int) -> None:
+    """Groups have sums of their own, and a release is what its builds are. Version 3 knows less of devices, and
+    nothing of builds and names of events, which are counted from the reports."""
+    run(db, "".join(f"alter table groups add column {name} integer not null default 0;\n"
+                    for name in ("crashes", "devices", "came_at"))
+        + "alter table releases rename to old_releases;\n"
+        + "alter table builds rename to old_builds;\n" * (version > 3)
+        + Releases.TABLES + DEVICE_INDEX)
+    if version > 3:
+        Groups.recount(db)
+        run(db, """insert into builds select app_id, app_version, build_number, first_seen, first_seen from old_builds;
+drop table old_builds;
+drop table group_devices;
+drop table group_sums;
+""")
+    else:
+        _count_new_figures(db, run)
+    run(db, """insert into builds select app_id, app_version, '', first_seen, last_seen from old_releases where true
+    on conflict (app_id, app_version, build_number) do update set
+        first_seen = excluded.first_seen, last_seen = excluded.last_seen;
+drop table old_releases;
+""")
+
+
+def _count_new_figures(db: Connection, run: Callable[[Connection, str], None]) -> None:
+    """A device whose first reports in a release have expired was first there at hour 0, which is of no age of a
+    release."""
+    new = ("release_hours", "group_images", "event_names")
     run(db, "alter table device_versions rename to old_versions;\n" + Devices.VERSIONS
-        + Sums("release_hours", *Devices.SUMS["release_hours"]).schema
-        + "".join(figure.tables() for figure in (GroupDevices, Images, Builds, EventNames)))
-    recount(db, _save_new_figures)
+        + "".join(SUMS[table].schema(table) for table in new))
+    recount(db, lambda rollups: rollups.save((Devices, Releases), new))
     run(db, """insert into device_versions
         select app_id, device, app_version, 0, case when crashed > 0 then 0 end from old_versions where true
         on conflict (app_id, device, app_version) do update set
             crash_hour = coalesce(device_versions.crash_hour, excluded.crash_hour);
 drop table old_versions;
 """)
-
-
-def _save_new_figures(rollups: RollUps) -> None:
-    devices = rollups.figures[Devices]
-    devices.save_versions()
-    for figure in (GroupDevices, Builds, EventNames):
-        rollups.figures[figure].save()
-    devices.sums["release_hours"].save(devices._db)
 
 
 def _migrate_to_3(db: Connection, run: Callable[[Connection, str], None]) -> None:
@@ -3565,10 +3472,10 @@ def _migrate_to_3(db: Connection, run: Callable[[Connection, str], None]) -> Non
         + "".join(f"alter table {table} add column {column} integer not null default 0;\n"
                   for table in TABLES.values() for column in ("clock_ahead_ms", "other"))
         + "create table given_seqs (first integer primary key, last integer not null);\ndrop index crashes_by_group;\n"
-        + "alter table crashes add column session_id text;\n" + GROUP_INDEX + FIGURE_TABLES)
+        + "alter table crashes add column session_id text;\n" + GROUP_INDEX + DEVICE_INDEX + FIGURE_TABLES)
     recount(db)
     for app_id, group_hash in db.execute("select app_id, group_hash from groups").fetchall():
-        Groups(db, 0).show_latest(app_id, group_hash)
+        RollUps(db, 0).figures[Groups].show_latest(app_id, group_hash)
     is_expired = any(get_state(db, "expired_" + table, -1) >= 0 for table in TABLES.values())
     for table, columns, source in (
             ("crash_days", "day, crashes", "old_days"),
@@ -3577,8 +3484,8 @@ def _migrate_to_3(db: Connection, run: Callable[[Connection, str], None]) -> Non
             ("cohorts", "day, newcomers, back_1, back_7, back_30", "old_days"),
             ("durations", "day, seconds, sessions", "old_durations"),
             ("release_sums", "app_version, sessions, 0, crashes, devices, crashed_devices", "old_releases"),
-            ("releases", "app_version, first_seen, last_seen", "old_releases")) if is_expired else ():
-        key, (_, sums) = KEYS[table], next((figure.SUMS[table] for figure in FIGURES if table in figure.SUMS), ("", ""))
+            ("builds", "app_version, '', first_seen, last_seen", "old_releases")) if is_expired else ():
+        key, sums = KEYS[table], SUMS[table].columns if table in SUMS else ""
         change = ", ".join(f"{each} = max({table}.{each}, excluded.{each})" for each in sums.split())
         db.execute(f"""
             insert into {table} select app_id, {columns} from {source}
@@ -3975,14 +3882,14 @@ class Commit:
             flags, reports = rollups.names.limit(app_id, received, reports)
             columns = {"seq": seqs, "app_id": repeat(app_id), "received_at": received, **{
                 name: values for name, values in (("clock_ahead_ms", ahead), ("other", flags)) if any(values)}}
-            self._db.append(TABLES[kind], (*columns, *kind._fields),
-                            [(*ours, *report) for ours, report in zip(zip(*columns.values()), reports)])
             rows = counted(kind, app_id, seqs, received, ahead, flags, reports)
             rollups.count(kind, rows, 1)
+            self._db.append(TABLES[kind], (*columns, *kind._fields),
+                            [(*ours, *report) for ours, report in zip(zip(*columns.values()), reports)])
             counts[TABLES[kind]] += len(reports)
             crashes += rows if kind is Crash and self._requests else []  # imports are none
         for (app_id, key), uses in self._uses.items():
-            rollups.figures[Requests].add(app_id, key, uses)
+            rollups.add("key_days", app_id, self._now // DAY, key, requests=uses)
         rollups.save()
         if crashes:
             see_crashes(self._db, self._now, rollups, crashes)
@@ -4530,7 +4437,7 @@ class Store(Apps):
             return looked
         db.execute("delete from regroupings where app_id = ? and group_hash = ?", (app_id, group))
         if target:
-            Groups(db, self.now).leave(app_id, group, target)
+            Groups.rename(db, app_id, group, target)
         return looked + 1
 
     @staticmethod
@@ -4547,25 +4454,26 @@ class Store(Apps):
               moved: Sequence[tuple[str, str | None, int]], is_first: bool) -> str:
         """Gives crashes of a group another group and images. When the group was first seen goes with its first crash,
         as those before may have expired. Returns the last group that is another."""
-        seqs = [(seq,) for *_, seq in moved]
+        seqs, places = [(seq,) for *_, seq in moved], {seq: place for *place, seq in moved}
         source = "from (values *) as keys cross join crashes on seq = column1"
         rollups, before = RollUps(db, self.now, symbols), counted_rows(db, Crash, source, seqs)
-        db.executemany("update crashes set group_hash = ?, images = ? where seq = ?", moved)
         traces = dict(rows_of(db, "select seq, stack_trace " + source, seqs))
-        after = [each._replace(stack_trace=traces[each.seq]) for each in counted_rows(db, Crash, source, seqs)]
-        rollups.figures[Groups].move(before, after)
-        for figure in (rollups.figures[each] for each in (GroupDevices, Images)):
-            figure.count(Crash, before, -1)
-            figure.count(Crash, after, 1)
+        after = [each._replace(group_hash=places[each.seq][0], images=places[each.seq][1],
+                               stack_trace=traces[each.seq]) for each in before]
+        first = db.execute("select first_seen, first_version, came_at from groups where app_id = ? and group_hash = ?",
+                           (app_id, group)).fetchone() if is_first else None
+        rollups.figures[Groups].count(Crash, after, 1)
+        db.executemany("update crashes set group_hash = ?, images = ? where seq = ?", moved)
+        rollups.figures[Groups].count(Crash, before, -1)
         rollups.save()
         see_crashes(db, self.now, rollups, after, are_moved=True)
-        if is_first:
+        if first:
+            db.execute("update groups set came_at = min(came_at, ?) where app_id = ? and group_hash = ?",
+                       (first[2], app_id, moved[0][0]))
             db.execute("""
-                update groups set (first_seen, first_version) = (
-                    select first_seen, first_version from groups where app_id = :app and group_hash = :group)
-                where app_id = :app and group_hash = :target and first_seen > (
-                    select first_seen from groups where app_id = :app and group_hash = :group)
-                """, {"app": app_id, "group": group, "target": moved[0][0]})
+                update groups set first_seen = ?, first_version = ?
+                where app_id = ? and group_hash = ? and first_seen > ?
+                """, (*first[:2], app_id, moved[0][0], first[0]))
         others = [each for each, *_ in moved if each != group]
         return others[-1] if others else ""
 
@@ -5110,14 +5018,11 @@ def _fact_text(kind: str, app: str, detail: JsonObject) -> str:
 # The questions asked of the store. Public questions read figures only: an answer costs what it shows, not what is
 # stored. Windows are UTC days; without an app, an answer is the sum over the live apps.
 
-ADOPTION_DAYS = 7  # of whose sessions a release has its share
 SCANNED = 20_000  # events that are looked at for a page: a page may be short, and another one follow
 REPORTS = 20  # of a group that are shown at once
 MAX_VERSIONS = 100  # of a group that a list has
 MISSING_BUILDS = 100  # whose symbols are asked for
-# Groups that are weighed for the overview: so many of most crashes, and of the others of most devices. And those that
-# it shows of a kind.
-CANDIDATES, SHOWN_GROUPS = 20, 5
+CANDIDATES, SHOWN_GROUPS = 20, 5  # groups that are weighed for the overview, and that it shows
 SESSION_EVENTS = 20  # that are shown before a crash, of the session's latest 100
 _WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 
@@ -5144,15 +5049,20 @@ class Metrics:
         today = self._store.now // DAY
         return range(today - days + 1, today + 1)
 
+    def _by_day(self, question: Callable[[Connection, int | None, range], JsonObject], app: str | None,
+                days: int | None) -> JsonObject:
+        """A figure's answer for the last days, 30 by default, labelled with their dates."""
+        shown = self._last_days(days or 30)
+        with self._snapshot(app) as (db, app_id):
+            return {"labels": _dates(shown), **question(db, app_id, shown)}
+
     def daily_crashes(self, app: str | None = None, days: int | None = None) -> JsonObject:
         """Crashes per UTC day: the seven that end today from Monday to Sunday, or `days` of them by date."""
-        shown = self._last_days(days or WEEK)
-        with self._snapshot(app) as (db, app_id):
-            crashes = per_day(db, "crash_days", ["crashes"], app_id, shown)["crashes"]
+        answer = self._by_day(Crashes.per_day, app, days or WEEK)
         if days:
-            return {"labels": _dates(shown), "data": crashes}
-        monday = -(shown[0] + 3) % WEEK  # 1970 began on a Thursday
-        return {"labels": list(_WEEKDAYS), "data": crashes[monday:] + crashes[:monday]}
+            return answer
+        monday = -date.fromisoformat(answer["labels"][0]).weekday() % WEEK
+        return {"labels": list(_WEEKDAYS), "data": answer["data"][monday:] + answer["data"][:monday]}
 
     def crash_types(self, app: str | None = None, days: int | None = None) -> JsonObject:
         """Crashes per exception type, the 100 most frequent first."""
@@ -5170,8 +5080,8 @@ class Metrics:
         """The seven UTC days that end today in a few figures, and the devices of the last 24 hours."""
         week = self._last_days(WEEK)
         with self._snapshot(app) as (db, app_id):
-            crashes = sum(per_day(db, "crash_days", ["crashes"], app_id, week)["crashes"])
-            sessions = sum(per_day(db, "session_days", ["sessions"], app_id, week)["sessions"])
+            crashes = sum(per_day(db, app_id, week, "crash_days", "crashes")["crashes"])
+            sessions = sum(per_day(db, app_id, week, "session_days", "sessions")["sessions"])
             return {"crash_free_rate_7d": crash_free_rate(crashes, sessions),
                     "dau": Devices.last_24_hours(db, app_id, self._store.now),
                     "sessions_7d": sessions, "crashes_7d": crashes,
@@ -5179,35 +5089,21 @@ class Metrics:
 
     def active_devices(self, app: str | None = None, days: int | None = None) -> JsonObject:
         """Per UTC day, the devices of that day, of the 7 and of the 30 days that end with it."""
-        shown = self._last_days(days or 30)
-        with self._snapshot(app) as (db, app_id):
-            return {"labels": _dates(shown), **per_day(db, "active_days", list(Devices.ACTIVE), app_id, shown)}
+        return self._by_day(Devices.active, app, days)
 
     def sessions(self, app: str | None = None, days: int | None = None) -> JsonObject:
         """Per UTC day, the sessions that began on it; and of those that ended, how long they took. The median is of
         durations in two significant digits. It is null where none has ended, and where those of several apps have."""
-        shown = self._last_days(days or 30)
-        with self._snapshot(app) as (db, app_id):
-            return {"labels": _dates(shown), **Sessions.per_day(db, app_id, shown)}
+        return self._by_day(Sessions.per_day, app, days)
 
     def event_names(self, app: str | None = None, days: int | None = None) -> JsonObject:
         """The 50 most frequent names of events, with their events per UTC day."""
-        shown = self._last_days(days or 30)
-        with self._snapshot(app) as (db, app_id):
-            return {"labels": _dates(shown), "events": EventNames.most_frequent(db, app_id, shown, 50)}
+        return self._by_day(EventNames.most_frequent, app, days)
 
     def retention(self, app: str | None = None, days: int | None = None) -> JsonObject:
         """Of the devices first seen on a UTC day, the percentage seen again 1, 7 and 30 days later: null where that
         day is not over yet, or no device is new."""
-        shown = self._last_days(days or 30)
-        with self._snapshot(app) as (db, app_id):
-            cohorts = per_day(db, "cohorts", ["devices", *Devices.BACK], app_id, shown)
-        answer = {"labels": _dates(shown), "devices": cohorts["devices"]}
-        for column, later in Devices.BACK.items():
-            answer[f"day_{later}"] = [
-                round(100 * back / new, 2) if new and day + later < shown[-1] else None
-                for day, new, back in zip(shown, cohorts["devices"], cohorts[column])]
-        return answer
+        return self._by_day(Devices.retention, app, days)
 
     def releases(self, app: str | None = None, sort: str | None = None) -> JsonObject:
         """What is known of each version of an app: the latest 100, in the order in which they were first seen, or if
@@ -5216,13 +5112,12 @@ class Metrics:
         if sort not in (None, "version", "first_seen"):
             raise Refusal("invalid sort")
         with self._snapshot(app) as (db, app_id):
-            rows = Releases.latest(db, app_id, self._last_days(ADOPTION_DAYS))
+            rows = Releases.latest(db, app_id, self._last_days(WEEK))
             verdicts = self._verdicts(db, app_id, {(row["app_id"], row["app_version"]) for row in rows})
         if sort == "version":
             rows.sort(key=lambda row: version_key(row["app_version"]), reverse=True)
         return {"releases": list(fitting({
-            "app": row["app"], "app_version": row["app_version"], "sessions": row["sessions"],
-            "crashes": row["crashes"], "crashed_sessions": row["crashed_sessions"],
+            **{name: row[name] for name in ("app", "app_version", "sessions", "crashes", "crashed_sessions")},
             "crash_free_sessions": crash_free_rate(row["crashed_sessions"] or row["crashes"], row["sessions"])
             if row["sessions"] else None, "by": "session" if row["crashed_sessions"] else "count",
             "crash_free_devices": crash_free_rate(row["crashed_devices"], row["devices"]) if row["devices"] else None,
@@ -5230,7 +5125,7 @@ class Metrics:
             "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"]),
             "verdict": verdicts.get((row["app_id"], row["app_version"]))} for row in rows))}
 
-    def _verdicts(self, db: Connection, app_id: int | None, releases: Container[tuple]) -> dict[tuple, JsonObject]:
+    def _verdicts(self, db: Connection, app_id: int | None, releases: Container[Row]) -> dict[Row, JsonObject]:
         """The verdicts of these releases, by app id and version; of those that have one."""
         pairs = [pair for pair in Releases.pairs(db, app_id) if pair[:2] in releases]
         return {pair[:2]: {**said, "before": pair.before}
@@ -5240,7 +5135,7 @@ class Metrics:
         """The newest release of each app with its verdict, those that are worse first. An old version that comes late
         is not the newest."""
         with self._snapshot(app) as (db, app_id):
-            newest = Releases.newest(db, app_id, self._last_days(ADOPTION_DAYS)[0])
+            newest = Releases.newest(db, app_id, self._last_days(WEEK)[0])
             verdicts = self._verdicts(db, app_id, set(newest.items()))
             names = dict(db.execute("select id, name from apps"))
         rows = [{"app": names[each[0]], "app_version": each[1], "verdict": verdicts.get(each)}
@@ -5254,23 +5149,15 @@ class Metrics:
                  for each in self.newest_releases(app) if each["verdict"]][:LISTED]
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, "since": since, "until": until, "other": OTHER}
-            crashes = per_day(db, "crash_days", ["crashes"], app_id, self._last_days(3))["crashes"]
-            # What came late is new, too. What is older than the last crash that has expired may have come before.
-            expired, = db.execute(
-                "select coalesce(max(value), 0) from state where name = 'expired_crashes' or name like 'early%'"
-                ).fetchone()
+            crashes = per_day(db, app_id, self._last_days(3), "crash_days", "crashes")["crashes"]
             new = db.execute(f"""
                 select exception_type, place from groups
-                where {APPS} and first_seen > :expired and group_hash <> :other and (
-                    select min(received_at) from crashes
-                    where app_id = groups.app_id and group_hash = groups.group_hash) between :since and :until - 1
-                order by first_seen desc
-                """, {**parameters, "expired": min(expired >> SEQ_BITS, since - MAX_SKEW)}).fetchall()
+                where {APPS} and came_at >= :since and came_at < :until and group_hash <> :other
+                order by came_at desc, first_seen desc""", parameters).fetchall()
             decided = dict(db.execute(f"""
                 select case when state = 'resolved' then 'resolved' else 'regressed' end as what, count(*) from triage
-                where {APPS} and (state = 'resolved' and changed_at between :since and :until - 1
-                    or regressed_at between :since and :until - 1) group by what
-                """, parameters).fetchall())
+                where {APPS} and coalesce(regressed_at, changed_at) between :since and :until - 1
+                    and (state = 'resolved' or regressed_at is not null) group by what""", parameters).fetchall())
         lines.append(f"Crashes: {crashes[1]:,} yesterday, {crashes[0]:,} the day before")
         lines.append(f"New: {len(new):,}" + "".join(
             f"; {_one_line(kind)}{f' in {_one_line(place)}' if place else ''}" for kind, place in new[:3]))
@@ -5285,16 +5172,16 @@ class Metrics:
                     exception_type, coalesce(place, '') as place, first_version
                 from (
                     select * from (
-                        select 'new' as what, first_seen as at, app_id, group_hash from groups
-                        where {APPS} and group_hash <> :other and (app_id, group_hash) in (
-                            select app_id, group_hash from group_sums)  -- else it has no page
+                        select 'new' as what, came_at as at, app_id, group_hash from groups
+                        where {APPS} and group_hash <> :other and crashes > 0  -- else it has no page
                         order by at desc, group_hash limit :limit) as new
                     union all select 'regressed', regressed_at, app_id, group_hash from triage
-                        where {APPS} and regressed_at is not null) as news
+                        where {APPS} and regressed_at is not null
+                    order by at desc, what, app_id, group_hash limit :limit) as news
                 join apps on apps.id = news.app_id
                 join groups on groups.app_id = news.app_id and groups.group_hash = news.group_hash
                 order by news.at desc, news.what, news.app_id, news.group_hash
-                limit :limit""", {"app": app_id, "other": OTHER, "limit": limit})
+                """, {"app": app_id, "other": OTHER, "limit": limit})
 
     # Behind the admin token: these read the reports, a page at a time
 
@@ -5303,18 +5190,19 @@ class Metrics:
                cursor: str | None = None) -> JsonObject:
         """The groups of the crashes that are kept: those with most crashes first, or as `sort` says. `version` may end
         with *; `text` is in what the list shows, or in symbols and files of the app in the latest crash; `state` is one
-        of GROUPS_OF. `is_new`: first seen in this version, or without one, within 7 days."""
+        of GROUPS_OF. `is_new`: first seen in this version, or without one, received first within 7 days."""
         if state not in GROUPS_OF:
             raise Refusal("invalid state", detail=f"it is none of {', '.join(filter(None, GROUPS_OF))}")
         if sort not in (None, *SORTS):
             raise Refusal("invalid sort")
         column = SORTS[sort or "crashes"]
         value, group = _parse_cursor(cursor, r"([0-9]{1,18})-([0-9a-f]{16}|\(other\))", (MAX_NUMBER, ""))
-        shown, week = self._last_days(days) if days else [None], self._last_days(WEEK)[0] * DAY
+        shown: Sequence[int | None] = self._last_days(days) if days else [None]
+        week = self._last_days(WEEK)[0] * DAY
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, **_version_filter(version), "first": shown[0], "last": shown[-1],
                           "text": text and text.casefold(), "limit": limit + 1, "value": int(value), "group": group,
-                          "week": week, "since": shown[0] * DAY - MAX_SKEW if days else 0}
+                          "week": week, "since": (shown[0] or 0) * DAY - MAX_SKEW if days else 0}
             rows = dict_rows(db, f"""
                 select * from (
                     select group_hash, sum(crashes) as count, sum(devices) as devices, max(latest) as last_seen, (
@@ -5339,9 +5227,8 @@ class Metrics:
     def _listed(self, db: Connection, row: JsonObject, parameters: JsonObject) -> JsonObject:
         """A group as a list has it."""
         found = self._named(db, parameters["app"], row["group_hash"])
-        del found["app_id"]
         first, version = (found.pop("first_version") or "")[:parameters["length"]], parameters["version"]
-        is_new = row["first_seen"] >= parameters["week"] if version is None else first == version
+        is_new = found["came_at"] >= parameters["week"] if version is None else first == version
         versions = [each for each, in db.execute(f"""
             select app_version from crashes
             where {APPS} and group_hash = :group and app_version is not null and {OF_VERSION}
@@ -5349,26 +5236,25 @@ class Metrics:
             group by app_version
             order by count(*) desc, app_version
             limit {MAX_VERSIONS}""", parameters)]
-        return {**found, **row, "versions": sorted(versions, key=version_key), "is_new": is_new,
-                **{name: iso_time(row[name]) for name in ("first_seen", "last_seen")}}
+        return {**_shown_group({**found, **row}), "versions": sorted(versions, key=version_key), "is_new": is_new}
 
     def _named(self, db: Connection, app_id: int | None, group_hash: str) -> JsonObject:
-        """What is known of a group; of several apps, of the one that saw it last. Of one whose crashes have expired,
-        what was decided."""
-        found, = dict_rows(db, f"""
-            select :group as group_hash, coalesce(exception_type, '') as exception_type,
-                coalesce(exception_reason, '') as exception_reason, coalesce(place, '') as place, (
-                    select min(first_seen) from groups where {APPS} and group_hash = :group) as first_seen, (
-                    select first_version from groups where {APPS} and group_hash = :group
-                    order by first_seen, app_id limit 1) as first_version,
-                coalesce(state, 'open') as state, fixed_in, regressed_at, known.app_id
+        """What is known of a group; of several apps, the name that it has where it was seen last. Of one whose crashes
+        have expired, what was decided. Empty where nothing is."""
+        return next(iter(dict_rows(db, f"""
+            select :group as group_hash, known.app_id, coalesce(exception_type, '') as exception_type,
+                coalesce(exception_reason, '') as exception_reason, coalesce(place, '') as place,
+                coalesce(sum(crashes) over (), 0) as count, coalesce(sum(devices) over (), 0) as devices,
+                min(first_seen) over () as first_seen, max(last_seen) over () as last_seen,
+                min(came_at) over () as came_at, first_value(first_version) over (
+                    order by coalesce(first_seen, {MAX_NUMBER}), known.app_id) as first_version,
+                coalesce(state, 'open') as state, fixed_in, regressed_at, changed_at
             from (select app_id from groups where {APPS} and group_hash = :group
                 union select app_id from triage where {APPS} and group_hash = :group) as known
             left join groups on groups.app_id = known.app_id and groups.group_hash = :group
             left join triage on triage.app_id = known.app_id and triage.group_hash = :group
-            order by coalesce(last_seen, 0) desc, known.app_id
-            limit 1""", {"app": app_id, "group": group_hash})
-        return {**found, "regressed_at": found["regressed_at"] and iso_time(found["regressed_at"])}
+            order by coalesce(groups.last_seen, 0) desc, known.app_id
+            limit 1""", {"app": app_id, "group": group_hash})), {})
 
     def group(self, group_hash: str, app: str | None = None, limit: int = REPORTS,
               cursor: str | None = None) -> JsonObject:
@@ -5378,12 +5264,8 @@ class Metrics:
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, "group": group_hash, "at": int(at), "seq": int(report_id, 16),
                           "limit": limit + 1}
-            count, devices, last_seen = db.execute(f"""
-                select coalesce(sum(crashes), 0), coalesce(sum(devices), 0), max(last_seen) from group_sums
-                join groups using (app_id, group_hash)
-                where {APPS} and group_hash = :group""", parameters).fetchone()
-            if not count and not db.execute(f"select 1 from triage where {APPS} and group_hash = :group",
-                                            parameters).fetchone():
+            found = self._named(db, app_id, group_hash)
+            if not found or not found["count"] and found["changed_at"] is None:
                 raise missing_group(db, app, group_hash)
             spread = {name: labelled(db.execute(f"""
                 select {column}, count(*) from crashes
@@ -5397,16 +5279,13 @@ class Metrics:
                 where {APPS} and group_hash = :group and ({COUNTED_AT}, seq) < (:at, :seq)
                 order by at desc, seq desc
                 limit :limit""", parameters).fetchall()
-            found = self._named(db, app_id, group_hash)
             history = dict_rows(db, """
                 select at, what, detail from group_history where app_id = ? and group_hash = ? order by entry
-                """, (found.pop("app_id"), group_hash))
+                """, (found["app_id"], group_hash))
             missing = self._missing_builds(db, app_id, group_hash, 3)
             reports = _reports(db, "crashes", [seq for seq, _ in page[:limit]])
         seq, at = page[len(reports) - 1] if reports else (0, 0)
-        first_seen = found["first_seen"]
-        return {**found, "count": count, "devices": devices, "first_seen": first_seen and iso_time(first_seen),
-                "last_seen": last_seen and iso_time(last_seen), **spread, "missing_symbols": missing,
+        return {**_shown_group(found), **spread, "missing_symbols": missing,
                 "history": [{**each, "at": iso_time(each["at"])} for each in history], "reports": reports,
                 "next": f"{at}-{crash_id(seq)}" if page[len(reports):] else None}
 
@@ -5416,35 +5295,34 @@ class Metrics:
         that crashed in the newest release of their app, halved for each day since the last crash. A group of two apps
         is two. A group of which neither a crash nor a decision is kept has no page, so it is left out."""
         week = self._last_days(WEEK)
+        since = week[0] * DAY
         with self._snapshot(app) as (db, app_id):
-            parameters = {"app": app_id, "first": week[0], "last": week[-1], "since": week[0] * DAY - MAX_SKEW}
+            parameters = {"app": app_id, "first": week[0], "last": week[-1], "since": since - MAX_SKEW}
             rows = dict_rows(db, f"""
                 select apps.name as app, groups.app_id, groups.group_hash, exception_type, first_seen, last_seen,
-                    coalesce(exception_reason, '') as exception_reason, coalesce(place, '') as place,
-                    coalesce(regressed_at, 0) as regressed_at, 'open' as state, sums.crashes as count,
-                    coalesce(group_sums.devices, 0) as devices
+                    coalesce(exception_reason, '') as exception_reason, coalesce(place, '') as place, came_at,
+                    coalesce(regressed_at, 0) as regressed_at, 'open' as state, sums.crashes as count, groups.devices
                 from (
                     select app_id, group_hash, sum(crashes) as crashes from group_days
                     where {APPS} and day between :first and :last and group_hash <> '{OTHER}'
                     group by app_id, group_hash) as sums
                 cross join groups on groups.app_id = sums.app_id and groups.group_hash = sums.group_hash
                 cross join apps on apps.id = groups.app_id
-                left join group_sums on group_sums.app_id = groups.app_id and group_sums.group_hash = groups.group_hash
                 left join triage on triage.app_id = groups.app_id and triage.group_hash = groups.group_hash
-                where coalesce(state, 'open') = 'open' and coalesce(group_sums.crashes, changed_at) is not null
+                where coalesce(state, 'open') = 'open' and (groups.crashes > 0 or changed_at is not null)
                 order by count desc, groups.group_hash, groups.app_id""", parameters)
             by_devices = sorted(rows[CANDIDATES:], key=itemgetter("devices"), reverse=True)
             candidates = rows[:CANDIDATES] + by_devices[:CANDIDATES]  # one device may crash in a loop
             newest = Releases.newest(db, app_id, week[0])
             for row in candidates:
                 row.update(self._weight(db, {**parameters, **row, "newest": newest.get(row["app_id"])}))
-        first = sorted(candidates, key=lambda row: (-row["score"], -row["devices"], -row["count"]))
+        candidates.sort(key=itemgetter("score", "devices", "count"), reverse=True)
         for row in rows:
-            row["is_new"], row["is_regressed"] = (row[at] >= week[0] * DAY for at in ("first_seen", "regressed_at"))
-            row["last_seen"] = iso_time(row["last_seen"])
+            row.update(is_new=row["came_at"] >= since, is_regressed=row["regressed_at"] >= since,
+                       last_seen=iso_time(row["last_seen"]))
         new = [row for row in rows if row["is_new"] or row["is_regressed"]]
-        new.sort(key=lambda row: max(row["first_seen"], row["regressed_at"]), reverse=True)
-        return {"new": new[:SHOWN_GROUPS], "new_count": len(new), "first": first[:SHOWN_GROUPS]}
+        new.sort(key=lambda row: max(row["came_at"], row["regressed_at"]), reverse=True)
+        return {"new": new[:SHOWN_GROUPS], "new_count": len(new), "first": candidates[:SHOWN_GROUPS]}
 
     def _weight(self, db: Connection, group: JsonObject) -> JsonObject:
         devices, newest = db.execute(f"""
@@ -5536,19 +5414,19 @@ class Metrics:
                session_id: str | None = None, limit: int = 50, cursor: str | None = None,
                oldest_first: bool = False, device_id_hash: str | None = None) -> JsonObject:
         """The latest events that are kept. A page may be short of `limit`, or even empty, and have a next one."""
+        order, start = ("asc", -1) if oldest_first else ("desc", MAX_NUMBER)
+        digits, = _parse_cursor(cursor, "(?:evt_)?([0-7][0-9a-f]{15})", (f"{start:x}",))
+        start = int(digits, 16)
         with self._snapshot(app) as (db, app_id):
-            first, last, order = 0, MAX_NUMBER, "asc" if oldest_first else "desc"
             parameters = {"app": app_id, "type": type, "name": name, "session": session_id, "limit": limit + 1,
-                          "device": device_id_hash}
+                          "device": device_id_hash, "scanned": SCANNED}
+            first, last = 0, MAX_NUMBER
             if session_id is not None:  # its events are between its first and its last
                 first, last = db.execute(f"""
                     select coalesce(min(first_seq), 0), coalesce(max(last_seq), -1) from sessions
                     where {APPS} and session_id = :session""", parameters).fetchone()
-            if oldest_first:
-                first = max(first, _seq_of(cursor, -1) + 1)
-            else:
-                last = min(last, _seq_of(cursor, MAX_NUMBER) - 1)
-            parameters.update(first=first, last=last, scanned=SCANNED)
+            parameters.update(first=max(first, start + 1) if oldest_first else first,
+                              last=last if oldest_first else min(last, start - 1))
             scan = f"from events where seq between :first and :last order by seq {order} limit :scanned"
             seqs = [seq for seq, in db.execute(f"""
                 select seq from (select seq, app_id, type, name, session_id, device_id_hash {scan}) as scanned
@@ -5557,10 +5435,10 @@ class Metrics:
                     and (:device is null or device_id_hash = :device)
                 order by seq {order}
                 limit :limit""", parameters)]
-            row = db.execute(f"select seq from (select seq {scan}) as scanned order by seq {order}"
+            end = db.execute(f"select seq from (select seq {scan}) as scanned order by seq {order}"
                              " limit 1 offset :scanned - 1", parameters).fetchone()
             found = _reports(db, "events", seqs[:limit])
-        following = found[-1]["id"] if seqs[len(found):] else event_ids(row)[0] if row else None
+        following = found[-1]["id"] if seqs[len(found):] else event_ids(end)[0] if end else None
         return {"events": found, "next": following}
 
     def symbols(self, app: str | None = None) -> JsonObject:
@@ -5631,6 +5509,13 @@ def missing_group(db: Connection, app: str | None, group_hash: str) -> Refusal:
     return Moved(alias[0]) if alias else Refusal("not found")
 
 
+def _shown_group(found: JsonObject) -> JsonObject:
+    """What an answer has of a group."""
+    shown = {name: value for name, value in found.items() if name not in ("app_id", "came_at", "changed_at")}
+    return {**shown, **{name: found[name] and iso_time(found[name])
+                        for name in ("first_seen", "last_seen", "regressed_at")}}
+
+
 def _dates(days: Iterable[int]) -> list[str]:
     return [date.fromordinal(_DAY_ZERO + day).isoformat() for day in days]
 
@@ -5679,12 +5564,10 @@ GROUPS_OF: dict[str | None, str] = {  # a state that a list is asked for: the cr
     None: "1 = 1", "open": _IN_TRIAGE.format("not in", "state <> 'open'"),
     "resolved": _IN_TRIAGE.format("in", "state = 'resolved'"), "muted": _IN_TRIAGE.format("in", "state = 'muted'"),
     "regressed": _IN_TRIAGE.format("in", "state = 'open' and regressed_at is not null"),  # since it was resolved last
-    "new": "(app_id, group_hash) in (select app_id, group_hash from groups where first_seen >= :week)"}
-# Columns by which groups are sorted. Where all that are kept count, their sums know.
+    "new": "(app_id, group_hash) in (select app_id, group_hash from groups where came_at >= :week)"}
 SORTS = {"crashes": "count", "devices": "devices", "last_seen": "last_seen", "first_seen": "first_seen"}
 SUMS_OF_GROUPS = f"""
-    select app_id, group_hash, crashes, devices, last_seen as latest from group_sums
-    join groups using (app_id, group_hash) where {APPS}"""
+    select app_id, group_hash, crashes, devices, last_seen as latest from groups where {APPS} and crashes > 0"""
 OF_VERSION = "(:version is null or substr(app_version, 1, :length) = :version)"
 
 
@@ -5711,12 +5594,6 @@ def _parse_cursor(cursor: str | None, pattern: str, default: Any) -> Any:
     if cursor is not None and match is None:
         raise Refusal("invalid cursor")
     return match.groups() if match else default
-
-
-def _seq_of(cursor: str | None, default: int) -> int:
-    """The seq of the id that a page ended with."""
-    digits, = _parse_cursor(cursor, "(?:evt_)?([0-7][0-9a-f]{15})", ("",))
-    return int(digits, 16) if digits else default
 
 
 def crash_free_rate(crashes: int, sessions: int) -> float:
@@ -7824,49 +7701,57 @@ def _check_roll_ups(path: Path) -> str:
         expired, = db.execute("""
             select coalesce(max(value), 0) from state where name like 'expired%' or name like 'early%'""").fetchone()
         recount(db)
-        wrong = [table for figure in FIGURES for test in (_unequal_sums, _missing_rows)
-                 for table in test(db, figure, expired)]
+        wrong = [table for figure in FIGURES for table in _unequal_tables(db, figure, expired)]
+        wrong += ["durations"] if expired and db.execute("""
+            select 1 from (select app_id, day, sessions, ended, 0 as durations from stored.session_days
+                where day > (select max(day) - 399 from stored.session_days) and day > :expired
+                union all select app_id, day, 0, 0, sessions from stored.durations where day > :expired) as both
+            group by app_id, day having sum(ended) > sum(durations) or sum(sessions) < sum(ended) limit 1
+            """, {"expired": (expired >> SEQ_BITS) // DAY}).fetchone() else []
     if wrong:
         raise StoreError(f"these tables are not what they should be: {', '.join(wrong)}")
     return "agree with the reports"
 
 
-def _unequal_sums(db: sqlite3.Connection, figure: type[Figure], expired: int) -> Iterator[str]:
-    """Sums outlive their reports. Where some have expired, only those are compared that go with them, and those of the
-    days since; a device or a session whose first report is gone would count on a later day, or for a later release."""
-    for table, (_, sums) in figure.SUMS.items():
-        columns, where = ", ".join([*KEYS[table], *sums.split()]), ""
-        if expired and table in ("crash_days", "group_days", "event_names"):
-            where = f" where day > {(expired >> SEQ_BITS) // DAY + 1}"
-        elif table == "key_days" or expired and table not in ("labels", "group_images", "group_devices", "group_sums"):
-            continue  # no report tells of `key_days`
-        ours, theirs = (f"select {columns} from {place}.{table}{where}" for place in ("main", "stored"))
-        queries = [f"{ours} except {theirs}", f"{theirs} except {ours}"]
-        if table == figure.WINDOW[0]:  # whose old rows are deleted some time later
-            queries.pop()
-        if any(db.execute(query + " limit 1").fetchone() for query in queries):
-            yield table
-
-
 # The first and the last report that a row has seen, which may have expired.
 SPANS = {"sessions": ("first_seq", "last_seq"), "groups": ("first_seen", "last_seen"),
-         "releases": ("first_seen", "last_seen"), "devices": ("first_day", "last_hour"),
-         "builds": ("first_seen", "app_id")}
+         "builds": ("first_seen", "last_seen"), "devices": ("first_day", "last_hour")}
 
 
-def _missing_rows(db: sqlite3.Connection, figure: type[Figure], expired: int) -> Iterator[str]:
-    """Of what is counted again, each row must be there, and have seen at least as much."""
+def _unequal_tables(db: sqlite3.Connection, figure: type[Figure], expired: int) -> Iterator[str]:
+    """Where reports have expired, days after them are compared, and what cannot be less than what is left. A device
+    or a session whose first report is gone would count on a later day, or for a later release."""
+    for table, sums in figure.SUMS.items():
+        if table == "key_days":  # which no report tells
+            continue
+        columns, where = ", ".join([*KEYS[table], *sums.columns.split()]), ""
+        if expired and table in ("crash_days", "group_days", "event_names"):
+            where = f" where day > {(expired >> SEQ_BITS) // DAY + 1}"
+        ours, theirs = (f"select {columns} from {place}.{table}{where}" for place in ("main", "stored"))
+        queries = [f"{ours} except {theirs}", f"{theirs} except {ours}"]
+        if sums.window or table == "release_hours":  # whose old rows are deleted some time later
+            queries = queries[:1]
+        if expired and table in ("active_days", "device_hours"):
+            queries = [f"select 1 from main.{table} as ours left join stored.{table} as theirs using"
+                       f" ({', '.join(KEYS[table])}) where "
+                       + " or ".join(f"ours.{each} > coalesce(theirs.{each}, 0)" for each in sums.columns.split())]
+        elif expired and not where and sums.lasts:
+            continue
+        if any(db.execute(query + " limit 1").fetchone() for query in queries):
+            yield table
     for table in set(re.findall(r"create table (\w+)", figure.TABLES)) - {"medians"}:
         same = " and ".join(f"theirs.{each} = ours.{each}" for each in KEYS[table])
         first, last = SPANS.get(table, ("app_id", "app_id"))
-        comparable = "1"
+        comparable = ""
         if "device" in table:  # which goes with its last report to the hour
-            comparable = "(app_id, device) in (select app_id, device from main.devices where last_seq > :settled)"
+            comparable = "(app_id, device) in (select app_id, device from main.devices where last_seq > :settled) and"
         elif table == "builds":  # of which others may have come first
             comparable = f"""(select count(*) from stored.builds as theirs where theirs.app_id = ours.app_id)
-                < {MAX_BUILDS_OF_APP}"""
+                < {MAX_BUILDS_OF_APP} and"""
+        elif table == "groups":
+            same += " and theirs.crashes = ours.crashes and theirs.devices = ours.devices"
         if db.execute(f"""
-                select 1 from main.{table} as ours where {comparable} and not exists (
+                select 1 from main.{table} as ours where {comparable} not exists (
                     select 1 from stored.{table} as theirs
                     where {same} and theirs.{first} <= ours.{first} and theirs.{last} >= ours.{last})
                 limit 1""", {"settled": expired and expired + first_seq(HOUR)}).fetchone():

@@ -253,8 +253,8 @@ def check_database(path, forgotten=False):
     expected, found = recount(path), figures(path)
     if forgotten:
         for tables in expected, found:
-            tables["releases"] = tables["builds"] = {}
-            tables["groups"] = {key: (row[0], *row[3:]) for key, row in tables["groups"].items()}
+            tables["builds"] = {}
+            tables["groups"] = {key: (row[0], *row[3:-1]) for key, row in tables["groups"].items()}
     for table in expected:
         assert found[table] == expected[table], table
     assert POSTGRES or backfeedr._check_roll_ups(Path(path).absolute()), "and `check` sees it so"
@@ -277,7 +277,7 @@ def figures(path):
         tables[table] = {row[:size]: row[2 * size:] for row in sql(path, f"select {columns}, {table}.* from {table}")
                          if table not in first or time_in(table, row) >= first[table]}
     tables["devices"] = {key: row[:2] for key, row in tables["devices"].items()}
-    tables["groups"] = {key: row[:5] for key, row in tables["groups"].items()}
+    tables["groups"] = {key: row[:5] + row[7:] for key, row in tables["groups"].items()}
     return tables
 
 
@@ -295,7 +295,7 @@ def recount(path):
               for table in backfeedr.KEYS.keys() - {"replays", "new_names", "medians", "key_days"} - MOVES}
     columns = dict(
         crash_days=("crashes",), labels=("crashes",), group_days=("crashes",), group_images=("crashes",),
-        group_devices=("crashes",), group_sums=("crashes", "devices"), release_hours=("devices", "crashed"),
+        release_hours=("devices", "crashed"),
         release_days=("sessions",), event_names=("events",),
         release_sums=("sessions", "crashed_sessions", "crashes", "devices", "crashed"), device_hours=("devices",),
         session_days=("sessions", "ended", "ms"), durations=("sessions",), active_days=("dau", "wau", "mau"),
@@ -305,7 +305,6 @@ def recount(path):
         app, day = row["app_id"], row["at"] // DAY
         tables["crash_days"][app, day]["crashes"] += 1
         tables["group_days"][app, day, row["group_hash"]]["crashes"] += 1
-        tables["group_sums"][app, row["group_hash"]]["crashes"] += 1
         for uuid in (row["images"] or "").split():
             tables["group_images"][app, row["group_hash"], uuid]["crashes"] += 1
         for field in ("exception_type", "device_model"):
@@ -317,21 +316,18 @@ def recount(path):
         first, latest = (choose(rows, key=lambda row: (row["at"], row["seq"])) for choose in (min, max))
         name = "(other)" if key[1] == "(other)" else latest["sent_type"]
         reason = (latest["exception_reason"] or "")[:500] or None
-        tables["groups"][key] = name, first["at"], first["app_version"], latest["at"], reason
+        tables["groups"][key] = (
+            name, first["at"], first["app_version"], latest["at"], reason, len(rows),
+            len(grouped(rows, "device_id_hash")), min(row["received_at"] for row in rows))
     for row in events:
         if row["type"] in ("error", "custom"):
             tables["event_names"][row["app_id"], row["name"] or "", row["type"], row["at"] // DAY]["events"] += 1
-    for (*group, device), rows in grouped(crashes, "app_id", "group_hash", "device_id_hash").items():
-        tables["group_devices"][(*group, backfeedr.device_key(device))]["crashes"] = len(rows)
-        tables["group_sums"][tuple(group)]["devices"] += 1
     reports = sorted(crashes + events, key=lambda row: row["seq"])
     for row in reports:
         row["build"] = row.get("build_number") or ""
     for key, rows in grouped(reports, "app_id", "app_version", "build").items():
-        tables["builds"][key] = (min(row["received_at"] for row in rows),)
-    for key, rows in grouped(reports, "app_id", "app_version").items():
         times = [row["received_at"] for row in rows]
-        tables["releases"][key] = min(times), max(times)
+        tables["builds"][key] = min(times), max(times)
     recount_sessions(tables, reports)
     recount_devices(tables, reports)
     first = windows(path)
@@ -2206,13 +2202,13 @@ def test_when_a_group_was_first_seen_goes_with_its_first_crash(api, clock):
         clock.move(86_400)
     with api.server.store.writing() as db:  # as a version before this one had them in one group, and a crash that went
         db.execute("update crashes set group_hash = 'aaaaaaaaaaaaaaaa'")
-        for table in ("groups", "group_images", "group_days", "group_devices", "group_sums"):
+        for table in ("groups", "group_images", "group_days"):
             db.execute(f"delete from {table}")
         rollups, crashes = backfeedr.RollUps(db, api.server.store.now), backfeedr.counted_rows(
             db, backfeedr.Crash, "from crashes order by seq")
-        for figure in (backfeedr.Groups, backfeedr.GroupDevices, backfeedr.Images):
-            rollups.figures[figure].count(backfeedr.Crash, crashes, 1)
+        rollups.figures[backfeedr.Groups].count(backfeedr.Crash, crashes, 1)
         rollups.save()
+        backfeedr.Groups.recount(db)
         db.execute("update groups set first_seen = 1, first_version = '0.9'")
         db.execute("insert into regroupings values (1, 'aaaaaaaaaaaaaaaa', 0, 0, '')")
     api.server.store.regroup()
@@ -3300,8 +3296,16 @@ def test_reports_of_made_up_times_leave_only_lasting_sums_behind(one_day, clock)
     clock.move(402 * A_DAY)
     one_day.store.prune()
     assert {table for table in REPORT_TABLES if count(one_day, table)} \
-        == {"crash_days", "session_days", "medians", "active_days", "cohorts", "releases", "release_sums",
-            "release_hours", "builds"}
+        == {"crash_days", "session_days", "active_days", "cohorts", "release_sums", "release_hours", "builds"}
+
+
+def test_hours_of_a_release_go_when_no_verdict_asks_for_them(keeping, clock):
+    server = keeping()
+    for days in (0, 89, 2):
+        clock.move(days * A_DAY)
+        add(server, type="custom", app_version="1.0", device_id_hash=f"d{days}")
+    assert count(server, "release_hours") == 2, "that of day 91 went in the first step of the day"
+    assert sql(server.store.path, "select devices from release_sums") == [(3,)]
 
 
 LABELS = f"select label, crashes from labels where day = {backfeedr.ALL_DAYS} and field = "
@@ -3519,19 +3523,21 @@ def test_a_host_whose_clock_was_never_set_takes_nothing_and_says_why(serve, cloc
 
 # -- What `check` finds
 
-SUMS = {table: columns.split() for figure in backfeedr.Figure.__subclasses__()
-        for table, (_, columns) in figure.SUMS.items() if table != "key_days"}  # of which no report tells
+SUMS = {table: sums.columns.split() for table, sums in backfeedr.SUMS.items()
+        if table != "key_days"}  # of which no report tells
 MADE_UP = {"crash_days": "1, 1, 1", "labels": "1, 'device_model', 1, 'x', 1", "session_days": "1, 1, 1, 0, 0",
            "active_days": "1, 1, 1, 1, 1", "cohorts": "1, 1, 1, 0, 0, 0", "release_sums": "1, 'x', 1, 0, 0, 0, 0"}
 TAMPERED = [
-    *((table, f"delete from {table}") for table in (*SUMS, "groups", "releases", "builds", *ENTITIES)),
+    *((table, f"delete from {table}") for table in (*SUMS, "groups", "builds", *ENTITIES)),
+    *(("groups", f"update groups set {column} = {column} + 1") for column in ("crashes", "devices")),
     *((table, f"insert into {table} values ({row})") for table, row in MADE_UP.items()),
     *((table, f"update {table} set {column} = {column} {by}") for table, columns in SUMS.items()
       for column in columns for by in ("+ 1", "- 1"))]
 DAMAGED = [  # where reports have expired
-    ("crash_days", "update crash_days set crashes = crashes + 1000"),
+    ("crash_days", "update crash_days set crashes = crashes + 1000"), ("durations", "delete from durations"),
+    ("durations", "update session_days set sessions = 0"),
     *((table, f"delete from {table}") for table in (
-        "labels", "devices", "group_devices", "group_sums", "builds"))]
+        "labels", "devices", "active_days", "groups", "builds"))]
 
 
 @sqlite_only
@@ -3790,11 +3796,24 @@ def make_old_database(path, version):
         db.executescript(zlib.decompress(base64.b85decode("".join(VERSION_2.split()))).decode())
         if version == 1:
             db.execute("drop table grants")
-    if version == 3:
+    if version >= 3:
         sql_run(path, f"pragma application_id = {backfeedr.APPLICATION_ID}")
         sql_run(path, "pragma user_version = 2")
         backfeedr.Store(str(path)).close()
     with closing(sqlite3.connect(str(path), isolation_level=None)) as db:
+        if version >= 3:
+            db.executescript("""
+                create table rows as select * from releases;
+                drop view releases;
+                create table releases (app_id integer not null, app_version text not null, first_seen integer not null,
+                    last_seen integer not null, primary key (app_id, app_version)) without rowid;
+                insert into releases select * from rows;
+                drop table rows;
+                drop index crashes_by_device;
+                alter table builds drop column last_seen;
+                create table group_devices (app_id, group_hash, device, crashes);
+                create table group_sums (app_id, group_hash, crashes, devices);""" + "".join(
+                    f"alter table groups drop column {column};" for column in ("crashes", "devices", "came_at")))
         if version == 3:
             for table in (
                     "symbols", "symbol_parts", "symbol_pages", "group_aliases", "regroupings", "group_images",
@@ -4913,10 +4932,10 @@ PLANS = {
     "sessions": [f"session_days {BY_DAY}"], "retention": [f"cohorts {BY_DAY}"], "crash_types": LABELS_BY_DAY,
     "overview": [*(f"{table} {BY_DAY}" for table in ("crash_days", "session_days", "group_days")), GROUP,
                  "device_hours USING PRIMARY KEY (app_id=? AND hour>?)"],
-    "releases": [f"release_days {BY_DAY}", f"session_days {BY_DAY}", "releases USING PRIMARY KEY (app_id=?)",
+    "releases": [f"release_days {BY_DAY}", f"session_days {BY_DAY}", "builds USING PRIMARY KEY (app_id=?)",
                  "release_sums USING PRIMARY KEY (app_id=? AND app_version=?)", f"apps {BY_SEQ}",
                  "release_hours USING PRIMARY KEY (app_id=? AND app_version=? AND hour>? AND hour<?)"],
-    "groups": ["group_sums USING PRIMARY KEY (app_id=?)", GROUP, CRASHES_SINCE],
+    "groups": ["groups USING PRIMARY KEY (app_id=?)", GROUP, CRASHES_SINCE],
     "groups, of days": ["groups USING PRIMARY KEY (app_id=?)", GROUP, CRASHES_SINCE],
     "group": [f"crashes {BY_SEQ}", GROUP, GROUP_CRASHES], "crash": [f"crashes {BY_SEQ}"],
     "attention": [f"group_days {BY_DAY}", GROUP, "triage USING PRIMARY KEY (app_id=? AND group_hash=?)",
@@ -4946,14 +4965,13 @@ def test_each_question_and_a_commit_look_up_what_they_need_by_an_index(api):
             db, queries = api.server.store._here.writer if question == "a commit" else reader, []
         db.set_trace_callback(queries.append)
         if question == "a commit":
-            db.builds.clear()
             api.post(EVENTS, {**event, "occurred_at": "2026-03-01T00:00:00Z"})
         else:
             getattr(api.server.metrics, question.partition(",")[0])(**given.get(question, {}))
         db.set_trace_callback(None)
         # Versions of SQLite say it differently.
         steps = {re.sub("(?<=SEARCH) TABLE|(?<=SCAN) TABLE| AS \\w+| LEFT-JOIN", "", step)
-                 for query in queries if query.split()[0].lower() in ("select", "with")
+                 for query in queries if query.split()[0].lower() in ("select", "with", "update")
                  for *_, step in db.execute("explain query plan " + query)}
         assert {f"SEARCH {step}" for step in plan} <= steps, question
         scanned = {step.split()[1] for step in steps if step.startswith("SCAN ")}
@@ -4986,6 +5004,10 @@ class Slow:
         self.tables = {table: {key: row for key, row in rows.items() if key[0] in apps}
                        for table, rows in tables.items()}
         self.crashes, self.events = ([row for row in rows if row["app_id"] in apps] for rows in (crashes, events))
+        self.tables["releases"] = releases = {}
+        for (app, version, _), (first, last) in self.tables["builds"].items():
+            known = releases.get((app, version), (first, last))
+            releases[app, version] = min(first, known[0]), max(last, known[1])
 
     def is_of_last(self, days, day):
         return not days or self.today - days < day <= self.today
@@ -5040,12 +5062,13 @@ class Slow:
     def named(self, group):
         """As its latest crash; of two at once, as the first app's that came last there. And when it was first seen."""
         groups = [(row, key[0]) for key, row in sorted(self.tables["groups"].items()) if key[1] == group]
-        (name, *_, reason), app = max(groups, key=lambda each: each[0][3])
+        (name, _, _, _, reason, *_), app = max(groups, key=lambda each: each[0][3])
         first_version = min(groups, key=lambda each: each[0][1])[0][2]
         crashes = [row for row in self.crashes if (row["app_id"], row["group_hash"]) == (app, group)]
         frame, = max(crashes, key=lambda row: (row["at"], row["seq"]))["sent"]["stack_trace"] if crashes else [{}]
         return {"group_hash": group, "exception_reason": reason or "", "exception_type": name,
                 "first_seen": min(row[1] for row, _ in groups), "first_version": first_version,
+                "came_at": min(row[-1] for row, _ in groups),
                 "place": frame["symbol"] if frame.get("file") else ""}
 
     def releases(self):
@@ -5092,9 +5115,8 @@ class Slow:
                 and version in (None, row["sent"].get("app_version"))]
         groups = list(map(self.spread, grouped(rows, "group_hash").values()))
         for group in groups:
-            group["is_new"] = (group.pop("first_version") == version if version else
-                               parse_time(group["first_seen"]) >= (self.today - 6) * DAY)
-            group.pop("first_version", None)
+            first_version, came_at = group.pop("first_version"), group.pop("came_at")
+            group["is_new"] = first_version == version if version else came_at >= (self.today - 6) * DAY
         column = "count" if sort == "crashes" else sort
         groups.sort(key=lambda row: row["group_hash"])
         return sorted(groups, key=lambda row: parse_time(row[column]) if "seen" in sort else row[column], reverse=True)
@@ -5109,7 +5131,9 @@ class Slow:
     def group(self, group):
         rows = [row for row in self.crashes if row["group_hash"] == group]
         rows.sort(key=lambda row: (row["at"], row["seq"]))
-        return {**self.spread(rows), "missing_symbols": [], "history": [],
+        spread = self.spread(rows)
+        del spread["came_at"]
+        return {**spread, "missing_symbols": [], "history": [],
                 "reports": [{**row["sent"], "group_hash": group} for row in rows[::-1]], **{
             part: by_frequency(row["sent"].get(field) for row in rows) for part, field in (
                 ("versions", "app_version"), ("systems", "os_version"), ("device_models", "device_model"))}}
@@ -5243,7 +5267,7 @@ class World:
                    for table in ("crashes", "events")]
         assert sum(map(len, reports)) == len(self.sent)
         kept = figures(path) if self.forgets else {}  # with when what was forgotten was first and last seen
-        tables = {**recount(path), **{table: kept[table] for table in ("releases", "groups") if kept}}
+        tables = {**recount(path), **{table: kept[table] for table in ("builds", "groups") if kept}}
         for app in (None, *self.keys):
             names = [app] if app else ["default", "Shop"]
             apps = {id: name for id, name in sql(path, "select id, name from apps") if name in names}
@@ -5381,7 +5405,8 @@ def test_the_latest_crash_of_a_group_is_the_one_that_occurred_last(api):
 
 
 def test_versions_sort_as_people_expect():
-    ordered = ["1.2.0b3", "1.2.0b10", "1.2.0-rc.1", "1.2.0-rc.2", "1.2.0-rc.10", "1.2.0", "1.2.0 (9)", "1.2.0 (10)",
+    assert backfeedr.version_key("v1.3+48") == backfeedr.version_key("1.3.0")
+    ordered = ["nightly", "1.2.0b3", "1.2.0b10", "1.2.0-rc.1", "1.2.0-rc.2", "1.2.0-rc.10", "1.2.0", "1.2.0 (9)", "1.2.0 (10)",
                "1.9", "1.10", "1.11b1", "1.11", "2024.1"]
     shuffled = random.Random(1).sample(ordered, len(ordered))
     assert sorted(shuffled, key=backfeedr.version_key) == ordered
@@ -5406,7 +5431,7 @@ VERDICTS = [  # devices and how many of them crashed, before and now
     ((100, 4), (100, 12), "worse: 88 % of devices crash-free, 96 % before", [-16.2, -0.3]),
     ((300, 36), (300, 12), "better: 96 % of devices crash-free, 88 % before", [3.7, 12.5]),
     ((400, 16), (400, 16), "no difference seen: 96 % of devices crash-free, 96 % before", [-2.8, 2.8]),
-    ((100_000, 1000), (100_000, 1200), "worse: 98.8 % of devices crash-free, 99.0 % before", [-0.3, -0.1]),
+    ((100_000, 1000), (100_000, 1200), "worse: 98.8 % of devices crash-free, 99 % before", [-0.3, -0.1]),
     ((20, 0), (20, 20), "worse: 0 % of devices crash-free, 100 % before", [-100.0, -77.2]),
     ((19, 0), (19, 19), "too early: about 750 more devices", [-100.0, -76.2]),
     ((60, 60), (60, 60), "no difference seen: 0 % of devices crash-free, 0 % before", [-6.0, 6.0]),
@@ -5539,24 +5564,17 @@ def test_an_app_has_so_many_builds_and_no_more(serve, monkeypatch):
         server.store.add(KEY_HASH, [parse_crash({**CRASH, "app_version": "1.0", "build_number": str(build)})
                                     for build in (2 * n, 2 * n + 1)])
     add(server, key=server.store.create_app("Shop"), app_version="1.0")
-    assert sql(server.store.path, "select app_id, count(*) from builds group by app_id order by 1") == [(1, 5), (2, 1)]
+    assert sql(server.store.path, "select app_id, count(*) from builds group by app_id order by 1") \
+        == [(1, 6), (2, 1)], "of each release, one for all others"
     assert POSTGRES or backfeedr._check_roll_ups(server.store.path)
 
 
-def test_a_commit_tells_which_devices_are_new_to_a_group_and_which_builds_are_new(api, monkeypatch):
-    saved, save = [], backfeedr.RollUps.save
-
-    def watched(rollups):
-        save(rollups)
-        saved.append((sum(rollups.figures[backfeedr.GroupDevices].new.values()),
-                      sorted(build for *_, build in rollups.figures[backfeedr.Builds].new)))
-
-    monkeypatch.setattr(backfeedr.RollUps, "save", watched)
-    for devices, build in ((["d1", "d2", "d1", None], "48"), (["d1", "d3"], "48"), (["d1", None], "49"),
-                           (["d1"], None)):
-        api.server.store.add(KEY_HASH, [parse_crash({
-            **CRASH, "app_version": "1.3", "device_id_hash": each, "build_number": build}) for each in devices])
-    assert [each for each in saved if any(each)] == [(2, ["48"]), (1, []), (0, ["49"]), (0, [""])]
+def test_a_group_counts_each_of_its_devices_once(api):
+    for devices in (["d1", "d2", "d1", None], ["d1", "d3"], ["d1", None]):
+        api.server.store.add(KEY_HASH, [parse_crash({**CRASH, "device_id_hash": each}) for each in devices])
+    assert sql(api.server.store.path, "select crashes, devices from groups") == [(8, 3)]
+    api.server.store.forget_device("d1")
+    assert sql(api.server.store.path, "select crashes, devices from groups") == [(4, 2)]
 
 
 # == Backfeedr =================================================================
@@ -7179,8 +7197,10 @@ def test_the_feed_has_new_and_regressed_groups_for_whoever_has_its_token(serve, 
     person = Person(api.server)
     person.sign_in()
     hostile = "<b>&'\"\x01\ufffe\ud800]]>"
-    hashes = [api.post(CRASHES, {**CRASH, "exception_type": each, "occurred_at": f"2026-03-12T14:0{n}:00Z",
-                                 "app_version": "1.0"})[1]["group_hash"] for n, each in enumerate(["A", hostile])]
+    hashes = []
+    for each in ("A", hostile):
+        hashes.append(api.post(CRASHES, {**CRASH, "exception_type": each, "app_version": "1.0"})[1]["group_hash"])
+        clock.move(60)
     for path in ("/crashes.atom", "/crashes.atom?token=", "/crashes.atom?token=" + TOKEN, "/crashes.atom?token=\xff"):
         assert feed_of(person, path, 404)[1].json == {"error": "not found"}, "there is no token yet"
     page = submit(person.get("/apps"), "make-feed").text
@@ -7190,7 +7210,7 @@ def test_the_feed_has_new_and_regressed_groups_for_whoever_has_its_token(serve, 
     stranger = Person(api.server)
     entries, feed = feed_of(stranger, url)
     assert [entry[:2] for entry in entries] == [
-        ("New: <b>&'\"\ufffd\ufffd\ufffd]]>", "2026-03-12T14:01:00Z"), ("New: A", "2026-03-12T14:00:00Z")]
+        ("New: <b>&'\"\ufffd\ufffd\ufffd]]>", "2026-03-12T14:31:00Z"), ("New: A", NOW)]
     assert entries[1][3] == f"http://crashes.example.com/crashes/{hashes[0]}?app=default"
     links = {each.attrib.get("rel"): each.attrib["href"] for each in feed.findall("{http://www.w3.org/2005/Atom}link")}
     assert links["self"] == "http://crashes.example.com" + url
@@ -7200,7 +7220,7 @@ def test_the_feed_has_new_and_regressed_groups_for_whoever_has_its_token(serve, 
         insert into triage (app_id, group_hash, state, changed_at, regressed_at)
         values (1, '{hashes[0]}', 'open', 0, {api.server.store.now})""")
     later, _ = feed_of(stranger, url)
-    assert later[0][:2] == ("Regressed: A", NOW) and later[1:] == entries and later[0][2] != entries[1][2]
+    assert later[0][:2] == ("Regressed: A", "2026-03-12T14:32:00Z") and later[1:] == entries and later[0][2] != entries[1][2]
     assert feed_of(stranger, url + "&app=Beta")[0] == [] and feed_of(stranger, url + "&app=default")[0] == later
     feed_of(stranger, url + "&app=nobody", 404)
     for number in range(60):

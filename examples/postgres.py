@@ -232,7 +232,6 @@ class Connection(psycopg.Connection):
         for dumper, kind in ((_Flag, bool), (_Text, str)):
             db.adapters.register_dumper(kind, dumper)
         db.adapters.register_loader("numeric", _Number)
-        db.builds = {}
         db.run(_SESSION + ("set default_transaction_read_only = on" if options.get("read_only") else ""))
         return db
 
