@@ -109,7 +109,7 @@ extension Backfeedr.Client {
 
     /// Appends a report. `details` are the fields of its type; they are made when it is encoded.
     nonisolated func add(_ type: String, _ details: @escaping Details = { _ in [:] }) {
-        let at = clock.now()
+        let at = now()
         let isFirst = front.with { front in
             guard front.isEnabled, front.pending.count < Self.maxPending else { return false }
             let session = front.session
@@ -132,7 +132,7 @@ extension Backfeedr.Client {
 
     /// The app came to the front. A session begins, or goes on if the app was away for less than 30 seconds.
     nonisolated func becameActive() {
-        let at = clock.now()
+        let at = now()
         let isNew = front.with { front in
             defer { front.leftAt = nil }
             guard let leftAt = front.leftAt, abs(at.timeIntervalSince(leftAt)) >= Self.grace else { return false }
@@ -144,7 +144,7 @@ extension Backfeedr.Client {
 
     /// The app left the front. The last end of a session counts, so one that goes on ends again, later.
     nonisolated func wentToBackground() {
-        let at = clock.now()
+        let at = now()
         let wasActive = front.with { front in
             defer { front.leftAt = front.leftAt ?? at }
             return front.leftAt == nil

@@ -8,12 +8,6 @@ import FoundationNetworking
 #endif
 
 extension Backfeedr {
-    /// The two clocks of a phone: the time of day, which may be wrong or change, and one that only goes on, in seconds.
-    struct Clock: Sendable {
-        var now: @Sendable () -> Date = { Date() }
-        var uptime: @Sendable () -> Double = { Double(DispatchTime.now().uptimeNanoseconds) / 1e9 }
-    }
-
     /// Brings one app's reports to its server.
     actor Client {
         static let maxPending = 2_000, grace = 30.0, tick = 30.0, markAge = 172_800.0
@@ -21,16 +15,17 @@ extension Backfeedr {
         static let firstPause = 30.0, maxPause = 3_600.0, maxAsked = 86_400.0, maxLeftOut = 10
         static let paths = ["crash": "crashes", "events": "events/batch", "diagnostics": "diagnostics"]
 
-        nonisolated let folder: URL, clock: Clock, front: Locked<Front>
+        nonisolated let folder: URL, now: @Sendable () -> Date, front: Locked<Front>
         private let base: URL, key: String, transport: Transport
         private var batch: (name: String, events: Int, bytes: Int)?  // where events gather
         private var sending: Task<Void, Never>?, isWaking = false
-        private var failures = 0, askedUntil = 0.0, pausedUntil = 0.0  // on the clock's uptime
+        private var failures = 0, pausedAt = Date.distantPast, asked = 0.0, pause = 0.0  // seconds from then on
         private var stumbles: [String: Int] = [:], leftOut = 0
         private var ahead = 0.0  // seconds by which the server's clock is ahead of the phone's
 
-        init(folder: URL, base: URL, key: String, clock: Clock = Clock(), transport: @escaping Transport) {
-            (self.folder, self.base, self.key, self.clock, self.transport) = (folder, base, key, clock, transport)
+        init(folder: URL, base: URL, key: String, now: @escaping @Sendable () -> Date = { Date() },
+             transport: @escaping Transport) {
+            (self.folder, self.base, self.key, self.now, self.transport) = (folder, base, key, now, transport)
             front = Locked(Front(isEnabled: Client.isEnabled(in: folder)))
         }
 
@@ -39,7 +34,7 @@ extension Backfeedr {
         /// Takes over what an earlier launch has left, and sends it. `vendor` is Apple's id of the device; if there is
         /// none, a number in the folder takes its place.
         func open(vendor: String?) async {
-            let old = newName("", at: clock.now() - Client.markAge)
+            let old = newName("", at: now() - Client.markAge)
             for name in all() where Client.kind(name) == nil && !["off", "installation"].contains(name) {
                 if !Client.isMark(name) || name < old { remove(name) }  // also a write that a kill cut short
             }
@@ -67,7 +62,7 @@ extension Backfeedr {
         }
 
         private nonisolated func newName(_ kind: String, _ id: String = UUID().uuidString, at: Date? = nil) -> String {
-            let microseconds = (at ?? clock.now()).timeIntervalSince1970 * 1e6
+            let microseconds = (at ?? now()).timeIntervalSince1970 * 1e6
             return String(format: "%016.0f", max(0, min(microseconds, 9e15))) + "-\(kind)-\(id)"
         }
 
@@ -170,7 +165,7 @@ extension Backfeedr {
             crash["exception_type"] = name.isEmpty ? "NSException" : trimmer.text(name)
             crash["exception_reason"] = trimmer.text(reason)
             crash["stack_trace"] = addresses.prefix(512).enumerated().map { Client.frame($0.offset, at: $0.element) }
-            crash["occurred_at"] = rfc3339(clock.now())
+            crash["occurred_at"] = rfc3339(now())
             crash["session_id"] = front.session
             crash["breadcrumbs"] = front.breadcrumbs.map { trimmer.value($0) }
             crash["pid"] = pid
@@ -220,7 +215,8 @@ extension Backfeedr {
             if !front.with({ $0.isEnabled }) { empty() }
             _ = drain()
             prune()
-            if clock.uptime() < (isAsked ? askedUntil : pausedUntil) {
+            let waited = now().timeIntervalSince(pausedAt)  // below 0 if the clock was put back since
+            if waited >= 0, waited < (isAsked ? asked : pause) {
                 wake()
             } else if sending == nil, !deviceID.isEmpty {
                 sending = Task { await sendAll() }
@@ -251,7 +247,7 @@ extension Backfeedr {
         private func post(_ name: String) async -> Answer? {
             guard let kind = Client.kind(name), var body = try? Data(contentsOf: url(name)) else { return nil }
             if kind == "events" { body = Data("{\"events\":[".utf8) + events(name).joined(separator: [44]) + "]}".utf8 }
-            let timestamp = rfc3339(clock.now().addingTimeInterval(ahead))  // each time: it is good for five minutes
+            let timestamp = rfc3339(now().addingTimeInterval(ahead))  // each time: it is good for five minutes
             var request = URLRequest(url: base.appendingPathComponent(Client.paths[kind] ?? ""))
             request.httpMethod = "POST"
             request.httpBody = body
@@ -261,7 +257,7 @@ extension Backfeedr {
                 "X-Backfeedr-Device": deviceID, "Idempotency-Key": String(name.suffix(36))]
             let answer = (try? await transport(request)).map(Answer.init)
             #if DEBUG
-            if answer?.hasID != true { print("Backfeedr: \(kind) got", answer?.status ?? 0, answer?.error ?? "no answer") }
+            if answer?.hasID != true { print("Backfeedr: \(kind):", answer?.status ?? 0, answer?.error ?? "no answer") }
             #endif
             return answer
         }
@@ -272,11 +268,11 @@ extension Backfeedr {
             case (400, let error?) where error.contains(" at index "):
                 return leaveOut(error.components(separatedBy: " at index ").last.flatMap(Int.init), of: name) || pause()
             case (200...201, _) where answer?.hasID == true, (400, _?), (413, _), (422, _?):
-                (failures, pausedUntil) = (0, 0)
+                (failures, pause) = (0, 0)
                 return remove(name) || pause()  // a file that the disk does not let go must not be sent without end
             case (401, "stale timestamp"):
                 let before = ahead
-                ahead = answer?.date?.timeIntervalSince(clock.now()) ?? ahead
+                ahead = answer?.date?.timeIntervalSince(now()) ?? ahead
                 return abs(ahead - before) > 60 || pause()  // if it changed little, the server minds something else
             case (429, _), (503, _): return pause(asked: answer?.retryAfter ?? 0)
             case (0..<400, _), (401...404, _), (502, _), (504, _): return pause()  // a hotel's login page, a wrong key
@@ -297,11 +293,10 @@ extension Backfeedr {
         }
 
         /// Waits as long as the server asks for, and a random while longer, or all phones come back in the same second.
-        private func pause(asked: Double = 0) -> Bool {
-            let pause = min(Client.maxPause, Client.firstPause * pow(2, Double(failures))) * .random(in: 0.5...1)
+        private func pause(asked seconds: Double = 0) -> Bool {
+            (pausedAt, asked) = (now(), min(seconds, Client.maxAsked))
+            pause = asked + min(Client.maxPause, Client.firstPause * pow(2, Double(failures))) * .random(in: 0.5...1)
             failures = min(failures + 1, 10)
-            askedUntil = clock.uptime() + min(asked, Client.maxAsked)
-            pausedUntil = askedUntil + pause
             wake()
             return false
         }

@@ -5,6 +5,10 @@ import XCTest
 import FoundationNetworking
 #endif
 
+private struct CartError: Error {
+    var item = 1
+}
+
 private let names = "select name, count(*) from events where type = 'custom' group by 1 order by 1"
 
 final class ValueTests: XCTestCase {
@@ -70,7 +74,7 @@ final class SendingTests: XCTestCase {
         let server = Server.shared, killed = await Phone(transport: Script(nil).transport)
         killed.track(["a", "b"])
         check(await !killed.flush())
-        let file = killed.folder.appendingPathComponent(await killed.files[0]), content = try Data(contentsOf: file)
+        let file = killed.url(await killed.files[0]), content = try Data(contentsOf: file)
         check(await Phone(server.endpoint, after: killed).flush())
         try content.write(to: file)  // as if it had been killed before it deleted this
         let next = await Phone(server.endpoint, after: killed)
@@ -107,11 +111,12 @@ final class SendingTests: XCTestCase {
 
     func testALineThatIsCutOffIsLeftOut() async throws {
         let phone = await Phone(Server.shared.endpoint, isKnown: false)
-        let line = #"{"type":"custom","name":"a","occurred_at":"2026-03-12T14:22:31Z","device_id_hash":"\#(phone.device)"}"#
+        let device = #""device_id_hash":"\#(phone.device)""#
+        let line = #"{"type":"custom","name":"a","occurred_at":"2026-03-12T14:22:31Z",\#(device)}"#
         let text = "\n" + line.prefix(30) + "\n" + line + "\n" + line.prefix(30)
         for text in [text, String(line.prefix(30))] {
             let name = "0001773325351250-events-\(UUID())"
-            try Data(text.utf8).write(to: phone.folder.appendingPathComponent(name))
+            try Data(text.utf8).write(to: phone.url(name))
         }
         check(await !phone.flush(), "nothing is sent before the device is known")
         await phone.client.open(vendor: phone.vendor)
@@ -123,8 +128,8 @@ final class SendingTests: XCTestCase {
         enum Outcome { case gone, next, later, asked }
         let stale = ["Date": "Sun, 09 Sep 2001 01:46:40 GMT"]
         for (reply, outcome) in [
-            (Reply.stored, .gone), (Reply(200, #"{"ids": []}"#), .gone), (Reply(200, "{}"), .later), (Reply(204), .later),
-            (Reply(302), .later), (nil, .later), (Reply(200, "<html>Welcome</html>"), .later),
+            (Reply.stored, .gone), (Reply(200, #"{"ids": []}"#), .gone), (Reply(200, "{}"), .later),
+            (Reply(204), .later), (Reply(302), .later), (nil, .later), (Reply(200, "<html>Welcome</html>"), .later),
             (Reply(401, error: "invalid API key"), .later), (Reply(401, error: "stale timestamp", stale), .next),
             (Reply(401, error: "stale timestamp"), .later), (Reply(404), .later), (Reply(400), .later),
             (Reply(400, error: "invalid JSON"), .gone), (Reply(400, error: "missing type at index 0"), .next),
@@ -135,7 +140,8 @@ final class SendingTests: XCTestCase {
             (Reply(503, error: "x", ["Retry-After": "99999999999"]), .later),
             (Reply(500), .later), (Reply(502), .later), (Reply(415, error: "x"), .later),
         ] as [(Reply?, Outcome)] {
-            let script = Script(reply, .stored), phone = await Phone(clock: ManualClock().clock, transport: script.transport)
+            let script = Script(reply, .stored)
+            let phone = await Phone(clock: ManualClock(), transport: script.transport)
             phone.track(["a", "b"])
             let label = "\(String(describing: reply))", isSent = outcome == .gone || outcome == .next
             equal(await phone.flush(), isSent, label)
@@ -149,7 +155,7 @@ final class SendingTests: XCTestCase {
     func testAPhoneThatIsToldToWaitWaitsAsLongAndThenSends() async throws {
         let server = try Server(rateLimit: 1), clock = ManualClock(), asked = Locked<Double?>(nil), count = Locked(0)
         let http = Backfeedr.http(sendsInLowDataMode: false)
-        let phone = await Phone(server.endpoint, clock: clock.clock, transport: { request in
+        let phone = await Phone(server.endpoint, clock: clock, transport: { request in
             let (body, response) = try await http(request)
             asked.with { $0 = Backfeedr.Answer(body, response).retryAfter }
             count.with { $0 += 1 }
@@ -169,11 +175,11 @@ final class SendingTests: XCTestCase {
         equal(try phone.rows(names, server), ["a|1", "b|1"])
     }
 
-    func testPausesGrowAndAFlushDoesNotMindThem() async {
-        let script = Script(nil, nil, nil, .stored), clock = ManualClock()
-        let phone = await Phone(clock: clock.clock, transport: script.transport)
+    func testPausesGrowAndEndIfTheClockIsPutBackAndAFlushDoesNotMindThem() async {
+        let script = Script(nil, nil, nil, nil, .stored), clock = ManualClock()
+        let phone = await Phone(clock: clock, transport: script.transport)
         phone.track(["a"])
-        for (seconds, count) in [(0.0, 1), (14, 1), (16, 2), (29, 2), (31, 3)] {
+        for (seconds, count) in [(0.0, 1), (14, 1), (16, 2), (29, 2), (31, 3), (-9000, 4)] {
             clock.move(seconds)
             check(await !phone.client.send())
             equal(script.requests.count, count, "\(seconds)")
@@ -181,13 +187,13 @@ final class SendingTests: XCTestCase {
         check(await phone.flush())
         phone.track(["b"])
         check(await phone.client.send(), "no pause of earlier failures is left")
-        equal(script.requests.count, 5)
+        equal(script.requests.count, 6)
     }
 
     func testAWrongClockIsPutRightByTheAnswersDate() async throws {
         let server = Server.shared
         for ahead in [-200_000.0, 200_000] {
-            let phone = await Phone(server.endpoint, clock: ManualClock(ahead: ahead).clock)
+            let phone = await Phone(server.endpoint, clock: ManualClock(ahead: ahead))
             for name in ["a", "b"] {
                 phone.track([name])
                 check(await phone.flush())
@@ -207,7 +213,7 @@ final class SendingTests: XCTestCase {
         let server = Server.shared, offline = await Phone(transport: Script(nil).transport)
         offline.track((0..<20).map { "event \($0)" })
         check(await !offline.flush())
-        let file = offline.folder.appendingPathComponent(await offline.files[0])
+        let file = offline.url(await offline.files[0])
         var lines = await offline.contents[0].split(separator: "\n").map(String.init)
         lines[3] = lines[3].replacingOccurrences(of: "custom", with: "nonsense")
         lines[19] = "{}"
@@ -241,8 +247,11 @@ final class SendingTests: XCTestCase {
         phone.track(["a"])
         check(await !phone.flush())
         equal(phone.all, [])
+        await phone.receive("{}")
+        equal(await phone.contents, ["{}"], "a payload waits on the disk")
         await phone.client.open(vendor: nil)
-        equal(script.requests.count, 1)
+        equal(script.bodies.map { $0 == "{}" }, [true, false])
+        equal(script.requests.map { $0.value(forHTTPHeaderField: "X-Backfeedr-Device")?.count }, [64, 64])
         equal(phone.all, ["installation"])
         let next = await Phone(after: phone, isKnown: false)
         await next.client.open(vendor: nil)
@@ -251,7 +260,7 @@ final class SendingTests: XCTestCase {
 
     func testARequestIsSignedAnewWithTheSameKeyAndBody() async {
         let clock = ManualClock(), script = Script(nil, .stored)
-        let phone = await Phone("http://h/a", clock: clock.clock, transport: script.transport)
+        let phone = await Phone("http://h/a", clock: clock, transport: script.transport)
         phone.track(["a"])
         check(await !phone.flush())
         clock.move(3600)
@@ -296,7 +305,7 @@ final class SendingTests: XCTestCase {
     func testTheOldestFilesGoIfThereAreMoreThanAHundredOrFiveMegabytes() async throws {
         let phone = await Phone(isKnown: false)
         for number in 0..<120 {
-            let file = phone.folder.appendingPathComponent(String(format: "%016ld", number) + "-crash-\(UUID())")
+            let file = phone.url(String(format: "%016ld", number) + "-crash-\(UUID())")
             try Data("\(number)".utf8).write(to: file)
         }
         await phone.flush()
@@ -325,15 +334,13 @@ final class KilledApp: XCTestCase {
 }
 
 final class ReportTests: XCTestCase {
-    private struct CartError: Error { var item: Int }
-
     func testEveryPublicCall() async throws {
         let server = Server.shared
         setenv("XDG_DATA_HOME", temporaryFolder().path, 1)
         Backfeedr.running.with { $0 = nil }
         Backfeedr.track("too early")
         Backfeedr.breadcrumb("too early")
-        Backfeedr.capture(CartError(item: 1))
+        Backfeedr.capture(CartError())
         equal(Backfeedr.deviceID, "")
         check(Backfeedr.isEnabled)
         Backfeedr.isEnabled = false
@@ -357,7 +364,7 @@ final class ReportTests: XCTestCase {
               os_version > '', device_model > '', locale > ''
             from events where type = 'error'
             """)
-        equal(error, ["BackfeedrTests.ReportTests.CartError|CartError(item: 7)|cart|opened the cart|1|1|1|1"])
+        equal(error, ["BackfeedrTests.CartError|CartError(item: 7)|cart|opened the cart|1|1|1|1"])
         Backfeedr.isEnabled = false
         check(await Backfeedr.flush().value)
         equal(try FileManager.default.contentsOfDirectory(atPath: Client.folder.path), ["off"])
@@ -365,7 +372,7 @@ final class ReportTests: XCTestCase {
 
     func testASessionGoesOnAfterLessThanThirtySecondsAndElseAnotherBegins() async throws {
         let server = Server.shared, clock = ManualClock(ahead: -1000)
-        let phone = await Phone(server.endpoint, clock: clock.clock)
+        let phone = await Phone(server.endpoint, clock: clock)
         phone.client.wentToBackground()  // at a launch in the background there is none
         for away in [29.0, 31] {
             phone.client.becameActive()
@@ -389,7 +396,7 @@ final class ReportTests: XCTestCase {
         for (letter, isCut) in [("x", false), ("\u{8A9E}", true)] {
             let script = Script(.stored), phone = await Phone(transport: script.transport)
             for number in 0..<60 { Backfeedr.breadcrumb("\(number) " + String(repeating: letter, count: 1000)) }
-            Backfeedr.capture(CartError(item: 1), context: long)
+            Backfeedr.capture(CartError(), context: long)
             await phone.flush()
             let crumbs = try XCTUnwrap((script.events()[0]["properties"] as? [String: Any])?["breadcrumbs"] as? [Any])
             let texts = crumbs.compactMap { ($0 as? [String: String])?["text"] }
@@ -419,7 +426,8 @@ final class ReportTests: XCTestCase {
         for _ in 0..<1000 { deep = ["in": deep] }
         let lone = String(decoding: [0x61, 0xD800, 0x62] as [UInt16], as: UTF16.self)
         let values: [any Sendable] = [
-            Double.nan, -Double.infinity, Float.nan, Double.greatestFiniteMagnitude, Int.min, UInt64.max, "", "\0", lone,
+            Double.nan, -Double.infinity, Float.nan, Double.greatestFiniteMagnitude, Int.min, UInt64.max, "", "\0",
+            lone,
             String(repeating: "long", count: 100_000), "a" + String(repeating: "\u{301}", count: 100_000), deep,
             [Int](repeating: 1, count: 100_000), Date.distantFuture, Date.distantPast, UUID(), URL(string: "http://h")!,
             Data([0xFF]), Opaque(), Kind.book, Optional<Int>.none, Optional(3), NSNull(), [Double.nan: 1], (1, "two"),
@@ -451,7 +459,7 @@ final class ReportTests: XCTestCase {
         let script = Script(.stored), full = await Phone(transport: script.transport)
         full.track(["kept"])
         await full.client.gather()
-        let batch = full.folder.appendingPathComponent(await full.files[0]), content = try Data(contentsOf: batch)
+        let batch = full.url(await full.files[0]), content = try Data(contentsOf: batch)
         try FileManager.default.removeItem(at: batch)
         try FileManager.default.createSymbolicLink(atPath: batch.path, withDestinationPath: "/dev/full")
         full.track(["lost"])
@@ -569,12 +577,12 @@ final class AppleTests: XCTestCase {
 
     func testWhichCrashesOfAPayloadAreThoseOfAnException() async {
         let hang = #", "hangDiagnostics": [{"callStackTree": {}}]"#
-        let report = #"{"environment": {"pid": 4242}, "crashDiagnostic": {}}"#
+        let fault = payload(crash(signal: 11)), report = #"{"environment": {"pid": 4242}, "crashDiagnostic": {}}"#
         for (label, given, left) in [
             ("alone", payload(crash(pid: 4242)), nil), ("another", payload(crash(pid: 1)), payload(crash(pid: 1))),
             ("a pid that ends alike", payload(crash(pid: 242)), payload(crash(pid: 242))),
-            ("iOS 16 abort", payload(crash()), nil), ("iOS 16 fault", payload(crash(signal: 11)), payload(crash(signal: 11))),
-            ("iOS 27", report, nil), ("no JSON", "]", "]"), ("a list", "[1]", "[1]"), ("no objects", payload("1"), payload("1")),
+            ("iOS 16 abort", payload(crash()), nil), ("iOS 16 fault", fault, fault), ("iOS 27", report, nil),
+            ("no JSON", "]", "]"), ("a list", "[1]", "[1]"), ("no objects", payload("1"), payload("1")),
         ] as [(String, String, String?)] {
             let phone = await Phone(isKnown: false)
             phone.client.mark(4242)
@@ -587,21 +595,13 @@ final class AppleTests: XCTestCase {
         equal(await phone.contents.map { $0.contains("hangDiagnostics") && !$0.contains("crashDiagnostics") }, [true])
     }
 
-    func testAPayloadIsSentWithItsDevice() async {
-        let script = Script(.stored), phone = await Phone(isKnown: false)
-        await phone.receive("{}")
-        check(await Phone(after: phone, transport: script.transport).flush())
-        equal(script.bodies, ["{}"])
-        equal(script.requests[0].value(forHTTPHeaderField: "X-Backfeedr-Device")?.count, 64)
-    }
-
     func testMarksOlderThanTwoDaysAndUnfinishedWritesGoAtTheNextLaunch() async throws {
-        let clock = ManualClock(), phone = await Phone(clock: clock.clock)
-        try Data().write(to: phone.folder.appendingPathComponent("0001773325351250-crash-\(UUID()).sb-1234"))
+        let clock = ManualClock(), phone = await Phone(clock: clock)
+        try Data().write(to: phone.url("0001773325351250-crash-\(UUID()).sb-1234"))
         phone.client.mark(1)
         clock.move(172_801)
         phone.client.mark(2)
-        let next = await Phone(after: phone, clock: clock.clock)
+        let next = await Phone(after: phone, clock: clock)
         equal(next.all.map { $0.hasSuffix("-exception-2") }, [true])
     }
 
@@ -613,8 +613,9 @@ final class AppleTests: XCTestCase {
             equal(status, 0, output)
         }
         func add(_ name: String, in folder: String = "Stubs") throws {
-            try compile(["-emit-module", "-parse-as-library", "-module-name", name, "-o", "\(modules)/\(name).swiftmodule",
-                         package.appendingPathComponent("Tests/\(folder)/\(name).swift").path])
+            let source = package.appendingPathComponent("Tests/\(folder)/\(name).swift").path
+            let module = "\(modules)/\(name).swiftmodule"
+            try compile(["-emit-module", "-parse-as-library", "-module-name", name, "-o", module, source])
         }
         let sources = ["Apple", "Backfeedr", "Client"].map {
             package.appendingPathComponent("Sources/Backfeedr/\($0).swift").path
@@ -633,8 +634,6 @@ final class AppleTests: XCTestCase {
 
 /// What reporting costs an app, and that nothing is lost while the server comes and goes. The figures are printed.
 final class FiguresTests: XCTestCase {
-    private struct CartError: Error {}
-
     func testEachReportIsStoredOnceWhileTheServerIsKilledAndRestartedTwice() async throws {
         let server = try Server(), phone = await Phone(server.endpoint)
         let hang = #"{"diagnosticMetaData": {"hangDuration": "20 sec"}}"#
@@ -643,7 +642,8 @@ final class FiguresTests: XCTestCase {
             if number % 50 == 0 { Backfeedr.capture(CartError(), context: ["number": number]) }
             if number % 200 == 0 {
                 let end = "2026-03-12 14:2\(number / 200):31"
-                phone.client.later { await $0.receive(Data(#"{"timeStampEnd": "\#(end)", "hangDiagnostics": [\#(hang)]}"#.utf8)) }
+                let payload = Data(#"{"timeStampEnd": "\#(end)", "hangDiagnostics": [\#(hang)]}"#.utf8)
+                phone.client.later { await $0.receive(payload) }
             }
             if number % 100 == 99 { Backfeedr.flush() }
             if number == 333 || number == 666 { server.kill() }

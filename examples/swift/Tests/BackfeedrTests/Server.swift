@@ -7,7 +7,6 @@ import FoundationNetworking
 #endif
 
 typealias Client = Backfeedr.Client
-typealias Clock = Backfeedr.Clock
 typealias Locked = Backfeedr.Locked
 typealias Transport = Backfeedr.Transport
 
@@ -111,13 +110,13 @@ func temporaryFolder() -> URL {
 
 /// A clock that a test moves.
 final class ManualClock: Sendable {
-    private let at = Locked((day: Date(), uptime: 1000.0))
+    private let at: Locked<Date>
 
-    init(ahead: Double = 0) { at.with { $0.day += ahead } }
+    init(ahead: Double = 0) { at = Locked(Date() + ahead) }
 
-    func move(_ seconds: Double) { at.with { $0 = ($0.day + seconds, $0.uptime + seconds) } }
+    func move(_ seconds: Double) { at.with { $0 += seconds } }
 
-    var clock: Clock { Clock(now: { self.at.with { $0.day } }, uptime: { self.at.with { $0.uptime } }) }
+    var now: Date { at.with { $0 } }
 }
 
 /// A server's answer, as a test wants it.
@@ -167,11 +166,12 @@ final class Phone: Sendable {
     let client: Client, vendor: String
     var folder: URL { client.folder }
 
-    init(_ endpoint: String = "http://h", after earlier: Phone? = nil, folder: URL? = nil, clock: Clock = Clock(),
+    init(_ endpoint: String = "http://h", after earlier: Phone? = nil, folder: URL? = nil, clock: ManualClock? = nil,
          transport: Transport? = nil, vendor: String = UUID().uuidString, isKnown: Bool = true) async {
         self.vendor = earlier?.vendor ?? vendor
-        client = Client(folder: folder ?? earlier?.folder ?? temporaryFolder(), base: Client.base(of: endpoint)!, key: key,
-                        clock: clock, transport: transport ?? Backfeedr.http(sendsInLowDataMode: false))
+        let folder = folder ?? earlier?.folder ?? temporaryFolder()
+        client = Client(folder: folder, base: Client.base(of: endpoint)!, key: key, now: { clock?.now ?? Date() },
+                        transport: transport ?? Backfeedr.http(sendsInLowDataMode: false))
         Backfeedr.running.with { $0 = client }
         if isKnown { await client.open(vendor: self.vendor) }
     }
@@ -185,14 +185,15 @@ final class Phone: Sendable {
     @discardableResult
     func flush() async -> Bool { await client.send(isAsked: true) }
 
-    /// Takes a payload, which stays where it is if the device is not known.
     func receive(_ payload: String) async { await client.receive(Data(payload.utf8)) }
 
     var all: [String] { ((try? FileManager.default.contentsOfDirectory(atPath: folder.path)) ?? []).sorted() }
     var files: [String] { get async { await client.names() } }
 
+    func url(_ name: String) -> URL { folder.appendingPathComponent(name) }
+
     var contents: [String] {
-        get async { await files.map { (try? String(contentsOf: folder.appendingPathComponent($0), encoding: .utf8)) ?? "" } }
+        get async { await files.map { (try? String(contentsOf: url($0), encoding: .utf8)) ?? "" } }
     }
 
     var device: String { Client.fields(vendor: vendor)["device_id_hash"] ?? "" }

@@ -12,9 +12,11 @@ public enum SHA256 {
 
     private static func turn(_ word: UInt32, _ bits: UInt32) -> UInt32 { word >> bits | word << (32 - bits) }
 
-    public static func hash(data: some DataProtocol) -> [UInt8] {
-        let message = [UInt8](data), padding = [UInt8](repeating: 0, count: (119 - message.count % 64) % 64)
-        let padded = message + [0x80] + padding + withUnsafeBytes(of: UInt64(message.count * 8).bigEndian) { [UInt8]($0) }
+    public static func hash(data: some DataProtocol) -> [UInt8] { hash([UInt8](data)) }
+
+    private static func hash(_ data: [UInt8]) -> [UInt8] {
+        let zeros = [UInt8](repeating: 0, count: (119 - data.count % 64) % 64)
+        let padded = data + [0x80] + zeros + withUnsafeBytes(of: UInt64(data.count * 8).bigEndian) { [UInt8]($0) }
         var state = start, words = [UInt32](repeating: 0, count: 64)
         for at in stride(from: 0, to: padded.count, by: 64) {
             for i in 0..<16 { words[i] = padded[at + 4 * i..<at + 4 * i + 4].reduce(0) { $0 << 8 | UInt32($1) } }
