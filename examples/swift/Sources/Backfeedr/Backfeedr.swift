@@ -41,7 +41,8 @@ public enum Backfeedr {
         let breadcrumbs = client?.front.with { $0.breadcrumbs } ?? []
         client?.add("error") { trimmer in
             ["name": trimmer.text(title(error)), "properties": [
-                "error": trimmer.text(withoutSecrets(String(describing: error))), "place": "\(file):\(line)",
+                "error": trimmer.text(withoutSecrets(String(describing: error))),
+                "place": trimmer.text("\(file):\(line)"),
                 // The newest tell most, so the oldest are cut first, and the context before them.
                 "breadcrumbs": Array(breadcrumbs.reversed().map { trimmer.value($0) }.reversed()),
                 "context": trimmer.value(context)]]

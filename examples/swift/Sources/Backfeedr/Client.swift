@@ -21,7 +21,7 @@ extension Backfeedr {
         private var sending: Task<Void, Never>?, isWaking = false
         private var failures = 0, pausedAt = Date.distantPast, asked = 0.0, pause = 0.0  // seconds from then on
         private var stumbles: [String: Int] = [:], leftOut = 0
-        private var ahead = 0.0  // seconds by which the server's clock is ahead of the phone's
+        private var ahead = 0.0, isClockSet = false  // seconds from the phone's clock to the server's; once a request
 
         init(folder: URL, base: URL, key: String, now: @escaping @Sendable () -> Date = { Date() },
              transport: @escaping Transport) {
@@ -147,9 +147,12 @@ extension Backfeedr {
 
         static func setEnabled(_ isEnabled: Bool, in folder: URL) {
             let off = folder.appendingPathComponent("off")
-            if isEnabled { return (try? FileManager.default.removeItem(at: off)) ?? () }
-            make(folder)
-            try? Data().write(to: off)
+            if isEnabled {
+                try? FileManager.default.removeItem(at: off)
+            } else {
+                make(folder)
+                try? Data().write(to: off)
+            }
         }
 
         // MARK: Crashes
@@ -268,12 +271,12 @@ extension Backfeedr {
             case (400, let error?) where error.contains(" at index "):
                 return leaveOut(error.components(separatedBy: " at index ").last.flatMap(Int.init), of: name) || pause()
             case (200...201, _) where answer?.hasID == true, (400, _?), (413, _), (422, _?):
-                (failures, pause) = (0, 0)
+                (failures, pause, isClockSet) = (0, 0, false)
                 return remove(name) || pause()  // a file that the disk does not let go must not be sent without end
             case (401, "stale timestamp"):
-                let before = ahead
-                ahead = answer?.date?.timeIntervalSince(now()) ?? ahead
-                return abs(ahead - before) > 60 || pause()  // if it changed little, the server minds something else
+                guard let date = answer?.date, !isClockSet else { return pause() }
+                (ahead, isClockSet) = (date.timeIntervalSince(now()), true)
+                return true
             case (429, _), (503, _): return pause(asked: answer?.retryAfter ?? 0)
             case (0..<400, _), (401...404, _), (502, _), (504, _): return pause()  // a hotel's login page, a wrong key
             default:
@@ -296,7 +299,7 @@ extension Backfeedr {
         private func pause(asked seconds: Double = 0) -> Bool {
             (pausedAt, asked) = (now(), min(seconds, Client.maxAsked))
             pause = asked + min(Client.maxPause, Client.firstPause * pow(2, Double(failures))) * .random(in: 0.5...1)
-            failures = min(failures + 1, 10)
+            (failures, isClockSet) = (min(failures + 1, 10), false)
             wake()
             return false
         }
