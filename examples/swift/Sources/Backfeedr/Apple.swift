@@ -34,7 +34,7 @@ extension Backfeedr.Client {
                 client.wentToBackground()
                 // The system gives a moment more, so that the app is not suspended between a request and its answer.
                 ProcessInfo.processInfo.performExpiringActivity(withReason: "Backfeedr") { isOver in
-                    if !isOver { client.sendAndWait(seconds: 20) }
+                    if !isOver { client.wait(seconds: 20) { await $0.send() } }
                 }
             }
         }
@@ -45,7 +45,7 @@ extension Backfeedr.Client {
         onMain { [self] in
             observe(NSApplication.willTerminateNotification) { client in
                 client.wentToBackground()
-                client.sendAndWait(seconds: 2)
+                client.wait(seconds: 2) { await $0.gather() }  // until it is on the disk
             }
         }
         #endif
@@ -71,10 +71,10 @@ extension Backfeedr.Client {
         _ = NotificationCenter.default.addObserver(forName: name, object: nil, queue: nil) { _ in body(self) }
     }
 
-    private nonisolated func sendAndWait(seconds: Double) {
+    private nonisolated func wait(seconds: Double, _ body: @escaping @Sendable (Backfeedr.Client) async -> Void) {
         let done = DispatchSemaphore(value: 0)
         later { client in
-            await client.send()
+            await body(client)
             done.signal()
         }
         _ = done.wait(timeout: .now() + seconds)
