@@ -9,16 +9,14 @@ import AppKit
 #if canImport(MetricKit)
 import MetricKit
 #endif
-#if canImport(MachO)
-import MachO
-#endif
 #if canImport(ObjectiveC)
+import MachO
 import ObjectiveC
 #endif
 
 extension Backfeedr.Client {
-    /// Follows the app from its start to its end. What belongs to UIKit is done on the main thread.
-    func followApp() {
+    /// Follows the app from its start to its end.
+    nonisolated func followApp() {
         #if canImport(ObjectiveC)
         watchExceptions()
         #endif
@@ -27,48 +25,67 @@ extension Backfeedr.Client {
         #endif
         #if canImport(UIKit)
         onMain { [self] in
-            // There is none before the phone was first unlocked. Another id would be another device, so that waits.
-            if let vendor = UIDevice.current.identifierForVendor { identify(vendor: vendor.uuidString) }
+            identify()
             observe(UIApplication.didBecomeActiveNotification) { client in
+                client.onMain { client.identify() }
                 client.becameActive()
-                client.onMain {
-                    guard client.deviceID.isEmpty else { return }
-                    client.identify(vendor: UIDevice.current.identifierForVendor?.uuidString)
+            }
+            observe(UIApplication.didEnterBackgroundNotification) { client in
+                client.wentToBackground()
+                // The system gives a moment more, so that the app is not suspended between a request and its answer.
+                ProcessInfo.processInfo.performExpiringActivity(withReason: "Backfeedr") { isOver in
+                    if !isOver { client.wait(seconds: 20) { await $0.send() } }
                 }
             }
-            observe(UIApplication.didEnterBackgroundNotification) { $0.wentToBackground() }
         }
         #else
-        identify(vendor: nil)
+        later { await $0.open(vendor: nil) }
         becameActive()  // a Mac's app has one session from its start to its end
         #if canImport(AppKit)
         onMain { [self] in
             observe(NSApplication.willTerminateNotification) { client in
                 client.wentToBackground()
-                client.outbox.work.sync {}  // until it is on the disk
+                client.wait(seconds: 2) { await $0.gather() }  // until it is on the disk
             }
         }
         #endif
         #endif
     }
 
-    private func onMain(_ body: @escaping @MainActor @Sendable () -> Void) {
-        if Thread.isMainThread {
-            MainActor.assumeIsolated(body)
-        } else {
-            DispatchQueue.main.async { MainActor.assumeIsolated(body) }
-        }
+    #if canImport(UIKit)
+    /// Before the first unlock of a phone there is no identifier. Another one would be another device, so that waits.
+    @MainActor private func identify() {
+        guard deviceID.isEmpty, let vendor = UIDevice.current.identifierForVendor?.uuidString else { return }
+        later { await $0.open(vendor: vendor) }
+    }
+    #endif
+
+    #if canImport(UIKit) || canImport(AppKit)
+    private nonisolated func onMain(_ body: @escaping @MainActor @Sendable () -> Void) {
+        if Thread.isMainThread { MainActor.assumeIsolated(body) } else { Task { @MainActor in body() } }
     }
 
-    private func observe(_ name: Notification.Name, _ body: @escaping @Sendable (Backfeedr.Client) -> Void) {
+    private nonisolated func observe(
+        _ name: Notification.Name, _ body: @escaping @Sendable (Backfeedr.Client) -> Void
+    ) {
         _ = NotificationCenter.default.addObserver(forName: name, object: nil, queue: nil) { _ in body(self) }
     }
+
+    private nonisolated func wait(seconds: Double, _ body: @escaping @Sendable (Backfeedr.Client) async -> Void) {
+        let done = DispatchSemaphore(value: 0)
+        later { client in
+            await body(client)
+            done.signal()
+        }
+        _ = done.wait(timeout: .now() + seconds)
+    }
+    #endif
 
     /// A frame with what the dynamic linker knows of its address. Of a path only what is inside the app is kept:
     /// before it there may be a user's name.
     static func frame(_ number: Int, at address: UInt) -> [String: Any] {
         var frame: [String: Any] = ["frame": number, "address": "0x" + String(address, radix: 16)]
-        #if canImport(MachO)
+        #if canImport(ObjectiveC)
         var info = Dl_info()
         guard dladdr(UnsafeRawPointer(bitPattern: address), &info) != 0, let base = info.dli_fbase,
               let name = info.dli_fname, address >= UInt(bitPattern: base) else { return frame }
@@ -84,7 +101,7 @@ extension Backfeedr.Client {
         return frame
     }
 
-    #if canImport(MachO)
+    #if canImport(ObjectiveC)
     /// The UUID in the load commands of a 64-bit image: each begins with its kind and its size.
     private static func uuid(ofImageAt base: UnsafeRawPointer) -> String? {
         let header = base.load(as: mach_header_64.self)
@@ -101,16 +118,16 @@ extension Backfeedr.Client {
 }
 
 #if canImport(ObjectiveC)
-/// The handler that was there before ours, which is called after it. It is read when it is first used.
+/// The handler that was there before ours, which calls it. It is read when it is first used.
 private let earlierHandler = Backfeedr.Locked(NSGetUncaughtExceptionHandler())
 
 extension Backfeedr.Client {
-    fileprivate func watchExceptions() {
+    fileprivate nonisolated func watchExceptions() {
         earlierHandler.with { _ in }
         NSSetUncaughtExceptionHandler { exception in
             Backfeedr.client?.record(exception: exception.name.rawValue, reason: exception.reason ?? "",
                                      addresses: exception.callStackReturnAddresses.map { $0.uintValue })
-            earlierHandler.ifFree { $0 }??(exception)
+            earlierHandler.with { $0 }?(exception)
         }
     }
 }
@@ -119,14 +136,14 @@ extension Backfeedr.Client {
 #if canImport(MetricKit)
 /// Receives MetricKit's payloads: those of iOS 27 where it runs, else those before, never both.
 private final class Payloads: NSObject, MXMetricManagerSubscriber {
-    private static let kept = Backfeedr.Locked<[AnyObject]>([])  // MetricKit does not hold on to them
+    private static let kept = Backfeedr.Locked<[Payloads]>([])  // MetricKit does not hold on to them
     private let client: Backfeedr.Client
 
     private init(_ client: Backfeedr.Client) { self.client = client }
 
     static func receive(for client: Backfeedr.Client) {
         #if compiler(>=6.4) || BACKFEEDR_METRICKIT_27
-        if #available(iOS 27, macOS 27, *) { return receiveReports(for: client) }
+        if #available(iOS 27, macOS 27, *) { return client.later { await receiveReports(for: $0) } }
         #endif
         let payloads = Payloads(client)
         kept.with { $0.append(payloads) }
@@ -134,17 +151,15 @@ private final class Payloads: NSObject, MXMetricManagerSubscriber {
     }
 
     func didReceive(_ payloads: [MXDiagnosticPayload]) {
-        payloads.forEach { client.receive($0.jsonRepresentation()) }
+        for payload in payloads.map({ $0.jsonRepresentation() }) { client.later { await $0.receive(payload) } }
     }
 
     #if compiler(>=6.4) || BACKFEEDR_METRICKIT_27
     @available(iOS 27, macOS 27, *)
-    private static func receiveReports(for client: Backfeedr.Client) {
-        Task.detached(priority: .utility) {
-            let manager = MetricManager()
-            for await report in manager.diagnosticReports {
-                if let report = try? JSONEncoder().encode(report) { client.receive(report) }
-            }
+    private static func receiveReports(for client: Backfeedr.Client) async {
+        let manager = MetricManager()
+        for await report in manager.diagnosticReports {
+            if let report = try? JSONEncoder().encode(report) { await client.receive(report) }
         }
     }
     #endif

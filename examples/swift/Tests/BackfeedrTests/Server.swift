@@ -6,32 +6,18 @@ import XCTest
 import FoundationNetworking
 #endif
 
-typealias Answer = Backfeedr.Answer
 typealias Client = Backfeedr.Client
-typealias Clock = Backfeedr.Clock
-typealias Digest = Backfeedr.Digest
-typealias HTTP = Backfeedr.HTTP
-typealias Kind = Backfeedr.Kind
 typealias Locked = Backfeedr.Locked
-typealias Outbox = Backfeedr.Outbox
-typealias Outcome = Backfeedr.Outcome
 typealias Transport = Backfeedr.Transport
 
 let key = "bf_live_0123456789abcdef0123456789abcdef"
 let package = URL(fileURLWithPath: #filePath).deletingLastPathComponent().deletingLastPathComponent()
     .deletingLastPathComponent()
 let examples = package.deletingLastPathComponent()
+let python = ProcessInfo.processInfo.environment["BACKFEEDR_PYTHON"] ?? "python3"
 
-/// Runs a program to its end: its status and output.
-func runProgram(_ words: [String], environment: [String: String] = [:]) throws -> (status: Int32, output: String) {
-    let (process, pipe) = started(words, environment)
-    try process.run()
-    let output = pipe.fileHandleForReading.readDataToEndOfFile()
-    process.waitUntilExit()
-    return (process.terminationStatus, String(decoding: output, as: UTF8.self))
-}
-
-private func started(_ words: [String], _ environment: [String: String]) -> (Process, Pipe) {
+/// Starts a program, whose output goes into the pipe.
+func started(_ words: [String], _ environment: [String: String] = [:]) throws -> (Process, Pipe) {
     let process = Process(), pipe = Pipe()
     process.executableURL = URL(fileURLWithPath: "/usr/bin/env")
     process.arguments = words
@@ -39,10 +25,19 @@ private func started(_ words: [String], _ environment: [String: String]) -> (Pro
     process.environment = inherited.merging(environment) { $1 }
     process.standardOutput = pipe
     process.standardInput = FileHandle.nullDevice
+    try process.run()
     return (process, pipe)
 }
 
-/// What a program prints up to its next line break; fails where it has ended.
+/// Runs a program to its end: its status and output.
+func runProgram(_ words: [String], _ environment: [String: String] = [:]) throws -> (status: Int32, output: String) {
+    let (process, pipe) = try started(words, environment)
+    let output = pipe.fileHandleForReading.readDataToEndOfFile()
+    process.waitUntilExit()
+    return (process.terminationStatus, String(decoding: output, as: UTF8.self))
+}
+
+/// What a program prints up to its next line break; fails if it has ended.
 func firstLine(of pipe: Pipe) throws -> String {
     var line = Data()
     while line.last != 10 {
@@ -55,28 +50,28 @@ func firstLine(of pipe: Pipe) throws -> String {
 }
 
 /// A server that a test starts, kills and starts again on the same port.
-final class Server {
-    static let python = ProcessInfo.processInfo.environment["BACKFEEDR_PYTHON"] ?? "python3"
+final class Server: @unchecked Sendable {
+    /// The one for tests that do not disturb it: each looks only at what its own phone has sent.
+    static let shared: Server = {
+        atexit { _ = Server.shared.process.map { Foundation.kill($0.processIdentifier, SIGKILL) } }
+        return try! Server()
+    }()
 
-    let folder = temporaryFolder()
-    private(set) var port = 0
+    private let database = temporaryFolder().appendingPathComponent("backfeedr.db").path
+    private var port = 0
     private var process: Process?
 
     init(rateLimit: Int = 0) throws { try start(rateLimit: rateLimit) }
 
-    deinit {
-        kill()
-        try? FileManager.default.removeItem(at: folder)
-    }
+    deinit { kill() }
 
     var endpoint: String { "http://127.0.0.1:\(port)" }
 
     func start(rateLimit: Int = 0) throws {
         let program = examples.deletingLastPathComponent().appendingPathComponent("backfeedr.py").path
-        let (process, pipe) = started([Server.python, program, "--port", "\(port)", "--db", database], [
+        let (process, pipe) = try started([python, program, "--port", "\(port)", "--db", database], [
             "BACKFEEDR_API_KEY": key, "BACKFEEDR_AUTH_TOKEN": "bf_admin_0123456789", "PYTHONUNBUFFERED": "1",
             "BACKFEEDR_RATE_LIMIT": "\(rateLimit)", "BACKFEEDR_REQUIRE_SIGNATURE": "1"])
-        try process.run()
         self.process = process
         let line = try firstLine(of: pipe)
         port = try XCTUnwrap(Int(line.split(separator: ":").last ?? ""), line)
@@ -90,13 +85,18 @@ final class Server {
         self.process = nil
     }
 
-    private var database: String { folder.appendingPathComponent("backfeedr.db").path }
-
-    /// The rows of a query, each as text with | between the values.
-    func rows(_ sql: String) throws -> [String] {
-        let program = "import sqlite3, sys\n"
-            + "for row in sqlite3.connect(sys.argv[1]).execute(sys.argv[2]): print(*row, sep='|')"
-        let (status, output) = try runProgram([Server.python, "-c", program, database, sql])
+    /// The rows of a query, each as text with | between the values. The tables hold the reports of one device.
+    func rows(_ device: String, _ sql: String) throws -> [String] {
+        let program = """
+            import sqlite3, sys
+            database = sqlite3.connect(sys.argv[1])
+            for table in ("events", "crashes"):
+                database.execute("create temp view %s as select * from main.%s where device_id_hash = '%s'"
+                                 % (table, table, sys.argv[2]))
+            for row in database.execute(sys.argv[3]):
+                print(*row, sep="|")
+            """
+        let (status, output) = try runProgram([python, "-c", program, database, device, sql])
         XCTAssertEqual(status, 0, output)
         return output.split(separator: "\n").map(String.init)
     }
@@ -110,85 +110,111 @@ func temporaryFolder() -> URL {
 
 /// A clock that a test moves.
 final class ManualClock: Sendable {
-    private let at = Locked((day: Date(), uptime: 1000.0))
+    private let at: Locked<Date>
 
-    init(ahead: Double = 0) { at.with { $0.day += ahead } }
+    init(ahead: Double = 0) { at = Locked(Date() + ahead) }
 
-    func move(_ seconds: Double) {
-        at.with { at in
-            at.day += seconds
-            at.uptime += seconds
-        }
-    }
+    func move(_ seconds: Double) { at.with { $0 += seconds } }
 
-    var clock: Clock { Clock(now: { self.at.with { $0.day } }, uptime: { self.at.with { $0.uptime } }) }
+    var now: Date { at.with { $0 } }
 }
 
-/// Answers as a script says, the last line again and again; the requests that came.
-final class Script: Sendable {
-    private let state: Locked<(lines: [Answer?], requests: [URLRequest])>
+/// A server's answer, as a test wants it.
+struct Reply: Sendable {
+    static let stored = Reply(201, #"{"id": "1"}"#)
 
-    init(_ lines: [Answer?]) { state = Locked((lines, [])) }
+    var status: Int, body: String, headers: [String: String] = [:]
+
+    init(_ status: Int, _ body: String = "") { (self.status, self.body) = (status, body) }
+
+    init(_ status: Int, error: String, _ headers: [String: String] = [:]) {
+        (self.status, self.body, self.headers) = (status, #"{"error": "\#(error)"}"#, headers)
+    }
+}
+
+/// Answers as a script says, the last line again and again; nil is a lost answer. Keeps the requests that came.
+final class Script: Sendable {
+    private let state: Locked<(lines: [Reply?], requests: [URLRequest])>
+
+    init(_ lines: Reply?...) { state = Locked((lines, [])) }
 
     var requests: [URLRequest] { state.with { $0.requests } }
+    var bodies: [String] { requests.map { String(decoding: $0.httpBody ?? Data(), as: UTF8.self) } }
+
+    /// The events of the last request.
+    func events() throws -> [[String: Any]] {
+        let body = try JSONSerialization.jsonObject(with: XCTUnwrap(requests.last?.httpBody)) as? [String: Any]
+        return try XCTUnwrap(body?["events"] as? [[String: Any]])
+    }
 
     var transport: Transport {
-        { request, done in
-            done(self.state.with { state in
+        { request in
+            let reply = self.state.with { state in
                 state.requests.append(request)
                 return state.lines.count > 1 ? state.lines.removeFirst() : state.lines[0]
-            })
+            }
+            guard let reply else { throw URLError(.networkConnectionLost) }
+            return (Data(reply.body.utf8), HTTPURLResponse(
+                url: request.url!, statusCode: reply.status, httpVersion: nil, headerFields: reply.headers)!)
         }
     }
 }
 
-/// An app on a phone. Another one with the same folder is its next launch.
+/// An app on a phone, which is the one that `Backfeedr` speaks of. Another one with the same folder and vendor is its
+/// next launch.
 final class Phone: Sendable {
-    let client: Client
-    var outbox: Outbox { client.outbox }
-    var folder: URL { outbox.folder }
+    let client: Client, vendor: String
+    var folder: URL { client.folder }
 
-    init(_ endpoint: String, folder: URL = temporaryFolder(), clock: Clock = Clock(), transport: Transport? = nil,
-         isEnabled: Bool? = nil, isKnown: Bool = true) {
-        let http = HTTP(sendsInLowDataMode: false)
-        client = Client(
-            outbox: Outbox(folder: folder, base: Client.base(of: endpoint)!, key: key, clock: clock,
-                           transport: transport ?? { http.post($0, $1) }), isEnabled: isEnabled)
-        if isKnown { client.identify(vendor: "vendor") }
-        outbox.work.sync {}
+    init(_ endpoint: String = "http://h", after earlier: Phone? = nil, folder: URL? = nil, clock: ManualClock? = nil,
+         transport: Transport? = nil, vendor: String = UUID().uuidString, isKnown: Bool = true) async {
+        self.vendor = earlier?.vendor ?? vendor
+        let folder = folder ?? earlier?.folder ?? temporaryFolder()
+        client = Client(folder: folder, base: Client.base(of: endpoint)!, key: key, now: { clock?.now ?? Date() },
+                        transport: transport ?? Backfeedr.http(sendsInLowDataMode: false))
+        Backfeedr.running.with { $0 = client }
+        if isKnown { await client.open(vendor: self.vendor) }
     }
 
-    func track(_ names: [String]) { names.forEach { client.add(.custom($0, [:])) } }
+    func track(_ names: [String]) {
+        Backfeedr.running.with { $0 = client }
+        names.forEach { Backfeedr.track($0) }
+    }
 
     /// Sends, and says whether all has gone.
     @discardableResult
-    func flush(within seconds: Double = 60) -> Bool {
-        let done = DispatchSemaphore(value: 0), result = Locked(false)
-        client.flush { isEmpty in
-            result.with { $0 = isEmpty }
-            done.signal()
-        }
-        return done.wait(timeout: .now() + seconds) == .success && result.with { $0 }
-    }
+    func flush() async -> Bool { await client.send(isAsked: true) }
 
-    var files: [String] { outbox.work.sync { outbox.names() } }
+    func receive(_ payload: String) async { await client.receive(Data(payload.utf8)) }
+
+    var all: [String] { ((try? FileManager.default.contentsOfDirectory(atPath: folder.path)) ?? []).sorted() }
+    var files: [String] { get async { await client.names() } }
+
+    func url(_ name: String) -> URL { folder.appendingPathComponent(name) }
 
     var contents: [String] {
-        files.map { (try? String(contentsOf: folder.appendingPathComponent($0), encoding: .utf8)) ?? "" }
+        get async { await files.map { (try? String(contentsOf: url($0), encoding: .utf8)) ?? "" } }
     }
+
+    var device: String { Client.fields(vendor: vendor)["device_id_hash"] ?? "" }
+
+    /// The rows of a query of what the server holds of this phone.
+    func rows(_ sql: String, _ server: Server = .shared) throws -> [String] { try server.rows(device, sql) }
 }
 
-/// Looks again until it is so, or the time is over.
-func waitUntil(within seconds: Double = 60, _ isSo: () throws -> Bool) rethrows -> Bool {
-    let deadline = Date(timeIntervalSinceNow: seconds)
+/// Looks again until it is so, or a minute is over.
+func waitUntil(_ isSo: () async throws -> Bool) async rethrows -> Bool {
+    let deadline = Date(timeIntervalSinceNow: 60)
     while Date() < deadline {
-        if try isSo() { return true }
-        usleep(20_000)
+        if try await isSo() { return true }
+        try? await Task.sleep(nanoseconds: 5_000_000)
     }
     return false
 }
 
-let stored = Answer(status: 201, hasID: true)
-func refusal(_ status: Int, _ error: String?, retryAfter: Double? = nil, date: Date? = nil) -> Answer {
-    Answer(status: status, error: error, retryAfter: retryAfter, date: date)
+// XCTest's own do not take `await`.
+func equal<Value: Equatable>(_ given: Value, _ expected: Value, _ message: String = "", line: UInt = #line) {
+    XCTAssertEqual(given, expected, message, line: line)
 }
+
+func check(_ isSo: Bool, _ message: String = "", line: UInt = #line) { XCTAssertTrue(isSo, message, line: line) }

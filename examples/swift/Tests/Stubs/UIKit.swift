@@ -10,3 +10,7 @@ import Foundation
     public class var didBecomeActiveNotification: Notification.Name { Notification.Name("active") }
     public class var didEnterBackgroundNotification: Notification.Name { Notification.Name("background") }
 }
+
+extension ProcessInfo {
+    public func performExpiringActivity(withReason: String, using block: @escaping @Sendable (Bool) -> Void) {}
+}

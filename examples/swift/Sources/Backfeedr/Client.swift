@@ -1,0 +1,359 @@
+// What waits for the server, and how it gets there: one file for each request, in a folder of the app. A file's name
+// has the time, what it is, and a UUID, which is its Idempotency-Key: if the answer is lost or the app is killed, it is
+// sent again and still stored once. Events gather in one file until it is sent, so a phone that is offline has few.
+import CryptoKit
+import Foundation
+#if canImport(FoundationNetworking)
+import FoundationNetworking
+#endif
+
+extension Backfeedr {
+    /// Brings one app's reports to its server.
+    actor Client {
+        static let maxPending = 2_000, grace = 30.0, tick = 30.0, markAge = 172_800.0
+        static let maxFiles = 100, maxBytes = 5_000_000, maxBatch = 100, fullBytes = 256_000
+        static let firstPause = 30.0, maxPause = 3_600.0, maxAsked = 86_400.0, maxLeftOut = 10
+        static let paths = ["crash": "crashes", "events": "events/batch", "diagnostics": "diagnostics"]
+
+        nonisolated let folder: URL, now: @Sendable () -> Date, front: Locked<Front>
+        private let base: URL, key: String, transport: Transport
+        private var batch: (name: String, events: Int, bytes: Int)?  // where events gather
+        private var sending: Task<Void, Never>?, isWaking = false
+        private var failures = 0, pausedAt = Date.distantPast, asked = 0.0, pause = 0.0  // seconds from then on
+        private var stumbles: [String: Int] = [:], leftOut = 0
+        private var ahead = 0.0, isClockSet = false  // seconds from the phone's clock to the server's; once a request
+
+        init(folder: URL, base: URL, key: String, now: @escaping @Sendable () -> Date = { Date() },
+             transport: @escaping Transport) {
+            (self.folder, self.base, self.key, self.now, self.transport) = (folder, base, key, now, transport)
+            front = Locked(Front(isEnabled: Client.isEnabled(in: folder)))
+        }
+
+        // MARK: Files
+
+        /// Takes over what an earlier launch has left, and sends it. `vendor` is Apple's id of the device; if there is
+        /// none, a number in the folder takes its place.
+        func open(vendor: String?) async {
+            let old = newName("", at: now() - Client.markAge)
+            for name in all() where Client.kind(name) == nil && !["off", "installation"].contains(name) {
+                if !Client.isMark(name) || name < old { remove(name) }  // also a write that a kill cut short
+            }
+            let fields = Client.fields(vendor: vendor ?? installation())
+            front.with { $0.fields = fields }
+            await send()
+        }
+
+        private func installation() -> String {
+            if let known = try? String(contentsOf: url("installation"), encoding: .utf8) { return known }
+            let made = UUID().uuidString
+            write(Data(made.utf8), "installation")
+            return made
+        }
+
+        private func all() -> [String] { (try? FileManager.default.contentsOfDirectory(atPath: folder.path)) ?? [] }
+
+        /// The files that wait, the oldest first.
+        func names() -> [String] { all().filter { Client.kind($0) != nil }.sorted() }
+
+        /// The kind in a name such as 0001773325351250-crash-D2A4F6B8-1357-3ACE-9BDF-2468ACE02468; nil for other files.
+        private static func kind(_ name: String) -> String? {
+            let parts = name.split(separator: "-", maxSplits: 2).map(String.init)
+            return parts.count == 3 && paths[parts[1]] != nil && UUID(uuidString: parts[2]) != nil ? parts[1] : nil
+        }
+
+        private nonisolated func newName(_ kind: String, _ id: String = UUID().uuidString, at: Date? = nil) -> String {
+            let microseconds = (at ?? now()).timeIntervalSince1970 * 1e6
+            return String(format: "%016.0f", max(0, min(microseconds, 9e15))) + "-\(kind)-\(id)"
+        }
+
+        private nonisolated func url(_ name: String) -> URL { folder.appendingPathComponent(name) }
+
+        @discardableResult
+        private func remove(_ name: String) -> Bool { (try? FileManager.default.removeItem(at: url(name))) != nil }
+
+        /// Writes a file as a whole; says whether the disk took it.
+        @discardableResult
+        private nonisolated func write(_ body: Data, _ name: String) -> Bool {
+            Client.make(folder)
+            return (try? body.write(to: url(name), options: .atomic)) != nil
+        }
+
+        private static func make(_ folder: URL) {
+            try? FileManager.default.createDirectory(at: folder, withIntermediateDirectories: true)
+            var place = folder, values = URLResourceValues()
+            values.isExcludedFromBackup = true
+            try? place.setResourceValues(values)
+        }
+
+        /// Writes what callers have reported. A full batch is sent at once, another within half a minute.
+        func gather() async {
+            if drain() { await send() } else if batch != nil { wake() }
+        }
+
+        /// Moves reports from memory to the disk, once the device is known. True if a batch is full.
+        private func drain() -> Bool {
+            let (reports, fields) = front.with { front in
+                defer { if !front.fields.isEmpty { front.pending = [] } }
+                return (front.fields.isEmpty ? [] : front.pending, front.fields)
+            }
+            var isFull = false
+            for report in reports {
+                if let event = report(fields), append(event) { isFull = true }
+            }
+            return isFull
+        }
+
+        /// Adds a line to the batch. True if that is full now.
+        private func append(_ event: Data) -> Bool {
+            if batch == nil { Client.make(folder) }
+            var (name, events, bytes) = batch ?? (newName("events"), 0, 0)
+            let file = OutputStream(url: url(name), append: true)
+            file?.open()
+            // The line break comes first: it ends a line that a full disk has cut off.
+            _ = file?.write([10] + [UInt8](event), maxLength: event.count + 1)
+            file?.close()
+            (events, bytes) = (events + 1, bytes + event.count)
+            let isFull = events >= Client.maxBatch || bytes >= Client.fullBytes
+            batch = isFull ? nil : (name, events, bytes)
+            return isFull
+        }
+
+        /// The events in a file of lines. One that was cut off is left out.
+        private func events(_ name: String) -> [Data] {
+            let lines = (try? Data(contentsOf: url(name)))?.split(separator: 10) ?? []
+            return lines.filter { (try? JSONSerialization.jsonObject(with: $0)) != nil }
+        }
+
+        /// Keeps the newest files, as many as the bounds allow.
+        private func prune() {
+            var files = 0, bytes = 0
+            for name in names().reversed() {
+                files += 1
+                bytes += (try? url(name).resourceValues(forKeys: [.fileSizeKey]))?.fileSize ?? 0
+                if files > Client.maxFiles || bytes > Client.maxBytes { remove(name) }
+            }
+        }
+
+        /// Stops sending, and deletes all that waits.
+        func empty() {
+            sending?.cancel()
+            batch = nil
+            for name in all() where name != "off" { remove(name) }
+        }
+
+        static func isEnabled(in folder: URL) -> Bool {
+            !FileManager.default.fileExists(atPath: folder.appendingPathComponent("off").path)
+        }
+
+        static func setEnabled(_ isEnabled: Bool, in folder: URL) {
+            let off = folder.appendingPathComponent("off")
+            if isEnabled {
+                try? FileManager.default.removeItem(at: off)
+            } else {
+                make(folder)
+                try? Data().write(to: off)
+            }
+        }
+
+        // MARK: Crashes
+
+        /// Writes the crash that an exception is about to be, on its thread, for the next launch. `addresses` are the
+        /// return addresses, the innermost first.
+        nonisolated func record(exception name: String, reason: String, addresses: [UInt]) {
+            let front = front.with { $0 }, pid = Int(ProcessInfo.processInfo.processIdentifier)
+            guard front.isEnabled else { return }
+            var trimmer = Trimmer(room: 100_000)
+            // So early in the launch that the device is not known yet, the crash has all but its id.
+            var crash: [String: Any] = front.fields.isEmpty ? Client.fields(vendor: nil) : front.fields
+            crash["exception_type"] = name.isEmpty ? "NSException" : trimmer.text(name)
+            crash["exception_reason"] = trimmer.text(reason)
+            crash["stack_trace"] = addresses.prefix(512).enumerated().map { Client.frame($0.offset, at: $0.element) }
+            crash["occurred_at"] = rfc3339(now())
+            crash["session_id"] = front.session
+            crash["breadcrumbs"] = front.breadcrumbs.map { trimmer.value($0) }
+            crash["pid"] = pid
+            guard let body = try? JSONSerialization.data(withJSONObject: crash) else { return }
+            if write(body, newName("crash")) { mark(pid) }
+        }
+
+        /// Notes that the process with this pid ended by an exception that was reported.
+        nonisolated func mark(_ pid: Int) { write(Data(), newName("exception", "\(pid)")) }
+        private static func isMark(_ name: String) -> Bool { name.contains("-exception-") }
+
+        /// Takes a payload from MetricKit, and sends it.
+        func receive(_ payload: Data) async {
+            guard front.with({ $0.isEnabled }), let payload = unreported(payload) else { return }
+            if write(payload, newName("diagnostics")) { await send() }
+        }
+
+        /// A payload without the crashes that were reported as exceptions; nil if nothing else is in it.
+        private func unreported(_ payload: Data) -> Data? {
+            guard all().contains(where: Client.isMark),
+                  var document = (try? JSONSerialization.jsonObject(with: payload)) as? [String: Any]
+            else { return payload }
+            if document["crashDiagnostic"] != nil, isReported(document["environment"]) { return nil }  // iOS 27
+            let crashes = document["crashDiagnostics"] as? [[String: Any]] ?? []
+            let others = crashes.filter { !isReported($0["diagnosticMetaData"]) }
+            if others.count == crashes.count { return payload }
+            document["crashDiagnostics"] = others.isEmpty ? nil : others
+            guard document.keys.contains(where: { $0.hasSuffix("Diagnostics") }) else { return nil }
+            return try? JSONSerialization.data(withJSONObject: document)
+        }
+
+        /// Whether a crash was reported as an exception. Before iOS 17 it has no pid, and an abort is taken for the
+        /// exception's. A mark is good for one crash.
+        private func isReported(_ metaData: Any?) -> Bool {
+            let metaData = metaData as? [String: Any], pid = metaData?["pid"] as? Int
+            guard pid != nil || metaData?["signal"] as? Int == 6 else { return false }
+            let marks = all().filter { name in Client.isMark(name) && pid.map { name.hasSuffix("-\($0)") } ?? true }
+            return marks.min().map { remove($0) } ?? false
+        }
+
+        // MARK: Sending
+
+        /// Sends what waits, one request after another, and says whether nothing waits any more. It never sends before
+        /// the server's time is up; when the app asks, it does not mind the pauses after failures.
+        @discardableResult
+        func send(isAsked: Bool = false) async -> Bool {
+            if !front.with({ $0.isEnabled }) { empty() }
+            _ = drain()
+            prune()
+            let waited = now().timeIntervalSince(pausedAt)  // below 0 if the clock was put back since
+            if waited >= 0, waited < (isAsked ? asked : pause) {
+                wake()
+            } else if sending == nil, !deviceID.isEmpty {
+                sending = Task { await sendAll() }
+            }
+            await sending?.value
+            return front.with { $0.pending.isEmpty } && names().isEmpty
+        }
+
+        /// Looks again in half a minute.
+        private func wake() {
+            guard !isWaking else { return }
+            isWaking = true
+            Task {
+                try? await Task.sleep(nanoseconds: UInt64(Client.tick * 1e9))
+                isWaking = false
+                await send()
+            }
+        }
+
+        private func sendAll() async {
+            defer { sending = nil }
+            while let name = names().min(by: { (stumbles[$0] ?? 0, $0) < (stumbles[$1] ?? 0, $1) }) {
+                if name == batch?.name { batch = nil }  // nothing joins a body that may be stored
+                guard await settle(name, post(name)) else { return }
+            }
+        }
+
+        private func post(_ name: String) async -> Answer? {
+            guard let kind = Client.kind(name), var body = try? Data(contentsOf: url(name)) else { return nil }
+            if kind == "events" { body = Data("{\"events\":[".utf8) + events(name).joined(separator: [44]) + "]}".utf8 }
+            let timestamp = rfc3339(now().addingTimeInterval(ahead))  // each time: it is good for five minutes
+            var request = URLRequest(url: base.appendingPathComponent(Client.paths[kind] ?? ""))
+            request.httpMethod = "POST"
+            request.httpBody = body
+            request.allHTTPHeaderFields = [
+                "Content-Type": "application/json", "X-Backfeedr-Key": key, "X-Backfeedr-Timestamp": timestamp,
+                "X-Backfeedr-Signature": Client.signature(key: key, timestamp: timestamp, body: body),
+                "X-Backfeedr-Device": deviceID, "Idempotency-Key": String(name.suffix(36))]
+            let answer = (try? await transport(request)).map(Answer.init)
+            #if DEBUG
+            if answer?.hasID != true { print("Backfeedr: \(kind):", answer?.status ?? 0, answer?.error ?? "no answer") }
+            #endif
+            return answer
+        }
+
+        /// Does what an answer asks for; says whether to go on with the next file.
+        private func settle(_ name: String, _ answer: Answer?) -> Bool {
+            switch (answer?.status ?? 0, answer?.error) {
+            case (400, let error?) where error.contains(" at index "):
+                return leaveOut(error.components(separatedBy: " at index ").last.flatMap(Int.init), of: name) || pause()
+            case (200...201, _) where answer?.hasID == true, (400, _?), (413, _), (422, _?):
+                (failures, pause, isClockSet) = (0, 0, false)
+                return remove(name) || pause()  // a file that the disk does not let go must not be sent without end
+            case (401, "stale timestamp"):
+                guard let date = answer?.date, !isClockSet else { return pause() }
+                (ahead, isClockSet) = (date.timeIntervalSince(now()), true)
+                return true
+            case (429, _), (503, _): return pause(asked: answer?.retryAfter ?? 0)
+            case (0..<400, _), (401...404, _), (502, _), (504, _): return pause()  // a hotel's login page, a wrong key
+            default:
+                stumbles[name, default: 0] += 1  // the other files go first
+                return pause()
+            }
+        }
+
+        /// Takes a bad event out of its file. The rest has the same key: of a refused batch, nothing is stored. Each
+        /// costs a request, of which all phones of an app share so many, so there is a pause after ten.
+        private func leaveOut(_ index: Int?, of name: String) -> Bool {
+            var left = events(name)
+            guard let index, left.indices.contains(index) else { return false }
+            left.remove(at: index)
+            leftOut += 1
+            return write(Data(left.joined(separator: [10])), name) && leftOut % Client.maxLeftOut > 0
+        }
+
+        /// Waits as long as the server asks for, and a random while longer, or all phones come back in the same second.
+        private func pause(asked seconds: Double = 0) -> Bool {
+            (pausedAt, asked) = (now(), min(seconds, Client.maxAsked))
+            pause = asked + min(Client.maxPause, Client.firstPause * pow(2, Double(failures))) * .random(in: 0.5...1)
+            (failures, isClockSet) = (min(failures + 1, 10), false)
+            wake()
+            return false
+        }
+
+        static func signature(key: String, timestamp: String, body: Data) -> String {
+            let text = Data("\(timestamp).\(sha256(body))".utf8), key = SymmetricKey(data: Data(key.utf8))
+            return "sha256=" + hex(HMAC<SHA256>.authenticationCode(for: text, using: key))
+        }
+
+        static func sha256(_ data: Data) -> String { hex(SHA256.hash(data: data)) }
+
+        private static func hex(_ bytes: some Sequence<UInt8>) -> String {
+            bytes.map { String(format: "%02x", $0) }.joined()
+        }
+    }
+
+    // MARK: The network
+
+    /// Sends a request; throws if there was no complete answer.
+    typealias Transport = @Sendable (URLRequest) async throws -> (Data, URLResponse)
+
+    static func http(sendsInLowDataMode: Bool) -> Transport {
+        let configuration = URLSessionConfiguration.ephemeral
+        configuration.timeoutIntervalForResource = 120
+        #if !canImport(FoundationNetworking)  // Linux has no such mode
+        configuration.allowsConstrainedNetworkAccess = sendsInLowDataMode
+        #endif
+        let session = URLSession(configuration: configuration, delegate: NoRedirects(), delegateQueue: nil)
+        return { try await session.data(for: $0) }
+    }
+
+    /// A redirect would carry the key away.
+    private final class NoRedirects: NSObject, URLSessionTaskDelegate {
+        func urlSession(_ session: URLSession, task: URLSessionTask, willPerformHTTPRedirection: HTTPURLResponse,
+                        newRequest: URLRequest, completionHandler: @escaping @Sendable (URLRequest?) -> Void) {
+            completionHandler(nil)
+        }
+    }
+
+    /// A server's answer, as far as it matters. `error` is nil if it is not JSON from a backfeedr server.
+    struct Answer {
+        var status = 0, hasID = false
+        var error: String?, retryAfter: Double?, date: Date?
+
+        init(_ body: Data, _ response: URLResponse) {
+            let json = (try? JSONSerialization.jsonObject(with: body)) as? [String: Any] ?? [:]
+            (hasID, error) = ((json["id"] ?? json["ids"]) != nil, json["error"] as? String)
+            guard let response = response as? HTTPURLResponse else { return }
+            status = response.statusCode
+            retryAfter = response.value(forHTTPHeaderField: "Retry-After").flatMap(UInt32.init).map(Double.init)
+            let formatter = DateFormatter()
+            formatter.locale = Locale(identifier: "en_US_POSIX")
+            formatter.dateFormat = "EEE, dd MMM yyyy HH:mm:ss zzz"
+            date = response.value(forHTTPHeaderField: "Date").flatMap(formatter.date)
+        }
+    }
+}
