@@ -84,13 +84,13 @@ from collections import Counter, defaultdict, deque, namedtuple
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
-from datetime import date, datetime, timezone
+from datetime import date, datetime, timedelta, timezone
 from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial, reduce
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
-from itertools import accumulate, chain, groupby, islice, product, repeat
+from itertools import accumulate, chain, groupby, islice, repeat, tee
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from operator import attrgetter, itemgetter, lt
 from pathlib import Path
@@ -273,18 +273,19 @@ create table state (name text primary key, value integer not null) without rowid
 
 
 # == Values ====================================================================
-# What a client may be told, and the small conversions of which the rest is made.
+# What a client may be told, and small conversions that many rooms use.
 
 SECOND = 1000  # all times are in milliseconds
 HOUR = 3600 * SECOND
 DAY = 24 * HOUR
 MAX_SKEW = 300 * SECOND  # how fast a device's clock may be and still be believed
-SEQ_BITS = 20  # of a seq's counter within a millisecond
+EPOCH = 1_167_609_600_000  # 2007, when the first iPhone came: an earlier time is from a clock that was never set
+SEQ_BITS = 20  # for the counter of a seq within a millisecond
 
 
 class Refusal(Exception):
-    """A request that is not taken. `str()` is what the client is told, `detail` what may help its developer, and
-    `retry_after` after how many seconds the same request may succeed."""
+    """A request that is refused. `str()` is the error that the client gets, and `detail` may help its developer. After
+    `retry_after` seconds the same request may succeed."""
 
     def __init__(self, text: str, retry_after: int | None = None, detail: str = ""):
         super().__init__(text)
@@ -300,16 +301,15 @@ class Moved(Refusal):
 
 
 class StorageUnavailable(Refusal):
-    """The database can not be used now; nothing of the request was acknowledged."""
+    """The database cannot be used now; nothing of the request was acknowledged."""
 
     def __init__(self) -> None:
         super().__init__("storage unavailable", retry_after=2)
 
 
 _RFC3339 = re.compile(
-    r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt]([01][0-9]|2[0-3]):([0-5][0-9]):([0-5][0-9])(?:\.([0-9]{1,9}))?"
+    r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt]((?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9])(?:\.([0-9]{1,9}))?"
     r"(?:[Zz]|([+-])([01][0-9]|2[0-3]):?([0-5][0-9]))")
-_DAY_ZERO = date(1970, 1, 1).toordinal()
 
 
 def parse_time(text: str) -> int:
@@ -318,10 +318,13 @@ def parse_time(text: str) -> int:
     match = _RFC3339.fullmatch(text)
     if match is None:
         raise ValueError("not an RFC 3339 time with a zone")
-    day, hours, minutes, seconds, fraction, sign, zone_hours, zone_minutes = match.groups()
-    offset = int(sign + "1") * (int(zone_hours) * HOUR + int(zone_minutes) * 60_000) if sign else 0
-    return ((date.fromisoformat(day).toordinal() - _DAY_ZERO) * DAY + int(hours) * HOUR + int(minutes) * 60_000
-            + int(seconds) * SECOND + int((fraction or "")[:3].ljust(3, "0")) - offset)
+    day, clock, fraction, sign, hours, minutes = match.groups()
+    offset = int(sign + hours) * HOUR + int(sign + minutes) * 60 * SECOND if sign else 0
+    seconds = int(datetime.fromisoformat(f"{day}T{clock}+00:00").timestamp())
+    return seconds * SECOND + int((fraction or "")[:3].ljust(3, "0")) - offset
+
+
+FIRST_TIME, LAST_TIME = parse_time("0001-01-01T00:00:00Z"), parse_time("9999-12-31T23:59:59.999Z")  # datetime's bounds
 
 
 def parse_occurred_at(value: Any) -> int:
@@ -329,7 +332,7 @@ def parse_occurred_at(value: Any) -> int:
     2008, since 2001, which is Swift's default; from 1e12 on it is milliseconds. Raises ValueError."""
     if type(value) in (int, float):
         time_ms = value if value >= 1e12 else SECOND * (value if value >= 1.2e9 else value + 978_307_200)
-        if not (1 - _DAY_ZERO) * DAY <= time_ms < (date.max.toordinal() + 1 - _DAY_ZERO) * DAY:
+        if not FIRST_TIME <= time_ms < LAST_TIME + 1:
             raise ValueError("is not within the years 1 to 9999")
         return int(time_ms)
     try:
@@ -340,35 +343,26 @@ def parse_occurred_at(value: Any) -> int:
 
 
 def iso_time(time_ms: int) -> str:
-    """The RFC 3339 time, in UTC and within the years 1 to 9999."""
-    days, rest = divmod(time_ms, DAY)
-    day = date.fromordinal(min(max(_DAY_ZERO + days, 1), date.max.toordinal())).isoformat()
-    seconds, fraction = divmod(rest, SECOND)
-    return (f"{day}T{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-            + (f".{fraction:03}" if fraction else "") + "Z")
+    """The RFC 3339 time in UTC. Beyond the years 1 to 9999, it is their first or last."""
+    moment = datetime(1970, 1, 1) + timedelta(milliseconds=min(max(time_ms, FIRST_TIME), LAST_TIME))
+    return moment.isoformat(timespec="milliseconds" if time_ms % SECOND else "seconds") + "Z"
 
 
 def exact_time(time_ms: int) -> str:
-    """The RFC 3339 time that `parse_time` reads back: not in UTC where that leads out of the years 1 to 9999."""
-    for zone, minutes in (("Z", 0), ("+23:59", 1439), ("-23:59", -1439)):
-        text = iso_time(time_ms + minutes * 60_000)[:-1] + zone
-        if parse_time(text) == time_ms:
-            break
-    return text
-
-
-EPOCH = 1_167_609_600_000  # 2007, when the first iPhone came: an earlier time is that of a clock that was never set
+    """The RFC 3339 time that `parse_time` reads back: with an offset where UTC leads out of the years 1 to 9999."""
+    zone, minutes = ("+23:59", 1439) if time_ms < FIRST_TIME else ("-23:59", -1439) if time_ms > LAST_TIME else ("Z", 0)
+    return iso_time(time_ms + minutes * 60 * SECOND)[:-1] + zone
 
 
 def clock_ahead(latest: int, now: int) -> int:
-    """By how many milliseconds the clock is fast whose latest time this is. All reports of a request are moved by it,
-    so that durations stay right."""
+    """By how many milliseconds a clock with this latest time is fast. All reports of a request are moved by it, so that
+    durations stay right."""
     return latest - now if latest > now + MAX_SKEW else 0
 
 
 def counted_at(occurred_at: int, received_at: int, ahead_ms: int) -> int:
-    """When a report counts: at the device's time, as far as its clock is fast before it; at receipt, if the clock was
-    never set."""
+    """When a report counts: at the device's time, less what its clock is fast; at receipt if that clock was never
+    set."""
     return occurred_at - ahead_ms if EPOCH <= occurred_at - ahead_ms <= received_at + MAX_SKEW else received_at
 
 
@@ -397,7 +391,7 @@ def new_key(is_test: bool) -> str:
 
 
 def key_prefix(key: str) -> str:
-    """What may be shown of a key: 8 of its 32 digits, or a third of a key of the operator's own."""
+    """What may be shown of a key: 8 of its 32 digits, or a third of a key that the operator chose."""
     return key[:16 if re.fullmatch("bf_(live|test)_[0-9a-f]{32}", key) else min(16, len(key) // 3)]
 
 
@@ -416,16 +410,13 @@ def version_key(version: str) -> list[Any]:
 
 
 # == Grouping ==================================================================
-# What the frames of a stack trace say, and the group of a crash. It is made of names, never of load addresses or lines,
-# so that the same fault is one group on all phones, and in the next build.
+# What the frames of a stack trace say, and the group of a crash. A group is made of names, never of load addresses or
+# lines, so that the same fault is one group on all phones and in the next build.
 
 SYSTEM_BASE = 0x180000000  # Apple's own libraries are loaded at this address or above, an app below it
 MAX_NAME = 1000  # characters of a symbol that count
 MAX_PATH = 1024  # Darwin's bound
 MAX_IMAGES = 4  # of a crash, whose symbols may name its frames
-_NEVER_OWN = re.compile(r"dyld|libobjc-trampolines\.dylib|libswift\w{0,40}\.dylib")  # though they are loaded below it
-# Of a simulator the system's own files lie below Xcode.app, too.
-_OWN_PATH = re.compile(r"(?!/System/|/usr/|.*/(?:RuntimeRoot|Contents/Developer)/).*\.app(?:ex)?/", re.S)
 
 # What a frame says, under our name and under those of KSCrash, PLCrashReporter and Sentry.
 _FRAME_FIELDS = {
@@ -433,18 +424,18 @@ _FRAME_FIELDS = {
     "binary": ("binary", "object_name", "image", "package"), "uuid": ("uuid", "image_uuid", "debug_id"),
     "offset": ("offset",), "address": ("address", "instruction_addr"),
     "image_base": ("image_base", "image_addr", "object_addr"), "path": ("path", "package")}
-_FIELDS_OF = {name: [field for field, names in _FRAME_FIELDS.items() if name in names]
-              for name in chain.from_iterable(_FRAME_FIELDS.values())}
 _PLAIN_FIELDS = {"frame", "symbol", "file", "line"}  # those of the API
+_NEVER_OWN = re.compile(r"dyld|libobjc-trampolines\.dylib|libswift\w{0,40}\.dylib")  # though they are loaded below it
+# A simulator has the system's own files below Xcode.app, too.
+_OWN_PATH = re.compile(r"(?!/System/|/usr/|.*/(?:RuntimeRoot|Contents/Developer)/).*\.app(?:ex)?/", re.S)
 _LOCATED = re.compile(r"(.*) \+ ([0-9]{1,18})")  # symbol or binary, and an offset into it
-# What stands where a device knows no symbol.
-_ADDRESS = re.compile("0x[0-9a-fA-F]+|[0-9a-fA-F]{8,16}|<redacted>|<unknown>|[?]+|_{0,2}mh_(?:execute|dylib)_header|")
+_NO_SYMBOL = re.compile("0x[0-9a-fA-F]+|[0-9a-fA-F]{8,16}|<redacted>|<unknown>|[?]+|_{0,2}mh_(?:execute|dylib)_header|")
 _CALL_STACK_LINE = re.compile(r"(?:[0-9]{1,4}\s+(\S.{0,200}?)\s+)?0x[0-9a-fA-F]{1,16} (?!\+ )(.+)")  # callStackSymbols
-_BARE = re.compile(r"[\w. -]+")
+_UUID_DIGITS = re.compile("([0-9A-F]{8})" + 3 * "([0-9A-F]{4})" + "([0-9A-F]{12})[0-9A-F]{0,8}")
 
 
 class Frame(NamedTuple):
-    """A frame, whatever an SDK calls its fields. "" and None: not given."""
+    """What a frame says, whatever an SDK calls its fields. "" and None: not given."""
 
     symbol: str = ""
     file: str = ""
@@ -464,50 +455,57 @@ class Frame(NamedTuple):
         """Whether symbols of its build can name it."""
         return bool(self.uuid and self.offset is not None and self.is_own is not False and not self.is_named)
 
+    @property
+    def label(self) -> str:
+        """What stands for it in a group: its name, or its build and offset."""
+        if self.is_named and self.symbol or self.offset is None:
+            return canonical_name(self.symbol[:MAX_NAME]) or ("" if self.file else self.binary)
+        return f"{self.uuid or self.binary}+{self.offset}"
+
 
 def read_frame(given: Mapping[str, Any]) -> Frame:
     """What a frame says. A device's own symbol for a frame of a known build is not trusted: in a stripped binary it is
     that of whatever function comes before. `symbolicated` says that it is from symbols."""
     if given.keys() <= _PLAIN_FIELDS:
-        symbol, file = given.get("symbol") or "", given.get("file") or ""
-        if len(symbol) + len(file) < 200 and (frame := _plain_frame(symbol, file)):
-            return frame
-    values: dict[str, Any] = dict.fromkeys(_FRAME_FIELDS)
-    for name, value in given.items():
-        for field in _FIELDS_OF.get(name, ()) if value not in (None, "") else ():
-            if values[field] is None or name == field:
-                values[field] = value
-    symbol, file, binary, path = (_string(values[name]) for name in ("symbol", "file", "binary", "path"))
-    address, base, offset = (_integer(values[name]) for name in ("address", "image_base", "offset"))
-    binary = binary.rpartition("/")[2]
-    if line := _CALL_STACK_LINE.fullmatch(symbol):
-        binary, symbol = binary or line[1] or "", line[2]
+        symbol, file = _string(given.get("symbol")), _string(given.get("file"))
+        return _short_frame(symbol, file) if len(symbol) + len(file) < 200 else _frame_of(symbol, file)
+    symbol, file, binary, path = (_string(_said(given, name)) for name in ("symbol", "file", "binary", "path"))
+    address, base, offset = (_integer(_said(given, name)) for name in ("address", "image_base", "offset"))
     if address is not None and offset is None and base is not None:
         offset = address - base
     elif address is not None and base is None and offset is not None:
         base = address - offset
+    is_own = given["in_app"] if type(given.get("in_app")) is bool else None
+    return _frame_of(symbol, file, binary.rpartition("/")[2], path, image_uuid(_said(given, "uuid")), offset, base, is_own,
+                  given.get("symbolicated") is True)
+
+
+def _said(given: Mapping[str, Any], field: str) -> Any:
+    return next((given[name] for name in _FRAME_FIELDS[field] if given.get(name) not in (None, "")), None)
+
+
+def _frame_of(symbol: str, file: str, binary: str = "", path: str = "", uuid: str = "", offset: int | None = None,
+           base: int | None = None, is_own: bool | None = None, is_symbolicated: bool = False) -> Frame:
+    """A frame of what it says; what it does not say is concluded."""
+    if line := _CALL_STACK_LINE.fullmatch(symbol):
+        binary, symbol = binary or line[1] or "", line[2]
     located = _LOCATED.fullmatch(symbol)
-    if located and (located[1] == binary or _ADDRESS.fullmatch(located[1]) or not binary and int(located[2]) > 4096
-                    and _BARE.fullmatch(located[1])):  # no function is as long as a binary
-        symbol, binary = "", binary or located[1]
-        offset = int(located[2]) if offset is None else offset
-    symbol, uuid = "" if _ADDRESS.fullmatch(symbol) else symbol, image_uuid(values["uuid"])
-    is_own = _is_own(given.get("in_app"), file, path, base, binary)
-    is_named = bool(file or symbol and (given.get("symbolicated") is True or not uuid or offset is None or not is_own))
+    if located and (located[1] == binary or _NO_SYMBOL.fullmatch(located[1]) or not binary and int(located[2]) > 4096
+                    and re.fullmatch(r"[\w. -]+", located[1])):  # no function is as long as a binary
+        symbol, binary, offset = "", binary or located[1], int(located[2]) if offset is None else offset
+    if _NO_SYMBOL.fullmatch(symbol):
+        symbol = ""
+    if is_own is None:
+        is_own = is_own_code(file, path, base, binary)
+    is_named = bool(file or symbol and (is_symbolicated or not uuid or offset is None or not is_own))
     return Frame(symbol, file, binary, uuid, offset, is_own, is_named)
 
 
-@lru_cache(maxsize=4096)
-def _plain_frame(symbol: str, file: str) -> Frame | None:
-    """A frame of which nothing else is known; None where its symbol is an address."""
-    if " + " in symbol or "0x" in symbol or _ADDRESS.fullmatch(symbol):
-        return None
-    return Frame(symbol, file, is_own=bool(file) or None)
+_short_frame = lru_cache(maxsize=4096)(_frame_of)
 
 
-def _is_own(in_app: Any, file: str, path: str, base: int | None, binary: str) -> bool | None:
-    if type(in_app) is bool:
-        return in_app
+def is_own_code(file: str, path: str, base: int | None, binary: str) -> bool | None:
+    """Whether code is the app's own, by its source file, its path, or where it was loaded. None: nothing tells."""
     if file or path.startswith("/"):
         return bool(file or _OWN_PATH.match(path[:MAX_PATH])) and not _NEVER_OWN.fullmatch(binary)
     return base < SYSTEM_BASE and not _NEVER_OWN.fullmatch(binary) if base else None
@@ -526,10 +524,8 @@ def _integer(value: Any) -> int | None:
 
 def image_uuid(value: Any) -> str:
     """The UUID of a build in upper case with dashes; "" for anything else."""
-    digits = _string(value).replace("-", "")[:40].upper()  # Sentry's debug_id has a number behind it
-    if not re.fullmatch("[0-9A-F]{32,40}", digits) or not digits.strip("0"):  # some write zeros for none
-        return ""
-    return "-".join(digits[start:end] for start, end in ((0, 8), (8, 12), (12, 16), (16, 20), (20, 32)))
+    digits = _UUID_DIGITS.fullmatch(_string(value).replace("-", "")[:40].upper())  # a debug_id has a number behind it
+    return "-".join(digits.groups()) if digits and digits[0].strip("0") else ""  # some write zeros for none
 
 
 _PREFIX_WORDS = re.compile(
@@ -546,7 +542,7 @@ _NOT_COUNTED = re.compile(
     r"(?:_?main|start|_?dyld_start|static .*\$main\(\)(?: -> \(\))?|\$s.*5\$mainyyFZ|<compiler-generated>"
     r"|__debug_main_executable_dylib_entry_point|protocol witness for .*|outlined .*|.* thunk"
     r"|(?:(?:reabstraction|dispatch|non-virtual|virtual) )?thunk (?:for|to|of|helper from) .*)")
-# What every abort runs through.
+# Every abort runs through these.
 _OF_ABORTS = re.compile(
     r"_*(?:pthread_kill|kill|raise|abort|abort_message|assert_rtn|exceptionPreprocess|objc_exception_throw"
     r"|objc_terminate|cxa_throw|cxa_rethrow|demangling_terminate_handler|assertionFailure|fatalErrorMessage"
@@ -557,35 +553,11 @@ _OF_ABORTS = re.compile(
 @lru_cache(maxsize=2048)
 def canonical_name(symbol: str) -> str:
     """A symbol without what the compiler and the tools add to it, and what differs from build to build."""
-    name = _without_suffix(_PREFIX_WORDS.sub("", symbol, 1) if _PREFIX_WORDS.match(symbol) else symbol)
+    name = _PREFIX_WORDS.sub("", symbol, 1) if _PREFIX_WORDS.match(symbol) else symbol
+    ends = (end.start() for end in _SUFFIX.finditer(name) if end.start() and end.end() == len(name))
+    name = name[:next(ends, None)]
     block = _BLOCK.fullmatch(name)
     return block[1] if block else name
-
-
-def _without_suffix(name: str) -> str:
-    for end in _SUFFIX.finditer(name):
-        if end.start() and end.end() == len(name):
-            return name[:end.start()]
-    return name
-
-
-def group_hash(exception_type: str, frames: Sequence[Mapping[str, Any]]) -> str:
-    """The group of a crash: its exception type, and the names of the first three frames of the app's own code. System
-    frames stand in only where there is none. A frame without a name is its build and offset."""
-    return group_of(exception_type, map(read_frame, frames))
-
-
-def group_of(exception_type: str, frames: Iterable[Frame]) -> str:
-    """As group_hash, of frames that were read. Takes no more of them than it needs: mostly, the app's own tell."""
-    seen: list[Frame] = []
-    candidates = (
-        (label for frame in frames if seen.append(frame) or frame.is_own and _counts(label := _label(frame))),
-        (label for frame in seen if frame.symbol and _tells(label := _label(frame))),
-        (label for frame in seen if (label := _label(frame)) and _tells(label)),
-        (_label(frame) for frame in seen if frame.is_own or frame.symbol),
-        filter(None, map(_label, seen)))
-    names = next(filter(None, (list(islice((name for name, _ in groupby(labels)), 3)) for labels in candidates)), [])
-    return hashlib.sha256(":".join([exception_type, *names]).encode()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=2048)
@@ -597,12 +569,28 @@ def _tells(label: str) -> bool:
     return _counts(label) and not _OF_ABORTS.fullmatch(label)
 
 
-def _label(frame: Frame) -> str:
-    if frame.is_named and frame.symbol:
-        return canonical_name(frame.symbol[:MAX_NAME])
-    if frame.offset is None:
-        return canonical_name(frame.symbol[:MAX_NAME]) or ("" if frame.file else frame.binary)
-    return f"{frame.uuid or frame.binary}+{frame.offset}"
+_GROUP_RULES: Sequence[Callable[[Frame], object]] = (  # which frames make the group: the first rule that finds any
+    lambda frame: frame.is_own and _counts(frame.label),
+    lambda frame: frame.symbol and _tells(frame.label),
+    lambda frame: frame.label and _tells(frame.label),
+    lambda frame: frame.is_own or frame.symbol,
+    lambda frame: frame.label)
+
+
+def group_hash(exception_type: str, frames: Iterable[Mapping[str, Any]]) -> str:
+    """The group of a crash: its exception type, and the names of the first three frames of the app's own code. System
+    frames stand in only where there is none. A frame without a name is its build and offset."""
+    return group_of(exception_type, map(read_frame, frames))
+
+
+def group_of(exception_type: str, frames: Iterable[Frame]) -> str:
+    """As group_hash, of frames that were read. Takes no more of them than it needs: mostly, the app's own tell."""
+    names: list[str] = []
+    for rule, candidates in zip(_GROUP_RULES, tee(frames, len(_GROUP_RULES))):
+        labels = groupby(frame.label for frame in candidates if rule(frame))  # equal neighbours are one
+        if names := [label for label, _ in islice(labels, 3)]:
+            break
+    return hashlib.sha256(":".join([exception_type, *names]).encode()).hexdigest()[:16]
 
 
 def open_images(frames: Iterable[Frame]) -> str | None:
@@ -613,8 +601,8 @@ def open_images(frames: Iterable[Frame]) -> str | None:
 
 # == Payloads ==================================================================
 # JSON in, a crash or an event out, or a Refusal; the code below trusts what comes from here. A report is a namedtuple
-# whose fields are its columns. A developer sees at once that a required field is missing or wrong; what only some
-# phones send must not cost a report, so other fields are converted, cut, or kept as they came, under `extra`.
+# whose fields are its columns. A developer sees at once that a required field is missing or wrong. What only some
+# phones send must not cost a report, so other fields are converted, cut, or kept as they came, in `extra`.
 
 EVENT_TYPES = ("session_start", "session_end", "error", "custom")
 MAX_BATCH = 100  # events
@@ -633,8 +621,7 @@ def decode_json(body: bytes) -> JsonObject:
     """The JSON object in a body. Raises Refusal unless it is one, in UTF-8, with finite numbers. A NUL or a lone
     surrogate, which SQLite does not store, becomes U+FFFD: one bad character must not cost a report."""
     try:
-        text = _storable(body.decode())
-        value = _DECODER.decode(text[1:] if text.startswith("\ufeff") else text)  # a byte order mark
+        value = _DECODER.decode(_storable(body.decode()).removeprefix("\ufeff"))  # a byte order mark
     except RecursionError:
         raise Refusal("invalid JSON", detail="it is nested too deep") from None
     except UnicodeDecodeError:
@@ -699,22 +686,22 @@ def _long_text(value: Any) -> str:
     return value
 
 
-def _number(value: Any) -> float:
+def _number(value: Any) -> int | float:
     if type(value) is str and re.fullmatch(r"-?[0-9]{1,18}(\.[0-9]{1,18})?", value):
         value = float(value) if "." in value else int(value)
     if type(value) not in (int, float) or abs(value) > MAX_NUMBER:
         raise ValueError
-    return value
+    return value  # type: ignore[no-any-return]
 
 
-def _battery_level(value: Any) -> float:
+def _battery_level(value: Any) -> int | float:
     if not (0 <= (number := _number(value)) <= 1 or number == -1):
         raise ValueError
     return number
 
 
 def _flag(value: Any) -> bool:
-    if type(value) is not bool and not (type(value) is int and value in (0, 1)):
+    if type(value) not in (bool, int) or value not in (0, 1):
         raise ValueError
     return bool(value)
 
@@ -725,7 +712,23 @@ def _event_type(value: Any) -> str:
     return _required_text(value)
 
 
-def _to_json(value: Any) -> str:
+def _object(value: Any) -> str:
+    if type(value) is not dict:
+        raise ValueError
+    return _shallow_json(value)
+
+
+def _frames(value: Any) -> str:
+    if not _are_objects(value):
+        raise ValueError
+    return _shallow_json(value)
+
+
+def _are_objects(value: Any) -> bool:
+    return type(value) is list and all(type(each) is dict for each in value)
+
+
+def _shallow_json(value: Any) -> str:
     """Compact JSON. Raises ValueError or RecursionError if it is nested too deep to be shown again."""
     text = _encode(value)
     # Counting brackets is fast and clears nearly every value.
@@ -739,42 +742,29 @@ def _depth(value: Any) -> int:
     return 1 + max(map(_depth, items), default=0) if type(items) is list else 0
 
 
-def _object(value: Any) -> str:
-    if type(value) is not dict:
-        raise ValueError
-    return _to_json(value)
-
-
-def _frames(value: Any) -> str:
-    if type(value) is not list or not all(type(frame) is dict for frame in value):
-        raise ValueError
-    return _to_json(value)
-
-
-_CRASH_FIELDS: Converters = dict(
-    exception_type=_required_text, exception_reason=_long_text, stack_trace=_frames, app_version=_text,
-    build_number=_text, os_version=_text, device_model=_text, device_id_hash=_text, session_id=_text, locale=_text,
-    free_memory_mb=_number, battery_level=_battery_level, is_charging=_flag, occurred_at=parse_occurred_at)
-_EVENT_FIELDS: Converters = dict(
-    type=_event_type, name=_text, properties=_object, app_version=_text, os_version=_text, device_model=_text,
-    device_id_hash=_text, session_id=_text, locale=_text, occurred_at=parse_occurred_at)
-_REQUIRED = ("exception_type", "type", "occurred_at")
-
-Crash = namedtuple("Crash", ["group_hash", "images", *_CRASH_FIELDS, "extra"])
+Crash = namedtuple("Crash", "group_hash images exception_type exception_reason stack_trace app_version build_number"
+                            " os_version device_model device_id_hash session_id locale free_memory_mb battery_level"
+                            " is_charging occurred_at extra")
 Crash.__doc__ = "A valid crash: the fields of the API, `images` as of open_images, `extra`, the unknown fields as JSON."
-Event = namedtuple("Event", [*_EVENT_FIELDS, "extra"])
+Event = namedtuple("Event", "type name properties app_version os_version device_model device_id_hash session_id locale"
+                            " occurred_at extra")
 Event.__doc__ = "A valid event: the fields of the API, and `extra`, the unknown ones as JSON."
 Reports = Sequence[Union[Crash, Event]]
+
+_CONVERTERS: Converters = {
+    "exception_type": _required_text, "exception_reason": _long_text, "stack_trace": _frames, "type": _event_type,
+    "properties": _object, "free_memory_mb": _number, "battery_level": _battery_level, "is_charging": _flag,
+    "occurred_at": parse_occurred_at}
+_CRASH_FIELDS: Converters = {name: _CONVERTERS.get(name, _text) for name in Crash._fields[2:-1]}
+_EVENT_FIELDS: Converters = {name: _CONVERTERS.get(name, _text) for name in Event._fields[:-1]}
+_REQUIRED = ("exception_type", "type", "occurred_at")
 
 
 def parse_crash(given: JsonObject) -> Crash:
     """A crash from its JSON object. Raises Refusal."""
-    frames = given.get("stack_trace") or []
-    if type(frames) is not list or not all(map(_is_plain_frame, frames)):
-        frames = _plain_frames(frames)
-        given["stack_trace"] = frames or given["stack_trace"]
-    values = _convert(given, _CRASH_FIELDS, MAX_STORED)
-    read = list(map(read_frame, _kept_frames(frames)))
+    frames = list(map(_plain_frame, given["stack_trace"])) if _are_objects(given.get("stack_trace")) else []
+    values = _convert({**given, "stack_trace": frames} if frames else given, _CRASH_FIELDS, MAX_STORED)
+    read = list(map(read_frame, _few(frames)))
     return Crash(group_of(values[0], read), open_images(read), *values)
 
 
@@ -789,36 +779,24 @@ def _recent_own_names(stack_trace: str) -> tuple[str, ...]:  # of alike crashes,
     return own_names(json.loads(stack_trace or "[]"))
 
 
-_TEXT_OR_NONE, _INTEGER_OR_NONE = {str, type(None)}, {int, type(None)}
-
-
-def _is_plain_frame(frame: Any) -> bool:
-    return (type(frame) is dict
-            and type(frame.get("symbol")) in _TEXT_OR_NONE and type(frame.get("file")) in _TEXT_OR_NONE
-            and type(frame.get("frame")) in _INTEGER_OR_NONE and type(frame.get("line")) in _INTEGER_OR_NONE)
-
-
-def _plain_frames(frames: Any) -> list[JsonObject]:
-    """The frames, with symbols and files that are text, and numbers that are numbers where they can be; [] where these
-    are no frames."""
-    if type(frames) is not list or not all(type(frame) is dict for frame in frames):
-        return []
-    frames = list(map(dict, frames))
-    for frame, name in product(frames, ("symbol", "file")):
-        if frame.get(name) is not None and type(frame[name]) is not str:
-            frame[name] = _encode(frame[name])
-    for frame, name in product(frames, ("frame", "line")):
-        with suppress(ValueError):
-            if (number := _number(frame.get(name))) == int(number):
-                frame[name] = int(number)
-    return frames
+def _plain_frame(frame: JsonObject) -> JsonObject:
+    """A frame with symbol and file as text, and numbers that are whole numbers where they can be."""
+    changes: JsonObject = {}
+    for name in ("symbol", "file"):
+        if type(value := frame.get(name)) is not str and value is not None:
+            changes[name] = _encode(value)
+    for name in ("frame", "line"):
+        if type(value := frame.get(name)) is not int and value is not None:
+            with suppress(ValueError):
+                changes[name] = int(number) if (number := _number(value)) == int(number) else value
+    return {**frame, **changes} if changes else frame
 
 
 def parse_event(given: Any, limit: int = MAX_STORED) -> Event:
     """An event from its JSON object, of which so many bytes are stored. Raises Refusal."""
     if type(given) is not dict:
         raise Refusal("invalid event", detail=f"it is {_kind(given)}, not an object")
-    return Event._make(_convert(given, _EVENT_FIELDS, limit))
+    return Event(*_convert(given, _EVENT_FIELDS, limit))
 
 
 def parse_batch(given: JsonObject) -> list[Event]:
@@ -832,15 +810,12 @@ def parse_batch(given: JsonObject) -> list[Event]:
     if len(events) > MAX_BATCH:
         raise Refusal(f"too many events: at most {MAX_BATCH}")
     if len(given) > 1 and type(events[0]) is dict:
-        unused = "batch"
-        while unused in events[0]:
-            unused += "_"
+        unused = next(filter(lambda name: name not in events[0], accumulate(chain(["batch"], repeat("_")))))
         events[0][unused] = {name: value for name, value in given.items() if name != "events"}
     try:
-        return list(map(Event._make, _convert_alike(events, _EVENT_FIELDS)))
-    except (Refusal, ValueError, TypeError, AttributeError, RecursionError):  # a bad or odd event
-        pass
-    parsed: list[Event] = []
+        return _alike_events(events)
+    except (Refusal, ValueError, TypeError, AttributeError, RecursionError):  # one is bad, or not as most are
+        parsed: list[Event] = []
     try:
         for event in events:
             parsed.append(parse_event(event, MAX_STORED_BATCHED))
@@ -849,76 +824,94 @@ def parse_batch(given: JsonObject) -> list[Event]:
     return parsed
 
 
-def _convert(given: JsonObject, converters: Converters, limit: int | None) -> list[Any]:
-    """What is stored for each field, None for an absent one; then the unknown fields, as JSON. What more than `limit`
-    bytes would be needed for is cut."""
-    values, unknown = {}, {name: value for name, value in given.items() if name not in converters}
-    for name, convert in converters.items():
-        value, values[name] = given.get(name), None
-        if value in (None, ""):
-            if name in _REQUIRED:
-                raise Refusal(f"missing {name}")
+def _alike_events(events: list[JsonObject]) -> list[Event]:
+    """The same as `parse_event` of each, in half the time: each distinct text is converted once, because most are the
+    same from event to event. Raises an error unless all are plain."""
+    if set().union(*events) - _EVENT_FIELDS.keys():
+        raise ValueError
+    columns: list[list[Any]] = []
+    for name, convert in _EVENT_FIELDS.items():
+        values = [event.get(name) for event in events]
+        if convert is _object:  # not hashable
+            columns.append([value and convert(value) for value in values])
             continue
-        try:
-            values[name] = convert(value)
-        except (ValueError, RecursionError) as error:
-            if name in _REQUIRED:
-                raise Refusal(f"invalid {name}", detail=f"{name} {error}") from None
+        stored = {value: convert(value) if value else None for value in set(values)}
+        if {*map(type, values)} - {str, type(None)} or name in _REQUIRED and None in stored.values():
+            raise ValueError
+        columns.append([stored[value] for value in values])
+    if max(len(text or "") for text in columns[2]) > 1000:  # too many names or bytes take more
+        raise ValueError
+    return list(map(Event, *columns, repeat(None)))
+
+
+def _convert(given: JsonObject, converters: Converters, limit: int) -> list[Any]:
+    """What is stored for each field, None for an absent one; then the unknown fields, as JSON. What would take more
+    than `limit` bytes is cut."""
+    values: JsonObject = {**dict.fromkeys(converters), "extra": None}
+    unknown, size = JsonObject(), 0
+    for name, value in given.items():
+        convert = converters.get(name)
+        if convert is _text and type(value) is str:  # nearly all are
+            values[name] = value[:MAX_TEXT] or None
+        elif convert is None:
             unknown[name] = value
-    stored = [*values.values(), _unknown_as_json(unknown) if unknown else None]
-    texts = [value for value in stored if type(value) is str]
-    size = sum(map(len, texts))
-    if limit is None or size < 1000 or (  # too many names or frames take more
-            len(unknown.keys() - {"truncated"}) <= MAX_NAMES and _length(given, "properties", dict) <= MAX_NAMES
-            and _length(given, "stack_trace", list) <= FIRST_FRAMES + LAST_FRAMES and (
-                size <= limit // 4 or sum(len(text.encode()) for text in texts) <= limit)):
-        return stored
-    return _convert(_cut(given, values, unknown, limit), converters, None)
+        elif value is not None and value != "":
+            try:
+                values[name] = converted = convert(value)
+                size += len(converted) if type(converted) is str else 0
+            except (ValueError, RecursionError) as error:
+                if name in _REQUIRED:
+                    raise Refusal(f"invalid {name}", detail=f"{name} {error}") from None
+                unknown[name] = value
+    for name in _REQUIRED:
+        if values.get(name, "") is None:
+            raise Refusal(f"missing {name}")
+    if unknown:
+        unknown = _shallow(unknown)
+        values["extra"] = _encode(unknown)
+        size += len(values["extra"])
+    if size > 1000:  # too many names or frames take more
+        long = {name: given[name] for name in ("exception_reason", "stack_trace", "properties") if values.get(name)}
+        values.update(_cut({**long, "extra": unknown}, values, limit))
+    return list(values.values())
 
 
-def _kept_frames(frames: list[Any]) -> list[Any]:
-    return frames if len(frames) <= FIRST_FRAMES + LAST_FRAMES else frames[:FIRST_FRAMES] + frames[-LAST_FRAMES:]
+def _shallow(unknown: JsonObject) -> JsonObject:
+    """The unknown fields, of which those that are nested too deep are text."""
+    try:
+        with suppress(ValueError):
+            _shallow_json(unknown)
+            return unknown
+        return {name: value if _depth(value) < MAX_DEPTH else _encode(value) for name, value in unknown.items()}
+    except RecursionError:
+        raise Refusal("invalid JSON", detail="it is nested too deep") from None
 
 
-def _length(given: JsonObject, name: str, kind: type) -> int:
-    return len(given[name]) if type(given.get(name)) is kind else 0
-
-
-def _cut(given: JsonObject, values: JsonObject, unknown: JsonObject, limit: int) -> JsonObject:
-    """As much of a report as `limit` bytes hold; `truncated` says what was cut."""
-    long = {name: given[name] for name in ("exception_reason", "stack_trace", "properties")
-            if values.get(name) is not None}
-    kept = {name: given[name] for name, value in values.items() if value is not None and name not in long}
-    parts = {**long, "unknown fields": {"truncated_" if name == "truncated" else name: value
-                                        for name, value in unknown.items()}}
+def _cut(long: JsonObject, values: JsonObject, limit: int) -> JsonObject:
+    """The long values of a report as they are stored, if it would take more than `limit` bytes: of each the beginning.
+    `truncated` says what was cut."""
+    few = {name: _few(value) for name, value in long.items()}
+    texts = [value for value in values.values() if type(value) is str]
+    if all(few[name] is long[name] for name in long) and sum(len(text.encode()) for text in texts) <= limit:
+        return {}
+    for each in long, few:
+        each["extra"] = {"truncated_" if name == "truncated" else name: value for name, value in each["extra"].items()}
     room = limit - 200 - sum(len(str(value).encode()) for name, value in values.items() if name not in long)
-    share, truncated = _fair_share([_size(part) for part in parts.values()], room), []
-    for name, part in parts.items():
-        fitting = part
-        if name == "stack_trace":
-            fitting = _kept_frames(part)
-        elif type(part) is dict:
-            fitting = dict(list(part.items())[:MAX_NAMES])
-        fitting = _shortened(fitting, share)
-        kept.update(fitting if name == "unknown fields" else {name: fitting})
-        truncated += [name] if fitting != part else []
-    return {**kept, "truncated": truncated}
+    kept = _shortened(few, room)
+    kept["extra"]["truncated"] = [name.replace("extra", "unknown fields") for name in long if kept[name] != long[name]]
+    return {name: value if name == "exception_reason" else _encode(value) for name, value in kept.items()}
 
 
-def _size(value: Any) -> int:
-    return len(_encode(value).encode())
+def _few(value: Any) -> Any:
+    """Of too many frames the first and last, of too many names the first."""
+    if type(value) is list and len(value) > FIRST_FRAMES + LAST_FRAMES:
+        return value[:FIRST_FRAMES] + value[-LAST_FRAMES:]
+    if type(value) is dict and len(value.keys() - {"truncated"}) > MAX_NAMES:
+        return dict(islice(value.items(), MAX_NAMES))
+    return value
 
 
-def _fair_share(sizes: Sequence[int], room: int) -> int:
-    """What the largest of these may have: small ones take what they need, the others as much as each other."""
-    for number, size in enumerate(sorted(sizes)):
-        if size > room // (len(sizes) - number):
-            return max(0, room // (len(sizes) - number))
-        room -= size
-    return max(sizes, default=0)
-
-
-def _shortened(value: Any, size: int, levels: int = 6) -> Any:
+def _shortened(value: Any, size: int, levels: int = 7) -> Any:
     """A value whose JSON has at most so many bytes: of too many members the first, of the largest members their
     beginning, and so of a text. What is nested deeper becomes a text: each level costs a look at all of it."""
     if _size(value) <= size:
@@ -937,44 +930,17 @@ def _shortened(value: Any, size: int, levels: int = 6) -> Any:
     return text
 
 
-def _unknown_as_json(unknown: JsonObject) -> str:
-    """The unknown fields. What is nested too deep is kept as text."""
-    try:
-        try:
-            return _to_json(unknown)
-        except ValueError:
-            return _encode({name: value if _depth(value) < MAX_DEPTH else _encode(value)
-                            for name, value in unknown.items()})
-    except RecursionError:
-        raise Refusal("invalid JSON", detail="it is nested too deep") from None
+def _size(value: Any) -> int:
+    return len(_encode(value).encode())
 
 
-def _convert_alike(objects: list[JsonObject], converters: Converters) -> Iterable[tuple[Any, ...]]:
-    """`_convert` for each object in a third of the time: field by field, and each distinct value only once, because
-    most values are the same from event to event. Raises an error where one is not plain."""
-    names, columns = set().union(*objects), []
-    for name, convert in converters.items():
-        values = [given.get(name) for given in objects] if name in names else [None] * len(objects)
-        kinds = {*map(type, values)} - {type(None)}
-        if kinds - {dict if convert is _object else str}:
-            raise ValueError
-        if convert is _object:  # not hashable
-            if max(map(len, filter(None, values)), default=0) > MAX_NAMES:
-                raise ValueError
-            columns.append([None if value is None else _to_json(value) for value in values])
-        else:
-            stored = {value: convert(value) if value else None for value in set(values)}
-            if name in _REQUIRED and None in stored.values():
-                raise ValueError
-            columns.append(map(stored.__getitem__, values))
-    has_unknown = not names <= converters.keys()
-    unknown = [{name: value for name, value in given.items() if name not in converters}
-               for given in objects] if has_unknown else []
-    columns.append([_unknown_as_json(each) if each else None for each in unknown] or [None] * len(objects))
-    texts = filter(None, chain(columns[-1], columns[list(converters).index("properties")]))
-    if len(names) > MAX_NAMES or max(map(len, texts), default=0) > MAX_STORED_BATCHED // 8:
-        raise ValueError
-    return zip(*columns)
+def _fair_share(sizes: Sequence[int], room: int) -> int:
+    """What the largest of these may have: small ones take what they need, the others as much as each other."""
+    for number, size in enumerate(sorted(sizes)):
+        if size > room // (len(sizes) - number):
+            return max(0, room // (len(sizes) - number))
+        room -= size
+    return max(sizes, default=0)
 
 
 # == Apple formats =============================================================
@@ -5760,7 +5726,7 @@ def missing_group(db: Connection, app: str | None, group_hash: str) -> Refusal:
 
 
 def _dates(days: Iterable[int]) -> list[str]:
-    return [date.fromordinal(_DAY_ZERO + day).isoformat() for day in days]
+    return [iso_time(day * DAY)[:10] for day in days]
 
 
 def _reports(db: Connection, table: str, seqs: Sequence[int], max_text: int = PAGE_TEXT) -> list[JsonObject]:
@@ -6614,7 +6580,7 @@ def _tooltip(text: str) -> str:
     return f' title="{escape(_shorten(text))}"' if text else ""
 
 
-_SHOWN_FIELDS = {*_FIELDS_OF, "frame", "in_app", "symbolicated", "inlined"}
+_SHOWN_FIELDS = {*chain.from_iterable(_FRAME_FIELDS.values()), "frame", "in_app", "symbolicated", "inlined"}
 
 
 def _details(event: JsonObject) -> str:
