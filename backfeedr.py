@@ -917,13 +917,14 @@ def _shortened(value: Any, size: int, levels: int = 7) -> Any:
     if _size(value) <= size:
         return value
     if type(value) in (dict, list) and levels:
-        members = list(value.items() if type(value) is dict else value)
-        fitting = bisect_left(list(accumulate(_size(member) + 2 for member in members)), size - 2)
-        members = members[:max(fitting, size // 30)]
-        parts = [part for pair in members for part in pair] if type(value) is dict else members
-        share = _fair_share(list(map(_size, parts)), size - 4 - 2 * len(parts))
-        parts = [_shortened(part, share, levels - 1) for part in parts]
-        return dict(zip(parts[::2], parts[1::2])) if type(value) is dict else parts
+        step = 2 if type(value) is dict else 1  # a name and its value
+        parts = list(chain.from_iterable(value.items())) if step == 2 else value
+        sizes = list(map(_size, parts[:size // 2]))  # no more of them fit
+        fitting = bisect_right(list(accumulate(each + 1 for each in sizes)), size - 2)  # each with a comma or colon
+        sizes = sizes[:max(fitting // step, size // 30) * step]
+        share = _fair_share(sizes, size - 2 - len(sizes))
+        parts = [part if its <= share else _shortened(part, share, levels - 1) for part, its in zip(parts, sizes)]
+        return dict(zip(parts[::2], parts[1::2])) if step == 2 else parts
     text = value if type(value) is str else _encode(value)
     while text and (length := _size(text)) > size:
         text = text[:len(text) * size // (length + 1)]
