@@ -91,7 +91,6 @@ from functools import lru_cache, partial, reduce
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from itertools import accumulate, chain, groupby, islice, repeat, tee
-from json.decoder import scanstring  # type: ignore[attr-defined]
 from operator import attrgetter, itemgetter, lt
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -476,7 +475,8 @@ def read_frame(given: Mapping[str, Any]) -> Frame:
     elif address is not None and base is None and offset is not None:
         base = address - offset
     is_own = given["in_app"] if type(given.get("in_app")) is bool else None
-    return _frame_of(symbol, file, binary.rpartition("/")[2], path, image_uuid(_said(given, "uuid")), offset, base, is_own,
+    uuid = image_uuid(_said(given, "uuid"))
+    return _frame_of(symbol, file, binary.rpartition("/")[2], path, uuid, offset, base, is_own,
                   given.get("symbolicated") is True)
 
 
@@ -492,7 +492,8 @@ def _frame_of(symbol: str, file: str, binary: str = "", path: str = "", uuid: st
     located = _LOCATED.fullmatch(symbol)
     if located and (located[1] == binary or _NO_SYMBOL.fullmatch(located[1]) or not binary and int(located[2]) > 4096
                     and re.fullmatch(r"[\w. -]+", located[1])):  # no function is as long as a binary
-        symbol, binary, offset = "", binary or located[1], int(located[2]) if offset is None else offset
+        symbol, binary = "", binary or located[1]
+        offset = int(located[2]) if offset is None else offset
     if _NO_SYMBOL.fullmatch(symbol):
         symbol = ""
     if is_own is None:
@@ -946,16 +947,17 @@ def _fair_share(sizes: Sequence[int], room: int) -> int:
 
 # == Apple formats =============================================================
 # What Apple makes of a crash in, the crashes and events of Payloads out, by pure functions. The formats are told apart
-# by their content. A diagnostic becomes an object like those of our own clients and takes their way, so that it is
-# converted, cut and grouped as theirs. What could identify a phone or a person is left behind.
+# by their content. Each diagnostic becomes an object like those of our own clients, and is converted, cut and grouped
+# like them. What could identify a phone or a person is left behind.
 
 UNKNOWN_FORMAT = "unknown report format"
-MACH_EXCEPTIONS = {
-    1: "EXC_BAD_ACCESS", 2: "EXC_BAD_INSTRUCTION", 3: "EXC_ARITHMETIC", 4: "EXC_EMULATION", 5: "EXC_SOFTWARE",
-    6: "EXC_BREAKPOINT", 7: "EXC_SYSCALL", 8: "EXC_MACH_SYSCALL", 9: "EXC_RPC_ALERT", 10: "EXC_CRASH",
-    11: "EXC_RESOURCE", 12: "EXC_GUARD", 13: "EXC_CORPSE_NOTIFY"}
-SIGNALS = {3: "SIGQUIT", 4: "SIGILL", 5: "SIGTRAP", 6: "SIGABRT", 7: "SIGEMT", 8: "SIGFPE", 9: "SIGKILL", 10: "SIGBUS",
-           11: "SIGSEGV", 12: "SIGSYS", 13: "SIGPIPE", 14: "SIGALRM", 15: "SIGTERM"}  # Darwin's numbers
+MACH_EXCEPTIONS = dict(enumerate((
+    "EXC_BAD_ACCESS", "EXC_BAD_INSTRUCTION", "EXC_ARITHMETIC", "EXC_EMULATION", "EXC_SOFTWARE", "EXC_BREAKPOINT",
+    "EXC_SYSCALL", "EXC_MACH_SYSCALL", "EXC_RPC_ALERT", "EXC_CRASH", "EXC_RESOURCE", "EXC_GUARD", "EXC_CORPSE_NOTIFY"
+    ), start=1))
+SIGNALS = dict(enumerate((
+    "SIGQUIT", "SIGILL", "SIGTRAP", "SIGABRT", "SIGEMT", "SIGFPE", "SIGKILL", "SIGBUS", "SIGSEGV", "SIGSYS", "SIGPIPE",
+    "SIGALRM", "SIGTERM"), start=3))  # Darwin's numbers
 BUG_TYPES = {"298": "jetsam, memory of the whole system", "202": "CPU use", "206": "CPU use", **dict.fromkeys(
     ("222", "223", "228", "328"), "a hang"), "309": "a crash", "109": "a crash"}
 EVENT_NAMES = {
@@ -963,15 +965,14 @@ EVENT_NAMES = {
     "diskWriteExceptionDiagnostic": "Disk write exception"}
 DURATIONS = ("hangDuration", "totalCPUTime", "writesCaused", "totalWritesCaused", "launchDuration")
 
-_UUID = "[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"
 # The name of a person and the folder of an installation, in a path, whose slashes JSON may escape.
-_PRIVATE = re.compile(rf"/(?:((?:Users|home)\\?/)(?:[^\s\\/\"']|\\u[0-9A-Fa-f]{{4}})+|{_UUID})")
-_OBJECT_LINE = re.compile(r"^\{", re.M)
+_PRIVATE = re.compile(r"/(?:((?:Users|home)\\?/)(?:[^\s\\/\"']|\\u[0-9A-Fa-f]{4})+"
+                      r"|[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12})")
 _APPLE_TIME = re.compile(
     r"([0-9-]{10})[ T]([0-9:]{8})(?:(\.[0-9]{1,9})[0-9]*)? ?(Z|[+-][0-9]{2}:?[0-9]{2})?")
 _OS_VERSION = re.compile(r"(?:[A-Za-z]+ ){0,4}([0-9]+(?:\.[0-9]+)*)(?: \([\w ]{1,30}\))*")
 _KILL_CODE = re.compile(r"(?:\bcode[: ] ?|^[A-Z]{1,40} )(?:0x([0-9a-f]{1,16})|([0-9]{1,19}))\b", re.I)
-_UNCAUGHT = re.compile(r"uncaught exception '([^'\n]{1,200})', reason: '")
+_UNCAUGHT = re.compile(r"uncaught exception '([^'\n]{1,200})', reason: '(.*?)(?:'(?: \*\*\*|\n)|'?\Z)", re.S)
 _FATAL = re.compile("Fatal error|Precondition failed|Assertion failed|BUG IN ")
 _THREAD_STARTS = ("dyld", "libdyld.dylib", "libsystem_pthread.dylib")
 
@@ -983,7 +984,7 @@ def parse_diagnostics(body: bytes, now: int, device: str = "") -> list[Crash | E
     try:
         text = body.decode()
         text = _storable(_PRIVATE.sub(lambda match: f"/{match[1]}USER" if match[1] else "/UUID", text))
-        reports = list(islice(_apple_reports(text[1:] if text.startswith("\ufeff") else text), MAX_BATCH + 1))
+        reports = list(islice(_apple_reports(text.removeprefix("\ufeff")), MAX_BATCH + 1))
         if len(reports) > MAX_BATCH:
             raise Refusal(f"too many diagnostics: at most {MAX_BATCH}")
         device = device.replace("\x00", "\ufffd")  # which a header may have, but no database takes
@@ -995,44 +996,29 @@ def parse_diagnostics(body: bytes, now: int, device: str = "") -> list[Crash | E
         raise Refusal(UNKNOWN_FORMAT, detail="it is nested too deep") from None
 
 
-AppleReport = tuple[Callable[[JsonObject], Union[Crash, Event]], JsonObject]  # how it is parsed, and it
+AppleReport = tuple[Callable[[JsonObject], Union[Crash, Event]], JsonObject]  # how it is parsed, and what
 
 
 def _apple_reports(text: str) -> Iterable[AppleReport]:
     try:
-        objects, problem = [_decode_whole(text)], ""
+        objects, problem = [_decode_nested(text)], ""
     except ValueError as error:
         objects, problem = _objects_on_lines(text), str(error)[:100]
     if not all(type(each) is dict for each in objects):
         raise Refusal(UNKNOWN_FORMAT, detail=f"the body is {_kind(objects[0])}, not an object")
-    bug_types = [str(each["bug_type"]) for each in objects if type(each.get("bug_type")) in (str, int)]
-    bug_types = list(filter(re.compile("[0-9]{1,9}").fullmatch, bug_types))
-    if bug_types and BUG_TYPES.get(bug_types[0]) != "a crash":
-        raise Refusal(f"unsupported bug_type {bug_types[0]}",
-                      detail=f"{BUG_TYPES.get(bug_types[0], 'it')} is no crash of the app")
-    names_of_a_body = {"threads", "exception"} if bug_types else {"usedImages", "termination"}  # others have threads
-    for each in objects:
-        if each.keys() & names_of_a_body:
-            return [(parse_crash, _ips_crash(objects[0], each))]
-    if problem and re.search("^Exception Type:", text, re.M):
-        return [(parse_crash, _ips_crash(objects[0] if objects else {}, _crash_as_ips(text)))]
-    if problem or bug_types:
-        raise Refusal(UNKNOWN_FORMAT, detail="an .ips file whose body cannot be read" if bug_types else problem)
+    bug_types = filter(re.compile("[0-9]{1,9}").fullmatch, (str(each.get("bug_type")) for each in objects))
+    if (bug_type := next(bug_types, "")) and BUG_TYPES.get(bug_type) != "a crash":
+        what = BUG_TYPES.get(bug_type, "it")
+        raise Refusal(f"unsupported bug_type {bug_type}", detail=f"{what} is no crash of the app")
+    names_of_a_body = {"threads", "exception"} if bug_type else {"usedImages", "termination"}  # others have threads
+    body = next((each for each in objects if each.keys() & names_of_a_body), None)
+    if body is None and problem and re.search("^Exception Type:", text, re.M):
+        body = _crash_as_ips(text)
+    if body is not None:
+        return [(parse_crash, _ips_crash(objects[0] if objects else {}, body))]
+    if problem or bug_type:
+        raise Refusal(UNKNOWN_FORMAT, detail="an .ips file whose body cannot be read" if bug_type else problem)
     return _metrickit_reports(objects[0])
-
-
-# Reading JSON. Each level of `subFrames` is two of JSON, and a real call stack has hundreds.
-
-def _decode_whole(text: str) -> Any:
-    """The JSON value that a text is. Raises ValueError."""
-    begin = len(text) - len(text.lstrip(" \t\n\r"))
-    try:
-        value, end = _DECODER.raw_decode(text, begin)  # ten times as fast
-    except RecursionError:
-        value, end = _decode_deep(text, begin)
-    if rest := text[end:].lstrip(" \t\n\r"):
-        raise json.JSONDecodeError("Extra data", text, len(text) - len(rest))
-    return value
 
 
 def _objects_on_lines(text: str) -> list[JsonObject]:
@@ -1040,7 +1026,7 @@ def _objects_on_lines(text: str) -> list[JsonObject]:
     whole text, so there are few, and only fast ones."""
     found, at = [], 0
     for _ in range(4):
-        if match := _OBJECT_LINE.search(text, at):
+        if match := re.compile(r"^\{", re.M).search(text, at):
             at = match.end()
             with suppress(ValueError, RecursionError):
                 value, at = _DECODER.raw_decode(text, match.start())
@@ -1048,57 +1034,46 @@ def _objects_on_lines(text: str) -> list[JsonObject]:
     return found
 
 
-_JSON_VALUE = re.compile(
-    r'[ \t\n\r]*([\[{"]|true|false|null|-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?|NaN|-?Infinity)')
-_JSON_END = re.compile(r"[ \t\n\r]*[\]}]")
-_JSON_NEXT = re.compile(r"[ \t\n\r]*([,\]}])")
-_JSON_NAME = re.compile(r'[ \t\n\r]*"')
-_JSON_COLON = re.compile(r"[ \t\n\r]*:")
-_JSON_WORDS = {"true": True, "false": False, "null": None}
+_NESTING = re.compile(r'"subFrames"\s*:\s*\[|"[^"\\]*(?:\\.[^"\\]*)*"|[][]|NaN', re.S)
 
 
-def _decode_deep(text: str, at: int) -> tuple[Any, int]:
-    """The JSON value at a place, and where it ends, without recursion. `subFrames` and the frames in them may nest
-    without end, all else by MAX_DEPTH levels. Raises ValueError."""
-    def expect(pattern: re.Pattern[str], what: str) -> Any:
-        nonlocal at
-        if not (match := pattern.match(text, at)):
-            raise json.JSONDecodeError(f"Expecting {what}", text, at)
-        at = match.end()
-        return match
-
-    inside: Any = []  # the innermost container that is open
-    outer: list[tuple[Any, Any, int]] = []  # those around it, their open member, their depth
-    name, depth = None, 0
-    while True:
-        if type(inside) is dict:
-            expect(_JSON_NAME, "property name enclosed in double quotes")
-            name, at = scanstring(text, at)
-            expect(_JSON_COLON, "':' delimiter")
-        token, *parts = expect(_JSON_VALUE, "value").groups()
-        if token == '"':
-            value, at = scanstring(text, at)
-        else:
-            value = ({} if token == "{" else [] if token == "[" else _JSON_WORDS[token] if token in _JSON_WORDS
-                     else _finite(token) if any(parts) or token[-1] in "Ny" else int(token))
-        if type(inside) is dict:
-            inside[name] = value
-        else:
-            inside.append(value)
-        if token in ("{", "["):
-            outer.append((inside, name, depth))
-            is_frames = name == "subFrames" and type(inside) is not type(value)
-            inside, name, depth = value, name if is_frames else None, depth if is_frames else depth + 1
-            if depth > MAX_DEPTH:
+def _decode_nested(text: str) -> Any:
+    """The JSON value that a text is, with `subFrames` nested as deep as they are: two levels for each frame of a call
+    stack. Where Python reads no deeper, each list of them is decoded on its own, and stands as NaN, which JSON does not
+    have, in the text around it. Raises ValueError or RecursionError."""
+    with suppress(RecursionError):
+        return _DECODER.decode(text)
+    texts: list[list[str]] = [[]]  # of the whole, and of each list of frames that is open
+    lists: list[list[Any]] = [[]]  # of frames, in each of these
+    are_frames, at = list[bool](), 0  # of each open list; how much of `text` is in `texts`
+    for token in _NESTING.finditer(text):
+        if token[0] == "NaN":
+            raise ValueError("a number is out of range")
+        if token[0][-1] == "[":
+            are_frames.append(token[0] != "[")
+            if len(are_frames) - len(texts) > MAX_DEPTH:
                 raise ValueError("it is nested too deep")
-            if not _JSON_END.match(text, at):
-                continue
-        while outer and (end := expect(_JSON_NEXT, "',' delimiter")[1]) != ",":
-            if end != ("}" if type(inside) is dict else "]"):
-                raise json.JSONDecodeError("Expecting ',' delimiter", text, at - 1)
-            inside, name, depth = outer.pop()
-        if not outer:
-            return inside[0], at
+            if are_frames[-1]:
+                texts[-1].append(text[at:token.end() - 1] + "NaN")
+                texts.append([])
+                lists.append([])
+                at = token.end() - 1
+        elif token[0] == "]" and are_frames and are_frames.pop():
+            decoded = _decode_around(lists.pop(), "".join([*texts.pop(), text[at:token.end()]]))
+            lists[-1].append(decoded)
+            at = token.end()
+    return _decode_around(lists[-1], "".join([*texts[-1], text[at:]]))
+
+
+def _decode_around(lists: list[Any], text: str) -> Any:
+    """The JSON value that a text is, whose NaN are these lists, one after the other."""
+    left = iter(lists)
+    decoder = json.JSONDecoder(
+        parse_float=_finite, parse_constant=lambda word: next(left) if word == "NaN" else _finite(word))
+    try:
+        return decoder.decode(text)
+    except json.JSONDecodeError as error:  # its place is not that in the body
+        raise ValueError(f"{error.msg} in a deep call stack") from None
 
 
 # Members of a kind, whatever was sent.
@@ -1154,33 +1129,24 @@ def _kill_code(*values: Any) -> str:
     return next((f"{number:#x}" for number in numbers if 0xFFFF < number <= 0xFFFFFFFF), "")
 
 
-class _Image(NamedTuple):
-    """What a frame says of its binary."""
-
-    binary: str = ""
-    uuid: str = ""
-    is_own: bool | None = None  # None: nothing tells
-
-
-def _apple_frame(number: int, image: _Image, offset: int | None, given: JsonObject) -> JsonObject:
-    """A frame of ours, of a frame of an .ips file."""
-    file, line = _member(given, "sourceFile", str).rpartition("/")[2], _whole(given, "sourceLine")
-    if file == "<compiler-generated>":
-        file, line = "", None
-    symbol = _member(given, "symbol", str)
-    frame = {"frame": number, "symbol": "" if symbol == "<redacted>" else symbol, "file": file, "line": line or "",
-             "binary": image.binary, "uuid": image.uuid, "offset": "" if offset is None else offset}
-    flags = {"inlined": given.get("inline") is True, "in_app": image.is_own,
-             "symbolicated": bool(image.is_own and frame["symbol"] and not file)}  # what a device names may be wrong
-    return {**{name: value for name, value in frame.items() if value != ""},
-            **{name: value for name, value in flags.items() if value or name == "in_app" and value is False}}
-
-
 def _numbered(frames: list[Any]) -> list[tuple[int, Any]]:
     """The frames with their numbers: of too many, one more than Payloads keeps, so that it says what it cut."""
     numbered = list(enumerate(frames))
     return numbered if len(frames) <= FIRST_FRAMES + LAST_FRAMES else (
         numbered[:FIRST_FRAMES] + numbered[-LAST_FRAMES - 1:])
+
+
+def _apple_frame(number: int, binary: str, uuid: str, offset: int | None, is_own: bool | None,
+                 given: JsonObject) -> JsonObject:
+    """A frame of ours. `given` is that of an .ips file, which may have more to say."""
+    file, line = _member(given, "sourceFile", str).rpartition("/")[2], _whole(given, "sourceLine")
+    if file == "<compiler-generated>":
+        file, line = "", None
+    symbol = _member(given, "symbol", str).replace("<redacted>", "")
+    frame = {"frame": number, "symbol": symbol, "file": file, "line": line or None, "binary": binary[:MAX_TEXT],
+             "uuid": uuid, "offset": offset, "inlined": given.get("inline") is True or None, "in_app": is_own,
+             "symbolicated": bool(is_own and symbol and not file) or None}  # what a device names may be wrong
+    return {name: value for name, value in frame.items() if value is not None and value != ""}
 
 
 # MetricKit.
@@ -1215,31 +1181,25 @@ def _metrickit_report(kind: str, item: JsonObject, environment: JsonObject) -> A
     is_crash = kind in ("crashDiagnostic", "memoryExceptionDiagnostic")
     trace = _metrickit_trace(_member(item, "callStackTree", dict), is_crash)
     if is_crash:
-        if (type_and_reason := _metrickit_exception(meta))["exception_type"] == "Unknown" and kind[0] == "m":
-            type_and_reason["exception_type"] = "Memory exception"
-        unknown = {name: value for name, value in meta.items() if name not in _CRASH_FIELDS}
-        return parse_crash, {**unknown, **given, **type_and_reason, "stack_trace": trace}
-    if trace or kind in EVENT_NAMES:
-        return parse_event, _metrickit_event(kind, meta, given, trace)
-    return None
-
-
-def _metrickit_event(kind: str, meta: JsonObject, given: JsonObject, trace: list[JsonObject]) -> JsonObject:
+        return parse_crash, {**meta, **given, **_metrickit_exception(kind, meta), "stack_trace": trace}
+    if not trace and kind not in EVENT_NAMES:
+        return None
     duration = next((name for name in DURATIONS if meta.get(name)), "")
     known = {"duration": meta.pop(duration, None), "build_number": given.pop("build_number"), "stack_trace": trace}
     words = re.sub("(?<=[a-z0-9])([A-Z])", r" \1", kind[:-len("Diagnostic")][:MAX_TEXT])  # gpuHang: "Gpu hang"
-    return {**given, "type": "error", "name": EVENT_NAMES.get(kind, words.capitalize()), "properties": {
+    return parse_event, {**given, "type": "error", "name": EVENT_NAMES.get(kind, words.capitalize()), "properties": {
         **meta, **{name: value for name, value in known.items() if value not in (None, "", [])}}}
 
 
-def _metrickit_exception(meta: JsonObject) -> JsonObject:
-    thrown = _member(meta, "objectiveCexceptionReason", dict)
-    ended = _member(meta, "terminationReason", str)
+def _metrickit_exception(kind: str, meta: JsonObject) -> JsonObject:
+    thrown, ended = _member(meta, "objectiveCexceptionReason", dict), _member(meta, "terminationReason", str)
     names = [number if type(number) is str else numbers.get(number, "") if type(number) is int else ""
              for number, numbers in ((meta.get("exceptionType"), MACH_EXCEPTIONS), (meta.get("signal"), SIGNALS))]
     name = _member(thrown, "exceptionName", str) or _member(thrown, "className", str)
-    return {"exception_type": _exception_type(name, _kill_code(ended), *names),
-            "exception_reason": _member(thrown, "composedMessage", str) or ended}
+    exception_type = _exception_type(name, _kill_code(ended), *names)
+    if exception_type == "Unknown" and kind == "memoryExceptionDiagnostic":
+        exception_type = "Memory exception"
+    return {"exception_type": exception_type, "exception_reason": _member(thrown, "composedMessage", str) or ended}
 
 
 def _metrickit_trace(tree: JsonObject, is_crash: bool) -> list[JsonObject]:
@@ -1251,29 +1211,26 @@ def _metrickit_trace(tree: JsonObject, is_crash: bool) -> list[JsonObject]:
     while frames:
         path.append(max(frames, key=lambda frame: _whole(frame, "sampleCount") or 0))
         frames = _objects(path[-1], "subFrames")
-    names = {uuid: _member(each, "name", str) for each in _objects(tree, "binaryInfo")
-             if (uuid := image_uuid(each.get("uuid")))}
-    images = [_metrickit_image(frame, names) for frame in path]
-    from_start = [image.binary in _THREAD_STARTS for image, _ in images]
+    names = {image_uuid(each.get("uuid")): _member(each, "name", str) for each in _objects(tree, "binaryInfo")}
+    from_start = [_binary(frame, names) in _THREAD_STARTS for frame in path]
     if not is_crash and from_start[:1] == [True] and not from_start[-1]:
-        images.reverse()
-    return [_apple_frame(number, image, offset, {}) for number, (image, offset) in _numbered(images)]
+        path.reverse()
+    return [_metrickit_frame(number, frame, _binary(frame, names)) for number, frame in _numbered(path)]
 
 
-def _metrickit_image(frame: JsonObject, names: Mapping[str, str]) -> tuple[_Image, int | None]:
-    """A frame's binary and its offset there. There are no paths: what was loaded below the system's libraries is the
-    app's own. iOS 14 and 15 and macOS 12 say where the binary was loaded in place of the offset."""
-    uuid, address = image_uuid(frame.get("binaryUUID")), _whole(frame, "address")
-    binary = _member(frame, "binaryName", str) or names.get(uuid, "")
-    given = _whole(frame, "offsetIntoBinaryTextSegment")
-    loaded_at: int | None
-    if given is not None and given >= 1 << 32:
-        loaded_at, offset = given, None if address is None or address < given else address - given
-    else:
-        loaded_at, offset = None if address is None else address - (given or 0), given
-    is_own = None if loaded_at is None else (
-        0 <= loaded_at < SYSTEM_BASE and not _NEVER_OWN.fullmatch(binary))
-    return _Image(binary[:MAX_TEXT], uuid, is_own), offset
+def _binary(frame: JsonObject, names: Mapping[str, str]) -> str:
+    return _member(frame, "binaryName", str) or names.get(image_uuid(frame.get("binaryUUID")) or "none", "")
+
+
+def _metrickit_frame(number: int, given: JsonObject, binary: str) -> JsonObject:
+    """There are no paths: what was loaded below the system's libraries is the app's own. iOS 14 and 15 and macOS 12 say
+    where the binary was loaded in place of the offset."""
+    offset, address = _whole(given, "offsetIntoBinaryTextSegment"), _whole(given, "address")
+    base = None if address is None or address < (offset or 0) else address - (offset or 0)
+    if offset is not None and offset >= 1 << 32:
+        base, offset = offset, base
+    is_own = is_own_code("", "", base, binary)
+    return _apple_frame(number, binary, image_uuid(given.get("binaryUUID")), offset, is_own, {})
 
 
 # .ips and .crash files.
@@ -1285,15 +1242,15 @@ def _ips_crash(header: JsonObject, body: JsonObject) -> JsonObject:
              for note in notes if type(note) is str]
     why_ended = [text for name in ("reasons", "details") for text in _member(ended, name, list) if type(text) is str]
     thrown = next(filter(None, map(_UNCAUGHT.search, notes)), None)
-    reasons = [thrown and re.split(r"'(?: \*\*\*|\n|\Z)", thrown.string[thrown.end():], maxsplit=1)[0],
-               next(filter(_FATAL.search, notes), ""), _member(exception, "subtype", str), " ".join(why_ended),
-               _member(ended, "indicator", str), *notes[:1]]
-    kept = {"process": body.get("procName") or header.get("app_name"), "platformArchitecture": body.get("cpuType"),
-            "bundleIdentifier": bundle.get("CFBundleIdentifier") or header.get("bundleID"),
-            "exceptionCodes": exception.get("codes"), "exceptionSubtype": exception.get("subtype")}
+    reasons = [thrown and thrown[2], next(filter(_FATAL.search, notes), ""), _member(exception, "subtype", str),
+               " ".join(why_ended), _member(ended, "indicator", str), *notes[:1]]
     termination = _plain_members({name: ended.get(name) for name in ("namespace", "code", "indicator")})
     return {
-        **_plain_members(kept), **({"termination": termination} if termination else {}),
+        **_plain_members({
+            "process": body.get("procName") or header.get("app_name"), "platformArchitecture": body.get("cpuType"),
+            "bundleIdentifier": bundle.get("CFBundleIdentifier") or header.get("bundleID"),
+            "exceptionCodes": exception.get("codes"), "exceptionSubtype": exception.get("subtype")}),
+        **({"termination": termination} if termination else {}),
         "exception_type": _exception_type(
             thrown[1] if thrown else "", _kill_code(ended.get("code"), *why_ended), _member(exception, "type", str),
             _member(exception, "signal", str)),
@@ -1307,27 +1264,25 @@ def _ips_crash(header: JsonObject, body: JsonObject) -> JsonObject:
 
 def _ips_trace(body: JsonObject) -> list[JsonObject]:
     """The frames of the exception, else of the thread that crashed."""
-    threads, faulting = _member(body, "threads", list), _whole(body, "faultingThread")
-    thread = threads[faulting] if faulting is not None and faulting < len(threads) else None
-    if type(thread) is not dict:
-        thread = next((each for each in _objects(body, "threads") if each.get("triggered") is True), {})
+    thread = _object_at(body, "threads", _whole(body, "faultingThread")) or next(
+        (each for each in _objects(body, "threads") if each.get("triggered") is True), {})
+    frames = _objects(body, "lastExceptionBacktrace") or _objects(thread, "frames")
     main_path = _member(body, "procPath", str)[:MAX_PATH]
-    images = [_ips_image(image, main_path) if type(image) is dict else _Image()
-              for image in _member(body, "usedImages", list)]
-    trace = []
-    for number, given in _numbered(_objects(body, "lastExceptionBacktrace") or _objects(thread, "frames")):
-        index = _whole(given, "imageIndex")
-        image = images[index] if index is not None and index < len(images) else _Image()
-        offset = _whole(given, "imageOffset") if image.binary or image.uuid else None  # else it is an address
-        trace.append(_apple_frame(number, image, offset, given))
-    return trace
+    return [_ips_frame(number, given, _object_at(body, "usedImages", _whole(given, "imageIndex")), main_path)
+            for number, given in _numbered(frames)]
 
 
-def _ips_image(given: JsonObject, main_path: str) -> _Image:
-    path, uuid = _member(given, "path", str)[:MAX_PATH], image_uuid(given.get("uuid"))
-    binary = (_member(given, "name", str) or path.rpartition("/")[2])[:MAX_TEXT]
-    is_own = bool(path == main_path or _OWN_PATH.match(path)) and not _NEVER_OWN.fullmatch(binary) if path else None
-    return _Image("" if binary == "???" else binary, uuid, is_own)
+def _object_at(given: JsonObject, name: str, index: int | None) -> JsonObject:
+    items = _member(given, name, list)
+    return items[index] if index is not None and index < len(items) and type(items[index]) is dict else {}
+
+
+def _ips_frame(number: int, given: JsonObject, image: JsonObject, main_path: str) -> JsonObject:
+    path, uuid = _member(image, "path", str)[:MAX_PATH], image_uuid(image.get("uuid"))
+    binary = (_member(image, "name", str) or path.rpartition("/")[2]).replace("???", "")
+    offset = _whole(given, "imageOffset") if binary or uuid else None  # else it is an address
+    is_own = True if path and path == main_path else is_own_code("", path, None, binary)
+    return _apple_frame(number, binary, uuid, offset, is_own, given)
 
 
 _CRASH_HEAD = re.compile(r"^([A-Z][\w /]{1,40}):(.*)", re.M)
@@ -1344,23 +1299,22 @@ _CRASH_IMAGE = re.compile(
 def _crash_as_ips(text: str) -> JsonObject:
     """What an .ips file would have, of the text of a .crash file."""
     text = text.replace("\x00", "\ufffd").replace("\r\n", "\n")
-    head = {name: value.strip() for name, value in reversed(_CRASH_HEAD.findall(text))}  # the first of a name
-    kind, ended = (pattern.match(head.get(name, "")) for pattern, name in (
-        (_CRASH_TYPE, "Exception Type"), (_CRASH_END, "Termination Reason")))
-    version, _, build = head.get("Version", "").replace("???", "").partition("(")
+    head = defaultdict(str, {name: value.strip() for name, value in reversed(_CRASH_HEAD.findall(text))})  # the first
+    kind, ended = _CRASH_TYPE.match(head["Exception Type"]), _CRASH_END.match(head["Termination Reason"])
+    version, _, build = head["Version"].replace("???", "").partition("(")
     explained = re.search("^<RBSTerminateContext.*", text, re.M)
     return {
-        "exception": {"type": kind and kind[1], "signal": kind and kind[2], "codes": head.get("Exception Codes"),
-                      "subtype": head.get("Exception Subtype")},
-        "termination": {"details": [head.get("Termination Description") or (explained and explained[0])], **({
+        "exception": {"type": kind and kind[1], "signal": kind and kind[2], "codes": head["Exception Codes"],
+                      "subtype": head["Exception Subtype"]},
+        "termination": {"details": [head["Termination Description"] or (explained and explained[0])], **({
             "namespace": ended[1], "code": int(ended[2], 16) if ended[2] else int(ended[3]), "indicator": ended[4]}
             if ended else {})},
         "asi": {"": [_section(text, re.search("^Application Specific Information:.*\n", text, re.M))]},
         "bundleInfo": {"CFBundleShortVersionString": version.strip(), "CFBundleVersion": build.rstrip(") "),
-                       "CFBundleIdentifier": head.get("Identifier")},
-        "procName": head.get("Process", "").partition(" [")[0], "procPath": head.get("Path"),
-        "cpuType": head.get("Code Type", "").partition(" (")[0], "osVersion": {"train": head.get("OS Version")},
-        "modelCode": head.get("Hardware Model"), "captureTime": head.get("Date/Time"), **_crash_stack(text)}
+                       "CFBundleIdentifier": head["Identifier"]},
+        "procName": head["Process"].partition(" [")[0], "procPath": head["Path"],
+        "cpuType": head["Code Type"].partition(" (")[0], "osVersion": {"train": head["OS Version"]},
+        "modelCode": head["Hardware Model"], "captureTime": head["Date/Time"], **_crash_stack(text)}
 
 
 def _section(text: str, title: re.Match[str] | None) -> str:
@@ -1373,25 +1327,22 @@ def _crash_stack(text: str) -> JsonObject:
     found = {int(start, 16): (int(end, 16), {"path": path.strip(), "uuid": uuid})
              for start, end, uuid, path in _CRASH_IMAGE.findall(text)}
     found.pop(0, None)  # no image, though every address lies in it
+    section = _section(text, _CRASH_THREAD.search(text))
+    lines = _CRASH_FRAME.findall(section)
+    if section[:1] == "(":  # an exception without symbols has its addresses in one line
+        lines = [("", digits, "") for digits in re.findall(r"0x([0-9a-f]{1,16})\b", section)]
     starts, frames, images = sorted(found), list[JsonObject](), list[JsonObject]()
-    for binary, address, place in _crash_frames(_section(text, _CRASH_THREAD.search(text))):
-        start = starts[bisect_left(starts, address + 1) - 1] if starts else 0
+    for binary, digits, place in lines[:2000]:  # Apple's tools write 512
+        address, match = int(digits, 16), _CRASH_PLACE.fullmatch(place.strip())
+        start = starts[bisect_right(starts, address) - 1] if starts else 0
         end, image = found.get(start, (0, {}))
-        is_known, match = start <= address <= end, _CRASH_PLACE.fullmatch(place)
-        images.append({**(image if is_known else {}), "name": binary})
+        is_known = start <= address <= end
+        images.append({**(image if is_known else {}), "name": binary.strip()})
         symbol, file, line = match.groups() if match else (None, None, None)
         frames.append({"imageIndex": len(frames), "imageOffset": address - start if is_known else None,
                        "symbol": symbol, "sourceFile": file, "sourceLine": int(line) if line else None,
                        "inline": "[inlined]" in place})
     return {"usedImages": images, "lastExceptionBacktrace": frames}
-
-
-def _crash_frames(section: str) -> Iterator[tuple[str, int, str]]:
-    """Of each frame the binary, the address, and what else its line says. An exception without symbols has its
-    addresses in one line. Apple's tools write 512 frames of a thread."""
-    for binary, digits, place in islice(_CRASH_FRAME.findall(section), 2000) if section[:1] != "(" else (
-            ("", digits, "") for digits in re.findall(r"0x([0-9a-f]{1,16})\b", section)[:2000]):
-        yield binary.strip(), int(digits, 16), place.strip()
 
 
 # == Signature =================================================================
@@ -1511,10 +1462,15 @@ def parse_symbols(body: bytes) -> SymbolPart:
     """A part of a build's symbols from a body of PUT /symbols. Checked completely, so that a look-up may trust what is
     stored. Raises Refusal, whose detail says what is wrong where."""
     given = decode_json(body)
-    _refuse_first(_part_rules(given), "")
+    for name in ("binary", "arch"):
+        _require(_is_text(given.get(name), MAX_TEXT) and given[name],
+                 f"{name} is not text of 1 to {MAX_TEXT} characters")
+    _require(_are_within([given.get("parts")], 1, MAX_PARTS), f"parts is not from 1 to {MAX_PARTS}")
+    _require(_are_within([given.get("part")], 0, given["parts"] - 1), "part is not from 0 to parts - 1")
+    _require(type(given.get("pages")) is list and given["pages"], "pages is not a list of at least one page")
     pages, after, total = [], -1, 0
     for number, page in enumerate(given["pages"]):
-        _refuse_first(_page_rules(page, after), f"pages[{number}]: ")
+        _check_page(page, after, f"pages[{number}]: ")
         first, rows = page["first"], page["rows"]
         after = first + sum(rows[::2])
         total += len(rows) // 2
@@ -1522,46 +1478,34 @@ def parse_symbols(body: bytes) -> SymbolPart:
     return SymbolPart(given["binary"], given["arch"], given["part"], given["parts"], total, pages)
 
 
-Rules = Iterator[tuple[Any, str]]  # whether each is kept, and what is wrong where it is not
+def _require(is_so: Any, problem: str) -> None:
+    if not is_so:
+        raise Refusal("invalid symbols", detail=problem)
 
 
-def _refuse_first(rules: Rules, place: str) -> None:
-    """Raises Refusal for the first rule that is not kept. Those after it, which rely on it, are not looked at."""
-    for is_kept, problem in rules:
-        if not is_kept:
-            raise Refusal("invalid symbols", detail=place + problem)
-
-
-def _part_rules(given: JsonObject) -> Rules:
-    for name in ("binary", "arch"):
-        yield _is_text(given.get(name), MAX_TEXT) and given[name], f"{name} is not text of 1 to {MAX_TEXT} characters"
-    yield _are_within([given.get("parts")], 1, MAX_PARTS), f"parts is not from 1 to {MAX_PARTS}"
-    yield _are_within([given.get("part")], 0, given["parts"] - 1), "part is not from 0 to parts - 1"
-    yield type(given.get("pages")) is list and given["pages"], "pages is not a list of at least one page"
-
-
-def _page_rules(page: Any, after: int) -> Rules:
-    """What holds for a page whose rows begin behind the offset `after`."""
-    yield type(page) is dict, "it is not an object"
-    yield _are_within([page.get("first")], 0, MAX_OFFSET), f"first is not from 0 to {MAX_OFFSET}"
-    yield page["first"] > after, "first is not behind the page before it"
+def _check_page(page: Any, after: int, place: str) -> None:
+    """Raises Refusal unless it is a page, as `encode_page` takes it, whose rows begin behind the offset `after`."""
+    _require(type(page) is dict, place + "it is not an object")
     for name in ("strings", "frames", "rows"):
-        yield type(page.get(name)) is list, f"{name} is not a list"
+        _require(type(page.get(name)) is list, f"{place}{name} is not a list")
     strings, frames, rows = page["strings"], page["frames"], page["rows"]
-    yield all(_is_text(each, MAX_NAME) for each in strings), f"strings has other than text of {MAX_NAME} characters"
-    yield len(frames) % 4 == 0, "frames is not quadruples of name, file, line and parent"
-    yield _are_within(frames[0::4], 0, len(strings) - 1), "frames has a name that is no index of strings"
-    yield _are_within(frames[1::4], -1, len(strings) - 1), "frames has a file that is no index of strings, nor -1"
-    yield _are_within(frames[2::4], 0, MAX_STEP), f"frames has a line that is not from 0 to {MAX_STEP}"
-    yield _are_within(frames[3::4], -1, len(frames)), "frames has a parent that is no index of frames, nor -1"
-    yield all(map(lt, frames[3::4], range(len(frames)))), "frames has a parent that does not stand before its child"
-    yield _depth_of_chains(frames[3::4]) <= INLINE_DEPTH, f"frames has a chain of more than {INLINE_DEPTH}"
-    yield len(rows) % 2 == 0, "rows is not pairs of delta and frame"
-    yield 1 <= len(rows) // 2 <= MAX_PAGE_ROWS, f"it has not 1 to {MAX_PAGE_ROWS} rows"
-    yield _are_within(rows[:1], 0, 0), "rows has a first delta that is not 0"
-    yield _are_within(rows[2::2], 1, MAX_STEP), f"rows has a later delta that is not from 1 to {MAX_STEP}"
-    yield page["first"] + sum(rows[::2]) <= MAX_OFFSET, f"rows has an offset above {MAX_OFFSET}"
-    yield _are_within(rows[1::2], -1, len(frames) // 4 - 1), "rows has a frame that is no index of frames, nor -1"
+    _require(all(_is_text(each, MAX_NAME) for each in strings),
+             f"{place}strings has other than text of {MAX_NAME} characters")
+    _require(len(frames) % 4 == 0, place + "frames is not quadruples of name, file, line and parent")
+    _require(len(rows) % 2 == 0, place + "rows is not pairs of delta and frame")
+    _require(1 <= len(rows) // 2 <= MAX_PAGE_ROWS, f"{place}it has not 1 to {MAX_PAGE_ROWS} rows")
+    for what, values, low, high in (
+            ("first", [page.get("first")], after + 1, MAX_OFFSET),
+            ("a name in frames", frames[0::4], 0, len(strings) - 1),
+            ("a file in frames", frames[1::4], -1, len(strings) - 1),
+            ("a line in frames", frames[2::4], 0, MAX_STEP),
+            ("a parent in frames", frames[3::4], -1, len(frames) // 4 - 1),
+            ("the first delta in rows", rows[:1], 0, 0),
+            ("a later delta in rows", rows[2::2], 1, MAX_STEP),
+            ("a frame in rows", rows[1::2], -1, len(frames) // 4 - 1)):
+        _require(_are_within(values, low, high), f"{place}{what} is not from {low} to {high}")
+    _require(all(map(lt, frames[3::4], range(len(frames)))), place + "a parent in frames stands behind its child")
+    _require(page["first"] + sum(rows[::2]) <= MAX_OFFSET, f"{place}rows has an offset above {MAX_OFFSET}")
 
 
 def _is_text(value: Any, length: int) -> bool:
@@ -1571,14 +1515,6 @@ def _is_text(value: Any, length: int) -> bool:
 def _are_within(values: Sequence[Any], low: int, high: int) -> bool:
     """Whether all are integers within these. By type first: True is an int."""
     return not values or {*map(type, values)} == {int} and low <= min(values) and max(values) <= high
-
-
-def _depth_of_chains(parents: Sequence[int]) -> int:
-    """Of frames that each stand behind their parent."""
-    depths = [0]  # of -1, and then of each frame
-    for parent in parents:
-        depths.append(depths[parent + 1] + 1)
-    return max(depths)
 
 
 def encode_page(strings: Sequence[str], frames: Sequence[int], rows: Sequence[int]) -> bytes:
@@ -1595,9 +1531,10 @@ class Symbols:
 
     def __init__(self, db: Any):
         self._db = db
+        # Of the connection, not of `self`: a cycle would keep the pages until the collector runs.
+        self._page = lru_cache(maxsize=CACHED_PAGES)(partial(_decoded_page, db))
         self._held: dict[str, bool] = {}
         self._found: dict[tuple[str, int], list[tuple[str, str, int]]] = {}
-        self._pages: dict[tuple[str, int], tuple] = {}  # by UUID and lowest offset
 
     @property
     def lookups(self) -> int:
@@ -1618,30 +1555,25 @@ class Symbols:
     def lookup(self, uuid: str, offset: int) -> list[tuple[str, str, int]]:
         """Name, file and line of an instruction: first the innermost inlined function. "" and 0 are not known."""
         if (uuid, offset) not in self._found:
-            row = self._db.execute("select max(first) from symbol_pages where uuid = ? and first <= ?",
-                                   (uuid, min(offset, MAX_OFFSET))).fetchone() if self.is_held(uuid) else (None,)
-            self._found[uuid, offset] = [] if row[0] is None else _find(*self._page(uuid, row[0]), offset)
+            first, = self._db.execute("select max(first) from symbol_pages where uuid = ? and first <= ?", (
+                uuid, min(offset, MAX_OFFSET))).fetchone() if self.is_held(uuid) else (None,)
+            self._found[uuid, offset] = [] if first is None else self._page(uuid, first).find(offset)
         return self._found[uuid, offset]
-
-    def _page(self, uuid: str, first: int) -> tuple:
-        if (uuid, first) not in self._pages:
-            page, = self._db.execute("select page from symbol_pages where uuid = ? and first = ?",
-                                     (uuid, first)).fetchone()
-            if len(self._pages) >= CACHED_PAGES:
-                self._pages.clear()
-            self._pages[uuid, first] = _decode_page(first, page)
-        return self._pages[uuid, first]
 
     def named(self, frames: Iterable[JsonObject], lookups: int = GROUPED_LOOKUPS) -> Iterator[JsonObject]:
         """The frames with the names, files and lines that the symbols give; an inlined one stands before the one that
         it is in. Where nothing is known, or after so many look-ups, a frame is as it was."""
         most, is_return = self.lookups + lookups, 0
         for frame in frames:
-            read, found = read_frame(frame), []
+            read, found = read_frame(frame), list[tuple[str, str, int]]()
             if read.uuid and read.offset is not None and not read.file and self.is_held(read.uuid):
                 key = read.uuid, max(0, read.offset - is_return)
                 found = self.lookup(*key) if key in self._found or self.lookups < most else []
-            yield from [_named_frame(frame, *each, is_inlined=each is not found[-1]) for each in found] or [frame]
+            if not found:
+                yield frame
+            for left, (symbol, file, line) in enumerate(found, 1 - len(found)):
+                yield {"in_app": True, **frame, "symbol": symbol, "file": file or None, "line": line or None,
+                       "symbolicated": True, **({"inlined": True} if left else {})}
             is_return = is_return or int(frame.get("inlined") is not True)  # all but the innermost are return addresses
 
     def group(self, crash: Crash) -> Crash:
@@ -1652,29 +1584,31 @@ class Symbols:
         return crash._replace(group_hash=group_of(crash.exception_type, map(read_frame, frames)))
 
 
-def _decode_page(first: int, page: bytes) -> tuple[list[int], Sequence[int], Sequence[int], list[str]]:
-    """Where its rows begin, their frames, all frames, and the strings."""
+class _Page(NamedTuple):
+    """What `encode_page` has encoded."""
+
+    begins: Sequence[int]  # offsets of its rows
+    rows: Sequence[int]    # the frame of each
+    frames: Sequence[int]
+    strings: Sequence[str]
+
+    def find(self, offset: int) -> list[tuple[str, str, int]]:
+        """As Symbols.lookup."""
+        frame, found = self.rows[bisect_right(self.begins, offset) - 1], list[tuple[str, str, int]]()
+        while frame >= 0 and len(found) < INLINE_DEPTH:
+            name, file, line, frame = self.frames[4 * frame:4 * frame + 4]
+            found.append((self.strings[name], self.strings[file] if file >= 0 else "", line))
+        return found
+
+
+def _decoded_page(db: Any, uuid: str, first: int) -> _Page:
+    page, = db.execute("select page from symbol_pages where uuid = ? and first = ?", (uuid, first)).fetchone()
     plain = zlib.decompress(page)
     sizes = struct.unpack_from("<2I", plain)
     numbers = struct.unpack_from(f"<{sum(sizes)}i", plain, 8)
     rows = numbers[sizes[0]:]
-    return (list(accumulate(rows[::2], initial=first))[1:], rows[1::2], numbers[:sizes[0]],
-            json.loads(plain[8 + 4 * sum(sizes):]))
-
-
-def _find(begins: Sequence[int], rows: Sequence[int], frames: Sequence[int], strings: Sequence[str],
-          offset: int) -> list[tuple[str, str, int]]:
-    frame, found = rows[bisect_right(begins, offset) - 1], []
-    while frame >= 0 and len(found) < INLINE_DEPTH:
-        name, file, line, frame = frames[4 * frame:4 * frame + 4]
-        found.append((strings[name], strings[file] if file >= 0 else "", line))
-    return found
-
-
-def _named_frame(frame: JsonObject, symbol: str, file: str, line: int, is_inlined: bool) -> JsonObject:
-    named = {"in_app": True, **frame, "symbol": symbol, "file": file or None, "line": line or None,
-             "symbolicated": True}
-    return {**named, "inlined": True} if is_inlined else named
+    return _Page(list(accumulate(rows[::2], initial=first))[1:], rows[1::2], numbers[:sizes[0]],
+                 json.loads(plain[8 + 4 * sum(sizes):]))
 
 
 # == Triage ====================================================================

@@ -48,6 +48,7 @@ from datetime import date, datetime, timezone
 from decimal import ROUND_HALF_UP, Decimal
 from fractions import Fraction
 from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlencode, urlsplit
@@ -516,16 +517,18 @@ def assert_columns(row, expected):
 
 # == Values ====================================================================
 
-@pytest.mark.parametrize("text, expected", [
-    ("1970-01-01T00:00:00Z", 0), ("2024-02-29T00:00:00Z", 1709164800000),
-    *[(text, 1773325351000) for text in (
+@pytest.mark.parametrize("text, expected, written", [
+    ("1970-01-01T00:00:00Z", 0, ...), ("2024-02-29T00:00:00Z", 1709164800000, ...),
+    *[(text, 1773325351000, "2026-03-12T14:22:31Z") for text in (
         "2026-03-12T14:22:31Z", "2026-03-12t14:22:31z", "2026-03-12T14:22:31.0009+00:00", "2026-03-12T15:22:31+01:00",
         "2026-03-12T09:52:31-04:30")],
-    ("2026-03-12T14:22:31.5Z", 1773325351500), ("2026-03-12T14:22:31.123456789Z", 1773325351123),
-    ("0001-01-01T00:00:00+14:00", -62135596800000 - 14 * HOUR),
-    ("9999-12-31T23:59:59.999-23:59", 253402300799999 + 24 * HOUR - 60_000)])
-def test_rfc3339_times_are_read_to_the_millisecond(text, expected):
-    assert parse_time(text) == expected
+    ("2026-03-12T14:22:31.5Z", 1773325351500, "2026-03-12T14:22:31.500Z"),
+    ("2026-03-12T14:22:31.123456789Z", 1773325351123, "2026-03-12T14:22:31.123Z"),
+    ("0001-01-01T00:00:00+14:00", -62135596800000 - 14 * HOUR, "0001-01-01T00:00:00Z"),
+    ("9999-12-31T23:59:59.999-23:59", 253402300799999 + 24 * HOUR - 60_000, "9999-12-31T23:59:59.999Z")])
+def test_rfc3339_times_are_read_to_the_millisecond_and_written_in_utc(text, expected, written):
+    assert parse_time(text) == expected == parse_time(backfeedr.exact_time(expected))
+    assert backfeedr.iso_time(expected) == (text if written is ... else written)
 
 
 @pytest.mark.parametrize("text", [
@@ -669,16 +672,14 @@ SDK_FRAMES = {
                "in_app": True}}
 
 
-@pytest.mark.parametrize("load_address", [0, 0x3A4000])
-@pytest.mark.parametrize("sdk", SDK_FRAMES)
-def test_a_crash_is_in_one_group_whatever_the_sdk_and_the_load_address(api, sdk, load_address):
-    moved = {name: hex(int(value, 16) + load_address) if type(value) is str and value.startswith("0x1") else
-             value + load_address if type(value) is int and value >= LOADED else value
-             for name, value in SDK_FRAMES[sdk].items()}
-    crash = {**CRASH, "stack_trace": [system(7 + load_address), moved]}
-    assert api.post(CRASHES, crash)[1]["group_hash"] == hashed(f"{CRASH['exception_type']}:{BUILD.upper()}+20924")
-    row = report(api.server)
-    assert row["images"] == BUILD.upper() and json.loads(row["stack_trace"]) == crash["stack_trace"], "as it was sent"
+def test_a_crash_is_in_one_group_whatever_the_sdk_and_the_load_address(api):
+    for frame, slide in product(SDK_FRAMES.values(), (0, 0x3A4000)):
+        moved = {name: hex(int(value, 16) + slide) if type(value) is str and value.startswith("0x1") else
+                 value + slide if type(value) is int and value >= LOADED else value for name, value in frame.items()}
+        crash = {**CRASH, "stack_trace": [system(7 + slide), moved]}
+        assert api.post(CRASHES, crash)[1]["group_hash"] == hashed(f"SIGABRT:{BUILD.upper()}+20924")
+        row = latest_row(api, CRASHES)
+        assert row["images"] == BUILD.upper() and json.loads(row["stack_trace"]) == crash["stack_trace"], "as it came"
 
 
 def test_two_places_of_a_stripped_binary_are_two_groups_though_the_device_says_one_name(api):
@@ -687,16 +688,19 @@ def test_two_places_of_a_stripped_binary_are_two_groups_though_the_device_says_o
     assert len(groups) == 2 == count(api.server, "groups")
 
 
-@pytest.mark.parametrize("frame", [
-    {"symbol": 7, "file": ["x"], "binary": 1.5, "uuid": {}, "offset": "much", "address": -1, "image_base": True},
-    {"uuid": "5a" * 15, "offset": 1 << 70}, {"address": "0x" + "f" * 17, "image_addr": "0x"},
-    {"in_app": "yes", "path": 7}, {"offset": "20924", "uuid": BUILD + "-0"}, {"symbol": " + 1"},
-    {"symbol": "(" * 400 + "closure #1 (" * 400},
-    {"function": None, "filename": "", "lineno": None}])
-def test_odd_frames_cost_no_report(api, frame):
-    status, answer = api.post(CRASHES, {**CRASH, "stack_trace": [frame]})
-    assert (status, answer["group_hash"]) == (201, report(api.server)["group_hash"])
-    assert api.get(f"{CRASHES}/{answer['group_hash']}", **ADMIN)[1]["count"] == 1
+def test_odd_frames_cost_no_report(api):
+    for n, frame in enumerate([
+            {"symbol": 7, "file": ["x"], "binary": 1.5, "uuid": {}, "offset": "much", "address": -1, "image_base": True},
+            {"uuid": "5a" * 15, "offset": 1 << 70}, {"address": "0x" + "f" * 17, "image_addr": "0x"},
+            {"in_app": "yes", "path": 7}, {"offset": "20924", "uuid": BUILD + "-0"}, {"symbol": " + 1"},
+            {"symbol": "(" * 400 + "closure #1 (" * 400}, {"function": None, "filename": "", "lineno": None}]):
+        status, answer = api.post(CRASHES, {**CRASH, "exception_type": f"E{n}", "stack_trace": [frame]})
+        assert (status, answer["group_hash"]) == (201, latest_row(api, CRASHES)["group_hash"]), frame
+        assert api.get(f"{CRASHES}/{answer['group_hash']}", **ADMIN)[1]["count"] == 1
+
+
+def test_frames_of_any_kind_have_a_group():
+    assert group_hash("A", [{"symbol": 7, "file": ["x"]}, *calls("a")]) == hashed("A:a")
 
 
 # == Payloads ==================================================================
@@ -744,14 +748,15 @@ BODIES_KEPT = [  # a body, and what is stored of it
       for time in ("2007-01-01T00:00:00Z", "2026-03-12T14:35:00Z")]]
 
 
-@pytest.mark.parametrize("body, expected", BODIES_KEPT, ids=lambda value: str(value)[:60])
-def test_everything_sent_is_kept_and_an_odd_report_can_be_read(api, body, expected):
-    status, answer = api.post(CRASHES, body)
-    row, = rows_of_table(api.server.store.path, "crashes")
-    assert (status, answer["group_hash"]) == (201, row["group_hash"])
-    assert_columns(row, expected)
-    for path in [*METRICS, CRASHES, f"{CRASHES}/{row['group_hash']}"]:
-        assert api.get(path, **ADMIN)[0] == 200
+def test_everything_sent_is_kept_and_an_odd_report_can_be_read(serve):
+    api = Api(serve(rate_limit=0))
+    for body, expected in BODIES_KEPT:
+        status, answer = api.post(CRASHES, body)
+        row = rows_of_table(api.server.store.path, "crashes")[-1]
+        assert (status, answer["group_hash"]) == (201, row["group_hash"]), body[:200]
+        assert_columns(row, expected)
+        assert api.get(f"{CRASHES}/{row['group_hash']}", **ADMIN)[0] == 200
+    assert [api.get(path, **ADMIN)[0] for path in [*METRICS, CRASHES]] == [200] * (len(METRICS) + 1)
 
 
 @pytest.mark.parametrize("absent", [None, ""])
@@ -834,7 +839,7 @@ def test_a_bad_body_is_refused_with_its_reason_and_nothing_is_stored(serve):
     assert api.post(CRASHES, CRASH)[0] == 201
 
 
-@pytest.mark.parametrize("path, body, detail", [
+DETAILS = [
     (CRASHES, b"[]", "the body is a list, not an object"), (CRASHES, b'"a"', "the body is text, not an object"),
     (CRASHES, b"{", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
     (CRASHES, b'{"a": 1e999}', "a number is out of range"), (EVENTS, b'{"a":' * 100_000, "it is nested too deep"),
@@ -845,11 +850,14 @@ def test_a_bad_body_is_refused_with_its_reason_and_nothing_is_stored(serve):
     (CRASHES, changed(CRASH, exception_type=5), "exception_type is a number, not text"),
     (EVENTS, changed(EVENT, type="launch"), "it is not one of session_start, session_end, error, custom"),
     (BATCH, b'{"events": {}}', "events is an object, not a list"),
-    (BATCH, batch_of(EVENT, "x"), "it is text, not an object"), (CRASHES, b"{}", None)])
-def test_the_detail_of_an_error_says_what_is_wrong(api, path, body, detail):
-    status, answer = api.post(path, body)
-    assert (status, answer.get("detail")) == (400, detail) and stored(api.server, "crashes", "events") == {
-        "crashes": [], "events": []}
+    (BATCH, batch_of(EVENT, "x"), "it is text, not an object"), (CRASHES, b"{}", None)]
+
+
+def test_the_detail_of_an_error_says_what_is_wrong(api):
+    for path, body, detail in DETAILS:
+        status, answer = api.post(path, body)
+        assert (status, answer.get("detail")) == (400, detail)
+    assert stored(api.server, "crashes", "events") == {"crashes": [], "events": []}
 
 
 def latest_row(api, path):
@@ -897,21 +905,20 @@ LONG = [  # a field that is sent, what is stored of it, and what `truncated` say
         (EVENTS, "properties", {f"p{n}": [1] * 2_000 for n in range(150)}))]]
 
 
-@pytest.mark.parametrize("path, fields, expected, cut", LONG, ids=lambda value: str(value)[:40])
-def test_of_a_report_that_is_too_large_the_beginning_is_kept_and_says_what_was_cut(api, path, fields, expected, cut):
-    sent = {**{CRASHES: CRASH, EVENTS: EVENT}[path], **fields}
-    for place, body, limit in [(path, sent, 256_000), *([(BATCH, {"events": [sent]}, 32_000)] * (path == EVENTS))]:
-        assert api.post(place, gzip.compress(json.dumps(body).encode()), Content_Encoding="gzip")[0] == 201
-        row = latest_row(api, path)
-        size = sum(len(text.encode()) for text in row.values() if isinstance(text, str))
-        extra = json.loads(row["extra"])
-        assert size <= limit and extra.pop("truncated") == [cut]
-        assert expected or size > 0.6 * limit, "no more is cut than has to be"
-        for name, value in expected.items():
-            assert (extra if name == "extra" else json.loads(row[name])) == value
-    for page in (f"{CRASHES}?limit=5", EVENTS):
-        assert api.get(page, **ADMIN)[0] == 200
-    check_database(api.server.store.path)
+def test_of_a_report_that_is_too_large_the_beginning_is_kept_and_says_what_was_cut(api):
+    for path, fields, expected, cut in LONG:
+        sent = {**{CRASHES: CRASH, EVENTS: EVENT}[path], **fields}
+        for place, body, limit in [(path, sent, 256_000), *([(BATCH, {"events": [sent]}, 32_000)] * (path == EVENTS))]:
+            assert api.post(place, gzip.compress(json.dumps(body).encode(), 1), Content_Encoding="gzip")[0] == 201
+            row = latest_row(api, path)
+            size = sum(len(text.encode()) for text in row.values() if isinstance(text, str))
+            extra = json.loads(row["extra"])
+            assert size <= limit and extra.pop("truncated") == [cut]
+            assert expected or size > 0.6 * limit, "no more is cut than has to be"
+            for name, value in expected.items():
+                assert (extra if name == "extra" else json.loads(row[name])) == value
+        for page in (f"{CRASHES}?limit=5", EVENTS):
+            assert api.get(page, **ADMIN)[0] == 200
 
 
 def test_a_cut_crash_stays_in_its_group_when_another_store_imports_it(api, serve):
@@ -1373,7 +1380,8 @@ UNREADABLE = [
         (ips_of()[:-50], "an .ips file whose body cannot be read"),
         (b"[" * (1 << 20), "it is nested too deep"), (b'{"a":' * 200_000, "it is nested too deep"),
         (b'{"subFrames":' * 80_000, "it is nested too deep"),
-        (b'{"subFrames":[' * 1000 + b"[" * 200_000, "it is nested too deep")]],
+        (b'{"subFrames":[' * 1000 + b"[" * 200_000, "it is nested too deep"),
+        (b'{"subFrames":[' * 80_000, "Expecting value in a deep call stack")]],
     (ips_of({**IPS_HEAD, "bug_type": "298"}), "unsupported bug_type 298",
      "jetsam, memory of the whole system is no crash of the app"),
     (b'{"bug_type": "228"}\n{"x": 1}', "unsupported bug_type 228", "a hang is no crash of the app"),
@@ -1420,29 +1428,30 @@ def test_a_call_stack_may_be_nested_as_deep_as_it_is(depth):
     assert report["device_model"] == "iPhone16,1"
 
 
-DEEP_FRAMES = '{"subFrames":[' * 2000 + "]}" * 2000
+DEEP_FRAMES = '{"subFrames" :\n[{}, ' * 700 + "0" + "]}" * 700
 JSON_VALUES = [
-    "0", "-0", "1", "-12", "1.5", "-1e3", "1E+2", "0.1e-2", "true", "false", "null", "[]", "{}", "[ ]", "{ }", '""',
-    '"a\\"\\\\\\/\\b\\u00e9\\ud83d\\ude00"', "[1, [2, {}], {\"a\": [null]}]", '{"a": 1, "a": 2}', '{"": {"b": "c"}}',
-    "[" * 60 + "]" * 60, " [\n1\t,\r2 ] ", "1e400", "1" * 4000, "9" * 5000, "01", "1.", ".5",
-    "+1", "-", "1e", "NaN", "Infinity", "-Infinity", "nul", "True", "[1,]", "[,1]", "[1 2]", "[1", "[1}", "{", "}", "]",
-    "{1: 2}", '{"a"}', '{"a": }', '{"a": 1,}', '{"a" 1}', "{'a': 1}",
-    '"a', '"\\x"', '"\\u12"', '"a\nb"', "[1]]", "\x00", "\u00a01", "", "[[]", "{\"a\": [}]"]
+    "-12", "1.5e3", "true", "[ ]", '"a\\"\\\\\\/\\b\\u00e9\\ud83d\\ude00"', '[1, [2, {}], {"a": [null]}]', '{"a": 1, "a": 2}',
+    "[" * 60 + "]" * 60, '"]"', '"\\"subFrames\\":["', '"subFrames"', '{"x": "NaN", "subFrames": [1, {"subFrames": [[]]}, 2]}',
+    '{"subFrames": [{"subFrames": []}, {"subFrames": [3]}], "b": {"subFrames": [4]}}', '{"subFrames": {}}', "1e400",
+    "9" * 5000, "NaN", "-Infinity", "[NaN]", '{"subFrames": NaN}', '{"subFrames": [NaN]}', "[1,]", "[1", "[1}", "}", "]",
+    '{"subFrames": [}', '{"subFrames": []', '{"subFrames": []]}', "{'a': 1}", '"a', '"a\nb"', "\u00a01", ""]
 
 
-@pytest.mark.parametrize("value", JSON_VALUES, ids=lambda value: value[:20])
-def test_json_that_is_nested_deep_is_read_as_any_other(value):
-    text = '{"x": %s}' % value
-    try:
-        expected = json.loads(text, parse_float=backfeedr._finite, parse_constant=backfeedr._finite)
-    except ValueError:
-        with pytest.raises(ValueError):
-            backfeedr._decode_deep(text, 0)
-        return
-    decoded, end = backfeedr._decode_deep(text, 0)
-    assert (repr(decoded), end) == (repr(expected), len(text))
-    decoded = backfeedr._decode_whole('{"x": %s, "deep": %s}' % (value, DEEP_FRAMES))
-    assert repr(decoded["x"]) == repr(expected["x"]) and list(decoded) == ["x", "deep"]
+def test_json_beside_deep_frames_is_read_as_any_other():
+    for value, text in product(JSON_VALUES, ('{"x": %s, "deep": %s}', '{"deep": %s, "x": %s}')):
+        text %= (value, DEEP_FRAMES) if text[2] == "x" else (DEEP_FRAMES, value)
+        try:
+            expected = json.loads(value, parse_float=backfeedr._finite, parse_constant=backfeedr._finite)
+        except ValueError:
+            with pytest.raises(ValueError):
+                backfeedr._decode_nested(text)
+            continue
+        decoded, depth = backfeedr._decode_nested(text), 0
+        assert repr(decoded["x"]) == repr(expected), value
+        inner = decoded["deep"]
+        while inner:
+            inner, depth = inner["subFrames"][1], depth + 1
+        assert depth == 700
 
 
 def test_characters_that_no_database_takes_are_replaced_in_apples_reports():
@@ -1498,23 +1507,24 @@ def test_the_signature_of_the_contract():
         == "sha256=6c3e10dd63bdf20cb9257a8a8b590969e83722725287c4009b98423fc82add3d"
 
 
-@pytest.mark.parametrize("part, valid", [("body", VALID), *[(name, text.encode()) for name, text in SIGNED.items()]])
-def test_one_flipped_bit_of_body_time_or_signature_is_refused(serve, part, valid):
+def test_one_flipped_bit_of_body_time_or_signature_is_refused(serve):
     server = serve(rate_limit=0)
-    for bit in range(0, len(valid) * 8, 7):
-        flipped = (int.from_bytes(valid, "big") ^ 1 << bit).to_bytes(len(valid), "big")
-        request = {**SIGNED, part: flipped if part == "body" else flipped.decode("latin-1")}
-        assert call(server, **request) in [
-            (401, {"error": "invalid signature"}), (400, {"error": "invalid timestamp"})], bit
+    for part, valid in [("body", VALID), *((name, text.encode()) for name, text in SIGNED.items())]:
+        for bit in range(0, len(valid) * 8, 7):
+            flipped = (int.from_bytes(valid, "big") ^ 1 << bit).to_bytes(len(valid), "big")
+            assert call(server, **{**SIGNED, part: flipped if part == "body" else flipped.decode("latin-1")}) in [
+                (401, {"error": "invalid signature"}), (400, {"error": "invalid timestamp"})], (part, bit)
     assert stored(server, "crashes", "replays") == {"crashes": [], "replays": []}
 
 
-@pytest.mark.parametrize("seconds, expected", [(-300, 201), (-301, 401), (0, 201), (300, 201), (301, 401)])
-def test_a_signature_holds_for_300_seconds_both_ways(api, clock, seconds, expected):
-    clock.move(seconds)
-    status, answer = api.signed(EVENTS, VECTOR_BODY, NOW)
-    assert status == expected and (status == 201 or answer == {"error": "stale timestamp"})
-    assert len(stored(api.server, "events")["events"]) == (status == 201)
+def test_a_signature_holds_for_300_seconds_both_ways(api, clock):
+    start = clock.seconds
+    for seconds in (-301, -300, 0, 300, 301):
+        clock.seconds, before = start + seconds, count(api.server, "events")
+        status, answer = api.signed(EVENTS, b'{"n": %d, %s' % (seconds, VECTOR_BODY[1:]), NOW)
+        assert status == (201 if abs(seconds) <= 300 else 401), seconds
+        assert (status == 201) is ("id" in answer) and (status == 201 or answer == {"error": "stale timestamp"})
+        assert count(api.server, "events") - before == (status == 201)
 
 
 def test_a_signed_body_is_no_replay_on_another_path_and_refused_with_another_key(api):
@@ -1617,19 +1627,17 @@ def frame_of(uuid, offset=16_400, **fields):
 TOTAL, ADD = ("total", "Cart.swift", 12), ("add", "", 0)
 
 
-@pytest.mark.parametrize("offset, found", [
-    (0, []), (999, []),
-    *((offset, [TOTAL]) for offset in (1000, 1007)),
-    *((offset, [("add", "Cart.swift", 7), ADD, TOTAL]) for offset in (1008, 1019)),
-    *((offset, []) for offset in (1020, 1039)),
-    *((offset, [ADD, TOTAL]) for offset in (1040, 1999)),
-    *((offset, [("later", "", 3)]) for offset in (2000, 2001, 1 << 40, 1 << 63))])
-def test_an_offset_has_the_functions_of_the_row_that_it_is_in_the_innermost_first(api, offset, found):
+FOUND = {(0, 999): [], (1000, 1007): [TOTAL], (1008, 1019): [("add", "Cart.swift", 7), ADD, TOTAL], (1020, 1039): [],
+         (1040, 1999): [ADD, TOTAL], (2000, 2001, 1 << 40, 1 << 63): [("later", "", 3)]}
+
+
+def test_an_offset_has_the_functions_of_the_row_that_it_is_in_the_innermost_first(api):
+    places = [(offset, found) for offsets, found in FOUND.items() for offset in offsets]
     for part in reversed(BOTH_PARTS):
-        assert looked_up(api.server, offset) == [], "before all parts are here"
+        assert not any(looked_up(api.server, offset) for offset, _ in places), "before all parts are here"
         assert put(api.server, part)[0] == 201
-    assert looked_up(api.server, offset) == found
-    assert looked_up(api.server, offset, OTHER_BUILD) == []
+    assert [(offset, looked_up(api.server, offset)) for offset, _ in places] == places
+    assert not any(looked_up(api.server, offset, OTHER_BUILD) for offset, _ in places)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 1, 2, 1, 0)])
@@ -1715,45 +1723,39 @@ BAD_PARTS = [  # what is wrong, and parts in which it is
     ("part is not from 0 to parts - 1", [{**PART, "part": value} for value in (*ODD_INTEGERS, -1, 1)]),
     ("pages is not a list of at least one page", [{**PART, "pages": value} for value in (None, [], {}, "x", 1)]),
     ("pages[1]: it is not an object", [{**PART, "pages": [PAGE, value]} for value in (None, [], "x", 1)]),
-    ("pages[1]: first is not behind the page before it",
-     [{**PART, "pages": [PAGE, {**LATER_PAGE, "first": first}]} for first in (0, 1000, 1039, 1040)]),
+    *((f"pages[1]: first is not from 1041 to {1 << 40}", [{**PART, "pages": [PAGE, {**LATER_PAGE, "first": first}]}])
+      for first in (*ODD_INTEGERS, -1, 0, 1000, 1039, 1040, (1 << 40) + 1)),
     *(("pages[0]: " + problem, [{**PART, "pages": [{**PAGE, name: value}]} for value in values])
       for problem, name, values in (
-          ("first is not from 0 to 1099511627776", "first", (*ODD_INTEGERS, -1, (1 << 40) + 1)),
+          (f"first is not from 0 to {1 << 40}", "first", (*ODD_INTEGERS, -1, (1 << 40) + 1)),
           *((f"{name} is not a list", name, (None, {}, "x", 1)) for name in ("strings", "frames", "rows")),
           ("strings has other than text of 1000 characters", "strings", (
               ["total", "Cart.swift", each] for each in (None, 1, [], {}, "x" * 1001))),
           ("frames is not quadruples of name, file, line and parent", "frames", ([0], [0, -1, 0], [0, -1, 0, -1, 0])),
-          ("frames has a name that is no index of strings", "frames", (
-              [each, -1, 0, -1] for each in (*ODD_INTEGERS, -1, 3))),
-          ("frames has a file that is no index of strings, nor -1", "frames", (
-              [0, each, 0, -1] for each in (*ODD_INTEGERS, -2, 3))),
-          ("frames has a line that is not from 0 to 2147483647", "frames", (
-              [0, -1, each, -1] for each in (*ODD_INTEGERS, -1, 1 << 31))),
-          ("frames has a parent that is no index of frames, nor -1", "frames", (
-              [0, -1, 0, each] for each in (*ODD_INTEGERS, -2, 1 << 64))),
-          ("frames has a parent that does not stand before its child", "frames", (
+          *((f"a {column} in frames is not from {low} to {high}", "frames", [
+              [0, -1, 0, -1][:place] + [each] + [0, -1, 0, -1][place + 1:]
+              for each in (*ODD_INTEGERS, low - 1, high + 1, 1 << 64)])
+            for place, (column, low, high) in enumerate([
+                ("name", 0, 2), ("file", -1, 2), ("line", 0, (1 << 31) - 1), ("parent", -1, 0)])),
+          ("a parent in frames stands behind its child", "frames", (
               [0, -1, 0, 0], [0, -1, 0, -1, 0, -1, 0, 1], [0, -1, 0, 1, 0, -1, 0, -1])),
-          ("frames has a chain of more than 100", "frames", (
-              [each for n in range(101) for each in (0, -1, 0, n - 1)],)),
           ("rows is not pairs of delta and frame", "rows", ([0], [0, 0, 1])),
           ("it has not 1 to 2000 rows", "rows", ([], [0, -1] + [1, -1] * 2000)),
-          ("rows has a first delta that is not 0", "rows", ([each, 0] for each in (*ODD_INTEGERS, 1, -1))),
-          ("rows has a later delta that is not from 1 to 2147483647", "rows", (
+          ("the first delta in rows is not from 0 to 0", "rows", ([each, 0] for each in (*ODD_INTEGERS, 1, -1))),
+          ("a later delta in rows is not from 1 to 2147483647", "rows", (
               [0, 0, 1, 0, each, 0] for each in (*ODD_INTEGERS, 0, -1, 1 << 31))),
           ("rows has an offset above 1099511627776", "rows", ([0, 0] + [1 << 30, 0] * 1024,)),
-          ("rows has a frame that is no index of frames, nor -1", "rows", (
-              [0, each] for each in (*ODD_INTEGERS, -2, 3)))))]
+          ("a frame in rows is not from -1 to 2", "rows", ([0, each] for each in (*ODD_INTEGERS, -2, 3)))))]
 
 
-@pytest.mark.parametrize("problem, parts", BAD_PARTS)
-def test_a_part_that_is_not_as_it_should_be_is_refused_and_stores_nothing(api, problem, parts):
-    for part in parts:
-        assert put(api.server, part) == (400, {"error": "invalid symbols", "detail": problem}), part
+def test_a_part_that_is_not_as_it_should_be_is_refused_and_stores_nothing(api):
+    for problem, parts in BAD_PARTS:
+        for part in parts:
+            assert put(api.server, part) == (400, {"error": "invalid symbols", "detail": problem}), part
     assert symbol_rows(api.server) == {"symbols": [], "symbol_parts": [], "symbol_pages": []}
 
 
-@pytest.mark.parametrize("page, found", [
+AT_BOUNDS = [  # a page, and what is found at its last offset
     ({"first": 0, "strings": [], "frames": [], "rows": [0, -1]}, []),
     ({"first": 1 << 40, "strings": [""], "frames": [0, 0, 0, -1], "rows": [0, 0]}, [("", "", 0)]),
     ({"first": 0, "strings": ["x" * 1000], "frames": [0, -1, (1 << 31) - 1, -1], "rows": [0, -1, (1 << 31) - 1, 0],
@@ -1761,21 +1763,26 @@ def test_a_part_that_is_not_as_it_should_be_is_refused_and_stores_nothing(api, p
     ({"first": 0, "strings": ["f"], "frames": [each for n in range(100) for each in (0, -1, n, n - 1)],
       "rows": [0, 99] + [1, 99] * 1999}, [("f", "", n) for n in reversed(range(100))]),
     ({"first": 0, "strings": ["\0\ud800\u00fc"], "frames": [0, -1, 0, -1], "rows": [0, 0]},
-     [("\ufffd\ufffd\u00fc", "", 0)])])
-def test_a_part_at_its_bounds_is_stored_and_looked_up(api, page, found):
-    assert put(api.server, {**PART, "arch": "x" * 500, "part": 3998, "parts": 4000, "pages": [page]})[0] == 201
-    assert put(api.server, {**PART, "pages": [page]}, OTHER_BUILD, Content_Encoding="identity")[0] == 201
-    assert looked_up(api.server, 1 << 41, OTHER_BUILD) == found
+     [("\ufffd\ufffd\u00fc", "", 0)]),
+    ({"first": 0, "strings": ["f"], "frames": [each for n in range(300) for each in (0, -1, n, n - 1)],
+      "rows": [0, 299]}, [("f", "", n) for n in range(299, 199, -1)])]  # the innermost of an endless chain
 
 
-@pytest.mark.parametrize("uuid, canonical", [
-    *((each, HELD) for each in (HELD, HELD.lower(), HELD.replace("-", ""), HELD + "0")),
-    *((each, None) for each in (HELD[:-1], "x" * 32, "nope", "%00"))])
-def test_a_build_is_known_by_its_uuid_however_that_is_written(api, uuid, canonical):
-    status, answer = put(api.server, uuid=uuid)
-    assert (status, answer.get("uuid"), answer.get("error")) == (
-        (201, HELD, None) if canonical else (400, None, "invalid uuid"))
-    assert [row[0] for row in symbol_rows(api.server)["symbols"]] == [HELD] * bool(canonical)
+def test_a_part_at_its_bounds_is_stored_and_looked_up(api):
+    for n, (page, found) in enumerate(AT_BOUNDS, 1):
+        uuid, part = f"{n:x}" * 32, {**PART, "pages": [page]}
+        assert put(api.server, {**part, "arch": "x" * 500, "part": 3998, "parts": 4000}, f"a{n}" * 16)[0] == 201
+        assert put(api.server, part, uuid, Content_Encoding="identity")[0] == 201
+        assert looked_up(api.server, 1 << 41, backfeedr.image_uuid(uuid)) == found
+
+
+def test_a_build_is_known_by_its_uuid_however_that_is_written(api):
+    for uuid in (HELD[:-1], "x" * 32, "nope", "%00"):
+        status, answer = put(api.server, uuid=uuid)
+        assert (status, answer["error"], count(api.server, "symbols")) == (400, "invalid uuid", 0)
+    for uuid in (HELD, HELD.lower(), HELD.replace("-", ""), HELD + "0"):
+        assert put(api.server, uuid=uuid)[1]["uuid"] == HELD
+        assert [row[0] for row in symbol_rows(api.server)["symbols"]] == [HELD]
 
 
 def test_a_request_is_checked_by_size_token_uuid_encoding_and_json_in_this_order(serve):
@@ -1958,15 +1965,15 @@ def test_symbols_are_deleted_in_steps_of_which_none_looks_a_wrong_name_up(api, m
     assert [row[1] for row in symbol_rows(api.server)["symbol_pages"]] == [2000], "what was left did not stay"
 
 
-@pytest.mark.parametrize("given, problem", [
-    ("3F1", "at least 4 characters"), ("---3F1", "at least 4 characters"), ("", "at least 4 characters"),
-    ("3F1B", "of 2 builds begin with '3F1B'"), ("0000", "of no builds begin with"), ("%%%%", "of no builds"),
-    (HELD[:-1] + "1", "of no builds")])
-def test_no_symbols_are_deleted_unless_one_build_is_meant(api, given, problem):
+def test_no_symbols_are_deleted_unless_one_build_is_meant(api):
     for uuid in (HELD, OTHER_BUILD):
         put(api.server, uuid=uuid)
-    with pytest.raises(StoreError, match=problem):
-        api.server.store.delete_symbols(given)
+    for given, problem in [
+            ("3F1", "at least 4 characters"), ("---3F1", "at least 4 characters"), ("", "at least 4 characters"),
+            ("3F1B", "of 2 builds begin with '3F1B'"), ("0000", "of no builds begin with"),
+            ("%%%%", "of no builds"), (HELD[:-1] + "1", "of no builds")]:
+        with pytest.raises(StoreError, match=problem):
+            api.server.store.delete_symbols(given)
     assert len(symbol_rows(api.server)["symbols"]) == 2
     assert api.server.store.delete_symbols(HELD.lower()[:7]) == HELD
 
