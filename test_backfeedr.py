@@ -1725,7 +1725,7 @@ BAD_PARTS = [  # what is wrong, and parts in which it is
     ("pages[1]: it is not an object", [{**PART, "pages": [PAGE, value]} for value in (None, [], "x", 1)]),
     *((f"pages[1]: first is not from 1041 to {1 << 40}", [{**PART, "pages": [PAGE, {**LATER_PAGE, "first": first}]}])
       for first in (*ODD_INTEGERS, -1, 0, 1000, 1039, 1040, (1 << 40) + 1)),
-    *(("pages[0]: " + problem, [{**PART, "pages": [{**PAGE, name: value}]} for value in values])
+    *(("pages[0]: " + problem, [{**PART, "pages": [{**PAGE, "rows": [0, -1], name: value}]} for value in values])
       for problem, name, values in (
           (f"first is not from 0 to {1 << 40}", "first", (*ODD_INTEGERS, -1, (1 << 40) + 1)),
           *((f"{name} is not a list", name, (None, {}, "x", 1)) for name in ("strings", "frames", "rows")),
