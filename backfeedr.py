@@ -891,14 +891,18 @@ def _shallow(unknown: JsonObject) -> JsonObject:
 def _cut(long: JsonObject, values: JsonObject, limit: int) -> JsonObject:
     """The long values of a report as they are stored, if it would take more than `limit` bytes: of each the beginning.
     `truncated` says what was cut."""
-    few = {name: _few(value) for name, value in long.items()}
+    kept = {name: _few(value) for name, value in long.items()}
     texts = [value for value in values.values() if type(value) is str]
-    if all(few[name] is long[name] for name in long) and sum(len(text.encode()) for text in texts) <= limit:
+    if all(kept[name] is long[name] for name in long) and sum(len(text.encode()) for text in texts) <= limit:
         return {}
-    for each in long, few:
+    for each in long, kept:
         each["extra"] = {"truncated_" if name == "truncated" else name: value for name, value in each["extra"].items()}
     room = limit - 200 - sum(len(str(value).encode()) for name, value in values.items() if name not in long)
-    kept = _shortened(few, room)
+    size = bound = _size(kept)
+    while size > room:
+        bound = bound * min(room, size * 7 // 8) // size
+        kept = {name: _shortened(value, bound) for name, value in kept.items()}
+        size = _size(kept)
     kept["extra"]["truncated"] = [name.replace("extra", "unknown fields") for name in long if kept[name] != long[name]]
     return {name: value if name == "exception_reason" else _encode(value) for name, value in kept.items()}
 
@@ -912,37 +916,19 @@ def _few(value: Any) -> Any:
     return value
 
 
-def _shortened(value: Any, size: int, levels: int = 7) -> Any:
-    """A value whose JSON has at most so many bytes: of too many members the first, of the largest members their
-    beginning, and so of a text. What is nested deeper becomes a text: each level costs a look at all of it."""
-    if _size(value) <= size:
-        return value
-    if type(value) in (dict, list) and levels:
-        step = 2 if type(value) is dict else 1  # a name and its value
-        parts = list(chain.from_iterable(value.items())) if step == 2 else value
-        sizes = list(map(_size, parts[:size // 2]))  # no more of them fit
-        fitting = bisect_right(list(accumulate(each + 1 for each in sizes)), size - 2)  # each with a comma or colon
-        sizes = sizes[:max(fitting // step, size // 30) * step]
-        share = _fair_share(sizes, size - 2 - len(sizes))
-        parts = [part if its <= share else _shortened(part, share, levels - 1) for part, its in zip(parts, sizes)]
-        return dict(zip(parts[::2], parts[1::2])) if step == 2 else parts
-    text = value if type(value) is str else _encode(value)
-    while text and (length := _size(text)) > size:
-        text = text[:len(text) * size // (length + 1)]
-    return text
+def _shortened(value: Any, bound: int) -> Any:
+    """A value with at most so many characters in each text, and members in each list and object."""
+    if type(value) is str:
+        return value[:bound]
+    if type(value) is list:
+        return [_shortened(each, bound) for each in value[:bound]]
+    if type(value) is dict:
+        return {name[:bound]: _shortened(each, bound) for name, each in islice(value.items(), bound)}
+    return value
 
 
 def _size(value: Any) -> int:
     return len(_encode(value).encode())
-
-
-def _fair_share(sizes: Sequence[int], room: int) -> int:
-    """What the largest of these may have: small ones take what they need, the others as much as each other."""
-    for number, size in enumerate(sorted(sizes)):
-        if size > room // (len(sizes) - number):
-            return max(0, room // (len(sizes) - number))
-        room -= size
-    return max(sizes, default=0)
 
 
 # == Apple formats =============================================================

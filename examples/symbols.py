@@ -300,7 +300,7 @@ class Page:
     def __init__(self, first: int):
         self.first = self._at = first
         self.rows: list[int] = []
-        self._strings: dict[str, int] = {}
+        self.strings: dict[str, int] = {}
         self._frames: dict[tuple[int, int, int, int], int] = {}
 
     def add(self, at: int, chain: Chain) -> None:
@@ -314,31 +314,36 @@ class Page:
         self._at = at
 
     def _string(self, text: str) -> int:
-        return self._strings.setdefault(text, len(self._strings))
+        return self.strings.setdefault(text, len(self.strings))
 
     def is_full(self) -> bool:
-        return (len(self.rows) >= 2 * PAGE_ROWS or len(self._strings) >= PAGE_STRINGS
+        return (len(self.rows) >= 2 * PAGE_ROWS or len(self.strings) >= PAGE_STRINGS
                 or len(self._frames) >= PAGE_FRAMES)
 
-    def names(self) -> Iterator[str]:
-        """Those of its strings that are mangled."""
-        return filter(MANGLED.match, self._strings)
-
-    def document(self, plain: dict[str, str]) -> str:
-        """It in JSON, with its names as they are shown, cut to what the server takes."""
-        strings = [plain.get(text, text).encode()[:MAX_STRING].decode(errors="ignore") for text in self._strings]
-        return compact({"first": self.first, "strings": strings, "rows": self.rows,
+    def document(self) -> str:
+        """It in JSON, as the server takes it but for the names, which are mangled."""
+        return compact({"first": self.first, "strings": list(self.strings), "rows": self.rows,
                         "frames": [each for frame in self._frames for each in frame]})
 
 
-def pages(chains: Iterable[tuple[int, Chain]]) -> list[Page]:
+def pages(chains: Iterable[tuple[int, Chain]]) -> Iterator[Page]:
     """The pages of an image."""
-    found: list[Page] = []
+    page = None
     for at, chain in chains:
-        if not found or found[-1].is_full():
-            found.append(Page(at))
-        found[-1].add(at, chain)
-    return found
+        if page and page.is_full():
+            yield page
+            page = None
+        page = page or Page(at)
+        page.add(at, chain)
+    if page:
+        yield page
+
+
+def renamed(document: str, plain: dict[str, str]) -> str:
+    """A page in JSON with its names as they are shown, cut to what the server takes."""
+    page = json.loads(document)
+    page["strings"] = [plain.get(text, text).encode()[:MAX_STRING].decode(errors="ignore") for text in page["strings"]]
+    return compact(page)
 
 
 def parts(documents: Iterable[str]) -> list[str]:
@@ -411,16 +416,19 @@ def send(server: Server, image: Image, terminal: Terminal) -> str:
     """Sends the symbols of an image. Returns what became of it; raises SymbolsError."""
     if "debug" not in image.reader.features:
         return NOTHING
+    documents, names, rows = list[str](), set[str](), 0
     try:
-        found = pages(image.chains(terminal.progress))
+        for page in pages(image.chains(terminal.progress)):
+            documents.append(page.document())  # a tenth of the page's memory
+            names.update(filter(MANGLED.match, page.strings))
+            rows += len(page.rows) // 2
     except SymbolicError as error:
         raise SymbolsError(f"its debug information cannot be read: {error.message}") from None
-    if not found:
+    if not documents:
         return NOTHING
-    names = {name for page in found for name in page.names()}
     terminal.progress(f"{image}: demangling {len(names):,} names")
     plain, note = demangled(names)
-    lists = parts(page.document(plain) for page in found)
+    lists = parts(renamed(document, plain) for document in documents)
     answer: dict[str, Any] = {}
     for number, each in enumerate(lists):
         terminal.progress(f"{image}: sending part {number + 1} of {len(lists)}")
@@ -428,7 +436,7 @@ def send(server: Server, image: Image, terminal: Terminal) -> str:
         answer = server.put(image.uuid, f'{head[:-1]},"pages":{each}}}'.encode())
     if not answer["complete"]:
         raise SymbolsError(f"the server has {answer.get('received')} of {len(lists)} parts")
-    return f"{sum(len(page.rows) for page in found) // 2:,} rows, sent{note}"
+    return f"{rows:,} rows, sent{note}"
 
 
 def send_file(server: Server, file: Path, path: Path, held: set[str], terminal: Terminal) -> bool:
