@@ -45,7 +45,7 @@ The rooms, each of which uses only those above it (but Templates, which stand be
 To make a change, touch:
 
     add an endpoint             Backfeedr._routes, and a question in Metrics
-    add a field to a report     REPORT_TABLES with SCHEMA_VERSION, migrate, and _CRASH_FIELDS or _EVENT_FIELDS
+    add a field to a report     REPORT_TABLES with SCHEMA_VERSION, migrate, and Crash or Event, perhaps _CONVERTERS
     add a figure                a class in FIGURES with SCHEMA_VERSION, migrate, and a question in Metrics
     add a page                  Dashboard.routes, a method there, and a template with _PAGES above it
     add a command               a function in Command line, and a row of _COMMANDS
