@@ -811,7 +811,9 @@ def parse_batch(given: JsonObject) -> list[Event]:
     if len(events) > MAX_BATCH:
         raise Refusal(f"too many events: at most {MAX_BATCH}")
     if len(given) > 1 and type(events[0]) is dict:
-        unused = next(filter(lambda name: name not in events[0], accumulate(chain(["batch"], repeat("_")))))
+        unused = "batch"
+        while unused in events[0]:
+            unused += "_"
         events[0][unused] = {name: value for name, value in given.items() if name != "events"}
     try:
         return _alike_events(events)
@@ -834,14 +836,14 @@ def _alike_events(events: list[JsonObject]) -> list[Event]:
     for name, convert in _EVENT_FIELDS.items():
         values = [event.get(name) for event in events]
         if convert is _object:  # not hashable
-            columns.append([value and convert(value) for value in values])
+            columns.append([None if value is None else convert(value) for value in values])
+            if max(len(text or "") for text in columns[-1]) > 1000:  # too many names or bytes take more
+                raise ValueError
             continue
         stored = {value: convert(value) if value else None for value in set(values)}
         if {*map(type, values)} - {str, type(None)} or name in _REQUIRED and None in stored.values():
             raise ValueError
         columns.append([stored[value] for value in values])
-    if max(len(text or "") for text in columns[2]) > 1000:  # too many names or bytes take more
-        raise ValueError
     return list(map(Event, *columns, repeat(None)))
 
 
