@@ -1438,12 +1438,8 @@ class SymbolPart(NamedTuple):
     part: int   # from 0 on
     parts: int
     rows: int
+    size: int   # bytes of its pages
     pages: Sequence[tuple[int, bytes]]  # lowest offset, and the page as it is stored
-
-    @property
-    def size(self) -> int:
-        """Bytes of its pages."""
-        return sum(len(page) for _, page in self.pages)
 
 
 def parse_symbols(body: bytes) -> SymbolPart:
@@ -1463,7 +1459,8 @@ def parse_symbols(body: bytes) -> SymbolPart:
         after = first + sum(rows[::2])
         total += len(rows) // 2
         pages.append((first, encode_page(page["strings"], page["frames"], rows)))
-    return SymbolPart(given["binary"], given["arch"], given["part"], given["parts"], total, pages)
+    size = sum(len(page) for _, page in pages)
+    return SymbolPart(given["binary"], given["arch"], given["part"], given["parts"], total, size, pages)
 
 
 def _require(is_so: Any, problem: str) -> None:

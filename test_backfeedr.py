@@ -617,13 +617,8 @@ def test_what_a_compiler_adds_to_a_name_makes_no_other_group(symbol, name):
     ([system(1), own(2)], f"{BUILD.upper()}+2"), ([system(1), own(2), own(3), own(4), own(5)], ":".join(
         f"{BUILD.upper()}+{n}" for n in (2, 3, 4))),
     *(([*calls("a", **other), *calls("b", in_app=True)], "b") for other in ({}, {"file": "a.c", "in_app": False})),
-    *(([*calls("a", path="/usr/lib/liba.dylib"), *calls("b", path=path)], "b") for path in (
-        "/private/var/containers/Bundle/Application/0/Shop.app/Shop",
-        "/Applications/Shop.app/Contents/MacOS/Shop", "/private/x/Shop.app/Frameworks/Cart.framework/Cart",
-        "/private/x/Shop.app/Shop.debug.dylib", "/private/x/Widget.appex/Widget")),
-    *(([*calls("a", **other), *calls("b", address=0x17fffffff, image_base=0x17ffffff0)], "b") for other in (
-        dict(address=0x18000000f, image_base=0x180000000), dict(binary="dyld", address=9, image_base=4),
-        dict(binary="libobjc-trampolines.dylib", address=9, image_base=4))),
+    ([*calls("a", path="/usr/lib/liba.dylib"), *calls("b", path="/private/var/Bundle/0/Shop.app/Shop")], "b"),
+    ([*calls("a", address=0x18000000f, image_base=0x180000000), *calls("b", address=9, image_base=4)], "b"),
     # What does not count, beside what does.
     (calls("@objc A.b()", "A.b()", "A.b()", "thunk for @escaping () -> ()", "C.d()", "main", file="a"),
      "A.b():C.d()"),
@@ -656,6 +651,24 @@ def test_what_a_compiler_adds_to_a_name_makes_no_other_group(symbol, name):
     ([own(9, symbol="A.b()", file="a.swift")], "A.b()")])
 def test_the_group_is_made_of_the_first_three_names_that_tell(trace, names):
     assert group_hash("SIGABRT", trace) == hashed(f"SIGABRT:{names}")
+
+
+@pytest.mark.parametrize("is_own, frames", [
+    (True, [("a.swift", "", None, "x"), ("a.swift", "/usr/lib/x", 1 << 40, "x"), ("", "", 0x17fffffff, "x"),
+            *(("", path, None, "x") for path in (
+                "/private/var/containers/Bundle/Application/1/Shop.app/Shop", "/Users/x/Shop.app/Contents/MacOS/Shop",
+                "/var/Shop.app/PlugIns/Share.appex/Share", "/var/Share.appex/Share", "/var/Shop.app/Shop.debug.dylib",
+                "/private/x/Shop.app/Frameworks/Cart.framework/Cart"))]),
+    (False, [("", "", 0x180000000, "x"), *(("", *place, binary) for binary in (
+                 "dyld", "libobjc-trampolines.dylib", "libswiftCore.dylib") for place in (
+                     ("/var/Shop.app/Frameworks/" + binary, None), ("", 4))),
+             *(("", path, None, "x") for path in (
+                 "/usr/lib/libobjc.A.dylib", "/System/Library/CoreServices/X.app/X", "/opt/x", "/var/Shop.appx/Shop",
+                 "/Applications/Xcode.app/Contents/Developer/Platforms/P/usr/lib/libc.dylib",
+                 "/Applications/Xcode.app/R/RuntimeRoot/System/Library/UIKit"))]),
+    (None, [("", "", None, "x"), ("", "", 0, "x"), ("", "Shop.app/Shop", None, "x")])])
+def test_code_is_the_apps_own_by_its_file_else_its_path_else_its_load_address(is_own, frames):
+    assert [frame for frame in frames if backfeedr.is_own_code(*frame) is not is_own] == []
 
 
 LOADED = 0x104F00000
@@ -1265,8 +1278,6 @@ STEPS = [  # a frame of MetricKit, and its binary, offset, and whether it is the
     ({"address": 0x180000000 + 4, "offsetIntoBinaryTextSegment": 5}, ("Shop", 5, True)),
     ({"address": 0x180000000 + 5, "offsetIntoBinaryTextSegment": 5}, ("Shop", 5, False)),
     ({"address": BASE, "binaryName": "dyld"}, ("dyld", 16, False)),
-    ({"address": BASE, "binaryName": "libobjc-trampolines.dylib"}, ("libobjc-trampolines.dylib", 16, False)),
-    ({"address": BASE, "binaryName": "libswiftCore.dylib"}, ("libswiftCore.dylib", 16, False)),
     ({"address": BASE, "binaryName": None}, (None, 16, True)),
     ({"address": None}, ("Shop", 16, False)),
     ({"address": None, "offsetIntoBinaryTextSegment": BASE}, ("Shop", None, True)),
@@ -1284,18 +1295,11 @@ def test_a_frame_of_metrickit_has_its_offset_and_whether_it_is_the_apps_own(chan
 
 
 @pytest.mark.parametrize("changes, is_own", [
-    *[({"path": path}, True) for path in (
-        "/private/var/containers/Bundle/Application/1/Shop.app/Shop", "/Users/x/Shop.app/Contents/MacOS/Shop",
-        "/var/Shop.app/PlugIns/Share.appex/Share", "/var/Share.appex/Share", "/var/Shop.app/Shop.debug.dylib",
-        "/var/Shop.app/Frameworks/Kit.framework/Kit", "/opt/tool")],
-    *[({"path": path}, False) for path in (
-        "/usr/lib/libobjc.A.dylib", "/System/Library/CoreServices/X.app/X", "/opt/other", "", None,
-        "/var/Shop.appx/Shop", "/Applications/Xcode.app/Contents/Developer/Platforms/P/usr/lib/libc.dylib",
-        "/Applications/Xcode.app/R/RuntimeRoot/System/Library/UIKit")],
-    ({"path": "/var/Shop.app/Frameworks/libswiftCore.dylib", "name": "libswiftCore.dylib"}, False)])
-def test_an_image_below_an_app_is_its_own(changes, is_own):
+    ({}, True), ({"path": "/opt/tool"}, True), ({"path": "/opt/other"}, False), ({"path": ""}, None),
+    ({"path": None}, None), ({"path": "/var/Shop.app/Frameworks/libswiftUI.dylib", "name": "libswiftUI.dylib"}, False)])
+def test_an_image_below_an_app_or_that_of_the_process_is_its_own(changes, is_own):
     body = ips_of(procPath="/opt/tool", usedImages=[{**IMAGES[0], **changes}])
-    assert "in_app" not in trace_of(body)[0] and trace_of(body)[1].get("in_app", False) is is_own
+    assert "in_app" not in trace_of(body)[0] and trace_of(body)[1].get("in_app") is is_own
 
 
 @pytest.mark.parametrize("changes, expected", [
@@ -1480,13 +1484,13 @@ def apple_mutant(mutations):
 
 def test_whatever_is_changed_in_apples_reports_they_are_read_or_refused():
     mutations, answers = Mutations(seed=1), Counter()
-    for _ in range(900):
+    for _ in range(500):
         body = apple_mutant(mutations)
         try:
             answers[len(backfeedr.parse_diagnostics(body, parse_time(NOW)))] += 1
         except Refusal as refusal:
             answers[str(refusal)] += 1
-    assert answers[1] > 300 and answers["unknown report format"] > 50, answers
+    assert answers[1] > 160 and answers["unknown report format"] > 25, answers
 
 
 # == Signature =================================================================
@@ -1600,9 +1604,17 @@ BOTH_PARTS = [{**PART, "parts": 2}, {**PART, "parts": 2, "part": 1, "pages": [LA
 
 
 def put(server, part=PART, uuid=HELD, **headers):
-    """Sends a part of a build's symbols: the status and the answer."""
+    """Sends a part of a build's symbols, and waits for what it changes: the status and the answer."""
     body = part if isinstance(part, bytes) else json.dumps(part).encode()
-    return call(server, "PUT", f"{SYMBOLS}/{uuid}", body, **{**ADMIN, **headers})
+    answer = call(server, "PUT", f"{SYMBOLS}/{uuid}", body, **{**ADMIN, **headers})
+    joined_threads()
+    return answer
+
+
+def joined_threads():
+    for thread in threading.enumerate():
+        if thread.name == "backfeedr regroup":
+            thread.join()
 
 
 def listed(server, query=""):
@@ -2043,12 +2055,6 @@ def shop_crash_now(clock, *place, **fields):
     return shop_crash(*place, occurred_at=time_text(clock.seconds), **fields)
 
 
-def joined_threads():
-    for thread in threading.enumerate():
-        if thread.name == "backfeedr regroup":
-            thread.join()
-
-
 def stored_rows(server, *tables):
     return sum(count(server, table) for table in tables)
 
@@ -2064,11 +2070,9 @@ def test_a_crash_is_in_one_group_before_and_after_its_symbols_in_this_and_in_the
     clock.move(60)
     old_next = api.post(CRASHES, shop_crash_now(clock, 5008, OTHER_BUILD, app_version="1.1"))[1]["group_hash"]
     assert put(api.server)[0] == 201
-    joined_threads()
     named = hashed("SIGABRT:" + SHOP_NAMES)
     assert api.post(CRASHES, shop_crash_now(clock, 1009, app_version="1.0", **shared))[1]["group_hash"] == named
     assert put(api.server, NEXT_PART, OTHER_BUILD)[0] == 201
-    joined_threads()
     assert api.post(CRASHES, shop_crash_now(clock, 5008, OTHER_BUILD, app_version="1.1"))[1]["group_hash"] == named
     found = api.get(f"{CRASHES}/{named}", **ADMIN)[1]
     first = found["reports"][-1]["occurred_at"]
@@ -2093,7 +2097,6 @@ def test_figures_are_the_same_after_crashes_have_moved(api, clock):
     asked = [*METRICS, "/api/v1/releases", "/api/v1/metrics/retention?days=9"]
     before = [api.get(path)[1] for path in asked]
     put(api.server)
-    joined_threads()
     for path, old, new in zip(asked, before, [api.get(path)[1] for path in asked]):
         if path == "/api/v1/overview":
             assert sum(each["count"] for each in old.pop("top_crashes")) == sum(
@@ -2145,7 +2148,6 @@ def test_what_came_before_its_symbols_is_told_its_group_of_now(api, serve, sent)
     exported = [io.StringIO(), list(api.server.store.export(backfeedr.Crash))]
     other = api.server if sent == "again" else serve("other.db")
     put(other)
-    joined_threads()
     if sent == "again":
         status, again = api.post(CRASHES, crash, **key)
         assert (status, again) == (200, {**first, "group_hash": hashed("SIGABRT:" + SHOP_NAMES)})
@@ -2158,7 +2160,6 @@ def test_what_is_beyond_the_days_limit_of_groups_stays_there(api, monkeypatch):
     monkeypatch.setitem(backfeedr.NEW_NAMES, "group_hash", 0)
     api.post(CRASHES, shop_crash(1008))
     put(api.server)
-    joined_threads()
     assert report(api.server)["group_hash"] == "(other)"
     assert stored_rows(api.server, "regroupings", "group_aliases") == 0
 
@@ -2167,10 +2168,8 @@ def test_aliases_follow_and_go_with_their_group_and_their_app(api, clock):
     frames = [frame_of(HELD, 1009), frame_of(OTHER_BUILD, 5041)]  # of a framework and of the app
     old = api.post(CRASHES, {**CRASH, "stack_trace": [system(7), *frames]})[1]["group_hash"]
     put(api.server, NEXT_PART, OTHER_BUILD)
-    joined_threads()
     between = report(api.server)["group_hash"]
     put(api.server)
-    joined_threads()
     last = report(api.server)["group_hash"]
     assert len({old, between, last}) == 3 and last == hashed("SIGABRT:add:total:add")
     assert dict(row[1:] for row in stored(api.server, "group_aliases")["group_aliases"]) == {old: last, between: last}
@@ -2181,7 +2180,6 @@ def test_aliases_follow_and_go_with_their_group_and_their_app(api, clock):
     api.server.store.delete_symbols(HELD)
     assert api.post(CRASHES, shop_crash(1008))[1]["group_hash"] == hashed(f"SIGABRT:{HELD}+1009"), "as before"
     put(api.server)
-    joined_threads()
     assert count(api.server, "group_aliases") == 1 and len(group_rows(api.server)) == 1
     api.server.store.delete_app("default")
     assert stored_rows(api.server, "group_aliases", "regroupings", "group_images") == 0
@@ -2217,8 +2215,9 @@ def test_when_a_group_was_first_seen_goes_with_its_first_crash(api, clock):
 def test_uploads_that_come_together_share_one_thread(api, monkeypatch):
     begun, go_on = [], threading.Event()
     monkeypatch.setattr(Store, "regroup", lambda store: begun.append(1) or go_on.wait(10))
+    body = json.dumps(PART).encode()
     for n in range(5):
-        assert put(api.server, uuid=f"{n + 1:x}" * 32)[0] == 201
+        assert call(api.server, "PUT", f"{SYMBOLS}/{n + 1:032x}", body, **ADMIN)[0] == 201
     go_on.set()
     joined_threads()
     assert begun == [1]
@@ -2237,7 +2236,6 @@ def test_reports_are_shown_with_names_and_the_frames_that_were_sent_beside(api, 
                "crashes": 2}
     assert api.get(f"{CRASHES}/{group}", **ADMIN)[1]["missing_symbols"] == [missing]
     put(api.server)
-    joined_threads()
     group, = report_groups(api.server)
     found = api.get(f"{CRASHES}/{group}", **ADMIN)[1]
     raw = shop_crash(1008)["stack_trace"]
