@@ -464,7 +464,7 @@ class Frame(NamedTuple):
 
 def read_frame(given: Mapping[str, Any]) -> Frame:
     """What a frame says. A device's own symbol for a frame of a known build is not trusted: in a stripped binary it is
-    that of whatever function comes before. `symbolicated` says that it is from symbols."""
+    the name of another function before it. `symbolicated` says that the name is from symbols."""
     if given.keys() <= _PLAIN_FIELDS:
         symbol, file = _string(given.get("symbol")), _string(given.get("file"))
         return _short_frame(symbol, file) if len(symbol) + len(file) < 200 else _frame_of(symbol, file)
@@ -486,7 +486,7 @@ def _said(given: Mapping[str, Any], field: str) -> Any:
 
 def _frame_of(symbol: str, file: str, binary: str = "", path: str = "", uuid: str = "", offset: int | None = None,
            base: int | None = None, is_own: bool | None = None, is_symbolicated: bool = False) -> Frame:
-    """A frame of what it says; what it does not say is concluded."""
+    """A frame from what was said of it. What was not said is concluded."""
     if line := _CALL_STACK_LINE.fullmatch(symbol):
         binary, symbol = binary or line[1] or "", line[2]
     located = _LOCATED.fullmatch(symbol)
@@ -538,7 +538,7 @@ _BLOCK = re.compile(r"(?:__[0-9]+(?=[-+]\[)|__(?=.*_block_invoke))?(.*?)_block_i
 _SUFFIX = re.compile(
     r"(?: \+ [0-9]+| \([^()]*:[0-9]+\)| \(\.[\w.]+\)| \[clone [^]]*\]| (?:at )?0x[0-9a-fA-F]+|\.(?:cold|resume)"
     r"|T[YQ][0-9]+_|(?:\.(?:cold|llvm|resume|part|constprop|isra))?\.[0-9]+)+")
-# Of every program, and made by the compiler: they tell nothing of where a fault is.
+# Every program has these, or the compiler made them: they do not tell where a fault is.
 _NOT_COUNTED = re.compile(
     r"(?:_?main|start|_?dyld_start|static .*\$main\(\)(?: -> \(\))?|\$s.*5\$mainyyFZ|<compiler-generated>"
     r"|__debug_main_executable_dylib_entry_point|protocol witness for .*|outlined .*|.* thunk"
@@ -570,7 +570,8 @@ def _tells(label: str) -> bool:
     return _counts(label) and not _OF_ABORTS.fullmatch(label)
 
 
-_GROUP_RULES: Sequence[Callable[[Frame], object]] = (  # which frames make the group: the first rule that finds any
+# Which frames make the group: those that meet the first rule that any of them meets.
+_GROUP_RULES: Sequence[Callable[[Frame], object]] = (
     lambda frame: frame.is_own and _counts(frame.label),
     lambda frame: frame.symbol and _tells(frame.label),
     lambda frame: frame.label and _tells(frame.label),
@@ -585,7 +586,7 @@ def group_hash(exception_type: str, frames: Iterable[Mapping[str, Any]]) -> str:
 
 
 def group_of(exception_type: str, frames: Iterable[Frame]) -> str:
-    """As group_hash, of frames that were read. Takes no more of them than it needs: mostly, the app's own tell."""
+    """Like group_hash, for frames that were read. Takes no more of them than it needs: mostly the first few."""
     names: list[str] = []
     for rule, candidates in zip(_GROUP_RULES, tee(frames, len(_GROUP_RULES))):
         labels = groupby(frame.label for frame in candidates if rule(frame))  # equal neighbours are one
@@ -1022,7 +1023,8 @@ def _objects_on_lines(text: str) -> list[JsonObject]:
     return found
 
 
-_NESTING = re.compile(r'"subFrames"\s*:\s*\[|"[^"\\]*(?:\\.[^"\\]*)*"|[][]|NaN', re.S)
+# A string that does not end is taken whole, too: to look for its end at each quote in it would take hours.
+_NESTING = re.compile(r'"subFrames"\s*:\s*\[|"[^"\\]*(?:\\.[^"\\]*)*"?|[][]|NaN', re.S)
 
 
 def _decode_nested(text: str) -> Any:
@@ -1109,8 +1111,8 @@ def _exception_type(name: str, kill_code: str, mach: str, signal: str) -> str:
 
 
 def _kill_code(*values: Any) -> str:
-    """Why the system ended the app, as 0x8badf00d, of a code or of texts that may name one. Lower numbers are those of
-    signals, higher ones differ from crash to crash."""
+    """Why the system ended the app, such as 0x8badf00d, from a code or from texts that may name one. Lower numbers are
+    signals; higher ones differ from crash to crash."""
     numbers = [value for value in values if type(value) is int]
     numbers += [int(digits or decimal, 16 if digits else 10) for value in values if type(value) is str
                 for digits, decimal in _KILL_CODE.findall(value)]
@@ -1158,7 +1160,7 @@ def _metrickit_reports(payload: JsonObject) -> Iterator[AppleReport]:
 
 
 def _metrickit_report(kind: str, item: JsonObject, environment: JsonObject) -> AppleReport | None:
-    """A crash, or an event of what kills nobody; None of an unknown kind without a call stack. What has no column is
+    """A crash, or an event for what kills nobody; None for an unknown kind without a call stack. What has no column is
     kept under Apple's names."""
     meta = {**environment, **item, **_member(item, "diagnosticMetaData", dict)}
     for name in ("callStackTree", "diagnosticMetaData", "version"):
@@ -1191,7 +1193,7 @@ def _metrickit_exception(kind: str, meta: JsonObject) -> JsonObject:
 
 
 def _metrickit_trace(tree: JsonObject, is_crash: bool) -> list[JsonObject]:
-    """The frames of the thread that it is about, flat, the innermost first. Of a tree of samples, the path that most
+    """The frames of the thread in question, flat, the innermost first. Of a tree of samples, it is the path that most
     of them took, which may begin where the thread did."""
     stacks = _objects(tree, "callStacks") or _objects(tree, "callStackThreads")
     stack = next((each for each in stacks if each.get("threadAttributed") is True), stacks[0] if stacks else {})
@@ -1211,8 +1213,8 @@ def _binary(frame: JsonObject, names: Mapping[str, str]) -> str:
 
 
 def _metrickit_frame(number: int, given: JsonObject, binary: str) -> JsonObject:
-    """There are no paths: what was loaded below the system's libraries is the app's own. iOS 14 and 15 and macOS 12 say
-    where the binary was loaded in place of the offset."""
+    """MetricKit gives no paths: what was loaded below the system's libraries is the app's own. iOS 14 and 15 and macOS
+    12 say where the binary was loaded in place of the offset."""
     offset, address = _whole(given, "offsetIntoBinaryTextSegment"), _whole(given, "address")
     base = None if address is None or address < (offset or 0) else address - (offset or 0)
     if offset is not None and offset >= 1 << 32:
@@ -1224,7 +1226,7 @@ def _metrickit_frame(number: int, given: JsonObject, binary: str) -> JsonObject:
 # .ips and .crash files.
 
 def _ips_crash(header: JsonObject, body: JsonObject) -> JsonObject:
-    """The crash in an .ips file. Of its fields only those are taken over that are named here."""
+    """The crash in an .ips file. Only the fields that are named here are taken over."""
     exception, ended, bundle = (_member(body, name, dict) for name in ("exception", "termination", "bundleInfo"))
     notes = [note for notes in _member(body, "asi", dict).values() if type(notes) is list
              for note in notes if type(note) is str]
@@ -1285,7 +1287,7 @@ _CRASH_IMAGE = re.compile(
 
 
 def _crash_as_ips(text: str) -> JsonObject:
-    """What an .ips file would have, of the text of a .crash file."""
+    """The text of a .crash file as the body of an .ips file."""
     text = text.replace("\x00", "\ufffd").replace("\r\n", "\n")
     head = defaultdict(str, {name: value.strip() for name, value in reversed(_CRASH_HEAD.findall(text))})  # the first
     kind, ended = _CRASH_TYPE.match(head["Exception Type"]), _CRASH_END.match(head["Termination Reason"])
@@ -1311,7 +1313,7 @@ def _section(text: str, title: re.Match[str] | None) -> str:
 
 
 def _crash_stack(text: str) -> JsonObject:
-    """Frames and images as an .ips file has them. What a frame's image is, its address says."""
+    """Frames and images as an .ips file has them. A frame's address tells its image."""
     found = {int(start, 16): (int(end, 16), {"path": path.strip(), "uuid": uuid})
              for start, end, uuid, path in _CRASH_IMAGE.findall(text)}
     found.pop(0, None)  # no image, though every address lies in it
@@ -1423,7 +1425,7 @@ create table regroupings (                 -- groups whose crashes may have to m
 GROUPED_LOOKUPS = 20  # instructions that are looked up for the group of a crash: three names tell it
 SHOWN_LOOKUPS = 1000  # and for an answer; a look-up takes 0.3 ms
 CACHED_PAGES = 64  # of a transaction
-INLINE_DEPTH = 100  # functions of one instruction: where it is, and those that this is inlined in
+INLINE_DEPTH = 100  # functions at one instruction: its own, and those that it is inlined in
 MAX_PARTS = 4000  # requests that bring the symbols of a build
 MAX_PAGE_ROWS = 2000  # all of which a look-up reads
 MAX_OFFSET = 1 << 40  # of an instruction, in bytes

@@ -63,11 +63,11 @@ PART_BYTES = 500_000  # of JSON, if no page is larger; the server takes 1 MiB in
 ATTEMPTS, TIMEOUT = 5, 30  # seconds for each step of an attempt
 FIRST_PAUSE, MAX_RETRY_AFTER = 0.5, 300  # seconds; each pause is twice the one before
 RETRIED = {429, 500, 502, 503, 504}
-ABOUT_ONE_IMAGE = {400, 409, 413, 422}  # refusals after which it is worth while to send the next image
+ABOUT_ONE_IMAGE = {400, 409, 413, 422}  # refusals after which the next image may still be taken
 DEFAULT_PATHS = ("DWARF_DSYM_FOLDER_PATH", "CI_ARCHIVE_PATH")  # variables of Xcode and of Xcode Cloud
 NOTHING = "no debug information"
 UNREADABLE_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
-DEMANGLERS = (  # what a mangled name begins with, and commands that read such from standard input, of which one will do
+DEMANGLERS = (  # how a mangled name begins, and commands that read such names from standard input: the first found runs
     ("Swift", re.compile(r"_?\$[sS]|_T"), ("xcrun swift-demangle --simplified", "swift-demangle --simplified")),
     ("C++", re.compile("_?_Z"), ("llvm-cxxfilt -n", "c++filt -n")))
 MANGLED = re.compile("|".join(pattern.pattern for _, pattern, _ in DEMANGLERS))
@@ -92,7 +92,7 @@ class ServerError(SymbolsError):
 
 
 def printable(text: str) -> str:
-    """Without what a terminal would obey: names come from whoever has a key."""
+    """Without what a terminal would obey: names come from anyone who has a key."""
     return "".join(each if each.isprintable() else "?" for each in text)
 
 
