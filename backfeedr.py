@@ -44,7 +44,7 @@ The rooms. Each uses only those above it, except that Dashboard uses Templates, 
 To make a change, touch:
 
     add an endpoint             Backfeedr._routes, and a question in Metrics
-    add a field to a report     REPORT_TABLES with SCHEMA_VERSION, migrate, and _CRASH_FIELDS or _EVENT_FIELDS
+    add a field to a report     REPORT_TABLES with SCHEMA_VERSION, migrate, and Crash or Event, perhaps _CONVERTERS
     add a figure                a class in FIGURES with SCHEMA_VERSION, migrate, and a question in Metrics
     add a page                  Dashboard.routes, a method there, and a template with _PAGES above it
     add a command               a method of Commands, and a row of _COMMANDS
@@ -83,14 +83,13 @@ from collections import Counter, defaultdict, deque, namedtuple
 from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, fields, replace
-from datetime import date, datetime, timezone
+from datetime import date, datetime, timedelta, timezone
 from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial, reduce
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
-from itertools import accumulate, chain, groupby, islice, product, repeat
-from json.decoder import scanstring  # type: ignore[attr-defined]
+from itertools import accumulate, chain, groupby, islice, repeat, tee
 from operator import attrgetter, itemgetter, lt
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -274,18 +273,19 @@ create table state (name text primary key, value integer not null) without rowid
 
 
 # == Values ====================================================================
-# What a client may be told, and the small conversions of which the rest is made.
+# What a client may be told, and small conversions that many rooms use.
 
 SECOND = 1000  # all times are in milliseconds
 HOUR = 3600 * SECOND
 DAY = 24 * HOUR
 MAX_SKEW = 300 * SECOND  # how fast a device's clock may be and still be believed
-SEQ_BITS = 20  # of a seq's counter within a millisecond
+EPOCH = 1_167_609_600_000  # 2007, when the first iPhone came: an earlier time is from a clock that was never set
+SEQ_BITS = 20  # for the counter of a seq within a millisecond
 
 
 class Refusal(Exception):
-    """A request that is not taken. `str()` is what the client is told, `detail` what may help its developer, and
-    `retry_after` after how many seconds the same request may succeed."""
+    """A request that is refused. `str()` is the error that the client gets, and `detail` may help its developer. After
+    `retry_after` seconds the same request may succeed."""
 
     def __init__(self, text: str, retry_after: int | None = None, detail: str = ""):
         super().__init__(text)
@@ -301,16 +301,15 @@ class Moved(Refusal):
 
 
 class StorageUnavailable(Refusal):
-    """The database can not be used now; nothing of the request was acknowledged."""
+    """The database cannot be used now; nothing of the request was acknowledged."""
 
     def __init__(self) -> None:
         super().__init__("storage unavailable", retry_after=2)
 
 
 _RFC3339 = re.compile(
-    r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt]([01][0-9]|2[0-3]):([0-5][0-9]):([0-5][0-9])(?:\.([0-9]{1,9}))?"
+    r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt]((?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9])(?:\.([0-9]{1,9}))?"
     r"(?:[Zz]|([+-])([01][0-9]|2[0-3]):?([0-5][0-9]))")
-_DAY_ZERO = date(1970, 1, 1).toordinal()
 
 
 def parse_time(text: str) -> int:
@@ -319,10 +318,13 @@ def parse_time(text: str) -> int:
     match = _RFC3339.fullmatch(text)
     if match is None:
         raise ValueError("not an RFC 3339 time with a zone")
-    day, hours, minutes, seconds, fraction, sign, zone_hours, zone_minutes = match.groups()
-    offset = int(sign + "1") * (int(zone_hours) * HOUR + int(zone_minutes) * 60_000) if sign else 0
-    return ((date.fromisoformat(day).toordinal() - _DAY_ZERO) * DAY + int(hours) * HOUR + int(minutes) * 60_000
-            + int(seconds) * SECOND + int((fraction or "")[:3].ljust(3, "0")) - offset)
+    day, clock, fraction, sign, hours, minutes = match.groups()
+    offset = int(sign + hours) * HOUR + int(sign + minutes) * 60 * SECOND if sign else 0
+    seconds = int(datetime.fromisoformat(f"{day}T{clock}+00:00").timestamp())
+    return seconds * SECOND + int((fraction or "")[:3].ljust(3, "0")) - offset
+
+
+FIRST_TIME, LAST_TIME = parse_time("0001-01-01T00:00:00Z"), parse_time("9999-12-31T23:59:59.999Z")  # datetime's bounds
 
 
 def parse_occurred_at(value: Any) -> int:
@@ -330,7 +332,7 @@ def parse_occurred_at(value: Any) -> int:
     2008, since 2001, which is Swift's default; from 1e12 on it is milliseconds. Raises ValueError."""
     if type(value) in (int, float):
         time_ms = value if value >= 1e12 else SECOND * (value if value >= 1.2e9 else value + 978_307_200)
-        if not (1 - _DAY_ZERO) * DAY <= time_ms < (date.max.toordinal() + 1 - _DAY_ZERO) * DAY:
+        if not FIRST_TIME <= time_ms < LAST_TIME + 1:
             raise ValueError("is not within the years 1 to 9999")
         return int(time_ms)
     try:
@@ -341,35 +343,26 @@ def parse_occurred_at(value: Any) -> int:
 
 
 def iso_time(time_ms: int) -> str:
-    """The RFC 3339 time, in UTC and within the years 1 to 9999."""
-    days, rest = divmod(time_ms, DAY)
-    day = date.fromordinal(min(max(_DAY_ZERO + days, 1), date.max.toordinal())).isoformat()
-    seconds, fraction = divmod(rest, SECOND)
-    return (f"{day}T{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-            + (f".{fraction:03}" if fraction else "") + "Z")
+    """The RFC 3339 time in UTC. Beyond the years 1 to 9999, it is their first or last."""
+    moment = datetime(1970, 1, 1) + timedelta(milliseconds=min(max(time_ms, FIRST_TIME), LAST_TIME))
+    return moment.isoformat(timespec="milliseconds" if time_ms % SECOND else "seconds") + "Z"
 
 
 def exact_time(time_ms: int) -> str:
-    """The RFC 3339 time that `parse_time` reads back: not in UTC where that leads out of the years 1 to 9999."""
-    for zone, minutes in (("Z", 0), ("+23:59", 1439), ("-23:59", -1439)):
-        text = iso_time(time_ms + minutes * 60_000)[:-1] + zone
-        if parse_time(text) == time_ms:
-            break
-    return text
-
-
-EPOCH = 1_167_609_600_000  # 2007, when the first iPhone came: an earlier time is that of a clock that was never set
+    """The RFC 3339 time that `parse_time` reads back: with an offset where UTC leads out of the years 1 to 9999."""
+    zone, minutes = ("+23:59", 1439) if time_ms < FIRST_TIME else ("-23:59", -1439) if time_ms > LAST_TIME else ("Z", 0)
+    return iso_time(time_ms + minutes * 60 * SECOND)[:-1] + zone
 
 
 def clock_ahead(latest: int, now: int) -> int:
-    """By how many milliseconds the clock is fast whose latest time this is. All reports of a request are moved by it,
-    so that durations stay right."""
+    """By how many milliseconds a clock with this latest time is fast. All reports of a request are moved by it, so that
+    durations stay right."""
     return latest - now if latest > now + MAX_SKEW else 0
 
 
 def counted_at(occurred_at: int, received_at: int, ahead_ms: int) -> int:
-    """When a report counts: at the device's time, as far as its clock is fast before it; at receipt, if the clock was
-    never set."""
+    """When a report counts: at the device's time, less what its clock is fast; at receipt if that clock was never
+    set."""
     return occurred_at - ahead_ms if EPOCH <= occurred_at - ahead_ms <= received_at + MAX_SKEW else received_at
 
 
@@ -398,7 +391,7 @@ def new_key(is_test: bool) -> str:
 
 
 def key_prefix(key: str) -> str:
-    """What may be shown of a key: 8 of its 32 digits, or a third of a key of the operator's own."""
+    """What may be shown of a key: 8 of its 32 digits, or a third of a key that the operator chose."""
     return key[:16 if re.fullmatch("bf_(live|test)_[0-9a-f]{32}", key) else min(16, len(key) // 3)]
 
 
@@ -429,16 +422,13 @@ def _words(text: str) -> list[tuple[int, int, str]]:
 
 
 # == Grouping ==================================================================
-# What the frames of a stack trace say, and the group of a crash. It is made of names, never of load addresses or lines,
-# so that the same fault is one group on all phones, and in the next build.
+# What the frames of a stack trace say, and the group of a crash. A group is made of names, never of load addresses or
+# lines, so that the same fault is one group on all phones and in the next build.
 
 SYSTEM_BASE = 0x180000000  # Apple's own libraries are loaded at this address or above, an app below it
 MAX_NAME = 1000  # characters of a symbol that count
 MAX_PATH = 1024  # Darwin's bound
 MAX_IMAGES = 4  # of a crash, whose symbols may name its frames
-_NEVER_OWN = re.compile(r"dyld|libobjc-trampolines\.dylib|libswift\w{0,40}\.dylib")  # though they are loaded below it
-# Of a simulator the system's own files lie below Xcode.app, too.
-_OWN_PATH = re.compile(r"(?!/System/|/usr/|.*/(?:RuntimeRoot|Contents/Developer)/).*\.app(?:ex)?/", re.S)
 
 # What a frame says, under our name and under those of KSCrash, PLCrashReporter and Sentry.
 _FRAME_FIELDS = {
@@ -446,18 +436,18 @@ _FRAME_FIELDS = {
     "binary": ("binary", "object_name", "image", "package"), "uuid": ("uuid", "image_uuid", "debug_id"),
     "offset": ("offset",), "address": ("address", "instruction_addr"),
     "image_base": ("image_base", "image_addr", "object_addr"), "path": ("path", "package")}
-_FIELDS_OF = {name: [field for field, names in _FRAME_FIELDS.items() if name in names]
-              for name in chain.from_iterable(_FRAME_FIELDS.values())}
 _PLAIN_FIELDS = {"frame", "symbol", "file", "line"}  # those of the API
+_NEVER_OWN = re.compile(r"dyld|libobjc-trampolines\.dylib|libswift\w{0,40}\.dylib")  # though they are loaded below it
+# A simulator has the system's own files below Xcode.app, too.
+_OWN_PATH = re.compile(r"(?!/System/|/usr/|.*/(?:RuntimeRoot|Contents/Developer)/).*\.app(?:ex)?/", re.S)
 _LOCATED = re.compile(r"(.*) \+ ([0-9]{1,18})")  # symbol or binary, and an offset into it
-# What stands where a device knows no symbol.
-_ADDRESS = re.compile("0x[0-9a-fA-F]+|[0-9a-fA-F]{8,16}|<redacted>|<unknown>|[?]+|_{0,2}mh_(?:execute|dylib)_header|")
+_NO_SYMBOL = re.compile("0x[0-9a-fA-F]+|[0-9a-fA-F]{8,16}|<redacted>|<unknown>|[?]+|_{0,2}mh_(?:execute|dylib)_header|")
 _CALL_STACK_LINE = re.compile(r"(?:[0-9]{1,4}\s+(\S.{0,200}?)\s+)?0x[0-9a-fA-F]{1,16} (?!\+ )(.+)")  # callStackSymbols
-_BARE = re.compile(r"[\w. -]+")
+_UUID_DIGITS = re.compile("([0-9A-F]{8})" + 3 * "([0-9A-F]{4})" + "([0-9A-F]{12})[0-9A-F]{0,8}")
 
 
 class Frame(NamedTuple):
-    """A frame, whatever an SDK calls its fields. "" and None: not given."""
+    """What a frame says, whatever an SDK calls its fields. "" and None: not given."""
 
     symbol: str = ""
     file: str = ""
@@ -477,50 +467,59 @@ class Frame(NamedTuple):
         """Whether symbols of its build can name it."""
         return bool(self.uuid and self.offset is not None and self.is_own is not False and not self.is_named)
 
+    @property
+    def label(self) -> str:
+        """What stands for it in a group: its name, or its build and offset."""
+        if self.is_named and self.symbol or self.offset is None:
+            return canonical_name(self.symbol[:MAX_NAME]) or ("" if self.file else self.binary)
+        return f"{self.uuid or self.binary}+{self.offset}"
+
 
 def read_frame(given: Mapping[str, Any]) -> Frame:
     """What a frame says. A device's own symbol for a frame of a known build is not trusted: in a stripped binary it is
-    that of whatever function comes before. `symbolicated` says that it is from symbols."""
+    the name of another function before it. `symbolicated` says that the name is from symbols."""
     if given.keys() <= _PLAIN_FIELDS:
-        symbol, file = given.get("symbol") or "", given.get("file") or ""
-        if len(symbol) + len(file) < 200 and (frame := _plain_frame(symbol, file)):
-            return frame
-    values: dict[str, Any] = dict.fromkeys(_FRAME_FIELDS)
-    for name, value in given.items():
-        for field in _FIELDS_OF.get(name, ()) if value not in (None, "") else ():
-            if values[field] is None or name == field:
-                values[field] = value
-    symbol, file, binary, path = (_string(values[name]) for name in ("symbol", "file", "binary", "path"))
-    address, base, offset = (_integer(values[name]) for name in ("address", "image_base", "offset"))
-    binary = binary.rpartition("/")[2]
-    if line := _CALL_STACK_LINE.fullmatch(symbol):
-        binary, symbol = binary or line[1] or "", line[2]
+        symbol, file = _string(given.get("symbol")), _string(given.get("file"))
+        return _short_frame(symbol, file) if len(symbol) + len(file) < 200 else _frame_of(symbol, file)
+    symbol, file, binary, path = (_string(_said(given, name)) for name in ("symbol", "file", "binary", "path"))
+    address, base, offset = (_integer(_said(given, name)) for name in ("address", "image_base", "offset"))
     if address is not None and offset is None and base is not None:
         offset = address - base
     elif address is not None and base is None and offset is not None:
         base = address - offset
+    is_own = given["in_app"] if type(given.get("in_app")) is bool else None
+    uuid = image_uuid(_said(given, "uuid"))
+    return _frame_of(symbol, file, binary.rpartition("/")[2], path, uuid, offset, base, is_own,
+                  given.get("symbolicated") is True)
+
+
+def _said(given: Mapping[str, Any], field: str) -> Any:
+    return next((given[name] for name in _FRAME_FIELDS[field] if given.get(name) not in (None, "")), None)
+
+
+def _frame_of(symbol: str, file: str, binary: str = "", path: str = "", uuid: str = "", offset: int | None = None,
+           base: int | None = None, is_own: bool | None = None, is_symbolicated: bool = False) -> Frame:
+    """A frame from what was said of it. What was not said is concluded."""
+    if line := _CALL_STACK_LINE.fullmatch(symbol):
+        binary, symbol = binary or line[1] or "", line[2]
     located = _LOCATED.fullmatch(symbol)
-    if located and (located[1] == binary or _ADDRESS.fullmatch(located[1]) or not binary and int(located[2]) > 4096
-                    and _BARE.fullmatch(located[1])):  # no function is as long as a binary
+    if located and (located[1] == binary or _NO_SYMBOL.fullmatch(located[1]) or not binary and int(located[2]) > 4096
+                    and re.fullmatch(r"[\w. -]+", located[1])):  # no function is as long as a binary
         symbol, binary = "", binary or located[1]
         offset = int(located[2]) if offset is None else offset
-    symbol, uuid = "" if _ADDRESS.fullmatch(symbol) else symbol, image_uuid(values["uuid"])
-    is_own = _is_own(given.get("in_app"), file, path, base, binary)
-    is_named = bool(file or symbol and (given.get("symbolicated") is True or not uuid or offset is None or not is_own))
+    if _NO_SYMBOL.fullmatch(symbol):
+        symbol = ""
+    if is_own is None:
+        is_own = is_own_code(file, path, base, binary)
+    is_named = bool(file or symbol and (is_symbolicated or not uuid or offset is None or not is_own))
     return Frame(symbol, file, binary, uuid, offset, is_own, is_named)
 
 
-@lru_cache(maxsize=4096)
-def _plain_frame(symbol: str, file: str) -> Frame | None:
-    """A frame of which nothing else is known; None where its symbol is an address."""
-    if " + " in symbol or "0x" in symbol or _ADDRESS.fullmatch(symbol):
-        return None
-    return Frame(symbol, file, is_own=bool(file) or None)
+_short_frame = lru_cache(maxsize=4096)(_frame_of)
 
 
-def _is_own(in_app: Any, file: str, path: str, base: int | None, binary: str) -> bool | None:
-    if type(in_app) is bool:
-        return in_app
+def is_own_code(file: str, path: str, base: int | None, binary: str) -> bool | None:
+    """Whether code is the app's own, by its source file, its path, or where it was loaded. None: nothing tells."""
     if file or path.startswith("/"):
         return bool(file or _OWN_PATH.match(path[:MAX_PATH])) and not _NEVER_OWN.fullmatch(binary)
     return base < SYSTEM_BASE and not _NEVER_OWN.fullmatch(binary) if base else None
@@ -539,10 +538,8 @@ def _integer(value: Any) -> int | None:
 
 def image_uuid(value: Any) -> str:
     """The UUID of a build in upper case with dashes; "" for anything else."""
-    digits = _string(value).replace("-", "")[:40].upper()  # Sentry's debug_id has a number behind it
-    if not re.fullmatch("[0-9A-F]{32,40}", digits) or not digits.strip("0"):  # some write zeros for none
-        return ""
-    return "-".join(digits[start:end] for start, end in ((0, 8), (8, 12), (12, 16), (16, 20), (20, 32)))
+    digits = _UUID_DIGITS.fullmatch(_string(value).replace("-", "")[:40].upper())  # a debug_id has a number behind it
+    return "-".join(digits.groups()) if digits and digits[0].strip("0") else ""  # some write zeros for none
 
 
 _PREFIX_WORDS = re.compile(
@@ -554,12 +551,12 @@ _BLOCK = re.compile(r"(?:__[0-9]+(?=[-+]\[)|__(?=.*_block_invoke))?(.*?)_block_i
 _SUFFIX = re.compile(
     r"(?: \+ [0-9]+| \([^()]*:[0-9]+\)| \(\.[\w.]+\)| \[clone [^]]*\]| (?:at )?0x[0-9a-fA-F]+|\.(?:cold|resume)"
     r"|T[YQ][0-9]+_|(?:\.(?:cold|llvm|resume|part|constprop|isra))?\.[0-9]+)+")
-# Of every program, and made by the compiler: they tell nothing of where a fault is.
+# Every program has these, or the compiler made them: they do not tell where a fault is.
 _NOT_COUNTED = re.compile(
     r"(?:_?main|start|_?dyld_start|static .*\$main\(\)(?: -> \(\))?|\$s.*5\$mainyyFZ|<compiler-generated>"
     r"|__debug_main_executable_dylib_entry_point|protocol witness for .*|outlined .*|.* thunk"
     r"|(?:(?:reabstraction|dispatch|non-virtual|virtual) )?thunk (?:for|to|of|helper from) .*)")
-# What every abort runs through.
+# Every abort runs through these.
 _OF_ABORTS = re.compile(
     r"_*(?:pthread_kill|kill|raise|abort|abort_message|assert_rtn|exceptionPreprocess|objc_exception_throw"
     r"|objc_terminate|cxa_throw|cxa_rethrow|demangling_terminate_handler|assertionFailure|fatalErrorMessage"
@@ -570,35 +567,11 @@ _OF_ABORTS = re.compile(
 @lru_cache(maxsize=2048)
 def canonical_name(symbol: str) -> str:
     """A symbol without what the compiler and the tools add to it, and what differs from build to build."""
-    name = _without_suffix(_PREFIX_WORDS.sub("", symbol, 1) if _PREFIX_WORDS.match(symbol) else symbol)
+    name = _PREFIX_WORDS.sub("", symbol, 1) if _PREFIX_WORDS.match(symbol) else symbol
+    ends = (end.start() for end in _SUFFIX.finditer(name) if end.start() and end.end() == len(name))
+    name = name[:next(ends, None)]
     block = _BLOCK.fullmatch(name)
     return block[1] if block else name
-
-
-def _without_suffix(name: str) -> str:
-    for end in _SUFFIX.finditer(name):
-        if end.start() and end.end() == len(name):
-            return name[:end.start()]
-    return name
-
-
-def group_hash(exception_type: str, frames: Sequence[Mapping[str, Any]]) -> str:
-    """The group of a crash: its exception type, and the names of the first three frames of the app's own code. System
-    frames stand in only where there is none. A frame without a name is its build and offset."""
-    return group_of(exception_type, map(read_frame, frames))
-
-
-def group_of(exception_type: str, frames: Iterable[Frame]) -> str:
-    """As group_hash, of frames that were read. Takes no more of them than it needs: mostly, the app's own tell."""
-    seen: list[Frame] = []
-    candidates = (
-        (label for frame in frames if seen.append(frame) or frame.is_own and _counts(label := _label(frame))),
-        (label for frame in seen if frame.symbol and _tells(label := _label(frame))),
-        (label for frame in seen if (label := _label(frame)) and _tells(label)),
-        (_label(frame) for frame in seen if frame.is_own or frame.symbol),
-        filter(None, map(_label, seen)))
-    names = next(filter(None, (list(islice((name for name, _ in groupby(labels)), 3)) for labels in candidates)), [])
-    return hashlib.sha256(":".join([exception_type, *names]).encode()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=2048)
@@ -610,12 +583,29 @@ def _tells(label: str) -> bool:
     return _counts(label) and not _OF_ABORTS.fullmatch(label)
 
 
-def _label(frame: Frame) -> str:
-    if frame.is_named and frame.symbol:
-        return canonical_name(frame.symbol[:MAX_NAME])
-    if frame.offset is None:
-        return canonical_name(frame.symbol[:MAX_NAME]) or ("" if frame.file else frame.binary)
-    return f"{frame.uuid or frame.binary}+{frame.offset}"
+# Which frames make the group: those that meet the first rule that any of them meets.
+_GROUP_RULES: Sequence[Callable[[Frame], object]] = (
+    lambda frame: frame.is_own and _counts(frame.label),
+    lambda frame: frame.symbol and _tells(frame.label),
+    lambda frame: frame.label and _tells(frame.label),
+    lambda frame: frame.is_own or frame.symbol,
+    lambda frame: frame.label)
+
+
+def group_hash(exception_type: str, frames: Iterable[Mapping[str, Any]]) -> str:
+    """The group of a crash: its exception type, and the names of the first three frames of the app's own code. System
+    frames stand in only where there is none. A frame without a name is its build and offset."""
+    return group_of(exception_type, map(read_frame, frames))
+
+
+def group_of(exception_type: str, frames: Iterable[Frame]) -> str:
+    """Like group_hash, for frames that were read. Takes no more of them than it needs: mostly the first few."""
+    names: list[str] = []
+    for rule, candidates in zip(_GROUP_RULES, tee(frames, len(_GROUP_RULES))):
+        labels = groupby(frame.label for frame in candidates if rule(frame))  # equal neighbours are one
+        if names := [label for label, _ in islice(labels, 3)]:
+            break
+    return hashlib.sha256(":".join([exception_type, *names]).encode()).hexdigest()[:16]
 
 
 def open_images(frames: Iterable[Frame]) -> str | None:
@@ -626,8 +616,8 @@ def open_images(frames: Iterable[Frame]) -> str | None:
 
 # == Payloads ==================================================================
 # JSON in, a crash or an event out, or a Refusal; the code below trusts what comes from here. A report is a namedtuple
-# whose fields are its columns. A developer sees at once that a required field is missing or wrong; what only some
-# phones send must not cost a report, so other fields are converted, cut, or kept as they came, under `extra`.
+# whose fields are its columns. A developer sees at once that a required field is missing or wrong. What only some
+# phones send must not cost a report, so other fields are converted, cut, or kept as they came, in `extra`.
 
 EVENT_TYPES = ("session_start", "session_end", "error", "custom")
 MAX_BATCH = 100  # events
@@ -646,8 +636,7 @@ def decode_json(body: bytes) -> JsonObject:
     """The JSON object in a body. Raises Refusal unless it is one, in UTF-8, with finite numbers. A NUL or a lone
     surrogate, which SQLite does not store, becomes U+FFFD: one bad character must not cost a report."""
     try:
-        text = _storable(body.decode())
-        value = _DECODER.decode(text[1:] if text.startswith("\ufeff") else text)  # a byte order mark
+        value = _DECODER.decode(_storable(body.decode()).removeprefix("\ufeff"))  # a byte order mark
     except RecursionError:
         raise Refusal("invalid JSON", detail="it is nested too deep") from None
     except UnicodeDecodeError:
@@ -712,22 +701,22 @@ def _long_text(value: Any) -> str:
     return value
 
 
-def _number(value: Any) -> float:
+def _number(value: Any) -> int | float:
     if type(value) is str and re.fullmatch(r"-?[0-9]{1,18}(\.[0-9]{1,18})?", value):
         value = float(value) if "." in value else int(value)
     if type(value) not in (int, float) or abs(value) > MAX_NUMBER:
         raise ValueError
-    return value
+    return value  # type: ignore[no-any-return]
 
 
-def _battery_level(value: Any) -> float:
+def _battery_level(value: Any) -> int | float:
     if not (0 <= (number := _number(value)) <= 1 or number == -1):
         raise ValueError
     return number
 
 
 def _flag(value: Any) -> bool:
-    if type(value) is not bool and not (type(value) is int and value in (0, 1)):
+    if type(value) not in (bool, int) or value not in (0, 1):
         raise ValueError
     return bool(value)
 
@@ -738,7 +727,23 @@ def _event_type(value: Any) -> str:
     return _required_text(value)
 
 
-def _to_json(value: Any) -> str:
+def _object(value: Any) -> str:
+    if type(value) is not dict:
+        raise ValueError
+    return _shallow_json(value)
+
+
+def _frames(value: Any) -> str:
+    if not _are_objects(value):
+        raise ValueError
+    return _shallow_json(value)
+
+
+def _are_objects(value: Any) -> bool:
+    return type(value) is list and all(type(each) is dict for each in value)
+
+
+def _shallow_json(value: Any) -> str:
     """Compact JSON. Raises ValueError or RecursionError if it is nested too deep to be shown again."""
     text = _encode(value)
     # Counting brackets is fast and clears nearly every value.
@@ -752,42 +757,29 @@ def _depth(value: Any) -> int:
     return 1 + max(map(_depth, items), default=0) if type(items) is list else 0
 
 
-def _object(value: Any) -> str:
-    if type(value) is not dict:
-        raise ValueError
-    return _to_json(value)
-
-
-def _frames(value: Any) -> str:
-    if type(value) is not list or not all(type(frame) is dict for frame in value):
-        raise ValueError
-    return _to_json(value)
-
-
-_CRASH_FIELDS: Converters = dict(
-    exception_type=_required_text, exception_reason=_long_text, stack_trace=_frames, app_version=_text,
-    build_number=_text, os_version=_text, device_model=_text, device_id_hash=_text, session_id=_text, locale=_text,
-    free_memory_mb=_number, battery_level=_battery_level, is_charging=_flag, occurred_at=parse_occurred_at)
-_EVENT_FIELDS: Converters = dict(
-    type=_event_type, name=_text, properties=_object, app_version=_text, os_version=_text, device_model=_text,
-    device_id_hash=_text, session_id=_text, locale=_text, occurred_at=parse_occurred_at)
-_REQUIRED = ("exception_type", "type", "occurred_at")
-
-Crash = namedtuple("Crash", ["group_hash", "images", *_CRASH_FIELDS, "extra"])
+Crash = namedtuple("Crash", "group_hash images exception_type exception_reason stack_trace app_version build_number"
+                            " os_version device_model device_id_hash session_id locale free_memory_mb battery_level"
+                            " is_charging occurred_at extra")
 Crash.__doc__ = "A valid crash: the fields of the API, `images` as of open_images, `extra`, the unknown fields as JSON."
-Event = namedtuple("Event", [*_EVENT_FIELDS, "extra"])
+Event = namedtuple("Event", "type name properties app_version os_version device_model device_id_hash session_id locale"
+                            " occurred_at extra")
 Event.__doc__ = "A valid event: the fields of the API, and `extra`, the unknown ones as JSON."
 Reports = Sequence[Union[Crash, Event]]
+
+_CONVERTERS: Converters = {
+    "exception_type": _required_text, "exception_reason": _long_text, "stack_trace": _frames, "type": _event_type,
+    "properties": _object, "free_memory_mb": _number, "battery_level": _battery_level, "is_charging": _flag,
+    "occurred_at": parse_occurred_at}
+_CRASH_FIELDS: Converters = {name: _CONVERTERS.get(name, _text) for name in Crash._fields[2:-1]}
+_EVENT_FIELDS: Converters = {name: _CONVERTERS.get(name, _text) for name in Event._fields[:-1]}
+_REQUIRED = ("exception_type", "type", "occurred_at")
 
 
 def parse_crash(given: JsonObject) -> Crash:
     """A crash from its JSON object. Raises Refusal."""
-    frames = given.get("stack_trace") or []
-    if type(frames) is not list or not all(map(_is_plain_frame, frames)):
-        frames = _plain_frames(frames)
-        given["stack_trace"] = frames or given["stack_trace"]
-    values = _convert(given, _CRASH_FIELDS, MAX_STORED)
-    read = list(map(read_frame, _kept_frames(frames)))
+    frames = list(map(_plain_frame, given["stack_trace"])) if _are_objects(given.get("stack_trace")) else []
+    values = _convert({**given, "stack_trace": frames} if frames else given, _CRASH_FIELDS, MAX_STORED)
+    read = list(map(read_frame, _few(frames)))
     return Crash(group_of(values[0], read), open_images(read), *values)
 
 
@@ -802,36 +794,24 @@ def _recent_own_names(stack_trace: str) -> tuple[str, ...]:  # of alike crashes,
     return own_names(json.loads(stack_trace or "[]"))
 
 
-_TEXT_OR_NONE, _INTEGER_OR_NONE = {str, type(None)}, {int, type(None)}
-
-
-def _is_plain_frame(frame: Any) -> bool:
-    return (type(frame) is dict
-            and type(frame.get("symbol")) in _TEXT_OR_NONE and type(frame.get("file")) in _TEXT_OR_NONE
-            and type(frame.get("frame")) in _INTEGER_OR_NONE and type(frame.get("line")) in _INTEGER_OR_NONE)
-
-
-def _plain_frames(frames: Any) -> list[JsonObject]:
-    """The frames, with symbols and files that are text, and numbers that are numbers where they can be; [] where these
-    are no frames."""
-    if type(frames) is not list or not all(type(frame) is dict for frame in frames):
-        return []
-    frames = list(map(dict, frames))
-    for frame, name in product(frames, ("symbol", "file")):
-        if frame.get(name) is not None and type(frame[name]) is not str:
-            frame[name] = _encode(frame[name])
-    for frame, name in product(frames, ("frame", "line")):
-        with suppress(ValueError):
-            if (number := _number(frame.get(name))) == int(number):
-                frame[name] = int(number)
-    return frames
+def _plain_frame(frame: JsonObject) -> JsonObject:
+    """A frame with symbol and file as text, and numbers that are whole numbers where they can be."""
+    changes: JsonObject = {}
+    for name in ("symbol", "file"):
+        if type(value := frame.get(name)) is not str and value is not None:
+            changes[name] = _encode(value)
+    for name in ("frame", "line"):
+        if type(value := frame.get(name)) is not int and value is not None:
+            with suppress(ValueError):
+                changes[name] = int(number) if (number := _number(value)) == int(number) else value
+    return {**frame, **changes} if changes else frame
 
 
 def parse_event(given: Any, limit: int = MAX_STORED) -> Event:
     """An event from its JSON object, of which so many bytes are stored. Raises Refusal."""
     if type(given) is not dict:
         raise Refusal("invalid event", detail=f"it is {_kind(given)}, not an object")
-    return Event._make(_convert(given, _EVENT_FIELDS, limit))
+    return Event(*_convert(given, _EVENT_FIELDS, limit))
 
 
 def parse_batch(given: JsonObject) -> list[Event]:
@@ -850,10 +830,9 @@ def parse_batch(given: JsonObject) -> list[Event]:
             unused += "_"
         events[0][unused] = {name: value for name, value in given.items() if name != "events"}
     try:
-        return list(map(Event._make, _convert_alike(events, _EVENT_FIELDS)))
-    except (Refusal, ValueError, TypeError, AttributeError, RecursionError):  # a bad or odd event
-        pass
-    parsed: list[Event] = []
+        return _alike_events(events)
+    except (Refusal, ValueError, TypeError, AttributeError, RecursionError):  # one is bad, or not as most are
+        parsed: list[Event] = []
     try:
         for event in events:
             parsed.append(parse_event(event, MAX_STORED_BATCHED))
@@ -862,146 +841,125 @@ def parse_batch(given: JsonObject) -> list[Event]:
     return parsed
 
 
-def _convert(given: JsonObject, converters: Converters, limit: int | None) -> list[Any]:
-    """What is stored for each field, None for an absent one; then the unknown fields, as JSON. What more than `limit`
-    bytes would be needed for is cut."""
-    values, unknown = {}, {name: value for name, value in given.items() if name not in converters}
-    for name, convert in converters.items():
-        value, values[name] = given.get(name), None
-        if value in (None, ""):
-            if name in _REQUIRED:
-                raise Refusal(f"missing {name}")
+def _alike_events(events: list[JsonObject]) -> list[Event]:
+    """The same as `parse_event` of each, in half the time: each distinct text is converted once, because most are the
+    same from event to event. Raises an error unless all are plain."""
+    if set().union(*events) - _EVENT_FIELDS.keys():
+        raise ValueError
+    columns: list[list[Any]] = []
+    for name, convert in _EVENT_FIELDS.items():
+        values = [event.get(name) for event in events]
+        if convert is _object:  # not hashable
+            columns.append([None if value is None else convert(value) for value in values])
+            if max(len(text or "") for text in columns[-1]) > 1000:  # too many names or bytes take more
+                raise ValueError
             continue
-        try:
-            values[name] = convert(value)
-        except (ValueError, RecursionError) as error:
-            if name in _REQUIRED:
-                raise Refusal(f"invalid {name}", detail=f"{name} {error}") from None
+        stored = {value: convert(value) if value else None for value in set(values)}
+        if {*map(type, values)} - {str, type(None)} or name in _REQUIRED and None in stored.values():
+            raise ValueError
+        columns.append([stored[value] for value in values])
+    return list(map(Event, *columns, repeat(None)))
+
+
+def _convert(given: JsonObject, converters: Converters, limit: int) -> list[Any]:
+    """What is stored for each field, None for an absent one; then the unknown fields, as JSON. What would take more
+    than `limit` bytes is cut."""
+    values: JsonObject = {**dict.fromkeys(converters), "extra": None}
+    unknown, size = JsonObject(), 0
+    for name, value in given.items():
+        convert = converters.get(name)
+        if convert is _text and type(value) is str:  # nearly all are
+            values[name] = value[:MAX_TEXT] or None
+        elif convert is None:
             unknown[name] = value
-    stored = [*values.values(), _unknown_as_json(unknown) if unknown else None]
-    texts = [value for value in stored if type(value) is str]
-    size = sum(map(len, texts))
-    if limit is None or size < 1000 or (  # too many names or frames take more
-            len(unknown.keys() - {"truncated"}) <= MAX_NAMES and _length(given, "properties", dict) <= MAX_NAMES
-            and _length(given, "stack_trace", list) <= FIRST_FRAMES + LAST_FRAMES and (
-                size <= limit // 4 or sum(len(text.encode()) for text in texts) <= limit)):
-        return stored
-    return _convert(_cut(given, values, unknown, limit), converters, None)
+        elif value is not None and value != "":
+            try:
+                values[name] = converted = convert(value)
+                size += len(converted) if type(converted) is str else 0
+            except (ValueError, RecursionError) as error:
+                if name in _REQUIRED:
+                    raise Refusal(f"invalid {name}", detail=f"{name} {error}") from None
+                unknown[name] = value
+    for name in _REQUIRED:
+        if values.get(name, "") is None:
+            raise Refusal(f"missing {name}")
+    if unknown:
+        unknown = _shallow(unknown)
+        values["extra"] = _encode(unknown)
+        size += len(values["extra"])
+    if size > 1000:  # too many names or frames take more
+        long = {name: given[name] for name in ("exception_reason", "stack_trace", "properties") if values.get(name)}
+        values.update(_cut({**long, "extra": unknown}, values, limit))
+    return list(values.values())
 
 
-def _kept_frames(frames: list[Any]) -> list[Any]:
-    return frames if len(frames) <= FIRST_FRAMES + LAST_FRAMES else frames[:FIRST_FRAMES] + frames[-LAST_FRAMES:]
+def _shallow(unknown: JsonObject) -> JsonObject:
+    """The unknown fields, of which those that are nested too deep are text."""
+    try:
+        with suppress(ValueError):
+            _shallow_json(unknown)
+            return unknown
+        return {name: value if _depth(value) < MAX_DEPTH else _encode(value) for name, value in unknown.items()}
+    except RecursionError:
+        raise Refusal("invalid JSON", detail="it is nested too deep") from None
 
 
-def _length(given: JsonObject, name: str, kind: type) -> int:
-    return len(given[name]) if type(given.get(name)) is kind else 0
-
-
-def _cut(given: JsonObject, values: JsonObject, unknown: JsonObject, limit: int) -> JsonObject:
-    """As much of a report as `limit` bytes hold; `truncated` says what was cut."""
-    long = {name: given[name] for name in ("exception_reason", "stack_trace", "properties")
-            if values.get(name) is not None}
-    kept = {name: given[name] for name, value in values.items() if value is not None and name not in long}
-    parts = {**long, "unknown fields": {"truncated_" if name == "truncated" else name: value
-                                        for name, value in unknown.items()}}
+def _cut(long: JsonObject, values: JsonObject, limit: int) -> JsonObject:
+    """The long values of a report as they are stored, if it would take more than `limit` bytes: of each the beginning.
+    `truncated` says what was cut."""
+    kept = {name: _few(value) for name, value in long.items()}
+    texts = [value for value in values.values() if type(value) is str]
+    if all(kept[name] is long[name] for name in long) and sum(len(text.encode()) for text in texts) <= limit:
+        return {}
+    for each in long, kept:
+        each["extra"] = {"truncated_" if name == "truncated" else name: value for name, value in each["extra"].items()}
     room = limit - 200 - sum(len(str(value).encode()) for name, value in values.items() if name not in long)
-    share, truncated = _fair_share([_size(part) for part in parts.values()], room), []
-    for name, part in parts.items():
-        fitting = part
-        if name == "stack_trace":
-            fitting = _kept_frames(part)
-        elif type(part) is dict:
-            fitting = dict(list(part.items())[:MAX_NAMES])
-        fitting = _shortened(fitting, share)
-        kept.update(fitting if name == "unknown fields" else {name: fitting})
-        truncated += [name] if fitting != part else []
-    return {**kept, "truncated": truncated}
+    size = bound = _size(kept)
+    while size > room:
+        bound = bound * min(room, size * 7 // 8) // size
+        kept = {name: _shortened(value, bound) for name, value in kept.items()}
+        size = _size(kept)
+    kept["extra"]["truncated"] = [name.replace("extra", "unknown fields") for name in long if kept[name] != long[name]]
+    return {name: value if name == "exception_reason" else _encode(value) for name, value in kept.items()}
+
+
+def _few(value: Any) -> Any:
+    """Of too many frames the first and last, of too many names the first."""
+    if type(value) is list and len(value) > FIRST_FRAMES + LAST_FRAMES:
+        return value[:FIRST_FRAMES] + value[-LAST_FRAMES:]
+    if type(value) is dict and len(value.keys() - {"truncated"}) > MAX_NAMES:
+        return dict(islice(value.items(), MAX_NAMES))
+    return value
+
+
+def _shortened(value: Any, bound: int) -> Any:
+    """A value with at most so many characters in each text, and members in each list and object."""
+    if type(value) is str:
+        return value[:bound]
+    if type(value) is list:
+        return [_shortened(each, bound) for each in value[:bound]]
+    if type(value) is dict:
+        return {name[:bound]: _shortened(each, bound) for name, each in islice(value.items(), bound)}
+    return value
 
 
 def _size(value: Any) -> int:
     return len(_encode(value).encode())
 
 
-def _fair_share(sizes: Sequence[int], room: int) -> int:
-    """What the largest of these may have: small ones take what they need, the others as much as each other."""
-    for number, size in enumerate(sorted(sizes)):
-        if size > room // (len(sizes) - number):
-            return max(0, room // (len(sizes) - number))
-        room -= size
-    return max(sizes, default=0)
-
-
-def _shortened(value: Any, size: int, levels: int = 6) -> Any:
-    """A value whose JSON has at most so many bytes: of too many members the first, of the largest members their
-    beginning, and so of a text. What is nested deeper becomes a text: each level costs a look at all of it."""
-    if _size(value) <= size:
-        return value
-    if type(value) in (dict, list) and levels:
-        members = list(value.items() if type(value) is dict else value)
-        fitting = bisect_left(list(accumulate(_size(member) + 2 for member in members)), size - 2)
-        members = members[:max(fitting, size // 30)]
-        parts = [part for pair in members for part in pair] if type(value) is dict else members
-        share = _fair_share(list(map(_size, parts)), size - 4 - 2 * len(parts))
-        parts = [_shortened(part, share, levels - 1) for part in parts]
-        return dict(zip(parts[::2], parts[1::2])) if type(value) is dict else parts
-    text = value if type(value) is str else _encode(value)
-    while text and (length := _size(text)) > size:
-        text = text[:len(text) * size // (length + 1)]
-    return text
-
-
-def _unknown_as_json(unknown: JsonObject) -> str:
-    """The unknown fields. What is nested too deep is kept as text."""
-    try:
-        try:
-            return _to_json(unknown)
-        except ValueError:
-            return _encode({name: value if _depth(value) < MAX_DEPTH else _encode(value)
-                            for name, value in unknown.items()})
-    except RecursionError:
-        raise Refusal("invalid JSON", detail="it is nested too deep") from None
-
-
-def _convert_alike(objects: list[JsonObject], converters: Converters) -> Iterable[tuple[Any, ...]]:
-    """`_convert` for each object in a third of the time: field by field, and each distinct value only once, because
-    most values are the same from event to event. Raises an error where one is not plain."""
-    names, columns = set().union(*objects), []
-    for name, convert in converters.items():
-        values = [given.get(name) for given in objects] if name in names else [None] * len(objects)
-        kinds = {*map(type, values)} - {type(None)}
-        if kinds - {dict if convert is _object else str}:
-            raise ValueError
-        if convert is _object:  # not hashable
-            if max(map(len, filter(None, values)), default=0) > MAX_NAMES:
-                raise ValueError
-            columns.append([None if value is None else _to_json(value) for value in values])
-        else:
-            stored = {value: convert(value) if value else None for value in set(values)}
-            if name in _REQUIRED and None in stored.values():
-                raise ValueError
-            columns.append(map(stored.__getitem__, values))
-    has_unknown = not names <= converters.keys()
-    unknown = [{name: value for name, value in given.items() if name not in converters}
-               for given in objects] if has_unknown else []
-    columns.append([_unknown_as_json(each) if each else None for each in unknown] or [None] * len(objects))
-    texts = filter(None, chain(columns[-1], columns[list(converters).index("properties")]))
-    if len(names) > MAX_NAMES or max(map(len, texts), default=0) > MAX_STORED_BATCHED // 8:
-        raise ValueError
-    return zip(*columns)
-
-
 # == Apple formats =============================================================
 # What Apple makes of a crash in, the crashes and events of Payloads out, by pure functions. The formats are told apart
-# by their content. A diagnostic becomes an object like those of our own clients and takes their way, so that it is
-# converted, cut and grouped as theirs. What could identify a phone or a person is left behind.
+# by their content. Each diagnostic becomes an object like those of our own clients, and is converted, cut and grouped
+# like them. What could identify a phone or a person is left behind.
 
 UNKNOWN_FORMAT = "unknown report format"
-MACH_EXCEPTIONS = {
-    1: "EXC_BAD_ACCESS", 2: "EXC_BAD_INSTRUCTION", 3: "EXC_ARITHMETIC", 4: "EXC_EMULATION", 5: "EXC_SOFTWARE",
-    6: "EXC_BREAKPOINT", 7: "EXC_SYSCALL", 8: "EXC_MACH_SYSCALL", 9: "EXC_RPC_ALERT", 10: "EXC_CRASH",
-    11: "EXC_RESOURCE", 12: "EXC_GUARD", 13: "EXC_CORPSE_NOTIFY"}
-SIGNALS = {3: "SIGQUIT", 4: "SIGILL", 5: "SIGTRAP", 6: "SIGABRT", 7: "SIGEMT", 8: "SIGFPE", 9: "SIGKILL", 10: "SIGBUS",
-           11: "SIGSEGV", 12: "SIGSYS", 13: "SIGPIPE", 14: "SIGALRM", 15: "SIGTERM"}  # Darwin's numbers
+MACH_EXCEPTIONS = dict(enumerate((
+    "EXC_BAD_ACCESS", "EXC_BAD_INSTRUCTION", "EXC_ARITHMETIC", "EXC_EMULATION", "EXC_SOFTWARE", "EXC_BREAKPOINT",
+    "EXC_SYSCALL", "EXC_MACH_SYSCALL", "EXC_RPC_ALERT", "EXC_CRASH", "EXC_RESOURCE", "EXC_GUARD", "EXC_CORPSE_NOTIFY"
+    ), start=1))
+SIGNALS = dict(enumerate((
+    "SIGQUIT", "SIGILL", "SIGTRAP", "SIGABRT", "SIGEMT", "SIGFPE", "SIGKILL", "SIGBUS", "SIGSEGV", "SIGSYS", "SIGPIPE",
+    "SIGALRM", "SIGTERM"), start=3))  # Darwin's numbers
 BUG_TYPES = {"298": "jetsam, memory of the whole system", "202": "CPU use", "206": "CPU use", **dict.fromkeys(
     ("222", "223", "228", "328"), "a hang"), "309": "a crash", "109": "a crash"}
 EVENT_NAMES = {
@@ -1009,15 +967,14 @@ EVENT_NAMES = {
     "diskWriteExceptionDiagnostic": "Disk write exception"}
 DURATIONS = ("hangDuration", "totalCPUTime", "writesCaused", "totalWritesCaused", "launchDuration")
 
-_UUID = "[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"
 # The name of a person and the folder of an installation, in a path, whose slashes JSON may escape.
-_PRIVATE = re.compile(rf"/(?:((?:Users|home)\\?/)(?:[^\s\\/\"']|\\u[0-9A-Fa-f]{{4}})+|{_UUID})")
-_OBJECT_LINE = re.compile(r"^\{", re.M)
+_PRIVATE = re.compile(r"/(?:((?:Users|home)\\?/)(?:[^\s\\/\"']|\\u[0-9A-Fa-f]{4})+"
+                      r"|[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12})")
 _APPLE_TIME = re.compile(
     r"([0-9-]{10})[ T]([0-9:]{8})(?:(\.[0-9]{1,9})[0-9]*)? ?(Z|[+-][0-9]{2}:?[0-9]{2})?")
 _OS_VERSION = re.compile(r"(?:[A-Za-z]+ ){0,4}([0-9]+(?:\.[0-9]+)*)(?: \([\w ]{1,30}\))*")
 _KILL_CODE = re.compile(r"(?:\bcode[: ] ?|^[A-Z]{1,40} )(?:0x([0-9a-f]{1,16})|([0-9]{1,19}))\b", re.I)
-_UNCAUGHT = re.compile(r"uncaught exception '([^'\n]{1,200})', reason: '")
+_UNCAUGHT = re.compile(r"uncaught exception '([^'\n]{1,200})', reason: '(.*?)(?:'(?: \*\*\*|\n)|'?\Z)", re.S)
 _FATAL = re.compile("Fatal error|Precondition failed|Assertion failed|BUG IN ")
 _THREAD_STARTS = ("dyld", "libdyld.dylib", "libsystem_pthread.dylib")
 
@@ -1029,7 +986,7 @@ def parse_diagnostics(body: bytes, now: int, device: str = "") -> list[Crash | E
     try:
         text = body.decode()
         text = _storable(_PRIVATE.sub(lambda match: f"/{match[1]}USER" if match[1] else "/UUID", text))
-        reports = list(islice(_apple_reports(text[1:] if text.startswith("\ufeff") else text), MAX_BATCH + 1))
+        reports = list(islice(_apple_reports(text.removeprefix("\ufeff")), MAX_BATCH + 1))
         if len(reports) > MAX_BATCH:
             raise Refusal(f"too many diagnostics: at most {MAX_BATCH}")
         device = device.replace("\x00", "\ufffd")  # which a header may have, but no database takes
@@ -1041,44 +998,29 @@ def parse_diagnostics(body: bytes, now: int, device: str = "") -> list[Crash | E
         raise Refusal(UNKNOWN_FORMAT, detail="it is nested too deep") from None
 
 
-AppleReport = tuple[Callable[[JsonObject], Union[Crash, Event]], JsonObject]  # how it is parsed, and it
+AppleReport = tuple[Callable[[JsonObject], Union[Crash, Event]], JsonObject]  # how it is parsed, and what
 
 
 def _apple_reports(text: str) -> Iterable[AppleReport]:
     try:
-        objects, problem = [_decode_whole(text)], ""
+        objects, problem = [_decode_nested(text)], ""
     except ValueError as error:
         objects, problem = _objects_on_lines(text), str(error)[:100]
     if not all(type(each) is dict for each in objects):
         raise Refusal(UNKNOWN_FORMAT, detail=f"the body is {_kind(objects[0])}, not an object")
-    bug_types = [str(each["bug_type"]) for each in objects if type(each.get("bug_type")) in (str, int)]
-    bug_types = list(filter(re.compile("[0-9]{1,9}").fullmatch, bug_types))
-    if bug_types and BUG_TYPES.get(bug_types[0]) != "a crash":
-        raise Refusal(f"unsupported bug_type {bug_types[0]}",
-                      detail=f"{BUG_TYPES.get(bug_types[0], 'it')} is no crash of the app")
-    names_of_a_body = {"threads", "exception"} if bug_types else {"usedImages", "termination"}  # others have threads
-    for each in objects:
-        if each.keys() & names_of_a_body:
-            return [(parse_crash, _ips_crash(objects[0], each))]
-    if problem and re.search("^Exception Type:", text, re.M):
-        return [(parse_crash, _ips_crash(objects[0] if objects else {}, _crash_as_ips(text)))]
-    if problem or bug_types:
-        raise Refusal(UNKNOWN_FORMAT, detail="an .ips file whose body cannot be read" if bug_types else problem)
+    bug_types = filter(re.compile("[0-9]{1,9}").fullmatch, (str(each.get("bug_type")) for each in objects))
+    if (bug_type := next(bug_types, "")) and BUG_TYPES.get(bug_type) != "a crash":
+        what = BUG_TYPES.get(bug_type, "it")
+        raise Refusal(f"unsupported bug_type {bug_type}", detail=f"{what} is no crash of the app")
+    names_of_a_body = {"threads", "exception"} if bug_type else {"usedImages", "termination"}  # others have threads
+    body = next((each for each in objects if each.keys() & names_of_a_body), None)
+    if body is None and problem and re.search("^Exception Type:", text, re.M):
+        body = _crash_as_ips(text)
+    if body is not None:
+        return [(parse_crash, _ips_crash(objects[0] if objects else {}, body))]
+    if problem or bug_type:
+        raise Refusal(UNKNOWN_FORMAT, detail="an .ips file whose body cannot be read" if bug_type else problem)
     return _metrickit_reports(objects[0])
-
-
-# Reading JSON. Each level of `subFrames` is two of JSON, and a real call stack has hundreds.
-
-def _decode_whole(text: str) -> Any:
-    """The JSON value that a text is. Raises ValueError."""
-    begin = len(text) - len(text.lstrip(" \t\n\r"))
-    try:
-        value, end = _DECODER.raw_decode(text, begin)  # ten times as fast
-    except RecursionError:
-        value, end = _decode_deep(text, begin)
-    if rest := text[end:].lstrip(" \t\n\r"):
-        raise json.JSONDecodeError("Extra data", text, len(text) - len(rest))
-    return value
 
 
 def _objects_on_lines(text: str) -> list[JsonObject]:
@@ -1086,7 +1028,7 @@ def _objects_on_lines(text: str) -> list[JsonObject]:
     whole text, so there are few, and only fast ones."""
     found, at = [], 0
     for _ in range(4):
-        if match := _OBJECT_LINE.search(text, at):
+        if match := re.compile(r"^\{", re.M).search(text, at):
             at = match.end()
             with suppress(ValueError, RecursionError):
                 value, at = _DECODER.raw_decode(text, match.start())
@@ -1094,57 +1036,47 @@ def _objects_on_lines(text: str) -> list[JsonObject]:
     return found
 
 
-_JSON_VALUE = re.compile(
-    r'[ \t\n\r]*([\[{"]|true|false|null|-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?|NaN|-?Infinity)')
-_JSON_END = re.compile(r"[ \t\n\r]*[\]}]")
-_JSON_NEXT = re.compile(r"[ \t\n\r]*([,\]}])")
-_JSON_NAME = re.compile(r'[ \t\n\r]*"')
-_JSON_COLON = re.compile(r"[ \t\n\r]*:")
-_JSON_WORDS = {"true": True, "false": False, "null": None}
+# A string that does not end is taken whole, too: to look for its end at each quote in it would take hours.
+_NESTING = re.compile(r'"subFrames"\s*:\s*\[|"[^"\\]*(?:\\.[^"\\]*)*"?|[][]|NaN', re.S)
 
 
-def _decode_deep(text: str, at: int) -> tuple[Any, int]:
-    """The JSON value at a place, and where it ends, without recursion. `subFrames` and the frames in them may nest
-    without end, all else by MAX_DEPTH levels. Raises ValueError."""
-    def expect(pattern: re.Pattern[str], what: str) -> Any:
-        nonlocal at
-        if not (match := pattern.match(text, at)):
-            raise json.JSONDecodeError(f"Expecting {what}", text, at)
-        at = match.end()
-        return match
-
-    inside: Any = []  # the innermost container that is open
-    outer: list[tuple[Any, Any, int]] = []  # those around it, their open member, their depth
-    name, depth = None, 0
-    while True:
-        if type(inside) is dict:
-            expect(_JSON_NAME, "property name enclosed in double quotes")
-            name, at = scanstring(text, at)
-            expect(_JSON_COLON, "':' delimiter")
-        token, *parts = expect(_JSON_VALUE, "value").groups()
-        if token == '"':
-            value, at = scanstring(text, at)
-        else:
-            value = ({} if token == "{" else [] if token == "[" else _JSON_WORDS[token] if token in _JSON_WORDS
-                     else _finite(token) if any(parts) or token[-1] in "Ny" else int(token))
-        if type(inside) is dict:
-            inside[name] = value
-        else:
-            inside.append(value)
-        if token in ("{", "["):
-            outer.append((inside, name, depth))
-            is_frames = name == "subFrames" and type(inside) is not type(value)
-            inside, name, depth = value, name if is_frames else None, depth if is_frames else depth + 1
-            if depth > MAX_DEPTH:
+def _decode_nested(text: str) -> Any:
+    """The JSON value that a text is, with `subFrames` nested as deep as they are: two levels for each frame of a call
+    stack. Where Python reads no deeper, each list of them is decoded on its own, and stands as NaN, which JSON does not
+    have, in the text around it. Raises ValueError or RecursionError."""
+    with suppress(RecursionError):
+        return _DECODER.decode(text)
+    texts: list[list[str]] = [[]]  # of the whole, and of each list of frames that is open
+    lists: list[list[Any]] = [[]]  # of frames, in each of these
+    are_frames, at = list[bool](), 0  # of each open list; how much of `text` is in `texts`
+    for token in _NESTING.finditer(text):
+        if token[0] == "NaN":
+            raise ValueError("a number is out of range")
+        if token[0][-1] == "[":
+            are_frames.append(token[0] != "[")
+            if len(are_frames) - len(texts) > MAX_DEPTH:
                 raise ValueError("it is nested too deep")
-            if not _JSON_END.match(text, at):
-                continue
-        while outer and (end := expect(_JSON_NEXT, "',' delimiter")[1]) != ",":
-            if end != ("}" if type(inside) is dict else "]"):
-                raise json.JSONDecodeError("Expecting ',' delimiter", text, at - 1)
-            inside, name, depth = outer.pop()
-        if not outer:
-            return inside[0], at
+            if are_frames[-1]:
+                texts[-1].append(text[at:token.end() - 1] + "NaN")
+                texts.append([])
+                lists.append([])
+                at = token.end() - 1
+        elif token[0] == "]" and are_frames and are_frames.pop():
+            decoded = _decode_around(lists.pop(), "".join([*texts.pop(), text[at:token.end()]]))
+            lists[-1].append(decoded)
+            at = token.end()
+    return _decode_around(lists[-1], "".join([*texts[-1], text[at:]]))
+
+
+def _decode_around(lists: list[Any], text: str) -> Any:
+    """The JSON value that a text is, whose NaN are these lists, one after the other."""
+    left = iter(lists)
+    decoder = json.JSONDecoder(
+        parse_float=_finite, parse_constant=lambda word: next(left) if word == "NaN" else _finite(word))
+    try:
+        return decoder.decode(text)
+    except json.JSONDecodeError as error:  # its place is not that in the body
+        raise ValueError(f"{error.msg} in a deep call stack") from None
 
 
 # Members of a kind, whatever was sent.
@@ -1192,34 +1124,12 @@ def _exception_type(name: str, kill_code: str, mach: str, signal: str) -> str:
 
 
 def _kill_code(*values: Any) -> str:
-    """Why the system ended the app, as 0x8badf00d, of a code or of texts that may name one. Lower numbers are those of
-    signals, higher ones differ from crash to crash."""
+    """Why the system ended the app, such as 0x8badf00d, from a code or from texts that may name one. Lower numbers are
+    signals; higher ones differ from crash to crash."""
     numbers = [value for value in values if type(value) is int]
     numbers += [int(digits or decimal, 16 if digits else 10) for value in values if type(value) is str
                 for digits, decimal in _KILL_CODE.findall(value)]
     return next((f"{number:#x}" for number in numbers if 0xFFFF < number <= 0xFFFFFFFF), "")
-
-
-class _Image(NamedTuple):
-    """What a frame says of its binary."""
-
-    binary: str = ""
-    uuid: str = ""
-    is_own: bool | None = None  # None: nothing tells
-
-
-def _apple_frame(number: int, image: _Image, offset: int | None, given: JsonObject) -> JsonObject:
-    """A frame of ours, of a frame of an .ips file."""
-    file, line = _member(given, "sourceFile", str).rpartition("/")[2], _whole(given, "sourceLine")
-    if file == "<compiler-generated>":
-        file, line = "", None
-    symbol = _member(given, "symbol", str)
-    frame = {"frame": number, "symbol": "" if symbol == "<redacted>" else symbol, "file": file, "line": line or "",
-             "binary": image.binary, "uuid": image.uuid, "offset": "" if offset is None else offset}
-    flags = {"inlined": given.get("inline") is True, "in_app": image.is_own,
-             "symbolicated": bool(image.is_own and frame["symbol"] and not file)}  # what a device names may be wrong
-    return {**{name: value for name, value in frame.items() if value != ""},
-            **{name: value for name, value in flags.items() if value or name == "in_app" and value is False}}
 
 
 def _numbered(frames: list[Any]) -> list[tuple[int, Any]]:
@@ -1227,6 +1137,19 @@ def _numbered(frames: list[Any]) -> list[tuple[int, Any]]:
     numbered = list(enumerate(frames))
     return numbered if len(frames) <= FIRST_FRAMES + LAST_FRAMES else (
         numbered[:FIRST_FRAMES] + numbered[-LAST_FRAMES - 1:])
+
+
+def _apple_frame(number: int, binary: str, uuid: str, offset: int | None, is_own: bool | None,
+                 given: JsonObject) -> JsonObject:
+    """A frame of ours. `given` is that of an .ips file, which may have more to say."""
+    file, line = _member(given, "sourceFile", str).rpartition("/")[2], _whole(given, "sourceLine")
+    if file == "<compiler-generated>":
+        file, line = "", None
+    symbol = _member(given, "symbol", str).replace("<redacted>", "")
+    frame = {"frame": number, "symbol": symbol, "file": file, "line": line or None, "binary": binary[:MAX_TEXT],
+             "uuid": uuid, "offset": offset, "inlined": given.get("inline") is True or None, "in_app": is_own,
+             "symbolicated": bool(is_own and symbol and not file) or None}  # what a device names may be wrong
+    return {name: value for name, value in frame.items() if value is not None and value != ""}
 
 
 # MetricKit.
@@ -1250,7 +1173,7 @@ def _metrickit_reports(payload: JsonObject) -> Iterator[AppleReport]:
 
 
 def _metrickit_report(kind: str, item: JsonObject, environment: JsonObject) -> AppleReport | None:
-    """A crash, or an event of what kills nobody; None of an unknown kind without a call stack. What has no column is
+    """A crash, or an event for what kills nobody; None for an unknown kind without a call stack. What has no column is
     kept under Apple's names."""
     meta = {**environment, **item, **_member(item, "diagnosticMetaData", dict)}
     for name in ("callStackTree", "diagnosticMetaData", "version"):
@@ -1261,35 +1184,29 @@ def _metrickit_report(kind: str, item: JsonObject, environment: JsonObject) -> A
     is_crash = kind in ("crashDiagnostic", "memoryExceptionDiagnostic")
     trace = _metrickit_trace(_member(item, "callStackTree", dict), is_crash)
     if is_crash:
-        if (type_and_reason := _metrickit_exception(meta))["exception_type"] == "Unknown" and kind[0] == "m":
-            type_and_reason["exception_type"] = "Memory exception"
-        unknown = {name: value for name, value in meta.items() if name not in _CRASH_FIELDS}
-        return parse_crash, {**unknown, **given, **type_and_reason, "stack_trace": trace}
-    if trace or kind in EVENT_NAMES:
-        return parse_event, _metrickit_event(kind, meta, given, trace)
-    return None
-
-
-def _metrickit_event(kind: str, meta: JsonObject, given: JsonObject, trace: list[JsonObject]) -> JsonObject:
+        return parse_crash, {**meta, **given, **_metrickit_exception(kind, meta), "stack_trace": trace}
+    if not trace and kind not in EVENT_NAMES:
+        return None
     duration = next((name for name in DURATIONS if meta.get(name)), "")
     known = {"duration": meta.pop(duration, None), "build_number": given.pop("build_number"), "stack_trace": trace}
     words = re.sub("(?<=[a-z0-9])([A-Z])", r" \1", kind[:-len("Diagnostic")][:MAX_TEXT])  # gpuHang: "Gpu hang"
-    return {**given, "type": "error", "name": EVENT_NAMES.get(kind, words.capitalize()), "properties": {
+    return parse_event, {**given, "type": "error", "name": EVENT_NAMES.get(kind, words.capitalize()), "properties": {
         **meta, **{name: value for name, value in known.items() if value not in (None, "", [])}}}
 
 
-def _metrickit_exception(meta: JsonObject) -> JsonObject:
-    thrown = _member(meta, "objectiveCexceptionReason", dict)
-    ended = _member(meta, "terminationReason", str)
+def _metrickit_exception(kind: str, meta: JsonObject) -> JsonObject:
+    thrown, ended = _member(meta, "objectiveCexceptionReason", dict), _member(meta, "terminationReason", str)
     names = [number if type(number) is str else numbers.get(number, "") if type(number) is int else ""
              for number, numbers in ((meta.get("exceptionType"), MACH_EXCEPTIONS), (meta.get("signal"), SIGNALS))]
     name = _member(thrown, "exceptionName", str) or _member(thrown, "className", str)
-    return {"exception_type": _exception_type(name, _kill_code(ended), *names),
-            "exception_reason": _member(thrown, "composedMessage", str) or ended}
+    exception_type = _exception_type(name, _kill_code(ended), *names)
+    if exception_type == "Unknown" and kind == "memoryExceptionDiagnostic":
+        exception_type = "Memory exception"
+    return {"exception_type": exception_type, "exception_reason": _member(thrown, "composedMessage", str) or ended}
 
 
 def _metrickit_trace(tree: JsonObject, is_crash: bool) -> list[JsonObject]:
-    """The frames of the thread that it is about, flat, the innermost first. Of a tree of samples, the path that most
+    """The frames of the thread in question, flat, the innermost first. Of a tree of samples, it is the path that most
     of them took, which may begin where the thread did."""
     stacks = _objects(tree, "callStacks") or _objects(tree, "callStackThreads")
     stack = next((each for each in stacks if each.get("threadAttributed") is True), stacks[0] if stacks else {})
@@ -1297,49 +1214,46 @@ def _metrickit_trace(tree: JsonObject, is_crash: bool) -> list[JsonObject]:
     while frames:
         path.append(max(frames, key=lambda frame: _whole(frame, "sampleCount") or 0))
         frames = _objects(path[-1], "subFrames")
-    names = {uuid: _member(each, "name", str) for each in _objects(tree, "binaryInfo")
-             if (uuid := image_uuid(each.get("uuid")))}
-    images = [_metrickit_image(frame, names) for frame in path]
-    from_start = [image.binary in _THREAD_STARTS for image, _ in images]
+    names = {image_uuid(each.get("uuid")): _member(each, "name", str) for each in _objects(tree, "binaryInfo")}
+    from_start = [_binary(frame, names) in _THREAD_STARTS for frame in path]
     if not is_crash and from_start[:1] == [True] and not from_start[-1]:
-        images.reverse()
-    return [_apple_frame(number, image, offset, {}) for number, (image, offset) in _numbered(images)]
+        path.reverse()
+    return [_metrickit_frame(number, frame, _binary(frame, names)) for number, frame in _numbered(path)]
 
 
-def _metrickit_image(frame: JsonObject, names: Mapping[str, str]) -> tuple[_Image, int | None]:
-    """A frame's binary and its offset there. There are no paths: what was loaded below the system's libraries is the
-    app's own. iOS 14 and 15 and macOS 12 say where the binary was loaded in place of the offset."""
-    uuid, address = image_uuid(frame.get("binaryUUID")), _whole(frame, "address")
-    binary = _member(frame, "binaryName", str) or names.get(uuid, "")
-    given = _whole(frame, "offsetIntoBinaryTextSegment")
-    loaded_at: int | None
-    if given is not None and given >= 1 << 32:
-        loaded_at, offset = given, None if address is None or address < given else address - given
-    else:
-        loaded_at, offset = None if address is None else address - (given or 0), given
-    is_own = None if loaded_at is None else (
-        0 <= loaded_at < SYSTEM_BASE and not _NEVER_OWN.fullmatch(binary))
-    return _Image(binary[:MAX_TEXT], uuid, is_own), offset
+def _binary(frame: JsonObject, names: Mapping[str, str]) -> str:
+    return _member(frame, "binaryName", str) or names.get(image_uuid(frame.get("binaryUUID")) or "none", "")
+
+
+def _metrickit_frame(number: int, given: JsonObject, binary: str) -> JsonObject:
+    """MetricKit gives no paths: what was loaded below the system's libraries is the app's own. iOS 14 and 15 and macOS
+    12 say where the binary was loaded in place of the offset."""
+    offset, address = _whole(given, "offsetIntoBinaryTextSegment"), _whole(given, "address")
+    base = None if address is None or address < (offset or 0) else address - (offset or 0)
+    if offset is not None and offset >= 1 << 32:
+        base, offset = offset, base
+    is_own = is_own_code("", "", base, binary)
+    return _apple_frame(number, binary, image_uuid(given.get("binaryUUID")), offset, is_own, {})
 
 
 # .ips and .crash files.
 
 def _ips_crash(header: JsonObject, body: JsonObject) -> JsonObject:
-    """The crash in an .ips file. Of its fields only those are taken over that are named here."""
+    """The crash in an .ips file. Only the fields that are named here are taken over."""
     exception, ended, bundle = (_member(body, name, dict) for name in ("exception", "termination", "bundleInfo"))
     notes = [note for notes in _member(body, "asi", dict).values() if type(notes) is list
              for note in notes if type(note) is str]
     why_ended = [text for name in ("reasons", "details") for text in _member(ended, name, list) if type(text) is str]
     thrown = next(filter(None, map(_UNCAUGHT.search, notes)), None)
-    reasons = [thrown and re.split(r"'(?: \*\*\*|\n|\Z)", thrown.string[thrown.end():], maxsplit=1)[0],
-               next(filter(_FATAL.search, notes), ""), _member(exception, "subtype", str), " ".join(why_ended),
-               _member(ended, "indicator", str), *notes[:1]]
-    kept = {"process": body.get("procName") or header.get("app_name"), "platformArchitecture": body.get("cpuType"),
-            "bundleIdentifier": bundle.get("CFBundleIdentifier") or header.get("bundleID"),
-            "exceptionCodes": exception.get("codes"), "exceptionSubtype": exception.get("subtype")}
+    reasons = [thrown and thrown[2], next(filter(_FATAL.search, notes), ""), _member(exception, "subtype", str),
+               " ".join(why_ended), _member(ended, "indicator", str), *notes[:1]]
     termination = _plain_members({name: ended.get(name) for name in ("namespace", "code", "indicator")})
     return {
-        **_plain_members(kept), **({"termination": termination} if termination else {}),
+        **_plain_members({
+            "process": body.get("procName") or header.get("app_name"), "platformArchitecture": body.get("cpuType"),
+            "bundleIdentifier": bundle.get("CFBundleIdentifier") or header.get("bundleID"),
+            "exceptionCodes": exception.get("codes"), "exceptionSubtype": exception.get("subtype")}),
+        **({"termination": termination} if termination else {}),
         "exception_type": _exception_type(
             thrown[1] if thrown else "", _kill_code(ended.get("code"), *why_ended), _member(exception, "type", str),
             _member(exception, "signal", str)),
@@ -1353,27 +1267,25 @@ def _ips_crash(header: JsonObject, body: JsonObject) -> JsonObject:
 
 def _ips_trace(body: JsonObject) -> list[JsonObject]:
     """The frames of the exception, else of the thread that crashed."""
-    threads, faulting = _member(body, "threads", list), _whole(body, "faultingThread")
-    thread = threads[faulting] if faulting is not None and faulting < len(threads) else None
-    if type(thread) is not dict:
-        thread = next((each for each in _objects(body, "threads") if each.get("triggered") is True), {})
+    thread = _object_at(body, "threads", _whole(body, "faultingThread")) or next(
+        (each for each in _objects(body, "threads") if each.get("triggered") is True), {})
+    frames = _objects(body, "lastExceptionBacktrace") or _objects(thread, "frames")
     main_path = _member(body, "procPath", str)[:MAX_PATH]
-    images = [_ips_image(image, main_path) if type(image) is dict else _Image()
-              for image in _member(body, "usedImages", list)]
-    trace = []
-    for number, given in _numbered(_objects(body, "lastExceptionBacktrace") or _objects(thread, "frames")):
-        index = _whole(given, "imageIndex")
-        image = images[index] if index is not None and index < len(images) else _Image()
-        offset = _whole(given, "imageOffset") if image.binary or image.uuid else None  # else it is an address
-        trace.append(_apple_frame(number, image, offset, given))
-    return trace
+    return [_ips_frame(number, given, _object_at(body, "usedImages", _whole(given, "imageIndex")), main_path)
+            for number, given in _numbered(frames)]
 
 
-def _ips_image(given: JsonObject, main_path: str) -> _Image:
-    path, uuid = _member(given, "path", str)[:MAX_PATH], image_uuid(given.get("uuid"))
-    binary = (_member(given, "name", str) or path.rpartition("/")[2])[:MAX_TEXT]
-    is_own = bool(path == main_path or _OWN_PATH.match(path)) and not _NEVER_OWN.fullmatch(binary) if path else None
-    return _Image("" if binary == "???" else binary, uuid, is_own)
+def _object_at(given: JsonObject, name: str, index: int | None) -> JsonObject:
+    items = _member(given, name, list)
+    return items[index] if index is not None and index < len(items) and type(items[index]) is dict else {}
+
+
+def _ips_frame(number: int, given: JsonObject, image: JsonObject, main_path: str) -> JsonObject:
+    path, uuid = _member(image, "path", str)[:MAX_PATH], image_uuid(image.get("uuid"))
+    binary = (_member(image, "name", str) or path.rpartition("/")[2]).replace("???", "")
+    offset = _whole(given, "imageOffset") if binary or uuid else None  # else it is an address
+    is_own = True if path and path == main_path else is_own_code("", path, None, binary)
+    return _apple_frame(number, binary, uuid, offset, is_own, given)
 
 
 _CRASH_HEAD = re.compile(r"^([A-Z][\w /]{1,40}):(.*)", re.M)
@@ -1388,25 +1300,24 @@ _CRASH_IMAGE = re.compile(
 
 
 def _crash_as_ips(text: str) -> JsonObject:
-    """What an .ips file would have, of the text of a .crash file."""
+    """The text of a .crash file as the body of an .ips file."""
     text = text.replace("\x00", "\ufffd").replace("\r\n", "\n")
-    head = {name: value.strip() for name, value in reversed(_CRASH_HEAD.findall(text))}  # the first of a name
-    kind, ended = (pattern.match(head.get(name, "")) for pattern, name in (
-        (_CRASH_TYPE, "Exception Type"), (_CRASH_END, "Termination Reason")))
-    version, _, build = head.get("Version", "").replace("???", "").partition("(")
+    head = defaultdict(str, {name: value.strip() for name, value in reversed(_CRASH_HEAD.findall(text))})  # the first
+    kind, ended = _CRASH_TYPE.match(head["Exception Type"]), _CRASH_END.match(head["Termination Reason"])
+    version, _, build = head["Version"].replace("???", "").partition("(")
     explained = re.search("^<RBSTerminateContext.*", text, re.M)
     return {
-        "exception": {"type": kind and kind[1], "signal": kind and kind[2], "codes": head.get("Exception Codes"),
-                      "subtype": head.get("Exception Subtype")},
-        "termination": {"details": [head.get("Termination Description") or (explained and explained[0])], **({
+        "exception": {"type": kind and kind[1], "signal": kind and kind[2], "codes": head["Exception Codes"],
+                      "subtype": head["Exception Subtype"]},
+        "termination": {"details": [head["Termination Description"] or (explained and explained[0])], **({
             "namespace": ended[1], "code": int(ended[2], 16) if ended[2] else int(ended[3]), "indicator": ended[4]}
             if ended else {})},
         "asi": {"": [_section(text, re.search("^Application Specific Information:.*\n", text, re.M))]},
         "bundleInfo": {"CFBundleShortVersionString": version.strip(), "CFBundleVersion": build.rstrip(") "),
-                       "CFBundleIdentifier": head.get("Identifier")},
-        "procName": head.get("Process", "").partition(" [")[0], "procPath": head.get("Path"),
-        "cpuType": head.get("Code Type", "").partition(" (")[0], "osVersion": {"train": head.get("OS Version")},
-        "modelCode": head.get("Hardware Model"), "captureTime": head.get("Date/Time"), **_crash_stack(text)}
+                       "CFBundleIdentifier": head["Identifier"]},
+        "procName": head["Process"].partition(" [")[0], "procPath": head["Path"],
+        "cpuType": head["Code Type"].partition(" (")[0], "osVersion": {"train": head["OS Version"]},
+        "modelCode": head["Hardware Model"], "captureTime": head["Date/Time"], **_crash_stack(text)}
 
 
 def _section(text: str, title: re.Match[str] | None) -> str:
@@ -1415,29 +1326,26 @@ def _section(text: str, title: re.Match[str] | None) -> str:
 
 
 def _crash_stack(text: str) -> JsonObject:
-    """Frames and images as an .ips file has them. What a frame's image is, its address says."""
+    """Frames and images as an .ips file has them. A frame's address tells its image."""
     found = {int(start, 16): (int(end, 16), {"path": path.strip(), "uuid": uuid})
              for start, end, uuid, path in _CRASH_IMAGE.findall(text)}
     found.pop(0, None)  # no image, though every address lies in it
+    section = _section(text, _CRASH_THREAD.search(text))
+    lines = _CRASH_FRAME.findall(section)
+    if section[:1] == "(":  # an exception without symbols has its addresses in one line
+        lines = [("", digits, "") for digits in re.findall(r"0x([0-9a-f]{1,16})\b", section)]
     starts, frames, images = sorted(found), list[JsonObject](), list[JsonObject]()
-    for binary, address, place in _crash_frames(_section(text, _CRASH_THREAD.search(text))):
-        start = starts[bisect_left(starts, address + 1) - 1] if starts else 0
+    for binary, digits, place in lines[:2000]:  # Apple's tools write 512
+        address, match = int(digits, 16), _CRASH_PLACE.fullmatch(place.strip())
+        start = starts[bisect_right(starts, address) - 1] if starts else 0
         end, image = found.get(start, (0, {}))
-        is_known, match = start <= address <= end, _CRASH_PLACE.fullmatch(place)
-        images.append({**(image if is_known else {}), "name": binary})
+        is_known = start <= address <= end
+        images.append({**(image if is_known else {}), "name": binary.strip()})
         symbol, file, line = match.groups() if match else (None, None, None)
         frames.append({"imageIndex": len(frames), "imageOffset": address - start if is_known else None,
                        "symbol": symbol, "sourceFile": file, "sourceLine": int(line) if line else None,
                        "inline": "[inlined]" in place})
     return {"usedImages": images, "lastExceptionBacktrace": frames}
-
-
-def _crash_frames(section: str) -> Iterator[tuple[str, int, str]]:
-    """Of each frame the binary, the address, and what else its line says. An exception without symbols has its
-    addresses in one line. Apple's tools write 512 frames of a thread."""
-    for binary, digits, place in islice(_CRASH_FRAME.findall(section), 2000) if section[:1] != "(" else (
-            ("", digits, "") for digits in re.findall(r"0x([0-9a-f]{1,16})\b", section)[:2000]):
-        yield binary.strip(), int(digits, 16), place.strip()
 
 
 # == Signature =================================================================
@@ -1530,7 +1438,7 @@ create table regroupings (                 -- groups whose crashes may have to m
 GROUPED_LOOKUPS = 20  # instructions that are looked up for the group of a crash: three names tell it
 SHOWN_LOOKUPS = 1000  # and for an answer; a look-up takes 0.3 ms
 CACHED_PAGES = 64  # of a transaction
-INLINE_DEPTH = 100  # functions of one instruction: where it is, and those that this is inlined in
+INLINE_DEPTH = 100  # functions at one instruction: its own, and those that it is inlined in
 MAX_PARTS = 4000  # requests that bring the symbols of a build
 MAX_PAGE_ROWS = 2000  # all of which a look-up reads
 MAX_OFFSET = 1 << 40  # of an instruction, in bytes
@@ -1545,69 +1453,59 @@ class SymbolPart(NamedTuple):
     part: int   # from 0 on
     parts: int
     rows: int
+    size: int   # bytes of its pages
     pages: Sequence[tuple[int, bytes]]  # lowest offset, and the page as it is stored
-
-    @property
-    def size(self) -> int:
-        """Bytes of its pages."""
-        return sum(len(page) for _, page in self.pages)
 
 
 def parse_symbols(body: bytes) -> SymbolPart:
     """A part of a build's symbols from a body of PUT /symbols. Checked completely, so that a look-up may trust what is
     stored. Raises Refusal, whose detail says what is wrong where."""
     given = decode_json(body)
-    _refuse_first(_part_rules(given), "")
+    for name in ("binary", "arch"):
+        _require(_is_text(given.get(name), MAX_TEXT) and given[name],
+                 f"{name} is not text of 1 to {MAX_TEXT} characters")
+    _require(_are_within([given.get("parts")], 1, MAX_PARTS), f"parts is not from 1 to {MAX_PARTS}")
+    _require(_are_within([given.get("part")], 0, given["parts"] - 1), "part is not from 0 to parts - 1")
+    _require(type(given.get("pages")) is list and given["pages"], "pages is not a list of at least one page")
     pages, after, total = [], -1, 0
     for number, page in enumerate(given["pages"]):
-        _refuse_first(_page_rules(page, after), f"pages[{number}]: ")
+        _check_page(page, after, f"pages[{number}]: ")
         first, rows = page["first"], page["rows"]
         after = first + sum(rows[::2])
         total += len(rows) // 2
         pages.append((first, encode_page(page["strings"], page["frames"], rows)))
-    return SymbolPart(given["binary"], given["arch"], given["part"], given["parts"], total, pages)
+    size = sum(len(page) for _, page in pages)
+    return SymbolPart(given["binary"], given["arch"], given["part"], given["parts"], total, size, pages)
 
 
-Rules = Iterator[tuple[Any, str]]  # whether each is kept, and what is wrong where it is not
+def _require(is_so: Any, problem: str) -> None:
+    if not is_so:
+        raise Refusal("invalid symbols", detail=problem)
 
 
-def _refuse_first(rules: Rules, place: str) -> None:
-    """Raises Refusal for the first rule that is not kept. Those after it, which rely on it, are not looked at."""
-    for is_kept, problem in rules:
-        if not is_kept:
-            raise Refusal("invalid symbols", detail=place + problem)
-
-
-def _part_rules(given: JsonObject) -> Rules:
-    for name in ("binary", "arch"):
-        yield _is_text(given.get(name), MAX_TEXT) and given[name], f"{name} is not text of 1 to {MAX_TEXT} characters"
-    yield _are_within([given.get("parts")], 1, MAX_PARTS), f"parts is not from 1 to {MAX_PARTS}"
-    yield _are_within([given.get("part")], 0, given["parts"] - 1), "part is not from 0 to parts - 1"
-    yield type(given.get("pages")) is list and given["pages"], "pages is not a list of at least one page"
-
-
-def _page_rules(page: Any, after: int) -> Rules:
-    """What holds for a page whose rows begin behind the offset `after`."""
-    yield type(page) is dict, "it is not an object"
-    yield _are_within([page.get("first")], 0, MAX_OFFSET), f"first is not from 0 to {MAX_OFFSET}"
-    yield page["first"] > after, "first is not behind the page before it"
+def _check_page(page: Any, after: int, place: str) -> None:
+    """Raises Refusal unless it is a page, as `encode_page` takes it, whose rows begin behind the offset `after`."""
+    _require(type(page) is dict, place + "it is not an object")
     for name in ("strings", "frames", "rows"):
-        yield type(page.get(name)) is list, f"{name} is not a list"
+        _require(type(page.get(name)) is list, f"{place}{name} is not a list")
     strings, frames, rows = page["strings"], page["frames"], page["rows"]
-    yield all(_is_text(each, MAX_NAME) for each in strings), f"strings has other than text of {MAX_NAME} characters"
-    yield len(frames) % 4 == 0, "frames is not quadruples of name, file, line and parent"
-    yield _are_within(frames[0::4], 0, len(strings) - 1), "frames has a name that is no index of strings"
-    yield _are_within(frames[1::4], -1, len(strings) - 1), "frames has a file that is no index of strings, nor -1"
-    yield _are_within(frames[2::4], 0, MAX_STEP), f"frames has a line that is not from 0 to {MAX_STEP}"
-    yield _are_within(frames[3::4], -1, len(frames)), "frames has a parent that is no index of frames, nor -1"
-    yield all(map(lt, frames[3::4], range(len(frames)))), "frames has a parent that does not stand before its child"
-    yield _depth_of_chains(frames[3::4]) <= INLINE_DEPTH, f"frames has a chain of more than {INLINE_DEPTH}"
-    yield len(rows) % 2 == 0, "rows is not pairs of delta and frame"
-    yield 1 <= len(rows) // 2 <= MAX_PAGE_ROWS, f"it has not 1 to {MAX_PAGE_ROWS} rows"
-    yield _are_within(rows[:1], 0, 0), "rows has a first delta that is not 0"
-    yield _are_within(rows[2::2], 1, MAX_STEP), f"rows has a later delta that is not from 1 to {MAX_STEP}"
-    yield page["first"] + sum(rows[::2]) <= MAX_OFFSET, f"rows has an offset above {MAX_OFFSET}"
-    yield _are_within(rows[1::2], -1, len(frames) // 4 - 1), "rows has a frame that is no index of frames, nor -1"
+    _require(all(_is_text(each, MAX_NAME) for each in strings),
+             f"{place}strings has other than text of {MAX_NAME} characters")
+    _require(len(frames) % 4 == 0, place + "frames is not quadruples of name, file, line and parent")
+    _require(len(rows) % 2 == 0, place + "rows is not pairs of delta and frame")
+    _require(1 <= len(rows) // 2 <= MAX_PAGE_ROWS, f"{place}it has not 1 to {MAX_PAGE_ROWS} rows")
+    for what, values, low, high in (
+            ("first", [page.get("first")], after + 1, MAX_OFFSET),
+            ("a name in frames", frames[0::4], 0, len(strings) - 1),
+            ("a file in frames", frames[1::4], -1, len(strings) - 1),
+            ("a line in frames", frames[2::4], 0, MAX_STEP),
+            ("a parent in frames", frames[3::4], -1, len(frames) // 4 - 1),
+            ("the first delta in rows", rows[:1], 0, 0),
+            ("a later delta in rows", rows[2::2], 1, MAX_STEP),
+            ("a frame in rows", rows[1::2], -1, len(frames) // 4 - 1)):
+        _require(_are_within(values, low, high), f"{place}{what} is not from {low} to {high}")
+    _require(all(map(lt, frames[3::4], range(len(frames)))), place + "a parent in frames stands behind its child")
+    _require(page["first"] + sum(rows[::2]) <= MAX_OFFSET, f"{place}rows has an offset above {MAX_OFFSET}")
 
 
 def _is_text(value: Any, length: int) -> bool:
@@ -1617,14 +1515,6 @@ def _is_text(value: Any, length: int) -> bool:
 def _are_within(values: Sequence[Any], low: int, high: int) -> bool:
     """Whether all are integers within these. By type first: True is an int."""
     return not values or {*map(type, values)} == {int} and low <= min(values) and max(values) <= high
-
-
-def _depth_of_chains(parents: Sequence[int]) -> int:
-    """Of frames that each stand behind their parent."""
-    depths = [0]  # of -1, and then of each frame
-    for parent in parents:
-        depths.append(depths[parent + 1] + 1)
-    return max(depths)
 
 
 def encode_page(strings: Sequence[str], frames: Sequence[int], rows: Sequence[int]) -> bytes:
@@ -1641,9 +1531,10 @@ class Symbols:
 
     def __init__(self, db: Any):
         self._db = db
+        # Of the connection, not of `self`: a cycle would keep the pages until the collector runs.
+        self._page = lru_cache(maxsize=CACHED_PAGES)(partial(_decoded_page, db))
         self._held: dict[str, bool] = {}
         self._found: dict[tuple[str, int], list[tuple[str, str, int]]] = {}
-        self._pages: dict[tuple[str, int], tuple] = {}  # by UUID and lowest offset
 
     @property
     def lookups(self) -> int:
@@ -1664,30 +1555,25 @@ class Symbols:
     def lookup(self, uuid: str, offset: int) -> list[tuple[str, str, int]]:
         """Name, file and line of an instruction: first the innermost inlined function. "" and 0 are not known."""
         if (uuid, offset) not in self._found:
-            row = self._db.execute("select max(first) from symbol_pages where uuid = ? and first <= ?",
-                                   (uuid, min(offset, MAX_OFFSET))).fetchone() if self.is_held(uuid) else (None,)
-            self._found[uuid, offset] = [] if row[0] is None else _find(*self._page(uuid, row[0]), offset)
+            first, = self._db.execute("select max(first) from symbol_pages where uuid = ? and first <= ?", (
+                uuid, min(offset, MAX_OFFSET))).fetchone() if self.is_held(uuid) else (None,)
+            self._found[uuid, offset] = [] if first is None else self._page(uuid, first).find(offset)
         return self._found[uuid, offset]
-
-    def _page(self, uuid: str, first: int) -> tuple:
-        if (uuid, first) not in self._pages:
-            page, = self._db.execute("select page from symbol_pages where uuid = ? and first = ?",
-                                     (uuid, first)).fetchone()
-            if len(self._pages) >= CACHED_PAGES:
-                self._pages.clear()
-            self._pages[uuid, first] = _decode_page(first, page)
-        return self._pages[uuid, first]
 
     def named(self, frames: Iterable[JsonObject], lookups: int = GROUPED_LOOKUPS) -> Iterator[JsonObject]:
         """The frames with the names, files and lines that the symbols give; an inlined one stands before the one that
         it is in. Where nothing is known, or after so many look-ups, a frame is as it was."""
         most, is_return = self.lookups + lookups, 0
         for frame in frames:
-            read, found = read_frame(frame), []
+            read, found = read_frame(frame), list[tuple[str, str, int]]()
             if read.uuid and read.offset is not None and not read.file and self.is_held(read.uuid):
                 key = read.uuid, max(0, read.offset - is_return)
                 found = self.lookup(*key) if key in self._found or self.lookups < most else []
-            yield from [_named_frame(frame, *each, is_inlined=each is not found[-1]) for each in found] or [frame]
+            if not found:
+                yield frame
+            for left, (symbol, file, line) in enumerate(found, 1 - len(found)):
+                yield {"in_app": True, **frame, "symbol": symbol, "file": file or None, "line": line or None,
+                       "symbolicated": True, **({"inlined": True} if left else {})}
             is_return = is_return or int(frame.get("inlined") is not True)  # all but the innermost are return addresses
 
     def group(self, crash: Crash) -> Crash:
@@ -1698,29 +1584,31 @@ class Symbols:
         return crash._replace(group_hash=group_of(crash.exception_type, map(read_frame, frames)))
 
 
-def _decode_page(first: int, page: bytes) -> tuple[list[int], Sequence[int], Sequence[int], list[str]]:
-    """Where its rows begin, their frames, all frames, and the strings."""
+class _Page(NamedTuple):
+    """What `encode_page` has encoded."""
+
+    begins: Sequence[int]  # offsets of its rows
+    rows: Sequence[int]    # the frame of each
+    frames: Sequence[int]
+    strings: Sequence[str]
+
+    def find(self, offset: int) -> list[tuple[str, str, int]]:
+        """As Symbols.lookup."""
+        frame, found = self.rows[bisect_right(self.begins, offset) - 1], list[tuple[str, str, int]]()
+        while frame >= 0 and len(found) < INLINE_DEPTH:
+            name, file, line, frame = self.frames[4 * frame:4 * frame + 4]
+            found.append((self.strings[name], self.strings[file] if file >= 0 else "", line))
+        return found
+
+
+def _decoded_page(db: Any, uuid: str, first: int) -> _Page:
+    page, = db.execute("select page from symbol_pages where uuid = ? and first = ?", (uuid, first)).fetchone()
     plain = zlib.decompress(page)
     sizes = struct.unpack_from("<2I", plain)
     numbers = struct.unpack_from(f"<{sum(sizes)}i", plain, 8)
     rows = numbers[sizes[0]:]
-    return (list(accumulate(rows[::2], initial=first))[1:], rows[1::2], numbers[:sizes[0]],
-            json.loads(plain[8 + 4 * sum(sizes):]))
-
-
-def _find(begins: Sequence[int], rows: Sequence[int], frames: Sequence[int], strings: Sequence[str],
-          offset: int) -> list[tuple[str, str, int]]:
-    frame, found = rows[bisect_right(begins, offset) - 1], []
-    while frame >= 0 and len(found) < INLINE_DEPTH:
-        name, file, line, frame = frames[4 * frame:4 * frame + 4]
-        found.append((strings[name], strings[file] if file >= 0 else "", line))
-    return found
-
-
-def _named_frame(frame: JsonObject, symbol: str, file: str, line: int, is_inlined: bool) -> JsonObject:
-    named = {"in_app": True, **frame, "symbol": symbol, "file": file or None, "line": line or None,
-             "symbolicated": True}
-    return {**named, "inlined": True} if is_inlined else named
+    return _Page(list(accumulate(rows[::2], initial=first))[1:], rows[1::2], numbers[:sizes[0]],
+                 json.loads(plain[8 + 4 * sum(sizes):]))
 
 
 # == Triage ====================================================================
@@ -5517,7 +5405,7 @@ def _shown_group(found: JsonObject) -> JsonObject:
 
 
 def _dates(days: Iterable[int]) -> list[str]:
-    return [date.fromordinal(_DAY_ZERO + day).isoformat() for day in days]
+    return [iso_time(day * DAY)[:10] for day in days]
 
 
 def _reports(db: Connection, table: str, seqs: Sequence[int], max_text: int = PAGE_TEXT) -> list[JsonObject]:
@@ -6335,7 +6223,7 @@ def _frame(frame: JsonObject) -> tuple[str, str, bool, str]:
     return read.title or "(no symbol)", ", ".join(place), bool(read.is_own), raw
 
 
-_SHOWN_FIELDS = {*_FIELDS_OF, "frame", "in_app", "symbolicated", "inlined"}
+_SHOWN_FIELDS = {*chain.from_iterable(_FRAME_FIELDS.values()), "frame", "in_app", "symbolicated", "inlined"}
 
 
 def build_name(build: JsonObject) -> str:

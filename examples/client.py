@@ -53,6 +53,7 @@ class BackfeedrError(Exception):
     """
 
     retryable, retry_after = True, 0
+    status, message, detail = 0, "", ""  # see ServerError
 
     def __init__(self, text: str):
         super().__init__(" ".join(text.split()))
@@ -166,7 +167,7 @@ class Client:
             try:
                 answer = self._submit("/events/batch", {"events": [event for _, event in part]})
             except BackfeedrError as error:
-                bad = re.fullmatch("(.*) at index ([0-9]{1,2})", getattr(error, "message", ""))
+                bad = re.fullmatch("(.*) at index ([0-9]{1,2})", error.message)
                 if not bad or error.status != 400 or int(bad[2]) >= len(part) or len(refused) == MAX_REFUSED:
                     error.stored, error.refused = merged, refused
                     raise

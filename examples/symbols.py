@@ -45,7 +45,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
-from typing import Any, Callable, NamedTuple, Optional, TextIO
+from typing import Any, Callable, NamedTuple, Optional, Tuple
 from urllib.parse import quote, urlsplit
 from urllib.request import HTTPErrorProcessor, Request, build_opener
 from uuid import UUID
@@ -64,11 +64,11 @@ PART_BYTES = 500_000  # of JSON, if no page is larger; the server takes 1 MiB in
 ATTEMPTS, TIMEOUT = 5, 30  # seconds for each step of an attempt
 FIRST_PAUSE, MAX_RETRY_AFTER = 0.5, 300  # seconds; each pause is twice the one before
 RETRIED = {429, 500, 502, 503, 504}
-ABOUT_ONE_IMAGE = {400, 409, 413, 422}  # refusals after which it is worth while to send the next image
+ABOUT_ONE_IMAGE = {400, 409, 413, 422}  # refusals after which the next image may still be taken
 DEFAULT_PATHS = ("DWARF_DSYM_FOLDER_PATH", "CI_ARCHIVE_PATH")  # variables of Xcode and of Xcode Cloud
 NOTHING = "no debug information"
 UNREADABLE_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
-DEMANGLERS = (  # what a mangled name begins with, and commands that read such from standard input, of which one will do
+DEMANGLERS = (  # how a mangled name begins, and commands that read such names from standard input: the first found runs
     ("Swift", re.compile(r"_?\$[sS]|_T"), ("xcrun swift-demangle --simplified", "swift-demangle --simplified")),
     ("C++", re.compile("_?_Z"), ("llvm-cxxfilt -n", "c++filt -n")))
 MANGLED = re.compile("|".join(pattern.pattern for _, pattern, _ in DEMANGLERS))
@@ -93,14 +93,14 @@ class ServerError(SymbolsError):
 
 
 def printable(text: str) -> str:
-    """Without what a terminal would obey: names come from whoever has a key."""
+    """Without what a terminal would obey: names come from anyone who has a key."""
     return "".join(each if each.isprintable() else "?" for each in text)
 
 
 # == The server ================================================================
 
 class AnyAnswer(HTTPErrorProcessor):
-    """Leaves refusals to the caller, and redirects, which would carry the token away, too."""
+    """Leaves refusals to the caller, and redirects too, which would carry the token away."""
 
     def http_response(self, request: Any, response: Any) -> Any:
         return response
@@ -125,35 +125,29 @@ class Server:
 
     def symbols(self) -> dict[str, Any]:
         """What the server holds and misses: {"symbols": [...], "missing": [...]}."""
-        return self._ask("symbols", "")
+        return self._ask("symbols", Request(self._url, headers=self._headers))
 
     def put(self, uuid: str, part: bytes) -> dict[str, Any]:
         """Stores a part of an image's symbols; the same part twice is stored once."""
-        return self._ask("complete", "/" + uuid, gzip.compress(part, mtime=0))
+        headers = {**self._headers, "Content-Type": "application/json", "Content-Encoding": "gzip"}
+        return self._ask("complete", Request(f"{self._url}/{uuid}", gzip.compress(part), headers, method="PUT"))
 
-    def _ask(self, field: str, path: str, body: bytes | None = None) -> dict[str, Any]:
+    def _ask(self, field: str, request: Request) -> dict[str, Any]:
         """The answer, which has that field. Asks again where that may help."""
-        for failures in range(ATTEMPTS - 1):
+        for failures in range(ATTEMPTS):
             try:
-                return self._attempt(field, path, body)
-            except ServerError as error:
-                if not error.retryable:
-                    raise
-                self._sleep(error.retry_after + random.uniform(0.5, 1) * FIRST_PAUSE * 2 ** failures)
-        return self._attempt(field, path, body)
-
-    def _attempt(self, field: str, path: str, body: bytes | None) -> dict[str, Any]:
-        headers = dict(self._headers)
-        if body is not None:
-            headers.update({"Content-Type": "application/json", "Content-Encoding": "gzip"})
-        request = Request(self._url + path, body, headers, method="GET" if body is None else "PUT")
-        try:
-            with self._opener.open(request, timeout=TIMEOUT) as response:
-                return acknowledged(field, response.status, response.headers, response.read())
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            reason = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
-            raise ServerError(f"no answer from {self.endpoint}: {reason}") from error
+                with self._opener.open(request, timeout=TIMEOUT) as response:
+                    return acknowledged(field, response.status, response.headers, response.read())
+            except (OSError, http.client.HTTPException) as lost:
+                reason = getattr(lost, "reason", lost)
+                reason = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+                error = ServerError(f"no answer from {self.endpoint}: {reason}")
+            except ServerError as refused:
+                error = refused
+            if not error.retryable or failures == ATTEMPTS - 1:
+                break
+            self._sleep(error.retry_after + random.uniform(0.5, 1) * FIRST_PAUSE * 2 ** failures)
+        raise error
 
 
 def acknowledged(field: str, status: int, headers: http.client.HTTPMessage, body: bytes) -> dict[str, Any]:
@@ -306,98 +300,64 @@ class Page:
 
     def __init__(self, first: int):
         self.first = self._at = first
-        self._rows: list[int] = []
-        self._strings: dict[str, int] = {}
+        self.rows: list[int] = []
+        self.strings: dict[str, int] = {}
         self._frames: dict[tuple[int, int, int, int], int] = {}
 
     def add(self, at: int, chain: Chain) -> None:
         """Adds a row that begins at an offset from the image's start."""
         frame = -1  # where there is none
         for name, path, line in reversed(chain):
-            key = (self._string(name), self._string(base_name(path)) if path else -1, line, frame)
+            file = re.split(r"[/\\]", path)[-1] if path else ""
+            key = (self._string(name), self._string(file) if file else -1, line, frame)
             frame = self._frames.setdefault(key, len(self._frames))
-        self._rows += (at - self._at, frame)
+        self.rows += (at - self._at, frame)
         self._at = at
 
     def _string(self, text: str) -> int:
-        return self._strings.setdefault(text, len(self._strings))
+        return self.strings.setdefault(text, len(self.strings))
 
     def is_full(self) -> bool:
-        return (len(self._rows) >= 2 * PAGE_ROWS or len(self._strings) >= PAGE_STRINGS
+        return (len(self.rows) >= 2 * PAGE_ROWS or len(self.strings) >= PAGE_STRINGS
                 or len(self._frames) >= PAGE_FRAMES)
 
-    def document(self) -> dict[str, Any]:
-        return {"first": self.first, "strings": list(self._strings),
-                "frames": [each for frame in self._frames for each in frame], "rows": self._rows}
+    def document(self) -> str:
+        """It in JSON, as the server takes it but for the names, which are mangled."""
+        return compact({"first": self.first, "strings": list(self.strings), "rows": self.rows,
+                        "frames": [each for frame in self._frames for each in frame]})
 
 
-def base_name(path: str) -> str:
-    return path.replace("\\", "/").rpartition("/")[2]
-
-
-def pages(chains: Iterable[tuple[int, Chain]]) -> Iterator[dict[str, Any]]:
-    """The pages of an image as the server takes them, but for their names, which are mangled."""
+def pages(chains: Iterable[tuple[int, Chain]]) -> Iterator[Page]:
+    """The pages of an image."""
     page = None
     for at, chain in chains:
         if page and page.is_full():
-            yield page.document()
+            yield page
             page = None
         page = page or Page(at)
         page.add(at, chain)
     if page:
-        yield page.document()
+        yield page
 
 
-class Parts(NamedTuple):
-    """An image's pages, as lists in JSON, each a line of a temporary file."""
-
-    file: TextIO
-    number: int
-    rows: int
-    note: str  # on what could not be done
+def renamed(document: str, plain: dict[str, str]) -> str:
+    """A page in JSON with its names as they are shown, cut to what the server takes."""
+    page = json.loads(document)
+    page["strings"] = [plain.get(text, text).encode()[:MAX_STRING].decode(errors="ignore") for text in page["strings"]]
+    return compact(page)
 
 
-def parts(image: Image, folder: str, progress: Callable[[str], None]) -> Parts:
-    """Reads an image. An image may have more pages than there is memory: they wait in files of the folder, first for
-    the names to be known, which are demangled all at once, then for the number of parts."""
-    names: set[str] = set()
-    rows = 0
-    with open(os.path.join(folder, "pages"), "w+", encoding="utf-8") as waiting:
-        for page in pages(image.chains(progress)):
-            rows += len(page["rows"]) // 2
-            names.update(filter(MANGLED.match, page["strings"]))
-            waiting.write(compact(page) + "\n")
-        waiting.seek(0)
-        progress(f"{image}: demangling {len(names):,} names")
-        plain, note = demangled(names)
-        number, file = 0, open(os.path.join(folder, "parts"), "w+", encoding="utf-8")  # noqa: SIM115 - the caller reads it
-        for part in gathered(renamed(line, plain) for line in waiting):
-            file.write(part)
-            number += 1
-    file.seek(0)
-    return Parts(file, number, rows, note)
-
-
-def renamed(page: str, plain: dict[str, str]) -> str:
-    """A page in JSON with its strings as they are shown, cut to what the server takes."""
-    document = json.loads(page)
-    document["strings"] = [plain.get(text, text).encode()[:MAX_STRING].decode(errors="ignore")
-                           for text in document["strings"]]
-    return compact(document)
-
-
-def gathered(texts: Iterable[str]) -> Iterator[str]:
-    """Lines of JSON lists that have about PART_BYTES each."""
-    part: list[str] = []
-    size = 0
-    for text in texts:
-        if part and size + len(text.encode()) > PART_BYTES:
-            yield f"[{','.join(part)}]\n"
-            part, size = [], 0
-        part.append(text)
-        size += len(text.encode())
-    if part:
-        yield f"[{','.join(part)}]\n"
+def parts(documents: Iterable[str]) -> list[str]:
+    """Lists of pages in JSON that have about PART_BYTES each."""
+    gathered: list[list[str]] = []
+    size = PART_BYTES
+    for document in documents:
+        size += len(document.encode())
+        if size > PART_BYTES:
+            gathered.append([])
+            size = len(document.encode())
+        gathered[-1].append(document)
+    return [f"[{','.join(each)}]" for each in gathered]
 
 
 def compact(document: Any) -> str:
@@ -457,20 +417,27 @@ def send(server: Server, image: Image, terminal: Terminal) -> str:
     """Sends the symbols of an image. Returns what became of it; raises SymbolsError."""
     if "debug" not in image.reader.features:
         return NOTHING
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            found = parts(image, folder, terminal.progress)
-        except SymbolicError as error:
-            raise SymbolsError(f"its debug information cannot be read: {error.message}") from None
-        with found.file:
-            answer = {"complete": True}
-            for number, line in enumerate(found.file):
-                terminal.progress(f"{image}: sending part {number + 1} of {found.number}")
-                head = compact({"binary": image.name, "arch": image.arch, "part": number, "parts": found.number})
-                answer = server.put(image.uuid, f'{head[:-1]},"pages":{line.rstrip()}}}'.encode())
+    documents, names, rows = list[str](), set[str](), 0
+    try:
+        for page in pages(image.chains(terminal.progress)):
+            documents.append(page.document())  # a tenth of the page's memory
+            names.update(filter(MANGLED.match, page.strings))
+            rows += len(page.rows) // 2
+    except SymbolicError as error:
+        raise SymbolsError(f"its debug information cannot be read: {error.message}") from None
+    if not documents:
+        return NOTHING
+    terminal.progress(f"{image}: demangling {len(names):,} names")
+    plain, note = demangled(names)
+    lists = parts(renamed(document, plain) for document in documents)
+    answer: dict[str, Any] = {}
+    for number, each in enumerate(lists):
+        terminal.progress(f"{image}: sending part {number + 1} of {len(lists)}")
+        head = compact({"binary": image.name, "arch": image.arch, "part": number, "parts": len(lists)})
+        answer = server.put(image.uuid, f'{head[:-1]},"pages":{each}}}'.encode())
     if not answer["complete"]:
-        raise SymbolsError(f"the server has {answer.get('received')} of {found.number} parts")
-    return f"{found.rows:,} rows, sent{found.note}" if found.rows else NOTHING
+        raise SymbolsError(f"the server has {answer.get('received')} of {len(lists)} parts")
+    return f"{rows:,} rows, sent{note}"
 
 
 def send_file(server: Server, file: Path, path: Path, held: set[str], terminal: Terminal) -> bool:
