@@ -120,12 +120,6 @@ end $$;
 """
 
 
-def _in_our_words(script: str) -> str:
-    for pattern, ours in _SCHEMA:
-        script = re.sub(pattern, ours, script)
-    return script
-
-
 def _prepare(db: Connection, may_create: bool) -> None:
     """Makes the tables where there are none, and brings an older schema up to date: one host at a time."""
     if db.execute("show server_encoding").fetchone()[0] != "UTF8":
@@ -138,7 +132,7 @@ def _prepare(db: Connection, may_create: bool) -> None:
     if not version and not may_create:
         raise backfeedr.StoreError("there are no tables of backfeedr in the database")
     if version < backfeedr.SCHEMA_VERSION:
-        backfeedr.migrate(db, version, lambda db, script: db.run(_in_our_words(script)))
+        backfeedr.migrate(db, version)
         db.run(("" if version else _FURTHER) + (_SEQS if version < 3 else ""))
         db.execute(backfeedr.SET_STATE, ("schema_version", backfeedr.SCHEMA_VERSION))
     db.execute("commit")
@@ -238,6 +232,12 @@ class Connection(psycopg.Connection):
     def run(self, script: str) -> None:
         """Several statements of PostgreSQL's."""
         super().execute(script)
+
+    def run_script(self, script: str) -> None:
+        """Statements of backfeedr's schema, in PostgreSQL's words."""
+        for pattern, ours in _SCHEMA:
+            script = re.sub(pattern, ours, script)
+        self.run(script)
 
     def execute(self, query: str, parameters: Any = (), **options: Any) -> psycopg.Cursor:
         return super().execute(translated(query), parameters, **options)
