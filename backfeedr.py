@@ -3953,7 +3953,8 @@ class Commit:
         seq = self._db.reserve_seqs(self._now, total) if total else 0
         known = self._earlier({(app_id, mark) for app_id, each in accepted for mark in each.idempotency.marks})
         for each in submissions:
-            each.error = None if each.key_hash in apps else Refusal("invalid API key")
+            if each.key_hash not in apps:
+                each.error = Refusal("invalid API key")
         for app_id, each in accepted:
             marks, request = each.idempotency
             earlier, seqs = next((known[app_id, mark] for mark in marks if (app_id, mark) in known), (None, range(0)))
@@ -4150,6 +4151,7 @@ class Store(Apps):
         is_outage = isinstance(error.__cause__ or error, (self.Outage, StorageUnavailable))
         for each in refused if waiting is None and len(refused) > 1 and not is_outage else ():
             try:
+                each.error = None
                 self._commit(here, Group([each]))
             except Exception:
                 each.error = StorageUnavailable()

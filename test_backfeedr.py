@@ -3644,18 +3644,6 @@ def test_many_threads_share_commits_and_lose_nothing(api):
     assert sorted(seqs) == sorted(seq for seq, in rows) and len(seqs) == 8 * 25 * 4
 
 
-def test_one_refused_request_does_not_hurt_its_neighbours_in_a_commit(api):
-    """Requests that wait together: a good one, a repetition, a reused key and one of an app that is gone."""
-    store, event = api.server.store, parse_event(dict(EVENT))
-    calls = [lambda case=case: store.add(case[0], [event], Idempotency(*case[1:])) for case in (
-        (KEY_HASH, (b"a",), b"1"), (KEY_HASH, (b"a",), b"1"), (KEY_HASH, (b"a",), b"2"), (b"gone",))]
-    kinds = sorted(str(outcome) if isinstance(outcome, Exception) else str(outcome.replayed)
-                   for outcome in run_together(store, calls))
-    reused = "idempotency key reused with a different body"
-    assert kinds in (["False", "True", reused, "invalid API key"], ["False", reused, reused, "invalid API key"])
-    assert count(api.server, "events") == 1
-
-
 @pytest.mark.parametrize("fault", [RuntimeError, KeyboardInterrupt, MemoryError, sqlite3.DatabaseError])
 def test_no_waiter_is_left_hanging_whatever_its_leader_meets(api, monkeypatch, fault):
     def fail(commit):
