@@ -25,10 +25,11 @@ import os
 import re
 import secrets
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence
+from typing import Any, Callable
 
 try:
     import backfeedr
@@ -49,7 +50,6 @@ except ImportError as error:
 
 
 # == Schema ====================================================================
-#
 # backfeedr's own, in PostgreSQL's words. `app_id` leads every primary key of what
 # grows: rows of an app lie together, and those of a day of it, because `seq` is
 # the time of receipt. So it is the key by which an engine that spreads data should
@@ -124,7 +124,7 @@ def _prepare(db: Connection, may_create: bool) -> None:
     """Makes the tables where there are none, and brings an older schema up to date: one host at a time."""
     if db.execute("show server_encoding").fetchone()[0] != "UTF8":
         raise backfeedr.StoreError("the encoding of the database is not UTF8")
-    db.run("begin isolation level read committed; select pg_advisory_xact_lock(%d)" % (backfeedr.APPLICATION_ID + 1))
+    db.run(f"begin isolation level read committed; select pg_advisory_xact_lock({backfeedr.APPLICATION_ID + 1})")
     version = _version(db)
     if version > backfeedr.SCHEMA_VERSION:
         raise backfeedr.StoreError(
@@ -149,7 +149,6 @@ def _version(db: Connection) -> int:
 
 
 # == Connection ================================================================
-#
 # psycopg's, which takes backfeedr's statements. Values are put into a statement
 # here and not in the server, which would want to know the type of each beforehand:
 # of `null is null`, it cannot.
@@ -256,7 +255,7 @@ class Connection(psycopg.Connection):
             select 1 from apps where id in (select app_id from keys where key_hash = any(%s)) order by id for update
             """, (list(key_hashes),))
 
-    def lock_rows(self, query: str, parameters: Any) -> List[Any]:
+    def lock_rows(self, query: str, parameters: Any) -> list[Any]:
         """The rows of a query that no other host holds. Nobody else gets them before this transaction ends."""
         return self.execute(query + " for update skip locked", parameters).fetchall()
 
@@ -293,7 +292,7 @@ class _Pools:
 
     def __init__(self, url: str, size: int, **options: Any):
         self._url, self._size, self._options = url, size, options
-        self._pools: Dict[int, ConnectionPool] = {}
+        self._pools: dict[int, ConnectionPool] = {}
 
     @property
     def here(self) -> ConnectionPool:
@@ -339,7 +338,7 @@ class PostgresStore(backfeedr.Store):
             raise backfeedr.StoreError("BACKFEEDR_MAX_DB_SIZE is of SQLite's file: unset it, and limit the database")
         super().__init__(path, *args, **options)
 
-    def warnings(self) -> List[str]:
+    def warnings(self) -> list[str]:
         """None: of the disk of the database, nothing is known here."""
         return []
 
@@ -378,7 +377,7 @@ class PostgresStore(backfeedr.Store):
     def _unavailable(self, verb: str, error: Exception) -> backfeedr.StorageUnavailable:
         return super()._unavailable(verb, psycopg.Error(_line(error)))
 
-    def vitals(self) -> List[Any]:
+    def vitals(self) -> list[Any]:
         return [figure for figure in super().vitals() if figure[0] != "wal_bytes"]  # which is of the whole cluster
 
     @property
@@ -419,7 +418,7 @@ class PostgresLimiter(backfeedr.RateLimiter):
         return self.limit > 0
 
     def __init__(self, store: PostgresStore, limit: int, window: float = 60.0,
-                 clock: Optional[Callable[[], float]] = None):
+                 clock: Callable[[], float] | None = None):
         self.limit, self.window = limit, window
         self._now = clock or (lambda: None)
         self._store, self._pools = store, _Pools(store.path, LIMITERS)  # type: ignore[arg-type]
@@ -475,7 +474,7 @@ class PostgresBackfeedr(backfeedr.Backfeedr):
 
 # == Command line ==============================================================
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command of backfeedr's on the database of a URL; without one, it serves."""
     parser = argparse.ArgumentParser(description="backfeedr on PostgreSQL.", epilog=(
         "What follows the URL are options and commands of backfeedr.py: see its --help."))
