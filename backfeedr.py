@@ -3569,8 +3569,8 @@ _SUMS_OF_2 = {
 
 
 def migrate(db: Connection, version: int) -> None:
-    """Makes the tables, or brings those of version 1 or 2 up to date, in the current transaction: all reports are
-    counted again. Where some have expired, a sum is at least what it was."""
+    """Makes the tables, or brings those of version 1 or 2 up to date, in the current transaction. All reports are
+    counted again. Where some have expired, a sum is at least what it was. No version between was released."""
     if not version:
         db.run_script(SCHEMA)
         return
@@ -3590,13 +3590,14 @@ def migrate(db: Connection, version: int) -> None:
     for app_id, group_hash in db.execute("select app_id, group_hash from groups").fetchall():
         Groups(db, 0).show_latest(app_id, group_hash)
     if any(get_state(db, "expired_" + table, -1) >= 0 for table in TABLES.values()):
-        for sums in (Sums(table, *spec) for figure in FIGURES for table, spec in figure.SUMS.items()):
-            if sums.table in _SUMS_OF_2:
-                db.execute(f"""
-                    insert into {sums.table} select app_id, {_SUMS_OF_2[sums.table]} where app_id > 0
-                    on conflict ({", ".join(sums.key)}) do update set
-                        {", ".join(f"{each} = max({sums.table}.{each}, excluded.{each})" for each in sums.columns)}""")
-                db.execute(f"delete from {sums.table} where {' + '.join(sums.columns)} = 0")
+        for table, source in _SUMS_OF_2.items():
+            columns = [column[0] for column in db.execute(f"select * from {table} limit 0").description]
+            key, sums = columns[:len(KEYS[table])], columns[len(KEYS[table]):]
+            db.execute(f"""
+                insert into {table} select app_id, {source} where app_id > 0
+                on conflict ({", ".join(key)}) do update set
+                    {", ".join(f"{each} = max({table}.{each}, excluded.{each})" for each in sums)}""")
+            db.execute(f"delete from {table} where {' + '.join(sums)} = 0")
         db.execute("""
             insert into releases select app_id, app_version, first_seen, last_seen from old_releases where app_id > 0
             on conflict (app_id, app_version) do update set first_seen = min(releases.first_seen, excluded.first_seen)
@@ -4068,8 +4069,8 @@ class Store(Apps):
         return super().start(api_key, auth_token)
 
     def vitals(self) -> list[tuple[str, str, str, Iterable[tuple[str, float]]]]:
-        """Figures for monitoring: name, kind, meaning, and samples as Prometheus writes them. They are of this process,
-        but for the sizes and the rows. No table of reports is read."""
+        """Figures for monitoring: name, kind, meaning, and samples as Prometheus writes them. All but sizes and rows
+        are of this process. No table of reports is read."""
         here = self._here
         with self.reading() as db:
             self._check_file()
@@ -4106,8 +4107,8 @@ class Store(Apps):
         return submission.result()
 
     def add_all(self, submissions: Sequence[Submission]) -> None:
-        """Stores several requests in one commit: each then has a receipt or an error. An unexpected error is
-        logged, and is StorageUnavailable to them all."""
+        """Stores several requests in one commit. Each then has a receipt or an error. An unexpected error is logged,
+        and they get StorageUnavailable."""
         if not submissions:
             return
         here, own, done, is_stored = self._here, Group(), threading.Lock(), False
@@ -4135,8 +4136,8 @@ class Store(Apps):
             self._expire_if_due()
 
     def _give_up(self, here: Process, group: Group, waiting: Sequence[Submission] | None, error: BaseException) -> None:
-        """Takes submissions that have waited too long out of their group; or all, where its commit has failed. Then
-        each is tried alone: one report must not cost its neighbours theirs."""
+        """Takes submissions that have waited too long out of their group; or all, if its commit has failed. Then it
+        tries each alone: one bad report must not fail its neighbours."""
         with here.group_lock:
             if here.group is group and (waiting is None or isinstance(error, Exception)):
                 here.group = None
@@ -4272,8 +4273,8 @@ class Store(Apps):
 
     @staticmethod
     def _obstacle(db: Connection, uuid: str, part: SymbolPart) -> str:
-        """The build whose symbols, or what is left of them, have to go first, or "": this one, if it was begun in
-        another way; or the oldest of too many, of which no crash is kept. Raises Refusal where each has crashes."""
+        """The build whose symbols have to go first, or "": this one, if it was begun in another number of parts or is
+        being deleted; or, of too many, the oldest one without crashes. Raises Refusal where all have crashes."""
         if db.execute("select 1 from symbols where uuid = ? and received < parts and (parts <> ? or received = 0)",
                       (uuid, part.parts)).fetchone():
             return uuid
@@ -4358,8 +4359,8 @@ class Store(Apps):
 
     @staticmethod
     def _drop_pages(db: Connection, uuid: str) -> int:
-        """A step of deleting symbols; how many rows. From the first on, none of them is looked up: of a page that is
-        gone, the one before it would answer. The build goes last, so that its deletion can be taken up again."""
+        """A step of deleting symbols; how many rows. None of them is looked up from the first step on: the page before
+        a deleted one would answer for it. The build goes last, so that an interrupted deletion can go on."""
         db.execute("update symbols set received = 0, size = 0, rows = 0 where uuid = ?", (uuid,))
         deleted = db.execute("delete from symbol_parts where uuid = ?", (uuid,)).rowcount
         deleted += db.execute("""
@@ -4369,9 +4370,9 @@ class Store(Apps):
         return deleted or db.execute("delete from symbols where uuid = ?", (uuid,)).rowcount
 
     def _expire_symbols(self, db: Connection) -> int:
-        """A step of deleting the symbols of a build of which no crash is kept, and which a later one of the same binary
-        followed longer ago than the retention, so that few of its hangs are kept; or which never became complete. How
-        many rows."""
+        """A step of deleting the symbols of a build; how many rows. They go if some parts never came; or if no crash of
+        the build is kept, and symbols of a later build of its binary came before the retention began, so that few of
+        its hangs are kept."""
         row = db.execute("""
             select uuid from symbols
             where received < parts and uploaded_at < :given_up or uploaded_at < :expired
@@ -4417,7 +4418,7 @@ class Store(Apps):
 
     def _regroup(self, db: Connection) -> int:
         """A step of moving crashes to the groups that their names give now. Returns how many it looked at, and one more
-        for each group that was the last of; 0: all are where they belong."""
+        for each group that it has finished; 0: all are where they belong."""
         looked, deadline, symbols = 0, time.monotonic() + EXPIRE_SECONDS, Symbols(db)
         while row := db.execute("select * from regroupings order by app_id, group_hash limit 1").fetchone():
             looked += self._regroup_some(db, symbols, deadline, *row)
@@ -4469,8 +4470,8 @@ class Store(Apps):
 
     def _move(self, db: Connection, symbols: Symbols, app_id: int, group: str,
               moved: Sequence[tuple[str, str | None, int]], is_first: bool) -> str:
-        """Gives crashes of a group another group and images. When the group was first seen goes with its first crash,
-        as those before may have expired. Returns the last group that is another."""
+        """Gives crashes of a group another group and images. The group's `first_seen` goes with its first crash,
+        because earlier ones may have expired. Returns the last group that is another."""
         seqs = [(seq,) for *_, seq in moved]
         source = "from (values *) as keys cross join crashes on seq = column1"
         rollups, before = RollUps(db, self.now, symbols), counted_rows(db, Crash, source, seqs)
@@ -4496,12 +4497,12 @@ class Store(Apps):
 
     @property
     def _oldest_seq(self) -> int:
-        """Of the reports that are to be kept."""
+        """The lowest seq of the reports that are to be kept."""
         return first_seq(self.now - self.retention_days * DAY) if self.retention_days else 0
 
     def _expire_if_due(self) -> None:
         """Runs one step after a commit, at most once a second, or after every commit while rows are left to delete. It
-        looks before it locks: the lock is on all apps, and whoever waits for it holds up its own answer."""
+        looks before it locks: the lock is on all apps, and the answer waits for it."""
         now = self.now
         if self._expire_at - SECOND <= now < self._expire_at:  # the lower bound: the clock may have been set back
             return
@@ -4589,8 +4590,8 @@ class Store(Apps):
         return +deleted
 
     def _largest_app(self, db: Connection) -> int:
-        """The id of the app that holds most, by rows, of which a crash takes as much as ten events; 0 for none. Counted
-        once an hour, because it looks at all of them."""
+        """The id of the app that holds most, where a crash counts as much as ten events; 0 for none. Looked up once an
+        hour, because it counts all rows."""
         if not 0 <= self.now - self._largest[0] < HOUR:
             app_id, name = db.execute("""
                 select apps.id, name from apps join (
@@ -4610,8 +4611,8 @@ class Store(Apps):
         return [each.seq for each in reports]
 
     def prune(self, progress: Callable[[int], Any] = lambda rows: None) -> Counter[str]:
-        """Deletes all rows whose time is over, and gives the disk their space back; how many rows of each table. In
-        steps and with pauses longer than they, so that nobody else's reports wait for it."""
+        """Deletes all rows whose time is over, and gives their space back to the disk; how many rows of each table. In
+        steps, with longer pauses between them, so that no reports wait for it."""
         deleted: Counter[str] = Counter()
 
         def step(db: Connection) -> Counter[str]:
@@ -4625,8 +4626,8 @@ class Store(Apps):
         return deleted
 
     def forget_device(self, device_id_hash: str) -> Counter[str]:
-        """Deletes all that is kept of a device, in all apps; how many rows of each table. It is taken out of every sum.
-        When a group or a release was first seen stays as it is."""
+        """Deletes all that is kept of a device, in all apps, and takes it out of every sum; how many rows of each
+        table. `first_seen` of groups and releases stays as it is."""
         deleted: Counter[str] = Counter()
         last = {kind: self._last_seq(kind) for kind in TABLES}
         for kind, table in TABLES.items():
@@ -4657,9 +4658,9 @@ class Store(Apps):
             yield page
 
     def delete_app(self, name: str) -> None:
-        """Deletes an app, its keys and all that it sent. Raises StoreError where there is none. In steps, so that
-        nobody else's reports wait for it: the keys first, the app last, so that it can be repeated where it was cut
-        off."""
+        """Deletes an app, its keys and all that it sent. Raises StoreError where there is none. In steps, so that no
+        reports of others wait for it. The keys go first and the app last, so that it can be repeated if it is
+        interrupted."""
         with self.writing() as db:
             app_id = self._app(db, name)[0]
             db.execute("delete from keys where app_id = ?", (app_id,))

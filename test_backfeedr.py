@@ -3857,6 +3857,30 @@ def test_a_database_of_an_earlier_version_becomes_as_new_and_keeps_its_reports(t
 
 
 @sqlite_only
+def test_a_migration_keeps_the_sums_of_reports_that_have_expired(tmp_path, keeping):
+    path = tmp_path / "test.db"
+    make_old_database(path, 2)
+    with connected(path) as db:
+        db.executescript("""
+            insert into state values ('expired_crashes', 1);
+            insert into days (app_id, day, crashes, sessions, ended, session_ms, dau, wau, mau, newcomers, back_1)
+                values (0, 20000, 9, 9, 9, 9, 9, 9, 9, 9, 9), (1, 20000, 7, 6, 5, 4, 3, 2, 1, 2, 1);
+            insert into durations values (1, 20000, 60, 5);
+            insert into releases values (1, '0.9', 5, 6, 8, 7, 6, 5);
+            update releases set crashes = 70, first_seen = 4 where app_id = 1 and app_version = '1.0';""")
+    keeping().close()
+    for table, row in {
+            "crash_days": (1, 20000, 7), "session_days": (1, 20000, 6, 5, 4), "active_days": (1, 20000, 3, 2, 1),
+            "cohorts": (1, 20000, 2, 1, 0, 0), "durations": (1, 20000, 60, 5), "releases": (1, "0.9", 5, 6),
+            "release_sums": (1, "0.9", 8, 0, 7, 6, 5)}.items():
+        found = sql(path, f"select * from {table}")
+        assert row in found and not [each for each in found if each[0] == 0], table
+        assert not [each for each in found if not any(each[len(backfeedr.KEYS[table]):])], "without sums of 0"
+    assert sql(path, "select crashes from release_sums where app_id = 1 and app_version = '1.0'") == [(70,)]
+    assert sql(path, "select first_seen from releases where app_id = 1 and app_version = '1.0'") == [(4,)]
+
+
+@sqlite_only
 def test_a_migration_that_fails_leaves_the_database_as_it_was(tmp_path, serve):
     path = tmp_path / "test.db"
     make_old_database(path, 2)
