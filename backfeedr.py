@@ -210,9 +210,8 @@ def _from_text(text: str, kind: type) -> Any:
 # One SQLite file that its owner can open with any tool. A report is a row, under the field names of the API; times are
 # milliseconds since 1970 UTC. The tables of the figures stand in the room Figures.
 #
-# `seq` is the time of receipt in milliseconds * 2^20 + a counter. It is the id that
-# was answered, so the id costs no byte and no index of its own. It is unique across
-# files, and it ascends: inserts append, and retention deletes from the front.
+# `seq` is the time of receipt in milliseconds * 2^20 + a counter. It is the id that was answered, so the id costs no
+# byte and no index. It is unique across files, and it ascends: inserts append, and retention deletes from the front.
 
 APPLICATION_ID = 0x62666472  # "bfdr": tells our files from other people's
 SCHEMA_VERSION = 4
@@ -3635,7 +3634,7 @@ class App(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What is known of an API key; the times are in milliseconds, `hash` is its SHA-256 in hex."""
+    """An API key without the key itself; times are in milliseconds, `hash` is its SHA-256 in hex."""
 
     prefix: str
     app: str
@@ -3674,30 +3673,20 @@ class Apps(Database):
                 if "default" not in apps:
                     self._make_app(db, "default", False)
                 key = self._insert_key(db, "default", api_key or new_key(False))
-            stored = self._secret_hash(db, "admin_token")
+            stored = db.execute("select hash from secrets where name = 'admin_token'").fetchone()
             if not stored and not auth_token:
                 auth_token = token = "bf_admin_" + secrets.token_hex(16)
-            if auth_token and sha256(auth_token) != stored:
-                self._set_secret(db, "admin_token", auth_token)
+            if auth_token and stored != (sha256(auth_token),):
+                db.execute("insert into secrets values ('admin_token', ?)"
+                           " on conflict (name) do update set hash = excluded.hash", (sha256(auth_token),))
                 db.execute("delete from grants")  # they were given for the old token
             return FirstStart(None if api_key else key, token)
-
-    @staticmethod
-    def _secret_hash(db: Connection, name: str) -> bytes:
-        """The SHA-256 of a secret; b"" where there is none."""
-        row = db.execute("select hash from secrets where name = ?", (name,)).fetchone()
-        return row[0] if row else b""
-
-    @staticmethod
-    def _set_secret(db: Connection, name: str, secret: str) -> None:
-        db.execute("delete from secrets where name = ?", (name,))
-        if secret:
-            db.execute("insert into secrets values (?, ?)", (name, sha256(secret)))
 
     def secret_hash(self, name: str) -> bytes:
         """The SHA-256 of the secret `admin_token` or `feed_token`; b"" where there is none."""
         with self.reading() as db:
-            return self._secret_hash(db, name)
+            row = db.execute("select hash from secrets where name = ?", (name,)).fetchone()
+        return row[0] if row else b""
 
     def is_admin(self, token: bytes) -> bool:
         """Whether this is the admin token."""
@@ -3711,7 +3700,9 @@ class Apps(Database):
         """Withdraws the token of the feed. Returns a new one, which is not kept, or "" unless it is to `make` one."""
         token = "bf_feed_" + secrets.token_hex(16) if make else ""
         with self.writing() as db:
-            self._set_secret(db, "feed_token", token)
+            db.execute("delete from secrets where name = 'feed_token'")
+            if make:
+                db.execute("insert into secrets values ('feed_token', ?)", (sha256(token),))
         return token
 
     def grant(self, kind: str, lifetime: int) -> str:
@@ -3885,7 +3876,7 @@ class Group:
         """Takes submissions in, or gives those for which there is no room an error."""
         rows = sum(len(each.reports) for each in self.submissions)
         for each in submissions:
-            if self.submissions and (len(self.submissions) >= max_waiters or rows + len(each.reports) > max_rows):
+            if len(self.submissions) >= max_waiters or self.submissions and rows + len(each.reports) > max_rows:
                 each.error = StorageUnavailable()
             else:
                 self.submissions.append(each)
