@@ -3677,8 +3677,9 @@ class Apps(Database):
             if not stored and not auth_token:
                 auth_token = token = "bf_admin_" + secrets.token_hex(16)
             if auth_token and stored != (sha256(auth_token),):
-                db.execute("insert into secrets values ('admin_token', ?)"
-                           " on conflict (name) do update set hash = excluded.hash", (sha256(auth_token),))
+                db.execute("""
+                    insert into secrets values ('admin_token', ?)
+                    on conflict (name) do update set hash = excluded.hash""", (sha256(auth_token),))
                 db.execute("delete from grants")  # they were given for the old token
             return FirstStart(None if api_key else key, token)
 
@@ -4422,27 +4423,27 @@ class Store(Apps):
         """Moves crashes of a group that come after this place; how many it looked at, and one more at the end."""
         moved: list[tuple[str, str | None, int]] = []
         places: dict[tuple[Any, ...], tuple[str, str | None]] = {}
-        looked, is_first = 0, not received_at
+        looked, at = 0, [received_at, seq]
         with closing(db.execute("""
                 select received_at, seq, exception_type, images, stack_trace, extra from crashes
                 where app_id = ? and group_hash = ? and (received_at, seq) > (?, ?) and group_hash <> ?
                 order by received_at, seq
                 limit ?""", (app_id, group, received_at, seq, OTHER, REGROUPED))) as rows:
-            for received_at, seq, exception_type, images, trace, extra in rows:  # noqa: B007
+            for *at, exception_type, images, trace, extra in rows:
                 key = exception_type, trace, extra and "truncated" in extra
                 places[key] = place = places.get(key) or self._place(symbols, group, exception_type, trace, extra)
-                moved += [(*place, seq)] if place != (group, images) else []
+                moved += [(*place, at[1])] if place != (group, images) else []
                 looked += 1
                 if time.monotonic() > deadline:
                     break
         if moved:
-            target = self._move(db, symbols, app_id, group, moved, is_first) or target
+            target = self._move(db, symbols, app_id, group, moved, is_first=not received_at) or target
         is_cut_off = looked == REGROUPED or looked and time.monotonic() > deadline
         if is_cut_off and db.execute("select 1 from crashes where app_id = ? and group_hash = ? limit 1",
                                      (app_id, group)).fetchone():
             db.execute("""
                 update regroupings set received_at = ?, seq = ?, target = ? where app_id = ? and group_hash = ?
-                """, (received_at, seq, target, app_id, group))
+                """, (*at, target, app_id, group))
             return looked
         db.execute("delete from regroupings where app_id = ? and group_hash = ?", (app_id, group))
         if target:
@@ -4678,7 +4679,7 @@ def worse_releases(db: Connection, now: int) -> list[tuple[Pair, str]]:
     pairs = [pair for pair in Releases.pairs(db, None) if pair.app_version == newest[pair.app_id]]
     return [(pair, (verdict(*both) or {})["text"])
             for pair, both in Releases.healths(db, pairs, now).items()
-            if min(both).devices >= ENOUGH and newcombe(*both, ALARM)[1] < 0
+            if min(both).devices >= ENOUGH and newcombe(both[0], both[1], ALARM)[1] < 0
             and get_state(db, f"worse_{pair.app_id}", 0) != pair.first_seen]
 
 
