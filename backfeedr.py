@@ -3542,7 +3542,8 @@ def _make_tables(path: Path) -> None:
             db.execute("pragma auto_vacuum = incremental")
             db.execute("pragma journal_mode = wal")
         db.execute("begin immediate")
-        migrate(db, db.pragma("user_version"))  # asked again: another process may have been faster
+        if (version := db.pragma("user_version")) < SCHEMA_VERSION:  # another process may have been faster
+            migrate(db, version)
         db.execute(f"pragma application_id = {APPLICATION_ID}")
         db.execute(f"pragma user_version = {SCHEMA_VERSION}")
         db.execute("commit")
