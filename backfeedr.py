@@ -89,7 +89,7 @@ from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial, reduce
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
-from itertools import accumulate, chain, groupby, islice, repeat, tee
+from itertools import accumulate, chain, compress, groupby, islice, product, repeat, tee
 from operator import attrgetter, itemgetter, lt
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -206,9 +206,8 @@ def _from_text(text: str, kind: type) -> Any:
 # One SQLite file that its owner can open with any tool. A report is a row, under the field names of the API; times are
 # milliseconds since 1970 UTC. The tables of the figures stand in the room Figures.
 #
-# `seq` is the time of receipt in milliseconds * 2^20 + a counter. It is the id that
-# was answered, so the id costs no byte and no index of its own. It is unique across
-# files, and it ascends: inserts append, and retention deletes from the front.
+# `seq` is the time of receipt in milliseconds * 2^20 + a counter. It is the id that was answered, so the id costs no
+# byte and no index. It is unique across files, and it ascends: inserts append, and retention deletes from the front.
 
 APPLICATION_ID = 0x62666472  # "bfdr": tells our files from other people's
 SCHEMA_VERSION = 5
@@ -2023,12 +2022,12 @@ create table new_names (                   -- of an app and a UTC day
         """The `other` of each report, and the reports with the group under which they are stored."""
         fields = self.FIELDS[type(reports[0])]
         days: dict[tuple[int, str, str], int] = {}  # on which each name was first received
-        for field in fields:
+        for column in fields:
             # With types of events, because the names of the ends of sessions are not counted.
-            kinds = map(attrgetter("type"), reports) if field == "name" else repeat("")
-            for name, kind, came in dict.fromkeys(zip(map(attrgetter(field), reports), kinds, received)):
+            kinds = map(attrgetter("type"), reports) if column == "name" else repeat("")
+            for name, kind, came in dict.fromkeys(zip(map(attrgetter(column), reports), kinds, received)):
                 if name and kind not in _ENDS:
-                    days.setdefault((app_id, field, name), came // DAY)
+                    days.setdefault((app_id, column, name), came // DAY)
         refused = self._refused(days)
         if not refused:
             return [0] * len(reports), reports
@@ -2090,9 +2089,9 @@ class Crashes(Figure):
         alike = Counter((crash.app_id, crash.at // DAY, crash.exception_type, crash.device_model) for crash in reports)
         for (app_id, day, *labels), crashes in alike.items():
             self._add("crash_days", app_id, day, crashes=by * crashes)
-            for field, label in zip(("exception_type", "device_model"), labels):
+            for column, label in zip(("exception_type", "device_model"), labels):
                 for each in (ALL_DAYS, day) if label else ():
-                    self._add("labels", app_id, field, each, label, crashes=by * crashes)
+                    self._add("labels", app_id, column, each, label, crashes=by * crashes)
 
     @staticmethod
     def per_day(db: Any, app: int | None, days: range) -> JsonObject:
@@ -2950,8 +2949,8 @@ def dict_rows(db: Any, query: str, parameters: Any = ()) -> list[JsonObject]:
 # connection that writes, behind a lock, and readers that cannot write.
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for a lock that another process holds
-PRUNE_STEP = 1000  # rows, or pages, that a step deletes of a table
-PAUSE = 2  # the pause after such a step, in its lengths
+PRUNE_STEP = 1000  # rows, or pages, that a step deletes from a table
+PAUSE = 2  # after such a step, as a multiple of its length
 SET_STATE = "insert into state values (?, ?) on conflict (name) do update set value = excluded.value"
 
 
@@ -2965,7 +2964,7 @@ class Closing:
     def __enter__(self: Any) -> Any:
         return self
 
-    def __exit__(self: Any, *exc: Any) -> None:
+    def __exit__(self: Any, *exc: object) -> None:
         self.close()
 
 
@@ -2976,10 +2975,10 @@ class Connection(sqlite3.Connection):
     def __init__(self, path: Path, query_only: bool = False, mode: str = "rw"):
         super().__init__(f"{path.as_uri()}?mode={mode}", uri=True, timeout=BUSY_TIMEOUT,
                          isolation_level=None, check_same_thread=False, cached_statements=STATEMENTS)
-        self.execute("pragma synchronous = full")  # NORMAL may lose acknowledged commits with the power
+        self.execute("pragma synchronous = full")  # NORMAL may lose acknowledged commits in a power failure
         self.execute("pragma secure_delete = on")  # overwrite what is deleted
         self.execute("pragma journal_size_limit = 16000000")  # bytes that a WAL may keep after its peak
-        # In KiB. One connection writes, and as many as there are busy threads read.
+        # In KiB. One connection writes, and as many read as there are busy threads.
         self.execute(f"pragma cache_size = {-512 if query_only else -8192}")
         self.execute(f"pragma query_only = {int(query_only)}")
 
@@ -2992,30 +2991,36 @@ class Connection(sqlite3.Connection):
         """In a shared transaction: waits for others that write to the apps of these keys."""
 
     def reserve_seqs(self, now: int, count: int) -> int:
-        """The first of so many seqs that follow one another and were never given before."""
+        """The first of `count` consecutive seqs that were never given before."""
         last, = self.execute("""
-            select max(coalesce((select max(seq) from crashes where seq < :ahead), 0),
-                coalesce((select max(seq) from events where seq < :ahead), 0),
-                coalesce((select max(last) from given_seqs where last < :ahead), 0))
-            """, {"ahead": first_seq(now + DAY)}).fetchone()  # beyond are those of a clock that was fast
-        first = max(last + 1, first_seq(now) + secrets.randbits(SEQ_BITS))  # at random: other files have other ids
+            select coalesce(max(seq), 0) from (
+                select max(seq) as seq from crashes where seq < :ahead
+                union all select max(seq) from events where seq < :ahead
+                union all select max(last) from given_seqs where last < :ahead) as given
+            """, {"ahead": first_seq(now + DAY)}).fetchone()  # a clock that was fast gave those beyond
+        first: int = max(last + 1, first_seq(now) + secrets.randbits(SEQ_BITS))  # random: other files have other ids
         while given := self.execute("select last from given_seqs where first < ? and last >= ?",
                                     (first + count, first)).fetchone():
             first = given[0] + 1
-        if not self.execute("update given_seqs set last = ? where first = ("
-                            "select max(first) from given_seqs where last between ? and ?)",
-                            (first + count - 1, first - first_seq(DAY), first)).rowcount:
+        if not self.execute("""
+                update given_seqs set last = ? where first = (
+                    select max(first) from given_seqs where last between ? and ?)
+                """, (first + count - 1, first - first_seq(DAY), first)).rowcount:
             self.execute("insert into given_seqs values (?, ?)", (first, first + count - 1))
         return first
 
     def try_to_write(self) -> None:
         """Needs room on the disk, as a report does."""
-        for statement in ("create table trial (a)", "insert into trial values (zeroblob(100000))", "drop table trial"):
-            self.execute(statement)
+        self.run_script("create table trial (a);\ninsert into trial values (zeroblob(100000));\ndrop table trial")
 
-    def append(self, table: str, columns: Sequence[str], rows: Sequence[tuple]) -> None:
+    def append(self, table: str, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
         """Inserts rows that are new to a table."""
         write_rows(self, f"insert into {table} ({', '.join(columns)}) values *", rows)
+
+    def run_script(self, script: str) -> None:
+        """Runs statements that each end a line: executescript() would commit before it begins."""
+        for statement in script.split(";\n"):
+            self.execute(statement)
 
     def pragma(self, name: str) -> Any:
         """The first value of a pragma."""
@@ -3024,8 +3029,7 @@ class Connection(sqlite3.Connection):
 
 def get_state(db: sqlite3.Connection, name: str, default: int) -> int:
     """A value of the table `state`."""
-    row = db.execute("select value from state where name = ?", (name,)).fetchone()
-    return row[0] if row else default
+    return int((db.execute("select value from state where name = ?", (name,)).fetchone() or (default,))[0])
 
 
 def megabytes(size: int) -> str:
@@ -3038,16 +3042,8 @@ def _wal_size(path: Path) -> int:
     return wal.stat().st_size if wal.exists() else 0
 
 
-def _file_identity(path: Path) -> tuple[int, int]:
-    try:
-        found = os.stat(path)
-        return found.st_dev, found.st_ino
-    except OSError as error:
-        raise sqlite3.OperationalError(f"{path}: {error.strerror}") from None
-
-
 class Connections:
-    """Those that a process has to a database. None may cross a fork."""
+    """The connections of one process. None may cross a fork."""
 
     def __init__(self) -> None:
         self.write_lock = threading.Lock()
@@ -3067,35 +3063,35 @@ class Connections:
 class Database(Closing):
     """A file with the tables of this server. Thread-safe; works on both sides of a fork.
 
-    Raises StoreError where the file cannot be opened or is something else. Every method
-    may raise StorageUnavailable. `clock` gives seconds since 1970. For another engine
-    (examples/postgres.py) a subclass replaces what is SQLite's own: `Error`, `Outage`, _open,
-    _connect, _check_file, reading, _shrink, _fold_in_wal, size, used, warnings and vitals.
+    Raises StoreError where the file cannot be opened or is something else. Every method may raise
+    StorageUnavailable. `clock` gives seconds since 1970. A subclass for another engine
+    (examples/postgres.py) replaces what only SQLite has: `Error`, `Outage`, _open, _connect,
+    _check_file, reading, _shrink, _fold_in_wal, size, used, warnings and vitals.
     """
 
-    Error: type = sqlite3.Error  # what a connection raises
-    Outage: type = sqlite3.OperationalError  # of these, those that are not about what is written: a lock, a full disk
-    make_process: type = Connections
+    Error: type[Exception] = sqlite3.Error  # what a connection raises
+    Outage: type[Exception] = sqlite3.OperationalError  # a lock or a full disk, whatever is written
+    make_process: type[Connections] = Connections
 
     def __init__(self, path: str, clock: Callable[[], float] = time.time, may_create: bool = True):
         self._clock = clock
         self._closed, self._trouble, self._logged = False, "", ""
-        # A parent's connections stay here untouched in the child: to close them would harm the parent's.
+        # A child leaves its parent's connections untouched here: to close them would harm the parent.
         self._processes: dict[int, Any] = {}
         self._open(path, may_create)
 
     def _open(self, path: str, may_create: bool) -> None:
         self.path = Path(path).absolute()
         _prepare(self.path, may_create)
-        self._file = _file_identity(self.path)
+        self._file = os.stat(self.path)
 
     def close(self) -> None:
-        """Closes this process's connections and so folds in the WAL. May be called twice."""
+        """Closes this process's connections, which folds in the WAL. May be called twice."""
         self._closed = True
         with self._here.write_lock:
             while self._here.readers:
                 self._here.readers.pop().close()
-            self._here.close_writer()  # last, because a reader may not fold in the WAL
+            self._here.close_writer()  # last, because a reader cannot fold in the WAL
 
     @property
     def now(self) -> int:
@@ -3104,7 +3100,7 @@ class Database(Closing):
 
     @property
     def _here(self) -> Any:
-        """What this process has of the database."""
+        """This process's connections, and what else it keeps."""
         pid = os.getpid()
         return self._processes.get(pid) or self._processes.setdefault(pid, self.make_process())
 
@@ -3113,16 +3109,16 @@ class Database(Closing):
         return Connection(self.path, query_only)
 
     def _check_file(self) -> None:
-        """Raises sqlite3.Error where the file is gone, or where another has come in its place: the WAL
-        beside it still belongs to the first, and would spoil the second."""
+        """Raises sqlite3.Error where the file is gone, or where another has taken its place: the WAL beside
+        it still belongs to the first, and would spoil the second."""
         if self._closed:
             raise sqlite3.ProgrammingError("the store is closed")
-        if _file_identity(self.path) != self._file:
-            raise sqlite3.OperationalError(f"{self.path} was replaced since the start")
+        if not (self.path.exists() and os.path.samestat(os.stat(self.path), self._file)):
+            raise sqlite3.OperationalError(f"{self.path} was moved or replaced since the start")
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A connection that cannot write; for short reads, because an open one holds up the WAL."""
+        """A connection that cannot write. For short reads, because an open one holds up the WAL."""
         here, db, is_good = self._here, None, False
         try:
             db = here.idle_reader() or self._connect(query_only=True)
@@ -3148,8 +3144,8 @@ class Database(Closing):
                 yield db
                 db.execute("commit")
             except BaseException as error:
-                # Closing undoes what is left of the transaction, also where SQLite has rolled
-                # back by itself, after which each statement would be a transaction of its own.
+                # Closing undoes what is left of the transaction. SQLite may have rolled back by
+                # itself, after which each statement would be a transaction of its own.
                 here.close_writer()
                 if isinstance(error, self.Error):
                     raise self._unavailable("write", error) from error
@@ -3158,14 +3154,21 @@ class Database(Closing):
     @contextmanager
     def writing_step(self) -> Iterator[Connection]:
         """A transaction of many. The pause after it lets other processes get the lock: SQLite polls for it, and
-        seldom wins against one that takes it again at once."""
+        seldom wins against a process that takes it again at once."""
         with self.writing() as db:
             began = time.monotonic()
             yield db
         time.sleep(PAUSE * (time.monotonic() - began))
 
+    def _write_in_steps(self, step: Callable[[Connection], Any]) -> None:
+        """Repeats a step, each time in a transaction of its own, until it returns that nothing was left to do."""
+        is_left = True
+        while is_left and not self._closed:
+            with self.writing_step() as db:
+                is_left = step(db)
+
     def _unavailable(self, verb: str, error: Exception) -> StorageUnavailable:
-        """Logs once what is wrong, and remembers it until a commit succeeds, unless it is a lock."""
+        """Logs a problem once. Unless it is a lock, `check` knows of it until a commit succeeds."""
         if str(error) != self._logged:
             log.error("cannot %s the database: %s", verb, error)
             self._logged = str(error)
@@ -3196,17 +3199,16 @@ class Database(Closing):
 
     def used(self, db: Connection) -> int:
         """Bytes of the database that are not free."""
-        return (db.pragma("page_count") - db.pragma("freelist_count")) * db.pragma("page_size")
+        return int((db.pragma("page_count") - db.pragma("freelist_count")) * db.pragma("page_size"))
 
     def _shrink(self) -> None:
         """Returns the space of deleted rows to the disk."""
-        free, before = 1, 0
-        while free and free != before:  # it stays where the file was made without auto_vacuum
-            before = free
+        with self.reading() as db:
+            free = db.pragma("freelist_count")
+        for _ in range(0, free, PRUNE_STEP):
             with self.writing_step() as db:
-                for _ in range(PRUNE_STEP):  # of one page each: some Pythons end a longer pragma after its first
+                for _ in range(PRUNE_STEP):  # one page each: some Pythons end a longer pragma after its first
                     db.execute("pragma incremental_vacuum(1)").fetchall()
-                free = db.pragma("freelist_count")
         self._fold_in_wal()
 
     def _fold_in_wal(self) -> None:
@@ -3225,7 +3227,7 @@ def _prepare(path: Path, may_create: bool) -> None:
     check_sqlite()
     deadline = time.monotonic() + BUSY_TIMEOUT
     try:
-        with suppress(FileExistsError):  # then only SQLite opens it: to close it would drop all locks of this process
+        with suppress(FileExistsError):  # only SQLite opens an existing one: to close it would drop all our locks
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         while True:
             try:
@@ -3256,7 +3258,8 @@ def _make_tables(path: Path) -> None:
             db.execute("pragma auto_vacuum = incremental")
             db.execute("pragma journal_mode = wal")
         db.execute("begin immediate")
-        migrate(db, db.pragma("user_version"), run_script)  # again: another process may have been faster
+        if (version := db.pragma("user_version")) < SCHEMA_VERSION:  # another process may have been faster
+            migrate(db, version)
         db.execute(f"pragma application_id = {APPLICATION_ID}")
         db.execute(f"pragma user_version = {SCHEMA_VERSION}")
         db.execute("commit")
@@ -3272,116 +3275,93 @@ def check_is_ours(db: Connection, path: Path) -> None:
         raise StoreError(f"{path} is of a newer backfeedr (schema {version}; this one knows {SCHEMA_VERSION})")
 
 
-def run_script(db: sqlite3.Connection, script: str) -> None:
-    """Runs statements that each end a line: executescript() would commit before it begins."""
-    for statement in script.split(";\n"):
-        db.execute(statement)
+# Sums of schema 2 that outlive reports: a table, and where its columns behind app_id come from.
+_SUMS_OF_2 = {
+    "crash_days": "day, crashes from old_days", "session_days": "day, sessions, ended, session_ms from old_days",
+    "active_days": "day, dau, wau, mau from old_days", "device_hours": "hour, devices from old_hours",
+    "cohorts": "day, newcomers, back_1, back_7, back_30 from old_days",
+    "durations": "day, seconds, sessions from old_durations",
+    "release_sums": "app_version, sessions, 0, crashes, devices, crashed_devices from old_releases"}
 
 
-def migrate(db: Connection, version: int, run: Callable[[Connection, str], None]) -> None:
+def migrate(db: Connection, version: int) -> None:
     """Makes the tables, or brings those of an older version up to date, in the current transaction."""
     if not version:
-        return run(db, SCHEMA)
-    if version < 2:
-        run(db, "create table grants (hash blob primary key, expires_at integer not null) without rowid;\n")
-    if version < 4:
-        run(db, "alter table crashes add column images text;\n" + SYMBOL_TABLES + TRIAGE_TABLES)
-    if version < 3:
-        _migrate_to_3(db, run)
+        db.run_script(SCHEMA)
+    elif version == 3:
+        raise StoreError("schema 3 was never released: export its reports with the backfeedr that made it")
+    elif version == 4:
+        _migrate_from_4(db)
     else:
-        _migrate_to_5(db, run, version)
-    if version < 4:  # names are made canonical now
-        db.execute("insert into regroupings select app_id, group_hash, 0, 0, '' from groups")
+        _migrate_from_2(db, version)
 
 
-def recount(db: sqlite3.Connection, save: Callable[[RollUps], Any] = RollUps.save) -> None:
-    """Counts all reports again, into empty tables; `save` may write some of what a step has counted."""
-    newest = [db.execute(f"select coalesce(max(received_at), 0) from {table}").fetchone()[0]
-              for table in TABLES.values()]
-    now = max(*newest, (get_state(db, "trimmed_day", -1) + 1) * DAY)  # of the windows
-    for kind, table in TABLES.items():
-        page: list[Any] = [None]
-        while page:
-            after = page[-1].seq if page[-1] else -1
-            page = counted_rows(db, kind, f"from {table} where seq > ? order by seq limit 1000", (after,))
-            rollups = RollUps(db, now)
-            rollups.count(kind, page, 1)
-            save(rollups)
+def _migrate_from_4(db: Connection) -> None:
+    """Groups have sums of their own, and a release is what its builds are."""
+    db.run_script("".join(f"alter table groups add column {name} integer not null default 0;\n"
+                          for name in ("crashes", "devices", "came_at"))
+                  + "alter table releases rename to old_releases;\nalter table builds rename to old_builds;\n"
+                  + "drop table group_devices;\ndrop table group_sums;\n" + Releases.TABLES + DEVICE_INDEX)
     Groups.recount(db)
-    while RollUps(db, now).trim():
-        pass
-
-
-def _migrate_to_5(db: Connection, run: Callable[[Connection, str], None], version: int) -> None:
-    """Groups have sums of their own, and a release is what its builds are. Version 3 knows less of devices, and
-    nothing of builds and names of events, which are counted from the reports."""
-    run(db, "".join(f"alter table groups add column {name} integer not null default 0;\n"
-                    for name in ("crashes", "devices", "came_at"))
-        + "alter table releases rename to old_releases;\n"
-        + "alter table builds rename to old_builds;\n" * (version > 3)
-        + Releases.TABLES + DEVICE_INDEX)
-    if version > 3:
-        Groups.recount(db)
-        run(db, """insert into builds select app_id, app_version, build_number, first_seen, first_seen from old_builds;
-drop table old_builds;
-drop table group_devices;
-drop table group_sums;
-""")
-    else:
-        _count_new_figures(db, run)
-    run(db, """insert into builds select app_id, app_version, '', first_seen, last_seen from old_releases where true
+    db.run_script("""
+insert into builds select app_id, app_version, build_number, first_seen, first_seen from old_builds;
+insert into builds select app_id, app_version, '', first_seen, last_seen from old_releases where true
     on conflict (app_id, app_version, build_number) do update set
         first_seen = excluded.first_seen, last_seen = excluded.last_seen;
+drop table old_builds;
 drop table old_releases;
 """)
 
 
-def _count_new_figures(db: Connection, run: Callable[[Connection, str], None]) -> None:
-    """A device whose first reports in a release have expired was first there at hour 0, which is of no age of a
-    release."""
-    new = ("release_hours", "group_images", "event_names")
-    run(db, "alter table device_versions rename to old_versions;\n" + Devices.VERSIONS
-        + "".join(SUMS[table].schema(table) for table in new))
-    recount(db, lambda rollups: rollups.save((Devices, Releases), new))
-    run(db, """insert into device_versions
-        select app_id, device, app_version, 0, case when crashed > 0 then 0 end from old_versions where true
-        on conflict (app_id, device, app_version) do update set
-            crash_hour = coalesce(device_versions.crash_hour, excluded.crash_hour);
-drop table old_versions;
-""")
-
-
-def _migrate_to_3(db: Connection, run: Callable[[Connection, str], None]) -> None:
-    """Figures are kept per app: those of app 0, all apps together, go. All reports are counted again by the rules of
-    now. Where some have expired, a sum is at least what it was."""
+def _migrate_from_2(db: Connection, version: int) -> None:
+    """Counts all reports again. Where some have expired, a sum is at least what it was."""
+    if version < 2:
+        db.run_script("create table grants (hash blob primary key, expires_at integer not null) without rowid")
     old = ("devices", "sessions", "hours", "days", "durations", "releases", "release_days", "labels", "groups")
-    run(db, "".join(f"alter table {table} rename to old_{table};\n" for table in old)
-        + "drop index release_days_by_age;\n"
-        + "".join(f"alter table {table} add column {column} integer not null default 0;\n"
-                  for table in TABLES.values() for column in ("clock_ahead_ms", "other"))
-        + "create table given_seqs (first integer primary key, last integer not null);\ndrop index crashes_by_group;\n"
-        + "alter table crashes add column session_id text;\n" + GROUP_INDEX + DEVICE_INDEX + FIGURE_TABLES)
+    db.run_script("".join(f"alter table {table} rename to old_{table};\n" for table in old)
+                  + "".join(f"alter table {table} add column {column} integer not null default 0;\n"
+                            for table in TABLES.values() for column in ("clock_ahead_ms", "other"))
+                  + "alter table crashes add column session_id text;\nalter table crashes add column images text;\n"
+                  + "create table given_seqs (first integer primary key, last integer not null);\n"
+                  + "drop index release_days_by_age;\ndrop index crashes_by_group;\n"
+                  + GROUP_INDEX + DEVICE_INDEX + SYMBOL_TABLES + TRIAGE_TABLES + FIGURE_TABLES)
     recount(db)
+    groups = RollUps(db, 0).figures[Groups]
     for app_id, group_hash in db.execute("select app_id, group_hash from groups").fetchall():
-        RollUps(db, 0).figures[Groups].show_latest(app_id, group_hash)
-    is_expired = any(get_state(db, "expired_" + table, -1) >= 0 for table in TABLES.values())
-    for table, columns, source in (
-            ("crash_days", "day, crashes", "old_days"),
-            ("session_days", "day, sessions, ended, session_ms", "old_days"),
-            ("active_days", "day, dau, wau, mau", "old_days"), ("device_hours", "hour, devices", "old_hours"),
-            ("cohorts", "day, newcomers, back_1, back_7, back_30", "old_days"),
-            ("durations", "day, seconds, sessions", "old_durations"),
-            ("release_sums", "app_version, sessions, 0, crashes, devices, crashed_devices", "old_releases"),
-            ("builds", "app_version, '', first_seen, last_seen", "old_releases")) if is_expired else ():
-        key, sums = KEYS[table], SUMS[table].columns if table in SUMS else ""
-        change = ", ".join(f"{each} = max({table}.{each}, excluded.{each})" for each in sums.split())
-        db.execute(f"""
-            insert into {table} select app_id, {columns} from {source}
-            where app_id > 0 and {" + ".join(columns.split(", ")[len(key) - 1:])} > 0
-            on conflict ({", ".join(key)}) do update set
-                {change or f"first_seen = min({table}.first_seen, excluded.first_seen)"}""")
-    run(db, "".join(f"drop table old_{table};\n" for table in old)
-        + "drop table group_hours;\ndelete from state where name = 'recent_since';\n")
+        groups.show_latest(app_id, group_hash)
+    if any(get_state(db, "expired_" + table, -1) >= 0 for table in TABLES.values()):
+        for table, source in _SUMS_OF_2.items():
+            sums = SUMS[table].columns.split()
+            db.execute(f"""
+                insert into {table} select app_id, {source} where app_id > 0
+                on conflict ({", ".join(KEYS[table])}) do update set
+                    {", ".join(f"{each} = max({table}.{each}, excluded.{each})" for each in sums)}""")
+            db.execute(f"delete from {table} where {' + '.join(sums)} = 0")
+        db.execute("""
+            insert into builds select app_id, app_version, '', first_seen, last_seen from old_releases where app_id > 0
+            on conflict (app_id, app_version, build_number) do update set
+                first_seen = min(builds.first_seen, excluded.first_seen)""")
+    db.run_script("".join(f"drop table old_{table};\n" for table in old)
+                  + "drop table group_hours;\ndelete from state where name = 'recent_since';\n"
+                  # Names are made canonical now.
+                  + "insert into regroupings select app_id, group_hash, 0, 0, '' from groups")
+
+
+def recount(db: sqlite3.Connection) -> None:
+    """Counts all reports again, into empty tables."""
+    newest = [db.execute(f"select coalesce(max(received_at), 0) from {table}").fetchone()[0]
+              for table in TABLES.values()]
+    now = max(*newest, (get_state(db, "trimmed_day", -1) + 1) * DAY)  # of the windows
+    for kind, table in TABLES.items():
+        after = -1
+        while page := counted_rows(db, kind, f"from {table} where seq > ? order by seq limit 1000", (after,)):
+            rollups = RollUps(db, now)
+            rollups.count(kind, page, 1)
+            rollups.save()
+            after = page[-1].seq
+    Groups.recount(db)
+    while RollUps(db, now).trim():
+        pass
 
 
 # == Apps ======================================================================
@@ -3397,7 +3377,7 @@ class App(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What is known of an API key; the times are in milliseconds, `hash` is its SHA-256 in hex."""
+    """An API key without the key itself; times are in milliseconds, `hash` is its SHA-256 in hex."""
 
     prefix: str
     app: str
@@ -3414,7 +3394,7 @@ def key_name(key_hash: bytes) -> str:
 
 
 class FirstStart(NamedTuple):
-    """The secrets that a start has made. None: there was one already."""
+    """The secrets that a start has made; None where there was one already."""
 
     key: str | None
     token: str | None
@@ -3424,48 +3404,41 @@ class Apps(Database):
     """A database that knows apps, keys and the admin."""
 
     def start(self, api_key: str = "", auth_token: str = "") -> FirstStart:
-        """Gives a server what it needs to begin: an app `default` where there is none, an admin token. Secrets that
-        are given are taken; else they are made, where none is stored."""
+        """Gives a server what it needs to begin: an app `default` where there is none, and an admin token. Secrets
+        that are given are taken; else they are made, where none is stored."""
         with self.writing() as db:
             key = token = None
+            apps = {name for name, in db.execute("select name from apps").fetchall()}
             known = db.execute("select revoked_at from keys where key_hash = ?", (sha256(api_key),)).fetchone()
             if known and known[0]:
                 log.warning("the API key of the settings was revoked, and stays so")
-            elif api_key and not known:
-                if not db.execute("select 1 from apps where name = 'default'").fetchone():
+            elif not known and (api_key or not apps):
+                if "default" not in apps:
                     self._make_app(db, "default", False)
-                self._insert_key(db, "default", api_key)
-            elif not db.execute("select 1 from apps").fetchone():
-                self._make_app(db, "default", False)
-                key = self._insert_key(db, "default", new_key(False))
-            if not auth_token and not db.execute("select 1 from secrets where name = 'admin_token'").fetchone():
+                key = self._insert_key(db, "default", api_key or new_key(False))
+            stored = db.execute("select hash from secrets where name = 'admin_token'").fetchone()
+            if not stored and not auth_token:
                 auth_token = token = "bf_admin_" + secrets.token_hex(16)
-            if auth_token and db.execute("""
+            if auth_token and stored != (sha256(auth_token),):
+                db.execute("""
                     insert into secrets values ('admin_token', ?)
-                    on conflict (name) do update set hash = excluded.hash where secrets.hash <> excluded.hash
-                    """, (sha256(auth_token),)).rowcount:
+                    on conflict (name) do update set hash = excluded.hash""", (sha256(auth_token),))
                 db.execute("delete from grants")  # they were given for the old token
-            return FirstStart(key, token)
+            return FirstStart(None if api_key else key, token)
+
+    def secret_hash(self, name: str) -> bytes:
+        """The SHA-256 of the secret `admin_token` or `feed_token`; b"" where there is none."""
+        with self.reading() as db:
+            row = db.execute("select hash from secrets where name = ?", (name,)).fetchone()
+        return row[0] if row else b""
 
     def is_admin(self, token: bytes) -> bool:
         """Whether this is the admin token."""
-        with self.reading() as db:
-            return self._is_secret(db, "admin_token", token)
-
-    @staticmethod
-    def _is_secret(db: Connection, name: str, token: bytes) -> bool:
-        row = db.execute("select hash from secrets where name = ?", (name,)).fetchone()
-        return row is not None and hmac.compare_digest(row[0], sha256(token))
+        return hmac.compare_digest(self.secret_hash("admin_token"), sha256(token))
 
     def is_feed(self, token: bytes) -> bool:
         """Whether this is the token of the feed."""
-        with self.reading() as db:
-            return self._is_secret(db, "feed_token", token)
-
-    def has_feed(self) -> bool:
-        """Whether the feed has a token."""
-        with self.reading() as db:
-            return db.execute("select 1 from secrets where name = 'feed_token'").fetchone() is not None
+        return hmac.compare_digest(self.secret_hash("feed_token"), sha256(token))
 
     def change_feed(self, make: bool) -> str:
         """Withdraws the token of the feed. Returns a new one, which is not kept, or "" unless it is to `make` one."""
@@ -3475,12 +3448,6 @@ class Apps(Database):
             if make:
                 db.execute("insert into secrets values ('feed_token', ?)", (sha256(token),))
         return token
-
-    def instance(self) -> str:
-        """What tells this installation from others on the same host, in 8 hex digits; a new admin token changes it."""
-        with self.reading() as db:
-            return sha256(b"instance" + db.execute(
-                "select hash from secrets where name = 'admin_token'").fetchone()[0]).hex()[:8]
 
     def grant(self, kind: str, lifetime: int) -> str:
         """A new secret that stands for the admin token, for so many milliseconds and for one kind of use."""
@@ -3498,22 +3465,14 @@ class Apps(Database):
 
     def withdraw(self, kind: str, secret: str) -> bool:
         """Ends a grant; whether there was one."""
-        if not self.is_granted(kind, secret):  # whom a stranger asks for must not take the lock
+        if not self.is_granted(kind, secret):  # a stranger's guess must not take the lock
             return False
         with self.writing() as db:
-            return db.execute("delete from grants where hash = ? and expires_at > ?",
-                              (sha256(kind + secret), self.now)).rowcount > 0
+            return db.execute("delete from grants where hash = ?", (sha256(kind + secret),)).rowcount > 0
 
     def is_cached_key(self, key_hash: bytes) -> bool:
         """As is_known_key, without reading the database."""
         return key_hash in self._here.seen_keys
-
-    def app_of_key(self, key_hash: bytes) -> str:
-        """The name of the app that the key with this SHA-256 belongs to; "" where there is none."""
-        with self.reading() as db:
-            row = db.execute("select name from keys join apps on apps.id = app_id where key_hash = ?",
-                             (key_hash,)).fetchone()
-        return row[0] if row else ""
 
     def is_active_key(self, key_hash: bytes) -> bool:
         """Whether the key with this SHA-256 is active."""
@@ -3527,6 +3486,13 @@ class Apps(Database):
         """Whether the key was active when it was last looked up, which may be long ago but costs nothing."""
         return self.is_cached_key(key_hash) or self.is_active_key(key_hash)
 
+    def app_of_key(self, key_hash: bytes) -> str:
+        """The name of the app of the key with this SHA-256; "" where there is none."""
+        with self.reading() as db:
+            row = db.execute("select name from keys join apps on apps.id = app_id where key_hash = ?",
+                             (key_hash,)).fetchone()
+        return row[0] if row else ""
+
     def create_app(self, name: str, is_test: bool = False) -> str:
         """Makes an app and returns its first key, which is not kept. Raises StoreError."""
         with self.writing() as db:
@@ -3536,9 +3502,9 @@ class Apps(Database):
     def _make_app(self, db: Connection, name: str, is_test: bool) -> None:
         if name != name.strip() or not 1 <= len(name) <= 100 or not name.isprintable():
             raise StoreError("an app's name is 1 to 100 printable characters, without a space at an end")
-        if db.execute("select 1 from apps where name = ?", (name,)).fetchone():
+        if not db.execute("insert into apps (name, is_test, created_at) values (?, ?, ?) on conflict do nothing",
+                          (name, is_test, self.now)).rowcount:
             raise StoreError(f"there is an app named {name!r} already")
-        db.execute("insert into apps (name, is_test, created_at) values (?, ?, ?)", (name, is_test, self.now))
 
     def create_key(self, app: str) -> str:
         """A further key for an app, which is not kept. Raises StoreError where there is no such app."""
@@ -3550,7 +3516,9 @@ class Apps(Database):
                    (sha256(key), self._app(db, app)[0], key_prefix(key), self.now))
         return key
 
-    def _app(self, db: Connection, name: str) -> tuple[int, bool]:
+    @staticmethod
+    def _app(db: Connection, name: str) -> tuple[int, bool]:
+        """The id of an app, and whether it is a test app. Raises StoreError where there is none."""
         row = db.execute("select id, is_test from apps where name = ?", (name,)).fetchone()
         if row is None:
             raise StoreError(f"there is no app named {name!r}")
@@ -3570,26 +3538,22 @@ class Apps(Database):
             uses = {key: used for key, *used in db.execute("""
                 select key, max(day), sum(case when day > ? then requests else 0 end) from key_days group by key
                 """, (self.now // DAY - WEEK,))}
-            return [Key(*row, bytes(key_hash).hex(), *uses.get(key_name(key_hash), (None, 0)))
-                    for key_hash, *row in db.execute("""
+            return [Key(prefix, app, created_at, revoked_at, bytes(key_hash).hex(),
+                        *uses.get(key_name(key_hash), (None, 0)))
+                    for key_hash, prefix, app, created_at, revoked_at in db.execute("""
                         select key_hash, prefix, name, keys.created_at, revoked_at from keys
                         join apps on apps.id = app_id order by keys.created_at, prefix""")]
 
     def revoke_key(self, key: str) -> Key:
         """Ends the one active key that begins with this, or is it, or has this hash. Raises StoreError."""
         key = key[:-3] if key.endswith("...") else key  # as `key list` shows it
+        found = [each for each in self.keys() if each.revoked_at is None and key and (
+            each.prefix.startswith(key) or each.hash in (key, sha256(key).hex()))]
+        if len(found) != 1:
+            raise StoreError(f"{len(found) or 'no'} active keys begin with {key!r}: see 'key list'")
         with self.writing() as db:
-            found = db.execute("""
-                select key_hash, prefix, name, keys.created_at from keys join apps on apps.id = app_id
-                where revoked_at is null and :key <> ''
-                    and (key_hash = :hash or key_hash = :given or substr(prefix, 1, :length) = :key)
-                """, {"key": key, "hash": sha256(key), "length": len(key),
-                      "given": bytes.fromhex(key) if re.fullmatch("[0-9a-f]{64}", key) else b""}).fetchall()
-            if len(found) != 1:
-                raise StoreError(f"{len(found) or 'no'} active keys begin with {key!r}: see 'key list'")
-            (key_hash, *rest), = found
-            db.execute("update keys set revoked_at = ? where key_hash = ?", (self.now, key_hash))
-            return Key(*rest, self.now, bytes(key_hash).hex())
+            db.execute("update keys set revoked_at = ? where key_hash = ?", (self.now, bytes.fromhex(found[0].hash)))
+        return found[0]._replace(revoked_at=self.now)
 
 
 # == Commit ====================================================================
@@ -3597,15 +3561,15 @@ class Apps(Database):
 # fsync serves them all: a thread that finds none open opens a group and commits it.
 
 class Idempotency(NamedTuple):
-    """How a repeated request is recognised: digests of which one seen before means a repetition, and a digest
-    of its content."""
+    """How a repeated request is recognised: digests, any of which tells that it was seen before, and a digest of
+    its content."""
 
     marks: tuple[bytes, ...] = ()
     request: bytes = b""
 
 
 class Receipt(NamedTuple):
-    """What was made durable: the seqs, one a report, and whether a request before this one did it."""
+    """What was made durable: the seqs, one a report, and whether an earlier request did it."""
 
     seqs: range
     replayed: bool
@@ -3622,20 +3586,15 @@ class StoredReport(NamedTuple):
     report: Crash | Event
 
 
-class Stored(NamedTuple):
-    """What a commit stored: reports by table, and the groups of which it has the first crash that is kept."""
-
-    counts: Mapping[str, int]
-    new_groups: Sequence[tuple[int, str]]  # app_id and group_hash
-
-
+@dataclass(eq=False)
 class Submission:
     """The reports of one request on their way to the disk, and what became of them."""
 
-    def __init__(self, key_hash: bytes = b"", reports: Reports = (), idempotency: Idempotency = Idempotency(),
-                 error: Exception | None = None):
-        self.key_hash, self.reports, self.idempotency, self.error = key_hash, reports, idempotency, error
-        self.receipt: Receipt | None = None
+    key_hash: bytes = b""
+    reports: Reports = ()
+    idempotency: Idempotency = Idempotency()
+    error: Exception | None = None
+    receipt: Receipt | None = None
 
     def result(self) -> Receipt:
         """The receipt. Raises the error and drops it: its traceback holds the request, and the reference cycle
@@ -3652,21 +3611,20 @@ class Submission:
 class Group:
     """The submissions that one commit stores."""
 
-    def __init__(self) -> None:
-        self.submissions: list[Submission] = []
-        self.full = threading.Event()  # it has as many as the last one, most of whom come again
+    def __init__(self, submissions: Sequence[Submission] = ()) -> None:
+        self.submissions = list(submissions)
+        self.full = threading.Event()  # it has as many as the last one, most of which come again
         self.done: list[threading.Lock] = []  # one for each thread: one Event for all costs a tenth of the speed
 
     def join(self, submissions: Sequence[Submission], max_waiters: int, max_rows: int) -> None:
         """Takes submissions in, or gives those for which there is no room an error."""
         rows = sum(len(each.reports) for each in self.submissions)
         for each in submissions:
-            rows += len(each.reports)
-            if len(self.submissions) < max_waiters and (rows <= max_rows or not self.submissions):
-                self.submissions.append(each)
-            else:
-                rows -= len(each.reports)
+            if len(self.submissions) >= max_waiters or self.submissions and rows + len(each.reports) > max_rows:
                 each.error = StorageUnavailable()
+            else:
+                self.submissions.append(each)
+                rows += len(each.reports)
 
 
 class Histogram:
@@ -3688,7 +3646,7 @@ class Histogram:
 
 
 class Process(Connections):
-    """What a process has of a store."""
+    """What one process keeps of a store."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -3713,97 +3671,85 @@ class Commit:
 
     def __init__(self, db: Connection, now: int):
         self._db, self._now, self._symbols = db, now, Symbols(db)
-        # Requests, each with the one that it repeats, or with itself.
-        self._requests: list[tuple[int, Submission, Submission]] = []
-        self._uses: Counter = Counter()  # of keys, by app and key
-        # By kind and app: the seqs of reports, when they were received, how fast their clocks were, and the reports.
-        self._reports: dict[tuple, tuple[list[Any], ...]] = defaultdict(lambda: ([], [], [], []))
+        self._marks: list[tuple[Any, ...]] = []  # rows of `replays`
+        self._uses: Counter[tuple[int, str]] = Counter()  # of keys, by app and key
+        # By app: seqs, times of receipt, how fast the clocks were, and the reports. As columns, because a tuple
+        # for each report would set off the garbage collector.
+        self._columns: dict[int, tuple[list[Any], ...]] = defaultdict(lambda: ([], [], [], []))
 
     def add(self, submissions: Sequence[Submission]) -> None:
-        """Adds requests. Each has a receipt after `save`, or an error where it must be refused."""
+        """Adds requests. Each has a receipt, for when the transaction ends, or an error where it must be refused."""
         self._db.lock_apps([each.key_hash for each in submissions])
-        apps = dict(rows_of(self._db, """
+        apps: dict[bytes, int] = dict(rows_of(self._db, """
             select key_hash, app_id from (values *) as given cross join keys on key_hash = column1
             where revoked_at is null""", list({(each.key_hash,) for each in submissions})))
-        known = self._earlier({(apps[each.key_hash], mark) for each in submissions if each.key_hash in apps
-                               for mark in each.idempotency.marks})
+        accepted = [(apps[each.key_hash], each) for each in submissions if each.key_hash in apps]
+        total = sum(len(each.reports) for _, each in accepted)
+        seq = self._db.reserve_seqs(self._now, total) if total else 0
+        known = self._earlier({(app_id, mark) for app_id, each in accepted for mark in each.idempotency.marks})
         for each in submissions:
-            app_id, marks = apps.get(each.key_hash), each.idempotency.marks
-            first = next((known[app_id, mark] for mark in marks if (app_id, mark) in known), each)
-            if app_id is None:
+            if each.key_hash not in apps:
                 each.error = Refusal("invalid API key")
-            elif first.idempotency.request != each.idempotency.request:
+        for app_id, each in accepted:
+            marks, request = each.idempotency
+            earlier, seqs = next((known[app_id, mark] for mark in marks if (app_id, mark) in known), (None, range(0)))
+            if earlier not in (None, request):
                 each.error = Refusal("idempotency key reused with a different body")
-            else:
-                each.reports = self.group(each.reports)
-                self._requests.append((app_id, each, first))
-                self._uses[app_id, key_name(each.key_hash)] += 1
-                known.update(((app_id, mark), first) for mark in marks)
+                continue
+            each.reports = self.group(each.reports)
+            if earlier is None:
+                seqs = range(seq, seq + len(each.reports))
+                seq = seqs.stop
+                ahead = clock_ahead(max(map(attrgetter("occurred_at"), each.reports)), self._now)
+                self.put(app_id, seqs, [self._now] * len(seqs), [ahead] * len(seqs), each.reports)
+            each.receipt = Receipt(seqs, earlier is not None)
+            self._uses[app_id, key_name(each.key_hash)] += 1
+            for mark in marks:
+                if (app_id, mark) not in known:
+                    known[app_id, mark] = request, seqs
+                    self._marks.append((app_id, mark, request, seqs.start, len(seqs), self._now))
 
-    def _earlier(self, marks: set[tuple[int, bytes]]) -> dict[tuple[int, bytes], Submission]:
-        """The requests that are stored under these marks."""
-        found = {}
-        for app_id, mark, request, first, count in rows_of(self._db, """
-                select app_id, mark, request, first_seq, reports from (values *) as given
-                cross join replays on app_id = column1 and mark = column2""", list(marks)):
-            found[app_id, bytes(mark)] = earlier = Submission(idempotency=Idempotency((), bytes(request)))
-            earlier.receipt = Receipt(range(first, first + count), False)
-        return found
+    def _earlier(self, marks: set[tuple[int, bytes]]) -> dict[tuple[int, bytes], tuple[bytes | None, range]]:
+        """Digest and seqs of the requests that are stored under these marks."""
+        return {(app_id, bytes(mark)): (bytes(request), range(first, first + count))
+                for app_id, mark, request, first, count in rows_of(self._db, """
+                    select app_id, mark, request, first_seq, reports from (values *) as given
+                    cross join replays on app_id = column1 and mark = column2""", list(marks))}
 
     def group(self, reports: Reports) -> Reports:
         """The reports, with crashes in the groups that the symbols give."""
-        if Crash not in set(map(type, reports)):
-            return reports
-        return [self._symbols.group(each) if type(each) is Crash and each.images else each for each in reports]
+        return [self._symbols.group(each) if type(each) is Crash else each for each in reports]
 
-    def put(self, app_id: int, seqs: Iterable[int], received: Iterable[int], ahead: Iterable[int],
-            reports: Reports) -> None:
-        """Adds reports of one kind in the order of their seqs."""
-        for taken, more in zip(self._reports[type(reports[0]), app_id], (seqs, received, ahead, reports)):
-            taken.extend(more)
+    def put(self, app_id: int, *columns: Sequence[Any]) -> None:
+        """Adds reports in the order of their seqs, as columns (see __init__)."""
+        for column, values in zip(self._columns[app_id], columns):
+            column.extend(values)
 
-    def save(self) -> Stored:
-        """Writes the rows and the figures."""
-        self._give_receipts()
-        rollups, counts, crashes = RollUps(self._db, self._now, self._symbols), Counter(), []
-        for (kind, app_id), (seqs, received, ahead, reports) in self._reports.items():
-            flags, reports = rollups.names.limit(app_id, received, reports)
-            columns = {"seq": seqs, "app_id": repeat(app_id), "received_at": received, **{
+    def save(self) -> Counter[str]:
+        """Writes the rows and the figures. Returns how many reports came to each table."""
+        rollups, stored, crashes = RollUps(self._db, self._now, self._symbols), Counter[str](), []
+        for (app_id, columns), (kind, table) in product(self._columns.items(), TABLES.items()):
+            is_own = [type(report) is kind for report in columns[-1]]
+            seqs, received, ahead, given = (list(compress(column, is_own)) for column in columns)
+            if not seqs:
+                continue
+            flags, reports = rollups.names.limit(app_id, received, given)
+            # Columns of zeros are left out: binding them costs 2 % of a batch.
+            ours = {"seq": seqs, "app_id": repeat(app_id), "received_at": received, **{
                 name: values for name, values in (("clock_ahead_ms", ahead), ("other", flags)) if any(values)}}
-            rows = counted(kind, app_id, seqs, received, ahead, flags, reports)
-            rollups.count(kind, rows, 1)
-            self._db.append(TABLES[kind], (*columns, *kind._fields),
-                            [(*ours, *report) for ours, report in zip(zip(*columns.values()), reports)])
-            counts[TABLES[kind]] += len(reports)
-            crashes += rows if kind is Crash and self._requests else []  # imports are none
+            found = counted(kind, app_id, seqs, received, ahead, flags, reports)
+            rollups.count(kind, found, 1)  # before the rows are there: it looks for devices that are new to a group
+            self._db.append(table, (*ours, *kind._fields),
+                            [(*row, *report) for row, report in zip(zip(*ours.values()), reports)])
+            stored[table] += len(found)
+            crashes += found if kind is Crash and self._uses else []  # imports are none
+        write_rows(self._db, "insert into replays values *", self._marks)
         for (app_id, key), uses in self._uses.items():
             rollups.add("key_days", app_id, self._now // DAY, key, requests=uses)
         rollups.save()
         if crashes:
             see_crashes(self._db, self._now, rollups, crashes)
-        return Stored(counts, [(app_id, name) for app_id, field, name in rollups.names.accepted
-                               if field == "group_hash"])
-
-    def _give_receipts(self) -> None:
-        new = [(app_id, each) for app_id, each, first in self._requests if each is first]
-        total = sum(len(each.reports) for _, each in new)
-        seq = self._db.reserve_seqs(self._now, total) if total else 0
-        for app_id, each in new:
-            count = len(each.reports)
-            each.receipt = Receipt(range(seq, seq + count), False)
-            seq += count
-            ahead_ms = clock_ahead(max(map(attrgetter("occurred_at"), each.reports)), self._now)
-            kinds = dict.fromkeys(map(type, each.reports))
-            for kind in kinds:
-                seqs, reports = each.receipt.seqs, each.reports
-                if len(kinds) > 1:
-                    seqs, reports = zip(*(pair for pair in zip(seqs, reports) if type(pair[1]) is kind))
-                self.put(app_id, seqs, [self._now] * len(seqs), [ahead_ms] * len(seqs), reports)
-        for _, each, first in self._requests:
-            each.receipt = first.receipt if each is first else Receipt(first.receipt.seqs, True)
-        write_rows(self._db, "insert into replays values * on conflict do nothing", [
-            (app_id, mark, each.idempotency.request, each.receipt.seqs[0], len(each.receipt.seqs), self._now)
-            for app_id, each, _ in self._requests for mark in each.idempotency.marks])
+        return stored
 
 
 # == Store =====================================================================
@@ -3814,11 +3760,11 @@ BUSY_GROUP = 4  # requests: after a commit of so many, the next one waits for mo
 GATHER_SECONDS = 0.003  # how long it waits: a commit costs as much as ten reports
 MAX_WAIT = 30.0  # seconds to wait for another thread's commit: longer than any lock and sync together
 EXPIRE_SLICE = 10  # rows before the first look at the clock: one may be as large as a body
-EXPIRE_SECONDS = 0.02  # for which a step may delete expired reports
+EXPIRE_SECONDS = 0.02  # for which a step may delete or move reports
 NEARLY_FULL = 0.9  # the share of the disk or of max_db_size from which on the operator is warned
-REGROUPED = 100  # crashes that are moved to another group together, or fewer within EXPIRE_SECONDS
+REGROUPED = 100  # crashes that a step looks at, unless EXPIRE_SECONDS are over before
 MAX_SYMBOL_BYTES, MAX_BUILDS = 200_000_000, 1000  # of a build's stored symbols, and builds that have some
-UPLOAD_DAYS = 7  # after which symbols go of which some parts never came
+UPLOAD_DAYS = 7  # after which symbols go if some of their parts never came
 SYMBOL_PAGES = 100  # that a step deletes: each may take 100 kB
 FACT_DAYS = 7  # after which a fact goes that nobody was told
 PAGE_ROWS = 1000  # that an export reads at a time,
@@ -3847,18 +3793,18 @@ class Store(Apps):
                 retention_days = get_state(db, "retention_days", Settings.retention_days)
         self.retention_days: int = retention_days
         self._expire_at = 0  # when to look next for what is older
-        self._judged_hour = 0  # in which it was last looked for releases that are worse
+        self._judged_hour = 0  # in which it last looked for releases that are worse
         self._largest = (0, 0)  # when the app that holds most was looked up, and its id
 
     def start(self, api_key: str = "", auth_token: str = "") -> FirstStart:
-        """As Apps.start; and keeps the retention for commands that are not told one."""
+        """As Apps.start. Also keeps the retention for commands that are not told one."""
         with self.writing() as db:
             db.execute(SET_STATE, ("retention_days", self.retention_days))
         return super().start(api_key, auth_token)
 
     def vitals(self) -> list[tuple[str, str, str, Iterable[tuple[str, float]]]]:
-        """Figures for monitoring: name, kind, meaning, and samples as Prometheus writes them. They are of this process,
-        but for the sizes and the rows. No table of reports is read."""
+        """Figures for monitoring: name, kind, meaning, and samples as Prometheus writes them. All but sizes and rows
+        are of this process. No table of reports is read."""
         here = self._here
         with self.reading() as db:
             self._check_file()
@@ -3871,32 +3817,35 @@ class Store(Apps):
             ("commit_seconds", "histogram", "From asking for the write lock until the commit was durable.",
              here.commit_seconds.samples()),
             ("waiters", "gauge", "Requests that wait for the next commit.", [("", len(here.waiting))]),
-            ("reports_stored_total", "counter", "Reports stored since this process began: not what is kept now,"
-             " which would take a look at every row.",
+            ("reports_stored_total", "counter", "Reports stored since this process began.",
              [(f'{{table="{table}"}}', n) for table, n in here.stored.items()]),
             ("crashes_kept", "gauge", "Rows of the table crashes, by their roll-up.", [("", crashes)]),
             ("file_bytes", "gauge", "Size of the database.", [("", self.size)]),
             ("wal_bytes", "gauge", "Size of its write-ahead log.", [("", _wal_size(self.path))])]
 
+    def warnings(self) -> list[str]:
+        """What an operator should know before it is too late."""
+        return size_warnings(self.path, self.max_db_size)
+
     # Reports that come
 
-    def add(self, key_hash: bytes, reports: Reports, idempotency: Idempotency = Idempotency()) -> Receipt:
+    def add(self, key_hash: bytes, reports: Reports, idempotency: Idempotency | None = None) -> Receipt:
         """Stores reports, all or none, and returns when they are durable. They go to the app of the key
         with that SHA-256. A repeated request, as told by `idempotency`, stores nothing and has the first one's receipt.
         Raises Refusal where an Idempotency-Key comes with another request, or the key is not active at the time of the
         commit; StorageUnavailable also where too many wait already."""
         if not reports:
             raise ValueError("no reports")
-        submission = Submission(key_hash, reports, idempotency)
+        submission = Submission(key_hash, reports, idempotency or Idempotency())
         self.add_all([submission])
         return submission.result()
 
     def add_all(self, submissions: Sequence[Submission]) -> None:
-        """Stores several requests in one commit: each then has a receipt or an error. An unexpected error is
-        logged, and is StorageUnavailable to them all."""
+        """Stores several requests in one commit. Each then has a receipt or an error. An unexpected error is logged,
+        and they get StorageUnavailable."""
         if not submissions:
             return
-        here, own, done, stored = self._here, Group(), threading.Lock(), None
+        here, own, done, is_stored = self._here, Group(), threading.Lock(), False
         group = own
         try:
             with here.group_lock:
@@ -3908,40 +3857,41 @@ class Store(Apps):
                 if len(group.submissions) >= here.last_size:
                     group.full.set()
             if group is own:
-                stored = self._commit_group(here, own)
+                self._commit(here, own)
+                is_stored = True
             elif any(each.error is None for each in submissions) and not done.acquire(timeout=MAX_WAIT):
                 raise StorageUnavailable()  # the committing thread is slow, or was ended by a signal
         except BaseException as error:  # also a signal, if this is the main thread
-            with here.group_lock:
-                if here.group is group and (group is own or isinstance(error, Exception)):
-                    here.group = None
-                refused = group.submissions if group is own else submissions
-                group.submissions = [each for each in group.submissions if each not in refused]
-            for submission in refused:
-                submission.error = StorageUnavailable()
-            if not isinstance(error, Exception):
-                raise
-            if not isinstance(error, StorageUnavailable):
-                log.exception("unexpected error")
-            is_outage = isinstance(error.__cause__ or error, (self.Outage, StorageUnavailable))
-            for submission in refused if group is own and len(refused) > 1 and not is_outage else ():
-                self._commit_alone(here, submission)  # one report must not cost its neighbours theirs
+            self._give_up(here, group, None if group is own else submissions, error)
         finally:
             for each in own.done:
                 each.release()
-        if stored:
-            self._committed(stored)
+        if is_stored:
+            self._expire_if_due()
 
-    def _commit_alone(self, here: Process, submission: Submission) -> None:
-        group = Group()
-        group.submissions = [submission]
-        try:
-            submission.error = None
-            self._committed(self._commit_group(here, group))
-        except Exception:
-            submission.error = StorageUnavailable()
+    def _give_up(self, here: Process, group: Group, waiting: Sequence[Submission] | None, error: BaseException) -> None:
+        """Takes submissions that have waited too long out of their group; or all, if its commit has failed. Then it
+        tries each alone: one bad report must not fail its neighbours."""
+        with here.group_lock:
+            if here.group is group and (waiting is None or isinstance(error, Exception)):
+                here.group = None
+            refused = group.submissions if waiting is None else waiting
+            group.submissions = [each for each in group.submissions if each not in refused]
+        for each in refused:
+            each.error = StorageUnavailable()
+        if not isinstance(error, Exception):
+            raise error
+        if not isinstance(error, StorageUnavailable):
+            log.exception("unexpected error")
+        is_outage = isinstance(error.__cause__ or error, (self.Outage, StorageUnavailable))
+        for each in refused if waiting is None and len(refused) > 1 and not is_outage else ():
+            try:
+                each.error = None
+                self._commit(here, Group([each]))
+            except Exception:
+                each.error = StorageUnavailable()
 
-    def _commit_group(self, here: Process, group: Group) -> Stored:
+    def _commit(self, here: Process, group: Group) -> None:
         """Stores a group in one transaction. Until that begins, the group grows."""
         with here.commit_lock:
             if here.last_size >= BUSY_GROUP:
@@ -3957,28 +3907,26 @@ class Store(Apps):
                 stored = commit.save()
             here.group_sizes.add(len(group.submissions))
             here.commit_seconds.add(time.monotonic() - began)
-            here.stored.update(stored.counts)
+            here.stored.update(stored)
             self._trouble = self._logged = ""
-            return stored
 
-    def _committed(self, stored: Stored) -> None:
-        """Called after each commit, when it is durable and answered, with what it stored."""
-        self._expire_if_due()
-
-    def export(self, kind: type, app: str | None = None, since: int = 0) -> Iterator[StoredReport]:
+    def export(self, kind: type[Any], app: str | None = None, since: int = 0) -> Iterator[StoredReport]:
         """The reports of a kind, Crash or Event, that are here now, in the order of their seqs: of all apps or of one,
-        received at `since` or later. Raises StoreError where there is no such app. In pages: a single long read would
-        hold up the WAL."""
+        received at `since` or later. Raises StoreError where there is no such app."""
         with self.reading() as db:
             if app is not None:
                 self._app(db, app)
-            last, = db.execute(f"select coalesce(max(seq), -1) from {TABLES[kind]}").fetchone()
-        page = self._page(kind, min(max(0, first_seq(since)), MAX_NUMBER) - 1, last)
-        while page:
+        last, after = self._last_seq(kind), min(max(0, first_seq(since)), MAX_NUMBER) - 1
+        while page := self._page(kind, after, last):
             yield from (each for each in page if app in (None, each.app) and each.received_at >= since)
-            page = self._page(kind, page[-1].seq, last)
+            after = page[-1].seq
 
-    def _page(self, kind: type, after: int, last: int) -> list[StoredReport]:
+    def _last_seq(self, kind: type[Any]) -> int:
+        with self.reading() as db:
+            return int(db.execute(f"select coalesce(max(seq), -1) from {TABLES[kind]}").fetchone()[0])
+
+    def _page(self, kind: type[Any], after: int, last: int) -> list[StoredReport]:
+        """The reports that come next. A single long read would hold up the WAL."""
         page: list[StoredReport] = []
         size = 0
         with self.reading() as db, closing(db.execute(f"""
@@ -3995,42 +3943,45 @@ class Store(Apps):
                     break
         return page
 
-    def import_(self, reports: Sequence[StoredReport]) -> Counter:
+    def import_(self, reports: Sequence[StoredReport]) -> Counter[str]:
         """Stores reports that another store has exported, all or none, and makes their apps, without keys. Returns how
         many were `stored`; how many were `known`, because their seq is here already, whatever is in them; and how many
         had `expired`: their time is over, or reports as old have gone from here, maybe these, which would be counted
         twice. Raises StoreError where an app is live here and a test there."""
-        counts = Counter(stored=0, expired=0)
+        counts = Counter(stored=0, known=0, expired=0)
+        apps: dict[tuple[str, bool], tuple[int, int]] = {}  # by name and is_test: the id, and what went early
         with self.writing_step() as db:
             commit = Commit(db, self.now)
-            for kind, table in TABLES.items():
-                given = {each.seq: each for each in reports if type(each.report) is kind}
-                known = {seq for seq, in rows_of(db, f"""
-                    select seq from (values *) as keys cross join {table} on seq = column1
-                    """, [(seq,) for seq in given])}
-                oldest = max(self._oldest_seq, get_state(db, "expired_" + table, -1) + 1)
-                fresh = [each for seq, each in given.items() if seq >= oldest and seq not in known]
-                for (app, is_test), run in groupby(sorted(fresh, key=itemgetter(1, 2, 0)), key=itemgetter(1, 2)):
-                    app_id = self._imported_app(db, app, is_test)
-                    early = get_state(db, f"early_{app_id}", -1)
-                    if kept := [each for each in run if each.seq > early]:
-                        seqs, _, _, received, ahead, same_kind = zip(*kept)
-                        commit.put(app_id, seqs, received, ahead, commit.group(same_kind))
-                    counts["stored"] += len(kept)
-                counts["expired"] += len(given.keys() - known)
+            known = {(kind, seq) for kind, table in TABLES.items() for seq, in rows_of(
+                db, f"select seq from (values *) as keys cross join {table} on seq = column1",
+                [(each.seq,) for each in reports])}
+            expired = {kind: max(self._oldest_seq - 1, get_state(db, "expired_" + table, -1))
+                       for kind, table in TABLES.items()}
+            for seq, app, is_test, received_at, ahead_ms, report in sorted(reports, key=itemgetter(0)):
+                kind = type(report)
+                if (kind, seq) in known:
+                    counts["known"] += 1
+                    continue
+                known.add((kind, seq))
+                if seq > expired[kind] and (app, is_test) not in apps:
+                    apps[app, is_test] = self._imported_app(db, app, is_test)
+                if seq <= expired[kind] or seq <= apps[app, is_test][1]:
+                    counts["expired"] += 1
+                    continue
+                commit.put(apps[app, is_test][0], [seq], [received_at], [ahead_ms], commit.group([report]))
+                counts["stored"] += 1
             commit.save()
             self._expire(db)
-        counts["expired"] -= counts["stored"]
-        counts["known"] = len(reports) - counts["stored"] - counts["expired"]
         return counts
 
-    def _imported_app(self, db: Connection, name: str, is_test: bool) -> int:
+    def _imported_app(self, db: Connection, name: str, is_test: bool) -> tuple[int, int]:
+        """The id of an app, which is made where there is none, and the highest seq of its that went early."""
         if not db.execute("select 1 from apps where name = ?", (name,)).fetchone():
             self._make_app(db, name, is_test)
         app_id, was_test = self._app(db, name)
         if was_test != is_test:
             raise StoreError(f"the app {name!r} is a {'test' if was_test else 'live'} one here")
-        return app_id
+        return app_id, get_state(db, f"early_{app_id}", -1)
 
     # Symbols
 
@@ -4038,33 +3989,58 @@ class Store(Apps):
         """Stores a part of a build's symbols in place of what came as the same part before, and returns how far its
         upload is, and whether this part or all of it was here already. A build that is complete stays as it is. One
         that was begun in another number of parts is begun anew. Raises Refusal where there is no room."""
-        while type(stored := self._put_part(uuid, part)) is str:
-            self._drop_symbols(stored)
-        return stored
+        while True:
+            with self.writing() as db:
+                obstacle = self._obstacle(db, uuid, part)
+                if not obstacle:
+                    return self._put_part(db, uuid, part)
+            self._drop_symbols(obstacle)
 
-    def _put_part(self, uuid: str, part: SymbolPart) -> Any:
-        """As put_symbols; or the UUID of a build whose symbols, or what is left of them, have to go first."""
-        with self.writing() as db:
-            if surplus := self._surplus_build(db, uuid):
-                return surplus
-            query = "select parts, received from symbols where uuid = ?"
-            parts, received = db.execute(query, (uuid,)).fetchone() or (part.parts, -1)
-            was_held = received == parts
-            if not was_held:
-                if parts != part.parts or not received:
-                    return uuid
-                was_held = self._store_part(db, uuid, part)
-                parts, received = db.execute(query, (uuid,)).fetchone()
-                if received == parts:
-                    self._symbols_arrived(db, uuid)
+    @staticmethod
+    def _obstacle(db: Connection, uuid: str, part: SymbolPart) -> str:
+        """The build whose symbols have to go first, or "": this one, if it was begun in another number of parts or is
+        being deleted; or, of too many, the oldest one without crashes. Raises Refusal where all have crashes."""
+        if db.execute("select 1 from symbols where uuid = ? and received < parts and (parts <> ? or received = 0)",
+                      (uuid, part.parts)).fetchone():
+            return uuid
+        builds, = db.execute("select count(*) from symbols where uuid <> ?", (uuid,)).fetchone()
+        if builds < MAX_BUILDS:
+            return ""
+        oldest, is_needed = db.execute("""
+            select uuid, uuid in (select uuid from group_images) as is_needed from symbols where uuid <> ?
+            order by is_needed, uploaded_at, uuid limit 1""", (uuid,)).fetchone()
+        if is_needed:
+            raise Refusal("too many symbols", detail=(
+                f"those of {MAX_BUILDS} builds with crashes are held; 'symbols delete {oldest}' deletes the oldest"))
+        return str(oldest)
+
+    def _put_part(self, db: Connection, uuid: str, part: SymbolPart) -> tuple[JsonObject, bool]:
+        """As put_symbols, where there is room."""
+        query = "select parts, received from symbols where uuid = ?"
+        parts, received = db.execute(query, (uuid,)).fetchone() or (part.parts, 0)
+        was_held = received == parts
+        if not was_held:
+            was_held = self._store_part(db, uuid, part)
+            parts, received = db.execute(query, (uuid,)).fetchone()
+            if received == parts:
+                self._symbols_arrived(db, uuid)
         return {"uuid": uuid, "parts": parts, "received": received, "complete": received == parts}, was_held
 
     def _store_part(self, db: Connection, uuid: str, part: SymbolPart) -> bool:
-        """Writes a part; whether it was here already."""
+        """Writes a part; whether it was here already. Symbols must not take the room of reports."""
         was_held = db.execute("delete from symbol_parts where uuid = ? and part = ?", (uuid, part.part)).rowcount > 0
         if was_held:  # looks at all pages of the build
             db.execute("delete from symbol_pages where uuid = ? and part = ?", (uuid, part.part))
-        self._check_room(db, uuid, part)
+        ours, total = db.execute("""
+            select coalesce(sum(case when uuid = ? then size end), 0), coalesce(sum(size), 0) from symbol_parts
+            """, (uuid,)).fetchone()
+        for size, bound, problem in (
+                (ours, MAX_SYMBOL_BYTES, f"those of a build may take {megabytes(MAX_SYMBOL_BYTES)};"
+                                         f" 'symbols delete {uuid}' deletes what came"),
+                (total, self.max_db_size // 2 or math.inf,
+                 "they would take more than half of BACKFEEDR_MAX_DB_SIZE; 'symbols delete' makes room")):
+            if size + part.size > bound:
+                raise Refusal("too many symbols", detail=problem)
         db.execute("""
             insert into symbols values (?, ?, ?, ?, 0, 0, 0, ?)
             on conflict (uuid) do update set binary_name = excluded.binary_name, arch = excluded.arch,
@@ -4081,33 +4057,8 @@ class Store(Apps):
             where uuid = :uuid""", {"uuid": uuid})
         return was_held
 
-    def _check_room(self, db: Connection, uuid: str, part: SymbolPart) -> None:
-        """Raises Refusal where a part would exceed a bound. Symbols must not take the room of reports."""
-        size, = db.execute("select coalesce(sum(size), 0) from symbol_parts where uuid = ?", (uuid,)).fetchone()
-        if size + part.size > MAX_SYMBOL_BYTES:
-            raise Refusal("too many symbols", detail=(
-                f"those of a build may take {megabytes(MAX_SYMBOL_BYTES)}; 'symbols delete {uuid}' deletes what came"))
-        total, = db.execute("select coalesce(sum(size), 0) from symbol_parts").fetchone()
-        if self.max_db_size and total + part.size > self.max_db_size // 2:
-            raise Refusal("too many symbols", detail=(
-                "they would take more than half of BACKFEEDR_MAX_DB_SIZE; 'symbols delete' makes room"))
-
     @staticmethod
-    def _surplus_build(db: Connection, uuid: str) -> str:
-        """The build whose symbols have to go for those of a new one: of which no crash is kept, and the oldest of them;
-        "" where there is room. Raises Refusal where each has crashes."""
-        builds, = db.execute("select count(*) from symbols where uuid <> ?", (uuid,)).fetchone()
-        if builds < MAX_BUILDS:
-            return ""
-        oldest, is_needed = db.execute("""
-            select uuid, uuid in (select uuid from group_images) as is_needed from symbols where uuid <> ?
-            order by is_needed, uploaded_at, uuid limit 1""", (uuid,)).fetchone()
-        if is_needed:
-            raise Refusal("too many symbols", detail=(
-                f"those of {MAX_BUILDS} builds with crashes are held; 'symbols delete {oldest}' deletes the oldest"))
-        return oldest
-
-    def _symbols_arrived(self, db: Connection, uuid: str) -> None:
+    def _symbols_arrived(db: Connection, uuid: str) -> None:
         """Notes the groups whose crashes the symbols of a build can name."""
         db.execute("""
             insert into regroupings select app_id, group_hash, 0, 0, '' from group_images where uuid = ?
@@ -4126,17 +4077,15 @@ class Store(Apps):
             raise StoreError(f"the UUIDs of {len(found) or 'no'} builds begin with {uuid!r}: see 'symbols list'")
         self._drop_symbols(found[0][0])
         self._fold_in_wal()
-        return found[0][0]
+        return str(found[0][0])
 
     def _drop_symbols(self, uuid: str) -> None:
-        deleted = 1
-        while deleted:
-            with self.writing_step() as db:
-                deleted = self._drop_pages(db, uuid)
+        self._write_in_steps(lambda db: self._drop_pages(db, uuid))
 
-    def _drop_pages(self, db: Connection, uuid: str) -> int:
-        """A step of deleting symbols; how many rows. From the first on, none of them is looked up: of a page that is
-        gone, the one before it would answer. The build goes last, so that its deletion can be taken up again."""
+    @staticmethod
+    def _drop_pages(db: Connection, uuid: str) -> int:
+        """A step of deleting symbols; how many rows. None of them is looked up from the first step on: the page before
+        a deleted one would answer for it. The build goes last, so that an interrupted deletion can go on."""
         db.execute("update symbols set received = 0, size = 0, rows = 0 where uuid = ?", (uuid,))
         deleted = db.execute("delete from symbol_parts where uuid = ?", (uuid,)).rowcount
         deleted += db.execute("""
@@ -4146,10 +4095,9 @@ class Store(Apps):
         return deleted or db.execute("delete from symbols where uuid = ?", (uuid,)).rowcount
 
     def _expire_symbols(self, db: Connection) -> int:
-        """A step of deleting the symbols of a build of which no crash is kept, and which a later one of the same binary
-        followed longer ago than the retention, so that few of its hangs are kept; or which never became complete. How
-        many rows."""
-        days = self.retention_days
+        """A step of deleting the symbols of a build; how many rows. They go if some parts never came; or if no crash of
+        the build is kept, and symbols of a later build of its binary came before the retention began, so that few of
+        its hangs are kept."""
         row = db.execute("""
             select uuid from symbols
             where received < parts and uploaded_at < :given_up or uploaded_at < :expired
@@ -4158,7 +4106,7 @@ class Store(Apps):
                         and later.received = later.parts and later.uploaded_at > symbols.uploaded_at
                         and later.uploaded_at < :expired)
             order by uuid limit 1
-            """, {"given_up": self.now - UPLOAD_DAYS * DAY, "expired": self.now - days * DAY if days else 0}).fetchone()
+            """, {"given_up": self.now - UPLOAD_DAYS * DAY, "expired": self._oldest_seq >> SEQ_BITS}).fetchone()
         return self._drop_pages(db, row[0]) if row else 0
 
     # Decisions
@@ -4179,116 +4127,23 @@ class Store(Apps):
                 raise missing_group(db, app, group_hash)
             decide(db, apps[0][0], group_hash, changes, self.now)
 
-    # Reports that go
+    # Crashes that move to other groups
 
-    @property
-    def _oldest_seq(self) -> int:
-        """Of the reports that are to be kept."""
-        return first_seq(self.now - self.retention_days * DAY) if self.retention_days else 0
+    def regroup(self) -> None:
+        """Moves all crashes to the groups that their names give now. Where it ends early, commits go on."""
+        with suppress(StorageUnavailable):
+            self._write_in_steps(self._regroup)
 
-    def _expire_if_due(self) -> None:
-        """Runs one step after a commit, at most once a second, or after every commit while rows are left to delete. It
-        looks before it locks: the lock is on all apps, and whoever waits for it holds up its own answer."""
-        now = self.now
-        if self._expire_at - SECOND <= now < self._expire_at:  # the lower bound: the clock may have been set back
-            return
-        deleted: Counter = Counter()
-        try:
-            with self.reading() as db:
-                is_full = 0 < self.max_db_size < self.used(db)
-                oldest = {"replays": now - REPLAY_DAYS * DAY, "oldest": self._oldest_seq, "today": now // DAY}
-                is_due = any(db.execute("""
-                    select (select min(received_at) from replays) < :replays, (select min(seq) from crashes) < :oldest,
-                        (select min(seq) from events) < :oldest, exists (select 1 from regroupings),
-                        not exists (select 1 from state where name = 'trimmed_day' and value = :today)
-                    """, oldest).fetchone())
-                is_worse = now // HOUR != self._judged_hour and worse_releases(db, now)
-                self._judged_hour = now // HOUR
-            if is_due or is_full or is_worse:
-                with self.writing() as db:
-                    if is_worse:
-                        note_worse_releases(db, now)
-                    deleted = self._expire(db)
-        except Exception as error:  # the reports of the commit are stored, and later commits try again
-            if not isinstance(error, StorageUnavailable):
-                log.exception("unexpected error")
-        self._expire_at = now if deleted.keys() - {"moved"} else now + SECOND
-
-    def _expire(self, db: Connection) -> Counter:
-        """A step of deleting what is older than the retention; how many rows of each table. It ends after
-        EXPIRE_SECONDS, because it keeps others from writing."""
-        deleted, deadline = Counter(), time.monotonic() + EXPIRE_SECONDS
-        deleted["replays"] = db.execute("""
-            delete from replays where (app_id, mark) in (
-                select app_id, mark from replays where received_at < ? limit ?)
-            """, (self.now - REPLAY_DAYS * DAY, PRUNE_STEP)).rowcount
-        for kind, table in TABLES.items():
-            size = EXPIRE_SLICE
-            while seqs := self._delete(db, kind, 0, f"from {table} where seq < ? order by seq limit ?",
-                                       (self._oldest_seq, size)):
-                db.execute(SET_STATE, ("expired_" + table, seqs[-1]))
-                deleted[table] += len(seqs)
-                size = min(2 * size, PRUNE_STEP)
-                if time.monotonic() > deadline:
-                    break
-        while 0 < self.max_db_size < self.used(db) and time.monotonic() < deadline:
-            if not (early := self._delete_early(db)):
-                break
-            deleted += early
-        deleted["moved"] = self._regroup(db)
-        if get_state(db, "trimmed_day", 0) != self.now // DAY:
-            deleted["sums"] = RollUps(db, self.now).trim()
-            deleted["symbols"] = self._expire_symbols(db)
-            db.execute("delete from facts where at < ?", (self.now - FACT_DAYS * DAY,))
-            deleted["aliases"] = db.execute("""
-                delete from group_aliases
-                where not exists (
-                        select 1 from groups where app_id = group_aliases.app_id and group_hash = target)
-                    and not exists (
-                        select 1 from regroupings where app_id = group_aliases.app_id and group_hash = target)
-                """).rowcount
-            if not deleted["sums"] + deleted["symbols"]:
-                db.execute(SET_STATE, ("trimmed_day", self.now // DAY))
-                for warning in self.warnings():
-                    log.warning("%s", warning)
-        return +deleted
-
-    def _delete_early(self, db: Connection) -> Counter:
-        """Deletes some of the oldest reports of the app that holds most; how many rows of each table."""
-        app_id = self._largest_app(db)
-        oldest = db.execute("""
-            select seq from (
-                select * from (select seq from crashes where app_id = :app order by seq limit :limit) as crashes
-                union all
-                select * from (select seq from events where app_id = :app order by seq limit :limit) as events) as both
-            order by seq limit :limit
-            """, {"app": app_id, "limit": 20 * EXPIRE_SLICE}).fetchall()
-        deleted: Counter = Counter()
-        for kind, table in TABLES.items() if oldest else ():
-            deleted[table] = len(self._delete(db, kind, 0, f"from {table} where app_id = ? and seq <= ?",
-                                              (app_id, oldest[-1][0])))
-        if oldest:
-            db.execute(SET_STATE, (f"early_{app_id}", oldest[-1][0]))
-        else:
-            self._largest = (0, 0)
-        return +deleted
-
-    def _largest_app(self, db: Connection) -> int:
-        """The id of the app that holds most, by rows, of which a crash takes as much as ten events; 0 for none. Counted
-        once an hour, because it looks at all of them."""
-        if not 0 <= self.now - self._largest[0] < HOUR:
-            app_id, name = db.execute("""
-                select apps.id, name from apps join (
-                    select app_id, 10 * count(*) as size from crashes group by app_id
-                    union all select app_id, count(*) from events group by app_id) as held on app_id = apps.id
-                group by apps.id, name order by sum(size) desc, apps.id limit 1""").fetchone() or (0, "")
-            self._largest = (self.now, app_id)
-            log.warning("the database is larger than BACKFEEDR_MAX_DB_SIZE: the oldest reports of %s go early", name)
-        return self._largest[1]
+    def regroup_in_background(self) -> None:
+        """As `regroup`, in a thread of its own, of which a process has one."""
+        here = self._here
+        if here.regrouping is None or not here.regrouping.is_alive():
+            here.regrouping = threading.Thread(target=self.regroup, name="backfeedr regroup", daemon=True)
+            here.regrouping.start()
 
     def _regroup(self, db: Connection) -> int:
-        """A step of moving crashes to the groups that their names give now. Returns how many it looked at; 0: all are
-        where they belong."""
+        """A step of moving crashes to the groups that their names give now. Returns how many it looked at, and one more
+        for each group that it has finished; 0: all are where they belong."""
         looked, deadline, symbols = 0, time.monotonic() + EXPIRE_SECONDS, Symbols(db)
         while row := db.execute("select * from regroupings order by app_id, group_hash limit 1").fetchone():
             looked += self._regroup_some(db, symbols, deadline, *row)
@@ -4299,23 +4154,23 @@ class Store(Apps):
     def _regroup_some(self, db: Connection, symbols: Symbols, deadline: float, app_id: int, group: str,
                       received_at: int, seq: int, target: str) -> int:
         """Moves crashes of a group that come after this place; how many it looked at, and one more at the end."""
-        moved, places, looked, at = [], {}, 0, (received_at, seq)
-        rows = db.execute("""
-            select received_at, seq, exception_type, images, stack_trace, extra from crashes
-            where app_id = ? and group_hash = ? and (received_at, seq) > (?, ?) and group_hash <> ?
-            order by received_at, seq
-            limit ?""", (app_id, group, *at, OTHER, REGROUPED))
-        for *at, exception_type, images, trace, extra in rows:
-            key = exception_type, trace, extra and "truncated" in extra
-            place = places[key] = places.get(key) or self._place(symbols, group, exception_type, trace, extra)
-            moved += [(*place, at[1])] if place != (group, images) else []
-            looked += 1
-            if time.monotonic() > deadline:
-                break
-        rows.close()
-        is_first = not received_at
+        moved: list[tuple[str, str | None, int]] = []
+        places: dict[tuple[Any, ...], tuple[str, str | None]] = {}
+        looked, at = 0, [received_at, seq]
+        with closing(db.execute("""
+                select received_at, seq, exception_type, images, stack_trace, extra from crashes
+                where app_id = ? and group_hash = ? and (received_at, seq) > (?, ?) and group_hash <> ?
+                order by received_at, seq
+                limit ?""", (app_id, group, received_at, seq, OTHER, REGROUPED))) as rows:
+            for *at, exception_type, images, trace, extra in rows:
+                key = exception_type, trace, extra and "truncated" in extra
+                places[key] = place = places.get(key) or self._place(symbols, group, exception_type, trace, extra)
+                moved += [(*place, at[1])] if place != (group, images) else []
+                looked += 1
+                if time.monotonic() > deadline:
+                    break
         if moved:
-            target = self._move(db, symbols, app_id, group, moved, is_first) or target
+            target = self._move(db, symbols, app_id, group, moved, is_first=not received_at) or target
         is_cut_off = looked == REGROUPED or looked and time.monotonic() > deadline
         if is_cut_off and db.execute("select 1 from crashes where app_id = ? and group_hash = ? limit 1",
                                      (app_id, group)).fetchone():
@@ -4340,12 +4195,12 @@ class Store(Apps):
 
     def _move(self, db: Connection, symbols: Symbols, app_id: int, group: str,
               moved: Sequence[tuple[str, str | None, int]], is_first: bool) -> str:
-        """Gives crashes of a group another group and images. When the group was first seen goes with its first crash,
-        as those before may have expired. Returns the last group that is another."""
+        """Gives crashes of a group another group and images. The group's `first_seen` goes with its first crash,
+        because earlier ones may have expired. Returns the last group that is another."""
         seqs, places = [(seq,) for *_, seq in moved], {seq: place for *place, seq in moved}
         source = "from (values *) as keys cross join crashes on seq = column1"
         rollups, before = RollUps(db, self.now, symbols), counted_rows(db, Crash, source, seqs)
-        traces = dict(rows_of(db, "select seq, stack_trace " + source, seqs))
+        traces: dict[int, str | None] = dict(rows_of(db, "select seq, stack_trace " + source, seqs))
         after = [each._replace(group_hash=places[each.seq][0], images=places[each.seq][1],
                                stack_trace=traces[each.seq]) for each in before]
         first = db.execute("select first_seen, first_version, came_at from groups where app_id = ? and group_hash = ?",
@@ -4362,32 +4217,118 @@ class Store(Apps):
                 update groups set first_seen = ?, first_version = ?
                 where app_id = ? and group_hash = ? and first_seen > ?
                 """, (*first[:2], app_id, moved[0][0], first[0]))
-        others = [each for each, *_ in moved if each != group]
-        return others[-1] if others else ""
+        return next((each for each, *_ in reversed(moved) if each != group), "")
 
-    def regroup(self) -> None:
-        """Moves all crashes to the groups that their names give now, in steps beside others who write."""
-        step = 1
-        while step and not self._closed:
-            with self.writing_step() as db:
-                step = self._regroup(db)
+    # Reports that go
 
-    def regroup_in_background(self) -> None:
-        """As `regroup`, in a thread of its own, of which a process has one. Where it ends early, commits go on."""
-        def run() -> None:
-            with suppress(StorageUnavailable):
-                self.regroup()
+    @property
+    def _oldest_seq(self) -> int:
+        """The lowest seq of the reports that are to be kept."""
+        return first_seq(self.now - self.retention_days * DAY) if self.retention_days else 0
 
-        here = self._here
-        if here.regrouping is None or not here.regrouping.is_alive():
-            here.regrouping = threading.Thread(target=run, name="backfeedr regroup", daemon=True)
-            here.regrouping.start()
+    def _expire_if_due(self) -> None:
+        """Runs one step after a commit, at most once a second, or after every commit while rows are left to delete. It
+        looks before it locks: the lock is on all apps, and the answer waits for it."""
+        now = self.now
+        if self._expire_at - SECOND <= now < self._expire_at:  # the lower bound: the clock may have been set back
+            return
+        deleted: Counter[str] = Counter()
+        try:
+            with self.reading() as db:
+                is_due = 0 < self.max_db_size < self.used(db) or any(db.execute("""
+                    select (select min(received_at) from replays) < :replays, (select min(seq) from crashes) < :oldest,
+                        (select min(seq) from events) < :oldest, exists (select 1 from regroupings),
+                        not exists (select 1 from state where name = 'trimmed_day' and value = :today)
+                    """, {"replays": now - REPLAY_DAYS * DAY, "oldest": self._oldest_seq,
+                          "today": now // DAY}).fetchone())
+                is_worse = now // HOUR != self._judged_hour and worse_releases(db, now)
+                self._judged_hour = now // HOUR
+            if is_due or is_worse:
+                with self.writing() as db:
+                    if is_worse:
+                        note_worse_releases(db, now)
+                    deleted = self._expire(db)
+        except Exception as error:  # the reports of the commit are stored, and later commits try again
+            if not isinstance(error, StorageUnavailable):
+                log.exception("unexpected error")
+        self._expire_at = now if deleted.keys() - {"moved"} else now + SECOND
 
-    def warnings(self) -> list[str]:
-        """What an operator should know before it is too late."""
-        return size_warnings(self.path, self.max_db_size)
+    def _expire(self, db: Connection) -> Counter[str]:
+        """A step of deleting what is older than the retention; how many rows of each table. It ends after
+        EXPIRE_SECONDS, because it keeps others from writing."""
+        deleted: Counter[str] = Counter()
+        deadline, size = time.monotonic() + EXPIRE_SECONDS, EXPIRE_SLICE
+        deleted["replays"] = db.execute("""
+            delete from replays where (app_id, mark) in (
+                select app_id, mark from replays where received_at < ? limit ?)
+            """, (self.now - REPLAY_DAYS * DAY, PRUNE_STEP)).rowcount
+        while reports := self._delete_oldest(db, size):
+            deleted += reports
+            size = min(2 * size, PRUNE_STEP)
+            if time.monotonic() > deadline:
+                break
+        deleted["moved"] = self._regroup(db)
+        if get_state(db, "trimmed_day", 0) != self.now // DAY:
+            deleted["sums"] = RollUps(db, self.now).trim()
+            deleted["symbols"] = self._expire_symbols(db)
+            db.execute("delete from facts where at < ?", (self.now - FACT_DAYS * DAY,))
+            deleted["aliases"] = db.execute("""
+                delete from group_aliases
+                where not exists (
+                        select 1 from groups where app_id = group_aliases.app_id and group_hash = target)
+                    and not exists (
+                        select 1 from regroupings where app_id = group_aliases.app_id and group_hash = target)
+                """).rowcount
+            if not deleted["sums"] + deleted["symbols"]:
+                db.execute(SET_STATE, ("trimmed_day", self.now // DAY))
+                for warning in self.warnings():
+                    log.warning("%s", warning)
+        return +deleted
 
-    def _delete(self, db: Connection, kind: type, by: int, source: str, parameters: Any) -> list[int]:
+    def _delete_oldest(self, db: Connection, size: int) -> Counter[str]:
+        """Deletes some of the reports whose time is over; or else, where the database is too large, some that go early.
+        How many of each table."""
+        deleted: Counter[str] = Counter()
+        for kind, table in TABLES.items():
+            if seqs := self._delete(db, kind, 0, f"from {table} where seq < ? order by seq limit ?",
+                                    (self._oldest_seq, size)):
+                db.execute(SET_STATE, ("expired_" + table, seqs[-1]))
+                deleted[table] = len(seqs)
+        return deleted or self._delete_early(db, size)
+
+    def _delete_early(self, db: Connection, size: int) -> Counter[str]:
+        """Where the database is too large, deletes some of the oldest reports of the app that holds most."""
+        deleted: Counter[str] = Counter()
+        if not 0 < self.max_db_size < self.used(db):
+            return deleted
+        app_id = self._largest_app(db)
+        last, = db.execute("""
+            select max(seq) from (
+                select seq from crashes where app_id = :app union all select seq from events where app_id = :app
+                order by seq limit :size) as oldest""", {"app": app_id, "size": size}).fetchone()
+        if last is None:
+            self._largest = (0, 0)
+            return deleted
+        for kind, table in TABLES.items():
+            deleted[table] = len(self._delete(db, kind, 0, f"from {table} where app_id = ? and seq <= ?",
+                                              (app_id, last)))
+        db.execute(SET_STATE, (f"early_{app_id}", last))
+        return +deleted
+
+    def _largest_app(self, db: Connection) -> int:
+        """The id of the app that holds most, where a crash counts as much as ten events; 0 for none. Looked up once an
+        hour, because it counts all rows."""
+        if not 0 <= self.now - self._largest[0] < HOUR:
+            app_id, name = db.execute("""
+                select apps.id, name from apps join (
+                    select app_id, 10 * count(*) as size from crashes group by app_id
+                    union all select app_id, count(*) from events group by app_id) as held on app_id = apps.id
+                group by apps.id, name order by sum(size) desc, apps.id limit 1""").fetchone() or (0, "")
+            self._largest = (self.now, app_id)
+            log.warning("the database is larger than BACKFEEDR_MAX_DB_SIZE: the oldest reports of %s go early", name)
+        return self._largest[1]
+
+    def _delete(self, db: Connection, kind: type[Any], by: int, source: str, parameters: Any) -> list[int]:
         """Deletes the reports of a query, and counts them as RollUps.count does. Returns their seqs."""
         reports, rollups = counted_rows(db, kind, source, parameters), RollUps(db, self.now)
         write_rows(db, f"delete from {TABLES[kind]} where seq in (values *)", [(each.seq,) for each in reports])
@@ -4395,71 +4336,64 @@ class Store(Apps):
         rollups.save()
         return [each.seq for each in reports]
 
-    def prune(self, progress: Callable[[int], Any] = lambda rows: None) -> Counter:
-        """Deletes all rows whose time is over, and gives the disk their space back; how many rows of each table. In
-        steps and with pauses longer than they, so that nobody else's reports wait for it."""
-        deleted: Counter = Counter()
-        while True:
-            with self.writing_step() as db:
-                step = self._expire(db)
-            if not step:
-                break
-            deleted += step
+    def prune(self, progress: Callable[[int], Any] = lambda rows: None) -> Counter[str]:
+        """Deletes all rows whose time is over, and gives their space back to the disk; how many rows of each table. In
+        steps, with longer pauses between them, so that no reports wait for it."""
+        deleted: Counter[str] = Counter()
+
+        def step(db: Connection) -> Counter[str]:
+            rows = self._expire(db)
+            deleted.update(rows)
             progress(sum(deleted.values()))
+            return rows
+
+        self._write_in_steps(step)
         self._shrink()
         return deleted
 
-    def forget_device(self, device_id_hash: str) -> Counter:
-        """Deletes all that is kept of a device, in all apps; how many rows of each table. It is taken out of every sum.
-        When a group or a release was first seen stays as it is."""
-        deleted: Counter = Counter()
-        after = {}
+    def forget_device(self, device_id_hash: str) -> Counter[str]:
+        """Deletes all that is kept of a device, in all apps, and takes it out of every sum; how many rows of each
+        table. `first_seen` of groups and releases stays as it is."""
+        deleted: Counter[str] = Counter()
+        last = {kind: self._last_seq(kind) for kind in TABLES}
         for kind, table in TABLES.items():
-            with self.reading() as db:
-                after[kind], = db.execute(f"select coalesce(max(seq), 0) from {table}").fetchone()
-            for page in self._seqs(table, "device_id_hash", device_id_hash):
-                for start in range(0, len(page), EXPIRE_SLICE):
-                    with self.writing_step() as db:
-                        deleted[table] += len(self._delete(
-                            db, kind, -1, f"from (values *) as keys cross join {table} on seq = column1",
-                            page[start:start + EXPIRE_SLICE]))
+            for page in self._pages(table, ("seq",), "device_id_hash", device_id_hash, EXPIRE_SLICE):
+                with self.writing_step() as db:
+                    deleted[table] += len(self._delete(
+                        db, kind, -1, f"from (values *) as keys cross join {table} on seq = column1", page))
         with self.writing_step() as db:
-            for kind, table in TABLES.items():  # what has come meanwhile
+            for kind, table in TABLES.items():  # those that have come meanwhile
                 deleted[table] += len(self._delete(db, kind, -1, f"from {table} where device_id_hash = ? and seq > ?",
-                                                   (device_id_hash, after[kind])))
+                                                   (device_id_hash, last[kind])))
             rollups = RollUps(db, self.now)
             deleted["devices"] = rollups.figures[Devices].forget(device_id_hash)
             rollups.save()
         self._fold_in_wal()
         return +deleted
 
-    def _seqs(self, table: str, column: str, value: Any) -> Iterator[list[tuple[int]]]:
-        """The seqs of the reports with a value, in pages: a single long read would hold up the WAL."""
-        page = [(0,)]
+    def _pages(self, table: str, key: Sequence[str], column: str, value: Any,
+               size: int) -> Iterator[list[tuple[Any, ...]]]:
+        """The keys of the rows with a value, so many at a time: a single long read would hold up the WAL."""
+        columns, after, page = ", ".join(key), "", [()]
         while page:
             with self.reading() as db:
-                page = db.execute(f"select seq from {table} where {column} = ? and seq > ? order by seq limit ?",
-                                  (value, page[-1][0], PRUNE_STEP)).fetchall()
+                page = db.execute(f"""
+                    select {columns} from {table} where {column} = ? {after} order by {columns} limit ?
+                    """, (value, *page[-1], size)).fetchall()
+            after = f"and ({columns}) > ({', '.join('?' * len(key))})"
             yield page
 
     def delete_app(self, name: str) -> None:
-        """Deletes an app, its keys and all that it sent. Raises StoreError where there is none. In steps, so that
-        nobody else's reports wait for it: the keys first, the app last, so that it can be repeated where it was cut
-        off."""
+        """Deletes an app, its keys and all that it sent. Raises StoreError where there is none. In steps, so that no
+        reports of others wait for it. The keys go first and the app last, so that it can be repeated if it is
+        interrupted."""
         with self.writing() as db:
             app_id = self._app(db, name)[0]
             db.execute("delete from keys where app_id = ?", (app_id,))
-        for table in TABLES.values():
-            for page in self._seqs(table, "app_id", app_id):
+        for table, key in {**dict.fromkeys(TABLES.values(), ("seq",)), **KEYS}.items():
+            for page in self._pages(table, key, "app_id", app_id, PRUNE_STEP):
                 with self.writing_step() as db:
-                    write_rows(db, f"delete from {table} where seq in (values *)", page)
-        for table, key in KEYS.items():
-            columns, count = ", ".join(key), 1
-            while count:
-                with self.writing_step() as db:
-                    count = db.execute(f"""
-                        delete from {table} where ({columns}) in (
-                            select {columns} from {table} where app_id = ? limit ?)""", (app_id, PRUNE_STEP)).rowcount
+                    write_rows(db, f"delete from {table} where ({', '.join(key)}) in (values *)", page)
         with self.writing() as db:
             db.executemany("delete from state where name = ?", [(f"early_{app_id}",), (f"worse_{app_id}",)])
             for table, column in (("messages", "channel_id"), ("channels", "id")):
@@ -4482,7 +4416,7 @@ def worse_releases(db: Connection, now: int) -> list[tuple[Pair, str]]:
     pairs = [pair for pair in Releases.pairs(db, None) if pair.app_version == newest[pair.app_id]]
     return [(pair, (verdict(*both) or {})["text"])
             for pair, both in Releases.healths(db, pairs, now).items()
-            if min(both).devices >= ENOUGH and newcombe(*both, ALARM)[1] < 0
+            if min(both).devices >= ENOUGH and newcombe(both[0], both[1], ALARM)[1] < 0
             and get_state(db, f"worse_{pair.app_id}", 0) != pair.first_seen]
 
 
@@ -5834,7 +5768,8 @@ class Dashboard:
     def __init__(self, store: Store, metrics: Metrics, refused: RefusedReports, alerts: Alerts, public_url: str = ""):
         self._store, self._metrics, self._refused, self._public_url = store, metrics, refused, public_url
         self._alerts = alerts
-        self._cookie = "backfeedr_" + store.instance()  # two servers on one host share their cookies
+        # Two servers on one host share their cookies.
+        self._cookie = "backfeedr_" + store.secret_hash("admin_token").hex()[:8]
         self._templates = {name: bottle.SimpleTemplate(source) for name, source in _TEMPLATES.items()}
 
     def routes(self) -> Iterator[tuple[str, str, Callable[..., Response]]]:
@@ -6020,7 +5955,8 @@ class Dashboard:
         page.apps, keys = self._store.apps(), self._store.keys()
         return self._render(page, "Apps", "apps", status, notice=notice or {}, keys={
             app.name: [key for key in keys if key.app == app.name] for app in page.apps},
-            channels=self._alerts.channels(), has_feed=self._store.has_feed(), fact_kinds=FACT_KINDS)
+            channels=self._alerts.channels(), has_feed=bool(self._store.secret_hash("feed_token")),
+            fact_kinds=FACT_KINDS)
 
     def _change_apps(self, page: PageRequest) -> Response:
         """Does what a form of the page asks for."""
@@ -7584,7 +7520,7 @@ def _check_roll_ups(path: Path) -> str:
     """Counts all reports again, by the same code into tables of its own, and compares."""
     with closing(sqlite3.connect("", isolation_level=None, uri=True)) as db:  # "": a temporary file
         db.execute("attach database ? as stored", (f"{path.as_uri()}?mode={_read_only_mode(path)}",))
-        run_script(db, FIGURE_TABLES)
+        db.executescript(FIGURE_TABLES)
         db.execute("begin")
         expired, = db.execute("""
             select coalesce(max(value), 0) from state where name like 'expired%' or name like 'early%'""").fetchone()

@@ -50,7 +50,6 @@ except ImportError as error:
 
 
 # == Schema ====================================================================
-#
 # backfeedr's own, in PostgreSQL's words. `app_id` leads every primary key of what
 # grows: rows of an app lie together, and those of a day of it, because `seq` is
 # the time of receipt. So it is the key by which an engine that spreads data should
@@ -121,17 +120,11 @@ end $$;
 """
 
 
-def _in_our_words(script: str) -> str:
-    for pattern, ours in _SCHEMA:
-        script = re.sub(pattern, ours, script)
-    return script
-
-
 def _prepare(db: Connection, may_create: bool) -> None:
     """Makes the tables where there are none, and brings an older schema up to date: one host at a time."""
     if db.execute("show server_encoding").fetchone()[0] != "UTF8":
         raise backfeedr.StoreError("the encoding of the database is not UTF8")
-    db.run("begin isolation level read committed; select pg_advisory_xact_lock(%d)" % (backfeedr.APPLICATION_ID + 1))
+    db.run(f"begin isolation level read committed; select pg_advisory_xact_lock({backfeedr.APPLICATION_ID + 1})")
     version = _version(db)
     if version > backfeedr.SCHEMA_VERSION:
         raise backfeedr.StoreError(
@@ -139,7 +132,7 @@ def _prepare(db: Connection, may_create: bool) -> None:
     if not version and not may_create:
         raise backfeedr.StoreError("there are no tables of backfeedr in the database")
     if version < backfeedr.SCHEMA_VERSION:
-        backfeedr.migrate(db, version, lambda db, script: db.run(_in_our_words(script)))
+        backfeedr.migrate(db, version)
         db.run(("" if version else _FURTHER) + (_SEQS if version < 3 else ""))
         db.execute(backfeedr.SET_STATE, ("schema_version", backfeedr.SCHEMA_VERSION))
     db.execute("commit")
@@ -156,7 +149,6 @@ def _version(db: Connection) -> int:
 
 
 # == Connection ================================================================
-#
 # psycopg's, which takes backfeedr's statements. Values are put into a statement
 # here and not in the server, which would want to know the type of each beforehand:
 # of `null is null`, it cannot.
@@ -238,6 +230,12 @@ class Connection(psycopg.Connection):
     def run(self, script: str) -> None:
         """Several statements of PostgreSQL's."""
         super().execute(script)
+
+    def run_script(self, script: str) -> None:
+        """Statements of backfeedr's schema, in PostgreSQL's words."""
+        for pattern, ours in _SCHEMA:
+            script = re.sub(pattern, ours, script)
+        self.run(script)
 
     def execute(self, query: str, parameters: Any = (), **options: Any) -> psycopg.Cursor:
         return super().execute(translated(query), parameters, **options)

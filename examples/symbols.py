@@ -45,7 +45,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
-from typing import Any, Callable, NamedTuple, Optional, Tuple
+from typing import Any, Callable, NamedTuple, Optional
 from urllib.parse import quote, urlsplit
 from urllib.request import HTTPErrorProcessor, Request, build_opener
 from uuid import UUID
