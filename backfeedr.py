@@ -86,11 +86,11 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
 from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
-from functools import lru_cache, partial, reduce
+from functools import cached_property, lru_cache, partial, reduce
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from itertools import accumulate, chain, compress, groupby, islice, product, repeat, tee
-from operator import attrgetter, itemgetter, lt
+from operator import add, attrgetter, itemgetter, lt
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, BinaryIO, Callable, NamedTuple, Optional, TextIO, Union
@@ -1530,10 +1530,13 @@ class Symbols:
 
     def __init__(self, db: Any):
         self._db = db
-        # Of the connection, not of `self`: a cycle would keep the pages until the collector runs.
-        self._page = lru_cache(maxsize=CACHED_PAGES)(partial(_decoded_page, db))
         self._held: dict[str, bool] = {}
         self._found: dict[tuple[str, int], list[tuple[str, str, int]]] = {}
+
+    @cached_property
+    def _page(self) -> Callable[[str, int], _Page]:
+        # Of the connection, not of `self`: a cycle would keep the pages until the collector runs.
+        return lru_cache(maxsize=CACHED_PAGES)(partial(_decoded_page, self._db))
 
     @property
     def lookups(self) -> int:
@@ -1925,21 +1928,20 @@ def counted(kind: type, app_id: int, seqs: Sequence[int], received: Sequence[int
     return list(map(make, zip(seqs, repeat(app_id), received, map(at.__getitem__, clocks), types, *columns)))
 
 
-class Sums(NamedTuple):
-    """A table of sums: its key beside app_id, and its columns of sums."""
+class Sums:
+    """A table of sums: its key beside app_id, and its columns of sums. `window` is for how many days, or hours, its
+    rows are kept by their `day` or `hour`; 0: for ever. `lasts` is whether its sums stay as they are when reports
+    expire."""
 
-    key: str
-    columns: str
-    window: int = 0     # for how many days, or hours, its rows are kept by their `day` or `hour`; 0: for ever
-    lasts: bool = True  # whether its sums stay as they are when reports expire
+    def __init__(self, key: str, columns: str, window: int = 0, lasts: bool = True):
+        self.key, self.columns, self.window, self.lasts = key.split(), columns.split(), window, lasts
 
     def schema(self, table: str) -> str:
         """The statement that makes the table."""
-        numbers = {"day", "hour", "seconds", *self.columns.split()}
-        columns = [f"{name} {'integer' if name in numbers else 'text'} not null"
-                   for name in (self.key + " " + self.columns).split()]
+        numbers = {"day", "hour", "seconds", *self.columns}
+        columns = [f"{name} {'integer' if name in numbers else 'text'} not null" for name in self.key + self.columns]
         return (f"create table {table} (app_id integer not null, {', '.join(columns)},\n"
-                f"    primary key (app_id, {', '.join(self.key.split())})) without rowid;\n")
+                f"    primary key (app_id, {', '.join(self.key)})) without rowid;\n")
 
 
 def per_day(db: Any, app: int | None, days: range, table: str, *columns: str) -> dict[str, list[int]]:
@@ -1999,7 +2001,7 @@ class Entities:
         rows = [(key, stored.get(key), stored[key].merged(row) if key in stored else row)
                 for key, row in self.seen.items()]
         upsert(db, self._table, [(*key, *after) for key, before, after in rows if after != before],
-               {column: f"excluded.{column}" for column in self._kind._fields})
+               ", ".join(f"{column} = excluded.{column}" for column in self._kind._fields))
         return rows
 
 
@@ -2069,7 +2071,7 @@ create table new_names (                   -- of an app and a UTC day
             accepted = names[:max(0, room)]
             rows.append((app_id, day, each, len(accepted)))
             self.accepted.update(accepted)
-        upsert(self._db, "new_names", [row for row in rows if row[-1]], {"names": "new_names.names + excluded.names"})
+        upsert(self._db, "new_names", [row for row in rows if row[-1]], "names = new_names.names + excluded.names")
         return unknown - self.accepted
 
 
@@ -2153,15 +2155,16 @@ create table groups (
             self.devices[app_id, group] += by
 
     def save(self) -> None:
-        is_later = "case when excluded.last_seen >= groups.last_seen then excluded.{0} else groups.{0} end"
-        upsert(self._db, "groups", [self._row(*each) for each in self._came.items()], {
-            "first_seen": "min(groups.first_seen, excluded.first_seen)",
-            "first_version": "case when excluded.first_seen < groups.first_seen"
-                             " then excluded.first_version else groups.first_version end",
-            "last_seen": "max(groups.last_seen, excluded.last_seen)",
-            **{name: is_later.format(name) for name in ("exception_reason", "place", "search")},
-            "crashes": "groups.crashes + excluded.crashes", "devices": "groups.devices + excluded.devices",
-            "came_at": "min(groups.came_at, excluded.came_at)"})
+        is_later = "case when excluded.last_seen >= groups.last_seen then excluded"
+        upsert(self._db, "groups", [self._row(*each) for each in self._came.items()], f"""
+            first_seen = min(groups.first_seen, excluded.first_seen),
+            first_version = case when excluded.first_seen < groups.first_seen
+                then excluded.first_version else groups.first_version end,
+            last_seen = max(groups.last_seen, excluded.last_seen),
+            exception_reason = {is_later}.exception_reason else groups.exception_reason end,
+            place = {is_later}.place else groups.place end, search = {is_later}.search else groups.search end,
+            crashes = groups.crashes + excluded.crashes, devices = groups.devices + excluded.devices,
+            came_at = min(groups.came_at, excluded.came_at)""")
         for key, crashes in self._left.items():  # what is left of a group is shown as its latest crash
             self._db.execute("""
                 update groups set crashes = crashes - ?, devices = devices + ? where app_id = ? and group_hash = ?
@@ -2232,7 +2235,7 @@ create table groups (
             return
         db.execute("update group_aliases set target = ? where app_id = ? and target = ?", (target, app_id, group_hash))
         db.execute("delete from group_aliases where app_id = ? and group_hash = ?", (app_id, target))
-        upsert(db, "group_aliases", [(app_id, group_hash, target)], {"target": "excluded.target"})
+        upsert(db, "group_aliases", [(app_id, group_hash, target)], "target = excluded.target")
         move_triage(db, app_id, group_hash, target)
 
     @staticmethod
@@ -2276,22 +2279,21 @@ create view releases as
     SUMS = {"release_sums": Sums("app_version", "sessions crashed_sessions crashes devices crashed_devices"),
             "release_days": Sums("day app_version", "sessions", WEEK)}
     COUNTS = (Crash, Event)
-    BUILD: dict[type, Any] = {Crash: attrgetter("app_id", "app_version", "build_number"),
-                              Event: attrgetter("app_id", "app_version")}
+    BUILD: dict[type, Any] = {Crash: attrgetter("received_at", "app_id", "app_version", "build_number"),
+                              Event: attrgetter("received_at", "app_id", "app_version")}
 
     def __init__(self, rollups: RollUps):
         super().__init__(rollups)
         self._seen: dict[Row, tuple[int, int]] = {}  # by app_id, app_version and build_number: the rest of its row
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        for (app_id, version, *build), run in groupby(reports, self.BUILD[kind]):
-            received = [report.received_at for report in run]
+        for (received, app_id, version, *build), alike in Counter(map(self.BUILD[kind], reports)).items():
             if version and kind is Crash:
-                self._add("release_sums", app_id, version, crashes=by * len(received))
+                self._add("release_sums", app_id, version, crashes=by * alike)
             if version and by > 0:
                 key = (app_id, version, next(filter(None, build), ""))
-                first, last = self._seen.get(key, (MAX_NUMBER, 0))
-                self._seen[key] = min(first, *received), max(last, *received)
+                first, last = self._seen.get(key, (received, received))
+                self._seen[key] = min(first, received), max(last, received)
 
     def save(self) -> None:
         for key, times in self._seen.items():
@@ -2299,9 +2301,9 @@ create view releases as
                     update builds set first_seen = min(first_seen, ?), last_seen = max(last_seen, ?)
                     where app_id = ? and app_version = ? and build_number = ?""", (*times, *key)).rowcount:
                 builds, = self._db.execute("select count(*) from builds where app_id = ?", key[:1]).fetchone()
-                upsert(self._db, "builds", [(*(key if builds < MAX_BUILDS_OF_APP else (*key[:2], "")), *times)], {
-                    "first_seen": "min(builds.first_seen, excluded.first_seen)",
-                    "last_seen": "max(builds.last_seen, excluded.last_seen)"})
+                upsert(self._db, "builds", [(*(key if builds < MAX_BUILDS_OF_APP else (*key[:2], "")), *times)], """
+                    first_seen = min(builds.first_seen, excluded.first_seen),
+                    last_seen = max(builds.last_seen, excluded.last_seen)""")
 
     ASKED = f"""(
         select app_id, app_version, min(first_seen) as first_seen, max(last_seen) as last_seen from builds
@@ -2635,8 +2637,8 @@ create table device_versions (
                 continue
             key, run = (app_id, device_key(device)), list(grouped)
             times = [report.at for report in run]
-            oldest = run[0].received_at // DAY - DEVICE_DAYS
-            self._days[key].update(day for day in {at // DAY for at in times} if day >= oldest)
+            oldest = (run[0].received_at // DAY - DEVICE_DAYS) * DAY
+            self._days[key].update({at // DAY for at in times if at >= oldest})
             self._devices.see(key, SeenDevice(min(times) // DAY, max(times) // HOUR, run[-1].seq))
             if version:
                 hour = min(map(_RECEIVED_AT, run)) // HOUR
@@ -2821,7 +2823,7 @@ class RollUps:
         self._changes: dict[str, dict[Row, dict[str, int]]] = defaultdict(dict)  # by table and key
         self._windows = {  # the place of the day or hour in the key, and the first that is kept
             table: (KEYS[table].index(unit), now // (HOUR if unit == "hour" else DAY) - sums.window)
-            for table, sums in SUMS.items() if sums.window for unit in sums.key.split() if unit in ("day", "hour")}
+            for table, sums in SUMS.items() if sums.window for unit in sums.key if unit in ("day", "hour")}
         self.figures: dict[type, Any] = {each: each(self) for each in FIGURES}
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
@@ -2844,7 +2846,7 @@ class RollUps:
             return
         row = self._changes[table].get(key)
         if row is None:
-            row = self._changes[table][key] = dict.fromkeys(sums.columns.split(), 0)
+            row = self._changes[table][key] = dict.fromkeys(sums.columns, 0)
         for name, count in counts.items():
             row[name] += count
 
@@ -2859,12 +2861,12 @@ class RollUps:
         self.figures[Groups].drop_empty()
 
     def _save_sums(self, table: str, changes: Mapping[Row, Mapping[str, int]]) -> None:
-        columns = SUMS[table].columns.split()
+        columns = SUMS[table].columns
         upsert(self.db, table, [(*key, *row.values()) for key, row in changes.items()],
-               {column: f"{table}.{column} + excluded.{column}" for column in columns})
-        tests = [f"{each} = ?" for each in KEYS[table]] + [f"{each} <= 0" for each in columns]
-        self.db.executemany(f"delete from {table} where {' and '.join(tests)}",
-                            [key for key, row in changes.items() if min(row.values()) < 0])
+               ", ".join(f"{column} = {table}.{column} + excluded.{column}" for column in columns))
+        if gone := [key for key, row in changes.items() if min(row.values()) < 0]:
+            tests = [f"{each} = ?" for each in KEYS[table]] + [f"{each} <= 0" for each in columns]
+            self.db.executemany(f"delete from {table} where {' and '.join(tests)}", gone)
 
     def trim(self) -> int:
         """Once a day: deletes some of the rows whose window is over; how many."""
@@ -2906,11 +2908,9 @@ STATEMENTS = 512  # prepared statements that are kept: an insert is a different 
 ROWS = 128  # in a statement
 
 
-def upsert(db: Any, table: str, rows: Sequence[Row], changes: Mapping[str, str]) -> None:
-    """Inserts whole rows. Where there is one with the same key, some of its columns change instead."""
-    write_rows(db, f"""
-        insert into {table} values * on conflict ({", ".join(KEYS[table])}) do update set
-            {", ".join(f"{column} = {change}" for column, change in changes.items())}""", rows)
+def upsert(db: Any, table: str, rows: Sequence[Row], changes: str) -> None:
+    """Inserts whole rows. Where there is one with the same key, it changes instead."""
+    write_rows(db, f"insert into {table} values * on conflict ({', '.join(KEYS[table])}) do update set {changes}", rows)
 
 
 def write_rows(db: Any, statement: str, rows: Sequence[Row]) -> None:
@@ -3113,8 +3113,10 @@ class Database(Closing):
         it still belongs to the first, and would spoil the second."""
         if self._closed:
             raise sqlite3.ProgrammingError("the store is closed")
-        if not (self.path.exists() and os.path.samestat(os.stat(self.path), self._file)):
-            raise sqlite3.OperationalError(f"{self.path} was moved or replaced since the start")
+        with suppress(OSError):
+            if os.path.samestat(os.stat(self.path), self._file):
+                return
+        raise sqlite3.OperationalError(f"{self.path} was moved or replaced since the start")
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -3331,7 +3333,7 @@ def _migrate_from_2(db: Connection, version: int) -> None:
         groups.show_latest(app_id, group_hash)
     if any(get_state(db, "expired_" + table, -1) >= 0 for table in TABLES.values()):
         for table, source in _SUMS_OF_2.items():
-            sums = SUMS[table].columns.split()
+            sums = SUMS[table].columns
             db.execute(f"""
                 insert into {table} select app_id, {source} where app_id > 0
                 on conflict ({", ".join(KEYS[table])}) do update set
@@ -3672,7 +3674,7 @@ class Commit:
     def __init__(self, db: Connection, now: int):
         self._db, self._now, self._symbols = db, now, Symbols(db)
         self._marks: list[tuple[Any, ...]] = []  # rows of `replays`
-        self._uses: Counter[tuple[int, str]] = Counter()  # of keys, by app and key
+        self._uses: Counter[tuple[int, bytes]] = Counter()  # of keys, by app and key
         # By app: seqs, times of receipt, how fast the clocks were, and the reports. As columns, because a tuple
         # for each report would set off the garbage collector.
         self._columns: dict[int, tuple[list[Any], ...]] = defaultdict(lambda: ([], [], [], []))
@@ -3703,7 +3705,7 @@ class Commit:
                 ahead = clock_ahead(max(map(attrgetter("occurred_at"), each.reports)), self._now)
                 self.put(app_id, seqs, [self._now] * len(seqs), [ahead] * len(seqs), each.reports)
             each.receipt = Receipt(seqs, earlier is not None)
-            self._uses[app_id, key_name(each.key_hash)] += 1
+            self._uses[app_id, each.key_hash] += 1
             for mark in marks:
                 if (app_id, mark) not in known:
                     known[app_id, mark] = request, seqs
@@ -3739,13 +3741,12 @@ class Commit:
                 name: values for name, values in (("clock_ahead_ms", ahead), ("other", flags)) if any(values)}}
             found = counted(kind, app_id, seqs, received, ahead, flags, reports)
             rollups.count(kind, found, 1)  # before the rows are there: it looks for devices that are new to a group
-            self._db.append(table, (*ours, *kind._fields),
-                            [(*row, *report) for row, report in zip(zip(*ours.values()), reports)])
+            self._db.append(table, (*ours, *kind._fields), list(map(add, zip(*ours.values()), reports)))
             stored[table] += len(found)
             crashes += found if kind is Crash and self._uses else []  # imports are none
         write_rows(self._db, "insert into replays values *", self._marks)
         for (app_id, key), uses in self._uses.items():
-            rollups.add("key_days", app_id, self._now // DAY, key, requests=uses)
+            rollups.add("key_days", app_id, self._now // DAY, key_name(key), requests=uses)
         rollups.save()
         if crashes:
             see_crashes(self._db, self._now, rollups, crashes)
@@ -7548,7 +7549,7 @@ def _unequal_tables(db: sqlite3.Connection, figure: type[Figure], expired: int) 
     for table, sums in figure.SUMS.items():
         if table == "key_days":  # which no report tells
             continue
-        columns, where = ", ".join([*KEYS[table], *sums.columns.split()]), ""
+        columns, where = ", ".join([*KEYS[table], *sums.columns]), ""
         if expired and table in ("crash_days", "group_days", "event_names"):
             where = f" where day > {(expired >> SEQ_BITS) // DAY + 1}"
         ours, theirs = (f"select {columns} from {place}.{table}{where}" for place in ("main", "stored"))
@@ -7558,7 +7559,7 @@ def _unequal_tables(db: sqlite3.Connection, figure: type[Figure], expired: int) 
         if expired and table in ("active_days", "device_hours"):
             queries = [f"select 1 from main.{table} as ours left join stored.{table} as theirs using"
                        f" ({', '.join(KEYS[table])}) where "
-                       + " or ".join(f"ours.{each} > coalesce(theirs.{each}, 0)" for each in sums.columns.split())]
+                       + " or ".join(f"ours.{each} > coalesce(theirs.{each}, 0)" for each in sums.columns)]
         elif expired and not where and sums.lasts:
             continue
         if any(db.execute(query + " limit 1").fetchone() for query in queries):
