@@ -9692,7 +9692,8 @@ def test_the_demo_serves_its_pages_to_its_link_and_leaves_nothing_behind(tmp_pat
 @pytest.mark.parametrize("command", [
     "ingest --seconds 0.2 --connections 1",  # by wrk and benchmark.lua, where wrk is installed
     "metrics --quick --connections 2 --driver python --events 1000 --no-prune",
-    pytest.param(f"postgres {POSTGRES} --quick --connections 2 --driver python", marks=needs_postgres)])
+    pytest.param(f"postgres {POSTGRES} --quick --connections 2 --driver python", id="postgres",
+                 marks=needs_postgres)])
 def test_the_benchmark_runs_and_finds_all_that_was_acknowledged(tmp_path, command):
     """Whether benchmark.py finds it fast is not asked here: that is for those who run it. So it measures less."""
     shorter = """
