@@ -3762,6 +3762,7 @@ GATHER_SECONDS = 0.003  # how long it waits: a commit costs as much as ten repor
 MAX_WAIT = 30.0  # seconds to wait for another thread's commit: longer than any lock and sync together
 EXPIRE_SLICE = 10  # rows before the first look at the clock: one may be as large as a body
 EXPIRE_SECONDS = 0.02  # for which a step may delete or move reports
+REPORT_BYTES = 4096  # more than most reports take, with their index entries
 NEARLY_FULL = 0.9  # the share of the disk or of max_db_size from which on the operator is warned
 REGROUPED = 100  # crashes that a step looks at, unless EXPIRE_SECONDS are over before
 MAX_SYMBOL_BYTES, MAX_BUILDS = 200_000_000, 1000  # of a build's stored symbols, and builds that have some
@@ -4298,10 +4299,13 @@ class Store(Apps):
         return deleted or self._delete_early(db, size)
 
     def _delete_early(self, db: Connection, size: int) -> Counter[str]:
-        """Where the database is too large, deletes some of the oldest reports of the app that holds most."""
+        """Where the database is too large, deletes some of the oldest reports of the app that holds most; towards the
+        end in small steps, so that hardly more go than must."""
         deleted: Counter[str] = Counter()
-        if not 0 < self.max_db_size < self.used(db):
+        excess = self.used(db) - self.max_db_size if self.max_db_size else 0
+        if excess <= 0:
             return deleted
+        size = min(size, max(EXPIRE_SLICE, excess // REPORT_BYTES))
         app_id = self._largest_app(db)
         last, = db.execute("""
             select max(seq) from (

@@ -1611,9 +1611,8 @@ def put(server, part=PART, uuid=HELD, **headers):
 
 
 def joined_threads():
-    for thread in threading.enumerate():
-        if thread.name == "backfeedr regroup":
-            thread.join()
+    """Waits for what runs in the background; not by join(), which refuses a thread that is about to start."""
+    wait_until(lambda: all(thread.name != "backfeedr regroup" for thread in threading.enumerate()))
 
 
 def listed(server, query=""):
@@ -3462,7 +3461,9 @@ def test_an_app_has_so_many_releases_and_no_more(one_day, clock, monkeypatch):
 
 
 @sqlite_only
-def test_reports_of_the_app_that_holds_most_go_early_where_the_file_grows_too_large(keeping, clock, caplog):
+def test_reports_of_the_app_that_holds_most_go_early_where_the_file_grows_too_large(
+        keeping, clock, caplog, monkeypatch):
+    monkeypatch.setattr(backfeedr, "EXPIRE_SECONDS", 60)  # so that a fast disk does not decide how many go
     server, text = keeping(), {"text": "x" * 3_000}
     shop = server.store.create_app("Shop")
     first = add(server, 2, key=shop, type="custom").seqs
@@ -3479,7 +3480,7 @@ def test_reports_of_the_app_that_holds_most_go_early_where_the_file_grows_too_la
         add(server, type="custom", properties=text)
     with server.store.reading() as db:
         assert server.store.used(db) <= server.store.max_db_size
-    assert 500 < count(server, "events") < 900
+    assert 600 < count(server, "events") < 700, "no more than must go"
     assert count(server, "events", f"seq <= {first[-1]}") == 2, "of the small app"
     assert count(server, "crashes") == 5 and min(crashes) > sql(server.store.path, """
         select value from state where name like 'early%'""")[0][0], "what is newer stays, of whatever kind"
@@ -6239,7 +6240,7 @@ class Mutations:
 
     def change_coding(self, request):
         request["Content_Encoding"] = self.pick(["gzip", "gzip", "gzip", "GZIP", "deflate", "identity"])
-        times = min(self.pick([1, 1, 1, 3000]), 10_000_000 // (len(request["body"]) + 1) + 1)  # as it may come twice
+        times = min(self.pick([1, 1, 1, 3000]), 1_000_000 // (len(request["body"]) + 1) + 1)  # as it may come twice
         request["body"] = gzip.compress(request["body"] * times, compresslevel=1, mtime=0)
 
     def change_text(self, request):
@@ -9688,16 +9689,26 @@ def test_the_demo_serves_its_pages_to_its_link_and_leaves_nothing_behind(tmp_pat
 
 
 @pytest.mark.slow
-def test_the_benchmark_runs_and_finds_all_that_was_acknowledged(tmp_path):
-    """Whether it is fast is not asked here: that is for whoever runs it to see. So its commands run side by side."""
-    commands = ["ingest --seconds 0.2 --connections 1",  # by wrk and benchmark.lua, where wrk is installed
-                "metrics --quick --connections 2 --driver python --events 1000 --no-prune",
-                *([f"postgres {POSTGRES} --quick --connections 2 --driver python"] if POSTGRES else [])]
-    with ThreadPoolExecutor() as pool:
-        for status, out, err in pool.map(lambda command: run_example(
-                "benchmark", *command.split(), "--dir", tmp_path), commands):
-            assert status == 0, err
-            assert out.splitlines()[-1] == "All that was acknowledged is stored, and the databases are sound."
+@pytest.mark.parametrize("command", [
+    "ingest --seconds 0.2 --connections 1",  # by wrk and benchmark.lua, where wrk is installed
+    "metrics --quick --connections 2 --driver python --events 1000 --no-prune",
+    pytest.param(f"postgres {POSTGRES} --quick --connections 2 --driver python", id="postgres",
+                 marks=needs_postgres)])
+def test_the_benchmark_runs_and_finds_all_that_was_acknowledged(tmp_path, command):
+    """Whether benchmark.py finds it fast is not asked here: that is for those who run it. So it measures less."""
+    shorter = """
+import sys, benchmark
+benchmark.TURN, benchmark.SIZE_EVENTS = 2, 1000
+sys.exit(benchmark.main(*sys.argv[1:]))"""
+    status, out, err = run_program(sys.executable, "-c", shorter, *command.split(), "--dir", tmp_path,
+                                   PYTHONPATH=str(EXAMPLES))
+    assert status == 0, err
+    assert out.splitlines()[-1] == "All that was acknowledged is stored, and the databases are sound."
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_flood_of_new_names_leaves_every_answer_small_and_goes_with_its_time(tmp_path):
     status, out, err = run_example("hostile", "--reports", "1600", "--seconds", "0.5", "--dir", tmp_path)
     assert status == 0 and len(re.findall("^/api/v1/[a-z-]+.* bytes .* ms, p95", out, re.M)) == 20, err
     assert max(int(size.replace(",", "")) for size in re.findall("([0-9,]+) bytes", out)) < 64_000
@@ -9903,7 +9914,8 @@ def pip(tmp_path_factory):
                                  cwd=folder)
     if status:
         pytest.skip(f"pip finds no packages here: {err.splitlines()[-1]}")
-    return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+            "PIP_NO_COMPILE": "1"}
 
 
 @pytest.mark.slow

@@ -47,6 +47,7 @@ HEALTH = "/api/v1/health"
 ROUND_SECONDS = 2.5  # about as long as a side is loaded in a round
 PATIENCE = 30.0  # seconds for a server to stop and to answer
 SIZE_EVENTS = 20_000  # to measure bytes on disk and raw inserts with
+TURN = 20  # requests, before it is the other side's turn
 say = partial(print, file=sys.stderr, flush=True)  # progress
 # == Reports ===================================================================
 
@@ -408,7 +409,7 @@ def metrics(bench: Bench, arguments: argparse.Namespace) -> None:
     sides = {side: (file, bench.folder / f"{side}.db") for side, file in zip(sizes, arguments.server * 2)}
     for side, (file, db) in sides.items():
         fill(bench, file, db, sizes[side])
-    measure_answers(sides, 20 if arguments.quick else 300, [] if is_pair else ANSWER_TARGETS)
+    measure_answers(sides, TURN if arguments.quick else 15 * TURN, [] if is_pair else ANSWER_TARGETS)
     growing = sides if is_pair else {"empty": (sides["small"][0], bench.folder / "empty.db"), "large": sides["large"]}
     targets = [(f"{FRESH.name}, {count} connections: requests/s", "empty", 0.8, inf) for count in arguments.connections]
     table = Table(growing, [tuple(growing)[::-1]], targets)
@@ -448,16 +449,16 @@ def fill(bench: Bench, file: Path, db: Path, events: int) -> None:
 
 def measure_answers(sides: dict[str, tuple], requests: int, targets: list) -> None:
     """How long a client waits for each figure and page."""
-    table, turn = Table(sides, [tuple(sides)[::-1]], targets), 20  # requests, before it is the other side's turn
+    table = Table(sides, [tuple(sides)[::-1]], targets)
     with ExitStack() as stack:
         asks = {side: signed_in(stack.enter_context(backfeedr(file, "--db", db)).url)
                 for side, (file, db) in sides.items()}
         for path in [HEALTH, *FIGURES, *PAGES]:
             say(f"asking {path}")
             deadline = time.monotonic() + 6
-            for _ in range(0, requests, turn):
+            for _ in range(0, requests, TURN):
                 for side, ask in asks.items():
-                    table.add(path, side, *(ask(path).ms for _ in range(turn)))
+                    table.add(path, side, *(ask(path).ms for _ in range(TURN)))
                 if time.monotonic() > deadline:
                     break
             for side in sides:
