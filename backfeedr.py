@@ -6305,7 +6305,7 @@ again since {{!when(group["regressed_at"])}}
 % end
 </div>
 % for entry in reversed(group["history"]):
-<p class="note">{{!when(entry["at"])}} {{entry["what"]}} <bdi>{{shorten(entry["detail"] or "", 5000)}}</bdi></p>
+<p class="note">{{!when(entry["at"])}} <b>{{entry["what"]}}</b> <bdi>{{shorten(entry["detail"] or "", 5000)}}</bdi></p>
 % end
 </section>
 """
@@ -6528,7 +6528,8 @@ first seen | <a href="{{link("/releases", sort="version")}}">version</a></p>
         "Crash-free sessions", "Crash-free devices", "Crashes", "Sessions", "Adoption", "First seen", "Last seen",
         empty=_NO_RELEASE) + '<p class="note">Adoption is the share of the app\'s sessions in the last 7 days.</p>\n',
     "apps": """% if notice:
-<section class="hint" role="{{"status" if status == 200 else "alert"}}"><p>{{notice["message"]}}</p>
+<section class="hint" role="{{"status" if status == 200 else "alert"}}"><p
+{{!' class="problem"' if status != 200 else ""}}>{{notice["message"]}}</p>
 % if notice.get("secret"):
 <p><code class="key">{{notice["secret"]}}</code></p>
 % end

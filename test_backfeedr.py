@@ -6971,11 +6971,13 @@ def test_a_new_app_shows_its_key_once_and_is_deleted_only_after_its_name_was_typ
     assert sql(api.server.store.path, "select name, is_test from apps where name <> 'default' order by name") \
         == [("Shop", 0), ("Trial", 1)]
     page = person.get("/apps")
+    assert "the deletion goes on" in page, "a proxy gives up before a large app is deleted"
     for typed, status, said, kept in (
             ("shop", 400, "type its name", 2), ("Shop", 200, "Deleted Shop and all its reports.", 1),
             ("Shop", 400, 'role="alert"', 1)):
         answer = submit(page, "delete", name="Shop", typed=typed)
         assert answer.status_int == status and said in answer
+        assert ('<p\n class="problem">' in answer) == (status == 400)
         assert len(stored(api.server, "crashes")["crashes"]) == kept == len(api.server.store.apps()) - 1
 
 
