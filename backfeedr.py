@@ -1023,11 +1023,11 @@ def _apple_reports(text: str) -> Iterable[AppleReport]:
 
 
 def _objects_on_lines(text: str) -> list[JsonObject]:
-    """The objects that begin a line: head and body of an .ips file, whatever stands around them. Each try may read the
-    whole text, so there are few, and only fast ones."""
+    """The objects that begin a line: head and body of an .ips file, whatever stands around them; also where `curl -d`
+    has joined the lines. Each try may read the whole text, so there are few, and only fast ones."""
     found, at = [], 0
     for _ in range(4):
-        if match := re.compile(r"^\{", re.M).search(text, at):
+        if match := re.compile(r"(?:^|(?<=\}))\{", re.M).search(text, at):
             at = match.end()
             with suppress(ValueError, RecursionError):
                 value, at = _DECODER.raw_decode(text, match.start())
@@ -4562,8 +4562,8 @@ def _apprise(url: str) -> Any:
     try:
         import apprise
     except ImportError:
-        raise Undelivered("only https://, slack+https:// and ntfy+https:// go without Apprise:"
-                          " pip install 'backfeedr[alerts]' or apprise") from None
+        raise Undelivered("an address that is not https://, slack+https:// or ntfy+https:// needs Apprise:"
+                          " pip install apprise") from None
     logging.getLogger("apprise").setLevel(logging.CRITICAL)  # it logs addresses
     sender = apprise.Apprise()
     if not sender.add(url):
@@ -6042,8 +6042,8 @@ def _usage_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
         yield "Active devices", f"{value:,}", period, drawn
     kind = "median" if any(each is not None for each in sessions["median_seconds"]) else "mean"
     known = [each for each in zip(sessions["labels"], sessions[kind + "_seconds"]) if each[1] is not None]
-    note = f"7 days; {kind} of {_day(known[-1][0])}: {_duration(known[-1][1])}" if known else "7 days; none has ended"
-    yield ("Sessions", f"{sum(sessions['sessions'][-7:]):,}", note,
+    length = f"{kind} length on {_day(known[-1][0])}: {_duration(known[-1][1])}" if known else "none has ended"
+    yield ("Sessions", f"{sum(sessions['sessions'][-7:]):,}", f"7 days; {length}",
            chart("Sessions", sessions["labels"], sessions["sessions"]))
 
 
@@ -6310,7 +6310,7 @@ again since {{!when(group["regressed_at"])}}
 % end
 </div>
 % for entry in reversed(group["history"]):
-<p class="note">{{!when(entry["at"])}} {{entry["what"]}} <bdi>{{shorten(entry["detail"] or "", 5000)}}</bdi></p>
+<p class="note">{{!when(entry["at"])}} <b>{{entry["what"]}}</b> <bdi>{{shorten(entry["detail"] or "", 5000)}}</bdi></p>
 % end
 </section>
 """
@@ -6521,7 +6521,7 @@ No events stored{{" of " + page.app if page.app else ""}}.
         ("30 days", '{{!sparkline(row["days"], "Events")}}', ""), ("Events", '{{!show(row["count"])}}', "number"),
         empty="No events in 30 days.") + """<p><a href="{{link("/events")}}">All events, one by one</a></p></section>
 <section><h2><a href="{{link("/releases")}}">Adoption, 7 days</a></h2>
-""" + _table("releases", _RELEASE, "Adoption", "Sessions", empty=_NO_RELEASE) + "</section></div>\n",
+""" + _table("releases", _RELEASE, "Adoption", empty=_NO_RELEASE) + "</section></div>\n",
     "releases": """<p class="note">Sorted by
 % if "sort" in parameters:
 <a href="{{link("/releases")}}">first seen</a> | version</p>
@@ -6529,11 +6529,12 @@ No events stored{{" of " + page.app if page.app else ""}}.
 first seen | <a href="{{link("/releases", sort="version")}}">version</a></p>
 % end
 """ + _table(
-        "releases", _RELEASE, ("Verdict", '{{(row["verdict"] or {}).get("text", "-")}}', ""), "Crash-free sessions",
-        "Crash-free devices", "Crashes", "Sessions", "Adoption", "First seen", "Last seen", empty=_NO_RELEASE)
-    + '<p class="note">Adoption is the share of the sessions of the last 7 days.</p>\n',
+        "releases", _RELEASE, ("Verdict", '{{(row["verdict"] or {}).get("text", "-")}}', "verdict"),
+        "Crash-free sessions", "Crash-free devices", "Crashes", "Sessions", "Adoption", "First seen", "Last seen",
+        empty=_NO_RELEASE) + '<p class="note">Adoption is the share of the app\'s sessions in the last 7 days.</p>\n',
     "apps": """% if notice:
-<section class="hint" role="{{"status" if status == 200 else "alert"}}"><p>{{notice["message"]}}</p>
+<section class="hint" role="{{"status" if status == 200 else "alert"}}"><p
+{{!' class="problem"' if status != 200 else ""}}>{{notice["message"]}}</p>
 % if notice.get("secret"):
 <p><code class="key">{{notice["secret"]}}</code></p>
 % end
@@ -6553,13 +6554,14 @@ first seen | <a href="{{link("/releases", sort="version")}}">version</a></p>
 % if row.revoked_at:
 revoked {{!when(row.revoked_at)}}
 % else:
-<details><summary>Revoke</summary><p>From then on, reports sent with this key are refused.</p>
+<details><summary>Revoke</summary><p>Reports sent with this key are refused from now on.</p>
 """ + _form('<button class="danger">Revoke</button>', action="revoke", key="{{row.hash}}") + """</details>
 % end
 """, "bare"), empty="No key, so nothing can be sent.") + '<div class="actions">\n' + _form(
             "<button>Add key</button>", action="key", name="{{app.name}}") + """
 <details><summary>Delete app</summary>
-""" + _form("""<p>This deletes its keys and all its reports. Type its name to confirm.</p>
+""" + _form("""<p>This deletes its keys and all its reports. Type its name to confirm.
+Millions of reports take minutes: the deletion goes on, even if this page stops waiting.</p>
 <label>Name <input name="typed" autocomplete="off" required></label> <button class="danger">Delete</button>
 """, action="delete", name="{{app.name}}") + """</details></div></section>
 % end
@@ -6654,7 +6656,7 @@ th, td { padding: 0.4rem 1.2rem 0.4rem 0; vertical-align: top; } :is(th, td):las
 .list tr { border-bottom: 1px solid var(--rule); }
 .own, .hint, pre, .long dd, button { background: var(--tint); }
 .bars :is(th, td) { padding-block: 0.15rem; } .bars th { color: inherit; font-size: 1em; width: 52%; }
-.bars .number, th.number:first-child { width: 1%; }
+.bars .number, th.number:first-child { width: 1%; } th.verdict { width: 38%; }
 svg { display: block; width: 100%; overflow: visible; } .bars svg { margin-top: 0.4rem; }
 rect { fill: var(--mark); } .day { fill-opacity: 0; } .day:hover { fill-opacity: 0.15; }
 path { fill: none; stroke: var(--mark); stroke-width: 2; stroke-linecap: round; vector-effect: non-scaling-stroke; }
@@ -6667,14 +6669,19 @@ path { fill: none; stroke: var(--mark); stroke-width: 2; stroke-linecap: round; 
 .trace { margin: 0; padding-left: 2.6rem; } .place { font-weight: 400; padding-left: 0.6rem; }
 li { padding: 0.15rem 0 0.15rem 0.6rem; border-left: 3px solid transparent; }
 .own { color: var(--ink); border-left-color: var(--bad); } .own .place { color: var(--link); }
-.context > :not(.long) { display: grid; grid-template-columns: 8rem minmax(0, 1fr); gap: 0.8rem; padding: 0.2rem 0; }
+.context > :not(.long) { display: grid; grid-template-columns: minmax(8rem, max-content) minmax(0, 1fr); gap: 0.8rem;
+  padding: 0.2rem 0; }
+.context dt { max-width: 9.5rem; }
 pre, .long dd { margin: 0.2rem 0; padding: 0.5rem 0.7rem; white-space: pre-wrap; max-height: 22rem; overflow-y: auto; }
-form { display: inline-block; } .filter { align-items: end; margin-bottom: 1rem; } .filter label { display: grid; }
+form, label { display: inline-block; }
+.filter { align-items: end; margin-bottom: 1rem; } .filter label { display: grid; }
 input, select, button, textarea { font: inherit; color: inherit; border: 1px solid var(--soft); border-radius: 3px;
   padding: 0.3rem 0.6rem; max-width: 100%; }
 input, select, textarea { background: var(--paper); } [type=number] { width: 7rem; }
+input:not([type=checkbox]), select, button { min-height: 2.2rem; }
 button, summary { cursor: pointer; } button:hover { border-color: var(--ink); }
-.plain { border: 0; padding: 0.2rem 0.6rem 0.2rem 0; background: none; } .danger, .problem { color: var(--bad); }
+.plain { border: 0; padding: 0.2rem 0.6rem 0.2rem 0; min-height: 0; background: none; }
+.danger, .problem { color: var(--bad); }
 .sign-in { max-width: 24rem; } .sign-in :is(form, label, #token) { display: block; width: 100%; }
 .hint { padding: 0.3rem 1rem 0.8rem; border-left: 3px solid var(--mark); } .key { user-select: all; }
 .actions { margin-top: 0.6rem; } .more { margin-right: 1.5rem; }
@@ -6687,7 +6694,8 @@ button, summary { cursor: pointer; } button:hover { border-color: var(--ink); }
   .list td { padding: 0; width: auto; text-align: left; white-space: normal; }
   .list td:not(.main, .bare)::before { content: attr(data-label) " "; color: var(--soft); font: 0.85em system-ui; }
   .list .main { order: -1; flex-basis: 100%; }
-  .list td:not(.main):is(:empty, :has(> bdi:empty)), .list .code { display: none; }
+  .list td:not(.main):is(:empty, :has(> bdi:empty)), :is(.list, .bars) .code { display: none; }
+  .list .number + .bare { flex: 1 1 12rem; }
   .spark { display: inline-block; vertical-align: middle; }
   time::after { content: ", " attr(title); color: var(--soft); font-size: 0.9em; }
   a, nav a, .brand, summary, .plain { padding-block: 12px; }
