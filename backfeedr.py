@@ -266,7 +266,7 @@ create table given_seqs (                  -- all seqs that were ever given are 
     first integer primary key, last integer not null);
 -- retention_days; expired_crashes and expired_events, the highest seq that has expired; with the id of an app, early_,
 -- the highest of its that went early, and worse_, first_seen of its release that was told last to be worse;
--- trimmed_day, on which old sums were deleted last.
+-- trimmed_day, on which old sums were deleted last; counted_at, when reports were last counted but not received.
 create table state (name text primary key, value integer not null) without rowid;
 """ + GROUP_INDEX + DEVICE_INDEX
 
@@ -2635,8 +2635,8 @@ create table device_versions (
                 continue
             key, run = (app_id, device_key(device)), list(grouped)
             times = [report.at for report in run]
-            oldest = run[0].received_at // DAY - DEVICE_DAYS
-            self._days[key].update(day for day in {at // DAY for at in times} if day >= oldest)
+            days = {(report.at // DAY, report.received_at // DAY) for report in run}
+            self._days[key].update(day for day, came in days if day >= came - DEVICE_DAYS)
             self._devices.see(key, SeenDevice(min(times) // DAY, max(times) // HOUR, run[-1].seq))
             if version:
                 hour = min(map(_RECEIVED_AT, run)) // HOUR
@@ -3351,7 +3351,8 @@ def recount(db: sqlite3.Connection) -> None:
     """Counts all reports again, into empty tables."""
     newest = [db.execute(f"select coalesce(max(received_at), 0) from {table}").fetchone()[0]
               for table in TABLES.values()]
-    now = max(*newest, (get_state(db, "trimmed_day", -1) + 1) * DAY)  # of the windows
+    # Of the windows. Files of earlier versions have no counted_at.
+    now = max(*newest, get_state(db, "counted_at", (get_state(db, "trimmed_day", -1) + 1) * DAY))
     for kind, table in TABLES.items():
         after = -1
         while page := counted_rows(db, kind, f"from {table} where seq > ? order by seq limit 1000", (after,)):
@@ -3658,6 +3659,7 @@ class Process(Connections):
         self.group_sizes = Histogram(1, 2, 4, 8, 16, 32, 64, 128)  # requests
         self.commit_seconds = Histogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)
         self.stored = Counter(crashes=0, events=0)
+        self.regrouping_lock = threading.Lock()  # of the next one: it is not alive before it is started
         self.regrouping: threading.Thread | None = None
 
     @property
@@ -4137,9 +4139,10 @@ class Store(Apps):
     def regroup_in_background(self) -> None:
         """As `regroup`, in a thread of its own, of which a process has one."""
         here = self._here
-        if here.regrouping is None or not here.regrouping.is_alive():
-            here.regrouping = threading.Thread(target=self.regroup, name="backfeedr regroup", daemon=True)
-            here.regrouping.start()
+        with here.regrouping_lock:
+            if here.regrouping is None or not here.regrouping.is_alive():
+                here.regrouping = threading.Thread(target=self.regroup, name="backfeedr regroup", daemon=True)
+                here.regrouping.start()
 
     def _regroup(self, db: Connection) -> int:
         """A step of moving crashes to the groups that their names give now. Returns how many it looked at, and one more
@@ -4209,6 +4212,7 @@ class Store(Apps):
         db.executemany("update crashes set group_hash = ?, images = ? where seq = ?", moved)
         rollups.figures[Groups].count(Crash, before, -1)
         rollups.save()
+        self._note_counting(db)
         see_crashes(db, self.now, rollups, after, are_moved=True)
         if first:
             db.execute("update groups set came_at = min(came_at, ?) where app_id = ? and group_hash = ?",
@@ -4334,7 +4338,15 @@ class Store(Apps):
         write_rows(db, f"delete from {TABLES[kind]} where seq in (values *)", [(each.seq,) for each in reports])
         rollups.count(kind, reports, by)
         rollups.save()
+        self._note_counting(db)
         return [each.seq for each in reports]
+
+    def _note_counting(self, db: Connection) -> None:
+        """Notes that sums have changed or gone that are within their window now. `check` must not expect older ones,
+        though the latest report may be older, or be forgotten."""
+        db.execute("""
+            insert into state values ('counted_at', ?)
+            on conflict (name) do update set value = max(state.value, excluded.value)""", (self.now,))
 
     def prune(self, progress: Callable[[int], Any] = lambda rows: None) -> Counter[str]:
         """Deletes all rows whose time is over, and gives their space back to the disk; how many rows of each table. In
@@ -7549,6 +7561,10 @@ def _unequal_tables(db: sqlite3.Connection, figure: type[Figure], expired: int) 
         if table == "key_days":  # which no report tells
             continue
         columns, where = ", ".join([*KEYS[table], *sums.columns.split()]), ""
+        if table == "release_hours":  # of later ones, what is deleted depends on reports that may be gone
+            where = f""" where hour <= (
+                select min(first_seen) / {HOUR} + {24 * HEALTH_DAYS} from stored.builds as seen
+                where seen.app_id = release_hours.app_id and seen.app_version = release_hours.app_version)"""
         if expired and table in ("crash_days", "group_days", "event_names"):
             where = f" where day > {(expired >> SEQ_BITS) // DAY + 1}"
         ours, theirs = (f"select {columns} from {place}.{table}{where}" for place in ("main", "stored"))
@@ -7559,7 +7575,7 @@ def _unequal_tables(db: sqlite3.Connection, figure: type[Figure], expired: int) 
             queries = [f"select 1 from main.{table} as ours left join stored.{table} as theirs using"
                        f" ({', '.join(KEYS[table])}) where "
                        + " or ".join(f"ours.{each} > coalesce(theirs.{each}, 0)" for each in sums.columns.split())]
-        elif expired and not where and sums.lasts:
+        elif expired and sums.lasts and (not where or table == "release_hours"):
             continue
         if any(db.execute(query + " limit 1").fetchone() for query in queries):
             yield table
