@@ -3304,7 +3304,11 @@ def _migrate_from_4(db: Connection) -> None:
                   + "drop table group_devices;\ndrop table group_sums;\n" + Releases.TABLES + DEVICE_INDEX)
     Groups.recount(db)
     db.run_script("""
-insert into builds select app_id, app_version, build_number, first_seen, first_seen from old_builds;
+insert into builds
+    select app_id, app_version, build_number, first_seen, coalesce(last_seen, first_seen) from old_builds left join (
+        select app_id, case when (other & 4) > 0 then '(other)' else app_version end as app_version,
+            coalesce(build_number, '') as build_number, max(received_at) as last_seen
+        from crashes group by 1, 2, 3) as latest using (app_id, app_version, build_number);
 insert into builds select app_id, app_version, '', first_seen, last_seen from old_releases where true
     on conflict (app_id, app_version, build_number) do update set
         first_seen = excluded.first_seen, last_seen = excluded.last_seen;

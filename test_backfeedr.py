@@ -3946,6 +3946,17 @@ def test_a_migration_keeps_the_sums_of_reports_that_have_expired(tmp_path, keepi
 
 
 @sqlite_only
+def test_a_migration_from_version_4_finds_when_a_build_was_seen_last(tmp_path, keeping):
+    path = tmp_path / "test.db"
+    make_old_database(path, 4)
+    sql_run(path, "update crashes set app_version = '1.0', build_number = '7' where app_id = 1")
+    first, last = sql(path, "select min(received_at), max(received_at) from crashes where app_id = 1")[0]
+    sql_run(path, f"insert into builds values (1, '1.0', '7', {first})")
+    keeping().close()
+    assert first < last and (1, "1.0", "7", first, last) in sql(path, "select * from builds")
+
+
+@sqlite_only
 def test_a_migration_that_fails_leaves_the_database_as_it_was(tmp_path, serve):
     path = tmp_path / "test.db"
     make_old_database(path, 2)
