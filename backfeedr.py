@@ -4217,7 +4217,7 @@ class Store(Apps):
         rollups.figures[Groups].count(Crash, before, -1)
         rollups.save()
         self._note_counting(db)
-        see_crashes(db, self.now, rollups, after, are_moved=True)
+        see_crashes(db, self.now, rollups, [each for each in after if each.group_hash != group], are_moved=True)
         if first:
             db.execute("update groups set came_at = min(came_at, ?) where app_id = ? and group_hash = ?",
                        (first[2], app_id, moved[0][0]))
@@ -4769,10 +4769,13 @@ class Alerts:
         """Keeps a message from all others for some time; False where another has it."""
         now = self._store.now
         with self._store.writing(shared=True) as db:
-            return db.execute("""
+            is_ours = db.execute("""
                 update messages set tries = tries + 1, taken_until = :until
                 where id = :id and tries = :tries and due_at <= :now and taken_until <= :now
                 """, {"id": message["id"], "tries": message["tries"], "now": now, "until": now + TAKEN}).rowcount > 0
+            if is_ours:  # since it was read, an app may have been deleted, and its facts with it
+                message["body"], = db.execute("select body from messages where id = ?", (message["id"],)).fetchone()
+            return is_ours
 
     def _try(self, message: Message) -> Undelivered | None:
         """Sends a message and settles what came of it. Returns what is wrong."""
@@ -4803,8 +4806,8 @@ class Alerts:
                     ended_at = coalesce(?, ended_at) where id = ?
                 """, (error and str(error), error and now, None if error else now, now if is_gone else None,
                       channel_id))
-            db.execute("update messages set due_at = ?, taken_until = 0 where id = ?",
-                       (pause and now + pause, message["id"]))
+            db.execute("update messages set due_at = ?, taken_until = 0 where id = ? and due_at is not null",
+                       (pause and now + pause, message["id"]))  # null: meanwhile another sent it, or its app went
             if is_gone:
                 db.execute("delete from messages where channel_id = ?", (channel_id,))
 

@@ -2485,6 +2485,16 @@ def test_replays_imports_and_test_apps_reopen_nothing_and_tell_nothing(serve, to
     assert state_of(server) == "open" and [kind for kind, _ in facts_of(server)][1:] == ["crash.regressed"]
 
 
+def test_crashes_that_stay_in_their_group_when_it_is_looked_at_again_do_not_regress_it(serve, clock):
+    server = serve()
+    crash_now(Api(server), clock, "1.0 47")
+    decided(server, {"state": "resolved", "fixed_in": "1.0"})
+    sql_run(server.store.path, "update crashes set images = 'of an earlier version'")
+    sql_run(server.store.path, "insert into regroupings select app_id, group_hash, 0, 0, '' from groups")
+    server.store.regroup()
+    assert sql(server.store.path, "select images from crashes") == [(None,)] and state_of(server) == "resolved"
+
+
 def test_state_and_history_outlive_the_crashes_and_a_fault_that_comes_back_is_a_regression(serve, clock):
     server = serve(retention_days=30)
     api = Api(server)
@@ -4750,6 +4760,23 @@ def test_nothing_of_a_deleted_app_is_sent(serve, clock, receiver):
     assert len(server.alerts.channels()) == 1 and stored(server, "facts") == {"facts": []}
     assert deliver_later(server, clock) == {"sent": 2, "failed": 0}
     assert [[fact["app"] for fact in facts] for facts in receiver.told] == [["default"]] * 2
+
+
+def test_nothing_of_an_app_is_sent_that_is_deleted_while_messages_are_on_their_way(serve, clock, receiver):
+    server = serve()
+    server.store.create_app("Shop")
+    server.alerts.add(receiver.url)
+    for apps in (["Shop"], ["Shop", "default"]):
+        for app in apps:
+            note(server, app=app)
+        clock.move(60)
+        server.alerts._gather()
+    receiver.before = lambda: len(receiver.came) == 1 and server.store.delete_app("Shop")
+    receiver.status = 400  # of which the next message knows nothing
+    assert deliver_later(server, clock) == {"sent": 0, "failed": 2}
+    receiver.status = 204
+    assert deliver_later(server, clock) == {"sent": 1, "failed": 0}, "a message without facts does not come back"
+    assert [[fact["app"] for fact in facts] for facts in receiver.told] == [["Shop"], ["default"], ["default"]]
 
 
 def test_a_reason_leaves_the_host_only_where_a_channel_asks_for_it(serve, clock, receivers):
