@@ -266,7 +266,7 @@ create table given_seqs (                  -- all seqs that were ever given are 
     first integer primary key, last integer not null);
 -- retention_days; expired_crashes and expired_events, the highest seq that has expired; with the id of an app, early_,
 -- the highest of its that went early, and worse_, first_seen of its release that was told last to be worse;
--- trimmed_day, on which old sums were deleted last.
+-- trimmed_day, on which old sums were deleted last; counted_at, when reports were last counted but not received.
 create table state (name text primary key, value integer not null) without rowid;
 """ + GROUP_INDEX + DEVICE_INDEX
 
@@ -2637,8 +2637,8 @@ create table device_versions (
                 continue
             key, run = (app_id, device_key(device)), list(grouped)
             times = [report.at for report in run]
-            oldest = (run[0].received_at // DAY - DEVICE_DAYS) * DAY
-            self._days[key].update({at // DAY for at in times if at >= oldest})
+            days = {(report.at // DAY, report.received_at // DAY) for report in run}
+            self._days[key].update(day for day, came in days if day >= came - DEVICE_DAYS)
             self._devices.see(key, SeenDevice(min(times) // DAY, max(times) // HOUR, run[-1].seq))
             if version:
                 hour = min(map(_RECEIVED_AT, run)) // HOUR
@@ -3306,7 +3306,11 @@ def _migrate_from_4(db: Connection) -> None:
                   + "drop table group_devices;\ndrop table group_sums;\n" + Releases.TABLES + DEVICE_INDEX)
     Groups.recount(db)
     db.run_script("""
-insert into builds select app_id, app_version, build_number, first_seen, first_seen from old_builds;
+insert into builds
+    select app_id, app_version, build_number, first_seen, coalesce(last_seen, first_seen) from old_builds left join (
+        select app_id, case when (other & 4) > 0 then '(other)' else app_version end as app_version,
+            coalesce(build_number, '') as build_number, max(received_at) as last_seen
+        from crashes group by 1, 2, 3) as latest using (app_id, app_version, build_number);
 insert into builds select app_id, app_version, '', first_seen, last_seen from old_releases where true
     on conflict (app_id, app_version, build_number) do update set
         first_seen = excluded.first_seen, last_seen = excluded.last_seen;
@@ -3353,7 +3357,8 @@ def recount(db: sqlite3.Connection) -> None:
     """Counts all reports again, into empty tables."""
     newest = [db.execute(f"select coalesce(max(received_at), 0) from {table}").fetchone()[0]
               for table in TABLES.values()]
-    now = max(*newest, (get_state(db, "trimmed_day", -1) + 1) * DAY)  # of the windows
+    # Of the windows. Files of earlier versions have no counted_at.
+    now = max(*newest, get_state(db, "counted_at", (get_state(db, "trimmed_day", -1) + 1) * DAY))
     for kind, table in TABLES.items():
         after = -1
         while page := counted_rows(db, kind, f"from {table} where seq > ? order by seq limit 1000", (after,)):
@@ -3660,6 +3665,7 @@ class Process(Connections):
         self.group_sizes = Histogram(1, 2, 4, 8, 16, 32, 64, 128)  # requests
         self.commit_seconds = Histogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)
         self.stored = Counter(crashes=0, events=0)
+        self.regrouping_lock = threading.Lock()  # of the next one: it is not alive before it is started
         self.regrouping: threading.Thread | None = None
 
     @property
@@ -4139,9 +4145,10 @@ class Store(Apps):
     def regroup_in_background(self) -> None:
         """As `regroup`, in a thread of its own, of which a process has one."""
         here = self._here
-        if here.regrouping is None or not here.regrouping.is_alive():
-            here.regrouping = threading.Thread(target=self.regroup, name="backfeedr regroup", daemon=True)
-            here.regrouping.start()
+        with here.regrouping_lock:
+            if here.regrouping is None or not here.regrouping.is_alive():
+                here.regrouping = threading.Thread(target=self.regroup, name="backfeedr regroup", daemon=True)
+                here.regrouping.start()
 
     def _regroup(self, db: Connection) -> int:
         """A step of moving crashes to the groups that their names give now. Returns how many it looked at, and one more
@@ -4211,7 +4218,8 @@ class Store(Apps):
         db.executemany("update crashes set group_hash = ?, images = ? where seq = ?", moved)
         rollups.figures[Groups].count(Crash, before, -1)
         rollups.save()
-        see_crashes(db, self.now, rollups, after, are_moved=True)
+        self._note_counting(db)
+        see_crashes(db, self.now, rollups, [each for each in after if each.group_hash != group], are_moved=True)
         if first:
             db.execute("update groups set came_at = min(came_at, ?) where app_id = ? and group_hash = ?",
                        (first[2], app_id, moved[0][0]))
@@ -4339,7 +4347,15 @@ class Store(Apps):
         write_rows(db, f"delete from {TABLES[kind]} where seq in (values *)", [(each.seq,) for each in reports])
         rollups.count(kind, reports, by)
         rollups.save()
+        self._note_counting(db)
         return [each.seq for each in reports]
+
+    def _note_counting(self, db: Connection) -> None:
+        """Notes that sums have changed or gone that are within their window now. `check` must not expect older ones,
+        though the latest report may be older, or be forgotten."""
+        db.execute("""
+            insert into state values ('counted_at', ?)
+            on conflict (name) do update set value = max(state.value, excluded.value)""", (self.now,))
 
     def prune(self, progress: Callable[[int], Any] = lambda rows: None) -> Counter[str]:
         """Deletes all rows whose time is over, and gives their space back to the disk; how many rows of each table. In
@@ -4758,10 +4774,13 @@ class Alerts:
         """Keeps a message from all others for some time; False where another has it."""
         now = self._store.now
         with self._store.writing(shared=True) as db:
-            return db.execute("""
+            is_ours = db.execute("""
                 update messages set tries = tries + 1, taken_until = :until
                 where id = :id and tries = :tries and due_at <= :now and taken_until <= :now
                 """, {"id": message["id"], "tries": message["tries"], "now": now, "until": now + TAKEN}).rowcount > 0
+            if is_ours:  # since it was read, an app may have been deleted, and its facts with it
+                message["body"], = db.execute("select body from messages where id = ?", (message["id"],)).fetchone()
+            return is_ours
 
     def _try(self, message: Message) -> Undelivered | None:
         """Sends a message and settles what came of it. Returns what is wrong."""
@@ -4792,8 +4811,8 @@ class Alerts:
                     ended_at = coalesce(?, ended_at) where id = ?
                 """, (error and str(error), error and now, None if error else now, now if is_gone else None,
                       channel_id))
-            db.execute("update messages set due_at = ?, taken_until = 0 where id = ?",
-                       (pause and now + pause, message["id"]))
+            db.execute("update messages set due_at = ?, taken_until = 0 where id = ? and due_at is not null",
+                       (pause and now + pause, message["id"]))  # null: meanwhile another sent it, or its app went
             if is_gone:
                 db.execute("delete from messages where channel_id = ?", (channel_id,))
 
@@ -7562,6 +7581,10 @@ def _unequal_tables(db: sqlite3.Connection, figure: type[Figure], expired: int) 
         if table == "key_days":  # which no report tells
             continue
         columns, where = ", ".join([*KEYS[table], *sums.columns]), ""
+        if table == "release_hours":  # of later ones, what is deleted depends on reports that may be gone
+            where = f""" where hour <= (
+                select min(first_seen) / {HOUR} + {24 * HEALTH_DAYS} from stored.builds as seen
+                where seen.app_id = release_hours.app_id and seen.app_version = release_hours.app_version)"""
         if expired and table in ("crash_days", "group_days", "event_names"):
             where = f" where day > {(expired >> SEQ_BITS) // DAY + 1}"
         ours, theirs = (f"select {columns} from {place}.{table}{where}" for place in ("main", "stored"))
@@ -7572,7 +7595,7 @@ def _unequal_tables(db: sqlite3.Connection, figure: type[Figure], expired: int) 
             queries = [f"select 1 from main.{table} as ours left join stored.{table} as theirs using"
                        f" ({', '.join(KEYS[table])}) where "
                        + " or ".join(f"ours.{each} > coalesce(theirs.{each}, 0)" for each in sums.columns)]
-        elif expired and not where and sums.lasts:
+        elif expired and sums.lasts and (not where or table == "release_hours"):
             continue
         if any(db.execute(query + " limit 1").fetchone() for query in queries):
             yield table

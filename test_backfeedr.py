@@ -265,7 +265,7 @@ def windows(path):
     """Of tables that hold a window only, the first day or hour of it."""
     newest = sql(path, """
         select max(at) from (select received_at as at from crashes union all select received_at from events union all
-            select (value + 1) * 86400000 from state where name = 'trimmed_day') as times""")[0][0] or 0
+            select value from state where name = 'counted_at') as times""")[0][0] or 0
     return dict(group_days=newest // DAY - 7, release_days=newest // DAY - 7, durations=newest // DAY - 400,
                 event_names=newest // DAY - 90, device_hours=newest // HOUR - 48)
 
@@ -1681,6 +1681,30 @@ def test_parts_that_come_together_are_complete_once(api, monkeypatch):
     assert arrived == [HELD] and listed(api.server)[0][0]["rows"] == 80
 
 
+def test_two_builds_that_arrive_at_once_are_regrouped_by_one_thread(api, monkeypatch):
+    store, made, other_is_done = api.server.store, [], threading.Event()
+
+    class Other(threading.Thread):
+        def run(self):
+            store.regroup_in_background()
+            other_is_done.set()
+
+    class SlowToStart(threading.Thread):
+        def start(self):
+            made.append(self)
+            if len(made) == 1:
+                other = Other()
+                other.start()
+                other.join(0.05)
+            super().start()
+
+    monkeypatch.setattr(store, "regroup", lambda: other_is_done.wait(10))
+    monkeypatch.setattr(backfeedr.threading, "Thread", SlowToStart)
+    store.regroup_in_background()
+    made[0].join()
+    assert other_is_done.is_set() and len(made) == 1
+
+
 def test_a_last_part_that_cannot_be_noted_is_not_stored(api, monkeypatch):
     def fail(*_):
         raise StorageUnavailable
@@ -2461,6 +2485,16 @@ def test_replays_imports_and_test_apps_reopen_nothing_and_tell_nothing(serve, to
     assert state_of(server) == "open" and [kind for kind, _ in facts_of(server)][1:] == ["crash.regressed"]
 
 
+def test_crashes_that_stay_in_their_group_when_it_is_looked_at_again_do_not_regress_it(serve, clock):
+    server = serve()
+    crash_now(Api(server), clock, "1.0 47")
+    decided(server, {"state": "resolved", "fixed_in": "1.0"})
+    sql_run(server.store.path, "update crashes set images = 'of an earlier version'")
+    sql_run(server.store.path, "insert into regroupings select app_id, group_hash, 0, 0, '' from groups")
+    server.store.regroup()
+    assert sql(server.store.path, "select images from crashes") == [(None,)] and state_of(server) == "resolved"
+
+
 def test_state_and_history_outlive_the_crashes_and_a_fault_that_comes_back_is_a_regression(serve, clock):
     server = serve(retention_days=30)
     api = Api(server)
@@ -3164,6 +3198,57 @@ def test_a_forgotten_device_is_in_no_row_and_no_sum_until_it_comes_again_and_sum
     fill(server, clock, seed + 200, 50)
     server.store.prune()
     assert count(server, "crashes") > 0 and (POSTGRES or backfeedr._check_roll_ups(path))
+
+
+@pytest.mark.parametrize("days", [0, 3, 8, 40, 100])
+def test_figures_agree_when_a_device_is_forgotten_though_nothing_has_come_for_days(serve, clock, days):
+    server = serve(retention_days=0)
+    for device in ("d1", "d2", "d3"):
+        for hours in (0, 30, 160):
+            for fields in ({}, {"type": "session_start", "session_id": f"s{hours}"}, {"type": "error", "name": "x"}):
+                add(server, device_id_hash=device, app_version="1.0", **fields,
+                    occurred_at=time_text(clock.seconds - 3600 * hours))
+        clock.move(3600)
+    clock.move(days * 86_400)
+    assert server.store.forget_device("d2")["crashes"] == 3
+    serve.unchecked.append(server)
+    check_database(server.store.path, forgotten=True)
+
+
+@sqlite_only
+def test_figures_agree_when_the_daily_trim_is_half_done_and_its_only_report_is_forgotten(serve, clock, monkeypatch):
+    server = serve(retention_days=0)
+    monkeypatch.setattr(backfeedr, "TRIMMED", 1)
+    for kind in "ABC":
+        add(server, exception_type=kind)
+    clock.move(8 * 86_400)
+    add(server, device_id_hash="d1")
+    assert count(server, "group_days") == 3, "two of those three days, and today"
+    assert server.store.forget_device("d1")["crashes"] == 1
+    serve.unchecked.append(server)
+    check_database(server.store.path, forgotten=True)
+
+
+@sqlite_only
+def test_figures_agree_when_the_first_device_of_an_old_release_is_forgotten(serve, clock):
+    server = serve(retention_days=0)
+    for device, days in (("d1", 100), ("d2", 1), ("", 0)):
+        add(server, device_id_hash=device, app_version="1.0", type="error")
+        clock.move(days * 86_400)
+    assert count(server, "release_hours") == 1, "an age of 100 days is compared with nothing"
+    assert server.store.forget_device("d1")["events"] == 1
+    serve.unchecked.append(server)
+    assert backfeedr._check_roll_ups(server.store.path)
+
+
+def test_a_day_too_long_before_its_receipt_counts_no_device_in_an_import_either(serve, clock):
+    server, copy = serve(retention_days=0), serve("copy.db", retention_days=0)
+    long_ago = time_text(clock.seconds - 400 * 86_400)
+    add(server, device_id_hash="d")
+    clock.move(86_400)
+    add(server, device_id_hash="d", occurred_at=long_ago)
+    copy.store.import_(list(server.store.export(backfeedr.Crash)))
+    assert count(copy, "crashes") == 2 and count(server, "device_days") == count(copy, "device_days") == 1
 
 
 def test_a_forgotten_device_takes_the_reason_that_it_gave_with_it(one_day, later):
@@ -3870,6 +3955,17 @@ def test_a_migration_keeps_the_sums_of_reports_that_have_expired(tmp_path, keepi
         assert not [each for each in found if not any(each[len(backfeedr.KEYS[table]):])], "without sums of 0"
     assert sql(path, "select crashes from release_sums where app_id = 1 and app_version = '1.0'") == [(70,)]
     assert sql(path, "select first_seen from releases where app_id = 1 and app_version = '1.0'") == [(4,)]
+
+
+@sqlite_only
+def test_a_migration_from_version_4_finds_when_a_build_was_seen_last(tmp_path, keeping):
+    path = tmp_path / "test.db"
+    make_old_database(path, 4)
+    sql_run(path, "update crashes set app_version = '1.0', build_number = '7' where app_id = 1")
+    first, last = sql(path, "select min(received_at), max(received_at) from crashes where app_id = 1")[0]
+    sql_run(path, f"insert into builds values (1, '1.0', '7', {first})")
+    keeping().close()
+    assert first < last and (1, "1.0", "7", first, last) in sql(path, "select * from builds")
 
 
 @sqlite_only
@@ -4666,6 +4762,23 @@ def test_nothing_of_a_deleted_app_is_sent(serve, clock, receiver):
     assert len(server.alerts.channels()) == 1 and stored(server, "facts") == {"facts": []}
     assert deliver_later(server, clock) == {"sent": 2, "failed": 0}
     assert [[fact["app"] for fact in facts] for facts in receiver.told] == [["default"]] * 2
+
+
+def test_nothing_of_an_app_is_sent_that_is_deleted_while_messages_are_on_their_way(serve, clock, receiver):
+    server = serve()
+    server.store.create_app("Shop")
+    server.alerts.add(receiver.url)
+    for apps in (["Shop"], ["Shop", "default"]):
+        for app in apps:
+            note(server, app=app)
+        clock.move(60)
+        server.alerts._gather()
+    receiver.before = lambda: len(receiver.came) == 1 and server.store.delete_app("Shop")
+    receiver.status = 400  # of which the next message knows nothing
+    assert deliver_later(server, clock) == {"sent": 0, "failed": 2}
+    receiver.status = 204
+    assert deliver_later(server, clock) == {"sent": 1, "failed": 0}, "a message without facts does not come back"
+    assert [[fact["app"] for fact in facts] for facts in receiver.told] == [["Shop"], ["default"], ["default"]]
 
 
 def test_a_reason_leaves_the_host_only_where_a_channel_asks_for_it(serve, clock, receivers):
