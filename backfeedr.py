@@ -399,8 +399,8 @@ def sha256(data: bytes | str) -> bytes:
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).digest()
 
 
-_VERSION_PARTS = re.compile(  # numbers; what makes it a pre-release: 1.3.0-rc.1, 1.3.0b3; +48 says nothing; its build
-    r"[vV]?([0-9]+(?:\.[0-9]+)*)(?:-([0-9A-Za-z.-]+)|([A-Za-z][0-9A-Za-z.-]*))?(?:\+[^ (]*)?(?: *\(([^()]+)\))?")
+_VERSION_PARTS = re.compile(  # numbers; what makes it a pre-release, -rc.1, b3 or " beta"; +48 says nothing; its build
+    r"[vV]?([0-9]+(?:\.[0-9]+)*)(?:-([0-9A-Za-z.-]+)| ?([A-Za-z][0-9A-Za-z.-]*))?(?:\+[^ (]*)?(?: *\(([^()]+)\))?")
 
 
 def version_key(version: str) -> tuple[Any, ...]:
@@ -3303,8 +3303,15 @@ def _migrate_from_4(db: Connection) -> None:
                   + "alter table releases rename to old_releases;\nalter table builds rename to old_builds;\n"
                   + "drop table group_devices;\ndrop table group_sums;\n" + Releases.TABLES + DEVICE_INDEX)
     Groups.recount(db)
-    db.run_script("""
+    db.run_script(f"""
 insert into builds select app_id, app_version, build_number, first_seen, first_seen from old_builds;
+insert into builds
+    select app_id, case when other & {FLAGS["app_version"]} > 0 then '{OTHER}' else app_version end as version,
+        build_number, 0, max(received_at)
+    from crashes
+    where (app_id, version, build_number) in (select app_id, app_version, build_number from old_builds)
+    group by 1, 2, 3
+    on conflict (app_id, app_version, build_number) do update set last_seen = max(last_seen, excluded.last_seen);
 insert into builds select app_id, app_version, '', first_seen, last_seen from old_releases where true
     on conflict (app_id, app_version, build_number) do update set
         first_seen = excluded.first_seen, last_seen = excluded.last_seen;
@@ -7455,6 +7462,7 @@ def import_jsonl(store: Store, lines: Iterable[bytes]) -> Counter[str]:
     try:
         for batch in _import_batches(lines):
             counts += store.import_(batch)
+        store.prune()  # which writes down up to when sums are kept: `check` must not ask for older ones
     except (StoreError, StorageUnavailable) as error:
         raise StoreError(f"{error}; {counts['stored']:,} reports before it were stored: fix this and import the"
                          " whole file again") from None
@@ -7520,6 +7528,8 @@ def _check_roll_ups(path: Path) -> str:
     """Counts all reports again, by the same code into tables of its own, and compares."""
     with closing(sqlite3.connect("", isolation_level=None, uri=True)) as db:  # "": a temporary file
         db.execute("attach database ? as stored", (f"{path.as_uri()}?mode={_read_only_mode(path)}",))
+        if db.execute("pragma stored.user_version").fetchone()[0] < SCHEMA_VERSION:
+            return "not compared before the upgrade"
         db.executescript(FIGURE_TABLES)
         db.execute("begin")
         expired, = db.execute("""
@@ -7589,7 +7599,7 @@ CHECKS: dict[str, Callable[[Path], str]] = {  # each returns what it found, or r
 
 def channel_warnings(path: Path) -> list[str]:
     """Says which channels of alerts do not get through."""
-    with suppress(sqlite3.Error), closing(_open_read_only(path)) as db:  # its schema may be an older one
+    with suppress(sqlite3.Error, TypeError), closing(_open_read_only(path)) as db:  # may be older, or damaged
         return [f"Channel {id} ({shown_address(url)}) has {'ended' if ended_at else 'failed'}: {error}"
                 f" at {iso_time(error_at)}" for id, url, ended_at, error, error_at in db.execute(
                     "select id, url, ended_at, error, error_at from channels where error is not null order by id")]
@@ -7637,7 +7647,7 @@ class CommandParser(argparse.ArgumentParser):
     """Says which word a misspelt one may mean."""
 
     def error(self, message: str) -> Any:
-        wrong = re.search(r"invalid choice: (.+) \(choose from (.+)\)", message)
+        wrong = re.search(r"invalid choice: ('?[a-z].*) \(choose from (.+)\)", message)
         meant = wrong and get_close_matches(wrong[1].strip("'"), re.findall(r"[\w-]+", wrong[2]), 1)
         super().error(f"{message}; did you mean {meant[0]}?" if meant else message)
 
@@ -7803,8 +7813,9 @@ def _check(overrides: dict[str, Any]) -> int:
     for name, look in {"settings": check_settings, **CHECKS}.items():
         try:
             print(f"ok  {name}: {look(path)}", flush=True)
-        except (SettingsError, StoreError, sqlite3.Error, OSError) as error:
-            print(f"BAD {name}: {error}")
+        except (TypeError, ValueError, SettingsError, StoreError, sqlite3.Error, OSError) as error:
+            is_damage = type(error) in (TypeError, ValueError)  # a column may have any kind of value then
+            print(f"BAD {name}: {'the file is damaged: ' * is_damage}{error}")
             status = 1
             if name == "file" and not path.is_file():  # there is nothing more to say
                 return status
