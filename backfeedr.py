@@ -399,8 +399,8 @@ def sha256(data: bytes | str) -> bytes:
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).digest()
 
 
-_VERSION_PARTS = re.compile(  # numbers; what makes it a pre-release: 1.3.0-rc.1, 1.3.0b3; +48 says nothing; its build
-    r"[vV]?([0-9]+(?:\.[0-9]+)*)(?:-([0-9A-Za-z.-]+)|([A-Za-z][0-9A-Za-z.-]*))?(?:\+[^ (]*)?(?: *\(([^()]+)\))?")
+_VERSION_PARTS = re.compile(  # numbers; what makes it a pre-release, -rc.1, b3 or " beta"; +48 says nothing; its build
+    r"[vV]?([0-9]+(?:\.[0-9]+)*)(?:-([0-9A-Za-z.-]+)| ?([A-Za-z][0-9A-Za-z.-]*))?(?:\+[^ (]*)?(?: *\(([^()]+)\))?")
 
 
 def version_key(version: str) -> tuple[Any, ...]:
@@ -843,21 +843,22 @@ def parse_batch(given: JsonObject) -> list[Event]:
 def _alike_events(events: list[JsonObject]) -> list[Event]:
     """The same as `parse_event` of each, in half the time: each distinct text is converted once, because most are the
     same from event to event. Raises an error unless all are plain."""
-    if set().union(*events) - _EVENT_FIELDS.keys():
-        raise ValueError
+    unknown = [{name: value for name, value in event.items() if name not in _EVENT_FIELDS} for event in events]
+    extras = [_shallow_json(each) if each else None for each in unknown]
     columns: list[list[Any]] = []
     for name, convert in _EVENT_FIELDS.items():
         values = [event.get(name) for event in events]
         if convert is _object:  # not hashable
             columns.append([None if value is None else convert(value) for value in values])
-            if max(len(text or "") for text in columns[-1]) > 1000:  # too many names or bytes take more
-                raise ValueError
             continue
         stored = {value: convert(value) if value else None for value in set(values)}
         if {*map(type, values)} - {str, type(None)} or name in _REQUIRED and None in stored.values():
             raise ValueError
         columns.append([stored[value] for value in values])
-    return list(map(Event, *columns, repeat(None)))
+    alike = list(map(Event, *columns, extras))
+    if max(len(text or "") for event in alike for text in (event.properties, event.extra)) > 1000:
+        raise ValueError  # too many names or bytes take more
+    return alike
 
 
 def _convert(given: JsonObject, converters: Converters, limit: int) -> list[Any]:
@@ -931,14 +932,17 @@ def _few(value: Any) -> Any:
     return value
 
 
-def _shortened(value: Any, bound: int) -> Any:
-    """A value with at most so many characters in each text, and members in each list and object."""
+def _shortened(value: Any, bound: int, levels: int = 6) -> Any:
+    """A value with at most so many characters in each text, and members in each list and object. What is nested deeper
+    becomes a text: to walk through all of it again and again takes many seconds."""
+    if not levels and type(value) in (list, dict):
+        value = _encode(value)
     if type(value) is str:
         return value[:bound]
     if type(value) is list:
-        return [_shortened(each, bound) for each in value[:bound]]
+        return [_shortened(each, bound, levels - 1) for each in value[:bound]]
     if type(value) is dict:
-        return {name[:bound]: _shortened(each, bound) for name, each in islice(value.items(), bound)}
+        return {name[:bound]: _shortened(each, bound, levels - 1) for name, each in islice(value.items(), bound)}
     return value
 
 
@@ -3305,10 +3309,10 @@ def _migrate_from_4(db: Connection) -> None:
                   + "alter table releases rename to old_releases;\nalter table builds rename to old_builds;\n"
                   + "drop table group_devices;\ndrop table group_sums;\n" + Releases.TABLES + DEVICE_INDEX)
     Groups.recount(db)
-    db.run_script("""
+    db.run_script(f"""
 insert into builds
     select app_id, app_version, build_number, first_seen, coalesce(last_seen, first_seen) from old_builds left join (
-        select app_id, case when (other & 4) > 0 then '(other)' else app_version end as app_version,
+        select app_id, case when (other & {FLAGS["app_version"]}) > 0 then '{OTHER}' else app_version end as app_version,
             coalesce(build_number, '') as build_number, max(received_at) as last_seen
         from crashes group by 1, 2, 3) as latest using (app_id, app_version, build_number);
 insert into builds select app_id, app_version, '', first_seen, last_seen from old_releases where true
@@ -7487,6 +7491,7 @@ def import_jsonl(store: Store, lines: Iterable[bytes]) -> Counter[str]:
     try:
         for batch in _import_batches(lines):
             counts += store.import_(batch)
+        store.prune()  # which writes down up to when sums are kept: `check` must not ask for older ones
     except (StoreError, StorageUnavailable) as error:
         raise StoreError(f"{error}; {counts['stored']:,} reports before it were stored: fix this and import the"
                          " whole file again") from None
@@ -7552,6 +7557,8 @@ def _check_roll_ups(path: Path) -> str:
     """Counts all reports again, by the same code into tables of its own, and compares."""
     with closing(sqlite3.connect("", isolation_level=None, uri=True)) as db:  # "": a temporary file
         db.execute("attach database ? as stored", (f"{path.as_uri()}?mode={_read_only_mode(path)}",))
+        if db.execute("pragma stored.user_version").fetchone()[0] < SCHEMA_VERSION:
+            return "not compared before the upgrade"
         db.executescript(FIGURE_TABLES)
         db.execute("begin")
         expired, = db.execute("""
@@ -7625,7 +7632,7 @@ CHECKS: dict[str, Callable[[Path], str]] = {  # each returns what it found, or r
 
 def channel_warnings(path: Path) -> list[str]:
     """Says which channels of alerts do not get through."""
-    with suppress(sqlite3.Error), closing(_open_read_only(path)) as db:  # its schema may be an older one
+    with suppress(sqlite3.Error, TypeError), closing(_open_read_only(path)) as db:  # may be older, or damaged
         return [f"Channel {id} ({shown_address(url)}) has {'ended' if ended_at else 'failed'}: {error}"
                 f" at {iso_time(error_at)}" for id, url, ended_at, error, error_at in db.execute(
                     "select id, url, ended_at, error, error_at from channels where error is not null order by id")]
@@ -7673,7 +7680,7 @@ class CommandParser(argparse.ArgumentParser):
     """Says which word a misspelt one may mean."""
 
     def error(self, message: str) -> Any:
-        wrong = re.search(r"invalid choice: (.+) \(choose from (.+)\)", message)
+        wrong = re.search(r"invalid choice: ('?[a-z].*) \(choose from (.+)\)", message)
         meant = wrong and get_close_matches(wrong[1].strip("'"), re.findall(r"[\w-]+", wrong[2]), 1)
         super().error(f"{message}; did you mean {meant[0]}?" if meant else message)
 
@@ -7839,8 +7846,9 @@ def _check(overrides: dict[str, Any]) -> int:
     for name, look in {"settings": check_settings, **CHECKS}.items():
         try:
             print(f"ok  {name}: {look(path)}", flush=True)
-        except (SettingsError, StoreError, sqlite3.Error, OSError) as error:
-            print(f"BAD {name}: {error}")
+        except (TypeError, ValueError, SettingsError, StoreError, sqlite3.Error, OSError) as error:
+            is_damage = type(error) in (TypeError, ValueError)  # a column may have any kind of value then
+            print(f"BAD {name}: {'the file is damaged: ' * is_damage}{error}")
             status = 1
             if name == "file" and not path.is_file():  # there is nothing more to say
                 return status
