@@ -3312,8 +3312,8 @@ def _migrate_from_4(db: Connection) -> None:
     db.run_script(f"""
 insert into builds
     select app_id, app_version, build_number, first_seen, coalesce(last_seen, first_seen) from old_builds left join (
-        select app_id, case when (other & {FLAGS["app_version"]}) > 0 then '{OTHER}' else app_version end as app_version,
-            coalesce(build_number, '') as build_number, max(received_at) as last_seen
+        select app_id, case when (other & {FLAGS["app_version"]}) > 0 then '{OTHER}' else app_version end
+                as app_version, coalesce(build_number, '') as build_number, max(received_at) as last_seen
         from crashes group by 1, 2, 3) as latest using (app_id, app_version, build_number);
 insert into builds select app_id, app_version, '', first_seen, last_seen from old_releases where true
     on conflict (app_id, app_version, build_number) do update set
@@ -7241,18 +7241,22 @@ class _Channel(HTTPChannel):
     __repr__ = object.__repr__  # that of waitress has the client's address, and is logged with errors
     began = last_activity = 0.0
 
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.requests_lock = threading.RLock()  # `received` takes it around waitress's own, which takes it, too
+
     def received(self, data: bytes) -> None:
         """Counts the time of a request from its beginning. waitress counts from the last byte, so a client that
         sends a byte now and then would keep its connection for ever. Takes few requests ahead: the answers to a
         packet of them, which the client need not read, are many megabytes."""
         begun, now = self.request, self.last_activity
-        super().received(data)
-        is_new = begun is None or self.request is not begun
-        self.began = self.last_activity = now if is_new else min(now, self.began + len(data) / SLOWEST)
-        with self.requests_lock:
+        with self.requests_lock:  # else a worker would answer some of them meanwhile
+            super().received(data)
             if len(self.requests) > PIPELINED:
                 del self.requests[PIPELINED:]
                 self.requests[-1].version, self.requests[-1].headers["CONNECTION"] = "1.1", "close"
+        is_new = begun is None or self.request is not begun
+        self.began = self.last_activity = now if is_new else min(now, self.began + len(data) / SLOWEST)
 
     def service(self) -> None:
         """Sends the answer at once if the next request of the connection is here already. Because of `send_bytes`

@@ -7572,7 +7572,7 @@ def test_a_packet_of_requests_gets_few_answers_and_a_client_that_does_not_read_i
         channel, = slow_server.active_channels.values()
         wait_until(lambda: slow_server.turn() or channel.close_when_flushed)
         assert channel.requests == [] and channel.total_outbufs_len < 30_000 * len(answered)
-        assert 4 <= len(answered) < 10, "which may be one more for each that was answered while the packet was read"
+        assert len(answered) == backfeedr.PIPELINED == 4
         clock.move(59)
         slow_server.maintenance(clock.seconds)
         assert slow_server.active_channels
@@ -10370,8 +10370,10 @@ def test_the_steps_of_the_container_make_a_server_for_a_user_without_rights(pip,
                 rest = rest if user else rest.replace("-o 10001 -g 10001 ", "")
                 assert run_program("bash", "-ec", rest, cwd=root, **environ)[0] == 0, rest
             elif word == "COPY":
-                Path(rest.split()[1]).parent.mkdir()
-                shutil.copy(SERVER.with_name(rest.split()[0]), rest.split()[1])
+                *files, folder = rest.split()
+                Path(folder).mkdir()
+                for file in files:
+                    shutil.copy(SERVER if file == SERVER.name else HERE / file, folder)
             elif word == "ENV":
                 environ.update(each.split("=") for each in rest.split())
             elif word == "HEALTHCHECK":
