@@ -4361,7 +4361,7 @@ class Store(Apps):
             insert into state values ('counted_at', ?)
             on conflict (name) do update set value = max(state.value, excluded.value)""", (self.now,))
 
-    def prune(self, progress: Callable[[int], Any] = lambda rows: None) -> Counter[str]:
+    def prune(self) -> Counter[str]:
         """Deletes all rows whose time is over, and gives their space back to the disk; how many rows of each table. In
         steps, with longer pauses between them, so that no reports wait for it."""
         deleted: Counter[str] = Counter()
@@ -4369,7 +4369,6 @@ class Store(Apps):
         def step(db: Connection) -> Counter[str]:
             rows = self._expire(db)
             deleted.update(rows)
-            progress(sum(deleted.values()))
             return rows
 
         self._write_in_steps(step)

@@ -42,8 +42,7 @@ from typing import Any, Callable
 from urllib.parse import urlencode, urlsplit
 
 HERE = Path(__file__).resolve().parent
-KEY, TOKEN = "bf_live_" + "b" * 32, "bf_admin_" + "b" * 32
-HEALTH = "/api/v1/health"
+KEY, TOKEN, HEALTH = "bf_live_" + "b" * 32, "bf_admin_" + "b" * 32, "/api/v1/health"
 ROUND_SECONDS = 2.5  # about as long as a side is loaded in a round
 PATIENCE = 30.0  # seconds for a server to stop and to answer
 SIZE_EVENTS = 20_000  # to measure bytes on disk and raw inserts with
@@ -321,11 +320,10 @@ class Bench:
 
 # == Commands ==================================================================
 
-TARGETS = [
-    *((f"crash, {n} connections: requests/s", "bare", 0.6, inf) for n in (16, 64)),
-    *((f"batch of 100, {n} connections: requests/s", "raw", 0.55, inf) for n in (16, 64)),
-    ("crash, 64 connections to 16", "value", 0.85, inf), ("MB of memory at rest", "value", 0, 60),
-    ("MB of memory at most", "value", 0, 100), ("bytes on disk an event", "value", 0, 220)]
+TARGETS = [*((f"crash, {n} connections: requests/s", "bare", 0.6, inf) for n in (16, 64)),
+           *((f"batch of 100, {n} connections: requests/s", "raw", 0.55, inf) for n in (16, 64)),
+           ("crash, 64 connections to 16", "value", 0.85, inf), ("MB of memory at rest", "value", 0, 60),
+           ("MB of memory at most", "value", 0, 100), ("bytes on disk an event", "value", 0, 220)]
 
 
 def ingest(bench: Bench, arguments: argparse.Namespace) -> None:
@@ -393,9 +391,9 @@ def raw_rate(source: Path) -> float:
 FIGURES = ["/api/v1/overview", "/api/v1/releases", *(f"/api/v1/metrics/{name}{days}" for name in (
     "daily-crashes", "crash-types", "devices", "active-devices", "sessions", "retention") for days in (
         "", "?days=90", "?days=365"))]
-PAGES = ["/", "/crashes", "/crashes?days=30", "/crashes?text=screen", "/crashes?version=4.9.0", "/crashes/GROUP",
-         "/crashes/GROUP?report=REPORT", "/events", "/events?name=nothing", "/events?session_id=SESSION", "/releases",
-         "/apps"]
+PAGES = [
+    "/", "/crashes", "/crashes?days=30", "/crashes?text=screen", "/crashes?version=4.9.0", "/crashes/GROUP", "/apps",
+    "/crashes/GROUP?report=REPORT", "/events", "/events?name=nothing", "/events?session_id=SESSION", "/releases"]
 ANSWER_TARGETS = [  # a year is more than either database holds: it only has to be quick
     *((path, "value", 0, 5) for path in FIGURES), *((path, "value", 0, 30) for path in PAGES),
     *((path, "small", 0, 1.5) for path in FIGURES if "365" not in path)]
