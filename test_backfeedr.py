@@ -3065,7 +3065,10 @@ def test_pruning_deletes_what_has_expired_and_gives_its_space_back(one_day, cloc
     assert not any(stored(one_day, "events", "crashes", "devices", "labels").values())
     assert count(one_day, "groups") == 1
     assert POSTGRES or sql(one_day.store.path, "pragma freelist_count") == [(0,)]
-    assert size() < full / (2 if POSTGRES else 10), "though PostgreSQL promises no more than to use it again"
+    if POSTGRES:  # vacuum keeps what transactions of other tests may still see
+        wait_until(lambda: one_day.store.prune() == {} and size() < full / 2)
+    else:
+        assert size() < full / 10
     assert POSTGRES or one_day.store.size < full * 4096 / 10
     assert one_day.store.prune() == {}
 
@@ -4595,7 +4598,9 @@ def test_a_receiver_that_answers_slowly_or_nonsense_counts_as_down_and_holds_nob
 
     def serve_one():
         connection, _ = listener.accept()
-        connection.recv(65536)
+        message = b""
+        while not message.endswith(b"}"):  # all of it: what is not read when it closes resets the connection
+            message += connection.recv(65536)
         answer(connection)
         held.wait(10)
 
