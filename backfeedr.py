@@ -2854,13 +2854,12 @@ class RollUps:
         for name, count in counts.items():
             row[name] += count
 
-    def save(self, figures: Iterable[type] = (), tables: Container[str] = ()) -> None:
-        """Writes everything that has changed, or only these figures and tables of sums."""
-        for each in figures or self.figures:
-            self.figures[each].save()
+    def save(self) -> None:
+        """Writes everything that has changed."""
+        for figure in self.figures.values():
+            figure.save()
         for table, changes in self._changes.items():
-            if not tables or table in tables:
-                self._save_sums(table, {key: row for key, row in changes.items() if any(row.values())})
+            self._save_sums(table, {key: row for key, row in changes.items() if any(row.values())})
         self._changes.clear()
         self.figures[Groups].drop_empty()
 
