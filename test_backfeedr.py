@@ -128,11 +128,19 @@ def clock():
     return Clock()
 
 
-# A database of PostgreSQL that is there for tests. With it, the servers of `serve` are on it, each in a schema
-# of its own; tests of what is SQLite's, or of a file, ask for `sqlite_only` and are skipped.
+# A database of PostgreSQL that is there for tests. With it, only those run that ask for `schemas`, as those that ask for
+# a server of `serve` do: it is in a schema of its own. What is about SQLite, or a file, is marked `sqlite_only`.
 POSTGRES = os.environ.pop("BACKFEEDR_TEST_POSTGRES", "")
 needs_postgres = pytest.mark.skipif(not POSTGRES, reason="BACKFEEDR_TEST_POSTGRES names no database")
 sqlite_only = pytest.mark.skipif(bool(POSTGRES), reason="is about SQLite and its file; runs without a PostgreSQL")
+
+
+@pytest.fixture(autouse=True)
+def not_twice(request):
+    """Skips what says nothing about PostgreSQL when the tests run on it."""
+    marks = [mark.name for mark in request.node.own_markers]
+    if POSTGRES and not {"schemas", "cluster"} & {*request.fixturenames} and "skipif" not in marks:
+        pytest.skip("asks for no database of PostgreSQL; runs without it")
 
 
 @cache
@@ -141,23 +149,64 @@ def postgres():
     return load_example("postgres")
 
 
+@lru_cache(maxsize=8)
+def postgres_connection(url):
+    """A connection that is kept: to make one takes longer than most questions."""
+    return postgres().Connection.connect(url)
+
+
+@pytest.fixture(scope="session")
+def spare_schemas():
+    """The URLs of schemas whose tables are empty. To empty them takes less time than to make others."""
+    spare = []
+    yield spare
+    for url in spare:
+        postgres_connection(POSTGRES).run(f"drop schema {url.rpartition('%3D')[2]} cascade")
+
+
 @pytest.fixture
-def schemas():
-    """The URL of a schema by its name: made when it is first asked for, and gone at the end."""
+def schemas(spare_schemas):
+    """The URL of a schema by its name: taken or made when it is first asked for, and empty or gone at the end."""
     made = {}
 
-    def url(name="test.db"):
-        if name not in made:
-            schema = f"t{len(made)}_{os.urandom(6).hex()}"
-            with closing(postgres().Connection.connect(POSTGRES)) as db:
-                db.run(f"create schema {schema}")
+    def url(name="test.db", has_tables=True):
+        if name not in made and spare_schemas and has_tables:
+            made[name] = spare_schemas.pop()
+        elif name not in made:
+            schema = f"t{os.urandom(6).hex()}"
+            postgres_connection(POSTGRES).run(f"create schema {schema}")
             made[name] = f"{POSTGRES}?options=-csearch_path%3D{schema}"
         return made[name]
 
     yield url
     for each in made.values():
-        with closing(postgres().Connection.connect(POSTGRES)) as db:
-            db.run(f"drop schema {each.rpartition('%3D')[2]} cascade")
+        if has_first_tables(each):
+            sql_run(each, EMPTY_TABLES)
+            spare_schemas.append(each)
+        else:
+            postgres_connection(POSTGRES).run(f"drop schema {each.rpartition('%3D')[2]} cascade")
+
+
+def has_first_tables(url):
+    """Whether no test has changed more than rows: all tables are of one transaction."""
+    return sql(url, """
+        select count(distinct xmin::text) = 1 from pg_class where relnamespace = current_schema()::regnamespace
+        """) == [(True,)] and sql(url, "select value from state where name = 'schema_version'") \
+        == [(backfeedr.SCHEMA_VERSION,)]
+
+
+EMPTY_TABLES = """
+do $$
+declare place oid := current_schema()::regnamespace; each regclass;
+begin
+    for each in select oid from pg_class where relnamespace = place and relkind = 'r' and relname <> 'state' loop
+        execute 'delete from ' || each;
+    end loop;
+    delete from state where name not in ('writer', 'schema_version');
+    perform setval(seqrelid, seqstart, false) from pg_sequence join pg_class on pg_class.oid = seqrelid
+        where relnamespace = place;
+end $$
+"""
 
 
 @pytest.fixture
@@ -200,8 +249,7 @@ def sql(path, query, *values):
 def connected(path):
     """A connection to a file of SQLite, or to PostgreSQL where this is a URL. What it changes is kept."""
     if str(path).startswith("postgresql:"):
-        with closing(postgres().Connection.connect(path)) as db:
-            yield db
+        yield postgres_connection(path)
     else:
         with closing(sqlite3.connect(str(path))) as db, db:
             yield db
@@ -10424,7 +10472,7 @@ def test_each_file_to_deploy_says_the_public_address_that_the_server_needs(path)
 # SQLite does is what the sections before say, where BACKFEEDR_TEST_POSTGRES is set.
 
 @pytest.fixture
-def hosts(run, schemas):
+def hosts(schemas, run):
     """Two servers that share a database."""
     return [run(db=schemas()), run(db=schemas())]
 
@@ -10445,7 +10493,7 @@ def check_all_stored(load, url):
 @needs_postgres
 @pytest.mark.slow
 def test_two_hosts_store_once_whatever_they_acknowledge_even_while_one_is_killed(
-        run, hosts, schemas):
+        hosts, run, schemas):
     one, two = hosts
     first = one.post(CRASHES, CRASH, **{"Idempotency-Key": "a"})
     assert first[0] == 201 and two.post(CRASHES, CRASH, **{"Idempotency-Key": "a"}) == (200, first[1])
@@ -10472,7 +10520,7 @@ def test_two_hosts_store_once_whatever_they_acknowledge_even_while_one_is_killed
 
 @needs_postgres
 @pytest.mark.slow
-def test_the_101st_request_of_a_key_is_refused_whichever_host_it_reaches(run, schemas):
+def test_the_101st_request_of_a_key_is_refused_whichever_host_it_reaches(schemas, run):
     hosts = [run(db=schemas(), BACKFEEDR_RATE_LIMIT="100") for _ in range(2)]
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda n: hosts[n % 2].post(EVENTS, EVENT)[0], range(110)))
@@ -10533,7 +10581,7 @@ def test_a_database_that_is_restarted_under_load_loses_nothing_and_the_hosts_com
 @needs_postgres
 @pytest.mark.slow
 def test_a_rolling_restart_behind_the_balancer_is_noticed_by_nobody_and_a_lost_host_costs_only_what_it_had_read(
-        run, hosts, schemas, tmp_path):
+        hosts, run, schemas, tmp_path):
     needs("nginx")
     balancer = object.__new__(Running)  # without a process of its own
     balancer.port = free_port()
@@ -10573,7 +10621,7 @@ def test_a_rolling_restart_behind_the_balancer_is_noticed_by_nobody_and_a_lost_h
 
 @needs_postgres
 def test_hosts_that_start_at_once_make_one_database(schemas):
-    url = schemas()
+    url = schemas(has_tables=False)
     with ThreadPoolExecutor(4) as pool:
         stores = list(pool.map(lambda _: postgres().PostgresStore(url), range(4)))
         made = list(pool.map(lambda store: store.start(), stores))
