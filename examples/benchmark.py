@@ -46,6 +46,7 @@ KEY, TOKEN, HEALTH = "bf_live_" + "b" * 32, "bf_admin_" + "b" * 32, "/api/v1/hea
 ROUND_SECONDS = 2.5  # about as long as a side is loaded in a round
 PATIENCE = 30.0  # seconds for a server to stop and to answer
 SIZE_EVENTS = 20_000  # to measure bytes on disk and raw inserts with
+QUICK_SECONDS = 0.8  # of each load, with --quick
 TURN = 20  # requests, before it is the other side's turn
 say = partial(print, file=sys.stderr, flush=True)  # progress
 # == Reports ===================================================================
@@ -587,7 +588,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     given = parser.parse_args(argv)
     given.server = [file.resolve() for file in given.server or [HERE.parent / "backfeedr.py"]]
     given.names = ("first", "second") if given.server[1:] else ("backfeedr",)
-    given.seconds = 0.8 if given.quick else given.seconds
+    given.seconds = QUICK_SECONDS if given.quick else given.seconds
     given.rounds = max(1, round(given.seconds / ROUND_SECONDS))
     given.round_seconds = given.seconds / given.rounds
     if len(given.server) > 2 or (given.command == "postgres") != bool(given.url) or given.round_seconds < 0.2:

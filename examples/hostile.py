@@ -23,6 +23,7 @@ from statistics import median, quantiles
 from benchmark import CRASH, EVENTS, FIGURES, HERE, Bench, backfeedr, over_network, process, rfc3339, say
 
 CLIENTS = 8  # that send the flood
+ASKED = 20  # times, for each public answer
 LONG = "x" * 400  # makes names long
 PRUNE = """
 import sys, time
@@ -71,7 +72,7 @@ def measure(bench: Bench, file: Path, db: Path, reports: int, seconds: float) ->
         print(f"{reports:,} reports; the file has {db.stat().st_size / 1e6:,.0f} MB")
         print(f"another app's crashes/s, before and after: {before:,.0f} and {after:,.0f} ({before / after:.2f})")
         for path in FIGURES:
-            answers = [ask(path) for _ in range(20)]
+            answers = [ask(path) for _ in range(ASKED)]
             print(f"{path:45}{len(answers[0].body):>8,} bytes {median(each.ms for each in answers):7.2f} ms,"
                   f" p95 {quantiles((each.ms for each in answers), n=20)[18]:7.2f} ms")
     began = time.monotonic()
