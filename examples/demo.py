@@ -112,7 +112,7 @@ def received_at(kind: str, at: int, end: int, chance: random.Random) -> int:
     """
     delay = chance.expovariate(1 / 1200) if kind == "crash" else chance.uniform(1, 20)
     age = max(0, end - at - int(delay * SECOND))
-    step = 5 * SECOND if age < HOUR else HOUR // 6 if age < DAY else 4 * HOUR
+    step = 5 * SECOND if age < HOUR else HOUR // 2 if age < DAY else 8 * HOUR
     return end - age // step * step
 
 
