@@ -209,8 +209,16 @@ end $$
 """
 
 
+@pytest.fixture(scope="session")
+def empty_file(tmp_path_factory):
+    """A file with the server's tables, to be copied: to make one takes longer."""
+    path = tmp_path_factory.mktemp("empty") / "empty.db"
+    Store(str(path)).close()
+    return path
+
+
 @pytest.fixture
-def serve(tmp_path, clock, schemas):
+def serve(tmp_path, clock, schemas, empty_file):
     """Makes servers; at the end, compares their roll-ups with their rows."""
     servers = []
 
@@ -218,6 +226,8 @@ def serve(tmp_path, clock, schemas):
         """A server with a key and a token."""
         given = {"db_path": str(tmp_path / name), "api_key": KEY, "auth_token": TOKEN, **settings}
         limit = given.get("rate_limit", 100)
+        if not POSTGRES and not Path(given["db_path"]).exists():
+            shutil.copy(empty_file, given["db_path"])
         store = POSTGRES and postgres().PostgresStore(schemas(name), clock, given.get("retention_days", 90))
         limiter = postgres().PostgresLimiter(store, limit, clock=clock) if store else RateLimiter(limit, clock=clock)
         server = Backfeedr(Settings(**given), clock=clock, store=store or None, limiter=limiter)
@@ -247,8 +257,11 @@ def sql(path, query, *values):
 
 @contextmanager
 def connected(path):
-    """A connection to a file of SQLite, or to PostgreSQL where this is a URL. What it changes is kept."""
-    if str(path).startswith("postgresql:"):
+    """A connection to a file of SQLite, or to PostgreSQL where this is a URL. What it changes is kept. One that is open
+    is given back as it is: to open a file takes longer than most questions, as SQLite reads the schema."""
+    if not isinstance(path, (str, Path)):
+        yield path
+    elif str(path).startswith("postgresql:"):
         yield postgres_connection(path)
     else:
         with closing(sqlite3.connect(str(path))) as db, db:
@@ -298,8 +311,9 @@ def check_database(path, forgotten=False):
 
     Where a device was forgotten, but for the times of what it was the first or last to report.
     """
-    assert POSTGRES or sql(path, "pragma integrity_check") == [("ok",)]
-    expected, found = recount(path), figures(path)
+    with connected(path) as db:
+        assert POSTGRES or sql(db, "pragma integrity_check") == [("ok",)]
+        expected, found = recount(db), figures(db)
     if forgotten:
         for tables in expected, found:
             tables["builds"] = {}
