@@ -25,6 +25,7 @@ import os
 import plistlib
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -7585,14 +7586,15 @@ def test_a_stop_answers_everyone_and_not_even_a_kill_loses_what_was_acknowledged
 
 
 @pytest.mark.slow
-def test_a_first_start_prints_a_curl_line_that_works(run):
-    server = run(BACKFEEDR_API_KEY="", BACKFEEDR_AUTH_TOKEN="")
+def test_a_first_start_prints_its_url_also_of_ipv6_and_a_curl_line_that_works(run):
+    host = "::1" if socket.has_ipv6 else "127.0.0.1"
+    server = run("--host", host, BACKFEEDR_API_KEY="", BACKFEEDR_AUTH_TOKEN="")
+    assert server.url == f"http://{f'[{host}]' if ':' in host else host}:{server.port}"
     printed = [server.process.stdout.readline()]
     while printed[-1] and not printed[-1].startswith("        -d"):
         printed.append(server.process.stdout.readline())
-    command = "curl" + "".join(printed).partition("curl")[2]
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=30)
-    assert set(json.loads(done.stdout)) == {"id", "group_hash"}, done
+    done = run_program("bash", "-c", "curl" + "".join(printed).partition("curl")[2])
+    assert set(json.loads(done[1])) == {"id", "group_hash"}, done
     assert server.stop()[0] == 0 and len(stored_ids(server.db)) == 1
 
 
@@ -7978,13 +7980,6 @@ def test_a_request_is_answered_and_with_verbose_logged_without_what_is_private(r
     assert len(lines) == err.count("\n") and not re.search(f"private|{KEY[8:]}|{TOKEN[9:]}|127.0.0.1", err), err
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
-def test_the_first_line_is_the_url_also_of_an_address_of_ipv6(run):
-    server = run("--host", "::1")
-    assert server.url == f"http://[::1]:{server.port}" and server.stop() == (0, "", "")
-
-
 @pytest.mark.parametrize("address, public_url, is_warned", [
     ("0.0.0.0", "", True), ("192.0.2.1", "http://example.com", True), ("0.0.0.0", "https://example.com", False),
     ("127.0.0.2", "", False), ("::1", "", False), ("fe80::1%eth0", "", True)])
@@ -8340,31 +8335,6 @@ def test_every_argument_and_option_has_a_help_text():
                 parsers += action.choices.values()
             missing += [each.dest for each in described if not each.help and each.dest != "==SUPPRESS=="]
     assert len(parsers) > 10 and missing == []
-
-
-def test_what_goes_wrong_is_one_line(command):
-    command("app", "create", "Shop")
-    for arguments, text in (
-            (["app", "create", ""], "an app's name"), (["app", "create", "\udcff"], "an app's name"),
-            (["key", "create", "Nope"], "there is no app named 'Nope'"),
-            (["key", "revoke", "bf_live_zz"], "no active keys begin with 'bf_live_zz'"),
-            (["key", "revoke", "\udcff"], "can't encode"), (["app", "list", "--db", "typo.db"], "there is no database"),
-            (["app", "create", "x", "--db", "no/such/dir/x.db"], "cannot open the database"),
-            (["import", "nothing", "--db", "other.db"], "backfeedr: cannot read nothing: No such file or directory\n"),
-            (["--host", "\u00fc..x"], "cannot listen on"), (["--host", "256.0.0.1"], "cannot listen on 256.0.0.1"),
-            (["--port", "65536"], "port: 65536 is not from 0 to 65535"),
-            (["export", "events", "--bom"], "--bom is for --format csv"),
-            *[(wrong, "usage: ") for wrong in (
-                ["--port", "http"], ["app"], ["app", "rename", "x"], ["app", "create"])],
-            (["nonsense"], "usage: *check*)\n"), (["aap"], "usage: *; did you mean app?\n"),
-            (["key", "lst"], "usage: *; did you mean list?\n"), (["exprot", "x"], "usage: *; did you mean export?\n"),
-            (["export", "event"], "usage: *; did you mean events?\n"),
-            (["alert", "add", "https://a.example", "--hour", "25"], "usage: *, 23)\n")):
-        status, out, err = command(*arguments)
-        is_usage = text.startswith("usage: ")
-        assert (status, out) == (2 if is_usage else 1, "") and fnmatch.fnmatchcase(err, f"*{text}*"), err
-        assert status == 2 or err.startswith("backfeedr: ") and err.count("\n") == 1, err
-        assert [path.name for path in Path().glob("*.db")] == ["backfeedr.db"]
 
 
 def opened(clock=time.time, **settings):
@@ -9171,12 +9141,17 @@ def test_client_signs_with_any_text_as_key_and_sends_two_equal_events_in_a_secon
     assert sql(server.store.path, "select name from events") == [("purchase",)] * 2
 
 
-@pytest.mark.slow
-def test_client_command_sends_the_example_payloads(run):
-    variables = {"BACKFEEDR_ENDPOINT": run(BACKFEEDR_REQUIRE_SIGNATURE="1").url, "BACKFEEDR_API_KEY": KEY}
-    for kind, answered in (("crash", "group_hash"), ("event", "id"), ("batch", "count")):
-        status, out, err = run_example("client", kind, EXAMPLES / f"{kind}.json", **variables)
-        assert (status, err) == (0, "") and answered in json.loads(out)
+def test_client_command_sends_the_example_payloads(serve, clock, capsys, monkeypatch):
+    server = serve()
+    monkeypatch.setenv("BACKFEEDR_API_KEY", KEY)
+    with scripted([None], server) as (url, _):
+        clock.seconds = time.time()
+        monkeypatch.setenv("BACKFEEDR_ENDPOINT", url)
+        for kind, answered in (("crash", "group_hash"), ("event", "id"), ("batch", "count")):
+            assert client_module.main([kind, str(EXAMPLES / f"{kind}.json")]) == 0
+            out, err = capsys.readouterr()
+            assert answered in json.loads(out) and err == ""
+    assert len(stored_ids(server.store.path)) == 4
 
 
 def test_client_command_prefers_its_options_and_reads_standard_input():
@@ -9975,13 +9950,26 @@ ERRORS = {  # variables (each without BACKFEEDR_) and arguments of a command, an
     "=1": f"BACKFEEDR_: {NO_SETTING}after BACKFEEDR_ comes one of HOST, PORT, *",
     "XYZ=1": f"BACKFEEDR_XYZ: {NO_SETTING}after BACKFEEDR_ comes one of HOST, *",
     "THREADS=many": "BACKFEEDR_THREADS: 'many' is not a whole number",
+    "--port 65536": "*port: 65536 is not from 0 to 65535",
     "--port TAKEN":
         f"cannot listen on 127.0.0.1 port {TAKEN}: Address already in use*; --port or BACKFEEDR_PORT takes another",
     "--host 256.0.0.1": "cannot listen on 256.0.0.1 port 8080: *; --host or BACKFEEDR_HOST takes another",
+    "--host \u00fc..x": "cannot listen on *",
     "--port 0 --db junk.db": f"cannot open the database */junk.db: file is not a database{ANOTHER_FILE}",
     "--port 0 --db other.db": f"*/other.db is a database, but not one of backfeedr's{ANOTHER_FILE}",
     "--port 0 --db no/x.db": "cannot open the database */no/x.db: No such file or directory",
-    "app list": f"there is no database */backfeedr.db{ANOTHER_FILE}"}
+    "app create x --db no/x.db": "cannot open the database */no/x.db: No such file or directory",
+    "app list": f"there is no database */backfeedr.db{ANOTHER_FILE}",
+    "import nothing": "cannot read nothing: No such file or directory",
+    "app create '' --db shop.db": "an app's name *", "app create \udcff --db shop.db": "an app's name *",
+    "key create Nope --db shop.db": "there is no app named 'Nope'*",
+    "key revoke bf_live_zz --db shop.db": "no active keys begin with 'bf_live_zz'*",
+    "key revoke \udcff --db shop.db": "*can't encode*",
+    "export events --bom --db shop.db": "--bom is for --format csv: *"}
+MISUSES = {  # arguments of a command, and the end of the line that follows its usage
+    "--port http": "", "app": "", "app rename x": "", "app create": "", "nonsense": "*check*)",
+    "aap": "; did you mean app?", "key lst": "; did you mean list?", "exprot x": "; did you mean export?",
+    "export event": "; did you mean events?", "alert add https://a.example --hour 25": ", 23)"}
 
 
 def check_one_line(outcome, line):
@@ -9990,14 +9978,19 @@ def check_one_line(outcome, line):
     assert (status, out, err.count("\n")) == (1, "", 1) and fnmatch.fnmatchcase(err, line + "\n"), err
 
 
-@pytest.mark.parametrize("words, line", ERRORS.items(), ids=ERRORS)
-def test_an_error_is_one_line_that_says_what_to_do_and_makes_nothing(command, monkeypatch, words, line):
+def test_an_error_is_one_line_that_says_what_to_do_and_makes_nothing(command, monkeypatch):
     Path("junk.db").write_bytes(b"junk" * 1000)
     sql_run("other.db", "create table theirs (a)")
+    command("app", "create", "Shop", "--db", "shop.db")
     before = {path.name: path.read_bytes() for path in Path().iterdir()}
-    for name, value in re.findall("([A-Z_]*)=([a-z0-9]+)", words):
-        monkeypatch.setenv("BACKFEEDR_" + name, value)
-    check_one_line(command(*words.replace("TAKEN", TAKEN).split()[words.count("="):]), "backfeedr: " + line)
+    for words, line in ERRORS.items():
+        with monkeypatch.context() as environ:
+            for name, value in re.findall("([A-Z_]*)=([a-z0-9]+)", words):
+                environ.setenv("BACKFEEDR_" + name, value)
+            check_one_line(command(*shlex.split(words.replace("TAKEN", TAKEN))["=" in words:]), "backfeedr: " + line)
+    for words, line in MISUSES.items():
+        status, out, err = command(*words.split())
+        assert (status, out) == (2, "") and fnmatch.fnmatchcase(err, f"usage: *{line}\n"), (words, err)
     assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
 
 
@@ -10189,13 +10182,8 @@ def test_the_readmes_first_lines_start_a_server_and_one_makes_a_file_that_runs_w
         check_stores_a_crash(printed(process, URL)[0], tmp_path / "backfeedr.db")
         process.terminate()
         assert (process.stdout.read(), process.wait(20)) == ("", 0)
-    with ThreadPoolExecutor() as pool:
-        version, refusal, misuse, helped = pool.map(
-            lambda words: run_program(*isolated, *words.split(), cwd=tmp_path), (
-                "--version", "key create No", "nonsense", "help limits"))
-    assert version == (0, f"backfeedr {backfeedr.__version__}\n", "") and misuse[0] == 2
-    check_one_line(refusal, "backfeedr: there is no app named 'No'")
-    assert helped[0] == 0 and helped[1] in HANDBOOK
+    status, out, err = run_program(*isolated, "help", "limits", cwd=tmp_path)
+    assert (status, err) == (0, "") and out in HANDBOOK
 
 
 @pytest.mark.slow
