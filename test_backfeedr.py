@@ -9584,10 +9584,6 @@ def test_symbols_command_says_which_package_is_missing(tmp_path):
 OPENAPI = json.loads((EXAMPLES / "openapi.json").read_bytes())
 OPERATIONS = [(method.upper(), path, operation) for path, operations in OPENAPI["paths"].items()
               for method, operation in operations.items()]
-POSTS = [(path, operation) for method, path, operation in OPERATIONS if method == "POST"]
-GETS = [(path, operation) for method, path, operation in OPERATIONS if method == "GET"]
-PUTS = [(path, operation) for method, path, operation in OPERATIONS if method == "PUT"]
-PATCHES = [(path, operation) for method, path, operation in OPERATIONS if method == "PATCH"]
 INTEGERS = Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)  # 1.0 is none
 Validator = jsonschema.validators.extend(Draft202012Validator, type_checker=INTEGERS)
 
@@ -9646,20 +9642,27 @@ def test_every_example_of_openapi_is_what_its_schema_says():
             check_schema(content(operation["requestBody"])["schema"], body)
 
 
-def reports_of(path, operation):
+def of(method):
+    """The paths and operations of a method."""
+    return [(path, operation) for each, path, operation in OPERATIONS if each == method]
+
+
+def requests_of(method, path, operation):
     """Each example of a body, and each refusal that its sender can bring about: the status, the body, and headers."""
-    for n, example in enumerate(bodies(operation)):
-        body = json.dumps(example).encode()
-        if not example.keys() - SPAN.keys():  # Apple's payload, with nothing to tell
-            yield 200, body, {}
-            continue
+    examples, who = [json.dumps(each).encode() for each in bodies(operation)], {} if method == "POST" else ADMIN
+    for n, body in enumerate(examples):
         under, signature = {"Idempotency_Key": f"{path} {n}"}, backfeedr.sign(KEY.encode(), NOW.encode(), body)
-        yield from ((201, body, under), (200, body, under), (422, body + b" ", under),
-                    (201, gzip.compress(body), {"Content_Encoding": "gzip"}),
-                    (201, body, {"X_Backfeedr_Timestamp": NOW, "X_Backfeedr_Signature": signature}),
-                    (401, body, {"X_Backfeedr_Timestamp": NOW, "X_Backfeedr_Signature": "sha256=0"}))
-    yield from ((401, body, {"X_Backfeedr_Key": None}), (400, b"{}", {}), (413, b" " * 10_001, {}),
-                (415, body, {"Content_Encoding": "br"}))
+        if method == "PATCH" or not json.loads(body).keys() - SPAN.keys():  # Apple's payload, with nothing to tell
+            yield 200, body, who
+        elif method == "PUT":
+            yield from ((201, body, who), (200, body, who))
+        else:
+            yield from ((201, body, under), (200, body, under), (422, body + b" ", under),
+                        (201, gzip.compress(body), {"Content_Encoding": "gzip"}),
+                        (201, body, {"X_Backfeedr_Timestamp": NOW, "X_Backfeedr_Signature": signature}),
+                        (401, body, {"X_Backfeedr_Timestamp": NOW, "X_Backfeedr_Signature": "sha256=0"}))
+    yield from ((401, body, {"X_Backfeedr_Key": None}), (400, b"{}", who), (413, b" " * 10_001, who),
+                (415, body, {**who, "Content_Encoding": "br"}))
 
 
 def questions_of(operation):
@@ -9687,21 +9690,12 @@ def send_files(send):
         assert len(waiting["missing_symbols"]) == {"ips": 0, "crash": 1}[name]
 
 
-def put_symbols(send):
-    for path, operation in PUTS:
-        body = json.dumps(bodies(operation)[0]).encode()
-        for status, given, headers in ((201, body, ADMIN), (200, body, ADMIN), (401, body, {}), (400, b"{}", ADMIN),
-                                       (413, b" " * 10_001, ADMIN), (415, body, {**ADMIN, "Content_Encoding": "br"})):
-            send("PUT", path, status, given, **headers)
-    joined_threads()
-
-
 MOVED = shop_crash(16_392)  # to another group when the symbols of the example come
 
 
 def test_every_request_of_openapi_is_answered_as_it_says(serve, monkeypatch):
     server, private = serve(max_body_size=10_000, rate_limit=1000), serve("private.db", public_metrics=False)
-    group, seen, answer = resolved({"$ref": "#/components/parameters/group_hash"})["example"], defaultdict(set), None
+    group, seen = resolved({"$ref": "#/components/parameters/group_hash"})["example"], defaultdict(set)
 
     def send(method, path, expected, body=b"", query=(), server=server, group=group, **headers):
         place = "/api/v1" + path.replace("{group_hash}", group).replace("{uuid}", HELD)
@@ -9713,29 +9707,31 @@ def test_every_request_of_openapi_is_answered_as_it_says(serve, monkeypatch):
         seen[method, path].add(str(status))
         return answer
 
-    for path, operation in POSTS:
-        for status, body, headers in reports_of(path, operation):
-            before, answer = answer, send("POST", path, status, body, **headers)
-            assert status != 200 or not headers or answer == before
+    def send_all(method):
+        answer = None
+        for path, operation in of(method):
+            for status, body, headers in requests_of(method, path, operation):
+                before, answer = answer, send(method, path, status, body, **headers)
+                assert (status, "Idempotency_Key" in headers) != (200, True) or answer == before
+
+    send_all("POST")
     send_files(send)
     old = send("POST", "/crashes", 201, json.dumps(MOVED).encode())["group_hash"]
     odd = dict(bodies(OPENAPI["paths"]["/crashes"]["post"])[0], occurred_at=2e9, device_model="x" * 501, is_charging=1,
                build_number=47, battery_level="nan", locale=[], memory={"free": 1})
     odd["stack_trace"] = [{**odd["stack_trace"][0], "frame": "0", "line": "many"}, {"symbol": 7}]
     assert send("POST", "/crashes", 201, json.dumps(odd).encode())["group_hash"] == group, "which is asked for below"
-    put_symbols(send)
-    for path, operation in PATCHES:
-        every = [json.dumps(each).encode() for each in bodies(operation)]
-        for status, given, headers in (*((200, body, ADMIN) for body in every), (401, every[0], {}),
-                                       (400, b"{}", ADMIN), (413, b" " * 10_001, ADMIN),
-                                       (415, every[0], {**ADMIN, "Content_Encoding": "br"})):
-            send("PATCH", path, status, given, **headers)
-        send("PATCH", path, 404, every[0], group="0" * 16, **ADMIN)
-        send("PATCH", path, 301, every[0], group=old, **ADMIN)
+    send_all("PUT")
+    joined_threads()
+    send_all("PATCH")
+    for path, operation in of("PATCH"):
+        body = json.dumps(bodies(operation)[0]).encode()
+        send("PATCH", path, 404, body, group="0" * 16, **ADMIN)
+        send("PATCH", path, 301, body, group=old, **ADMIN)
     moved = send("GET", "/crashes/{group_hash}", 301, group=old, **ADMIN)["detail"]
     named = send("GET", "/crashes/{group_hash}", 200, group=moved.split()[1], **ADMIN)["reports"][0]
     assert named["raw_stack_trace"] == MOVED["stack_trace"] and len(named["stack_trace"]) == 3
-    for path, operation in GETS:
+    for path, operation in of("GET"):
         for status, query in questions_of(operation):
             for who in [ADMIN, {}] if {} in operation["security"] else [ADMIN]:
                 send("GET", path, status, query=query, **who)
@@ -9747,7 +9743,7 @@ def test_every_request_of_openapi_is_answered_as_it_says(serve, monkeypatch):
     assert [each["is_new"] for each in found] == [True] * 4, "first seen in one of these versions"
     limited = serve("limited.db", rate_limit=1)
     call(limited)
-    for path, _ in POSTS:
+    for path, _ in of("POST"):
         send("POST", path, 429, b"{}", server=limited)
 
     def fail(*_):
