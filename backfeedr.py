@@ -7584,29 +7584,9 @@ SPANS = {"sessions": ("first_seq", "last_seq"), "groups": ("first_seen", "last_s
 
 
 def _unequal_tables(db: sqlite3.Connection, figure: type[Figure], expired: int) -> Iterator[str]:
-    """Where reports have expired, days after them are compared, and what cannot be less than what is left. A device
-    or a session whose first report is gone would count on a later day, or for a later release."""
+    """`main` has what the reports say, `stored` what is to be checked."""
     for table, sums in figure.SUMS.items():
-        if table == "key_days":  # which no report tells
-            continue
-        columns, where = ", ".join([*KEYS[table], *sums.columns]), ""
-        if table == "release_hours":  # of later ones, what is deleted depends on reports that may be gone
-            where = f""" where hour <= (
-                select min(first_seen) / {HOUR} + {24 * HEALTH_DAYS} from stored.builds as seen
-                where seen.app_id = release_hours.app_id and seen.app_version = release_hours.app_version)"""
-        if expired and table in ("crash_days", "group_days", "event_names"):
-            where = f" where day > {(expired >> SEQ_BITS) // DAY + 1}"
-        ours, theirs = (f"select {columns} from {place}.{table}{where}" for place in ("main", "stored"))
-        queries = [f"{ours} except {theirs}", f"{theirs} except {ours}"]
-        if sums.window or table == "release_hours":  # whose old rows are deleted some time later
-            queries = queries[:1]
-        if expired and table in ("active_days", "device_hours"):
-            queries = [f"select 1 from main.{table} as ours left join stored.{table} as theirs using"
-                       f" ({', '.join(KEYS[table])}) where "
-                       + " or ".join(f"ours.{each} > coalesce(theirs.{each}, 0)" for each in sums.columns)]
-        elif expired and sums.lasts and (not where or table == "release_hours"):
-            continue
-        if any(db.execute(query + " limit 1").fetchone() for query in queries):
+        if any(db.execute(query + " limit 1").fetchone() for query in _unequal_sums(table, sums, expired)):
             yield table
     for table in set(re.findall(r"create table (\w+)", figure.TABLES)) - {"medians"}:
         same = " and ".join(f"theirs.{each} = ours.{each}" for each in KEYS[table])
@@ -7625,6 +7605,30 @@ def _unequal_tables(db: sqlite3.Connection, figure: type[Figure], expired: int) 
                     where {same} and theirs.{first} <= ours.{first} and theirs.{last} >= ours.{last})
                 limit 1""", {"settled": expired and expired + first_seq(HOUR)}).fetchone():
             yield table
+
+
+def _unequal_sums(table: str, sums: Sums, expired: int) -> list[str]:
+    """Queries for rows that are not as they should be. Where reports have expired, days after them are compared, and
+    what cannot be less than what is left. A device or a session whose first report is gone would count on a later day,
+    or for a later release."""
+    columns, where = ", ".join([*KEYS[table], *sums.columns]), ""
+    if table == "key_days":  # which no report tells
+        return []
+    if expired and table in ("active_days", "device_hours"):
+        return [f"select 1 from main.{table} as ours left join stored.{table} as theirs using"
+                f" ({', '.join(KEYS[table])}) where "
+                + " or ".join(f"ours.{each} > coalesce(theirs.{each}, 0)" for each in sums.columns)]
+    if expired and table in ("crash_days", "group_days", "event_names"):
+        where = f" where day > {(expired >> SEQ_BITS) // DAY + 1}"
+    elif expired and sums.lasts:
+        return []
+    elif table == "release_hours":  # of later ones, what is deleted depends on reports that may be gone
+        where = f""" where hour <= (
+            select min(first_seen) / {HOUR} + {24 * HEALTH_DAYS} from stored.builds as seen
+            where seen.app_id = release_hours.app_id and seen.app_version = release_hours.app_version)"""
+    ours, theirs = (f"select {columns} from {place}.{table}{where}" for place in ("main", "stored"))
+    less, more = f"{ours} except {theirs}", f"{theirs} except {ours}"
+    return [less] if sums.window or table == "release_hours" else [less, more]  # old rows are deleted some time later
 
 
 CHECKS: dict[str, Callable[[Path], str]] = {  # each returns what it found, or raises what is wrong
@@ -7838,12 +7842,12 @@ def _report_counts(rows: Counter[str]) -> str:
 
 def _check(overrides: dict[str, Any]) -> int:
     path = Path(overrides.get("db_path") or os.environ.get("BACKFEEDR_DB_PATH") or Settings.db_path).absolute()
-    settings, status = Settings(), 0
+    status = limit = 0
 
     def check_settings(path: Path) -> str:
-        nonlocal settings
-        settings = Settings.from_env(**overrides)
-        return f"{len(fields(settings))}, all good"
+        nonlocal limit
+        limit = Settings.from_env(**overrides).max_db_size
+        return f"{len(fields(Settings))}, all good"
 
     for name, look in {"settings": check_settings, **CHECKS}.items():
         try:
@@ -7854,7 +7858,7 @@ def _check(overrides: dict[str, Any]) -> int:
             status = 1
             if name == "file" and not path.is_file():  # there is nothing more to say
                 return status
-    for warning in (*size_warnings(path, settings.max_db_size), *channel_warnings(path)):
+    for warning in (*size_warnings(path, limit), *channel_warnings(path)):
         print(f"WARN {warning}")
     return status
 

@@ -129,8 +129,8 @@ def clock():
     return Clock()
 
 
-# A database of PostgreSQL that is there for tests. With it, only those run that ask for `schemas`, as those that ask for
-# a server of `serve` do: it is in a schema of its own. What is about SQLite, or a file, is marked `sqlite_only`.
+# A database of PostgreSQL that is there for tests. With it, only those run that ask for `schemas`, as each does that
+# asks for a server of `serve`: it is in a schema of its own. What is about SQLite, or a file, is marked `sqlite_only`.
 POSTGRES = os.environ.pop("BACKFEEDR_TEST_POSTGRES", "")
 needs_postgres = pytest.mark.skipif(not POSTGRES, reason="BACKFEEDR_TEST_POSTGRES names no database")
 sqlite_only = pytest.mark.skipif(bool(POSTGRES), reason="is about SQLite and its file; runs without a PostgreSQL")
