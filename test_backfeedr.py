@@ -10296,46 +10296,18 @@ def test_reports_come_through_nginx(run, tmp_path):
     assert "client" not in (tmp_path / "error.log").read_text(), "it has no address"
 
 
-@contextmanager
-def server_under_a_path(run, folder):
-    """A server and its public URL. nginx strips the path /crashes, as the comment in nginx.conf says."""
-    https = free_port()
-    url = f"https://crashes.example.com:{https}/crashes"
-    server = run(BACKFEEDR_PUBLIC_URL=url)
-    line, lines = "proxy_pass http://127.0.0.1:8080", re.sub("\n# *", " ", (EXAMPLES / "deploy/nginx.conf").read_text())
-    assert f"`location /crashes/ {{` and `{line}/;`" in lines
-    with https_nginx(folder, server, free_port(), https, ("    location / {", "    location /crashes/ {"),
-                     (f"        {line};", f"        {line}/;")):
-        yield server, url
-
-
-@pytest.mark.slow
-@pytest.mark.once
-def test_nginx_may_strip_the_path_that_the_public_url_has(run, tmp_path):
-    needs("nginx", "openssl", "curl")
-    with server_under_a_path(run, tmp_path) as (server, url):
-        https = urlsplit(url).port
-
-        def page(path, *options):
-            return curl(tmp_path / "cert.pem", https, path, "--dump-header", "-", *options)
-
-        assert page("/crashes" + CRASHES, "--header", f"X-Backfeedr-Key: {KEY}", "--data", json.dumps(CRASH))[0] == 201
-        for path, to in (("/crashes", "/crashes/"), ("/crashes/", "/crashes/sign-in")):
-            status, text = page(path)
-            place = urlsplit(re.search("(?im)^location: (.*)", text)[1]).path
-            assert (status // 100, place) == (3, to)
-        status, text = page("/crashes/sign-in")
-        assert status == 200 and 'action="/crashes/sign-in"' in text
-        assert "path=/crashes/;" in page("/crashes/sign-in", "--data", SIGN_IN)[1].lower()
-    assert server.stop() == (0, "", "")
-
-
 @pytest.mark.slow
 @pytest.mark.once
 def test_a_browser_signs_in_makes_an_app_and_signs_out_behind_nginx_under_a_path(run, tmp_path):
-    needs("chromium", "nginx", "openssl")
-    options = "--host-resolver-rules=MAP crashes.example.com 127.0.0.1", "--no-proxy-server"
-    with server_under_a_path(run, tmp_path) as (server, url), \
+    """nginx strips the path /crashes, as the comment in nginx.conf says."""
+    needs("chromium", "nginx", "openssl", "curl")
+    options, https = ("--host-resolver-rules=MAP crashes.example.com 127.0.0.1", "--no-proxy-server"), free_port()
+    url = f"https://crashes.example.com:{https}/crashes"
+    server, line = run(BACKFEEDR_PUBLIC_URL=url), "proxy_pass http://127.0.0.1:8080"
+    lines = re.sub("\n# *", " ", (EXAMPLES / "deploy/nginx.conf").read_text())
+    assert f"`location /crashes/ {{` and `{line}/;`" in lines
+    with https_nginx(tmp_path, server, free_port(), https, ("    location / {", "    location /crashes/ {"),
+                     (f"        {line};", f"        {line}/;")), \
             closing(Browser(tmp_path / "profile", *options)) as browser:
         def type_text(text):
             for key in text:
@@ -10349,7 +10321,8 @@ def test_a_browser_signs_in_makes_an_app_and_signs_out_behind_nginx_under_a_path
             requests = [event["request"]["url"] for event in browser.seen("Network.requestWillBeSent")]
             links = browser.run("""[...document.querySelectorAll("[href], [action]")].map(
                 each => new URL(each.getAttribute("href") || each.getAttribute("action"), location).href)""")
-            assert requests and links and all(each.startswith((url + "/", "data:")) for each in requests + links)
+            assert requests and links
+            assert all((each + "/").startswith((url + "/", "data:")) for each in requests + links)
             assert not any(map(browser.seen, ("Log.entryAdded", "Runtime.exceptionThrown")))
 
         def click(selector):
@@ -10359,7 +10332,7 @@ def test_a_browser_signs_in_makes_an_app_and_signs_out_behind_nginx_under_a_path
             return browser.call("Network.getCookies", urls=[address])["cookies"]
 
         browser.call("Security.setIgnoreCertificateErrors", ignore=True)
-        check_page("Sign in", "/sign-in?next=%2F", "Page.navigate", url=url + "/")
+        check_page("Sign in", "/sign-in?next=%2F", "Page.navigate", url=url)
         wait_until(lambda: browser.run("document.activeElement.id") == "token")
         type_text(TOKEN)
         check_page("Overview", "/", expression=click("main button"))
@@ -10378,7 +10351,8 @@ def test_a_browser_signs_in_makes_an_app_and_signs_out_behind_nginx_under_a_path
         check_page("Apps", "/apps", expression=click("form:has([name=test]) button"))
         key = browser.run("document.querySelector('.key').textContent")
         assert f"{url}{CRASHES}" in browser.run("document.querySelector('.hint pre').textContent")
-        assert server.post(CRASHES, CRASH, **{"X-Backfeedr-Key": key})[0] == 201
+        assert curl(tmp_path / "cert.pem", https, "/crashes" + CRASHES, "--header", f"X-Backfeedr-Key: {key}",
+                    "--data", json.dumps(CRASH))[0] == 201
         check_page("Overview", "/", expression=click(".brand"))
 
         check_page("Sign in", "/sign-in", expression=click("header form button"))
@@ -10427,45 +10401,40 @@ def test_the_systemd_unit_is_valid_hardened_and_lets_a_stop_end():
 
 @pytest.mark.slow
 @pytest.mark.once
-def test_the_steps_of_the_container_make_a_server_for_a_user_without_rights(pip, monkeypatch):
+def test_the_steps_of_the_container_make_a_server_for_a_user_without_rights(pip):
     """The lines of the Dockerfile, in a folder in place of an image: where this is root, as the user that it names."""
-    root, user, health = Path(tempfile.mkdtemp(prefix="backfeedr-container-")), [], ""
-    root.chmod(0o755)
-    python = sys.executable
+    user, python = [], sys.executable
     if os.geteuid() == 0:
         needs("setpriv")
         user = ["setpriv", "--reuid=10001", "--regid=10001", "--clear-groups"]
         if run_program(*user, "bash", "-c", f"{python} -V")[0]:
             python = "/usr/bin/python3"  # as that of the tests is in a folder of root's
-    (root / "bin").mkdir()
-    (root / "bin/python").symlink_to(python)
-    (root / "bin/pip").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pip "$@" --quiet --target {root}/site\n')
-    (root / "bin/pip").chmod(0o755)
-    environ = {**pip, "PATH": f"{root}/bin:{os.environ['PATH']}", "PYTHONPATH": f"{root}/site"}
-    text = re.sub(r"(?<=[ =\"])(?=/(app|data)\b)", str(root), (EXAMPLES / "deploy/Dockerfile").read_text())
-    try:
-        for word, rest in re.findall("^([A-Z]+) (.*)$", text, re.M):
-            if word == "RUN":
-                rest = rest if user else rest.replace("-o 10001 -g 10001 ", "")
-                assert run_program("bash", "-ec", rest, cwd=root, **environ)[0] == 0, rest
-            elif word == "COPY":
-                *files, folder = rest.split()
-                Path(folder).mkdir()
-                for file in files:
-                    shutil.copy(SERVER if file == SERVER.name else HERE / file, folder)
-            elif word == "ENV":
-                environ.update(each.split("=") for each in rest.split())
-            elif word == "HEALTHCHECK":
-                health = rest.partition(" CMD ")[2]
-            else:
-                assert (word, rest) in {("FROM", "python:3.13-slim"), ("USER", "10001:10001"), ("EXPOSE", "8080"),
-                                        ("WORKDIR", f"{root}/data"), ("VOLUME", f"{root}/data")} or word == "CMD", word
+    with tempfile.TemporaryDirectory(prefix="backfeedr-container-") as name:
+        root = Path(name)
+        root.chmod(0o755)
+        text = re.sub(r"(?<=[ =\"])(?=/(app|data)\b)", name, (EXAMPLES / "deploy/Dockerfile").read_text())
+        words, (base, install, copy, prepare, owner, place, volume, variables, port, health, start) = zip(
+            *re.findall("^([A-Z]+) (.*)$", text, re.M))
+        assert " ".join(words) == "FROM RUN COPY RUN USER WORKDIR VOLUME ENV EXPOSE HEALTHCHECK CMD"
+        assert (base, owner, port) == ("python:3.13-slim", "10001:10001", "8080") and place == volume == f"{root}/data"
+        (root / "bin").mkdir()
+        (root / "bin/python").symlink_to(python)
+        (root / "bin/pip").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pip "$@" --quiet --target {root}/site\n')
+        (root / "bin/pip").chmod(0o755)
+        environ = {**pip, "PATH": f"{root}/bin:{os.environ['PATH']}", "PYTHONPATH": f"{root}/site",
+                   **dict(each.split("=") for each in variables.split())}
         assert {name for name in environ if name.startswith("BACKFEEDR_")} <= DEFAULTS.keys()
+        for step in (install, prepare if user else prepare.replace("-o 10001 -g 10001 ", "")):
+            assert run_program("bash", "-ec", step, cwd=root, **environ)[0] == 0, step
+        *files, folder = copy.split()
+        Path(folder).mkdir()
+        for file in files:
+            shutil.copy(SERVER if file == SERVER.name else HERE / file, folder)
         environ.update(SECRETS, BACKFEEDR_HOST="127.0.0.1", BACKFEEDR_PORT=str(free_port()))
-        look = [*user, "bash", "-c", health]
+        look = [*user, "bash", "-c", health.partition(" CMD ")[2]]
         status, _, err = run_program(*look, **environ)
         assert status == 1 and "Connection refused" in err, (status, err)  # before it has started
-        with running(*user, *json.loads(rest), cwd=root / "data", **environ) as process:
+        with running(*user, *json.loads(start), cwd=volume, **environ) as process:
             url = printed(process, URL)[0]
             assert run_program(*look, **environ) == (0, "", "")
             check_stores_a_crash(url, root / "data/backfeedr.db")
@@ -10474,8 +10443,6 @@ def test_the_steps_of_the_container_make_a_server_for_a_user_without_rights(pip,
         owners = {path.stat().st_uid for path in [root / "data", *(root / "data").iterdir()]}
         assert owners == {10001 if user else os.getuid()} and (root / "data").stat().st_mode & 0o777 == 0o700
         assert run_program(*user, "test", "-w", root / "app")[0] == (1 if user else 0)
-    finally:
-        shutil.rmtree(root)
 
 
 def test_the_file_for_compose_builds_the_container_and_keeps_its_volume():
