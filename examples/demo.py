@@ -76,11 +76,17 @@ def fill_demo(path: str, now: int, seed: int = 1) -> None:
     moment = now - DAYS * DAY
     with backfeedr.Store(path, clock=lambda: moment / SECOND) as store:
         keys = {app.name: backfeedr.sha256(store.create_app(app.name, app.is_test)) for app in APPS}
-        for (moment, name, kind), batch in groupby(  # noqa: B007 - the store's clock reads `moment`
-                made_up_reports(now, seed), itemgetter(0, 1, 2)):
-            parse: Callable[[Fields], Any] = backfeedr.parse_crash if kind == "crash" else backfeedr.parse_event
-            store.add(keys[name], [
-                parse({**each.fields, "occurred_at": backfeedr.iso_time(each.occurred_at)}) for each in batch])
+        for moment, batch in groupby(made_up_reports(now, seed), itemgetter(0)):  # noqa: B007 - the clock reads it
+            together = [backfeedr.Submission(keys[name], [parsed(each) for each in reports])
+                        for (name, _), reports in groupby(batch, itemgetter(1, 2))]
+            store.add_all(together)
+            for each in together:
+                each.result()
+
+
+def parsed(report: Report) -> Any:
+    parse: Callable[[Fields], Any] = backfeedr.parse_crash if report.kind == "crash" else backfeedr.parse_event
+    return parse({**report.fields, "occurred_at": backfeedr.iso_time(report.occurred_at)})
 
 
 class Report(NamedTuple):
