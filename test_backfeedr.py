@@ -8516,7 +8516,7 @@ def test_no_report_controls_the_terminal_that_shows_it_and_elsewhere_it_stays_ex
         assert command("import", f"\n{CONTROLS}")[2] == f"backfeedr: cannot read {name}: No such file or directory\n"
 
 
-def test_a_bad_line_is_named_and_the_lines_before_it_are_stored(command, filled, monkeypatch):
+def test_a_bad_line_is_named_and_the_lines_before_it_are_stored(command, filled, empty_file, monkeypatch):
     monkeypatch.setattr(backfeedr, "IMPORT_LINES", 5)
     good = [json.dumps(each).encode() for each in exported(command, "events") if each["app"] == "default"][:12]
     Path("good").write_bytes(b"\n".join(good))
@@ -8533,7 +8533,7 @@ def test_a_bad_line_is_named_and_the_lines_before_it_are_stored(command, filled,
         start, before = ("line 8: ", 7) if problem.startswith(("invalid", "missing")) else ("", 5)
         bad = change if type(change) is bytes else json.dumps({**json.loads(good[7]), **change}).encode()
         Path("bad").write_bytes(b"\n".join([*good[:7], bad, *good[8:]]))
-        Path("other.db").unlink(missing_ok=True)
+        shutil.copy(empty_file, "other.db")
         status, out, err = command("import", "bad", "--db", "other.db")
         assert (status, out, err.count("\n"), "line 8" in err) == (1, "", 1, before == 7), (change, err)
         assert err.startswith("backfeedr: " + start + problem) and f"{before} reports before it were stored" in err
@@ -9682,11 +9682,34 @@ def send_files(send):
         assert len(waiting["missing_symbols"]) == {"ips": 0, "crash": 1}[name]
 
 
+def ask_questions(send, private):
+    for path, operation in of("GET"):
+        is_public = {} in operation["security"]
+        for status, query in questions_of(operation):
+            for who in [ADMIN, {}] if is_public else [ADMIN]:
+                send("GET", path, status, query=query, **who)
+        if path != "/health":
+            asked = {"server": private} if is_public else {}
+            send("GET", path, 401, **asked)
+            send("GET", path, 200, **asked, **ADMIN)
+
+
+def take_away(store, monkeypatch):
+    """The store is not there, but for the keys."""
+    def fail(*_):
+        raise StorageUnavailable
+
+    for name in ("writing", "check", "reading"):
+        monkeypatch.setattr(store, name, fail)
+    for name in ("is_admin", "is_known_key", "is_active_key"):
+        monkeypatch.setattr(store, name, lambda secret: True)
+
+
 MOVED = shop_crash(16_392)  # to another group when the symbols of the example come
 
 
 def test_every_request_of_openapi_is_answered_as_it_says(serve, monkeypatch):
-    server, private = serve(max_body_size=10_000, rate_limit=1000), serve("private.db", public_metrics=False)
+    server = serve(max_body_size=10_000, rate_limit=1000)
     group, seen = resolved({"$ref": "#/components/parameters/group_hash"})["example"], defaultdict(set)
 
     def send(method, path, expected, body=b"", query=(), server=server, group=group, **headers):
@@ -9723,14 +9746,7 @@ def test_every_request_of_openapi_is_answered_as_it_says(serve, monkeypatch):
     moved = send("GET", "/crashes/{group_hash}", 301, group=old, **ADMIN)["detail"]
     named = send("GET", "/crashes/{group_hash}", 200, group=moved.split()[1], **ADMIN)["reports"][0]
     assert named["raw_stack_trace"] == MOVED["stack_trace"] and len(named["stack_trace"]) == 3
-    for path, operation in of("GET"):
-        for status, query in questions_of(operation):
-            for who in [ADMIN, {}] if {} in operation["security"] else [ADMIN]:
-                send("GET", path, status, query=query, **who)
-        if path != "/health":
-            asked = private if {} in operation["security"] else server
-            send("GET", path, 401, server=asked)
-            send("GET", path, 200, server=asked, **ADMIN)
+    ask_questions(send, serve("private.db", public_metrics=False))
     found = send("GET", "/crashes", 200, query={"version": "1.2*"}, **ADMIN)["groups"]
     assert [each["is_new"] for each in found] == [True] * 4, "first seen in one of these versions"
     limited = serve("limited.db", rate_limit=1)
@@ -9738,12 +9754,7 @@ def test_every_request_of_openapi_is_answered_as_it_says(serve, monkeypatch):
     for path, _ in of("POST"):
         send("POST", path, 429, b"{}", server=limited)
 
-    def fail(*_):
-        raise StorageUnavailable
-    for name in ("writing", "check", "reading"):
-        monkeypatch.setattr(server.store, name, fail)
-    for name in ("is_admin", "is_known_key", "is_active_key"):
-        monkeypatch.setattr(server.store, name, lambda secret: True)
+    take_away(server.store, monkeypatch)
     for method, path, operation in OPERATIONS:
         body = b"null" if method == "GET" else json.dumps(bodies(operation)[0]).encode()
         send(method, path, 503, body, **ADMIN)
@@ -10189,7 +10200,7 @@ def test_a_wheel_holds_exactly_one_module_its_version_and_the_handbook(tmp_path)
     for path in (SERVER, *(HERE / name for name in ("README.md", "setup.cfg", "pyproject.toml", "LICENSE"))):
         shutil.copy(path, tmp_path)
     assert "`python -m build`" in section("Changelog")
-    bash("python -m build --no-isolation", tmp_path)
+    bash("python -m build --wheel --no-isolation", tmp_path)
     wheel, = (tmp_path / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         info, data = (f"backfeedr-{backfeedr.__version__}.{kind}/" for kind in ("dist-info", "data"))
