@@ -81,13 +81,13 @@ def measure(bench: Bench, file: Path, db: Path, reports: int, seconds: float) ->
     print(f"pruned in {time.monotonic() - began:,.0f} s: {db.stat().st_size / 1e6:,.2f} MB are left")
 
 
-def main() -> int:
+def main(*argv: str) -> int:
     parser = argparse.ArgumentParser(description="Measures what a flood of made-up names costs everybody else.")
     parser.add_argument("--reports", type=int, default=500_000, metavar="N", help="default: 500000")
     parser.add_argument("--seconds", type=float, default=5.0, metavar="N", help="load of the other app (default: 5)")
     parser.add_argument("--server", type=Path, default=HERE.parent / "backfeedr.py", help="a backfeedr.py")
     parser.add_argument("--dir", type=Path, default=Path("."), help="folder for the database (default: here)")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="backfeedr-hostile-", dir=given.dir) as folder:
         bench = Bench(Path(folder).resolve(), uses_wrk=False)
         measure(bench, given.server.resolve(), bench.folder / "hostile.db", max(200 * CLIENTS, given.reports),
@@ -96,4 +96,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))
