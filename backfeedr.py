@@ -6503,7 +6503,7 @@ sending one.
 """,
     "events": """% if "session_id" in parameters:
 <p>Session <code><bdi>{{parameters["session_id"]}}</bdi></code>
-of <code><bdi>{{parameters.get("device_id_hash", "all devices")}}</bdi></code>, oldest event first.
+of <bdi>{{parameters.get("device_id_hash", "all devices")}}</bdi>, oldest event first.
 <a href="{{link("/events")}}">All events</a></p>
 % else:
 """ + _FILTER + "<label>Type " + _select("type", '[("", "all"), *types]', 'parameters.get("type", "")') + """</label>
@@ -6608,7 +6608,8 @@ Millions of reports take minutes: the deletion goes on, even if this page stops 
              + _form('<button class="plain">Remove</button>', action="remove-channel", id='{{row["id"]}}'), "bare"),
         empty="No channels: nobody is told of new or regressed crashes.") + """
 <details><summary>Add channel</summary>
-""" + _form("""<p class="note">A webhook (https), slack+https, ntfy+https, or any address that Apprise supports.</p>
+""" + _form("""<p class="note">A webhook (https), slack+https or ntfy+https; with the package apprise, any
+address that it supports.</p>
 <p><label>Address <input name="url" size="30" required></label>
 <label>App """ + _select("app", '[("", "all live apps"), *(app.name for app in apps)]') + """</label></p><p>
 % for kind, is_on in fact_kinds.items():
@@ -6694,18 +6695,18 @@ li { padding: 0.15rem 0 0.15rem 0.6rem; border-left: 3px solid transparent; }
   padding: 0.2rem 0; }
 .context dt { max-width: 9.5rem; }
 pre, .long dd { margin: 0.2rem 0; padding: 0.5rem 0.7rem; white-space: pre-wrap; max-height: 22rem; overflow-y: auto; }
-form, label { display: inline-block; }
+form, label { display: inline-block; } form, details { max-width: 100%; } p label { margin: 0 0.8rem 0.3rem 0; }
 .filter { align-items: end; margin-bottom: 1rem; } .filter label { display: grid; }
 input, select, button, textarea { font: inherit; color: inherit; border: 1px solid var(--soft); border-radius: 3px;
   padding: 0.3rem 0.6rem; max-width: 100%; }
 input, select, textarea { background: var(--paper); } [type=number] { width: 7rem; }
 input:not([type=checkbox]), select, button { min-height: 2.2rem; }
 button, summary { cursor: pointer; } button:hover { border-color: var(--ink); }
-.plain { border: 0; padding: 0.2rem 0.6rem 0.2rem 0; min-height: 0; background: none; }
+.plain { border: 0; padding: 0; min-height: 0; background: none; } td form + form { margin-left: 0.8rem; }
 .danger, .problem { color: var(--bad); }
 .sign-in { max-width: 24rem; } .sign-in :is(form, label, #token) { display: block; width: 100%; }
 .hint { padding: 0.3rem 1rem 0.8rem; border-left: 3px solid var(--mark); } .key { user-select: all; }
-.actions { margin-top: 0.6rem; } .more { margin-right: 1.5rem; }
+.actions, .list + details { margin-top: 0.6rem; } .more { margin-right: 1.5rem; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 @media (max-width: 60rem) {
   .crash { grid-template-columns: minmax(0, 1fr); }
