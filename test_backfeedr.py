@@ -5888,8 +5888,7 @@ def test_what_the_rate_limit_refuses_is_said_on_the_overview_in_the_log_and_to_p
     assert statuses == [201, 201, 429, 429, 429]
     assert [record.message for record in caplog.records] == ["1 report of Shop was refused today: rate limit"]
     assert scraped(api)['rate_limited_total{app="Shop"}'] == 3
-    person = Person(api.server)
-    person.sign_in()
+    person = Person(api.server).has_session()
     assert "3 reports of Shop were refused today: rate limit" in person.get("/")
     assert "refused" not in person.get("/?app=default")
     clock.move(86_400)
@@ -6244,15 +6243,15 @@ def test_a_hostile_request_has_its_answer_and_changes_nothing(serve, caplog):
     api = Api(serve(rate_limit=0, max_body_size=10_000))
     api.post(CRASHES, {**crash_at(NOW), "device_id_hash": "d", "app_version": "1.0"})
     api.post(EVENTS, start_at(NOW, "s", device_id_hash="d"))
+    before = stored(api.server)
     for (expected, text, *allowed), request, part, values in HOSTILE_REQUESTS:
-        before = stored(api.server)
         for value in values:
             what = {**request, part: value}
             status, headers, answer = call_with_headers(api.server, **what)
             assert (status, answer["error"]) == (expected, text), what
             assert [",".join(sorted(headers[name].split(","))) for name in headers if name == "Allow"] == allowed, what
         assert stored(api.server) == before, (request, part)
-        assert call(api.server)[0] == 201, "it goes on"
+    assert call(api.server)[0] == 201, "it goes on"
     assert caplog.records == []
 
 
@@ -6481,32 +6480,38 @@ class Person:
     def post(self, path, status, **fields):
         return self.web.post(path, fields, headers=HTML, status=status)
 
-    def sign_in(self, token=TOKEN, status=303):
-        form = self.get("/", 303).follow(headers=HTML).forms[0]
-        form["token"] = token
-        answer = form.submit(status=status)
-        return answer.follow(headers=HTML) if status == 303 else answer
+    def sign_in(self, token=TOKEN):
+        return send(forms_of(self.get("/", 303).follow(headers=HTML))[0], token=token).follow(headers=HTML)
 
     def has_session(self):
         """As after sign_in(), by one request."""
         self.get(self.server.pages.invite(""), 303)
         return self
 
+    def submit(self, action, status=200, **values):
+        """Sends the form of the page of apps that does this, and already has those of the values that are hidden."""
+        return send(next(form for form in forms_of(self.get("/apps"))
+                         if "action" in form.fields and form["action"].value == action
+                         and all(form[name].value == value for name, value in values.items()
+                                 if form[name].attrs.get("type") == "hidden")), status, **values)
+
+
+def forms_of(page):
+    """As `page.forms`, which parses the whole page, slowly."""
+    return [webtest.forms.Form(page, text) for text in re.findall("<form.*?</form>", page.text, re.S)]
+
+
+def send(form, status=303, **values):
+    """The answer to a form that is filled in."""
+    for name, value in values.items():
+        form[name] = value
+    return form.submit(headers=HTML, status=status)
+
 
 @pytest.fixture
 def person(api):
     """Signed in."""
     return Person(api.server).has_session()
-
-
-def submit(page, action, **values):
-    """Fills in and sends the form of a page that does this, and already has those of the values that are hidden."""
-    form = next(form for form in page.forms.values() if "action" in form.fields and form["action"].value == action
-                and all(form[name].value == value for name, value in values.items()
-                        if form[name].attrs.get("type") == "hidden"))
-    for name, value in values.items():
-        form[name] = value
-    return form.submit(expect_errors=True)
 
 
 # -- Signing in
@@ -6517,9 +6522,7 @@ def test_a_page_is_shown_only_with_the_session_of_signing_in(api):
         answer = someone.get(path, 303)
         assert answer.location.endswith("/sign-in?" + urlencode({"next": path})) and not answer.body
         assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
-        form = answer.follow(headers=HTML).forms[0]
-        form["token"] = TOKEN
-        assert form.submit(status=303).headers["Location"] == path
+        assert send(forms_of(answer.follow(headers=HTML))[0], token=TOKEN).headers["Location"] == path
         someone.get(path, 404 if "0123" in path else 200)
         for made_up in ("0" * 32, "", "' or 1=1 --", "0" * 5000):
             Person(api.server).get(path, 303, Cookie=f"{cookie_of(api.server)}={made_up}")
@@ -6532,8 +6535,8 @@ def test_a_session_ends_by_signing_out_after_a_week_and_with_the_admin_token_tha
     page, during = someone.sign_in(), someone.web.cookies[cookie]
     assert re.fullmatch("[0-9a-f]{32}", during)
     assert len(stored(server, "grants")["grants"]) == 1 and during.encode() not in content_of(server.store.path)
-    assert page.forms[0].action == "/sign-out"
-    assert page.forms[0].submit(status=303).headers["Location"] == "/sign-in"
+    sign_out = forms_of(page)[0]
+    assert (sign_out.action, send(sign_out).headers["Location"]) == ("/sign-out", "/sign-in")
     assert stored(server, "grants") == {"grants": []} and cookie not in someone.web.cookies
     someone.web.set_cookie(cookie, during)
     someone.sign_in()  # which begins without a session
@@ -6549,10 +6552,9 @@ def test_a_session_ends_by_signing_out_after_a_week_and_with_the_admin_token_tha
 
 
 def test_a_wrong_admin_token_does_not_sign_in_and_costs_nobody_else_anything(api):
-    form = Person(api.server).get("/sign-in").forms[0]
+    form = forms_of(Person(api.server).get("/sign-in"))[0]
     for token in ["", "wrong", TOKEN[:-1], TOKEN + "0", "\u00e9\u20ac", KEY, *["wrong"] * 30]:
-        form["token"] = token
-        page = form.submit(status=403)
+        page = send(form, 403, token=token)
         assert "That is not the admin token." in page.text and TOKEN not in page.text
     assert stored(api.server, "grants") == {"grants": []}
     assert "Overview" in Person(api.server).sign_in()
@@ -6561,10 +6563,10 @@ def test_a_wrong_admin_token_does_not_sign_in_and_costs_nobody_else_anything(api
 def test_two_servers_on_one_host_keep_their_browser_sessions_apart(serve):
     first, second = serve(), serve("second.db", auth_token="another" * 3)
     someone = Person(first)
-    someone.sign_in()
     assert cookie_of(first) != cookie_of(second)
-    someone.web.app = second  # by another port, so that the browser sends all its cookies
-    someone.sign_in(token="another" * 3)
+    for server, token in ((first, TOKEN), (second, "another" * 3)):
+        someone.web.app = server  # by another port, so that the browser sends all its cookies
+        someone.sign_in(token)
     someone.web.app = first
     someone.get("/")
 
@@ -6588,7 +6590,7 @@ def test_the_cookie_is_limited_to_this_host_path_and_scheme(api):
             ("http", {}, []), ("https", {}, ["secure"]),
             ("http", {"X-Forwarded-Proto": "https"}, [])):  # which only the WSGI server knows whether to believe
         web = webtest.TestApp(mounted(api.server, "/here"), extra_environ={"wsgi.url_scheme": scheme})
-        form = web.get("/here/sign-in").forms[0]
+        form = forms_of(web.get("/here/sign-in"))[0]
         form["token"] = TOKEN
         first, *flags = form.submit(headers=forwarded, status=303).headers["Set-Cookie"].split("; ")
         assert re.fullmatch(cookie_of(api.server) + "=[0-9a-f]{32}", first)
@@ -6609,19 +6611,19 @@ def test_the_curl_line_names_the_address_of_the_server(serve):
 def test_signing_in_leads_to_no_other_host(api):
     for target in ("//evil.example", "/\\evil.example", "https://evil.example", "evil", "", "/\r\nSet-Cookie: a=b",
                    "/ space", "javascript:alert(1)", "/\u00e9"):
-        form = Person(api.server).get("/sign-in?" + urlencode({"next": target})).forms[0]
-        form["token"], form["next"] = TOKEN, target
-        assert form.submit(status=303).headers["Location"] == "/", target
+        form, = forms_of(Person(api.server).get("/sign-in?" + urlencode({"next": target})))
+        assert send(form, token=TOKEN, next=target).headers["Location"] == "/", target
 
 
 def test_a_form_counts_only_with_the_token_of_its_session(api, person):
-    before, page, stranger = stored(api.server, "apps", "keys", "grants"), person.get("/apps"), Person(api.server)
+    before, stranger = stored(api.server, "apps", "keys", "grants"), Person(api.server)
+    form_token = forms_of(person.get("/apps"))[0]["form_token"].value
     for given in ({"form_token": ""}, {"form_token": "0" * 64}, {"form_token": "\u00e9"}, {}):
         answer = person.post("/apps", 403, action="create", name="Theirs", **given)
         assert "Form expired" in answer and "Theirs" not in answer
         person.post("/sign-out", 403, **given)
         person.post("/sign-in", 403, token=TOKEN, **given)
-    stranger.post("/apps", 303, action="create", name="Theirs", form_token=page.forms[0]["form_token"].value)
+    stranger.post("/apps", 303, action="create", name="Theirs", form_token=form_token)
     assert stored(api.server, "apps", "keys", "grants") == before
 
 
@@ -6630,8 +6632,8 @@ def test_behind_a_proxy_that_strips_the_prefix_all_links_and_cookies_keep_it(ser
     page = someone.get("/", 303)
     assert page.headers["Location"] == "/crashes/sign-in?next=%2F"
     page = someone.get("/sign-in")
-    assert page.forms[0].action == "/crashes/sign-in" and 'href="/crashes/"' in page
-    form = page.forms[0]
+    form, = forms_of(page)
+    assert form.action == "/crashes/sign-in" and 'href="/crashes/"' in page
     form["token"] = TOKEN
     cookie = someone.web.post("/sign-in", form.submit_fields()).headers["Set-Cookie"].lower() + ";"
     assert "path=/crashes/;" in cookie and "secure;" in cookie
@@ -6706,7 +6708,7 @@ class Crawl:
                 page = person.web.get(url, headers=HTML, status=200)
                 waiting += [*self.linked(page), *self.submitted(page)]
         # Last, because the links to an app that is gone are dead.
-        assert submit(person.get("/apps"), "delete", name=MADE, typed=MADE).status_int == 200
+        person.submit("delete", name=MADE, typed=MADE)
 
     def linked(self, page):
         for target in map(html.unescape, re.findall(r'(?:href|src|action)="([^"]*)"', page.text)):
@@ -6717,8 +6719,7 @@ class Crawl:
 
     def submitted(self, page):
         """Sends the forms; what each choice in a form of the kind GET leads to."""
-        for text in re.findall("<form.*?</form>", page.text, re.S):  # `page.forms` parses the whole page, slowly
-            form = webtest.forms.Form(page, text)
+        for form in forms_of(page):
             action = form["action"].value if "action" in form.fields else ""
             is_triage = form.method.upper() == "POST" and form.action.startswith(self.person.prefix + "/crashes/")
             if is_triage:
@@ -6726,27 +6727,34 @@ class Crawl:
             self.forms[action] += 1
             if "sign-out" in form.action or action == "delete" or action and self.forms[action] > 1:
                 continue
-            for name, value in {"create": {"name": MADE}, "add-channel": {"url": "https://example.com/hook"},
-                                "comment": {"comment": "Seen."}}.get(action, {}).items():
-                form[name] = value
-            answer = form.submit(headers=HTML)
-            assert answer.status_int == (303 if is_triage else 200), (form.action, action, answer)
+            send(form, 303 if is_triage else 200, **{
+                "create": {"name": MADE}, "add-channel": {"url": "https://example.com/hook"},
+                "comment": {"comment": "Seen."}}.get(action, {}))
             self.kinds["form of " + form.action] += 1
             is_new = form.method.upper() == "GET" and self.kinds["form of " + form.action] == 1
             for name, fields in form.fields.items() if is_new else ():
                 for value, *_ in getattr(fields[0], "options", []):
-                    form[name] = value
-                    yield form.submit(headers=HTML).request.path_qs.replace("//", "/", 1)  # as bottle restores it
+                    yield send(form, 200, **{name: value}).request.path_qs.replace("//", "/", 1)  # as bottle restores it
+
+
+@pytest.fixture(scope="module")
+def small_demo(tmp_path_factory):
+    """A store with the reports of an eighth of the demo's phones."""
+    path, module = str(tmp_path_factory.mktemp("demo") / "demo.db"), load_example("demo")
+    module.APPS = [app._replace(phones=app.phones // 8) for app in module.APPS]
+    module.fill_demo(path, DEMO_NOW)
+    with Store(path, clock=lambda: DEMO_NOW / 1000) as store:
+        yield store
 
 
 @pytest.mark.parametrize("data, prefix", [("empty", ""), ("demo", "/app/crashes")])
-def test_every_link_and_form_leads_somewhere(serve, tmp_path, demo, data, prefix, receiver):
+def test_every_link_and_form_leads_somewhere(serve, tmp_path, small_demo, data, prefix, receiver):
     if data == "demo" and not POSTGRES:
-        shutil.copy(demo.path, tmp_path / "test.db")
+        shutil.copy(small_demo.path, tmp_path / "test.db")
     server = serve(retention_days=0)
-    serve.unchecked.append(server)  # as it is large, and a form deletes of it
+    serve.unchecked.append(server)  # as a form deletes of it
     if data == "demo" and POSTGRES:
-        hand_over(SimpleNamespace(store=demo), server, step=1000)
+        hand_over(SimpleNamespace(store=small_demo), server, step=1000)
     server.alerts.add(receiver.url)
     server.store.change_feed(make=True)
     crawl = Crawl(Person(server, prefix).has_session())
@@ -6855,7 +6863,7 @@ def test_the_list_of_crashes_can_be_narrowed_and_says_of_which_days_it_is(api, p
     page = person.get("/crashes?days=all")
     assert 'title="2026-03-12 14:22:31">9 d ago<' in page
     assert page.text.count('aria-label="Crashes: 2 in 30 days"') == 1
-    form = person.get("/crashes?version=1.0&days=30").forms[1]
+    form = forms_of(person.get("/crashes?version=1.0&days=30"))[1]
     assert (form["days"].value, form["version"].value) == ("30", "1.0")
     assert api.get("/api/v1/crashes?text=beta", **ADMIN)[1]["groups"][0]["exception_type"] == "SIGBUS"
 
@@ -7040,8 +7048,8 @@ def test_a_group_whose_crashes_have_expired_shows_what_was_decided_and_can_be_de
     for said in ("Resolved Reopen Mute", "Crashes 0 Devices 0", "commented It was the cart.", "have expired"):
         assert said in text, said
     for form, state in (("open", "Open Resolve"), ("muted", "Muted Resolve"), ("open", "Open Resolve")):
-        answer = state_form(someone.get(path), form).submit(headers=HTML)
-        assert answer.status_int == 303 and state in someone.text(urlsplit(answer.headers["Location"]).path)
+        answer = send(state_form(someone.get(path), form))
+        assert state in someone.text(urlsplit(answer.headers["Location"]).path)
     for query in ("?report=" + id, "?report=0000000000000000"):
         someone.get(path + query, 404)
     someone.get("/crashes/" + group_hash("Undecided", []), 404)
@@ -7118,7 +7126,7 @@ def test_a_page_is_about_all_live_apps_and_names_them_or_about_the_one_that_is_c
 
 def test_a_new_app_shows_its_key_once_and_is_deleted_only_after_its_name_was_typed(api, person):
     for name, options, kind in (("Shop", {}, "live"), ("Trial", {"test": True}, "test")):
-        page = submit(person.get("/apps"), "create", name=name, **options)
+        page = person.submit("create", name=name, **options)
         key = re.search(f"bf_{kind}_[0-9a-f]{{32}}", page.text)[0]
         assert page.text.count(key) == 2 and f'-H "X-Backfeedr-Key: {key}"' in html.unescape(page.text)
         assert api.post(CRASHES, CRASH, key=key)[0] == 201
@@ -7126,35 +7134,34 @@ def test_a_new_app_shows_its_key_once_and_is_deleted_only_after_its_name_was_typ
         assert re.search(f"{name}.*?{key[:16]}... just now 2026-03-12 1 Revoke", person.text("/apps")), "its last use"
     assert sql(api.server.store.path, "select name, is_test from apps where name <> 'default' order by name") \
         == [("Shop", 0), ("Trial", 1)]
-    page = person.get("/apps")
-    assert "the deletion goes on" in page, "a proxy gives up before a large app is deleted"
+    assert "the deletion goes on" in person.get("/apps"), "a proxy gives up before a large app is deleted"
     for typed, status, said, kept in (
-            ("shop", 400, "type its name", 2), ("Shop", 200, "Deleted Shop and all its reports.", 1),
-            ("Shop", 400, 'role="alert"', 1)):
-        answer = submit(page, "delete", name="Shop", typed=typed)
-        assert answer.status_int == status and said in answer
-        assert ('<p\n class="problem">' in answer) == (status == 400)
+            ("shop", 400, "type its name", 2), ("Shop", 200, "Deleted Shop and all its reports.", 1)):
+        answer = person.submit("delete", status, name="Shop", typed=typed)
+        assert said in answer and ('<p\n class="problem">' in answer) == (status == 400)
         assert len(stored(api.server, "crashes")["crashes"]) == kept == len(api.server.store.apps()) - 1
 
 
 def test_a_form_that_asks_for_the_impossible_is_refused_with_the_reason(api, person):
-    before, form_token = stored(api.server, "apps", "keys"), person.get("/apps").forms[0]["form_token"].value
+    before, form_token = stored(api.server, "apps", "keys"), forms_of(person.get("/apps"))[0]["form_token"].value
     for fields in [*({"action": "create", "name": name} for name in ("", " Shop", "default", "x" * 101, "a\nb")),
-                   *({"action": "revoke", **key} for key in ({}, {"key": ""}, {"key": "nothing"})), {"action": "x"}]:
+                   *({"action": "revoke", **key} for key in ({}, {"key": ""}, {"key": "nothing"})), {"action": "x"},
+                   {"action": "delete", "name": "gone", "typed": "gone"}, {"action": "remove-channel", "id": "1"}]:
         answer = person.post("/apps", 400, form_token=form_token, **fields)
         assert 'role="alert"' in answer and ("There is no such action" in answer) == (fields["action"] == "x"), fields
         assert stored(api.server, "apps", "keys") == before, fields
+    assert "There is no channel 1" in answer
     assert api.post(CRASHES, CRASH)[0] == 201
 
 
 def test_a_key_is_made_and_of_two_that_look_alike_the_right_one_is_revoked(serve, person):
     for key in ("companykey-A", "companykey-B"):
         serve(api_key=key)
-    api, apps = Api(person.server), submit(person.get("/apps"), "key", name="default")
+    api, apps = Api(person.server), person.submit("key", name="default")
     key = re.search("bf_live_[0-9a-f]{32}", apps.text)[0]
     assert api.post(CRASHES, CRASH, key=key)[0] == 201 and apps.text.count("comp...") == 2
     for revoked, shown in ((key, key[:16]), ("companykey-B", "comp")):
-        answer = submit(person.get("/apps"), "revoke", key=hashlib.sha256(revoked.encode()).hexdigest())
+        answer = person.submit("revoke", key=hashlib.sha256(revoked.encode()).hexdigest())
         assert f"Revoked the key {shown}... of default." in answer
         assert api.post(CRASHES, CRASH, key=revoked) == (401, {"error": "invalid API key"})
     assert [api.post(CRASHES, CRASH, key=each)[0] for each in ("companykey-A", KEY)] == [201, 201]
@@ -7274,10 +7281,10 @@ SMALL = """[...document.querySelectorAll("a, button, summary, select, input:not(
 @sqlite_only
 @pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="there is no chromium here")
-def test_a_browser_shows_the_pages_without_an_error(serve, tmp_path, demo):
+def test_a_browser_shows_the_pages_without_an_error(serve, tmp_path, small_demo):
     """Nothing in the console, nothing to scroll sideways, no other host, charts that are drawn, the right colours, on a
     phone exact times and links for a finger; and the overview has its three answers on the first screen."""
-    shutil.copy(demo.path, tmp_path / "test.db")
+    shutil.copy(small_demo.path, tmp_path / "test.db")
     server = serve(retention_days=0)
     serve.unchecked.append(server)
     web = Threaded(("127.0.0.1", 0), ScriptedHandler)
@@ -7293,7 +7300,7 @@ def test_a_browser_shows_the_pages_without_an_error(serve, tmp_path, demo):
                   for path in PAGES[1:])):
             browser.load(method, **params)
             assert browser.run("document.title").endswith(title + " - backfeedr")
-            for width, scheme in ((1280, "light"), (1280, "dark"), (970, "light"), (390, "dark"), (390, "light")):
+            for width, scheme in ((1280, "light"), (970, "dark"), (390, "light")):
                 browser.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1,
                              mobile=width < 600)
                 browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
@@ -7305,6 +7312,8 @@ def test_a_browser_shows_the_pages_without_an_error(serve, tmp_path, demo):
                     "document.querySelector('.grid').getBoundingClientRect().bottom") < 900
             assert browser.run(SMALL) == []
             assert browser.run("document.documentElement.scrollHeight") < 4000
+            browser.run("document.querySelectorAll('details').forEach(each => each.open = true)")
+            assert browser.run("document.documentElement.scrollWidth") <= 390, "with all that folds out"
             assert {each[:3] for each in browser.run("""[...document.querySelectorAll("time")].map(
                 each => getComputedStyle(each, "::after").content)""")} <= {'", '}
             assert not any(map(browser.seen, ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")))
@@ -7315,32 +7324,25 @@ def test_a_browser_shows_the_pages_without_an_error(serve, tmp_path, demo):
 # -- Alerts and the feed
 
 def test_the_page_of_apps_adds_tests_and_removes_channels_and_shows_a_secret_once(api, clock, person, receiver):
-    page = submit(person.get("/apps"), "add-channel", url=receiver.url + "/a/secret/path", app="default",
-                  **{"on-crash.spread": True, "hour": "9"})
+    page = person.submit("add-channel", url=receiver.url + "/a/secret/path", app="default", hour="9",
+                         **{"on-crash.spread": True})
     secret, = re.findall("whsec_[A-Za-z0-9+/=]+", html.unescape(page.text))
     assert sql(api.server.store.path, "select url, secret, app_id, kinds, with_reason, digest_at from channels") == [
         (receiver.url + "/a/secret/path", secret, 1, "crash.new,crash.regressed,crash.unmuted,crash.spread", 0, None)]
     assert not re.search("whsec|secret/path", person.get("/apps").text) and "...path" in person.text("/apps")
-    page = submit(person.get("/apps"), "test-channel", id="1")
-    assert "Sent a test message to channel 1." in page.text
+    assert "Sent a test message to channel 1." in person.submit("test-channel", id="1")
     assert receiver.bodies[0]["data"]["facts"] == [{"type": "test", "text": "This is a test of channel 1."}]
     receiver.status = 500
-    page = submit(person.get("/apps"), "test-channel", id="1")
-    assert page.status_int == 400 and "Channel 1: it answered 500." in page.text
+    assert "Channel 1: it answered 500." in person.submit("test-channel", 400, id="1")
     assert "it answered 500, just now ; 0 waiting" in person.text("/apps")
-    page = submit(person.get("/apps"), "add-channel", url="ftp:/")
-    assert page.status_int == 400 and "A channel&#039;s address is like https://" in page.text
-    page = submit(person.get("/apps"), "add-channel", url="slack+https://example.com/1", reason=True,
-                  **{"on-digest": True})
+    assert "A channel&#039;s address is like https://" in person.submit("add-channel", 400, url="ftp:/").text
+    page = person.submit("add-channel", url="slack+https://example.com/1", reason=True, **{"on-digest": True})
     assert "Added channel 2." in page.text and "whsec" not in page.text
     assert sql(api.server.store.path, "select with_reason, app_id, digest_at from channels where id = 2") == [
         (1, None, parse_time("2026-03-13T07:00:00Z"))]
     for number in "1", "2":
-        assert f"Removed channel {number}." in submit(person.get("/apps"), "remove-channel", id=number).text
+        assert f"Removed channel {number}." in person.submit("remove-channel", id=number)
     assert "nobody is told" in person.text("/apps")
-    token = person.get("/apps").forms[0]["form_token"].value
-    answer = person.web.post("/apps", {"action": "remove-channel", "id": "1", "form_token": token}, status=400)
-    assert "There is no channel 1" in answer.text
 
 
 def feed_of(person, path, status=200):
@@ -7357,8 +7359,7 @@ def feed_of(person, path, status=200):
 def test_the_feed_has_new_and_regressed_groups_for_whoever_has_its_token(serve, clock):
     api = Api(serve(public_url="http://crashes.example.com"))
     api.server.store.create_app("Beta", is_test=True)
-    person = Person(api.server)
-    person.sign_in()
+    person = Person(api.server).has_session()
     hostile = "<b>&'\"\x01\ufffe\ud800]]>"
     hashes = []
     for each in ("A", hostile):
@@ -7366,8 +7367,8 @@ def test_the_feed_has_new_and_regressed_groups_for_whoever_has_its_token(serve, 
         clock.move(60)
     for path in ("/crashes.atom", "/crashes.atom?token=", "/crashes.atom?token=" + TOKEN, "/crashes.atom?token=\xff"):
         assert feed_of(person, path, 404)[1].json == {"error": "not found"}, "there is no token yet"
-    page = submit(person.get("/apps"), "make-feed").text
-    url, = re.findall(r"http://crashes.example.com(/crashes.atom\?token=bf_feed_[0-9a-f]{32})<", page)
+    url, = re.findall(r"http://crashes.example.com(/crashes.atom\?token=bf_feed_[0-9a-f]{32})<",
+                      person.submit("make-feed").text)
     assert "bf_feed_" not in person.get("/apps").text
     assert url[-40:].encode() not in content_of(api.server.store.path)
     stranger = Person(api.server)
@@ -7387,12 +7388,11 @@ def test_the_feed_has_new_and_regressed_groups_for_whoever_has_its_token(serve, 
     assert later[0][2] != entries[1][2]
     assert feed_of(stranger, url + "&app=Beta")[0] == [] and feed_of(stranger, url + "&app=default")[0] == later
     feed_of(stranger, url + "&app=nobody", 404)
-    for number in range(60):
-        api.server.store.add(backfeedr.sha256(KEY), [parse_crash({**CRASH, "exception_type": f"E{number}"})])
+    api.server.store.add(KEY_HASH, [parse_crash({**CRASH, "exception_type": f"E{number}"}) for number in range(60)])
     assert len(feed_of(stranger, url)[0]) == 50
-    submit(person.get("/apps"), "make-feed")
+    person.submit("make-feed")
     feed_of(stranger, url, 404)
-    submit(person.get("/apps"), "withdraw-feed")
+    person.submit("withdraw-feed")
     assert sql(api.server.store.path, "select name from secrets") == [("admin_token",)]
 
 
