@@ -1500,7 +1500,7 @@ def apple_mutant(mutations):
 
 
 def test_whatever_is_changed_in_apples_reports_they_are_read_or_refused():
-    mutations, answers = Mutations(seed=1), Counter()
+    mutations, answers = Mutations(seed=2), Counter()
     for _ in range(500):
         body = apple_mutant(mutations)
         try:
@@ -6403,12 +6403,14 @@ class Mutations:
         part, odd = self.pick(["method", "path", "query", "length", self.pick(FUZZ_HEADERS)]), self.pick(ODD_TEXTS)
         before = str(request.get(part) or {"length": len(request["body"]), "X_Backfeedr_Key": KEY}.get(part, ""))
         where = self.random.randrange(len(before) + 1)
+        request[part] = self.query() if part == "query" and self.random.random() < 0.4 else self.pick([
+            odd, before[:where] + odd + before[where:], before[:where] + before[where + 1:], before + ", " + before,
+            before + "/", before.upper(), "", *FITTING.get(part, [])])
+
+    def query(self):
         names = self.random.choices(["app", "days", "limit", "cursor", "version", "type", "name", "session_id", ""],
                                     k=self.pick([1, 2, 50]))
-        query = self.pick("&&&;").join(name + self.pick("==== ") + self.pick(ODD_TEXTS) for name in names)
-        request[part] = self.pick([
-            odd, before[:where] + odd + before[where:], before[:where] + before[where + 1:], before + ", " + before,
-            before + "/", before.upper(), "", *FITTING.get(part, []), *[query] * (4 if part == "query" else 0)])
+        return self.pick("&&&;").join(name + self.pick("==== ") + self.pick(ODD_TEXTS) for name in names)
 
 
 def places(value):
@@ -6422,8 +6424,8 @@ def places(value):
 @pytest.mark.slow
 def test_random_requests_get_documented_answers_and_leave_the_database_sound(serve, caplog):
     server = serve(rate_limit=0, max_body_size=100_000)
-    mutations, statuses = Mutations(seed=1), Counter()
-    for n in range(3000):
+    mutations, statuses = Mutations(seed=2), Counter()
+    for n in range(2000):
         request = mutations.request()
         status, answer = call(server, **request)
         statuses[status] += 1
