@@ -5767,16 +5767,17 @@ def test_checks_go_size_key_rate_signature_coding_json(serve, clock, path, good,
         clock.move(60)
         found, answer = api.post(path, body, **headers)
         assert (found, answer["error"]) == expected
+        assert found != 415 or (answer["detail"], api.headers["Accept-Encoding"]) == ("gzip is supported", "gzip")
     assert count(api.server, "crashes") == (path == CRASHES)
 
 
-@pytest.mark.parametrize("form", [{}, ZIPPED, {"environ": {"CONTENT_LENGTH": None, "wsgi.input_terminated": True}}])
 @pytest.mark.parametrize("given, limit", [({}, 1 << 20), ({"max_body_size": 1000}, 1000)])
-def test_a_body_of_the_limit_is_taken_and_one_byte_more_is_not(serve, form, given, limit):
-    server, pack = serve(**given), gzip.compress if form is ZIPPED else bytes
-    assert call(server, body=pack(VALID.ljust(limit)), **form)[0] == 201
-    assert call(server, body=pack(VALID.ljust(limit + 1)), **form) == (413, {"error": "request body too large"})
-    assert len(stored(server, "crashes")["crashes"]) == 1
+def test_a_body_of_the_limit_is_taken_and_one_byte_more_is_not(serve, given, limit):
+    server, without_length = serve(**given), {"environ": {"CONTENT_LENGTH": None, "wsgi.input_terminated": True}}
+    for n, (form, pack) in enumerate(((ZIPPED, gzip.compress), ({}, bytes), (without_length, bytes)), 1):
+        assert call(server, body=pack(VALID.ljust(limit)), **form)[0] == 201
+        assert call(server, body=pack(VALID.ljust(limit + 1)), **form) == (413, {"error": "request body too large"})
+        assert count(server, "crashes") == n
 
 
 def test_every_valid_form_of_a_request_is_taken(api):
@@ -5784,7 +5785,7 @@ def test_every_valid_form_of_a_request_is_taken(api):
     as_curl_sends_it = {"environ": {"CONTENT_TYPE": "application/x-www-form-urlencoded"}}
     for n, request in enumerate([
             as_curl_sends_it, {"Content_Encoding": "identity"},
-            {"body": GZIPPED, "Content_Encoding": "gzip"}, {"body": GZIPPED, "Content_Encoding": "GZIP"},
+            *[{"body": GZIPPED, "Content_Encoding": name} for name in ("gzip", "x-gzip", "GZIP")],
             *[{"body": body, **headers, "X_Backfeedr_Timestamp": when, "X_Backfeedr_Signature": sign(body, when)}
               for body, headers in ((VALID, {}), (GZIPPED, ZIPPED))  # it covers the bytes as sent
               for when in (NOW, "2026-03-12T14:30:00.123456789Z", "2026-03-12T15:30:00+01:00")], *marks], 1):
@@ -5903,13 +5904,6 @@ def test_one_slash_at_the_end_is_the_same_path(api):
     assert api.post(CRASHES + "/", CRASH)[0] == api.post(BATCH + "/", {"events": [EVENT]})[0] == 201
 
 
-def test_gzip_has_two_names_and_a_refused_encoding_says_what_is_taken(api):
-    assert [api.post(CRASHES, GZIPPED, Content_Encoding=name)[0] for name in ("gzip", "x-gzip", "GZIP")] == [201] * 3
-    assert api.post(CRASHES, GZIPPED, Content_Encoding="br") == (
-        415, {"error": "unsupported content encoding", "detail": "gzip is supported"})
-    assert api.headers["Accept-Encoding"] == "gzip" and count(api.server, "crashes") == 3
-
-
 def test_where_another_server_has_the_app_the_first_curl_line_names_no_port(tmp_path, capsys):
     with Backfeedr(Settings(db_path=str(tmp_path / "first.db"))):
         text = capsys.readouterr().err
@@ -5958,12 +5952,13 @@ def test_public_figures_count_crashes_of_apples_reports_and_the_devices_of_all(a
     assert {each["app_version"]: each["crashes"] for each in releases} == {"1.2.0": 2, "1.1": 1}
 
 
-@pytest.mark.parametrize("body", [SPAN, {"crashDiagnostics": []}, {**SPAN, "hangDiagnostics": None}])
-def test_a_payload_without_a_diagnostic_is_taken_and_nothing_is_stored(api, body):
-    before, body = stored(api.server), json.dumps(body).encode()
-    for headers in ({}, UNDER_A, UNDER_A, ZIPPED, signed(NOW, DIAGNOSTICS, body)[2]):
-        sent = gzip.compress(body) if headers is ZIPPED else body
-        assert api.post(DIAGNOSTICS, sent, **headers) == (200, NOTHING)
+def test_a_payload_without_a_diagnostic_is_taken_and_nothing_is_stored(api):
+    before = stored(api.server)
+    for body in map(json.dumps, (SPAN, {"crashDiagnostics": []}, {**SPAN, "hangDiagnostics": None})):
+        body = body.encode()
+        for headers in ({}, UNDER_A, UNDER_A, ZIPPED, signed(NOW, DIAGNOSTICS, body)[2]):
+            sent = gzip.compress(body) if headers is ZIPPED else body
+            assert api.post(DIAGNOSTICS, sent, **headers) == (200, NOTHING)
     assert api.post(DIAGNOSTICS, body, key="nope") == (401, {"error": "invalid API key"})
     assert stored(api.server) == before
     send_apples(api, MIXED, **UNDER_A)  # a key of which nothing was stored is still free
@@ -5977,17 +5972,16 @@ def test_a_payload_without_a_diagnostic_is_refused_under_a_key_that_another_proc
     assert api.post(DIAGNOSTICS, SPAN) == (401, {"error": "invalid API key"})
 
 
-@pytest.mark.parametrize("body", [ips_of(), crash_text(), json.dumps(payload_of()).encode()], ids=[
-    "ips", "crash", "json"])
-def test_a_body_is_told_by_its_content_whatever_its_type_and_coding(api, body):
-    for coding, pack in (({}, bytes), (ZIPPED, gzip.compress)):
-        for content_type in (None, "", "application/json", "text/plain; charset=latin-1", "application/octet-stream",
-                             "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "\xff"):
+def test_a_body_is_told_by_its_content_whatever_its_type_and_coding(api):
+    types = [None, "", "application/json", "text/plain; charset=latin-1", "application/octet-stream",
+             "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "\xff"]
+    for n, body in enumerate((ips_of(), crash_text(), json.dumps(payload_of()).encode()), 1):
+        for content_type, coding, pack in [*((each, {}, bytes) for each in types), ("\xff", ZIPPED, gzip.compress)]:
             status, answer = call(api.server, path=DIAGNOSTICS, body=pack(body),
                                   environ={"CONTENT_TYPE": content_type}, **coding)
             assert (status, answer["count"]) == (201, 1)
-    rows = {row[1:] for row in sql(api.server.store.path, "select id, group_hash, stack_trace, extra from crashes")}
-    assert len(rows) == 1 and count(api.server, "crashes") == 16
+        rows = sql(api.server.store.path, "select group_hash, stack_trace, extra from crashes")
+        assert (len(rows), len(set(rows))) == (9 * n, n)
 
 
 def test_the_header_says_the_device_of_all_reports_in_a_body(api):
@@ -6023,9 +6017,8 @@ def test_what_is_refused_of_apples_reports_is_refused_whole(api):
     assert len(send_apples(api, {"crashDiagnostics": [{}] * 60, "hangDiagnostics": [{}] * 40})) == 100
 
 
-@pytest.mark.parametrize("depth", [600, 3000])
-def test_a_call_stack_of_thousands_of_frames_is_stored_and_shown(api, depth):
-    id_, = send_apples(api, nest(depth))
+def test_a_call_stack_of_thousands_of_frames_is_stored_and_shown(api):
+    id_, = send_apples(api, nest(3000))
     kept, = api.get(f"{CRASHES}/{report(api.server)['group_hash']}", **ADMIN)[1]["reports"]
     assert (kept["id"], kept["extra"]["truncated"], len(kept["stack_trace"])) == (id_, ["stack_trace"], 512)
 
