@@ -5463,7 +5463,7 @@ ERRORS = {  # the texts by status; one that is not here starts with `missing` or
     415: ("unsupported content encoding",), 422: ("idempotency key reused with a different body",),
     429: ("rate limit exceeded",), 431: ("request header too large",), 500: ("internal server error",),
     501: ("transfer encoding not supported",), 503: ("storage unavailable",)}
-_STATUS = {text: status for status, texts in ERRORS.items() for text in texts}
+_STATUS = {"form expired": 403, **{text: status for status, texts in ERRORS.items() for text in texts}}
 _HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 Environ = dict[str, Any]
@@ -5471,13 +5471,23 @@ Answer = tuple[int, Any]  # status, and a JSON object or a text
 Handler = Callable[..., Answer]  # called with an environ and the parts of the path
 
 
-def _error_text(status: int) -> str:
-    """What a client is told of an error that bottle or waitress raised."""
-    return ERRORS.get(status, ("invalid request",))[0]
+def _as_refusal(error: int | Exception) -> Refusal:
+    """What a client is told of a status that bottle or waitress chose, or of an error; one of our own is logged."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, int):
+        return Refusal(ERRORS.get(error, ("invalid request",))[0])
+    log.error("unexpected error", exc_info=error)
+    return Refusal("internal server error")
 
 
-def _error_body(status: int) -> bytes:
-    return json.dumps({"error": _error_text(status)}).encode()
+def _refused(refusal: Refusal) -> tuple[int, JsonObject, dict[str, str]]:
+    """The status, JSON and headers of its answer."""
+    status = _STATUS.get(str(refusal), 400)
+    headers = {"Accept-Encoding": "gzip"} if status == 415 else {}
+    if refusal.retry_after is not None:
+        headers["Retry-After"] = str(refusal.retry_after)
+    return status, {"error": str(refusal), **({"detail": refusal.detail} if refusal.detail else {})}, headers
 
 
 def _header(environ: Environ, name: str) -> bytes:
@@ -5531,13 +5541,15 @@ def _idempotency(environ: Environ, signature: bytes, body: bytes) -> Idempotency
     return Idempotency(tuple(marks), sha256(path + b":" + body)[:16] if marks else b"")
 
 
-def _query(environ: Environ) -> str:
-    return str(environ.get("QUERY_STRING", "")).encode("latin-1", "replace").decode("utf-8", "replace")
+def _query(environ: Environ) -> dict[str, str]:
+    """The query parameters; of several with one name, the last."""
+    text = str(environ.get("QUERY_STRING", "")).encode("latin-1", "replace").decode("utf-8", "replace")
+    return dict(parse_qsl(text, keep_blank_values=True))
 
 
-def _parameters(environ: Environ, *names: str) -> dict[str, Any]:
+def _parameters(query: Mapping[str, str], *names: str) -> dict[str, Any]:
     """The query parameters of these names, without empty ones. Raises Refusal for an invalid number."""
-    given: dict[str, Any] = dict(parse_qsl(_query(environ), keep_blank_values=True))  # the last of each
+    given: dict[str, Any] = dict(query)
     for name, highest in (("days", 365), ("limit", 100)):
         if name in given:
             if not (re.fullmatch("[0-9]{1,3}", given[name]) and 1 <= int(given[name]) <= highest):
@@ -5689,11 +5701,11 @@ LIST_ROWS = 25
 SHOWN_VERDICTS = 5
 SHOWN_FRAMES, SHOWN_TEXT = 200, 20_000  # frames and characters of a report on its page; the API has the rest
 
-_FORM_EXPIRED = "form expired"
 _HINTS = {
     403: "The session has changed since the page was loaded. Load it again, then resend the form.",
     404: "It may have expired, or belong to an app that was deleted.",
     500: "The server's log has the reason.", 503: "The server's log has the reason. Try again in a moment."}
+_INVALID = "The address or the form is not valid."
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that HTML does not allow
 _NOT_XML = re.compile(_CONTROL.pattern + "|[\ufffe\uffff]")
 _MISLEADING = re.compile(_CONTROL.pattern + "|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # turn text around
@@ -5711,9 +5723,8 @@ class PageRequest:
         self.root = (urlsplit(public_url).path or mounted).rstrip("/")  # a proxy may have stripped the prefix
         self.path = quote(environ.get("PATH_INFO", "").encode("latin-1", "replace"))
         self.section = "/" + self.path.split("/")[1] if "/" in self.path else "/"
-        self.query = dict(parse_qsl(_query(environ)))  # without the fields that a form left empty
-        self._suffix = "?" + urlencode(self.query) if self.query else ""
-        self.address = self.path + self._suffix
+        self.query = {name: value for name, value in _query(environ).items() if value}  # a form sends empty fields, too
+        self.address = self.path + ("?" + urlencode(self.query) if self.query else "")
         self.app = self.query.get("app")
         self.apps: list[App] | None = None  # None unless the browser is signed in
         self.form: dict[str, str] = {}
@@ -5729,8 +5740,8 @@ class PageRequest:
 
     def parameters(self, *names: str) -> dict[str, Any]:
         """As _parameters, where days=all is no limit."""
-        query = {name: value for name, value in self.query.items() if (name, value) != ("days", "all")}
-        return _parameters({"QUERY_STRING": urlencode(query)}, *names)
+        return _parameters({name: value for name, value in self.query.items() if (name, value) != ("days", "all")},
+                           *names)
 
     @property
     def form_token(self) -> str:
@@ -5744,7 +5755,7 @@ class PageRequest:
         self.form = {name: values[-1] for name, values in fields.items()}
         token = self.form.get("form_token", "").encode("utf-8", "replace")
         if not hmac.compare_digest(token, self.form_token.encode()):
-            raise Refusal(_FORM_EXPIRED)
+            raise Refusal("form expired")
 
     def link(self, path: str, **query: Any) -> str:
         """The address of a page about the same app, unless `query` has another. None and "" are left out of it."""
@@ -5752,9 +5763,9 @@ class PageRequest:
         given = {name: value for name, value in {"app": app, **query}.items() if value not in (None, "")}
         return self.root + path + ("?" + urlencode(given) if given else "")
 
-    def moved(self, path: str) -> str:
-        """The address of what has moved there, with the same query."""
-        return self.root + path + self._suffix
+    def moved(self, group_hash: str) -> str:
+        """The address of this page of another group."""
+        return self.root + re.sub("[0-9a-f]{16}", group_hash, self.address, count=1)
 
     def redirect(self, path: str) -> Response:
         return bottle.HTTPResponse(b"", 303, {**PAGE_HEADERS, "Location": self.root + path})
@@ -5829,24 +5840,17 @@ class Dashboard:
                 page.read_form()
             return handler(page, **path)
         except Moved as moved:
-            location = page.moved(page.path.replace(path["group_hash"], moved.group_hash))
-            return bottle.HTTPResponse(b"", 301, {**PAGE_HEADERS, "Location": location})
-        except Refusal as refusal:
-            status = 403 if str(refusal) == _FORM_EXPIRED else _STATUS.get(str(refusal), 400)
-            return self.error_page(page, status, str(refusal), refusal.retry_after, refusal.detail)
-        except Exception:
-            log.exception("unexpected error")
-            return self.error_page(page, 500, "internal server error")
+            return bottle.HTTPResponse(b"", 301, {**PAGE_HEADERS, "Location": page.moved(moved.group_hash)})
+        except Exception as error:
+            return self.error_page(page, _as_refusal(error))
 
-    def error_page(self, page: PageRequest, status: int, text: str, retry_after: int | None = None,
-                   detail: str = "") -> Response:
-        """The page for an error."""
+    def error_page(self, page: PageRequest, refusal: Refusal) -> Response:
+        status, _, headers = _refused(refusal)
         with suppress(Exception):  # without its navigation, where the database is the error
             self._is_signed_in(page)
-        hint = _sentence(detail) if detail else _HINTS.get(status, "The address or the form is not valid.")
-        response = self._render(page, _sentence(text)[:-1], "error", status, hint=hint)
-        if retry_after is not None:
-            response.set_header("Retry-After", str(retry_after))
+        hint = _sentence(refusal.detail) if refusal.detail else _HINTS.get(status, _INVALID)
+        response = self._render(page, _sentence(str(refusal))[:-1], "error", status, hint=hint)
+        response.headers.update(headers)
         return response
 
     def _is_signed_in(self, page: PageRequest) -> bool:
@@ -5969,7 +5973,7 @@ class Dashboard:
                 raise bottle.HTTPError(404)
             news = self._metrics.news(page.app)
         except Refusal as refusal:
-            raise bottle.HTTPError(_STATUS.get(str(refusal), 400)) from None
+            raise bottle.HTTPError(_refused(refusal)[0]) from None
         xml = self._templates["feed"].render(page=page, news=news, iso=iso_time, urlencode=urlencode,
                                              updated=iso_time(news[0]["at"] if news else 0))
         return bottle.HTTPResponse(_NOT_XML.sub("\ufffd", xml).encode("utf-8", "replace"), 200, {
@@ -6868,7 +6872,7 @@ class Backfeedr(Closing):
         def handler(environ: Environ, **path: str) -> Answer:
             if not (is_public and self.settings.public_metrics):
                 self._check_admin(environ)
-            return 200, question(**path, **_parameters(environ, "app", *names))
+            return 200, question(**path, **_parameters(_query(environ), "app", *names))
         return handler
 
     def _check_admin(self, environ: Environ) -> None:
@@ -6892,19 +6896,11 @@ class Backfeedr(Closing):
         headers = dict(_HEADERS)
         try:
             status, answer = handler(environ, **path)
-        except Refusal as refusal:
-            status, answer = _STATUS.get(str(refusal), 400), {"error": str(refusal)}
-            if refusal.detail:
-                answer["detail"] = refusal.detail
-            if refusal.retry_after is not None:
-                headers["Retry-After"] = str(refusal.retry_after)
-            if isinstance(refusal, Moved):
-                headers["Location"] = self.pages.request(environ).moved("/api/v1/crashes/" + refusal.group_hash)
-            if status == 415:
-                headers["Accept-Encoding"] = "gzip"
-        except Exception:
-            log.exception("unexpected error")
-            return _error_body(500), 500, headers
+        except Exception as error:
+            status, answer, more = _refused(_as_refusal(error))
+            headers.update(more)
+            if isinstance(error, Moved):
+                headers["Location"] = self.pages.request(environ).moved(error.group_hash)
         if isinstance(answer, str):
             headers["Content-Type"] = "text/plain; version=0.0.4; charset=utf-8"
             return answer.encode(), status, headers
@@ -6912,12 +6908,11 @@ class Backfeedr(Closing):
 
     def _bottle_error(self, error: bottle.HTTPError) -> bottle.HTTPResponse:
         """What bottle itself refuses, in JSON, or as a page for a browser that is not at the API."""
-        environ, status = bottle.request.environ, error.status_code
+        environ, refusal = bottle.request.environ, _as_refusal(error.status_code)
         if "text/html" in environ.get("HTTP_ACCEPT", "") and not environ["PATH_INFO"].startswith("/api/"):
-            page = self.pages.request(environ)
-            answer: bottle.HTTPResponse = self.pages.error_page(page, status, _error_text(status))
+            answer: bottle.HTTPResponse = self.pages.error_page(self.pages.request(environ), refusal)
         else:
-            answer = bottle.HTTPResponse(_error_body(status), status, _HEADERS)
+            answer = bottle.HTTPResponse(json.dumps({"error": str(refusal)}), error.status_code, _HEADERS)
         answer.headers.update({name: value for name, value in error.headers.items() if name == "Allow"})
         return answer
 
@@ -6931,7 +6926,7 @@ class Backfeedr(Closing):
         """As a public route; but a stranger who names no app does not learn the names of all."""
         status, answer = self._question_route(self.metrics.releases, "sort", is_public=True)(environ)
         try:
-            if not _parameters(environ, "app"):
+            if not _query(environ).get("app"):
                 self._check_admin(environ)
         except Refusal:
             for release in answer["releases"]:
@@ -6939,7 +6934,7 @@ class Backfeedr(Closing):
         return status, answer
 
     def _triage(self, environ: Environ, group_hash: str) -> Answer:
-        body, named = self._admin_body(environ), _parameters(environ, "app")
+        body, named = self._admin_body(environ), _parameters(_query(environ), "app")
         given = decode_json(_decompress(environ, body, self.settings.max_body_size))
         self.store.triage(group_hash, parse_triage(given, self.store.now), **named)
         return 200, self.metrics.group(group_hash, **named)
@@ -7212,7 +7207,7 @@ class _ErrorTask(_Task, ErrorTask):
 
     def execute(self) -> None:
         error = self.request.error
-        body = _error_body(error.code)
+        body = json.dumps({"error": str(_as_refusal(error.code))}).encode()
         self.status = f"{error.code} {error.reason}"
         self.response_headers.extend(_HEADERS.items())
         self.set_close_on_finish()
