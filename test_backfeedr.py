@@ -5936,22 +5936,6 @@ def test_a_payload_is_stored_in_its_order_as_crashes_and_events_in_one_commit(ap
     assert sum(api.server.store._here.group_sizes.counts) == 1
 
 
-def test_public_figures_count_crashes_of_apples_reports_and_the_devices_of_all(api, clock):
-    for body, device in ((MIXED, "d1"), (payload_of("hangDiagnostics"), "d2"), (ips_of(), "d1")):
-        send_apples(api, body, X_Backfeedr_Device=device)
-    clock.move(3600)  # active devices are those of whole hours
-    overview = api.get("/api/v1/overview")[1]
-    top = [(each["exception_type"], each["count"]) for each in overview.pop("top_crashes")]
-    assert sorted(top) == [("EXC_BREAKPOINT", 1), ("EXC_BREAKPOINT", 1), ("Memory exception", 1)]
-    assert overview == {"crash_free_rate_7d": 0.0, "dau": 2, "sessions_7d": 0, "crashes_7d": 3}
-    for name, figures in (("crash-types", {"EXC_BREAKPOINT": 2, "Memory exception": 1}), ("devices", {"iPhone16,1": 2}),
-                          ("daily-crashes?days=1", {"2026-03-12": 3})):
-        answer = api.get("/api/v1/metrics/" + name)[1]
-        assert dict(zip(answer["labels"], answer["data"])) == figures
-    releases = api.get("/api/v1/releases")[1]["releases"]
-    assert {each["app_version"]: each["crashes"] for each in releases} == {"1.2.0": 2, "1.1": 1}
-
-
 def test_a_payload_without_a_diagnostic_is_taken_and_nothing_is_stored(api):
     before = stored(api.server)
     for body in map(json.dumps, (SPAN, {"crashDiagnostics": []}, {**SPAN, "hangDiagnostics": None})):
@@ -5996,16 +5980,6 @@ def test_the_header_says_the_device_of_all_reports_in_a_body(api):
         assert {devices[each] for each in answer["ids"]} == {device}, header
 
 
-def test_a_forgotten_device_takes_its_reports_of_all_kinds_with_it(api):
-    kept = send_apples(api, MIXED, X_Backfeedr_Device="d2")
-    send_apples(api, MIXED, X_Backfeedr_Device="d1")
-    shown = backfeedr.Metrics(api.server.store).device("d1")
-    assert (len(shown["crashes"]), len(shown["events"])) == (2, 2)
-    deleted = api.server.store.forget_device("d1")
-    assert (deleted["crashes"], deleted["events"]) == (2, 2)
-    assert sorted(stored_ids(api.server.store.path)) == sorted(kept)
-
-
 def test_what_is_refused_of_apples_reports_is_refused_whole(api):
     before = stored(api.server)
     for body, text, detail in UNREADABLE:
@@ -6048,27 +6022,19 @@ def submission_of(body, mark=None, path=DIAGNOSTICS):
     return backfeedr.Submission(KEY_HASH, parse(body), Idempotency((mark,), body) if mark else Idempotency())
 
 
-@pytest.mark.parametrize("poisoned", [False, True])
-def test_requests_of_all_kinds_share_a_commit_and_their_receipts_are_of_their_own_rows(api, monkeypatch, poisoned):
-    store = api.server.store
-    if poisoned:
-        refuse_poison(api.server, monkeypatch)
-    poison = [submission_of(payload_of(meta={"terminationReason": "poison"}))] * poisoned
-    crash, batch = submission_of(CRASH, path=CRASHES), submission_of(batch_of(EVENT, EVENT), path=BATCH)
-    given = [submission_of(MIXED, b"a"), crash, batch, submission_of(MIXED, b"a"), *poison, submission_of(ips_of()),
-             submission_of(MIXED)]
+def test_requests_of_all_kinds_share_a_commit_and_their_receipts_are_of_their_own_rows(api):
+    store, rows = api.server.store, {}
+    given = [submission_of(MIXED, b"a"), submission_of(CRASH, path=CRASHES), submission_of(batch_of(EVENT, EVENT),
+             path=BATCH), submission_of(MIXED, b"a"), submission_of(ips_of()), submission_of(MIXED)]
     store.add_all(given)
-    rows = {}
     for table, name in (("crashes", "exception_type"), ("events", "name")):
         rows.update(sql(store.path, f"select seq, {name} from {table}"))
-    good = [each for each in given if each not in poison]
-    for each in good:
+    for each in given:
         assert [rows[seq] for seq in each.receipt.seqs] == [
             getattr(report, "exception_type", None) or report.name for report in each.reports]
-    assert [type(each.error) for each in poison] == [StorageUnavailable] * poisoned
-    assert [each.receipt.replayed for each in good] == [False, False, False, True, False, False]
+    assert [each.receipt.replayed for each in given] == [False, False, False, True, False, False]
     assert len(rows) == 4 + 1 + 2 + 1 + 4 and given[0].receipt.seqs == given[3].receipt.seqs
-    assert sum(store._here.group_sizes.counts) == (6 if poisoned else 1)
+    assert sum(store._here.group_sizes.counts) == 1
 
 
 # -- Prometheus
@@ -6580,17 +6546,25 @@ def test_a_one_time_link_signs_in_once_and_within_ten_minutes(api, clock):
         assert late.get("/sign-in?code=" + "0" * 32, 403)
 
 
-def test_the_cookie_is_limited_to_this_host_path_and_scheme(api):
-    for scheme, forwarded, secure in (
-            ("http", {}, []), ("https", {}, ["secure"]),
-            ("http", {"X-Forwarded-Proto": "https"}, [])):  # which only the WSGI server knows whether to believe
-        web = webtest.TestApp(mounted(api.server, "/here"), extra_environ={"wsgi.url_scheme": scheme})
-        form = forms_of(web.get("/here/sign-in"))[0]
+def test_links_and_the_cookie_keep_to_the_path_and_the_scheme_of_the_server(serve):
+    direct = serve()
+    mounted_app, behind_proxy = mounted(direct, "/here"), serve(public_url="https://example.com/here")
+    for app, prefix, scheme, headers, secure in (
+            (mounted_app, "/here", "http", {}, []), (mounted_app, "/here", "https", {}, ["secure"]),
+            # which only the WSGI server knows whether to believe
+            (mounted_app, "/here", "http", {"X-Forwarded-Proto": "https"}, []),
+            (behind_proxy, "", "http", {}, ["secure"])):  # which strips the prefix
+        web = webtest.TestApp(app, extra_environ={"wsgi.url_scheme": scheme})
+        assert web.get(prefix + "/", status=303).headers["Location"] == "/here/sign-in?next=%2F"
+        page = web.get(prefix + "/sign-in")
+        form, = forms_of(page)
+        assert form.action == "/here/sign-in" and 'href="/here/"' in page
         form["token"] = TOKEN
-        first, *flags = form.submit(headers=forwarded, status=303).headers["Set-Cookie"].split("; ")
-        assert re.fullmatch(cookie_of(api.server) + "=[0-9a-f]{32}", first)
+        answer = web.post(prefix + "/sign-in", form.submit_fields(), headers=headers, status=303)
+        first, *flags = answer.headers["Set-Cookie"].split("; ")
+        assert re.fullmatch(cookie_of(direct) + "=[0-9a-f]{32}", first)
         assert {flag.lower() for flag in flags} == {
-            "httponly", "samesite=lax", "path=/here/", "max-age=604800", *secure}, (scheme, forwarded)
+            "httponly", "samesite=lax", "path=/here/", "max-age=604800", *secure}, (prefix, scheme, headers)
 
 
 def test_the_curl_line_names_the_address_of_the_server(serve):
@@ -6620,18 +6594,6 @@ def test_a_form_counts_only_with_the_token_of_its_session(api, person):
         person.post("/sign-in", 403, token=TOKEN, **given)
     stranger.post("/apps", 303, action="create", name="Theirs", form_token=form_token)
     assert stored(api.server, "apps", "keys", "grants") == before
-
-
-def test_behind_a_proxy_that_strips_the_prefix_all_links_and_cookies_keep_it(serve):
-    someone = Person(serve(public_url="https://example.com/crashes"))
-    page = someone.get("/", 303)
-    assert page.headers["Location"] == "/crashes/sign-in?next=%2F"
-    page = someone.get("/sign-in")
-    form, = forms_of(page)
-    assert form.action == "/crashes/sign-in" and 'href="/crashes/"' in page
-    form["token"] = TOKEN
-    cookie = someone.web.post("/sign-in", form.submit_fields()).headers["Set-Cookie"].lower() + ";"
-    assert "path=/crashes/;" in cookie and "secure;" in cookie
 
 
 # -- What every answer carries
@@ -6729,7 +6691,8 @@ class Crawl:
             is_new = form.method.upper() == "GET" and self.kinds["form of " + form.action] == 1
             for name, fields in form.fields.items() if is_new else ():
                 for value, *_ in getattr(fields[0], "options", []):
-                    yield send(form, 200, **{name: value}).request.path_qs.replace("//", "/", 1)  # as bottle restores it
+                    path = send(form, 200, **{name: value}).request.path_qs
+                    yield path.replace("//", "/", 1)  # as bottle restores it
 
 
 @pytest.fixture(scope="module")
@@ -6841,14 +6804,13 @@ def test_each_page_shows_what_is_known_and_what_to_do_where_nothing_is(api, pers
 def test_the_list_of_crashes_can_be_narrowed_and_says_of_which_days_it_is(api, person, clock):
     for type_, version, reason in (("SIGABRT", "1.0", "Alpha 100%"), *[("SIGBUS", "1.1", "beta")] * 2):
         api.post(CRASHES, {**CRASH, "exception_type": type_, "app_version": version, "exception_reason": reason})
-    clock.move(86400 * 9)
-    api.post(CRASHES, {"exception_type": "SIGFPE", "app_version": "2.0", "occurred_at": "2026-03-21T14:00:00Z"})
+    clock.move(9 * A_DAY)
+    api.post(CRASHES, crash_at("2026-03-21T14:00:00Z", "SIGFPE", app_version="2.0"))
     person.has_session()
     each_type = ["SIGBUS", "SIGABRT", "SIGFPE"]
     for query, days, shown in (
-            ("", "7", ["SIGFPE"]), ("?days=all", "all", each_type), ("?days=all&app=default", "all", each_type),
-            ("?version=1.1", "all", ["SIGBUS"]), ("?days=1", "1", ["SIGFPE"]), ("?version=1.1&days=7", "7", []),
-            ("?text=sig", "all", each_type),
+            ("", "7", ["SIGFPE"]), ("?days=all&app=default", "all", each_type), ("?version=1.1", "all", ["SIGBUS"]),
+            ("?days=1", "1", ["SIGFPE"]), ("?version=1.1&days=7", "7", []), ("?text=sig", "all", each_type),
             *((f"?text={text}", "all", ["SIGABRT"]) for text in ("ALPHA", "100%25", "%25")),
             ("?text=" + group_hash("SIGBUS", []), "all", ["SIGBUS"]), ("?version=1.1&text=alpha", "all", [])):
         page = person.get("/crashes" + query)
@@ -6860,7 +6822,6 @@ def test_the_list_of_crashes_can_be_narrowed_and_says_of_which_days_it_is(api, p
     assert page.text.count('aria-label="Crashes: 2 in 30 days"') == 1
     form = forms_of(person.get("/crashes?version=1.0&days=30"))[1]
     assert (form["days"].value, form["version"].value) == ("30", "1.0")
-    assert api.get("/api/v1/crashes?text=beta", **ADMIN)[1]["groups"][0]["exception_type"] == "SIGBUS"
 
 
 def test_a_group_is_titled_by_its_culprit_and_each_report_leads_to_the_older_and_the_newer(api, person):
@@ -6958,26 +6919,23 @@ def test_what_a_report_says_neither_leaves_its_fence_nor_begins_a_line_of_the_te
 
 
 def test_the_overview_names_what_is_new_and_what_to_fix_first(api, clock, person):
-    """Each group: when it was first seen, its devices now by version, and hours since they crashed."""
-    def crash(kind, *devices, version):
-        for device in devices:
+    def crash(version, kinds, *devices):
+        for kind, device in product(kinds, devices):
             add(api.server, exception_type=kind, device_id_hash=device, app_version=version)
 
     clock.move(-9 * A_DAY)
-    crash("Old", "d0", version="1.0")
-    for kind in ("Gone", "Fixed", "Back"):
-        crash(kind, "d1", version="1.0")
+    crash("1.0", ["Old"], "d0")
+    crash("1.0", ["Gone", "Fixed", "Back"], "d1")
     clock.move(7 * A_DAY)
-    crash("Old", "d1", "d2", "d3", "d4", "d5", version="1.0")
-    crash("Stale", "d1", "d2", "d3", version="2.0")  # halved twice, it is less than one
+    crash("1.0", ["Old"], "d1", "d2", "d3", "d4", "d5")
+    crash("2.0", ["Stale"], "d1", "d2", "d3")  # halved twice, it is less than one
     clock.move(2 * A_DAY)
-    for kind in ("Fresh", "Fixed", "Muted", "Back"):
-        crash(kind, "d1", version="2.0")
-    with connected(api.server.store.path) as db:
-        for kind, state, at in (("Fixed", "resolved", None), ("Muted", "muted", None),
-                                ("Back", "open", api.server.store.now)):
-            db.execute("insert into triage (app_id, group_hash, state, changed_at, regressed_at)"
-                       " values (1, ?, ?, 0, ?)", (group_hash(kind, []), state, at))
+    crash("2.0", ["Fresh", "Fixed", "Muted", "Back"], "d1")
+    for kind, state, at in (("Fixed", "resolved", "null"), ("Muted", "muted", "null"),
+                            ("Back", "open", api.server.store.now)):
+        sql_run(api.server.store.path, f"""
+            insert into triage (app_id, group_hash, state, changed_at, regressed_at)
+            values (1, '{group_hash(kind, [])}', '{state}', 0, {at})""")
     found = api.server.metrics.attention()
     assert [(each["exception_type"], each["is_new"], each["is_regressed"]) for each in found["new"]] == [
         *sorted([("Fresh", True, False), ("Back", False, True)], key=lambda row: group_hash(row[0], [])),
@@ -6987,8 +6945,7 @@ def test_the_overview_names_what_is_new_and_what_to_fix_first(api, clock, person
     assert [each["exception_type"] for each in found["first"][2:]] == ["Stale", "Old"]
     text = person.text("/").split("Is the latest release worse?")[1].split("Crash-free")[0]
     assert re.search("2[.]0 .*New or regressed .* 7 days: 3 .*Back regressed .*To fix first .*Stale new 3 3 2 d", text)
-    assert "Gone" not in text and "Fixed" not in text and "Muted" not in text
-    assert "halved for each day since the last crash" in text
+    assert not re.search("Gone|Fixed|Muted", text) and "halved for each day since the last crash" in text
     api.server.store.create_app("Shop")
     assert api.server.metrics.attention("Shop") == {"new": [], "new_count": 0, "first": []}
 
@@ -7165,13 +7122,14 @@ def test_a_key_is_made_and_of_two_that_look_alike_the_right_one_is_revoked(serve
 # -- Charts
 
 def test_columns_reach_their_value_on_an_axis_that_ends_at_a_round_number():
+    def chart(*values):
+        days = ["2026-03-01", "2026-03-02", "2026-03-03"][:len(values)]
+        return backfeedr.chart("Crashes", days, values, backfeedr.draw_columns)
+
     for value, top in ((0, "1"), (1, "1"), (2, "2"), (3, "3"), (7, "8"), (9, "10"), (10, "10"), (11, "15"),
                        (99, "100"), (100, "100"), (101, "150"), (4999, "5,000"), (5001, "6,000")):
-        chart = backfeedr.chart("Crashes", ["2026-03-01"], [value], backfeedr.draw_columns)
-        assert re.search('aria-label="[^"]*"><p><span>(.*?)</span>', chart)[1] == top
-    days = ["2026-03-01", "2026-03-02", "2026-03-03"]
-    chart = backfeedr.chart("Crashes", days, [0, 5, 10], backfeedr.draw_columns)
-    columns = re.findall('y="([0-9.]+)" height="([0-9.]+)"/>', chart)
+        assert re.search('aria-label="[^"]*"><p><span>(.*?)</span>', chart(value))[1] == top
+    columns = re.findall('y="([0-9.]+)" height="([0-9.]+)"/>', chart(0, 5, 10))
     assert columns == [("72.0", "0.0"), ("36.0", "36.0"), ("0.0", "72.0")]
 
 
@@ -7340,53 +7298,46 @@ def test_the_page_of_apps_adds_tests_and_removes_channels_and_shows_a_secret_onc
     assert "nobody is told" in person.text("/apps")
 
 
-def feed_of(person, path, status=200):
+def feed_of(person, path):
     """Title, time, id and link of each entry of the feed, and the feed itself."""
-    answer = person.web.get(path, status=status)
-    if status != 200:
-        return None, answer
+    answer = person.web.get(path)
     assert answer.content_type == "application/atom+xml"
-    feed, atom = ElementTree.fromstring(answer.body), "{http://www.w3.org/2005/Atom}"
-    return [(each.find(atom + "title").text, each.find(atom + "updated").text, each.find(atom + "id").text,
-             each.find(atom + "link").attrib["href"]) for each in feed.iter(atom + "entry")], feed
+    feed = ElementTree.fromstring(answer.text.replace(' xmlns="http://www.w3.org/2005/Atom"', "", 1))
+    return [(*map(each.findtext, ("title", "updated", "id")), each.find("link").attrib["href"])
+            for each in feed.iter("entry")], feed
 
 
 def test_the_feed_has_new_and_regressed_groups_for_whoever_has_its_token(serve, clock):
     api = Api(serve(public_url="http://crashes.example.com"))
     api.server.store.create_app("Beta", is_test=True)
-    person = Person(api.server).has_session()
-    hostile = "<b>&'\"\x01\ufffe\ud800]]>"
-    hashes = []
-    for each in ("A", hostile):
+    person, stranger, hashes = Person(api.server).has_session(), Person(api.server), []
+    for each in ("A", "<b>&'\"\x01\ufffe\ud800]]>"):
         hashes.append(api.post(CRASHES, {**CRASH, "exception_type": each, "app_version": "1.0"})[1]["group_hash"])
         clock.move(60)
-    for path in ("/crashes.atom", "/crashes.atom?token=", "/crashes.atom?token=" + TOKEN, "/crashes.atom?token=\xff"):
-        assert feed_of(person, path, 404)[1].json == {"error": "not found"}, "there is no token yet"
+    for query in ("", "?token=", "?token=" + TOKEN, "?token=\xff"):  # there is no token yet
+        assert person.web.get("/crashes.atom" + query, status=404).json == {"error": "not found"}
     url, = re.findall(r"http://crashes.example.com(/crashes.atom\?token=bf_feed_[0-9a-f]{32})<",
                       person.submit("make-feed").text)
     assert "bf_feed_" not in person.get("/apps").text
     assert url[-40:].encode() not in content_of(api.server.store.path)
-    stranger = Person(api.server)
     entries, feed = feed_of(stranger, url)
     assert [entry[:2] for entry in entries] == [
         ("New: <b>&'\"\ufffd\ufffd\ufffd]]>", "2026-03-12T14:31:00Z"), ("New: A", NOW)]
     assert entries[1][3] == f"http://crashes.example.com/crashes/{hashes[0]}?app=default"
-    links = {each.attrib.get("rel"): each.attrib["href"] for each in feed.findall("{http://www.w3.org/2005/Atom}link")}
-    assert links["self"] == "http://crashes.example.com" + url
-    assert feed.find("{http://www.w3.org/2005/Atom}updated").text == entries[0][1]
+    assert feed.find("link[@rel='self']").attrib["href"] == "http://crashes.example.com" + url
+    assert feed.findtext("updated") == entries[0][1]
     api.post(CRASHES, {**CRASH, "exception_type": "A"})
     sql_run(api.server.store.path, f"""
         insert into triage (app_id, group_hash, state, changed_at, regressed_at)
         values (1, '{hashes[0]}', 'open', 0, {api.server.store.now})""")
-    later, _ = feed_of(stranger, url)
+    later, _ = feed_of(stranger, url + "&app=default")
     assert later[0][:2] == ("Regressed: A", "2026-03-12T14:32:00Z") and later[1:] == entries
-    assert later[0][2] != entries[1][2]
-    assert feed_of(stranger, url + "&app=Beta")[0] == [] and feed_of(stranger, url + "&app=default")[0] == later
-    feed_of(stranger, url + "&app=nobody", 404)
+    assert later[0][2] != entries[1][2] and feed_of(stranger, url + "&app=Beta")[0] == []
+    stranger.web.get(url + "&app=nobody", status=404)
     api.server.store.add(KEY_HASH, [parse_crash({**CRASH, "exception_type": f"E{number}"}) for number in range(60)])
     assert len(feed_of(stranger, url)[0]) == 50
     person.submit("make-feed")
-    feed_of(stranger, url, 404)
+    stranger.web.get(url, status=404)
     person.submit("withdraw-feed")
     assert sql(api.server.store.path, "select name from secrets") == [("admin_token",)]
 
