@@ -5706,8 +5706,8 @@ _HINTS = {
     404: "It may have expired, or belong to an app that was deleted.",
     500: "The server's log has the reason.", 503: "The server's log has the reason. Try again in a moment."}
 _INVALID = "The address or the form is not valid."
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that HTML does not allow
-_NOT_XML = re.compile(_CONTROL.pattern + "|[\ufffe\uffff]")
+_OPEN_PATHS = ("/sign-in", "/crashes.atom")  # which need no session
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")  # characters that HTML and XML do not allow
 _MISLEADING = re.compile(_CONTROL.pattern + "|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # turn text around
 
 Response = Any  # a bottle.HTTPResponse; bottle has no types
@@ -5811,7 +5811,7 @@ class Dashboard:
     def routes(self) -> Iterator[tuple[str, str, Callable[..., Response]]]:
         """Method, path and handler of each page."""
         for method, path, handler in (
-                ("GET", "/", self._overview), ("GET", "/crashes", self._crashes),
+                ("GET", "/", self._overview), ("GET", "/crashes", self._crashes), ("GET", "/crashes.atom", self._feed),
                 ("GET", "/crashes/<group_hash>.<form:re:txt|md>", self._group_text),
                 ("GET", "/crashes/<group_hash>", self._group), ("POST", "/crashes/<group_hash>", self._triage),
                 ("GET", "/events", self._events), ("GET", "/usage", self._usage),
@@ -5819,7 +5819,6 @@ class Dashboard:
                 ("POST", "/apps", self._change_apps), ("POST", "/sign-out", self._sign_out),
                 ("GET", "/sign-in", self._sign_in_page), ("POST", "/sign-in", self._sign_in)):
             yield method, path, partial(self._respond, handler)
-        yield "GET", "/crashes.atom", self._feed
 
     def invite(self, url: str) -> str:
         """A link that signs in once, within ten minutes."""
@@ -5833,7 +5832,7 @@ class Dashboard:
         page = self.request(bottle.request.environ)
         try:
             is_form = page.environ["REQUEST_METHOD"] == "POST"
-            if page.path != "/sign-in" and not self._is_signed_in(page):
+            if page.path not in _OPEN_PATHS and not self._is_signed_in(page):
                 return page.redirect("/sign-in?" + urlencode({"next": "/" if is_form else page.address}))
             if is_form:
                 page.read_form()
@@ -5862,8 +5861,7 @@ class Dashboard:
         values.update(_TEMPLATE_GLOBALS, page=page, title=title, status=status, apps=page.apps, link=page.link,
                       when=page.when, show=page.show)
         values["body"] = _TEMPLATES[template].render(values)
-        html = _TEMPLATES["layout"].render(values)
-        return bottle.HTTPResponse(_CONTROL.sub("\ufffd", html).encode("utf-8", "replace"), status, PAGE_HEADERS)
+        return _response(_TEMPLATES["layout"].render(values), "text/html", status)
 
     # Signing in and out
 
@@ -5934,8 +5932,7 @@ class Dashboard:
         """A group for a bug tracker, a reader or an assistant."""
         group = self._metrics.group(group_hash, page.app, limit=1)
         text = group_text(group, page.url + page.address.replace("." + form, "", 1))
-        kind = {"Content-Type": f"text/{'markdown' if form == 'md' else 'plain'}; charset=utf-8"}
-        return bottle.HTTPResponse(text.encode("utf-8", "replace"), 200, {**PAGE_HEADERS, **kind})
+        return _response(text, "text/markdown" if form == "md" else "text/plain")
 
     def _triage(self, page: PageRequest, group_hash: str) -> Response:
         """Does what a form of the page of a group asks for; a field that is empty asks for nothing."""
@@ -5964,19 +5961,14 @@ class Dashboard:
         return self._render(page, "Releases", "releases", **self._metrics.releases(page.app, **parameters),
                             parameters=parameters)
 
-    def _feed(self) -> Response:
+    def _feed(self, page: PageRequest) -> Response:
         """New and regressed groups as Atom. Without the feed's token there is nothing here."""
-        page = self.request(bottle.request.environ)
-        try:
-            if not self._store.is_feed(page.query.get("token", "").encode("utf-8", "replace")):
-                raise bottle.HTTPError(404)
-            news = self._metrics.news(page.app)
-        except Refusal as refusal:
-            raise bottle.HTTPError(_refused(refusal)[0]) from None
-        xml = _TEMPLATES["feed"].render(page=page, news=news, iso=iso_time, urlencode=urlencode,
-                                        updated=iso_time(news[0]["at"] if news else 0))
-        return bottle.HTTPResponse(_NOT_XML.sub("\ufffd", xml).encode("utf-8", "replace"), 200, {
-            **PAGE_HEADERS, "Content-Type": "application/atom+xml; charset=utf-8"})
+        if not self._store.is_feed(page.query.get("token", "").encode("utf-8", "replace")):
+            raise Refusal("not found")
+        news = self._metrics.news(page.app)
+        return _response(_TEMPLATES["feed"].render(
+            page=page, news=news, iso=iso_time, urlencode=urlencode,
+            updated=iso_time(news[0]["at"] if news else 0)), "application/atom+xml")
 
     # The page of apps, keys, alerts and the feed
 
@@ -6032,6 +6024,11 @@ class Dashboard:
             kind for kind in FACT_KINDS if f"on-{kind}" in form], "reason" in form, hour)
         return {"message": f"Added channel {number}" + (". Its secret, shown only once:" if secret else "."),
                 "secret": secret}
+
+
+def _response(text: str, content_type: str, status: int = 200) -> Response:
+    return bottle.HTTPResponse(_CONTROL.sub("\ufffd", text).encode("utf-8", "replace"), status, {
+        **PAGE_HEADERS, "Content-Type": content_type + "; charset=utf-8"})
 
 
 def _sentence(text: str) -> str:

@@ -7322,7 +7322,7 @@ def test_the_feed_has_new_and_regressed_groups_for_whoever_has_its_token(serve, 
         hashes.append(api.post(CRASHES, {**CRASH, "exception_type": each, "app_version": "1.0"})[1]["group_hash"])
         clock.move(60)
     for query in ("", "?token=", "?token=" + TOKEN, "?token=\xff"):  # there is no token yet
-        assert person.web.get("/crashes.atom" + query, status=404).json == {"error": "not found"}
+        assert "Not found" in person.web.get("/crashes.atom" + query, status=404)
     url, = re.findall(r"http://crashes.example.com(/crashes.atom\?token=bf_feed_[0-9a-f]{32})<",
                       person.submit("make-feed").text)
     assert "bf_feed_" not in person.get("/apps").text
