@@ -5593,10 +5593,7 @@ iPad 8,5/6/7/8 Pro 12.9-inch (3rd generation); 8,9/10 Pro 11-inch (2nd generatio
 iPad 8,11/12 Pro 12.9-inch (4th generation); 13,4/5/6/7 Pro 11-inch (3rd generation)
 iPad 13,8/9/10/11 Pro 12.9-inch (5th generation); 14,3/4 Pro 11-inch (4th generation)
 iPad 14,5/6 Pro 12.9-inch (6th generation); 16,3/4 Pro 11-inch (M4); 16,5/6 Pro 13-inch (M4); 17,1/2 Pro 11-inch (M5)
-iPad 17,3/4 Pro 13-inch (M5)
-Watch 5,1/2/3/4 Series 5; 5,9/10/11/12 SE; 6,1/2/3/4 Series 6; 6,6/7/8/9 Series 7; 6,10/11/12/13 SE (2nd generation)
-Watch 6,14/15/16/17 Series 8; 6,18 Ultra; 7,1/2/3/4 Series 9; 7,5 Ultra 2; 7,8/9/10/11 Series 10; 7,12 Ultra 3
-Watch 7,13/14/15/16 SE 3; 7,17/18/19/20 Series 11"""  # family, then the numbers of a code and the name that Apple sells
+iPad 17,3/4 Pro 13-inch (M5)"""  # family, then the numbers of a code and the name that Apple sells it by
 
 escape = bottle.html_escape
 
@@ -5861,7 +5858,7 @@ class Dashboard:
         values.update(_TEMPLATE_GLOBALS, page=page, title=title, status=status, apps=page.apps, link=page.link,
                       when=page.when, show=page.show)
         values["body"] = _TEMPLATES[template].render(values)
-        return _response(_TEMPLATES["layout"].render(values), "text/html", status)
+        return _text_response(_TEMPLATES["layout"].render(values), "text/html", status)
 
     # Signing in and out
 
@@ -5932,7 +5929,7 @@ class Dashboard:
         """A group for a bug tracker, a reader or an assistant."""
         group = self._metrics.group(group_hash, page.app, limit=1)
         text = group_text(group, page.url + page.address.replace("." + form, "", 1))
-        return _response(text, "text/markdown" if form == "md" else "text/plain")
+        return _text_response(text, "text/markdown" if form == "md" else "text/plain")
 
     def _triage(self, page: PageRequest, group_hash: str) -> Response:
         """Does what a form of the page of a group asks for; a field that is empty asks for nothing."""
@@ -5966,7 +5963,7 @@ class Dashboard:
         if not self._store.is_feed(page.query.get("token", "").encode("utf-8", "replace")):
             raise Refusal("not found")
         news = self._metrics.news(page.app)
-        return _response(_TEMPLATES["feed"].render(
+        return _text_response(_TEMPLATES["feed"].render(
             page=page, news=news, iso=iso_time, urlencode=urlencode,
             updated=iso_time(news[0]["at"] if news else 0)), "application/atom+xml")
 
@@ -6026,7 +6023,7 @@ class Dashboard:
                 "secret": secret}
 
 
-def _response(text: str, content_type: str, status: int = 200) -> Response:
+def _text_response(text: str, content_type: str, status: int = 200) -> Response:
     return bottle.HTTPResponse(_CONTROL.sub("\ufffd", text).encode("utf-8", "replace"), status, {
         **PAGE_HEADERS, "Content-Type": content_type + "; charset=utf-8"})
 
