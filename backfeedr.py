@@ -6218,9 +6218,9 @@ def _field(label: str) -> Column:
     return label, f'{{{{!show(row["{name}"])}}}}', "" if name.endswith("seen") else "number"
 
 
-def _table(rows: str, *columns: Column | str, empty: str = "") -> str:
-    """Lists `rows`, an expression. On a narrow screen a cell has its label before it, unless its class is "bare" or
-    "main", which also comes first."""
+def _table(rows: str, *columns: Column | str, empty: str = "", note: str = "") -> str:
+    """Lists `rows`, an expression, above a note. On a narrow screen a cell has its label before it, unless its class is
+    "bare" or "main", which also comes first."""
     head, body = "", ""
     for label, cell, css in (_field(each) if isinstance(each, str) else each for each in columns):
         head += f'<th scope="col" class="{css}">{label}</th>\n'
@@ -6233,6 +6233,7 @@ def _table(rows: str, *columns: Column | str, empty: str = "") -> str:
 {body}</tr>
 % end
 </tbody></table>
+{note and f'<p class="note">{note}</p>'}
 % else:
 <p class="empty">{empty}</p>
 % end
@@ -6399,10 +6400,9 @@ _TEMPLATES = {name: bottle.SimpleTemplate(source) for name, source in {
 <div class="grid"><section><h2>New or regressed in the last 7 days: {{number(new_count)}}</h2>
 """ + _table("new", _GROUP, _CRASHES, "Last seen", empty="No new or regressed crashes.") + """</section>
 <section><h2><a href="{{link("/crashes", days=7)}}">To fix first</a></h2>
-""" + _table("first", _GROUP, "Devices", _CRASHES, "Last seen", empty="No crashes in the last 7 days.") + """
-<p class="note">Ranked by devices that crashed in the newest release in the last 7 days, halved for each day since
-the last crash.</p>
-</section></div>
+""" + _table("first", _GROUP, "Devices", _CRASHES, "Last seen", empty="No crashes in the last 7 days.", note="""
+Ranked by devices that crashed in the newest release in the last 7 days, halved for each day since the last crash.
+""") + """</section></div>
 """ + _TILES + """<div class="grid"><section><h2>Exception types, 30 days</h2>{{!bar_chart(types)}}</section>
 <section><h2>Crashing devices, 30 days</h2>{{!bar_chart(devices)}}</section></div>
 """,
@@ -6547,7 +6547,7 @@ first seen | <a href="{{link("/releases", sort="version")}}">version</a></p>
 """ + _table(
         "releases", _RELEASE, ("Verdict", '{{(row["verdict"] or {}).get("text", "-")}}', "verdict"),
         "Crash-free sessions", "Crash-free devices", "Crashes", "Sessions", "Adoption", "First seen", "Last seen",
-        empty=_NO_RELEASE) + '<p class="note">Adoption is the share of the app\'s sessions in the last 7 days.</p>\n',
+        empty=_NO_RELEASE, note="Adoption is the share of the app's sessions in the last 7 days."),
     "apps": """% if notice:
 <section class="hint" role="{{"status" if status == 200 else "alert"}}"><p
 {{!' class="problem"' if status != 200 else ""}}>{{notice["message"]}}</p>
