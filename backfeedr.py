@@ -6139,7 +6139,7 @@ def _portrait(group: JsonObject) -> Iterator[tuple[str, str]]:
     frames = [_frame(each) for each in report.get("stack_trace", [])[:SHOWN_FRAMES]]
     yield "Stack trace of the latest crash (* is the app's own code)", "\n".join(
         f"{n:3} {'*' if is_own else ' '} {_shorten(symbol, 1000)}  {_shorten(place)}".rstrip()
-        for n, (symbol, place, is_own) in enumerate(frames)) or "none was sent"
+        for n, (symbol, place, is_own, _) in enumerate(frames)) or "none was sent"
     spread = {"Crashes": group["count"], "Devices": group["devices"], "First seen": group["first_seen"],
               "Last seen": group["last_seen"]}
     for title, part in (("Versions", "versions"), ("Systems", "systems"), ("Models", "device_models")):
@@ -6169,15 +6169,17 @@ def _fields(page: PageRequest, report: JsonObject) -> Iterator[tuple[str, str]]:
             yield name.replace("_", " "), html
 
 
-def _frame(frame: JsonObject) -> tuple[str, str, bool]:
-    """Symbol and place of a frame, with fields such as its library, and whether it is one of the app itself."""
+def _frame(frame: JsonObject) -> tuple[str, str, bool, str]:
+    """Symbol and place of a frame, with fields such as its library; whether it is one of the app itself; and where in
+    its build it is."""
     read = read_frame(frame)
     line = next((frame[name] for name in _FRAME_FIELDS["line"] if frame.get(name) is not None), None)
     place = [read.file if line is None else f"{read.file}:{line}"] if read.file else []
     place += [read.binary] if read.binary and read.symbol else []
     place += ["inlined"] if frame.get("inlined") else []
     place += [_as_text(value) for name, value in frame.items() if name not in _SHOWN_FIELDS and value is not None]
-    return read.title or "(no symbol)", ", ".join(place), bool(read.is_own)
+    raw = f"{read.binary} + {read.offset} {read.uuid}".strip() if read.offset is not None else ""
+    return read.title or "(no symbol)", ", ".join(place), bool(read.is_own), raw
 
 
 _SHOWN_FIELDS = {*chain.from_iterable(_FRAME_FIELDS.values()), "frame", "in_app", "symbolicated", "inlined"}
@@ -6449,8 +6451,8 @@ sending one.
 <div class="crash"><div>
 % if frames:
 <ol class="trace" start="0">
-% for symbol, place, is_own in frames[:max_frames]:
-<li{{!' class="own"' if is_own else ""}}><code><bdi>{{shorten(symbol, 1000)}}</bdi></code>
+% for symbol, place, is_own, raw in frames[:max_frames]:
+<li{{!' class="own"' if is_own else ""}} title="{{shorten(raw)}}"><code><bdi>{{shorten(symbol, 1000)}}</bdi></code>
 <span class="place"><bdi>{{shorten(place)}}</bdi></span></li>
 % end
 </ol>
@@ -6462,7 +6464,7 @@ sending one.
 {{"crashes wait" if build["crashes"] > 1 else "crash waits"}} for them.
 <code>python examples/symbols.py --server {{page.url}} App.xcarchive</code> sends them (build {{build["uuid"]}}).</p>
 % end
-% if not any(is_own for _, _, is_own in frames):
+% if not any(is_own for _, _, is_own, _ in frames):
 <p class="note">No frame is known to be the app's own.</p>
 % end
 % else:

@@ -6800,8 +6800,8 @@ OWN = [frame["symbol"] for frame in FULL["stack_trace"] if frame.get("file")]
     ([FULL], {"/crashes/{group}": [
         "ContentView.swift:42", "free memory mb 312", "battery level 0.67", "is charging false", "locale de_DE",
         "app version 1.2.0", "build number 47", "os version 18.3.1", "free disk mb 70",
-        "Time Action 14:22 Cart tap 00:00", "Crashes 1 Devices 1", "<li><code><bdi>UIApplicationMain",
-        *(f'<li class="own"><code><bdi>{symbol}</bdi>' for symbol in OWN)]}),
+        "Time Action 14:22 Cart tap 00:00", "Crashes 1 Devices 1", '<li title=""><code><bdi>UIApplicationMain',
+        *(f'<li class="own" title=""><code><bdi>{symbol}</bdi>' for symbol in OWN)]}),
     ([{**CRASH, "occurred_at": "2031-01-02T03:04:05Z"}],
      {"/crashes/{group}": ['title="2031-01-02 03:04:05">2031-01-02<']})])
 def test_each_page_shows_what_is_known_and_what_to_do_where_nothing_is(api, person, reports, said_by_path):
