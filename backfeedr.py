@@ -5463,7 +5463,7 @@ ERRORS = {  # the texts by status; one that is not here starts with `missing` or
     415: ("unsupported content encoding",), 422: ("idempotency key reused with a different body",),
     429: ("rate limit exceeded",), 431: ("request header too large",), 500: ("internal server error",),
     501: ("transfer encoding not supported",), 503: ("storage unavailable",)}
-_STATUS = {text: status for status, texts in ERRORS.items() for text in texts}
+_STATUS = {"form expired": 403, **{text: status for status, texts in ERRORS.items() for text in texts}}
 _HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 Environ = dict[str, Any]
@@ -5471,13 +5471,23 @@ Answer = tuple[int, Any]  # status, and a JSON object or a text
 Handler = Callable[..., Answer]  # called with an environ and the parts of the path
 
 
-def _error_text(status: int) -> str:
-    """What a client is told of an error that bottle or waitress raised."""
-    return ERRORS.get(status, ("invalid request",))[0]
+def _as_refusal(error: int | Exception) -> Refusal:
+    """What a client is told of a status that bottle or waitress chose, or of an error; one of our own is logged."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, int):
+        return Refusal(ERRORS.get(error, ("invalid request",))[0])
+    log.error("unexpected error", exc_info=error)
+    return Refusal("internal server error")
 
 
-def _error_body(status: int) -> bytes:
-    return json.dumps({"error": _error_text(status)}).encode()
+def _refused(refusal: Refusal) -> tuple[int, JsonObject, dict[str, str]]:
+    """The status, JSON and headers of its answer."""
+    status = _STATUS.get(str(refusal), 400)
+    headers = {"Accept-Encoding": "gzip"} if status == 415 else {}
+    if refusal.retry_after is not None:
+        headers["Retry-After"] = str(refusal.retry_after)
+    return status, {"error": str(refusal), **({"detail": refusal.detail} if refusal.detail else {})}, headers
 
 
 def _header(environ: Environ, name: str) -> bytes:
@@ -5531,13 +5541,15 @@ def _idempotency(environ: Environ, signature: bytes, body: bytes) -> Idempotency
     return Idempotency(tuple(marks), sha256(path + b":" + body)[:16] if marks else b"")
 
 
-def _query(environ: Environ) -> str:
-    return str(environ.get("QUERY_STRING", "")).encode("latin-1", "replace").decode("utf-8", "replace")
+def _query(environ: Environ) -> dict[str, str]:
+    """The query parameters; of several with one name, the last."""
+    text = str(environ.get("QUERY_STRING", "")).encode("latin-1", "replace").decode("utf-8", "replace")
+    return dict(parse_qsl(text, keep_blank_values=True))
 
 
-def _parameters(environ: Environ, *names: str) -> dict[str, Any]:
+def _parameters(query: Mapping[str, str], *names: str) -> dict[str, Any]:
     """The query parameters of these names, without empty ones. Raises Refusal for an invalid number."""
-    given: dict[str, Any] = dict(parse_qsl(_query(environ), keep_blank_values=True))  # the last of each
+    given: dict[str, Any] = dict(query)
     for name, highest in (("days", 365), ("limit", 100)):
         if name in given:
             if not (re.fullmatch("[0-9]{1,3}", given[name]) and 1 <= int(given[name]) <= highest):
@@ -5581,10 +5593,7 @@ iPad 8,5/6/7/8 Pro 12.9-inch (3rd generation); 8,9/10 Pro 11-inch (2nd generatio
 iPad 8,11/12 Pro 12.9-inch (4th generation); 13,4/5/6/7 Pro 11-inch (3rd generation)
 iPad 13,8/9/10/11 Pro 12.9-inch (5th generation); 14,3/4 Pro 11-inch (4th generation)
 iPad 14,5/6 Pro 12.9-inch (6th generation); 16,3/4 Pro 11-inch (M4); 16,5/6 Pro 13-inch (M4); 17,1/2 Pro 11-inch (M5)
-iPad 17,3/4 Pro 13-inch (M5)
-Watch 5,1/2/3/4 Series 5; 5,9/10/11/12 SE; 6,1/2/3/4 Series 6; 6,6/7/8/9 Series 7; 6,10/11/12/13 SE (2nd generation)
-Watch 6,14/15/16/17 Series 8; 6,18 Ultra; 7,1/2/3/4 Series 9; 7,5 Ultra 2; 7,8/9/10/11 Series 10; 7,12 Ultra 3
-Watch 7,13/14/15/16 SE 3; 7,17/18/19/20 Series 11"""  # family, then the numbers of a code and the name that Apple sells
+iPad 17,3/4 Pro 13-inch (M5)"""  # family, then the numbers of a code and the name that Apple sells it by
 
 escape = bottle.html_escape
 
@@ -5689,13 +5698,13 @@ LIST_ROWS = 25
 SHOWN_VERDICTS = 5
 SHOWN_FRAMES, SHOWN_TEXT = 200, 20_000  # frames and characters of a report on its page; the API has the rest
 
-_FORM_EXPIRED = "form expired"
 _HINTS = {
-    403: "The session has changed since the page was loaded. Load it again, then resend the form.",
+    403: "The session has changed since the page was loaded. Load the page again, then resend the form.",
     404: "It may have expired, or belong to an app that was deleted.",
     500: "The server's log has the reason.", 503: "The server's log has the reason. Try again in a moment."}
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that HTML does not allow
-_NOT_XML = re.compile(_CONTROL.pattern + "|[\ufffe\uffff]")
+_INVALID = "The address or the form is not valid."
+_OPEN_PATHS = ("/sign-in", "/crashes.atom")  # which need no session
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")  # characters that HTML and XML do not allow
 _MISLEADING = re.compile(_CONTROL.pattern + "|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # turn text around
 
 Response = Any  # a bottle.HTTPResponse; bottle has no types
@@ -5711,9 +5720,8 @@ class PageRequest:
         self.root = (urlsplit(public_url).path or mounted).rstrip("/")  # a proxy may have stripped the prefix
         self.path = quote(environ.get("PATH_INFO", "").encode("latin-1", "replace"))
         self.section = "/" + self.path.split("/")[1] if "/" in self.path else "/"
-        self.query = dict(parse_qsl(_query(environ)))  # without the fields that a form left empty
-        self._suffix = "?" + urlencode(self.query) if self.query else ""
-        self.address = self.path + self._suffix
+        self.query = {name: value for name, value in _query(environ).items() if value}  # a form sends empty fields, too
+        self.address = self.path + ("?" + urlencode(self.query) if self.query else "")
         self.app = self.query.get("app")
         self.apps: list[App] | None = None  # None unless the browser is signed in
         self.form: dict[str, str] = {}
@@ -5729,8 +5737,8 @@ class PageRequest:
 
     def parameters(self, *names: str) -> dict[str, Any]:
         """As _parameters, where days=all is no limit."""
-        query = {name: value for name, value in self.query.items() if (name, value) != ("days", "all")}
-        return _parameters({"QUERY_STRING": urlencode(query)}, *names)
+        return _parameters({name: value for name, value in self.query.items() if (name, value) != ("days", "all")},
+                           *names)
 
     @property
     def form_token(self) -> str:
@@ -5744,7 +5752,7 @@ class PageRequest:
         self.form = {name: values[-1] for name, values in fields.items()}
         token = self.form.get("form_token", "").encode("utf-8", "replace")
         if not hmac.compare_digest(token, self.form_token.encode()):
-            raise Refusal(_FORM_EXPIRED)
+            raise Refusal("form expired")
 
     def link(self, path: str, **query: Any) -> str:
         """The address of a page about the same app, unless `query` has another. None and "" are left out of it."""
@@ -5752,9 +5760,9 @@ class PageRequest:
         given = {name: value for name, value in {"app": app, **query}.items() if value not in (None, "")}
         return self.root + path + ("?" + urlencode(given) if given else "")
 
-    def moved(self, path: str) -> str:
-        """The address of what has moved there, with the same query."""
-        return self.root + path + self._suffix
+    def moved(self, group_hash: str) -> str:
+        """The address of this page of another group."""
+        return self.root + re.sub("[0-9a-f]{16}", group_hash, self.address, count=1)
 
     def redirect(self, path: str) -> Response:
         return bottle.HTTPResponse(b"", 303, {**PAGE_HEADERS, "Location": self.root + path})
@@ -5796,12 +5804,11 @@ class Dashboard:
         self._alerts = alerts
         # Two servers on one host share their cookies.
         self._cookie = "backfeedr_" + store.secret_hash("admin_token").hex()[:8]
-        self._templates = {name: bottle.SimpleTemplate(source) for name, source in _TEMPLATES.items()}
 
     def routes(self) -> Iterator[tuple[str, str, Callable[..., Response]]]:
         """Method, path and handler of each page."""
         for method, path, handler in (
-                ("GET", "/", self._overview), ("GET", "/crashes", self._crashes),
+                ("GET", "/", self._overview), ("GET", "/crashes", self._crashes), ("GET", "/crashes.atom", self._feed),
                 ("GET", "/crashes/<group_hash>.<form:re:txt|md>", self._group_text),
                 ("GET", "/crashes/<group_hash>", self._group), ("POST", "/crashes/<group_hash>", self._triage),
                 ("GET", "/events", self._events), ("GET", "/usage", self._usage),
@@ -5809,7 +5816,6 @@ class Dashboard:
                 ("POST", "/apps", self._change_apps), ("POST", "/sign-out", self._sign_out),
                 ("GET", "/sign-in", self._sign_in_page), ("POST", "/sign-in", self._sign_in)):
             yield method, path, partial(self._respond, handler)
-        yield "GET", "/crashes.atom", self._feed
 
     def invite(self, url: str) -> str:
         """A link that signs in once, within ten minutes."""
@@ -5823,30 +5829,23 @@ class Dashboard:
         page = self.request(bottle.request.environ)
         try:
             is_form = page.environ["REQUEST_METHOD"] == "POST"
-            if page.path != "/sign-in" and not self._is_signed_in(page):
+            if page.path not in _OPEN_PATHS and not self._is_signed_in(page):
                 return page.redirect("/sign-in?" + urlencode({"next": "/" if is_form else page.address}))
             if is_form:
                 page.read_form()
             return handler(page, **path)
         except Moved as moved:
-            location = page.moved(page.path.replace(path["group_hash"], moved.group_hash))
-            return bottle.HTTPResponse(b"", 301, {**PAGE_HEADERS, "Location": location})
-        except Refusal as refusal:
-            status = 403 if str(refusal) == _FORM_EXPIRED else _STATUS.get(str(refusal), 400)
-            return self.error_page(page, status, str(refusal), refusal.retry_after, refusal.detail)
-        except Exception:
-            log.exception("unexpected error")
-            return self.error_page(page, 500, "internal server error")
+            return bottle.HTTPResponse(b"", 301, {**PAGE_HEADERS, "Location": page.moved(moved.group_hash)})
+        except Exception as error:
+            return self.error_page(page, _as_refusal(error))
 
-    def error_page(self, page: PageRequest, status: int, text: str, retry_after: int | None = None,
-                   detail: str = "") -> Response:
-        """The page for an error."""
+    def error_page(self, page: PageRequest, refusal: Refusal) -> Response:
+        status, _, headers = _refused(refusal)
         with suppress(Exception):  # without its navigation, where the database is the error
             self._is_signed_in(page)
-        hint = _sentence(detail) if detail else _HINTS.get(status, "The address or the form is not valid.")
-        response = self._render(page, _sentence(text)[:-1], "error", status, hint=hint)
-        if retry_after is not None:
-            response.set_header("Retry-After", str(retry_after))
+        hint = _sentence(refusal.detail) if refusal.detail else _HINTS.get(status, _INVALID)
+        response = self._render(page, _sentence(str(refusal))[:-1], "error", status, hint=hint)
+        response.headers.update(headers)
         return response
 
     def _is_signed_in(self, page: PageRequest) -> bool:
@@ -5858,9 +5857,8 @@ class Dashboard:
     def _render(self, page: PageRequest, title: str, template: str, status: int = 200, **values: Any) -> Response:
         values.update(_TEMPLATE_GLOBALS, page=page, title=title, status=status, apps=page.apps, link=page.link,
                       when=page.when, show=page.show)
-        values["body"] = self._templates[template].render(values)
-        html = self._templates["layout"].render(values)
-        return bottle.HTTPResponse(_CONTROL.sub("\ufffd", html).encode("utf-8", "replace"), status, PAGE_HEADERS)
+        values["body"] = _TEMPLATES[template].render(values)
+        return _text_response(_TEMPLATES["layout"].render(values), "text/html", status)
 
     # Signing in and out
 
@@ -5931,8 +5929,7 @@ class Dashboard:
         """A group for a bug tracker, a reader or an assistant."""
         group = self._metrics.group(group_hash, page.app, limit=1)
         text = group_text(group, page.url + page.address.replace("." + form, "", 1))
-        kind = {"Content-Type": f"text/{'markdown' if form == 'md' else 'plain'}; charset=utf-8"}
-        return bottle.HTTPResponse(text.encode("utf-8", "replace"), 200, {**PAGE_HEADERS, **kind})
+        return _text_response(text, "text/markdown" if form == "md" else "text/plain")
 
     def _triage(self, page: PageRequest, group_hash: str) -> Response:
         """Does what a form of the page of a group asks for; a field that is empty asks for nothing."""
@@ -5961,19 +5958,14 @@ class Dashboard:
         return self._render(page, "Releases", "releases", **self._metrics.releases(page.app, **parameters),
                             parameters=parameters)
 
-    def _feed(self) -> Response:
+    def _feed(self, page: PageRequest) -> Response:
         """New and regressed groups as Atom. Without the feed's token there is nothing here."""
-        page = self.request(bottle.request.environ)
-        try:
-            if not self._store.is_feed(page.query.get("token", "").encode("utf-8", "replace")):
-                raise bottle.HTTPError(404)
-            news = self._metrics.news(page.app)
-        except Refusal as refusal:
-            raise bottle.HTTPError(_STATUS.get(str(refusal), 400)) from None
-        xml = self._templates["feed"].render(page=page, news=news, iso=iso_time, urlencode=urlencode,
-                                             updated=iso_time(news[0]["at"] if news else 0))
-        return bottle.HTTPResponse(_NOT_XML.sub("\ufffd", xml).encode("utf-8", "replace"), 200, {
-            **PAGE_HEADERS, "Content-Type": "application/atom+xml; charset=utf-8"})
+        if not self._store.is_feed(page.query.get("token", "").encode("utf-8", "replace")):
+            raise Refusal("not found")
+        news = self._metrics.news(page.app)
+        return _text_response(_TEMPLATES["feed"].render(
+            page=page, news=news, iso=iso_time, urlencode=urlencode,
+            updated=iso_time(news[0]["at"] if news else 0)), "application/atom+xml")
 
     # The page of apps, keys, alerts and the feed
 
@@ -6029,6 +6021,11 @@ class Dashboard:
             kind for kind in FACT_KINDS if f"on-{kind}" in form], "reason" in form, hour)
         return {"message": f"Added channel {number}" + (". Its secret, shown only once:" if secret else "."),
                 "secret": secret}
+
+
+def _text_response(text: str, content_type: str, status: int = 200) -> Response:
+    return bottle.HTTPResponse(_CONTROL.sub("\ufffd", text).encode("utf-8", "replace"), status, {
+        **PAGE_HEADERS, "Content-Type": content_type + "; charset=utf-8"})
 
 
 def _sentence(text: str) -> str:
@@ -6223,9 +6220,9 @@ def _field(label: str) -> Column:
     return label, f'{{{{!show(row["{name}"])}}}}', "" if name.endswith("seen") else "number"
 
 
-def _table(rows: str, *columns: Column | str, empty: str = "") -> str:
-    """Lists `rows`, an expression. On a narrow screen a cell has its label before it, unless its class is "bare" or
-    "main", which also comes first."""
+def _table(rows: str, *columns: Column | str, empty: str = "", note: str = "") -> str:
+    """Lists `rows`, an expression, above a note. On a narrow screen a cell has its label before it, unless its class is
+    "bare" or "main", which also comes first."""
     head, body = "", ""
     for label, cell, css in (_field(each) if isinstance(each, str) else each for each in columns):
         head += f'<th scope="col" class="{css}">{label}</th>\n'
@@ -6238,6 +6235,7 @@ def _table(rows: str, *columns: Column | str, empty: str = "") -> str:
 {body}</tr>
 % end
 </tbody></table>
+{note and f'<p class="note">{note}</p>'}
 % else:
 <p class="empty">{empty}</p>
 % end
@@ -6302,7 +6300,7 @@ again since {{!when(group["regressed_at"])}}
 % end
 </h2><div class="actions">
 % if len(group_apps) > 1:
-<p class="note">Several apps have it. Choose one to change its state:
+<p class="note">Several apps have this crash. Choose one to change its state there:
 % for name in group_apps:
 <a href="{{link(page.path, app=name)}}"><bdi>{{name}}</bdi></a>
 % end
@@ -6336,7 +6334,7 @@ again since {{!when(group["regressed_at"])}}
 </section>
 """
 
-_TEMPLATES = {
+_TEMPLATES = {name: bottle.SimpleTemplate(source) for name, source in {
     "layout": """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><meta name="robots" content="noindex">
@@ -6404,10 +6402,9 @@ _TEMPLATES = {
 <div class="grid"><section><h2>New or regressed in the last 7 days: {{number(new_count)}}</h2>
 """ + _table("new", _GROUP, _CRASHES, "Last seen", empty="No new or regressed crashes.") + """</section>
 <section><h2><a href="{{link("/crashes", days=7)}}">To fix first</a></h2>
-""" + _table("first", _GROUP, "Devices", _CRASHES, "Last seen", empty="No crashes in the last 7 days.") + """
-<p class="note">Ranked by devices that crashed in the newest release in 7 days, halved for each day since the last
-crash.</p>
-</section></div>
+""" + _table("first", _GROUP, "Devices", _CRASHES, "Last seen", empty="No crashes in the last 7 days.", note="""
+Ranked by devices that crashed in the newest release in the last 7 days, halved for each day since the last crash.
+""") + """</section></div>
 """ + _TILES + """<div class="grid"><section><h2>Exception types, 30 days</h2>{{!bar_chart(types)}}</section>
 <section><h2>Crashing devices, 30 days</h2>{{!bar_chart(devices)}}</section></div>
 """,
@@ -6425,7 +6422,7 @@ crash.</p>
 % if parameters != {"days": "all"}:
 No matches. <a href="{{link("/crashes", days="all")}}">Show all</a>
 % else:
-No crashes stored{{" of " + page.app if page.app else ""}}. <a href="{{link("/apps")}}">Apps</a> has the keys for
+No crashes stored{{" for " + page.app if page.app else ""}}. <a href="{{link("/apps")}}">Apps</a> has the keys for
 sending one.
 % end
 """) + _PAGE_LINKS,
@@ -6503,7 +6500,7 @@ sending one.
 """,
     "events": """% if "session_id" in parameters:
 <p>Session <code><bdi>{{parameters["session_id"]}}</bdi></code>
-of <code><bdi>{{parameters.get("device_id_hash", "all devices")}}</bdi></code>, oldest event first.
+of <bdi>{{parameters.get("device_id_hash", "all devices")}}</bdi>, oldest event first.
 <a href="{{link("/events")}}">All events</a></p>
 % else:
 """ + _FILTER + "<label>Type " + _select("type", '[("", "all"), *types]', 'parameters.get("type", "")') + """</label>
@@ -6530,7 +6527,7 @@ No match among the 20,000 events searched. The next page searches older ones.
 % elif parameters:
 No matches. <a href="{{link("/events")}}">Show all</a>
 % else:
-No events stored{{" of " + page.app if page.app else ""}}.
+No events stored{{" for " + page.app if page.app else ""}}.
 <code>examples/client.py</code> shows how an app sends its sessions.
 % end
 """) + _PAGE_LINKS,
@@ -6552,7 +6549,7 @@ first seen | <a href="{{link("/releases", sort="version")}}">version</a></p>
 """ + _table(
         "releases", _RELEASE, ("Verdict", '{{(row["verdict"] or {}).get("text", "-")}}', "verdict"),
         "Crash-free sessions", "Crash-free devices", "Crashes", "Sessions", "Adoption", "First seen", "Last seen",
-        empty=_NO_RELEASE) + '<p class="note">Adoption is the share of the app\'s sessions in the last 7 days.</p>\n',
+        empty=_NO_RELEASE, note="Adoption is the share of the app's sessions in the last 7 days."),
     "apps": """% if notice:
 <section class="hint" role="{{"status" if status == 200 else "alert"}}"><p
 {{!' class="problem"' if status != 200 else ""}}>{{notice["message"]}}</p>
@@ -6575,7 +6572,7 @@ first seen | <a href="{{link("/releases", sort="version")}}">version</a></p>
 % if row.revoked_at:
 revoked {{!when(row.revoked_at)}}
 % else:
-<details><summary>Revoke</summary><p>Reports sent with this key are refused from now on.</p>
+<details><summary>Revoke</summary><p>Reports sent with this key will be refused.</p>
 """ + _form('<button class="danger">Revoke</button>', action="revoke", key="{{row.hash}}") + """</details>
 % end
 """, "bare"), empty="No key, so nothing can be sent.") + '<div class="actions">\n' + _form(
@@ -6598,7 +6595,7 @@ Millions of reports take minutes: the deletion goes on, even if this page stops 
         ("Alerts", '{{row["kinds"].replace(",", ", ")}}', ""),
         ("Last sent", '{{!when(row["sent_at"]) if row["sent_at"] else "never"}}', ""), ("Status", """
 % if row["ended_at"]:
-<span class="problem">ended {{!when(row["ended_at"])}}: its receiver wants no more</span>
+<span class="problem">ended {{!when(row["ended_at"])}}: its receiver asked for no more</span>
 % elif row["error"]:
 <span class="problem">{{row["error"]}}, {{!when(row["error_at"])}}; {{row["waiting"]}} waiting</span>
 % else:
@@ -6608,7 +6605,8 @@ Millions of reports take minutes: the deletion goes on, even if this page stops 
              + _form('<button class="plain">Remove</button>', action="remove-channel", id='{{row["id"]}}'), "bare"),
         empty="No channels: nobody is told of new or regressed crashes.") + """
 <details><summary>Add channel</summary>
-""" + _form("""<p class="note">A webhook (https), slack+https, ntfy+https, or any address that Apprise supports.</p>
+""" + _form("""<p class="note">A webhook (https), slack+https or ntfy+https; with the package apprise, any
+address that it supports.</p>
 <p><label>Address <input name="url" size="30" required></label>
 <label>App """ + _select("app", '[("", "all live apps"), *(app.name for app in apps)]') + """</label></p><p>
 % for kind, is_on in fact_kinds.items():
@@ -6640,7 +6638,7 @@ Millions of reports take minutes: the deletion goes on, even if this page stops 
 <summary>{{row["app"]}}{{", first in " + row["first_version"] if row["first_version"] else ""}}</summary></entry>
 % end
 </feed>
-"""}
+"""}.items()}
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fcfbf8; --ink: #1f1e1b; --soft: #66635b; --rule: #dcd8cd; --tint: #f3f0e8;
@@ -6694,18 +6692,18 @@ li { padding: 0.15rem 0 0.15rem 0.6rem; border-left: 3px solid transparent; }
   padding: 0.2rem 0; }
 .context dt { max-width: 9.5rem; }
 pre, .long dd { margin: 0.2rem 0; padding: 0.5rem 0.7rem; white-space: pre-wrap; max-height: 22rem; overflow-y: auto; }
-form, label { display: inline-block; }
+form, label { display: inline-block; } form, details { max-width: 100%; } p label { margin: 0 0.8rem 0.3rem 0; }
 .filter { align-items: end; margin-bottom: 1rem; } .filter label { display: grid; }
 input, select, button, textarea { font: inherit; color: inherit; border: 1px solid var(--soft); border-radius: 3px;
   padding: 0.3rem 0.6rem; max-width: 100%; }
 input, select, textarea { background: var(--paper); } [type=number] { width: 7rem; }
 input:not([type=checkbox]), select, button { min-height: 2.2rem; }
 button, summary { cursor: pointer; } button:hover { border-color: var(--ink); }
-.plain { border: 0; padding: 0.2rem 0.6rem 0.2rem 0; min-height: 0; background: none; }
+.plain { border: 0; padding: 0; min-height: 0; background: none; } td form + form { margin-left: 0.8rem; }
 .danger, .problem { color: var(--bad); }
 .sign-in { max-width: 24rem; } .sign-in :is(form, label, #token) { display: block; width: 100%; }
 .hint { padding: 0.3rem 1rem 0.8rem; border-left: 3px solid var(--mark); } .key { user-select: all; }
-.actions { margin-top: 0.6rem; } .more { margin-right: 1.5rem; }
+.actions, .list + details { margin-top: 0.6rem; } .more { margin-right: 1.5rem; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 @media (max-width: 60rem) {
   .crash { grid-template-columns: minmax(0, 1fr); }
@@ -6867,7 +6865,7 @@ class Backfeedr(Closing):
         def handler(environ: Environ, **path: str) -> Answer:
             if not (is_public and self.settings.public_metrics):
                 self._check_admin(environ)
-            return 200, question(**path, **_parameters(environ, "app", *names))
+            return 200, question(**path, **_parameters(_query(environ), "app", *names))
         return handler
 
     def _check_admin(self, environ: Environ) -> None:
@@ -6891,19 +6889,11 @@ class Backfeedr(Closing):
         headers = dict(_HEADERS)
         try:
             status, answer = handler(environ, **path)
-        except Refusal as refusal:
-            status, answer = _STATUS.get(str(refusal), 400), {"error": str(refusal)}
-            if refusal.detail:
-                answer["detail"] = refusal.detail
-            if refusal.retry_after is not None:
-                headers["Retry-After"] = str(refusal.retry_after)
-            if isinstance(refusal, Moved):
-                headers["Location"] = self.pages.request(environ).moved("/api/v1/crashes/" + refusal.group_hash)
-            if status == 415:
-                headers["Accept-Encoding"] = "gzip"
-        except Exception:
-            log.exception("unexpected error")
-            return _error_body(500), 500, headers
+        except Exception as error:
+            status, answer, more = _refused(_as_refusal(error))
+            headers.update(more)
+            if isinstance(error, Moved):
+                headers["Location"] = self.pages.request(environ).moved(error.group_hash)
         if isinstance(answer, str):
             headers["Content-Type"] = "text/plain; version=0.0.4; charset=utf-8"
             return answer.encode(), status, headers
@@ -6911,12 +6901,11 @@ class Backfeedr(Closing):
 
     def _bottle_error(self, error: bottle.HTTPError) -> bottle.HTTPResponse:
         """What bottle itself refuses, in JSON, or as a page for a browser that is not at the API."""
-        environ, status = bottle.request.environ, error.status_code
+        environ, refusal = bottle.request.environ, _as_refusal(error.status_code)
         if "text/html" in environ.get("HTTP_ACCEPT", "") and not environ["PATH_INFO"].startswith("/api/"):
-            page = self.pages.request(environ)
-            answer: bottle.HTTPResponse = self.pages.error_page(page, status, _error_text(status))
+            answer: bottle.HTTPResponse = self.pages.error_page(self.pages.request(environ), refusal)
         else:
-            answer = bottle.HTTPResponse(_error_body(status), status, _HEADERS)
+            answer = bottle.HTTPResponse(json.dumps({"error": str(refusal)}), error.status_code, _HEADERS)
         answer.headers.update({name: value for name, value in error.headers.items() if name == "Allow"})
         return answer
 
@@ -6930,7 +6919,7 @@ class Backfeedr(Closing):
         """As a public route; but a stranger who names no app does not learn the names of all."""
         status, answer = self._question_route(self.metrics.releases, "sort", is_public=True)(environ)
         try:
-            if not _parameters(environ, "app"):
+            if not _query(environ).get("app"):
                 self._check_admin(environ)
         except Refusal:
             for release in answer["releases"]:
@@ -6938,7 +6927,7 @@ class Backfeedr(Closing):
         return status, answer
 
     def _triage(self, environ: Environ, group_hash: str) -> Answer:
-        body, named = self._admin_body(environ), _parameters(environ, "app")
+        body, named = self._admin_body(environ), _parameters(_query(environ), "app")
         given = decode_json(_decompress(environ, body, self.settings.max_body_size))
         self.store.triage(group_hash, parse_triage(given, self.store.now), **named)
         return 200, self.metrics.group(group_hash, **named)
@@ -7211,7 +7200,7 @@ class _ErrorTask(_Task, ErrorTask):
 
     def execute(self) -> None:
         error = self.request.error
-        body = _error_body(error.code)
+        body = json.dumps({"error": str(_as_refusal(error.code))}).encode()
         self.status = f"{error.code} {error.reason}"
         self.response_headers.extend(_HEADERS.items())
         self.set_close_on_finish()
