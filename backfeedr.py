@@ -3984,7 +3984,7 @@ class Store(Apps):
                 commit.put(apps[app, is_test][0], [seq], [received_at], [ahead_ms], commit.group([report]))
                 counts["stored"] += 1
             commit.save()
-            self._expire(db)
+            self._expire(db)  # which also notes that reports have been counted now: see _note_counting
         return counts
 
     def _imported_app(self, db: Connection, name: str, is_test: bool) -> tuple[int, int]:
@@ -7520,7 +7520,6 @@ def import_jsonl(store: Store, lines: Iterable[bytes]) -> Counter[str]:
     try:
         for batch in _import_batches(lines):
             counts += store.import_(batch)
-        store.prune()  # which writes down up to when sums are kept: `check` must not ask for older ones
     except (StoreError, StorageUnavailable) as error:
         raise StoreError(f"{error}; {counts['stored']:,} reports before it were stored: fix this and import the"
                          " whole file again") from None

@@ -8428,8 +8428,8 @@ def test_check_is_content_with_an_import_of_reports_that_are_too_old_for_some_su
         add(server, 3)
         add(server, 3, type="custom", device_id_hash="d")
     for kind in ("crashes", "events"):
-        Path(kind).write_bytes(command("export", kind)[1].encode())
-        assert command("import", kind, "--db", "other.db")[0] == 0
+        Path(kind).write_bytes(command("export", kind)[1].encode() + b"junk")
+        assert command("import", kind, "--db", "other.db")[0] == 1, "it ends early"
         status, out, err = command("check", "--db", "other.db")
         assert (status, err) == (0, ""), out
 
