@@ -3234,8 +3234,8 @@ def test_a_forgotten_device_is_in_no_row_and_no_sum_until_it_comes_again_and_sum
 
 
 @pytest.mark.parametrize("days", [0, 3, 8, 40, 100])
-def test_figures_agree_when_a_device_is_forgotten_though_nothing_has_come_for_days(serve, clock, days):
-    server = serve(retention_days=0)
+def test_figures_agree_when_a_device_is_forgotten_though_nothing_has_come_for_days(keeping, clock, days):
+    server = keeping(0)
     for device in ("d1", "d2", "d3"):
         for hours in (0, 30, 160):
             for fields in ({}, {"type": "session_start", "session_id": f"s{hours}"}, {"type": "error", "name": "x"}):
@@ -3244,13 +3244,12 @@ def test_figures_agree_when_a_device_is_forgotten_though_nothing_has_come_for_da
         clock.move(3600)
     clock.move(days * 86_400)
     assert server.store.forget_device("d2")["crashes"] == 3
-    serve.unchecked.append(server)
     check_database(server.store.path, forgotten=True)
 
 
 @sqlite_only
-def test_figures_agree_when_the_daily_trim_is_half_done_and_its_only_report_is_forgotten(serve, clock, monkeypatch):
-    server = serve(retention_days=0)
+def test_figures_agree_when_the_daily_trim_is_half_done_and_its_only_report_is_forgotten(keeping, clock, monkeypatch):
+    server = keeping(0)
     monkeypatch.setattr(backfeedr, "TRIMMED", 1)
     for kind in "ABC":
         add(server, exception_type=kind)
@@ -3258,19 +3257,17 @@ def test_figures_agree_when_the_daily_trim_is_half_done_and_its_only_report_is_f
     add(server, device_id_hash="d1")
     assert count(server, "group_days") == 3, "two of those three days, and today"
     assert server.store.forget_device("d1")["crashes"] == 1
-    serve.unchecked.append(server)
     check_database(server.store.path, forgotten=True)
 
 
 @sqlite_only
-def test_figures_agree_when_the_first_device_of_an_old_release_is_forgotten(serve, clock):
-    server = serve(retention_days=0)
+def test_figures_agree_when_the_first_device_of_an_old_release_is_forgotten(keeping, clock):
+    server = keeping(0)
     for device, days in (("d1", 100), ("d2", 1), ("", 0)):
         add(server, device_id_hash=device, app_version="1.0", type="error")
         clock.move(days * 86_400)
     assert count(server, "release_hours") == 1, "an age of 100 days is compared with nothing"
     assert server.store.forget_device("d1")["events"] == 1
-    serve.unchecked.append(server)
     assert backfeedr._check_roll_ups(server.store.path)
 
 
@@ -3446,22 +3443,26 @@ def test_hours_of_a_release_go_when_no_verdict_asks_for_them(keeping, clock):
 
 
 LABELS = f"select label, crashes from labels where day = {backfeedr.ALL_DAYS} and field = "
-NAMES = {  # how many new names count in a day, the crashes by name, and a crash with the nth name
+NAMES = {  # how many new names count in a day, the reports by name, and what a report with the nth name says
     "group": (500, "select group_hash, sum(crashes) from group_days group by group_hash",
               lambda n: {"stack_trace": [{"symbol": f"f{n}"}]}),
     "type": (200, LABELS + "'exception_type'", lambda n: {"exception_type": f"T{n}"}),
     "model": (200, LABELS + "'device_model'", lambda n: {"device_model": f"m{n}"}),
-    "release": (100, "select app_version, crashes from release_sums", lambda n: {"app_version": f"1.{n}"})}
+    "release": (100, "select app_version, crashes from release_sums", lambda n: {"app_version": f"1.{n}"}),
+    "event": (200, "select name, sum(events) from event_names group by name",
+              lambda n: {"type": "custom", "name": f"n{n}"})}
 
 
-@pytest.mark.parametrize("limit, query, crash", NAMES.values(), ids=NAMES)
-def test_new_names_beyond_the_limit_of_an_app_and_day_count_as_other(serve, clock, limit, query, crash):
+@pytest.mark.parametrize("limit, query, fields", NAMES.values(), ids=NAMES)
+def test_new_names_beyond_the_limit_of_an_app_and_day_count_as_other(serve, clock, limit, query, fields):
     server = serve()
     shop = server.store.create_app("Shop")
 
     def send(*numbers, key=KEY):
-        """How many names there are then, and how many crashes `(other)` and the most frequent other name have."""
-        server.store.add(backfeedr.sha256(key), [parse_crash({**CRASH, **crash(n)}) for n in numbers])
+        """How many names there are then, and how many reports `(other)` and the most frequent other name have."""
+        reports = [{**CRASH, **fields(n)} for n in numbers]
+        server.store.add(backfeedr.sha256(key), [
+            (parse_event if "type" in each else parse_crash)(each) for each in reports])
         names = Counter(dict(sql(server.store.path, query)))
         return len(names), names.pop("(other)", 0), max(names.values())
 
@@ -3474,24 +3475,7 @@ def test_new_names_beyond_the_limit_of_an_app_and_day_count_as_other(serve, cloc
     assert send(limit) == (limit + 2, 4, 2)
     clock.move(1)
     assert send(limit) == (limit + 3, 4, 2), "the next day begins"
-
-
-def test_names_of_events_beyond_the_limit_of_an_app_and_day_count_as_other(keeping, clock):
-    server = keeping()
-
-    def send(*numbers):
-        for n in numbers:
-            add(server, type="custom", name=f"n{n}")
-        names = Counter()
-        for name, events in sql(server.store.path, "select name, events from event_names"):
-            names[name] += events
-        return len(names), names["(other)"]
-
-    assert send(*range(199)) == (199, 0) and send(199) == (200, 0)
-    assert send(200, 0, 201) == (201, 2), "a known name counts by itself"
-    clock.move(A_DAY)
-    assert send(200) == (202, 2)
-    assert {name for name, in sql(server.store.path, "select name from events")} == {f"n{n}" for n in range(202)}
+    assert count(server, "events", "name = '(other)'") == 0, "each keeps the name that it has"
 
 
 def test_events_are_counted_by_name_type_and_day_until_they_are_forgotten(keeping, clock):
@@ -4035,17 +4019,6 @@ def test_a_migration_keeps_the_sums_of_reports_that_have_expired(tmp_path, keepi
         assert not [each for each in found if not any(each[len(backfeedr.KEYS[table]):])], "without sums of 0"
     assert sql(path, "select crashes from release_sums where app_id = 1 and app_version = '1.0'") == [(70,)]
     assert sql(path, "select first_seen from releases where app_id = 1 and app_version = '1.0'") == [(4,)]
-
-
-@sqlite_only
-def test_a_migration_from_version_4_finds_when_a_build_was_seen_last(tmp_path, keeping):
-    path = tmp_path / "test.db"
-    make_old_database(path, 4)
-    sql_run(path, "update crashes set app_version = '1.0', build_number = '7' where app_id = 1")
-    first, last = sql(path, "select min(received_at), max(received_at) from crashes where app_id = 1")[0]
-    sql_run(path, f"insert into builds values (1, '1.0', '7', {first})")
-    keeping().close()
-    assert first < last and (1, "1.0", "7", first, last) in sql(path, "select * from builds")
 
 
 @sqlite_only
