@@ -3166,12 +3166,17 @@ class Database(Closing):
             yield db
         time.sleep(PAUSE * (time.monotonic() - began))
 
-    def _write_in_steps(self, step: Callable[[Connection], Any]) -> None:
-        """Repeats a step, each time in a transaction of its own, until it returns that nothing was left to do."""
-        is_left = True
-        while is_left and not self._closed:
+    def _write_in_steps(self, step: Callable[[Connection], Counter[str]]) -> Counter[str]:
+        """Repeats a step, each time in a transaction of its own, until it finds nothing to do; the sum of what the steps
+        return."""
+        total: Counter[str] = Counter()
+        while not self._closed:
             with self.writing_step() as db:
-                is_left = step(db)
+                done = step(db)
+            total += done
+            if not done:
+                break
+        return total
 
     def _unavailable(self, verb: str, error: Exception) -> StorageUnavailable:
         """Logs a problem once. Unless it is a lock, `check` knows of it until a commit succeeds."""
@@ -3984,7 +3989,7 @@ class Store(Apps):
                 commit.put(apps[app, is_test][0], [seq], [received_at], [ahead_ms], commit.group([report]))
                 counts["stored"] += 1
             commit.save()
-            self._expire(db)  # which also notes that reports have been counted now: see _note_counting
+            self._expire(db)
         return counts
 
     def _imported_app(self, db: Connection, name: str, is_test: bool) -> tuple[int, int]:
@@ -4096,7 +4101,7 @@ class Store(Apps):
         self._write_in_steps(lambda db: self._drop_pages(db, uuid))
 
     @staticmethod
-    def _drop_pages(db: Connection, uuid: str) -> int:
+    def _drop_pages(db: Connection, uuid: str) -> Counter[str]:
         """A step of deleting symbols; how many rows. None of them is looked up from the first step on: the page before
         a deleted one would answer for it. The build goes last, so that an interrupted deletion can go on."""
         db.execute("update symbols set received = 0, size = 0, rows = 0 where uuid = ?", (uuid,))
@@ -4105,9 +4110,9 @@ class Store(Apps):
             delete from symbol_pages where (uuid, first) in (
                 select uuid, first from symbol_pages where uuid = ? order by first limit ?)
             """, (uuid, SYMBOL_PAGES)).rowcount
-        return deleted or db.execute("delete from symbols where uuid = ?", (uuid,)).rowcount
+        return +Counter(symbols=deleted or db.execute("delete from symbols where uuid = ?", (uuid,)).rowcount)
 
-    def _expire_symbols(self, db: Connection) -> int:
+    def _expire_symbols(self, db: Connection) -> Counter[str]:
         """A step of deleting the symbols of a build; how many rows. They go if some parts never came; or if no crash of
         the build is kept, and symbols of a later build of its binary came before the retention began, so that few of
         its hangs are kept."""
@@ -4120,7 +4125,7 @@ class Store(Apps):
                         and later.uploaded_at < :expired)
             order by uuid limit 1
             """, {"given_up": self.now - UPLOAD_DAYS * DAY, "expired": self._oldest_seq >> SEQ_BITS}).fetchone()
-        return self._drop_pages(db, row[0]) if row else 0
+        return self._drop_pages(db, row[0]) if row else Counter()
 
     # Decisions
 
@@ -4261,9 +4266,11 @@ class Store(Apps):
         EXPIRE_SECONDS, because it keeps others from writing."""
         deleted: Counter[str] = Counter()
         deadline, size = time.monotonic() + EXPIRE_SECONDS, EXPIRE_SLICE
+        self._note_counting(db)
         deleted["replays"] = db.execute("""
-            delete from replays where (app_id, mark) in (
-                select app_id, mark from replays where received_at < ? limit ?)
+            delete from replays where received_at <= (
+                select max(received_at) from (
+                    select received_at from replays where received_at < ? order by received_at limit ?) as oldest)
             """, (self.now - REPLAY_DAYS * DAY, PRUNE_STEP)).rowcount
         while reports := self._delete_oldest(db, size):
             deleted += reports
@@ -4273,7 +4280,7 @@ class Store(Apps):
         deleted["moved"] = self._regroup(db)
         if get_state(db, "trimmed_day", 0) != self.now // DAY:
             deleted["sums"] = RollUps(db, self.now).trim()
-            deleted["symbols"] = self._expire_symbols(db)
+            deleted += self._expire_symbols(db)
             db.execute("delete from facts where at < ?", (self.now - FACT_DAYS * DAY,))
             deleted["aliases"] = db.execute("""
                 delete from group_aliases
@@ -4317,10 +4324,11 @@ class Store(Apps):
                 db.execute(f"delete from {table} where +app_id = ? and seq >= ? and seq < ?", (app_id, first, end))
             db.execute(SET_STATE, (name, first))
             return Counter(remains=1)
-        for table, key in KEYS.items():
+        for table, (_, *rest) in KEYS.items():
+            key = ", ".join(rest)
             if rows := db.execute(f"""
-                    delete from {table} where ({", ".join(key)}) in (
-                        select {", ".join(key)} from {table} where app_id = ? limit ?)""", (app_id, size)).rowcount:
+                    delete from {table} where app_id = ? and ({key}) in (
+                        select {key} from {table} where app_id = ? limit ?)""", (app_id, app_id, size)).rowcount:
                 return Counter(remains=rows)
         return Counter(remains=db.execute("delete from state where name = ?", (name,)).rowcount)
 
@@ -4361,15 +4369,15 @@ class Store(Apps):
 
     def _delete(self, db: Connection, kind: type[Any], by: int, source: str, parameters: Any) -> list[int]:
         """Deletes the reports of a query, and counts them as RollUps.count does. Returns their seqs."""
-        reports, rollups = counted_rows(db, kind, source, parameters), RollUps(db, self.now)
-        write_rows(db, f"delete from {TABLES[kind]} where seq in (values *)", [(each.seq,) for each in reports])
-        rollups.count(kind, reports, by)
-        rollups.save()
-        self._note_counting(db)
+        if reports := counted_rows(db, kind, source, parameters):
+            rollups = RollUps(db, self.now)
+            write_rows(db, f"delete from {TABLES[kind]} where seq in (values *)", [(each.seq,) for each in reports])
+            rollups.count(kind, reports, by)
+            rollups.save()
         return [each.seq for each in reports]
 
     def _note_counting(self, db: Connection) -> None:
-        """Notes that sums have changed or gone that are within their window now. `check` must not expect older ones,
+        """Notes that sums may have changed or gone that are within their window now. `check` must not expect older ones,
         though the latest report may be older, or be forgotten."""
         db.execute("""
             insert into state values ('counted_at', ?)
@@ -4379,15 +4387,7 @@ class Store(Apps):
         """Does at once what commits do by and by: deletes all rows whose time is over or whose app is deleted, and
         moves crashes to the groups that their names give now. Returns how many rows of each table went. In steps, with
         longer pauses between them, so that no reports wait for it."""
-        deleted: Counter[str] = Counter()
-
-        def step(db: Connection) -> Counter[str]:
-            rows = self._expire(db)
-            deleted.update(rows)
-            return rows
-
-        self._write_in_steps(step)
-        return deleted
+        return self._write_in_steps(self._expire)
 
     def prune(self) -> Counter[str]:
         """As catch_up, and gives the space back to the disk."""
@@ -4424,6 +4424,7 @@ class Store(Apps):
             rollups = RollUps(db, self.now)
             deleted["devices"] = rollups.figures[Devices].forget(device_id_hash)
             rollups.save()
+            self._note_counting(db)
         self._fold_in_wal()
         return +deleted
 
