@@ -3167,15 +3167,13 @@ class Database(Closing):
         time.sleep(PAUSE * (time.monotonic() - began))
 
     def _write_in_steps(self, step: Callable[[Connection], Counter[str]]) -> Counter[str]:
-        """Repeats a step, each time in a transaction of its own, until it finds nothing to do; the sum of what the steps
-        return."""
+        """Repeats a step, each time in a transaction of its own, until it has nothing to do; the sum of what it did."""
         total: Counter[str] = Counter()
-        while not self._closed:
+        done: Any = True
+        while done and not self._closed:
             with self.writing_step() as db:
                 done = step(db)
             total += done
-            if not done:
-                break
         return total
 
     def _unavailable(self, verb: str, error: Exception) -> StorageUnavailable:
@@ -4377,8 +4375,8 @@ class Store(Apps):
         return [each.seq for each in reports]
 
     def _note_counting(self, db: Connection) -> None:
-        """Notes that sums may have changed or gone that are within their window now. `check` must not expect older ones,
-        though the latest report may be older, or be forgotten."""
+        """Notes that sums that are within their window now may have changed or gone. `check` must not expect older
+        ones, though the latest report may be older, or be forgotten."""
         db.execute("""
             insert into state values ('counted_at', ?)
             on conflict (name) do update set value = max(state.value, excluded.value)""", (self.now,))
