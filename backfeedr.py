@@ -3966,6 +3966,8 @@ class Store(Apps):
         twice. Raises StoreError where an app is live here and a test there."""
         counts = Counter(stored=0, known=0, expired=0)
         apps: dict[tuple[str, bool], tuple[int, int]] = {}  # by name and is_test: the id, and what went early
+        # What is left of a deleted app would pass for known, and then go.
+        self._write_in_steps(lambda db: self._delete_remains(db, PRUNE_STEP))
         with self.writing_step() as db:
             commit = Commit(db, self.now)
             known = {(kind, seq) for kind, table in TABLES.items() for seq, in rows_of(
@@ -4306,8 +4308,8 @@ class Store(Apps):
 
     @staticmethod
     def _delete_remains(db: Connection, size: int) -> Counter[str]:
-        """Deletes some rows of an app that was deleted: of the reports, which no index finds by their app, from the
-        latest of all apps on; then of the other tables."""
+        """Deletes some rows of an app that was deleted: first reports, from the latest of all apps on, because no index
+        finds events by their app; then rows of the other tables."""
         name, end = db.execute("""
             select name, value from state where name like 'deleted%' limit 1""").fetchone() or ("", 0)
         if not name:

@@ -4110,6 +4110,17 @@ def test_an_import_takes_old_reports_in_any_order_and_each_once(serve, clock):
     assert answers(other) == answers(server)
 
 
+def test_reports_of_an_app_that_was_just_deleted_can_be_imported_again(serve, clock):
+    server = serve()
+    fill(server, clock, 1, 60)
+    clock.move(1)
+    reports, before = [*server.store.export(backfeedr.Event), *server.store.export(backfeedr.Crash)], named_rows(server)
+    server.store.delete_app("Shop")
+    assert server.store.import_(reports)["stored"] == sum(each.app == "Shop" for each in reports) > 0
+    server.store.prune()
+    assert named_rows(server) == before
+
+
 def test_what_has_expired_is_not_imported_and_never_counted_twice(keeping, serve, clock):
     server, other = keeping(30), serve("other.db", retention_days=60)
     for name in ("old", "new"):
