@@ -265,7 +265,8 @@ create index replays_by_age on replays (received_at);
 create table given_seqs (                  -- all seqs that were ever given are within these
     first integer primary key, last integer not null);
 -- retention_days; expired_crashes and expired_events, the highest seq that has expired; with the id of an app, early_,
--- the highest of its that went early, and worse_, first_seen of its release that was told last to be worse;
+-- the highest of its that went early, worse_, first_seen of its release that was told last to be worse, and deleted_,
+-- the lowest seq from which on the reports of a deleted app have gone;
 -- trimmed_day, on which old sums were deleted last; counted_at, when reports were last counted but not received.
 create table state (name text primary key, value integer not null) without rowid;
 """ + GROUP_INDEX + DEVICE_INDEX
@@ -3165,12 +3166,15 @@ class Database(Closing):
             yield db
         time.sleep(PAUSE * (time.monotonic() - began))
 
-    def _write_in_steps(self, step: Callable[[Connection], Any]) -> None:
-        """Repeats a step, each time in a transaction of its own, until it returns that nothing was left to do."""
-        is_left = True
-        while is_left and not self._closed:
+    def _write_in_steps(self, step: Callable[[Connection], Counter[str]]) -> Counter[str]:
+        """Repeats a step, each time in a transaction of its own, until it has nothing to do; the sum of what it did."""
+        total: Counter[str] = Counter()
+        done: Any = True
+        while done and not self._closed:
             with self.writing_step() as db:
-                is_left = step(db)
+                done = step(db)
+            total += done
+        return total
 
     def _unavailable(self, verb: str, error: Exception) -> StorageUnavailable:
         """Logs a problem once. Unless it is a lock, `check` knows of it until a commit succeeds."""
@@ -3364,7 +3368,8 @@ def recount(db: sqlite3.Connection) -> None:
     now = max(*newest, get_state(db, "counted_at", (get_state(db, "trimmed_day", -1) + 1) * DAY))
     for kind, table in TABLES.items():
         after = -1
-        while page := counted_rows(db, kind, f"from {table} where seq > ? order by seq limit 1000", (after,)):
+        while page := counted_rows(db, kind, f"""
+                from {table} where seq > ? and app_id in (select id from apps) order by seq limit 1000""", (after,)):
             rollups = RollUps(db, now)
             rollups.count(kind, page, 1)
             rollups.save()
@@ -3668,8 +3673,8 @@ class Process(Connections):
         self.group_sizes = Histogram(1, 2, 4, 8, 16, 32, 64, 128)  # requests
         self.commit_seconds = Histogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)
         self.stored = Counter(crashes=0, events=0)
-        self.regrouping_lock = threading.Lock()  # of the next one: it is not alive before it is started
-        self.regrouping: threading.Thread | None = None
+        self.worker_lock = threading.Lock()  # of the next one: it is not alive before it is started
+        self.worker: threading.Thread | None = None
 
     @property
     def waiting(self) -> list[Submission]:
@@ -3961,6 +3966,8 @@ class Store(Apps):
         twice. Raises StoreError where an app is live here and a test there."""
         counts = Counter(stored=0, known=0, expired=0)
         apps: dict[tuple[str, bool], tuple[int, int]] = {}  # by name and is_test: the id, and what went early
+        # What is left of a deleted app would pass for known, and then go.
+        self._write_in_steps(lambda db: self._delete_remains(db, PRUNE_STEP))
         with self.writing_step() as db:
             commit = Commit(db, self.now)
             known = {(kind, seq) for kind, table in TABLES.items() for seq, in rows_of(
@@ -4094,7 +4101,7 @@ class Store(Apps):
         self._write_in_steps(lambda db: self._drop_pages(db, uuid))
 
     @staticmethod
-    def _drop_pages(db: Connection, uuid: str) -> int:
+    def _drop_pages(db: Connection, uuid: str) -> Counter[str]:
         """A step of deleting symbols; how many rows. None of them is looked up from the first step on: the page before
         a deleted one would answer for it. The build goes last, so that an interrupted deletion can go on."""
         db.execute("update symbols set received = 0, size = 0, rows = 0 where uuid = ?", (uuid,))
@@ -4103,9 +4110,9 @@ class Store(Apps):
             delete from symbol_pages where (uuid, first) in (
                 select uuid, first from symbol_pages where uuid = ? order by first limit ?)
             """, (uuid, SYMBOL_PAGES)).rowcount
-        return deleted or db.execute("delete from symbols where uuid = ?", (uuid,)).rowcount
+        return +Counter(symbols=deleted or db.execute("delete from symbols where uuid = ?", (uuid,)).rowcount)
 
-    def _expire_symbols(self, db: Connection) -> int:
+    def _expire_symbols(self, db: Connection) -> Counter[str]:
         """A step of deleting the symbols of a build; how many rows. They go if some parts never came; or if no crash of
         the build is kept, and symbols of a later build of its binary came before the retention began, so that few of
         its hangs are kept."""
@@ -4118,7 +4125,7 @@ class Store(Apps):
                         and later.uploaded_at < :expired)
             order by uuid limit 1
             """, {"given_up": self.now - UPLOAD_DAYS * DAY, "expired": self._oldest_seq >> SEQ_BITS}).fetchone()
-        return self._drop_pages(db, row[0]) if row else 0
+        return self._drop_pages(db, row[0]) if row else Counter()
 
     # Decisions
 
@@ -4139,19 +4146,6 @@ class Store(Apps):
             decide(db, apps[0][0], group_hash, changes, self.now)
 
     # Crashes that move to other groups
-
-    def regroup(self) -> None:
-        """Moves all crashes to the groups that their names give now. Where it ends early, commits go on."""
-        with suppress(StorageUnavailable):
-            self._write_in_steps(self._regroup)
-
-    def regroup_in_background(self) -> None:
-        """As `regroup`, in a thread of its own, of which a process has one."""
-        here = self._here
-        with here.regrouping_lock:
-            if here.regrouping is None or not here.regrouping.is_alive():
-                here.regrouping = threading.Thread(target=self.regroup, name="backfeedr regroup", daemon=True)
-                here.regrouping.start()
 
     def _regroup(self, db: Connection) -> int:
         """A step of moving crashes to the groups that their names give now. Returns how many it looked at, and one more
@@ -4251,7 +4245,8 @@ class Store(Apps):
                 is_due = 0 < self.max_db_size < self.used(db) or any(db.execute("""
                     select (select min(received_at) from replays) < :replays, (select min(seq) from crashes) < :oldest,
                         (select min(seq) from events) < :oldest, exists (select 1 from regroupings),
-                        not exists (select 1 from state where name = 'trimmed_day' and value = :today)
+                        not exists (select 1 from state where name = 'trimmed_day' and value = :today),
+                        exists (select 1 from state where name like 'deleted%')
                     """, {"replays": now - REPLAY_DAYS * DAY, "oldest": self._oldest_seq,
                           "today": now // DAY}).fetchone())
                 is_worse = now // HOUR != self._judged_hour and worse_releases(db, now)
@@ -4271,9 +4266,11 @@ class Store(Apps):
         EXPIRE_SECONDS, because it keeps others from writing."""
         deleted: Counter[str] = Counter()
         deadline, size = time.monotonic() + EXPIRE_SECONDS, EXPIRE_SLICE
+        self._note_counting(db)
         deleted["replays"] = db.execute("""
-            delete from replays where (app_id, mark) in (
-                select app_id, mark from replays where received_at < ? limit ?)
+            delete from replays where received_at <= (
+                select max(received_at) from (
+                    select received_at from replays where received_at < ? order by received_at limit ?) as oldest)
             """, (self.now - REPLAY_DAYS * DAY, PRUNE_STEP)).rowcount
         while reports := self._delete_oldest(db, size):
             deleted += reports
@@ -4283,7 +4280,7 @@ class Store(Apps):
         deleted["moved"] = self._regroup(db)
         if get_state(db, "trimmed_day", 0) != self.now // DAY:
             deleted["sums"] = RollUps(db, self.now).trim()
-            deleted["symbols"] = self._expire_symbols(db)
+            deleted += self._expire_symbols(db)
             db.execute("delete from facts where at < ?", (self.now - FACT_DAYS * DAY,))
             deleted["aliases"] = db.execute("""
                 delete from group_aliases
@@ -4307,7 +4304,33 @@ class Store(Apps):
                                     (self._oldest_seq, size)):
                 db.execute(SET_STATE, ("expired_" + table, seqs[-1]))
                 deleted[table] = len(seqs)
-        return deleted or self._delete_early(db, size)
+        return deleted or self._delete_remains(db, size) or self._delete_early(db, size)
+
+    @staticmethod
+    def _delete_remains(db: Connection, size: int) -> Counter[str]:
+        """Deletes some rows of an app that was deleted: first reports, from the latest of all apps on, because no index
+        finds events by their app; then rows of the other tables."""
+        name, end = db.execute("""
+            select name, value from state where name like 'deleted%' limit 1""").fetchone() or ("", 0)
+        if not name:
+            return Counter()
+        app_id = int(name.partition("_")[2])
+        first, = db.execute("""
+            select min(seq) from (
+                select seq from crashes where seq < :end union all select seq from events where seq < :end
+                order by seq desc limit :size) as latest""", {"end": end, "size": size}).fetchone()
+        if first is not None:
+            for table in TABLES.values():  # + keeps SQLite from looking at all crashes of the app
+                db.execute(f"delete from {table} where +app_id = ? and seq >= ? and seq < ?", (app_id, first, end))
+            db.execute(SET_STATE, (name, first))
+            return Counter(remains=1)
+        for table, (_, *rest) in KEYS.items():
+            key = ", ".join(rest)
+            if rows := db.execute(f"""
+                    delete from {table} where app_id = ? and ({key}) in (
+                        select {key} from {table} where app_id = ? limit ?)""", (app_id, app_id, size)).rowcount:
+                return Counter(remains=rows)
+        return Counter(remains=db.execute("delete from state where name = ?", (name,)).rowcount)
 
     def _delete_early(self, db: Connection, size: int) -> Counter[str]:
         """Where the database is too large, deletes some of the oldest reports of the app that holds most; towards the
@@ -4346,33 +4369,43 @@ class Store(Apps):
 
     def _delete(self, db: Connection, kind: type[Any], by: int, source: str, parameters: Any) -> list[int]:
         """Deletes the reports of a query, and counts them as RollUps.count does. Returns their seqs."""
-        reports, rollups = counted_rows(db, kind, source, parameters), RollUps(db, self.now)
-        write_rows(db, f"delete from {TABLES[kind]} where seq in (values *)", [(each.seq,) for each in reports])
-        rollups.count(kind, reports, by)
-        rollups.save()
-        self._note_counting(db)
+        if reports := counted_rows(db, kind, source, parameters):
+            rollups = RollUps(db, self.now)
+            write_rows(db, f"delete from {TABLES[kind]} where seq in (values *)", [(each.seq,) for each in reports])
+            rollups.count(kind, reports, by)
+            rollups.save()
         return [each.seq for each in reports]
 
     def _note_counting(self, db: Connection) -> None:
-        """Notes that sums have changed or gone that are within their window now. `check` must not expect older ones,
-        though the latest report may be older, or be forgotten."""
+        """Notes that sums that are within their window now may have changed or gone. `check` must not expect older
+        ones, though the latest report may be older, or be forgotten."""
         db.execute("""
             insert into state values ('counted_at', ?)
             on conflict (name) do update set value = max(state.value, excluded.value)""", (self.now,))
 
+    def catch_up(self) -> Counter[str]:
+        """Does at once what commits do by and by: deletes all rows whose time is over or whose app is deleted, and
+        moves crashes to the groups that their names give now. Returns how many rows of each table went. In steps, with
+        longer pauses between them, so that no reports wait for it."""
+        return self._write_in_steps(self._expire)
+
     def prune(self) -> Counter[str]:
-        """Deletes all rows whose time is over, and gives their space back to the disk; how many rows of each table. In
-        steps, with longer pauses between them, so that no reports wait for it."""
-        deleted: Counter[str] = Counter()
-
-        def step(db: Connection) -> Counter[str]:
-            rows = self._expire(db)
-            deleted.update(rows)
-            return rows
-
-        self._write_in_steps(step)
+        """As catch_up, and gives the space back to the disk."""
+        deleted = self.catch_up()
         self._shrink()
         return deleted
+
+    def catch_up_in_background(self) -> None:
+        """As catch_up, in a thread of its own, of which a process has one. Where it ends early, commits go on."""
+        def work() -> None:
+            with suppress(StorageUnavailable):
+                self.catch_up()
+
+        here = self._here
+        with here.worker_lock:
+            if here.worker is None or not here.worker.is_alive():
+                here.worker = threading.Thread(target=work, name="backfeedr catch-up", daemon=True)
+                here.worker.start()
 
     def forget_device(self, device_id_hash: str) -> Counter[str]:
         """Deletes all that is kept of a device, in all apps, and takes it out of every sum; how many rows of each
@@ -4380,7 +4413,7 @@ class Store(Apps):
         deleted: Counter[str] = Counter()
         last = {kind: self._last_seq(kind) for kind in TABLES}
         for kind, table in TABLES.items():
-            for page in self._pages(table, ("seq",), "device_id_hash", device_id_hash, EXPIRE_SLICE):
+            for page in self._pages_of(table, device_id_hash):
                 with self.writing_step() as db:
                     deleted[table] += len(self._delete(
                         db, kind, -1, f"from (values *) as keys cross join {table} on seq = column1", page))
@@ -4391,34 +4424,30 @@ class Store(Apps):
             rollups = RollUps(db, self.now)
             deleted["devices"] = rollups.figures[Devices].forget(device_id_hash)
             rollups.save()
+            self._note_counting(db)
         self._fold_in_wal()
         return +deleted
 
-    def _pages(self, table: str, key: Sequence[str], column: str, value: Any,
-               size: int) -> Iterator[list[tuple[Any, ...]]]:
-        """The keys of the rows with a value, so many at a time: a single long read would hold up the WAL."""
-        columns, after, page = ", ".join(key), "", [()]
+    def _pages_of(self, table: str, device_id_hash: str) -> Iterator[list[tuple[int]]]:
+        """The seqs of the reports of a device, some at a time: a single long read would hold up the WAL."""
+        page = [(-1,)]
         while page:
             with self.reading() as db:
                 page = db.execute(f"""
-                    select {columns} from {table} where {column} = ? {after} order by {columns} limit ?
-                    """, (value, *page[-1], size)).fetchall()
-            after = f"and ({columns}) > ({', '.join('?' * len(key))})"
+                    select seq from {table} where device_id_hash = ? and seq > ? order by seq limit ?
+                    """, (device_id_hash, *page[-1], EXPIRE_SLICE)).fetchall()
             yield page
 
     def delete_app(self, name: str) -> None:
-        """Deletes an app, its keys and all that it sent. Raises StoreError where there is none. In steps, so that no
-        reports of others wait for it. The keys go first and the app last, so that it can be repeated if it is
-        interrupted."""
+        """Deletes an app and its keys: from now on nothing counts or lists what it sent, and its name is free. Its rows
+        go as those that expire. Raises StoreError where there is none."""
         with self.writing() as db:
             app_id = self._app(db, name)[0]
-            db.execute("delete from keys where app_id = ?", (app_id,))
-        for table, key in {**dict.fromkeys(TABLES.values(), ("seq",)), **KEYS}.items():
-            for page in self._pages(table, key, "app_id", app_id, PRUNE_STEP):
-                with self.writing_step() as db:
-                    write_rows(db, f"delete from {table} where ({', '.join(key)}) in (values *)", page)
-        with self.writing() as db:
+            db.execute("delete from apps where id = ?", (app_id,))
+            for table in ("keys", "facts"):
+                db.execute(f"delete from {table} where app_id = ?", (app_id,))
             db.executemany("delete from state where name = ?", [(f"early_{app_id}",), (f"worse_{app_id}",)])
+            db.execute(SET_STATE, (f"deleted_{app_id}", MAX_NUMBER))
             for table, column in (("messages", "channel_id"), ("channels", "id")):
                 db.execute(f"delete from {table} where {column} in (select id from channels where app_id = ?)",
                            (app_id,))
@@ -4428,8 +4457,6 @@ class Store(Apps):
                     each for each in message["data"]["facts"] if each.get("app") != name]
                 db.execute("update messages set body = ?, due_at = case when ? > 0 then due_at end where id = ?",
                            (_encode(message), len(facts), id))
-            db.execute("delete from facts where app_id = ?", (app_id,))
-            db.execute("delete from apps where id = ?", (app_id,))
 
 
 def worse_releases(db: Connection, now: int) -> list[tuple[Pair, str]]:
@@ -5336,8 +5363,9 @@ class Metrics:
                 "apps": dict_rows(db, """
                     select app_id, name as app, first_day, last_hour from devices join apps on apps.id = app_id
                     where device = ? order by name""", (device,)),
-                **{table: _reports(db, table, [seq for seq, in db.execute(
-                    f"select seq from {table} where device_id_hash = ? order by seq", (device_id_hash,))], MAX_NUMBER)
+                **{table: _reports(db, table, [seq for seq, in db.execute(f"""
+                    select seq from {table} where device_id_hash = ? and app_id in (select id from apps)
+                    order by seq""", (device_id_hash,))], MAX_NUMBER)
                    for table in TABLES.values()}}
             for app in found["apps"]:
                 app["versions"] = sorted((version for version, in db.execute(
@@ -5998,7 +6026,8 @@ class Dashboard:
             if form.get("typed") != name:
                 raise StoreError(f"to delete it, type its name: {name}")
             store.delete_app(name)
-            return {"message": f"Deleted {name} and all its reports."}
+            store.catch_up_in_background()
+            return {"message": f"Deleted {name}. Its reports are being deleted."}
         if action == "make-feed":
             address = f"{page.url}/crashes.atom?token={store.change_feed(make=True)}"
             return {"message": "The feed's address, shown only once:", "secret": address}
@@ -6578,8 +6607,7 @@ revoked {{!when(row.revoked_at)}}
 """, "bare"), empty="No key, so nothing can be sent.") + '<div class="actions">\n' + _form(
             "<button>Add key</button>", action="key", name="{{app.name}}") + """
 <details><summary>Delete app</summary>
-""" + _form("""<p>This deletes its keys and all its reports. Type its name to confirm.
-Millions of reports take minutes: the deletion goes on, even if this page stops waiting.</p>
+""" + _form("""<p>This deletes its keys and all its reports. Type its name to confirm.</p>
 <label>Name <input name="typed" autocomplete="off" required></label> <button class="danger">Delete</button>
 """, action="delete", name="{{app.name}}") + """</details></div></section>
 % end
@@ -6939,7 +6967,7 @@ class Backfeedr(Closing):
         part = parse_symbols(_decompress(environ, body, self.settings.max_body_size))
         answer, was_held = self.store.put_symbols(build, part)
         if answer["complete"] and not was_held:
-            self.store.regroup_in_background()
+            self.store.catch_up_in_background()
         return 200 if was_held else 201, answer
 
     def _prometheus(self, environ: Environ) -> Answer:
@@ -7131,7 +7159,7 @@ def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> Non
             signal.signal(number, stop)
         print("backfeedr on", _url(settings.host, settings.port), flush=True)
         print("".join(made), end="", flush=True)
-        app.store.regroup_in_background()  # what a migration or a stop has left to do
+        app.store.catch_up_in_background()  # what a migration or a stop has left to do
         sys.stderr.write(_warning(settings, listener.getsockname()[0]))
         # The default of 5 ms starves the I/O thread, which has to win the interpreter back
         # after each call: reports take longer while pages are made. Much less wakes the
@@ -7482,7 +7510,6 @@ def import_jsonl(store: Store, lines: Iterable[bytes]) -> Counter[str]:
     try:
         for batch in _import_batches(lines):
             counts += store.import_(batch)
-        store.prune()  # which writes down up to when sums are kept: `check` must not ask for older ones
     except (StoreError, StorageUnavailable) as error:
         raise StoreError(f"{error}; {counts['stored']:,} reports before it were stored: fix this and import the"
                          " whole file again") from None
@@ -7560,6 +7587,7 @@ def _check_roll_ups(path: Path) -> str:
             select 1 from (select app_id, day, sessions, ended, 0 as durations from stored.session_days
                 where day > (select max(day) - 399 from stored.session_days) and day > :expired
                 union all select app_id, day, 0, 0, sessions from stored.durations where day > :expired) as both
+            where app_id in (select id from apps)
             group by app_id, day having sum(ended) > sum(durations) or sum(sessions) < sum(ended) limit 1
             """, {"expired": (expired >> SEQ_BITS) // DAY}).fetchone() else []
     if wrong:
@@ -7600,7 +7628,7 @@ def _unequal_sums(table: str, sums: Sums, expired: int) -> list[str]:
     """Queries for rows that are not as they should be. Where reports have expired, days after them are compared, and
     what cannot be less than what is left. A device or a session whose first report is gone would count on a later day,
     or for a later release."""
-    columns, where = ", ".join([*KEYS[table], *sums.columns]), ""
+    columns, where = ", ".join([*KEYS[table], *sums.columns]), "app_id in (select id from apps)"  # not the deleted
     if table == "key_days":  # which no report tells
         return []
     if expired and table in ("active_days", "device_hours"):
@@ -7608,14 +7636,14 @@ def _unequal_sums(table: str, sums: Sums, expired: int) -> list[str]:
                 f" ({', '.join(KEYS[table])}) where "
                 + " or ".join(f"ours.{each} > coalesce(theirs.{each}, 0)" for each in sums.columns)]
     if expired and table in ("crash_days", "group_days", "event_names"):
-        where = f" where day > {(expired >> SEQ_BITS) // DAY + 1}"
+        where += f" and day > {(expired >> SEQ_BITS) // DAY + 1}"
     elif expired and sums.lasts:
         return []
     elif table == "release_hours":  # of later ones, what is deleted depends on reports that may be gone
-        where = f""" where hour <= (
+        where += f""" and hour <= (
             select min(first_seen) / {HOUR} + {24 * HEALTH_DAYS} from stored.builds as seen
             where seen.app_id = release_hours.app_id and seen.app_version = release_hours.app_version)"""
-    ours, theirs = (f"select {columns} from {place}.{table}{where}" for place in ("main", "stored"))
+    ours, theirs = (f"select {columns} from {place}.{table} where {where}" for place in ("main", "stored"))
     less, more = f"{ours} except {theirs}", f"{theirs} except {ours}"
     return [less] if sums.window or table == "release_hours" else [less, more]  # old rows are deleted some time later
 
@@ -7724,6 +7752,7 @@ class Commands:
             if sys.stdin.readline().rstrip("\n") != name:
                 raise StoreError("the names differ; nothing was deleted")
         self.store.delete_app(name)
+        self.store.prune()
         return f"Deleted the app {name!r}, its keys and all its reports."
 
     def do_key_create(self) -> str:
