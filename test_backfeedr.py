@@ -273,10 +273,11 @@ def windows(path):
 def figures(path):
     """What is stored beside the reports, each table by its key; without sums of 0, and without what is too old."""
     tables, first = {}, windows(path)
-    for table, key in backfeedr.KEYS.items():
-        size, columns = len(key), ", ".join(key)
-        tables[table] = {row[:size]: row[2 * size:] for row in sql(path, f"select {columns}, {table}.* from {table}")
-                         if table not in first or time_in(table, row) >= first[table]}
+    with connected(path) as db:  # one: to open a connection, and to read the schema, takes longer than the rows
+        for table, key in backfeedr.KEYS.items():
+            size, rows = len(key), db.execute(f"select {', '.join(key)}, {table}.* from {table}")
+            tables[table] = {row[:size]: row[2 * size:] for row in rows
+                             if table not in first or time_in(table, row) >= first[table]}
     tables["devices"] = {key: row[:2] for key, row in tables["devices"].items()}
     tables["groups"] = {key: row[:5] + row[7:] for key, row in tables["groups"].items()}
     return tables
