@@ -5038,7 +5038,8 @@ class Metrics:
                cursor: str | None = None) -> JsonObject:
         """The groups of the crashes that are kept: those with most crashes first, or as `sort` says. `version` may end
         with *; `text` is in what the list shows, or in symbols and files of the app in the latest crash; `state` is one
-        of GROUPS_OF. `is_new`: first seen in this version, or without one, received first within 7 days."""
+        of GROUPS_OF: a decision also lists groups whose crashes have expired. `is_new`: first seen in this version, or
+        without one, received first within 7 days."""
         if state not in GROUPS_OF:
             raise Refusal("invalid state", detail=f"it is none of {', '.join(filter(None, GROUPS_OF))}")
         if sort not in (None, *SORTS):
@@ -5050,12 +5051,12 @@ class Metrics:
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, **_version_filter(version), "first": shown[0], "last": shown[-1],
                           "text": text and text.casefold(), "limit": limit + 1, "value": int(value), "group": group,
-                          "week": week, "since": (shown[0] or 0) * DAY - MAX_SKEW if days else 0}
+                          "week": week, "since": (shown[0] or 0) * DAY - MAX_SKEW if days else 0, "state": state}
             rows = dict_rows(db, f"""
                 select * from (
                     select group_hash, sum(crashes) as count, sum(devices) as devices, max(latest) as last_seen, (
-                        select min(first_seen) from groups where {APPS} and group_hash = counts.group_hash
-                        ) as first_seen
+                        select coalesce(min(first_seen), 0) from groups
+                        where {APPS} and group_hash = counts.group_hash) as first_seen
                     from ({CRASHES_OF_GROUPS if version or days else SUMS_OF_GROUPS}) as counts
                     where {GROUPS_OF[state]} and (:text is null or (app_id, group_hash) in (
                         select app_id, group_hash from groups where {APPS} and instr(search, :text)))
@@ -5076,7 +5077,7 @@ class Metrics:
         """A group as a list has it."""
         found = self._named(db, parameters["app"], row["group_hash"])
         first, version = (found.pop("first_version") or "")[:parameters["length"]], parameters["version"]
-        is_new = found["came_at"] >= parameters["week"] if version is None else first == version
+        is_new = (found["came_at"] or 0) >= parameters["week"] if version is None else first == version
         versions = [each for each, in db.execute(f"""
             select app_version from crashes
             where {APPS} and group_hash = :group and app_version is not null and {OF_VERSION}
@@ -5147,30 +5148,31 @@ class Metrics:
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, "first": week[0], "last": week[-1], "since": since - MAX_SKEW}
             rows = dict_rows(db, f"""
-                select apps.name as app, groups.app_id, groups.group_hash, exception_type, first_seen, last_seen,
-                    coalesce(exception_reason, '') as exception_reason, coalesce(place, '') as place, came_at,
-                    coalesce(regressed_at, 0) as regressed_at, 'open' as state, sums.crashes as count, groups.devices
+                select groups.app_id, groups.group_hash, sums.crashes as count, groups.devices, last_seen,
+                    max(came_at, coalesce(regressed_at, 0)) as news_at
                 from (
                     select app_id, group_hash, sum(crashes) as crashes from group_days
                     where {APPS} and day between :first and :last and group_hash <> '{OTHER}'
                     group by app_id, group_hash) as sums
                 cross join groups on groups.app_id = sums.app_id and groups.group_hash = sums.group_hash
-                cross join apps on apps.id = groups.app_id
                 left join triage on triage.app_id = groups.app_id and triage.group_hash = groups.group_hash
                 where coalesce(state, 'open') = 'open' and (groups.crashes > 0 or changed_at is not null)
                 order by count desc, groups.group_hash, groups.app_id""", parameters)
+            new = sorted((row for row in rows if row["news_at"] >= since), key=itemgetter("news_at"), reverse=True)
             by_devices = sorted(rows[CANDIDATES:], key=itemgetter("devices"), reverse=True)
-            candidates = rows[:CANDIDATES] + by_devices[:CANDIDATES]  # one device may crash in a loop
+            first = rows[:CANDIDATES] + by_devices[:CANDIDATES]  # one device may crash in a loop
             newest = Releases.newest(db, app_id, week[0])
-            for row in candidates:
+            for row in first:
                 row.update(self._weight(db, {**parameters, **row, "newest": newest.get(row["app_id"])}))
-        candidates.sort(key=itemgetter("score", "devices", "count"), reverse=True)
-        for row in rows:
-            row.update(is_new=row["came_at"] >= since, is_regressed=row["regressed_at"] >= since,
-                       last_seen=iso_time(row["last_seen"]))
-        new = [row for row in rows if row["is_new"] or row["is_regressed"]]
-        new.sort(key=lambda row: max(row["came_at"], row["regressed_at"]), reverse=True)
-        return {"new": new[:SHOWN_GROUPS], "new_count": len(new), "first": candidates[:SHOWN_GROUPS]}
+            first.sort(key=itemgetter("score", "devices", "count"), reverse=True)
+            return {"new": self._noticed(db, new, since), "new_count": len(new),
+                    "first": self._noticed(db, first, since)}
+
+    def _noticed(self, db: Connection, rows: Sequence[JsonObject], since: int) -> list[JsonObject]:
+        """The first of these groups, as the overview shows them."""
+        apps = dict(db.execute("select id, name from apps"))
+        found = [{**self._named(db, row["app_id"], row["group_hash"]), **row} for row in rows[:SHOWN_GROUPS]]
+        return [{**_shown_group(row), "app": apps[row["app_id"]], "is_new": row["came_at"] >= since} for row in found]
 
     def _weight(self, db: Connection, group: JsonObject) -> JsonObject:
         devices, newest = db.execute(f"""
@@ -5360,7 +5362,7 @@ def missing_group(db: Connection, app: str | None, group_hash: str) -> Refusal:
 def _shown_group(found: JsonObject) -> JsonObject:
     """What an answer has of a group."""
     shown = {name: value for name, value in found.items() if name not in ("app_id", "came_at", "changed_at")}
-    return {**shown, **{name: found[name] and iso_time(found[name])
+    return {**shown, **{name: iso_time(found[name]) if found[name] else None
                         for name in ("first_seen", "last_seen", "regressed_at")}}
 
 
@@ -5414,8 +5416,11 @@ GROUPS_OF: dict[str | None, str] = {  # a state that a list is asked for: the cr
     "regressed": _IN_TRIAGE.format("in", "state = 'open' and regressed_at is not null"),  # since it was resolved last
     "new": "(app_id, group_hash) in (select app_id, group_hash from groups where came_at >= :week)"}
 SORTS = {"crashes": "count", "devices": "devices", "last_seen": "last_seen", "first_seen": "first_seen"}
+_OUTLIVES_CRASHES = ":state in ('resolved', 'muted', 'regressed')"
 SUMS_OF_GROUPS = f"""
-    select app_id, group_hash, crashes, devices, last_seen as latest from groups where {APPS} and crashes > 0"""
+    select app_id, group_hash, crashes, devices, last_seen as latest from groups
+    where {APPS} and (crashes > 0 or {_OUTLIVES_CRASHES})
+    union all select app_id, group_hash, 0, 0, 0 from triage where {APPS} and {_OUTLIVES_CRASHES}"""
 OF_VERSION = "(:version is null or substr(app_version, 1, :length) = :version)"
 
 
@@ -5900,7 +5905,7 @@ class Dashboard:
 
     def _crashes(self, page: PageRequest) -> Response:
         metrics, given = self._metrics, page.parameters("version", "text", "state", "sort", "cursor", "days")
-        days = given.pop("days", None if {"version", "text", "days"} & page.query.keys() else WEEK)
+        days = given.pop("days", None if {"version", "text", "days", "state"} & page.query.keys() else WEEK)
         found = metrics.groups(page.app, **given, days=days, limit=LIST_ROWS)
         details = metrics.group_days([each["group_hash"] for each in found["groups"]], page.app,
                                      given.get("version"))["groups"]

@@ -2533,8 +2533,14 @@ def test_state_and_history_outlive_the_crashes_and_a_fault_that_comes_back_is_a_
     assert stored_rows(server, "crashes", "groups") == 0
     found = api.get(f"{CRASHES}/{ABORTS}", **ADMIN)[1]
     assert (found["state"], found["count"], found["reports"], found["first_seen"]) == ("resolved", 0, [], None)
-    assert api.get(CRASHES, **ADMIN)[1]["groups"] == []
     assert decided(server, {"comment": "Still?"})["history"][-1]["detail"] == "Still?", "it can be decided about"
+    for state, sort in product(backfeedr.GROUPS_OF, backfeedr.SORTS):
+        groups = server.metrics.groups(state=state, sort=sort)["groups"]
+        assert [(each["group_hash"], each["count"], each["last_seen"]) for each in groups] \
+            == [(ABORTS, 0, None)] * (state == "resolved")
+    someone = Person(server)
+    someone.sign_in()
+    assert f"{ABORTS} resolved 0 0" in someone.text("/crashes?state=resolved")
     tell(server)
     crash_now(api, clock, "1.0 47")
     assert state_of(server) == "resolved"
