@@ -2438,9 +2438,16 @@ def verdict(ours: Health, before: Health) -> JsonObject | None:
     if word == "too early":
         text = f"about {math.ceil((needed - least) / 10) * 10} more devices"
     else:
-        text = f"{round(100 * ours.share, 2):g} % of devices crash-free, {round(100 * before.share, 2):g} % before"
+        text = "{} of devices crash-free, {} before".format(*_percentages(ours.share, before.share))
     return {"word": word, "text": f"{word}: {text}",
             "interval": [round(100 * low, 1), round(100 * high, 1)] if least else None}
+
+
+def _percentages(*shares: float) -> list[str]:
+    """Shares in whole per cent; where that would not tell them from each other or from 100 %, all with one or two
+    decimals."""
+    decimals = next((n for n in (0, 1) if len({round(100 * each, n) for each in (*shares, 1)}) == len({*shares, 1})), 2)
+    return [f"{100 * each:.{decimals}f} %" for each in shares]
 
 
 class Session(NamedTuple):
@@ -4700,7 +4707,7 @@ class Alerts:
                     and exists (select 1 from facts where id > last_fact and at not between :since and :now)
                     and (
                         select count(*) from messages
-                        where channel_id = channels.id and (created_at > :hour or due_at is not null)) < :most
+                        where channel_id = channels.id and (created_at > :hour or due_at > taken_until)) < :most
                 order by id""", {"since": now - GATHERED + 1, "now": now, "hour": now - HOUR, "most": HOURLY})
         for channel in digests:
             self._gather_digest(channel)
@@ -4805,7 +4812,7 @@ class Alerts:
     def _settle(self, message: Message, error: Undelivered | None) -> None:
         """Notes what came of a try, and when the next one is due. An answer of 410 ends the channel."""
         now, tries, channel_id = self._store.now, message["tries"], message["channel_id"]
-        pause = max(PAUSES[tries], error.pause) if error and tries < len(PAUSES) else None
+        due_at = now + max(PAUSES[tries], error.pause) if error and tries < len(PAUSES) else None
         is_gone = error is not None and error.status == 410
         with self._store.writing(shared=True) as db:  # the channel first, so that two hosts do not wait for each other
             db.execute("""
@@ -4813,8 +4820,10 @@ class Alerts:
                     ended_at = coalesce(?, ended_at) where id = ?
                 """, (error and str(error), error and now, None if error else now, now if is_gone else None,
                       channel_id))
-            db.execute("update messages set due_at = ?, taken_until = 0 where id = ? and due_at is not null",
-                       (pause and now + pause, message["id"]))  # null: meanwhile another sent it, or its app went
+            # A refused message is taken until it is due: it does not count as waiting for the receiver, see _gather.
+            taken_until = 0 if error is None or error.is_of_receiver else due_at or 0
+            db.execute("update messages set due_at = ?, taken_until = ? where id = ? and due_at is not null",
+                       (due_at, taken_until, message["id"]))  # null: meanwhile another sent it, or its app went
             if is_gone:
                 db.execute("delete from messages where channel_id = ?", (channel_id,))
 

@@ -4646,18 +4646,21 @@ def test_what_is_not_about_the_message_holds_up_the_others_of_its_channel(serve,
         server.alerts.remove(number)
 
 
-def test_a_channel_that_stays_down_collects_no_more_than_an_hours_messages(alerting, clock, receiver, monkeypatch):
+@pytest.mark.parametrize("status, waiting, told", [
+    (500, 3, ["E0", "E1", "E2", "E3 E4 E5"]), (400, 6, ["E0", "E1", "E2", "E3", "E4", "E5"])])
+def test_a_channel_that_is_down_collects_an_hours_messages_and_one_that_refuses_them_is_sent_the_later_ones(
+        alerting, clock, receiver, monkeypatch, status, waiting, told):
     monkeypatch.setattr(backfeedr, "HOURLY", 3)
-    receiver.status = 500
+    receiver.status = status
     for number in range(6):
         note(alerting, exception_type=f"E{number}")
         deliver_later(alerting, clock, 2 * 3600)
-    assert alerting.alerts.channels()[0]["waiting"] == 3
+    assert alerting.alerts.channels()[0]["waiting"] == waiting
+    assert ("E5" in receiver.came[-1].body) == (status == 400)
     receiver.status, receiver.came = 204, []
-    assert deliver_later(alerting, clock, 86400) == {"sent": 3, "failed": 0}
-    assert deliver_later(alerting, clock) == TOLD, "what was beyond"
-    assert [[each["exception_type"] for each in facts] for facts in receiver.told] == [
-        ["E0"], ["E1"], ["E2"], ["E3", "E4", "E5"]]
+    deliver_later(alerting, clock, 86400)
+    assert deliver_later(alerting, clock) == (TOLD if status == 500 else NONE_DUE), "what was beyond"
+    assert [" ".join(each["exception_type"] for each in facts) for facts in receiver.told] == told
 
 
 def test_a_message_that_is_refused_holds_up_no_other_and_none_is_lost_in_three_days(alerting, clock, receiver):
@@ -5608,7 +5611,10 @@ VERDICTS = [  # devices and how many of them crashed, before and now
     ((100, 4), (100, 12), "worse: 88 % of devices crash-free, 96 % before", [-16.2, -0.3]),
     ((300, 36), (300, 12), "better: 96 % of devices crash-free, 88 % before", [3.7, 12.5]),
     ((400, 16), (400, 16), "no difference seen: 96 % of devices crash-free, 96 % before", [-2.8, 2.8]),
-    ((100_000, 1000), (100_000, 1200), "worse: 98.8 % of devices crash-free, 99 % before", [-0.3, -0.1]),
+    ((100_000, 1000), (100_000, 1200), "worse: 98.8 % of devices crash-free, 99.0 % before", [-0.3, -0.1]),
+    ((100_000, 4), (100_000, 44), "worse: 99.96 % of devices crash-free, 100.00 % before", [-0.1, -0.0]),
+    ((500, 113), (162, 59), "worse: 64 % of devices crash-free, 77 % before", [-22.2, -5.8]),
+    ((500, 50), (500, 1), "better: 99.8 % of devices crash-free, 90.0 % before", [7.3, 12.7]),
     ((20, 0), (20, 20), "worse: 0 % of devices crash-free, 100 % before", [-100.0, -77.2]),
     ((19, 0), (19, 19), "too early: about 750 more devices", [-100.0, -76.2]),
     ((60, 60), (60, 60), "no difference seen: 0 % of devices crash-free, 0 % before", [-6.0, 6.0]),
