@@ -4627,10 +4627,10 @@ def shown_address(url: str) -> str:
 
 
 class Alerts:
-    """The channels, and what is on its way to them. `digest` gives the lines of an app's daily digest, or that of all
+    """The channels, and what is on its way to them. `digest` gives the facts of an app's daily digest, or that of all
     live apps for None, from a time until another."""
 
-    def __init__(self, store: Store, public_url: str, digest: Callable[[str | None, int, int], list[str]]):
+    def __init__(self, store: Store, public_url: str, digest: Callable[[str | None, int, int], list[JsonObject]]):
         self._store, self._url, self._digest = store, public_url.rstrip("/"), digest
         self._stopping = threading.Event()
 
@@ -4718,12 +4718,14 @@ class Alerts:
         """Makes a message from where the last digest ended until the hour of this one, so each moment is in one."""
         at, app = channel["digest_at"], channel["app"]
         later = at + DAY * (1 + (self._store.now - at) // DAY)
-        facts = [{"type": "digest", "text": line} for line in self._digest(app, at - DAY, later - DAY)]
-        body = self._body("digest", f"backfeedr: the last day of {app or 'all apps'}", facts)
+        digest = self._digest(app, at - DAY, later - DAY)
         with self._store.writing() as db:
+            apps = {None, *(name for name, in db.execute("select name from apps"))}  # one may have been deleted
+            facts = [{"type": "digest", **each} for each in digest if each.get("app") in apps]
             if db.execute("update channels set digest_at = ? where id = ? and digest_at = ?",
                           (later, channel["id"], at)).rowcount:
-                self._insert(db, channel["id"], body)
+                title = f"backfeedr: the last day of {app or 'all apps'}"
+                self._insert(db, channel["id"], self._body("digest", title, facts))
 
     def _gather_facts(self, channel: JsonObject) -> None:
         """Makes a message of a channel's facts, unless the first is not a minute old."""
@@ -4999,11 +5001,11 @@ class Metrics:
                 for each in newest.items()]
         return sorted(rows, key=lambda row: ((row["verdict"] or {}).get("word") != "worse", row["app"]))
 
-    def digest(self, app: str | None, since: int, until: int) -> list[str]:
-        """What was received between two times, in milliseconds, in a few lines: is the newest release worse, what is
-        new, what is fixed?"""
-        lines = [f"{each['app']} {each['app_version']} is {each['verdict']['text']}"
-                 for each in self.newest_releases(app) if each["verdict"]][:LISTED]
+    def digest(self, app: str | None, since: int, until: int) -> list[JsonObject]:
+        """What was received between two times, in milliseconds, in a few facts: is the newest release worse, what is
+        new, what is fixed? A fact that names an app has it as `app`, so that it goes when the app is deleted."""
+        verdicts = [{"app": each["app"], "text": f"{each['app']} {each['app_version']} is {each['verdict']['text']}"}
+                    for each in self.newest_releases(app) if each["verdict"]]
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, "since": since, "until": until, "other": OTHER}
             crashes = per_day(db, app_id, self._last_days(3), "crash_days", "crashes")["crashes"]
@@ -5015,11 +5017,11 @@ class Metrics:
                 select case when state = 'resolved' then 'resolved' else 'regressed' end as what, count(*) from triage
                 where {APPS} and coalesce(regressed_at, changed_at) between :since and :until - 1
                     and (state = 'resolved' or regressed_at is not null) group by what""", parameters).fetchall())
-        lines.append(f"Crashes: {crashes[1]:,} yesterday, {crashes[0]:,} the day before")
-        lines.append(f"New: {len(new):,}" + "".join(
-            f"; {_one_line(kind)}{f' in {_one_line(place)}' if place else ''}" for kind, place in new[:3]))
-        lines.append(f"Resolved: {decided.get('resolved', 0):,}; regressed: {decided.get('regressed', 0):,}")
-        return lines
+        names = [f"; {_one_line(kind)}{f' in {_one_line(place)}' if place else ''}" for kind, place in new[:3]]
+        return [*verdicts[:LISTED], *({"text": text} for text in (
+            f"Crashes: {crashes[1]:,} yesterday, {crashes[0]:,} the day before",
+            f"New: {len(new):,}{''.join(names)}",
+            f"Resolved: {decided.get('resolved', 0):,}; regressed: {decided.get('regressed', 0):,}"))]
 
     def news(self, app: str | None = None, limit: int = 50) -> list[JsonObject]:
         """The groups that came or regressed last, the latest first; `at` is in milliseconds."""

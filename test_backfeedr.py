@@ -4976,7 +4976,26 @@ def test_a_digest_says_of_the_newest_release_of_each_live_app_how_it_is(serve, c
             "Test": "Test 1.10 is worse: 20 % of devices crash-free, 96 % before"}
     for app, lines in ((None, [said["Shop"], said["default"]]), ("Quiet", []), *((app, [said[app]]) for app in said)):
         digest = server.metrics.digest(app, server.store.now - A_DAY * 1000, server.store.now)
-        assert digest[:-3] == lines
+        assert [each["text"] for each in digest[:-3]] == lines
+
+
+@pytest.mark.parametrize("is_made", [True, False])
+def test_a_digest_names_no_app_that_was_deleted_while_it_was_made_or_waited(serve, clock, receiver, is_made):
+    server, receiver.status = serve(), 503
+    shop = backfeedr.sha256(server.store.create_app("Shop"))
+    server.alerts.add(receiver.url, kinds=["digest"], hour=15)
+    for version, key_hash in product(("1.0", "1.1"), (KEY_HASH, shop)):
+        send_devices(server, version, 20, 20 * (version == "1.1"), key_hash)
+        clock.move(A_DAY / 2)
+    digest = server.alerts._digest
+    if not is_made:
+        server.alerts._digest = lambda *given: (digest(*given), server.store.delete_app("Shop"))[0]
+    assert dict(server.deliver()) == NOT_TOLD
+    if is_made:
+        server.store.delete_app("Shop")
+    receiver.status, receiver.came = 204, []
+    assert deliver_later(server, clock) == TOLD
+    assert [each.get("app") for each in receiver.told[0]] == ["default", None, None, None]
 
 
 # == Metrics ===================================================================
