@@ -5466,7 +5466,7 @@ class World:
         assert sum(map(len, reports)) == len(self.sent)
         kept = figures(path) if self.forgets else {}  # with when what was forgotten was first and last seen
         tables = {**recount(path), **{table: kept[table] for table in ("builds", "groups") if kept}}
-        for app in (None, *self.keys):
+        for app in (None, self.random.choice([*self.keys])):
             names = [app] if app else ["default", "Shop"]
             apps = {id: name for id, name in sql(path, "select id, name from apps") if name in names}
             slow = Slow(tables, *reports, apps, self.store.now)
@@ -5475,7 +5475,7 @@ class World:
                 assert self.answer(question, query) == expected, (question, query)
 
 
-@pytest.mark.parametrize("seed, variety", [*((seed, 1) for seed in range(4)), (4, 40), (5, 40)])
+@pytest.mark.parametrize("seed, variety", [(0, 1), (1, 1), (4, 40), (5, 40)])
 def test_all_answers_equal_a_slow_and_obvious_computation_over_all_reports(serve, clock, monkeypatch, seed, variety):
     if variety > 1:
         monkeypatch.setattr(backfeedr, "NEW_NAMES", dict(
