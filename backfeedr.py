@@ -1657,7 +1657,6 @@ CONDITIONS = {  # the state that each belongs to, its column, and what the histo
     "more_crashes": ("muted", "crashes_left", "for {} more crashes"),
     "more_devices": ("muted", "devices_left", "for {} more devices")}
 TRIAGE_FIELDS = ("state", *CONDITIONS, "comment")  # of a PATCH
-MAX_TRIAGED = 10_000  # groups of an app; beyond, the oldest decision goes
 MAX_HISTORY, MAX_COMMENT = 100, 5000  # entries of a group, the latest, and characters of one
 SPREAD = (10, 100, 1000)  # devices of a group that are worth telling
 Decision = namedtuple("Decision", "state changed_at fixed_in until crashes_left devices_left regressed_at",
@@ -1699,9 +1698,8 @@ def _triage_value(name: str, value: Any, now: int) -> Any:
 
 def decide(db: Any, app_id: int, group_hash: str, changes: JsonObject, now: int) -> None:
     """Writes what parse_triage has read. Raises Refusal for a condition of another state than the group's."""
-    before = _decision(db, app_id, group_hash)
-    after = before or Decision("open", now)
-    state = changes.get("state", after.state)
+    before = after = _decision(db, app_id, group_hash) or Decision("open", now)
+    state = changes.get("state", before.state)
     conditions = {name: changes[name] for name in CONDITIONS if name in changes}
     for name, value in conditions.items():
         if value is not None and CONDITIONS[name][0] != state:
@@ -1710,18 +1708,13 @@ def decide(db: Any, app_id: int, group_hash: str, changes: JsonObject, now: int)
         after = Decision(state, now, regressed_at=None if state == "resolved" else after.regressed_at)
     if "state" in changes or conditions:
         after = after._replace(changed_at=now, **{CONDITIONS[name][1]: each for name, each in conditions.items()})
-        if state != "open" or before and before.state != "open":
+        if state != "open" or before.state != "open":
             texts = [CONDITIONS[name][2].format(iso_time(value) if name == "until" else value)
                      for name, value in conditions.items() if value is not None]
             _add_history(db, app_id, group_hash, now, STATES[state], " or ".join(texts) or None)
     _write_decision(db, app_id, group_hash, after)
     if "comment" in changes:
         _add_history(db, app_id, group_hash, now, "commented", changes["comment"])
-    for table in ("group_history", "triage") if not before else ():
-        db.execute(f"""
-            delete from {table} where app_id = :app and group_hash = (
-                select group_hash from triage where app_id = :app
-                order by changed_at desc, group_hash limit 1 offset :most)""", {"app": app_id, "most": MAX_TRIAGED})
 
 
 def _decision(db: Any, app_id: int, group_hash: str) -> Decision | None:
@@ -4698,21 +4691,19 @@ class Alerts:
         """Makes messages of the facts that have waited for a minute, and of the digests whose hour has come."""
         now = self._store.now
         with self._store.reading() as db:
-            digests = dict_rows(db, """
-                select channels.*, name as app from channels left join apps on apps.id = app_id
-                where ended_at is null and digest_at <= ?""", (now,))
-            due = dict_rows(db, """
-                select * from channels
-                where ended_at is null
-                    and exists (select 1 from facts where id > last_fact and at not between :since and :now)
-                    and (
+            channels = dict_rows(db, """
+                select channels.*, name as app,
+                    exists (select 1 from facts where id > last_fact and at not between :since and :now) as has_facts, (
                         select count(*) from messages
-                        where channel_id = channels.id and (created_at > :hour or due_at > taken_until)) < :most
-                order by id""", {"since": now - GATHERED + 1, "now": now, "hour": now - HOUR, "most": HOURLY})
-        for channel in digests:
-            self._gather_digest(channel)
-        for channel in due:
-            self._gather_facts(channel)
+                        where channel_id = channels.id and (created_at > :hour or due_at > taken_until)) as messages
+                from channels left join apps on apps.id = app_id
+                where ended_at is null order by channels.id
+                """, {"since": now - GATHERED + 1, "now": now, "hour": now - HOUR})
+        for channel in channels:
+            if channel["digest_at"] is not None and channel["digest_at"] <= now:
+                self._gather_digest(channel)
+            if channel["has_facts"] and channel["messages"] < HOURLY:
+                self._gather_facts(channel)
 
     def _gather_digest(self, channel: JsonObject) -> None:
         """Makes a message from where the last digest ended until the hour of this one, so each moment is in one."""
