@@ -4676,15 +4676,6 @@ def test_a_message_that_is_refused_holds_up_no_other_and_none_is_lost_in_three_d
     assert deliver_later(alerting, clock, 86400) == NONE_DUE
 
 
-def test_a_message_is_not_given_up_for_its_age(alerting, clock, receiver):
-    receiver.status = 500
-    gather(alerting, clock, "A", "B")
-    clock.move(10 * 86400)
-    assert dict(alerting.deliver()) == NOT_TOLD
-    receiver.status = 200
-    assert deliver_later(alerting, clock, 86400) == {"sent": 2, "failed": 0} and len(set(receiver.ids)) == 2
-
-
 def test_a_poisoned_channel_does_not_hold_up_the_others_and_the_log_has_no_address(
         serve, clock, receiver, monkeypatch, caplog):
     def fail(*arguments):
@@ -4757,15 +4748,6 @@ def test_a_server_delivers_in_a_thread_that_ends_with_it_even_while_a_receiver_h
     assert hung.wait(20)
     assert server.stop(seconds=8)[::2] == (0, "")
     over.set()
-
-
-def test_a_thread_delivers_until_the_block_ends(alerting, clock, receiver, monkeypatch):
-    monkeypatch.setattr(backfeedr, "LOOK_SECONDS", 0.01)
-    with alerting.alerts.running():
-        note(alerting)
-        clock.move(60)
-        wait_until(lambda: receiver.came, 10)
-    assert "backfeedr alerts" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_facts_are_kept_only_while_there_is_a_channel_for_them(serve, clock, receiver):
@@ -5514,30 +5496,6 @@ def test_a_session_counts_whatever_the_phones_clock_says(api, name, ahead, expec
         parse_time(start), parse_time(end)}, "and is kept as it came"
 
 
-def test_a_repeated_start_keeps_the_first_and_the_same_id_of_three_devices_is_three_sessions(api):
-    for minute, device in ((20, "a"), (25, "a"), (20, "b"), (20, "c")):
-        api.post(EVENTS, start_at(f"2026-03-12T14:{minute}:00Z", "1", device_id_hash=device))
-    api.post(EVENTS, {**start_at(NOW, "1", device_id_hash="a"), "type": "session_end"})
-    assert api.get("/api/v1/metrics/sessions?days=1")[1] == {
-        "labels": ["2026-03-12"], "sessions": [3], "median_seconds": [600], "mean_seconds": [600.0]}
-
-
-def test_a_crash_loop_counts_once_where_crashes_name_their_session(api):
-    for n in range(4):
-        api.post(EVENTS, start_at(NOW, f"s{n}", device_id_hash="d", app_version="1.0"))
-        api.post(EVENTS, start_at(NOW, f"s{n}", device_id_hash="d", app_version="2.0"))
-    for _ in range(5):
-        api.post(CRASHES, crash_at(NOW, session_id="s1", device_id_hash="d", app_version="1.0"))
-    for _ in range(2):
-        api.post(CRASHES, crash_at(NOW, device_id_hash="e", app_version="2.0"))
-    api.post(CRASHES, crash_at(NOW, session_id="unknown", app_version="3.0"))
-    releases = {row.pop("app_version"): row for row in api.get("/api/v1/releases?app=default")[1]["releases"]}
-    assert {version: [row[name] for name in ("sessions", "crashes", "crashed_sessions", "crash_free_sessions", "by",
-                                             "crash_free_devices")] for version, row in releases.items()} == {
-        "1.0": [4, 5, 1, 75.0, "session", 0.0], "2.0": [0, 2, 0, None, "count", 50.0],
-        "3.0": [0, 1, 0, None, "count", None]}
-
-
 def test_a_search_finds_what_the_list_shows_and_the_apps_own_frames(api):
     group = api.post(CRASHES, crash_at(NOW, "\u00dcberlauf", exception_reason="Limit \u00dcBERSCHRITTEN", stack_trace=[
         {"symbol": "abort"}, {"symbol": "Shop.Cart.total()", "file": "Cart.swift"},
@@ -5580,19 +5538,6 @@ def test_with_a_version_a_group_has_its_own_first_day_says_if_it_is_new_and_coun
     group = backfeedr.group_hash("Old", [])
     days = api.server.metrics.group_days([group], version="2.4*")["groups"][group]["days"]
     assert sum(days) == 2
-
-
-def test_the_latest_crash_of_a_group_is_the_one_that_occurred_last(api):
-    ids = [api.post(CRASHES, crash_at(f"2026-03-12T14:{minute:02}:00Z", exception_reason=f"at {minute}"))[1]["id"]
-           for minute in (10, 25, 20, 25, 5)]
-    group = api.get(f"{CRASHES}/{backfeedr.group_hash('A', [])}?limit=2", **ADMIN)[1]
-    assert (group["last_seen"], group["exception_reason"]) == ("2026-03-12T14:25:00Z", "at 25")
-    seen, cursor = [], group["next"]
-    while cursor:
-        seen += [each["id"] for each in group["reports"]]
-        group = api.get(f"{CRASHES}/{group['group_hash']}?limit=2&cursor={cursor}", **ADMIN)[1]
-        cursor = group["next"]
-    assert seen + [each["id"] for each in group["reports"]] == [ids[n] for n in (3, 1, 2, 0, 4)]
 
 
 def test_versions_sort_as_people_expect():
@@ -5748,16 +5693,6 @@ def test_a_release_that_is_surely_worse_is_told_once(serve, clock, devices, cras
     assert count(server, "state", "name like 'worse%'") == 0
 
 
-def test_a_build_is_first_seen_once_and_events_count_for_none(api, clock):
-    server, start = api.server, api.server.store.now
-    for fields in ({"build_number": "48"}, {"build_number": "49"}, {"build_number": "48"}, {}, {"type": "custom"}):
-        add(server, app_version="1.3", **fields)
-        clock.move(1)
-    add(server, build_number="50")
-    assert sorted(sql(server.store.path, "select app_version, build_number, first_seen from builds")) \
-        == [("1.3", "", start + 3000), ("1.3", "48", start), ("1.3", "49", start + 1000)]
-
-
 def test_an_app_has_so_many_builds_and_no_more(serve, monkeypatch):
     monkeypatch.setattr(backfeedr, "MAX_BUILDS_OF_APP", 5)
     server = serve()
@@ -5769,14 +5704,6 @@ def test_an_app_has_so_many_builds_and_no_more(serve, monkeypatch):
     assert sql(server.store.path, "select app_id, count(*) from builds group by app_id order by 1") \
         == [(1, 6), (2, 1)], "of each release, one for all others"
     assert POSTGRES or backfeedr._check_roll_ups(server.store.path)
-
-
-def test_a_group_counts_each_of_its_devices_once(api):
-    for devices in (["d1", "d2", "d1", None], ["d1", "d3"], ["d1", None]):
-        api.server.store.add(KEY_HASH, [parse_crash({**CRASH, "device_id_hash": each}) for each in devices])
-    assert sql(api.server.store.path, "select crashes, devices from groups") == [(8, 3)]
-    api.server.store.forget_device("d1")
-    assert sql(api.server.store.path, "select crashes, devices from groups") == [(4, 2)]
 
 
 # == Backfeedr =================================================================
