@@ -210,8 +210,11 @@ def sql(path, query, *values):
 
 @contextmanager
 def connected(path):
-    """A connection to a file of SQLite, or to PostgreSQL where this is a URL. What it changes is kept."""
-    if str(path).startswith("postgresql:"):
+    """A connection to a file of SQLite, or to PostgreSQL where this is a URL. What it changes is kept. An open one is
+    used as it is."""
+    if hasattr(path, "execute"):
+        yield path
+    elif str(path).startswith("postgresql:"):
         with closing(postgres().Connection.connect(path)) as db:
             yield db
     else:
@@ -262,8 +265,9 @@ def check_database(path, forgotten=False):
 
     Where a device was forgotten, but for the times of what it was the first or last to report.
     """
-    assert POSTGRES or sql(path, "pragma integrity_check") == [("ok",)]
-    expected, found = recount(path), figures(path)
+    with connected(path) as db:  # one for all: to open one takes longer than to read the rows
+        assert POSTGRES or sql(db, "pragma integrity_check") == [("ok",)]
+        expected, found = recount(db), figures(db)
     if forgotten:
         for tables in expected, found:
             tables["builds"] = {}
@@ -285,7 +289,7 @@ def windows(path):
 def figures(path):
     """What is stored beside the reports, each table by its key; without sums of 0, and without what is too old."""
     tables, first = {}, windows(path)
-    with connected(path) as db:  # one: to open a connection, and to read the schema, takes longer than the rows
+    with connected(path) as db:
         for table, key in backfeedr.KEYS.items():
             size, rows = len(key), db.execute(f"select {', '.join(key)}, {table}.* from {table}")
             tables[table] = {row[:size]: row[2 * size:] for row in rows
