@@ -5004,15 +5004,15 @@ class Metrics:
                 select exception_type, place from groups
                 where {APPS} and came_at >= :since and came_at < :until and group_hash <> :other
                 order by came_at desc, first_seen desc""", parameters).fetchall()
-            decided = dict(db.execute(f"""
-                select case when state = 'resolved' then 'resolved' else 'regressed' end as what, count(*) from triage
-                where {APPS} and coalesce(regressed_at, changed_at) between :since and :until - 1
-                    and (state = 'resolved' or regressed_at is not null) group by what""", parameters).fetchall())
+            resolved, regressed = db.execute(f"""
+                select count(case when state = 'resolved' and changed_at >= :since and changed_at < :until then 1 end),
+                    count(case when regressed_at >= :since and regressed_at < :until then 1 end)
+                from triage where {APPS}""", parameters).fetchone()
         names = [f"; {_one_line(kind)}{f' in {_one_line(place)}' if place else ''}" for kind, place in new[:3]]
         return [*verdicts[:LISTED], *({"text": text} for text in (
             f"Crashes: {crashes[1]:,} yesterday, {crashes[0]:,} the day before",
             f"New: {len(new):,}{''.join(names)}",
-            f"Resolved: {decided.get('resolved', 0):,}; regressed: {decided.get('regressed', 0):,}"))]
+            f"Resolved: {resolved:,}; regressed: {regressed:,}"))]
 
     def news(self, app: str | None = None, limit: int = 50) -> list[JsonObject]:
         """The groups that came or regressed last, the latest first; `at` is in milliseconds."""

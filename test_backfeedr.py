@@ -4883,15 +4883,17 @@ def new_in_digests(receiver):
     return [facts[-2]["text"] for facts in receiver.told]
 
 
-def test_a_digest_comes_at_its_hour_each_day_and_says_what_is_new(digesting, clock, receiver):
+def test_a_digest_comes_at_its_hour_each_day_and_says_what_is_new_resolved_and_regressed(digesting, clock, receiver):
     for name in "A", "B":
         Api(digesting).post(CRASHES, {**CRASH, "exception_type": name, "app_version": "1.0"})
+        decided(digesting, {"state": "resolved", "fixed_in": "1.0"}, group_hash(name, []))
+    Api(digesting).post(CRASHES, {**CRASH, "exception_type": "B", "app_version": "1.0"})
     for seconds, done in ((29 * 60, NONE_DUE), (60, TOLD), (86399, NONE_DUE), (1, TOLD), (5 * 86400 + 60, TOLD),
                           (86400 - 61, NONE_DUE), (1, TOLD)):  # one, after days without a server
         assert deliver_later(digesting, clock, seconds) == done
     assert [[each["text"] for each in facts] for facts in receiver.told[:2]] == [
-        ["Crashes: 0 yesterday, 0 the day before", "New: 2; A; B", "Resolved: 0; regressed: 0"],
-        ["Crashes: 2 yesterday, 0 the day before", "New: 0", "Resolved: 0; regressed: 0"]]
+        ["Crashes: 0 yesterday, 0 the day before", "New: 2; A; B", "Resolved: 1; regressed: 1"],
+        ["Crashes: 3 yesterday, 0 the day before", "New: 0", "Resolved: 0; regressed: 0"]]
     assert {body["type"] for body in receiver.bodies} == {"digest"}
     assert receiver.bodies[0]["data"]["title"] == "backfeedr: the last day of all apps"
 
