@@ -2543,6 +2543,7 @@ def test_state_and_history_outlive_the_crashes_and_a_fault_that_comes_back_is_a_
         groups = server.metrics.groups(state=state, sort=sort)["groups"]
         assert [(each["group_hash"], each["count"], each["last_seen"]) for each in groups] \
             == [(ABORTS, 0, None)] * (state == "resolved")
+    check_schema({"$ref": "#/components/schemas/Groups"}, api.get(f"{CRASHES}?state=resolved", **ADMIN)[1])
     someone = Person(server)
     someone.sign_in()
     assert f"{ABORTS} resolved 0 0" in someone.text("/crashes?state=resolved")
