@@ -2371,15 +2371,10 @@ def facts_of(server):
             for kind, detail in sql(server.store.path, "select kind, detail from facts order by id")]
 
 
-def tell(server):
-    """From now on, facts are kept for somebody."""
-    sql_run(server.store.path,
-            "insert into channels (url, secret, kinds, created_at, last_fact) values ('', '', '', 0, 0)")
-
-
 @pytest.fixture
 def told(api):
-    tell(api.server)
+    """A client of a server that has somebody to tell."""
+    api.server.alerts.add("https://example.com")
     return api
 
 
@@ -2547,7 +2542,7 @@ def test_state_and_history_outlive_the_crashes_and_a_fault_that_comes_back_is_a_
     someone = Person(server)
     someone.sign_in()
     assert f"{ABORTS} resolved 0 0" in someone.text("/crashes?state=resolved")
-    tell(server)
+    server.alerts.add("https://example.com")
     crash_now(api, clock, "1.0 47")
     assert state_of(server) == "resolved"
     crash_now(api, clock, "1.1 50")
@@ -5668,9 +5663,7 @@ def test_a_verdict_stays_when_the_devices_of_it_have_expired(keeping, clock):
 def test_a_release_that_is_surely_worse_is_told_once(serve, clock, devices, crashed, is_told):
     """From 50 devices on; 8 of 50 are worse than 4 of 100, but one of many looks would find as much by chance."""
     server = serve()
-    channel = "'https://example.com', '', null, 'release.worse', 0, 0"
-    sql_run(server.store.path, f"""
-        insert into channels (url, secret, app_id, kinds, created_at, last_fact) values ({channel})""")
+    server.alerts.add("https://example.com")
     for version, number, of in (("1.0", 100, 4), ("1.1", devices, crashed)):
         send_devices(server, version, number, of)
         clock.move(A_DAY)
@@ -5678,11 +5671,8 @@ def test_a_release_that_is_surely_worse_is_told_once(serve, clock, devices, cras
     for _ in range(3):
         add(server, type="custom")
         clock.move(3600)
-    facts = [(kind, json.loads(detail)) for kind, detail in sql(
-        server.store.path, "select kind, detail from facts where kind = 'release.worse'")]
-    assert facts == [("release.worse", {
-        "app_version": "1.1", "before": "1.0",
-        "text": "worse: 70 % of devices crash-free, 96 % before"})] * is_told
+    assert [detail for kind, detail in facts_of(server) if kind == "release.worse"] == [{
+        "app_version": "1.1", "before": "1.0", "text": "worse: 70 % of devices crash-free, 96 % before"}] * is_told
     server.store.delete_app("default")
     assert count(server, "state", "name like 'worse%'") == 0
 
