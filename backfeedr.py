@@ -5021,12 +5021,10 @@ class Metrics:
                 select news.what, news.at, news.app_id, apps.name as app, apps.created_at, news.group_hash,
                     exception_type, coalesce(place, '') as place, first_version
                 from (
-                    select * from (
-                        select 'new' as what, came_at as at, app_id, group_hash from groups
-                        where {APPS} and group_hash <> :other and crashes > 0  -- else it has no page
-                        order by at desc, group_hash limit :limit) as new
+                    select 'new' as what, came_at as at, app_id, group_hash from groups
+                    where {APPS} and group_hash <> :other and crashes > 0  -- else it has no page
                     union all select 'regressed', regressed_at, app_id, group_hash from triage
-                        where {APPS} and regressed_at is not null
+                    where {APPS} and regressed_at is not null
                     order by at desc, what, app_id, group_hash limit :limit) as news
                 join apps on apps.id = news.app_id
                 join groups on groups.app_id = news.app_id and groups.group_hash = news.group_hash
@@ -5246,12 +5244,11 @@ class Metrics:
         return {"days": [counts.get(day, 0) for day in shown], "apps": [name for name, in apps]}
 
     def is_empty(self, app: str | None = None) -> bool:
-        """Whether nothing was received of an app; of its events, only the latest are looked at."""
+        """Whether nothing was received of an app but ends of sessions."""
         with self._snapshot(app) as (db, app_id):
             return not any(db.execute(f"""
                 select exists (select 1 from crash_days where {APPS}), exists (select 1 from session_days where {APPS}),
-                    exists (select 1 from (select app_id from events order by seq desc limit 1000) as latest
-                        where {APPS})""", {"app": app_id}).fetchone())
+                    exists (select 1 from event_names where {APPS})""", {"app": app_id}).fetchone())
 
     def crash(self, id: str, app: str | None = None) -> JsonObject:
         """One crash, as it was sent. Refusal where it is not kept."""
