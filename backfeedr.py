@@ -1658,7 +1658,6 @@ CONDITIONS = {  # the state that each belongs to, its column, and what the histo
     "more_crashes": ("muted", "crashes_left", "for {} more crashes"),
     "more_devices": ("muted", "devices_left", "for {} more devices")}
 TRIAGE_FIELDS = ("state", *CONDITIONS, "comment")  # of a PATCH
-MAX_TRIAGED = 10_000  # groups of an app; beyond, the oldest decision goes
 MAX_HISTORY, MAX_COMMENT = 100, 5000  # entries of a group, the latest, and characters of one
 SPREAD = (10, 100, 1000)  # devices of a group that are worth telling
 Decision = namedtuple("Decision", "state changed_at fixed_in until crashes_left devices_left regressed_at",
@@ -1700,9 +1699,8 @@ def _triage_value(name: str, value: Any, now: int) -> Any:
 
 def decide(db: Any, app_id: int, group_hash: str, changes: JsonObject, now: int) -> None:
     """Writes what parse_triage has read. Raises Refusal for a condition of another state than the group's."""
-    before = _decision(db, app_id, group_hash)
-    after = before or Decision("open", now)
-    state = changes.get("state", after.state)
+    before = after = _decision(db, app_id, group_hash) or Decision("open", now)
+    state = changes.get("state", before.state)
     conditions = {name: changes[name] for name in CONDITIONS if name in changes}
     for name, value in conditions.items():
         if value is not None and CONDITIONS[name][0] != state:
@@ -1711,18 +1709,13 @@ def decide(db: Any, app_id: int, group_hash: str, changes: JsonObject, now: int)
         after = Decision(state, now, regressed_at=None if state == "resolved" else after.regressed_at)
     if "state" in changes or conditions:
         after = after._replace(changed_at=now, **{CONDITIONS[name][1]: each for name, each in conditions.items()})
-        if state != "open" or before and before.state != "open":
+        if state != "open" or before.state != "open":
             texts = [CONDITIONS[name][2].format(iso_time(value) if name == "until" else value)
                      for name, value in conditions.items() if value is not None]
             _add_history(db, app_id, group_hash, now, STATES[state], " or ".join(texts) or None)
     _write_decision(db, app_id, group_hash, after)
     if "comment" in changes:
         _add_history(db, app_id, group_hash, now, "commented", changes["comment"])
-    for table in ("group_history", "triage") if not before else ():
-        db.execute(f"""
-            delete from {table} where app_id = :app and group_hash = (
-                select group_hash from triage where app_id = :app
-                order by changed_at desc, group_hash limit 1 offset :most)""", {"app": app_id, "most": MAX_TRIAGED})
 
 
 def _decision(db: Any, app_id: int, group_hash: str) -> Decision | None:
@@ -2439,9 +2432,16 @@ def verdict(ours: Health, before: Health) -> JsonObject | None:
     if word == "too early":
         text = f"about {math.ceil((needed - least) / 10) * 10} more devices"
     else:
-        text = f"{round(100 * ours.share, 2):g} % of devices crash-free, {round(100 * before.share, 2):g} % before"
+        text = "{} of devices crash-free, {} before".format(*_percentages(ours.share, before.share))
     return {"word": word, "text": f"{word}: {text}",
             "interval": [round(100 * low, 1), round(100 * high, 1)] if least else None}
+
+
+def _percentages(*shares: float) -> list[str]:
+    """Shares in whole per cent; where that would not tell them from each other or from 100 %, all with one or two
+    decimals."""
+    decimals = next((n for n in (0, 1) if len({round(100 * each, n) for each in (*shares, 1)}) == len({*shares, 1})), 2)
+    return [f"{100 * each:.{decimals}f} %" for each in shares]
 
 
 class Session(NamedTuple):
@@ -4647,10 +4647,10 @@ def shown_address(url: str) -> str:
 
 
 class Alerts:
-    """The channels, and what is on its way to them. `digest` gives the lines of an app's daily digest, or that of all
+    """The channels, and what is on its way to them. `digest` gives the facts of an app's daily digest, or that of all
     live apps for None, from a time until another."""
 
-    def __init__(self, store: Store, public_url: str, digest: Callable[[str | None, int, int], list[str]]):
+    def __init__(self, store: Store, public_url: str, digest: Callable[[str | None, int, int], list[JsonObject]]):
         self._store, self._url, self._digest = store, public_url.rstrip("/"), digest
         self._stopping = threading.Event()
 
@@ -4718,32 +4718,32 @@ class Alerts:
         """Makes messages of the facts that have waited for a minute, and of the digests whose hour has come."""
         now = self._store.now
         with self._store.reading() as db:
-            digests = dict_rows(db, """
-                select channels.*, name as app from channels left join apps on apps.id = app_id
-                where ended_at is null and digest_at <= ?""", (now,))
-            due = dict_rows(db, """
-                select * from channels
-                where ended_at is null
-                    and exists (select 1 from facts where id > last_fact and at not between :since and :now)
-                    and (
+            channels = dict_rows(db, """
+                select channels.*, name as app,
+                    exists (select 1 from facts where id > last_fact and at not between :since and :now) as has_facts, (
                         select count(*) from messages
-                        where channel_id = channels.id and (created_at > :hour or due_at is not null)) < :most
-                order by id""", {"since": now - GATHERED + 1, "now": now, "hour": now - HOUR, "most": HOURLY})
-        for channel in digests:
-            self._gather_digest(channel)
-        for channel in due:
-            self._gather_facts(channel)
+                        where channel_id = channels.id and (created_at > :hour or due_at > taken_until)) as messages
+                from channels left join apps on apps.id = app_id
+                where ended_at is null order by channels.id
+                """, {"since": now - GATHERED + 1, "now": now, "hour": now - HOUR})
+        for channel in channels:
+            if channel["digest_at"] is not None and channel["digest_at"] <= now:
+                self._gather_digest(channel)
+            if channel["has_facts"] and channel["messages"] < HOURLY:
+                self._gather_facts(channel)
 
     def _gather_digest(self, channel: JsonObject) -> None:
         """Makes a message from where the last digest ended until the hour of this one, so each moment is in one."""
         at, app = channel["digest_at"], channel["app"]
         later = at + DAY * (1 + (self._store.now - at) // DAY)
-        facts = [{"type": "digest", "text": line} for line in self._digest(app, at - DAY, later - DAY)]
-        body = self._body("digest", f"backfeedr: the last day of {app or 'all apps'}", facts)
+        digest = self._digest(app, at - DAY, later - DAY)
         with self._store.writing() as db:
+            apps = {None, *(name for name, in db.execute("select name from apps"))}  # one may have been deleted
+            facts = [{"type": "digest", **each} for each in digest if each.get("app") in apps]
             if db.execute("update channels set digest_at = ? where id = ? and digest_at = ?",
                           (later, channel["id"], at)).rowcount:
-                self._insert(db, channel["id"], body)
+                title = f"backfeedr: the last day of {app or 'all apps'}"
+                self._insert(db, channel["id"], self._body("digest", title, facts))
 
     def _gather_facts(self, channel: JsonObject) -> None:
         """Makes a message of a channel's facts, unless the first is not a minute old."""
@@ -4832,7 +4832,7 @@ class Alerts:
     def _settle(self, message: Message, error: Undelivered | None) -> None:
         """Notes what came of a try, and when the next one is due. An answer of 410 ends the channel."""
         now, tries, channel_id = self._store.now, message["tries"], message["channel_id"]
-        pause = max(PAUSES[tries], error.pause) if error and tries < len(PAUSES) else None
+        due_at = now + max(PAUSES[tries], error.pause) if error and tries < len(PAUSES) else None
         is_gone = error is not None and error.status == 410
         with self._store.writing(shared=True) as db:  # the channel first, so that two hosts do not wait for each other
             db.execute("""
@@ -4840,8 +4840,10 @@ class Alerts:
                     ended_at = coalesce(?, ended_at) where id = ?
                 """, (error and str(error), error and now, None if error else now, now if is_gone else None,
                       channel_id))
-            db.execute("update messages set due_at = ?, taken_until = 0 where id = ? and due_at is not null",
-                       (pause and now + pause, message["id"]))  # null: meanwhile another sent it, or its app went
+            # A refused message is taken until it is due: it does not count as waiting for the receiver, see _gather.
+            taken_until = 0 if error is None or error.is_of_receiver else due_at or 0
+            db.execute("update messages set due_at = ?, taken_until = ? where id = ? and due_at is not null",
+                       (due_at, taken_until, message["id"]))  # null: meanwhile another sent it, or its app went
             if is_gone:
                 db.execute("delete from messages where channel_id = ?", (channel_id,))
 
@@ -5017,11 +5019,11 @@ class Metrics:
                 for each in newest.items()]
         return sorted(rows, key=lambda row: ((row["verdict"] or {}).get("word") != "worse", row["app"]))
 
-    def digest(self, app: str | None, since: int, until: int) -> list[str]:
-        """What was received between two times, in milliseconds, in a few lines: is the newest release worse, what is
-        new, what is fixed?"""
-        lines = [f"{each['app']} {each['app_version']} is {each['verdict']['text']}"
-                 for each in self.newest_releases(app) if each["verdict"]][:LISTED]
+    def digest(self, app: str | None, since: int, until: int) -> list[JsonObject]:
+        """What was received between two times, in milliseconds, in a few facts: is the newest release worse, what is
+        new, what is fixed? A fact that names an app has it as `app`, so that it goes when the app is deleted."""
+        verdicts = [{"app": each["app"], "text": f"{each['app']} {each['app_version']} is {each['verdict']['text']}"}
+                    for each in self.newest_releases(app) if each["verdict"]]
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, "since": since, "until": until, "other": OTHER}
             crashes = per_day(db, app_id, self._last_days(3), "crash_days", "crashes")["crashes"]
@@ -5029,15 +5031,15 @@ class Metrics:
                 select exception_type, place from groups
                 where {APPS} and came_at >= :since and came_at < :until and group_hash <> :other
                 order by came_at desc, first_seen desc""", parameters).fetchall()
-            decided = dict(db.execute(f"""
-                select case when state = 'resolved' then 'resolved' else 'regressed' end as what, count(*) from triage
-                where {APPS} and coalesce(regressed_at, changed_at) between :since and :until - 1
-                    and (state = 'resolved' or regressed_at is not null) group by what""", parameters).fetchall())
-        lines.append(f"Crashes: {crashes[1]:,} yesterday, {crashes[0]:,} the day before")
-        lines.append(f"New: {len(new):,}" + "".join(
-            f"; {_one_line(kind)}{f' in {_one_line(place)}' if place else ''}" for kind, place in new[:3]))
-        lines.append(f"Resolved: {decided.get('resolved', 0):,}; regressed: {decided.get('regressed', 0):,}")
-        return lines
+            resolved, regressed = db.execute(f"""
+                select count(case when state = 'resolved' and changed_at >= :since and changed_at < :until then 1 end),
+                    count(case when regressed_at >= :since and regressed_at < :until then 1 end)
+                from triage where {APPS}""", parameters).fetchone()
+        names = [f"; {_one_line(kind)}{f' in {_one_line(place)}' if place else ''}" for kind, place in new[:3]]
+        return [*verdicts[:LISTED], *({"text": text} for text in (
+            f"Crashes: {crashes[1]:,} yesterday, {crashes[0]:,} the day before",
+            f"New: {len(new):,}{''.join(names)}",
+            f"Resolved: {resolved:,}; regressed: {regressed:,}"))]
 
     def news(self, app: str | None = None, limit: int = 50) -> list[JsonObject]:
         """The groups that came or regressed last, the latest first; `at` is in milliseconds."""
@@ -5046,12 +5048,10 @@ class Metrics:
                 select news.what, news.at, news.app_id, apps.name as app, apps.created_at, news.group_hash,
                     exception_type, coalesce(place, '') as place, first_version
                 from (
-                    select * from (
-                        select 'new' as what, came_at as at, app_id, group_hash from groups
-                        where {APPS} and group_hash <> :other and crashes > 0  -- else it has no page
-                        order by at desc, group_hash limit :limit) as new
+                    select 'new' as what, came_at as at, app_id, group_hash from groups
+                    where {APPS} and group_hash <> :other and crashes > 0  -- else it has no page
                     union all select 'regressed', regressed_at, app_id, group_hash from triage
-                        where {APPS} and regressed_at is not null
+                    where {APPS} and regressed_at is not null
                     order by at desc, what, app_id, group_hash limit :limit) as news
                 join apps on apps.id = news.app_id
                 join groups on groups.app_id = news.app_id and groups.group_hash = news.group_hash
@@ -5065,7 +5065,8 @@ class Metrics:
                cursor: str | None = None) -> JsonObject:
         """The groups of the crashes that are kept: those with most crashes first, or as `sort` says. `version` may end
         with *; `text` is in what the list shows, or in symbols and files of the app in the latest crash; `state` is one
-        of GROUPS_OF. `is_new`: first seen in this version, or without one, received first within 7 days."""
+        of GROUPS_OF: a decision also lists groups whose crashes have expired. `is_new`: first seen in this version, or
+        without one, received first within 7 days."""
         if state not in GROUPS_OF:
             raise Refusal("invalid state", detail=f"it is none of {', '.join(filter(None, GROUPS_OF))}")
         if sort not in (None, *SORTS):
@@ -5077,12 +5078,12 @@ class Metrics:
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, **_version_filter(version), "first": shown[0], "last": shown[-1],
                           "text": text and text.casefold(), "limit": limit + 1, "value": int(value), "group": group,
-                          "week": week, "since": (shown[0] or 0) * DAY - MAX_SKEW if days else 0}
+                          "week": week, "since": (shown[0] or 0) * DAY - MAX_SKEW if days else 0, "state": state}
             rows = dict_rows(db, f"""
                 select * from (
                     select group_hash, sum(crashes) as count, sum(devices) as devices, max(latest) as last_seen, (
-                        select min(first_seen) from groups where {APPS} and group_hash = counts.group_hash
-                        ) as first_seen
+                        select coalesce(min(first_seen), 0) from groups
+                        where {APPS} and group_hash = counts.group_hash) as first_seen
                     from ({CRASHES_OF_GROUPS if version or days else SUMS_OF_GROUPS}) as counts
                     where {GROUPS_OF[state]} and (:text is null or (app_id, group_hash) in (
                         select app_id, group_hash from groups where {APPS} and instr(search, :text)))
@@ -5103,7 +5104,7 @@ class Metrics:
         """A group as a list has it."""
         found = self._named(db, parameters["app"], row["group_hash"])
         first, version = (found.pop("first_version") or "")[:parameters["length"]], parameters["version"]
-        is_new = found["came_at"] >= parameters["week"] if version is None else first == version
+        is_new = (found["came_at"] or 0) >= parameters["week"] if version is None else first == version
         versions = [each for each, in db.execute(f"""
             select app_version from crashes
             where {APPS} and group_hash = :group and app_version is not null and {OF_VERSION}
@@ -5174,30 +5175,31 @@ class Metrics:
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, "first": week[0], "last": week[-1], "since": since - MAX_SKEW}
             rows = dict_rows(db, f"""
-                select apps.name as app, groups.app_id, groups.group_hash, exception_type, first_seen, last_seen,
-                    coalesce(exception_reason, '') as exception_reason, coalesce(place, '') as place, came_at,
-                    coalesce(regressed_at, 0) as regressed_at, 'open' as state, sums.crashes as count, groups.devices
+                select groups.app_id, groups.group_hash, sums.crashes as count, groups.devices, last_seen,
+                    max(came_at, coalesce(regressed_at, 0)) as news_at
                 from (
                     select app_id, group_hash, sum(crashes) as crashes from group_days
                     where {APPS} and day between :first and :last and group_hash <> '{OTHER}'
                     group by app_id, group_hash) as sums
                 cross join groups on groups.app_id = sums.app_id and groups.group_hash = sums.group_hash
-                cross join apps on apps.id = groups.app_id
                 left join triage on triage.app_id = groups.app_id and triage.group_hash = groups.group_hash
                 where coalesce(state, 'open') = 'open' and (groups.crashes > 0 or changed_at is not null)
                 order by count desc, groups.group_hash, groups.app_id""", parameters)
+            new = sorted((row for row in rows if row["news_at"] >= since), key=itemgetter("news_at"), reverse=True)
             by_devices = sorted(rows[CANDIDATES:], key=itemgetter("devices"), reverse=True)
-            candidates = rows[:CANDIDATES] + by_devices[:CANDIDATES]  # one device may crash in a loop
+            first = rows[:CANDIDATES] + by_devices[:CANDIDATES]  # one device may crash in a loop
             newest = Releases.newest(db, app_id, week[0])
-            for row in candidates:
+            for row in first:
                 row.update(self._weight(db, {**parameters, **row, "newest": newest.get(row["app_id"])}))
-        candidates.sort(key=itemgetter("score", "devices", "count"), reverse=True)
-        for row in rows:
-            row.update(is_new=row["came_at"] >= since, is_regressed=row["regressed_at"] >= since,
-                       last_seen=iso_time(row["last_seen"]))
-        new = [row for row in rows if row["is_new"] or row["is_regressed"]]
-        new.sort(key=lambda row: max(row["came_at"], row["regressed_at"]), reverse=True)
-        return {"new": new[:SHOWN_GROUPS], "new_count": len(new), "first": candidates[:SHOWN_GROUPS]}
+            first.sort(key=itemgetter("score", "devices", "count"), reverse=True)
+            return {"new": self._noticed(db, new, since), "new_count": len(new),
+                    "first": self._noticed(db, first, since)}
+
+    def _noticed(self, db: Connection, rows: Sequence[JsonObject], since: int) -> list[JsonObject]:
+        """The first of these groups, as the overview shows them."""
+        apps = dict(db.execute("select id, name from apps"))
+        found = [{**self._named(db, row["app_id"], row["group_hash"]), **row} for row in rows[:SHOWN_GROUPS]]
+        return [{**_shown_group(row), "app": apps[row["app_id"]], "is_new": row["came_at"] >= since} for row in found]
 
     def _weight(self, db: Connection, group: JsonObject) -> JsonObject:
         devices, newest = db.execute(f"""
@@ -5269,12 +5271,11 @@ class Metrics:
         return {"days": [counts.get(day, 0) for day in shown], "apps": [name for name, in apps]}
 
     def is_empty(self, app: str | None = None) -> bool:
-        """Whether nothing was received of an app; of its events, only the latest are looked at."""
+        """Whether nothing was received of an app but ends of sessions."""
         with self._snapshot(app) as (db, app_id):
             return not any(db.execute(f"""
                 select exists (select 1 from crash_days where {APPS}), exists (select 1 from session_days where {APPS}),
-                    exists (select 1 from (select app_id from events order by seq desc limit 1000) as latest
-                        where {APPS})""", {"app": app_id}).fetchone())
+                    exists (select 1 from event_names where {APPS})""", {"app": app_id}).fetchone())
 
     def crash(self, id: str, app: str | None = None) -> JsonObject:
         """One crash, as it was sent. Refusal where it is not kept."""
@@ -5388,7 +5389,7 @@ def missing_group(db: Connection, app: str | None, group_hash: str) -> Refusal:
 def _shown_group(found: JsonObject) -> JsonObject:
     """What an answer has of a group."""
     shown = {name: value for name, value in found.items() if name not in ("app_id", "came_at", "changed_at")}
-    return {**shown, **{name: found[name] and iso_time(found[name])
+    return {**shown, **{name: iso_time(found[name]) if found[name] else None
                         for name in ("first_seen", "last_seen", "regressed_at")}}
 
 
@@ -5442,8 +5443,11 @@ GROUPS_OF: dict[str | None, str] = {  # a state that a list is asked for: the cr
     "regressed": _IN_TRIAGE.format("in", "state = 'open' and regressed_at is not null"),  # since it was resolved last
     "new": "(app_id, group_hash) in (select app_id, group_hash from groups where came_at >= :week)"}
 SORTS = {"crashes": "count", "devices": "devices", "last_seen": "last_seen", "first_seen": "first_seen"}
+_OUTLIVES_CRASHES = ":state in ('resolved', 'muted', 'regressed')"
 SUMS_OF_GROUPS = f"""
-    select app_id, group_hash, crashes, devices, last_seen as latest from groups where {APPS} and crashes > 0"""
+    select app_id, group_hash, crashes, devices, last_seen as latest from groups
+    where {APPS} and (crashes > 0 or {_OUTLIVES_CRASHES})
+    union all select app_id, group_hash, 0, 0, 0 from triage where {APPS} and {_OUTLIVES_CRASHES}"""
 OF_VERSION = "(:version is null or substr(app_version, 1, :length) = :version)"
 
 
@@ -5926,7 +5930,7 @@ class Dashboard:
 
     def _crashes(self, page: PageRequest) -> Response:
         metrics, given = self._metrics, page.parameters("version", "text", "state", "sort", "cursor", "days")
-        days = given.pop("days", None if {"version", "text", "days"} & page.query.keys() else WEEK)
+        days = given.pop("days", None if {"version", "text", "days", "state"} & page.query.keys() else WEEK)
         found = metrics.groups(page.app, **given, days=days, limit=LIST_ROWS)
         details = metrics.group_days([each["group_hash"] for each in found["groups"]], page.app,
                                      given.get("version"))["groups"]
