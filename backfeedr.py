@@ -657,9 +657,6 @@ def _finite(text: str) -> float:
 
 _DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
-# Its encode() makes one of these in each call, which takes longer than encoding. PyPy has none.
-_C_ENCODER = json.encoder.c_make_encoder and json.encoder.c_make_encoder(  # type: ignore[attr-defined]
-    None, _ENCODER.default, json.encoder.encode_basestring, None, ":", ",", False, False, False)
 _BRACKET_VALUES, _NO_BRACKETS = bytes.maketrans(b"{[]}", b"\2\2\0\0"), bytes(set(range(256)) - set(b"{[]}"))
 _MAYBE_UNSTORABLE = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")  # a look that costs next to nothing
 # An escape: a pair of surrogates, which is one character; a NUL or a surrogate alone; any other.
@@ -668,7 +665,7 @@ _ESCAPE = re.compile(r"\\(?:ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}|(u0000|ud[89
 
 def _encode(value: Any) -> str:
     """Compact JSON."""
-    return "".join(_C_ENCODER(value, 0)) if _C_ENCODER else _ENCODER.encode(value)
+    return _ENCODER.encode(value)
 
 
 def _storable(text: str) -> str:
@@ -686,20 +683,18 @@ def _kind(value: Any) -> str:
 
 # Converters. Types are compared exactly, because isinstance would accept True as an int.
 
-def _required_text(value: Any) -> str:
+def _long_text(value: Any) -> str:
     if type(value) is not str:
         raise ValueError(f"is {_kind(value)}, not text")
-    return value[:MAX_TEXT]
+    return value
+
+
+def _required_text(value: Any) -> str:
+    return _long_text(value)[:MAX_TEXT]
 
 
 def _text(value: Any) -> str:
     return _required_text(str(value) if type(value) is int else value)
-
-
-def _long_text(value: Any) -> str:
-    if type(value) is not str:
-        raise ValueError
-    return value
 
 
 def _number(value: Any) -> int | float:
@@ -747,16 +742,19 @@ def _are_objects(value: Any) -> bool:
 def _shallow_json(value: Any) -> str:
     """Compact JSON. Raises ValueError or RecursionError if the value is nested too deep to be shown again."""
     text = _encode(value)
-    if _depth(text) > MAX_DEPTH:
+    if _is_deep(text):
         raise ValueError
     return text
 
 
-def _depth(text: str) -> int:
-    """How deep JSON is nested. Counts brackets: to walk through the values would take ten times as long."""
+def _is_deep(text: str, most: int = MAX_DEPTH) -> bool:
+    """Whether JSON is nested more than so many levels deep. Counts brackets: to walk through the values would take ten
+    times as long."""
+    if len(text) <= 2 * most:
+        return False
     outside_strings = text.replace("\\\\", "").replace('\\"', "").split('"')[::2]
     brackets = "".join(outside_strings).encode().translate(_BRACKET_VALUES, _NO_BRACKETS)
-    return max(map(sub, accumulate(brackets), range(1, len(brackets) + 1)), default=0)
+    return max(map(sub, accumulate(brackets), range(1, len(brackets) + 1)), default=0) > most
 
 
 Crash = namedtuple("Crash", "group_hash images exception_type exception_reason stack_trace app_version build_number"
@@ -864,7 +862,7 @@ def _alike_events(events: list[JsonObject]) -> list[Event]:
 
 def _short_json(value: Any) -> str:
     """Compact JSON of an object. Raises ValueError if too many names or bytes may be in it."""
-    if type(value) is not dict or len(text := _encode(value)) > 1000 or _depth(text) > MAX_DEPTH:
+    if type(value) is not dict or len(text := _encode(value)) > 1000 or _is_deep(text):
         raise ValueError
     return text
 
@@ -909,16 +907,15 @@ def _shallow(value: Any) -> Any:
         text = _encode(value)
     except RecursionError:
         raise Refusal("invalid JSON", detail="it is nested too deep") from None
-    return value if len(text) <= MAX_STORED and _depth(text) < MAX_DEPTH else text[:MAX_STORED]
+    return text[:MAX_STORED] if len(text) > MAX_STORED or _is_deep(text, MAX_DEPTH - 1) else value
 
 
 def _cut(long: JsonObject, values: JsonObject, limit: int) -> JsonObject:
     """The long values of a report as they are stored, if it would take more than `limit` bytes: of each the beginning.
     `truncated` says what was cut."""
     kept = {name: _few(value) for name, value in long.items()}
-    texts = [value for value in values.values() if type(value) is str]
     are_few = all(kept[name] is long[name] for name in long)
-    if are_few and sum(len(text.encode()) for text in texts) <= limit:
+    if are_few and sum(len(value.encode()) for value in values.values() if type(value) is str) <= limit:
         return {}
     for each in long, kept:
         each["extra"] = {"truncated_" if name == "truncated" else name: value for name, value in each["extra"].items()}
@@ -933,18 +930,22 @@ def _cut_fairly(kept: JsonObject, room: int) -> JsonObject:
     """The long values in that many bytes: no name, no text and no other value in them takes more than its share."""
     frames = [dict(islice(frame.items(), FRAME_FIELDS)) for frame in kept.get("stack_trace", [])]
     tables = [*frames, kept.get("properties", {}), kept["extra"], {"": kept.get("exception_reason", "")}]
-    sizes = sorted(_size(each) for table in tables for pair in table.items() for each in pair)
-    room -= len(sizes) + 3 * len(tables)  # colons, commas and braces
-    share = room
-    for index, size in enumerate(sizes):
-        share = room // (len(sizes) - index)
-        if size > share:
-            break
-        room -= size
+    sizes = [_size(each) for table in tables for pair in table.items() for each in pair]
+    share = _fair_share(sizes, room - len(sizes) - 3 * len(tables))  # without colons, commas and braces
     *frames, properties, extra, reason = (
         {_beginning(name, share): _beginning(value, share) for name, value in table.items()} for table in tables)
     cut = {"stack_trace": frames, "properties": properties, "extra": extra, "exception_reason": reason[""]}
     return {name: cut[name] for name in kept}
+
+
+def _fair_share(sizes: list[int], room: int) -> int:
+    """How much each may take at most, so that together they take no more than `room`."""
+    for number, size in enumerate(sorted(sizes)):
+        share = room // (len(sizes) - number)
+        if size > share:
+            return share
+        room -= size
+    return max(sizes)
 
 
 def _beginning(value: Any, share: int) -> Any:
