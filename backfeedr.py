@@ -626,7 +626,7 @@ MAX_NUMBER = (1 << 63) - 1
 MAX_STORED, MAX_STORED_BATCHED = 256_000, 32_000  # bytes of text that a report may take, and an event of a batch
 MAX_NAMES = 256  # of `properties`, and of unknown fields
 FIRST_FRAMES, LAST_FRAMES = 384, 128  # of a longer stack trace
-FRAME_FIELDS = 32  # of each frame, in a report that is too large
+FRAME_FIELDS = 32  # of each frame, where a report is cut
 
 JsonObject = dict[str, Any]
 Converters = Mapping[str, Callable[[Any], Any]]  # by field: what is stored for a value; ValueError for a wrong kind
@@ -914,14 +914,13 @@ def _cut(long: JsonObject, values: JsonObject, limit: int) -> JsonObject:
     """The long values of a report as they are stored, if it would take more than `limit` bytes: of each the beginning.
     `truncated` says what was cut."""
     kept = {name: _few(value) for name, value in long.items()}
-    are_few = all(kept[name] is long[name] for name in long)
-    if are_few and sum(len(value.encode()) for value in values.values() if type(value) is str) <= limit:
+    size = sum(len(value.encode()) for value in values.values() if type(value) is str)
+    if size <= limit and all(kept[name] is long[name] for name in long):
         return {}
     for each in long, kept:
         each["extra"] = {"truncated_" if name == "truncated" else name: value for name, value in each["extra"].items()}
     room = limit - 200 - sum(len(str(value).encode()) for name, value in values.items() if name not in long)
-    if are_few or _size(kept) > room:
-        kept = _cut_fairly(kept, room)
+    kept = _cut_fairly(kept, room)
     kept["extra"]["truncated"] = [name.replace("extra", "unknown fields") for name in long if kept[name] != long[name]]
     return {name: value if name == "exception_reason" else _encode(value) for name, value in kept.items()}
 
