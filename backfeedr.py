@@ -90,7 +90,7 @@ from functools import cached_property, lru_cache, partial, reduce
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from itertools import accumulate, chain, compress, groupby, islice, product, repeat, tee
-from operator import add, attrgetter, itemgetter, lt
+from operator import add, attrgetter, itemgetter, lt, sub
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, BinaryIO, Callable, NamedTuple, Optional, TextIO, Union
@@ -627,6 +627,7 @@ MAX_NUMBER = (1 << 63) - 1
 MAX_STORED, MAX_STORED_BATCHED = 256_000, 32_000  # bytes of text that a report may take, and an event of a batch
 MAX_NAMES = 256  # of `properties`, and of unknown fields
 FIRST_FRAMES, LAST_FRAMES = 384, 128  # of a longer stack trace
+FRAME_FIELDS = 32  # of each frame, where a report is cut
 
 JsonObject = dict[str, Any]
 Converters = Mapping[str, Callable[[Any], Any]]  # by field: what is stored for a value; ValueError for a wrong kind
@@ -657,9 +658,7 @@ def _finite(text: str) -> float:
 
 _DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
-# Its encode() makes one of these in each call, which takes longer than encoding. PyPy has none.
-_C_ENCODER = json.encoder.c_make_encoder and json.encoder.c_make_encoder(  # type: ignore[attr-defined]
-    None, _ENCODER.default, json.encoder.encode_basestring, None, ":", ",", False, False, False)
+_BRACKET_VALUES, _NO_BRACKETS = bytes.maketrans(b"{[]}", b"\2\2\0\0"), bytes(set(range(256)) - set(b"{[]}"))
 _MAYBE_UNSTORABLE = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")  # a look that costs next to nothing
 # An escape: a pair of surrogates, which is one character; a NUL or a surrogate alone; any other.
 _ESCAPE = re.compile(r"\\(?:ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}|(u0000|ud[89a-f][0-9a-f]{2})|.)", re.I | re.S)
@@ -667,7 +666,7 @@ _ESCAPE = re.compile(r"\\(?:ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}|(u0000|ud[89
 
 def _encode(value: Any) -> str:
     """Compact JSON."""
-    return "".join(_C_ENCODER(value, 0)) if _C_ENCODER else _ENCODER.encode(value)
+    return _ENCODER.encode(value)
 
 
 def _storable(text: str) -> str:
@@ -685,20 +684,18 @@ def _kind(value: Any) -> str:
 
 # Converters. Types are compared exactly, because isinstance would accept True as an int.
 
-def _required_text(value: Any) -> str:
+def _long_text(value: Any) -> str:
     if type(value) is not str:
         raise ValueError(f"is {_kind(value)}, not text")
-    return value[:MAX_TEXT]
+    return value
+
+
+def _required_text(value: Any) -> str:
+    return _long_text(value)[:MAX_TEXT]
 
 
 def _text(value: Any) -> str:
     return _required_text(str(value) if type(value) is int else value)
-
-
-def _long_text(value: Any) -> str:
-    if type(value) is not str:
-        raise ValueError
-    return value
 
 
 def _number(value: Any) -> int | float:
@@ -740,21 +737,25 @@ def _frames(value: Any) -> str:
 
 
 def _are_objects(value: Any) -> bool:
-    return type(value) is list and all(type(each) is dict for each in value)
+    return type(value) is list and {*map(type, value)} <= {dict}
 
 
 def _shallow_json(value: Any) -> str:
-    """Compact JSON. Raises ValueError or RecursionError if it is nested too deep to be shown again."""
+    """Compact JSON. Raises ValueError or RecursionError if the value is nested too deep to be shown again."""
     text = _encode(value)
-    # Counting brackets is fast and clears nearly every value.
-    if len(text) > MAX_DEPTH and text.count("{") + text.count("[") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+    if _is_deep(text):
         raise ValueError
     return text
 
 
-def _depth(value: Any) -> int:
-    items = list(value.values()) if type(value) is dict else value
-    return 1 + max(map(_depth, items), default=0) if type(items) is list else 0
+def _is_deep(text: str, most: int = MAX_DEPTH) -> bool:
+    """Whether JSON is nested more than so many levels deep. Counts brackets: to walk through the values would take ten
+    times as long."""
+    if len(text) <= 2 * most:
+        return False
+    outside_strings = text.replace("\\\\", "").replace('\\"', "").split('"')[::2]
+    brackets = "".join(outside_strings).encode().translate(_BRACKET_VALUES, _NO_BRACKETS)
+    return max(map(sub, accumulate(brackets), range(1, len(brackets) + 1)), default=0) > most
 
 
 Crash = namedtuple("Crash", "group_hash images exception_type exception_reason stack_trace app_version build_number"
@@ -777,7 +778,8 @@ _REQUIRED = ("exception_type", "type", "occurred_at")
 
 def parse_crash(given: JsonObject) -> Crash:
     """A crash from its JSON object. Raises Refusal."""
-    frames = list(map(_plain_frame, given["stack_trace"])) if _are_objects(given.get("stack_trace")) else []
+    trace: Any = given.get("stack_trace")
+    frames = list(map(_plain_frame, _ends(trace))) if _are_objects(trace) else []
     values = _convert({**given, "stack_trace": frames} if frames else given, _CRASH_FIELDS, MAX_STORED)
     read = list(map(read_frame, _few(frames)))
     return Crash(group_of(values[0], read), open_images(read), *values)
@@ -845,21 +847,25 @@ def _alike_events(events: list[JsonObject]) -> list[Event]:
     """The same as `parse_event` of each, in half the time: each distinct text is converted once, because most are the
     same from event to event. Raises an error unless all are plain."""
     unknown = [{name: value for name, value in event.items() if name not in _EVENT_FIELDS} for event in events]
-    extras = [_shallow_json(each) if each else None for each in unknown]
+    extras = [_short_json(each) if each else None for each in unknown]
     columns: list[list[Any]] = []
     for name, convert in _EVENT_FIELDS.items():
         values = [event.get(name) for event in events]
         if convert is _object:  # not hashable
-            columns.append([None if value is None else convert(value) for value in values])
+            columns.append([None if value is None else _short_json(value) for value in values])
             continue
         stored = {value: convert(value) if value else None for value in set(values)}
         if {*map(type, values)} - {str, type(None)} or name in _REQUIRED and None in stored.values():
             raise ValueError
         columns.append([stored[value] for value in values])
-    alike = list(map(Event, *columns, extras))
-    if max(len(text or "") for event in alike for text in (event.properties, event.extra)) > 1000:
-        raise ValueError  # too many names or bytes take more
-    return alike
+    return list(map(Event, *columns, extras))
+
+
+def _short_json(value: Any) -> str:
+    """Compact JSON of an object. Raises ValueError if too many names or bytes may be in it."""
+    if type(value) is not dict or len(text := _encode(value)) > 1000 or _is_deep(text):
+        raise ValueError
+    return text
 
 
 def _convert(given: JsonObject, converters: Converters, limit: int) -> list[Any]:
@@ -885,7 +891,7 @@ def _convert(given: JsonObject, converters: Converters, limit: int) -> list[Any]
         if values.get(name, "") is None:
             raise Refusal(f"missing {name}")
     if unknown:
-        unknown = _shallow(unknown)
+        unknown = {name: _shallow(value) for name, value in islice(unknown.items(), MAX_NAMES + 2)}  # few are kept
         values["extra"] = _encode(unknown)
         size += len(values["extra"])
     if size > 1000:  # too many names or frames take more
@@ -894,34 +900,69 @@ def _convert(given: JsonObject, converters: Converters, limit: int) -> list[Any]
     return list(values.values())
 
 
-def _shallow(unknown: JsonObject) -> JsonObject:
-    """The unknown fields, of which those that are nested too deep are text."""
+def _shallow(value: Any) -> Any:
+    """A value of an unknown field; its JSON as text if it is nested too deep, or longer than a report may be."""
+    if type(value) not in (dict, list):
+        return value
     try:
-        with suppress(ValueError):
-            _shallow_json(unknown)
-            return unknown
-        return {name: value if _depth(value) < MAX_DEPTH else _encode(value) for name, value in unknown.items()}
+        text = _encode(value)
     except RecursionError:
         raise Refusal("invalid JSON", detail="it is nested too deep") from None
+    return text[:MAX_STORED] if len(text) > MAX_STORED or _is_deep(text, MAX_DEPTH - 1) else value
 
 
 def _cut(long: JsonObject, values: JsonObject, limit: int) -> JsonObject:
     """The long values of a report as they are stored, if it would take more than `limit` bytes: of each the beginning.
     `truncated` says what was cut."""
     kept = {name: _few(value) for name, value in long.items()}
-    texts = [value for value in values.values() if type(value) is str]
-    if all(kept[name] is long[name] for name in long) and sum(len(text.encode()) for text in texts) <= limit:
+    size = sum(len(value.encode()) for value in values.values() if type(value) is str)
+    if size <= limit and all(kept[name] is long[name] for name in long):
         return {}
     for each in long, kept:
         each["extra"] = {"truncated_" if name == "truncated" else name: value for name, value in each["extra"].items()}
     room = limit - 200 - sum(len(str(value).encode()) for name, value in values.items() if name not in long)
-    size = bound = _size(kept)
-    while size > room:
-        bound = bound * min(room, size * 7 // 8) // size
-        kept = {name: _shortened(value, bound) for name, value in kept.items()}
-        size = _size(kept)
+    kept = _cut_fairly(kept, room)
     kept["extra"]["truncated"] = [name.replace("extra", "unknown fields") for name in long if kept[name] != long[name]]
     return {name: value if name == "exception_reason" else _encode(value) for name, value in kept.items()}
+
+
+def _cut_fairly(kept: JsonObject, room: int) -> JsonObject:
+    """The long values in that many bytes: no name, no text and no other value in them takes more than its share."""
+    frames = [dict(islice(frame.items(), FRAME_FIELDS)) for frame in kept.get("stack_trace", [])]
+    tables = [*frames, kept.get("properties", {}), kept["extra"], {"": kept.get("exception_reason", "")}]
+    sizes = [_size(each) for table in tables for pair in table.items() for each in pair]
+    share = _fair_share(sizes, room - len(sizes) - 3 * len(tables))  # without colons, commas and braces
+    *frames, properties, extra, reason = (
+        {_beginning(name, share): _beginning(value, share) for name, value in table.items()} for table in tables)
+    cut = {"stack_trace": frames, "properties": properties, "extra": extra, "exception_reason": reason[""]}
+    return {name: cut[name] for name in kept}
+
+
+def _fair_share(sizes: list[int], room: int) -> int:
+    """How much each may take at most, so that together they take no more than `room`."""
+    for number, size in enumerate(sorted(sizes)):
+        share = room // (len(sizes) - number)
+        if size > share:
+            return share
+        room -= size
+    return max(sizes)
+
+
+def _beginning(value: Any, share: int) -> Any:
+    """A value that takes at most so many bytes as JSON: itself, or the beginning of its text or of its JSON."""
+    encoded = _encode(value)
+    if len(encoded.encode()) <= share:
+        return value
+    text = (value if type(value) is str else encoded)[:share]
+    while (size := _size(text)) > share:
+        text = text[:len(text) * share // size]
+    return text
+
+
+def _ends(frames: list[Any]) -> list[Any]:
+    """The frames; of too many, one more than are kept, so that it is said that some were cut."""
+    most = FIRST_FRAMES + LAST_FRAMES
+    return frames if len(frames) <= most else frames[:FIRST_FRAMES] + frames[-LAST_FRAMES - 1:]
 
 
 def _few(value: Any) -> Any:
@@ -930,20 +971,6 @@ def _few(value: Any) -> Any:
         return value[:FIRST_FRAMES] + value[-LAST_FRAMES:]
     if type(value) is dict and len(value.keys() - {"truncated"}) > MAX_NAMES:
         return dict(islice(value.items(), MAX_NAMES))
-    return value
-
-
-def _shortened(value: Any, bound: int, levels: int = 6) -> Any:
-    """A value with at most so many characters in each text, and members in each list and object. What is nested deeper
-    becomes a text: to walk through all of it again and again takes many seconds."""
-    if not levels and type(value) in (list, dict):
-        value = _encode(value)
-    if type(value) is str:
-        return value[:bound]
-    if type(value) is list:
-        return [_shortened(each, bound, levels - 1) for each in value[:bound]]
-    if type(value) is dict:
-        return {name[:bound]: _shortened(each, bound, levels - 1) for name, each in islice(value.items(), bound)}
     return value
 
 
@@ -1000,6 +1027,24 @@ def parse_diagnostics(body: bytes, now: int, device: str = "") -> list[Crash | E
         raise Refusal(UNKNOWN_FORMAT, detail="it is not UTF-8") from None
     except RecursionError:  # in a field that is kept as it came
         raise Refusal(UNKNOWN_FORMAT, detail="it is nested too deep") from None
+
+
+def parse_crash_body(body: bytes) -> Crash:
+    """The crash in a body of POST /crashes. Raises Refusal, which says where Apple's own reports belong."""
+    try:
+        return parse_crash(decode_json(body))
+    except Refusal as refusal:
+        if str(refusal) not in ("invalid JSON", "missing exception_type") or not _is_apples(body):
+            raise
+        raise Refusal(str(refusal), detail="it is Apple's report: POST it to /api/v1/diagnostics as it is") from None
+
+
+def _is_apples(body: bytes) -> bool:
+    try:
+        parse_diagnostics(body, now=0)
+    except Refusal as refusal:
+        return str(refusal) != UNKNOWN_FORMAT
+    return True
 
 
 AppleReport = tuple[Callable[[JsonObject], Union[Crash, Event]], JsonObject]  # how it is parsed, and what
@@ -1136,13 +1181,6 @@ def _kill_code(*values: Any) -> str:
     return next((f"{number:#x}" for number in numbers if 0xFFFF < number <= 0xFFFFFFFF), "")
 
 
-def _numbered(frames: list[Any]) -> list[tuple[int, Any]]:
-    """The frames with their numbers: of too many, one more than Payloads keeps, so that it says what it cut."""
-    numbered = list(enumerate(frames))
-    return numbered if len(frames) <= FIRST_FRAMES + LAST_FRAMES else (
-        numbered[:FIRST_FRAMES] + numbered[-LAST_FRAMES - 1:])
-
-
 def _apple_frame(number: int, binary: str, uuid: str, offset: int | None, is_own: bool | None,
                  given: JsonObject) -> JsonObject:
     """A frame of ours. `given` is that of an .ips file, which may have more to say."""
@@ -1222,7 +1260,7 @@ def _metrickit_trace(tree: JsonObject, is_crash: bool) -> list[JsonObject]:
     from_start = [_binary(frame, names) in _THREAD_STARTS for frame in path]
     if not is_crash and from_start[:1] == [True] and not from_start[-1]:
         path.reverse()
-    return [_metrickit_frame(number, frame, _binary(frame, names)) for number, frame in _numbered(path)]
+    return [_metrickit_frame(number, frame, _binary(frame, names)) for number, frame in _ends([*enumerate(path)])]
 
 
 def _binary(frame: JsonObject, names: Mapping[str, str]) -> str:
@@ -1276,7 +1314,7 @@ def _ips_trace(body: JsonObject) -> list[JsonObject]:
     frames = _objects(body, "lastExceptionBacktrace") or _objects(thread, "frames")
     main_path = _member(body, "procPath", str)[:MAX_PATH]
     return [_ips_frame(number, given, _object_at(body, "usedImages", _whole(given, "imageIndex")), main_path)
-            for number, given in _numbered(frames)]
+            for number, given in _ends([*enumerate(frames)])]
 
 
 def _object_at(given: JsonObject, name: str, index: int | None) -> JsonObject:
@@ -6809,7 +6847,7 @@ class Backfeedr(Closing):
         self.pages = Dashboard(self.store, self.metrics, self.refused, self.alerts, self.settings.public_url)
         self._ingestion: dict[str, tuple[Callable[[bytes, str], Reports], Callable[..., JsonObject]]] = {
             # By path: what makes reports of a body and a device, and an answer of the reports and their seqs.
-            "/api/v1/crashes": (lambda body, _: [parse_crash(decode_json(body))], lambda crashes, seqs: {
+            "/api/v1/crashes": (lambda body, _: [parse_crash_body(body)], lambda crashes, seqs: {
                 "id": crash_id(seqs[0]), "group_hash": crashes[0].group_hash}),
             "/api/v1/events": (lambda body, _: [parse_event(decode_json(body))], lambda events, seqs: {
                 "id": event_ids(seqs)[0]}),
