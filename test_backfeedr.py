@@ -7130,7 +7130,8 @@ def test_a_new_app_shows_its_key_once_and_is_deleted_only_after_its_name_was_typ
         assert re.search(f"{name}.*?{key[:16]}... just now 2026-03-12 1 Revoke", person.text("/apps")), "its last use"
     assert sql(api.server.store.path, "select name, is_test from apps where name <> 'default' order by name") \
         == [("Shop", 0), ("Trial", 1)]
-    form = next(each for each in forms_of(person.get("/apps")) if "typed" in each.fields and each["name"].value == "Shop")
+    form = next(each for each in forms_of(person.get("/apps"))
+                if "typed" in each.fields and each["name"].value == "Shop")
     for typed, status, said, kept in (
             ("shop", 400, "type its name", 2), ("Shop", 200, "Deleted Shop. Its reports are being deleted.", 1),
             ("Shop", 400, 'role="alert"', 1)):
