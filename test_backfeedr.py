@@ -2619,9 +2619,7 @@ def test_state_and_history_outlive_the_crashes_and_a_fault_that_comes_back_is_a_
         assert [(each["group_hash"], each["count"], each["last_seen"]) for each in groups] \
             == [(ABORTS, 0, None)] * (state == "resolved")
     check_schema({"$ref": "#/components/schemas/Groups"}, api.get(f"{CRASHES}?state=resolved", **ADMIN)[1])
-    someone = Person(server)
-    someone.sign_in()
-    assert f"{ABORTS} resolved 0 0" in someone.text("/crashes?state=resolved")
+    assert f"{ABORTS} resolved 0 0" in Person(server).has_session().text("/crashes?state=resolved")
     server.alerts.add("https://example.com")
     crash_now(api, clock, "1.0 47")
     assert state_of(server) == "resolved"
@@ -4650,9 +4648,7 @@ def test_a_channel_that_answers_410_ends_and_the_page_says_so(alerting, clock, r
     note(alerting)
     assert deliver_later(alerting, clock, 86400) == NONE_DUE and len(receiver.came) == 1
     assert stored(alerting, "messages", "facts") == {"messages": [], "facts": []}, "nobody is left to tell"
-    someone = Person(alerting)
-    someone.sign_in()
-    assert "ended 1 d ago : its receiver asked for no more" in someone.text("/apps")
+    assert "ended 1 d ago : its receiver asked for no more" in Person(alerting).has_session().text("/apps")
 
 
 def test_retry_after_is_honoured_up_to_a_day(alerting, clock, receiver):
@@ -6982,7 +6978,7 @@ def test_the_overview_names_what_is_new_and_what_to_fix_first(api, clock, person
             insert into triage (app_id, group_hash, state, changed_at, regressed_at)
             values (1, '{group_hash(kind, [])}', '{state}', 0, {at})""")
     found = api.server.metrics.attention()
-    assert [(each["exception_type"], each["is_new"], each["is_regressed"]) for each in found["new"]] == [
+    assert [(each["exception_type"], each["is_new"], each["regressed_at"] is not None) for each in found["new"]] == [
         *sorted([("Fresh", True, False), ("Back", False, True)], key=lambda row: group_hash(row[0], [])),
         ("Stale", True, False)]
     assert {each["exception_type"]: (each["devices"], each["score"], each["count"]) for each in found["first"]} == {
@@ -7014,7 +7010,7 @@ def test_an_old_version_that_comes_late_hides_neither_the_verdict_of_the_newest_
                                 for n in range(99)])  # they and 0.9 take all places in the list of releases
     text = someone.text("/").split("Is the latest release worse?")[1]
     assert re.match(" 1[.]2 default worse: 88 % of devices .* 7[.]0 Shop no earlier release to compare with New", text)
-    assert "worse" in someone.text("/?app=default") and server.metrics.digest(None, 0, 1)[0].startswith(
+    assert "worse" in someone.text("/?app=default") and server.metrics.digest(None, 0, 1)[0]["text"].startswith(
         "default 1.2 is worse: ")
     scores = {each["exception_type"]: each["score"] > 0 for each in server.metrics.attention("default")["first"]}
     assert scores == {"SIGABRT": True, "Rare": False}
