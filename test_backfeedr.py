@@ -7040,7 +7040,8 @@ def test_the_page_of_usage_says_how_many_for_how_long_and_who_comes_back(api, cl
     page = person.get("/usage?app=default")
     assert 'aria-label="Events: 4 in 30 days"' in page
     assert page.click("bought a").request.path_qs == "/events?app=default&type=custom&name=bought+a"
-    assert "bought a" in page.click("All events, one by one")
+    events = page.click("All events, one by one")
+    assert "bought a" in events and 'aria-current="page">Usage' in events
 
 
 def test_events_are_listed_latest_first_and_those_of_a_session_in_their_order(api, person):
