@@ -209,8 +209,12 @@ def sql(path, query, *values):
 
 @contextmanager
 def connected(path):
-    """A connection to a file of SQLite, or to PostgreSQL where this is a URL. What it changes is kept."""
-    if str(path).startswith("postgresql:"):
+    """A connection to a file of SQLite, or to PostgreSQL where this is a URL. What it changes is kept.
+
+    A connection is given back as it is."""
+    if hasattr(path, "execute"):
+        yield path
+    elif str(path).startswith("postgresql:"):
         with closing(postgres().Connection.connect(path)) as db:
             yield db
     else:
@@ -261,8 +265,9 @@ def check_database(path, forgotten=False):
 
     Where a device was forgotten, but for the times of what it was the first or last to report.
     """
-    assert POSTGRES or sql(path, "pragma integrity_check") == [("ok",)]
-    expected, found = recount(path), figures(path)
+    with connected(path) as db:  # one for all, as each new one parses the schema
+        assert POSTGRES or sql(db, "pragma integrity_check") == [("ok",)]
+        expected, found = recount(db), figures(db)
     if forgotten:
         for tables in expected, found:
             tables["builds"] = {}
