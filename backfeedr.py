@@ -6420,8 +6420,9 @@ _TEMPLATES = {name: bottle.SimpleTemplate(source) for name, source in {
 <header><a class="brand" href="{{link("/")}}">backfeedr</a>
 % if apps is not None:
 <nav aria-label="Pages">
+% tab = "/usage" if page.section == "/events" else page.section
 % for path, name in pages:
-<a href="{{link(path)}}"{{!' aria-current="page"' if page.section == path else ""}}>{{name}}</a>
+<a href="{{link(path)}}"{{!' aria-current="page"' if path == tab else ""}}>{{name}}</a>
 % end
 </nav>
 """ + _form('<button class="plain">Sign out</button>', '"/sign-out"') + """\

@@ -221,7 +221,7 @@ def empty_file(tmp_path_factory):
 
 @cache
 def new_database():
-    """A database with a key and a token, as bytes: to make one waits for many an fsync."""
+    """The bytes of a new database with a key and a token. Making one takes many an fsync."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "new.db")
         Backfeedr(Settings(db_path=str(path), api_key=KEY, auth_token=TOKEN), clock=Clock()).close()
@@ -6068,8 +6068,9 @@ def submission_of(body, mark=None, path=DIAGNOSTICS):
 
 def test_requests_of_all_kinds_share_a_commit_and_their_receipts_are_of_their_own_rows(api):
     store, rows = api.server.store, {}
-    given = [submission_of(MIXED, b"a"), submission_of(CRASH, path=CRASHES), submission_of(batch_of(EVENT, EVENT),
-             path=BATCH), submission_of(MIXED, b"a"), submission_of(ips_of()), submission_of(MIXED)]
+    crash, batch = submission_of(CRASH, path=CRASHES), submission_of(batch_of(EVENT, EVENT), path=BATCH)
+    given = [submission_of(MIXED, b"a"), crash, batch, submission_of(MIXED, b"a"), submission_of(ips_of()),
+             submission_of(MIXED)]
     store.add_all(given)
     for table, name in (("crashes", "exception_type"), ("events", "name")):
         rows.update(sql(store.path, f"select seq, {name} from {table}"))
@@ -6841,6 +6842,7 @@ def test_each_page_shows_what_is_known_and_what_to_do_where_nothing_is(api, pers
     for path, said in said_by_path.items():
         page, text = (read(path.format(group=group and group[-1])) for read in (person.get, person.text))
         assert [each for each in said if each not in text and each not in page.text] == []
+        assert reports or not re.search("Ranked by|Adoption is", text), "a note on what is not there"
 
 
 def test_the_list_of_crashes_can_be_narrowed_and_says_of_which_days_it_is(api, person, clock):
@@ -7070,7 +7072,8 @@ def test_the_page_of_usage_says_how_many_for_how_long_and_who_comes_back(api, cl
     page = person.get("/usage?app=default")
     assert 'aria-label="Events: 4 in 30 days"' in page
     assert page.click("bought a").request.path_qs == "/events?app=default&type=custom&name=bought+a"
-    assert "bought a" in page.click("All events, one by one")
+    events = page.click("All events, one by one")
+    assert "bought a" in events and 'aria-current="page">Usage' in events
 
 
 def test_events_are_listed_latest_first_and_those_of_a_session_in_their_order(api, person):
