@@ -3705,8 +3705,7 @@ TAMPERED = [
     *((table, f"update {table} set {column} = {column} {by}") for table, columns in SUMS.items()
       for column in columns for by in ("+ 1", "- 1"))]
 DAMAGED = [  # where reports have expired
-    ("crash_days", "update crash_days set crashes = crashes + 1000"), ("durations", "delete from durations"),
-    ("durations", "update session_days set sessions = 0"),
+    ("crash_days", "update crash_days set crashes = crashes + 1000"),
     *((table, f"delete from {table}") for table in (
         "labels", "devices", "active_days", "groups", "builds"))]
 
