@@ -181,29 +181,23 @@ def schemas(spare_schemas):
 
     yield url
     for each in made.values():
-        if has_first_tables(each):
+        if sql(each, TRANSACTIONS) == [(1,)]:  # else a test has changed more than rows
             sql_run(each, EMPTY_TABLES)
             spare_schemas.append(each)
         else:
             postgres_connection(POSTGRES).run(f"drop schema {each.rpartition('%3D')[2]} cascade")
 
 
-def has_first_tables(url):
-    """Whether no test has changed more than rows: all tables are of one transaction."""
-    return sql(url, """
-        select count(distinct xmin::text) = 1 from pg_class where relnamespace = current_schema()::regnamespace
-        """) == [(True,)] and sql(url, "select value from state where name = 'schema_version'") \
-        == [(backfeedr.SCHEMA_VERSION,)]
-
-
-EMPTY_TABLES = """
+TRANSACTIONS = """
+select count(distinct xmin::text) from pg_class where relnamespace = current_schema()::regnamespace"""
+EMPTY_TABLES = f"""
 do $$
 declare place oid := current_schema()::regnamespace; each regclass;
 begin
-    for each in select oid from pg_class where relnamespace = place and relkind = 'r' and relname <> 'state' loop
+    for each in select oid from pg_class where relnamespace = place and relkind = 'r' loop
         execute 'delete from ' || each;
     end loop;
-    delete from state where name not in ('writer', 'schema_version');
+    insert into state values ('writer', 0), ('schema_version', {backfeedr.SCHEMA_VERSION});
     perform setval(seqrelid, seqstart, false) from pg_sequence join pg_class on pg_class.oid = seqrelid
         where relnamespace = place;
 end $$
