@@ -9559,11 +9559,6 @@ def test_symbols_command_ends_with_2_for_wrong_usage(symbols_module, capsys, mon
     assert caught.value.code == 2 and "usage:" in capsys.readouterr().err
 
 
-def test_symbols_command_says_which_package_is_missing(tmp_path):
-    check_one_line(run_program(sys.executable, "-S", EXAMPLES / "symbols.py", "none", cwd=tmp_path, PYTHONPATH=""),
-                   "symbols: symbolic is missing; 'pip install symbolic' installs it")
-
-
 # -- examples/openapi.json
 
 OPENAPI = json.loads((EXAMPLES / "openapi.json").read_bytes())
@@ -9899,7 +9894,7 @@ def test_the_demo_serves_its_pages_to_its_link_and_leaves_nothing_behind(tmp_pat
 
 
 def run_shortened(name, change, *arguments, folder):
-    """What an example prints that is given less to do, and a server that is compiled. It leaves nothing behind."""
+    """The output of an example that has less to do, with a server that is compiled. It leaves nothing behind."""
     start = folder / "start.py"
     start.write_text("import sys, backfeedr; sys.exit(backfeedr.main())")
     code = f"import sys, {name} as its; {change}; sys.exit(its.main(*sys.argv[1:]))"
@@ -10013,10 +10008,13 @@ def test_an_unknown_variable_stops_a_host_that_gives_no_settings_but_one_of_othe
 
 
 def test_a_missing_package_is_one_line_that_installs_it_and_no_secrets_are_made(tmp_path):
+    def run(*command):  # -S: without what is installed
+        return run_program(sys.executable, "-S", *command, cwd=tmp_path, PYTHONPATH="")
+
+    check_one_line(run(EXAMPLES / "symbols.py", "none"), "symbols: symbolic is missing; 'pip install symbolic' *")
     for missing, copied in (("bottle", SERVER), ("waitress", importlib.util.find_spec("bottle").origin)):
         shutil.copy(copied, tmp_path)
-        # -S: without what is installed
-        check_one_line(run_program(sys.executable, "-S", "backfeedr.py", "--port", "0", cwd=tmp_path, PYTHONPATH=""),
+        check_one_line(run("backfeedr.py", "--port", "0"),
                        f"backfeedr: {missing} is missing; '*pip install bottle waitress' installs *")
         assert not (tmp_path / "backfeedr.db").exists()
 
