@@ -7836,14 +7836,9 @@ def _report_counts(rows: Counter[str]) -> str:
 
 def _check(overrides: dict[str, Any]) -> int:
     path = Path(overrides.get("db_path") or os.environ.get("BACKFEEDR_DB_PATH") or Settings.db_path).absolute()
+    checks = {"settings": lambda _: f"{len(fields(Settings.from_env(**overrides)))}, all good", **CHECKS}
     status = limit = 0
-
-    def check_settings(path: Path) -> str:
-        nonlocal limit
-        limit = Settings.from_env(**overrides).max_db_size
-        return f"{len(fields(Settings))}, all good"
-
-    for name, look in {"settings": check_settings, **CHECKS}.items():
+    for name, look in checks.items():
         try:
             print(f"ok  {name}: {look(path)}", flush=True)
         except (TypeError, ValueError, SettingsError, StoreError, sqlite3.Error, OSError) as error:
@@ -7852,6 +7847,8 @@ def _check(overrides: dict[str, Any]) -> int:
             status = 1
             if name == "file" and not path.is_file():  # there is nothing more to say
                 return status
+    with suppress(SettingsError):  # which has been printed
+        limit = Settings.from_env(**overrides).max_db_size
     for warning in (*size_warnings(path, limit), *channel_warnings(path)):
         print(f"WARN {warning}")
     return status
