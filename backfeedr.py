@@ -7632,13 +7632,6 @@ def _check_roll_ups(path: Path) -> str:
             select coalesce(max(value), 0) from state where name like 'expired%' or name like 'early%'""").fetchone()
         recount(db)
         wrong = [table for figure in FIGURES for table in _unequal_tables(db, figure, expired)]
-        wrong += ["durations"] if expired and db.execute("""
-            select 1 from (select app_id, day, sessions, ended, 0 as durations from stored.session_days
-                where day > (select max(day) - 399 from stored.session_days) and day > :expired
-                union all select app_id, day, 0, 0, sessions from stored.durations where day > :expired) as both
-            where app_id in (select id from apps)
-            group by app_id, day having sum(ended) > sum(durations) or sum(sessions) < sum(ended) limit 1
-            """, {"expired": (expired >> SEQ_BITS) // DAY}).fetchone() else []
     if wrong:
         raise StoreError(f"these tables are not what they should be: {', '.join(wrong)}")
     return "agree with the reports"
@@ -7909,14 +7902,9 @@ def _report_counts(rows: Counter[str]) -> str:
 
 def _check(overrides: dict[str, Any]) -> int:
     path = Path(overrides.get("db_path") or os.environ.get("BACKFEEDR_DB_PATH") or Settings.db_path).absolute()
+    checks = {"settings": lambda _: f"{len(fields(Settings.from_env(**overrides)))}, all good", **CHECKS}
     status = limit = 0
-
-    def check_settings(path: Path) -> str:
-        nonlocal limit
-        limit = Settings.from_env(**overrides).max_db_size
-        return f"{len(fields(Settings))}, all good"
-
-    for name, look in {"settings": check_settings, **CHECKS}.items():
+    for name, look in checks.items():
         try:
             print(f"ok  {name}: {look(path)}", flush=True)
         except (TypeError, ValueError, SettingsError, StoreError, sqlite3.Error, OSError) as error:
@@ -7925,6 +7913,8 @@ def _check(overrides: dict[str, Any]) -> int:
             status = 1
             if name == "file" and not path.is_file():  # there is nothing more to say
                 return status
+    with suppress(SettingsError):  # which has been printed
+        limit = Settings.from_env(**overrides).max_db_size
     for warning in (*size_warnings(path, limit), *channel_warnings(path)):
         print(f"WARN {warning}")
     return status
