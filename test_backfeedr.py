@@ -950,11 +950,12 @@ def test_a_body_of_any_shape_costs_few_looks_at_it(monkeypatch):
             ("a batch", lambda many: {"events": [{**EVENT}], "x": many}, backfeedr.parse_batch)], WIDE_OR_DEEP):
         given = wrap([json.loads(part)] * (60_000 // len(part)))
         looks.clear(), calls.clear()
+        before = sys.getprofile()
         sys.setprofile(lambda frame, event, _: calls.append(1) if event == "call" else None)
         try:
             parse(given)
         finally:
-            sys.setprofile(None)
+            sys.setprofile(before)
         assert sum(looks) < 2_000_000 and len(calls) < 20_000, (place, part)
 
 
@@ -1716,26 +1717,26 @@ def test_parts_that_come_together_are_complete_once(api, monkeypatch):
 
 
 def test_two_builds_that_arrive_at_once_are_regrouped_by_one_thread(api, monkeypatch):
-    store, made, other_is_done = api.server.store, [], threading.Event()
+    store, made, other_is_done, pool = api.server.store, [], threading.Event(), ThreadPoolExecutor(1)
+    pool.submit(int).result()  # so that it has its thread before threads are slow to start
 
-    class Other(threading.Thread):
-        def run(self):
-            store.regroup_in_background()
-            other_is_done.set()
+    def other():
+        store.regroup_in_background()
+        other_is_done.set()
 
     class SlowToStart(threading.Thread):
         def start(self):
             made.append(self)
             if len(made) == 1:
-                other = Other()
-                other.start()
-                other.join(0.05)
+                pool.submit(other)
+                other_is_done.wait(0.05)
             super().start()
 
     monkeypatch.setattr(store, "regroup", lambda: other_is_done.wait(10))
     monkeypatch.setattr(backfeedr.threading, "Thread", SlowToStart)
-    store.regroup_in_background()
-    made[0].join()
+    with pool:
+        store.regroup_in_background()
+        made[0].join()
     assert other_is_done.is_set() and len(made) == 1
 
 
