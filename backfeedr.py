@@ -907,7 +907,7 @@ def _convert(given: JsonObject, converters: Converters, limit: int) -> list[Any]
 
 
 def _shallow(value: Any) -> Any:
-    """A value of an unknown field; its JSON as text if it is nested too deep, or longer than a report may be."""
+    """A value, or its JSON as text if it is nested too deep, or longer than a report may be."""
     if type(value) not in (dict, list):
         return value
     try:
@@ -935,7 +935,8 @@ def _cut(long: JsonObject, values: JsonObject, limit: int) -> JsonObject:
 def _cut_fairly(kept: JsonObject, room: int) -> JsonObject:
     """The long values in that many bytes: no name, no text and no other value in them takes more than its share."""
     frames = [dict(islice(frame.items(), FRAME_FIELDS)) for frame in kept.get("stack_trace", [])]
-    tables = [*frames, kept.get("properties", {}), kept["extra"], {"": kept.get("exception_reason", "")}]
+    given = [*frames, kept.get("properties", {}), kept["extra"], {"": kept.get("exception_reason", "")}]
+    tables = [{name: _shallow(value) for name, value in table.items()} for table in given]
     sizes = [_size(each) for table in tables for pair in table.items() for each in pair]
     share = _fair_share(sizes, room - len(sizes) - 3 * len(tables))  # without colons, commas and braces
     *frames, properties, extra, reason = (
