@@ -3932,10 +3932,7 @@ def make_version_4(path):
         db.executescript("""
             create table rows as select * from releases;
             drop view releases;
-            create table releases (app_id integer not null, app_version text not null, first_seen integer not null,
-                last_seen integer not null, primary key (app_id, app_version)) without rowid;
-            insert into releases select * from rows;
-            drop table rows;
+            alter table rows rename to releases;
             drop index crashes_by_device;
             alter table builds drop column last_seen;
             create table group_devices (app_id, group_hash, device, crashes);
