@@ -3020,7 +3020,6 @@ class Closing:
 class Connection(sqlite3.Connection):
     """A connection in autocommit mode. It never makes the file: one that vanished must not come back empty."""
 
-
     def __init__(self, path: Path, query_only: bool = False, mode: str = "rw"):
         super().__init__(f"{path.as_uri()}?mode={mode}", uri=True, timeout=BUSY_TIMEOUT,
                          isolation_level=None, check_same_thread=False, cached_statements=STATEMENTS)
@@ -3480,9 +3479,7 @@ class Apps(Database):
             if not stored and not auth_token:
                 auth_token = token = "bf_admin_" + secrets.token_hex(16)
             if auth_token and stored != (sha256(auth_token),):
-                db.execute("""
-                    insert into secrets values ('admin_token', ?)
-                    on conflict (name) do update set hash = excluded.hash""", (sha256(auth_token),))
+                self._set_secret(db, "admin_token", auth_token)
                 db.execute("delete from grants")  # they were given for the old token
             return FirstStart(None if api_key else key, token)
 
@@ -3504,10 +3501,14 @@ class Apps(Database):
         """Withdraws the token of the feed. Returns a new one, which is not kept, or "" unless it is to `make` one."""
         token = "bf_feed_" + secrets.token_hex(16) if make else ""
         with self.writing() as db:
-            db.execute("delete from secrets where name = 'feed_token'")
-            if make:
-                db.execute("insert into secrets values ('feed_token', ?)", (sha256(token),))
+            self._set_secret(db, "feed_token", token)
         return token
+
+    @staticmethod
+    def _set_secret(db: Connection, name: str, token: str) -> None:
+        db.execute("delete from secrets where name = ?", (name,))
+        if token:
+            db.execute("insert into secrets values (?, ?)", (name, sha256(token)))
 
     def grant(self, kind: str, lifetime: int) -> str:
         """A new secret that stands for the admin token, for so many milliseconds and for one kind of use."""
@@ -3545,13 +3546,6 @@ class Apps(Database):
     def is_known_key(self, key_hash: bytes) -> bool:
         """Whether the key was active when it was last looked up, which may be long ago but costs nothing."""
         return self.is_cached_key(key_hash) or self.is_active_key(key_hash)
-
-    def app_of_key(self, key_hash: bytes) -> str:
-        """The name of the app of the key with this SHA-256; "" where there is none."""
-        with self.reading() as db:
-            row = db.execute("select name from keys join apps on apps.id = app_id where key_hash = ?",
-                             (key_hash,)).fetchone()
-        return row[0] if row else ""
 
     def create_app(self, name: str, is_test: bool = False) -> str:
         """Makes an app and returns its first key, which is not kept. Raises StoreError."""
@@ -7138,8 +7132,9 @@ class RefusedReports:
         totals: Counter[str] = Counter()
         with self._lock:
             counts = list(self._counts.items())
+        apps = {bytes.fromhex(key.hash): key.app for key in self._store.keys()} if counts else {}
         for (key_hash, of_day), count in counts:
-            totals[self._store.app_of_key(key_hash)] += count if day in (None, of_day) else 0
+            totals[apps.get(key_hash, "")] += count if day in (None, of_day) else 0
         return +totals
 
     def today(self, app: str | None = None) -> list[str]:

@@ -3116,7 +3116,7 @@ def test_a_commit_deletes_large_reports_for_some_time_and_keeps_up_with_large_ba
         later(one_day, seconds)
         assert count(one_day, "crashes") == left
     monkeypatch.setattr(backfeedr, "EXPIRE_SECONDS", 60)  # however slow the machine
-    for _ in range(4):
+    for _ in range(2):
         later(one_day, A_DAY + 1, times=1000)
     assert count(one_day, "events") == 1000
 
@@ -3135,11 +3135,11 @@ def test_pruning_deletes_what_has_expired_and_gives_its_space_back(one_day, cloc
     def size():
         return one_day.store.size if POSTGRES else sql(one_day.store.path, "pragma page_count")[0][0]
 
-    for times, fields in ((5000, {"type": "custom", "name": "x" * 400}), (50, {})):
+    for times, fields in ((1000, {"type": "custom", "properties": {"text": "x" * 3000}}), (50, {})):
         add(one_day, times, **fields)
     full = size()
     clock.move(A_DAY + 1)
-    assert one_day.store.prune() == {"events": 5000, "crashes": 50, "sums": 3}, "the new names of a day"
+    assert one_day.store.prune() == {"events": 1000, "crashes": 50, "sums": 2}, "the new names of a day"
     assert not any(stored(one_day, "events", "crashes", "devices", "labels").values())
     assert count(one_day, "groups") == 1
     assert POSTGRES or sql(one_day.store.path, "pragma freelist_count") == [(0,)]
@@ -3296,18 +3296,18 @@ def test_a_forgotten_device_is_in_no_row_and_no_sum_until_it_comes_again_and_sum
     assert count(server, "crashes") > 0 and (POSTGRES or backfeedr._check_roll_ups(path))
 
 
-@pytest.mark.parametrize("days", [0, 3, 8, 40, 100])
-def test_figures_agree_when_a_device_is_forgotten_though_nothing_has_come_for_days(keeping, clock, days):
+def test_figures_agree_when_devices_are_forgotten_though_nothing_has_come_for_days(keeping, clock):
     server = keeping(0)
-    for device in ("d1", "d2", "d3"):
+    for n in range(6):
         for hours in (0, 30, 160):
             for fields in ({}, {"type": "session_start", "session_id": f"s{hours}"}, {"type": "error", "name": "x"}):
-                add(server, device_id_hash=device, app_version="1.0", **fields,
+                add(server, device_id_hash=f"d{n}", app_version="1.0", **fields,
                     occurred_at=time_text(clock.seconds - 3600 * hours))
         clock.move(3600)
-    clock.move(days * 86_400)
-    assert server.store.forget_device("d2")["crashes"] == 3
-    check_database(server.store.path, forgotten=True)
+    for n, days in enumerate((0, 3, 5, 32, 60)):
+        clock.move(days * A_DAY)
+        assert server.store.forget_device(f"d{n}")["crashes"] == 3
+        check_database(server.store.path, forgotten=True)
 
 
 @sqlite_only
@@ -3810,17 +3810,18 @@ def test_many_threads_share_commits_and_lose_nothing(api):
     assert sorted(seqs) == sorted(seq for seq, in rows) and len(seqs) == 8 * 10 * 4
 
 
-@pytest.mark.parametrize("fault", [RuntimeError, KeyboardInterrupt, MemoryError, sqlite3.DatabaseError])
-def test_no_waiter_is_left_hanging_whatever_its_leader_meets(api, monkeypatch, fault):
-    def fail(commit):
-        raise fault("on purpose")
+def test_no_waiter_is_left_hanging_whatever_its_leader_meets(api, monkeypatch):
+    for fault in RuntimeError, KeyboardInterrupt, MemoryError, sqlite3.DatabaseError:
+        def fail(commit, fault=fault):
+            raise fault("on purpose")
 
-    with monkeypatch.context() as patched:
-        patched.setattr(backfeedr.Commit, "save", fail)
-        kinds = Counter(map(type, run_together(api.server.store, [lambda: add(api.server)] * 5)))
-    assert kinds[StorageUnavailable] + kinds[fault] == 5 and kinds[fault] <= 1
-    assert not any(stored(api.server).values())
-    assert api.post(CRASHES, CRASH)[0] == 201
+        before = stored(api.server)
+        with monkeypatch.context() as patched:
+            patched.setattr(backfeedr.Commit, "save", fail)
+            kinds = Counter(map(type, run_together(api.server.store, [lambda: add(api.server)] * 5)))
+        assert kinds[StorageUnavailable] + kinds[fault] == 5 and kinds[fault] <= 1
+        assert stored(api.server) == before
+        assert api.post(CRASHES, CRASH)[0] == 201
 
 
 def test_a_waiter_that_is_interrupted_leaves_the_queue_to_the_others(api):
@@ -3994,10 +3995,7 @@ def make_version_4(path):
         db.executescript("""
             create table rows as select * from releases;
             drop view releases;
-            create table releases (app_id integer not null, app_version text not null, first_seen integer not null,
-                last_seen integer not null, primary key (app_id, app_version)) without rowid;
-            insert into releases select * from rows;
-            drop table rows;
+            alter table rows rename to releases;
             drop index crashes_by_device;
             alter table builds drop column last_seen;
             create table group_devices (app_id, group_hash, device, crashes);
