@@ -782,7 +782,7 @@ _REQUIRED = ("exception_type", "type", "occurred_at")
 def parse_crash(given: JsonObject) -> Crash:
     """A crash from its JSON object. Raises Refusal."""
     trace: Any = given.get("stack_trace")
-    frames = list(map(_plain_frame, _ends(trace))) if _are_objects(trace) else []
+    frames = list(map(_plain_frame, _few(trace, more=1))) if _are_objects(trace) else []
     values = _convert({**given, "stack_trace": frames} if frames else given, _CRASH_FIELDS, MAX_STORED)
     read = list(map(read_frame, _few(frames)))
     return Crash(group_of(values[0], read), open_images(read), *values)
@@ -966,16 +966,11 @@ def _beginning(value: Any, share: int) -> Any:
     return text
 
 
-def _ends(frames: list[Any]) -> list[Any]:
-    """The frames; of too many, one more than are kept, so that it is said that some were cut."""
-    most = FIRST_FRAMES + LAST_FRAMES
-    return frames if len(frames) <= most else frames[:FIRST_FRAMES] + frames[-LAST_FRAMES - 1:]
-
-
-def _few(value: Any) -> Any:
-    """Of too many frames the first and last, of too many names the first."""
+def _few(value: Any, more: int = 0) -> Any:
+    """Of too many frames the first and last, of too many names the first. One more frame than is kept tells `_cut` that
+    some are missing."""
     if type(value) is list and len(value) > FIRST_FRAMES + LAST_FRAMES:
-        return value[:FIRST_FRAMES] + value[-LAST_FRAMES:]
+        return value[:FIRST_FRAMES] + value[-LAST_FRAMES - more:]
     if type(value) is dict and len(value.keys() - {"truncated"}) > MAX_NAMES:
         return dict(islice(value.items(), MAX_NAMES))
     return value
@@ -1267,7 +1262,7 @@ def _metrickit_trace(tree: JsonObject, is_crash: bool) -> list[JsonObject]:
     from_start = [_binary(frame, names) in _THREAD_STARTS for frame in path]
     if not is_crash and from_start[:1] == [True] and not from_start[-1]:
         path.reverse()
-    return [_metrickit_frame(number, frame, _binary(frame, names)) for number, frame in _ends([*enumerate(path)])]
+    return [_metrickit_frame(number, frame, _binary(frame, names)) for number, frame in _few([*enumerate(path)], 1)]
 
 
 def _binary(frame: JsonObject, names: Mapping[str, str]) -> str:
@@ -1321,7 +1316,7 @@ def _ips_trace(body: JsonObject) -> list[JsonObject]:
     frames = _objects(body, "lastExceptionBacktrace") or _objects(thread, "frames")
     main_path = _member(body, "procPath", str)[:MAX_PATH]
     return [_ips_frame(number, given, _object_at(body, "usedImages", _whole(given, "imageIndex")), main_path)
-            for number, given in _ends([*enumerate(frames)])]
+            for number, given in _few([*enumerate(frames)], 1)]
 
 
 def _object_at(given: JsonObject, name: str, index: int | None) -> JsonObject:
