@@ -3707,8 +3707,7 @@ class Process(Connections):
         self.group_sizes = Histogram(1, 2, 4, 8, 16, 32, 64, 128)  # requests
         self.commit_seconds = Histogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)
         self.stored = Counter(crashes=0, events=0)
-        self.worker_lock = threading.Lock()  # of the next one: it is not alive before it is started
-        self.worker: threading.Thread | None = None
+        self.worker_lock, self.next_worker = threading.Lock(), threading.Lock()  # to catch up; to wait for that
 
     @property
     def waiting(self) -> list[Submission]:
@@ -4430,16 +4429,17 @@ class Store(Apps):
         return deleted
 
     def catch_up_in_background(self) -> None:
-        """As catch_up, in a thread of its own, of which a process has one. Where it ends early, commits go on."""
-        def work() -> None:
-            with suppress(StorageUnavailable):
-                self.catch_up()
-
+        """As catch_up, in a thread. One is at it at a time, and one waits for it, as it may have looked already. Where
+        it ends early, commits go on."""
         here = self._here
-        with here.worker_lock:
-            if here.worker is None or not here.worker.is_alive():
-                here.worker = threading.Thread(target=work, name="backfeedr catch-up", daemon=True)
-                here.worker.start()
+
+        def work() -> None:
+            if here.next_worker.acquire(blocking=False):
+                with here.worker_lock, suppress(StorageUnavailable):
+                    here.next_worker.release()
+                    self.catch_up()
+
+        threading.Thread(target=work, name="backfeedr catch-up", daemon=True).start()
 
     def forget_device(self, device_id_hash: str) -> Counter[str]:
         """Deletes all that is kept of a device, in all apps, and takes it out of every sum; how many rows of each

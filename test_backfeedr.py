@@ -1783,30 +1783,6 @@ def test_parts_that_come_together_are_complete_once(api, monkeypatch):
     assert arrived == [HELD] and listed(api.server)[0][0]["rows"] == 80
 
 
-def test_two_builds_that_arrive_at_once_are_regrouped_by_one_thread(api, monkeypatch):
-    store, made, other_is_done, pool = api.server.store, [], threading.Event(), ThreadPoolExecutor(1)
-    pool.submit(int).result()  # so that it has its thread before threads are slow to start
-
-    def other():
-        store.catch_up_in_background()
-        other_is_done.set()
-
-    class SlowToStart(threading.Thread):
-        def start(self):
-            made.append(self)
-            if len(made) == 1:
-                pool.submit(other)
-                other_is_done.wait(0.05)
-            super().start()
-
-    monkeypatch.setattr(store, "catch_up", lambda: other_is_done.wait(10))
-    monkeypatch.setattr(backfeedr.threading, "Thread", SlowToStart)
-    with pool:
-        store.catch_up_in_background()
-        made[0].join()
-    assert other_is_done.is_set() and len(made) == 1
-
-
 def test_a_last_part_that_cannot_be_noted_is_not_stored(api, monkeypatch):
     def fail(*_):
         raise StorageUnavailable
@@ -2340,15 +2316,18 @@ def test_when_a_group_was_first_seen_goes_with_its_first_crash(api, clock):
             " first_version end")
 
 
-def test_uploads_that_come_together_share_one_thread(api, monkeypatch):
+def test_of_uploads_that_come_together_one_thread_does_the_work_and_one_more_what_it_may_have_missed(api, monkeypatch):
     begun, go_on = [], threading.Event()
     monkeypatch.setattr(Store, "catch_up", lambda store: begun.append(1) or go_on.wait(10))
     body = json.dumps(PART).encode()
     for n in range(5):
         assert call(api.server, "PUT", f"{SYMBOLS}/{n + 1:032x}", body, **ADMIN)[0] == 201
+        wait_until(lambda: begun)
+    wait_until(lambda: [each.name for each in threading.enumerate()].count("backfeedr catch-up") == 2)
+    assert begun == [1]
     go_on.set()
     joined_threads()
-    assert begun == [1]
+    assert begun == [1, 1]
 
 
 def test_reports_are_shown_with_names_and_the_frames_that_were_sent_beside(api, person):
