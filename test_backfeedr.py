@@ -7879,6 +7879,19 @@ def test_a_server_open_to_others_without_https_warns(address, public_url, is_war
 
 
 @pytest.mark.slow
+def test_a_start_goes_on_with_a_deletion_that_was_cut_off_though_nobody_sends_anything(run, tmp_path):
+    with Store(str(tmp_path / "run.db")) as store:
+        for name in "Shop", "Kept":
+            store.add(backfeedr.sha256(store.create_app(name)), [parse_event(dict(EVENT))] * 20)
+        store.delete_app("Shop")
+    server = run()
+    wait_until(lambda: not sql(server.db, "select 1 from state where name like 'deleted%'"))
+    assert server.stop() == (0, "", "")
+    assert sql(server.db, "select app_id, count(*) from events group by app_id") == [(2, 20)]
+    check_database(server.db)
+
+
+@pytest.mark.slow
 def test_pruning_beside_a_server_under_load_disturbs_nobody(run, tmp_path):
     path = tmp_path / "run.db"
     with Store(str(path), clock=Clock()) as store:  # long ago
