@@ -43,10 +43,9 @@ from urllib.parse import urlencode, urlsplit
 
 HERE = Path(__file__).resolve().parent
 KEY, TOKEN, HEALTH = "bf_live_" + "b" * 32, "bf_admin_" + "b" * 32, "/api/v1/health"
-ROUND_SECONDS = 2.5  # about as long as a side is loaded in a round
+ROUND_SECONDS, QUICK_SECONDS = 2.5, 0.8  # about as long as a side is loaded in a round, and with --quick
 PATIENCE = 30.0  # seconds for a server to stop and to answer
 SIZE_EVENTS = 20_000  # to measure bytes on disk and raw inserts with
-QUICK_SECONDS = 0.8  # of each load, with --quick
 TURN = 20  # requests, before it is the other side's turn
 say = partial(print, file=sys.stderr, flush=True)  # progress
 # == Reports ===================================================================
