@@ -3847,6 +3847,7 @@ class Store(Apps):
         self._expire_at = 0  # when to look next for what is older
         self._judged_hour = 0  # in which it last looked for releases that are worse
         self._largest = (0, 0)  # when the app that holds most was looked up, and its id
+        self._ahead: tuple[Row, list[int]] = ((), [])  # a place in a group, and the crashes that come after it
 
     def start(self, api_key: str = "", auth_token: str = "") -> FirstStart:
         """As Apps.start. Also keeps the retention for commands that are not told one."""
@@ -4199,25 +4200,23 @@ class Store(Apps):
         moved: list[tuple[str, str | None, int]] = []
         places: dict[tuple[Any, ...], tuple[str, str | None]] = {}
         looked, at = 0, [received_at, seq]
-        with closing(db.execute("""
-                select received_at, seq, exception_type, images, stack_trace, extra from crashes where seq in (
-                    select seq from crashes
-                    where app_id = ? and group_hash = ? and (received_at, seq) > (?, ?) and group_hash <> ?
-                    order by received_at, seq
-                    limit ?)
-                order by received_at, seq""", (app_id, group, received_at, seq, OTHER, REGROUPED))) as rows:
-            for *at, exception_type, images, trace, extra in rows:
+        ahead = self._crashes_ahead(db, app_id, group, *at)
+        for each in ahead[:REGROUPED]:
+            for received, exception_type, images, trace, extra in db.execute("""
+                    select received_at, exception_type, images, stack_trace, extra from crashes where seq = ?
+                    """, (each,)).fetchall():
+                at = [received, each]
                 key = exception_type, trace, extra and "truncated" in extra
                 places[key] = place = places.get(key) or self._place(symbols, group, exception_type, trace, extra)
-                moved += [(*place, at[1])] if place != (group, images) else []
-                looked += 1
-                if time.monotonic() > deadline:
-                    break
+                moved += [(*place, each)] if place != (group, images) else []
+            looked += 1
+            if time.monotonic() > deadline:
+                break
+        self._ahead = (app_id, group, *at), ahead[looked:]
         if moved:
             target = self._move(db, symbols, app_id, group, moved, is_first=not received_at) or target
-        is_cut_off = looked == REGROUPED or looked and time.monotonic() > deadline
-        if is_cut_off and db.execute("select 1 from crashes where app_id = ? and group_hash = ? limit 1",
-                                     (app_id, group)).fetchone():
+        if looked and db.execute("select 1 from crashes where app_id = ? and group_hash = ? limit 1",
+                                 (app_id, group)).fetchone():
             db.execute("""
                 update regroupings set received_at = ?, seq = ?, target = ? where app_id = ? and group_hash = ?
                 """, (*at, target, app_id, group))
@@ -4226,6 +4225,16 @@ class Store(Apps):
         if target:
             Groups.rename(db, app_id, group, target)
         return looked + 1
+
+    def _crashes_ahead(self, db: Connection, *place: Any) -> list[int]:
+        """The seqs of crashes of a group that come after a place, by the time of receipt. They are looked up for many
+        steps, because that goes through all of the group."""
+        known, ahead = self._ahead
+        return ahead if known == place and ahead else [seq for seq, in db.execute("""
+            select seq from crashes
+            where app_id = ? and group_hash = ? and (received_at, seq) > (?, ?) and group_hash <> ?
+            order by received_at, seq
+            limit ?""", (*place, OTHER, 100 * REGROUPED))]
 
     @staticmethod
     def _place(symbols: Symbols, group: str, exception_type: str, trace: str | None,
