@@ -210,16 +210,12 @@ def _from_text(text: str, kind: type) -> Any:
 # byte and no index. It is unique across files, and it ascends: inserts append, and retention deletes from the front.
 
 APPLICATION_ID = 0x62666472  # "bfdr": tells our files from other people's
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 GROUP_INDEX = """
-create index crashes_by_group on crashes (  -- covers what groups are counted by
-    app_id, group_hash, received_at, occurred_at, clock_ahead_ms, app_version, os_version, device_model,
-    device_id_hash);
-"""
-DEVICE_INDEX = """
-create index crashes_by_device on crashes (  -- tells whether a group has a device, and what to forget of one
-    device_id_hash, app_id, group_hash);
+create index crashes_by_group on crashes (  -- tells whether a group has a device, and covers what groups are counted by
+    app_id, group_hash, device_id_hash, received_at, occurred_at, clock_ahead_ms, app_version, os_version,
+    device_model);
 """
 REPORT_TABLES = """
 create table apps (
@@ -269,7 +265,7 @@ create table given_seqs (                  -- all seqs that were ever given are 
 -- the lowest seq from which on the reports of a deleted app have gone;
 -- trimmed_day, on which old sums were deleted last; counted_at, when reports were last counted but not received.
 create table state (name text primary key, value integer not null) without rowid;
-""" + GROUP_INDEX + DEVICE_INDEX
+""" + GROUP_INDEX
 
 
 # == Values ====================================================================
@@ -2915,21 +2911,24 @@ class RollUps:
     def trim(self) -> int:
         """Once a day: deletes some of the rows whose window is over; how many."""
         self.figures[Sessions].close_days()
-        deleted = self._delete_some("new_names", f"day < {self.now // DAY}")
-        deleted += sum(self._delete_some(table, f"{KEYS[table][place]} < {first}")
+        deleted = self._delete_some("new_names", f"new_names where day < {self.now // DAY}")
+        deleted += sum(self._delete_some(table, f"{table} where {KEYS[table][place]} < {first}")
                        for table, (place, first) in self._windows.items())
         # Beyond this age of its release, a verdict asks for no hour.
-        deleted += self._delete_some("release_hours", f"""
-            hour > (select first_seen / {HOUR} + {24 * HEALTH_DAYS} from releases
-                where app_id = release_hours.app_id and app_version = release_hours.app_version)""")
+        deleted += self._delete_some("release_hours", f"""(
+            select app_id, app_version, min(first_seen) / {HOUR} + {24 * HEALTH_DAYS} as last from builds
+            group by app_id, app_version) as ages
+            cross join release_hours using (app_id, app_version) where hour > last""")
         return deleted + int(self.figures[Groups].drop_empty(TRIMMED))
 
-    def _delete_some(self, table: str, condition: str) -> int:
-        key = ", ".join(KEYS[table])
-        return int(self.db.execute(f"""
-            delete from {table} where ({key}) in (
-                select {key} from {table} where app_id in (select id from apps) and {condition} limit ?)
-            """, (TRIMMED,)).rowcount)
+    def _delete_some(self, table: str, source: str) -> int:
+        """Deletes some of the rows of a query. Each by its whole key: for `(key) in (select ...)`, SQLite would look
+        through all of an app."""
+        rows = self.db.execute(f"""
+            select {", ".join(KEYS[table])} from {source} and app_id in (select id from apps) limit ?
+            """, (TRIMMED,)).fetchall()
+        self.db.executemany(f"delete from {table} where {' and '.join(f'{each} = ?' for each in KEYS[table])}", rows)
+        return len(rows)
 
 
 def labelled(rows: Iterable[tuple[str, int]]) -> JsonObject:
@@ -3338,6 +3337,8 @@ def migrate(db: Connection, version: int) -> None:
         db.run_script(SCHEMA)
     elif version == 3:
         raise StoreError("schema 3 was never released: export its reports with the backfeedr that made it")
+    elif version == 5:
+        db.run_script("drop index crashes_by_device;\ndrop index crashes_by_group;\n" + GROUP_INDEX)
     elif version == 4:
         _migrate_from_4(db)
     else:
@@ -3349,7 +3350,8 @@ def _migrate_from_4(db: Connection) -> None:
     db.run_script("".join(f"alter table groups add column {name} integer not null default 0;\n"
                           for name in ("crashes", "devices", "came_at"))
                   + "alter table releases rename to old_releases;\nalter table builds rename to old_builds;\n"
-                  + "drop table group_devices;\ndrop table group_sums;\n" + Releases.TABLES + DEVICE_INDEX)
+                  + "drop table group_devices;\ndrop table group_sums;\ndrop index crashes_by_group;\n"
+                  + Releases.TABLES + GROUP_INDEX)
     Groups.recount(db)
     db.run_script(f"""
 insert into builds
@@ -3376,7 +3378,7 @@ def _migrate_from_2(db: Connection, version: int) -> None:
                   + "alter table crashes add column session_id text;\nalter table crashes add column images text;\n"
                   + "create table given_seqs (first integer primary key, last integer not null);\n"
                   + "drop index release_days_by_age;\ndrop index crashes_by_group;\n"
-                  + GROUP_INDEX + DEVICE_INDEX + SYMBOL_TABLES + TRIAGE_TABLES + FIGURE_TABLES)
+                  + GROUP_INDEX + SYMBOL_TABLES + TRIAGE_TABLES + FIGURE_TABLES)
     recount(db)
     groups = RollUps(db, 0).figures[Groups]
     for app_id, group_hash in db.execute("select app_id, group_hash from groups").fetchall():
@@ -3844,6 +3846,7 @@ class Store(Apps):
         self._expire_at = 0  # when to look next for what is older
         self._judged_hour = 0  # in which it last looked for releases that are worse
         self._largest = (0, 0)  # when the app that holds most was looked up, and its id
+        self._ahead: tuple[Row, list[int]] = ((), [])  # a place in a group, and the crashes that come after it
 
     def start(self, api_key: str = "", auth_token: str = "") -> FirstStart:
         """As Apps.start. Also keeps the retention for commands that are not told one."""
@@ -4196,23 +4199,23 @@ class Store(Apps):
         moved: list[tuple[str, str | None, int]] = []
         places: dict[tuple[Any, ...], tuple[str, str | None]] = {}
         looked, at = 0, [received_at, seq]
-        with closing(db.execute("""
-                select received_at, seq, exception_type, images, stack_trace, extra from crashes
-                where app_id = ? and group_hash = ? and (received_at, seq) > (?, ?) and group_hash <> ?
-                order by received_at, seq
-                limit ?""", (app_id, group, received_at, seq, OTHER, REGROUPED))) as rows:
-            for *at, exception_type, images, trace, extra in rows:
+        ahead = self._crashes_ahead(db, app_id, group, *at)
+        for each in ahead[:REGROUPED]:
+            for received, exception_type, images, trace, extra in db.execute("""
+                    select received_at, exception_type, images, stack_trace, extra from crashes where seq = ?
+                    """, (each,)).fetchall():
+                at = [received, each]
                 key = exception_type, trace, extra and "truncated" in extra
                 places[key] = place = places.get(key) or self._place(symbols, group, exception_type, trace, extra)
-                moved += [(*place, at[1])] if place != (group, images) else []
-                looked += 1
-                if time.monotonic() > deadline:
-                    break
+                moved += [(*place, each)] if place != (group, images) else []
+            looked += 1
+            if time.monotonic() > deadline:
+                break
+        self._ahead = (app_id, group, *at), ahead[looked:]
         if moved:
             target = self._move(db, symbols, app_id, group, moved, is_first=not received_at) or target
-        is_cut_off = looked == REGROUPED or looked and time.monotonic() > deadline
-        if is_cut_off and db.execute("select 1 from crashes where app_id = ? and group_hash = ? limit 1",
-                                     (app_id, group)).fetchone():
+        if looked and db.execute("select 1 from crashes where app_id = ? and group_hash = ? limit 1",
+                                 (app_id, group)).fetchone():
             db.execute("""
                 update regroupings set received_at = ?, seq = ?, target = ? where app_id = ? and group_hash = ?
                 """, (*at, target, app_id, group))
@@ -4221,6 +4224,16 @@ class Store(Apps):
         if target:
             Groups.rename(db, app_id, group, target)
         return looked + 1
+
+    def _crashes_ahead(self, db: Connection, *place: Any) -> list[int]:
+        """The seqs of crashes of a group that come after a place, by the time of receipt. They are looked up for many
+        steps, because that goes through all of the group."""
+        known, ahead = self._ahead
+        return ahead if known == place and ahead else [seq for seq, in db.execute("""
+            select seq from crashes
+            where app_id = ? and group_hash = ? and (received_at, seq) > (?, ?) and group_hash <> ?
+            order by received_at, seq
+            limit ?""", (*place, OTHER, 100 * REGROUPED))]
 
     @staticmethod
     def _place(symbols: Symbols, group: str, exception_type: str, trace: str | None,
@@ -5381,7 +5394,8 @@ class Metrics:
         """What is known of a build: what its latest crash says, in the group where it has most."""
         app, version, build, trace = db.execute("""
             select name, app_version, build_number, stack_trace from (
-                select * from crashes where app_id = ? and group_hash = ? order by received_at desc limit 20) as latest
+                select * from crashes where seq in (
+                    select seq from crashes where app_id = ? and group_hash = ? order by seq desc limit 20)) as latest
             join apps on apps.id = app_id
             where instr(images, ?)
             order by received_at desc, seq desc
@@ -5485,7 +5499,6 @@ SUMS_OF_GROUPS = f"""
 OF_VERSION = "(:version is null or substr(app_version, 1, :length) = :version)"
 
 
-# By group, so that the index finds those that were received since a time: see group_days.
 CRASHES_OF_GROUPS = f"""
     select known.app_id, known.group_hash, count(*) as crashes, count(distinct device_id_hash) as devices,
         max({COUNTED_AT}) as latest

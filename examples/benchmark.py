@@ -43,11 +43,9 @@ from urllib.parse import urlencode, urlsplit
 
 HERE = Path(__file__).resolve().parent
 KEY, TOKEN, HEALTH = "bf_live_" + "b" * 32, "bf_admin_" + "b" * 32, "/api/v1/health"
-ROUND_SECONDS = 2.5  # about as long as a side is loaded in a round
+ROUND_SECONDS, QUICK_SECONDS = 2.5, 0.8  # about as long as a side is loaded in a round, and with --quick
 PATIENCE = 30.0  # seconds for a server to stop and to answer
-SIZE_EVENTS = 20_000  # to measure bytes on disk and raw inserts with
-QUICK_SECONDS = 0.8  # of each load, with --quick
-TURN = 20  # requests, before it is the other side's turn
+SIZE_EVENTS, TURN = 20_000, 20  # to measure bytes and raw inserts with; requests until it is the other side's turn
 say = partial(print, file=sys.stderr, flush=True)  # progress
 # == Reports ===================================================================
 
@@ -136,8 +134,7 @@ class Table:
         for _, kind, least, most in (target for target in self.targets if target[0] == name):
             figures = [self.ratios(name, *pair) for pair in self.pairs if pair[1] == kind]
             figures += [self.values[name][above] for above, _ in self.pairs if kind == "value"]
-            medians = [median(each) for each in figures if each]
-            if medians:
+            if medians := [median(each) for each in figures if each]:
                 verdict = "met" if least <= min(medians) and max(medians) <= most else "NOT MET"
                 texts.append(f"{kind} {f'>= {least:g}' if least else f'<= {most:g}'} {verdict}")
         return ", ".join(texts)
@@ -246,7 +243,6 @@ class Bench:
     def __init__(self, folder: Path, uses_wrk: bool):
         self.folder, self.uses_wrk, self.errors = folder, uses_wrk, 0
         self.problems: list[str] = []
-        # Rows by database and table; the unsure ones may be there besides.
         self.acknowledged, self.unsure = Counter(), Counter()  # type: Counter, Counter
 
     def bodies(self, scenario: Scenario, number: int = 0) -> Path:
@@ -279,7 +275,7 @@ class Bench:
         return load, returned
 
     def enter(self, db: Any, scenario: Scenario, created: int, unsure: int = 0) -> None:
-        """Notes what a database must hold."""
+        """Notes what a database must hold, by its tables, and what may be there besides."""
         self.acknowledged[db, scenario.table] += created * scenario.reports
         self.unsure[db, scenario.table] += unsure * scenario.reports
 
@@ -342,6 +338,9 @@ def ingest(bench: Bench, arguments: argparse.Namespace) -> None:
     with ExitStack() as stack:
         servers = {"bare": stack.enter_context(serving(__file__, "_bare")),
                    **{side: stack.enter_context(backfeedr(file, "--db", dbs[side])) for side, file in files.items()}}
+        for side in 3 * [*files]:  # alerts are on, where there are some: three channels, whose receiver is down
+            subprocess.run([sys.executable, files[side], "alert", "add", "http://127.0.0.1:9/", "--db", dbs[side]],
+                           capture_output=True, check="alert add" in files[side].read_text())
         for side, server in servers.items():
             table.add("MB of memory at rest", side, megabytes(server.pid, "VmRSS"))
         sides = {side: ([server.url], dbs[side]) for side, server in servers.items()}

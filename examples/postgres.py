@@ -63,7 +63,7 @@ _SCHEMA = (  # what SQLite says, and what PostgreSQL says for it
      r"seq integer not null, primary key (app_id, seq),"
      r" id text generated always as ('\1' || lpad(to_hex(seq), 16, '0')) stored"),
     # An entry of an index holds 2,700 bytes, and these columns 8,000.
-    (r", app_version, os_version, device_model,\s+device_id_hash\);", ");"),
+    (r", app_version, os_version,\s+device_model\);", ");"),
     (r"\) without rowid", ")"),
     (r"\binteger\b", "bigint"),
     (r"\breal\b", "double precision"),
