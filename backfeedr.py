@@ -4442,14 +4442,13 @@ class Store(Apps):
         return deleted
 
     def catch_up_in_background(self) -> None:
-        """As catch_up, in a thread. One is at it at a time, and one waits for it, as it may have looked already. Where
-        it ends early, commits go on."""
+        """As catch_up, in a thread, for which one more may wait. Where it ends early, commits go on."""
         here = self._here
 
         def work() -> None:
             if here.next_worker.acquire(blocking=False):
                 with here.worker_lock, suppress(StorageUnavailable):
-                    here.next_worker.release()
+                    here.next_worker.release()  # as this one may miss what comes now
                     self.catch_up()
 
         threading.Thread(target=work, name="backfeedr catch-up", daemon=True).start()
@@ -4490,14 +4489,12 @@ class Store(Apps):
         go as those that expire. Raises StoreError where there is none."""
         with self.writing() as db:
             app_id = self._app(db, name)[0]
-            db.execute("delete from apps where id = ?", (app_id,))
-            for table in ("keys", "facts"):
-                db.execute(f"delete from {table} where app_id = ?", (app_id,))
+            for rows in ("messages where channel_id in (select id from channels where app_id = ?)",
+                         "channels where app_id = ?", "keys where app_id = ?", "facts where app_id = ?",
+                         "apps where id = ?"):
+                db.execute("delete from " + rows, (app_id,))
             db.executemany("delete from state where name = ?", [(f"early_{app_id}",), (f"worse_{app_id}",)])
             db.execute(SET_STATE, (f"deleted_{app_id}", MAX_NUMBER))
-            for table, column in (("messages", "channel_id"), ("channels", "id")):
-                db.execute(f"delete from {table} where {column} in (select id from channels where app_id = ?)",
-                           (app_id,))
             for id, body in db.execute("select id, body from messages where due_at is not null").fetchall():
                 message = json.loads(body)
                 facts = message["data"]["facts"] = [
@@ -7798,7 +7795,10 @@ class Commands:
             if sys.stdin.readline().rstrip("\n") != name:
                 raise StoreError("the names differ; nothing was deleted")
         self.store.delete_app(name)
-        self.store.prune()
+        try:
+            self.store.prune()
+        except StorageUnavailable:
+            raise StoreError(f"the app {name!r} is deleted, but not all its reports: 'prune' does the rest") from None
         return f"Deleted the app {name!r}, its keys and all its reports."
 
     def do_key_create(self) -> str:

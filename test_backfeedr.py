@@ -8224,6 +8224,20 @@ def test_an_app_that_two_delete_at_once_is_gone_and_each_says_one_line(command, 
         == [[]] * (2 + len(REPORT_TABLES))
 
 
+def test_an_app_whose_reports_cannot_all_go_at_once_is_deleted_and_the_line_says_what_is_left(command, monkeypatch):
+    def fail(store):
+        raise StorageUnavailable
+
+    command("app", "create", "Shop")
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "catch_up", fail)
+        check_one_line(command("app", "delete", "Shop", "--yes"), (
+            "backfeedr: the app 'Shop' is deleted, but not all its reports: 'prune' does the rest"))
+    assert sql("backfeedr.db", "select name from state where name like 'deleted%'") == [("deleted_1",)]
+    command("prune")
+    assert sql("backfeedr.db", "select name from state where name like 'deleted%'") == []
+
+
 NO_TERMINAL = "backfeedr: there is no terminal to confirm on; --yes deletes 'Shop' without asking\n"
 
 
