@@ -999,6 +999,8 @@ def test_what_is_nested_or_long_in_a_report_that_is_too_large_becomes_text():
     crash = parse_crash({**CRASH, "stack_trace": [{"symbol": "f", "line": 7, **frame}] * 100})
     kept = json.loads(crash.stack_trace)[0]
     assert (kept["symbol"], kept["line"], kept["f0"][:3], len(kept)) == ("f", 7, "xxx", 32)
+    frames = [dict.fromkeys(frame, 1)] * 513  # too many, but they take little
+    assert json.loads(parse_crash({**CRASH, "stack_trace": frames}).stack_trace) == frames[:512]
 
 
 WIDE_OR_DEEP = ["[]", '{"":[1.5]}', '{"a":' * 63 + "1" + "}" * 63, "[" * 70 + "]" * 70]
