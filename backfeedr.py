@@ -923,7 +923,7 @@ def _cut(long: JsonObject, values: JsonObject, limit: int) -> JsonObject:
     for each in long, kept:
         each["extra"] = {"truncated_" if name == "truncated" else name: value for name, value in each["extra"].items()}
     room = limit - 200 - sum(len(str(value).encode()) for name, value in values.items() if name not in long)
-    kept = _cut_fairly(kept, room)
+    kept = kept if _size(kept) <= room else _cut_fairly(kept, room)
     kept["extra"]["truncated"] = [name.replace("extra", "unknown fields") for name in long if kept[name] != long[name]]
     return {name: value if name == "exception_reason" else _encode(value) for name, value in kept.items()}
 

@@ -989,6 +989,8 @@ def test_what_is_nested_or_long_in_a_report_that_is_too_large_becomes_text():
     crash = parse_crash({**CRASH, "stack_trace": [{"symbol": "f", "line": 7, **frame}] * 100})
     kept = json.loads(crash.stack_trace)[0]
     assert (kept["symbol"], kept["line"], kept["f0"][:3], len(kept)) == ("f", 7, "xxx", 32)
+    frames = [dict.fromkeys(frame, 1)] * 513  # too many, but they take little
+    assert json.loads(parse_crash({**CRASH, "stack_trace": frames}).stack_trace) == frames[:512]
 
 
 WIDE_OR_DEEP = ["[]", '{"":[1.5]}', '{"a":' * 63 + "1" + "}" * 63, "[" * 70 + "]" * 70]
@@ -1022,6 +1024,23 @@ def test_events_of_a_batch_with_fields_of_their_own_are_converted_together():
     """One by one takes four times as long."""
     events = [{**EVENT, "name": f"n{n}", **({"screen": [n]} if n else {})} for n in range(3)]
     assert backfeedr._alike_events(events) == list(map(parse_event, events))
+
+
+def test_an_odd_event_of_a_batch_is_stored_as_by_itself():
+    """True and 1 are equal, but not the same."""
+    for pair in product([0, 1, True, 1.0, "1", "", None, nested(63), nested(64)], repeat=2):
+        events = [{**EVENT, "name": value, "x": value} for value in pair]
+        assert backfeedr.parse_batch({"events": events}) == list(map(parse_event, events))
+
+
+def test_an_unknown_field_becomes_text_only_where_it_is_too_deep():
+    for value, kept in [*[(value, value) for value in (nested(63), ["\\", "[" * 140], ['"' + "{" * 140])],
+                        (nested(64), "[" * 64 + "]" * 64)]:
+        assert json.loads(parse_event({**EVENT, "x": value}).extra)["x"] == kept
+    many = {"truncated": 1, **{f"n{n}": n for n in range(256)}}
+    assert json.loads(parse_event({**EVENT, **many, "last": 1}).extra) == {
+        **{name.replace("truncated", "truncated_"): many[name] for name in list(many)[:256]},
+        "truncated": ["unknown fields"]}
 
 
 def test_a_cut_crash_stays_in_its_group_when_another_store_imports_it(api, serve):
