@@ -1868,7 +1868,9 @@ def see_crashes(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], are
             from (values *) as keys
             cross join apps on apps.id = column1 and is_test = 0
             cross join groups on groups.app_id = column1 and groups.group_hash = column2
-            left join triage on triage.app_id = column1 and triage.group_hash = column2""", list(groups)):
+            left join triage on triage.app_id = column1 and triage.group_hash = column2
+            where column3 > 0 or state <> 'open'""", [  # of the others, there is nothing to say
+                (*key, int(fresh[key] > 0 or (key[0], "group_hash", key[1]) in accepted)) for key in groups]):
         decision, seen, new = Decision(*triage), groups[app_id, group_hash], fresh[app_id, group_hash]
         facts = []
         if decision.state == "resolved" or decision.state == "muted" and not are_moved:
@@ -2122,10 +2124,11 @@ class Crashes(Figure):
     SUMS = {"crash_days": Sums("day", "crashes"), "labels": Sums("field day label", "crashes", lasts=False)}
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        alike = Counter((crash.app_id, crash.at // DAY, crash.exception_type, crash.device_model) for crash in reports)
-        for (app_id, day, *labels), crashes in alike.items():
+        days = [(crash.app_id, crash.at // DAY) for crash in reports]
+        for (app_id, day), crashes in Counter(days).items():
             self._add("crash_days", app_id, day, crashes=by * crashes)
-            for column, label in zip(("exception_type", "device_model"), labels):
+        for column in ("exception_type", "device_model"):
+            for ((app_id, day), label), crashes in Counter(zip(days, map(attrgetter(column), reports))).items():
                 for each in (ALL_DAYS, day) if label else ():
                     self._add("labels", app_id, column, each, label, crashes=by * crashes)
 
@@ -2622,6 +2625,8 @@ class SeenDevice(NamedTuple):
 
     def merged(self, later: SeenDevice) -> SeenDevice:
         is_later = (later.last_seq >> SEQ_BITS) // HOUR > (self.last_seq >> SEQ_BITS) // HOUR
+        if not is_later and self.first_day <= later.first_day and self.last_hour >= later.last_hour:
+            return self
         return SeenDevice(min(self.first_day, later.first_day), max(self.last_hour, later.last_hour),
                           later.last_seq if is_later else self.last_seq)
 
@@ -2633,8 +2638,9 @@ class SeenVersion(NamedTuple):
     crash_hour: int | None
 
     def merged(self, later: SeenVersion) -> SeenVersion:
-        crashes = [each.crash_hour for each in (self, later) if each.crash_hour is not None]
-        return SeenVersion(min(self.first_hour, later.first_hour), min(crashes, default=None))
+        ours, theirs = self.crash_hour, later.crash_hour
+        crash_hour = theirs if ours is None else ours if theirs is None else min(ours, theirs)
+        return SeenVersion(min(self.first_hour, later.first_hour), crash_hour)
 
 
 class Devices(Figure):
