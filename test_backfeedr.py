@@ -1278,14 +1278,16 @@ def test_nothing_that_identifies_a_phone_or_a_person_is_kept():
 
 
 OF_APPLE = [
-    *[(body, "invalid JSON") for body in (ips_of(), crash_text(), ips_of({**IPS_HEAD, "bug_type": "298"}), nest(3000))],
-    *[(body, "missing exception_type") for body in (ips_of(None), payload_of(), WHOLE_REPORTS[4][0], SPAN)]]
+    *[(body, ["invalid JSON"]) for body in (ips_of(), crash_text(), ips_of({**IPS_HEAD, "bug_type": "298"}))],
+    *[(body, ["missing exception_type"]) for body in (ips_of(None), payload_of(), WHOLE_REPORTS[4][0], SPAN)],
+    (nest(3000), ["invalid JSON", "missing exception_type"])]  # Python 3.13 reads so deep
 
 
 def test_apples_report_among_the_crashes_is_told_where_it_belongs(api):
-    for body, error in OF_APPLE:
-        assert api.post(CRASHES, body) == (400, {
-            "error": error, "detail": "it is Apple's report: POST it to /api/v1/diagnostics as it is"})
+    for body, errors in OF_APPLE:
+        status, answer = api.post(CRASHES, body)
+        assert status == 400 and answer.pop("error") in errors
+        assert answer == {"detail": "it is Apple's report: POST it to /api/v1/diagnostics as it is"}
     assert stored(api.server, "crashes", "events") == {"crashes": [], "events": []}
 
 
