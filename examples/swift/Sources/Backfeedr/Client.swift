@@ -272,6 +272,7 @@ extension Backfeedr {
                 return leaveOut(error.components(separatedBy: " at index ").last.flatMap(Int.init), of: name) || pause()
             case (200...201, _) where answer?.hasID == true, (400, _?), (413, _), (422, _?):
                 (failures, pause, isClockSet) = (0, 0, false)
+                guard answer?.status != 413 || split(name) else { return pause() }
                 return remove(name) || pause()  // a file that the disk does not let go must not be sent without end
             case (401, "stale timestamp"):
                 guard let date = answer?.date, !isClockSet else { return pause() }
@@ -282,6 +283,23 @@ extension Backfeedr {
             default:
                 stumbles[name, default: 0] += 1  // the other files go first
                 return pause()
+            }
+        }
+
+        /// Writes each diagnostic of a payload that the server finds too large into a file of its own. Their keys follow
+        /// from the payload's: if the app is killed meanwhile, none is stored twice. False if the disk is full.
+        private func split(_ name: String) -> Bool {
+            guard Client.kind(name) == "diagnostics", let body = try? Data(contentsOf: url(name)),
+                  let payload = (try? JSONSerialization.jsonObject(with: body)) as? [String: Any] else { return true }
+            let lists = payload.compactMapValues { $0 as? [[String: Any]] }
+            let others = payload.filter { lists[$0.key] == nil }, key = UInt16(name.suffix(4), radix: 16) ?? 0
+            let parts = lists.sorted { $0.key < $1.key }.flatMap { kind, diagnostics in
+                diagnostics.map { others.merging([kind: [$0]]) { $1 } }
+            }
+            return parts.count < 2 || parts.enumerated().allSatisfy { index, part in
+                let newKey = String(format: "%04X", key &+ UInt16(truncatingIfNeeded: index + 1))
+                guard let body = try? JSONSerialization.data(withJSONObject: part) else { return true }
+                return write(body, name.dropLast(4) + newKey)
             }
         }
 

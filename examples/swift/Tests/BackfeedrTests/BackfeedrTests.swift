@@ -224,6 +224,24 @@ final class SendingTests: XCTestCase {
         equal(try? script.events().map { $0["name"] as? String }, ["10", "11", "12", "13", "14"])
     }
 
+    func testAPayloadThatIsTooLargeForTheServerIsSentDiagnosticByDiagnostic() async throws {
+        let diagnostic = #"{"diagnosticMetaData": {"note": "\#(String(repeating: "x", count: 400_000))"}}"#
+        let payload = #"""
+            {"timeStampEnd": "2026-03-12 14:22:31", "crashDiagnostics": [\#(diagnostic), \#(diagnostic)],
+             "hangDiagnostics": [\#(diagnostic)]}
+            """#
+        let offline = await Phone(transport: Script(nil).transport)
+        await offline.receive(payload)
+        let file = offline.url(await offline.files[0]), phone = await Phone(Server.shared.endpoint, after: offline)
+        for _ in 1...2 {  // the second time, as if the app had been killed before the payload was removed
+            try Data(payload.utf8).write(to: file)
+            check(await phone.flush())
+            equal(try phone.rows("select count(*), min(occurred_at) from crashes"), ["2|1773325351000"])
+            equal(try phone.rows("select count(*), min(occurred_at) from events"), ["1|1773325351000"])
+            equal(await phone.files, [])
+        }
+    }
+
     func testAFileThatTheServerStumblesOverHoldsUpNothing() async {
         let script = Script(Reply(500, error: "x"), .stored), phone = await Phone(transport: script.transport)
         await phone.receive("1")
