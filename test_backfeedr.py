@@ -2348,7 +2348,7 @@ def test_reports_are_shown_with_names_and_the_frames_that_were_sent_beside(api, 
     api.post(EVENTS, hang)
     group = report_groups(api.server)[0]
     page = person.text(f"/crashes/{group}")
-    assert "Symbols of Shop 1.3.0 (48) are missing: 2 crashes wait for them." in page
+    assert "Symbols for Shop 1.3.0 (48) are missing: 2 crashes are waiting for them." in page
     assert "python examples/symbols.py --server http://localhost:80 App.xcarchive" in page and "Shop + 1009" in page
     missing = {"uuid": HELD, "binary": "Shop", "app": "default", "app_version": "1.3.0", "build_number": "48",
                "crashes": 2}
@@ -2752,7 +2752,7 @@ def test_lists_are_asked_for_groups_of_a_state(api, person, clock):
     found = {each["exception_type"]: (each["state"], each["regressed_at"] is not None) for each in found}
     assert found == {"open": ("open", False), "resolved": ("resolved", False), "muted": ("muted", False),
                      "again": ("open", True), "fresh": ("open", False)}
-    badges = dict(re.findall(r'<bdi>(\w+)</bdi></a>\s*<b class="new">(\w+)</b>', person.get("/crashes?days=all").text))
+    badges = dict(re.findall(r'<bdi>(\w+)</bdi></a>\s*<b>\s*(\w+)\s*</b>', person.get("/crashes?days=all").text))
     assert badges == {"resolved": "resolved", "muted": "muted", "again": "regressed", "fresh": "new"}
     assert api.get(f"{CRASHES}?state=closed", **ADMIN)[0] == 400
     decided(api.server, {"state": "muted"}, groups["again"])
@@ -4644,7 +4644,7 @@ def test_a_channel_that_answers_410_ends_and_the_page_says_so(alerting, clock, r
     note(alerting)
     assert deliver_later(alerting, clock, 86400) == NONE_DUE and len(receiver.came) == 1
     assert stored(alerting, "messages", "facts") == {"messages": [], "facts": []}, "nobody is left to tell"
-    assert "ended 1 d ago : its receiver asked for no more" in Person(alerting).has_session().text("/apps")
+    assert "ended 1 d ago : the receiver answered 410 Gone" in Person(alerting).has_session().text("/apps")
 
 
 def test_retry_after_is_honoured_up_to_a_day(alerting, clock, receiver):
@@ -6811,13 +6811,13 @@ OWN = [frame["symbol"] for frame in FULL["stack_trace"] if frame.get("file")]
 
 
 @pytest.mark.parametrize("reports, said_by_path", [
-    ([], {"/": ["Nothing received yet", "curl -X POST http://localhost:80/api/v1/crashes",
-                "No crashes in the last 7 days", "Reports with an app_version"],
+    ([], {"/": ["No reports yet", "curl -X POST http://localhost:80/api/v1/crashes",
+                "No crashes in the last 7 days", "once reports have an app_version"],
           "/crashes": ["No matches", '<option value="7" selected>last 7 days'],
           "/crashes?days=all": ["No crashes stored", '<option value="all" selected>all days'],
-          "/usage": ["No events in 30 days", "none has ended", "Reports with an app_version"],
+          "/usage": ["No events in 30 days", "none ended", "once reports have an app_version"],
           "/events": ["No events stored"], "/events?name=x": ["No matches"], "/events?session_id=x": ["No matches"],
-          "/releases": ["Reports with an app_version"]}),
+          "/releases": ["once reports have an app_version"]}),
     ([*(start_at("2026-03-12T10:00:00Z", f"s{n}", device_id_hash=f"d{n}", app_version="1.2.0") for n in range(4)),
       {**CRASH, "app_version": "1.2.0", "device_model": "iPhone16,1", "exception_reason": "Because"},
       {**CRASH, "occurred_at": "2026-03-01T10:00:00Z"}],
@@ -6931,7 +6931,7 @@ def test_a_group_can_be_passed_on_as_text_or_markdown_without_what_tells_of_a_de
     text, markdown = page.click("text", index=0), page.click("Markdown")
     assert (text.content_type, markdown.content_type, text.text) == ("text/plain", "text/markdown", markdown.text)
     assert text.text.startswith(f"# Crash group {group}\n\nhttp://localhost:80/crashes/{group}\n\n"
-                                f"## What\n\n```text\n    {OWN[0]}\n    {FULL['exception_type']}\n")
+                                f"## Crash\n\n```text\n    {OWN[0]}\n    {FULL['exception_type']}\n")
     for said in (f"\n      0 * {OWN[0]}  ContentView.swift:42\n", "    Versions: 1.2.0 (2)\n", "Crashes: 2\n",
                  "Devices: 2\n", FULL["exception_reason"]):
         assert said in text.text
@@ -6949,7 +6949,7 @@ def test_what_a_report_says_neither_leaves_its_fence_nor_begins_a_line_of_the_te
         fields = dict.fromkeys(names, hostile)
         group = api.post(CRASHES, {**CRASH, **fields, "stack_trace": [{"symbol": hostile, "file": hostile}]})[1]
         text = person.web.get(f"/crashes/{group['group_hash']}.txt").text
-        titles = ["What", "Stack trace of the latest crash (* is the app's own code)", "Spread", "History"]
+        titles = ["Crash", "Stack trace of the latest crash (* marks the app's own code)", "Spread", "History"]
         # Four spaces before a fence keep it from closing another one.
         assert [line for line in text.split("\n") if line and line[:4] != "    "] == [
             f"# Crash group {group['group_hash']}", f"http://localhost:80/crashes/{group['group_hash']}",
@@ -7199,7 +7199,7 @@ def test_a_device_has_the_name_that_it_is_sold_by_beside_its_code_and_an_unknown
                        ("iPad8,4", "iPad Pro 11-inch (1st generation)"), ("iPad13,18", "iPad (10th generation)"),
                        ("Watch7,5", None), ("iPhone99,9", None), ("arm64", None), ("<b>", None)):
         shown = f'{name} <small class="code">{code}</small>' if name else f"<bdi>{html.escape(code)}</bdi>"
-        assert backfeedr.device_name(code) == shown
+        assert backfeedr.device_html(code) == shown
 
 
 # -- In a real browser
@@ -7338,7 +7338,7 @@ def test_the_page_of_apps_adds_tests_and_removes_channels_and_shows_a_secret_onc
         (1, None, parse_time("2026-03-13T07:00:00Z"))]
     for number in "1", "2":
         assert f"Removed channel {number}." in person.submit("remove-channel", id=number)
-    assert "nobody is told" in person.text("/apps")
+    assert "nobody is notified" in person.text("/apps")
 
 
 def feed_of(person, path):
