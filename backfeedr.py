@@ -5707,12 +5707,11 @@ def draw_line(ys: DayValues) -> str:
     """Draws a line with a gap at each None. A point without neighbours is a dot; so is today, which is not over yet."""
     line, dots, today = "", "", len(ys) - 1
     for n, y in enumerate(ys):
-        if y is None:
-            continue
-        starts_line = n in (0, today) or ys[n - 1] is None
-        line += f"{'M' if starts_line else 'L'}{n + 0.5},{y:.1f}"
-        if starts_line and (n >= today - 1 or ys[n + 1] is None):
-            dots += f"M{n + 0.5},{y:.1f}h0"
+        if y is not None:
+            starts_line = n in (0, today) or ys[n - 1] is None
+            line += f"{'M' if starts_line else 'L'}{n + 0.5},{y:.1f}"
+            if starts_line and (n >= today - 1 or ys[n + 1] is None):
+                dots += f"M{n + 0.5},{y:.1f}h0"
     return f'<path d="{line}"/><path class="dot" d="{dots}"/>'
 
 
@@ -5857,8 +5856,7 @@ class PageRequest:
         return response
 
     def time_html(self, time: str | int) -> str:
-        """Returns HTML with the age of a time, or its date if it is old, and a tooltip with the exact time. `time` is
-        text, as in the API, or milliseconds."""
+        """Returns HTML for a time in text or milliseconds: its age or, if it is old, its date; a tooltip is exact."""
         at = parse_time(time) if isinstance(time, str) else time
         exact, age = iso_time(at)[:19].replace("T", " "), self.now - at
         units = [(DAY, "d"), (HOUR, "h"), (60 * SECOND, "min")]
@@ -5886,7 +5884,7 @@ class Dashboard:
     def __init__(self, store: Store, metrics: Metrics, refused: RefusedReports, alerts: Alerts, public_url: str = ""):
         self._store, self._metrics, self._refused, self._alerts = store, metrics, refused, alerts
         self._public_url = public_url
-        # Two servers on one host get each other's cookies, so the names of the cookies differ.
+        # The name differs between servers, as two servers on one host get each other's cookies.
         self._cookie = "backfeedr_" + store.secret_hash("admin_token").hex()[:8]
 
     def routes(self) -> Iterator[tuple[str, str, Callable[..., Response]]]:
@@ -5895,10 +5893,10 @@ class Dashboard:
                 ("GET", "/", self._overview), ("GET", "/crashes", self._crashes), ("GET", "/crashes.atom", self._feed),
                 ("GET", "/crashes/<group_hash>.<suffix:re:txt|md>", self._group_export),
                 ("GET", "/crashes/<group_hash>", self._group), ("POST", "/crashes/<group_hash>", self._triage),
-                ("GET", "/events", self._events), ("GET", "/usage", self._usage),
-                ("GET", "/releases", self._releases), ("GET", "/apps", self._apps),
-                ("POST", "/apps", self._change_apps), ("POST", "/sign-out", self._sign_out),
-                ("GET", "/sign-in", self._sign_in_page), ("POST", "/sign-in", self._sign_in)):
+                ("GET", "/events", self._events), ("GET", "/usage", self._usage), ("GET", "/releases", self._releases),
+                ("GET", "/apps", self._apps), ("POST", "/apps", self._change_apps),
+                ("GET", "/sign-in", self._sign_in_page), ("POST", "/sign-in", self._sign_in),
+                ("POST", "/sign-out", self._sign_out)):
             yield method, path, partial(self._respond, handler)
 
     def invite(self, url: str) -> str:
@@ -5913,7 +5911,7 @@ class Dashboard:
         page = self.request(bottle.request.environ)
         try:
             is_form, is_open = page.environ["REQUEST_METHOD"] == "POST", page.path in ("/sign-in", "/crashes.atom")
-            if not is_open and not self._is_signed_in(page):
+            if not is_open and not self._load_session(page):
                 return page.redirect("/sign-in?" + urlencode({"next": "/" if is_form else page.address}))
             if is_form:
                 page.read_form()
@@ -5926,15 +5924,15 @@ class Dashboard:
     def error_page(self, page: PageRequest, refusal: Refusal) -> Response:
         status, _, headers = _refused(refusal)
         with suppress(Exception):  # if the database fails here, too, the page has no navigation
-            self._is_signed_in(page)
+            self._load_session(page)
         hint = _ERROR_HINTS.get(status, "The address or the form is not valid.")
-        response = self._render(page, _sentence(str(refusal))[:-1], "error", status,
-                                hint=_sentence(refusal.detail) if refusal.detail else hint)
+        hint = _capitalize(refusal.detail) + "." if refusal.detail else hint
+        response = self._render(page, _capitalize(str(refusal)), "error", status, hint=hint)
         response.headers.update(headers)
         return response
 
-    def _is_signed_in(self, page: PageRequest) -> bool:
-        """Also sets the apps of the page."""
+    def _load_session(self, page: PageRequest) -> bool:
+        """Gives the page its apps if the browser is signed in, and returns whether it is."""
         if page.apps is None and self._store.is_granted("session", page.session):
             page.apps = self._store.apps()
         return page.apps is not None
@@ -6050,19 +6048,16 @@ class Dashboard:
         """Returns new and regressed groups as Atom, or a 404 without the feed's token."""
         if not self._store.is_feed(page.query.get("token", "").encode("utf-8", "replace")):
             raise Refusal("not found")
-        news = self._metrics.news(page.app)
-        return _text_response(_TEMPLATES["feed"].render(
-            page=page, news=news, iso=iso_time, urlencode=urlencode,
-            updated=iso_time(news[0]["at"] if news else 0)), "application/atom+xml")
+        feed = _TEMPLATES["feed"].render(_TEMPLATE_GLOBALS, page=page, news=self._metrics.news(page.app))
+        return _text_response(feed, "application/atom+xml")
 
     # The page of apps, keys, alerts and the feed
 
     def _apps(self, page: PageRequest, notice: JsonObject | None = None, status: int = 200) -> Response:
-        page.apps, keys = self._store.apps(), self._store.keys()
-        return self._render(page, "Apps", "apps", status, notice=notice or {}, keys={
-            app.name: [key for key in keys if key.app == app.name] for app in page.apps},
-            channels=self._alerts.channels(), has_feed=bool(self._store.secret_hash("feed_token")),
-            fact_kinds=FACT_KINDS)
+        page.apps = self._store.apps()
+        return self._render(
+            page, "Apps", "apps", status, notice=notice or {}, keys=self._store.keys(), fact_kinds=FACT_KINDS,
+            channels=self._alerts.channels(), has_feed=bool(self._store.secret_hash("feed_token")))
 
     def _change_apps(self, page: PageRequest) -> Response:
         """Makes the change of a form on the page."""
@@ -6071,7 +6066,7 @@ class Dashboard:
         try:
             return self._apps(page, change(page, action))
         except StoreError as error:
-            return self._apps(page, {"message": _sentence(str(error))}, 400)
+            return self._apps(page, {"message": _capitalize(str(error)) + "."}, 400)
 
     def _change_keys(self, page: PageRequest, action: str) -> JsonObject:
         """Returns a message for the page and, if there is one, a secret that it shows once."""
@@ -6119,8 +6114,8 @@ def _text_response(text: str, content_type: str, status: int = 200) -> Response:
         **PAGE_HEADERS, "Content-Type": content_type + "; charset=utf-8"})
 
 
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}."
+def _capitalize(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 Tile = tuple[str, str, str, str]  # name, value, note and chart of a figure
@@ -6133,14 +6128,13 @@ def _overview_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
     rates = [crash_free_rate(*day) if day[1] else None for day in zip(crashes, sessions)]
     lowest = min((rate for rate in rates if rate is not None), default=0)
     axis_start = max(start for start in (0, 50, 80, 90, 95, 99) if start <= lowest)
-    week_before = slice(-14, -7)
-    rate_before = crash_free_rate(sum(crashes[week_before]), sum(sessions[week_before]))
+    rate_before = crash_free_rate(sum(crashes[-14:-7]), sum(sessions[-14:-7]))
     yield ("Crash-free sessions", f"{week['crash_free_rate_7d']:.2f} %" if week["sessions_7d"] else "-",
-           f"7 days; {rate_before:.2f} % the week before" if any(sessions[week_before]) else "7 days",
+           f"7 days; {rate_before:.2f} % the week before" if any(sessions[-14:-7]) else "7 days",
            chart("Crash-free sessions", labels, rates, low=axis_start, unit=" %"))
     yield "Active devices", f"{week['dau']:,}", "24 hours", chart("Active devices", labels, active["dau"])
     for name, counts, draw in (("Sessions", sessions, draw_line), ("Crashes", crashes, draw_columns)):
-        note = f"7 days; {sum(counts[week_before]):,} the week before"
+        note = f"7 days; {sum(counts[-14:-7]):,} the week before"
         yield name, f"{sum(counts[-7:]):,}", note, chart(name, labels, counts, draw)
 
 
@@ -6151,11 +6145,12 @@ def _usage_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
                                   ("wau", active["wau"][-1], "7 days"), ("mau", active["mau"][-1], "30 days")):
         drawing = chart(f"Devices active in {period}", active["labels"], active[column])
         yield "Active devices", f"{value:,}", period, drawing
-    average = "median" if any(length is not None for length in sessions["median_seconds"]) else "mean"
-    lengths = [(day, length) for day, length in zip(sessions["labels"], sessions[average + "_seconds"])
-               if length is not None]
-    note = f"{average} length on {_day_name(lengths[-1][0])}: {_duration(lengths[-1][1])}" if lengths else "none ended"
-    yield ("Sessions", f"{sum(sessions['sessions'][-7:]):,}", f"7 days; {note}",
+    average = "median" if any(seconds is not None for seconds in sessions["median_seconds"]) else "mean"
+    length = "none has ended yet"
+    for day, seconds in zip(sessions["labels"], sessions[average + "_seconds"]):
+        if seconds is not None:
+            length = f"{average} length on {_day_name(day)}: {_duration(seconds)}"
+    yield ("Sessions", f"{sum(sessions['sessions'][-7:]):,}", f"7 days; {length}",
            chart("Sessions", sessions["labels"], sessions["sessions"]))
 
 
@@ -6456,9 +6451,7 @@ _TEMPLATES = {name: bottle.SimpleTemplate(source) for name, source in {
 {{!body}}</main>
 <footer>All dates and times are in UTC.</footer></body></html>
 """,
-    "error": """<p>{{hint}}</p>
-<p><a href="{{page.root}}/">Overview</a></p>
-""",
+    "error": '<p>{{hint}}</p><p><a href="{{page.root}}/">Overview</a></p>',
     "sign_in": """<div class="sign-in">
 % if problem:
 <p class="problem" role="alert">{{problem}}</p>
@@ -6662,7 +6655,7 @@ first seen | <a href="{{link("/releases", sort="version")}}">version</a></p>
 <section><h2><bdi>{{app.name}}</bdi>{{" (test)" if app.is_test else ""}}</h2>
 <p class="note">Created {{!time_html(app.created_at)}}. <a href="{{link("/", app=app.name)}}">Statistics</a></p>
 """ + _table(
-        "keys[app.name]", ("Key", "<code>{{row.prefix}}...</code>", "main"),
+        "[key for key in keys if key.app == app.name]", ("Key", "<code>{{row.prefix}}...</code>", "main"),
         ("Created", "{{!time_html(row.created_at)}}", ""),
         ("Last used", '{{iso(86_400_000 * row.last_used)[:10] if row.last_used else "-"}}', ""),
         ("Requests, 7 days", "{{number(row.requests)}}", "number"), ("Status", """
@@ -6724,7 +6717,7 @@ any address that it supports.</p>
     "feed": """<?xml version="1.0" encoding="utf-8"?>
 <feed xmlns="http://www.w3.org/2005/Atom"><title>Crashes{{" of " + page.app if page.app else ""}}</title>
 <id>{{page.url}}/crashes.atom{{"?" + urlencode({"app": page.app}) if page.app else ""}}</id>
-<updated>{{updated}}</updated><author><name>backfeedr</name></author>
+<updated>{{iso(news[0]["at"] if news else 0)}}</updated><author><name>backfeedr</name></author>
 <link rel="self" href="{{page.url}}/crashes.atom?{{urlencode(page.query)}}"/><link href="{{page.url}}/crashes"/>
 % for row in news:
 % link = "{}/crashes/{}?{}".format(page.url, row["group_hash"], urlencode({"app": row["app"]}))
@@ -6749,11 +6742,10 @@ th, dt, pre, footer, small, .note, .trace, .filter label { color: var(--soft); f
 .empty, .soft, .place, .chart p { color: var(--soft); } .danger, .problem { color: var(--bad); }
 header, nav, .facts, .filter, .actions { display: flex; flex-wrap: wrap; gap: 0.4rem 1.3rem; align-items: baseline; }
 header { padding: 0.9rem 0 0.6rem; border-bottom: 2px solid var(--ink); } header nav { flex: 1; }
-.skip:not(:focus) { position: absolute; left: -99rem; }
 .apps { padding: 0.5rem 0; border-bottom: 1px solid var(--rule); }
 a, summary, .plain { color: var(--link); } nav a, .brand { text-decoration: none; padding: 0.2rem 0; }
 h2 a, .brand, a[aria-current] { color: inherit; } a[aria-current] { border-bottom: 2px solid var(--mark); }
-a[aria-current], .brand, .own, .key { font-weight: 600; }
+a[aria-current], .brand, .own, .key { font-weight: 600; } .skip:not(:focus) { position: absolute; left: -99rem; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 1.4rem 0 0.8rem; } h2 { font-size: 0.95rem; margin: 0 0 0.5rem; }
 section, footer { margin: 1.75rem 0 0; min-width: 0; }
 footer, .tiles section { border-top: 1px solid var(--rule); padding-top: 0.6rem; }
@@ -6798,14 +6790,13 @@ button, summary { cursor: pointer; } button:hover { border-color: var(--ink); }
 .actions, .list + details { margin-top: 0.6rem; } .more { margin-right: 1.5rem; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 @media (max-width: 60rem) {
-  .crash { grid-template-columns: minmax(0, 1fr); }
+  .crash { grid-template-columns: minmax(0, 1fr); } .spark { display: inline-block; vertical-align: middle; }
   .list thead { position: absolute; clip-path: inset(50%); } .list, .list tbody { display: block; }
   .list tr { display: flex; flex-wrap: wrap; gap: 0 1.2rem; padding: 0.4rem 0; align-items: baseline; }
   .list td { padding: 0; width: auto; text-align: left; white-space: normal; }
   .list td:not(.main, .bare)::before { content: attr(data-label) " "; color: var(--soft); font: 0.85em system-ui; }
   .list .main { order: -1; flex-basis: 100%; } .list .number + .bare { flex: 1 1 12rem; }
   .list td:not(.main):is(:empty, :has(> bdi:empty)), :is(.list, .bars) .code { display: none; }
-  .spark { display: inline-block; vertical-align: middle; }
   time::after { content: ", " attr(title); color: var(--soft); font-size: 0.9em; }
   a, nav a, .brand, summary, .plain { padding-block: 12px; }
   input:not([type=checkbox]), select, button { min-height: 40px; }
@@ -6823,7 +6814,7 @@ PAGE_HEADERS = {
 _TEMPLATE_GLOBALS = {
     "bar_chart": bar_chart, "build_name": build_name, "curl_line": curl_line, "details": _event_details,
     "device_html": device_html, "group_title": _group_title, "icon": _ICON, "iso": iso_time, "number": "{:,}".format,
-    "pages": _PAGES, "shorten": _shorten, "sparkline": sparkline, "style": STYLE}
+    "pages": _PAGES, "shorten": _shorten, "sparkline": sparkline, "style": STYLE, "urlencode": urlencode}
 
 
 # == Backfeedr =================================================================

@@ -6495,7 +6495,8 @@ class Person:
         for form in forms_of(self.get("/apps")):
             hidden = {name: field.value for name, (field, *_) in form.fields.items()
                       if field.attrs.get("type") == "hidden"}
-            if hidden.get("action") == action and {**hidden, **values}.items() >= hidden.items():
+            wanted = {**hidden, "action": action, **values}
+            if "action" in hidden and all(wanted[name] == value for name, value in hidden.items()):
                 return send(form, status, **values)
         raise AssertionError("there is no such form")
 
@@ -6813,7 +6814,7 @@ OWN = [frame["symbol"] for frame in FULL["stack_trace"] if frame.get("file")]
                 "No crashes in the last 7 days", "once reports have an app_version"],
           "/crashes": ["No matches", '<option value="7" selected>last 7 days'],
           "/crashes?days=all": ["No crashes stored", '<option value="all" selected>all days'],
-          "/usage": ["No events in 30 days", "none ended", "once reports have an app_version"],
+          "/usage": ["No events in 30 days", "none has ended yet", "once reports have an app_version"],
           "/events": ["No events stored"], "/events?name=x": ["No matches"], "/events?session_id=x": ["No matches"],
           "/releases": ["once reports have an app_version"]}),
     ([*(start_at("2026-03-12T10:00:00Z", f"s{n}", device_id_hash=f"d{n}", app_version="1.2.0") for n in range(4)),
