@@ -6729,11 +6729,11 @@ class Crawl:
                 "create": {"name": FORM_APP}, "add-channel": {"url": "https://example.com/hook"},
                 "comment": {"comment": "Seen."}}.get(action, {}))
             self.kinds["form of " + form.action] += 1
-            is_new_filter = form.method.upper() == "GET" and self.kinds["form of " + form.action] == 1
-            for name, fields in form.fields.items() if is_new_filter else ():
-                for value, *_ in getattr(fields[0], "options", []):
-                    path = send(form, 200, **{name: value}).request.path_qs
-                    yield path.replace("//", "/", 1)  # as bottle restores it
+            if form.method.upper() == "GET" and self.kinds["form of " + form.action] == 1:
+                for name, (field, *_) in form.fields.items():
+                    for value, *_ in getattr(field, "options", []):
+                        path = send(form, 200, **{name: value}).request.path_qs
+                        yield path.replace("//", "/", 1)  # the path after bottle's mount has two slashes
 
 
 @pytest.fixture(scope="module")
@@ -6947,8 +6947,8 @@ def test_hostile_text_stays_indented_in_the_fences_of_an_export(api, person):
     for hostile in ("```\n# Title\n[a](javascript:b)", "`" * 70 + "\n- x", "~~~\n</pre><script>", "=1+1\n@x\n-x\n+x",
                     "a\rb\x1b[31m\x85=x", "\u2028# x\u2029=y\x0b=z", "\u202eabc\u2066", "\tx\n\n\n## Spread"):
         names = ("exception_type", "exception_reason", "app_version", "os_version", "device_model")
-        fields = dict.fromkeys(names, hostile)
-        group = api.post(CRASHES, {**CRASH, **fields, "stack_trace": [{"symbol": hostile, "file": hostile}]})[1]
+        group = api.post(CRASHES, {**CRASH, **dict.fromkeys(names, hostile),
+                                   "stack_trace": [{"symbol": hostile, "file": hostile}]})[1]
         text = person.web.get(f"/crashes/{group['group_hash']}.txt").text
         titles = ["Crash", "Stack trace of the latest crash (* marks the app's own code)", "Spread", "History"]
         # Four spaces before a fence keep it from closing another one.
