@@ -5678,19 +5678,12 @@ iPad 13,8/9/10/11 Pro 12.9-inch (5th generation); 14,3/4 Pro 11-inch (4th genera
 iPad 14,5/6 Pro 12.9-inch (6th generation); 16,3/4 Pro 11-inch (M4); 16,5/6 Pro 13-inch (M4); 17,1/2 Pro 11-inch (M5)
 iPad 17,3/4 Pro 13-inch (M5)"""
 
+_DEVICE_NAMES = {
+    f"{family}{major},{minor}": f"{family} {name}" for family, devices in re.findall("(.+?) (.+)", _DEVICE_TABLE)
+    for major, minors, name in re.findall("([0-9]+),([0-9/]+) ([^;]+)", devices) for minor in minors.split("/")}
+
 escape = bottle.html_escape
 DayValues = Sequence[Optional[float]]  # one a day; None: there is none
-
-
-def _read_device_table() -> Iterator[tuple[str, str]]:
-    """Yields the code and the name of each device."""
-    for line in _DEVICE_TABLE.strip().splitlines():
-        family, _, entries = line.partition(" ")
-        for major, minors, name in re.findall("([0-9]+),([0-9/]+) ([^;]+)", entries):
-            yield from ((f"{family}{major},{minor}", f"{family} {name}") for minor in minors.split("/"))
-
-
-_DEVICE_NAMES = dict(_read_device_table())
 
 
 def device_html(code: str) -> str:
@@ -5800,7 +5793,7 @@ class PageRequest:
         script_name = quote(environ.get("SCRIPT_NAME", "").encode("latin-1", "replace"))
         self.root = (urlsplit(public_url).path or script_name).rstrip("/")  # a proxy may have stripped the prefix
         self.path = quote(environ.get("PATH_INFO", "").encode("latin-1", "replace"))
-        self.section = "/" + self.path.split("/")[1] if "/" in self.path else "/"
+        self.section = "/" + self.path.split("/")[1] if "/" in self.path else "/"  # such as /crashes
         self.query = {name: value for name, value in _query(environ).items() if value}  # forms send empty fields, too
         self.address = self.path + ("?" + urlencode(self.query) if self.query else "")
         self.app = self.query.get("app")
@@ -5860,9 +5853,8 @@ class PageRequest:
         at = parse_time(time) if isinstance(time, str) else time
         exact, age = iso_time(at)[:19].replace("T", " "), self.now - at
         units = [(DAY, "d"), (HOUR, "h"), (60 * SECOND, "min")]
-        shown = next((f"{age // unit} {name} ago" for unit, name in units if age >= unit), "just now")
-        if not -MAX_SKEW <= age < 100 * DAY:
-            shown = exact[:10]
+        age_text = next((f"{age // unit} {name} ago" for unit, name in units if age >= unit), "just now")
+        shown = age_text if -MAX_SKEW <= age < 100 * DAY else exact[:10]
         return f'<time datetime="{iso_time(at)}" title="{exact}">{shown}</time>'
 
     def value_html(self, value: Any) -> str:
@@ -6267,13 +6259,12 @@ def _frame_row(frame: JsonObject) -> FrameRow:
     """The place is the frame's file and line, its binary and its unknown fields. The address is one in its binary."""
     known = read_frame(frame)
     line = next((frame[name] for name in _FRAME_FIELDS["line"] if frame.get(name) is not None), None)
-    place = [known.file if line is None else f"{known.file}:{line}"] if known.file else []
-    place += [known.binary] if known.binary and known.symbol else []
-    place += ["inlined"] if frame.get("inlined") else []
-    place += [_json_text(value) for name, value in frame.items()
-              if name not in _KNOWN_FRAME_FIELDS and value is not None]
+    file = known.file if line is None or not known.file else f"{known.file}:{line}"
+    unknown = [_json_text(value) for name, value in frame.items()
+               if name not in _KNOWN_FRAME_FIELDS and value is not None]
+    place = [file, known.binary if known.symbol else "", "inlined" if frame.get("inlined") else "", *unknown]
     address = f"{known.binary} + {known.offset} {known.uuid}".strip() if known.offset is not None else ""
-    return FrameRow(known.title or "(no symbol)", ", ".join(place), bool(known.is_own), address)
+    return FrameRow(known.title or "(no symbol)", ", ".join(filter(None, place)), bool(known.is_own), address)
 
 
 def build_name(build: JsonObject) -> str:
@@ -6466,8 +6457,8 @@ _TEMPLATES = {name: bottle.SimpleTemplate(source) for name, source in {
 <p class="problem" role="alert">{{warning}}</p>
 % end
 % if is_empty:
-<section class="hint"><p>No reports yet. Send a first crash with the key of an app
-(the <a href="{{link("/apps")}}">Apps</a> page makes keys):</p>
+<section class="hint"><p>No reports yet. Send a first crash with the key of an app. You can add a key under
+<a href="{{link("/apps")}}">Apps</a>.</p>
 <pre>{{curl_line(page.url, "bf_live_your_key")}}</pre></section>
 % end
 <section><h2><a href="{{link("/releases")}}">Is the latest release worse?</a></h2>

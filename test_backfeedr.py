@@ -6513,6 +6513,11 @@ def send(form, status=303, **values):
     return form.submit(headers=HTML, status=status)
 
 
+def post_crash(api, **fields):
+    """Sends a crash and returns the hash of its group."""
+    return api.post(CRASHES, {**CRASH, **fields})[1]["group_hash"]
+
+
 @pytest.fixture
 def person(api):
     """A person who is signed in."""
@@ -6776,8 +6781,8 @@ def test_every_field_of_a_report_is_shown_as_text(api, person):
               "breadcrumbs": [HOSTILE, {"at": HOSTILE, "message": HOSTILE, HOSTILE: HOSTILE}], "session_id": long,
               HOSTILE: {HOSTILE: [HOSTILE]}, "plain": HOSTILE, "many": [HOSTILE, {HOSTILE: 1}]}
     frames = [{"frame": 0, "symbol": HOSTILE, "file": HOSTILE, "line": 1}, {"symbol": HOSTILE}]
-    group = api.post(CRASHES, {**CRASH, **fields, "exception_type": long, "exception_reason": HOSTILE,
-                               "build_number": long, "stack_trace": frames})[1]["group_hash"]
+    group = post_crash(api, **{**fields, "exception_type": long, "exception_reason": HOSTILE, "build_number": long,
+                               "stack_trace": frames})
     events = [{**EVENT, **fields, "type": type_, "name": long, "session_id": long, "properties": {HOSTILE: HOSTILE}}
               for type_ in ("session_start", "custom", "session_end")]
     assert api.post(BATCH, {"events": events})[0] == 201
@@ -6794,8 +6799,7 @@ def test_every_field_of_a_report_is_shown_as_text(api, person):
 
 def test_the_page_of_a_huge_report_is_small(api, person):
     frames = [{"symbol": f"frame {n}", "file": "a.swift"} for n in range(15_000)]
-    group = api.post(CRASHES, {**CRASH, "exception_reason": "r" * 100_000, "stack_trace": frames,
-                               "notes": "n" * 200_000})[1]["group_hash"]
+    group = post_crash(api, exception_reason="r" * 100_000, stack_trace=frames, notes="n" * 200_000)
     page = person.get("/crashes/" + group)
     assert len(page.body) < 120_000 and "and 312 more frames" in page and "frame 199" in page
     assert len(person.get("/crashes").body) < 20_000
@@ -6844,7 +6848,7 @@ def test_each_page_shows_its_figures_or_says_what_to_do(api, person, reports, te
 
 def test_the_list_of_crashes_can_be_filtered_and_shows_its_period(api, person, clock):
     for type_, version, reason in (("SIGABRT", "1.0", "Alpha 100%"), *[("SIGBUS", "1.1", "beta")] * 2):
-        api.post(CRASHES, {**CRASH, "exception_type": type_, "app_version": version, "exception_reason": reason})
+        post_crash(api, exception_type=type_, app_version=version, exception_reason=reason)
     clock.move(9 * A_DAY)
     api.post(CRASHES, crash_at("2026-03-21T14:00:00Z", "SIGFPE", app_version="2.0"))
     person.has_session()
@@ -6868,8 +6872,8 @@ def test_the_list_of_crashes_can_be_filtered_and_shows_its_period(api, person, c
 def test_a_group_is_titled_by_its_function_and_links_to_older_and_newer_crashes(api, person):
     trace, ids = [{"symbol": "closure #1 in Shop.Cart.total()", "file": "Cart.swift", "line": 4}], []
     for minute in (5, 20, 10):
-        answer = api.post(CRASHES, crash_at(
-            f"2026-03-12T14:{minute:02}:00Z", exception_reason=f"at {minute}", stack_trace=trace))[1]
+        crash = crash_at(f"2026-03-12T14:{minute:02}:00Z", exception_reason=f"at {minute}", stack_trace=trace)
+        answer = api.post(CRASHES, crash)[1]
         ids.append(answer["id"])
     path = "/crashes/" + answer["group_hash"]
     page = person.get(path)
@@ -6898,8 +6902,7 @@ def test_breadcrumbs_of_every_known_shape_are_listed_as_steps_up_to_the_crash(ap
              ["2019-01-01T00:00:00Z old", "1e+300"]),
             *((unknown, None) for unknown in ("none", 7, {"a": 1}, {"values": 3}, [])))):
         kind = f"Kind{number}"
-        text = person.text("/crashes/" + api.post(CRASHES, {
-            **CRASH, "exception_type": kind, "breadcrumbs": breadcrumbs})[1]["group_hash"])
+        text = person.text("/crashes/" + post_crash(api, exception_type=kind, breadcrumbs=breadcrumbs))
         if steps:
             assert " ".join(["Breadcrumbs Time Action", *steps, f"00:00 {kind} the crash"]) in text
         else:
@@ -6912,7 +6915,7 @@ def test_a_crash_shows_the_last_twenty_events_of_its_session_before_it(api, pers
     events = [{**EVENT, **session, "name": f"n{time[-3:-1]}", "occurred_at": time} for time in times]
     others = [{**events[5], "name": "other", **changed} for changed in ({"device_id_hash": "e"}, {"session_id": "2"})]
     api.post(BATCH, {"events": [*others, *events[::-1]]})
-    group = api.post(CRASHES, crash_at(crashed_at, **session))[1]["group_hash"]
+    group = post_crash(api, occurred_at=crashed_at, **session)
     page, text = person.get("/crashes/" + group), person.text("/crashes/" + group)
     expected = " ".join(f"-00:{31 - n:02} custom n{n}" for n in range(12, 32))
     assert f"Events of this session Time Action {expected} All events" in text
@@ -6926,8 +6929,7 @@ def test_a_crash_shows_the_last_twenty_events_of_its_session_before_it(api, pers
 
 def test_a_group_is_exported_as_text_or_markdown_without_devices_and_sessions(api, person):
     for n in range(2):
-        group = api.post(CRASHES, {**FULL, "device_id_hash": f"phone{n}", "session_id": "sess", "secret": "who"})[1][
-            "group_hash"]
+        group = post_crash(api, **{**FULL, "device_id_hash": f"phone{n}", "session_id": "sess", "secret": "who"})
     page = person.get("/crashes/" + group)
     text, markdown = page.click("text", index=0), page.click("Markdown")
     assert (text.content_type, markdown.content_type, text.text) == ("text/plain", "text/markdown", markdown.text)
@@ -6947,13 +6949,12 @@ def test_hostile_text_stays_indented_in_the_fences_of_an_export(api, person):
     for hostile in ("```\n# Title\n[a](javascript:b)", "`" * 70 + "\n- x", "~~~\n</pre><script>", "=1+1\n@x\n-x\n+x",
                     "a\rb\x1b[31m\x85=x", "\u2028# x\u2029=y\x0b=z", "\u202eabc\u2066", "\tx\n\n\n## Spread"):
         names = ("exception_type", "exception_reason", "app_version", "os_version", "device_model")
-        group = api.post(CRASHES, {**CRASH, **dict.fromkeys(names, hostile),
-                                   "stack_trace": [{"symbol": hostile, "file": hostile}]})[1]
-        text = person.web.get(f"/crashes/{group['group_hash']}.txt").text
+        group = post_crash(api, **dict.fromkeys(names, hostile), stack_trace=[{"symbol": hostile, "file": hostile}])
+        text = person.web.get(f"/crashes/{group}.txt").text
         titles = ["Crash", "Stack trace of the latest crash (* marks the app's own code)", "Spread", "History"]
         # Four spaces before a fence keep it from closing another one.
         assert [line for line in text.split("\n") if line and line[:4] != "    "] == [
-            f"# Crash group {group['group_hash']}", f"http://localhost:80/crashes/{group['group_hash']}",
+            f"# Crash group {group}", f"http://localhost:80/crashes/{group}",
             *(line for title in titles for line in ("## " + title, "```text", "```"))]
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", text)
 
@@ -7355,7 +7356,7 @@ def test_the_feed_lists_new_and_regressed_groups_and_needs_its_token(serve, cloc
     api.server.store.create_app("Beta", is_test=True)
     person, stranger, hashes = Person(api.server).has_session(), Person(api.server), []
     for kind in ("A", "<b>&'\"\x01\ufffe\ud800]]>"):
-        hashes.append(api.post(CRASHES, {**CRASH, "exception_type": kind, "app_version": "1.0"})[1]["group_hash"])
+        hashes.append(post_crash(api, exception_type=kind, app_version="1.0"))
         clock.move(60)
     for query in ("", "?token=", "?token=" + TOKEN, "?token=\xff"):  # there is no token yet
         assert "Not found" in person.web.get("/crashes.atom" + query, status=404)
