@@ -7026,8 +7026,7 @@ def test_a_group_on_many_devices_ranks_above_groups_that_crash_more_often_on_one
 
 
 @pytest.mark.parametrize("days_later", [2, 20])  # the group's name is kept for a week
-def test_a_group_whose_crashes_have_expired_shows_its_history_and_can_change_its_state(
-        one_day, clock, later, days_later):
+def test_a_group_whose_crashes_have_expired_has_its_history_and_can_change_its_state(one_day, later, days_later):
     person, path = Person(one_day), f"/crashes/{ABORTS}"
     for kind in ("SIGABRT", "Undecided"):
         id = backfeedr.crash_id(add(one_day, exception_type=kind).seqs[0])
@@ -7045,9 +7044,8 @@ def test_a_group_whose_crashes_have_expired_shows_its_history_and_can_change_its
     for query in ("?report=" + id, "?report=0000000000000000"):
         person.get(path + query, 404)
     person.get("/crashes/" + group_hash("Undecided", []), 404)
-    links = re.findall('href="(/crashes/[0-9a-f]{16})"', person.get("/").text)
-    assert set(links) == ({path} if days_later < 7 else set())
-    assert {person.get(link).status_int for link in links} <= {200}
+    links = set(re.findall('href="(/crashes/[0-9a-f]{16})"', person.get("/").text))
+    assert links == ({path} if days_later < 7 else set())
     assert person.web.get(path + ".txt").text.startswith(f"# Crash group {ABORTS}\n")
 
 
@@ -7098,7 +7096,7 @@ def test_a_page_covers_all_live_apps_and_names_them_or_covers_the_chosen_app(api
         api.post(CRASHES, {**CRASH, "stack_trace": [{"symbol": "system"}, frame]}, key=key)
         api.post(EVENTS, EVENT, key=key)
     api.post(CRASHES, {**CRASH, "exception_type": "SIGFPE", "app_version": "9.9"}, key=shop)
-    api.post(CRASHES, {**CRASH, "exception_type": "SIGBUS"})
+    post_crash(api, exception_type="SIGBUS")
     assert re.search("Own.go[(][)] new (Shop & Co, default|default, Shop & Co): SIGABRT", person.text("/crashes"))
     assert "purchase Shop & Co" in person.text("/events")
     assert "Shop" not in person.text("/crashes?app=default").split("Versions", 1)[1]
@@ -7124,8 +7122,8 @@ def test_a_new_app_shows_its_key_once_and_is_deleted_only_after_its_name_is_type
         assert api.post(CRASHES, CRASH, key=key)[0] == 201
         assert key not in person.get("/apps").text
         assert re.search(f"{name}.*?{key[:16]}... just now 2026-03-12 1 Revoke", person.text("/apps"))
-    assert sql(api.server.store.path, "select name, is_test from apps where name <> 'default' order by name") \
-        == [("Shop", 0), ("Trial", 1)]
+    apps = sql(api.server.store.path, "select name, is_test from apps order by name")
+    assert apps == [("Shop", 0), ("Trial", 1), ("default", 0)]
     form = next(form for form in forms_of(person.get("/apps"))
                 if "typed" in form.fields and form["name"].value == "Shop")
     for typed, status, message, kept in (
