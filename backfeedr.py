@@ -5683,7 +5683,7 @@ _DEVICE_NAMES = {
     for major, minors, name in re.findall("([0-9]+),([0-9/]+) ([^;]+)", devices) for minor in minors.split("/")}
 
 escape = bottle.html_escape
-DayValues = Sequence[Optional[float]]  # one a day; None: there is none
+DayValues = Sequence[Optional[float]]  # one per day; None where a day has none
 
 
 def device_html(code: str) -> str:
@@ -5716,7 +5716,7 @@ def draw_columns(ys: DayValues) -> str:
 
 def chart(title: str, labels: Sequence[str], values: DayValues, draw: Callable[[DayValues], str] = draw_line,
           low: float = 0, unit: str = "") -> str:
-    """Draws one value a day on an axis that starts at `low`. A value with a `unit` is a percentage."""
+    """Draws one value per day on an axis that starts at `low`. A value with a `unit` is a percentage."""
     known = [(value, label) for value, label in zip(values, labels) if value is not None]
     if not known:
         return _NO_DATA
@@ -5746,7 +5746,7 @@ def _day_name(label: str) -> str:
 
 
 def sparkline(values: Sequence[int], title: str) -> str:
-    """Draws a line through one value a day, as high as a line of text."""
+    """Draws a line through one value per day, as high as a line of text."""
     high, total = max(*values, 1), f"{sum(values):,} in {len(values)} days"
     line = draw_line([18 - 16 * value / high for value in values])
     return f'<span class="spark" role="img" aria-label="{title}: {total}">{_svg(len(values), 20, line)}</span>'
@@ -5953,7 +5953,7 @@ class Dashboard:
 
     def _start_session(self, page: PageRequest, target: str) -> Response:
         """Starts a session with a new id, as an attacker may have planted the one that the browser had."""
-        is_path_here = re.fullmatch(r"/(?![/\\])[!-~]*", target)
+        is_path_here = re.fullmatch(r"/(?![/\\])[!-~]*", target)  # browsers read //x and /\x as another host
         response = page.redirect(target if is_path_here else "/")
         return page.set_session(response, self._store.grant("session", SESSION_LIFETIME))
 
@@ -5975,29 +5975,30 @@ class Dashboard:
         filters = page.parameters("version", "text", "state", "sort", "cursor", "days")
         is_filtered = {"version", "text", "days", "state"} & page.query.keys()  # also by days=all
         days = filters.pop("days", None if is_filtered else WEEK)
-        found = self._metrics.groups(page.app, **filters, days=days, limit=LIST_ROWS)
-        hashes = [group["group_hash"] for group in found["groups"]]
+        listing = self._metrics.groups(page.app, **filters, days=days, limit=LIST_ROWS)
+        hashes = [group["group_hash"] for group in listing["groups"]]
         details = self._metrics.group_days(hashes, page.app, filters.get("version"))["groups"]
         periods = [(n, f"last {n} days" if n > 1 else "today") for n in sorted({1, 7, 30, 90, 365, days or 1})]
         return self._render(
-            page, "Crashes", "crashes", parameters={**filters, "days": days or "all"}, next=found["next"],
-            groups=[{**group, **details[group["group_hash"]]} for group in found["groups"]],
+            page, "Crashes", "crashes", parameters={**filters, "days": days or "all"}, next=listing["next"],
+            groups=[{**group, **details[group["group_hash"]]} for group in listing["groups"]],
             periods=[("all", "all days"), *periods], sorts=[(sort, sort.replace("_", " ")) for sort in SORTS],
             states=[state for state in GROUPS_OF if state])
 
     def _group(self, page: PageRequest, group_hash: str) -> Response:
         metrics, group = self._metrics, self._metrics.group(group_hash, page.app, limit=1)
-        id, days = page.query.get("report"), metrics.group_days([group_hash], page.app)
+        id, group_days = page.query.get("report"), metrics.group_days([group_hash], page.app)
         report = metrics.crash(id, page.app) if id else next(iter(group["reports"]), {})
         if report.get("group_hash", group_hash) != group_hash:
             raise Refusal("not found")
         older, newer = metrics.neighbours(report, page.app) if report else (None, None)
-        apps = days["groups"][group_hash]["apps"]
+        details = group_days["groups"][group_hash]
+        apps = details["apps"]
         return self._render(
             page, _group_title(group), "group", group=group, group_apps=apps, report=report, older=older, newer=newer,
             next_build=metrics.next_build(group_hash, apps[0]) if len(apps) == 1 else "", is_latest=not id,
             breadcrumbs=_breadcrumb_steps(report), events=[*_event_steps(report, metrics.events_before(report))],
-            chart=chart("Crashes", days["labels"], days["groups"][group_hash]["days"], draw_columns),
+            chart=chart("Crashes", group_days["labels"], details["days"], draw_columns),
             frames=[_frame_row(frame) for frame in report.get("stack_trace", [])], max_frames=SHOWN_FRAMES,
             fields=_field_rows(page, report))
 
@@ -6027,8 +6028,8 @@ class Dashboard:
     def _events(self, page: PageRequest) -> Response:
         parameters = page.parameters("type", "name", "session_id", "device_id_hash", "cursor")
         is_session = "session_id" in parameters
-        found = self._metrics.events(page.app, **parameters, limit=LIST_ROWS, oldest_first=is_session)
-        return self._render(page, "Session" if is_session else "Events", "events", **found, parameters=parameters,
+        listing = self._metrics.events(page.app, **parameters, limit=LIST_ROWS, oldest_first=is_session)
+        return self._render(page, "Session" if is_session else "Events", "events", **listing, parameters=parameters,
                             types=EVENT_TYPES)
 
     def _releases(self, page: PageRequest) -> Response:
@@ -6303,8 +6304,9 @@ def _value_column(label: str) -> Column:
 
 
 def _table(rows: str, *columns: Column | str, empty: str = "", note: str = "") -> str:
-    """Returns a table of `rows`, an expression, with a note below. A column can be given by the label of its field. On
-    a narrow screen each cell starts with its label, except in class "bare", and in "main", which comes first."""
+    """Returns a table of `rows`, a template expression, with a note below. A column that is only a label is one of
+    _value_column(). On a narrow screen a cell starts with its label, unless its class is "bare" or "main", which comes
+    first."""
     head, body = "", ""
     for column in columns:
         label, cell, css = _value_column(column) if isinstance(column, str) else column
@@ -6318,7 +6320,7 @@ def _table(rows: str, *columns: Column | str, empty: str = "", note: str = "") -
 {body}</tr>
 % end
 </tbody></table>
-{note and f'<p class="note">{note}</p>'}
+{f'<p class="note">{note}</p>' if note else ""}
 % else:
 <p class="empty">{empty}</p>
 % end
@@ -6333,7 +6335,7 @@ def _form(content: str, target: str = "page.path", **hidden: str) -> str:
 
 
 def _select(name: str, choices: str, chosen: str = "None") -> str:
-    """Returns a drop-down list. Each choice is a value, or a pair of a value and its label."""
+    """Returns a drop-down list. `choices` is a template expression for values, or pairs of a value and its label."""
     return f"""<select name="{name}">
 % for value, label in (choice if type(choice) is tuple else (choice, choice) for choice in {choices}):
 <option value="{{{{value}}}}"{{{{" selected" if value == {chosen} else ""}}}}>{{{{label}}}}</option>
