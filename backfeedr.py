@@ -5771,15 +5771,16 @@ def bar_chart(counts: JsonObject, total: int | None = None) -> str:
 
 SESSION_LIFETIME = 7 * DAY
 LINK_LIFETIME = 600 * SECOND  # of a link that signs in once
-LIST_ROWS, SHOWN_VERDICTS = 25, 5
+LIST_ROWS, SHOWN_VERDICTS = 25, 5  # of crashes or events on a page, and of releases on the overview
 SHOWN_FRAMES, SHOWN_TEXT = 200, 20_000  # frames and characters of a report on its page; the API has the rest
 
 _ERROR_HINTS = {
     403: "The session has changed since the page was loaded. Reload the page and submit the form again.",
     404: "It may have expired, or its app may have been deleted.",
     500: "The server log has the reason.", 503: "The server log has the reason. Try again in a moment."}
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")  # characters that HTML and XML do not allow
-_MISLEADING = re.compile(_CONTROL.pattern + "|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # turn text around
+_CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")  # not allowed in HTML and XML
+_MISLEADING_CHARACTERS = re.compile(  # these, and characters that change the direction of text
+    _CONTROL_CHARACTERS.pattern + "|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 Response = Any  # a bottle.HTTPResponse; bottle has no types
 PageHandler = Callable[..., Response]  # called with a PageRequest and the parts of the path
@@ -6103,7 +6104,7 @@ class Dashboard:
 
 
 def _text_response(text: str, content_type: str, status: int = 200) -> Response:
-    return bottle.HTTPResponse(_CONTROL.sub("\ufffd", text).encode("utf-8", "replace"), status, {
+    return bottle.HTTPResponse(_CONTROL_CHARACTERS.sub("\ufffd", text).encode("utf-8", "replace"), status, {
         **PAGE_HEADERS, "Content-Type": content_type + "; charset=utf-8"})
 
 
@@ -6210,7 +6211,7 @@ def group_text(group: JsonObject, url: str) -> str:
     the server. What reports say is indented in a fence, so that it neither starts a line nor closes the fence."""
     parts = [f"# Crash group {group['group_hash']}\n\n{url}\n"]
     for title, text in _text_sections(group):
-        lines = ["    " + _MISLEADING.sub("\ufffd", line) for line in text.splitlines()]
+        lines = ["    " + _MISLEADING_CHARACTERS.sub("\ufffd", line) for line in text.splitlines()]
         parts.append("\n".join([f"## {title}", "", "```text", *lines, "```", ""]))
     return "\n".join(parts)
 
@@ -6699,7 +6700,8 @@ any address that it supports.</p>
 <p><button>Add channel</button></p>
 """, action="add-channel") + """</details></section>
 <section><h2>Feed</h2>
-<p>An Atom feed of new and regressed crashes. {{"It has an address." if has_feed else "It has no address yet."}}</p>
+<p>An Atom feed of new and regressed crashes.
+{{"A new address replaces the old one." if has_feed else "It has no address yet."}}</p>
 <div class="actions">
 """ + _form("<button>New address</button>", action="make-feed") + """\
 % if has_feed:
