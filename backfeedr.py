@@ -6271,8 +6271,7 @@ def _frame_row(frame: JsonObject) -> FrameRow:
 
 def build_name(build: JsonObject) -> str:
     """Returns the name of a build, such as Shop 1.3.0 (48)."""
-    version = with_build(build["app_version"], build["build_number"])
-    return f"{build['binary'] or 'a build'} {version}".rstrip()
+    return f"{build['binary'] or 'a build'} {with_build(build['app_version'], build['build_number'])}".rstrip()
 
 
 def _event_details(event: JsonObject) -> str:
@@ -6284,8 +6283,8 @@ def _event_details(event: JsonObject) -> str:
 def _json_text(value: Any) -> str:
     """Returns any JSON value as text for a reader, a list with one item per line."""
     items = value if type(value) is list else [value]
-    return _shorten("\n".join(item if type(item) is str else json.dumps(item, ensure_ascii=False) for item in items),
-                    SHOWN_TEXT)
+    lines = [item if type(item) is str else json.dumps(item, ensure_ascii=False) for item in items]
+    return _shorten("\n".join(lines), SHOWN_TEXT)
 
 
 # == Templates =================================================================
