@@ -6244,7 +6244,7 @@ _SHOWN_ELSEWHERE = ("exception_type", "exception_reason", "stack_trace", "raw_st
 
 
 def _field_rows(page: PageRequest, report: JsonObject) -> Iterator[tuple[str, str]]:
-    """Yields name and HTML of the other fields of a crash, whether the server knows them or not."""
+    """Yields the label and HTML of the other fields of a crash, also of those that the server does not know."""
     formats: dict[str, Callable[[Any], str]] = {
         "occurred_at": page.time_html, "received_at": page.time_html, "device_model": device_html}
     for name, value in {**report, **report.get("extra", {})}.items():
@@ -6552,9 +6552,8 @@ No crashes stored{{" for " + page.app if page.app else ""}}. The keys to send on
 <p class="empty">This report has no stack trace.</p>
 % end
 </div><dl class="context">
-% for name, value in fields:
-<div{{!' class="long"' if len(value) > 100 and "_hash" not in name else ""}}><dt><bdi>{{shorten(name, 100)}}</bdi></dt>
-<dd>{{!value}}</dd></div>
+% for label, html in fields:
+<div{{!' class="long"' if len(html) > 100 else ""}}><dt><bdi>{{shorten(label, 100)}}</bdi></dt><dd>{{!html}}</dd></div>
 % end
 </dl></div></section>
 <div class="grid">
