@@ -5653,19 +5653,20 @@ def curl_line(url: str, key: str) -> str:
 
 
 # == Charts ====================================================================
-# Functions from figures to SVG, and the names of devices. A drawing has one unit of width for each day, and is
-# stretched to the width that the page has. Labels of days are ISO dates.
+# Functions that turn figures into SVG, and the names of devices. A chart is one unit wide for each day and is stretched
+# to the width of its place on the page. Labels of days are ISO dates.
 
-_HEIGHT = 72  # of a chart, in pixels
-_NO_CHART = '<p class="empty">No data in this period.</p>'
-_ROUND = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 50, 60, 80, 100)  # where an axis may end, and tens of times these
+_CHART_HEIGHT = 72  # pixels
+_NO_DATA = '<p class="empty">No data in this period.</p>'
+_AXIS_ENDS = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 50, 60, 80, 100)  # each also times a power of ten
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
-_DEVICES = """
+# A line has a family, then the numbers of its device codes, each with the name that Apple sells the device by.
+_DEVICE_TABLE = """
 iPhone 10,1/4 8; 10,2/5 8 Plus; 10,3/6 X; 11,2 XS; 11,4/6 XS Max; 11,8 XR; 12,1 11; 12,3 11 Pro; 12,5 11 Pro Max
-iPhone 12,8 SE (2nd generation); 13,1 12 mini; 13,2 12; 13,3 12 Pro; 13,4 12 Pro Max; 14,4 13 mini; 14,5 13; 14,2 13 Pro
-iPhone 14,3 13 Pro Max; 14,6 SE (3rd generation); 14,7 14; 14,8 14 Plus; 15,2 14 Pro; 15,3 14 Pro Max; 15,4 15
-iPhone 15,5 15 Plus; 16,1 15 Pro; 16,2 15 Pro Max; 17,1 16 Pro; 17,2 16 Pro Max; 17,3 16; 17,4 16 Plus; 17,5 16e
-iPhone 18,1 17 Pro; 18,2 17 Pro Max; 18,3 17; 18,4 Air; 18,5 17e; 19,2 18 Pro; 19,3/7 18 Pro Max; 19,4 Duo
+iPhone 12,8 SE (2nd generation); 13,1 12 mini; 13,2 12; 13,3 12 Pro; 13,4 12 Pro Max; 14,4 13 mini; 14,5 13
+iPhone 14,2 13 Pro; 14,3 13 Pro Max; 14,6 SE (3rd generation); 14,7 14; 14,8 14 Plus; 15,2 14 Pro; 15,3 14 Pro Max
+iPhone 15,4 15; 15,5 15 Plus; 16,1 15 Pro; 16,2 15 Pro Max; 17,1 16 Pro; 17,2 16 Pro Max; 17,3 16; 17,4 16 Plus
+iPhone 17,5 16e; 18,1 17 Pro; 18,2 17 Pro Max; 18,3 17; 18,4 Air; 18,5 17e; 19,2 18 Pro; 19,3/7 18 Pro Max; 19,4 Duo
 iPad 7,5/6 (6th generation); 7,11/12 (7th generation); 11,6/7 (8th generation); 12,1/2 (9th generation)
 iPad 13,18/19 (10th generation); 15,7/8 (A16); 11,1/2 mini (5th generation); 14,1/2 mini (6th generation)
 iPad 16,1/2 mini (A17 Pro); 11,3/4 Air (3rd generation); 13,1/2 Air (4th generation); 13,16/17 Air (5th generation)
@@ -5675,25 +5676,18 @@ iPad 8,5/6/7/8 Pro 12.9-inch (3rd generation); 8,9/10 Pro 11-inch (2nd generatio
 iPad 8,11/12 Pro 12.9-inch (4th generation); 13,4/5/6/7 Pro 11-inch (3rd generation)
 iPad 13,8/9/10/11 Pro 12.9-inch (5th generation); 14,3/4 Pro 11-inch (4th generation)
 iPad 14,5/6 Pro 12.9-inch (6th generation); 16,3/4 Pro 11-inch (M4); 16,5/6 Pro 13-inch (M4); 17,1/2 Pro 11-inch (M5)
-iPad 17,3/4 Pro 13-inch (M5)"""  # family, then the numbers of a code and the name that Apple sells it by
+iPad 17,3/4 Pro 13-inch (M5)"""
+
+_DEVICE_NAMES = {
+    f"{family}{major},{minor}": f"{family} {name}" for family, devices in re.findall("(.+?) (.+)", _DEVICE_TABLE)
+    for major, minors, name in re.findall("([0-9]+),([0-9/]+) ([^;]+)", devices) for minor in minors.split("/")}
 
 escape = bottle.html_escape
-
-Values = Sequence[Optional[float]]
-
-
-def _read_devices() -> Iterator[tuple[str, str]]:
-    for line in _DEVICES.strip().splitlines():
-        family, _, entries = line.partition(" ")
-        for major, minors, name in re.findall("([0-9]+),([0-9/]+) ([^;]+)", entries):
-            yield from ((f"{family}{major},{minor}", f"{family} {name}") for minor in minors.split("/"))
+DayValues = Sequence[Optional[float]]  # one per day; None where a day has none
 
 
-_DEVICE_NAMES = dict(_read_devices())
-
-
-def device_name(code: str) -> str:
-    """HTML of a device's code, with its name if that is known. Any other text stays as it is."""
+def device_html(code: str) -> str:
+    """Returns HTML with the device's name, if it is known, and its code. Other text is only escaped."""
     name = _DEVICE_NAMES.get(code)
     return f'{name} <small class="code">{code}</small>' if name else f"<bdi>{escape(_shorten(code, 80))}</bdi>"
 
@@ -5702,42 +5696,43 @@ def _shorten(text: str, length: int = 300) -> str:
     return text if len(text) <= length else text[:length] + "..."
 
 
-def draw_line(ys: Values) -> str:
-    """A line that None interrupts, and a dot for today, which is not over."""
+def draw_line(ys: DayValues) -> str:
+    """Draws a line with a gap at each None. A point without neighbours is a dot; so is today, which is not over yet."""
     line, dots, today = "", "", len(ys) - 1
     for n, y in enumerate(ys):
         if y is not None:
-            is_start = n in (0, today) or ys[n - 1] is None
-            line += f"{'M' if is_start else 'L'}{n + 0.5},{y:.1f}"
-            if is_start and (n >= today - 1 or ys[n + 1] is None):
+            starts_line = n in (0, today) or ys[n - 1] is None
+            line += f"{'M' if starts_line else 'L'}{n + 0.5},{y:.1f}"
+            if starts_line and (n >= today - 1 or ys[n + 1] is None):
                 dots += f"M{n + 0.5},{y:.1f}h0"
     return f'<path d="{line}"/><path class="dot" d="{dots}"/>'
 
 
-def draw_columns(ys: Values) -> str:
-    """A column for each value."""
-    return "".join(f'<rect x="{n + 0.15:.2f}" width="0.7" y="{y:.1f}" height="{_HEIGHT - y:.1f}"/>'
+def draw_columns(ys: DayValues) -> str:
+    """Draws a column for each value."""
+    return "".join(f'<rect x="{n + 0.15:.2f}" width="0.7" y="{y:.1f}" height="{_CHART_HEIGHT - y:.1f}"/>'
                    for n, y in enumerate(ys) if y is not None)
 
 
-def chart(title: str, labels: Sequence[str], values: Values, draw: Callable[[Values], str] = draw_line,
+def chart(title: str, labels: Sequence[str], values: DayValues, draw: Callable[[DayValues], str] = draw_line,
           low: float = 0, unit: str = "") -> str:
-    """One value a day from `low` up, with a tooltip for each day. None: there is no value."""
+    """Draws one value per day on an axis that starts at `low`. A value with a `unit` is a percentage."""
     known = [(value, label) for value, label in zip(values, labels) if value is not None]
     if not known:
-        return _NO_CHART
+        return _NO_DATA
     (highest, peak), (lowest, _) = max(known), min(known)
-    tens = 10 ** max(0, len(str(int(highest))) - 2)
-    high = 100 if unit else next(tens * each for each in _ROUND if highest <= tens * each)
-    drawn = draw([None if value is None else _HEIGHT * (high - value) / (high - low) for value in values])
-    first, last = _day(labels[0]), _day(labels[-1])
-    summary = (f"{title} per day, {first} to {last}: latest {known[-1][0]:,}{unit},"
-               f" highest {highest:,}{unit} on {_day(peak)}, lowest {lowest:,}{unit}")
+    scale = 10 ** max(0, len(str(int(highest))) - 2)
+    high = 100 if unit else next(scale * end for end in _AXIS_ENDS if scale * end >= highest)
+    drawing = draw([None if value is None else _CHART_HEIGHT * (high - value) / (high - low) for value in values])
     for n, (label, value) in enumerate(zip(labels, values)):
         text = "none" if value is None else f"{value:,}{unit}{' so far' if label == labels[-1] else ''}"
-        drawn += f'<rect class="day" x="{n}" width="1" height="{_HEIGHT}"><title>{_day(label)}: {text}</title></rect>'
+        drawing += (f'<rect class="day" x="{n}" width="1" height="{_CHART_HEIGHT}">'
+                    f"<title>{_day_name(label)}: {text}</title></rect>")
+    first, last = _day_name(labels[0]), _day_name(labels[-1])
+    summary = (f"{title} per day, {first} to {last}: latest {known[-1][0]:,}{unit},"
+               f" highest {highest:,}{unit} on {_day_name(peak)}, lowest {lowest:,}{unit}")
     return (f'<div class="chart" role="img" aria-label="{summary}">'
-            f"<p><span>{high:,}{unit}</span><span>{low:,}{unit}</span></p>{_svg(len(values), _HEIGHT, drawn)}"
+            f"<p><span>{high:,}{unit}</span><span>{low:,}{unit}</span></p>{_svg(len(values), _CHART_HEIGHT, drawing)}"
             f"<p><span>{first}</span><span>{last}</span></p></div>")
 
 
@@ -5745,29 +5740,29 @@ def _svg(width: int, height: int, content: str) -> str:
     return f'<svg viewBox="0 0 {width} {height}" height="{height}" preserveAspectRatio="none">{content}</svg>'
 
 
-def _day(label: str) -> str:
+def _day_name(label: str) -> str:
     day = date.fromisoformat(label)
     return f"{day.day} {_MONTHS[day.month - 1]}"
 
 
 def sparkline(values: Sequence[int], title: str) -> str:
-    """A line as high as a line of text, through one value a day."""
+    """Draws a line through one value per day, as high as a line of text."""
     high, total = max(*values, 1), f"{sum(values):,} in {len(values)} days"
     line = draw_line([18 - 16 * value / high for value in values])
     return f'<span class="spark" role="img" aria-label="{title}: {total}">{_svg(len(values), 20, line)}</span>'
 
 
-def bar_chart(figures: JsonObject, total: int | None = None) -> str:
-    """A bar for each of the first ten labels, and the count of what is in `total` but not among them."""
-    shown = list(zip(figures["labels"], figures["data"]))[:10]
-    rest = (sum(figures["data"]) if total is None else total) - sum(count for _, count in shown)
+def bar_chart(counts: JsonObject, total: int | None = None) -> str:
+    """Draws a bar for each of the first ten labels. A last row counts the rest of `total`, or of the other labels."""
+    shown = list(zip(counts["labels"], counts["data"]))[:10]
+    rest = (sum(counts["data"]) if total is None else total) - sum(count for _, count in shown)
     longest = max((count for _, count in shown), default=1)
-    rows = [(device_name(label), count, f"{100 * count / longest:.1f}") for label, count in shown]
+    rows = [(device_html(label), count, f"{100 * count / longest:.1f}") for label, count in shown]
     rows += [("other or unknown", rest, "0")] if rest > 0 else []
     html = "".join(
         f'<tr><th scope="row">{label}</th><td><svg height="10" aria-hidden="true"><rect width="{share}%" height="10"/>'
         f'</svg></td><td class="number">{count:,}</td></tr>' for label, count, share in rows)
-    return f'<table class="bars">{html}</table>' if rows else _NO_CHART
+    return f'<table class="bars">{html}</table>' if rows else _NO_DATA
 
 
 # == Dashboard =================================================================
@@ -5776,18 +5771,16 @@ def bar_chart(figures: JsonObject, total: int | None = None) -> str:
 
 SESSION_LIFETIME = 7 * DAY
 LINK_LIFETIME = 600 * SECOND  # of a link that signs in once
-LIST_ROWS = 25
-SHOWN_VERDICTS = 5
+LIST_ROWS, SHOWN_VERDICTS = 25, 5  # of crashes or events on a page, and of releases on the overview
 SHOWN_FRAMES, SHOWN_TEXT = 200, 20_000  # frames and characters of a report on its page; the API has the rest
 
-_HINTS = {
-    403: "The session has changed since the page was loaded. Load the page again, then resend the form.",
-    404: "It may have expired, or belong to an app that was deleted.",
-    500: "The server's log has the reason.", 503: "The server's log has the reason. Try again in a moment."}
-_INVALID = "The address or the form is not valid."
-_OPEN_PATHS = ("/sign-in", "/crashes.atom")  # which need no session
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")  # characters that HTML and XML do not allow
-_MISLEADING = re.compile(_CONTROL.pattern + "|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # turn text around
+_ERROR_HINTS = {
+    403: "The session has changed since the page was loaded. Reload the page and submit the form again.",
+    404: "It may have expired, or its app may have been deleted.",
+    500: "The server log has the reason.", 503: "The server log has the reason. Try again in a moment."}
+_CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")  # not allowed in HTML and XML
+_MISLEADING_CHARACTERS = re.compile(  # these, and characters that change the direction of text
+    _CONTROL_CHARACTERS.pattern + "|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 Response = Any  # a bottle.HTTPResponse; bottle has no types
 PageHandler = Callable[..., Response]  # called with a PageRequest and the parts of the path
@@ -5798,17 +5791,17 @@ class PageRequest:
 
     def __init__(self, environ: Environ, now: int, public_url: str, cookie: str):
         self.environ, self.now, self._public_url, self.cookie = environ, now, public_url.rstrip("/"), cookie
-        mounted = quote(environ.get("SCRIPT_NAME", "").encode("latin-1", "replace"))
-        self.root = (urlsplit(public_url).path or mounted).rstrip("/")  # a proxy may have stripped the prefix
+        script_name = quote(environ.get("SCRIPT_NAME", "").encode("latin-1", "replace"))
+        self.root = (urlsplit(public_url).path or script_name).rstrip("/")  # a proxy may have stripped the prefix
         self.path = quote(environ.get("PATH_INFO", "").encode("latin-1", "replace"))
-        self.section = "/" + self.path.split("/")[1] if "/" in self.path else "/"
-        self.query = {name: value for name, value in _query(environ).items() if value}  # a form sends empty fields, too
+        self.section = "/" + self.path.split("/")[1] if "/" in self.path else "/"  # such as /crashes
+        self.query = {name: value for name, value in _query(environ).items() if value}  # forms send empty fields, too
         self.address = self.path + ("?" + urlencode(self.query) if self.query else "")
         self.app = self.query.get("app")
         self.apps: list[App] | None = None  # None unless the browser is signed in
         self.form: dict[str, str] = {}
-        found = re.search(f"(?:^|; ?){cookie}=([0-9a-f]{{32}})(?:;|$)", environ.get("HTTP_COOKIE", ""))
-        self.session = found[1] if found else ""
+        cookie_match = re.search(f"(?:^|; ?){cookie}=([0-9a-f]{{32}})(?:;|$)", environ.get("HTTP_COOKIE", ""))
+        self.session = cookie_match[1] if cookie_match else ""
 
     @property
     def url(self) -> str:
@@ -5818,14 +5811,14 @@ class PageRequest:
         return self._public_url or f"{scheme}://{host[0] if host else 'localhost'}{self.root}"
 
     def parameters(self, *names: str) -> dict[str, Any]:
-        """As _parameters, where days=all is no limit."""
-        return _parameters({name: value for name, value in self.query.items() if (name, value) != ("days", "all")},
-                           *names)
+        """Returns the same as _parameters(), without `days` if it is "all"."""
+        query = {name: value for name, value in self.query.items() if (name, value) != ("days", "all")}
+        return _parameters(query, *names)
 
     @property
     def form_token(self) -> str:
-        """What a form must carry. Another site cannot make it, as it does not know the session. Signing in has none:
-        a form that is forged there would need the admin token."""
+        """The token of this session's forms. Another site does not know the session, so it cannot make the token. The
+        sign-in form has no session: it needs the admin token anyway."""
         return sha256("form" + self.session).hex()
 
     def read_form(self) -> None:
@@ -5837,81 +5830,81 @@ class PageRequest:
             raise Refusal("form expired")
 
     def link(self, path: str, **query: Any) -> str:
-        """The address of a page about the same app, unless `query` has another. None and "" are left out of it."""
+        """Returns the address of a page about the same app, unless `query` names another. It leaves out None and ""."""
         app = self.app if any(app.name == self.app for app in self.apps or ()) else None
-        given = {name: value for name, value in {"app": app, **query}.items() if value not in (None, "")}
-        return self.root + path + ("?" + urlencode(given) if given else "")
+        query = {name: value for name, value in {"app": app, **query}.items() if value not in (None, "")}
+        return self.root + path + ("?" + urlencode(query) if query else "")
 
     def moved(self, group_hash: str) -> str:
-        """The address of this page of another group."""
+        """Returns the address of this page for another group."""
         return self.root + re.sub("[0-9a-f]{16}", group_hash, self.address, count=1)
 
     def redirect(self, path: str) -> Response:
         return bottle.HTTPResponse(b"", 303, {**PAGE_HEADERS, "Location": self.root + path})
 
     def set_session(self, response: Response, session: str, lifetime: int = SESSION_LIFETIME) -> Response:
-        """Sets the cookie. It is Lax, so that a link from a chat or a mail finds the browser signed in: no GET changes
-        anything, and a form needs its token."""
+        """Sets the session's cookie. It is Lax, so that a link from a chat or an email opens in the same session. That
+        is safe, because no GET changes anything and every form needs its token."""
         response.set_cookie(self.cookie, session, path=self.root + "/", httponly=True, samesite="lax",
                             secure=self.url.startswith("https:"), max_age=lifetime // SECOND)
         return response
 
-    def when(self, time: str | int) -> str:
-        """HTML of a time, as the API gives it or in milliseconds: how long ago, or a date; and exactly."""
+    def time_html(self, time: str | int) -> str:
+        """Returns HTML for a time in text or milliseconds: its age or, if it is old, its date; a tooltip is exact."""
         at = parse_time(time) if isinstance(time, str) else time
-        exact, span = iso_time(at)[:19].replace("T", " "), self.now - at
+        exact, age = iso_time(at)[:19].replace("T", " "), self.now - at
         units = [(DAY, "d"), (HOUR, "h"), (60 * SECOND, "min")]
-        shown = next((f"{span // unit} {name} ago" for unit, name in units if span >= unit), "just now")
-        shown = shown if -MAX_SKEW <= span < 100 * DAY else exact[:10]
+        age_text = next((f"{age // unit} {name} ago" for unit, name in units if age >= unit), "just now")
+        shown = age_text if -MAX_SKEW <= age < 100 * DAY else exact[:10]
         return f'<time datetime="{iso_time(at)}" title="{exact}">{shown}</time>'
 
-    def app_note(self, row: JsonObject) -> str:
-        """The apps of a row of a list; "" where the page is about one app."""
-        return "" if self.app or len(self.apps or ()) < 2 else ", ".join(row.get("apps") or [row["app"]])
-
-    def show(self, value: Any) -> str:
-        """HTML of a percentage, a count or a time."""
+    def value_html(self, value: Any) -> str:
+        """Returns HTML for a percentage, a count or a time."""
         if value is None:
             return "-"
         if isinstance(value, str):
-            return self.when(value)
+            return self.time_html(value)
         return f"{value:.2f} %" if isinstance(value, float) else f"{value:,}"
+
+    def app_names(self, row: JsonObject) -> str:
+        """Returns the apps of a row of a list, or "" if there is only one or the page is about one."""
+        return "" if self.app or len(self.apps or ()) < 2 else ", ".join(row.get("apps") or [row["app"]])
 
 
 class Dashboard:
     """Answers the requests for pages."""
 
     def __init__(self, store: Store, metrics: Metrics, refused: RefusedReports, alerts: Alerts, public_url: str = ""):
-        self._store, self._metrics, self._refused, self._public_url = store, metrics, refused, public_url
-        self._alerts = alerts
-        # Two servers on one host share their cookies.
+        self._store, self._metrics, self._refused, self._alerts = store, metrics, refused, alerts
+        self._public_url = public_url
+        # The name differs between servers, as two servers on one host get each other's cookies.
         self._cookie = "backfeedr_" + store.secret_hash("admin_token").hex()[:8]
 
     def routes(self) -> Iterator[tuple[str, str, Callable[..., Response]]]:
-        """Method, path and handler of each page."""
+        """Yields the method, path and handler of each page."""
         for method, path, handler in (
                 ("GET", "/", self._overview), ("GET", "/crashes", self._crashes), ("GET", "/crashes.atom", self._feed),
-                ("GET", "/crashes/<group_hash>.<form:re:txt|md>", self._group_text),
+                ("GET", "/crashes/<group_hash>.<suffix:re:txt|md>", self._group_export),
                 ("GET", "/crashes/<group_hash>", self._group), ("POST", "/crashes/<group_hash>", self._triage),
-                ("GET", "/events", self._events), ("GET", "/usage", self._usage),
-                ("GET", "/releases", self._releases), ("GET", "/apps", self._apps),
-                ("POST", "/apps", self._change_apps), ("POST", "/sign-out", self._sign_out),
-                ("GET", "/sign-in", self._sign_in_page), ("POST", "/sign-in", self._sign_in)):
+                ("GET", "/events", self._events), ("GET", "/usage", self._usage), ("GET", "/releases", self._releases),
+                ("GET", "/apps", self._apps), ("POST", "/apps", self._change_apps),
+                ("GET", "/sign-in", self._sign_in_page), ("POST", "/sign-in", self._sign_in),
+                ("POST", "/sign-out", self._sign_out)):
             yield method, path, partial(self._respond, handler)
 
     def invite(self, url: str) -> str:
-        """A link that signs in once, within ten minutes."""
+        """Returns a link that signs in once, within LINK_LIFETIME."""
         return f"{url}/sign-in?code={self._store.grant('code', LINK_LIFETIME)}"
 
     def request(self, environ: Environ) -> PageRequest:
         return PageRequest(environ, self._store.now, self._public_url, self._cookie)
 
     def _respond(self, handler: PageHandler, **path: str) -> Response:
-        """A page, or a page for the error."""
+        """Returns a page, or an error page."""
         page = self.request(bottle.request.environ)
         try:
-            is_form = page.environ["REQUEST_METHOD"] == "POST"
-            if page.path not in _OPEN_PATHS and not self._is_signed_in(page):
+            is_form, is_open = page.environ["REQUEST_METHOD"] == "POST", page.path in ("/sign-in", "/crashes.atom")
+            if not is_open and not self._load_session(page):
                 return page.redirect("/sign-in?" + urlencode({"next": "/" if is_form else page.address}))
             if is_form:
                 page.read_form()
@@ -5923,22 +5916,23 @@ class Dashboard:
 
     def error_page(self, page: PageRequest, refusal: Refusal) -> Response:
         status, _, headers = _refused(refusal)
-        with suppress(Exception):  # without its navigation, where the database is the error
-            self._is_signed_in(page)
-        hint = _sentence(refusal.detail) if refusal.detail else _HINTS.get(status, _INVALID)
-        response = self._render(page, _sentence(str(refusal))[:-1], "error", status, hint=hint)
+        with suppress(Exception):  # if the database fails here, too, the page has no navigation
+            self._load_session(page)
+        hint = _ERROR_HINTS.get(status, "The address or the form is not valid.")
+        hint = _capitalize(refusal.detail) + "." if refusal.detail else hint
+        response = self._render(page, _capitalize(str(refusal)), "error", status, hint=hint)
         response.headers.update(headers)
         return response
 
-    def _is_signed_in(self, page: PageRequest) -> bool:
-        """Gives the page its list of apps, too."""
+    def _load_session(self, page: PageRequest) -> bool:
+        """Gives the page its apps if the browser is signed in, and returns whether it is."""
         if page.apps is None and self._store.is_granted("session", page.session):
             page.apps = self._store.apps()
         return page.apps is not None
 
     def _render(self, page: PageRequest, title: str, template: str, status: int = 200, **values: Any) -> Response:
         values.update(_TEMPLATE_GLOBALS, page=page, title=title, status=status, apps=page.apps, link=page.link,
-                      when=page.when, show=page.show)
+                      time_html=page.time_html, value_html=page.value_html)
         values["body"] = _TEMPLATES[template].render(values)
         return _text_response(_TEMPLATES["layout"].render(values), "text/html", status)
 
@@ -5946,7 +5940,7 @@ class Dashboard:
 
     def _sign_in_page(self, page: PageRequest, problem: str = "", status: int = 200) -> Response:
         code = page.query.get("code", "")
-        if code and page.environ["REQUEST_METHOD"] == "GET":  # HEAD is a preview, and must not use up the code
+        if code and page.environ["REQUEST_METHOD"] == "GET":  # a link preview sends HEAD, and must not use up the code
             if self._store.withdraw("code", code):
                 return self._start_session(page, "/")
             problem, status = "This link has been used or has expired. Sign in with the admin token.", 403
@@ -5959,16 +5953,16 @@ class Dashboard:
         return self._start_session(page, page.form.get("next", ""))
 
     def _start_session(self, page: PageRequest, target: str) -> Response:
-        """With a new session id: an attacker may have planted the one that the browser had."""
-        is_our_path = re.fullmatch(r"/(?![/\\])[!-~]*", target)
-        response = page.redirect(target if is_our_path else "/")
+        """Starts a session with a new id, as an attacker may have planted the one that the browser had."""
+        is_path_here = re.fullmatch(r"/(?![/\\])[!-~]*", target)  # browsers read //x and /\x as another host
+        response = page.redirect(target if is_path_here else "/")
         return page.set_session(response, self._store.grant("session", SESSION_LIFETIME))
 
     def _sign_out(self, page: PageRequest) -> Response:
         self._store.withdraw("session", page.session)
         return page.set_session(page.redirect("/sign-in"), "", lifetime=0)
 
-    # The pages
+    # Pages
 
     def _overview(self, page: PageRequest) -> Response:
         metrics, app = self._metrics, page.app
@@ -5979,60 +5973,64 @@ class Dashboard:
             types=metrics.crash_types(app, 30), devices=metrics.devices(app, 30))
 
     def _crashes(self, page: PageRequest) -> Response:
-        metrics, given = self._metrics, page.parameters("version", "text", "state", "sort", "cursor", "days")
-        days = given.pop("days", None if {"version", "text", "days", "state"} & page.query.keys() else WEEK)
-        found = metrics.groups(page.app, **given, days=days, limit=LIST_ROWS)
-        details = metrics.group_days([each["group_hash"] for each in found["groups"]], page.app,
-                                     given.get("version"))["groups"]
+        filters = page.parameters("version", "text", "state", "sort", "cursor", "days")
+        is_filtered = {"version", "text", "days", "state"} & page.query.keys()  # also by days=all
+        days = filters.pop("days", None if is_filtered else WEEK)
+        listing = self._metrics.groups(page.app, **filters, days=days, limit=LIST_ROWS)
+        hashes = [group["group_hash"] for group in listing["groups"]]
+        details = self._metrics.group_days(hashes, page.app, filters.get("version"))["groups"]
+        periods = [(n, f"last {n} days" if n > 1 else "today") for n in sorted({1, 7, 30, 90, 365, days or 1})]
         return self._render(
-            page, "Crashes", "crashes", parameters={**given, "days": days or "all"}, next=found["next"],
-            groups=[{**each, **details[each["group_hash"]]} for each in found["groups"]],
-            periods=[("all", "all days"), *((n, f"last {n} days" if n > 1 else "today")
-                                            for n in sorted({1, 7, 30, 90, 365, days or 1}))],
-            sorts=[(each, each.replace("_", " ")) for each in SORTS], states=list(filter(None, GROUPS_OF)))
+            page, "Crashes", "crashes", parameters={**filters, "days": days or "all"}, next=listing["next"],
+            groups=[{**group, **details[group["group_hash"]]} for group in listing["groups"]],
+            periods=[("all", "all days"), *periods], sorts=[(sort, sort.replace("_", " ")) for sort in SORTS],
+            states=[state for state in GROUPS_OF if state])
 
     def _group(self, page: PageRequest, group_hash: str) -> Response:
         metrics, group = self._metrics, self._metrics.group(group_hash, page.app, limit=1)
-        id, days = page.query.get("report"), metrics.group_days([group_hash], page.app)
+        id, group_days = page.query.get("report"), metrics.group_days([group_hash], page.app)
         report = metrics.crash(id, page.app) if id else next(iter(group["reports"]), {})
         if report.get("group_hash", group_hash) != group_hash:
             raise Refusal("not found")
         older, newer = metrics.neighbours(report, page.app) if report else (None, None)
-        apps = days["groups"][group_hash]["apps"]
+        details = group_days["groups"][group_hash]
+        apps = details["apps"]
         return self._render(
-            page, _culprit(group), "group", group=group, group_apps=apps, report=report, older=older, newer=newer,
-            next_build=metrics.next_build(group_hash, apps[0]) if len(apps) == 1 else "",
-            is_latest=not id, crumbs=_crumbs(report), before=_steps(report, metrics.events_before(report)),
-            chart=chart("Crashes", days["labels"], days["groups"][group_hash]["days"], draw_columns),
-            frames=[_frame(frame) for frame in report.get("stack_trace", [])], max_frames=SHOWN_FRAMES,
-            fields=_fields(page, report))
+            page, _group_title(group), "group", group=group, group_apps=apps, report=report, older=older, newer=newer,
+            next_build=metrics.next_build(group_hash, apps[0]) if len(apps) == 1 else "", is_latest=not id,
+            breadcrumbs=_breadcrumb_steps(report), events=[*_event_steps(report, metrics.events_before(report))],
+            chart=chart("Crashes", group_days["labels"], details["days"], draw_columns),
+            frames=[_frame_row(frame) for frame in report.get("stack_trace", [])], max_frames=SHOWN_FRAMES,
+            fields=_field_rows(page, report))
 
-    def _group_text(self, page: PageRequest, group_hash: str, form: str) -> Response:
-        """A group for a bug tracker, a reader or an assistant."""
+    def _group_export(self, page: PageRequest, group_hash: str, suffix: str) -> Response:
+        """Returns a group as text for a bug tracker or an assistant."""
         group = self._metrics.group(group_hash, page.app, limit=1)
-        text = group_text(group, page.url + page.address.replace("." + form, "", 1))
-        return _text_response(text, "text/markdown" if form == "md" else "text/plain")
+        text = group_text(group, page.url + page.address.replace("." + suffix, "", 1))
+        return _text_response(text, "text/markdown" if suffix == "md" else "text/plain")
 
     def _triage(self, page: PageRequest, group_hash: str) -> Response:
-        """Does what a form of the page of a group asks for; a field that is empty asks for nothing."""
-        given: JsonObject = {name: text for name, text in page.form.items() if name in TRIAGE_FIELDS and text.strip()}
-        for name, of in (("until", "{}T00:00:00Z".format), ("more_crashes", int), ("more_devices", int)):
-            with suppress(ValueError):  # then it is refused as it is
-                given.update({name: of(given[name])} if name in given else {})
-        self._store.triage(group_hash, parse_triage(given, page.now), page.app)
+        """Makes the change of a form on a group's page. Empty fields do not count."""
+        change: JsonObject = {name: text for name, text in page.form.items() if name in TRIAGE_FIELDS and text.strip()}
+        if "until" in change:
+            change["until"] += "T00:00:00Z"
+        for name in ("more_crashes", "more_devices"):
+            with suppress(KeyError, ValueError):  # what is no number stays, and is refused
+                change[name] = int(change[name])
+        self._store.triage(group_hash, parse_triage(change, page.now), page.app)
         return page.redirect(page.address)
 
     def _usage(self, page: PageRequest) -> Response:
         metrics, app = self._metrics, page.app
         return self._render(
-            page, "Usage", "usage", tiles=_usage_tiles(metrics, app), back=_retention_tiles(metrics, app),
+            page, "Usage", "usage", tiles=_usage_tiles(metrics, app), retention_tiles=_retention_tiles(metrics, app),
             releases=metrics.releases(app)["releases"][:8], events=metrics.event_names(app)["events"])
 
     def _events(self, page: PageRequest) -> Response:
         parameters = page.parameters("type", "name", "session_id", "device_id_hash", "cursor")
         is_session = "session_id" in parameters
-        found = self._metrics.events(page.app, **parameters, limit=LIST_ROWS, oldest_first=is_session)
-        return self._render(page, "Session" if is_session else "Events", "events", **found, parameters=parameters,
+        listing = self._metrics.events(page.app, **parameters, limit=LIST_ROWS, oldest_first=is_session)
+        return self._render(page, "Session" if is_session else "Events", "events", **listing, parameters=parameters,
                             types=EVENT_TYPES)
 
     def _releases(self, page: PageRequest) -> Response:
@@ -6041,44 +6039,41 @@ class Dashboard:
                             parameters=parameters)
 
     def _feed(self, page: PageRequest) -> Response:
-        """New and regressed groups as Atom. Without the feed's token there is nothing here."""
+        """Returns new and regressed groups as Atom, or a 404 without the feed's token."""
         if not self._store.is_feed(page.query.get("token", "").encode("utf-8", "replace")):
             raise Refusal("not found")
-        news = self._metrics.news(page.app)
-        return _text_response(_TEMPLATES["feed"].render(
-            page=page, news=news, iso=iso_time, urlencode=urlencode,
-            updated=iso_time(news[0]["at"] if news else 0)), "application/atom+xml")
+        feed = _TEMPLATES["feed"].render(_TEMPLATE_GLOBALS, page=page, news=self._metrics.news(page.app))
+        return _text_response(feed, "application/atom+xml")
 
     # The page of apps, keys, alerts and the feed
 
     def _apps(self, page: PageRequest, notice: JsonObject | None = None, status: int = 200) -> Response:
-        page.apps, keys = self._store.apps(), self._store.keys()
-        return self._render(page, "Apps", "apps", status, notice=notice or {}, keys={
-            app.name: [key for key in keys if key.app == app.name] for app in page.apps},
-            channels=self._alerts.channels(), has_feed=bool(self._store.secret_hash("feed_token")),
-            fact_kinds=FACT_KINDS)
+        page.apps = self._store.apps()
+        return self._render(
+            page, "Apps", "apps", status, notice=notice or {}, keys=self._store.keys(), fact_kinds=FACT_KINDS,
+            channels=self._alerts.channels(), has_feed=bool(self._store.secret_hash("feed_token")))
 
     def _change_apps(self, page: PageRequest) -> Response:
-        """Does what a form of the page asks for."""
-        change = self._change_alerts if "channel" in page.form.get("action", "") else self._change_keys
+        """Makes the change of a form on the page."""
+        action = page.form.get("action", "")
+        change = self._change_channels if "channel" in action else self._change_keys
         try:
-            return self._apps(page, change(page, page.form.get("action", ""), page.form))
+            return self._apps(page, change(page, action))
         except StoreError as error:
-            return self._apps(page, {"message": _sentence(str(error))}, 400)
+            return self._apps(page, {"message": _capitalize(str(error)) + "."}, 400)
 
-    def _change_keys(self, page: PageRequest, action: str, form: dict[str, str]) -> JsonObject:
-        """Returns what the page then says, and a secret that it shows once."""
-        store, name = self._store, form.get("name", "")
+    def _change_keys(self, page: PageRequest, action: str) -> JsonObject:
+        """Returns a message for the page and, if there is one, a secret that it shows once."""
+        store, form, name = self._store, page.form, page.form.get("name", "")
         if action in ("create", "key"):
             key = store.create_app(name, "test" in form) if action == "create" else store.create_key(name)
-            return {"message": f"New key of {name}, shown only once:", "secret": key,
-                    "curl": curl_line(page.url, key)}
+            return {"message": f"New key for {name}, shown only once:", "secret": key, "curl": curl_line(page.url, key)}
         if action == "revoke":
             revoked = store.revoke_key(form.get("key", ""))
             return {"message": f"Revoked the key {revoked.prefix}... of {revoked.app}."}
         if action == "delete":
             if form.get("typed") != name:
-                raise StoreError(f"to delete it, type its name: {name}")
+                raise StoreError(f"to delete the app, type its name: {name}")
             store.delete_app(name)
             store.catch_up_in_background()
             return {"message": f"Deleted {name}. Its reports are being deleted."}
@@ -6090,8 +6085,9 @@ class Dashboard:
             return {"message": "Withdrew the feed's address."}
         raise StoreError("there is no such action")
 
-    def _change_alerts(self, page: PageRequest, action: str, form: dict[str, str]) -> JsonObject:
-        """As _change_keys, for channels."""
+    def _change_channels(self, page: PageRequest, action: str) -> JsonObject:
+        """Like _change_keys(), for the channels of alerts."""
+        form = page.form
         id = int(form["id"]) if re.fullmatch("[0-9]{1,9}", form.get("id", "")) else 0
         if action == "test-channel":
             self._alerts.test(id)
@@ -6099,215 +6095,221 @@ class Dashboard:
         if action == "remove-channel":
             self._alerts.remove(id)
             return {"message": f"Removed channel {id}."}
+        kinds = [kind for kind in FACT_KINDS if f"on-{kind}" in form]
         hour = int(form["hour"]) if re.fullmatch("1?[0-9]|2[0-3]", form.get("hour", "")) else 7
-        number, secret = self._alerts.add(form.get("url", "").strip(), form.get("app") or None, [
-            kind for kind in FACT_KINDS if f"on-{kind}" in form], "reason" in form, hour)
-        return {"message": f"Added channel {number}" + (". Its secret, shown only once:" if secret else "."),
+        url, app = form.get("url", "").strip(), form.get("app") or None
+        id, secret = self._alerts.add(url, app, kinds, "reason" in form, hour)
+        return {"message": f"Added channel {id}" + (". Its secret, shown only once:" if secret else "."),
                 "secret": secret}
 
 
 def _text_response(text: str, content_type: str, status: int = 200) -> Response:
-    return bottle.HTTPResponse(_CONTROL.sub("\ufffd", text).encode("utf-8", "replace"), status, {
+    return bottle.HTTPResponse(_CONTROL_CHARACTERS.sub("\ufffd", text).encode("utf-8", "replace"), status, {
         **PAGE_HEADERS, "Content-Type": content_type + "; charset=utf-8"})
 
 
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}."
+def _capitalize(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 Tile = tuple[str, str, str, str]  # name, value, note and chart of a figure
 
 
 def _overview_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
-    week, crash_days, active = metrics.overview(app), metrics.daily_crashes(app, 30), metrics.active_devices(app, 30)
-    labels, crashes, sessions = crash_days["labels"], crash_days["data"], metrics.sessions(app, 30)["sessions"]
+    """Yields crash-free sessions, active devices, sessions and crashes."""
+    week, daily, active = metrics.overview(app), metrics.daily_crashes(app, 30), metrics.active_devices(app, 30)
+    labels, crashes, sessions = daily["labels"], daily["data"], metrics.sessions(app, 30)["sessions"]
     rates = [crash_free_rate(*day) if day[1] else None for day in zip(crashes, sessions)]
     lowest = min((rate for rate in rates if rate is not None), default=0)
-    axis_start = max(rate for rate in (0, 50, 80, 90, 95, 99) if rate <= lowest)
-    before = crash_free_rate(sum(crashes[-14:-7]), sum(sessions[-14:-7]))
+    axis_start = max(start for start in (0, 50, 80, 90, 95, 99) if start <= lowest)
+    rate_before = crash_free_rate(sum(crashes[-14:-7]), sum(sessions[-14:-7]))
     yield ("Crash-free sessions", f"{week['crash_free_rate_7d']:.2f} %" if week["sessions_7d"] else "-",
-           f"7 days; {before:.2f} % in the 7 before" if sum(sessions[-14:-7]) else "7 days",
+           f"7 days; {rate_before:.2f} % the week before" if any(sessions[-14:-7]) else "7 days",
            chart("Crash-free sessions", labels, rates, low=axis_start, unit=" %"))
     yield "Active devices", f"{week['dau']:,}", "24 hours", chart("Active devices", labels, active["dau"])
-    for name, days, draw in (("Sessions", sessions, draw_line), ("Crashes", crashes, draw_columns)):
-        note = f"7 days; {sum(days[-14:-7]):,} in the 7 before"
-        yield name, f"{sum(days[-7:]):,}", note, chart(name, labels, days, draw)
+    for name, counts, draw in (("Sessions", sessions, draw_line), ("Crashes", crashes, draw_columns)):
+        note = f"7 days; {sum(counts[-14:-7]):,} the week before"
+        yield name, f"{sum(counts[-7:]):,}", note, chart(name, labels, counts, draw)
 
 
 def _usage_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
-    """Active devices, and sessions with their length: the mean, where several apps have no median."""
+    """Yields active devices, and sessions with their length: the mean, if several apps have no common median."""
     active, sessions = metrics.active_devices(app, 30), metrics.sessions(app, 30)
     for column, value, period in (("dau", metrics.overview(app)["dau"], "24 hours"),
                                   ("wau", active["wau"][-1], "7 days"), ("mau", active["mau"][-1], "30 days")):
-        drawn = chart(f"Devices active in {period}", active["labels"], active[column])
-        yield "Active devices", f"{value:,}", period, drawn
-    kind = "median" if any(each is not None for each in sessions["median_seconds"]) else "mean"
-    known = [each for each in zip(sessions["labels"], sessions[kind + "_seconds"]) if each[1] is not None]
-    length = f"{kind} length on {_day(known[-1][0])}: {_duration(known[-1][1])}" if known else "none has ended"
+        drawing = chart(f"Devices active in {period}", active["labels"], active[column])
+        yield "Active devices", f"{value:,}", period, drawing
+    average = "median" if any(seconds is not None for seconds in sessions["median_seconds"]) else "mean"
+    length = "none has ended yet"
+    for day, seconds in zip(sessions["labels"], sessions[average + "_seconds"]):
+        if seconds is not None:
+            length = f"{average} length on {_day_name(day)}: {_duration(seconds)}"
     yield ("Sessions", f"{sum(sessions['sessions'][-7:]):,}", f"7 days; {length}",
            chart("Sessions", sessions["labels"], sessions["sessions"]))
 
 
 def _retention_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
-    """Of the devices first seen on a day, the share that was seen again later."""
+    """Yields the shares of the devices that came back 1, 7 and 30 days after the day that they were first seen."""
     cohorts = metrics.retention(app, 60)
-    for later in Devices.BACK.values():
-        rates, name = cohorts[f"day_{later}"], f"Back after {later} day{'s' * (later > 1)}"
-        known = [(rate, devices) for rate, devices in zip(rates, cohorts["devices"]) if rate is not None]
-        devices = sum(each for _, each in known)
-        share = f"{sum(rate * each for rate, each in known) / devices:.0f} %" if devices else "-"
+    for days in Devices.BACK.values():
+        rates, name = cohorts[f"day_{days}"], f"Back after {days} day{'s' if days > 1 else ''}"
+        known = [(rate, size) for rate, size in zip(rates, cohorts["devices"]) if rate is not None]
+        devices = sum(size for _, size in known)
+        share = f"{sum(rate * size for rate, size in known) / devices:.0f} %" if devices else "-"
         yield name, share, f"of {devices:,} new devices in 60 days", chart(name, cohorts["labels"], rates, unit=" %")
 
 
 def _duration(seconds: float) -> str:
-    size, unit = next((each for each in ((3600, "h"), (60, "min")) if seconds >= 2 * each[0]), (1, "s"))
-    return f"{seconds / size:.0f} {unit}"
+    for unit_seconds, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * unit_seconds:
+            return f"{seconds / unit_seconds:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
-Step = tuple[str, str, str]  # before a crash: when, what, and details of it
-_CRUMB_TIMES = ("at", "timestamp", "time", "date", "occurred_at")
-_CRUMB_ACTIONS = ("message", "action", "name", "event", "title", "screen", "category", "type")
+Step = tuple[str, str, str]  # of what led to a crash: the time, what happened, and its details
+_BREADCRUMB_TIMES = ("at", "timestamp", "time", "date", "occurred_at")
+_BREADCRUMB_ACTIONS = ("message", "action", "name", "event", "title", "screen", "category", "type")
 
 
-def _crumbs(report: JsonObject) -> list[Step]:
-    """The breadcrumbs of a crash, in the shapes that SDKs send; at most 100, and the crash itself at the end."""
-    given = report.get("extra", {}).get("breadcrumbs")
-    given = given.get("values") if type(given) is dict else given
-    steps = [_crumb(each, report) for each in given[-100:]] if type(given) is list else []
-    return steps and [*steps, ("00:00", report["exception_type"], "the crash")]
+def _breadcrumb_steps(report: JsonObject) -> list[Step]:
+    """Returns the last 100 breadcrumbs of a crash, in any shape that SDKs send, and the crash itself at the end."""
+    breadcrumbs = report.get("extra", {}).get("breadcrumbs")
+    breadcrumbs = breadcrumbs.get("values") if type(breadcrumbs) is dict else breadcrumbs
+    if type(breadcrumbs) is not list or not breadcrumbs:
+        return []
+    steps = [_breadcrumb_step(breadcrumb, report) for breadcrumb in breadcrumbs[-100:]]
+    return [*steps, ("00:00", report["exception_type"], "the crash")]
 
 
-def _crumb(given: Any, report: JsonObject) -> Step:
-    if type(given) is not dict:
-        return "", _shorten(_as_text(given)), ""
-    rest = {name: value for name, value in given.items() if value not in (None, "", [], {})}
-    at = rest.pop(next((name for name in _CRUMB_TIMES if name in rest), ""), "")
-    action = rest.pop(next((name for name in _CRUMB_ACTIONS if type(rest.get(name)) is str), ""), "")
-    return _offset(at, report), _shorten(action), _details({"extra": rest})
+def _breadcrumb_step(breadcrumb: Any, report: JsonObject) -> Step:
+    if type(breadcrumb) is not dict:
+        return "", _shorten(_json_text(breadcrumb)), ""
+    fields = {name: value for name, value in breadcrumb.items() if value not in (None, "", [], {})}
+    time = fields.pop(next((name for name in _BREADCRUMB_TIMES if name in fields), ""), "")
+    action = fields.pop(next((name for name in _BREADCRUMB_ACTIONS if type(fields.get(name)) is str), ""), "")
+    return _time_to_crash(time, report), _shorten(action), _event_details({"extra": fields})
 
 
-def _steps(report: JsonObject, events: Sequence[JsonObject]) -> list[Step]:
-    """The events of a session before a crash."""
-    return [(_offset(event["occurred_at"], report), f"{event['type']} {_shorten(event.get('name', ''), 80)}".strip(),
-             _details(event)) for event in events]
+def _event_steps(report: JsonObject, events: Sequence[JsonObject]) -> Iterator[Step]:
+    for event in events:
+        title = f"{event['type']} {_shorten(event.get('name', ''), 80)}".strip()
+        yield _time_to_crash(event["occurred_at"], report), title, _event_details(event)
 
 
-def _offset(at: Any, report: JsonObject) -> str:
-    """How long before a crash something was, such as -00:12. What is no time near it stays as it is."""
-    try:
-        span = parse_occurred_at(at) - parse_time(report["occurred_at"])
-    except ValueError:
-        span = 100 * HOUR
-    (hours, minutes), seconds = divmod(abs(span) // 60_000, 60), abs(span) // SECOND % 60
-    if hours > 99:
-        return _shorten(_as_text(at), 40)
-    return ("+" if span > 0 else "-") + (f"{hours}:" if hours else "") + f"{minutes:02}:{seconds:02}"
+def _time_to_crash(time: Any, report: JsonObject) -> str:
+    """Returns a time relative to a crash, such as -00:12. Other values, and times 100 hours away, stay as they are."""
+    with suppress(ValueError):
+        span = parse_occurred_at(time) - parse_time(report["occurred_at"])
+        hours, minutes, seconds = abs(span) // HOUR, abs(span) // (60 * SECOND) % 60, abs(span) // SECOND % 60
+        if hours < 100:
+            return ("+" if span > 0 else "-") + (f"{hours}:" if hours else "") + f"{minutes:02}:{seconds:02}"
+    return _shorten(_json_text(time), 40)
 
 
 def group_text(group: JsonObject, url: str) -> str:
-    """A group in Markdown that also reads as text. It names no device, no session and no field that the server does not
-    know. What reports say is indented in a fence: so none of it begins a line, or closes the fence."""
+    """Returns a group as Markdown that is also readable as text. It leaves out devices, sessions and fields unknown to
+    the server. What reports say is indented in a fence, so that it neither starts a line nor closes the fence."""
     parts = [f"# Crash group {group['group_hash']}\n\n{url}\n"]
-    for title, text in _portrait(group):
-        lines = ["    " + _MISLEADING.sub("\ufffd", line) for line in text.splitlines()]
+    for title, text in _text_sections(group):
+        lines = ["    " + _MISLEADING_CHARACTERS.sub("\ufffd", line) for line in text.splitlines()]
         parts.append("\n".join([f"## {title}", "", "```text", *lines, "```", ""]))
     return "\n".join(parts)
 
 
-def _portrait(group: JsonObject) -> Iterator[tuple[str, str]]:
-    """The title and the text of each section."""
+def _text_sections(group: JsonObject) -> Iterator[tuple[str, str]]:
+    """Yields the title and the text of each section."""
     report: JsonObject = next(iter(group["reports"]), {})
     reason = _shorten(report.get("exception_reason", ""), SHOWN_TEXT)
-    yield "What", "\n".join(filter(None, (group["place"], group["exception_type"], reason)))
-    frames = [_frame(each) for each in report.get("stack_trace", [])[:SHOWN_FRAMES]]
-    yield "Stack trace of the latest crash (* is the app's own code)", "\n".join(
-        f"{n:3} {'*' if is_own else ' '} {_shorten(symbol, 1000)}  {_shorten(place)}".rstrip()
-        for n, (symbol, place, is_own, _) in enumerate(frames)) or "none was sent"
+    yield "Crash", "\n".join(filter(None, (group["place"], group["exception_type"], reason)))
+    frames = [_frame_row(frame) for frame in report.get("stack_trace", [])[:SHOWN_FRAMES]]
+    yield "Stack trace of the latest crash (* marks the app's own code)", "\n".join(
+        f"{n:3} {'*' if frame.is_own else ' '} {_shorten(frame.symbol, 1000)}  {_shorten(frame.place)}".rstrip()
+        for n, frame in enumerate(frames)) or "none"
     spread = {"Crashes": group["count"], "Devices": group["devices"], "First seen": group["first_seen"],
               "Last seen": group["last_seen"]}
-    for title, part in (("Versions", "versions"), ("Systems", "systems"), ("Models", "device_models")):
-        counts = zip(group[part]["labels"], group[part]["data"])
+    for title, name in (("Versions", "versions"), ("Systems", "systems"), ("Models", "device_models")):
+        counts = zip(group[name]["labels"], group[name]["data"])
         spread[title] = ", ".join(f"{_shorten(label, 80)} ({count})" for label, count in counts)
     yield "Spread", "\n".join(f"{title}: {value}" for title, value in spread.items() if value not in (None, ""))
-    yield "History", "\n".join(f"{each['at']} {each['what']} {each['detail'] or ''}".rstrip()
-                               for each in group["history"]) or "none"
+    yield "History", "\n".join(f"{entry['at']} {entry['what']} {entry['detail'] or ''}".rstrip()
+                               for entry in group["history"]) or "none"
 
 
-def _culprit(group: JsonObject) -> str:
-    """The function of the app in which a group crashes; its exception type, where none is known; its hash, where only
-    that is left."""
+def _group_title(group: JsonObject) -> str:
+    """Returns the app's function that crashes, or else the exception type, or else the group's hash."""
     return canonical_name(group["place"]) or group["exception_type"] or group["group_hash"]
 
 
-_SHOWN_APART = ("exception_type", "exception_reason", "stack_trace", "raw_stack_trace", "group_hash", "extra")
+_SHOWN_ELSEWHERE = ("exception_type", "exception_reason", "stack_trace", "raw_stack_trace", "group_hash", "extra")
 
 
-def _fields(page: PageRequest, report: JsonObject) -> Iterator[tuple[str, str]]:
-    """Name and HTML of the other fields of a crash, known to the server or not."""
-    shown: dict[str, Callable[[Any], str]] = {
-        "occurred_at": page.when, "received_at": page.when, "device_model": device_name}
+def _field_rows(page: PageRequest, report: JsonObject) -> Iterator[tuple[str, str]]:
+    """Yields the label and HTML of the other fields of a crash, also of those that the server does not know."""
+    formats: dict[str, Callable[[Any], str]] = {
+        "occurred_at": page.time_html, "received_at": page.time_html, "device_model": device_html}
     for name, value in {**report, **report.get("extra", {})}.items():
-        if name not in _SHOWN_APART and not (name == "breadcrumbs" and _crumbs(report)):
-            html = shown[name](value) if name in shown else f"<bdi>{escape(_as_text(value))}</bdi>"
+        if name not in _SHOWN_ELSEWHERE and not (name == "breadcrumbs" and _breadcrumb_steps(report)):
+            html = formats[name](value) if name in formats else f"<bdi>{escape(_json_text(value))}</bdi>"
             yield name.replace("_", " "), html
 
 
-def _frame(frame: JsonObject) -> tuple[str, str, bool, str]:
-    """Symbol and place of a frame, with fields such as its library; whether it is one of the app itself; and where in
-    its build it is."""
-    read = read_frame(frame)
+_KNOWN_FRAME_FIELDS = {*chain.from_iterable(_FRAME_FIELDS.values()), "frame", "in_app", "symbolicated", "inlined"}
+FrameRow = namedtuple("FrameRow", "symbol place is_own address")  # what a page shows of a frame
+
+
+def _frame_row(frame: JsonObject) -> FrameRow:
+    """The place is the frame's file and line, its binary and its unknown fields. The address is one in its binary."""
+    known = read_frame(frame)
     line = next((frame[name] for name in _FRAME_FIELDS["line"] if frame.get(name) is not None), None)
-    place = [read.file if line is None else f"{read.file}:{line}"] if read.file else []
-    place += [read.binary] if read.binary and read.symbol else []
-    place += ["inlined"] if frame.get("inlined") else []
-    place += [_as_text(value) for name, value in frame.items() if name not in _SHOWN_FIELDS and value is not None]
-    raw = f"{read.binary} + {read.offset} {read.uuid}".strip() if read.offset is not None else ""
-    return read.title or "(no symbol)", ", ".join(place), bool(read.is_own), raw
-
-
-_SHOWN_FIELDS = {*chain.from_iterable(_FRAME_FIELDS.values()), "frame", "in_app", "symbolicated", "inlined"}
+    file = known.file if line is None or not known.file else f"{known.file}:{line}"
+    unknown = [_json_text(value) for name, value in frame.items()
+               if name not in _KNOWN_FRAME_FIELDS and value is not None]
+    place = [file, known.binary if known.symbol else "", "inlined" if frame.get("inlined") else "", *unknown]
+    address = f"{known.binary} + {known.offset} {known.uuid}".strip() if known.offset is not None else ""
+    return FrameRow(known.title or "(no symbol)", ", ".join(filter(None, place)), bool(known.is_own), address)
 
 
 def build_name(build: JsonObject) -> str:
-    """What a build is called, such as Shop 1.3.0 (48)."""
-    version = with_build(build["app_version"], build["build_number"])
-    return f"{build['binary'] or 'a build'} {version}".rstrip()
+    """Returns the name of a build, such as Shop 1.3.0 (48)."""
+    return f"{build['binary'] or 'a build'} {with_build(build['app_version'], build['build_number'])}".rstrip()
 
 
-def _details(event: JsonObject) -> str:
-    """The first twenty properties and unknown fields of an event."""
-    given = {**event.get("properties", {}), **event.get("extra", {})}
-    return ", ".join(f"{name}: {_shorten(_as_text(value), 100)}" for name, value in list(given.items())[:20])
+def _event_details(event: JsonObject) -> str:
+    """Returns the first twenty properties and unknown fields of an event."""
+    fields = {**event.get("properties", {}), **event.get("extra", {})}
+    return ", ".join(f"{name}: {_shorten(_json_text(value), 100)}" for name, value in list(fields.items())[:20])
 
 
-def _as_text(value: Any) -> str:
-    """Any JSON value for a reader: a list has an item to a line."""
+def _json_text(value: Any) -> str:
+    """Returns any JSON value as text for a reader, a list with one item per line."""
     items = value if type(value) is list else [value]
-    return _shorten("\n".join(item if type(item) is str else json.dumps(item, ensure_ascii=False) for item in items),
-                    SHOWN_TEXT)
+    lines = [item if type(item) is str else json.dumps(item, ensure_ascii=False) for item in items]
+    return _shorten("\n".join(lines), SHOWN_TEXT)
 
 
 # == Templates =================================================================
-# The HTML and CSS of the pages. Templates know only `for` and `if`; `{{ }}` escapes, `{{! }}` takes HTML that was made
-# above. What several templates share is a constant, or a function that returns their source, such as _table().
+# The HTML and CSS of the pages. Templates know only `for` and `if`. `{{ }}` escapes; `{{! }}` inserts HTML, made above.
+# What several templates share is a constant, or a function that returns template source, such as _table().
 
 _PAGES = (("/", "Overview"), ("/crashes", "Crashes"), ("/usage", "Usage"), ("/releases", "Releases"), ("/apps", "Apps"))
 _ICON = ("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath d='M1 11h4l2-8 "
          "3 11 2-6h3' fill='none' stroke='%23c0392b' stroke-width='2'/%3E%3C/svg%3E")
-Column = tuple[str, str, str]  # label, template of a cell, in which `row` is what is listed, and CSS class
+Column = tuple[str, str, str]  # label, template of a cell of `row`, and CSS class
 
 
-def _field(label: str) -> Column:
-    """A column of a figure or a time, which has the name of its label."""
+def _value_column(label: str) -> Column:
+    """Returns a column for the field of this name, a figure or a time."""
     name = label.lower().replace(" ", "_").replace("-", "_")
-    return label, f'{{{{!show(row["{name}"])}}}}', "" if name.endswith("seen") else "number"
+    return label, f'{{{{!value_html(row["{name}"])}}}}', "" if name.endswith("seen") else "number"
 
 
 def _table(rows: str, *columns: Column | str, empty: str = "", note: str = "") -> str:
-    """Lists `rows`, an expression, above a note. On a narrow screen a cell has its label before it, unless its class is
-    "bare" or "main", which also comes first."""
+    """Returns a table of `rows`, a template expression, with a note below. A column that is only a label is one of
+    _value_column(). On a narrow screen a cell starts with its label, unless its class is "bare" or "main", which comes
+    first."""
     head, body = "", ""
-    for label, cell, css in (_field(each) if isinstance(each, str) else each for each in columns):
+    for column in columns:
+        label, cell, css = _value_column(column) if isinstance(column, str) else column
         head += f'<th scope="col" class="{css}">{label}</th>\n'
         body += f'<td class="{css}" data-label="{label}">{cell}</td>\n'
     return f"""% if {rows}:
@@ -6318,7 +6320,7 @@ def _table(rows: str, *columns: Column | str, empty: str = "", note: str = "") -
 {body}</tr>
 % end
 </tbody></table>
-{note and f'<p class="note">{note}</p>'}
+{f'<p class="note">{note}</p>' if note else ""}
 % else:
 <p class="empty">{empty}</p>
 % end
@@ -6326,61 +6328,56 @@ def _table(rows: str, *columns: Column | str, empty: str = "", note: str = "") -
 
 
 def _form(content: str, target: str = "page.path", **hidden: str) -> str:
-    """A form with the token that read_form() checks; `target` are the arguments of link()."""
-    fields = "".join(f'<input type="hidden" name="{name}" value="{value}">\n'
+    """Returns a form with the token that read_form() checks. `target` has the arguments of link()."""
+    inputs = "".join(f'<input type="hidden" name="{name}" value="{value}">\n'
                      for name, value in {"form_token": "{{page.form_token}}", **hidden}.items())
-    return f'<form method="post" action="{{{{link({target})}}}}">\n{fields}{content}</form>\n'
+    return f'<form method="post" action="{{{{link({target})}}}}">\n{inputs}{content}</form>\n'
 
 
 def _select(name: str, choices: str, chosen: str = "None") -> str:
-    """A choice of values, or of pairs of a value and its label."""
+    """Returns a drop-down list. `choices` is a template expression for values, or pairs of a value and its label."""
     return f"""<select name="{name}">
-% for value, label in (each if type(each) is tuple else (each, each) for each in {choices}):
+% for value, label in (choice if type(choice) is tuple else (choice, choice) for choice in {choices}):
 <option value="{{{{value}}}}"{{{{" selected" if value == {chosen} else ""}}}}>{{{{label}}}}</option>
 % end
 </select>"""
 
 
-_APP = '<small><bdi>{{page.app_note(row)}}</bdi></small>\n'
-_GROUP = ("Crash", """
-<a href="{{link("/crashes/" + row["group_hash"])}}"><bdi>{{shorten(culprit(row), 120)}}</bdi></a>
-% if row["is_new"]:
-<b class="new">new</b>
-% end
-% if row["state"] != "open" or row["regressed_at"]:
-<b class="new">{{row["state"] if row["state"] != "open" else "regressed"}}</b>
-% end
-% about = (page.app_note(row), row["exception_type"] if row["place"] else "", shorten(row["exception_reason"]))
-<span class="brief soft"><bdi>{{": ".join(filter(None, about))}}</bdi></span>""", "main")
-_CRASHES = ("Crashes", '{{number(row["count"])}}', "number")
-_VERSION = ("Version", '<bdi>{{shorten(row.get("app_version", ""), 40)}}</bdi>', "bare")
-_DEVICE = ("Device", '{{!device_name(row.get("device_model", ""))}}', "bare")
-_RELEASE = ("Version", """\
+_APP_NAMES = '<small><bdi>{{page.app_names(row)}}</bdi></small>\n'
+_GROUP_COLUMN = ("Crash", """
+<a href="{{link("/crashes/" + row["group_hash"])}}"><bdi>{{shorten(group_title(row), 120)}}</bdi></a>
+<b>{{"new" if row["is_new"] else ""}}
+{{row["state"] if row["state"] != "open" else "regressed" if row["regressed_at"] else ""}}</b>
+% brief = (page.app_names(row), row["exception_type"] if row["place"] else "", shorten(row["exception_reason"]))
+<span class="brief soft"><bdi>{{": ".join(filter(None, brief))}}</bdi></span>""", "main")
+_CRASHES_COLUMN = ("Crashes", '{{number(row["count"])}}', "number")
+_VERSION_COLUMN = ("Version", '<bdi>{{shorten(row.get("app_version", ""), 40)}}</bdi>', "bare")
+_DEVICE_COLUMN = ("Device", '{{!device_html(row.get("device_model", ""))}}', "bare")
+_RELEASE_COLUMN = ("Version", """\
 <a href="{{link("/crashes", app=row["app"], version=row["app_version"])}}"><bdi>{{row["app_version"]}}</bdi></a>
-""" + _APP, "main")
-_NO_RELEASE = "No release yet. Reports with an <code>app_version</code> appear here."
-_TILES = """<div class="grid tiles">
+""" + _APP_NAMES, "main")
+_NO_RELEASES = "No releases yet. Releases appear once reports have an <code>app_version</code>."
+_TILE_GRID = """<div class="grid tiles">
 % for name, value, note, chart in tiles:
 <section><h2>{{name}}</h2><p class="figure">{{value}}</p><p class="note">{{note}}</p>{{!chart}}</section>
 % end
 </div>
 """
-_FILTER = """<form class="filter" method="get" action="{{page.root}}{{page.path}}">
+_FILTER_FORM = """<form class="filter" method="get" action="{{page.root}}{{page.path}}">
 <input type="hidden" name="app" value="{{page.app or ""}}">
 """
 _PAGE_LINKS = """<p>
-% for label, cursor in (("First page", None), ("Next page", next)):
-% if cursor or label == "First page" and "cursor" in parameters:
-<a class="more" href="{{link(page.path, **{**parameters, "cursor": cursor})}}">{{label}}</a>
+% if "cursor" in parameters:
+<a class="more" href="{{link(page.path, **{**parameters, "cursor": None})}}">First page</a>
 % end
+% if next:
+<a class="more" href="{{link(page.path, **{**parameters, "cursor": next})}}">Next page</a>
 % end
 </p>
 """
-_TRIAGE = """<section><h2>{{group["state"].capitalize()}}
+_TRIAGE_SECTION = """<section><h2>{{group["state"].capitalize()}}
 {{"in " + group["fixed_in"] if group["fixed_in"] and group["state"] == "resolved" else ""}}
-% if group["state"] == "open" and group["regressed_at"]:
-again since {{!when(group["regressed_at"])}}
-% end
+{{!"again since " + time_html(group["regressed_at"]) if group["regressed_at"] and group["state"] == "open" else ""}}
 </h2><div class="actions">
 % if len(group_apps) > 1:
 <p class="note">Several apps have this crash. Choose one to change its state there:
@@ -6402,7 +6399,7 @@ again since {{!when(group["regressed_at"])}}
 """ + _form("""<p><label>until <input type="date" name="until"></label>
 <label>or for <input type="number" name="more_crashes" min="1" max="2147483647"> more crashes</label>
 <label>or for <input type="number" name="more_devices" min="1" max="2147483647"> more devices</label></p>
-<p><button>Mute</button> <span class="note">Without a condition it stays muted until somebody reopens it.</span></p>
+<p><button>Mute</button> <span class="note">Without a condition, it stays muted until somebody reopens it.</span></p>
 """, "page.path, app=group_apps[0]", state="muted") + """</details>
 % end
 <details><summary>Comment</summary>
@@ -6412,7 +6409,8 @@ again since {{!when(group["regressed_at"])}}
 % end
 </div>
 % for entry in reversed(group["history"]):
-<p class="note">{{!when(entry["at"])}} <b>{{entry["what"]}}</b> <bdi>{{shorten(entry["detail"] or "", 5000)}}</bdi></p>
+<p class="note">{{!time_html(entry["at"])}} <b>{{entry["what"]}}</b>
+<bdi>{{shorten(entry["detail"] or "", 5000)}}</bdi></p>
 % end
 </section>
 """
@@ -6436,19 +6434,17 @@ _TEMPLATES = {name: bottle.SimpleTemplate(source) for name, source in {
 </header>
 % if apps and status == 200 and page.section != "/apps" and (len(apps) > 1 or apps[0].is_test):
 <nav class="apps" aria-label="Apps">
-% for name, label in [(None, "All live apps"), *((app.name, app.name + " (test)" * app.is_test) for app in apps)]:
+% for name, mark in [(None, ""), *((app.name, " (test)" if app.is_test else "") for app in apps)]:
 <a href="{{link(page.section, app=name)}}"{{!' aria-current="true"' if page.app == name else ""}}
-><bdi>{{label}}</bdi></a>
+><bdi>{{name or "All live apps"}}{{mark}}</bdi></a>
 % end
 </nav>
 % end
 <main id="main"><h1><bdi>{{shorten(title)}}</bdi></h1>
 {{!body}}</main>
-<footer>All days and times are UTC.</footer></body></html>
+<footer>All dates and times are in UTC.</footer></body></html>
 """,
-    "error": """<p>{{hint}}</p>
-<p><a href="{{page.root}}/">Overview</a></p>
-""",
+    "error": '<p>{{hint}}</p><p><a href="{{page.root}}/">Overview</a></p>',
     "sign_in": """<div class="sign-in">
 % if problem:
 <p class="problem" role="alert">{{problem}}</p>
@@ -6457,20 +6453,20 @@ _TEMPLATES = {name: bottle.SimpleTemplate(source) for name, source in {
 <p><label for="token">Admin token</label>
 <input id="token" type="password" name="token" autocomplete="current-password" required autofocus></p>
 <p><button>Sign in</button></p>
-<p class="note">The server printed it at its first start. <code>BACKFEEDR_AUTH_TOKEN</code> sets a new one.</p>
+<p class="note">The server printed it when it first started. Set <code>BACKFEEDR_AUTH_TOKEN</code> to change it.</p>
 """, next="{{target}}") + "</div>\n",
     "overview": """% for warning in warnings:
 <p class="problem" role="alert">{{warning}}</p>
 % end
 % if is_empty:
-<section class="hint"><p>Nothing received yet. Send a first crash with the key of an app
-(<a href="{{link("/apps")}}">Apps</a> adds a key):</p>
+<section class="hint"><p>No reports yet. Send a first crash with the key of an app. You can add a key under
+<a href="{{link("/apps")}}">Apps</a>.</p>
 <pre>{{curl_line(page.url, "bf_live_your_key")}}</pre></section>
 % end
 <section><h2><a href="{{link("/releases")}}">Is the latest release worse?</a></h2>
 % for row in verdicts:
 % verdict = row["verdict"] or {}
-<p class="verdict">""" + _RELEASE[1] + """\
+<p class="verdict">""" + _RELEASE_COLUMN[1] + """\
 <b{{!' class="problem"' if verdict.get("word") == "worse" else ""}}>
 {{verdict.get("text") or "no earlier release to compare with"}}</b>
 % if verdict.get("before") and verdict.get("interval"):
@@ -6480,51 +6476,52 @@ _TEMPLATES = {name: bottle.SimpleTemplate(source) for name, source in {
 </p>
 % end
 % if not verdicts:
-<p class="empty">""" + _NO_RELEASE + """</p>
+<p class="empty">""" + _NO_RELEASES + """</p>
 % end
 </section>
 <div class="grid"><section><h2>New or regressed in the last 7 days: {{number(new_count)}}</h2>
-""" + _table("new", _GROUP, _CRASHES, "Last seen", empty="No new or regressed crashes.") + """</section>
+""" + _table("new", _GROUP_COLUMN, _CRASHES_COLUMN, "Last seen", empty="No new or regressed crashes.") + """</section>
 <section><h2><a href="{{link("/crashes", days=7)}}">To fix first</a></h2>
-""" + _table("first", _GROUP, "Devices", _CRASHES, "Last seen", empty="No crashes in the last 7 days.", note="""
-Ranked by devices that crashed in the newest release in the last 7 days, halved for each day since the last crash.
-""") + """</section></div>
-""" + _TILES + """<div class="grid"><section><h2>Exception types, 30 days</h2>{{!bar_chart(types)}}</section>
+""" + _table("first", _GROUP_COLUMN, "Devices", _CRASHES_COLUMN, "Last seen", empty="No crashes in the last 7 days.",
+                    note="""Ranked by the number of devices that crashed in the newest release in the last 7 days,
+halved for each day since the last crash.""") + """</section></div>
+""" + _TILE_GRID + """<div class="grid"><section><h2>Exception types, 30 days</h2>{{!bar_chart(types)}}</section>
 <section><h2>Crashing devices, 30 days</h2>{{!bar_chart(devices)}}</section></div>
 """,
-    "crashes": _FILTER + """<label>Version <input name="version" value="{{parameters.get("version", "")}}"></label>
+    "crashes": _FILTER_FORM + """<label>Version <input name="version" value="{{parameters.get("version", "")}}"></label>
 <label>Period """ + _select("days", "periods", 'parameters["days"]') + """</label>
 <label>Sort by """ + _select("sort", "sorts", 'parameters.get("sort", "crashes")') + """</label>
 <label>State """ + _select("state", '[("", "all"), *states]', 'parameters.get("state", "")') + """</label>
 <label>Text <input type="search" name="text" value="{{parameters.get("text", "")}}"></label>
 <button>Show</button></form>
 """ + _table(
-        "groups", _GROUP, _CRASHES, "Devices", ("30 days", '{{!sparkline(row["days"], "Crashes")}}', ""),
+        "groups", _GROUP_COLUMN, _CRASHES_COLUMN, "Devices", ("30 days", '{{!sparkline(row["days"], "Crashes")}}', ""),
         ("Versions", '<bdi>{{", ".join(shorten(version, 40) for version in row["versions"][-2:])}}</bdi>'
                      '{{", +{}".format(len(row["versions"]) - 2) if len(row["versions"]) > 2 else ""}}', ""),
         "First seen", "Last seen", empty="""
 % if parameters != {"days": "all"}:
 No matches. <a href="{{link("/crashes", days="all")}}">Show all</a>
 % else:
-No crashes stored{{" for " + page.app if page.app else ""}}. <a href="{{link("/apps")}}">Apps</a> has the keys for
-sending one.
+No crashes stored{{" for " + page.app if page.app else ""}}. The keys to send one are under
+<a href="{{link("/apps")}}">Apps</a>.
 % end
 """) + _PAGE_LINKS,
     "group": """<p><b><bdi>{{group["exception_type"] if group["place"] else ""}}</bdi></b>
 <span class="soft"><bdi>{{shorten(report.get("exception_reason", ""), 5000)}}</bdi></span></p>
 <dl class="facts">
-% for name in ("count", "devices", "first_seen", "last_seen"):
-<div><dt>{{name.replace("_", " ").replace("count", "crashes").capitalize()}}</dt><dd>{{!show(group[name])}}</dd></div>
+% facts = {"Crashes": "count", "Devices": "devices", "First seen": "first_seen", "Last seen": "last_seen"}
+% for label, name in facts.items():
+<div><dt>{{label}}</dt><dd>{{!value_html(group[name])}}</dd></div>
 % end
 <div><dt>Group</dt><dd><code>{{group["group_hash"]}}</code></dd></div>
 <div><dt>Export</dt><dd><a href="{{link(page.path + ".txt")}}">text</a>
 <a href="{{link(page.path + ".md")}}">Markdown</a></dd></div></dl>
-""" + _TRIAGE + """\
+""" + _TRIAGE_SECTION + """\
 % if not report:
-<p class="empty">The crashes of this group have expired. Its state and its history remain.</p>
+<p class="empty">The crashes in this group have expired. Its state and history remain.</p>
 % else:
 <section><h2>Crashes per day</h2>{{!chart}}</section>
-<section><h2>{{"Latest crash" if is_latest else "Crash"}}, {{!when(report["occurred_at"])}}</h2>
+<section><h2>{{"Latest crash" if is_latest else "Crash"}}, {{!time_html(report["occurred_at"])}}</h2>
 <p>
 % for id, name, rel in ((older, "Older crash", "prev"), (newer, "Newer crash", "next")):
 % if id:
@@ -6535,40 +6532,39 @@ sending one.
 <div class="crash"><div>
 % if frames:
 <ol class="trace" start="0">
-% for symbol, place, is_own, raw in frames[:max_frames]:
-<li{{!' class="own"' if is_own else ""}} title="{{shorten(raw)}}"><code><bdi>{{shorten(symbol, 1000)}}</bdi></code>
-<span class="place"><bdi>{{shorten(place)}}</bdi></span></li>
+% for frame in frames[:max_frames]:
+<li{{!' class="own"' if frame.is_own else ""}} title="{{shorten(frame.address)}}"><code><bdi>\
+{{shorten(frame.symbol, 1000)}}</bdi></code> <span class="place"><bdi>{{shorten(frame.place)}}</bdi></span></li>
 % end
 </ol>
 % if frames[max_frames:]:
 <p class="note">and {{number(len(frames) - max_frames)}} more frames</p>
 % end
 % for build in group["missing_symbols"]:
-<p class="problem">Symbols of <bdi>{{build_name(build)}}</bdi> are missing: {{number(build["crashes"])}}
-{{"crashes wait" if build["crashes"] > 1 else "crash waits"}} for them.
-<code>python examples/symbols.py --server {{page.url}} App.xcarchive</code> sends them (build {{build["uuid"]}}).</p>
+<p class="problem">Symbols for <bdi>{{build_name(build)}}</bdi> are missing: {{number(build["crashes"])}}
+{{"crashes are" if build["crashes"] > 1 else "crash is"}} waiting for them. To upload the symbols of this build
+({{build["uuid"]}}): <code>python examples/symbols.py --server {{page.url}} App.xcarchive</code></p>
 % end
-% if not any(is_own for _, _, is_own, _ in frames):
-<p class="note">No frame is known to be the app's own.</p>
+% if not any(frame.is_own for frame in frames):
+<p class="note">No frame is known to belong to the app.</p>
 % end
 % else:
 <p class="empty">This report has no stack trace.</p>
 % end
 </div><dl class="context">
-% for name, value in fields:
-<div{{!' class="long"' if len(value) > 100 and "_hash" not in name else ""}}><dt><bdi>{{shorten(name, 100)}}</bdi></dt>
-<dd>{{!value}}</dd></div>
+% for label, html in fields:
+<div{{!' class="long"' if len(html) > 100 else ""}}><dt><bdi>{{shorten(label, 100)}}</bdi></dt><dd>{{!html}}</dd></div>
 % end
 </dl></div></section>
 <div class="grid">
 % session = {"app": report["app"], **{name: report.get(name) for name in ("session_id", "device_id_hash")}}
-% for title, steps in (("Breadcrumbs", crumbs), ("Events of this session", before)):
+% for title, steps in (("Breadcrumbs", breadcrumbs), ("Events of this session", events)):
 % if steps:
 <section><h2>{{title}}</h2>
 """ + _table(
         "steps", ("Time", "{{row[0]}}", "bare number"),
         ("Action", '<bdi>{{row[1]}}</bdi> <span class="soft">{{row[2]}}</span>', "bare")) + """
-% if steps is before:
+% if steps is events:
 <p><a href="{{link("/events", **session)}}">All events of this session</a></p>
 % end
 </section>
@@ -6584,15 +6580,17 @@ sending one.
 """,
     "events": """% if "session_id" in parameters:
 <p>Session <code><bdi>{{parameters["session_id"]}}</bdi></code>
-of <bdi>{{parameters.get("device_id_hash", "all devices")}}</bdi>, oldest event first.
+on <bdi>{{parameters.get("device_id_hash", "all devices")}}</bdi>, oldest event first.
 <a href="{{link("/events")}}">All events</a></p>
 % else:
-""" + _FILTER + "<label>Type " + _select("type", '[("", "all"), *types]', 'parameters.get("type", "")') + """</label>
+""" + _FILTER_FORM + """<label>Type
+""" + _select("type", '[("", "all"), *types]', 'parameters.get("type", "")') + """</label>
 <label>Name <input name="name" value="{{parameters.get("name", "")}}"></label>
 <label>Session <input name="session_id"></label> <button>Show</button></form>
 % end
 """ + _table(
-        "events", ("Event", '{{row["type"]}} <b><bdi>{{shorten(row.get("name", ""), 80)}}</bdi></b>\n' + _APP + """
+        "events", ("Event", """{{row["type"]}} <b><bdi>{{shorten(row.get("name", ""), 80)}}</bdi></b>
+""" + _APP_NAMES + """
 % text = details(row)
 % if len(text) > 100:
 <details class="soft"><summary><bdi>{{text[:100]}}...</bdi></summary><bdi>{{text}}</bdi></details>
@@ -6600,14 +6598,14 @@ of <bdi>{{parameters.get("device_id_hash", "all devices")}}</bdi>, oldest event 
 <span class="soft"><bdi>{{text}}</bdi></span>
 % end
 """, "main"),
-        ("Occurred", '{{!when(row["occurred_at"])}}', "bare"), _VERSION, _DEVICE, ("Session", """
+        ("Occurred", '{{!time_html(row["occurred_at"])}}', "bare"), _VERSION_COLUMN, _DEVICE_COLUMN, ("Session", """
 % if row.get("session_id"):
 <a href="{{link("/events", session_id=row["session_id"], device_id_hash=row.get("device_id_hash"))}}"><bdi>\
 {{shorten(row["session_id"], 12)}}</bdi></a>
 % end
 """, "bare"), empty="""
 % if next:
-No match among the 20,000 events searched. The next page searches older ones.
+No matches among the 20,000 events searched. The next page searches older ones.
 % elif parameters:
 No matches. <a href="{{link("/events")}}">Show all</a>
 % else:
@@ -6615,15 +6613,15 @@ No events stored{{" for " + page.app if page.app else ""}}.
 <code>examples/client.py</code> shows how an app sends its sessions.
 % end
 """) + _PAGE_LINKS,
-    "usage": _TILES + _TILES.replace("in tiles:", "in back:") + """<div class="grid"><section>
+    "usage": _TILE_GRID + _TILE_GRID.replace("in tiles:", "in retention_tiles:") + """<div class="grid"><section>
 <h2><a href="{{link("/events")}}">Events, 30 days</a></h2>
 """ + _table(
         "events", ("Event", """<a href="{{link("/events", type=row["type"], name=row["name"])}}"><bdi>\
 {{shorten(row["name"], 80) or "(no name)"}}</bdi></a> <span class="soft">{{row["type"]}}</span>""", "main"),
-        ("30 days", '{{!sparkline(row["days"], "Events")}}', ""), ("Events", '{{!show(row["count"])}}', "number"),
+        ("30 days", '{{!sparkline(row["days"], "Events")}}', ""), ("Events", '{{!value_html(row["count"])}}', "number"),
         empty="No events in 30 days.") + """<p><a href="{{link("/events")}}">All events, one by one</a></p></section>
 <section><h2><a href="{{link("/releases")}}">Adoption, 7 days</a></h2>
-""" + _table("releases", _RELEASE, "Adoption", empty=_NO_RELEASE) + "</section></div>\n",
+""" + _table("releases", _RELEASE_COLUMN, "Adoption", empty=_NO_RELEASES) + "</section></div>\n",
     "releases": """<p class="note">Sorted by
 % if "sort" in parameters:
 <a href="{{link("/releases")}}">first seen</a> | version</p>
@@ -6631,9 +6629,9 @@ No events stored{{" for " + page.app if page.app else ""}}.
 first seen | <a href="{{link("/releases", sort="version")}}">version</a></p>
 % end
 """ + _table(
-        "releases", _RELEASE, ("Verdict", '{{(row["verdict"] or {}).get("text", "-")}}', "verdict"),
+        "releases", _RELEASE_COLUMN, ("Verdict", '{{(row["verdict"] or {}).get("text", "-")}}', "verdict"),
         "Crash-free sessions", "Crash-free devices", "Crashes", "Sessions", "Adoption", "First seen", "Last seen",
-        empty=_NO_RELEASE, note="Adoption is the share of the app's sessions in the last 7 days."),
+        empty=_NO_RELEASES, note="Adoption is the share of the app's sessions in the last 7 days."),
     "apps": """% if notice:
 <section class="hint" role="{{"status" if status == 200 else "alert"}}"><p
 {{!' class="problem"' if status != 200 else ""}}>{{notice["message"]}}</p>
@@ -6641,25 +6639,25 @@ first seen | <a href="{{link("/releases", sort="version")}}">version</a></p>
 <p><code class="key">{{notice["secret"]}}</code></p>
 % end
 % if "curl" in notice:
-<p>Put it into the app. To try it:</p><pre>{{notice["curl"]}}</pre>
+<p>Add it to your app. To try it:</p><pre>{{notice["curl"]}}</pre>
 % end
 </section>
 % end
 % for app in apps:
 <section><h2><bdi>{{app.name}}</bdi>{{" (test)" if app.is_test else ""}}</h2>
-<p class="note">Created {{!when(app.created_at)}}. <a href="{{link("/", app=app.name)}}">Statistics</a></p>
+<p class="note">Created {{!time_html(app.created_at)}}. <a href="{{link("/", app=app.name)}}">Statistics</a></p>
 """ + _table(
-        "keys[app.name]", ("Key", "<code>{{row.prefix}}...</code>", "main"),
-        ("Created", "{{!when(row.created_at)}}", ""),
+        "[key for key in keys if key.app == app.name]", ("Key", "<code>{{row.prefix}}...</code>", "main"),
+        ("Created", "{{!time_html(row.created_at)}}", ""),
         ("Last used", '{{iso(86_400_000 * row.last_used)[:10] if row.last_used else "-"}}', ""),
         ("Requests, 7 days", "{{number(row.requests)}}", "number"), ("Status", """
 % if row.revoked_at:
-revoked {{!when(row.revoked_at)}}
+revoked {{!time_html(row.revoked_at)}}
 % else:
 <details><summary>Revoke</summary><p>Reports sent with this key will be refused.</p>
 """ + _form('<button class="danger">Revoke</button>', action="revoke", key="{{row.hash}}") + """</details>
 % end
-""", "bare"), empty="No key, so nothing can be sent.") + '<div class="actions">\n' + _form(
+""", "bare"), empty="No keys, so this app cannot send anything.") + '<div class="actions">\n' + _form(
             "<button>Add key</button>", action="key", name="{{app.name}}") + """
 <details><summary>Delete app</summary>
 """ + _form("""<p>This deletes its keys and all its reports. Type its name to confirm.</p>
@@ -6668,7 +6666,7 @@ revoked {{!when(row.revoked_at)}}
 % end
 <section><h2>New app</h2>
 """ + _form("""<p><label>Name <input name="name" maxlength="100" required></label></p>
-<p><label><input type="checkbox" name="test" value="1"> Test app: not in public statistics</label></p>
+<p><label><input type="checkbox" name="test" value="1"> Test app (left out of public statistics)</label></p>
 <p><button>Create app and key</button></p>
 """, action="create") + """</section>
 <section><h2>Alerts</h2>
@@ -6676,31 +6674,32 @@ revoked {{!when(row.revoked_at)}}
         "channels", ("Channel", '<code><bdi>{{row["id"]}}: {{row["address"]}}</bdi></code>', "main"),
         ("App", '<bdi>{{row["app"] or "all live apps"}}</bdi>', ""),
         ("Alerts", '{{row["kinds"].replace(",", ", ")}}', ""),
-        ("Last sent", '{{!when(row["sent_at"]) if row["sent_at"] else "never"}}', ""), ("Status", """
+        ("Last sent", '{{!time_html(row["sent_at"]) if row["sent_at"] else "never"}}', ""), ("Status", """
 % if row["ended_at"]:
-<span class="problem">ended {{!when(row["ended_at"])}}: its receiver asked for no more</span>
+<span class="problem">ended {{!time_html(row["ended_at"])}}: the receiver answered 410 Gone</span>
 % elif row["error"]:
-<span class="problem">{{row["error"]}}, {{!when(row["error_at"])}}; {{row["waiting"]}} waiting</span>
+<span class="problem">{{row["error"]}}, {{!time_html(row["error_at"])}}; {{row["waiting"]}} waiting</span>
 % else:
 {{"{} waiting".format(row["waiting"]) if row["waiting"] else "ok"}}
 % end
 """, ""), ("Change", "\n" + _form('<button class="plain">Test</button>', action="test-channel", id='{{row["id"]}}')
              + _form('<button class="plain">Remove</button>', action="remove-channel", id='{{row["id"]}}'), "bare"),
-        empty="No channels: nobody is told of new or regressed crashes.") + """
+        empty="No channels, so nobody is notified of new or regressed crashes.") + """
 <details><summary>Add channel</summary>
-""" + _form("""<p class="note">A webhook (https), slack+https or ntfy+https; with the package apprise, any
-address that it supports.</p>
+""" + _form("""<p class="note">An https webhook, slack+https or ntfy+https. With the package apprise installed,
+any address that it supports.</p>
 <p><label>Address <input name="url" size="30" required></label>
 <label>App """ + _select("app", '[("", "all live apps"), *(app.name for app in apps)]') + """</label></p><p>
 % for kind, is_on in fact_kinds.items():
 <label><input type="checkbox" name="on-{{kind}}" value="1"{{" checked" if is_on else ""}}> {{kind}}</label>
 % end
-</p><p><label>Hour of the digest, UTC <input type="number" name="hour" min="0" max="23" value="7"></label></p>
-<p><label><input type="checkbox" name="reason" value="1"> Send the reasons of crashes, too</label></p>
+</p><p><label>Hour of the digest (UTC) <input type="number" name="hour" min="0" max="23" value="7"></label></p>
+<p><label><input type="checkbox" name="reason" value="1"> Include exception reasons</label></p>
 <p><button>Add channel</button></p>
 """, action="add-channel") + """</details></section>
 <section><h2>Feed</h2>
-<p>An Atom feed of new and regressed crashes. {{"It has an address." if has_feed else "It has no address yet."}}</p>
+<p>An Atom feed of new and regressed crashes.
+{{"A new address replaces the old one." if has_feed else "It has no address yet."}}</p>
 <div class="actions">
 """ + _form("<button>New address</button>", action="make-feed") + """\
 % if has_feed:
@@ -6711,7 +6710,7 @@ address that it supports.</p>
     "feed": """<?xml version="1.0" encoding="utf-8"?>
 <feed xmlns="http://www.w3.org/2005/Atom"><title>Crashes{{" of " + page.app if page.app else ""}}</title>
 <id>{{page.url}}/crashes.atom{{"?" + urlencode({"app": page.app}) if page.app else ""}}</id>
-<updated>{{updated}}</updated><author><name>backfeedr</name></author>
+<updated>{{iso(news[0]["at"] if news else 0)}}</updated><author><name>backfeedr</name></author>
 <link rel="self" href="{{page.url}}/crashes.atom?{{urlencode(page.query)}}"/><link href="{{page.url}}/crashes"/>
 % for row in news:
 % link = "{}/crashes/{}?{}".format(page.url, row["group_hash"], urlencode({"app": row["app"]}))
@@ -6728,20 +6727,18 @@ STYLE = """
   --link: #1d5a96; --mark: #2f6da8; --bad: #b3261e; }
 @media (prefers-color-scheme: dark) { :root { --paper: #161614; --ink: #e9e6de; --soft: #a19d92; --rule: #383631;
   --tint: #201f1c; --link: #8cbcf0; --mark: #7fb0e4; --bad: #ff8f80; } }
-* { box-sizing: border-box; }
+* { box-sizing: border-box; } dl, dd, form, .figure, .chart p { margin: 0; }
 body { margin: 0 auto; max-width: 78rem; padding: 0 1.25rem 2rem; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; -webkit-text-size-adjust: 100%; }
 code, pre, .trace, .long dd { font-family: ui-monospace, Consolas, monospace; }
-dl, dd, form, .figure, .chart p { margin: 0; }
 th, dt, pre, footer, small, .note, .trace, .filter label { color: var(--soft); font-size: 0.9em; }
-.empty, .soft, .place, .chart p { color: var(--soft); }
+.empty, .soft, .place, .chart p { color: var(--soft); } .danger, .problem { color: var(--bad); }
 header, nav, .facts, .filter, .actions { display: flex; flex-wrap: wrap; gap: 0.4rem 1.3rem; align-items: baseline; }
 header { padding: 0.9rem 0 0.6rem; border-bottom: 2px solid var(--ink); } header nav { flex: 1; }
-.skip:not(:focus) { position: absolute; left: -99rem; }
 .apps { padding: 0.5rem 0; border-bottom: 1px solid var(--rule); }
 a, summary, .plain { color: var(--link); } nav a, .brand { text-decoration: none; padding: 0.2rem 0; }
 h2 a, .brand, a[aria-current] { color: inherit; } a[aria-current] { border-bottom: 2px solid var(--mark); }
-a[aria-current], .brand, .own, .key { font-weight: 600; }
+a[aria-current], .brand, .own, .key { font-weight: 600; } .skip:not(:focus) { position: absolute; left: -99rem; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 1.4rem 0 0.8rem; } h2 { font-size: 0.95rem; margin: 0 0 0.5rem; }
 section, footer { margin: 1.75rem 0 0; min-width: 0; }
 footer, .tiles section { border-top: 1px solid var(--rule); padding-top: 0.6rem; }
@@ -6751,11 +6748,10 @@ footer, .tiles section { border-top: 1px solid var(--rule); padding-top: 0.6rem;
 .figure { font-size: 1.9rem; line-height: 1.2; } .note, .verdict { margin: 0.2rem 0; }
 .brief { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 1; overflow: hidden;
   word-break: break-all; }
-table { border-collapse: collapse; width: 100%; }
+table { border-collapse: collapse; width: 100%; } .list tr { border-bottom: 1px solid var(--rule); }
 th { text-align: left; font-weight: 400; overflow-wrap: normal; }
 th, td { padding: 0.4rem 1.2rem 0.4rem 0; vertical-align: top; } :is(th, td):last-child { padding-right: 0; }
 .number { text-align: right; font-variant-numeric: tabular-nums; } td.number, .list time { white-space: nowrap; }
-.list tr { border-bottom: 1px solid var(--rule); }
 .own, .hint, pre, .long dd, button { background: var(--tint); }
 .bars :is(th, td) { padding-block: 0.15rem; } .bars th { color: inherit; font-size: 1em; width: 52%; }
 .bars .number, th.number:first-child { width: 1%; } th.verdict { width: 38%; }
@@ -6772,8 +6768,7 @@ path { fill: none; stroke: var(--mark); stroke-width: 2; stroke-linecap: round; 
 li { padding: 0.15rem 0 0.15rem 0.6rem; border-left: 3px solid transparent; }
 .own { color: var(--ink); border-left-color: var(--bad); } .own .place { color: var(--link); }
 .context > :not(.long) { display: grid; grid-template-columns: minmax(8rem, max-content) minmax(0, 1fr); gap: 0.8rem;
-  padding: 0.2rem 0; }
-.context dt { max-width: 9.5rem; }
+  padding: 0.2rem 0; } .context dt { max-width: 9.5rem; }
 pre, .long dd { margin: 0.2rem 0; padding: 0.5rem 0.7rem; white-space: pre-wrap; max-height: 22rem; overflow-y: auto; }
 form, label { display: inline-block; } form, details { max-width: 100%; } p label { margin: 0 0.8rem 0.3rem 0; }
 .filter { align-items: end; margin-bottom: 1rem; } .filter label { display: grid; }
@@ -6783,22 +6778,18 @@ input, select, textarea { background: var(--paper); } [type=number] { width: 7re
 input:not([type=checkbox]), select, button { min-height: 2.2rem; }
 button, summary { cursor: pointer; } button:hover { border-color: var(--ink); }
 .plain { border: 0; padding: 0; min-height: 0; background: none; } td form + form { margin-left: 0.8rem; }
-.danger, .problem { color: var(--bad); }
 .sign-in { max-width: 24rem; } .sign-in :is(form, label, #token) { display: block; width: 100%; }
 .hint { padding: 0.3rem 1rem 0.8rem; border-left: 3px solid var(--mark); } .key { user-select: all; }
 .actions, .list + details { margin-top: 0.6rem; } .more { margin-right: 1.5rem; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 @media (max-width: 60rem) {
-  .crash { grid-template-columns: minmax(0, 1fr); }
-  .list thead { position: absolute; clip-path: inset(50%); }
-  .list, .list tbody { display: block; }
+  .crash { grid-template-columns: minmax(0, 1fr); } .spark { display: inline-block; vertical-align: middle; }
+  .list thead { position: absolute; clip-path: inset(50%); } .list, .list tbody { display: block; }
   .list tr { display: flex; flex-wrap: wrap; gap: 0 1.2rem; padding: 0.4rem 0; align-items: baseline; }
   .list td { padding: 0; width: auto; text-align: left; white-space: normal; }
   .list td:not(.main, .bare)::before { content: attr(data-label) " "; color: var(--soft); font: 0.85em system-ui; }
-  .list .main { order: -1; flex-basis: 100%; }
+  .list .main { order: -1; flex-basis: 100%; } .list .number + .bare { flex: 1 1 12rem; }
   .list td:not(.main):is(:empty, :has(> bdi:empty)), :is(.list, .bars) .code { display: none; }
-  .list .number + .bare { flex: 1 1 12rem; }
-  .spark { display: inline-block; vertical-align: middle; }
   time::after { content: ", " attr(title); color: var(--soft); font-size: 0.9em; }
   a, nav a, .brand, summary, .plain { padding-block: 12px; }
   input:not([type=checkbox]), select, button { min-height: 40px; }
@@ -6814,9 +6805,9 @@ PAGE_HEADERS = {
         f" 'sha256-{base64.b64encode(sha256(STYLE)).decode()}'")}
 
 _TEMPLATE_GLOBALS = {
-    "bar_chart": bar_chart, "build_name": build_name, "culprit": _culprit, "curl_line": curl_line, "details": _details,
-    "device_name": device_name, "icon": _ICON, "iso": iso_time, "number": "{:,}".format, "pages": _PAGES,
-    "shorten": _shorten, "sparkline": sparkline, "style": STYLE}
+    "bar_chart": bar_chart, "build_name": build_name, "curl_line": curl_line, "details": _event_details,
+    "device_html": device_html, "group_title": _group_title, "icon": _ICON, "iso": iso_time, "number": "{:,}".format,
+    "pages": _PAGES, "shorten": _shorten, "sparkline": sparkline, "style": STYLE, "urlencode": urlencode}
 
 
 # == Backfeedr =================================================================

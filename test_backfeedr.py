@@ -2348,7 +2348,7 @@ def test_reports_are_shown_with_names_and_the_frames_that_were_sent_beside(api, 
     api.post(EVENTS, hang)
     group = report_groups(api.server)[0]
     page = person.text(f"/crashes/{group}")
-    assert "Symbols of Shop 1.3.0 (48) are missing: 2 crashes wait for them." in page
+    assert "Symbols for Shop 1.3.0 (48) are missing: 2 crashes are waiting for them." in page
     assert "python examples/symbols.py --server http://localhost:80 App.xcarchive" in page and "Shop + 1009" in page
     missing = {"uuid": HELD, "binary": "Shop", "app": "default", "app_version": "1.3.0", "build_number": "48",
                "crashes": 2}
@@ -2752,7 +2752,7 @@ def test_lists_are_asked_for_groups_of_a_state(api, person, clock):
     found = {each["exception_type"]: (each["state"], each["regressed_at"] is not None) for each in found}
     assert found == {"open": ("open", False), "resolved": ("resolved", False), "muted": ("muted", False),
                      "again": ("open", True), "fresh": ("open", False)}
-    badges = dict(re.findall(r'<bdi>(\w+)</bdi></a>\s*<b class="new">(\w+)</b>', person.get("/crashes?days=all").text))
+    badges = dict(re.findall(r'<bdi>(\w+)</bdi></a>\s*<b>\s*(\w+)\s*</b>', person.get("/crashes?days=all").text))
     assert badges == {"resolved": "resolved", "muted": "muted", "again": "regressed", "fresh": "new"}
     assert api.get(f"{CRASHES}?state=closed", **ADMIN)[0] == 400
     decided(api.server, {"state": "muted"}, groups["again"])
@@ -4644,7 +4644,7 @@ def test_a_channel_that_answers_410_ends_and_the_page_says_so(alerting, clock, r
     note(alerting)
     assert deliver_later(alerting, clock, 86400) == NONE_DUE and len(receiver.came) == 1
     assert stored(alerting, "messages", "facts") == {"messages": [], "facts": []}, "nobody is left to tell"
-    assert "ended 1 d ago : its receiver asked for no more" in Person(alerting).has_session().text("/apps")
+    assert "ended 1 d ago : the receiver answered 410 Gone" in Person(alerting).has_session().text("/apps")
 
 
 def test_retry_after_is_honoured_up_to_a_day(alerting, clock, receiver):
@@ -6445,17 +6445,17 @@ def test_random_requests_get_documented_answers_and_leave_the_database_sound(ser
 
 PAGES = ["/", "/crashes", "/usage", "/events", "/releases", "/apps"]
 HTML = {"Accept": "text/html,application/xhtml+xml"}
-SIGN_IN = urlencode({"token": TOKEN, "form_token": backfeedr.sha256("form").hex()})  # of a browser without a cookie
+SIGN_IN = urlencode({"token": TOKEN, "form_token": backfeedr.sha256("form").hex()})  # from a browser without a cookie
 
 
 def assert_tags_are_closed(page):
-    opened = []
-    for end, tag, is_empty in re.findall("<(/?)([a-z][a-z0-9]*)[^>]*?(/?)>", page):
-        if end:
-            assert opened and opened.pop() == tag, (tag, opened)
+    open_tags = []
+    for slash, tag, is_empty in re.findall("<(/?)([a-z][a-z0-9]*)[^>]*?(/?)>", page):
+        if slash:
+            assert open_tags and open_tags.pop() == tag, (tag, open_tags)
         elif not is_empty and tag not in ("meta", "link", "input"):
-            opened.append(tag)
-    assert opened == []
+            open_tags.append(tag)
+    assert open_tags == []
 
 
 def cookie_of(server):
@@ -6463,7 +6463,7 @@ def cookie_of(server):
 
 
 class Person:
-    """Somebody with a browser, who is not signed in yet."""
+    """A person with a browser, not signed in yet."""
 
     def __init__(self, server, prefix=""):
         self.server, self.prefix = server, prefix
@@ -6475,7 +6475,7 @@ class Person:
         return answer
 
     def text(self, path):
-        """What a page says, without its tags."""
+        """Returns the text of a page, without tags."""
         text = re.sub("<style>.*?</style>|<[^>]*>", " ", self.get(path).text, flags=re.S)
         return " ".join(html.unescape(text).split())
 
@@ -6486,74 +6486,80 @@ class Person:
         return send(forms_of(self.get("/", 303).follow(headers=HTML))[0], token=token).follow(headers=HTML)
 
     def has_session(self):
-        """As after sign_in(), by one request."""
+        """Signs in with a single request."""
         self.get(self.server.pages.invite(""), 303)
         return self
 
     def submit(self, action, status=200, **values):
-        """Sends the form of the page of apps that does this, and already has those of the values that are hidden."""
-        return send(next(form for form in forms_of(self.get("/apps"))
-                         if "action" in form.fields and form["action"].value == action
-                         and all(form[name].value == value for name, value in values.items()
-                                 if form[name].attrs.get("type") == "hidden")), status, **values)
+        """Submits the form of the Apps page that has this action and the given values in its hidden fields."""
+        for form in forms_of(self.get("/apps")):
+            hidden = {name: field.value for name, (field, *_) in form.fields.items()
+                      if field.attrs.get("type") == "hidden"}
+            wanted = {**hidden, "action": action, **values}
+            if "action" in hidden and all(wanted[name] == value for name, value in hidden.items()):
+                return send(form, status, **values)
+        raise AssertionError("there is no such form")
 
 
 def forms_of(page):
-    """As `page.forms`, which parses the whole page, slowly."""
+    """Returns the same as `page.forms`, which is slow."""
     return [webtest.forms.Form(page, text) for text in re.findall("<form.*?</form>", page.text, re.S)]
 
 
 def send(form, status=303, **values):
-    """The answer to a form that is filled in."""
+    """Fills in a form and submits it."""
     for name, value in values.items():
         form[name] = value
     return form.submit(headers=HTML, status=status)
 
 
+def post_crash(api, **fields):
+    """Sends a crash and returns the hash of its group."""
+    return api.post(CRASHES, {**CRASH, **fields})[1]["group_hash"]
+
+
 @pytest.fixture
 def person(api):
-    """Signed in."""
+    """A person who is signed in."""
     return Person(api.server).has_session()
 
 
 # -- Signing in
 
-def test_a_page_is_shown_only_with_the_session_of_signing_in(api):
+def test_a_page_is_shown_only_after_signing_in(api):
     for path in [*PAGES, "/crashes/0123456789abcdef", "/events?name=a&type=custom"]:
-        someone = Person(api.server)
-        answer = someone.get(path, 303)
-        assert answer.location.endswith("/sign-in?" + urlencode({"next": path})) and not answer.body
-        assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
-        assert send(forms_of(answer.follow(headers=HTML))[0], token=TOKEN).headers["Location"] == path
-        someone.get(path, 404 if "0123" in path else 200)
-        for made_up in ("0" * 32, "", "' or 1=1 --", "0" * 5000):
-            Person(api.server).get(path, 303, Cookie=f"{cookie_of(api.server)}={made_up}")
+        person = Person(api.server)
+        redirect = person.get(path, 303)
+        assert redirect.location.endswith("/sign-in?" + urlencode({"next": path})) and not redirect.body
+        assert "frame-ancestors 'none'" in redirect.headers["Content-Security-Policy"]
+        assert send(forms_of(redirect.follow(headers=HTML))[0], token=TOKEN).headers["Location"] == path
+        person.get(path, 404 if "0123" in path else 200)
+        for forged in ("0" * 32, "", "' or 1=1 --", "0" * 5000):
+            Person(api.server).get(path, 303, Cookie=f"{cookie_of(api.server)}={forged}")
 
 
-def test_a_session_ends_by_signing_out_after_a_week_and_with_the_admin_token_that_it_came_from(serve, clock):
+def test_a_session_ends_by_signing_out_after_a_week_or_with_a_new_admin_token(serve, clock):
     server = serve()
-    someone = Person(server)
-    cookie = cookie_of(server)
-    page, during = someone.sign_in(), someone.web.cookies[cookie]
-    assert re.fullmatch("[0-9a-f]{32}", during)
-    assert len(stored(server, "grants")["grants"]) == 1 and during.encode() not in content_of(server.store.path)
-    sign_out = forms_of(page)[0]
+    person, cookie = Person(server), cookie_of(server)
+    sign_out, session = forms_of(person.sign_in())[0], person.web.cookies[cookie]
+    assert re.fullmatch("[0-9a-f]{32}", session)
+    assert len(stored(server, "grants")["grants"]) == 1 and session.encode() not in content_of(server.store.path)
     assert (sign_out.action, send(sign_out).headers["Location"]) == ("/sign-out", "/sign-in")
-    assert stored(server, "grants") == {"grants": []} and cookie not in someone.web.cookies
-    someone.web.set_cookie(cookie, during)
-    someone.sign_in()  # which begins without a session
+    assert stored(server, "grants") == {"grants": []} and cookie not in person.web.cookies
+    person.web.set_cookie(cookie, session)
+    person.sign_in()  # fails unless the first page asks to sign in
     clock.move(7 * 86400 - 1)
-    someone.get("/")
+    person.get("/")
     clock.move(1)
-    someone.sign_in()
-    assert len(stored(server, "grants")["grants"]) == 1, "the old one is gone"
+    person.sign_in()
+    assert len(stored(server, "grants")["grants"]) == 1, "the expired session is deleted"
     serve()
-    someone.get("/")
+    person.get("/")
     serve(auth_token="another" * 3)
-    someone.get("/", 303)
+    person.get("/", 303)
 
 
-def test_a_wrong_admin_token_does_not_sign_in_and_costs_nobody_else_anything(api):
+def test_a_wrong_admin_token_is_refused_and_locks_nobody_out(api):
     form = forms_of(Person(api.server).get("/sign-in"))[0]
     for token in ["", "wrong", TOKEN[:-1], TOKEN + "0", "\u00e9\u20ac", KEY, *["wrong"] * 30]:
         page = send(form, 403, token=token)
@@ -6562,39 +6568,38 @@ def test_a_wrong_admin_token_does_not_sign_in_and_costs_nobody_else_anything(api
     assert "Overview" in Person(api.server).sign_in()
 
 
-def test_two_servers_on_one_host_keep_their_browser_sessions_apart(serve):
+def test_two_servers_on_one_host_have_separate_sessions(serve):
     first, second = serve(), serve("second.db", auth_token="another" * 3)
-    someone = Person(first)
+    person = Person(first)
     assert cookie_of(first) != cookie_of(second)
     for server, token in ((first, TOKEN), (second, "another" * 3)):
-        someone.web.app = server  # by another port, so that the browser sends all its cookies
-        someone.sign_in(token)
-    someone.web.app = first
-    someone.get("/")
+        person.web.app = server  # on another port of the host, so the browser sends the cookies of both
+        person.sign_in(token)
+    person.web.app = first
+    person.get("/")
 
 
 def test_a_one_time_link_signs_in_once_and_within_ten_minutes(api, clock):
-    someone, late = Person(api.server), Person(api.server)
-    link, other = api.server.pages.invite(""), api.server.pages.invite("")
-    late.web.head(link, status=200)  # as a link preview does
-    assert someone.get(link, 303).headers["Location"] == "/"
-    someone.get("/")
+    person, late = Person(api.server), Person(api.server)
+    link, unused = api.server.pages.invite(""), api.server.pages.invite("")
+    late.web.head(link, status=200)  # like a link preview
+    assert person.get(link, 303).headers["Location"] == "/"
+    person.get("/")
     assert "This link has been used or has expired." in late.get(link, 403)
     clock.move(600)
-    late.get(other, 403)
+    late.get(unused, 403)
     late.get("/", 303)
-    with api.server.store._here.write_lock:  # for which a made-up code does not wait
+    with api.server.store._here.write_lock:  # a made-up code does not wait for it
         assert late.get("/sign-in?code=" + "0" * 32, 403)
 
 
-def test_links_and_the_cookie_keep_to_the_path_and_the_scheme_of_the_server(serve):
+def test_links_and_the_cookie_use_the_path_and_the_scheme_of_the_server(serve):
     direct = serve()
     mounted_app, behind_proxy = mounted(direct, "/here"), serve(public_url="https://example.com/here")
     for app, prefix, scheme, headers, secure in (
             (mounted_app, "/here", "http", {}, []), (mounted_app, "/here", "https", {}, ["secure"]),
-            # which only the WSGI server knows whether to believe
-            (mounted_app, "/here", "http", {"X-Forwarded-Proto": "https"}, []),
-            (behind_proxy, "", "http", {}, ["secure"])):  # which strips the prefix
+            (mounted_app, "/here", "http", {"X-Forwarded-Proto": "https"}, []),  # only the WSGI server may trust it
+            (behind_proxy, "", "http", {}, ["secure"])):  # the proxy strips the prefix
         web = webtest.TestApp(app, extra_environ={"wsgi.url_scheme": scheme})
         assert web.get(prefix + "/", status=303).headers["Location"] == "/here/sign-in?next=%2F"
         page = web.get(prefix + "/sign-in")
@@ -6602,49 +6607,49 @@ def test_links_and_the_cookie_keep_to_the_path_and_the_scheme_of_the_server(serv
         assert form.action == "/here/sign-in" and 'href="/here/"' in page
         form["token"] = TOKEN
         answer = web.post(prefix + "/sign-in", form.submit_fields(), headers=headers, status=303)
-        first, *flags = answer.headers["Set-Cookie"].split("; ")
-        assert re.fullmatch(cookie_of(direct) + "=[0-9a-f]{32}", first)
+        session, *flags = answer.headers["Set-Cookie"].split("; ")
+        assert re.fullmatch(cookie_of(direct) + "=[0-9a-f]{32}", session)
         assert {flag.lower() for flag in flags} == {
             "httponly", "samesite=lax", "path=/here/", "max-age=604800", *secure}, (prefix, scheme, headers)
 
 
 def test_the_curl_line_names_the_address_of_the_server(serve):
-    for public_url, host, shown in (
+    for public_url, host, address in (
             ("https://crashes.example.com/bf", "x", "https://crashes.example.com/bf/api"),
             ("", "a.example:81", "http://a.example:81/api"),
             ("", "a.example'; rm -rf /", "http://localhost/api"), ("", "", "http://localhost/api")):
         server = serve(public_url=public_url)
         page = Person(server).get("/", Host=host, Cookie=f"{cookie_of(server)}={server.store.grant('session', 1000)}")
-        assert f"curl -X POST {shown}/v1/crashes" in page
+        assert f"curl -X POST {address}/v1/crashes" in page
 
 
-def test_signing_in_leads_to_no_other_host(api):
+def test_signing_in_redirects_to_no_other_host(api):
     for target in ("//evil.example", "/\\evil.example", "https://evil.example", "evil", "", "/\r\nSet-Cookie: a=b",
                    "/ space", "javascript:alert(1)", "/\u00e9"):
         form, = forms_of(Person(api.server).get("/sign-in?" + urlencode({"next": target})))
         assert send(form, token=TOKEN, next=target).headers["Location"] == "/", target
 
 
-def test_a_form_counts_only_with_the_token_of_its_session(api, person):
+def test_a_form_is_refused_without_the_token_of_its_session(api, person):
     before, stranger = stored(api.server, "apps", "keys", "grants"), Person(api.server)
     form_token = forms_of(person.get("/apps"))[0]["form_token"].value
-    for given in ({"form_token": ""}, {"form_token": "0" * 64}, {"form_token": "\u00e9"}, {}):
-        answer = person.post("/apps", 403, action="create", name="Theirs", **given)
-        assert "Form expired" in answer and "Theirs" not in answer
-        person.post("/sign-out", 403, **given)
-        person.post("/sign-in", 403, token=TOKEN, **given)
-    stranger.post("/apps", 303, action="create", name="Theirs", form_token=form_token)
+    for forged in ({"form_token": ""}, {"form_token": "0" * 64}, {"form_token": "\u00e9"}, {}):
+        answer = person.post("/apps", 403, action="create", name="Forged", **forged)
+        assert "Form expired" in answer and "Forged" not in answer
+        person.post("/sign-out", 403, **forged)
+        person.post("/sign-in", 403, token=TOKEN, **forged)
+    stranger.post("/apps", 303, action="create", name="Forged", form_token=form_token)
     assert stored(api.server, "apps", "keys", "grants") == before
 
 
-# -- What every answer carries
+# -- Headers and errors
 
-def test_every_page_allows_nothing_from_elsewhere_and_a_get_changes_nothing(api, person):
+def test_pages_load_nothing_from_other_hosts_and_a_get_changes_nothing(api, person):
     tables = ("apps", "keys", "grants", "secrets", "channels", "triage", "crashes")
     paths = {
         200: [*PAGES, "/sign-in"], 405: ["/sign-out"],
-        404: ["/nothing", *("/crashes/nothing" + form for form in ("", ".txt", ".md", ".html")), "/crashes?app=nothing",
-              "/usage?app=nothing", "/events?app=nothing"],
+        404: ["/nothing", *("/crashes/nothing" + suffix for suffix in ("", ".txt", ".md", ".html")),
+              "/crashes?app=nothing", "/usage?app=nothing", "/events?app=nothing"],
         400: ["/crashes?days=0", "/crashes?days=All", "/crashes?cursor=x", "/crashes?state=x", "/releases?sort=x",
               "/events?cursor=x"]}
     before = stored(api.server, *tables)
@@ -6663,7 +6668,7 @@ def test_every_page_allows_nothing_from_elsewhere_and_a_get_changes_nothing(api,
     assert stored(api.server, *tables) == before
 
 
-def test_errors_are_html_with_navigation_for_a_browser_and_json_for_all_others(api, person):
+def test_errors_are_pages_for_browsers_and_json_for_other_clients(api, person):
     for path in ("/crashes?app=gone", "/nothing", "/crashes/0123456789abcdef"):
         page = person.get(path, 404)
         assert "gone" not in page.text and 'href="/usage"' in page and "Sign out" in page
@@ -6675,7 +6680,7 @@ def test_errors_are_html_with_navigation_for_a_browser_and_json_for_all_others(a
     assert (answer.headers["Allow"], answer.content_type) == ("GET", "text/html")
 
 
-def test_a_page_that_fails_says_so_and_reveals_no_internals(person, monkeypatch, caplog):
+def test_a_page_that_fails_reveals_no_internals(person, monkeypatch, caplog):
     monkeypatch.setattr(person.server.metrics, "releases", lambda app: 1 / 0)
     answer = person.get("/releases", 500)
     assert "Internal server error" in answer and "Retry-After" not in answer.headers
@@ -6689,34 +6694,34 @@ def test_a_page_that_fails_says_so_and_reveals_no_internals(person, monkeypatch,
 
 # -- Every link and every form
 
-MADE = "Made by a form"
+FORM_APP = "Made by a form"
 
 
 class Crawl:
-    """Follows every link and form that it finds, up to two of each kind."""
+    """Follows all links and submits all forms that it finds, up to two of each kind."""
 
     def __init__(self, person):
         self.person, self.seen, self.kinds, self.forms = person, set(), Counter(), Counter()
-        waiting = [person.prefix + "/"]
-        for url in waiting:
+        urls = [person.prefix + "/"]
+        for url in urls:  # which grows meanwhile
             kind = re.sub("=[^&]*|[0-9a-f]{16}", "*", url)
             if url not in self.seen and self.kinds[kind] < 2:
                 self.seen.add(url)
                 self.kinds[kind] += 1
                 page = person.web.get(url, headers=HTML, status=200)
-                waiting += [*self.linked(page), *self.submitted(page)]
-        # Last, because the links to an app that is gone are dead.
-        person.submit("delete", name=MADE, typed=MADE)
+                urls += [*self.links(page), *self.submit_forms(page)]
+        # Last, because the links to a deleted app are dead.
+        person.submit("delete", name=FORM_APP, typed=FORM_APP)
 
-    def linked(self, page):
+    def links(self, page):
         for target in map(html.unescape, re.findall(r'(?:href|src|action)="([^"]*)"', page.text)):
             if not target.startswith(("data:image/svg+xml,", "#main")):
                 assert target.startswith(self.person.prefix + "/") and not target.startswith("//"), target
                 if "sign-out" not in target:
                     yield target
 
-    def submitted(self, page):
-        """Sends the forms; what each choice in a form of the kind GET leads to."""
+    def submit_forms(self, page):
+        """Submits the forms of a page. Yields the address for each option of a filter."""
         for form in forms_of(page):
             action = form["action"].value if "action" in form.fields else ""
             is_triage = form.method.upper() == "POST" and form.action.startswith(self.person.prefix + "/crashes/")
@@ -6726,14 +6731,14 @@ class Crawl:
             if "sign-out" in form.action or action == "delete" or action and self.forms[action] > 1:
                 continue
             send(form, 303 if is_triage else 200, **{
-                "create": {"name": MADE}, "add-channel": {"url": "https://example.com/hook"},
+                "create": {"name": FORM_APP}, "add-channel": {"url": "https://example.com/hook"},
                 "comment": {"comment": "Seen."}}.get(action, {}))
             self.kinds["form of " + form.action] += 1
-            is_new = form.method.upper() == "GET" and self.kinds["form of " + form.action] == 1
-            for name, fields in form.fields.items() if is_new else ():
-                for value, *_ in getattr(fields[0], "options", []):
-                    path = send(form, 200, **{name: value}).request.path_qs
-                    yield path.replace("//", "/", 1)  # as bottle restores it
+            if form.method.upper() == "GET" and self.kinds["form of " + form.action] == 1:
+                for name, (field, *_) in form.fields.items():
+                    for value, *_ in getattr(field, "options", []):
+                        path = send(form, 200, **{name: value}).request.path_qs
+                        yield path.replace("//", "/", 1)  # the path after bottle's mount has two slashes
 
 
 @pytest.fixture(scope="module")
@@ -6747,11 +6752,11 @@ def small_demo(tmp_path_factory):
 
 
 @pytest.mark.parametrize("data, prefix", [("empty", ""), ("demo", "/app/crashes")])
-def test_every_link_and_form_leads_somewhere(serve, tmp_path, small_demo, data, prefix, receiver):
+def test_every_link_and_form_works(serve, tmp_path, small_demo, data, prefix, receiver):
     if data == "demo" and not POSTGRES:
         shutil.copy(small_demo.path, tmp_path / "test.db")
     server = serve(retention_days=0)
-    serve.unchecked.append(server)  # as a form deletes of it
+    serve.unchecked.append(server)  # as a form deletes reports
     if data == "demo" and POSTGRES:
         hand_over(SimpleNamespace(store=small_demo), server, step=1000)
     server.alerts.add(receiver.url)
@@ -6761,25 +6766,24 @@ def test_every_link_and_form_leads_somewhere(serve, tmp_path, small_demo, data, 
     assert set(crawl.forms) - {"open"} == {
         "", "create", "key", "revoke", "delete", "add-channel", "test-channel", "remove-channel", "make-feed",
         "withdraw-feed"} | ({"resolved", "muted", "comment"} if data == "demo" else set())
-    assert MADE not in {app.name for app in server.store.apps()}
+    assert FORM_APP not in {app.name for app in server.store.apps()}
     assert data == "empty" or len(crawl.seen) > 40 and crawl.kinds[prefix + "/crashes/*"] == 2
 
 
-# -- What a report carries is text
+# -- Hostile reports
 
 HOSTILE = '"><script>alert(1)</script>\'{{7777*7777}}% end\n%import os\n</style>\u202eabc\u05d0\x07\x1b[31m\x7f'
 
 
-def test_whatever_a_report_carries_is_shown_as_text(api, person):
-    """In every field, and as long as it may be."""
+def test_every_field_of_a_report_is_shown_as_text(api, person):
     long = (HOSTILE * 20)[:500]
-    given = {**dict.fromkeys(("app_version", "os_version", "device_model", "device_id_hash", "locale"), long),
-             "breadcrumbs": [HOSTILE, {"at": HOSTILE, "message": HOSTILE, HOSTILE: HOSTILE}], "session_id": long,
-             HOSTILE: {HOSTILE: [HOSTILE]}, "plain": HOSTILE, "many": [HOSTILE, {HOSTILE: 1}]}
+    fields = {**dict.fromkeys(("app_version", "os_version", "device_model", "device_id_hash", "locale"), long),
+              "breadcrumbs": [HOSTILE, {"at": HOSTILE, "message": HOSTILE, HOSTILE: HOSTILE}], "session_id": long,
+              HOSTILE: {HOSTILE: [HOSTILE]}, "plain": HOSTILE, "many": [HOSTILE, {HOSTILE: 1}]}
     frames = [{"frame": 0, "symbol": HOSTILE, "file": HOSTILE, "line": 1}, {"symbol": HOSTILE}]
-    group = api.post(CRASHES, {**CRASH, **given, "exception_type": long, "exception_reason": HOSTILE,
-                               "build_number": long, "stack_trace": frames})[1]["group_hash"]
-    events = [{**EVENT, **given, "type": type_, "name": long, "session_id": long, "properties": {HOSTILE: HOSTILE}}
+    group = post_crash(api, **{**fields, "exception_type": long, "exception_reason": HOSTILE, "build_number": long,
+                               "stack_trace": frames})
+    events = [{**EVENT, **fields, "type": type_, "name": long, "session_id": long, "properties": {HOSTILE: HOSTILE}}
               for type_ in ("session_start", "custom", "session_end")]
     assert api.post(BATCH, {"events": events})[0] == 201
     api.server.store.create_app(re.sub("[^ -~\u05d0]", " ", HOSTILE)[:70].strip())
@@ -6793,10 +6797,9 @@ def test_whatever_a_report_carries_is_shown_as_text(api, person):
     assert person.text("/crashes/" + group).count("{{7777*7777}}") > 10
 
 
-def test_the_largest_report_does_not_make_a_page_much_larger(api, person):
+def test_the_page_of_a_huge_report_is_small(api, person):
     frames = [{"symbol": f"frame {n}", "file": "a.swift"} for n in range(15_000)]
-    group = api.post(CRASHES, {**CRASH, "exception_reason": "r" * 100_000, "stack_trace": frames,
-                               "notes": "n" * 200_000})[1]["group_hash"]
+    group = post_crash(api, exception_reason="r" * 100_000, stack_trace=frames, notes="n" * 200_000)
     page = person.get("/crashes/" + group)
     assert len(page.body) < 120_000 and "and 312 more frames" in page and "frame 199" in page
     assert len(person.get("/crashes").body) < 20_000
@@ -6810,14 +6813,14 @@ FULL["stack_trace"].append({"frame": 9, "symbol": "UIApplicationMain", "file": N
 OWN = [frame["symbol"] for frame in FULL["stack_trace"] if frame.get("file")]
 
 
-@pytest.mark.parametrize("reports, said_by_path", [
-    ([], {"/": ["Nothing received yet", "curl -X POST http://localhost:80/api/v1/crashes",
-                "No crashes in the last 7 days", "Reports with an app_version"],
+@pytest.mark.parametrize("reports, texts_by_path", [
+    ([], {"/": ["No reports yet", "curl -X POST http://localhost:80/api/v1/crashes",
+                "No crashes in the last 7 days", "once reports have an app_version"],
           "/crashes": ["No matches", '<option value="7" selected>last 7 days'],
           "/crashes?days=all": ["No crashes stored", '<option value="all" selected>all days'],
-          "/usage": ["No events in 30 days", "none has ended", "Reports with an app_version"],
+          "/usage": ["No events in 30 days", "none has ended yet", "once reports have an app_version"],
           "/events": ["No events stored"], "/events?name=x": ["No matches"], "/events?session_id=x": ["No matches"],
-          "/releases": ["Reports with an app_version"]}),
+          "/releases": ["once reports have an app_version"]}),
     ([*(start_at("2026-03-12T10:00:00Z", f"s{n}", device_id_hash=f"d{n}", app_version="1.2.0") for n in range(4)),
       {**CRASH, "app_version": "1.2.0", "device_model": "iPhone16,1", "exception_reason": "Because"},
       {**CRASH, "occurred_at": "2026-03-01T10:00:00Z"}],
@@ -6833,30 +6836,32 @@ OWN = [frame["symbol"] for frame in FULL["stack_trace"] if frame.get("file")]
         *(f'<li class="own" title=""><code><bdi>{symbol}</bdi>' for symbol in OWN)]}),
     ([{**CRASH, "occurred_at": "2031-01-02T03:04:05Z"}],
      {"/crashes/{group}": ['title="2031-01-02 03:04:05">2031-01-02<']})])
-def test_each_page_shows_what_is_known_and_what_to_do_where_nothing_is(api, person, reports, said_by_path):
-    group = [api.post(CRASHES if "exception_type" in each else EVENTS, each)[1].get("group_hash") for each in reports]
-    for path, said in said_by_path.items():
-        page, text = (read(path.format(group=group and group[-1])) for read in (person.get, person.text))
-        assert [each for each in said if each not in text and each not in page.text] == []
-        assert reports or not re.search("Ranked by|Adoption is", text), "a note on what is not there"
+def test_each_page_shows_its_figures_or_says_what_to_do(api, person, reports, texts_by_path):
+    group = ""
+    for report in reports:
+        group = api.post(CRASHES if "exception_type" in report else EVENTS, report)[1].get("group_hash")
+    for path, expected in texts_by_path.items():
+        page, text = (read(path.format(group=group)) for read in (person.get, person.text))
+        assert [line for line in expected if line not in text and line not in page.text] == []
+        assert reports or not re.search("Ranked by|Adoption is", text), "a note on an empty table"
 
 
-def test_the_list_of_crashes_can_be_narrowed_and_says_of_which_days_it_is(api, person, clock):
+def test_the_list_of_crashes_can_be_filtered_and_shows_its_period(api, person, clock):
     for type_, version, reason in (("SIGABRT", "1.0", "Alpha 100%"), *[("SIGBUS", "1.1", "beta")] * 2):
-        api.post(CRASHES, {**CRASH, "exception_type": type_, "app_version": version, "exception_reason": reason})
+        post_crash(api, exception_type=type_, app_version=version, exception_reason=reason)
     clock.move(9 * A_DAY)
     api.post(CRASHES, crash_at("2026-03-21T14:00:00Z", "SIGFPE", app_version="2.0"))
     person.has_session()
-    each_type = ["SIGBUS", "SIGABRT", "SIGFPE"]
-    for query, days, shown in (
-            ("", "7", ["SIGFPE"]), ("?days=all&app=default", "all", each_type), ("?version=1.1", "all", ["SIGBUS"]),
-            ("?days=1", "1", ["SIGFPE"]), ("?version=1.1&days=7", "7", []), ("?text=sig", "all", each_type),
+    all_types = ["SIGBUS", "SIGABRT", "SIGFPE"]
+    for query, days, expected in (
+            ("", "7", ["SIGFPE"]), ("?days=all&app=default", "all", all_types), ("?version=1.1", "all", ["SIGBUS"]),
+            ("?days=1", "1", ["SIGFPE"]), ("?version=1.1&days=7", "7", []), ("?text=sig", "all", all_types),
             *((f"?text={text}", "all", ["SIGABRT"]) for text in ("ALPHA", "100%25", "%25")),
             ("?text=" + group_hash("SIGBUS", []), "all", ["SIGBUS"]), ("?version=1.1&text=alpha", "all", [])):
         page = person.get("/crashes" + query)
-        rows = re.findall(r"<bdi>(SIG\w+)</bdi></a>", page.text)
-        assert sorted(rows) == sorted(shown) and rows[:1] == shown[:1], query
-        assert ("No matches" in page) == (not shown) and f'<option value="{days}" selected>' in page, query
+        types = re.findall(r"<bdi>(SIG\w+)</bdi></a>", page.text)
+        assert sorted(types) == sorted(expected) and types[:1] == expected[:1], query
+        assert ("No matches" in page) == (not expected) and f'<option value="{days}" selected>' in page, query
     page = person.get("/crashes?days=all")
     assert 'title="2026-03-12 14:22:31">9 d ago<' in page
     assert page.text.count('aria-label="Crashes: 2 in 30 days"') == 1
@@ -6864,11 +6869,11 @@ def test_the_list_of_crashes_can_be_narrowed_and_says_of_which_days_it_is(api, p
     assert (form["days"].value, form["version"].value) == ("30", "1.0")
 
 
-def test_a_group_is_titled_by_its_culprit_and_each_report_leads_to_the_older_and_the_newer(api, person):
+def test_a_group_is_titled_by_its_function_and_links_to_older_and_newer_crashes(api, person):
     trace, ids = [{"symbol": "closure #1 in Shop.Cart.total()", "file": "Cart.swift", "line": 4}], []
     for minute in (5, 20, 10):
-        answer = api.post(CRASHES, crash_at(
-            f"2026-03-12T14:{minute:02}:00Z", exception_reason=f"at {minute}", stack_trace=trace))[1]
+        crash = crash_at(f"2026-03-12T14:{minute:02}:00Z", exception_reason=f"at {minute}", stack_trace=trace)
+        answer = api.post(CRASHES, crash)[1]
         ids.append(answer["id"])
     path = "/crashes/" + answer["group_hash"]
     page = person.get(path)
@@ -6880,12 +6885,12 @@ def test_a_group_is_titled_by_its_culprit_and_each_report_leads_to_the_older_and
     assert "Newer crash" not in page and "A at 5 " in person.text(f"{path}?report={ids[0]}")
     assert all("Shop.Cart.total()</bdi></a>" in person.get(path) for path in ("/crashes", "/"))
     elsewhere = api.post(CRASHES, {**CRASH, "exception_type": "SIGBUS"})[1]["id"]
-    for report_id in ("0000000000000000", "x", elsewhere):  # 404 as when it has expired
+    for report_id in ("0000000000000000", "x", elsewhere):
         person.get(f"{path}?report={report_id}", 404)
 
 
-def test_breadcrumbs_of_each_shape_are_steps_that_end_in_the_crash_and_others_stay_as_they_came(api, person):
-    for number, (crumbs, said) in enumerate((
+def test_breadcrumbs_of_every_known_shape_are_listed_as_steps_up_to_the_crash(api, person):
+    for number, (breadcrumbs, steps) in enumerate((
             (["launch", "tap <Pay>"], ["launch", "tap <Pay>"]),
             ([{"at": "2026-03-12T14:22:19Z", "action": "tap", "screen": "Cart"}], ["-00:12 tap screen: Cart"]),
             ({"values": [{"timestamp": 1773325339.5, "category": "ui.click", "message": "Pay", "data": {}}]},
@@ -6895,46 +6900,44 @@ def test_breadcrumbs_of_each_shape_are_steps_that_end_in_the_crash_and_others_st
             ([{"at": "14:22", "screen": "Cart"}, {"n": 1}, 7, None, ["a"]], ["14:22 Cart", "n: 1", "7", "null", "a"]),
             ([{"at": "2019-01-01T00:00:00Z", "message": "old"}, {"timestamp": 1e300, "message": ""}],
              ["2019-01-01T00:00:00Z old", "1e+300"]),
-            *((crumbs, None) for crumbs in ("none", 7, {"a": 1}, {"values": 3}, [])))):
+            *((unknown, None) for unknown in ("none", 7, {"a": 1}, {"values": 3}, [])))):
         kind = f"Kind{number}"
-        text = person.text("/crashes/" + api.post(CRASHES, {
-            **CRASH, "exception_type": kind, "breadcrumbs": crumbs})[1]["group_hash"])
-        if said:
-            assert " ".join(["Breadcrumbs Time Action", *said, f"00:00 {kind} the crash"]) in text
+        text = person.text("/crashes/" + post_crash(api, exception_type=kind, breadcrumbs=breadcrumbs))
+        if steps:
+            assert " ".join(["Breadcrumbs Time Action", *steps, f"00:00 {kind} the crash"]) in text
         else:
             assert "Breadcrumbs" not in text and "breadcrumbs" in text
 
 
-def test_a_crash_shows_the_last_twenty_events_of_its_own_session_before_it(api, person):
-    mine, crash = {"session_id": "1", "device_id_hash": "d"}, "2026-03-12T14:22:31Z"
-    times = [f"2026-03-12T14:{n // 60:02}:{n % 60:02}Z" for n in range(22 * 60 + 9, 22 * 60 + 34)]  # three are later
-    events = [{**EVENT, **mine, "name": f"n{time[-3:-1]}", "occurred_at": time} for time in times]
-    others = [{**events[5], "name": "theirs", **other} for other in ({"device_id_hash": "e"}, {"session_id": "2"})]
+def test_a_crash_shows_the_last_twenty_events_of_its_session_before_it(api, person):
+    session, crashed_at = {"session_id": "1", "device_id_hash": "d"}, "2026-03-12T14:22:31Z"
+    times = [f"2026-03-12T14:{n // 60:02}:{n % 60:02}Z" for n in range(22 * 60 + 9, 22 * 60 + 34)]
+    events = [{**EVENT, **session, "name": f"n{time[-3:-1]}", "occurred_at": time} for time in times]
+    others = [{**events[5], "name": "other", **changed} for changed in ({"device_id_hash": "e"}, {"session_id": "2"})]
     api.post(BATCH, {"events": [*others, *events[::-1]]})
-    group = api.post(CRASHES, crash_at(crash, **mine))[1]["group_hash"]
+    group = post_crash(api, occurred_at=crashed_at, **session)
     page, text = person.get("/crashes/" + group), person.text("/crashes/" + group)
     expected = " ".join(f"-00:{31 - n:02} custom n{n}" for n in range(12, 32))
     assert f"Events of this session Time Action {expected} All events" in text
     page = page.click("All events of this session")
-    assert page.request.path_qs == "/events?app=default&session_id=1&device_id_hash=d" and "theirs" not in page
+    assert page.request.path_qs == "/events?app=default&session_id=1&device_id_hash=d" and "other" not in page
     page = person.get("/events?session_id=1")
-    assert "theirs" in page and "theirs" not in page.click("1", href="hash=d", index=0), "of one device"
-    api.post(CRASHES, crash_at(crash, "Alone"))
+    assert "other" in page and "other" not in page.click("1", href="hash=d", index=0)
+    api.post(CRASHES, crash_at(crashed_at, "Alone"))
     assert "Events of this session" not in person.text("/crashes/" + group_hash("Alone", []))
 
 
-def test_a_group_can_be_passed_on_as_text_or_markdown_without_what_tells_of_a_device(api, person):
+def test_a_group_is_exported_as_text_or_markdown_without_devices_and_sessions(api, person):
     for n in range(2):
-        group = api.post(CRASHES, {**FULL, "device_id_hash": f"phone{n}", "session_id": "sess", "secret": "who"})[1][
-            "group_hash"]
+        group = post_crash(api, **{**FULL, "device_id_hash": f"phone{n}", "session_id": "sess", "secret": "who"})
     page = person.get("/crashes/" + group)
     text, markdown = page.click("text", index=0), page.click("Markdown")
     assert (text.content_type, markdown.content_type, text.text) == ("text/plain", "text/markdown", markdown.text)
     assert text.text.startswith(f"# Crash group {group}\n\nhttp://localhost:80/crashes/{group}\n\n"
-                                f"## What\n\n```text\n    {OWN[0]}\n    {FULL['exception_type']}\n")
-    for said in (f"\n      0 * {OWN[0]}  ContentView.swift:42\n", "    Versions: 1.2.0 (2)\n", "Crashes: 2\n",
+                                f"## Crash\n\n```text\n    {OWN[0]}\n    {FULL['exception_type']}\n")
+    for line in (f"\n      0 * {OWN[0]}  ContentView.swift:42\n", "    Versions: 1.2.0 (2)\n", "Crashes: 2\n",
                  "Devices: 2\n", FULL["exception_reason"]):
-        assert said in text.text
+        assert line in text.text
     assert not re.search("phone|sess|secret|who|Cart", text.text) and text.text.endswith("\n```\n")
     group = api.post(CRASHES, CRASH, key=api.server.store.create_app("Trial & Co", is_test=True))[1]["group_hash"]
     text = person.web.get(f"/crashes/{group}.txt?app=Trial+%26+Co").text
@@ -6942,22 +6945,21 @@ def test_a_group_can_be_passed_on_as_text_or_markdown_without_what_tells_of_a_de
     assert link == f"/crashes/{group}?app=Trial+%26+Co" and person.get(link).status_int == 200
 
 
-def test_what_a_report_says_neither_leaves_its_fence_nor_begins_a_line_of_the_text(api, person):
+def test_hostile_text_stays_indented_in_the_fences_of_an_export(api, person):
     for hostile in ("```\n# Title\n[a](javascript:b)", "`" * 70 + "\n- x", "~~~\n</pre><script>", "=1+1\n@x\n-x\n+x",
                     "a\rb\x1b[31m\x85=x", "\u2028# x\u2029=y\x0b=z", "\u202eabc\u2066", "\tx\n\n\n## Spread"):
         names = ("exception_type", "exception_reason", "app_version", "os_version", "device_model")
-        fields = dict.fromkeys(names, hostile)
-        group = api.post(CRASHES, {**CRASH, **fields, "stack_trace": [{"symbol": hostile, "file": hostile}]})[1]
-        text = person.web.get(f"/crashes/{group['group_hash']}.txt").text
-        titles = ["What", "Stack trace of the latest crash (* is the app's own code)", "Spread", "History"]
+        group = post_crash(api, **dict.fromkeys(names, hostile), stack_trace=[{"symbol": hostile, "file": hostile}])
+        text = person.web.get(f"/crashes/{group}.txt").text
+        titles = ["Crash", "Stack trace of the latest crash (* marks the app's own code)", "Spread", "History"]
         # Four spaces before a fence keep it from closing another one.
         assert [line for line in text.split("\n") if line and line[:4] != "    "] == [
-            f"# Crash group {group['group_hash']}", f"http://localhost:80/crashes/{group['group_hash']}",
+            f"# Crash group {group}", f"http://localhost:80/crashes/{group}",
             *(line for title in titles for line in ("## " + title, "```text", "```"))]
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", text)
 
 
-def test_the_overview_names_what_is_new_and_what_to_fix_first(api, clock, person):
+def test_the_overview_lists_new_groups_and_those_to_fix_first(api, clock, person):
     def crash(version, kinds, *devices):
         for kind, device in product(kinds, devices):
             add(api.server, exception_type=kind, device_id_hash=device, app_version=version)
@@ -6967,7 +6969,7 @@ def test_the_overview_names_what_is_new_and_what_to_fix_first(api, clock, person
     crash("1.0", ["Gone", "Fixed", "Back"], "d1")
     clock.move(7 * A_DAY)
     crash("1.0", ["Old"], "d1", "d2", "d3", "d4", "d5")
-    crash("2.0", ["Stale"], "d1", "d2", "d3")  # halved twice, it is less than one
+    crash("2.0", ["Stale"], "d1", "d2", "d3")  # three, halved twice, is less than one
     clock.move(2 * A_DAY)
     crash("2.0", ["Fresh", "Fixed", "Muted", "Back"], "d1")
     for kind, state, at in (("Fixed", "resolved", "null"), ("Muted", "muted", "null"),
@@ -6975,13 +6977,13 @@ def test_the_overview_names_what_is_new_and_what_to_fix_first(api, clock, person
         sql_run(api.server.store.path, f"""
             insert into triage (app_id, group_hash, state, changed_at, regressed_at)
             values (1, '{group_hash(kind, [])}', '{state}', 0, {at})""")
-    found = api.server.metrics.attention()
-    assert [(each["exception_type"], each["is_new"], each["regressed_at"] is not None) for each in found["new"]] == [
+    new, first = map(api.server.metrics.attention().get, ("new", "first"))
+    assert [(group["exception_type"], group["is_new"], group["regressed_at"] is not None) for group in new] == [
         *sorted([("Fresh", True, False), ("Back", False, True)], key=lambda row: group_hash(row[0], [])),
         ("Stale", True, False)]
-    assert {each["exception_type"]: (each["devices"], each["score"], each["count"]) for each in found["first"]} == {
+    assert {group["exception_type"]: (group["devices"], group["score"], group["count"]) for group in first} == {
         "Fresh": (1, 1.0, 1), "Back": (1, 1.0, 1), "Stale": (3, 0.75, 3), "Old": (5, 0.0, 5)}
-    assert [each["exception_type"] for each in found["first"][2:]] == ["Stale", "Old"]
+    assert [group["exception_type"] for group in first[2:]] == ["Stale", "Old"]
     text = person.text("/").split("Is the latest release worse?")[1].split("Crash-free")[0]
     assert re.search("2[.]0 .*New or regressed .* 7 days: 3 .*Back regressed .*To fix first .*Stale new 3 3 2 d", text)
     assert not re.search("Gone|Fixed|Muted", text) and "halved for each day since the last crash" in text
@@ -6989,10 +6991,9 @@ def test_the_overview_names_what_is_new_and_what_to_fix_first(api, clock, person
     assert api.server.metrics.attention("Shop") == {"new": [], "new_count": 0, "first": []}
 
 
-def test_an_old_version_that_comes_late_hides_neither_the_verdict_of_the_newest_nor_what_to_fix_there(
-        keeping, clock):
+def test_late_reports_of_an_old_version_do_not_hide_the_newest_release(keeping, clock):
     server = keeping()
-    shop, someone = server.store.create_app("Shop"), Person(server).has_session()
+    shop, person = server.store.create_app("Shop"), Person(server).has_session()
     clock.move(-3600)
     add(server, key=shop, app_version="7.0", device_id_hash="s")
     clock.move(3600)
@@ -7001,56 +7002,54 @@ def test_an_old_version_that_comes_late_hides_neither_the_verdict_of_the_newest_
     send_devices(server, "1.2", 100, 12)
     clock.move(3600)
     add(server, exception_type="Rare", app_version="0.9", device_id_hash="old")
-    text = someone.text("/releases?app=default")
+    text = person.text("/releases?app=default")
     assert "Version Verdict Crash-free" in text and " 1.2 worse: 88 % of devices crash-free, 96 % before" in text
     assert " 0.9 - " in text
     server.store.add(KEY_HASH, [parse_crash({**CRASH, "app_version": f"0.8.{n}", "device_id_hash": "old"})
-                                for n in range(99)])  # they and 0.9 take all places in the list of releases
-    text = someone.text("/").split("Is the latest release worse?")[1]
+                                for n in range(99)])  # with 0.9 these fill the list of releases
+    text = person.text("/").split("Is the latest release worse?")[1]
     assert re.match(" 1[.]2 default worse: 88 % of devices .* 7[.]0 Shop no earlier release to compare with New", text)
-    assert "worse" in someone.text("/?app=default") and server.metrics.digest(None, 0, 1)[0]["text"].startswith(
+    assert "worse" in person.text("/?app=default") and server.metrics.digest(None, 0, 1)[0]["text"].startswith(
         "default 1.2 is worse: ")
-    scores = {each["exception_type"]: each["score"] > 0 for each in server.metrics.attention("default")["first"]}
-    assert scores == {"SIGABRT": True, "Rare": False}
+    first = server.metrics.attention("default")["first"]
+    assert {group["exception_type"]: group["score"] > 0 for group in first} == {"SIGABRT": True, "Rare": False}
 
 
-def test_a_group_of_many_devices_is_weighed_though_those_of_one_crash_more_often(api, person):
+def test_a_group_on_many_devices_ranks_above_groups_that_crash_more_often_on_one(api, person):
     api.server.store.add(KEY_HASH, [
         parse_crash(crash_at(NOW, kind, app_version="1.0", device_id_hash=device)) for kind, device, times in (
             *((f"Loop{n}", "one", 5) for n in range(25)), *(("Spread", f"d{n}", 1) for n in range(4)))
         for _ in range(times)])
-    first = api.server.metrics.attention()["first"]
-    assert [(each["exception_type"], each["devices"]) for each in first][0] == ("Spread", 4)
+    first = api.server.metrics.attention()["first"][0]
+    assert (first["exception_type"], first["devices"]) == ("Spread", 4)
     assert re.search("To fix first Crash Devices Crashes Last seen Spread new 4 4", person.text("/"))
 
 
-@pytest.mark.parametrize("days_later", [2, 20])  # its name is kept for a week
-def test_a_group_whose_crashes_have_expired_shows_what_was_decided_and_can_be_decided_anew(
-        one_day, clock, later, days_later):
-    someone, path = Person(one_day), f"/crashes/{ABORTS}"
+@pytest.mark.parametrize("days_later", [2, 20])  # the group's name is kept for a week
+def test_a_group_whose_crashes_have_expired_has_its_history_and_can_change_its_state(one_day, later, days_later):
+    person, path = Person(one_day), f"/crashes/{ABORTS}"
     for kind in ("SIGABRT", "Undecided"):
         id = backfeedr.crash_id(add(one_day, exception_type=kind).seqs[0])
     decided(one_day, {"state": "resolved", "comment": "It was the cart."})
     later(one_day, days_later * A_DAY)
     one_day.store.prune()
     assert count(one_day, "crashes") == 0
-    text = someone.has_session().text(path)
+    text = person.has_session().text(path)
     assert re.search(f"{'SIGABRT' if days_later < 7 else ABORTS} - backfeedr", text)
-    for said in ("Resolved Reopen Mute", "Crashes 0 Devices 0", "commented It was the cart.", "have expired"):
-        assert said in text, said
+    for expected in ("Resolved Reopen Mute", "Crashes 0 Devices 0", "commented It was the cart.", "have expired"):
+        assert expected in text
     for form, state in (("open", "Open Resolve"), ("muted", "Muted Resolve"), ("open", "Open Resolve")):
-        answer = send(state_form(someone.get(path), form))
-        assert state in someone.text(urlsplit(answer.headers["Location"]).path)
+        answer = send(state_form(person.get(path), form))
+        assert state in person.text(urlsplit(answer.headers["Location"]).path)
     for query in ("?report=" + id, "?report=0000000000000000"):
-        someone.get(path + query, 404)
-    someone.get("/crashes/" + group_hash("Undecided", []), 404)
-    links = re.findall('href="(/crashes/[0-9a-f]{16})"', someone.get("/").text)
-    assert set(links) == ({path} if days_later < 7 else set())
-    assert {someone.get(link).status_int for link in links} <= {200}
-    assert someone.web.get(path + ".txt").text.startswith(f"# Crash group {ABORTS}\n")
+        person.get(path + query, 404)
+    person.get("/crashes/" + group_hash("Undecided", []), 404)
+    links = set(re.findall('href="(/crashes/[0-9a-f]{16})"', person.get("/").text))
+    assert links == ({path} if days_later < 7 else set())
+    assert person.web.get(path + ".txt").text.startswith(f"# Crash group {ABORTS}\n")
 
 
-def test_the_page_of_usage_says_how_many_for_how_long_and_who_comes_back(api, clock, person):
+def test_the_usage_page_shows_active_devices_session_lengths_and_retention(api, clock, person):
     start = clock.seconds
     for day, devices in ((-8, "abcd"), (-7, "a"), (-1, "ab"), (0, "abe")):
         clock.seconds = start + day * A_DAY
@@ -7059,12 +7058,12 @@ def test_the_page_of_usage_says_how_many_for_how_long_and_who_comes_back(api, cl
             "app_version": "1.0", "occurred_at": time_text(clock.seconds - seconds)}) for device in devices
             for type, seconds in (("session_start", 300), ("custom", 200), ("session_end", 0))])
     text = person.text("/usage?app=default")
-    for said in ("Active devices 3 24 hours", "Active devices 3 7 days", "Active devices 5 30 days",
-                 "Sessions 5 7 days; median length on 12 Mar: 5 min",
-                 "Back after 1 day 25 % of 4 new devices", "Back after 7 days 50 % of 4 new devices",
-                 "Back after 30 days - of 0 new devices", "bought a custom 4",
-                 "Adoption, 7 days Version Adoption 1.0 100.00 % All"):  # not the sessions of all time
-        assert said in text, said
+    for expected in ("Active devices 3 24 hours", "Active devices 3 7 days", "Active devices 5 30 days",
+                     "Sessions 5 7 days; median length on 12 Mar: 5 min",
+                     "Back after 1 day 25 % of 4 new devices", "Back after 7 days 50 % of 4 new devices",
+                     "Back after 30 days - of 0 new devices", "bought a custom 4",
+                     "Adoption, 7 days Version Adoption 1.0 100.00 % All"):
+        assert expected in text
     page = person.get("/usage?app=default")
     assert 'aria-label="Events: 4 in 30 days"' in page
     assert page.click("bought a").request.path_qs == "/events?app=default&type=custom&name=bought+a"
@@ -7072,33 +7071,33 @@ def test_the_page_of_usage_says_how_many_for_how_long_and_who_comes_back(api, cl
     assert "bought a" in events and 'aria-current="page">Usage' in events
 
 
-def test_events_are_listed_latest_first_and_those_of_a_session_in_their_order(api, person):
+def test_events_are_listed_newest_first_and_those_of_a_session_oldest_first(api, person):
     names = [f"n{n}" for n in range(60)]
-    mine = [name for name in names if name[-1] < "7"]
-    api.post(BATCH, {"events": [{**EVENT, "name": name, "session_id": "mine" if name in mine else "theirs",
+    in_first = [name for name in names if name[-1] < "7"]
+    api.post(BATCH, {"events": [{**EVENT, "name": name, "session_id": "first" if name in in_first else "second",
                                  "properties": {"at": name, "n": [1, {"a": 2}]}} for name in names]})
     api.post(EVENTS, {**EVENT, "name": "last", "properties": {"long": "x" * 100}})
     text = person.text("/events")
     assert 'at: n59, n: 1 {"a": 2}' in text and f"long: {'x' * 94}... long: {'x' * 100}" in text, "the rest is folded"
-    assert person.get("/events").click("mine", index=0).request.path_qs == "/events?session_id=mine"
-    for query, expected in (("", ["last", *names[::-1]]), ("?session_id=mine", mine), ("?name=n7", ["n7"]),
+    assert person.get("/events").click("first", index=0).request.path_qs == "/events?session_id=first"
+    for query, expected in (("", ["last", *names[::-1]]), ("?session_id=first", in_first), ("?name=n7", ["n7"]),
                             ("?type=error", [])):
         pages = [person.get("/events" + query)]
         while "Next page" in pages[-1]:
             pages.append(pages[-1].click("Next page"))
-        seen = [name for page in pages for name in re.findall(r"<b><bdi>(\w+)</bdi></b>", page.text)]
-        assert seen == expected and (len(seen) < 25 or "First page" in pages[-1]), query
+        listed = [name for page in pages for name in re.findall(r"<b><bdi>(\w+)</bdi></b>", page.text)]
+        assert listed == expected and (len(listed) < 25 or "First page" in pages[-1]), query
 
 
-def test_a_page_is_about_all_live_apps_and_names_them_or_about_the_one_that_is_chosen(api, person):
-    store, frame = api.server.store, {"symbol": "Mine.go()", "file": "M.swift"}
+def test_a_page_covers_all_live_apps_and_names_them_or_covers_the_chosen_app(api, person):
+    store, frame = api.server.store, {"symbol": "Own.go()", "file": "M.swift"}
     shop = store.create_app("Shop & Co")
     for key in (KEY, shop):
         api.post(CRASHES, {**CRASH, "stack_trace": [{"symbol": "system"}, frame]}, key=key)
         api.post(EVENTS, EVENT, key=key)
     api.post(CRASHES, {**CRASH, "exception_type": "SIGFPE", "app_version": "9.9"}, key=shop)
-    api.post(CRASHES, {**CRASH, "exception_type": "SIGBUS"})
-    assert re.search("Mine.go[(][)] new (Shop & Co, default|default, Shop & Co): SIGABRT", person.text("/crashes"))
+    post_crash(api, exception_type="SIGBUS")
+    assert re.search("Own.go[(][)] new (Shop & Co, default|default, Shop & Co): SIGABRT", person.text("/crashes"))
     assert "purchase Shop & Co" in person.text("/events")
     assert "Shop" not in person.text("/crashes?app=default").split("Versions", 1)[1]
     page = person.get("/crashes")
@@ -7110,33 +7109,33 @@ def test_a_page_is_about_all_live_apps_and_names_them_or_about_the_one_that_is_c
     for name in ("default", "Shop & Co"):
         store.delete_app(name)
     store.create_app("Trial", is_test=True)
-    assert "Trial (test)" in person.text(person.get("/").click("Trial").request.path_qs), "where there is no live one"
+    assert "Trial (test)" in person.text(person.get("/").click("Trial").request.path_qs), "without a live app"
 
 
 # -- Apps and keys
 
-def test_a_new_app_shows_its_key_once_and_is_deleted_only_after_its_name_was_typed(api, person):
+def test_a_new_app_shows_its_key_once_and_is_deleted_only_after_its_name_is_typed(api, person):
     for name, options, kind in (("Shop", {}, "live"), ("Trial", {"test": True}, "test")):
         page = person.submit("create", name=name, **options)
         key = re.search(f"bf_{kind}_[0-9a-f]{{32}}", page.text)[0]
         assert page.text.count(key) == 2 and f'-H "X-Backfeedr-Key: {key}"' in html.unescape(page.text)
         assert api.post(CRASHES, CRASH, key=key)[0] == 201
         assert key not in person.get("/apps").text
-        assert re.search(f"{name}.*?{key[:16]}... just now 2026-03-12 1 Revoke", person.text("/apps")), "its last use"
-    assert sql(api.server.store.path, "select name, is_test from apps where name <> 'default' order by name") \
-        == [("Shop", 0), ("Trial", 1)]
-    form = next(each for each in forms_of(person.get("/apps"))
-                if "typed" in each.fields and each["name"].value == "Shop")
-    for typed, status, said, kept in (
+        assert re.search(f"{name}.*?{key[:16]}... just now 2026-03-12 1 Revoke", person.text("/apps"))
+    apps = sql(api.server.store.path, "select name, is_test from apps order by name")
+    assert apps == [("Shop", 0), ("Trial", 1), ("default", 0)]
+    form = next(form for form in forms_of(person.get("/apps"))
+                if "typed" in form.fields and form["name"].value == "Shop")
+    for typed, status, message, kept in (
             ("shop", 400, "type its name", 2), ("Shop", 200, "Deleted Shop. Its reports are being deleted.", 1),
             ("Shop", 400, 'role="alert"', 1)):
         answer = send(form, status, typed=typed)
-        assert said in answer and ('<p\n class="problem">' in answer) == (status == 400)
+        assert message in answer and ('<p\n class="problem">' in answer) == (status == 400)
         joined_threads()
         assert len(stored(api.server, "crashes")["crashes"]) == kept == len(api.server.store.apps()) - 1
 
 
-def test_a_form_that_asks_for_the_impossible_is_refused_with_the_reason(api, person):
+def test_an_impossible_change_is_refused_with_the_reason(api, person):
     before, form_token = stored(api.server, "apps", "keys"), forms_of(person.get("/apps"))[0]["form_token"].value
     for fields in [*({"action": "create", "name": name} for name in ("", " Shop", "default", "x" * 101, "a\nb")),
                    *({"action": "revoke", **key} for key in ({}, {"key": ""}, {"key": "nothing"})), {"action": "x"},
@@ -7148,22 +7147,22 @@ def test_a_form_that_asks_for_the_impossible_is_refused_with_the_reason(api, per
     assert api.post(CRASHES, CRASH)[0] == 201
 
 
-def test_a_key_is_made_and_of_two_that_look_alike_the_right_one_is_revoked(serve, person):
+def test_the_right_one_of_two_keys_with_the_same_prefix_is_revoked(serve, person):
     for key in ("companykey-A", "companykey-B"):
         serve(api_key=key)
     api, apps = Api(person.server), person.submit("key", name="default")
     key = re.search("bf_live_[0-9a-f]{32}", apps.text)[0]
     assert api.post(CRASHES, CRASH, key=key)[0] == 201 and apps.text.count("comp...") == 2
-    for revoked, shown in ((key, key[:16]), ("companykey-B", "comp")):
+    for revoked, prefix in ((key, key[:16]), ("companykey-B", "comp")):
         answer = person.submit("revoke", key=hashlib.sha256(revoked.encode()).hexdigest())
-        assert f"Revoked the key {shown}... of default." in answer
+        assert f"Revoked the key {prefix}... of default." in answer
         assert api.post(CRASHES, CRASH, key=revoked) == (401, {"error": "invalid API key"})
-    assert [api.post(CRASHES, CRASH, key=each)[0] for each in ("companykey-A", KEY)] == [201, 201]
+    assert [api.post(CRASHES, CRASH, key=key)[0] for key in ("companykey-A", KEY)] == [201, 201]
 
 
 # -- Charts
 
-def test_columns_reach_their_value_on_an_axis_that_ends_at_a_round_number():
+def test_an_axis_ends_at_a_round_number_and_columns_are_drawn_to_scale():
     def chart(*values):
         days = ["2026-03-01", "2026-03-02", "2026-03-03"][:len(values)]
         return backfeedr.chart("Crashes", days, values, backfeedr.draw_columns)
@@ -7175,7 +7174,7 @@ def test_columns_reach_their_value_on_an_axis_that_ends_at_a_round_number():
     assert columns == [("72.0", "0.0"), ("36.0", "36.0"), ("0.0", "72.0")]
 
 
-def test_a_line_leaves_a_gap_where_there_is_no_value_and_today_is_a_dot():
+def test_a_line_has_a_gap_where_a_value_is_missing_and_today_is_a_dot():
     days = [f"2026-03-0{n}" for n in range(1, 7)]
     chart = backfeedr.chart("Rate", days, [100, 90, None, 95, None, 100], low=90, unit=" %")
     for part in ('<path d="M0.5,0.0L1.5,72.0M3.5,36.0M5.5,0.0"/><path class="dot" d="M3.5,36.0h0M5.5,0.0h0"/>',
@@ -7186,20 +7185,20 @@ def test_a_line_leaves_a_gap_where_there_is_no_value_and_today_is_a_dot():
     assert "No data in this period" in backfeedr.chart("Rate", days[:1], [None])
 
 
-def test_bars_are_as_long_as_their_share_of_the_longest():
+def test_bars_are_drawn_relative_to_the_longest():
     bars = backfeedr.bar_chart({"labels": ["a<b", "c"], "data": [40, 10]}, total=60)
     assert re.findall('<rect width="([0-9.]+)%', bars) == ["100.0", "25.0", "0"]
     assert "<bdi>a&lt;b</bdi>" in bars and re.search(r"other or unknown.*>10</td>", bars)
     assert "No data in this period" in backfeedr.bar_chart({"labels": [], "data": []})
 
 
-def test_a_device_has_the_name_that_it_is_sold_by_beside_its_code_and_an_unknown_one_stays_as_it_is():
+def test_a_known_device_has_its_name_beside_its_code_and_an_unknown_one_has_only_its_code():
     for code, name in (("iPhone10,6", "iPhone X"), ("iPhone14,6", "iPhone SE (3rd generation)"),
                        ("iPhone16,1", "iPhone 15 Pro"), ("iPhone18,4", "iPhone Air"),
                        ("iPad8,4", "iPad Pro 11-inch (1st generation)"), ("iPad13,18", "iPad (10th generation)"),
                        ("Watch7,5", None), ("iPhone99,9", None), ("arm64", None), ("<b>", None)):
         shown = f'{name} <small class="code">{code}</small>' if name else f"<bdi>{html.escape(code)}</bdi>"
-        assert backfeedr.device_name(code) == shown
+        assert backfeedr.device_html(code) == shown
 
 
 # -- In a real browser
@@ -7208,21 +7207,21 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 class Browser:
-    """Headless Chromium, driven through a socket. It keeps what it was told since the last page began to load."""
+    """Headless Chromium, driven through a socket. It keeps all messages since the last page began to load."""
 
     def __init__(self, profile, *options):
-        self._socket, theirs = socket.socketpair()
+        self._socket, pipe = socket.socketpair()
         self._socket.settimeout(30)
         self._incoming = self._socket.makefile("rb")
         # Chromium reads from descriptor 3 and writes to 4.
-        command = ["bash", "-c", f'exec "$@" 3<&{theirs.fileno()} 4>&3', "", CHROMIUM, "--headless=new", "--no-sandbox",
+        command = ["bash", "-c", f'exec "$@" 3<&{pipe.fileno()} 4>&3', "", CHROMIUM, "--headless=new", "--no-sandbox",
                    "--disable-gpu", "--no-first-run", "--disable-sync", "--disable-background-networking",
                    "--disable-component-update", "--remote-debugging-pipe", f"--user-data-dir={profile}", *options,
                    "about:blank"]
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+        self._process = subprocess.Popen(command, pass_fds=[pipe.fileno()], stdin=subprocess.DEVNULL,
                                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        theirs.close()
-        self._calls, self._session, self._told = 0, {}, []
+        pipe.close()
+        self._calls, self._session, self._messages = 0, {}, []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -7236,26 +7235,26 @@ class Browser:
         return self._wait_for("id", self._calls)[0]["result"]
 
     def _wait_for(self, name, value):
-        while not (found := [message for message in self._told if message.get(name) == value]):
-            message = b"".join(iter(lambda: self._incoming.read(1) or b"\0", b"\0"))
-            assert message, "the browser has ended"
-            self._told.append(json.loads(message))
-        return found
+        while not (matches := [message for message in self._messages if message.get(name) == value]):
+            text = b"".join(iter(lambda: self._incoming.read(1) or b"\0", b"\0"))
+            assert text, "the browser has ended"
+            self._messages.append(json.loads(text))
+        return matches
 
     def run(self, script):
         return self.call("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
 
     def load(self, method, **params):
-        """Makes a call that leads to another page, and waits for it."""
-        self._told = []
+        """Makes a call that loads another page, and waits for the page."""
+        self._messages = []
         self.call(method, **params)
         self._wait_for("method", "Page.loadEventFired")
 
     def seen(self, method):
-        return [message["params"] for message in self._told if message.get("method") == method]
+        return [message["params"] for message in self._messages if message.get("method") == method]
 
     def close(self):
-        self._socket.shutdown(socket.SHUT_RDWR)  # so it ends by itself
+        self._socket.shutdown(socket.SHUT_RDWR)  # then the browser ends by itself
         try:
             self._process.wait(20)
         finally:
@@ -7266,20 +7265,20 @@ class Threaded(socketserver.ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
 
-DRAWN = """[...document.querySelectorAll(".chart svg")].map(drawing => drawing.getBoundingClientRect().width > 100
-    && ["fill", "stroke"].some(name => getComputedStyle(drawing.firstChild)[name] != "none"))"""
-SMALL = """[...document.querySelectorAll("a, button, summary, select, input:not([type=hidden], [type=checkbox])")]
-    .filter(each => each.offsetParent && !each.matches(".skip")
-        && Math.max(...[...each.getClientRects()].map(box => box.height)) < 39.5).map(each => each.outerHTML)"""
+CHARTS_DRAWN = """[...document.querySelectorAll(".chart svg")].map(chart => chart.getBoundingClientRect().width > 100
+    && ["fill", "stroke"].some(name => getComputedStyle(chart.firstChild)[name] != "none"))"""
+SMALL_LINKS = """[...document.querySelectorAll("a, button, summary, select, input:not([type=hidden], [type=checkbox])")]
+    .filter(link => link.offsetParent && !link.matches(".skip")
+        && Math.max(...[...link.getClientRects()].map(box => box.height)) < 39.5).map(link => link.outerHTML)"""
 
 
 @sqlite_only
 @pytest.mark.slow
-@pytest.mark.skipif(not CHROMIUM, reason="there is no chromium here")
+@pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
 @pytest.mark.once
-def test_a_browser_shows_the_pages_without_an_error(serve, tmp_path, small_demo):
-    """Nothing in the console, nothing to scroll sideways, no other host, charts that are drawn, the right colours, on a
-    phone exact times and links for a finger; and the overview has its three answers on the first screen."""
+def test_a_browser_shows_the_pages_without_errors(serve, tmp_path, small_demo):
+    """The console is empty, no page scrolls sideways or loads from another host, charts are drawn, and the colours are
+    right. A phone shows exact times and large links. The overview has its three answers on the first screen."""
     shutil.copy(small_demo.path, tmp_path / "test.db")
     server = serve(retention_days=0)
     serve.unchecked.append(server)
@@ -7301,25 +7300,25 @@ def test_a_browser_shows_the_pages_without_an_error(serve, tmp_path, small_demo)
                              mobile=width < 600)
                 browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
                 assert browser.run("document.documentElement.scrollWidth") <= width == browser.run("innerWidth")
-                assert browser.run(DRAWN) == [True] * charts
+                assert browser.run(CHARTS_DRAWN) == [True] * charts
                 red, *_ = re.findall(r"\d+", browser.run("getComputedStyle(document.body).backgroundColor"))
                 assert int(red) > 200 if scheme == "light" else int(red) < 50
                 assert title != "Overview" or width < 1280 or browser.run(
                     "document.querySelector('.grid').getBoundingClientRect().bottom") < 900
-            assert browser.run(SMALL) == []
+            assert browser.run(SMALL_LINKS) == []
             assert browser.run("document.documentElement.scrollHeight") < 4000
-            browser.run("document.querySelectorAll('details').forEach(each => each.open = true)")
-            assert browser.run("document.documentElement.scrollWidth") <= 390, "with all that folds out"
-            assert {each[:3] for each in browser.run("""[...document.querySelectorAll("time")].map(
-                each => getComputedStyle(each, "::after").content)""")} <= {'", '}
+            browser.run("document.querySelectorAll('details').forEach(details => details.open = true)")
+            assert browser.run("document.documentElement.scrollWidth") <= 390, "with all details open"
+            assert {text[:3] for text in browser.run("""[...document.querySelectorAll("time")].map(
+                time => getComputedStyle(time, "::after").content)""")} <= {'", '}
             assert not any(map(browser.seen, ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")))
             requests = [event["request"]["url"] for event in browser.seen("Network.requestWillBeSent")]
-            assert requests and all(each.startswith((url, "data:")) for each in requests)
+            assert requests and all(request.startswith((url, "data:")) for request in requests)
 
 
 # -- Alerts and the feed
 
-def test_the_page_of_apps_adds_tests_and_removes_channels_and_shows_a_secret_once(api, clock, person, receiver):
+def test_the_apps_page_adds_tests_and_removes_channels_and_shows_a_secret_once(api, clock, person, receiver):
     page = person.submit("add-channel", url=receiver.url + "/a/secret/path", app="default", hour="9",
                          **{"on-crash.spread": True})
     secret, = re.findall("whsec_[A-Za-z0-9+/=]+", html.unescape(page.text))
@@ -7338,24 +7337,24 @@ def test_the_page_of_apps_adds_tests_and_removes_channels_and_shows_a_secret_onc
         (1, None, parse_time("2026-03-13T07:00:00Z"))]
     for number in "1", "2":
         assert f"Removed channel {number}." in person.submit("remove-channel", id=number)
-    assert "nobody is told" in person.text("/apps")
+    assert "nobody is notified" in person.text("/apps")
 
 
 def feed_of(person, path):
-    """Title, time, id and link of each entry of the feed, and the feed itself."""
+    """Returns title, time, id and link of each entry of the feed, and the feed itself."""
     answer = person.web.get(path)
     assert answer.content_type == "application/atom+xml"
     feed = ElementTree.fromstring(answer.text.replace(' xmlns="http://www.w3.org/2005/Atom"', "", 1))
-    return [(*map(each.findtext, ("title", "updated", "id")), each.find("link").attrib["href"])
-            for each in feed.iter("entry")], feed
+    return [(*map(entry.findtext, ("title", "updated", "id")), entry.find("link").attrib["href"])
+            for entry in feed.iter("entry")], feed
 
 
-def test_the_feed_has_new_and_regressed_groups_for_whoever_has_its_token(serve, clock):
+def test_the_feed_lists_new_and_regressed_groups_and_needs_its_token(serve, clock):
     api = Api(serve(public_url="http://crashes.example.com"))
     api.server.store.create_app("Beta", is_test=True)
     person, stranger, hashes = Person(api.server).has_session(), Person(api.server), []
-    for each in ("A", "<b>&'\"\x01\ufffe\ud800]]>"):
-        hashes.append(api.post(CRASHES, {**CRASH, "exception_type": each, "app_version": "1.0"})[1]["group_hash"])
+    for kind in ("A", "<b>&'\"\x01\ufffe\ud800]]>"):
+        hashes.append(post_crash(api, exception_type=kind, app_version="1.0"))
         clock.move(60)
     for query in ("", "?token=", "?token=" + TOKEN, "?token=\xff"):  # there is no token yet
         assert "Not found" in person.web.get("/crashes.atom" + query, status=404)
