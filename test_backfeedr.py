@@ -998,8 +998,8 @@ WIDE_OR_DEEP = ["[]", '{"":[1.5]}', '{"a":' * 63 + "1" + "}" * 63, "[" * 70 + "]
 
 def test_a_body_of_any_shape_costs_few_looks_at_it(monkeypatch):
     """To walk through half a million lists a dozen times takes many seconds."""
-    monkeypatch.setattr(backfeedr, "MAX_STORED", 25_600)
-    monkeypatch.setattr(backfeedr, "MAX_STORED_BATCHED", 3_200)
+    monkeypatch.setattr(backfeedr, "MAX_REPORT_SIZE", 25_600)
+    monkeypatch.setattr(backfeedr, "MAX_BATCHED_SIZE", 3_200)
     encode, looks, calls = backfeedr._encode, [], []
     monkeypatch.setattr(backfeedr, "_encode", lambda value: looks.append(len(text := encode(value))) or text)
     for (place, wrap, parse), part in product([
@@ -1023,7 +1023,7 @@ def test_a_body_of_any_shape_costs_few_looks_at_it(monkeypatch):
 def test_events_of_a_batch_with_fields_of_their_own_are_converted_together():
     """One by one takes four times as long."""
     events = [{**EVENT, "name": f"n{n}", **({"screen": [n]} if n else {})} for n in range(3)]
-    assert backfeedr._alike_events(events) == list(map(parse_event, events))
+    assert backfeedr._parse_columns(events) == list(map(parse_event, events))
 
 
 def test_an_odd_event_of_a_batch_is_stored_as_by_itself():
@@ -1056,7 +1056,7 @@ def test_a_cut_crash_stays_in_its_group_when_another_store_imports_it(api, serve
 
 
 def test_no_depth_of_a_body_is_an_error_of_the_server(serve, monkeypatch):
-    monkeypatch.setattr(backfeedr, "MAX_STORED", 10_000)
+    monkeypatch.setattr(backfeedr, "MAX_REPORT_SIZE", 10_000)
     api = Api(serve(rate_limit=0))
     for depth in (*range(60, 1000, 47), *range(930, 1000, 5)):  # Pythons differ in how deep they read
         deep = '{"a":' * depth + "1" + "}" * depth
@@ -1509,9 +1509,9 @@ UNREADABLE = [
         (b'{"subFrames":[' * 5_000 + b'"' + b'\\"' * 100_000,  # deeper than any Python reads by itself
          "Unterminated string starting at in a deep call stack")]],
     (ips_of({**IPS_HEAD, "bug_type": "298"}), "unsupported bug_type 298",
-     "jetsam, memory of the whole system is no crash of the app"),
-    (b'{"bug_type": "228"}\n{"x": 1}', "unsupported bug_type 228", "a hang is no crash of the app"),
-    (b'{"bug_type": 7777}\nx', "unsupported bug_type 7777", "it is no crash of the app"),
+     "jetsam, memory of the whole system is not a crash of the app"),
+    (b'{"bug_type": "228"}\n{"x": 1}', "unsupported bug_type 228", "a hang is not a crash of the app"),
+    (b'{"bug_type": 7777}\nx', "unsupported bug_type 7777", "it is not a crash of the app"),
     ({"crashDiagnostics": [{}] * 60, "hangDiagnostics": [{}] * 41}, "too many diagnostics: at most 100", "")]
 
 
