@@ -180,16 +180,15 @@ class Settings:
         misspelt, the metrics must not stay public."""
         variables = {name[len(_PREFIX):]: text for name, text in (os.environ if environ is None else environ).items()
                      if text and name.startswith(_PREFIX) and name != "BACKFEEDR_ENDPOINT"}  # for examples/client.py
-        ignored = [name for name, text in variables.items() if _KUBERNETES_VARIABLE.fullmatch(f"{name}={text}")]
+        ignored = sorted(name for name, text in variables.items() if _KUBERNETES_VARIABLE.fullmatch(f"{name}={text}"))
         if ignored:
-            names = ", ".join(_PREFIX + name for name in sorted(ignored))
-            log.warning("ignored %s: Kubernetes sets them for a service", names)
+            log.warning("ignored %s: Kubernetes sets them for a service", ", ".join(_PREFIX + name for name in ignored))
         types, values = {setting.name.upper(): type(setting.default) for setting in fields(cls)}, {}
         for name in sorted(variables.keys() - set(ignored)):
             if name not in types:
-                similar = get_close_matches(name, types, 1)
-                hint = (f"did you mean {_PREFIX}{similar[0]}?" if similar
-                        else f"after {_PREFIX} comes one of {', '.join(types)}")
+                hint = f"after {_PREFIX} comes one of {', '.join(types)}"
+                for similar in get_close_matches(name, types, 1):
+                    hint = f"did you mean {_PREFIX}{similar}?"
                 raise SettingsError(_PREFIX + name, f"there is no such setting; {hint}")
             values[name.lower()] = _from_text(variables[name], types[name])
         try:
@@ -588,15 +587,11 @@ def _is_specific(label: str) -> bool:
     return not _UNSPECIFIC.fullmatch(label)
 
 
-def _is_specific_system_code(label: str) -> bool:
-    return _is_specific(label) and not _ABORTING.fullmatch(label)
-
-
-# The frames of the group are those that meet a rule: the first rule that any frame meets.
+# A group is made of the frames that meet the first of these rules that any frame meets.
 _GROUP_RULES: Sequence[Callable[[Frame], object]] = (
     lambda frame: frame.is_own and _is_specific(frame.label),
-    lambda frame: frame.symbol and _is_specific_system_code(frame.label),
-    lambda frame: frame.label and _is_specific_system_code(frame.label),
+    lambda frame: frame.symbol and _is_specific(frame.label) and not _ABORTING.fullmatch(frame.label),
+    lambda frame: frame.label and _is_specific(frame.label) and not _ABORTING.fullmatch(frame.label),
     lambda frame: frame.is_own or frame.symbol,
     lambda frame: frame.label)
 
@@ -775,10 +770,10 @@ def _is_deep(text: str, max_depth: int = MAX_DEPTH) -> bool:
 Crash = namedtuple("Crash", "group_hash images exception_type exception_reason stack_trace app_version build_number"
                             " os_version device_model device_id_hash session_id locale free_memory_mb battery_level"
                             " is_charging occurred_at extra")
-Crash.__doc__ = "A valid crash: the fields of the API, `images` of open_images, and the unknown ones as JSON in `extra`."
+Crash.__doc__ = "A valid crash: the fields of the API, `images` of open_images, and unknown fields as JSON in `extra`."
 Event = namedtuple("Event", "type name properties app_version os_version device_model device_id_hash session_id locale"
                             " occurred_at extra")
-Event.__doc__ = "A valid event: the fields of the API, and the unknown ones as JSON in `extra`."
+Event.__doc__ = "A valid event: the fields of the API, and unknown fields as JSON in `extra`."
 Reports = Sequence[Union[Crash, Event]]
 
 _CONVERTERS: Converters = {
@@ -1000,15 +995,15 @@ def _json_size(value: Any) -> int:
 # What could identify a phone or a person is left out.
 
 UNKNOWN_FORMAT = "unknown report format"
-MACH_EXCEPTIONS = dict(enumerate((
-    "EXC_BAD_ACCESS", "EXC_BAD_INSTRUCTION", "EXC_ARITHMETIC", "EXC_EMULATION", "EXC_SOFTWARE", "EXC_BREAKPOINT",
-    "EXC_SYSCALL", "EXC_MACH_SYSCALL", "EXC_RPC_ALERT", "EXC_CRASH", "EXC_RESOURCE", "EXC_GUARD", "EXC_CORPSE_NOTIFY"
-    ), start=1))
-SIGNALS = dict(enumerate((
-    "SIGQUIT", "SIGILL", "SIGTRAP", "SIGABRT", "SIGEMT", "SIGFPE", "SIGKILL", "SIGBUS", "SIGSEGV", "SIGSYS", "SIGPIPE",
-    "SIGALRM", "SIGTERM"), start=3))  # Darwin's numbers
-BUG_TYPES = {"298": "jetsam, memory of the whole system", "202": "CPU use", "206": "CPU use", **dict.fromkeys(
-    ("222", "223", "228", "328"), "a hang"), "309": "a crash", "109": "a crash"}
+MACH_EXCEPTIONS = {
+    1: "EXC_BAD_ACCESS", 2: "EXC_BAD_INSTRUCTION", 3: "EXC_ARITHMETIC", 4: "EXC_EMULATION", 5: "EXC_SOFTWARE",
+    6: "EXC_BREAKPOINT", 7: "EXC_SYSCALL", 8: "EXC_MACH_SYSCALL", 9: "EXC_RPC_ALERT", 10: "EXC_CRASH",
+    11: "EXC_RESOURCE", 12: "EXC_GUARD", 13: "EXC_CORPSE_NOTIFY"}
+SIGNALS = {  # Darwin's numbers
+    3: "SIGQUIT", 4: "SIGILL", 5: "SIGTRAP", 6: "SIGABRT", 7: "SIGEMT", 8: "SIGFPE", 9: "SIGKILL", 10: "SIGBUS",
+    11: "SIGSEGV", 12: "SIGSYS", 13: "SIGPIPE", 14: "SIGALRM", 15: "SIGTERM"}
+BUG_TYPES = {"109": "a crash", "309": "a crash", "202": "CPU use", "206": "CPU use", "222": "a hang", "223": "a hang",
+             "228": "a hang", "328": "a hang", "298": "jetsam, memory of the whole system"}
 EVENT_NAMES = {
     "hangDiagnostic": "Hang", "cpuExceptionDiagnostic": "CPU exception", "appLaunchDiagnostic": "Slow launch",
     "diskWriteExceptionDiagnostic": "Disk write exception"}
@@ -1017,8 +1012,7 @@ DURATIONS = ("hangDuration", "totalCPUTime", "writesCaused", "totalWritesCaused"
 # A person's name or the folder of an installation, in a path. JSON may escape its slashes.
 _PRIVATE = re.compile(r"/(?:((?:Users|home)\\?/)(?:[^\s\\/\"']|\\u[0-9A-Fa-f]{4})+"
                       r"|[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12})")
-_APPLE_TIME = re.compile(
-    r"([0-9-]{10})[ T]([0-9:]{8})(?:(\.[0-9]{1,9})[0-9]*)? ?(Z|[+-][0-9]{2}:?[0-9]{2})?")
+_APPLE_TIME = re.compile(r"([0-9-]{10})[ T]([0-9:]{8})(?:(\.[0-9]{1,9})[0-9]*)? ?(Z|[+-][0-9]{2}:?[0-9]{2})?")
 _OS_VERSION = re.compile(r"(?:[A-Za-z]+ ){0,4}([0-9]+(?:\.[0-9]+)*)(?: \([\w ]{1,30}\))*")
 _KILL_CODE = re.compile(r"(?:\bcode[: ] ?|^[A-Z]{1,40} )(?:0x([0-9a-f]{1,16})|([0-9]{1,19}))\b", re.I)
 _UNCAUGHT = re.compile(r"uncaught exception '([^'\n]{1,200})', reason: '(.*?)(?:'(?: \*\*\*|\n)|'?\Z)", re.S)
@@ -1040,10 +1034,9 @@ def parse_diagnostics(body: bytes, now: int, device: str = "") -> list[Crash | E
         device = device.replace("\x00", "\ufffd")  # a header may contain it, but no database takes it
         return [parse({**sent, "occurred_at": sent["occurred_at"] or iso_time(now), "device_id_hash": device})
                 for parse, sent in diagnostics]
-    except UnicodeDecodeError:
-        raise Refusal(UNKNOWN_FORMAT, detail="it is not UTF-8") from None
-    except RecursionError:  # in a field that is kept as sent
-        raise Refusal(UNKNOWN_FORMAT, detail="it is nested too deep") from None
+    except (UnicodeDecodeError, RecursionError) as error:  # RecursionError in a field that is kept as sent
+        problem = "it is nested too deep" if type(error) is RecursionError else "it is not UTF-8"
+        raise Refusal(UNKNOWN_FORMAT, detail=problem) from None
 
 
 def parse_crash_body(body: bytes) -> Crash:
@@ -1072,7 +1065,7 @@ def _diagnostics(text: str) -> Iterable[Diagnostic]:
         objects, problem = _objects_on_lines(text), str(error)[:100]
     if not all(type(value) is dict for value in objects):
         raise Refusal(UNKNOWN_FORMAT, detail=f"the body is {_json_type(objects[0])}, not an object")
-    bug_types = (str(value.get("bug_type")) for value in objects)
+    bug_types = [str(value.get("bug_type")) for value in objects]
     bug_type = next(filter(re.compile("[0-9]{1,9}").fullmatch, bug_types), "")
     if bug_type and BUG_TYPES.get(bug_type) != "a crash":
         name = BUG_TYPES.get(bug_type, "it")
@@ -1090,9 +1083,8 @@ def _diagnostics(text: str) -> Iterable[Diagnostic]:
 
 
 def _objects_on_lines(text: str) -> list[JsonObject]:
-    """Up to 4 JSON objects that begin on a line of their own or behind another: header and body of an .ips file, with
-    any text around them, also if `curl -d` joined the lines. More tries could take long: each may read all of the
-    text."""
+    """The first JSON objects that begin a line, or follow an object because `curl -d` joined the lines: header and body
+    of an .ips file, whatever is around them. Only 4 tries, as each may read all of the text."""
     objects, position = [], 0
     for _ in range(4):
         if match := re.compile(r"(?:^|(?<=\}))\{", re.M).search(text, position):
@@ -1370,12 +1362,12 @@ def _crash_text_as_ips(text: str) -> JsonObject:
     types, ended = _CRASH_TYPE.match(header["Exception Type"]), _CRASH_TERMINATION.match(header["Termination Reason"])
     version, _, build = header["Version"].replace("???", "").partition("(")
     context = re.search("^<RBSTerminateContext.*", text, re.M)
-    termination = {"namespace": ended[1], "code": int(ended[2], 16) if ended[2] else int(ended[3]),
-                   "indicator": ended[4]} if ended else {}
+    code = int(ended[2], 16) if ended and ended[2] else int(ended[3]) if ended else None
     return {
         "exception": {"type": types and types[1], "signal": types and types[2], "codes": header["Exception Codes"],
                       "subtype": header["Exception Subtype"]},
-        "termination": {"details": [header["Termination Description"] or (context and context[0])], **termination},
+        "termination": {"details": [header["Termination Description"] or (context and context[0])], "code": code,
+                        "namespace": ended and ended[1], "indicator": ended and ended[4]},
         "asi": {"": [_paragraph_after(re.search("^Application Specific Information:.*\n", text, re.M))]},
         "bundleInfo": {"CFBundleShortVersionString": version.strip(), "CFBundleVersion": build.rstrip(") "),
                        "CFBundleIdentifier": header["Identifier"]},

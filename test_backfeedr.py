@@ -478,7 +478,7 @@ def grouped(rows, *names):
 
 # == Settings ==================================================================
 
-SETTINGS = [  # a field, its default, a text in its variable, and what that means
+SETTINGS = [  # a field, its default, the text of its variable, and the value of that text
     ("host", "127.0.0.1", "0.0.0.0", "0.0.0.0"), ("port", 8080, "0", 0),
     ("db_path", "backfeedr.db", "/tmp/x.db", "/tmp/x.db"), ("api_key", "", "k", "k"), ("auth_token", "", TOKEN, TOKEN),
     ("rate_limit", 100, "0", 0), ("max_body_size", 1048576, "1000", 1000), ("retention_days", 90, "0", 0),
@@ -487,7 +487,7 @@ SETTINGS = [  # a field, its default, a text in its variable, and what that mean
     ("public_url", "", "https://a.example.com:8443/a/", "https://a.example.com:8443/a/"), ("verbose", False, "1", True)]
 
 
-def test_each_setting_has_its_default_and_is_read_from_its_variable_unless_given():
+def test_each_setting_has_a_default_and_is_read_from_its_variable_unless_overridden():
     assert dataclasses.asdict(Settings()) == {name: default for name, default, _, _ in SETTINGS}
     environ = {"BACKFEEDR_" + name.upper(): text for name, _, text, _ in SETTINGS}
     assert dataclasses.asdict(Settings.from_env(environ)) == {name: value for name, _, _, value in SETTINGS}
@@ -503,16 +503,22 @@ def test_each_setting_has_its_default_and_is_read_from_its_variable_unless_given
     *[("PUBLIC_URL", url) for url in (
         "crashes.example.com", "ftp://example.com", "https://", "https://example.com/a b", "https://example.com/?a=1",
         "https://user:password@example.com", "https://example.com/$(reboot)", "https://exämple.com")]])
-def test_a_variable_that_makes_no_sense_is_refused_by_name(variable, text):
-    with pytest.raises(SettingsError, match=rf"\ABACKFEEDR_{variable}: .*\Z"):  # of one line
-        Settings.from_env({"BACKFEEDR_" + variable: text})
+def test_an_invalid_variable_is_refused_by_name_even_beside_an_override(variable, text):
+    for overrides in ({}, {"port": 80}):
+        with pytest.raises(SettingsError, match=rf"\ABACKFEEDR_{variable}: .*\Z"):  # one line
+            Settings.from_env({"BACKFEEDR_" + variable: text}, **overrides)
 
 
-@pytest.mark.parametrize("name, value", [
-    ("port", "8080"), ("port", True), ("public_metrics", 1), ("db_path", ""), ("host", ""), ("host", None)])
-def test_a_python_value_that_makes_no_sense_is_refused_by_name(name, value):
-    with pytest.raises(SettingsError, match=f"^{name}: "):
+@pytest.mark.parametrize("name, value, problem", [
+    ("port", "8080", "'8080' is not a whole number"), ("port", True, "True is not a whole number"),
+    ("public_metrics", 1, "1 is not 1 or 0"), ("db_path", "", "must name a file"), ("host", "", "must name a host"),
+    ("host", None, "None is not text"),
+    ("auth_token", "x" * 15, "has fewer than 16 characters, so it could be guessed")])
+def test_an_invalid_python_value_is_refused_by_name(name, value, problem):
+    with pytest.raises(SettingsError) as refused:
         Settings(**{name: value})
+    assert str(refused.value) == f"{name}: {problem}"
+    assert Settings(auth_token="x" * 16).auth_token
 
 
 KUBERNETES = {"PORT": "tcp://10.0.0.1:8080", "SERVICE_HOST": "10.0.0.1", "SERVICE_PORT": "8080",
@@ -521,7 +527,7 @@ KUBERNETES = {"PORT": "tcp://10.0.0.1:8080", "SERVICE_HOST": "10.0.0.1", "SERVIC
               "PORT_8080_TCP_ADDR": "10.0.0.1"}
 
 
-def test_what_kubernetes_sets_for_a_service_of_our_name_is_ignored_and_said_once(caplog):
+def test_variables_that_kubernetes_sets_for_a_service_are_ignored_with_one_warning(caplog):
     environ = {"BACKFEEDR_" + name: value for name, value in KUBERNETES.items()}
     assert Settings.from_env({**environ, "BACKFEEDR_HOST": "0.0.0.0"}) == Settings(host="0.0.0.0")
     assert [record.message for record in caplog.records] == [
@@ -531,22 +537,14 @@ def test_what_kubernetes_sets_for_a_service_of_our_name_is_ignored_and_said_once
             Settings.from_env({f"BACKFEEDR_{name}": "1"})
 
 
-def test_a_token_that_could_be_guessed_and_a_wrong_variable_beside_an_option_stop_the_start():
-    with pytest.raises(SettingsError, match="^auth_token: has fewer than 16 characters"):
-        Settings(auth_token="x" * 15)
-    assert Settings(auth_token="x" * 16).auth_token
-    with pytest.raises(SettingsError, match="^BACKFEEDR_PORT: 'abc' is not a whole number"):
-        Settings.from_env({"BACKFEEDR_PORT": "abc"}, port=80)
-
-
 # == Schema ====================================================================
 
 @sqlite_only
 @pytest.mark.parametrize("umask", [0o022, 0])
-def test_the_file_states_its_kind_and_version_and_only_its_owner_can_read_it(serve, tmp_path, umask):
+def test_the_file_has_our_application_id_and_version_and_only_its_owner_can_read_it(serve, tmp_path, umask):
     before = os.umask(umask)
     try:
-        Api(serve(auth_token=TOKEN)).post(CRASHES, CRASH)  # of a given token, so not from a template
+        Api(serve(auth_token=TOKEN)).post(CRASHES, CRASH)  # a token of its own: no copy of new_database
     finally:
         os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.glob("test.db*")}
@@ -556,7 +554,7 @@ def test_the_file_states_its_kind_and_version_and_only_its_owner_can_read_it(ser
         == [backfeedr.APPLICATION_ID, backfeedr.SCHEMA_VERSION, "wal"]
 
 
-def test_columns_have_the_field_names_of_the_reference(api):
+def test_columns_are_named_like_the_fields_of_the_api(api):
     for table, example in (("crashes", "crash.json"), ("events", "event.json")):
         sent = json.loads((EXAMPLES / example).read_bytes())
         status, answer = api.post("/api/v1/" + table, sent)
@@ -566,7 +564,7 @@ def test_columns_have_the_field_names_of_the_reference(api):
 
 
 def assert_columns(row, expected):
-    """What was sent as an object or a list stands in its column as compact JSON."""
+    """A row has these values. Objects and lists are stored as compact JSON."""
     compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
     as_stored = {name: compact(value) if type(value) in (dict, list) else value for name, value in expected.items()}
     assert {name: row[name] for name in expected} == as_stored
@@ -595,9 +593,19 @@ def test_rfc3339_times_are_read_to_the_millisecond_and_written_in_utc(text, expe
     "2026-03-12T14:22:31+24:00", "2026-03-12T14:22:31+01:60", "2026-03-12T14:22:31+010", "2026-W11-4T14:22:31Z",
     "2026-03-12T14:22:31Z\n", " 2026-03-12T14:22:31Z", "２026-03-12T14:22:31Z", "20260312T142231Z",
     "+2026-03-12T14:22:31Z"])
-def test_other_times_are_refused(text):
+def test_text_that_is_not_an_rfc3339_time_is_refused(text):
     with pytest.raises(ValueError):
         parse_time(text)
+
+
+def test_new_keys_have_the_documented_form_and_prefixes_show_only_a_part():
+    assert re.fullmatch("bf_live_[0-9a-f]{32} bf_test_[0-9a-f]{32}", " ".join(map(backfeedr.new_key, (False, True))))
+    assert [backfeedr.key_prefix(key) for key in (KEY, "hunter2hunter2", "k")] == ["bf_live_01234567", "hunt", ""]
+
+
+# == Grouping ==================================================================
+
+BUILD = "5a1b0c0d-0000-4000-8000-00000000beef"
 
 
 def frames(*pairs):
@@ -608,27 +616,17 @@ def hashed(text):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def test_keys_have_the_form_of_the_contract_and_show_little():
-    assert re.fullmatch("bf_live_[0-9a-f]{32} bf_test_[0-9a-f]{32}", " ".join(map(backfeedr.new_key, (False, True))))
-    assert [backfeedr.key_prefix(key) for key in (KEY, "hunter2hunter2", "k")] == ["bf_live_01234567", "hunt", ""]
+def own(offset, uuid=BUILD, **more):
+    """A frame of the app's own code without a name, as in MetricKit."""
+    return {"binary": "Shop", "uuid": uuid, "offset": offset, "in_app": True, **more}
 
 
-# == Grouping ==================================================================
-
-BUILD = "5a1b0c0d-0000-4000-8000-00000000beef"
-
-
-def own(offset, uuid=BUILD, **further):
-    """A frame of the app's own code without a name, as MetricKit has it."""
-    return {"binary": "Shop", "uuid": uuid, "offset": offset, "in_app": True, **further}
+def system(offset, binary="UIKitCore", **more):
+    return {"binary": binary, "uuid": "77" * 16, "offset": offset, "address": 0x190000000 + offset, **more}
 
 
-def system(offset, binary="UIKitCore", **further):
-    return {"binary": binary, "uuid": "77" * 16, "offset": offset, "address": 0x190000000 + offset, **further}
-
-
-def calls(*names, **further):
-    return [{"symbol": name, **further} for name in names]
+def calls(*names, **more):
+    return [{"symbol": name, **more} for name in names]
 
 
 @pytest.mark.parametrize("kind, trace, expected", [
@@ -640,7 +638,7 @@ def calls(*names, **further):
      hashed("SIGABRT:objc_msgSend")),
     ("SIGABRT", frames((None, None), ("raise", None)), hashed("SIGABRT:raise")),
     *[("SIGABRT", trace, hashed("SIGABRT")) for trace in ([], frames((None, None)))]])
-def test_the_group_is_the_hash_that_the_contract_gives(kind, trace, expected):
+def test_the_group_is_the_documented_hash(kind, trace, expected):
     assert group_hash(kind, trace) == expected
 
 
@@ -663,32 +661,32 @@ def test_the_group_is_the_hash_that_the_contract_gives(kind, trace, expected):
     ("__24-[Cart totalOf:with:]_block_invoke_2", "-[Cart totalOf:with:]"), ("__cart_total_block_invoke", "cart_total"),
     ("__cart_total_block_invoke.17", "cart_total"), ("__9-[X y]_block_invoke_2.45.cold.1", "-[X y]"),
     ("$s4Shop1AV1byyYaFTQ0_", "$s4Shop1AV1byyYaF")])
-def test_what_a_compiler_adds_to_a_name_makes_no_other_group(symbol, name):
+def test_what_a_compiler_adds_to_a_name_does_not_change_the_group(symbol, name):
     assert backfeedr.canonical_name(symbol) == name
     assert group_hash("A", calls(symbol, file="a.swift")) == hashed(f"A:{name}")
 
 
 @pytest.mark.parametrize("trace, names", [
-    # Own frames: those with a file, those that say so, those of an image in the app, those that are loaded below.
+    # Own frames have a file, in_app, an image inside the app, or a low load address.
     ([system(1), own(2)], f"{BUILD.upper()}+2"), ([system(1), own(2), own(3), own(4), own(5)], ":".join(
         f"{BUILD.upper()}+{n}" for n in (2, 3, 4))),
     *(([*calls("a", **other), *calls("b", in_app=True)], "b") for other in ({}, {"file": "a.c", "in_app": False})),
     ([*calls("a", path="/usr/lib/liba.dylib"), *calls("b", path="/private/var/Bundle/0/Shop.app/Shop")], "b"),
     ([*calls("a", address=0x18000000f, image_base=0x180000000), *calls("b", address=9, image_base=4)], "b"),
-    # What does not count, beside what does.
+    # Names that say nothing are skipped.
     (calls("@objc A.b()", "A.b()", "A.b()", "thunk for @escaping () -> ()", "C.d()", "main", file="a"),
      "A.b():C.d()"),
     ([*calls("static Shop.$main()", "static Shop.App.$main() -> ()", "dispatch thunk of A.c()", "main", "A.b()",
              "non-virtual thunk to X::y()", "reabstraction thunk helper from @escaping () -> ()", "outlined copy of A?",
              file="a")], "A.b()"), ([*calls("main", file="a")], "main"),
     ([*calls("UIApplicationMain"), *calls("main", file="a")], "UIApplicationMain"),
-    # Without own frames: what every abort runs through says nothing.
+    # Without own frames, the functions that every abort runs through are skipped.
     ([*calls("__pthread_kill", "pthread_kill", "abort", "Shop.Cart.total()")], "Shop.Cart.total()"),
     (calls("__exceptionPreprocess", "objc_exception_throw", "-[NSException raise]", "-[A b]", *"cde"), "-[A b]:c:d"),
     (calls("_assertionFailure(_:_:file:line:flags:)", "swift_unexpectedError", "_swift_runtime_on_report", "A.b()"),
      "A.b()"),
     ([*calls("abort", "raise")], "abort:raise"), ([*calls("aborted()", "x")], "aborted():x"),
-    # Without names: build and offset, or binary and offset.
+    # Frames without names count as build and offset, or as binary and offset.
     ([{"binary": "UIKitCore", "offset": 7}, {"binary": "Foundation", "offset": 8}], "UIKitCore+7:Foundation+8"),
     *(([{"symbol": text, **binary}], "Shop+15424") for text, binary in (
         ("Shop + 15424", {"binary": "Shop"}), ("Shop + 15424", {}), ("0x1040c8000 + 15424", {"binary": "Shop"}),
@@ -702,11 +700,11 @@ def test_what_a_compiler_adds_to_a_name_makes_no_other_group(symbol, name):
         "0x1040c8000", "00000001040c8000", "<redacted>", "???", "Shop + 9", "the.function.before")),
     ([{"symbol": "0x1040c8000"}, *calls("a")], "a"), ([{"symbol": "-[A b] + 15424"}], "-[A b]"),
     ([{"symbol": 7, "file": ["x"]}, *calls("a")], "a"),
-    # A device's own symbol is taken where no symbols can come, or where it is said to be from symbols.
+    # A device's symbol is trusted if no symbols can be uploaded for it, or if the frame is symbolicated.
     ([{"symbol": "A.b()", "binary": "Shop", "offset": 9, "in_app": True}], "A.b()"),
     ([own(9, symbol="A.b()", symbolicated=True)], "A.b()"),
     ([own(9, symbol="A.b()", file="a.swift")], "A.b()")])
-def test_the_group_is_made_of_the_first_three_names_that_tell(trace, names):
+def test_the_group_is_made_of_the_first_three_specific_names(trace, names):
     assert group_hash("SIGABRT", trace) == hashed(f"SIGABRT:{names}")
 
 
@@ -724,7 +722,7 @@ def test_the_group_is_made_of_the_first_three_names_that_tell(trace, names):
                  "/Applications/Xcode.app/Contents/Developer/Platforms/P/usr/lib/libc.dylib",
                  "/Applications/Xcode.app/R/RuntimeRoot/System/Library/UIKit"))]),
     (None, [("", "", None, "x"), ("", "", 0, "x"), ("", "Shop.app/Shop", None, "x")])])
-def test_code_is_the_apps_own_by_its_file_else_its_path_else_its_load_address(is_own, frames):
+def test_own_code_is_recognized_by_its_file_or_path_or_load_address(is_own, frames):
     assert [frame for frame in frames if backfeedr.is_own_code(*frame) is not is_own] == []
 
 
@@ -741,17 +739,17 @@ SDK_FRAMES = {
                "in_app": True}}
 
 
-def test_a_crash_is_in_one_group_whatever_the_sdk_and_the_load_address(api):
+def test_the_group_is_the_same_for_every_sdk_and_load_address(api):
     for frame, slide in product(SDK_FRAMES.values(), (0, 0x3A4000)):
         moved = {name: hex(int(value, 16) + slide) if type(value) is str and value.startswith("0x1") else
                  value + slide if type(value) is int and value >= LOADED else value for name, value in frame.items()}
         crash = {**CRASH, "stack_trace": [system(7 + slide), moved]}
         assert api.post(CRASHES, crash)[1]["group_hash"] == hashed(f"SIGABRT:{BUILD.upper()}+20924")
         row = latest_row(api, CRASHES)
-        assert row["images"] == BUILD.upper() and json.loads(row["stack_trace"]) == crash["stack_trace"], "as it came"
+        assert row["images"] == BUILD.upper() and json.loads(row["stack_trace"]) == crash["stack_trace"], "unchanged"
 
 
-def test_odd_frames_cost_no_report(api):
+def test_a_crash_with_odd_frames_is_stored(api):
     for n, frame in enumerate([
             {"symbol": 7, "file": ["x"], "binary": 1.5, "uuid": {}, "offset": "much", "address": -1},
             {"image_base": True, "uuid": "5a" * 15, "offset": 1 << 70},
@@ -771,7 +769,7 @@ def nested(depth):
 
 
 def changed(sent, **changes):
-    """Its JSON with these changes; `...` leaves a field out."""
+    """The JSON of a report with these changes; `...` removes a field."""
     return json.dumps({name: value for name, value in {**sent, **changes}.items() if value is not ...}).encode()
 
 
@@ -781,7 +779,7 @@ ZIPPED = {"Content_Encoding": "gzip"}
 FRAME = {"frame": 0, "symbol": "a", "file": None, "line": None, "image": "UIKit"}
 UNKNOWN = {"free_disk_mb": 1 << 70, "breadcrumbs": [{"at": 1, "text": "tap"}], "context": {"a": [1, 2.5, None]},
            "id": "mine"}
-BODIES_KEPT = [  # a body, and what is stored of it
+BODIES_KEPT = [  # a body, and what is stored
     (changed(CRASH, **UNKNOWN, stack_trace=[FRAME]), {"extra": UNKNOWN, "stack_trace": [FRAME]}),
     *[(changed(CRASH, **{name: value}), {name: value}) for name, value in [
         ("exception_type", "x" * 500), ("exception_reason", "x" * 10_000), ("locale", "\U0001f1e9" * 500),
@@ -789,16 +787,16 @@ BODIES_KEPT = [  # a body, and what is stored of it
         ("battery_level", 1), ("free_memory_mb", 312.5), ("free_memory_mb", (1 << 63) - 1), ("is_charging", True),
         ("stack_trace", []), ("stack_trace", [{}])]],
     *[(changed(CRASH, x=value), {"extra": {"x": value}}) for value in (1 << 64, -1e-300, nested(60))],
-    # of a name that comes twice, the last
+    # a repeated field: the last one counts
     (VALID[:-1] + b', "exception_type": "B"}', {"exception_type": "B"}),
     (VALID[:-1] + b', "x": 1, "x": 2}', {"extra": {"x": 2}}),
-    # a character that no database takes
+    # characters that no database can store
     (changed(CRASH, exception_type="A\x00\ud800B", exception_reason="\U0001f600", **{"\udfff": {"x": ["\x00"]}},
              stack_trace=[{"symbol": "f\ud800", "file": "F"}]),
      {"exception_type": "A\ufffd\ufffdB", "exception_reason": "\U0001f600", "extra": {"\ufffd": {"x": ["\ufffd"]}},
       "stack_trace": [{"symbol": "f\ufffd", "file": "F"}], "group_hash": hashed("A\ufffd\ufffdB:f\ufffd")}),
     (changed(CRASH, x={"\x00": 1, "\ud800": 2}), {"extra": {"x": {"\ufffd": 2}}}),
-    # times, and those of a clock that is fast or was never set, which count at receipt
+    # times of a clock that is ahead or was never set are counted at receipt
     *[(changed(CRASH, occurred_at=time), {"occurred_at": expected, "at": parse_time(NOW)}) for time, expected in [
         ("0001-01-01T00:00:00Z", -62135596800000), ("0001-01-01T00:00:00+14:00", -62135596800000 - 14 * HOUR),
         ("0001-01-01T00:00:00+23:59", -62135596800000 - 24 * HOUR + 60_000),
@@ -808,7 +806,7 @@ BODIES_KEPT = [  # a body, and what is stored of it
       for time in ("2007-01-01T00:00:00Z", "2026-03-12T14:35:00Z")]]
 
 
-def test_everything_sent_is_kept_and_an_odd_report_can_be_read(serve):
+def test_everything_sent_is_stored_and_can_be_shown(serve):
     api = Api(serve(rate_limit=0))
     for body, expected in BODIES_KEPT:
         status, answer = api.post(CRASHES, body)
@@ -820,7 +818,7 @@ def test_everything_sent_is_kept_and_an_odd_report_can_be_read(serve):
     assert [api.get(path, **ADMIN)[0] for path in [*METRICS, CRASHES]] == [200] * (len(METRICS) + 1)
 
 
-def test_null_and_the_empty_text_mean_absent(api):
+def test_null_and_empty_text_mean_that_a_field_is_absent(api):
     for absent, (path, sent, names) in product((None, ""), [
             (CRASHES, CRASH, "exception_reason stack_trace app_version build_number os_version device_model "
                              "device_id_hash locale free_memory_mb battery_level is_charging"),
@@ -836,14 +834,14 @@ def batch_of(*events):
     return json.dumps({"events": list(events)}).encode()
 
 
-INVALID_VALUES = [  # a path, a valid body, its field, and values that it does not take
+INVALID_VALUES = [  # a path, a valid body, its field, and invalid values
     *[(path, sent, "occurred_at", [
         True, [], "yesterday", "2026-03-12", "2026-03-12T14:22:31", "2026-02-30T00:00:00Z", "2026-03-12T14:22:31Z\n",
         "0000-01-01T00:00:00Z", "2026-03-12T14:22:60Z", "1773325351", 1e18, -1e12]) for path, sent in (
             (CRASHES, CRASH), (EVENTS, EVENT))],
     (CRASHES, CRASH, "exception_type", [1, True, ["a"], {"a": 1}]), (EVENTS, EVENT, "type", [1, ["custom"]])]
 SHORT = [(47, "47"), ("x" * 501, "x" * 500)]
-CONVERTED = [  # a field, values with what is stored of them, and values of another kind, which are kept as they came
+CONVERTED = [  # a field, values with what is stored for them, and values of a wrong type, which are kept in `extra`
     *[(CRASHES, name, SHORT, [1.5, True, ["a"], {"a": 1}]) for name in (
         "app_version", "build_number", "os_version", "device_model", "device_id_hash", "session_id", "locale")],
     *[(EVENTS, name, SHORT, [1.5, False, {"a": 1}]) for name in ("name", "session_id")],
@@ -879,15 +877,15 @@ BAD_BODIES = [
     *[(BATCH, body, "missing events") for body in (b"{}", b'{"events": null}', b'{"events": []}')],
     *[(BATCH, body, "invalid events") for body in (b'{"events": {}}', b'{"events": "all"}')],
     (BATCH, batch_of(*[EVENT] * 101), "too many events: at most 100"),
-    *[(BATCH, batch_of(*[EVENT] * place, bad, *[EVENT] * (99 - place)), f"{text} at index {place}")
-      for place in (0, 1, 50, 99) for text, bads in [
+    *[(BATCH, batch_of(*[EVENT] * index, bad, *[EVENT] * (99 - index)), f"{text} at index {index}")
+      for index in (0, 1, 50, 99) for text, invalid in [
           ("missing type", [{}]), ("missing occurred_at", [{"type": "custom"}]),
           ("invalid event type", [{**EVENT, "type": "x"}]), ("invalid event", [None, [], [EVENT], "x", True]),
           ("invalid type", [{**EVENT, "type": []}]),
-          ("invalid occurred_at", [{**EVENT, "occurred_at": "2026-03-12T14:22:31+24:00"}])] for bad in bads]]
+          ("invalid occurred_at", [{**EVENT, "occurred_at": "2026-03-12T14:22:31+24:00"}])] for bad in invalid]]
 
 
-def test_a_bad_body_is_refused_with_its_reason_and_nothing_is_stored(serve):
+def test_an_invalid_body_is_refused_with_the_reason_and_nothing_is_stored(serve):
     api = Api(serve(rate_limit=0))
     api.post(CRASHES, CRASH)
     api.post(EVENTS, {**EVENT, "device_id_hash": "d"})
@@ -913,7 +911,7 @@ DETAILS = [
     (BATCH, batch_of(EVENT, "x"), "it is text, not an object"), (CRASHES, b"{}", None)]
 
 
-def test_the_detail_of_an_error_says_what_is_wrong(api):
+def test_an_error_has_a_detail_that_says_what_is_wrong(api):
     for path, body, detail in DETAILS:
         status, answer = api.post(path, body)
         assert (status, answer.get("detail")) == (400, detail)
@@ -924,31 +922,31 @@ def latest_row(api, path):
     return rows_by_name(api.server.store.path, f"select * from {path.split('/')[3]} order by seq desc limit 1")[0]
 
 
-def parsed(path, sent, batched=False):
-    """What is stored of a crash or an event, by column."""
-    parse = {CRASHES: parse_crash, EVENTS: parse_event}[path]
-    return (backfeedr.parse_batch({"events": [sent]})[0] if batched else parse(sent))._asdict()
+def parsed(path, fields, batched=False):
+    """What is stored for a crash or an event with these fields, by column."""
+    if batched:
+        return backfeedr.parse_batch({"events": [{**EVENT, **fields}]})[0]._asdict()
+    return (parse_crash({**CRASH, **fields}) if path == CRASHES else parse_event({**EVENT, **fields}))._asdict()
 
 
-def test_what_only_some_phones_send_is_converted_or_kept_as_it_came():
-    sent = {CRASHES: CRASH, EVENTS: EVENT}
-    for path, name, converted, others in CONVERTED:
+def test_an_optional_field_is_converted_or_kept_unchanged():
+    for path, name, converted, wrong in CONVERTED:
         for (value, expected), batched in product(
-                [*converted, *((value, None) for value in others)], {False, path == EVENTS}):
-            row = parsed(path, {**sent[path], name: value}, batched)
+                [*converted, *((value, None) for value in wrong)], {False, path == EVENTS}):
+            row = parsed(path, {name: value}, batched)
             extra = {} if expected is not None else {name: value}
             assert (row[name], json.loads(row["extra"] or "{}")) == (expected, extra), (name, value)
     for frame, expected in FRAMES:
-        assert json.loads(parsed(CRASHES, {**CRASH, "stack_trace": [frame]})["stack_trace"]) == [expected]
+        assert json.loads(parsed(CRASHES, {"stack_trace": [frame]})["stack_trace"]) == [expected]
     assert backfeedr.decode_json(b"\xef\xbb\xbf" + VALID) == CRASH, "a byte order mark"
     for path, name, value in ((CRASHES, "deep", nested(70)), (EVENTS, "deep", nested(70)),
                               (EVENTS, "properties", {"a": nested(70)}), (CRASHES, "stack_trace", [{"a": nested(70)}])):
-        kept = json.loads(parsed(path, {**sent[path], name: value})["extra"])[name]
-        assert json.loads(kept) == value, "as text: it is too deep to be shown as it came"
+        kept = json.loads(parsed(path, {name: value})["extra"])[name]
+        assert json.loads(kept) == value, "as text, because it is nested too deep to be shown"
 
 
 FRAME_OF = dict(symbol="Shop.Cart.total()", file="Cart.swift", line=7)
-LONG = [  # a field that is sent, what is stored of it, and what `truncated` says
+LONG = [  # a field that is sent, what is stored for it, and what `truncated` says
     (CRASHES, {"stack_trace": [dict(FRAME_OF, frame=n) for n in range(600)]},
      {"stack_trace": [dict(FRAME_OF, frame=n) for n in (*range(384), *range(472, 600))]}, "stack_trace"),
     (EVENTS, {"properties": {f"p{n:03}": n for n in range(300)}},
@@ -968,20 +966,19 @@ LONG = [  # a field that is sent, what is stored of it, and what `truncated` say
         (EVENTS, "properties", {f"p{n}": [1] * 2_000 for n in range(150)}))]]
 
 
-def test_of_a_report_that_is_too_large_the_beginning_is_kept_and_says_what_was_cut():
+def test_a_report_that_is_too_large_is_cut_at_the_end_and_says_so():
     for path, fields, expected, cut in LONG:
-        sent = {**{CRASHES: CRASH, EVENTS: EVENT}[path], **fields}
         for batched, limit in [(False, 256_000), (True, 32_000)][:1 + (path == EVENTS)]:
-            row = parsed(path, sent, batched)
+            row = parsed(path, fields, batched)
             size = sum(len(text.encode()) for text in row.values() if isinstance(text, str))
             extra = json.loads(row["extra"])
             assert size <= limit and extra.pop("truncated") == [cut]
-            assert expected or size > 0.9 * limit, "no more is cut than has to be"
+            assert expected or size > 0.9 * limit, "no more is cut than necessary"
             for name, value in expected.items():
                 assert (extra if name == "extra" else json.loads(row[name])) == value
 
 
-def test_what_is_nested_or_long_in_a_report_that_is_too_large_becomes_text():
+def test_a_large_nested_value_in_a_report_that_is_cut_becomes_text():
     event = parse_event({**EVENT, "properties": {"a": [[["x" * 9]] * 20_000] * 2, "b": [{"c": [1]}]}})
     properties = json.loads(event.properties)
     assert properties["a"].startswith('[[["xxxxxxxxx"],["xxxxxxxxx"],') and properties["b"] == [{"c": [1]}]
@@ -989,20 +986,20 @@ def test_what_is_nested_or_long_in_a_report_that_is_too_large_becomes_text():
     crash = parse_crash({**CRASH, "stack_trace": [{"symbol": "f", "line": 7, **frame}] * 100})
     kept = json.loads(crash.stack_trace)[0]
     assert (kept["symbol"], kept["line"], kept["f0"][:3], len(kept)) == ("f", 7, "xxx", 32)
-    frames = [dict.fromkeys(frame, 1)] * 513  # too many, but they take little
+    frames = [dict.fromkeys(frame, 1)] * 513  # too many, but small
     assert json.loads(parse_crash({**CRASH, "stack_trace": frames}).stack_trace) == frames[:512]
 
 
 WIDE_OR_DEEP = ["[]", '{"":[1.5]}', '{"a":' * 63 + "1" + "}" * 63, "[" * 70 + "]" * 70]
 
 
-def test_a_body_of_any_shape_costs_few_looks_at_it(monkeypatch):
-    """To walk through half a million lists a dozen times takes many seconds."""
+def test_parsing_takes_few_passes_over_a_body_of_any_shape(monkeypatch):
+    """Walking through half a million lists a dozen times takes many seconds."""
     monkeypatch.setattr(backfeedr, "MAX_REPORT_SIZE", 25_600)
     monkeypatch.setattr(backfeedr, "MAX_BATCHED_SIZE", 3_200)
-    encode, looks, calls = backfeedr._encode, [], []
-    monkeypatch.setattr(backfeedr, "_encode", lambda value: looks.append(len(text := encode(value))) or text)
-    for (place, wrap, parse), part in product([
+    encode, encoded, calls = backfeedr._encode, [], []
+    monkeypatch.setattr(backfeedr, "_encode", lambda value: encoded.append(len(text := encode(value))) or text)
+    for (shape, wrap, parse), part in product([
             ("a field", lambda many: {**CRASH, "x": many}, parse_crash),
             ("fields", lambda many: {**CRASH, **{f"x{n}": value for n, value in enumerate(many)}}, parse_crash),
             ("a frame", lambda many: {**CRASH, "stack_trace": [{"x": many}]}, parse_crash),
@@ -1010,30 +1007,30 @@ def test_a_body_of_any_shape_costs_few_looks_at_it(monkeypatch):
             ("an event", lambda many: {"events": [{**EVENT, "properties": {"x": many}}]}, backfeedr.parse_batch),
             ("a batch", lambda many: {"events": [{**EVENT}], "x": many}, backfeedr.parse_batch)], WIDE_OR_DEEP):
         given = wrap([json.loads(part)] * (60_000 // len(part)))
-        looks.clear(), calls.clear()
+        encoded.clear(), calls.clear()
         before = sys.getprofile()
         sys.setprofile(lambda frame, event, _: calls.append(1) if event == "call" else None)
         try:
             parse(given)
         finally:
             sys.setprofile(before)
-        assert sum(looks) < 2_000_000 and len(calls) < 20_000, (place, part)
+        assert sum(encoded) < 2_000_000 and len(calls) < 20_000, (shape, part)
 
 
-def test_events_of_a_batch_with_fields_of_their_own_are_converted_together():
-    """One by one takes four times as long."""
+def test_events_of_a_batch_with_different_fields_are_converted_together():
+    """One by one, it takes four times as long."""
     events = [{**EVENT, "name": f"n{n}", **({"screen": [n]} if n else {})} for n in range(3)]
     assert backfeedr._parse_columns(events) == list(map(parse_event, events))
 
 
-def test_an_odd_event_of_a_batch_is_stored_as_by_itself():
-    """True and 1 are equal, but not the same."""
+def test_an_event_in_a_batch_is_stored_like_a_single_one():
+    """Even if values such as True and 1 are equal, but not the same."""
     for pair in product([0, 1, True, 1.0, "1", "", None, nested(63), nested(64)], repeat=2):
         events = [{**EVENT, "name": value, "x": value} for value in pair]
         assert backfeedr.parse_batch({"events": events}) == list(map(parse_event, events))
 
 
-def test_an_unknown_field_becomes_text_only_where_it_is_too_deep():
+def test_an_unknown_field_becomes_text_only_if_it_is_nested_too_deep():
     for value, kept in [*[(value, value) for value in (nested(63), ["\\", "[" * 140], ['"' + "{" * 140])],
                         (nested(64), "[" * 64 + "]" * 64)]:
         assert json.loads(parse_event({**EVENT, "x": value}).extra)["x"] == kept
@@ -1043,7 +1040,7 @@ def test_an_unknown_field_becomes_text_only_where_it_is_too_deep():
         "truncated": ["unknown fields"]}
 
 
-def test_a_cut_crash_stays_in_its_group_when_another_store_imports_it(api, serve):
+def test_a_cut_crash_keeps_its_group_when_it_is_imported(api, serve):
     long = [{"symbol": f"{n % 10}" * 3_000, "file": "a.swift"} for n in range(300)]
     body = gzip.compress(json.dumps({**CRASH, "stack_trace": long}).encode())
     status, answer = api.post(CRASHES, body, Content_Encoding="gzip")
@@ -1055,10 +1052,10 @@ def test_a_cut_crash_stays_in_its_group_when_another_store_imports_it(api, serve
     assert "truncated" in report(other)["extra"]
 
 
-def test_no_depth_of_a_body_is_an_error_of_the_server(serve, monkeypatch):
+def test_a_body_of_any_depth_is_stored_or_refused(serve, monkeypatch):
     monkeypatch.setattr(backfeedr, "MAX_REPORT_SIZE", 10_000)
     api = Api(serve(rate_limit=0))
-    for depth in (*range(60, 1000, 47), *range(930, 1000, 5)):  # Pythons differ in how deep they read
+    for depth in (*range(60, 1000, 47), *range(930, 1000, 5)):  # the limit differs between versions of Python
         deep = '{"a":' * depth + "1" + "}" * depth
         for path, body in ((CRASHES, changed(CRASH, x=1, y="y" * 11_000)), (EVENTS, changed(EVENT, properties=1)),
                            (CRASHES, changed(CRASH, stack_trace=[{"symbol": 1}])),
@@ -1068,7 +1065,7 @@ def test_no_depth_of_a_body_is_an_error_of_the_server(serve, monkeypatch):
     assert count(api.server, "crashes") > 10 and count(api.server, "events") > 10
 
 
-def test_a_batch_of_100_events_of_every_type_is_stored_in_order_with_its_unknown_fields(api):
+def test_a_batch_of_100_events_is_stored_in_order_with_its_unknown_fields(api):
     sent = [(kind, str(n)) for n in range(25) for kind in ("session_start", "session_end", "error", "custom")]
     events = [{**EVENT, "type": kind, "name": name} for kind, name in sent]
     status, answer = api.post(BATCH, {"events": [{**events[0], "sdk": "1.0"}, *events[1:]], "sent_at": "now"})
