@@ -1087,11 +1087,11 @@ META = {"appVersion": "1.2.0", "appBuildVersion": "47", "osVersion": "iPhone OS 
         "deviceType": "iPhone16,1", "exceptionType": 6, "signal": 5}
 
 
-def sampled(binary, offset, *inside, **more):
-    """A frame of MetricKit, and those that are nested in it."""
+def sampled(binary, offset, *sub_frames, **more):
+    """A frame of MetricKit with the frames nested in it."""
     frame = {"binaryName": binary, "binaryUUID": BUILDS.get(binary, KIT), "offsetIntoBinaryTextSegment": offset,
              "address": ADDRESS.get(binary, 0x100000000) + offset, "sampleCount": 1, **more}
-    return {**frame, "subFrames": list(inside)} if inside else frame
+    return {**frame, "subFrames": list(sub_frames)} if sub_frames else frame
 
 
 def tree_of(*roots, **more):
@@ -1105,14 +1105,14 @@ def payload_of(kind="crashDiagnostics", tree=None, meta=META, **more):
 
 
 def nest(depth, frame='{"binaryName":"Shop","offsetIntoBinaryTextSegment":%d'):
-    """A payload with so many frames, each in the one before."""
+    """A payload with `depth` frames, each nested in the one before."""
     frames = "".join((frame % number if "%" in frame else frame) + ',"subFrames":[' for number in range(depth))
     head, tail = json.dumps(payload_of(tree=tree_of("..."))).split('"..."')
     return (head + frames + "]}" * depth + tail).encode()
 
 
 MIXED = {**payload_of("hangDiagnostics"), **payload_of(), **payload_of("cpuExceptionDiagnostics"),
-         **payload_of("memoryExceptionDiagnostics", meta={"appVersion": "1.1"})}  # an event, a crash, and again
+         **payload_of("memoryExceptionDiagnostics", meta={"appVersion": "1.1"})}  # an event, a crash, an event, a crash
 IMAGES = [{"name": name, "path": path, "uuid": uuid.lower(), "base": 0x100000000 * (number + 1), "size": 4096}
           for number, (name, path, uuid) in enumerate([
               ("Shop", "/private/var/containers/Bundle/Application/%s/Shop.app/Shop" % KIT, SHOP),
@@ -1181,7 +1181,7 @@ Application/11111111-2222-3333-4444-55555555555B/Shop.app/Frameworks/Pay Kit.fra
 
 
 def crash_text(*changes):
-    """The text above with some of it replaced."""
+    """CRASH_TEXT with these replacements."""
     text = CRASH_TEXT
     for before, after in changes:
         assert before in text
@@ -1190,7 +1190,7 @@ def crash_text(*changes):
 
 
 def diagnosed(body, device=""):
-    """What is read in a body, as objects without what is absent."""
+    """The reports that are read from a body, as objects without absent fields."""
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     return [{name: json.loads(value) if name in ("stack_trace", "properties", "extra") else value
              for name, value in report._asdict().items() if value is not None}
@@ -1249,10 +1249,10 @@ WHOLE_REPORTS = [
 
 
 @pytest.mark.parametrize("body, expected", WHOLE_REPORTS, ids=["ips", "crash", "MetricKit", "hang", "iOS 27"])
-def test_apples_report_becomes_one_of_ours(body, expected):
+def test_a_report_of_apples_becomes_a_crash_or_an_event(body, expected):
     report = only(body)
     unnamed = [frame["uuid"] for frame in report.get("stack_trace", ()) if frame["in_app"] and "symbol" not in frame]
-    assert report.pop("images", "") == " ".join(unnamed), "the app's own, which symbols can name"
+    assert report.pop("images", "") == " ".join(unnamed), "builds of own frames without a symbol"
     if "exception_type" in expected:
         expected = {**expected, "group_hash": group_hash(report["exception_type"], report["stack_trace"])}
     assert report == expected
@@ -1274,34 +1274,34 @@ def test_nothing_that_identifies_a_phone_or_a_person_is_kept():
                         if word in text]
 
 
-OF_APPLE = [
+APPLE_REPORTS = [  # a body, and the possible errors at POST /crashes
     *[(body, ["invalid JSON"]) for body in (ips_of(), crash_text(), ips_of({**IPS_HEAD, "bug_type": "298"}))],
     *[(body, ["missing exception_type"]) for body in (ips_of(None), payload_of(), WHOLE_REPORTS[4][0], SPAN)],
-    (nest(3000), ["invalid JSON", "missing exception_type"])]  # Python 3.13 reads so deep
+    (nest(3000), ["invalid JSON", "missing exception_type"])]  # Python 3.13 reads any depth
 
 
-def test_apples_report_among_the_crashes_is_told_where_it_belongs(api):
-    for body, errors in OF_APPLE:
+def test_a_report_of_apples_sent_as_a_crash_is_refused_and_the_detail_says_where_it_belongs(api):
+    for body, errors in APPLE_REPORTS:
         status, answer = api.post(CRASHES, body)
         assert status == 400 and answer.pop("error") in errors
         assert answer == {"detail": "it is Apple's report: POST it to /api/v1/diagnostics as it is"}
     assert stored(api.server, "crashes", "events") == {"crashes": [], "events": []}
 
 
-def test_a_payload_gives_each_of_its_diagnostics_in_its_order():
+def test_all_diagnostics_of_a_payload_are_read_in_order():
     kinds = {"appLaunchDiagnostics": "Slow launch", "crashDiagnostics": None, "hangDiagnostics": "Hang",
              "cpuExceptionDiagnostics": "CPU exception", "diskWriteExceptionDiagnostics": "Disk write exception",
              "fooBarDiagnostics": "Foo bar", "gpuDiagnostic": "Gpu", "memoryExceptionDiagnostics": None}
-    both = {kind: payload_of(kind)[kind] * 2 for kind in kinds}
-    both["fooBarDiagnostics"].append({"callStackTree": {}})  # which says nothing that anybody knows
-    assert [report.get("name") for report in diagnosed({**SPAN, **both})] == [
-        name for name in kinds.values() for _ in range(2)]
+    diagnostics = {kind: payload_of(kind)[kind] * 2 for kind in kinds}
+    diagnostics["fooBarDiagnostics"].append({"callStackTree": {}})  # of an unknown kind without frames: skipped
+    names = [report.get("name") for report in diagnosed({**SPAN, **diagnostics})]
+    assert names == [name for name in kinds.values() for _ in range(2)]
 
 
 @pytest.mark.parametrize("name, kind", [
     ("hangDuration", "hang"), ("totalCPUTime", "cpuException"), ("writesCaused", "diskWriteException"),
     ("launchDuration", "appLaunch")])
-def test_how_long_or_much_an_event_was_is_its_duration_as_apple_wrote_it(name, kind):
+def test_the_duration_or_amount_of_an_event_is_kept_as_apple_wrote_it(name, kind):
     meta = {name: "2,5 Sek.", "totalSampledTime": "3 Sek.", "isTestFlightApp": False}
     properties = only(payload_of(kind + "Diagnostics", meta=meta))["properties"]
     del properties["stack_trace"]
@@ -1313,7 +1313,7 @@ ABORTED = "SIGNAL 6 Abort trap: 6"
 THROWN = {"exceptionName": "NSRangeException", "composedMessage": "index 3 beyond bounds", "className": "NSException"}
 WATCHDOG = "<RBSTerminateContext| domain:10 code:0x8BADF00D explanation:scene-create watchdog>"
 ASI = "*** Terminating app due to uncaught exception 'NSRangeException', reason: 'it's 3\nof 2'\n%s terminating"
-TYPES = [  # what MetricKit, an .ips and a .crash say, and its type and reason
+TYPES = [  # a report, and its exception type and reason
     *[(payload_of(meta=meta), kind, None) for meta, kind in [
         ({"exceptionType": 1, "signal": 11}, "EXC_BAD_ACCESS"), ({"exceptionType": 10, "signal": 6}, "SIGABRT"),
         ({"exceptionType": 10}, "EXC_CRASH"), ({"signal": 9}, "SIGKILL"), ({}, "Unknown"),
@@ -1348,18 +1348,18 @@ TYPES = [  # what MetricKit, an .ips and a .crash say, and its type and reason
 
 
 @pytest.mark.parametrize("body, kind, reason", TYPES, ids=lambda value: str(value)[-40:])
-def test_the_exception_type_is_the_most_telling_of_those_given(body, kind, reason):
+def test_the_exception_type_is_the_most_specific_one(body, kind, reason):
     report = only(body)
     assert (report["exception_type"], report.get("exception_reason")) == (kind, reason)
 
 
-@pytest.mark.parametrize("given, expected", [
+@pytest.mark.parametrize("sent, expected", [
     ("iPhone OS 17.0 (21A329)", "17.0"), ("iPhone OS 14.0.1 (18A393)", "14.0.1"), ("macOS 12.0.1 (21A559)", "12.0.1"),
     ("iPadOS 26.1 (23B85)", "26.1"), ("visionOS 2.0 (22N320)", "2.0"), ("Mac OS X 10.15.7 (19H2)", "10.15.7"),
     ("iPhone OS 16.4.1 (a) (20E772520a)", "16.4.1"), ("Version 17.0 (Build 21A329)", "17.0"), ("17.5", "17.5"),
     ("Something else", "Something else"), ("iOS 17 beta", "iOS 17 beta"), ({"number": "27.0"}, "27.0")])
-def test_the_os_version_is_its_number_alone(given, expected):
-    assert only(payload_of(meta={"osVersion": given}))["os_version"] == expected
+def test_the_os_version_is_the_number_alone(sent, expected):
+    assert only(payload_of(meta={"osVersion": sent}))["os_version"] == expected
 
 
 def during(**span):
@@ -1378,16 +1378,12 @@ def during(**span):
         during(), during(timeRange=[]), during(timeStampEnd=True, timeStampBegin=1e300),
         during(timeStampEnd="2026-13-01 00:00:00"), ips_of(None, captureTime="?"),
         crash_text(("Date/Time:  ", "Date/Mime:  ")))]])
-def test_a_diagnostic_occurred_when_its_span_ended_or_it_was_captured_else_at_receipt(body, expected):
+def test_a_diagnostic_occurred_at_the_end_of_its_span_or_when_captured_else_at_receipt(body, expected):
     assert only(body)["occurred_at"] == parse_time(expected)
 
 
-def steps(body):
-    return [(frame.get("binary"), frame.get("offset"), frame.get("in_app", False)) for frame in trace_of(body)]
-
-
 BASE = 0x100400000
-STEPS = [  # a frame of MetricKit, and its binary, offset, and whether it is the app's own
+METRICKIT_FRAMES = [  # changes to a frame of MetricKit, and its binary, offset, and whether it is the app's own
     ({"address": BASE + 5, "offsetIntoBinaryTextSegment": 5}, ("Shop", 5, True)),
     ({"address": BASE + 5, "offsetIntoBinaryTextSegment": BASE}, ("Shop", 5, True)),  # iOS 14
     ({"address": (1 << 33) + 5, "offsetIntoBinaryTextSegment": 1 << 33}, ("Shop", 5, False)),
@@ -1405,15 +1401,16 @@ STEPS = [  # a frame of MetricKit, and its binary, offset, and whether it is the
     ({"address": 1 << 70, "offsetIntoBinaryTextSegment": True}, ("Shop", None, False))]
 
 
-@pytest.mark.parametrize("changes, expected", STEPS)
-def test_a_frame_of_metrickit_has_its_offset_and_whether_it_is_the_apps_own(changes, expected):
-    assert steps(payload_of(tree=tree_of(sampled("Shop", 16, **changes)))) == [expected]
+@pytest.mark.parametrize("changes, expected", METRICKIT_FRAMES)
+def test_a_frame_of_metrickit_has_an_offset_and_is_own_below_the_system_libraries(changes, expected):
+    frame, = trace_of(payload_of(tree=tree_of(sampled("Shop", 16, **changes))))
+    assert (frame.get("binary"), frame.get("offset"), frame.get("in_app", False)) == expected
 
 
 @pytest.mark.parametrize("changes, is_own", [
     ({}, True), ({"path": "/opt/tool"}, True), ({"path": "/opt/other"}, False), ({"path": ""}, None),
     ({"path": None}, None), ({"path": "/var/Shop.app/Frameworks/libswiftUI.dylib", "name": "libswiftUI.dylib"}, False)])
-def test_an_image_below_an_app_or_that_of_the_process_is_its_own(changes, is_own):
+def test_an_image_inside_the_app_or_that_of_the_process_is_own_code(changes, is_own):
     body = ips_of(procPath="/opt/tool", usedImages=[{**IMAGES[0], **changes}])
     assert "in_app" not in trace_of(body)[0] and trace_of(body)[1].get("in_app") is is_own
 
@@ -1427,7 +1424,7 @@ def test_an_image_below_an_app_or_that_of_the_process_is_its_own(changes, is_own
      {"file": "Cart.swift", "binary": "Shop", "uuid": SHOP, "offset": 32, "in_app": True}),
     ({"sourceFile": "/<compiler-generated>", "sourceLine": 3},
      {"binary": "Shop", "uuid": SHOP, "offset": 32, "in_app": True})])
-def test_a_frame_says_only_what_is_known_of_it(changes, expected):
+def test_unknown_parts_of_a_frame_are_left_out(changes, expected):
     images = [*IMAGES, {"name": "???", "path": "", "uuid": SHOP.translate(str.maketrans("12345A", "0" * 6))}, 5, []]
     frame = {"imageIndex": 0, "imageOffset": 32, **changes}
     assert trace_of(ips_of(usedImages=images, threads=[{"frames": [frame]}], faultingThread=0)) == [
@@ -1436,7 +1433,7 @@ def test_a_frame_says_only_what_is_known_of_it(changes, expected):
 
 DEEP = sampled("Shop", 1, sampled("Kit", 2, sampleCount=3), sampled("Kit", 3, sampled("Kit", 4), sampleCount=5),
                sampled("Kit", 5, sampleCount=5))
-TREES = [  # a kind, its tree, and the offsets of its frames
+TREES = [  # a kind, its tree, and the offsets of the frames that are kept
     ("crash", tree_of(sampled("Shop", 1), sampled("Shop", 2, sampleCount=2)), [2]),
     ("crash", {"callStacks": [{"callStackRootFrames": [sampled("Shop", n)], "threadAttributed": n == 2}
                               for n in (1, 2, 3)]}, [2]),
@@ -1445,17 +1442,17 @@ TREES = [  # a kind, its tree, and the offsets of its frames
     *[(kind, tree_of(sampled(start, 1, sampled("UIKitCore", 2, sampled("Shop", 3)))), order)
       for start in ("dyld", "libsystem_pthread.dylib")
       for kind, order in (("hang", [3, 2, 1]), ("cpuException", [3, 2, 1]), ("crash", [1, 2, 3]))],
-    ("hang", tree_of(sampled("dyld", 1, sampled("Shop", 2, sampled("dyld", 3)))), [1, 2, 3]),  # it was loading
+    ("hang", tree_of(sampled("dyld", 1, sampled("Shop", 2, sampled("dyld", 3)))), [1, 2, 3]),  # dyld was loading
     ("hang", tree_of(sampled("Shop", 1, sampled("dyld", 2))), [1, 2])]
 
 
 @pytest.mark.parametrize("kind, tree, offsets", TREES)
-def test_the_frames_are_those_of_the_thread_it_is_about_the_innermost_first(kind, tree, offsets):
+def test_the_frames_are_those_of_the_attributed_thread_the_innermost_first(kind, tree, offsets):
     trace = trace_of(payload_of(kind + "Diagnostics", tree))
     assert [(frame["frame"], frame["offset"]) for frame in trace] == list(enumerate(offsets))
 
 
-def test_an_exceptions_backtrace_comes_before_that_of_the_thread():
+def test_the_backtrace_of_an_exception_takes_precedence_over_that_of_the_thread():
     thrower = [{"imageIndex": 0, "imageOffset": 3}]
     assert [frame["offset"] for frame in trace_of(ips_of(lastExceptionBacktrace=thrower))] == [3]
     assert [frame["offset"] for frame in trace_of(ips_of(lastExceptionBacktrace=[], faultingThread=9))] == [8, 32, 64]
@@ -1474,13 +1471,13 @@ def test_an_exceptions_backtrace_comes_before_that_of_the_thread():
     json.dumps({**IPS_HEAD, "bug_type": "109"}).encode() + b"\n" + crash_text(),
     crash_text().replace(b"\n", b"\r\n"), crash_text() + b"\x00",
     b"----\nTranslated Report (Full Report Below)\n----\n" + crash_text() + ips_of()[:-50]])
-def test_a_file_is_read_whatever_stands_around_its_body(body):
+def test_a_file_is_read_whatever_is_around_its_body(body):
     assert only(body)["stack_trace"][1] == FLAT[1] and only(body)["app_version"] == "1.2.0"
 
 
 @pytest.mark.parametrize("body", [SPAN, {"crashDiagnostics": []}, {**SPAN, "hangDiagnostics": None}, {"timeRange": {}},
                                   {"fooDiagnostics": [{}, {"callStackTree": 1}]}])
-def test_a_payload_without_a_diagnostic_has_nothing_in_it(body):
+def test_a_payload_without_a_diagnostic_gives_no_report(body):
     assert diagnosed(body) == []
 
 
@@ -1513,20 +1510,20 @@ UNREADABLE = [
 
 
 @pytest.mark.parametrize("body, text, detail", UNREADABLE, ids=lambda value: str(value)[:40])
-def test_what_cannot_be_read_is_refused_with_its_reason(body, text, detail):
+def test_an_unreadable_body_is_refused_with_the_reason(body, text, detail):
     with pytest.raises(Refusal) as refused:
         diagnosed(body)
     assert (str(refused.value), refused.value.detail) == (text, detail)
 
 
-def test_a_hundred_diagnostics_are_taken_and_store_hardly_more_than_was_sent():
+def test_a_hundred_diagnostics_are_accepted_and_stored_in_little_more_than_was_sent():
     assert len(diagnosed({"crashDiagnostics": [{}] * 60, "hangDiagnostics": [{}] * 40})) == 100
-    for length, count in ((1000, 100), (100_000, 1)):  # what they share is copied only where it is small
+    for length, count in ((1000, 100), (100_000, 1)):  # their common environment is copied only if it is small
         body = {"environment": {"x": "y" * length, "applicationVersion": "1"}, "crashDiagnostic": [{}] * 100}
         assert [len(report["extra"]["x"]) for report in diagnosed(body) if "extra" in report] == [length] * count
 
 
-def test_the_examples_are_read():
+def test_the_examples_of_apple_formats_are_read():
     crash, hang = diagnosed((EXAMPLES / "diagnostics.json").read_bytes())
     assert (crash["exception_type"], hang["name"]) == ("EXC_BREAKPOINT", "Hang")
     report = only((EXAMPLES / "crash.ips").read_bytes())
@@ -1536,7 +1533,7 @@ def test_the_examples_are_read():
 
 
 @pytest.mark.parametrize("depth", [30, 70, 490, 600, 3000])
-def test_a_call_stack_may_be_nested_as_deep_as_it_is(depth):
+def test_a_call_stack_may_be_nested_to_any_depth(depth):
     report = only(nest(depth))
     kept = [*range(depth)] if depth <= 512 else [*range(384), *range(depth - 128, depth)]
     assert [(frame["frame"], frame["offset"]) for frame in report["stack_trace"]] == [(n, n) for n in kept]
@@ -1554,7 +1551,7 @@ JSON_VALUES = [
     "{'a': 1}", '"a', '"a\nb"', "\u00a01", ""]
 
 
-def test_json_beside_deep_frames_is_read_as_any_other():
+def test_json_beside_deep_frames_is_read_like_any_other():
     for value, text in product(JSON_VALUES, ('{"x": %s, "deep": %s}', '{"deep": %s, "x": %s}')):
         text %= (value, DEEP_FRAMES) if text[2] == "x" else (DEEP_FRAMES, value)
         try:
@@ -1571,7 +1568,7 @@ def test_json_beside_deep_frames_is_read_as_any_other():
         assert depth == 700
 
 
-def test_characters_that_no_database_takes_are_replaced_in_apples_reports():
+def test_characters_that_no_database_can_store_are_replaced_in_apples_reports():
     body = payload_of(meta={"terminationReason": "a\x00\ud800b\\u0000", "\udc00": 1, "regionFormat": "\U0001f600"})
     for sent in (json.dumps(body), '%s, "x": %s}' % (json.dumps(body)[:-1], DEEP_FRAMES)):
         report = only(sent.encode())
@@ -1580,7 +1577,7 @@ def test_characters_that_no_database_takes_are_replaced_in_apples_reports():
 
 
 def apple_mutant(mutations):
-    """One of Apple's reports with something changed in it."""
+    """One of Apple's reports with random changes."""
     sources = [[json.dumps(body).encode()] for body in (*(body for body, _ in WHOLE_REPORTS[2:]), {
         "hangDiagnostics": [{"callStackTree": tree} for _, tree, _ in TREES]})]
     parts = mutations.pick([*sources, ips_of().split(b"\n"), crash_text().split(b"\n")])
@@ -1589,12 +1586,12 @@ def apple_mutant(mutations):
         request = {"body": parts[where]}
         mutations.pick([mutations.change_json] * 3 + [mutations.change_bytes])(request)
         parts[where] = request["body"]
-        if len(parts) > 2:  # text: a line comes again, elsewhere
+        if len(parts) > 2:  # text: a line is repeated elsewhere
             parts.insert(mutations.random.randrange(len(parts)), mutations.pick(parts))
     return b"\n".join(parts)
 
 
-def test_whatever_is_changed_in_apples_reports_they_are_read_or_refused():
+def test_randomly_changed_reports_of_apples_are_read_or_refused():
     mutations, answers = Mutations(seed=2), Counter()
     for _ in range(500):
         body = apple_mutant(mutations)
@@ -1618,13 +1615,13 @@ SIGNATURE = sign(VALID)
 SIGNED = {"X_Backfeedr_Timestamp": NOW, "X_Backfeedr_Signature": SIGNATURE}
 
 
-def test_the_signature_of_the_contract():
+def test_the_signature_equals_the_documented_vector():
     assert hashlib.sha256(VECTOR_BODY).hexdigest() == "93ced992a3f5326d7ad37afdbdbe25c7e51e29b646bd065d126afe4a5f63d54e"
     assert sign(VECTOR_BODY, "2026-03-12T14:22:31Z") \
         == "sha256=6c3e10dd63bdf20cb9257a8a8b590969e83722725287c4009b98423fc82add3d"
 
 
-def test_one_flipped_bit_of_body_time_or_signature_is_refused(serve):
+def test_a_flipped_bit_in_body_timestamp_or_signature_is_refused(serve):
     server = serve(rate_limit=0)
     for part, valid in [("body", VALID), *((name, text.encode()) for name, text in SIGNED.items())]:
         for bit in range(0, len(valid) * 8, 7):
@@ -1634,7 +1631,7 @@ def test_one_flipped_bit_of_body_time_or_signature_is_refused(serve):
     assert stored(server, "crashes", "replays") == {"crashes": [], "replays": []}
 
 
-def test_a_signature_holds_for_300_seconds_both_ways(api, clock):
+def test_a_signature_is_valid_for_300_seconds_before_and_after_its_time(api, clock):
     start = clock.seconds
     for seconds in (-301, -300, 0, 300, 301):
         clock.seconds, before = start + seconds, count(api.server, "events")
@@ -1644,7 +1641,7 @@ def test_a_signature_holds_for_300_seconds_both_ways(api, clock):
         assert count(api.server, "events") - before == (status == 201)
 
 
-def test_a_signed_body_is_no_replay_on_another_path_and_refused_with_another_key(api):
+def test_a_signed_body_is_new_on_another_path_and_refused_with_another_key(api):
     body = json.dumps({**CRASH, **EVENT}).encode()
     assert api.signed(CRASHES, body, NOW)[0] == api.signed(EVENTS, body, NOW)[0] == 201
     signature = sign(VECTOR_BODY, key=api.server.store.create_key("default"))
@@ -1652,7 +1649,7 @@ def test_a_signed_body_is_no_replay_on_another_path_and_refused_with_another_key
         == (401, {"error": "invalid signature"})
 
 
-def test_unsigned_requests_are_refused_where_signatures_are_required(serve):
+def test_unsigned_requests_are_refused_if_signatures_are_required(serve):
     api = Api(serve(require_signature=True))
     assert api.post(CRASHES, CRASH) == (401, {"error": "signature required"})
     assert stored(api.server, "crashes") == {"crashes": []}
@@ -1676,7 +1673,7 @@ def test_the_101st_request_in_a_minute_is_refused_until_retry_after_has_passed(a
     assert [api.post(CRASHES, CRASH)[0] for _ in range(2)] == [201, 429]
 
 
-def test_the_window_slides_over_the_full_minute(clock):
+def test_the_window_slides_across_the_full_minute(clock):
     clock.move(59)
     limiter = RateLimiter(100, clock=clock)
     assert sum(limiter.allow(b"k") for _ in range(150)) == 100
@@ -1697,7 +1694,7 @@ def test_an_unknown_key_leaves_no_state_behind(api, monkeypatch):
     assert stored(api.server) == before
 
 
-def test_replays_and_refused_bodies_count_against_the_limit_but_metrics_do_not(serve):
+def test_replays_and_invalid_bodies_count_against_the_limit_but_metrics_do_not(serve):
     api = Api(serve(rate_limit=3))
     assert [api.post(CRASHES, CRASH, Idempotency_Key="a")[0] for _ in range(2)] == [201, 200]
     assert [api.post(CRASHES, body)[0] for body in (b"{", CRASH)] == [400, 429]
