@@ -630,6 +630,7 @@ MAX_TEXT = 500  # characters of versions, models, types, names, ids, locale
 MAX_DEPTH = 64  # of nested JSON: far more than SDKs send, far less than Python's recursion limit
 MAX_NUMBER = (1 << 63) - 1
 MAX_REPORT_SIZE, MAX_BATCHED_SIZE = 256_000, 32_000  # bytes of text stored for a report, and for an event of a batch
+SMALL_SIZE = 1000  # characters of JSON that cannot have too many fields or frames
 MAX_FIELDS = 256  # of `properties`, and of unknown fields
 MAX_FRAME_FIELDS = 32  # of each frame, if a report is cut
 FIRST_FRAMES, LAST_FRAMES = 384, 128  # that are kept of a longer stack trace
@@ -734,28 +735,20 @@ def _event_type(value: Any) -> str:
     return _required_text(value)
 
 
-def _object(value: Any) -> str:
-    if type(value) is not dict:
+def _object(value: Any, max_length: int = sys.maxsize) -> str:
+    if type(value) is not dict or len(text := _encode(value)) > max_length or _is_deep(text):
         raise ValueError
-    return _shallow_json(value)
+    return text
 
 
 def _stack_trace(value: Any) -> str:
-    if not _are_objects(value):
+    if not _are_objects(value) or _is_deep(text := _encode(value)):
         raise ValueError
-    return _shallow_json(value)
+    return text
 
 
 def _are_objects(value: Any) -> bool:
     return type(value) is list and {*map(type, value)} <= {dict}
-
-
-def _shallow_json(value: Any) -> str:
-    """Compact JSON. Raises ValueError or RecursionError if the value is nested more than MAX_DEPTH levels deep."""
-    text = _encode(value)
-    if _is_deep(text):
-        raise ValueError
-    return text
 
 
 def _is_deep(text: str, max_depth: int = MAX_DEPTH) -> bool:
@@ -860,7 +853,7 @@ def _parse_columns(events: list[JsonObject]) -> list[Event]:
     for name, convert in _EVENT_FIELDS.items():
         values = list(map(dict.get, events, repeat(name)))
         if convert is _object:  # not hashable
-            columns.append([None if value is None else _small_json(value) for value in values])
+            columns.append([None if value is None else _object(value, SMALL_SIZE) for value in values])
             continue
         converted = {value: convert(value) if value else None for value in set(values)}
         if {*map(type, converted)} - {str, type(None)} or name in _REQUIRED and None in converted.values():
@@ -869,16 +862,9 @@ def _parse_columns(events: list[JsonObject]) -> list[Event]:
     known = _EVENT_FIELDS.keys()
     extras: list[str | None] = [None] * len(events)
     if not known >= {*chain.from_iterable(events)}:
-        extras = [None if known >= event.keys() else _small_json(
-            {name: value for name, value in event.items() if name not in known}) for event in events]
+        extras = [None if known >= event.keys() else _object(
+            {name: value for name, value in event.items() if name not in known}, SMALL_SIZE) for event in events]
     return list(map(partial(tuple.__new__, Event), zip(*columns, extras)))  # faster than Event._make
-
-
-def _small_json(value: Any) -> str:
-    """Compact JSON of an object. Raises ValueError if the object could have too many fields, or is nested too deep."""
-    if type(value) is not dict or len(text := _encode(value)) > 1000 or _is_deep(text):
-        raise ValueError
-    return text
 
 
 def _convert(sent: JsonObject, converters: Converters, max_size: int) -> list[Any]:
@@ -908,7 +894,7 @@ def _convert(sent: JsonObject, converters: Converters, max_size: int) -> list[An
         unknown = {name: _text_if_deep(value) for name, value in islice(unknown.items(), MAX_FIELDS + 2)}
         values["extra"] = _encode(unknown)
         size += len(values["extra"])
-    if size > 1000:  # too many fields or frames take more
+    if size > SMALL_SIZE:
         long = {name: sent[name] for name in ("exception_reason", "stack_trace", "properties") if values.get(name)}
         values.update(_truncate({**long, "extra": unknown}, values, max_size))
     return list(values.values())
@@ -1017,6 +1003,7 @@ _OS_VERSION = re.compile(r"(?:[A-Za-z]+ ){0,4}([0-9]+(?:\.[0-9]+)*)(?: \([\w ]{1
 _KILL_CODE = re.compile(r"(?:\bcode[: ] ?|^[A-Z]{1,40} )(?:0x([0-9a-f]{1,16})|([0-9]{1,19}))\b", re.I)
 _UNCAUGHT = re.compile(r"uncaught exception '([^'\n]{1,200})', reason: '(.*?)(?:'(?: \*\*\*|\n)|'?\Z)", re.S)
 _FATAL = re.compile("Fatal error|Precondition failed|Assertion failed|BUG IN ")
+_OBJECT_START = re.compile(r"(?:^|(?<=\}))\{", re.M)
 _THREAD_STARTS = ("dyld", "libdyld.dylib", "libsystem_pthread.dylib")
 
 Diagnostic = tuple[Callable[[JsonObject], Union[Crash, Event]], JsonObject]  # parse_crash or parse_event, its object
@@ -1045,12 +1032,11 @@ def parse_crash_body(body: bytes) -> Crash:
         return parse_crash(decode_json(body))
     except Refusal as refusal:
         if str(refusal) in ("invalid JSON", "missing exception_type") and _is_apple_report(body):
-            where = "it is Apple's report: POST it to /api/v1/diagnostics as it is"
-            raise Refusal(str(refusal), detail=where) from None
+            raise Refusal(str(refusal), detail="POST Apple's reports unchanged to /api/v1/diagnostics") from None
         raise
 
 
-def _is_apple_report(body: bytes) -> bool:
+def _is_apple_report(body: bytes) -> bool:  # even if it is one that is refused
     try:
         parse_diagnostics(body, now=0)
     except Refusal as refusal:
@@ -1087,7 +1073,7 @@ def _objects_on_lines(text: str) -> list[JsonObject]:
     of an .ips file, whatever is around them. Only 4 tries, as each may read all of the text."""
     objects, position = [], 0
     for _ in range(4):
-        if match := re.compile(r"(?:^|(?<=\}))\{", re.M).search(text, position):
+        if match := _OBJECT_START.search(text, position):
             position = match.end()
             with suppress(ValueError, RecursionError):
                 value, position = _DECODER.raw_decode(text, match.start())
@@ -1105,26 +1091,26 @@ def _decode_nested(text: str) -> Any:
     around it. Raises ValueError or RecursionError."""
     with suppress(RecursionError):
         return _DECODER.decode(text)
-    texts: list[list[str]] = [[]]  # the pieces of the outermost text, and of each open list of frames
-    lists: list[list[Any]] = [[]]  # the decoded lists of frames in each of these texts
-    is_frames, position = list[bool](), 0  # of each open list; how much of `text` is in `texts`
+    pieces, lists = list[str](), list[Any]()  # of the text that is being read, and of the lists that NaN stands for
+    enclosing: list[tuple[list[str], list[Any]]] = []  # the same of each text around it
+    open_brackets, position = list[bool](), 0  # whether each "[" opens `subFrames`; where the next piece begins
     for token in _NESTING.finditer(text):
         if token[0] == "NaN":
             raise ValueError("a number is out of range")
-        if token[0][-1] == "[":
-            is_frames.append(token[0] != "[")
-            if len(is_frames) - len(texts) > MAX_DEPTH:
+        if token[0].endswith("["):
+            if len(open_brackets) - len(enclosing) > MAX_DEPTH:
                 raise ValueError("it is nested too deep")
-            if is_frames[-1]:
-                texts[-1].append(text[position:token.end() - 1] + "NaN")
-                texts.append([])
-                lists.append([])
-                position = token.end() - 1
-        elif token[0] == "]" and is_frames and is_frames.pop():
-            frames = _decode_with_lists("".join([*texts.pop(), text[position:token.end()]]), lists.pop())
-            lists[-1].append(frames)
+            open_brackets.append(token[0] != "[")
+            if open_brackets[-1]:
+                pieces.append(text[position:token.end() - 1] + "NaN")
+                enclosing.append((pieces, lists))
+                pieces, lists, position = [], [], token.end() - 1
+        elif token[0] == "]" and open_brackets and open_brackets.pop():
+            frames = _decode_with_lists("".join([*pieces, text[position:token.end()]]), lists)
+            pieces, lists = enclosing.pop()
+            lists.append(frames)
             position = token.end()
-    return _decode_with_lists("".join([*texts[-1], text[position:]]), lists[-1])
+    return _decode_with_lists("".join([*pieces, text[position:]]), lists)
 
 
 def _decode_with_lists(text: str, lists: list[Any]) -> Any:
@@ -1184,15 +1170,16 @@ def _os_version(value: Any) -> Any:
 
 
 def _exception_type(name: str, kill_code: str, mach: str, signal: str) -> str:
-    return name or kill_code or (signal if mach in ("", "EXC_CRASH") and signal else mach) or "Unknown"
+    """The most specific of these. EXC_CRASH says less than the signal."""
+    return name or kill_code or (mach if mach != "EXC_CRASH" else "") or signal or mach or "Unknown"
 
 
 def _kill_code(*values: Any) -> str:
     """The code with which the system ended the app, such as 0x8badf00d: one of these numbers, or named in one of these
     texts. Lower numbers are signals; higher ones differ from crash to crash."""
     numbers = [value for value in values if type(value) is int]
-    numbers += [int(digits or decimal, 16 if digits else 10) for value in values if type(value) is str
-                for digits, decimal in _KILL_CODE.findall(value)]
+    numbers += [int(hexadecimal or decimal, 16 if hexadecimal else 10) for value in values if type(value) is str
+                for hexadecimal, decimal in _KILL_CODE.findall(value)]
     return next((f"{number:#x}" for number in numbers if 0xFFFF < number <= 0xFFFFFFFF), "")
 
 
@@ -1256,14 +1243,17 @@ def _metrickit_diagnostic(kind: str, item: JsonObject, environment: JsonObject) 
 
 def _metrickit_exception(kind: str, meta: JsonObject) -> JsonObject:
     thrown, termination = _member(meta, "objectiveCexceptionReason", dict), _member(meta, "terminationReason", str)
-    mach, signal = (code if type(code) is str else names.get(code, "") if type(code) is int else "" for code, names in (
-        (meta.get("exceptionType"), MACH_EXCEPTIONS), (meta.get("signal"), SIGNALS)))
+    mach, signal = _code_name(MACH_EXCEPTIONS, meta.get("exceptionType")), _code_name(SIGNALS, meta.get("signal"))
     name = _member(thrown, "exceptionName", str) or _member(thrown, "className", str)
     exception_type = _exception_type(name, _kill_code(termination), mach, signal)
     if exception_type == "Unknown" and kind == "memoryExceptionDiagnostic":
         exception_type = "Memory exception"
     reason = _member(thrown, "composedMessage", str) or termination
     return {"exception_type": exception_type, "exception_reason": reason}
+
+
+def _code_name(names: Mapping[int, str], code: Any) -> str:
+    return code if type(code) is str else names.get(code, "") if type(code) is int else ""
 
 
 def _metrickit_trace(tree: JsonObject, is_crash: bool) -> list[JsonObject]:
@@ -1362,7 +1352,7 @@ def _crash_text_as_ips(text: str) -> JsonObject:
     types, ended = _CRASH_TYPE.match(header["Exception Type"]), _CRASH_TERMINATION.match(header["Termination Reason"])
     version, _, build = header["Version"].replace("???", "").partition("(")
     context = re.search("^<RBSTerminateContext.*", text, re.M)
-    code = int(ended[2], 16) if ended and ended[2] else int(ended[3]) if ended else None
+    code = ended and int(ended[2] or ended[3], 16 if ended[2] else 10)
     return {
         "exception": {"type": types and types[1], "signal": types and types[2], "codes": header["Exception Codes"],
                       "subtype": header["Exception Subtype"]},

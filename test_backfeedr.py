@@ -1284,7 +1284,7 @@ def test_a_report_of_apples_sent_as_a_crash_is_refused_and_the_detail_says_where
     for body, errors in APPLE_REPORTS:
         status, answer = api.post(CRASHES, body)
         assert status == 400 and answer.pop("error") in errors
-        assert answer == {"detail": "it is Apple's report: POST it to /api/v1/diagnostics as it is"}
+        assert answer == {"detail": "POST Apple's reports unchanged to /api/v1/diagnostics"}
     assert stored(api.server, "crashes", "events") == {"crashes": [], "events": []}
 
 
