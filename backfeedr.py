@@ -155,14 +155,13 @@ class Settings:
         object.__setattr__(self, "db_path", os.fspath(self.db_path))
         for setting in fields(self):
             value: Any = getattr(self, setting.name)
-            expected: Any = type(setting.default)
-            if type(value) is not expected:
-                shown = repr(value) if setting.repr else "it"
-                raise SettingsError(setting.name, f"{shown} is not {_TYPE_NAMES[expected]}")
+            kind: Any = type(setting.default)
+            if type(value) is not kind:
+                raise SettingsError(setting.name, f"{repr(value) if setting.repr else 'it'} is not {_TYPE_NAMES[kind]}")
             low, high = _RANGES.get(setting.name, (value, value))
             if not low <= value <= high:
                 raise SettingsError(setting.name, f"{value} is not from {low} to {high}")
-            if expected is str and (value != value.strip() or value and not value.isprintable()):
+            if kind is str and (value != value.strip() or value and not value.isprintable()):
                 raise SettingsError(setting.name, "begins or ends with a space, or has a control character")
         if not self.host:
             raise SettingsError("host", "must name a host")
@@ -328,9 +327,8 @@ MIN_TIME, MAX_TIME = parse_time("0001-01-01T00:00:00Z"), parse_time("9999-12-31T
 
 
 def parse_occurred_at(value: Any) -> int:
-    """Milliseconds since 1970 UTC of the time in a report: RFC 3339 text or a number. From 1e12 on, a number is in
-    milliseconds, else in seconds: since 1970 from 1.2e9 (2008) on, else since 2001, Swift's default. Raises
-    ValueError."""
+    """Milliseconds since 1970 UTC of the time in a report: RFC 3339 text, milliseconds (from 1e12 on), seconds (from
+    1.2e9 on, which is 2008), or smaller numbers as seconds since 2001, Swift's default. Raises ValueError."""
     if type(value) in (int, float):
         time_ms = value if value >= 1e12 else SECOND * (value if value >= 1.2e9 else value + 978_307_200)
         if not MIN_TIME <= time_ms < MAX_TIME + 1:
@@ -421,8 +419,8 @@ def version_key(version: str) -> tuple[Any, ...]:
 
 
 def _version_words(text: str) -> list[tuple[int, int, str]]:
-    return [(0, int(word), "") if word.isdecimal() else (1, 0, word)
-            for word in re.findall("[0-9]+|[A-Za-z]+", text)]
+    words = re.findall("[0-9]+|[A-Za-z]+", text)
+    return [(0, int(word), "") if word.isdecimal() else (1, 0, word) for word in words]
 
 
 # == Grouping ==================================================================
@@ -432,7 +430,7 @@ def _version_words(text: str) -> list[tuple[int, int, str]]:
 SYSTEM_BASE = 0x180000000  # Apple's own libraries are loaded from this address on, an app below it
 MAX_NAME = 1000  # characters of a symbol that are used for grouping
 MAX_PATH = 1024  # Darwin's limit
-MAX_IMAGES = 4  # of a crash, whose symbols may name its frames
+MAX_IMAGES = 4  # that are stored for a crash: builds whose symbols can name its frames
 
 # The fields of a frame, under our names and those of KSCrash, PLCrashReporter and Sentry.
 _FRAME_FIELDS = {
@@ -445,8 +443,7 @@ _SYSTEM_BINARY = re.compile(r"dyld|libobjc-trampolines\.dylib|libswift\w{0,40}\.
 # The system files of a simulator are below Xcode.app, too.
 _APP_PATH = re.compile(r"(?!/System/|/usr/|.*/(?:RuntimeRoot|Contents/Developer)/).*\.app(?:ex)?/", re.S)
 _NAME_AND_OFFSET = re.compile(r"(.*) \+ ([0-9]{1,18})")
-_PLACEHOLDER = re.compile(
-    "0x[0-9a-fA-F]+|[0-9a-fA-F]{8,16}|<redacted>|<unknown>|[?]+|_{0,2}mh_(?:execute|dylib)_header|")
+_PLACEHOLDER = re.compile("0x[0-9a-fA-F]+|[0-9a-fA-F]{8,16}|<redacted>|<unknown>|[?]+|_?_?mh_(?:execute|dylib)_header|")
 _CALL_STACK_LINE = re.compile(r"(?:[0-9]{1,4}\s+(\S.{0,200}?)\s+)?0x[0-9a-fA-F]{1,16} (?!\+ )(.+)")  # callStackSymbols
 _UUID_DIGITS = re.compile("([0-9A-F]{8})" + 3 * "([0-9A-F]{4})" + "([0-9A-F]{12})[0-9A-F]{0,8}")
 
@@ -481,8 +478,8 @@ class Frame(NamedTuple):
 
 
 def read_frame(frame: Mapping[str, Any]) -> Frame:
-    """Reads the JSON object of a frame. If the build is known, only a `symbolicated` name of own code is trusted: in a
-    stripped binary, the device names another function that precedes it."""
+    """Reads the JSON object of a frame. A device's own symbol is not trusted if it is of own code in a known build: in
+    a stripped binary, it names another function before it. `symbolicated` says that it comes from uploaded symbols."""
     if frame.keys() <= _API_FRAME_FIELDS:
         symbol, file = _string(frame.get("symbol")), _string(frame.get("file"))
         return _cached_frame(symbol, file) if len(symbol) + len(file) < 200 else _make_frame(symbol, file)
@@ -527,8 +524,12 @@ _cached_frame = lru_cache(maxsize=4096)(_make_frame)
 def is_own_code(file: str, path: str, base: int | None, binary: str) -> bool | None:
     """Whether code is the app's own, judged by its source file, its path, or its load address. None if unknown."""
     if file or path.startswith("/"):
-        return bool(file or _APP_PATH.match(path[:MAX_PATH])) and not _SYSTEM_BINARY.fullmatch(binary)
-    return base < SYSTEM_BASE and not _SYSTEM_BINARY.fullmatch(binary) if base else None
+        is_own = bool(file or _APP_PATH.match(path[:MAX_PATH]))
+    elif base:
+        is_own = base < SYSTEM_BASE
+    else:
+        return None
+    return is_own and not _SYSTEM_BINARY.fullmatch(binary)
 
 
 def _string(value: Any) -> str:
@@ -644,12 +645,8 @@ def decode_json(body: bytes) -> JsonObject:
     lone surrogate, which SQLite cannot store, becomes U+FFFD: one bad character must not cost a report."""
     try:
         value = _DECODER.decode(_storable(body.decode()).removeprefix("\ufeff"))  # a byte order mark
-    except RecursionError:
-        raise Refusal("invalid JSON", detail="it is nested too deep") from None
-    except UnicodeDecodeError:
-        raise Refusal("invalid JSON", detail="it is not UTF-8") from None
-    except ValueError as error:
-        raise Refusal("invalid JSON", detail=str(error)[:100]) from None
+    except (RecursionError, ValueError) as error:
+        raise Refusal("invalid JSON", detail=_DECODING_PROBLEMS.get(type(error)) or str(error)[:100]) from None
     if type(value) is not dict:
         raise Refusal("invalid JSON", detail=f"the body is {_json_type(value)}, not an object")
     return value
@@ -662,6 +659,7 @@ def _finite(text: str) -> float:
     return number
 
 
+_DECODING_PROBLEMS: dict[Any, str] = {RecursionError: "it is nested too deep", UnicodeDecodeError: "it is not UTF-8"}
 _DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
 # _ENCODER makes this encoder anew for each value. Keeping it halves the time.
@@ -837,12 +835,12 @@ def parse_batch(sent: JsonObject) -> list[Event]:
         events[0][unused_name] = {name: value for name, value in sent.items() if name != "events"}
     with suppress(Refusal, ValueError, TypeError, AttributeError, RecursionError):  # an event is invalid or unusual
         return _parse_columns(events)
-    parsed: list[Event] = []
-    try:
-        for event in events:
+    parsed = []
+    for index, event in enumerate(events):
+        try:
             parsed.append(parse_event(event, MAX_BATCHED_SIZE))
-    except Refusal as refusal:
-        raise Refusal(f"{refusal} at index {len(parsed)}", detail=refusal.detail) from None
+        except Refusal as refusal:
+            raise Refusal(f"{refusal} at index {index}", detail=refusal.detail) from None
     return parsed
 
 
@@ -856,7 +854,8 @@ def _parse_columns(events: list[JsonObject]) -> list[Event]:
             columns.append([None if value is None else _object(value, SMALL_SIZE) for value in values])
             continue
         converted = {value: convert(value) if value else None for value in set(values)}
-        if {*map(type, converted)} - {str, type(None)} or name in _REQUIRED and None in converted.values():
+        has_other_types = {*map(type, converted)} - {str, type(None)}  # such as True and 1, which are one key
+        if has_other_types or name in _REQUIRED and None in converted.values():
             raise ValueError
         columns.append(map(converted.__getitem__, values))
     known = _EVENT_FIELDS.keys()
@@ -918,10 +917,11 @@ def _truncate(long: JsonObject, values: JsonObject, max_size: int) -> JsonObject
     size = sum(len(value.encode()) for value in values.values() if type(value) is str)
     if size <= max_size and all(kept[name] is long[name] for name in long):
         return {}
-    for report in long, kept:  # a field of this name is ours from here on
+    for report in long, kept:  # makes room for our own field `truncated`
         report["extra"] = {"truncated_" if name == "truncated" else name: value
                            for name, value in report["extra"].items()}
-    room = max_size - 200 - sum(len(str(value).encode()) for name, value in values.items() if name not in long)
+    short_size = sum(len(str(value).encode()) for name, value in values.items() if name not in long)
+    room = max_size - short_size - 200  # for `truncated`
     if _json_size(kept) > room:
         kept = _truncate_fairly(kept, room)
     kept["extra"]["truncated"] = [name.replace("extra", "unknown fields") for name in long if kept[name] != long[name]]
@@ -934,7 +934,7 @@ def _truncate_fairly(long: JsonObject, room: int) -> JsonObject:
     objects = [*frames, long.get("properties", {}), long["extra"], {"": long.get("exception_reason", "")}]
     objects = [{name: _text_if_deep(value) for name, value in members.items()} for members in objects]
     sizes = [_json_size(part) for members in objects for part in chain.from_iterable(members.items())]
-    share = _fair_share(sizes, room - len(sizes) - 3 * len(objects))  # without colons, commas and braces
+    share = _fair_share(sizes, room - len(sizes) - 3 * len(objects))  # for colons, commas and braces
     *frames, properties, extra, reason = (
         {_beginning(name, share): _beginning(value, share) for name, value in members.items()} for members in objects)
     cut = {"stack_trace": frames, "properties": properties, "extra": extra, "exception_reason": reason[""]}
@@ -943,8 +943,8 @@ def _truncate_fairly(long: JsonObject, room: int) -> JsonObject:
 
 def _fair_share(sizes: list[int], room: int) -> int:
     """The largest size that each part may have so that all together fit in `room`."""
-    for count, size in enumerate(sorted(sizes)):
-        share = room // (len(sizes) - count)
+    for index, size in enumerate(sorted(sizes)):
+        share = room // (len(sizes) - index)
         if size > share:
             return share
         room -= size
@@ -1022,8 +1022,7 @@ def parse_diagnostics(body: bytes, now: int, device: str = "") -> list[Crash | E
         return [parse({**sent, "occurred_at": sent["occurred_at"] or iso_time(now), "device_id_hash": device})
                 for parse, sent in diagnostics]
     except (UnicodeDecodeError, RecursionError) as error:  # RecursionError in a field that is kept as sent
-        problem = "it is nested too deep" if type(error) is RecursionError else "it is not UTF-8"
-        raise Refusal(UNKNOWN_FORMAT, detail=problem) from None
+        raise Refusal(UNKNOWN_FORMAT, detail=_DECODING_PROBLEMS[type(error)]) from None
 
 
 def parse_crash_body(body: bytes) -> Crash:
@@ -1054,8 +1053,8 @@ def _diagnostics(text: str) -> Iterable[Diagnostic]:
     bug_types = [str(value.get("bug_type")) for value in objects]
     bug_type = next(filter(re.compile("[0-9]{1,9}").fullmatch, bug_types), "")
     if bug_type and BUG_TYPES.get(bug_type) != "a crash":
-        name = BUG_TYPES.get(bug_type, "it")
-        raise Refusal(f"unsupported bug_type {bug_type}", detail=f"{name} is not a crash of the app")
+        detail = f"{BUG_TYPES.get(bug_type, 'it')} is not a crash of the app"
+        raise Refusal(f"unsupported bug_type {bug_type}", detail=detail)
     # Without a header, the fields must be those of no other format.
     ips_fields = {"threads", "exception"} if bug_type else {"usedImages", "termination"}
     ips_body = next((value for value in objects if value.keys() & ips_fields), None)
@@ -1124,7 +1123,6 @@ def _decode_with_lists(text: str, lists: list[Any]) -> Any:
         raise ValueError(f"{error.msg} in a deep call stack") from None
 
 
-# Members of JSON objects by type, whatever was sent.
 
 def _member(parent: Any, name: str, kind: Callable[[], Any]) -> Any:
     """A member of an object if it has this type, else the type's empty value."""
@@ -1261,8 +1259,7 @@ def _metrickit_trace(tree: JsonObject, is_crash: bool) -> list[JsonObject]:
     that most samples took."""
     stacks = _member_objects(tree, "callStacks") or _member_objects(tree, "callStackThreads")
     stack = next((stack for stack in stacks if stack.get("threadAttributed") is True), stacks[0] if stacks else {})
-    frames = _member_objects(stack, "callStackRootFrames") or _member_objects(stack, "rootFrames")
-    path = []
+    frames, path = _member_objects(stack, "callStackRootFrames") or _member_objects(stack, "rootFrames"), []
     while frames:
         path.append(max(frames, key=lambda frame: _member_number(frame, "sampleCount") or 0))
         frames = _member_objects(path[-1], "subFrames")
@@ -1277,11 +1274,10 @@ def _metrickit_trace(tree: JsonObject, is_crash: bool) -> list[JsonObject]:
 
 
 def _metrickit_frame(number: int, frame: JsonObject, binary: str) -> JsonObject:
-    """A frame of MetricKit, which gives no paths: code below the system's libraries is the app's own. iOS 14 and 15 and
-    macOS 12 give the load address in place of the offset."""
+    """A frame of MetricKit. It has no path, so its load address tells whether it is the app's own."""
     offset, address = _member_number(frame, "offsetIntoBinaryTextSegment"), _member_number(frame, "address")
-    base = None if address is None or address < (offset or 0) else address - (offset or 0)
-    if offset is not None and offset >= 1 << 32:
+    base = address - (offset or 0) if address is not None and address >= (offset or 0) else None
+    if offset is not None and offset >= 1 << 32:  # iOS 14 and 15 and macOS 12 give the load address as the offset
         base, offset = offset, base
     is_own = is_own_code("", "", base, binary)
     return _api_frame(number, binary, image_uuid(frame.get("binaryUUID")), offset, is_own, {})
@@ -1292,7 +1288,7 @@ def _metrickit_frame(number: int, frame: JsonObject, binary: str) -> JsonObject:
 def _ips_crash(header: JsonObject, body: JsonObject) -> JsonObject:
     """The crash in an .ips file. Only the fields that are named here are kept."""
     exception, ended, bundle = (_member(body, name, dict) for name in ("exception", "termination", "bundleInfo"))
-    notes = [note for notes in _member(body, "asi", dict).values() if type(notes) is list
+    notes = [note for notes in _member(body, "asi", dict).values() if type(notes) is list  # "application-specific"
              for note in notes if type(note) is str]
     why_ended = [text for name in ("reasons", "details") for text in _member(ended, name, list) if type(text) is str]
     thrown = next(filter(None, map(_UNCAUGHT.search, notes)), None)
@@ -1334,8 +1330,7 @@ def _ips_trace(body: JsonObject) -> list[JsonObject]:
 
 _CRASH_HEADER = re.compile(r"^([A-Z][\w /]{1,40}):(.*)", re.M)
 _CRASH_TYPE = re.compile(r"(\w+)(?: \((\w+)\))?")
-_CRASH_TERMINATION = re.compile(
-    r"(?:Namespace )?(\w+),? (?:Code )?(?:0x([0-9a-f]{1,16})|([0-9]{1,19}))\b[, ]*(.*)", re.I)
+_TERMINATION = re.compile(r"(?:Namespace )?(\w+),? (?:Code )?(?:0x([0-9a-f]{1,16})|([0-9]{1,19}))\b[, ]*(.*)", re.I)
 _CRASH_THREAD = re.compile(r"^(?:Last Exception Backtrace:|Thread [0-9]{1,9} Crashed:).*\n", re.M)
 _CRASH_FRAME = re.compile(r"^[0-9]{1,9}[ \t](.*?)0x([0-9a-f]{1,16})\b(.*)", re.M | re.I)
 _CRASH_SYMBOL = re.compile(  # Cart.total() + 112 (Cart.swift:12)
@@ -1349,7 +1344,7 @@ def _crash_text_as_ips(text: str) -> JsonObject:
     text = text.replace("\x00", "\ufffd").replace("\r\n", "\n")
     headers = reversed(_CRASH_HEADER.findall(text))  # of two with one name, the first counts
     header = defaultdict(str, {name: value.strip() for name, value in headers})
-    types, ended = _CRASH_TYPE.match(header["Exception Type"]), _CRASH_TERMINATION.match(header["Termination Reason"])
+    types, ended = _CRASH_TYPE.match(header["Exception Type"]), _TERMINATION.match(header["Termination Reason"])
     version, _, build = header["Version"].replace("???", "").partition("(")
     context = re.search("^<RBSTerminateContext.*", text, re.M)
     code = ended and int(ended[2] or ended[3], 16 if ended[2] else 10)
