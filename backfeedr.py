@@ -13,7 +13,7 @@ The whole server is this file. Copy it to a machine with Python 3.9 or later, in
 
 It is also a WSGI callable: `Backfeedr(db_path="crashes.db")` can be mounted in any app.
 
-The sections. Each uses only those above it, except that Dashboard uses Templates:
+The sections. Each uses only those above it, except that Dashboard uses Templates below it:
 
     Settings        what an operator can configure
     Schema          the tables for apps, keys and reports
@@ -278,7 +278,7 @@ MINUTE = 60 * SECOND
 HOUR = 60 * MINUTE
 DAY = 24 * HOUR
 MAX_SKEW = 5 * MINUTE  # how far a device's clock may be ahead and still be believed
-EPOCH = 1_167_609_600_000  # 2007, the year of the first iPhone: an earlier time is from a clock that was never set
+EPOCH = 1_167_609_600_000  # 2007, the first iPhone: earlier times are from clocks that were never set
 SEQ_BITS = 20  # for the counter of a seq within a millisecond
 
 
@@ -365,7 +365,8 @@ def clock_ahead(latest: int, now: int) -> int:
 def counted_at(occurred_at: int, received_at: int, ahead_ms: int) -> int:
     """The time at which a report is counted: the device's time, corrected by how far its clock is ahead; the time of
     receipt if that clock was never set."""
-    return occurred_at - ahead_ms if EPOCH <= occurred_at - ahead_ms <= received_at + MAX_SKEW else received_at
+    corrected = occurred_at - ahead_ms
+    return corrected if EPOCH <= corrected <= received_at + MAX_SKEW else received_at
 
 
 COUNTED_AT = (f"case when occurred_at - clock_ahead_ms between {EPOCH} and received_at + {MAX_SKEW}"
@@ -761,10 +762,10 @@ def _is_deep(text: str, max_depth: int = MAX_DEPTH) -> bool:
 Crash = namedtuple("Crash", "group_hash images exception_type exception_reason stack_trace app_version build_number"
                             " os_version device_model device_id_hash session_id locale free_memory_mb battery_level"
                             " is_charging occurred_at extra")
-Crash.__doc__ = "A valid crash: the fields of the API, `images` of open_images, and unknown fields as JSON in `extra`."
+Crash.__doc__ = "A valid crash. `images` is what open_images returns; `extra` has the unknown fields as JSON."
 Event = namedtuple("Event", "type name properties app_version os_version device_model device_id_hash session_id locale"
                             " occurred_at extra")
-Event.__doc__ = "A valid event: the fields of the API, and unknown fields as JSON in `extra`."
+Event.__doc__ = "A valid event. `extra` has the unknown fields as JSON."
 Reports = Sequence[Union[Crash, Event]]
 
 _CONVERTERS: Converters = {
