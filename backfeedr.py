@@ -645,7 +645,7 @@ def decode_json(body: bytes) -> JsonObject:
     """The JSON object in a body. Raises Refusal unless it is an object in UTF-8 whose numbers are finite. A NUL or a
     lone surrogate, which SQLite cannot store, becomes U+FFFD: one bad character must not cost a report."""
     try:
-        value = _DECODER.decode(_storable(body.decode()).removeprefix("\ufeff"))  # a byte order mark
+        value = _DECODER.decode(_replace_unstorable(body.decode()).removeprefix("\ufeff"))  # a byte order mark
     except (RecursionError, ValueError) as error:
         raise Refusal("invalid JSON", detail=_DECODING_PROBLEMS.get(type(error)) or str(error)[:100]) from None
     if type(value) is not dict:
@@ -653,7 +653,7 @@ def decode_json(body: bytes) -> JsonObject:
     return value
 
 
-def _finite(text: str) -> float:
+def _parse_finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
         raise ValueError("a number is out of range")
@@ -661,7 +661,7 @@ def _finite(text: str) -> float:
 
 
 _DECODING_PROBLEMS: dict[Any, str] = {RecursionError: "it is nested too deep", UnicodeDecodeError: "it is not UTF-8"}
-_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+_DECODER = json.JSONDecoder(parse_float=_parse_finite, parse_constant=_parse_finite)
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
 # _ENCODER makes this encoder anew for each value. Keeping it halves the time.
 _C_ENCODER = json.encoder.c_make_encoder and json.encoder.c_make_encoder(  # type: ignore[attr-defined]
@@ -678,7 +678,7 @@ def _encode(value: Any) -> str:
     return "".join(_C_ENCODER(value, 0)) if _C_ENCODER else _ENCODER.encode(value)
 
 
-def _storable(text: str) -> str:
+def _replace_unstorable(text: str) -> str:
     """JSON without the characters that SQLite cannot store. UTF-8 and JSON allow them only as escapes."""
     if _MAYBE_UNSTORABLE.search(text):
         return _ESCAPE.sub(lambda match: r"\ufffd" if match[1] else match[0], text)
@@ -741,12 +741,12 @@ def _object(value: Any, max_length: int = sys.maxsize) -> str:
 
 
 def _stack_trace(value: Any) -> str:
-    if not _are_objects(value) or _is_deep(text := _encode(value)):
+    if not _is_list_of_objects(value) or _is_deep(text := _encode(value)):
         raise ValueError
     return text
 
 
-def _are_objects(value: Any) -> bool:
+def _is_list_of_objects(value: Any) -> bool:
     return type(value) is list and {*map(type, value)} <= {dict}
 
 
@@ -781,7 +781,7 @@ def parse_crash(sent: JsonObject) -> Crash:
     """A crash from its JSON object. Raises Refusal."""
     trace: Any = sent.get("stack_trace")
     # One spare frame shows _truncate that frames are missing.
-    frames = list(map(_normalize_frame, _limit_length(trace, spare_frames=1))) if _are_objects(trace) else []
+    frames = list(map(_normalize_frame, _limit_length(trace, spare_frames=1))) if _is_list_of_objects(trace) else []
     values = _convert({**sent, "stack_trace": frames} if frames else sent, _CRASH_FIELDS, MAX_REPORT_SIZE)
     kept = list(map(read_frame, _limit_length(frames)))
     return Crash(group_of(values[0], kept), open_images(kept), *values)
@@ -1016,7 +1016,7 @@ def parse_diagnostics(body: bytes, now: int, device: str = "") -> list[Crash | E
     `device` is the device_id_hash. Raises Refusal."""
     try:
         text = _PRIVATE.sub(lambda match: f"/{match[1]}USER" if match[1] else "/UUID", body.decode())
-        diagnostics = list(islice(_diagnostics(_storable(text).removeprefix("\ufeff")), MAX_BATCH + 1))
+        diagnostics = list(islice(_read_diagnostics(_replace_unstorable(text).removeprefix("\ufeff")), MAX_BATCH + 1))
         if len(diagnostics) > MAX_BATCH:
             raise Refusal(f"too many diagnostics: at most {MAX_BATCH}")
         device = device.replace("\x00", "\ufffd")  # a header may contain it, but no database takes it
@@ -1044,7 +1044,7 @@ def _is_apple_report(body: bytes) -> bool:  # even if it is one that is refused
     return True
 
 
-def _diagnostics(text: str) -> Iterable[Diagnostic]:
+def _read_diagnostics(text: str) -> Iterable[Diagnostic]:
     try:
         objects, problem = [_decode_nested(text)], ""
     except ValueError as error:
@@ -1115,9 +1115,9 @@ def _decode_nested(text: str) -> Any:
 
 def _decode_with_lists(text: str, lists: list[Any]) -> Any:
     """Decodes JSON in which each NaN stands for the next of these lists."""
-    remaining = iter(lists)
+    unused = iter(lists)
     decoder = json.JSONDecoder(
-        parse_float=_finite, parse_constant=lambda word: next(remaining) if word == "NaN" else _finite(word))
+        parse_float=_parse_finite, parse_constant=lambda word: next(unused) if word == "NaN" else _parse_finite(word))
     try:
         return decoder.decode(text)
     except json.JSONDecodeError as error:  # its position is not that in the body

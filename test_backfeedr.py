@@ -1555,7 +1555,7 @@ def test_json_beside_deep_frames_is_read_like_any_other():
     for value, text in product(JSON_VALUES, ('{"x": %s, "deep": %s}', '{"deep": %s, "x": %s}')):
         text %= (value, DEEP_FRAMES) if text[2] == "x" else (DEEP_FRAMES, value)
         try:
-            expected = json.loads(value, parse_float=backfeedr._finite, parse_constant=backfeedr._finite)
+            expected = json.loads(value, parse_float=backfeedr._parse_finite, parse_constant=backfeedr._parse_finite)
         except ValueError:
             with pytest.raises(ValueError):
                 backfeedr._decode_nested(text)
