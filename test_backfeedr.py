@@ -1,8 +1,8 @@
 """Tests of backfeedr, in the order of its sections.
 
-Each asserts the answer and what is stored. Time is a `Clock` moved by hand. Every
-server made by `serve` is checked when its test ends: each roll-up must equal a
-count over the rows, made in plain Python.
+Each test asserts the answer and what is stored. Time is a `Clock` that is moved by
+hand. Every server made by `serve` is checked when its test ends: each roll-up must
+equal a count over the rows in plain Python.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ from backfeedr import (DAY, HOUR, Backfeedr, Idempotency, RateLimiter, Refusal, 
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE / "examples"
-SERVER = Path(backfeedr.__file__)  # of a wheel, where that is tested
+SERVER = Path(backfeedr.__file__)  # in a wheel, if that is tested
 KEY = "bf_live_0123456789abcdef0123456789abcdef"
 TOKEN = "bf_admin_0123456789abcdef0123456789abcdef"
 NOW = "2026-03-12T14:30:00Z"  # a Thursday
@@ -84,7 +84,7 @@ REPORT_TABLES = ["crashes", "events", *backfeedr.KEYS]
 
 
 class Clock:
-    """Seconds since 1970 that stand still until they are moved."""
+    """A clock that stands still until it is moved, in seconds since 1970."""
 
     def __init__(self, at=NOW):
         self.seconds = parse_time(at) / 1000
@@ -97,20 +97,20 @@ class Clock:
 
 
 class Api:
-    """A client of one server that is called directly, without a socket."""
+    """A client of one server. It calls the server directly, without a socket."""
 
     def __init__(self, server, prefix=""):
         self.server, self.prefix = server, prefix
         self.web = webtest.TestApp(server)
 
     def post(self, path, body, key=KEY, **headers):
-        """The status and the JSON of the answer to a body: an object, or bytes as they are."""
+        """Sends an object as JSON, or bytes as they are. Returns the status and the JSON of the answer."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        given = {name.replace("_", "-"): value for name, value in headers.items()}
+        http_headers = {name.replace("_", "-"): value for name, value in headers.items()}
         if key is not None:
-            given["X-Backfeedr-Key"] = key
+            http_headers["X-Backfeedr-Key"] = key
         return self.read(self.web.post(
-            self.prefix + path, raw, given, content_type="application/json", expect_errors=True))
+            self.prefix + path, raw, http_headers, content_type="application/json", expect_errors=True))
 
     def get(self, path, **headers):
         return self.read(self.web.get(self.prefix + path, headers=headers, expect_errors=True))
@@ -130,19 +130,19 @@ def clock():
     return Clock()
 
 
-# A database of PostgreSQL that is there for tests. With it, only those run that ask for `schemas`, as each does that
-# asks for a server of `serve`: it is in a schema of its own. What is about SQLite, or a file, is marked `sqlite_only`.
+# The URL of a PostgreSQL database for tests. If it is set, only those tests run that use the fixture `schemas`, as all
+# do that use `serve`. Each gets a schema of its own. Tests about SQLite or its file are marked `sqlite_only`.
 POSTGRES = os.environ.pop("BACKFEEDR_TEST_POSTGRES", "")
-needs_postgres = pytest.mark.skipif(not POSTGRES, reason="BACKFEEDR_TEST_POSTGRES names no database")
+needs_postgres = pytest.mark.skipif(not POSTGRES, reason="BACKFEEDR_TEST_POSTGRES is not set")
 sqlite_only = pytest.mark.skipif(bool(POSTGRES), reason="is about SQLite and its file; runs without a PostgreSQL")
 
 
 @pytest.fixture(autouse=True)
 def not_twice(request):
-    """Skips what says nothing about PostgreSQL when the tests run on it."""
+    """Skips tests without a database if the tests run on PostgreSQL, because they also run without it."""
     marks = [mark.name for mark in request.node.own_markers]
     if POSTGRES and not {"schemas", "cluster"} & {*request.fixturenames} and "skipif" not in marks:
-        pytest.skip("asks for no database of PostgreSQL; runs without it")
+        pytest.skip("uses no database; runs without PostgreSQL")
 
 
 @cache
@@ -153,13 +153,13 @@ def postgres():
 
 @lru_cache(maxsize=8)
 def postgres_connection(url):
-    """A connection that is kept: to make one takes longer than most questions."""
+    """A connection that is kept, because making one takes longer than most queries."""
     return postgres().Connection.connect(url)
 
 
 @pytest.fixture(scope="session")
 def spare_schemas():
-    """The URLs of schemas whose tables are empty. To empty them takes less time than to make others."""
+    """The URLs of schemas with empty tables. Emptying a schema takes less time than making one."""
     spare = []
     yield spare
     for url in spare:
@@ -168,7 +168,7 @@ def spare_schemas():
 
 @pytest.fixture
 def schemas(spare_schemas):
-    """The URL of a schema by its name: taken or made when it is first asked for, and empty or gone at the end."""
+    """A function from a name to the URL of a schema, which is emptied or dropped when the test ends."""
     made = {}
 
     def url(name="test.db", has_tables=True):
@@ -181,12 +181,12 @@ def schemas(spare_schemas):
         return made[name]
 
     yield url
-    for each in made.values():
-        if sql(each, TRANSACTIONS) == [(1,)]:  # else a test has changed more than rows
-            sql_run(each, EMPTY_TABLES)
-            spare_schemas.append(each)
+    for schema_url in made.values():
+        if sql(schema_url, TRANSACTIONS) == [(1,)]:  # else the test has changed more than rows
+            sql_run(schema_url, EMPTY_TABLES)
+            spare_schemas.append(schema_url)
         else:
-            postgres_connection(POSTGRES).run(f"drop schema {each.rpartition('%3D')[2]} cascade")
+            postgres_connection(POSTGRES).run(f"drop schema {schema_url.rpartition('%3D')[2]} cascade")
 
 
 TRANSACTIONS = """
@@ -207,7 +207,7 @@ end $$
 
 @cache
 def new_database():
-    """The bytes of a new database with a key and a token. Making one takes many an fsync."""
+    """The bytes of a new database with a key and a token. Copying it is faster than many calls of fsync."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "new.db")
         Backfeedr(Settings(db_path=str(path), api_key=KEY, auth_token=TOKEN), clock=Clock()).close()
@@ -216,18 +216,18 @@ def new_database():
 
 @pytest.fixture
 def serve(tmp_path, clock, schemas):
-    """Makes servers; at the end, compares their roll-ups with their rows."""
+    """A function that makes servers. When the test ends, their roll-ups are compared with their rows."""
     servers = []
 
     def make(name="test.db", **settings):
         """A server with a key and a token."""
-        given = {"db_path": str(tmp_path / name), "api_key": KEY, "auth_token": TOKEN, **settings}
-        if not (POSTGRES or os.path.exists(given["db_path"]) or settings.keys() & {"api_key", "auth_token"}):
-            Path(given["db_path"]).write_bytes(new_database())
-        limit = given.get("rate_limit", 100)
-        store = POSTGRES and postgres().PostgresStore(schemas(name), clock, given.get("retention_days", 90))
+        all_settings = Settings(**{"db_path": str(tmp_path / name), "api_key": KEY, "auth_token": TOKEN, **settings})
+        db_path, limit = Path(all_settings.db_path), all_settings.rate_limit
+        if not (POSTGRES or db_path.exists() or settings.keys() & {"api_key", "auth_token"}):
+            db_path.write_bytes(new_database())
+        store = POSTGRES and postgres().PostgresStore(schemas(name), clock, all_settings.retention_days)
         limiter = postgres().PostgresLimiter(store, limit, clock=clock) if store else RateLimiter(limit, clock=clock)
-        server = Backfeedr(Settings(**given), clock=clock, store=store or None, limiter=limiter)
+        server = Backfeedr(all_settings, clock=clock, store=store or None, limiter=limiter)
         servers.append((server, limiter))
         return server
 
@@ -247,15 +247,15 @@ def api(serve):
 
 
 def sql(path, query, *values):
-    """The rows of a query on a database, by another connection than the server's."""
+    """The rows of a query, read through a connection other than the server's."""
     with connected(path) as db:
         return db.execute(query, values).fetchall()
 
 
 @contextmanager
 def connected(path):
-    """A connection to a file of SQLite, or to PostgreSQL where this is a URL. What it changes is kept. One that is open
-    is given back as it is: to open a file takes longer than most questions, as SQLite reads the schema."""
+    """A connection to an SQLite file, or to PostgreSQL if the path is a URL. Its changes are committed. An open
+    connection is returned as it is: opening a file takes longer than most queries, because SQLite reads the schema."""
     if not isinstance(path, (str, Path)):
         yield path
     elif str(path).startswith("postgresql:"):
@@ -266,7 +266,7 @@ def connected(path):
 
 
 def content_of(path):
-    """All bytes of a database: of its file, or of the values in its tables."""
+    """All bytes of a database: its file, or the values in its tables on PostgreSQL."""
     if not POSTGRES:
         return path.read_bytes()
     return b"\n".join(value if isinstance(value, bytes) else str(value).encode()
@@ -285,11 +285,11 @@ def time_text(seconds):
 
 
 def stored(server, *tables):
-    """All that is stored of reports."""
+    """The rows of these tables, or of all tables that reports are stored in."""
     with connected(server.store.path) as db:
-        found = {table: db.execute(f"select * from {table}").fetchall() for table in tables or REPORT_TABLES}
-    # PostgreSQL gives rows in any order.
-    return {table: sorted(rows, key=repr) for table, rows in found.items()} if POSTGRES else found
+        contents = {table: db.execute(f"select * from {table}").fetchall() for table in tables or REPORT_TABLES}
+    # PostgreSQL returns rows in any order.
+    return {table: sorted(rows, key=repr) for table, rows in contents.items()} if POSTGRES else contents
 
 
 def report(server, table="crashes"):
@@ -306,22 +306,22 @@ def rows_by_name(path, query):
 def check_database(path, forgotten=False):
     """The file is sound, and each figure equals a slow and obvious computation over the rows.
 
-    Where a device was forgotten, but for the times of what it was the first or last to report.
+    If a device was forgotten, first and last times are not compared, because its reports may have set them.
     """
-    with connected(path) as db:  # one, because each reads the whole schema first
+    with connected(path) as db:  # only one connection, because each reads the whole schema first
         assert POSTGRES or db.execute("pragma integrity_check").fetchall() == [("ok",)]
-        expected, found = recount(db), figures(db)
+        expected, actual = recount(db), figures(db)
     if forgotten:
-        for tables in expected, found:
+        for tables in expected, actual:
             tables["builds"] = {}
             tables["groups"] = {key: (row[0], *row[3:-1]) for key, row in tables["groups"].items()}
     for table in expected:
-        assert found[table] == expected[table], table
-    assert POSTGRES or backfeedr._check_roll_ups(Path(path).absolute()), "and `check` sees it so"
+        assert actual[table] == expected[table], table
+    assert POSTGRES or backfeedr._check_roll_ups(Path(path).absolute()), "`check` comes to the same result"
 
 
 def windows(db):
-    """Of tables that hold a window only, the first day or hour of it."""
+    """The first day or hour of each table that holds only a window of time."""
     newest = db.execute("""
         select max(at) from (select received_at as at from crashes union all select received_at from events union all
             select value from state where name = 'counted_at') as times""").fetchone()[0] or 0
@@ -330,7 +330,7 @@ def windows(db):
 
 
 def figures(db):
-    """What is stored beside the reports, each table by its key; without sums of 0, and without what is too old."""
+    """The stored figures: each table by its key, without rows from before its window."""
     tables, first = {}, windows(db)
     for table, key in backfeedr.KEYS.items():
         size, columns = len(key), ", ".join(key)
@@ -342,15 +342,15 @@ def figures(db):
 
 
 def time_in(table, key):
-    """The day or hour in a key of a table that holds a window."""
+    """The day or hour in a key of a table that holds only a window."""
     return key[3 if table == "event_names" else 1]
 
 
-MOVES = {"regroupings", "group_aliases", "triage", "group_history"}  # which no report tells
+MOVES = {"regroupings", "group_aliases", "triage", "group_history"}  # not computed from reports
 
 
 def recount(db):
-    """What `figures` must find, from the reports alone."""
+    """What `figures` must return, computed from the reports alone."""
     tables = {table: defaultdict(Counter)
               for table in backfeedr.KEYS.keys() - {"replays", "new_names", "medians", "key_days"} - MOVES}
     columns = dict(
@@ -447,14 +447,14 @@ def recount_devices(tables, reports):
 
 
 def two_digits(ms):
-    """A duration in whole seconds, from 100 s on in two significant digits; halves go up."""
+    """A duration in whole seconds, rounded half up to two significant digits from 100 s on."""
     seconds = Decimal(ms) / 1000
     digits = len(str(int(seconds)))
     return int(seconds.scaleb(-max(0, digits - 2)).to_integral_value(ROUND_HALF_UP).scaleb(max(0, digits - 2)))
 
 
 def rows_of_table(db, table):
-    """The reports as they count: each with its time, and without the names that are beyond the day's limit."""
+    """The reports as they are counted: with the time that counts, and `(other)` for names beyond the day's limit."""
     rows = backfeedr.dict_rows(db, f"select * from {table} order by seq")
     for row in rows:
         at = row["occurred_at"] - row["clock_ahead_ms"]
@@ -468,7 +468,7 @@ def rows_of_table(db, table):
 
 
 def grouped(rows, *names):
-    """The rows by what they have in these columns; those that have nothing there belong to no group."""
+    """The rows by their values in these columns. Rows with a null there are left out."""
     groups = defaultdict(list)
     for row in rows:
         if all(row[name] is not None for name in names):
