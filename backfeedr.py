@@ -185,9 +185,8 @@ class Settings:
         types, values = {setting.name.upper(): type(setting.default) for setting in fields(cls)}, {}
         for name in sorted(variables.keys() - set(ignored)):
             if name not in types:
-                hint = f"after {_PREFIX} comes one of {', '.join(types)}"
-                for similar in get_close_matches(name, types, 1):
-                    hint = f"did you mean {_PREFIX}{similar}?"
+                match = "".join(get_close_matches(name, types, 1))
+                hint = f"did you mean {_PREFIX}{match}?" if match else f"after {_PREFIX} comes one of {', '.join(types)}"
                 raise SettingsError(_PREFIX + name, f"there is no such setting; {hint}")
             values[name.lower()] = _from_text(variables[name], types[name])
         try:
@@ -589,7 +588,8 @@ def _is_specific(label: str) -> bool:
     return not _UNSPECIFIC.fullmatch(label)
 
 
-# A group is made of the frames that meet the first of these rules that any frame meets.
+# The first of these rules that any frame meets chooses the frames of the group: own code, then system code with and
+# without a symbol, then whatever there is.
 _GROUP_RULES: Sequence[Callable[[Frame], object]] = (
     lambda frame: frame.is_own and _is_specific(frame.label),
     lambda frame: frame.symbol and _is_specific(frame.label) and not _ABORTING.fullmatch(frame.label),
@@ -609,8 +609,7 @@ def group_of(exception_type: str, frames: Iterable[Frame]) -> str:
     names: list[str] = []
     for rule, candidates in zip(_GROUP_RULES, tee(frames, len(_GROUP_RULES))):
         labels = groupby(frame.label for frame in candidates if rule(frame))  # without repeated neighbours
-        names = [label for label, _ in islice(labels, 3)]
-        if names:
+        if names := [label for label, _ in islice(labels, 3)]:
             break
     return hashlib.sha256(":".join([exception_type, *names]).encode()).hexdigest()[:16]
 
@@ -1006,7 +1005,6 @@ _UNCAUGHT = re.compile(r"uncaught exception '([^'\n]{1,200})', reason: '(.*?)(?:
 _FATAL = re.compile("Fatal error|Precondition failed|Assertion failed|BUG IN ")
 _OBJECT_START = re.compile(r"(?:^|(?<=\}))\{", re.M)
 _THREAD_STARTS = ("dyld", "libdyld.dylib", "libsystem_pthread.dylib")
-
 Diagnostic = tuple[Callable[[JsonObject], Union[Crash, Event]], JsonObject]  # parse_crash or parse_event, its object
 
 
@@ -1054,8 +1052,8 @@ def _read_diagnostics(text: str) -> Iterable[Diagnostic]:
     bug_types = [str(value.get("bug_type")) for value in objects]
     bug_type = next(filter(re.compile("[0-9]{1,9}").fullmatch, bug_types), "")
     if bug_type and BUG_TYPES.get(bug_type) != "a crash":
-        detail = f"{BUG_TYPES.get(bug_type, 'it')} is not a crash of the app"
-        raise Refusal(f"unsupported bug_type {bug_type}", detail=detail)
+        raise Refusal(f"unsupported bug_type {bug_type}",
+                      detail=f"{BUG_TYPES.get(bug_type, 'it')} is not a crash of the app")
     # Without a header, the fields must be those of no other format.
     ips_fields = {"threads", "exception"} if bug_type else {"usedImages", "termination"}
     ips_body = next((value for value in objects if value.keys() & ips_fields), None)
@@ -1391,7 +1389,7 @@ def _crash_text_stack(text: str) -> JsonObject:
 
 
 # == Signature =================================================================
-# HMAC-SHA256 over a timestamp and the raw body. The key travels with the request, so a signature hides nothing: it
+# HMAC-SHA256 over a timestamp and the raw body. The key travels with the request, so a signature hides nothing. It only
 # proves that the body was signed just now and was not changed since.
 
 SIGNATURE_WINDOW = 5 * MINUTE  # before and after the server's time
