@@ -185,8 +185,8 @@ class Settings:
         types, values = {setting.name.upper(): type(setting.default) for setting in fields(cls)}, {}
         for name in sorted(variables.keys() - set(ignored)):
             if name not in types:
-                match = "".join(get_close_matches(name, types, 1))
-                hint = f"did you mean {_PREFIX}{match}?" if match else f"after {_PREFIX} comes one of {', '.join(types)}"
+                best = "".join(get_close_matches(name, types, 1))
+                hint = f"did you mean {_PREFIX}{best}?" if best else f"after {_PREFIX} comes one of {', '.join(types)}"
                 raise SettingsError(_PREFIX + name, f"there is no such setting; {hint}")
             values[name.lower()] = _from_text(variables[name], types[name])
         try:
