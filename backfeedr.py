@@ -976,7 +976,7 @@ def _json_size(value: Any) -> int:
 
 
 # == Apple formats =============================================================
-# Apple's crash reports in, the crashes and events of Payloads out, by pure functions. The content tells which format it
+# Apple's reports in, the crashes and events of Payloads out, by pure functions. The content tells which format it
 # is. Each diagnostic becomes a JSON object like those of our own clients, and is converted, cut and grouped like them.
 # What could identify a phone or a person is left out.
 
@@ -1009,7 +1009,7 @@ Diagnostic = tuple[Callable[[JsonObject], Union[Crash, Event]], JsonObject]  # p
 
 
 def parse_diagnostics(body: bytes, now: int, device: str = "") -> list[Crash | Event]:
-    """The crashes and events in Apple's report, in its order: a MetricKit payload of either shape, an .ips file or a
+    """The crashes and events in an Apple report, in its order: a MetricKit payload of either shape, an .ips file or a
     .crash text. [] if MetricKit has nothing to report. A diagnostic without a time occurred at `now`, in milliseconds;
     `device` is the device_id_hash. Raises Refusal."""
     try:
@@ -1025,7 +1025,7 @@ def parse_diagnostics(body: bytes, now: int, device: str = "") -> list[Crash | E
 
 
 def parse_crash_body(body: bytes) -> Crash:
-    """The crash in a body of POST /crashes. Raises Refusal, which says where a report of Apple's belongs."""
+    """The crash in a body of POST /crashes. Raises Refusal, which says where an Apple report belongs."""
     try:
         return parse_crash(decode_json(body))
     except Refusal as refusal:

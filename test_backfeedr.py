@@ -1249,7 +1249,7 @@ WHOLE_REPORTS = [
 
 
 @pytest.mark.parametrize("body, expected", WHOLE_REPORTS, ids=["ips", "crash", "MetricKit", "hang", "iOS 27"])
-def test_a_report_of_apples_becomes_a_crash_or_an_event(body, expected):
+def test_an_apple_report_becomes_a_crash_or_an_event(body, expected):
     report = only(body)
     unnamed = [frame["uuid"] for frame in report.get("stack_trace", ()) if frame["in_app"] and "symbol" not in frame]
     assert report.pop("images", "") == " ".join(unnamed), "builds of own frames without a symbol"
@@ -1280,7 +1280,7 @@ APPLE_REPORTS = [  # a body, and the possible errors at POST /crashes
     (nest(3000), ["invalid JSON", "missing exception_type"])]  # Python 3.13 reads any depth
 
 
-def test_a_report_of_apples_sent_as_a_crash_is_refused_and_the_detail_says_where_it_belongs(api):
+def test_an_apple_report_sent_as_a_crash_is_refused_with_a_detail_that_says_where_it_belongs(api):
     for body, errors in APPLE_REPORTS:
         status, answer = api.post(CRASHES, body)
         assert status == 400 and answer.pop("error") in errors
@@ -1568,7 +1568,7 @@ def test_json_beside_deep_frames_is_read_like_any_other():
         assert depth == 700
 
 
-def test_characters_that_no_database_can_store_are_replaced_in_apples_reports():
+def test_characters_that_no_database_can_store_are_replaced_in_apple_reports():
     body = payload_of(meta={"terminationReason": "a\x00\ud800b\\u0000", "\udc00": 1, "regionFormat": "\U0001f600"})
     for sent in (json.dumps(body), '%s, "x": %s}' % (json.dumps(body)[:-1], DEEP_FRAMES)):
         report = only(sent.encode())
@@ -1577,7 +1577,7 @@ def test_characters_that_no_database_can_store_are_replaced_in_apples_reports():
 
 
 def apple_mutant(mutations):
-    """One of Apple's reports with random changes."""
+    """An Apple report with random changes."""
     sources = [[json.dumps(body).encode()] for body in (*(body for body, _ in WHOLE_REPORTS[2:]), {
         "hangDiagnostics": [{"callStackTree": tree} for _, tree, _ in TREES]})]
     parts = mutations.pick([*sources, ips_of().split(b"\n"), crash_text().split(b"\n")])
@@ -1591,7 +1591,7 @@ def apple_mutant(mutations):
     return b"\n".join(parts)
 
 
-def test_randomly_changed_reports_of_apples_are_read_or_refused():
+def test_randomly_changed_apple_reports_are_read_or_refused():
     mutations, answers = Mutations(seed=2), Counter()
     for _ in range(500):
         body = apple_mutant(mutations)
