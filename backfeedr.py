@@ -263,7 +263,7 @@ create table given_seqs (                  -- ranges that contain every seq ever
     first integer primary key, last integer not null);
 -- state has retention_days; expired_crashes and expired_events, the highest seq that retention deleted; trimmed_day,
 -- when old sums were last deleted; counted_at, when reports were last counted other than at receipt. With the id of an
--- app behind: early_, the highest seq deleted early for lack of space; worse_, first_seen of the release last reported
+-- app appended: early_, the highest seq deleted early for lack of space; worse_, first_seen of the release last reported
 -- as worse; deleted_, the lowest seq from which on the reports of a deleted app are gone.
 create table state (name text primary key, value integer not null) without rowid;
 """ + GROUP_INDEX
