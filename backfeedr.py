@@ -263,8 +263,8 @@ create table given_seqs (                  -- ranges that contain every seq ever
     first integer primary key, last integer not null);
 -- state has retention_days; expired_crashes and expired_events, the highest seq that retention deleted; trimmed_day,
 -- when old sums were last deleted; counted_at, when reports were last counted other than at receipt. With the id of an
--- app appended: early_, the highest seq deleted early for lack of space; worse_, first_seen of the release last reported
--- as worse; deleted_, the lowest seq from which on the reports of a deleted app are gone.
+-- app appended: early_, the highest seq deleted early for lack of space; worse_, first_seen of the release that was last
+-- reported as worse; deleted_, the lowest seq from which on the reports of a deleted app are gone.
 create table state (name text primary key, value integer not null) without rowid;
 """ + GROUP_INDEX
 
@@ -761,7 +761,7 @@ def _is_deep(text: str, max_depth: int = MAX_DEPTH) -> bool:
 Crash = namedtuple("Crash", "group_hash images exception_type exception_reason stack_trace app_version build_number"
                             " os_version device_model device_id_hash session_id locale free_memory_mb battery_level"
                             " is_charging occurred_at extra")
-Crash.__doc__ = "A valid crash. `images` is what open_images returns; `extra` has the unknown fields as JSON."
+Crash.__doc__ = "A valid crash. `images` is made by open_images; `extra` has the unknown fields as JSON."
 Event = namedtuple("Event", "type name properties app_version os_version device_model device_id_hash session_id locale"
                             " occurred_at extra")
 Event.__doc__ = "A valid event. `extra` has the unknown fields as JSON."
