@@ -262,9 +262,9 @@ create index replays_by_age on replays (received_at);
 create table given_seqs (                  -- ranges that contain every seq ever assigned
     first integer primary key, last integer not null);
 -- state has retention_days; expired_crashes and expired_events, the highest seq that retention deleted; trimmed_day,
--- when old sums were last deleted; counted_at, when reports were last counted other than at receipt. With the id of an
--- app appended: early_, the highest seq deleted early for lack of space; worse_, first_seen of the release that was last
--- reported as worse; deleted_, the lowest seq from which on the reports of a deleted app are gone.
+-- when old sums were last deleted; counted_at, when reports were last counted other than at receipt. For an app, with
+-- its id appended: early_, the highest seq deleted early for lack of space; worse_, first_seen of the release that was
+-- last reported as worse; deleted_, the lowest seq from which on the reports of a deleted app are gone.
 create table state (name text primary key, value integer not null) without rowid;
 """ + GROUP_INDEX
 
