@@ -3,50 +3,50 @@
 # requires-python = ">=3.9"
 # dependencies = ["bottle>=0.13", "waitress>=3.0.1"]
 # ///
-"""backfeedr: crash reports and usage figures for iOS apps, kept on your own host.
+"""backfeedr: crash reports and usage figures for iOS apps, on your own host.
 
 The whole server is this file. Copy it to a machine with Python 3.9 or later, install bottle and waitress, and run
-`python backfeedr.py`. It prints an API key and the curl line that sends a first crash:
+`python backfeedr.py`. It prints an API key and a curl command that sends a first crash:
 
     curl -X POST http://127.0.0.1:8080/api/v1/crashes -H "X-Backfeedr-Key: bf_live_..." \\
         -d '{"exception_type": "SIGABRT", "occurred_at": "2026-03-12T14:22:31Z"}'
 
-It is a WSGI callable, too: `Backfeedr(db_path="crashes.db")` mounts in any app.
+It is also a WSGI callable: `Backfeedr(db_path="crashes.db")` can be mounted in any app.
 
-The rooms. Each uses only those above it, except that Dashboard uses Templates, which stand below it:
+The sections. Each uses only those above it, except that Dashboard uses Templates below it:
 
-    Settings        what an operator may choose
-    Schema          the reports in the one SQLite file
-    Values          refusals, times, ids, keys
-    Grouping        what a stack frame says, and the group of a crash
-    Payloads        JSON in, a crash or an event out
-    Apple formats   MetricKit, .ips and .crash in, the same out
+    Settings        what an operator can configure
+    Schema          the tables for apps, keys and reports
+    Values          refusals, times, ids, API keys, versions
+    Grouping        stack frames, and the group of a crash
+    Payloads        our JSON in, crashes and events out
+    Apple formats   MetricKit, .ips and .crash in, crashes and events out
     Signature       HMAC-SHA256 over a request
-    RateLimiter     at most so many requests a minute for a key
-    Symbols         the names of a build's functions, and how a frame gets its own
-    Triage          what was decided about groups, and what is worth telling
-    Figures         what is counted: tables, counting and question of each figure
+    RateLimiter     how many requests a key may send each minute
+    Symbols         the function names of a build, and the frames that get them
+    Triage          the state of each group, and the facts worth telling
+    Figures         what is counted: the tables, the counting and the queries of each figure
     Database        connections, transactions, migrations
     Apps            apps, keys, the admin
-    Commit          how reports become rows, those of several requests together
-    Store           the one write path, export, and how reports go again
-    Alerts          facts on their way to channels
-    Metrics         the questions asked of the store
+    Commit          how the reports of several requests become rows in one transaction
+    Store           the one write path, export, retention
+    Alerts          how facts are delivered to channels
+    Metrics         the queries behind the API and the pages
     Requests        what a request carries, and what a client may be told
     Charts          numbers in, SVG out
     Dashboard       the pages that people look at
     Templates       their HTML and CSS
     Backfeedr       the WSGI callable
-    Server          waitress, how it gathers reports, and how it stops
+    Server          waitress: how it gathers reports, and how it stops
     Operations      backup, export, import, check
     Command line    serve, app, key, device, symbols, alert, prune, and the operations
 
-To make a change, touch:
+To make a change, edit:
 
-    add an endpoint             Backfeedr._routes, and a question in Metrics
-    add a field to a report     REPORT_TABLES with SCHEMA_VERSION, migrate, and Crash or Event, perhaps _CONVERTERS
-    add a figure                a class in FIGURES with SCHEMA_VERSION, migrate, and a question in Metrics
-    add a page                  Dashboard.routes, a method there, and a template with _PAGES above it
+    add an endpoint             Backfeedr._routes, and a query in Metrics
+    add a field to a report     REPORT_TABLES, SCHEMA_VERSION, migrate, Crash or Event, and perhaps _CONVERTERS
+    add a figure                a class in FIGURES, SCHEMA_VERSION, migrate, and a query in Metrics
+    add a page                  Dashboard.routes, a method there, a template, and for the menu a row of _PAGES
     add a command               a method of Commands, and a row of _COMMANDS
     add a kind of channel       a function in Alerts, and a row of CHANNELS
     accept another format       a function in Payloads or Apple formats, and a row of Backfeedr._ingestion
@@ -90,14 +90,14 @@ from functools import cached_property, lru_cache, partial, reduce
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from itertools import accumulate, chain, compress, groupby, islice, product, repeat, tee
-from operator import add, attrgetter, itemgetter, lt, sub
+from operator import add, attrgetter, itemgetter, lt
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, BinaryIO, Callable, NamedTuple, Optional, TextIO, Union
 from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlencode, urlsplit
 
 _MISSING = ("{} is missing; 'python3 -m venv .venv && .venv/bin/pip install bottle waitress' installs what it needs,"
-            " and .venv/bin/python runs it")  # many systems' own Python refuses new packages
+            " and .venv/bin/python runs it")  # a venv, because many systems' own Python refuses new packages
 try:
     import bottle
 except ImportError:
@@ -111,8 +111,8 @@ log = logging.getLogger("backfeedr")
 
 
 # == Settings ==================================================================
-# Every choice an operator has, with its unit and default. An invalid value is
-# refused when the settings are made, not when it is first used.
+# Everything an operator can configure, with units and defaults. An invalid value
+# is refused when the settings are made, not when it is first used.
 
 class SettingsError(ValueError):
     """A setting with an invalid value. `str()` is one line that names the setting."""
@@ -124,49 +124,49 @@ class SettingsError(ValueError):
 
 _RANGES = {"port": (0, 65535), "rate_limit": (0, 1_000_000), "max_body_size": (1, 1 << 30),
            "retention_days": (0, 36_500), "max_db_size": (0, 1 << 50), "threads": (1, 1_000)}
-_TYPE_NAMES: dict[Any, str] = {str: "a text", int: "a whole number", bool: "1 or 0"}
+_TYPE_NAMES: dict[Any, str] = {str: "text", int: "a whole number", bool: "1 or 0"}
 _BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 _PREFIX = "BACKFEEDR_"
-# What Kubernetes gives the containers beside services whose names begin with ours.
-_KUBERNETES = re.compile(r"(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)=.*|PORT(_[0-9]+_\w+)?=.*://.*"
-                         r"|PORT_[0-9]+_[A-Z]+_(PROTO|PORT|ADDR)=.*)")
+# Kubernetes sets such variables, without our prefix here, for services named backfeedr and backfeedr-...
+_KUBERNETES_VARIABLE = re.compile(r"(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)=.*|PORT(_[0-9]+_\w+)?=.*://.*"
+                                  r"|PORT_[0-9]+_[A-Z]+_(PROTO|PORT|ADDR)=.*)")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What an operator may choose. Raises SettingsError for an invalid value."""
+    """What an operator can configure. Raises SettingsError for an invalid value."""
 
     host: str = "127.0.0.1"
     port: int = 8080                                 # 0 takes a free one
     db_path: str = "backfeedr.db"
     api_key: str = field(default="", repr=False)     # a key of the app `default`; "": made at first start
     auth_token: str = field(default="", repr=False)  # the admin token; "": made at first start
-    rate_limit: int = 100                            # requests a minute and key; 0 is off
-    max_body_size: int = 1_048_576                   # bytes, as sent and again after decompression
-    retention_days: int = 90                         # since receipt; 0 keeps all
-    max_db_size: int = 0                             # bytes, beyond which the oldest reports go early; 0 is off
+    rate_limit: int = 100                            # requests per minute and key; 0 is off
+    max_body_size: int = 1_048_576                   # bytes, both compressed and decompressed
+    retention_days: int = 90                         # since receipt; 0 keeps everything
+    max_db_size: int = 0                             # bytes; above it, the oldest reports are deleted early; 0 is off
     require_signature: bool = False
     public_metrics: bool = True
     threads: int = 32
-    public_url: str = ""                             # where clients reach the server, https:// where a proxy adds it
-    verbose: bool = False                            # a line on standard error for each request
+    public_url: str = ""                             # where clients reach the server, such as the URL of a proxy
+    verbose: bool = False                            # logs each request to standard error
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "db_path", os.fspath(self.db_path))
-        for each in fields(self):
-            value: Any = getattr(self, each.name)
-            kind: Any = type(each.default)
+        for setting in fields(self):
+            value: Any = getattr(self, setting.name)
+            kind: Any = type(setting.default)
             if type(value) is not kind:
-                raise SettingsError(each.name, f"{repr(value) if each.repr else 'it'} is not {_TYPE_NAMES[kind]}")
-            low, high = _RANGES.get(each.name, (value, value))
+                raise SettingsError(setting.name, f"{repr(value) if setting.repr else 'it'} is not {_TYPE_NAMES[kind]}")
+            low, high = _RANGES.get(setting.name, (value, value))
             if not low <= value <= high:
-                raise SettingsError(each.name, f"{value} is not from {low} to {high}")
+                raise SettingsError(setting.name, f"{value} is not from {low} to {high}")
             if kind is str and (value != value.strip() or value and not value.isprintable()):
-                raise SettingsError(each.name, "begins or ends with a space, or has a control character")
+                raise SettingsError(setting.name, "begins or ends with a space, or has a control character")
         if not self.host:
             raise SettingsError("host", "must name a host")
         if 0 < len(self.auth_token) < 16:
-            raise SettingsError("auth_token", "has fewer than 16 characters, so that it could be guessed")
+            raise SettingsError("auth_token", "has fewer than 16 characters, so it could be guessed")
         if self.db_path in ("", ":memory:"):
             raise SettingsError("db_path", "must name a file")
         if not re.fullmatch(r"(https?://[A-Za-z0-9.:\[\]-]+(/[A-Za-z0-9._~%/-]*)?)?", self.public_url):
@@ -174,55 +174,56 @@ class Settings:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
-        """Settings from the BACKFEEDR_* variables of `environ` (default: os.environ); `overrides` come first. An empty
-        variable counts as unset. An unknown one is an error: a misspelt one would leave open what it was meant to
-        close."""
-        given = {name[len(_PREFIX):]: text for name, text in (os.environ if environ is None else environ).items()
-                 if text and name.startswith(_PREFIX) and name != "BACKFEEDR_ENDPOINT"}  # of examples/client.py
-        if ignored := sorted(name for name, text in given.items() if _KUBERNETES.fullmatch(f"{name}={text}")):
+        """Settings from the BACKFEEDR_* variables of `environ` (default: os.environ), and from `overrides`, which take
+        precedence. An empty variable counts as unset. An unknown one is an error: if BACKFEEDR_PUBLIC_METRICS=0 is
+        misspelt, the metrics must not stay public."""
+        variables = {name[len(_PREFIX):]: text for name, text in (os.environ if environ is None else environ).items()
+                     if text and name.startswith(_PREFIX) and name != "BACKFEEDR_ENDPOINT"}  # for examples/client.py
+        ignored = sorted(name for name, text in variables.items() if _KUBERNETES_VARIABLE.fullmatch(f"{name}={text}"))
+        if ignored:
             log.warning("ignored %s: Kubernetes sets them for a service", ", ".join(_PREFIX + name for name in ignored))
-        kinds, values = {each.name.upper(): type(each.default) for each in fields(cls)}, {}
-        for name in sorted(given.keys() - set(ignored)):
-            if name not in kinds:
-                close = [f"did you mean {_PREFIX}{each}?" for each in get_close_matches(name, kinds, 1)]
-                hint = "".join(close) or f"after {_PREFIX} comes one of {', '.join(kinds)}"
+        types, values = {setting.name.upper(): type(setting.default) for setting in fields(cls)}, {}
+        for name in sorted(variables.keys() - set(ignored)):
+            if name not in types:
+                best = "".join(get_close_matches(name, types, 1))
+                hint = f"did you mean {_PREFIX}{best}?" if best else f"after {_PREFIX} comes one of {', '.join(types)}"
                 raise SettingsError(_PREFIX + name, f"there is no such setting; {hint}")
-            values[name.lower()] = _from_text(given[name], kinds[name])
+            values[name.lower()] = _from_text(variables[name], types[name])
         try:
-            cls(**values)
-        except SettingsError as error:  # also where something else is given instead
+            cls(**values)  # refuses an invalid variable even if it is overridden
+        except SettingsError as error:
             raise SettingsError(_PREFIX + error.name.upper(), error.problem) from None
         return cls(**{**values, **overrides})
 
 
 def _from_text(text: str, kind: type) -> Any:
-    """The value that a variable's text stands for; the text itself if it is none, which Settings then refuses."""
+    """The value of a variable's text. Invalid text is returned as it is, for Settings to refuse."""
     if kind is int and re.fullmatch("-?[0-9]{1,18}", text):
         return int(text)
     return _BOOLEANS.get(text.lower(), text) if kind is bool else text
 
 
 # == Schema ====================================================================
-# One SQLite file that its owner can open with any tool. A report is a row, under the field names of the API; times are
-# milliseconds since 1970 UTC. The tables of the figures stand in the room Figures.
+# One SQLite file that its owner can open with any tool. Each report is a row whose columns are named like the fields of
+# the API. Times are milliseconds since 1970 UTC. The tables of the figures are in the section Figures.
 #
-# `seq` is the time of receipt in milliseconds * 2^20 + a counter. It is the id that was answered, so the id costs no
-# byte and no index. It is unique across files, and it ascends: inserts append, and retention deletes from the front.
+# `seq` is the time of receipt in milliseconds * 2^20 + a counter. The id of a report is its seq in hexadecimal, so it
+# takes no space and no index. Seqs are unique across files and ascend: inserts append, retention deletes at the front.
 
-APPLICATION_ID = 0x62666472  # "bfdr": tells our files from other people's
+APPLICATION_ID = 0x62666472  # "bfdr" marks a file as ours
 SCHEMA_VERSION = 6
 
 GROUP_INDEX = """
-create index crashes_by_group on crashes (  -- tells whether a group has a device, and covers what groups are counted by
+create index crashes_by_group on crashes (  -- finds the devices of a group, and covers all that is counted by group
     app_id, group_hash, device_id_hash, received_at, occurred_at, clock_ahead_ms, app_version, os_version,
     device_model);
 """
 REPORT_TABLES = """
 create table apps (
-    id integer primary key autoincrement,  -- never given twice
+    id integer primary key autoincrement,  -- never reused
     name text not null unique, is_test integer not null, created_at integer not null);
 create table keys (
-    key_hash blob primary key,             -- SHA-256; the key itself is stored nowhere
+    key_hash blob primary key,             -- SHA-256; the key itself is not stored
     app_id integer not null, prefix text not null, created_at integer not null, revoked_at integer
 ) without rowid;
 create table secrets (                     -- 'admin_token', 'feed_token'
@@ -233,15 +234,15 @@ create table grants (                      -- browser sessions and one-time link
 create table crashes (
     seq integer primary key, id text generated always as (printf('%016x', seq)) virtual,
     app_id integer not null, received_at integer not null, occurred_at integer not null,
-    clock_ahead_ms integer not null default 0,  -- by how much the device's clock was fast
-    other integer not null default 0,      -- bits of the fields that count as '(other)': see NewNames
-    group_hash text not null, images text,  -- builds whose symbols can name its frames, divided by spaces
+    clock_ahead_ms integer not null default 0,  -- how far the device's clock was ahead
+    other integer not null default 0,      -- bits of the fields that are counted as '(other)': see NewNames
+    group_hash text not null, images text,  -- UUIDs of builds whose symbols can name its frames, separated by spaces
     exception_type text not null,
     app_version text, build_number text, os_version text, device_model text, device_id_hash text,
     session_id text, locale text, free_memory_mb numeric, battery_level real,  -- 0 to 1; -1 is unknown
     is_charging integer,
     -- Long values come last: SQLite reads a row only up to the last column it needs.
-    -- stack_trace is JSON, and so is extra, which has the fields that this server does not know.
+    -- stack_trace and extra are JSON; extra has the fields that this server does not know.
     exception_reason text, stack_trace text, extra text);
 create table events (
     seq integer primary key, id text generated always as (printf('evt_%016x', seq)) virtual,
@@ -251,37 +252,38 @@ create table events (
     app_version text, os_version text, device_model text, device_id_hash text, session_id text, locale text,
     properties text, extra text);
 
-create table replays (                     -- how a stored request is recognised when it comes again
+create table replays (                     -- recognizes a stored request that is sent again
     app_id integer not null, mark blob not null,   -- digest of the Idempotency-Key or the signature
     request blob not null,                         -- digest of path and body
-    first_seq integer not null, reports integer not null,  -- their seqs follow one another
+    first_seq integer not null, reports integer not null,  -- the reports have consecutive seqs
     received_at integer not null, primary key (app_id, mark)) without rowid;
 create index replays_by_age on replays (received_at);
 
-create table given_seqs (                  -- all seqs that were ever given are within these
+create table given_seqs (                  -- ranges that contain every seq ever assigned
     first integer primary key, last integer not null);
--- retention_days; expired_crashes and expired_events, the highest seq that has expired; with the id of an app, early_,
--- the highest of its that went early, worse_, first_seen of its release that was told last to be worse, and deleted_,
--- the lowest seq from which on the reports of a deleted app have gone;
--- trimmed_day, on which old sums were deleted last; counted_at, when reports were last counted but not received.
+-- state has retention_days; expired_crashes and expired_events, the highest seq that retention deleted; trimmed_day,
+-- when old sums were last deleted; counted_at, when reports were last counted other than at receipt. For an app, with
+-- its id appended: early_, the highest seq deleted early for lack of space; worse_, first_seen of the release that was
+-- last reported as worse; deleted_, the lowest seq from which on the reports of a deleted app are gone.
 create table state (name text primary key, value integer not null) without rowid;
 """ + GROUP_INDEX
 
 
 # == Values ====================================================================
-# What a client may be told, and small conversions that many rooms use.
+# What a client may be told, and small conversions that many sections use.
 
 SECOND = 1000  # all times are in milliseconds
-HOUR = 3600 * SECOND
+MINUTE = 60 * SECOND
+HOUR = 60 * MINUTE
 DAY = 24 * HOUR
-MAX_SKEW = 300 * SECOND  # how fast a device's clock may be and still be believed
-EPOCH = 1_167_609_600_000  # 2007, when the first iPhone came: an earlier time is from a clock that was never set
+MAX_SKEW = 5 * MINUTE  # how far a device's clock may be ahead and still be believed
+EPOCH = 1_167_609_600_000  # 2007, the first iPhone: earlier times are from clocks that were never set
 SEQ_BITS = 20  # for the counter of a seq within a millisecond
 
 
 class Refusal(Exception):
-    """A request that is refused. `str()` is the error that the client gets, and `detail` may help its developer. After
-    `retry_after` seconds the same request may succeed."""
+    """A request that is refused. `str()` is the error that the client gets; `detail` helps its developer. The same
+    request may succeed after `retry_after` seconds."""
 
     def __init__(self, text: str, retry_after: int | None = None, detail: str = ""):
         super().__init__(text)
@@ -289,7 +291,7 @@ class Refusal(Exception):
 
 
 class Moved(Refusal):
-    """The crashes of a group have moved to another one."""
+    """The crashes of a group have moved to another group."""
 
     def __init__(self, group_hash: str):
         super().__init__("moved", detail=f"to {group_hash}")
@@ -297,7 +299,7 @@ class Moved(Refusal):
 
 
 class StorageUnavailable(Refusal):
-    """The database cannot be used now; nothing of the request was acknowledged."""
+    """The database cannot be used now. Nothing of the request was acknowledged."""
 
     def __init__(self) -> None:
         super().__init__("storage unavailable", retry_after=2)
@@ -309,26 +311,26 @@ _RFC3339 = re.compile(
 
 
 def parse_time(text: str) -> int:
-    """Milliseconds since 1970 UTC of an RFC 3339 time with a zone. Raises ValueError. (datetime overflows where an
-    offset leads out of the years 1 to 9999, and before Python 3.11 it knows neither Z nor nanoseconds.)"""
+    """Milliseconds since 1970 UTC of an RFC 3339 time with a zone. Raises ValueError. (datetime overflows if an offset
+    leads out of the years 1 to 9999, and before Python 3.11 it knows neither Z nor nanoseconds.)"""
     match = _RFC3339.fullmatch(text)
     if match is None:
         raise ValueError("not an RFC 3339 time with a zone")
     day, clock, fraction, sign, hours, minutes = match.groups()
-    offset = int(sign + hours) * HOUR + int(sign + minutes) * 60 * SECOND if sign else 0
+    offset = int(sign + hours) * HOUR + int(sign + minutes) * MINUTE if sign else 0
     seconds = int(datetime.fromisoformat(f"{day}T{clock}+00:00").timestamp())
     return seconds * SECOND + int((fraction or "")[:3].ljust(3, "0")) - offset
 
 
-FIRST_TIME, LAST_TIME = parse_time("0001-01-01T00:00:00Z"), parse_time("9999-12-31T23:59:59.999Z")  # datetime's bounds
+MIN_TIME, MAX_TIME = parse_time("0001-01-01T00:00:00Z"), parse_time("9999-12-31T23:59:59.999Z")  # datetime's bounds
 
 
 def parse_occurred_at(value: Any) -> int:
-    """Milliseconds since 1970 UTC of the time in a report. A number is seconds since 1970, or if that would be before
-    2008, since 2001, which is Swift's default; from 1e12 on it is milliseconds. Raises ValueError."""
+    """Milliseconds since 1970 UTC of the time in a report: RFC 3339 text, milliseconds (from 1e12 on), seconds (from
+    1.2e9 on, which is 2008), or smaller numbers as seconds since 2001, Swift's default. Raises ValueError."""
     if type(value) in (int, float):
         time_ms = value if value >= 1e12 else SECOND * (value if value >= 1.2e9 else value + 978_307_200)
-        if not FIRST_TIME <= time_ms < LAST_TIME + 1:
+        if not MIN_TIME <= time_ms < MAX_TIME + 1:
             raise ValueError("is not within the years 1 to 9999")
         return int(time_ms)
     try:
@@ -339,31 +341,35 @@ def parse_occurred_at(value: Any) -> int:
 
 
 def iso_time(time_ms: int) -> str:
-    """The RFC 3339 time in UTC. Beyond the years 1 to 9999, it is their first or last."""
-    moment = datetime(1970, 1, 1) + timedelta(milliseconds=min(max(time_ms, FIRST_TIME), LAST_TIME))
+    """The RFC 3339 time in UTC. A time outside the years 1 to 9999 becomes the first or last moment of them."""
+    moment = datetime(1970, 1, 1) + timedelta(milliseconds=min(max(time_ms, MIN_TIME), MAX_TIME))
     return moment.isoformat(timespec="milliseconds" if time_ms % SECOND else "seconds") + "Z"
 
 
 def exact_time(time_ms: int) -> str:
-    """The RFC 3339 time that `parse_time` reads back: with an offset where UTC leads out of the years 1 to 9999."""
-    zone, minutes = ("+23:59", 1439) if time_ms < FIRST_TIME else ("-23:59", -1439) if time_ms > LAST_TIME else ("Z", 0)
-    return iso_time(time_ms + minutes * 60 * SECOND)[:-1] + zone
+    """The RFC 3339 time that `parse_time` reads back. It has an offset if UTC is outside the years 1 to 9999."""
+    if time_ms < MIN_TIME:
+        return iso_time(time_ms + DAY - MINUTE)[:-1] + "+23:59"
+    if time_ms > MAX_TIME:
+        return iso_time(time_ms - DAY + MINUTE)[:-1] + "-23:59"
+    return iso_time(time_ms)
 
 
 def clock_ahead(latest: int, now: int) -> int:
-    """By how many milliseconds a clock with this latest time is fast. All reports of a request are moved by it, so that
-    durations stay right."""
+    """How many milliseconds a device's clock is ahead, given the latest time it sent. All reports of a request are
+    moved by this, so durations between them stay right."""
     return latest - now if latest > now + MAX_SKEW else 0
 
 
 def counted_at(occurred_at: int, received_at: int, ahead_ms: int) -> int:
-    """When a report counts: at the device's time, less what its clock is fast; at receipt if that clock was never
-    set."""
-    return occurred_at - ahead_ms if EPOCH <= occurred_at - ahead_ms <= received_at + MAX_SKEW else received_at
+    """The time at which a report is counted: the device's time, corrected by how far its clock is ahead; the time of
+    receipt if that clock was never set."""
+    corrected = occurred_at - ahead_ms
+    return corrected if EPOCH <= corrected <= received_at + MAX_SKEW else received_at
 
 
 COUNTED_AT = (f"case when occurred_at - clock_ahead_ms between {EPOCH} and received_at + {MAX_SKEW}"
-              " then occurred_at - clock_ahead_ms else received_at end")  # in SQL
+              " then occurred_at - clock_ahead_ms else received_at end")  # counted_at in SQL
 
 
 def first_seq(received_at: int) -> int:
@@ -372,153 +378,158 @@ def first_seq(received_at: int) -> int:
 
 
 def crash_id(seq: int) -> str:
-    """The id of a crash as it is answered; the schema says the same."""
+    """The public id of a crash, equal to the column `id`."""
     return f"{seq:016x}"
 
 
 def event_ids(seqs: Iterable[int]) -> list[str]:
-    """The ids of events as they are answered; the schema says the same."""
+    """The public ids of events, equal to the column `id`."""
     return [f"evt_{seq:016x}" for seq in seqs]
 
 
 def new_key(is_test: bool) -> str:
-    """A fresh API key: bf_live_ or bf_test_ and 32 hex digits."""
+    """A new API key: bf_live_ or bf_test_ and 32 hex digits."""
     return ("bf_test_" if is_test else "bf_live_") + secrets.token_hex(16)
 
 
 def key_prefix(key: str) -> str:
-    """What may be shown of a key: 8 of its 32 digits, or a third of a key that the operator chose."""
+    """The part of a key that may be shown: 8 of its 32 digits, or a third of a key that the operator chose."""
     return key[:16 if re.fullmatch("bf_(live|test)_[0-9a-f]{32}", key) else min(16, len(key) // 3)]
 
 
 def sha256(data: bytes | str) -> bytes:
-    """The digest under which keys and tokens are kept."""
+    """The digest under which keys and tokens are stored."""
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).digest()
 
 
-_VERSION_PARTS = re.compile(  # numbers; what makes it a pre-release, -rc.1, b3 or " beta"; +48 says nothing; its build
+_VERSION_PARTS = re.compile(  # numbers; pre-release, such as -rc.1, b3 or " beta"; metadata, such as +48; (build)
     r"[vV]?([0-9]+(?:\.[0-9]+)*)(?:-([0-9A-Za-z.-]+)| ?([A-Za-z][0-9A-Za-z.-]*))?(?:\+[^ (]*)?(?: *\(([^()]+)\))?")
 
 
 def version_key(version: str) -> tuple[Any, ...]:
-    """What orders versions, and builds: 1.10 is after 1.9, 1.2 (10) after 1.2 (9), 1.2.0-rc.1 and 1.2.0b3 before 1.2.0,
-    and 1.3 is 1.3.0. First is whether there are numbers to go by: without, it is below all others."""
+    """A sort key for versions and builds: 1.10 is after 1.9, 1.2 (10) after 1.2 (9), 1.2.0-rc.1 and 1.2.0b3 before
+    1.2.0, and 1.3 equals 1.3.0. Its first item is whether the version has numbers; one without is below all others."""
     match = _VERSION_PARTS.fullmatch(version)
     if match is None:
-        return False, [], False, _words(version), []
-    numbers, further = list(map(int, match[1].split("."))), match[2] or match[3] or ""
+        return False, [], False, _version_words(version), []
+    numbers, pre_release = list(map(int, match[1].split("."))), match[2] or match[3] or ""
     while numbers and not numbers[-1]:
         numbers.pop()
-    return True, numbers, not further, _words(further), _words(match[4] or "")
+    return True, numbers, not pre_release, _version_words(pre_release), _version_words(match[4] or "")
 
 
-def _words(text: str) -> list[tuple[int, int, str]]:
-    return [(0, int(word), "") if word.isdecimal() else (1, 0, word)
-            for word in re.findall("[0-9]+|[A-Za-z]+", text)]
+def _version_words(text: str) -> list[tuple[int, int, str]]:
+    words = re.findall("[0-9]+|[A-Za-z]+", text)
+    return [(0, int(word), "") if word.isdecimal() else (1, 0, word) for word in words]
 
 
 # == Grouping ==================================================================
-# What the frames of a stack trace say, and the group of a crash. A group is made of names, never of load addresses or
-# lines, so that the same fault is one group on all phones and in the next build.
+# Stack frames, and the group of a crash. A group is made of names, never of load addresses or line numbers, so the same
+# fault is one group on all phones and in the next build.
 
-SYSTEM_BASE = 0x180000000  # Apple's own libraries are loaded at this address or above, an app below it
-MAX_NAME = 1000  # characters of a symbol that count
-MAX_PATH = 1024  # Darwin's bound
-MAX_IMAGES = 4  # of a crash, whose symbols may name its frames
+SYSTEM_BASE = 0x180000000  # Apple's own libraries are loaded from this address on, an app below it
+MAX_NAME = 1000  # characters of a symbol that are used for grouping
+MAX_PATH = 1024  # Darwin's limit
+MAX_IMAGES = 4  # that are stored for a crash: builds whose symbols can name its frames
 
-# What a frame says, under our name and under those of KSCrash, PLCrashReporter and Sentry.
+# The fields of a frame, under our names and those of KSCrash, PLCrashReporter and Sentry.
 _FRAME_FIELDS = {
     "symbol": ("symbol", "symbol_name", "function"), "file": ("file", "filename"), "line": ("line", "lineno"),
     "binary": ("binary", "object_name", "image", "package"), "uuid": ("uuid", "image_uuid", "debug_id"),
     "offset": ("offset",), "address": ("address", "instruction_addr"),
     "image_base": ("image_base", "image_addr", "object_addr"), "path": ("path", "package")}
-_PLAIN_FIELDS = {"frame", "symbol", "file", "line"}  # those of the API
-_NEVER_OWN = re.compile(r"dyld|libobjc-trampolines\.dylib|libswift\w{0,40}\.dylib")  # though they are loaded below it
-# A simulator has the system's own files below Xcode.app, too.
-_OWN_PATH = re.compile(r"(?!/System/|/usr/|.*/(?:RuntimeRoot|Contents/Developer)/).*\.app(?:ex)?/", re.S)
-_LOCATED = re.compile(r"(.*) \+ ([0-9]{1,18})")  # symbol or binary, and an offset into it
-_NO_SYMBOL = re.compile("0x[0-9a-fA-F]+|[0-9a-fA-F]{8,16}|<redacted>|<unknown>|[?]+|_{0,2}mh_(?:execute|dylib)_header|")
+_API_FRAME_FIELDS = {"frame", "symbol", "file", "line"}
+_SYSTEM_BINARY = re.compile(r"dyld|libobjc-trampolines\.dylib|libswift\w{0,40}\.dylib")  # not own code, wherever loaded
+# The system files of a simulator are below Xcode.app, too.
+_APP_PATH = re.compile(r"(?!/System/|/usr/|.*/(?:RuntimeRoot|Contents/Developer)/).*\.app(?:ex)?/", re.S)
+_NAME_AND_OFFSET = re.compile(r"(.*) \+ ([0-9]{1,18})")
+_PLACEHOLDER = re.compile("0x[0-9a-fA-F]+|[0-9a-fA-F]{8,16}|<redacted>|<unknown>|[?]+|_?_?mh_(?:execute|dylib)_header|")
 _CALL_STACK_LINE = re.compile(r"(?:[0-9]{1,4}\s+(\S.{0,200}?)\s+)?0x[0-9a-fA-F]{1,16} (?!\+ )(.+)")  # callStackSymbols
 _UUID_DIGITS = re.compile("([0-9A-F]{8})" + 3 * "([0-9A-F]{4})" + "([0-9A-F]{12})[0-9A-F]{0,8}")
 
 
 class Frame(NamedTuple):
-    """What a frame says, whatever an SDK calls its fields. "" and None: not given."""
+    """A stack frame, whatever an SDK calls its fields. Empty text and None mean that a field is missing."""
 
     symbol: str = ""
     file: str = ""
     binary: str = ""
     uuid: str = ""              # of the build, as dwarfdump prints it
-    offset: int | None = None   # from the beginning of the binary, in bytes
-    is_own: bool | None = None  # whether it is the app's own code; None: nothing tells
-    is_named: bool = True       # whether the symbol is to be trusted
+    offset: int | None = None   # from the start of the binary, in bytes
+    is_own: bool | None = None  # whether it is the app's own code; None: unknown
+    has_trusted_name: bool = True
 
     @property
     def title(self) -> str:
-        """What people are shown."""
+        """The name that people are shown."""
         return self.symbol or (f"{self.binary} + {self.offset}" if self.binary and self.offset is not None else "")
 
     @property
-    def is_open(self) -> bool:
-        """Whether symbols of its build can name it."""
-        return bool(self.uuid and self.offset is not None and self.is_own is not False and not self.is_named)
+    def needs_symbols(self) -> bool:
+        """Whether the symbols of its build can name it."""
+        return bool(self.uuid and self.offset is not None and self.is_own is not False and not self.has_trusted_name)
 
     @property
     def label(self) -> str:
-        """What stands for it in a group: its name, or its build and offset."""
-        if self.is_named and self.symbol or self.offset is None:
+        """What identifies it in a group: its name, or its build and offset."""
+        if self.has_trusted_name and self.symbol or self.offset is None:
             return canonical_name(self.symbol[:MAX_NAME]) or ("" if self.file else self.binary)
         return f"{self.uuid or self.binary}+{self.offset}"
 
 
-def read_frame(given: Mapping[str, Any]) -> Frame:
-    """What a frame says. A device's own symbol for a frame of a known build is not trusted: in a stripped binary it is
-    the name of another function before it. `symbolicated` says that the name is from symbols."""
-    if given.keys() <= _PLAIN_FIELDS:
-        symbol, file = _string(given.get("symbol")), _string(given.get("file"))
-        return _short_frame(symbol, file) if len(symbol) + len(file) < 200 else _frame_of(symbol, file)
-    symbol, file, binary, path = (_string(_said(given, name)) for name in ("symbol", "file", "binary", "path"))
-    address, base, offset = (_integer(_said(given, name)) for name in ("address", "image_base", "offset"))
+def read_frame(frame: Mapping[str, Any]) -> Frame:
+    """Reads the JSON object of a frame. A device's own symbol is not trusted if it is of own code in a known build: in
+    a stripped binary, it names another function before it. `symbolicated` says that it comes from uploaded symbols."""
+    if frame.keys() <= _API_FRAME_FIELDS:
+        symbol, file = _string(frame.get("symbol")), _string(frame.get("file"))
+        return _cached_frame(symbol, file) if len(symbol) + len(file) < 200 else _make_frame(symbol, file)
+    symbol, file, binary, path = (_string(_first_value(frame, name)) for name in ("symbol", "file", "binary", "path"))
+    address, base, offset = (_integer(_first_value(frame, name)) for name in ("address", "image_base", "offset"))
     if address is not None and offset is None and base is not None:
         offset = address - base
     elif address is not None and base is None and offset is not None:
         base = address - offset
-    is_own = given["in_app"] if type(given.get("in_app")) is bool else None
-    uuid = image_uuid(_said(given, "uuid"))
-    return _frame_of(symbol, file, binary.rpartition("/")[2], path, uuid, offset, base, is_own,
-                  given.get("symbolicated") is True)
+    is_own = frame["in_app"] if type(frame.get("in_app")) is bool else None
+    return _make_frame(symbol, file, binary.rpartition("/")[2], path, image_uuid(_first_value(frame, "uuid")), offset,
+                       base, is_own, frame.get("symbolicated") is True)
 
 
-def _said(given: Mapping[str, Any], field: str) -> Any:
-    return next((given[name] for name in _FRAME_FIELDS[field] if given.get(name) not in (None, "")), None)
+def _first_value(frame: Mapping[str, Any], field: str) -> Any:
+    """The value of a field under the first of its names that has one."""
+    return next((frame[name] for name in _FRAME_FIELDS[field] if frame.get(name) not in (None, "")), None)
 
 
-def _frame_of(symbol: str, file: str, binary: str = "", path: str = "", uuid: str = "", offset: int | None = None,
-           base: int | None = None, is_own: bool | None = None, is_symbolicated: bool = False) -> Frame:
-    """A frame from what was said of it. What was not said is concluded."""
+def _make_frame(symbol: str, file: str, binary: str = "", path: str = "", uuid: str = "", offset: int | None = None,
+                base: int | None = None, is_own: bool | None = None, is_symbolicated: bool = False) -> Frame:
+    """A Frame. What is missing is derived from the rest."""
     if line := _CALL_STACK_LINE.fullmatch(symbol):
         binary, symbol = binary or line[1] or "", line[2]
-    located = _LOCATED.fullmatch(symbol)
-    if located and (located[1] == binary or _NO_SYMBOL.fullmatch(located[1]) or not binary and int(located[2]) > 4096
-                    and re.fullmatch(r"[\w. -]+", located[1])):  # no function is as long as a binary
-        symbol, binary = "", binary or located[1]
-        offset = int(located[2]) if offset is None else offset
-    if _NO_SYMBOL.fullmatch(symbol):
+    if match := _NAME_AND_OFFSET.fullmatch(symbol):
+        name, distance = match[1], int(match[2])
+        could_be_binary = not binary and distance > 4096 and re.fullmatch(r"[\w. -]+", name)  # no function is so long
+        if name == binary or _PLACEHOLDER.fullmatch(name) or could_be_binary:
+            symbol, binary = "", binary or name
+            offset = distance if offset is None else offset
+    if _PLACEHOLDER.fullmatch(symbol):
         symbol = ""
     if is_own is None:
         is_own = is_own_code(file, path, base, binary)
-    is_named = bool(file or symbol and (is_symbolicated or not uuid or offset is None or not is_own))
-    return Frame(symbol, file, binary, uuid, offset, is_own, is_named)
+    is_trusted = bool(file or symbol and (is_symbolicated or not uuid or offset is None or not is_own))
+    return Frame(symbol, file, binary, uuid, offset, is_own, is_trusted)
 
 
-_short_frame = lru_cache(maxsize=4096)(_frame_of)
+_cached_frame = lru_cache(maxsize=4096)(_make_frame)
 
 
 def is_own_code(file: str, path: str, base: int | None, binary: str) -> bool | None:
-    """Whether code is the app's own, by its source file, its path, or where it was loaded. None: nothing tells."""
+    """Whether code is the app's own, judged by its source file, its path, or its load address. None if unknown."""
     if file or path.startswith("/"):
-        return bool(file or _OWN_PATH.match(path[:MAX_PATH])) and not _NEVER_OWN.fullmatch(binary)
-    return base < SYSTEM_BASE and not _NEVER_OWN.fullmatch(binary) if base else None
+        is_own = bool(file or _APP_PATH.match(path[:MAX_PATH]))
+    elif base:
+        is_own = base < SYSTEM_BASE
+    else:
+        return None
+    return is_own and not _SYSTEM_BINARY.fullmatch(binary)
 
 
 def _string(value: Any) -> str:
@@ -526,7 +537,7 @@ def _string(value: Any) -> str:
 
 
 def _integer(value: Any) -> int | None:
-    """A number, also one as text, such as 0x1a2b."""
+    """A number that is not negative, also as text such as 0x1a2b. None for anything else."""
     if type(value) is str and re.fullmatch("0x[0-9a-fA-F]{1,16}|[0-9]{1,18}", value):
         return int(value, 16 if value.startswith("0x") else 10)
     return value if type(value) is int and 0 <= value < 1 << 64 else None
@@ -534,26 +545,26 @@ def _integer(value: Any) -> int | None:
 
 def image_uuid(value: Any) -> str:
     """The UUID of a build in upper case with dashes; "" for anything else."""
-    digits = _UUID_DIGITS.fullmatch(_string(value).replace("-", "")[:40].upper())  # a debug_id has a number behind it
-    return "-".join(digits.groups()) if digits and digits[0].strip("0") else ""  # some write zeros for none
+    digits = _UUID_DIGITS.fullmatch(_string(value).replace("-", "")[:40].upper())  # a debug_id may end with an age
+    return "-".join(digits.groups()) if digits and digits[0].strip("0") else ""  # some SDKs write zeros for none
 
 
-_PREFIX_WORDS = re.compile(
+_COMPILER_PREFIXES = re.compile(
     r"(?:@objc |@nonobjc |specialized |merged |dynamic |implicit |partial apply (?:forwarder )?for "
     r"|\$defer #[0-9]+ (?:\(\) )?in |(?:implicit )?(?:auto)?closure #[0-9]+ (?:[(@<].{0,200}? )?in "
     r"|\([0-9]+\) (?:suspend|await) resume partial function for "
     r"|(?:generic|function signature) specialization <[^<>]*(?:<[^<>]*>[^<>]*)*> of )+")
-_BLOCK = re.compile(r"(?:__[0-9]+(?=[-+]\[)|__(?=.*_block_invoke))?(.*?)_block_invoke(?:_[0-9]+)?")
-_SUFFIX = re.compile(
+_COMPILER_SUFFIXES = re.compile(
     r"(?: \+ [0-9]+| \([^()]*:[0-9]+\)| \(\.[\w.]+\)| \[clone [^]]*\]| (?:at )?0x[0-9a-fA-F]+|\.(?:cold|resume)"
     r"|T[YQ][0-9]+_|(?:\.(?:cold|llvm|resume|part|constprop|isra))?\.[0-9]+)+")
-# Every program has these, or the compiler made them: they do not tell where a fault is.
-_NOT_COUNTED = re.compile(
+_BLOCK = re.compile(r"(?:__[0-9]+(?=[-+]\[)|__(?=.*_block_invoke))?(.*?)_block_invoke(?:_[0-9]+)?")
+# Functions of every program, and those made by the compiler. They do not tell where a fault is.
+_UNSPECIFIC = re.compile(
     r"(?:_?main|start|_?dyld_start|static .*\$main\(\)(?: -> \(\))?|\$s.*5\$mainyyFZ|<compiler-generated>"
     r"|__debug_main_executable_dylib_entry_point|protocol witness for .*|outlined .*|.* thunk"
     r"|(?:(?:reabstraction|dispatch|non-virtual|virtual) )?thunk (?:for|to|of|helper from) .*)")
-# Every abort runs through these.
-_OF_ABORTS = re.compile(
+# Functions that every abort runs through.
+_ABORTING = re.compile(
     r"_*(?:pthread_kill|kill|raise|abort|abort_message|assert_rtn|exceptionPreprocess|objc_exception_throw"
     r"|objc_terminate|cxa_throw|cxa_rethrow|demangling_terminate_handler|assertionFailure|fatalErrorMessage"
     r"|preconditionFailure)\b.*|_?swift_.*|Swift\._?(?:assertionFailure|fatalErrorMessage|preconditionFailure)\b.*"
@@ -562,104 +573,102 @@ _OF_ABORTS = re.compile(
 
 @lru_cache(maxsize=2048)
 def canonical_name(symbol: str) -> str:
-    """A symbol without what the compiler and the tools add to it, and what differs from build to build."""
-    name = _PREFIX_WORDS.sub("", symbol, 1) if _PREFIX_WORDS.match(symbol) else symbol
-    ends = (end.start() for end in _SUFFIX.finditer(name) if end.start() and end.end() == len(name))
-    name = name[:next(ends, None)]
+    """A symbol without what compilers and tools add to it, and without what differs from build to build."""
+    prefixes = _COMPILER_PREFIXES.match(symbol)
+    name = symbol[prefixes.end():] if prefixes else symbol
+    for suffixes in _COMPILER_SUFFIXES.finditer(name):  # a search that ends with \Z could take quadratic time
+        if suffixes.start() > 0 and suffixes.end() == len(name):
+            name = name[:suffixes.start()]
     block = _BLOCK.fullmatch(name)
     return block[1] if block else name
 
 
 @lru_cache(maxsize=2048)
-def _counts(label: str) -> bool:
-    return not _NOT_COUNTED.fullmatch(label)
+def _is_specific(label: str) -> bool:
+    return not _UNSPECIFIC.fullmatch(label)
 
 
-def _tells(label: str) -> bool:
-    return _counts(label) and not _OF_ABORTS.fullmatch(label)
-
-
-# Which frames make the group: those that meet the first rule that any of them meets.
+# The first of these rules that any frame meets chooses the frames of the group: own code, then system code with and
+# without a symbol, then whatever there is.
 _GROUP_RULES: Sequence[Callable[[Frame], object]] = (
-    lambda frame: frame.is_own and _counts(frame.label),
-    lambda frame: frame.symbol and _tells(frame.label),
-    lambda frame: frame.label and _tells(frame.label),
+    lambda frame: frame.is_own and _is_specific(frame.label),
+    lambda frame: frame.symbol and _is_specific(frame.label) and not _ABORTING.fullmatch(frame.label),
+    lambda frame: frame.label and _is_specific(frame.label) and not _ABORTING.fullmatch(frame.label),
     lambda frame: frame.is_own or frame.symbol,
     lambda frame: frame.label)
 
 
 def group_hash(exception_type: str, frames: Iterable[Mapping[str, Any]]) -> str:
-    """The group of a crash: its exception type, and the names of the first three frames of the app's own code. System
-    frames stand in only where there is none. A frame without a name is its build and offset."""
+    """The group of a crash: a hash of its exception type and of the names of the first three frames of the app's own
+    code, or of system frames if there is no own code. A frame without a name counts as its build and offset."""
     return group_of(exception_type, map(read_frame, frames))
 
 
 def group_of(exception_type: str, frames: Iterable[Frame]) -> str:
-    """Like group_hash, for frames that were read. Takes no more of them than it needs: mostly the first few."""
+    """Like group_hash, for Frames. Reads no more of them than it needs, which is mostly the first few."""
     names: list[str] = []
     for rule, candidates in zip(_GROUP_RULES, tee(frames, len(_GROUP_RULES))):
-        labels = groupby(frame.label for frame in candidates if rule(frame))  # equal neighbours are one
+        labels = groupby(frame.label for frame in candidates if rule(frame))  # without repeated neighbours
         if names := [label for label, _ in islice(labels, 3)]:
             break
     return hashlib.sha256(":".join([exception_type, *names]).encode()).hexdigest()[:16]
 
 
 def open_images(frames: Iterable[Frame]) -> str | None:
-    """The builds whose symbols can name frames of the app's own code, up to MAX_IMAGES, divided by spaces."""
-    uuids = dict.fromkeys(frame.uuid for frame in frames if frame.is_open)
+    """The UUIDs of up to MAX_IMAGES builds whose symbols can name some of these frames, separated by spaces."""
+    uuids = dict.fromkeys(frame.uuid for frame in frames if frame.needs_symbols)
     return " ".join(list(uuids)[:MAX_IMAGES]) or None
 
 
 # == Payloads ==================================================================
 # JSON in, a crash or an event out, or a Refusal; the code below trusts what comes from here. A report is a namedtuple
-# whose fields are its columns. A developer sees at once that a required field is missing or wrong. What only some
-# phones send must not cost a report, so other fields are converted, cut, or kept as they came, in `extra`.
+# whose fields are its columns. A missing or wrong required field is refused, so that a developer sees it at once. An
+# optional field that only some phones send must not cost a report: it is converted, cut, or kept as sent in `extra`.
 
 EVENT_TYPES = ("session_start", "session_end", "error", "custom")
 MAX_BATCH = 100  # events
 MAX_TEXT = 500  # characters of versions, models, types, names, ids, locale
-MAX_DEPTH = 64  # of nested JSON: far above any SDK's, far below Python's recursion limit
+MAX_DEPTH = 64  # of nested JSON: far more than SDKs send, far less than Python's recursion limit
 MAX_NUMBER = (1 << 63) - 1
-MAX_STORED, MAX_STORED_BATCHED = 256_000, 32_000  # bytes of text that a report may take, and an event of a batch
-MAX_NAMES = 256  # of `properties`, and of unknown fields
-FIRST_FRAMES, LAST_FRAMES = 384, 128  # of a longer stack trace
-FRAME_FIELDS = 32  # of each frame, where a report is cut
+MAX_REPORT_SIZE, MAX_BATCHED_SIZE = 256_000, 32_000  # bytes of text stored for a report, and for an event of a batch
+SMALL_SIZE = 1000  # characters of JSON that cannot have too many fields or frames
+MAX_FIELDS = 256  # of `properties`, and of unknown fields
+MAX_FRAME_FIELDS = 32  # of each frame, if a report is cut
+FIRST_FRAMES, LAST_FRAMES = 384, 128  # that are kept of a longer stack trace
 
 JsonObject = dict[str, Any]
-Converters = Mapping[str, Callable[[Any], Any]]  # by field: what is stored for a value; ValueError for a wrong kind
+Converters = Mapping[str, Callable[[Any], Any]]  # field to function: the value to store; ValueError for a wrong type
 
 
 def decode_json(body: bytes) -> JsonObject:
-    """The JSON object in a body. Raises Refusal unless it is one, in UTF-8, with finite numbers. A NUL or a lone
-    surrogate, which SQLite does not store, becomes U+FFFD: one bad character must not cost a report."""
+    """The JSON object in a body. Raises Refusal unless it is an object in UTF-8 whose numbers are finite. A NUL or a
+    lone surrogate, which SQLite cannot store, becomes U+FFFD: one bad character must not cost a report."""
     try:
-        value = _DECODER.decode(_storable(body.decode()).removeprefix("\ufeff"))  # a byte order mark
-    except RecursionError:
-        raise Refusal("invalid JSON", detail="it is nested too deep") from None
-    except UnicodeDecodeError:
-        raise Refusal("invalid JSON", detail="it is not UTF-8") from None
-    except ValueError as error:
-        raise Refusal("invalid JSON", detail=str(error)[:100]) from None
+        value = _DECODER.decode(_replace_unstorable(body.decode()).removeprefix("\ufeff"))  # a byte order mark
+    except (RecursionError, ValueError) as error:
+        raise Refusal("invalid JSON", detail=_DECODING_PROBLEMS.get(type(error)) or str(error)[:100]) from None
     if type(value) is not dict:
-        raise Refusal("invalid JSON", detail=f"the body is {_kind(value)}, not an object")
+        raise Refusal("invalid JSON", detail=f"the body is {_json_type(value)}, not an object")
     return value
 
 
-def _finite(text: str) -> float:
+def _parse_finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
         raise ValueError("a number is out of range")
     return number
 
 
-_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+_DECODING_PROBLEMS: dict[Any, str] = {RecursionError: "it is nested too deep", UnicodeDecodeError: "it is not UTF-8"}
+_DECODER = json.JSONDecoder(parse_float=_parse_finite, parse_constant=_parse_finite)
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
-# What _ENCODER makes anew for each value: kept, it takes half the time.
+# _ENCODER makes this encoder anew for each value. Keeping it halves the time.
 _C_ENCODER = json.encoder.c_make_encoder and json.encoder.c_make_encoder(  # type: ignore[attr-defined]
     None, _ENCODER.default, json.encoder.encode_basestring, None, ":", ",", False, False, False)
-_BRACKET_VALUES, _NO_BRACKETS = bytes.maketrans(b"{[]}", b"\2\2\0\0"), bytes(set(range(256)) - set(b"{[]}"))
-_MAYBE_UNSTORABLE = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")  # a look that costs next to nothing
-# An escape: a pair of surrogates, which is one character; a NUL or a surrogate alone; any other.
+_NESTING_STEPS = {**dict.fromkeys(b"{[", 1), **dict.fromkeys(b"]}", -1)}
+_NO_BRACKETS = bytes(set(range(256)) - _NESTING_STEPS.keys())
+_MAYBE_UNSTORABLE = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")  # a cheap check before the exact one
+# An escape: a pair of surrogates, which is one character; a lone surrogate or a NUL, which is group 1; any other.
 _ESCAPE = re.compile(r"\\(?:ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}|(u0000|ud[89a-f][0-9a-f]{2})|.)", re.I | re.S)
 
 
@@ -668,24 +677,24 @@ def _encode(value: Any) -> str:
     return "".join(_C_ENCODER(value, 0)) if _C_ENCODER else _ENCODER.encode(value)
 
 
-def _storable(text: str) -> str:
-    """JSON without what SQLite does not store, which UTF-8 and JSON allow only as escapes."""
-    if not _MAYBE_UNSTORABLE.search(text):
-        return text
-    return _ESCAPE.sub(lambda match: r"\ufffd" if match[1] else match[0], text)
+def _replace_unstorable(text: str) -> str:
+    """JSON without the characters that SQLite cannot store. UTF-8 and JSON allow them only as escapes."""
+    if _MAYBE_UNSTORABLE.search(text):
+        return _ESCAPE.sub(lambda match: r"\ufffd" if match[1] else match[0], text)
+    return text
 
 
-def _kind(value: Any) -> str:
-    """What a value is called to a developer."""
+def _json_type(value: Any) -> str:
+    """The type of a JSON value, in words for a developer."""
     return {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}.get(
         type(value), "a number")
 
 
-# Converters. Types are compared exactly, because isinstance would accept True as an int.
+# Converters. They compare types exactly, because isinstance would accept True as an int.
 
 def _long_text(value: Any) -> str:
     if type(value) is not str:
-        raise ValueError(f"is {_kind(value)}, not text")
+        raise ValueError(f"is {_json_type(value)}, not text")
     return value
 
 
@@ -693,7 +702,7 @@ def _required_text(value: Any) -> str:
     return _long_text(value)[:MAX_TEXT]
 
 
-def _text(value: Any) -> str:
+def _short_text(value: Any) -> str:
     return _required_text(str(value) if type(value) is int else value)
 
 
@@ -706,12 +715,13 @@ def _number(value: Any) -> int | float:
 
 
 def _battery_level(value: Any) -> int | float:
-    if not (0 <= (number := _number(value)) <= 1 or number == -1):
+    number = _number(value)
+    if not (0 <= number <= 1 or number == -1):
         raise ValueError
     return number
 
 
-def _flag(value: Any) -> bool:
+def _boolean(value: Any) -> bool:
     if type(value) not in (bool, int) or value not in (0, 1):
         raise ValueError
     return bool(value)
@@ -723,80 +733,72 @@ def _event_type(value: Any) -> str:
     return _required_text(value)
 
 
-def _object(value: Any) -> str:
-    if type(value) is not dict:
-        raise ValueError
-    return _shallow_json(value)
-
-
-def _frames(value: Any) -> str:
-    if not _are_objects(value):
-        raise ValueError
-    return _shallow_json(value)
-
-
-def _are_objects(value: Any) -> bool:
-    return type(value) is list and {*map(type, value)} <= {dict}
-
-
-def _shallow_json(value: Any) -> str:
-    """Compact JSON. Raises ValueError or RecursionError if the value is nested too deep to be shown again."""
-    text = _encode(value)
-    if _is_deep(text):
+def _object(value: Any, max_length: int = sys.maxsize) -> str:
+    if type(value) is not dict or len(text := _encode(value)) > max_length or _is_deep(text):
         raise ValueError
     return text
 
 
-def _is_deep(text: str, most: int = MAX_DEPTH) -> bool:
-    """Whether JSON is nested more than so many levels deep. Counts brackets: to walk through the values would take ten
-    times as long."""
-    if len(text) <= 2 * most or text.count("{") + text.count("[") <= most:  # nearly always
+def _stack_trace(value: Any) -> str:
+    if not _is_list_of_objects(value) or _is_deep(text := _encode(value)):
+        raise ValueError
+    return text
+
+
+def _is_list_of_objects(value: Any) -> bool:
+    return type(value) is list and {*map(type, value)} <= {dict}
+
+
+def _is_deep(text: str, max_depth: int = MAX_DEPTH) -> bool:
+    """Whether JSON is nested too deep. Counts brackets: to walk through the values would take ten times as long."""
+    if len(text) <= 2 * max_depth or text.count("{") + text.count("[") <= max_depth:  # nearly always
         return False
     outside_strings = text.replace("\\\\", "").replace('\\"', "").split('"')[::2]
-    brackets = "".join(outside_strings).encode().translate(_BRACKET_VALUES, _NO_BRACKETS)
-    return max(map(sub, accumulate(brackets), range(1, len(brackets) + 1)), default=0) > most
+    brackets = "".join(outside_strings).encode().translate(None, _NO_BRACKETS)
+    return max(accumulate(map(_NESTING_STEPS.__getitem__, brackets)), default=0) > max_depth
 
 
 Crash = namedtuple("Crash", "group_hash images exception_type exception_reason stack_trace app_version build_number"
                             " os_version device_model device_id_hash session_id locale free_memory_mb battery_level"
                             " is_charging occurred_at extra")
-Crash.__doc__ = "A valid crash: the fields of the API, `images` as of open_images, `extra`, the unknown fields as JSON."
+Crash.__doc__ = "A valid crash. `images` is made by open_images; `extra` has the unknown fields as JSON."
 Event = namedtuple("Event", "type name properties app_version os_version device_model device_id_hash session_id locale"
                             " occurred_at extra")
-Event.__doc__ = "A valid event: the fields of the API, and `extra`, the unknown ones as JSON."
+Event.__doc__ = "A valid event. `extra` has the unknown fields as JSON."
 Reports = Sequence[Union[Crash, Event]]
 
 _CONVERTERS: Converters = {
-    "exception_type": _required_text, "exception_reason": _long_text, "stack_trace": _frames, "type": _event_type,
-    "properties": _object, "free_memory_mb": _number, "battery_level": _battery_level, "is_charging": _flag,
-    "occurred_at": parse_occurred_at}
-_CRASH_FIELDS: Converters = {name: _CONVERTERS.get(name, _text) for name in Crash._fields[2:-1]}
-_EVENT_FIELDS: Converters = {name: _CONVERTERS.get(name, _text) for name in Event._fields[:-1]}
+    "exception_type": _required_text, "exception_reason": _long_text, "stack_trace": _stack_trace,
+    "type": _event_type, "properties": _object, "free_memory_mb": _number, "battery_level": _battery_level,
+    "is_charging": _boolean, "occurred_at": parse_occurred_at}
+_CRASH_FIELDS: Converters = {name: _CONVERTERS.get(name, _short_text) for name in Crash._fields[2:-1]}
+_EVENT_FIELDS: Converters = {name: _CONVERTERS.get(name, _short_text) for name in Event._fields[:-1]}
 _REQUIRED = ("exception_type", "type", "occurred_at")
 
 
-def parse_crash(given: JsonObject) -> Crash:
+def parse_crash(sent: JsonObject) -> Crash:
     """A crash from its JSON object. Raises Refusal."""
-    trace: Any = given.get("stack_trace")
-    frames = list(map(_plain_frame, _few(trace, more=1))) if _are_objects(trace) else []
-    values = _convert({**given, "stack_trace": frames} if frames else given, _CRASH_FIELDS, MAX_STORED)
-    read = list(map(read_frame, _few(frames)))
-    return Crash(group_of(values[0], read), open_images(read), *values)
+    trace: Any = sent.get("stack_trace")
+    # One spare frame shows _truncate that frames are missing.
+    frames = list(map(_normalize_frame, _limit_length(trace, spare_frames=1))) if _is_list_of_objects(trace) else []
+    values = _convert({**sent, "stack_trace": frames} if frames else sent, _CRASH_FIELDS, MAX_REPORT_SIZE)
+    kept = list(map(read_frame, _limit_length(frames)))
+    return Crash(group_of(values[0], kept), open_images(kept), *values)
 
 
 def own_names(frames: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Name and file of the first frames of a stack trace that are of the app itself."""
+    """Name and file of the first 20 frames of the app's own code."""
     own = islice((frame for frame in map(read_frame, frames) if frame.is_own), 20)
     return tuple(name for frame in own for name in (frame.title, frame.file))
 
 
 @lru_cache(maxsize=128)
-def _recent_own_names(stack_trace: str) -> tuple[str, ...]:  # of alike crashes, the traces are mostly the same
+def _recent_own_names(stack_trace: str) -> tuple[str, ...]:  # crashes of a group mostly have the same trace
     return own_names(json.loads(stack_trace or "[]"))
 
 
-def _plain_frame(frame: JsonObject) -> JsonObject:
-    """A frame with symbol and file as text, and numbers that are whole numbers where they can be."""
+def _normalize_frame(frame: JsonObject) -> JsonObject:
+    """A frame whose symbol and file are text. Its number and line become whole numbers if they can."""
     changes: JsonObject = {}
     for name in ("symbol", "file"):
         if type(value := frame.get(name)) is not str and value is not None:
@@ -804,80 +806,74 @@ def _plain_frame(frame: JsonObject) -> JsonObject:
     for name in ("frame", "line"):
         if type(value := frame.get(name)) is not int and value is not None:
             with suppress(ValueError):
-                changes[name] = int(number) if (number := _number(value)) == int(number) else value
+                if (number := _number(value)) == int(number):
+                    changes[name] = int(number)
     return {**frame, **changes} if changes else frame
 
 
-def parse_event(given: Any, limit: int = MAX_STORED) -> Event:
-    """An event from its JSON object, of which so many bytes are stored. Raises Refusal."""
-    if type(given) is not dict:
-        raise Refusal("invalid event", detail=f"it is {_kind(given)}, not an object")
-    return Event(*_convert(given, _EVENT_FIELDS, limit))
+def parse_event(sent: Any, max_size: int = MAX_REPORT_SIZE) -> Event:
+    """An event from its JSON object, cut to `max_size` bytes. Raises Refusal."""
+    if type(sent) is not dict:
+        raise Refusal("invalid event", detail=f"it is {_json_type(sent)}, not an object")
+    return Event(*_convert(sent, _EVENT_FIELDS, max_size))
 
 
-def parse_batch(given: JsonObject) -> list[Event]:
-    """1 to 100 events, all or none. Raises Refusal, with the index of the first bad event. Unknown fields beside
-    `events` are kept with the first event, as `batch`: a copy in each would let a small request write much."""
-    events = given.get("events")
+def parse_batch(sent: JsonObject) -> list[Event]:
+    """1 to MAX_BATCH events, all or none. Raises Refusal with the index of the first bad event. Unknown fields beside
+    `events` are kept with the first event, as `batch`: with copies in each, a small request could write a lot."""
+    events = sent.get("events")
     if events in (None, "", []):
         raise Refusal("missing events")
     if type(events) is not list:
-        raise Refusal("invalid events", detail=f"events is {_kind(events)}, not a list")
+        raise Refusal("invalid events", detail=f"events is {_json_type(events)}, not a list")
     if len(events) > MAX_BATCH:
         raise Refusal(f"too many events: at most {MAX_BATCH}")
-    if len(given) > 1 and type(events[0]) is dict:
-        unused = "batch"
-        while unused in events[0]:
-            unused += "_"
-        events[0][unused] = {name: value for name, value in given.items() if name != "events"}
-    try:
-        return _alike_events(events)
-    except (Refusal, ValueError, TypeError, AttributeError, RecursionError):  # one is bad, or not as most are
-        parsed: list[Event] = []
-    try:
-        for event in events:
-            parsed.append(parse_event(event, MAX_STORED_BATCHED))
-    except Refusal as refusal:
-        raise Refusal(f"{refusal} at index {len(parsed)}", detail=refusal.detail) from None
+    if len(sent) > 1 and type(events[0]) is dict:
+        unused_name = "batch"
+        while unused_name in events[0]:
+            unused_name += "_"
+        events[0][unused_name] = {name: value for name, value in sent.items() if name != "events"}
+    with suppress(Refusal, ValueError, TypeError, AttributeError, RecursionError):  # an event is invalid or unusual
+        return _parse_columns(events)
+    parsed = []
+    for index, event in enumerate(events):
+        try:
+            parsed.append(parse_event(event, MAX_BATCHED_SIZE))
+        except Refusal as refusal:
+            raise Refusal(f"{refusal} at index {index}", detail=refusal.detail) from None
     return parsed
 
 
-def _alike_events(events: list[JsonObject]) -> list[Event]:
-    """The same as `parse_event` of each, in half the time: each distinct text is converted once, because most are the
-    same from event to event. Raises an error unless all are plain."""
+def _parse_columns(events: list[JsonObject]) -> list[Event]:
+    """The same as `parse_event` for each event, in half the time: it goes field by field and converts each distinct
+    text once, because most texts are the same in all events. Raises an error if an event is invalid or unusual."""
     columns: list[Iterable[Any]] = []
     for name, convert in _EVENT_FIELDS.items():
         values = list(map(dict.get, events, repeat(name)))
         if convert is _object:  # not hashable
-            columns.append([None if value is None else _short_json(value) for value in values])
+            columns.append([None if value is None else _object(value, SMALL_SIZE) for value in values])
             continue
-        stored = {value: convert(value) if value else None for value in set(values)}
-        if {*map(type, stored)} - {str, type(None)} or name in _REQUIRED and None in stored.values():
+        converted = {value: convert(value) if value else None for value in set(values)}
+        has_other_types = {*map(type, converted)} - {str, type(None)}  # such as True and 1, which are one key
+        if has_other_types or name in _REQUIRED and None in converted.values():
             raise ValueError
-        columns.append(map(stored.__getitem__, values))
+        columns.append(map(converted.__getitem__, values))
     known = _EVENT_FIELDS.keys()
     extras: list[str | None] = [None] * len(events)
     if not known >= {*chain.from_iterable(events)}:
-        extras = [None if known >= event.keys() else _short_json(
-            {name: event[name] for name in event if name not in known}) for event in events]
-    return list(map(partial(tuple.__new__, Event), zip(*columns, extras)))  # as Event._make, in less time
+        extras = [None if known >= event.keys() else _object(
+            {name: value for name, value in event.items() if name not in known}, SMALL_SIZE) for event in events]
+    return list(map(partial(tuple.__new__, Event), zip(*columns, extras)))  # faster than Event._make
 
 
-def _short_json(value: Any) -> str:
-    """Compact JSON of an object. Raises ValueError if too many names or bytes may be in it."""
-    if type(value) is not dict or len(text := _encode(value)) > 1000 or _is_deep(text):
-        raise ValueError
-    return text
-
-
-def _convert(given: JsonObject, converters: Converters, limit: int) -> list[Any]:
-    """What is stored for each field, None for an absent one; then the unknown fields, as JSON. What would take more
-    than `limit` bytes is cut."""
+def _convert(sent: JsonObject, converters: Converters, max_size: int) -> list[Any]:
+    """The values to store: one for each field, None if it is absent, and last the unknown fields as JSON. A report of
+    more than `max_size` bytes is cut."""
     values: JsonObject = {**dict.fromkeys(converters), "extra": None}
     unknown, size = JsonObject(), 0
-    for name, value in given.items():
+    for name, value in sent.items():
         convert = converters.get(name)
-        if convert is _text and type(value) is str:  # nearly all are
+        if convert is _short_text and type(value) is str:  # nearly all are
             values[name] = value[:MAX_TEXT] or None
         elif convert is None:
             unknown[name] = value
@@ -890,154 +886,155 @@ def _convert(given: JsonObject, converters: Converters, limit: int) -> list[Any]
                     raise Refusal(f"invalid {name}", detail=f"{name} {error}") from None
                 unknown[name] = value
     for name in _REQUIRED:
-        if values.get(name, "") is None:
+        if name in converters and values[name] is None:
             raise Refusal(f"missing {name}")
     if unknown:
-        unknown = {name: _shallow(value) for name, value in islice(unknown.items(), MAX_NAMES + 2)}  # few are kept
+        # Two more than are kept: `truncated` is not counted, and a spare one shows _truncate that others are missing.
+        unknown = {name: _text_if_deep(value) for name, value in islice(unknown.items(), MAX_FIELDS + 2)}
         values["extra"] = _encode(unknown)
         size += len(values["extra"])
-    if size > 1000:  # too many names or frames take more
-        long = {name: given[name] for name in ("exception_reason", "stack_trace", "properties") if values.get(name)}
-        values.update(_cut({**long, "extra": unknown}, values, limit))
+    if size > SMALL_SIZE:
+        long = {name: sent[name] for name in ("exception_reason", "stack_trace", "properties") if values.get(name)}
+        values.update(_truncate({**long, "extra": unknown}, values, max_size))
     return list(values.values())
 
 
-def _shallow(value: Any) -> Any:
-    """A value, or its JSON as text if it is nested too deep, or longer than a report may be."""
+def _text_if_deep(value: Any) -> Any:
+    """A value; its JSON as text if it is nested too deep, or longer than a report may be."""
     if type(value) not in (dict, list):
         return value
     try:
         text = _encode(value)
     except RecursionError:
         raise Refusal("invalid JSON", detail="it is nested too deep") from None
-    return text[:MAX_STORED] if len(text) > MAX_STORED or _is_deep(text, MAX_DEPTH - 1) else value
+    return text[:MAX_REPORT_SIZE] if len(text) > MAX_REPORT_SIZE or _is_deep(text, MAX_DEPTH - 1) else value
 
 
-def _cut(long: JsonObject, values: JsonObject, limit: int) -> JsonObject:
-    """The long values of a report as they are stored, if it would take more than `limit` bytes: of each the beginning.
-    `truncated` says what was cut."""
-    kept = {name: _few(value) for name, value in long.items()}
+def _truncate(long: JsonObject, values: JsonObject, max_size: int) -> JsonObject:
+    """What replaces the long values of a report that is too large: the beginning of each. `truncated` in the unknown
+    fields lists what was cut."""
+    kept = {name: _limit_length(value) for name, value in long.items()}
     size = sum(len(value.encode()) for value in values.values() if type(value) is str)
-    if size <= limit and all(kept[name] is long[name] for name in long):
+    if size <= max_size and all(kept[name] is long[name] for name in long):
         return {}
-    for each in long, kept:
-        each["extra"] = {"truncated_" if name == "truncated" else name: value for name, value in each["extra"].items()}
-    room = limit - 200 - sum(len(str(value).encode()) for name, value in values.items() if name not in long)
-    kept = kept if _size(kept) <= room else _cut_fairly(kept, room)
+    for report in long, kept:  # makes room for our own field `truncated`
+        report["extra"] = {"truncated_" if name == "truncated" else name: value
+                           for name, value in report["extra"].items()}
+    short_size = sum(len(str(value).encode()) for name, value in values.items() if name not in long)
+    room = max_size - short_size - 200  # for `truncated`
+    if _json_size(kept) > room:
+        kept = _truncate_fairly(kept, room)
     kept["extra"]["truncated"] = [name.replace("extra", "unknown fields") for name in long if kept[name] != long[name]]
     return {name: value if name == "exception_reason" else _encode(value) for name, value in kept.items()}
 
 
-def _cut_fairly(kept: JsonObject, room: int) -> JsonObject:
-    """The long values in that many bytes: no name, no text and no other value in them takes more than its share."""
-    frames = [dict(islice(frame.items(), FRAME_FIELDS)) for frame in kept.get("stack_trace", [])]
-    given = [*frames, kept.get("properties", {}), kept["extra"], {"": kept.get("exception_reason", "")}]
-    tables = [{name: _shallow(value) for name, value in table.items()} for table in given]
-    sizes = [_size(each) for table in tables for pair in table.items() for each in pair]
-    share = _fair_share(sizes, room - len(sizes) - 3 * len(tables))  # without colons, commas and braces
+def _truncate_fairly(long: JsonObject, room: int) -> JsonObject:
+    """The long values in `room` bytes. Every name and every value in them may take the same share of it."""
+    frames = [dict(islice(frame.items(), MAX_FRAME_FIELDS)) for frame in long.get("stack_trace", [])]
+    objects = [*frames, long.get("properties", {}), long["extra"], {"": long.get("exception_reason", "")}]
+    objects = [{name: _text_if_deep(value) for name, value in members.items()} for members in objects]
+    sizes = [_json_size(part) for members in objects for part in chain.from_iterable(members.items())]
+    share = _fair_share(sizes, room - len(sizes) - 3 * len(objects))  # for colons, commas and braces
     *frames, properties, extra, reason = (
-        {_beginning(name, share): _beginning(value, share) for name, value in table.items()} for table in tables)
+        {_beginning(name, share): _beginning(value, share) for name, value in members.items()} for members in objects)
     cut = {"stack_trace": frames, "properties": properties, "extra": extra, "exception_reason": reason[""]}
-    return {name: cut[name] for name in kept}
+    return {name: cut[name] for name in long}
 
 
 def _fair_share(sizes: list[int], room: int) -> int:
-    """How much each may take at most, so that together they take no more than `room`."""
-    for number, size in enumerate(sorted(sizes)):
-        share = room // (len(sizes) - number)
+    """The largest size that each part may have so that all together fit in `room`."""
+    for index, size in enumerate(sorted(sizes)):
+        share = room // (len(sizes) - index)
         if size > share:
             return share
         room -= size
     return max(sizes)
 
 
-def _beginning(value: Any, share: int) -> Any:
-    """A value that takes at most so many bytes as JSON: itself, or the beginning of its text or of its JSON."""
+def _beginning(value: Any, max_size: int) -> Any:
+    """A value that takes at most `max_size` bytes as JSON: the value itself, or the beginning of it as text."""
     encoded = _encode(value)
-    if len(encoded.encode()) <= share:
+    if len(encoded.encode()) <= max_size:
         return value
-    text = (value if type(value) is str else encoded)[:share]
-    while (size := _size(text)) > share:
-        text = text[:len(text) * share // size]
+    text = (value if type(value) is str else encoded)[:max_size]
+    while (size := _json_size(text)) > max_size:
+        text = text[:len(text) * max_size // size]
     return text
 
 
-def _few(value: Any, more: int = 0) -> Any:
-    """Of too many frames the first and last, of too many names the first. One more frame than is kept tells `_cut` that
-    some are missing."""
+def _limit_length(value: Any, spare_frames: int = 0) -> Any:
+    """Keeps the first and last frames of a long stack trace, and the first MAX_FIELDS fields of an object."""
     if type(value) is list and len(value) > FIRST_FRAMES + LAST_FRAMES:
-        return value[:FIRST_FRAMES] + value[-LAST_FRAMES - more:]
-    if type(value) is dict and len(value.keys() - {"truncated"}) > MAX_NAMES:
-        return dict(islice(value.items(), MAX_NAMES))
+        return value[:FIRST_FRAMES] + value[-LAST_FRAMES - spare_frames:]
+    if type(value) is dict and len(value.keys() - {"truncated"}) > MAX_FIELDS:
+        return dict(islice(value.items(), MAX_FIELDS))
     return value
 
 
-def _size(value: Any) -> int:
+def _json_size(value: Any) -> int:
     return len(_encode(value).encode())
 
 
 # == Apple formats =============================================================
-# What Apple makes of a crash in, the crashes and events of Payloads out, by pure functions. The formats are told apart
-# by their content. Each diagnostic becomes an object like those of our own clients, and is converted, cut and grouped
-# like them. What could identify a phone or a person is left behind.
+# Apple's reports in, the crashes and events of Payloads out, by pure functions. The content tells which format it
+# is. Each diagnostic becomes a JSON object like those of our own clients, and is converted, cut and grouped like them.
+# What could identify a phone or a person is left out.
 
 UNKNOWN_FORMAT = "unknown report format"
-MACH_EXCEPTIONS = dict(enumerate((
-    "EXC_BAD_ACCESS", "EXC_BAD_INSTRUCTION", "EXC_ARITHMETIC", "EXC_EMULATION", "EXC_SOFTWARE", "EXC_BREAKPOINT",
-    "EXC_SYSCALL", "EXC_MACH_SYSCALL", "EXC_RPC_ALERT", "EXC_CRASH", "EXC_RESOURCE", "EXC_GUARD", "EXC_CORPSE_NOTIFY"
-    ), start=1))
-SIGNALS = dict(enumerate((
-    "SIGQUIT", "SIGILL", "SIGTRAP", "SIGABRT", "SIGEMT", "SIGFPE", "SIGKILL", "SIGBUS", "SIGSEGV", "SIGSYS", "SIGPIPE",
-    "SIGALRM", "SIGTERM"), start=3))  # Darwin's numbers
-BUG_TYPES = {"298": "jetsam, memory of the whole system", "202": "CPU use", "206": "CPU use", **dict.fromkeys(
-    ("222", "223", "228", "328"), "a hang"), "309": "a crash", "109": "a crash"}
+MACH_EXCEPTIONS = {
+    1: "EXC_BAD_ACCESS", 2: "EXC_BAD_INSTRUCTION", 3: "EXC_ARITHMETIC", 4: "EXC_EMULATION", 5: "EXC_SOFTWARE",
+    6: "EXC_BREAKPOINT", 7: "EXC_SYSCALL", 8: "EXC_MACH_SYSCALL", 9: "EXC_RPC_ALERT", 10: "EXC_CRASH",
+    11: "EXC_RESOURCE", 12: "EXC_GUARD", 13: "EXC_CORPSE_NOTIFY"}
+SIGNALS = {  # Darwin's numbers
+    3: "SIGQUIT", 4: "SIGILL", 5: "SIGTRAP", 6: "SIGABRT", 7: "SIGEMT", 8: "SIGFPE", 9: "SIGKILL", 10: "SIGBUS",
+    11: "SIGSEGV", 12: "SIGSYS", 13: "SIGPIPE", 14: "SIGALRM", 15: "SIGTERM"}
+BUG_TYPES = {"109": "a crash", "309": "a crash", "202": "CPU use", "206": "CPU use", "222": "a hang", "223": "a hang",
+             "228": "a hang", "328": "a hang", "298": "jetsam, memory of the whole system"}
 EVENT_NAMES = {
     "hangDiagnostic": "Hang", "cpuExceptionDiagnostic": "CPU exception", "appLaunchDiagnostic": "Slow launch",
     "diskWriteExceptionDiagnostic": "Disk write exception"}
 DURATIONS = ("hangDuration", "totalCPUTime", "writesCaused", "totalWritesCaused", "launchDuration")
 
-# The name of a person and the folder of an installation, in a path, whose slashes JSON may escape.
+# A person's name or the folder of an installation, in a path. JSON may escape its slashes.
 _PRIVATE = re.compile(r"/(?:((?:Users|home)\\?/)(?:[^\s\\/\"']|\\u[0-9A-Fa-f]{4})+"
                       r"|[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12})")
-_APPLE_TIME = re.compile(
-    r"([0-9-]{10})[ T]([0-9:]{8})(?:(\.[0-9]{1,9})[0-9]*)? ?(Z|[+-][0-9]{2}:?[0-9]{2})?")
+_APPLE_TIME = re.compile(r"([0-9-]{10})[ T]([0-9:]{8})(?:(\.[0-9]{1,9})[0-9]*)? ?(Z|[+-][0-9]{2}:?[0-9]{2})?")
 _OS_VERSION = re.compile(r"(?:[A-Za-z]+ ){0,4}([0-9]+(?:\.[0-9]+)*)(?: \([\w ]{1,30}\))*")
 _KILL_CODE = re.compile(r"(?:\bcode[: ] ?|^[A-Z]{1,40} )(?:0x([0-9a-f]{1,16})|([0-9]{1,19}))\b", re.I)
 _UNCAUGHT = re.compile(r"uncaught exception '([^'\n]{1,200})', reason: '(.*?)(?:'(?: \*\*\*|\n)|'?\Z)", re.S)
 _FATAL = re.compile("Fatal error|Precondition failed|Assertion failed|BUG IN ")
+_OBJECT_START = re.compile(r"(?:^|(?<=\}))\{", re.M)
 _THREAD_STARTS = ("dyld", "libdyld.dylib", "libsystem_pthread.dylib")
+Diagnostic = tuple[Callable[[JsonObject], Union[Crash, Event]], JsonObject]  # parse_crash or parse_event, its object
 
 
 def parse_diagnostics(body: bytes, now: int, device: str = "") -> list[Crash | Event]:
-    """The crashes and events in what Apple made, in its order: a MetricKit payload of either shape, an .ips file, a
-    .crash text. [] where MetricKit had nothing to tell. `now`, in milliseconds, is when it occurred if nothing says
-    that, `device` the device_id_hash. Raises Refusal."""
+    """The crashes and events in an Apple report, in its order: a MetricKit payload of either shape, an .ips file or a
+    .crash text. [] if MetricKit has nothing to report. A diagnostic without a time occurred at `now`, in milliseconds;
+    `device` is the device_id_hash. Raises Refusal."""
     try:
-        text = body.decode()
-        text = _storable(_PRIVATE.sub(lambda match: f"/{match[1]}USER" if match[1] else "/UUID", text))
-        reports = list(islice(_apple_reports(text.removeprefix("\ufeff")), MAX_BATCH + 1))
-        if len(reports) > MAX_BATCH:
+        text = _PRIVATE.sub(lambda match: f"/{match[1]}USER" if match[1] else "/UUID", body.decode())
+        diagnostics = list(islice(_read_diagnostics(_replace_unstorable(text).removeprefix("\ufeff")), MAX_BATCH + 1))
+        if len(diagnostics) > MAX_BATCH:
             raise Refusal(f"too many diagnostics: at most {MAX_BATCH}")
-        device = device.replace("\x00", "\ufffd")  # which a header may have, but no database takes
-        return [parse({**given, "occurred_at": given["occurred_at"] or iso_time(now), "device_id_hash": device})
-                for parse, given in reports]
-    except UnicodeDecodeError:
-        raise Refusal(UNKNOWN_FORMAT, detail="it is not UTF-8") from None
-    except RecursionError:  # in a field that is kept as it came
-        raise Refusal(UNKNOWN_FORMAT, detail="it is nested too deep") from None
+        device = device.replace("\x00", "\ufffd")  # a header may contain it, but no database takes it
+        return [parse({**sent, "occurred_at": sent["occurred_at"] or iso_time(now), "device_id_hash": device})
+                for parse, sent in diagnostics]
+    except (UnicodeDecodeError, RecursionError) as error:  # RecursionError in a field that is kept as sent
+        raise Refusal(UNKNOWN_FORMAT, detail=_DECODING_PROBLEMS[type(error)]) from None
 
 
 def parse_crash_body(body: bytes) -> Crash:
-    """The crash in a body of POST /crashes. Raises Refusal, which says where Apple's own reports belong."""
+    """The crash in a body of POST /crashes. Raises Refusal, which says where an Apple report belongs."""
     try:
         return parse_crash(decode_json(body))
     except Refusal as refusal:
-        if str(refusal) not in ("invalid JSON", "missing exception_type") or not _is_apples(body):
-            raise
-        raise Refusal(str(refusal), detail="it is Apple's report: POST it to /api/v1/diagnostics as it is") from None
+        if str(refusal) in ("invalid JSON", "missing exception_type") and _is_apple_report(body):
+            raise Refusal(str(refusal), detail="POST Apple's reports unchanged to /api/v1/diagnostics") from None
+        raise
 
 
-def _is_apples(body: bytes) -> bool:
+def _is_apple_report(body: bytes) -> bool:  # even if it is one that is refused
     try:
         parse_diagnostics(body, now=0)
     except Refusal as refusal:
@@ -1045,110 +1042,113 @@ def _is_apples(body: bytes) -> bool:
     return True
 
 
-AppleReport = tuple[Callable[[JsonObject], Union[Crash, Event]], JsonObject]  # how it is parsed, and what
-
-
-def _apple_reports(text: str) -> Iterable[AppleReport]:
+def _read_diagnostics(text: str) -> Iterable[Diagnostic]:
     try:
         objects, problem = [_decode_nested(text)], ""
     except ValueError as error:
         objects, problem = _objects_on_lines(text), str(error)[:100]
-    if not all(type(each) is dict for each in objects):
-        raise Refusal(UNKNOWN_FORMAT, detail=f"the body is {_kind(objects[0])}, not an object")
-    bug_types = filter(re.compile("[0-9]{1,9}").fullmatch, (str(each.get("bug_type")) for each in objects))
-    if (bug_type := next(bug_types, "")) and BUG_TYPES.get(bug_type) != "a crash":
-        what = BUG_TYPES.get(bug_type, "it")
-        raise Refusal(f"unsupported bug_type {bug_type}", detail=f"{what} is no crash of the app")
-    names_of_a_body = {"threads", "exception"} if bug_type else {"usedImages", "termination"}  # others have threads
-    body = next((each for each in objects if each.keys() & names_of_a_body), None)
-    if body is None and problem and re.search("^Exception Type:", text, re.M):
-        body = _crash_as_ips(text)
-    if body is not None:
-        return [(parse_crash, _ips_crash(objects[0] if objects else {}, body))]
+    if not all(type(value) is dict for value in objects):
+        raise Refusal(UNKNOWN_FORMAT, detail=f"the body is {_json_type(objects[0])}, not an object")
+    bug_types = [str(value.get("bug_type")) for value in objects]
+    bug_type = next(filter(re.compile("[0-9]{1,9}").fullmatch, bug_types), "")
+    if bug_type and BUG_TYPES.get(bug_type) != "a crash":
+        raise Refusal(f"unsupported bug_type {bug_type}",
+                      detail=f"{BUG_TYPES.get(bug_type, 'it')} is not a crash of the app")
+    # Without a header, the fields must be those of no other format.
+    ips_fields = {"threads", "exception"} if bug_type else {"usedImages", "termination"}
+    ips_body = next((value for value in objects if value.keys() & ips_fields), None)
+    if ips_body is None and problem and re.search("^Exception Type:", text, re.M):
+        ips_body = _crash_text_as_ips(text)
+    if ips_body is not None:
+        return [(parse_crash, _ips_crash(objects[0] if objects else {}, ips_body))]
     if problem or bug_type:
         raise Refusal(UNKNOWN_FORMAT, detail="an .ips file whose body cannot be read" if bug_type else problem)
-    return _metrickit_reports(objects[0])
+    return _metrickit_diagnostics(objects[0])
 
 
 def _objects_on_lines(text: str) -> list[JsonObject]:
-    """The objects that begin a line: head and body of an .ips file, whatever stands around them; also where `curl -d`
-    has joined the lines. Each try may read the whole text, so there are few, and only fast ones."""
-    found, at = [], 0
+    """The first JSON objects that begin a line, or follow an object because `curl -d` joined the lines: header and body
+    of an .ips file, whatever is around them. Only 4 tries, as each may read all of the text."""
+    objects, position = [], 0
     for _ in range(4):
-        if match := re.compile(r"(?:^|(?<=\}))\{", re.M).search(text, at):
-            at = match.end()
+        if match := _OBJECT_START.search(text, position):
+            position = match.end()
             with suppress(ValueError, RecursionError):
-                value, at = _DECODER.raw_decode(text, match.start())
-                found.append(value)
-    return found
+                value, position = _DECODER.raw_decode(text, match.start())
+                objects.append(value)
+    return objects
 
 
-# A string that does not end is taken whole, too: to look for its end at each quote in it would take hours.
+# A string without an end is one token, too: to search for its end from each quote in it would take hours.
 _NESTING = re.compile(r'"subFrames"\s*:\s*\[|"[^"\\]*(?:\\.[^"\\]*)*"?|[][]|NaN', re.S)
 
 
 def _decode_nested(text: str) -> Any:
-    """The JSON value that a text is, with `subFrames` nested as deep as they are: two levels for each frame of a call
-    stack. Where Python reads no deeper, each list of them is decoded on its own, and stands as NaN, which JSON does not
-    have, in the text around it. Raises ValueError or RecursionError."""
+    """Decodes JSON whose `subFrames` may be nested deeper than Python can read: a call stack has two levels for each
+    frame. Each list of `subFrames` is decoded by itself, and NaN, which JSON does not have, stands for it in the text
+    around it. Raises ValueError or RecursionError."""
     with suppress(RecursionError):
         return _DECODER.decode(text)
-    texts: list[list[str]] = [[]]  # of the whole, and of each list of frames that is open
-    lists: list[list[Any]] = [[]]  # of frames, in each of these
-    are_frames, at = list[bool](), 0  # of each open list; how much of `text` is in `texts`
+    pieces, lists = list[str](), list[Any]()  # of the text that is being read, and of the lists that NaN stands for
+    enclosing: list[tuple[list[str], list[Any]]] = []  # the same of each text around it
+    open_brackets, position = list[bool](), 0  # whether each "[" opens `subFrames`; where the next piece begins
     for token in _NESTING.finditer(text):
         if token[0] == "NaN":
             raise ValueError("a number is out of range")
-        if token[0][-1] == "[":
-            are_frames.append(token[0] != "[")
-            if len(are_frames) - len(texts) > MAX_DEPTH:
+        if token[0].endswith("["):
+            if len(open_brackets) - len(enclosing) > MAX_DEPTH:
                 raise ValueError("it is nested too deep")
-            if are_frames[-1]:
-                texts[-1].append(text[at:token.end() - 1] + "NaN")
-                texts.append([])
-                lists.append([])
-                at = token.end() - 1
-        elif token[0] == "]" and are_frames and are_frames.pop():
-            decoded = _decode_around(lists.pop(), "".join([*texts.pop(), text[at:token.end()]]))
-            lists[-1].append(decoded)
-            at = token.end()
-    return _decode_around(lists[-1], "".join([*texts[-1], text[at:]]))
+            open_brackets.append(token[0] != "[")
+            if open_brackets[-1]:
+                pieces.append(text[position:token.end() - 1] + "NaN")
+                enclosing.append((pieces, lists))
+                pieces, lists, position = [], [], token.end() - 1
+        elif token[0] == "]" and open_brackets and open_brackets.pop():
+            frames = _decode_with_lists("".join([*pieces, text[position:token.end()]]), lists)
+            pieces, lists = enclosing.pop()
+            lists.append(frames)
+            position = token.end()
+    return _decode_with_lists("".join([*pieces, text[position:]]), lists)
 
 
-def _decode_around(lists: list[Any], text: str) -> Any:
-    """The JSON value that a text is, whose NaN are these lists, one after the other."""
-    left = iter(lists)
+def _decode_with_lists(text: str, lists: list[Any]) -> Any:
+    """Decodes JSON in which each NaN stands for the next of these lists."""
+    unused = iter(lists)
     decoder = json.JSONDecoder(
-        parse_float=_finite, parse_constant=lambda word: next(left) if word == "NaN" else _finite(word))
+        parse_float=_parse_finite, parse_constant=lambda word: next(unused) if word == "NaN" else _parse_finite(word))
     try:
         return decoder.decode(text)
-    except json.JSONDecodeError as error:  # its place is not that in the body
+    except json.JSONDecodeError as error:  # its position is not that in the body
         raise ValueError(f"{error.msg} in a deep call stack") from None
 
 
-# Members of a kind, whatever was sent.
 
-def _member(given: Any, name: str, kind: Callable[[], Any]) -> Any:
-    """A member of an object if it is of this kind, else the empty value of the kind."""
-    value = given.get(name)
+def _member(parent: Any, name: str, kind: Callable[[], Any]) -> Any:
+    """A member of an object if it has this type, else the type's empty value."""
+    value = parent.get(name)
     return value if type(value) is kind else kind()
 
 
-def _objects(given: JsonObject, name: str) -> list[JsonObject]:
-    return [item for item in _member(given, name, list) if type(item) is dict]
+def _member_objects(parent: JsonObject, name: str) -> list[JsonObject]:
+    return [item for item in _member(parent, name, list) if type(item) is dict]
 
 
-def _plain_members(given: JsonObject) -> JsonObject:
-    return {name: value for name, value in given.items() if type(value) in (str, int) and value != ""}
-
-
-def _whole(given: JsonObject, name: str) -> int | None:
-    value = given.get(name)
+def _member_number(parent: JsonObject, name: str) -> int | None:
+    value = parent.get(name)
     return value if type(value) is int and 0 <= value <= MAX_NUMBER else None
 
 
+def _member_object_at(parent: JsonObject, name: str, index: int | None) -> JsonObject:
+    items = _member(parent, name, list)
+    return items[index] if index is not None and index < len(items) and type(items[index]) is dict else {}
+
+
+def _plain_members(parent: JsonObject) -> JsonObject:
+    return {name: value for name, value in parent.items() if type(value) in (str, int) and value != ""}
+
+
 def _apple_time(*values: Any) -> Any:
-    """The first of these that is a time, as `parse_occurred_at` takes it; None if there is none."""
+    """The first of these values that is a time, in a form that `parse_occurred_at` takes; None if there is none."""
     for value in values:
         if type(value) is str and (match := _APPLE_TIME.fullmatch(value)):
             value = f"{match[1]}T{match[2]}{match[3] or ''}{match[4] or 'Z'}"
@@ -1159,7 +1159,7 @@ def _apple_time(*values: Any) -> Any:
 
 
 def _os_version(value: Any) -> Any:
-    """"17.0" of "iPhone OS 17.0 (21A329)"."""
+    """The number alone, such as "17.0" for "iPhone OS 17.0 (21A329)"."""
     if type(value) is dict:
         return value.get("number")
     match = _OS_VERSION.fullmatch(value[:MAX_TEXT]) if type(value) is str else None
@@ -1167,121 +1167,127 @@ def _os_version(value: Any) -> Any:
 
 
 def _exception_type(name: str, kill_code: str, mach: str, signal: str) -> str:
-    return name or kill_code or (signal if mach in ("", "EXC_CRASH") and signal else mach) or "Unknown"
+    """The most specific of these. EXC_CRASH says less than the signal."""
+    return name or kill_code or (mach if mach != "EXC_CRASH" else "") or signal or mach or "Unknown"
 
 
 def _kill_code(*values: Any) -> str:
-    """Why the system ended the app, such as 0x8badf00d, from a code or from texts that may name one. Lower numbers are
-    signals; higher ones differ from crash to crash."""
+    """The code with which the system ended the app, such as 0x8badf00d: one of these numbers, or named in one of these
+    texts. Lower numbers are signals; higher ones differ from crash to crash."""
     numbers = [value for value in values if type(value) is int]
-    numbers += [int(digits or decimal, 16 if digits else 10) for value in values if type(value) is str
-                for digits, decimal in _KILL_CODE.findall(value)]
+    numbers += [int(hexadecimal or decimal, 16 if hexadecimal else 10) for value in values if type(value) is str
+                for hexadecimal, decimal in _KILL_CODE.findall(value)]
     return next((f"{number:#x}" for number in numbers if 0xFFFF < number <= 0xFFFFFFFF), "")
 
 
-def _apple_frame(number: int, binary: str, uuid: str, offset: int | None, is_own: bool | None,
-                 given: JsonObject) -> JsonObject:
-    """A frame of ours. `given` is that of an .ips file, which may have more to say."""
-    file, line = _member(given, "sourceFile", str).rpartition("/")[2], _whole(given, "sourceLine")
+def _api_frame(number: int, binary: str, uuid: str, offset: int | None, is_own: bool | None,
+               ips_frame: JsonObject) -> JsonObject:
+    """A frame of our API. That of an .ips file may have a symbol and a source line."""
+    file, line = _member(ips_frame, "sourceFile", str).rpartition("/")[2], _member_number(ips_frame, "sourceLine")
     if file == "<compiler-generated>":
         file, line = "", None
-    symbol = _member(given, "symbol", str).replace("<redacted>", "")
+    symbol = _member(ips_frame, "symbol", str).replace("<redacted>", "")
     frame = {"frame": number, "symbol": symbol, "file": file, "line": line or None, "binary": binary[:MAX_TEXT],
-             "uuid": uuid, "offset": offset, "inlined": given.get("inline") is True or None, "in_app": is_own,
-             "symbolicated": bool(is_own and symbol and not file) or None}  # what a device names may be wrong
+             "uuid": uuid, "offset": offset, "inlined": ips_frame.get("inline") is True or None, "in_app": is_own,
+             "symbolicated": bool(is_own and symbol and not file) or None}  # makes read_frame trust it
     return {name: value for name, value in frame.items() if value is not None and value != ""}
 
 
 # MetricKit.
 
-def _metrickit_reports(payload: JsonObject) -> Iterator[AppleReport]:
+def _metrickit_diagnostics(payload: JsonObject) -> Iterator[Diagnostic]:
     kinds = [name for name in payload if re.search(r"\wDiagnostics?\Z", name)]
     if not kinds and not payload.keys() & {"timeStampBegin", "timeStampEnd", "timeRange"}:
         raise Refusal(UNKNOWN_FORMAT, detail="the object is neither a MetricKit payload nor an .ips file")
     span, environment = _member(payload, "timeRange", dict), _member(payload, "environment", dict)
-    time_given = _apple_time(
+    occurred_at = _apple_time(
         payload.get("timeStampEnd"), payload.get("timeStampBegin"), span.get("end"), span.get("begin"))
     for kind in kinds:
-        value = payload[kind]
-        for item in value if type(value) is list else [] if value is None else [value]:
+        items = [] if payload[kind] is None else payload[kind]
+        for item in items if type(items) is list else [items]:
             if type(item) is not dict:
-                raise Refusal(UNKNOWN_FORMAT, detail=f"{kind[:50]} has {_kind(item)} where an object belongs")
-            if report := _metrickit_report(kind[:-1] if kind[-1] == "s" else kind, item, environment):
-                yield report[0], {**report[1], "occurred_at": time_given}
-                if _size(environment) > MAX_STORED_BATCHED:  # a copy in each would let a small request write much
+                raise Refusal(UNKNOWN_FORMAT, detail=f"{kind[:50]} has {_json_type(item)} where an object belongs")
+            if diagnostic := _metrickit_diagnostic(kind.removesuffix("s"), item, environment):
+                parse, sent = diagnostic
+                yield parse, {**sent, "occurred_at": occurred_at}
+                if _json_size(environment) > MAX_BATCHED_SIZE:  # with copies in each, a small request could write a lot
                     environment = {}
 
 
-def _metrickit_report(kind: str, item: JsonObject, environment: JsonObject) -> AppleReport | None:
-    """A crash, or an event for what kills nobody; None for an unknown kind without a call stack. What has no column is
-    kept under Apple's names."""
+def _metrickit_diagnostic(kind: str, item: JsonObject, environment: JsonObject) -> Diagnostic | None:
+    """A crash, or an event if it does not end the app. None for an unknown kind without a call stack. What has no
+    column is kept under Apple's names."""
     meta = {**environment, **item, **_member(item, "diagnosticMetaData", dict)}
     for name in ("callStackTree", "diagnosticMetaData", "version"):
         meta.pop(name, None)
-    given = {ours: meta.pop(apples, None) or meta.pop(apples.replace("app", "application"), None) for ours, apples in (
-        ("app_version", "appVersion"), ("build_number", "appBuildVersion"), ("device_model", "deviceType"))}
-    given["os_version"] = _os_version(meta.pop("osVersion", None))
+    columns = {  # since iOS 27, the names begin with "application"
+        "app_version": meta.pop("appVersion", None) or meta.pop("applicationVersion", None),
+        "build_number": meta.pop("appBuildVersion", None) or meta.pop("applicationBuildVersion", None),
+        "device_model": meta.pop("deviceType", None), "os_version": _os_version(meta.pop("osVersion", None))}
     is_crash = kind in ("crashDiagnostic", "memoryExceptionDiagnostic")
     trace = _metrickit_trace(_member(item, "callStackTree", dict), is_crash)
     if is_crash:
-        return parse_crash, {**meta, **given, **_metrickit_exception(kind, meta), "stack_trace": trace}
+        return parse_crash, {**meta, **columns, **_metrickit_exception(kind, meta), "stack_trace": trace}
     if not trace and kind not in EVENT_NAMES:
         return None
     duration = next((name for name in DURATIONS if meta.get(name)), "")
-    known = {"duration": meta.pop(duration, None), "build_number": given.pop("build_number"), "stack_trace": trace}
+    known = {"duration": meta.pop(duration, None), "build_number": columns.pop("build_number"), "stack_trace": trace}
+    properties = {**meta, **{name: value for name, value in known.items() if value not in (None, "", [])}}
     words = re.sub("(?<=[a-z0-9])([A-Z])", r" \1", kind[:-len("Diagnostic")][:MAX_TEXT])  # gpuHang: "Gpu hang"
-    return parse_event, {**given, "type": "error", "name": EVENT_NAMES.get(kind, words.capitalize()), "properties": {
-        **meta, **{name: value for name, value in known.items() if value not in (None, "", [])}}}
+    name = EVENT_NAMES.get(kind, words.capitalize())
+    return parse_event, {**columns, "type": "error", "name": name, "properties": properties}
 
 
 def _metrickit_exception(kind: str, meta: JsonObject) -> JsonObject:
-    thrown, ended = _member(meta, "objectiveCexceptionReason", dict), _member(meta, "terminationReason", str)
-    names = [number if type(number) is str else numbers.get(number, "") if type(number) is int else ""
-             for number, numbers in ((meta.get("exceptionType"), MACH_EXCEPTIONS), (meta.get("signal"), SIGNALS))]
+    thrown, termination = _member(meta, "objectiveCexceptionReason", dict), _member(meta, "terminationReason", str)
+    mach, signal = _code_name(MACH_EXCEPTIONS, meta.get("exceptionType")), _code_name(SIGNALS, meta.get("signal"))
     name = _member(thrown, "exceptionName", str) or _member(thrown, "className", str)
-    exception_type = _exception_type(name, _kill_code(ended), *names)
+    exception_type = _exception_type(name, _kill_code(termination), mach, signal)
     if exception_type == "Unknown" and kind == "memoryExceptionDiagnostic":
         exception_type = "Memory exception"
-    return {"exception_type": exception_type, "exception_reason": _member(thrown, "composedMessage", str) or ended}
+    reason = _member(thrown, "composedMessage", str) or termination
+    return {"exception_type": exception_type, "exception_reason": reason}
+
+
+def _code_name(names: Mapping[int, str], code: Any) -> str:
+    return code if type(code) is str else names.get(code, "") if type(code) is int else ""
 
 
 def _metrickit_trace(tree: JsonObject, is_crash: bool) -> list[JsonObject]:
-    """The frames of the thread in question, flat, the innermost first. Of a tree of samples, it is the path that most
-    of them took, which may begin where the thread did."""
-    stacks = _objects(tree, "callStacks") or _objects(tree, "callStackThreads")
-    stack = next((each for each in stacks if each.get("threadAttributed") is True), stacks[0] if stacks else {})
-    frames, path = _objects(stack, "callStackRootFrames") or _objects(stack, "rootFrames"), []
+    """The frames of the thread in question as a flat list, the innermost first. In a tree of samples, they are the path
+    that most samples took."""
+    stacks = _member_objects(tree, "callStacks") or _member_objects(tree, "callStackThreads")
+    stack = next((stack for stack in stacks if stack.get("threadAttributed") is True), stacks[0] if stacks else {})
+    frames, path = _member_objects(stack, "callStackRootFrames") or _member_objects(stack, "rootFrames"), []
     while frames:
-        path.append(max(frames, key=lambda frame: _whole(frame, "sampleCount") or 0))
-        frames = _objects(path[-1], "subFrames")
-    names = {image_uuid(each.get("uuid")): _member(each, "name", str) for each in _objects(tree, "binaryInfo")}
-    from_start = [_binary(frame, names) in _THREAD_STARTS for frame in path]
-    if not is_crash and from_start[:1] == [True] and not from_start[-1]:
-        path.reverse()
-    return [_metrickit_frame(number, frame, _binary(frame, names)) for number, frame in _few([*enumerate(path)], 1)]
+        path.append(max(frames, key=lambda frame: _member_number(frame, "sampleCount") or 0))
+        frames = _member_objects(path[-1], "subFrames")
+    images = _member_objects(tree, "binaryInfo")
+    names = {image_uuid(image.get("uuid")): _member(image, "name", str) for image in images}
+    steps = [(frame, _member(frame, "binaryName", str) or names.get(image_uuid(frame.get("binaryUUID")) or "none", ""))
+             for frame in path]
+    # A sampled path may begin where its thread began.
+    if not is_crash and path and steps[0][1] in _THREAD_STARTS and steps[-1][1] not in _THREAD_STARTS:
+        steps.reverse()
+    return [_metrickit_frame(number, *step) for number, step in _limit_length([*enumerate(steps)], spare_frames=1)]
 
 
-def _binary(frame: JsonObject, names: Mapping[str, str]) -> str:
-    return _member(frame, "binaryName", str) or names.get(image_uuid(frame.get("binaryUUID")) or "none", "")
-
-
-def _metrickit_frame(number: int, given: JsonObject, binary: str) -> JsonObject:
-    """MetricKit gives no paths: what was loaded below the system's libraries is the app's own. iOS 14 and 15 and macOS
-    12 say where the binary was loaded in place of the offset."""
-    offset, address = _whole(given, "offsetIntoBinaryTextSegment"), _whole(given, "address")
-    base = None if address is None or address < (offset or 0) else address - (offset or 0)
-    if offset is not None and offset >= 1 << 32:
+def _metrickit_frame(number: int, frame: JsonObject, binary: str) -> JsonObject:
+    """A frame of MetricKit. It has no path, so its load address tells whether it is the app's own."""
+    offset, address = _member_number(frame, "offsetIntoBinaryTextSegment"), _member_number(frame, "address")
+    base = address - (offset or 0) if address is not None and address >= (offset or 0) else None
+    if offset is not None and offset >= 1 << 32:  # iOS 14 and 15 and macOS 12 give the load address as the offset
         base, offset = offset, base
     is_own = is_own_code("", "", base, binary)
-    return _apple_frame(number, binary, image_uuid(given.get("binaryUUID")), offset, is_own, {})
+    return _api_frame(number, binary, image_uuid(frame.get("binaryUUID")), offset, is_own, {})
 
 
 # .ips and .crash files.
 
 def _ips_crash(header: JsonObject, body: JsonObject) -> JsonObject:
-    """The crash in an .ips file. Only the fields that are named here are taken over."""
+    """The crash in an .ips file. Only the fields that are named here are kept."""
     exception, ended, bundle = (_member(body, name, dict) for name in ("exception", "termination", "bundleInfo"))
-    notes = [note for notes in _member(body, "asi", dict).values() if type(notes) is list
+    notes = [note for notes in _member(body, "asi", dict).values() if type(notes) is list  # "application-specific"
              for note in notes if type(note) is str]
     why_ended = [text for name in ("reasons", "details") for text in _member(ended, name, list) if type(text) is str]
     thrown = next(filter(None, map(_UNCAUGHT.search, notes)), None)
@@ -1306,79 +1312,73 @@ def _ips_crash(header: JsonObject, body: JsonObject) -> JsonObject:
 
 
 def _ips_trace(body: JsonObject) -> list[JsonObject]:
-    """The frames of the exception, else of the thread that crashed."""
-    thread = _object_at(body, "threads", _whole(body, "faultingThread")) or next(
-        (each for each in _objects(body, "threads") if each.get("triggered") is True), {})
-    frames = _objects(body, "lastExceptionBacktrace") or _objects(thread, "frames")
-    main_path = _member(body, "procPath", str)[:MAX_PATH]
-    return [_ips_frame(number, given, _object_at(body, "usedImages", _whole(given, "imageIndex")), main_path)
-            for number, given in _few([*enumerate(frames)], 1)]
+    """The frames of the exception, or of the thread that crashed if there is no exception."""
+    triggered = (thread for thread in _member_objects(body, "threads") if thread.get("triggered") is True)
+    thread = _member_object_at(body, "threads", _member_number(body, "faultingThread")) or next(triggered, {})
+    frames = _member_objects(body, "lastExceptionBacktrace") or _member_objects(thread, "frames")
+    main_path, trace = _member(body, "procPath", str)[:MAX_PATH], []
+    for number, frame in _limit_length([*enumerate(frames)], spare_frames=1):
+        image = _member_object_at(body, "usedImages", _member_number(frame, "imageIndex"))
+        path, uuid = _member(image, "path", str)[:MAX_PATH], image_uuid(image.get("uuid"))
+        binary = (_member(image, "name", str) or path.rpartition("/")[2]).replace("???", "")
+        offset = _member_number(frame, "imageOffset") if binary or uuid else None  # without an image it is an address
+        is_own = True if path and path == main_path else is_own_code("", path, None, binary)
+        trace.append(_api_frame(number, binary, uuid, offset, is_own, frame))
+    return trace
 
 
-def _object_at(given: JsonObject, name: str, index: int | None) -> JsonObject:
-    items = _member(given, name, list)
-    return items[index] if index is not None and index < len(items) and type(items[index]) is dict else {}
-
-
-def _ips_frame(number: int, given: JsonObject, image: JsonObject, main_path: str) -> JsonObject:
-    path, uuid = _member(image, "path", str)[:MAX_PATH], image_uuid(image.get("uuid"))
-    binary = (_member(image, "name", str) or path.rpartition("/")[2]).replace("???", "")
-    offset = _whole(given, "imageOffset") if binary or uuid else None  # else it is an address
-    is_own = True if path and path == main_path else is_own_code("", path, None, binary)
-    return _apple_frame(number, binary, uuid, offset, is_own, given)
-
-
-_CRASH_HEAD = re.compile(r"^([A-Z][\w /]{1,40}):(.*)", re.M)
+_CRASH_HEADER = re.compile(r"^([A-Z][\w /]{1,40}):(.*)", re.M)
 _CRASH_TYPE = re.compile(r"(\w+)(?: \((\w+)\))?")
-_CRASH_END = re.compile(r"(?:Namespace )?(\w+),? (?:Code )?(?:0x([0-9a-f]{1,16})|([0-9]{1,19}))\b[, ]*(.*)", re.I)
+_TERMINATION = re.compile(r"(?:Namespace )?(\w+),? (?:Code )?(?:0x([0-9a-f]{1,16})|([0-9]{1,19}))\b[, ]*(.*)", re.I)
 _CRASH_THREAD = re.compile(r"^(?:Last Exception Backtrace:|Thread [0-9]{1,9} Crashed:).*\n", re.M)
 _CRASH_FRAME = re.compile(r"^[0-9]{1,9}[ \t](.*?)0x([0-9a-f]{1,16})\b(.*)", re.M | re.I)
-_CRASH_PLACE = re.compile(  # Cart.total() + 112 (Cart.swift:12)
+_CRASH_SYMBOL = re.compile(  # Cart.total() + 112 (Cart.swift:12)
     r"(?!0x)(.*?)(?: \+ [0-9]+)?(?: \[inlined\])?(?: \(([^():]{1,200}):([0-9]{1,9})\))?(?: \[inlined\])?")
 _CRASH_IMAGE = re.compile(
     r"^[ \t]*0x([0-9a-f]{1,16})[ \t]*-[ \t]*0x([0-9a-f]{1,16})[ \t][^<\n]*<([0-9a-f-]+)>(.*)", re.M | re.I)
 
 
-def _crash_as_ips(text: str) -> JsonObject:
-    """The text of a .crash file as the body of an .ips file."""
+def _crash_text_as_ips(text: str) -> JsonObject:
+    """The text of a .crash file in the form of an .ips body."""
     text = text.replace("\x00", "\ufffd").replace("\r\n", "\n")
-    head = defaultdict(str, {name: value.strip() for name, value in reversed(_CRASH_HEAD.findall(text))})  # the first
-    kind, ended = _CRASH_TYPE.match(head["Exception Type"]), _CRASH_END.match(head["Termination Reason"])
-    version, _, build = head["Version"].replace("???", "").partition("(")
-    explained = re.search("^<RBSTerminateContext.*", text, re.M)
+    headers = reversed(_CRASH_HEADER.findall(text))  # of two with one name, the first counts
+    header = defaultdict(str, {name: value.strip() for name, value in headers})
+    types, ended = _CRASH_TYPE.match(header["Exception Type"]), _TERMINATION.match(header["Termination Reason"])
+    version, _, build = header["Version"].replace("???", "").partition("(")
+    context = re.search("^<RBSTerminateContext.*", text, re.M)
+    code = ended and int(ended[2] or ended[3], 16 if ended[2] else 10)
     return {
-        "exception": {"type": kind and kind[1], "signal": kind and kind[2], "codes": head["Exception Codes"],
-                      "subtype": head["Exception Subtype"]},
-        "termination": {"details": [head["Termination Description"] or (explained and explained[0])], **({
-            "namespace": ended[1], "code": int(ended[2], 16) if ended[2] else int(ended[3]), "indicator": ended[4]}
-            if ended else {})},
-        "asi": {"": [_section(text, re.search("^Application Specific Information:.*\n", text, re.M))]},
+        "exception": {"type": types and types[1], "signal": types and types[2], "codes": header["Exception Codes"],
+                      "subtype": header["Exception Subtype"]},
+        "termination": {"details": [header["Termination Description"] or (context and context[0])], "code": code,
+                        "namespace": ended and ended[1], "indicator": ended and ended[4]},
+        "asi": {"": [_paragraph_after(re.search("^Application Specific Information:.*\n", text, re.M))]},
         "bundleInfo": {"CFBundleShortVersionString": version.strip(), "CFBundleVersion": build.rstrip(") "),
-                       "CFBundleIdentifier": head["Identifier"]},
-        "procName": head["Process"].partition(" [")[0], "procPath": head["Path"],
-        "cpuType": head["Code Type"].partition(" (")[0], "osVersion": {"train": head["OS Version"]},
-        "modelCode": head["Hardware Model"], "captureTime": head["Date/Time"], **_crash_stack(text)}
+                       "CFBundleIdentifier": header["Identifier"]},
+        "procName": header["Process"].partition(" [")[0], "procPath": header["Path"],
+        "cpuType": header["Code Type"].partition(" (")[0], "osVersion": {"train": header["OS Version"]},
+        "modelCode": header["Hardware Model"], "captureTime": header["Date/Time"], **_crash_text_stack(text)}
 
 
-def _section(text: str, title: re.Match[str] | None) -> str:
-    """What stands below a title, up to an empty line."""
-    return re.split(r"\n[ \t]*\n", text[title.end():], maxsplit=1)[0] if title else ""
+def _paragraph_after(title: re.Match[str] | None) -> str:
+    """The text between a title and the next empty line."""
+    return re.split(r"\n[ \t]*\n", title.string[title.end():], maxsplit=1)[0] if title else ""
 
 
-def _crash_stack(text: str) -> JsonObject:
-    """Frames and images as an .ips file has them. A frame's address tells its image."""
-    found = {int(start, 16): (int(end, 16), {"path": path.strip(), "uuid": uuid})
-             for start, end, uuid, path in _CRASH_IMAGE.findall(text)}
-    found.pop(0, None)  # no image, though every address lies in it
-    section = _section(text, _CRASH_THREAD.search(text))
+def _crash_text_stack(text: str) -> JsonObject:
+    """Frames and images in the form of an .ips body. The address of a frame tells its image."""
+    images_by_start = {int(start, 16): (int(end, 16), {"path": path.strip(), "uuid": uuid})
+                       for start, end, uuid, path in _CRASH_IMAGE.findall(text)}
+    images_by_start.pop(0, None)  # the image "???" contains every address
+    section = _paragraph_after(_CRASH_THREAD.search(text))
     lines = _CRASH_FRAME.findall(section)
-    if section[:1] == "(":  # an exception without symbols has its addresses in one line
+    if section[:1] == "(":  # the backtrace of an exception without symbols is one line of addresses
         lines = [("", digits, "") for digits in re.findall(r"0x([0-9a-f]{1,16})\b", section)]
-    starts, frames, images = sorted(found), list[JsonObject](), list[JsonObject]()
+    starts, frames, images = sorted(images_by_start), list[JsonObject](), list[JsonObject]()
     for binary, digits, place in lines[:2000]:  # Apple's tools write 512
-        address, match = int(digits, 16), _CRASH_PLACE.fullmatch(place.strip())
+        address, match = int(digits, 16), _CRASH_SYMBOL.fullmatch(place.strip())
         start = starts[bisect_right(starts, address) - 1] if starts else 0
-        end, image = found.get(start, (0, {}))
+        end, image = images_by_start.get(start, (0, {}))
         is_known = start <= address <= end
         images.append({**(image if is_known else {}), "name": binary.strip()})
         symbol, file, line = match.groups() if match else (None, None, None)
@@ -1389,14 +1389,14 @@ def _crash_stack(text: str) -> JsonObject:
 
 
 # == Signature =================================================================
-# HMAC-SHA256 over a timestamp and the raw body. The key travels with the request, so this hides nothing: it proves that
-# the body was not changed, and that it was signed just now.
+# HMAC-SHA256 over a timestamp and the raw body. The key travels with the request, so a signature hides nothing. It only
+# proves that the body was signed just now and was not changed since.
 
-SIGNATURE_WINDOW = 300 * SECOND  # both ways
+SIGNATURE_WINDOW = 5 * MINUTE  # before and after the server's time
 
 
 def sign(key: bytes, timestamp: bytes, body: bytes) -> str:
-    """The X-Backfeedr-Signature for an X-Backfeedr-Timestamp and a raw body."""
+    """The X-Backfeedr-Signature of a raw body with an X-Backfeedr-Timestamp."""
     payload = timestamp + b"." + hashlib.sha256(body).hexdigest().encode()
     return "sha256=" + hmac.new(key, payload, hashlib.sha256).hexdigest()
 
@@ -1407,7 +1407,7 @@ def verify(key: bytes, timestamp: bytes, signature: bytes, body: bytes, now: int
         signed_at = parse_time(timestamp.decode("latin-1"))
     except ValueError:
         raise Refusal("invalid timestamp") from None
-    # As bytes, because compare_digest accepts no text beyond ASCII.
+    # As bytes, because compare_digest accepts only ASCII as text.
     if not hmac.compare_digest(sign(key, timestamp, body).encode(), signature):
         raise Refusal("invalid signature")
     if abs(now - signed_at) > SIGNATURE_WINDOW:
@@ -1415,14 +1415,14 @@ def verify(key: bytes, timestamp: bytes, signature: bytes, body: bytes, now: int
 
 
 # == RateLimiter ===============================================================
-# The times of each key's last requests. A counter per minute would be smaller, but would allow twice the limit around
-# the full minute. At most `limit` numbers are kept for a key, and only existing keys get here.
+# The times of each key's latest requests. A counter per minute would be smaller, but would allow twice the limit around
+# the full minute. At most `limit` times are kept for a key, and only existing keys get here.
 
 class RateLimiter:
-    """Allows `limit` requests of a key in any `window` of seconds; 0 allows all. Thread-safe. `clock` gives seconds and
-    never runs backwards."""
+    """Allows each key `limit` requests in any `window` of seconds; a limit of 0 allows all. Thread-safe. `clock` gives
+    seconds and must never run backwards."""
 
-    waits = False  # True where `allow` asks another host; requests are then not checked one after the other
+    waits = False  # a limiter whose `allow` waits for another host sets True, so that requests are checked in parallel
 
     def __init__(self, limit: int, window: float = 60.0, clock: Callable[[], float] = time.monotonic):
         self.limit, self.window, self._clock = limit, window, clock
@@ -1430,7 +1430,7 @@ class RateLimiter:
         self._lock = threading.Lock()
 
     def allow(self, key: bytes) -> bool:
-        """Whether the key may go on. A refused request does not count."""
+        """Whether the key may send a request now. A refused request does not count."""
         if not self.limit:
             return True
         with self._lock:
@@ -1443,7 +1443,7 @@ class RateLimiter:
             return True
 
     def retry_after(self, key: bytes) -> int:
-        """Whole seconds, at least 1, until `allow` says yes again."""
+        """Whole seconds, at least 1, until the key may send again."""
         with self._lock:
             times = self._times[key]
             return max(1, math.ceil(times[0] + self.window - self._clock())) if times else 1
