@@ -86,7 +86,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
 from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
-from functools import cached_property, lru_cache, partial, reduce
+from functools import lru_cache, partial, reduce
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from itertools import accumulate, chain, compress, groupby, islice, product, repeat, tee
@@ -1450,43 +1450,44 @@ class RateLimiter:
 
 
 # == Symbols ===================================================================
-# What the developer's tool has read from the symbols of a build: the function, file and line of each instruction,
-# inlined ones too. They come in pages, so that a look-up reads one of them.
+# The symbols of a build name the function, file and line of each instruction, inlined functions too. They are uploaded
+# and stored in pages, so that a look-up reads only one.
 
 SYMBOL_TABLES = """
-create table symbols (                     -- builds whose symbols are held, or on their way
+create table symbols (                     -- builds whose symbols are stored, at least in part
     uuid text primary key, binary_name text not null, arch text not null,
-    parts integer not null, received integer not null,  -- of its requests; 0 while they are being deleted
+    parts integer not null, received integer not null,  -- requests of its upload; 0 are received during a deletion
     size integer not null, rows integer not null,
-    uploaded_at integer not null           -- when the latest of its parts came
+    uploaded_at integer not null           -- when the latest part came
 ) without rowid;
-create table symbol_parts (                -- that have come, and what is stored of each
+create table symbol_parts (                -- the parts that were received
     uuid text not null, part integer not null, size integer not null, rows integer not null,
     primary key (uuid, part)) without rowid;
 create table symbol_pages (
-    uuid text not null, first integer not null,  -- its lowest offset
+    uuid text not null, first integer not null,  -- the lowest offset of the page
     part integer not null, page blob not null,   -- see encode_page
     primary key (uuid, first)) without rowid;
-create table group_aliases (               -- where the crashes of a group have moved
+create table group_aliases (               -- groups whose crashes have all moved to the group `target`
     app_id integer not null, group_hash text not null, target text not null,
     primary key (app_id, group_hash)) without rowid;
 create table regroupings (                 -- groups whose crashes may have to move
     app_id integer not null, group_hash text not null,
-    received_at integer not null, seq integer not null, target text not null,  -- of the last one that was looked at
+    received_at integer not null, seq integer not null,  -- of the last crash that was looked at
+    target text not null,                  -- where the last crash moved
     primary key (app_id, group_hash)) without rowid;
 """
-GROUPED_LOOKUPS = 20  # instructions that are looked up for the group of a crash: three names tell it
-SHOWN_LOOKUPS = 1000  # and for an answer; a look-up takes 0.3 ms
-CACHED_PAGES = 64  # of a transaction
+GROUPED_LOOKUPS = 20  # instructions to look up for the group of a crash, which three names decide
+SHOWN_LOOKUPS = 1000  # instructions to look up for an answer; each takes 0.3 ms
+CACHED_PAGES = 64  # in a transaction
 INLINE_DEPTH = 100  # functions at one instruction: its own, and those that it is inlined in
-MAX_PARTS = 4000  # requests that bring the symbols of a build
-MAX_PAGE_ROWS = 2000  # all of which a look-up reads
+MAX_PARTS = 4000  # requests of an upload
+MAX_PAGE_ROWS = 2000  # a look-up decodes all of them
 MAX_OFFSET = 1 << 40  # of an instruction, in bytes
-MAX_STEP = (1 << 31) - 1  # of an offset from row to row, and of a line
+MAX_INT32 = (1 << 31) - 1  # numbers of a page are stored in 32 bits
 
 
 class SymbolPart(NamedTuple):
-    """One of the requests that bring the symbols of a build."""
+    """One of the requests that upload the symbols of a build."""
 
     binary: str
     arch: str
@@ -1498,222 +1499,215 @@ class SymbolPart(NamedTuple):
 
 
 def parse_symbols(body: bytes) -> SymbolPart:
-    """A part of a build's symbols from a body of PUT /symbols. Checked completely, so that a look-up may trust what is
-    stored. Raises Refusal, whose detail says what is wrong where."""
-    given = decode_json(body)
+    """Reads a part of a build's symbols from the body of a request. Checks all of it, so that look-ups may trust what
+    is stored. Raises Refusal, whose detail says what is wrong and where."""
+    upload = decode_json(body)
     for name in ("binary", "arch"):
-        _require(_is_text(given.get(name), MAX_TEXT) and given[name],
+        _require(type(upload.get(name)) is str and 1 <= len(upload[name]) <= MAX_TEXT,
                  f"{name} is not text of 1 to {MAX_TEXT} characters")
-    _require(_are_within([given.get("parts")], 1, MAX_PARTS), f"parts is not from 1 to {MAX_PARTS}")
-    _require(_are_within([given.get("part")], 0, given["parts"] - 1), "part is not from 0 to parts - 1")
-    _require(type(given.get("pages")) is list and given["pages"], "pages is not a list of at least one page")
-    pages, after, total = [], -1, 0
-    for number, page in enumerate(given["pages"]):
-        _check_page(page, after, f"pages[{number}]: ")
+    _require(_are_integers([upload.get("parts")], 1, MAX_PARTS), f"parts is not from 1 to {MAX_PARTS}")
+    _require(_are_integers([upload.get("part")], 0, upload["parts"] - 1), "part is not from 0 to parts - 1")
+    _require(upload.get("pages") and type(upload["pages"]) is list, "pages is not a list of at least one page")
+    pages, last_offset, row_count = [], -1, 0
+    for number, page in enumerate(upload["pages"]):
+        _check_page(page, f"pages[{number}]: ", last_offset + 1)
         first, rows = page["first"], page["rows"]
-        after = first + sum(rows[::2])
-        total += len(rows) // 2
+        last_offset = first + sum(rows[::2])
+        row_count += len(rows) // 2
         pages.append((first, encode_page(page["strings"], page["frames"], rows)))
     size = sum(len(page) for _, page in pages)
-    return SymbolPart(given["binary"], given["arch"], given["part"], given["parts"], total, size, pages)
+    return SymbolPart(upload["binary"], upload["arch"], upload["part"], upload["parts"], row_count, size, pages)
 
 
-def _require(is_so: Any, problem: str) -> None:
-    if not is_so:
+def _require(condition: Any, problem: str) -> None:
+    if not condition:
         raise Refusal("invalid symbols", detail=problem)
 
 
-def _check_page(page: Any, after: int, place: str) -> None:
-    """Raises Refusal unless it is a page, as `encode_page` takes it, whose rows begin behind the offset `after`."""
+def _check_page(page: Any, place: str, lowest_offset: int) -> None:
+    """Raises Refusal unless `page` is what encode_page takes, and begins at `lowest_offset` or later."""
     _require(type(page) is dict, place + "it is not an object")
     for name in ("strings", "frames", "rows"):
         _require(type(page.get(name)) is list, f"{place}{name} is not a list")
     strings, frames, rows = page["strings"], page["frames"], page["rows"]
-    _require(all(_is_text(each, MAX_NAME) for each in strings),
+    _require(all(type(string) is str and len(string) <= MAX_NAME for string in strings),
              f"{place}strings has other than text of {MAX_NAME} characters")
     _require(len(frames) % 4 == 0, place + "frames is not quadruples of name, file, line and parent")
     _require(len(rows) % 2 == 0, place + "rows is not pairs of delta and frame")
     _require(1 <= len(rows) // 2 <= MAX_PAGE_ROWS, f"{place}it has not 1 to {MAX_PAGE_ROWS} rows")
     for what, values, low, high in (
-            ("first", [page.get("first")], after + 1, MAX_OFFSET),
+            ("first", [page.get("first")], lowest_offset, MAX_OFFSET),
             ("a name in frames", frames[0::4], 0, len(strings) - 1),
             ("a file in frames", frames[1::4], -1, len(strings) - 1),
-            ("a line in frames", frames[2::4], 0, MAX_STEP),
+            ("a line in frames", frames[2::4], 0, MAX_INT32),
             ("a parent in frames", frames[3::4], -1, len(frames) // 4 - 1),
             ("the first delta in rows", rows[:1], 0, 0),
-            ("a later delta in rows", rows[2::2], 1, MAX_STEP),
+            ("a later delta in rows", rows[2::2], 1, MAX_INT32),
             ("a frame in rows", rows[1::2], -1, len(frames) // 4 - 1)):
-        _require(_are_within(values, low, high), f"{place}{what} is not from {low} to {high}")
-    _require(all(map(lt, frames[3::4], range(len(frames)))), place + "a parent in frames stands behind its child")
+        _require(_are_integers(values, low, high), f"{place}{what} is not from {low} to {high}")
+    _require(all(map(lt, frames[3::4], range(len(frames)))), place + "a parent in frames comes after its child")
     _require(page["first"] + sum(rows[::2]) <= MAX_OFFSET, f"{place}rows has an offset above {MAX_OFFSET}")
 
 
-def _is_text(value: Any, length: int) -> bool:
-    return type(value) is str and len(value) <= length
-
-
-def _are_within(values: Sequence[Any], low: int, high: int) -> bool:
-    """Whether all are integers within these. By type first: True is an int."""
+def _are_integers(values: Sequence[Any], low: int, high: int) -> bool:
+    """Tells whether all values are integers from `low` to `high`. Compares types exactly, because True is an int."""
     return not values or {*map(type, values)} == {int} and low <= min(values) and max(values) <= high
 
 
 def encode_page(strings: Sequence[str], frames: Sequence[int], rows: Sequence[int]) -> bytes:
-    """A page as it is stored. `rows` are pairs: how far a row begins behind the one before it, and the index of its
-    frame, -1 for none. `frames` are quadruples: indexes of name and file in `strings`, -1 for no file; the line, 0 for
-    none; and the index of the frame that it is inlined in, -1 for none. Numbers are stored as they are in memory,
-    because a look-up in JSON takes three times as long."""
+    """Packs a page for the database. `rows` are pairs: the distance from the row before, in bytes, and the index of a
+    frame, or -1. `frames` are quadruples: the index of the name and of the file, or -1, in `strings`; the line, or 0;
+    and the index of the frame that this one is inlined in, or -1. Numbers are binary, because a look-up in JSON takes
+    three times as long."""
     numbers = struct.pack(f"<2I{len(frames)}i{len(rows)}i", len(frames), len(rows), *frames, *rows)
     return zlib.compress(numbers + _encode(strings).encode())
 
 
+Function = tuple[str, str, int]  # name, file or "", and line or 0
+
+
 class Symbols:
-    """The symbols that are held, as a transaction sees them."""
+    """The stored symbols, as one transaction sees them."""
 
     def __init__(self, db: Any):
         self._db = db
         self._held: dict[str, bool] = {}
-        self._found: dict[tuple[str, int], list[tuple[str, str, int]]] = {}
-
-    @cached_property
-    def _page(self) -> Callable[[str, int], _Page]:
-        # Of the connection, not of `self`: a cycle would keep the pages until the collector runs.
-        return lru_cache(maxsize=CACHED_PAGES)(partial(_decoded_page, self._db))
+        self._functions: dict[tuple[str, int], list[Function]] = {}  # by build and offset
+        # Bound to the connection, not to `self`: a reference cycle would keep the pages until the collector runs.
+        self._page = lru_cache(maxsize=CACHED_PAGES)(partial(_read_page, db))
 
     @property
     def lookups(self) -> int:
         """How many instructions were looked up."""
-        return len(self._found)
+        return len(self._functions)
 
     def is_held(self, uuid: str) -> bool:
-        """Whether all symbols of a build are here."""
+        """Tells whether all symbols of a build are stored."""
         if uuid not in self._held:
             self._held[uuid] = self._db.execute(
                 "select 1 from symbols where uuid = ? and received = parts", (uuid,)).fetchone() is not None
         return self._held[uuid]
 
     def can_name(self, images: str | None) -> bool:
-        """Whether the symbols of one of these builds are held."""
+        """Tells whether the symbols of any of these builds are stored."""
         return any(map(self.is_held, (images or "").split()))
 
-    def lookup(self, uuid: str, offset: int) -> list[tuple[str, str, int]]:
-        """Name, file and line of an instruction: first the innermost inlined function. "" and 0 are not known."""
-        if (uuid, offset) not in self._found:
-            first, = self._db.execute("select max(first) from symbol_pages where uuid = ? and first <= ?", (
-                uuid, min(offset, MAX_OFFSET))).fetchone() if self.is_held(uuid) else (None,)
-            self._found[uuid, offset] = [] if first is None else self._page(uuid, first).find(offset)
-        return self._found[uuid, offset]
+    def lookup(self, uuid: str, offset: int) -> list[Function]:
+        """The functions at an instruction, innermost first."""
+        if (uuid, offset) not in self._functions:
+            self._functions[uuid, offset] = list(self._look_up(uuid, offset)) if self.is_held(uuid) else []
+        return self._functions[uuid, offset]
+
+    def _look_up(self, uuid: str, offset: int) -> Iterator[Function]:
+        first, = self._db.execute("select max(first) from symbol_pages where uuid = ? and first <= ?",
+                                  (uuid, min(offset, MAX_OFFSET))).fetchone()
+        if first is None:
+            return
+        offsets, row_frames, frames, strings = self._page(uuid, first)
+        frame, depth = row_frames[bisect_right(offsets, offset) - 1], 0
+        while frame >= 0 and depth < INLINE_DEPTH:
+            name, file, line, frame = frames[4 * frame:4 * frame + 4]
+            yield strings[name], strings[file] if file >= 0 else "", line
+            depth += 1
 
     def named(self, frames: Iterable[JsonObject], lookups: int = GROUPED_LOOKUPS) -> Iterator[JsonObject]:
-        """The frames with the names, files and lines that the symbols give; an inlined one stands before the one that
-        it is in. Where nothing is known, or after so many look-ups, a frame is as it was."""
-        most, is_return = self.lookups + lookups, 0
+        """Symbolicates frames. Each becomes a frame for every function at its instruction, innermost first. A frame
+        stays as it is if its symbols are unknown, or after so many look-ups."""
+        max_lookups, is_return_address = self.lookups + lookups, False
         for frame in frames:
-            read, found = read_frame(frame), list[tuple[str, str, int]]()
+            read, functions = read_frame(frame), list[Function]()
             if read.uuid and read.offset is not None and not read.file and self.is_held(read.uuid):
-                key = read.uuid, max(0, read.offset - is_return)
-                found = self.lookup(*key) if key in self._found or self.lookups < most else []
-            if not found:
+                place = read.uuid, max(0, read.offset - int(is_return_address))  # which is behind the call
+                if place in self._functions or self.lookups < max_lookups:
+                    functions = self.lookup(*place)
+            if not functions:
                 yield frame
-            for left, (symbol, file, line) in enumerate(found, 1 - len(found)):
+            for number, (symbol, file, line) in enumerate(functions, 1):
                 yield {"in_app": True, **frame, "symbol": symbol, "file": file or None, "line": line or None,
-                       "symbolicated": True, **({"inlined": True} if left else {})}
-            is_return = is_return or int(frame.get("inlined") is not True)  # all but the innermost are return addresses
+                       "symbolicated": True, **({"inlined": True} if number < len(functions) else {})}
+            # All frames below the innermost function have return addresses.
+            is_return_address = is_return_address or frame.get("inlined") is not True
 
     def group(self, crash: Crash) -> Crash:
-        """The crash, in the group that its names give."""
+        """The crash, in the group that its symbolicated frames give."""
         if not self.can_name(crash.images):
             return crash
         frames = self.named(json.loads(crash.stack_trace))
         return crash._replace(group_hash=group_of(crash.exception_type, map(read_frame, frames)))
 
 
-class _Page(NamedTuple):
-    """What `encode_page` has encoded."""
-
-    begins: Sequence[int]  # offsets of its rows
-    rows: Sequence[int]    # the frame of each
-    frames: Sequence[int]
-    strings: Sequence[str]
-
-    def find(self, offset: int) -> list[tuple[str, str, int]]:
-        """As Symbols.lookup."""
-        frame, found = self.rows[bisect_right(self.begins, offset) - 1], list[tuple[str, str, int]]()
-        while frame >= 0 and len(found) < INLINE_DEPTH:
-            name, file, line, frame = self.frames[4 * frame:4 * frame + 4]
-            found.append((self.strings[name], self.strings[file] if file >= 0 else "", line))
-        return found
-
-
-def _decoded_page(db: Any, uuid: str, first: int) -> _Page:
+def _read_page(db: Any, uuid: str, first: int) -> tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[str]]:
+    """The offset and the frame of each row of a page, its frames and its strings: what encode_page has packed."""
     page, = db.execute("select page from symbol_pages where uuid = ? and first = ?", (uuid, first)).fetchone()
-    plain = zlib.decompress(page)
-    sizes = struct.unpack_from("<2I", plain)
-    numbers = struct.unpack_from(f"<{sum(sizes)}i", plain, 8)
-    rows = numbers[sizes[0]:]
-    return _Page(list(accumulate(rows[::2], initial=first))[1:], rows[1::2], numbers[:sizes[0]],
-                 json.loads(plain[8 + 4 * sum(sizes):]))
+    data = zlib.decompress(page)
+    frame_numbers, row_numbers = struct.unpack_from("<2I", data)
+    numbers = struct.unpack_from(f"<{frame_numbers + row_numbers}i", data, 8)
+    frames, rows = numbers[:frame_numbers], numbers[frame_numbers:]
+    offsets = list(accumulate(rows[2::2], initial=first))
+    return offsets, rows[1::2], frames, json.loads(data[8 + 4 * len(numbers):])
 
 
 # == Triage ====================================================================
-# What somebody has decided about a group, how a crash undoes that, and the facts worth telling. All of it is written in
-# the transaction of the crash.
+# What people decide about a group, how a new crash undoes it, and the facts that are worth an alert. All of it is
+# written in the transaction that stores the crash.
 
 TRIAGE_TABLES = """
 create table triage (                      -- groups that somebody has decided about; outlives their crashes
     app_id integer not null, group_hash text not null,
     state text not null,                   -- 'open', 'resolved' or 'muted'
     changed_at integer not null, fixed_in text,  -- a version, perhaps with its build: 1.3.0 (48)
-    until integer, crashes_left integer, devices_left integer,  -- what a mute lasts for; null: is no condition
+    until integer, crashes_left integer, devices_left integer,  -- when a mute ends; null: not by this
     regressed_at integer, primary key (app_id, group_hash)) without rowid;
 create table group_history (
     app_id integer not null, group_hash text not null, entry integer not null,  -- 1, 2, 3
     at integer not null, what text not null, detail text, primary key (app_id, group_hash, entry)) without rowid;
-create table facts (                       -- to be told to channels, the oldest first; detail is JSON
+create table facts (                       -- to be sent to channels, the oldest first; detail is JSON
     id integer primary key autoincrement, app_id integer not null, at integer not null, kind text not null,
     group_hash text, detail text not null);
 create table channels (
     id integer primary key autoincrement, url text not null, secret text not null,
     app_id integer,                        -- null: all live apps
-    kinds text not null,                   -- of facts, divided by commas
+    kinds text not null,                   -- of facts, separated by commas
     with_reason integer not null default 0, digest_at integer,  -- when the next digest is due
-    created_at integer not null, last_fact integer not null,  -- up to which facts are in messages
+    created_at integer not null, last_fact integer not null,  -- the last fact that is in a message
     ended_at integer, error text, error_at integer, sent_at integer);
-create table messages (                    -- waiting, and those of the last hour; id is the webhook-id
+create table messages (                    -- those that wait, and those of the last hour; id is the webhook-id
     id text primary key, channel_id integer not null, created_at integer not null, body text not null,  -- JSON
-    tries integer not null default 0, taken_until integer not null default 0,  -- nobody else sends it before
-    due_at integer                         -- null: it was sent, or given up
+    tries integer not null default 0, taken_until integer not null default 0,  -- no other process sends it before
+    due_at integer                         -- null: it was sent, or has failed for good
 ) without rowid;
 create index messages_by_time on messages (channel_id, created_at);
 """
-FACT_KINDS = {  # and whether a channel that does not choose is told of it
+FACT_KINDS = {  # each with whether a channel gets it by default
     "crash.new": True, "crash.regressed": True, "crash.unmuted": True, "crash.spread": False,
     "release.worse": False, "digest": False}
-STATES = {"open": "opened", "resolved": "resolved", "muted": "muted"}  # and what the history says of a change to it
-CONDITIONS = {  # the state that each belongs to, its column, and what the history says of it
+STATES = {"open": "opened", "resolved": "resolved", "muted": "muted"}  # each with its verb in the history
+CONDITIONS = {  # each with the state that it belongs to, its column, and its text in the history
     "fixed_in": ("resolved", "fixed_in", "in {}"), "until": ("muted", "until", "until {}"),
     "more_crashes": ("muted", "crashes_left", "for {} more crashes"),
     "more_devices": ("muted", "devices_left", "for {} more devices")}
 TRIAGE_FIELDS = ("state", *CONDITIONS, "comment")  # of a PATCH
-MAX_HISTORY, MAX_COMMENT = 100, 5000  # entries of a group, the latest, and characters of one
-SPREAD = (10, 100, 1000)  # devices of a group that are worth telling
+MAX_HISTORY = 100  # entries that are kept of a group
+MAX_COMMENT = 5000  # characters
+SPREAD_BOUNDS = (10, 100, 1000)  # a group that reaches so many devices is a fact
 Decision = namedtuple("Decision", "state changed_at fixed_in until crashes_left devices_left regressed_at",
                       defaults=(None, None, None, None, None))  # a row of triage
 
 
-def parse_triage(given: JsonObject, now: int) -> JsonObject:
-    """The fields of a PATCH of a group, with times in milliseconds. Raises Refusal, also for an unknown field: a typo
-    must not silently do nothing."""
-    if unknown := [name for name in given if name not in TRIAGE_FIELDS]:
+def parse_triage(fields: JsonObject, now: int) -> JsonObject:
+    """Reads the fields of a PATCH of a group; times become milliseconds. Raises Refusal, also for an unknown field: a
+    typo must not be ignored in silence."""
+    if unknown := [name for name in fields if name not in TRIAGE_FIELDS]:
         raise Refusal("invalid field", detail=f"{unknown[0][:MAX_TEXT]!r} is none of {', '.join(TRIAGE_FIELDS)}")
-    if not given:
+    if not fields:
         raise Refusal("missing state", detail=f"there is none of {', '.join(TRIAGE_FIELDS)}")
-    found = {}
-    for name, value in given.items():
+    changes = {}
+    for name, value in fields.items():
         try:
-            found[name] = None if value is None and name in CONDITIONS else _triage_value(name, value, now)
+            changes[name] = None if value is None and name in CONDITIONS else _triage_value(name, value, now)
         except ValueError as error:
             raise Refusal(f"invalid {name}", detail=f"{name} {error}") from None
-    return found
+    return changes
 
 
 def _triage_value(name: str, value: Any, now: int) -> Any:
@@ -1727,62 +1721,64 @@ def _triage_value(name: str, value: Any, now: int) -> Any:
         raise ValueError("is no text")
     if name != "until":
         return value.strip()[:MAX_TEXT if name == "fixed_in" else MAX_COMMENT]
-    at = parse_occurred_at(value)
-    if at <= now:
+    until = parse_occurred_at(value)
+    if until <= now:
         raise ValueError("is over")
-    return at
+    return until
 
 
 def decide(db: Any, app_id: int, group_hash: str, changes: JsonObject, now: int) -> None:
-    """Writes what parse_triage has read. Raises Refusal for a condition of another state than the group's."""
-    before = after = _decision(db, app_id, group_hash) or Decision("open", now)
+    """Changes a group as parse_triage has read it. Raises Refusal for a condition that belongs to another state."""
+    before = after = _read_decision(db, app_id, group_hash) or Decision("open", now)
     state = changes.get("state", before.state)
-    conditions = {name: changes[name] for name in CONDITIONS if name in changes}
-    for name, value in conditions.items():
-        if value is not None and CONDITIONS[name][0] != state:
-            raise Refusal(f"invalid {name}", detail=f'it goes with "state": "{CONDITIONS[name][0]}"')
+    conditions, texts = {}, []
+    for name, (state_of_condition, column, text) in CONDITIONS.items():
+        value = changes.get(name)
+        if value is not None and state != state_of_condition:
+            raise Refusal(f"invalid {name}", detail=f'it goes with "state": "{state_of_condition}"')
+        if value is not None:
+            texts.append(text.format(iso_time(value) if name == "until" else value))
+        if name in changes:
+            conditions[column] = value
     if "state" in changes:
-        after = Decision(state, now, regressed_at=None if state == "resolved" else after.regressed_at)
+        after = Decision(state, now, regressed_at=None if state == "resolved" else before.regressed_at)
     if "state" in changes or conditions:
-        after = after._replace(changed_at=now, **{CONDITIONS[name][1]: each for name, each in conditions.items()})
+        after = after._replace(changed_at=now, **conditions)
         if state != "open" or before.state != "open":
-            texts = [CONDITIONS[name][2].format(iso_time(value) if name == "until" else value)
-                     for name, value in conditions.items() if value is not None]
             _add_history(db, app_id, group_hash, now, STATES[state], " or ".join(texts) or None)
     _write_decision(db, app_id, group_hash, after)
     if "comment" in changes:
         _add_history(db, app_id, group_hash, now, "commented", changes["comment"])
 
 
-def _decision(db: Any, app_id: int, group_hash: str) -> Decision | None:
+def _read_decision(db: Any, app_id: int, group_hash: str) -> Decision | None:
     row = db.execute(f"select {', '.join(Decision._fields)} from triage where app_id = ? and group_hash = ?",
                      (app_id, group_hash)).fetchone()
     return Decision(*row) if row else None
 
 
 def _write_decision(db: Any, app_id: int, group_hash: str, decision: Decision) -> None:
-    db.execute("delete from triage where app_id = ? and group_hash = ?", (app_id, group_hash))
-    write_rows(db, f"insert into triage (app_id, group_hash, {', '.join(Decision._fields)}) values *",
-               [(app_id, group_hash, *decision)])
+    upsert(db, "triage", [(app_id, group_hash, *decision)],
+           ", ".join(f"{column} = excluded.{column}" for column in Decision._fields))
 
 
 def _add_history(db: Any, app_id: int, group_hash: str, at: int, what: str, detail: str | None) -> None:
-    """Adds an entry. Beyond MAX_HISTORY, the oldest one goes."""
+    """Adds an entry, and deletes the oldest one beyond MAX_HISTORY."""
     last, = db.execute("select coalesce(max(entry), 0) from group_history where app_id = ? and group_hash = ?",
                        (app_id, group_hash)).fetchone()
-    write_rows(db, "insert into group_history values *", [(app_id, group_hash, last + 1, at, what, detail)])
+    db.execute("insert into group_history values (?, ?, ?, ?, ?, ?)", (app_id, group_hash, last + 1, at, what, detail))
     db.execute("delete from group_history where app_id = ? and group_hash = ? and entry <= ?",
                (app_id, group_hash, last + 1 - MAX_HISTORY))
 
 
 def move_triage(db: Any, app_id: int, group_hash: str, target: str) -> None:
-    """Moves state and history of a group to the one that has its crashes now. A state that is there already stays."""
-    of_both, both = "app_id = ? and group_hash in (?, ?)", (app_id, group_hash, target)
-    entries = db.execute(f"select at, what, detail from group_history where {of_both} order by at, group_hash, entry",
+    """Moves the decision and the history of a group to the group `target`. A decision about the target stays."""
+    in_both, both = "app_id = ? and group_hash in (?, ?)", (app_id, group_hash, target)
+    entries = db.execute(f"select at, what, detail from group_history where {in_both} order by at, group_hash, entry",
                          both).fetchall()[-MAX_HISTORY:]
-    decision = _decision(db, app_id, target) or _decision(db, app_id, group_hash)
+    decision = _read_decision(db, app_id, target) or _read_decision(db, app_id, group_hash)
     for table in ("group_history", "triage"):
-        db.execute(f"delete from {table} where {of_both}", both)
+        db.execute(f"delete from {table} where {in_both}", both)
     write_rows(db, "insert into group_history values *",
                [(app_id, target, number, *entry) for number, entry in enumerate(entries, 1)])
     if decision:
@@ -1795,57 +1791,61 @@ def with_build(version: str | None, build: str | None) -> str:
 
 
 def _split_build(text: str) -> tuple[str, str]:
-    """The version and the build of 1.3.0 (48)."""
+    """The version and the build of 1.3.0 (48), or "" for the build."""
     match = re.fullmatch(r"(.*[^ ]) *\(([^()]+)\)", text)
     return (match[1], match[2]) if match else (text, "")
 
 
-def _has_reached(version: str, build: str, fixed_in: str) -> bool | None:
-    """Whether a version and build is that of a fix, or a later one. None where they cannot be compared."""
+def _has_fix(version: str, build: str, fixed_in: str) -> bool | None:
+    """Tells whether a version and build is the one with the fix, or a later one. None: they cannot be compared."""
     fixed_version, fixed_build = _split_build(fixed_in)
-    ours, theirs = version_key(version), version_key(fixed_version)
-    if version == fixed_version or ours[0] and ours == theirs:
+    key, fixed_key = version_key(version), version_key(fixed_version)
+    if version == fixed_version or key[0] and key == fixed_key:
         if fixed_build in ("", build):
             return True
-        ours, theirs = version_key(build), version_key(fixed_build)
-    return ours > theirs if ours[0] and theirs[0] else None
+        key, fixed_key = version_key(build), version_key(fixed_build)
+    return key > fixed_key if key[0] and fixed_key[0] else None
 
 
 def _first_seen(db: Any, app_id: int, version: str, build: str) -> int | None:
-    """When a version and build, or without a build the version, was first in any report here. Events name no build:
-    they are taken for the first build of their version that a crash names."""
+    """When a build, or a version if `build` is "", was first seen in a report. Events name no build: they count for the
+    first build of their version that a crash names."""
     builds = dict(db.execute("select build_number, first_seen from builds where app_id = ? and app_version = ?",
                              (app_id, version)).fetchall())
-    first = min(filter(None, builds), key=builds.__getitem__, default="")
-    return min(builds.values(), default=None) if build in ("", first) else builds.get(build)
+    first_build = min(filter(None, builds), key=builds.__getitem__, default="")
+    return min(builds.values(), default=None) if build in ("", first_build) else builds.get(build)
 
 
-def _regresses(db: Any, decision: Decision, crash: Any) -> bool:
-    """Whether a crash shows that a resolved group is not fixed. Old builds that still crash do not."""
+def _is_regression(db: Any, decision: Decision, crash: Any) -> bool:
+    """Tells whether a crash shows that a resolved group is not fixed. An old build that still crashes does not."""
     app_id, build, since = crash.app_id, crash.build_number or "", decision.changed_at + 1
-    if not crash.app_version:  # which says nothing, unless the app has no versions
+    if not crash.app_version:  # tells nothing, unless the app has no versions
         return crash.at >= since and not db.execute("select 1 from releases where app_id = ?", (app_id,)).fetchone()
-    # As it was sent: in the figures it may be one of the others.
+    # The version that was sent: the crash may count under "(other)".
     version, = db.execute("select app_version from crashes where seq = ?", (crash.seq,)).fetchone()
     if decision.fixed_in:
-        name, number = _split_build(version)
-        if (reached := _has_reached(name, build or number, decision.fixed_in)) is not None:
-            return reached
+        version_alone, build_in_version = _split_build(version)
+        has_fix = _has_fix(version_alone, build_in_version or build, decision.fixed_in)
+        if has_fix is not None:
+            return has_fix
         since = _first_seen(db, app_id, *_split_build(decision.fixed_in)) or MAX_NUMBER
     seen = _first_seen(db, app_id, version, build)
-    if seen is None:  # one of too many builds, or of too many versions
+    if seen is None:  # the build is beyond MAX_BUILDS_OF_APP, or its version is not counted
         seen, = db.execute("select coalesce(max(first_seen), 0) from releases where app_id = ? and app_version = ?",
                            (app_id, version)).fetchone()
     return bool(seen >= since)
 
 
-def _undoing(db: Any, now: int, decision: Decision, crashes: Sequence[Any], devices: int) -> tuple[str, Any] | None:
-    """What becomes of a group that is not open, `regressed` or `unmuted`, and the new crash that did it. `devices`
-    counts those that are new to the group. None: it stays."""
+def _reopening(db: Any, now: int, decision: Decision, crashes: Sequence[Any], devices: int) -> tuple[str, Any] | None:
+    """Tells why new crashes reopen a resolved or muted group, `regressed` or `unmuted`, and which of them does. None:
+    they do not. `devices` counts those that are new to the group."""
     if decision.state == "resolved":
-        first = {(each.app_version, each.build_number, each.at > decision.changed_at): each
-                 for each in reversed(crashes)}
-        return next((("regressed", each) for each in sorted(first.values()) if _regresses(db, decision, each)), None)
+        first_of_build = {(crash.app_version, crash.build_number, crash.at > decision.changed_at): crash
+                          for crash in reversed(crashes)}
+        for crash in sorted(first_of_build.values()):
+            if _is_regression(db, decision, crash):
+                return "regressed", crash
+        return None
     if decision.until is not None and now > decision.until:
         return "unmuted", crashes[0]
     if decision.crashes_left is not None and decision.crashes_left <= len(crashes):
@@ -1856,44 +1856,46 @@ def _undoing(db: Any, now: int, decision: Decision, crashes: Sequence[Any], devi
 
 
 def see_crashes(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], are_moved: bool = False) -> None:
-    """Undoes the decisions that crashes just stored speak against, and notes the facts that they make. A test app has
-    neither. Crashes that moved here from another group may be a regression, but are no news and end no mute."""
+    """Reopens groups because of crashes that were just stored, and notes the facts about them; not for test apps.
+    Crashes that moved here from another group may be a regression, but they are not new and end no mute."""
     groups: dict[tuple[int, str], list[Any]] = defaultdict(list)
     for crash in crashes:
         groups[crash.app_id, crash.group_hash].append(crash)
-    fresh, accepted = rollups.figures[Groups].devices, rollups.names.accepted
-    for app_id, group_hash, total, devices, exception_type, place, *triage in rows_of(db, f"""
+    devices_of, accepted = rollups.figures[Groups].devices, rollups.names.accepted
+    for app_id, group_hash, crash_count, device_count, exception_type, place, *triage in rows_of(db, f"""
             select column1, column2, crashes, devices, exception_type, coalesce(place, ''),
                 {", ".join(Decision._fields)}
             from (values *) as keys
             cross join apps on apps.id = column1 and is_test = 0
             cross join groups on groups.app_id = column1 and groups.group_hash = column2
             left join triage on triage.app_id = column1 and triage.group_hash = column2
-            where column3 > 0 or state <> 'open'""", [  # of the others, there is nothing to say
-                (*key, int(fresh[key] > 0 or (key[0], "group_hash", key[1]) in accepted)) for key in groups]):
-        decision, seen, new = Decision(*triage), groups[app_id, group_hash], fresh[app_id, group_hash]
+            where column3 > 0 or state <> 'open'""", [  # nothing can happen to other groups
+                (*key, int(devices_of[key] > 0 or (key[0], "group_hash", key[1]) in accepted)) for key in groups]):
+        decision, stored, new_devices = Decision(*triage), groups[app_id, group_hash], devices_of[app_id, group_hash]
         facts = []
         if decision.state == "resolved" or decision.state == "muted" and not are_moved:
-            if not (undoing := _undoing(db, now, decision, seen, new)):
+            reopening = _reopening(db, now, decision, stored, new_devices)
+            if not reopening:
                 if decision.crashes_left or decision.devices_left:
                     db.execute("""
                         update triage set crashes_left = crashes_left - ?, devices_left = devices_left - ?
-                        where app_id = ? and group_hash = ?""", (len(seen), new, app_id, group_hash))
+                        where app_id = ? and group_hash = ?""", (len(stored), new_devices, app_id, group_hash))
                 continue
-            _reopen(db, now, decision, *undoing)
-            facts.append(undoing)
+            _reopen(db, now, decision, *reopening)
+            facts.append(reopening)
         elif not decision.state and (app_id, "group_hash", group_hash) in accepted:
-            facts.append(("new", seen[0]))
-        if group_hash != OTHER and not are_moved and any(devices - new < bound <= devices for bound in SPREAD):
-            facts.append(("spread", seen[-1]))
+            facts.append(("new", stored[0]))
+        has_spread = any(device_count - new_devices < bound <= device_count for bound in SPREAD_BOUNDS)
+        if has_spread and group_hash != OTHER and not are_moved:
+            facts.append(("spread", stored[-1]))
         for what, crash in facts:
             note_fact(db, "crash." + what, app_id, now, group_hash, exception_type=exception_type, place=place,
-                      app_version=crash.app_version, build_number=crash.build_number, crashes=total, devices=devices,
-                      fixed_in=decision.fixed_in if what == "regressed" else None)
+                      app_version=crash.app_version, build_number=crash.build_number, crashes=crash_count,
+                      devices=device_count, fixed_in=decision.fixed_in if what == "regressed" else None)
 
 
 def _reopen(db: Any, now: int, decision: Decision, what: str, crash: Any) -> None:
-    """Opens a group again, with the crash that did it in its history."""
+    """Opens a group again, and names the crash that did it in its history."""
     after = Decision("open", now, decision.fixed_in, regressed_at=now if what == "regressed" else decision.regressed_at)
     _write_decision(db, crash.app_id, crash.group_hash, after)
     version = f" in {with_build(crash.app_version, crash.build_number)}" if crash.app_version else ""
@@ -1901,7 +1903,7 @@ def _reopen(db: Any, now: int, decision: Decision, what: str, crash: Any) -> Non
 
 
 def note_fact(db: Any, kind: str, app_id: int, at: int, group_hash: str | None, **detail: Any) -> None:
-    """Writes a fact in the current transaction, if there is a channel to tell."""
+    """Writes a fact in the current transaction, if there is a channel for it."""
     db.execute("""
         insert into facts (app_id, at, kind, group_hash, detail) select ?, ?, ?, ?, ?
         where exists (select 1 from channels where ended_at is null)

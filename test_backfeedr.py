@@ -1859,7 +1859,7 @@ BAD_PARTS = [  # what is wrong, and parts in which it is
               for each in (*ODD_INTEGERS, low - 1, high + 1, 1 << 64)])
             for place, (column, low, high) in enumerate([
                 ("name", 0, 2), ("file", -1, 2), ("line", 0, (1 << 31) - 1), ("parent", -1, 0)])),
-          ("a parent in frames stands behind its child", "frames", (
+          ("a parent in frames comes after its child", "frames", (
               [0, -1, 0, 0], [0, -1, 0, -1, 0, -1, 0, 1], [0, -1, 0, 1, 0, -1, 0, -1])),
           ("rows is not pairs of delta and frame", "rows", ([0], [0, 0, 1])),
           ("it has not 1 to 2000 rows", "rows", ([], [0, -1] + [1, -1] * 2000)),
@@ -2638,8 +2638,8 @@ def test_nothing_is_told_of_the_group_of_what_is_beyond_the_days_limit(told, mon
 
 
 def test_a_spread_is_told_once_at_each_bound_and_not_of_a_muted_group(told, monkeypatch):
-    assert backfeedr.SPREAD == (10, 100, 1000)
-    monkeypatch.setattr(backfeedr, "SPREAD", (3, 6, 9))
+    assert backfeedr.SPREAD_BOUNDS == (10, 100, 1000)
+    monkeypatch.setattr(backfeedr, "SPREAD_BOUNDS", (3, 6, 9))
 
     def send(*devices):
         told.server.store.add(KEY_HASH, [parse_crash({**CRASH, "device_id_hash": f"d{n}"}) for n in devices])
