@@ -90,7 +90,7 @@ from functools import lru_cache, partial, reduce
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from itertools import accumulate, chain, compress, groupby, islice, product, repeat, tee
-from operator import add, attrgetter, itemgetter, lt, sub
+from operator import add, attrgetter, floordiv, itemgetter, lt, sub
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, BinaryIO, Callable, NamedTuple, Optional, TextIO, Union
@@ -1911,30 +1911,31 @@ def note_fact(db: Any, kind: str, app_id: int, at: int, group_hash: str | None, 
 
 
 # == Figures ===================================================================
-# What the server counts. A figure is a class: its tables, how reports count in it, and the questions it answers.
-# Reports count by 1 when they are stored and by -1 when a device is forgotten, in the transaction that changes their
-# rows, so a sum always equals a count over the rows. When reports expire, sums that last stay as they are; all else
-# describes what is kept. `check` counts everything again.
+# What the server counts. Each figure is a class: its tables, how reports count in it, and the questions it answers. A
+# report counts by 1 when it is stored and by -1 when its device is forgotten, in the same transaction, so each sum
+# equals a count over the rows. When reports expire, lasting sums stay as they are; everything else describes the
+# reports that are kept. `check` counts everything again.
 
 ALL_DAYS = -1_000_000  # the `day` of a label's sum over all days
 WEEK = 7               # days of the overview, ending today
-DURATION_DAYS = 400    # days that durations are kept: a year, and some
-DEVICE_DAYS = 400      # a report that occurred more days before its receipt counts no device
-HOURS_KEPT = 48        # hours for which the devices last seen in each are kept
+DURATION_DAYS = 400    # days for which durations are kept: a year, and some more
+DEVICE_DAYS = 400      # a report that occurred more days than this before its receipt counts no device
+HOURS_KEPT = 48        # hours for which device_hours are kept
 NAME_DAYS = KEY_DAYS = 90
-HEALTH_DAYS = 90       # of a release's age in which it is compared with the one before it
+HEALTH_DAYS = 90       # the age up to which a release is compared with the one before it
 TRIMMED = 1000         # rows that one step of `trim` deletes from a table
 MAX_RELEASES, MAX_BUILDS_OF_APP = 1000, 2000
-MAX_ANSWER = 60_000    # bytes of JSON that the rows of a public answer may take: all of it stays below 64 kB
+MAX_ANSWER = 60_000    # bytes of JSON for the rows of a public answer, so that the whole answer stays below 64 kB
 
-OTHER = "(other)"      # stands for names beyond these limits, which hold for an app and a UTC day
+OTHER = "(other)"      # stands for new names beyond these limits, which are per app and UTC day
 NEW_NAMES = {"group_hash": 500, "exception_type": 200, "device_model": 200, "app_version": 100, "name": 200}
-FLAGS = {"exception_type": 1, "device_model": 2, "app_version": 4, "name": 8}  # bits of `other`: it counts as (other)
+FLAGS = {"exception_type": 1, "device_model": 2, "app_version": 4, "name": 8}  # bits of the column `other`
 
-# Of the app that is asked for, or of all live ones.
+# The app that was asked for, or all live ones.
 APPS = "app_id in (select id from apps where id = :app or :app is null and is_test = 0)"
+SESSION_TYPES = {"session_start", "session_end"}  # of events
 
-Row = tuple[Any, ...]  # of a row, or all of it
+Row = tuple[Any, ...]  # a row of the database, or a part of it
 TABLES: dict[type, str] = {Crash: "crashes", Event: "events"}
 COUNTED: dict[type, Any] = {  # a report as the figures see it; `at` is the time at which it counts
     Crash: namedtuple("CountedCrash", "seq app_id received_at at sent_type app_version build_number device_id_hash"
@@ -1944,7 +1945,7 @@ COUNTED: dict[type, Any] = {  # a report as the figures see it; `at` is the time
 
 
 def counted_rows(db: Any, kind: type, source: str, parameters: Any = ()) -> list[Any]:
-    """The counted reports of stored ones; `source` is all of a query that follows its columns."""
+    """Reads stored reports as the figures see them, without stack traces. `source` is the query from `from` on."""
     columns = {"at": COUNTED_AT, "sent_type": "exception_type", "stack_trace": "null", **{
         name: f"case when (other & {flag}) > 0 then '{OTHER}' else {name} end" for name, flag in FLAGS.items()}}
     query = f"select {', '.join(columns.get(name, name) for name in COUNTED[kind]._fields)} {source}"
@@ -1954,22 +1955,21 @@ def counted_rows(db: Any, kind: type, source: str, parameters: Any = ()) -> list
 
 def counted(kind: type, app_id: int, seqs: Sequence[int], received: Sequence[int], ahead: Sequence[int],
             flags: Sequence[int], reports: Reports) -> list[Any]:
-    """The counted reports of reports that are about to be stored."""
-    types = list(map(attrgetter("exception_type" if kind is Crash else "type"), reports))  # as they were sent
+    """Turns reports that are about to be stored into what the figures see of them."""
+    sent_types = list(map(attrgetter("exception_type" if kind is Crash else "type"), reports))
     if any(flags):
-        reports = [report._replace(**{name: OTHER for name, flag in FLAGS.items() if flag & given})
-                   for report, given in zip(reports, flags)]
-    clocks = list(zip(map(attrgetter("occurred_at"), reports), received, ahead))
-    at = {each: counted_at(*each) for each in set(clocks)}  # a batch has few different ones
+        reports = [report._replace(**{name: OTHER for name, flag in FLAGS.items() if flag & bits})
+                   for report, bits in zip(reports, flags)]
+    times = list(zip(map(attrgetter("occurred_at"), reports), received, ahead))
+    at = {each: counted_at(*each) for each in set(times)}  # a batch has few different ones
     columns = [map(attrgetter(name), reports) for name in COUNTED[kind]._fields[5:]]
-    make = partial(tuple.__new__, COUNTED[kind])  # as _make, in a third of the time
-    return list(map(make, zip(seqs, repeat(app_id), received, map(at.__getitem__, clocks), types, *columns)))
+    make = partial(tuple.__new__, COUNTED[kind])  # like _make, in a third of the time
+    return list(map(make, zip(seqs, repeat(app_id), received, map(at.__getitem__, times), sent_types, *columns)))
 
 
 class Sums:
-    """A table of sums: its key beside app_id, and its columns of sums. `window` is for how many days, or hours, its
-    rows are kept by their `day` or `hour`; 0: for ever. `lasts` is whether its sums stay as they are when reports
-    expire."""
+    """A table of sums: the columns of its key after app_id, and its sums. `window`: for how many days or hours, by its
+    `day` or `hour`, a row is kept; 0 is for ever. `lasts`: sums stay as they are when reports expire."""
 
     def __init__(self, key: str, columns: str, window: int = 0, lasts: bool = True):
         self.key, self.columns, self.window, self.lasts = key.split(), columns.split(), window, lasts
@@ -1982,20 +1982,20 @@ class Sums:
                 f"    primary key (app_id, {', '.join(self.key)})) without rowid;\n")
 
 
-def per_day(db: Any, app: int | None, days: range, table: str, *columns: str) -> dict[str, list[int]]:
-    """Sums of a table with a row a day, as a list for each column."""
-    rows = {day: row for day, *row in db.execute(f"""
+def per_day(db: Any, app: int | None, days: range, table: str, *columns: str) -> JsonObject:
+    """The sums of a table with a row per day: by column, one for each of these days."""
+    rows = {day: sums for day, *sums in db.execute(f"""
         select day, {", ".join(f"sum({column})" for column in columns)} from {table}
         where {APPS} and day between :first and :last
         group by day""", {"app": app, "first": days[0], "last": days[-1]})}
-    empty = [0] * len(columns)
-    return {column: [rows.get(day, empty)[n] for day in days] for n, column in enumerate(columns)}
+    zeros = [0] * len(columns)
+    return {column: [rows.get(day, zeros)[n] for day in days] for n, column in enumerate(columns)}
 
 
 class Figure:
     """One figure in one transaction."""
 
-    TABLES = ""  # what describes the reports that are kept
+    TABLES = ""  # those that describe the reports that are kept
     SUMS: Mapping[str, Sums] = {}
     COUNTS: tuple[type, ...] = (Crash,)  # the kinds of reports that count in it
 
@@ -2003,51 +2003,54 @@ class Figure:
         self._db, self._now, self._add = rollups.db, rollups.now, rollups.add
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        """Counts reports whose rows are about to be inserted (by 1), or have just been deleted (by -1)."""
+        """Counts reports that are about to be inserted (by 1), or were just deleted (by -1)."""
 
     def expire(self, kind: type, reports: Sequence[Any]) -> None:
-        """Takes out reports whose rows have expired; sums that last do not change meanwhile."""
+        """Takes out reports that were deleted because they expired. Lasting sums do not change meanwhile."""
         self.count(kind, reports, -1)
 
     def save(self) -> None:
-        """Writes what has changed but the sums, which are written afterwards."""
+        """Writes all changes but those of sums, which are written afterwards."""
 
 
-class Entities:
-    """Rows of a table of which a transaction learns more: they are read, merged and written together. `kind` is a
-    named tuple of the columns beside the key, and has `merged`."""
+class MergedRows:
+    """Rows of a table that a transaction learns more about. They are read, merged and written together. `kind` is a
+    named tuple of the columns after the key, with a method `merged`."""
 
     def __init__(self, table: str, kind: Any):
         self._table, self._kind = table, kind
-        self.seen: dict[Row, Any] = {}
+        self.learned: dict[Row, Any] = {}  # by key
 
-    def see(self, key: Row, row: Any) -> None:
-        """Adds what is known of a row."""
-        self.seen[key] = self.seen[key].merged(row) if key in self.seen else row
+    def learn(self, key: Row, row: Any) -> None:
+        """Adds what one report says about a row."""
+        self.learned[key] = self.learned[key].merged(row) if key in self.learned else row
 
     def stored(self, db: Any, keys: Iterable[Row]) -> dict[Row, Any]:
-        """The rows with these keys."""
-        names = KEYS[self._table]
-        return {row[:len(names)]: self._kind(*row[len(names):]) for row in rows_of(db, f"""
+        """The stored rows with these keys."""
+        columns = KEYS[self._table]
+        return {row[:len(columns)]: self._kind(*row[len(columns):]) for row in rows_of(db, f"""
             select {self._table}.* from (values *) as keys
-            cross join {self._table} on {" and ".join(f"{name} = column{n}" for n, name in enumerate(names, 1))}
+            cross join {self._table} on {" and ".join(f"{name} = column{n}" for n, name in enumerate(columns, 1))}
             """, list(keys))}
 
     def save(self, db: Any) -> list[tuple[Row, Any, Any]]:
-        """Writes what is new. Returns each key with its row before, None for none, and after."""
-        stored = self.stored(db, self.seen)
+        """Writes the rows that change. Returns each key with its row before, or None, and after."""
+        stored = self.stored(db, self.learned)
         rows = [(key, stored.get(key), stored[key].merged(row) if key in stored else row)
-                for key, row in self.seen.items()]
+                for key, row in self.learned.items()]
         upsert(db, self._table, [(*key, *after) for key, before, after in rows if after != before],
                ", ".join(f"{column} = excluded.{column}" for column in self._kind._fields))
         return rows
 
 
+Name = tuple[int, str, str]  # app_id, field, name
+
+
 class NewNames:
-    """Decides which names count by themselves: anyone who has a key can invent names without end."""
+    """Decides which new names are counted by themselves: anyone who has a key can invent names without end."""
 
     TABLES = """
-create table new_names (                   -- of an app and a UTC day
+create table new_names (                   -- how many were new on a UTC day
     app_id integer not null, day integer not null, field text not null, names integer not null,
     primary key (app_id, day, field)) without rowid;
 """
@@ -2056,72 +2059,69 @@ create table new_names (                   -- of an app and a UTC day
 
     def __init__(self, db: Any):
         self._db = db
-        self.accepted: set[tuple[int, str, str]] = set()  # app_id, field, name; new in this transaction
+        self.accepted: set[Name] = set()  # that are new in this transaction
 
     def limit(self, app_id: int, received: Sequence[int], reports: Sequence[Any]) -> tuple[Sequence[int], Reports]:
-        """The `other` of each report, and the reports with the group under which they are stored."""
+        """Returns the column `other` of the reports, and the reports, in the group `(other)` if theirs is refused."""
         fields = self.FIELDS[type(reports[0])]
-        days: dict[tuple[int, str, str], int] = {}  # on which each name was first received
+        days: dict[Name, int] = {}  # on which each name was first received
         for column in fields:
-            # With types of events, because the names of the ends of sessions are not counted.
-            kinds = map(attrgetter("type"), reports) if column == "name" else repeat("")
-            for name, kind, came in dict.fromkeys(zip(map(attrgetter(column), reports), kinds, received)):
-                if name and kind not in _ENDS:
-                    days.setdefault((app_id, column, name), came // DAY)
+            # Names of events that start or end a session are not counted.
+            types = map(attrgetter("type"), reports) if column == "name" else repeat("")
+            for name, event_type, at in dict.fromkeys(zip(map(attrgetter(column), reports), types, received)):
+                if name and event_type not in SESSION_TYPES:
+                    days.setdefault((app_id, column, name), at // DAY)
         refused = self._refused(days)
         if not refused:
             return [0] * len(reports), reports
-        others = [[field for field in fields if (app_id, field, getattr(report, field)) in refused]
-                  for report in reports]
-        return [sum(FLAGS.get(field, 0) for field in each) for each in others], [
-            report._replace(group_hash=OTHER) if "group_hash" in each else report
-            for report, each in zip(reports, others)]
+        flags, limited = [], []
+        for report in reports:
+            others = [field for field in fields if (app_id, field, getattr(report, field)) in refused]
+            flags.append(sum(FLAGS.get(field, 0) for field in others))
+            limited.append(report._replace(group_hash=OTHER) if "group_hash" in others else report)
+        return flags, limited
 
-    def _refused(self, days: Mapping[tuple[int, str, str], int]) -> set[tuple[int, str, str]]:
-        """Of names, those that are new and beyond the limit of their day."""
+    def _refused(self, days: Mapping[Name, int]) -> set[Name]:
+        """The names that are new and beyond the limit of their day. Accepts the others."""
         unknown = set(rows_of(self._db, f"""
             select column1, column2, column3 from (values *) as keys
             where not case column2
-                when 'group_hash' then exists (
-                    select 1 from groups where app_id = column1 and group_hash = column3)
-                when 'app_version' then exists (
-                    select 1 from builds where app_id = column1 and app_version = column3)
+                when 'group_hash' then exists (select 1 from groups where app_id = column1 and group_hash = column3)
+                when 'app_version' then exists (select 1 from builds where app_id = column1 and app_version = column3)
                 when 'name' then exists (select 1 from event_names where app_id = column1 and name = column3)
                 else exists (select 1 from labels
                     where app_id = column1 and field = column2 and day = {ALL_DAYS} and label = column3) end
             """, list(days.keys() - self.accepted)))
         if not unknown:
             return unknown
-        fresh: dict[tuple[int, int, str], list[tuple[int, str, str]]] = defaultdict(list)  # in the order they came
-        for key, day in days.items():
-            if key in unknown:
-                fresh[key[0], day, key[1]].append(key)
-        used = {row[:3]: row[3] for row in rows_of(self._db, """
-            select new_names.* from (values *) as keys
-            cross join new_names on app_id = column1 and day = column2 and field = column3""", list(fresh))}
-        rows = []
-        for (app_id, day, each), names in fresh.items():
-            room = NEW_NAMES[each] - used.get((app_id, day, each), 0)
-            if each == "app_version":
-                known, = self._db.execute("select count(distinct app_version) from builds where app_id = ?",
-                                          (app_id,)).fetchone()
-                room = min(room, MAX_RELEASES - known)
-            accepted = names[:max(0, room)]
-            rows.append((app_id, day, each, len(accepted)))
-            self.accepted.update(accepted)
-        upsert(self._db, "new_names", [row for row in rows if row[-1]], "names = new_names.names + excluded.names")
+        new: dict[Row, list[Name]] = defaultdict(list)  # by app_id, day and field, in the order of receipt
+        for name, day in days.items():
+            if name in unknown:
+                new[name[0], day, name[1]].append(name)
+        for key, names in new.items():
+            used, = self._db.execute("""
+                select coalesce(sum(names), 0) from new_names where app_id = ? and day = ? and field = ?
+                """, key).fetchone()
+            room = NEW_NAMES[key[2]] - used
+            if key[2] == "app_version":
+                releases, = self._db.execute("select count(distinct app_version) from builds where app_id = ?",
+                                             key[:1]).fetchone()
+                room = min(room, MAX_RELEASES - releases)
+            if accepted := names[:max(0, room)]:
+                upsert(self._db, "new_names", [(*key, len(accepted))], "names = new_names.names + excluded.names")
+                self.accepted.update(accepted)
         return unknown - self.accepted
 
 
 class Requests(Figure):
-    """Requests per key and UTC day. No report tells of them: a commit counts them."""
+    """Requests per key and UTC day. No report tells of them: Commit counts them."""
 
     SUMS = {"key_days": Sums("day key", "requests", KEY_DAYS)}  # `key`: see key_name
     COUNTS = ()
 
 
 class Crashes(Figure):
-    """Crashes per UTC day; and of those that are kept, exception types and device models, per day and ALL_DAYS."""
+    """Crashes per UTC day; and exception types and device models of the crashes that are kept, per day and in all."""
 
     SUMS = {"crash_days": Sums("day", "crashes"), "labels": Sums("field day label", "crashes", lasts=False)}
 
@@ -2131,109 +2131,103 @@ class Crashes(Figure):
             self._add("crash_days", app_id, day, crashes=by * crashes)
         for column in ("exception_type", "device_model"):
             for ((app_id, day), label), crashes in Counter(zip(days, map(attrgetter(column), reports))).items():
-                for each in (ALL_DAYS, day) if label else ():
-                    self._add("labels", app_id, column, each, label, crashes=by * crashes)
+                if label:
+                    self._add("labels", app_id, column, ALL_DAYS, label, crashes=by * crashes)
+                    self._add("labels", app_id, column, day, label, crashes=by * crashes)
 
     @staticmethod
     def per_day(db: Any, app: int | None, days: range) -> JsonObject:
-        """Crashes of these days."""
+        """Crashes of each day."""
         return {"data": per_day(db, app, days, "crash_days", "crashes")["crashes"]}
 
     @staticmethod
-    def most_frequent(db: Any, app: int | None, field: str, days: range | None,
-                      limit: int) -> JsonObject:
-        """The most frequent labels of these days, or of all that is kept, with their crashes."""
-        shown = days or range(ALL_DAYS, ALL_DAYS + 1)
+    def most_frequent(db: Any, app: int | None, field: str, days: range | None, limit: int) -> JsonObject:
+        """The most frequent labels of these days, or of all crashes that are kept."""
+        first, last = (days[0], days[-1]) if days else (ALL_DAYS, ALL_DAYS)
         return labelled(db.execute(f"""
             select label, sum(crashes) from labels
             where {APPS} and field = :field and day between :first and :last
             group by label
             order by sum(crashes) desc, label
-            limit :limit""", {"app": app, "field": field, "first": shown[0], "last": shown[-1], "limit": limit}))
+            limit :limit""", {"app": app, "field": field, "first": first, "last": last, "limit": limit}))
 
 
 class Groups(Figure):
-    """What a group is called, its crashes and devices, and its crashes per UTC day of the week. It goes with the last
-    crash that is kept, but not before its week is over."""
+    """What a group is called, its crashes and devices, and its crashes per UTC day of the last week. Its row is deleted
+    when no crash of it is kept and none is in that week."""
 
     TABLES = """
 create table groups (
-    app_id integer not null, group_hash text not null,
-    exception_type text not null,
+    app_id integer not null, group_hash text not null, exception_type text not null,
     first_seen integer not null, first_version text,      -- of its first crash, by the time at which crashes count
-    last_seen integer not null, exception_reason text,    -- of its latest; the beginning of the reason
-    place text, search text,                              -- where in the app it was; in lower case what a search finds
+    last_seen integer not null, exception_reason text,    -- of its latest crash; the beginning of the reason
+    place text, search text,                              -- the app's function; what a search looks in, in lower case
     crashes integer not null default 0, devices integer not null default 0,  -- of the crashes that are kept
-    came_at integer not null default 0,                   -- when its first crash was received: until when it is new
+    came_at integer not null default 0,                   -- when its first crash was received, which makes it new
     primary key (app_id, group_hash)) without rowid;
 """
     SUMS = {"group_days": Sums("day group_hash", "crashes", WEEK),
             "group_images": Sums("group_hash uuid", "crashes", lasts=False)}  # builds whose symbols can name crashes
 
+    IS_EMPTY = """crashes <= 0 and not exists (
+        select 1 from group_days where app_id = groups.app_id and day >= ? and group_hash = groups.group_hash)"""
+
     def __init__(self, rollups: RollUps):
         super().__init__(rollups)
         self._symbols = rollups.symbols
-        self._came: dict[Row, list[Any]] = defaultdict(list)  # crashes by app_id and group_hash
-        self._left: dict[Row, list[Any]] = defaultdict(list)
-        self.devices: Counter[Row] = Counter()  # that are new to a group, or that it has no longer
+        self._inserted: dict[Row, list[Any]] = defaultdict(list)  # crashes by app_id and group_hash
+        self._deleted: dict[Row, list[Any]] = defaultdict(list)
+        self.devices: Counter[Row] = Counter()  # how many a group has more, or fewer, than before
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+        crashes_of = self._inserted if by > 0 else self._deleted
         for crash in reports:
-            (self._came if by > 0 else self._left)[crash.app_id, crash.group_hash].append(crash)
+            crashes_of[crash.app_id, crash.group_hash].append(crash)
         alike = Counter((crash.app_id, crash.group_hash, crash.at // DAY, crash.images) for crash in reports)
         for (app_id, group, day, images), crashes in alike.items():
             self._add("group_days", app_id, day, group, crashes=by * crashes)
             for uuid in (images or "").split():
                 self._add("group_images", app_id, group, uuid, crashes=by * crashes)
         # The rows of these crashes are not there yet, or no longer.
+        devices = set(map(attrgetter("app_id", "group_hash", "device_id_hash"), reports))
         for app_id, group in rows_of(self._db, """
                 select column1, column2 from (values *) as keys where not exists (
                     select 1 from crashes
                     where app_id = column1 and group_hash = column2 and device_id_hash = column3)
-                """, [each for each in set(map(_GROUP_DEVICE, reports)) if each[2]]):
+                """, [key for key in devices if key[2]]):
             self.devices[app_id, group] += by
 
     def save(self) -> None:
-        is_later = "case when excluded.last_seen >= groups.last_seen then excluded"
-        upsert(self._db, "groups", [self._row(*each) for each in self._came.items()], f"""
-            first_seen = min(groups.first_seen, excluded.first_seen),
+        of_latest = ", ".join(f"""{column} = case when excluded.last_seen >= groups.last_seen
+            then excluded.{column} else groups.{column} end""" for column in ("exception_reason", "place", "search"))
+        upsert(self._db, "groups", [self._row(*item) for item in self._inserted.items()], f"""
             first_version = case when excluded.first_seen < groups.first_seen
                 then excluded.first_version else groups.first_version end,
-            last_seen = max(groups.last_seen, excluded.last_seen),
-            exception_reason = {is_later}.exception_reason else groups.exception_reason end,
-            place = {is_later}.place else groups.place end, search = {is_later}.search else groups.search end,
+            first_seen = min(groups.first_seen, excluded.first_seen),
+            last_seen = max(groups.last_seen, excluded.last_seen), {of_latest},
             crashes = groups.crashes + excluded.crashes, devices = groups.devices + excluded.devices,
             came_at = min(groups.came_at, excluded.came_at)""")
-        for key, crashes in self._left.items():  # what is left of a group is shown as its latest crash
+        for key, crashes in self._deleted.items():
             self._db.execute("""
                 update groups set crashes = crashes - ?, devices = devices + ? where app_id = ? and group_hash = ?
-                """, (len(crashes), 0 if key in self._came else self.devices[key], *key))
+                """, (len(crashes), 0 if key in self._inserted else self.devices[key], *key))
             if self._db.execute("select 1 from groups where app_id = ? and group_hash = ? and last_seen <= ?",
                                 (*key, max(crash.at for crash in crashes))).fetchone():
                 self.show_latest(*key)
 
-    def _row(self, key: Row, crashes: Sequence[Any]) -> tuple[Any, ...]:
-        first, latest = min(crashes, key=_AT), max(crashes, key=_AT)
+    def _row(self, key: Row, crashes: Sequence[Any]) -> Row:
+        in_order = attrgetter("at", "seq")
+        first, latest = min(crashes, key=in_order), max(crashes, key=in_order)
+        came_at = min(crash.received_at for crash in crashes)
         return (*key, OTHER if key[1] == OTHER else latest.sent_type, first.at, first.app_version, latest.at,
-                *self._shown(key[1], latest), len(crashes), self.devices[key], min(map(_RECEIVED_AT, crashes)))
+                *self._shown(key[1], latest), len(crashes), self.devices[key], came_at)
 
-    def drop_empty(self, limit: int = 0) -> int:
-        """Deletes the groups that crashes were taken out of, and so many others, where no crash is kept and their week
-        is over. Returns how many others."""
-        empty = """crashes <= 0 and not exists (
-            select 1 from group_days
-            where app_id = groups.app_id and day >= :week and group_hash = groups.group_hash)"""
-        week = self._now // DAY - WEEK
-        self._db.executemany(f"delete from groups where app_id = :app and group_hash = :group and {empty}", [
-            {"app": app_id, "group": group_hash, "week": week} for app_id, group_hash in self._left])
-        return self._db.execute(f"""
-            delete from groups where (app_id, group_hash) in (
-                select app_id, group_hash from groups
-                where app_id in (select id from apps) and last_seen < :before and {empty} limit :limit)
-            """, {"before": week * DAY, "week": week, "limit": limit}).rowcount if limit else 0
+    def drop_empty(self) -> None:
+        """Deletes the groups whose last crash was just deleted."""
+        delete_rows(self._db, "groups", self._deleted, self.IS_EMPTY, self._now // DAY - WEEK)
 
     def _shown(self, group_hash: str, crash: Any) -> tuple[str | None, str, str]:
-        """Reason, place and search text of a group whose latest crash this is."""
+        """The reason, place and search text of a group with this latest crash."""
         reason, trace = (crash.exception_reason or "")[:MAX_TEXT] or None, crash.stack_trace or ""
         if len(trace) < 20_000 and not self._symbols.can_name(crash.images):
             names = _recent_own_names(trace)
@@ -2243,15 +2237,15 @@ create table groups (
         return reason, "".join(names[:1])[:200], words.casefold()[:4 * MAX_TEXT]
 
     def show_latest(self, app_id: int, group_hash: str) -> None:
-        """Shows a group as its latest crash that is kept; first_seen stays."""
-        seqs = self._db.execute(f"""
+        """Describes a group by its latest crash that is kept, or by its hash alone; first_seen stays."""
+        shown: Row = None, None, None, group_hash
+        row = self._db.execute(f"""
             select seq from crashes where app_id = ? and group_hash = ? order by {COUNTED_AT} desc, seq desc limit 1
-            """, (app_id, group_hash)).fetchall()
-        shown: tuple[Any, ...] = (None, None, None, group_hash)  # what its crashes said goes with them
-        source = "from (values *) as keys cross join crashes on seq = column1"
-        for latest in counted_rows(self._db, Crash, source, seqs):
-            trace, = self._db.execute("select stack_trace from crashes where seq = ?", (latest.seq,)).fetchone()
-            shown = (latest.at, *self._shown(group_hash, latest._replace(stack_trace=trace)))
+            """, (app_id, group_hash)).fetchone()
+        if row:
+            latest, = counted_rows(self._db, Crash, "from crashes where seq = ?", row)
+            trace, = self._db.execute("select stack_trace from crashes where seq = ?", row).fetchone()
+            shown = latest.at, *self._shown(group_hash, latest._replace(stack_trace=trace))
         self._db.execute("""
             update groups set last_seen = coalesce(?, last_seen), exception_reason = ?, place = ?, search = ?
             where app_id = ? and group_hash = ?
@@ -2259,7 +2253,7 @@ create table groups (
 
     @staticmethod
     def recount(db: Any) -> None:
-        """Sets what the groups have of the crashes that are kept."""
+        """Counts the crashes that are kept of each group."""
         db.execute("""
             update groups set (crashes, devices, came_at) = (
                 select count(*), count(distinct device_id_hash), coalesce(min(received_at), groups.came_at)
@@ -2267,10 +2261,11 @@ create table groups (
 
     @staticmethod
     def rename(db: Any, app_id: int, group_hash: str, target: str) -> None:
-        """If all crashes of a group have moved, its name becomes an alias of the one that has them now."""
-        if db.execute("select 1 from crashes where app_id = ? and group_hash = ? limit 1",
-                      (app_id, group_hash)).fetchone() or not db.execute(
-                          "select 1 from apps where id = ?", (app_id,)).fetchone():
+        """Makes a group whose crashes have all moved an alias of the group `target`."""
+        if not db.execute("""
+                select 1 from apps where id = ? and not exists (
+                    select 1 from crashes where app_id = apps.id and group_hash = ?)""",
+                          (app_id, group_hash)).fetchone():
             return
         db.execute("update group_aliases set target = ? where app_id = ? and target = ?", (target, app_id, group_hash))
         db.execute("delete from group_aliases where app_id = ? and group_hash = ?", (app_id, target))
@@ -2279,7 +2274,8 @@ create table groups (
 
     @staticmethod
     def most_frequent(db: Any, app: int | None, days: range) -> list[JsonObject]:
-        """The five most frequent groups of these days, at most the last seven; of several apps, the latest's name."""
+        """The five most frequent groups of these days, which are within the last week. A group of several apps has the
+        name that it has in the app where it crashed last."""
         return dict_rows(db, f"""
             select top.group_hash, exception_type, substr(coalesce(exception_reason, ''), 1, 200) as exception_reason,
                 count
@@ -2297,19 +2293,13 @@ create table groups (
             order by count desc, top.group_hash""", {"app": app, "first": days[0], "last": days[-1]})
 
 
-_GROUP_DEVICE = attrgetter("app_id", "group_hash", "device_id_hash")
-_AT = attrgetter("at", "seq")
-_RECEIVED_AT = attrgetter("received_at")
-_TIMES = attrgetter("at", "received_at")
-
-
 class Releases(Figure):
     """When each build and release was seen; sessions, crashes and devices per release, and its sessions per UTC day of
-    the week. Of an app's builds beyond the bound, only the release is known."""
+    the last week. Beyond MAX_BUILDS_OF_APP, builds count for their release only."""
 
     TABLES = """
 create table builds (
-    app_id integer not null, app_version text not null, build_number text not null,  -- '': not said, as by all events
+    app_id integer not null, app_version text not null, build_number text not null,  -- '': not known, as in all events
     first_seen integer not null, last_seen integer not null,  -- when its first and its last report were received
     primary key (app_id, app_version, build_number)) without rowid;
 create view releases as
@@ -2321,17 +2311,20 @@ create view releases as
     COUNTS = (Crash, Event)
     BUILD: dict[type, Any] = {Crash: attrgetter("received_at", "app_id", "app_version", "build_number"),
                               Event: attrgetter("received_at", "app_id", "app_version")}
+    ASKED = f"""(
+        select app_id, app_version, min(first_seen) as first_seen, max(last_seen) as last_seen from builds
+        where {APPS} group by app_id, app_version) as releases"""  # in the view, SQLite would look at all apps
 
     def __init__(self, rollups: RollUps):
         super().__init__(rollups)
-        self._seen: dict[Row, tuple[int, int]] = {}  # by app_id, app_version and build_number: the rest of its row
+        self._seen: dict[Row, tuple[int, int]] = {}  # first_seen and last_seen by key
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
         for (received, app_id, version, *build), alike in Counter(map(self.BUILD[kind], reports)).items():
             if version and kind is Crash:
                 self._add("release_sums", app_id, version, crashes=by * alike)
             if version and by > 0:
-                key = (app_id, version, next(filter(None, build), ""))
+                key = app_id, version, build[0] or "" if build else ""
                 first, last = self._seen.get(key, (received, received))
                 self._seen[key] = min(first, received), max(last, received)
 
@@ -2345,62 +2338,60 @@ create view releases as
                     first_seen = min(builds.first_seen, excluded.first_seen),
                     last_seen = max(builds.last_seen, excluded.last_seen)""")
 
-    ASKED = f"""(
-        select app_id, app_version, min(first_seen) as first_seen, max(last_seen) as last_seen from builds
-        where {APPS} group by app_id, app_version) as releases"""  # for which SQLite would look at all of the view
-
     @staticmethod
     def pairs(db: Any, app: int | None) -> list[Pair]:
-        """Each release with the one before it: the highest lower version that was seen before it. So neither a version
-        that comes late nor one that is no release, such as 99.0, hides the others."""
-        come: dict[int, list[Row]] = defaultdict(list)  # by version
+        """Each release with the one before it: the highest lower version that was seen earlier. So neither an old
+        version that comes late nor one that is no release, such as 99.0, hides the others."""
+        earlier: dict[int, list[Row]] = defaultdict(list)  # by app_id; in the order of versions
         pairs = []
         rows = db.execute(f"""
             select app_id, app_version, first_seen from {Releases.ASKED} where app_version <> '{OTHER}'
             """, {"app": app})
-        for app_id, version, first in sorted(rows, key=lambda row: (row[2], version_key(row[1]))):
-            own = version_key(version), version, first
-            place = bisect_left(come[app_id], own)
-            pairs += [Pair(app_id, version, first, *come[app_id][place - 1][1:])] if place else []
-            come[app_id].insert(place, own)
+        for app_id, version, first_seen in sorted(rows, key=lambda row: (row[2], version_key(row[1]))):
+            release = version_key(version), version, first_seen
+            position = bisect_left(earlier[app_id], release)
+            if position:
+                _, before, before_seen = earlier[app_id][position - 1]
+                pairs.append(Pair(app_id, version, first_seen, before, before_seen))
+            earlier[app_id].insert(position, release)
         return pairs
 
     @staticmethod
     def newest(db: Any, app: int | None, since: int) -> dict[int, str]:
-        """That of each app, by its id: the last that came. An old version that comes late is none, unless more of the
-        sessions since that day are its: an app may count its versions anew."""
-        leaders: dict[int, Row] = {}
-        for app_id, version, recent in db.execute(f"""
+        """The newest release of each app, by app_id: the last one that came. An old version that comes late is not the
+        newest, unless it has more of the sessions since that day: an app may begin to number its versions anew."""
+        newest: dict[int, Row] = {}  # version key, sessions, version
+        for app_id, version, sessions in db.execute(f"""
                 select app_id, app_version, coalesce((
                     select sum(sessions) from release_days
                     where app_id = releases.app_id and day >= :since and app_version = releases.app_version), 0)
                 from {Releases.ASKED} where app_version <> '{OTHER}' order by first_seen, app_version
                 """, {"app": app, "since": since}):
-            own, leader = version_key(version), leaders.get(app_id)
-            if leader is None or own >= leader[0] or recent > leader[1]:
-                leaders[app_id] = own, recent, version
-        return {app_id: version for app_id, (_, _, version) in leaders.items()}
+            key, (newest_key, most_sessions, _) = version_key(version), newest.get(app_id, ((), -1, ""))
+            if key >= newest_key or sessions > most_sessions:
+                newest[app_id] = key, sessions, version
+        return {app_id: version for app_id, (_, _, version) in newest.items()}
 
     @staticmethod
     def healths(db: Any, pairs: Sequence[Pair], now: int) -> dict[Pair, list[Health]]:
-        """That of a release and of the one before it at equal ages: of the devices that came to the newer until the
-        last full hour, and to the other within as long a time."""
-        spans: dict[Pair, tuple[Row, Row]] = {}
+        """The health of each release and of the one before it, at equal ages: of the devices that came to the newer one
+        until the last full hour, and to the other within as long a time."""
+        spans: dict[Pair, tuple[Row, Row]] = {}  # app_id, app_version, first hour, hour after the last
         for pair in pairs:
             end = min(now, pair.first_seen + HEALTH_DAYS * DAY) // HOUR
             end_before = (pair.before_seen + end * HOUR - pair.first_seen + HOUR // 2) // HOUR
             spans[pair] = ((pair.app_id, pair.app_version, pair.first_seen // HOUR, end),
                            (pair.app_id, pair.before, pair.before_seen // HOUR, end_before))
-        found = {row[:4]: Health(*row[4:]) for row in rows_of(db, """
+        healths = {row[:4]: Health(*row[4:]) for row in rows_of(db, """
             select column1, column2, column3, column4, sum(devices), sum(crashed_devices) from (values *) as spans
             cross join release_hours on app_id = column1 and app_version = column2
                 and hour >= column3 and hour < column4
             group by column1, column2, column3, column4""", list({*chain.from_iterable(spans.values())}))}
-        return {pair: [found.get(span, Health(0, 0)) for span in both] for pair, both in spans.items()}
+        return {pair: [healths.get(span, Health(0, 0)) for span in both] for pair, both in spans.items()}
 
     @staticmethod
     def latest(db: Any, app: int | None, days: range) -> list[JsonObject]:
-        """The latest 100 releases, with their share of the sessions of these days: `recent` to `of_all`."""
+        """The latest 100 releases. `recent` is how many of the app's sessions of these days, `of_all`, are theirs."""
         return dict_rows(db, f"""
             select latest.app_id, apps.name as app, latest.app_version, coalesce(sessions, 0) as sessions,
                 coalesce(crashed_sessions, 0) as crashed_sessions, coalesce(crashes, 0) as crashes,
@@ -2417,7 +2408,7 @@ create view releases as
 
 
 class Pair(NamedTuple):
-    """A release, and the one before it; times are those of their first reports, in milliseconds."""
+    """A release, and the one before it. Times are when their first reports were received, in milliseconds."""
 
     app_id: int
     app_version: str
@@ -2427,104 +2418,101 @@ class Pair(NamedTuple):
 
 
 class Health(NamedTuple):
-    """Devices of a release, and how many of them crashed there."""
+    """How many devices had a release, and how many of them crashed in it."""
 
     devices: int
     crashed: int
 
     @property
     def share(self) -> float:
-        """Of the devices, those that never crashed."""
+        """The share of devices that never crashed."""
         return 1 - self.crashed / self.devices
 
     def wilson(self, z: float) -> tuple[float, float]:
-        """Wilson's interval of the share, of so many standard deviations to each side."""
+        """Wilson's interval of the share, `z` standard deviations to each side."""
         z2 = z ** 2 / self.devices
         half = math.sqrt(z2 * (self.share * (1 - self.share) + z2 / 4))
         return (self.share + z2 / 2 - half) / (1 + z2), (self.share + z2 / 2 + half) / (1 + z2)
 
 
 CONFIDENCE = 1.96  # standard deviations: 95 %
-ALARM = 2.58       # 99 %, to tell somebody: looked at each hour, 95 % would once call a sixth of equal releases worse
+ALARM = 2.58       # 99 %, for an alert: with 95 % and a look each hour, one in six equal releases would be called worse
 HALF_WIDTH = 0.05  # of an interval that is narrow enough to say that there is no difference
-FEWEST, ENOUGH = 20, 50  # devices of both releases for any verdict; for `no difference seen`, and to tell somebody
+MIN_DEVICES, ENOUGH = 20, 50  # devices of both releases for any verdict; for `no difference seen`, and for an alert
 
 
-def newcombe(ours: Health, before: Health, z: float = CONFIDENCE) -> tuple[float, float]:
-    """The interval of the difference of two shares, of 95 % by default: Newcombe, Interval estimation for the
-    difference between independent proportions, Statistics in Medicine 17 (1998) 873-890, method 10."""
-    (low, high), (low_before, high_before) = ours.wilson(z), before.wilson(z)
-    difference = ours.share - before.share
-    return (difference - math.hypot(ours.share - low, high_before - before.share),
-            difference + math.hypot(high - ours.share, before.share - low_before))
+def newcombe(newer: Health, before: Health, z: float = CONFIDENCE) -> tuple[float, float]:
+    """The confidence interval of the difference of two shares: Newcombe, Interval estimation for the difference between
+    independent proportions, Statistics in Medicine 17 (1998) 873-890, method 10."""
+    (low, high), (low_before, high_before) = newer.wilson(z), before.wilson(z)
+    difference = newer.share - before.share
+    return (difference - math.hypot(newer.share - low, high_before - before.share),
+            difference + math.hypot(high - newer.share, before.share - low_before))
 
 
-def verdict(ours: Health, before: Health) -> JsonObject | None:
-    """Whether a release is worse than the one before it, in a word and a text, with the interval of the difference in
-    percentage points; None where no device is known of either. It is too early to see no difference until the smaller
+def verdict(newer: Health, before: Health) -> JsonObject | None:
+    """Says in a word and a text whether a release is worse than the one before it, with the interval of the difference
+    in percentage points. None: no device of either is known. It is too early to see no difference until the smaller
     has at least 50 devices, and as many as make the interval of two equal releases 5 points wide to each side."""
-    least, most = sorted((ours.devices, before.devices))
+    least, most = sorted((newer.devices, before.devices))
     if not most:
         return None
-    low, high = newcombe(ours, before) if least else (-1.0, 1.0)
-    crashed = (ours.crashed + before.crashed + 2) / (least + most + 4)  # and of two more: a few may have had luck
+    low, high = newcombe(newer, before) if least else (-1.0, 1.0)
+    crashed = (newer.crashed + before.crashed + 2) / (least + most + 4)  # two more crashed: so few may have been lucky
     needed = max(ENOUGH, math.ceil((CONFIDENCE / HALF_WIDTH) ** 2 * 2 * crashed * (1 - crashed)))
-    word = ("too early" if least < FEWEST else "worse" if high < 0 else "better" if low > 0
+    word = ("too early" if least < MIN_DEVICES else "worse" if high < 0 else "better" if low > 0
             else "too early" if least < needed else "no difference seen")
     if word == "too early":
         text = f"about {math.ceil((needed - least) / 10) * 10} more devices"
     else:
-        text = "{} of devices crash-free, {} before".format(*_percentages(ours.share, before.share))
+        text = "{} of devices crash-free, {} before".format(*_percentages(newer.share, before.share))
     return {"word": word, "text": f"{word}: {text}",
             "interval": [round(100 * low, 1), round(100 * high, 1)] if least else None}
 
 
 def _percentages(*shares: float) -> list[str]:
-    """Shares in whole per cent; where that would not tell them from each other or from 100 %, all with one or two
-    decimals."""
-    decimals = next((n for n in (0, 1) if len({round(100 * each, n) for each in (*shares, 1)}) == len({*shares, 1})), 2)
-    return [f"{100 * each:.{decimals}f} %" for each in shares]
+    """Shares in percent, with up to two decimals, as many as tell them from each other and from 100 %."""
+    for decimals in range(3):
+        if len({round(100 * share, decimals) for share in (*shares, 1)}) == len({*shares, 1}):
+            break
+    return [f"{100 * share:.{decimals}f} %" for share in shares]
 
 
 class Session(NamedTuple):
-    """What is known of a session; the times are those at which its start and end count, in milliseconds."""
+    """What is known of a session. Times are when its start and its end count, in milliseconds."""
 
     first_seq: int = MAX_NUMBER
     last_seq: int = 0
     started_at: int | None = None
     ended_at: int | None = None
     app_version: str | None = None  # of its start
-    crashed: int = 0  # whether a crash names it: 1 or 0
+    crashed: int = 0  # 1 if a crash names it
 
-    def merged(self, later: Session) -> Session:
+    def merged(self, other: Session) -> Session:
         """What is known from both. The first start and the last end count."""
-        start = min(self, later, key=lambda each: each.started_at or MAX_NUMBER)
-        return Session(min(self.first_seq, later.first_seq), max(self.last_seq, later.last_seq), start.started_at,
-                       max(self.ended_at or 0, later.ended_at or 0) or None, start.app_version,
-                       max(self.crashed, later.crashed))
+        start = min(self, other, key=lambda session: session.started_at or MAX_NUMBER)
+        return Session(min(self.first_seq, other.first_seq), max(self.last_seq, other.last_seq), start.started_at,
+                       max(self.ended_at or 0, other.ended_at or 0) or None, start.app_version,
+                       max(self.crashed, other.crashed))
 
     @property
     def duration(self) -> int | None:
-        """Milliseconds. None where it has not ended, or would have taken longer than a day: a clock was set."""
+        """Milliseconds. None: it has not ended, or seems to have taken more than a day, because a clock was set."""
         length = (self.ended_at or 0) - (self.started_at or 0)
         return length if self.started_at and self.ended_at and 0 <= length <= DAY else None
 
 
-_SESSION = attrgetter("app_id", "session_id", "device_id_hash")
-_ENDS = {"session_start", "session_end"}
-
-
 class Sessions(Figure):
-    """Sessions by the UTC day on which they started, and how long they took. A session is a session_id of a
-    device: SDKs that count their launches use the same ids."""
+    """Sessions by the UTC day on which they started, and how long they took. A session is a session_id of one device:
+    SDKs that count launches use the same ids on every device."""
 
     TABLES = """
-create table sessions (                    -- of which a report is kept
+create table sessions (                    -- those of which a report is kept
     app_id integer not null, session_id text not null, device integer not null,  -- see device_key
-    first_seq integer not null, last_seq integer not null,  -- between them are its reports
+    first_seq integer not null, last_seq integer not null,  -- of its first and its last report
     started_at integer, ended_at integer, app_version text, crashed integer not null,
     primary key (app_id, session_id, device)) without rowid;
-create table medians (                     -- of the durations of a day that is over, so that no question sorts them
+create table medians (                     -- of the durations of a day that is over, which take long to sort
     app_id integer not null, day integer not null, seconds integer not null,
     primary key (app_id, day)) without rowid;
 """
@@ -2541,33 +2529,33 @@ create table medians (                     -- of the durations of a day that is 
 
     def __init__(self, rollups: RollUps):
         super().__init__(rollups)
-        self._sessions = Entities("sessions", Session)
-        self._changed: set[tuple[int, int]] = set()  # app_id and day whose median is another now
+        self._sessions = MergedRows("sessions", Session)
+        self._changed_days: set[Row] = set()  # app_id and day of stored medians that are no longer right
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        gone = set()
-        for (app_id, session_id, device), run in groupby(reports, _SESSION):
-            events = list(run)
-            ends = [Session(started_at=event.at, app_version=event.app_version) if event.type == "session_start"
-                    else Session(ended_at=event.at) for event in events if event.type in _ENDS] if kind is Event else []
+        forgotten: set[Row] = set()
+        for (app_id, session_id, device), grouped in groupby(reports, _session_of):
+            run = list(grouped)
             key = app_id, session_id, device_key(device)
+            ends = [Session(started_at=event.at, app_version=event.app_version) if event.type == "session_start"
+                    else Session(ended_at=event.at)
+                    for event in (run if kind is Event else ()) if event.type in SESSION_TYPES]
             if not session_id:
-                for end in ends:
-                    self._count(app_id, end, by)
-            elif by < 0:  # all reports of a session are of one device, so it goes with the first of them
-                gone.add(key)
-            else:
-                seen = Session(events[0].seq, events[-1].seq, crashed=int(kind is Crash))
-                self._sessions.see(key, reduce(Session.merged, ends, seen))
-        for key, session in self._sessions.stored(self._db, gone).items():
+                for session in ends:
+                    self._count(app_id, session, by)
+            elif by > 0:
+                session = Session(run[0].seq, run[-1].seq, crashed=int(kind is Crash))
+                self._sessions.learn(key, reduce(Session.merged, ends, session))
+            else:  # the whole session, because all its reports are of the device that is forgotten
+                forgotten.add(key)
+        for key, session in self._sessions.stored(self._db, forgotten).items():
             self._count(key[0], session, -1)
-        self._db.executemany("delete from sessions where app_id = ? and session_id = ? and device = ?", list(gone))
+        delete_rows(self._db, "sessions", forgotten)
 
     def expire(self, kind: type, reports: Sequence[Any]) -> None:
-        self._db.executemany(
-            "delete from sessions where app_id = ? and session_id = ? and device = ? and last_seq <= ?",
-            [(app_id, session_id, device_key(device), reports[-1].seq)
-             for app_id, session_id, device in set(map(_SESSION, reports)) if session_id])
+        keys = [(app_id, session_id, device_key(device))
+                for app_id, session_id, device in set(map(_session_of, reports)) if session_id]
+        delete_rows(self._db, "sessions", keys, "last_seq <= ?", reports[-1].seq)
 
     def _count(self, app_id: int, session: Session, by: int) -> None:
         if session.started_at is None:
@@ -2579,17 +2567,17 @@ create table medians (                     -- of the durations of a day that is 
             self._add("release_days", app_id, day, session.app_version, sessions=by)
         if duration is not None:
             self._add("session_days", app_id, day, ended=by, session_ms=by * duration)
-            unit = 10 ** max(0, len(str(duration // SECOND)) - 2) * SECOND  # so a day has few different ones
+            unit = 10 ** max(0, len(str(duration // SECOND)) - 2) * SECOND  # rounded, so that few of a day differ
             self._add("durations", app_id, day, (duration + unit // 2) // unit * unit // SECOND, sessions=by)
             if day < self._now // DAY - 1:
-                self._changed.add((app_id, day))
+                self._changed_days.add((app_id, day))
 
     def save(self) -> None:
         for key, before, after in self._sessions.save(self._db):
             if before is None or before[2:] != after[2:]:
                 self._count(key[0], before or Session(), -1)
                 self._count(key[0], after, 1)
-        self._db.executemany("delete from medians where app_id = ? and day = ?", list(self._changed))
+        delete_rows(self._db, "medians", self._changed_days)
 
     def close_days(self) -> None:
         """Stores medians of days that are over. Those of today and yesterday change with nearly every session."""
@@ -2603,7 +2591,7 @@ create table medians (                     -- of the durations of a day that is 
 
     @staticmethod
     def per_day(db: Any, app: int | None, days: range) -> JsonObject:
-        """Sessions, the mean and the median of their seconds. Of several apps together there is no median."""
+        """Sessions, and the mean and the median of their seconds. There is no median of several apps together."""
         sums = per_day(db, app, days, "session_days", "sessions", "ended", "session_ms")
         medians = dict(db.execute(f"""
             select day, coalesce((
@@ -2618,12 +2606,15 @@ create table medians (                     -- of the durations of a day that is 
                                  for ms, ended in zip(sums["session_ms"], sums["ended"])]}
 
 
+_session_of = attrgetter("app_id", "session_id", "device_id_hash")
+
+
 class SeenDevice(NamedTuple):
     """What is known of a device of an app."""
 
     first_day: int
     last_hour: int
-    last_seq: int  # of its last report, or of an earlier one of the same hour, so that its row seldom changes
+    last_seq: int  # of its last report, or of an earlier one from the same hour, so that the row seldom changes
 
     def merged(self, later: SeenDevice) -> SeenDevice:
         is_later = (later.last_seq >> SEQ_BITS) // HOUR > (self.last_seq >> SEQ_BITS) // HOUR
@@ -2634,39 +2625,35 @@ class SeenDevice(NamedTuple):
 
 
 class SeenVersion(NamedTuple):
-    """When the first report, and the first crash if any, of a device in a release were received."""
+    """When the first report of a device in a release, and its first crash there if any, were received."""
 
     first_hour: int
     crash_hour: int | None
 
-    def merged(self, later: SeenVersion) -> SeenVersion:
-        ours, theirs = self.crash_hour, later.crash_hour
-        crash_hour = theirs if ours is None else ours if theirs is None else min(ours, theirs)
-        return SeenVersion(min(self.first_hour, later.first_hour), crash_hour)
+    def merged(self, other: SeenVersion) -> SeenVersion:
+        crash_hours = [hour for hour in (self.crash_hour, other.crash_hour) if hour is not None]
+        return SeenVersion(min(self.first_hour, other.first_hour), min(crash_hours, default=None))
 
 
 class Devices(Figure):
-    """Devices that are active, that are new and come back, and those of each release. What is known of a device
-    goes with its last report (to the hour); it is known by a digest, so that no figure holds its name."""
+    """Devices that are active, that are new and that come back, and the devices of each release. A device is known by a
+    digest, so that no figure holds its name, and forgotten with its last report (to the hour)."""
 
     TABLES = """
-create table devices (                     -- of which a report is kept
+create table devices (                     -- those of which a report is kept
     app_id integer not null, device integer not null,  -- see device_key
     first_day integer not null, last_hour integer not null,  -- by the time at which reports count
     last_seq integer not null, primary key (app_id, device)) without rowid;
 create table device_days (
     app_id integer not null, device integer not null, day integer not null,
     primary key (app_id, device, day)) without rowid;
-"""
-    VERSIONS = """
 create table device_versions (
     app_id integer not null, device integer not null, app_version text not null,
-    first_hour integer not null, crash_hour integer,  -- of receipt of its first report, of its first crash if any
+    first_hour integer not null, crash_hour integer,  -- when its first report, and its first crash, were received
     primary key (app_id, device, app_version)) without rowid;
 """
-    TABLES += VERSIONS
-    ACTIVE = {"dau": 1, "wau": 7, "mau": 30}  # devices of a day, of the 7 and of the 30 days that end with it
-    BACK = {"back_1": 1, "back_7": 7, "back_30": 30}  # of those first seen on a day, those seen n days later
+    ACTIVE = {"dau": 1, "wau": 7, "mau": 30}  # devices of so many days up to this one
+    BACK = {"back_1": 1, "back_7": 7, "back_30": 30}  # devices first seen on this day and again so many days later
     SUMS = {"device_hours": Sums("hour", "devices", HOURS_KEPT),  # by the hour in which they were last seen
             "active_days": Sums("day", "dau wau mau"), "cohorts": Sums("day", "devices back_1 back_7 back_30"),
             "release_hours": Sums("app_version hour", "devices crashed_devices")}  # by first_hour and by crash_hour
@@ -2674,37 +2661,38 @@ create table device_versions (
 
     def __init__(self, rollups: RollUps):
         super().__init__(rollups)
-        self._devices = Entities("devices", SeenDevice)
-        self._versions = Entities("device_versions", SeenVersion)
-        self._days: dict[Row, set[int]] = defaultdict(set)  # by app_id and device
-        self._spans: Counter[Row] = Counter()  # app_id, column of active_days, first day, day after the last: devices
+        self._devices = MergedRows("devices", SeenDevice)
+        self._versions = MergedRows("device_versions", SeenVersion)
+        self._days: dict[Row, set[int]] = defaultdict(set)  # by app_id and device: days on which it was seen
+        self._spans: Counter[Row] = Counter()  # devices by app_id, column of active_days, first day, day after the last
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        """Reports that are forgotten do not count here: their device is forgotten as a whole."""
+        """Counts no forgotten reports: `forget` takes out their device as a whole."""
         runs = groupby(reports if by > 0 else (), attrgetter("app_id", "device_id_hash", "app_version"))
         for (app_id, device, version), grouped in runs:
             if not device:
                 continue
             key, run = (app_id, device_key(device)), list(grouped)
-            times = set(map(_TIMES, run))  # of a batch, few are different
-            self._days[key].update(at // DAY for at, came in times if at // DAY >= came // DAY - DEVICE_DAYS)
-            self._devices.see(key, SeenDevice(min(times)[0] // DAY, max(times)[0] // HOUR, run[-1].seq))
+            times = set(map(attrgetter("at", "received_at"), run))  # a batch has few different ones
+            self._days[key].update(at // DAY for at, received_at in times
+                                   if at // DAY >= received_at // DAY - DEVICE_DAYS)
+            self._devices.learn(key, SeenDevice(min(times)[0] // DAY, max(times)[0] // HOUR, run[-1].seq))
             if version:
-                hour = min(map(_RECEIVED_AT, run)) // HOUR
-                self._versions.see((*key, version), SeenVersion(hour, hour if kind is Crash else None))
+                hour = min(received_at for _, received_at in times) // HOUR
+                self._versions.learn((*key, version), SeenVersion(hour, hour if kind is Crash else None))
 
     def expire(self, kind: type, reports: Sequence[Any]) -> None:
-        """The days of a device that stays go when no report that is kept can be of them."""
+        """Deletes devices without reports, and days of the others that are too old for any report that is kept."""
         oldest = reports[-1].received_at // DAY - DEVICE_DAYS
         is_gone = "not exists (select 1 from devices where app_id = :app and device = :device)"
-        last = {(each.app_id, each.device_id_hash): each.seq for each in reports if each.device_id_hash}
+        last_seqs = {(report.app_id, report.device_id_hash): report.seq for report in reports if report.device_id_hash}
         for statement in (
                 "delete from devices where app_id = :app and device = :device and last_seq <= :seq",
                 f"delete from device_days where app_id = :app and device = :device and (day < :oldest or {is_gone})",
                 f"delete from device_versions where app_id = :app and device = :device and {is_gone}"):
             self._db.executemany(statement, [
                 {"app": app_id, "device": device_key(device), "seq": seq, "oldest": oldest}
-                for (app_id, device), seq in last.items()])
+                for (app_id, device), seq in last_seqs.items()])
 
     def save(self) -> None:
         devices = self._devices.save(self._db)
@@ -2714,48 +2702,49 @@ create table device_versions (
                 self._add("device_hours", app_id, after.last_hour, devices=1)
                 if before:
                     self._add("device_hours", app_id, before.last_hour, devices=-1)
-        self.save_versions()
-        for (app_id, column, first, end), count in self._spans.items():  # which many devices have in common
+        for (app_id, column, first, end), count in self._spans.items():  # many devices have the same ones
             for day in range(first, end):
                 self._add("active_days", app_id, day, **{column: count})
-
-    def save_versions(self) -> None:
-        """Writes what is new of devices in releases."""
-        alike: Counter[Row] = Counter()
+        counts: Counter[Row] = Counter()
         for (app_id, _, version), before, after in self._versions.save(self._db):
             if before != after:
-                alike[app_id, version, after] += 1
-                alike[app_id, version, before] -= 1
-        for (app_id, version, seen), count in alike.items():
+                counts[app_id, version, after] += 1
+                counts[app_id, version, before] -= 1
+        for (app_id, version, seen), count in counts.items():
             if seen:
                 self._count_version(app_id, version, seen, count)
 
     def _save_days(self, devices: Sequence[tuple[Row, SeenDevice | None, SeenDevice]]) -> None:
-        """Days on which a device was not seen before. Mostly there are none: its last day is in its row."""
-        fresh = [each for each in devices if each[1] is None or each[2].first_day < each[1].first_day
-                 or self._days[each[0]] - {each[1].last_hour // 24}]
-        around = {key: {*self._days[key], self._devices.seen[key].first_day, before.first_day}
-                  for key, before, _ in fresh if before}
-        near: dict[Row, list[int]] = defaultdict(list)  # the days around them decide what changes
+        """Saves the days on which devices were not seen before. Mostly there are none but the last day, which is in the
+        row of the device."""
+        changed = [(key, before, after) for key, before, after in devices if before is None
+                   or after.first_day < before.first_day or self._days[key] - {before.last_hour // 24}]
+        ranges = []  # of days that decide what changes
+        for key, before, _ in changed:
+            if before:
+                days = {*self._days[key], self._devices.learned[key].first_day, before.first_day}
+                ranges.append((*key, min(days) - 30, max(days) + 30))
+        days_of: dict[Row, list[int]] = defaultdict(list)
         for app_id, device, day in rows_of(self._db, """
                 select app_id, device, day from (values *) as keys cross join device_days
                     on app_id = column1 and device = column2 and day between column3 and column4
-                order by day""", [(*key, min(days) - 30, max(days) + 30) for key, days in around.items()]):
-            near[app_id, device].append(day)
+                order by day""", ranges):
+            days_of[app_id, device].append(day)
         rows = []
-        for key, before, after in fresh:
-            days = near[key]
+        for key, before, after in changed:
+            known = days_of[key]
             if before:
-                self._count_cohort(key[0], before.first_day, days, -1)
-            for day in sorted(self._days[key] - set(days)):
-                self._count_active(key[0], days, day, 1)
-                insort(days, day)
+                self._count_cohort(key[0], before.first_day, known, -1)
+            for day in sorted(self._days[key] - set(known)):
+                self._count_active(key[0], known, day, 1)
+                insort(known, day)
                 rows.append((*key, day))
-            self._count_cohort(key[0], after.first_day, days, 1)
+            self._count_cohort(key[0], after.first_day, known, 1)
         write_rows(self._db, "insert into device_days values *", rows)
 
     def _count_active(self, app_id: int, others: Sequence[int], day: int, by: int) -> None:
-        """Counts the days that a device is active on because of one day, and not because of its others."""
+        """Counts the days that a device is active on only because it was seen on `day`. `others` are the other days on
+        which it was seen, in order."""
         at = bisect_left(others, day)
         before, after = others[at - 1] if at else -MAX_NUMBER, others[at] if at < len(others) else MAX_NUMBER
         for column, span in self.ACTIVE.items():
@@ -2779,14 +2768,14 @@ create table device_versions (
             select app_id, first_day, last_hour from devices where app_id in (select id from apps) and device = ?
             """, (device,)).fetchall()
         for app_id, first_day, last_hour in rows:
-            days, versions = ([row[2:] for row in self._db.execute(
-                f"select * from {table} where app_id = ? and device = ? order by 3", (app_id, device))]
-                for table in ("device_days", "device_versions"))
-            left = [day for day, in days]
+            days, versions = (self._db.execute(
+                f"select {columns} where app_id = ? and device = ? order by 1", (app_id, device)).fetchall()
+                for columns in ("day from device_days", "app_version, first_hour, crash_hour from device_versions"))
+            days = [day for day, in days]
             self._add("device_hours", app_id, last_hour, devices=-1)
-            self._count_cohort(app_id, first_day, left, -1)
-            while left:
-                self._count_active(app_id, left[:-1], left.pop(), -1)
+            self._count_cohort(app_id, first_day, days, -1)
+            for n, day in enumerate(days):
+                self._count_active(app_id, days[n + 1:], day, -1)
             for version, *hours in versions:
                 self._count_version(app_id, version, SeenVersion(*hours), -1)
             for table in ("devices", "device_days", "device_versions"):
@@ -2795,17 +2784,18 @@ create table device_versions (
 
     @staticmethod
     def active(db: Any, app: int | None, days: range) -> JsonObject:
-        """Devices that were active on each of these days, and on the 7 and 30 days that end with it."""
-        return {**per_day(db, app, days, "active_days", *Devices.ACTIVE)}
+        """Devices that were active on each of these days, and on the 7 and the 30 days that end with it."""
+        return per_day(db, app, days, "active_days", *Devices.ACTIVE)
 
     @staticmethod
     def retention(db: Any, app: int | None, days: range) -> JsonObject:
         """Devices that are new on each of these days, and the percentage of them that came back."""
         cohorts = per_day(db, app, days, "cohorts", "devices", *Devices.BACK)
-        return {"devices": cohorts["devices"], **{f"day_{later}": [
-            round(100 * back / new, 2) if new and day + later < days[-1] else None
-            for day, new, back in zip(days, cohorts["devices"], cohorts[column])]
-            for column, later in Devices.BACK.items()}}
+        answer: JsonObject = {"devices": cohorts["devices"]}
+        for column, later in Devices.BACK.items():
+            answer[f"day_{later}"] = [round(100 * back / new, 2) if new and day + later < days[-1] else None
+                                      for day, new, back in zip(days, cohorts["devices"], cohorts[column])]
+        return answer
 
     @staticmethod
     def last_24_hours(db: Any, app: int | None, now: int) -> int:
@@ -2816,41 +2806,41 @@ create table device_versions (
 
 @lru_cache(maxsize=4096)
 def device_key(device_id_hash: str | None) -> int:
-    """The number by which figures know a device: 63 bits of its SHA-256. 0 for none."""
+    """The number by which figures know a device: 63 bits of its SHA-256. 0 is no device."""
     return int.from_bytes(sha256(device_id_hash)[:8], "big") >> 1 if device_id_hash else 0
 
 
 class EventNames(Figure):
-    """Events by name, type and UTC day, without those that begin or end a session. "" is no name."""
+    """Events by name, type and UTC day, without those that start or end a session. "" is no name."""
 
     SUMS = {"event_names": Sums("name type day", "events", NAME_DAYS)}
     COUNTS = (Event,)
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        # Without a line of Python for each event, as a batch has a hundred.
-        columns = [map(attrgetter(name), reports) for name in ("app_id", "name", "type", "at")]
-        alike = Counter(zip(*columns[:3], map(DAY.__rfloordiv__, columns[3])))
-        for (app_id, name, type, day), count in alike.items():
-            if type not in _ENDS:
-                self._add("event_names", app_id, name or "", type, day, events=by * count)
+        # Without Python code per event, because a batch has a hundred.
+        apps, names, types, times = (map(attrgetter(name), reports) for name in ("app_id", "name", "type", "at"))
+        alike = Counter(zip(apps, names, types, map(floordiv, times, repeat(DAY))))
+        for (app_id, name, type, day), events in alike.items():
+            if type not in SESSION_TYPES:
+                self._add("event_names", app_id, name or "", type, day, events=by * events)
 
     @staticmethod
     def most_frequent(db: Any, app: int | None, days: range) -> JsonObject:
-        """The 50 most frequent names of these days, and their events on each."""
+        """The 50 most frequent names of these days, with their events on each day."""
         parameters = {"app": app, "first": days[0], "last": days[-1]}
-        found = dict_rows(db, f"""
+        events = dict_rows(db, f"""
             select name, type, sum(events) as count from event_names
             where {APPS} and day between :first and :last
             group by name, type
             order by count desc, name, type
             limit 50""", parameters)
-        for row in found:
+        for event in events:
             counts = dict(db.execute(f"""
                 select day, sum(events) from event_names
                 where {APPS} and name = :name and type = :type and day between :first and :last
-                group by day""", {**parameters, **row}))
-            row["days"] = [counts.get(day, 0) for day in days]
-        return {"events": found}
+                group by day""", {**parameters, **event}))
+            event["days"] = [counts.get(day, 0) for day in days]
+        return {"events": events}
 
 
 FIGURES: tuple[type[Figure], ...] = (Requests, Crashes, Groups, Releases, Sessions, Devices, EventNames)
@@ -2858,25 +2848,25 @@ SUMS = {table: sums for figure in FIGURES for table, sums in figure.SUMS.items()
 FIGURE_TABLES = (NewNames.TABLES + "".join(figure.TABLES for figure in FIGURES)
                  + "".join(sums.schema(table) for table, sums in SUMS.items()))
 SCHEMA = REPORT_TABLES + SYMBOL_TABLES + TRIAGE_TABLES + FIGURE_TABLES
-# The primary key of each table with rows of an app, beside the reports.
+# The primary keys of all tables that have rows of an app, except those of the reports.
 KEYS = {table: tuple(key.split(", ")) for table, key in re.findall(
     r"create table (\w+) \([^;]*?primary key \((app_id, [^)]*)\)", re.sub("--.*", "", SCHEMA))}
 
 
 class RollUps:
-    """All figures in one transaction: reports are counted, and then all changes are saved, once."""
+    """All figures in one transaction: reports are counted, then all changes are saved, once."""
 
     def __init__(self, db: Any, now: int, symbols: Symbols | None = None):
         self.db, self.now, self.symbols, self.names = db, now, symbols or Symbols(db), NewNames(db)
         self._is_expiry = False
         self._changes: dict[str, dict[Row, dict[str, int]]] = defaultdict(dict)  # by table and key
-        self._windows = {  # the place of the day or hour in the key, and the first that is kept
+        self._windows = {  # by table: the position of the day or hour in its key, and the first one that is kept
             table: (KEYS[table].index(unit), now // (HOUR if unit == "hour" else DAY) - sums.window)
             for table, sums in SUMS.items() if sums.window for unit in sums.key if unit in ("day", "hour")}
-        self.figures: dict[type, Any] = {each: each(self) for each in FIGURES}
+        self.figures: dict[type, Any] = {figure: figure(self) for figure in FIGURES}
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        """Counts reports of a kind, in the order of their seqs, as Figure.count; by 0, those that have expired."""
+        """Counts reports of a kind, in the order of their seqs, like Figure.count; by 0 if they have expired."""
         self._is_expiry = not by
         for figure in self.figures.values() if reports else ():
             if kind in figure.COUNTS and by:
@@ -2886,12 +2876,12 @@ class RollUps:
         self._is_expiry = False
 
     def add(self, table: str, *key: Any, **counts: int) -> None:
-        """Adds to the sums of a row, which is made where there is none, and deleted when all its sums are 0."""
+        """Adds to the sums of a row, unless its window is over. A row is deleted when all its sums are 0."""
         sums = SUMS[table]
         if self._is_expiry and sums.lasts:
             return
-        place, first = self._windows.get(table, (0, 0))
-        if key[place] < first:
+        position, first = self._windows.get(table, (0, 0))  # no app_id is below 0
+        if key[position] < first:
             return
         row = self._changes[table].get(key)
         if row is None:
@@ -2904,49 +2894,46 @@ class RollUps:
         for figure in self.figures.values():
             figure.save()
         for table, changes in self._changes.items():
-            self._save_sums(table, {key: row for key, row in changes.items() if any(row.values())})
+            rows = [(*key, *row.values()) for key, row in changes.items() if any(row.values())]
+            columns = SUMS[table].columns
+            upsert(self.db, table, rows, ", ".join(f"{name} = {table}.{name} + excluded.{name}" for name in columns))
+            delete_rows(self.db, table, [key for key, row in changes.items() if min(row.values()) < 0],
+                        " and ".join(f"{name} <= 0" for name in columns))
         self._changes.clear()
         self.figures[Groups].drop_empty()
 
-    def _save_sums(self, table: str, changes: Mapping[Row, Mapping[str, int]]) -> None:
-        columns = SUMS[table].columns
-        upsert(self.db, table, [(*key, *row.values()) for key, row in changes.items()],
-               ", ".join(f"{column} = {table}.{column} + excluded.{column}" for column in columns))
-        if gone := [key for key, row in changes.items() if min(row.values()) < 0]:
-            tests = [f"{each} = ?" for each in KEYS[table]] + [f"{each} <= 0" for each in columns]
-            self.db.executemany(f"delete from {table} where {' and '.join(tests)}", gone)
-
     def trim(self) -> int:
-        """Once a day: deletes some of the rows whose window is over; how many."""
+        """Once a day: deletes some of the rows whose window is over. Returns how many."""
         self.figures[Sessions].close_days()
-        deleted = self._delete_some("new_names", f"new_names where day < {self.now // DAY}")
-        deleted += sum(self._delete_some(table, f"{table} where {KEYS[table][place]} < {first}")
-                       for table, (place, first) in self._windows.items())
-        # Beyond this age of its release, a verdict asks for no hour.
+        today = self.now // DAY
+        deleted = self._delete_some("new_names", "new_names where day < ?", today)
+        for table, (position, first) in self._windows.items():
+            deleted += self._delete_some(table, f"{table} where {KEYS[table][position]} < ?", first)
+        # No verdict needs the hours in which a release was older than this.
         deleted += self._delete_some("release_hours", f"""(
             select app_id, app_version, min(first_seen) / {HOUR} + {24 * HEALTH_DAYS} as last from builds
             group by app_id, app_version) as ages
             cross join release_hours using (app_id, app_version) where hour > last""")
-        return deleted + int(self.figures[Groups].drop_empty(TRIMMED))
+        return deleted + self._delete_some("groups", f"groups where last_seen < ? and {Groups.IS_EMPTY}",
+                                           (today - WEEK) * DAY, today - WEEK)
 
-    def _delete_some(self, table: str, source: str) -> int:
-        """Deletes some of the rows of a query. Each by its whole key: for `(key) in (select ...)`, SQLite would look
-        through all of an app."""
-        rows = self.db.execute(f"""
+    def _delete_some(self, table: str, source: str, *parameters: int) -> int:
+        """Deletes some of the rows of a query, given from its `from` on. Returns how many."""
+        keys = self.db.execute(f"""
             select {", ".join(KEYS[table])} from {source} and app_id in (select id from apps) limit ?
-            """, (TRIMMED,)).fetchall()
-        self.db.executemany(f"delete from {table} where {' and '.join(f'{each} = ?' for each in KEYS[table])}", rows)
-        return len(rows)
+            """, (*parameters, TRIMMED)).fetchall()
+        delete_rows(self.db, table, keys)
+        return len(keys)
 
 
 def labelled(rows: Iterable[tuple[str, int]]) -> JsonObject:
-    """Labels and counts as an answer has them."""
+    """Labels and their counts, in the form of an answer."""
     pairs = list(fitting(rows))
     return {"labels": [label for label, _ in pairs], "data": [count for _, count in pairs]}
 
 
 def fitting(rows: Iterable[Any]) -> Iterator[Any]:
-    """The first rows, as many as MAX_ANSWER holds."""
+    """The first rows, as many as fit in MAX_ANSWER."""
     size = 0
     for row in rows:
         size += len(json.dumps(row))
@@ -2955,24 +2942,32 @@ def fitting(rows: Iterable[Any]) -> Iterator[Any]:
         yield row
 
 
-STATEMENTS = 512  # prepared statements that are kept: an insert is a different one for each number of rows
+STATEMENTS = 512  # prepared statements to keep: an insert is another statement for each number of rows
 ROWS = 128  # in a statement
 
 
 def upsert(db: Any, table: str, rows: Sequence[Row], changes: str) -> None:
-    """Inserts whole rows. Where there is one with the same key, it changes instead."""
+    """Inserts whole rows. If a row with the same key exists, it makes these changes to it instead."""
     write_rows(db, f"insert into {table} values * on conflict ({', '.join(KEYS[table])}) do update set {changes}", rows)
 
 
+def delete_rows(db: Any, table: str, keys: Iterable[Row], condition: str = "true", *parameters: Any) -> None:
+    """Deletes the rows with these keys that meet a condition. Each by itself: for `(key) in (select ...)`, SQLite would
+    look through all of an app."""
+    tests = " and ".join([*(f"{column} = ?" for column in KEYS[table]), condition])
+    db.executemany(f"delete from {table} where {tests}", [(*key, *parameters) for key in keys])
+
+
 def write_rows(db: Any, statement: str, rows: Sequence[Row]) -> None:
-    """Runs a statement for all rows, its `values *` standing for their placeholders. In few parts: Python releases
-    its lock for each, and under load has to queue for it again. executemany would queue once a row."""
+    """Runs a statement for all rows; `values *` in it stands for their placeholders. It is run for many rows at a time,
+    because Python releases its lock for each run, and under load waits to get it again. executemany would do so for
+    each row."""
     for _ in _in_parts(db, statement, rows):
         pass
 
 
 def rows_of(db: Any, query: str, keys: Sequence[Row]) -> list[Row]:
-    """The rows of a query for all keys, its `values *` standing for their placeholders."""
+    """The rows of a query for all keys; `values *` in it stands for their placeholders."""
     return [row for cursor in _in_parts(db, query, keys) for row in cursor]
 
 
