@@ -1499,8 +1499,7 @@ class SymbolPart(NamedTuple):
 
 
 def parse_symbols(body: bytes) -> SymbolPart:
-    """Reads a part of a build's symbols from the body of a request. Checks all of it, so that look-ups may trust what
-    is stored. Raises Refusal, whose detail says what is wrong and where."""
+    """Reads and checks a part of a build's symbols: look-ups trust what is stored. Raises Refusal with a detail."""
     upload = decode_json(body)
     for name in ("binary", "arch"):
         _require(type(upload.get(name)) is str and 1 <= len(upload[name]) <= MAX_TEXT,
@@ -1695,8 +1694,7 @@ Decision = namedtuple("Decision", "state changed_at fixed_in until crashes_left 
 
 
 def parse_triage(fields: JsonObject, now: int) -> JsonObject:
-    """Reads the fields of a PATCH of a group; times become milliseconds. Raises Refusal, also for an unknown field: a
-    typo must not be ignored in silence."""
+    """Reads the fields of a PATCH of a group; times become milliseconds. Raises Refusal, also for a misspelt field."""
     if unknown := [name for name in fields if name not in TRIAGE_FIELDS]:
         raise Refusal("invalid field", detail=f"{unknown[0][:MAX_TEXT]!r} is none of {', '.join(TRIAGE_FIELDS)}")
     if not fields:
@@ -2017,28 +2015,28 @@ class MergedRows:
     """Rows of a table that a transaction learns more about. They are read, merged and written together. `kind` is a
     named tuple of the columns after the key, with a method `merged`."""
 
-    def __init__(self, table: str, kind: Any):
-        self._table, self._kind = table, kind
+    def __init__(self, db: Any, table: str, kind: Any):
+        self._db, self._table, self._kind = db, table, kind
         self.learned: dict[Row, Any] = {}  # by key
 
     def learn(self, key: Row, row: Any) -> None:
         """Adds what one report says about a row."""
         self.learned[key] = self.learned[key].merged(row) if key in self.learned else row
 
-    def stored(self, db: Any, keys: Iterable[Row]) -> dict[Row, Any]:
+    def stored(self, keys: Iterable[Row]) -> dict[Row, Any]:
         """The stored rows with these keys."""
         columns = KEYS[self._table]
-        return {row[:len(columns)]: self._kind(*row[len(columns):]) for row in rows_of(db, f"""
+        return {row[:len(columns)]: self._kind(*row[len(columns):]) for row in rows_of(self._db, f"""
             select {self._table}.* from (values *) as keys
             cross join {self._table} on {" and ".join(f"{name} = column{n}" for n, name in enumerate(columns, 1))}
             """, list(keys))}
 
-    def save(self, db: Any) -> list[tuple[Row, Any, Any]]:
+    def save(self) -> list[tuple[Row, Any, Any]]:
         """Writes the rows that change. Returns each key with its row before, or None, and after."""
-        stored = self.stored(db, self.learned)
+        stored = self.stored(self.learned)
         rows = [(key, stored.get(key), stored[key].merged(row) if key in stored else row)
                 for key, row in self.learned.items()]
-        upsert(db, self._table, [(*key, *after) for key, before, after in rows if after != before],
+        upsert(self._db, self._table, [(*key, *after) for key, before, after in rows if after != before],
                ", ".join(f"{column} = excluded.{column}" for column in self._kind._fields))
         return rows
 
@@ -2163,12 +2161,11 @@ create table groups (
     last_seen integer not null, exception_reason text,    -- of its latest crash; the beginning of the reason
     place text, search text,                              -- the app's function; what a search looks in, in lower case
     crashes integer not null default 0, devices integer not null default 0,  -- of the crashes that are kept
-    came_at integer not null default 0,                   -- when its first crash was received, which makes it new
+    came_at integer not null default 0,                   -- when its first crash was received
     primary key (app_id, group_hash)) without rowid;
 """
     SUMS = {"group_days": Sums("day group_hash", "crashes", WEEK),
             "group_images": Sums("group_hash uuid", "crashes", lasts=False)}  # builds whose symbols can name crashes
-
     IS_EMPTY = """crashes <= 0 and not exists (
         select 1 from group_days where app_id = groups.app_id and day >= ? and group_hash = groups.group_hash)"""
 
@@ -2274,8 +2271,7 @@ create table groups (
 
     @staticmethod
     def most_frequent(db: Any, app: int | None, days: range) -> list[JsonObject]:
-        """The five most frequent groups of these days, which are within the last week. A group of several apps has the
-        name that it has in the app where it crashed last."""
+        """The five most frequent groups of these days of the last week, described by the app that had them last."""
         return dict_rows(db, f"""
             select top.group_hash, exception_type, substr(coalesce(exception_reason, ''), 1, 200) as exception_reason,
                 count
@@ -2334,7 +2330,8 @@ create view releases as
                     update builds set first_seen = min(first_seen, ?), last_seen = max(last_seen, ?)
                     where app_id = ? and app_version = ? and build_number = ?""", (*times, *key)).rowcount:
                 builds, = self._db.execute("select count(*) from builds where app_id = ?", key[:1]).fetchone()
-                upsert(self._db, "builds", [(*(key if builds < MAX_BUILDS_OF_APP else (*key[:2], "")), *times)], """
+                row = (*key, *times) if builds < MAX_BUILDS_OF_APP else (*key[:2], "", *times)
+                upsert(self._db, "builds", [row], """
                     first_seen = min(builds.first_seen, excluded.first_seen),
                     last_seen = max(builds.last_seen, excluded.last_seen)""")
 
@@ -2374,8 +2371,8 @@ create view releases as
 
     @staticmethod
     def healths(db: Any, pairs: Sequence[Pair], now: int) -> dict[Pair, list[Health]]:
-        """The health of each release and of the one before it, at equal ages: of the devices that came to the newer one
-        until the last full hour, and to the other within as long a time."""
+        """The health of each release and of the one before it, at equal ages. Counts the devices that came to the newer
+        one until the last full hour, and to the other one in as many hours."""
         spans: dict[Pair, tuple[Row, Row]] = {}  # app_id, app_version, first hour, hour after the last
         for pair in pairs:
             end = min(now, pair.first_seen + HEALTH_DAYS * DAY) // HOUR
@@ -2391,11 +2388,11 @@ create view releases as
 
     @staticmethod
     def latest(db: Any, app: int | None, days: range) -> list[JsonObject]:
-        """The latest 100 releases. `recent` is how many of the app's sessions of these days, `of_all`, are theirs."""
+        """The latest 100 releases. `recent` are their sessions of these days, `of_all` those of their app."""
         return dict_rows(db, f"""
-            select latest.app_id, apps.name as app, latest.app_version, coalesce(sessions, 0) as sessions,
-                coalesce(crashed_sessions, 0) as crashed_sessions, coalesce(crashes, 0) as crashes,
-                coalesce(devices, 0) as devices, coalesce(crashed_devices, 0) as crashed_devices, first_seen, last_seen,
+            select latest.app_id, apps.name as app, latest.app_version,
+                {", ".join(f"coalesce({name}, 0) as {name}" for name in SUMS["release_sums"].columns)},
+                first_seen, last_seen,
                 (select sum(sessions) from release_days where app_id = latest.app_id
                     and day between :first and :last and app_version = latest.app_version) as recent,
                 (select sum(sessions) from session_days where app_id = latest.app_id
@@ -2428,23 +2425,23 @@ class Health(NamedTuple):
         """The share of devices that never crashed."""
         return 1 - self.crashed / self.devices
 
-    def wilson(self, z: float) -> tuple[float, float]:
+    def wilson_interval(self, z: float) -> tuple[float, float]:
         """Wilson's interval of the share, `z` standard deviations to each side."""
         z2 = z ** 2 / self.devices
         half = math.sqrt(z2 * (self.share * (1 - self.share) + z2 / 4))
         return (self.share + z2 / 2 - half) / (1 + z2), (self.share + z2 / 2 + half) / (1 + z2)
 
 
-CONFIDENCE = 1.96  # standard deviations: 95 %
-ALARM = 2.58       # 99 %, for an alert: with 95 % and a look each hour, one in six equal releases would be called worse
-HALF_WIDTH = 0.05  # of an interval that is narrow enough to say that there is no difference
+Z_95 = 1.96  # standard deviations to each side, for a confidence of 95 %
+ALARM = 2.58  # the same for 99 % and alerts: checked each hour, 95 % would call one in six equal releases worse
+MAX_HALF_WIDTH = 0.05  # of an interval that is narrow enough to say that there is no difference
 MIN_DEVICES, ENOUGH = 20, 50  # devices of both releases for any verdict; for `no difference seen`, and for an alert
 
 
-def newcombe(newer: Health, before: Health, z: float = CONFIDENCE) -> tuple[float, float]:
+def newcombe(newer: Health, before: Health, z: float = Z_95) -> tuple[float, float]:
     """The confidence interval of the difference of two shares: Newcombe, Interval estimation for the difference between
     independent proportions, Statistics in Medicine 17 (1998) 873-890, method 10."""
-    (low, high), (low_before, high_before) = newer.wilson(z), before.wilson(z)
+    (low, high), (low_before, high_before) = newer.wilson_interval(z), before.wilson_interval(z)
     difference = newer.share - before.share
     return (difference - math.hypot(newer.share - low, high_before - before.share),
             difference + math.hypot(high - newer.share, before.share - low_before))
@@ -2459,7 +2456,7 @@ def verdict(newer: Health, before: Health) -> JsonObject | None:
         return None
     low, high = newcombe(newer, before) if least else (-1.0, 1.0)
     crashed = (newer.crashed + before.crashed + 2) / (least + most + 4)  # two more crashed: so few may have been lucky
-    needed = max(ENOUGH, math.ceil((CONFIDENCE / HALF_WIDTH) ** 2 * 2 * crashed * (1 - crashed)))
+    needed = max(ENOUGH, math.ceil((Z_95 / MAX_HALF_WIDTH) ** 2 * 2 * crashed * (1 - crashed)))
     word = ("too early" if least < MIN_DEVICES else "worse" if high < 0 else "better" if low > 0
             else "too early" if least < needed else "no difference seen")
     if word == "too early":
@@ -2529,7 +2526,7 @@ create table medians (                     -- of the durations of a day that is 
 
     def __init__(self, rollups: RollUps):
         super().__init__(rollups)
-        self._sessions = MergedRows("sessions", Session)
+        self._sessions = MergedRows(self._db, "sessions", Session)
         self._changed_days: set[Row] = set()  # app_id and day of stored medians that are no longer right
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
@@ -2548,7 +2545,7 @@ create table medians (                     -- of the durations of a day that is 
                 self._sessions.learn(key, reduce(Session.merged, ends, session))
             else:  # the whole session, because all its reports are of the device that is forgotten
                 forgotten.add(key)
-        for key, session in self._sessions.stored(self._db, forgotten).items():
+        for key, session in self._sessions.stored(forgotten).items():
             self._count(key[0], session, -1)
         delete_rows(self._db, "sessions", forgotten)
 
@@ -2567,13 +2564,13 @@ create table medians (                     -- of the durations of a day that is 
             self._add("release_days", app_id, day, session.app_version, sessions=by)
         if duration is not None:
             self._add("session_days", app_id, day, ended=by, session_ms=by * duration)
-            unit = 10 ** max(0, len(str(duration // SECOND)) - 2) * SECOND  # rounded, so that few of a day differ
+            unit = 10 ** max(0, len(str(duration // SECOND)) - 2) * SECOND  # two digits, so that a day has few rows
             self._add("durations", app_id, day, (duration + unit // 2) // unit * unit // SECOND, sessions=by)
             if day < self._now // DAY - 1:
                 self._changed_days.add((app_id, day))
 
     def save(self) -> None:
-        for key, before, after in self._sessions.save(self._db):
+        for key, before, after in self._sessions.save():
             if before is None or before[2:] != after[2:]:
                 self._count(key[0], before or Session(), -1)
                 self._count(key[0], after, 1)
@@ -2661,8 +2658,8 @@ create table device_versions (
 
     def __init__(self, rollups: RollUps):
         super().__init__(rollups)
-        self._devices = MergedRows("devices", SeenDevice)
-        self._versions = MergedRows("device_versions", SeenVersion)
+        self._devices = MergedRows(self._db, "devices", SeenDevice)
+        self._versions = MergedRows(self._db, "device_versions", SeenVersion)
         self._days: dict[Row, set[int]] = defaultdict(set)  # by app_id and device: days on which it was seen
         self._spans: Counter[Row] = Counter()  # devices by app_id, column of active_days, first day, day after the last
 
@@ -2695,7 +2692,7 @@ create table device_versions (
                 for (app_id, device), seq in last_seqs.items()])
 
     def save(self) -> None:
-        devices = self._devices.save(self._db)
+        devices = self._devices.save()
         self._save_days(devices)
         for (app_id, _), before, after in devices:
             if before is None or before.last_hour != after.last_hour:
@@ -2706,7 +2703,7 @@ create table device_versions (
             for day in range(first, end):
                 self._add("active_days", app_id, day, **{column: count})
         counts: Counter[Row] = Counter()
-        for (app_id, _, version), before, after in self._versions.save(self._db):
+        for (app_id, _, version), before, after in self._versions.save():
             if before != after:
                 counts[app_id, version, after] += 1
                 counts[app_id, version, before] -= 1
@@ -2715,8 +2712,7 @@ create table device_versions (
                 self._count_version(app_id, version, seen, count)
 
     def _save_days(self, devices: Sequence[tuple[Row, SeenDevice | None, SeenDevice]]) -> None:
-        """Saves the days on which devices were not seen before. Mostly there are none but the last day, which is in the
-        row of the device."""
+        """Saves the days on which devices were not seen before: mostly none, because their rows have the last day."""
         changed = [(key, before, after) for key, before, after in devices if before is None
                    or after.first_day < before.first_day or self._days[key] - {before.last_hour // 24}]
         ranges = []  # of days that decide what changes
@@ -2943,7 +2939,7 @@ def fitting(rows: Iterable[Any]) -> Iterator[Any]:
 
 
 STATEMENTS = 512  # prepared statements to keep: an insert is another statement for each number of rows
-ROWS = 128  # in a statement
+ROWS_PER_STATEMENT = 128
 
 
 def upsert(db: Any, table: str, rows: Sequence[Row], changes: str) -> None:
@@ -2959,9 +2955,8 @@ def delete_rows(db: Any, table: str, keys: Iterable[Row], condition: str = "true
 
 
 def write_rows(db: Any, statement: str, rows: Sequence[Row]) -> None:
-    """Runs a statement for all rows; `values *` in it stands for their placeholders. It is run for many rows at a time,
-    because Python releases its lock for each run, and under load waits to get it again. executemany would do so for
-    each row."""
+    """Runs a statement for all rows; `values *` in it stands for their placeholders. Not by executemany: that releases
+    Python's lock for each row, and under load waits to get it again."""
     for _ in _in_parts(db, statement, rows):
         pass
 
@@ -2972,8 +2967,8 @@ def rows_of(db: Any, query: str, keys: Sequence[Row]) -> list[Row]:
 
 
 def _in_parts(db: Any, statement: str, rows: Sequence[Row]) -> Iterator[Any]:
-    for start in range(0, len(rows), ROWS):
-        part = rows[start:start + ROWS]
+    for start in range(0, len(rows), ROWS_PER_STATEMENT):
+        part = rows[start:start + ROWS_PER_STATEMENT]
         yield db.execute(_with_placeholders(statement, len(part), len(part[0])), list(chain.from_iterable(part)))
 
 
