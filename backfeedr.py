@@ -2499,6 +2499,9 @@ class Session(NamedTuple):
         return length if self.started_at and self.ended_at and 0 <= length <= DAY else None
 
 
+_session_of = attrgetter("app_id", "session_id", "device_id_hash")
+
+
 class Sessions(Figure):
     """Sessions by the UTC day on which they started, and how long they took. A session is a session_id of one device:
     SDKs that count launches use the same ids on every device."""
@@ -2601,9 +2604,6 @@ create table medians (                     -- of the durations of a day that is 
         return {"sessions": sums["sessions"], "median_seconds": [medians.get(day) for day in days],
                 "mean_seconds": [round(ms / ended / SECOND, 1) if ended else None
                                  for ms, ended in zip(sums["session_ms"], sums["ended"])]}
-
-
-_session_of = attrgetter("app_id", "session_id", "device_id_hash")
 
 
 class SeenDevice(NamedTuple):
@@ -2764,18 +2764,19 @@ create table device_versions (
             select app_id, first_day, last_hour from devices where app_id in (select id from apps) and device = ?
             """, (device,)).fetchall()
         for app_id, first_day, last_hour in rows:
-            days, versions = (self._db.execute(
-                f"select {columns} where app_id = ? and device = ? order by 1", (app_id, device)).fetchall()
-                for columns in ("day from device_days", "app_version, first_hour, crash_hour from device_versions"))
-            days = [day for day, in days]
+            key = app_id, device
+            days = [day for day, in self._db.execute(
+                "select day from device_days where app_id = ? and device = ? order by day", key)]
             self._add("device_hours", app_id, last_hour, devices=-1)
             self._count_cohort(app_id, first_day, days, -1)
             for n, day in enumerate(days):
                 self._count_active(app_id, days[n + 1:], day, -1)
-            for version, *hours in versions:
+            for version, *hours in self._db.execute("""
+                    select app_version, first_hour, crash_hour from device_versions where app_id = ? and device = ?
+                    """, key):
                 self._count_version(app_id, version, SeenVersion(*hours), -1)
             for table in ("devices", "device_days", "device_versions"):
-                self._db.execute(f"delete from {table} where app_id = ? and device = ?", (app_id, device))
+                self._db.execute(f"delete from {table} where app_id = ? and device = ?", key)
         return len(rows)
 
     @staticmethod
@@ -2856,9 +2857,11 @@ class RollUps:
         self.db, self.now, self.symbols, self.names = db, now, symbols or Symbols(db), NewNames(db)
         self._is_expiry = False
         self._changes: dict[str, dict[Row, dict[str, int]]] = defaultdict(dict)  # by table and key
-        self._windows = {  # by table: the position of the day or hour in its key, and the first one that is kept
-            table: (KEYS[table].index(unit), now // (HOUR if unit == "hour" else DAY) - sums.window)
-            for table, sums in SUMS.items() if sums.window for unit in sums.key if unit in ("day", "hour")}
+        self._windows: dict[str, tuple[int, int]] = {}  # by table: where its key has the day or hour; the first kept
+        for table, sums in SUMS.items():
+            if sums.window:
+                unit, length = ("hour", HOUR) if "hour" in sums.key else ("day", DAY)
+                self._windows[table] = KEYS[table].index(unit), now // length - sums.window
         self.figures: dict[type, Any] = {figure: figure(self) for figure in FIGURES}
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
@@ -2950,8 +2953,10 @@ def upsert(db: Any, table: str, rows: Sequence[Row], changes: str) -> None:
 def delete_rows(db: Any, table: str, keys: Iterable[Row], condition: str = "true", *parameters: Any) -> None:
     """Deletes the rows with these keys that meet a condition. Each by itself: for `(key) in (select ...)`, SQLite would
     look through all of an app."""
-    tests = " and ".join([*(f"{column} = ?" for column in KEYS[table]), condition])
-    db.executemany(f"delete from {table} where {tests}", [(*key, *parameters) for key in keys])
+    rows = [(*key, *parameters) for key in keys]
+    if rows:  # few commits have any
+        tests = " and ".join([*(f"{column} = ?" for column in KEYS[table]), condition])
+        db.executemany(f"delete from {table} where {tests}", rows)
 
 
 def write_rows(db: Any, statement: str, rows: Sequence[Row]) -> None:
