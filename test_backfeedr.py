@@ -1815,8 +1815,8 @@ def test_the_last_part_is_stored_together_with_the_groups_to_move_or_not_at_all(
 
 
 def test_a_part_can_be_replaced_until_the_upload_is_complete(api, clock):
-    first = {**BOTH_PARTS[0], "pages": [{**PAGE, "first": 5}, LATER_PAGE], "arch": "x86_64"}
-    assert upload(api.server, first)[0] == 201
+    two_pages = {**BOTH_PARTS[0], "pages": [{**PAGE, "first": 5}, LATER_PAGE], "arch": "x86_64"}
+    assert upload(api.server, two_pages)[0] == 201
     clock.move(60)
     assert upload(api.server, BOTH_PARTS[0])[0] == 200, "without one of its pages"
     assert [row[:3] for row in symbol_rows(api.server)["symbol_pages"]] == [(HELD, 1000, 0)]
@@ -1830,8 +1830,8 @@ def test_a_part_can_be_replaced_until_the_upload_is_complete(api, clock):
         clock.move(60)
         assert upload(api.server, part) == (200, {"uuid": HELD, "parts": 2, "received": 2, "complete": True})
     assert symbol_rows(api.server) == before
-    assert [[each["arch"], each["uploaded_at"]] for each in list_symbols(api.server)[0]] == [
-        ["arm64", "2026-03-12T14:31:00Z"]]
+    (held,), _ = list_symbols(api.server)
+    assert (held["arch"], held["uploaded_at"]) == ("arm64", "2026-03-12T14:31:00Z")
 
 
 def test_another_number_of_parts_restarts_the_upload(api, monkeypatch):
@@ -1945,21 +1945,23 @@ def test_the_bytes_of_a_build_and_the_number_of_builds_are_limited(api, monkeypa
     parts = [part_of(3, n) for n in range(3)]
     monkeypatch.setattr(backfeedr, "MAX_SYMBOL_BYTES", 2 * size)
     assert [upload(api.server, part)[0] for part in (*parts[:2], parts[1])] == [201, 201, 200], "not counted twice"
+
+    def assert_refused(*request):
+        status, answer = upload(api.server, *request)
+        assert (status, answer["error"]) == (400, "too many symbols") and f"'symbols delete {HELD}'" in answer["detail"]
+
     before = symbol_rows(api.server)
-    status, answer = upload(api.server, parts[2])
-    assert (status, answer["error"]) == (400, "too many symbols") and f"'symbols delete {HELD}'" in answer["detail"]
+    assert_refused(parts[2])
     assert symbol_rows(api.server) == before
     clock.move(1)
     monkeypatch.setattr(backfeedr, "MAX_BUILDS", 2)
     add(api.server, stack_trace=[frame_of(HELD)])
     third = "ab" * 16
-    assert upload(api.server, uuid=OTHER_BUILD)[0] == 201
-    assert upload(api.server, uuid=third)[0] == 201
+    assert upload(api.server, uuid=OTHER_BUILD)[0] == upload(api.server, uuid=third)[0] == 201
     kept = {HELD, backfeedr.image_uuid(third)}
     assert {row[0] for row in symbol_rows(api.server)["symbols"]} == kept, "the older one has a crash, so it stays"
     add(api.server, stack_trace=[frame_of(third)])
-    status, answer = upload(api.server, uuid=OTHER_BUILD)
-    assert (status, answer["error"]) == (400, "too many symbols") and f"'symbols delete {HELD}'" in answer["detail"]
+    assert_refused(PART, OTHER_BUILD)
     assert upload(api.server, uuid=third)[0] == 200 and upload(api.server, parts[1])[0] == 200
 
 
@@ -2038,10 +2040,8 @@ def test_symbols_are_deleted_when_no_crash_needs_them_and_a_later_build_exists(k
             clock.seconds = start + day_of_receipt * A_DAY
             assert upload(server, part, uuid)[0] in (200, 201) if part else add(server, stack_trace=[frame_of(uuid)])
         clock.seconds = start + day * A_DAY + seconds
-        if how == "by prune":
-            server.store.prune()
-        for _ in range(5 if how == "after a commit" else 0):
-            add(server, type="custom")
+        for _ in range(5):
+            server.store.prune() if how == "by prune" else add(server, type="custom")
         case = received, day, seconds
         assert [row[0] for row in symbol_rows(server)["symbols"]] == kept, case
         assert {row[0] for rows in symbol_rows(server).values() for row in rows} == set(kept), case
@@ -2168,61 +2168,60 @@ def test_random_symbols_are_refused_or_can_be_looked_up_at_any_offset():
 # -- Symbolicated frames and groups
 
 NEXT_PART = {**PART, "pages": [{**PAGE, "first": 5000}]}  # of OTHER_BUILD, which has the same code at other offsets
-SHOP_NAMES = "add:total"  # at offset 1008: two functions are named "add", and equal neighbours are one
+UNNAMED = hashed(f"SIGABRT:{HELD}+1009")  # the group of a crash at offset 1008 without symbols
+NAMED = hashed("SIGABRT:add:total")  # and with them: two functions are named "add", and equal neighbours are one
 
 
 def shop_crash(offset, uuid=HELD, **fields):
-    """A crash whose second frame returns to behind this offset."""
+    """A crash whose second frame was called at this offset, so that it returns to the next one."""
     return {**CRASH, "stack_trace": [system(7), frame_of(uuid, offset + 1)], **fields}
 
 
-def shop_crash_now(clock, *place, **fields):
-    return shop_crash(*place, occurred_at=time_text(clock.seconds), **fields)
-
-
-def stored_rows(server, *tables):
-    return sum(count(server, table) for table in tables)
+def group_of_crash(api, clock, *place, **fields):
+    """Sends a crash that occurs now, and returns its group."""
+    return api.post(CRASHES, shop_crash(*place, occurred_at=time_text(clock.seconds), **fields))[1]["group_hash"]
 
 
 def group_rows(server):
     return sorted(sql(server.store.path, "select group_hash, first_version, place from groups"))
 
 
+def stored_groups(server):
+    return [group for group, in sql(server.store.path, "select distinct group_hash from crashes")]
+
+
 def test_symbols_bring_the_crashes_of_two_builds_into_one_group(api, person, clock):
     shared = {"device_id_hash": "d1", "session_id": "s1"}
-    before = api.post(CRASHES, shop_crash_now(clock, 1008, app_version="1.0", **shared))[1]["group_hash"]
-    assert before == hashed(f"SIGABRT:{HELD}+1009")
+    assert group_of_crash(api, clock, 1008, app_version="1.0", **shared) == UNNAMED
     clock.move(60)
-    old_next = api.post(CRASHES, shop_crash_now(clock, 5008, OTHER_BUILD, app_version="1.1"))[1]["group_hash"]
+    unnamed_next = group_of_crash(api, clock, 5008, OTHER_BUILD, app_version="1.1")
     assert upload(api.server)[0] == 201
-    named = hashed("SIGABRT:" + SHOP_NAMES)
-    assert api.post(CRASHES, shop_crash_now(clock, 1009, app_version="1.0", **shared))[1]["group_hash"] == named
+    assert group_of_crash(api, clock, 1009, app_version="1.0", **shared) == NAMED
     assert upload(api.server, NEXT_PART, OTHER_BUILD)[0] == 201
-    assert api.post(CRASHES, shop_crash_now(clock, 5008, OTHER_BUILD, app_version="1.1"))[1]["group_hash"] == named
-    found = api.get(f"{CRASHES}/{named}", **ADMIN)[1]
-    first = found["reports"][-1]["occurred_at"]
-    assert (found["count"], found["first_version"], found["first_seen"]) == (4, "1.0", first)
-    assert group_rows(api.server) == [(named, "1.0", "add")] and count(api.server, "regroupings") == 0
-    assert stored_groups(api.server) == [named]
+    assert group_of_crash(api, clock, 5008, OTHER_BUILD, app_version="1.1") == NAMED
+    group = api.get(f"{CRASHES}/{NAMED}", **ADMIN)[1]
+    first = group["reports"][-1]["occurred_at"]
+    assert (group["count"], group["first_version"], group["first_seen"]) == (4, "1.0", first)
+    assert group_rows(api.server) == [(NAMED, "1.0", "add")] and count(api.server, "regroupings") == 0
+    assert stored_groups(api.server) == [NAMED]
     check_database(api.server.store.path)
-    for old in (before, old_next):
+    for old in (UNNAMED, unnamed_next):
         status, headers, answer = call_with_headers(api.server, "GET", f"{CRASHES}/{old}", query="limit=1", **ADMIN)
-        assert (status, answer) == (301, {"error": "moved", "detail": f"to {named}"})
-        assert headers["Location"] == f"{CRASHES}/{named}?limit=1"
+        assert (status, answer) == (301, {"error": "moved", "detail": f"to {NAMED}"})
+        assert headers["Location"] == f"{CRASHES}/{NAMED}?limit=1"
         page = person.web.get(f"/crashes/{old}?app=default", headers=HTML)
-        assert (page.status_int, page.headers["Location"]) == (301, f"/crashes/{named}?app=default")
+        assert (page.status_int, page.headers["Location"]) == (301, f"/crashes/{NAMED}?app=default")
     assert api.get(f"{CRASHES}/{'0' * 16}", **ADMIN)[0] == 404
 
 
 def test_figures_stay_the_same_when_crashes_move(api, clock):
     for n in range(5):
-        device = dict(app_version=f"1.{n}", device_id_hash=f"d{n}", device_model="m")
-        api.post(CRASHES, shop_crash_now(clock, 1000 + 4 * n, **device))
+        group_of_crash(api, clock, 1000 + 4 * n, app_version=f"1.{n}", device_id_hash=f"d{n}", device_model="m")
         clock.move(86_400)
-    asked = [*METRICS, "/api/v1/releases", "/api/v1/metrics/retention?days=9"]
-    before = [api.get(path)[1] for path in asked]
+    paths = [*METRICS, "/api/v1/releases", "/api/v1/metrics/retention?days=9"]
+    before = [api.get(path)[1] for path in paths]
     upload(api.server)
-    for path, old, new in zip(asked, before, [api.get(path)[1] for path in asked]):
+    for path, old, new in zip(paths, before, [api.get(path)[1] for path in paths]):
         if path == "/api/v1/overview":
             assert sum(each["count"] for each in old.pop("top_crashes")) == sum(
                 each["count"] for each in new.pop("top_crashes")) == 5
@@ -2237,13 +2236,12 @@ def test_crashes_move_in_steps_that_continue_after_a_restart(serve, clock, monke
     server = serve("steps.db", rate_limit=0)
     api = Api(server)
     for n in range(8):
-        api.post(CRASHES, shop_crash_now(clock, 1008, device_id_hash=f"d{n % 3}"))
+        group_of_crash(api, clock, 1008, device_id_hash=f"d{n % 3}")
         clock.move(1)
     upload(server)
-    named = hashed("SIGABRT:" + SHOP_NAMES)
 
     def counts():
-        return {"moved" if group == named else "left": n for group, n in sql(
+        return {"moved" if group == NAMED else "left": n for group, n in sql(
             server.store.path, "select group_hash, count(*) from crashes group by 1")}
 
     serve.unchecked.append(server)  # the old group keeps the first_seen of crashes that have moved
@@ -2252,8 +2250,8 @@ def test_crashes_move_in_steps_that_continue_after_a_restart(serve, clock, monke
             assert server.store._regroup(db)
     assert counts() == {"moved": 3, "left": 5}
     check_database(server.store.path, forgotten=True)
-    old = api.get(f"{CRASHES}/{hashed(f'SIGABRT:{HELD}+1009')}", **ADMIN)
-    assert (old[0], old[1]["count"]) == (200, 5), "some of its crashes are still there"
+    status, group = api.get(f"{CRASHES}/{UNNAMED}", **ADMIN)
+    assert (status, group["count"]) == (200, 5), "some of its crashes are still there"
     server.store.forget_device("d1")
     assert counts() == {"moved": 2, "left": 3}
     server.close()
@@ -2261,7 +2259,7 @@ def test_crashes_move_in_steps_that_continue_after_a_restart(serve, clock, monke
     api = Api(server)
     for _ in range(4):  # a commit is followed by a step
         clock.move(2)
-        api.post(CRASHES, shop_crash_now(clock, 1008))
+        group_of_crash(api, clock, 1008)
         check_database(server.store.path, forgotten=True)
     assert counts() == {"moved": 9} and count(server, "regroupings") == 0
 
@@ -2270,15 +2268,14 @@ def test_crashes_move_in_steps_that_continue_after_a_restart(serve, clock, monke
 def test_a_crash_sent_again_or_imported_after_its_symbols_gets_its_new_group(api, serve, sent):
     crash, key = shop_crash(1008), {"Idempotency_Key": "k"}
     first = api.post(CRASHES, crash, **key)[1]
-    exported = [io.StringIO(), list(api.server.store.export(backfeedr.Crash))]
+    exported = list(api.server.store.export(backfeedr.Crash))
     other = api.server if sent == "again" else serve("other.db")
     upload(other)
     if sent == "again":
-        status, again = api.post(CRASHES, crash, **key)
-        assert (status, again) == (200, {**first, "group_hash": hashed("SIGABRT:" + SHOP_NAMES)})
+        assert api.post(CRASHES, crash, **key) == (200, {**first, "group_hash": NAMED})
     else:
-        other.store.import_(exported[1])
-    assert report(other)["group_hash"] == hashed("SIGABRT:" + SHOP_NAMES)
+        other.store.import_(exported)
+    assert report(other)["group_hash"] == NAMED
 
 
 def test_crashes_in_the_group_other_do_not_move(api, monkeypatch):
@@ -2286,7 +2283,7 @@ def test_crashes_in_the_group_other_do_not_move(api, monkeypatch):
     api.post(CRASHES, shop_crash(1008))
     upload(api.server)
     assert report(api.server)["group_hash"] == "(other)"
-    assert stored_rows(api.server, "regroupings", "group_aliases") == 0
+    assert not any(stored(api.server, "regroupings", "group_aliases").values())
 
 
 def test_aliases_follow_their_group_and_are_deleted_with_it_or_its_app(api, clock):
@@ -2300,23 +2297,22 @@ def test_aliases_follow_their_group_and_are_deleted_with_it_or_its_app(api, cloc
     assert dict(row[1:] for row in stored(api.server, "group_aliases")["group_aliases"]) == {old: last, between: last}
     clock.move(100 * 86_400)
     api.server.store.prune()
-    assert stored_rows(api.server, "crashes", "groups", "group_images", "group_aliases") == 0
+    assert not any(stored(api.server, "crashes", "groups", "group_images", "group_aliases").values())
     api.post(CRASHES, shop_crash(1008))
     api.server.store.delete_symbols(HELD)
-    assert api.post(CRASHES, shop_crash(1008))[1]["group_hash"] == hashed(f"SIGABRT:{HELD}+1009"), "as before"
+    assert api.post(CRASHES, shop_crash(1008))[1]["group_hash"] == UNNAMED
     upload(api.server)
     assert count(api.server, "group_aliases") == 1 and len(group_rows(api.server)) == 1
     api.server.store.delete_app("default")
     api.server.store.prune()
-    assert stored_rows(api.server, "group_aliases", "regroupings", "group_images") == 0
+    assert not any(stored(api.server, "group_aliases", "regroupings", "group_images").values())
 
 
 def test_first_seen_moves_with_the_first_crash_of_a_group(api, clock):
     """It may be from a crash that has expired. If a group splits, the other part was first seen with its own crash."""
     old = {}
     for version, offset in (("1.0", 1008), ("1.1", 1040), ("1.2", 1008)):
-        answer = api.post(CRASHES, shop_crash_now(clock, offset, app_version=version))[1]
-        old[version] = answer["group_hash"]
+        old[version] = group_of_crash(api, clock, offset, app_version=version)
         clock.move(86_400)
     with api.server.store.writing() as db:  # all were in one group, and its first crash has expired
         db.execute("update crashes set group_hash = 'aaaaaaaaaaaaaaaa'")
@@ -2332,7 +2328,7 @@ def test_first_seen_moves_with_the_first_crash_of_a_group(api, clock):
     api.server.store.catch_up()
     seen = dict(row[:2] for row in sql(api.server.store.path, "select group_hash, first_version from groups"))
     assert seen == {old["1.0"]: "0.9", old["1.1"]: "1.1"}
-    api.server.store.forget_device("")
+    # As a count over the rows that are left finds it.
     sql_run(api.server.store.path, "update groups set first_seen = (select min(occurred_at) from crashes where"
             " crashes.group_hash = groups.group_hash), first_version = case first_version when '0.9' then '1.0' else"
             " first_version end")
@@ -2345,7 +2341,7 @@ def test_uploads_during_a_catch_up_start_exactly_one_more(api, monkeypatch):
     for n in range(5):
         assert call(api.server, "PUT", f"{SYMBOLS}/{n + 1:032x}", body, **ADMIN)[0] == 201
         wait_until(lambda: started)
-    wait_until(lambda: [each.name for each in threading.enumerate()].count("backfeedr catch-up") == 2)
+    wait_until(lambda: [thread.name for thread in threading.enumerate()].count("backfeedr catch-up") == 2)
     assert started == [1], "the second waits for the first; it does what that one may have missed"
     may_end.set()
     joined_threads()
@@ -2382,10 +2378,6 @@ def test_reports_show_symbolicated_frames_beside_those_that_were_sent(api, perso
     assert event["properties"]["stack_trace"][-1] == {**frame_of(HELD, 1000), "symbol": "total", "file": "Cart.swift",
                                                       "line": 12, "symbolicated": True}
     assert event["properties"]["raw_stack_trace"] == hang["properties"]["stack_trace"]
-
-
-def stored_groups(server):
-    return [group for group, in sql(server.store.path, "select distinct group_hash from crashes")]
 
 
 def test_the_lookups_for_a_report_are_limited(api, monkeypatch):
@@ -2603,7 +2595,7 @@ def test_state_and_history_outlive_the_crashes_so_a_later_crash_can_be_a_regress
     decided(server, {"state": "resolved", "comment": "Fixed."})
     clock.move(60 * 86_400)
     server.store.prune()
-    assert stored_rows(server, "crashes", "groups") == 0
+    assert not any(stored(server, "crashes", "groups").values())
     group = api.get(f"{CRASHES}/{ABORTS}", **ADMIN)[1]
     assert (group["state"], group["count"], group["reports"], group["first_seen"]) == ("resolved", 0, [], None)
     assert decided(server, {"comment": "Still?"})["history"][-1]["detail"] == "Still?", "it can still be triaged"
@@ -2621,7 +2613,7 @@ def test_state_and_history_outlive_the_crashes_so_a_later_crash_can_be_a_regress
     assert [what for what, _ in history_of(server)] == ["resolved", "commented", "commented", "regressed"]
     server.store.delete_app("default")
     server.store.prune()
-    assert stored_rows(server, "triage", "group_history") == 0
+    assert not any(stored(server, "triage", "group_history").values())
 
 
 def test_facts_say_what_where_and_how_often(subscribed, clock):
@@ -2686,7 +2678,7 @@ def test_invalid_decisions_are_refused_and_change_nothing(api):
         status, answer = call(api.server, "PATCH", f"{CRASHES}/{ABORTS}", raw, **ADMIN)
         assert (status, answer["error"]) == (400, error), body
         assert answer["detail"], body
-    assert stored_rows(api.server, "triage", "group_history") == 0
+    assert not any(stored(api.server, "triage", "group_history").values())
     for query, group, status in (("app=nope", ABORTS, 404), ("", "0" * 16, 404), ("", "x", 404)):
         assert patch(api.server, {"state": "open"}, group, query) == (status, {"error": "not found"})
     assert patch(api.server, {"state": "open"}, Authorization=None)[0] == 401
@@ -2800,17 +2792,16 @@ def test_invented_builds_and_versions_hide_no_regression(serve, subscribed, cloc
 
 
 def test_a_crash_that_symbols_move_to_a_resolved_group_may_regress_it(subscribed, clock):
-    named = hashed("SIGABRT:" + SHOP_NAMES)
     upload(subscribed.server)
     crash_now(subscribed, clock, "1.0 1", **shop_crash(1008, exception_type="SIGABRT", occurred_at=NOW))
-    decided(subscribed.server, {"state": "resolved", "fixed_in": "1.1"}, named)
+    decided(subscribed.server, {"state": "resolved", "fixed_in": "1.1"}, NAMED)
     crash_now(subscribed, clock, "1.0 1", **shop_crash(5008, OTHER_BUILD, occurred_at=NOW))
     new = {**shop_crash(5012, OTHER_BUILD), "occurred_at": time_text(clock.seconds), **build_of("1.2 3")}
     assert subscribed.post(CRASHES, new)[0] == 201
-    assert state_of(subscribed.server, named) == "resolved", "the symbols are not there yet"
+    assert state_of(subscribed.server, NAMED) == "resolved", "the symbols are not there yet"
     upload(subscribed.server, NEXT_PART, OTHER_BUILD)
     joined_threads()
-    assert state_of(subscribed.server, named) == "open" and history_of(subscribed.server, named)[-1][0] == "regressed"
+    assert state_of(subscribed.server, NAMED) == "open" and history_of(subscribed.server, NAMED)[-1][0] == "regressed"
     assert facts_of(subscribed.server)[-1][0] == "crash.regressed"
 
 
@@ -2876,28 +2867,27 @@ def test_a_group_is_triaged_on_its_page(api, person, clock):
 
 @pytest.mark.parametrize("target_state", [None, "muted"])  # of the group that the crashes move to
 def test_state_and_history_move_with_the_crashes(api, clock, target_state):
-    old, named = hashed(f"SIGABRT:{HELD}+1009"), hashed("SIGABRT:" + SHOP_NAMES)
-    api.post(CRASHES, shop_crash_now(clock, 1008))
-    decided(api.server, {"state": "resolved", "fixed_in": "1.0", "comment": "old"}, old)
+    group_of_crash(api, clock, 1008)
+    decided(api.server, {"state": "resolved", "fixed_in": "1.0", "comment": "old"}, UNNAMED)
     if target_state:
         upload(api.server)
         joined_threads()
-        assert patch(api.server, {"state": target_state}, old)[0] == 301
-        assert decided(api.server, {"state": target_state}, named)["state"] == target_state
+        assert patch(api.server, {"state": target_state}, UNNAMED)[0] == 301
+        assert decided(api.server, {"state": target_state}, NAMED)["state"] == target_state
         api.server.store.delete_symbols(HELD)
-        api.post(CRASHES, shop_crash_now(clock, 1008))
+        group_of_crash(api, clock, 1008)
         clock.move(1)
-        decided(api.server, {"comment": "between"}, old)
+        decided(api.server, {"comment": "between"}, UNNAMED)
     upload(api.server)
     joined_threads()
-    found = api.server.metrics.group(named)
+    found = api.server.metrics.group(NAMED)
     assert (found["state"], found["fixed_in"]) == ((target_state, None) if target_state else ("resolved", "1.0"))
     details = [each["detail"] for each in found["history"]]
     assert details == ["in 1.0", "old", *[None, "between"] * bool(target_state)]
-    assert sql(api.server.store.path, "select group_hash from triage") == [(named,)]
-    assert patch(api.server, {"state": "open"}, old) == (301, {"error": "moved", "detail": f"to {named}"})
-    status, headers, _ = call_with_headers(api.server, "PATCH", f"{CRASHES}/{old}", b'{"state": "open"}', **ADMIN)
-    assert headers["Location"] == f"{CRASHES}/{named}"
+    assert sql(api.server.store.path, "select group_hash from triage") == [(NAMED,)]
+    assert patch(api.server, {"state": "open"}, UNNAMED) == (301, {"error": "moved", "detail": f"to {NAMED}"})
+    status, headers, _ = call_with_headers(api.server, "PATCH", f"{CRASHES}/{UNNAMED}", b'{"state": "open"}', **ADMIN)
+    assert headers["Location"] == f"{CRASHES}/{NAMED}"
 
 
 # == Store =====================================================================
