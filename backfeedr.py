@@ -1616,7 +1616,7 @@ class Symbols:
         for frame in frames:
             read, functions = read_frame(frame), list[Function]()
             if read.uuid and read.offset is not None and not read.file and self.is_held(read.uuid):
-                place = read.uuid, max(0, read.offset - int(is_return_address))  # which is behind the call
+                place = read.uuid, max(0, read.offset - int(is_return_address))  # it is one past the call
                 if place in self._functions or self.lookups < max_lookups:
                     functions = self.lookup(*place)
             if not functions:
@@ -1624,7 +1624,7 @@ class Symbols:
             for number, (symbol, file, line) in enumerate(functions, 1):
                 yield {"in_app": True, **frame, "symbol": symbol, "file": file or None, "line": line or None,
                        "symbolicated": True, **({"inlined": True} if number < len(functions) else {})}
-            # All frames below the innermost function have return addresses.
+            # The frames of all callers have return addresses.
             is_return_address = is_return_address or frame.get("inlined") is not True
 
     def group(self, crash: Crash) -> Crash:
@@ -1686,8 +1686,7 @@ CONDITIONS = {  # each with the state that it belongs to, its column, and its te
     "more_crashes": ("muted", "crashes_left", "for {} more crashes"),
     "more_devices": ("muted", "devices_left", "for {} more devices")}
 TRIAGE_FIELDS = ("state", *CONDITIONS, "comment")  # of a PATCH
-MAX_HISTORY = 100  # entries that are kept of a group
-MAX_COMMENT = 5000  # characters
+MAX_HISTORY, MAX_COMMENT = 100, 5000  # entries of a group that are kept, and characters of one
 SPREAD_BOUNDS = (10, 100, 1000)  # a group that reaches so many devices is a fact
 Decision = namedtuple("Decision", "state changed_at fixed_in until crashes_left devices_left regressed_at",
                       defaults=(None, None, None, None, None))  # a row of triage
@@ -1817,7 +1816,7 @@ def _first_seen(db: Any, app_id: int, version: str, build: str) -> int | None:
 def _is_regression(db: Any, decision: Decision, crash: Any) -> bool:
     """Tells whether a crash shows that a resolved group is not fixed. An old build that still crashes does not."""
     app_id, build, since = crash.app_id, crash.build_number or "", decision.changed_at + 1
-    if not crash.app_version:  # tells nothing, unless the app has no versions
+    if not crash.app_version:  # which tells nothing, unless the app has no versions at all
         return crash.at >= since and not db.execute("select 1 from releases where app_id = ?", (app_id,)).fetchone()
     # The version that was sent: the crash may count under "(other)".
     version, = db.execute("select app_version from crashes where seq = ?", (crash.seq,)).fetchone()
@@ -1966,8 +1965,8 @@ def counted(kind: type, app_id: int, seqs: Sequence[int], received: Sequence[int
 
 
 class Sums:
-    """A table of sums: the columns of its key after app_id, and its sums. `window`: for how many days or hours, by its
-    `day` or `hour`, a row is kept; 0 is for ever. `lasts`: sums stay as they are when reports expire."""
+    """A table of sums, by app_id and the columns of `key`. Rows are kept for `window` days or hours, by their `day` or
+    `hour`; 0 is for ever. If it `lasts`, sums stay as they are when reports expire."""
 
     def __init__(self, key: str, columns: str, window: int = 0, lasts: bool = True):
         self.key, self.columns, self.window, self.lasts = key.split(), columns.split(), window, lasts
@@ -1981,7 +1980,7 @@ class Sums:
 
 
 def per_day(db: Any, app: int | None, days: range, table: str, *columns: str) -> JsonObject:
-    """The sums of a table with a row per day: by column, one for each of these days."""
+    """Sums from a table with a row per day: for each column, a list with one sum per day."""
     rows = {day: sums for day, *sums in db.execute(f"""
         select day, {", ".join(f"sum({column})" for column in columns)} from {table}
         where {APPS} and day between :first and :last
@@ -2422,7 +2421,7 @@ class Health(NamedTuple):
 
     @property
     def share(self) -> float:
-        """The share of devices that never crashed."""
+        """The share of devices without a crash."""
         return 1 - self.crashed / self.devices
 
     def wilson_interval(self, z: float) -> tuple[float, float]:
