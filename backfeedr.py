@@ -86,7 +86,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
 from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
-from functools import lru_cache, partial, reduce
+from functools import lru_cache, partial
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from itertools import accumulate, chain, compress, groupby, islice, product, repeat, tee
@@ -2543,8 +2543,8 @@ create table medians (                     -- of the durations of a day that is 
                 for session in ends:
                     self._count(app_id, session, by)
             elif by > 0:
-                session = Session(run[0].seq, run[-1].seq, crashed=int(kind is Crash))
-                self._sessions.learn(key, reduce(Session.merged, ends, session))
+                for session in (Session(run[0].seq, run[-1].seq, crashed=int(kind is Crash)), *ends):
+                    self._sessions.learn(key, session)
             else:  # the whole session, because all its reports are of the device that is forgotten
                 forgotten.add(key)
         for key, session in self._sessions.stored(forgotten).items():
