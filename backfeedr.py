@@ -2456,11 +2456,10 @@ def verdict(newer: Health, before: Health) -> JsonObject | None:
     low, high = newcombe(newer, before) if least else (-1.0, 1.0)
     crashed = (newer.crashed + before.crashed + 2) / (least + most + 4)  # two more crashed: so few may have been lucky
     needed = max(ENOUGH, math.ceil((Z_95 / MAX_HALF_WIDTH) ** 2 * 2 * crashed * (1 - crashed)))
-    word = ("too early" if least < MIN_DEVICES else "worse" if high < 0 else "better" if low > 0
-            else "too early" if least < needed else "no difference seen")
-    if word == "too early":
-        text = f"about {math.ceil((needed - least) / 10) * 10} more devices"
+    if least < MIN_DEVICES or low <= 0 <= high and least < needed:
+        word, text = "too early", f"about {math.ceil((needed - least) / 10) * 10} more devices"
     else:
+        word = "worse" if high < 0 else "better" if low > 0 else "no difference seen"
         text = "{} of devices crash-free, {} before".format(*_percentages(newer.share, before.share))
     return {"word": word, "text": f"{word}: {text}",
             "interval": [round(100 * low, 1), round(100 * high, 1)] if least else None}
@@ -2541,14 +2540,14 @@ create table medians (                     -- of the durations of a day that is 
                     for event in (run if kind is Event else ()) if event.type in SESSION_TYPES]
             if not session_id:
                 for session in ends:
-                    self._count(app_id, session, by)
+                    self._count_session(app_id, session, by)
             elif by > 0:
                 for session in (Session(run[0].seq, run[-1].seq, crashed=int(kind is Crash)), *ends):
                     self._sessions.learn(key, session)
             else:  # the whole session, because all its reports are of the device that is forgotten
                 forgotten.add(key)
         for key, session in self._sessions.stored(forgotten).items():
-            self._count(key[0], session, -1)
+            self._count_session(key[0], session, -1)
         delete_rows(self._db, "sessions", forgotten)
 
     def expire(self, kind: type, reports: Sequence[Any]) -> None:
@@ -2556,7 +2555,7 @@ create table medians (                     -- of the durations of a day that is 
                 for app_id, session_id, device in set(map(_session_of, reports)) if session_id]
         delete_rows(self._db, "sessions", keys, "last_seq <= ?", reports[-1].seq)
 
-    def _count(self, app_id: int, session: Session, by: int) -> None:
+    def _count_session(self, app_id: int, session: Session, by: int) -> None:
         if session.started_at is None:
             return
         day, duration = session.started_at // DAY, session.duration
@@ -2574,8 +2573,8 @@ create table medians (                     -- of the durations of a day that is 
     def save(self) -> None:
         for key, before, after in self._sessions.save():
             if before is None or before[2:] != after[2:]:
-                self._count(key[0], before or Session(), -1)
-                self._count(key[0], after, 1)
+                self._count_session(key[0], before or Session(), -1)
+                self._count_session(key[0], after, 1)
         delete_rows(self._db, "medians", self._changed_days)
 
     def close_days(self) -> None:
@@ -2961,16 +2960,16 @@ def delete_rows(db: Any, table: str, keys: Iterable[Row], condition: str = "true
 def write_rows(db: Any, statement: str, rows: Sequence[Row]) -> None:
     """Runs a statement for all rows; `values *` in it stands for their placeholders. Not by executemany: that releases
     Python's lock for each row, and under load waits to get it again."""
-    for _ in _in_parts(db, statement, rows):
+    for _ in _execute_in_parts(db, statement, rows):
         pass
 
 
 def rows_of(db: Any, query: str, keys: Sequence[Row]) -> list[Row]:
     """The rows of a query for all keys; `values *` in it stands for their placeholders."""
-    return [row for cursor in _in_parts(db, query, keys) for row in cursor]
+    return [row for cursor in _execute_in_parts(db, query, keys) for row in cursor]
 
 
-def _in_parts(db: Any, statement: str, rows: Sequence[Row]) -> Iterator[Any]:
+def _execute_in_parts(db: Any, statement: str, rows: Sequence[Row]) -> Iterator[Any]:
     for start in range(0, len(rows), ROWS_PER_STATEMENT):
         part = rows[start:start + ROWS_PER_STATEMENT]
         yield db.execute(_with_placeholders(statement, len(part), len(part[0])), list(chain.from_iterable(part)))
