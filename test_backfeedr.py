@@ -1979,6 +1979,11 @@ def test_symbols_take_at_most_half_of_max_db_size_and_displace_no_reports(serve)
     assert count(server, "crashes") == 10
 
 
+def missing_build(*values):
+    """An entry of the list of missing symbols."""
+    return dict(zip(("uuid", "binary", "app", "app_version", "build_number", "crashes"), values))
+
+
 def test_missing_symbols_are_listed_with_the_crashes_that_wait_for_them(api, clock, monkeypatch):
     server, third = api.server, "ABCDEF01-0000-0000-0000-000000000000"
     test_key = server.store.create_app("Beta", is_test=True)
@@ -1992,19 +1997,15 @@ def test_missing_symbols_are_listed_with_the_crashes_that_wait_for_them(api, clo
         frame_of(third, binary="/a/Kit")])
     add(server, 7, key=test_key, stack_trace=[frame_of(OTHER_BUILD, binary="Beta")])
     add(server, stack_trace=[{"symbol": "f", "file": "f.swift", "uuid": third, "offset": 1}])
-
-    def missing(uuid, binary, app, version, build, crashes):
-        return {"uuid": uuid, "binary": binary, "app": app, "app_version": version, "build_number": build,
-                "crashes": crashes}
-    of_default = missing(HELD, "Shop", "default", "1.1", "2", 4)
-    of_shop = [missing(OTHER_BUILD, None, "Shop", "3.0", None, 5), missing(third, "Kit", "Shop", "3.0", None, 5)]
+    of_default = missing_build(HELD, "Shop", "default", "1.1", "2", 4)
+    of_shop = [missing_build(*build, "Shop", "3.0", None, 5) for build in ((OTHER_BUILD, None), (third, "Kit"))]
     assert list_symbols(server) == ([], [*of_shop, of_default])
     with monkeypatch.context() as patch:
         patch.setattr(backfeedr, "MISSING_BUILDS", 2)
         assert list_symbols(server) == ([], of_shop), "those with the most crashes"
     assert list_symbols(server, "app=default") == ([], [of_default])
     assert list_symbols(server, "app=Shop") == ([], of_shop)
-    assert list_symbols(server, "app=Beta") == ([], [missing(OTHER_BUILD, "Beta", "Beta", None, None, 7)])
+    assert list_symbols(server, "app=Beta") == ([], [missing_build(OTHER_BUILD, "Beta", "Beta", None, None, 7)])
     assert call(server, **{**BEARER, "path": SYMBOLS}, query="app=x")[0] == 404
     upload(server, BOTH_PARTS[0])
     clock.move(1)
@@ -2353,23 +2354,24 @@ def test_reports_show_symbolicated_frames_beside_those_that_were_sent(api, perso
         api.post(CRASHES, shop_crash(1008, app_version="1.3.0", build_number="48"))
     hang = {"type": "error", "name": "Hang", "occurred_at": NOW, "properties": {"stack_trace": [frame_of(HELD, 1000)]}}
     api.post(EVENTS, hang)
-    group = stored_groups(api.server)[0]
+    group, = stored_groups(api.server)
     page = person.text(f"/crashes/{group}")
     assert "Symbols of Shop 1.3.0 (48) are missing: 2 crashes wait for them." in page
     assert "python examples/symbols.py --server http://localhost:80 App.xcarchive" in page and "Shop + 1009" in page
-    missing = {"uuid": HELD, "binary": "Shop", "app": "default", "app_version": "1.3.0", "build_number": "48",
-               "crashes": 2}
+    missing = missing_build(HELD, "Shop", "default", "1.3.0", "48", 2)
     assert api.get(f"{CRASHES}/{group}", **ADMIN)[1]["missing_symbols"] == [missing]
     upload(api.server)
     group, = stored_groups(api.server)
-    found = api.get(f"{CRASHES}/{group}", **ADMIN)[1]
+    answer = api.get(f"{CRASHES}/{group}", **ADMIN)[1]
     raw = shop_crash(1008)["stack_trace"]
-    named = [{**raw[1], "symbol": name, "file": file, "line": line, "symbolicated": True, **inlined}
-             for name, file, line, inlined in (("add", "Cart.swift", 7, {"inlined": True}), ("add", None, None, {
-                 "inlined": True}), ("total", "Cart.swift", 12, {}))]
-    assert found["missing_symbols"] == []
-    for each in found["reports"]:
-        assert (each["stack_trace"], each["raw_stack_trace"]) == ([raw[0], *named], raw)
+    symbolicated = [
+        {**raw[1], "symbol": name, "file": file, "line": line, "symbolicated": True, **inlined}
+        for name, file, line, inlined in (
+            ("add", "Cart.swift", 7, {"inlined": True}), ("add", None, None, {"inlined": True}),
+            ("total", "Cart.swift", 12, {}))]
+    assert answer["missing_symbols"] == []
+    for crash in answer["reports"]:
+        assert (crash["stack_trace"], crash["raw_stack_trace"]) == ([raw[0], *symbolicated], raw)
     assert json.loads(rows_by_name(api.server.store.path, "select stack_trace from crashes")[0]["stack_trace"]) == raw
     shown = person.get(f"/crashes/{group}")
     assert f'<li class="own" title="Shop + 1009 {HELD}"><code><bdi>add</bdi></code>' in shown.text
