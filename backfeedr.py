@@ -1523,17 +1523,17 @@ def _require(condition: Any, problem: str) -> None:
         raise Refusal("invalid symbols", detail=problem)
 
 
-def _check_page(page: Any, place: str, lowest_offset: int) -> None:
+def _check_page(page: Any, prefix: str, lowest_offset: int) -> None:
     """Raises Refusal unless `page` is what encode_page takes, and begins at `lowest_offset` or later."""
-    _require(type(page) is dict, place + "it is not an object")
+    _require(type(page) is dict, prefix + "it is not an object")
     for name in ("strings", "frames", "rows"):
-        _require(type(page.get(name)) is list, f"{place}{name} is not a list")
+        _require(type(page.get(name)) is list, f"{prefix}{name} is not a list")
     strings, frames, rows = page["strings"], page["frames"], page["rows"]
     _require(all(type(string) is str and len(string) <= MAX_NAME for string in strings),
-             f"{place}strings has other than text of {MAX_NAME} characters")
-    _require(len(frames) % 4 == 0, place + "frames is not quadruples of name, file, line and parent")
-    _require(len(rows) % 2 == 0, place + "rows is not pairs of delta and frame")
-    _require(1 <= len(rows) // 2 <= MAX_PAGE_ROWS, f"{place}it has not 1 to {MAX_PAGE_ROWS} rows")
+             f"{prefix}strings has other than text of {MAX_NAME} characters")
+    _require(len(frames) % 4 == 0, prefix + "frames is not quadruples of name, file, line and parent")
+    _require(len(rows) % 2 == 0, prefix + "rows is not pairs of delta and frame")
+    _require(1 <= len(rows) // 2 <= MAX_PAGE_ROWS, f"{prefix}it has not 1 to {MAX_PAGE_ROWS} rows")
     for what, values, low, high in (
             ("first", [page.get("first")], lowest_offset, MAX_OFFSET),
             ("a name in frames", frames[0::4], 0, len(strings) - 1),
@@ -1543,9 +1543,9 @@ def _check_page(page: Any, place: str, lowest_offset: int) -> None:
             ("the first delta in rows", rows[:1], 0, 0),
             ("a later delta in rows", rows[2::2], 1, MAX_INT32),
             ("a frame in rows", rows[1::2], -1, len(frames) // 4 - 1)):
-        _require(_are_integers(values, low, high), f"{place}{what} is not from {low} to {high}")
-    _require(all(map(lt, frames[3::4], range(len(frames)))), place + "a parent in frames comes after its child")
-    _require(page["first"] + sum(rows[::2]) <= MAX_OFFSET, f"{place}rows has an offset above {MAX_OFFSET}")
+        _require(_are_integers(values, low, high), f"{prefix}{what} is not from {low} to {high}")
+    _require(all(map(lt, frames[3::4], range(len(frames)))), prefix + "a parent in frames comes after its child")
+    _require(page["first"] + sum(rows[::2]) <= MAX_OFFSET, f"{prefix}rows has an offset above {MAX_OFFSET}")
 
 
 def _are_integers(values: Sequence[Any], low: int, high: int) -> bool:
@@ -1616,9 +1616,9 @@ class Symbols:
         for frame in frames:
             read, functions = read_frame(frame), list[Function]()
             if read.uuid and read.offset is not None and not read.file and self.is_held(read.uuid):
-                place = read.uuid, max(0, read.offset - int(is_return_address))  # it is one past the call
-                if place in self._functions or self.lookups < max_lookups:
-                    functions = self.lookup(*place)
+                instruction = read.uuid, max(0, read.offset - int(is_return_address))  # of the call itself
+                if instruction in self._functions or self.lookups < max_lookups:
+                    functions = self.lookup(*instruction)
             if not functions:
                 yield frame
             for number, (symbol, file, line) in enumerate(functions, 1):
@@ -1957,11 +1957,11 @@ def counted(kind: type, app_id: int, seqs: Sequence[int], received: Sequence[int
     if any(flags):
         reports = [report._replace(**{name: OTHER for name, flag in FLAGS.items() if flag & bits})
                    for report, bits in zip(reports, flags)]
-    times = list(zip(map(attrgetter("occurred_at"), reports), received, ahead))
-    at = {each: counted_at(*each) for each in set(times)}  # a batch has few different ones
+    clocks = list(zip(map(attrgetter("occurred_at"), reports), received, ahead))
+    at = {clock: counted_at(*clock) for clock in set(clocks)}  # a batch has few different ones
     columns = [map(attrgetter(name), reports) for name in COUNTED[kind]._fields[5:]]
     make = partial(tuple.__new__, COUNTED[kind])  # like _make, in a third of the time
-    return list(map(make, zip(seqs, repeat(app_id), received, map(at.__getitem__, times), sent_types, *columns)))
+    return list(map(make, zip(seqs, repeat(app_id), received, map(at.__getitem__, clocks), sent_types, *columns)))
 
 
 class Sums:

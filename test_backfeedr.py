@@ -1862,22 +1862,22 @@ BAD_PARTS = [  # a problem, and the parts that have it
           (f"first is not from 0 to {1 << 40}", "first", (*ODD_INTEGERS, -1, (1 << 40) + 1)),
           *((f"{name} is not a list", name, (None, {}, "x", 1)) for name in ("strings", "frames", "rows")),
           ("strings has other than text of 1000 characters", "strings", (
-              ["total", "Cart.swift", each] for each in (None, 1, [], {}, "x" * 1001))),
+              ["total", "Cart.swift", value] for value in (None, 1, [], {}, "x" * 1001))),
           ("frames is not quadruples of name, file, line and parent", "frames", ([0], [0, -1, 0], [0, -1, 0, -1, 0])),
           *((f"a {column} in frames is not from {low} to {high}", "frames", [
-              [0, -1, 0, -1][:place] + [each] + [0, -1, 0, -1][place + 1:]
-              for each in (*ODD_INTEGERS, low - 1, high + 1, 1 << 64)])
-            for place, (column, low, high) in enumerate([
+              [0, -1, 0, -1][:index] + [value] + [0, -1, 0, -1][index + 1:]
+              for value in (*ODD_INTEGERS, low - 1, high + 1, 1 << 64)])
+            for index, (column, low, high) in enumerate([
                 ("name", 0, 2), ("file", -1, 2), ("line", 0, (1 << 31) - 1), ("parent", -1, 0)])),
           ("a parent in frames comes after its child", "frames", (
               [0, -1, 0, 0], [0, -1, 0, -1, 0, -1, 0, 1], [0, -1, 0, 1, 0, -1, 0, -1])),
           ("rows is not pairs of delta and frame", "rows", ([0], [0, 0, 1])),
           ("it has not 1 to 2000 rows", "rows", ([], [0, -1] + [1, -1] * 2000)),
-          ("the first delta in rows is not from 0 to 0", "rows", ([each, 0] for each in (*ODD_INTEGERS, 1, -1))),
+          ("the first delta in rows is not from 0 to 0", "rows", ([value, 0] for value in (*ODD_INTEGERS, 1, -1))),
           ("a later delta in rows is not from 1 to 2147483647", "rows", (
-              [0, 0, 1, 0, each, 0] for each in (*ODD_INTEGERS, 0, -1, 1 << 31))),
+              [0, 0, 1, 0, value, 0] for value in (*ODD_INTEGERS, 0, -1, 1 << 31))),
           ("rows has an offset above 1099511627776", "rows", ([0, 0] + [1 << 30, 0] * 1024,)),
-          ("a frame in rows is not from -1 to 2", "rows", ([0, each] for each in (*ODD_INTEGERS, -2, 3)))))]
+          ("a frame in rows is not from -1 to 2", "rows", ([0, value] for value in (*ODD_INTEGERS, -2, 3)))))]
 
 
 def test_invalid_parts_are_refused_and_store_nothing(api):
@@ -1892,11 +1892,11 @@ AT_LIMITS = [  # a page, and the functions at its last offset
     ({"first": 1 << 40, "strings": [""], "frames": [0, 0, 0, -1], "rows": [0, 0]}, [("", "", 0)]),
     ({"first": 0, "strings": ["x" * 1000], "frames": [0, -1, (1 << 31) - 1, -1], "rows": [0, -1, (1 << 31) - 1, 0],
       "more": 1}, [("x" * 1000, "", (1 << 31) - 1)]),
-    ({"first": 0, "strings": ["f"], "frames": [each for n in range(100) for each in (0, -1, n, n - 1)],
+    ({"first": 0, "strings": ["f"], "frames": [number for n in range(100) for number in (0, -1, n, n - 1)],
       "rows": [0, 99] + [1, 99] * 1999}, [("f", "", n) for n in reversed(range(100))]),
     ({"first": 0, "strings": ["\0\ud800\u00fc"], "frames": [0, -1, 0, -1], "rows": [0, 0]},
      [("\ufffd\ufffd\u00fc", "", 0)]),
-    ({"first": 0, "strings": ["f"], "frames": [each for n in range(300) for each in (0, -1, n, n - 1)],
+    ({"first": 0, "strings": ["f"], "frames": [number for n in range(300) for number in (0, -1, n, n - 1)],
       "rows": [0, 299]}, [("f", "", n) for n in range(299, 199, -1)])]  # the innermost of too many
 
 
@@ -2011,7 +2011,7 @@ def test_missing_symbols_are_listed_with_the_crashes_that_wait_for_them(api, clo
     clock.move(1)
     upload(server, uuid=OTHER_BUILD)
     held, waiting = list_symbols(server)
-    assert [(each["uuid"], each["complete"]) for each in held] == [(OTHER_BUILD, True), (HELD, False)], "newest first"
+    assert [(row["uuid"], row["complete"]) for row in held] == [(OTHER_BUILD, True), (HELD, False)], "newest first"
     assert waiting == [of_shop[1], of_default], "until the upload is complete"
     upload(server, BOTH_PARTS[1])
     assert list_symbols(server)[1] == [of_shop[1]]
@@ -2091,7 +2091,7 @@ def test_no_lookup_gives_a_wrong_name_while_symbols_are_deleted(api, monkeypatch
     with pytest.raises(StorageUnavailable):
         api.server.store.delete_symbols(HELD)
     assert before_steps == [([TOTAL], 5), ([], 3), ([], 1)]
-    assert [each["complete"] for each in list_symbols(api.server)[0]] == [False]
+    assert [build["complete"] for build in list_symbols(api.server)[0]] == [False]
     if then == "it is deleted again":
         assert api.server.store.delete_symbols("3f1b6a52") == HELD
         assert not any(symbol_rows(api.server).values())
@@ -2224,8 +2224,8 @@ def test_figures_stay_the_same_when_crashes_move(api, clock):
     upload(api.server)
     for path, old, new in zip(paths, before, [api.get(path)[1] for path in paths]):
         if path == "/api/v1/overview":
-            assert sum(each["count"] for each in old.pop("top_crashes")) == sum(
-                each["count"] for each in new.pop("top_crashes")) == 5
+            counts = [sum(group["count"] for group in answer.pop("top_crashes")) for answer in (old, new)]
+            assert counts == [5, 5]
         assert old == new, path
     assert len(group_rows(api.server)) == 2, "one for each function"
     check_database(api.server.store.path)
@@ -2430,7 +2430,7 @@ def state_of(server, group=ABORTS):
 
 
 def history_of(server, group=ABORTS):
-    return [(each["what"], each["detail"]) for each in server.metrics.group(group)["history"]]
+    return [(entry["what"], entry["detail"]) for entry in server.metrics.group(group)["history"]]
 
 
 def facts_of(server):
@@ -2603,7 +2603,7 @@ def test_state_and_history_outlive_the_crashes_so_a_later_crash_can_be_a_regress
     assert decided(server, {"comment": "Still?"})["history"][-1]["detail"] == "Still?", "it can still be triaged"
     for state, sort in product(backfeedr.GROUPS_OF, backfeedr.SORTS):
         groups = server.metrics.groups(state=state, sort=sort)["groups"]
-        assert [(each["group_hash"], each["count"], each["last_seen"]) for each in groups] \
+        assert [(group["group_hash"], group["count"], group["last_seen"]) for group in groups] \
             == [(ABORTS, 0, None)] * (state == "resolved")
     check_schema({"$ref": "#/components/schemas/Groups"}, api.get(f"{CRASHES}?state=resolved", **ADMIN)[1])
     assert f"{ABORTS} resolved 0 0" in Person(server).has_session().text("/crashes?state=resolved")
@@ -2880,9 +2880,9 @@ def test_state_and_history_move_with_the_crashes(api, clock, target_state):
         decided(api.server, {"comment": "between"}, UNNAMED)
     upload(api.server)
     joined_threads()
-    found = api.server.metrics.group(NAMED)
-    assert (found["state"], found["fixed_in"]) == ((target_state, None) if target_state else ("resolved", "1.0"))
-    details = [each["detail"] for each in found["history"]]
+    group = api.server.metrics.group(NAMED)
+    assert (group["state"], group["fixed_in"]) == ((target_state, None) if target_state else ("resolved", "1.0"))
+    details = [entry["detail"] for entry in group["history"]]
     assert details == ["in 1.0", "old", *[None, "between"] * bool(target_state)]
     assert sql(api.server.store.path, "select group_hash from triage") == [(NAMED,)]
     assert patch(api.server, {"state": "open"}, UNNAMED) == (301, {"error": "moved", "detail": f"to {NAMED}"})
