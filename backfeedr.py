@@ -1859,6 +1859,8 @@ def see_crashes(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], are
     for crash in crashes:
         groups[crash.app_id, crash.group_hash].append(crash)
     devices_of, accepted = rollups.figures[Groups].devices, rollups.names.accepted
+    # Nothing can happen to an open group that is not new and has no new device.
+    keys = [(*key, int(devices_of[key] > 0 or (key[0], "group_hash", key[1]) in accepted)) for key in groups]
     for app_id, group_hash, crash_count, device_count, exception_type, place, *triage in rows_of(db, f"""
             select column1, column2, crashes, devices, exception_type, coalesce(place, ''),
                 {", ".join(Decision._fields)}
@@ -1866,8 +1868,7 @@ def see_crashes(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], are
             cross join apps on apps.id = column1 and is_test = 0
             cross join groups on groups.app_id = column1 and groups.group_hash = column2
             left join triage on triage.app_id = column1 and triage.group_hash = column2
-            where column3 > 0 or state <> 'open'""", [  # nothing can happen to other groups
-                (*key, int(devices_of[key] > 0 or (key[0], "group_hash", key[1]) in accepted)) for key in groups]):
+            where column3 > 0 or state <> 'open'""", keys):
         decision, stored, new_devices = Decision(*triage), groups[app_id, group_hash], devices_of[app_id, group_hash]
         facts = []
         if decision.state == "resolved" or decision.state == "muted" and not are_moved:
