@@ -86,11 +86,11 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
 from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
-from functools import cached_property, lru_cache, partial, reduce
+from functools import lru_cache, partial
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from itertools import accumulate, chain, compress, groupby, islice, product, repeat, tee
-from operator import add, attrgetter, itemgetter, lt
+from operator import add, attrgetter, floordiv, itemgetter, lt
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, BinaryIO, Callable, NamedTuple, Optional, TextIO, Union
@@ -1450,43 +1450,44 @@ class RateLimiter:
 
 
 # == Symbols ===================================================================
-# What the developer's tool has read from the symbols of a build: the function, file and line of each instruction,
-# inlined ones too. They come in pages, so that a look-up reads one of them.
+# The symbols of a build name the function, file and line of each instruction, inlined functions too. They are uploaded
+# and stored in pages, so that a look-up reads only one.
 
 SYMBOL_TABLES = """
-create table symbols (                     -- builds whose symbols are held, or on their way
+create table symbols (                     -- builds whose symbols are stored, at least in part
     uuid text primary key, binary_name text not null, arch text not null,
-    parts integer not null, received integer not null,  -- of its requests; 0 while they are being deleted
+    parts integer not null, received integer not null,  -- requests of its upload; 0 are received during a deletion
     size integer not null, rows integer not null,
-    uploaded_at integer not null           -- when the latest of its parts came
+    uploaded_at integer not null           -- when the latest part came
 ) without rowid;
-create table symbol_parts (                -- that have come, and what is stored of each
+create table symbol_parts (                -- the parts that were received
     uuid text not null, part integer not null, size integer not null, rows integer not null,
     primary key (uuid, part)) without rowid;
 create table symbol_pages (
-    uuid text not null, first integer not null,  -- its lowest offset
+    uuid text not null, first integer not null,  -- the lowest offset of the page
     part integer not null, page blob not null,   -- see encode_page
     primary key (uuid, first)) without rowid;
-create table group_aliases (               -- where the crashes of a group have moved
+create table group_aliases (               -- groups whose crashes have all moved to the group `target`
     app_id integer not null, group_hash text not null, target text not null,
     primary key (app_id, group_hash)) without rowid;
 create table regroupings (                 -- groups whose crashes may have to move
     app_id integer not null, group_hash text not null,
-    received_at integer not null, seq integer not null, target text not null,  -- of the last one that was looked at
+    received_at integer not null, seq integer not null,  -- of the last crash that was looked at
+    target text not null,                  -- where the last crash moved
     primary key (app_id, group_hash)) without rowid;
 """
-GROUPED_LOOKUPS = 20  # instructions that are looked up for the group of a crash: three names tell it
-SHOWN_LOOKUPS = 1000  # and for an answer; a look-up takes 0.3 ms
-CACHED_PAGES = 64  # of a transaction
+GROUPED_LOOKUPS = 20  # instructions to look up for the group of a crash, which three names decide
+SHOWN_LOOKUPS = 1000  # instructions to look up for an answer; each takes 0.3 ms
+CACHED_PAGES = 64  # in a transaction
 INLINE_DEPTH = 100  # functions at one instruction: its own, and those that it is inlined in
-MAX_PARTS = 4000  # requests that bring the symbols of a build
-MAX_PAGE_ROWS = 2000  # all of which a look-up reads
+MAX_PARTS = 4000  # requests of an upload
+MAX_PAGE_ROWS = 2000  # a look-up decodes all of them
 MAX_OFFSET = 1 << 40  # of an instruction, in bytes
-MAX_STEP = (1 << 31) - 1  # of an offset from row to row, and of a line
+MAX_INT32 = (1 << 31) - 1  # numbers of a page are stored in 32 bits
 
 
 class SymbolPart(NamedTuple):
-    """One of the requests that bring the symbols of a build."""
+    """One of the requests that upload the symbols of a build."""
 
     binary: str
     arch: str
@@ -1498,222 +1499,212 @@ class SymbolPart(NamedTuple):
 
 
 def parse_symbols(body: bytes) -> SymbolPart:
-    """A part of a build's symbols from a body of PUT /symbols. Checked completely, so that a look-up may trust what is
-    stored. Raises Refusal, whose detail says what is wrong where."""
-    given = decode_json(body)
+    """Reads and checks a part of a build's symbols: look-ups trust what is stored. Raises Refusal with a detail."""
+    upload = decode_json(body)
     for name in ("binary", "arch"):
-        _require(_is_text(given.get(name), MAX_TEXT) and given[name],
+        _require(type(upload.get(name)) is str and 1 <= len(upload[name]) <= MAX_TEXT,
                  f"{name} is not text of 1 to {MAX_TEXT} characters")
-    _require(_are_within([given.get("parts")], 1, MAX_PARTS), f"parts is not from 1 to {MAX_PARTS}")
-    _require(_are_within([given.get("part")], 0, given["parts"] - 1), "part is not from 0 to parts - 1")
-    _require(type(given.get("pages")) is list and given["pages"], "pages is not a list of at least one page")
-    pages, after, total = [], -1, 0
-    for number, page in enumerate(given["pages"]):
-        _check_page(page, after, f"pages[{number}]: ")
+    _require(_are_integers([upload.get("parts")], 1, MAX_PARTS), f"parts is not from 1 to {MAX_PARTS}")
+    _require(_are_integers([upload.get("part")], 0, upload["parts"] - 1), "part is not from 0 to parts - 1")
+    _require(upload.get("pages") and type(upload["pages"]) is list, "pages is not a list of at least one page")
+    pages, last_offset, row_count = [], -1, 0
+    for number, page in enumerate(upload["pages"]):
+        _check_page(page, f"pages[{number}]: ", last_offset + 1)
         first, rows = page["first"], page["rows"]
-        after = first + sum(rows[::2])
-        total += len(rows) // 2
+        last_offset = first + sum(rows[::2])
+        row_count += len(rows) // 2
         pages.append((first, encode_page(page["strings"], page["frames"], rows)))
     size = sum(len(page) for _, page in pages)
-    return SymbolPart(given["binary"], given["arch"], given["part"], given["parts"], total, size, pages)
+    return SymbolPart(upload["binary"], upload["arch"], upload["part"], upload["parts"], row_count, size, pages)
 
 
-def _require(is_so: Any, problem: str) -> None:
-    if not is_so:
+def _require(condition: Any, problem: str) -> None:
+    if not condition:
         raise Refusal("invalid symbols", detail=problem)
 
 
-def _check_page(page: Any, after: int, place: str) -> None:
-    """Raises Refusal unless it is a page, as `encode_page` takes it, whose rows begin behind the offset `after`."""
-    _require(type(page) is dict, place + "it is not an object")
+def _check_page(page: Any, prefix: str, lowest_offset: int) -> None:
+    """Raises Refusal unless `page` is what encode_page takes, and begins at `lowest_offset` or later."""
+    _require(type(page) is dict, prefix + "it is not an object")
     for name in ("strings", "frames", "rows"):
-        _require(type(page.get(name)) is list, f"{place}{name} is not a list")
+        _require(type(page.get(name)) is list, f"{prefix}{name} is not a list")
     strings, frames, rows = page["strings"], page["frames"], page["rows"]
-    _require(all(_is_text(each, MAX_NAME) for each in strings),
-             f"{place}strings has other than text of {MAX_NAME} characters")
-    _require(len(frames) % 4 == 0, place + "frames is not quadruples of name, file, line and parent")
-    _require(len(rows) % 2 == 0, place + "rows is not pairs of delta and frame")
-    _require(1 <= len(rows) // 2 <= MAX_PAGE_ROWS, f"{place}it has not 1 to {MAX_PAGE_ROWS} rows")
+    _require(all(type(string) is str and len(string) <= MAX_NAME for string in strings),
+             f"{prefix}strings has other than text of {MAX_NAME} characters")
+    _require(len(frames) % 4 == 0, prefix + "frames is not quadruples of name, file, line and parent")
+    _require(len(rows) % 2 == 0, prefix + "rows is not pairs of delta and frame")
+    _require(1 <= len(rows) // 2 <= MAX_PAGE_ROWS, f"{prefix}it has not 1 to {MAX_PAGE_ROWS} rows")
     for what, values, low, high in (
-            ("first", [page.get("first")], after + 1, MAX_OFFSET),
+            ("first", [page.get("first")], lowest_offset, MAX_OFFSET),
             ("a name in frames", frames[0::4], 0, len(strings) - 1),
             ("a file in frames", frames[1::4], -1, len(strings) - 1),
-            ("a line in frames", frames[2::4], 0, MAX_STEP),
+            ("a line in frames", frames[2::4], 0, MAX_INT32),
             ("a parent in frames", frames[3::4], -1, len(frames) // 4 - 1),
             ("the first delta in rows", rows[:1], 0, 0),
-            ("a later delta in rows", rows[2::2], 1, MAX_STEP),
+            ("a later delta in rows", rows[2::2], 1, MAX_INT32),
             ("a frame in rows", rows[1::2], -1, len(frames) // 4 - 1)):
-        _require(_are_within(values, low, high), f"{place}{what} is not from {low} to {high}")
-    _require(all(map(lt, frames[3::4], range(len(frames)))), place + "a parent in frames stands behind its child")
-    _require(page["first"] + sum(rows[::2]) <= MAX_OFFSET, f"{place}rows has an offset above {MAX_OFFSET}")
+        _require(_are_integers(values, low, high), f"{prefix}{what} is not from {low} to {high}")
+    _require(all(map(lt, frames[3::4], range(len(frames)))), prefix + "a parent in frames comes after its child")
+    _require(page["first"] + sum(rows[::2]) <= MAX_OFFSET, f"{prefix}rows has an offset above {MAX_OFFSET}")
 
 
-def _is_text(value: Any, length: int) -> bool:
-    return type(value) is str and len(value) <= length
-
-
-def _are_within(values: Sequence[Any], low: int, high: int) -> bool:
-    """Whether all are integers within these. By type first: True is an int."""
+def _are_integers(values: Sequence[Any], low: int, high: int) -> bool:
+    """Tells whether all values are integers from `low` to `high`. Compares types exactly, because True is an int."""
     return not values or {*map(type, values)} == {int} and low <= min(values) and max(values) <= high
 
 
 def encode_page(strings: Sequence[str], frames: Sequence[int], rows: Sequence[int]) -> bytes:
-    """A page as it is stored. `rows` are pairs: how far a row begins behind the one before it, and the index of its
-    frame, -1 for none. `frames` are quadruples: indexes of name and file in `strings`, -1 for no file; the line, 0 for
-    none; and the index of the frame that it is inlined in, -1 for none. Numbers are stored as they are in memory,
-    because a look-up in JSON takes three times as long."""
+    """Packs a page for the database. `rows` are pairs: the distance from the row before, in bytes, and the index of a
+    frame, or -1. `frames` are quadruples: the index of the name and of the file, or -1, in `strings`; the line, or 0;
+    and the index of the frame that this one is inlined in, or -1. Numbers are binary, because a look-up in JSON takes
+    three times as long."""
     numbers = struct.pack(f"<2I{len(frames)}i{len(rows)}i", len(frames), len(rows), *frames, *rows)
     return zlib.compress(numbers + _encode(strings).encode())
 
 
+Function = tuple[str, str, int]  # name, file or "", and line or 0
+
+
 class Symbols:
-    """The symbols that are held, as a transaction sees them."""
+    """The stored symbols, as one transaction sees them."""
 
     def __init__(self, db: Any):
         self._db = db
         self._held: dict[str, bool] = {}
-        self._found: dict[tuple[str, int], list[tuple[str, str, int]]] = {}
-
-    @cached_property
-    def _page(self) -> Callable[[str, int], _Page]:
-        # Of the connection, not of `self`: a cycle would keep the pages until the collector runs.
-        return lru_cache(maxsize=CACHED_PAGES)(partial(_decoded_page, self._db))
+        self._functions: dict[tuple[str, int], list[Function]] = {}  # by build and offset
+        # Bound to the connection, not to `self`: a reference cycle would keep the pages until the collector runs.
+        self._page = lru_cache(maxsize=CACHED_PAGES)(partial(_read_page, db))
 
     @property
     def lookups(self) -> int:
         """How many instructions were looked up."""
-        return len(self._found)
+        return len(self._functions)
 
     def is_held(self, uuid: str) -> bool:
-        """Whether all symbols of a build are here."""
+        """Tells whether all symbols of a build are stored."""
         if uuid not in self._held:
             self._held[uuid] = self._db.execute(
                 "select 1 from symbols where uuid = ? and received = parts", (uuid,)).fetchone() is not None
         return self._held[uuid]
 
     def can_name(self, images: str | None) -> bool:
-        """Whether the symbols of one of these builds are held."""
+        """Tells whether the symbols of any of these builds are stored."""
         return any(map(self.is_held, (images or "").split()))
 
-    def lookup(self, uuid: str, offset: int) -> list[tuple[str, str, int]]:
-        """Name, file and line of an instruction: first the innermost inlined function. "" and 0 are not known."""
-        if (uuid, offset) not in self._found:
-            first, = self._db.execute("select max(first) from symbol_pages where uuid = ? and first <= ?", (
-                uuid, min(offset, MAX_OFFSET))).fetchone() if self.is_held(uuid) else (None,)
-            self._found[uuid, offset] = [] if first is None else self._page(uuid, first).find(offset)
-        return self._found[uuid, offset]
+    def lookup(self, uuid: str, offset: int) -> list[Function]:
+        """The functions at an instruction, innermost first."""
+        if (uuid, offset) not in self._functions:
+            self._functions[uuid, offset] = list(self._look_up(uuid, offset)) if self.is_held(uuid) else []
+        return self._functions[uuid, offset]
+
+    def _look_up(self, uuid: str, offset: int) -> Iterator[Function]:
+        first, = self._db.execute("select max(first) from symbol_pages where uuid = ? and first <= ?",
+                                  (uuid, min(offset, MAX_OFFSET))).fetchone()
+        if first is None:
+            return
+        offsets, row_frames, frames, strings = self._page(uuid, first)
+        frame, depth = row_frames[bisect_right(offsets, offset) - 1], 0
+        while frame >= 0 and depth < INLINE_DEPTH:
+            name, file, line, frame = frames[4 * frame:4 * frame + 4]
+            yield strings[name], strings[file] if file >= 0 else "", line
+            depth += 1
 
     def named(self, frames: Iterable[JsonObject], lookups: int = GROUPED_LOOKUPS) -> Iterator[JsonObject]:
-        """The frames with the names, files and lines that the symbols give; an inlined one stands before the one that
-        it is in. Where nothing is known, or after so many look-ups, a frame is as it was."""
-        most, is_return = self.lookups + lookups, 0
+        """Symbolicates frames. Each becomes a frame for every function at its instruction, innermost first. A frame
+        stays as it is if its symbols are unknown, or after so many look-ups."""
+        max_lookups, is_return_address = self.lookups + lookups, False
         for frame in frames:
-            read, found = read_frame(frame), list[tuple[str, str, int]]()
+            read, functions = read_frame(frame), list[Function]()
             if read.uuid and read.offset is not None and not read.file and self.is_held(read.uuid):
-                key = read.uuid, max(0, read.offset - is_return)
-                found = self.lookup(*key) if key in self._found or self.lookups < most else []
-            if not found:
+                instruction = read.uuid, max(0, read.offset - int(is_return_address))  # of the call itself
+                if instruction in self._functions or self.lookups < max_lookups:
+                    functions = self.lookup(*instruction)
+            if not functions:
                 yield frame
-            for left, (symbol, file, line) in enumerate(found, 1 - len(found)):
+            for number, (symbol, file, line) in enumerate(functions, 1):
                 yield {"in_app": True, **frame, "symbol": symbol, "file": file or None, "line": line or None,
-                       "symbolicated": True, **({"inlined": True} if left else {})}
-            is_return = is_return or int(frame.get("inlined") is not True)  # all but the innermost are return addresses
+                       "symbolicated": True, **({"inlined": True} if number < len(functions) else {})}
+            # The frames of all callers have return addresses.
+            is_return_address = is_return_address or frame.get("inlined") is not True
 
     def group(self, crash: Crash) -> Crash:
-        """The crash, in the group that its names give."""
+        """The crash, in the group that its symbolicated frames give."""
         if not self.can_name(crash.images):
             return crash
         frames = self.named(json.loads(crash.stack_trace))
         return crash._replace(group_hash=group_of(crash.exception_type, map(read_frame, frames)))
 
 
-class _Page(NamedTuple):
-    """What `encode_page` has encoded."""
-
-    begins: Sequence[int]  # offsets of its rows
-    rows: Sequence[int]    # the frame of each
-    frames: Sequence[int]
-    strings: Sequence[str]
-
-    def find(self, offset: int) -> list[tuple[str, str, int]]:
-        """As Symbols.lookup."""
-        frame, found = self.rows[bisect_right(self.begins, offset) - 1], list[tuple[str, str, int]]()
-        while frame >= 0 and len(found) < INLINE_DEPTH:
-            name, file, line, frame = self.frames[4 * frame:4 * frame + 4]
-            found.append((self.strings[name], self.strings[file] if file >= 0 else "", line))
-        return found
-
-
-def _decoded_page(db: Any, uuid: str, first: int) -> _Page:
+def _read_page(db: Any, uuid: str, first: int) -> tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[str]]:
+    """The offset and the frame of each row of a page, its frames and its strings: what encode_page has packed."""
     page, = db.execute("select page from symbol_pages where uuid = ? and first = ?", (uuid, first)).fetchone()
-    plain = zlib.decompress(page)
-    sizes = struct.unpack_from("<2I", plain)
-    numbers = struct.unpack_from(f"<{sum(sizes)}i", plain, 8)
-    rows = numbers[sizes[0]:]
-    return _Page(list(accumulate(rows[::2], initial=first))[1:], rows[1::2], numbers[:sizes[0]],
-                 json.loads(plain[8 + 4 * sum(sizes):]))
+    data = zlib.decompress(page)
+    frame_numbers, row_numbers = struct.unpack_from("<2I", data)
+    numbers = struct.unpack_from(f"<{frame_numbers + row_numbers}i", data, 8)
+    frames, rows = numbers[:frame_numbers], numbers[frame_numbers:]
+    offsets = list(accumulate(rows[2::2], initial=first))
+    return offsets, rows[1::2], frames, json.loads(data[8 + 4 * len(numbers):])
 
 
 # == Triage ====================================================================
-# What somebody has decided about a group, how a crash undoes that, and the facts worth telling. All of it is written in
-# the transaction of the crash.
+# What people decide about a group, how a new crash undoes it, and the facts that are worth an alert. All of it is
+# written in the transaction that stores the crash.
 
 TRIAGE_TABLES = """
 create table triage (                      -- groups that somebody has decided about; outlives their crashes
     app_id integer not null, group_hash text not null,
     state text not null,                   -- 'open', 'resolved' or 'muted'
     changed_at integer not null, fixed_in text,  -- a version, perhaps with its build: 1.3.0 (48)
-    until integer, crashes_left integer, devices_left integer,  -- what a mute lasts for; null: is no condition
+    until integer, crashes_left integer, devices_left integer,  -- when a mute ends; null: not by this
     regressed_at integer, primary key (app_id, group_hash)) without rowid;
 create table group_history (
     app_id integer not null, group_hash text not null, entry integer not null,  -- 1, 2, 3
     at integer not null, what text not null, detail text, primary key (app_id, group_hash, entry)) without rowid;
-create table facts (                       -- to be told to channels, the oldest first; detail is JSON
+create table facts (                       -- to be sent to channels, the oldest first; detail is JSON
     id integer primary key autoincrement, app_id integer not null, at integer not null, kind text not null,
     group_hash text, detail text not null);
 create table channels (
     id integer primary key autoincrement, url text not null, secret text not null,
     app_id integer,                        -- null: all live apps
-    kinds text not null,                   -- of facts, divided by commas
+    kinds text not null,                   -- of facts, separated by commas
     with_reason integer not null default 0, digest_at integer,  -- when the next digest is due
-    created_at integer not null, last_fact integer not null,  -- up to which facts are in messages
+    created_at integer not null, last_fact integer not null,  -- the last fact that is in a message
     ended_at integer, error text, error_at integer, sent_at integer);
-create table messages (                    -- waiting, and those of the last hour; id is the webhook-id
+create table messages (                    -- those that wait, and those of the last hour; id is the webhook-id
     id text primary key, channel_id integer not null, created_at integer not null, body text not null,  -- JSON
-    tries integer not null default 0, taken_until integer not null default 0,  -- nobody else sends it before
-    due_at integer                         -- null: it was sent, or given up
+    tries integer not null default 0, taken_until integer not null default 0,  -- no other process sends it before
+    due_at integer                         -- null: it was sent, or has failed for good
 ) without rowid;
 create index messages_by_time on messages (channel_id, created_at);
 """
-FACT_KINDS = {  # and whether a channel that does not choose is told of it
+FACT_KINDS = {  # each with whether a channel gets it by default
     "crash.new": True, "crash.regressed": True, "crash.unmuted": True, "crash.spread": False,
     "release.worse": False, "digest": False}
-STATES = {"open": "opened", "resolved": "resolved", "muted": "muted"}  # and what the history says of a change to it
-CONDITIONS = {  # the state that each belongs to, its column, and what the history says of it
+STATES = {"open": "opened", "resolved": "resolved", "muted": "muted"}  # each with its verb in the history
+CONDITIONS = {  # each with the state that it belongs to, its column, and its text in the history
     "fixed_in": ("resolved", "fixed_in", "in {}"), "until": ("muted", "until", "until {}"),
     "more_crashes": ("muted", "crashes_left", "for {} more crashes"),
     "more_devices": ("muted", "devices_left", "for {} more devices")}
 TRIAGE_FIELDS = ("state", *CONDITIONS, "comment")  # of a PATCH
-MAX_HISTORY, MAX_COMMENT = 100, 5000  # entries of a group, the latest, and characters of one
-SPREAD = (10, 100, 1000)  # devices of a group that are worth telling
+MAX_HISTORY, MAX_COMMENT = 100, 5000  # entries of a group that are kept, and characters of one
+SPREAD_BOUNDS = (10, 100, 1000)  # a group that reaches so many devices is a fact
 Decision = namedtuple("Decision", "state changed_at fixed_in until crashes_left devices_left regressed_at",
                       defaults=(None, None, None, None, None))  # a row of triage
 
 
-def parse_triage(given: JsonObject, now: int) -> JsonObject:
-    """The fields of a PATCH of a group, with times in milliseconds. Raises Refusal, also for an unknown field: a typo
-    must not silently do nothing."""
-    if unknown := [name for name in given if name not in TRIAGE_FIELDS]:
+def parse_triage(fields: JsonObject, now: int) -> JsonObject:
+    """Reads the fields of a PATCH of a group; times become milliseconds. Raises Refusal, also for a misspelt field."""
+    if unknown := [name for name in fields if name not in TRIAGE_FIELDS]:
         raise Refusal("invalid field", detail=f"{unknown[0][:MAX_TEXT]!r} is none of {', '.join(TRIAGE_FIELDS)}")
-    if not given:
+    if not fields:
         raise Refusal("missing state", detail=f"there is none of {', '.join(TRIAGE_FIELDS)}")
-    found = {}
-    for name, value in given.items():
+    changes = {}
+    for name, value in fields.items():
         try:
-            found[name] = None if value is None and name in CONDITIONS else _triage_value(name, value, now)
+            changes[name] = None if value is None and name in CONDITIONS else _triage_value(name, value, now)
         except ValueError as error:
             raise Refusal(f"invalid {name}", detail=f"{name} {error}") from None
-    return found
+    return changes
 
 
 def _triage_value(name: str, value: Any, now: int) -> Any:
@@ -1727,62 +1718,64 @@ def _triage_value(name: str, value: Any, now: int) -> Any:
         raise ValueError("is no text")
     if name != "until":
         return value.strip()[:MAX_TEXT if name == "fixed_in" else MAX_COMMENT]
-    at = parse_occurred_at(value)
-    if at <= now:
+    until = parse_occurred_at(value)
+    if until <= now:
         raise ValueError("is over")
-    return at
+    return until
 
 
 def decide(db: Any, app_id: int, group_hash: str, changes: JsonObject, now: int) -> None:
-    """Writes what parse_triage has read. Raises Refusal for a condition of another state than the group's."""
-    before = after = _decision(db, app_id, group_hash) or Decision("open", now)
+    """Changes a group as parse_triage has read it. Raises Refusal for a condition that belongs to another state."""
+    before = after = _read_decision(db, app_id, group_hash) or Decision("open", now)
     state = changes.get("state", before.state)
-    conditions = {name: changes[name] for name in CONDITIONS if name in changes}
-    for name, value in conditions.items():
-        if value is not None and CONDITIONS[name][0] != state:
-            raise Refusal(f"invalid {name}", detail=f'it goes with "state": "{CONDITIONS[name][0]}"')
+    conditions, texts = {}, []
+    for name, (state_of_condition, column, text) in CONDITIONS.items():
+        value = changes.get(name)
+        if value is not None and state != state_of_condition:
+            raise Refusal(f"invalid {name}", detail=f'it goes with "state": "{state_of_condition}"')
+        if value is not None:
+            texts.append(text.format(iso_time(value) if name == "until" else value))
+        if name in changes:
+            conditions[column] = value
     if "state" in changes:
-        after = Decision(state, now, regressed_at=None if state == "resolved" else after.regressed_at)
+        after = Decision(state, now, regressed_at=None if state == "resolved" else before.regressed_at)
     if "state" in changes or conditions:
-        after = after._replace(changed_at=now, **{CONDITIONS[name][1]: each for name, each in conditions.items()})
+        after = after._replace(changed_at=now, **conditions)
         if state != "open" or before.state != "open":
-            texts = [CONDITIONS[name][2].format(iso_time(value) if name == "until" else value)
-                     for name, value in conditions.items() if value is not None]
             _add_history(db, app_id, group_hash, now, STATES[state], " or ".join(texts) or None)
     _write_decision(db, app_id, group_hash, after)
     if "comment" in changes:
         _add_history(db, app_id, group_hash, now, "commented", changes["comment"])
 
 
-def _decision(db: Any, app_id: int, group_hash: str) -> Decision | None:
+def _read_decision(db: Any, app_id: int, group_hash: str) -> Decision | None:
     row = db.execute(f"select {', '.join(Decision._fields)} from triage where app_id = ? and group_hash = ?",
                      (app_id, group_hash)).fetchone()
     return Decision(*row) if row else None
 
 
 def _write_decision(db: Any, app_id: int, group_hash: str, decision: Decision) -> None:
-    db.execute("delete from triage where app_id = ? and group_hash = ?", (app_id, group_hash))
-    write_rows(db, f"insert into triage (app_id, group_hash, {', '.join(Decision._fields)}) values *",
-               [(app_id, group_hash, *decision)])
+    upsert(db, "triage", [(app_id, group_hash, *decision)],
+           ", ".join(f"{column} = excluded.{column}" for column in Decision._fields))
 
 
 def _add_history(db: Any, app_id: int, group_hash: str, at: int, what: str, detail: str | None) -> None:
-    """Adds an entry. Beyond MAX_HISTORY, the oldest one goes."""
+    """Adds an entry, and deletes the oldest one beyond MAX_HISTORY."""
     last, = db.execute("select coalesce(max(entry), 0) from group_history where app_id = ? and group_hash = ?",
                        (app_id, group_hash)).fetchone()
-    write_rows(db, "insert into group_history values *", [(app_id, group_hash, last + 1, at, what, detail)])
+    db.execute("insert into group_history values (?, ?, ?, ?, ?, ?)", (app_id, group_hash, last + 1, at, what, detail))
     db.execute("delete from group_history where app_id = ? and group_hash = ? and entry <= ?",
                (app_id, group_hash, last + 1 - MAX_HISTORY))
 
 
 def move_triage(db: Any, app_id: int, group_hash: str, target: str) -> None:
-    """Moves state and history of a group to the one that has its crashes now. A state that is there already stays."""
-    of_both, both = "app_id = ? and group_hash in (?, ?)", (app_id, group_hash, target)
-    entries = db.execute(f"select at, what, detail from group_history where {of_both} order by at, group_hash, entry",
+    """Moves the decision and the history of a group to the group `target`. A decision about the target stays."""
+    in_both, both = "app_id = ? and group_hash in (?, ?)", (app_id, group_hash, target)
+    entries = db.execute(f"select at, what, detail from group_history where {in_both} order by at, group_hash, entry",
                          both).fetchall()[-MAX_HISTORY:]
-    decision = _decision(db, app_id, target) or _decision(db, app_id, group_hash)
+    decision = _read_decision(db, app_id, target) or _read_decision(db, app_id, group_hash)
     for table in ("group_history", "triage"):
-        db.execute(f"delete from {table} where {of_both}", both)
+        db.execute(f"delete from {table} where {in_both}", both)
     write_rows(db, "insert into group_history values *",
                [(app_id, target, number, *entry) for number, entry in enumerate(entries, 1)])
     if decision:
@@ -1795,57 +1788,61 @@ def with_build(version: str | None, build: str | None) -> str:
 
 
 def _split_build(text: str) -> tuple[str, str]:
-    """The version and the build of 1.3.0 (48)."""
+    """The version and the build of 1.3.0 (48), or "" for the build."""
     match = re.fullmatch(r"(.*[^ ]) *\(([^()]+)\)", text)
     return (match[1], match[2]) if match else (text, "")
 
 
-def _has_reached(version: str, build: str, fixed_in: str) -> bool | None:
-    """Whether a version and build is that of a fix, or a later one. None where they cannot be compared."""
+def _has_fix(version: str, build: str, fixed_in: str) -> bool | None:
+    """Tells whether a version and build is the one with the fix, or a later one. None: they cannot be compared."""
     fixed_version, fixed_build = _split_build(fixed_in)
-    ours, theirs = version_key(version), version_key(fixed_version)
-    if version == fixed_version or ours[0] and ours == theirs:
+    key, fixed_key = version_key(version), version_key(fixed_version)
+    if version == fixed_version or key[0] and key == fixed_key:
         if fixed_build in ("", build):
             return True
-        ours, theirs = version_key(build), version_key(fixed_build)
-    return ours > theirs if ours[0] and theirs[0] else None
+        key, fixed_key = version_key(build), version_key(fixed_build)
+    return key > fixed_key if key[0] and fixed_key[0] else None
 
 
 def _first_seen(db: Any, app_id: int, version: str, build: str) -> int | None:
-    """When a version and build, or without a build the version, was first in any report here. Events name no build:
-    they are taken for the first build of their version that a crash names."""
+    """When a build, or a version if `build` is "", was first seen in a report. Events name no build: they count for the
+    first build of their version that a crash names."""
     builds = dict(db.execute("select build_number, first_seen from builds where app_id = ? and app_version = ?",
                              (app_id, version)).fetchall())
-    first = min(filter(None, builds), key=builds.__getitem__, default="")
-    return min(builds.values(), default=None) if build in ("", first) else builds.get(build)
+    first_build = min(filter(None, builds), key=builds.__getitem__, default="")
+    return min(builds.values(), default=None) if build in ("", first_build) else builds.get(build)
 
 
-def _regresses(db: Any, decision: Decision, crash: Any) -> bool:
-    """Whether a crash shows that a resolved group is not fixed. Old builds that still crash do not."""
+def _is_regression(db: Any, decision: Decision, crash: Any) -> bool:
+    """Tells whether a crash shows that a resolved group is not fixed. An old build that still crashes does not."""
     app_id, build, since = crash.app_id, crash.build_number or "", decision.changed_at + 1
-    if not crash.app_version:  # which says nothing, unless the app has no versions
+    if not crash.app_version:  # which tells nothing, unless the app has no versions at all
         return crash.at >= since and not db.execute("select 1 from releases where app_id = ?", (app_id,)).fetchone()
-    # As it was sent: in the figures it may be one of the others.
+    # The version that was sent: the crash may count under "(other)".
     version, = db.execute("select app_version from crashes where seq = ?", (crash.seq,)).fetchone()
     if decision.fixed_in:
-        name, number = _split_build(version)
-        if (reached := _has_reached(name, build or number, decision.fixed_in)) is not None:
-            return reached
+        version_alone, build_in_version = _split_build(version)
+        has_fix = _has_fix(version_alone, build or build_in_version, decision.fixed_in)
+        if has_fix is not None:
+            return has_fix
         since = _first_seen(db, app_id, *_split_build(decision.fixed_in)) or MAX_NUMBER
     seen = _first_seen(db, app_id, version, build)
-    if seen is None:  # one of too many builds, or of too many versions
+    if seen is None:  # the build is beyond MAX_BUILDS_OF_APP, or its version is not counted
         seen, = db.execute("select coalesce(max(first_seen), 0) from releases where app_id = ? and app_version = ?",
                            (app_id, version)).fetchone()
     return bool(seen >= since)
 
 
-def _undoing(db: Any, now: int, decision: Decision, crashes: Sequence[Any], devices: int) -> tuple[str, Any] | None:
-    """What becomes of a group that is not open, `regressed` or `unmuted`, and the new crash that did it. `devices`
-    counts those that are new to the group. None: it stays."""
+def _reopening(db: Any, now: int, decision: Decision, crashes: Sequence[Any], devices: int) -> tuple[str, Any] | None:
+    """Tells why new crashes reopen a resolved or muted group, `regressed` or `unmuted`, and which of them does. None:
+    they do not. `devices` counts those that are new to the group."""
     if decision.state == "resolved":
-        first = {(each.app_version, each.build_number, each.at > decision.changed_at): each
-                 for each in reversed(crashes)}
-        return next((("regressed", each) for each in sorted(first.values()) if _regresses(db, decision, each)), None)
+        first_of_build = {(crash.app_version, crash.build_number, crash.at > decision.changed_at): crash
+                          for crash in reversed(crashes)}
+        for crash in sorted(first_of_build.values()):
+            if _is_regression(db, decision, crash):
+                return "regressed", crash
+        return None
     if decision.until is not None and now > decision.until:
         return "unmuted", crashes[0]
     if decision.crashes_left is not None and decision.crashes_left <= len(crashes):
@@ -1856,44 +1853,47 @@ def _undoing(db: Any, now: int, decision: Decision, crashes: Sequence[Any], devi
 
 
 def see_crashes(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], are_moved: bool = False) -> None:
-    """Undoes the decisions that crashes just stored speak against, and notes the facts that they make. A test app has
-    neither. Crashes that moved here from another group may be a regression, but are no news and end no mute."""
+    """Reopens groups because of crashes that were just stored, and notes the facts about them; not for test apps.
+    Crashes that moved here from another group may be a regression, but they are not new and end no mute."""
     groups: dict[tuple[int, str], list[Any]] = defaultdict(list)
     for crash in crashes:
         groups[crash.app_id, crash.group_hash].append(crash)
-    fresh, accepted = rollups.figures[Groups].devices, rollups.names.accepted
-    for app_id, group_hash, total, devices, exception_type, place, *triage in rows_of(db, f"""
+    devices_of, accepted = rollups.figures[Groups].devices, rollups.names.accepted
+    # Nothing can happen to an open group that is not new and has no new device.
+    keys = [(*key, int(devices_of[key] > 0 or (key[0], "group_hash", key[1]) in accepted)) for key in groups]
+    for app_id, group_hash, crash_count, device_count, exception_type, place, *triage in rows_of(db, f"""
             select column1, column2, crashes, devices, exception_type, coalesce(place, ''),
                 {", ".join(Decision._fields)}
             from (values *) as keys
             cross join apps on apps.id = column1 and is_test = 0
             cross join groups on groups.app_id = column1 and groups.group_hash = column2
             left join triage on triage.app_id = column1 and triage.group_hash = column2
-            where column3 > 0 or state <> 'open'""", [  # of the others, there is nothing to say
-                (*key, int(fresh[key] > 0 or (key[0], "group_hash", key[1]) in accepted)) for key in groups]):
-        decision, seen, new = Decision(*triage), groups[app_id, group_hash], fresh[app_id, group_hash]
+            where column3 > 0 or state <> 'open'""", keys):
+        decision, stored, new_devices = Decision(*triage), groups[app_id, group_hash], devices_of[app_id, group_hash]
         facts = []
         if decision.state == "resolved" or decision.state == "muted" and not are_moved:
-            if not (undoing := _undoing(db, now, decision, seen, new)):
+            reopening = _reopening(db, now, decision, stored, new_devices)
+            if not reopening:
                 if decision.crashes_left or decision.devices_left:
                     db.execute("""
                         update triage set crashes_left = crashes_left - ?, devices_left = devices_left - ?
-                        where app_id = ? and group_hash = ?""", (len(seen), new, app_id, group_hash))
+                        where app_id = ? and group_hash = ?""", (len(stored), new_devices, app_id, group_hash))
                 continue
-            _reopen(db, now, decision, *undoing)
-            facts.append(undoing)
+            _reopen(db, now, decision, *reopening)
+            facts.append(reopening)
         elif not decision.state and (app_id, "group_hash", group_hash) in accepted:
-            facts.append(("new", seen[0]))
-        if group_hash != OTHER and not are_moved and any(devices - new < bound <= devices for bound in SPREAD):
-            facts.append(("spread", seen[-1]))
+            facts.append(("new", stored[0]))
+        has_spread = any(device_count - new_devices < bound <= device_count for bound in SPREAD_BOUNDS)
+        if has_spread and group_hash != OTHER and not are_moved:
+            facts.append(("spread", stored[-1]))
         for what, crash in facts:
             note_fact(db, "crash." + what, app_id, now, group_hash, exception_type=exception_type, place=place,
-                      app_version=crash.app_version, build_number=crash.build_number, crashes=total, devices=devices,
-                      fixed_in=decision.fixed_in if what == "regressed" else None)
+                      app_version=crash.app_version, build_number=crash.build_number, crashes=crash_count,
+                      devices=device_count, fixed_in=decision.fixed_in if what == "regressed" else None)
 
 
 def _reopen(db: Any, now: int, decision: Decision, what: str, crash: Any) -> None:
-    """Opens a group again, with the crash that did it in its history."""
+    """Opens a group again, and names the crash that did it in its history."""
     after = Decision("open", now, decision.fixed_in, regressed_at=now if what == "regressed" else decision.regressed_at)
     _write_decision(db, crash.app_id, crash.group_hash, after)
     version = f" in {with_build(crash.app_version, crash.build_number)}" if crash.app_version else ""
@@ -1901,7 +1901,7 @@ def _reopen(db: Any, now: int, decision: Decision, what: str, crash: Any) -> Non
 
 
 def note_fact(db: Any, kind: str, app_id: int, at: int, group_hash: str | None, **detail: Any) -> None:
-    """Writes a fact in the current transaction, if there is a channel to tell."""
+    """Writes a fact in the current transaction, if there is a channel for it."""
     db.execute("""
         insert into facts (app_id, at, kind, group_hash, detail) select ?, ?, ?, ?, ?
         where exists (select 1 from channels where ended_at is null)
@@ -1909,30 +1909,31 @@ def note_fact(db: Any, kind: str, app_id: int, at: int, group_hash: str | None, 
 
 
 # == Figures ===================================================================
-# What the server counts. A figure is a class: its tables, how reports count in it, and the questions it answers.
-# Reports count by 1 when they are stored and by -1 when a device is forgotten, in the transaction that changes their
-# rows, so a sum always equals a count over the rows. When reports expire, sums that last stay as they are; all else
-# describes what is kept. `check` counts everything again.
+# What the server counts. Each figure is a class: its tables, how reports count in it, and the questions it answers. A
+# report counts by 1 when it is stored and by -1 when its device is forgotten, in the same transaction, so each sum
+# equals a count over the rows. When reports expire, lasting sums stay as they are; everything else describes the
+# reports that are kept. `check` counts everything again.
 
 ALL_DAYS = -1_000_000  # the `day` of a label's sum over all days
 WEEK = 7               # days of the overview, ending today
-DURATION_DAYS = 400    # days that durations are kept: a year, and some
-DEVICE_DAYS = 400      # a report that occurred more days before its receipt counts no device
-HOURS_KEPT = 48        # hours for which the devices last seen in each are kept
+DURATION_DAYS = 400    # days for which durations are kept: a year, and some more
+DEVICE_DAYS = 400      # a report that occurred more days than this before its receipt counts no device
+HOURS_KEPT = 48        # hours for which device_hours are kept
 NAME_DAYS = KEY_DAYS = 90
-HEALTH_DAYS = 90       # of a release's age in which it is compared with the one before it
+HEALTH_DAYS = 90       # the age up to which a release is compared with the one before it
 TRIMMED = 1000         # rows that one step of `trim` deletes from a table
 MAX_RELEASES, MAX_BUILDS_OF_APP = 1000, 2000
-MAX_ANSWER = 60_000    # bytes of JSON that the rows of a public answer may take: all of it stays below 64 kB
+MAX_ANSWER = 60_000    # bytes of JSON for the rows of a public answer, so that the whole answer stays below 64 kB
 
-OTHER = "(other)"      # stands for names beyond these limits, which hold for an app and a UTC day
+OTHER = "(other)"      # stands for new names beyond these limits, which are per app and UTC day
 NEW_NAMES = {"group_hash": 500, "exception_type": 200, "device_model": 200, "app_version": 100, "name": 200}
-FLAGS = {"exception_type": 1, "device_model": 2, "app_version": 4, "name": 8}  # bits of `other`: it counts as (other)
+FLAGS = {"exception_type": 1, "device_model": 2, "app_version": 4, "name": 8}  # bits of the column `other`
 
-# Of the app that is asked for, or of all live ones.
+# The app that was asked for, or all live ones.
 APPS = "app_id in (select id from apps where id = :app or :app is null and is_test = 0)"
+SESSION_TYPES = {"session_start", "session_end"}  # of events
 
-Row = tuple[Any, ...]  # of a row, or all of it
+Row = tuple[Any, ...]  # a row of the database, or a part of it
 TABLES: dict[type, str] = {Crash: "crashes", Event: "events"}
 COUNTED: dict[type, Any] = {  # a report as the figures see it; `at` is the time at which it counts
     Crash: namedtuple("CountedCrash", "seq app_id received_at at sent_type app_version build_number device_id_hash"
@@ -1942,7 +1943,7 @@ COUNTED: dict[type, Any] = {  # a report as the figures see it; `at` is the time
 
 
 def counted_rows(db: Any, kind: type, source: str, parameters: Any = ()) -> list[Any]:
-    """The counted reports of stored ones; `source` is all of a query that follows its columns."""
+    """Reads stored reports as the figures see them, without stack traces. `source` is the query from `from` on."""
     columns = {"at": COUNTED_AT, "sent_type": "exception_type", "stack_trace": "null", **{
         name: f"case when (other & {flag}) > 0 then '{OTHER}' else {name} end" for name, flag in FLAGS.items()}}
     query = f"select {', '.join(columns.get(name, name) for name in COUNTED[kind]._fields)} {source}"
@@ -1952,22 +1953,21 @@ def counted_rows(db: Any, kind: type, source: str, parameters: Any = ()) -> list
 
 def counted(kind: type, app_id: int, seqs: Sequence[int], received: Sequence[int], ahead: Sequence[int],
             flags: Sequence[int], reports: Reports) -> list[Any]:
-    """The counted reports of reports that are about to be stored."""
-    types = list(map(attrgetter("exception_type" if kind is Crash else "type"), reports))  # as they were sent
+    """Turns reports that are about to be stored into what the figures see of them."""
+    sent_types = list(map(attrgetter("exception_type" if kind is Crash else "type"), reports))
     if any(flags):
-        reports = [report._replace(**{name: OTHER for name, flag in FLAGS.items() if flag & given})
-                   for report, given in zip(reports, flags)]
+        reports = [report._replace(**{name: OTHER for name, flag in FLAGS.items() if flag & bits})
+                   for report, bits in zip(reports, flags)]
     clocks = list(zip(map(attrgetter("occurred_at"), reports), received, ahead))
-    at = {each: counted_at(*each) for each in set(clocks)}  # a batch has few different ones
+    at = {clock: counted_at(*clock) for clock in set(clocks)}  # a batch has few different ones
     columns = [map(attrgetter(name), reports) for name in COUNTED[kind]._fields[5:]]
-    make = partial(tuple.__new__, COUNTED[kind])  # as _make, in a third of the time
-    return list(map(make, zip(seqs, repeat(app_id), received, map(at.__getitem__, clocks), types, *columns)))
+    make = partial(tuple.__new__, COUNTED[kind])  # like _make, in a third of the time
+    return list(map(make, zip(seqs, repeat(app_id), received, map(at.__getitem__, clocks), sent_types, *columns)))
 
 
 class Sums:
-    """A table of sums: its key beside app_id, and its columns of sums. `window` is for how many days, or hours, its
-    rows are kept by their `day` or `hour`; 0: for ever. `lasts` is whether its sums stay as they are when reports
-    expire."""
+    """A table of sums, by app_id and the columns of `key`. Rows are kept for `window` days or hours, by their `day` or
+    `hour`; 0 is for ever. If it `lasts`, sums stay as they are when reports expire."""
 
     def __init__(self, key: str, columns: str, window: int = 0, lasts: bool = True):
         self.key, self.columns, self.window, self.lasts = key.split(), columns.split(), window, lasts
@@ -1980,20 +1980,20 @@ class Sums:
                 f"    primary key (app_id, {', '.join(self.key)})) without rowid;\n")
 
 
-def per_day(db: Any, app: int | None, days: range, table: str, *columns: str) -> dict[str, list[int]]:
-    """Sums of a table with a row a day, as a list for each column."""
-    rows = {day: row for day, *row in db.execute(f"""
+def per_day(db: Any, app: int | None, days: range, table: str, *columns: str) -> JsonObject:
+    """Sums from a table with a row per day: for each column, a list with one sum per day."""
+    rows = {day: sums for day, *sums in db.execute(f"""
         select day, {", ".join(f"sum({column})" for column in columns)} from {table}
         where {APPS} and day between :first and :last
         group by day""", {"app": app, "first": days[0], "last": days[-1]})}
-    empty = [0] * len(columns)
-    return {column: [rows.get(day, empty)[n] for day in days] for n, column in enumerate(columns)}
+    zeros = [0] * len(columns)
+    return {column: [rows.get(day, zeros)[n] for day in days] for n, column in enumerate(columns)}
 
 
 class Figure:
     """One figure in one transaction."""
 
-    TABLES = ""  # what describes the reports that are kept
+    TABLES = ""  # those that describe the reports that are kept
     SUMS: Mapping[str, Sums] = {}
     COUNTS: tuple[type, ...] = (Crash,)  # the kinds of reports that count in it
 
@@ -2001,51 +2001,54 @@ class Figure:
         self._db, self._now, self._add = rollups.db, rollups.now, rollups.add
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        """Counts reports whose rows are about to be inserted (by 1), or have just been deleted (by -1)."""
+        """Counts reports that are about to be inserted (by 1), or were just deleted (by -1)."""
 
     def expire(self, kind: type, reports: Sequence[Any]) -> None:
-        """Takes out reports whose rows have expired; sums that last do not change meanwhile."""
+        """Takes out reports that were deleted because they expired. Lasting sums do not change meanwhile."""
         self.count(kind, reports, -1)
 
     def save(self) -> None:
-        """Writes what has changed but the sums, which are written afterwards."""
+        """Writes all changes but those of sums, which are written afterwards."""
 
 
-class Entities:
-    """Rows of a table of which a transaction learns more: they are read, merged and written together. `kind` is a
-    named tuple of the columns beside the key, and has `merged`."""
+class MergedRows:
+    """Rows of a table that a transaction learns more about. They are read, merged and written together. `kind` is a
+    named tuple of the columns after the key, with a method `merged`."""
 
-    def __init__(self, table: str, kind: Any):
-        self._table, self._kind = table, kind
-        self.seen: dict[Row, Any] = {}
+    def __init__(self, db: Any, table: str, kind: Any):
+        self._db, self._table, self._kind = db, table, kind
+        self.learned: dict[Row, Any] = {}  # by key
 
-    def see(self, key: Row, row: Any) -> None:
-        """Adds what is known of a row."""
-        self.seen[key] = self.seen[key].merged(row) if key in self.seen else row
+    def learn(self, key: Row, row: Any) -> None:
+        """Adds what one report says about a row."""
+        self.learned[key] = self.learned[key].merged(row) if key in self.learned else row
 
-    def stored(self, db: Any, keys: Iterable[Row]) -> dict[Row, Any]:
-        """The rows with these keys."""
-        names = KEYS[self._table]
-        return {row[:len(names)]: self._kind(*row[len(names):]) for row in rows_of(db, f"""
+    def stored(self, keys: Iterable[Row]) -> dict[Row, Any]:
+        """The stored rows with these keys."""
+        columns = KEYS[self._table]
+        return {row[:len(columns)]: self._kind(*row[len(columns):]) for row in rows_of(self._db, f"""
             select {self._table}.* from (values *) as keys
-            cross join {self._table} on {" and ".join(f"{name} = column{n}" for n, name in enumerate(names, 1))}
+            cross join {self._table} on {" and ".join(f"{name} = column{n}" for n, name in enumerate(columns, 1))}
             """, list(keys))}
 
-    def save(self, db: Any) -> list[tuple[Row, Any, Any]]:
-        """Writes what is new. Returns each key with its row before, None for none, and after."""
-        stored = self.stored(db, self.seen)
+    def save(self) -> list[tuple[Row, Any, Any]]:
+        """Writes the rows that change. Returns each key with its row before, or None, and after."""
+        stored = self.stored(self.learned)
         rows = [(key, stored.get(key), stored[key].merged(row) if key in stored else row)
-                for key, row in self.seen.items()]
-        upsert(db, self._table, [(*key, *after) for key, before, after in rows if after != before],
+                for key, row in self.learned.items()]
+        upsert(self._db, self._table, [(*key, *after) for key, before, after in rows if after != before],
                ", ".join(f"{column} = excluded.{column}" for column in self._kind._fields))
         return rows
 
 
+Name = tuple[int, str, str]  # app_id, field, name
+
+
 class NewNames:
-    """Decides which names count by themselves: anyone who has a key can invent names without end."""
+    """Decides which new names are counted by themselves: anyone who has a key can invent names without end."""
 
     TABLES = """
-create table new_names (                   -- of an app and a UTC day
+create table new_names (                   -- how many were new on a UTC day
     app_id integer not null, day integer not null, field text not null, names integer not null,
     primary key (app_id, day, field)) without rowid;
 """
@@ -2054,72 +2057,69 @@ create table new_names (                   -- of an app and a UTC day
 
     def __init__(self, db: Any):
         self._db = db
-        self.accepted: set[tuple[int, str, str]] = set()  # app_id, field, name; new in this transaction
+        self.accepted: set[Name] = set()  # that are new in this transaction
 
     def limit(self, app_id: int, received: Sequence[int], reports: Sequence[Any]) -> tuple[Sequence[int], Reports]:
-        """The `other` of each report, and the reports with the group under which they are stored."""
+        """Returns the column `other` of the reports, and the reports, in the group `(other)` if theirs is refused."""
         fields = self.FIELDS[type(reports[0])]
-        days: dict[tuple[int, str, str], int] = {}  # on which each name was first received
+        days: dict[Name, int] = {}  # on which each name was first received
         for column in fields:
-            # With types of events, because the names of the ends of sessions are not counted.
-            kinds = map(attrgetter("type"), reports) if column == "name" else repeat("")
-            for name, kind, came in dict.fromkeys(zip(map(attrgetter(column), reports), kinds, received)):
-                if name and kind not in _ENDS:
-                    days.setdefault((app_id, column, name), came // DAY)
+            # Names of events that start or end a session are not counted.
+            types = map(attrgetter("type"), reports) if column == "name" else repeat("")
+            for name, event_type, at in dict.fromkeys(zip(map(attrgetter(column), reports), types, received)):
+                if name and event_type not in SESSION_TYPES:
+                    days.setdefault((app_id, column, name), at // DAY)
         refused = self._refused(days)
         if not refused:
             return [0] * len(reports), reports
-        others = [[field for field in fields if (app_id, field, getattr(report, field)) in refused]
-                  for report in reports]
-        return [sum(FLAGS.get(field, 0) for field in each) for each in others], [
-            report._replace(group_hash=OTHER) if "group_hash" in each else report
-            for report, each in zip(reports, others)]
+        flags, limited = [], []
+        for report in reports:
+            others = [field for field in fields if (app_id, field, getattr(report, field)) in refused]
+            flags.append(sum(FLAGS.get(field, 0) for field in others))
+            limited.append(report._replace(group_hash=OTHER) if "group_hash" in others else report)
+        return flags, limited
 
-    def _refused(self, days: Mapping[tuple[int, str, str], int]) -> set[tuple[int, str, str]]:
-        """Of names, those that are new and beyond the limit of their day."""
+    def _refused(self, days: Mapping[Name, int]) -> set[Name]:
+        """The names that are new and beyond the limit of their day. Accepts the others."""
         unknown = set(rows_of(self._db, f"""
             select column1, column2, column3 from (values *) as keys
             where not case column2
-                when 'group_hash' then exists (
-                    select 1 from groups where app_id = column1 and group_hash = column3)
-                when 'app_version' then exists (
-                    select 1 from builds where app_id = column1 and app_version = column3)
+                when 'group_hash' then exists (select 1 from groups where app_id = column1 and group_hash = column3)
+                when 'app_version' then exists (select 1 from builds where app_id = column1 and app_version = column3)
                 when 'name' then exists (select 1 from event_names where app_id = column1 and name = column3)
                 else exists (select 1 from labels
                     where app_id = column1 and field = column2 and day = {ALL_DAYS} and label = column3) end
             """, list(days.keys() - self.accepted)))
         if not unknown:
             return unknown
-        fresh: dict[tuple[int, int, str], list[tuple[int, str, str]]] = defaultdict(list)  # in the order they came
-        for key, day in days.items():
-            if key in unknown:
-                fresh[key[0], day, key[1]].append(key)
-        used = {row[:3]: row[3] for row in rows_of(self._db, """
-            select new_names.* from (values *) as keys
-            cross join new_names on app_id = column1 and day = column2 and field = column3""", list(fresh))}
-        rows = []
-        for (app_id, day, each), names in fresh.items():
-            room = NEW_NAMES[each] - used.get((app_id, day, each), 0)
-            if each == "app_version":
-                known, = self._db.execute("select count(distinct app_version) from builds where app_id = ?",
-                                          (app_id,)).fetchone()
-                room = min(room, MAX_RELEASES - known)
-            accepted = names[:max(0, room)]
-            rows.append((app_id, day, each, len(accepted)))
-            self.accepted.update(accepted)
-        upsert(self._db, "new_names", [row for row in rows if row[-1]], "names = new_names.names + excluded.names")
+        new: dict[Row, list[Name]] = defaultdict(list)  # by app_id, day and field, in the order of receipt
+        for name, day in days.items():
+            if name in unknown:
+                new[name[0], day, name[1]].append(name)
+        for key, names in new.items():
+            used, = self._db.execute("""
+                select coalesce(sum(names), 0) from new_names where app_id = ? and day = ? and field = ?
+                """, key).fetchone()
+            room = NEW_NAMES[key[2]] - used
+            if key[2] == "app_version":
+                releases, = self._db.execute("select count(distinct app_version) from builds where app_id = ?",
+                                             key[:1]).fetchone()
+                room = min(room, MAX_RELEASES - releases)
+            if accepted := names[:max(0, room)]:
+                upsert(self._db, "new_names", [(*key, len(accepted))], "names = new_names.names + excluded.names")
+                self.accepted.update(accepted)
         return unknown - self.accepted
 
 
 class Requests(Figure):
-    """Requests per key and UTC day. No report tells of them: a commit counts them."""
+    """Requests per key and UTC day. No report tells of them: Commit counts them."""
 
     SUMS = {"key_days": Sums("day key", "requests", KEY_DAYS)}  # `key`: see key_name
     COUNTS = ()
 
 
 class Crashes(Figure):
-    """Crashes per UTC day; and of those that are kept, exception types and device models, per day and ALL_DAYS."""
+    """Crashes per UTC day; and exception types and device models of the crashes that are kept, per day and in all."""
 
     SUMS = {"crash_days": Sums("day", "crashes"), "labels": Sums("field day label", "crashes", lasts=False)}
 
@@ -2129,109 +2129,102 @@ class Crashes(Figure):
             self._add("crash_days", app_id, day, crashes=by * crashes)
         for column in ("exception_type", "device_model"):
             for ((app_id, day), label), crashes in Counter(zip(days, map(attrgetter(column), reports))).items():
-                for each in (ALL_DAYS, day) if label else ():
-                    self._add("labels", app_id, column, each, label, crashes=by * crashes)
+                if label:
+                    self._add("labels", app_id, column, ALL_DAYS, label, crashes=by * crashes)
+                    self._add("labels", app_id, column, day, label, crashes=by * crashes)
 
     @staticmethod
     def per_day(db: Any, app: int | None, days: range) -> JsonObject:
-        """Crashes of these days."""
+        """Crashes of each day."""
         return {"data": per_day(db, app, days, "crash_days", "crashes")["crashes"]}
 
     @staticmethod
-    def most_frequent(db: Any, app: int | None, field: str, days: range | None,
-                      limit: int) -> JsonObject:
-        """The most frequent labels of these days, or of all that is kept, with their crashes."""
-        shown = days or range(ALL_DAYS, ALL_DAYS + 1)
+    def most_frequent(db: Any, app: int | None, field: str, days: range | None, limit: int) -> JsonObject:
+        """The most frequent labels of these days, or of all crashes that are kept."""
+        first, last = (days[0], days[-1]) if days else (ALL_DAYS, ALL_DAYS)
         return labelled(db.execute(f"""
             select label, sum(crashes) from labels
             where {APPS} and field = :field and day between :first and :last
             group by label
             order by sum(crashes) desc, label
-            limit :limit""", {"app": app, "field": field, "first": shown[0], "last": shown[-1], "limit": limit}))
+            limit :limit""", {"app": app, "field": field, "first": first, "last": last, "limit": limit}))
 
 
 class Groups(Figure):
-    """What a group is called, its crashes and devices, and its crashes per UTC day of the week. It goes with the last
-    crash that is kept, but not before its week is over."""
+    """What a group is called, its crashes and devices, and its crashes per UTC day of the last week. Its row is deleted
+    when no crash of it is kept and none is in that week."""
 
     TABLES = """
 create table groups (
-    app_id integer not null, group_hash text not null,
-    exception_type text not null,
+    app_id integer not null, group_hash text not null, exception_type text not null,
     first_seen integer not null, first_version text,      -- of its first crash, by the time at which crashes count
-    last_seen integer not null, exception_reason text,    -- of its latest; the beginning of the reason
-    place text, search text,                              -- where in the app it was; in lower case what a search finds
+    last_seen integer not null, exception_reason text,    -- of its latest crash; the beginning of the reason
+    place text, search text,                              -- the app's function; what a search looks in, in lower case
     crashes integer not null default 0, devices integer not null default 0,  -- of the crashes that are kept
-    came_at integer not null default 0,                   -- when its first crash was received: until when it is new
+    came_at integer not null default 0,                   -- when its first crash was received
     primary key (app_id, group_hash)) without rowid;
 """
     SUMS = {"group_days": Sums("day group_hash", "crashes", WEEK),
             "group_images": Sums("group_hash uuid", "crashes", lasts=False)}  # builds whose symbols can name crashes
+    IS_EMPTY = """crashes <= 0 and not exists (
+        select 1 from group_days where app_id = groups.app_id and day >= ? and group_hash = groups.group_hash)"""
 
     def __init__(self, rollups: RollUps):
         super().__init__(rollups)
         self._symbols = rollups.symbols
-        self._came: dict[Row, list[Any]] = defaultdict(list)  # crashes by app_id and group_hash
-        self._left: dict[Row, list[Any]] = defaultdict(list)
-        self.devices: Counter[Row] = Counter()  # that are new to a group, or that it has no longer
+        self._inserted: dict[Row, list[Any]] = defaultdict(list)  # crashes by app_id and group_hash
+        self._deleted: dict[Row, list[Any]] = defaultdict(list)
+        self.devices: Counter[Row] = Counter()  # how many a group has more, or fewer, than before
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+        crashes_of = self._inserted if by > 0 else self._deleted
         for crash in reports:
-            (self._came if by > 0 else self._left)[crash.app_id, crash.group_hash].append(crash)
+            crashes_of[crash.app_id, crash.group_hash].append(crash)
         alike = Counter((crash.app_id, crash.group_hash, crash.at // DAY, crash.images) for crash in reports)
         for (app_id, group, day, images), crashes in alike.items():
             self._add("group_days", app_id, day, group, crashes=by * crashes)
             for uuid in (images or "").split():
                 self._add("group_images", app_id, group, uuid, crashes=by * crashes)
         # The rows of these crashes are not there yet, or no longer.
+        devices = set(map(attrgetter("app_id", "group_hash", "device_id_hash"), reports))
         for app_id, group in rows_of(self._db, """
                 select column1, column2 from (values *) as keys where not exists (
                     select 1 from crashes
                     where app_id = column1 and group_hash = column2 and device_id_hash = column3)
-                """, [each for each in set(map(_GROUP_DEVICE, reports)) if each[2]]):
+                """, [key for key in devices if key[2]]):
             self.devices[app_id, group] += by
 
     def save(self) -> None:
-        is_later = "case when excluded.last_seen >= groups.last_seen then excluded"
-        upsert(self._db, "groups", [self._row(*each) for each in self._came.items()], f"""
-            first_seen = min(groups.first_seen, excluded.first_seen),
+        of_latest = ", ".join(f"""{column} = case when excluded.last_seen >= groups.last_seen
+            then excluded.{column} else groups.{column} end""" for column in ("exception_reason", "place", "search"))
+        upsert(self._db, "groups", [self._row(*item) for item in self._inserted.items()], f"""
             first_version = case when excluded.first_seen < groups.first_seen
                 then excluded.first_version else groups.first_version end,
-            last_seen = max(groups.last_seen, excluded.last_seen),
-            exception_reason = {is_later}.exception_reason else groups.exception_reason end,
-            place = {is_later}.place else groups.place end, search = {is_later}.search else groups.search end,
+            first_seen = min(groups.first_seen, excluded.first_seen),
+            last_seen = max(groups.last_seen, excluded.last_seen), {of_latest},
             crashes = groups.crashes + excluded.crashes, devices = groups.devices + excluded.devices,
             came_at = min(groups.came_at, excluded.came_at)""")
-        for key, crashes in self._left.items():  # what is left of a group is shown as its latest crash
+        for key, crashes in self._deleted.items():
             self._db.execute("""
                 update groups set crashes = crashes - ?, devices = devices + ? where app_id = ? and group_hash = ?
-                """, (len(crashes), 0 if key in self._came else self.devices[key], *key))
+                """, (len(crashes), 0 if key in self._inserted else self.devices[key], *key))
             if self._db.execute("select 1 from groups where app_id = ? and group_hash = ? and last_seen <= ?",
                                 (*key, max(crash.at for crash in crashes))).fetchone():
                 self.show_latest(*key)
 
-    def _row(self, key: Row, crashes: Sequence[Any]) -> tuple[Any, ...]:
-        first, latest = min(crashes, key=_AT), max(crashes, key=_AT)
+    def _row(self, key: Row, crashes: Sequence[Any]) -> Row:
+        in_order = attrgetter("at", "seq")
+        first, latest = min(crashes, key=in_order), max(crashes, key=in_order)
+        came_at = min(crash.received_at for crash in crashes)
         return (*key, OTHER if key[1] == OTHER else latest.sent_type, first.at, first.app_version, latest.at,
-                *self._shown(key[1], latest), len(crashes), self.devices[key], min(map(_RECEIVED_AT, crashes)))
+                *self._shown(key[1], latest), len(crashes), self.devices[key], came_at)
 
-    def drop_empty(self, limit: int = 0) -> int:
-        """Deletes the groups that crashes were taken out of, and so many others, where no crash is kept and their week
-        is over. Returns how many others."""
-        empty = """crashes <= 0 and not exists (
-            select 1 from group_days
-            where app_id = groups.app_id and day >= :week and group_hash = groups.group_hash)"""
-        week = self._now // DAY - WEEK
-        self._db.executemany(f"delete from groups where app_id = :app and group_hash = :group and {empty}", [
-            {"app": app_id, "group": group_hash, "week": week} for app_id, group_hash in self._left])
-        return self._db.execute(f"""
-            delete from groups where (app_id, group_hash) in (
-                select app_id, group_hash from groups
-                where app_id in (select id from apps) and last_seen < :before and {empty} limit :limit)
-            """, {"before": week * DAY, "week": week, "limit": limit}).rowcount if limit else 0
+    def drop_empty(self) -> None:
+        """Deletes the groups whose last crash was just deleted."""
+        delete_rows(self._db, "groups", self._deleted, self.IS_EMPTY, self._now // DAY - WEEK)
 
     def _shown(self, group_hash: str, crash: Any) -> tuple[str | None, str, str]:
-        """Reason, place and search text of a group whose latest crash this is."""
+        """The reason, place and search text of a group with this latest crash."""
         reason, trace = (crash.exception_reason or "")[:MAX_TEXT] or None, crash.stack_trace or ""
         if len(trace) < 20_000 and not self._symbols.can_name(crash.images):
             names = _recent_own_names(trace)
@@ -2241,15 +2234,15 @@ create table groups (
         return reason, "".join(names[:1])[:200], words.casefold()[:4 * MAX_TEXT]
 
     def show_latest(self, app_id: int, group_hash: str) -> None:
-        """Shows a group as its latest crash that is kept; first_seen stays."""
-        seqs = self._db.execute(f"""
+        """Describes a group by its latest crash that is kept, or by its hash alone; first_seen stays."""
+        shown: Row = None, None, None, group_hash
+        row = self._db.execute(f"""
             select seq from crashes where app_id = ? and group_hash = ? order by {COUNTED_AT} desc, seq desc limit 1
-            """, (app_id, group_hash)).fetchall()
-        shown: tuple[Any, ...] = (None, None, None, group_hash)  # what its crashes said goes with them
-        source = "from (values *) as keys cross join crashes on seq = column1"
-        for latest in counted_rows(self._db, Crash, source, seqs):
-            trace, = self._db.execute("select stack_trace from crashes where seq = ?", (latest.seq,)).fetchone()
-            shown = (latest.at, *self._shown(group_hash, latest._replace(stack_trace=trace)))
+            """, (app_id, group_hash)).fetchone()
+        if row:
+            latest, = counted_rows(self._db, Crash, "from crashes where seq = ?", row)
+            trace, = self._db.execute("select stack_trace from crashes where seq = ?", row).fetchone()
+            shown = latest.at, *self._shown(group_hash, latest._replace(stack_trace=trace))
         self._db.execute("""
             update groups set last_seen = coalesce(?, last_seen), exception_reason = ?, place = ?, search = ?
             where app_id = ? and group_hash = ?
@@ -2257,7 +2250,7 @@ create table groups (
 
     @staticmethod
     def recount(db: Any) -> None:
-        """Sets what the groups have of the crashes that are kept."""
+        """Counts the crashes that are kept of each group."""
         db.execute("""
             update groups set (crashes, devices, came_at) = (
                 select count(*), count(distinct device_id_hash), coalesce(min(received_at), groups.came_at)
@@ -2265,10 +2258,11 @@ create table groups (
 
     @staticmethod
     def rename(db: Any, app_id: int, group_hash: str, target: str) -> None:
-        """If all crashes of a group have moved, its name becomes an alias of the one that has them now."""
-        if db.execute("select 1 from crashes where app_id = ? and group_hash = ? limit 1",
-                      (app_id, group_hash)).fetchone() or not db.execute(
-                          "select 1 from apps where id = ?", (app_id,)).fetchone():
+        """Makes a group whose crashes have all moved an alias of the group `target`."""
+        if not db.execute("""
+                select 1 from apps where id = ? and not exists (
+                    select 1 from crashes where app_id = apps.id and group_hash = ?)""",
+                          (app_id, group_hash)).fetchone():
             return
         db.execute("update group_aliases set target = ? where app_id = ? and target = ?", (target, app_id, group_hash))
         db.execute("delete from group_aliases where app_id = ? and group_hash = ?", (app_id, target))
@@ -2277,7 +2271,7 @@ create table groups (
 
     @staticmethod
     def most_frequent(db: Any, app: int | None, days: range) -> list[JsonObject]:
-        """The five most frequent groups of these days, at most the last seven; of several apps, the latest's name."""
+        """The five most frequent groups of these days of the last week, described by the app that had them last."""
         return dict_rows(db, f"""
             select top.group_hash, exception_type, substr(coalesce(exception_reason, ''), 1, 200) as exception_reason,
                 count
@@ -2295,19 +2289,13 @@ create table groups (
             order by count desc, top.group_hash""", {"app": app, "first": days[0], "last": days[-1]})
 
 
-_GROUP_DEVICE = attrgetter("app_id", "group_hash", "device_id_hash")
-_AT = attrgetter("at", "seq")
-_RECEIVED_AT = attrgetter("received_at")
-_TIMES = attrgetter("at", "received_at")
-
-
 class Releases(Figure):
     """When each build and release was seen; sessions, crashes and devices per release, and its sessions per UTC day of
-    the week. Of an app's builds beyond the bound, only the release is known."""
+    the last week. Beyond MAX_BUILDS_OF_APP, builds count for their release only."""
 
     TABLES = """
 create table builds (
-    app_id integer not null, app_version text not null, build_number text not null,  -- '': not said, as by all events
+    app_id integer not null, app_version text not null, build_number text not null,  -- '': not known, as in all events
     first_seen integer not null, last_seen integer not null,  -- when its first and its last report were received
     primary key (app_id, app_version, build_number)) without rowid;
 create view releases as
@@ -2319,17 +2307,20 @@ create view releases as
     COUNTS = (Crash, Event)
     BUILD: dict[type, Any] = {Crash: attrgetter("received_at", "app_id", "app_version", "build_number"),
                               Event: attrgetter("received_at", "app_id", "app_version")}
+    ASKED = f"""(
+        select app_id, app_version, min(first_seen) as first_seen, max(last_seen) as last_seen from builds
+        where {APPS} group by app_id, app_version) as releases"""  # in the view, SQLite would look at all apps
 
     def __init__(self, rollups: RollUps):
         super().__init__(rollups)
-        self._seen: dict[Row, tuple[int, int]] = {}  # by app_id, app_version and build_number: the rest of its row
+        self._seen: dict[Row, tuple[int, int]] = {}  # first_seen and last_seen by key
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
         for (received, app_id, version, *build), alike in Counter(map(self.BUILD[kind], reports)).items():
             if version and kind is Crash:
                 self._add("release_sums", app_id, version, crashes=by * alike)
             if version and by > 0:
-                key = (app_id, version, next(filter(None, build), ""))
+                key = app_id, version, build[0] or "" if build else ""
                 first, last = self._seen.get(key, (received, received))
                 self._seen[key] = min(first, received), max(last, received)
 
@@ -2339,70 +2330,69 @@ create view releases as
                     update builds set first_seen = min(first_seen, ?), last_seen = max(last_seen, ?)
                     where app_id = ? and app_version = ? and build_number = ?""", (*times, *key)).rowcount:
                 builds, = self._db.execute("select count(*) from builds where app_id = ?", key[:1]).fetchone()
-                upsert(self._db, "builds", [(*(key if builds < MAX_BUILDS_OF_APP else (*key[:2], "")), *times)], """
+                row = (*key, *times) if builds < MAX_BUILDS_OF_APP else (*key[:2], "", *times)
+                upsert(self._db, "builds", [row], """
                     first_seen = min(builds.first_seen, excluded.first_seen),
                     last_seen = max(builds.last_seen, excluded.last_seen)""")
 
-    ASKED = f"""(
-        select app_id, app_version, min(first_seen) as first_seen, max(last_seen) as last_seen from builds
-        where {APPS} group by app_id, app_version) as releases"""  # for which SQLite would look at all of the view
-
     @staticmethod
     def pairs(db: Any, app: int | None) -> list[Pair]:
-        """Each release with the one before it: the highest lower version that was seen before it. So neither a version
-        that comes late nor one that is no release, such as 99.0, hides the others."""
-        come: dict[int, list[Row]] = defaultdict(list)  # by version
+        """Each release with the one before it: the highest lower version that was seen earlier. So neither an old
+        version that comes late nor one that is no release, such as 99.0, hides the others."""
+        earlier: dict[int, list[Row]] = defaultdict(list)  # by app_id; in the order of versions
         pairs = []
         rows = db.execute(f"""
             select app_id, app_version, first_seen from {Releases.ASKED} where app_version <> '{OTHER}'
             """, {"app": app})
-        for app_id, version, first in sorted(rows, key=lambda row: (row[2], version_key(row[1]))):
-            own = version_key(version), version, first
-            place = bisect_left(come[app_id], own)
-            pairs += [Pair(app_id, version, first, *come[app_id][place - 1][1:])] if place else []
-            come[app_id].insert(place, own)
+        for app_id, version, first_seen in sorted(rows, key=lambda row: (row[2], version_key(row[1]))):
+            release = version_key(version), version, first_seen
+            position = bisect_left(earlier[app_id], release)
+            if position:
+                _, before, before_seen = earlier[app_id][position - 1]
+                pairs.append(Pair(app_id, version, first_seen, before, before_seen))
+            earlier[app_id].insert(position, release)
         return pairs
 
     @staticmethod
     def newest(db: Any, app: int | None, since: int) -> dict[int, str]:
-        """That of each app, by its id: the last that came. An old version that comes late is none, unless more of the
-        sessions since that day are its: an app may count its versions anew."""
-        leaders: dict[int, Row] = {}
-        for app_id, version, recent in db.execute(f"""
+        """The newest release of each app, by app_id: the last one that came. An old version that comes late is not the
+        newest, unless it has more of the sessions since that day: an app may begin to number its versions anew."""
+        newest: dict[int, Row] = {}  # version key, sessions, version
+        for app_id, version, sessions in db.execute(f"""
                 select app_id, app_version, coalesce((
                     select sum(sessions) from release_days
                     where app_id = releases.app_id and day >= :since and app_version = releases.app_version), 0)
                 from {Releases.ASKED} where app_version <> '{OTHER}' order by first_seen, app_version
                 """, {"app": app, "since": since}):
-            own, leader = version_key(version), leaders.get(app_id)
-            if leader is None or own >= leader[0] or recent > leader[1]:
-                leaders[app_id] = own, recent, version
-        return {app_id: version for app_id, (_, _, version) in leaders.items()}
+            key, (newest_key, most_sessions, _) = version_key(version), newest.get(app_id, ((), -1, ""))
+            if key >= newest_key or sessions > most_sessions:
+                newest[app_id] = key, sessions, version
+        return {app_id: version for app_id, (_, _, version) in newest.items()}
 
     @staticmethod
     def healths(db: Any, pairs: Sequence[Pair], now: int) -> dict[Pair, list[Health]]:
-        """That of a release and of the one before it at equal ages: of the devices that came to the newer until the
-        last full hour, and to the other within as long a time."""
-        spans: dict[Pair, tuple[Row, Row]] = {}
+        """The health of each release and of the one before it, at equal ages. Counts the devices that came to the newer
+        one until the last full hour, and to the other one in as many hours."""
+        spans: dict[Pair, tuple[Row, Row]] = {}  # app_id, app_version, first hour, hour after the last
         for pair in pairs:
             end = min(now, pair.first_seen + HEALTH_DAYS * DAY) // HOUR
             end_before = (pair.before_seen + end * HOUR - pair.first_seen + HOUR // 2) // HOUR
             spans[pair] = ((pair.app_id, pair.app_version, pair.first_seen // HOUR, end),
                            (pair.app_id, pair.before, pair.before_seen // HOUR, end_before))
-        found = {row[:4]: Health(*row[4:]) for row in rows_of(db, """
+        healths = {row[:4]: Health(*row[4:]) for row in rows_of(db, """
             select column1, column2, column3, column4, sum(devices), sum(crashed_devices) from (values *) as spans
             cross join release_hours on app_id = column1 and app_version = column2
                 and hour >= column3 and hour < column4
             group by column1, column2, column3, column4""", list({*chain.from_iterable(spans.values())}))}
-        return {pair: [found.get(span, Health(0, 0)) for span in both] for pair, both in spans.items()}
+        return {pair: [healths.get(span, Health(0, 0)) for span in both] for pair, both in spans.items()}
 
     @staticmethod
     def latest(db: Any, app: int | None, days: range) -> list[JsonObject]:
-        """The latest 100 releases, with their share of the sessions of these days: `recent` to `of_all`."""
+        """The latest 100 releases. `recent` are their sessions of these days, `of_all` those of their app."""
         return dict_rows(db, f"""
-            select latest.app_id, apps.name as app, latest.app_version, coalesce(sessions, 0) as sessions,
-                coalesce(crashed_sessions, 0) as crashed_sessions, coalesce(crashes, 0) as crashes,
-                coalesce(devices, 0) as devices, coalesce(crashed_devices, 0) as crashed_devices, first_seen, last_seen,
+            select latest.app_id, apps.name as app, latest.app_version,
+                {", ".join(f"coalesce({name}, 0) as {name}" for name in SUMS["release_sums"].columns)},
+                first_seen, last_seen,
                 (select sum(sessions) from release_days where app_id = latest.app_id
                     and day between :first and :last and app_version = latest.app_version) as recent,
                 (select sum(sessions) from session_days where app_id = latest.app_id
@@ -2415,7 +2405,7 @@ create view releases as
 
 
 class Pair(NamedTuple):
-    """A release, and the one before it; times are those of their first reports, in milliseconds."""
+    """A release, and the one before it. Times are when their first reports were received, in milliseconds."""
 
     app_id: int
     app_version: str
@@ -2425,104 +2415,103 @@ class Pair(NamedTuple):
 
 
 class Health(NamedTuple):
-    """Devices of a release, and how many of them crashed there."""
+    """How many devices had a release, and how many of them crashed in it."""
 
     devices: int
     crashed: int
 
     @property
     def share(self) -> float:
-        """Of the devices, those that never crashed."""
+        """The share of devices without a crash."""
         return 1 - self.crashed / self.devices
 
-    def wilson(self, z: float) -> tuple[float, float]:
-        """Wilson's interval of the share, of so many standard deviations to each side."""
+    def wilson_interval(self, z: float) -> tuple[float, float]:
+        """Wilson's interval of the share, `z` standard deviations to each side."""
         z2 = z ** 2 / self.devices
         half = math.sqrt(z2 * (self.share * (1 - self.share) + z2 / 4))
         return (self.share + z2 / 2 - half) / (1 + z2), (self.share + z2 / 2 + half) / (1 + z2)
 
 
-CONFIDENCE = 1.96  # standard deviations: 95 %
-ALARM = 2.58       # 99 %, to tell somebody: looked at each hour, 95 % would once call a sixth of equal releases worse
-HALF_WIDTH = 0.05  # of an interval that is narrow enough to say that there is no difference
-FEWEST, ENOUGH = 20, 50  # devices of both releases for any verdict; for `no difference seen`, and to tell somebody
+Z_95 = 1.96  # standard deviations to each side, for a confidence of 95 %
+ALARM = 2.58  # the same for 99 % and alerts: checked each hour, 95 % would call one in six equal releases worse
+MAX_HALF_WIDTH = 0.05  # of an interval that is narrow enough to say that there is no difference
+MIN_DEVICES, ENOUGH = 20, 50  # devices of both releases for any verdict; for `no difference seen`, and for an alert
 
 
-def newcombe(ours: Health, before: Health, z: float = CONFIDENCE) -> tuple[float, float]:
-    """The interval of the difference of two shares, of 95 % by default: Newcombe, Interval estimation for the
-    difference between independent proportions, Statistics in Medicine 17 (1998) 873-890, method 10."""
-    (low, high), (low_before, high_before) = ours.wilson(z), before.wilson(z)
-    difference = ours.share - before.share
-    return (difference - math.hypot(ours.share - low, high_before - before.share),
-            difference + math.hypot(high - ours.share, before.share - low_before))
+def newcombe(newer: Health, before: Health, z: float = Z_95) -> tuple[float, float]:
+    """The confidence interval of the difference of two shares: Newcombe, Interval estimation for the difference between
+    independent proportions, Statistics in Medicine 17 (1998) 873-890, method 10."""
+    (low, high), (low_before, high_before) = newer.wilson_interval(z), before.wilson_interval(z)
+    difference = newer.share - before.share
+    return (difference - math.hypot(newer.share - low, high_before - before.share),
+            difference + math.hypot(high - newer.share, before.share - low_before))
 
 
-def verdict(ours: Health, before: Health) -> JsonObject | None:
-    """Whether a release is worse than the one before it, in a word and a text, with the interval of the difference in
-    percentage points; None where no device is known of either. It is too early to see no difference until the smaller
+def verdict(newer: Health, before: Health) -> JsonObject | None:
+    """Says in a word and a text whether a release is worse than the one before it, with the interval of the difference
+    in percentage points. None: no device of either is known. It is too early to see no difference until the smaller
     has at least 50 devices, and as many as make the interval of two equal releases 5 points wide to each side."""
-    least, most = sorted((ours.devices, before.devices))
+    least, most = sorted((newer.devices, before.devices))
     if not most:
         return None
-    low, high = newcombe(ours, before) if least else (-1.0, 1.0)
-    crashed = (ours.crashed + before.crashed + 2) / (least + most + 4)  # and of two more: a few may have had luck
-    needed = max(ENOUGH, math.ceil((CONFIDENCE / HALF_WIDTH) ** 2 * 2 * crashed * (1 - crashed)))
-    word = ("too early" if least < FEWEST else "worse" if high < 0 else "better" if low > 0
-            else "too early" if least < needed else "no difference seen")
-    if word == "too early":
-        text = f"about {math.ceil((needed - least) / 10) * 10} more devices"
+    low, high = newcombe(newer, before) if least else (-1.0, 1.0)
+    crashed = (newer.crashed + before.crashed + 2) / (least + most + 4)  # two more crashed: so few may have been lucky
+    needed = max(ENOUGH, math.ceil((Z_95 / MAX_HALF_WIDTH) ** 2 * 2 * crashed * (1 - crashed)))
+    if least < MIN_DEVICES or low <= 0 <= high and least < needed:
+        word, text = "too early", f"about {math.ceil((needed - least) / 10) * 10} more devices"
     else:
-        text = "{} of devices crash-free, {} before".format(*_percentages(ours.share, before.share))
+        word = "worse" if high < 0 else "better" if low > 0 else "no difference seen"
+        text = "{} of devices crash-free, {} before".format(*_percentages(newer.share, before.share))
     return {"word": word, "text": f"{word}: {text}",
             "interval": [round(100 * low, 1), round(100 * high, 1)] if least else None}
 
 
 def _percentages(*shares: float) -> list[str]:
-    """Shares in whole per cent; where that would not tell them from each other or from 100 %, all with one or two
-    decimals."""
-    decimals = next((n for n in (0, 1) if len({round(100 * each, n) for each in (*shares, 1)}) == len({*shares, 1})), 2)
-    return [f"{100 * each:.{decimals}f} %" for each in shares]
+    """Shares in percent, with up to two decimals, as many as tell them from each other and from 100 %."""
+    for decimals in range(3):
+        if len({round(100 * share, decimals) for share in (*shares, 1)}) == len({*shares, 1}):
+            break
+    return [f"{100 * share:.{decimals}f} %" for share in shares]
 
 
 class Session(NamedTuple):
-    """What is known of a session; the times are those at which its start and end count, in milliseconds."""
+    """What is known of a session. Times are when its start and its end count, in milliseconds."""
 
     first_seq: int = MAX_NUMBER
     last_seq: int = 0
     started_at: int | None = None
     ended_at: int | None = None
     app_version: str | None = None  # of its start
-    crashed: int = 0  # whether a crash names it: 1 or 0
+    crashed: int = 0  # 1 if a crash names it
 
-    def merged(self, later: Session) -> Session:
+    def merged(self, other: Session) -> Session:
         """What is known from both. The first start and the last end count."""
-        start = min(self, later, key=lambda each: each.started_at or MAX_NUMBER)
-        return Session(min(self.first_seq, later.first_seq), max(self.last_seq, later.last_seq), start.started_at,
-                       max(self.ended_at or 0, later.ended_at or 0) or None, start.app_version,
-                       max(self.crashed, later.crashed))
+        start = min(self, other, key=lambda session: session.started_at or MAX_NUMBER)
+        return Session(min(self.first_seq, other.first_seq), max(self.last_seq, other.last_seq), start.started_at,
+                       max(self.ended_at or 0, other.ended_at or 0) or None, start.app_version,
+                       max(self.crashed, other.crashed))
 
     @property
     def duration(self) -> int | None:
-        """Milliseconds. None where it has not ended, or would have taken longer than a day: a clock was set."""
+        """Milliseconds. None: it has not ended, or seems to have taken more than a day, because a clock was set."""
         length = (self.ended_at or 0) - (self.started_at or 0)
         return length if self.started_at and self.ended_at and 0 <= length <= DAY else None
 
 
-_SESSION = attrgetter("app_id", "session_id", "device_id_hash")
-_ENDS = {"session_start", "session_end"}
+_session_of = attrgetter("app_id", "session_id", "device_id_hash")
 
 
 class Sessions(Figure):
-    """Sessions by the UTC day on which they started, and how long they took. A session is a session_id of a
-    device: SDKs that count their launches use the same ids."""
+    """Sessions by the UTC day on which they started, and how long they took. A session is a session_id of one device:
+    SDKs that count launches use the same ids on every device."""
 
     TABLES = """
-create table sessions (                    -- of which a report is kept
+create table sessions (                    -- those of which a report is kept
     app_id integer not null, session_id text not null, device integer not null,  -- see device_key
-    first_seq integer not null, last_seq integer not null,  -- between them are its reports
+    first_seq integer not null, last_seq integer not null,  -- of its first and its last report
     started_at integer, ended_at integer, app_version text, crashed integer not null,
     primary key (app_id, session_id, device)) without rowid;
-create table medians (                     -- of the durations of a day that is over, so that no question sorts them
+create table medians (                     -- of the durations of a day that is over, which take long to sort
     app_id integer not null, day integer not null, seconds integer not null,
     primary key (app_id, day)) without rowid;
 """
@@ -2539,35 +2528,35 @@ create table medians (                     -- of the durations of a day that is 
 
     def __init__(self, rollups: RollUps):
         super().__init__(rollups)
-        self._sessions = Entities("sessions", Session)
-        self._changed: set[tuple[int, int]] = set()  # app_id and day whose median is another now
+        self._sessions = MergedRows(self._db, "sessions", Session)
+        self._changed_days: set[Row] = set()  # app_id and day of stored medians that are no longer right
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        gone = set()
-        for (app_id, session_id, device), run in groupby(reports, _SESSION):
-            events = list(run)
-            ends = [Session(started_at=event.at, app_version=event.app_version) if event.type == "session_start"
-                    else Session(ended_at=event.at) for event in events if event.type in _ENDS] if kind is Event else []
+        forgotten: set[Row] = set()
+        for (app_id, session_id, device), grouped in groupby(reports, _session_of):
+            run = list(grouped)
             key = app_id, session_id, device_key(device)
+            ends = [Session(started_at=event.at, app_version=event.app_version) if event.type == "session_start"
+                    else Session(ended_at=event.at)
+                    for event in (run if kind is Event else ()) if event.type in SESSION_TYPES]
             if not session_id:
-                for end in ends:
-                    self._count(app_id, end, by)
-            elif by < 0:  # all reports of a session are of one device, so it goes with the first of them
-                gone.add(key)
-            else:
-                seen = Session(events[0].seq, events[-1].seq, crashed=int(kind is Crash))
-                self._sessions.see(key, reduce(Session.merged, ends, seen))
-        for key, session in self._sessions.stored(self._db, gone).items():
-            self._count(key[0], session, -1)
-        self._db.executemany("delete from sessions where app_id = ? and session_id = ? and device = ?", list(gone))
+                for session in ends:
+                    self._count_session(app_id, session, by)
+            elif by > 0:
+                for session in (Session(run[0].seq, run[-1].seq, crashed=int(kind is Crash)), *ends):
+                    self._sessions.learn(key, session)
+            else:  # the whole session, because all its reports are of the device that is forgotten
+                forgotten.add(key)
+        for key, session in self._sessions.stored(forgotten).items():
+            self._count_session(key[0], session, -1)
+        delete_rows(self._db, "sessions", forgotten)
 
     def expire(self, kind: type, reports: Sequence[Any]) -> None:
-        self._db.executemany(
-            "delete from sessions where app_id = ? and session_id = ? and device = ? and last_seq <= ?",
-            [(app_id, session_id, device_key(device), reports[-1].seq)
-             for app_id, session_id, device in set(map(_SESSION, reports)) if session_id])
+        keys = [(app_id, session_id, device_key(device))
+                for app_id, session_id, device in set(map(_session_of, reports)) if session_id]
+        delete_rows(self._db, "sessions", keys, "last_seq <= ?", reports[-1].seq)
 
-    def _count(self, app_id: int, session: Session, by: int) -> None:
+    def _count_session(self, app_id: int, session: Session, by: int) -> None:
         if session.started_at is None:
             return
         day, duration = session.started_at // DAY, session.duration
@@ -2577,17 +2566,17 @@ create table medians (                     -- of the durations of a day that is 
             self._add("release_days", app_id, day, session.app_version, sessions=by)
         if duration is not None:
             self._add("session_days", app_id, day, ended=by, session_ms=by * duration)
-            unit = 10 ** max(0, len(str(duration // SECOND)) - 2) * SECOND  # so a day has few different ones
+            unit = 10 ** max(0, len(str(duration // SECOND)) - 2) * SECOND  # two digits, so that a day has few rows
             self._add("durations", app_id, day, (duration + unit // 2) // unit * unit // SECOND, sessions=by)
             if day < self._now // DAY - 1:
-                self._changed.add((app_id, day))
+                self._changed_days.add((app_id, day))
 
     def save(self) -> None:
-        for key, before, after in self._sessions.save(self._db):
+        for key, before, after in self._sessions.save():
             if before is None or before[2:] != after[2:]:
-                self._count(key[0], before or Session(), -1)
-                self._count(key[0], after, 1)
-        self._db.executemany("delete from medians where app_id = ? and day = ?", list(self._changed))
+                self._count_session(key[0], before or Session(), -1)
+                self._count_session(key[0], after, 1)
+        delete_rows(self._db, "medians", self._changed_days)
 
     def close_days(self) -> None:
         """Stores medians of days that are over. Those of today and yesterday change with nearly every session."""
@@ -2601,7 +2590,7 @@ create table medians (                     -- of the durations of a day that is 
 
     @staticmethod
     def per_day(db: Any, app: int | None, days: range) -> JsonObject:
-        """Sessions, the mean and the median of their seconds. Of several apps together there is no median."""
+        """Sessions, and the mean and the median of their seconds. There is no median of several apps together."""
         sums = per_day(db, app, days, "session_days", "sessions", "ended", "session_ms")
         medians = dict(db.execute(f"""
             select day, coalesce((
@@ -2621,7 +2610,7 @@ class SeenDevice(NamedTuple):
 
     first_day: int
     last_hour: int
-    last_seq: int  # of its last report, or of an earlier one of the same hour, so that its row seldom changes
+    last_seq: int  # of its last report, or of an earlier one from the same hour, so that the row seldom changes
 
     def merged(self, later: SeenDevice) -> SeenDevice:
         is_later = (later.last_seq >> SEQ_BITS) // HOUR > (self.last_seq >> SEQ_BITS) // HOUR
@@ -2632,39 +2621,35 @@ class SeenDevice(NamedTuple):
 
 
 class SeenVersion(NamedTuple):
-    """When the first report, and the first crash if any, of a device in a release were received."""
+    """When the first report of a device in a release, and its first crash there if any, were received."""
 
     first_hour: int
     crash_hour: int | None
 
-    def merged(self, later: SeenVersion) -> SeenVersion:
-        ours, theirs = self.crash_hour, later.crash_hour
-        crash_hour = theirs if ours is None else ours if theirs is None else min(ours, theirs)
-        return SeenVersion(min(self.first_hour, later.first_hour), crash_hour)
+    def merged(self, other: SeenVersion) -> SeenVersion:
+        crash_hours = [hour for hour in (self.crash_hour, other.crash_hour) if hour is not None]
+        return SeenVersion(min(self.first_hour, other.first_hour), min(crash_hours, default=None))
 
 
 class Devices(Figure):
-    """Devices that are active, that are new and come back, and those of each release. What is known of a device
-    goes with its last report (to the hour); it is known by a digest, so that no figure holds its name."""
+    """Devices that are active, that are new and that come back, and the devices of each release. A device is known by a
+    digest, so that no figure holds its name, and forgotten with its last report (to the hour)."""
 
     TABLES = """
-create table devices (                     -- of which a report is kept
+create table devices (                     -- those of which a report is kept
     app_id integer not null, device integer not null,  -- see device_key
     first_day integer not null, last_hour integer not null,  -- by the time at which reports count
     last_seq integer not null, primary key (app_id, device)) without rowid;
 create table device_days (
     app_id integer not null, device integer not null, day integer not null,
     primary key (app_id, device, day)) without rowid;
-"""
-    VERSIONS = """
 create table device_versions (
     app_id integer not null, device integer not null, app_version text not null,
-    first_hour integer not null, crash_hour integer,  -- of receipt of its first report, of its first crash if any
+    first_hour integer not null, crash_hour integer,  -- when its first report, and its first crash, were received
     primary key (app_id, device, app_version)) without rowid;
 """
-    TABLES += VERSIONS
-    ACTIVE = {"dau": 1, "wau": 7, "mau": 30}  # devices of a day, of the 7 and of the 30 days that end with it
-    BACK = {"back_1": 1, "back_7": 7, "back_30": 30}  # of those first seen on a day, those seen n days later
+    ACTIVE = {"dau": 1, "wau": 7, "mau": 30}  # devices of so many days up to this one
+    BACK = {"back_1": 1, "back_7": 7, "back_30": 30}  # devices first seen on this day and again so many days later
     SUMS = {"device_hours": Sums("hour", "devices", HOURS_KEPT),  # by the hour in which they were last seen
             "active_days": Sums("day", "dau wau mau"), "cohorts": Sums("day", "devices back_1 back_7 back_30"),
             "release_hours": Sums("app_version hour", "devices crashed_devices")}  # by first_hour and by crash_hour
@@ -2672,88 +2657,89 @@ create table device_versions (
 
     def __init__(self, rollups: RollUps):
         super().__init__(rollups)
-        self._devices = Entities("devices", SeenDevice)
-        self._versions = Entities("device_versions", SeenVersion)
-        self._days: dict[Row, set[int]] = defaultdict(set)  # by app_id and device
-        self._spans: Counter[Row] = Counter()  # app_id, column of active_days, first day, day after the last: devices
+        self._devices = MergedRows(self._db, "devices", SeenDevice)
+        self._versions = MergedRows(self._db, "device_versions", SeenVersion)
+        self._days: dict[Row, set[int]] = defaultdict(set)  # by app_id and device: days on which it was seen
+        self._spans: Counter[Row] = Counter()  # devices by app_id, column of active_days, first day, day after the last
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        """Reports that are forgotten do not count here: their device is forgotten as a whole."""
+        """Counts no forgotten reports: `forget` takes out their device as a whole."""
         runs = groupby(reports if by > 0 else (), attrgetter("app_id", "device_id_hash", "app_version"))
         for (app_id, device, version), grouped in runs:
             if not device:
                 continue
             key, run = (app_id, device_key(device)), list(grouped)
-            times = set(map(_TIMES, run))  # of a batch, few are different
-            self._days[key].update(at // DAY for at, came in times if at // DAY >= came // DAY - DEVICE_DAYS)
-            self._devices.see(key, SeenDevice(min(times)[0] // DAY, max(times)[0] // HOUR, run[-1].seq))
+            times = set(map(attrgetter("at", "received_at"), run))  # a batch has few different ones
+            self._days[key].update(at // DAY for at, received_at in times
+                                   if at // DAY >= received_at // DAY - DEVICE_DAYS)
+            self._devices.learn(key, SeenDevice(min(times)[0] // DAY, max(times)[0] // HOUR, run[-1].seq))
             if version:
-                hour = min(map(_RECEIVED_AT, run)) // HOUR
-                self._versions.see((*key, version), SeenVersion(hour, hour if kind is Crash else None))
+                hour = min(received_at for _, received_at in times) // HOUR
+                self._versions.learn((*key, version), SeenVersion(hour, hour if kind is Crash else None))
 
     def expire(self, kind: type, reports: Sequence[Any]) -> None:
-        """The days of a device that stays go when no report that is kept can be of them."""
+        """Deletes devices without reports, and days of the others that are too old for any report that is kept."""
         oldest = reports[-1].received_at // DAY - DEVICE_DAYS
         is_gone = "not exists (select 1 from devices where app_id = :app and device = :device)"
-        last = {(each.app_id, each.device_id_hash): each.seq for each in reports if each.device_id_hash}
+        last_seqs = {(report.app_id, report.device_id_hash): report.seq for report in reports if report.device_id_hash}
         for statement in (
                 "delete from devices where app_id = :app and device = :device and last_seq <= :seq",
                 f"delete from device_days where app_id = :app and device = :device and (day < :oldest or {is_gone})",
                 f"delete from device_versions where app_id = :app and device = :device and {is_gone}"):
             self._db.executemany(statement, [
                 {"app": app_id, "device": device_key(device), "seq": seq, "oldest": oldest}
-                for (app_id, device), seq in last.items()])
+                for (app_id, device), seq in last_seqs.items()])
 
     def save(self) -> None:
-        devices = self._devices.save(self._db)
+        devices = self._devices.save()
         self._save_days(devices)
         for (app_id, _), before, after in devices:
             if before is None or before.last_hour != after.last_hour:
                 self._add("device_hours", app_id, after.last_hour, devices=1)
                 if before:
                     self._add("device_hours", app_id, before.last_hour, devices=-1)
-        self.save_versions()
-        for (app_id, column, first, end), count in self._spans.items():  # which many devices have in common
+        for (app_id, column, first, end), count in self._spans.items():  # many devices have the same ones
             for day in range(first, end):
                 self._add("active_days", app_id, day, **{column: count})
-
-    def save_versions(self) -> None:
-        """Writes what is new of devices in releases."""
-        alike: Counter[Row] = Counter()
-        for (app_id, _, version), before, after in self._versions.save(self._db):
+        counts: Counter[Row] = Counter()
+        for (app_id, _, version), before, after in self._versions.save():
             if before != after:
-                alike[app_id, version, after] += 1
-                alike[app_id, version, before] -= 1
-        for (app_id, version, seen), count in alike.items():
+                counts[app_id, version, after] += 1
+                counts[app_id, version, before] -= 1
+        for (app_id, version, seen), count in counts.items():
             if seen:
                 self._count_version(app_id, version, seen, count)
 
     def _save_days(self, devices: Sequence[tuple[Row, SeenDevice | None, SeenDevice]]) -> None:
-        """Days on which a device was not seen before. Mostly there are none: its last day is in its row."""
-        fresh = [each for each in devices if each[1] is None or each[2].first_day < each[1].first_day
-                 or self._days[each[0]] - {each[1].last_hour // 24}]
-        around = {key: {*self._days[key], self._devices.seen[key].first_day, before.first_day}
-                  for key, before, _ in fresh if before}
-        near: dict[Row, list[int]] = defaultdict(list)  # the days around them decide what changes
+        """Saves the days on which devices were not seen before: mostly none, because their rows have the last day."""
+        changed = [(key, before, after) for key, before, after in devices if before is None
+                   or after.first_day < before.first_day or self._days[key] - {before.last_hour // 24}]
+        ranges = []  # of days that decide what changes
+        for key, before, _ in changed:
+            if before:
+                days = {*self._days[key], self._devices.learned[key].first_day, before.first_day}
+                ranges.append((*key, min(days) - 30, max(days) + 30))
+        days_of: dict[Row, list[int]] = defaultdict(list)
         for app_id, device, day in rows_of(self._db, """
                 select app_id, device, day from (values *) as keys cross join device_days
                     on app_id = column1 and device = column2 and day between column3 and column4
-                order by day""", [(*key, min(days) - 30, max(days) + 30) for key, days in around.items()]):
-            near[app_id, device].append(day)
+                order by day""", ranges):
+            days_of[app_id, device].append(day)
         rows = []
-        for key, before, after in fresh:
-            days = near[key]
+        for key, before, after in changed:
+            known = days_of[key]
             if before:
-                self._count_cohort(key[0], before.first_day, days, -1)
-            for day in sorted(self._days[key] - set(days)):
-                self._count_active(key[0], days, day, 1)
-                insort(days, day)
+                self._count_cohort(key[0], before.first_day, known, -1)
+            for day in sorted(self._days[key] - set(known)):
+                self._count_active(key[0], known, day, 1)
+                insort(known, day)
                 rows.append((*key, day))
-            self._count_cohort(key[0], after.first_day, days, 1)
+            self._count_cohort(key[0], after.first_day, known, 1)
         write_rows(self._db, "insert into device_days values *", rows)
 
     def _count_active(self, app_id: int, others: Sequence[int], day: int, by: int) -> None:
-        """Counts the days that a device is active on because of one day, and not because of its others."""
+        """Counts the days that a device is active on only because it was seen on `day`. `others` are the other days on
+        which it was seen, in order."""
         at = bisect_left(others, day)
         before, after = others[at - 1] if at else -MAX_NUMBER, others[at] if at < len(others) else MAX_NUMBER
         for column, span in self.ACTIVE.items():
@@ -2777,33 +2763,35 @@ create table device_versions (
             select app_id, first_day, last_hour from devices where app_id in (select id from apps) and device = ?
             """, (device,)).fetchall()
         for app_id, first_day, last_hour in rows:
-            days, versions = ([row[2:] for row in self._db.execute(
-                f"select * from {table} where app_id = ? and device = ? order by 3", (app_id, device))]
-                for table in ("device_days", "device_versions"))
-            left = [day for day, in days]
+            key = app_id, device
+            days = [day for day, in self._db.execute(
+                "select day from device_days where app_id = ? and device = ? order by day", key)]
             self._add("device_hours", app_id, last_hour, devices=-1)
-            self._count_cohort(app_id, first_day, left, -1)
-            while left:
-                self._count_active(app_id, left[:-1], left.pop(), -1)
-            for version, *hours in versions:
+            self._count_cohort(app_id, first_day, days, -1)
+            for n, day in enumerate(days):
+                self._count_active(app_id, days[n + 1:], day, -1)
+            for version, *hours in self._db.execute("""
+                    select app_version, first_hour, crash_hour from device_versions where app_id = ? and device = ?
+                    """, key):
                 self._count_version(app_id, version, SeenVersion(*hours), -1)
             for table in ("devices", "device_days", "device_versions"):
-                self._db.execute(f"delete from {table} where app_id = ? and device = ?", (app_id, device))
+                self._db.execute(f"delete from {table} where app_id = ? and device = ?", key)
         return len(rows)
 
     @staticmethod
     def active(db: Any, app: int | None, days: range) -> JsonObject:
-        """Devices that were active on each of these days, and on the 7 and 30 days that end with it."""
-        return {**per_day(db, app, days, "active_days", *Devices.ACTIVE)}
+        """Devices that were active on each of these days, and on the 7 and the 30 days that end with it."""
+        return per_day(db, app, days, "active_days", *Devices.ACTIVE)
 
     @staticmethod
     def retention(db: Any, app: int | None, days: range) -> JsonObject:
         """Devices that are new on each of these days, and the percentage of them that came back."""
         cohorts = per_day(db, app, days, "cohorts", "devices", *Devices.BACK)
-        return {"devices": cohorts["devices"], **{f"day_{later}": [
-            round(100 * back / new, 2) if new and day + later < days[-1] else None
-            for day, new, back in zip(days, cohorts["devices"], cohorts[column])]
-            for column, later in Devices.BACK.items()}}
+        answer: JsonObject = {"devices": cohorts["devices"]}
+        for column, later in Devices.BACK.items():
+            answer[f"day_{later}"] = [round(100 * back / new, 2) if new and day + later < days[-1] else None
+                                      for day, new, back in zip(days, cohorts["devices"], cohorts[column])]
+        return answer
 
     @staticmethod
     def last_24_hours(db: Any, app: int | None, now: int) -> int:
@@ -2814,41 +2802,41 @@ create table device_versions (
 
 @lru_cache(maxsize=4096)
 def device_key(device_id_hash: str | None) -> int:
-    """The number by which figures know a device: 63 bits of its SHA-256. 0 for none."""
+    """The number by which figures know a device: 63 bits of its SHA-256. 0 is no device."""
     return int.from_bytes(sha256(device_id_hash)[:8], "big") >> 1 if device_id_hash else 0
 
 
 class EventNames(Figure):
-    """Events by name, type and UTC day, without those that begin or end a session. "" is no name."""
+    """Events by name, type and UTC day, without those that start or end a session. "" is no name."""
 
     SUMS = {"event_names": Sums("name type day", "events", NAME_DAYS)}
     COUNTS = (Event,)
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        # Without a line of Python for each event, as a batch has a hundred.
-        columns = [map(attrgetter(name), reports) for name in ("app_id", "name", "type", "at")]
-        alike = Counter(zip(*columns[:3], map(DAY.__rfloordiv__, columns[3])))
-        for (app_id, name, type, day), count in alike.items():
-            if type not in _ENDS:
-                self._add("event_names", app_id, name or "", type, day, events=by * count)
+        # Without Python code per event, because a batch has a hundred.
+        apps, names, types, times = (map(attrgetter(name), reports) for name in ("app_id", "name", "type", "at"))
+        alike = Counter(zip(apps, names, types, map(floordiv, times, repeat(DAY))))
+        for (app_id, name, type, day), events in alike.items():
+            if type not in SESSION_TYPES:
+                self._add("event_names", app_id, name or "", type, day, events=by * events)
 
     @staticmethod
     def most_frequent(db: Any, app: int | None, days: range) -> JsonObject:
-        """The 50 most frequent names of these days, and their events on each."""
+        """The 50 most frequent names of these days, with their events on each day."""
         parameters = {"app": app, "first": days[0], "last": days[-1]}
-        found = dict_rows(db, f"""
+        events = dict_rows(db, f"""
             select name, type, sum(events) as count from event_names
             where {APPS} and day between :first and :last
             group by name, type
             order by count desc, name, type
             limit 50""", parameters)
-        for row in found:
+        for event in events:
             counts = dict(db.execute(f"""
                 select day, sum(events) from event_names
                 where {APPS} and name = :name and type = :type and day between :first and :last
-                group by day""", {**parameters, **row}))
-            row["days"] = [counts.get(day, 0) for day in days]
-        return {"events": found}
+                group by day""", {**parameters, **event}))
+            event["days"] = [counts.get(day, 0) for day in days]
+        return {"events": events}
 
 
 FIGURES: tuple[type[Figure], ...] = (Requests, Crashes, Groups, Releases, Sessions, Devices, EventNames)
@@ -2856,25 +2844,27 @@ SUMS = {table: sums for figure in FIGURES for table, sums in figure.SUMS.items()
 FIGURE_TABLES = (NewNames.TABLES + "".join(figure.TABLES for figure in FIGURES)
                  + "".join(sums.schema(table) for table, sums in SUMS.items()))
 SCHEMA = REPORT_TABLES + SYMBOL_TABLES + TRIAGE_TABLES + FIGURE_TABLES
-# The primary key of each table with rows of an app, beside the reports.
+# The primary keys of all tables that have rows of an app, except those of the reports.
 KEYS = {table: tuple(key.split(", ")) for table, key in re.findall(
     r"create table (\w+) \([^;]*?primary key \((app_id, [^)]*)\)", re.sub("--.*", "", SCHEMA))}
 
 
 class RollUps:
-    """All figures in one transaction: reports are counted, and then all changes are saved, once."""
+    """All figures in one transaction: reports are counted, then all changes are saved, once."""
 
     def __init__(self, db: Any, now: int, symbols: Symbols | None = None):
         self.db, self.now, self.symbols, self.names = db, now, symbols or Symbols(db), NewNames(db)
         self._is_expiry = False
         self._changes: dict[str, dict[Row, dict[str, int]]] = defaultdict(dict)  # by table and key
-        self._windows = {  # the place of the day or hour in the key, and the first that is kept
-            table: (KEYS[table].index(unit), now // (HOUR if unit == "hour" else DAY) - sums.window)
-            for table, sums in SUMS.items() if sums.window for unit in sums.key if unit in ("day", "hour")}
-        self.figures: dict[type, Any] = {each: each(self) for each in FIGURES}
+        self._windows: dict[str, tuple[int, int]] = {}  # by table: where its key has the day or hour; the first kept
+        for table, sums in SUMS.items():
+            if sums.window:
+                unit, length = ("hour", HOUR) if "hour" in sums.key else ("day", DAY)
+                self._windows[table] = KEYS[table].index(unit), now // length - sums.window
+        self.figures: dict[type, Any] = {figure: figure(self) for figure in FIGURES}
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        """Counts reports of a kind, in the order of their seqs, as Figure.count; by 0, those that have expired."""
+        """Counts reports of a kind, in the order of their seqs, like Figure.count; by 0 if they have expired."""
         self._is_expiry = not by
         for figure in self.figures.values() if reports else ():
             if kind in figure.COUNTS and by:
@@ -2884,12 +2874,12 @@ class RollUps:
         self._is_expiry = False
 
     def add(self, table: str, *key: Any, **counts: int) -> None:
-        """Adds to the sums of a row, which is made where there is none, and deleted when all its sums are 0."""
+        """Adds to the sums of a row, unless its window is over. A row is deleted when all its sums are 0."""
         sums = SUMS[table]
         if self._is_expiry and sums.lasts:
             return
-        place, first = self._windows.get(table, (0, 0))
-        if key[place] < first:
+        position, first = self._windows.get(table, (0, 0))  # no app_id is below 0
+        if key[position] < first:
             return
         row = self._changes[table].get(key)
         if row is None:
@@ -2902,49 +2892,46 @@ class RollUps:
         for figure in self.figures.values():
             figure.save()
         for table, changes in self._changes.items():
-            self._save_sums(table, {key: row for key, row in changes.items() if any(row.values())})
+            rows = [(*key, *row.values()) for key, row in changes.items() if any(row.values())]
+            columns = SUMS[table].columns
+            upsert(self.db, table, rows, ", ".join(f"{name} = {table}.{name} + excluded.{name}" for name in columns))
+            delete_rows(self.db, table, [key for key, row in changes.items() if min(row.values()) < 0],
+                        " and ".join(f"{name} <= 0" for name in columns))
         self._changes.clear()
         self.figures[Groups].drop_empty()
 
-    def _save_sums(self, table: str, changes: Mapping[Row, Mapping[str, int]]) -> None:
-        columns = SUMS[table].columns
-        upsert(self.db, table, [(*key, *row.values()) for key, row in changes.items()],
-               ", ".join(f"{column} = {table}.{column} + excluded.{column}" for column in columns))
-        if gone := [key for key, row in changes.items() if min(row.values()) < 0]:
-            tests = [f"{each} = ?" for each in KEYS[table]] + [f"{each} <= 0" for each in columns]
-            self.db.executemany(f"delete from {table} where {' and '.join(tests)}", gone)
-
     def trim(self) -> int:
-        """Once a day: deletes some of the rows whose window is over; how many."""
+        """Once a day: deletes some of the rows whose window is over. Returns how many."""
         self.figures[Sessions].close_days()
-        deleted = self._delete_some("new_names", f"new_names where day < {self.now // DAY}")
-        deleted += sum(self._delete_some(table, f"{table} where {KEYS[table][place]} < {first}")
-                       for table, (place, first) in self._windows.items())
-        # Beyond this age of its release, a verdict asks for no hour.
+        today = self.now // DAY
+        deleted = self._delete_some("new_names", "new_names where day < ?", today)
+        for table, (position, first) in self._windows.items():
+            deleted += self._delete_some(table, f"{table} where {KEYS[table][position]} < ?", first)
+        # No verdict needs the hours in which a release was older than this.
         deleted += self._delete_some("release_hours", f"""(
             select app_id, app_version, min(first_seen) / {HOUR} + {24 * HEALTH_DAYS} as last from builds
             group by app_id, app_version) as ages
             cross join release_hours using (app_id, app_version) where hour > last""")
-        return deleted + int(self.figures[Groups].drop_empty(TRIMMED))
+        return deleted + self._delete_some("groups", f"groups where last_seen < ? and {Groups.IS_EMPTY}",
+                                           (today - WEEK) * DAY, today - WEEK)
 
-    def _delete_some(self, table: str, source: str) -> int:
-        """Deletes some of the rows of a query. Each by its whole key: for `(key) in (select ...)`, SQLite would look
-        through all of an app."""
-        rows = self.db.execute(f"""
+    def _delete_some(self, table: str, source: str, *parameters: int) -> int:
+        """Deletes some of the rows of a query, given from its `from` on. Returns how many."""
+        keys = self.db.execute(f"""
             select {", ".join(KEYS[table])} from {source} and app_id in (select id from apps) limit ?
-            """, (TRIMMED,)).fetchall()
-        self.db.executemany(f"delete from {table} where {' and '.join(f'{each} = ?' for each in KEYS[table])}", rows)
-        return len(rows)
+            """, (*parameters, TRIMMED)).fetchall()
+        delete_rows(self.db, table, keys)
+        return len(keys)
 
 
 def labelled(rows: Iterable[tuple[str, int]]) -> JsonObject:
-    """Labels and counts as an answer has them."""
+    """Labels and their counts, in the form of an answer."""
     pairs = list(fitting(rows))
     return {"labels": [label for label, _ in pairs], "data": [count for _, count in pairs]}
 
 
 def fitting(rows: Iterable[Any]) -> Iterator[Any]:
-    """The first rows, as many as MAX_ANSWER holds."""
+    """The first rows, as many as fit in MAX_ANSWER."""
     size = 0
     for row in rows:
         size += len(json.dumps(row))
@@ -2953,30 +2940,39 @@ def fitting(rows: Iterable[Any]) -> Iterator[Any]:
         yield row
 
 
-STATEMENTS = 512  # prepared statements that are kept: an insert is a different one for each number of rows
-ROWS = 128  # in a statement
+STATEMENTS = 512  # prepared statements to keep: an insert is another statement for each number of rows
+ROWS_PER_STATEMENT = 128
 
 
 def upsert(db: Any, table: str, rows: Sequence[Row], changes: str) -> None:
-    """Inserts whole rows. Where there is one with the same key, it changes instead."""
+    """Inserts whole rows. If a row with the same key exists, it makes these changes to it instead."""
     write_rows(db, f"insert into {table} values * on conflict ({', '.join(KEYS[table])}) do update set {changes}", rows)
 
 
+def delete_rows(db: Any, table: str, keys: Iterable[Row], condition: str = "true", *parameters: Any) -> None:
+    """Deletes the rows with these keys that meet a condition. Each by itself: for `(key) in (select ...)`, SQLite would
+    look through all of an app."""
+    rows = [(*key, *parameters) for key in keys]
+    if rows:  # few commits have any
+        tests = " and ".join([*(f"{column} = ?" for column in KEYS[table]), condition])
+        db.executemany(f"delete from {table} where {tests}", rows)
+
+
 def write_rows(db: Any, statement: str, rows: Sequence[Row]) -> None:
-    """Runs a statement for all rows, its `values *` standing for their placeholders. In few parts: Python releases
-    its lock for each, and under load has to queue for it again. executemany would queue once a row."""
-    for _ in _in_parts(db, statement, rows):
+    """Runs a statement for all rows; `values *` in it stands for their placeholders. Not by executemany: that releases
+    Python's lock for each row, and under load waits to get it again."""
+    for _ in _execute_in_parts(db, statement, rows):
         pass
 
 
 def rows_of(db: Any, query: str, keys: Sequence[Row]) -> list[Row]:
-    """The rows of a query for all keys, its `values *` standing for their placeholders."""
-    return [row for cursor in _in_parts(db, query, keys) for row in cursor]
+    """The rows of a query for all keys; `values *` in it stands for their placeholders."""
+    return [row for cursor in _execute_in_parts(db, query, keys) for row in cursor]
 
 
-def _in_parts(db: Any, statement: str, rows: Sequence[Row]) -> Iterator[Any]:
-    for start in range(0, len(rows), ROWS):
-        part = rows[start:start + ROWS]
+def _execute_in_parts(db: Any, statement: str, rows: Sequence[Row]) -> Iterator[Any]:
+    for start in range(0, len(rows), ROWS_PER_STATEMENT):
+        part = rows[start:start + ROWS_PER_STATEMENT]
         yield db.execute(_with_placeholders(statement, len(part), len(part[0])), list(chain.from_iterable(part)))
 
 

@@ -1712,8 +1712,8 @@ LATER_PAGE = {"first": 2000, "strings": ["later"], "frames": [0, -1, 3, -1], "ro
 BOTH_PARTS = [{**PART, "parts": 2}, {**PART, "parts": 2, "part": 1, "pages": [LATER_PAGE]}]
 
 
-def put(server, part=PART, uuid=HELD, **headers):
-    """Sends a part of a build's symbols, and waits for what it changes: the status and the answer."""
+def upload(server, part=PART, uuid=HELD, **headers):
+    """Uploads a part of a build's symbols and waits for the background work. Returns the status and the answer."""
     body = part if isinstance(part, bytes) else json.dumps(part).encode()
     answer = call(server, "PUT", f"{SYMBOLS}/{uuid}", body, **{**ADMIN, **headers})
     joined_threads()
@@ -1721,18 +1721,18 @@ def put(server, part=PART, uuid=HELD, **headers):
 
 
 def joined_threads():
-    """Waits for what runs in the background; not by join(), which refuses a thread that is about to start."""
+    """Waits for background threads; not by join(), which refuses a thread that is about to start."""
     wait_until(lambda: all(thread.name != "backfeedr catch-up" for thread in threading.enumerate()))
 
 
-def listed(server, query=""):
-    """The symbols that are held, and those that are missing."""
+def list_symbols(server, query=""):
+    """The stored symbols, and the missing ones."""
     status, answer = call(server, **{**BEARER, "path": SYMBOLS}, query=query)
     assert status == 200
     return answer["symbols"], answer["missing"]
 
 
-def looked_up(server, offset, uuid=HELD):
+def functions_at(server, offset, uuid=HELD):
     with server.store.reading() as db:
         return backfeedr.Symbols(db).lookup(uuid, offset)
 
@@ -1746,93 +1746,103 @@ def frame_of(uuid, offset=16_400, **fields):
 
 
 TOTAL, ADD = ("total", "Cart.swift", 12), ("add", "", 0)
-FOUND = {(0, 999): [], (1000, 1007): [TOTAL], (1008, 1019): [("add", "Cart.swift", 7), ADD, TOTAL], (1020, 1039): [],
-         (1040, 1999): [ADD, TOTAL], (2000, 2001, 1 << 40, 1 << 63): [("later", "", 3)]}
+EXPECTED_FUNCTIONS = {  # by offsets
+    (0, 999): [], (1000, 1007): [TOTAL], (1008, 1019): [("add", "Cart.swift", 7), ADD, TOTAL], (1020, 1039): [],
+    (1040, 1999): [ADD, TOTAL], (2000, 2001, 1 << 40, 1 << 63): [("later", "", 3)]}
 
 
-def test_an_offset_has_the_functions_of_the_row_that_it_is_in_the_innermost_first(api):
-    places = [(offset, found) for offsets, found in FOUND.items() for offset in offsets]
+def test_a_lookup_gives_the_functions_at_an_offset_innermost_first(api):
+    expected = {offset: functions for offsets, functions in EXPECTED_FUNCTIONS.items() for offset in offsets}
     for part in reversed(BOTH_PARTS):
-        assert not any(looked_up(api.server, offset) for offset, _ in places), "before all parts are here"
-        assert put(api.server, part)[0] == 201
-    assert [(offset, looked_up(api.server, offset)) for offset, _ in places] == places
-    assert not any(looked_up(api.server, offset, OTHER_BUILD) for offset, _ in places)
+        assert not any(functions_at(api.server, offset) for offset in expected), "the upload is not complete"
+        assert upload(api.server, part)[0] == 201
+    assert {offset: functions_at(api.server, offset) for offset in expected} == expected
+    assert not any(functions_at(api.server, offset, OTHER_BUILD) for offset in expected)
+
+
+def part_of(parts, n):
+    """One of the parts of an upload, with one page."""
+    return {**PART, "part": n, "parts": parts, "pages": [{**PAGE, "first": 1000 * n}]}
+
+
+@pytest.fixture
+def completed(monkeypatch):
+    """The uploads that were completed: the UUID of each, and how many parts were stored at that time."""
+    uploads = []
+    monkeypatch.setattr(Store, "_symbols_arrived", lambda store, db, uuid: uploads.append(
+        (uuid, db.execute("select received from symbols").fetchone()[0])))
+    return uploads
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 1, 2, 1, 0)])
-def test_parts_come_in_any_order_and_again_and_are_complete_once(api, monkeypatch, order):
-    arrived = []
-    monkeypatch.setattr(Store, "_symbols_arrived", lambda store, db, uuid: arrived.append(
-        (uuid, db.execute("select received from symbols").fetchone()[0])))
-    here = set()
+def test_an_upload_in_any_order_and_with_repeats_completes_once(api, completed, order):
+    received = set()
     for n in [*order, *order]:
-        status, answer = put(api.server, {**PART, "part": n, "parts": 3, "pages": [{**PAGE, "first": 1000 * n}]})
-        assert status == (200 if n in here else 201)
-        here.add(n)
-        assert answer == {"uuid": HELD, "parts": 3, "received": len(here), "complete": len(here) == 3}
-        assert arrived == [(HELD, 3)] * answer["complete"], "in the transaction of the last part, and once"
-    (held,), missing = listed(api.server)
+        status, answer = upload(api.server, part_of(3, n))
+        assert status == (200 if n in received else 201)
+        received.add(n)
+        assert answer == {"uuid": HELD, "parts": 3, "received": len(received), "complete": len(received) == 3}
+        assert completed == [(HELD, 3)] * answer["complete"]
+    (held,), missing = list_symbols(api.server)
     rows = symbol_rows(api.server)
     assert held == {"uuid": HELD, "binary": "Shop", "arch": "arm64", "parts": 3, "rows": 12, "complete": True,
                     "uploaded_at": NOW, "size": sum(len(row[3]) for row in rows["symbol_pages"])}
     assert missing == [] and len(rows["symbol_parts"]) == len(rows["symbol_pages"]) == 3
 
 
-def test_parts_that_come_together_are_complete_once(api, monkeypatch):
-    arrived = []
-    monkeypatch.setattr(Store, "_symbols_arrived", lambda store, db, uuid: arrived.append(uuid))
+def test_a_concurrent_upload_completes_once(api, completed):
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda n: put(api.server, {
-            **PART, "part": n % 20, "parts": 20, "pages": [{**PAGE, "first": 1000 * (n % 20)}]}), range(40)))
+        answers = list(pool.map(lambda n: upload(api.server, part_of(20, n % 20)), range(40)))
     assert Counter(status for status, _ in answers) == {201: 20, 200: 20}
-    assert arrived == [HELD] and listed(api.server)[0][0]["rows"] == 80
+    assert completed == [(HELD, 20)] and list_symbols(api.server)[0][0]["rows"] == 80
 
 
-def test_a_last_part_that_cannot_be_noted_is_not_stored(api, monkeypatch):
+def test_the_last_part_is_stored_together_with_the_groups_to_move_or_not_at_all(api, monkeypatch):
     def fail(*_):
         raise StorageUnavailable
-    assert put(api.server, BOTH_PARTS[0])[0] == 201
+    assert upload(api.server, BOTH_PARTS[0])[0] == 201
     before = symbol_rows(api.server)
     monkeypatch.setattr(Store, "_symbols_arrived", fail)
-    assert put(api.server, BOTH_PARTS[1])[0] == 503 and symbol_rows(api.server) == before
+    assert upload(api.server, BOTH_PARTS[1])[0] == 503 and symbol_rows(api.server) == before
     monkeypatch.undo()
-    assert put(api.server, BOTH_PARTS[1])[1]["complete"]
+    assert upload(api.server, BOTH_PARTS[1])[1]["complete"]
 
 
-def test_a_part_replaces_itself_until_the_build_is_complete(api, clock):
-    assert put(api.server, {**BOTH_PARTS[0], "pages": [{**PAGE, "first": 5}, LATER_PAGE], "arch": "x86_64"})[0] == 201
+def test_a_part_can_be_replaced_until_the_upload_is_complete(api, clock):
+    two_pages = {**BOTH_PARTS[0], "pages": [{**PAGE, "first": 5}, LATER_PAGE], "arch": "x86_64"}
+    assert upload(api.server, two_pages)[0] == 201
     clock.move(60)
-    assert put(api.server, BOTH_PARTS[0])[0] == 200, "of which one page is gone"
+    assert upload(api.server, BOTH_PARTS[0])[0] == 200, "without one of its pages"
     assert [row[:3] for row in symbol_rows(api.server)["symbol_pages"]] == [(HELD, 1000, 0)]
     other = {**BOTH_PARTS[1], "pages": [{**LATER_PAGE, "first": 1000}]}
-    assert put(api.server, other, OTHER_BUILD)[0] == put(api.server, BOTH_PARTS[0], OTHER_BUILD)[0] == 201
-    assert looked_up(api.server, 1000, OTHER_BUILD) == [TOTAL], "of pages that begin alike, the one that came last"
+    assert upload(api.server, other, OTHER_BUILD)[0] == upload(api.server, BOTH_PARTS[0], OTHER_BUILD)[0] == 201
+    assert functions_at(api.server, 1000, OTHER_BUILD) == [TOTAL], "the last of the pages at one offset"
     api.server.store.delete_symbols(OTHER_BUILD)
-    assert put(api.server, BOTH_PARTS[1])[0] == 201
+    assert upload(api.server, BOTH_PARTS[1])[0] == 201
     before = symbol_rows(api.server)
     for part in (*BOTH_PARTS, {**PART, "parts": 9}, {**PART, "binary": "Other", "pages": [LATER_PAGE]}):
         clock.move(60)
-        assert put(api.server, part) == (200, {"uuid": HELD, "parts": 2, "received": 2, "complete": True})
+        assert upload(api.server, part) == (200, {"uuid": HELD, "parts": 2, "received": 2, "complete": True})
     assert symbol_rows(api.server) == before
-    assert [[each["arch"], each["uploaded_at"]] for each in listed(api.server)[0]] == [
-        ["arm64", "2026-03-12T14:31:00Z"]]
+    (held,), _ = list_symbols(api.server)
+    assert (held["arch"], held["uploaded_at"]) == ("arm64", "2026-03-12T14:31:00Z")
 
 
-def test_another_number_of_parts_begins_an_upload_anew_in_steps(api, monkeypatch):
+def test_another_number_of_parts_restarts_the_upload(api, monkeypatch):
     pages = [{**PAGE, "first": 1000 * n} for n in range(7)]
-    assert put(api.server, {**PART, "parts": 2, "pages": pages})[0] == 201
-    put(api.server, uuid=OTHER_BUILD)
+    assert upload(api.server, {**PART, "parts": 2, "pages": pages})[0] == 201
+    upload(api.server, uuid=OTHER_BUILD)
     steps, writing_step = [], Store.writing_step
     monkeypatch.setattr(backfeedr, "SYMBOL_PAGES", 3)
     monkeypatch.setattr(Store, "writing_step", lambda store: steps.append(1) or writing_step(store))
-    assert put(api.server, {**PART, "parts": 3, "part": 2}) == (
+    assert upload(api.server, {**PART, "parts": 3, "part": 2}) == (
         201, {"uuid": HELD, "parts": 3, "received": 1, "complete": False})
-    assert len(steps) == 5, "three for the pages, one for the build, one that finds nothing"
+    assert len(steps) == 5, "three delete pages, one the build, one finds nothing"
     assert [row[:3] for row in symbol_rows(api.server)["symbol_pages"]] == [(HELD, 1000, 2), (OTHER_BUILD, 1000, 0)]
 
 
 ODD_INTEGERS = (None, True, "1", 1.0, [])
-BAD_PARTS = [  # what is wrong, and parts in which it is
+BAD_PARTS = [  # a problem, and the parts that have it
     *((f"{name} is not text of 1 to 500 characters", [{**PART, name: value} for value in (None, "", 1, "x" * 501)])
       for name in ("binary", "arch")),
     ("parts is not from 1 to 4000", [{**PART, "parts": value} for value in (*ODD_INTEGERS, 0, -1, 4001)]),
@@ -1846,77 +1856,77 @@ BAD_PARTS = [  # what is wrong, and parts in which it is
           (f"first is not from 0 to {1 << 40}", "first", (*ODD_INTEGERS, -1, (1 << 40) + 1)),
           *((f"{name} is not a list", name, (None, {}, "x", 1)) for name in ("strings", "frames", "rows")),
           ("strings has other than text of 1000 characters", "strings", (
-              ["total", "Cart.swift", each] for each in (None, 1, [], {}, "x" * 1001))),
+              ["total", "Cart.swift", value] for value in (None, 1, [], {}, "x" * 1001))),
           ("frames is not quadruples of name, file, line and parent", "frames", ([0], [0, -1, 0], [0, -1, 0, -1, 0])),
           *((f"a {column} in frames is not from {low} to {high}", "frames", [
-              [0, -1, 0, -1][:place] + [each] + [0, -1, 0, -1][place + 1:]
-              for each in (*ODD_INTEGERS, low - 1, high + 1, 1 << 64)])
-            for place, (column, low, high) in enumerate([
+              [0, -1, 0, -1][:index] + [value] + [0, -1, 0, -1][index + 1:]
+              for value in (*ODD_INTEGERS, low - 1, high + 1, 1 << 64)])
+            for index, (column, low, high) in enumerate([
                 ("name", 0, 2), ("file", -1, 2), ("line", 0, (1 << 31) - 1), ("parent", -1, 0)])),
-          ("a parent in frames stands behind its child", "frames", (
+          ("a parent in frames comes after its child", "frames", (
               [0, -1, 0, 0], [0, -1, 0, -1, 0, -1, 0, 1], [0, -1, 0, 1, 0, -1, 0, -1])),
           ("rows is not pairs of delta and frame", "rows", ([0], [0, 0, 1])),
           ("it has not 1 to 2000 rows", "rows", ([], [0, -1] + [1, -1] * 2000)),
-          ("the first delta in rows is not from 0 to 0", "rows", ([each, 0] for each in (*ODD_INTEGERS, 1, -1))),
+          ("the first delta in rows is not from 0 to 0", "rows", ([value, 0] for value in (*ODD_INTEGERS, 1, -1))),
           ("a later delta in rows is not from 1 to 2147483647", "rows", (
-              [0, 0, 1, 0, each, 0] for each in (*ODD_INTEGERS, 0, -1, 1 << 31))),
+              [0, 0, 1, 0, value, 0] for value in (*ODD_INTEGERS, 0, -1, 1 << 31))),
           ("rows has an offset above 1099511627776", "rows", ([0, 0] + [1 << 30, 0] * 1024,)),
-          ("a frame in rows is not from -1 to 2", "rows", ([0, each] for each in (*ODD_INTEGERS, -2, 3)))))]
+          ("a frame in rows is not from -1 to 2", "rows", ([0, value] for value in (*ODD_INTEGERS, -2, 3)))))]
 
 
-def test_a_part_that_is_not_as_it_should_be_is_refused_and_stores_nothing(api):
+def test_invalid_parts_are_refused_and_store_nothing(api):
     for problem, parts in BAD_PARTS:
         for part in parts:
-            assert put(api.server, part) == (400, {"error": "invalid symbols", "detail": problem}), part
+            assert upload(api.server, part) == (400, {"error": "invalid symbols", "detail": problem}), part
     assert symbol_rows(api.server) == {"symbols": [], "symbol_parts": [], "symbol_pages": []}
 
 
-AT_BOUNDS = [  # a page, and what is found at its last offset
+AT_LIMITS = [  # a page, and the functions at its last offset
     ({"first": 0, "strings": [], "frames": [], "rows": [0, -1]}, []),
     ({"first": 1 << 40, "strings": [""], "frames": [0, 0, 0, -1], "rows": [0, 0]}, [("", "", 0)]),
     ({"first": 0, "strings": ["x" * 1000], "frames": [0, -1, (1 << 31) - 1, -1], "rows": [0, -1, (1 << 31) - 1, 0],
       "more": 1}, [("x" * 1000, "", (1 << 31) - 1)]),
-    ({"first": 0, "strings": ["f"], "frames": [each for n in range(100) for each in (0, -1, n, n - 1)],
+    ({"first": 0, "strings": ["f"], "frames": [number for n in range(100) for number in (0, -1, n, n - 1)],
       "rows": [0, 99] + [1, 99] * 1999}, [("f", "", n) for n in reversed(range(100))]),
     ({"first": 0, "strings": ["\0\ud800\u00fc"], "frames": [0, -1, 0, -1], "rows": [0, 0]},
      [("\ufffd\ufffd\u00fc", "", 0)]),
-    ({"first": 0, "strings": ["f"], "frames": [each for n in range(300) for each in (0, -1, n, n - 1)],
-      "rows": [0, 299]}, [("f", "", n) for n in range(299, 199, -1)])]  # the innermost of an endless chain
+    ({"first": 0, "strings": ["f"], "frames": [number for n in range(300) for number in (0, -1, n, n - 1)],
+      "rows": [0, 299]}, [("f", "", n) for n in range(299, 199, -1)])]  # the innermost of too many
 
 
-def test_a_part_at_its_bounds_is_stored_and_looked_up(api):
-    for n, (page, found) in enumerate(AT_BOUNDS, 1):
+def test_a_part_at_the_limits_is_stored_and_looked_up(api):
+    for n, (page, functions) in enumerate(AT_LIMITS, 1):
         uuid, part = f"{n:x}" * 32, {**PART, "pages": [page]}
-        assert put(api.server, {**part, "arch": "x" * 500, "part": 3998, "parts": 4000}, f"a{n}" * 16)[0] == 201
-        assert put(api.server, part, uuid, Content_Encoding="identity")[0] == 201
-        assert looked_up(api.server, 1 << 41, backfeedr.image_uuid(uuid)) == found
+        assert upload(api.server, {**part, "arch": "x" * 500, "part": 3998, "parts": 4000}, f"a{n}" * 16)[0] == 201
+        assert upload(api.server, part, uuid, Content_Encoding="identity")[0] == 201
+        assert functions_at(api.server, 1 << 41, backfeedr.image_uuid(uuid)) == functions
 
 
-def test_a_build_is_known_by_its_uuid_however_that_is_written(api):
+def test_a_uuid_is_accepted_in_every_usual_form(api):
     for uuid in (HELD[:-1], "x" * 32, "nope", "%00"):
-        status, answer = put(api.server, uuid=uuid)
+        status, answer = upload(api.server, uuid=uuid)
         assert (status, answer["error"], count(api.server, "symbols")) == (400, "invalid uuid", 0)
     for uuid in (HELD, HELD.lower(), HELD.replace("-", ""), HELD + "0"):
-        assert put(api.server, uuid=uuid)[1]["uuid"] == HELD
+        assert upload(api.server, uuid=uuid)[1]["uuid"] == HELD
         assert [row[0] for row in symbol_rows(api.server)["symbols"]] == [HELD]
 
 
 def test_a_request_is_checked_by_size_token_uuid_encoding_and_json_in_this_order(serve):
     server = serve(max_body_size=1000)
     wrong = {"part": b" " * 1001, "Authorization": None, "uuid": "x", "Content_Encoding": "br"}
-    for mended, status, error in (
+    for fixed, status, error in (
             ("part", 413, "request body too large"), ("Authorization", 401, "missing admin token"),
             ("uuid", 400, "invalid uuid"), ("Content_Encoding", 415, "unsupported content encoding"),
             (None, 400, "invalid JSON")):
-        answer = put(server, **wrong)
+        answer = upload(server, **wrong)
         assert (answer[0], answer[1]["error"]) == (status, error)
         wrong.update(part=b"{")
-        wrong.pop(mended if mended != "part" else None, None)
-    assert put(server, Authorization="Bearer x")[1] == {"error": "invalid admin token"}
-    assert put(server, gzip.compress(b"[" * 100_000), Content_Encoding="gzip")[0] == 413
-    assert put(server, b"[" * 1000)[1]["error"] == "invalid JSON"
+        wrong.pop(fixed if fixed != "part" else None, None)
+    assert upload(server, Authorization="Bearer x")[1] == {"error": "invalid admin token"}
+    assert upload(server, gzip.compress(b"[" * 100_000), Content_Encoding="gzip")[0] == 413
+    assert upload(server, b"[" * 1000)[1]["error"] == "invalid JSON"
     assert symbol_rows(server)["symbols"] == []
-    assert put(server, gzip.compress(json.dumps(PART).encode()), Content_Encoding="gzip")[0] == 201
+    assert upload(server, gzip.compress(json.dumps(PART).encode()), Content_Encoding="gzip")[0] == 201
     for method, path, allowed in (("POST", SYMBOLS, "GET"), ("GET", f"{SYMBOLS}/{HELD}", "PUT"),
                                   ("DELETE", f"{SYMBOLS}/{HELD}", "PUT")):
         status, headers, _ = call_with_headers(server, method, path, b"", **ADMIN)
@@ -1924,41 +1934,48 @@ def test_a_request_is_checked_by_size_token_uuid_encoding_and_json_in_this_order
     assert call(server, "GET", SYMBOLS, b"") == (401, {"error": "missing admin token"})
 
 
-def test_a_build_has_a_bound_of_bytes_and_the_database_one_of_builds(api, monkeypatch, clock):
+def test_the_bytes_of_a_build_and_the_number_of_builds_are_limited(api, monkeypatch, clock):
     size = len(backfeedr.encode_page(*(PAGE[name] for name in ("strings", "frames", "rows"))))
-    parts = [{**PART, "part": n, "parts": 3, "pages": [{**PAGE, "first": 1000 * n}]} for n in range(3)]
+    parts = [part_of(3, n) for n in range(3)]
     monkeypatch.setattr(backfeedr, "MAX_SYMBOL_BYTES", 2 * size)
-    assert [put(api.server, part)[0] for part in (*parts[:2], parts[1])] == [201, 201, 200], "not counted twice"
+    assert [upload(api.server, part)[0] for part in (*parts[:2], parts[1])] == [201, 201, 200], "not counted twice"
+
+    def assert_refused(*request):
+        status, answer = upload(api.server, *request)
+        assert (status, answer["error"]) == (400, "too many symbols") and f"'symbols delete {HELD}'" in answer["detail"]
+
     before = symbol_rows(api.server)
-    status, answer = put(api.server, parts[2])
-    assert (status, answer["error"]) == (400, "too many symbols") and f"'symbols delete {HELD}'" in answer["detail"]
+    assert_refused(parts[2])
     assert symbol_rows(api.server) == before
     clock.move(1)
     monkeypatch.setattr(backfeedr, "MAX_BUILDS", 2)
     add(api.server, stack_trace=[frame_of(HELD)])
     third = "ab" * 16
-    assert put(api.server, uuid=OTHER_BUILD)[0] == 201
-    assert put(api.server, uuid=third)[0] == 201
+    assert upload(api.server, uuid=OTHER_BUILD)[0] == upload(api.server, uuid=third)[0] == 201
     kept = {HELD, backfeedr.image_uuid(third)}
-    assert {row[0] for row in symbol_rows(api.server)["symbols"]} == kept, "not the older one, which has a crash"
+    assert {row[0] for row in symbol_rows(api.server)["symbols"]} == kept, "the older one has a crash, so it stays"
     add(api.server, stack_trace=[frame_of(third)])
-    status, answer = put(api.server, uuid=OTHER_BUILD)
-    assert (status, answer["error"]) == (400, "too many symbols") and f"'symbols delete {HELD}'" in answer["detail"]
-    assert put(api.server, uuid=third)[0] == 200 and put(api.server, parts[1])[0] == 200
+    assert_refused(PART, OTHER_BUILD)
+    assert upload(api.server, uuid=third)[0] == 200 and upload(api.server, parts[1])[0] == 200
 
 
 @sqlite_only
-def test_symbols_take_at_most_half_of_the_size_that_is_allowed_so_that_no_report_goes_for_them(serve):
+def test_symbols_take_at_most_half_of_max_db_size_and_displace_no_reports(serve):
     server = serve("small.db", max_db_size=800_000, rate_limit=0)
     add(server, 5)
     strings = [hashlib.sha256(bytes([n % 256, n // 256])).hexdigest() * 15 for n in range(200)]  # hardly compressible
     page = {"first": 0, "strings": strings, "frames": [x for n in range(200) for x in (n, -1, 1, -1)], "rows": [0, 0]}
-    answers = [put(server, {**PART, "part": n, "parts": 60, "pages": [{**page, "first": n}]}) for n in range(60)]
+    answers = [upload(server, {**PART, "part": n, "parts": 60, "pages": [{**page, "first": n}]}) for n in range(60)]
     assert {status for status, _ in answers} == {201, 400}
     assert "half of BACKFEEDR_MAX_DB_SIZE" in answers[-1][1]["detail"]
     add(server, 5)
     server.store.prune()
     assert count(server, "crashes") == 10
+
+
+def missing_build(*values):
+    """An entry of the list of missing symbols."""
+    return dict(zip(("uuid", "binary", "app", "app_version", "build_number", "crashes"), values))
 
 
 def test_missing_symbols_are_listed_with_the_crashes_that_wait_for_them(api, clock, monkeypatch):
@@ -1974,37 +1991,34 @@ def test_missing_symbols_are_listed_with_the_crashes_that_wait_for_them(api, clo
         frame_of(third, binary="/a/Kit")])
     add(server, 7, key=test_key, stack_trace=[frame_of(OTHER_BUILD, binary="Beta")])
     add(server, stack_trace=[{"symbol": "f", "file": "f.swift", "uuid": third, "offset": 1}])
-
-    def missing(uuid, binary, app, version, build, crashes):
-        return {"uuid": uuid, "binary": binary, "app": app, "app_version": version, "build_number": build,
-                "crashes": crashes}
-    ours = missing(HELD, "Shop", "default", "1.1", "2", 4)
-    shops = [missing(OTHER_BUILD, None, "Shop", "3.0", None, 5), missing(third, "Kit", "Shop", "3.0", None, 5)]
-    assert listed(server) == ([], [*shops, ours])
+    of_default = missing_build(HELD, "Shop", "default", "1.1", "2", 4)
+    of_shop = [missing_build(*build, "Shop", "3.0", None, 5) for build in ((OTHER_BUILD, None), (third, "Kit"))]
+    assert list_symbols(server) == ([], [*of_shop, of_default])
     with monkeypatch.context() as patch:
         patch.setattr(backfeedr, "MISSING_BUILDS", 2)
-        assert listed(server) == ([], shops), "those with the most crashes"
-    assert listed(server, "app=default") == ([], [ours]) and listed(server, "app=Shop") == ([], shops)
-    assert listed(server, "app=Beta") == ([], [missing(OTHER_BUILD, "Beta", "Beta", None, None, 7)])
+        assert list_symbols(server) == ([], of_shop), "those with the most crashes"
+    assert list_symbols(server, "app=default") == ([], [of_default])
+    assert list_symbols(server, "app=Shop") == ([], of_shop)
+    assert list_symbols(server, "app=Beta") == ([], [missing_build(OTHER_BUILD, "Beta", "Beta", None, None, 7)])
     assert call(server, **{**BEARER, "path": SYMBOLS}, query="app=x")[0] == 404
-    put(server, BOTH_PARTS[0])
+    upload(server, BOTH_PARTS[0])
     clock.move(1)
-    put(server, uuid=OTHER_BUILD)
-    held, waiting = listed(server)
-    assert [(each["uuid"], each["complete"]) for each in held] == [(OTHER_BUILD, True), (HELD, False)], "newest first"
-    assert waiting == [shops[1], ours], "until it is complete"
-    put(server, BOTH_PARTS[1])
-    assert listed(server)[1] == [shops[1]]
+    upload(server, uuid=OTHER_BUILD)
+    held, waiting = list_symbols(server)
+    assert [(row["uuid"], row["complete"]) for row in held] == [(OTHER_BUILD, True), (HELD, False)], "newest first"
+    assert waiting == [of_shop[1], of_default], "until the upload is complete"
+    upload(server, BOTH_PARTS[1])
+    assert list_symbols(server)[1] == [of_shop[1]]
 
 
-RETENTION = [  # what came of builds of the days before: day, uuid, what; then day, seconds more, and what is kept
+RETENTION = [  # uploads (a part) and crashes (None) with their days; the day and second of the deletion; what is kept
     *(([(0, HELD, PART), (after, OTHER_BUILD, later), *crashes], 90 + days, seconds, kept)
       for after, later, crashes, days, seconds, kept in (
           (1, PART, [], 1, 0, [HELD, OTHER_BUILD]), (1, PART, [], 1, 1, [OTHER_BUILD]),
-          (0, PART, [], 1, 1, [HELD, OTHER_BUILD]),                            # none of them is the later one
+          (0, PART, [], 1, 1, [HELD, OTHER_BUILD]),                            # neither is later than the other
           (1, {**PART, "binary": "Other"}, [], 9, 0, [HELD, OTHER_BUILD]),
-          (85, BOTH_PARTS[0], [], 1, 1, [HELD, OTHER_BUILD]),                  # which is not complete
-          (1, PART, [(30, HELD, None)], 1, 1, [HELD, OTHER_BUILD]),            # of which a crash is kept
+          (85, BOTH_PARTS[0], [], 1, 1, [HELD, OTHER_BUILD]),                  # the later one is not complete
+          (1, PART, [(30, HELD, None)], 1, 1, [HELD, OTHER_BUILD]),            # a crash of it is kept
           (1, PART, [(30, OTHER_BUILD, None)], 1, 1, [OTHER_BUILD]))),
     ([(0, HELD, PART)], 300, 0, [HELD]),
     *(([(0, HELD, BOTH_PARTS[0])], 7, seconds, kept) for seconds, kept in ((0, [HELD]), (1, []))),
@@ -2012,20 +2026,18 @@ RETENTION = [  # what came of builds of the days before: day, uuid, what; then d
     ([(0, HELD, BOTH_PARTS[0]), (5, HELD, BOTH_PARTS[0])], 12, 1, [])]
 
 
-@pytest.mark.parametrize("how", ["after a commit", "pruned"])
-def test_symbols_go_when_no_crash_needs_them_and_a_later_build_has_come(keeping, clock, how):
+@pytest.mark.parametrize("how", ["after a commit", "by prune"])
+def test_symbols_are_deleted_when_no_crash_needs_them_and_a_later_build_exists(keeping, clock, how):
     server = keeping(90)
-    for came, day, seconds, kept in RETENTION if how == "after a commit" else RETENTION[:3]:
+    for received, day, seconds, kept in RETENTION if how == "after a commit" else RETENTION[:3]:
         start = clock.seconds
-        for after, uuid, part in came:
-            clock.seconds = start + after * A_DAY
-            assert put(server, part, uuid)[0] in (200, 201) if part else add(server, stack_trace=[frame_of(uuid)])
+        for day_of_receipt, uuid, part in received:
+            clock.seconds = start + day_of_receipt * A_DAY
+            assert upload(server, part, uuid)[0] in (200, 201) if part else add(server, stack_trace=[frame_of(uuid)])
         clock.seconds = start + day * A_DAY + seconds
-        if how == "pruned":
-            server.store.prune()
-        for _ in range(5 if how != "pruned" else 0):
-            add(server, type="custom")
-        case = came, day, seconds
+        for _ in range(5):
+            server.store.prune() if how == "by prune" else add(server, type="custom")
+        case = received, day, seconds
         assert [row[0] for row in symbol_rows(server)["symbols"]] == kept, case
         assert {row[0] for rows in symbol_rows(server).values() for row in rows} == set(kept), case
         clock.move(1000 * A_DAY)
@@ -2034,12 +2046,12 @@ def test_symbols_go_when_no_crash_needs_them_and_a_later_build_has_come(keeping,
         server.store.prune()
 
 
-def test_symbols_whose_last_crash_has_expired_go_on_the_next_day(keeping, later):
+def test_symbols_whose_last_crash_has_expired_are_deleted_the_next_day(keeping, later):
     server = keeping(90)
-    put(server)
+    upload(server)
     add(server, stack_trace=[frame_of(HELD)])
     later(server, A_DAY)
-    put(server, uuid=OTHER_BUILD)
+    upload(server, uuid=OTHER_BUILD)
     for days, kept in ((88.9, [HELD, OTHER_BUILD]), (0.2, [HELD, OTHER_BUILD]), (1, [OTHER_BUILD])):
         later(server, days * A_DAY)
         for _ in range(5):
@@ -2047,43 +2059,43 @@ def test_symbols_whose_last_crash_has_expired_go_on_the_next_day(keeping, later)
         assert [row[0] for row in symbol_rows(server)["symbols"]] == kept
 
 
-def test_without_a_retention_only_what_never_became_complete_goes(keeping, later, clock):
+def test_without_retention_only_incomplete_symbols_are_deleted(keeping, later, clock):
     server = keeping(0)
-    put(server)
-    put(server, BOTH_PARTS[0], OTHER_BUILD)
+    upload(server)
+    upload(server, BOTH_PARTS[0], OTHER_BUILD)
     clock.move(1)
-    put(server, uuid="ab" * 16)
+    upload(server, uuid="ab" * 16)
     for _ in range(5):
         later(server, 1000 * A_DAY)
     assert len(symbol_rows(server)["symbols"]) == 2
 
 
 @pytest.mark.parametrize("then", ["it is deleted again", "it is sent again"])
-def test_symbols_are_deleted_in_steps_of_which_none_looks_a_wrong_name_up(api, monkeypatch, then):
+def test_no_lookup_gives_a_wrong_name_while_symbols_are_deleted(api, monkeypatch, then):
     monkeypatch.setattr(backfeedr, "SYMBOL_PAGES", 2)
-    assert put(api.server, {**PART, "pages": [{**PAGE, "first": 1000 * n} for n in range(5)]})[0] == 201
-    found, writing_step = [], Store.writing_step
+    assert upload(api.server, {**PART, "pages": [{**PAGE, "first": 1000 * n} for n in range(5)]})[0] == 201
+    before_steps, writing_step = [], Store.writing_step
 
-    def watched(store):
-        found.append((looked_up(api.server, 1000), len(symbol_rows(api.server)["symbol_pages"])))
-        if len(found) == 3:
+    def watched_step(store):
+        before_steps.append((functions_at(api.server, 1000), len(symbol_rows(api.server)["symbol_pages"])))
+        if len(before_steps) == 3:
             raise StorageUnavailable
         return writing_step(store)
-    monkeypatch.setattr(Store, "writing_step", watched)
+    monkeypatch.setattr(Store, "writing_step", watched_step)
     with pytest.raises(StorageUnavailable):
         api.server.store.delete_symbols(HELD)
-    assert found == [([TOTAL], 5), ([], 3), ([], 1)]
-    assert [each["complete"] for each in listed(api.server)[0]] == [False]
+    assert before_steps == [([TOTAL], 5), ([], 3), ([], 1)]
+    assert [build["complete"] for build in list_symbols(api.server)[0]] == [False]
     if then == "it is deleted again":
         assert api.server.store.delete_symbols("3f1b6a52") == HELD
         assert not any(symbol_rows(api.server).values())
-    assert put(api.server, {**PART, "pages": [LATER_PAGE]})[0] == 201
-    assert [row[1] for row in symbol_rows(api.server)["symbol_pages"]] == [2000], "what was left did not stay"
+    assert upload(api.server, {**PART, "pages": [LATER_PAGE]})[0] == 201
+    assert [row[1] for row in symbol_rows(api.server)["symbol_pages"]] == [2000], "the old pages are gone"
 
 
-def test_no_symbols_are_deleted_unless_one_build_is_meant(api):
+def test_symbols_are_deleted_only_if_the_uuid_names_one_build(api):
     for uuid in (HELD, OTHER_BUILD):
-        put(api.server, uuid=uuid)
+        upload(api.server, uuid=uuid)
     for given, problem in [
             ("3F1", "at least 4 characters"), ("---3F1", "at least 4 characters"), ("", "at least 4 characters"),
             ("3F1B", "of 2 builds begin with '3F1B'"), ("0000", "of no builds begin with"),
@@ -2099,9 +2111,9 @@ def test_the_commands_list_and_delete_symbols(command, clock):
         assert command("symbols", "list") == (0, "UUID  BINARY  ARCH  ROWS  SIZE  UPLOADED\n\nNone are missing.\n", "")
         add(server, 2, stack_trace=[frame_of(OTHER_BUILD)], app_version="1.2", build_number="47")
         add(server, stack_trace=[{"image_uuid": "1" * 32, "offset": 5}])
-        put(server)
+        upload(server)
         clock.move(1)
-        put(server, BOTH_PARTS[0], "ab" * 16)
+        upload(server, BOTH_PARTS[0], "ab" * 16)
         status, out, err = command("symbols", "list")
         held, missing = out.split("\nMissing, though crashes wait for them:\n\n")
         assert (status, err) == (0, "")
@@ -2118,15 +2130,15 @@ def test_the_commands_list_and_delete_symbols(command, clock):
 
 
 def change_number(mutations, request):
-    """A whole number, somewhere in the JSON, becomes one that is near."""
-    whole = json.loads(request["body"])
-    place, where = mutations.pick([each for each in places(whole) if type(each[0][each[1]]) is int])
-    place[where] += mutations.pick([-2, -1, 1, 2, 1000])
-    request["body"] = json.dumps(whole).encode()
+    """Changes one of the whole numbers in the JSON a little."""
+    body = json.loads(request["body"])
+    parent, key = mutations.pick([(parent, key) for parent, key in places(body) if type(parent[key]) is int])
+    parent[key] += mutations.pick([-2, -1, 1, 2, 1000])
+    request["body"] = json.dumps(body).encode()
 
 
-def test_random_symbols_are_refused_or_looked_up_at_any_offset():
-    mutations, found = Mutations(seed=2), Counter()
+def test_random_symbols_are_refused_or_can_be_looked_up_at_any_offset():
+    mutations, outcomes = Mutations(seed=2), Counter()
     with closing(sqlite3.connect(":memory:")) as db:
         db.executescript(backfeedr.SYMBOL_TABLES)
         db.execute("insert into symbols values ('a build', '', '', 1, 1, 0, 0, 0)")
@@ -2138,105 +2150,103 @@ def test_random_symbols_are_refused_or_looked_up_at_any_offset():
             try:
                 part = backfeedr.parse_symbols(request["body"])
             except Refusal as refusal:
-                found[str(refusal)] += 1
+                outcomes[str(refusal)] += 1
                 continue
             db.execute("delete from symbol_pages")
             db.executemany("insert into symbol_pages values ('a build', ?, 0, ?)", part.pages)
             symbols = backfeedr.Symbols(db)
-            found.update(len(symbols.lookup("a build", offset)) for offset in (
+            outcomes.update(len(symbols.lookup("a build", offset)) for offset in (
                 *range(990, 1045), *(first + n for first, _ in part.pages for n in (0, 1, 9)), 0, 1 << 40, 1 << 63))
-    assert {0, 1, 3, "invalid symbols", "invalid JSON"} <= found.keys(), found
+    assert {0, 1, 3, "invalid symbols", "invalid JSON"} <= outcomes.keys(), outcomes
 
 
-# -- What symbols change: names, groups, addresses
+# -- Symbolicated frames and groups
 
-NEXT_PART = {**PART, "pages": [{**PAGE, "first": 5000}]}  # of OTHER_BUILD, in which all is elsewhere
-SHOP_NAMES = "add:total"  # of offset 8 in the page: the inlined one has the name of the one that it is in
+NEXT_PART = {**PART, "pages": [{**PAGE, "first": 5000}]}  # of OTHER_BUILD, which has the same code at other offsets
+UNNAMED = hashed(f"SIGABRT:{HELD}+1009")  # the group of a crash at offset 1008 without symbols
+NAMED = hashed("SIGABRT:add:total")  # and with them: two functions are named "add", and equal neighbours are one
 
 
 def shop_crash(offset, uuid=HELD, **fields):
-    """A crash whose second frame is at this offset; it is a return address."""
+    """A crash whose second frame was called at this offset, so that it returns to the next one."""
     return {**CRASH, "stack_trace": [system(7), frame_of(uuid, offset + 1)], **fields}
 
 
-def shop_crash_now(clock, *place, **fields):
-    return shop_crash(*place, occurred_at=time_text(clock.seconds), **fields)
-
-
-def stored_rows(server, *tables):
-    return sum(count(server, table) for table in tables)
+def group_of_crash(api, clock, *place, **fields):
+    """Sends a crash that occurs now, and returns its group."""
+    return api.post(CRASHES, shop_crash(*place, occurred_at=time_text(clock.seconds), **fields))[1]["group_hash"]
 
 
 def group_rows(server):
     return sorted(sql(server.store.path, "select group_hash, first_version, place from groups"))
 
 
-def test_a_crash_is_in_one_group_before_and_after_its_symbols_in_this_and_in_the_next_build(api, person, clock):
+def stored_groups(server):
+    return [group for group, in sql(server.store.path, "select distinct group_hash from crashes")]
+
+
+def test_symbols_bring_the_crashes_of_two_builds_into_one_group(api, person, clock):
     shared = {"device_id_hash": "d1", "session_id": "s1"}
-    before = api.post(CRASHES, shop_crash_now(clock, 1008, app_version="1.0", **shared))[1]["group_hash"]
-    assert before == hashed(f"SIGABRT:{HELD}+1009")
+    assert group_of_crash(api, clock, 1008, app_version="1.0", **shared) == UNNAMED
     clock.move(60)
-    old_next = api.post(CRASHES, shop_crash_now(clock, 5008, OTHER_BUILD, app_version="1.1"))[1]["group_hash"]
-    assert put(api.server)[0] == 201
-    named = hashed("SIGABRT:" + SHOP_NAMES)
-    assert api.post(CRASHES, shop_crash_now(clock, 1009, app_version="1.0", **shared))[1]["group_hash"] == named
-    assert put(api.server, NEXT_PART, OTHER_BUILD)[0] == 201
-    assert api.post(CRASHES, shop_crash_now(clock, 5008, OTHER_BUILD, app_version="1.1"))[1]["group_hash"] == named
-    found = api.get(f"{CRASHES}/{named}", **ADMIN)[1]
-    first = found["reports"][-1]["occurred_at"]
-    assert (found["count"], found["first_version"], found["first_seen"]) == (4, "1.0", first)
-    assert group_rows(api.server) == [(named, "1.0", "add")] and count(api.server, "regroupings") == 0
-    assert report_groups(api.server) == [named]
+    unnamed_next = group_of_crash(api, clock, 5008, OTHER_BUILD, app_version="1.1")
+    assert upload(api.server)[0] == 201
+    assert group_of_crash(api, clock, 1009, app_version="1.0", **shared) == NAMED
+    assert upload(api.server, NEXT_PART, OTHER_BUILD)[0] == 201
+    assert group_of_crash(api, clock, 5008, OTHER_BUILD, app_version="1.1") == NAMED
+    group = api.get(f"{CRASHES}/{NAMED}", **ADMIN)[1]
+    first = group["reports"][-1]["occurred_at"]
+    assert (group["count"], group["first_version"], group["first_seen"]) == (4, "1.0", first)
+    assert group_rows(api.server) == [(NAMED, "1.0", "add")] and count(api.server, "regroupings") == 0
+    assert stored_groups(api.server) == [NAMED]
     check_database(api.server.store.path)
-    for old in (before, old_next):
+    for old in (UNNAMED, unnamed_next):
         status, headers, answer = call_with_headers(api.server, "GET", f"{CRASHES}/{old}", query="limit=1", **ADMIN)
-        assert (status, answer) == (301, {"error": "moved", "detail": f"to {named}"})
-        assert headers["Location"] == f"{CRASHES}/{named}?limit=1"
+        assert (status, answer) == (301, {"error": "moved", "detail": f"to {NAMED}"})
+        assert headers["Location"] == f"{CRASHES}/{NAMED}?limit=1"
         page = person.web.get(f"/crashes/{old}?app=default", headers=HTML)
-        assert (page.status_int, page.headers["Location"]) == (301, f"/crashes/{named}?app=default")
+        assert (page.status_int, page.headers["Location"]) == (301, f"/crashes/{NAMED}?app=default")
     assert api.get(f"{CRASHES}/{'0' * 16}", **ADMIN)[0] == 404
 
 
-def test_figures_are_the_same_after_crashes_have_moved(api, clock):
+def test_figures_stay_the_same_when_crashes_move(api, clock):
     for n in range(5):
-        device = dict(app_version=f"1.{n}", device_id_hash=f"d{n}", device_model="m")
-        api.post(CRASHES, shop_crash_now(clock, 1000 + 4 * n, **device))
+        group_of_crash(api, clock, 1000 + 4 * n, app_version=f"1.{n}", device_id_hash=f"d{n}", device_model="m")
         clock.move(86_400)
-    asked = [*METRICS, "/api/v1/releases", "/api/v1/metrics/retention?days=9"]
-    before = [api.get(path)[1] for path in asked]
-    put(api.server)
-    for path, old, new in zip(asked, before, [api.get(path)[1] for path in asked]):
+    paths = [*METRICS, "/api/v1/releases", "/api/v1/metrics/retention?days=9"]
+    before = [api.get(path)[1] for path in paths]
+    upload(api.server)
+    for path, old, new in zip(paths, before, [api.get(path)[1] for path in paths]):
         if path == "/api/v1/overview":
-            assert sum(each["count"] for each in old.pop("top_crashes")) == sum(
-                each["count"] for each in new.pop("top_crashes")) == 5
+            counts = [sum(group["count"] for group in answer.pop("top_crashes")) for answer in (old, new)]
+            assert counts == [5, 5]
         assert old == new, path
-    assert len(group_rows(api.server)) == 2, "of two places with names"
+    assert len(group_rows(api.server)) == 2, "one for each function"
     check_database(api.server.store.path)
 
 
-def test_crashes_move_in_steps_beside_others_and_go_on_after_a_restart(serve, clock, monkeypatch):
+def test_crashes_move_in_steps_that_continue_after_a_restart(serve, clock, monkeypatch):
     monkeypatch.setattr(backfeedr, "EXPIRE_SECONDS", -1)  # a step looks at one crash
     monkeypatch.setattr(Store, "catch_up_in_background", lambda store: None)
     server = serve("steps.db", rate_limit=0)
     api = Api(server)
     for n in range(8):
-        api.post(CRASHES, shop_crash_now(clock, 1008, device_id_hash=f"d{n % 3}"))
+        group_of_crash(api, clock, 1008, device_id_hash=f"d{n % 3}")
         clock.move(1)
-    put(server)
-    named = hashed("SIGABRT:" + SHOP_NAMES)
+    upload(server)
 
     def counts():
-        return {"moved" if group == named else "left": n for group, n in sql(
+        return {"moved" if group == NAMED else "left": n for group, n in sql(
             server.store.path, "select group_hash, count(*) from crashes group by 1")}
 
-    serve.unchecked.append(server)  # the group that they leave was first seen when its crashes that have moved were
+    serve.unchecked.append(server)  # the old group keeps the first_seen of crashes that have moved
     for _ in range(3):
         with server.store.writing() as db:
             assert server.store._regroup(db)
     assert counts() == {"moved": 3, "left": 5}
     check_database(server.store.path, forgotten=True)
-    old = api.get(f"{CRASHES}/{hashed(f'SIGABRT:{HELD}+1009')}", **ADMIN)
-    assert (old[0], old[1]["count"]) == (200, 5), "of which some are still there"
+    status, group = api.get(f"{CRASHES}/{UNNAMED}", **ADMIN)
+    assert (status, group["count"]) == (200, 5), "some of its crashes are still there"
     server.store.forget_device("d1")
     assert counts() == {"moved": 2, "left": 3}
     server.close()
@@ -2244,69 +2254,67 @@ def test_crashes_move_in_steps_beside_others_and_go_on_after_a_restart(serve, cl
     api = Api(server)
     for _ in range(4):  # a commit is followed by a step
         clock.move(2)
-        api.post(CRASHES, shop_crash_now(clock, 1008))
+        group_of_crash(api, clock, 1008)
         check_database(server.store.path, forgotten=True)
     assert counts() == {"moved": 9} and count(server, "regroupings") == 0
 
 
 @pytest.mark.parametrize("sent", ["again", "by import"])
-def test_what_came_before_its_symbols_is_told_its_group_of_now(api, serve, sent):
+def test_a_crash_sent_again_or_imported_after_its_symbols_gets_its_new_group(api, serve, sent):
     crash, key = shop_crash(1008), {"Idempotency_Key": "k"}
     first = api.post(CRASHES, crash, **key)[1]
-    exported = [io.StringIO(), list(api.server.store.export(backfeedr.Crash))]
+    exported = list(api.server.store.export(backfeedr.Crash))
     other = api.server if sent == "again" else serve("other.db")
-    put(other)
+    upload(other)
     if sent == "again":
-        status, again = api.post(CRASHES, crash, **key)
-        assert (status, again) == (200, {**first, "group_hash": hashed("SIGABRT:" + SHOP_NAMES)})
+        assert api.post(CRASHES, crash, **key) == (200, {**first, "group_hash": NAMED})
     else:
-        other.store.import_(exported[1])
-    assert report(other)["group_hash"] == hashed("SIGABRT:" + SHOP_NAMES)
+        other.store.import_(exported)
+    assert report(other)["group_hash"] == NAMED
 
 
-def test_what_is_beyond_the_days_limit_of_groups_stays_there(api, monkeypatch):
+def test_crashes_in_the_group_other_do_not_move(api, monkeypatch):
     monkeypatch.setitem(backfeedr.NEW_NAMES, "group_hash", 0)
     api.post(CRASHES, shop_crash(1008))
-    put(api.server)
+    upload(api.server)
     assert report(api.server)["group_hash"] == "(other)"
-    assert stored_rows(api.server, "regroupings", "group_aliases") == 0
+    assert not any(stored(api.server, "regroupings", "group_aliases").values())
 
 
-def test_aliases_follow_and_go_with_their_group_and_their_app(api, clock):
-    frames = [frame_of(HELD, 1009), frame_of(OTHER_BUILD, 5041)]  # of a framework and of the app
+def test_aliases_follow_their_group_and_are_deleted_with_it_or_its_app(api, clock):
+    frames = [frame_of(HELD, 1009), frame_of(OTHER_BUILD, 5041)]  # a framework's and the app's
     old = api.post(CRASHES, {**CRASH, "stack_trace": [system(7), *frames]})[1]["group_hash"]
-    put(api.server, NEXT_PART, OTHER_BUILD)
+    upload(api.server, NEXT_PART, OTHER_BUILD)
     between = report(api.server)["group_hash"]
-    put(api.server)
+    upload(api.server)
     last = report(api.server)["group_hash"]
     assert len({old, between, last}) == 3 and last == hashed("SIGABRT:add:total:add")
     assert dict(row[1:] for row in stored(api.server, "group_aliases")["group_aliases"]) == {old: last, between: last}
     clock.move(100 * 86_400)
     api.server.store.prune()
-    assert stored_rows(api.server, "crashes", "groups", "group_images", "group_aliases") == 0
+    assert not any(stored(api.server, "crashes", "groups", "group_images", "group_aliases").values())
     api.post(CRASHES, shop_crash(1008))
     api.server.store.delete_symbols(HELD)
-    assert api.post(CRASHES, shop_crash(1008))[1]["group_hash"] == hashed(f"SIGABRT:{HELD}+1009"), "as before"
-    put(api.server)
+    assert api.post(CRASHES, shop_crash(1008))[1]["group_hash"] == UNNAMED
+    upload(api.server)
     assert count(api.server, "group_aliases") == 1 and len(group_rows(api.server)) == 1
     api.server.store.delete_app("default")
     api.server.store.prune()
-    assert stored_rows(api.server, "group_aliases", "regroupings", "group_images") == 0
+    assert not any(stored(api.server, "group_aliases", "regroupings", "group_images").values())
 
 
-def test_when_a_group_was_first_seen_goes_with_its_first_crash(api, clock):
-    """As a crash before it may have expired; the others of a group that splits were seen when they were."""
+def test_first_seen_moves_with_the_first_crash_of_a_group(api, clock):
+    """It may be from a crash that has expired. If a group splits, the other part was first seen with its own crash."""
     old = {}
     for version, offset in (("1.0", 1008), ("1.1", 1040), ("1.2", 1008)):
-        answer = api.post(CRASHES, shop_crash_now(clock, offset, app_version=version))[1]
-        old[version] = answer["group_hash"]
+        old[version] = group_of_crash(api, clock, offset, app_version=version)
         clock.move(86_400)
-    with api.server.store.writing() as db:  # as a version before this one had them in one group, and a crash that went
+    with api.server.store.writing() as db:  # all were in one group, and its first crash has expired
         db.execute("update crashes set group_hash = 'aaaaaaaaaaaaaaaa'")
         for table in ("groups", "group_images", "group_days"):
             db.execute(f"delete from {table}")
-        rollups, crashes = backfeedr.RollUps(db, api.server.store.now), backfeedr.counted_rows(
-            db, backfeedr.Crash, "from crashes order by seq")
+        rollups = backfeedr.RollUps(db, api.server.store.now)
+        crashes = backfeedr.counted_rows(db, backfeedr.Crash, "from crashes order by seq")
         rollups.figures[backfeedr.Groups].count(backfeedr.Crash, crashes, 1)
         rollups.save()
         backfeedr.Groups.recount(db)
@@ -2315,48 +2323,49 @@ def test_when_a_group_was_first_seen_goes_with_its_first_crash(api, clock):
     api.server.store.catch_up()
     seen = dict(row[:2] for row in sql(api.server.store.path, "select group_hash, first_version from groups"))
     assert seen == {old["1.0"]: "0.9", old["1.1"]: "1.1"}
-    api.server.store.forget_device("")
+    # As a count over the rows that are left finds it.
     sql_run(api.server.store.path, "update groups set first_seen = (select min(occurred_at) from crashes where"
             " crashes.group_hash = groups.group_hash), first_version = case first_version when '0.9' then '1.0' else"
             " first_version end")
 
 
-def test_of_uploads_that_come_together_one_thread_does_the_work_and_one_more_what_it_may_have_missed(api, monkeypatch):
-    begun, go_on = [], threading.Event()
-    monkeypatch.setattr(Store, "catch_up", lambda store: begun.append(1) or go_on.wait(10))
+def test_uploads_during_a_catch_up_start_exactly_one_more(api, monkeypatch):
+    started, may_end = [], threading.Event()
+    monkeypatch.setattr(Store, "catch_up", lambda store: started.append(1) or may_end.wait(10))
     body = json.dumps(PART).encode()
     for n in range(5):
         assert call(api.server, "PUT", f"{SYMBOLS}/{n + 1:032x}", body, **ADMIN)[0] == 201
-        wait_until(lambda: begun)
-    wait_until(lambda: [each.name for each in threading.enumerate()].count("backfeedr catch-up") == 2)
-    assert begun == [1]
-    go_on.set()
+        wait_until(lambda: started)
+    wait_until(lambda: [thread.name for thread in threading.enumerate()].count("backfeedr catch-up") == 2)
+    assert started == [1], "the second waits for the first; it does what that one may have missed"
+    may_end.set()
     joined_threads()
-    assert begun == [1, 1]
+    assert started == [1, 1]
 
 
-def test_reports_are_shown_with_names_and_the_frames_that_were_sent_beside(api, person):
-    api.post(CRASHES, shop_crash(1008, app_version="1.3.0", build_number="48"))
-    api.post(CRASHES, shop_crash(1008, app_version="1.3.0", build_number="48"))
+def test_reports_show_symbolicated_frames_beside_those_that_were_sent(api, person):
+    for _ in range(2):
+        api.post(CRASHES, shop_crash(1008, app_version="1.3.0", build_number="48"))
     hang = {"type": "error", "name": "Hang", "occurred_at": NOW, "properties": {"stack_trace": [frame_of(HELD, 1000)]}}
     api.post(EVENTS, hang)
-    group = report_groups(api.server)[0]
+    group, = stored_groups(api.server)
     page = person.text(f"/crashes/{group}")
     assert "Symbols for Shop 1.3.0 (48) are missing: 2 crashes are waiting for them." in page
     assert "python examples/symbols.py --server http://localhost:80 App.xcarchive" in page and "Shop + 1009" in page
-    missing = {"uuid": HELD, "binary": "Shop", "app": "default", "app_version": "1.3.0", "build_number": "48",
-               "crashes": 2}
+    missing = missing_build(HELD, "Shop", "default", "1.3.0", "48", 2)
     assert api.get(f"{CRASHES}/{group}", **ADMIN)[1]["missing_symbols"] == [missing]
-    put(api.server)
-    group, = report_groups(api.server)
-    found = api.get(f"{CRASHES}/{group}", **ADMIN)[1]
+    upload(api.server)
+    group, = stored_groups(api.server)
+    answer = api.get(f"{CRASHES}/{group}", **ADMIN)[1]
     raw = shop_crash(1008)["stack_trace"]
-    named = [{**raw[1], "symbol": name, "file": file, "line": line, "symbolicated": True, **inlined}
-             for name, file, line, inlined in (("add", "Cart.swift", 7, {"inlined": True}), ("add", None, None, {
-                 "inlined": True}), ("total", "Cart.swift", 12, {}))]
-    assert found["missing_symbols"] == []
-    for each in found["reports"]:
-        assert (each["stack_trace"], each["raw_stack_trace"]) == ([raw[0], *named], raw)
+    symbolicated = [
+        {**raw[1], "symbol": name, "file": file, "line": line, "symbolicated": True, **inlined}
+        for name, file, line, inlined in (
+            ("add", "Cart.swift", 7, {"inlined": True}), ("add", None, None, {"inlined": True}),
+            ("total", "Cart.swift", 12, {}))]
+    assert answer["missing_symbols"] == []
+    for crash in answer["reports"]:
+        assert (crash["stack_trace"], crash["raw_stack_trace"]) == ([raw[0], *symbolicated], raw)
     assert json.loads(rows_by_name(api.server.store.path, "select stack_trace from crashes")[0]["stack_trace"]) == raw
     shown = person.get(f"/crashes/{group}")
     assert f'<li class="own" title="Shop + 1009 {HELD}"><code><bdi>add</bdi></code>' in shown.text
@@ -2367,21 +2376,17 @@ def test_reports_are_shown_with_names_and_the_frames_that_were_sent_beside(api, 
     assert event["properties"]["raw_stack_trace"] == hang["properties"]["stack_trace"]
 
 
-def report_groups(server):
-    return [group for group, in sql(server.store.path, "select distinct group_hash from crashes")]
-
-
-def test_a_hostile_report_costs_no_more_look_ups_than_are_allowed(api, monkeypatch):
+def test_the_lookups_for_a_report_are_limited(api, monkeypatch):
     monkeypatch.setattr(backfeedr, "SHOWN_LOOKUPS", 5)
     monkeypatch.setattr(backfeedr.Symbols.named, "__defaults__", (4,))
-    looked, lookup = [], backfeedr.Symbols.lookup
-    monkeypatch.setattr(backfeedr.Symbols, "lookup", lambda *args: looked.append(args[1:]) or lookup(*args))
-    put(api.server)
+    lookups, lookup = [], backfeedr.Symbols.lookup
+    monkeypatch.setattr(backfeedr.Symbols, "lookup", lambda *args: lookups.append(args[1:]) or lookup(*args))
+    upload(api.server)
     status, answer = api.post(CRASHES, {**CRASH, "stack_trace": [frame_of(HELD, 1000 + n) for n in range(50)]})
-    assert status == 201 and len(set(looked)) == 8, "for its group, and for what the group is called"
-    looked.clear()
-    found = api.get(f"{CRASHES}/{answer['group_hash']}", **ADMIN)[1]["reports"][0]["stack_trace"]
-    assert len(set(looked)) == 5 and found[-1] == frame_of(HELD, 1049) and len(found) >= 50
+    assert status == 201 and len(set(lookups)) == 8, "4 for the group of the crash, 4 for the name of the group"
+    lookups.clear()
+    trace = api.get(f"{CRASHES}/{answer['group_hash']}", **ADMIN)[1]["reports"][0]["stack_trace"]
+    assert len(set(lookups)) == 5 and trace[-1] == frame_of(HELD, 1049) and len(trace) >= 50
 
 
 # == Triage ====================================================================
@@ -2407,7 +2412,7 @@ def build_of(text):
 
 
 def crash_now(api, clock, build="", **fields):
-    """Sends a crash that occurs a second later, and tells its id."""
+    """Sends a crash that occurs a second later, and returns its id."""
     clock.move(1)
     status, answer = api.post(CRASHES, {**CRASH, "occurred_at": time_text(clock.seconds), **build_of(build), **fields})
     assert status == 201
@@ -2419,7 +2424,7 @@ def state_of(server, group=ABORTS):
 
 
 def history_of(server, group=ABORTS):
-    return [(each["what"], each["detail"]) for each in server.metrics.group(group)["history"]]
+    return [(entry["what"], entry["detail"]) for entry in server.metrics.group(group)["history"]]
 
 
 def facts_of(server):
@@ -2428,14 +2433,14 @@ def facts_of(server):
 
 
 @pytest.fixture
-def told(api):
-    """A client of a server that has somebody to tell."""
+def subscribed(api):
+    """A client of a server that has a channel for its facts."""
     api.server.alerts.add("https://example.com")
     return api
 
 
-@pytest.mark.parametrize("seen, fixed_in, crashes", [  # before it was resolved; afterwards, and whether it regressed
-    # without a version: by builds first seen later
+@pytest.mark.parametrize("seen, fixed_in, crashes", [  # builds before it was resolved; builds after, 1 regresses
+    # resolved without a version: regresses in builds first seen later
     (["1.0 47"], None, {"1.0 47": 0, "1.0 48": 1}), (["1.0 47"], None, {"1.1 47": 1}), (["1.0 47"], None, {"1.1": 1}),
     (["1.0 47", "0.9 50", "1.0 46"], None, {"0.9 50": 0, "1.0 46": 0, "1.0": 0, "0.9": 0, "0.8 1": 1}),
     (["1.0 47", "event 0.9"], None, {"0.9 40": 0, "0.9": 0, "0.9 41": 1}),
@@ -2443,7 +2448,7 @@ def told(api):
     (["1.0 47"], None, {"event 1.1": 0, "1.0 47": 0, "1.1 48": 1}),
     # a crash without a version
     (["1.0 47"], None, {"": 0}), (["event 1.0"], "1.0", {"": 0}), ([], None, {"": 1}), ([], "1.3.0", {"": 1}),
-    # fixed in a version: what comes before it, and what does not
+    # fixed in a version: regresses in that version and in later ones
     (["1.2.0 47"], "1.3.0", {
         **dict.fromkeys(["1.2.9", "1.2.10 99", "1.3.0-rc.1 48", "1.3.0b2", "1.3.0-0", "0.9", "1.2", "v1.2.99"], 0),
         **dict.fromkeys(["1.3.0", "1.3", "1.3.0 1", "1.3.0.1", "1.3.1-beta", "1.10", "2", "v1.3.0", "1.3.0+7"], 1)}),
@@ -2453,34 +2458,34 @@ def told(api):
     (["1.0 1"], "1.3.0-rc.2", {
         "1.3.0-rc.1": 0, "1.3.0-beta.3": 0, "1.3.0-rc.2": 1, "1.3.0-rc.10": 1, "1.3.0rc2": 1, "1.3.0": 1}),
     ([], "1.3.0 (48)", {"1.3.0 (47)": 0, "1.3.0 (48)": 1}),
-    # versions that cannot be compared: by when they were first seen
+    # versions that cannot be compared: regresses in those first seen later
     ([], "winter", {"autumn": 0, "spring": 0, "winter": 1}), (["winter"], "winter", {"autumn": 1}),
     (["autumn"], "winter", {"autumn": 0, "event winter": 0, "spring": 1}), (["1.0"], "winter", {"1.0": 0, "1.1": 0}),
     (["autumn 7", "winter 8"], "winter (8)", {"autumn 7": 0, "winter 9": 1}),
     (["winter b", "winter a"], "winter (a)", {"winter b": 0, "winter a": 1}),
     (["1.3.0 48"], "1.3.0 (49)", {"1.3.0": 0, "1.3.0 49": 1})])
-def test_a_resolved_group_regresses_in_what_came_after_its_fix_and_nowhere_else(api, clock, seen, fixed_in, crashes):
+def test_a_resolved_group_regresses_only_in_builds_that_have_the_fix(api, clock, seen, fixed_in, crashes):
     crash_now(api, clock, seen[0] if seen and "event" not in seen[0] else "")
-    for each in seen[1:]:
-        see(api, clock, each, exception_type="SIGBUS")
+    for build in seen[1:]:
+        send_report(api, clock, build, exception_type="SIGBUS")
     if "event 1.0" in seen:
-        see(api, clock, "event 1.0")
+        send_report(api, clock, "event 1.0")
     assert decided(api.server, {"state": "resolved", "fixed_in": fixed_in})["fixed_in"] == fixed_in
     clock.move(1)
     for build, regressed in crashes.items():
         decided(api.server, {"state": "resolved", "fixed_in": fixed_in} if state_of(api.server) == "open" else {
             "comment": "Still."})
-        id = see(api, clock, build)
-        found = api.server.metrics.group(ABORTS)
-        assert (found["state"], found["regressed_at"]) == (
+        id = send_report(api, clock, build)
+        group = api.server.metrics.group(ABORTS)
+        assert (group["state"], group["regressed_at"]) == (
             ("open", time_text(clock.seconds)) if regressed else ("resolved", None)), build
         name = build if "(" in build else re.sub(" (.*)", r" (\1)", build)
         last = ("regressed", f"crash {id}" + f" in {name}" * bool(build)) if regressed else ("commented", "Still.")
         assert history_of(api.server)[-1] == last
 
 
-def see(api, clock, build, **fields):
-    """As crash_now; or an event, where it says so. The id."""
+def send_report(api, clock, build, **fields):
+    """Like crash_now, or sends an event if the build is "event " and a version. Returns the id."""
     if not build.startswith("event "):
         return crash_now(api, clock, build, **fields)
     clock.move(1)
@@ -2489,7 +2494,7 @@ def see(api, clock, build, **fields):
     return answer["id"]
 
 
-def test_a_crash_without_a_version_that_occurred_before_it_was_resolved_does_not_reopen(api, clock):
+def test_a_crash_without_a_version_reopens_a_group_only_if_it_occurred_later(api, clock):
     crash_now(api, clock)
     decided(api.server, {"state": "resolved"})
     for ahead, state in ((0, "resolved"), (1, "open")):
@@ -2499,7 +2504,7 @@ def test_a_crash_without_a_version_that_occurred_before_it_was_resolved_does_not
         assert state_of(api.server) == state
 
 
-@pytest.mark.parametrize("muted, steps", [  # seconds to the next crash, its device, and the state after it
+@pytest.mark.parametrize("muted, crashes", [  # seconds to each crash, its device, and the state after it
     ({}, [(1, "a", "muted"), (10 * 86_400, "b", "muted")]),
     ({"until": 60}, [(60, "a", "muted"), (0.001, "a", "open")]),
     ({"more_crashes": 1}, [(1, "a", "open")]),
@@ -2508,32 +2513,32 @@ def test_a_crash_without_a_version_that_occurred_before_it_was_resolved_does_not
     ({"until": 60, "more_crashes": 2}, [(1, "a", "muted"), (1, "a", "open")]),
     ({"until": 60, "more_crashes": 2}, [(61, "a", "open")]),
     ({"more_crashes": 9, "more_devices": 1}, [(1, "a", "muted"), (1, "b", "open")])])
-def test_a_mute_ends_with_the_first_of_its_conditions(told, clock, muted, steps):
-    told.post(CRASHES, {**CRASH, "device_id_hash": "a"})
+def test_a_mute_ends_with_the_first_of_its_conditions(subscribed, clock, muted, crashes):
+    subscribed.post(CRASHES, {**CRASH, "device_id_hash": "a"})
     until = {"until": time_text(clock.seconds + muted["until"])} if "until" in muted else {}
-    decided(told.server, {"state": "muted", **muted, **until})
-    for seconds, device, state in steps:
+    decided(subscribed.server, {"state": "muted", **muted, **until})
+    for seconds, device, state in crashes:
         clock.move(seconds)
-        told.post(CRASHES, {**CRASH, "device_id_hash": device})
-        assert state_of(told.server) == state
+        subscribed.post(CRASHES, {**CRASH, "device_id_hash": device})
+        assert state_of(subscribed.server) == state
     ended = ["crash.unmuted"] * (state == "open")
-    assert [kind for kind, _ in facts_of(told.server)][1:] == ended
-    assert [what for what, _ in history_of(told.server)] == ["muted", *["unmuted"] * len(ended)]
+    assert [kind for kind, _ in facts_of(subscribed.server)][1:] == ended
+    assert [what for what, _ in history_of(subscribed.server)] == ["muted", *["unmuted"] * len(ended)]
 
 
-def test_crashes_of_one_commit_count_each_for_a_mute_and_once_for_a_regression(told, clock):
-    crash, store = parse_crash({**CRASH, "app_version": "1.0"}), told.server.store
-    add(told.server, 1, **CRASH)
-    decided(told.server, {"state": "muted", "more_crashes": 3})
+def test_each_crash_of_a_commit_counts_for_a_mute_and_all_of_them_once_for_a_regression(subscribed, clock):
+    crash, store = parse_crash({**CRASH, "app_version": "1.0"}), subscribed.server.store
+    add(subscribed.server, 1, **CRASH)
+    decided(subscribed.server, {"state": "muted", "more_crashes": 3})
     run_together(store, [partial(store.add, KEY_HASH, [crash])] * 2)
-    assert state_of(told.server) == "muted"
+    assert state_of(subscribed.server) == "muted"
     run_together(store, [partial(store.add, KEY_HASH, [crash])] * 3)
-    assert state_of(told.server) == "open"
-    decided(told.server, {"state": "resolved", "fixed_in": "1.0"})
+    assert state_of(subscribed.server) == "open"
+    decided(subscribed.server, {"state": "resolved", "fixed_in": "1.0"})
     run_together(store, [partial(store.add, KEY_HASH, [crash])] * 4)
     store.add(KEY_HASH, [crash])
-    assert [what for what, _ in history_of(told.server)] == ["muted", "unmuted", "resolved", "regressed"]
-    assert [kind for kind, _ in facts_of(told.server)] == ["crash.new", "crash.unmuted", "crash.regressed"]
+    assert [what for what, _ in history_of(subscribed.server)] == ["muted", "unmuted", "resolved", "regressed"]
+    assert [kind for kind, _ in facts_of(subscribed.server)] == ["crash.new", "crash.unmuted", "crash.regressed"]
 
 
 def test_two_hosts_that_commit_side_by_side_reopen_a_group_once(serve, clock):
@@ -2544,55 +2549,55 @@ def test_two_hosts_that_commit_side_by_side_reopen_a_group_once(serve, clock):
         clock.move(1)
         crash = parse_crash({**CRASH, "app_version": "1.0"})
         with ThreadPoolExecutor(4) as pool:
-            for each in [pool.submit(host.store.add, KEY_HASH, [crash]) for host in (server, other) * 2]:
-                each.result(30)
+            for future in [pool.submit(host.store.add, KEY_HASH, [crash]) for host in (server, other) * 2]:
+                future.result(30)
     assert [what for what, _ in history_of(server)] == ["resolved", "regressed"] * 5
 
 
-def test_replays_imports_and_test_apps_reopen_nothing_and_tell_nothing(serve, told, clock):
+def test_replays_imports_and_test_apps_reopen_no_group_and_note_no_fact(serve, subscribed, clock):
     key, new = {"Idempotency_Key": "k"}, {**CRASH, "app_version": "2.0"}
-    server, other = told.server, serve("other.db")
+    server, other = subscribed.server, serve("other.db")
     test_key = server.store.create_app("trial", is_test=True)
-    told.post(CRASHES, new, **key)
-    told.post(CRASHES, new, key=test_key)
+    subscribed.post(CRASHES, new, **key)
+    subscribed.post(CRASHES, new, key=test_key)
     Api(other).post(CRASHES, {**new, "build_number": "9"})
     assert [kind for kind, _ in facts_of(server)] == ["crash.new"]
     for query in ("", "app=trial"):
         assert patch(server, {"state": "resolved", "fixed_in": "2.0"}, query=query)[0] == 200
     clock.move(1)
-    assert told.post(CRASHES, new, **key)[0] == 200
+    assert subscribed.post(CRASHES, new, **key)[0] == 200
     assert server.store.import_(list(other.store.export(backfeedr.Crash)))["stored"] == 1
-    assert told.post(CRASHES, new, key=test_key)[0] == 201
+    assert subscribed.post(CRASHES, new, key=test_key)[0] == 201
     assert [server.metrics.group(ABORTS, app)["state"] for app in (None, "trial")] == ["resolved"] * 2
     assert len(facts_of(server)) == 1
-    told.post(CRASHES, new)
+    subscribed.post(CRASHES, new)
     assert state_of(server) == "open" and [kind for kind, _ in facts_of(server)][1:] == ["crash.regressed"]
 
 
-def test_crashes_that_stay_in_their_group_when_it_is_looked_at_again_do_not_regress_it(serve, clock):
+def test_crashes_that_stay_in_their_group_during_a_catch_up_do_not_regress_it(serve, clock):
     server = serve()
     crash_now(Api(server), clock, "1.0 47")
     decided(server, {"state": "resolved", "fixed_in": "1.0"})
-    sql_run(server.store.path, "update crashes set images = 'of an earlier version'")
+    sql_run(server.store.path, "update crashes set images = 'outdated'")
     sql_run(server.store.path, "insert into regroupings select app_id, group_hash, 0, 0, '' from groups")
     server.store.catch_up()
     assert sql(server.store.path, "select images from crashes") == [(None,)] and state_of(server) == "resolved"
 
 
-def test_state_and_history_outlive_the_crashes_and_a_fault_that_comes_back_is_a_regression(serve, clock):
+def test_state_and_history_outlive_the_crashes_so_a_later_crash_can_be_a_regression(serve, clock):
     server = serve(retention_days=30)
     api = Api(server)
     crash_now(api, clock, "1.0 47")
     decided(server, {"state": "resolved", "comment": "Fixed."})
     clock.move(60 * 86_400)
     server.store.prune()
-    assert stored_rows(server, "crashes", "groups") == 0
-    found = api.get(f"{CRASHES}/{ABORTS}", **ADMIN)[1]
-    assert (found["state"], found["count"], found["reports"], found["first_seen"]) == ("resolved", 0, [], None)
-    assert decided(server, {"comment": "Still?"})["history"][-1]["detail"] == "Still?", "it can be decided about"
+    assert not any(stored(server, "crashes", "groups").values())
+    group = api.get(f"{CRASHES}/{ABORTS}", **ADMIN)[1]
+    assert (group["state"], group["count"], group["reports"], group["first_seen"]) == ("resolved", 0, [], None)
+    assert decided(server, {"comment": "Still?"})["history"][-1]["detail"] == "Still?", "it can still be triaged"
     for state, sort in product(backfeedr.GROUPS_OF, backfeedr.SORTS):
         groups = server.metrics.groups(state=state, sort=sort)["groups"]
-        assert [(each["group_hash"], each["count"], each["last_seen"]) for each in groups] \
+        assert [(group["group_hash"], group["count"], group["last_seen"]) for group in groups] \
             == [(ABORTS, 0, None)] * (state == "resolved")
     check_schema({"$ref": "#/components/schemas/Groups"}, api.get(f"{CRASHES}?state=resolved", **ADMIN)[1])
     assert f"{ABORTS} resolved 0 0" in Person(server).has_session().text("/crashes?state=resolved")
@@ -2604,44 +2609,44 @@ def test_state_and_history_outlive_the_crashes_and_a_fault_that_comes_back_is_a_
     assert [what for what, _ in history_of(server)] == ["resolved", "commented", "commented", "regressed"]
     server.store.delete_app("default")
     server.store.prune()
-    assert stored_rows(server, "triage", "group_history") == 0
+    assert not any(stored(server, "triage", "group_history").values())
 
 
-def test_facts_say_what_where_and_how_often(told, clock):
-    at, frame = {"occurred_at": NOW}, {"stack_trace": [{"symbol": "Cart.total()", "file": "Cart.swift"}]}
-    group = told.post(CRASHES, {**CRASH, **at, **frame, "device_id_hash": "d0", **build_of("1.2 47")})[1]["group_hash"]
-    said = {"exception_type": "SIGABRT", "place": "Cart.total()", "app_version": "1.2", "build_number": "47"}
-    assert facts_of(told.server) == [("crash.new", {**said, "crashes": 1, "devices": 1})]
+def test_facts_say_what_where_and_how_often(subscribed, clock):
+    crash = {**CRASH, "occurred_at": NOW, "stack_trace": [{"symbol": "Cart.total()", "file": "Cart.swift"}]}
+    group = subscribed.post(CRASHES, {**crash, "device_id_hash": "d0", **build_of("1.2 47")})[1]["group_hash"]
+    detail = {"exception_type": "SIGABRT", "place": "Cart.total()", "app_version": "1.2", "build_number": "47"}
+    assert facts_of(subscribed.server) == [("crash.new", {**detail, "crashes": 1, "devices": 1})]
     for n in [*range(1, 9), 8, 9, 9, 10]:
-        told.post(CRASHES, {**CRASH, **at, **frame, "device_id_hash": f"d{n}", **build_of("1.2 47")})
-    assert facts_of(told.server)[1:] == [("crash.spread", {**said, "crashes": 11, "devices": 10})], "once"
-    decided(told.server, {"state": "resolved", "fixed_in": "1.3"}, group)
-    told.post(CRASHES, {**CRASH, **at, **frame, **build_of("1.3")})
-    assert facts_of(told.server)[2:] == [("crash.regressed", {
+        subscribed.post(CRASHES, {**crash, "device_id_hash": f"d{n}", **build_of("1.2 47")})
+    assert facts_of(subscribed.server)[1:] == [("crash.spread", {**detail, "crashes": 11, "devices": 10})], "once"
+    decided(subscribed.server, {"state": "resolved", "fixed_in": "1.3"}, group)
+    subscribed.post(CRASHES, {**crash, **build_of("1.3")})
+    assert facts_of(subscribed.server)[2:] == [("crash.regressed", {
         "exception_type": "SIGABRT", "place": "Cart.total()", "app_version": "1.3", "crashes": 14, "devices": 11,
         "fixed_in": "1.3"})]
-    assert sql(told.server.store.path, "select distinct app_id, group_hash from facts") == [(1, group)]
+    assert sql(subscribed.server.store.path, "select distinct app_id, group_hash from facts") == [(1, group)]
 
 
-def test_nothing_is_told_of_the_group_of_what_is_beyond_the_days_limit(told, monkeypatch):
+def test_the_group_other_makes_no_facts(subscribed, monkeypatch):
     monkeypatch.setitem(backfeedr.NEW_NAMES, "group_hash", 1)
-    told.server.store.add(KEY_HASH, [parse_crash({**CRASH, "exception_type": f"E{n}", "device_id_hash": f"d{n}"})
-                                     for n in range(30)])
-    assert "(other)" in {row[1] for row in sql(told.server.store.path, "select app_id, group_hash from groups")}
-    assert [kind for kind, _ in facts_of(told.server)] == ["crash.new"]
+    subscribed.server.store.add(KEY_HASH, [
+        parse_crash({**CRASH, "exception_type": f"E{n}", "device_id_hash": f"d{n}"}) for n in range(30)])
+    assert ("(other)",) in sql(subscribed.server.store.path, "select group_hash from groups")
+    assert [kind for kind, _ in facts_of(subscribed.server)] == ["crash.new"]
 
 
-def test_a_spread_is_told_once_at_each_bound_and_not_of_a_muted_group(told, monkeypatch):
-    assert backfeedr.SPREAD == (10, 100, 1000)
-    monkeypatch.setattr(backfeedr, "SPREAD", (3, 6, 9))
+def test_spread_is_a_fact_once_per_bound_and_never_for_a_muted_group(subscribed, monkeypatch):
+    assert backfeedr.SPREAD_BOUNDS == (10, 100, 1000)
+    monkeypatch.setattr(backfeedr, "SPREAD_BOUNDS", (3, 6, 9))
 
     def send(*devices):
-        told.server.store.add(KEY_HASH, [parse_crash({**CRASH, "device_id_hash": f"d{n}"}) for n in devices])
-        return [detail["devices"] for kind, detail in facts_of(told.server) if kind == "crash.spread"]
+        subscribed.server.store.add(KEY_HASH, [parse_crash({**CRASH, "device_id_hash": f"d{n}"}) for n in devices])
+        return [detail["devices"] for kind, detail in facts_of(subscribed.server) if kind == "crash.spread"]
 
-    for devices, known in (((1, 2), []), ((2, 3), [3]), ((3, 4, 5), [3]), ((6, 7), [3, 7]), ((8,), [3, 7])):
-        assert send(*devices) == known
-    decided(told.server, {"state": "muted"})
+    for devices, facts in (((1, 2), []), ((2, 3), [3]), ((3, 4, 5), [3]), ((6, 7), [3, 7]), ((8,), [3, 7])):
+        assert send(*devices) == facts
+    decided(subscribed.server, {"state": "muted"})
     assert send(9, 10) == [3, 7]
 
 
@@ -2655,28 +2660,28 @@ BAD_DECISIONS = [
     *(({"state": "muted", name: value}, f"invalid {name}") for name in ("more_crashes", "more_devices")
       for value in (0, -1, 1.0, "1", 1 << 31, True, [], "")),
     *(({"comment": value}, "invalid comment") for value in ("", " \n", None, 1, [])),
-    # conditions of another state, which is that of the group where none is given
+    # a condition of another state; if no state is given, the group's own counts
     *(({"state": state, "fixed_in": "1.0"}, "invalid fixed_in") for state in ("open", "muted")),
     *(({"state": state, "until": "2026-03-20T00:00:00Z"}, "invalid until") for state in ("open", "resolved")),
     ({"fixed_in": "1.0"}, "invalid fixed_in"), ({"more_crashes": 1}, "invalid more_crashes"),
     ({"state": "resolved", "more_devices": 1}, "invalid more_devices")]
 
 
-def test_a_decision_that_makes_no_sense_changes_nothing(api):
+def test_invalid_decisions_are_refused_and_change_nothing(api):
     add(api.server, **CRASH)
     for body, error in BAD_DECISIONS:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         status, answer = call(api.server, "PATCH", f"{CRASHES}/{ABORTS}", raw, **ADMIN)
         assert (status, answer["error"]) == (400, error), body
         assert answer["detail"], body
-    assert stored_rows(api.server, "triage", "group_history") == 0
+    assert not any(stored(api.server, "triage", "group_history").values())
     for query, group, status in (("app=nope", ABORTS, 404), ("", "0" * 16, 404), ("", "x", 404)):
         assert patch(api.server, {"state": "open"}, group, query) == (status, {"error": "not found"})
     assert patch(api.server, {"state": "open"}, Authorization=None)[0] == 401
     assert patch(api.server, {"state": "open"}, Authorization="Bearer x")[0] == 401
 
 
-def test_each_decision_is_in_the_history_and_may_be_changed_in_part(api, clock):
+def test_each_decision_is_in_the_history_and_can_be_changed_in_part(api, clock):
     server, until = api.server, "2026-03-20T00:00:00Z"
     add(server, **CRASH)
     for body, state, fixed_in, entries in (
@@ -2698,7 +2703,7 @@ def test_each_decision_is_in_the_history_and_may_be_changed_in_part(api, clock):
             next((name for name in body if name in ("until", "more_devices")), ""), (None,) * 3)
 
 
-def test_history_is_bounded_and_the_oldest_entries_go(api, monkeypatch):
+def test_history_is_bounded_and_loses_its_oldest_entries(api, monkeypatch):
     monkeypatch.setattr(backfeedr, "MAX_HISTORY", 3)
     add(api.server, **CRASH)
     decided(api.server, {"comment": "x" * 6000})
@@ -2708,11 +2713,11 @@ def test_history_is_bounded_and_the_oldest_entries_go(api, monkeypatch):
     assert [detail for _, detail in history_of(api.server)] == ["2", "3", "4"]
 
 
-def test_a_group_of_two_apps_is_decided_about_in_one(serve, api, person, clock):
+def test_a_decision_about_a_group_of_two_apps_must_name_the_app(serve, api, person, clock):
     api.server.store.create_app("trial", is_test=True)
     key = api.server.store.create_app("Shop")
-    for each in (KEY, key):
-        api.post(CRASHES, CRASH, key=each)
+    for key_of_app in (KEY, key):
+        api.post(CRASHES, CRASH, key=key_of_app)
     refused = patch(api.server, {"state": "resolved"})
     assert refused == (400, {"error": "missing app", "detail": "it is a group of Shop, default"})
     clock.move(1)
@@ -2725,31 +2730,29 @@ def test_a_group_of_two_apps_is_decided_about_in_one(serve, api, person, clock):
     assert patch(api.server, {"state": "open"}, query="app=trial")[0] == 404
 
 
-def test_lists_are_asked_for_groups_of_a_state(api, person, clock):
-    kinds = ["open", "resolved", "muted", "again", "fresh"]
-    groups = {kind: group_hash(kind, []) for kind in kinds}
-    for kind in kinds[:-1]:
-        crash_now(api, clock, exception_type=kind)
-    decided(api.server, {"state": "muted"}, groups["muted"])
-    for kind in ("resolved", "again"):
-        decided(api.server, {"state": "resolved"}, groups[kind])
+def test_groups_are_listed_by_state(api, person, clock):
+    types = ["open", "resolved", "muted", "again", "fresh"]  # of exceptions, named for what becomes of their groups
+    for exception_type in types[:-1]:
+        crash_now(api, clock, exception_type=exception_type)
+    for exception_type, state in (("muted", "muted"), ("resolved", "resolved"), ("again", "resolved")):
+        decided(api.server, {"state": state}, group_hash(exception_type, []))
     clock.move(8 * 86_400)
     crash_now(api, clock, exception_type="again")
     crash_now(api, clock, exception_type="fresh")
     person.sign_in()
     for state, expected in {"open": ["again", "fresh", "open"], "resolved": ["resolved"], "muted": ["muted"],
-                            "regressed": ["again"], "new": ["fresh"], "": kinds}.items():
-        found = api.get(f"{CRASHES}?state={state}", **ADMIN)[1]["groups"]
-        assert sorted(each["exception_type"] for each in found) == sorted(expected)
+                            "regressed": ["again"], "new": ["fresh"], "": types}.items():
+        groups = api.get(f"{CRASHES}?state={state}", **ADMIN)[1]["groups"]
+        assert sorted(group["exception_type"] for group in groups) == sorted(expected)
         shown = re.findall(r"<bdi>(\w+)</bdi></a>", person.get(f"/crashes?days=all&state={state}").text)
         assert sorted(shown) == sorted(expected)
-    found = {each["exception_type"]: (each["state"], each["regressed_at"] is not None) for each in found}
-    assert found == {"open": ("open", False), "resolved": ("resolved", False), "muted": ("muted", False),
-                     "again": ("open", True), "fresh": ("open", False)}
+    states = {group["exception_type"]: (group["state"], group["regressed_at"] is not None) for group in groups}
+    assert states == {"open": ("open", False), "resolved": ("resolved", False), "muted": ("muted", False),
+                      "again": ("open", True), "fresh": ("open", False)}
     badges = dict(re.findall(r'<bdi>(\w+)</bdi></a>\s*<b>\s*(\w+)\s*</b>', person.get("/crashes?days=all").text))
     assert badges == {"resolved": "resolved", "muted": "muted", "again": "regressed", "fresh": "new"}
     assert api.get(f"{CRASHES}?state=closed", **ADMIN)[0] == 400
-    decided(api.server, {"state": "muted"}, groups["again"])
+    decided(api.server, {"state": "muted"}, group_hash("again", []))
     assert api.get(f"{CRASHES}?state=regressed", **ADMIN)[1]["groups"] == []
 
 
@@ -2757,47 +2760,46 @@ def test_lists_are_asked_for_groups_of_a_state(api, person, clock):
     ([], "", ""), (["1.2 9", "1.2 47"], "1.2 47", "1.2 (48)"), (["1.2 47", "1.10 3"], "1.2 47", "1.10 (3)"),
     (["1.2"], "1.2", "1.3"), (["1.9"], "1.9", "1.10"), (["2.0 1", "1.9 8"], "2.0 1", "2.0 (2)"),
     (["dev"], "dev", "dev")])
-def test_the_version_that_may_have_the_fix_is_filled_in(api, clock, builds, crashed_in, expected):
+def test_the_next_version_or_build_is_suggested_for_the_fix(api, clock, builds, crashed_in, expected):
     for build in builds:
         crash_now(api, clock, build, exception_type="SIGBUS")
     crash_now(api, clock, crashed_in)
     assert api.server.metrics.next_build(ABORTS, "default") == expected
 
 
-def test_what_somebody_with_a_key_invents_hides_no_regression(serve, told, clock, monkeypatch):
-    serve.unchecked.append(told.server)  # builds beyond the bound are not counted
+def test_invented_builds_and_versions_hide_no_regression(serve, subscribed, clock, monkeypatch):
+    serve.unchecked.append(subscribed.server)  # builds beyond the bound are not counted
     monkeypatch.setattr(backfeedr, "MAX_BUILDS_OF_APP", 3)
     for n in range(3):
-        crash_now(told, clock, f"1.0 {n}", exception_type="other")
-    crash_now(told, clock, "1.0 1")
+        crash_now(subscribed, clock, f"1.0 {n}", exception_type="other")
+    crash_now(subscribed, clock, "1.0 1")
     for fixed_in, versions, crashes in (
-            (None, 200, {"1.0 9": "resolved", "1.1 10": "open"}),  # which is new, though its build has no row
-            ("1.2", 0, {"1.1.9 11": "resolved", "1.3 12": "open"}),  # though it counts as (other)
-            (None, 0, {"1.4 13": "resolved"})):  # as nothing tells when it was first seen
+            (None, 200, {"1.0 9": "resolved", "1.1 10": "open"}),  # 1.1 is new, though its build has no row
+            ("1.2", 0, {"1.1.9 11": "resolved", "1.3 12": "open"}),  # 1.3 comes after it, though it counts as (other)
+            (None, 0, {"1.4 13": "resolved"})):  # it is not known when 1.4 was first seen
         monkeypatch.setitem(backfeedr.NEW_NAMES, "app_version", versions)
-        decided(told.server, {"state": "resolved", "fixed_in": fixed_in})
+        decided(subscribed.server, {"state": "resolved", "fixed_in": fixed_in})
         for build, state in crashes.items():
-            crash_now(told, clock, build)
-            assert state_of(told.server) == state, build
-    assert ("1.3",) in sql(told.server.store.path, "select app_version from crashes")
+            crash_now(subscribed, clock, build)
+            assert state_of(subscribed.server) == state, build
+    assert ("1.3",) in sql(subscribed.server.store.path, "select app_version from crashes")
 
 
-def test_a_crash_that_its_symbols_bring_to_a_resolved_group_may_regress_it(told, clock):
-    named = hashed("SIGABRT:" + SHOP_NAMES)
-    put(told.server)
-    crash_now(told, clock, "1.0 1", **shop_crash(1008, exception_type="SIGABRT", occurred_at=NOW))
-    decided(told.server, {"state": "resolved", "fixed_in": "1.1"}, named)
-    crash_now(told, clock, "1.0 1", **shop_crash(5008, OTHER_BUILD, occurred_at=NOW))
+def test_a_crash_that_symbols_move_to_a_resolved_group_may_regress_it(subscribed, clock):
+    upload(subscribed.server)
+    crash_now(subscribed, clock, "1.0 1", **shop_crash(1008, exception_type="SIGABRT", occurred_at=NOW))
+    decided(subscribed.server, {"state": "resolved", "fixed_in": "1.1"}, NAMED)
+    crash_now(subscribed, clock, "1.0 1", **shop_crash(5008, OTHER_BUILD, occurred_at=NOW))
     new = {**shop_crash(5012, OTHER_BUILD), "occurred_at": time_text(clock.seconds), **build_of("1.2 3")}
-    assert told.post(CRASHES, new)[0] == 201
-    assert state_of(told.server, named) == "resolved", "as nobody knows yet what these are"
-    put(told.server, NEXT_PART, OTHER_BUILD)
+    assert subscribed.post(CRASHES, new)[0] == 201
+    assert state_of(subscribed.server, NAMED) == "resolved", "the symbols are not there yet"
+    upload(subscribed.server, NEXT_PART, OTHER_BUILD)
     joined_threads()
-    assert state_of(told.server, named) == "open" and history_of(told.server, named)[-1][0] == "regressed"
-    assert facts_of(told.server)[-1][0] == "crash.regressed"
+    assert state_of(subscribed.server, NAMED) == "open" and history_of(subscribed.server, NAMED)[-1][0] == "regressed"
+    assert facts_of(subscribed.server)[-1][0] == "crash.regressed"
 
 
-def test_a_version_that_is_no_release_hides_neither_verdicts_nor_what_comes_next(keeping, clock):
+def test_a_version_that_is_no_release_hides_neither_verdicts_nor_the_next_version(keeping, clock):
     api = Api(keeping())
     for version, devices, crashed in (("99.0", 1, 1), ("1.0", 100, 4), ("0.9", 1, 0), ("1.1", 100, 30)):
         send_devices(api.server, version, devices, crashed)
@@ -2806,10 +2808,10 @@ def test_a_version_that_is_no_release_hides_neither_verdicts_nor_what_comes_next
             "device_id_hash": f"{version} {n}", "occurred_at": time_text(clock.seconds)}) for n in range(devices)])
         clock.move(A_DAY)
     assert verdicts(api)["1.1"] == "worse: 70 % of devices crash-free, 96 % before"
-    assert api.server.metrics.next_build(ABORTS, "default") == "1.2", "as the group has crashed in 1.1"
+    assert api.server.metrics.next_build(ABORTS, "default") == "1.2", "the group has crashed in 1.1"
 
 
-def test_the_names_of_sessions_use_up_no_names_of_events(api, clock, monkeypatch):
+def test_names_of_session_events_use_up_no_event_names(api, clock, monkeypatch):
     monkeypatch.setitem(backfeedr.NEW_NAMES, "name", 3)
     for event in [*({"type": "session_start", "session_id": f"s{n}", "name": f"launch {n}"} for n in range(9)),
                   *({"type": "custom", "name": name} for name in "abcd")]:
@@ -2822,7 +2824,7 @@ def state_form(page, state):
     return next(form for form in page.forms.values() if "state" in form.fields and form["state"].value == state)
 
 
-def test_a_group_is_decided_about_on_its_page(api, person, clock):
+def test_a_group_is_triaged_on_its_page(api, person, clock):
     crash_now(api, clock, "1.2 47")
     path = f"/crashes/{ABORTS}?app=default"
 
@@ -2857,30 +2859,29 @@ def test_a_group_is_decided_about_on_its_page(api, person, clock):
     assert stored(api.server, "triage", "group_history") == before
 
 
-@pytest.mark.parametrize("target_state", [None, "muted"])
-def test_state_and_history_go_where_the_crashes_go(api, clock, target_state):
-    old, named = hashed(f"SIGABRT:{HELD}+1009"), hashed("SIGABRT:" + SHOP_NAMES)
-    api.post(CRASHES, shop_crash_now(clock, 1008))
-    decided(api.server, {"state": "resolved", "fixed_in": "1.0", "comment": "old"}, old)
+@pytest.mark.parametrize("target_state", [None, "muted"])  # of the group that the crashes move to
+def test_state_and_history_move_with_the_crashes(api, clock, target_state):
+    group_of_crash(api, clock, 1008)
+    decided(api.server, {"state": "resolved", "fixed_in": "1.0", "comment": "old"}, UNNAMED)
     if target_state:
-        put(api.server)
+        upload(api.server)
         joined_threads()
-        assert patch(api.server, {"state": target_state}, old)[0] == 301
-        assert decided(api.server, {"state": target_state}, named)["state"] == target_state
+        assert patch(api.server, {"state": target_state}, UNNAMED)[0] == 301
+        assert decided(api.server, {"state": target_state}, NAMED)["state"] == target_state
         api.server.store.delete_symbols(HELD)
-        api.post(CRASHES, shop_crash_now(clock, 1008))
+        group_of_crash(api, clock, 1008)
         clock.move(1)
-        decided(api.server, {"comment": "between"}, old)
-    put(api.server)
+        decided(api.server, {"comment": "between"}, UNNAMED)
+    upload(api.server)
     joined_threads()
-    found = api.server.metrics.group(named)
-    assert (found["state"], found["fixed_in"]) == ((target_state, None) if target_state else ("resolved", "1.0"))
-    details = [each["detail"] for each in found["history"]]
+    group = api.server.metrics.group(NAMED)
+    assert (group["state"], group["fixed_in"]) == ((target_state, None) if target_state else ("resolved", "1.0"))
+    details = [entry["detail"] for entry in group["history"]]
     assert details == ["in 1.0", "old", *[None, "between"] * bool(target_state)]
-    assert sql(api.server.store.path, "select group_hash from triage") == [(named,)]
-    assert patch(api.server, {"state": "open"}, old) == (301, {"error": "moved", "detail": f"to {named}"})
-    status, headers, _ = call_with_headers(api.server, "PATCH", f"{CRASHES}/{old}", b'{"state": "open"}', **ADMIN)
-    assert headers["Location"] == f"{CRASHES}/{named}"
+    assert sql(api.server.store.path, "select group_hash from triage") == [(NAMED,)]
+    assert patch(api.server, {"state": "open"}, UNNAMED) == (301, {"error": "moved", "detail": f"to {NAMED}"})
+    status, headers, _ = call_with_headers(api.server, "PATCH", f"{CRASHES}/{UNNAMED}", b'{"state": "open"}', **ADMIN)
+    assert headers["Location"] == f"{CRASHES}/{NAMED}"
 
 
 # == Store =====================================================================
