@@ -7167,43 +7167,42 @@ def first_start_text(made: FirstStart, url: str) -> str:
 
 
 # == Server ====================================================================
-# waitress, and what has to be changed in it: it refuses in JSON, a stop answers every
-# request that was sent, no client's address is logged, and reports that come together
-# share a thread and a commit. Each class below says which fault of waitress it mends.
+# The web server: waitress with a few changes. Errors are JSON, a stop answers every request that was sent, no client's
+# address is logged, and reports that arrive together share a commit. Each class says what it changes and why.
 
 try:
     import waitress.server
     from waitress.channel import HTTPChannel
     from waitress.parser import HTTPRequestParser, ParsingError
     from waitress.task import ErrorTask, Task, ThreadedTaskDispatcher, WSGITask
-except ImportError:  # only `serve` needs it; an app that runs under another server does not
+except ImportError:  # only `serve` needs waitress; under another WSGI server it may be missing
     waitress = None
     HTTPChannel = HTTPRequestParser = ErrorTask = Task = ThreadedTaskDispatcher = WSGITask = object
 
 DRAIN_SECONDS = 4.0  # how long a stop waits for requests that have begun to arrive
-QUIET_SECONDS = 0.3  # after so long without a byte, a stop takes a connection to be idle
-SWITCH_SECONDS = 0.002  # how long a thread may keep the interpreter while others wait for it
-REQUEST_SECONDS = 60  # for a request to arrive, between two of a connection, and for an answer to get on
-PIPELINED = 4  # requests that a connection may send ahead; after the answer to the last it is closed
-SLOWEST = 2000  # bytes a second, of a phone on a bad day: each byte gives its request as much more time
+DRAIN_IDLE_SECONDS = 0.3  # a stop closes a connection that has been silent for so long
+SWITCH_INTERVAL = 0.002  # seconds that a thread may keep the interpreter while others wait for it
+IDLE_TIMEOUT = 60  # seconds for a request to arrive, between two requests, and without progress of an answer
+MIN_BYTES_PER_SECOND = 2000  # a request that arrives at this rate, as from a slow phone, never times out
+MAX_PIPELINED = 4  # requests that a connection may send ahead; after the answer to the last it is closed
 BATCH_THREADS = 4  # one commits while the next one decodes; with two, 16 clients get 14 % less done
-BATCHED_REQUESTS = 25  # in a batch; of 100 events each, the batches have as many rows as the store lets wait
-BATCHED_BYTES = 1_000_000  # in a batch; decoded they take several times as much memory
+MAX_BATCH_REQUESTS = 25  # of 100 events each, the batches then have as many rows as the store lets wait
+MAX_BATCH_BYTES = 1_000_000  # decoded, they take several times as much memory
 
 
 def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> None:
-    """Serves until SIGTERM or SIGINT. Raises OSError where it cannot listen, and ImportError without waitress, before
-    it touches the database: a first start's secrets are shown only once. `make` makes the server from settings with its
-    real port, and tells `announce` what is to be printed."""
+    """Serves until SIGTERM or SIGINT. Raises OSError if it cannot listen, and ImportError without waitress, both before
+    a database is made: the secrets of a first start are shown only once. `make` gets the settings with the real port,
+    and a function `announce` for what is to be printed."""
     if waitress is None:
         raise ImportError(_MISSING.format("waitress"))
     listener = _listen(settings.host, settings.port)
     settings = replace(settings, port=listener.getsockname()[1])
-    made: list[str] = []
+    announcements: list[str] = []
     if settings.verbose:
         log.addHandler(logging.StreamHandler())
         log.setLevel(logging.INFO)
-    with listener, make(settings, announce=made.append) as app, app.alerts.running():
+    with listener, make(settings, announce=announcements.append) as app, app.alerts.running():
         server = _make_server(app, settings, listener)
         stopping = threading.Event()
 
@@ -7211,18 +7210,18 @@ def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> Non
             stopping.set()
             server.pull_trigger()
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, stop)
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
         print("backfeedr on", _url(settings.host, settings.port), flush=True)
-        print("".join(made), end="", flush=True)
-        app.store.catch_up_in_background()  # what a migration or a stop has left to do
-        sys.stderr.write(_warning(settings, listener.getsockname()[0]))
-        # The default of 5 ms starves the I/O thread, which has to win the interpreter back
-        # after each call: reports take longer while pages are made. Much less wakes the
-        # waiting threads too often. Set here and not on import, which may be in a host app.
-        sys.setswitchinterval(SWITCH_SECONDS)
-        gc.freeze()  # the collector no longer looks at what is here to stay: worth 5 % of a batch's time
-        gc.set_threshold(20_000)  # nor again and again at what one commit counts, which has no cycles: 1 to 5 %
+        print("".join(announcements), end="", flush=True)
+        app.store.catch_up_in_background()  # finishes what a migration or a stop has left
+        sys.stderr.write(_unencrypted_warning(settings, listener.getsockname()[0]))
+        # The default of 5 ms starves the I/O thread, which needs the interpreter back after each call: reports take
+        # longer while pages are made. A much shorter one wakes the waiting threads too often. These three are set here
+        # and not at import, because the module may be imported by a host app.
+        sys.setswitchinterval(SWITCH_INTERVAL)
+        gc.freeze()  # the collector skips what stays anyway: saves 5 % of a batch's time
+        gc.set_threshold(20_000)  # fewer passes over the objects of a commit, which has no cycles: saves 1 to 5 %
         while not stopping.is_set():
             server.asyncore.loop(timeout=1, use_poll=True, map=server._map, count=1)
         _drain(server)
@@ -7234,53 +7233,53 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, UnicodeError, TypeError) as error:
         reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
-        wrong = "port" if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES) else "host"
+        option = "port" if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES) else "host"
         raise OSError(f"cannot listen on {host} port {port}: {reason};"
-                      f" --{wrong} or BACKFEEDR_{wrong.upper()} takes another") from None
+                      f" choose another with --{option} or BACKFEEDR_{option.upper()}") from None
 
 
-def _warning(settings: Settings, address: str) -> str:
-    """What to tell an operator whose keys would travel in the clear; "" for others."""
+def _unencrypted_warning(settings: Settings, address: str) -> str:
+    """A warning if the server listens to other machines and no proxy is known to add https; otherwise ""."""
     if ipaddress.ip_address(address.partition("%")[0]).is_loopback or settings.public_url.startswith("https://"):
         return ""
-    return (f"backfeedr: {address} can be reached from other machines, and keys can be read on their way: put a proxy"
-            " with https in front, and name its address in BACKFEEDR_PUBLIC_URL\n")
+    return (f"backfeedr: other machines can reach {address}, and the keys they send are not encrypted: put a proxy with"
+            " https in front, and set BACKFEEDR_PUBLIC_URL to its address\n")
 
 
 class _Parser(HTTPRequestParser):
-    """A request. Answers some that waitress leaves without an answer."""
+    """A request. Leads to an answer where waitress would only close the connection or wait."""
 
-    came = 0.0  # when it was complete
-    environ: Environ | None = None  # once a thread has begun with it
+    arrived_at = 0.0  # time.monotonic() when it was complete
+    environ: Environ | None = None  # set when a thread begins to handle it
 
     def parse_header(self, header_plus: bytes) -> None:
         try:
             super().parse_header(header_plus)
-        except ValueError as error:
-            # For `http://[` or a length of 5,000 digits. waitress logs it and closes the connection.
-            raise ParsingError(str(error)) from None
+        except ValueError as error:  # for `http://[` or a length of 5,000 digits
+            raise ParsingError(str(error)) from None  # waitress answers only this one
         finally:
-            # Where no body follows or it is refused, waitress sends `100 Continue` and waits for one.
+            # waitress would send `100 Continue` even if no body follows or it is refused, and wait for one.
             if not self.chunked and not 0 < self.content_length < self.adj.max_request_body_size:
                 self.expect_continue = False
 
 
 class _Task(Task):
-    """Common to all answers."""
+    """What all answers have in common."""
 
     def build_response_header(self) -> Any:
-        """Tells clients to send no more during a stop, which waitress does not: a client that went on sending would
-        lose its last request. Logs the request."""
+        """Closes the connection during a stop: a client that went on sending would lose its last request. Logs the
+        request."""
         if not self.channel.server.accepting:
             self.set_close_on_finish()
         if log.isEnabledFor(logging.INFO):
             request = self.request
-            log.info("%s %s %.1f ms", _request_line(request), self.status[:3], 1000 * (time.monotonic() - request.came))
+            milliseconds = 1000 * (time.monotonic() - request.arrived_at)
+            log.info("%s %s %.1f ms", _request_line(request), self.status[:3], milliseconds)
         return super().build_response_header()
 
 
 class _ErrorTask(_Task, ErrorTask):
-    """What waitress refuses, in JSON. Its own answer is plain text."""
+    """Answers in JSON what waitress refuses, which itself would answer in plain text."""
 
     def execute(self) -> None:
         error = self.request.error
@@ -7296,8 +7295,8 @@ class _AppTask(_Task, WSGITask):
     """An answer of the app."""
 
     def get_environment(self) -> Environ:
-        """One for each request and not for each task: a batch has put the submission into it. A proxy on this host is
-        believed that a client came by https; a header that makes no sense is not refused, as waitress would."""
+        """The request's one environ, in which its batch may have put a submission. Believes a proxy on this host that
+        the client uses https. waitress could do that, too, but would refuse a header that makes no sense."""
         environ: Environ = self.request.environ or super().get_environment()
         if environ.get("HTTP_X_FORWARDED_PROTO") == "https" and environ["REMOTE_ADDR"] == "127.0.0.1":
             environ["wsgi.url_scheme"] = "https"
@@ -7310,115 +7309,118 @@ class _Channel(HTTPChannel):
 
     parser_class, task_class, error_task_class = _Parser, _AppTask, _ErrorTask
     __repr__ = object.__repr__  # that of waitress has the client's address, and is logged with errors
-    began = last_activity = 0.0
+    request_began = last_activity = 0.0
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        self.requests_lock = threading.RLock()  # `received` takes it around waitress's own, which takes it, too
+        self.requests_lock = threading.RLock()  # not a Lock: `received` takes it around a method that takes it again
 
     def received(self, data: bytes) -> None:
-        """Counts the time of a request from its beginning. waitress counts from the last byte, so a client that
-        sends a byte now and then would keep its connection for ever. Takes few requests ahead: the answers to a
-        packet of them, which the client need not read, are many megabytes."""
-        begun, now = self.request, self.last_activity
-        with self.requests_lock:  # else a worker would answer some of them meanwhile
+        """Measures the time of a request from its first byte. waitress measures from the last one, so a client that
+        sends a byte now and then would keep its connection for ever. Drops requests beyond MAX_PIPELINED: a client that
+        reads no answers would otherwise make many megabytes of them wait."""
+        previous, now = self.request, self.last_activity  # waitress has just set the time
+        with self.requests_lock:  # keeps workers from answering some of them meanwhile
             super().received(data)
-            if len(self.requests) > PIPELINED:
-                del self.requests[PIPELINED:]
+            if len(self.requests) > MAX_PIPELINED:
+                del self.requests[MAX_PIPELINED:]
                 self.requests[-1].version, self.requests[-1].headers["CONNECTION"] = "1.1", "close"
-        is_new = begun is None or self.request is not begun
-        self.began = self.last_activity = now if is_new else min(now, self.began + len(data) / SLOWEST)
+        is_same = previous is not None and self.request is previous
+        # The timeout counts from last_activity: each byte moves it on as if it came at the lowest rate.
+        self.request_began = min(now, self.request_began + len(data) / MIN_BYTES_PER_SECOND) if is_same else now
+        self.last_activity = self.request_began
 
     def service(self) -> None:
-        """Sends the answer at once if the next request of the connection is here already. Because of `send_bytes`
-        the I/O thread would keep it until that one is answered, too."""
+        """Sends the answer even if the connection's next request is here already. The I/O thread would keep a small
+        answer until that one is answered, too."""
         super().service()
         if self.requests:
             self._flush_exception(self._flush_some, do_close=False)
 
     def _flush_some(self, do_close: bool = True) -> Any:
-        """Takes the lock, which waitress's I/O thread does not. While that sent an answer, a worker sent the
-        `100 Continue` for the next request, and both were sent twice and mixed."""
+        """Takes the lock, which waitress's I/O thread does not. Otherwise it could send an answer while a worker sends
+        the `100 Continue` for the next request: both would go out twice and mixed."""
         with self.outbuf_lock:
             return self.connected and super()._flush_some(do_close)
 
     def writable(self) -> bool:
-        """Not where `handle_write` would leave a small answer to the thread that works on it. waitress's I/O thread
-        would spin until that is done, and take the interpreter from the thread that it waits for."""
+        """False if `handle_write` would leave a small answer to the worker that makes it. waitress's I/O thread would
+        spin until then, and take the interpreter from that worker."""
         is_left = self.requests and not self.will_close and self.total_outbufs_len < self.adj.send_bytes
         return not is_left and bool(super().writable())
 
 
 def _close_idle(server: Any, now: float) -> None:
-    """Closes connections that were idle for too long. waitress spares those whose client does not read."""
+    """Closes idle connections, also those whose client reads no answer, which waitress keeps."""
     for channel in list(server.active_channels.values()):
-        if channel.last_activity < now - REQUEST_SECONDS and (channel.total_outbufs_len or not channel.requests):
-            channel.handle_close()  # at once: to a client that does not read, the socket is never ready
+        if channel.last_activity < now - IDLE_TIMEOUT and (channel.total_outbufs_len or not channel.requests):
+            channel.handle_close()  # at once: if the client does not read, the socket never becomes writable
 
 
 class _Dispatcher(ThreadedTaskDispatcher):
-    """Gives all submissions that come while a thread decodes to that thread, which stores them in one commit.
-    waitress wakes a thread for each request, which takes longer than the work; all others it still gets."""
+    """Gives each report that arrives while a thread decodes others to that thread, which stores all in one commit.
+    waitress wakes a thread for each request, which takes longer than the work; it still does so for all others."""
 
     def __init__(self, app: Backfeedr, threads: int):
         super().__init__()
         self.set_thread_count(threads)
         self.app, self.is_stopped = app, False
-        self.coming: SimpleQueue[_Channel | None] = SimpleQueue()  # whose requests wait for a batch; None wakes
-        self.taking = threading.Lock()  # held by the thread that waits for requests and decodes them
-        self.batch_threads = [threading.Thread(target=self.run, daemon=True) for _ in range(BATCH_THREADS)]
+        self.waiting: SimpleQueue[_Channel | None] = SimpleQueue()  # connections with a report; None only wakes
+        self.collecting = threading.Lock()  # held by the thread that waits for reports and decodes them
+        self.batch_threads = [threading.Thread(target=self.store_batches, daemon=True) for _ in range(BATCH_THREADS)]
         for thread in self.batch_threads:
             thread.start()
 
     def add_task(self, channel: _Channel) -> None:
         request = channel.requests[0]
-        request.came = time.monotonic()
+        request.arrived_at = time.monotonic()
         key = request.headers.get("X_BACKFEEDR_KEY", "")
         if request.error or not self.app.can_batch(request.command, request.path, key):
             super().add_task(channel)
         else:
-            self.coming.put(channel)
+            self.waiting.put(channel)
 
-    def run(self) -> None:
+    def store_batches(self) -> None:
         while not self.is_stopped:
             self.store_batch()
 
     def store_batch(self) -> None:
-        """Waits for requests, stores what they carry, and answers each."""
+        """Waits for requests, stores their reports, and answers each."""
         batch: list[_Channel] = []
-        with closing(self.take_all(batch)) as environs:
-            self.attempt(self.app.submit_all, environs)
+        with closing(self.collect(batch)) as environs:
+            self.log_errors(self.app.submit_all, environs)
         for channel in batch:
-            self.attempt(channel.service)
+            self.log_errors(channel.service)
 
-    def attempt(self, step: Callable[..., Any], *arguments: Any) -> None:
-        """Logs an error, which must not end the thread or keep others from their answers."""
+    def log_errors(self, call: Callable[..., Any], *arguments: Any) -> None:
+        """Makes a call whose error must not end the thread or keep others from their answers."""
         try:
-            step(*arguments)
+            call(*arguments)
         except BaseException:
             log.exception("unexpected error")
 
-    def take_all(self, batch: list[_Channel]) -> Generator[Environ, None, None]:
-        """Waits for a request, and takes it and all others that come while the caller decodes, into `batch`."""
-        with self.taking, suppress(Empty):
-            channel, size = self.coming.get(), 0
+    def collect(self, batch: list[_Channel]) -> Generator[Environ, None, None]:
+        """Waits for a request; appends its connection, and all that have one by the time the caller has decoded it, to
+        `batch`; yields the environs."""
+        with self.collecting, suppress(Empty):
+            channel, size = self.waiting.get(), 0
             while channel:
                 batch.append(channel)
                 request = channel.requests[0]
                 environ = _AppTask(channel, request).get_environment()
-                if time.monotonic() - request.came > BUSY_TIMEOUT:  # no thread was free for so long
+                if time.monotonic() - request.arrived_at > BUSY_TIMEOUT:  # no thread was free for so long
                     environ[_SUBMISSION] = Submission(error=StorageUnavailable())
                 elif channel.connected:
                     yield environ
-                is_packed = "CONTENT_ENCODING" in request.headers  # and may become as large as any
-                size += self.app.settings.max_body_size if is_packed else request.body_bytes_received
-                has_room = len(batch) < BATCHED_REQUESTS and size < BATCHED_BYTES
-                channel = self.coming.get_nowait() if has_room else None
+                is_compressed = "CONTENT_ENCODING" in request.headers  # so it may become as large as any
+                size += self.app.settings.max_body_size if is_compressed else request.body_bytes_received
+                has_room = len(batch) < MAX_BATCH_REQUESTS and size < MAX_BATCH_BYTES
+                channel = self.waiting.get_nowait() if has_room else None
 
     def shutdown(self, *arguments: Any, **options: Any) -> Any:
         self.is_stopped = True
         for _ in self.batch_threads:
-            self.coming.put(None)
+            self.waiting.put(None)
         for thread in self.batch_threads:
             thread.join(timeout=1)
         return super().shutdown(*arguments, **options)
@@ -7428,30 +7430,31 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of every request that waits
     server = waitress.server.create_server(
         app, _dispatcher=_Dispatcher(app, settings.threads), sockets=[listener], ident=None,
-        max_request_body_size=settings.max_body_size + 65536,  # a little more: the app's own limit goes first
+        max_request_body_size=settings.max_body_size + 65536,  # more than the app's own limit, which refuses first
         connection_limit=_connection_limit(settings.threads + BATCH_THREADS),
         max_request_header_size=32768, inbuf_overflow=131072, recv_bytes=65536, cleanup_interval=10,
         asyncore_use_poll=True, clear_untrusted_proxy_headers=True,
-        outbuf_high_watermark=1 << 40)  # at which a worker would wait for the client
+        outbuf_high_watermark=1 << 40)  # beyond it a worker would wait for the client: never
     server.channel_class = _Channel
     server.maintenance = partial(_close_idle, server)
-    # Head and body of an answer leave together, sent by the I/O thread: a tenth more speed. (As an option
-    # of create_server it is deprecated.)
+    # The I/O thread sends head and body of an answer together, which is a tenth faster. (As an option of create_server
+    # this is deprecated.)
     server.adj.send_bytes = 16384
     return server
 
 
 def _request_line(request: Any) -> str:
-    """Method and path of a request as they may be logged: in printable ASCII, without query or key."""
-    if not hasattr(request, "path") or request.error and request.error.code == 431:  # waitress did not read it
+    """Method and path for the log, in printable ASCII, without query or key."""
+    if not hasattr(request, "path") or request.error and request.error.code == 431:  # waitress did not parse it
         return "- -"
     path = quote(request.path[:200], safe="/:@!$&'()*+,;=~", encoding="latin-1") or "-"
     return re.sub("(bf_[a-z]+_)[0-9A-Za-z]+", r"\1...", f"{request.command[:20]} {path}")
 
 
 def _connection_limit(threads: int) -> int:
-    """As many connections as there are files for: two each, as a large body takes one, beside the database's."""
-    import resource  # which only POSIX has, and an app that runs under another server need not
+    """How many connections the limit of open files allows: each needs two files, one of them for a large body, and the
+    database needs three for each thread. Raises the soft limit first."""
+    import resource  # here, because only POSIX has it, and only `serve` needs it
 
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     files = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
@@ -7460,9 +7463,9 @@ def _connection_limit(threads: int) -> int:
 
 
 def _drain(server: Any) -> None:
-    """Stops accepting, and answers every request that was sent. waitress ends with requests in flight."""
+    """Stops accepting, and answers every request that was sent. waitress itself would drop those in progress."""
     accepted = -1
-    while len(server.active_channels) > accepted:
+    while len(server.active_channels) > accepted:  # until no connection waits to be accepted
         accepted = len(server.active_channels)
         server.handle_accept()
     server.accepting = False
@@ -7473,7 +7476,7 @@ def _drain(server: Any) -> None:
         server.asyncore.loop(timeout=0.05, use_poll=True, map=server._map, count=1)
         for channel in list(server.active_channels.values()):
             is_busy = channel.requests or channel.request or channel.total_outbufs_len
-            if not is_busy and time.time() - channel.last_activity > QUIET_SECONDS:
+            if not is_busy and time.time() - channel.last_activity > DRAIN_IDLE_SECONDS:
                 channel.will_close = True
     server.task_dispatcher.shutdown(timeout=1)
 

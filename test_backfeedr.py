@@ -7574,7 +7574,7 @@ def test_a_packet_of_requests_gets_few_answers_and_a_client_that_does_not_read_i
         channel, = slow_server.active_channels.values()
         wait_until(lambda: slow_server.turn() or channel.close_when_flushed)
         assert channel.requests == [] and channel.total_outbufs_len < 30_000 * len(answered)
-        assert len(answered) == backfeedr.PIPELINED == 4
+        assert len(answered) == backfeedr.MAX_PIPELINED == 4
         clock.move(59)
         slow_server.maintenance(clock.seconds)
         assert slow_server.active_channels
@@ -7705,8 +7705,8 @@ def crowd(slow_server):
 
     def crowd(*requests):
         connections = [send_to(slow_server, request) for request in requests]
-        wait_until(lambda: slow_server.turn() or dispatcher.coming.qsize() >= len(requests))
-        while not dispatcher.coming.empty():
+        wait_until(lambda: slow_server.turn() or dispatcher.waiting.qsize() >= len(requests))
+        while not dispatcher.waiting.empty():
             dispatcher.store_batch()
         answers = [received_by(connection, slow_server) for connection in connections]
         for connection in connections:
@@ -7716,8 +7716,8 @@ def crowd(slow_server):
 
 
 @pytest.mark.parametrize("limit, is_packed, expected", [
-    ({"BATCHED_REQUESTS": 2}, False, [2, 2, 2, 1]), ({"BATCHED_BYTES": 250}, False, [3, 3, 1]), ({}, False, [7]),
-    ({"BATCHED_BYTES": Settings.max_body_size + 1}, True, [2, 2, 2, 1])])  # as each may become as large as a body
+    ({"MAX_BATCH_REQUESTS": 2}, False, [2, 2, 2, 1]), ({"MAX_BATCH_BYTES": 250}, False, [3, 3, 1]), ({}, False, [7]),
+    ({"MAX_BATCH_BYTES": Settings.max_body_size + 1}, True, [2, 2, 2, 1])])  # as each may become as large as a body
 def test_no_more_is_taken_at_a_time_than_there_is_room_for(slow_server, crowd, monkeypatch, limit, is_packed, expected):
     taken, submit_all = [], slow_server.app.submit_all
 
@@ -7748,9 +7748,9 @@ def test_reports_that_come_together_share_a_commit_or_an_error_and_each_is_answe
         return 1 / 0
 
     def go(store_batch=dispatcher.store_batch):
-        channel = dispatcher.coming.get()
+        channel = dispatcher.waiting.get()
         channel.connected = False
-        dispatcher.coming.put(channel)
+        dispatcher.waiting.put(channel)
         store_batch()
 
     for owner, name, value, answers, stored_ones in (
@@ -7912,8 +7912,8 @@ def test_a_request_is_answered_and_with_verbose_logged_without_what_is_private(r
     ("0.0.0.0", "", True), ("192.0.2.1", "http://example.com", True), ("0.0.0.0", "https://example.com", False),
     ("127.0.0.2", "", False), ("::1", "", False), ("fe80::1%eth0", "", True)])
 def test_a_server_open_to_others_without_https_warns(address, public_url, is_warned):
-    warning = backfeedr._warning(Settings(public_url=public_url), address)
-    assert bool(warning) == is_warned == warning.startswith(f"backfeedr: {address} ") == ("_PUBLIC_URL" in warning)
+    warning = backfeedr._unencrypted_warning(Settings(public_url=public_url), address)
+    assert bool(warning) == is_warned == (f" {address}, " in warning) == ("_PUBLIC_URL" in warning)
 
 
 @pytest.mark.slow
@@ -9904,8 +9904,8 @@ ERRORS = {  # variables (each without BACKFEEDR_) and arguments of a command, an
     "THREADS=many": "BACKFEEDR_THREADS: 'many' is not a whole number",
     "--port 65536": "*port: 65536 is not from 0 to 65535",
     "--port TAKEN":
-        f"cannot listen on 127.0.0.1 port {TAKEN}: Address already in use*; --port or BACKFEEDR_PORT takes another",
-    "--host 256.0.0.1": "cannot listen on 256.0.0.1 port 8080: *; --host or BACKFEEDR_HOST takes another",
+        f"cannot listen on 127.0.0.1 port {TAKEN}: Address already *; choose another with --port or BACKFEEDR_PORT",
+    "--host 256.0.0.1": "cannot listen on 256.0.0.1 port 8080: *; choose another with --host or BACKFEEDR_HOST",
     "--host \u00fc..x": "cannot listen on *",
     "--port 0 --db junk.db": f"cannot open the database */junk.db: file is not a database{ANOTHER_FILE}",
     "--port 0 --db other.db": f"*/other.db is a database, but not one of backfeedr's{ANOTHER_FILE}",
