@@ -7486,22 +7486,22 @@ def _drain(server: Any) -> None:
 
 IMPORT_LINES = 1000  # at most in a transaction
 IMPORT_BYTES = 1_000_000  # after which a transaction ends, too
-MAX_LINE = 1 << 27  # bytes of an exported report: far above any body that a server accepts
+MAX_LINE = 1 << 27  # bytes of an exported report: far more than any server accepts in a body
 LOW_DISK = 100_000_000  # bytes; with less than this free, `check` fails
 
 
 def backup(store: Store, path: Path) -> None:
-    """Copies the database as it is now to a new file that only its owner can read. Raises StoreError. The copy gets its
-    name only when it is complete. One read transaction: it blocks no writer; the WAL grows until it is done."""
+    """Copies the database as it is now to a new file that only its owner can read. Raises StoreError. The file gets its
+    name only when it is complete. One read transaction: it blocks no writer, but the WAL grows until it is done."""
     if path.exists():
-        raise StoreError(f"there is a file {path} already")
+        raise StoreError(f"the file {path} already exists")
     try:
-        # A temporary file has mode 0600, and is deleted also after an error.
+        # A temporary file has mode 0600, and is deleted even after an error.
         with tempfile.NamedTemporaryFile(prefix=path.name + ".", suffix=".partial", dir=path.parent) as partial, \
                 closing(Connection(store.path, mode="ro")) as db:
             db.execute("vacuum into ?", (partial.name,))
             os.fsync(partial.fileno())
-            os.link(partial.name, path)  # fails if another file took the name meanwhile
+            os.link(partial.name, path)  # fails if another file has taken the name meanwhile
     except (OSError, sqlite3.Error) as error:
         raise StoreError(f"cannot write the backup {path}: {getattr(error, 'strerror', error)}") from None
 
@@ -7512,9 +7512,9 @@ def write_jsonl(out: TextIO, stored: StoredReport) -> None:
 
 
 def csv_writer(out: TextIO, kind: Any) -> Callable[[StoredReport], Any]:
-    """Writes reports as a table with a header. A spreadsheet reads no cell of it as a formula."""
+    """Writes the header of a table, and returns a function that writes a report as a row."""
     table = csv.DictWriter(out, ["id", "app", "is_test", "received_at", "clock_ahead_ms",
-                                *[each for each in kind._fields if each != "images"]])
+                                *[name for name in kind._fields if name != "images"]])
     table.writeheader()
     return lambda stored: table.writerow({name: _csv_cell(value) for name, value in _exported(stored).items()})
 
@@ -7524,47 +7524,48 @@ def _exported(stored: StoredReport) -> JsonObject:
     return as_sent({"id": report_id, **stored._asdict(), "report": None, **stored.report._asdict()}, exact_time)
 
 
-# Spreadsheets skip control characters, and take the full-width signs for the others.
+# How a formula begins. Spreadsheets skip control characters, and read full-width signs like the others.
 _FORMULA = re.compile("[-=+@\uff0d\uff1d\uff0b\uff20\x00-\x1f\x7f-\x9f]")
 
 
 def _csv_cell(value: Any) -> Any:
+    """The value as a cell that no spreadsheet takes for a formula."""
     if type(value) in (list, dict):
         return _encode(value)
     return "'" + value if type(value) is str and _FORMULA.match(value) else value
 
 
-_EXPORTED = {"app": str, "id": str, "is_test": bool, "received_at": str, "clock_ahead_ms": int, "extra": dict}
+_ADDED_FIELDS = {"app": str, "id": str, "is_test": bool, "received_at": str, "clock_ahead_ms": int, "extra": dict}
 
 
 def _parse_exported(line: bytes) -> StoredReport:
-    """A report from a line of `write_jsonl`, checked like one from a client. Raises Refusal."""
-    given = {"extra": {}, "clock_ahead_ms": 0, **decode_json(line)}
-    group = given.pop("group_hash", "")  # computed again, unless the frames that make it were cut
-    for name, kind in _EXPORTED.items():
-        if type(given.get(name)) is not kind:
-            raise Refusal(f"invalid {name}" if given.get(name) is not None else f"missing {name}")
-    app, report_id, is_test, received, ahead, extra = map(given.pop, _EXPORTED)
-    if not 0 <= ahead < 10_000 * 366 * DAY:  # all years there are
+    """Reads a line of `write_jsonl`, and checks its report like one from a client. Raises Refusal."""
+    values = {"extra": {}, "clock_ahead_ms": 0, **decode_json(line)}
+    group = values.pop("group_hash", "")  # computed again, unless the frames that it depends on were cut
+    for name, kind in _ADDED_FIELDS.items():
+        if type(values.get(name)) is not kind:
+            raise Refusal(f"{'missing' if values.get(name) is None else 'invalid'} {name}")
+    app, report_id, is_test, received, clock_ahead, extra = map(values.pop, _ADDED_FIELDS)
+    if not 0 <= clock_ahead < 10_000 * 366 * DAY:  # longer than all years there are
         raise Refusal("invalid clock_ahead_ms")
     try:
         received_at = parse_time(received)
     except ValueError:
         raise Refusal("invalid received_at") from None
     match = re.fullmatch("(evt_)?([0-7][0-9a-f]{15})", report_id)
-    # A seq is never before its time of receipt. It may be about a day later, after the server's clock was set back.
+    # A seq is never before its time of receipt. It is up to about a day after it if the server's clock was set back.
     if not match or not first_seq(received_at) <= int(match[2], 16) < first_seq(received_at + 2 * DAY):
         raise Refusal("invalid id")
-    report: Any = (parse_event if match[1] else parse_crash)({**extra, **given})
+    report: Any = (parse_event if match[1] else parse_crash)({**extra, **values})
     cut = extra.get("truncated")
     if type(cut) is list and "stack_trace" in cut and re.fullmatch("[0-9a-f]{16}", str(group)):
         report = report._replace(group_hash=group)
-    return StoredReport(int(match[2], 16), app, is_test, received_at, ahead, report)
+    return StoredReport(int(match[2], 16), app, is_test, received_at, clock_ahead, report)
 
 
 def import_jsonl(store: Store, lines: Iterable[bytes]) -> Counter[str]:
-    """Stores what `write_jsonl` wrote and returns the summed counts of `Store.import_`. Raises StoreError with the
-    number of the first bad line; the good lines before it are stored then."""
+    """Stores what `write_jsonl` wrote. Returns the sum of the counts of `Store.import_`. Raises StoreError with the
+    number of the first bad line, after storing the lines before it."""
     counts: Counter[str] = Counter()
     try:
         for batch in _import_batches(lines):
@@ -7593,7 +7594,7 @@ def _import_batches(lines: Iterable[bytes]) -> Iterator[list[StoredReport]]:
 
 
 def _read_only_mode(path: Path) -> str:
-    """Without a WAL nobody writes; `immutable` keeps SQLite from making one."""
+    """The `mode` that changes nothing. Without a WAL nobody writes, and `immutable` keeps SQLite from making one."""
     return "ro" if Path(f"{path}-wal").exists() else "ro&immutable=1"
 
 
@@ -7605,10 +7606,10 @@ def _check_file(path: Path) -> str:
     if not path.is_file():
         raise StoreError(f"there is no database {path}{_ANOTHER}")
     if not os.access(path, os.R_OK | os.W_OK):
-        raise StoreError(f"{path} may not be read and written; a server could not use it")
+        raise StoreError(f"no permission to read and write {path}, which a server needs")
     free = shutil.disk_usage(path.parent).free
     if free < LOW_DISK:
-        raise StoreError(f"only {megabytes(free)} of the disk are free")
+        raise StoreError(f"only {megabytes(free)} are free on the disk")
     return f"{path}, {megabytes(path.stat().st_size)}, WAL {megabytes(_wal_size(path))}, disk {megabytes(free)} free"
 
 
@@ -7616,22 +7617,22 @@ def _check_schema(path: Path) -> str:
     with closing(_open_read_only(path)) as db:
         check_is_ours(db, path)
         version: int = db.pragma("user_version")
-        if not version:
-            raise StoreError("there are no tables")
-        return f"version {version}" + (
-            f", which the next start upgrades to version {SCHEMA_VERSION}" if version < SCHEMA_VERSION else "")
+    if not version:
+        raise StoreError("there are no tables")
+    upgrade = f", which the next start upgrades to version {SCHEMA_VERSION}" if version < SCHEMA_VERSION else ""
+    return f"version {version}{upgrade}"
 
 
 def _check_pages(path: Path) -> str:
     with closing(_open_read_only(path)) as db:
-        found = db.pragma("quick_check(1)")
-        if found != "ok":
-            raise StoreError(" ".join(found.splitlines()[-1:]))
-        return f"{db.pragma('page_count'):,}, all sound"
+        result, pages = db.pragma("quick_check(1)"), db.pragma("page_count")
+    if result != "ok":
+        raise StoreError(result.rpartition("\n")[2])
+    return f"{pages:,}, all sound"
 
 
 def _check_roll_ups(path: Path) -> str:
-    """Counts all reports again, by the same code into tables of its own, and compares."""
+    """Compares the figures with those that the same code counts again, into tables of its own, from all reports."""
     with closing(sqlite3.connect("", isolation_level=None, uri=True)) as db:  # "": a temporary file
         db.execute("attach database ? as stored", (f"{path.as_uri()}?mode={_read_only_mode(path)}",))
         if db.execute("pragma stored.user_version").fetchone()[0] < SCHEMA_VERSION:
@@ -7641,63 +7642,66 @@ def _check_roll_ups(path: Path) -> str:
         expired, = db.execute("""
             select coalesce(max(value), 0) from state where name like 'expired%' or name like 'early%'""").fetchone()
         recount(db)
-        wrong = [table for figure in FIGURES for table in _unequal_tables(db, figure, expired)]
-    if wrong:
-        raise StoreError(f"these tables are not what they should be: {', '.join(wrong)}")
+        wrong_tables = _wrong_tables(db, expired)
+    if wrong_tables:
+        raise StoreError(f"these tables do not agree with the reports: {', '.join(wrong_tables)}")
     return "agree with the reports"
 
 
-# The first and the last report that a row has seen, which may have expired.
-SPANS = {"sessions": ("first_seq", "last_seq"), "groups": ("first_seen", "last_seen"),
-         "builds": ("first_seen", "last_seen"), "devices": ("first_day", "last_hour")}
+def _wrong_tables(db: sqlite3.Connection, expired: int) -> list[str]:
+    """Compares the tables in `stored` with those in `main`, which were counted again. `expired` is the seq before which
+    reports may be gone, or 0."""
+    row_tables = re.findall(r"create table (\w+)", "".join(figure.TABLES for figure in FIGURES))
+    queries = [(table, query) for table, sums in SUMS.items() for query in _wrong_sums(table, sums, expired)]
+    queries += [(table, _wrong_rows(table)) for table in row_tables if table != "medians"]  # a cache
+    parameters = {"settled": expired and expired + first_seq(HOUR)}
+    wrong = [table for table, query in queries if db.execute(query + " limit 1", parameters).fetchone()]
+    return list(dict.fromkeys(wrong))
 
 
-def _unequal_tables(db: sqlite3.Connection, figure: type[Figure], expired: int) -> Iterator[str]:
-    """`main` has what the reports say, `stored` what is to be checked."""
-    for table, sums in figure.SUMS.items():
-        if any(db.execute(query + " limit 1").fetchone() for query in _unequal_sums(table, sums, expired)):
-            yield table
-    for table in set(re.findall(r"create table (\w+)", figure.TABLES)) - {"medians"}:
-        same = " and ".join(f"theirs.{each} = ours.{each}" for each in KEYS[table])
-        first, last = SPANS.get(table, ("app_id", "app_id"))
-        comparable = ""
-        if "device" in table:  # which goes with its last report to the hour
-            comparable = "(app_id, device) in (select app_id, device from main.devices where last_seq > :settled) and"
-        elif table == "builds":  # of which others may have come first
-            comparable = f"""(select count(*) from stored.builds as theirs where theirs.app_id = ours.app_id)
-                < {MAX_BUILDS_OF_APP} and"""
-        elif table == "groups":
-            same += " and theirs.crashes = ours.crashes and theirs.devices = ours.devices"
-        if db.execute(f"""
-                select 1 from main.{table} as ours where {comparable} not exists (
-                    select 1 from stored.{table} as theirs
-                    where {same} and theirs.{first} <= ours.{first} and theirs.{last} >= ours.{last})
-                limit 1""", {"settled": expired and expired + first_seq(HOUR)}).fetchone():
-            yield table
-
-
-def _unequal_sums(table: str, sums: Sums, expired: int) -> list[str]:
-    """Queries for rows that are not as they should be. Where reports have expired, days after them are compared, and
-    what cannot be less than what is left. A device or a session whose first report is gone would count on a later day,
-    or for a later release."""
-    columns, where = ", ".join([*KEYS[table], *sums.columns]), "app_id in (select id from apps)"  # not the deleted
-    if table == "key_days":  # which no report tells
+def _wrong_sums(table: str, sums: Sums, expired: int) -> list[str]:
+    """Queries for rows that differ. If reports have expired, they only look at the days after that, or for sums that
+    are less than what is left: a device or session whose first report is gone would count on a later day or release."""
+    if table == "key_days":  # counts requests, and no report tells of them
         return []
     if expired and table in ("active_days", "device_hours"):
-        return [f"select 1 from main.{table} as ours left join stored.{table} as theirs using"
-                f" ({', '.join(KEYS[table])}) where "
-                + " or ".join(f"ours.{each} > coalesce(theirs.{each}, 0)" for each in sums.columns)]
+        is_less = " or ".join(f"counted.{column} > coalesce(kept.{column}, 0)" for column in sums.columns)
+        return [f"""select 1 from main.{table} as counted left join stored.{table} as kept
+                    using ({', '.join(KEYS[table])}) where {is_less}"""]
+    where = "app_id in (select id from apps)"  # not of deleted apps
     if expired and table in ("crash_days", "group_days", "event_names"):
         where += f" and day > {(expired >> SEQ_BITS) // DAY + 1}"
     elif expired and sums.lasts:
         return []
-    elif table == "release_hours":  # of later ones, what is deleted depends on reports that may be gone
+    elif table == "release_hours":  # whether later hours are kept depends on reports that may be gone
         where += f""" and hour <= (
             select min(first_seen) / {HOUR} + {24 * HEALTH_DAYS} from stored.builds as seen
             where seen.app_id = release_hours.app_id and seen.app_version = release_hours.app_version)"""
-    ours, theirs = (f"select {columns} from {place}.{table} where {where}" for place in ("main", "stored"))
-    less, more = f"{ours} except {theirs}", f"{theirs} except {ours}"
-    return [less] if sums.window or table == "release_hours" else [less, more]  # old rows are deleted some time later
+    columns = ", ".join([*KEYS[table], *sums.columns])
+    counted, kept = (f"select {columns} from {schema}.{table} where {where}" for schema in ("main", "stored"))
+    has_old_rows = sums.window or table == "release_hours"  # which are deleted some time after they are too old
+    return [f"{counted} except {kept}"] + [f"{kept} except {counted}"] * (not has_old_rows)
+
+
+# The columns with the times of a row's first and last report. Both reports may have expired.
+SPAN_COLUMNS = {"sessions": ("first_seq", "last_seq"), "groups": ("first_seen", "last_seen"),
+                "builds": ("first_seen", "last_seen"), "devices": ("first_day", "last_hour")}
+
+
+def _wrong_rows(table: str) -> str:
+    """A query for rows that are not stored, or with a shorter span than the reports that are left."""
+    first, last = SPAN_COLUMNS.get(table, ("app_id", "app_id"))
+    same = [*KEYS[table], *(("crashes", "devices") if table == "groups" else ())]
+    condition = "true"
+    if "device" in table:  # goes with the device's last report, to the hour
+        condition = "(app_id, device) in (select app_id, device from main.devices where last_seq > :settled)"
+    elif table == "builds":  # at the limit, other builds may have come first
+        condition = f"(select count(*) from stored.builds where app_id = counted.app_id) < {MAX_BUILDS_OF_APP}"
+    return f"""
+        select 1 from main.{table} as counted where {condition} and not exists (
+            select 1 from stored.{table} as kept
+            where {" and ".join(f"kept.{column} = counted.{column}" for column in same)}
+            and kept.{first} <= counted.{first} and kept.{last} >= counted.{last})"""
 
 
 CHECKS: dict[str, Callable[[Path], str]] = {  # each returns what it found, or raises what is wrong
@@ -7706,7 +7710,7 @@ CHECKS: dict[str, Callable[[Path], str]] = {  # each returns what it found, or r
 
 
 def channel_warnings(path: Path) -> list[str]:
-    """Says which channels of alerts do not get through."""
+    """A sentence for each alert channel that does not get through."""
     with suppress(sqlite3.Error, TypeError), closing(_open_read_only(path)) as db:  # may be older, or damaged
         return [f"Channel {id} ({shown_address(url)}) has {'ended' if ended_at else 'failed'}: {error}"
                 f" at {iso_time(error_at)}" for id, url, ended_at, error, error_at in db.execute(

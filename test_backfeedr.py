@@ -3746,7 +3746,7 @@ def test_check_names_the_table_that_was_tampered_with(keeping, clock, later, mon
     for table, damage in damages:
         path.write_bytes(content)
         sql_run(path, damage)
-        with pytest.raises(StoreError, match=f"^these tables are not what they should be: {table}$"):
+        with pytest.raises(StoreError, match=f"^these tables do not agree with the reports: {table}$"):
             backfeedr._check_roll_ups(path)
 
 
@@ -8522,7 +8522,7 @@ def test_a_backup_is_the_whole_database_or_nothing_and_replaces_no_file(command,
     assert {table: sql(copy, f"select * from {table}") for table in tables} == tables
     check_database(copy)
     before = copy.read_bytes()
-    assert command("backup", "copy.db") == (1, "", "backfeedr: there is a file copy.db already\n")
+    assert command("backup", "copy.db") == (1, "", "backfeedr: the file copy.db already exists\n")
     assert copy.read_bytes() == before
     assert command("backup", "no/copy.db")[2] \
         == "backfeedr: cannot write the backup no/copy.db: No such file or directory\n"
@@ -8559,7 +8559,7 @@ def test_check_prints_a_line_for_each_check_and_changes_nothing(command, filled,
 
 def test_check_finds_what_is_wrong_and_leaves_an_older_schema_to_the_next_start(command, filled, monkeypatch):
     filled.close()
-    sound, unequal = Path("backfeedr.db").read_bytes(), "roll-ups: these tables are not what they should be: "
+    sound, unequal = Path("backfeedr.db").read_bytes(), "roll-ups: these tables do not agree with the reports: "
     for damage, line in (
             ("delete from labels", unequal + "labels"),
             ("update sessions set last_seq = first_seq", unequal + "sessions"),
