@@ -7704,11 +7704,6 @@ def _wrong_rows(table: str) -> str:
             and kept.{first} <= counted.{first} and kept.{last} >= counted.{last})"""
 
 
-CHECKS: dict[str, Callable[[Path], str]] = {  # each returns what it found, or raises what is wrong
-    "SQLite": lambda path: check_sqlite(), "file": _check_file, "schema": _check_schema, "pages": _check_pages,
-    "roll-ups": _check_roll_ups}
-
-
 def channel_warnings(path: Path) -> list[str]:
     """A sentence for each alert channel that does not get through."""
     with suppress(sqlite3.Error, TypeError), closing(_open_read_only(path)) as db:  # may be older, or damaged
@@ -7725,10 +7720,10 @@ def channel_warnings(path: Path) -> list[str]:
 def main(argv: Sequence[str] | None = None, make: Callable[..., Backfeedr] = Backfeedr,
          open_store: Callable[..., Store] = Store) -> int:
     """Runs a command. Returns 0, or 1 after an error; exits with 2 for wrong usage."""
-    with redirect_stdout(_harmless(sys.stdout)), redirect_stderr(_harmless(sys.stderr)):
+    with redirect_stdout(_escaped(sys.stdout)), redirect_stderr(_escaped(sys.stderr)):
         try:
             return _run(_parser().parse_args(argv), make, open_store)
-        except BrokenPipeError:  # nobody reads the output any more, nor what Python flushes at its end
+        except BrokenPipeError:  # nobody reads the output any more, nor what Python flushes when it exits
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return 1
         except KeyboardInterrupt:
@@ -7739,29 +7734,32 @@ def main(argv: Sequence[str] | None = None, make: Callable[..., Backfeedr] = Bac
         return 1
 
 
-def _run(given: argparse.Namespace, make: Callable[..., Backfeedr], open_store: Callable[..., Store]) -> int:
-    overrides = {each.name: getattr(given, each.name) for each in fields(Settings) if hasattr(given, each.name)}
-    if given.command == "check":
-        return _check(overrides)
+def _run(options: argparse.Namespace, make: Callable[..., Backfeedr], open_store: Callable[..., Store]) -> int:
+    overrides = {name: value for name, value in vars(options).items() if name in Settings.__dataclass_fields__}
+    if options.command == "check":
+        return _run_checks(overrides)
+    if options.command == "help":
+        print(options.TOPIC)
+        return 0
     settings = Settings.from_env(**overrides)
-    if given.command == "serve":
+    if options.command == "serve":
         serve(settings, make)
         return 0
     retention_days = settings.retention_days if os.environ.get("BACKFEEDR_RETENTION_DAYS") else None
-    with open_store(settings.db_path, retention_days=retention_days,
-                    may_create=given.command in ("app_create", "import")) as store:
-        if said := getattr(Commands(store, given, settings), "do_" + given.command)():
-            print(said, file=sys.stderr)
+    may_create = options.command in ("app_create", "import")
+    with open_store(settings.db_path, retention_days=retention_days, may_create=may_create) as store:
+        if message := getattr(Commands(store, options, settings), "do_" + options.command)():
+            print(message, file=sys.stderr)
     return 0
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Says which word a misspelt one may mean."""
+    """Suggests the right word for a misspelt one."""
 
     def error(self, message: str) -> Any:
-        wrong = re.search(r"invalid choice: ('?[a-z].*) \(choose from (.+)\)", message)
-        meant = wrong and get_close_matches(wrong[1].strip("'"), re.findall(r"[\w-]+", wrong[2]), 1)
-        super().error(f"{message}; did you mean {meant[0]}?" if meant else message)
+        invalid = re.search(r"invalid choice: ('?[a-z].*) \(choose from (.+)\)", message)
+        similar = invalid and get_close_matches(invalid[1].strip("'"), re.findall(r"[\w-]+", invalid[2]), 1)
+        super().error(f"{message}; did you mean {similar[0]}?" if similar else message)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -7769,54 +7767,53 @@ def _parser() -> argparse.ArgumentParser:
         "Crash reports and usage figures for iOS apps, on your own host. Without a command, it serves."))
     parser.add_argument("--version", action="version", version=f"backfeedr {__version__}")
     groups = {"": parser.add_subparsers(title="commands", metavar="COMMAND")}
-    for name, text, arguments in (("", "", _SERVER), *_COMMANDS):
+    for name, text, arguments in (("", "", _SERVE_OPTIONS), *_COMMANDS):
         noun, _, verb = name.rpartition(" ")
         if noun not in groups:
-            verbs = [each.split()[1] for each, *_ in _COMMANDS if each.startswith(noun + " ")]
+            verbs = [command.split()[1] for command, *_ in _COMMANDS if command.startswith(noun + " ")]
             group = groups[""].add_parser(noun, help=", ".join(verbs))
             groups[noun] = group.add_subparsers(metavar="ACTION", required=True)
-        command = groups[noun].add_parser(verb, help=text, description=text) if name else parser
-        command.set_defaults(command=name.replace(" ", "_") or "serve")
-        for argument, options in {**_DB, **arguments}.items():
-            command.add_argument(argument, **options)
+        subparser = groups[noun].add_parser(verb, help=text, description=text) if name else parser
+        subparser.set_defaults(command=name.replace(" ", "_") or "serve")
+        for argument, settings in {**_DB_OPTION, **arguments}.items():
+            subparser.add_argument(argument, **settings)
     return parser
 
 
 class Commands:
-    """The commands on a store. Each prints its result, and returns what else there is to say."""
+    """The commands that use a store. Each prints its result, and may return a message for standard error."""
 
-    def __init__(self, store: Store, given: argparse.Namespace, settings: Settings):
-        self.store, self.given, self.ask = store, given, Metrics(store)
-        self.alerts = Alerts(store, settings.public_url, self.ask.digest)
+    def __init__(self, store: Store, options: argparse.Namespace, settings: Settings):
+        self.store, self.options, self.metrics = store, options, Metrics(store)
+        self.alerts = Alerts(store, settings.public_url, self.metrics.digest)
 
     def do_app_create(self) -> str:
-        print(self.store.create_app(self.given.NAME, self.given.test))
-        return f"Made the app {self.given.NAME!r}. Its API key is shown only this once."
+        print(self.store.create_app(self.options.NAME, self.options.test))
+        return f"Made the app {self.options.NAME!r}. Its API key is shown only this once."
 
     def do_app_list(self) -> None:
-        _print_table("APP KIND KEYS CREATED", [
-            (app.name, "test" if app.is_test else "live", app.keys, _date(app.created_at))
-            for app in self.store.apps()])
+        _print_table("APP KIND KEYS CREATED", [(app.name, "test" if app.is_test else "live", app.keys,
+                                                _date(app.created_at)) for app in self.store.apps()])
 
     def do_app_delete(self) -> str:
-        name = self.given.NAME
-        if not self.given.yes:
+        name = self.options.NAME
+        if not self.options.yes:
             if sys.stdin is None or not sys.stdin.isatty():
                 raise StoreError(f"there is no terminal to confirm on; --yes deletes {name!r} without asking")
-            print(f"This deletes all reports of the app {name!r}. Type its name again: ", end="", file=sys.stderr,
-                  flush=True)
+            question = f"This deletes all reports of the app {name!r}. Type its name to confirm: "
+            print(question, end="", file=sys.stderr, flush=True)
             if sys.stdin.readline().rstrip("\n") != name:
                 raise StoreError("the names differ; nothing was deleted")
         self.store.delete_app(name)
         try:
             self.store.prune()
         except StorageUnavailable:
-            raise StoreError(f"the app {name!r} is deleted, but not all its reports: 'prune' does the rest") from None
+            raise StoreError(f"the app {name!r} is deleted, but some reports are left: run 'prune'") from None
         return f"Deleted the app {name!r}, its keys and all its reports."
 
     def do_key_create(self) -> str:
-        print(self.store.create_key(self.given.NAME))
-        return f"Made another key for the app {self.given.NAME!r}. It is shown only this once."
+        print(self.store.create_key(self.options.NAME))
+        return f"Made another key for the app {self.options.NAME!r}. It is shown only this once."
 
     def do_key_list(self) -> None:
         _print_table("KEY APP CREATED REVOKED LAST_USED REQUESTS_IN_7_DAYS", [
@@ -7824,89 +7821,91 @@ class Commands:
              _date(key.last_used and key.last_used * DAY), f"{key.requests:,}") for key in self.store.keys()])
 
     def do_key_revoke(self) -> str:
-        key = self.store.revoke_key(self.given.PREFIX)
+        key = self.store.revoke_key(self.options.PREFIX)
         return f"Revoked the key {key.prefix}... of the app {key.app!r}."
 
     def do_device_show(self) -> None:
-        found = self.ask.device(self.given.HASH)
-        if not any(found.values()):
-            raise StoreError(f"nothing is stored about a device {self.given.HASH!r}")
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        device = self.metrics.device(self.options.HASH)
+        if not any(device.values()):
+            raise StoreError(f"nothing is stored about a device {self.options.HASH!r}")
+        print(json.dumps(device, indent=2, ensure_ascii=False))
 
     def do_device_forget(self) -> str:
-        deleted = self.store.forget_device(self.given.HASH)
+        deleted = self.store.forget_device(self.options.HASH)
         if not deleted:
-            raise StoreError(f"nothing is stored about a device {self.given.HASH!r}")
-        return f"Forgot the device {self.given.HASH!r}: {_report_counts(deleted)}."
+            raise StoreError(f"nothing is stored about a device {self.options.HASH!r}")
+        return f"Forgot the device {self.options.HASH!r}: {_report_counts(deleted)}."
 
     def do_symbols_list(self) -> None:
-        found = self.ask.symbols()
+        answer = self.metrics.symbols()
         _print_table("UUID BINARY ARCH ROWS SIZE UPLOADED", [
-            (each["uuid"], each["binary"], each["arch"], f"{each['rows']:,}", megabytes(each["size"]),
-             each["uploaded_at"][:10] if each["complete"] else "not complete") for each in found["symbols"]])
-        print("\nMissing, though crashes wait for them:\n" if found["missing"] else "\nNone are missing.")
-        if found["missing"]:
+            (build["uuid"], build["binary"], build["arch"], f"{build['rows']:,}", megabytes(build["size"]),
+             build["uploaded_at"][:10] if build["complete"] else "not complete") for build in answer["symbols"]])
+        print("\nMissing, though crashes need them:\n" if answer["missing"] else "\nNone are missing.")
+        if answer["missing"]:
             _print_table("UUID BUILD APP CRASHES", [
-                (each["uuid"], build_name(each), each["app"] or "-", f"{each['crashes']:,}")
-                for each in found["missing"]])
+                (build["uuid"], build_name(build), build["app"] or "-", f"{build['crashes']:,}")
+                for build in answer["missing"]])
 
     def do_symbols_delete(self) -> str:
-        return f"Deleted the symbols of the build {self.store.delete_symbols(self.given.UUID)}."
+        return f"Deleted the symbols of the build {self.store.delete_symbols(self.options.UUID)}."
 
     def do_alert_add(self) -> str:
-        given, said = self.given, ""
-        kinds = [kind for kind in re.split("[, ]+", given.on) if kind]
-        number, secret = self.alerts.add(given.URL, given.app, kinds, given.with_reason, given.hour)
+        options = self.options
+        kinds = options.on.replace(",", " ").split()
+        channel, secret = self.alerts.add(options.URL, options.app, kinds, options.with_reason, options.hour)
+        message = f"Made channel {channel}."
         if secret:
             print(secret)
-            said += " Its secret is shown only this once."
-        if "http" in urlsplit(given.URL).scheme.split("+"):
-            said += "\nOthers can read what is sent over http://; use https:// unless it stays on this host."
-        return f"Made channel {number}.{said}"
+            message += " Its secret is shown only this once."
+        if "http" in urlsplit(options.URL).scheme.split("+"):
+            message += "\nOthers can read what is sent over http://; use https:// unless it stays on this host."
+        return message
 
     def do_alert_list(self) -> None:
         _print_table("ID CHANNEL APP FACTS LAST_SENT WAITING STATE", [
-            (each["id"], each["address"], each["app"] or "all live apps", each["kinds"], _date(each["sent_at"]),
-             each["waiting"], "ended" if each["ended_at"] else each["error"] or "good")
-            for each in self.alerts.channels()])
+            (channel["id"], channel["address"], channel["app"] or "all live apps", channel["kinds"],
+             _date(channel["sent_at"]), channel["waiting"],
+             "ended" if channel["ended_at"] else channel["error"] or "good")
+            for channel in self.alerts.channels()])
 
     def do_alert_test(self) -> str:
-        self.alerts.test(self.given.ID)
-        return f"Channel {self.given.ID} took a test message."
+        self.alerts.test(self.options.ID)
+        return f"Channel {self.options.ID} accepted a test message."
 
     def do_alert_remove(self) -> str:
-        self.alerts.remove(self.given.ID)
-        return f"Removed channel {self.given.ID}."
+        self.alerts.remove(self.options.ID)
+        return f"Removed channel {self.options.ID}."
 
     def do_deliver(self) -> str:
-        done = self.alerts.deliver()
-        return f"Messages sent: {done['sent']:,}; failed, to be tried again: {done['failed']:,}"
+        counts = self.alerts.deliver()
+        return f"Messages sent: {counts['sent']:,}; failed, will be tried again: {counts['failed']:,}"
 
     def do_prune(self) -> str:
-        store, size = self.store, self.store.size
-        deleted = store.prune()
-        kept = f"older than {store.retention_days} days" if store.retention_days else "(the retention keeps all)"
-        return (f"Deleted {_report_counts(deleted)} {kept}; gave back {megabytes(max(0, size - store.size))}"
-                f" of {megabytes(size)}.")
+        days, size = self.store.retention_days, self.store.size
+        deleted = self.store.prune()
+        age = f"older than {days} days" if days else "(the retention keeps everything)"
+        freed = megabytes(max(0, size - self.store.size))
+        return f"Deleted {_report_counts(deleted)} {age}; freed {freed} of {megabytes(size)}."
 
     def do_backup(self) -> str:
-        backup(self.store, Path(self.given.FILE))
-        return f"Wrote {self.given.FILE}, {megabytes(os.stat(self.given.FILE).st_size)}."
+        backup(self.store, Path(self.options.FILE))
+        return f"Wrote {self.options.FILE}, {megabytes(os.stat(self.options.FILE).st_size)}."
 
     def do_export(self) -> None:
-        given, kind, out = self.given, _KINDS[self.given.KIND], sys.stdout
-        if given.bom and given.format != "csv":
+        options, kind, out = self.options, _REPORT_TYPES[self.options.KIND], sys.stdout
+        if options.bom and options.format != "csv":
             raise StoreError("--bom is for --format csv: import reads jsonl without one")
         out.reconfigure(encoding="utf-8", newline="")  # type: ignore[union-attr]
-        out.write("\ufeff" * given.bom)
-        reports = self.store.export(kind, given.app, given.since)
-        write = csv_writer(out, kind) if given.format == "csv" else partial(write_jsonl, out)
+        out.write("\ufeff" * options.bom)
+        reports = self.store.export(kind, options.app, options.since)
+        write = csv_writer(out, kind) if options.format == "csv" else partial(write_jsonl, out)
         for stored in reports:
             write(stored)
         out.flush()
 
     def do_import(self) -> str:
-        with self.given.FILE as file:
+        with self.options.FILE as file:
             counts = import_jsonl(self.store, iter(lambda: file.readline(MAX_LINE), b""))
         return (f"Stored {counts['stored']:,} reports; {counts['known']:,} were here already, and"
                 f" {counts['expired']:,} are older than the retention.")
@@ -7917,29 +7916,32 @@ def _report_counts(rows: Counter[str]) -> str:
     return f"{crashes:,} crash{'es' * (crashes != 1)} and {events:,} event{'s' * (events != 1)}"
 
 
-def _check(overrides: dict[str, Any]) -> int:
+def _run_checks(overrides: dict[str, Any]) -> int:
     path = Path(overrides.get("db_path") or os.environ.get("BACKFEEDR_DB_PATH") or Settings.db_path).absolute()
-    checks = {"settings": lambda _: f"{len(fields(Settings.from_env(**overrides)))}, all good", **CHECKS}
-    status = limit = 0
-    for name, look in checks.items():
+    checks: dict[str, Callable[[Path], str]] = {  # each returns what it found, or raises an error
+        "settings": lambda _: f"{len(fields(Settings.from_env(**overrides)))}, all good",
+        "SQLite": lambda _: check_sqlite(), "file": _check_file, "schema": _check_schema, "pages": _check_pages,
+        "roll-ups": _check_roll_ups}
+    status = size_limit = 0
+    for name, check in checks.items():
         try:
-            print(f"ok  {name}: {look(path)}", flush=True)
+            print(f"ok  {name}: {check(path)}", flush=True)
         except (TypeError, ValueError, SettingsError, StoreError, sqlite3.Error, OSError) as error:
-            is_damage = type(error) in (TypeError, ValueError)  # a column may have any kind of value then
+            is_damage = type(error) in (TypeError, ValueError)  # a column may then have any type of value
             print(f"BAD {name}: {'the file is damaged: ' * is_damage}{error}")
             status = 1
-            if name == "file" and not path.is_file():  # there is nothing more to say
+            if name == "file" and not path.is_file():  # so all other checks would fail
                 return status
-    with suppress(SettingsError):  # which has been printed
-        limit = Settings.from_env(**overrides).max_db_size
-    for warning in (*size_warnings(path, limit), *channel_warnings(path)):
+    with suppress(SettingsError):  # reported above
+        size_limit = Settings.from_env(**overrides).max_db_size
+    for warning in (*size_warnings(path, size_limit), *channel_warnings(path)):
         print(f"WARN {warning}")
     return status
 
 
-class _Terminal:
-    """A terminal that no report controls. Characters that move the cursor, begin a command or turn the direction of
-    the text are written as JSON escapes them; tabs and line ends stay."""
+class _SafeTerminal:
+    """A terminal that text from reports cannot control. Characters that move the cursor, begin a command or turn the
+    direction of the text are written as in JSON; tabs and line ends stay."""
 
     CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
                           "|\r(?!\n)")
@@ -7951,16 +7953,16 @@ class _Terminal:
         return getattr(self._terminal, name)
 
     def write(self, text: str) -> None:
-        self._terminal.write(self.CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+        self._terminal.write(self.CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
-def _harmless(out: TextIO) -> Any:
-    """Where to print what reports may have in them. To a pipe or a file it goes as it is."""
-    return _Terminal(out) if out and out.isatty() else out  # a process may have none
+def _escaped(out: TextIO) -> Any:
+    """Where to print text from reports: escaped on a terminal, as it is to a pipe or a file."""
+    return _SafeTerminal(out) if out and out.isatty() else out  # a process may have no `out`
 
 
 def _print_table(head: str, rows: Sequence[Sequence[Any]]) -> None:
-    lines = [[each.replace("_", " ") for each in head.split()], *rows]
+    lines = [[title.replace("_", " ") for title in head.split()], *rows]
     widths = [max(len(str(cell)) for cell in column) for column in zip(*lines)]
     for line in lines:
         print("  ".join(str(cell).ljust(width) for cell, width in zip(line, widths)).rstrip())
@@ -7970,7 +7972,7 @@ def _date(time_ms: int | None) -> str:
     return "-" if time_ms is None else iso_time(time_ms)[:10]
 
 
-def _start_of_day(text: str) -> int:
+def _parse_date(text: str) -> int:
     try:
         return parse_time(text + "T00:00:00Z")
     except ValueError:
@@ -7978,84 +7980,81 @@ def _start_of_day(text: str) -> int:
 
 
 def _open_input(name: str) -> BinaryIO:
-    """As an argument's type it runs first: a missing file must not leave a new database behind."""
+    """The type of an argument, so that a missing file is found before a new database is made."""
     try:
         return sys.stdin.buffer if name == "-" else open(name, "rb")
     except OSError as error:
         raise StoreError(f"cannot read {name}: {error.strerror}") from None
 
 
-class _PrintHandbook(argparse.Action):
-    """Prints a topic of the handbook, or a line for each topic, and exits. The handbook is a file beside the program,
-    in its .pyz, or where a wheel puts it."""
-
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, topic: Any,
-                 option: str | None = None) -> None:
-        sections = dict(part.split("\n", 1) for part in self._text().split("\n## ")[1:])
-        if topic and topic not in sections:
-            parser.error(f"invalid choice: {topic!r} (choose from {', '.join(sections)})")
-        lines = [f"{name:12}{text.strip().splitlines()[0]}" for name, text in sections.items()]
-        print(sections[topic].strip() if topic else "\n".join(lines))
-        parser.exit()
-
-    def _text(self) -> str:
-        here = os.path.dirname(__file__)
-        for folder in (here, os.path.join(here, "examples"), os.path.join(sys.prefix, "share", "backfeedr")):
-            with suppress(OSError):
-                return str(globals()["__loader__"].get_data(os.path.join(folder, "handbook.md")), "utf-8")
+def _read_handbook(topic: str) -> str:
+    """The text of a topic, or "" for a line about each. Reads the handbook from beside the program, from its .pyz, or
+    from where a wheel puts it. As an argument's type, it refuses a wrong topic like any other wrong choice."""
+    here = os.path.dirname(__file__)
+    for folder in (here, os.path.join(here, "examples"), os.path.join(sys.prefix, "share", "backfeedr")):
+        with suppress(OSError):
+            handbook = str(globals()["__loader__"].get_data(os.path.join(folder, "handbook.md")), "utf-8")
+            break
+    else:
         raise StoreError("there is no handbook.md: copy examples/handbook.md beside backfeedr.py")
+    topics = dict(section.split("\n", 1) for section in handbook.split("\n## ")[1:])
+    if topic and topic not in topics:
+        raise argparse.ArgumentTypeError(f"invalid choice: {topic!r} (choose from {', '.join(topics)})")
+    summaries = [f"{name:12}{text.strip().splitlines()[0]}" for name, text in topics.items()]
+    return topics[topic].strip() if topic else "\n".join(summaries)
 
 
-_KINDS: dict[str, Any] = {"crashes": Crash, "events": Event}
-_UNSET = {"default": argparse.SUPPRESS}  # what is not given stays unset, so that the environment decides
-_DB = {"--db": dict(dest="db_path", metavar="FILE", help="the database (default: backfeedr.db)", **_UNSET)}
-_SERVER = {"--host": dict(help="the address to listen on (default: 127.0.0.1)", **_UNSET),
-           "--port": dict(type=int, help="the port (default: 8080); 0 takes a free one", **_UNSET),
-           "--verbose": dict(action="store_true", help="log a line for each request, on standard error", **_UNSET)}
-_NAME = {"NAME": dict(help="the app's name")}
-_HASH = {"HASH": dict(help="the device_id_hash that the app sends")}
-_ID = {"ID": dict(type=int, help="the channel's number: see alert list")}
+_REPORT_TYPES: dict[str, Any] = {"crashes": Crash, "events": Event}
+_UNSET = {"default": argparse.SUPPRESS}  # an option that is not given leaves the setting to the environment
+_DB_OPTION = {"--db": dict(dest="db_path", metavar="FILE", help="the database (default: backfeedr.db)", **_UNSET)}
+_SERVE_OPTIONS = {
+    "--host": dict(help="the address to listen on (default: 127.0.0.1)", **_UNSET),
+    "--port": dict(type=int, help="the port (default: 8080); 0 takes a free one", **_UNSET),
+    "--verbose": dict(action="store_true", help="log a line for each request to standard error", **_UNSET)}
+_APP_NAME = {"NAME": dict(help="the app's name")}
+_DEVICE_HASH = {"HASH": dict(help="the device_id_hash that the app sends")}
+_CHANNEL_ID = {"ID": dict(type=int, help="the channel's number: see alert list")}
 _COMMANDS: Sequence[tuple[str, str, Mapping[str, Any]]] = (  # name, help, arguments
-    ("serve", "start the server", _SERVER),
-    ("app create", "make an app and print its first key", {
-        **_NAME, "--test": dict(action="store_true", help="a test app: it is in no public figure")}),
+    ("serve", "start the server", _SERVE_OPTIONS),
+    ("app create", "create an app and print its first key", {
+        **_APP_NAME, "--test": dict(action="store_true", help="a test app: its reports are in no public figure")}),
     ("app list", "list the apps", {}),
     ("app delete", "delete an app, its keys and all its reports", {
-        **_NAME, "--yes": dict(action="store_true", help="do not ask to type the name again")}),
-    ("key create", "make another key for an app and print it", _NAME),
-    ("key list", "list the keys, each by its visible beginning", {}),
-    ("key revoke", "end a key at once", {"PREFIX": dict(help="the key, or enough of its beginning")}),
-    ("device show", "print all that is stored about a device, as JSON", _HASH),
-    ("device forget", "delete all that is stored about a device", _HASH),
-    ("symbols list", "list the builds whose symbols are here, and those whose are missing", {}),
+        **_APP_NAME, "--yes": dict(action="store_true", help="do not ask for the name again")}),
+    ("key create", "create another key for an app and print it", _APP_NAME),
+    ("key list", "list the keys by their visible part, with their use", {}),
+    ("key revoke", "revoke a key at once", {"PREFIX": dict(help="the key, or enough of its beginning")}),
+    ("device show", "print everything stored about a device, as JSON", _DEVICE_HASH),
+    ("device forget", "delete everything stored about a device", _DEVICE_HASH),
+    ("symbols list", "list the builds with symbols, and those that need them", {}),
     ("symbols delete", "delete the symbols of a build", {
         "UUID": dict(help="the build's UUID, or enough of its beginning")}),
-    ("alert add", "add a channel for alerts; prints its secret", {
-        "URL": dict(help="https://... (a webhook), slack+https://..., ntfy+https://HOST/TOPIC, or one of Apprise's"),
-        "--app": dict(metavar="NAME", help="only of this app (default: of all live ones)"),
-        "--on": dict(metavar="FACT,...", default="", help="of these facts: " + ", ".join(
-            kind + " (default)" * is_on for kind, is_on in FACT_KINDS.items())),
-        "--with-reason": dict(action="store_true", help="send the crash's reason, too"),
+    ("alert add", "add a channel for alerts and print its secret", {
+        "URL": dict(help="https://... (a webhook), slack+https://..., ntfy+https://HOST/TOPIC, or a URL of Apprise"),
+        "--app": dict(metavar="NAME", help="only for this app (default: all live apps)"),
+        "--on": dict(metavar="FACT,...", default="", help="only these facts: " + ", ".join(
+            kind + " (default)" * is_default for kind, is_default in FACT_KINDS.items())),
+        "--with-reason": dict(action="store_true", help="also send the crash's reason"),
         "--hour": dict(type=int, choices=range(24), metavar="H", default=7, help="of the digest, UTC (default: 7)")}),
-    ("alert list", "list the channels, and what is wrong with them", {}),
-    ("alert test", "send a test message, and say what came back", _ID),
-    ("alert remove", "remove a channel", _ID),
-    ("deliver", "send the alerts that are due; a server does so by itself", {}),
-    ("prune", "delete what is older than the retention, now", {}),
+    ("alert list", "list the channels and their last error", {}),
+    ("alert test", "send a test message and print the result", _CHANNEL_ID),
+    ("alert remove", "remove a channel", _CHANNEL_ID),
+    ("deliver", "send due alerts once; a server does this by itself", {}),
+    ("prune", "delete expired reports now", {}),
     ("backup", "write a copy of the database to a new file", {
-        "FILE": dict(help="the new file; one that exists is not replaced")}),
+        "FILE": dict(help="the new file; an existing one is not replaced")}),
     ("export", "print crashes or events", {
-        "KIND": dict(choices=_KINDS, help="which reports to print"),
-        "--app": dict(metavar="NAME", help="only of this app (default: of all)"),
-        "--since": dict(metavar="DATE", type=_start_of_day, default=0, help="received on this day (UTC) or later"),
+        "KIND": dict(choices=_REPORT_TYPES, help="which reports to print"),
+        "--app": dict(metavar="NAME", help="only of this app (default: all apps)"),
+        "--since": dict(metavar="DATE", type=_parse_date, default=0, help="received on this day (UTC) or later"),
         "--format": dict(choices=("jsonl", "csv"), default="jsonl",
-                         help="jsonl (the default), which import reads, or csv, for a spreadsheet"),
-        "--bom": dict(action="store_true", help="begin csv with a byte order mark, as Excel needs for UTF-8")}),
-    ("import", "store what export has printed as jsonl", {
+                         help="jsonl (the default), which import reads, or csv for a spreadsheet"),
+        "--bom": dict(action="store_true", help="begin csv with a byte order mark, which Excel needs for UTF-8")}),
+    ("import", "store what export printed as jsonl", {
         "FILE": dict(type=_open_input, help="the file; - is standard input")}),
-    ("check", "say whether the database is as it should be", {}),
-    ("help", "explain a topic; without one, list the topics", {
-        "TOPIC": dict(nargs="?", default="", action=_PrintHandbook, help="one of those that help lists")}))
+    ("check", "check settings, disk, database and alerts", {}),
+    ("help", "print a topic of the handbook, or list the topics", {
+        "TOPIC": dict(nargs="?", default="", type=_read_handbook, help="one of the listed topics")}))
 
 
 if __name__ == "__main__":

@@ -2109,7 +2109,7 @@ def test_the_commands_list_and_delete_symbols(command, clock):
         clock.move(1)
         put(server, BOTH_PARTS[0], "ab" * 16)
         status, out, err = command("symbols", "list")
-        held, missing = out.split("\nMissing, though crashes wait for them:\n\n")
+        held, missing = out.split("\nMissing, though crashes need them:\n\n")
         assert (status, err) == (0, "")
         assert [line.split() for line in held.splitlines()[1:]] == [
             ["ABABABAB-ABAB-ABAB-ABAB-ABABABABABAB", "Shop", "arm64", "4", "0.0", "MB", "not", "complete"],
@@ -8204,9 +8204,9 @@ def test_the_commands_of_alerts_add_list_test_and_remove_channels_and_deliver(co
         lines = command("alert", "list")[1].splitlines()
         assert [line.split()[:3] for line in lines[1:]] == [
             ["1", "http://127.0.0.1/...cret", "Shop"], ["2", "slack+http://127.0.0.1/...", "all"]]
-    assert command("deliver") == (0, "", "Messages sent: 2; failed, to be tried again: 0\n")
-    assert command("deliver") == (0, "", "Messages sent: 0; failed, to be tried again: 0\n")
-    assert command("alert", "test", "1") == (0, "", "Channel 1 took a test message.\n")
+    assert command("deliver") == (0, "", "Messages sent: 2; failed, will be tried again: 0\n")
+    assert command("deliver") == (0, "", "Messages sent: 0; failed, will be tried again: 0\n")
+    assert command("alert", "test", "1") == (0, "", "Channel 1 accepted a test message.\n")
     assert "WARN" not in command("check")[1].replace("disk is nearly full", "")
     receiver.status = 404
     assert command("alert", "test", "1") == (1, "", "backfeedr: channel 1: it answered 404\n")
@@ -8253,7 +8253,7 @@ def test_an_app_whose_reports_cannot_all_go_at_once_is_deleted_and_the_line_says
     with monkeypatch.context() as patch:
         patch.setattr(Store, "catch_up", fail)
         check_one_line(command("app", "delete", "Shop", "--yes"), (
-            "backfeedr: the app 'Shop' is deleted, but not all its reports: 'prune' does the rest"))
+            "backfeedr: the app 'Shop' is deleted, but some reports are left: run 'prune'"))
     assert sql("backfeedr.db", "select name from state where name like 'deleted%'") == [("deleted_1",)]
     command("prune")
     assert sql("backfeedr.db", "select name from state where name like 'deleted%'") == []
@@ -8263,8 +8263,8 @@ NO_TERMINAL = "backfeedr: there is no terminal to confirm on; --yes deletes 'Sho
 
 
 @pytest.mark.parametrize("is_terminal, typed, said", [
-    (True, "Shop\n", "*Type its name again: Deleted the app 'Shop', its keys and all its reports.\n"),
-    *[(True, typed, "*Type its name again: *nothing was deleted\n") for typed in ("shop\n", "Shop \n", "\n", "")],
+    (True, "Shop\n", "*Type its name to confirm: Deleted the app 'Shop', its keys and all its reports.\n"),
+    *[(True, typed, "*Type its name to confirm: *nothing was deleted\n") for typed in ("shop\n", "Shop \n", "\n", "")],
     (False, "Shop\n", NO_TERMINAL), (False, None, NO_TERMINAL)])
 def test_app_delete_asks_for_the_name_on_a_terminal_and_has_to_be_told_yes_elsewhere(
         command, monkeypatch, is_terminal, typed, said):
@@ -8311,7 +8311,7 @@ def test_prune_uses_the_retention_of_the_server_unless_told_otherwise_and_says_w
         monkeypatch.setenv("BACKFEEDR_RETENTION_DAYS", days)
         status, out, err = command("prune")
         assert (status, out) == (0, "")
-        assert fnmatch.fnmatchcase(err, f"Deleted {said}; gave back [0-9]*.[0-9] MB of [0-9]*.[0-9] MB.\n"), err
+        assert fnmatch.fnmatchcase(err, f"Deleted {said}; freed [0-9]*.[0-9] MB of [0-9]*.[0-9] MB.\n"), err
         assert sql("backfeedr.db", "select count(*) from events") == [(left,)]
 
 
