@@ -7216,9 +7216,8 @@ def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> Non
         print("".join(announcements), end="", flush=True)
         app.store.catch_up_in_background()  # finishes what a migration or a stop has left
         sys.stderr.write(_unencrypted_warning(settings, listener.getsockname()[0]))
-        # The default of 5 ms starves the I/O thread, which needs the interpreter back after each call: reports take
-        # longer while pages are made. A much shorter one wakes the waiting threads too often. These three are set here
-        # and not at import, because the module may be imported by a host app.
+        # The default of 5 ms starves the I/O thread, which needs the interpreter back after each call. Much less wakes
+        # waiting threads too often. These three are not set at import, because that may happen in a host app.
         sys.setswitchinterval(SWITCH_INTERVAL)
         gc.freeze()  # the collector skips what stays anyway: saves 5 % of a batch's time
         gc.set_threshold(20_000)  # fewer passes over the objects of a commit, which has no cycles: saves 1 to 5 %
@@ -7679,8 +7678,9 @@ def _wrong_sums(table: str, sums: Sums, expired: int) -> list[str]:
             where seen.app_id = release_hours.app_id and seen.app_version = release_hours.app_version)"""
     columns = ", ".join([*KEYS[table], *sums.columns])
     counted, kept = (f"select {columns} from {schema}.{table} where {where}" for schema in ("main", "stored"))
-    has_old_rows = sums.window or table == "release_hours"  # which are deleted some time after they are too old
-    return [f"{counted} except {kept}"] + [f"{kept} except {counted}"] * (not has_old_rows)
+    missing, extra = f"{counted} except {kept}", f"{kept} except {counted}"
+    may_be_old = sums.window or table == "release_hours"  # rows that are too old are deleted some time later
+    return [missing] if may_be_old else [missing, extra]
 
 
 # The columns with the times of a row's first and last report. Both reports may have expired.
@@ -7792,7 +7792,7 @@ class Commands:
         return f"Made the app {self.options.NAME!r}. Its API key is shown only this once."
 
     def do_app_list(self) -> None:
-        _print_table("APP KIND KEYS CREATED", [(app.name, "test" if app.is_test else "live", app.keys,
+        _print_table("APP, KIND, KEYS, CREATED", [(app.name, "test" if app.is_test else "live", app.keys,
                                                 _date(app.created_at)) for app in self.store.apps()])
 
     def do_app_delete(self) -> str:
@@ -7816,7 +7816,7 @@ class Commands:
         return f"Made another key for the app {self.options.NAME!r}. It is shown only this once."
 
     def do_key_list(self) -> None:
-        _print_table("KEY APP CREATED REVOKED LAST_USED REQUESTS_IN_7_DAYS", [
+        _print_table("KEY, APP, CREATED, REVOKED, LAST USED, REQUESTS IN 7 DAYS", [
             (key.prefix + "...", key.app, _date(key.created_at), _date(key.revoked_at),
              _date(key.last_used and key.last_used * DAY), f"{key.requests:,}") for key in self.store.keys()])
 
@@ -7838,12 +7838,12 @@ class Commands:
 
     def do_symbols_list(self) -> None:
         answer = self.metrics.symbols()
-        _print_table("UUID BINARY ARCH ROWS SIZE UPLOADED", [
+        _print_table("UUID, BINARY, ARCH, ROWS, SIZE, UPLOADED", [
             (build["uuid"], build["binary"], build["arch"], f"{build['rows']:,}", megabytes(build["size"]),
              build["uploaded_at"][:10] if build["complete"] else "not complete") for build in answer["symbols"]])
         print("\nMissing, though crashes need them:\n" if answer["missing"] else "\nNone are missing.")
         if answer["missing"]:
-            _print_table("UUID BUILD APP CRASHES", [
+            _print_table("UUID, BUILD, APP, CRASHES", [
                 (build["uuid"], build_name(build), build["app"] or "-", f"{build['crashes']:,}")
                 for build in answer["missing"]])
 
@@ -7863,7 +7863,7 @@ class Commands:
         return message
 
     def do_alert_list(self) -> None:
-        _print_table("ID CHANNEL APP FACTS LAST_SENT WAITING STATE", [
+        _print_table("ID, CHANNEL, APP, FACTS, LAST SENT, WAITING, STATE", [
             (channel["id"], channel["address"], channel["app"] or "all live apps", channel["kinds"],
              _date(channel["sent_at"]), channel["waiting"],
              "ended" if channel["ended_at"] else channel["error"] or "good")
@@ -7961,8 +7961,8 @@ def _escaped(out: TextIO) -> Any:
     return _SafeTerminal(out) if out and out.isatty() else out  # a process may have no `out`
 
 
-def _print_table(head: str, rows: Sequence[Sequence[Any]]) -> None:
-    lines = [[title.replace("_", " ") for title in head.split()], *rows]
+def _print_table(titles: str, rows: Sequence[Sequence[Any]]) -> None:
+    lines = [titles.split(", "), *rows]
     widths = [max(len(str(cell)) for cell in column) for column in zip(*lines)]
     for line in lines:
         print("  ".join(str(cell).ljust(width) for cell, width in zip(line, widths)).rstrip())
@@ -8007,10 +8007,9 @@ def _read_handbook(topic: str) -> str:
 _REPORT_TYPES: dict[str, Any] = {"crashes": Crash, "events": Event}
 _UNSET = {"default": argparse.SUPPRESS}  # an option that is not given leaves the setting to the environment
 _DB_OPTION = {"--db": dict(dest="db_path", metavar="FILE", help="the database (default: backfeedr.db)", **_UNSET)}
-_SERVE_OPTIONS = {
-    "--host": dict(help="the address to listen on (default: 127.0.0.1)", **_UNSET),
-    "--port": dict(type=int, help="the port (default: 8080); 0 takes a free one", **_UNSET),
-    "--verbose": dict(action="store_true", help="log a line for each request to standard error", **_UNSET)}
+_SERVE_OPTIONS = {"--host": dict(help="the address to listen on (default: 127.0.0.1)", **_UNSET),
+                  "--port": dict(type=int, help="the port (default: 8080); 0 takes a free one", **_UNSET),
+                  "--verbose": dict(action="store_true", help="log each request to standard error", **_UNSET)}
 _APP_NAME = {"NAME": dict(help="the app's name")}
 _DEVICE_HASH = {"HASH": dict(help="the device_id_hash that the app sends")}
 _CHANNEL_ID = {"ID": dict(type=int, help="the channel's number: see alert list")}
@@ -8027,8 +8026,7 @@ _COMMANDS: Sequence[tuple[str, str, Mapping[str, Any]]] = (  # name, help, argum
     ("device show", "print everything stored about a device, as JSON", _DEVICE_HASH),
     ("device forget", "delete everything stored about a device", _DEVICE_HASH),
     ("symbols list", "list the builds with symbols, and those that need them", {}),
-    ("symbols delete", "delete the symbols of a build", {
-        "UUID": dict(help="the build's UUID, or enough of its beginning")}),
+    ("symbols delete", "delete the symbols of a build", {"UUID": dict(help="the UUID, or enough of its beginning")}),
     ("alert add", "add a channel for alerts and print its secret", {
         "URL": dict(help="https://... (a webhook), slack+https://..., ntfy+https://HOST/TOPIC, or a URL of Apprise"),
         "--app": dict(metavar="NAME", help="only for this app (default: all live apps)"),
@@ -8041,8 +8039,7 @@ _COMMANDS: Sequence[tuple[str, str, Mapping[str, Any]]] = (  # name, help, argum
     ("alert remove", "remove a channel", _CHANNEL_ID),
     ("deliver", "send due alerts once; a server does this by itself", {}),
     ("prune", "delete expired reports now", {}),
-    ("backup", "write a copy of the database to a new file", {
-        "FILE": dict(help="the new file; an existing one is not replaced")}),
+    ("backup", "write a copy of the database to a new file", {"FILE": dict(help="the new file; it must not exist")}),
     ("export", "print crashes or events", {
         "KIND": dict(choices=_REPORT_TYPES, help="which reports to print"),
         "--app": dict(metavar="NAME", help="only of this app (default: all apps)"),
@@ -8050,8 +8047,7 @@ _COMMANDS: Sequence[tuple[str, str, Mapping[str, Any]]] = (  # name, help, argum
         "--format": dict(choices=("jsonl", "csv"), default="jsonl",
                          help="jsonl (the default), which import reads, or csv for a spreadsheet"),
         "--bom": dict(action="store_true", help="begin csv with a byte order mark, which Excel needs for UTF-8")}),
-    ("import", "store what export printed as jsonl", {
-        "FILE": dict(type=_open_input, help="the file; - is standard input")}),
+    ("import", "store what export printed as jsonl", {"FILE": dict(type=_open_input, help="- is standard input")}),
     ("check", "check settings, disk, database and alerts", {}),
     ("help", "print a topic of the handbook, or list the topics", {
         "TOPIC": dict(nargs="?", default="", type=_read_handbook, help="one of the listed topics")}))
