@@ -7387,11 +7387,11 @@ def test_the_feed_has_new_and_regressed_groups_for_whoever_has_its_token(serve, 
 
 # == Server ====================================================================
 
-PROGRAM = "-m", "backfeedr"  # not as a file, which Python would compile at each start
+PROGRAM = "-m", "backfeedr"  # not the file's name: Python would compile it at each start
 
 
 def start_python(*arguments, stdout=subprocess.PIPE, **variables):
-    """A Python process with these settings alone."""
+    """A Python process with no settings but these."""
     environ = clean_environ(**{"PYTHONPATH": str(SERVER.parent), **variables})
     return subprocess.Popen([sys.executable, *arguments], env=environ, stdout=stdout, stderr=subprocess.PIPE, text=True)
 
@@ -7419,13 +7419,13 @@ class Running:
         return answer.status, json.loads(answer.read())
 
     def send(self, request):
-        """A new connection, on which these bytes were sent."""
+        """Sends bytes on a new connection, and returns it."""
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=20)
         connection.sendall(request)
         return connection
 
     def stop(self, number=signal.SIGTERM, seconds=20):
-        """Its exit status and what else it has printed; an error after so many seconds."""
+        """Its exit status, output and errors; raises TimeoutExpired after these seconds."""
         self.process.send_signal(number)
         out, err = self.process.communicate(timeout=seconds)
         return self.process.returncode, out, err
@@ -7433,7 +7433,7 @@ class Running:
 
 @pytest.fixture
 def run(tmp_path):
-    """Starts real servers, and ends those that a test has left."""
+    """Starts real servers; at the end, kills those that still run."""
     started = []
 
     def start(*arguments, db=tmp_path / "run.db", **variables):
@@ -7447,8 +7447,8 @@ def run(tmp_path):
 
 
 class Load:
-    """Clients that post crashes and batches, each on a connection of its own, until they are stopped
-    or cannot go on. `acknowledged` has the ids of every 201; `lost` counts requests without an answer."""
+    """Clients that post crashes and batches, each on its own connection, until they are stopped or cannot go on.
+    `acknowledged` has the ids of every 201, `others` all other answers; `lost` counts requests without an answer."""
 
     def __init__(self, servers, clients=8, key=KEY):
         self.acknowledged, self.lost, self.others, self.stopped = [], 0, [], threading.Event()
@@ -7461,7 +7461,7 @@ class Load:
             count += 1
             try:
                 status, answer = server.post(*self._report(n, count), connection, **{"X-Backfeedr-Key": key})
-            except ConnectionRefusedError:  # so nothing was sent
+            except ConnectionRefusedError:  # nothing was sent
                 return
             except (OSError, http.client.HTTPException):
                 self.lost += 1
@@ -7485,12 +7485,12 @@ class Load:
 
 
 def stored_ids(path):
-    return [each for table in ("crashes", "events") for each, in sql(path, f"select id from {table} order by seq")]
+    return [id for table in ("crashes", "events") for id, in sql(path, f"select id from {table} order by seq")]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_stop_answers_everyone_and_not_even_a_kill_loses_what_was_acknowledged(run, number):
+def test_a_stop_answers_every_request_and_a_kill_loses_nothing_acknowledged(run, number):
     acknowledged = []
     for clients in (0, 16) if number == signal.SIGTERM else (16,):
         server = run()
@@ -7502,123 +7502,123 @@ def test_a_stop_answers_everyone_and_not_even_a_kill_loses_what_was_acknowledged
         status = server.stop(number, seconds=10)
         load.finish()
         acknowledged += sent + load.acknowledged
-        found = stored_ids(server.db)
-        assert load.others == [] and [each for each in found if each in set(sent)] == sent
-        assert len(set(found)) == len(found) and not Counter(acknowledged) - Counter(found)
+        ids = stored_ids(server.db)
+        assert load.others == [] and [id for id in ids if id in set(sent)] == sent
+        assert len(set(ids)) == len(ids) and not Counter(acknowledged) - Counter(ids)
         if number != signal.SIGKILL:
-            assert (status, load.lost, len(found)) == ((0, "", ""), 0, len(acknowledged))
+            assert (status, load.lost, len(ids)) == ((0, "", ""), 0, len(acknowledged))
             assert not server.db.with_name("run.db-wal").exists()
         check_database(server.db)
 
 
 @pytest.mark.slow
-def test_a_first_start_prints_its_url_also_of_ipv6_and_a_curl_line_that_works(run):
+def test_a_first_start_prints_its_url_and_a_curl_line_that_works_even_for_ipv6(run):
     host = "127.0.0.1"
     with suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
-        host = "::1"  # which many a container has not
+        host = "::1"  # many containers have no IPv6
     server = run("--host", host, BACKFEEDR_API_KEY="", BACKFEEDR_AUTH_TOKEN="")
     assert server.url == f"http://{f'[{host}]' if ':' in host else host}:{server.port}"
-    printed = [server.process.stdout.readline()]
-    while printed[-1] and not printed[-1].startswith("        -d"):
-        printed.append(server.process.stdout.readline())
-    done = run_program("bash", "-c", "curl" + "".join(printed).partition("curl")[2])
-    assert set(json.loads(done[1])) == {"id", "group_hash"}, done
+    lines = [server.process.stdout.readline()]
+    while lines[-1] and not lines[-1].startswith("        -d"):
+        lines.append(server.process.stdout.readline())
+    outcome = run_program("bash", "-c", "curl" + "".join(lines).partition("curl")[2])
+    assert set(json.loads(outcome[1])) == {"id", "group_hash"}, outcome
     assert server.stop()[0] == 0 and len(stored_ids(server.db)) == 1
 
 
 @pytest.mark.slow
-def test_300_clients_that_send_a_byte_now_and_then_keep_no_report_out_and_no_stop_waiting(run):
-    """Within 10 s, of which the last three are not waited for here."""
+def test_300_clients_that_send_byte_by_byte_delay_neither_reports_nor_a_stop(run):
+    """A stop takes at most 10 s; this test shortens its wait by 3 s."""
     program = "import backfeedr; backfeedr.DRAIN_SECONDS -= 3; raise SystemExit(backfeedr.main())"
     server = run(program=("-c", program), BACKFEEDR_THREADS="2")
     head = f"POST {CRASHES} HTTP/1.1\r\nX-Backfeedr-Key: {KEY}\r\nContent-Length: 1000\r\n\r\n".encode()
-    drips = [server.send(head if n % 2 else head[:40]) for n in range(300)]  # in the middle of a body, and of a header
-    idle = server.connect()
+    slow = [server.send(head if n % 2 else head[:40]) for n in range(300)]  # within a body, or within a header
+    fast = server.connect()
     for _ in range(5):
-        for drip in drips:
-            drip.sendall(b" ")
+        for connection in slow:
+            connection.sendall(b" ")
         began = time.monotonic()
-        assert server.post(CRASHES, CRASH, idle)[0] == 201 and time.monotonic() - began < 5
+        assert server.post(CRASHES, CRASH, fast)[0] == 201 and time.monotonic() - began < 5
     assert server.stop(seconds=10 - 3) == (0, "", "")
-    for drip in drips:
-        drip.close()
+    for connection in slow:
+        connection.close()
     assert len(stored_ids(server.db)) == 5
     check_database(server.db)
 
 
 @pytest.fixture
-def slow_server(serve, clock, monkeypatch):
-    """A real web server in this process, by a clock moved by hand. `turn` lets it do what is to be done."""
+def web_server(serve, clock, monkeypatch):
+    """A real web server in this process, with a clock moved by hand. `run_once` lets it handle what has arrived."""
     for module in ("channel", "server"):
         monkeypatch.setattr(f"waitress.{module}.time", SimpleNamespace(time=clock))
     app = serve(rate_limit=0)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = backfeedr._make_server(app, app.settings, listener)
         server.app = app
-        server.turn = lambda: server.asyncore.loop(timeout=0, use_poll=True, map=server._map, count=1)
+        server.run_once = lambda: server.asyncore.loop(timeout=0, use_poll=True, map=server._map, count=1)
         yield server
         server.task_dispatcher.shutdown()
         server.asyncore.close_all(server._map)
 
 
-def test_a_packet_of_requests_gets_few_answers_and_a_client_that_does_not_read_is_closed(
-        slow_server, clock, monkeypatch):
+def test_500_requests_at_once_get_four_answers_and_a_client_that_does_not_read_is_closed(
+        web_server, clock, monkeypatch):
     answered = []
-    monkeypatch.setattr(slow_server.app, "_health", lambda _: answered.append(1) or (200, {"status": "x" * 25_000}))
-    slow_server.app._router = slow_server.app._routes()
-    one, send = b"GET /api/v1/health HTTP/1.1\r\nHost: x\r\n\r\n", backfeedr._Channel.send
-    for reads in (True, False):
+    monkeypatch.setattr(web_server.app, "_health", lambda _: answered.append(1) or (200, {"status": "x" * 25_000}))
+    web_server.app._router = web_server.app._routes()
+    request, send = b"GET /api/v1/health HTTP/1.1\r\nHost: x\r\n\r\n", backfeedr._Channel.send
+    for reads_later in (True, False):
         monkeypatch.setattr(backfeedr._Channel, "send", lambda *_, **__: 0)  # the client reads nothing
-        connection = send_to(slow_server, one * 500)
-        wait_until(lambda: slow_server.turn() or slow_server.active_channels)
-        channel, = slow_server.active_channels.values()
-        wait_until(lambda: slow_server.turn() or channel.close_when_flushed)
+        connection = connect_and_send(web_server, request * 500)
+        wait_until(lambda: web_server.run_once() or web_server.active_channels)
+        channel, = web_server.active_channels.values()
+        wait_until(lambda: web_server.run_once() or channel.close_when_flushed)
         assert channel.requests == [] and channel.total_outbufs_len < 30_000 * len(answered)
         assert len(answered) == backfeedr.MAX_PIPELINED == 4
         clock.move(59)
-        slow_server.maintenance(clock.seconds)
-        assert slow_server.active_channels
-        if reads:
+        web_server.maintenance(clock.seconds)
+        assert web_server.active_channels
+        if reads_later:
             monkeypatch.setattr(backfeedr._Channel, "send", send)
-            answers = answer_on(connection, slow_server, b"Connection: close")
-            wait_until(lambda: answers.extend(received_by(connection, slow_server) or b"")
+            answers = read_until(connection, web_server, b"Connection: close")
+            wait_until(lambda: answers.extend(read_some(connection, web_server) or b"")
                        or answers.count(b"x" * 25_000) == len(answered))
             assert answers.count(b"200 OK") == len(answered)
         else:
             clock.move(2)
-            slow_server.maintenance(clock.seconds)
-        wait_until(lambda: slow_server.turn() or slow_server.active_channels == {})
+            web_server.maintenance(clock.seconds)
+        wait_until(lambda: web_server.run_once() or web_server.active_channels == {})
         connection.close()
         answered.clear()
-    assert Api(slow_server.app).post(CRASHES, CRASH)[0] == 201
+    assert Api(web_server.app).post(CRASHES, CRASH)[0] == 201
 
 
-def test_https_is_believed_of_a_proxy_on_this_host(slow_server):
+def test_x_forwarded_proto_is_believed_from_this_host_and_never_refused(web_server):
     for header, secure in ((b"X-Forwarded-Proto: https\r\n", True), (b"", False),
                            (b"X-Forwarded-Proto: https, http\r\n", False)):
-        link = slow_server.app.pages.invite("").encode()
-        connection = send_to(slow_server, b"GET " + link + b" HTTP/1.1\r\nHost: x\r\n" + header + b"\r\n")
-        answer = answer_on(connection, slow_server, b"\r\n\r\n").lower()
+        link = web_server.app.pages.invite("").encode()
+        connection = connect_and_send(web_server, b"GET " + link + b" HTTP/1.1\r\nHost: x\r\n" + header + b"\r\n")
+        answer = read_until(connection, web_server, b"\r\n\r\n").lower()
         assert (b"; secure" in answer.split(b"\r\n\r\n")[0]) == secure
         connection.close()
     for value in ("https, http", "ftp", "https"):
-        connection = send_to(slow_server, posted(X_Forwarded_Proto=value))
-        assert b" 201 Created" in answer_on(connection, slow_server)
+        connection = connect_and_send(web_server, raw_post(X_Forwarded_Proto=value))
+        assert b" 201 Created" in read_until(connection, web_server)
         connection.close()
-    assert crash_count(slow_server.app) == 3
+    assert count_crashes(web_server.app) == 3
 
 
-def send_to(server, request):
-    """A new connection, on which these bytes were sent."""
+def connect_and_send(server, request):
+    """Sends bytes on a new connection, and returns it."""
     connection = socket.create_connection(("127.0.0.1", int(server.effective_port)))
     connection.setblocking(False)
     connection.sendall(request)
     return connection
 
 
-def received_by(connection, server):
-    """What the server has sent by now; None where it has closed the connection."""
-    server.turn()
+def read_some(connection, server):
+    """What the server has sent by now; None if it has closed the connection."""
+    server.run_once()
     try:
         return connection.recv(65536) or None
     except BlockingIOError:
@@ -7627,152 +7627,155 @@ def received_by(connection, server):
         return None
 
 
-def answer_on(connection, server, last=b"}"):
-    """All that the server sends up to `last`."""
+def read_until(connection, server, last=b"}"):
+    """What the server sends until `last` is in it."""
     answer = bytearray()
-    wait_until(lambda: answer.extend(received_by(connection, server) or b"") or last in answer)
+    wait_until(lambda: answer.extend(read_some(connection, server) or b"") or last in answer)
     return answer
 
 
-def posted(path=CRASHES, body=CRASH, **headers):
-    """The bytes of a request."""
+def raw_post(path=CRASHES, body=CRASH, **headers):
+    """The bytes of a POST."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     headers = {"X-Backfeedr-Key": KEY, "Content-Length": len(raw), **headers}
     lines = [f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items()]
     return f"POST {path} HTTP/1.1\r\n{''.join(lines)}\r\n".encode() + raw
 
 
-def crash_count(server):
+def count_crashes(server):
     return len(stored(server, "crashes")["crashes"])
 
 
 @pytest.mark.parametrize("start", [b"", b"G", b"GET /api/v1/health HTTP/1.1\r\nX: ",
                                    b"POST /api/v1/crashes HTTP/1.1\r\nContent-Length: 1000\r\n\r\n",
                                    b"POST /api/v1/crashes HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n3e8\r\n"])
-def test_a_request_that_has_not_arrived_whole_within_a_minute_is_ended(slow_server, clock, start):
-    with send_to(slow_server, start) as drip:
+def test_a_connection_with_an_incomplete_request_is_closed_after_a_minute(web_server, clock, start):
+    with connect_and_send(web_server, start) as connection:
         seconds = 0
-        while received_by(drip, slow_server) is not None and seconds < 100:
+        while read_some(connection, web_server) is not None and seconds < 100:
             clock.move(1)
             seconds += 1
-            drip.sendall(b"x" if start else b"")
-    assert 60 < seconds <= 60 + 2 * 10 and not slow_server.active_channels and crash_count(slow_server.app) == 0
+            connection.sendall(b"x" if start else b"")
+    assert 60 < seconds <= 60 + 2 * 10 and not web_server.active_channels and count_crashes(web_server.app) == 0
 
 
 @pytest.mark.parametrize("size, seconds, statuses", [(0, 30, [201] * 3), (300_000, 100, [201]), (300_000, 300, [None])])
-def test_a_report_has_the_time_that_a_slow_phone_takes_and_no_more(slow_server, clock, size, seconds, statuses):
-    """Three times 30 s on one connection; for 300 kB 100 s, but not 300."""
-    request = posted(body={**CRASH, "log": "x" * size})
-    with send_to(slow_server, b"") as phone:
+def test_a_slow_phone_has_time_for_its_report_but_not_for_ever(web_server, clock, size, seconds, statuses):
+    """Three reports on one connection may take 30 s each; 300 kB may take 100 s, but not 300 s."""
+    request = raw_post(body={**CRASH, "log": "x" * size})
+    with connect_and_send(web_server, b"") as phone:
         for n, status in enumerate(statuses, 1):
             for second in range(seconds):
                 phone.sendall(request[len(request) * second // seconds:len(request) * (second + 1) // seconds])
                 clock.move(1)
-                received = second + 1 < seconds and received_by(phone, slow_server)
+                received = second + 1 < seconds and read_some(phone, web_server)
                 if received is None:
                     break
                 assert not received
-            assert (None if received is None else int(answer_on(phone, slow_server)[9:12])) == status
-            assert crash_count(slow_server.app) == (n if status else 0)
+            assert (None if received is None else int(read_until(phone, web_server)[9:12])) == status
+            assert count_crashes(web_server.app) == (n if status else 0)
 
 
-def test_a_thread_that_sends_on_a_connection_keeps_the_others_from_it(slow_server):
-    """Else an answer and the `100 Continue` of the request that follows it are mixed, and both sent twice."""
-    free = []
+def test_only_one_thread_at_a_time_sends_on_a_connection(web_server):
+    """Otherwise an answer and the `100 Continue` of the next request would be mixed, and both sent twice."""
+    was_free = []
 
-    class Watched(slow_server.channel_class):
+    class WatchedChannel(web_server.channel_class):
         def send(self, data, do_close=True):
-            with ThreadPoolExecutor(1) as another:
-                free.append(another.submit(lambda: self.outbuf_lock.acquire(False) and not self.outbuf_lock.release()))
+            lock = self.outbuf_lock
+            with ThreadPoolExecutor(1) as other:
+                was_free.append(other.submit(lambda: lock.acquire(blocking=False) and not lock.release()))
             return super().send(data, do_close)
 
-    slow_server.channel_class = Watched
+    web_server.channel_class = WatchedChannel
     get = b"GET /api/v1/health HTTP/1.1\r\n\r\n"
-    with send_to(slow_server, get) as client:
-        answer = answer_on(client, slow_server)
+    with connect_and_send(web_server, get) as client:
+        answer = read_until(client, web_server)
         client.sendall(get + b"POST /api/v1/crashes HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")
-        answer += answer_on(client, slow_server, b"100 Continue")
+        answer += read_until(client, web_server, b"100 Continue")
     assert (answer.count(b'{"status": "ok"}'), answer.count(b"100 Continue")) == (2, 1)
-    assert free and not any(each.result() for each in free)
+    assert was_free and not any(attempt.result() for attempt in was_free)
 
 
 @pytest.fixture
-def crowd(slow_server):
-    """Answers requests that have all come before a thread had time for them: status by status."""
-    dispatcher = slow_server.task_dispatcher
+def answer_together(web_server):
+    """Sends requests, each on its own connection, and lets a thread handle all that have arrived. Gives the statuses of
+    the answers on each connection."""
+    dispatcher = web_server.task_dispatcher
     dispatcher.shutdown()
-    assert Api(slow_server.app).post(CRASHES, b"{")[0] == 400  # the server knows the key from now on
+    assert Api(web_server.app).post(CRASHES, b"{")[0] == 400  # from now on the key is cached
 
-    def crowd(*requests):
-        connections = [send_to(slow_server, request) for request in requests]
-        wait_until(lambda: slow_server.turn() or dispatcher.waiting.qsize() >= len(requests))
+    def send(*requests):
+        connections = [connect_and_send(web_server, request) for request in requests]
+        wait_until(lambda: web_server.run_once() or dispatcher.waiting.qsize() >= len(requests))
         while not dispatcher.waiting.empty():
             dispatcher.store_batch()
-        answers = [received_by(connection, slow_server) for connection in connections]
+        answers = [read_some(connection, web_server) for connection in connections]
         for connection in connections:
             connection.close()
         return [[int(part[:3]) for part in (answer or b"").split(b"HTTP/1.1 ")[1:]] for answer in answers]
-    return crowd
+    return send
 
 
-@pytest.mark.parametrize("limit, is_packed, expected", [
+@pytest.mark.parametrize("limit, is_gzip, expected", [
     ({"MAX_BATCH_REQUESTS": 2}, False, [2, 2, 2, 1]), ({"MAX_BATCH_BYTES": 250}, False, [3, 3, 1]), ({}, False, [7]),
-    ({"MAX_BATCH_BYTES": Settings.max_body_size + 1}, True, [2, 2, 2, 1])])  # as each may become as large as a body
-def test_no_more_is_taken_at_a_time_than_there_is_room_for(slow_server, crowd, monkeypatch, limit, is_packed, expected):
-    taken, submit_all = [], slow_server.app.submit_all
+    ({"MAX_BATCH_BYTES": Settings.max_body_size + 1}, True, [2, 2, 2, 1])])  # each may become that large
+def test_a_batch_is_limited_in_requests_and_bytes(web_server, answer_together, monkeypatch, limit, is_gzip, expected):
+    batches, submit_all = [], web_server.app.submit_all
 
-    def watched(environs):
-        taken.append(list(environs))
-        submit_all(taken[-1])
+    def watch(environs):
+        batches.append(list(environs))
+        submit_all(batches[-1])
 
-    monkeypatch.setattr(slow_server.app, "submit_all", watched)
+    monkeypatch.setattr(web_server.app, "submit_all", watch)
     for name, value in limit.items():
         monkeypatch.setattr(backfeedr, name, value)
     crash = json.dumps({**CRASH, "log": "x" * 21}).encode()
     assert len(crash) == 100
-    request = posted(body=gzip.compress(crash), Content_Encoding="gzip") if is_packed else posted(body=crash)
-    assert crowd(*[request] * 7) == [[201]] * 7
-    assert list(map(len, taken)) == expected and crash_count(slow_server.app) == 7
+    request = raw_post(body=gzip.compress(crash), Content_Encoding="gzip") if is_gzip else raw_post(body=crash)
+    assert answer_together(*[request] * 7) == [[201]] * 7
+    assert list(map(len, batches)) == expected and count_crashes(web_server.app) == 7
 
 
-def test_reports_that_come_together_share_a_commit_or_an_error_and_each_is_answered_unless_its_client_has_gone(
-        slow_server, crowd, monkeypatch, caplog):
-    app, dispatcher, batch, count = slow_server.app, slow_server.task_dispatcher, {"events": [EVENT] * 3}, 3
-    assert crowd(posted(), posted(body=b"{"), posted(BATCH, batch), posted(EVENTS, batch),
-                 posted() + posted() + posted(body=b"")) == [[201], [400], [201], [400], [201, 201, 400]]
-    assert crash_count(app) == len(stored(app, "events")["events"]) == count
+def test_reports_that_arrive_together_share_a_commit_or_an_error_and_each_client_is_answered(
+        web_server, answer_together, monkeypatch, caplog):
+    app, dispatcher, batch, count = web_server.app, web_server.task_dispatcher, {"events": [EVENT] * 3}, 3
+    assert answer_together(
+        raw_post(), raw_post(body=b"{"), raw_post(BATCH, batch), raw_post(EVENTS, batch),
+        raw_post() + raw_post() + raw_post(body=b"")) == [[201], [400], [201], [400], [201, 201, 400]]
+    assert count_crashes(app) == len(stored(app, "events")["events"]) == count
     commits = scraped(Api(app))
     assert [commits[f'commit_requests_bucket{{le="{size}"}}'] for size in (1, 2, 4)] == [1, 1, 2]  # one of 1, one of 3
 
     def fail(*_, **options):
         return 1 / 0
 
-    def go(store_batch=dispatcher.store_batch):
+    def disconnect_first(store_batch=dispatcher.store_batch):
         channel = dispatcher.waiting.get()
         channel.connected = False
         dispatcher.waiting.put(channel)
         store_batch()
 
-    for owner, name, value, answers, stored_ones in (
-            (backfeedr, "BUSY_TIMEOUT", -1, [[503]] * 3, 0),  # so each has waited too long for room
+    for owner, name, value, answers, stored_count in (
+            (backfeedr, "BUSY_TIMEOUT", -1, [[503]] * 3, 0),  # so each has waited too long for a thread
             (app.store, "add_all", fail, [[500]] * 3, 0), (app.store, "writing", fail, [[503]] * 3, 0),
-            (backfeedr, "decode_json", fail, [[500]] * 3, 0), (slow_server.channel_class, "service", fail, [[]] * 3, 3),
-            (dispatcher, "store_batch", go, [[], [201], [201]], 2)):
+            (backfeedr, "decode_json", fail, [[500]] * 3, 0), (web_server.channel_class, "service", fail, [[]] * 3, 3),
+            (dispatcher, "store_batch", disconnect_first, [[], [201], [201]], 2)):
         caplog.clear()
         with monkeypatch.context() as patched:
             patched.setattr(owner, name, value)
-            assert crowd(*[posted()] * 3) == answers
-        assert ("ZeroDivisionError" in caplog.text) == (value is fail) and crash_count(app) == count + stored_ones
-        assert crowd(*[posted()] * 3) == [[201]] * 3
-        count += stored_ones + 3
+            assert answer_together(*[raw_post()] * 3) == answers
+        assert ("ZeroDivisionError" in caplog.text) == (value is fail) and count_crashes(app) == count + stored_count
+        assert answer_together(*[raw_post()] * 3) == [[201]] * 3
+        count += stored_count + 3
 
 
 @pytest.mark.parametrize("limiter, expected", [
     (SimpleNamespace(allow=lambda key: True, waits=True), False), (SimpleNamespace(allow=lambda key: True), False),
     (RateLimiter(9), True), (None, True)])
-def test_reports_are_taken_together_only_where_none_has_to_wait_for_another_host(tmp_path, limiter, expected):
+def test_only_reports_that_need_no_other_host_share_a_batch(tmp_path, limiter, expected):
     with Backfeedr(Settings(db_path=str(tmp_path / "test.db"), api_key=KEY), limiter=limiter, announce=str) as server:
-        assert server.can_batch("POST", CRASHES, KEY) is False, "a key that has to be looked for"
+        assert server.can_batch("POST", CRASHES, KEY) is False, "the key is not cached yet"
         assert Api(server).post(CRASHES, CRASH)[0] == 201
         assert server.can_batch("POST", CRASHES, KEY) is expected
         assert not any(server.can_batch(*request) for request in (
@@ -7794,24 +7797,24 @@ def answer_to(server, environ):
 @pytest.mark.parametrize("key, body, status", [
     ("", b"{}", 401), ("nope", b"{}", 401), (KEY, b"{", 400), (KEY, b'{"occurred_at": 1}', 400),
     *[(KEY, json.dumps(CRASH).encode(), status) for status in (201, 422, 503)]])
-def test_nothing_of_a_request_is_left_in_memory_when_it_is_answered(serve, monkeypatch, key, body, status):
-    """Not even until the garbage collector comes, which is rarely: a body may have a megabyte."""
+def test_an_answered_request_leaves_nothing_in_memory(serve, monkeypatch, key, body, status):
+    """It does not wait for the garbage collector, which runs rarely: a body may have a megabyte."""
     server, environ = serve(), environ_of(body, key, HTTP_IDEMPOTENCY_KEY="a")
     if status == 422:
         Api(server).post(CRASHES, {**CRASH, "locale": "de"}, Idempotency_Key="a")
     if status == 503:
         monkeypatch.setattr(server.store, "max_waiters", 0)
-    left = weakref.ref(environ["wsgi.input"])
+    body_stream = weakref.ref(environ["wsgi.input"])
     gc.disable()
     try:
         answered, _ = answer_to(server, environ)
         del environ
-        assert (answered, left()) == (status, None)
+        assert (answered, body_stream()) == (status, None)
     finally:
         gc.enable()
 
 
-def test_an_environ_that_is_used_again_is_another_request(serve):
+def test_an_environ_that_is_used_again_counts_as_another_request(serve):
     server, environ, ids = serve(), {}, []
     for _ in range(2):
         environ.update(environ_of(json.dumps(CRASH).encode()))
@@ -7823,18 +7826,18 @@ def test_a_bad_report_with_a_revoked_key_is_refused_for_the_key(serve, monkeypat
     server = serve()
     other = server.store.create_app("Shop")
     for key in (KEY, other):
-        assert Api(server).post(CRASHES, b"{", key=key)[0] == 400  # the server knows the key from now on
+        assert Api(server).post(CRASHES, b"{", key=key)[0] == 400  # from now on the key is cached
     server.store.revoke_key(other)
-    looked, is_active_key = [], server.store.is_active_key
-    monkeypatch.setattr(server.store, "is_active_key", lambda key: looked.append(key) or is_active_key(key))
+    lookups, is_active_key = [], server.store.is_active_key
+    monkeypatch.setattr(server.store, "is_active_key", lambda key: lookups.append(key) or is_active_key(key))
     environs = [environ_of(b"{", key) for key in (KEY, other, KEY, other)]
     server.submit_all(environs)
     answers = [answer_to(server, environ)[1]["error"] for environ in environs]
     assert answers == ["invalid JSON", "invalid API key"] * 2
-    assert len(looked) == 2, "once for each key, as a database that is away is waited for"
+    assert len(lookups) == 2, "once for each key, because each lookup waits for a database that is down"
 
 
-def test_an_empty_payload_is_answered_beside_what_its_batch_stores_and_refuses(serve):
+def test_an_empty_payload_has_its_own_answer_in_a_batch(serve):
     server = serve()
     other = server.store.create_app("Shop")
 
@@ -7843,29 +7846,29 @@ def test_an_empty_payload_is_answered_beside_what_its_batch_stores_and_refuses(s
         server.submit_all(environs)
         return [answer_to(server, environ) for environ in environs]
 
-    given = [(DIAGNOSTICS, MIXED, KEY), (DIAGNOSTICS, SPAN, other), (DIAGNOSTICS, {}, KEY), (CRASHES, CRASH, other)]
-    mixed, empty, refused, crash = answers(*given)
+    batch = [(DIAGNOSTICS, MIXED, KEY), (DIAGNOSTICS, SPAN, other), (DIAGNOSTICS, {}, KEY), (CRASHES, CRASH, other)]
+    mixed, empty, refused, crash = answers(*batch)
     assert (mixed[0], empty, refused[0], crash[0]) == (201, (200, NOTHING), 400, 201)
     assert sorted([*mixed[1]["ids"], crash[1]["id"]]) == sorted(stored_ids(server.store.path))
     assert list(server.store._here.group_sizes.counts)[:2] == [0, 1], "two requests in one commit"
     server.store.revoke_key(other)
-    assert [status for status, _ in answers(*given)] == [201, 401, 400, 401]
-    assert [status for status, _ in answers(*given[1:3])] == [401, 400] and len(stored_ids(server.store.path)) == 9
+    assert [status for status, _ in answers(*batch)] == [201, 401, 400, 401]
+    assert [status for status, _ in answers(*batch[1:3])] == [401, 400] and len(stored_ids(server.store.path)) == 9
 
 
 @pytest.mark.parametrize("length", [{"CONTENT_LENGTH": "5"}, {"CONTENT_LENGTH": "", "wsgi.input_terminated": True}])
 def test_a_body_that_cannot_be_read_is_refused_and_not_logged(serve, caplog, length):
-    """As when the client has gone, or another web server cannot read a chunk."""
+    """The client may have gone, or another web server may be unable to read a chunk."""
     def read(size):
         raise ConnectionResetError("gone")
 
     server, environ = serve(), environ_of(b"", **{"wsgi.input": SimpleNamespace(read=read), **length})
     assert answer_to(server, environ) == (400, {"error": "invalid body"})
-    assert caplog.records == [] and crash_count(server) == 0
+    assert caplog.records == [] and count_crashes(server) == 0
 
 
 @pytest.mark.slow
-def test_a_request_is_answered_and_with_verbose_logged_without_what_is_private(run):
+def test_every_request_is_answered_in_json_and_verbose_logs_it_without_private_data(run):
     server = run("--verbose", BACKFEEDR_MAX_BODY_SIZE="1000")
     body = json.dumps({**CRASH, "device_id_hash": "private-device"}).encode()
     post, get = b"POST /api/v1/crashes HTTP/1.1", b"GET /api/v1/health HTTP/1.1"
@@ -7896,8 +7899,8 @@ def test_a_request_is_answered_and_with_verbose_logged_without_what_is_private(r
             (expect + b"\r\nContent-Length: +5", 400), (expect + b"\r\nContent-Length: 5000000", 413)))]
     for logged, head, *content in requests:
         with server.send(b"\r\n".join([*head, b"", *(content or [b""])])) as raw:
-            begins = raw.recv(12, socket.MSG_PEEK | socket.MSG_WAITALL)
-            assert begins[:7] == b"HTTP/1." and begins[9:] == logged[-3:].encode(), (logged, begins)  # and not 100
+            start = raw.recv(12, socket.MSG_PEEK | socket.MSG_WAITALL)
+            assert start[:7] == b"HTTP/1." and start[9:] == logged[-3:].encode(), (logged, start)  # never 100
             answer = http.client.HTTPResponse(raw, method=logged.split()[0])
             answer.begin()
             assert answer.status < 400 or set(json.loads(answer.read())) == {"error"}
@@ -7917,7 +7920,7 @@ def test_a_server_open_to_others_without_https_warns(address, public_url, is_war
 
 
 @pytest.mark.slow
-def test_a_start_goes_on_with_a_deletion_that_was_cut_off_though_nobody_sends_anything(run, tmp_path):
+def test_a_start_finishes_an_interrupted_deletion_without_any_request(run, tmp_path):
     with Store(str(tmp_path / "run.db")) as store:
         for name in "Shop", "Kept":
             store.add(backfeedr.sha256(store.create_app(name)), [parse_event(dict(EVENT))] * 20)
@@ -7930,9 +7933,9 @@ def test_a_start_goes_on_with_a_deletion_that_was_cut_off_though_nobody_sends_an
 
 
 @pytest.mark.slow
-def test_pruning_beside_a_server_under_load_disturbs_nobody(run, tmp_path):
+def test_pruning_beside_a_server_under_load_refuses_no_report(run, tmp_path):
     path = tmp_path / "run.db"
-    with Store(str(path), clock=Clock()) as store:  # long ago
+    with Store(str(path), clock=Clock()) as store:  # the clock is far behind
         store.start(KEY)
         for _ in range(4):
             store.add(backfeedr.sha256(KEY), [parse_event(dict(EVENT, device_id_hash="old"))] * 500)
@@ -7949,7 +7952,7 @@ def test_pruning_beside_a_server_under_load_disturbs_nobody(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_servers_commands_and_a_backup_on_one_file_lose_and_double_nothing(run, command):
+def test_two_servers_commands_and_a_backup_on_one_file_lose_and_duplicate_nothing(run, command):
     servers = [run(), run()]
     first, again = [server.post(CRASHES, CRASH, **{"Idempotency-Key": "a"}) for server in servers]
     assert again == (200, first[1]) and stored_ids(servers[0].db) == [first[1]["id"]]
@@ -7958,10 +7961,10 @@ def test_two_servers_commands_and_a_backup_on_one_file_lose_and_double_nothing(r
     wait_until(lambda: len(load.acknowledged) > 150 and len(other.acknowledged) > 20)
     before = load.acknowledged + other.acknowledged
     assert start_python(*PROGRAM, "backup", "copy.db", "--db", "run.db").wait() == 0
-    assert len(load.acknowledged + other.acknowledged) > len(before), "and nobody had to wait for it"
-    for each in load, other:
-        each.finish()
-        assert (each.lost, each.others) == (0, [])
+    assert len(load.acknowledged + other.acknowledged) > len(before), "the backup blocks nobody"
+    for clients in load, other:
+        clients.finish()
+        assert (clients.lost, clients.others) == (0, [])
     assert set(before) <= set(stored_ids("copy.db"))
     check_database("copy.db")
     acknowledged = [first[1]["id"], *load.acknowledged, *other.acknowledged]
@@ -7975,9 +7978,9 @@ def test_two_servers_commands_and_a_backup_on_one_file_lose_and_double_nothing(r
 
 
 @pytest.mark.slow
-def test_processes_that_start_at_once_make_one_database_and_a_second_store_costs_the_first_no_locks(tmp_path):
-    """POSIX drops the locks of a whole process when it closes any descriptor of the file. A command in
-    another process would then take itself for the last user, and delete the WAL under the first store."""
+def test_processes_that_start_together_share_one_database_and_a_second_store_keeps_the_locks_of_the_first(tmp_path):
+    """POSIX drops all locks of a process on a file when it closes any of its descriptors. A command in another process
+    would then take itself for the last user, and delete the WAL under the first store."""
     path = str(tmp_path / "new.db")
     started = [start_python(*PROGRAM, "app", "create", "--db", path, f"App{n}") for n in range(4)]
     outcomes = [(process.communicate(timeout=60), process.returncode) for process in started]
@@ -7994,10 +7997,10 @@ def test_processes_that_start_at_once_make_one_database_and_a_second_store_costs
         assert start_python("-c", count).communicate()[0] == "(2,)\n"
 
 
-def test_a_new_file_that_another_process_holds_is_tried_again_and_given_up_in_the_end(tmp_path, monkeypatch):
+def test_a_locked_new_file_is_tried_again_until_the_timeout(tmp_path, monkeypatch):
     refused, path, execute = [], tmp_path / "new.db", backfeedr.Connection.execute
 
-    def contend(connection, statement, *parameters):  # as when two processes change to WAL at once
+    def fail_three_times(connection, statement, *parameters):  # like two processes that change to WAL at once
         if "journal_mode" in statement and len(refused) < 3:
             refused.append(statement)
             raise sqlite3.OperationalError("database is locked")
@@ -8008,7 +8011,7 @@ def test_a_new_file_that_another_process_holds_is_tried_again_and_given_up_in_th
         patched.setattr(backfeedr, "BUSY_TIMEOUT", 0)
         with pytest.raises(StoreError, match="database is locked"):
             Store(str(path))
-    monkeypatch.setattr(backfeedr.Connection, "execute", contend)
+    monkeypatch.setattr(backfeedr.Connection, "execute", fail_three_times)
     monkeypatch.setattr(backfeedr.time, "sleep", lambda seconds: None)
     with Store(str(path)) as store:
         store.create_app("Shop")
@@ -8041,8 +8044,8 @@ def test_an_answer_does_not_wait_for_the_next_request_of_its_connection(run):
         # A report is batched only with a key that has been seen.
         for path, key in (("/api/v1/health", KEY), ("/api/v1/overview", store.create_app("Shop"))) * 2:
             other.execute("begin immediate")
-            with server.send(f"GET {path} HTTP/1.1\r\n\r\n".encode() + posted(**{"X-Backfeedr-Key": key})) as client:
-                for seconds, status in ((2.5, 200), (20, 201)):  # a half of what the second may wait for the lock
+            with server.send(f"GET {path} HTTP/1.1\r\n\r\n".encode() + raw_post(**{"X-Backfeedr-Key": key})) as client:
+                for seconds, status in ((2.5, 200), (20, 201)):  # half the time that the second may wait for the lock
                     client.settimeout(seconds)
                     answer = http.client.HTTPResponse(client)
                     answer.begin()
@@ -8067,14 +8070,14 @@ def demo(tmp_path_factory):
         yield store
 
 
-def test_the_demo_makes_the_same_reports_for_a_seed_and_others_for_another():
+def test_the_demo_makes_the_same_reports_for_the_same_seed_only():
     module = load_example("demo")
     module.DAYS = 2
     one, again, other = (module.made_up_reports(DEMO_NOW, seed) for seed in (1, 1, 2))
     assert one == again != other
 
 
-def test_the_demo_has_much_to_look_at_and_its_roll_ups_equal_its_rows(demo):
+def test_the_demo_has_something_to_show_on_every_page_and_its_roll_ups_equal_its_rows(demo):
     check_database(demo.path)
     for table in ("crashes", "events"):
         rows = sql(demo.path, f"select occurred_at, device_id_hash from {table}")
@@ -8109,7 +8112,7 @@ def test_the_demo_has_much_to_look_at_and_its_roll_ups_equal_its_rows(demo):
         assert 8 <= len(frames) <= 14 and {bool(frame["file"]) for frame in frames} == {True, False}
 
 
-def test_the_demos_reports_are_received_after_they_occurred_and_the_api_takes_them(demo, serve):
+def test_the_demos_reports_are_received_after_they_occurred_and_the_api_accepts_them(demo, serve):
     api = Api(serve())
     for table, kind, path in (("crashes", "crash", CRASHES), ("events", "event", EVENTS)):
         assert sql(demo.path, f"select count(*) from {table} where occurred_at > received_at") == [(0,)]
@@ -8119,7 +8122,7 @@ def test_the_demos_reports_are_received_after_they_occurred_and_the_api_takes_th
 
 
 @pytest.mark.parametrize("now", ["2026-03-12T00:00:00Z", "2026-03-12T00:10:00Z", "2026-03-15T03:00:00Z"])  # a Sunday
-def test_the_demo_has_figures_of_today_at_any_hour(tmp_path, now):
+def test_the_demo_has_figures_for_today_at_any_hour(tmp_path, now):
     module, path = load_example("demo"), str(tmp_path / "test.db")
     module.DAYS = 2  # which is quick
     module.fill_demo(path, parse_time(now))
@@ -8176,7 +8179,7 @@ def test_apps_and_keys_are_created_listed_revoked_and_deleted(command):
     assert listed("key", 4) == [head]
 
 
-def test_key_list_has_the_day_of_the_last_use_and_the_requests_of_seven_days(command, clock):
+def test_key_list_shows_the_day_of_the_last_use_and_the_requests_of_seven_days(command, clock):
     today = time.time()
     with opened(clock) as server:
         used = {name: server.store.create_key("default") for name in ("never", "long ago", "now and then")}
@@ -8191,7 +8194,7 @@ def test_key_list_has_the_day_of_the_last_use_and_the_requests_of_seven_days(com
     assert [found[used[name][:16]] for name in used] == [("-", "-", "0"), ("-", day[20], "0"), ("-", day[4], "5")]
 
 
-def test_the_commands_of_alerts_add_list_test_and_remove_channels_and_deliver(command, clock, receiver):
+def test_alert_commands_add_list_test_and_remove_channels_and_deliver_sends(command, clock, receiver):
     clock.seconds = time.time() - 120
     with opened(clock) as server:
         server.store.create_app("Shop")
@@ -8226,7 +8229,7 @@ def test_the_commands_of_alerts_add_list_test_and_remove_channels_and_deliver(co
     assert len(command("alert", "list")[1].splitlines()) == 2
 
 
-def test_an_app_that_two_delete_at_once_is_gone_and_each_says_one_line(command, monkeypatch):
+def test_an_app_deleted_twice_at_once_is_gone_and_each_command_prints_one_line(command, monkeypatch):
     with opened() as server:
         for path, body in ((EVENTS, EVENT), (CRASHES, CRASH)):
             assert Api(server).post(path, body)[0] == 201
@@ -8245,7 +8248,7 @@ def test_an_app_that_two_delete_at_once_is_gone_and_each_says_one_line(command, 
         == [[]] * (2 + len(REPORT_TABLES))
 
 
-def test_an_app_whose_reports_cannot_all_go_at_once_is_deleted_and_the_line_says_what_is_left(command, monkeypatch):
+def test_an_app_is_deleted_even_if_some_reports_are_left_and_the_error_says_so(command, monkeypatch):
     def fail(store):
         raise StorageUnavailable
 
@@ -8266,7 +8269,7 @@ NO_TERMINAL = "backfeedr: there is no terminal to confirm on; --yes deletes 'Sho
     (True, "Shop\n", "*Type its name to confirm: Deleted the app 'Shop', its keys and all its reports.\n"),
     *[(True, typed, "*Type its name to confirm: *nothing was deleted\n") for typed in ("shop\n", "Shop \n", "\n", "")],
     (False, "Shop\n", NO_TERMINAL), (False, None, NO_TERMINAL)])
-def test_app_delete_asks_for_the_name_on_a_terminal_and_has_to_be_told_yes_elsewhere(
+def test_app_delete_asks_for_the_name_on_a_terminal_and_needs_yes_elsewhere(
         command, monkeypatch, is_terminal, typed, said):
     command("app", "create", "Shop")
     monkeypatch.setattr(sys, "stdin", typed if typed is None else io.StringIO(typed))
@@ -8296,7 +8299,7 @@ def opened(clock=time.time, **settings):
     return Backfeedr(Settings(db_path="backfeedr.db", api_key=KEY, auth_token=TOKEN, **settings), clock=clock)
 
 
-def test_prune_uses_the_retention_of_the_server_unless_told_otherwise_and_says_what_it_did(command, clock, monkeypatch):
+def test_prune_uses_the_servers_retention_unless_told_otherwise_and_prints_what_it_deleted(command, clock, monkeypatch):
     """Otherwise a prune from a shell without the server's settings would delete what the server keeps."""
     clock.seconds = time.time() - 200 * 24 * 3600
     with opened(clock, retention_days=365) as server:
@@ -8315,7 +8318,7 @@ def test_prune_uses_the_retention_of_the_server_unless_told_otherwise_and_says_w
         assert sql("backfeedr.db", "select count(*) from events") == [(left,)]
 
 
-def test_device_show_prints_all_that_is_kept_and_forget_deletes_it(command):
+def test_device_show_prints_everything_stored_and_forget_deletes_it(command):
     with opened() as server:
         Api(server).post(CRASHES, {**CRASH, "device_id_hash": "d1", "app_version": "1.0", "breadcrumbs": ["tap"]})
         Api(server).post(BATCH, {"events": [{**EVENT, "device_id_hash": "d1"}, EVENT]})
@@ -8394,7 +8397,7 @@ def test_an_import_restores_what_export_printed(command, filled, serve):
 
 
 @sqlite_only
-def test_check_is_content_with_an_import_of_reports_that_are_too_old_for_some_sums(command, serve, monkeypatch):
+def test_check_accepts_an_import_of_reports_that_are_too_old_for_some_sums(command, serve, monkeypatch):
     monkeypatch.setenv("BACKFEEDR_RETENTION_DAYS", "0")
     with serve("backfeedr.db", retention_days=0) as server:
         add(server, 3)
@@ -8406,7 +8409,7 @@ def test_check_is_content_with_an_import_of_reports_that_are_too_old_for_some_su
         assert (status, err) == (0, ""), out
 
 
-def test_an_export_has_each_report_as_sent_and_what_the_server_added_of_one_app_or_since_a_day(command, filled):
+def test_an_export_has_each_report_as_sent_with_what_the_server_added_filtered_by_app_or_day(command, filled):
     crash = exported(command, "crashes")[-1]
     assert crash.pop("id") == sql("backfeedr.db", "select id from crashes order by seq")[-1][0]
     assert crash.pop("group_hash") and parse_time(crash.pop("received_at")) == filled.store.now
@@ -8423,7 +8426,7 @@ def test_an_export_has_each_report_as_sent_and_what_the_server_added_of_one_app_
         assert (status, out) == (2, "") and "is not a date like 2026-03-12" in err
 
 
-def test_no_cell_of_a_csv_is_a_formula_and_a_mark_for_excel_is_written_when_asked_for(command, filled):
+def test_no_csv_cell_is_a_formula_and_a_byte_order_mark_is_written_on_request(command, filled):
     formulas = "=+-@\t\r\n\v\x1b\x01\x7f\x9b\uff1d\uff0b\uff0d\uff20"
     texts = ["a=", '"', ",\n", "a\x1b[2J\x9b", "\u00e9="]
     for start in (*formulas, *texts):
@@ -8443,7 +8446,7 @@ def test_no_cell_of_a_csv_is_a_formula_and_a_mark_for_excel_is_written_when_aske
 CONTROLS = "\x07\x08\x0c\r\x1b\x7f\x85\x9b\u061c\u200e\u200f\u2028\u202a\u202e\u2066\u2069"
 
 
-def test_no_report_controls_the_terminal_that_shows_it_and_elsewhere_it_stays_exact(command, filled, monkeypatch):
+def test_reports_are_escaped_on_a_terminal_and_exact_elsewhere(command, filled, monkeypatch):
     text = f"a{CONTROLS}\tb"
     Api(filled).post(EVENTS, {**EVENT, "device_id_hash": "d", "name": text, "properties": {text: text}})
     sql_run("backfeedr.db", f"update apps set name = name || '{text}'")
@@ -8470,7 +8473,7 @@ def test_no_report_controls_the_terminal_that_shows_it_and_elsewhere_it_stays_ex
         assert command("import", f"\n{CONTROLS}")[2] == f"backfeedr: cannot read {name}: No such file or directory\n"
 
 
-def test_a_bad_line_is_named_and_the_lines_before_it_are_stored(command, filled, monkeypatch):
+def test_import_names_a_bad_line_and_stores_the_lines_before_it(command, filled, monkeypatch):
     monkeypatch.setattr(backfeedr, "IMPORT_LINES", 5)
     good = [json.dumps(each).encode() for each in exported(command, "events") if each["app"] == "default"][:12]
     Path("good").write_bytes(b"\n".join(good))
@@ -8498,7 +8501,7 @@ def test_a_bad_line_is_named_and_the_lines_before_it_are_stored(command, filled,
             check_database("other.db")
 
 
-def test_an_import_stopped_by_the_disk_and_an_interrupted_export_say_so_in_a_line(command, filled, monkeypatch):
+def test_an_import_without_disk_and_an_interrupted_export_end_with_one_line(command, filled, monkeypatch):
     def raising(error):
         def fail(*_):
             raise error
@@ -8514,7 +8517,7 @@ def test_an_import_stopped_by_the_disk_and_an_interrupted_export_say_so_in_a_lin
     assert command("export", "events") == (1, "", "backfeedr: interrupted\n")
 
 
-def test_a_backup_is_the_whole_database_or_nothing_and_replaces_no_file(command, filled, monkeypatch):
+def test_a_backup_is_complete_or_not_there_and_replaces_no_file(command, filled, monkeypatch):
     tables, copy = stored(filled), Path("copy.db").absolute()
     status, out, err = command("backup", "copy.db")
     assert (status, out) == (0, "") and re.fullmatch(r"Wrote copy\.db, [0-9.]+ MB\.\n", err)
@@ -8557,7 +8560,7 @@ def test_check_prints_a_line_for_each_check_and_changes_nothing(command, filled,
         == ["settings", "SQLite", "file", "schema", "pages", "roll-ups"]
 
 
-def test_check_finds_what_is_wrong_and_leaves_an_older_schema_to_the_next_start(command, filled, monkeypatch):
+def test_check_finds_damage_and_leaves_an_older_schema_to_the_next_start(command, filled, monkeypatch):
     filled.close()
     sound, unequal = Path("backfeedr.db").read_bytes(), "roll-ups: these tables do not agree with the reports: "
     for damage, line in (
@@ -8592,7 +8595,7 @@ def test_check_finds_what_is_wrong_and_leaves_an_older_schema_to_the_next_start(
     assert re.findall("^BAD (.+?):", command("check")[1], re.MULTILINE) == ["settings", "file"]
 
 
-def test_check_warns_from_90_percent_of_the_disk_or_of_the_largest_size_on(command, filled, monkeypatch):
+def test_check_warns_above_90_percent_of_the_disk_or_the_size_limit(command, filled, monkeypatch):
     size = Path("backfeedr.db").stat().st_size
     large = "WARN The database has {} % of BACKFEEDR_MAX_DB_SIZE; beyond it the oldest reports go early."
     full = "WARN The disk is nearly full: 9,900.0 MB are free."
@@ -8616,7 +8619,7 @@ def test_an_export_ends_quietly_when_its_reader_stops(command, filled):
 
 
 @pytest.mark.slow
-def test_an_export_and_its_import_take_no_more_memory_for_more_events(command):
+def test_export_and_import_take_no_more_memory_for_more_events(command):
     """Measured by hand with a million events: 36 and 57 MB."""
     # A process in between starts the command: the peak of a child begins with that of its parent.
     code = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
@@ -8637,7 +8640,7 @@ def test_an_export_and_its_import_take_no_more_memory_for_more_events(command):
         assert peaks[name, 500] < peaks[name, 100] * 1.2, peaks
 
 
-def test_help_lists_the_topics_of_the_handbook_prints_one_and_knows_what_a_misspelt_one_means(command):
+def test_help_lists_topics_prints_one_and_suggests_one_for_a_misspelling(command):
     status, out, err = command("help")
     lines = dict(line.split(None, 1) for line in out.splitlines())
     assert (status, err, list(lines)) == (0, "", re.findall("^## (.*)", HANDBOOK, re.M))
@@ -8650,7 +8653,7 @@ def test_help_lists_the_topics_of_the_handbook_prints_one_and_knows_what_a_missp
 
 
 @pytest.mark.parametrize("place", ["handbook.md", "examples/handbook.md", "share/backfeedr/handbook.md"])
-def test_the_handbook_is_found_beside_the_program_and_where_it_is_missing_help_says_what_to_copy(
+def test_help_finds_the_handbook_in_three_places_or_says_what_to_copy(
         command, monkeypatch, tmp_path, place):
     monkeypatch.setattr(backfeedr, "__file__", str(tmp_path / "backfeedr.py"))
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
