@@ -8081,34 +8081,35 @@ def test_the_demo_has_something_to_show_on_every_page_and_its_roll_ups_equal_its
     check_database(demo.path)
     for table in ("crashes", "events"):
         rows = sql(demo.path, f"select occurred_at, device_id_hash from {table}")
-        assert Counter(rows) == Counter((each.occurred_at, each.fields["device_id_hash"])
-                                        for each in demo.made_up if each.kind in table)
-    ask = backfeedr.Metrics(demo)
+        assert Counter(rows) == Counter((report.occurred_at, report.fields["device_id_hash"])
+                                        for report in demo.made_up if report.kind in table)
+    metrics = backfeedr.Metrics(demo)
     crashes, events, devices = sql(demo.path, """
         select (select count(*) from crashes), count(*), count(distinct device_id_hash) from events""")[0]
     assert 200 <= crashes <= 500 and 15_000 <= events <= 26_000 and 300 <= devices <= 400
     assert sorted(app.is_test for app in demo.apps()) == [False, False, True]
-    # a bad release that was fixed
-    rates = {each["app_version"]: each["crash_free_sessions"] for each in ask.releases("Tramwise")["releases"]}
+    # A bad release, and one that fixed it.
+    rates = {release["app_version"]: release["crash_free_sessions"]
+             for release in metrics.releases("Tramwise")["releases"]}
     assert 92 <= rates["2.4.0"] <= 95 < rates["2.3.0"] < 99 < rates["2.4.1"]
-    # the rhythm of a week
-    sessions = ask.sessions("Tramwise", days=28)
+    # Fewer sessions at weekends.
+    sessions = metrics.sessions("Tramwise", days=28)
     weekend = [count for label, count in zip(sessions["labels"], sessions["sessions"])
                if date.fromisoformat(label).weekday() >= 5]
     assert sum(weekend) / 8 < 0.7 * (sum(sessions["sessions"]) - sum(weekend)) / 20
-    # groups of one release, of one model, and a rare one
-    found = [ask.group(group["group_hash"]) for group in ask.groups()["groups"]]
-    assert 8 <= len(found) <= 10 and found[0]["versions"]["labels"] == ["2.4.0"] and found[-1]["count"] <= 6
-    assert ["iPad13,18"] in [group["device_models"]["labels"] for group in found]
-    assert any(all(system >= "26" for system in group["systems"]["labels"]) for group in found)
-    # a latest release that is worse, with groups that are new; and steps that lead to their crashes
-    latest, attention = ask.releases("Tramwise")["releases"][0], ask.attention()
+    # Groups of one release, of one model, of new systems, and a rare one.
+    groups = [metrics.group(group["group_hash"]) for group in metrics.groups()["groups"]]
+    assert 8 <= len(groups) <= 10 and groups[0]["versions"]["labels"] == ["2.4.0"] and groups[-1]["count"] <= 6
+    assert ["iPad13,18"] in [group["device_models"]["labels"] for group in groups]
+    assert any(all(system >= "26" for system in group["systems"]["labels"]) for group in groups)
+    # A latest release that is worse, with new groups, breadcrumbs and events before their crashes.
+    latest, attention = metrics.releases("Tramwise")["releases"][0], metrics.attention()
     assert latest["app_version"] == "2.4.2" and latest["verdict"]["word"] == "worse"
-    assert {each["place"].partition(".")[0] for each in attention["new"]} == {"WidgetTimeline", "LiveActivity"}
+    assert {group["place"].partition(".")[0] for group in attention["new"]} == {"WidgetTimeline", "LiveActivity"}
     assert attention["first"][0]["place"].startswith("WidgetTimeline")
-    for report in (group["reports"][0] for group in found):
-        assert report["extra"]["breadcrumbs"] and ask.events_before(report)
-    for frames in (group["reports"][0]["stack_trace"] for group in found):
+    for report in (group["reports"][0] for group in groups):
+        assert report["extra"]["breadcrumbs"] and metrics.events_before(report)
+    for frames in (group["reports"][0]["stack_trace"] for group in groups):
         assert 8 <= len(frames) <= 14 and {bool(frame["file"]) for frame in frames} == {True, False}
 
 
@@ -8116,27 +8117,27 @@ def test_the_demos_reports_are_received_after_they_occurred_and_the_api_accepts_
     api = Api(serve())
     for table, kind, path in (("crashes", "crash", CRASHES), ("events", "event", EVENTS)):
         assert sql(demo.path, f"select count(*) from {table} where occurred_at > received_at") == [(0,)]
-        for each in [each for each in demo.made_up if each.kind == kind][-40:]:
-            assert api.post(path, {**each.fields, "occurred_at": backfeedr.iso_time(each.occurred_at)})[0] == 201
+        for report in [report for report in demo.made_up if report.kind == kind][-40:]:
+            assert api.post(path, {**report.fields, "occurred_at": backfeedr.iso_time(report.occurred_at)})[0] == 201
     assert 60_000 <= DEMO_NOW - sql(demo.path, "select max(received_at) from events")[0][0] <= 600_000
 
 
 @pytest.mark.parametrize("now", ["2026-03-12T00:00:00Z", "2026-03-12T00:10:00Z", "2026-03-15T03:00:00Z"])  # a Sunday
 def test_the_demo_has_figures_for_today_at_any_hour(tmp_path, now):
     module, path = load_example("demo"), str(tmp_path / "test.db")
-    module.DAYS = 2  # which is quick
+    module.DAYS = 2  # less than by default, which is slow
     module.fill_demo(path, parse_time(now))
     with Store(path, clock=Clock(now)) as store:
-        ask = backfeedr.Metrics(store)
-        assert ask.sessions(days=1)["sessions"][0] > 0 and ask.active_devices(days=1)["dau"][0] > 0
-        assert len(ask.events()["events"]) == 50
+        metrics = backfeedr.Metrics(store)
+        assert metrics.sessions(days=1)["sessions"][0] > 0 and metrics.active_devices(days=1)["dau"][0] > 0
+        assert len(metrics.events()["events"]) == 50
 
 
 # == Command line ==============================================================
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
-    """Runs a command on a database of its own: its status, output and errors."""
+    """Runs a command in a folder of its own; gives its status, output and errors."""
     for name in [name for name in os.environ if name.startswith("BACKFEEDR_")]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
@@ -8152,25 +8153,25 @@ def command(tmp_path, monkeypatch, capsys):
 
 
 def test_apps_and_keys_are_created_listed_revoked_and_deleted(command):
-    def listed(what, columns):
-        return [line.split()[:columns] for line in command(what, "list")[1].splitlines()]
+    def listed(noun, columns):
+        return [line.split()[:columns] for line in command(noun, "list")[1].splitlines()]
 
     expected = set()
-    for app, prefix, pasted, *options in (
+    for app, prefix, argument, *options in (
             ("Shop", "bf_live_", "{:.16}"), ("Beta", "bf_test_", "{}", "--test"), ("Dots", "bf_live_", "{:.16}...")):
         status, key, err = command("app", "create", app, *options)
         keys = [key, command("key", "create", app)[1]]
-        assert status == 0 and app in err and all(re.fullmatch(prefix + "[0-9a-f]{32}\n", each) for each in keys)
-        assert command("key", "revoke", pasted.format(key.strip())) == (
+        assert status == 0 and app in err and all(re.fullmatch(prefix + "[0-9a-f]{32}\n", k) for k in keys)
+        assert command("key", "revoke", argument.format(key.strip())) == (
             0, "", f"Revoked the key {key[:16]}... of the app '{app}'.\n")
-        expected |= {(each[:16] + "...", app, each != key) for each in keys}
+        expected |= {(k[:16] + "...", app, k != key) for k in keys}
     with Store("backfeedr.db") as store:
         assert [(app.name, app.is_test, app.keys) for app in store.apps()] == [
             ("Beta", True, 1), ("Dots", False, 1), ("Shop", False, 1)]
     head, *lines = listed("key", 4)
     assert head == ["KEY", "APP", "CREATED", "REVOKED"]
     assert {(key, app, revoked == "-") for key, app, _, revoked in lines} == expected and len(lines) == 6
-    assert not re.search("bf_[a-z]+_[0-9a-f]{9}", command("key", "list")[1]), "a key is not shown whole"
+    assert not re.search("bf_[a-z]+_[0-9a-f]{9}", command("key", "list")[1]), "no key is shown whole"
     assert listed("app", 3) == [
         ["APP", "KIND", "KEYS"], ["Beta", "test", "1"], ["Dots", "live", "1"], ["Shop", "live", "1"]]
     for app in "Shop", "Beta", "Dots":
@@ -8182,16 +8183,16 @@ def test_apps_and_keys_are_created_listed_revoked_and_deleted(command):
 def test_key_list_shows_the_day_of_the_last_use_and_the_requests_of_seven_days(command, clock):
     today = time.time()
     with opened(clock) as server:
-        used = {name: server.store.create_key("default") for name in ("never", "long ago", "now and then")}
+        keys = {name: server.store.create_key("default") for name in ("never", "long ago", "now and then")}
         for name, days_ago, requests in (("long ago", 20, 3), ("now and then", 20, 2), ("now and then", 4, 5)):
             clock.seconds = today - days_ago * 86400
             for _ in range(requests):
-                assert Api(server).post(EVENTS, EVENT, used[name])[0] == 201
+                assert Api(server).post(EVENTS, EVENT, keys[name])[0] == 201
     head, *lines = command("key", "list")[1].splitlines()
     assert head.endswith("  REVOKED  LAST USED   REQUESTS IN 7 DAYS")
-    found = {line.split()[0][:16]: tuple(line.split()[-3:]) for line in lines}
+    cells = {line.split()[0][:16]: tuple(line.split()[-3:]) for line in lines}
     day = {days: time_text(today - days * 86400)[:10] for days in (4, 20)}
-    assert [found[used[name][:16]] for name in used] == [("-", "-", "0"), ("-", day[20], "0"), ("-", day[4], "5")]
+    assert [cells[key[:16]] for key in keys.values()] == [("-", "-", "0"), ("-", day[20], "0"), ("-", day[4], "5")]
 
 
 def test_alert_commands_add_list_test_and_remove_channels_and_deliver_sends(command, clock, receiver):
@@ -8233,17 +8234,17 @@ def test_an_app_deleted_twice_at_once_is_gone_and_each_command_prints_one_line(c
     with opened() as server:
         for path, body in ((EVENTS, EVENT), (CRASHES, CRASH)):
             assert Api(server).post(path, body)[0] == 201
-    prune, said = Store.prune, []
+    prune, outcomes = Store.prune, []
 
-    def interrupted(store):
-        if not said:
-            said.append(command("app", "delete", "default", "--yes"))
+    def delete_again_and_prune(store):
+        if not outcomes:
+            outcomes.append(command("app", "delete", "default", "--yes"))
         return prune(store)
 
-    monkeypatch.setattr(Store, "prune", interrupted)
-    said.append(command("app", "delete", "default", "--yes"))
-    assert said == [(1, "", "backfeedr: there is no app named 'default'\n"),
-                    (0, "", "Deleted the app 'default', its keys and all its reports.\n")]
+    monkeypatch.setattr(Store, "prune", delete_again_and_prune)
+    outcomes.append(command("app", "delete", "default", "--yes"))
+    assert outcomes == [(1, "", "backfeedr: there is no app named 'default'\n"),
+                        (0, "", "Deleted the app 'default', its keys and all its reports.\n")]
     assert [sql("backfeedr.db", f"select * from {table}") for table in ("apps", "keys", *REPORT_TABLES)] \
         == [[]] * (2 + len(REPORT_TABLES))
 
@@ -8265,19 +8266,19 @@ def test_an_app_is_deleted_even_if_some_reports_are_left_and_the_error_says_so(c
 NO_TERMINAL = "backfeedr: there is no terminal to confirm on; --yes deletes 'Shop' without asking\n"
 
 
-@pytest.mark.parametrize("is_terminal, typed, said", [
+@pytest.mark.parametrize("is_terminal, typed, printed", [
     (True, "Shop\n", "*Type its name to confirm: Deleted the app 'Shop', its keys and all its reports.\n"),
     *[(True, typed, "*Type its name to confirm: *nothing was deleted\n") for typed in ("shop\n", "Shop \n", "\n", "")],
     (False, "Shop\n", NO_TERMINAL), (False, None, NO_TERMINAL)])
 def test_app_delete_asks_for_the_name_on_a_terminal_and_needs_yes_elsewhere(
-        command, monkeypatch, is_terminal, typed, said):
+        command, monkeypatch, is_terminal, typed, printed):
     command("app", "create", "Shop")
     monkeypatch.setattr(sys, "stdin", typed if typed is None else io.StringIO(typed))
     if is_terminal:
         sys.stdin.isatty = lambda: True
-    is_left = "Deleted" not in said
+    is_left = "Deleted" not in printed
     status, out, err = command("app", "delete", "Shop")
-    assert (status, out) == (is_left, "") and fnmatch.fnmatchcase(err, said), err
+    assert (status, out) == (is_left, "") and fnmatch.fnmatchcase(err, printed), err
     assert len(command("app", "list")[1].splitlines()) == len(command("key", "list")[1].splitlines()) == 1 + is_left
     assert command("app", "delete", "Shop", "--yes")[0] == 1 - is_left
 
@@ -8290,7 +8291,7 @@ def test_every_argument_and_option_has_a_help_text():
             if isinstance(action, argparse._SubParsersAction):
                 described += action._choices_actions
                 parsers += action.choices.values()
-            missing += [each.dest for each in described if not each.help and each.dest != "==SUPPRESS=="]
+            missing += [item.dest for item in described if not item.help and item.dest != "==SUPPRESS=="]
     assert len(parsers) > 10 and missing == []
 
 
@@ -8300,21 +8301,21 @@ def opened(clock=time.time, **settings):
 
 
 def test_prune_uses_the_servers_retention_unless_told_otherwise_and_prints_what_it_deleted(command, clock, monkeypatch):
-    """Otherwise a prune from a shell without the server's settings would delete what the server keeps."""
+    """Otherwise a prune from a shell without the server's environment would delete what the server keeps."""
     clock.seconds = time.time() - 200 * 24 * 3600
     with opened(clock, retention_days=365) as server:
         for path, body in [(BATCH, {"events": [{**EVENT, "name": "x" * 400}] * 100})] * 20 + [(CRASHES, CRASH)]:
             assert Api(server).post(path, body)[0] == 201
         clock.move(50 * 24 * 3600)
         assert Api(server).post(EVENTS, EVENT)[0] == 201
-    for days, said, left in (
+    for days, printed, left in (
             ("", "0 crashes and 0 events older than 365 days", 2001), ("0", "0 crashes and 0 events (*)", 2001),
             ("180", "1 crash and 2,000 events older than 180 days", 1),
             ("100", "0 crashes and 1 event older than 100 days", 0)):
         monkeypatch.setenv("BACKFEEDR_RETENTION_DAYS", days)
         status, out, err = command("prune")
         assert (status, out) == (0, "")
-        assert fnmatch.fnmatchcase(err, f"Deleted {said}; freed [0-9]*.[0-9] MB of [0-9]*.[0-9] MB.\n"), err
+        assert fnmatch.fnmatchcase(err, f"Deleted {printed}; freed [0-9]*.[0-9] MB of [0-9]*.[0-9] MB.\n"), err
         assert sql("backfeedr.db", "select count(*) from events") == [(left,)]
 
 
@@ -8336,7 +8337,7 @@ def test_device_show_prints_everything_stored_and_forget_deletes_it(command):
 
 @pytest.fixture(scope="session")
 def random_reports(tmp_path_factory):
-    """A file with reports of three apps, of the last 40 days; made once."""
+    """A file with the reports of three apps from the last 40 days; made once."""
     path, clock = tmp_path_factory.mktemp("random") / "backfeedr.db", Clock()
     clock.seconds = time.time() - 40 * 24 * 3600
     with Backfeedr(Settings(db_path=str(path), api_key=KEY, auth_token=TOKEN), clock=clock) as server:
@@ -8404,7 +8405,7 @@ def test_check_accepts_an_import_of_reports_that_are_too_old_for_some_sums(comma
         add(server, 3, type="custom", device_id_hash="d")
     for kind in ("crashes", "events"):
         Path(kind).write_bytes(command("export", kind)[1].encode() + b"junk")
-        assert command("import", kind, "--db", "other.db")[0] == 1, "it ends early"
+        assert command("import", kind, "--db", "other.db")[0] == 1, "the last line is junk"
         status, out, err = command("check", "--db", "other.db")
         assert (status, err) == (0, ""), out
 
@@ -8440,7 +8441,7 @@ def test_no_csv_cell_is_a_formula_and_a_byte_order_mark_is_written_on_request(co
     assert [row["id"] for row in rows] == [each["id"] for each in exported(command, "events")]
     assert json.loads(rows[-added - 1]["properties"]) == {"cell": "\t=1"}
     number, text = (crashes[-1][name] for name in ("battery_level", "exception_reason"))
-    assert (number, text[:5]) == ("-1.0", "'=1+1"), "a number stays one"
+    assert (number, text[:5]) == ("-1.0", "'=1+1"), "a negative number is no formula"
 
 
 CONTROLS = "\x07\x08\x0c\r\x1b\x7f\x85\x9b\u061c\u200e\u200f\u2028\u202a\u202e\u2066\u2069"
@@ -8463,9 +8464,9 @@ def test_reports_are_escaped_on_a_terminal_and_exact_elsewhere(command, filled, 
         assert (status, err) == (0, "") and not set(shown.replace("\r\n", "\n")) & set(CONTROLS), arguments
         if is_json:
             lines = [exact, shown] if arguments[0] == "device" else [each.split("\n")[-2] for each in (exact, shown)]
-            was, now = map(json.loads, lines)
-            assert was == now and (was.get("events") or [was])[0]["properties"] == {text: text}
-            assert {"\x7f", "\x9b", "\u202e"} < set(exact), "which JSON does not escape by itself"
+            before, after = map(json.loads, lines)
+            assert before == after and (before.get("events") or [before])[0]["properties"] == {text: text}
+            assert {"\x7f", "\x9b", "\u202e"} < set(exact), "JSON itself does not escape them"
         else:
             assert text in exact and escaped in shown
     for is_terminal, name in ((False, f"\n{CONTROLS}"), (True, "\n" + escaped[1:-2])):
@@ -8484,7 +8485,7 @@ def test_import_names_a_bad_line_and_stores_the_lines_before_it(command, filled,
             ({"app": 1}, "invalid app"), ({"is_test": 1}, "invalid is_test"), ({"extra": []}, "invalid extra"),
             ({"occurred_at": None}, "missing occurred_at"), ({"type": "click"}, "invalid event type"),
             *[({"clock_ahead_ms": ahead}, "invalid clock_ahead_ms") for ahead in (-1, 10 ** 15, 10 ** 30, True, "1")],
-            # What the store refuses ends its whole step.
+            # The store refuses these, with the whole batch that they are in.
             *[({"app": name}, "an app's name is") for name in ("", "x" * 101)],
             ({"is_test": True}, "the app 'default' is a live one here")):
         start, before = ("line 8: ", 7) if problem.startswith(("invalid", "missing")) else ("", 5)
@@ -8495,9 +8496,9 @@ def test_import_names_a_bad_line_and_stores_the_lines_before_it(command, filled,
         assert (status, out, err.count("\n"), "line 8" in err) == (1, "", 1, before == 7), (change, err)
         assert err.startswith("backfeedr: " + start + problem) and f"{before} reports before it were stored" in err
         assert len(sql("other.db", "select * from events")) == before
-        if before == 5 or change == b"junk":  # the others store the same
-            said = command("import", "good", "--db", "other.db")[2]
-            assert f"Stored {len(good) - before} reports; {before} were" in said
+        if before == 5 or change == b"junk":  # the other changes leave the same database
+            message = command("import", "good", "--db", "other.db")[2]
+            assert f"Stored {len(good) - before} reports; {before} were" in message
             check_database("other.db")
 
 
@@ -8549,11 +8550,11 @@ def test_check_prints_a_line_for_each_check_and_changes_nothing(command, filled,
 
     if name == "closed.db":
         filled.close()
-    if name != "backfeedr.db":  # the log beside a crashed one is not taken in
+    if name != "backfeedr.db":  # the WAL beside a crashed one must stay as it is
         for path in contents():
             shutil.copy(path, path.name.replace("backfeedr.db", name))
     before = contents()
-    monkeypatch.setattr(backfeedr, "NEARLY_FULL", 1)  # whatever the disk of the tests is like
+    monkeypatch.setattr(backfeedr, "NEARLY_FULL", 1)  # so that a full disk gives no warning
     status, out, err = command("check", "--db", name)
     assert (status, err, contents()) == (0, "", before)
     assert [re.fullmatch("ok  ([a-zA-Z -]+): .+", line)[1] for line in out.splitlines()] \
@@ -8621,7 +8622,7 @@ def test_an_export_ends_quietly_when_its_reader_stops(command, filled):
 @pytest.mark.slow
 def test_export_and_import_take_no_more_memory_for_more_events(command):
     """Measured by hand with a million events: 36 and 57 MB."""
-    # A process in between starts the command: the peak of a child begins with that of its parent.
+    # A small process starts the command, because the peak of a child begins with that of its parent.
     code = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
             "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)")
     start, peaks = {**EVENT, "type": "session_start", "properties": {"text": "x" * 30_000}}, {}
