@@ -10684,7 +10684,7 @@ def test_a_report_that_the_database_refuses_costs_no_other_and_health_says_wheth
 @pytest.mark.parametrize("arguments, settings, problem", [
     (["--port", "0"], {}, "cannot open the database: *"), (["app", "list"], {}, "cannot open the database: *"),
     (["--port", "0"], {"BACKFEEDR_MAX_DB_SIZE": "1000000000"},
-     "BACKFEEDR_MAX_DB_SIZE is of SQLite's file: unset it, and limit the database")])
+     "BACKFEEDR_MAX_DB_SIZE is for SQLite's file: unset it, and limit the database")])
 def test_postgres_says_in_one_line_why_it_does_not_start(capsys, monkeypatch, arguments, settings, problem):
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
