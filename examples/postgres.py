@@ -82,7 +82,7 @@ create function instr(text, text) returns boolean immutable language sql as 'sel
 create unlogged table rates (key_hash bytea primary key, times float8[] not null);
 """
 
-# Hosts that commit at the same time take their seqs from sequences, which no transaction keeps locked. They replace what
+# Hosts that commit at the same time take their seqs from sequences, which no transaction locks. They replace what
 # SQLite's reserve_seqs keeps in `state`; the steps are the same: seqs that a fast clock gave are not given again.
 _SEQS = f"""
 insert into state values ('writer', 0);
