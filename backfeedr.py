@@ -7266,8 +7266,7 @@ class _Task(Task):
     """What all answers have in common."""
 
     def build_response_header(self) -> Any:
-        """Closes the connection during a stop: a client that went on sending would lose its last request. Logs the
-        request."""
+        """Logs the request. During a stop, closes the connection: a client that went on sending would lose one."""
         if not self.channel.server.accepting:
             self.set_close_on_finish()
         if log.isEnabledFor(logging.INFO):
@@ -7399,8 +7398,7 @@ class _Dispatcher(ThreadedTaskDispatcher):
             log.exception("unexpected error")
 
     def collect(self, batch: list[_Channel]) -> Generator[Environ, None, None]:
-        """Waits for a request; appends its connection, and all that have one by the time the caller has decoded it, to
-        `batch`; yields the environs."""
+        """Yields a request and all that arrive while the caller decodes it; appends their connections to `batch`."""
         with self.collecting, suppress(Empty):
             channel, size = self.waiting.get(), 0
             while channel:

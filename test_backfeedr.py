@@ -8417,9 +8417,9 @@ def test_an_export_has_each_report_as_sent_with_what_the_server_added_filtered_b
     assert parse_time(crash.pop("occurred_at")) == parse_time("0001-01-01T00:00:00+14:00")
     assert crash == {**ODD_CRASH, "app": "default", "is_test": False, "extra": NOT_OURS}
     reports = exported(command, "events")
-    assert exported(command, "events", "--app", "Beta") == [each for each in reports if each["is_test"]]
+    assert exported(command, "events", "--app", "Beta") == [report for report in reports if report["is_test"]]
     for since in (reports[len(reports) // 2]["received_at"][:10], "9999-12-31", "0001-01-01"):
-        expected = [each for each in reports if each["received_at"] >= since]
+        expected = [report for report in reports if report["received_at"] >= since]
         assert exported(command, "events", "--since", since) == expected
     assert command("export", "events", "--app", "Nope") == (1, "", "backfeedr: there is no app named 'Nope'\n")
     for wrong in ("yesterday", "2026-02-30", "2026-3-1"):
@@ -8438,7 +8438,7 @@ def test_no_csv_cell_is_a_formula_and_a_byte_order_mark_is_written_on_request(co
     added = len(formulas) + len(texts)
     assert [row["name"] for row in rows[-added:]] == [
         *("'" + start + "1" for start in formulas), *(start + "1" for start in texts)]
-    assert [row["id"] for row in rows] == [each["id"] for each in exported(command, "events")]
+    assert [row["id"] for row in rows] == [event["id"] for event in exported(command, "events")]
     assert json.loads(rows[-added - 1]["properties"]) == {"cell": "\t=1"}
     number, text = (crashes[-1][name] for name in ("battery_level", "exception_reason"))
     assert (number, text[:5]) == ("-1.0", "'=1+1"), "a negative number is no formula"
@@ -8452,7 +8452,7 @@ def test_reports_are_escaped_on_a_terminal_and_exact_elsewhere(command, filled, 
     Api(filled).post(EVENTS, {**EVENT, "device_id_hash": "d", "name": text, "properties": {text: text}})
     sql_run("backfeedr.db", f"update apps set name = name || '{text}'")
     sql_run("backfeedr.db", f"update keys set prefix = prefix || '{text}'")
-    escaped = "a" + "".join(f"\\u{ord(each):04x}" for each in CONTROLS) + "\tb"
+    escaped = "a" + "".join(f"\\u{ord(character):04x}" for character in CONTROLS) + "\tb"
     for arguments, is_json in (
             (["device", "show", "d"], True), (["export", "events"], True), (["export", "events", "--format", "csv"], 0),
             (["app", "list"], False), (["key", "list"], False)):
@@ -8476,7 +8476,7 @@ def test_reports_are_escaped_on_a_terminal_and_exact_elsewhere(command, filled, 
 
 def test_import_names_a_bad_line_and_stores_the_lines_before_it(command, filled, monkeypatch):
     monkeypatch.setattr(backfeedr, "IMPORT_LINES", 5)
-    good = [json.dumps(each).encode() for each in exported(command, "events") if each["app"] == "default"][:12]
+    good = [json.dumps(event).encode() for event in exported(command, "events") if event["app"] == "default"][:12]
     Path("good").write_bytes(b"\n".join(good))
     for change, problem in (
             (b"junk", "invalid JSON"), (b"[]", "invalid JSON"), ({"id": None}, "missing id"),
@@ -8631,11 +8631,11 @@ def test_export_and_import_take_no_more_memory_for_more_events(command):
             key_hash = backfeedr.sha256(store.create_app("Shop"))
             for _ in range(count // 100):
                 store.add(key_hash, [parse_event({**start, "session_id": str(n)}) for n in range(100)])
-        for *what, db, output in (("export", "events", f"{count}.db", f"{count}"),
+        for *args, db, output in (("export", "events", f"{count}.db", f"{count}"),
                                   ("import", f"{count}", f"{count}-copy.db", os.devnull)):
             with open(output, "w") as file:
-                process = start_python("-I", "-S", "-c", code, sys.executable, *PROGRAM, *what, "--db", db, stdout=file)
-            peaks[what[0], count] = int(process.communicate()[1].split()[-1])
+                process = start_python("-I", "-S", "-c", code, sys.executable, *PROGRAM, *args, "--db", db, stdout=file)
+            peaks[args[0], count] = int(process.communicate()[1].split()[-1])
         assert sql(f"{count}-copy.db", "select count(*) from events") == [(count,)]
     for name in ("export", "import"):
         assert peaks[name, 500] < peaks[name, 100] * 1.2, peaks
