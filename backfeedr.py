@@ -7231,7 +7231,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, UnicodeError, TypeError) as error:
-        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]  # without the address again
         option = "port" if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES) else "host"
         raise OSError(f"cannot listen on {host} port {port}: {reason};"
                       f" choose another with --{option} or BACKFEEDR_{option.upper()}") from None
@@ -7651,8 +7651,8 @@ def _wrong_tables(db: sqlite3.Connection, expired: int) -> list[str]:
     row_tables = re.findall(r"create table (\w+)", "".join(figure.TABLES for figure in FIGURES))
     queries = [(table, query) for table, sums in SUMS.items() for query in _wrong_sums(table, sums, expired)]
     queries += [(table, _wrong_rows(table)) for table in row_tables if table != "medians"]  # a cache
-    parameters = {"settled": expired and expired + first_seq(HOUR)}
-    wrong = [table for table, query in queries if db.execute(query + " limit 1", parameters).fetchone()]
+    settled = expired + first_seq(HOUR) if expired else 0  # devices that were last seen before may be gone already
+    wrong = [name for name, query in queries if db.execute(query + " limit 1", {"settled": settled}).fetchone()]
     return list(dict.fromkeys(wrong))
 
 
@@ -7691,7 +7691,7 @@ def _wrong_rows(table: str) -> str:
     first, last = SPAN_COLUMNS.get(table, ("app_id", "app_id"))
     same = [*KEYS[table], *(("crashes", "devices") if table == "groups" else ())]
     condition = "true"
-    if "device" in table:  # goes with the device's last report, to the hour
+    if "device" in table:
         condition = "(app_id, device) in (select app_id, device from main.devices where last_seq > :settled)"
     elif table == "builds":  # at the limit, other builds may have come first
         condition = f"(select count(*) from stored.builds where app_id = counted.app_id) < {MAX_BUILDS_OF_APP}"
@@ -7765,7 +7765,7 @@ def _parser() -> argparse.ArgumentParser:
         "Crash reports and usage figures for iOS apps, on your own host. Without a command, it serves."))
     parser.add_argument("--version", action="version", version=f"backfeedr {__version__}")
     groups = {"": parser.add_subparsers(title="commands", metavar="COMMAND")}
-    for name, text, arguments in (("", "", _SERVE_OPTIONS), *_COMMANDS):
+    for name, text, arguments in (("", "", _SERVE_OPTIONS), *_COMMANDS):  # "": no command
         noun, _, verb = name.rpartition(" ")
         if noun not in groups:
             verbs = [command.split()[1] for command, *_ in _COMMANDS if command.startswith(noun + " ")]
