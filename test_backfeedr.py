@@ -8694,12 +8694,12 @@ def free_port():
 
 
 def clean_environ(**variables):
-    """The environment without settings of its own, and with these."""
+    """The environment without BACKFEEDR_ variables, plus these variables."""
     return {**{name: value for name, value in os.environ.items() if not name.startswith("BACKFEEDR_")}, **variables}
 
 
 def run_program(*command, cwd=None, stdin="", **variables):
-    """Runs a program to its end: its status, output and errors."""
+    """Runs a program to its end; gives its status, output and errors."""
     done = subprocess.run([str(each) for each in command], cwd=cwd, input=stdin, timeout=300, capture_output=True,
                           text=True, env=clean_environ(**variables))
     return done.returncode, done.stdout, done.stderr
@@ -8718,12 +8718,12 @@ def bash(command, cwd, **variables):
 def needs(*programs):
     for program in programs:
         if not shutil.which(program):
-            pytest.skip(f"{program} is not here")
+            pytest.skip(f"{program} is not installed")
 
 
 @contextmanager
 def running(*command, cwd, **variables):
-    """A program in its own process, ended with its children when the block ends; its output and errors are one."""
+    """Runs a program in a process group, which is ended with the block. Its errors are in its output."""
     process = subprocess.Popen([str(each) for each in command], cwd=cwd, env=clean_environ(**variables), text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     try:
@@ -8738,7 +8738,7 @@ def running(*command, cwd, **variables):
 
 
 def printed(process, pattern):
-    """The first match of a pattern in what a program prints, from here on."""
+    """Reads what a program prints until it matches a pattern, and returns the match."""
     text = ""
     while not re.search(pattern, text):
         line = process.stdout.readline()
@@ -8748,7 +8748,7 @@ def printed(process, pattern):
 
 
 def ask(url, body=None, key=KEY, **headers):
-    """The status, the headers and the body of an answer; a body that is given is sent as JSON."""
+    """The status, headers and body of an answer to a GET, or to a POST of `body` as JSON."""
     url = urlsplit(url)
     path = url.path + ("?" + url.query if url.query else "")
     with closing(http.client.HTTPConnection(url.hostname, url.port, timeout=30)) as connection:
@@ -8759,14 +8759,14 @@ def ask(url, body=None, key=KEY, **headers):
 
 
 def check_stores_a_crash(url, db, key=KEY):
-    """A server stores a crash in a database, and acknowledges what is there."""
+    """A server acknowledges a crash, and it is in the database."""
     status, _, answer = ask(url + CRASHES, CRASH, key)
     assert status == 201 and sql(db, "select id from crashes") == [(json.loads(answer)["id"],)]
 
 
 @contextmanager
 def in_thread(server):
-    """Serves in a thread, on the port that the server has taken; its address."""
+    """Runs a server in a thread; gives its address."""
     with server, ThreadPoolExecutor(1) as pool:
         pool.submit(server.serve_forever, poll_interval=0.01)
         try:
@@ -8776,7 +8776,7 @@ def in_thread(server):
 
 
 class ScriptedHandler(WSGIRequestHandler):
-    """Says nothing of its requests."""
+    """Logs no requests."""
 
     def log_message(self, *args):
         pass
@@ -8784,16 +8784,16 @@ class ScriptedHandler(WSGIRequestHandler):
 
 @contextmanager
 def scripted(script, app=webtest.TestResponse(b'{"id": "evt_1"}', 201)):
-    """A server whose answers are changed by a script, of which the last line is repeated; its URL and its requests.
+    """A server that answers as a script says, repeating its last line; gives its URL and the list of its requests.
 
-    A line is None for the app's own answer, (status, answer, headers), a function of the request that gives such a one,
-    "drop" to close without a word, "cut" to close within the answer, or "hang" to say nothing until the client goes.
+    A line is None for the app's own answer, a tuple (status, answer, headers), a function that gets the request and
+    gives such a tuple, "drop" to close without an answer, "cut" to close within it, or "hang" until the client closes.
     """
     requests = []
 
     def answer(environ, start_response):
         stream, request = environ["wsgi.input"], webtest.TestRequest(environ)
-        request.make_body_seekable()  # by reading it
+        request.make_body_seekable()  # reads it
         requests.append(request)
         response = request.get_response(app)
         line = script.pop(0) if script[1:] else script[0]
@@ -8805,7 +8805,7 @@ def scripted(script, app=webtest.TestResponse(b'{"id": "evt_1"}', 201)):
         if line == "hang":
             stream.read(1)
         if line in ("hang", "drop"):
-            raise ConnectionAbortedError  # which wsgiref takes as a client's, and closes the connection
+            raise ConnectionAbortedError  # wsgiref takes it for the client's, and closes the connection
         start_response(response.status, response.headerlist)
         return [response.body[:5] if line == "cut" else response.body]
 
@@ -8816,7 +8816,7 @@ def scripted(script, app=webtest.TestResponse(b'{"id": "evt_1"}', 201)):
 
 
 def malformed_requests():
-    """Bytes that are no request, or one of which a server will say that it is wrong."""
+    """Bytes that are not a valid HTTP request."""
     long, chunked = b"a" * 100_000, b"POST /api/v1/crashes HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
     yield from (b"junk\r\n\r\n", b"G\0T / HTTP/1.1\r\n\r\n", b"GET /" + long + b" HTTP/1.1\r\n\r\n",
                 chunked + b"zz\r\n", b"GET / HTTP/9.9\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
@@ -8830,12 +8830,12 @@ def malformed_requests():
         context.wrap_bio(ssl.MemoryBIO(), hello, server_hostname="crashes.example.com").do_handshake()
     greeting = hello.read()
     yield greeting
-    at = greeting.index(b"\0\x1d\0\x20") + 4  # where it has its share of an x25519 key
+    at = greeting.index(b"\0\x1d\0\x20") + 4  # the start of its x25519 key share
     yield greeting[:at] + bytes(32) + greeting[at + 32:]
 
 
 def send_malformed(port):
-    """Sends each malformed request, and waits until the server has closed; each again, and closes first."""
+    """Sends each malformed request twice: once waits until the server closes the connection, once closes it first."""
     for request in malformed_requests():
         for waits in (True, False):
             with socket.create_connection(("127.0.0.1", port), timeout=20) as connection, suppress(OSError):
@@ -8860,7 +8860,7 @@ BACKOFF = [(longest / 2, longest) for longest in (0.5, 1, 2, 4, 8, 16, 30, 30, 3
 
 
 def batch_answer(request):
-    """What a server answers to a batch: an id that names the event, so that the order shows."""
+    """An answer to a batch, with the name of each event in its id, to check the order."""
     ids = ["evt_" + event["name"] for event in request.json["events"]]
     return 201, {"count": len(ids), "ids": ids}
 
@@ -8874,7 +8874,7 @@ def make_client(url, key=KEY, **options):
 
 
 def outcome_of(url, send=lambda client: client.event(EVENT), **options):
-    """What came of a call to a client: the answer (of an error its type, or its status and message), and each wait."""
+    """The result of a call to a client: the answer (or the error's type, or its status and message) and the waits."""
     got = SimpleNamespace(error=None, sleeps=[])
     try:
         got.answer = send(make_client(url, **{"sleep": got.sleeps.append, **options}))
@@ -8885,7 +8885,7 @@ def outcome_of(url, send=lambda client: client.event(EVENT), **options):
 
 
 def sent(*script, suffix="", **options):
-    """The same with a scripted server, and the requests that it got."""
+    """The same with a scripted server, and the requests that it received."""
     with scripted([*script]) as (url, requests):
         got = outcome_of(url + suffix, **options)
     got.requests, got.keys = requests, {each.headers["Idempotency-Key"] for each in requests}
@@ -8909,7 +8909,7 @@ def test_client_refuses_an_invalid_endpoint_or_key_without_showing_the_key(endpo
     assert not key or key not in str(caught.value)
 
 
-def test_client_signs_each_attempt_anew_over_the_bytes_that_it_sends_unless_it_is_not_to_sign():
+def test_client_signs_the_bytes_of_each_attempt_unless_told_not_to():
     body = b'{"type":"custom","name":"purchase","occurred_at":"2026-03-12T14:22:31Z"}'
     assert client_module.signature(KEY, "2026-03-12T14:22:31Z", body) == (
         "sha256=6c3e10dd63bdf20cb9257a8a8b590969e83722725287c4009b98423fc82add3d")
@@ -8925,7 +8925,7 @@ def test_client_signs_each_attempt_anew_over_the_bytes_that_it_sends_unless_it_i
     assert not {"X-Backfeedr-Timestamp", "X-Backfeedr-Signature"} & {*unsigned.headers}
 
 
-def test_client_fills_in_a_missing_occurred_at_leaves_the_callers_report_as_it_is_and_refuses_nan():
+def test_client_adds_a_missing_occurred_at_without_changing_the_callers_report_and_refuses_nan():
     for report in ({"name": "a"}, {"name": "a", "occurred_at": None}, {"name": "a", "occurred_at": ""}):
         before = dict(report)
         request, = sent(STORED, send=lambda client: client.crash(report)).requests
@@ -8934,8 +8934,8 @@ def test_client_fills_in_a_missing_occurred_at_leaves_the_callers_report_as_it_i
     assert (got.answer, got.requests) == (ValueError, [])
 
 
-WAYS_TO_LOSE = [("drop", 10), ("cut", 10), ("hang", 0.2)]  # an answer, and seconds that a client waits for it
-ATTEMPTS = {  # the server's script, what comes of it, the bounds of each wait before a further attempt, options
+WAYS_TO_LOSE = [("drop", 10), ("cut", 10), ("hang", 0.2)]  # how an answer is lost, and the client's timeout
+ATTEMPTS = {  # the server's script, the answer, the bounds of each wait before a further attempt, options
     **{loss: ([loss, loss, STORED], STORED[1], BACKOFF[:2], {"timeout": seconds}) for loss, seconds in WAYS_TO_LOSE},
     **{loss + " to the end": ([loss], LOST, BACKOFF[:1], {"timeout": seconds, "attempts": 2})
        for loss, seconds in WAYS_TO_LOSE},
@@ -8963,7 +8963,7 @@ ATTEMPTS = {  # the server's script, what comes of it, the bounds of each wait b
 
 
 @pytest.mark.parametrize("script, answer, waits, options", ATTEMPTS.values(), ids=ATTEMPTS)
-def test_client_repeats_what_may_succeed_later_after_a_wait_and_nothing_else(script, answer, waits, options):
+def test_client_waits_and_repeats_only_requests_that_may_succeed_later(script, answer, waits, options):
     got = sent(*script, **options)
     assert got.answer == answer
     if answer is LOST:
@@ -8977,7 +8977,7 @@ def test_client_repeats_what_may_succeed_later_after_a_wait_and_nothing_else(scr
     assert len(key) >= 32
 
 
-def test_client_retries_a_refused_connection_but_reads_a_refusal_that_comes_before_all_is_sent():
+def test_client_retries_a_refused_connection_and_reads_an_early_refusal():
     got = outcome_of(f"http://127.0.0.1:{free_port()}")
     assert (got.answer, len(got.sleeps)) == (LOST, 4) and isinstance(got.error.__cause__, ConnectionRefusedError)
 
@@ -8993,7 +8993,7 @@ def test_client_retries_a_refused_connection_but_reads_a_refusal_that_comes_befo
 
 @pytest.mark.parametrize("count, sizes", [
     (0, []), (1, [1]), (100, [100]), (101, [100, 1]), (200, [100, 100]), (250, [100, 100, 50])])
-def test_client_sends_a_long_batch_in_several_and_merges_the_answers(count, sizes):
+def test_client_sends_a_long_batch_in_several_requests_and_merges_the_answers(count, sizes):
     events = numbered_events(count)
     got = sent(batch_answer, send=lambda client: client.batch(events))
     assert got.answer == {"count": count, "ids": ["evt_%d" % number for number in range(count)]}
@@ -9001,7 +9001,7 @@ def test_client_sends_a_long_batch_in_several_and_merges_the_answers(count, size
     assert len(got.keys) == len(sizes) and events == numbered_events(count)
 
 
-def test_client_says_what_of_a_long_batch_is_stored_when_a_later_part_fails():
+def test_client_tells_which_part_of_a_long_batch_is_stored_when_a_later_part_fails():
     got = sent(batch_answer, (413, {"error": "request body too large"}), batch_answer,
                send=lambda client: client.batch(numbered_events(250)))
     assert got.answer == (413, "request body too large") and len(got.requests) == 2
@@ -9011,7 +9011,7 @@ def test_client_says_what_of_a_long_batch_is_stored_when_a_later_part_fails():
 @pytest.mark.parametrize("count, bad, message", [
     (100, {0}, "at index 0"), (100, {99}, "at index 99"), (1, {0}, "at index 0"), (101, {100}, "at index 100"),
     (250, {7, 8, 107, 108, 249}, "at index 7, and 4 more events")])
-def test_client_leaves_bad_events_out_of_a_batch_says_which_and_sends_the_rest(serve, clock, count, bad, message):
+def test_client_removes_bad_events_from_a_batch_names_them_and_sends_the_rest(serve, clock, count, bad, message):
     server, events = serve(require_signature=True), numbered_events(count)
     for index in bad:
         events[index]["occurred_at"] = "2026-03-12T14:22:31"
@@ -9026,7 +9026,7 @@ def test_client_leaves_bad_events_out_of_a_batch_says_which_and_sends_the_rest(s
     assert len({each.headers["Idempotency-Key"] for each in requests}) == len(requests)
 
 
-def test_client_gives_up_a_batch_with_too_many_bad_events(serve, clock):
+def test_client_gives_up_on_a_batch_with_too_many_bad_events(serve, clock):
     server, events = serve(), [{**event, "type": "launch"} for event in numbered_events(50)]
     with scripted([None], server) as (url, requests):
         got = outcome_of(url, lambda client: client.batch(events), clock=clock)
@@ -9037,20 +9037,20 @@ def test_client_gives_up_a_batch_with_too_many_bad_events(serve, clock):
 @pytest.mark.parametrize("status, text", [
     (400, "invalid name at index 2"), (400, "invalid name at index -1"), (422, "invalid name at index 0"),
     (400, "invalid name")])
-def test_client_drops_no_event_for_an_answer_that_names_none(status, text):
+def test_client_removes_no_event_for_an_answer_that_names_none(status, text):
     got = sent((status, {"error": text}), send=lambda client: client.batch(numbered_events(2)))
     assert (got.answer, len(got.requests), got.error.refused) == ((status, text), 1, {})
 
 
 @pytest.mark.slow
-def test_client_with_a_wrong_clock_is_stored_by_signing_once_more_by_the_servers_and_then_at_once(run):
+def test_client_with_a_wrong_clock_signs_with_the_servers_time_from_the_second_attempt_on(run):
     server = run(BACKFEEDR_REQUIRE_SIGNATURE="1")
     for ahead in (-600, 600, 365 * 24 * 3600):
         client, times = make_client(server.url, attempts=1), []
         client._clock = lambda: times.append(time.time() + ahead) or times[-1]
         assert [client.event(dict(EVENT, name=f"{ahead} {n}"))["id"] for n in range(2)] == stored_ids(server.db)[-2:]
-        assert len(times) == 4, "two attempts and a look at the clock between them, and one"
-        client._clock = lambda: time.time()  # it is set right
+        assert len(times) == 4, "two attempts with a look at the clock between them, then one attempt"
+        client._clock = lambda: time.time()  # it is correct now
         assert client.batch(numbered_events(2))["count"] == 2
     assert sql(server.db, "select count(*), count(distinct id) from events") == [(12, 12)]
 
@@ -9065,7 +9065,7 @@ DATE = {"Date": "Thu, 12 Mar 2026 15:00:00 GMT"}
     ([(*STALE, DATE), (*UNAVAILABLE, DATE), STORED], STORED[1], ["14:22:31.250000"] + ["15:00:00.250000"] * 2),
     ([(*STALE, {"Date": "now"})], (401, "stale timestamp"), ["14:22:31.250000"]),
     ([(401, {"error": "invalid signature"}, DATE)], (401, "invalid signature"), ["14:22:31.250000"])])
-def test_client_signs_by_the_date_of_a_stale_timestamp_once_only(script, answer, stamps):
+def test_client_signs_only_once_with_the_date_of_a_stale_timestamp_answer(script, answer, stamps):
     got = sent(*script)
     assert got.answer == answer and len(got.keys) == 1
     assert [each.headers["X-Backfeedr-Timestamp"] for each in got.requests] == [f"2026-03-12T{at}Z" for at in stamps]
@@ -9090,7 +9090,7 @@ def test_client_whose_answers_were_lost_stores_nothing_twice(serve, clock, sign)
 
 
 @pytest.mark.parametrize("key", ["a key of my own", "schl\u00fcssel-\u9375"])
-def test_client_signs_with_any_text_as_key_and_sends_two_equal_events_in_a_second_as_two(serve, clock, key):
+def test_client_signs_with_any_key_and_two_equal_events_within_a_second_are_both_stored(serve, clock, key):
     server = serve(api_key=key, require_signature=True)
     with scripted([None], server) as (url, _):
         for _ in range(2):
@@ -9132,7 +9132,7 @@ def test_client_command_ends_with_2_for_wrong_usage(arguments, capsys, monkeypat
     assert caught.value.code == 2 and "usage:" in capsys.readouterr().err
 
 
-NOT_SENT = {  # an error, and what it keeps from being sent: kinds and texts
+NOT_SENT = {  # an error, and kinds and texts that are not sent because of it
     "- is not JSON*": [("crash", b""), ("crash", b"{"), ("crash", b"\xff\xfe\xff")],
     "- holds no JSON object": [("crash", b"[]"), ("event", b'"purchase"')],
     "- holds no list of JSON objects": [
@@ -9153,7 +9153,7 @@ REFUSED = [  # the answers to a batch of 101 events, and the error
     *((["drop"], *each, error) for error, given in NOT_SENT.items() for each in given),
     *((script, "batch", json.dumps({"events": numbered_events(101)}).encode(), f"the server answered {error}")
       for script, error in REFUSED)])
-def test_client_command_says_in_one_line_what_went_wrong(monkeypatch, capsys, script, kind, text, error):
+def test_client_command_prints_one_line_for_an_error(monkeypatch, capsys, script, kind, text, error):
     monkeypatch.setattr(client_module, "FIRST_PAUSE", 0)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
     with scripted([*script]) as (url, _):
@@ -9167,7 +9167,7 @@ VECTORS = json.loads((EXAMPLES / "vectors.json").read_bytes())  # the tests in e
 
 
 @pytest.mark.parametrize("given", VECTORS["signatures"], ids=lambda given: given["signature"][7:15])
-def test_server_and_client_sign_as_the_vectors_say(given):
+def test_server_and_client_sign_like_the_vectors(given):
     key, timestamp, body = given["key"], given["timestamp"], given["body"].encode()
     assert hashlib.sha256(body).hexdigest() == given["body_sha256"]
     assert backfeedr.sign(key.encode(), timestamp.encode(), body) == given["signature"]
@@ -9175,7 +9175,7 @@ def test_server_and_client_sign_as_the_vectors_say(given):
     parse_time(timestamp)
 
 
-def test_groups_names_times_and_devices_are_those_of_the_vectors():
+def test_groups_names_times_and_devices_match_the_vectors():
     for given in VECTORS["groups"]:
         assert group_hash(given["exception_type"], given["frames"]) == given["group_hash"]
     assert {given["group_hash"] for given in VECTORS["groups"]} >= {"acc0d2dfe0c1898c", "340a4fe989a59ce6"}
@@ -9188,7 +9188,7 @@ def test_groups_names_times_and_devices_are_those_of_the_vectors():
         assert digest == given["device_id_hash"]
 
 
-def test_the_privacy_manifest_of_the_swift_package_says_what_its_readme_says():
+def test_the_swift_packages_privacy_manifest_matches_its_readme():
     swift = EXAMPLES / "swift"
     manifest = plistlib.loads((swift / "Sources/Backfeedr/PrivacyInfo.xcprivacy").read_bytes())
     kinds = manifest["NSPrivacyCollectedDataTypes"]
@@ -9203,9 +9203,9 @@ def test_the_privacy_manifest_of_the_swift_package_says_what_its_readme_says():
 
 # -- examples/symbols.py
 
-# The image of a dSYM of arm64, DWARF 5, compressed. It is made of two files of C by `clang -target arm64-apple-ios15.0
+# The image of a dSYM for arm64, DWARF 5, compressed. Made from two C files with `clang -target arm64-apple-ios15.0
 # -gdwarf-5 -O1 -ffile-prefix-map=$PWD=/secret/Shop -fdebug-compilation-dir=/secret/Shop -c`, `ld64.lld -arch arm64
-# -platform_version ios 15.0 15.0` and dsymutil (of LLVM 21, 14 and 19). In basket.c, basket_sum (line 13) has price_of
+# -platform_version ios 15.0 15.0` and dsymutil (LLVM 21, 14 and 19). In basket.c, basket_sum (line 13) has price_of
 # (line 3) inlined in its line 17, and calls discount (line 8), which is static. In main.c, pay (line 5), whose symbol
 # is a mangled Swift name, calls basket_sum, and main (line 11) calls pay.
 SHOP_UUID = "4C4C4477-5555-3144-A1A5-8052A9FBFB44"
@@ -9244,7 +9244,7 @@ SENT = f"Shop {SHOP_UUID} arm64: 15 rows, sent"
 
 
 class SymbolStore:
-    """What `scripted` answers as a server that keeps symbols."""
+    """A script for `scripted`: a server that stores symbols."""
 
     def __init__(self, held=(), missing=()):
         self.held, self.missing, self.parts = dict.fromkeys(held, True), missing, defaultdict(dict)
@@ -9263,7 +9263,7 @@ class SymbolStore:
                      "complete": len(held) == part["parts"]}
 
     def rows(self, uuid):
-        """Of all parts of an image, the start of each row and what is there, innermost first."""
+        """The start of each row of an image and its functions, innermost first."""
         for _, part in sorted(self.parts[uuid].items()):
             for page in part["pages"]:
                 at, strings = page["first"], page["strings"]
@@ -9276,7 +9276,7 @@ class SymbolStore:
                     yield at, chain
 
     def at(self, uuid, offset):
-        """What is at an offset of an image."""
+        """The functions at an offset of an image."""
         return [[], *(chain for start, chain in self.rows(uuid) if start <= offset)][-1]
 
 
@@ -9294,7 +9294,7 @@ def symbols_module(monkeypatch):
 
 @pytest.fixture
 def send_symbols(symbols_module, capsys, monkeypatch, tmp_path):
-    """Runs examples/symbols.py against a script in a new folder, with no demangler in reach: what `command` gives."""
+    """Runs examples/symbols.py with a scripted server in a new folder, without demanglers; see `command`."""
     folder = tmp_path / "work"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -9309,7 +9309,7 @@ def send_symbols(symbols_module, capsys, monkeypatch, tmp_path):
 
 
 def dsym(name="Shop", uuid=SHOP_UUID, folder=".", image=SHOP_IMAGE):
-    """Writes a dSYM whose image has that UUID; its path."""
+    """Writes a dSYM whose image has this UUID; gives its path."""
     path = Path(folder, f"{name}.dSYM")
     place = path / "Contents" / "Resources" / "DWARF"
     place.mkdir(parents=True)
@@ -9319,7 +9319,7 @@ def dsym(name="Shop", uuid=SHOP_UUID, folder=".", image=SHOP_IMAGE):
 
 
 def zipped(name, folder, *more):
-    """Zips a folder, as a Mac does; the zip's path."""
+    """Zips a folder as a Mac does; gives the path of the zip."""
     with zipfile.ZipFile(name, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in [*Path(folder).rglob("*"), *map(Path, more)]:
             archive.write(path)
@@ -9328,7 +9328,7 @@ def zipped(name, folder, *more):
 
 
 def fat(*slices):
-    """A Mach-O file of several architectures."""
+    """A Mach-O file with several architectures."""
     at, head, body = 4096, struct.pack(">II", 0xCAFEBABE, len(slices)), b""
     for each in slices:
         head += struct.pack(">5I", 0x100000C, 0, at + len(body), len(each), 12)
@@ -9336,7 +9336,7 @@ def fat(*slices):
     return head.ljust(at, b"\0") + body
 
 
-def test_symbols_reach_the_server_with_names_lines_and_what_is_inlined_but_without_folders(send_symbols, tmp_path):
+def test_symbols_are_sent_with_names_lines_and_inlined_functions_but_without_folders(send_symbols, tmp_path):
     demangler, store = tmp_path / "swift-demangle", SymbolStore()
     demangler.write_text("#!/bin/sh\nwhile read -r name; do echo 'Basket.pay()'; done\n")
     demangler.chmod(0o755)
@@ -9349,41 +9349,41 @@ def test_symbols_reach_the_server_with_names_lines_and_what_is_inlined_but_witho
     assert starts == sorted(set(starts)) and len(starts) == 15 and "secret" not in json.dumps(part)
 
 
-def test_names_stay_mangled_where_there_is_no_demangler_and_the_line_says_so(send_symbols):
+def test_names_stay_mangled_without_a_demangler_and_the_output_says_so(send_symbols):
     store = SymbolStore()
     assert send_symbols(store, dsym()) == (0, f"{SENT}, Swift names as they are: swift-demangle is missing\n", "")
     assert store.at(SHOP_UUID, 0x4070) == [("$s4Shop6BasketC3payyyF", "main.c", 6)]
 
 
-def test_held_builds_are_skipped_incomplete_ones_are_not_and_what_is_missing_is_told(send_symbols):
+def test_complete_builds_are_skipped_incomplete_ones_are_sent_and_missing_ones_are_named(send_symbols):
     store, paths = SymbolStore([SHOP_UUID], [MISSING]), [dsym(), dsym("Kit", OTHER_UUID, "b")]
-    told = f"Shop {SHOP_UUID} arm64: held already\n"
+    skipped = f"Shop {SHOP_UUID} arm64: held already\n"
     assert send_symbols(store, paths[0]) == (
-        0, f"{told}still missing: Shop 1.3.0 (48), {OTHER_UUID}: 1,037 crashes\n", "")
+        0, f"{skipped}still missing: Shop 1.3.0 (48), {OTHER_UUID}: 1,037 crashes\n", "")
     assert not store.parts and send_symbols(store, "--quiet", paths[0]) == (0, "", "")
     status, out, err = send_symbols(store, *paths)
     assert (status, [*store.parts], err) == (0, [OTHER_UUID], "") and "missing: Shop" not in out
     store.held[SHOP_UUID] = False
-    assert send_symbols(store, paths[0], paths[0])[1].splitlines()[1:] == told.splitlines()
+    assert send_symbols(store, paths[0], paths[0])[1].splitlines()[1:] == skipped.splitlines()
     assert set(store.parts) == {SHOP_UUID, OTHER_UUID}
 
 
-def test_progress_is_one_line_which_only_a_terminal_gets(send_symbols, monkeypatch):
+def test_progress_is_one_line_on_a_terminal_only(send_symbols, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     status, out, err = send_symbols(SymbolStore(), dsym())
     assert (status, out.count("\n"), err.count("\n")) == (0, 1, 0)
     shown = [text.partition("arm64: ")[2] for text in err.split("\r\033[K")]
-    assert shown == ["", "reading, 99 %", "demangling 1 names", "sending part 1 of 1", ""], "which takes it away"
+    assert shown == ["", "reading, 99 %", "demangling 1 names", "sending part 1 of 1", ""], "the last clears the line"
 
 
-def made(kind):
-    """A path of that kind, which holds the images of both UUIDs."""
+def path_of_kind(kind):
+    """Makes a path of that kind with the images of both UUIDs."""
     if kind == "Mach-O":
         Path("Shop").write_bytes(fat(SHOP_IMAGE, SHOP_IMAGE.replace(UUID(SHOP_UUID).bytes, UUID(OTHER_UUID).bytes)))
         return "Shop"
     folder = Path("App.xcarchive/dSYMs")
     dsym("Shop", folder=folder), dsym("Kit", OTHER_UUID, folder)
-    Path("App.xcarchive/Shop").write_bytes(b"the app itself, which is not read")
+    Path("App.xcarchive/Shop").write_bytes(b"the app itself is not read")
     if kind == "zips in a folder":
         Path("out").mkdir()
         return zipped("out/Shop.app.dSYM.zip", folder).parent
@@ -9396,14 +9396,14 @@ def made(kind):
 @pytest.mark.parametrize("kind", ["Mach-O", "zip", "zips in a folder", "zip in a zip", "archive", "folder"])
 def test_images_are_found_in_each_kind_of_path(send_symbols, kind):
     store = SymbolStore()
-    status, out, err = send_symbols(store, made(kind))
+    status, out, err = send_symbols(store, path_of_kind(kind))
     assert (status, err, len(out.splitlines())) == (0, "", 2), out
     for uuid in (SHOP_UUID, OTHER_UUID):
         assert store.at(uuid, 0x401C) == SHOP_SYMBOLS[0x401C]
 
 
 @pytest.mark.parametrize("variable", ["DWARF_DSYM_FOLDER_PATH", "CI_ARCHIVE_PATH"])
-def test_a_build_by_xcode_needs_no_path(send_symbols, monkeypatch, variable):
+def test_a_build_in_xcode_needs_no_path(send_symbols, monkeypatch, variable):
     monkeypatch.setenv(variable, str(dsym().absolute().parent))
     assert send_symbols(SymbolStore())[0] == 0
 
@@ -9413,7 +9413,7 @@ STRIPPED = SHOP_IMAGE.replace(b"__debug_", b"__others_")
 
 
 def damaged(path):
-    """The zip with some wrong bytes in its image."""
+    """The zip, with some bytes of its image changed."""
     data = bytearray(path.read_bytes())
     at = data.index(b"DWARF/Shop") + 500
     data[at:at + 50] = bytes(50)
@@ -9431,23 +9431,23 @@ def damaged(path):
     (lambda: dsym(image=SHOP_IMAGE[:32]), f"Shop.dSYM: Shop: {NO_MACHO}"),
     (lambda: dsym(image=b"\x7fELF" + bytes(100)), f"Shop.dSYM: Shop: {NO_MACHO}"),
     (lambda: damaged(zipped("a.zip", dsym())), "a.zip: cannot read it: *")])
-def test_what_cannot_be_read_is_one_line_and_does_not_keep_the_next_from_being_sent(send_symbols, make, line):
+def test_an_unreadable_path_is_one_line_and_the_next_is_sent(send_symbols, make, line):
     path, store = make(), SymbolStore()
     check_one_line(send_symbols(store, path), f"symbols: {line}")
     status, _, err = send_symbols(store, path, dsym("Kit", OTHER_UUID, "b"))
     assert (status, [*store.parts]) == (1, [OTHER_UUID]) and fnmatch.fnmatchcase(err, f"symbols: {line}\n"), err
 
 
-def test_an_image_without_debug_information_is_told_and_fails_where_there_is_no_other(send_symbols):
+def test_an_image_without_debug_information_is_reported_and_is_an_error_if_it_is_the_only_one(send_symbols):
     dsym("Kit", OTHER_UUID, image=STRIPPED)
-    told = f"Kit {OTHER_UUID} arm64: no debug information\n"
-    assert send_symbols(SymbolStore(), "Kit.dSYM") == (1, told, "symbols: no debug information in Kit.dSYM\n")
+    reported = f"Kit {OTHER_UUID} arm64: no debug information\n"
+    assert send_symbols(SymbolStore(), "Kit.dSYM") == (1, reported, "symbols: no debug information in Kit.dSYM\n")
     dsym()
     status, out, err = send_symbols(SymbolStore(), ".")
-    assert (status, out.startswith(told + SENT), err) == (0, True, "")
+    assert (status, out.startswith(reported + SENT), err) == (0, True, "")
 
 
-AWAY = [  # an answer that the next image would get, too, and the line
+UNUSABLE_SERVER = [  # an answer that the next image would also get, and the line
     ((401, {"error": "invalid token"}), "the server answered 401: invalid token"),
     ((302, {}, {"Location": "https://example.com/"}),
      "the server answered 302: redirects are not followed (to https://example.com/)"),
@@ -9456,9 +9456,9 @@ AWAY = [  # an answer that the next image would get, too, and the line
     ("drop", "no answer from http://127.0.0.1:*"), ("cut", "no answer from http://127.0.0.1:*")]
 
 
-@pytest.mark.parametrize("answer, line", AWAY)
+@pytest.mark.parametrize("answer, line", UNUSABLE_SERVER)
 @pytest.mark.parametrize("part", [False, True])
-def test_a_server_that_takes_no_symbols_is_one_line_and_not_asked_for_the_next_image(send_symbols, answer, line, part):
+def test_a_server_that_accepts_no_symbols_is_one_line_and_gets_no_further_image(send_symbols, answer, line, part):
     store = SymbolStore()
     paths = dsym(), dsym("Kit", OTHER_UUID, "b")
     outcome = send_symbols(lambda request: store(request) if part and request.method == "GET" else answer, *paths)
@@ -9470,7 +9470,7 @@ def test_a_server_that_takes_no_symbols_is_one_line_and_not_asked_for_the_next_i
 @pytest.mark.parametrize("answer, line", [
     ((400, {"error": "invalid pages", "detail": "page 0\n\x1b"}), "the server answered 400: invalid pages (page 0 ?)"),
     ((200, {"uuid": SHOP_UUID, "complete": False, "received": 0}), "the server has 0 of 1 parts")])
-def test_an_image_that_the_server_refuses_is_one_line_and_the_next_is_sent(send_symbols, answer, line):
+def test_a_refused_image_is_one_line_and_the_next_is_sent(send_symbols, answer, line):
     store = SymbolStore()
     status, out, err = send_symbols(lambda request: answer if SHOP_UUID in request.path else store(request),
                                     dsym(), dsym("Kit", OTHER_UUID, "b"))
@@ -9478,7 +9478,7 @@ def test_an_image_that_the_server_refuses_is_one_line_and_the_next_is_sent(send_
     assert [*store.parts] == [OTHER_UUID] and out.startswith(f"Kit {OTHER_UUID} arm64: 15 rows, sent")
 
 
-def test_what_may_succeed_later_is_asked_again_after_the_pause_that_the_server_asks_for(symbols_module):
+def test_requests_that_may_succeed_later_are_repeated_after_the_pause_that_the_server_asks_for(symbols_module):
     store, pauses = SymbolStore(), []
     busy = 503, {"error": "storage unavailable"}, {"Retry-After": 7}
     with scripted([busy, "drop", (429, {"error": "rate limit exceeded"}, {"Retry-After": 60}), store]) as (url, sent):
@@ -9489,8 +9489,8 @@ def test_what_may_succeed_later_is_asked_again_after_the_pause_that_the_server_a
     assert len(sent) == symbols_module.ATTEMPTS and len({each.body for each in sent}) == 1
 
 
-def test_a_large_image_is_sent_in_parts_that_the_server_takes_and_long_names_are_cut(symbols_module):
-    """Its rows are more than a page takes, its names longer, its inlining deeper; some of its sections touch."""
+def test_a_large_image_is_sent_in_parts_that_the_server_accepts_and_long_names_are_cut(symbols_module):
+    """It has more rows, longer names and deeper inlining than a page may have, and sections that touch."""
     names = ["a" * 2_000, "\u00e9" * 600, "short"]
 
     def lookup(at):
@@ -9534,7 +9534,7 @@ Validator = jsonschema.validators.extend(Draft202012Validator, type_checker=INTE
 
 
 def resolved(part):
-    """A part of the description, or what it refers to."""
+    """A part of the description, after following its references."""
     while "$ref" in part:
         kind, name = part["$ref"].split("/")[2:]
         part = OPENAPI["components"][kind][name]
@@ -9551,7 +9551,7 @@ def bodies(operation):
 
 
 def check_schema(schema, value):
-    """A value is what a schema says."""
+    """A value matches a schema."""
     Validator({**schema, "components": OPENAPI["components"]}).validate(value)
 
 
@@ -9575,7 +9575,7 @@ def test_openapi_has_every_route_field_and_error_of_the_server_and_no_other(api)
 
 
 @pytest.mark.once
-def test_every_example_of_openapi_is_what_its_schema_says():
+def test_every_example_of_openapi_matches_its_schema():
     for schema in OPENAPI["components"]["schemas"].values():
         Validator.check_schema(schema)
     for method, _, operation in OPERATIONS:
@@ -9587,17 +9587,17 @@ def test_every_example_of_openapi_is_what_its_schema_says():
             check_schema(content(operation["requestBody"])["schema"], body)
 
 
-def of(method):
+def operations_of(method):
     """The paths and operations of a method."""
     return [(path, operation) for each, path, operation in OPERATIONS if each == method]
 
 
 def requests_of(method, path, operation):
-    """Each example of a body, and each refusal that its sender can bring about: the status, the body, and headers."""
+    """The status, body and headers of requests with each example of a body, and with each error of a sender."""
     examples, who = [json.dumps(each).encode() for each in bodies(operation)], {} if method == "POST" else ADMIN
     for n, body in enumerate(examples):
         under, signature = {"Idempotency_Key": f"{path} {n}"}, backfeedr.sign(KEY.encode(), NOW.encode(), body)
-        if method == "PATCH" or not json.loads(body).keys() - SPAN.keys():  # Apple's payload, with nothing to tell
+        if method == "PATCH" or not json.loads(body).keys() - SPAN.keys():  # an empty payload of Apple's
             yield 200, body, who
         elif method == "PUT":
             yield from ((201, body, who), (200, body, who))
@@ -9611,7 +9611,7 @@ def requests_of(method, path, operation):
 
 
 def questions_of(operation):
-    """A question without parameters, then with each: its example, its bounds, what is beyond. The status and query."""
+    """The status and query of requests without parameters, and with the example, bounds and errors of each."""
     yield 200, {}
     for each in map(resolved, operation.get("parameters", [])):
         name, schema = each["name"], each["schema"]
@@ -9627,7 +9627,7 @@ def questions_of(operation):
 
 
 def send_files(send):
-    """Sends what Apple makes but MetricKit's payloads, and asks for the groups."""
+    """Sends Apple's files, and asks for their groups."""
     for name, text in (("ips", (EXAMPLES / "crash.ips").read_bytes()), ("crash", crash_text())):
         plain = {"environ": {"CONTENT_TYPE": "text/plain"}}
         answer = send("POST", "/diagnostics", 201, text, X_Backfeedr_Device=name, **plain)
@@ -9636,7 +9636,7 @@ def send_files(send):
 
 
 def ask_questions(send, private):
-    for path, operation in of("GET"):
+    for path, operation in operations_of("GET"):
         is_public = {} in operation["security"]
         for status, query in questions_of(operation):
             for who in [ADMIN, {}] if is_public else [ADMIN]:
@@ -9647,8 +9647,8 @@ def ask_questions(send, private):
             send("GET", path, 200, **asked, **ADMIN)
 
 
-def take_away(store, monkeypatch):
-    """The store is not there, but for the keys."""
+def make_unavailable(store, monkeypatch):
+    """Makes the store fail, except when it is asked about keys."""
     def fail(*_):
         raise StorageUnavailable
 
@@ -9658,10 +9658,10 @@ def take_away(store, monkeypatch):
         monkeypatch.setattr(store, name, lambda secret: True)
 
 
-MOVED = shop_crash(16_392)  # to another group when the symbols of the example come
+MOVED = shop_crash(16_392)  # it moves to another group when the symbols of the example arrive
 
 
-def test_every_request_of_openapi_is_answered_as_it_says(serve, monkeypatch):
+def test_every_request_of_openapi_gets_an_answer_that_matches_its_schema(serve, monkeypatch):
     server = serve(max_body_size=10_000, rate_limit=1000)
     group, seen = resolved({"$ref": "#/components/parameters/group_hash"})["example"], defaultdict(set)
 
@@ -9677,7 +9677,7 @@ def test_every_request_of_openapi_is_answered_as_it_says(serve, monkeypatch):
 
     def send_all(method):
         answer = None
-        for path, operation in of(method):
+        for path, operation in operations_of(method):
             for status, body, headers in requests_of(method, path, operation):
                 before, answer = answer, send(method, path, status, body, **headers)
                 assert (status, "Idempotency_Key" in headers) != (200, True) or answer == before
@@ -9688,11 +9688,11 @@ def test_every_request_of_openapi_is_answered_as_it_says(serve, monkeypatch):
     odd = dict(bodies(OPENAPI["paths"]["/crashes"]["post"])[0], occurred_at=2e9, device_model="x" * 501, is_charging=1,
                build_number=47, battery_level="nan", locale=[], memory={"free": 1})
     odd["stack_trace"] = [{**odd["stack_trace"][0], "frame": "0", "line": "many"}, {"symbol": 7}]
-    assert send("POST", "/crashes", 201, json.dumps(odd).encode())["group_hash"] == group, "which is asked for below"
+    assert send("POST", "/crashes", 201, json.dumps(odd).encode())["group_hash"] == group, "asked for below"
     send_all("PUT")
     joined_threads()
     send_all("PATCH")
-    for path, operation in of("PATCH"):
+    for path, operation in operations_of("PATCH"):
         body = json.dumps(bodies(operation)[0]).encode()
         send("PATCH", path, 404, body, group="0" * 16, **ADMIN)
         send("PATCH", path, 301, body, group=old, **ADMIN)
@@ -9704,10 +9704,10 @@ def test_every_request_of_openapi_is_answered_as_it_says(serve, monkeypatch):
     assert [each["is_new"] for each in found] == [True] * 4, "first seen in one of these versions"
     limited = serve("limited.db", rate_limit=1)
     call(limited)
-    for path, _ in of("POST"):
+    for path, _ in operations_of("POST"):
         send("POST", path, 429, b"{}", server=limited)
 
-    take_away(server.store, monkeypatch)
+    make_unavailable(server.store, monkeypatch)
     for method, path, operation in OPERATIONS:
         body = b"null" if method == "GET" else json.dumps(bodies(operation)[0]).encode()
         send(method, path, 503, body, **ADMIN)
@@ -9718,7 +9718,7 @@ def test_every_request_of_openapi_is_answered_as_it_says(serve, monkeypatch):
 # -- Host apps
 
 @pytest.mark.parametrize("path, mount", [("/api/v1/health", ""), ("/", ""), ("/api/v1/health", "/host")])
-def test_embedded_server_knows_where_it_is_mounted(path, mount):
+def test_an_embedded_server_knows_where_it_is_mounted(path, mount):
     def inner(environ, start_response):
         assert (environ["SCRIPT_NAME"], environ["PATH_INFO"]) == (mount + "/crashes", path)
         start_response("204 No Content", [])
@@ -9733,7 +9733,7 @@ def test_embedded_server_knows_where_it_is_mounted(path, mount):
 @pytest.mark.slow
 @pytest.mark.parametrize("name, status, kind", [("embed", 200, "text/plain"), *(
     (name, 404, "text/html") for name in ("embed_bottle", "embed_flask", "embed_django"))])
-def test_a_host_app_serves_its_pages_and_backfeedr_below_crashes_and_announces_that(tmp_path, name, status, kind):
+def test_a_host_app_serves_its_own_pages_and_backfeedr_under_crashes_and_prints_its_url(tmp_path, name, status, kind):
     pytest.importorskip(name.partition("_")[2] or "waitress")
     with running(sys.executable, EXAMPLES / f"{name}.py", "--port", "0", "--db", "e.db", cwd=tmp_path) as process:
         url, key = printed(process, rf"(?s)\Aembed on ({URL})\n.*(bf_live_[0-9a-f]{{32}}).*curl -X POST \1/crashes"
@@ -9742,7 +9742,7 @@ def test_a_host_app_serves_its_pages_and_backfeedr_below_crashes_and_announces_t
         assert ask(url + "/")[::2] == (200, "Hello\n")
         for path in ("/nothing", "/crashesque/api/v1/health", "/api/v1/health"):
             got, headers, _ = ask(url + path)
-            assert (got, headers.get_content_type()) == (status, kind), "the host's own answer"
+            assert (got, headers.get_content_type()) == (status, kind), "the host app's own answer"
         got, headers, _ = ask(mounted)
         assert (got, urlsplit(headers["Location"]).path) == (308, "/crashes/")
         for path in ("/nothing", "/api/v1/nothing"):
@@ -9755,8 +9755,8 @@ def test_a_host_app_serves_its_pages_and_backfeedr_below_crashes_and_announces_t
     check_database(tmp_path / "e.db")
 
 
-# Put behind the server: it notes where a connection is used by another process than that which made it.
-WATCHED = """
+# Appended to the server: writes a file if a process uses a connection that another process has made.
+FORK_WATCHER = """
 class Connection(Connection):
     def __init__(self, *args, **options):
         self.maker = os.getpid()
@@ -9775,21 +9775,21 @@ class Backfeedr(Backfeedr):
 
 
 @pytest.mark.slow
-def test_two_gunicorn_workers_forked_from_one_server_store_all_that_they_acknowledge(tmp_path):
+def test_two_gunicorn_workers_forked_from_one_server_store_everything_they_acknowledge(tmp_path):
     pytest.importorskip("gunicorn")
-    (tmp_path / "backfeedr.py").write_text(SERVER.read_text(encoding="utf-8") + WATCHED, encoding="utf-8")
+    (tmp_path / "backfeedr.py").write_text(SERVER.read_text(encoding="utf-8") + FORK_WATCHER, encoding="utf-8")
     path, answers, shares = tmp_path / "backfeedr.db", [], Counter()
     with running(sys.executable, "-m", "gunicorn", "-c", EXAMPLES / "gunicorn.conf.py", "--bind", "127.0.0.1:0",
                  "--log-level", "info", cwd=tmp_path, **SECRETS, BACKFEEDR_RATE_LIMIT="0",
                  PYTHONPATH=str(tmp_path)) as process:
         url = printed(process, f"(?<=Listening at: ){URL}")[0]
-        # Which worker takes a connection is the system's choice: many at a time, until each has had some.
+        # The system chooses the worker of a connection: open many at a time, until each worker has had some.
         while len(answers) < 60 or len(shares) < 2 or min(shares.values()) < 5:
             with ThreadPoolExecutor(8) as pool:
                 answers += pool.map(lambda _: ask(url + CRASHES, CRASH), range(20))
             shares = Counter(headers["X-Worker"] for _, headers, _ in answers)
             assert len(answers) < 5000
-        with Store(str(path)) as store:  # as the command line does, beside the server
+        with Store(str(path)) as store:  # like a command beside the server
             key = store.create_app("Shop")
         assert [ask(url + EVENTS, EVENT, key)[0] for _ in range(10)] == [201] * 10
         with Store(str(path)) as store:
@@ -9807,7 +9807,7 @@ def test_two_gunicorn_workers_forked_from_one_server_store_all_that_they_acknowl
 
 
 @pytest.mark.slow
-def test_gunicorn_as_it_is_configured_logs_nothing_of_malformed_requests(tmp_path):
+def test_gunicorn_with_our_configuration_logs_nothing_about_malformed_requests(tmp_path):
     pytest.importorskip("gunicorn")
     port = free_port()
     with running(sys.executable, "-m", "gunicorn", "-c", EXAMPLES / "gunicorn.conf.py", "--bind", f"127.0.0.1:{port}",
@@ -9823,7 +9823,7 @@ def test_gunicorn_as_it_is_configured_logs_nothing_of_malformed_requests(tmp_pat
 @pytest.mark.parametrize("command, port, free", [
     ("waitress-serve --listen=127.0.0.1:8080 --call backfeedr:Backfeedr", ":8080", ":0"),
     ("gunicorn 'backfeedr:Backfeedr()'", "gunicorn", "gunicorn --bind=127.0.0.1:0")])
-def test_the_readmes_lines_for_other_wsgi_servers_serve_it_to_this_host_alone(tmp_path, command, port, free):
+def test_the_readmes_commands_for_other_wsgi_servers_serve_this_host_only(tmp_path, command, port, free):
     pytest.importorskip(re.match(r"\w+", command)[0])
     assert f"`{command}`" in section("Put it into your own app").replace("\n", " ")
     with running("bash", "-c", command.replace(port, free), cwd=tmp_path, **SECRETS, PATH=PROGRAMS,
@@ -9831,10 +9831,10 @@ def test_the_readmes_lines_for_other_wsgi_servers_serve_it_to_this_host_alone(tm
         check_stores_a_crash(printed(process, URL)[0], tmp_path / "backfeedr.db")
 
 
-def test_the_library_example_makes_a_key_that_works_at_the_first_and_at_the_next_run(tmp_path):
+def test_the_library_example_makes_a_working_key_at_each_run(tmp_path):
     path = tmp_path / "l.db"
     runs = [run_example("library", "--db", path) for _ in range(2)]
-    assert sql(path, "select name from apps") == [("Shop",)], "and no app that nobody asked for"
+    assert sql(path, "select name from apps") == [("Shop",)], "no other app is made"
     with Backfeedr(Settings(db_path=str(path))) as server:
         for status, out, err in runs:
             key, figures = out.splitlines()
@@ -9845,7 +9845,7 @@ def test_the_library_example_makes_a_key_that_works_at_the_first_and_at_the_next
 
 
 @pytest.mark.slow
-def test_the_demo_serves_its_pages_to_its_link_and_leaves_nothing_behind(tmp_path):
+def test_the_demos_link_signs_in_and_nothing_is_left_after_a_stop(tmp_path):
     shorter = "import sys, demo; demo.DAYS = 2; sys.exit(demo.main())"
     with running(sys.executable, "-c", shorter, "--port", "0", cwd=tmp_path, TMPDIR=str(tmp_path),
                  PYTHONPATH=os.pathsep.join([str(EXAMPLES), str(SERVER.parent)])) as process:
@@ -9859,7 +9859,7 @@ def test_the_demo_serves_its_pages_to_its_link_and_leaves_nothing_behind(tmp_pat
 
 
 def run_shortened(name, change, *arguments, folder):
-    """The output of an example that has less to do, with a server that is compiled. It leaves nothing behind."""
+    """The output of an example with less work, and with a server whose code is cached. No file is left behind."""
     start = folder / "start.py"
     start.write_text("import sys, backfeedr; sys.exit(backfeedr.main())")
     code = f"import sys, {name} as its; {change}; sys.exit(its.main(*sys.argv[1:]))"
@@ -9876,8 +9876,8 @@ def run_shortened(name, change, *arguments, folder):
     "metrics --quick --connections 2 --driver python --events 1000 --no-prune",
     pytest.param(f"postgres {POSTGRES} --quick --connections 2 --driver python", id="postgres",
                  marks=needs_postgres)])
-def test_the_benchmark_runs_and_finds_all_that_was_acknowledged(tmp_path, command):
-    """Whether benchmark.py finds it fast is not asked here: that is for those who run it."""
+def test_the_benchmark_runs_and_finds_everything_acknowledged(tmp_path, command):
+    """This does not check the speed that it measures."""
     less = ("its.TURN, its.SIZE_EVENTS, its.QUICK_SECONDS = 2, 1000, 0.2; its.CRASH, its.EVENTS, its.FRESH ="
             " (each._replace(bodies=50) for each in (its.CRASH, its.EVENTS, its.FRESH))")
     out = run_shortened("benchmark", less, *command.split(), folder=tmp_path)
@@ -9886,19 +9886,19 @@ def test_the_benchmark_runs_and_finds_all_that_was_acknowledged(tmp_path, comman
 
 @pytest.mark.slow
 @pytest.mark.once
-def test_a_flood_of_new_names_leaves_every_answer_small_and_goes_with_its_time(tmp_path):
-    """As examples/hostile.py finds."""
+def test_a_flood_of_new_names_leaves_answers_small_and_expires(tmp_path):
+    """Measured by examples/hostile.py."""
     out = run_shortened("hostile", "its.CLIENTS, its.ASKED = 4, 2", "--reports", "1600", "--seconds", "0.2",
                         folder=tmp_path)
     assert len(re.findall("^/api/v1/[a-z-]+.* bytes .* ms, p95", out, re.M)) == 20
     assert max(int(size.replace(",", "")) for size in re.findall("([0-9,]+) bytes", out)) < 64_000
-    assert re.search("^pruned in [0-9]+ s: 0.[0-9]+ MB are left$", out, re.M), "and nothing is left of it"
+    assert re.search("^pruned in [0-9]+ s: 0.[0-9]+ MB are left$", out, re.M), "the flood is gone"
 
 
-# -- Errors that teach
+# -- Helpful errors
 
 NO_SETTING, ANOTHER_FILE = "there is no such setting; ", "; --db or BACKFEEDR_DB_PATH names another"
-ERRORS = {  # variables (each without BACKFEEDR_) and arguments of a command, and the line that it ends with
+ERRORS = {  # variables (without BACKFEEDR_) and arguments of a command, and its line of error
     "RATELIMIT=5": f"BACKFEEDR_RATELIMIT: {NO_SETTING}did you mean BACKFEEDR_RATE_LIMIT?",
     "REQUIRE_SIGNATURES=1 --db x.db":
         f"BACKFEEDR_REQUIRE_SIGNATURES: {NO_SETTING}did you mean BACKFEEDR_REQUIRE_SIGNATURE?",
@@ -9922,19 +9922,19 @@ ERRORS = {  # variables (each without BACKFEEDR_) and arguments of a command, an
     "key revoke bf_live_zz --db shop.db": "no active keys begin with 'bf_live_zz'*",
     "key revoke \udcff --db shop.db": "*can't encode*",
     "export events --bom --db shop.db": "--bom is for --format csv: *"}
-MISUSES = {  # arguments of a command, and the end of the line that follows its usage
+MISUSES = {  # arguments of a command, and the end of the line after its usage
     "--port http": "", "app": "", "app rename x": "", "app create": "", "nonsense": "*check*)",
     "aap": "; did you mean app?", "key lst": "; did you mean list?", "exprot x": "; did you mean export?",
     "export event": "; did you mean events?", "alert add https://a.example --hour 25": ", 23)"}
 
 
 def check_one_line(outcome, line):
-    """A program failed, and this line, in which * stands for anything, is all that it says."""
+    """A program failed, and its only output is this line, in which * stands for anything."""
     status, out, err = outcome
     assert (status, out, err.count("\n")) == (1, "", 1) and fnmatch.fnmatchcase(err, line + "\n"), err
 
 
-def test_an_error_is_one_line_that_says_what_to_do_and_makes_nothing(command, monkeypatch):
+def test_an_error_is_one_line_that_says_what_to_do_and_no_file_is_made(command, monkeypatch):
     Path("junk.db").write_bytes(b"junk" * 1000)
     sql_run("other.db", "create table theirs (a)")
     command("app", "create", "Shop", "--db", "shop.db")
@@ -9954,13 +9954,13 @@ def test_an_error_is_one_line_that_says_what_to_do_and_makes_nothing(command, mo
     ("client", ["--key", KEY, "crash", "none.json"], "cannot read none.json: No such file or directory"),
     ("demo", ["--port", "TAKEN"], "*Address already in use*"), ("embed", ["--port", "TAKEN", "--db", "e.db"], "*"),
     ("library", ["--db", "no/l.db"], "cannot open the database *")])
-def test_an_example_says_in_one_line_what_is_wrong_and_makes_nothing(tmp_path, name, arguments, line):
+def test_an_error_of_an_example_is_one_line_and_no_file_is_made(tmp_path, name, arguments, line):
     given = [argument.replace("TAKEN", TAKEN) for argument in arguments]
     check_one_line(run_example(name, *given, cwd=tmp_path, TMPDIR=str(tmp_path)), f"{name}: {line}")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_variable_stops_a_host_that_gives_no_settings_but_one_of_others_does_not(tmp_path, monkeypatch):
+def test_an_unknown_backfeedr_variable_stops_a_host_app_without_settings_and_others_do_not(tmp_path, monkeypatch):
     monkeypatch.setenv("BACKFEEDR_PUBLIC_METRIC", "0")
     path = tmp_path / "crashes.db"
     with pytest.raises(SettingsError, match="^BACKFEEDR_PUBLIC_METRIC: .* did you mean BACKFEEDR_PUBLIC_METRICS"):
@@ -9972,8 +9972,8 @@ def test_an_unknown_variable_stops_a_host_that_gives_no_settings_but_one_of_othe
                               "PATH": "/bin", "BACKFEEDRS": "1"}) == Settings()
 
 
-def test_a_missing_package_is_one_line_that_installs_it_and_no_secrets_are_made(tmp_path):
-    def run(*command):  # -S: without what is installed
+def test_a_missing_package_is_one_line_with_the_install_command_and_no_secrets_are_made(tmp_path):
+    def run(*command):  # -S: without installed packages
         return run_program(sys.executable, "-S", *command, cwd=tmp_path, PYTHONPATH="")
 
     check_one_line(run(EXAMPLES / "symbols.py", "none"), "symbols: symbolic is missing; 'pip install symbolic' *")
@@ -9991,17 +9991,17 @@ def section(title):
 
 
 def code_blocks(kind, words=""):
-    """The blocks of that kind that have these words, in the README or the handbook."""
+    """The code blocks of this kind in the README and the handbook that contain these words."""
     return [block for block in re.findall(rf"^```{kind}\n(.*?)^```$", README + HANDBOOK, re.M | re.S) if words in block]
 
 
 def table(title):
-    """The cells of the table in a section, below its head, without the quotes of code."""
+    """The cells of the table in a section, without its head and without backquotes."""
     rows = re.findall(r"^\| `(.*) \|$", section(title).replace("\\|", "\0"), re.M)
     return [[cell.strip(" `").replace("\0", "|") for cell in row.split("|")] for row in rows]
 
 
-def test_the_readmes_settings_their_defaults_and_the_latest_release_are_those_of_the_program():
+def test_the_readmes_settings_defaults_and_latest_release_match_the_program():
     assert re.findall(r"^- \*\*(.+?)\*\*", section("Changelog"), re.M)[0] == backfeedr.__version__
     assert {variable: default for variable, default, _ in table("Settings")} == {
         **{name: str(int(default) if isinstance(default, bool) else default) for name, default in DEFAULTS.items()},
@@ -10009,7 +10009,7 @@ def test_the_readmes_settings_their_defaults_and_the_latest_release_are_those_of
 
 
 def usages(command, *words):
-    """The usage of each command of the program that begins with these words."""
+    """The usage of each command of the program, or of those that begin with these words."""
     text = command(*words, "--help")[1]
     names = re.findall(r"^    (\w+)", text, re.M)
     for name in names:
@@ -10018,24 +10018,25 @@ def usages(command, *words):
         yield text.partition("\n\n")[0].replace(",", "|")
 
 
-def form(usage):
-    """The words of a command's usage in their order, without brackets, and its options but for --db in any order."""
+def words_and_options(usage):
+    """The words of a usage in their order, without brackets, and the set of its options except --db."""
     words = re.sub(r"\[-.*?\]", "", usage, flags=re.S).split()[2:]
     return [word.strip("[]{}") for word in words], {*re.findall(r"--[\w-]+", usage)} - {"--db"}
 
 
-def test_the_readmes_commands_are_those_of_the_program(command):
+def test_the_readmes_commands_match_the_program(command):
     shown = [cells[0] for cells in table("Commands")]
-    assert sorted(form("python backfeedr.py " + cell) for cell in shown) == sorted(map(form, usages(command)))
+    expected = sorted(map(words_and_options, usages(command)))
+    assert sorted(words_and_options("python backfeedr.py " + cell) for cell in shown) == expected
     assert shown[0].startswith("[serve]") and "--db" in shown[0]
 
 
-def test_the_readmes_endpoints_are_those_of_openapi():
+def test_the_readmes_endpoints_match_openapi():
     shown = [cells[0].replace("GROUP_HASH", "{group_hash}").replace("UUID", "{uuid}") for cells in table("API")]
     assert sorted(shown) == sorted(["GET /metrics", *(f"{method} /api/v1{path}" for method, path, _ in OPERATIONS)])
 
 
-def test_the_readme_is_short_and_each_of_its_links_leads_somewhere_and_each_example_is_run_by_a_test(command):
+def test_the_readme_is_short_its_links_work_and_each_example_has_a_test(command):
     lines = README.splitlines()
     assert len(lines) <= 250 and [line for line in lines if len(line) > 120 and not line.startswith("![")] == []
     links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
@@ -10045,12 +10046,12 @@ def test_the_readme_is_short_and_each_of_its_links_leads_somewhere_and_each_exam
     topics = {line.split()[0] for line in command("help")[1].splitlines()}
     assert {*re.findall(r"`help\s([a-z]+)`", README + HANDBOOK)} <= topics
     tests = Path(__file__).read_text(encoding="utf-8")
-    names = [path.name for path in EXAMPLES.rglob("*")  # of the Swift package, `swift test` runs all
+    names = [path.name for path in EXAMPLES.rglob("*")  # `swift test` runs all of the Swift package
              if path.is_file() and path.suffix not in (".pyc", ".png") and "swift" not in path.parts]
     assert [name for name in names if name not in tests and f'"{Path(name).stem}"' not in tests] == []
 
 
-def test_the_readmes_lines_for_a_host_app_run_as_they_stand(tmp_path, monkeypatch):
+def test_the_readmes_lines_for_a_host_app_run_unchanged(tmp_path, monkeypatch):
     import bottle
     monkeypatch.chdir(tmp_path)
     for name, value in SECRETS.items():
@@ -10068,7 +10069,7 @@ def test_the_readmes_lines_for_a_host_app_run_as_they_stand(tmp_path, monkeypatc
 
 
 def same_shape(shown, got):
-    """Whether an answer has the fields that are shown, at any depth; "..." stands for more of a list."""
+    """Whether an answer has the fields that are shown, at any depth; "..." stands for further items."""
     if isinstance(shown, dict):
         return isinstance(got, dict) and list(shown) == list(got) and all(map(same_shape, shown.values(), got.values()))
     return not (isinstance(shown, list) and shown and got) or same_shape(shown[0], got[0])
@@ -10076,8 +10077,8 @@ def same_shape(shown, got):
 
 @pytest.mark.slow
 @pytest.mark.once
-def test_each_request_of_the_readme_is_answered_as_it_shows_and_its_client_and_signing_lines_are_stored(run):
-    """As they stand, but for the host and the secrets; and but for the figures, which are of another database."""
+def test_the_requests_of_the_readme_and_handbook_get_the_answers_that_are_shown(run):
+    """With another host and secrets, and other figures, because the database is another one."""
     server, now = run(BACKFEEDR_RATE_LIMIT="100"), time_text(time.time())
 
     def answer_to(command):
@@ -10100,7 +10101,7 @@ def test_each_request_of_the_readme_is_answered_as_it_shows_and_its_client_and_s
     for path, body in ((CRASHES, crash), (CRASHES, dict(crash, exception_type="Other")), (EVENTS, session)):
         assert server.post(path, body)[0] == 201
     shown = re.findall(r"^\$ (curl (?:.*\\\n)*.*)\n(\{.*(?:\n .*)*)$", "".join(code_blocks("console")), re.M)
-    assert len(shown) == (README + HANDBOOK).count("\n$ curl"), "a request without an answer"
+    assert len(shown) == (README + HANDBOOK).count("\n$ curl"), "a request is shown without an answer"
     for command, answer in shown:
         got = answer_to(command)
         assert same_shape(json.loads(answer.replace(", ...", "")), got), (command, got)
@@ -10109,25 +10110,25 @@ def test_each_request_of_the_readme_is_answered_as_it_shows_and_its_client_and_s
 
 @pytest.fixture(scope="module")
 def pip(tmp_path_factory):
-    """Variables by which pip finds bottle and waitress, which it has downloaded; skips a test where it can not."""
+    """Variables that let pip install bottle and waitress from a folder; skips a test if they cannot be downloaded."""
     folder = tmp_path_factory.mktemp("pip")
     status, _, err = run_program(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "bottle", "waitress",
                                  cwd=folder)
     if status:
-        pytest.skip(f"pip finds no packages here: {err.splitlines()[-1]}")
+        pytest.skip(f"pip cannot download packages: {err.splitlines()[-1]}")
     return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), "PIP_DISABLE_PIP_VERSION_CHECK": "1",
             "PIP_NO_COMPILE": "1"}
 
 
 @pytest.mark.slow
 @pytest.mark.once
-def test_the_readmes_first_lines_start_a_server_and_one_makes_a_file_that_runs_with_nothing_but_python(tmp_path, pip):
+def test_the_readmes_first_lines_start_a_server_and_its_pyz_runs_with_python_alone(tmp_path, pip):
     clone = tmp_path / "clone"
     (clone / "examples").mkdir(parents=True)
     shutil.copy(SERVER, clone)
     shutil.copy(EXAMPLES / "handbook.md", clone / "examples")
     start = re.search("<!-- start -->\n```sh\n(.*?)```\n<!-- /start -->", README, re.S)[1]
-    # By the pip that is here: Python takes longer to put one into .venv than for all else.
+    # With the installed pip: to install another into .venv takes longer than everything else.
     for old, new in (("venv .venv", "venv --without-pip .venv"),
                      (".venv/bin/pip", f"'{sys.executable}' -m pip --python .venv/bin/python")):
         assert start.count(old) == 1
@@ -10137,9 +10138,9 @@ def test_the_readmes_first_lines_start_a_server_and_one_makes_a_file_that_runs_w
 
     command, = code_blocks("sh", "zipapp")
     (clone / "build/pyz").mkdir(parents=True)
-    (clone / "build/pyz/bottle.py").write_text("raise SystemExit('what the last release was made of')")
+    (clone / "build/pyz/bottle.py").write_text("raise SystemExit('of an earlier build')")
     bash(command.replace(old, new), clone, **pip)
-    # without the environment, this folder, and all that is installed
+    # Without the environment, this folder and installed packages.
     isolated = [sys.executable, "-I", "-S", shutil.copy(clone / "backfeedr.pyz", tmp_path)]
     shutil.rmtree(clone)
     with running(*isolated, "--port", "0", cwd=tmp_path, **SECRETS) as process:
@@ -10152,7 +10153,7 @@ def test_the_readmes_first_lines_start_a_server_and_one_makes_a_file_that_runs_w
 
 @pytest.mark.slow
 @pytest.mark.once
-def test_a_wheel_holds_exactly_one_module_its_version_and_the_handbook(tmp_path):
+def test_a_wheel_contains_only_the_module_its_metadata_and_the_handbook(tmp_path):
     for name in ("build", "setuptools", "wheel"):
         pytest.importorskip(name)
     shutil.copytree(EXAMPLES, tmp_path / "examples", ignore=shutil.ignore_patterns(".build"))
@@ -10173,7 +10174,7 @@ def test_a_wheel_holds_exactly_one_module_its_version_and_the_handbook(tmp_path)
 # -- examples/deploy
 
 def edited(name, folder, *changes):
-    """A file of examples/deploy as it stands, but for what is particular to a host."""
+    """A file of examples/deploy with changes for this host."""
     text = (EXAMPLES / "deploy" / name).read_text()
     for old, new in changes:
         assert old in text, old
@@ -10184,12 +10185,12 @@ def edited(name, folder, *changes):
 
 @contextmanager
 def nginx(folder, name, http, *changes):
-    """nginx with a site of examples/deploy that has its http on that port; it listens when the block begins."""
+    """Runs nginx with a file of examples/deploy and its http on that port; it listens when the block begins."""
     site = edited(name, folder, ("listen 80;", f"listen 127.0.0.1:{http};"), ("    listen [::]:80;\n", ""),
                   ("    listen [::]:443 ssl;\n", ""), *changes)
     folders = "".join(f"{each}_temp_path {folder}/{each}; "
                       for each in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
-    user = "" if os.geteuid() else "user root; "  # another user may not come into the test's folder
+    user = "" if os.geteuid() else "user root; "  # another user may not read the test's folder
     (folder / "main.conf").write_text(
         f"{user}pid {folder}/pid; error_log {folder}/error.log; events {{ }}\n"
         f"http {{ access_log {folder}/access.log; {folders} include {site}; }}\n")
@@ -10202,7 +10203,7 @@ def nginx(folder, name, http, *changes):
 
 
 def curl(certificate, port, path, *options, **given):
-    """The status (0: cut off) and the text that curl gets from crashes.example.com, which is on this host."""
+    """The status (0: cut off) and text that curl gets from crashes.example.com, which resolves to this host."""
     site = f"crashes.example.com:{port}"
     _, out, err = run_program(
         "curl", "--silent", "--show-error", "--max-time", "20", "--write-out", "\\n%{http_code}", "--cacert",
@@ -10212,8 +10213,8 @@ def curl(certificate, port, path, *options, **given):
 
 
 def check_proxy(server, certificate, https, http):
-    """Through a proxy a crash is stored, too large or too slow a body refused, and http sent on to https. A browser's
-    cookie is for https. In the end the server is away, and much was wrong that a proxy might log."""
+    """A proxy passes crashes on, refuses a body that is too large or too slow, and redirects http to https. A browser's
+    cookie is for https only. At the end the server is stopped, and malformed requests could fill the proxy's log."""
     def post(body, *options):
         return curl(certificate, https, CRASHES, "--header", f"X-Backfeedr-Key: {KEY}", "--data-binary", "@-", *options,
                     stdin=body)
@@ -10222,10 +10223,10 @@ def check_proxy(server, certificate, https, http):
     assert (status, sql(server.db, "select id from crashes")) == (201, [(json.loads(answer)["id"],)])
     large = json.dumps(dict(CRASH, note="x" * 1_040_000))
     assert post(large)[0] == 201
-    assert post(large + " " * 10_000) == (413, '{"error": "request body too large"}'), "of the server"
-    assert post(large * 2)[0] in (413, 502, 0), "of the proxy"
+    assert post(large + " " * 10_000) == (413, '{"error": "request body too large"}'), "by the server"
+    assert post(large * 2)[0] in (413, 502, 0), "by the proxy"
     stopped = post('{"exception_type": ', "--header", "Content-Length: 1000", "--max-time", "2")
-    assert not 200 <= stopped[0] < 400, "what stops half-way must not look stored"
+    assert not 200 <= stopped[0] < 400, "half a report must not look stored"
     status, headers, _ = ask(f"http://127.0.0.1:{http}" + CRASHES)
     assert status in (301, 308) and headers["Location"].startswith("https://")
     assert sql(server.db, "select count(*) from crashes") == [(2,)]
@@ -10237,7 +10238,7 @@ def check_proxy(server, certificate, https, http):
 
 
 def https_nginx(folder, server, http, https, *changes):
-    """nginx with a certificate of its own, cert.pem, before a server; see `nginx`."""
+    """nginx with its own certificate, cert.pem, in front of a server; see `nginx`."""
     bash("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -keyout key.pem"
          " -out cert.pem -subj /CN=crashes.example.com -addext subjectAltName=DNS:crashes.example.com", folder)
     certificates = "/etc/letsencrypt/live/crashes.example.com"
@@ -10249,18 +10250,18 @@ def https_nginx(folder, server, http, https, *changes):
 
 @pytest.mark.slow
 @pytest.mark.once
-def test_reports_come_through_nginx(run, tmp_path):
+def test_reports_pass_through_nginx(run, tmp_path):
     needs("nginx", "openssl", "curl")
     server, https, http = run(), free_port(), free_port()
     with https_nginx(tmp_path, server, http, https, ("body_timeout 10s", "body_timeout 1s")):
         check_proxy(server, tmp_path / "cert.pem", https, http)
     assert (tmp_path / "access.log").read_text() == ""
-    assert "client" not in (tmp_path / "error.log").read_text(), "it has no address"
+    assert "client" not in (tmp_path / "error.log").read_text(), "no address is logged"
 
 
 @pytest.mark.slow
 @pytest.mark.once
-def test_a_browser_signs_in_makes_an_app_and_signs_out_behind_nginx_under_a_path(run, tmp_path):
+def test_a_browser_signs_in_creates_an_app_and_signs_out_behind_nginx_under_a_path(run, tmp_path):
     """nginx strips the path /crashes, as the comment in nginx.conf says."""
     needs("chromium", "nginx", "openssl", "curl")
     options, https = ("--host-resolver-rules=MAP crashes.example.com 127.0.0.1", "--no-proxy-server"), free_port()
@@ -10277,7 +10278,7 @@ def test_a_browser_signs_in_makes_an_app_and_signs_out_behind_nginx_under_a_path
                 browser.call("Input.dispatchKeyEvent", type="keyUp", key=key)
 
         def check_page(title, address, method="Runtime.evaluate", **params):
-            """The call leads to this page without an error. All links and requests are under the path."""
+            """A call loads this page without errors. All links and requests are under the path."""
             browser.load(method, **params)
             assert browser.run("[document.title, location.href]") == [title + " - backfeedr", url + address]
             requests = [event["request"]["url"] for event in browser.seen("Network.requestWillBeSent")]
@@ -10326,7 +10327,7 @@ def test_a_browser_signs_in_makes_an_app_and_signs_out_behind_nginx_under_a_path
 
 @pytest.mark.slow
 @pytest.mark.once
-def test_reports_come_through_caddy(run, tmp_path):
+def test_reports_pass_through_caddy(run, tmp_path):
     needs("caddy", "curl")
     server, https, http, health = run(), free_port(), free_port(), "/api/v1/health"
     is_old = " 2.6" in " " + bash("caddy version", tmp_path).lstrip("v")
@@ -10337,19 +10338,19 @@ def test_reports_come_through_caddy(run, tmp_path):
                     ("\tbuffer_requests", "\tbuffer_requests" if is_old else "\trequest_buffers 1100KB"))
     environ = dict.fromkeys(("HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME"), str(tmp_path))
     bash(f"caddy start --adapter caddyfile --config {config} --pidfile {tmp_path}/pid >log 2>&1", tmp_path, **environ)
-    try:  # it has returned when it listens; its certificate comes a little later
+    try:  # caddy listens now, but its certificate is made a little later
         root = tmp_path / "caddy" / "pki" / "authorities" / "local" / "root.crt"
         assert curl(root, https, health, "--retry", "20", "--retry-delay", "1", "--retry-all-errors")[0] == 200
         check_proxy(server, root, https, http)
         log = (tmp_path / "log").read_text()
         assert [word for word in ("remote_ip", "POST", "connection refused", "127.0.0.1") if word in log] == [], \
-            "it has no address"
+            "no address is logged"
     finally:
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
 
 
 @pytest.mark.once
-def test_the_systemd_unit_is_valid_hardened_and_lets_a_stop_end():
+def test_the_systemd_unit_is_valid_and_hardened_and_waits_for_a_stop():
     needs("systemd-analyze")
     unit = EXAMPLES / "deploy" / "backfeedr.service"
     assert bash(f"systemd-analyze verify {unit} 2>&1 | grep -F backfeedr.service || true", HERE) == ""
@@ -10363,14 +10364,14 @@ def test_the_systemd_unit_is_valid_hardened_and_lets_a_stop_end():
 
 @pytest.mark.slow
 @pytest.mark.once
-def test_the_steps_of_the_container_make_a_server_for_a_user_without_rights(pip):
-    """The lines of the Dockerfile, in a folder in place of an image: where this is root, as the user that it names."""
+def test_the_steps_of_the_dockerfile_start_a_server_as_an_unprivileged_user(pip):
+    """Runs the lines of the Dockerfile in a folder instead of an image, and if this is root, as the user they name."""
     user, python = [], sys.executable
     if os.geteuid() == 0:
         needs("setpriv")
         user = ["setpriv", "--reuid=10001", "--regid=10001", "--clear-groups"]
         if run_program(*user, "bash", "-c", f"{python} -V")[0]:
-            python = "/usr/bin/python3"  # as that of the tests is in a folder of root's
+            python = "/usr/bin/python3"  # that of the tests is in a folder of root
     with tempfile.TemporaryDirectory(prefix="backfeedr-container-") as name:
         root = Path(name)
         root.chmod(0o755)
@@ -10393,12 +10394,12 @@ def test_the_steps_of_the_container_make_a_server_for_a_user_without_rights(pip)
         for file in files:
             shutil.copy(SERVER if file == SERVER.name else HERE / file, folder)
         environ.update(SECRETS, BACKFEEDR_HOST="127.0.0.1", BACKFEEDR_PORT=str(free_port()))
-        look = [*user, "bash", "-c", health.partition(" CMD ")[2]]
-        status, _, err = run_program(*look, **environ)
+        check_health = [*user, "bash", "-c", health.partition(" CMD ")[2]]
+        status, _, err = run_program(*check_health, **environ)
         assert status == 1 and "Connection refused" in err, (status, err)  # before it has started
         with running(*user, *json.loads(start), cwd=volume, **environ) as process:
             url = printed(process, URL)[0]
-            assert run_program(*look, **environ) == (0, "", "")
+            assert run_program(*check_health, **environ) == (0, "", "")
             check_stores_a_crash(url, root / "data/backfeedr.db")
             process.terminate()
             assert process.wait(20) == 0
@@ -10407,7 +10408,7 @@ def test_the_steps_of_the_container_make_a_server_for_a_user_without_rights(pip)
         assert run_program(*user, "test", "-w", root / "app")[0] == (1 if user else 0)
 
 
-def test_the_file_for_compose_builds_the_container_and_keeps_its_volume():
+def test_the_compose_file_builds_the_container_and_keeps_its_volume():
     compose, dockerfile = ((EXAMPLES / "deploy" / name).read_text() for name in ("compose.yaml", "Dockerfile"))
     context, build = re.findall("(?:context|dockerfile): (.*)", compose)
     assert (EXAMPLES / "deploy" / context / build).resolve() == (EXAMPLES / "deploy/Dockerfile").resolve()
@@ -10416,14 +10417,13 @@ def test_the_file_for_compose_builds_the_container_and_keeps_its_volume():
 
 
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "deploy").iterdir()), ids=lambda path: path.name)
-def test_each_file_to_deploy_says_the_public_address_that_the_server_needs(path):
+def test_each_deployment_file_sets_the_public_url(path):
     assert "BACKFEEDR_PUBLIC_URL=https://crashes.example.com" in path.read_text()
 
 
 # == PostgreSQL ================================================================
-#
-# What examples/postgres.py adds: hosts that share a database. That it answers as
-# SQLite does is what the sections before say, where BACKFEEDR_TEST_POSTGRES is set.
+# What examples/postgres.py adds: hosts that share a database. With BACKFEEDR_TEST_POSTGRES,
+# the sections above check that it gives the same answers as SQLite.
 
 @pytest.fixture
 def hosts(schemas, run):
@@ -10432,13 +10432,13 @@ def hosts(schemas, run):
 
 
 def wait_for_more(load, reports):
-    """Returns when so many more reports have been acknowledged."""
+    """Waits until this many more reports have been acknowledged."""
     before = len(load.acknowledged)
     wait_until(lambda: len(load.acknowledged) > before + reports, 60)
 
 
 def check_all_stored(load, url):
-    """All was acknowledged, all of it is stored, nothing else is, and the sums equal the rows."""
+    """Every report was acknowledged and is stored, nothing else is stored, and the sums equal the rows."""
     assert (load.lost, load.others) == (0, [])
     assert sorted(load.acknowledged) == sorted(stored_ids(url))
     check_database(url)
@@ -10446,7 +10446,7 @@ def check_all_stored(load, url):
 
 @needs_postgres
 @pytest.mark.slow
-def test_two_hosts_store_once_whatever_they_acknowledge_even_while_one_is_killed(
+def test_two_hosts_store_everything_they_acknowledge_once_even_if_one_is_killed(
         hosts, run, schemas):
     one, two = hosts
     first = one.post(CRASHES, CRASH, **{"Idempotency-Key": "a"})
@@ -10466,15 +10466,15 @@ def test_two_hosts_store_once_whatever_they_acknowledge_even_while_one_is_killed
     assert run(db=schemas()).post(CRASHES, CRASH)[0] == 201
     load.finish()
     assert two.stop()[0] == 0
-    found = [each for each in stored_ids(schemas()) if each not in before]
-    assert load.others == [] and set(load.acknowledged) <= set(found) and len(set(found)) == len(found)
-    assert len(found) - len(load.acknowledged) <= 1 + 10 * load.lost
+    new = [id for id in stored_ids(schemas()) if id not in before]
+    assert load.others == [] and set(load.acknowledged) <= set(new) and len(set(new)) == len(new)
+    assert len(new) - len(load.acknowledged) <= 1 + 10 * load.lost
     check_database(schemas())
 
 
 @needs_postgres
 @pytest.mark.slow
-def test_the_101st_request_of_a_key_is_refused_whichever_host_it_reaches(schemas, run):
+def test_the_101st_request_of_a_key_is_refused_by_any_host(schemas, run):
     hosts = [run(db=schemas(), BACKFEEDR_RATE_LIMIT="100") for _ in range(2)]
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda n: hosts[n % 2].post(EVENTS, EVENT)[0], range(110)))
@@ -10486,12 +10486,12 @@ def test_the_101st_request_of_a_key_is_refused_whichever_host_it_reaches(schemas
 
 @pytest.fixture
 def cluster():
-    """A PostgreSQL of one's own, which a test may stop: its URL, and functions that stop and start it."""
+    """A PostgreSQL that a test may stop: its URL, and functions that stop and start it."""
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     if not programs:
         pytest.skip("there is no initdb")
     folder, port, user = tempfile.mkdtemp(prefix="backfeedr-postgres-"), free_port(), ""
-    if os.getuid() == 0:  # as whom PostgreSQL does not run
+    if os.getuid() == 0:  # PostgreSQL refuses to run as root
         shutil.chown(folder, "postgres")
         user = "runuser -u postgres -- "
 
@@ -10513,7 +10513,7 @@ def cluster():
 
 @needs_postgres
 @pytest.mark.slow
-def test_a_database_that_is_restarted_under_load_loses_nothing_and_the_hosts_come_back_by_themselves(run, cluster):
+def test_a_database_restart_under_load_loses_nothing_and_the_hosts_recover_by_themselves(run, cluster):
     hosts = [run(db=cluster.url), run(db=cluster.url, BACKFEEDR_RATE_LIMIT="1000000")]
     load = Load(hosts, clients=16)
     wait_for_more(load, 300)
@@ -10534,7 +10534,7 @@ def test_a_database_that_is_restarted_under_load_loses_nothing_and_the_hosts_com
 
 @needs_postgres
 @pytest.mark.slow
-def test_a_rolling_restart_behind_the_balancer_is_noticed_by_nobody_and_a_lost_host_costs_only_what_it_had_read(
+def test_a_rolling_restart_behind_the_balancer_is_not_noticed_and_a_lost_host_loses_only_requests_it_was_reading(
         hosts, run, schemas, tmp_path):
     needs("nginx")
     balancer = object.__new__(Running)  # without a process of its own
@@ -10574,7 +10574,7 @@ def test_a_rolling_restart_behind_the_balancer_is_noticed_by_nobody_and_a_lost_h
 
 
 @needs_postgres
-def test_hosts_that_start_at_once_make_one_database(schemas):
+def test_hosts_that_start_together_make_one_database(schemas):
     url = schemas(has_tables=False)
     with ThreadPoolExecutor(4) as pool:
         stores = list(pool.map(lambda _: postgres().PostgresStore(url), range(4)))
@@ -10586,7 +10586,7 @@ def test_hosts_that_start_at_once_make_one_database(schemas):
 
 
 @needs_postgres
-def test_hosts_that_prune_at_once_while_reports_come_in_delete_each_row_once(serve, clock, schemas):
+def test_hosts_that_prune_together_while_reports_arrive_delete_each_row_once(serve, clock, schemas):
     server, key = serve(retention_days=1, rate_limit=0), backfeedr.sha256(KEY)
     old = [parse_event(dict(EVENT, session_id=f"s{n % 50}", device_id_hash=f"d{n % 70}")) for n in range(600)]
     for reports in (old, old, [parse_crash(dict(CRASH, device_id_hash=f"d{n}")) for n in range(300)]):
@@ -10600,14 +10600,14 @@ def test_hosts_that_prune_at_once_while_reports_come_in_delete_each_row_once(ser
         deleted = sum((each.result() for each in pruning), Counter())
     assert {seq for seq, in sql(schemas(), "select seq from events")} == seqs
     assert stored(server, "crashes")["crashes"] == []
-    assert deleted["events"] <= 1200 and deleted["crashes"] <= 300, "as those who add delete too"
-    serve.unchecked.append(server)  # whose sums include the rows that are gone
+    assert deleted["events"] <= 1200 and deleted["crashes"] <= 300, "adding deletes some, too"
+    serve.unchecked.append(server)  # its sums still include the deleted rows
     assert sql(schemas(), "select device from devices") == [(backfeedr.device_key("new"),)]
     assert sql(schemas(), "select session_id from sessions") == []
 
 
 @needs_postgres
-def test_a_grown_file_moves_to_postgres_with_its_ids_and_counts(tmp_path, clock, schemas, capsys, monkeypatch):
+def test_export_and_import_move_a_file_to_postgres_with_ids_and_counts(tmp_path, clock, schemas, capsys, monkeypatch):
     path, lines = str(tmp_path / "old.db"), tmp_path / "all.jsonl"
     with Backfeedr(Settings(db_path=path, api_key=KEY, auth_token=TOKEN), clock=clock) as server:
         fill(server, clock, 1, 300)
@@ -10615,7 +10615,7 @@ def test_a_grown_file_moves_to_postgres_with_its_ids_and_counts(tmp_path, clock,
             for kind in (backfeedr.Crash, backfeedr.Event):
                 for stored in server.store.export(kind):
                     backfeedr.write_jsonl(out, stored)
-        # at the same time, as the sums of a week end with it
+        # At the same time, because the sums of the week depend on it.
         with closing(postgres().PostgresStore(schemas(), clock)) as store, open(lines, "rb") as given:
             assert backfeedr.import_jsonl(store, given)["stored"] == len(stored_ids(path))
         with Backfeedr(server.settings, store=postgres().PostgresStore(schemas(), clock)) as moved:
@@ -10637,8 +10637,8 @@ def test_a_report_of_the_longest_texts_in_the_widest_characters_is_stored(serve)
 
 
 @needs_postgres
-def test_hosts_give_no_id_twice_though_a_clock_is_fast_by_days_and_all_reports_are_deleted(schemas, monkeypatch):
-    monkeypatch.setattr("secrets.randbits", lambda bits: 0)  # so that ids of the same time would be the same
+def test_hosts_give_no_id_twice_even_if_a_clock_is_days_ahead_and_all_reports_are_deleted(schemas, monkeypatch):
+    monkeypatch.setattr("secrets.randbits", lambda bits: 0)  # so that equal times would give equal ids
     clocks, url, given = (Clock(), Clock()), schemas(), []
     stores = [postgres().PostgresStore(url, clock) for clock in clocks]
     stores[0].start(KEY)
@@ -10648,7 +10648,7 @@ def test_hosts_give_no_id_twice_though_a_clock_is_fast_by_days_and_all_reports_a
         for _ in range(2):
             given += stores[host].add(KEY_HASH, [parse_event(EVENT)] * 3).seqs
             first = backfeedr.first_seq(stores[host].now)
-            assert first <= given[-3] < given[-1] < first + backfeedr.first_seq(2), "which tell the time of receipt"
+            assert first <= given[-3] < given[-1] < first + backfeedr.first_seq(2), "an id tells the time of receipt"
         sql_run(url, "delete from events")
     for store in stores:
         store.close()
@@ -10656,7 +10656,7 @@ def test_hosts_give_no_id_twice_though_a_clock_is_fast_by_days_and_all_reports_a
 
 
 @needs_postgres
-def test_a_report_that_the_database_refuses_costs_no_other_and_health_says_whether_there_is_room(serve):
+def test_a_report_that_the_database_refuses_loses_no_other_and_health_checks_for_space(serve):
     server, names = serve(), ("good", "poison", "too")
     api, path = Api(server), server.store.path
 
@@ -10673,7 +10673,7 @@ def test_a_report_that_the_database_refuses_costs_no_other_and_health_says_wheth
         create trigger no_room before insert on events execute function no_room();
         create table trial (at bigint)""")
     assert add_together() == (["storage unavailable"] * 3, 2)
-    for _ in range(2):  # the trial of a health check fails, too
+    for _ in range(2):  # the trial of the health check also fails
         assert api.get("/api/v1/health") == UNAVAILABLE
     sql_run(path, "drop table trial")
     assert [api.get("/api/v1/health")[0] for _ in range(2)] == [200, 200]
@@ -10685,7 +10685,7 @@ def test_a_report_that_the_database_refuses_costs_no_other_and_health_says_wheth
     (["--port", "0"], {}, "cannot open the database: *"), (["app", "list"], {}, "cannot open the database: *"),
     (["--port", "0"], {"BACKFEEDR_MAX_DB_SIZE": "1000000000"},
      "BACKFEEDR_MAX_DB_SIZE is for SQLite's file: unset it, and limit the database")])
-def test_postgres_says_in_one_line_why_it_does_not_start(capsys, monkeypatch, arguments, settings, problem):
+def test_postgres_prints_one_line_if_it_cannot_start(capsys, monkeypatch, arguments, settings, problem):
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     status = postgres().main(["postgresql://127.0.0.1:1/none", *arguments])
