@@ -7246,7 +7246,7 @@ def _unencrypted_warning(settings: Settings, address: str) -> str:
 
 
 class _Parser(HTTPRequestParser):
-    """A request. Leads to an answer where waitress would only close the connection or wait."""
+    """A request. Gets an answer in cases in which waitress would only close the connection, or wait."""
 
     arrived_at = 0.0  # time.monotonic() when it was complete
     environ: Environ | None = None  # set when a thread begins to handle it
@@ -7322,7 +7322,8 @@ class _Channel(HTTPChannel):
             super().received(data)
             if len(self.requests) > MAX_PIPELINED:
                 del self.requests[MAX_PIPELINED:]
-                self.requests[-1].version, self.requests[-1].headers["CONNECTION"] = "1.1", "close"
+                last = self.requests[-1]
+                last.version, last.headers["CONNECTION"] = "1.1", "close"  # so its answer closes the connection
         is_same = previous is not None and self.request is previous
         # The timeout counts from last_activity: each byte moves it on as if it came at the lowest rate.
         self.request_began = min(now, self.request_began + len(data) / MIN_BYTES_PER_SECOND) if is_same else now
@@ -7434,8 +7435,7 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
         outbuf_high_watermark=1 << 40)  # beyond it a worker would wait for the client: never
     server.channel_class = _Channel
     server.maintenance = partial(_close_idle, server)
-    # The I/O thread sends head and body of an answer together, which is a tenth faster. (As an option of create_server
-    # this is deprecated.)
+    # The I/O thread sends head and body together: a tenth faster. (As an option of create_server this is deprecated.)
     server.adj.send_bytes = 16384
     return server
 
@@ -7574,8 +7574,7 @@ def import_jsonl(store: Store, lines: Iterable[bytes]) -> Counter[str]:
 
 
 def _import_batches(lines: Iterable[bytes]) -> Iterator[list[StoredReport]]:
-    batch: list[StoredReport] = []
-    size = 0
+    batch, size = list[StoredReport](), 0
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
@@ -7705,9 +7704,9 @@ def _wrong_rows(table: str) -> str:
 def channel_warnings(path: Path) -> list[str]:
     """A sentence for each alert channel that does not get through."""
     with suppress(sqlite3.Error, TypeError), closing(_open_read_only(path)) as db:  # may be older, or damaged
+        rows = db.execute("select id, url, ended_at, error, error_at from channels where error is not null order by id")
         return [f"Channel {id} ({shown_address(url)}) has {'ended' if ended_at else 'failed'}: {error}"
-                f" at {iso_time(error_at)}" for id, url, ended_at, error, error_at in db.execute(
-                    "select id, url, ended_at, error, error_at from channels where error is not null order by id")]
+                f" at {iso_time(error_at)}" for id, url, ended_at, error, error_at in rows]
     return []
 
 
@@ -7724,12 +7723,10 @@ def main(argv: Sequence[str] | None = None, make: Callable[..., Backfeedr] = Bac
         except BrokenPipeError:  # nobody reads the output any more, nor what Python flushes when it exits
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return 1
-        except KeyboardInterrupt:
-            problem: Any = "interrupted"
-        except (SettingsError, StoreError, Refusal, OSError, UnicodeError, ImportError) as error:
-            problem = error
-        print(f"backfeedr: {problem}", file=sys.stderr)
-        return 1
+        except (KeyboardInterrupt, SettingsError, StoreError, Refusal, OSError, UnicodeError, ImportError) as error:
+            problem = "interrupted" if isinstance(error, KeyboardInterrupt) else error
+            print(f"backfeedr: {problem}", file=sys.stderr)
+            return 1
 
 
 def _run(options: argparse.Namespace, make: Callable[..., Backfeedr], open_store: Callable[..., Store]) -> int:
