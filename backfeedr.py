@@ -7386,7 +7386,7 @@ class _Dispatcher(ThreadedTaskDispatcher):
     def store_batch(self) -> None:
         """Waits for requests, stores their reports, and answers each."""
         batch: list[_Channel] = []
-        with closing(self.collect(batch)) as environs:
+        with closing(self.collect(batch)) as environs:  # closing frees the lock, even after an error
             self.log_errors(self.app.submit_all, environs)
         for channel in batch:
             self.log_errors(channel.service)
