@@ -7787,8 +7787,9 @@ class Commands:
         return f"Made the app {self.options.NAME!r}. Its API key is shown only this once."
 
     def do_app_list(self) -> None:
-        _print_table("APP, KIND, KEYS, CREATED", [(app.name, "test" if app.is_test else "live", app.keys,
-                                                _date(app.created_at)) for app in self.store.apps()])
+        _print_table("APP, KIND, KEYS, CREATED", [
+            (app.name, "test" if app.is_test else "live", app.keys, _date(app.created_at))
+            for app in self.store.apps()])
 
     def do_app_delete(self) -> str:
         name = self.options.NAME
