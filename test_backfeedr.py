@@ -7419,7 +7419,6 @@ class Running:
         return answer.status, json.loads(answer.read())
 
     def send(self, request):
-        """Sends bytes on a new connection, and returns it."""
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=20)
         connection.sendall(request)
         return connection
@@ -7609,7 +7608,6 @@ def test_x_forwarded_proto_is_believed_from_this_host_and_never_refused(web_serv
 
 
 def connect_and_send(server, request):
-    """Sends bytes on a new connection, and returns it."""
     connection = socket.create_connection(("127.0.0.1", int(server.effective_port)))
     connection.setblocking(False)
     connection.sendall(request)
@@ -7635,7 +7633,6 @@ def read_until(connection, server, last=b"}"):
 
 
 def raw_post(path=CRASHES, body=CRASH, **headers):
-    """The bytes of a POST."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     headers = {"X-Backfeedr-Key": KEY, "Content-Length": len(raw), **headers}
     lines = [f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items()]
@@ -7699,8 +7696,7 @@ def test_only_one_thread_at_a_time_sends_on_a_connection(web_server):
 
 @pytest.fixture
 def answer_together(web_server):
-    """Sends requests, each on its own connection, and lets a thread handle all that have arrived. Gives the statuses of
-    the answers on each connection."""
+    """Sends requests, each on its own connection, for one batch; gives the statuses of the answers on each."""
     dispatcher = web_server.task_dispatcher
     dispatcher.shutdown()
     assert Api(web_server.app).post(CRASHES, b"{")[0] == 400  # from now on the key is cached
