@@ -7154,43 +7154,42 @@ def first_start_text(made: FirstStart, url: str) -> str:
 
 
 # == Server ====================================================================
-# waitress, and what has to be changed in it: it refuses in JSON, a stop answers every
-# request that was sent, no client's address is logged, and reports that come together
-# share a thread and a commit. Each class below says which fault of waitress it mends.
+# The web server: waitress with a few changes. Errors are JSON, a stop answers every request that was sent, no client's
+# address is logged, and reports that arrive together share a commit. Each class says what it changes and why.
 
 try:
     import waitress.server
     from waitress.channel import HTTPChannel
     from waitress.parser import HTTPRequestParser, ParsingError
     from waitress.task import ErrorTask, Task, ThreadedTaskDispatcher, WSGITask
-except ImportError:  # only `serve` needs it; an app that runs under another server does not
+except ImportError:  # only `serve` needs waitress; under another WSGI server it may be missing
     waitress = None
     HTTPChannel = HTTPRequestParser = ErrorTask = Task = ThreadedTaskDispatcher = WSGITask = object
 
 DRAIN_SECONDS = 4.0  # how long a stop waits for requests that have begun to arrive
-QUIET_SECONDS = 0.3  # after so long without a byte, a stop takes a connection to be idle
-SWITCH_SECONDS = 0.002  # how long a thread may keep the interpreter while others wait for it
-REQUEST_SECONDS = 60  # for a request to arrive, between two of a connection, and for an answer to get on
-PIPELINED = 4  # requests that a connection may send ahead; after the answer to the last it is closed
-SLOWEST = 2000  # bytes a second, of a phone on a bad day: each byte gives its request as much more time
+DRAIN_IDLE_SECONDS = 0.3  # a stop closes a connection that has been silent for so long
+SWITCH_INTERVAL = 0.002  # seconds that a thread may keep the interpreter while others wait for it
+IDLE_TIMEOUT = 60  # seconds for a request to arrive, between two requests, and without progress of an answer
+MIN_BYTES_PER_SECOND = 2000  # a request that arrives at this rate, as from a slow phone, never times out
+MAX_PIPELINED = 4  # requests that a connection may send ahead; after the answer to the last it is closed
 BATCH_THREADS = 4  # one commits while the next one decodes; with two, 16 clients get 14 % less done
-BATCHED_REQUESTS = 25  # in a batch; of 100 events each, the batches have as many rows as the store lets wait
-BATCHED_BYTES = 1_000_000  # in a batch; decoded they take several times as much memory
+MAX_BATCH_REQUESTS = 25  # of 100 events each, the batches then have as many rows as the store lets wait
+MAX_BATCH_BYTES = 1_000_000  # decoded, they take several times as much memory
 
 
 def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> None:
-    """Serves until SIGTERM or SIGINT. Raises OSError where it cannot listen, and ImportError without waitress, before
-    it touches the database: a first start's secrets are shown only once. `make` makes the server from settings with its
-    real port, and tells `announce` what is to be printed."""
+    """Serves until SIGTERM or SIGINT. Raises OSError if it cannot listen, and ImportError without waitress, both before
+    a database is made: the secrets of a first start are shown only once. `make` gets the settings with the real port,
+    and a function `announce` for what is to be printed."""
     if waitress is None:
         raise ImportError(_MISSING.format("waitress"))
     listener = _listen(settings.host, settings.port)
     settings = replace(settings, port=listener.getsockname()[1])
-    made: list[str] = []
+    announcements: list[str] = []
     if settings.verbose:
         log.addHandler(logging.StreamHandler())
         log.setLevel(logging.INFO)
-    with listener, make(settings, announce=made.append) as app, app.alerts.running():
+    with listener, make(settings, announce=announcements.append) as app, app.alerts.running():
         server = _make_server(app, settings, listener)
         stopping = threading.Event()
 
@@ -7198,18 +7197,17 @@ def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> Non
             stopping.set()
             server.pull_trigger()
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, stop)
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
         print("backfeedr on", _url(settings.host, settings.port), flush=True)
-        print("".join(made), end="", flush=True)
-        app.store.catch_up_in_background()  # what a migration or a stop has left to do
-        sys.stderr.write(_warning(settings, listener.getsockname()[0]))
-        # The default of 5 ms starves the I/O thread, which has to win the interpreter back
-        # after each call: reports take longer while pages are made. Much less wakes the
-        # waiting threads too often. Set here and not on import, which may be in a host app.
-        sys.setswitchinterval(SWITCH_SECONDS)
-        gc.freeze()  # the collector no longer looks at what is here to stay: worth 5 % of a batch's time
-        gc.set_threshold(20_000)  # nor again and again at what one commit counts, which has no cycles: 1 to 5 %
+        print("".join(announcements), end="", flush=True)
+        app.store.catch_up_in_background()  # finishes what a migration or a stop has left
+        sys.stderr.write(_unencrypted_warning(settings, listener.getsockname()[0]))
+        # The default of 5 ms starves the I/O thread, which needs the interpreter back after each call. Much less wakes
+        # waiting threads too often. These three are not set at import, because that may happen in a host app.
+        sys.setswitchinterval(SWITCH_INTERVAL)
+        gc.freeze()  # the collector skips what stays anyway: saves 5 % of a batch's time
+        gc.set_threshold(20_000)  # fewer passes over the objects of a commit, which has no cycles: saves 1 to 5 %
         while not stopping.is_set():
             server.asyncore.loop(timeout=1, use_poll=True, map=server._map, count=1)
         _drain(server)
@@ -7220,54 +7218,53 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, UnicodeError, TypeError) as error:
-        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
-        wrong = "port" if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES) else "host"
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]  # without the address again
+        option = "port" if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES) else "host"
         raise OSError(f"cannot listen on {host} port {port}: {reason};"
-                      f" --{wrong} or BACKFEEDR_{wrong.upper()} takes another") from None
+                      f" choose another with --{option} or BACKFEEDR_{option.upper()}") from None
 
 
-def _warning(settings: Settings, address: str) -> str:
-    """What to tell an operator whose keys would travel in the clear; "" for others."""
+def _unencrypted_warning(settings: Settings, address: str) -> str:
+    """A warning if the server listens to other machines and no proxy is known to add https; otherwise ""."""
     if ipaddress.ip_address(address.partition("%")[0]).is_loopback or settings.public_url.startswith("https://"):
         return ""
-    return (f"backfeedr: {address} can be reached from other machines, and keys can be read on their way: put a proxy"
-            " with https in front, and name its address in BACKFEEDR_PUBLIC_URL\n")
+    return (f"backfeedr: other machines can reach {address}, and the keys they send are not encrypted: put a proxy with"
+            " https in front, and set BACKFEEDR_PUBLIC_URL to its address\n")
 
 
 class _Parser(HTTPRequestParser):
-    """A request. Answers some that waitress leaves without an answer."""
+    """A request. Gets an answer in cases in which waitress would only close the connection, or wait."""
 
-    came = 0.0  # when it was complete
-    environ: Environ | None = None  # once a thread has begun with it
+    arrived_at = 0.0  # time.monotonic() when it was complete
+    environ: Environ | None = None  # set when a thread begins to handle it
 
     def parse_header(self, header_plus: bytes) -> None:
         try:
             super().parse_header(header_plus)
-        except ValueError as error:
-            # For `http://[` or a length of 5,000 digits. waitress logs it and closes the connection.
-            raise ParsingError(str(error)) from None
+        except ValueError as error:  # for `http://[` or a length of 5,000 digits
+            raise ParsingError(str(error)) from None  # waitress answers only this one
         finally:
-            # Where no body follows or it is refused, waitress sends `100 Continue` and waits for one.
+            # waitress would send `100 Continue` even if no body follows or it is refused, and wait for one.
             if not self.chunked and not 0 < self.content_length < self.adj.max_request_body_size:
                 self.expect_continue = False
 
 
 class _Task(Task):
-    """Common to all answers."""
+    """What all answers have in common."""
 
     def build_response_header(self) -> Any:
-        """Tells clients to send no more during a stop, which waitress does not: a client that went on sending would
-        lose its last request. Logs the request."""
+        """Logs the request. During a stop, closes the connection: a client that went on sending would lose one."""
         if not self.channel.server.accepting:
             self.set_close_on_finish()
         if log.isEnabledFor(logging.INFO):
             request = self.request
-            log.info("%s %s %.1f ms", _request_line(request), self.status[:3], 1000 * (time.monotonic() - request.came))
+            milliseconds = 1000 * (time.monotonic() - request.arrived_at)
+            log.info("%s %s %.1f ms", _request_line(request), self.status[:3], milliseconds)
         return super().build_response_header()
 
 
 class _ErrorTask(_Task, ErrorTask):
-    """What waitress refuses, in JSON. Its own answer is plain text."""
+    """Answers in JSON what waitress refuses, which itself would answer in plain text."""
 
     def execute(self) -> None:
         error = self.request.error
@@ -7283,8 +7280,8 @@ class _AppTask(_Task, WSGITask):
     """An answer of the app."""
 
     def get_environment(self) -> Environ:
-        """One for each request and not for each task: a batch has put the submission into it. A proxy on this host is
-        believed that a client came by https; a header that makes no sense is not refused, as waitress would."""
+        """The request's one environ, in which its batch may have put a submission. Believes a proxy on this host that
+        the client uses https. waitress could do that, too, but would refuse a header that makes no sense."""
         environ: Environ = self.request.environ or super().get_environment()
         if environ.get("HTTP_X_FORWARDED_PROTO") == "https" and environ["REMOTE_ADDR"] == "127.0.0.1":
             environ["wsgi.url_scheme"] = "https"
@@ -7297,115 +7294,118 @@ class _Channel(HTTPChannel):
 
     parser_class, task_class, error_task_class = _Parser, _AppTask, _ErrorTask
     __repr__ = object.__repr__  # that of waitress has the client's address, and is logged with errors
-    began = last_activity = 0.0
+    request_began = last_activity = 0.0
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        self.requests_lock = threading.RLock()  # `received` takes it around waitress's own, which takes it, too
+        self.requests_lock = threading.RLock()  # not a Lock: `received` takes it around a method that takes it again
 
     def received(self, data: bytes) -> None:
-        """Counts the time of a request from its beginning. waitress counts from the last byte, so a client that
-        sends a byte now and then would keep its connection for ever. Takes few requests ahead: the answers to a
-        packet of them, which the client need not read, are many megabytes."""
-        begun, now = self.request, self.last_activity
-        with self.requests_lock:  # else a worker would answer some of them meanwhile
+        """Measures the time of a request from its first byte. waitress measures from the last one, so a client that
+        sends a byte now and then would keep its connection for ever. Drops requests beyond MAX_PIPELINED: a client that
+        reads no answers would otherwise make many megabytes of them wait."""
+        previous, now = self.request, self.last_activity  # waitress has just set the time
+        with self.requests_lock:  # keeps workers from answering some of them meanwhile
             super().received(data)
-            if len(self.requests) > PIPELINED:
-                del self.requests[PIPELINED:]
-                self.requests[-1].version, self.requests[-1].headers["CONNECTION"] = "1.1", "close"
-        is_new = begun is None or self.request is not begun
-        self.began = self.last_activity = now if is_new else min(now, self.began + len(data) / SLOWEST)
+            if len(self.requests) > MAX_PIPELINED:
+                del self.requests[MAX_PIPELINED:]
+                last = self.requests[-1]
+                last.version, last.headers["CONNECTION"] = "1.1", "close"  # so its answer closes the connection
+        is_same = previous is not None and self.request is previous
+        # The timeout counts from last_activity: each byte moves it on as if it came at the lowest rate.
+        self.request_began = min(now, self.request_began + len(data) / MIN_BYTES_PER_SECOND) if is_same else now
+        self.last_activity = self.request_began
 
     def service(self) -> None:
-        """Sends the answer at once if the next request of the connection is here already. Because of `send_bytes`
-        the I/O thread would keep it until that one is answered, too."""
+        """Sends the answer even if the connection's next request is here already. The I/O thread would keep a small
+        answer until that one is answered, too."""
         super().service()
         if self.requests:
             self._flush_exception(self._flush_some, do_close=False)
 
     def _flush_some(self, do_close: bool = True) -> Any:
-        """Takes the lock, which waitress's I/O thread does not. While that sent an answer, a worker sent the
-        `100 Continue` for the next request, and both were sent twice and mixed."""
+        """Takes the lock, which waitress's I/O thread does not. Otherwise it could send an answer while a worker sends
+        the `100 Continue` for the next request: both would go out twice and mixed."""
         with self.outbuf_lock:
             return self.connected and super()._flush_some(do_close)
 
     def writable(self) -> bool:
-        """Not where `handle_write` would leave a small answer to the thread that works on it. waitress's I/O thread
-        would spin until that is done, and take the interpreter from the thread that it waits for."""
+        """False if `handle_write` would leave a small answer to the worker that makes it. waitress's I/O thread would
+        spin until then, and take the interpreter from that worker."""
         is_left = self.requests and not self.will_close and self.total_outbufs_len < self.adj.send_bytes
         return not is_left and bool(super().writable())
 
 
 def _close_idle(server: Any, now: float) -> None:
-    """Closes connections that were idle for too long. waitress spares those whose client does not read."""
+    """Closes idle connections, also those whose client reads no answer, which waitress keeps."""
     for channel in list(server.active_channels.values()):
-        if channel.last_activity < now - REQUEST_SECONDS and (channel.total_outbufs_len or not channel.requests):
-            channel.handle_close()  # at once: to a client that does not read, the socket is never ready
+        if channel.last_activity < now - IDLE_TIMEOUT and (channel.total_outbufs_len or not channel.requests):
+            channel.handle_close()  # at once: if the client does not read, the socket never becomes writable
 
 
 class _Dispatcher(ThreadedTaskDispatcher):
-    """Gives all submissions that come while a thread decodes to that thread, which stores them in one commit.
-    waitress wakes a thread for each request, which takes longer than the work; all others it still gets."""
+    """Gives each report that arrives while a thread decodes others to that thread, which stores all in one commit.
+    waitress wakes a thread for each request, which takes longer than the work; it still does so for all others."""
 
     def __init__(self, app: Backfeedr, threads: int):
         super().__init__()
         self.set_thread_count(threads)
         self.app, self.is_stopped = app, False
-        self.coming: SimpleQueue[_Channel | None] = SimpleQueue()  # whose requests wait for a batch; None wakes
-        self.taking = threading.Lock()  # held by the thread that waits for requests and decodes them
-        self.batch_threads = [threading.Thread(target=self.run, daemon=True) for _ in range(BATCH_THREADS)]
+        self.waiting: SimpleQueue[_Channel | None] = SimpleQueue()  # connections with a report; None only wakes
+        self.collecting = threading.Lock()  # held by the thread that waits for reports and decodes them
+        self.batch_threads = [threading.Thread(target=self.store_batches, daemon=True) for _ in range(BATCH_THREADS)]
         for thread in self.batch_threads:
             thread.start()
 
     def add_task(self, channel: _Channel) -> None:
         request = channel.requests[0]
-        request.came = time.monotonic()
+        request.arrived_at = time.monotonic()
         key = request.headers.get("X_BACKFEEDR_KEY", "")
         if request.error or not self.app.can_batch(request.command, request.path, key):
             super().add_task(channel)
         else:
-            self.coming.put(channel)
+            self.waiting.put(channel)
 
-    def run(self) -> None:
+    def store_batches(self) -> None:
         while not self.is_stopped:
             self.store_batch()
 
     def store_batch(self) -> None:
-        """Waits for requests, stores what they carry, and answers each."""
+        """Waits for requests, stores their reports, and answers each."""
         batch: list[_Channel] = []
-        with closing(self.take_all(batch)) as environs:
-            self.attempt(self.app.submit_all, environs)
+        with closing(self.collect(batch)) as environs:  # closing frees the lock, even after an error
+            self.log_errors(self.app.submit_all, environs)
         for channel in batch:
-            self.attempt(channel.service)
+            self.log_errors(channel.service)
 
-    def attempt(self, step: Callable[..., Any], *arguments: Any) -> None:
-        """Logs an error, which must not end the thread or keep others from their answers."""
+    def log_errors(self, call: Callable[..., Any], *arguments: Any) -> None:
+        """Makes a call whose error must not end the thread or keep others from their answers."""
         try:
-            step(*arguments)
+            call(*arguments)
         except BaseException:
             log.exception("unexpected error")
 
-    def take_all(self, batch: list[_Channel]) -> Generator[Environ, None, None]:
-        """Waits for a request, and takes it and all others that come while the caller decodes, into `batch`."""
-        with self.taking, suppress(Empty):
-            channel, size = self.coming.get(), 0
+    def collect(self, batch: list[_Channel]) -> Generator[Environ, None, None]:
+        """Yields a request and all that arrive while the caller decodes it; appends their connections to `batch`."""
+        with self.collecting, suppress(Empty):
+            channel, size = self.waiting.get(), 0
             while channel:
                 batch.append(channel)
                 request = channel.requests[0]
                 environ = _AppTask(channel, request).get_environment()
-                if time.monotonic() - request.came > BUSY_TIMEOUT:  # no thread was free for so long
+                if time.monotonic() - request.arrived_at > BUSY_TIMEOUT:  # no thread was free for so long
                     environ[_SUBMISSION] = Submission(error=StorageUnavailable())
                 elif channel.connected:
                     yield environ
-                is_packed = "CONTENT_ENCODING" in request.headers  # and may become as large as any
-                size += self.app.settings.max_body_size if is_packed else request.body_bytes_received
-                has_room = len(batch) < BATCHED_REQUESTS and size < BATCHED_BYTES
-                channel = self.coming.get_nowait() if has_room else None
+                is_compressed = "CONTENT_ENCODING" in request.headers  # so it may become as large as any
+                size += self.app.settings.max_body_size if is_compressed else request.body_bytes_received
+                has_room = len(batch) < MAX_BATCH_REQUESTS and size < MAX_BATCH_BYTES
+                channel = self.waiting.get_nowait() if has_room else None
 
     def shutdown(self, *arguments: Any, **options: Any) -> Any:
         self.is_stopped = True
         for _ in self.batch_threads:
-            self.coming.put(None)
+            self.waiting.put(None)
         for thread in self.batch_threads:
             thread.join(timeout=1)
         return super().shutdown(*arguments, **options)
@@ -7415,30 +7415,30 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of every request that waits
     server = waitress.server.create_server(
         app, _dispatcher=_Dispatcher(app, settings.threads), sockets=[listener], ident=None,
-        max_request_body_size=settings.max_body_size + 65536,  # a little more: the app's own limit goes first
+        max_request_body_size=settings.max_body_size + 65536,  # more than the app's own limit, which refuses first
         connection_limit=_connection_limit(settings.threads + BATCH_THREADS),
         max_request_header_size=32768, inbuf_overflow=131072, recv_bytes=65536, cleanup_interval=10,
         asyncore_use_poll=True, clear_untrusted_proxy_headers=True,
-        outbuf_high_watermark=1 << 40)  # at which a worker would wait for the client
+        outbuf_high_watermark=1 << 40)  # beyond it a worker would wait for the client: never
     server.channel_class = _Channel
     server.maintenance = partial(_close_idle, server)
-    # Head and body of an answer leave together, sent by the I/O thread: a tenth more speed. (As an option
-    # of create_server it is deprecated.)
+    # The I/O thread sends head and body together: a tenth faster. (As an option of create_server this is deprecated.)
     server.adj.send_bytes = 16384
     return server
 
 
 def _request_line(request: Any) -> str:
-    """Method and path of a request as they may be logged: in printable ASCII, without query or key."""
-    if not hasattr(request, "path") or request.error and request.error.code == 431:  # waitress did not read it
+    """Method and path for the log, in printable ASCII, without query or key."""
+    if not hasattr(request, "path") or request.error and request.error.code == 431:  # waitress did not parse it
         return "- -"
     path = quote(request.path[:200], safe="/:@!$&'()*+,;=~", encoding="latin-1") or "-"
     return re.sub("(bf_[a-z]+_)[0-9A-Za-z]+", r"\1...", f"{request.command[:20]} {path}")
 
 
 def _connection_limit(threads: int) -> int:
-    """As many connections as there are files for: two each, as a large body takes one, beside the database's."""
-    import resource  # which only POSIX has, and an app that runs under another server need not
+    """How many connections the limit of open files allows: each needs two files, one of them for a large body, and the
+    database needs three for each thread. Raises the soft limit first."""
+    import resource  # here, because only POSIX has it, and only `serve` needs it
 
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     files = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
@@ -7447,9 +7447,9 @@ def _connection_limit(threads: int) -> int:
 
 
 def _drain(server: Any) -> None:
-    """Stops accepting, and answers every request that was sent. waitress ends with requests in flight."""
+    """Stops accepting, and answers every request that was sent. waitress itself would drop those in progress."""
     accepted = -1
-    while len(server.active_channels) > accepted:
+    while len(server.active_channels) > accepted:  # until no connection waits to be accepted
         accepted = len(server.active_channels)
         server.handle_accept()
     server.accepting = False
@@ -7460,7 +7460,7 @@ def _drain(server: Any) -> None:
         server.asyncore.loop(timeout=0.05, use_poll=True, map=server._map, count=1)
         for channel in list(server.active_channels.values()):
             is_busy = channel.requests or channel.request or channel.total_outbufs_len
-            if not is_busy and time.time() - channel.last_activity > QUIET_SECONDS:
+            if not is_busy and time.time() - channel.last_activity > DRAIN_IDLE_SECONDS:
                 channel.will_close = True
     server.task_dispatcher.shutdown(timeout=1)
 
@@ -7470,22 +7470,22 @@ def _drain(server: Any) -> None:
 
 IMPORT_LINES = 1000  # at most in a transaction
 IMPORT_BYTES = 1_000_000  # after which a transaction ends, too
-MAX_LINE = 1 << 27  # bytes of an exported report: far above any body that a server accepts
+MAX_LINE = 1 << 27  # bytes of an exported report: far more than any server accepts in a body
 LOW_DISK = 100_000_000  # bytes; with less than this free, `check` fails
 
 
 def backup(store: Store, path: Path) -> None:
-    """Copies the database as it is now to a new file that only its owner can read. Raises StoreError. The copy gets its
-    name only when it is complete. One read transaction: it blocks no writer; the WAL grows until it is done."""
+    """Copies the database as it is now to a new file that only its owner can read. Raises StoreError. The file gets its
+    name only when it is complete. One read transaction: it blocks no writer, but the WAL grows until it is done."""
     if path.exists():
-        raise StoreError(f"there is a file {path} already")
+        raise StoreError(f"the file {path} already exists")
     try:
-        # A temporary file has mode 0600, and is deleted also after an error.
+        # A temporary file has mode 0600, and is deleted even after an error.
         with tempfile.NamedTemporaryFile(prefix=path.name + ".", suffix=".partial", dir=path.parent) as partial, \
                 closing(Connection(store.path, mode="ro")) as db:
             db.execute("vacuum into ?", (partial.name,))
             os.fsync(partial.fileno())
-            os.link(partial.name, path)  # fails if another file took the name meanwhile
+            os.link(partial.name, path)  # fails if another file has taken the name meanwhile
     except (OSError, sqlite3.Error) as error:
         raise StoreError(f"cannot write the backup {path}: {getattr(error, 'strerror', error)}") from None
 
@@ -7496,9 +7496,9 @@ def write_jsonl(out: TextIO, stored: StoredReport) -> None:
 
 
 def csv_writer(out: TextIO, kind: Any) -> Callable[[StoredReport], Any]:
-    """Writes reports as a table with a header. A spreadsheet reads no cell of it as a formula."""
+    """Writes the header of a table, and returns a function that writes a report as a row."""
     table = csv.DictWriter(out, ["id", "app", "is_test", "received_at", "clock_ahead_ms",
-                                *[each for each in kind._fields if each != "images"]])
+                                *[name for name in kind._fields if name != "images"]])
     table.writeheader()
     return lambda stored: table.writerow({name: _csv_cell(value) for name, value in _exported(stored).items()})
 
@@ -7508,47 +7508,48 @@ def _exported(stored: StoredReport) -> JsonObject:
     return as_sent({"id": report_id, **stored._asdict(), "report": None, **stored.report._asdict()}, exact_time)
 
 
-# Spreadsheets skip control characters, and take the full-width signs for the others.
+# How a formula begins. Spreadsheets skip control characters, and read full-width signs like the others.
 _FORMULA = re.compile("[-=+@\uff0d\uff1d\uff0b\uff20\x00-\x1f\x7f-\x9f]")
 
 
 def _csv_cell(value: Any) -> Any:
+    """The value as a cell that no spreadsheet takes for a formula."""
     if type(value) in (list, dict):
         return _encode(value)
     return "'" + value if type(value) is str and _FORMULA.match(value) else value
 
 
-_EXPORTED = {"app": str, "id": str, "is_test": bool, "received_at": str, "clock_ahead_ms": int, "extra": dict}
+_ADDED_FIELDS = {"app": str, "id": str, "is_test": bool, "received_at": str, "clock_ahead_ms": int, "extra": dict}
 
 
 def _parse_exported(line: bytes) -> StoredReport:
-    """A report from a line of `write_jsonl`, checked like one from a client. Raises Refusal."""
-    given = {"extra": {}, "clock_ahead_ms": 0, **decode_json(line)}
-    group = given.pop("group_hash", "")  # computed again, unless the frames that make it were cut
-    for name, kind in _EXPORTED.items():
-        if type(given.get(name)) is not kind:
-            raise Refusal(f"invalid {name}" if given.get(name) is not None else f"missing {name}")
-    app, report_id, is_test, received, ahead, extra = map(given.pop, _EXPORTED)
-    if not 0 <= ahead < 10_000 * 366 * DAY:  # all years there are
+    """Reads a line of `write_jsonl`, and checks its report like one from a client. Raises Refusal."""
+    values = {"extra": {}, "clock_ahead_ms": 0, **decode_json(line)}
+    group = values.pop("group_hash", "")  # computed again, unless the frames that it depends on were cut
+    for name, kind in _ADDED_FIELDS.items():
+        if type(values.get(name)) is not kind:
+            raise Refusal(f"{'missing' if values.get(name) is None else 'invalid'} {name}")
+    app, report_id, is_test, received, clock_ahead, extra = map(values.pop, _ADDED_FIELDS)
+    if not 0 <= clock_ahead < 10_000 * 366 * DAY:  # longer than all years there are
         raise Refusal("invalid clock_ahead_ms")
     try:
         received_at = parse_time(received)
     except ValueError:
         raise Refusal("invalid received_at") from None
     match = re.fullmatch("(evt_)?([0-7][0-9a-f]{15})", report_id)
-    # A seq is never before its time of receipt. It may be about a day later, after the server's clock was set back.
+    # A seq is never before its time of receipt. It is up to about a day after it if the server's clock was set back.
     if not match or not first_seq(received_at) <= int(match[2], 16) < first_seq(received_at + 2 * DAY):
         raise Refusal("invalid id")
-    report: Any = (parse_event if match[1] else parse_crash)({**extra, **given})
+    report: Any = (parse_event if match[1] else parse_crash)({**extra, **values})
     cut = extra.get("truncated")
     if type(cut) is list and "stack_trace" in cut and re.fullmatch("[0-9a-f]{16}", str(group)):
         report = report._replace(group_hash=group)
-    return StoredReport(int(match[2], 16), app, is_test, received_at, ahead, report)
+    return StoredReport(int(match[2], 16), app, is_test, received_at, clock_ahead, report)
 
 
 def import_jsonl(store: Store, lines: Iterable[bytes]) -> Counter[str]:
-    """Stores what `write_jsonl` wrote and returns the summed counts of `Store.import_`. Raises StoreError with the
-    number of the first bad line; the good lines before it are stored then."""
+    """Stores what `write_jsonl` wrote. Returns the sum of the counts of `Store.import_`. Raises StoreError with the
+    number of the first bad line, after storing the lines before it."""
     counts: Counter[str] = Counter()
     try:
         for batch in _import_batches(lines):
@@ -7560,8 +7561,7 @@ def import_jsonl(store: Store, lines: Iterable[bytes]) -> Counter[str]:
 
 
 def _import_batches(lines: Iterable[bytes]) -> Iterator[list[StoredReport]]:
-    batch: list[StoredReport] = []
-    size = 0
+    batch, size = list[StoredReport](), 0
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
@@ -7577,7 +7577,7 @@ def _import_batches(lines: Iterable[bytes]) -> Iterator[list[StoredReport]]:
 
 
 def _read_only_mode(path: Path) -> str:
-    """Without a WAL nobody writes; `immutable` keeps SQLite from making one."""
+    """The `mode` that changes nothing. Without a WAL nobody writes, and `immutable` keeps SQLite from making one."""
     return "ro" if Path(f"{path}-wal").exists() else "ro&immutable=1"
 
 
@@ -7589,10 +7589,10 @@ def _check_file(path: Path) -> str:
     if not path.is_file():
         raise StoreError(f"there is no database {path}{_ANOTHER}")
     if not os.access(path, os.R_OK | os.W_OK):
-        raise StoreError(f"{path} may not be read and written; a server could not use it")
+        raise StoreError(f"no permission to read and write {path}, which a server needs")
     free = shutil.disk_usage(path.parent).free
     if free < LOW_DISK:
-        raise StoreError(f"only {megabytes(free)} of the disk are free")
+        raise StoreError(f"only {megabytes(free)} are free on the disk")
     return f"{path}, {megabytes(path.stat().st_size)}, WAL {megabytes(_wal_size(path))}, disk {megabytes(free)} free"
 
 
@@ -7600,22 +7600,22 @@ def _check_schema(path: Path) -> str:
     with closing(_open_read_only(path)) as db:
         check_is_ours(db, path)
         version: int = db.pragma("user_version")
-        if not version:
-            raise StoreError("there are no tables")
-        return f"version {version}" + (
-            f", which the next start upgrades to version {SCHEMA_VERSION}" if version < SCHEMA_VERSION else "")
+    if not version:
+        raise StoreError("there are no tables")
+    upgrade = f", which the next start upgrades to version {SCHEMA_VERSION}" if version < SCHEMA_VERSION else ""
+    return f"version {version}{upgrade}"
 
 
 def _check_pages(path: Path) -> str:
     with closing(_open_read_only(path)) as db:
-        found = db.pragma("quick_check(1)")
-        if found != "ok":
-            raise StoreError(" ".join(found.splitlines()[-1:]))
-        return f"{db.pragma('page_count'):,}, all sound"
+        result, pages = db.pragma("quick_check(1)"), db.pragma("page_count")
+    if result != "ok":
+        raise StoreError(result.rpartition("\n")[2])
+    return f"{pages:,}, all sound"
 
 
 def _check_roll_ups(path: Path) -> str:
-    """Counts all reports again, by the same code into tables of its own, and compares."""
+    """Compares the figures with those that the same code counts again, into tables of its own, from all reports."""
     with closing(sqlite3.connect("", isolation_level=None, uri=True)) as db:  # "": a temporary file
         db.execute("attach database ? as stored", (f"{path.as_uri()}?mode={_read_only_mode(path)}",))
         if db.execute("pragma stored.user_version").fetchone()[0] < SCHEMA_VERSION:
@@ -7625,76 +7625,75 @@ def _check_roll_ups(path: Path) -> str:
         expired, = db.execute("""
             select coalesce(max(value), 0) from state where name like 'expired%' or name like 'early%'""").fetchone()
         recount(db)
-        wrong = [table for figure in FIGURES for table in _unequal_tables(db, figure, expired)]
-    if wrong:
-        raise StoreError(f"these tables are not what they should be: {', '.join(wrong)}")
+        wrong_tables = _wrong_tables(db, expired)
+    if wrong_tables:
+        raise StoreError(f"these tables do not agree with the reports: {', '.join(wrong_tables)}")
     return "agree with the reports"
 
 
-# The first and the last report that a row has seen, which may have expired.
-SPANS = {"sessions": ("first_seq", "last_seq"), "groups": ("first_seen", "last_seen"),
-         "builds": ("first_seen", "last_seen"), "devices": ("first_day", "last_hour")}
+def _wrong_tables(db: sqlite3.Connection, expired: int) -> list[str]:
+    """Compares the tables in `stored` with those in `main`, which were counted again. `expired` is the seq before which
+    reports may be gone, or 0."""
+    row_tables = re.findall(r"create table (\w+)", "".join(figure.TABLES for figure in FIGURES))
+    queries = [(table, query) for table, sums in SUMS.items() for query in _wrong_sums(table, sums, expired)]
+    queries += [(table, _wrong_rows(table)) for table in row_tables if table != "medians"]  # a cache
+    settled = expired + first_seq(HOUR) if expired else 0  # devices that were last seen before may be gone already
+    wrong = [name for name, query in queries if db.execute(query + " limit 1", {"settled": settled}).fetchone()]
+    return list(dict.fromkeys(wrong))
 
 
-def _unequal_tables(db: sqlite3.Connection, figure: type[Figure], expired: int) -> Iterator[str]:
-    """`main` has what the reports say, `stored` what is to be checked."""
-    for table, sums in figure.SUMS.items():
-        if any(db.execute(query + " limit 1").fetchone() for query in _unequal_sums(table, sums, expired)):
-            yield table
-    for table in set(re.findall(r"create table (\w+)", figure.TABLES)) - {"medians"}:
-        same = " and ".join(f"theirs.{each} = ours.{each}" for each in KEYS[table])
-        first, last = SPANS.get(table, ("app_id", "app_id"))
-        comparable = ""
-        if "device" in table:  # which goes with its last report to the hour
-            comparable = "(app_id, device) in (select app_id, device from main.devices where last_seq > :settled) and"
-        elif table == "builds":  # of which others may have come first
-            comparable = f"""(select count(*) from stored.builds as theirs where theirs.app_id = ours.app_id)
-                < {MAX_BUILDS_OF_APP} and"""
-        elif table == "groups":
-            same += " and theirs.crashes = ours.crashes and theirs.devices = ours.devices"
-        if db.execute(f"""
-                select 1 from main.{table} as ours where {comparable} not exists (
-                    select 1 from stored.{table} as theirs
-                    where {same} and theirs.{first} <= ours.{first} and theirs.{last} >= ours.{last})
-                limit 1""", {"settled": expired and expired + first_seq(HOUR)}).fetchone():
-            yield table
-
-
-def _unequal_sums(table: str, sums: Sums, expired: int) -> list[str]:
-    """Queries for rows that are not as they should be. Where reports have expired, days after them are compared, and
-    what cannot be less than what is left. A device or a session whose first report is gone would count on a later day,
-    or for a later release."""
-    columns, where = ", ".join([*KEYS[table], *sums.columns]), "app_id in (select id from apps)"  # not the deleted
-    if table == "key_days":  # which no report tells
+def _wrong_sums(table: str, sums: Sums, expired: int) -> list[str]:
+    """Queries for rows that differ. If reports have expired, they only look at the days after that, or for sums that
+    are less than what is left: a device or session whose first report is gone would count on a later day or release."""
+    if table == "key_days":  # counts requests, and no report tells of them
         return []
     if expired and table in ("active_days", "device_hours"):
-        return [f"select 1 from main.{table} as ours left join stored.{table} as theirs using"
-                f" ({', '.join(KEYS[table])}) where "
-                + " or ".join(f"ours.{each} > coalesce(theirs.{each}, 0)" for each in sums.columns)]
+        is_less = " or ".join(f"counted.{column} > coalesce(kept.{column}, 0)" for column in sums.columns)
+        return [f"""select 1 from main.{table} as counted left join stored.{table} as kept
+                    using ({', '.join(KEYS[table])}) where {is_less}"""]
+    where = "app_id in (select id from apps)"  # not of deleted apps
     if expired and table in ("crash_days", "group_days", "event_names"):
         where += f" and day > {(expired >> SEQ_BITS) // DAY + 1}"
     elif expired and sums.lasts:
         return []
-    elif table == "release_hours":  # of later ones, what is deleted depends on reports that may be gone
+    elif table == "release_hours":  # whether later hours are kept depends on reports that may be gone
         where += f""" and hour <= (
             select min(first_seen) / {HOUR} + {24 * HEALTH_DAYS} from stored.builds as seen
             where seen.app_id = release_hours.app_id and seen.app_version = release_hours.app_version)"""
-    ours, theirs = (f"select {columns} from {place}.{table} where {where}" for place in ("main", "stored"))
-    less, more = f"{ours} except {theirs}", f"{theirs} except {ours}"
-    return [less] if sums.window or table == "release_hours" else [less, more]  # old rows are deleted some time later
+    columns = ", ".join([*KEYS[table], *sums.columns])
+    counted, kept = (f"select {columns} from {schema}.{table} where {where}" for schema in ("main", "stored"))
+    missing, extra = f"{counted} except {kept}", f"{kept} except {counted}"
+    may_be_old = sums.window or table == "release_hours"  # rows that are too old are deleted some time later
+    return [missing] if may_be_old else [missing, extra]
 
 
-CHECKS: dict[str, Callable[[Path], str]] = {  # each returns what it found, or raises what is wrong
-    "SQLite": lambda path: check_sqlite(), "file": _check_file, "schema": _check_schema, "pages": _check_pages,
-    "roll-ups": _check_roll_ups}
+# The columns with the times of a row's first and last report. Both reports may have expired.
+SPAN_COLUMNS = {"sessions": ("first_seq", "last_seq"), "groups": ("first_seen", "last_seen"),
+                "builds": ("first_seen", "last_seen"), "devices": ("first_day", "last_hour")}
+
+
+def _wrong_rows(table: str) -> str:
+    """A query for rows that are not stored, or with a shorter span than the reports that are left."""
+    first, last = SPAN_COLUMNS.get(table, ("app_id", "app_id"))
+    same = [*KEYS[table], *(("crashes", "devices") if table == "groups" else ())]
+    condition = "true"
+    if "device" in table:
+        condition = "(app_id, device) in (select app_id, device from main.devices where last_seq > :settled)"
+    elif table == "builds":  # at the limit, other builds may have come first
+        condition = f"(select count(*) from stored.builds where app_id = counted.app_id) < {MAX_BUILDS_OF_APP}"
+    return f"""
+        select 1 from main.{table} as counted where {condition} and not exists (
+            select 1 from stored.{table} as kept
+            where {" and ".join(f"kept.{column} = counted.{column}" for column in same)}
+            and kept.{first} <= counted.{first} and kept.{last} >= counted.{last})"""
 
 
 def channel_warnings(path: Path) -> list[str]:
-    """Says which channels of alerts do not get through."""
+    """A sentence for each alert channel that does not get through."""
     with suppress(sqlite3.Error, TypeError), closing(_open_read_only(path)) as db:  # may be older, or damaged
+        rows = db.execute("select id, url, ended_at, error, error_at from channels where error is not null order by id")
         return [f"Channel {id} ({shown_address(url)}) has {'ended' if ended_at else 'failed'}: {error}"
-                f" at {iso_time(error_at)}" for id, url, ended_at, error, error_at in db.execute(
-                    "select id, url, ended_at, error, error_at from channels where error is not null order by id")]
+                f" at {iso_time(error_at)}" for id, url, ended_at, error, error_at in rows]
     return []
 
 
@@ -7705,43 +7704,44 @@ def channel_warnings(path: Path) -> list[str]:
 def main(argv: Sequence[str] | None = None, make: Callable[..., Backfeedr] = Backfeedr,
          open_store: Callable[..., Store] = Store) -> int:
     """Runs a command. Returns 0, or 1 after an error; exits with 2 for wrong usage."""
-    with redirect_stdout(_harmless(sys.stdout)), redirect_stderr(_harmless(sys.stderr)):
+    with redirect_stdout(_escaped(sys.stdout)), redirect_stderr(_escaped(sys.stderr)):
         try:
             return _run(_parser().parse_args(argv), make, open_store)
-        except BrokenPipeError:  # nobody reads the output any more, nor what Python flushes at its end
+        except BrokenPipeError:  # nobody reads the output any more, nor what Python flushes when it exits
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return 1
-        except KeyboardInterrupt:
-            problem: Any = "interrupted"
-        except (SettingsError, StoreError, Refusal, OSError, UnicodeError, ImportError) as error:
-            problem = error
-        print(f"backfeedr: {problem}", file=sys.stderr)
-        return 1
+        except (KeyboardInterrupt, SettingsError, StoreError, Refusal, OSError, UnicodeError, ImportError) as error:
+            problem = "interrupted" if isinstance(error, KeyboardInterrupt) else error
+            print(f"backfeedr: {problem}", file=sys.stderr)
+            return 1
 
 
-def _run(given: argparse.Namespace, make: Callable[..., Backfeedr], open_store: Callable[..., Store]) -> int:
-    overrides = {each.name: getattr(given, each.name) for each in fields(Settings) if hasattr(given, each.name)}
-    if given.command == "check":
-        return _check(overrides)
+def _run(options: argparse.Namespace, make: Callable[..., Backfeedr], open_store: Callable[..., Store]) -> int:
+    overrides = {name: value for name, value in vars(options).items() if name in Settings.__dataclass_fields__}
+    if options.command == "check":
+        return _run_checks(overrides)
+    if options.command == "help":
+        print(options.TOPIC)
+        return 0
     settings = Settings.from_env(**overrides)
-    if given.command == "serve":
+    if options.command == "serve":
         serve(settings, make)
         return 0
     retention_days = settings.retention_days if os.environ.get("BACKFEEDR_RETENTION_DAYS") else None
-    with open_store(settings.db_path, retention_days=retention_days,
-                    may_create=given.command in ("app_create", "import")) as store:
-        if said := getattr(Commands(store, given, settings), "do_" + given.command)():
-            print(said, file=sys.stderr)
+    may_create = options.command in ("app_create", "import")
+    with open_store(settings.db_path, retention_days=retention_days, may_create=may_create) as store:
+        if message := getattr(Commands(store, options, settings), "do_" + options.command)():
+            print(message, file=sys.stderr)
     return 0
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Says which word a misspelt one may mean."""
+    """Suggests the right word for a misspelt one."""
 
     def error(self, message: str) -> Any:
-        wrong = re.search(r"invalid choice: ('?[a-z].*) \(choose from (.+)\)", message)
-        meant = wrong and get_close_matches(wrong[1].strip("'"), re.findall(r"[\w-]+", wrong[2]), 1)
-        super().error(f"{message}; did you mean {meant[0]}?" if meant else message)
+        invalid = re.search(r"invalid choice: ('?[a-z].*) \(choose from (.+)\)", message)
+        similar = invalid and get_close_matches(invalid[1].strip("'"), re.findall(r"[\w-]+", invalid[2]), 1)
+        super().error(f"{message}; did you mean {similar[0]}?" if similar else message)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -7749,144 +7749,146 @@ def _parser() -> argparse.ArgumentParser:
         "Crash reports and usage figures for iOS apps, on your own host. Without a command, it serves."))
     parser.add_argument("--version", action="version", version=f"backfeedr {__version__}")
     groups = {"": parser.add_subparsers(title="commands", metavar="COMMAND")}
-    for name, text, arguments in (("", "", _SERVER), *_COMMANDS):
+    for name, text, arguments in (("", "", _SERVE_OPTIONS), *_COMMANDS):  # "": no command
         noun, _, verb = name.rpartition(" ")
         if noun not in groups:
-            verbs = [each.split()[1] for each, *_ in _COMMANDS if each.startswith(noun + " ")]
+            verbs = [command.split()[1] for command, *_ in _COMMANDS if command.startswith(noun + " ")]
             group = groups[""].add_parser(noun, help=", ".join(verbs))
             groups[noun] = group.add_subparsers(metavar="ACTION", required=True)
-        command = groups[noun].add_parser(verb, help=text, description=text) if name else parser
-        command.set_defaults(command=name.replace(" ", "_") or "serve")
-        for argument, options in {**_DB, **arguments}.items():
-            command.add_argument(argument, **options)
+        subparser = groups[noun].add_parser(verb, help=text, description=text) if name else parser
+        subparser.set_defaults(command=name.replace(" ", "_") or "serve")
+        for argument, settings in {**_DB_OPTION, **arguments}.items():
+            subparser.add_argument(argument, **settings)
     return parser
 
 
 class Commands:
-    """The commands on a store. Each prints its result, and returns what else there is to say."""
+    """The commands that use a store. Each prints its result, and may return a message for standard error."""
 
-    def __init__(self, store: Store, given: argparse.Namespace, settings: Settings):
-        self.store, self.given, self.ask = store, given, Metrics(store)
-        self.alerts = Alerts(store, settings.public_url, self.ask.digest)
+    def __init__(self, store: Store, options: argparse.Namespace, settings: Settings):
+        self.store, self.options, self.metrics = store, options, Metrics(store)
+        self.alerts = Alerts(store, settings.public_url, self.metrics.digest)
 
     def do_app_create(self) -> str:
-        print(self.store.create_app(self.given.NAME, self.given.test))
-        return f"Made the app {self.given.NAME!r}. Its API key is shown only this once."
+        print(self.store.create_app(self.options.NAME, self.options.test))
+        return f"Made the app {self.options.NAME!r}. Its API key is shown only this once."
 
     def do_app_list(self) -> None:
-        _print_table("APP KIND KEYS CREATED", [
+        _print_table("APP, KIND, KEYS, CREATED", [
             (app.name, "test" if app.is_test else "live", app.keys, _date(app.created_at))
             for app in self.store.apps()])
 
     def do_app_delete(self) -> str:
-        name = self.given.NAME
-        if not self.given.yes:
+        name = self.options.NAME
+        if not self.options.yes:
             if sys.stdin is None or not sys.stdin.isatty():
                 raise StoreError(f"there is no terminal to confirm on; --yes deletes {name!r} without asking")
-            print(f"This deletes all reports of the app {name!r}. Type its name again: ", end="", file=sys.stderr,
-                  flush=True)
+            question = f"This deletes all reports of the app {name!r}. Type its name to confirm: "
+            print(question, end="", file=sys.stderr, flush=True)
             if sys.stdin.readline().rstrip("\n") != name:
                 raise StoreError("the names differ; nothing was deleted")
         self.store.delete_app(name)
         try:
             self.store.prune()
         except StorageUnavailable:
-            raise StoreError(f"the app {name!r} is deleted, but not all its reports: 'prune' does the rest") from None
+            raise StoreError(f"the app {name!r} is deleted, but some reports are left: run 'prune'") from None
         return f"Deleted the app {name!r}, its keys and all its reports."
 
     def do_key_create(self) -> str:
-        print(self.store.create_key(self.given.NAME))
-        return f"Made another key for the app {self.given.NAME!r}. It is shown only this once."
+        print(self.store.create_key(self.options.NAME))
+        return f"Made another key for the app {self.options.NAME!r}. It is shown only this once."
 
     def do_key_list(self) -> None:
-        _print_table("KEY APP CREATED REVOKED LAST_USED REQUESTS_IN_7_DAYS", [
+        _print_table("KEY, APP, CREATED, REVOKED, LAST USED, REQUESTS IN 7 DAYS", [
             (key.prefix + "...", key.app, _date(key.created_at), _date(key.revoked_at),
              _date(key.last_used and key.last_used * DAY), f"{key.requests:,}") for key in self.store.keys()])
 
     def do_key_revoke(self) -> str:
-        key = self.store.revoke_key(self.given.PREFIX)
+        key = self.store.revoke_key(self.options.PREFIX)
         return f"Revoked the key {key.prefix}... of the app {key.app!r}."
 
     def do_device_show(self) -> None:
-        found = self.ask.device(self.given.HASH)
-        if not any(found.values()):
-            raise StoreError(f"nothing is stored about a device {self.given.HASH!r}")
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        device = self.metrics.device(self.options.HASH)
+        if not any(device.values()):
+            raise StoreError(f"nothing is stored about a device {self.options.HASH!r}")
+        print(json.dumps(device, indent=2, ensure_ascii=False))
 
     def do_device_forget(self) -> str:
-        deleted = self.store.forget_device(self.given.HASH)
+        deleted = self.store.forget_device(self.options.HASH)
         if not deleted:
-            raise StoreError(f"nothing is stored about a device {self.given.HASH!r}")
-        return f"Forgot the device {self.given.HASH!r}: {_report_counts(deleted)}."
+            raise StoreError(f"nothing is stored about a device {self.options.HASH!r}")
+        return f"Forgot the device {self.options.HASH!r}: {_report_counts(deleted)}."
 
     def do_symbols_list(self) -> None:
-        found = self.ask.symbols()
-        _print_table("UUID BINARY ARCH ROWS SIZE UPLOADED", [
-            (each["uuid"], each["binary"], each["arch"], f"{each['rows']:,}", megabytes(each["size"]),
-             each["uploaded_at"][:10] if each["complete"] else "not complete") for each in found["symbols"]])
-        print("\nMissing, though crashes wait for them:\n" if found["missing"] else "\nNone are missing.")
-        if found["missing"]:
-            _print_table("UUID BUILD APP CRASHES", [
-                (each["uuid"], build_name(each), each["app"] or "-", f"{each['crashes']:,}")
-                for each in found["missing"]])
+        answer = self.metrics.symbols()
+        _print_table("UUID, BINARY, ARCH, ROWS, SIZE, UPLOADED", [
+            (build["uuid"], build["binary"], build["arch"], f"{build['rows']:,}", megabytes(build["size"]),
+             build["uploaded_at"][:10] if build["complete"] else "not complete") for build in answer["symbols"]])
+        print("\nMissing, though crashes need them:\n" if answer["missing"] else "\nNone are missing.")
+        if answer["missing"]:
+            _print_table("UUID, BUILD, APP, CRASHES", [
+                (build["uuid"], build_name(build), build["app"] or "-", f"{build['crashes']:,}")
+                for build in answer["missing"]])
 
     def do_symbols_delete(self) -> str:
-        return f"Deleted the symbols of the build {self.store.delete_symbols(self.given.UUID)}."
+        return f"Deleted the symbols of the build {self.store.delete_symbols(self.options.UUID)}."
 
     def do_alert_add(self) -> str:
-        given, said = self.given, ""
-        kinds = [kind for kind in re.split("[, ]+", given.on) if kind]
-        number, secret = self.alerts.add(given.URL, given.app, kinds, given.with_reason, given.hour)
+        options = self.options
+        kinds = options.on.replace(",", " ").split()
+        channel, secret = self.alerts.add(options.URL, options.app, kinds, options.with_reason, options.hour)
+        message = f"Made channel {channel}."
         if secret:
             print(secret)
-            said += " Its secret is shown only this once."
-        if "http" in urlsplit(given.URL).scheme.split("+"):
-            said += "\nOthers can read what is sent over http://; use https:// unless it stays on this host."
-        return f"Made channel {number}.{said}"
+            message += " Its secret is shown only this once."
+        if "http" in urlsplit(options.URL).scheme.split("+"):
+            message += "\nOthers can read what is sent over http://; use https:// unless it stays on this host."
+        return message
 
     def do_alert_list(self) -> None:
-        _print_table("ID CHANNEL APP FACTS LAST_SENT WAITING STATE", [
-            (each["id"], each["address"], each["app"] or "all live apps", each["kinds"], _date(each["sent_at"]),
-             each["waiting"], "ended" if each["ended_at"] else each["error"] or "good")
-            for each in self.alerts.channels()])
+        _print_table("ID, CHANNEL, APP, FACTS, LAST SENT, WAITING, STATE", [
+            (channel["id"], channel["address"], channel["app"] or "all live apps", channel["kinds"],
+             _date(channel["sent_at"]), channel["waiting"],
+             "ended" if channel["ended_at"] else channel["error"] or "good")
+            for channel in self.alerts.channels()])
 
     def do_alert_test(self) -> str:
-        self.alerts.test(self.given.ID)
-        return f"Channel {self.given.ID} took a test message."
+        self.alerts.test(self.options.ID)
+        return f"Channel {self.options.ID} accepted a test message."
 
     def do_alert_remove(self) -> str:
-        self.alerts.remove(self.given.ID)
-        return f"Removed channel {self.given.ID}."
+        self.alerts.remove(self.options.ID)
+        return f"Removed channel {self.options.ID}."
 
     def do_deliver(self) -> str:
-        done = self.alerts.deliver()
-        return f"Messages sent: {done['sent']:,}; failed, to be tried again: {done['failed']:,}"
+        counts = self.alerts.deliver()
+        return f"Messages sent: {counts['sent']:,}; failed, will be tried again: {counts['failed']:,}"
 
     def do_prune(self) -> str:
-        store, size = self.store, self.store.size
-        deleted = store.prune()
-        kept = f"older than {store.retention_days} days" if store.retention_days else "(the retention keeps all)"
-        return (f"Deleted {_report_counts(deleted)} {kept}; gave back {megabytes(max(0, size - store.size))}"
-                f" of {megabytes(size)}.")
+        days, size = self.store.retention_days, self.store.size
+        deleted = self.store.prune()
+        age = f"older than {days} days" if days else "(the retention keeps everything)"
+        freed = megabytes(max(0, size - self.store.size))
+        return f"Deleted {_report_counts(deleted)} {age}; freed {freed} of {megabytes(size)}."
 
     def do_backup(self) -> str:
-        backup(self.store, Path(self.given.FILE))
-        return f"Wrote {self.given.FILE}, {megabytes(os.stat(self.given.FILE).st_size)}."
+        backup(self.store, Path(self.options.FILE))
+        return f"Wrote {self.options.FILE}, {megabytes(os.stat(self.options.FILE).st_size)}."
 
     def do_export(self) -> None:
-        given, kind, out = self.given, _KINDS[self.given.KIND], sys.stdout
-        if given.bom and given.format != "csv":
+        options, kind, out = self.options, _REPORT_TYPES[self.options.KIND], sys.stdout
+        if options.bom and options.format != "csv":
             raise StoreError("--bom is for --format csv: import reads jsonl without one")
         out.reconfigure(encoding="utf-8", newline="")  # type: ignore[union-attr]
-        out.write("\ufeff" * given.bom)
-        reports = self.store.export(kind, given.app, given.since)
-        write = csv_writer(out, kind) if given.format == "csv" else partial(write_jsonl, out)
+        out.write("\ufeff" * options.bom)
+        reports = self.store.export(kind, options.app, options.since)
+        write = csv_writer(out, kind) if options.format == "csv" else partial(write_jsonl, out)
         for stored in reports:
             write(stored)
         out.flush()
 
     def do_import(self) -> str:
-        with self.given.FILE as file:
+        with self.options.FILE as file:
             counts = import_jsonl(self.store, iter(lambda: file.readline(MAX_LINE), b""))
         return (f"Stored {counts['stored']:,} reports; {counts['known']:,} were here already, and"
                 f" {counts['expired']:,} are older than the retention.")
@@ -7897,29 +7899,32 @@ def _report_counts(rows: Counter[str]) -> str:
     return f"{crashes:,} crash{'es' * (crashes != 1)} and {events:,} event{'s' * (events != 1)}"
 
 
-def _check(overrides: dict[str, Any]) -> int:
+def _run_checks(overrides: dict[str, Any]) -> int:
     path = Path(overrides.get("db_path") or os.environ.get("BACKFEEDR_DB_PATH") or Settings.db_path).absolute()
-    checks = {"settings": lambda _: f"{len(fields(Settings.from_env(**overrides)))}, all good", **CHECKS}
-    status = limit = 0
-    for name, look in checks.items():
+    checks: dict[str, Callable[[Path], str]] = {  # each returns what it found, or raises an error
+        "settings": lambda _: f"{len(fields(Settings.from_env(**overrides)))}, all good",
+        "SQLite": lambda _: check_sqlite(), "file": _check_file, "schema": _check_schema, "pages": _check_pages,
+        "roll-ups": _check_roll_ups}
+    status = size_limit = 0
+    for name, check in checks.items():
         try:
-            print(f"ok  {name}: {look(path)}", flush=True)
+            print(f"ok  {name}: {check(path)}", flush=True)
         except (TypeError, ValueError, SettingsError, StoreError, sqlite3.Error, OSError) as error:
-            is_damage = type(error) in (TypeError, ValueError)  # a column may have any kind of value then
+            is_damage = type(error) in (TypeError, ValueError)  # a column may then have any type of value
             print(f"BAD {name}: {'the file is damaged: ' * is_damage}{error}")
             status = 1
-            if name == "file" and not path.is_file():  # there is nothing more to say
+            if name == "file" and not path.is_file():  # so all other checks would fail
                 return status
-    with suppress(SettingsError):  # which has been printed
-        limit = Settings.from_env(**overrides).max_db_size
-    for warning in (*size_warnings(path, limit), *channel_warnings(path)):
+    with suppress(SettingsError):  # reported above
+        size_limit = Settings.from_env(**overrides).max_db_size
+    for warning in (*size_warnings(path, size_limit), *channel_warnings(path)):
         print(f"WARN {warning}")
     return status
 
 
-class _Terminal:
-    """A terminal that no report controls. Characters that move the cursor, begin a command or turn the direction of
-    the text are written as JSON escapes them; tabs and line ends stay."""
+class _SafeTerminal:
+    """A terminal that text from reports cannot control. Characters that move the cursor, begin a command or turn the
+    direction of the text are written as in JSON; tabs and line ends stay."""
 
     CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
                           "|\r(?!\n)")
@@ -7931,16 +7936,16 @@ class _Terminal:
         return getattr(self._terminal, name)
 
     def write(self, text: str) -> None:
-        self._terminal.write(self.CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+        self._terminal.write(self.CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
-def _harmless(out: TextIO) -> Any:
-    """Where to print what reports may have in them. To a pipe or a file it goes as it is."""
-    return _Terminal(out) if out and out.isatty() else out  # a process may have none
+def _escaped(out: TextIO) -> Any:
+    """Where to print text from reports: escaped on a terminal, as it is to a pipe or a file."""
+    return _SafeTerminal(out) if out and out.isatty() else out  # a process may have no `out`
 
 
-def _print_table(head: str, rows: Sequence[Sequence[Any]]) -> None:
-    lines = [[each.replace("_", " ") for each in head.split()], *rows]
+def _print_table(titles: str, rows: Sequence[Sequence[Any]]) -> None:
+    lines = [titles.split(", "), *rows]
     widths = [max(len(str(cell)) for cell in column) for column in zip(*lines)]
     for line in lines:
         print("  ".join(str(cell).ljust(width) for cell, width in zip(line, widths)).rstrip())
@@ -7950,7 +7955,7 @@ def _date(time_ms: int | None) -> str:
     return "-" if time_ms is None else iso_time(time_ms)[:10]
 
 
-def _start_of_day(text: str) -> int:
+def _parse_date(text: str) -> int:
     try:
         return parse_time(text + "T00:00:00Z")
     except ValueError:
@@ -7958,84 +7963,77 @@ def _start_of_day(text: str) -> int:
 
 
 def _open_input(name: str) -> BinaryIO:
-    """As an argument's type it runs first: a missing file must not leave a new database behind."""
+    """The type of an argument, so that a missing file is found before a new database is made."""
     try:
         return sys.stdin.buffer if name == "-" else open(name, "rb")
     except OSError as error:
         raise StoreError(f"cannot read {name}: {error.strerror}") from None
 
 
-class _PrintHandbook(argparse.Action):
-    """Prints a topic of the handbook, or a line for each topic, and exits. The handbook is a file beside the program,
-    in its .pyz, or where a wheel puts it."""
-
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, topic: Any,
-                 option: str | None = None) -> None:
-        sections = dict(part.split("\n", 1) for part in self._text().split("\n## ")[1:])
-        if topic and topic not in sections:
-            parser.error(f"invalid choice: {topic!r} (choose from {', '.join(sections)})")
-        lines = [f"{name:12}{text.strip().splitlines()[0]}" for name, text in sections.items()]
-        print(sections[topic].strip() if topic else "\n".join(lines))
-        parser.exit()
-
-    def _text(self) -> str:
-        here = os.path.dirname(__file__)
-        for folder in (here, os.path.join(here, "examples"), os.path.join(sys.prefix, "share", "backfeedr")):
-            with suppress(OSError):
-                return str(globals()["__loader__"].get_data(os.path.join(folder, "handbook.md")), "utf-8")
+def _read_handbook(topic: str) -> str:
+    """The text of a topic, or "" for a line about each. Reads the handbook from beside the program, from its .pyz, or
+    from where a wheel puts it. As an argument's type, it refuses a wrong topic like any other wrong choice."""
+    here = os.path.dirname(__file__)
+    for folder in (here, os.path.join(here, "examples"), os.path.join(sys.prefix, "share", "backfeedr")):
+        with suppress(OSError):
+            handbook = str(globals()["__loader__"].get_data(os.path.join(folder, "handbook.md")), "utf-8")
+            break
+    else:
         raise StoreError("there is no handbook.md: copy examples/handbook.md beside backfeedr.py")
+    topics = dict(section.split("\n", 1) for section in handbook.split("\n## ")[1:])
+    if topic and topic not in topics:
+        raise argparse.ArgumentTypeError(f"invalid choice: {topic!r} (choose from {', '.join(topics)})")
+    summaries = [f"{name:12}{text.strip().splitlines()[0]}" for name, text in topics.items()]
+    return topics[topic].strip() if topic else "\n".join(summaries)
 
 
-_KINDS: dict[str, Any] = {"crashes": Crash, "events": Event}
-_UNSET = {"default": argparse.SUPPRESS}  # what is not given stays unset, so that the environment decides
-_DB = {"--db": dict(dest="db_path", metavar="FILE", help="the database (default: backfeedr.db)", **_UNSET)}
-_SERVER = {"--host": dict(help="the address to listen on (default: 127.0.0.1)", **_UNSET),
-           "--port": dict(type=int, help="the port (default: 8080); 0 takes a free one", **_UNSET),
-           "--verbose": dict(action="store_true", help="log a line for each request, on standard error", **_UNSET)}
-_NAME = {"NAME": dict(help="the app's name")}
-_HASH = {"HASH": dict(help="the device_id_hash that the app sends")}
-_ID = {"ID": dict(type=int, help="the channel's number: see alert list")}
+_REPORT_TYPES: dict[str, Any] = {"crashes": Crash, "events": Event}
+_UNSET = {"default": argparse.SUPPRESS}  # an option that is not given leaves the setting to the environment
+_DB_OPTION = {"--db": dict(dest="db_path", metavar="FILE", help="the database (default: backfeedr.db)", **_UNSET)}
+_SERVE_OPTIONS = {"--host": dict(help="the address to listen on (default: 127.0.0.1)", **_UNSET),
+                  "--port": dict(type=int, help="the port (default: 8080); 0 takes a free one", **_UNSET),
+                  "--verbose": dict(action="store_true", help="log each request to standard error", **_UNSET)}
+_APP_NAME = {"NAME": dict(help="the app's name")}
+_DEVICE_HASH = {"HASH": dict(help="the device_id_hash that the app sends")}
+_CHANNEL_ID = {"ID": dict(type=int, help="the channel's number: see alert list")}
 _COMMANDS: Sequence[tuple[str, str, Mapping[str, Any]]] = (  # name, help, arguments
-    ("serve", "start the server", _SERVER),
-    ("app create", "make an app and print its first key", {
-        **_NAME, "--test": dict(action="store_true", help="a test app: it is in no public figure")}),
+    ("serve", "start the server", _SERVE_OPTIONS),
+    ("app create", "create an app and print its first key", {
+        **_APP_NAME, "--test": dict(action="store_true", help="a test app: its reports are in no public figure")}),
     ("app list", "list the apps", {}),
     ("app delete", "delete an app, its keys and all its reports", {
-        **_NAME, "--yes": dict(action="store_true", help="do not ask to type the name again")}),
-    ("key create", "make another key for an app and print it", _NAME),
-    ("key list", "list the keys, each by its visible beginning", {}),
-    ("key revoke", "end a key at once", {"PREFIX": dict(help="the key, or enough of its beginning")}),
-    ("device show", "print all that is stored about a device, as JSON", _HASH),
-    ("device forget", "delete all that is stored about a device", _HASH),
-    ("symbols list", "list the builds whose symbols are here, and those whose are missing", {}),
-    ("symbols delete", "delete the symbols of a build", {
-        "UUID": dict(help="the build's UUID, or enough of its beginning")}),
-    ("alert add", "add a channel for alerts; prints its secret", {
-        "URL": dict(help="https://... (a webhook), slack+https://..., ntfy+https://HOST/TOPIC, or one of Apprise's"),
-        "--app": dict(metavar="NAME", help="only of this app (default: of all live ones)"),
-        "--on": dict(metavar="FACT,...", default="", help="of these facts: " + ", ".join(
-            kind + " (default)" * is_on for kind, is_on in FACT_KINDS.items())),
-        "--with-reason": dict(action="store_true", help="send the crash's reason, too"),
+        **_APP_NAME, "--yes": dict(action="store_true", help="do not ask for the name again")}),
+    ("key create", "create another key for an app and print it", _APP_NAME),
+    ("key list", "list the keys by their visible part, with their use", {}),
+    ("key revoke", "revoke a key at once", {"PREFIX": dict(help="the key, or enough of its beginning")}),
+    ("device show", "print everything stored about a device, as JSON", _DEVICE_HASH),
+    ("device forget", "delete everything stored about a device", _DEVICE_HASH),
+    ("symbols list", "list the builds with symbols, and those that need them", {}),
+    ("symbols delete", "delete the symbols of a build", {"UUID": dict(help="the UUID, or enough of its beginning")}),
+    ("alert add", "add a channel for alerts and print its secret", {
+        "URL": dict(help="https://... (a webhook), slack+https://..., ntfy+https://HOST/TOPIC, or a URL of Apprise"),
+        "--app": dict(metavar="NAME", help="only for this app (default: all live apps)"),
+        "--on": dict(metavar="FACT,...", default="", help="only these facts: " + ", ".join(
+            kind + " (default)" * is_default for kind, is_default in FACT_KINDS.items())),
+        "--with-reason": dict(action="store_true", help="also send the crash's reason"),
         "--hour": dict(type=int, choices=range(24), metavar="H", default=7, help="of the digest, UTC (default: 7)")}),
-    ("alert list", "list the channels, and what is wrong with them", {}),
-    ("alert test", "send a test message, and say what came back", _ID),
-    ("alert remove", "remove a channel", _ID),
-    ("deliver", "send the alerts that are due; a server does so by itself", {}),
-    ("prune", "delete what is older than the retention, now", {}),
-    ("backup", "write a copy of the database to a new file", {
-        "FILE": dict(help="the new file; one that exists is not replaced")}),
+    ("alert list", "list the channels and their last error", {}),
+    ("alert test", "send a test message and print the result", _CHANNEL_ID),
+    ("alert remove", "remove a channel", _CHANNEL_ID),
+    ("deliver", "send due alerts once; a server does this by itself", {}),
+    ("prune", "delete expired reports now", {}),
+    ("backup", "write a copy of the database to a new file", {"FILE": dict(help="the new file; it must not exist")}),
     ("export", "print crashes or events", {
-        "KIND": dict(choices=_KINDS, help="which reports to print"),
-        "--app": dict(metavar="NAME", help="only of this app (default: of all)"),
-        "--since": dict(metavar="DATE", type=_start_of_day, default=0, help="received on this day (UTC) or later"),
+        "KIND": dict(choices=_REPORT_TYPES, help="which reports to print"),
+        "--app": dict(metavar="NAME", help="only of this app (default: all apps)"),
+        "--since": dict(metavar="DATE", type=_parse_date, default=0, help="received on this day (UTC) or later"),
         "--format": dict(choices=("jsonl", "csv"), default="jsonl",
-                         help="jsonl (the default), which import reads, or csv, for a spreadsheet"),
-        "--bom": dict(action="store_true", help="begin csv with a byte order mark, as Excel needs for UTF-8")}),
-    ("import", "store what export has printed as jsonl", {
-        "FILE": dict(type=_open_input, help="the file; - is standard input")}),
-    ("check", "say whether the database is as it should be", {}),
-    ("help", "explain a topic; without one, list the topics", {
-        "TOPIC": dict(nargs="?", default="", action=_PrintHandbook, help="one of those that help lists")}))
+                         help="jsonl (the default), which import reads, or csv for a spreadsheet"),
+        "--bom": dict(action="store_true", help="begin csv with a byte order mark, which Excel needs for UTF-8")}),
+    ("import", "store what export printed as jsonl", {"FILE": dict(type=_open_input, help="- is standard input")}),
+    ("check", "check settings, disk, database and alerts", {}),
+    ("help", "print a topic of the handbook, or list the topics", {
+        "TOPIC": dict(nargs="?", default="", type=_read_handbook, help="one of the listed topics")}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
--- What benchmark.py runs wrk with: posts the lines of a file one after the other, and prints one line of JSON.
+-- The script that benchmark.py gives to wrk: posts the lines of a file in turn, and prints one line of JSON.
 answers = {created = 0, others = 0}
 local bodies, threads, last = {}, {}, 0
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """How much can my host take? Measures backfeedr on this machine, in a few minutes.
 
-    python examples/benchmark.py                # reports that come in; --quick gives a first impression
-    python examples/benchmark.py metrics        # what a growing database costs
-    python examples/benchmark.py postgres URL   # SQLite beside PostgreSQL, by one host, and by two for one app or two
+    python examples/benchmark.py                # ingestion of reports; --quick gives a first impression
+    python examples/benchmark.py metrics        # the cost of a growing database
+    python examples/benchmark.py postgres URL   # SQLite, and PostgreSQL with one or two hosts and apps
     python examples/benchmark.py --server old/backfeedr.py --server new/backfeedr.py   # two versions; or `metrics`
 
-The real server is loaded in turn with a bare handler: bottle and waitress with the same options, which reads the body
-and answers as much, but stores nothing. The load comes from `wrk`, or from Python, which makes all servers look slower.
-No host is quiet: the sides take short turns within a round, and a ratio is the median over the rounds.
+The real server takes turns with a bare handler: bottle and waitress with the same options, which read the body and give
+an answer of the same size, but store nothing. The load comes from `wrk`, or from Python, which makes all servers look
+slower. No host is quiet, so the sides take short turns within a round, and a ratio is the median over the rounds.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ from urllib.parse import urlencode, urlsplit
 
 HERE = Path(__file__).resolve().parent
 KEY, TOKEN, HEALTH = "bf_live_" + "b" * 32, "bf_admin_" + "b" * 32, "/api/v1/health"
-ROUND_SECONDS, QUICK_SECONDS = 2.5, 0.8  # about as long as a side is loaded in a round, and with --quick
-PATIENCE = 30.0  # seconds for a server to stop and to answer
-SIZE_EVENTS, TURN = 20_000, 20  # to measure bytes and raw inserts with; requests until it is the other side's turn
+ROUND_SECONDS, QUICK_SECONDS = 2.5, 0.8  # about how long a side is loaded in a round, and with --quick
+PATIENCE = 30.0  # seconds for a server to stop or to answer
+SIZE_EVENTS, TURN = 20_000, 20  # events to measure sizes and raw inserts with; requests in a side's turn
 say = partial(print, file=sys.stderr, flush=True)  # progress
 # == Reports ===================================================================
 
-SPAN = 90 * 86_400  # seconds of an app's life in a filled database
+SPAN = 90 * 86_400  # seconds that the reports of a filled database cover
 DEVICES, GROUPS, VERSIONS, MODELS, EVENTS_PER_CRASH = 20_000, 300, 40, 25, 100
 EXAMPLES = {kind: json.loads((HERE / f"{kind}.json").read_text()) for kind in ("crash", "event")}
-Scenario = namedtuple("Scenario", "name path table reports bodies body")  # of so many bodies, each by its number
+Scenario = namedtuple("Scenario", "name path table reports bodies body")  # a number of bodies, and body(number)
 
 
 def rfc3339(seconds: float) -> str:
-    """A time as the API takes it."""
+    """Formats a time for the API."""
     return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds")
 
 
 def report(kind: str, device: int, at: float, share: float = 1.0) -> dict:
-    """The API reference's crash or event, from a device when that share of the app's life is over."""
+    """The crash or event of the examples, from a device. Versions grow with `share`, the part of SPAN that is over."""
     version = max(0, int((VERSIONS - 1) * share) - (device % 6 if device % 5 == 0 else 0))  # one in five is behind
     return {**EXAMPLES[kind], "device_id_hash": f"{device * 2654435761 % (1 << 32):08x}".ljust(16, "0"),
             "device_model": f"iPhone{10 + device % MODELS},1", "app_version": f"{1 + version // 10}.{version % 10}.0",
@@ -77,13 +77,13 @@ def crash(device: int, group: int, at: float, share: float = 1.0) -> dict:
 
 
 def batch(number: int) -> dict:
-    """The start of a session and 99 events of it."""
+    """The start of a session and 99 of its events."""
     event = {**report("event", number, time.time()), "session_id": f"sess_{number:06x}"}
     return {"events": [{**event, "type": "session_start"}] + [event] * 99}
 
 
 def visit(choose: random.Random, now: float, share: float = 1.0) -> list[dict]:
-    """The 10 to 20 events of a session of seconds to an hour that ended some minutes before `now`."""
+    """The 10 to 20 events of a session that took seconds to an hour and ended some minutes before `now`."""
     device, session = choose.randrange(DEVICES), f"{choose.getrandbits(128):032x}"
     seconds, ended = 2 ** choose.uniform(1, 11.8), now - choose.expovariate(1 / 600)
     times = sorted(ended - seconds * choose.random() for _ in range(choose.randint(8, 18)))
@@ -94,15 +94,15 @@ def visit(choose: random.Random, now: float, share: float = 1.0) -> list[dict]:
 
 CRASH = Scenario("crash", "/api/v1/crashes", "crashes", 1, 256, lambda n: crash(n, n % 128, time.time()))
 EVENTS = Scenario("batch of 100", "/api/v1/events/batch", "events", 100, 256, batch)
-FRESH = EVENTS._replace(name="new batch of 100", bodies=1500)  # as many as a round sends: a session is new only once
+FRESH = EVENTS._replace(name="new batch of 100", bodies=1500)  # enough for a round: a session is new only once
 
 
 # == Figures ===================================================================
 
 class Table:
-    """Figures by name and side, a value a round or request, with the ratios of pairs of sides.
+    """Figures by name and side, with a value per round or request, and the ratios of pairs of sides.
 
-    A target is a figure's name, the side below in its ratio or "value", its least and its most.
+    A target is the name of a figure, the second side of its ratio or "value", the least and the most allowed.
     """
 
     def __init__(self, sides: Iterable[str], pairs: Sequence[tuple], targets: Iterable[tuple] = ()):
@@ -110,11 +110,11 @@ class Table:
         self.values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
 
     def add(self, name: str, side: str, *values: float | None) -> None:
-        """Enters values. None says that the system does not tell."""
+        """Adds values. None means that the system does not tell."""
         self.values[name][side] += [value for value in values if value is not None]
 
     def show(self, title: str) -> None:
-        """Prints the medians, the ratios, and which targets are met."""
+        """Prints the medians, the ratios, and whether targets are met."""
         rows = [[title, *self.sides, *(f"{above} / {below}" for above, below in self.pairs), ""]]
         for name, values in self.values.items():
             figures = [values[side] for side in self.sides] + [self.ratios(name, *pair) for pair in self.pairs]
@@ -144,7 +144,7 @@ class Table:
 
 @contextmanager
 def process(*command: Any, **settings: str) -> Iterator[subprocess.Popen]:
-    """A subprocess without the BACKFEEDR_ variables of this one. It ends with the block, if need be by force."""
+    """A subprocess without the BACKFEEDR_ variables of this one. It is terminated with the block, or killed."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith("BACKFEEDR_")}
     with subprocess.Popen([*map(str, command)], env={**ours, **settings}, stdout=subprocess.PIPE, text=True) as running:
         try:
@@ -159,7 +159,7 @@ def process(*command: Any, **settings: str) -> Iterator[subprocess.Popen]:
 
 @contextmanager
 def serving(*command: Any, **settings: str) -> Iterator[Any]:
-    """A program in Python that says in its first line that it is ready; a server ends it with its URL."""
+    """A Python program that prints a line when it is ready; a server's line ends with its URL."""
     with process(sys.executable, *command, **settings) as running:
         words = running.stdout.readline().split()  # type: ignore[union-attr]
         if not words:
@@ -175,7 +175,7 @@ def backfeedr(*command: Any, keeps_days: int = 0) -> Any:
 
 
 def megabytes(pid: int, name: str) -> float | None:
-    """The memory of a process now (VmRSS), or at most so far (VmHWM). None where the system does not say."""
+    """The memory of a process now (VmRSS), or its peak (VmHWM). None if the system does not tell."""
     status = Path(f"/proc/{pid}/status")
     found = re.search(rf"{name}:\s*(\d+)", status.read_text()) if status.exists() else None
     return int(found[1]) * 1024 / 1e6 if found else None
@@ -204,7 +204,7 @@ def bare(_: str) -> None:
 
 
 def over_network(url: str) -> Callable[..., SimpleNamespace]:
-    """Asks a server, by one connection: headers, body, milliseconds. Its URL may end with # and another app's key."""
+    """Asks a server on one connection: headers, body, milliseconds. The URL may end with # and the key of an app."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE)
     ours = {"Content-Type": "application/json", "X-Backfeedr-Key": urlsplit(url).fragment or KEY}
 
@@ -220,7 +220,7 @@ def over_network(url: str) -> Callable[..., SimpleNamespace]:
 
 
 def client(_: str, url: str, path: str, file: str, connections: str) -> None:
-    """Does what wrk does with benchmark.lua, but at SIGINT waits for the last answers, and fails at a bad one."""
+    """Does what wrk does with benchmark.lua, but waits for the last answers at SIGINT, and fails at a bad answer."""
     bodies, stop, began = Path(file).read_bytes().splitlines(), threading.Event(), time.monotonic()
     signal.signal(signal.SIGINT, lambda *_: stop.set())
 
@@ -238,7 +238,7 @@ def client(_: str, url: str, path: str, file: str, connections: str) -> None:
 
 
 class Bench:
-    """Sends load from a folder of its own, and keeps what was acknowledged and what went wrong."""
+    """Sends load from a folder of its own, and counts what was acknowledged and what failed."""
 
     def __init__(self, folder: Path, uses_wrk: bool):
         self.folder, self.uses_wrk, self.errors = folder, uses_wrk, 0
@@ -246,14 +246,14 @@ class Bench:
         self.acknowledged, self.unsure = Counter(), Counter()  # type: Counter, Counter
 
     def bodies(self, scenario: Scenario, number: int = 0) -> Path:
-        """A file of bodies, one a line; others for each number."""
+        """A file of bodies, one per line; different ones for each number."""
         path, first = self.folder / f"{scenario.name}.jsonl", number * scenario.bodies
         path.write_text("".join(json.dumps(scenario.body(first + n)) + "\n" for n in range(scenario.bodies)))
         return path
 
     def load(self, urls: Sequence[str], db: Any, scenario: Scenario, bodies: Path, connections: int,
              meanwhile: Callable[[], Any]) -> tuple[SimpleNamespace, Any]:
-        """Loads the servers of a database until `meanwhile` returns. What came of it, and what that returned."""
+        """Loads the servers of a database until `meanwhile` returns. Gives the results of both."""
         share = max(1, connections // len(urls))
         wrk = ["wrk", "-t1", f"-c{share}", f"-d{40 * PATIENCE:.0f}", f"--timeout={PATIENCE:.0f}",
                "-s", HERE / "benchmark.lua"]
@@ -275,12 +275,12 @@ class Bench:
         return load, returned
 
     def enter(self, db: Any, scenario: Scenario, created: int, unsure: int = 0) -> None:
-        """Notes what a database must hold, by its tables, and what may be there besides."""
+        """Notes how many rows a table of a database must have, and how many more it may have."""
         self.acknowledged[db, scenario.table] += created * scenario.reports
         self.unsure[db, scenario.table] += unsure * scenario.reports
 
     def check(self, db: Any, execute: Callable[[str], Any], since: int = 0) -> None:
-        """Compares this with what a database holds that was received since then."""
+        """Compares these numbers with the rows of a database that were received since then."""
         for table in [table for place, table in self.acknowledged if place == db]:
             stored, = execute(f"select count(*) from {table} where received_at >= {since}").fetchone()
             acknowledged, unsure = self.acknowledged[db, table], self.unsure[db, table]
@@ -288,14 +288,14 @@ class Bench:
                 self.problems.append(f"{db}: of {acknowledged:,} {table} {stored:,} are stored; {unsure:,} are unsure")
 
     def check_file(self, db: Path, since: int = 0) -> None:
-        """The same of a file whose server has stopped; and whether the file is sound."""
+        """Does the same for a file whose server has stopped, and checks that the file is sound."""
         with closing(sqlite3.connect(db)) as connection:
             self.check(db, connection.execute, since)
             self.problems += [f"{db}: {line}" for line, in connection.execute("pragma integrity_check") if line != "ok"]
 
     def measure(self, table: Table, sides: dict[str, tuple], scenarios: Iterable[Scenario],
                 arguments: argparse.Namespace, before_each: Callable[[str], Any] = lambda name: None) -> None:
-        """Loads all sides in turn, round for round. A side is the URLs of its servers, and their database."""
+        """Loads all sides in turn, round by round. A side is the URLs of its servers, and their database."""
         def health_times() -> list[float]:  # 50 a second
             ask, deadline, times = over_network(urls[0]), time.monotonic() + arguments.round_seconds, []
             while time.monotonic() < deadline:
@@ -307,7 +307,7 @@ class Bench:
         for cell, (number, scenario, count) in enumerate(cells):
             bodies, name = self.bodies(scenario, cell), f"{scenario.name}, {count} connections: "
             before_each(name)
-            for side, (urls, db) in [*sides.items()][::-1 if number % 2 else 1]:  # as one may leave work for the next
+            for side, (urls, db) in [*sides.items()][::-1 if number % 2 else 1]:  # a side may leave work for the next
                 load, health = self.load(urls, db, scenario, bodies, count, health_times)
                 say(f"round {number + 1}: {name}{side}: {load.rate:,.0f} requests/s, {load.errors} errors")
                 for figure, value in {"requests/s": load.rate, "p50 ms": load.p50, "p99 ms": load.p99,
@@ -324,7 +324,7 @@ TARGETS = [*((f"crash, {n} connections: requests/s", "bare", 0.6, inf) for n in 
 
 
 def ingest(bench: Bench, arguments: argparse.Namespace) -> None:
-    """Reports that come in: speed, latency, health, memory, bytes on disk."""
+    """Measures ingestion: speed, latency, health, memory, bytes on disk."""
     files = dict(zip(arguments.names, arguments.server))
     pairs = [(side, below) for side in files for below in ("raw", "bare")] + [("second", "first")] * (len(files) - 1)
     table = Table(["raw", "bare", *files], pairs, [] if len(files) == 2 else TARGETS)
@@ -338,7 +338,7 @@ def ingest(bench: Bench, arguments: argparse.Namespace) -> None:
     with ExitStack() as stack:
         servers = {"bare": stack.enter_context(serving(__file__, "_bare")),
                    **{side: stack.enter_context(backfeedr(file, "--db", dbs[side])) for side, file in files.items()}}
-        for side in 3 * [*files]:  # alerts are on, where there are some: three channels, whose receiver is down
+        for side in 3 * [*files]:  # alerts are on if the version has them: three channels, whose receiver is down
             subprocess.run([sys.executable, files[side], "alert", "add", "http://127.0.0.1:9/", "--db", dbs[side]],
                            capture_output=True, check="alert add" in files[side].read_text())
         for side, server in servers.items():
@@ -357,7 +357,7 @@ def ingest(bench: Bench, arguments: argparse.Namespace) -> None:
 
 
 def measure_size(bench: Bench, file: Path, db: Path) -> float:
-    """Bytes that an event takes on disk, with indexes and sums."""
+    """The bytes of an event on disk, with indexes and sums."""
     bodies, sizes = bench.bodies(EVENTS).read_bytes().splitlines(), []
     for count in 1, SIZE_EVENTS // 100:  # the first makes the file
         with backfeedr(file, "--db", db) as server:
@@ -371,7 +371,7 @@ def measure_size(bench: Bench, file: Path, db: Path) -> float:
 
 
 def raw_rate(source: Path) -> float:
-    """Rows a second of executemany: the same events into the same table, 100 a commit, and nothing else."""
+    """Rows per second of executemany: the same events into the same table, 100 per commit, and nothing else."""
     copy = shutil.copyfile(source, source.with_name("raw.db"))
     with closing(sqlite3.connect(copy, isolation_level=None)) as db:
         columns = [name for _, name, *_ in db.execute("pragma table_info(events)")]
@@ -394,13 +394,13 @@ FIGURES = ["/api/v1/overview", "/api/v1/releases", *(f"/api/v1/metrics/{name}{da
 PAGES = [
     "/", "/crashes", "/crashes?days=30", "/crashes?text=screen", "/crashes?version=4.9.0", "/crashes/GROUP", "/apps",
     "/crashes/GROUP?report=REPORT", "/events", "/events?name=nothing", "/events?session_id=SESSION", "/releases"]
-ANSWER_TARGETS = [  # a year is more than either database holds: it only has to be quick
+ANSWER_TARGETS = [  # a year is more than either database has: it need only be quick, so no ratio
     *((path, "value", 0, 5) for path in FIGURES), *((path, "value", 0, 30) for path in PAGES),
     *((path, "small", 0, 1.5) for path in FIGURES if "365" not in path)]
 
 
 def metrics(bench: Bench, arguments: argparse.Namespace) -> None:
-    """What a growing database costs: figures and pages, reports that come in, pruning."""
+    """Measures the cost of a growing database: figures and pages, ingestion, pruning."""
     is_pair = len(arguments.server) == 2
     sizes = dict.fromkeys(arguments.names, arguments.events) if is_pair else {
         "small": max(1000, arguments.events // 100), "large": arguments.events}
@@ -423,7 +423,7 @@ def metrics(bench: Bench, arguments: argparse.Namespace) -> None:
 
 
 def fill(bench: Bench, file: Path, db: Path, events: int) -> None:
-    """Imports so many events of the last 90 days, and the crashes among them."""
+    """Imports this many events of the last 90 days, and crashes among them."""
     say(f"filling {db.name} with {events:,} events")
     choose, stored, ended = random.Random(1), 0, time.time()
     with (bench.folder / "reports.jsonl").open("w") as out:
@@ -446,7 +446,7 @@ def fill(bench: Bench, file: Path, db: Path, events: int) -> None:
 
 
 def measure_answers(sides: dict[str, tuple], requests: int, targets: list) -> None:
-    """How long a client waits for each figure and page."""
+    """Measures how long a client waits for each figure and page."""
     table = Table(sides, [tuple(sides)[::-1]], targets)
     with ExitStack() as stack:
         asks = {side: signed_in(stack.enter_context(backfeedr(file, "--db", db)).url)
@@ -465,7 +465,7 @@ def measure_answers(sides: dict[str, tuple], requests: int, targets: list) -> No
 
 
 def signed_in(url: str) -> Callable[..., SimpleNamespace]:
-    """Asks a server as its admin. GROUP, REPORT and SESSION in a path stand for some that it has."""
+    """Asks a server as its admin. GROUP, REPORT and SESSION in a path stand for ids that it has."""
     ask, headers, places = over_network(url), {"Authorization": "Bearer " + TOKEN, "Cookie": ""}, {}  # type: ignore
 
     def asked(path: str, body: bytes | None = None) -> SimpleNamespace:
@@ -482,7 +482,7 @@ def signed_in(url: str) -> Callable[..., SimpleNamespace]:
 
 
 def measure_pruning(bench: Bench, sides: dict[str, tuple]) -> None:
-    """How long clients wait while all but the last day of a database goes: by the server, by `prune`, not at all."""
+    """Measures how long clients wait while the server, `prune` or nothing deletes all but the last day."""
     ways, first, last = ("server", "prune", "nothing"), [*sides][0], [*sides][-1]
     columns = {(way, side): f"{way} {side}" for way in ways for side in sides}
     pairs = [(columns[way, last], columns[way if first != last else "nothing", first]) for way in ways[:2]]
@@ -522,7 +522,7 @@ def measure_pruning(bench: Bench, sides: dict[str, tuple]) -> None:
 
 
 def postgres(bench: Bench, arguments: argparse.Namespace) -> None:
-    """What PostgreSQL costs, and what a second host adds. In a schema that is there for this run only."""
+    """Measures the cost of PostgreSQL, and the gain of a second host, in a schema for this run only."""
     import psycopg
     from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
@@ -551,7 +551,7 @@ def postgres(bench: Bench, arguments: argparse.Namespace) -> None:
 def main(*argv: str) -> int:
     """Runs a command. Returns 1 if a request failed or a report was lost."""
     arguments = parse(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by an exception, so that all that runs is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that all subprocesses are ended
     try:
         with tempfile.TemporaryDirectory(prefix="backfeedr-benchmark-", dir=arguments.dir) as name:
             bench = Bench(Path(name).resolve(), arguments.driver == "wrk")
@@ -596,5 +596,5 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    programs = {"_bare": bare, "_client": client}  # of which this one starts processes
+    programs = {"_bare": bare, "_client": client}  # this program starts itself as these
     sys.exit(programs.get("".join(sys.argv[1:2]), main)(*sys.argv[1:]))

@@ -2,19 +2,19 @@
 
     python examples/client.py --key bf_live_... crash examples/crash.json
 
-Read it to write an SDK. What a client owes its reports, in the order of the code:
+Read it before you write an SDK. The rules for a client, in the order of the code:
 
-1. Sign the bytes that are sent, with a timestamp finer than a second: requests
-   that have the same timestamp and body are one request to the server.
-2. Believe a report stored only when the answer is 200 or 201 and has its id: a
-   hotel's login page says 200, too. Never follow a redirect: it would carry the key away.
-3. Send again what may succeed later, with the same body and Idempotency-Key, so
-   that a report whose answer was lost is not counted twice. An SDK that keeps
-   reports on disk between launches keeps that key beside them.
-4. Wait in between: as long as the server asks for, and a random while longer, or
-   a million phones come back in the same second.
-5. Where the phone's clock is wrong, sign by the server's, which each answer tells.
-6. Leave a bad event out of its batch, so that it does not cost the others.
+1. Sign the bytes that are sent, with a timestamp finer than a second: the server takes
+   requests with the same timestamp and body for one request.
+2. Take a report for stored only if the answer is 200 or 201 and has its id: a hotel's
+   login page says 200, too. Never follow a redirect: it would give the key away.
+3. Repeat requests that may succeed later, with the same body and Idempotency-Key, so
+   that a report whose answer was lost is not counted twice. An SDK that keeps reports
+   on disk between launches stores that key with them.
+4. Wait before each repetition: as long as the server asks for, plus a random time.
+   Otherwise a million phones come back in the same second.
+5. If the phone's clock is wrong, sign with the server's time, which is in each answer.
+6. Remove a bad event from its batch, so that the others are stored.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from typing import Any, Callable
 from urllib.parse import quote, urlsplit
 
 MAX_BATCH = 100  # events in a request
-MAX_REFUSED = 10  # bad events that a batch leaves out: each costs a request, of which an app's phones share so many
+MAX_REFUSED = 10  # bad events removed from a batch: each costs a request, and an app's phones share a rate limit
 RETRIED = {429, 500, 502, 503, 504}
 FIRST_PAUSE, MAX_PAUSE = 0.5, 30.0  # seconds; each pause is twice the one before
-MAX_RETRY_AFTER = 300  # seconds; a caller would rather know than wait any longer
+MAX_RETRY_AFTER = 300  # seconds; if the server asks for more, the caller gets the error at once
 
 
 class BackfeedrError(Exception):
     """A request that was not acknowledged. `str()` is one line that says why.
 
-    `retry_after` is in seconds, as the server asks. Of a batch, `stored` is the answer
-    for what was acknowledged, and `refused` says why events were not, by their index.
+    `retry_after` is the wait in seconds that the server asks for. For a batch, `stored` is the
+    answer for the events that were stored, and `refused` has the reasons for others by index.
     """
 
     retryable, retry_after = True, 0
@@ -62,8 +62,8 @@ class BackfeedrError(Exception):
 
 
 class ServerError(BackfeedrError):
-    """The server's answer was no. `message` is its `error` text, or what else is wrong with the answer; `detail` may
-    say more. `date` is the time of the answer in seconds since 1970, if it has one."""
+    """The server refused a request. `message` is its `error` text, or says what else is wrong with the answer; `detail`
+    may say more. `date` is the time of the answer in seconds since 1970, if it has one."""
 
     def __init__(self, status: int, message: str, retry_after: int = 0, detail: str = "", date: float | None = None):
         super().__init__(f"the server answered {status}: {message}" + (f" ({detail})" if detail else ""))
@@ -72,11 +72,11 @@ class ServerError(BackfeedrError):
 
 
 class ConnectionLost(BackfeedrError):
-    """There was no complete answer: whether the reports are stored is not known."""
+    """There was no complete answer, so the reports may be stored or not."""
 
 
 def rfc3339(seconds: float) -> str:
-    """Seconds since 1970 as the API writes time, in UTC: 2026-03-12T14:22:31.000000Z."""
+    """Formats seconds since 1970 for the API, in UTC: 2026-03-12T14:22:31.000000Z."""
     return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
@@ -87,7 +87,7 @@ def signature(api_key: str, timestamp: str, body: bytes) -> str:
 
 
 def acknowledged(status: int, headers: http.client.HTTPMessage, body: bytes) -> dict[str, Any]:
-    """The JSON object of an answer that says "stored". Raises ServerError for any other."""
+    """The JSON object of an answer that acknowledges a report. Raises ServerError for any other answer."""
     try:
         answer = json.loads(body)
     except ValueError:
@@ -97,21 +97,21 @@ def acknowledged(status: int, headers: http.client.HTTPMessage, body: bytes) -> 
         return answer
     if 300 <= status < 400:
         raise ServerError(status, f"redirects are not followed (to {headers.get('Location')})")
-    wait = re.fullmatch("[0-9]{1,9}", headers.get("Retry-After", ""))  # the other form, a date, is not used here
+    wait = re.fullmatch("[0-9]{1,9}", headers.get("Retry-After", ""))  # the other form, a date, is ignored
     raise ServerError(status, str(answer.get("error") or "not an answer of backfeedr"), int(wait[0]) if wait else 0,
                       str(answer.get("detail") or ""), date_of(headers))
 
 
 def date_of(headers: http.client.HTTPMessage) -> float | None:
-    """The time of an answer in seconds since 1970; None where it has none."""
+    """The time of an answer in seconds since 1970, or None."""
     try:
         return parsedate_to_datetime(headers["Date"]).timestamp()
-    except (TypeError, ValueError, IndexError, OverflowError):  # which of them, depends on the version of Python
+    except (TypeError, ValueError, IndexError, OverflowError):  # which one depends on the version of Python
         return None
 
 
 def batch_error(stored: dict[str, Any], refused: dict[int, str]) -> ServerError:
-    """The error for a batch of which all but some events were stored."""
+    """The error for a batch that was stored without some events."""
     index, why = next(iter(refused.items()))
     more = f", and {len(refused) - 1} more events" if len(refused) > 1 else ""
     error = ServerError(400, f"{why} at index {index}{more}")
@@ -122,11 +122,11 @@ def batch_error(stored: dict[str, Any], refused: dict[int, str]) -> ServerError:
 class Client:
     """Sends reports with one API key. Thread-safe; it holds no connection between requests.
 
-    `endpoint` is where the server is mounted, with or without /api/v1. All times are
-    in seconds; `timeout` is for each step of an attempt. Its methods add `occurred_at`,
-    the present time, where it is missing, and leave the caller's objects as they are.
-    They raise ServerError or ConnectionLost after the last attempt, and ValueError for
-    what JSON has no word for (NaN); so does `Client` for what is no endpoint or no key.
+    `endpoint` is where the server is mounted, with or without /api/v1. All times are in
+    seconds; `timeout` is for each step of an attempt. The methods add the present time as
+    `occurred_at` if it is missing, and do not change the caller's objects. They raise
+    ServerError or ConnectionLost after the last attempt, and ValueError for values that
+    JSON cannot express (NaN). The constructor raises ValueError for a bad endpoint or key.
     """
 
     def __init__(self, endpoint: str, api_key: str, sign: bool = True, timeout: float = 10.0, attempts: int = 5,
@@ -138,7 +138,7 @@ class Client:
             raise ValueError("the API key is empty or has a control character")
         self.endpoint, self._api_key, self._sign = endpoint, api_key, sign
         self._timeout, self._attempts, self._sleep, self._clock = timeout, attempts, sleep, clock
-        self._behind = 0  # whole seconds by which the clock is behind the server's, where it once was too far off
+        self._behind = 0  # whole seconds from the clock to the server's; 0 until a timestamp is refused as stale
         self._is_tls, self._host = url.scheme == "https", url.hostname
         self._port = url.port or (443 if self._is_tls else 80)
         self._base = quote(url.path, safe="/%").rstrip("/").removesuffix("/api/v1").rstrip("/") + "/api/v1"
@@ -152,12 +152,11 @@ class Client:
         return self._submit("/events", self._dated(event))
 
     def batch(self, events: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Sends events, in as many requests as it takes. Returns `count` and `ids` of all of them.
+        """Sends events in as many requests as needed. Returns the `count` and `ids` of all.
 
-        A request is stored as a whole or not at all. An event that the server refuses
-        is left out of it, and the others are sent before ServerError is raised. Where
-        a request fails for another reason, or for an eleventh bad event, none after it
-        is sent.
+        A request is stored as a whole or not at all. If the server refuses an event, the
+        others are sent without it, and then ServerError is raised. If a request fails for
+        another reason, or for an eleventh bad event, nothing after it is sent.
         """
         merged: dict[str, Any] = {"count": 0, "ids": []}
         refused: dict[int, str] = {}
@@ -185,7 +184,7 @@ class Client:
         return {**report, "occurred_at": report.get("occurred_at") or rfc3339(self._clock())}
 
     def _submit(self, path: str, document: dict[str, Any]) -> dict[str, Any]:
-        """Sends a document. Where the clock is too far off to sign by, it is signed once more by the server's."""
+        """Sends a document. If its timestamp is stale, signs it once more with the server's time."""
         body = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
         idempotency_key = str(uuid.uuid4())
         try:
@@ -193,11 +192,11 @@ class Client:
         except ServerError as error:
             if (error.status, error.message) != (401, "stale timestamp") or error.date is None:
                 raise
-            self._behind = round(error.date - self._clock())  # the clock's fractions of a second stay
+            self._behind = round(error.date - self._clock())  # whole: the clock's fractions must stay
         return self._send(path, body, idempotency_key)
 
     def _send(self, path: str, body: bytes, idempotency_key: str) -> dict[str, Any]:
-        """Sends a body until it is answered, or there is no point in trying again."""
+        """Sends a body until it is answered, or until another attempt makes no sense."""
         for failures in range(self._attempts - 1):
             try:
                 return self._attempt(path, body, idempotency_key)
@@ -213,7 +212,7 @@ class Client:
         connection = kind(self._host, self._port, timeout=self._timeout)
         try:
             connection.connect()
-            # A refusal, as of a body too large, may come before all is sent: read on.
+            # The server may refuse a request, such as one that is too large, before all of it is sent: read the answer.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.request("POST", self._base + path, body, self._headers(body, idempotency_key))
             response = connection.getresponse()
@@ -227,14 +226,14 @@ class Client:
         headers = {"Content-Type": "application/json", "Idempotency-Key": idempotency_key,
                    "X-Backfeedr-Key": self._api_key.encode()}  # bytes: a key may be any text
         if self._sign:
-            timestamp = rfc3339(self._clock() + self._behind)  # anew for each attempt: it is good for five minutes
+            timestamp = rfc3339(self._clock() + self._behind)  # new for each attempt: it is valid for five minutes
             headers["X-Backfeedr-Timestamp"] = timestamp
             headers["X-Backfeedr-Signature"] = signature(self._api_key, timestamp, body)
         return headers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Sends a file. Returns 0, or 1 for what went wrong; exits with 2 for wrong usage."""
+    """Sends a file. Returns 0, or 1 after an error; exits with 2 for wrong usage."""
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:
@@ -255,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Sends a crash, an event or a batch of events to backfeedr.")
     parser.add_argument("--endpoint", metavar="URL", help="default: $BACKFEEDR_ENDPOINT, else http://localhost:8080",
                         default=os.environ.get("BACKFEEDR_ENDPOINT") or "http://localhost:8080")
-    parser.add_argument("--key", help="default: $BACKFEEDR_API_KEY, where other users of the host do not see it",
+    parser.add_argument("--key", help="default: $BACKFEEDR_API_KEY, which other users of the host cannot see",
                         default=os.environ.get("BACKFEEDR_API_KEY", ""))
     parser.add_argument("--unsigned", action="store_true", help="do not sign the request")
     parser.add_argument("kind", choices=("crash", "event", "batch"), help="what FILE holds")
@@ -264,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _read(kind: str, file: str) -> Any:
-    """The JSON of a file: an object, or for a batch a list of them. Raises ValueError."""
+    """Reads JSON from a file: an object, or for a batch a list of objects. Raises ValueError."""
     try:
         document = json.loads(sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes())
     except OSError as error:

@@ -3,13 +3,13 @@
 # requires-python = ">=3.9"
 # dependencies = ["bottle>=0.13", "waitress>=3.0.1"]
 # ///
-"""backfeedr with a month of made-up reports, to look at its pages.
+"""backfeedr with a month of made-up reports, for a look at its pages.
 
     python examples/demo.py --port 8080
     uv run examples/demo.py
 
-It prints a link that signs in, once and within ten minutes. The reports are of three apps. They are in a
-temporary file, which is deleted when the server stops.
+It prints a link that signs you in, once and within ten minutes. The reports come from three apps. They are in a
+temporary file that is deleted when the server stops.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from typing import Any, Callable, NamedTuple
 
 try:
     import backfeedr
-except ImportError:  # a fresh clone: it lies in the folder above this one
+except ImportError:  # in a fresh clone it is in the parent folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import backfeedr
 from backfeedr import DAY, HOUR, SECOND
 
-DAYS = 35  # the 30 that are shown, and some before, so that the first of them has devices that came back
+DAYS = 35  # the 30 that are shown, and some before them, so that the first day has returning devices
 Fields = dict[str, Any]  # of a report, as a client sends them
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serves until it is stopped. Returns 0, or 1 and one line for what went wrong."""
-    parser = argparse.ArgumentParser(description="backfeedr with a month of made-up reports, to look at its pages.")
+    """Serves until it is stopped. Returns 0, or prints an error in one line and returns 1."""
+    parser = argparse.ArgumentParser(description="backfeedr with a month of made-up reports, for a look at its pages.")
     parser.add_argument("--host", default=argparse.SUPPRESS, help="the address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", default=argparse.SUPPRESS, type=int, help="default: 8080; 0 takes a free one")
     arguments = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the file goes even if it is still being filled
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the file is deleted even while it is filled
     try:
         with tempfile.TemporaryDirectory() as folder:
             backfeedr.serve(backfeedr.Settings.from_env(
@@ -59,20 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make(settings: backfeedr.Settings, announce: Callable[[str], Any]) -> backfeedr.Backfeedr:
-    """The server with its reports. `serve` calls this when it listens, so a port that is taken costs nothing."""
+    """Makes the server and its reports. `serve` calls this once it listens, so a port that is in use costs no time."""
     fill_demo(settings.db_path, int(time.time() * SECOND))
     app = backfeedr.Backfeedr(settings, announce=announce)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    announce("This is a month of made-up reports. The link signs in, once and within ten minutes:\n\n"
+    announce("This is a month of made-up reports. The link signs you in, once and within ten minutes:\n\n"
              f"    {app.pages.invite(f'http://{host}:{settings.port}')}\n\n")
     return app
 
 
 def fill_demo(path: str, now: int, seed: int = 1) -> None:
-    """Makes the database at `path` and fills it with reports up to `now`, in milliseconds.
-
-    Raises StoreError where an app of the demo exists already.
-    """
+    """Makes the database at `path` and fills it with reports up to `now`, in milliseconds. Raises StoreError if an app
+    of the demo already exists."""
     moment = now - DAYS * DAY
     with backfeedr.Store(path, clock=lambda: moment / SECOND) as store:
         keys = {app.name: backfeedr.sha256(store.create_app(app.name, app.is_test)) for app in APPS}
@@ -100,9 +98,9 @@ class Report(NamedTuple):
 
 
 def made_up_reports(now: int, seed: int) -> list[Report]:
-    """All reports in the order of their receipt. The same `now` and `seed` make the same reports."""
+    """All reports in the order of their receipt. The same `now` and `seed` give the same reports."""
     chance = random.Random(seed)
-    end = now - min(180 * SECOND, now % DAY // 2)  # the last report is some minutes old, but of today
+    end = now - min(180 * SECOND, now % DAY // 2)  # the last report is some minutes old, but from today
     reports = [Report(received_at(kind, at, end, chance), app.name, kind, at, fields)
                for app in APPS
                for phone in [Phone(app, end, chance) for _ in range(app.phones)]
@@ -112,10 +110,8 @@ def made_up_reports(now: int, seed: int) -> list[Report]:
 
 
 def received_at(kind: str, at: int, end: int, chance: random.Random) -> int:
-    """A crash arrives with the next start of the app, all else soon.
-
-    The older, the more reports share a time of receipt: so they share a commit, and the file is filled quickly.
-    """
+    """When a report arrives: a crash at the next start of the app, an event soon. The older reports are, the more of
+    them share a time of receipt and so a commit, which fills the file quickly."""
     delay = chance.expovariate(1 / 1200) if kind == "crash" else chance.uniform(1, 20)
     age = max(0, end - at - int(delay * SECOND))
     step = 5 * SECOND if age < HOUR else HOUR // 2 if age < DAY else 8 * HOUR
@@ -123,26 +119,26 @@ def received_at(kind: str, at: int, end: int, chance: random.Random) -> int:
 
 
 class Phone:
-    """A made-up phone: its owner's habits, and what it reports."""
+    """A made-up phone: its owner's habits and its reports."""
 
     def __init__(self, app: App, end: int, chance: random.Random):
         self.app, self.end, self.chance = app, end, chance
-        age = min(DAYS - 1, chance.randrange(66))  # in days; about half have the app from the first day
+        age = min(DAYS - 1, chance.randrange(66))  # in days; about half have had the app from the first day
         self.joined_at = self.time_of(end // DAY - age)
         self.sessions, days = chance.choice(HABITS[:4] if age == DAYS - 1 else HABITS)
         self.left_at = self.joined_at + chance.expovariate(1 / days) * DAY
-        self.lag = chance.expovariate(1 / chance.choice((1, 2, 2, 12))) * DAY  # from a release until it is installed
+        self.lag = chance.expovariate(1 / chance.choice((1, 2, 2, 12))) * DAY  # from a release to its installation
         model = self.pick(MODELS)
         systems = SYSTEMS[2:] if model.startswith("iPhone17") else SYSTEMS  # these came with iOS 18
         self.about = {"device_model": model, "os_version": self.pick(systems), "locale": self.pick(LOCALES),
                       "device_id_hash": backfeedr.sha256(str(chance.random())).hex()}
 
     def pick(self, shares: Sequence[tuple[int, Any]]) -> Any:
-        """One of the values, each as often as its share says."""
+        """One of the values, each in proportion to its share."""
         return self.chance.choices([each[1] for each in shares], [each[0] for each in shares])[0]
 
     def time_of(self, day: int) -> int:
-        """A time on that day, at an hour in which the app is used."""
+        """A time on that day, at an hour when the app is used."""
         hour, = self.chance.choices(range(24), self.app.hours)
         return day * DAY + int((hour + self.chance.random()) * HOUR)
 
@@ -154,7 +150,7 @@ class Phone:
             for at in [self.time_of(day) for _ in range(round(self.chance.expovariate(1 / mean)))]:
                 if self.joined_at < at < self.left_at:
                     yield at
-        if self.joined_at < self.end < self.left_at and self.chance.random() < 0.05:  # somebody is there at any hour
+        if self.joined_at < self.end < self.left_at and self.chance.random() < 0.05:  # active at any hour
             yield self.end - int(min(HOUR // 2, self.end % DAY) * self.chance.random())
 
     def session(self, start: int) -> Iterator[tuple[str, int, Fields]]:
@@ -179,7 +175,7 @@ class Phone:
             yield "event", start + int(length), {**event, "type": "session_end"}
 
     def release(self, at: int) -> Sequence[str]:
-        """The version and build that it has at that time."""
+        """The version and build that are installed at that time."""
         days = ((self.end - out * DAY, names) for out, *names in self.app.releases)
         return [names for out, names in days if at >= out + self.lag or self.joined_at >= out][-1]
 
@@ -215,13 +211,13 @@ class App(NamedTuple):
     is_test: bool
     phones: int
     seconds: int               # of a session
-    week: Sequence[float]      # how much it is used on each weekday,
-    hours: Sequence[int]       # and in each hour, in UTC
+    week: Sequence[float]      # how much it is used on each weekday
+    hours: Sequence[int]       # and in each hour, UTC
     releases: Sequence[tuple]  # days before the end, version, build
     actions: Sequence[tuple]   # share; event type, name, and the values of its properties
 
 
-HABITS: Sequence[tuple[float, float]] = (  # sessions a weekday, and mean days of use; the first four stay
+HABITS: Sequence[tuple[float, float]] = (  # sessions per weekday, and mean days of use; old users have the first four
     (1.9, 300), (1.1, 120), (0.7, 60), (0.6, 30), (1.3, 50), (1.2, 4), (1, 2), (0.8, 0.5))
 MODELS = (
     (8, "iPhone13,2"), (12, "iPhone14,5"), (7, "iPhone14,7"), (9, "iPhone15,2"), (10, "iPhone15,4"), (11, "iPhone16,1"),
@@ -248,7 +244,7 @@ APPS = (
     App("Tramwise Beta", True, 24, 60, (1, 1, 1, 1, 1, 0.2, 0.2), COMMUTE,
         ((99, "2.4.0", "426"), (6.5, "2.5.0", "452")), RIDES))
 
-# Stack traces: frame < caller < ..., each a file and line or a library, and a symbol. First, how they begin and end.
+# Stack traces: frame < caller < ..., each a file and line or a library, and a symbol. First, their common parts.
 MAIN = (" < CoreFoundation __CFRunLoopRun < CoreFoundation CFRunLoopRunSpecific < GraphicsServices GSEventRunModal"
         " < UIKitCore -[UIApplication _run] < UIKitCore UIApplicationMain < dyld start")
 MAIN_QUEUE = (" < libdispatch.dylib _dispatch_main_queue_drain"
@@ -257,7 +253,7 @@ WORKER = (" < libdispatch.dylib _dispatch_call_block_and_release < libdispatch.d
           " < libsystem_pthread.dylib _pthread_wqthread < libsystem_pthread.dylib start_wqthread")
 RAISE = "CoreFoundation __exceptionPreprocess < libobjc.A.dylib objc_exception_throw < "
 FATAL = "libswiftCore.dylib _assertionFailure(_:_:file:line:flags:) < "
-CRASHES: Sequence[tuple] = (  # crashes in a thousand sessions of a version; app; model or system; type, reason, trace
+CRASHES: Sequence[tuple] = (  # crashes per 1,000 sessions of a version; app; model or system; type, reason, trace
     ({"2.4.0": 38}, "Tramwise", "", "EXC_BREAKPOINT",
      "Tramwise/DepartureBoard.swift:214: Fatal error: Unexpectedly found nil while unwrapping an Optional value",
      FATAL + "DepartureBoard.swift:214 closure #1 (Departure) -> BoardRow in DepartureBoard.merge(_:into:)"

@@ -3,8 +3,8 @@
     python examples/embed.py --port 8080
     python examples/client.py --endpoint http://127.0.0.1:8080/crashes --key bf_live_... crash examples/crash.json
 
-Copy `make_app`. For host apps in a framework see embed_bottle.py, embed_flask.py and
-embed_django.py, which are served by `main` below.
+Copy `make_app`. For host apps in a framework, see embed_bottle.py, embed_flask.py and
+embed_django.py, which use `main` below to serve.
 """
 
 import argparse
@@ -18,19 +18,19 @@ import waitress
 
 try:
     import backfeedr
-except ImportError:  # a fresh clone: it lies in the folder above this one
+except ImportError:  # in a fresh clone it is in the parent folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import backfeedr
 
 
 def hello(environ, start_response):
-    """The host app: it knows nothing of backfeedr."""
+    """The host app, which knows nothing about backfeedr."""
     start_response("200 OK", [("Content-Type", "text/plain; charset=utf-8")])
     return [b"Hello\n"]
 
 
 def make_app(server, host=hello):
-    """A WSGI app that passes /crashes/ and below to `server`, a Backfeedr, and the rest to the host app."""
+    """Makes a WSGI app that passes requests under /crashes/ to `server`, a Backfeedr, and others to the host app."""
     def app(environ, start_response):
         path = environ.get("PATH_INFO", "")
         if path.startswith("/crashes/"):
@@ -45,7 +45,7 @@ def make_app(server, host=hello):
 
 
 def main(argv=None, make_app=make_app):
-    """Serves until it is interrupted; exits with 1 and one line where it cannot."""
+    """Serves until it is interrupted; after an error, prints one line and exits with 1."""
     parser = argparse.ArgumentParser(description="Serves an app with backfeedr under /crashes.")
     parser.add_argument("--port", type=int, default=8080, help="default: 8080; 0 takes a free one")
     parser.add_argument("--db", metavar="FILE", default="embedded.db", help="the database (default: embedded.db)")
@@ -58,7 +58,7 @@ def main(argv=None, make_app=make_app):
 
 
 def serve(listener, db_path, make_app):
-    """Serves on a listening socket. What a first start prints has the mounted address."""
+    """Serves on a listening socket. The text of a first start has the address with the prefix."""
     port = listener.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     print(f"embed on {url}\nbackfeedr on {url}/crashes\n", flush=True)

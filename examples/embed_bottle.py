@@ -5,11 +5,11 @@
 """
 
 import bottle
-import embed  # the file beside this one, which serves it
+import embed  # the file beside this one
 
 
 def make_app(server):
-    """The host app, with `server`, a Backfeedr, in it."""
+    """Makes the host app and mounts `server`, a Backfeedr, in it."""
     host = bottle.Bottle()
     host.mount("/crashes/", server)
 

@@ -3,9 +3,9 @@
 
     python examples/hostile.py [--reports 500000] [--server FILE] [--dir DIR]
 
-Sends that many reports with one key to a real server on this host. Half of them are crashes; every type, group, model,
-version, device, session and day is new. Shows the size and time of the public answers after that, the speed of another
-app's reports before and after, and the size of the file after the retention, when all of it has been pruned.
+Sends reports with one key to a real server on this host. Half of them are crashes, and every type, group, model,
+version, device, session and day is new. Prints the size and time of the public answers after the flood, the speed of
+another app's reports before and after it, and the size of the file after all reports have expired and been pruned.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from statistics import median, quantiles
 
 from benchmark import CRASH, EVENTS, FIGURES, HERE, Bench, backfeedr, over_network, process, rfc3339, say
 
-CLIENTS = 8  # that send the flood
-ASKED = 20  # times, for each public answer
+CLIENTS = 8  # connections that send the flood
+ASKED = 20  # times that each public answer is asked for
 LONG = "x" * 400  # makes names long
 PRUNE = """
 import sys, time
@@ -35,7 +35,7 @@ with backfeedr.Store(sys.argv[2], lambda: time.time() + 400 * 86_400, retention_
 
 
 def names(number: int, now: float) -> dict:
-    """The fields of a report in which everything is new."""
+    """The fields of a report with new names only."""
     return {"app_version": f"{number}.{LONG}", "device_model": f"m{number}{LONG}", "device_id_hash": f"d{number}",
             "session_id": f"s{number}", "occurred_at": rfc3339(now - 3_600 * (number % 160_000))}
 
@@ -56,7 +56,7 @@ def flood(url: str, reports: int) -> None:
 
 
 def measure(bench: Bench, file: Path, db: Path, reports: int, seconds: float) -> None:
-    """Prints what the flood costs."""
+    """Sends the flood and prints what it costs."""
     with ExitStack() as stack:
         url = stack.enter_context(backfeedr(file, "--db", db)).url
         with process(sys.executable, file, "app", "create", "Other", "--db", db) as command:

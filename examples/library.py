@@ -13,18 +13,18 @@ from pathlib import Path
 
 try:
     from backfeedr import Metrics, Store, StoreError
-except ImportError:  # a fresh clone: it lies in the folder above this one
+except ImportError:  # in a fresh clone it is in the parent folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from backfeedr import Metrics, Store, StoreError
 
 
 def key_and_figures(db_path, app):
-    """A new key for an app, and the app's last seven days. The app is made if there is none of that name."""
-    # In a new database, a Backfeedr would also make the app `default` and an admin token, which only a server needs.
+    """Makes a key for an app, and returns it with the figures of the last seven days. Makes the app if needed."""
+    # A Backfeedr would also make the app `default` and an admin token in a new database, which only a server needs.
     with Store(db_path) as store:
-        # create_key refuses unknown names, so that a misspelt one does not make a second app.
-        known = app in [each.name for each in store.apps()]
-        key = store.create_key(app) if known else store.create_app(app)
+        # create_key refuses unknown names, so that a misspelt name does not make a second app.
+        exists = app in [known.name for known in store.apps()]
+        key = store.create_key(app) if exists else store.create_app(app)
         return key, Metrics(store).overview(app)
 
 

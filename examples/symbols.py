@@ -9,12 +9,12 @@
     uv run examples/symbols.py App.xcarchive
 
 Without uv: `pip install symbolic`, and `python examples/symbols.py PATH...`. A PATH is a `.dSYM`, an `.xcarchive`, a
-zip or a folder with dSYMs anywhere in it, or a Mach-O file with debug information. A build that the server holds is
-skipped, so run it as often as you like: after a failure a second run sends what is missing. The exit status is 0, 1
-where a dSYM was not sent (a line on standard error says why), 2 for wrong usage. What is sent of a source file is its
-base name and lines, never its folder or text.
+zip or a folder with dSYMs anywhere in it, or a Mach-O file with debug information. Builds that the server already has
+are skipped, so run it as often as you like: after a failure, a second run sends what is missing. The exit status is 0,
+or 1 if a dSYM was not sent (a line on standard error says why), or 2 for wrong usage. Only the base names and line
+numbers of source files are sent, never their folders or text.
 
-Where it runs by itself, with the two variables above set (the token as a secret of the CI):
+To run it automatically, set the two variables above (the token as a secret of the CI):
 
 - Xcode, as the last "Run Script" build phase, with ENABLE_USER_SCRIPT_SANDBOXING off, and with
   ${DWARF_DSYM_FOLDER_PATH}/${DWARF_DSYM_FILE_NAME}/Contents/Resources/DWARF/${EXECUTABLE_NAME} as its input file, so
@@ -22,8 +22,8 @@ Where it runs by itself, with the two variables above set (the token as a secret
 - Xcode Cloud, in ci_post_xcodebuild.sh: `[ -z "$CI_ARCHIVE_PATH" ] || python3 symbols.py`
 - fastlane, after build_app: `sh("python3", "symbols.py", lane_context[SharedValues::DSYM_OUTPUT_PATH])`
 
-Swift names are made readable by Xcode's or the toolchain's `swift-demangle`, C++ names by `c++filt`. Where there is
-none, they are sent as they are, and the line of the image says so.
+Xcode's or the toolchain's `swift-demangle` makes Swift names readable, `c++filt` C++ names. Without these programs the
+names are sent as they are, and the line about the image says so.
 """
 
 from __future__ import annotations
@@ -58,33 +58,33 @@ except ImportError as error:
         raise
     sys.exit(f"symbols: {error.name or 'symbolic'} is missing; 'pip install symbolic' installs it")
 
-PAGE_ROWS, PAGE_STRINGS, PAGE_FRAMES = 500, 400, 4_000  # with these a page is below 600,000 bytes of JSON
-MAX_STRING = 1_000  # bytes of UTF-8; the server takes as many characters
-PART_BYTES = 500_000  # of JSON, if no page is larger; the server takes 1 MiB in a request
+PAGE_ROWS, PAGE_STRINGS, PAGE_FRAMES = 500, 400, 4_000  # so that a page has less than 600,000 bytes of JSON
+MAX_STRING = 1_000  # bytes of UTF-8; the server accepts as many characters
+PART_BYTES = 500_000  # of JSON, if no page is larger; the server accepts 1 MiB in a request
 ATTEMPTS, TIMEOUT = 5, 30  # seconds for each step of an attempt
 FIRST_PAUSE, MAX_RETRY_AFTER = 0.5, 300  # seconds; each pause is twice the one before
 RETRIED = {429, 500, 502, 503, 504}
-ABOUT_ONE_IMAGE = {400, 409, 413, 422}  # refusals after which the next image may still be taken
+ABOUT_ONE_IMAGE = {400, 409, 413, 422}  # after these refusals the next image may still be accepted
 DEFAULT_PATHS = ("DWARF_DSYM_FOLDER_PATH", "CI_ARCHIVE_PATH")  # variables of Xcode and of Xcode Cloud
 NOTHING = "no debug information"
 UNREADABLE_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
-DEMANGLERS = (  # how a mangled name begins, and commands that read such names from standard input: the first found runs
+DEMANGLERS = (  # how mangled names begin, and commands that read them from standard input: the first one found is run
     ("Swift", re.compile(r"_?\$[sS]|_T"), ("xcrun swift-demangle --simplified", "swift-demangle --simplified")),
     ("C++", re.compile("_?_Z"), ("llvm-cxxfilt -n", "c++filt -n")))
 MANGLED = re.compile("|".join(pattern.pattern for _, pattern, _ in DEMANGLERS))
 
-Chain = tuple[tuple[str, Optional[str], int], ...]  # name, path and line, innermost first; () where nothing is known
+Chain = tuple[tuple[str, Optional[str], int], ...]  # name, path and line, innermost first; () if nothing is known
 
 
 class SymbolsError(Exception):
-    """What was not sent. `str()` is one line that says why."""
+    """Something was not sent. `str()` is one line that says why."""
 
     def __init__(self, text: object):
         super().__init__(printable(" ".join(str(text).split())))
 
 
 class ServerError(SymbolsError):
-    """The server did not take a request. `stops` where it would not take the next image either."""
+    """The server did not accept a request. `stops` means that it would not accept the next image either."""
 
     def __init__(self, text: str, status: int | None = None, retry_after: int = 0):
         super().__init__(text)
@@ -93,14 +93,14 @@ class ServerError(SymbolsError):
 
 
 def printable(text: str) -> str:
-    """Without what a terminal would obey: names come from anyone who has a key."""
-    return "".join(each if each.isprintable() else "?" for each in text)
+    """Replaces characters that control a terminal: names may come from anyone who has a key."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 # == The server ================================================================
 
 class AnyAnswer(HTTPErrorProcessor):
-    """Leaves refusals to the caller, and redirects too, which would carry the token away."""
+    """Leaves refusals to the caller, and redirects, which would give the token away."""
 
     def http_response(self, request: Any, response: Any) -> Any:
         return response
@@ -109,7 +109,7 @@ class AnyAnswer(HTTPErrorProcessor):
 
 
 class Server:
-    """A backfeedr with an admin's token. Its methods raise ServerError, the constructor ValueError."""
+    """A backfeedr server and its admin token. The methods raise ServerError, the constructor ValueError."""
 
     def __init__(self, endpoint: str, token: str, sleep: Callable[[float], object] = time.sleep):
         url = urlsplit(endpoint)
@@ -124,7 +124,7 @@ class Server:
         self._opener = build_opener(AnyAnswer)
 
     def symbols(self) -> dict[str, Any]:
-        """What the server holds and misses: {"symbols": [...], "missing": [...]}."""
+        """What the server has and needs: {"symbols": [...], "missing": [...]}."""
         return self._ask("symbols", Request(self._url, headers=self._headers))
 
     def put(self, uuid: str, part: bytes) -> dict[str, Any]:
@@ -133,7 +133,7 @@ class Server:
         return self._ask("complete", Request(f"{self._url}/{uuid}", gzip.compress(part), headers, method="PUT"))
 
     def _ask(self, field: str, request: Request) -> dict[str, Any]:
-        """The answer, which has that field. Asks again where that may help."""
+        """Sends a request, again if that may help, and returns the answer, which has this field."""
         for failures in range(ATTEMPTS):
             try:
                 with self._opener.open(request, timeout=TIMEOUT) as response:
@@ -151,7 +151,7 @@ class Server:
 
 
 def acknowledged(field: str, status: int, headers: http.client.HTTPMessage, body: bytes) -> dict[str, Any]:
-    """The JSON object of an answer that says yes, and has that field. Raises ServerError for any other."""
+    """The JSON object of an answer that accepts the request and has this field. Raises ServerError for any other."""
     try:
         answer = json.loads(body)
     except ValueError:
@@ -167,19 +167,19 @@ def acknowledged(field: str, status: int, headers: http.client.HTTPMessage, body
     raise ServerError(f"the server answered {status}: {why}", status, int(wait[0]) if wait else 0)
 
 
-# == What lies in a path =======================================================
+# == Finding images ============================================================
 
 def candidates(path: Path) -> Iterator[Path]:
-    """The files that may be images: those of dSYMs in a folder or zip, else the file itself. Those of a zip are there
-    until the next is asked for."""
+    """The files that may be images: those of dSYMs in a folder or zip, otherwise the file itself. A file from a zip is
+    deleted when the next one is asked for."""
     if path.is_dir():
         for folder, folders, names in os.walk(path):
             folders.sort()
-            for each in (Path(folder, name) for name in sorted(names)):
-                if is_image(each.absolute()):
-                    yield each
-                elif is_zip(each):
-                    yield from candidates(each)
+            for file in (Path(folder, name) for name in sorted(names)):
+                if is_image(file.absolute()):
+                    yield file
+                elif is_zip(file):
+                    yield from candidates(file)
     elif zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
             for member in archive.infolist():
@@ -195,7 +195,7 @@ def candidates(path: Path) -> Iterator[Path]:
 
 
 def is_image(path: PurePath) -> bool:
-    """Whether a file's place is where a dSYM has its images. `._Shop` is what a Mac's zip knows of `Shop`."""
+    """Whether a dSYM has its images in this place. `._Shop` only has the attributes of `Shop` in a Mac's zip."""
     return path.parts[-4:-1] == ("Contents", "Resources", "DWARF") and not path.name.startswith(".")
 
 
@@ -218,7 +218,7 @@ class Image(NamedTuple):
         return f"{self.name} {self.uuid} {self.arch}"
 
     def chains(self, progress: Callable[[str], None]) -> Iterator[tuple[int, Chain]]:
-        """The start of each run of addresses that have the same chain, ascending, and that chain. Ends with a gap."""
+        """The start of each run of addresses with the same chain, ascending, and that chain. Gaps have the chain ()."""
         cache, step = self.reader.make_symcache(), instruction_size(self.arch)
         last: Chain = ()
         end = 0
@@ -237,7 +237,7 @@ class Image(NamedTuple):
 
 
 def instruction_size(arch: str) -> int:
-    """Bytes; the smallest that an instruction may have."""
+    """The fewest bytes that an instruction may have."""
     return 1 if arch.startswith(("x86", "i386")) else 4 if arch.startswith("arm64") else 2
 
 
@@ -258,7 +258,7 @@ def images(path: Path) -> Iterator[Image]:
 
 
 def code_ranges(path: Path) -> dict[str, list[tuple[int, int]]]:
-    """By UUID, the (start, end) of the code of each architecture of a Mach-O file, in bytes from the image's start."""
+    """The (start, end) of the code of each architecture of a Mach-O file, by UUID, in bytes from the image's start."""
     with path.open("rb") as file:
         magic, count = struct.unpack(">II", file.read(8))
         offsets = [0]
@@ -269,7 +269,7 @@ def code_ranges(path: Path) -> dict[str, list[tuple[int, int]]]:
 
 
 def slice_ranges(file: Any, offset: int) -> tuple[str, list[tuple[int, int]]]:
-    """The UUID and the code of the Mach-O header at an offset of a file."""
+    """The UUID and the code ranges of the Mach-O header at an offset of a file."""
     file.seek(offset)
     magic, _, _, _, count, size, _ = struct.unpack("<7I", file.read(28))
     if magic not in (0xFEEDFACE, 0xFEEDFACF):
@@ -288,7 +288,7 @@ def slice_ranges(file: Any, offset: int) -> tuple[str, list[tuple[int, int]]]:
             base = address if name.rstrip(b"\0") == b"__TEXT" else base
             found += [section.unpack_from(commands, at + segment.size + n * section.size) for n in range(sections)]
         at += max(length, 8)
-    # Pure instructions, but no stubs, which would get the name of the last function before them.
+    # Sections of pure instructions, but no stubs: they would get the name of the last function before them.
     return uuid, sorted((address - base, address - base + size) for name, _, address, size, flags in found
                         if flags & 0x80000000 and not flags & 0xFF and b"stub" not in name)
 
@@ -296,7 +296,7 @@ def slice_ranges(file: Any, offset: int) -> tuple[str, list[tuple[int, int]]]:
 # == Pages and parts ===========================================================
 
 class Page:
-    """Rows that follow each other, on their way into JSON."""
+    """Consecutive rows, to be written as JSON."""
 
     def __init__(self, first: int):
         self.first = self._at = first
@@ -306,7 +306,7 @@ class Page:
 
     def add(self, at: int, chain: Chain) -> None:
         """Adds a row that begins at an offset from the image's start."""
-        frame = -1  # where there is none
+        frame = -1  # none
         for name, path, line in reversed(chain):
             file = re.split(r"[/\\]", path)[-1] if path else ""
             key = (self._string(name), self._string(file) if file else -1, line, frame)
@@ -322,13 +322,13 @@ class Page:
                 or len(self._frames) >= PAGE_FRAMES)
 
     def document(self) -> str:
-        """It in JSON, as the server takes it but for the names, which are mangled."""
+        """The page in JSON, as the server accepts it, but with mangled names."""
         return compact({"first": self.first, "strings": list(self.strings), "rows": self.rows,
                         "frames": [each for frame in self._frames for each in frame]})
 
 
 def pages(chains: Iterable[tuple[int, Chain]]) -> Iterator[Page]:
-    """The pages of an image."""
+    """Divides the rows of an image into pages."""
     page = None
     for at, chain in chains:
         if page and page.is_full():
@@ -341,14 +341,14 @@ def pages(chains: Iterable[tuple[int, Chain]]) -> Iterator[Page]:
 
 
 def renamed(document: str, plain: dict[str, str]) -> str:
-    """A page in JSON with its names as they are shown, cut to what the server takes."""
+    """A page in JSON with plain names, cut to the length that the server accepts."""
     page = json.loads(document)
     page["strings"] = [plain.get(text, text).encode()[:MAX_STRING].decode(errors="ignore") for text in page["strings"]]
     return compact(page)
 
 
 def parts(documents: Iterable[str]) -> list[str]:
-    """Lists of pages in JSON that have about PART_BYTES each."""
+    """Joins pages in JSON to lists of about PART_BYTES each."""
     gathered: list[list[str]] = []
     size = PART_BYTES
     for document in documents:
@@ -367,7 +367,7 @@ def compact(document: Any) -> str:
 # == Names =====================================================================
 
 def demangled(names: Iterable[str]) -> tuple[dict[str, str], str]:
-    """Each mangled name's plain form, and a note on those that stay as they are."""
+    """The plain form of each mangled name, and a note about names that cannot be demangled here."""
     plain: dict[str, str] = {}
     notes = []
     for language, pattern, commands in DEMANGLERS:
@@ -379,7 +379,7 @@ def demangled(names: Iterable[str]) -> tuple[dict[str, str], str]:
 
 
 def answers(command: str, names: list[str]) -> list[str] | None:
-    """A line for each name from one run of a command; None where it does not work here."""
+    """Runs a command, which prints a line for each name. None if it does not work here."""
     program, *options = command.split()
     path = shutil.which(program)
     if not path:
@@ -393,7 +393,7 @@ def answers(command: str, names: list[str]) -> list[str] | None:
 # == The run ===================================================================
 
 class Terminal:
-    """One line of progress where a person sees it; results to standard output, failures to standard error."""
+    """Shows a line of progress on a terminal; prints results to standard output, failures to standard error."""
 
     def __init__(self, quiet: bool):
         self._quiet, self._live, self.failures = quiet, sys.stderr.isatty() and not quiet, 0
@@ -414,13 +414,13 @@ class Terminal:
 
 
 def send(server: Server, image: Image, terminal: Terminal) -> str:
-    """Sends the symbols of an image. Returns what became of it; raises SymbolsError."""
+    """Sends the symbols of an image. Returns the outcome in words; raises SymbolsError."""
     if "debug" not in image.reader.features:
         return NOTHING
     documents, names, rows = list[str](), set[str](), 0
     try:
         for page in pages(image.chains(terminal.progress)):
-            documents.append(page.document())  # a tenth of the page's memory
+            documents.append(page.document())  # takes a tenth of the page's memory
             names.update(filter(MANGLED.match, page.strings))
             rows += len(page.rows) // 2
     except SymbolicError as error:
@@ -441,7 +441,7 @@ def send(server: Server, image: Image, terminal: Terminal) -> str:
 
 
 def send_file(server: Server, file: Path, path: Path, held: set[str], terminal: Terminal) -> bool:
-    """Sends each image of a file that is not held, and adds it to these. Whether the file has symbols at all."""
+    """Sends each image of a file that is not in `held`, and adds it. Returns whether the file has any symbols."""
     what, useful = str(path) if file == path else f"{path}: {file.name}", False
     try:
         for image in images(file):
@@ -459,7 +459,7 @@ def send_file(server: Server, file: Path, path: Path, held: set[str], terminal: 
 
 
 def send_all(server: Server, paths: Sequence[Path], terminal: Terminal) -> None:
-    """Sends what lies in the paths and is not held. Raises ServerError where there is no point in going on."""
+    """Sends the images in the paths that the server does not have. Raises ServerError if going on makes no sense."""
     held = {each["uuid"].upper() for each in server.symbols()["symbols"] if each["complete"]}
     for path in paths:
         failures, useful = terminal.failures, []
@@ -472,7 +472,7 @@ def send_all(server: Server, paths: Sequence[Path], terminal: Terminal) -> None:
 
 
 def missing(answer: dict[str, Any]) -> Iterator[str]:
-    """A line for each build whose crashes still wait for its symbols."""
+    """A line for each build whose crashes still need its symbols."""
     for each in answer.get("missing", []):
         build = each["build_number"] and f"({each['build_number']})"
         what = " ".join(filter(None, (each["binary"], each["app_version"], build)))
@@ -480,7 +480,7 @@ def missing(answer: dict[str, Any]) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Sends the symbols. Returns 0, or 1 for what was not sent; exits with 2 for wrong usage."""
+    """Sends the symbols. Returns 0, or 1 if something was not sent; exits with 2 for wrong usage."""
     parser = _parser()
     arguments = parser.parse_args(argv)
     paths = arguments.paths or [path for path in map(os.environ.get, DEFAULT_PATHS) if path][:1]
@@ -498,7 +498,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ServerError as error:
         terminal.fail(error)
     except KeyboardInterrupt:
-        terminal.fail("interrupted; a second run goes on")
+        terminal.fail("interrupted; run it again to continue")
     return 1 if terminal.failures else 0
 
 
@@ -506,9 +506,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Sends the symbols of dSYMs to backfeedr.")
     parser.add_argument("--server", metavar="URL", help="default: $BACKFEEDR_ENDPOINT, else http://localhost:8080",
                         default=os.environ.get("BACKFEEDR_ENDPOINT") or "http://localhost:8080")
-    parser.add_argument("--token", help="default: $BACKFEEDR_AUTH_TOKEN, where other users of the host do not see it",
+    parser.add_argument("--token", help="default: $BACKFEEDR_AUTH_TOKEN, which other users of the host cannot see",
                         default=os.environ.get("BACKFEEDR_AUTH_TOKEN", ""))
-    parser.add_argument("--quiet", action="store_true", help="say nothing but what failed")
+    parser.add_argument("--quiet", action="store_true", help="print failures only")
     parser.add_argument("paths", nargs="*", metavar="PATH", help="a .dSYM, an .xcarchive, a folder, a zip or a Mach-O "
                         f"file; default: ${', else $'.join(DEFAULT_PATHS)}")
     return parser

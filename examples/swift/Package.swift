@@ -2,7 +2,7 @@
 import PackageDescription
 
 #if os(Linux)
-// Linux has no CryptoKit, so the tests bring a small one.
+// Linux has no CryptoKit, so the tests have a small one.
 let crypto: [Target] = [.target(name: "CryptoKit", path: "Tests/CryptoKit")]
 #else
 let crypto: [Target] = []

@@ -1,5 +1,5 @@
-// What only Apple's systems have: when the app comes and goes, MetricKit, and uncaught Objective-C exceptions. There is
-// no signal handler: Swift cannot promise to be safe in one, and MetricKit reports those crashes.
+// The parts for Apple's systems only: the app's life cycle, MetricKit, and uncaught Objective-C exceptions. There is no
+// signal handler: Swift code is not safe in one, and MetricKit reports those crashes.
 import Foundation
 #if canImport(UIKit)
 import UIKit
@@ -15,7 +15,7 @@ import ObjectiveC
 #endif
 
 extension Backfeedr.Client {
-    /// Follows the app from its start to its end.
+    /// Observes the app from its start to its end.
     nonisolated func followApp() {
         #if canImport(ObjectiveC)
         watchExceptions()
@@ -32,7 +32,7 @@ extension Backfeedr.Client {
             }
             observe(UIApplication.didEnterBackgroundNotification) { client in
                 client.wentToBackground()
-                // The system gives a moment more, so that the app is not suspended between a request and its answer.
+                // Asks the system not to suspend the app between a request and its answer.
                 ProcessInfo.processInfo.performExpiringActivity(withReason: "Backfeedr") { isOver in
                     if !isOver { client.wait(seconds: 20) { await $0.send() } }
                 }
@@ -53,7 +53,8 @@ extension Backfeedr.Client {
     }
 
     #if canImport(UIKit)
-    /// Before the first unlock of a phone there is no identifier. Another one would be another device, so that waits.
+    /// Waits for the identifier, which a phone does not have before it is first unlocked. Any other id would count as
+    /// another device.
     @MainActor private func identify() {
         guard deviceID.isEmpty, let vendor = UIDevice.current.identifierForVendor?.uuidString else { return }
         later { await $0.open(vendor: vendor) }
@@ -81,8 +82,8 @@ extension Backfeedr.Client {
     }
     #endif
 
-    /// A frame with what the dynamic linker knows of its address. Of a path only what is inside the app is kept:
-    /// before it there may be a user's name.
+    /// A frame with what the dynamic linker knows about its address. Of a path, only the part inside the app is kept:
+    /// the part before it may contain a user's name.
     static func frame(_ number: Int, at address: UInt) -> [String: Any] {
         var frame: [String: Any] = ["frame": number, "address": "0x" + String(address, radix: 16)]
         #if canImport(ObjectiveC)
@@ -102,7 +103,7 @@ extension Backfeedr.Client {
     }
 
     #if canImport(ObjectiveC)
-    /// The UUID in the load commands of a 64-bit image: each begins with its kind and its size.
+    /// The UUID in the load commands of a 64-bit image. Each command begins with its kind and size.
     private static func uuid(ofImageAt base: UnsafeRawPointer) -> String? {
         let header = base.load(as: mach_header_64.self)
         guard header.magic == MH_MAGIC_64 else { return nil }
@@ -118,7 +119,7 @@ extension Backfeedr.Client {
 }
 
 #if canImport(ObjectiveC)
-/// The handler that was there before ours, which calls it. It is read when it is first used.
+/// The earlier handler, which ours calls. It is read on first use.
 private let earlierHandler = Backfeedr.Locked(NSGetUncaughtExceptionHandler())
 
 extension Backfeedr.Client {
@@ -134,9 +135,9 @@ extension Backfeedr.Client {
 #endif
 
 #if canImport(MetricKit)
-/// Receives MetricKit's payloads: those of iOS 27 where it runs, else those before, never both.
+/// Receives MetricKit's payloads: on iOS 27 the new ones, otherwise the old ones, never both.
 private final class Payloads: NSObject, MXMetricManagerSubscriber {
-    private static let kept = Backfeedr.Locked<[Payloads]>([])  // MetricKit does not hold on to them
+    private static let kept = Backfeedr.Locked<[Payloads]>([])  // MetricKit does not retain them
     private let client: Backfeedr.Client
 
     private init(_ client: Backfeedr.Client) { self.client = client }

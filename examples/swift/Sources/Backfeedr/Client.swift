@@ -1,6 +1,6 @@
-// What waits for the server, and how it gets there: one file for each request, in a folder of the app. A file's name
-// has the time, what it is, and a UUID, which is its Idempotency-Key: if the answer is lost or the app is killed, it is
-// sent again and still stored once. Events gather in one file until it is sent, so a phone that is offline has few.
+// The queue of reports: one file for each request, in a folder of the app. A file's name has a time, a kind and a UUID,
+// which is the Idempotency-Key: if the answer is lost or the app is killed, the file is sent again, but stored once.
+// Events are collected in one file until it is sent, so a phone that is offline has few files.
 import CryptoKit
 import Foundation
 #if canImport(FoundationNetworking)
@@ -8,7 +8,7 @@ import FoundationNetworking
 #endif
 
 extension Backfeedr {
-    /// Brings one app's reports to its server.
+    /// Stores the reports of one app until it has sent them to the server.
     actor Client {
         static let maxPending = 2_000, grace = 30.0, tick = 30.0, markAge = 172_800.0
         static let maxFiles = 100, maxBytes = 5_000_000, maxBatch = 100, fullBytes = 256_000
@@ -17,11 +17,11 @@ extension Backfeedr {
 
         nonisolated let folder: URL, now: @Sendable () -> Date, front: Locked<Front>
         private let base: URL, key: String, transport: Transport
-        private var batch: (name: String, events: Int, bytes: Int)?  // where events gather
+        private var batch: (name: String, events: Int, bytes: Int)?  // the file that collects events
         private var sending: Task<Void, Never>?, isWaking = false
         private var failures = 0, pausedAt = Date.distantPast, asked = 0.0, pause = 0.0  // seconds from then on
         private var stumbles: [String: Int] = [:], leftOut = 0
-        private var ahead = 0.0, isClockSet = false  // seconds from the phone's clock to the server's; once a request
+        private var ahead = 0.0, isClockSet = false  // seconds to the server's clock; set once per request
 
         init(folder: URL, base: URL, key: String, now: @escaping @Sendable () -> Date = { Date() },
              transport: @escaping Transport) {
@@ -31,12 +31,12 @@ extension Backfeedr {
 
         // MARK: Files
 
-        /// Takes over what an earlier launch has left, and sends it. `vendor` is Apple's id of the device; if there is
-        /// none, a number in the folder takes its place.
+        /// Sends the files that an earlier launch has left. `vendor` is Apple's id of the device; if there is none, an
+        /// id in the folder takes its place.
         func open(vendor: String?) async {
             let old = newName("", at: now() - Client.markAge)
             for name in all() where Client.kind(name) == nil && !["off", "installation"].contains(name) {
-                if !Client.isMark(name) || name < old { remove(name) }  // also a write that a kill cut short
+                if !Client.isMark(name) || name < old { remove(name) }  // and writes that a kill has interrupted
             }
             let fields = Client.fields(vendor: vendor ?? installation())
             front.with { $0.fields = fields }
@@ -52,7 +52,7 @@ extension Backfeedr {
 
         private func all() -> [String] { (try? FileManager.default.contentsOfDirectory(atPath: folder.path)) ?? [] }
 
-        /// The files that wait, the oldest first.
+        /// The waiting files, the oldest first.
         func names() -> [String] { all().filter { Client.kind($0) != nil }.sorted() }
 
         /// The kind in a name such as 0001773325351250-crash-D2A4F6B8-1357-3ACE-9BDF-2468ACE02468; nil for other files.
@@ -71,7 +71,7 @@ extension Backfeedr {
         @discardableResult
         private func remove(_ name: String) -> Bool { (try? FileManager.default.removeItem(at: url(name))) != nil }
 
-        /// Writes a file as a whole; says whether the disk took it.
+        /// Writes a file atomically. Returns false if that failed.
         @discardableResult
         private nonisolated func write(_ body: Data, _ name: String) -> Bool {
             Client.make(folder)
@@ -85,12 +85,12 @@ extension Backfeedr {
             try? place.setResourceValues(values)
         }
 
-        /// Writes what callers have reported. A full batch is sent at once, another within half a minute.
+        /// Writes the reports in memory to files. A full batch is sent at once, others within half a minute.
         func gather() async {
             if drain() { await send() } else if batch != nil { wake() }
         }
 
-        /// Moves reports from memory to the disk, once the device is known. True if a batch is full.
+        /// Moves reports from memory to the disk, once the device is known. Returns true if a batch is full.
         private func drain() -> Bool {
             let (reports, fields) = front.with { front in
                 defer { if !front.fields.isEmpty { front.pending = [] } }
@@ -103,13 +103,13 @@ extension Backfeedr {
             return isFull
         }
 
-        /// Adds a line to the batch. True if that is full now.
+        /// Adds a line to the batch. Returns true if the batch is full now.
         private func append(_ event: Data) -> Bool {
             if batch == nil { Client.make(folder) }
             var (name, events, bytes) = batch ?? (newName("events"), 0, 0)
             let file = OutputStream(url: url(name), append: true)
             file?.open()
-            // The line break comes first: it ends a line that a full disk has cut off.
+            // The line break comes first, to end a line that a full disk may have cut off.
             _ = file?.write([10] + [UInt8](event), maxLength: event.count + 1)
             file?.close()
             (events, bytes) = (events + 1, bytes + event.count)
@@ -118,13 +118,13 @@ extension Backfeedr {
             return isFull
         }
 
-        /// The events in a file of lines. One that was cut off is left out.
+        /// The events in a file of lines, without those that were cut off.
         private func events(_ name: String) -> [Data] {
             let lines = (try? Data(contentsOf: url(name)))?.split(separator: 10) ?? []
             return lines.filter { (try? JSONSerialization.jsonObject(with: $0)) != nil }
         }
 
-        /// Keeps the newest files, as many as the bounds allow.
+        /// Deletes the oldest files beyond the limits.
         private func prune() {
             var files = 0, bytes = 0
             for name in names().reversed() {
@@ -134,7 +134,7 @@ extension Backfeedr {
             }
         }
 
-        /// Stops sending, and deletes all that waits.
+        /// Stops sending, and deletes all waiting reports.
         func empty() {
             sending?.cancel()
             batch = nil
@@ -157,13 +157,13 @@ extension Backfeedr {
 
         // MARK: Crashes
 
-        /// Writes the crash that an exception is about to be, on its thread, for the next launch. `addresses` are the
-        /// return addresses, the innermost first.
+        /// Writes the crash report of an exception on the exception's own thread; the next launch sends it. `addresses`
+        /// are the return addresses, the innermost first.
         nonisolated func record(exception name: String, reason: String, addresses: [UInt]) {
             let front = front.with { $0 }, pid = Int(ProcessInfo.processInfo.processIdentifier)
             guard front.isEnabled else { return }
             var trimmer = Trimmer(room: 100_000)
-            // So early in the launch that the device is not known yet, the crash has all but its id.
+            // If the device is not known yet, early in the launch, the report has all fields but its id.
             var crash: [String: Any] = front.fields.isEmpty ? Client.fields(vendor: nil) : front.fields
             crash["exception_type"] = name.isEmpty ? "NSException" : trimmer.text(name)
             crash["exception_reason"] = trimmer.text(reason)
@@ -176,7 +176,7 @@ extension Backfeedr {
             if write(body, newName("crash")) { mark(pid) }
         }
 
-        /// Notes that the process with this pid ended by an exception that was reported.
+        /// Records that the process with this pid ended with an exception that was reported.
         nonisolated func mark(_ pid: Int) { write(Data(), newName("exception", "\(pid)")) }
         private static func isMark(_ name: String) -> Bool { name.contains("-exception-") }
 
@@ -186,7 +186,7 @@ extension Backfeedr {
             if write(payload, newName("diagnostics")) { await send() }
         }
 
-        /// A payload without the crashes that were reported as exceptions; nil if nothing else is in it.
+        /// The payload without crashes that were reported as exceptions; nil if nothing else is in it.
         private func unreported(_ payload: Data) -> Data? {
             guard all().contains(where: Client.isMark),
                   var document = (try? JSONSerialization.jsonObject(with: payload)) as? [String: Any]
@@ -200,8 +200,8 @@ extension Backfeedr {
             return try? JSONSerialization.data(withJSONObject: document)
         }
 
-        /// Whether a crash was reported as an exception. Before iOS 17 it has no pid, and an abort is taken for the
-        /// exception's. A mark is good for one crash.
+        /// Whether a crash was reported as an exception. Before iOS 17 a crash has no pid, and the next abort is taken
+        /// for the exception. A mark is used for one crash only.
         private func isReported(_ metaData: Any?) -> Bool {
             let metaData = metaData as? [String: Any], pid = metaData?["pid"] as? Int
             guard pid != nil || metaData?["signal"] as? Int == 6 else { return false }
@@ -211,14 +211,14 @@ extension Backfeedr {
 
         // MARK: Sending
 
-        /// Sends what waits, one request after another, and says whether nothing waits any more. It never sends before
-        /// the server's time is up; when the app asks, it does not mind the pauses after failures.
+        /// Sends the waiting reports, one request after another. Returns true if none are left. Always waits as long as
+        /// the server asked; pauses after failures are skipped if the app asks to send.
         @discardableResult
         func send(isAsked: Bool = false) async -> Bool {
             if !front.with({ $0.isEnabled }) { empty() }
             _ = drain()
             prune()
-            let waited = now().timeIntervalSince(pausedAt)  // below 0 if the clock was put back since
+            let waited = now().timeIntervalSince(pausedAt)  // below 0 if the clock was set back since
             if waited >= 0, waited < (isAsked ? asked : pause) {
                 wake()
             } else if sending == nil, !deviceID.isEmpty {
@@ -228,7 +228,7 @@ extension Backfeedr {
             return front.with { $0.pending.isEmpty } && names().isEmpty
         }
 
-        /// Looks again in half a minute.
+        /// Sends again in half a minute.
         private func wake() {
             guard !isWaking else { return }
             isWaking = true
@@ -242,7 +242,7 @@ extension Backfeedr {
         private func sendAll() async {
             defer { sending = nil }
             while let name = names().min(by: { (stumbles[$0] ?? 0, $0) < (stumbles[$1] ?? 0, $1) }) {
-                if name == batch?.name { batch = nil }  // nothing joins a body that may be stored
+                if name == batch?.name { batch = nil }  // no event is added to a body that may be stored
                 guard await settle(name, post(name)) else { return }
             }
         }
@@ -250,7 +250,7 @@ extension Backfeedr {
         private func post(_ name: String) async -> Answer? {
             guard let kind = Client.kind(name), var body = try? Data(contentsOf: url(name)) else { return nil }
             if kind == "events" { body = Data("{\"events\":[".utf8) + events(name).joined(separator: [44]) + "]}".utf8 }
-            let timestamp = rfc3339(now().addingTimeInterval(ahead))  // each time: it is good for five minutes
+            let timestamp = rfc3339(now().addingTimeInterval(ahead))  // for each attempt: valid for five minutes
             var request = URLRequest(url: base.appendingPathComponent(Client.paths[kind] ?? ""))
             request.httpMethod = "POST"
             request.httpBody = body
@@ -265,7 +265,7 @@ extension Backfeedr {
             return answer
         }
 
-        /// Does what an answer asks for; says whether to go on with the next file.
+        /// Handles an answer. Returns whether to go on with the next file.
         private func settle(_ name: String, _ answer: Answer?) -> Bool {
             switch (answer?.status ?? 0, answer?.error) {
             case (400, let error?) where error.contains(" at index "):
@@ -273,7 +273,7 @@ extension Backfeedr {
             case (200...201, _) where answer?.hasID == true, (400, _?), (413, _), (422, _?):
                 (failures, pause, isClockSet) = (0, 0, false)
                 guard answer?.status != 413 || split(name) else { return pause() }
-                return remove(name) || pause()  // a file that the disk does not let go must not be sent without end
+                return remove(name) || pause()  // a file that cannot be deleted must not be sent again and again
             case (401, "stale timestamp"):
                 guard let date = answer?.date, !isClockSet else { return pause() }
                 (ahead, isClockSet) = (date.timeIntervalSince(now()), true)
@@ -303,8 +303,8 @@ extension Backfeedr {
             }
         }
 
-        /// Takes a bad event out of its file. The rest has the same key: of a refused batch, nothing is stored. Each
-        /// costs a request, of which all phones of an app share so many, so there is a pause after ten.
+        /// Removes a bad event from its file. The rest keeps its key, because nothing of a refused batch is stored.
+        /// Each bad event costs a request, and all phones of an app share a rate limit: so it pauses after ten.
         private func leaveOut(_ index: Int?, of name: String) -> Bool {
             var left = events(name)
             guard let index, left.indices.contains(index) else { return false }
@@ -313,7 +313,7 @@ extension Backfeedr {
             return write(Data(left.joined(separator: [10])), name) && leftOut % Client.maxLeftOut > 0
         }
 
-        /// Waits as long as the server asks for, and a random while longer, or all phones come back in the same second.
+        /// Waits as long as the server asks, plus a random time: otherwise all phones come back in the same second.
         private func pause(asked seconds: Double = 0) -> Bool {
             (pausedAt, asked) = (now(), min(seconds, Client.maxAsked))
             pause = asked + min(Client.maxPause, Client.firstPause * pow(2, Double(failures))) * .random(in: 0.5...1)
@@ -349,7 +349,7 @@ extension Backfeedr {
         return { try await session.data(for: $0) }
     }
 
-    /// A redirect would carry the key away.
+    /// Follows no redirect: it would give the key away.
     private final class NoRedirects: NSObject, URLSessionTaskDelegate {
         func urlSession(_ session: URLSession, task: URLSessionTask, willPerformHTTPRedirection: HTTPURLResponse,
                         newRequest: URLRequest, completionHandler: @escaping @Sendable (URLRequest?) -> Void) {
@@ -357,7 +357,7 @@ extension Backfeedr {
         }
     }
 
-    /// A server's answer, as far as it matters. `error` is nil if it is not JSON from a backfeedr server.
+    /// The relevant parts of an answer. `error` is nil if the answer is not JSON from a backfeedr server.
     struct Answer {
         var status = 0, hasID = false
         var error: String?, retryAfter: Double?, date: Date?

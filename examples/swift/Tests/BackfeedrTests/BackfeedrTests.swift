@@ -33,13 +33,13 @@ final class ValueTests: XCTestCase {
         }
     }
 
-    func testTimesThatAreNoneAreWrittenAsOneThatTheServerTakes() {
+    func testInvalidTimesAreWrittenAsTimesThatTheServerAccepts() {
         for seconds in [Double.nan, .infinity, -1e300, 1e300] {
             equal(Backfeedr.rfc3339(Date(timeIntervalSince1970: seconds)).count, 24, "\(seconds)")
         }
     }
 
-    func testAnEndpointIsTakenWithAndWithoutItsPathAndRefusedIfItIsNone() {
+    func testAnEndpointIsAcceptedWithAndWithoutItsPathAndInvalidOnesAreRefused() {
         for suffix in ["", "/", "/api/v1", "/api/v1/"] {
             for start in ["http://h:80/a", "https://h"] {
                 let url = Client.base(of: start + suffix)?.appendingPathComponent("crashes")
@@ -55,7 +55,7 @@ final class ValueTests: XCTestCase {
 }
 
 final class SendingTests: XCTestCase {
-    func testReportsThatWereMadeOfflineAreStoredOnceWhenTheServerIsThere() async throws {
+    func testReportsMadeOfflineAreStoredOnceWhenTheServerIsBack() async throws {
         let offline = await Phone("http://127.0.0.1:1")
         offline.track(["a"])
         check(await !offline.flush())
@@ -70,7 +70,7 @@ final class SendingTests: XCTestCase {
         equal(await online.files, [])
     }
 
-    func testAnAppThatIsKilledBeforeOrAfterItsRequestIsStoredLosesAndDoublesNothing() async throws {
+    func testAnAppKilledBeforeOrAfterItsRequestIsStoredLosesAndDuplicatesNothing() async throws {
         let program = CommandLine.arguments[0], server = Server.shared
         guard program.hasSuffix(".xctest") else { throw XCTSkip("the tests are no program of their own here") }
         for (moment, count) in [("before", "0"), ("after", "50")] {
@@ -86,7 +86,7 @@ final class SendingTests: XCTestCase {
         }
     }
 
-    func testAFullBatchIsSentByItselfAndFewerEventsWaitForMore() async {
+    func testAFullBatchIsSentAtOnceAndFewerEventsWait() async {
         let script = Script(.stored), phone = await Phone(transport: script.transport)
         phone.client.becameActive()
         phone.track((0..<98).map { "\($0)" })
@@ -96,7 +96,7 @@ final class SendingTests: XCTestCase {
         check(await waitUntil { await phone.files.isEmpty && script.requests.count == 1 })
     }
 
-    func testALineThatIsCutOffIsLeftOut() async throws {
+    func testALineThatWasCutOffIsLeftOut() async throws {
         let phone = await Phone(Server.shared.endpoint, isKnown: false)
         let device = #""device_id_hash":"\#(phone.device)""#
         let line = #"{"type":"custom","name":"a","occurred_at":"2026-03-12T14:22:31Z",\#(device)}"#
@@ -111,7 +111,7 @@ final class SendingTests: XCTestCase {
         equal(try phone.rows(names), ["a|1"])
     }
 
-    func testWhatAnAnswerMeans() async throws {
+    func testEachAnswerIsHandled() async throws {
         enum Outcome { case gone, next, later, asked }
         let stale = ["Date": "Sun, 09 Sep 2001 01:46:40 GMT"]
         for (reply, outcome) in [
@@ -139,7 +139,7 @@ final class SendingTests: XCTestCase {
         }
     }
 
-    func testAPhoneThatIsToldToWaitWaitsAsLongAndThenSends() async throws {
+    func testAPhoneWaitsAsLongAsTheServerAsksAndThenSends() async throws {
         let server = try Server(rateLimit: 1), clock = ManualClock(), asked = Locked<Double?>(nil), count = Locked(0)
         let http = Backfeedr.http(sendsInLowDataMode: false)
         let phone = await Phone(server.endpoint, clock: clock, transport: { request in
@@ -153,7 +153,7 @@ final class SendingTests: XCTestCase {
             equal(await phone.flush(), isSent)
         }
         server.kill()
-        try server.start()  // which has forgotten the first request
+        try server.start()  // without any memory of the first request
         clock.move(try XCTUnwrap(asked.with { $0 }) - 1)
         check(await !phone.flush())
         equal(count.with { $0 }, 2, "nothing is sent while it waits")
@@ -162,7 +162,7 @@ final class SendingTests: XCTestCase {
         equal(try phone.rows(names, server), ["a|1", "b|1"])
     }
 
-    func testPausesGrowAndEndIfTheClockIsPutBackAndAFlushDoesNotMindThem() async {
+    func testPausesGrowEndWhenTheClockIsSetBackAndDoNotDelayAFlush() async {
         let script = Script(nil, nil, nil, nil, .stored), clock = ManualClock()
         let phone = await Phone(clock: clock, transport: script.transport)
         phone.track(["a"])
@@ -177,7 +177,7 @@ final class SendingTests: XCTestCase {
         equal(script.requests.count, 6)
     }
 
-    func testAWrongClockIsPutRightByTheAnswersDate() async throws {
+    func testAWrongClockIsCorrectedByTheDateOfAnAnswer() async throws {
         let server = Server.shared
         for ahead in [-200_000.0, 200_000] {
             let phone = await Phone(server.endpoint, clock: ManualClock(ahead: ahead))
@@ -242,7 +242,7 @@ final class SendingTests: XCTestCase {
         }
     }
 
-    func testAFileThatTheServerStumblesOverHoldsUpNothing() async {
+    func testAFileThatTheServerFailsOnDelaysNoOther() async {
         let script = Script(Reply(500, error: "x"), .stored), phone = await Phone(transport: script.transport)
         await phone.receive("1")
         await phone.receive("2")
@@ -310,7 +310,7 @@ final class SendingTests: XCTestCase {
         }
     }
 
-    func testTheOldestFilesGoIfThereAreMoreThanAHundredOrFiveMegabytes() async throws {
+    func testTheOldestFilesBeyondAHundredOrFiveMegabytesAreDeleted() async throws {
         let phone = await Phone(isKnown: false)
         for number in 0..<120 {
             let file = phone.url(String(format: "%016ld", number) + "-crash-\(UUID())")
@@ -323,7 +323,7 @@ final class SendingTests: XCTestCase {
     }
 }
 
-/// An app that another test starts, and that ends by SIGKILL at a moment of its request.
+/// An app that another test starts, and that kills itself at a given moment of its request.
 final class KilledApp: XCTestCase {
     func testRunsUntilItIsKilled() async throws {
         let given = ProcessInfo.processInfo.environment
@@ -378,13 +378,13 @@ final class ReportTests: XCTestCase {
         equal(try FileManager.default.contentsOfDirectory(atPath: Client.folder.path), ["off"])
     }
 
-    func testASessionGoesOnAfterLessThanThirtySecondsAndElseAnotherBegins() async throws {
+    func testASessionContinuesWithinThirtySecondsAndLaterAnotherBegins() async throws {
         let server = Server.shared, clock = ManualClock(ahead: -1000)
         let phone = await Phone(server.endpoint, clock: clock)
-        phone.client.wentToBackground()  // at a launch in the background there is none
+        phone.client.wentToBackground()  // a launch in the background has no session
         for away in [29.0, 31] {
             phone.client.becameActive()
-            phone.client.becameActive()  // as after a call on the phone
+            phone.client.becameActive()  // like after a phone call
             phone.track(["used"])
             clock.move(60)
             phone.client.wentToBackground()
@@ -399,7 +399,7 @@ final class ReportTests: XCTestCase {
         equal(rows, ["session_start custom session_end custom session_end|1|149000", "session_start|1|0"])
     }
 
-    func testTheLastFiftyBreadcrumbsAreSentEachCutAndTheNewestKeptIfThereIsNoRoom() async throws {
+    func testTheLastFiftyBreadcrumbsAreSentAndTheNewestAreKeptIfThereIsNoRoom() async throws {
         let long = Dictionary(uniqueKeysWithValues: (0..<20).map { ("\($0)", String(repeating: "x", count: 2000)) })
         for (letter, isCut) in [("x", false), ("\u{8A9E}", true)] {
             let script = Script(.stored), phone = await Phone(transport: script.transport)
@@ -414,7 +414,7 @@ final class ReportTests: XCTestCase {
         }
     }
 
-    func testOfTheURLsOfAnErrorNeitherQueryNorPasswordIsSent() async throws {
+    func testQueriesAndPasswordsInTheURLsOfAnErrorAreNotSent() async throws {
         struct Failed: Error { var reason: any Error }
         let secret = "https://anna:secret@h.example/cart,2?ids=1,2&token='secret'#secret"
         let error = URLError(.timedOut, userInfo: [NSURLErrorFailingURLErrorKey: URL(string: secret)!])
@@ -427,7 +427,7 @@ final class ReportTests: XCTestCase {
         }
     }
 
-    func testNoValueCostsAReportOrTheApp() async throws {
+    func testNoValueLosesAReportOrCrashesTheApp() async throws {
         final class Opaque: Sendable {}
         enum Kind { case book }
         var deep: [String: any Sendable] = [:]
@@ -455,7 +455,7 @@ final class ReportTests: XCTestCase {
         equal(try phone.rows("select count(*) from events where name = 'Shop 5'"), ["1"])
     }
 
-    func testAFolderThatCannotBeWrittenAndAFullDiskCostReportsOnly() async throws {
+    func testAReadOnlyFolderAndAFullDiskLoseReportsOnly() async throws {
         let file = temporaryFolder().appendingPathComponent("file")
         try Data().write(to: file)
         let phone = await Phone(folder: file.appendingPathComponent("folder"), transport: Script(nil).transport)
@@ -479,7 +479,7 @@ final class ReportTests: XCTestCase {
         equal(try script.events().map { $0["name"] as? String }, ["kept", "kept, too"])
     }
 
-    func testNothingIsKeptOrSentWhenDisabledAlsoAfterTheNextLaunch() async throws {
+    func testNothingIsStoredOrSentWhileDisabledEvenAfterTheNextLaunch() async throws {
         let script = Script(nil, .stored), phone = await Phone(transport: script.transport)
         phone.track(["a"])
         check(await !phone.flush())
@@ -575,7 +575,7 @@ final class AppleTests: XCTestCase {
                         "SIGABRT|None|None|0|None"])
     }
 
-    func testAnExceptionBeforeTheDeviceIsKnownTellsTheSystemAndNoDevice() async throws {
+    func testAnExceptionBeforeTheDeviceIsKnownHasTheSystemButNoDevice() async throws {
         let phone = await Phone(isKnown: false)
         phone.client.record(exception: "E", reason: "at launch", addresses: [])
         let crash = try JSONSerialization.jsonObject(with: Data(await phone.contents[0].utf8)) as? [String: Any]
@@ -583,7 +583,7 @@ final class AppleTests: XCTestCase {
         XCTAssertNil(crash?["device_id_hash"])
     }
 
-    func testWhichCrashesOfAPayloadAreThoseOfAnException() async {
+    func testCrashesInAPayloadAreMatchedWithExceptions() async {
         let hang = #", "hangDiagnostics": [{"callStackTree": {}}]"#
         let fault = payload(crash(signal: 11)), report = #"{"environment": {"pid": 4242}, "crashDiagnostic": {}}"#
         for (label, given, left) in [
@@ -603,7 +603,7 @@ final class AppleTests: XCTestCase {
         equal(await phone.contents.map { $0.contains("hangDiagnostics") && !$0.contains("crashDiagnostics") }, [true])
     }
 
-    func testMarksOlderThanTwoDaysAndUnfinishedWritesGoAtTheNextLaunch() async throws {
+    func testMarksOlderThanTwoDaysAndUnfinishedWritesAreDeletedAtTheNextLaunch() async throws {
         let clock = ManualClock(), phone = await Phone(clock: clock)
         try Data().write(to: phone.url("0001773325351250-crash-\(UUID()).sb-1234"))
         phone.client.mark(1)
@@ -638,7 +638,7 @@ final class AppleTests: XCTestCase {
     }
 }
 
-/// What reporting costs an app, and that nothing is lost while the server comes and goes. The figures are printed.
+/// Measures and prints the cost of reporting, and checks that nothing is lost while the server restarts.
 final class FiguresTests: XCTestCase {
     func testEachReportIsStoredOnceWhileTheServerIsKilledAndRestartedTwice() async throws {
         let server = try Server(), phone = await Phone(server.endpoint)
@@ -665,7 +665,7 @@ final class FiguresTests: XCTestCase {
         }
     }
 
-    func testWhatACallCostsItsThreadAndAFullQueueTheApp() async {
+    func testTheCostOfACallAndOfAFullQueue() async {
         let phone = await Phone(transport: Script(nil).transport)
         let properties: [String: any Sendable] = ["items": 3, "screen": "cart"]
         var nanoseconds: [UInt64] = []

@@ -16,7 +16,7 @@ let package = URL(fileURLWithPath: #filePath).deletingLastPathComponent().deleti
 let examples = package.deletingLastPathComponent()
 let python = ProcessInfo.processInfo.environment["BACKFEEDR_PYTHON"] ?? "python3"
 
-/// Starts a program, whose output goes into the pipe.
+/// Starts a program with its output connected to the pipe.
 func started(_ words: [String], _ environment: [String: String] = [:]) throws -> (Process, Pipe) {
     let process = Process(), pipe = Pipe()
     process.executableURL = URL(fileURLWithPath: "/usr/bin/env")
@@ -29,7 +29,7 @@ func started(_ words: [String], _ environment: [String: String] = [:]) throws ->
     return (process, pipe)
 }
 
-/// Runs a program to its end: its status and output.
+/// Runs a program to its end. Returns its status and output.
 func runProgram(_ words: [String], _ environment: [String: String] = [:]) throws -> (status: Int32, output: String) {
     let (process, pipe) = try started(words, environment)
     let output = pipe.fileHandleForReading.readDataToEndOfFile()
@@ -37,7 +37,7 @@ func runProgram(_ words: [String], _ environment: [String: String] = [:]) throws
     return (process.terminationStatus, String(decoding: output, as: UTF8.self))
 }
 
-/// What a program prints up to its next line break; fails if it has ended.
+/// Reads the next line of a program's output; fails if the program has ended.
 func firstLine(of pipe: Pipe) throws -> String {
     var line = Data()
     while line.last != 10 {
@@ -51,7 +51,7 @@ func firstLine(of pipe: Pipe) throws -> String {
 
 /// A server that a test starts, kills and starts again on the same port.
 final class Server: @unchecked Sendable {
-    /// The one for tests that do not disturb it: each looks only at what its own phone has sent.
+    /// The server for tests that do not stop it: each looks only at the reports of its own phone.
     static let shared: Server = {
         atexit { _ = Server.shared.process.map { Foundation.kill($0.processIdentifier, SIGKILL) } }
         return try! Server()
@@ -77,7 +77,7 @@ final class Server: @unchecked Sendable {
         port = try XCTUnwrap(Int(line.split(separator: ":").last ?? ""), line)
     }
 
-    /// Ends it as a power cut would.
+    /// Kills it, like a power cut.
     func kill() {
         guard let process else { return }
         _ = Foundation.kill(process.processIdentifier, SIGKILL)
@@ -85,7 +85,7 @@ final class Server: @unchecked Sendable {
         self.process = nil
     }
 
-    /// The rows of a query, each as text with | between the values. The tables hold the reports of one device.
+    /// The rows of a query on the reports of one device, each as text with | between the values.
     func rows(_ device: String, _ sql: String) throws -> [String] {
         let program = """
             import sqlite3, sys
@@ -119,7 +119,7 @@ final class ManualClock: Sendable {
     var now: Date { at.with { $0 } }
 }
 
-/// A server's answer, as a test wants it.
+/// A server's answer, made by a test.
 struct Reply: Sendable {
     static let stored = Reply(201, #"{"id": "1"}"#)
 
@@ -132,7 +132,7 @@ struct Reply: Sendable {
     }
 }
 
-/// Answers as a script says, the last line again and again; nil is a lost answer. Keeps the requests that came.
+/// Gives the answers of a script, repeating the last; nil is a lost answer. Records the requests.
 final class Script: Sendable {
     private let state: Locked<(lines: [Reply?], requests: [URLRequest])>
 
@@ -160,8 +160,8 @@ final class Script: Sendable {
     }
 }
 
-/// An app on a phone, which is the one that `Backfeedr` speaks of. Another one with the same folder and vendor is its
-/// next launch.
+/// An app on a phone; the public calls of `Backfeedr` use the current one. Another with the same folder and vendor is
+/// its next launch.
 final class Phone: Sendable {
     let client: Client, vendor: String
     var folder: URL { client.folder }
@@ -181,7 +181,7 @@ final class Phone: Sendable {
         names.forEach { Backfeedr.track($0) }
     }
 
-    /// Sends, and says whether all has gone.
+    /// Sends, and returns whether nothing is left.
     @discardableResult
     func flush() async -> Bool { await client.send(isAsked: true) }
 
@@ -198,11 +198,11 @@ final class Phone: Sendable {
 
     var device: String { Client.fields(vendor: vendor)["device_id_hash"] ?? "" }
 
-    /// The rows of a query of what the server holds of this phone.
+    /// The rows of a query on the reports of this phone.
     func rows(_ sql: String, _ server: Server = .shared) throws -> [String] { try server.rows(device, sql) }
 }
 
-/// Looks again until it is so, or a minute is over.
+/// Waits until the condition is true, or a minute is over.
 func waitUntil(_ isSo: () async throws -> Bool) async rethrows -> Bool {
     let deadline = Date(timeIntervalSinceNow: 60)
     while Date() < deadline {
@@ -212,7 +212,7 @@ func waitUntil(_ isSo: () async throws -> Bool) async rethrows -> Bool {
     return false
 }
 
-// XCTest's own do not take `await`.
+// XCTest's own assertions do not accept `await`.
 func equal<Value: Equatable>(_ given: Value, _ expected: Value, _ message: String = "", line: UInt = #line) {
     XCTAssertEqual(given, expected, message, line: line)
 }

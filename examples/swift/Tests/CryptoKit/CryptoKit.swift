@@ -1,13 +1,13 @@
-// As much of CryptoKit as the package uses, for the tests on Linux. The vectors hold for both.
+// The part of CryptoKit that the package uses, for the tests on Linux. Both pass the same vectors.
 import Foundation
 
-/// SHA-256 after FIPS 180-4.
+/// SHA-256 as in FIPS 180-4.
 public enum SHA256 {
     private static let primes = (2...311).filter { number in !(2..<number).contains { number % $0 == 0 } }
     private static let rounds = primes.map { fraction(cbrt(Double($0))) }
     private static let start = primes.prefix(8).map { fraction(Double($0).squareRoot()) }
 
-    /// The first 32 bits behind the point of a root. A double has 52 of them, which is enough for these primes.
+    /// The first 32 bits of a root's fraction. A double has 52 bits, which is enough for these primes.
     private static func fraction(_ root: Double) -> UInt32 { UInt32((root - root.rounded(.down)) * 4_294_967_296) }
 
     private static func turn(_ word: UInt32, _ bits: UInt32) -> UInt32 { word >> bits | word << (32 - bits) }
@@ -44,7 +44,7 @@ public struct SymmetricKey {
     public init(data: some ContiguousBytes) { bytes = data.withUnsafeBytes { [UInt8]($0) } }
 }
 
-/// HMAC after RFC 2104. The hash is always SHA-256.
+/// HMAC as in RFC 2104. The hash is always SHA-256.
 public enum HMAC<Hash> {
     public static func authenticationCode(for data: some DataProtocol, using key: SymmetricKey) -> [UInt8] {
         var block = key.bytes.count > 64 ? SHA256.hash(data: key.bytes) : key.bytes

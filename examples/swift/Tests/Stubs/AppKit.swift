@@ -1,4 +1,4 @@
-// As much of AppKit as the package uses.
+// The part of AppKit that the package uses.
 import Foundation
 
 @MainActor open class NSApplication {

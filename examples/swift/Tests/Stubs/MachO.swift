@@ -1,4 +1,4 @@
-// As much of the images and the dynamic linker of Darwin as the package uses.
+// The part of Darwin's images and dynamic linker that the package uses.
 public let MH_MAGIC_64: UInt32 = 0xfeed_facf
 public let LC_UUID = 0x1b
 

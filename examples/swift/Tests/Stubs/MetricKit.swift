@@ -1,4 +1,4 @@
-// As much of MetricKit as the package uses: what there is until iOS 26, and what comes with iOS 27.
+// The part of MetricKit that the package uses: that of iOS 26 and before, and that of iOS 27.
 import Foundation
 
 open class MXDiagnosticPayload: NSObject {

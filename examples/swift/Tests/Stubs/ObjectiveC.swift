@@ -1,5 +1,5 @@
-// As much of Objective-C's exceptions as the package uses. On Apple's systems they are Foundation's, and a handler is
-// a C function, for which Linux has no type that takes a class.
+// The part of Objective-C's exceptions that the package uses. On Apple's systems they belong to Foundation, and a
+// handler is a C function; Linux has no type of C function that takes a class.
 import Foundation
 
 open class NSException: NSObject {

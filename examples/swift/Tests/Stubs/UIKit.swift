@@ -1,4 +1,4 @@
-// As much of UIKit as the package uses, so that its branch for a phone is type-checked where there is none.
+// The part of UIKit that the package uses, so that the code for phones is type-checked on other systems.
 import Foundation
 
 @MainActor open class UIDevice {
