@@ -4540,56 +4540,57 @@ def size_warnings(path: Path, max_db_size: int) -> list[str]:
 
 
 # == Alerts ====================================================================
-# Facts on their way to channels. The facts of a minute become a message for each channel that wants them. A message is
-# taken in one short transaction, sent in none, and settled in another: if the server dies between them, it is sent
-# again under the same id. A kind of channel is a function from a message to an HTTP request; CHANNELS has them all.
+# Sends facts to channels. The facts of a minute become one message for each channel that wants them. One transaction
+# claims a message, another records the outcome, and none is open while it is sent. If the server dies in between, the
+# message is sent again under the same id. A kind of channel is a function that makes an HTTP request of a message.
 
-GATHERED = 60 * SECOND  # for which the facts of a channel become one message
-LISTED = 10  # facts in a message; it counts the others
-TEXT_BYTES, LINE = 1800, 300  # of a text, and characters of a line: Discord takes 2,000 characters, ntfy 4,096 bytes
-HOURLY = 30  # messages of a channel; what is beyond goes with a later one
-# Between the tries of a message: the schedule of Standard Webhooks.
-PAUSES = [SECOND * each for each in (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)]
-TRY_SECONDS = 15.0  # for a try
-TAKEN = 60 * SECOND  # for which nobody else sends a message: longer than a try
-LOOK_SECONDS = 1.0  # between two looks at what is due
-# What a message has of a fact. Nothing else leaves the host, whatever is in `detail`.
-_TOLD = ("exception_type", "place", "app_version", "build_number", "crashes", "devices", "fixed_in", "before")
-# A chat shows these as they are, and calls nobody.
-_NO_MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "@\u200b", "]": "]\u200b"})
+GATHER_TIME = 60 * SECOND  # the facts that a channel gets within this time become one message
+MAX_FACTS = 10  # in a message, which only counts the others
+CHAT_BYTES = 1800  # of a message: Discord takes 2,000 characters, ntfy 4,096 bytes
+FACT_LENGTH = 300  # characters of a fact in it
+MAX_HOURLY_MESSAGES = 30  # to a channel; the facts beyond go with a later message
+RETRY_PAUSES = [SECOND * pause for pause in (  # the schedule of Standard Webhooks
+    5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)]
+SEND_TIMEOUT = 15.0  # seconds
+CLAIM_TIME = 60 * SECOND  # nobody else sends a claimed message for so long: longer than SEND_TIMEOUT
+POLL_SECONDS = 1.0  # between two looks for messages that are due
+# The only parts of a fact's `detail` that leave the host.
+_FACT_FIELDS = ("exception_type", "place", "app_version", "build_number", "crashes", "devices", "fixed_in", "before")
+# Keeps a chat from reading text as markup or as a mention of somebody.
+_MARKUP_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "@\u200b", "]": "]\u200b"})
 
 
-class Undelivered(StoreError):
-    """A try that failed. `str()` says why, without the address, which may be secret; `status` is that of the answer, 0
-    for none; `pause` is what the receiver asks for, in milliseconds."""
+class DeliveryError(StoreError):
+    """A message could not be sent. `str()` says why, without the address, which may be secret. `status` is the HTTP
+    status, or 0 without an answer; `retry_after` is the pause that the receiver asks for, in milliseconds."""
 
-    def __init__(self, text: str, status: int = 0, pause: int = 0):
+    def __init__(self, text: str, status: int = 0, retry_after: int = 0):
         super().__init__(text)
-        self.status, self.pause = status, pause
-        self.is_of_receiver = not 400 <= status < 500 or status in (408, 429)  # and not of this one message
+        self.status, self.retry_after = status, retry_after
+        self.is_receiver_down = not 400 <= status < 500 or status in (408, 429)  # else it refuses this one message
 
 
-Message = JsonObject  # id, channel_id, body (JSON) and tries of a row of messages; url and secret of its channel
-Post = tuple[str, bytes, dict[str, str]]  # a request: its address, body and headers
+Message = JsonObject  # id, channel_id, body (JSON) and tries of a message; url and secret of its channel
+PostRequest = tuple[str, bytes, dict[str, str]]  # address, body and headers
 
 
-def _webhook(message: Message, now: int) -> Post:
-    """As https://www.standardwebhooks.com has it."""
+def _webhook_request(message: Message, now: int) -> PostRequest:
+    """Follows https://www.standardwebhooks.com."""
     timestamp, key = str(now // SECOND), base64.b64decode(message["secret"][len("whsec_"):])
-    mark = hmac.new(key, f"{message['id']}.{timestamp}.{message['body']}".encode(), hashlib.sha256).digest()
+    signature = hmac.new(key, f"{message['id']}.{timestamp}.{message['body']}".encode(), hashlib.sha256).digest()
     return message["url"], message["body"].encode(), {
         "webhook-id": message["id"], "webhook-timestamp": timestamp,
-        "webhook-signature": "v1," + base64.b64encode(mark).decode()}
+        "webhook-signature": "v1," + base64.b64encode(signature).decode()}
 
 
-def _slack(message: Message, now: int) -> Post:
-    """For Slack, Mattermost, and Discord at an address that ends with /slack."""
-    text = "\n".join(message_lines(message, True, _NO_MARKUP))
+def _slack_request(message: Message, now: int) -> PostRequest:
+    """Works for Slack, for Mattermost, and for Discord at an address that ends with /slack."""
+    text = "\n".join(message_lines(message, True, _MARKUP_ESCAPES))
     return message["url"].partition("+")[2], _encode({"text": text}).encode(), {}
 
 
-def _ntfy(message: Message, now: int) -> Post:
-    """As JSON: a header could not carry every title."""
+def _ntfy_request(message: Message, now: int) -> PostRequest:
+    """Sends JSON, because a header cannot carry every title."""
     url, _, topic = message["url"].partition("+")[2].rpartition("/")
     title, *lines = message_lines(message, False, {})
     link = json.loads(message["body"])["data"].get("url")
@@ -4597,126 +4598,139 @@ def _ntfy(message: Message, now: int) -> Post:
                                **({"click": link} if link else {})}).encode(), {}
 
 
-CHANNELS: dict[str, Callable[[Message, int], Post]] = {  # by the scheme of the address
-    "https": _webhook, "http": _webhook, "slack+https": _slack, "slack+http": _slack, "ntfy+https": _ntfy,
-    "ntfy+http": _ntfy}
+CHANNELS: dict[str, Callable[[Message, int], PostRequest]] = {  # by the scheme of the address
+    "https": _webhook_request, "http": _webhook_request, "slack+https": _slack_request, "slack+http": _slack_request,
+    "ntfy+https": _ntfy_request, "ntfy+http": _ntfy_request}
 
 
-def message_lines(message: Message, with_links: bool, marks: Mapping[int, str]) -> list[str]:
-    """The title of a message, a line for each fact as far as they fit, and how many more there are. `marks` says what
-    stands for characters that are markup."""
-    data = json.loads(message["body"])["data"]
-    lines = [f"{each['text'][:LINE]} {each.get('url', '') if with_links else ''}".rstrip().translate(marks)
-             for each in data["facts"]]
-    shown = sum(size <= TEXT_BYTES for size in accumulate(len(line.encode()) + 1 for line in lines))
-    more = data["more"] + len(lines) - shown
-    return [data["title"].translate(marks), *lines[:shown], *([f"and {more:,} more"] if more else [])]
+def message_lines(message: Message, with_links: bool, escapes: Mapping[int, str]) -> list[str]:
+    """The title of a message, a line for each fact as far as they fit, and the number of others. `escapes` maps
+    characters that are markup in the channel to what stands for them."""
+    data, lines, size = json.loads(message["body"])["data"], [], 0
+    for fact in data["facts"]:
+        link = fact.get("url", "") if with_links else ""
+        line = f"{fact['text'][:FACT_LENGTH]} {link}".rstrip().translate(escapes)
+        size += len(line.encode()) + 1
+        if size > CHAT_BYTES:
+            break
+        lines.append(line)
+    more = data["more"] + len(data["facts"]) - len(lines)
+    return [data["title"].translate(escapes), *lines, *([f"and {more:,} more"] if more else [])]
+
+
+def send(message: Message, now: int) -> None:
+    """Sends a message to its channel. Raises DeliveryError."""
+    make_request = CHANNELS.get(urlsplit(message["url"]).scheme)
+    if make_request:
+        post(*make_request(message, now))
+        return
+    title, *lines = message_lines(message, True, {})
+    if not _apprise_sender(message["url"]).notify(title=title, body="\n".join(lines)):
+        raise DeliveryError("Apprise could not send it")
 
 
 def post(url: str, body: bytes, headers: Mapping[str, str]) -> None:
-    """Sends a request. Raises Undelivered unless its answer is a 2xx; a redirect is none."""
-    parts, began = urlsplit(url), time.monotonic()
+    """Sends a request. Raises DeliveryError unless the answer is a 2xx; redirects are not followed."""
+    parts, started = urlsplit(url), time.monotonic()
     headers = {"Content-Type": "application/json", "User-Agent": f"backfeedr/{__version__}", **headers}
     if parts.username is not None:
         user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
         headers["Authorization"] = "Basic " + base64.b64encode(user.encode()).decode()
     connect = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-    connection = connect(parts.hostname or "", parts.port, timeout=TRY_SECONDS)
-    late = threading.Timer(TRY_SECONDS, _hang_up, [connection])  # a socket's timeout begins anew with each byte
-    late.daemon = True
-    late.start()
+    connection = connect(parts.hostname or "", parts.port, timeout=SEND_TIMEOUT)
+    deadline = threading.Timer(SEND_TIMEOUT, _shut_down, [connection])  # a socket's timeout restarts with each byte
+    deadline.daemon = True
+    deadline.start()
     try:
         connection.request("POST", (parts.path or "/") + ("?" + parts.query) * bool(parts.query), body, headers)
         answer = connection.getresponse()
     except (OSError, HTTPException, ValueError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
-        raise Undelivered("no answer in time" if time.monotonic() - began >= TRY_SECONDS else reason) from None
+        is_late = time.monotonic() - started >= SEND_TIMEOUT
+        raise DeliveryError("no answer in time" if is_late else reason) from None
     finally:
-        late.cancel()
+        deadline.cancel()
         connection.close()
     if not 200 <= answer.status < 300:
-        pause = _pause(answer.headers.get("Retry-After", ""))
-        raise Undelivered(f"it answered {answer.status}", answer.status, pause)
+        retry_after = _retry_after_ms(answer.headers.get("Retry-After", ""))
+        raise DeliveryError(f"it answered {answer.status}", answer.status, retry_after)
 
 
-def _hang_up(connection: HTTPConnection) -> None:
-    with suppress(OSError, TypeError):  # where it has no socket
+def _shut_down(connection: HTTPConnection) -> None:
+    with suppress(OSError, TypeError):  # TypeError: it has no socket yet, or no longer
         socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
 
 
-def _pause(retry_after: str) -> int:
-    """Milliseconds of a Retry-After in seconds or as a date, at most a day; 0 for none."""
-    pause = int(retry_after) if re.fullmatch("[0-9]{1,9}", retry_after) else 0
-    with suppress(ValueError, TypeError, OverflowError):  # it is no date
-        pause = pause or int(parsedate_to_datetime(retry_after).timestamp() - time.time())
-    return min(max(0, pause * SECOND), DAY)
+def _retry_after_ms(text: str) -> int:
+    """The pause that a Retry-After header asks for, in seconds or with a date: at most a day, and 0 without one."""
+    with suppress(ValueError, TypeError, OverflowError):  # it is neither a number nor a date
+        is_number = re.fullmatch("[0-9]{1,9}", text)
+        seconds = int(text) if is_number else int(parsedate_to_datetime(text).timestamp() - time.time())
+        return min(max(0, seconds * SECOND), DAY)
+    return 0
 
 
-def _apprise(url: str) -> Any:
-    """What sends to one of the many other kinds of address. Raises Undelivered."""
+def _apprise_sender(url: str) -> Any:
+    """Apprise knows a hundred further kinds of addresses. Raises DeliveryError."""
     try:
         import apprise
     except ImportError:
-        raise Undelivered("an address that is not https://, slack+https:// or ntfy+https:// needs Apprise:"
-                          " pip install apprise") from None
+        raise DeliveryError("an address that is not https://, slack+https:// or ntfy+https:// needs Apprise:"
+                            " pip install apprise") from None
     logging.getLogger("apprise").setLevel(logging.CRITICAL)  # it logs addresses
     sender = apprise.Apprise()
     if not sender.add(url):
-        raise Undelivered("that is no address that Apprise knows")
+        raise DeliveryError("that is no address that Apprise knows")
     return sender
 
 
-def _notify(message: Message) -> None:
-    """Sends a message through Apprise. Raises Undelivered."""
-    title, *lines = message_lines(message, True, {})
-    if not _apprise(message["url"]).notify(title=title, body="\n".join(lines)):
-        raise Undelivered("Apprise could not send it")
-
-
 def check_address(url: str) -> str:
-    """The scheme of a channel's address. Raises StoreError where there is no sending to it."""
-    with suppress(ValueError):
+    """Returns the scheme of a channel's address. Raises StoreError if nothing can be sent there."""
+    with suppress(ValueError):  # from urlsplit() or .port
         parts = urlsplit(url)
-        is_good = bool(re.fullmatch("[!-~]+", url) and parts.netloc)
-        if is_good and parts.scheme not in CHANNELS:
-            _apprise(url)
-        elif "ntfy" in parts.scheme and not re.fullmatch(r"(/.*)?/[\w-]{1,64}", parts.path + parts.query):
-            is_good = False  # it has no topic
-        if is_good and (parts.scheme not in CHANNELS or parts.hostname and parts.port != 0 and not parts.fragment):
+        is_url = bool(re.fullmatch("[!-~]+", url) and parts.netloc)
+        if is_url and parts.scheme not in CHANNELS:
+            _apprise_sender(url)
+            return parts.scheme
+        has_topic = re.fullmatch(r"(/.*)?/[\w-]{1,64}", parts.path + parts.query) or "ntfy" not in parts.scheme
+        if is_url and has_topic and parts.hostname and parts.port != 0 and not parts.fragment:
             return parts.scheme
     raise StoreError("a channel's address is like https://example.com/hook or ntfy+https://ntfy.sh/TOPIC, and has no"
                      " spaces")
 
 
 def shown_address(url: str) -> str:
-    """What may be shown of an address: it may have a secret in any part but its scheme, and the host of an HTTP one."""
+    """An address without its secrets, which can be anywhere but in the scheme and in the host of an HTTP address."""
     parts = urlsplit(url)
-    host = parts.hostname if parts.scheme in CHANNELS else ""
-    rest = url.partition(parts.netloc)[2] if host else url.partition("://")[2]
-    return f"{parts.scheme}://{host}" + (f"{'/' * bool(host)}...{rest[-4:] if len(rest) >= 12 else ''}" if rest else "")
+    is_http = parts.scheme in CHANNELS
+    start = f"{parts.scheme}://{parts.hostname if is_http else ''}"
+    secret = url.partition(parts.netloc if is_http else "://")[2]
+    ending = "/" * is_http + "..." + secret[-4:] * (len(secret) >= 12)
+    return start + ending if secret else start
 
 
 class Alerts:
-    """The channels, and what is on its way to them. `digest` gives the facts of an app's daily digest, or that of all
-    live apps for None, from a time until another."""
+    """The channels and the messages to them. `digest` returns the facts of the daily digest of an app, or of all live
+    apps for None, between two times."""
 
     def __init__(self, store: Store, public_url: str, digest: Callable[[str | None, int, int], list[JsonObject]]):
-        self._store, self._url, self._digest = store, public_url.rstrip("/"), digest
+        self._store, self._public_url, self._digest = store, public_url.rstrip("/"), digest
         self._stopping = threading.Event()
 
     # Channels
 
     def add(self, url: str, app: str | None = None, kinds: Sequence[str] = (), with_reason: bool = False,
             hour: int = 7) -> tuple[int, str]:
-        """A new channel: its id, and the secret that signs its messages, "" where it has none. Raises StoreError.
-        Without an app it is of all live ones; without kinds of facts, of those that are on in FACT_KINDS. A digest
-        comes at this hour, UTC."""
+        """Adds a channel for one app, or for all live apps. Returns its id and the secret that signs its messages, ""
+        where nothing is signed. Without `kinds` it gets those that FACT_KINDS has on. `hour` is that of the digest, in
+        UTC. Raises StoreError."""
         kinds = list(dict.fromkeys(kinds)) or [kind for kind, is_on in FACT_KINDS.items() if is_on]
         if unknown := [kind for kind in kinds if kind not in FACT_KINDS]:
             raise StoreError(f"there is no fact {unknown[0]!r}; there are {', '.join(FACT_KINDS)}")
         is_signed, now = check_address(url) in ("https", "http"), self._store.now
         secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode() if is_signed else ""
-        digest_at = now - (now - hour * HOUR) % DAY + DAY if "digest" in kinds else None
+        last_digest_at = now - (now - hour * HOUR) % DAY
+        digest_at = last_digest_at + DAY if "digest" in kinds else None
         with self._store.writing() as db:
             app_id = self._store._app(db, app)[0] if app else None
             db.execute("""
@@ -4726,46 +4740,47 @@ class Alerts:
             return db.execute("select max(id) from channels").fetchone()[0], secret
 
     def channels(self) -> list[JsonObject]:
-        """All channels, without what is secret; the times are in milliseconds."""
+        """All channels without their secrets; the times are in milliseconds."""
         with self._store.reading() as db:
-            return [{**each, "address": shown_address(each.pop("url"))} for each in dict_rows(db, """
+            return [{**row, "address": shown_address(row.pop("url"))} for row in dict_rows(db, """
                 select channels.id, url, name as app, kinds, sent_at, error, error_at, ended_at, (
                     select count(*) from messages where channel_id = channels.id and due_at is not null) as waiting
                 from channels left join apps on apps.id = app_id order by channels.id""")]
 
     def remove(self, id: int) -> None:
-        """Ends a channel and what is on its way to it. Raises StoreError where there is none."""
+        """Removes a channel and its messages. Raises StoreError if there is no such channel."""
         with self._store.writing() as db:
             if not db.execute("delete from channels where id = ?", (id,)).rowcount:
                 raise StoreError(f"there is no channel {id}: see 'alert list'")
             db.execute("delete from messages where channel_id = ?", (id,))
 
     def test(self, id: int) -> None:
-        """Sends a message now. Raises StoreError with what came back instead of a 2xx."""
+        """Sends a test message now. Raises StoreError if there is no such channel, or if the message did not arrive."""
         with self._store.reading() as db:
-            found = dict_rows(db, "select id as channel_id, url, secret from channels where id = ?", (id,))
-        if not found:
+            channels = dict_rows(db, "select id as channel_id, url, secret from channels where id = ?", (id,))
+        if not channels:
             raise StoreError(f"there is no channel {id}: see 'alert list'")
-        body = self._body("test", "backfeedr: a test", [{"type": "test", "text": f"This is a test of channel {id}."}])
-        if error := self._try({**found[0], "id": _message_id(), "body": body, "tries": 0}):
+        body = self._message_body("test", "backfeedr: a test", [
+            {"type": "test", "text": f"This is a test of channel {id}."}])
+        if error := self._send({**channels[0], "id": "msg_" + secrets.token_hex(12), "body": body, "tries": 0}):
             raise StoreError(f"channel {id}: {error}")
 
     # Messages
 
-    def _body(self, kind: str, title: str, facts: Sequence[JsonObject], more: int = 0) -> str:
-        link = facts[0].get("url") if len(facts) == 1 else self._url and self._url + "/crashes"
+    def _message_body(self, kind: str, title: str, facts: Sequence[JsonObject], more: int = 0) -> str:
+        link = facts[0].get("url") if len(facts) == 1 else self._public_url and self._public_url + "/crashes"
         return _encode({"type": kind, "timestamp": iso_time(self._store.now), "data": {
             "title": title, "facts": facts, "more": more, **({"url": link} if link else {})}})
 
-    def _insert(self, db: Connection, channel_id: int, body: str) -> None:
-        """Adds a message, and drops those that were settled more than an hour ago."""
+    def _queue(self, db: Connection, channel_id: int, body: str) -> None:
+        """Adds a message. Deletes those that are done and older than an hour."""
         now = self._store.now
         db.execute("insert into messages (id, channel_id, created_at, body, due_at) values (?, ?, ?, ?, ?)",
-                   (_message_id(), channel_id, now, body, now))
+                   ("msg_" + secrets.token_hex(12), channel_id, now, body, now))
         db.execute("delete from messages where due_at is null and created_at <= ?", (now - HOUR,))
 
-    def _gather(self) -> None:
-        """Makes messages of the facts that have waited for a minute, and of the digests whose hour has come."""
+    def _queue_messages(self) -> None:
+        """Makes messages of the facts that have waited for a minute, and of the digests that are due."""
         now = self._store.now
         with self._store.reading() as db:
             channels = dict_rows(db, """
@@ -4775,29 +4790,29 @@ class Alerts:
                         where channel_id = channels.id and (created_at > :hour or due_at > taken_until)) as messages
                 from channels left join apps on apps.id = app_id
                 where ended_at is null order by channels.id
-                """, {"since": now - GATHERED + 1, "now": now, "hour": now - HOUR})
+                """, {"since": now - GATHER_TIME + 1, "now": now, "hour": now - HOUR})
         for channel in channels:
             if channel["digest_at"] is not None and channel["digest_at"] <= now:
-                self._gather_digest(channel)
-            if channel["has_facts"] and channel["messages"] < HOURLY:
-                self._gather_facts(channel)
+                self._queue_digest(channel)
+            if channel["has_facts"] and channel["messages"] < MAX_HOURLY_MESSAGES:
+                self._queue_facts(channel)
 
-    def _gather_digest(self, channel: JsonObject) -> None:
-        """Makes a message from where the last digest ended until the hour of this one, so each moment is in one."""
-        at, app = channel["digest_at"], channel["app"]
-        later = at + DAY * (1 + (self._store.now - at) // DAY)
-        digest = self._digest(app, at - DAY, later - DAY)
+    def _queue_digest(self, channel: JsonObject) -> None:
+        """Makes a message of the time from the end of the last digest on, so that no moment is left out or repeated."""
+        due_at, app = channel["digest_at"], channel["app"]
+        next_due_at = due_at + DAY * (1 + (self._store.now - due_at) // DAY)
+        digest = self._digest(app, due_at - DAY, next_due_at - DAY)
         with self._store.writing() as db:
             apps = {None, *(name for name, in db.execute("select name from apps"))}  # one may have been deleted
-            facts = [{"type": "digest", **each} for each in digest if each.get("app") in apps]
+            facts = [{"type": "digest", **fact} for fact in digest if fact.get("app") in apps]
             if db.execute("update channels set digest_at = ? where id = ? and digest_at = ?",
-                          (later, channel["id"], at)).rowcount:
+                          (next_due_at, channel["id"], due_at)).rowcount:
                 title = f"backfeedr: the last day of {app or 'all apps'}"
-                self._insert(db, channel["id"], self._body("digest", title, facts))
+                self._queue(db, channel["id"], self._message_body("digest", title, facts))
 
-    def _gather_facts(self, channel: JsonObject) -> None:
-        """Makes a message of a channel's facts, unless the first is not a minute old."""
-        with self._store.writing() as db:  # which has all facts with lower ids before it, on any engine
+    def _queue_facts(self, channel: JsonObject) -> None:
+        """Makes a message of a channel's facts, unless the oldest is less than a minute old."""
+        with self._store.writing() as db:  # on any engine, no fact with a lower id can appear after this began
             rows = dict_rows(db, """
                 select kind, at, name as app, facts.group_hash, detail, exception_reason
                 from facts join apps on apps.id = facts.app_id
@@ -4805,36 +4820,37 @@ class Alerts:
                 where facts.id > :last_fact and (facts.app_id = :app_id or :app_id is null and is_test = 0)
                     and instr(',' || :kinds || ',', ',' || kind || ',')
                 order by facts.id""", channel)
-            if rows and self._store.now - GATHERED < rows[0]["at"] <= self._store.now:
+            if rows and self._store.now - GATHER_TIME < rows[0]["at"] <= self._store.now:
                 return
-            is_ours = db.execute("""
+            is_first = db.execute("""
                 update channels set last_fact = (select coalesce(max(id), last_fact) from facts)
-                where id = :id and last_fact = :last_fact""", channel).rowcount
-            if rows and is_ours:
-                facts = [self._fact(row, channel["with_reason"]) for row in rows[:LISTED]]
+                where id = :id and last_fact = :last_fact""", channel).rowcount  # and not another process
+            if rows and is_first:
+                facts = [self._fact_json(row, channel["with_reason"]) for row in rows[:MAX_FACTS]]
                 counts = Counter(row["kind"].rpartition(".")[2] for row in rows)
                 title = "backfeedr: " + ", ".join(f"{count:,} {word}" for word, count in counts.items())
-                self._insert(db, channel["id"], self._body(facts[0]["type"], title, facts, len(rows) - len(facts)))
+                body = self._message_body(facts[0]["type"], title, facts, len(rows) - len(facts))
+                self._queue(db, channel["id"], body)
             db.execute("delete from facts where id <= (select min(last_fact) from channels where ended_at is null)")
 
-    def _fact(self, row: JsonObject, with_reason: bool) -> JsonObject:
-        """What a message says of a fact."""
+    def _fact_json(self, row: JsonObject, with_reason: bool) -> JsonObject:
+        """A fact as a message has it."""
         app, group_hash, detail = row["app"], row["group_hash"], json.loads(row["detail"])
         reason = _one_line(row["exception_reason"] or "") if with_reason else ""
-        page = f"{self._url}/crashes/{group_hash}" if group_hash else f"{self._url}/releases"
+        page = f"{self._public_url}/crashes/{group_hash}" if group_hash else f"{self._public_url}/releases"
         fact = {"type": row["kind"], "at": iso_time(row["at"]), "app": app, "group_hash": group_hash,
-                **{name: detail.get(name) for name in _TOLD}, "reason": reason,
+                **{name: detail.get(name) for name in _FACT_FIELDS}, "reason": reason,
                 "text": ": ".join(filter(None, (_fact_text(row["kind"], app, detail), reason))),
-                "url": self._url and f"{page}?{urlencode({'app': app})}"}
+                "url": self._public_url and f"{page}?{urlencode({'app': app})}"}
         return {name: value for name, value in fact.items() if value not in (None, "")}
 
     # Delivery
 
     def deliver(self) -> Counter[str]:
-        """Sends what is due, each message once; how many were `sent`, and of how many the try `failed`. Where a
-        receiver is down, the rest of what is due to it waits for the next call: a try may take long."""
-        done, down = Counter(sent=0, failed=0), set()
-        self._gather()
+        """Sends each message that is due once, and returns how many were `sent` and how many `failed`. If a receiver is
+        down, its other messages wait for the next call, because a try may take long."""
+        counts, down = Counter(sent=0, failed=0), set()
+        self._queue_messages()
         with self._store.reading() as db:
             due = dict_rows(db, """
                 select messages.id, channel_id, body, tries, url, secret from messages
@@ -4842,75 +4858,72 @@ class Alerts:
                 where due_at <= :now and taken_until <= :now
                 order by messages.created_at, messages.id""", {"now": self._store.now})
         for message in due:
-            if message["channel_id"] not in down and not self._stopping.is_set() and self._take(message):
-                error = self._try(message)
-                done["failed" if error else "sent"] += 1
-                if error and error.is_of_receiver:
+            if message["channel_id"] not in down and not self._stopping.is_set() and self._claim(message):
+                error = self._send(message)
+                counts["failed" if error else "sent"] += 1
+                if error and error.is_receiver_down:
                     down.add(message["channel_id"])
-        return done
+        return counts
 
-    def _take(self, message: Message) -> bool:
-        """Keeps a message from all others for some time; False where another has it."""
+    def _claim(self, message: Message) -> bool:
+        """Keeps others from sending a message for CLAIM_TIME. Returns False if another process has claimed it."""
         now = self._store.now
         with self._store.writing(shared=True) as db:
-            is_ours = db.execute("""
+            is_claimed = db.execute("""
                 update messages set tries = tries + 1, taken_until = :until
                 where id = :id and tries = :tries and due_at <= :now and taken_until <= :now
-                """, {"id": message["id"], "tries": message["tries"], "now": now, "until": now + TAKEN}).rowcount > 0
-            if is_ours:  # since it was read, an app may have been deleted, and its facts with it
+                """, {"id": message["id"], "tries": message["tries"], "now": now, "until": now + CLAIM_TIME}).rowcount
+            if is_claimed:  # reads the body again: an app may have been deleted meanwhile, and its facts with it
                 message["body"], = db.execute("select body from messages where id = ?", (message["id"],)).fetchone()
-            return is_ours
+            return bool(is_claimed)
 
-    def _try(self, message: Message) -> Undelivered | None:
-        """Sends a message and settles what came of it. Returns what is wrong."""
+    def _send(self, message: Message) -> DeliveryError | None:
+        """Sends a message and records what came of it. Returns the error, if there was one."""
         error = None
         try:
-            scheme = urlsplit(message["url"]).scheme
-            if scheme in CHANNELS:
-                post(*CHANNELS[scheme](message, self._store.now))
-            else:
-                _notify(message)
-        except Undelivered as failed:
-            error = failed
-        except Exception as unexpected:  # one channel must not hold up the others; its text may have the address
+            send(message, self._store.now)
+        except DeliveryError as failure:
+            error = failure
+        except Exception as unexpected:  # must not hold up other channels; its text may contain the address
             log.error("cannot send to channel %d: %s", message["channel_id"], type(unexpected).__name__)
-            error = Undelivered(type(unexpected).__name__)
-        if not self._stopping.is_set():  # else it comes again after the next start
-            self._settle(message, error)
+            error = DeliveryError(type(unexpected).__name__)
+        if not self._stopping.is_set():  # else the message is sent again after the next start
+            self._record(message, error)
         return error
 
-    def _settle(self, message: Message, error: Undelivered | None) -> None:
-        """Notes what came of a try, and when the next one is due. An answer of 410 ends the channel."""
+    def _record(self, message: Message, error: DeliveryError | None) -> None:
+        """Records the outcome of a try, and when the next one is due. The status 410 ends the channel."""
         now, tries, channel_id = self._store.now, message["tries"], message["channel_id"]
-        due_at = now + max(PAUSES[tries], error.pause) if error and tries < len(PAUSES) else None
+        due_at = now + max(RETRY_PAUSES[tries], error.retry_after) if error and tries < len(RETRY_PAUSES) else None
         is_gone = error is not None and error.status == 410
-        with self._store.writing(shared=True) as db:  # the channel first, so that two hosts do not wait for each other
+        with self._store.writing(shared=True) as db:  # the channel first, so that two hosts do not deadlock
             db.execute("""
                 update channels set error = ?, error_at = ?, sent_at = coalesce(?, sent_at),
                     ended_at = coalesce(?, ended_at) where id = ?
                 """, (error and str(error), error and now, None if error else now, now if is_gone else None,
                       channel_id))
-            # A refused message is taken until it is due: it does not count as waiting for the receiver, see _gather.
-            taken_until = 0 if error is None or error.is_of_receiver else due_at or 0
+            # A refused message counts as taken until it is due: so it is not among those that wait for a receiver that
+            # is down, which _queue_messages counts.
+            taken_until = 0 if error is None or error.is_receiver_down else due_at or 0
             db.execute("update messages set due_at = ?, taken_until = ? where id = ? and due_at is not null",
-                       (due_at, taken_until, message["id"]))  # null: meanwhile another sent it, or its app went
+                       (due_at, taken_until, message["id"]))  # null: another process sent it, or its app was deleted
             if is_gone:
                 db.execute("delete from messages where channel_id = ?", (channel_id,))
 
-    def _run(self) -> None:
-        while not self._stopping.wait(LOOK_SECONDS):
+    def _deliver_until_stopped(self) -> None:
+        while not self._stopping.wait(POLL_SECONDS):
             try:
                 self.deliver()
             except StorageUnavailable:
-                pass  # the store has said why
+                pass  # the store has logged it
             except Exception:
                 log.exception("unexpected error")
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Delivers in a thread, for as long as the block runs. What is being sent at the end may come again."""
+        """Delivers in a thread while the block runs. What is being sent at the end may be sent again."""
         self._stopping.clear()
-        thread = threading.Thread(target=self._run, name="backfeedr alerts", daemon=True)
+        thread = threading.Thread(target=self._deliver_until_stopped, name="backfeedr alerts", daemon=True)
         thread.start()
         try:
             yield
@@ -4919,26 +4932,22 @@ class Alerts:
             thread.join(timeout=1)
 
 
-def _message_id() -> str:
-    return "msg_" + secrets.token_hex(12)
-
-
 def _one_line(text: str) -> str:
-    """At most 200 characters of what a report says."""
+    """The first 200 characters of a text from a report, without line breaks."""
     return " ".join(text.split())[:200]
 
 
 def _fact_text(kind: str, app: str, detail: JsonObject) -> str:
-    """A fact in a line, such as New: SIGABRT in Cart.pay() (Shop 1.3.0 (48), 3 crashes, 1 device)."""
-    where = f"{app} {with_build(detail.get('app_version'), detail.get('build_number'))}".rstrip()
+    """A fact in one line, such as "New: SIGABRT in Cart.pay() (Shop 1.3.0 (48), 3 crashes, 1 device)"."""
+    release = f"{app} {with_build(detail.get('app_version'), detail.get('build_number'))}".rstrip()
     if kind == "release.worse":
-        return _one_line(f"{where} is {detail.get('text') or 'worse'}")
-    what = detail.get("exception_type", "a crash") + (f" in {detail['place']}" if detail.get("place") else "")
+        return _one_line(f"{release} is {detail.get('text') or 'worse'}")
+    crash = detail.get("exception_type", "a crash") + (f" in {detail['place']}" if detail.get("place") else "")
     fixed_in, crashes, devices = map(detail.get, ("fixed_in", "crashes", "devices"))
-    parts = filter(None, (where, fixed_in and f"fixed in {fixed_in}",
+    notes = filter(None, (release, fixed_in and f"fixed in {fixed_in}",
                           crashes and f"{crashes:,} crash{'es' * (crashes != 1)}",
                           devices and f"{devices:,} device{'s' * (devices != 1)}"))
-    return f"{kind.rpartition('.')[2].capitalize()}: {_one_line(what)} ({_one_line(', '.join(parts))})"
+    return f"{kind.rpartition('.')[2].capitalize()}: {_one_line(crash)} ({_one_line(', '.join(notes))})"
 
 
 # == Metrics ===================================================================
@@ -5086,7 +5095,7 @@ class Metrics:
                     count(case when regressed_at >= :since and regressed_at < :until then 1 end)
                 from triage where {APPS}""", parameters).fetchone()
         names = [f"; {_one_line(kind)}{f' in {_one_line(place)}' if place else ''}" for kind, place in new[:3]]
-        return [*verdicts[:LISTED], *({"text": text} for text in (
+        return [*verdicts[:MAX_FACTS], *({"text": text} for text in (
             f"Crashes: {crashes[1]:,} yesterday, {crashes[0]:,} the day before",
             f"New: {len(new):,}{''.join(names)}",
             f"Resolved: {resolved:,}; regressed: {regressed:,}"))]

@@ -4471,7 +4471,7 @@ def gather(server, clock, *messages, field="exception_type"):
         for value in values.split():
             note(server, **{field: value})
         clock.move(60)
-        server.alerts._gather()
+        server.alerts._queue_messages()
 
 
 def deliver_later(server, clock, seconds=60):
@@ -4556,7 +4556,8 @@ def test_slack_and_ntfy_get_a_text_whose_markup_is_ours(serve, clock, receivers)
 @pytest.mark.parametrize("facts", [1, 10])
 def test_a_text_for_a_chat_has_no_markup_of_a_report_and_says_what_did_not_fit(text, shown, facts):
     body = {"data": {"title": "2 new", "facts": [{"text": text, "url": "https://c/1"}] * facts, "more": 2}}
-    sent = json.loads(backfeedr._slack({"url": "slack+https://e.com/1", "body": json.dumps(body)}, 0)[1])["text"]
+    message = {"url": "slack+https://e.com/1", "body": json.dumps(body)}
+    sent = json.loads(backfeedr._slack_request(message, 0)[1])["text"]
     lines = sent.splitlines()
     assert len(sent.encode()) < 2000 and (lines[0], lines[1][:len(shown)]) == ("2 new", shown)
     assert lines[1].endswith(" https://c/1") and not re.search(r"[<>]|\]\(|@(?!\u200b)|&(?!lt;|amp;)", sent)
@@ -4592,8 +4593,8 @@ def test_a_storm_of_500_new_groups_is_one_message_and_a_count(alerting, clock, r
 
 def test_at_most_30_messages_an_hour_go_to_a_channel_and_what_is_beyond_goes_with_a_later_one(
         alerting, clock, receiver, monkeypatch):
-    assert backfeedr.HOURLY == 30
-    monkeypatch.setattr(backfeedr, "HOURLY", 3)
+    assert backfeedr.MAX_HOURLY_MESSAGES == 30
+    monkeypatch.setattr(backfeedr, "MAX_HOURLY_MESSAGES", 3)
     for number in range(5):
         note(alerting, group=f"{number:016x}")
         assert deliver_later(alerting, clock) == (TOLD if number < 3 else NONE_DUE)
@@ -4658,9 +4659,9 @@ def test_retry_after_is_honoured_up_to_a_day(alerting, clock, receiver):
     for value, seconds in (
             ("7200", 7200), ("0", 0), ("-5", 0), ("soon", 0), ("", 0), ("9" * 50, 0), ("999999999", 86400),
             ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("an hour", 0), ("\xe4", 0)):
-        assert backfeedr._pause(value) == 1000 * seconds, value
+        assert backfeedr._retry_after_ms(value) == 1000 * seconds, value
     at = datetime.fromtimestamp(time.time() + 3600, timezone.utc)
-    assert 3_590_000 <= backfeedr._pause(at.strftime("%a, %d %b %Y %H:%M:%S GMT")) <= 3_600_000
+    assert 3_590_000 <= backfeedr._retry_after_ms(at.strftime("%a, %d %b %Y %H:%M:%S GMT")) <= 3_600_000
 
 
 def test_a_redirect_is_not_followed(alerting, receivers):
@@ -4686,7 +4687,7 @@ def drip(connection):
     (lambda connection: connection.close(), "RemoteDisconnected")])
 def test_a_receiver_that_answers_slowly_or_nonsense_counts_as_down_and_holds_nobody_up(
         serve, clock, receiver, monkeypatch, answer, error):
-    monkeypatch.setattr(backfeedr, "TRY_SECONDS", 0.2)
+    monkeypatch.setattr(backfeedr, "SEND_TIMEOUT", 0.2)
     server, held = serve(), threading.Event()
 
     def serve_one():
@@ -4724,7 +4725,7 @@ def test_what_is_not_about_the_message_holds_up_the_others_of_its_channel(serve,
     (500, 3, ["E0", "E1", "E2", "E3 E4 E5"]), (400, 6, ["E0", "E1", "E2", "E3", "E4", "E5"])])
 def test_a_channel_that_is_down_collects_an_hours_messages_and_one_that_refuses_them_is_sent_the_later_ones(
         alerting, clock, receiver, monkeypatch, status, waiting, told):
-    monkeypatch.setattr(backfeedr, "HOURLY", 3)
+    monkeypatch.setattr(backfeedr, "MAX_HOURLY_MESSAGES", 3)
     receiver.status = status
     for number in range(6):
         note(alerting, exception_type=f"E{number}")
