@@ -4954,25 +4954,24 @@ def _fact_text(kind: str, app: str, detail: JsonObject) -> str:
 # The questions asked of the store. Public questions read figures only: an answer costs what it shows, not what is
 # stored. Windows are UTC days; without an app, an answer is the sum over the live apps.
 
-SCANNED = 20_000  # events that are looked at for a page: a page may be short, and another one follow
-REPORTS = 20  # of a group that are shown at once
-MAX_VERSIONS = 100  # of a group that a list has
-MISSING_BUILDS = 100  # whose symbols are asked for
-CANDIDATES, SHOWN_GROUPS = 20, 5  # groups that are weighed for the overview, and that it shows
-SESSION_EVENTS = 20  # that are shown before a crash, of the session's latest 100
-_WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+SCANNED_EVENTS = 20_000  # for a page of events, which may therefore be short although another page follows
+GROUP_REPORTS = 20  # of a group on a page
+MAX_VERSIONS = 100  # of a group in a list
+MISSING_BUILDS = 100  # in the list of builds without symbols
+SCORED_GROUPS, SHOWN_GROUPS = 20, 5  # on the overview: groups that get a score, and groups that are shown
+EVENTS_BEFORE_CRASH = 20  # that the page of a crash shows, out of the session's latest 100
 
 
 class Metrics:
-    """Answers in the shapes of the API, as of now. `app` is a name; Refusal where there is none such. Lists come in
-    pages of `limit`: `cursor` is the `next` of the page before, None at the end."""
+    """Answers questions as of now, in the shapes of the API. `app` is the name of an app: an unknown one raises
+    Refusal. Lists come in pages of `limit`: `cursor` is the `next` of the page before, which the last page lacks."""
 
     def __init__(self, store: Store):
         self._store = store
 
     @contextmanager
     def _snapshot(self, app: str | None = None) -> Iterator[tuple[Connection, int | None]]:
-        """A connection that sees one moment, and the id of the app, None for all live ones."""
+        """Yields a connection that sees one moment, and the id of the app, or None for all live apps."""
         with self._store.reading() as db:
             db.execute("begin")
             row = db.execute("select id from apps where name = ?", (app,)).fetchone()
@@ -4987,33 +4986,34 @@ class Metrics:
 
     def _by_day(self, question: Callable[[Connection, int | None, range], JsonObject], app: str | None,
                 days: int | None) -> JsonObject:
-        """A figure's answer for the last days, 30 by default, labelled with their dates."""
-        shown = self._last_days(days or 30)
+        """Asks a figure about the last days, 30 by default, and labels its answer with their dates."""
+        shown_days = self._last_days(days or 30)
         with self._snapshot(app) as (db, app_id):
-            return {"labels": _dates(shown), **question(db, app_id, shown)}
+            return {"labels": _date_labels(shown_days), **question(db, app_id, shown_days)}
 
     def daily_crashes(self, app: str | None = None, days: int | None = None) -> JsonObject:
-        """Crashes per UTC day: the seven that end today from Monday to Sunday, or `days` of them by date."""
+        """Returns the crashes per UTC day: of the last `days` by date, or of the last seven from Monday to Sunday."""
         answer = self._by_day(Crashes.per_day, app, days or WEEK)
         if days:
             return answer
-        monday = -date.fromisoformat(answer["labels"][0]).weekday() % WEEK
-        return {"labels": list(_WEEKDAYS), "data": answer["data"][monday:] + answer["data"][:monday]}
+        labels, counts = answer.values()
+        monday = -date.fromisoformat(labels[0]).weekday() % WEEK  # its place among the seven days
+        return {"labels": ["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"], "data": counts[monday:] + counts[:monday]}
 
     def crash_types(self, app: str | None = None, days: int | None = None) -> JsonObject:
-        """Crashes per exception type, the 100 most frequent first."""
-        return self._labels(app, days, "exception_type", 100)
+        """Returns the crashes of the 100 most frequent exception types."""
+        return self._most_frequent(app, days, "exception_type", 100)
 
     def devices(self, app: str | None = None, days: int | None = None) -> JsonObject:
-        """Crashes per device model, the ten most frequent."""
-        return self._labels(app, days, "device_model", 10)
+        """Returns the crashes of the ten most frequent device models."""
+        return self._most_frequent(app, days, "device_model", 10)
 
-    def _labels(self, app: str | None, days: int | None, field: str, limit: int) -> JsonObject:
+    def _most_frequent(self, app: str | None, days: int | None, field: str, limit: int) -> JsonObject:
         with self._snapshot(app) as (db, app_id):
             return Crashes.most_frequent(db, app_id, field, self._last_days(days) if days else None, limit)
 
     def overview(self, app: str | None = None) -> JsonObject:
-        """The seven UTC days that end today in a few figures, and the devices of the last 24 hours."""
+        """Sums up the seven UTC days that end today, and counts the devices of the last 24 hours."""
         week = self._last_days(WEEK)
         with self._snapshot(app) as (db, app_id):
             crashes = sum(per_day(db, app_id, week, "crash_days", "crashes")["crashes"])
@@ -5024,27 +5024,28 @@ class Metrics:
                     "top_crashes": Groups.most_frequent(db, app_id, week)}
 
     def active_devices(self, app: str | None = None, days: int | None = None) -> JsonObject:
-        """Per UTC day, the devices of that day, of the 7 and of the 30 days that end with it."""
+        """Counts the devices of each UTC day, and of the 7 and 30 days that end with it."""
         return self._by_day(Devices.active, app, days)
 
     def sessions(self, app: str | None = None, days: int | None = None) -> JsonObject:
-        """Per UTC day, the sessions that began on it; and of those that ended, how long they took. The median is of
-        durations in two significant digits. It is null where none has ended, and where those of several apps have."""
+        """Counts the sessions that began on each UTC day, with their mean and median duration. A day on which no
+        session ended has neither, and a day with sessions of several apps has no median. Durations are rounded to two
+        significant digits for the median."""
         return self._by_day(Sessions.per_day, app, days)
 
     def event_names(self, app: str | None = None, days: int | None = None) -> JsonObject:
-        """The 50 most frequent names of events, with their events per UTC day."""
+        """Counts the events of each UTC day by name, for the 50 most frequent names."""
         return self._by_day(EventNames.most_frequent, app, days)
 
     def retention(self, app: str | None = None, days: int | None = None) -> JsonObject:
-        """Of the devices first seen on a UTC day, the percentage seen again 1, 7 and 30 days later: null where that
-        day is not over yet, or no device is new."""
+        """Returns the percentage of the devices first seen on a UTC day that came back 1, 7 and 30 days later. It is
+        null if that later day is not over yet, or if no device was new."""
         return self._by_day(Devices.retention, app, days)
 
     def releases(self, app: str | None = None, sort: str | None = None) -> JsonObject:
-        """What is known of each version of an app: the latest 100, in the order in which they were first seen, or if
-        `sort` is "version", in that of their versions, the highest first. null: of no session or device; as a verdict,
-        of no release before it."""
+        """Describes the latest 100 releases, the last one first: in the order in which they were first seen, or for
+        `sort` "version" in the order of their versions. Rates are null without sessions or devices, and the verdict is
+        null without an earlier release."""
         if sort not in (None, "version", "first_seen"):
             raise Refusal("invalid sort")
         with self._snapshot(app) as (db, app_id):
@@ -5052,37 +5053,32 @@ class Metrics:
             verdicts = self._verdicts(db, app_id, {(row["app_id"], row["app_version"]) for row in rows})
         if sort == "version":
             rows.sort(key=lambda row: version_key(row["app_version"]), reverse=True)
-        return {"releases": list(fitting({
-            **{name: row[name] for name in ("app", "app_version", "sessions", "crashes", "crashed_sessions")},
-            "crash_free_sessions": crash_free_rate(row["crashed_sessions"] or row["crashes"], row["sessions"])
-            if row["sessions"] else None, "by": "session" if row["crashed_sessions"] else "count",
-            "crash_free_devices": crash_free_rate(row["crashed_devices"], row["devices"]) if row["devices"] else None,
-            "adoption": round(100 * (row["recent"] or 0) / row["of_all"], 2) if row["of_all"] else 0.0,
-            "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"]),
-            "verdict": verdicts.get((row["app_id"], row["app_version"]))} for row in rows))}
+        releases = (_release_json(row, verdicts.get((row["app_id"], row["app_version"]))) for row in rows)
+        return {"releases": list(fitting(releases))}
 
     def _verdicts(self, db: Connection, app_id: int | None, releases: Container[Row]) -> dict[Row, JsonObject]:
-        """The verdicts of these releases, by app id and version; of those that have one."""
+        """Returns the verdicts of these releases by app id and version. Those without a verdict are left out."""
         pairs = [pair for pair in Releases.pairs(db, app_id) if pair[:2] in releases]
-        return {pair[:2]: {**said, "before": pair.before}
-                for pair, both in Releases.healths(db, pairs, self._store.now).items() if (said := verdict(*both))}
+        healths = Releases.healths(db, pairs, self._store.now)
+        verdicts = {pair: verdict(health, health_before) for pair, (health, health_before) in healths.items()}
+        return {pair[:2]: {**found, "before": pair.before} for pair, found in verdicts.items() if found}
 
     def newest_releases(self, app: str | None = None) -> list[JsonObject]:
-        """The newest release of each app with its verdict, those that are worse first. An old version that comes late
-        is not the newest."""
+        """Returns the newest release of each app with its verdict, those that are worse first. A late report of an old
+        version does not make it the newest."""
         with self._snapshot(app) as (db, app_id):
             newest = Releases.newest(db, app_id, self._last_days(WEEK)[0])
             verdicts = self._verdicts(db, app_id, set(newest.items()))
             names = dict(db.execute("select id, name from apps"))
-        rows = [{"app": names[each[0]], "app_version": each[1], "verdict": verdicts.get(each)}
-                for each in newest.items()]
-        return sorted(rows, key=lambda row: ((row["verdict"] or {}).get("word") != "worse", row["app"]))
+        releases = [{"app": names[id], "app_version": version, "verdict": verdicts.get((id, version))}
+                    for id, version in newest.items()]
+        return sorted(releases, key=lambda row: ((row["verdict"] or {}).get("word") != "worse", row["app"]))
 
     def digest(self, app: str | None, since: int, until: int) -> list[JsonObject]:
-        """What was received between two times, in milliseconds, in a few facts: is the newest release worse, what is
-        new, what is fixed? A fact that names an app has it as `app`, so that it goes when the app is deleted."""
-        verdicts = [{"app": each["app"], "text": f"{each['app']} {each['app_version']} is {each['verdict']['text']}"}
-                    for each in self.newest_releases(app) if each["verdict"]]
+        """Sums up what was received between two times, in milliseconds: is the newest release worse, what is new, what
+        is fixed? A fact about one app has its name as `app`, so that it can be dropped if the app is deleted."""
+        verdicts = [{"app": row["app"], "text": f"{row['app']} {row['app_version']} is {row['verdict']['text']}"}
+                    for row in self.newest_releases(app) if row["verdict"]]
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, "since": since, "until": until, "other": OTHER}
             crashes = per_day(db, app_id, self._last_days(3), "crash_days", "crashes")["crashes"]
@@ -5094,21 +5090,21 @@ class Metrics:
                 select count(case when state = 'resolved' and changed_at >= :since and changed_at < :until then 1 end),
                     count(case when regressed_at >= :since and regressed_at < :until then 1 end)
                 from triage where {APPS}""", parameters).fetchone()
-        names = [f"; {_one_line(kind)}{f' in {_one_line(place)}' if place else ''}" for kind, place in new[:3]]
-        return [*verdicts[:MAX_FACTS], *({"text": text} for text in (
-            f"Crashes: {crashes[1]:,} yesterday, {crashes[0]:,} the day before",
-            f"New: {len(new):,}{''.join(names)}",
-            f"Resolved: {resolved:,}; regressed: {regressed:,}"))]
+        names = [_one_line(kind) + (f" in {_one_line(place)}" if place else "") for kind, place in new[:3]]
+        return [*verdicts[:MAX_FACTS],
+                {"text": f"Crashes: {crashes[1]:,} yesterday, {crashes[0]:,} the day before"},
+                {"text": "; ".join([f"New: {len(new):,}", *names])},
+                {"text": f"Resolved: {resolved:,}; regressed: {regressed:,}"}]
 
     def news(self, app: str | None = None, limit: int = 50) -> list[JsonObject]:
-        """The groups that came or regressed last, the latest first; `at` is in milliseconds."""
+        """Lists the groups that appeared or regressed last, the latest first; `at` is in milliseconds."""
         with self._snapshot(app) as (db, app_id):
             return dict_rows(db, f"""
                 select news.what, news.at, news.app_id, apps.name as app, apps.created_at, news.group_hash,
                     exception_type, coalesce(place, '') as place, first_version
                 from (
                     select 'new' as what, came_at as at, app_id, group_hash from groups
-                    where {APPS} and group_hash <> :other and crashes > 0  -- else it has no page
+                    where {APPS} and group_hash <> :other and crashes > 0  -- else the group has no page
                     union all select 'regressed', regressed_at, app_id, group_hash from triage
                     where {APPS} and regressed_at is not null
                     order by at desc, what, app_id, group_hash limit :limit) as news
@@ -5117,27 +5113,28 @@ class Metrics:
                 order by news.at desc, news.what, news.app_id, news.group_hash
                 """, {"app": app_id, "other": OTHER, "limit": limit})
 
-    # Behind the admin token: these read the reports, a page at a time
+    # These are for the admin, and read reports, a page at a time.
 
     def groups(self, app: str | None = None, version: str | None = None, days: int | None = None,
                text: str | None = None, state: str | None = None, sort: str | None = None, limit: int = 50,
                cursor: str | None = None) -> JsonObject:
-        """The groups of the crashes that are kept: those with most crashes first, or as `sort` says. `version` may end
-        with *; `text` is in what the list shows, or in symbols and files of the app in the latest crash; `state` is one
-        of GROUPS_OF: a decision also lists groups whose crashes have expired. `is_new`: first seen in this version, or
-        without one, received first within 7 days."""
+        """Lists the groups of the stored crashes, sorted by number of crashes or as `sort` says. A `version` that ends
+        with * stands for all that begin like it. `text` is searched for in what the list shows, and in the app's own
+        symbols and files of the latest crash. `state` is one of GROUPS_OF; for one that somebody has decided, groups
+        are listed even if their crashes have expired. `is_new` says that a group was first seen in `version`, or
+        without a version, that it was first received within 7 days."""
         if state not in GROUPS_OF:
             raise Refusal("invalid state", detail=f"it is none of {', '.join(filter(None, GROUPS_OF))}")
         if sort not in (None, *SORTS):
             raise Refusal("invalid sort")
         column = SORTS[sort or "crashes"]
         value, group = _parse_cursor(cursor, r"([0-9]{1,18})-([0-9a-f]{16}|\(other\))", (MAX_NUMBER, ""))
-        shown: Sequence[int | None] = self._last_days(days) if days else [None]
+        shown_days: Sequence[int | None] = self._last_days(days) if days else [None]
         week = self._last_days(WEEK)[0] * DAY
         with self._snapshot(app) as (db, app_id):
-            parameters = {"app": app_id, **_version_filter(version), "first": shown[0], "last": shown[-1],
+            parameters = {"app": app_id, **_version_filter(version), "first": shown_days[0], "last": shown_days[-1],
                           "text": text and text.casefold(), "limit": limit + 1, "value": int(value), "group": group,
-                          "week": week, "since": (shown[0] or 0) * DAY - MAX_SKEW if days else 0, "state": state}
+                          "week": week, "since": (shown_days[0] or 0) * DAY - MAX_SKEW if days else 0, "state": state}
             rows = dict_rows(db, f"""
                 select * from (
                     select group_hash, sum(crashes) as count, sum(devices) as devices, max(latest) as last_seen, (
@@ -5154,28 +5151,28 @@ class Metrics:
             for row in rows[:limit]:
                 if size > PAGE_TEXT:
                     break
-                groups.append(self._listed(db, row, {**parameters, "group": row["group_hash"]}))
+                groups.append(self._list_row(db, row, {**parameters, "group": row["group_hash"]}))
                 size += sum(map(len, groups[-1]["versions"]))
         last = rows[len(groups) - 1] if rows[len(groups):] else None
         return {"groups": groups, "next": last and f"{last[column]}-{last['group_hash']}"}
 
-    def _listed(self, db: Connection, row: JsonObject, parameters: JsonObject) -> JsonObject:
-        """A group as a list has it."""
-        found = self._named(db, parameters["app"], row["group_hash"])
-        first, version = (found.pop("first_version") or "")[:parameters["length"]], parameters["version"]
-        is_new = (found["came_at"] or 0) >= parameters["week"] if version is None else first == version
-        versions = [each for each, in db.execute(f"""
+    def _list_row(self, db: Connection, row: JsonObject, parameters: JsonObject) -> JsonObject:
+        """Completes a group for a list: `row` has its sums."""
+        group = self._summary(db, parameters["app"], row["group_hash"])
+        first, version = (group.pop("first_version") or "")[:parameters["length"]], parameters["version"]
+        is_new = (group["came_at"] or 0) >= parameters["week"] if version is None else first == version
+        versions = [app_version for app_version, in db.execute(f"""
             select app_version from crashes
             where {APPS} and group_hash = :group and app_version is not null and {OF_VERSION}
                 and received_at >= :since and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
             group by app_version
             order by count(*) desc, app_version
             limit {MAX_VERSIONS}""", parameters)]
-        return {**_shown_group({**found, **row}), "versions": sorted(versions, key=version_key), "is_new": is_new}
+        return {**_group_json({**group, **row}), "versions": sorted(versions, key=version_key), "is_new": is_new}
 
-    def _named(self, db: Connection, app_id: int | None, group_hash: str) -> JsonObject:
-        """What is known of a group; of several apps, the name that it has where it was seen last. Of one whose crashes
-        have expired, what was decided. Empty where nothing is."""
+    def _summary(self, db: Connection, app_id: int | None, group_hash: str) -> JsonObject:
+        """Describes a group; if several apps have it, as the app where it was seen last. If its crashes have expired,
+        only the decision about it is left. Returns {} for an unknown group."""
         return next(iter(dict_rows(db, f"""
             select :group as group_hash, known.app_id, coalesce(exception_type, '') as exception_type,
                 coalesce(exception_reason, '') as exception_reason, coalesce(place, '') as place,
@@ -5191,16 +5188,16 @@ class Metrics:
             order by coalesce(groups.last_seen, 0) desc, known.app_id
             limit 1""", {"app": app_id, "group": group_hash})), {})
 
-    def group(self, group_hash: str, app: str | None = None, limit: int = REPORTS,
+    def group(self, group_hash: str, app: str | None = None, limit: int = GROUP_REPORTS,
               cursor: str | None = None) -> JsonObject:
-        """A group, its spread, its history, and its crashes, the latest first. Refusal where no crash of it is kept,
-        nor a decision."""
+        """Returns a group with its spread, its history, and its crashes, the latest first. Raises Refusal if neither a
+        crash nor a decision of it is stored."""
         at, report_id = _parse_cursor(cursor, "([0-9]{1,18})-([0-7][0-9a-f]{15})", (MAX_NUMBER, "0"))
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, "group": group_hash, "at": int(at), "seq": int(report_id, 16),
                           "limit": limit + 1}
-            found = self._named(db, app_id, group_hash)
-            if not found or not found["count"] and found["changed_at"] is None:
+            summary = self._summary(db, app_id, group_hash)
+            if not summary or not summary["count"] and summary["changed_at"] is None:
                 raise missing_group(db, app, group_hash)
             spread = {name: labelled(db.execute(f"""
                 select {column}, count(*) from crashes
@@ -5216,19 +5213,19 @@ class Metrics:
                 limit :limit""", parameters).fetchall()
             history = dict_rows(db, """
                 select at, what, detail from group_history where app_id = ? and group_hash = ? order by entry
-                """, (found["app_id"], group_hash))
+                """, (summary["app_id"], group_hash))
             missing = self._missing_builds(db, app_id, group_hash, 3)
-            reports = _reports(db, "crashes", [seq for seq, _ in page[:limit]])
+            reports = _load_reports(db, "crashes", [seq for seq, _ in page[:limit]])
         seq, at = page[len(reports) - 1] if reports else (0, 0)
-        return {**_shown_group(found), **spread, "missing_symbols": missing,
-                "history": [{**each, "at": iso_time(each["at"])} for each in history], "reports": reports,
+        return {**_group_json(summary), **spread, "missing_symbols": missing,
+                "history": [{**entry, "at": iso_time(entry["at"])} for entry in history], "reports": reports,
                 "next": f"{at}-{crash_id(seq)}" if page[len(reports):] else None}
 
     def attention(self, app: str | None = None) -> JsonObject:
-        """Of the open groups that crashed on the seven UTC days that end today: `new` are those that were new or
-        regressed then, the latest first, of `new_count`; `first` those to be fixed first, by their `score`: devices
-        that crashed in the newest release of their app, halved for each day since the last crash. A group of two apps
-        is two. A group of which neither a crash nor a decision is kept has no page, so it is left out."""
+        """Lists open groups that crashed on the seven UTC days that end today. `new` has the latest of those that were
+        new or regressed then, `new_count` their number. `first` has those to fix first, by `score`: the devices that
+        crashed in the newest release of the app, halved for each day since the last crash. A group of two apps counts
+        as two. A group without a stored crash or decision has no page, so it is left out."""
         week = self._last_days(WEEK)
         since = week[0] * DAY
         with self._snapshot(app) as (db, app_id):
@@ -5245,78 +5242,80 @@ class Metrics:
                 where coalesce(state, 'open') = 'open' and (groups.crashes > 0 or changed_at is not null)
                 order by count desc, groups.group_hash, groups.app_id""", parameters)
             new = sorted((row for row in rows if row["news_at"] >= since), key=itemgetter("news_at"), reverse=True)
-            by_devices = sorted(rows[CANDIDATES:], key=itemgetter("devices"), reverse=True)
-            first = rows[:CANDIDATES] + by_devices[:CANDIDATES]  # one device may crash in a loop
+            by_devices = sorted(rows[SCORED_GROUPS:], key=itemgetter("devices"), reverse=True)
+            first = rows[:SCORED_GROUPS] + by_devices[:SCORED_GROUPS]  # crashes alone say little: one device may loop
             newest = Releases.newest(db, app_id, week[0])
             for row in first:
-                row.update(self._weight(db, {**parameters, **row, "newest": newest.get(row["app_id"])}))
+                row.update(self._score(db, {**parameters, **row, "newest": newest.get(row["app_id"])}))
             first.sort(key=itemgetter("score", "devices", "count"), reverse=True)
-            return {"new": self._noticed(db, new, since), "new_count": len(new),
-                    "first": self._noticed(db, first, since)}
+            return {"new": self._overview_rows(db, new, since), "new_count": len(new),
+                    "first": self._overview_rows(db, first, since)}
 
-    def _noticed(self, db: Connection, rows: Sequence[JsonObject], since: int) -> list[JsonObject]:
-        """The first of these groups, as the overview shows them."""
+    def _overview_rows(self, db: Connection, rows: Sequence[JsonObject], since: int) -> list[JsonObject]:
+        """Completes the first SHOWN_GROUPS of these groups for the overview."""
         apps = dict(db.execute("select id, name from apps"))
-        found = [{**self._named(db, row["app_id"], row["group_hash"]), **row} for row in rows[:SHOWN_GROUPS]]
-        return [{**_shown_group(row), "app": apps[row["app_id"]], "is_new": row["came_at"] >= since} for row in found]
+        groups = [{**self._summary(db, row["app_id"], row["group_hash"]), **row} for row in rows[:SHOWN_GROUPS]]
+        return [{**_group_json(group), "app": apps[group["app_id"]], "is_new": group["came_at"] >= since}
+                for group in groups]
 
-    def _weight(self, db: Connection, group: JsonObject) -> JsonObject:
-        devices, newest = db.execute(f"""
+    def _score(self, db: Connection, group: JsonObject) -> JsonObject:
+        devices, of_newest = db.execute(f"""
             select count(distinct device_id_hash),
                 count(distinct case when app_version = :newest then device_id_hash end)
             from crashes
             where app_id = :app_id and group_hash = :group_hash and received_at >= :since
                 and {COUNTED_AT} / {DAY} between :first and :last""", group).fetchone()
-        return {"devices": devices, "score": newest * 0.5 ** (max(0, self._store.now - group["last_seen"]) / DAY)}
+        return {"devices": devices, "score": of_newest * 0.5 ** (max(0, self._store.now - group["last_seen"]) / DAY)}
 
     def neighbours(self, crash: JsonObject, app: str | None = None) -> tuple[str | None, str | None]:
-        """The ids of the crashes of its group before and after one."""
+        """Returns the ids of the crashes before and after this one in its group."""
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, "group": crash["group_hash"], "seq": int(crash["id"], 16)}
             older, newer = (db.execute(f"""
                 select seq from crashes
-                where {APPS} and group_hash = :group and ({COUNTED_AT}, seq) {side} (
+                where {APPS} and group_hash = :group and ({COUNTED_AT}, seq) {comparison} (
                     select {COUNTED_AT}, seq from crashes where seq = :seq)
                 order by {COUNTED_AT} {order}, seq {order}
-                limit 1""", parameters).fetchone() for side, order in (("<", "desc"), (">", "asc")))
+                limit 1""", parameters).fetchone() for comparison, order in (("<", "desc"), (">", "asc")))
         return older and crash_id(older[0]), newer and crash_id(newer[0])
 
     def events_before(self, crash: JsonObject) -> list[JsonObject]:
-        """The last events of its session up to a crash, by the device's clock, the oldest first."""
+        """Lists the last events of the session before a crash, by the device's clock, the oldest first."""
         if "session_id" not in crash:
             return []
-        found = self.events(crash["app"], session_id=crash["session_id"], limit=100,
-                            device_id_hash=crash.get("device_id_hash"))["events"]
-        at = parse_time(crash["occurred_at"])
-        found = [event for event in found if parse_time(event["occurred_at"]) <= at]
-        return sorted(found, key=lambda event: (parse_time(event["occurred_at"]), event["id"]))[-SESSION_EVENTS:]
+        events = self.events(crash["app"], session_id=crash["session_id"], limit=100,
+                             device_id_hash=crash.get("device_id_hash"))["events"]
+        events.sort(key=lambda event: (parse_time(event["occurred_at"]), event["id"]))
+        crashed_at = parse_time(crash["occurred_at"])
+        return [event for event in events if parse_time(event["occurred_at"]) <= crashed_at][-EVENTS_BEFORE_CRASH:]
 
     def next_build(self, group_hash: str, app: str) -> str:
-        """The first build that may be without the fault of a group: the newest of the app, or the one after it where
-        the group has crashed there. "" where no version is known."""
+        """Names the first build that may have the fix of a group: the newest of the app, or if the group has crashed in
+        that one, the next. Returns "" if no version of the app is known."""
         with self._snapshot(app) as (db, app_id):
             version = Releases.newest(db, app_id, self._last_days(WEEK)[0]).get(app_id or 0, "")
             builds = db.execute("""
                 select build_number from builds where app_id = ? and app_version = ? order by first_seen desc limit 100
                 """, (app_id, version))
-            build = max((each for each, in builds), key=version_key, default="")
+            build = max((number for number, in builds), key=version_key, default="")
             has_crashed = db.execute("""
                 select 1 from crashes where app_id = ? and group_hash = ? and app_version = ?
                     and coalesce(build_number, '') = ? limit 1""", (app_id, group_hash, version, build)).fetchone()
         name = with_build(version, build)
-        return re.sub("[0-9]+(?=[^0-9]*$)", lambda last: str(int(last[0]) + 1), name) if has_crashed else name
+        return re.sub("[0-9]+(?=[^0-9]*$)", lambda number: str(int(number[0]) + 1), name) if has_crashed else name
 
     def group_days(self, groups: Sequence[str], app: str | None = None, version: str | None = None,
                    days: int = 30) -> JsonObject:
-        """Of each of these groups, its apps, and its crashes on each of the last days, the oldest first."""
-        shown = self._last_days(days)
+        """Returns the apps of each of these groups, and its crashes on each of the last days, the oldest first."""
+        shown_days = self._last_days(days)
         with self._snapshot(app) as (db, app_id):
-            parameters = {"app": app_id, **_version_filter(version), "first": shown[0], "last": shown[-1],
-                          "since": shown[0] * DAY - MAX_SKEW}
-            return {"labels": _dates(shown), "groups": {
-                group_hash: self._days_of(db, {**parameters, "group": group_hash}, shown) for group_hash in groups}}
+            parameters = {"app": app_id, **_version_filter(version), "first": shown_days[0], "last": shown_days[-1],
+                          "since": shown_days[0] * DAY - MAX_SKEW}
+            return {"labels": _date_labels(shown_days), "groups": {
+                group_hash: self._days_of_group(db, {**parameters, "group": group_hash}, shown_days)
+                for group_hash in groups}}
 
-    def _days_of(self, db: Connection, parameters: JsonObject, shown: range) -> JsonObject:
+    def _days_of_group(self, db: Connection, parameters: JsonObject, shown_days: range) -> JsonObject:
         counts = dict(db.execute(f"""
             select {COUNTED_AT} / {DAY} as day, count(*) from crashes
             where {APPS} and group_hash = :group and {OF_VERSION} and received_at >= :since
@@ -5327,41 +5326,42 @@ class Metrics:
                 exists (select 1 from crashes where app_id = apps.id and group_hash = :group)
                 or exists (select 1 from triage where app_id = apps.id and group_hash = :group))
             order by name""", parameters).fetchall()
-        return {"days": [counts.get(day, 0) for day in shown], "apps": [name for name, in apps]}
+        return {"days": [counts.get(day, 0) for day in shown_days], "apps": [name for name, in apps]}
 
     def is_empty(self, app: str | None = None) -> bool:
-        """Whether nothing was received of an app but ends of sessions."""
+        """Says whether an app has sent nothing yet. Ends of sessions do not count."""
         with self._snapshot(app) as (db, app_id):
             return not any(db.execute(f"""
                 select exists (select 1 from crash_days where {APPS}), exists (select 1 from session_days where {APPS}),
                     exists (select 1 from event_names where {APPS})""", {"app": app_id}).fetchone())
 
     def crash(self, id: str, app: str | None = None) -> JsonObject:
-        """One crash, as it was sent. Refusal where it is not kept."""
+        """Returns a crash as it was sent. Raises Refusal if it is not stored."""
         with self._snapshot(app) as (db, app_id):
             seq = int(id, 16) if re.fullmatch("[0-7][0-9a-f]{15}", id) else -1
             if not db.execute(f"select 1 from crashes where seq = :seq and {APPS}",
                               {"seq": seq, "app": app_id}).fetchone():
                 raise Refusal("not found")
-            return _reports(db, "crashes", [seq])[0]
+            return _load_reports(db, "crashes", [seq])[0]
 
     def events(self, app: str | None = None, type: str | None = None, name: str | None = None,
                session_id: str | None = None, limit: int = 50, cursor: str | None = None,
                oldest_first: bool = False, device_id_hash: str | None = None) -> JsonObject:
-        """The latest events that are kept. A page may be short of `limit`, or even empty, and have a next one."""
-        order, start = ("asc", -1) if oldest_first else ("desc", MAX_NUMBER)
-        digits, = _parse_cursor(cursor, "(?:evt_)?([0-7][0-9a-f]{15})", (f"{start:x}",))
-        start = int(digits, 16)
+        """Lists the stored events, the latest first. A page may have fewer than `limit` events, or none, although
+        another page follows."""
+        order, after = ("asc", -1) if oldest_first else ("desc", MAX_NUMBER)
+        digits, = _parse_cursor(cursor, "(?:evt_)?([0-7][0-9a-f]{15})", (f"{after:x}",))
+        after = int(digits, 16)
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, "type": type, "name": name, "session": session_id, "limit": limit + 1,
-                          "device": device_id_hash, "scanned": SCANNED}
+                          "device": device_id_hash, "scanned": SCANNED_EVENTS}
             first, last = 0, MAX_NUMBER
-            if session_id is not None:  # its events are between its first and its last
+            if session_id is not None:  # the scan need not go beyond the session
                 first, last = db.execute(f"""
                     select coalesce(min(first_seq), 0), coalesce(max(last_seq), -1) from sessions
                     where {APPS} and session_id = :session""", parameters).fetchone()
-            parameters.update(first=max(first, start + 1) if oldest_first else first,
-                              last=last if oldest_first else min(last, start - 1))
+            parameters.update(first=max(first, after + 1) if oldest_first else first,
+                              last=last if oldest_first else min(last, after - 1))
             scan = f"from events where seq between :first and :last order by seq {order} limit :scanned"
             seqs = [seq for seq, in db.execute(f"""
                 select seq from (select seq, app_id, type, name, session_id, device_id_hash {scan}) as scanned
@@ -5370,27 +5370,26 @@ class Metrics:
                     and (:device is null or device_id_hash = :device)
                 order by seq {order}
                 limit :limit""", parameters)]
-            end = db.execute(f"select seq from (select seq {scan}) as scanned order by seq {order}"
-                             " limit 1 offset :scanned - 1", parameters).fetchone()
-            found = _reports(db, "events", seqs[:limit])
-        following = found[-1]["id"] if seqs[len(found):] else event_ids(end)[0] if end else None
-        return {"events": found, "next": following}
+            scan_end = db.execute(f"select seq from (select seq {scan}) as scanned order by seq {order}"
+                                  " limit 1 offset :scanned - 1", parameters).fetchone()
+            events = _load_reports(db, "events", seqs[:limit])
+        following = events[-1]["id"] if seqs[len(events):] else event_ids(scan_end)[0] if scan_end else None
+        return {"events": events, "next": following}
 
     def symbols(self, app: str | None = None) -> JsonObject:
-        """The builds whose symbols are held, the newest first; and those whose symbols are missing, with the crashes
-        that could be named by them, the most frequent first."""
+        """Lists the builds whose symbols are stored, the newest first, and those whose symbols are missing, with the
+        number of crashes that would get names, the most frequent first."""
         with self._snapshot(app) as (db, app_id):
             held = dict_rows(db, """
                 select uuid, binary_name as binary, arch, parts, rows, size, received = parts as complete, uploaded_at
                 from symbols order by uploaded_at desc, uuid""")
-            return {"symbols": [{**each, "complete": bool(each["complete"]),
-                                 "uploaded_at": iso_time(each["uploaded_at"])} for each in held],
-                    "missing": self._missing_builds(db, app_id)}
+            return {"symbols": [{**row, "complete": bool(row["complete"]), "uploaded_at": iso_time(row["uploaded_at"])}
+                                for row in held], "missing": self._missing_builds(db, app_id)}
 
     def _missing_builds(self, db: Connection, app_id: int | None, group_hash: str | None = None,
                         limit: int | None = None) -> list[JsonObject]:
-        """The builds whose symbols are missing, of all groups or of one."""
-        return [self._missing_build(db, **each) for each in dict_rows(db, f"""
+        """Lists the builds whose symbols are missing, in all groups or in one."""
+        return [self._missing_build(db, **row) for row in dict_rows(db, f"""
             select uuid, app_id, group_hash, total as crashes from (
                 select uuid, app_id, group_hash, sum(crashes) over (partition by uuid) as total, row_number() over (
                     partition by uuid order by crashes desc, app_id, group_hash) as place
@@ -5403,7 +5402,7 @@ class Metrics:
 
     @staticmethod
     def _missing_build(db: Connection, uuid: str, app_id: int, group_hash: str, crashes: int) -> JsonObject:
-        """What is known of a build: what its latest crash says, in the group where it has most."""
+        """Describes a build by its latest crash in the group where it has most crashes."""
         app, version, build, trace = db.execute("""
             select name, app_version, build_number, stack_trace from (
                 select * from crashes where seq in (
@@ -5417,28 +5416,28 @@ class Metrics:
                 "build_number": build, "crashes": crashes}
 
     def device(self, device_id_hash: str) -> JsonObject:
-        """Everything that is kept of a device, in all apps."""
+        """Returns everything that is stored about a device, in all apps."""
         device = device_key(device_id_hash)
         with self._snapshot() as (db, _):
-            found = {
+            answer = {
                 "apps": dict_rows(db, """
                     select app_id, name as app, first_day, last_hour from devices join apps on apps.id = app_id
                     where device = ? order by name""", (device,)),
-                **{table: _reports(db, table, [seq for seq, in db.execute(f"""
+                **{table: _load_reports(db, table, [seq for seq, in db.execute(f"""
                     select seq from {table} where device_id_hash = ? and app_id in (select id from apps)
                     order by seq""", (device_id_hash,))], MAX_NUMBER)
                    for table in TABLES.values()}}
-            for app in found["apps"]:
+            for app in answer["apps"]:
                 app["versions"] = sorted((version for version, in db.execute(
                     "select app_version from device_versions where app_id = ? and device = ?",
                     (app.pop("app_id"), device))), key=version_key)
                 app["first_seen"] = iso_time(app.pop("first_day") * DAY)
                 app["last_seen"] = iso_time(app.pop("last_hour") * HOUR)
-        return found
+        return answer
 
 
 def missing_group(db: Connection, app: str | None, group_hash: str) -> Refusal:
-    """What is said of a group of which nothing is known: where its crashes are, or that there is none."""
+    """Returns the refusal for an unknown group, which says where its crashes are now if they were moved."""
     alias = db.execute("""
         select target from group_aliases
         where app_id in (select id from apps where name = :app or :app is null and is_test = 0) and group_hash = :group
@@ -5446,34 +5445,45 @@ def missing_group(db: Connection, app: str | None, group_hash: str) -> Refusal:
     return Moved(alias[0]) if alias else Refusal("not found")
 
 
-def _shown_group(found: JsonObject) -> JsonObject:
-    """What an answer has of a group."""
-    shown = {name: value for name, value in found.items() if name not in ("app_id", "came_at", "changed_at")}
-    return {**shown, **{name: iso_time(found[name]) if found[name] else None
-                        for name in ("first_seen", "last_seen", "regressed_at")}}
+def _group_json(group: JsonObject) -> JsonObject:
+    """Turns a group, as _summary returns it, into an answer."""
+    answer = {name: value for name, value in group.items() if name not in ("app_id", "came_at", "changed_at")}
+    return {**answer, **{name: iso_time(group[name]) if group[name] else None
+                         for name in ("first_seen", "last_seen", "regressed_at")}}
 
 
-def _dates(days: Iterable[int]) -> list[str]:
+def _release_json(row: JsonObject, its_verdict: JsonObject | None) -> JsonObject:
+    """Turns a row of Releases.latest into an answer."""
+    sessions, devices, crashed_sessions = row["sessions"], row["devices"], row["crashed_sessions"]
+    return {**{name: row[name] for name in ("app", "app_version", "sessions", "crashes", "crashed_sessions")},
+            "crash_free_sessions": crash_free_rate(crashed_sessions or row["crashes"], sessions) if sessions else None,
+            "by": "session" if crashed_sessions else "count",
+            "crash_free_devices": crash_free_rate(row["crashed_devices"], devices) if devices else None,
+            "adoption": round(100 * (row["recent"] or 0) / row["of_all"], 2) if row["of_all"] else 0.0,
+            "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"]), "verdict": its_verdict}
+
+
+def _date_labels(days: Iterable[int]) -> list[str]:
     return [iso_time(day * DAY)[:10] for day in days]
 
 
-def _reports(db: Connection, table: str, seqs: Sequence[int], max_text: int = PAGE_TEXT) -> list[JsonObject]:
-    """Crashes or events as they were sent, without what was absent; and their app, and when they were received. Of
-    more than so many characters, the first."""
+def _load_reports(db: Connection, table: str, seqs: Sequence[int], max_text: int = PAGE_TEXT) -> list[JsonObject]:
+    """Returns crashes or events as they were sent, each with its app and the time of its receipt. Stops after a report
+    with which they have more than `max_text` characters."""
     apps, reports, size, symbols = dict(db.execute("select id, name from apps")), [], 0, Symbols(db)
     for seq in seqs:
         row, = dict_rows(db, f"select * from {table} where seq = ?", (seq,))
         size += sum(len(value) for value in row.values() if type(value) is str)
         report = as_sent({"id": row.pop("id"), "app": apps.get(row.pop("app_id")), **row}, iso_time)
-        _name_frames(symbols, report if table == "crashes" else report.get("properties", {}))
+        _symbolicate(symbols, report if table == "crashes" else report.get("properties", {}))
         reports.append(report)
         if size > max_text:
             break
     return reports
 
 
-def _name_frames(symbols: Symbols, report: JsonObject) -> None:
-    """Names the frames of a stack trace, and keeps those that were sent beside."""
+def _symbolicate(symbols: Symbols, report: JsonObject) -> None:
+    """Names the frames of `stack_trace`. If that changes them, keeps those that were sent as `raw_stack_trace`."""
     frames = report.get("stack_trace")
     if type(frames) is list and all(type(frame) is dict for frame in frames):
         report["stack_trace"] = list(symbols.named(frames, SHOWN_LOOKUPS - symbols.lookups))
@@ -5482,7 +5492,7 @@ def _name_frames(symbols: Symbols, report: JsonObject) -> None:
 
 
 def as_sent(row: Mapping[str, Any], time_text: Callable[[int], str]) -> JsonObject:
-    """A report as it was sent, from its row."""
+    """Turns a row into the report as it was sent, without what was absent."""
     hidden = ("seq", "other", "images")
     report = {name: value for name, value in row.items() if value is not None and name not in hidden}
     if not report["clock_ahead_ms"]:
@@ -5497,20 +5507,18 @@ def as_sent(row: Mapping[str, Any], time_text: Callable[[int], str]) -> JsonObje
 
 
 _IN_TRIAGE = "(app_id, group_hash) {} (select app_id, group_hash from triage where {})"
-GROUPS_OF: dict[str | None, str] = {  # a state that a list is asked for: the crashes of its groups
+GROUPS_OF: dict[str | None, str] = {  # the condition of each `state` by which a list can be filtered
     None: "1 = 1", "open": _IN_TRIAGE.format("not in", "state <> 'open'"),
     "resolved": _IN_TRIAGE.format("in", "state = 'resolved'"), "muted": _IN_TRIAGE.format("in", "state = 'muted'"),
     "regressed": _IN_TRIAGE.format("in", "state = 'open' and regressed_at is not null"),  # since it was resolved last
     "new": "(app_id, group_hash) in (select app_id, group_hash from groups where came_at >= :week)"}
 SORTS = {"crashes": "count", "devices": "devices", "last_seen": "last_seen", "first_seen": "first_seen"}
-_OUTLIVES_CRASHES = ":state in ('resolved', 'muted', 'regressed')"
+_LISTED_WITHOUT_CRASHES = ":state in ('resolved', 'muted', 'regressed')"
 SUMS_OF_GROUPS = f"""
     select app_id, group_hash, crashes, devices, last_seen as latest from groups
-    where {APPS} and (crashes > 0 or {_OUTLIVES_CRASHES})
-    union all select app_id, group_hash, 0, 0, 0 from triage where {APPS} and {_OUTLIVES_CRASHES}"""
+    where {APPS} and (crashes > 0 or {_LISTED_WITHOUT_CRASHES})
+    union all select app_id, group_hash, 0, 0, 0 from triage where {APPS} and {_LISTED_WITHOUT_CRASHES}"""
 OF_VERSION = "(:version is null or substr(app_version, 1, :length) = :version)"
-
-
 CRASHES_OF_GROUPS = f"""
     select known.app_id, known.group_hash, count(*) as crashes, count(distinct device_id_hash) as devices,
         max({COUNTED_AT}) as latest
@@ -5521,14 +5529,14 @@ CRASHES_OF_GROUPS = f"""
 
 
 def _version_filter(version: str | None) -> JsonObject:
-    """The parameters of OF_VERSION. A version that ends with * stands for all that begin so."""
+    """Returns the parameters of OF_VERSION. A version that ends with * stands for all that begin like it."""
     if version and version.endswith("*"):
         return {"version": version[:-1], "length": len(version) - 1}
     return {"version": version, "length": MAX_TEXT}
 
 
 def _parse_cursor(cursor: str | None, pattern: str, default: Any) -> Any:
-    """The groups of the pattern in a cursor; the default where there is none. Raises Refusal."""
+    """Returns the parts of a cursor that the pattern captures, or the default for None. Raises Refusal."""
     match = re.fullmatch(pattern, cursor or "")
     if cursor is not None and match is None:
         raise Refusal("invalid cursor")
@@ -5536,7 +5544,7 @@ def _parse_cursor(cursor: str | None, pattern: str, default: Any) -> Any:
 
 
 def crash_free_rate(crashes: int, sessions: int) -> float:
-    """Percent of sessions without a crash, with two decimals."""
+    """Returns the percentage of sessions without a crash, with two decimals."""
     if not sessions:
         return 0.0 if crashes else 100.0
     return round(max(0.0, 100 * (1 - crashes / sessions)), 2)
