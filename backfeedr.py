@@ -4646,8 +4646,7 @@ def post(url: str, body: bytes, headers: Mapping[str, str]) -> None:
         answer = connection.getresponse()
     except (OSError, HTTPException, ValueError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
-        is_late = time.monotonic() - started >= SEND_TIMEOUT
-        raise DeliveryError("no answer in time" if is_late else reason) from None
+        raise DeliveryError("no answer in time" if time.monotonic() - started >= SEND_TIMEOUT else reason) from None
     finally:
         deadline.cancel()
         connection.close()
@@ -4910,20 +4909,20 @@ class Alerts:
             if is_gone:
                 db.execute("delete from messages where channel_id = ?", (channel_id,))
 
-    def _deliver_until_stopped(self) -> None:
-        while not self._stopping.wait(POLL_SECONDS):
-            try:
-                self.deliver()
-            except StorageUnavailable:
-                pass  # the store has logged it
-            except Exception:
-                log.exception("unexpected error")
-
     @contextmanager
     def running(self) -> Iterator[None]:
         """Delivers in a thread while the block runs. What is being sent at the end may be sent again."""
+        def deliver_until_stopped() -> None:
+            while not self._stopping.wait(POLL_SECONDS):
+                try:
+                    self.deliver()
+                except StorageUnavailable:
+                    pass  # the store has logged it
+                except Exception:
+                    log.exception("unexpected error")
+
         self._stopping.clear()
-        thread = threading.Thread(target=self._deliver_until_stopped, name="backfeedr alerts", daemon=True)
+        thread = threading.Thread(target=deliver_until_stopped, name="backfeedr alerts", daemon=True)
         thread.start()
         try:
             yield
@@ -4989,15 +4988,14 @@ class Metrics:
         """Asks a figure about the last days, 30 by default, and labels its answer with their dates."""
         shown_days = self._last_days(days or 30)
         with self._snapshot(app) as (db, app_id):
-            return {"labels": _date_labels(shown_days), **question(db, app_id, shown_days)}
+            return {"labels": [iso_time(day * DAY)[:10] for day in shown_days], **question(db, app_id, shown_days)}
 
     def daily_crashes(self, app: str | None = None, days: int | None = None) -> JsonObject:
         """Returns the crashes per UTC day: of the last `days` by date, or of the last seven from Monday to Sunday."""
         answer = self._by_day(Crashes.per_day, app, days or WEEK)
         if days:
             return answer
-        labels, counts = answer.values()
-        monday = -date.fromisoformat(labels[0]).weekday() % WEEK  # its place among the seven days
+        counts, monday = answer["data"], -date.fromisoformat(answer["labels"][0]).weekday() % WEEK
         return {"labels": ["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"], "data": counts[monday:] + counts[:monday]}
 
     def crash_types(self, app: str | None = None, days: int | None = None) -> JsonObject:
@@ -5028,9 +5026,8 @@ class Metrics:
         return self._by_day(Devices.active, app, days)
 
     def sessions(self, app: str | None = None, days: int | None = None) -> JsonObject:
-        """Counts the sessions that began on each UTC day, with their mean and median duration. A day on which no
-        session ended has neither, and a day with sessions of several apps has no median. Durations are rounded to two
-        significant digits for the median."""
+        """Counts the sessions that began on each UTC day. Their mean and median duration are null if none has ended,
+        and the median, of durations in two significant digits, also if sessions of several apps have."""
         return self._by_day(Sessions.per_day, app, days)
 
     def event_names(self, app: str | None = None, days: int | None = None) -> JsonObject:
@@ -5118,11 +5115,10 @@ class Metrics:
     def groups(self, app: str | None = None, version: str | None = None, days: int | None = None,
                text: str | None = None, state: str | None = None, sort: str | None = None, limit: int = 50,
                cursor: str | None = None) -> JsonObject:
-        """Lists the groups of the stored crashes, sorted by number of crashes or as `sort` says. A `version` that ends
-        with * stands for all that begin like it. `text` is searched for in what the list shows, and in the app's own
-        symbols and files of the latest crash. `state` is one of GROUPS_OF; for one that somebody has decided, groups
-        are listed even if their crashes have expired. `is_new` says that a group was first seen in `version`, or
-        without a version, that it was first received within 7 days."""
+        """Lists the groups of stored crashes, by number of crashes or as `sort` says. `version` may end with *. `text`
+        is searched for in what the list shows, and in the app's own symbols and files of the latest crash. `state` is
+        one of GROUPS_OF; after a decision, a group is listed even if its crashes have expired. `is_new` says that it
+        was first seen in `version`, or without a version, that it was first received within 7 days."""
         if state not in GROUPS_OF:
             raise Refusal("invalid state", detail=f"it is none of {', '.join(filter(None, GROUPS_OF))}")
         if sort not in (None, *SORTS):
@@ -5202,15 +5198,12 @@ class Metrics:
             spread = {name: labelled(db.execute(f"""
                 select {column}, count(*) from crashes
                 where {APPS} and group_hash = :group and {column} is not null
-                group by {column}
-                order by count(*) desc, {column}
-                limit 20""", parameters)) for name, column in (
+                group by {column} order by count(*) desc, {column} limit 20""", parameters)) for name, column in (
                     ("versions", "app_version"), ("systems", "os_version"), ("device_models", "device_model"))}
             page = db.execute(f"""
                 select seq, {COUNTED_AT} as at from crashes
                 where {APPS} and group_hash = :group and ({COUNTED_AT}, seq) < (:at, :seq)
-                order by at desc, seq desc
-                limit :limit""", parameters).fetchall()
+                order by at desc, seq desc limit :limit""", parameters).fetchall()
             history = dict_rows(db, """
                 select at, what, detail from group_history where app_id = ? and group_hash = ? order by entry
                 """, (summary["app_id"], group_hash))
@@ -5222,10 +5215,10 @@ class Metrics:
                 "next": f"{at}-{crash_id(seq)}" if page[len(reports):] else None}
 
     def attention(self, app: str | None = None) -> JsonObject:
-        """Lists open groups that crashed on the seven UTC days that end today. `new` has the latest of those that were
-        new or regressed then, `new_count` their number. `first` has those to fix first, by `score`: the devices that
-        crashed in the newest release of the app, halved for each day since the last crash. A group of two apps counts
-        as two. A group without a stored crash or decision has no page, so it is left out."""
+        """Lists open groups that crashed on the seven UTC days that end today: in `new` the latest of the `new_count`
+        that were new or regressed then, in `first` those to fix first. Their `score` is the devices that crashed in the
+        newest release of the app, halved for each day since the last crash. Each app has groups of its own here. A
+        group without a stored crash or decision has no page, so it is left out."""
         week = self._last_days(WEEK)
         since = week[0] * DAY
         with self._snapshot(app) as (db, app_id):
@@ -5271,13 +5264,14 @@ class Metrics:
         """Returns the ids of the crashes before and after this one in its group."""
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, "group": crash["group_hash"], "seq": int(crash["id"], 16)}
-            older, newer = (db.execute(f"""
+            rows = [db.execute(f"""
                 select seq from crashes
                 where {APPS} and group_hash = :group and ({COUNTED_AT}, seq) {comparison} (
                     select {COUNTED_AT}, seq from crashes where seq = :seq)
-                order by {COUNTED_AT} {order}, seq {order}
-                limit 1""", parameters).fetchone() for comparison, order in (("<", "desc"), (">", "asc")))
-        return older and crash_id(older[0]), newer and crash_id(newer[0])
+                order by {COUNTED_AT} {order}, seq {order} limit 1
+                """, parameters).fetchone() for comparison, order in (("<", "desc"), (">", "asc"))]
+        older, newer = (row and crash_id(row[0]) for row in rows)
+        return older, newer
 
     def events_before(self, crash: JsonObject) -> list[JsonObject]:
         """Lists the last events of the session before a crash, by the device's clock, the oldest first."""
@@ -5311,7 +5305,7 @@ class Metrics:
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, **_version_filter(version), "first": shown_days[0], "last": shown_days[-1],
                           "since": shown_days[0] * DAY - MAX_SKEW}
-            return {"labels": _date_labels(shown_days), "groups": {
+            return {"labels": [iso_time(day * DAY)[:10] for day in shown_days], "groups": {
                 group_hash: self._days_of_group(db, {**parameters, "group": group_hash}, shown_days)
                 for group_hash in groups}}
 
@@ -5368,8 +5362,7 @@ class Metrics:
                 where {APPS} and (:type is null or type = :type) and (:name is null or name = :name)
                     and (:session is null or session_id = :session)
                     and (:device is null or device_id_hash = :device)
-                order by seq {order}
-                limit :limit""", parameters)]
+                order by seq {order} limit :limit""", parameters)]
             scan_end = db.execute(f"select seq from (select seq {scan}) as scanned order by seq {order}"
                                   " limit 1 offset :scanned - 1", parameters).fetchone()
             events = _load_reports(db, "events", seqs[:limit])
@@ -5396,8 +5389,7 @@ class Metrics:
                 from group_images
                 where {APPS} and (:group is null or group_hash = :group)
                     and uuid not in (select uuid from symbols where received = parts)) as ranked
-            where place = 1
-            order by total desc, uuid
+            where place = 1 order by total desc, uuid
             limit :limit""", {"app": app_id, "group": group_hash, "limit": limit or MISSING_BUILDS})]
 
     @staticmethod
@@ -5441,7 +5433,7 @@ def missing_group(db: Connection, app: str | None, group_hash: str) -> Refusal:
     alias = db.execute("""
         select target from group_aliases
         where app_id in (select id from apps where name = :app or :app is null and is_test = 0) and group_hash = :group
-        order by app_id""", {"app": app, "group": group_hash}).fetchone()
+        order by app_id limit 1""", {"app": app, "group": group_hash}).fetchone()
     return Moved(alias[0]) if alias else Refusal("not found")
 
 
@@ -5461,10 +5453,6 @@ def _release_json(row: JsonObject, its_verdict: JsonObject | None) -> JsonObject
             "crash_free_devices": crash_free_rate(row["crashed_devices"], devices) if devices else None,
             "adoption": round(100 * (row["recent"] or 0) / row["of_all"], 2) if row["of_all"] else 0.0,
             "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"]), "verdict": its_verdict}
-
-
-def _date_labels(days: Iterable[int]) -> list[str]:
-    return [iso_time(day * DAY)[:10] for day in days]
 
 
 def _load_reports(db: Connection, table: str, seqs: Sequence[int], max_text: int = PAGE_TEXT) -> list[JsonObject]:
@@ -5551,27 +5539,27 @@ def crash_free_rate(crashes: int, sessions: int) -> float:
 
 
 # == Requests ==================================================================
-# Reads what a request carries, and lists every error that a client can get. bottle's own readers are not used: they
+# Reads the parts of a request, and lists every error that a client can get. bottle's own readers are not used: they
 # stop at 100 KiB, and fail on headers that are not UTF-8.
 
-ERRORS = {  # the texts by status; one that is not here starts with `missing` or `invalid` and has status 400
-    301: ("moved",),  # a group, to another
+ERRORS = {  # texts by status; any other text begins with `missing` or `invalid` and has the status 400
+    301: ("moved",),  # a group has moved to another
     401: ("missing API key", "invalid API key", "missing admin token", "invalid admin token",
           "invalid signature", "stale timestamp", "signature required"),
     404: ("not found",), 405: ("method not allowed",), 413: ("request body too large",),
     415: ("unsupported content encoding",), 422: ("idempotency key reused with a different body",),
     429: ("rate limit exceeded",), 431: ("request header too large",), 500: ("internal server error",),
     501: ("transfer encoding not supported",), 503: ("storage unavailable",)}
-_STATUS = {"form expired": 403, **{text: status for status, texts in ERRORS.items() for text in texts}}
+_STATUS_OF = {"form expired": 403, **{text: status for status, texts in ERRORS.items() for text in texts}}
 _HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 Environ = dict[str, Any]
-Answer = tuple[int, Any]  # status, and a JSON object or a text
-Handler = Callable[..., Answer]  # called with an environ and the parts of the path
+Answer = tuple[int, Any]  # a status, and a JSON object or a text
+Handler = Callable[..., Answer]  # takes an environ and the variable parts of the path
 
 
 def _as_refusal(error: int | Exception) -> Refusal:
-    """What a client is told of a status that bottle or waitress chose, or of an error; one of our own is logged."""
+    """Returns what a client is told of an error, which is logged if unexpected, or of bottle's or waitress's status."""
     if isinstance(error, Refusal):
         return error
     if isinstance(error, int):
@@ -5581,8 +5569,8 @@ def _as_refusal(error: int | Exception) -> Refusal:
 
 
 def _refused(refusal: Refusal) -> tuple[int, JsonObject, dict[str, str]]:
-    """The status, JSON and headers of its answer."""
-    status = _STATUS.get(str(refusal), 400)
+    """Returns the status, JSON and headers that answer a refused request."""
+    status = _STATUS_OF.get(str(refusal), 400)
     headers = {"Accept-Encoding": "gzip"} if status == 415 else {}
     if refusal.retry_after is not None:
         headers["Retry-After"] = str(refusal.retry_after)
@@ -5590,23 +5578,23 @@ def _refused(refusal: Refusal) -> tuple[int, JsonObject, dict[str, str]]:
 
 
 def _header(environ: Environ, name: str) -> bytes:
-    """A request header as the bytes that were sent; b"" where there is none."""
+    """Returns the bytes of a request header, b"" if it is missing."""
     return str(environ.get("HTTP_" + name, "")).encode("latin-1", "replace")
 
 
 def _read_body(environ: Environ, limit: int) -> bytes:
-    """The body as it was sent. Raises Refusal where it has more than `limit` bytes."""
+    """Returns the body as it was sent. Raises Refusal if it has more than `limit` bytes."""
     length = environ.get("CONTENT_LENGTH") or ""
     if not re.fullmatch("[0-9]*", length):
         raise Refusal("invalid Content-Length")
     if len(length) > 18 or int(length or 0) > limit:  # int() raises ValueError for thousands of digits
         raise Refusal("request body too large")
     if not length and not environ.get("wsgi.input_terminated"):
-        return b""  # a body without a length, such as a chunked one, needs a server that marks its end
+        return b""  # without a length, as in a chunked request, only some servers mark the end of the body
     size = int(length or limit + 1)
     try:
         body: bytes = environ["wsgi.input"].read(size)
-    except Exception:  # for a lost connection or a malformed chunk, each server raises an error of its own
+    except Exception:  # each server has its own errors for a lost connection and a malformed chunk
         raise Refusal("invalid body") from None
     if len(body) > limit:
         raise Refusal("request body too large")
@@ -5616,13 +5604,13 @@ def _read_body(environ: Environ, limit: int) -> bytes:
 
 
 def _decompress(environ: Environ, body: bytes, limit: int) -> bytes:
-    """The body without its Content-Encoding. Raises Refusal where that has more than `limit` bytes."""
+    """Returns the body without its Content-Encoding. Raises Refusal if that has more than `limit` bytes."""
     encoding = _header(environ, "CONTENT_ENCODING").lower()
     if encoding in (b"", b"identity"):
         return body
     if encoding not in (b"gzip", b"x-gzip"):
         raise Refusal("unsupported content encoding", detail="gzip is supported")
-    inflater, plain = zlib.decompressobj(wbits=31), b""  # 31: with a gzip header
+    inflater, plain = zlib.decompressobj(wbits=31), b""  # 31 expects a gzip header
     with suppress(zlib.error):
         plain = inflater.decompress(body, limit + 1)
     if len(plain) > limit:
@@ -5633,28 +5621,29 @@ def _decompress(environ: Environ, body: bytes, limit: int) -> bytes:
 
 
 def _idempotency(environ: Environ, signature: bytes, body: bytes) -> Idempotency:
-    """What marks a repeated request: its Idempotency-Key or its signature, each of which is enough."""
+    """Returns the marks of a request, its Idempotency-Key and its signature. Either is enough to recognise a repeat."""
     path, key = environ["PATH_INFO"].encode("latin-1", "replace"), _header(environ, "IDEMPOTENCY_KEY")
-    marks = [sha256(mark)[:16] for mark, given in (
-        (b"key:" + key, key), (b"signature:" + path + b":" + signature, signature)) if given]
-    return Idempotency(tuple(marks), sha256(path + b":" + body)[:16] if marks else b"")
+    if not key and not signature:
+        return Idempotency()
+    marks = [b"key:" + key] * bool(key) + [b"signature:" + path + b":" + signature] * bool(signature)
+    return Idempotency(tuple(sha256(mark)[:16] for mark in marks), sha256(path + b":" + body)[:16])
 
 
 def _query(environ: Environ) -> dict[str, str]:
-    """The query parameters; of several with one name, the last."""
+    """Returns the query parameters. If several have the same name, the last one counts."""
     text = str(environ.get("QUERY_STRING", "")).encode("latin-1", "replace").decode("utf-8", "replace")
     return dict(parse_qsl(text, keep_blank_values=True))
 
 
 def _parameters(query: Mapping[str, str], *names: str) -> dict[str, Any]:
-    """The query parameters of these names, without empty ones. Raises Refusal for an invalid number."""
-    given: dict[str, Any] = dict(query)
+    """Returns the query parameters of these names, without empty ones. Raises Refusal for an invalid number."""
+    values: dict[str, Any] = dict(query)
     for name, highest in (("days", 365), ("limit", 100)):
-        if name in given:
-            if not (re.fullmatch("[0-9]{1,3}", given[name]) and 1 <= int(given[name]) <= highest):
+        if name in values:
+            if not (re.fullmatch("[0-9]{1,3}", values[name]) and 1 <= int(values[name]) <= highest):
                 raise Refusal(f"invalid {name}")
-            given[name] = int(given[name])
-    return {name: given[name] for name in names if given.get(name)}
+            values[name] = int(values[name])
+    return {name: values[name] for name in names if values.get(name)}
 
 
 def _url(host: str, port: int) -> str:
@@ -5662,7 +5651,7 @@ def _url(host: str, port: int) -> str:
 
 
 def curl_line(url: str, key: str) -> str:
-    """The command that sends a first crash to a server at `url`."""
+    """Returns the command that sends a first crash to the server at `url`."""
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     return " \\\n    ".join([f"curl -X POST {url}/api/v1/crashes", '-H "Content-Type: application/json"',
                            f'-H "X-Backfeedr-Key: {key}"',
@@ -6837,21 +6826,35 @@ _TEMPLATE_GLOBALS = {
 
 
 # == Backfeedr =================================================================
-# The WSGI callable. A handler reads "decode, check, store, answer", and raises Refusal where it cannot go on.
+# The WSGI callable. A handler decodes, checks, stores and answers; it raises Refusal to stop.
 
-_SUBMISSION = "backfeedr.submission"  # in an environ
+_SUBMISSION = "backfeedr.submission"  # a key of an environ
 _STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
 
 
 class Backfeedr(Closing):
     """The server as a WSGI callable, for any mount point.
 
-    `Backfeedr(db_path="crashes.db")` takes further settings from the environment, `Backfeedr(Settings(...))` takes
-    none. Raises SettingsError and StoreError. `.store` is for keys and queries from Python. Close it, or use it as a
-    context manager. `clock` gives seconds since 1970. A new database gets an app and an admin token: `announce` is told
-    them, once, in words for the operator. A `store` that is given takes the place of the file that the settings name,
-    and is closed with the server; a `limiter` takes that of a RateLimiter, which knows of this process only.
+    `Backfeedr(db_path="crashes.db")` takes further settings from the environment, `Backfeedr(Settings(...))` does not.
+    Raises SettingsError and StoreError. Close it, or use it as a context manager. `.store` is for keys and questions
+    from Python. `clock` returns seconds since 1970. A new database gets an app and an admin token: `announce` is called
+    once, with a text that tells the operator both. A `store` replaces the file that the settings name, and is closed
+    with the server. A `limiter` replaces the RateLimiter, which counts only what this process gets.
     """
+
+    # By path: what makes reports of a body, the time and the device that a header names; and what makes an answer of
+    # the reports and their seqs.
+    _ingestion: Mapping[str, tuple[Callable[[bytes, int, str], Reports], Callable[..., JsonObject]]] = {
+        "/api/v1/crashes": (lambda body, *_: [parse_crash_body(body)],
+                            lambda crashes, seqs: {"id": crash_id(seqs[0]), "group_hash": crashes[0].group_hash}),
+        "/api/v1/events": (lambda body, *_: [parse_event(decode_json(body))],
+                           lambda events, seqs: {"id": event_ids(seqs)[0]}),
+        "/api/v1/events/batch": (lambda body, *_: parse_batch(decode_json(body)),
+                                 lambda events, seqs: {"count": len(seqs), "ids": event_ids(seqs)}),
+        "/api/v1/diagnostics": (parse_diagnostics, lambda reports, seqs: {
+            "count": len(seqs), "ids": [crash_id(seq) if type(report) is Crash else event_ids([seq])[0]
+                                        for report, seq in zip(reports, seqs)],
+            "group_hashes": [getattr(report, "group_hash", None) for report in reports]})}
 
     def __init__(self, settings: Settings | None = None, *, clock: Callable[[], float] = time.time,
                  store: Store | None = None, limiter: RateLimiter | None = None,
@@ -6865,61 +6868,52 @@ class Backfeedr(Closing):
         self.alerts = Alerts(self.store, self.settings.public_url, self.metrics.digest)
         self.refused = RefusedReports(self.store)
         self._limiter = limiter or RateLimiter(self.settings.rate_limit)
-        # Python runs one thread at a time. Those that wait here sleep until it is their turn; those that wait for the
-        # interpreter wake up each switch interval to ask.
-        self._turn = threading.Lock()
-        self._requests: Counter[tuple[str, str, int]] = Counter()  # by method, route and status
+        # Python runs one thread at a time. A thread that waits for this lock sleeps until its turn comes; one that
+        # waits for the interpreter wakes up each switch interval to ask for it.
+        self._decoding = threading.Lock()
+        self._request_counts: Counter[tuple[str, str, int]] = Counter()  # by method, route and status
         self._counting = threading.Lock()
-        made = self.store.start(self.settings.api_key, self.settings.auth_token)
-        if made != (None, None):  # without `announce`, another server has the app, whose address is not known
-            known = _url(self.settings.host, self.settings.port) if announce else "https://YOUR-SERVER"
-            (announce or sys.stderr.write)(first_start_text(made, self.settings.public_url.rstrip("/") or known))
+        secrets_made = self.store.start(self.settings.api_key, self.settings.auth_token)
+        if secrets_made != (None, None):  # without `announce` another web server calls this one, at an unknown address
+            address = _url(self.settings.host, self.settings.port) if announce else "https://YOUR-SERVER"
+            (announce or sys.stderr.write)(
+                first_start_text(secrets_made, self.settings.public_url.rstrip("/") or address))
         self.pages = Dashboard(self.store, self.metrics, self.refused, self.alerts, self.settings.public_url)
-        self._ingestion: dict[str, tuple[Callable[[bytes, str], Reports], Callable[..., JsonObject]]] = {
-            # By path: what makes reports of a body and a device, and an answer of the reports and their seqs.
-            "/api/v1/crashes": (lambda body, _: [parse_crash_body(body)], lambda crashes, seqs: {
-                "id": crash_id(seqs[0]), "group_hash": crashes[0].group_hash}),
-            "/api/v1/events": (lambda body, _: [parse_event(decode_json(body))], lambda events, seqs: {
-                "id": event_ids(seqs)[0]}),
-            "/api/v1/events/batch": (lambda body, _: parse_batch(decode_json(body)), lambda events, seqs: {
-                "count": len(seqs), "ids": event_ids(seqs)}),
-            "/api/v1/diagnostics": (lambda body, device: parse_diagnostics(body, self.store.now, device),
-                                    _diagnostics_answer)}
         self._router = self._routes()
 
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
         method, path = environ.get("REQUEST_METHOD", ""), environ.get("PATH_INFO", "")
-        if len(path) > 1 and path.endswith("/"):  # the same path
+        if len(path) > 1 and path.endswith("/"):  # one slash at the end makes no difference
             path = path[:-1]
             environ = {**environ, "PATH_INFO": path}
-        if method == "POST" and path in self._ingestion:  # not through bottle, which would take as long as our own part
-            body, status, headers = self._answer(self._answer_submission, environ)
+        if method == "POST" and path in self._ingestion:  # bottle would double the time that this takes
+            body, status, headers = self._call(self._answer_submission, environ)
             start_response(_STATUS_LINES[status], [*headers.items(), ("Content-Length", str(len(body)))])
-            self._count(method, path, status)
+            self._count_request(method, path, status)
             return [body]
         try:
             path.encode("latin-1").decode("utf-8")
-        except UnicodeError:  # bottle would drop these bytes and match what is left
+        except UnicodeError:  # bottle would drop these bytes and match the rest
             path = "/api/not found" if path.startswith("/api/") else "/not found"
         environ = {**environ, "PATH_INFO": path, "bottle.route": None}  # an outer bottle may have set it
-        outer = None
+        outer_environ = None
         with suppress(RuntimeError):
-            outer = bottle.request.environ
+            outer_environ = bottle.request.environ
         answer: Iterable[bytes] = self._router(environ, start_response)
         route = environ["bottle.route"]
-        self._count(route.method if route else "other", route.rule if route else "other", bottle.response.status_code)
-        if outer is not None:  # an outer bottle restores the path of the request that it finds here
-            bottle.request.bind(outer)
+        method, rule = (route.method, route.rule) if route else ("other", "other")  # paths could be made up without end
+        self._count_request(method, rule, bottle.response.status_code)
+        if outer_environ is not None:  # an outer bottle restores the path of the request that it finds here
+            bottle.request.bind(outer_environ)
         return answer
 
-    def _count(self, method: str, rule: str, status: int) -> None:
-        """By the route and not the path: a stranger could make up paths without end."""
+    def _count_request(self, method: str, rule: str, status: int) -> None:
         with self._counting:
-            self._requests[method, rule, status] += 1
+            self._request_counts[method, rule, status] += 1
 
     def deliver(self) -> Counter[str]:
-        """Sends the alerts that are due, each once; how many were `sent`, and of how many the try `failed`. `serve`
-        does so by itself; under another server, call it every minute, on one host or on several."""
+        """Sends the alerts that are due, and returns how many were `sent` and how many `failed`. `serve` does this by
+        itself. Under another server, call it every minute, on one host or on several."""
         return self.alerts.deliver()
 
     def close(self) -> None:
@@ -6950,18 +6944,18 @@ class Backfeedr(Closing):
             ("GET", "/api/v1/symbols", admin(ask.symbols)),
             ("PUT", "/api/v1/symbols/<uuid>", self._put_symbols),
             ("GET", "/metrics", self._prometheus),
-            # __call__ answers these; here they give a GET its 405.
+            # __call__ answers these; here they make a GET get a 405.
             *(("POST", path, self._answer_submission) for path in self._ingestion))
         for method, path, handler in routes:
-            router.route(path, method, partial(self._response, handler))
+            router.route(path, method, partial(self._bottle_response, handler))
         for method, path, page in self.pages.routes():
             router.route(path, method, page)
         return router
 
     def _question_route(self, question: Callable[..., JsonObject], *names: str,
                         is_public: bool = False) -> Handler:
-        """A route that answers a question about `app` and these parameters: for the admin, or if it is public and the
-        settings say so, for everyone."""
+        """Makes a handler that asks a question with `app` and these query parameters. It answers the admin, and anybody
+        if it is public and the settings allow that."""
         def handler(environ: Environ, **path: str) -> Answer:
             if not (is_public and self.settings.public_metrics):
                 self._check_admin(environ)
@@ -6976,16 +6970,17 @@ class Backfeedr(Closing):
             raise Refusal("invalid admin token")
 
     def _admin_body(self, environ: Environ) -> bytes:
-        """The body of a request of the admin's, as it was sent."""
+        """Returns the body that the admin sent, still compressed."""
         body = _read_body(environ, self.settings.max_body_size)
         self._check_admin(environ)
         return body
 
-    def _response(self, handler: Handler, **path: str) -> bottle.HTTPResponse:
-        return bottle.HTTPResponse(*self._answer(handler, bottle.request.environ, **path))
+    def _bottle_response(self, handler: Handler, **path: str) -> bottle.HTTPResponse:
+        return bottle.HTTPResponse(*self._call(handler, bottle.request.environ, **path))
 
-    def _answer(self, handler: Handler, environ: Environ, **path: str) -> tuple[bytes, int, dict[str, str]]:
-        """Body, status and headers of what a handler says, whatever happens: a text as it is, all else as JSON."""
+    def _call(self, handler: Handler, environ: Environ, **path: str) -> tuple[bytes, int, dict[str, str]]:
+        """Calls a handler and returns the body, status and headers of its answer, or of the error that it raises. A
+        text is answered as it is, anything else as JSON."""
         headers = dict(_HEADERS)
         try:
             status, answer = handler(environ, **path)
@@ -7000,7 +6995,7 @@ class Backfeedr(Closing):
         return json.dumps(answer).encode(), status, headers
 
     def _bottle_error(self, error: bottle.HTTPError) -> bottle.HTTPResponse:
-        """What bottle itself refuses, in JSON, or as a page for a browser that is not at the API."""
+        """Answers what bottle itself refuses: as a page for a browser outside the API, else as JSON."""
         environ, refusal = bottle.request.environ, _as_refusal(error.status_code)
         if "text/html" in environ.get("HTTP_ACCEPT", "") and not environ["PATH_INFO"].startswith("/api/"):
             answer: bottle.HTTPResponse = self.pages.error_page(self.pages.request(environ), refusal)
@@ -7016,7 +7011,7 @@ class Backfeedr(Closing):
         return 200, {"status": "ok"}
 
     def _releases(self, environ: Environ) -> Answer:
-        """As a public route; but a stranger who names no app does not learn the names of all."""
+        """Answers like a public route, but does not tell a stranger the names of all apps."""
         status, answer = self._question_route(self.metrics.releases, "sort", is_public=True)(environ)
         try:
             if not _query(environ).get("app"):
@@ -7027,10 +7022,10 @@ class Backfeedr(Closing):
         return status, answer
 
     def _triage(self, environ: Environ, group_hash: str) -> Answer:
-        body, named = self._admin_body(environ), _parameters(_query(environ), "app")
-        given = decode_json(_decompress(environ, body, self.settings.max_body_size))
-        self.store.triage(group_hash, parse_triage(given, self.store.now), **named)
-        return 200, self.metrics.group(group_hash, **named)
+        body, app = self._admin_body(environ), _parameters(_query(environ), "app")
+        changes = decode_json(_decompress(environ, body, self.settings.max_body_size))
+        self.store.triage(group_hash, parse_triage(changes, self.store.now), **app)
+        return 200, self.metrics.group(group_hash, **app)
 
     def _put_symbols(self, environ: Environ, uuid: str) -> Answer:
         body, build = self._admin_body(environ), image_uuid(uuid)
@@ -7045,67 +7040,71 @@ class Backfeedr(Closing):
     def _prometheus(self, environ: Environ) -> Answer:
         self._check_admin(environ)
         with self._counting:
-            requests = sorted(self._requests.items())
+            counts = sorted(self._request_counts.items())
+        requests = [(f'{{method="{method}",path="{rule}",status="{status}"}}', count)
+                    for (method, rule, status), count in counts]
         refused = [(f"{{app={json.dumps(app, ensure_ascii=False)}}}", n) for app, n in self.refused.by_app().items()]
-        figures = [
-            ("requests_total", "counter", "Requests that reached the app, by route.", [
-                (f'{{method="{method}",path="{path}",status="{status}"}}', n)
-                for (method, path, status), n in requests]),
+        families = [
+            ("requests_total", "counter", "Requests that reached the app, by route.", requests),
             ("rate_limited_total", "counter", "Requests with reports that the rate limit refused, by app.", refused),
             *self.store.vitals()]
-        lines = [line for name, kind, meaning, samples in figures if samples for line in (
-            f"# HELP backfeedr_{name} {meaning}", f"# TYPE backfeedr_{name} {kind}",
-            *(f"backfeedr_{name}{suffix} {value:.15g}" for suffix, value in samples))]
+        lines = []
+        for name, kind, meaning, samples in families:
+            if samples:
+                lines += [f"# HELP backfeedr_{name} {meaning}", f"# TYPE backfeedr_{name} {kind}"]
+                lines += [f"backfeedr_{name}{suffix} {value:.15g}" for suffix, value in samples]
         return 200, "\n".join([*lines, ""])
 
     # Reports
 
     def can_batch(self, method: str, path: str, key: str) -> bool:
-        """Whether such a request may share a batch. It must not ask another host or the database about its key: that
-        would hold up the others."""
+        """Says whether a request may share a batch. One whose key must be looked up, in the database or by a limiter on
+        another host, would hold up the others."""
         return (method == "POST" and path in self._ingestion and not getattr(self._limiter, "waits", True)
                 and self.store.is_cached_key(sha256(key.encode("latin-1", "replace"))))
 
     def submit_all(self, environs: Iterable[Environ]) -> None:
-        """Decodes requests to the ingestion and stores what they carry in one commit. The WSGI call, which does so for
-        a request that comes alone, then only answers each."""
-        submissions = []
+        """Decodes requests and stores their reports in one commit. Each environ keeps its submission, so that the WSGI
+        call with it only answers. For a request that comes alone, the WSGI call calls this."""
+        to_store, to_recheck = [], []
         for environ in environs:
             environ[_SUBMISSION] = submission = Submission()
-            submissions.append(submission)
             try:
                 self._decode(environ, submission)
-            except Refusal as refusal:
-                refusal.__traceback__ = refusal.__context__ = None  # which hold the body
-                submission.error = refusal
             except Exception as error:
                 submission.error = error
-            if not submission.reports:  # Apple's payload may be empty
+                if isinstance(error, Refusal):  # nobody logs its traceback, which holds the body
+                    error.__traceback__ = error.__context__ = None
+            if not submission.reports:  # it was refused, or is an empty payload of Apple's
                 submission.receipt = Receipt(range(0), True)
-        self.store.add_all([each for each in submissions if each.error is None and each.reports])
-        self._recheck_keys([each for each in submissions if each.key_hash and not each.reports])
+                to_recheck.append(submission)
+            elif submission.error is None:
+                to_store.append(submission)
+        self.store.add_all(to_store)
+        self._recheck_keys(to_recheck)
 
     def _recheck_keys(self, submissions: Sequence[Submission]) -> None:
-        """Of what no commit has stored: a key may have been revoked since it was cached. Each is looked up once,
-        because a database that is away makes each look wait."""
-        for key_hash in {each.key_hash for each in submissions}:
+        """Refuses submissions whose key was revoked after it was cached: a commit would do so, but these are in none.
+        Looks up each key once, because each look waits if the database is locked."""
+        for key_hash in {submission.key_hash for submission in submissions} - {b""}:
             try:
                 error = None if self.store.is_active_key(key_hash) else Refusal("invalid API key")
             except StorageUnavailable as unavailable:
                 error = unavailable
-            for each in submissions if error else ():
-                each.error = error if each.key_hash == key_hash else each.error
+            for submission in submissions:
+                if error and submission.key_hash == key_hash:
+                    submission.error = error
 
     def _answer_submission(self, environ: Environ) -> Answer:
         if _SUBMISSION not in environ:
             self.submit_all([environ])
-        submission = environ.pop(_SUBMISSION)  # as a host app may call again with the same one
-        seqs, replayed = submission.result()
+        submission = environ.pop(_SUBMISSION)  # a host app may call again with the same environ
+        seqs, is_replay = submission.result()
         _, answer = self._ingestion[environ["PATH_INFO"]]
-        return 200 if replayed else 201, answer(submission.reports, seqs)
+        return 200 if is_replay else 201, answer(submission.reports, seqs)
 
     def _decode(self, environ: Environ, submission: Submission) -> None:
-        """Checks in the order of the contract: size, key, rate, signature, JSON, fields."""
+        """Fills a submission. Checks size, key, rate, signature, JSON and fields, in this order."""
         body = _read_body(environ, self.settings.max_body_size)
         key = _header(environ, "X_BACKFEEDR_KEY")
         key_hash = sha256(key)
@@ -7114,11 +7113,11 @@ class Backfeedr(Closing):
         if not self.store.is_known_key(key_hash):
             raise Refusal("invalid API key")
         submission.key_hash = key_hash
-        if not self._limiter.allow(key_hash):  # may ask another host, so not under the lock below
+        if not self._limiter.allow(key_hash):  # may ask another host, so it stays outside the lock
             self.refused.count(key_hash)
             raise Refusal("rate limit exceeded", self._limiter.retry_after(key_hash))
         parse, _ = self._ingestion[environ["PATH_INFO"]]
-        with self._turn:
+        with self._decoding:
             timestamp, signature = _header(environ, "X_BACKFEEDR_TIMESTAMP"), _header(environ, "X_BACKFEEDR_SIGNATURE")
             if {"HTTP_X_BACKFEEDR_TIMESTAMP", "HTTP_X_BACKFEEDR_SIGNATURE"} & environ.keys():
                 verify(key, timestamp, signature, body, self.store.now)
@@ -7126,21 +7125,16 @@ class Backfeedr(Closing):
                 raise Refusal("signature required")
             plain = _decompress(environ, body, self.settings.max_body_size)
             try:
-                submission.reports = parse(plain, _header(environ, "X_BACKFEEDR_DEVICE").decode("utf-8", "replace"))
-            except RecursionError:  # at a depth that can be read, but not written again
+                device = _header(environ, "X_BACKFEEDR_DEVICE").decode("utf-8", "replace")
+                submission.reports = parse(plain, self.store.now, device)
+            except RecursionError:  # deeper than JSON can be written, though not than it can be read
                 raise Refusal("invalid JSON", detail="it is nested too deep") from None
             submission.idempotency = _idempotency(environ, signature, plain)
 
 
-def _diagnostics_answer(reports: Sequence[Any], seqs: Sequence[int]) -> JsonObject:
-    return {"count": len(seqs), "ids": [crash_id(seq) if type(each) is Crash else event_ids([seq])[0]
-                                        for each, seq in zip(reports, seqs)],
-            "group_hashes": [getattr(each, "group_hash", None) for each in reports]}
-
-
 class RefusedReports:
-    """Counts what the rate limit refuses: all phones of an app share its key, and are told no more than to come again.
-    Logs it once a minute."""
+    """Counts the reports that the rate limit refuses, and logs them once a minute: all phones of an app share its key,
+    so nobody else would learn of it."""
 
     def __init__(self, store: Store):
         self._store, self._lock, self._logged_at = store, threading.Lock(), 0
@@ -7150,29 +7144,31 @@ class RefusedReports:
         now = self._store.now
         with self._lock:
             self._counts[key_hash, now // DAY] += 1
-            is_due = not 0 <= now - self._logged_at < 60 * SECOND
-            self._logged_at = now if is_due else self._logged_at
-        for text in self.today() if is_due else ():
+            if 0 <= now - self._logged_at < 60 * SECOND:
+                return
+            self._logged_at = now
+        for text in self.today():
             log.warning("%s", text)
 
     def by_app(self, day: int | None = None) -> Counter[str]:
-        """Refused reports by the name of their app, of a UTC day or since this process began."""
+        """Counts refused reports by the name of their app, on a UTC day or since this process started."""
         totals: Counter[str] = Counter()
         with self._lock:
             counts = list(self._counts.items())
         apps = {bytes.fromhex(key.hash): key.app for key in self._store.keys()} if counts else {}
-        for (key_hash, of_day), count in counts:
-            totals[apps.get(key_hash, "")] += count if day in (None, of_day) else 0
-        return +totals
+        for (key_hash, counted_day), count in counts:
+            if day in (None, counted_day):
+                totals[apps.get(key_hash, "")] += count
+        return totals
 
     def today(self, app: str | None = None) -> list[str]:
-        """A sentence for each app of which something was refused today."""
+        """Returns a sentence for each app, or for one app, of which something was refused today."""
         return [f"{n:,} report{'s' * (n > 1)} of {name} {'were' if n > 1 else 'was'} refused today: rate limit"
                 for name, n in sorted(self.by_app(self._store.now // DAY).items()) if name and app in (None, name)]
 
 
 def first_start_text(made: FirstStart, url: str) -> str:
-    """What to tell an operator of the secrets that a start has made."""
+    """Tells an operator the secrets that a first start has made."""
     text = ""
     if made.key:
         text += f"Made the app 'default'. Its API key, shown only this once:\n\n    {made.key}\n\n"
