@@ -4728,8 +4728,7 @@ class Alerts:
             raise StoreError(f"there is no fact {unknown[0]!r}; there are {', '.join(FACT_KINDS)}")
         is_signed, now = check_address(url) in ("https", "http"), self._store.now
         secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode() if is_signed else ""
-        last_digest_at = now - (now - hour * HOUR) % DAY
-        digest_at = last_digest_at + DAY if "digest" in kinds else None
+        digest_at = now - (now - hour * HOUR) % DAY + DAY if "digest" in kinds else None  # the next such hour
         with self._store.writing() as db:
             app_id = self._store._app(db, app)[0] if app else None
             db.execute("""
@@ -4828,7 +4827,7 @@ class Alerts:
                 facts = [self._fact_json(row, channel["with_reason"]) for row in rows[:MAX_FACTS]]
                 counts = Counter(row["kind"].rpartition(".")[2] for row in rows)
                 title = "backfeedr: " + ", ".join(f"{count:,} {word}" for word, count in counts.items())
-                body = self._message_body(facts[0]["type"], title, facts, len(rows) - len(facts))
+                body = self._message_body(rows[0]["kind"], title, facts, len(rows) - len(facts))
                 self._queue(db, channel["id"], body)
             db.execute("delete from facts where id <= (select min(last_fact) from channels where ended_at is null)")
 
@@ -4983,8 +4982,7 @@ class Metrics:
         today = self._store.now // DAY
         return range(today - days + 1, today + 1)
 
-    def _by_day(self, question: Callable[[Connection, int | None, range], JsonObject], app: str | None,
-                days: int | None) -> JsonObject:
+    def _by_day(self, question: Callable[..., JsonObject], app: str | None, days: int | None) -> JsonObject:
         """Asks a figure about the last days, 30 by default, and labels its answer with their dates."""
         shown_days = self._last_days(days or 30)
         with self._snapshot(app) as (db, app_id):
@@ -5401,8 +5399,7 @@ class Metrics:
                     select seq from crashes where app_id = ? and group_hash = ? order by seq desc limit 20)) as latest
             join apps on apps.id = app_id
             where instr(images, ?)
-            order by received_at desc, seq desc
-            limit 1""", (app_id, group_hash, uuid)).fetchone() or (None, None, None, None)
+            order by received_at desc, seq desc limit 1""", (app_id, group_hash, uuid)).fetchone() or [None] * 4
         binaries = (frame.binary for frame in map(read_frame, json.loads(trace or "[]")) if frame.uuid == uuid)
         return {"uuid": uuid, "binary": next(filter(None, binaries), None), "app": app, "app_version": version,
                 "build_number": build, "crashes": crashes}
@@ -5621,12 +5618,12 @@ def _decompress(environ: Environ, body: bytes, limit: int) -> bytes:
 
 
 def _idempotency(environ: Environ, signature: bytes, body: bytes) -> Idempotency:
-    """Returns the marks of a request, its Idempotency-Key and its signature. Either is enough to recognise a repeat."""
+    """Returns what tells that a request is a repeated one: its Idempotency-Key or its signature; either is enough."""
     path, key = environ["PATH_INFO"].encode("latin-1", "replace"), _header(environ, "IDEMPOTENCY_KEY")
-    if not key and not signature:
-        return Idempotency()
-    marks = [b"key:" + key] * bool(key) + [b"signature:" + path + b":" + signature] * bool(signature)
-    return Idempotency(tuple(sha256(mark)[:16] for mark in marks), sha256(path + b":" + body)[:16])
+    marks = [b"key:" + key] if key else []
+    if signature:
+        marks.append(b"signature:" + path + b":" + signature)
+    return Idempotency(tuple(sha256(mark)[:16] for mark in marks), sha256(path + b":" + body)[:16] if marks else b"")
 
 
 def _query(environ: Environ) -> dict[str, str]:
@@ -5640,9 +5637,9 @@ def _parameters(query: Mapping[str, str], *names: str) -> dict[str, Any]:
     values: dict[str, Any] = dict(query)
     for name, highest in (("days", 365), ("limit", 100)):
         if name in values:
-            if not (re.fullmatch("[0-9]{1,3}", values[name]) and 1 <= int(values[name]) <= highest):
+            values[name] = int(values[name]) if re.fullmatch("[0-9]{1,3}", values[name]) else 0
+            if not 1 <= values[name] <= highest:
                 raise Refusal(f"invalid {name}")
-            values[name] = int(values[name])
     return {name: values[name] for name in names if values.get(name)}
 
 
@@ -6944,7 +6941,7 @@ class Backfeedr(Closing):
             ("GET", "/api/v1/symbols", admin(ask.symbols)),
             ("PUT", "/api/v1/symbols/<uuid>", self._put_symbols),
             ("GET", "/metrics", self._prometheus),
-            # __call__ answers these; here they make a GET get a 405.
+            # __call__ answers these. They are here so that bottle answers a GET with 405.
             *(("POST", path, self._answer_submission) for path in self._ingestion))
         for method, path, handler in routes:
             router.route(path, method, partial(self._bottle_response, handler))
@@ -6952,8 +6949,7 @@ class Backfeedr(Closing):
             router.route(path, method, page)
         return router
 
-    def _question_route(self, question: Callable[..., JsonObject], *names: str,
-                        is_public: bool = False) -> Handler:
+    def _question_route(self, question: Callable[..., JsonObject], *names: str, is_public: bool = False) -> Handler:
         """Makes a handler that asks a question with `app` and these query parameters. It answers the admin, and anybody
         if it is public and the settings allow that."""
         def handler(environ: Environ, **path: str) -> Answer:
