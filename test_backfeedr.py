@@ -4392,13 +4392,13 @@ def test_a_lock_that_is_given_up_in_time_costs_nobody_a_report(api):
 # == Alerts ====================================================================
 
 class Receiver(socketserver.ThreadingMixIn, http.server.HTTPServer):
-    """Somebody who is told: on a free port, with what came, and what is answered."""
+    """A receiver of alerts on a free port. It keeps its requests, and answers as it is told."""
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), ReceiverHandler)
-        self.came, self.status, self.headers, self.before = [], 204, {}, lambda: None
+        self.requests, self.status, self.headers, self.on_request = [], 204, {}, lambda: None
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -4407,23 +4407,22 @@ class Receiver(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     @property
     def ids(self):
-        return [each.headers["webhook-id"] for each in self.came]
-
-    @property
-    def told(self):
-        """The facts of each message."""
-        return [each["data"]["facts"] for each in self.bodies]
+        return [request.headers["webhook-id"] for request in self.requests]
 
     @property
     def bodies(self):
-        return [json.loads(each.body) for each in self.came]
+        return [json.loads(request.body) for request in self.requests]
+
+    def facts(self, field):
+        """This field of the facts, a list for each message."""
+        return [[fact.get(field) for fact in body["data"]["facts"]] for body in self.bodies]
 
 
 class ReceiverHandler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        self.server.came.append(SimpleNamespace(path=self.path, headers=self.headers, body=body))
-        self.server.before()
+        self.server.requests.append(SimpleNamespace(path=self.path, headers=self.headers, body=body))
+        self.server.on_request()
         self.send_response(self.server.status)
         for name, value in self.server.headers.items():
             self.send_header(name, value)
@@ -4439,8 +4438,8 @@ class ReceiverHandler(http.server.BaseHTTPRequestHandler):
 def receivers():
     with Receiver() as one, Receiver() as two, Receiver() as three:
         yield one, two, three
-        for each in (one, two, three):
-            each.shutdown()
+        for receiver in (one, two, three):
+            receiver.shutdown()
 
 
 @pytest.fixture
@@ -4450,14 +4449,14 @@ def receiver(receivers):
 
 @pytest.fixture
 def alerting(serve, clock, receiver):
-    """A server that tells `receiver`."""
+    """A server with a channel to `receiver`."""
     server = serve()
     server.channel, server.secret = server.alerts.add(receiver.url + "/hook")
     return server
 
 
 def note(server, kind="crash.new", app="default", group="0123456789abcdef", times=1, **detail):
-    """Notes a fact, as a commit does; or one each of so many groups."""
+    """Notes a fact, as a commit does, or `times` facts of different groups."""
     with server.store.writing() as db:
         (app_id,), = db.execute("select id from apps where name = ?", (app,))
         for number in range(times):
@@ -4465,8 +4464,8 @@ def note(server, kind="crash.new", app="default", group="0123456789abcdef", time
                 "exception_type": "SIGABRT", "place": "Cart.pay()", "app_version": "1.3.0", **detail})
 
 
-def gather(server, clock, *messages, field="exception_type"):
-    """Makes messages, each of facts with these values in a field, and delivers none."""
+def queue_messages(server, clock, *messages, field="exception_type"):
+    """Queues messages without sending them. Each has a fact for each word of its text, with the word in `field`."""
     for values in messages:
         for value in values.split():
             note(server, **{field: value})
@@ -4479,7 +4478,13 @@ def deliver_later(server, clock, seconds=60):
     return dict(server.deliver())
 
 
-TOLD, NOT_TOLD, NONE_DUE = {"sent": 1, "failed": 0}, {"sent": 0, "failed": 1}, {"sent": 0, "failed": 0}
+def channel_values(server, *names):
+    """These values of the only channel."""
+    channel, = server.alerts.channels()
+    return tuple(channel[name] for name in names)
+
+
+ONE_SENT, ONE_FAILED, NONE_DUE = {"sent": 1, "failed": 0}, {"sent": 0, "failed": 1}, {"sent": 0, "failed": 0}
 
 
 def test_a_webhook_is_signed_and_shaped_as_standard_webhooks_says(serve, clock, receiver):
@@ -4488,10 +4493,10 @@ def test_a_webhook_is_signed_and_shaped_as_standard_webhooks_says(serve, clock, 
     server = serve(public_url="https://crashes.example.com/x/")
     _, secret = server.alerts.add(receiver.url + "/hook?a=b")
     assert re.fullmatch("whsec_[A-Za-z0-9+/]{43}=", secret)
-    note(server, build_number="48", crashes=3, devices=1, exception_reason="not told")
+    note(server, build_number="48", crashes=3, devices=1, exception_reason="secret")
     noted_at = backfeedr.iso_time(server.store.now)
-    assert deliver_later(server, clock) == TOLD
-    request, = receiver.came
+    assert deliver_later(server, clock) == ONE_SENT
+    request, = receiver.requests
     body = webhooks.Webhook(secret).verify(request.body, dict(request.headers))
     assert (request.path, request.headers["Content-Type"]) == ("/hook?a=b", "application/json")
     url = "https://crashes.example.com/x/crashes/0123456789abcdef?app=default"
@@ -4506,28 +4511,26 @@ def test_a_webhook_is_signed_and_shaped_as_standard_webhooks_says(serve, clock, 
             webhooks.Webhook(wrong).verify(request.body, dict(request.headers))
 
 
-def test_each_kind_of_fact_is_told_in_a_line(serve, clock, receiver):
-    server, texts = serve(), []
+def test_each_kind_of_fact_is_described_in_a_line(serve, clock, receiver):
+    server = serve()
     server.alerts.add(receiver.url, kinds=[kind for kind in backfeedr.FACT_KINDS if kind != "digest"])
-    for kind, detail, text in (
-            ("crash.new", {}, "New: SIGABRT in Cart.pay() (default 1.3.0)"),
-            ("crash.new", {"place": "", "app_version": None}, "New: SIGABRT (default)"),
-            ("crash.new", {"exception_type": "A\n" * 999}, "New: " + "A " * 99 + "A  (default 1.3.0)"),
-            ("crash.regressed", {"fixed_in": "1.2.9"},
-             "Regressed: SIGABRT in Cart.pay() (default 1.3.0, fixed in 1.2.9)"),
-            ("crash.unmuted", {"crashes": 1}, "Unmuted: SIGABRT in Cart.pay() (default 1.3.0, 1 crash)"),
-            ("crash.spread", {"devices": 1000}, "Spread: SIGABRT in Cart.pay() (default 1.3.0, 1,000 devices)"),
-            ("release.worse", {"before": "1.2.0", "text": "worse: 88 % of devices crash-free, 96 % before"},
-             "default 1.3.0 is worse: 88 % of devices crash-free, 96 % before")):
+    facts = [
+        ("crash.new", {}, "New: SIGABRT in Cart.pay() (default 1.3.0)"),
+        ("crash.new", {"place": "", "app_version": None}, "New: SIGABRT (default)"),
+        ("crash.new", {"exception_type": "A\n" * 999}, "New: " + "A " * 99 + "A  (default 1.3.0)"),
+        ("crash.regressed", {"fixed_in": "1.2.9"}, "Regressed: SIGABRT in Cart.pay() (default 1.3.0, fixed in 1.2.9)"),
+        ("crash.unmuted", {"crashes": 1}, "Unmuted: SIGABRT in Cart.pay() (default 1.3.0, 1 crash)"),
+        ("crash.spread", {"devices": 1000}, "Spread: SIGABRT in Cart.pay() (default 1.3.0, 1,000 devices)"),
+        ("release.worse", {"before": "1.2.0", "text": "worse: 88 % of devices crash-free, 96 % before"},
+         "default 1.3.0 is worse: 88 % of devices crash-free, 96 % before")]
+    for kind, detail, _ in facts:
         note(server, kind, **detail)
-        texts.append(text)
-    assert deliver_later(server, clock) == TOLD
-    assert [each["text"] for each in receiver.told[0]] == texts
+    assert deliver_later(server, clock) == ONE_SENT and receiver.facts("text") == [[text for *_, text in facts]]
     data = receiver.bodies[0]["data"]
     assert (data["title"], data.get("url")) == ("backfeedr: 3 new, 1 regressed, 1 unmuted, 1 spread, 1 worse", None)
 
 
-def test_slack_and_ntfy_get_a_text_whose_markup_is_ours(serve, clock, receivers):
+def test_slack_and_ntfy_get_text_without_markup_from_reports(serve, clock, receivers):
     slack, ntfy, protected = receivers
     server = serve(public_url="https://crashes.example.com")
     for url in (f"slack+{slack.url}/services/T0/B0/secret", f"ntfy+{ntfy.url}/base/my-topic",
@@ -4537,16 +4540,16 @@ def test_slack_and_ntfy_get_a_text_whose_markup_is_ours(serve, clock, receivers)
     note(server, "crash.regressed")
     assert deliver_later(server, clock) == {"sent": 3, "failed": 0}
     link = "https://crashes.example.com/crashes/0123456789abcdef?app=default"
-    assert (slack.came[0].path, slack.bodies) == ("/services/T0/B0/secret", [{"text": "\n".join([
+    assert (slack.requests[0].path, slack.bodies) == ("/services/T0/B0/secret", [{"text": "\n".join([
         "backfeedr: 1 new, 1 regressed",
         f"New: SIGABRT in &lt;!channel&gt; @\u200bhere &amp; co (default 1.3.0) {link}",
         f"Regressed: SIGABRT in Cart.pay() (default 1.3.0) {link}"])}])
-    assert (ntfy.came[0].path, ntfy.bodies) == ("/base/", [{
+    assert (ntfy.requests[0].path, ntfy.bodies) == ("/base/", [{
         "topic": "my-topic", "title": "backfeedr: 1 new, 1 regressed",
         "click": "https://crashes.example.com/crashes", "message": "\n".join([
             "New: SIGABRT in <!channel> @here & co (default 1.3.0)",
             "Regressed: SIGABRT in Cart.pay() (default 1.3.0)"])}])
-    assert protected.came[0].headers["Authorization"] == "Basic " + base64.b64encode(b":tk_a:b").decode()
+    assert protected.requests[0].headers["Authorization"] == "Basic " + base64.b64encode(b":tk_a:b").decode()
 
 
 @pytest.mark.parametrize("text, shown", [
@@ -4554,7 +4557,7 @@ def test_slack_and_ntfy_get_a_text_whose_markup_is_ours(serve, clock, receivers)
     ("[x](https://e)", "[x]\u200b(https://e)"), ("![x](https://e)" * 9, "![x]\u200b(https://e)" * 9),
     ("\u20ac" * 500, "\u20ac" * 300), ("\U0001f600" * 900, "\U0001f600" * 300)])
 @pytest.mark.parametrize("facts", [1, 10])
-def test_a_text_for_a_chat_has_no_markup_of_a_report_and_says_what_did_not_fit(text, shown, facts):
+def test_a_chat_message_has_no_markup_from_reports_and_counts_the_facts_that_do_not_fit(text, shown, facts):
     body = {"data": {"title": "2 new", "facts": [{"text": text, "url": "https://c/1"}] * facts, "more": 2}}
     message = {"url": "slack+https://e.com/1", "body": json.dumps(body)}
     sent = json.loads(backfeedr._slack_request(message, 0)[1])["text"]
@@ -4564,87 +4567,82 @@ def test_a_text_for_a_chat_has_no_markup_of_a_report_and_says_what_did_not_fit(t
     assert lines[-1] == f"and {facts + 2 - sum(line.startswith(shown) for line in lines)} more"
 
 
-def test_the_facts_of_a_minute_are_one_message_and_those_after_it_another(alerting, clock, receiver):
+def test_the_facts_of_a_minute_share_a_message(alerting, clock, receiver):
     for seconds in (0, 30, 29):
         clock.move(seconds)
         note(alerting)
         assert dict(alerting.deliver()) == NONE_DUE
-    assert deliver_later(alerting, clock, 1) == TOLD
+    assert deliver_later(alerting, clock, 1) == ONE_SENT
     note(alerting)
     assert deliver_later(alerting, clock, 59) == NONE_DUE
-    assert deliver_later(alerting, clock, 1) == TOLD
-    assert [len(each) for each in receiver.told] == [3, 1]
+    assert deliver_later(alerting, clock, 1) == ONE_SENT
+    assert list(map(len, receiver.facts("text"))) == [3, 1]
     note(alerting)
-    assert deliver_later(alerting, clock, -3600) == TOLD, "the clock was set back"
+    assert deliver_later(alerting, clock, -3600) == ONE_SENT, "the clock was set back"
     assert stored(alerting, "facts") == {"facts": []}
 
 
-def test_a_storm_of_500_new_groups_is_one_message_and_a_count(alerting, clock, receiver):
+def test_500_new_groups_make_one_message_with_a_count(alerting, clock, receiver):
     note(alerting, times=500)
     note(alerting, "crash.regressed")
     alerting.alerts.add(f"slack+{receiver.url}")
-    assert deliver_later(alerting, clock) == TOLD, "the second channel is younger"
+    assert deliver_later(alerting, clock) == ONE_SENT, "the second channel is younger"
     assert deliver_later(alerting, clock, 3600) == NONE_DUE
-    assert [each["group_hash"] for each in receiver.told[0]] == [f"{number:016x}" for number in range(10)]
+    assert receiver.facts("group_hash") == [[f"{number:016x}" for number in range(10)]]
     data = receiver.bodies[0]["data"]
     assert (data["title"], data["more"]) == ("backfeedr: 500 new, 1 regressed", 491)
-    assert len(receiver.came[0].body) < 4000 and stored(alerting, "facts") == {"facts": []}
+    assert len(receiver.requests[0].body) < 4000 and stored(alerting, "facts") == {"facts": []}
 
 
-def test_at_most_30_messages_an_hour_go_to_a_channel_and_what_is_beyond_goes_with_a_later_one(
-        alerting, clock, receiver, monkeypatch):
+def test_a_channel_gets_30_messages_an_hour_and_further_facts_in_a_later_one(alerting, clock, receiver, monkeypatch):
     assert backfeedr.MAX_HOURLY_MESSAGES == 30
     monkeypatch.setattr(backfeedr, "MAX_HOURLY_MESSAGES", 3)
     for number in range(5):
-        note(alerting, group=f"{number:016x}")
-        assert deliver_later(alerting, clock) == (TOLD if number < 3 else NONE_DUE)
+        note(alerting, exception_type=f"E{number}")
+        assert deliver_later(alerting, clock) == (ONE_SENT if number < 3 else NONE_DUE)
     assert deliver_later(alerting, clock, 3659 - 300) == NONE_DUE, "it is not an hour since the first"
-    assert deliver_later(alerting, clock, 1) == TOLD
-    assert [[int(each["group_hash"], 16) for each in facts] for facts in receiver.told] == [[0], [1], [2], [3, 4]]
+    assert deliver_later(alerting, clock, 1) == ONE_SENT
+    assert receiver.facts("exception_type") == [["E0"], ["E1"], ["E2"], ["E3", "E4"]]
 
 
-def test_a_receiver_that_is_down_for_a_day_gets_each_once_it_is_back_under_the_same_id(alerting, clock, receiver):
+def test_a_receiver_that_was_down_for_a_day_gets_each_message_under_its_first_id(alerting, clock, receiver):
     receiver.status = 503
     for _ in range(4):
         note(alerting)
         deliver_later(alerting, clock, 6 * 3600)
     waiting = {row[0] for row in stored(alerting, "messages")["messages"]}
     assert len(waiting) == 4 and len(receiver.ids) == 4 and set(receiver.ids) < waiting
-    channel, = alerting.alerts.channels()
-    assert (channel["error"], channel["waiting"], channel["sent_at"]) == ("it answered 503", 4, None)
-    receiver.status, receiver.came = 200, []
+    assert channel_values(alerting, "error", "waiting", "sent_at") == ("it answered 503", 4, None)
+    receiver.status, receiver.requests = 200, []
     assert deliver_later(alerting, clock, 24 * 3600) == {"sent": 4, "failed": 0}
     assert sorted(receiver.ids) == sorted(waiting)
     assert deliver_later(alerting, clock, 48 * 3600) == NONE_DUE
-    channel, = alerting.alerts.channels()
-    assert (channel["error"], channel["waiting"], channel["sent_at"]) == (None, 0, int((clock() - 48 * 3600) * 1000))
+    assert channel_values(alerting, "error", "waiting", "sent_at") == (None, 0, int((clock() - 48 * 3600) * 1000))
 
 
-def test_a_message_is_tried_ten_times_by_the_schedule_and_then_given_up_while_its_error_stays(
-        alerting, clock, receiver):
+def test_a_message_is_tried_ten_times_by_the_schedule_and_its_error_stays(alerting, clock, receiver):
     receiver.status = 500
     note(alerting)
-    assert deliver_later(alerting, clock) == NOT_TOLD
+    assert deliver_later(alerting, clock) == ONE_FAILED
     for pause in (5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400):
         assert deliver_later(alerting, clock, pause - 1) == NONE_DUE
-        assert deliver_later(alerting, clock, 1) == NOT_TOLD
+        assert deliver_later(alerting, clock, 1) == ONE_FAILED
     receiver.status = 200
     assert deliver_later(alerting, clock, 10 * 86400) == NONE_DUE
     assert len(receiver.ids) == 10 and len(set(receiver.ids)) == 1
-    channel, = alerting.alerts.channels()
-    assert (channel["error"], channel["waiting"], channel["ended_at"]) == ("it answered 500", 0, None)
+    assert channel_values(alerting, "error", "waiting", "ended_at") == ("it answered 500", 0, None)
     note(alerting)
-    assert deliver_later(alerting, clock) == TOLD and alerting.alerts.channels()[0]["error"] is None
+    assert deliver_later(alerting, clock) == ONE_SENT and channel_values(alerting, "error") == (None,)
 
 
 def test_a_channel_that_answers_410_ends_and_the_page_says_so(alerting, clock, receiver):
     receiver.status = 410
     note(alerting)
-    assert deliver_later(alerting, clock) == NOT_TOLD
+    assert deliver_later(alerting, clock) == ONE_FAILED
     receiver.status = 200
     note(alerting)
-    assert deliver_later(alerting, clock, 86400) == NONE_DUE and len(receiver.came) == 1
-    assert stored(alerting, "messages", "facts") == {"messages": [], "facts": []}, "nobody is left to tell"
+    assert deliver_later(alerting, clock, 86400) == NONE_DUE and len(receiver.requests) == 1
+    assert stored(alerting, "messages", "facts") == {"messages": [], "facts": []}, "there is no channel any more"
     assert "ended 1 d ago : its receiver asked for no more" in Person(alerting).has_session().text("/apps")
 
 
@@ -4652,10 +4650,10 @@ def test_retry_after_is_honoured_up_to_a_day(alerting, clock, receiver):
     for value, seconds in (("7200", 7200), ("1", 5)):
         receiver.status, receiver.headers = 429, {"Retry-After": value}
         note(alerting)
-        assert deliver_later(alerting, clock) == NOT_TOLD
+        assert deliver_later(alerting, clock) == ONE_FAILED
         assert deliver_later(alerting, clock, seconds - 1) == NONE_DUE
         receiver.status, receiver.headers = 204, {}
-        assert deliver_later(alerting, clock, 1) == TOLD
+        assert deliver_later(alerting, clock, 1) == ONE_SENT
     for value, seconds in (
             ("7200", 7200), ("0", 0), ("-5", 0), ("soon", 0), ("", 0), ("9" * 50, 0), ("999999999", 86400),
             ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("an hour", 0), ("\xe4", 0)):
@@ -4670,11 +4668,11 @@ def test_a_redirect_is_not_followed(alerting, receivers):
         receiver.status, receiver.headers = status, {"Location": elsewhere.url}
         with pytest.raises(StoreError, match=f"channel {alerting.channel}: it answered {status}"):
             alerting.alerts.test(alerting.channel)
-    assert (len(receiver.came), elsewhere.came) == (5, [])
+    assert (len(receiver.requests), elsewhere.requests) == (5, [])
 
 
 def drip(connection):
-    """Answers a byte at a time: each comes in time."""
+    """Answers a byte at a time, each within the timeout of a socket."""
     with suppress(OSError):
         for byte in b"HTTP/1.1 200 OK\r\n" + b"X: " + b"x" * 60000:
             connection.sendall(bytes([byte]))
@@ -4685,7 +4683,7 @@ def drip(connection):
     (lambda connection: connection.recv(1), "no answer in time"), (drip, "no answer in time"),
     (lambda connection: connection.sendall(b"what?\r\n\r\n"), "BadStatusLine"),
     (lambda connection: connection.close(), "RemoteDisconnected")])
-def test_a_receiver_that_answers_slowly_or_nonsense_counts_as_down_and_holds_nobody_up(
+def test_a_receiver_that_answers_late_or_nonsense_does_not_hold_up_others(
         serve, clock, receiver, monkeypatch, answer, error):
     monkeypatch.setattr(backfeedr, "SEND_TIMEOUT", 0.2)
     server, held = serve(), threading.Event()
@@ -4693,7 +4691,7 @@ def test_a_receiver_that_answers_slowly_or_nonsense_counts_as_down_and_holds_nob
     def serve_one():
         connection, _ = listener.accept()
         message = b""
-        while not message.endswith(b"}"):  # all of it: what is not read when it closes resets the connection
+        while not message.endswith(b"}"):  # reads all of it, because closing with unread data resets the connection
             message += connection.recv(65536)
         answer(connection)
         held.wait(10)
@@ -4709,56 +4707,56 @@ def test_a_receiver_that_answers_slowly_or_nonsense_counts_as_down_and_holds_nob
     assert server.alerts.channels()[0]["error"] == error
 
 
-def test_what_is_not_about_the_message_holds_up_the_others_of_its_channel(serve, clock, receiver):
+def test_a_failure_of_the_receiver_holds_up_the_channel_and_a_refused_message_does_not(serve, clock, receiver):
     server = serve()
     for status, tried in {500: 1, 503: 1, 429: 1, 408: 1, 301: 1, 400: 3, 401: 3, 404: 3, 413: 3}.items():
         number, _ = server.alerts.add(receiver.url)
-        receiver.status, receiver.came = status, []
-        gather(server, clock, "A", "B", "C")
+        receiver.status, receiver.requests = status, []
+        queue_messages(server, clock, "A", "B", "C")
         assert dict(server.deliver()) == {"sent": 0, "failed": tried} and len(set(receiver.ids)) == tried, status
         receiver.status = 200
         assert deliver_later(server, clock, 5) == {"sent": 3, "failed": 0}
         server.alerts.remove(number)
 
 
-@pytest.mark.parametrize("status, waiting, told", [
+@pytest.mark.parametrize("status, waiting, messages", [
     (500, 3, ["E0", "E1", "E2", "E3 E4 E5"]), (400, 6, ["E0", "E1", "E2", "E3", "E4", "E5"])])
-def test_a_channel_that_is_down_collects_an_hours_messages_and_one_that_refuses_them_is_sent_the_later_ones(
-        alerting, clock, receiver, monkeypatch, status, waiting, told):
+def test_a_channel_that_is_down_queues_an_hours_messages_and_one_that_refuses_them_gets_more(
+        alerting, clock, receiver, monkeypatch, status, waiting, messages):
     monkeypatch.setattr(backfeedr, "MAX_HOURLY_MESSAGES", 3)
     receiver.status = status
     for number in range(6):
         note(alerting, exception_type=f"E{number}")
         deliver_later(alerting, clock, 2 * 3600)
     assert alerting.alerts.channels()[0]["waiting"] == waiting
-    assert ("E5" in receiver.came[-1].body) == (status == 400)
-    receiver.status, receiver.came = 204, []
+    assert ("E5" in receiver.requests[-1].body) == (status == 400)
+    receiver.status, receiver.requests = 204, []
     deliver_later(alerting, clock, 86400)
-    assert deliver_later(alerting, clock) == (TOLD if status == 500 else NONE_DUE), "what was beyond"
-    assert [" ".join(each["exception_type"] for each in facts) for facts in receiver.told] == told
+    assert deliver_later(alerting, clock) == (ONE_SENT if status == 500 else NONE_DUE), "facts beyond the limit"
+    assert list(map(" ".join, receiver.facts("exception_type"))) == messages
 
 
-def test_a_message_that_is_refused_holds_up_no_other_and_none_is_lost_in_three_days(alerting, clock, receiver):
+def test_a_refused_message_delays_no_other_and_none_is_lost_in_three_days(alerting, clock, receiver):
     def answer():
-        receiver.status = 422 if "Poisoned" in receiver.came[-1].body else 204
+        receiver.status = 422 if "Refused" in receiver.requests[-1].body else 204
 
-    def told():
-        return [facts[0]["exception_type"] for facts in receiver.told]
+    def received():
+        return [type for type, in receiver.facts("exception_type")]
 
-    receiver.before, good = answer, ["Good1", "Poisoned", "Good2", "Good3"]
-    gather(alerting, clock, *good)
-    assert dict(alerting.deliver()) == {"sent": 3, "failed": 1} and told() == good
+    receiver.on_request, types = answer, ["Good1", "Refused", "Good2", "Good3"]
+    queue_messages(alerting, clock, *types)
+    assert dict(alerting.deliver()) == {"sent": 3, "failed": 1} and received() == types
     for hour in range(0, 72, 6):
         note(alerting, exception_type=f"Later {hour}")
         assert deliver_later(alerting, clock, 6 * 3600)["sent"] == 1
-        assert f"Later {hour}" in told()[-2:]
-    assert 6 <= told().count("Poisoned") <= 9, "by its own schedule, whatever gets through"
-    receiver.before, receiver.status = lambda: None, 204
-    assert deliver_later(alerting, clock, 86400) == TOLD and told()[-1] == "Poisoned"
+        assert f"Later {hour}" in received()[-2:]
+    assert 6 <= received().count("Refused") <= 9, "it keeps its own schedule"
+    receiver.on_request, receiver.status = lambda: None, 204
+    assert deliver_later(alerting, clock, 86400) == ONE_SENT and received()[-1] == "Refused"
     assert deliver_later(alerting, clock, 86400) == NONE_DUE
 
 
-def test_a_poisoned_channel_does_not_hold_up_the_others_and_the_log_has_no_address(
+def test_an_unexpected_error_delays_no_other_channel_and_its_log_line_has_no_address(
         serve, clock, receiver, monkeypatch, caplog):
     def fail(*arguments):
         raise KeyError("slack+http://secret.example.com/secret")
@@ -4769,11 +4767,11 @@ def test_a_poisoned_channel_does_not_hold_up_the_others_and_the_log_has_no_addre
         server.alerts.add(url)
     note(server)
     assert deliver_later(server, clock) == {"sent": 1, "failed": 1}
-    assert [each["error"] for each in server.alerts.channels()] == ["KeyError", None]
+    assert [channel["error"] for channel in server.alerts.channels()] == ["KeyError", None]
     assert "cannot send to channel" in caplog.text and "secret" not in caplog.text
 
 
-def test_two_that_deliver_at_once_send_each_message_once(serve, clock, receiver):
+def test_two_servers_that_deliver_at_once_send_each_message_once(serve, clock, receiver):
     server = serve()
     other = Store(server.store.path, clock) if not POSTGRES else postgres().PostgresStore(server.store.path, clock)
     for _ in range(20):
@@ -4786,16 +4784,12 @@ def test_two_that_deliver_at_once_send_each_message_once(serve, clock, receiver)
     assert done == Counter(sent=20) and len(set(receiver.ids)) == len(receiver.ids) == 20
 
 
-def test_what_one_delivers_another_leaves_alone_while_reports_and_questions_go_on(alerting, clock, receiver):
-    at_once = []
-
-    def meanwhile():
-        at_once.append((alerting.deliver(), Api(alerting).post(CRASHES, CRASH)[0],
-                        Api(alerting).get("/api/v1/overview")[0]))
-
-    receiver.before = meanwhile
+def test_a_message_that_is_being_sent_is_claimed_and_blocks_no_report_or_question(alerting, clock, receiver):
+    meanwhile, api = [], Api(alerting)
+    receiver.on_request = lambda: meanwhile.append((
+        dict(alerting.deliver()), api.post(CRASHES, CRASH)[0], api.get("/api/v1/overview")[0]))
     note(alerting)
-    assert deliver_later(alerting, clock) == TOLD and at_once == [(Counter(sent=0, failed=0), 201, 200)]
+    assert deliver_later(alerting, clock) == ONE_SENT and meanwhile == [(NONE_DUE, 201, 200)]
 
 
 @pytest.mark.slow
@@ -4805,27 +4799,27 @@ def test_kill_9_between_commit_and_delivery_loses_no_alert(alerting, clock, rece
     db = alerting.store.path
     program = [EXAMPLES / "postgres.py", db] if POSTGRES else PROGRAM
     sending, killed = threading.Event(), threading.Event()
-    receiver.before = lambda: (sending.set(), killed.wait(20))
+    receiver.on_request = lambda: (sending.set(), killed.wait(20))
     process = start_python(*program, "deliver", *([] if POSTGRES else ["--db", db]))
     assert sending.wait(20)
     process.kill()
     process.communicate()
     killed.set()
-    receiver.before = lambda: None
+    receiver.on_request = lambda: None
     clock.seconds = time.time()
-    assert dict(alerting.deliver()) == NONE_DUE, "somebody may still be sending it"
-    assert deliver_later(alerting, clock, 61) == TOLD and deliver_later(alerting, clock, 3600) == NONE_DUE
+    assert dict(alerting.deliver()) == NONE_DUE, "the process that was killed has claimed it"
+    assert deliver_later(alerting, clock, 61) == ONE_SENT and deliver_later(alerting, clock, 3600) == NONE_DUE
     assert len(receiver.ids) == 2 and len(set(receiver.ids)) == 1
 
 
 @pytest.mark.slow
-def test_a_server_delivers_in_a_thread_that_ends_with_it_even_while_a_receiver_hangs(alerting, clock, receiver, run):
+def test_a_server_delivers_in_a_thread_and_stops_even_while_a_receiver_hangs(alerting, clock, receiver, run):
     hung, over = threading.Event(), threading.Event()
     clock.seconds = time.time() - 300
     note(alerting)
     server = run(db=alerting.store.path)
     wait_until(lambda: alerting.alerts.channels()[0]["sent_at"])
-    receiver.before = lambda: (hung.set(), over.wait(20))
+    receiver.on_request = lambda: (hung.set(), over.wait(20))
     note(alerting)
     assert hung.wait(20)
     assert server.stop(seconds=8)[::2] == (0, "")
@@ -4835,34 +4829,34 @@ def test_a_server_delivers_in_a_thread_that_ends_with_it_even_while_a_receiver_h
 def test_facts_are_kept_only_while_there_is_a_channel_for_them(serve, clock, receiver):
     server = serve()
     note(server)
-    assert stored(server, "facts") == {"facts": []}, "nobody would be told"
+    assert stored(server, "facts") == {"facts": []}, "there is no channel"
     number, _ = server.alerts.add(receiver.url, kinds=["crash.spread"])
     note(server)
-    assert deliver_later(server, clock) == NONE_DUE and stored(server, "facts") == {"facts": []}, "nobody wants it"
+    assert deliver_later(server, clock) == NONE_DUE and stored(server, "facts") == {"facts": []}, "no channel wants it"
     note(server)
     clock.move(8 * 86400)
     assert Api(server).post(CRASHES, CRASH)[0] == 201
-    assert [row[4] for row in stored(server, "facts")["facts"]] == [group_hash("SIGABRT", [])], "nobody delivered it"
+    assert [row[4] for row in stored(server, "facts")["facts"]] == [group_hash("SIGABRT", [])], "nothing was delivered"
     server.alerts.remove(number)
     with pytest.raises(StoreError, match=f"there is no channel {number}"):
         server.alerts.remove(number)
 
 
-def test_a_channel_is_told_of_its_app_or_of_all_live_ones_and_of_the_facts_that_it_asked_for(
-        serve, clock, receivers):
+def test_a_channel_gets_the_facts_it_asked_for_of_its_app_or_of_all_live_apps(serve, clock, receivers):
     server = serve()
     server.store.create_app("Beta", is_test=True)
     server.store.create_app("Shop")
-    for each, options in zip(receivers, ({}, {"app": "Beta"}, {"app": "Shop", "kinds": ["crash.spread", "crash.new"]})):
-        server.alerts.add(each.url, **options)
+    for receiver, options in zip(receivers, (
+            {}, {"app": "Beta"}, {"app": "Shop", "kinds": ["crash.spread", "crash.new"]})):
+        server.alerts.add(receiver.url, **options)
     for app in ("default", "Beta", "Shop"):
         for kind in ("crash.new", "crash.regressed", "crash.unmuted", "crash.spread", "release.worse"):
             note(server, kind, app)
     assert deliver_later(server, clock) == {"sent": 3, "failed": 0}
-    told = [[(each["app"], each["type"].partition(".")[2]) for each in receiver.told[0]] for receiver in receivers]
-    on = ("new", "regressed", "unmuted")
-    assert told == [[(app, kind) for app in ("default", "Shop") for kind in on], [("Beta", kind) for kind in on],
-                    [("Shop", "new"), ("Shop", "spread")]]
+    on = ["crash.new", "crash.regressed", "crash.unmuted"]
+    assert [(receiver.facts("app"), receiver.facts("type")) for receiver in receivers] == [
+        ([["default"] * 3 + ["Shop"] * 3], [on * 2]), ([["Beta"] * 3], [on]),
+        ([["Shop"] * 2], [["crash.new", "crash.spread"]])]
 
 
 def test_nothing_of_a_deleted_app_is_sent(serve, clock, receiver):
@@ -4870,28 +4864,28 @@ def test_nothing_of_a_deleted_app_is_sent(serve, clock, receiver):
     server.store.create_app("Shop")
     server.alerts.add(receiver.url)
     server.alerts.add(receiver.url, app="Shop")
-    gather(server, clock, "Shop", "Shop default", "default", field="app")
+    queue_messages(server, clock, "Shop", "Shop default", "default", field="app")
     note(server, app="Shop")
     server.store.delete_app("Shop")
     assert len(server.alerts.channels()) == 1 and stored(server, "facts") == {"facts": []}
     assert deliver_later(server, clock) == {"sent": 2, "failed": 0}
-    assert [[fact["app"] for fact in facts] for facts in receiver.told] == [["default"]] * 2
+    assert receiver.facts("app") == [["default"]] * 2
 
 
-def test_nothing_of_an_app_is_sent_that_is_deleted_while_messages_are_on_their_way(serve, clock, receiver):
+def test_nothing_of_an_app_is_sent_once_it_is_deleted_during_a_delivery(serve, clock, receiver):
     server = serve()
     server.store.create_app("Shop")
     server.alerts.add(receiver.url)
-    gather(server, clock, "Shop", "Shop default", field="app")
-    receiver.before = lambda: len(receiver.came) == 1 and server.store.delete_app("Shop")
-    receiver.status = 400  # of which the next message knows nothing
+    queue_messages(server, clock, "Shop", "Shop default", field="app")
+    receiver.on_request = lambda: len(receiver.requests) == 1 and server.store.delete_app("Shop")
+    receiver.status = 400  # which does not hold up the next message
     assert deliver_later(server, clock) == {"sent": 0, "failed": 2}
     receiver.status = 204
     assert deliver_later(server, clock) == {"sent": 1, "failed": 0}, "a message without facts does not come back"
-    assert [[fact["app"] for fact in facts] for facts in receiver.told] == [["Shop"], ["default"], ["default"]]
+    assert receiver.facts("app") == [["Shop"], ["default"], ["default"]]
 
 
-def test_a_reason_leaves_the_host_only_where_a_channel_asks_for_it(serve, clock, receivers):
+def test_a_reason_leaves_the_host_only_if_a_channel_asks_for_it(serve, clock, receivers):
     server = serve()
     server.alerts.add(receivers[0].url)
     server.alerts.add(receivers[1].url, with_reason=True)
@@ -4899,13 +4893,13 @@ def test_a_reason_leaves_the_host_only_where_a_channel_asks_for_it(serve, clock,
     _, answer = Api(server).post(CRASHES, {**CRASH, "exception_reason": "Card 4111", "device_id_hash": "d" * 64})
     note(server, group=answer["group_hash"], device_id_hash="d" * 64, exception_reason="Card 4111", user="me")
     assert deliver_later(server, clock) == {"sent": 3, "failed": 0}
-    without, having, chat = (each.came[0].body for each in receivers)
-    assert not re.search("4111|dddd|me\"", without)
-    assert json.loads(having)["data"]["facts"][0]["reason"] == "Card 4111" and "dddd" not in having
+    plain, with_reason, chat = (receiver.requests[0].body for receiver in receivers)
+    assert not re.search("4111|dddd|me\"", plain)
+    assert receivers[1].facts("reason") == [["Card 4111"] * 2] and "dddd" not in with_reason
     assert "(default 1.3.0): Card 4111" in chat
 
 
-def test_an_address_that_cannot_be_sent_to_is_refused(api, monkeypatch):
+def test_an_address_to_which_nothing_can_be_sent_is_refused(api, monkeypatch):
     monkeypatch.setitem(sys.modules, "apprise", None)
     for url in ("", "example.com", "https://", "https://a b/", "https://a\n/", "https://a:99999/", "https://a:0/",
                 "https://[", "https://a/#b", "https://\xe4.de/", "ntfy+https://ntfy.sh", "ntfy+https://ntfy.sh/",
@@ -4915,8 +4909,8 @@ def test_an_address_that_cannot_be_sent_to_is_refused(api, monkeypatch):
     assert api.server.alerts.channels() == []
 
 
-def test_other_addresses_go_through_apprise_where_it_is_installed(serve, clock, monkeypatch):
-    told = []
+def test_other_addresses_go_through_apprise_if_it_is_installed(serve, clock, monkeypatch):
+    notified = []
 
     class Apprise:
         def add(self, url):
@@ -4924,8 +4918,8 @@ def test_other_addresses_go_through_apprise_where_it_is_installed(serve, clock, 
             return url.startswith("tgram:")
 
         def notify(self, title, body):
-            told.append((self.url, title, body))
-            return len(told) > 1
+            notified.append((self.url, title, body))
+            return len(notified) > 1
 
     server = serve()
     monkeypatch.setitem(sys.modules, "apprise", SimpleNamespace(Apprise=Apprise))
@@ -4933,13 +4927,14 @@ def test_other_addresses_go_through_apprise_where_it_is_installed(serve, clock, 
         server.alerts.add("other://a/b")
     assert server.alerts.add("tgram://bottoken/ChatID")[1] == ""
     note(server)
-    assert deliver_later(server, clock) == NOT_TOLD
+    assert deliver_later(server, clock) == ONE_FAILED
     assert server.alerts.channels()[0]["error"] == "Apprise could not send it"
-    assert deliver_later(server, clock, 5) == TOLD
-    assert told == 2 * [("tgram://bottoken/ChatID", "backfeedr: 1 new", "New: SIGABRT in Cart.pay() (default 1.3.0)")]
+    assert deliver_later(server, clock, 5) == ONE_SENT
+    message = ("tgram://bottoken/ChatID", "backfeedr: 1 new", "New: SIGABRT in Cart.pay() (default 1.3.0)")
+    assert notified == [message] * 2
     monkeypatch.setitem(sys.modules, "apprise", None)
     note(server)
-    assert deliver_later(server, clock) == NOT_TOLD
+    assert deliver_later(server, clock) == ONE_FAILED
     assert "pip install" in server.alerts.channels()[0]["error"]
 
 
@@ -4949,7 +4944,7 @@ def test_other_addresses_go_through_apprise_where_it_is_installed(serve, clock, 
     ("https://user:password@example.com:8443/a?token=abcdefghijkl", "https://example.com/...ijkl"),
     ("ntfy+https://ntfy.sh/topic", "ntfy+https://ntfy.sh/..."), ("https://example.com", "https://example.com"),
     ("tgram://123456:bottoken/ChatID", "tgram://...atID"), ("pover://user@tok", "pover://...")])
-def test_an_address_is_shown_without_what_may_be_secret(url, shown):
+def test_an_address_is_shown_without_its_secrets(url, shown):
     assert backfeedr.shown_address(url) == shown
 
 
@@ -4962,7 +4957,7 @@ def digesting(keeping, clock, receiver):
 
 
 def new_in_digests(receiver):
-    return [facts[-2]["text"] for facts in receiver.told]
+    return [texts[-2] for texts in receiver.facts("text")]
 
 
 def test_a_digest_comes_at_its_hour_each_day_and_says_what_is_new_resolved_and_regressed(digesting, clock, receiver):
@@ -4970,17 +4965,16 @@ def test_a_digest_comes_at_its_hour_each_day_and_says_what_is_new_resolved_and_r
         Api(digesting).post(CRASHES, {**CRASH, "exception_type": name, "app_version": "1.0"})
         decided(digesting, {"state": "resolved", "fixed_in": "1.0"}, group_hash(name, []))
     Api(digesting).post(CRASHES, {**CRASH, "exception_type": "B", "app_version": "1.0"})
-    for seconds, done in ((29 * 60, NONE_DUE), (60, TOLD), (86399, NONE_DUE), (1, TOLD), (5 * 86400 + 60, TOLD),
-                          (86400 - 61, NONE_DUE), (1, TOLD)):  # one, after days without a server
-        assert deliver_later(digesting, clock, seconds) == done
-    assert [[each["text"] for each in facts] for facts in receiver.told[:2]] == [
+    for seconds, number in ((29 * 60, 0), (60, 1), (86399, 0), (1, 1), (5 * 86400 + 60, 1), (86400 - 61, 0), (1, 1)):
+        assert deliver_later(digesting, clock, seconds)["sent"] == number, "one, even after days without a server"
+    assert receiver.facts("text")[:2] == [
         ["Crashes: 0 yesterday, 0 the day before", "New: 2; A; B", "Resolved: 1; regressed: 1"],
         ["Crashes: 3 yesterday, 0 the day before", "New: 0", "Resolved: 0; regressed: 0"]]
     assert {body["type"] for body in receiver.bodies} == {"digest"}
     assert receiver.bodies[0]["data"]["title"] == "backfeedr: the last day of all apps"
 
 
-def test_what_comes_late_is_new_in_one_digest_whenever_the_digests_are_made(digesting, clock, receiver):
+def test_a_group_is_new_in_exactly_one_digest_however_late_its_crash_or_the_digest_is(digesting, clock, receiver):
     def send(name, hours_ago):
         Api(digesting).post(CRASHES, {
             **CRASH, "exception_type": name, "occurred_at": time_text(clock.seconds - hours_ago * 3600)})
@@ -5014,24 +5008,25 @@ def test_the_feed_leaves_out_a_group_whose_crashes_have_expired(keeping, clock):
     assert "<entry>" not in webtest.TestApp(server).get(address) and count(server, "groups") == 1
 
 
-def test_a_digest_says_of_the_newest_release_of_each_live_app_how_it_is(serve, clock):
+def test_a_digest_has_the_verdict_on_the_newest_release_of_each_live_app(serve, clock):
     server = serve()
     keys = [KEY_HASH, *(backfeedr.sha256(server.store.create_app(app, is_test=app == "Test"))
                         for app in ("Shop", "Test", "Quiet"))]
-    for version, crashed in (("1.9", (4, 40, 4)), ("1.10", (4, 80, 80)), ("1.2", (0, 0, 0))):  # the last: a straggler
+    for version, crashed in (("1.9", (4, 40, 4)), ("1.10", (4, 80, 80)), ("1.2", (0, 0, 0))):  # 1.2 comes late
         for key_hash, number in zip(keys, crashed):
             send_devices(server, version, 100 if crashed[1] else 1, number, key_hash)
         clock.move(A_DAY)
-    said = {"default": "default 1.10 is too early: about 50 more devices",
-            "Shop": "Shop 1.10 is worse: 20 % of devices crash-free, 60 % before",
-            "Test": "Test 1.10 is worse: 20 % of devices crash-free, 96 % before"}
-    for app, lines in ((None, [said["Shop"], said["default"]]), ("Quiet", []), *((app, [said[app]]) for app in said)):
+    texts = {"default": "default 1.10 is too early: about 50 more devices",
+             "Shop": "Shop 1.10 is worse: 20 % of devices crash-free, 60 % before",
+             "Test": "Test 1.10 is worse: 20 % of devices crash-free, 96 % before"}
+    for app, lines in ((None, [texts["Shop"], texts["default"]]), ("Quiet", []),
+                       *((app, [text]) for app, text in texts.items())):
         digest = server.metrics.digest(app, server.store.now - A_DAY * 1000, server.store.now)
-        assert [each["text"] for each in digest[:-3]] == lines
+        assert [fact["text"] for fact in digest[:-3]] == lines
 
 
 @pytest.mark.parametrize("is_made", [True, False])
-def test_a_digest_names_no_app_that_was_deleted_while_it_was_made_or_waited(serve, clock, receiver, is_made):
+def test_a_digest_names_no_app_that_is_deleted_while_the_digest_is_made_or_waits(serve, clock, receiver, is_made):
     server, receiver.status = serve(), 503
     shop = backfeedr.sha256(server.store.create_app("Shop"))
     server.alerts.add(receiver.url, kinds=["digest"], hour=15)
@@ -5041,12 +5036,12 @@ def test_a_digest_names_no_app_that_was_deleted_while_it_was_made_or_waited(serv
     digest = server.alerts._digest
     if not is_made:
         server.alerts._digest = lambda *given: (digest(*given), server.store.delete_app("Shop"))[0]
-    assert dict(server.deliver()) == NOT_TOLD
+    assert dict(server.deliver()) == ONE_FAILED
     if is_made:
         server.store.delete_app("Shop")
-    receiver.status, receiver.came = 204, []
-    assert deliver_later(server, clock) == TOLD
-    assert [each.get("app") for each in receiver.told[0]] == ["default", None, None, None]
+    receiver.status, receiver.requests = 204, []
+    assert deliver_later(server, clock) == ONE_SENT
+    assert receiver.facts("app") == [["default", None, None, None]]
 
 
 # == Metrics ===================================================================
@@ -5393,12 +5388,10 @@ class Slow:
             query, shown = ({"days": days}, days) if days else ({}, 30)
             yield "metrics/crash-types", query, self.labels("exception_type", days, 100)
             yield "metrics/devices", query, self.labels("device_model", days, 10)
-            yield "metrics/active-devices", query, self.per_day(
-                shown, self.totals("active_days", "dau", "wau", "mau"))
+            yield "metrics/active-devices", query, self.per_day(shown, self.totals("active_days", "dau", "wau", "mau"))
             yield "metrics/sessions", query, self.per_day(shown, self.sessions_of)
             yield "metrics/retention", query, self.per_day(shown, self.retention_of)
-            yield "metrics/daily-crashes", {"days": shown}, self.per_day(
-                shown, self.totals("crash_days", "data"))
+            yield "metrics/daily-crashes", {"days": shown}, self.per_day(shown, self.totals("crash_days", "data"))
         if with_lists:
             for query in ({}, {"version": "2.0"}, {"days": dice.choice([1, 2, 7])}, {"version": "1.10.0", "days": 9},
                           *({"sort": sort, **dice.choice([{}, {"days": 9}])} for sort in backfeedr.SORTS)):
