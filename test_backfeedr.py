@@ -4859,29 +4859,25 @@ def test_a_channel_gets_the_facts_it_asked_for_of_its_app_or_of_all_live_apps(se
         ([["Shop"] * 2], [["crash.new", "crash.spread"]])]
 
 
-def test_nothing_of_a_deleted_app_is_sent(serve, clock, receiver):
-    server = serve()
-    server.store.create_app("Shop")
-    server.alerts.add(receiver.url)
-    server.alerts.add(receiver.url, app="Shop")
-    queue_messages(server, clock, "Shop", "Shop default", "default", field="app")
-    note(server, app="Shop")
-    server.store.delete_app("Shop")
-    assert len(server.alerts.channels()) == 1 and stored(server, "facts") == {"facts": []}
-    assert deliver_later(server, clock) == {"sent": 2, "failed": 0}
+def test_nothing_of_a_deleted_app_is_sent(alerting, clock, receiver):
+    alerting.store.create_app("Shop")
+    alerting.alerts.add(receiver.url, app="Shop")
+    queue_messages(alerting, clock, "Shop", "Shop default", "default", field="app")
+    note(alerting, app="Shop")
+    alerting.store.delete_app("Shop")
+    assert len(alerting.alerts.channels()) == 1 and stored(alerting, "facts") == {"facts": []}
+    assert deliver_later(alerting, clock) == {"sent": 2, "failed": 0}
     assert receiver.facts("app") == [["default"]] * 2
 
 
-def test_nothing_of_an_app_is_sent_once_it_is_deleted_during_a_delivery(serve, clock, receiver):
-    server = serve()
-    server.store.create_app("Shop")
-    server.alerts.add(receiver.url)
-    queue_messages(server, clock, "Shop", "Shop default", field="app")
-    receiver.on_request = lambda: len(receiver.requests) == 1 and server.store.delete_app("Shop")
+def test_nothing_of_an_app_is_sent_once_it_is_deleted_during_a_delivery(alerting, clock, receiver):
+    alerting.store.create_app("Shop")
+    queue_messages(alerting, clock, "Shop", "Shop default", field="app")
+    receiver.on_request = lambda: len(receiver.requests) == 1 and alerting.store.delete_app("Shop")
     receiver.status = 400  # which does not hold up the next message
-    assert deliver_later(server, clock) == {"sent": 0, "failed": 2}
+    assert deliver_later(alerting, clock) == {"sent": 0, "failed": 2}
     receiver.status = 204
-    assert deliver_later(server, clock) == {"sent": 1, "failed": 0}, "a message without facts does not come back"
+    assert deliver_later(alerting, clock) == ONE_SENT, "a message without facts is deleted"
     assert receiver.facts("app") == [["Shop"], ["default"], ["default"]]
 
 
@@ -5124,7 +5120,7 @@ def assert_answers(api, expected):
 
 @pytest.mark.parametrize("character, length, least", [
     ("\U0001f4a5", 497, 9), ("\x01", 497, 18), ("\\", 497, 45), ("T", 1, 100)])
-def test_public_answers_show_100_names_and_ten_models_or_as_many_as_fit_into_64_kb(api, character, length, least):
+def test_public_answers_have_100_names_and_ten_models_or_as_many_as_fit_into_64_kb(api, character, length, least):
     name = character * length
     names = [f"{name}{n:03}" for n in range(105)]
     crashes = [crash_at(NOW, each, device_model=each, exception_reason=name, app_version=each) for each in names]
@@ -5154,7 +5150,7 @@ def test_an_app_name_beyond_ascii_is_found_however_it_is_encoded(api):
 
 
 @pytest.mark.parametrize("public", [True, False])
-def test_lists_need_the_admin_token_and_metrics_where_they_are_not_public(serve, public):
+def test_lists_need_the_admin_token_and_so_do_metrics_that_are_not_public(serve, public):
     api = Api(serve(public_metrics=public))
     for path in LISTS + ([] if public else METRICS):
         for header, word in (("", "missing"), ("Basic " + TOKEN, "missing"), ("Bearer " + KEY, "invalid")):
@@ -5163,7 +5159,7 @@ def test_lists_need_the_admin_token_and_metrics_where_they_are_not_public(serve,
     assert api.get("/api/v1/health") == (200, {"status": "ok"})
 
 
-# What each question looks up by which key. A SCAN is only of apps, of what it has put together itself, or of a page.
+# The tables that each question searches, and by which key. It may scan only apps, its own subqueries, or a page.
 BY_DAY, BY_SEQ = "USING PRIMARY KEY (app_id=? AND day>? AND day<?)", "USING INTEGER PRIMARY KEY (rowid=?)"
 LABELS_BY_DAY = ["labels USING PRIMARY KEY (app_id=? AND field=? AND day>? AND day<?)"]
 GROUP = "groups USING PRIMARY KEY (app_id=? AND group_hash=?)"
@@ -5194,7 +5190,7 @@ PLANS = {
 
 
 @sqlite_only
-def test_each_question_and_a_commit_look_up_what_they_need_by_an_index(api):
+def test_each_question_and_a_commit_use_an_index(api):
     event = {**EVENT, "app_version": "1.0", "session_id": "s", "device_id_hash": "d"}
     crash, session = api.post(CRASHES, {**CRASH, "app_version": "1.0"})[1], {"session_id": "s"}
     for version in ("1.0", "1.1"):
@@ -5204,7 +5200,7 @@ def test_each_question_and_a_commit_look_up_what_they_need_by_an_index(api):
              "neighbours": {"crash": crash},
              "events, oldest first": {**session, "oldest_first": True}}
     for question, plan in PLANS.items():
-        with api.server.store.reading() as reader:  # is handed out again to whoever reads next
+        with api.server.store.reading() as reader:  # the question will get the same connection
             db, queries = api.server.store._here.writer if question == "a commit" else reader, []
         db.set_trace_callback(queries.append)
         if question == "a commit":
@@ -5213,7 +5209,7 @@ def test_each_question_and_a_commit_look_up_what_they_need_by_an_index(api):
         else:
             getattr(api.server.metrics, question.partition(",")[0])(**given.get(question, {}))
         db.set_trace_callback(None)
-        # Versions of SQLite say it differently.
+        # Versions of SQLite differ in these words.
         steps = {re.sub("(?<=SEARCH) TABLE|(?<=SCAN) TABLE| AS \\w+| LEFT-JOIN", "", step)
                  for query in queries if query.split()[0].lower() in ("select", "with", "update")
                  for *_, step in db.execute("explain query plan " + query)}
@@ -5231,7 +5227,7 @@ def per_cent(part, whole):
 
 
 def slow_rate(crashes, sessions):
-    """100 x (1 - crashes / sessions) within 0 to 100, as the contract has it."""
+    """100 x (1 - crashes / sessions), within 0 to 100."""
     return per_cent(max(0, sessions - crashes), sessions) if sessions else 0.0 if crashes else 100.0
 
 
@@ -5240,8 +5236,8 @@ def by_frequency(values, most=20):
     return {name: [row[n] for row in ranked if row[0]][:most] for n, name in enumerate(("labels", "data"))}
 
 
-class Slow:
-    """What the README and the contract promise of some apps, by loops over all reports and what `recount` finds."""
+class SlowMetrics:
+    """Answers questions about some apps as the README promises, by loops over all reports and what `recount` finds."""
 
     def __init__(self, tables, crashes, events, apps, now):
         self.apps, self.now, self.today = apps, now, now // DAY
@@ -5259,9 +5255,9 @@ class Slow:
         return not days or self.today - days < day <= self.today
 
     def totals(self, table, *names):
-        """Of a day, the sums of the columns of a table, of which these are the names."""
+        """Returns a function that sums up the rows of a day in a table; `names` are those of the columns."""
         days = grouped([{"day": key[1], "row": row} for key, row in self.tables[table].items()], "day")
-        return lambda day: {name: sum(each["row"][n] for each in days[day,]) for n, name in enumerate(names)}
+        return lambda day: {name: sum(found["row"][n] for found in days[day,]) for n, name in enumerate(names)}
 
     def per_day(self, days, figures):
         shown = range(self.today - days + 1, self.today + 1)
@@ -5278,10 +5274,10 @@ class Slow:
 
     def sessions_of(self, day):
         sessions, ended, ms = self.session_sums(day).values()
-        lasted = sorted((each, app) for (app, started, each), (count,) in self.tables["durations"].items()
-                        for _ in range(count) if started == day)
-        is_of_one_app = len({app for _, app in lasted}) == 1
-        return {"sessions": sessions, "median_seconds": lasted[(ended - 1) // 2][0] if is_of_one_app else None,
+        durations = sorted((seconds, app) for (app, started, seconds), (count,) in self.tables["durations"].items()
+                           for _ in range(count) if started == day)
+        is_of_one_app = len({app for _, app in durations}) == 1
+        return {"sessions": sessions, "median_seconds": durations[(ended - 1) // 2][0] if is_of_one_app else None,
                 "mean_seconds": round(ms / ended / 1000, 1) if ended else None}
 
     def retention_of(self, day):
@@ -5296,15 +5292,15 @@ class Slow:
         dau = sum(row[0] for key, row in self.tables["device_hours"].items() if key[1] >= (self.now - DAY) // HOUR)
         return {"crash_free_rate_7d": slow_rate(len(crashes), sessions), "dau": dau, "sessions_7d": sessions,
                 "crashes_7d": len(crashes),
-                "top_crashes": [{**{name: self.named(group)[name] for name in (
+                "top_crashes": [{**{name: self.description(group)[name] for name in (
                     "group_hash", "exception_type", "exception_reason")}, "count": count}
                     for group, count in zip(*top.values())]}
 
-    def named(self, group):
-        """As its latest crash; of two at once, as the first app's that came last there. And when it was first seen."""
+    def description(self, group):
+        """A group as its latest crash describes it, in the first app where several apps have one at that time."""
         groups = [(row, key[0]) for key, row in sorted(self.tables["groups"].items()) if key[1] == group]
-        (name, _, _, _, reason, *_), app = max(groups, key=lambda each: each[0][3])
-        first_version = min(groups, key=lambda each: each[0][1])[0][2]
+        (name, _, _, _, reason, *_), app = max(groups, key=lambda found: found[0][3])
+        first_version = min(groups, key=lambda found: found[0][1])[0][2]
         crashes = [row for row in self.crashes if (row["app_id"], row["group_hash"]) == (app, group)]
         frame, = max(crashes, key=lambda row: (row["at"], row["seq"]))["sent"]["stack_trace"] if crashes else [{}]
         return {"group_hash": group, "exception_reason": reason or "", "exception_type": name,
@@ -5331,20 +5327,21 @@ class Slow:
         return {"releases": [row for *_, row in sorted(found)[:100]]}
 
     def verdict(self, app, version, first):
-        """Of a release against the highest lower one of those that were seen before it."""
+        """The verdict on a release against the highest lower one that was seen before it."""
         order = sorted((first, backfeedr.version_key(name), name) for (of_app, name), (first, _)
                        in self.tables["releases"].items() if of_app == app and name != "(other)")
         own = backfeedr.version_key(version)
-        earlier = [each[1:] for each in order if each[:2] <= (first, own) and each[1:] < (own, version)]
+        earlier = [(key, name) for seen, key, name in order
+                   if (seen, key) <= (first, own) and (key, name) < (own, version)]
         if version == "(other)" or not earlier:
             return None
         _, before = max(earlier)
         first_before = self.tables["releases"][app, before][0]
         end = min(self.now, first + 90 * DAY) // HOUR
         lasted = end * HOUR - first
-        said = backfeedr.verdict(self.health(app, version, end),
-                                 self.health(app, before, (first_before + lasted + HOUR // 2) // HOUR))
-        return said and {**said, "before": before}
+        found = backfeedr.verdict(self.health(app, version, end),
+                                  self.health(app, before, (first_before + lasted + HOUR // 2) // HOUR))
+        return found and {**found, "before": before}
 
     def health(self, app, version, end):
         rows = [row for (*key, hour), row in self.tables["release_hours"].items()
@@ -5364,9 +5361,9 @@ class Slow:
 
     def spread(self, rows):
         times, versions = [row["at"] for row in rows], {row["sent"].get("app_version") for row in rows} - {None}
-        named = self.named(rows[0]["group_hash"])
-        return {**named, **UNDECIDED, "count": len(rows), "devices": len(grouped(rows, "app_id", "device_id_hash")),
-                "first_seen": iso_time(named["first_seen"]), "last_seen": iso_time(max(times)),
+        group = self.description(rows[0]["group_hash"])
+        return {**group, **UNDECIDED, "count": len(rows), "devices": len(grouped(rows, "app_id", "device_id_hash")),
+                "first_seen": iso_time(group["first_seen"]), "last_seen": iso_time(max(times)),
                 "versions": sorted(versions, key=lambda version: list(map(int, version.split("."))))}
 
     def group(self, group):
@@ -5380,7 +5377,7 @@ class Slow:
                 ("versions", "app_version"), ("systems", "os_version"), ("device_models", "device_model"))}}
 
     def answers(self, dice, with_lists):
-        """Path, query and answer of each question; where the query has a limit, all pages of the list together."""
+        """Yields path, query and answer of questions. If the query has a limit, the answer has all pages in one."""
         yield "overview", {}, self.overview()
         yield "releases", {}, self.releases()
         yield "metrics/daily-crashes", {}, self.weekdays()
@@ -5405,18 +5402,18 @@ class Slow:
             yield "events", {"limit": 50}, {"events": events}
 
 
-class World:
-    """Random reports over five weeks to three apps; `sent` has each that was acknowledged, as the admin sees it."""
+class Simulation:
+    """Sends random reports of three apps over five weeks. `sent` has each acknowledged report as the admin sees it."""
 
     def __init__(self, api, clock, seed, variety):
         self.api, self.clock, self.random, self.variety = api, clock, random.Random(seed), variety
         self.store, self.sent, self.waiting = api.server.store, {}, defaultdict(list)
         self.keys = {"default": KEY, "Shop": self.store.create_app("Shop"), "Beta": self.store.create_app("Beta", True)}
-        self.forgets = seed % 2 == 1  # devices, so that a release was first and last seen with what is no longer there
+        self.forgets = seed % 2 == 1  # whether devices are forgotten: then first and last reports of a release are gone
         clock.seconds = parse_time("2026-02-20T09:00:00Z") / 1000
 
     def pass_time(self):
-        """A step of minutes or hours, to near a midnight or to an hour sharp; or back, where a day has no limits."""
+        """Moves the clock by minutes or hours, to near midnight, to a full hour, or back if names are not limited."""
         chance, now, midnight = self.random, self.clock.seconds, (self.store.now // DAY + 1) * DAY / 1000
         self.clock.seconds = chance.choice([
             now + chance.randrange(8 * 90) / 8, now + chance.randrange(8 * 40_000) / 8,
@@ -5425,7 +5422,7 @@ class World:
             midnight + 3600 * chance.randrange(30)])
 
     def moment(self):
-        """A time on a device: mostly now, also early, late, fast, never set, or at the edge of a day or an hour."""
+        """A time by a device's clock: mostly now, or early, late, fast, never set, or at the edge of a day or hour."""
         chance, now = self.random, self.store.now
         return chance.choice([
             now, now, now, now + 300_000, now + 300_001, chance.choice([0, 0, 0, 1_167_609_599_999, 1_167_609_600_000]),
@@ -5435,7 +5432,7 @@ class World:
             *(now + chance.randrange(span) for span in (300_001, 300_001, 9 * DAY))])
 
     def common(self):
-        """The fields that all reports may have, some of them absent in one way or another."""
+        """The fields that all reports may have. Some are missing, null or empty."""
         chance = self.random
         versions = ["1.9.0", "1.10.0", "1.10.0", "2.0", f"3.{self.store.now // (7 * DAY)}",
                     f"4.{chance.randrange(self.variety)}"]
@@ -5451,14 +5448,14 @@ class World:
                 "stack_trace": [{"frame": 0, "symbol": chance.choice("xy"), "file": chance.choice([None, "a.swift"])}]}
 
     def event(self, app):
-        """One of a session, which come in any order and perhaps weeks apart, or of none."""
+        """An event. Those of a session come in any order, perhaps weeks apart."""
         waiting = self.waiting[app]
         if len(waiting) < 5 or self.random.random() < 0.2:
             waiting += self.session()
         return waiting.pop(self.random.choice([0, self.random.randrange(len(waiting))]))
 
     def session(self):
-        """Its events, mostly of one device. Some ids are used again, or are none."""
+        """The events of a session, mostly of one device. Some ids are used twice, and some are missing."""
         chance, start, who = self.random, self.moment(), self.common()
         session = chance.choice([f"s{chance.randrange(40)}", f"s{chance.randrange(40)}", None, ""])
         lasts = chance.choice([0, 499, 500, 9_499, 9_500, 94_000, 104_000, DAY, DAY + 1, chance.randrange(600_000),
@@ -5492,7 +5489,7 @@ class World:
         assert self.store.forget_device(device) == +Counter(counts, devices=len({each["app"] for each in gone}))
 
     def answer(self, path, query):
-        """The answer to a question; of a list, with the rows of all its pages, each but the last one full."""
+        """The answer to a question, with all pages of a list in one. Each page but the last must be full."""
         status, answer = self.api.get(f"/api/v1/{path}?{urlencode(query)}", **ADMIN)
         assert status == 200, (path, query, answer)
         for part in answer.keys() & {"groups", "reports", "events"}:
@@ -5507,45 +5504,45 @@ class World:
         with connected(path) as db:
             reports = [[{**row, "sent": self.sent[row["id"]]} for row in rows_of_table(db, table)]
                        for table in ("crashes", "events")]
-            kept = figures(db) if self.forgets else {}  # with when what was forgotten was first and last seen
+            kept = figures(db) if self.forgets else {}  # which know when forgotten reports were first and last seen
             tables = {**recount(db), **{table: kept[table] for table in ("builds", "groups") if kept}}
         assert sum(map(len, reports)) == len(self.sent)
         for app in (None, *self.keys):
             names = [app] if app else ["default", "Shop"]
             apps = {id: name for id, name in sql(path, "select id, name from apps") if name in names}
-            slow = Slow(tables, *reports, apps, self.store.now)
+            slow = SlowMetrics(tables, *reports, apps, self.store.now)
             for question, query, expected in slow.answers(self.random, with_lists):
                 query = {**query, **({"app": app} if app else {})}
                 assert self.answer(question, query) == expected, (question, query)
 
 
 @pytest.mark.parametrize("seed, variety", [*((seed, 1) for seed in range(4)), (4, 40), (5, 40)])
-def test_all_answers_equal_a_slow_and_obvious_computation_over_all_reports(serve, clock, monkeypatch, seed, variety):
+def test_all_answers_equal_a_slow_and_obvious_computation(serve, clock, monkeypatch, seed, variety):
     if variety > 1:
         monkeypatch.setattr(backfeedr, "NEW_NAMES", dict(
             group_hash=3, exception_type=2, device_model=2, app_version=1, name=1))
-    world = World(Api(serve(rate_limit=0, retention_days=0)), clock, seed, variety)
-    serve.unchecked.append(world.api.server)
-    world.compare(with_lists=True)
+    simulation = Simulation(Api(serve(rate_limit=0, retention_days=0)), clock, seed, variety)
+    serve.unchecked.append(simulation.api.server)
+    simulation.compare(with_lists=True)
     for until in ("2026-02-27T00:00:00Z", "2026-03-05T00:00:00Z", "2026-03-27T00:00:00Z"):
-        while world.store.now < parse_time(until):
-            for _ in range(world.random.randrange(1, 5)):
-                world.send()
-            if world.forgets and world.random.random() < 0.1:
-                world.forget()
-            world.pass_time()
-        clock.seconds = ((world.store.now + 301_000) // DAY + 1) * DAY / 1000 - 120
-        for _ in range(12):  # so that some of the fast clocks are in the next day
-            world.send()
-        world.compare(with_lists=True)
+        while simulation.store.now < parse_time(until):
+            for _ in range(simulation.random.randrange(1, 5)):
+                simulation.send()
+            if simulation.forgets and simulation.random.random() < 0.1:
+                simulation.forget()
+            simulation.pass_time()
+        clock.seconds = ((simulation.store.now + 301_000) // DAY + 1) * DAY / 1000 - 120
+        for _ in range(12):  # some devices with fast clocks are in the next day already
+            simulation.send()
+        simulation.compare(with_lists=True)
         clock.move(130)
-        world.compare(with_lists=False)  # nothing but the day is another
-    assert len(world.sent) > 150
-    assert (variety > 1) == bool(count(world, "crashes", "group_hash = '(other)'"))
-    check_database(world.store.path, forgotten=world.forgets)
+        simulation.compare(with_lists=False)  # only the day has changed
+    assert len(simulation.sent) > 150
+    assert (variety > 1) == bool(count(simulation, "crashes", "group_hash = '(other)'"))
+    check_database(simulation.store.path, forgotten=simulation.forgets)
 
 
-CLOCKS = [  # by how many seconds each event of a batch is ahead, and the days of its sessions with their durations
+CLOCKS = [  # seconds by which the events of a batch are ahead, and the day and the duration of their session
     ("a day fast", [86_400, 87_000], (0, 600)), ("6 minutes fast", [-240, 360], (0, 600)),
     ("5 minutes fast", [-300, 300], (0, 600)), ("slow", [-7200, -6600], (0, 600)),
     ("set meanwhile", [-3 * 86_400, 0], (-3, None)), ("of 1970", [-1773325800, -1773325200], (0, 0)),
@@ -5562,7 +5559,7 @@ def test_a_session_counts_whatever_the_phones_clock_says(api, name, ahead, expec
     day, seconds = expected
     assert found["sessions"] == [int(n == day) for n in range(-3, 1)] and found["median_seconds"][day - 1] == seconds
     assert set(sql(api.server.store.path, "select occurred_at from events")) == {
-        (parse_time(start),), (parse_time(end),)}, "and is kept as it came"
+        (parse_time(start),), (parse_time(end),)}, "the times are stored as they were sent"
 
 
 def test_a_search_finds_what_the_list_shows_and_the_apps_own_frames(api):
@@ -5576,7 +5573,7 @@ def test_a_search_finds_what_the_list_shows_and_the_apps_own_frames(api):
         assert [each["group_hash"] for each in found] == expected, text
 
 
-def test_what_an_expired_or_forgotten_crash_said_is_no_longer_listed_or_found(keeping, clock):
+def test_text_of_an_expired_crash_is_no_longer_listed_or_found(keeping, clock):
     server = keeping(5)
     api = Api(server)
     add(server, exception_type="A", exception_reason="Secret", device_id_hash="d", occurred_at=time_text(clock.seconds))
@@ -5590,7 +5587,7 @@ def test_what_an_expired_or_forgotten_crash_said_is_no_longer_listed_or_found(ke
     assert [len(api.get(f"{CRASHES}?text={text}", **ADMIN)[1]["groups"]) for text in ("secret", "old")] == [0, 1]
 
 
-def test_with_a_version_a_group_has_its_own_first_day_says_if_it_is_new_and_counts_of_that_version(api, clock):
+def test_a_list_of_a_version_counts_its_crashes_and_says_which_groups_are_new_in_it(api, clock):
     for version in ("2.3", "2.4.1", "2.4.2"):
         api.post(CRASHES, crash_at(time_text(clock.seconds), "Old", app_version=version))
         clock.move(10 * 86400)
@@ -5618,7 +5615,7 @@ def test_versions_sort_as_people_expect():
     assert sorted(shuffled, key=backfeedr.version_key) == ordered
 
 
-def test_releases_are_in_the_order_of_their_appearance_or_of_their_versions_and_name_apps_to_the_admin(api, clock):
+def test_releases_are_sorted_by_first_appearance_or_version_and_name_apps_only_to_the_admin(api, clock):
     for version in ("1.10", "1.9", "2.0-rc.1"):
         add(api.server, app_version=version)
         clock.move(1)
@@ -5633,7 +5630,7 @@ def test_releases_are_in_the_order_of_their_appearance_or_of_their_versions_and_
         [None] * 3, ["default"] * 3, ["default"] * 3]
 
 
-VERDICTS = [  # devices and how many of them crashed, before and now
+VERDICTS = [  # devices and crashed devices of the release before and of the newer one
     ((100, 4), (100, 12), "worse: 88 % of devices crash-free, 96 % before", [-16.2, -0.3]),
     ((300, 36), (300, 12), "better: 96 % of devices crash-free, 88 % before", [3.7, 12.5]),
     ((400, 16), (400, 16), "no difference seen: 96 % of devices crash-free, 96 % before", [-2.8, 2.8]),
@@ -5648,28 +5645,28 @@ VERDICTS = [  # devices and how many of them crashed, before and now
     ((0, 0), (500, 0), "too early: about 50 more devices", None)]
 
 
-@pytest.mark.parametrize("before, ours, text, interval", VERDICTS)
-def test_a_verdict_says_in_words_what_the_interval_of_the_difference_allows(before, ours, text, interval):
-    found = backfeedr.verdict(backfeedr.Health(*ours), backfeedr.Health(*before))
-    assert found == {"word": text.partition(":")[0], "text": text, "interval": interval}
+@pytest.mark.parametrize("before, newer, text, interval", VERDICTS)
+def test_a_verdict_says_what_the_interval_of_the_difference_allows(before, newer, text, interval):
+    verdict = backfeedr.verdict(backfeedr.Health(*newer), backfeedr.Health(*before))
+    assert verdict == {"word": text.partition(":")[0], "text": text, "interval": interval}
 
 
-def test_a_verdict_of_no_devices_is_none_and_the_interval_is_that_of_the_paper():
+def test_without_devices_there_is_no_verdict_and_intervals_are_those_of_the_paper():
     assert backfeedr.verdict(backfeedr.Health(0, 0), backfeedr.Health(0, 0)) is None
-    for ours, before, expected in (  # Newcombe 1998, table II, method 10: cases a, b, e and h
+    for newer, before, expected in (  # Newcombe 1998, table II, method 10: cases a, b, e and h
             ((70, 14), (80, 32), (0.0524, 0.3339)), ((10, 1), (10, 7), (0.1705, 0.8090)),
             ((10, 10), (20, 20), (-0.1611, 0.2775)), ((10, 0), (10, 10), (0.6075, 1.0))):
-        found = backfeedr.newcombe(backfeedr.Health(*ours), backfeedr.Health(*before))
-        assert found == pytest.approx(expected, abs=0.0002)
+        interval = backfeedr.newcombe(backfeedr.Health(*newer), backfeedr.Health(*before))
+        assert interval == pytest.approx(expected, abs=0.0002)
 
 
 def test_equal_releases_are_seldom_called_worse_and_a_worse_one_is():
-    chance, called = random.Random(7), Counter()
+    chance, total = random.Random(7), Counter()
 
-    def words(ours, before):
-        """The words of 400 pairs of releases, each with its devices and the share that never crashes."""
+    def words(newer, before):
+        """Counts the words of 400 verdicts on random releases, given their devices and the share that never crashes."""
         healths = []
-        for devices, share in (ours, before):
+        for devices, share in (newer, before):
             crashed = range(devices + 1)
             likely = [math.comb(devices, n) * (1 - share) ** n * share ** (devices - n) for n in crashed]
             healths.append([backfeedr.Health(devices, n) for n in chance.choices(crashed, likely, k=400)])
@@ -5677,10 +5674,10 @@ def test_equal_releases_are_seldom_called_worse_and_a_worse_one_is():
 
     for devices, before, share in ((50, 50, 0.8), (50, 400, 0.96), (300, 300, 0.96), (300, 1000, 0.5),
                                    (300, 300, 0.995)):
-        found = words((devices, share), (before, share))
-        assert found["worse"] <= 20, (devices, before, share)
-        called += found
-    assert called["worse"] + called["better"] <= 0.05 * sum(called.values())
+        counts = words((devices, share), (before, share))
+        assert counts["worse"] <= 20, (devices, before, share)
+        total += counts
+    assert total["worse"] + total["better"] <= 0.05 * sum(total.values())
     assert words((300, 0.8), (300, 0.96)) == {"worse": 400}
 
 
@@ -5696,16 +5693,16 @@ def verdicts(api):
             for row in api.get("/api/v1/releases?app=default")[1]["releases"]}
 
 
-def test_a_release_is_compared_with_the_one_before_it_at_equal_ages_and_the_first_with_none(keeping, clock):
+def test_a_release_is_compared_with_the_one_before_it_at_equal_ages(keeping, clock):
     api = Api(keeping())
     send_devices(api.server, "1.9", 100, 4)
     clock.move(5 * 3600)
-    send_devices(api.server, "1.9", 200, 200)  # they crash later than what the next release has reached
+    send_devices(api.server, "1.9", 200, 200)  # at an age that the next release has not reached
     clock.move(A_DAY)
     send_devices(api.server, "1.10", 100, 12)
-    assert verdicts(api) == {"1.10": None, "1.9": None}, "no hour of it is over"
+    assert verdicts(api) == {"1.10": None, "1.9": None}, "the first hour is not over"
     clock.move(3600)
-    send_devices(api.server, "1.8", 100, 100)  # an old version that came late is no new one
+    send_devices(api.server, "1.8", 100, 100)  # a late report does not make an old version new
     worse = "worse: 88 % of devices crash-free, 96 % before"
     assert verdicts(api) == {"1.8": None, "1.10": worse, "1.9": None}
     found, = (row["verdict"] for row in api.get("/api/v1/releases")[1]["releases"] if row["verdict"])
@@ -5718,17 +5715,17 @@ def test_a_release_is_compared_with_the_one_before_it_at_equal_ages_and_the_firs
     for n in range(12):
         api.server.store.forget_device(f"1.10 {n}")
     assert verdicts(api)["1.11"] == "no difference seen: 100 % of devices crash-free, 100 % before", \
-        "as no device that crashed is known any longer"
+        "the devices that crashed are forgotten"
 
 
-def test_two_releases_that_start_together_are_in_the_order_of_their_versions(api, clock):
+def test_releases_that_appear_together_are_compared_in_the_order_of_their_versions(api, clock):
     for version, crashed in (("1.10", 50), ("1.9", 1)):
         send_devices(api.server, version, 100, crashed)
     clock.move(3600)
     assert verdicts(api) == {"1.10": "worse: 50 % of devices crash-free, 99 % before", "1.9": None}
 
 
-def test_a_verdict_stays_when_the_devices_of_it_have_expired(keeping, clock):
+def test_a_verdict_stays_after_its_devices_have_expired(keeping, clock):
     api = Api(keeping(10))
     for version, crashed in (("1.0", 4), ("1.1", 24)):
         send_devices(api.server, version, 100, crashed)
@@ -5739,9 +5736,9 @@ def test_a_verdict_stays_when_the_devices_of_it_have_expired(keeping, clock):
     assert verdicts(api) == {"1.1": "worse: 76 % of devices crash-free, 96 % before", "1.0": None}
 
 
-@pytest.mark.parametrize("devices, crashed, is_told", [(50, 15, True), (49, 15, False), (50, 8, False)])
-def test_a_release_that_is_surely_worse_is_told_once(serve, clock, devices, crashed, is_told):
-    """From 50 devices on; 8 of 50 are worse than 4 of 100, but one of many looks would find as much by chance."""
+@pytest.mark.parametrize("devices, crashed, is_reported", [(50, 15, True), (49, 15, False), (50, 8, False)])
+def test_a_release_that_is_surely_worse_is_reported_once(serve, clock, devices, crashed, is_reported):
+    """It takes 50 devices. 8 of 50 are worse than 4 of 100, but with a look each hour, chance would do as much."""
     server = serve()
     server.alerts.add("https://example.com")
     for version, number, of in (("1.0", 100, 4), ("1.1", devices, crashed)):
@@ -5752,12 +5749,12 @@ def test_a_release_that_is_surely_worse_is_told_once(serve, clock, devices, cras
         add(server, type="custom")
         clock.move(3600)
     assert [detail for kind, detail in facts_of(server) if kind == "release.worse"] == [{
-        "app_version": "1.1", "before": "1.0", "text": "worse: 70 % of devices crash-free, 96 % before"}] * is_told
+        "app_version": "1.1", "before": "1.0", "text": "worse: 70 % of devices crash-free, 96 % before"}] * is_reported
     server.store.delete_app("default")
     assert count(server, "state", "name like 'worse%'") == 0
 
 
-def test_an_app_has_so_many_builds_and_no_more(serve, monkeypatch):
+def test_beyond_a_limit_the_builds_of_an_app_are_counted_as_one(serve, monkeypatch):
     monkeypatch.setattr(backfeedr, "MAX_BUILDS_OF_APP", 5)
     server = serve()
     serve.unchecked.append(server)
@@ -5766,13 +5763,13 @@ def test_an_app_has_so_many_builds_and_no_more(serve, monkeypatch):
                                     for build in (2 * n, 2 * n + 1)])
     add(server, key=server.store.create_app("Shop"), app_version="1.0")
     assert sql(server.store.path, "select app_id, count(*) from builds group by app_id order by 1") \
-        == [(1, 6), (2, 1)], "of each release, one for all others"
+        == [(1, 6), (2, 1)], "each release has one build for all others"
     assert POSTGRES or backfeedr._check_roll_ups(server.store.path)
 
 
 # == Backfeedr =================================================================
 
-def test_every_answer_of_the_reference(api):
+def test_answers_are_those_of_the_reference(api):
     assert api.get("/api/v1/health") == (200, {"status": "ok"})
     assert call(api.server, "HEAD", "/api/v1/health", b"") == (200, {})
     statuses, (crash, event, batch) = zip(*[api.post(path, (EXAMPLES / name).read_bytes()) for path, name in (
@@ -5785,13 +5782,13 @@ def test_every_answer_of_the_reference(api):
 @pytest.mark.parametrize("path, good, status, unreadable, error", [
     (CRASHES, CRASH, 201, b"{}", "missing exception_type"),
     (DIAGNOSTICS, {"crashDiagnostics": []}, 200, b"{}", "unknown report format")])
-def test_checks_go_size_key_rate_signature_coding_json(serve, clock, path, good, status, unreadable, error):
-    """Each request has every fault except those fixed before it."""
+def test_checks_are_size_key_rate_signature_coding_json_in_order(serve, clock, path, good, status, unreadable, error):
+    """Each request has all faults but those of the checks before."""
     api = Api(serve(rate_limit=1, max_body_size=100))
     bad = {"X_Backfeedr_Timestamp": NOW, "X_Backfeedr_Signature": "sha256=0", "Content_Encoding": "br"}
     assert api.post(path, b"x" * 101, key="nope", **bad)[0] == 413
     assert api.post(path, b"x", key="nope", **bad) == (401, {"error": "invalid API key"})
-    assert api.post(path, good)[0] == status, "which counts for the rate"
+    assert api.post(path, good)[0] == status, "which uses up the rate limit"
     assert api.post(path, b"x", **bad)[0] == 429
     for body, headers, expected in (
             (b"x", bad, (401, "invalid signature")),
@@ -5805,7 +5802,7 @@ def test_checks_go_size_key_rate_signature_coding_json(serve, clock, path, good,
 
 
 @pytest.mark.parametrize("given, limit", [({}, 1 << 20), ({"max_body_size": 1000}, 1000)])
-def test_a_body_of_the_limit_is_taken_and_one_byte_more_is_not(serve, given, limit):
+def test_a_body_of_the_maximum_size_is_taken_and_a_byte_more_is_refused(serve, given, limit):
     server, without_length = serve(**given), {"environ": {"CONTENT_LENGTH": None, "wsgi.input_terminated": True}}
     for n, (form, pack) in enumerate(((ZIPPED, gzip.compress), ({}, bytes), (without_length, bytes)), 1):
         assert call(server, body=pack(VALID.ljust(limit)), **form)[0] == 201
@@ -5828,14 +5825,14 @@ def test_every_valid_form_of_a_request_is_taken(api):
 
 
 def mounted(app, prefix):
-    """The app below a prefix of another one."""
+    """The app, mounted under a prefix of another app."""
     host = backfeedr.bottle.Bottle()
     host.route("/", callback=lambda: "host")
     host.mount(prefix, app)
     return host
 
 
-def test_mounted_under_a_prefix_it_answers_there_and_counts_its_own_routes_alone(serve):
+def test_a_mounted_app_answers_under_its_prefix_and_counts_only_its_own_requests(serve):
     server = serve()
     api = Api(mounted(server, "/deep"), "/deep")
     status, answer = api.post(CRASHES, CRASH)
@@ -5869,12 +5866,12 @@ def test_importing_starts_nothing(tmp_path):
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts servers on one database that is new at first; `start.told` has what they announced."""
-    def started(**given):
-        return Backfeedr(Settings(db_path=str(tmp_path / "first.db"), **given), announce=started.told.append)
+    """Starts servers on a database that is new to the first of them; `start.texts` has what they announced."""
+    def start_server(**given):
+        return Backfeedr(Settings(db_path=str(tmp_path / "first.db"), **given), announce=start_server.texts.append)
 
-    started.told = []
-    return started
+    start_server.texts = []
+    return start_server
 
 
 def test_settings_come_from_the_environment_unless_given(start, tmp_path, monkeypatch):
@@ -5886,24 +5883,24 @@ def test_settings_come_from_the_environment_unless_given(start, tmp_path, monkey
 
 
 @pytest.mark.parametrize("url", ["", "https://example.com/a/"])
-def test_a_first_start_makes_and_tells_a_key_and_a_token_once(start, url):
+def test_a_first_start_makes_a_key_and_a_token_and_announces_them_once(start, url):
     for _ in range(2):
         start(public_metrics=False, public_url=url).close()
-    text, = start.told
+    text, = start.texts
     key, token = re.findall("(?m)^    (bf_(?:live|admin)_[0-9a-f]{32})$", text)
     with start(public_metrics=False) as server:
         assert Api(server).post(CRASHES, CRASH, key=key)[0] == 201
         assert Api(server).get("/api/v1/overview", Authorization=f"Bearer {token}")[0] == 200
-    assert len(start.told) == 1 and f"X-Backfeedr-Key: {key}" in text and ("127.0.0.1" in text) == (not url)
+    assert len(start.texts) == 1 and f"X-Backfeedr-Key: {key}" in text and ("127.0.0.1" in text) == (not url)
     assert f"curl -X POST {url or 'http://127.0.0.1:8080/'}api/v1/crashes " in text
 
 
-def test_given_secrets_are_taken_and_not_told(start):
+def test_secrets_of_the_settings_are_used_and_not_announced(start):
     for given, token, other in (({"api_key": "mine"}, "token" * 4, "mine"), ({}, "new" * 6, "token" * 4)):
         with start(auth_token=token, **given) as server:
             assert server.store.is_admin(token.encode()) and not server.store.is_admin(other.encode())
             assert Api(server).post(CRASHES, CRASH, key="mine")[0] == 201
-    assert start.told == []
+    assert start.texts == []
 
 
 def test_a_database_with_an_app_gets_no_default_one(start, tmp_path):
@@ -5911,10 +5908,10 @@ def test_a_database_with_an_app_gets_no_default_one(start, tmp_path):
         store.create_app("Shop")
     with start() as server:
         assert [app.name for app in server.store.apps()] == ["Shop"]
-    assert "bf_admin_" in start.told[0] and "bf_live_" not in start.told[0]
+    assert "bf_admin_" in start.texts[0] and "bf_live_" not in start.texts[0]
 
 
-def test_what_the_rate_limit_refuses_is_said_on_the_overview_in_the_log_and_to_prometheus(serve, clock, caplog):
+def test_reports_that_the_rate_limit_refuses_are_shown_on_the_overview_in_the_log_and_in_metrics(serve, clock, caplog):
     api = Api(serve(rate_limit=2))
     shop = api.server.store.create_app("Shop")
     for key, times in ((KEY, 2), (shop, 5)):
@@ -5929,7 +5926,7 @@ def test_what_the_rate_limit_refuses_is_said_on_the_overview_in_the_log_and_to_p
     assert "refused" not in person.get("/")
 
 
-def test_one_slash_at_the_end_is_the_same_path(api):
+def test_a_slash_at_the_end_of_a_path_makes_no_difference(api):
     for method, path, status in (("GET", "/api/v1/health/", 200), ("PUT", CRASHES + "/", 405),
                                  ("PUT", EVENTS + "/", 405), ("GET", "/api/v1/overview/", 200),
                                  ("GET", "/api/v1/health//", 404)):
@@ -5937,7 +5934,7 @@ def test_one_slash_at_the_end_is_the_same_path(api):
     assert api.post(CRASHES + "/", CRASH)[0] == api.post(BATCH + "/", {"events": [EVENT]})[0] == 201
 
 
-def test_where_another_server_has_the_app_the_first_curl_line_names_no_port(tmp_path, capsys):
+def test_under_another_web_server_the_first_curl_line_has_no_port(tmp_path, capsys):
     with Backfeedr(Settings(db_path=str(tmp_path / "first.db"))):
         text = capsys.readouterr().err
     assert "curl -X POST https://YOUR-SERVER/api/v1/crashes" in text and "8080" not in text
@@ -5949,13 +5946,13 @@ NOTHING = {"count": 0, "ids": [], "group_hashes": []}
 
 
 def send_apples(api, body, **headers):
-    """The ids that the server gives to all that is in a body."""
+    """Sends a body of Apple's and returns the ids of its reports."""
     status, answer = api.post(DIAGNOSTICS, body, **headers)
     assert status == 201 and answer["count"] == len(answer["ids"]) == len(answer["group_hashes"])
     return answer["ids"]
 
 
-def test_a_payload_is_stored_in_its_order_as_crashes_and_events_in_one_commit(api):
+def test_a_payload_becomes_crashes_and_events_in_its_order_in_one_commit(api):
     status, answer = api.post(DIAGNOSTICS, MIXED, X_Backfeedr_Device="d1")
     path, kept = api.server.store.path, "id, name, app_version, device_id_hash"
     crashes = sql(path, "select id, exception_type, app_version, device_id_hash from crashes order by seq")
@@ -5969,7 +5966,7 @@ def test_a_payload_is_stored_in_its_order_as_crashes_and_events_in_one_commit(ap
     assert sum(api.server.store._here.group_sizes.counts) == 1
 
 
-def test_a_payload_without_a_diagnostic_is_taken_and_nothing_is_stored(api):
+def test_a_payload_without_diagnostics_is_taken_and_nothing_is_stored(api):
     before = stored(api.server)
     for body in map(json.dumps, (SPAN, {"crashDiagnostics": []}, {**SPAN, "hangDiagnostics": None})):
         body = body.encode()
@@ -5978,18 +5975,18 @@ def test_a_payload_without_a_diagnostic_is_taken_and_nothing_is_stored(api):
             assert api.post(DIAGNOSTICS, sent, **headers) == (200, NOTHING)
     assert api.post(DIAGNOSTICS, body, key="nope") == (401, {"error": "invalid API key"})
     assert stored(api.server) == before
-    send_apples(api, MIXED, **UNDER_A)  # a key of which nothing was stored is still free
+    send_apples(api, MIXED, **UNDER_A)  # the idempotency key was not used up
 
 
 @sqlite_only
-def test_a_payload_without_a_diagnostic_is_refused_under_a_key_that_another_process_has_revoked(api):
+def test_a_payload_without_diagnostics_is_refused_if_another_process_has_revoked_the_key(api):
     assert api.post(DIAGNOSTICS, SPAN) == (200, NOTHING)
     with Store(str(api.server.store.path)) as store:
         store.revoke_key(KEY)
     assert api.post(DIAGNOSTICS, SPAN) == (401, {"error": "invalid API key"})
 
 
-def test_a_body_is_told_by_its_content_whatever_its_type_and_coding(api):
+def test_the_format_is_recognised_by_the_content_whatever_its_type_and_coding(api):
     types = [None, "", "application/json", "text/plain; charset=latin-1", "application/octet-stream",
              "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "\xff"]
     for n, body in enumerate((ips_of(), crash_text(), json.dumps(payload_of()).encode()), 1):
@@ -6001,7 +5998,7 @@ def test_a_body_is_told_by_its_content_whatever_its_type_and_coding(api):
         assert (len(rows), len(set(rows))) == (9 * n, n)
 
 
-def test_the_header_says_the_device_of_all_reports_in_a_body(api):
+def test_a_header_names_the_device_of_all_reports_in_a_body(api):
     for header, device in (
             (None, None), ("", None), ("d1", "d1"), ("x" * 500, "x" * 500), ("x" * 501, "x" * 500),
             ("y" * 20_000, "y" * 500), ("cl\xc3\xa9", "cl\u00e9"), ("\xff\xfe", "\ufffd\ufffd"), ("a\x00b", "a\ufffdb"),
@@ -6013,7 +6010,7 @@ def test_the_header_says_the_device_of_all_reports_in_a_body(api):
         assert {devices[each] for each in answer["ids"]} == {device}, header
 
 
-def test_what_is_refused_of_apples_reports_is_refused_whole(api):
+def test_a_body_with_an_unreadable_report_is_refused_whole(api):
     before = stored(api.server)
     bodies = [(body if isinstance(body, bytes) else json.dumps(body).encode(), *refused)
               for body, *refused in UNREADABLE]
@@ -6034,7 +6031,7 @@ def test_a_call_stack_of_thousands_of_frames_is_stored_and_shown(api):
 @sqlite_only
 @pytest.mark.parametrize("body", [ips_of(), crash_text(), payload_of(meta={**META, "x": "/Users/ann/y"})], ids=[
     "ips", "crash", "json"])
-def test_what_identifies_a_phone_or_a_person_never_reaches_the_disk(api, body):
+def test_nothing_that_identifies_a_phone_or_a_person_reaches_the_disk(api, body):
     if isinstance(body, bytes):
         reason = b"Fatal error: /Users/ann/Shop/Cart.swift, /home/ann/x"
         body = body.replace(b'"faultingThread"', b'"asi": {"x": ["%s"]}, "faultingThread"' % reason).replace(
@@ -6048,7 +6045,7 @@ def test_what_identifies_a_phone_or_a_person_never_reaches_the_disk(api, body):
 
 
 def submission_of(body, mark=None, path=DIAGNOSTICS):
-    """A request on its way to the disk."""
+    """A decoded request that is ready to be stored."""
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     parse = {DIAGNOSTICS: partial(backfeedr.parse_diagnostics, now=parse_time(NOW)),
              CRASHES: lambda body: [parse_crash(json.loads(body))],
@@ -6056,7 +6053,7 @@ def submission_of(body, mark=None, path=DIAGNOSTICS):
     return backfeedr.Submission(KEY_HASH, parse(body), Idempotency((mark,), body) if mark else Idempotency())
 
 
-def test_requests_of_all_kinds_share_a_commit_and_their_receipts_are_of_their_own_rows(api):
+def test_requests_of_all_kinds_share_a_commit_and_each_receipt_has_the_seqs_of_its_own_rows(api):
     store, rows = api.server.store, {}
     crash, batch = submission_of(CRASH, path=CRASHES), submission_of(batch_of(EVENT, EVENT), path=BATCH)
     given = [submission_of(MIXED, b"a"), crash, batch, submission_of(MIXED, b"a"), submission_of(ips_of()),
@@ -6075,7 +6072,7 @@ def test_requests_of_all_kinds_share_a_commit_and_their_receipts_are_of_their_ow
 # -- Prometheus
 
 def scraped(api):
-    """The samples of /metrics, by what stands before them; each name has its help and its type."""
+    """The values of /metrics by their names and labels. Each name has a help text and a type."""
     answer = api.web.get(api.prefix + "/metrics", headers=ADMIN)
     assert (answer.status_int, answer.content_type) == (200, "text/plain")
     assert "version=0.0.4" in answer.headers["Content-Type"]
@@ -6093,7 +6090,7 @@ def requests_counted(api):
             if re.fullmatch('requests_total{method="[^"]*",path="[^"]*",status="[^"]*"}', name)}
 
 
-def test_requests_are_counted_by_route_and_status_and_never_by_the_path_sent(api):
+def test_requests_are_counted_by_route_and_status_and_not_by_path(api):
     for key in (KEY, "nobody's"):
         api.post(CRASHES, CRASH, key=key)
     for path in (CRASHES + "/1", CRASHES + "/2", "/nothing", "/nothing/else", BATCH):
@@ -6105,7 +6102,7 @@ def test_requests_are_counted_by_route_and_status_and_never_by_the_path_sent(api
 
 
 @sqlite_only
-def test_prometheus_gets_commits_rows_and_sizes(serve):
+def test_metrics_have_commits_rows_and_sizes(serve):
     api, other = Api(serve()), Api(serve())
     for path, body in ((CRASHES, CRASH), (BATCH, {"events": [EVENT] * 5}), (BATCH, {"events": [EVENT, {}]})):
         api.post(path, body)
@@ -6119,18 +6116,16 @@ def test_prometheus_gets_commits_rows_and_sizes(serve):
     for name, suffix in (("file_bytes", ""), ("wal_bytes", "-wal")):
         assert samples[name] == os.stat(f"{api.server.store.path}{suffix}").st_size > 0
     other.get("/api/v1/health")
-    assert scraped(other)["commit_requests_count"] == 0, "of this process and server"
+    assert scraped(other)["commit_requests_count"] == 0, "it counts only its own commits"
 
 
 # == Hostile input =============================================================
 #
-# What a stranger may send, beyond the bodies of the Payloads section: each request has its answer and stores
-# nothing. Then random mutations of valid requests, from a fixed seed.
+# Requests that a stranger may send, beyond the bodies of the Payloads section: each gets its answer and stores
+# nothing. Then random mutations of valid requests, with a fixed seed.
 
 def call_with_headers(server, method="POST", path=CRASHES, body=VALID, query="", length=None, environ=None, **headers):
-    """The status, headers and JSON of a request that is given to the server as a web server does: by `environ`.
-
-    A value of None is left out of it."""
+    """Calls the server as a web server does, and returns status, headers and JSON. Values of None are left out."""
     headers = {"HTTP_" + name.upper(): value for name, value in {"X_Backfeedr_Key": KEY, **headers}.items()}
     given = {"REQUEST_METHOD": method, "SCRIPT_NAME": "", "PATH_INFO": path, "QUERY_STRING": query,
              "CONTENT_LENGTH": str(len(body) if length is None else length), "CONTENT_TYPE": "application/json",
@@ -6139,7 +6134,7 @@ def call_with_headers(server, method="POST", path=CRASHES, body=VALID, query="",
     content = b"".join(server({name: value for name, value in given.items() if value is not None},
                               lambda line, headers, exc_info=None: answered.append((int(line[:3]), dict(headers)))))
     (status, sent), = answered
-    if path in ("", "/") and sent["Content-Type"].startswith("text/html"):  # the one page among what is tried
+    if path in ("", "/") and sent["Content-Type"].startswith("text/html"):  # the only page that these tests ask for
         return status, sent, {}
     assert (sent["Content-Type"], sent["X-Content-Type-Options"], sent["Cache-Control"]) \
         == ("application/json", "nosniff", "no-store")
@@ -6160,8 +6155,8 @@ ONE_GROUP = CRASHES + "/" + "0" * 16
 NOT_JSON, NOT_FOUND, TOO_LARGE = (400, "invalid JSON"), (404, "not found"), (413, "request body too large")
 BAD_TIME, BAD_SIGNATURE = (400, "invalid timestamp"), (401, "invalid signature")
 
-HOSTILE_REQUESTS = [  # the answer, the request, and the values of one part of it that get this answer
-    # a wrong length, a body that is cut or too long, and one that is too long when it is unpacked
+HOSTILE_REQUESTS = [  # the answer, the request, a part of it, and the values of this part that get the answer
+    # wrong lengths; bodies that are cut, too long, or too long after decompression
     ((400, "invalid Content-Length"), {}, "length", [
         1000, "-1", "+5", "1e3", "0x10", "5, 5", "\u00b2", "\u0661", " 5", "5\n", "five"]),
     (NOT_JSON, {}, "length", [10, 0, ""]), (TOO_LARGE, {}, "length", [10_001, "9" * 5000]),
@@ -6170,7 +6165,7 @@ HOSTILE_REQUESTS = [  # the answer, the request, and the values of one part of i
     (TOO_LARGE, {}, "body", [b" " * 10_001]),
     (TOO_LARGE, ZIPPED, "body", [gzip.compress(b" " * size) for size in (1_000_000, 10_000_000)]),
     (NOT_JSON, ZIPPED, "body", [gzip.compress(gzip.compress(b" " * 1_000_000))]),
-    # not gzip, cut, damaged, or with more after it: only one member is read, as every gzip library writes it
+    # not gzip, cut, damaged, or with something after the first member: every gzip library writes just one
     ((400, "invalid gzip body"), ZIPPED, "body", [
         b"", b"\x1f\x8b", b"{}", VALID, GZIPPED[:-1], GZIPPED[:-8], GZIPPED[:12], GZIPPED + b"\x00", GZIPPED + b"x",
         GZIPPED * 2, GZIPPED[:-8] + bytes(4) + GZIPPED[-4:], GZIPPED[:20] + b"\xff\xff" + GZIPPED[22:],
@@ -6233,7 +6228,7 @@ HOSTILE_REQUESTS = [  # the answer, the request, and the values of one part of i
               "x" * 30_000, "default&app=nope"])) for path in paths]]
 
 
-def test_a_hostile_request_has_its_answer_and_changes_nothing(serve, caplog):
+def test_a_hostile_request_gets_its_answer_and_changes_nothing(serve, caplog):
     api = Api(serve(rate_limit=0, max_body_size=10_000))
     api.post(CRASHES, {**crash_at(NOW), "device_id_hash": "d", "app_version": "1.0"})
     api.post(EVENTS, start_at(NOW, "s", device_id_hash="d"))
@@ -6245,7 +6240,7 @@ def test_a_hostile_request_has_its_answer_and_changes_nothing(serve, caplog):
             assert (status, answer["error"]) == (expected, text), what
             assert [",".join(sorted(headers[name].split(","))) for name in headers if name == "Allow"] == allowed, what
         assert stored(api.server) == before, (request, part)
-    assert call(api.server)[0] == 201, "it goes on"
+    assert call(api.server)[0] == 201, "the server still works"
     assert caplog.records == []
 
 
@@ -6297,8 +6292,8 @@ def test_a_hostile_request_to_the_real_web_server_is_answered_in_json_and_change
     check_database(tmp_path / "run.db")
 
 
-def test_an_unexpected_error_is_logged_without_what_was_sent(api, caplog, monkeypatch):
-    """A traceback shows lines of code, and not what is in its variables."""
+def test_an_unexpected_error_is_logged_without_anything_from_the_request(api, caplog, monkeypatch):
+    """A traceback shows lines of code, but not the values of variables."""
     def parse(given, token=TOKEN):
         return {}[len(given)]
     monkeypatch.setattr(backfeedr, "parse_crash", parse)
@@ -6332,7 +6327,7 @@ FUZZ_POSTS = [*[(path, (EXAMPLES / f"{name}.json").read_bytes()) for path, name 
               *[(DIAGNOSTICS, body) for body in (MIXED_BYTES, ips_of(), crash_text())]]
 FITTING = {"path": FUZZ_PATHS, "method": ["GET", "HEAD", "POST", "PUT"], "Content_Encoding": ["gzip", "identity"],
            "Idempotency_Key": ["a", "b"]}
-# What the server may say; `invalid` and `missing` name what is in the request.
+# Texts that the server may answer; `invalid` and `missing` are followed by a part of the request.
 REFUSALS = {
     400: "invalid JSON|(missing (exception_type|occurred_at|type|events)|invalid (event|event type|events|JSON|"
          f"{'|'.join([*backfeedr.Crash._fields, *backfeedr.Event._fields])}))( at index [0-9]{{1,2}})?"
@@ -6344,7 +6339,7 @@ REFUSALS = {
 
 
 class Mutations:
-    """Requests that began as valid ones. The same seed makes the same requests."""
+    """Makes mutations of valid requests. The same seed makes the same requests."""
 
     def __init__(self, seed):
         self.random = random.Random(seed)
@@ -6369,7 +6364,7 @@ class Mutations:
         return request
 
     def change_json(self, request):
-        """Another type or length of a value, somewhere in the JSON; a field more or less."""
+        """Replaces, adds or deletes a value somewhere in the JSON."""
         try:
             whole = json.loads(request["body"])
         except (ValueError, RecursionError):
@@ -6389,11 +6384,11 @@ class Mutations:
 
     def change_coding(self, request):
         request["Content_Encoding"] = self.pick(["gzip", "gzip", "gzip", "GZIP", "deflate", "identity"])
-        times = min(self.pick([1, 1, 1, 3000]), 1_000_000 // (len(request["body"]) + 1) + 1)  # as it may come twice
+        times = min(self.pick([1, 1, 1, 3000]), 1_000_000 // (len(request["body"]) + 1) + 1)  # this may be called twice
         request["body"] = gzip.compress(request["body"] * times, compresslevel=1, mtime=0)
 
     def change_text(self, request):
-        """The method, the path, the query, the length, or a header."""
+        """Changes the method, the path, the query, the length, or a header."""
         part, odd = self.pick(["method", "path", "query", "length", self.pick(FUZZ_HEADERS)]), self.pick(ODD_TEXTS)
         before = str(request.get(part) or {"length": len(request["body"]), "X_Backfeedr_Key": KEY}.get(part, ""))
         where = self.random.randrange(len(before) + 1)
@@ -6408,9 +6403,8 @@ class Mutations:
 
 
 def places(value):
-    """Each place of a value within this one: what it is in, and its name or its index there."""
-    inside = value if type(value) is dict else range(len(value)) if type(value) is list else ()
-    for where in inside:
+    """Yields the place of each value within this one: its container, and its name or index there."""
+    for where in value if type(value) is dict else range(len(value)) if type(value) is list else ():
         yield value, where
         yield from places(value[where])
 
