@@ -4604,8 +4604,8 @@ CHANNELS: dict[str, Callable[[Message, int], PostRequest]] = {  # by the scheme 
 
 
 def message_lines(message: Message, with_links: bool, escapes: Mapping[int, str]) -> list[str]:
-    """The title of a message, a line for each fact as far as they fit, and the number of others. `escapes` maps
-    characters that are markup in the channel to what stands for them."""
+    """Returns the title of a message, a line for each fact as far as they fit, and the number of others. `escapes` says
+    how to write the characters that are markup in the channel."""
     data, lines, size = json.loads(message["body"])["data"], [], 0
     for fact in data["facts"]:
         link = fact.get("url", "") if with_links else ""
@@ -4638,11 +4638,12 @@ def post(url: str, body: bytes, headers: Mapping[str, str]) -> None:
         headers["Authorization"] = "Basic " + base64.b64encode(user.encode()).decode()
     connect = HTTPSConnection if parts.scheme == "https" else HTTPConnection
     connection = connect(parts.hostname or "", parts.port, timeout=SEND_TIMEOUT)
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     deadline = threading.Timer(SEND_TIMEOUT, _shut_down, [connection])  # a socket's timeout restarts with each byte
     deadline.daemon = True
     deadline.start()
     try:
-        connection.request("POST", (parts.path or "/") + ("?" + parts.query) * bool(parts.query), body, headers)
+        connection.request("POST", target, body, headers)
         answer = connection.getresponse()
     except (OSError, HTTPException, ValueError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
@@ -4661,7 +4662,7 @@ def _shut_down(connection: HTTPConnection) -> None:
 
 
 def _retry_after_ms(text: str) -> int:
-    """The pause that a Retry-After header asks for, in seconds or with a date: at most a day, and 0 without one."""
+    """Returns the pause of a Retry-After header, which has seconds or a date: at most a day, 0 without one."""
     with suppress(ValueError, TypeError, OverflowError):  # it is neither a number nor a date
         is_number = re.fullmatch("[0-9]{1,9}", text)
         seconds = int(text) if is_number else int(parsedate_to_datetime(text).timestamp() - time.time())
@@ -4670,7 +4671,7 @@ def _retry_after_ms(text: str) -> int:
 
 
 def _apprise_sender(url: str) -> Any:
-    """Apprise knows a hundred further kinds of addresses. Raises DeliveryError."""
+    """Returns a sender of Apprise, which knows a hundred more kinds of addresses. Raises DeliveryError."""
     try:
         import apprise
     except ImportError:
@@ -4699,7 +4700,7 @@ def check_address(url: str) -> str:
 
 
 def shown_address(url: str) -> str:
-    """An address without its secrets, which can be anywhere but in the scheme and in the host of an HTTP address."""
+    """Shortens an address to what is not secret: its scheme, the host if it is an HTTP address, and a hint."""
     parts = urlsplit(url)
     is_http = parts.scheme in CHANNELS
     start = f"{parts.scheme}://{parts.hostname if is_http else ''}"
@@ -4720,9 +4721,9 @@ class Alerts:
 
     def add(self, url: str, app: str | None = None, kinds: Sequence[str] = (), with_reason: bool = False,
             hour: int = 7) -> tuple[int, str]:
-        """Adds a channel for one app, or for all live apps. Returns its id and the secret that signs its messages, ""
-        where nothing is signed. Without `kinds` it gets those that FACT_KINDS has on. `hour` is that of the digest, in
-        UTC. Raises StoreError."""
+        """Adds a channel for one app, or for all live apps. Returns its id, and the secret that signs its messages or
+        "" if they are not signed. Without `kinds` it gets the facts that FACT_KINDS turns on. `hour` is when a digest
+        is due, in UTC. Raises StoreError."""
         kinds = list(dict.fromkeys(kinds)) or [kind for kind, is_on in FACT_KINDS.items() if is_on]
         if unknown := [kind for kind in kinds if kind not in FACT_KINDS]:
             raise StoreError(f"there is no fact {unknown[0]!r}; there are {', '.join(FACT_KINDS)}")
@@ -4738,7 +4739,7 @@ class Alerts:
             return db.execute("select max(id) from channels").fetchone()[0], secret
 
     def channels(self) -> list[JsonObject]:
-        """All channels without their secrets; the times are in milliseconds."""
+        """Lists all channels without their secrets; times are in milliseconds."""
         with self._store.reading() as db:
             return [{**row, "address": shown_address(row.pop("url"))} for row in dict_rows(db, """
                 select channels.id, url, name as app, kinds, sent_at, error, error_at, ended_at, (
@@ -4760,7 +4761,7 @@ class Alerts:
             raise StoreError(f"there is no channel {id}: see 'alert list'")
         body = self._message_body("test", "backfeedr: a test", [
             {"type": "test", "text": f"This is a test of channel {id}."}])
-        if error := self._send({**channels[0], "id": "msg_" + secrets.token_hex(12), "body": body, "tries": 0}):
+        if error := self._attempt({**channels[0], "id": "msg_" + secrets.token_hex(12), "body": body, "tries": 0}):
             raise StoreError(f"channel {id}: {error}")
 
     # Messages
@@ -4778,7 +4779,8 @@ class Alerts:
         db.execute("delete from messages where due_at is null and created_at <= ?", (now - HOUR,))
 
     def _queue_messages(self) -> None:
-        """Makes messages of the facts that have waited for a minute, and of the digests that are due."""
+        """Makes messages of the facts that have waited for a minute, and of the digests that are due. A channel gets no
+        further message for facts while MAX_HOURLY_MESSAGES are of the last hour or wait for a receiver that is down."""
         now = self._store.now
         with self._store.reading() as db:
             channels = dict_rows(db, """
@@ -4796,7 +4798,7 @@ class Alerts:
                 self._queue_facts(channel)
 
     def _queue_digest(self, channel: JsonObject) -> None:
-        """Makes a message of the time from the end of the last digest on, so that no moment is left out or repeated."""
+        """Makes a digest that begins where the last one ended, so that no moment is left out or repeated."""
         due_at, app = channel["digest_at"], channel["app"]
         next_due_at = due_at + DAY * (1 + (self._store.now - due_at) // DAY)
         digest = self._digest(app, due_at - DAY, next_due_at - DAY)
@@ -4810,7 +4812,7 @@ class Alerts:
 
     def _queue_facts(self, channel: JsonObject) -> None:
         """Makes a message of a channel's facts, unless the oldest is less than a minute old."""
-        with self._store.writing() as db:  # on any engine, no fact with a lower id can appear after this began
+        with self._store.writing() as db:  # waits for other commits, so no fact with a lower id can come later
             rows = dict_rows(db, """
                 select kind, at, name as app, facts.group_hash, detail, exception_reason
                 from facts join apps on apps.id = facts.app_id
@@ -4822,7 +4824,7 @@ class Alerts:
                 return
             is_first = db.execute("""
                 update channels set last_fact = (select coalesce(max(id), last_fact) from facts)
-                where id = :id and last_fact = :last_fact""", channel).rowcount  # and not another process
+                where id = :id and last_fact = :last_fact""", channel).rowcount  # 0 if another process was first
             if rows and is_first:
                 facts = [self._fact_json(row, channel["with_reason"]) for row in rows[:MAX_FACTS]]
                 counts = Counter(row["kind"].rpartition(".")[2] for row in rows)
@@ -4832,7 +4834,7 @@ class Alerts:
             db.execute("delete from facts where id <= (select min(last_fact) from channels where ended_at is null)")
 
     def _fact_json(self, row: JsonObject, with_reason: bool) -> JsonObject:
-        """A fact as a message has it."""
+        """Describes a fact for a message."""
         app, group_hash, detail = row["app"], row["group_hash"], json.loads(row["detail"])
         reason = _one_line(row["exception_reason"] or "") if with_reason else ""
         page = f"{self._public_url}/crashes/{group_hash}" if group_hash else f"{self._public_url}/releases"
@@ -4857,7 +4859,7 @@ class Alerts:
                 order by messages.created_at, messages.id""", {"now": self._store.now})
         for message in due:
             if message["channel_id"] not in down and not self._stopping.is_set() and self._claim(message):
-                error = self._send(message)
+                error = self._attempt(message)
                 counts["failed" if error else "sent"] += 1
                 if error and error.is_receiver_down:
                     down.add(message["channel_id"])
@@ -4875,7 +4877,7 @@ class Alerts:
                 message["body"], = db.execute("select body from messages where id = ?", (message["id"],)).fetchone()
             return bool(is_claimed)
 
-    def _send(self, message: Message) -> DeliveryError | None:
+    def _attempt(self, message: Message) -> DeliveryError | None:
         """Sends a message and records what came of it. Returns the error, if there was one."""
         error = None
         try:
@@ -4891,21 +4893,20 @@ class Alerts:
 
     def _record(self, message: Message, error: DeliveryError | None) -> None:
         """Records the outcome of a try, and when the next one is due. The status 410 ends the channel."""
-        now, tries, channel_id = self._store.now, message["tries"], message["channel_id"]
-        due_at = now + max(RETRY_PAUSES[tries], error.retry_after) if error and tries < len(RETRY_PAUSES) else None
-        is_gone = error is not None and error.status == 410
+        now, tries, channel_id, due_at, taken_until = self._store.now, message["tries"], message["channel_id"], None, 0
+        if error and tries < len(RETRY_PAUSES):
+            due_at = now + max(RETRY_PAUSES[tries], error.retry_after)
+            taken_until = 0 if error.is_receiver_down else due_at  # so _queue_messages knows what waits for a receiver
         with self._store.writing(shared=True) as db:  # the channel first, so that two hosts do not deadlock
-            db.execute("""
-                update channels set error = ?, error_at = ?, sent_at = coalesce(?, sent_at),
-                    ended_at = coalesce(?, ended_at) where id = ?
-                """, (error and str(error), error and now, None if error else now, now if is_gone else None,
-                      channel_id))
-            # A refused message counts as taken until it is due: so it is not among those that wait for a receiver that
-            # is down, which _queue_messages counts.
-            taken_until = 0 if error is None or error.is_receiver_down else due_at or 0
+            if error:
+                db.execute("update channels set error = ?, error_at = ? where id = ?", (str(error), now, channel_id))
+            else:
+                db.execute("update channels set error = null, error_at = null, sent_at = ? where id = ?",
+                           (now, channel_id))
             db.execute("update messages set due_at = ?, taken_until = ? where id = ? and due_at is not null",
                        (due_at, taken_until, message["id"]))  # null: another process sent it, or its app was deleted
-            if is_gone:
+            if error and error.status == 410:
+                db.execute("update channels set ended_at = ? where id = ?", (now, channel_id))
                 db.execute("delete from messages where channel_id = ?", (channel_id,))
 
     @contextmanager
@@ -4931,12 +4932,12 @@ class Alerts:
 
 
 def _one_line(text: str) -> str:
-    """The first 200 characters of a text from a report, without line breaks."""
+    """Returns the first 200 characters of a text, with single spaces and no line breaks."""
     return " ".join(text.split())[:200]
 
 
 def _fact_text(kind: str, app: str, detail: JsonObject) -> str:
-    """A fact in one line, such as "New: SIGABRT in Cart.pay() (Shop 1.3.0 (48), 3 crashes, 1 device)"."""
+    """Returns a line such as "New: SIGABRT in Cart.pay() (Shop 1.3.0 (48), 3 crashes, 1 device)"."""
     release = f"{app} {with_build(detail.get('app_version'), detail.get('build_number'))}".rstrip()
     if kind == "release.worse":
         return _one_line(f"{release} is {detail.get('text') or 'worse'}")
