@@ -4549,8 +4549,7 @@ MAX_FACTS = 10  # in a message, which only counts the others
 CHAT_BYTES = 1800  # of a message: Discord takes 2,000 characters, ntfy 4,096 bytes
 FACT_LENGTH = 300  # characters of a fact in it
 MAX_HOURLY_MESSAGES = 30  # to a channel; the facts beyond go with a later message
-RETRY_PAUSES = [SECOND * pause for pause in (  # the schedule of Standard Webhooks
-    5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)]
+RETRY_SECONDS = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)  # the schedule of Standard Webhooks
 SEND_TIMEOUT = 15.0  # seconds
 CLAIM_TIME = 60 * SECOND  # nobody else sends a claimed message for so long: longer than SEND_TIMEOUT
 POLL_SECONDS = 1.0  # between two looks for messages that are due
@@ -4695,8 +4694,7 @@ def check_address(url: str) -> str:
         has_topic = re.fullmatch(r"(/.*)?/[\w-]{1,64}", parts.path + parts.query) or "ntfy" not in parts.scheme
         if is_url and has_topic and parts.hostname and parts.port != 0 and not parts.fragment:
             return parts.scheme
-    raise StoreError("a channel's address is like https://example.com/hook or ntfy+https://ntfy.sh/TOPIC, and has no"
-                     " spaces")
+    raise StoreError("an address is like https://example.com/hook or ntfy+https://ntfy.sh/TOPIC, and has no spaces")
 
 
 def shown_address(url: str) -> str:
@@ -4872,7 +4870,7 @@ class Alerts:
             is_claimed = db.execute("""
                 update messages set tries = tries + 1, taken_until = :until
                 where id = :id and tries = :tries and due_at <= :now and taken_until <= :now
-                """, {"id": message["id"], "tries": message["tries"], "now": now, "until": now + CLAIM_TIME}).rowcount
+                """, {**message, "now": now, "until": now + CLAIM_TIME}).rowcount
             if is_claimed:  # reads the body again: an app may have been deleted meanwhile, and its facts with it
                 message["body"], = db.execute("select body from messages where id = ?", (message["id"],)).fetchone()
             return bool(is_claimed)
@@ -4894,8 +4892,8 @@ class Alerts:
     def _record(self, message: Message, error: DeliveryError | None) -> None:
         """Records the outcome of a try, and when the next one is due. The status 410 ends the channel."""
         now, tries, channel_id, due_at, taken_until = self._store.now, message["tries"], message["channel_id"], None, 0
-        if error and tries < len(RETRY_PAUSES):
-            due_at = now + max(RETRY_PAUSES[tries], error.retry_after)
+        if error and tries < len(RETRY_SECONDS):
+            due_at = now + max(RETRY_SECONDS[tries] * SECOND, error.retry_after)
             taken_until = 0 if error.is_receiver_down else due_at  # so _queue_messages knows what waits for a receiver
         with self._store.writing(shared=True) as db:  # the channel first, so that two hosts do not deadlock
             if error:
@@ -4915,9 +4913,8 @@ class Alerts:
         def deliver_until_stopped() -> None:
             while not self._stopping.wait(POLL_SECONDS):
                 try:
-                    self.deliver()
-                except StorageUnavailable:
-                    pass  # the store has logged it
+                    with suppress(StorageUnavailable):  # the store has logged it
+                        self.deliver()
                 except Exception:
                     log.exception("unexpected error")
 
@@ -4994,8 +4991,8 @@ class Metrics:
         answer = self._by_day(Crashes.per_day, app, days or WEEK)
         if days:
             return answer
-        counts, monday = answer["data"], -date.fromisoformat(answer["labels"][0]).weekday() % WEEK
-        return {"labels": ["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"], "data": counts[monday:] + counts[:monday]}
+        counts = {date.fromisoformat(day).weekday(): n for day, n in zip(answer["labels"], answer["data"])}
+        return {"labels": ["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"], "data": [counts[n] for n in range(WEEK)]}
 
     def crash_types(self, app: str | None = None, days: int | None = None) -> JsonObject:
         """Returns the crashes of the 100 most frequent exception types."""
@@ -5034,8 +5031,8 @@ class Metrics:
         return self._by_day(EventNames.most_frequent, app, days)
 
     def retention(self, app: str | None = None, days: int | None = None) -> JsonObject:
-        """Returns the percentage of the devices first seen on a UTC day that came back 1, 7 and 30 days later. It is
-        null if that later day is not over yet, or if no device was new."""
+        """Returns the percentage of the devices first seen on a UTC day that came back 1, 7 and 30 days later: null if
+        that day is not over yet, or if no device was new."""
         return self._by_day(Devices.retention, app, days)
 
     def releases(self, app: str | None = None, sort: str | None = None) -> JsonObject:
@@ -5060,8 +5057,7 @@ class Metrics:
         return {pair[:2]: {**found, "before": pair.before} for pair, found in verdicts.items() if found}
 
     def newest_releases(self, app: str | None = None) -> list[JsonObject]:
-        """Returns the newest release of each app with its verdict, those that are worse first. A late report of an old
-        version does not make it the newest."""
+        """Returns the newest release of each app with its verdict, those that are worse than before first."""
         with self._snapshot(app) as (db, app_id):
             newest = Releases.newest(db, app_id, self._last_days(WEEK)[0])
             verdicts = self._verdicts(db, app_id, set(newest.items()))
@@ -5287,10 +5283,9 @@ class Metrics:
         that one, the next. Returns "" if no version of the app is known."""
         with self._snapshot(app) as (db, app_id):
             version = Releases.newest(db, app_id, self._last_days(WEEK)[0]).get(app_id or 0, "")
-            builds = db.execute("""
+            build = max((number for number, in db.execute("""
                 select build_number from builds where app_id = ? and app_version = ? order by first_seen desc limit 100
-                """, (app_id, version))
-            build = max((number for number, in builds), key=version_key, default="")
+                """, (app_id, version))), key=version_key, default="")
             has_crashed = db.execute("""
                 select 1 from crashes where app_id = ? and group_hash = ? and app_version = ?
                     and coalesce(build_number, '') = ? limit 1""", (app_id, group_hash, version, build)).fetchone()
@@ -5324,9 +5319,8 @@ class Metrics:
     def is_empty(self, app: str | None = None) -> bool:
         """Says whether an app has sent nothing yet. Ends of sessions do not count."""
         with self._snapshot(app) as (db, app_id):
-            return not any(db.execute(f"""
-                select exists (select 1 from crash_days where {APPS}), exists (select 1 from session_days where {APPS}),
-                    exists (select 1 from event_names where {APPS})""", {"app": app_id}).fetchone())
+            return not any(db.execute(f"select 1 from {table} where {APPS} limit 1", {"app": app_id}).fetchone()
+                           for table in ("crash_days", "session_days", "event_names"))
 
     def crash(self, id: str, app: str | None = None) -> JsonObject:
         """Returns a crash as it was sent. Raises Refusal if it is not stored."""
@@ -5343,8 +5337,7 @@ class Metrics:
         """Lists the stored events, the latest first. A page may have fewer than `limit` events, or none, although
         another page follows."""
         order, after = ("asc", -1) if oldest_first else ("desc", MAX_NUMBER)
-        digits, = _parse_cursor(cursor, "(?:evt_)?([0-7][0-9a-f]{15})", (f"{after:x}",))
-        after = int(digits, 16)
+        after = int(_parse_cursor(cursor, "(?:evt_)?([0-7][0-9a-f]{15})", (f"{after:x}",))[0], 16)
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, "type": type, "name": name, "session": session_id, "limit": limit + 1,
                           "device": device_id_hash, "scanned": SCANNED_EVENTS}
@@ -6871,11 +6864,10 @@ class Backfeedr(Closing):
         self._decoding = threading.Lock()
         self._request_counts: Counter[tuple[str, str, int]] = Counter()  # by method, route and status
         self._counting = threading.Lock()
-        secrets_made = self.store.start(self.settings.api_key, self.settings.auth_token)
-        if secrets_made != (None, None):  # without `announce` another web server calls this one, at an unknown address
+        created = self.store.start(self.settings.api_key, self.settings.auth_token)
+        if created != (None, None):  # without `announce` another web server calls this one, at an unknown address
             address = _url(self.settings.host, self.settings.port) if announce else "https://YOUR-SERVER"
-            (announce or sys.stderr.write)(
-                first_start_text(secrets_made, self.settings.public_url.rstrip("/") or address))
+            (announce or sys.stderr.write)(first_start_text(created, self.settings.public_url.rstrip("/") or address))
         self.pages = Dashboard(self.store, self.metrics, self.refused, self.alerts, self.settings.public_url)
         self._router = self._routes()
 
@@ -6951,8 +6943,7 @@ class Backfeedr(Closing):
         return router
 
     def _question_route(self, question: Callable[..., JsonObject], *names: str, is_public: bool = False) -> Handler:
-        """Makes a handler that asks a question with `app` and these query parameters. It answers the admin, and anybody
-        if it is public and the settings allow that."""
+        """Makes a handler that asks a question with these query parameters. A public one may be open to everybody."""
         def handler(environ: Environ, **path: str) -> Answer:
             if not (is_public and self.settings.public_metrics):
                 self._check_admin(environ)
@@ -7164,15 +7155,15 @@ class RefusedReports:
                 for name, n in sorted(self.by_app(self._store.now // DAY).items()) if name and app in (None, name)]
 
 
-def first_start_text(made: FirstStart, url: str) -> str:
+def first_start_text(created: FirstStart, url: str) -> str:
     """Tells an operator the secrets that a first start has made."""
     text = ""
-    if made.key:
-        text += f"Made the app 'default'. Its API key, shown only this once:\n\n    {made.key}\n\n"
-    if made.token:
-        text += f"The admin token, shown only this once; it opens the pages at {url}/\n\n    {made.token}\n\n"
-    if made.key:
-        text += "Send a first crash:\n\n    " + curl_line(url, made.key).replace("\n", "\n    ") + "\n\n"
+    if created.key:
+        text += f"Made the app 'default'. Its API key, shown only this once:\n\n    {created.key}\n\n"
+    if created.token:
+        text += f"The admin token, shown only this once; it opens the pages at {url}/\n\n    {created.token}\n\n"
+    if created.key:
+        text += "Send a first crash:\n\n    " + curl_line(url, created.key).replace("\n", "\n    ") + "\n\n"
     return text
 
 
