@@ -5112,8 +5112,8 @@ class Metrics:
                cursor: str | None = None) -> JsonObject:
         """Lists the groups of stored crashes, by number of crashes or as `sort` says. `version` may end with *. `text`
         is searched for in what the list shows, and in the app's own symbols and files of the latest crash. `state` is
-        one of GROUPS_OF; after a decision, a group is listed even if its crashes have expired. A group `is_new` if
-        it was first seen in `version`, or without a version, first received within 7 days."""
+        one of GROUPS_OF; after a decision, a group is listed even if its crashes have expired. A group `is_new`
+        if it was first seen in `version`, or without a version, first received within 7 days."""
         if state not in GROUPS_OF:
             raise Refusal("invalid state", detail=f"it is none of {', '.join(filter(None, GROUPS_OF))}")
         if sort not in (None, *SORTS):
@@ -6913,25 +6913,25 @@ class Backfeedr(Closing):
     # Routes
 
     def _routes(self) -> bottle.Bottle:
-        ask, router, admin = self.metrics, bottle.Bottle(), self._question_route
+        metrics, router, admin = self.metrics, bottle.Bottle(), self._question_route
         public = partial(admin, is_public=True)
         router.default_error_handler = self._bottle_error
         routes: Iterable[tuple[str, str, Handler]] = (
             ("GET", "/api/v1/health", self._health),
-            ("GET", "/api/v1/metrics/daily-crashes", public(ask.daily_crashes, "days")),
-            ("GET", "/api/v1/metrics/crash-types", public(ask.crash_types, "days")),
-            ("GET", "/api/v1/metrics/devices", public(ask.devices, "days")),
-            ("GET", "/api/v1/metrics/active-devices", public(ask.active_devices, "days")),
-            ("GET", "/api/v1/metrics/sessions", public(ask.sessions, "days")),
-            ("GET", "/api/v1/metrics/retention", public(ask.retention, "days")),
-            ("GET", "/api/v1/overview", public(ask.overview)),
+            ("GET", "/api/v1/metrics/daily-crashes", public(metrics.daily_crashes, "days")),
+            ("GET", "/api/v1/metrics/crash-types", public(metrics.crash_types, "days")),
+            ("GET", "/api/v1/metrics/devices", public(metrics.devices, "days")),
+            ("GET", "/api/v1/metrics/active-devices", public(metrics.active_devices, "days")),
+            ("GET", "/api/v1/metrics/sessions", public(metrics.sessions, "days")),
+            ("GET", "/api/v1/metrics/retention", public(metrics.retention, "days")),
+            ("GET", "/api/v1/overview", public(metrics.overview)),
             ("GET", "/api/v1/releases", self._releases),
             ("GET", "/api/v1/crashes", admin(
-                ask.groups, "version", "days", "text", "state", "sort", "limit", "cursor")),
-            ("GET", "/api/v1/crashes/<group_hash>", admin(ask.group, "limit", "cursor")),
+                metrics.groups, "version", "days", "text", "state", "sort", "limit", "cursor")),
+            ("GET", "/api/v1/crashes/<group_hash>", admin(metrics.group, "limit", "cursor")),
             ("PATCH", "/api/v1/crashes/<group_hash>", self._triage),
-            ("GET", "/api/v1/events", admin(ask.events, "type", "name", "session_id", "limit", "cursor")),
-            ("GET", "/api/v1/symbols", admin(ask.symbols)),
+            ("GET", "/api/v1/events", admin(metrics.events, "type", "name", "session_id", "limit", "cursor")),
+            ("GET", "/api/v1/symbols", admin(metrics.symbols)),
             ("PUT", "/api/v1/symbols/<uuid>", self._put_symbols),
             ("GET", "/metrics", self._prometheus),
             # __call__ answers these. They are here so that bottle answers a GET with 405.
@@ -6973,8 +6973,8 @@ class Backfeedr(Closing):
         try:
             status, answer = handler(environ, **path)
         except Exception as error:
-            status, answer, more = _refused(_as_refusal(error))
-            headers.update(more)
+            status, answer, error_headers = _refused(_as_refusal(error))
+            headers.update(error_headers)
             if isinstance(error, Moved):
                 headers["Location"] = self.pages.request(environ).moved(error.group_hash)
         if isinstance(answer, str):

@@ -5031,7 +5031,7 @@ def test_a_digest_names_no_app_that_is_deleted_while_the_digest_is_made_or_waits
         clock.move(A_DAY / 2)
     digest = server.alerts._digest
     if not is_made:
-        server.alerts._digest = lambda *given: (digest(*given), server.store.delete_app("Shop"))[0]
+        server.alerts._digest = lambda *arguments: (digest(*arguments), server.store.delete_app("Shop"))[0]
     assert dict(server.deliver()) == ONE_FAILED
     if is_made:
         server.store.delete_app("Shop")
@@ -5090,8 +5090,8 @@ SMALL_WORLD = {  # Now is Thursday 2026-03-12, 14:30. A session counts at its fi
 def test_figures_of_an_app_and_of_all_live_apps_are_those_worked_out_by_hand(api, clock):
     for app, reports in SMALL_WORLD.items():
         key = KEY if app == "default" else api.server.store.create_app(app, is_test=app == "Beta")
-        for each in reports:
-            assert api.post(CRASHES if "exception_type" in each else EVENTS, each, key=key)[0] == 201
+        for report in reports:
+            assert api.post(CRASHES if "exception_type" in report else EVENTS, report, key=key)[0] == 201
     days = " ".join(f"2026-03-{day:02}" for day in range(5, 13))
     assert_answers(api, {
         "metrics/daily-crashes": series(WEEKDAYS, 0, 0, 1, 4, 1, 0, 0),
@@ -5123,7 +5123,7 @@ def assert_answers(api, expected):
 def test_public_answers_have_100_names_and_ten_models_or_as_many_as_fit_into_64_kb(api, character, length, least):
     name = character * length
     names = [f"{name}{n:03}" for n in range(105)]
-    crashes = [crash_at(NOW, each, device_model=each, exception_reason=name, app_version=each) for each in names]
+    crashes = [crash_at(NOW, kind, device_model=kind, exception_reason=name, app_version=kind) for kind in names]
     api.server.store.add(backfeedr.sha256(KEY), [parse_crash(crash) for crash in crashes])
     versions = sorted(["(other)", *names[:100]])
     for query in ("", "?app=default", "?days=365"):
@@ -5140,7 +5140,7 @@ def test_public_answers_have_100_names_and_ten_models_or_as_many_as_fit_into_64_
 def test_crash_free_rate_is_within_0_and_100_with_two_decimals():
     rates = {(0, 0): 100.0, (1, 0): 0.0, (0, 5): 100.0, (5, 5): 0.0, (9, 5): 0.0, (1, 3): 66.67, (23, 12456): 99.82,
              (3, 200): 98.5}
-    assert {each: backfeedr.crash_free_rate(*each) for each in rates} == rates
+    assert {counts: backfeedr.crash_free_rate(*counts) for counts in rates} == rates
 
 
 def test_an_app_name_beyond_ascii_is_found_however_it_is_encoded(api):
@@ -5195,10 +5195,10 @@ def test_each_question_and_a_commit_use_an_index(api):
     crash, session = api.post(CRASHES, {**CRASH, "app_version": "1.0"})[1], {"session_id": "s"}
     for version in ("1.0", "1.1"):
         api.post(EVENTS, {**event, "app_version": version})
-    given = {"group": {"group_hash": crash["group_hash"]}, "group_days": {"groups": [crash["group_hash"]]},
-             "groups, of days": {"days": 7}, "events": session, "crash": {"id": crash["id"]},
-             "neighbours": {"crash": crash},
-             "events, oldest first": {**session, "oldest_first": True}}
+    arguments = {
+        "group": {"group_hash": crash["group_hash"]}, "group_days": {"groups": [crash["group_hash"]]},
+        "groups, of days": {"days": 7}, "events": session, "events, oldest first": {**session, "oldest_first": True},
+        "crash": {"id": crash["id"]}, "neighbours": {"crash": crash}}
     for question, plan in PLANS.items():
         with api.server.store.reading() as reader:  # the question will get the same connection
             db, queries = api.server.store._here.writer if question == "a commit" else reader, []
@@ -5207,7 +5207,7 @@ def test_each_question_and_a_commit_use_an_index(api):
             api.post(EVENTS, {**event, "occurred_at": "2026-03-01T00:00:00Z"})
             api.post(CRASHES, {**CRASH, "device_id_hash": "d"})
         else:
-            getattr(api.server.metrics, question.partition(",")[0])(**given.get(question, {}))
+            getattr(api.server.metrics, question.partition(",")[0])(**arguments.get(question, {}))
         db.set_trace_callback(None)
         # Versions of SQLite differ in these words.
         steps = {re.sub("(?<=SEARCH) TABLE|(?<=SCAN) TABLE| AS \\w+| LEFT-JOIN", "", step)
@@ -5257,7 +5257,7 @@ class SlowMetrics:
     def totals(self, table, *names):
         """Returns a function that sums up the rows of a day in a table; `names` are those of the columns."""
         days = grouped([{"day": key[1], "row": row} for key, row in self.tables[table].items()], "day")
-        return lambda day: {name: sum(found["row"][n] for found in days[day,]) for n, name in enumerate(names)}
+        return lambda day: {name: sum(item["row"][n] for item in days[day,]) for n, name in enumerate(names)}
 
     def per_day(self, days, figures):
         shown = range(self.today - days + 1, self.today + 1)
@@ -5299,8 +5299,8 @@ class SlowMetrics:
     def description(self, group):
         """A group as its latest crash describes it, in the first app where several apps have one at that time."""
         groups = [(row, key[0]) for key, row in sorted(self.tables["groups"].items()) if key[1] == group]
-        (name, _, _, _, reason, *_), app = max(groups, key=lambda found: found[0][3])
-        first_version = min(groups, key=lambda found: found[0][1])[0][2]
+        (name, _, _, _, reason, *_), app = max(groups, key=lambda group: group[0][3])
+        first_version = min(groups, key=lambda group: group[0][1])[0][2]
         crashes = [row for row in self.crashes if (row["app_id"], row["group_hash"]) == (app, group)]
         frame, = max(crashes, key=lambda row: (row["at"], row["seq"]))["sent"]["stack_trace"] if crashes else [{}]
         return {"group_hash": group, "exception_reason": reason or "", "exception_type": name,
@@ -5309,14 +5309,14 @@ class SlowMetrics:
                 "place": frame["symbol"] if frame.get("file") else ""}
 
     def releases(self):
-        found = []
+        releases = []
         for (app, version), (first, last) in self.tables["releases"].items():
             sums = self.tables["release_sums"].get((app, version), [0] * 5)
             sessions, crashed_sessions, crashes, devices, crashed = sums
             recent, adopted = (sum(row[0] for key, row in self.tables[table].items() if key[0] == app
                                    and self.is_of_last(7, key[1]) and key[2:] in ((), (version,)))
                                for table in ("session_days", "release_days"))
-            found.append((-first, version, app, {
+            releases.append((-first, version, app, {
                 "app": self.apps[app], "app_version": version, "sessions": sessions, "crashes": crashes,
                 "crashed_sessions": crashed_sessions, "by": "session" if crashed_sessions else "count",
                 "crash_free_sessions": slow_rate(crashed_sessions or crashes, sessions) if sessions else None,
@@ -5324,7 +5324,7 @@ class SlowMetrics:
                 "adoption": per_cent(adopted, recent) if recent else 0.0,
                 "first_seen": iso_time(first), "last_seen": iso_time(last),
                 "verdict": self.verdict(app, version, first)}))
-        return {"releases": [row for *_, row in sorted(found)[:100]]}
+        return {"releases": [row for *_, row in sorted(releases)[:100]]}
 
     def verdict(self, app, version, first):
         """The verdict on a release against the highest lower one that was seen before it."""
@@ -5339,9 +5339,9 @@ class SlowMetrics:
         first_before = self.tables["releases"][app, before][0]
         end = min(self.now, first + 90 * DAY) // HOUR
         lasted = end * HOUR - first
-        found = backfeedr.verdict(self.health(app, version, end),
-                                  self.health(app, before, (first_before + lasted + HOUR // 2) // HOUR))
-        return found and {**found, "before": before}
+        verdict = backfeedr.verdict(self.health(app, version, end),
+                                    self.health(app, before, (first_before + lasted + HOUR // 2) // HOUR))
+        return verdict and {**verdict, "before": before}
 
     def health(self, app, version, end):
         rows = [row for (*key, hour), row in self.tables["release_hours"].items()
@@ -5397,8 +5397,8 @@ class SlowMetrics:
                 yield f"crashes/{group}", {"limit": 2}, self.group(group)
             events = [row["sent"] for row in self.events[::-1]]
             for query in ({"session_id": f"s{dice.randrange(40)}"}, {"type": "error"}, {"type": "custom", "name": "x"}):
-                found = [event for event in events if query.items() <= event.items()]
-                yield "events", {"limit": 2, **query}, {"events": found}
+                yield "events", {"limit": 2, **query}, {
+                    "events": [event for event in events if query.items() <= event.items()]}
             yield "events", {"limit": 50}, {"events": events}
 
 
@@ -5485,8 +5485,8 @@ class Simulation:
     def forget(self):
         device = f"d{self.random.randrange(14)}"
         gone = [self.sent.pop(id) for id, sent in list(self.sent.items()) if sent.get("device_id_hash") == device]
-        counts = Counter("crashes" if "exception_type" in each else "events" for each in gone)
-        assert self.store.forget_device(device) == +Counter(counts, devices=len({each["app"] for each in gone}))
+        counts = Counter("crashes" if "exception_type" in report else "events" for report in gone)
+        assert self.store.forget_device(device) == +Counter(counts, devices=len({report["app"] for report in gone}))
 
     def answer(self, path, query):
         """The answer to a question, with all pages of a list in one. Each page but the last must be full."""
@@ -5555,9 +5555,10 @@ def test_a_session_counts_whatever_the_phones_clock_says(api, name, ahead, expec
     session = {"session_id": "s", "device_id_hash": "d", "app_version": "1.0"}
     assert api.post(BATCH, {"events": [{"type": "session_start", "occurred_at": start, **session},
                                        {"type": "session_end", "occurred_at": end, **session}]})[0] == 201
-    found = api.get("/api/v1/metrics/sessions?days=4")[1]
+    answer = api.get("/api/v1/metrics/sessions?days=4")[1]
     day, seconds = expected
-    assert found["sessions"] == [int(n == day) for n in range(-3, 1)] and found["median_seconds"][day - 1] == seconds
+    assert answer["sessions"] == [int(n == day) for n in range(-3, 1)]
+    assert answer["median_seconds"][day - 1] == seconds
     assert set(sql(api.server.store.path, "select occurred_at from events")) == {
         (parse_time(start),), (parse_time(end),)}, "the times are stored as they were sent"
 
@@ -5569,8 +5570,8 @@ def test_a_search_finds_what_the_list_shows_and_the_apps_own_frames(api):
     api.post(CRASHES, crash_at(NOW, "Other"))
     for text, expected in {"\u00fcberschritten": [group], "cart.SWIFT": [group], "shop.main": [group],
                            "\u00fcberlauf": [group], group.upper(): [group], "abort": [], "%": []}.items():
-        found = api.get(f"{CRASHES}?{urlencode({'text': text})}", **ADMIN)[1]["groups"]
-        assert [each["group_hash"] for each in found] == expected, text
+        groups = api.get(f"{CRASHES}?{urlencode({'text': text})}", **ADMIN)[1]["groups"]
+        assert [found["group_hash"] for found in groups] == expected, text
 
 
 def test_text_of_an_expired_crash_is_no_longer_listed_or_found(keeping, clock):
@@ -5594,8 +5595,8 @@ def test_a_list_of_a_version_counts_its_crashes_and_says_which_groups_are_new_in
     api.post(CRASHES, crash_at(time_text(clock.seconds), "New", app_version="2.4.2"))
 
     def groups(query):
-        return {each["exception_type"]: (each["count"], each["first_seen"], each["is_new"], each["versions"])
-                for each in api.get("/api/v1/crashes" + query, **ADMIN)[1]["groups"]}
+        return {group["exception_type"]: (group["count"], group["first_seen"], group["is_new"], group["versions"])
+                for group in api.get("/api/v1/crashes" + query, **ADMIN)[1]["groups"]}
     late = time_text(clock.seconds)
     assert groups("") == {"Old": (3, NOW, False, ["2.3", "2.4.1", "2.4.2"]), "New": (1, late, True, ["2.4.2"])}
     assert groups("?version=2.4.2") == {"Old": (1, NOW, False, ["2.4.2"]), "New": (1, late, True, ["2.4.2"])}
@@ -5607,8 +5608,8 @@ def test_a_list_of_a_version_counts_its_crashes_and_says_which_groups_are_new_in
 
 
 def test_versions_sort_as_people_expect():
-    for same in (("v1.3+48", "1.3.0"), ("1.3 beta (4)", "1.3.0-beta (4)")):
-        assert len({str(backfeedr.version_key(each)) for each in same}) == 1
+    for one, other in (("v1.3+48", "1.3.0"), ("1.3 beta (4)", "1.3.0-beta (4)")):
+        assert str(backfeedr.version_key(one)) == str(backfeedr.version_key(other))
     ordered = ["nightly", "1.2.0b3", "1.2.0b10", "1.2.0-rc.1", "1.2.0-rc.2", "1.2.0-rc.10", "1.2.0", "1.2.0 (9)",
                "1.2.0 (10)", "1.9", "1.10", "1.11b1", "1.11", "2024.1"]
     shuffled = random.Random(1).sample(ordered, len(ordered))
@@ -5621,8 +5622,8 @@ def test_releases_are_sorted_by_first_appearance_or_version_and_name_apps_only_t
         clock.move(1)
     for query, expected in (("", ["2.0-rc.1", "1.9", "1.10"]), ("&sort=first_seen", ["2.0-rc.1", "1.9", "1.10"]),
                             ("&sort=version", ["2.0-rc.1", "1.10", "1.9"])):
-        found = api.get("/api/v1/releases?app=default" + query)[1]["releases"]
-        assert [row["app_version"] for row in found] == expected
+        releases = api.get("/api/v1/releases?app=default" + query)[1]["releases"]
+        assert [row["app_version"] for row in releases] == expected
     assert api.get("/api/v1/releases?sort=x") == api.get(CRASHES + "?sort=x", **ADMIN) \
         == (400, {"error": "invalid sort"})
     assert [[row.get("app") for row in api.get("/api/v1/releases" + query, **headers)[1]["releases"]]
@@ -5682,7 +5683,7 @@ def test_equal_releases_are_seldom_called_worse_and_a_worse_one_is():
 
 
 def send_devices(server, version, devices, crashed, key_hash=KEY_HASH):
-    """An event of each device of a release, and crashes of the first of them."""
+    """Sends an event of each device of a release, and a crash of each of the first `crashed` devices."""
     server.store.add(key_hash, [kind({**body, "app_version": version, "device_id_hash": f"{version} {n}"})
                                 for kind, body, number in ((parse_event, EVENT, devices), (parse_crash, CRASH, crashed))
                                 for n in range(number)])
@@ -5705,8 +5706,8 @@ def test_a_release_is_compared_with_the_one_before_it_at_equal_ages(keeping, clo
     send_devices(api.server, "1.8", 100, 100)  # a late report does not make an old version new
     worse = "worse: 88 % of devices crash-free, 96 % before"
     assert verdicts(api) == {"1.8": None, "1.10": worse, "1.9": None}
-    found, = (row["verdict"] for row in api.get("/api/v1/releases")[1]["releases"] if row["verdict"])
-    assert found == {"word": "worse", "text": worse, "interval": [-16.2, -0.3], "before": "1.9"}
+    verdict, = (row["verdict"] for row in api.get("/api/v1/releases")[1]["releases"] if row["verdict"])
+    assert verdict == {"word": "worse", "text": worse, "interval": [-16.2, -0.3], "before": "1.9"}
     clock.move(5 * 3600)
     assert verdicts(api)["1.10"] == "better: 88 % of devices crash-free, 0 % before"
     send_devices(api.server, "1.11", 100, 0)
@@ -5776,7 +5777,7 @@ def test_answers_are_those_of_the_reference(api):
         (CRASHES, "crash.json"), (EVENTS, "event.json"), (BATCH, "batch.json"))])
     assert statuses == (201, 201, 201)
     assert crash == {"id": crash["id"], "group_hash": "acc0d2dfe0c1898c"} and set(event) == {"id"}
-    assert batch["count"] == 2 and all(each.startswith("evt_") for each in [event["id"], *batch["ids"]])
+    assert batch["count"] == 2 and all(id.startswith("evt_") for id in [event["id"], *batch["ids"]])
 
 
 @pytest.mark.parametrize("path, good, status, unreadable, error", [
@@ -5795,15 +5796,15 @@ def test_checks_are_size_key_rate_signature_coding_json_in_order(serve, clock, p
             (b"x", {"Content_Encoding": "br"}, (415, "unsupported content encoding")),
             (b"x", {}, (400, "invalid JSON" if path == CRASHES else error)), (unreadable, {}, (400, error))):
         clock.move(60)
-        found, answer = api.post(path, body, **headers)
-        assert (found, answer["error"]) == expected
-        assert found != 415 or (answer["detail"], api.headers["Accept-Encoding"]) == ("gzip is supported", "gzip")
+        status, answer = api.post(path, body, **headers)
+        assert (status, answer["error"]) == expected
+        assert status != 415 or (answer["detail"], api.headers["Accept-Encoding"]) == ("gzip is supported", "gzip")
     assert count(api.server, "crashes") == (path == CRASHES)
 
 
-@pytest.mark.parametrize("given, limit", [({}, 1 << 20), ({"max_body_size": 1000}, 1000)])
-def test_a_body_of_the_maximum_size_is_taken_and_a_byte_more_is_refused(serve, given, limit):
-    server, without_length = serve(**given), {"environ": {"CONTENT_LENGTH": None, "wsgi.input_terminated": True}}
+@pytest.mark.parametrize("settings, limit", [({}, 1 << 20), ({"max_body_size": 1000}, 1000)])
+def test_a_body_of_the_maximum_size_is_taken_and_a_byte_more_is_refused(serve, settings, limit):
+    server, without_length = serve(**settings), {"environ": {"CONTENT_LENGTH": None, "wsgi.input_terminated": True}}
     for n, (form, pack) in enumerate(((ZIPPED, gzip.compress), ({}, bytes), (without_length, bytes)), 1):
         assert call(server, body=pack(VALID.ljust(limit)), **form)[0] == 201
         assert call(server, body=pack(VALID.ljust(limit + 1)), **form) == (413, {"error": "request body too large"})
@@ -5847,14 +5848,13 @@ def test_a_mounted_app_answers_under_its_prefix_and_counts_only_its_own_requests
 
 
 def test_two_instances_share_nothing(serve):
-    one, two = Api(serve("one.db", rate_limit=1)), Api(serve("two.db", api_key="clé"))
-    key = "clé".encode().decode("latin-1")  # as a web server gives the header
+    one, two = Api(serve("one.db", rate_limit=1)), Api(serve("two.db", api_key="cl\u00e9"))
+    key = "cl\u00e9".encode().decode("latin-1")  # as a web server gives the header
     assert one.post(CRASHES, CRASH)[0] == 201
     assert two.post(CRASHES, CRASH) == (401, {"error": "invalid API key"})
     assert [two.post(path, body, key=key)[0] for path, body in ((CRASHES, CRASH), (EVENTS, EVENT))] == [201, 201]
     assert one.post(CRASHES, CRASH)[0] == 429
-    assert [[len(rows) for rows in stored(each.server, "crashes", "events").values()] for each in (one, two)] \
-        == [[1, 0], [1, 1]]
+    assert [(count(api.server, "crashes"), count(api.server, "events")) for api in (one, two)] == [(1, 0), (1, 1)]
 
 
 def test_importing_starts_nothing(tmp_path):
@@ -5867,8 +5867,8 @@ def test_importing_starts_nothing(tmp_path):
 @pytest.fixture
 def start(tmp_path):
     """Starts servers on a database that is new to the first of them; `start.texts` has what they announced."""
-    def start_server(**given):
-        return Backfeedr(Settings(db_path=str(tmp_path / "first.db"), **given), announce=start_server.texts.append)
+    def start_server(**settings):
+        return Backfeedr(Settings(db_path=str(tmp_path / "first.db"), **settings), announce=start_server.texts.append)
 
     start_server.texts = []
     return start_server
@@ -5896,8 +5896,8 @@ def test_a_first_start_makes_a_key_and_a_token_and_announces_them_once(start, ur
 
 
 def test_secrets_of_the_settings_are_used_and_not_announced(start):
-    for given, token, other in (({"api_key": "mine"}, "token" * 4, "mine"), ({}, "new" * 6, "token" * 4)):
-        with start(auth_token=token, **given) as server:
+    for settings, token, other in (({"api_key": "mine"}, "token" * 4, "mine"), ({}, "new" * 6, "token" * 4)):
+        with start(auth_token=token, **settings) as server:
             assert server.store.is_admin(token.encode()) and not server.store.is_admin(other.encode())
             assert Api(server).post(CRASHES, CRASH, key="mine")[0] == 201
     assert start.texts == []
@@ -5962,7 +5962,7 @@ def test_a_payload_becomes_crashes_and_events_in_its_order_in_one_commit(api):
     groups = [group for group, in sql(path, "select group_hash from crashes order by seq")]
     assert (status, answer) == (201, {"count": 4, "ids": [row[0] for pair in zip(events, crashes) for row in pair],
                                       "group_hashes": [None, groups[0], None, groups[1]]})
-    assert sorted(answer["ids"], key=lambda each: each[-16:]) == answer["ids"]
+    assert sorted(answer["ids"], key=lambda id: id[-16:]) == answer["ids"]
     assert sum(api.server.store._here.group_sizes.counts) == 1
 
 
@@ -5990,7 +5990,7 @@ def test_the_format_is_recognised_by_the_content_whatever_its_type_and_coding(ap
     types = [None, "", "application/json", "text/plain; charset=latin-1", "application/octet-stream",
              "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "\xff"]
     for n, body in enumerate((ips_of(), crash_text(), json.dumps(payload_of()).encode()), 1):
-        for content_type, coding, pack in [*((each, {}, bytes) for each in types), ("\xff", ZIPPED, gzip.compress)]:
+        for content_type, coding, pack in [*((kind, {}, bytes) for kind in types), ("\xff", ZIPPED, gzip.compress)]:
             status, answer = call(api.server, path=DIAGNOSTICS, body=pack(body),
                                   environ={"CONTENT_TYPE": content_type}, **coding)
             assert (status, answer["count"]) == (201, 1)
@@ -6007,16 +6007,16 @@ def test_a_header_names_the_device_of_all_reports_in_a_body(api):
         assert status == 201
         devices = dict(sql(api.server.store.path, """
             select id, device_id_hash from crashes union all select id, device_id_hash from events"""))
-        assert {devices[each] for each in answer["ids"]} == {device}, header
+        assert {devices[id] for id in answer["ids"]} == {device}, header
 
 
 def test_a_body_with_an_unreadable_report_is_refused_whole(api):
     before = stored(api.server)
-    bodies = [(body if isinstance(body, bytes) else json.dumps(body).encode(), *refused)
-              for body, *refused in UNREADABLE]
-    for body, text, detail in [each for each in bodies if len(each[0]) < 500_000]:
-        status, answer = call(api.server, path=DIAGNOSTICS, body=body, **UNDER_A)
-        assert (status, answer) == (400, {"error": text, **({"detail": detail} if detail else {})})
+    for body, text, detail in UNREADABLE:
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        if len(body) < 500_000:
+            status, answer = call(api.server, path=DIAGNOSTICS, body=body, **UNDER_A)
+            assert (status, answer) == (400, {"error": text, **({"detail": detail} if detail else {})})
     assert api.post(DIAGNOSTICS, {**MIXED, "diskWriteExceptionDiagnostics": [7]})[0] == 400
     assert stored(api.server) == before
     assert len(send_apples(api, {"crashDiagnostics": [{}] * 60, "hangDiagnostics": [{}] * 40})) == 100
@@ -6056,16 +6056,16 @@ def submission_of(body, mark=None, path=DIAGNOSTICS):
 def test_requests_of_all_kinds_share_a_commit_and_each_receipt_has_the_seqs_of_its_own_rows(api):
     store, rows = api.server.store, {}
     crash, batch = submission_of(CRASH, path=CRASHES), submission_of(batch_of(EVENT, EVENT), path=BATCH)
-    given = [submission_of(MIXED, b"a"), crash, batch, submission_of(MIXED, b"a"), submission_of(ips_of()),
-             submission_of(MIXED)]
-    store.add_all(given)
+    submissions = [submission_of(MIXED, b"a"), crash, batch, submission_of(MIXED, b"a"), submission_of(ips_of()),
+                   submission_of(MIXED)]
+    store.add_all(submissions)
     for table, name in (("crashes", "exception_type"), ("events", "name")):
         rows.update(sql(store.path, f"select seq, {name} from {table}"))
-    for each in given:
-        assert [rows[seq] for seq in each.receipt.seqs] == [
-            getattr(report, "exception_type", None) or report.name for report in each.reports]
-    assert [each.receipt.replayed for each in given] == [False, False, False, True, False, False]
-    assert len(rows) == 4 + 1 + 2 + 1 + 4 and given[0].receipt.seqs == given[3].receipt.seqs
+    for submission in submissions:
+        assert [rows[seq] for seq in submission.receipt.seqs] == [
+            getattr(report, "exception_type", None) or report.name for report in submission.reports]
+    assert [submission.receipt.replayed for submission in submissions] == [False, False, False, True, False, False]
+    assert len(rows) == 4 + 1 + 2 + 1 + 4 and submissions[0].receipt.seqs == submissions[3].receipt.seqs
     assert sum(store._here.group_sizes.counts) == 1
 
 
@@ -6127,13 +6127,13 @@ def test_metrics_have_commits_rows_and_sizes(serve):
 def call_with_headers(server, method="POST", path=CRASHES, body=VALID, query="", length=None, environ=None, **headers):
     """Calls the server as a web server does, and returns status, headers and JSON. Values of None are left out."""
     headers = {"HTTP_" + name.upper(): value for name, value in {"X_Backfeedr_Key": KEY, **headers}.items()}
-    given = {"REQUEST_METHOD": method, "SCRIPT_NAME": "", "PATH_INFO": path, "QUERY_STRING": query,
-             "CONTENT_LENGTH": str(len(body) if length is None else length), "CONTENT_TYPE": "application/json",
-             "wsgi.input": io.BytesIO(body), "wsgi.errors": sys.stderr, **headers, **(environ or {})}
-    answered = []
-    content = b"".join(server({name: value for name, value in given.items() if value is not None},
-                              lambda line, headers, exc_info=None: answered.append((int(line[:3]), dict(headers)))))
-    (status, sent), = answered
+    request = {"REQUEST_METHOD": method, "SCRIPT_NAME": "", "PATH_INFO": path, "QUERY_STRING": query,
+               "CONTENT_LENGTH": str(len(body) if length is None else length), "CONTENT_TYPE": "application/json",
+               "wsgi.input": io.BytesIO(body), "wsgi.errors": sys.stderr, **headers, **(environ or {})}
+    answers = []
+    content = b"".join(server({name: value for name, value in request.items() if value is not None},
+                              lambda line, headers, exc_info=None: answers.append((int(line[:3]), dict(headers)))))
+    (status, sent), = answers
     if path in ("", "/") and sent["Content-Type"].startswith("text/html"):  # the only page that these tests ask for
         return status, sent, {}
     assert (sent["Content-Type"], sent["X-Content-Type-Options"], sent["Cache-Control"]) \
@@ -6277,7 +6277,7 @@ def test_a_hostile_request_to_the_real_web_server_is_answered_in_json_and_change
               b"GET /api/v1/health HTTP/1.1\r\nX: %s\r\n\r\n" % (b"x" * 32_768)],
         501: [post(key, b"Transfer-Encoding: chunked, gzip")]}
     server, before = run(BACKFEEDR_MAX_BODY_SIZE="10000"), []
-    for status, request in [(code, each) for code in requests for each in requests[code]]:
+    for status, request in [(code, raw) for code, several in requests.items() for raw in several]:
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as raw:
             raw.sendall(request)
             answer = http.client.HTTPResponse(raw)
@@ -6294,8 +6294,8 @@ def test_a_hostile_request_to_the_real_web_server_is_answered_in_json_and_change
 
 def test_an_unexpected_error_is_logged_without_anything_from_the_request(api, caplog, monkeypatch):
     """A traceback shows lines of code, but not the values of variables."""
-    def parse(given, token=TOKEN):
-        return {}[len(given)]
+    def parse(body, token=TOKEN):
+        return {}[len(body)]
     monkeypatch.setattr(backfeedr, "parse_crash", parse)
     before = stored(api.server)
     headers = {**SIGNED, **ADMIN, "Idempotency_Key": "private-mark"}
