@@ -4545,13 +4545,13 @@ def size_warnings(path: Path, max_db_size: int) -> list[str]:
 # message is sent again under the same id. A kind of channel is a function that makes an HTTP request of a message.
 
 GATHER_TIME = 60 * SECOND  # the facts that a channel gets within this time become one message
-MAX_FACTS = 10  # in a message, which only counts the others
-CHAT_BYTES = 1800  # of a message: Discord takes 2,000 characters, ntfy 4,096 bytes
-FACT_LENGTH = 300  # characters of a fact in it
-MAX_HOURLY_MESSAGES = 30  # to a channel; the facts beyond go with a later message
+MAX_FACTS = 10  # facts that a message lists; it only counts the others
+CHAT_BYTES = 1800  # of a chat message: Discord takes 2,000 characters, ntfy 4,096 bytes
+FACT_LENGTH = 300  # characters of a fact in a chat message
+MAX_HOURLY_MESSAGES = 30  # to a channel; further facts wait for a later message
 RETRY_SECONDS = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)  # the schedule of Standard Webhooks
 SEND_TIMEOUT = 15.0  # seconds
-CLAIM_TIME = 60 * SECOND  # nobody else sends a claimed message for so long: longer than SEND_TIMEOUT
+CLAIM_TIME = 60 * SECOND  # for which nobody else sends a claimed message; longer than SEND_TIMEOUT
 POLL_SECONDS = 1.0  # between two looks for messages that are due
 # The only parts of a fact's `detail` that leave the host.
 _FACT_FIELDS = ("exception_type", "place", "app_version", "build_number", "crashes", "devices", "fixed_in", "before")
@@ -4947,20 +4947,20 @@ def _fact_text(kind: str, app: str, detail: JsonObject) -> str:
 
 
 # == Metrics ===================================================================
-# The questions asked of the store. Public questions read figures only: an answer costs what it shows, not what is
-# stored. Windows are UTC days; without an app, an answer is the sum over the live apps.
+# Answers questions about the store. A public question reads only figures, so its cost depends on what it shows and not
+# on what is stored. Windows are UTC days. Without an app, an answer is the sum over the live apps.
 
-SCANNED_EVENTS = 20_000  # for a page of events, which may therefore be short although another page follows
-GROUP_REPORTS = 20  # of a group on a page
-MAX_VERSIONS = 100  # of a group in a list
-MISSING_BUILDS = 100  # in the list of builds without symbols
-SCORED_GROUPS, SHOWN_GROUPS = 20, 5  # on the overview: groups that get a score, and groups that are shown
-EVENTS_BEFORE_CRASH = 20  # that the page of a crash shows, out of the session's latest 100
+SCANNED_EVENTS = 20_000  # events that are read for a page, which may be short although another page follows
+GROUP_REPORTS = 20  # crashes on a page of a group
+MAX_VERSIONS = 100  # versions that a list names for a group
+MISSING_BUILDS = 100  # builds without symbols in a list
+SCORED_GROUPS, SHOWN_GROUPS = 20, 5  # groups that the overview gives a score, and that it shows
+EVENTS_BEFORE_CRASH = 20  # events that the page of a crash shows, out of the session's latest 100
 
 
 class Metrics:
     """Answers questions as of now, in the shapes of the API. `app` is the name of an app: an unknown one raises
-    Refusal. Lists come in pages of `limit`: `cursor` is the `next` of the page before, which the last page lacks."""
+    Refusal. Lists come in pages of `limit`: `cursor` is the `next` of the page before, which is null on the last."""
 
     def __init__(self, store: Store):
         self._store = store
@@ -5022,8 +5022,8 @@ class Metrics:
         return self._by_day(Devices.active, app, days)
 
     def sessions(self, app: str | None = None, days: int | None = None) -> JsonObject:
-        """Counts the sessions that began on each UTC day. Their mean and median duration are null if none has ended,
-        and the median, of durations in two significant digits, also if sessions of several apps have."""
+        """Counts the sessions that began on each UTC day, and gives their mean and median duration: null if none has
+        ended. The median, of durations in two significant digits, is also null if they are of several apps."""
         return self._by_day(Sessions.per_day, app, days)
 
     def event_names(self, app: str | None = None, days: int | None = None) -> JsonObject:
@@ -5036,9 +5036,8 @@ class Metrics:
         return self._by_day(Devices.retention, app, days)
 
     def releases(self, app: str | None = None, sort: str | None = None) -> JsonObject:
-        """Describes the latest 100 releases, the last one first: in the order in which they were first seen, or for
-        `sort` "version" in the order of their versions. Rates are null without sessions or devices, and the verdict is
-        null without an earlier release."""
+        """Describes the latest 100 releases: the last to appear first, or for `sort` "version" the highest. Rates are
+        null without sessions or devices, and a verdict is null without an earlier release."""
         if sort not in (None, "version", "first_seen"):
             raise Refusal("invalid sort")
         with self._snapshot(app) as (db, app_id):
