@@ -4694,7 +4694,8 @@ def check_address(url: str) -> str:
         has_topic = re.fullmatch(r"(/.*)?/[\w-]{1,64}", parts.path + parts.query) or "ntfy" not in parts.scheme
         if is_url and has_topic and parts.hostname and parts.port != 0 and not parts.fragment:
             return parts.scheme
-    raise StoreError("an address is like https://example.com/hook or ntfy+https://ntfy.sh/TOPIC, and has no spaces")
+    raise StoreError("a channel's address is like https://example.com/hook or ntfy+https://ntfy.sh/TOPIC, and has no"
+                     " spaces")
 
 
 def shown_address(url: str) -> str:
