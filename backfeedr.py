@@ -5402,20 +5402,21 @@ class Metrics:
         """Returns everything that is stored about a device, in all apps."""
         device = device_key(device_id_hash)
         with self._snapshot() as (db, _):
-            answer = {
-                "apps": dict_rows(db, """
-                    select app_id, name as app, first_day, last_hour from devices join apps on apps.id = app_id
-                    where device = ? order by name""", (device,)),
-                **{table: _load_reports(db, table, [seq for seq, in db.execute(f"""
-                    select seq from {table} where device_id_hash = ? and app_id in (select id from apps)
-                    order by seq""", (device_id_hash,))], MAX_NUMBER)
-                   for table in TABLES.values()}}
-            for app in answer["apps"]:
-                app["versions"] = sorted((version for version, in db.execute(
-                    "select app_version from device_versions where app_id = ? and device = ?",
-                    (app.pop("app_id"), device))), key=version_key)
+            apps = dict_rows(db, """
+                select app_id, name as app, first_day, last_hour from devices join apps on apps.id = app_id
+                where device = ? order by name""", (device,))
+            for app in apps:
+                versions = db.execute("select app_version from device_versions where app_id = ? and device = ?",
+                                      (app.pop("app_id"), device))
+                app["versions"] = sorted((version for version, in versions), key=version_key)
                 app["first_seen"] = iso_time(app.pop("first_day") * DAY)
                 app["last_seen"] = iso_time(app.pop("last_hour") * HOUR)
+            answer = {"apps": apps}
+            for table in TABLES.values():
+                seqs = [seq for seq, in db.execute(f"""
+                    select seq from {table} where device_id_hash = ? and app_id in (select id from apps)
+                    order by seq""", (device_id_hash,))]
+                answer[table] = _load_reports(db, table, seqs, MAX_NUMBER)
         return answer
 
 
@@ -6833,8 +6834,7 @@ class Backfeedr(Closing):
     with the server. A `limiter` replaces the RateLimiter, which counts only what this process gets.
     """
 
-    # By path: what makes reports of a body, the time and the device that a header names; and what makes an answer of
-    # the reports and their seqs.
+    # By path: the parser of a body, which also gets the time and the header's device; and the answer to stored reports.
     _ingestion: Mapping[str, tuple[Callable[[bytes, int, str], Reports], Callable[..., JsonObject]]] = {
         "/api/v1/crashes": (lambda body, *_: [parse_crash_body(body)],
                             lambda crashes, seqs: {"id": crash_id(seqs[0]), "group_hash": crashes[0].group_hash}),
@@ -7029,15 +7029,14 @@ class Backfeedr(Closing):
         self._check_admin(environ)
         with self._counting:
             counts = sorted(self._request_counts.items())
-        requests = [(f'{{method="{method}",path="{rule}",status="{status}"}}', count)
+        by_route = [(f'{{method="{method}",path="{rule}",status="{status}"}}', count)
                     for (method, rule, status), count in counts]
-        refused = [(f"{{app={json.dumps(app, ensure_ascii=False)}}}", n) for app, n in self.refused.by_app().items()]
-        families = [
-            ("requests_total", "counter", "Requests that reached the app, by route.", requests),
-            ("rate_limited_total", "counter", "Requests with reports that the rate limit refused, by app.", refused),
-            *self.store.vitals()]
+        by_app = [(f"{{app={json.dumps(app, ensure_ascii=False)}}}", n) for app, n in self.refused.by_app().items()]
         lines = []
-        for name, kind, meaning, samples in families:
+        for name, kind, meaning, samples in (
+                ("requests_total", "counter", "Requests that reached the app, by route.", by_route),
+                ("rate_limited_total", "counter", "Requests with reports that the rate limit refused, by app.", by_app),
+                *self.store.vitals()):
             if samples:
                 lines += [f"# HELP backfeedr_{name} {meaning}", f"# TYPE backfeedr_{name} {kind}"]
                 lines += [f"backfeedr_{name}{suffix} {value:.15g}" for suffix, value in samples]
