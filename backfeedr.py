@@ -6943,7 +6943,7 @@ class Backfeedr(Closing):
         return router
 
     def _question_route(self, question: Callable[..., JsonObject], *names: str, is_public: bool = False) -> Handler:
-        """Makes a handler that asks a question with these query parameters. A public one may be open to everybody."""
+        """Makes a handler that answers a question: to the admin only, unless it is public and metrics are, too."""
         def handler(environ: Environ, **path: str) -> Answer:
             if not (is_public and self.settings.public_metrics):
                 self._check_admin(environ)
@@ -7120,8 +7120,8 @@ class Backfeedr(Closing):
 
 
 class RefusedReports:
-    """Counts the reports that the rate limit refuses, and logs them once a minute: all phones of an app share its key,
-    so nobody else would learn of it."""
+    """Counts the reports that the rate limit refuses, and logs them once a minute. All phones of an app share its key,
+    and without this, only they would learn that they are too many."""
 
     def __init__(self, store: Store):
         self._store, self._lock, self._logged_at = store, threading.Lock(), 0
@@ -7155,7 +7155,7 @@ class RefusedReports:
 
 
 def first_start_text(created: FirstStart, url: str) -> str:
-    """Tells an operator the secrets that a first start has made."""
+    """Returns what tells an operator the secrets of a first start."""
     text = ""
     if created.key:
         text += f"Made the app 'default'. Its API key, shown only this once:\n\n    {created.key}\n\n"
