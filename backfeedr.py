@@ -5369,10 +5369,9 @@ class Metrics:
                 select uuid, binary_name as binary, arch, parts, rows, size, received = parts as complete, uploaded_at
                 from symbols order by uploaded_at desc, uuid""")
             return {"symbols": [{**row, "complete": bool(row["complete"]), "uploaded_at": iso_time(row["uploaded_at"])}
-                                for row in held], "missing": self._missing_builds(db, app_id)}
+                                for row in held], "missing": self._missing_builds(db, app_id, None, MISSING_BUILDS)}
 
-    def _missing_builds(self, db: Connection, app_id: int | None, group_hash: str | None = None,
-                        limit: int | None = None) -> list[JsonObject]:
+    def _missing_builds(self, db: Connection, app_id: int | None, group: str | None, limit: int) -> list[JsonObject]:
         """Lists the builds whose symbols are missing, in all groups or in one."""
         return [self._missing_build(db, **row) for row in dict_rows(db, f"""
             select uuid, app_id, group_hash, total as crashes from (
@@ -5381,8 +5380,7 @@ class Metrics:
                 from group_images
                 where {APPS} and (:group is null or group_hash = :group)
                     and uuid not in (select uuid from symbols where received = parts)) as ranked
-            where place = 1 order by total desc, uuid
-            limit :limit""", {"app": app_id, "group": group_hash, "limit": limit or MISSING_BUILDS})]
+            where place = 1 order by total desc, uuid limit :limit""", {"app": app_id, "group": group, "limit": limit})]
 
     @staticmethod
     def _missing_build(db: Connection, uuid: str, app_id: int, group_hash: str, crashes: int) -> JsonObject:
@@ -6861,9 +6859,9 @@ class Backfeedr(Closing):
         self._limiter = limiter or RateLimiter(self.settings.rate_limit)
         # Python runs one thread at a time. A thread that waits for this lock sleeps until its turn comes; one that
         # waits for the interpreter wakes up each switch interval to ask for it.
-        self._decoding = threading.Lock()
+        self._decode_lock = threading.Lock()
         self._request_counts: Counter[tuple[str, str, int]] = Counter()  # by method, route and status
-        self._counting = threading.Lock()
+        self._counts_lock = threading.Lock()
         created = self.store.start(self.settings.api_key, self.settings.auth_token)
         if created != (None, None):  # without `announce` another web server calls this one, at an unknown address
             address = _url(self.settings.host, self.settings.port) if announce else "https://YOUR-SERVER"
@@ -6898,7 +6896,7 @@ class Backfeedr(Closing):
         return answer
 
     def _count_request(self, method: str, rule: str, status: int) -> None:
-        with self._counting:
+        with self._counts_lock:
             self._request_counts[method, rule, status] += 1
 
     def deliver(self) -> Counter[str]:
@@ -7027,7 +7025,7 @@ class Backfeedr(Closing):
 
     def _prometheus(self, environ: Environ) -> Answer:
         self._check_admin(environ)
-        with self._counting:
+        with self._counts_lock:
             counts = sorted(self._request_counts.items())
         by_route = [(f'{{method="{method}",path="{rule}",status="{status}"}}', count)
                     for (method, rule, status), count in counts]
@@ -7104,7 +7102,7 @@ class Backfeedr(Closing):
             self.refused.count(key_hash)
             raise Refusal("rate limit exceeded", self._limiter.retry_after(key_hash))
         parse, _ = self._ingestion[environ["PATH_INFO"]]
-        with self._decoding:
+        with self._decode_lock:
             timestamp, signature = _header(environ, "X_BACKFEEDR_TIMESTAMP"), _header(environ, "X_BACKFEEDR_SIGNATURE")
             if {"HTTP_X_BACKFEEDR_TIMESTAMP", "HTTP_X_BACKFEEDR_SIGNATURE"} & environ.keys():
                 verify(key, timestamp, signature, body, self.store.now)
