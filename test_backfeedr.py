@@ -5421,7 +5421,7 @@ class Simulation:
             max(now, midnight + chance.choice([-301, -300, -60, -0.125, 0, 0.125, 200])),
             midnight + 3600 * chance.randrange(30)])
 
-    def moment(self):
+    def device_time(self):
         """A time by a device's clock: mostly now, or early, late, fast, never set, or at the edge of a day or hour."""
         chance, now = self.random, self.store.now
         return chance.choice([
@@ -5431,7 +5431,7 @@ class Simulation:
             *(now - chance.randrange(span) for span in (60_000, 60_000, HOUR, 2 * DAY, 9 * DAY, 33 * DAY)),
             *(now + chance.randrange(span) for span in (300_001, 300_001, 9 * DAY))])
 
-    def common(self):
+    def common_fields(self):
         """The fields that all reports may have. Some are missing, null or empty."""
         chance = self.random
         versions = ["1.9.0", "1.10.0", "1.10.0", "2.0", f"3.{self.store.now // (7 * DAY)}",
@@ -5442,9 +5442,9 @@ class Simulation:
 
     def crash(self):
         chance = self.random
-        return {**self.common(), "exception_type": f"{chance.choice('AAABBCDEFG')}{chance.randrange(self.variety)}",
+        return {**self.common_fields(), "exception_type": f"{chance.choice('AAABBCDEFG')}{chance.randrange(self.variety)}",
                 "exception_reason": chance.choice([None, "", "why", f"crash {len(self.sent)}"]),
-                "session_id": chance.choice([None, f"s{chance.randrange(40)}"]), "occurred_at": iso_time(self.moment()),
+                "session_id": chance.choice([None, f"s{chance.randrange(40)}"]), "occurred_at": iso_time(self.device_time()),
                 "stack_trace": [{"frame": 0, "symbol": chance.choice("xy"), "file": chance.choice([None, "a.swift"])}]}
 
     def event(self, app):
@@ -5456,7 +5456,7 @@ class Simulation:
 
     def session(self):
         """The events of a session, mostly of one device. Some ids are used twice, and some are missing."""
-        chance, start, who = self.random, self.moment(), self.common()
+        chance, start, who = self.random, self.device_time(), self.common_fields()
         session = chance.choice([f"s{chance.randrange(40)}", f"s{chance.randrange(40)}", None, ""])
         lasts = chance.choice([0, 499, 500, 9_499, 9_500, 94_000, 104_000, DAY, DAY + 1, chance.randrange(600_000),
                                chance.randrange(9_000_000), chance.randrange(2 * DAY)])
@@ -5465,7 +5465,7 @@ class Simulation:
                 [begin, end], [begin, end], [begin, begin, end], [begin, ("session_end", -lasts)], [begin], [end],
                 [begin, ("session_start", lasts), ("session_end", lasts // 2), ("session_end", 2 * lasts)],
                 [end, begin, ("custom", 0), ("error", 0)]]):
-            yield {**(who if chance.random() < 0.9 else self.common()), "session_id": session, "type": kind,
+            yield {**(who if chance.random() < 0.9 else self.common_fields()), "session_id": session, "type": kind,
                    "name": chance.choice(["x", "y", None]), "occurred_at": iso_time(start + after)}
 
     def send(self):
