@@ -5328,10 +5328,10 @@ class SlowMetrics:
 
     def verdict(self, app, version, first):
         """The verdict on a release against the highest lower one that was seen before it."""
-        order = sorted((first, backfeedr.version_key(name), name) for (of_app, name), (first, _)
-                       in self.tables["releases"].items() if of_app == app and name != "(other)")
+        others = [(first, backfeedr.version_key(name), name) for (of_app, name), (first, _)
+                  in self.tables["releases"].items() if of_app == app and name != "(other)"]
         own = backfeedr.version_key(version)
-        earlier = [(key, name) for seen, key, name in order
+        earlier = [(key, name) for seen, key, name in others
                    if (seen, key) <= (first, own) and (key, name) < (own, version)]
         if version == "(other)" or not earlier:
             return None
@@ -5431,7 +5431,7 @@ class Simulation:
             *(now - chance.randrange(span) for span in (60_000, 60_000, HOUR, 2 * DAY, 9 * DAY, 33 * DAY)),
             *(now + chance.randrange(span) for span in (300_001, 300_001, 9 * DAY))])
 
-    def common_fields(self):
+    def fields(self):
         """The fields that all reports may have. Some are missing, null or empty."""
         chance = self.random
         versions = ["1.9.0", "1.10.0", "1.10.0", "2.0", f"3.{self.store.now // (7 * DAY)}",
@@ -5442,9 +5442,10 @@ class Simulation:
 
     def crash(self):
         chance = self.random
-        return {**self.common_fields(), "exception_type": f"{chance.choice('AAABBCDEFG')}{chance.randrange(self.variety)}",
+        return {**self.fields(), "exception_type": f"{chance.choice('AAABBCDEFG')}{chance.randrange(self.variety)}",
                 "exception_reason": chance.choice([None, "", "why", f"crash {len(self.sent)}"]),
-                "session_id": chance.choice([None, f"s{chance.randrange(40)}"]), "occurred_at": iso_time(self.device_time()),
+                "session_id": chance.choice([None, f"s{chance.randrange(40)}"]),
+                "occurred_at": iso_time(self.device_time()),
                 "stack_trace": [{"frame": 0, "symbol": chance.choice("xy"), "file": chance.choice([None, "a.swift"])}]}
 
     def event(self, app):
@@ -5456,7 +5457,7 @@ class Simulation:
 
     def session(self):
         """The events of a session, mostly of one device. Some ids are used twice, and some are missing."""
-        chance, start, who = self.random, self.device_time(), self.common_fields()
+        chance, start, who = self.random, self.device_time(), self.fields()
         session = chance.choice([f"s{chance.randrange(40)}", f"s{chance.randrange(40)}", None, ""])
         lasts = chance.choice([0, 499, 500, 9_499, 9_500, 94_000, 104_000, DAY, DAY + 1, chance.randrange(600_000),
                                chance.randrange(9_000_000), chance.randrange(2 * DAY)])
@@ -5465,7 +5466,7 @@ class Simulation:
                 [begin, end], [begin, end], [begin, begin, end], [begin, ("session_end", -lasts)], [begin], [end],
                 [begin, ("session_start", lasts), ("session_end", lasts // 2), ("session_end", 2 * lasts)],
                 [end, begin, ("custom", 0), ("error", 0)]]):
-            yield {**(who if chance.random() < 0.9 else self.common_fields()), "session_id": session, "type": kind,
+            yield {**(who if chance.random() < 0.9 else self.fields()), "session_id": session, "type": kind,
                    "name": chance.choice(["x", "y", None]), "occurred_at": iso_time(start + after)}
 
     def send(self):
