@@ -5112,8 +5112,8 @@ class Metrics:
                cursor: str | None = None) -> JsonObject:
         """Lists the groups of stored crashes, by number of crashes or as `sort` says. `version` may end with *. `text`
         is searched for in what the list shows, and in the app's own symbols and files of the latest crash. `state` is
-        one of GROUPS_OF; after a decision, a group is listed even if its crashes have expired. A group `is_new`
-        if it was first seen in `version`, or without a version, first received within 7 days."""
+        one of GROUPS_OF; after a decision, a group is listed even if its crashes have expired. A group
+        `is_new` if it was first seen in `version`, or without a version, first received within 7 days."""
         if state not in GROUPS_OF:
             raise Refusal("invalid state", detail=f"it is none of {', '.join(filter(None, GROUPS_OF))}")
         if sort not in (None, *SORTS):
