@@ -4536,56 +4536,56 @@ def size_warnings(path: Path, max_db_size: int) -> list[str]:
 
 
 # == Alerts ====================================================================
-# Facts on their way to channels. The facts of a minute become a message for each channel that wants them. A message is
-# taken in one short transaction, sent in none, and settled in another: if the server dies between them, it is sent
-# again under the same id. A kind of channel is a function from a message to an HTTP request; CHANNELS has them all.
+# Sends facts to channels. The facts of a minute become one message for each channel that wants them. One transaction
+# claims a message, another records the outcome, and none is open while it is sent. If the server dies in between, the
+# message is sent again under the same id. A kind of channel is a function that makes an HTTP request of a message.
 
-GATHERED = 60 * SECOND  # for which the facts of a channel become one message
-LISTED = 10  # facts in a message; it counts the others
-TEXT_BYTES, LINE = 1800, 300  # of a text, and characters of a line: Discord takes 2,000 characters, ntfy 4,096 bytes
-HOURLY = 30  # messages of a channel; what is beyond goes with a later one
-# Between the tries of a message: the schedule of Standard Webhooks.
-PAUSES = [SECOND * each for each in (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)]
-TRY_SECONDS = 15.0  # for a try
-TAKEN = 60 * SECOND  # for which nobody else sends a message: longer than a try
-LOOK_SECONDS = 1.0  # between two looks at what is due
-# What a message has of a fact. Nothing else leaves the host, whatever is in `detail`.
-_TOLD = ("exception_type", "place", "app_version", "build_number", "crashes", "devices", "fixed_in", "before")
-# A chat shows these as they are, and calls nobody.
-_NO_MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "@\u200b", "]": "]\u200b"})
+GATHER_TIME = 60 * SECOND  # the facts that a channel gets within this time become one message
+MAX_FACTS = 10  # facts that a message lists; it only counts the others
+CHAT_BYTES = 1800  # of a chat message: Discord takes 2,000 characters, ntfy 4,096 bytes
+FACT_LENGTH = 300  # characters of a fact in a chat message
+MAX_HOURLY_MESSAGES = 30  # to a channel; further facts wait for a later message
+RETRY_SECONDS = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)  # the schedule of Standard Webhooks
+SEND_TIMEOUT = 15.0  # seconds
+CLAIM_TIME = 60 * SECOND  # for which nobody else sends a claimed message; longer than SEND_TIMEOUT
+POLL_SECONDS = 1.0  # between two looks for messages that are due
+# The only parts of a fact's `detail` that leave the host.
+_FACT_FIELDS = ("exception_type", "place", "app_version", "build_number", "crashes", "devices", "fixed_in", "before")
+# Keeps a chat from reading text as markup or as a mention of somebody.
+_MARKUP_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "@\u200b", "]": "]\u200b"})
 
 
-class Undelivered(StoreError):
-    """A try that failed. `str()` says why, without the address, which may be secret; `status` is that of the answer, 0
-    for none; `pause` is what the receiver asks for, in milliseconds."""
+class DeliveryError(StoreError):
+    """A message could not be sent. `str()` says why, without the address, which may be secret. `status` is the HTTP
+    status, or 0 without an answer; `retry_after` is the pause that the receiver asks for, in milliseconds."""
 
-    def __init__(self, text: str, status: int = 0, pause: int = 0):
+    def __init__(self, text: str, status: int = 0, retry_after: int = 0):
         super().__init__(text)
-        self.status, self.pause = status, pause
-        self.is_of_receiver = not 400 <= status < 500 or status in (408, 429)  # and not of this one message
+        self.status, self.retry_after = status, retry_after
+        self.is_receiver_down = not 400 <= status < 500 or status in (408, 429)  # else it refuses this one message
 
 
-Message = JsonObject  # id, channel_id, body (JSON) and tries of a row of messages; url and secret of its channel
-Post = tuple[str, bytes, dict[str, str]]  # a request: its address, body and headers
+Message = JsonObject  # id, channel_id, body (JSON) and tries of a message; url and secret of its channel
+PostRequest = tuple[str, bytes, dict[str, str]]  # address, body and headers
 
 
-def _webhook(message: Message, now: int) -> Post:
-    """As https://www.standardwebhooks.com has it."""
+def _webhook_request(message: Message, now: int) -> PostRequest:
+    """Follows https://www.standardwebhooks.com."""
     timestamp, key = str(now // SECOND), base64.b64decode(message["secret"][len("whsec_"):])
-    mark = hmac.new(key, f"{message['id']}.{timestamp}.{message['body']}".encode(), hashlib.sha256).digest()
+    signature = hmac.new(key, f"{message['id']}.{timestamp}.{message['body']}".encode(), hashlib.sha256).digest()
     return message["url"], message["body"].encode(), {
         "webhook-id": message["id"], "webhook-timestamp": timestamp,
-        "webhook-signature": "v1," + base64.b64encode(mark).decode()}
+        "webhook-signature": "v1," + base64.b64encode(signature).decode()}
 
 
-def _slack(message: Message, now: int) -> Post:
-    """For Slack, Mattermost, and Discord at an address that ends with /slack."""
-    text = "\n".join(message_lines(message, True, _NO_MARKUP))
+def _slack_request(message: Message, now: int) -> PostRequest:
+    """Works for Slack, for Mattermost, and for Discord at an address that ends with /slack."""
+    text = "\n".join(message_lines(message, True, _MARKUP_ESCAPES))
     return message["url"].partition("+")[2], _encode({"text": text}).encode(), {}
 
 
-def _ntfy(message: Message, now: int) -> Post:
-    """As JSON: a header could not carry every title."""
+def _ntfy_request(message: Message, now: int) -> PostRequest:
+    """Sends JSON, because a header cannot carry every title."""
     url, _, topic = message["url"].partition("+")[2].rpartition("/")
     title, *lines = message_lines(message, False, {})
     link = json.loads(message["body"])["data"].get("url")
@@ -4593,126 +4593,138 @@ def _ntfy(message: Message, now: int) -> Post:
                                **({"click": link} if link else {})}).encode(), {}
 
 
-CHANNELS: dict[str, Callable[[Message, int], Post]] = {  # by the scheme of the address
-    "https": _webhook, "http": _webhook, "slack+https": _slack, "slack+http": _slack, "ntfy+https": _ntfy,
-    "ntfy+http": _ntfy}
+CHANNELS: dict[str, Callable[[Message, int], PostRequest]] = {  # by the scheme of the address
+    "https": _webhook_request, "http": _webhook_request, "slack+https": _slack_request, "slack+http": _slack_request,
+    "ntfy+https": _ntfy_request, "ntfy+http": _ntfy_request}
 
 
-def message_lines(message: Message, with_links: bool, marks: Mapping[int, str]) -> list[str]:
-    """The title of a message, a line for each fact as far as they fit, and how many more there are. `marks` says what
-    stands for characters that are markup."""
-    data = json.loads(message["body"])["data"]
-    lines = [f"{each['text'][:LINE]} {each.get('url', '') if with_links else ''}".rstrip().translate(marks)
-             for each in data["facts"]]
-    shown = sum(size <= TEXT_BYTES for size in accumulate(len(line.encode()) + 1 for line in lines))
-    more = data["more"] + len(lines) - shown
-    return [data["title"].translate(marks), *lines[:shown], *([f"and {more:,} more"] if more else [])]
+def message_lines(message: Message, with_links: bool, escapes: Mapping[int, str]) -> list[str]:
+    """Returns the title of a message, a line for each fact as far as they fit, and the number of others. `escapes` says
+    how to write the characters that are markup in the channel."""
+    data, lines, size = json.loads(message["body"])["data"], [], 0
+    for fact in data["facts"]:
+        link = fact.get("url", "") if with_links else ""
+        line = f"{fact['text'][:FACT_LENGTH]} {link}".rstrip().translate(escapes)
+        size += len(line.encode()) + 1
+        if size > CHAT_BYTES:
+            break
+        lines.append(line)
+    more = data["more"] + len(data["facts"]) - len(lines)
+    return [data["title"].translate(escapes), *lines, *([f"and {more:,} more"] if more else [])]
+
+
+def send(message: Message, now: int) -> None:
+    """Sends a message to its channel. Raises DeliveryError."""
+    make_request = CHANNELS.get(urlsplit(message["url"]).scheme)
+    if make_request:
+        post(*make_request(message, now))
+        return
+    title, *lines = message_lines(message, True, {})
+    if not _apprise_sender(message["url"]).notify(title=title, body="\n".join(lines)):
+        raise DeliveryError("Apprise could not send it")
 
 
 def post(url: str, body: bytes, headers: Mapping[str, str]) -> None:
-    """Sends a request. Raises Undelivered unless its answer is a 2xx; a redirect is none."""
-    parts, began = urlsplit(url), time.monotonic()
+    """Sends a request. Raises DeliveryError unless the answer is a 2xx; redirects are not followed."""
+    parts, started = urlsplit(url), time.monotonic()
     headers = {"Content-Type": "application/json", "User-Agent": f"backfeedr/{__version__}", **headers}
     if parts.username is not None:
         user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
         headers["Authorization"] = "Basic " + base64.b64encode(user.encode()).decode()
     connect = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-    connection = connect(parts.hostname or "", parts.port, timeout=TRY_SECONDS)
-    late = threading.Timer(TRY_SECONDS, _hang_up, [connection])  # a socket's timeout begins anew with each byte
-    late.daemon = True
-    late.start()
+    connection = connect(parts.hostname or "", parts.port, timeout=SEND_TIMEOUT)
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    deadline = threading.Timer(SEND_TIMEOUT, _shut_down, [connection])  # a socket's timeout restarts with each byte
+    deadline.daemon = True
+    deadline.start()
     try:
-        connection.request("POST", (parts.path or "/") + ("?" + parts.query) * bool(parts.query), body, headers)
+        connection.request("POST", target, body, headers)
         answer = connection.getresponse()
     except (OSError, HTTPException, ValueError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
-        raise Undelivered("no answer in time" if time.monotonic() - began >= TRY_SECONDS else reason) from None
+        raise DeliveryError("no answer in time" if time.monotonic() - started >= SEND_TIMEOUT else reason) from None
     finally:
-        late.cancel()
+        deadline.cancel()
         connection.close()
     if not 200 <= answer.status < 300:
-        pause = _pause(answer.headers.get("Retry-After", ""))
-        raise Undelivered(f"it answered {answer.status}", answer.status, pause)
+        retry_after = _retry_after_ms(answer.headers.get("Retry-After", ""))
+        raise DeliveryError(f"it answered {answer.status}", answer.status, retry_after)
 
 
-def _hang_up(connection: HTTPConnection) -> None:
-    with suppress(OSError, TypeError):  # where it has no socket
+def _shut_down(connection: HTTPConnection) -> None:
+    with suppress(OSError, TypeError):  # TypeError: it has no socket yet, or no longer
         socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
 
 
-def _pause(retry_after: str) -> int:
-    """Milliseconds of a Retry-After in seconds or as a date, at most a day; 0 for none."""
-    pause = int(retry_after) if re.fullmatch("[0-9]{1,9}", retry_after) else 0
-    with suppress(ValueError, TypeError, OverflowError):  # it is no date
-        pause = pause or int(parsedate_to_datetime(retry_after).timestamp() - time.time())
-    return min(max(0, pause * SECOND), DAY)
+def _retry_after_ms(text: str) -> int:
+    """Returns the pause of a Retry-After header, which has seconds or a date: at most a day, 0 without one."""
+    with suppress(ValueError, TypeError, OverflowError):  # it is neither a number nor a date
+        is_number = re.fullmatch("[0-9]{1,9}", text)
+        seconds = int(text) if is_number else int(parsedate_to_datetime(text).timestamp() - time.time())
+        return min(max(0, seconds * SECOND), DAY)
+    return 0
 
 
-def _apprise(url: str) -> Any:
-    """What sends to one of the many other kinds of address. Raises Undelivered."""
+def _apprise_sender(url: str) -> Any:
+    """Returns a sender of Apprise, which knows a hundred more kinds of addresses. Raises DeliveryError."""
     try:
         import apprise
     except ImportError:
-        raise Undelivered("an address that is not https://, slack+https:// or ntfy+https:// needs Apprise:"
-                          " pip install apprise") from None
+        raise DeliveryError("an address that is not https://, slack+https:// or ntfy+https:// needs Apprise:"
+                            " pip install apprise") from None
     logging.getLogger("apprise").setLevel(logging.CRITICAL)  # it logs addresses
     sender = apprise.Apprise()
     if not sender.add(url):
-        raise Undelivered("that is no address that Apprise knows")
+        raise DeliveryError("that is no address that Apprise knows")
     return sender
 
 
-def _notify(message: Message) -> None:
-    """Sends a message through Apprise. Raises Undelivered."""
-    title, *lines = message_lines(message, True, {})
-    if not _apprise(message["url"]).notify(title=title, body="\n".join(lines)):
-        raise Undelivered("Apprise could not send it")
-
-
 def check_address(url: str) -> str:
-    """The scheme of a channel's address. Raises StoreError where there is no sending to it."""
-    with suppress(ValueError):
+    """Returns the scheme of a channel's address. Raises StoreError if nothing can be sent there."""
+    with suppress(ValueError):  # from urlsplit() or .port
         parts = urlsplit(url)
-        is_good = bool(re.fullmatch("[!-~]+", url) and parts.netloc)
-        if is_good and parts.scheme not in CHANNELS:
-            _apprise(url)
-        elif "ntfy" in parts.scheme and not re.fullmatch(r"(/.*)?/[\w-]{1,64}", parts.path + parts.query):
-            is_good = False  # it has no topic
-        if is_good and (parts.scheme not in CHANNELS or parts.hostname and parts.port != 0 and not parts.fragment):
+        is_url = bool(re.fullmatch("[!-~]+", url) and parts.netloc)
+        if is_url and parts.scheme not in CHANNELS:
+            _apprise_sender(url)
+            return parts.scheme
+        has_topic = re.fullmatch(r"(/.*)?/[\w-]{1,64}", parts.path + parts.query) or "ntfy" not in parts.scheme
+        if is_url and has_topic and parts.hostname and parts.port != 0 and not parts.fragment:
             return parts.scheme
     raise StoreError("a channel's address is like https://example.com/hook or ntfy+https://ntfy.sh/TOPIC, and has no"
                      " spaces")
 
 
 def shown_address(url: str) -> str:
-    """What may be shown of an address: it may have a secret in any part but its scheme, and the host of an HTTP one."""
+    """Shortens an address to what is not secret: its scheme, the host if it is an HTTP address, and a hint."""
     parts = urlsplit(url)
-    host = parts.hostname if parts.scheme in CHANNELS else ""
-    rest = url.partition(parts.netloc)[2] if host else url.partition("://")[2]
-    return f"{parts.scheme}://{host}" + (f"{'/' * bool(host)}...{rest[-4:] if len(rest) >= 12 else ''}" if rest else "")
+    is_http = parts.scheme in CHANNELS
+    start = f"{parts.scheme}://{parts.hostname if is_http else ''}"
+    secret = url.partition(parts.netloc if is_http else "://")[2]
+    ending = "/" * is_http + "..." + secret[-4:] * (len(secret) >= 12)
+    return start + ending if secret else start
 
 
 class Alerts:
-    """The channels, and what is on its way to them. `digest` gives the facts of an app's daily digest, or that of all
-    live apps for None, from a time until another."""
+    """The channels and the messages to them. `digest` returns the facts of the daily digest of an app, or of all live
+    apps for None, between two times."""
 
     def __init__(self, store: Store, public_url: str, digest: Callable[[str | None, int, int], list[JsonObject]]):
-        self._store, self._url, self._digest = store, public_url.rstrip("/"), digest
+        self._store, self._public_url, self._digest = store, public_url.rstrip("/"), digest
         self._stopping = threading.Event()
 
     # Channels
 
     def add(self, url: str, app: str | None = None, kinds: Sequence[str] = (), with_reason: bool = False,
             hour: int = 7) -> tuple[int, str]:
-        """A new channel: its id, and the secret that signs its messages, "" where it has none. Raises StoreError.
-        Without an app it is of all live ones; without kinds of facts, of those that are on in FACT_KINDS. A digest
-        comes at this hour, UTC."""
+        """Adds a channel for one app, or for all live apps. Returns its id, and the secret that signs its messages or
+        "" if they are not signed. Without `kinds` it gets the facts that FACT_KINDS turns on. `hour` is when a digest
+        is due, in UTC. Raises StoreError."""
         kinds = list(dict.fromkeys(kinds)) or [kind for kind, is_on in FACT_KINDS.items() if is_on]
         if unknown := [kind for kind in kinds if kind not in FACT_KINDS]:
             raise StoreError(f"there is no fact {unknown[0]!r}; there are {', '.join(FACT_KINDS)}")
         is_signed, now = check_address(url) in ("https", "http"), self._store.now
         secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode() if is_signed else ""
-        digest_at = now - (now - hour * HOUR) % DAY + DAY if "digest" in kinds else None
+        digest_at = now - (now - hour * HOUR) % DAY + DAY if "digest" in kinds else None  # the next such hour
         with self._store.writing() as db:
             app_id = self._store._app(db, app)[0] if app else None
             db.execute("""
@@ -4722,46 +4734,48 @@ class Alerts:
             return db.execute("select max(id) from channels").fetchone()[0], secret
 
     def channels(self) -> list[JsonObject]:
-        """All channels, without what is secret; the times are in milliseconds."""
+        """Lists all channels without their secrets; times are in milliseconds."""
         with self._store.reading() as db:
-            return [{**each, "address": shown_address(each.pop("url"))} for each in dict_rows(db, """
+            return [{**row, "address": shown_address(row.pop("url"))} for row in dict_rows(db, """
                 select channels.id, url, name as app, kinds, sent_at, error, error_at, ended_at, (
                     select count(*) from messages where channel_id = channels.id and due_at is not null) as waiting
                 from channels left join apps on apps.id = app_id order by channels.id""")]
 
     def remove(self, id: int) -> None:
-        """Ends a channel and what is on its way to it. Raises StoreError where there is none."""
+        """Removes a channel and its messages. Raises StoreError if there is no such channel."""
         with self._store.writing() as db:
             if not db.execute("delete from channels where id = ?", (id,)).rowcount:
                 raise StoreError(f"there is no channel {id}: see 'alert list'")
             db.execute("delete from messages where channel_id = ?", (id,))
 
     def test(self, id: int) -> None:
-        """Sends a message now. Raises StoreError with what came back instead of a 2xx."""
+        """Sends a test message now. Raises StoreError if there is no such channel, or if the message did not arrive."""
         with self._store.reading() as db:
-            found = dict_rows(db, "select id as channel_id, url, secret from channels where id = ?", (id,))
-        if not found:
+            channels = dict_rows(db, "select id as channel_id, url, secret from channels where id = ?", (id,))
+        if not channels:
             raise StoreError(f"there is no channel {id}: see 'alert list'")
-        body = self._body("test", "backfeedr: a test", [{"type": "test", "text": f"This is a test of channel {id}."}])
-        if error := self._try({**found[0], "id": _message_id(), "body": body, "tries": 0}):
+        body = self._message_body("test", "backfeedr: a test", [
+            {"type": "test", "text": f"This is a test of channel {id}."}])
+        if error := self._attempt({**channels[0], "id": "msg_" + secrets.token_hex(12), "body": body, "tries": 0}):
             raise StoreError(f"channel {id}: {error}")
 
     # Messages
 
-    def _body(self, kind: str, title: str, facts: Sequence[JsonObject], more: int = 0) -> str:
-        link = facts[0].get("url") if len(facts) == 1 else self._url and self._url + "/crashes"
+    def _message_body(self, kind: str, title: str, facts: Sequence[JsonObject], more: int = 0) -> str:
+        link = facts[0].get("url") if len(facts) == 1 else self._public_url and self._public_url + "/crashes"
         return _encode({"type": kind, "timestamp": iso_time(self._store.now), "data": {
             "title": title, "facts": facts, "more": more, **({"url": link} if link else {})}})
 
-    def _insert(self, db: Connection, channel_id: int, body: str) -> None:
-        """Adds a message, and drops those that were settled more than an hour ago."""
+    def _queue(self, db: Connection, channel_id: int, body: str) -> None:
+        """Adds a message. Deletes those that are done and older than an hour."""
         now = self._store.now
         db.execute("insert into messages (id, channel_id, created_at, body, due_at) values (?, ?, ?, ?, ?)",
-                   (_message_id(), channel_id, now, body, now))
+                   ("msg_" + secrets.token_hex(12), channel_id, now, body, now))
         db.execute("delete from messages where due_at is null and created_at <= ?", (now - HOUR,))
 
-    def _gather(self) -> None:
-        """Makes messages of the facts that have waited for a minute, and of the digests whose hour has come."""
+    def _queue_messages(self) -> None:
+        """Makes messages of the facts that have waited for a minute, and of the digests that are due. A channel gets no
+        further message for facts while MAX_HOURLY_MESSAGES are of the last hour or wait for a receiver that is down."""
         now = self._store.now
         with self._store.reading() as db:
             channels = dict_rows(db, """
@@ -4771,29 +4785,29 @@ class Alerts:
                         where channel_id = channels.id and (created_at > :hour or due_at > taken_until)) as messages
                 from channels left join apps on apps.id = app_id
                 where ended_at is null order by channels.id
-                """, {"since": now - GATHERED + 1, "now": now, "hour": now - HOUR})
+                """, {"since": now - GATHER_TIME + 1, "now": now, "hour": now - HOUR})
         for channel in channels:
             if channel["digest_at"] is not None and channel["digest_at"] <= now:
-                self._gather_digest(channel)
-            if channel["has_facts"] and channel["messages"] < HOURLY:
-                self._gather_facts(channel)
+                self._queue_digest(channel)
+            if channel["has_facts"] and channel["messages"] < MAX_HOURLY_MESSAGES:
+                self._queue_facts(channel)
 
-    def _gather_digest(self, channel: JsonObject) -> None:
-        """Makes a message from where the last digest ended until the hour of this one, so each moment is in one."""
-        at, app = channel["digest_at"], channel["app"]
-        later = at + DAY * (1 + (self._store.now - at) // DAY)
-        digest = self._digest(app, at - DAY, later - DAY)
+    def _queue_digest(self, channel: JsonObject) -> None:
+        """Makes a digest that begins where the last one ended, so that no moment is left out or repeated."""
+        due_at, app = channel["digest_at"], channel["app"]
+        next_due_at = due_at + DAY * (1 + (self._store.now - due_at) // DAY)
+        digest = self._digest(app, due_at - DAY, next_due_at - DAY)
         with self._store.writing() as db:
             apps = {None, *(name for name, in db.execute("select name from apps"))}  # one may have been deleted
-            facts = [{"type": "digest", **each} for each in digest if each.get("app") in apps]
+            facts = [{"type": "digest", **fact} for fact in digest if fact.get("app") in apps]
             if db.execute("update channels set digest_at = ? where id = ? and digest_at = ?",
-                          (later, channel["id"], at)).rowcount:
+                          (next_due_at, channel["id"], due_at)).rowcount:
                 title = f"backfeedr: the last day of {app or 'all apps'}"
-                self._insert(db, channel["id"], self._body("digest", title, facts))
+                self._queue(db, channel["id"], self._message_body("digest", title, facts))
 
-    def _gather_facts(self, channel: JsonObject) -> None:
-        """Makes a message of a channel's facts, unless the first is not a minute old."""
-        with self._store.writing() as db:  # which has all facts with lower ids before it, on any engine
+    def _queue_facts(self, channel: JsonObject) -> None:
+        """Makes a message of a channel's facts, unless the oldest is less than a minute old."""
+        with self._store.writing() as db:  # waits for other commits, so no fact with a lower id can come later
             rows = dict_rows(db, """
                 select kind, at, name as app, facts.group_hash, detail, exception_reason
                 from facts join apps on apps.id = facts.app_id
@@ -4801,36 +4815,37 @@ class Alerts:
                 where facts.id > :last_fact and (facts.app_id = :app_id or :app_id is null and is_test = 0)
                     and instr(',' || :kinds || ',', ',' || kind || ',')
                 order by facts.id""", channel)
-            if rows and self._store.now - GATHERED < rows[0]["at"] <= self._store.now:
+            if rows and self._store.now - GATHER_TIME < rows[0]["at"] <= self._store.now:
                 return
-            is_ours = db.execute("""
+            is_first = db.execute("""
                 update channels set last_fact = (select coalesce(max(id), last_fact) from facts)
-                where id = :id and last_fact = :last_fact""", channel).rowcount
-            if rows and is_ours:
-                facts = [self._fact(row, channel["with_reason"]) for row in rows[:LISTED]]
+                where id = :id and last_fact = :last_fact""", channel).rowcount  # 0 if another process was first
+            if rows and is_first:
+                facts = [self._fact_json(row, channel["with_reason"]) for row in rows[:MAX_FACTS]]
                 counts = Counter(row["kind"].rpartition(".")[2] for row in rows)
                 title = "backfeedr: " + ", ".join(f"{count:,} {word}" for word, count in counts.items())
-                self._insert(db, channel["id"], self._body(facts[0]["type"], title, facts, len(rows) - len(facts)))
+                body = self._message_body(rows[0]["kind"], title, facts, len(rows) - len(facts))
+                self._queue(db, channel["id"], body)
             db.execute("delete from facts where id <= (select min(last_fact) from channels where ended_at is null)")
 
-    def _fact(self, row: JsonObject, with_reason: bool) -> JsonObject:
-        """What a message says of a fact."""
+    def _fact_json(self, row: JsonObject, with_reason: bool) -> JsonObject:
+        """Describes a fact for a message."""
         app, group_hash, detail = row["app"], row["group_hash"], json.loads(row["detail"])
         reason = _one_line(row["exception_reason"] or "") if with_reason else ""
-        page = f"{self._url}/crashes/{group_hash}" if group_hash else f"{self._url}/releases"
+        page = f"{self._public_url}/crashes/{group_hash}" if group_hash else f"{self._public_url}/releases"
         fact = {"type": row["kind"], "at": iso_time(row["at"]), "app": app, "group_hash": group_hash,
-                **{name: detail.get(name) for name in _TOLD}, "reason": reason,
+                **{name: detail.get(name) for name in _FACT_FIELDS}, "reason": reason,
                 "text": ": ".join(filter(None, (_fact_text(row["kind"], app, detail), reason))),
-                "url": self._url and f"{page}?{urlencode({'app': app})}"}
+                "url": self._public_url and f"{page}?{urlencode({'app': app})}"}
         return {name: value for name, value in fact.items() if value not in (None, "")}
 
     # Delivery
 
     def deliver(self) -> Counter[str]:
-        """Sends what is due, each message once; how many were `sent`, and of how many the try `failed`. Where a
-        receiver is down, the rest of what is due to it waits for the next call: a try may take long."""
-        done, down = Counter(sent=0, failed=0), set()
-        self._gather()
+        """Sends each message that is due once, and returns how many were `sent` and how many `failed`. If a receiver is
+        down, its other messages wait for the next call, because a try may take long."""
+        counts, down = Counter(sent=0, failed=0), set()
+        self._queue_messages()
         with self._store.reading() as db:
             due = dict_rows(db, """
                 select messages.id, channel_id, body, tries, url, secret from messages
@@ -4838,75 +4853,70 @@ class Alerts:
                 where due_at <= :now and taken_until <= :now
                 order by messages.created_at, messages.id""", {"now": self._store.now})
         for message in due:
-            if message["channel_id"] not in down and not self._stopping.is_set() and self._take(message):
-                error = self._try(message)
-                done["failed" if error else "sent"] += 1
-                if error and error.is_of_receiver:
+            if message["channel_id"] not in down and not self._stopping.is_set() and self._claim(message):
+                error = self._attempt(message)
+                counts["failed" if error else "sent"] += 1
+                if error and error.is_receiver_down:
                     down.add(message["channel_id"])
-        return done
+        return counts
 
-    def _take(self, message: Message) -> bool:
-        """Keeps a message from all others for some time; False where another has it."""
+    def _claim(self, message: Message) -> bool:
+        """Keeps others from sending a message for CLAIM_TIME. Returns False if another process has claimed it."""
         now = self._store.now
         with self._store.writing(shared=True) as db:
-            is_ours = db.execute("""
+            is_claimed = db.execute("""
                 update messages set tries = tries + 1, taken_until = :until
                 where id = :id and tries = :tries and due_at <= :now and taken_until <= :now
-                """, {"id": message["id"], "tries": message["tries"], "now": now, "until": now + TAKEN}).rowcount > 0
-            if is_ours:  # since it was read, an app may have been deleted, and its facts with it
+                """, {**message, "now": now, "until": now + CLAIM_TIME}).rowcount
+            if is_claimed:  # reads the body again: an app may have been deleted meanwhile, and its facts with it
                 message["body"], = db.execute("select body from messages where id = ?", (message["id"],)).fetchone()
-            return is_ours
+            return bool(is_claimed)
 
-    def _try(self, message: Message) -> Undelivered | None:
-        """Sends a message and settles what came of it. Returns what is wrong."""
+    def _attempt(self, message: Message) -> DeliveryError | None:
+        """Sends a message and records what came of it. Returns the error, if there was one."""
         error = None
         try:
-            scheme = urlsplit(message["url"]).scheme
-            if scheme in CHANNELS:
-                post(*CHANNELS[scheme](message, self._store.now))
-            else:
-                _notify(message)
-        except Undelivered as failed:
-            error = failed
-        except Exception as unexpected:  # one channel must not hold up the others; its text may have the address
+            send(message, self._store.now)
+        except DeliveryError as failure:
+            error = failure
+        except Exception as unexpected:  # must not hold up other channels; its text may contain the address
             log.error("cannot send to channel %d: %s", message["channel_id"], type(unexpected).__name__)
-            error = Undelivered(type(unexpected).__name__)
-        if not self._stopping.is_set():  # else it comes again after the next start
-            self._settle(message, error)
+            error = DeliveryError(type(unexpected).__name__)
+        if not self._stopping.is_set():  # else the message is sent again after the next start
+            self._record(message, error)
         return error
 
-    def _settle(self, message: Message, error: Undelivered | None) -> None:
-        """Notes what came of a try, and when the next one is due. An answer of 410 ends the channel."""
-        now, tries, channel_id = self._store.now, message["tries"], message["channel_id"]
-        due_at = now + max(PAUSES[tries], error.pause) if error and tries < len(PAUSES) else None
-        is_gone = error is not None and error.status == 410
-        with self._store.writing(shared=True) as db:  # the channel first, so that two hosts do not wait for each other
-            db.execute("""
-                update channels set error = ?, error_at = ?, sent_at = coalesce(?, sent_at),
-                    ended_at = coalesce(?, ended_at) where id = ?
-                """, (error and str(error), error and now, None if error else now, now if is_gone else None,
-                      channel_id))
-            # A refused message is taken until it is due: it does not count as waiting for the receiver, see _gather.
-            taken_until = 0 if error is None or error.is_of_receiver else due_at or 0
+    def _record(self, message: Message, error: DeliveryError | None) -> None:
+        """Records the outcome of a try, and when the next one is due. The status 410 ends the channel."""
+        now, tries, channel_id, due_at, taken_until = self._store.now, message["tries"], message["channel_id"], None, 0
+        if error and tries < len(RETRY_SECONDS):
+            due_at = now + max(RETRY_SECONDS[tries] * SECOND, error.retry_after)
+            taken_until = 0 if error.is_receiver_down else due_at  # so _queue_messages knows what waits for a receiver
+        with self._store.writing(shared=True) as db:  # the channel first, so that two hosts do not deadlock
+            if error:
+                db.execute("update channels set error = ?, error_at = ? where id = ?", (str(error), now, channel_id))
+            else:
+                db.execute("update channels set error = null, error_at = null, sent_at = ? where id = ?",
+                           (now, channel_id))
             db.execute("update messages set due_at = ?, taken_until = ? where id = ? and due_at is not null",
-                       (due_at, taken_until, message["id"]))  # null: meanwhile another sent it, or its app went
-            if is_gone:
+                       (due_at, taken_until, message["id"]))  # null: another process sent it, or its app was deleted
+            if error and error.status == 410:
+                db.execute("update channels set ended_at = ? where id = ?", (now, channel_id))
                 db.execute("delete from messages where channel_id = ?", (channel_id,))
-
-    def _run(self) -> None:
-        while not self._stopping.wait(LOOK_SECONDS):
-            try:
-                self.deliver()
-            except StorageUnavailable:
-                pass  # the store has said why
-            except Exception:
-                log.exception("unexpected error")
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Delivers in a thread, for as long as the block runs. What is being sent at the end may come again."""
+        """Delivers in a thread while the block runs. What is being sent at the end may be sent again."""
+        def deliver_until_stopped() -> None:
+            while not self._stopping.wait(POLL_SECONDS):
+                try:
+                    with suppress(StorageUnavailable):  # the store has logged it
+                        self.deliver()
+                except Exception:
+                    log.exception("unexpected error")
+
         self._stopping.clear()
-        thread = threading.Thread(target=self._run, name="backfeedr alerts", daemon=True)
+        thread = threading.Thread(target=deliver_until_stopped, name="backfeedr alerts", daemon=True)
         thread.start()
         try:
             yield
@@ -4915,51 +4925,46 @@ class Alerts:
             thread.join(timeout=1)
 
 
-def _message_id() -> str:
-    return "msg_" + secrets.token_hex(12)
-
-
 def _one_line(text: str) -> str:
-    """At most 200 characters of what a report says."""
+    """Returns the first 200 characters of a text, with single spaces and no line breaks."""
     return " ".join(text.split())[:200]
 
 
 def _fact_text(kind: str, app: str, detail: JsonObject) -> str:
-    """A fact in a line, such as New: SIGABRT in Cart.pay() (Shop 1.3.0 (48), 3 crashes, 1 device)."""
-    where = f"{app} {with_build(detail.get('app_version'), detail.get('build_number'))}".rstrip()
+    """Returns a line such as "New: SIGABRT in Cart.pay() (Shop 1.3.0 (48), 3 crashes, 1 device)"."""
+    release = f"{app} {with_build(detail.get('app_version'), detail.get('build_number'))}".rstrip()
     if kind == "release.worse":
-        return _one_line(f"{where} is {detail.get('text') or 'worse'}")
-    what = detail.get("exception_type", "a crash") + (f" in {detail['place']}" if detail.get("place") else "")
+        return _one_line(f"{release} is {detail.get('text') or 'worse'}")
+    crash = detail.get("exception_type", "a crash") + (f" in {detail['place']}" if detail.get("place") else "")
     fixed_in, crashes, devices = map(detail.get, ("fixed_in", "crashes", "devices"))
-    parts = filter(None, (where, fixed_in and f"fixed in {fixed_in}",
+    notes = filter(None, (release, fixed_in and f"fixed in {fixed_in}",
                           crashes and f"{crashes:,} crash{'es' * (crashes != 1)}",
                           devices and f"{devices:,} device{'s' * (devices != 1)}"))
-    return f"{kind.rpartition('.')[2].capitalize()}: {_one_line(what)} ({_one_line(', '.join(parts))})"
+    return f"{kind.rpartition('.')[2].capitalize()}: {_one_line(crash)} ({_one_line(', '.join(notes))})"
 
 
 # == Metrics ===================================================================
-# The questions asked of the store. Public questions read figures only: an answer costs what it shows, not what is
-# stored. Windows are UTC days; without an app, an answer is the sum over the live apps.
+# Answers questions about the store. A public question reads only figures, so its cost depends on what it shows and not
+# on what is stored. Windows are UTC days. Without an app, an answer is the sum over the live apps.
 
-SCANNED = 20_000  # events that are looked at for a page: a page may be short, and another one follow
-REPORTS = 20  # of a group that are shown at once
-MAX_VERSIONS = 100  # of a group that a list has
-MISSING_BUILDS = 100  # whose symbols are asked for
-CANDIDATES, SHOWN_GROUPS = 20, 5  # groups that are weighed for the overview, and that it shows
-SESSION_EVENTS = 20  # that are shown before a crash, of the session's latest 100
-_WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+SCANNED_EVENTS = 20_000  # events that are read for a page, which may be short although another page follows
+GROUP_REPORTS = 20  # crashes on a page of a group
+MAX_VERSIONS = 100  # versions that a list names for a group
+MISSING_BUILDS = 100  # builds without symbols in a list
+SCORED_GROUPS, SHOWN_GROUPS = 20, 5  # groups that the overview gives a score, and that it shows
+EVENTS_BEFORE_CRASH = 20  # events that the page of a crash shows, out of the session's latest 100
 
 
 class Metrics:
-    """Answers in the shapes of the API, as of now. `app` is a name; Refusal where there is none such. Lists come in
-    pages of `limit`: `cursor` is the `next` of the page before, None at the end."""
+    """Answers questions as of now, in the shapes of the API. `app` is the name of an app: an unknown one raises
+    Refusal. Lists come in pages of `limit`: `cursor` is the `next` of the page before, which is null on the last."""
 
     def __init__(self, store: Store):
         self._store = store
 
     @contextmanager
     def _snapshot(self, app: str | None = None) -> Iterator[tuple[Connection, int | None]]:
-        """A connection that sees one moment, and the id of the app, None for all live ones."""
+        """Yields a connection that sees one moment, and the id of the app, or None for all live apps."""
         with self._store.reading() as db:
             db.execute("begin")
             row = db.execute("select id from apps where name = ?", (app,)).fetchone()
@@ -4972,35 +4977,34 @@ class Metrics:
         today = self._store.now // DAY
         return range(today - days + 1, today + 1)
 
-    def _by_day(self, question: Callable[[Connection, int | None, range], JsonObject], app: str | None,
-                days: int | None) -> JsonObject:
-        """A figure's answer for the last days, 30 by default, labelled with their dates."""
-        shown = self._last_days(days or 30)
+    def _by_day(self, question: Callable[..., JsonObject], app: str | None, days: int | None) -> JsonObject:
+        """Asks a figure about the last days, 30 by default, and labels its answer with their dates."""
+        shown_days = self._last_days(days or 30)
         with self._snapshot(app) as (db, app_id):
-            return {"labels": _dates(shown), **question(db, app_id, shown)}
+            return {"labels": [iso_time(day * DAY)[:10] for day in shown_days], **question(db, app_id, shown_days)}
 
     def daily_crashes(self, app: str | None = None, days: int | None = None) -> JsonObject:
-        """Crashes per UTC day: the seven that end today from Monday to Sunday, or `days` of them by date."""
+        """Returns the crashes per UTC day: of the last `days` by date, or of the last seven from Monday to Sunday."""
         answer = self._by_day(Crashes.per_day, app, days or WEEK)
         if days:
             return answer
-        monday = -date.fromisoformat(answer["labels"][0]).weekday() % WEEK
-        return {"labels": list(_WEEKDAYS), "data": answer["data"][monday:] + answer["data"][:monday]}
+        counts = {date.fromisoformat(day).weekday(): n for day, n in zip(answer["labels"], answer["data"])}
+        return {"labels": ["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"], "data": [counts[n] for n in range(WEEK)]}
 
     def crash_types(self, app: str | None = None, days: int | None = None) -> JsonObject:
-        """Crashes per exception type, the 100 most frequent first."""
-        return self._labels(app, days, "exception_type", 100)
+        """Returns the crashes of the 100 most frequent exception types."""
+        return self._most_frequent(app, days, "exception_type", 100)
 
     def devices(self, app: str | None = None, days: int | None = None) -> JsonObject:
-        """Crashes per device model, the ten most frequent."""
-        return self._labels(app, days, "device_model", 10)
+        """Returns the crashes of the ten most frequent device models."""
+        return self._most_frequent(app, days, "device_model", 10)
 
-    def _labels(self, app: str | None, days: int | None, field: str, limit: int) -> JsonObject:
+    def _most_frequent(self, app: str | None, days: int | None, field: str, limit: int) -> JsonObject:
         with self._snapshot(app) as (db, app_id):
             return Crashes.most_frequent(db, app_id, field, self._last_days(days) if days else None, limit)
 
     def overview(self, app: str | None = None) -> JsonObject:
-        """The seven UTC days that end today in a few figures, and the devices of the last 24 hours."""
+        """Sums up the seven UTC days that end today, and counts the devices of the last 24 hours."""
         week = self._last_days(WEEK)
         with self._snapshot(app) as (db, app_id):
             crashes = sum(per_day(db, app_id, week, "crash_days", "crashes")["crashes"])
@@ -5011,27 +5015,26 @@ class Metrics:
                     "top_crashes": Groups.most_frequent(db, app_id, week)}
 
     def active_devices(self, app: str | None = None, days: int | None = None) -> JsonObject:
-        """Per UTC day, the devices of that day, of the 7 and of the 30 days that end with it."""
+        """Counts the devices of each UTC day, and of the 7 and 30 days that end with it."""
         return self._by_day(Devices.active, app, days)
 
     def sessions(self, app: str | None = None, days: int | None = None) -> JsonObject:
-        """Per UTC day, the sessions that began on it; and of those that ended, how long they took. The median is of
-        durations in two significant digits. It is null where none has ended, and where those of several apps have."""
+        """Counts the sessions that began on each UTC day, and gives their mean and median duration: null if none has
+        ended. The median, of durations in two significant digits, is also null if they are of several apps."""
         return self._by_day(Sessions.per_day, app, days)
 
     def event_names(self, app: str | None = None, days: int | None = None) -> JsonObject:
-        """The 50 most frequent names of events, with their events per UTC day."""
+        """Counts the events of each UTC day by name, for the 50 most frequent names."""
         return self._by_day(EventNames.most_frequent, app, days)
 
     def retention(self, app: str | None = None, days: int | None = None) -> JsonObject:
-        """Of the devices first seen on a UTC day, the percentage seen again 1, 7 and 30 days later: null where that
-        day is not over yet, or no device is new."""
+        """Returns the percentage of the devices first seen on a UTC day that came back 1, 7 and 30 days later: null if
+        that day is not over yet, or if no device was new."""
         return self._by_day(Devices.retention, app, days)
 
     def releases(self, app: str | None = None, sort: str | None = None) -> JsonObject:
-        """What is known of each version of an app: the latest 100, in the order in which they were first seen, or if
-        `sort` is "version", in that of their versions, the highest first. null: of no session or device; as a verdict,
-        of no release before it."""
+        """Describes the latest 100 releases: the last to appear first, or for `sort` "version" the highest. Rates are
+        null without sessions or devices, and a verdict is null without an earlier release."""
         if sort not in (None, "version", "first_seen"):
             raise Refusal("invalid sort")
         with self._snapshot(app) as (db, app_id):
@@ -5039,37 +5042,31 @@ class Metrics:
             verdicts = self._verdicts(db, app_id, {(row["app_id"], row["app_version"]) for row in rows})
         if sort == "version":
             rows.sort(key=lambda row: version_key(row["app_version"]), reverse=True)
-        return {"releases": list(fitting({
-            **{name: row[name] for name in ("app", "app_version", "sessions", "crashes", "crashed_sessions")},
-            "crash_free_sessions": crash_free_rate(row["crashed_sessions"] or row["crashes"], row["sessions"])
-            if row["sessions"] else None, "by": "session" if row["crashed_sessions"] else "count",
-            "crash_free_devices": crash_free_rate(row["crashed_devices"], row["devices"]) if row["devices"] else None,
-            "adoption": round(100 * (row["recent"] or 0) / row["of_all"], 2) if row["of_all"] else 0.0,
-            "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"]),
-            "verdict": verdicts.get((row["app_id"], row["app_version"]))} for row in rows))}
+        releases = (_release_json(row, verdicts.get((row["app_id"], row["app_version"]))) for row in rows)
+        return {"releases": list(fitting(releases))}
 
     def _verdicts(self, db: Connection, app_id: int | None, releases: Container[Row]) -> dict[Row, JsonObject]:
-        """The verdicts of these releases, by app id and version; of those that have one."""
+        """Returns the verdicts of these releases by app id and version. Those without a verdict are left out."""
         pairs = [pair for pair in Releases.pairs(db, app_id) if pair[:2] in releases]
-        return {pair[:2]: {**said, "before": pair.before}
-                for pair, both in Releases.healths(db, pairs, self._store.now).items() if (said := verdict(*both))}
+        healths = Releases.healths(db, pairs, self._store.now)
+        verdicts = {pair: verdict(health, health_before) for pair, (health, health_before) in healths.items()}
+        return {pair[:2]: {**found, "before": pair.before} for pair, found in verdicts.items() if found}
 
     def newest_releases(self, app: str | None = None) -> list[JsonObject]:
-        """The newest release of each app with its verdict, those that are worse first. An old version that comes late
-        is not the newest."""
+        """Returns the newest release of each app with its verdict, those that are worse than before first."""
         with self._snapshot(app) as (db, app_id):
             newest = Releases.newest(db, app_id, self._last_days(WEEK)[0])
             verdicts = self._verdicts(db, app_id, set(newest.items()))
             names = dict(db.execute("select id, name from apps"))
-        rows = [{"app": names[each[0]], "app_version": each[1], "verdict": verdicts.get(each)}
-                for each in newest.items()]
-        return sorted(rows, key=lambda row: ((row["verdict"] or {}).get("word") != "worse", row["app"]))
+        releases = [{"app": names[id], "app_version": version, "verdict": verdicts.get((id, version))}
+                    for id, version in newest.items()]
+        return sorted(releases, key=lambda row: ((row["verdict"] or {}).get("word") != "worse", row["app"]))
 
     def digest(self, app: str | None, since: int, until: int) -> list[JsonObject]:
-        """What was received between two times, in milliseconds, in a few facts: is the newest release worse, what is
-        new, what is fixed? A fact that names an app has it as `app`, so that it goes when the app is deleted."""
-        verdicts = [{"app": each["app"], "text": f"{each['app']} {each['app_version']} is {each['verdict']['text']}"}
-                    for each in self.newest_releases(app) if each["verdict"]]
+        """Sums up what was received between two times, in milliseconds: is the newest release worse, what is new, what
+        is fixed? A fact about one app has its name as `app`, so that it can be dropped if the app is deleted."""
+        verdicts = [{"app": row["app"], "text": f"{row['app']} {row['app_version']} is {row['verdict']['text']}"}
+                    for row in self.newest_releases(app) if row["verdict"]]
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, "since": since, "until": until, "other": OTHER}
             crashes = per_day(db, app_id, self._last_days(3), "crash_days", "crashes")["crashes"]
@@ -5081,21 +5078,21 @@ class Metrics:
                 select count(case when state = 'resolved' and changed_at >= :since and changed_at < :until then 1 end),
                     count(case when regressed_at >= :since and regressed_at < :until then 1 end)
                 from triage where {APPS}""", parameters).fetchone()
-        names = [f"; {_one_line(kind)}{f' in {_one_line(place)}' if place else ''}" for kind, place in new[:3]]
-        return [*verdicts[:LISTED], *({"text": text} for text in (
-            f"Crashes: {crashes[1]:,} yesterday, {crashes[0]:,} the day before",
-            f"New: {len(new):,}{''.join(names)}",
-            f"Resolved: {resolved:,}; regressed: {regressed:,}"))]
+        names = [_one_line(kind) + (f" in {_one_line(place)}" if place else "") for kind, place in new[:3]]
+        return [*verdicts[:MAX_FACTS],
+                {"text": f"Crashes: {crashes[1]:,} yesterday, {crashes[0]:,} the day before"},
+                {"text": "; ".join([f"New: {len(new):,}", *names])},
+                {"text": f"Resolved: {resolved:,}; regressed: {regressed:,}"}]
 
     def news(self, app: str | None = None, limit: int = 50) -> list[JsonObject]:
-        """The groups that came or regressed last, the latest first; `at` is in milliseconds."""
+        """Lists the groups that appeared or regressed last, the latest first; `at` is in milliseconds."""
         with self._snapshot(app) as (db, app_id):
             return dict_rows(db, f"""
                 select news.what, news.at, news.app_id, apps.name as app, apps.created_at, news.group_hash,
                     exception_type, coalesce(place, '') as place, first_version
                 from (
                     select 'new' as what, came_at as at, app_id, group_hash from groups
-                    where {APPS} and group_hash <> :other and crashes > 0  -- else it has no page
+                    where {APPS} and group_hash <> :other and crashes > 0  -- else the group has no page
                     union all select 'regressed', regressed_at, app_id, group_hash from triage
                     where {APPS} and regressed_at is not null
                     order by at desc, what, app_id, group_hash limit :limit) as news
@@ -5104,27 +5101,27 @@ class Metrics:
                 order by news.at desc, news.what, news.app_id, news.group_hash
                 """, {"app": app_id, "other": OTHER, "limit": limit})
 
-    # Behind the admin token: these read the reports, a page at a time
+    # These are for the admin, and read reports, a page at a time.
 
     def groups(self, app: str | None = None, version: str | None = None, days: int | None = None,
                text: str | None = None, state: str | None = None, sort: str | None = None, limit: int = 50,
                cursor: str | None = None) -> JsonObject:
-        """The groups of the crashes that are kept: those with most crashes first, or as `sort` says. `version` may end
-        with *; `text` is in what the list shows, or in symbols and files of the app in the latest crash; `state` is one
-        of GROUPS_OF: a decision also lists groups whose crashes have expired. `is_new`: first seen in this version, or
-        without one, received first within 7 days."""
+        """Lists the groups of stored crashes, by number of crashes or as `sort` says. `version` may end with *. `text`
+        is searched for in what the list shows, and in the app's own symbols and files of the latest crash. `state` is
+        one of GROUPS_OF; after a decision, a group is listed even if its crashes have expired. A group
+        `is_new` if it was first seen in `version`, or without a version, first received within 7 days."""
         if state not in GROUPS_OF:
             raise Refusal("invalid state", detail=f"it is none of {', '.join(filter(None, GROUPS_OF))}")
         if sort not in (None, *SORTS):
             raise Refusal("invalid sort")
         column = SORTS[sort or "crashes"]
         value, group = _parse_cursor(cursor, r"([0-9]{1,18})-([0-9a-f]{16}|\(other\))", (MAX_NUMBER, ""))
-        shown: Sequence[int | None] = self._last_days(days) if days else [None]
+        shown_days: Sequence[int | None] = self._last_days(days) if days else [None]
         week = self._last_days(WEEK)[0] * DAY
         with self._snapshot(app) as (db, app_id):
-            parameters = {"app": app_id, **_version_filter(version), "first": shown[0], "last": shown[-1],
+            parameters = {"app": app_id, **_version_filter(version), "first": shown_days[0], "last": shown_days[-1],
                           "text": text and text.casefold(), "limit": limit + 1, "value": int(value), "group": group,
-                          "week": week, "since": (shown[0] or 0) * DAY - MAX_SKEW if days else 0, "state": state}
+                          "week": week, "since": (shown_days[0] or 0) * DAY - MAX_SKEW if days else 0, "state": state}
             rows = dict_rows(db, f"""
                 select * from (
                     select group_hash, sum(crashes) as count, sum(devices) as devices, max(latest) as last_seen, (
@@ -5141,28 +5138,28 @@ class Metrics:
             for row in rows[:limit]:
                 if size > PAGE_TEXT:
                     break
-                groups.append(self._listed(db, row, {**parameters, "group": row["group_hash"]}))
+                groups.append(self._list_row(db, row, {**parameters, "group": row["group_hash"]}))
                 size += sum(map(len, groups[-1]["versions"]))
         last = rows[len(groups) - 1] if rows[len(groups):] else None
         return {"groups": groups, "next": last and f"{last[column]}-{last['group_hash']}"}
 
-    def _listed(self, db: Connection, row: JsonObject, parameters: JsonObject) -> JsonObject:
-        """A group as a list has it."""
-        found = self._named(db, parameters["app"], row["group_hash"])
-        first, version = (found.pop("first_version") or "")[:parameters["length"]], parameters["version"]
-        is_new = (found["came_at"] or 0) >= parameters["week"] if version is None else first == version
-        versions = [each for each, in db.execute(f"""
+    def _list_row(self, db: Connection, row: JsonObject, parameters: JsonObject) -> JsonObject:
+        """Completes a group for a list: `row` has its sums."""
+        group = self._summary(db, parameters["app"], row["group_hash"])
+        first, version = (group.pop("first_version") or "")[:parameters["length"]], parameters["version"]
+        is_new = (group["came_at"] or 0) >= parameters["week"] if version is None else first == version
+        versions = [app_version for app_version, in db.execute(f"""
             select app_version from crashes
             where {APPS} and group_hash = :group and app_version is not null and {OF_VERSION}
                 and received_at >= :since and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
             group by app_version
             order by count(*) desc, app_version
             limit {MAX_VERSIONS}""", parameters)]
-        return {**_shown_group({**found, **row}), "versions": sorted(versions, key=version_key), "is_new": is_new}
+        return {**_group_json({**group, **row}), "versions": sorted(versions, key=version_key), "is_new": is_new}
 
-    def _named(self, db: Connection, app_id: int | None, group_hash: str) -> JsonObject:
-        """What is known of a group; of several apps, the name that it has where it was seen last. Of one whose crashes
-        have expired, what was decided. Empty where nothing is."""
+    def _summary(self, db: Connection, app_id: int | None, group_hash: str) -> JsonObject:
+        """Describes a group; if several apps have it, as the app where it was seen last. If its crashes have expired,
+        only the decision about it is left. Returns {} for an unknown group."""
         return next(iter(dict_rows(db, f"""
             select :group as group_hash, known.app_id, coalesce(exception_type, '') as exception_type,
                 coalesce(exception_reason, '') as exception_reason, coalesce(place, '') as place,
@@ -5178,44 +5175,41 @@ class Metrics:
             order by coalesce(groups.last_seen, 0) desc, known.app_id
             limit 1""", {"app": app_id, "group": group_hash})), {})
 
-    def group(self, group_hash: str, app: str | None = None, limit: int = REPORTS,
+    def group(self, group_hash: str, app: str | None = None, limit: int = GROUP_REPORTS,
               cursor: str | None = None) -> JsonObject:
-        """A group, its spread, its history, and its crashes, the latest first. Refusal where no crash of it is kept,
-        nor a decision."""
+        """Returns a group with its spread, its history, and its crashes, the latest first. Raises Refusal if neither a
+        crash nor a decision of it is stored."""
         at, report_id = _parse_cursor(cursor, "([0-9]{1,18})-([0-7][0-9a-f]{15})", (MAX_NUMBER, "0"))
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, "group": group_hash, "at": int(at), "seq": int(report_id, 16),
                           "limit": limit + 1}
-            found = self._named(db, app_id, group_hash)
-            if not found or not found["count"] and found["changed_at"] is None:
+            summary = self._summary(db, app_id, group_hash)
+            if not summary or not summary["count"] and summary["changed_at"] is None:
                 raise missing_group(db, app, group_hash)
             spread = {name: labelled(db.execute(f"""
                 select {column}, count(*) from crashes
                 where {APPS} and group_hash = :group and {column} is not null
-                group by {column}
-                order by count(*) desc, {column}
-                limit 20""", parameters)) for name, column in (
+                group by {column} order by count(*) desc, {column} limit 20""", parameters)) for name, column in (
                     ("versions", "app_version"), ("systems", "os_version"), ("device_models", "device_model"))}
             page = db.execute(f"""
                 select seq, {COUNTED_AT} as at from crashes
                 where {APPS} and group_hash = :group and ({COUNTED_AT}, seq) < (:at, :seq)
-                order by at desc, seq desc
-                limit :limit""", parameters).fetchall()
+                order by at desc, seq desc limit :limit""", parameters).fetchall()
             history = dict_rows(db, """
                 select at, what, detail from group_history where app_id = ? and group_hash = ? order by entry
-                """, (found["app_id"], group_hash))
+                """, (summary["app_id"], group_hash))
             missing = self._missing_builds(db, app_id, group_hash, 3)
-            reports = _reports(db, "crashes", [seq for seq, _ in page[:limit]])
+            reports = _load_reports(db, "crashes", [seq for seq, _ in page[:limit]])
         seq, at = page[len(reports) - 1] if reports else (0, 0)
-        return {**_shown_group(found), **spread, "missing_symbols": missing,
-                "history": [{**each, "at": iso_time(each["at"])} for each in history], "reports": reports,
+        return {**_group_json(summary), **spread, "missing_symbols": missing,
+                "history": [{**entry, "at": iso_time(entry["at"])} for entry in history], "reports": reports,
                 "next": f"{at}-{crash_id(seq)}" if page[len(reports):] else None}
 
     def attention(self, app: str | None = None) -> JsonObject:
-        """Of the open groups that crashed on the seven UTC days that end today: `new` are those that were new or
-        regressed then, the latest first, of `new_count`; `first` those to be fixed first, by their `score`: devices
-        that crashed in the newest release of their app, halved for each day since the last crash. A group of two apps
-        is two. A group of which neither a crash nor a decision is kept has no page, so it is left out."""
+        """Lists open groups that crashed on the seven UTC days that end today: in `new` the latest of the `new_count`
+        that were new or regressed then, in `first` those to fix first. Their `score` is the devices that crashed in the
+        newest release of the app, halved for each day since the last crash. Each app has groups of its own here. A
+        group without a stored crash or decision has no page, so it is left out."""
         week = self._last_days(WEEK)
         since = week[0] * DAY
         with self._snapshot(app) as (db, app_id):
@@ -5232,78 +5226,80 @@ class Metrics:
                 where coalesce(state, 'open') = 'open' and (groups.crashes > 0 or changed_at is not null)
                 order by count desc, groups.group_hash, groups.app_id""", parameters)
             new = sorted((row for row in rows if row["news_at"] >= since), key=itemgetter("news_at"), reverse=True)
-            by_devices = sorted(rows[CANDIDATES:], key=itemgetter("devices"), reverse=True)
-            first = rows[:CANDIDATES] + by_devices[:CANDIDATES]  # one device may crash in a loop
+            by_devices = sorted(rows[SCORED_GROUPS:], key=itemgetter("devices"), reverse=True)
+            first = rows[:SCORED_GROUPS] + by_devices[:SCORED_GROUPS]  # crashes alone say little: one device may loop
             newest = Releases.newest(db, app_id, week[0])
             for row in first:
-                row.update(self._weight(db, {**parameters, **row, "newest": newest.get(row["app_id"])}))
+                row.update(self._score(db, {**parameters, **row, "newest": newest.get(row["app_id"])}))
             first.sort(key=itemgetter("score", "devices", "count"), reverse=True)
-            return {"new": self._noticed(db, new, since), "new_count": len(new),
-                    "first": self._noticed(db, first, since)}
+            return {"new": self._overview_rows(db, new, since), "new_count": len(new),
+                    "first": self._overview_rows(db, first, since)}
 
-    def _noticed(self, db: Connection, rows: Sequence[JsonObject], since: int) -> list[JsonObject]:
-        """The first of these groups, as the overview shows them."""
+    def _overview_rows(self, db: Connection, rows: Sequence[JsonObject], since: int) -> list[JsonObject]:
+        """Completes the first SHOWN_GROUPS of these groups for the overview."""
         apps = dict(db.execute("select id, name from apps"))
-        found = [{**self._named(db, row["app_id"], row["group_hash"]), **row} for row in rows[:SHOWN_GROUPS]]
-        return [{**_shown_group(row), "app": apps[row["app_id"]], "is_new": row["came_at"] >= since} for row in found]
+        groups = [{**self._summary(db, row["app_id"], row["group_hash"]), **row} for row in rows[:SHOWN_GROUPS]]
+        return [{**_group_json(group), "app": apps[group["app_id"]], "is_new": group["came_at"] >= since}
+                for group in groups]
 
-    def _weight(self, db: Connection, group: JsonObject) -> JsonObject:
-        devices, newest = db.execute(f"""
+    def _score(self, db: Connection, group: JsonObject) -> JsonObject:
+        devices, of_newest = db.execute(f"""
             select count(distinct device_id_hash),
                 count(distinct case when app_version = :newest then device_id_hash end)
             from crashes
             where app_id = :app_id and group_hash = :group_hash and received_at >= :since
                 and {COUNTED_AT} / {DAY} between :first and :last""", group).fetchone()
-        return {"devices": devices, "score": newest * 0.5 ** (max(0, self._store.now - group["last_seen"]) / DAY)}
+        return {"devices": devices, "score": of_newest * 0.5 ** (max(0, self._store.now - group["last_seen"]) / DAY)}
 
     def neighbours(self, crash: JsonObject, app: str | None = None) -> tuple[str | None, str | None]:
-        """The ids of the crashes of its group before and after one."""
+        """Returns the ids of the crashes before and after this one in its group."""
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, "group": crash["group_hash"], "seq": int(crash["id"], 16)}
-            older, newer = (db.execute(f"""
+            rows = [db.execute(f"""
                 select seq from crashes
-                where {APPS} and group_hash = :group and ({COUNTED_AT}, seq) {side} (
+                where {APPS} and group_hash = :group and ({COUNTED_AT}, seq) {comparison} (
                     select {COUNTED_AT}, seq from crashes where seq = :seq)
-                order by {COUNTED_AT} {order}, seq {order}
-                limit 1""", parameters).fetchone() for side, order in (("<", "desc"), (">", "asc")))
-        return older and crash_id(older[0]), newer and crash_id(newer[0])
+                order by {COUNTED_AT} {order}, seq {order} limit 1
+                """, parameters).fetchone() for comparison, order in (("<", "desc"), (">", "asc"))]
+        older, newer = (row and crash_id(row[0]) for row in rows)
+        return older, newer
 
     def events_before(self, crash: JsonObject) -> list[JsonObject]:
-        """The last events of its session up to a crash, by the device's clock, the oldest first."""
+        """Lists the last events of the session before a crash, by the device's clock, the oldest first."""
         if "session_id" not in crash:
             return []
-        found = self.events(crash["app"], session_id=crash["session_id"], limit=100,
-                            device_id_hash=crash.get("device_id_hash"))["events"]
-        at = parse_time(crash["occurred_at"])
-        found = [event for event in found if parse_time(event["occurred_at"]) <= at]
-        return sorted(found, key=lambda event: (parse_time(event["occurred_at"]), event["id"]))[-SESSION_EVENTS:]
+        events = self.events(crash["app"], session_id=crash["session_id"], limit=100,
+                             device_id_hash=crash.get("device_id_hash"))["events"]
+        events.sort(key=lambda event: (parse_time(event["occurred_at"]), event["id"]))
+        crashed_at = parse_time(crash["occurred_at"])
+        return [event for event in events if parse_time(event["occurred_at"]) <= crashed_at][-EVENTS_BEFORE_CRASH:]
 
     def next_build(self, group_hash: str, app: str) -> str:
-        """The first build that may be without the fault of a group: the newest of the app, or the one after it where
-        the group has crashed there. "" where no version is known."""
+        """Names the first build that may have the fix of a group: the newest of the app, or if the group has crashed in
+        that one, the next. Returns "" if no version of the app is known."""
         with self._snapshot(app) as (db, app_id):
             version = Releases.newest(db, app_id, self._last_days(WEEK)[0]).get(app_id or 0, "")
-            builds = db.execute("""
+            build = max((number for number, in db.execute("""
                 select build_number from builds where app_id = ? and app_version = ? order by first_seen desc limit 100
-                """, (app_id, version))
-            build = max((each for each, in builds), key=version_key, default="")
+                """, (app_id, version))), key=version_key, default="")
             has_crashed = db.execute("""
                 select 1 from crashes where app_id = ? and group_hash = ? and app_version = ?
                     and coalesce(build_number, '') = ? limit 1""", (app_id, group_hash, version, build)).fetchone()
         name = with_build(version, build)
-        return re.sub("[0-9]+(?=[^0-9]*$)", lambda last: str(int(last[0]) + 1), name) if has_crashed else name
+        return re.sub("[0-9]+(?=[^0-9]*$)", lambda number: str(int(number[0]) + 1), name) if has_crashed else name
 
     def group_days(self, groups: Sequence[str], app: str | None = None, version: str | None = None,
                    days: int = 30) -> JsonObject:
-        """Of each of these groups, its apps, and its crashes on each of the last days, the oldest first."""
-        shown = self._last_days(days)
+        """Returns the apps of each of these groups, and its crashes on each of the last days, the oldest first."""
+        shown_days = self._last_days(days)
         with self._snapshot(app) as (db, app_id):
-            parameters = {"app": app_id, **_version_filter(version), "first": shown[0], "last": shown[-1],
-                          "since": shown[0] * DAY - MAX_SKEW}
-            return {"labels": _dates(shown), "groups": {
-                group_hash: self._days_of(db, {**parameters, "group": group_hash}, shown) for group_hash in groups}}
+            parameters = {"app": app_id, **_version_filter(version), "first": shown_days[0], "last": shown_days[-1],
+                          "since": shown_days[0] * DAY - MAX_SKEW}
+            return {"labels": [iso_time(day * DAY)[:10] for day in shown_days], "groups": {
+                group_hash: self._days_of_group(db, {**parameters, "group": group_hash}, shown_days)
+                for group_hash in groups}}
 
-    def _days_of(self, db: Connection, parameters: JsonObject, shown: range) -> JsonObject:
+    def _days_of_group(self, db: Connection, parameters: JsonObject, shown_days: range) -> JsonObject:
         counts = dict(db.execute(f"""
             select {COUNTED_AT} / {DAY} as day, count(*) from crashes
             where {APPS} and group_hash = :group and {OF_VERSION} and received_at >= :since
@@ -5314,153 +5310,154 @@ class Metrics:
                 exists (select 1 from crashes where app_id = apps.id and group_hash = :group)
                 or exists (select 1 from triage where app_id = apps.id and group_hash = :group))
             order by name""", parameters).fetchall()
-        return {"days": [counts.get(day, 0) for day in shown], "apps": [name for name, in apps]}
+        return {"days": [counts.get(day, 0) for day in shown_days], "apps": [name for name, in apps]}
 
     def is_empty(self, app: str | None = None) -> bool:
-        """Whether nothing was received of an app but ends of sessions."""
+        """Says whether an app has sent nothing yet. Ends of sessions do not count."""
         with self._snapshot(app) as (db, app_id):
-            return not any(db.execute(f"""
-                select exists (select 1 from crash_days where {APPS}), exists (select 1 from session_days where {APPS}),
-                    exists (select 1 from event_names where {APPS})""", {"app": app_id}).fetchone())
+            return not any(db.execute(f"select 1 from {table} where {APPS} limit 1", {"app": app_id}).fetchone()
+                           for table in ("crash_days", "session_days", "event_names"))
 
     def crash(self, id: str, app: str | None = None) -> JsonObject:
-        """One crash, as it was sent. Refusal where it is not kept."""
+        """Returns a crash as it was sent. Raises Refusal if it is not stored."""
         with self._snapshot(app) as (db, app_id):
             seq = int(id, 16) if re.fullmatch("[0-7][0-9a-f]{15}", id) else -1
             if not db.execute(f"select 1 from crashes where seq = :seq and {APPS}",
                               {"seq": seq, "app": app_id}).fetchone():
                 raise Refusal("not found")
-            return _reports(db, "crashes", [seq])[0]
+            return _load_reports(db, "crashes", [seq])[0]
 
     def events(self, app: str | None = None, type: str | None = None, name: str | None = None,
                session_id: str | None = None, limit: int = 50, cursor: str | None = None,
                oldest_first: bool = False, device_id_hash: str | None = None) -> JsonObject:
-        """The latest events that are kept. A page may be short of `limit`, or even empty, and have a next one."""
-        order, start = ("asc", -1) if oldest_first else ("desc", MAX_NUMBER)
-        digits, = _parse_cursor(cursor, "(?:evt_)?([0-7][0-9a-f]{15})", (f"{start:x}",))
-        start = int(digits, 16)
+        """Lists the stored events, the latest first. A page may have fewer than `limit` events, or none, although
+        another page follows."""
+        order, after = ("asc", -1) if oldest_first else ("desc", MAX_NUMBER)
+        after = int(_parse_cursor(cursor, "(?:evt_)?([0-7][0-9a-f]{15})", (f"{after:x}",))[0], 16)
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, "type": type, "name": name, "session": session_id, "limit": limit + 1,
-                          "device": device_id_hash, "scanned": SCANNED}
+                          "device": device_id_hash, "scanned": SCANNED_EVENTS}
             first, last = 0, MAX_NUMBER
-            if session_id is not None:  # its events are between its first and its last
+            if session_id is not None:  # the scan need not go beyond the session
                 first, last = db.execute(f"""
                     select coalesce(min(first_seq), 0), coalesce(max(last_seq), -1) from sessions
                     where {APPS} and session_id = :session""", parameters).fetchone()
-            parameters.update(first=max(first, start + 1) if oldest_first else first,
-                              last=last if oldest_first else min(last, start - 1))
+            parameters.update(first=max(first, after + 1) if oldest_first else first,
+                              last=last if oldest_first else min(last, after - 1))
             scan = f"from events where seq between :first and :last order by seq {order} limit :scanned"
             seqs = [seq for seq, in db.execute(f"""
                 select seq from (select seq, app_id, type, name, session_id, device_id_hash {scan}) as scanned
                 where {APPS} and (:type is null or type = :type) and (:name is null or name = :name)
                     and (:session is null or session_id = :session)
                     and (:device is null or device_id_hash = :device)
-                order by seq {order}
-                limit :limit""", parameters)]
-            end = db.execute(f"select seq from (select seq {scan}) as scanned order by seq {order}"
-                             " limit 1 offset :scanned - 1", parameters).fetchone()
-            found = _reports(db, "events", seqs[:limit])
-        following = found[-1]["id"] if seqs[len(found):] else event_ids(end)[0] if end else None
-        return {"events": found, "next": following}
+                order by seq {order} limit :limit""", parameters)]
+            scan_end = db.execute(f"select seq from (select seq {scan}) as scanned order by seq {order}"
+                                  " limit 1 offset :scanned - 1", parameters).fetchone()
+            events = _load_reports(db, "events", seqs[:limit])
+        following = events[-1]["id"] if seqs[len(events):] else event_ids(scan_end)[0] if scan_end else None
+        return {"events": events, "next": following}
 
     def symbols(self, app: str | None = None) -> JsonObject:
-        """The builds whose symbols are held, the newest first; and those whose symbols are missing, with the crashes
-        that could be named by them, the most frequent first."""
+        """Lists the builds whose symbols are stored, the newest first, and those whose symbols are missing, with the
+        number of crashes that would get names, the most frequent first."""
         with self._snapshot(app) as (db, app_id):
             held = dict_rows(db, """
                 select uuid, binary_name as binary, arch, parts, rows, size, received = parts as complete, uploaded_at
                 from symbols order by uploaded_at desc, uuid""")
-            return {"symbols": [{**each, "complete": bool(each["complete"]),
-                                 "uploaded_at": iso_time(each["uploaded_at"])} for each in held],
-                    "missing": self._missing_builds(db, app_id)}
+            return {"symbols": [{**row, "complete": bool(row["complete"]), "uploaded_at": iso_time(row["uploaded_at"])}
+                                for row in held], "missing": self._missing_builds(db, app_id, None, MISSING_BUILDS)}
 
-    def _missing_builds(self, db: Connection, app_id: int | None, group_hash: str | None = None,
-                        limit: int | None = None) -> list[JsonObject]:
-        """The builds whose symbols are missing, of all groups or of one."""
-        return [self._missing_build(db, **each) for each in dict_rows(db, f"""
+    def _missing_builds(self, db: Connection, app_id: int | None, group: str | None, limit: int) -> list[JsonObject]:
+        """Lists the builds whose symbols are missing, in all groups or in one."""
+        return [self._missing_build(db, **row) for row in dict_rows(db, f"""
             select uuid, app_id, group_hash, total as crashes from (
                 select uuid, app_id, group_hash, sum(crashes) over (partition by uuid) as total, row_number() over (
                     partition by uuid order by crashes desc, app_id, group_hash) as place
                 from group_images
                 where {APPS} and (:group is null or group_hash = :group)
                     and uuid not in (select uuid from symbols where received = parts)) as ranked
-            where place = 1
-            order by total desc, uuid
-            limit :limit""", {"app": app_id, "group": group_hash, "limit": limit or MISSING_BUILDS})]
+            where place = 1 order by total desc, uuid limit :limit""", {"app": app_id, "group": group, "limit": limit})]
 
     @staticmethod
     def _missing_build(db: Connection, uuid: str, app_id: int, group_hash: str, crashes: int) -> JsonObject:
-        """What is known of a build: what its latest crash says, in the group where it has most."""
+        """Describes a build by its latest crash in the group where it has most crashes."""
         app, version, build, trace = db.execute("""
             select name, app_version, build_number, stack_trace from (
                 select * from crashes where seq in (
                     select seq from crashes where app_id = ? and group_hash = ? order by seq desc limit 20)) as latest
             join apps on apps.id = app_id
             where instr(images, ?)
-            order by received_at desc, seq desc
-            limit 1""", (app_id, group_hash, uuid)).fetchone() or (None, None, None, None)
+            order by received_at desc, seq desc limit 1""", (app_id, group_hash, uuid)).fetchone() or [None] * 4
         binaries = (frame.binary for frame in map(read_frame, json.loads(trace or "[]")) if frame.uuid == uuid)
         return {"uuid": uuid, "binary": next(filter(None, binaries), None), "app": app, "app_version": version,
                 "build_number": build, "crashes": crashes}
 
     def device(self, device_id_hash: str) -> JsonObject:
-        """Everything that is kept of a device, in all apps."""
+        """Returns everything that is stored about a device, in all apps."""
         device = device_key(device_id_hash)
         with self._snapshot() as (db, _):
-            found = {
-                "apps": dict_rows(db, """
-                    select app_id, name as app, first_day, last_hour from devices join apps on apps.id = app_id
-                    where device = ? order by name""", (device,)),
-                **{table: _reports(db, table, [seq for seq, in db.execute(f"""
-                    select seq from {table} where device_id_hash = ? and app_id in (select id from apps)
-                    order by seq""", (device_id_hash,))], MAX_NUMBER)
-                   for table in TABLES.values()}}
-            for app in found["apps"]:
-                app["versions"] = sorted((version for version, in db.execute(
-                    "select app_version from device_versions where app_id = ? and device = ?",
-                    (app.pop("app_id"), device))), key=version_key)
+            apps = dict_rows(db, """
+                select app_id, name as app, first_day, last_hour from devices join apps on apps.id = app_id
+                where device = ? order by name""", (device,))
+            for app in apps:
+                versions = db.execute("select app_version from device_versions where app_id = ? and device = ?",
+                                      (app.pop("app_id"), device))
+                app["versions"] = sorted((version for version, in versions), key=version_key)
                 app["first_seen"] = iso_time(app.pop("first_day") * DAY)
                 app["last_seen"] = iso_time(app.pop("last_hour") * HOUR)
-        return found
+            answer = {"apps": apps}
+            for table in TABLES.values():
+                seqs = [seq for seq, in db.execute(f"""
+                    select seq from {table} where device_id_hash = ? and app_id in (select id from apps)
+                    order by seq""", (device_id_hash,))]
+                answer[table] = _load_reports(db, table, seqs, MAX_NUMBER)
+        return answer
 
 
 def missing_group(db: Connection, app: str | None, group_hash: str) -> Refusal:
-    """What is said of a group of which nothing is known: where its crashes are, or that there is none."""
+    """Returns the refusal for an unknown group, which says where its crashes are now if they were moved."""
     alias = db.execute("""
         select target from group_aliases
         where app_id in (select id from apps where name = :app or :app is null and is_test = 0) and group_hash = :group
-        order by app_id""", {"app": app, "group": group_hash}).fetchone()
+        order by app_id limit 1""", {"app": app, "group": group_hash}).fetchone()
     return Moved(alias[0]) if alias else Refusal("not found")
 
 
-def _shown_group(found: JsonObject) -> JsonObject:
-    """What an answer has of a group."""
-    shown = {name: value for name, value in found.items() if name not in ("app_id", "came_at", "changed_at")}
-    return {**shown, **{name: iso_time(found[name]) if found[name] else None
-                        for name in ("first_seen", "last_seen", "regressed_at")}}
+def _group_json(group: JsonObject) -> JsonObject:
+    """Turns a group, as _summary returns it, into an answer."""
+    answer = {name: value for name, value in group.items() if name not in ("app_id", "came_at", "changed_at")}
+    return {**answer, **{name: iso_time(group[name]) if group[name] else None
+                         for name in ("first_seen", "last_seen", "regressed_at")}}
 
 
-def _dates(days: Iterable[int]) -> list[str]:
-    return [iso_time(day * DAY)[:10] for day in days]
+def _release_json(row: JsonObject, its_verdict: JsonObject | None) -> JsonObject:
+    """Turns a row of Releases.latest into an answer."""
+    sessions, devices, crashed_sessions = row["sessions"], row["devices"], row["crashed_sessions"]
+    return {**{name: row[name] for name in ("app", "app_version", "sessions", "crashes", "crashed_sessions")},
+            "crash_free_sessions": crash_free_rate(crashed_sessions or row["crashes"], sessions) if sessions else None,
+            "by": "session" if crashed_sessions else "count",
+            "crash_free_devices": crash_free_rate(row["crashed_devices"], devices) if devices else None,
+            "adoption": round(100 * (row["recent"] or 0) / row["of_all"], 2) if row["of_all"] else 0.0,
+            "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"]), "verdict": its_verdict}
 
 
-def _reports(db: Connection, table: str, seqs: Sequence[int], max_text: int = PAGE_TEXT) -> list[JsonObject]:
-    """Crashes or events as they were sent, without what was absent; and their app, and when they were received. Of
-    more than so many characters, the first."""
+def _load_reports(db: Connection, table: str, seqs: Sequence[int], max_text: int = PAGE_TEXT) -> list[JsonObject]:
+    """Returns crashes or events as they were sent, each with its app and the time of its receipt. Stops after a report
+    with which they have more than `max_text` characters."""
     apps, reports, size, symbols = dict(db.execute("select id, name from apps")), [], 0, Symbols(db)
     for seq in seqs:
         row, = dict_rows(db, f"select * from {table} where seq = ?", (seq,))
         size += sum(len(value) for value in row.values() if type(value) is str)
         report = as_sent({"id": row.pop("id"), "app": apps.get(row.pop("app_id")), **row}, iso_time)
-        _name_frames(symbols, report if table == "crashes" else report.get("properties", {}))
+        _symbolicate(symbols, report if table == "crashes" else report.get("properties", {}))
         reports.append(report)
         if size > max_text:
             break
     return reports
 
 
-def _name_frames(symbols: Symbols, report: JsonObject) -> None:
-    """Names the frames of a stack trace, and keeps those that were sent beside."""
+def _symbolicate(symbols: Symbols, report: JsonObject) -> None:
+    """Names the frames of `stack_trace`. If that changes them, keeps those that were sent as `raw_stack_trace`."""
     frames = report.get("stack_trace")
     if type(frames) is list and all(type(frame) is dict for frame in frames):
         report["stack_trace"] = list(symbols.named(frames, SHOWN_LOOKUPS - symbols.lookups))
@@ -5469,7 +5466,7 @@ def _name_frames(symbols: Symbols, report: JsonObject) -> None:
 
 
 def as_sent(row: Mapping[str, Any], time_text: Callable[[int], str]) -> JsonObject:
-    """A report as it was sent, from its row."""
+    """Turns a row into the report as it was sent, without what was absent."""
     hidden = ("seq", "other", "images")
     report = {name: value for name, value in row.items() if value is not None and name not in hidden}
     if not report["clock_ahead_ms"]:
@@ -5484,20 +5481,18 @@ def as_sent(row: Mapping[str, Any], time_text: Callable[[int], str]) -> JsonObje
 
 
 _IN_TRIAGE = "(app_id, group_hash) {} (select app_id, group_hash from triage where {})"
-GROUPS_OF: dict[str | None, str] = {  # a state that a list is asked for: the crashes of its groups
+GROUPS_OF: dict[str | None, str] = {  # the condition of each `state` by which a list can be filtered
     None: "1 = 1", "open": _IN_TRIAGE.format("not in", "state <> 'open'"),
     "resolved": _IN_TRIAGE.format("in", "state = 'resolved'"), "muted": _IN_TRIAGE.format("in", "state = 'muted'"),
     "regressed": _IN_TRIAGE.format("in", "state = 'open' and regressed_at is not null"),  # since it was resolved last
     "new": "(app_id, group_hash) in (select app_id, group_hash from groups where came_at >= :week)"}
 SORTS = {"crashes": "count", "devices": "devices", "last_seen": "last_seen", "first_seen": "first_seen"}
-_OUTLIVES_CRASHES = ":state in ('resolved', 'muted', 'regressed')"
+_LISTED_WITHOUT_CRASHES = ":state in ('resolved', 'muted', 'regressed')"
 SUMS_OF_GROUPS = f"""
     select app_id, group_hash, crashes, devices, last_seen as latest from groups
-    where {APPS} and (crashes > 0 or {_OUTLIVES_CRASHES})
-    union all select app_id, group_hash, 0, 0, 0 from triage where {APPS} and {_OUTLIVES_CRASHES}"""
+    where {APPS} and (crashes > 0 or {_LISTED_WITHOUT_CRASHES})
+    union all select app_id, group_hash, 0, 0, 0 from triage where {APPS} and {_LISTED_WITHOUT_CRASHES}"""
 OF_VERSION = "(:version is null or substr(app_version, 1, :length) = :version)"
-
-
 CRASHES_OF_GROUPS = f"""
     select known.app_id, known.group_hash, count(*) as crashes, count(distinct device_id_hash) as devices,
         max({COUNTED_AT}) as latest
@@ -5508,14 +5503,14 @@ CRASHES_OF_GROUPS = f"""
 
 
 def _version_filter(version: str | None) -> JsonObject:
-    """The parameters of OF_VERSION. A version that ends with * stands for all that begin so."""
+    """Returns the parameters of OF_VERSION. A version that ends with * stands for all that begin like it."""
     if version and version.endswith("*"):
         return {"version": version[:-1], "length": len(version) - 1}
     return {"version": version, "length": MAX_TEXT}
 
 
 def _parse_cursor(cursor: str | None, pattern: str, default: Any) -> Any:
-    """The groups of the pattern in a cursor; the default where there is none. Raises Refusal."""
+    """Returns the parts of a cursor that the pattern captures, or the default for None. Raises Refusal."""
     match = re.fullmatch(pattern, cursor or "")
     if cursor is not None and match is None:
         raise Refusal("invalid cursor")
@@ -5523,34 +5518,34 @@ def _parse_cursor(cursor: str | None, pattern: str, default: Any) -> Any:
 
 
 def crash_free_rate(crashes: int, sessions: int) -> float:
-    """Percent of sessions without a crash, with two decimals."""
+    """Returns the percentage of sessions without a crash, with two decimals."""
     if not sessions:
         return 0.0 if crashes else 100.0
     return round(max(0.0, 100 * (1 - crashes / sessions)), 2)
 
 
 # == Requests ==================================================================
-# Reads what a request carries, and lists every error that a client can get. bottle's own readers are not used: they
+# Reads the parts of a request, and lists every error that a client can get. bottle's own readers are not used: they
 # stop at 100 KiB, and fail on headers that are not UTF-8.
 
-ERRORS = {  # the texts by status; one that is not here starts with `missing` or `invalid` and has status 400
-    301: ("moved",),  # a group, to another
+ERRORS = {  # texts by status; any other text begins with `missing` or `invalid` and has the status 400
+    301: ("moved",),  # a group has moved to another
     401: ("missing API key", "invalid API key", "missing admin token", "invalid admin token",
           "invalid signature", "stale timestamp", "signature required"),
     404: ("not found",), 405: ("method not allowed",), 413: ("request body too large",),
     415: ("unsupported content encoding",), 422: ("idempotency key reused with a different body",),
     429: ("rate limit exceeded",), 431: ("request header too large",), 500: ("internal server error",),
     501: ("transfer encoding not supported",), 503: ("storage unavailable",)}
-_STATUS = {"form expired": 403, **{text: status for status, texts in ERRORS.items() for text in texts}}
+_STATUS_OF = {"form expired": 403, **{text: status for status, texts in ERRORS.items() for text in texts}}
 _HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 Environ = dict[str, Any]
-Answer = tuple[int, Any]  # status, and a JSON object or a text
-Handler = Callable[..., Answer]  # called with an environ and the parts of the path
+Answer = tuple[int, Any]  # a status, and a JSON object or a text
+Handler = Callable[..., Answer]  # takes an environ and the variable parts of the path
 
 
 def _as_refusal(error: int | Exception) -> Refusal:
-    """What a client is told of a status that bottle or waitress chose, or of an error; one of our own is logged."""
+    """Returns what a client is told of an error, which is logged if unexpected, or of bottle's or waitress's status."""
     if isinstance(error, Refusal):
         return error
     if isinstance(error, int):
@@ -5560,8 +5555,8 @@ def _as_refusal(error: int | Exception) -> Refusal:
 
 
 def _refused(refusal: Refusal) -> tuple[int, JsonObject, dict[str, str]]:
-    """The status, JSON and headers of its answer."""
-    status = _STATUS.get(str(refusal), 400)
+    """Returns the status, JSON and headers that answer a refused request."""
+    status = _STATUS_OF.get(str(refusal), 400)
     headers = {"Accept-Encoding": "gzip"} if status == 415 else {}
     if refusal.retry_after is not None:
         headers["Retry-After"] = str(refusal.retry_after)
@@ -5569,23 +5564,23 @@ def _refused(refusal: Refusal) -> tuple[int, JsonObject, dict[str, str]]:
 
 
 def _header(environ: Environ, name: str) -> bytes:
-    """A request header as the bytes that were sent; b"" where there is none."""
+    """Returns the bytes of a request header, b"" if it is missing."""
     return str(environ.get("HTTP_" + name, "")).encode("latin-1", "replace")
 
 
 def _read_body(environ: Environ, limit: int) -> bytes:
-    """The body as it was sent. Raises Refusal where it has more than `limit` bytes."""
+    """Returns the body as it was sent. Raises Refusal if it has more than `limit` bytes."""
     length = environ.get("CONTENT_LENGTH") or ""
     if not re.fullmatch("[0-9]*", length):
         raise Refusal("invalid Content-Length")
     if len(length) > 18 or int(length or 0) > limit:  # int() raises ValueError for thousands of digits
         raise Refusal("request body too large")
     if not length and not environ.get("wsgi.input_terminated"):
-        return b""  # a body without a length, such as a chunked one, needs a server that marks its end
+        return b""  # without a length, as in a chunked request, only some servers mark the end of the body
     size = int(length or limit + 1)
     try:
         body: bytes = environ["wsgi.input"].read(size)
-    except Exception:  # for a lost connection or a malformed chunk, each server raises an error of its own
+    except Exception:  # each server has its own errors for a lost connection and a malformed chunk
         raise Refusal("invalid body") from None
     if len(body) > limit:
         raise Refusal("request body too large")
@@ -5595,13 +5590,13 @@ def _read_body(environ: Environ, limit: int) -> bytes:
 
 
 def _decompress(environ: Environ, body: bytes, limit: int) -> bytes:
-    """The body without its Content-Encoding. Raises Refusal where that has more than `limit` bytes."""
+    """Returns the body without its Content-Encoding. Raises Refusal if that has more than `limit` bytes."""
     encoding = _header(environ, "CONTENT_ENCODING").lower()
     if encoding in (b"", b"identity"):
         return body
     if encoding not in (b"gzip", b"x-gzip"):
         raise Refusal("unsupported content encoding", detail="gzip is supported")
-    inflater, plain = zlib.decompressobj(wbits=31), b""  # 31: with a gzip header
+    inflater, plain = zlib.decompressobj(wbits=31), b""  # 31 expects a gzip header
     with suppress(zlib.error):
         plain = inflater.decompress(body, limit + 1)
     if len(plain) > limit:
@@ -5612,28 +5607,29 @@ def _decompress(environ: Environ, body: bytes, limit: int) -> bytes:
 
 
 def _idempotency(environ: Environ, signature: bytes, body: bytes) -> Idempotency:
-    """What marks a repeated request: its Idempotency-Key or its signature, each of which is enough."""
+    """Returns what tells that a request is a repeated one: its Idempotency-Key or its signature; either is enough."""
     path, key = environ["PATH_INFO"].encode("latin-1", "replace"), _header(environ, "IDEMPOTENCY_KEY")
-    marks = [sha256(mark)[:16] for mark, given in (
-        (b"key:" + key, key), (b"signature:" + path + b":" + signature, signature)) if given]
-    return Idempotency(tuple(marks), sha256(path + b":" + body)[:16] if marks else b"")
+    marks = [b"key:" + key] if key else []
+    if signature:
+        marks.append(b"signature:" + path + b":" + signature)
+    return Idempotency(tuple(sha256(mark)[:16] for mark in marks), sha256(path + b":" + body)[:16] if marks else b"")
 
 
 def _query(environ: Environ) -> dict[str, str]:
-    """The query parameters; of several with one name, the last."""
+    """Returns the query parameters. If several have the same name, the last one counts."""
     text = str(environ.get("QUERY_STRING", "")).encode("latin-1", "replace").decode("utf-8", "replace")
     return dict(parse_qsl(text, keep_blank_values=True))
 
 
 def _parameters(query: Mapping[str, str], *names: str) -> dict[str, Any]:
-    """The query parameters of these names, without empty ones. Raises Refusal for an invalid number."""
-    given: dict[str, Any] = dict(query)
+    """Returns the query parameters of these names, without empty ones. Raises Refusal for an invalid number."""
+    values: dict[str, Any] = dict(query)
     for name, highest in (("days", 365), ("limit", 100)):
-        if name in given:
-            if not (re.fullmatch("[0-9]{1,3}", given[name]) and 1 <= int(given[name]) <= highest):
+        if name in values:
+            values[name] = int(values[name]) if re.fullmatch("[0-9]{1,3}", values[name]) else 0
+            if not 1 <= values[name] <= highest:
                 raise Refusal(f"invalid {name}")
-            given[name] = int(given[name])
-    return {name: given[name] for name in names if given.get(name)}
+    return {name: values[name] for name in names if values.get(name)}
 
 
 def _url(host: str, port: int) -> str:
@@ -5641,7 +5637,7 @@ def _url(host: str, port: int) -> str:
 
 
 def curl_line(url: str, key: str) -> str:
-    """The command that sends a first crash to a server at `url`."""
+    """Returns the command that sends a first crash to the server at `url`."""
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     return " \\\n    ".join([f"curl -X POST {url}/api/v1/crashes", '-H "Content-Type: application/json"',
                            f'-H "X-Backfeedr-Key: {key}"',
@@ -6807,21 +6803,34 @@ _TEMPLATE_GLOBALS = {
 
 
 # == Backfeedr =================================================================
-# The WSGI callable. A handler reads "decode, check, store, answer", and raises Refusal where it cannot go on.
+# The WSGI callable. A handler decodes, checks, stores and answers; it raises Refusal to stop.
 
-_SUBMISSION = "backfeedr.submission"  # in an environ
+_SUBMISSION = "backfeedr.submission"  # a key of an environ
 _STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
 
 
 class Backfeedr(Closing):
     """The server as a WSGI callable, for any mount point.
 
-    `Backfeedr(db_path="crashes.db")` takes further settings from the environment, `Backfeedr(Settings(...))` takes
-    none. Raises SettingsError and StoreError. `.store` is for keys and queries from Python. Close it, or use it as a
-    context manager. `clock` gives seconds since 1970. A new database gets an app and an admin token: `announce` is told
-    them, once, in words for the operator. A `store` that is given takes the place of the file that the settings name,
-    and is closed with the server; a `limiter` takes that of a RateLimiter, which knows of this process only.
+    `Backfeedr(db_path="crashes.db")` takes further settings from the environment, `Backfeedr(Settings(...))` does not.
+    Raises SettingsError and StoreError. Close it, or use it as a context manager. `.store` is for keys and questions
+    from Python. `clock` returns seconds since 1970. A new database gets an app and an admin token: `announce` is called
+    once, with a text that tells the operator both. A `store` replaces the file that the settings name, and is closed
+    with the server. A `limiter` replaces the RateLimiter, which counts only what this process gets.
     """
+
+    # By path: the parser of a body, which also gets the time and the header's device; and the answer to stored reports.
+    _ingestion: Mapping[str, tuple[Callable[[bytes, int, str], Reports], Callable[..., JsonObject]]] = {
+        "/api/v1/crashes": (lambda body, *_: [parse_crash_body(body)],
+                            lambda crashes, seqs: {"id": crash_id(seqs[0]), "group_hash": crashes[0].group_hash}),
+        "/api/v1/events": (lambda body, *_: [parse_event(decode_json(body))],
+                           lambda events, seqs: {"id": event_ids(seqs)[0]}),
+        "/api/v1/events/batch": (lambda body, *_: parse_batch(decode_json(body)),
+                                 lambda events, seqs: {"count": len(seqs), "ids": event_ids(seqs)}),
+        "/api/v1/diagnostics": (parse_diagnostics, lambda reports, seqs: {
+            "count": len(seqs), "ids": [crash_id(seq) if type(report) is Crash else event_ids([seq])[0]
+                                        for report, seq in zip(reports, seqs)],
+            "group_hashes": [getattr(report, "group_hash", None) for report in reports]})}
 
     def __init__(self, settings: Settings | None = None, *, clock: Callable[[], float] = time.time,
                  store: Store | None = None, limiter: RateLimiter | None = None,
@@ -6835,61 +6844,51 @@ class Backfeedr(Closing):
         self.alerts = Alerts(self.store, self.settings.public_url, self.metrics.digest)
         self.refused = RefusedReports(self.store)
         self._limiter = limiter or RateLimiter(self.settings.rate_limit)
-        # Python runs one thread at a time. Those that wait here sleep until it is their turn; those that wait for the
-        # interpreter wake up each switch interval to ask.
-        self._turn = threading.Lock()
-        self._requests: Counter[tuple[str, str, int]] = Counter()  # by method, route and status
-        self._counting = threading.Lock()
-        made = self.store.start(self.settings.api_key, self.settings.auth_token)
-        if made != (None, None):  # without `announce`, another server has the app, whose address is not known
-            known = _url(self.settings.host, self.settings.port) if announce else "https://YOUR-SERVER"
-            (announce or sys.stderr.write)(first_start_text(made, self.settings.public_url.rstrip("/") or known))
+        # Python runs one thread at a time. A thread that waits for this lock sleeps until its turn comes; one that
+        # waits for the interpreter wakes up each switch interval to ask for it.
+        self._decode_lock = threading.Lock()
+        self._request_counts: Counter[tuple[str, str, int]] = Counter()  # by method, route and status
+        self._counts_lock = threading.Lock()
+        created = self.store.start(self.settings.api_key, self.settings.auth_token)
+        if created != (None, None):  # without `announce` another web server calls this one, at an unknown address
+            address = _url(self.settings.host, self.settings.port) if announce else "https://YOUR-SERVER"
+            (announce or sys.stderr.write)(first_start_text(created, self.settings.public_url.rstrip("/") or address))
         self.pages = Dashboard(self.store, self.metrics, self.refused, self.alerts, self.settings.public_url)
-        self._ingestion: dict[str, tuple[Callable[[bytes, str], Reports], Callable[..., JsonObject]]] = {
-            # By path: what makes reports of a body and a device, and an answer of the reports and their seqs.
-            "/api/v1/crashes": (lambda body, _: [parse_crash_body(body)], lambda crashes, seqs: {
-                "id": crash_id(seqs[0]), "group_hash": crashes[0].group_hash}),
-            "/api/v1/events": (lambda body, _: [parse_event(decode_json(body))], lambda events, seqs: {
-                "id": event_ids(seqs)[0]}),
-            "/api/v1/events/batch": (lambda body, _: parse_batch(decode_json(body)), lambda events, seqs: {
-                "count": len(seqs), "ids": event_ids(seqs)}),
-            "/api/v1/diagnostics": (lambda body, device: parse_diagnostics(body, self.store.now, device),
-                                    _diagnostics_answer)}
         self._router = self._routes()
 
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
         method, path = environ.get("REQUEST_METHOD", ""), environ.get("PATH_INFO", "")
-        if len(path) > 1 and path.endswith("/"):  # the same path
+        if len(path) > 1 and path.endswith("/"):  # one slash at the end makes no difference
             path = path[:-1]
             environ = {**environ, "PATH_INFO": path}
-        if method == "POST" and path in self._ingestion:  # not through bottle, which would take as long as our own part
-            body, status, headers = self._answer(self._answer_submission, environ)
+        if method == "POST" and path in self._ingestion:  # bottle would double the time that this takes
+            body, status, headers = self._call(self._answer_submission, environ)
             start_response(_STATUS_LINES[status], [*headers.items(), ("Content-Length", str(len(body)))])
-            self._count(method, path, status)
+            self._count_request(method, path, status)
             return [body]
         try:
             path.encode("latin-1").decode("utf-8")
-        except UnicodeError:  # bottle would drop these bytes and match what is left
+        except UnicodeError:  # bottle would drop these bytes and match the rest
             path = "/api/not found" if path.startswith("/api/") else "/not found"
         environ = {**environ, "PATH_INFO": path, "bottle.route": None}  # an outer bottle may have set it
-        outer = None
+        outer_environ = None
         with suppress(RuntimeError):
-            outer = bottle.request.environ
+            outer_environ = bottle.request.environ
         answer: Iterable[bytes] = self._router(environ, start_response)
         route = environ["bottle.route"]
-        self._count(route.method if route else "other", route.rule if route else "other", bottle.response.status_code)
-        if outer is not None:  # an outer bottle restores the path of the request that it finds here
-            bottle.request.bind(outer)
+        method, rule = (route.method, route.rule) if route else ("other", "other")  # paths could be made up without end
+        self._count_request(method, rule, bottle.response.status_code)
+        if outer_environ is not None:  # an outer bottle restores the path of the request that it finds here
+            bottle.request.bind(outer_environ)
         return answer
 
-    def _count(self, method: str, rule: str, status: int) -> None:
-        """By the route and not the path: a stranger could make up paths without end."""
-        with self._counting:
-            self._requests[method, rule, status] += 1
+    def _count_request(self, method: str, rule: str, status: int) -> None:
+        with self._counts_lock:
+            self._request_counts[method, rule, status] += 1
 
     def deliver(self) -> Counter[str]:
-        """Sends the alerts that are due, each once; how many were `sent`, and of how many the try `failed`. `serve`
-        does so by itself; under another server, call it every minute, on one host or on several."""
+        """Sends the alerts that are due, and returns how many were `sent` and how many `failed`. `serve` does this by
+        itself. Under another server, call it every minute, on one host or on several."""
         return self.alerts.deliver()
 
     def close(self) -> None:
@@ -6899,39 +6898,37 @@ class Backfeedr(Closing):
     # Routes
 
     def _routes(self) -> bottle.Bottle:
-        ask, router, admin = self.metrics, bottle.Bottle(), self._question_route
+        metrics, router, admin = self.metrics, bottle.Bottle(), self._question_route
         public = partial(admin, is_public=True)
         router.default_error_handler = self._bottle_error
         routes: Iterable[tuple[str, str, Handler]] = (
             ("GET", "/api/v1/health", self._health),
-            ("GET", "/api/v1/metrics/daily-crashes", public(ask.daily_crashes, "days")),
-            ("GET", "/api/v1/metrics/crash-types", public(ask.crash_types, "days")),
-            ("GET", "/api/v1/metrics/devices", public(ask.devices, "days")),
-            ("GET", "/api/v1/metrics/active-devices", public(ask.active_devices, "days")),
-            ("GET", "/api/v1/metrics/sessions", public(ask.sessions, "days")),
-            ("GET", "/api/v1/metrics/retention", public(ask.retention, "days")),
-            ("GET", "/api/v1/overview", public(ask.overview)),
+            ("GET", "/api/v1/metrics/daily-crashes", public(metrics.daily_crashes, "days")),
+            ("GET", "/api/v1/metrics/crash-types", public(metrics.crash_types, "days")),
+            ("GET", "/api/v1/metrics/devices", public(metrics.devices, "days")),
+            ("GET", "/api/v1/metrics/active-devices", public(metrics.active_devices, "days")),
+            ("GET", "/api/v1/metrics/sessions", public(metrics.sessions, "days")),
+            ("GET", "/api/v1/metrics/retention", public(metrics.retention, "days")),
+            ("GET", "/api/v1/overview", public(metrics.overview)),
             ("GET", "/api/v1/releases", self._releases),
             ("GET", "/api/v1/crashes", admin(
-                ask.groups, "version", "days", "text", "state", "sort", "limit", "cursor")),
-            ("GET", "/api/v1/crashes/<group_hash>", admin(ask.group, "limit", "cursor")),
+                metrics.groups, "version", "days", "text", "state", "sort", "limit", "cursor")),
+            ("GET", "/api/v1/crashes/<group_hash>", admin(metrics.group, "limit", "cursor")),
             ("PATCH", "/api/v1/crashes/<group_hash>", self._triage),
-            ("GET", "/api/v1/events", admin(ask.events, "type", "name", "session_id", "limit", "cursor")),
-            ("GET", "/api/v1/symbols", admin(ask.symbols)),
+            ("GET", "/api/v1/events", admin(metrics.events, "type", "name", "session_id", "limit", "cursor")),
+            ("GET", "/api/v1/symbols", admin(metrics.symbols)),
             ("PUT", "/api/v1/symbols/<uuid>", self._put_symbols),
             ("GET", "/metrics", self._prometheus),
-            # __call__ answers these; here they give a GET its 405.
+            # __call__ answers these. They are here so that bottle answers a GET with 405.
             *(("POST", path, self._answer_submission) for path in self._ingestion))
         for method, path, handler in routes:
-            router.route(path, method, partial(self._response, handler))
+            router.route(path, method, partial(self._bottle_response, handler))
         for method, path, page in self.pages.routes():
             router.route(path, method, page)
         return router
 
-    def _question_route(self, question: Callable[..., JsonObject], *names: str,
-                        is_public: bool = False) -> Handler:
-        """A route that answers a question about `app` and these parameters: for the admin, or if it is public and the
-        settings say so, for everyone."""
+    def _question_route(self, question: Callable[..., JsonObject], *names: str, is_public: bool = False) -> Handler:
+        """Makes a handler that answers a question: to the admin only, unless it is public and metrics are, too."""
         def handler(environ: Environ, **path: str) -> Answer:
             if not (is_public and self.settings.public_metrics):
                 self._check_admin(environ)
@@ -6946,22 +6943,23 @@ class Backfeedr(Closing):
             raise Refusal("invalid admin token")
 
     def _admin_body(self, environ: Environ) -> bytes:
-        """The body of a request of the admin's, as it was sent."""
+        """Returns the body that the admin sent, still compressed."""
         body = _read_body(environ, self.settings.max_body_size)
         self._check_admin(environ)
         return body
 
-    def _response(self, handler: Handler, **path: str) -> bottle.HTTPResponse:
-        return bottle.HTTPResponse(*self._answer(handler, bottle.request.environ, **path))
+    def _bottle_response(self, handler: Handler, **path: str) -> bottle.HTTPResponse:
+        return bottle.HTTPResponse(*self._call(handler, bottle.request.environ, **path))
 
-    def _answer(self, handler: Handler, environ: Environ, **path: str) -> tuple[bytes, int, dict[str, str]]:
-        """Body, status and headers of what a handler says, whatever happens: a text as it is, all else as JSON."""
+    def _call(self, handler: Handler, environ: Environ, **path: str) -> tuple[bytes, int, dict[str, str]]:
+        """Calls a handler and returns the body, status and headers of its answer, or of the error that it raises. A
+        text is answered as it is, anything else as JSON."""
         headers = dict(_HEADERS)
         try:
             status, answer = handler(environ, **path)
         except Exception as error:
-            status, answer, more = _refused(_as_refusal(error))
-            headers.update(more)
+            status, answer, error_headers = _refused(_as_refusal(error))
+            headers.update(error_headers)
             if isinstance(error, Moved):
                 headers["Location"] = self.pages.request(environ).moved(error.group_hash)
         if isinstance(answer, str):
@@ -6970,7 +6968,7 @@ class Backfeedr(Closing):
         return json.dumps(answer).encode(), status, headers
 
     def _bottle_error(self, error: bottle.HTTPError) -> bottle.HTTPResponse:
-        """What bottle itself refuses, in JSON, or as a page for a browser that is not at the API."""
+        """Answers what bottle itself refuses: as a page for a browser outside the API, else as JSON."""
         environ, refusal = bottle.request.environ, _as_refusal(error.status_code)
         if "text/html" in environ.get("HTTP_ACCEPT", "") and not environ["PATH_INFO"].startswith("/api/"):
             answer: bottle.HTTPResponse = self.pages.error_page(self.pages.request(environ), refusal)
@@ -6986,7 +6984,7 @@ class Backfeedr(Closing):
         return 200, {"status": "ok"}
 
     def _releases(self, environ: Environ) -> Answer:
-        """As a public route; but a stranger who names no app does not learn the names of all."""
+        """Answers like a public route, but does not tell a stranger the names of all apps."""
         status, answer = self._question_route(self.metrics.releases, "sort", is_public=True)(environ)
         try:
             if not _query(environ).get("app"):
@@ -6997,10 +6995,10 @@ class Backfeedr(Closing):
         return status, answer
 
     def _triage(self, environ: Environ, group_hash: str) -> Answer:
-        body, named = self._admin_body(environ), _parameters(_query(environ), "app")
-        given = decode_json(_decompress(environ, body, self.settings.max_body_size))
-        self.store.triage(group_hash, parse_triage(given, self.store.now), **named)
-        return 200, self.metrics.group(group_hash, **named)
+        body, app = self._admin_body(environ), _parameters(_query(environ), "app")
+        changes = decode_json(_decompress(environ, body, self.settings.max_body_size))
+        self.store.triage(group_hash, parse_triage(changes, self.store.now), **app)
+        return 200, self.metrics.group(group_hash, **app)
 
     def _put_symbols(self, environ: Environ, uuid: str) -> Answer:
         body, build = self._admin_body(environ), image_uuid(uuid)
@@ -7014,68 +7012,71 @@ class Backfeedr(Closing):
 
     def _prometheus(self, environ: Environ) -> Answer:
         self._check_admin(environ)
-        with self._counting:
-            requests = sorted(self._requests.items())
-        refused = [(f"{{app={json.dumps(app, ensure_ascii=False)}}}", n) for app, n in self.refused.by_app().items()]
-        figures = [
-            ("requests_total", "counter", "Requests that reached the app, by route.", [
-                (f'{{method="{method}",path="{path}",status="{status}"}}', n)
-                for (method, path, status), n in requests]),
-            ("rate_limited_total", "counter", "Requests with reports that the rate limit refused, by app.", refused),
-            *self.store.vitals()]
-        lines = [line for name, kind, meaning, samples in figures if samples for line in (
-            f"# HELP backfeedr_{name} {meaning}", f"# TYPE backfeedr_{name} {kind}",
-            *(f"backfeedr_{name}{suffix} {value:.15g}" for suffix, value in samples))]
+        with self._counts_lock:
+            counts = sorted(self._request_counts.items())
+        by_route = [(f'{{method="{method}",path="{rule}",status="{status}"}}', count)
+                    for (method, rule, status), count in counts]
+        by_app = [(f"{{app={json.dumps(app, ensure_ascii=False)}}}", n) for app, n in self.refused.by_app().items()]
+        lines = []
+        for name, kind, meaning, samples in (
+                ("requests_total", "counter", "Requests that reached the app, by route.", by_route),
+                ("rate_limited_total", "counter", "Requests with reports that the rate limit refused, by app.", by_app),
+                *self.store.vitals()):
+            if samples:
+                lines += [f"# HELP backfeedr_{name} {meaning}", f"# TYPE backfeedr_{name} {kind}"]
+                lines += [f"backfeedr_{name}{suffix} {value:.15g}" for suffix, value in samples]
         return 200, "\n".join([*lines, ""])
 
     # Reports
 
     def can_batch(self, method: str, path: str, key: str) -> bool:
-        """Whether such a request may share a batch. It must not ask another host or the database about its key: that
-        would hold up the others."""
+        """Says whether a request may share a batch. One whose key must be looked up, in the database or by a limiter on
+        another host, would hold up the others."""
         return (method == "POST" and path in self._ingestion and not getattr(self._limiter, "waits", True)
                 and self.store.is_cached_key(sha256(key.encode("latin-1", "replace"))))
 
     def submit_all(self, environs: Iterable[Environ]) -> None:
-        """Decodes requests to the ingestion and stores what they carry in one commit. The WSGI call, which does so for
-        a request that comes alone, then only answers each."""
-        submissions = []
+        """Decodes requests and stores their reports in one commit. Each environ keeps its submission, so that the WSGI
+        call with it only answers. For a request that comes alone, the WSGI call calls this."""
+        to_store, to_recheck = [], []
         for environ in environs:
             environ[_SUBMISSION] = submission = Submission()
-            submissions.append(submission)
             try:
                 self._decode(environ, submission)
-            except Refusal as refusal:
-                refusal.__traceback__ = refusal.__context__ = None  # which hold the body
-                submission.error = refusal
             except Exception as error:
                 submission.error = error
-            if not submission.reports:  # Apple's payload may be empty
+                if isinstance(error, Refusal):  # nobody logs its traceback, which holds the body
+                    error.__traceback__ = error.__context__ = None
+            if not submission.reports:  # it was refused, or is an empty payload of Apple's
                 submission.receipt = Receipt(range(0), True)
-        self.store.add_all([each for each in submissions if each.error is None and each.reports])
-        self._recheck_keys([each for each in submissions if each.key_hash and not each.reports])
+                to_recheck.append(submission)
+            elif submission.error is None:
+                to_store.append(submission)
+        self.store.add_all(to_store)
+        self._recheck_keys(to_recheck)
 
     def _recheck_keys(self, submissions: Sequence[Submission]) -> None:
-        """Of what no commit has stored: a key may have been revoked since it was cached. Each is looked up once,
-        because a database that is away makes each look wait."""
-        for key_hash in {each.key_hash for each in submissions}:
+        """Refuses submissions whose key was revoked after it was cached: a commit would do so, but these are in none.
+        Looks up each key once, because each look waits if the database is locked."""
+        for key_hash in {submission.key_hash for submission in submissions} - {b""}:
             try:
                 error = None if self.store.is_active_key(key_hash) else Refusal("invalid API key")
             except StorageUnavailable as unavailable:
                 error = unavailable
-            for each in submissions if error else ():
-                each.error = error if each.key_hash == key_hash else each.error
+            for submission in submissions:
+                if error and submission.key_hash == key_hash:
+                    submission.error = error
 
     def _answer_submission(self, environ: Environ) -> Answer:
         if _SUBMISSION not in environ:
             self.submit_all([environ])
-        submission = environ.pop(_SUBMISSION)  # as a host app may call again with the same one
-        seqs, replayed = submission.result()
+        submission = environ.pop(_SUBMISSION)  # a host app may call again with the same environ
+        seqs, is_replay = submission.result()
         _, answer = self._ingestion[environ["PATH_INFO"]]
-        return 200 if replayed else 201, answer(submission.reports, seqs)
+        return 200 if is_replay else 201, answer(submission.reports, seqs)
 
     def _decode(self, environ: Environ, submission: Submission) -> None:
-        """Checks in the order of the contract: size, key, rate, signature, JSON, fields."""
+        """Fills a submission. Checks size, key, rate, signature, JSON and fields, in this order."""
         body = _read_body(environ, self.settings.max_body_size)
         key = _header(environ, "X_BACKFEEDR_KEY")
         key_hash = sha256(key)
@@ -7084,11 +7085,11 @@ class Backfeedr(Closing):
         if not self.store.is_known_key(key_hash):
             raise Refusal("invalid API key")
         submission.key_hash = key_hash
-        if not self._limiter.allow(key_hash):  # may ask another host, so not under the lock below
+        if not self._limiter.allow(key_hash):  # may ask another host, so it stays outside the lock
             self.refused.count(key_hash)
             raise Refusal("rate limit exceeded", self._limiter.retry_after(key_hash))
         parse, _ = self._ingestion[environ["PATH_INFO"]]
-        with self._turn:
+        with self._decode_lock:
             timestamp, signature = _header(environ, "X_BACKFEEDR_TIMESTAMP"), _header(environ, "X_BACKFEEDR_SIGNATURE")
             if {"HTTP_X_BACKFEEDR_TIMESTAMP", "HTTP_X_BACKFEEDR_SIGNATURE"} & environ.keys():
                 verify(key, timestamp, signature, body, self.store.now)
@@ -7096,21 +7097,16 @@ class Backfeedr(Closing):
                 raise Refusal("signature required")
             plain = _decompress(environ, body, self.settings.max_body_size)
             try:
-                submission.reports = parse(plain, _header(environ, "X_BACKFEEDR_DEVICE").decode("utf-8", "replace"))
-            except RecursionError:  # at a depth that can be read, but not written again
+                device = _header(environ, "X_BACKFEEDR_DEVICE").decode("utf-8", "replace")
+                submission.reports = parse(plain, self.store.now, device)
+            except RecursionError:  # deeper than JSON can be written, though not than it can be read
                 raise Refusal("invalid JSON", detail="it is nested too deep") from None
             submission.idempotency = _idempotency(environ, signature, plain)
 
 
-def _diagnostics_answer(reports: Sequence[Any], seqs: Sequence[int]) -> JsonObject:
-    return {"count": len(seqs), "ids": [crash_id(seq) if type(each) is Crash else event_ids([seq])[0]
-                                        for each, seq in zip(reports, seqs)],
-            "group_hashes": [getattr(each, "group_hash", None) for each in reports]}
-
-
 class RefusedReports:
-    """Counts what the rate limit refuses: all phones of an app share its key, and are told no more than to come again.
-    Logs it once a minute."""
+    """Counts the reports that the rate limit refuses, and logs them once a minute. All phones of an app share its key,
+    and without this, only they would learn that they are too many."""
 
     def __init__(self, store: Store):
         self._store, self._lock, self._logged_at = store, threading.Lock(), 0
@@ -7120,36 +7116,38 @@ class RefusedReports:
         now = self._store.now
         with self._lock:
             self._counts[key_hash, now // DAY] += 1
-            is_due = not 0 <= now - self._logged_at < 60 * SECOND
-            self._logged_at = now if is_due else self._logged_at
-        for text in self.today() if is_due else ():
+            if 0 <= now - self._logged_at < 60 * SECOND:
+                return
+            self._logged_at = now
+        for text in self.today():
             log.warning("%s", text)
 
     def by_app(self, day: int | None = None) -> Counter[str]:
-        """Refused reports by the name of their app, of a UTC day or since this process began."""
+        """Counts refused reports by the name of their app, on a UTC day or since this process started."""
         totals: Counter[str] = Counter()
         with self._lock:
             counts = list(self._counts.items())
         apps = {bytes.fromhex(key.hash): key.app for key in self._store.keys()} if counts else {}
-        for (key_hash, of_day), count in counts:
-            totals[apps.get(key_hash, "")] += count if day in (None, of_day) else 0
-        return +totals
+        for (key_hash, counted_day), count in counts:
+            if day in (None, counted_day):
+                totals[apps.get(key_hash, "")] += count
+        return totals
 
     def today(self, app: str | None = None) -> list[str]:
-        """A sentence for each app of which something was refused today."""
+        """Returns a sentence for each app, or for one app, of which something was refused today."""
         return [f"{n:,} report{'s' * (n > 1)} of {name} {'were' if n > 1 else 'was'} refused today: rate limit"
                 for name, n in sorted(self.by_app(self._store.now // DAY).items()) if name and app in (None, name)]
 
 
-def first_start_text(made: FirstStart, url: str) -> str:
-    """What to tell an operator of the secrets that a start has made."""
+def first_start_text(created: FirstStart, url: str) -> str:
+    """Returns what tells an operator the secrets of a first start."""
     text = ""
-    if made.key:
-        text += f"Made the app 'default'. Its API key, shown only this once:\n\n    {made.key}\n\n"
-    if made.token:
-        text += f"The admin token, shown only this once; it opens the pages at {url}/\n\n    {made.token}\n\n"
-    if made.key:
-        text += "Send a first crash:\n\n    " + curl_line(url, made.key).replace("\n", "\n    ") + "\n\n"
+    if created.key:
+        text += f"Made the app 'default'. Its API key, shown only this once:\n\n    {created.key}\n\n"
+    if created.token:
+        text += f"The admin token, shown only this once; it opens the pages at {url}/\n\n    {created.token}\n\n"
+    if created.key:
+        text += "Send a first crash:\n\n    " + curl_line(url, created.key).replace("\n", "\n    ") + "\n\n"
     return text
 
 

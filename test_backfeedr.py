@@ -4387,13 +4387,13 @@ def test_a_lock_that_is_given_up_in_time_costs_nobody_a_report(api):
 # == Alerts ====================================================================
 
 class Receiver(socketserver.ThreadingMixIn, http.server.HTTPServer):
-    """Somebody who is told: on a free port, with what came, and what is answered."""
+    """A receiver of alerts on a free port. It keeps its requests, and answers as it is told."""
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), ReceiverHandler)
-        self.came, self.status, self.headers, self.before = [], 204, {}, lambda: None
+        self.requests, self.status, self.headers, self.on_request = [], 204, {}, lambda: None
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -4402,23 +4402,22 @@ class Receiver(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     @property
     def ids(self):
-        return [each.headers["webhook-id"] for each in self.came]
-
-    @property
-    def told(self):
-        """The facts of each message."""
-        return [each["data"]["facts"] for each in self.bodies]
+        return [request.headers["webhook-id"] for request in self.requests]
 
     @property
     def bodies(self):
-        return [json.loads(each.body) for each in self.came]
+        return [json.loads(request.body) for request in self.requests]
+
+    def facts(self, field):
+        """This field of the facts, a list for each message."""
+        return [[fact.get(field) for fact in body["data"]["facts"]] for body in self.bodies]
 
 
 class ReceiverHandler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        self.server.came.append(SimpleNamespace(path=self.path, headers=self.headers, body=body))
-        self.server.before()
+        self.server.requests.append(SimpleNamespace(path=self.path, headers=self.headers, body=body))
+        self.server.on_request()
         self.send_response(self.server.status)
         for name, value in self.server.headers.items():
             self.send_header(name, value)
@@ -4434,8 +4433,8 @@ class ReceiverHandler(http.server.BaseHTTPRequestHandler):
 def receivers():
     with Receiver() as one, Receiver() as two, Receiver() as three:
         yield one, two, three
-        for each in (one, two, three):
-            each.shutdown()
+        for receiver in (one, two, three):
+            receiver.shutdown()
 
 
 @pytest.fixture
@@ -4445,14 +4444,14 @@ def receiver(receivers):
 
 @pytest.fixture
 def alerting(serve, clock, receiver):
-    """A server that tells `receiver`."""
+    """A server with a channel to `receiver`."""
     server = serve()
     server.channel, server.secret = server.alerts.add(receiver.url + "/hook")
     return server
 
 
 def note(server, kind="crash.new", app="default", group="0123456789abcdef", times=1, **detail):
-    """Notes a fact, as a commit does; or one each of so many groups."""
+    """Notes a fact, as a commit does, or `times` facts of different groups."""
     with server.store.writing() as db:
         (app_id,), = db.execute("select id from apps where name = ?", (app,))
         for number in range(times):
@@ -4460,13 +4459,13 @@ def note(server, kind="crash.new", app="default", group="0123456789abcdef", time
                 "exception_type": "SIGABRT", "place": "Cart.pay()", "app_version": "1.3.0", **detail})
 
 
-def gather(server, clock, *messages, field="exception_type"):
-    """Makes messages, each of facts with these values in a field, and delivers none."""
+def queue_messages(server, clock, *messages, field="exception_type"):
+    """Queues messages without sending them. Each has a fact for each word of its text, with the word in `field`."""
     for values in messages:
         for value in values.split():
             note(server, **{field: value})
         clock.move(60)
-        server.alerts._gather()
+        server.alerts._queue_messages()
 
 
 def deliver_later(server, clock, seconds=60):
@@ -4474,7 +4473,13 @@ def deliver_later(server, clock, seconds=60):
     return dict(server.deliver())
 
 
-TOLD, NOT_TOLD, NONE_DUE = {"sent": 1, "failed": 0}, {"sent": 0, "failed": 1}, {"sent": 0, "failed": 0}
+def channel_values(server, *names):
+    """These values of the only channel."""
+    channel, = server.alerts.channels()
+    return tuple(channel[name] for name in names)
+
+
+ONE_SENT, ONE_FAILED, NONE_DUE = {"sent": 1, "failed": 0}, {"sent": 0, "failed": 1}, {"sent": 0, "failed": 0}
 
 
 def test_a_webhook_is_signed_and_shaped_as_standard_webhooks_says(serve, clock, receiver):
@@ -4483,10 +4488,10 @@ def test_a_webhook_is_signed_and_shaped_as_standard_webhooks_says(serve, clock, 
     server = serve(public_url="https://crashes.example.com/x/")
     _, secret = server.alerts.add(receiver.url + "/hook?a=b")
     assert re.fullmatch("whsec_[A-Za-z0-9+/]{43}=", secret)
-    note(server, build_number="48", crashes=3, devices=1, exception_reason="not told")
+    note(server, build_number="48", crashes=3, devices=1, exception_reason="secret")
     noted_at = backfeedr.iso_time(server.store.now)
-    assert deliver_later(server, clock) == TOLD
-    request, = receiver.came
+    assert deliver_later(server, clock) == ONE_SENT
+    request, = receiver.requests
     body = webhooks.Webhook(secret).verify(request.body, dict(request.headers))
     assert (request.path, request.headers["Content-Type"]) == ("/hook?a=b", "application/json")
     url = "https://crashes.example.com/x/crashes/0123456789abcdef?app=default"
@@ -4501,28 +4506,26 @@ def test_a_webhook_is_signed_and_shaped_as_standard_webhooks_says(serve, clock, 
             webhooks.Webhook(wrong).verify(request.body, dict(request.headers))
 
 
-def test_each_kind_of_fact_is_told_in_a_line(serve, clock, receiver):
-    server, texts = serve(), []
+def test_each_kind_of_fact_is_described_in_a_line(serve, clock, receiver):
+    server = serve()
     server.alerts.add(receiver.url, kinds=[kind for kind in backfeedr.FACT_KINDS if kind != "digest"])
-    for kind, detail, text in (
-            ("crash.new", {}, "New: SIGABRT in Cart.pay() (default 1.3.0)"),
-            ("crash.new", {"place": "", "app_version": None}, "New: SIGABRT (default)"),
-            ("crash.new", {"exception_type": "A\n" * 999}, "New: " + "A " * 99 + "A  (default 1.3.0)"),
-            ("crash.regressed", {"fixed_in": "1.2.9"},
-             "Regressed: SIGABRT in Cart.pay() (default 1.3.0, fixed in 1.2.9)"),
-            ("crash.unmuted", {"crashes": 1}, "Unmuted: SIGABRT in Cart.pay() (default 1.3.0, 1 crash)"),
-            ("crash.spread", {"devices": 1000}, "Spread: SIGABRT in Cart.pay() (default 1.3.0, 1,000 devices)"),
-            ("release.worse", {"before": "1.2.0", "text": "worse: 88 % of devices crash-free, 96 % before"},
-             "default 1.3.0 is worse: 88 % of devices crash-free, 96 % before")):
+    facts = [
+        ("crash.new", {}, "New: SIGABRT in Cart.pay() (default 1.3.0)"),
+        ("crash.new", {"place": "", "app_version": None}, "New: SIGABRT (default)"),
+        ("crash.new", {"exception_type": "A\n" * 999}, "New: " + "A " * 99 + "A  (default 1.3.0)"),
+        ("crash.regressed", {"fixed_in": "1.2.9"}, "Regressed: SIGABRT in Cart.pay() (default 1.3.0, fixed in 1.2.9)"),
+        ("crash.unmuted", {"crashes": 1}, "Unmuted: SIGABRT in Cart.pay() (default 1.3.0, 1 crash)"),
+        ("crash.spread", {"devices": 1000}, "Spread: SIGABRT in Cart.pay() (default 1.3.0, 1,000 devices)"),
+        ("release.worse", {"before": "1.2.0", "text": "worse: 88 % of devices crash-free, 96 % before"},
+         "default 1.3.0 is worse: 88 % of devices crash-free, 96 % before")]
+    for kind, detail, _ in facts:
         note(server, kind, **detail)
-        texts.append(text)
-    assert deliver_later(server, clock) == TOLD
-    assert [each["text"] for each in receiver.told[0]] == texts
+    assert deliver_later(server, clock) == ONE_SENT and receiver.facts("text") == [[text for *_, text in facts]]
     data = receiver.bodies[0]["data"]
     assert (data["title"], data.get("url")) == ("backfeedr: 3 new, 1 regressed, 1 unmuted, 1 spread, 1 worse", None)
 
 
-def test_slack_and_ntfy_get_a_text_whose_markup_is_ours(serve, clock, receivers):
+def test_slack_and_ntfy_get_text_without_markup_from_reports(serve, clock, receivers):
     slack, ntfy, protected = receivers
     server = serve(public_url="https://crashes.example.com")
     for url in (f"slack+{slack.url}/services/T0/B0/secret", f"ntfy+{ntfy.url}/base/my-topic",
@@ -4532,16 +4535,16 @@ def test_slack_and_ntfy_get_a_text_whose_markup_is_ours(serve, clock, receivers)
     note(server, "crash.regressed")
     assert deliver_later(server, clock) == {"sent": 3, "failed": 0}
     link = "https://crashes.example.com/crashes/0123456789abcdef?app=default"
-    assert (slack.came[0].path, slack.bodies) == ("/services/T0/B0/secret", [{"text": "\n".join([
+    assert (slack.requests[0].path, slack.bodies) == ("/services/T0/B0/secret", [{"text": "\n".join([
         "backfeedr: 1 new, 1 regressed",
         f"New: SIGABRT in &lt;!channel&gt; @\u200bhere &amp; co (default 1.3.0) {link}",
         f"Regressed: SIGABRT in Cart.pay() (default 1.3.0) {link}"])}])
-    assert (ntfy.came[0].path, ntfy.bodies) == ("/base/", [{
+    assert (ntfy.requests[0].path, ntfy.bodies) == ("/base/", [{
         "topic": "my-topic", "title": "backfeedr: 1 new, 1 regressed",
         "click": "https://crashes.example.com/crashes", "message": "\n".join([
             "New: SIGABRT in <!channel> @here & co (default 1.3.0)",
             "Regressed: SIGABRT in Cart.pay() (default 1.3.0)"])}])
-    assert protected.came[0].headers["Authorization"] == "Basic " + base64.b64encode(b":tk_a:b").decode()
+    assert protected.requests[0].headers["Authorization"] == "Basic " + base64.b64encode(b":tk_a:b").decode()
 
 
 @pytest.mark.parametrize("text, shown", [
@@ -4549,96 +4552,92 @@ def test_slack_and_ntfy_get_a_text_whose_markup_is_ours(serve, clock, receivers)
     ("[x](https://e)", "[x]\u200b(https://e)"), ("![x](https://e)" * 9, "![x]\u200b(https://e)" * 9),
     ("\u20ac" * 500, "\u20ac" * 300), ("\U0001f600" * 900, "\U0001f600" * 300)])
 @pytest.mark.parametrize("facts", [1, 10])
-def test_a_text_for_a_chat_has_no_markup_of_a_report_and_says_what_did_not_fit(text, shown, facts):
+def test_a_chat_message_has_no_markup_from_reports_and_counts_the_facts_that_do_not_fit(text, shown, facts):
     body = {"data": {"title": "2 new", "facts": [{"text": text, "url": "https://c/1"}] * facts, "more": 2}}
-    sent = json.loads(backfeedr._slack({"url": "slack+https://e.com/1", "body": json.dumps(body)}, 0)[1])["text"]
+    message = {"url": "slack+https://e.com/1", "body": json.dumps(body)}
+    sent = json.loads(backfeedr._slack_request(message, 0)[1])["text"]
     lines = sent.splitlines()
     assert len(sent.encode()) < 2000 and (lines[0], lines[1][:len(shown)]) == ("2 new", shown)
     assert lines[1].endswith(" https://c/1") and not re.search(r"[<>]|\]\(|@(?!\u200b)|&(?!lt;|amp;)", sent)
     assert lines[-1] == f"and {facts + 2 - sum(line.startswith(shown) for line in lines)} more"
 
 
-def test_the_facts_of_a_minute_are_one_message_and_those_after_it_another(alerting, clock, receiver):
+def test_the_facts_of_a_minute_share_a_message(alerting, clock, receiver):
     for seconds in (0, 30, 29):
         clock.move(seconds)
         note(alerting)
         assert dict(alerting.deliver()) == NONE_DUE
-    assert deliver_later(alerting, clock, 1) == TOLD
+    assert deliver_later(alerting, clock, 1) == ONE_SENT
     note(alerting)
     assert deliver_later(alerting, clock, 59) == NONE_DUE
-    assert deliver_later(alerting, clock, 1) == TOLD
-    assert [len(each) for each in receiver.told] == [3, 1]
+    assert deliver_later(alerting, clock, 1) == ONE_SENT
+    assert list(map(len, receiver.facts("text"))) == [3, 1]
     note(alerting)
-    assert deliver_later(alerting, clock, -3600) == TOLD, "the clock was set back"
+    assert deliver_later(alerting, clock, -3600) == ONE_SENT, "the clock was set back"
     assert stored(alerting, "facts") == {"facts": []}
 
 
-def test_a_storm_of_500_new_groups_is_one_message_and_a_count(alerting, clock, receiver):
+def test_500_new_groups_make_one_message_with_a_count(alerting, clock, receiver):
     note(alerting, times=500)
     note(alerting, "crash.regressed")
     alerting.alerts.add(f"slack+{receiver.url}")
-    assert deliver_later(alerting, clock) == TOLD, "the second channel is younger"
+    assert deliver_later(alerting, clock) == ONE_SENT, "the second channel is younger"
     assert deliver_later(alerting, clock, 3600) == NONE_DUE
-    assert [each["group_hash"] for each in receiver.told[0]] == [f"{number:016x}" for number in range(10)]
+    assert receiver.facts("group_hash") == [[f"{number:016x}" for number in range(10)]]
     data = receiver.bodies[0]["data"]
     assert (data["title"], data["more"]) == ("backfeedr: 500 new, 1 regressed", 491)
-    assert len(receiver.came[0].body) < 4000 and stored(alerting, "facts") == {"facts": []}
+    assert len(receiver.requests[0].body) < 4000 and stored(alerting, "facts") == {"facts": []}
 
 
-def test_at_most_30_messages_an_hour_go_to_a_channel_and_what_is_beyond_goes_with_a_later_one(
-        alerting, clock, receiver, monkeypatch):
-    assert backfeedr.HOURLY == 30
-    monkeypatch.setattr(backfeedr, "HOURLY", 3)
+def test_a_channel_gets_30_messages_an_hour_and_further_facts_in_a_later_one(alerting, clock, receiver, monkeypatch):
+    assert backfeedr.MAX_HOURLY_MESSAGES == 30
+    monkeypatch.setattr(backfeedr, "MAX_HOURLY_MESSAGES", 3)
     for number in range(5):
-        note(alerting, group=f"{number:016x}")
-        assert deliver_later(alerting, clock) == (TOLD if number < 3 else NONE_DUE)
+        note(alerting, exception_type=f"E{number}")
+        assert deliver_later(alerting, clock) == (ONE_SENT if number < 3 else NONE_DUE)
     assert deliver_later(alerting, clock, 3659 - 300) == NONE_DUE, "it is not an hour since the first"
-    assert deliver_later(alerting, clock, 1) == TOLD
-    assert [[int(each["group_hash"], 16) for each in facts] for facts in receiver.told] == [[0], [1], [2], [3, 4]]
+    assert deliver_later(alerting, clock, 1) == ONE_SENT
+    assert receiver.facts("exception_type") == [["E0"], ["E1"], ["E2"], ["E3", "E4"]]
 
 
-def test_a_receiver_that_is_down_for_a_day_gets_each_once_it_is_back_under_the_same_id(alerting, clock, receiver):
+def test_a_receiver_that_was_down_for_a_day_gets_each_message_under_its_first_id(alerting, clock, receiver):
     receiver.status = 503
     for _ in range(4):
         note(alerting)
         deliver_later(alerting, clock, 6 * 3600)
     waiting = {row[0] for row in stored(alerting, "messages")["messages"]}
     assert len(waiting) == 4 and len(receiver.ids) == 4 and set(receiver.ids) < waiting
-    channel, = alerting.alerts.channels()
-    assert (channel["error"], channel["waiting"], channel["sent_at"]) == ("it answered 503", 4, None)
-    receiver.status, receiver.came = 200, []
+    assert channel_values(alerting, "error", "waiting", "sent_at") == ("it answered 503", 4, None)
+    receiver.status, receiver.requests = 200, []
     assert deliver_later(alerting, clock, 24 * 3600) == {"sent": 4, "failed": 0}
     assert sorted(receiver.ids) == sorted(waiting)
     assert deliver_later(alerting, clock, 48 * 3600) == NONE_DUE
-    channel, = alerting.alerts.channels()
-    assert (channel["error"], channel["waiting"], channel["sent_at"]) == (None, 0, int((clock() - 48 * 3600) * 1000))
+    assert channel_values(alerting, "error", "waiting", "sent_at") == (None, 0, int((clock() - 48 * 3600) * 1000))
 
 
-def test_a_message_is_tried_ten_times_by_the_schedule_and_then_given_up_while_its_error_stays(
-        alerting, clock, receiver):
+def test_a_message_is_tried_ten_times_by_the_schedule_and_its_error_stays(alerting, clock, receiver):
     receiver.status = 500
     note(alerting)
-    assert deliver_later(alerting, clock) == NOT_TOLD
+    assert deliver_later(alerting, clock) == ONE_FAILED
     for pause in (5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400):
         assert deliver_later(alerting, clock, pause - 1) == NONE_DUE
-        assert deliver_later(alerting, clock, 1) == NOT_TOLD
+        assert deliver_later(alerting, clock, 1) == ONE_FAILED
     receiver.status = 200
     assert deliver_later(alerting, clock, 10 * 86400) == NONE_DUE
     assert len(receiver.ids) == 10 and len(set(receiver.ids)) == 1
-    channel, = alerting.alerts.channels()
-    assert (channel["error"], channel["waiting"], channel["ended_at"]) == ("it answered 500", 0, None)
+    assert channel_values(alerting, "error", "waiting", "ended_at") == ("it answered 500", 0, None)
     note(alerting)
-    assert deliver_later(alerting, clock) == TOLD and alerting.alerts.channels()[0]["error"] is None
+    assert deliver_later(alerting, clock) == ONE_SENT and channel_values(alerting, "error") == (None,)
 
 
 def test_a_channel_that_answers_410_ends_and_the_page_says_so(alerting, clock, receiver):
     receiver.status = 410
     note(alerting)
-    assert deliver_later(alerting, clock) == NOT_TOLD
+    assert deliver_later(alerting, clock) == ONE_FAILED
     receiver.status = 200
     note(alerting)
-    assert deliver_later(alerting, clock, 86400) == NONE_DUE and len(receiver.came) == 1
-    assert stored(alerting, "messages", "facts") == {"messages": [], "facts": []}, "nobody is left to tell"
+    assert deliver_later(alerting, clock, 86400) == NONE_DUE and len(receiver.requests) == 1
+    assert stored(alerting, "messages", "facts") == {"messages": [], "facts": []}, "there is no channel any more"
     assert "ended 1 d ago : the receiver answered 410 Gone" in Person(alerting).has_session().text("/apps")
 
 
@@ -4646,16 +4645,16 @@ def test_retry_after_is_honoured_up_to_a_day(alerting, clock, receiver):
     for value, seconds in (("7200", 7200), ("1", 5)):
         receiver.status, receiver.headers = 429, {"Retry-After": value}
         note(alerting)
-        assert deliver_later(alerting, clock) == NOT_TOLD
+        assert deliver_later(alerting, clock) == ONE_FAILED
         assert deliver_later(alerting, clock, seconds - 1) == NONE_DUE
         receiver.status, receiver.headers = 204, {}
-        assert deliver_later(alerting, clock, 1) == TOLD
+        assert deliver_later(alerting, clock, 1) == ONE_SENT
     for value, seconds in (
             ("7200", 7200), ("0", 0), ("-5", 0), ("soon", 0), ("", 0), ("9" * 50, 0), ("999999999", 86400),
             ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("an hour", 0), ("\xe4", 0)):
-        assert backfeedr._pause(value) == 1000 * seconds, value
+        assert backfeedr._retry_after_ms(value) == 1000 * seconds, value
     at = datetime.fromtimestamp(time.time() + 3600, timezone.utc)
-    assert 3_590_000 <= backfeedr._pause(at.strftime("%a, %d %b %Y %H:%M:%S GMT")) <= 3_600_000
+    assert 3_590_000 <= backfeedr._retry_after_ms(at.strftime("%a, %d %b %Y %H:%M:%S GMT")) <= 3_600_000
 
 
 def test_a_redirect_is_not_followed(alerting, receivers):
@@ -4664,11 +4663,11 @@ def test_a_redirect_is_not_followed(alerting, receivers):
         receiver.status, receiver.headers = status, {"Location": elsewhere.url}
         with pytest.raises(StoreError, match=f"channel {alerting.channel}: it answered {status}"):
             alerting.alerts.test(alerting.channel)
-    assert (len(receiver.came), elsewhere.came) == (5, [])
+    assert (len(receiver.requests), elsewhere.requests) == (5, [])
 
 
 def drip(connection):
-    """Answers a byte at a time: each comes in time."""
+    """Answers a byte at a time, each within the timeout of a socket."""
     with suppress(OSError):
         for byte in b"HTTP/1.1 200 OK\r\n" + b"X: " + b"x" * 60000:
             connection.sendall(bytes([byte]))
@@ -4679,15 +4678,15 @@ def drip(connection):
     (lambda connection: connection.recv(1), "no answer in time"), (drip, "no answer in time"),
     (lambda connection: connection.sendall(b"what?\r\n\r\n"), "BadStatusLine"),
     (lambda connection: connection.close(), "RemoteDisconnected")])
-def test_a_receiver_that_answers_slowly_or_nonsense_counts_as_down_and_holds_nobody_up(
+def test_a_receiver_that_answers_late_or_nonsense_does_not_hold_up_others(
         serve, clock, receiver, monkeypatch, answer, error):
-    monkeypatch.setattr(backfeedr, "TRY_SECONDS", 0.2)
+    monkeypatch.setattr(backfeedr, "SEND_TIMEOUT", 0.2)
     server, held = serve(), threading.Event()
 
     def serve_one():
         connection, _ = listener.accept()
         message = b""
-        while not message.endswith(b"}"):  # all of it: what is not read when it closes resets the connection
+        while not message.endswith(b"}"):  # reads all of it, because closing with unread data resets the connection
             message += connection.recv(65536)
         answer(connection)
         held.wait(10)
@@ -4703,56 +4702,56 @@ def test_a_receiver_that_answers_slowly_or_nonsense_counts_as_down_and_holds_nob
     assert server.alerts.channels()[0]["error"] == error
 
 
-def test_what_is_not_about_the_message_holds_up_the_others_of_its_channel(serve, clock, receiver):
+def test_a_failure_of_the_receiver_holds_up_the_channel_and_a_refused_message_does_not(serve, clock, receiver):
     server = serve()
     for status, tried in {500: 1, 503: 1, 429: 1, 408: 1, 301: 1, 400: 3, 401: 3, 404: 3, 413: 3}.items():
         number, _ = server.alerts.add(receiver.url)
-        receiver.status, receiver.came = status, []
-        gather(server, clock, "A", "B", "C")
+        receiver.status, receiver.requests = status, []
+        queue_messages(server, clock, "A", "B", "C")
         assert dict(server.deliver()) == {"sent": 0, "failed": tried} and len(set(receiver.ids)) == tried, status
         receiver.status = 200
         assert deliver_later(server, clock, 5) == {"sent": 3, "failed": 0}
         server.alerts.remove(number)
 
 
-@pytest.mark.parametrize("status, waiting, told", [
+@pytest.mark.parametrize("status, waiting, messages", [
     (500, 3, ["E0", "E1", "E2", "E3 E4 E5"]), (400, 6, ["E0", "E1", "E2", "E3", "E4", "E5"])])
-def test_a_channel_that_is_down_collects_an_hours_messages_and_one_that_refuses_them_is_sent_the_later_ones(
-        alerting, clock, receiver, monkeypatch, status, waiting, told):
-    monkeypatch.setattr(backfeedr, "HOURLY", 3)
+def test_a_channel_that_is_down_queues_an_hours_messages_and_one_that_refuses_them_gets_more(
+        alerting, clock, receiver, monkeypatch, status, waiting, messages):
+    monkeypatch.setattr(backfeedr, "MAX_HOURLY_MESSAGES", 3)
     receiver.status = status
     for number in range(6):
         note(alerting, exception_type=f"E{number}")
         deliver_later(alerting, clock, 2 * 3600)
     assert alerting.alerts.channels()[0]["waiting"] == waiting
-    assert ("E5" in receiver.came[-1].body) == (status == 400)
-    receiver.status, receiver.came = 204, []
+    assert ("E5" in receiver.requests[-1].body) == (status == 400)
+    receiver.status, receiver.requests = 204, []
     deliver_later(alerting, clock, 86400)
-    assert deliver_later(alerting, clock) == (TOLD if status == 500 else NONE_DUE), "what was beyond"
-    assert [" ".join(each["exception_type"] for each in facts) for facts in receiver.told] == told
+    assert deliver_later(alerting, clock) == (ONE_SENT if status == 500 else NONE_DUE), "facts beyond the limit"
+    assert list(map(" ".join, receiver.facts("exception_type"))) == messages
 
 
-def test_a_message_that_is_refused_holds_up_no_other_and_none_is_lost_in_three_days(alerting, clock, receiver):
+def test_a_refused_message_delays_no_other_and_none_is_lost_in_three_days(alerting, clock, receiver):
     def answer():
-        receiver.status = 422 if "Poisoned" in receiver.came[-1].body else 204
+        receiver.status = 422 if "Refused" in receiver.requests[-1].body else 204
 
-    def told():
-        return [facts[0]["exception_type"] for facts in receiver.told]
+    def received():
+        return [type for type, in receiver.facts("exception_type")]
 
-    receiver.before, good = answer, ["Good1", "Poisoned", "Good2", "Good3"]
-    gather(alerting, clock, *good)
-    assert dict(alerting.deliver()) == {"sent": 3, "failed": 1} and told() == good
+    receiver.on_request, types = answer, ["Good1", "Refused", "Good2", "Good3"]
+    queue_messages(alerting, clock, *types)
+    assert dict(alerting.deliver()) == {"sent": 3, "failed": 1} and received() == types
     for hour in range(0, 72, 6):
         note(alerting, exception_type=f"Later {hour}")
         assert deliver_later(alerting, clock, 6 * 3600)["sent"] == 1
-        assert f"Later {hour}" in told()[-2:]
-    assert 6 <= told().count("Poisoned") <= 9, "by its own schedule, whatever gets through"
-    receiver.before, receiver.status = lambda: None, 204
-    assert deliver_later(alerting, clock, 86400) == TOLD and told()[-1] == "Poisoned"
+        assert f"Later {hour}" in received()[-2:]
+    assert 6 <= received().count("Refused") <= 9, "it keeps its own schedule"
+    receiver.on_request, receiver.status = lambda: None, 204
+    assert deliver_later(alerting, clock, 86400) == ONE_SENT and received()[-1] == "Refused"
     assert deliver_later(alerting, clock, 86400) == NONE_DUE
 
 
-def test_a_poisoned_channel_does_not_hold_up_the_others_and_the_log_has_no_address(
+def test_an_unexpected_error_delays_no_other_channel_and_its_log_line_has_no_address(
         serve, clock, receiver, monkeypatch, caplog):
     def fail(*arguments):
         raise KeyError("slack+http://secret.example.com/secret")
@@ -4763,11 +4762,11 @@ def test_a_poisoned_channel_does_not_hold_up_the_others_and_the_log_has_no_addre
         server.alerts.add(url)
     note(server)
     assert deliver_later(server, clock) == {"sent": 1, "failed": 1}
-    assert [each["error"] for each in server.alerts.channels()] == ["KeyError", None]
+    assert [channel["error"] for channel in server.alerts.channels()] == ["KeyError", None]
     assert "cannot send to channel" in caplog.text and "secret" not in caplog.text
 
 
-def test_two_that_deliver_at_once_send_each_message_once(serve, clock, receiver):
+def test_two_servers_that_deliver_at_once_send_each_message_once(serve, clock, receiver):
     server = serve()
     other = Store(server.store.path, clock) if not POSTGRES else postgres().PostgresStore(server.store.path, clock)
     for _ in range(20):
@@ -4780,16 +4779,12 @@ def test_two_that_deliver_at_once_send_each_message_once(serve, clock, receiver)
     assert done == Counter(sent=20) and len(set(receiver.ids)) == len(receiver.ids) == 20
 
 
-def test_what_one_delivers_another_leaves_alone_while_reports_and_questions_go_on(alerting, clock, receiver):
-    at_once = []
-
-    def meanwhile():
-        at_once.append((alerting.deliver(), Api(alerting).post(CRASHES, CRASH)[0],
-                        Api(alerting).get("/api/v1/overview")[0]))
-
-    receiver.before = meanwhile
+def test_a_message_that_is_being_sent_is_claimed_and_blocks_no_report_or_question(alerting, clock, receiver):
+    meanwhile, api = [], Api(alerting)
+    receiver.on_request = lambda: meanwhile.append((
+        dict(alerting.deliver()), api.post(CRASHES, CRASH)[0], api.get("/api/v1/overview")[0]))
     note(alerting)
-    assert deliver_later(alerting, clock) == TOLD and at_once == [(Counter(sent=0, failed=0), 201, 200)]
+    assert deliver_later(alerting, clock) == ONE_SENT and meanwhile == [(NONE_DUE, 201, 200)]
 
 
 @pytest.mark.slow
@@ -4799,27 +4794,27 @@ def test_kill_9_between_commit_and_delivery_loses_no_alert(alerting, clock, rece
     db = alerting.store.path
     program = [EXAMPLES / "postgres.py", db] if POSTGRES else PROGRAM
     sending, killed = threading.Event(), threading.Event()
-    receiver.before = lambda: (sending.set(), killed.wait(20))
+    receiver.on_request = lambda: (sending.set(), killed.wait(20))
     process = start_python(*program, "deliver", *([] if POSTGRES else ["--db", db]))
     assert sending.wait(20)
     process.kill()
     process.communicate()
     killed.set()
-    receiver.before = lambda: None
+    receiver.on_request = lambda: None
     clock.seconds = time.time()
-    assert dict(alerting.deliver()) == NONE_DUE, "somebody may still be sending it"
-    assert deliver_later(alerting, clock, 61) == TOLD and deliver_later(alerting, clock, 3600) == NONE_DUE
+    assert dict(alerting.deliver()) == NONE_DUE, "the process that was killed has claimed it"
+    assert deliver_later(alerting, clock, 61) == ONE_SENT and deliver_later(alerting, clock, 3600) == NONE_DUE
     assert len(receiver.ids) == 2 and len(set(receiver.ids)) == 1
 
 
 @pytest.mark.slow
-def test_a_server_delivers_in_a_thread_that_ends_with_it_even_while_a_receiver_hangs(alerting, clock, receiver, run):
+def test_a_server_delivers_in_a_thread_and_stops_even_while_a_receiver_hangs(alerting, clock, receiver, run):
     hung, over = threading.Event(), threading.Event()
     clock.seconds = time.time() - 300
     note(alerting)
     server = run(db=alerting.store.path)
     wait_until(lambda: alerting.alerts.channels()[0]["sent_at"])
-    receiver.before = lambda: (hung.set(), over.wait(20))
+    receiver.on_request = lambda: (hung.set(), over.wait(20))
     note(alerting)
     assert hung.wait(20)
     assert server.stop(seconds=8)[::2] == (0, "")
@@ -4829,63 +4824,59 @@ def test_a_server_delivers_in_a_thread_that_ends_with_it_even_while_a_receiver_h
 def test_facts_are_kept_only_while_there_is_a_channel_for_them(serve, clock, receiver):
     server = serve()
     note(server)
-    assert stored(server, "facts") == {"facts": []}, "nobody would be told"
+    assert stored(server, "facts") == {"facts": []}, "there is no channel"
     number, _ = server.alerts.add(receiver.url, kinds=["crash.spread"])
     note(server)
-    assert deliver_later(server, clock) == NONE_DUE and stored(server, "facts") == {"facts": []}, "nobody wants it"
+    assert deliver_later(server, clock) == NONE_DUE and stored(server, "facts") == {"facts": []}, "no channel wants it"
     note(server)
     clock.move(8 * 86400)
     assert Api(server).post(CRASHES, CRASH)[0] == 201
-    assert [row[4] for row in stored(server, "facts")["facts"]] == [group_hash("SIGABRT", [])], "nobody delivered it"
+    assert [row[4] for row in stored(server, "facts")["facts"]] == [group_hash("SIGABRT", [])], "nothing was delivered"
     server.alerts.remove(number)
     with pytest.raises(StoreError, match=f"there is no channel {number}"):
         server.alerts.remove(number)
 
 
-def test_a_channel_is_told_of_its_app_or_of_all_live_ones_and_of_the_facts_that_it_asked_for(
-        serve, clock, receivers):
+def test_a_channel_gets_the_facts_it_asked_for_of_its_app_or_of_all_live_apps(serve, clock, receivers):
     server = serve()
     server.store.create_app("Beta", is_test=True)
     server.store.create_app("Shop")
-    for each, options in zip(receivers, ({}, {"app": "Beta"}, {"app": "Shop", "kinds": ["crash.spread", "crash.new"]})):
-        server.alerts.add(each.url, **options)
+    for receiver, options in zip(receivers, (
+            {}, {"app": "Beta"}, {"app": "Shop", "kinds": ["crash.spread", "crash.new"]})):
+        server.alerts.add(receiver.url, **options)
     for app in ("default", "Beta", "Shop"):
         for kind in ("crash.new", "crash.regressed", "crash.unmuted", "crash.spread", "release.worse"):
             note(server, kind, app)
     assert deliver_later(server, clock) == {"sent": 3, "failed": 0}
-    told = [[(each["app"], each["type"].partition(".")[2]) for each in receiver.told[0]] for receiver in receivers]
-    on = ("new", "regressed", "unmuted")
-    assert told == [[(app, kind) for app in ("default", "Shop") for kind in on], [("Beta", kind) for kind in on],
-                    [("Shop", "new"), ("Shop", "spread")]]
+    on = ["crash.new", "crash.regressed", "crash.unmuted"]
+    assert [(receiver.facts("app"), receiver.facts("type")) for receiver in receivers] == [
+        ([["default"] * 3 + ["Shop"] * 3], [on * 2]), ([["Beta"] * 3], [on]),
+        ([["Shop"] * 2], [["crash.new", "crash.spread"]])]
 
 
-def test_nothing_of_a_deleted_app_is_sent(serve, clock, receiver):
-    server = serve()
-    server.store.create_app("Shop")
-    server.alerts.add(receiver.url)
-    server.alerts.add(receiver.url, app="Shop")
-    gather(server, clock, "Shop", "Shop default", "default", field="app")
-    note(server, app="Shop")
-    server.store.delete_app("Shop")
-    assert len(server.alerts.channels()) == 1 and stored(server, "facts") == {"facts": []}
-    assert deliver_later(server, clock) == {"sent": 2, "failed": 0}
-    assert [[fact["app"] for fact in facts] for facts in receiver.told] == [["default"]] * 2
+def test_nothing_of_a_deleted_app_is_sent(alerting, clock, receiver):
+    alerting.store.create_app("Shop")
+    alerting.alerts.add(receiver.url, app="Shop")
+    queue_messages(alerting, clock, "Shop", "Shop default", "default", field="app")
+    note(alerting, app="Shop")
+    alerting.store.delete_app("Shop")
+    assert len(alerting.alerts.channels()) == 1 and stored(alerting, "facts") == {"facts": []}
+    assert deliver_later(alerting, clock) == {"sent": 2, "failed": 0}
+    assert receiver.facts("app") == [["default"]] * 2
 
 
-def test_nothing_of_an_app_is_sent_that_is_deleted_while_messages_are_on_their_way(serve, clock, receiver):
-    server = serve()
-    server.store.create_app("Shop")
-    server.alerts.add(receiver.url)
-    gather(server, clock, "Shop", "Shop default", field="app")
-    receiver.before = lambda: len(receiver.came) == 1 and server.store.delete_app("Shop")
-    receiver.status = 400  # of which the next message knows nothing
-    assert deliver_later(server, clock) == {"sent": 0, "failed": 2}
+def test_nothing_of_an_app_is_sent_once_it_is_deleted_during_a_delivery(alerting, clock, receiver):
+    alerting.store.create_app("Shop")
+    queue_messages(alerting, clock, "Shop", "Shop default", field="app")
+    receiver.on_request = lambda: len(receiver.requests) == 1 and alerting.store.delete_app("Shop")
+    receiver.status = 400  # which does not hold up the next message
+    assert deliver_later(alerting, clock) == {"sent": 0, "failed": 2}
     receiver.status = 204
-    assert deliver_later(server, clock) == {"sent": 1, "failed": 0}, "a message without facts does not come back"
-    assert [[fact["app"] for fact in facts] for facts in receiver.told] == [["Shop"], ["default"], ["default"]]
+    assert deliver_later(alerting, clock) == ONE_SENT, "a message without facts is deleted"
+    assert receiver.facts("app") == [["Shop"], ["default"], ["default"]]
 
 
-def test_a_reason_leaves_the_host_only_where_a_channel_asks_for_it(serve, clock, receivers):
+def test_a_reason_leaves_the_host_only_if_a_channel_asks_for_it(serve, clock, receivers):
     server = serve()
     server.alerts.add(receivers[0].url)
     server.alerts.add(receivers[1].url, with_reason=True)
@@ -4893,13 +4884,13 @@ def test_a_reason_leaves_the_host_only_where_a_channel_asks_for_it(serve, clock,
     _, answer = Api(server).post(CRASHES, {**CRASH, "exception_reason": "Card 4111", "device_id_hash": "d" * 64})
     note(server, group=answer["group_hash"], device_id_hash="d" * 64, exception_reason="Card 4111", user="me")
     assert deliver_later(server, clock) == {"sent": 3, "failed": 0}
-    without, having, chat = (each.came[0].body for each in receivers)
-    assert not re.search("4111|dddd|me\"", without)
-    assert json.loads(having)["data"]["facts"][0]["reason"] == "Card 4111" and "dddd" not in having
+    plain, with_reason, chat = (receiver.requests[0].body for receiver in receivers)
+    assert not re.search("4111|dddd|me\"", plain)
+    assert receivers[1].facts("reason") == [["Card 4111"] * 2] and "dddd" not in with_reason
     assert "(default 1.3.0): Card 4111" in chat
 
 
-def test_an_address_that_cannot_be_sent_to_is_refused(api, monkeypatch):
+def test_an_address_to_which_nothing_can_be_sent_is_refused(api, monkeypatch):
     monkeypatch.setitem(sys.modules, "apprise", None)
     for url in ("", "example.com", "https://", "https://a b/", "https://a\n/", "https://a:99999/", "https://a:0/",
                 "https://[", "https://a/#b", "https://\xe4.de/", "ntfy+https://ntfy.sh", "ntfy+https://ntfy.sh/",
@@ -4909,8 +4900,8 @@ def test_an_address_that_cannot_be_sent_to_is_refused(api, monkeypatch):
     assert api.server.alerts.channels() == []
 
 
-def test_other_addresses_go_through_apprise_where_it_is_installed(serve, clock, monkeypatch):
-    told = []
+def test_other_addresses_go_through_apprise_if_it_is_installed(serve, clock, monkeypatch):
+    notified = []
 
     class Apprise:
         def add(self, url):
@@ -4918,8 +4909,8 @@ def test_other_addresses_go_through_apprise_where_it_is_installed(serve, clock, 
             return url.startswith("tgram:")
 
         def notify(self, title, body):
-            told.append((self.url, title, body))
-            return len(told) > 1
+            notified.append((self.url, title, body))
+            return len(notified) > 1
 
     server = serve()
     monkeypatch.setitem(sys.modules, "apprise", SimpleNamespace(Apprise=Apprise))
@@ -4927,13 +4918,14 @@ def test_other_addresses_go_through_apprise_where_it_is_installed(serve, clock, 
         server.alerts.add("other://a/b")
     assert server.alerts.add("tgram://bottoken/ChatID")[1] == ""
     note(server)
-    assert deliver_later(server, clock) == NOT_TOLD
+    assert deliver_later(server, clock) == ONE_FAILED
     assert server.alerts.channels()[0]["error"] == "Apprise could not send it"
-    assert deliver_later(server, clock, 5) == TOLD
-    assert told == 2 * [("tgram://bottoken/ChatID", "backfeedr: 1 new", "New: SIGABRT in Cart.pay() (default 1.3.0)")]
+    assert deliver_later(server, clock, 5) == ONE_SENT
+    message = ("tgram://bottoken/ChatID", "backfeedr: 1 new", "New: SIGABRT in Cart.pay() (default 1.3.0)")
+    assert notified == [message] * 2
     monkeypatch.setitem(sys.modules, "apprise", None)
     note(server)
-    assert deliver_later(server, clock) == NOT_TOLD
+    assert deliver_later(server, clock) == ONE_FAILED
     assert "pip install" in server.alerts.channels()[0]["error"]
 
 
@@ -4943,7 +4935,7 @@ def test_other_addresses_go_through_apprise_where_it_is_installed(serve, clock, 
     ("https://user:password@example.com:8443/a?token=abcdefghijkl", "https://example.com/...ijkl"),
     ("ntfy+https://ntfy.sh/topic", "ntfy+https://ntfy.sh/..."), ("https://example.com", "https://example.com"),
     ("tgram://123456:bottoken/ChatID", "tgram://...atID"), ("pover://user@tok", "pover://...")])
-def test_an_address_is_shown_without_what_may_be_secret(url, shown):
+def test_an_address_is_shown_without_its_secrets(url, shown):
     assert backfeedr.shown_address(url) == shown
 
 
@@ -4956,7 +4948,7 @@ def digesting(keeping, clock, receiver):
 
 
 def new_in_digests(receiver):
-    return [facts[-2]["text"] for facts in receiver.told]
+    return [texts[-2] for texts in receiver.facts("text")]
 
 
 def test_a_digest_comes_at_its_hour_each_day_and_says_what_is_new_resolved_and_regressed(digesting, clock, receiver):
@@ -4964,17 +4956,16 @@ def test_a_digest_comes_at_its_hour_each_day_and_says_what_is_new_resolved_and_r
         Api(digesting).post(CRASHES, {**CRASH, "exception_type": name, "app_version": "1.0"})
         decided(digesting, {"state": "resolved", "fixed_in": "1.0"}, group_hash(name, []))
     Api(digesting).post(CRASHES, {**CRASH, "exception_type": "B", "app_version": "1.0"})
-    for seconds, done in ((29 * 60, NONE_DUE), (60, TOLD), (86399, NONE_DUE), (1, TOLD), (5 * 86400 + 60, TOLD),
-                          (86400 - 61, NONE_DUE), (1, TOLD)):  # one, after days without a server
-        assert deliver_later(digesting, clock, seconds) == done
-    assert [[each["text"] for each in facts] for facts in receiver.told[:2]] == [
+    for seconds, number in ((29 * 60, 0), (60, 1), (86399, 0), (1, 1), (5 * 86400 + 60, 1), (86400 - 61, 0), (1, 1)):
+        assert deliver_later(digesting, clock, seconds)["sent"] == number, "one, even after days without a server"
+    assert receiver.facts("text")[:2] == [
         ["Crashes: 0 yesterday, 0 the day before", "New: 2; A; B", "Resolved: 1; regressed: 1"],
         ["Crashes: 3 yesterday, 0 the day before", "New: 0", "Resolved: 0; regressed: 0"]]
     assert {body["type"] for body in receiver.bodies} == {"digest"}
     assert receiver.bodies[0]["data"]["title"] == "backfeedr: the last day of all apps"
 
 
-def test_what_comes_late_is_new_in_one_digest_whenever_the_digests_are_made(digesting, clock, receiver):
+def test_a_group_is_new_in_exactly_one_digest_however_late_its_crash_or_the_digest_is(digesting, clock, receiver):
     def send(name, hours_ago):
         Api(digesting).post(CRASHES, {
             **CRASH, "exception_type": name, "occurred_at": time_text(clock.seconds - hours_ago * 3600)})
@@ -5008,24 +4999,25 @@ def test_the_feed_leaves_out_a_group_whose_crashes_have_expired(keeping, clock):
     assert "<entry>" not in webtest.TestApp(server).get(address) and count(server, "groups") == 1
 
 
-def test_a_digest_says_of_the_newest_release_of_each_live_app_how_it_is(serve, clock):
+def test_a_digest_has_the_verdict_on_the_newest_release_of_each_live_app(serve, clock):
     server = serve()
     keys = [KEY_HASH, *(backfeedr.sha256(server.store.create_app(app, is_test=app == "Test"))
                         for app in ("Shop", "Test", "Quiet"))]
-    for version, crashed in (("1.9", (4, 40, 4)), ("1.10", (4, 80, 80)), ("1.2", (0, 0, 0))):  # the last: a straggler
+    for version, crashed in (("1.9", (4, 40, 4)), ("1.10", (4, 80, 80)), ("1.2", (0, 0, 0))):  # 1.2 comes late
         for key_hash, number in zip(keys, crashed):
             send_devices(server, version, 100 if crashed[1] else 1, number, key_hash)
         clock.move(A_DAY)
-    said = {"default": "default 1.10 is too early: about 50 more devices",
-            "Shop": "Shop 1.10 is worse: 20 % of devices crash-free, 60 % before",
-            "Test": "Test 1.10 is worse: 20 % of devices crash-free, 96 % before"}
-    for app, lines in ((None, [said["Shop"], said["default"]]), ("Quiet", []), *((app, [said[app]]) for app in said)):
+    texts = {"default": "default 1.10 is too early: about 50 more devices",
+             "Shop": "Shop 1.10 is worse: 20 % of devices crash-free, 60 % before",
+             "Test": "Test 1.10 is worse: 20 % of devices crash-free, 96 % before"}
+    for app, lines in ((None, [texts["Shop"], texts["default"]]), ("Quiet", []),
+                       *((app, [text]) for app, text in texts.items())):
         digest = server.metrics.digest(app, server.store.now - A_DAY * 1000, server.store.now)
-        assert [each["text"] for each in digest[:-3]] == lines
+        assert [fact["text"] for fact in digest[:-3]] == lines
 
 
 @pytest.mark.parametrize("is_made", [True, False])
-def test_a_digest_names_no_app_that_was_deleted_while_it_was_made_or_waited(serve, clock, receiver, is_made):
+def test_a_digest_names_no_app_that_is_deleted_while_the_digest_is_made_or_waits(serve, clock, receiver, is_made):
     server, receiver.status = serve(), 503
     shop = backfeedr.sha256(server.store.create_app("Shop"))
     server.alerts.add(receiver.url, kinds=["digest"], hour=15)
@@ -5034,13 +5026,13 @@ def test_a_digest_names_no_app_that_was_deleted_while_it_was_made_or_waited(serv
         clock.move(A_DAY / 2)
     digest = server.alerts._digest
     if not is_made:
-        server.alerts._digest = lambda *given: (digest(*given), server.store.delete_app("Shop"))[0]
-    assert dict(server.deliver()) == NOT_TOLD
+        server.alerts._digest = lambda *arguments: (digest(*arguments), server.store.delete_app("Shop"))[0]
+    assert dict(server.deliver()) == ONE_FAILED
     if is_made:
         server.store.delete_app("Shop")
-    receiver.status, receiver.came = 204, []
-    assert deliver_later(server, clock) == TOLD
-    assert [each.get("app") for each in receiver.told[0]] == ["default", None, None, None]
+    receiver.status, receiver.requests = 204, []
+    assert deliver_later(server, clock) == ONE_SENT
+    assert receiver.facts("app") == [["default", None, None, None]]
 
 
 # == Metrics ===================================================================
@@ -5093,8 +5085,8 @@ SMALL_WORLD = {  # Now is Thursday 2026-03-12, 14:30. A session counts at its fi
 def test_figures_of_an_app_and_of_all_live_apps_are_those_worked_out_by_hand(api, clock):
     for app, reports in SMALL_WORLD.items():
         key = KEY if app == "default" else api.server.store.create_app(app, is_test=app == "Beta")
-        for each in reports:
-            assert api.post(CRASHES if "exception_type" in each else EVENTS, each, key=key)[0] == 201
+        for report in reports:
+            assert api.post(CRASHES if "exception_type" in report else EVENTS, report, key=key)[0] == 201
     days = " ".join(f"2026-03-{day:02}" for day in range(5, 13))
     assert_answers(api, {
         "metrics/daily-crashes": series(WEEKDAYS, 0, 0, 1, 4, 1, 0, 0),
@@ -5123,10 +5115,10 @@ def assert_answers(api, expected):
 
 @pytest.mark.parametrize("character, length, least", [
     ("\U0001f4a5", 497, 9), ("\x01", 497, 18), ("\\", 497, 45), ("T", 1, 100)])
-def test_public_answers_show_100_names_and_ten_models_or_as_many_as_fit_into_64_kb(api, character, length, least):
+def test_public_answers_have_100_names_and_ten_models_or_as_many_as_fit_into_64_kb(api, character, length, least):
     name = character * length
     names = [f"{name}{n:03}" for n in range(105)]
-    crashes = [crash_at(NOW, each, device_model=each, exception_reason=name, app_version=each) for each in names]
+    crashes = [crash_at(NOW, kind, device_model=kind, exception_reason=name, app_version=kind) for kind in names]
     api.server.store.add(backfeedr.sha256(KEY), [parse_crash(crash) for crash in crashes])
     versions = sorted(["(other)", *names[:100]])
     for query in ("", "?app=default", "?days=365"):
@@ -5143,7 +5135,7 @@ def test_public_answers_show_100_names_and_ten_models_or_as_many_as_fit_into_64_
 def test_crash_free_rate_is_within_0_and_100_with_two_decimals():
     rates = {(0, 0): 100.0, (1, 0): 0.0, (0, 5): 100.0, (5, 5): 0.0, (9, 5): 0.0, (1, 3): 66.67, (23, 12456): 99.82,
              (3, 200): 98.5}
-    assert {each: backfeedr.crash_free_rate(*each) for each in rates} == rates
+    assert {counts: backfeedr.crash_free_rate(*counts) for counts in rates} == rates
 
 
 def test_an_app_name_beyond_ascii_is_found_however_it_is_encoded(api):
@@ -5153,7 +5145,7 @@ def test_an_app_name_beyond_ascii_is_found_however_it_is_encoded(api):
 
 
 @pytest.mark.parametrize("public", [True, False])
-def test_lists_need_the_admin_token_and_metrics_where_they_are_not_public(serve, public):
+def test_lists_need_the_admin_token_and_so_do_metrics_that_are_not_public(serve, public):
     api = Api(serve(public_metrics=public))
     for path in LISTS + ([] if public else METRICS):
         for header, word in (("", "missing"), ("Basic " + TOKEN, "missing"), ("Bearer " + KEY, "invalid")):
@@ -5162,7 +5154,7 @@ def test_lists_need_the_admin_token_and_metrics_where_they_are_not_public(serve,
     assert api.get("/api/v1/health") == (200, {"status": "ok"})
 
 
-# What each question looks up by which key. A SCAN is only of apps, of what it has put together itself, or of a page.
+# The tables that each question searches, and by which key. It may scan only apps, its own subqueries, or a page.
 BY_DAY, BY_SEQ = "USING PRIMARY KEY (app_id=? AND day>? AND day<?)", "USING INTEGER PRIMARY KEY (rowid=?)"
 LABELS_BY_DAY = ["labels USING PRIMARY KEY (app_id=? AND field=? AND day>? AND day<?)"]
 GROUP = "groups USING PRIMARY KEY (app_id=? AND group_hash=?)"
@@ -5193,26 +5185,26 @@ PLANS = {
 
 
 @sqlite_only
-def test_each_question_and_a_commit_look_up_what_they_need_by_an_index(api):
+def test_each_question_and_a_commit_use_an_index(api):
     event = {**EVENT, "app_version": "1.0", "session_id": "s", "device_id_hash": "d"}
     crash, session = api.post(CRASHES, {**CRASH, "app_version": "1.0"})[1], {"session_id": "s"}
     for version in ("1.0", "1.1"):
         api.post(EVENTS, {**event, "app_version": version})
-    given = {"group": {"group_hash": crash["group_hash"]}, "group_days": {"groups": [crash["group_hash"]]},
-             "groups, of days": {"days": 7}, "events": session, "crash": {"id": crash["id"]},
-             "neighbours": {"crash": crash},
-             "events, oldest first": {**session, "oldest_first": True}}
+    arguments = {
+        "group": {"group_hash": crash["group_hash"]}, "group_days": {"groups": [crash["group_hash"]]},
+        "groups, of days": {"days": 7}, "events": session, "events, oldest first": {**session, "oldest_first": True},
+        "crash": {"id": crash["id"]}, "neighbours": {"crash": crash}}
     for question, plan in PLANS.items():
-        with api.server.store.reading() as reader:  # is handed out again to whoever reads next
+        with api.server.store.reading() as reader:  # the question will get the same connection
             db, queries = api.server.store._here.writer if question == "a commit" else reader, []
         db.set_trace_callback(queries.append)
         if question == "a commit":
             api.post(EVENTS, {**event, "occurred_at": "2026-03-01T00:00:00Z"})
             api.post(CRASHES, {**CRASH, "device_id_hash": "d"})
         else:
-            getattr(api.server.metrics, question.partition(",")[0])(**given.get(question, {}))
+            getattr(api.server.metrics, question.partition(",")[0])(**arguments.get(question, {}))
         db.set_trace_callback(None)
-        # Versions of SQLite say it differently.
+        # Versions of SQLite differ in these words.
         steps = {re.sub("(?<=SEARCH) TABLE|(?<=SCAN) TABLE| AS \\w+| LEFT-JOIN", "", step)
                  for query in queries if query.split()[0].lower() in ("select", "with", "update")
                  for *_, step in db.execute("explain query plan " + query)}
@@ -5230,7 +5222,7 @@ def per_cent(part, whole):
 
 
 def slow_rate(crashes, sessions):
-    """100 x (1 - crashes / sessions) within 0 to 100, as the contract has it."""
+    """100 x (1 - crashes / sessions), within 0 to 100."""
     return per_cent(max(0, sessions - crashes), sessions) if sessions else 0.0 if crashes else 100.0
 
 
@@ -5239,8 +5231,8 @@ def by_frequency(values, most=20):
     return {name: [row[n] for row in ranked if row[0]][:most] for n, name in enumerate(("labels", "data"))}
 
 
-class Slow:
-    """What the README and the contract promise of some apps, by loops over all reports and what `recount` finds."""
+class SlowMetrics:
+    """Answers questions about some apps as the README promises, by loops over all reports and what `recount` finds."""
 
     def __init__(self, tables, crashes, events, apps, now):
         self.apps, self.now, self.today = apps, now, now // DAY
@@ -5258,9 +5250,9 @@ class Slow:
         return not days or self.today - days < day <= self.today
 
     def totals(self, table, *names):
-        """Of a day, the sums of the columns of a table, of which these are the names."""
+        """Returns a function that sums up the rows of a day in a table; `names` are those of the columns."""
         days = grouped([{"day": key[1], "row": row} for key, row in self.tables[table].items()], "day")
-        return lambda day: {name: sum(each["row"][n] for each in days[day,]) for n, name in enumerate(names)}
+        return lambda day: {name: sum(item["row"][n] for item in days[day,]) for n, name in enumerate(names)}
 
     def per_day(self, days, figures):
         shown = range(self.today - days + 1, self.today + 1)
@@ -5277,10 +5269,10 @@ class Slow:
 
     def sessions_of(self, day):
         sessions, ended, ms = self.session_sums(day).values()
-        lasted = sorted((each, app) for (app, started, each), (count,) in self.tables["durations"].items()
-                        for _ in range(count) if started == day)
-        is_of_one_app = len({app for _, app in lasted}) == 1
-        return {"sessions": sessions, "median_seconds": lasted[(ended - 1) // 2][0] if is_of_one_app else None,
+        durations = sorted((seconds, app) for (app, started, seconds), (count,) in self.tables["durations"].items()
+                           for _ in range(count) if started == day)
+        is_of_one_app = len({app for _, app in durations}) == 1
+        return {"sessions": sessions, "median_seconds": durations[(ended - 1) // 2][0] if is_of_one_app else None,
                 "mean_seconds": round(ms / ended / 1000, 1) if ended else None}
 
     def retention_of(self, day):
@@ -5295,15 +5287,15 @@ class Slow:
         dau = sum(row[0] for key, row in self.tables["device_hours"].items() if key[1] >= (self.now - DAY) // HOUR)
         return {"crash_free_rate_7d": slow_rate(len(crashes), sessions), "dau": dau, "sessions_7d": sessions,
                 "crashes_7d": len(crashes),
-                "top_crashes": [{**{name: self.named(group)[name] for name in (
+                "top_crashes": [{**{name: self.description(group)[name] for name in (
                     "group_hash", "exception_type", "exception_reason")}, "count": count}
                     for group, count in zip(*top.values())]}
 
-    def named(self, group):
-        """As its latest crash; of two at once, as the first app's that came last there. And when it was first seen."""
+    def description(self, group):
+        """A group as its latest crash describes it, in the first app where several apps have one at that time."""
         groups = [(row, key[0]) for key, row in sorted(self.tables["groups"].items()) if key[1] == group]
-        (name, _, _, _, reason, *_), app = max(groups, key=lambda each: each[0][3])
-        first_version = min(groups, key=lambda each: each[0][1])[0][2]
+        (name, _, _, _, reason, *_), app = max(groups, key=lambda group: group[0][3])
+        first_version = min(groups, key=lambda group: group[0][1])[0][2]
         crashes = [row for row in self.crashes if (row["app_id"], row["group_hash"]) == (app, group)]
         frame, = max(crashes, key=lambda row: (row["at"], row["seq"]))["sent"]["stack_trace"] if crashes else [{}]
         return {"group_hash": group, "exception_reason": reason or "", "exception_type": name,
@@ -5312,14 +5304,14 @@ class Slow:
                 "place": frame["symbol"] if frame.get("file") else ""}
 
     def releases(self):
-        found = []
+        releases = []
         for (app, version), (first, last) in self.tables["releases"].items():
             sums = self.tables["release_sums"].get((app, version), [0] * 5)
             sessions, crashed_sessions, crashes, devices, crashed = sums
             recent, adopted = (sum(row[0] for key, row in self.tables[table].items() if key[0] == app
                                    and self.is_of_last(7, key[1]) and key[2:] in ((), (version,)))
                                for table in ("session_days", "release_days"))
-            found.append((-first, version, app, {
+            releases.append((-first, version, app, {
                 "app": self.apps[app], "app_version": version, "sessions": sessions, "crashes": crashes,
                 "crashed_sessions": crashed_sessions, "by": "session" if crashed_sessions else "count",
                 "crash_free_sessions": slow_rate(crashed_sessions or crashes, sessions) if sessions else None,
@@ -5327,23 +5319,24 @@ class Slow:
                 "adoption": per_cent(adopted, recent) if recent else 0.0,
                 "first_seen": iso_time(first), "last_seen": iso_time(last),
                 "verdict": self.verdict(app, version, first)}))
-        return {"releases": [row for *_, row in sorted(found)[:100]]}
+        return {"releases": [row for *_, row in sorted(releases)[:100]]}
 
     def verdict(self, app, version, first):
-        """Of a release against the highest lower one of those that were seen before it."""
-        order = sorted((first, backfeedr.version_key(name), name) for (of_app, name), (first, _)
-                       in self.tables["releases"].items() if of_app == app and name != "(other)")
+        """The verdict on a release against the highest lower one that was seen before it."""
+        others = [(first, backfeedr.version_key(name), name) for (of_app, name), (first, _)
+                  in self.tables["releases"].items() if of_app == app and name != "(other)"]
         own = backfeedr.version_key(version)
-        earlier = [each[1:] for each in order if each[:2] <= (first, own) and each[1:] < (own, version)]
+        earlier = [(key, name) for seen, key, name in others
+                   if (seen, key) <= (first, own) and (key, name) < (own, version)]
         if version == "(other)" or not earlier:
             return None
         _, before = max(earlier)
         first_before = self.tables["releases"][app, before][0]
         end = min(self.now, first + 90 * DAY) // HOUR
         lasted = end * HOUR - first
-        said = backfeedr.verdict(self.health(app, version, end),
-                                 self.health(app, before, (first_before + lasted + HOUR // 2) // HOUR))
-        return said and {**said, "before": before}
+        verdict = backfeedr.verdict(self.health(app, version, end),
+                                    self.health(app, before, (first_before + lasted + HOUR // 2) // HOUR))
+        return verdict and {**verdict, "before": before}
 
     def health(self, app, version, end):
         rows = [row for (*key, hour), row in self.tables["release_hours"].items()
@@ -5363,9 +5356,9 @@ class Slow:
 
     def spread(self, rows):
         times, versions = [row["at"] for row in rows], {row["sent"].get("app_version") for row in rows} - {None}
-        named = self.named(rows[0]["group_hash"])
-        return {**named, **UNDECIDED, "count": len(rows), "devices": len(grouped(rows, "app_id", "device_id_hash")),
-                "first_seen": iso_time(named["first_seen"]), "last_seen": iso_time(max(times)),
+        group = self.description(rows[0]["group_hash"])
+        return {**group, **UNDECIDED, "count": len(rows), "devices": len(grouped(rows, "app_id", "device_id_hash")),
+                "first_seen": iso_time(group["first_seen"]), "last_seen": iso_time(max(times)),
                 "versions": sorted(versions, key=lambda version: list(map(int, version.split("."))))}
 
     def group(self, group):
@@ -5379,7 +5372,7 @@ class Slow:
                 ("versions", "app_version"), ("systems", "os_version"), ("device_models", "device_model"))}}
 
     def answers(self, dice, with_lists):
-        """Path, query and answer of each question; where the query has a limit, all pages of the list together."""
+        """Yields path, query and answer of questions. If the query has a limit, the answer has all pages in one."""
         yield "overview", {}, self.overview()
         yield "releases", {}, self.releases()
         yield "metrics/daily-crashes", {}, self.weekdays()
@@ -5387,12 +5380,10 @@ class Slow:
             query, shown = ({"days": days}, days) if days else ({}, 30)
             yield "metrics/crash-types", query, self.labels("exception_type", days, 100)
             yield "metrics/devices", query, self.labels("device_model", days, 10)
-            yield "metrics/active-devices", query, self.per_day(
-                shown, self.totals("active_days", "dau", "wau", "mau"))
+            yield "metrics/active-devices", query, self.per_day(shown, self.totals("active_days", "dau", "wau", "mau"))
             yield "metrics/sessions", query, self.per_day(shown, self.sessions_of)
             yield "metrics/retention", query, self.per_day(shown, self.retention_of)
-            yield "metrics/daily-crashes", {"days": shown}, self.per_day(
-                shown, self.totals("crash_days", "data"))
+            yield "metrics/daily-crashes", {"days": shown}, self.per_day(shown, self.totals("crash_days", "data"))
         if with_lists:
             for query in ({}, {"version": "2.0"}, {"days": dice.choice([1, 2, 7])}, {"version": "1.10.0", "days": 9},
                           *({"sort": sort, **dice.choice([{}, {"days": 9}])} for sort in backfeedr.SORTS)):
@@ -5401,23 +5392,23 @@ class Slow:
                 yield f"crashes/{group}", {"limit": 2}, self.group(group)
             events = [row["sent"] for row in self.events[::-1]]
             for query in ({"session_id": f"s{dice.randrange(40)}"}, {"type": "error"}, {"type": "custom", "name": "x"}):
-                found = [event for event in events if query.items() <= event.items()]
-                yield "events", {"limit": 2, **query}, {"events": found}
+                yield "events", {"limit": 2, **query}, {
+                    "events": [event for event in events if query.items() <= event.items()]}
             yield "events", {"limit": 50}, {"events": events}
 
 
-class World:
-    """Random reports over five weeks to three apps; `sent` has each that was acknowledged, as the admin sees it."""
+class Simulation:
+    """Sends random reports of three apps over five weeks. `sent` has each acknowledged report as the admin sees it."""
 
     def __init__(self, api, clock, seed, variety):
         self.api, self.clock, self.random, self.variety = api, clock, random.Random(seed), variety
         self.store, self.sent, self.waiting = api.server.store, {}, defaultdict(list)
         self.keys = {"default": KEY, "Shop": self.store.create_app("Shop"), "Beta": self.store.create_app("Beta", True)}
-        self.forgets = seed % 2 == 1  # devices, so that a release was first and last seen with what is no longer there
+        self.forgets = seed % 2 == 1  # whether devices are forgotten: then first and last reports of a release are gone
         clock.seconds = parse_time("2026-02-20T09:00:00Z") / 1000
 
     def pass_time(self):
-        """A step of minutes or hours, to near a midnight or to an hour sharp; or back, where a day has no limits."""
+        """Moves the clock by minutes or hours, to near midnight, to a full hour, or back if names are not limited."""
         chance, now, midnight = self.random, self.clock.seconds, (self.store.now // DAY + 1) * DAY / 1000
         self.clock.seconds = chance.choice([
             now + chance.randrange(8 * 90) / 8, now + chance.randrange(8 * 40_000) / 8,
@@ -5425,8 +5416,8 @@ class World:
             max(now, midnight + chance.choice([-301, -300, -60, -0.125, 0, 0.125, 200])),
             midnight + 3600 * chance.randrange(30)])
 
-    def moment(self):
-        """A time on a device: mostly now, also early, late, fast, never set, or at the edge of a day or an hour."""
+    def device_time(self):
+        """A time by a device's clock: mostly now, or early, late, fast, never set, or at the edge of a day or hour."""
         chance, now = self.random, self.store.now
         return chance.choice([
             now, now, now, now + 300_000, now + 300_001, chance.choice([0, 0, 0, 1_167_609_599_999, 1_167_609_600_000]),
@@ -5435,8 +5426,8 @@ class World:
             *(now - chance.randrange(span) for span in (60_000, 60_000, HOUR, 2 * DAY, 9 * DAY, 33 * DAY)),
             *(now + chance.randrange(span) for span in (300_001, 300_001, 9 * DAY))])
 
-    def common(self):
-        """The fields that all reports may have, some of them absent in one way or another."""
+    def fields(self):
+        """The fields that all reports may have. Some are missing, null or empty."""
         chance = self.random
         versions = ["1.9.0", "1.10.0", "1.10.0", "2.0", f"3.{self.store.now // (7 * DAY)}",
                     f"4.{chance.randrange(self.variety)}"]
@@ -5446,21 +5437,22 @@ class World:
 
     def crash(self):
         chance = self.random
-        return {**self.common(), "exception_type": f"{chance.choice('AAABBCDEFG')}{chance.randrange(self.variety)}",
+        return {**self.fields(), "exception_type": f"{chance.choice('AAABBCDEFG')}{chance.randrange(self.variety)}",
                 "exception_reason": chance.choice([None, "", "why", f"crash {len(self.sent)}"]),
-                "session_id": chance.choice([None, f"s{chance.randrange(40)}"]), "occurred_at": iso_time(self.moment()),
+                "session_id": chance.choice([None, f"s{chance.randrange(40)}"]),
+                "occurred_at": iso_time(self.device_time()),
                 "stack_trace": [{"frame": 0, "symbol": chance.choice("xy"), "file": chance.choice([None, "a.swift"])}]}
 
     def event(self, app):
-        """One of a session, which come in any order and perhaps weeks apart, or of none."""
+        """An event. Those of a session come in any order, perhaps weeks apart."""
         waiting = self.waiting[app]
         if len(waiting) < 5 or self.random.random() < 0.2:
             waiting += self.session()
         return waiting.pop(self.random.choice([0, self.random.randrange(len(waiting))]))
 
     def session(self):
-        """Its events, mostly of one device. Some ids are used again, or are none."""
-        chance, start, who = self.random, self.moment(), self.common()
+        """The events of a session, mostly of one device. Some ids are used twice, and some are missing."""
+        chance, start, who = self.random, self.device_time(), self.fields()
         session = chance.choice([f"s{chance.randrange(40)}", f"s{chance.randrange(40)}", None, ""])
         lasts = chance.choice([0, 499, 500, 9_499, 9_500, 94_000, 104_000, DAY, DAY + 1, chance.randrange(600_000),
                                chance.randrange(9_000_000), chance.randrange(2 * DAY)])
@@ -5469,7 +5461,7 @@ class World:
                 [begin, end], [begin, end], [begin, begin, end], [begin, ("session_end", -lasts)], [begin], [end],
                 [begin, ("session_start", lasts), ("session_end", lasts // 2), ("session_end", 2 * lasts)],
                 [end, begin, ("custom", 0), ("error", 0)]]):
-            yield {**(who if chance.random() < 0.9 else self.common()), "session_id": session, "type": kind,
+            yield {**(who if chance.random() < 0.9 else self.fields()), "session_id": session, "type": kind,
                    "name": chance.choice(["x", "y", None]), "occurred_at": iso_time(start + after)}
 
     def send(self):
@@ -5489,11 +5481,11 @@ class World:
     def forget(self):
         device = f"d{self.random.randrange(14)}"
         gone = [self.sent.pop(id) for id, sent in list(self.sent.items()) if sent.get("device_id_hash") == device]
-        counts = Counter("crashes" if "exception_type" in each else "events" for each in gone)
-        assert self.store.forget_device(device) == +Counter(counts, devices=len({each["app"] for each in gone}))
+        counts = Counter("crashes" if "exception_type" in report else "events" for report in gone)
+        assert self.store.forget_device(device) == +Counter(counts, devices=len({report["app"] for report in gone}))
 
     def answer(self, path, query):
-        """The answer to a question; of a list, with the rows of all its pages, each but the last one full."""
+        """The answer to a question, with all pages of a list in one. Each page but the last must be full."""
         status, answer = self.api.get(f"/api/v1/{path}?{urlencode(query)}", **ADMIN)
         assert status == 200, (path, query, answer)
         for part in answer.keys() & {"groups", "reports", "events"}:
@@ -5508,45 +5500,45 @@ class World:
         with connected(path) as db:
             reports = [[{**row, "sent": self.sent[row["id"]]} for row in rows_of_table(db, table)]
                        for table in ("crashes", "events")]
-            kept = figures(db) if self.forgets else {}  # with when what was forgotten was first and last seen
+            kept = figures(db) if self.forgets else {}  # which know when forgotten reports were first and last seen
             tables = {**recount(db), **{table: kept[table] for table in ("builds", "groups") if kept}}
         assert sum(map(len, reports)) == len(self.sent)
         for app in (None, *self.keys):
             names = [app] if app else ["default", "Shop"]
             apps = {id: name for id, name in sql(path, "select id, name from apps") if name in names}
-            slow = Slow(tables, *reports, apps, self.store.now)
+            slow = SlowMetrics(tables, *reports, apps, self.store.now)
             for question, query, expected in slow.answers(self.random, with_lists):
                 query = {**query, **({"app": app} if app else {})}
                 assert self.answer(question, query) == expected, (question, query)
 
 
 @pytest.mark.parametrize("seed, variety", [*((seed, 1) for seed in range(4)), (4, 40), (5, 40)])
-def test_all_answers_equal_a_slow_and_obvious_computation_over_all_reports(serve, clock, monkeypatch, seed, variety):
+def test_all_answers_equal_a_slow_and_obvious_computation(serve, clock, monkeypatch, seed, variety):
     if variety > 1:
         monkeypatch.setattr(backfeedr, "NEW_NAMES", dict(
             group_hash=3, exception_type=2, device_model=2, app_version=1, name=1))
-    world = World(Api(serve(rate_limit=0, retention_days=0)), clock, seed, variety)
-    serve.unchecked.append(world.api.server)
-    world.compare(with_lists=True)
+    simulation = Simulation(Api(serve(rate_limit=0, retention_days=0)), clock, seed, variety)
+    serve.unchecked.append(simulation.api.server)
+    simulation.compare(with_lists=True)
     for until in ("2026-02-27T00:00:00Z", "2026-03-05T00:00:00Z", "2026-03-27T00:00:00Z"):
-        while world.store.now < parse_time(until):
-            for _ in range(world.random.randrange(1, 5)):
-                world.send()
-            if world.forgets and world.random.random() < 0.1:
-                world.forget()
-            world.pass_time()
-        clock.seconds = ((world.store.now + 301_000) // DAY + 1) * DAY / 1000 - 120
-        for _ in range(12):  # so that some of the fast clocks are in the next day
-            world.send()
-        world.compare(with_lists=True)
+        while simulation.store.now < parse_time(until):
+            for _ in range(simulation.random.randrange(1, 5)):
+                simulation.send()
+            if simulation.forgets and simulation.random.random() < 0.1:
+                simulation.forget()
+            simulation.pass_time()
+        clock.seconds = ((simulation.store.now + 301_000) // DAY + 1) * DAY / 1000 - 120
+        for _ in range(12):  # some devices with fast clocks are in the next day already
+            simulation.send()
+        simulation.compare(with_lists=True)
         clock.move(130)
-        world.compare(with_lists=False)  # nothing but the day is another
-    assert len(world.sent) > 150
-    assert (variety > 1) == bool(count(world, "crashes", "group_hash = '(other)'"))
-    check_database(world.store.path, forgotten=world.forgets)
+        simulation.compare(with_lists=False)  # only the day has changed
+    assert len(simulation.sent) > 150
+    assert (variety > 1) == bool(count(simulation, "crashes", "group_hash = '(other)'"))
+    check_database(simulation.store.path, forgotten=simulation.forgets)
 
 
-CLOCKS = [  # by how many seconds each event of a batch is ahead, and the days of its sessions with their durations
+CLOCKS = [  # seconds by which the events of a batch are ahead, and the day and the duration of their session
     ("a day fast", [86_400, 87_000], (0, 600)), ("6 minutes fast", [-240, 360], (0, 600)),
     ("5 minutes fast", [-300, 300], (0, 600)), ("slow", [-7200, -6600], (0, 600)),
     ("set meanwhile", [-3 * 86_400, 0], (-3, None)), ("of 1970", [-1773325800, -1773325200], (0, 0)),
@@ -5559,11 +5551,12 @@ def test_a_session_counts_whatever_the_phones_clock_says(api, name, ahead, expec
     session = {"session_id": "s", "device_id_hash": "d", "app_version": "1.0"}
     assert api.post(BATCH, {"events": [{"type": "session_start", "occurred_at": start, **session},
                                        {"type": "session_end", "occurred_at": end, **session}]})[0] == 201
-    found = api.get("/api/v1/metrics/sessions?days=4")[1]
+    answer = api.get("/api/v1/metrics/sessions?days=4")[1]
     day, seconds = expected
-    assert found["sessions"] == [int(n == day) for n in range(-3, 1)] and found["median_seconds"][day - 1] == seconds
+    assert answer["sessions"] == [int(n == day) for n in range(-3, 1)]
+    assert answer["median_seconds"][day - 1] == seconds
     assert set(sql(api.server.store.path, "select occurred_at from events")) == {
-        (parse_time(start),), (parse_time(end),)}, "and is kept as it came"
+        (parse_time(start),), (parse_time(end),)}, "the times are stored as they were sent"
 
 
 def test_a_search_finds_what_the_list_shows_and_the_apps_own_frames(api):
@@ -5573,11 +5566,11 @@ def test_a_search_finds_what_the_list_shows_and_the_apps_own_frames(api):
     api.post(CRASHES, crash_at(NOW, "Other"))
     for text, expected in {"\u00fcberschritten": [group], "cart.SWIFT": [group], "shop.main": [group],
                            "\u00fcberlauf": [group], group.upper(): [group], "abort": [], "%": []}.items():
-        found = api.get(f"{CRASHES}?{urlencode({'text': text})}", **ADMIN)[1]["groups"]
-        assert [each["group_hash"] for each in found] == expected, text
+        groups = api.get(f"{CRASHES}?{urlencode({'text': text})}", **ADMIN)[1]["groups"]
+        assert [found["group_hash"] for found in groups] == expected, text
 
 
-def test_what_an_expired_or_forgotten_crash_said_is_no_longer_listed_or_found(keeping, clock):
+def test_text_of_an_expired_crash_is_no_longer_listed_or_found(keeping, clock):
     server = keeping(5)
     api = Api(server)
     add(server, exception_type="A", exception_reason="Secret", device_id_hash="d", occurred_at=time_text(clock.seconds))
@@ -5591,15 +5584,15 @@ def test_what_an_expired_or_forgotten_crash_said_is_no_longer_listed_or_found(ke
     assert [len(api.get(f"{CRASHES}?text={text}", **ADMIN)[1]["groups"]) for text in ("secret", "old")] == [0, 1]
 
 
-def test_with_a_version_a_group_has_its_own_first_day_says_if_it_is_new_and_counts_of_that_version(api, clock):
+def test_a_list_of_a_version_counts_its_crashes_and_says_which_groups_are_new_in_it(api, clock):
     for version in ("2.3", "2.4.1", "2.4.2"):
         api.post(CRASHES, crash_at(time_text(clock.seconds), "Old", app_version=version))
         clock.move(10 * 86400)
     api.post(CRASHES, crash_at(time_text(clock.seconds), "New", app_version="2.4.2"))
 
     def groups(query):
-        return {each["exception_type"]: (each["count"], each["first_seen"], each["is_new"], each["versions"])
-                for each in api.get("/api/v1/crashes" + query, **ADMIN)[1]["groups"]}
+        return {group["exception_type"]: (group["count"], group["first_seen"], group["is_new"], group["versions"])
+                for group in api.get("/api/v1/crashes" + query, **ADMIN)[1]["groups"]}
     late = time_text(clock.seconds)
     assert groups("") == {"Old": (3, NOW, False, ["2.3", "2.4.1", "2.4.2"]), "New": (1, late, True, ["2.4.2"])}
     assert groups("?version=2.4.2") == {"Old": (1, NOW, False, ["2.4.2"]), "New": (1, late, True, ["2.4.2"])}
@@ -5611,22 +5604,22 @@ def test_with_a_version_a_group_has_its_own_first_day_says_if_it_is_new_and_coun
 
 
 def test_versions_sort_as_people_expect():
-    for same in (("v1.3+48", "1.3.0"), ("1.3 beta (4)", "1.3.0-beta (4)")):
-        assert len({str(backfeedr.version_key(each)) for each in same}) == 1
+    for one, other in (("v1.3+48", "1.3.0"), ("1.3 beta (4)", "1.3.0-beta (4)")):
+        assert str(backfeedr.version_key(one)) == str(backfeedr.version_key(other))
     ordered = ["nightly", "1.2.0b3", "1.2.0b10", "1.2.0-rc.1", "1.2.0-rc.2", "1.2.0-rc.10", "1.2.0", "1.2.0 (9)",
                "1.2.0 (10)", "1.9", "1.10", "1.11b1", "1.11", "2024.1"]
     shuffled = random.Random(1).sample(ordered, len(ordered))
     assert sorted(shuffled, key=backfeedr.version_key) == ordered
 
 
-def test_releases_are_in_the_order_of_their_appearance_or_of_their_versions_and_name_apps_to_the_admin(api, clock):
+def test_releases_are_sorted_by_first_appearance_or_version_and_name_apps_only_to_the_admin(api, clock):
     for version in ("1.10", "1.9", "2.0-rc.1"):
         add(api.server, app_version=version)
         clock.move(1)
     for query, expected in (("", ["2.0-rc.1", "1.9", "1.10"]), ("&sort=first_seen", ["2.0-rc.1", "1.9", "1.10"]),
                             ("&sort=version", ["2.0-rc.1", "1.10", "1.9"])):
-        found = api.get("/api/v1/releases?app=default" + query)[1]["releases"]
-        assert [row["app_version"] for row in found] == expected
+        releases = api.get("/api/v1/releases?app=default" + query)[1]["releases"]
+        assert [row["app_version"] for row in releases] == expected
     assert api.get("/api/v1/releases?sort=x") == api.get(CRASHES + "?sort=x", **ADMIN) \
         == (400, {"error": "invalid sort"})
     assert [[row.get("app") for row in api.get("/api/v1/releases" + query, **headers)[1]["releases"]]
@@ -5634,7 +5627,7 @@ def test_releases_are_in_the_order_of_their_appearance_or_of_their_versions_and_
         [None] * 3, ["default"] * 3, ["default"] * 3]
 
 
-VERDICTS = [  # devices and how many of them crashed, before and now
+VERDICTS = [  # devices and crashed devices of the release before and of the newer one
     ((100, 4), (100, 12), "worse: 88 % of devices crash-free, 96 % before", [-16.2, -0.3]),
     ((300, 36), (300, 12), "better: 96 % of devices crash-free, 88 % before", [3.7, 12.5]),
     ((400, 16), (400, 16), "no difference seen: 96 % of devices crash-free, 96 % before", [-2.8, 2.8]),
@@ -5649,28 +5642,28 @@ VERDICTS = [  # devices and how many of them crashed, before and now
     ((0, 0), (500, 0), "too early: about 50 more devices", None)]
 
 
-@pytest.mark.parametrize("before, ours, text, interval", VERDICTS)
-def test_a_verdict_says_in_words_what_the_interval_of_the_difference_allows(before, ours, text, interval):
-    found = backfeedr.verdict(backfeedr.Health(*ours), backfeedr.Health(*before))
-    assert found == {"word": text.partition(":")[0], "text": text, "interval": interval}
+@pytest.mark.parametrize("before, newer, text, interval", VERDICTS)
+def test_a_verdict_says_what_the_interval_of_the_difference_allows(before, newer, text, interval):
+    verdict = backfeedr.verdict(backfeedr.Health(*newer), backfeedr.Health(*before))
+    assert verdict == {"word": text.partition(":")[0], "text": text, "interval": interval}
 
 
-def test_a_verdict_of_no_devices_is_none_and_the_interval_is_that_of_the_paper():
+def test_without_devices_there_is_no_verdict_and_intervals_are_those_of_the_paper():
     assert backfeedr.verdict(backfeedr.Health(0, 0), backfeedr.Health(0, 0)) is None
-    for ours, before, expected in (  # Newcombe 1998, table II, method 10: cases a, b, e and h
+    for newer, before, expected in (  # Newcombe 1998, table II, method 10: cases a, b, e and h
             ((70, 14), (80, 32), (0.0524, 0.3339)), ((10, 1), (10, 7), (0.1705, 0.8090)),
             ((10, 10), (20, 20), (-0.1611, 0.2775)), ((10, 0), (10, 10), (0.6075, 1.0))):
-        found = backfeedr.newcombe(backfeedr.Health(*ours), backfeedr.Health(*before))
-        assert found == pytest.approx(expected, abs=0.0002)
+        interval = backfeedr.newcombe(backfeedr.Health(*newer), backfeedr.Health(*before))
+        assert interval == pytest.approx(expected, abs=0.0002)
 
 
 def test_equal_releases_are_seldom_called_worse_and_a_worse_one_is():
-    chance, called = random.Random(7), Counter()
+    chance, total = random.Random(7), Counter()
 
-    def words(ours, before):
-        """The words of 400 pairs of releases, each with its devices and the share that never crashes."""
+    def words(newer, before):
+        """Counts the words of 400 verdicts on random releases, given their devices and the share that never crashes."""
         healths = []
-        for devices, share in (ours, before):
+        for devices, share in (newer, before):
             crashed = range(devices + 1)
             likely = [math.comb(devices, n) * (1 - share) ** n * share ** (devices - n) for n in crashed]
             healths.append([backfeedr.Health(devices, n) for n in chance.choices(crashed, likely, k=400)])
@@ -5678,15 +5671,15 @@ def test_equal_releases_are_seldom_called_worse_and_a_worse_one_is():
 
     for devices, before, share in ((50, 50, 0.8), (50, 400, 0.96), (300, 300, 0.96), (300, 1000, 0.5),
                                    (300, 300, 0.995)):
-        found = words((devices, share), (before, share))
-        assert found["worse"] <= 20, (devices, before, share)
-        called += found
-    assert called["worse"] + called["better"] <= 0.05 * sum(called.values())
+        counts = words((devices, share), (before, share))
+        assert counts["worse"] <= 20, (devices, before, share)
+        total += counts
+    assert total["worse"] + total["better"] <= 0.05 * sum(total.values())
     assert words((300, 0.8), (300, 0.96)) == {"worse": 400}
 
 
 def send_devices(server, version, devices, crashed, key_hash=KEY_HASH):
-    """An event of each device of a release, and crashes of the first of them."""
+    """Sends an event of each device of a release, and a crash of each of the first `crashed` devices."""
     server.store.add(key_hash, [kind({**body, "app_version": version, "device_id_hash": f"{version} {n}"})
                                 for kind, body, number in ((parse_event, EVENT, devices), (parse_crash, CRASH, crashed))
                                 for n in range(number)])
@@ -5697,20 +5690,20 @@ def verdicts(api):
             for row in api.get("/api/v1/releases?app=default")[1]["releases"]}
 
 
-def test_a_release_is_compared_with_the_one_before_it_at_equal_ages_and_the_first_with_none(keeping, clock):
+def test_a_release_is_compared_with_the_one_before_it_at_equal_ages(keeping, clock):
     api = Api(keeping())
     send_devices(api.server, "1.9", 100, 4)
     clock.move(5 * 3600)
-    send_devices(api.server, "1.9", 200, 200)  # they crash later than what the next release has reached
+    send_devices(api.server, "1.9", 200, 200)  # at an age that the next release has not reached
     clock.move(A_DAY)
     send_devices(api.server, "1.10", 100, 12)
-    assert verdicts(api) == {"1.10": None, "1.9": None}, "no hour of it is over"
+    assert verdicts(api) == {"1.10": None, "1.9": None}, "the first hour is not over"
     clock.move(3600)
-    send_devices(api.server, "1.8", 100, 100)  # an old version that came late is no new one
+    send_devices(api.server, "1.8", 100, 100)  # a late report does not make an old version new
     worse = "worse: 88 % of devices crash-free, 96 % before"
     assert verdicts(api) == {"1.8": None, "1.10": worse, "1.9": None}
-    found, = (row["verdict"] for row in api.get("/api/v1/releases")[1]["releases"] if row["verdict"])
-    assert found == {"word": "worse", "text": worse, "interval": [-16.2, -0.3], "before": "1.9"}
+    verdict, = (row["verdict"] for row in api.get("/api/v1/releases")[1]["releases"] if row["verdict"])
+    assert verdict == {"word": "worse", "text": worse, "interval": [-16.2, -0.3], "before": "1.9"}
     clock.move(5 * 3600)
     assert verdicts(api)["1.10"] == "better: 88 % of devices crash-free, 0 % before"
     send_devices(api.server, "1.11", 100, 0)
@@ -5719,17 +5712,17 @@ def test_a_release_is_compared_with_the_one_before_it_at_equal_ages_and_the_firs
     for n in range(12):
         api.server.store.forget_device(f"1.10 {n}")
     assert verdicts(api)["1.11"] == "no difference seen: 100 % of devices crash-free, 100 % before", \
-        "as no device that crashed is known any longer"
+        "the devices that crashed are forgotten"
 
 
-def test_two_releases_that_start_together_are_in_the_order_of_their_versions(api, clock):
+def test_releases_that_appear_together_are_compared_in_the_order_of_their_versions(api, clock):
     for version, crashed in (("1.10", 50), ("1.9", 1)):
         send_devices(api.server, version, 100, crashed)
     clock.move(3600)
     assert verdicts(api) == {"1.10": "worse: 50 % of devices crash-free, 99 % before", "1.9": None}
 
 
-def test_a_verdict_stays_when_the_devices_of_it_have_expired(keeping, clock):
+def test_a_verdict_stays_after_its_devices_have_expired(keeping, clock):
     api = Api(keeping(10))
     for version, crashed in (("1.0", 4), ("1.1", 24)):
         send_devices(api.server, version, 100, crashed)
@@ -5740,9 +5733,9 @@ def test_a_verdict_stays_when_the_devices_of_it_have_expired(keeping, clock):
     assert verdicts(api) == {"1.1": "worse: 76 % of devices crash-free, 96 % before", "1.0": None}
 
 
-@pytest.mark.parametrize("devices, crashed, is_told", [(50, 15, True), (49, 15, False), (50, 8, False)])
-def test_a_release_that_is_surely_worse_is_told_once(serve, clock, devices, crashed, is_told):
-    """From 50 devices on; 8 of 50 are worse than 4 of 100, but one of many looks would find as much by chance."""
+@pytest.mark.parametrize("devices, crashed, is_reported", [(50, 15, True), (49, 15, False), (50, 8, False)])
+def test_a_release_that_is_surely_worse_is_reported_once(serve, clock, devices, crashed, is_reported):
+    """It takes 50 devices. 8 of 50 are worse than 4 of 100, but with a look each hour, chance would do as much."""
     server = serve()
     server.alerts.add("https://example.com")
     for version, number, of in (("1.0", 100, 4), ("1.1", devices, crashed)):
@@ -5753,12 +5746,12 @@ def test_a_release_that_is_surely_worse_is_told_once(serve, clock, devices, cras
         add(server, type="custom")
         clock.move(3600)
     assert [detail for kind, detail in facts_of(server) if kind == "release.worse"] == [{
-        "app_version": "1.1", "before": "1.0", "text": "worse: 70 % of devices crash-free, 96 % before"}] * is_told
+        "app_version": "1.1", "before": "1.0", "text": "worse: 70 % of devices crash-free, 96 % before"}] * is_reported
     server.store.delete_app("default")
     assert count(server, "state", "name like 'worse%'") == 0
 
 
-def test_an_app_has_so_many_builds_and_no_more(serve, monkeypatch):
+def test_beyond_a_limit_the_builds_of_an_app_are_counted_as_one(serve, monkeypatch):
     monkeypatch.setattr(backfeedr, "MAX_BUILDS_OF_APP", 5)
     server = serve()
     serve.unchecked.append(server)
@@ -5767,47 +5760,47 @@ def test_an_app_has_so_many_builds_and_no_more(serve, monkeypatch):
                                     for build in (2 * n, 2 * n + 1)])
     add(server, key=server.store.create_app("Shop"), app_version="1.0")
     assert sql(server.store.path, "select app_id, count(*) from builds group by app_id order by 1") \
-        == [(1, 6), (2, 1)], "of each release, one for all others"
+        == [(1, 6), (2, 1)], "each release has one build for all others"
     assert POSTGRES or backfeedr._check_roll_ups(server.store.path)
 
 
 # == Backfeedr =================================================================
 
-def test_every_answer_of_the_reference(api):
+def test_answers_are_those_of_the_reference(api):
     assert api.get("/api/v1/health") == (200, {"status": "ok"})
     assert call(api.server, "HEAD", "/api/v1/health", b"") == (200, {})
     statuses, (crash, event, batch) = zip(*[api.post(path, (EXAMPLES / name).read_bytes()) for path, name in (
         (CRASHES, "crash.json"), (EVENTS, "event.json"), (BATCH, "batch.json"))])
     assert statuses == (201, 201, 201)
     assert crash == {"id": crash["id"], "group_hash": "acc0d2dfe0c1898c"} and set(event) == {"id"}
-    assert batch["count"] == 2 and all(each.startswith("evt_") for each in [event["id"], *batch["ids"]])
+    assert batch["count"] == 2 and all(id.startswith("evt_") for id in [event["id"], *batch["ids"]])
 
 
 @pytest.mark.parametrize("path, good, status, unreadable, error", [
     (CRASHES, CRASH, 201, b"{}", "missing exception_type"),
     (DIAGNOSTICS, {"crashDiagnostics": []}, 200, b"{}", "unknown report format")])
-def test_checks_go_size_key_rate_signature_coding_json(serve, clock, path, good, status, unreadable, error):
-    """Each request has every fault except those fixed before it."""
+def test_checks_are_size_key_rate_signature_coding_json_in_order(serve, clock, path, good, status, unreadable, error):
+    """Each request has all faults but those of the checks before."""
     api = Api(serve(rate_limit=1, max_body_size=100))
     bad = {"X_Backfeedr_Timestamp": NOW, "X_Backfeedr_Signature": "sha256=0", "Content_Encoding": "br"}
     assert api.post(path, b"x" * 101, key="nope", **bad)[0] == 413
     assert api.post(path, b"x", key="nope", **bad) == (401, {"error": "invalid API key"})
-    assert api.post(path, good)[0] == status, "which counts for the rate"
+    assert api.post(path, good)[0] == status, "which uses up the rate limit"
     assert api.post(path, b"x", **bad)[0] == 429
     for body, headers, expected in (
             (b"x", bad, (401, "invalid signature")),
             (b"x", {"Content_Encoding": "br"}, (415, "unsupported content encoding")),
             (b"x", {}, (400, "invalid JSON" if path == CRASHES else error)), (unreadable, {}, (400, error))):
         clock.move(60)
-        found, answer = api.post(path, body, **headers)
-        assert (found, answer["error"]) == expected
-        assert found != 415 or (answer["detail"], api.headers["Accept-Encoding"]) == ("gzip is supported", "gzip")
+        status, answer = api.post(path, body, **headers)
+        assert (status, answer["error"]) == expected
+        assert status != 415 or (answer["detail"], api.headers["Accept-Encoding"]) == ("gzip is supported", "gzip")
     assert count(api.server, "crashes") == (path == CRASHES)
 
 
-@pytest.mark.parametrize("given, limit", [({}, 1 << 20), ({"max_body_size": 1000}, 1000)])
-def test_a_body_of_the_limit_is_taken_and_one_byte_more_is_not(serve, given, limit):
-    server, without_length = serve(**given), {"environ": {"CONTENT_LENGTH": None, "wsgi.input_terminated": True}}
+@pytest.mark.parametrize("settings, limit", [({}, 1 << 20), ({"max_body_size": 1000}, 1000)])
+def test_a_body_of_the_maximum_size_is_taken_and_a_byte_more_is_refused(serve, settings, limit):
+    server, without_length = serve(**settings), {"environ": {"CONTENT_LENGTH": None, "wsgi.input_terminated": True}}
     for n, (form, pack) in enumerate(((ZIPPED, gzip.compress), ({}, bytes), (without_length, bytes)), 1):
         assert call(server, body=pack(VALID.ljust(limit)), **form)[0] == 201
         assert call(server, body=pack(VALID.ljust(limit + 1)), **form) == (413, {"error": "request body too large"})
@@ -5829,14 +5822,14 @@ def test_every_valid_form_of_a_request_is_taken(api):
 
 
 def mounted(app, prefix):
-    """The app below a prefix of another one."""
+    """The app, mounted under a prefix of another app."""
     host = backfeedr.bottle.Bottle()
     host.route("/", callback=lambda: "host")
     host.mount(prefix, app)
     return host
 
 
-def test_mounted_under_a_prefix_it_answers_there_and_counts_its_own_routes_alone(serve):
+def test_a_mounted_app_answers_under_its_prefix_and_counts_only_its_own_requests(serve):
     server = serve()
     api = Api(mounted(server, "/deep"), "/deep")
     status, answer = api.post(CRASHES, CRASH)
@@ -5851,14 +5844,13 @@ def test_mounted_under_a_prefix_it_answers_there_and_counts_its_own_routes_alone
 
 
 def test_two_instances_share_nothing(serve):
-    one, two = Api(serve("one.db", rate_limit=1)), Api(serve("two.db", api_key="clé"))
-    key = "clé".encode().decode("latin-1")  # as a web server gives the header
+    one, two = Api(serve("one.db", rate_limit=1)), Api(serve("two.db", api_key="cl\u00e9"))
+    key = "cl\u00e9".encode().decode("latin-1")  # as a web server gives the header
     assert one.post(CRASHES, CRASH)[0] == 201
     assert two.post(CRASHES, CRASH) == (401, {"error": "invalid API key"})
     assert [two.post(path, body, key=key)[0] for path, body in ((CRASHES, CRASH), (EVENTS, EVENT))] == [201, 201]
     assert one.post(CRASHES, CRASH)[0] == 429
-    assert [[len(rows) for rows in stored(each.server, "crashes", "events").values()] for each in (one, two)] \
-        == [[1, 0], [1, 1]]
+    assert [(count(api.server, "crashes"), count(api.server, "events")) for api in (one, two)] == [(1, 0), (1, 1)]
 
 
 def test_importing_starts_nothing(tmp_path):
@@ -5870,12 +5862,12 @@ def test_importing_starts_nothing(tmp_path):
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts servers on one database that is new at first; `start.told` has what they announced."""
-    def started(**given):
-        return Backfeedr(Settings(db_path=str(tmp_path / "first.db"), **given), announce=started.told.append)
+    """Starts servers on a database that is new to the first of them; `start.texts` has what they announced."""
+    def start_server(**settings):
+        return Backfeedr(Settings(db_path=str(tmp_path / "first.db"), **settings), announce=start_server.texts.append)
 
-    started.told = []
-    return started
+    start_server.texts = []
+    return start_server
 
 
 def test_settings_come_from_the_environment_unless_given(start, tmp_path, monkeypatch):
@@ -5887,24 +5879,24 @@ def test_settings_come_from_the_environment_unless_given(start, tmp_path, monkey
 
 
 @pytest.mark.parametrize("url", ["", "https://example.com/a/"])
-def test_a_first_start_makes_and_tells_a_key_and_a_token_once(start, url):
+def test_a_first_start_makes_a_key_and_a_token_and_announces_them_once(start, url):
     for _ in range(2):
         start(public_metrics=False, public_url=url).close()
-    text, = start.told
+    text, = start.texts
     key, token = re.findall("(?m)^    (bf_(?:live|admin)_[0-9a-f]{32})$", text)
     with start(public_metrics=False) as server:
         assert Api(server).post(CRASHES, CRASH, key=key)[0] == 201
         assert Api(server).get("/api/v1/overview", Authorization=f"Bearer {token}")[0] == 200
-    assert len(start.told) == 1 and f"X-Backfeedr-Key: {key}" in text and ("127.0.0.1" in text) == (not url)
+    assert len(start.texts) == 1 and f"X-Backfeedr-Key: {key}" in text and ("127.0.0.1" in text) == (not url)
     assert f"curl -X POST {url or 'http://127.0.0.1:8080/'}api/v1/crashes " in text
 
 
-def test_given_secrets_are_taken_and_not_told(start):
-    for given, token, other in (({"api_key": "mine"}, "token" * 4, "mine"), ({}, "new" * 6, "token" * 4)):
-        with start(auth_token=token, **given) as server:
+def test_secrets_of_the_settings_are_used_and_not_announced(start):
+    for settings, token, other in (({"api_key": "mine"}, "token" * 4, "mine"), ({}, "new" * 6, "token" * 4)):
+        with start(auth_token=token, **settings) as server:
             assert server.store.is_admin(token.encode()) and not server.store.is_admin(other.encode())
             assert Api(server).post(CRASHES, CRASH, key="mine")[0] == 201
-    assert start.told == []
+    assert start.texts == []
 
 
 def test_a_database_with_an_app_gets_no_default_one(start, tmp_path):
@@ -5912,10 +5904,10 @@ def test_a_database_with_an_app_gets_no_default_one(start, tmp_path):
         store.create_app("Shop")
     with start() as server:
         assert [app.name for app in server.store.apps()] == ["Shop"]
-    assert "bf_admin_" in start.told[0] and "bf_live_" not in start.told[0]
+    assert "bf_admin_" in start.texts[0] and "bf_live_" not in start.texts[0]
 
 
-def test_what_the_rate_limit_refuses_is_said_on_the_overview_in_the_log_and_to_prometheus(serve, clock, caplog):
+def test_reports_that_the_rate_limit_refuses_are_shown_on_the_overview_in_the_log_and_in_metrics(serve, clock, caplog):
     api = Api(serve(rate_limit=2))
     shop = api.server.store.create_app("Shop")
     for key, times in ((KEY, 2), (shop, 5)):
@@ -5930,7 +5922,7 @@ def test_what_the_rate_limit_refuses_is_said_on_the_overview_in_the_log_and_to_p
     assert "refused" not in person.get("/")
 
 
-def test_one_slash_at_the_end_is_the_same_path(api):
+def test_a_slash_at_the_end_of_a_path_makes_no_difference(api):
     for method, path, status in (("GET", "/api/v1/health/", 200), ("PUT", CRASHES + "/", 405),
                                  ("PUT", EVENTS + "/", 405), ("GET", "/api/v1/overview/", 200),
                                  ("GET", "/api/v1/health//", 404)):
@@ -5938,7 +5930,7 @@ def test_one_slash_at_the_end_is_the_same_path(api):
     assert api.post(CRASHES + "/", CRASH)[0] == api.post(BATCH + "/", {"events": [EVENT]})[0] == 201
 
 
-def test_where_another_server_has_the_app_the_first_curl_line_names_no_port(tmp_path, capsys):
+def test_under_another_web_server_the_first_curl_line_has_no_port(tmp_path, capsys):
     with Backfeedr(Settings(db_path=str(tmp_path / "first.db"))):
         text = capsys.readouterr().err
     assert "curl -X POST https://YOUR-SERVER/api/v1/crashes" in text and "8080" not in text
@@ -5950,13 +5942,13 @@ NOTHING = {"count": 0, "ids": [], "group_hashes": []}
 
 
 def send_apples(api, body, **headers):
-    """The ids that the server gives to all that is in a body."""
+    """Sends a body of Apple's and returns the ids of its reports."""
     status, answer = api.post(DIAGNOSTICS, body, **headers)
     assert status == 201 and answer["count"] == len(answer["ids"]) == len(answer["group_hashes"])
     return answer["ids"]
 
 
-def test_a_payload_is_stored_in_its_order_as_crashes_and_events_in_one_commit(api):
+def test_a_payload_becomes_crashes_and_events_in_its_order_in_one_commit(api):
     status, answer = api.post(DIAGNOSTICS, MIXED, X_Backfeedr_Device="d1")
     path, kept = api.server.store.path, "id, name, app_version, device_id_hash"
     crashes = sql(path, "select id, exception_type, app_version, device_id_hash from crashes order by seq")
@@ -5966,11 +5958,11 @@ def test_a_payload_is_stored_in_its_order_as_crashes_and_events_in_one_commit(ap
     groups = [group for group, in sql(path, "select group_hash from crashes order by seq")]
     assert (status, answer) == (201, {"count": 4, "ids": [row[0] for pair in zip(events, crashes) for row in pair],
                                       "group_hashes": [None, groups[0], None, groups[1]]})
-    assert sorted(answer["ids"], key=lambda each: each[-16:]) == answer["ids"]
+    assert sorted(answer["ids"], key=lambda id: id[-16:]) == answer["ids"]
     assert sum(api.server.store._here.group_sizes.counts) == 1
 
 
-def test_a_payload_without_a_diagnostic_is_taken_and_nothing_is_stored(api):
+def test_a_payload_without_diagnostics_is_taken_and_nothing_is_stored(api):
     before = stored(api.server)
     for body in map(json.dumps, (SPAN, {"crashDiagnostics": []}, {**SPAN, "hangDiagnostics": None})):
         body = body.encode()
@@ -5979,22 +5971,22 @@ def test_a_payload_without_a_diagnostic_is_taken_and_nothing_is_stored(api):
             assert api.post(DIAGNOSTICS, sent, **headers) == (200, NOTHING)
     assert api.post(DIAGNOSTICS, body, key="nope") == (401, {"error": "invalid API key"})
     assert stored(api.server) == before
-    send_apples(api, MIXED, **UNDER_A)  # a key of which nothing was stored is still free
+    send_apples(api, MIXED, **UNDER_A)  # the idempotency key was not used up
 
 
 @sqlite_only
-def test_a_payload_without_a_diagnostic_is_refused_under_a_key_that_another_process_has_revoked(api):
+def test_a_payload_without_diagnostics_is_refused_if_another_process_has_revoked_the_key(api):
     assert api.post(DIAGNOSTICS, SPAN) == (200, NOTHING)
     with Store(str(api.server.store.path)) as store:
         store.revoke_key(KEY)
     assert api.post(DIAGNOSTICS, SPAN) == (401, {"error": "invalid API key"})
 
 
-def test_a_body_is_told_by_its_content_whatever_its_type_and_coding(api):
+def test_the_format_is_recognised_by_the_content_whatever_its_type_and_coding(api):
     types = [None, "", "application/json", "text/plain; charset=latin-1", "application/octet-stream",
              "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "\xff"]
     for n, body in enumerate((ips_of(), crash_text(), json.dumps(payload_of()).encode()), 1):
-        for content_type, coding, pack in [*((each, {}, bytes) for each in types), ("\xff", ZIPPED, gzip.compress)]:
+        for content_type, coding, pack in [*((kind, {}, bytes) for kind in types), ("\xff", ZIPPED, gzip.compress)]:
             status, answer = call(api.server, path=DIAGNOSTICS, body=pack(body),
                                   environ={"CONTENT_TYPE": content_type}, **coding)
             assert (status, answer["count"]) == (201, 1)
@@ -6002,7 +5994,7 @@ def test_a_body_is_told_by_its_content_whatever_its_type_and_coding(api):
         assert (len(rows), len(set(rows))) == (9 * n, n)
 
 
-def test_the_header_says_the_device_of_all_reports_in_a_body(api):
+def test_a_header_names_the_device_of_all_reports_in_a_body(api):
     for header, device in (
             (None, None), ("", None), ("d1", "d1"), ("x" * 500, "x" * 500), ("x" * 501, "x" * 500),
             ("y" * 20_000, "y" * 500), ("cl\xc3\xa9", "cl\u00e9"), ("\xff\xfe", "\ufffd\ufffd"), ("a\x00b", "a\ufffdb"),
@@ -6011,16 +6003,16 @@ def test_the_header_says_the_device_of_all_reports_in_a_body(api):
         assert status == 201
         devices = dict(sql(api.server.store.path, """
             select id, device_id_hash from crashes union all select id, device_id_hash from events"""))
-        assert {devices[each] for each in answer["ids"]} == {device}, header
+        assert {devices[id] for id in answer["ids"]} == {device}, header
 
 
-def test_what_is_refused_of_apples_reports_is_refused_whole(api):
+def test_a_body_with_an_unreadable_report_is_refused_whole(api):
     before = stored(api.server)
-    bodies = [(body if isinstance(body, bytes) else json.dumps(body).encode(), *refused)
-              for body, *refused in UNREADABLE]
-    for body, text, detail in [each for each in bodies if len(each[0]) < 500_000]:
-        status, answer = call(api.server, path=DIAGNOSTICS, body=body, **UNDER_A)
-        assert (status, answer) == (400, {"error": text, **({"detail": detail} if detail else {})})
+    for body, text, detail in UNREADABLE:
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        if len(body) < 500_000:
+            status, answer = call(api.server, path=DIAGNOSTICS, body=body, **UNDER_A)
+            assert (status, answer) == (400, {"error": text, **({"detail": detail} if detail else {})})
     assert api.post(DIAGNOSTICS, {**MIXED, "diskWriteExceptionDiagnostics": [7]})[0] == 400
     assert stored(api.server) == before
     assert len(send_apples(api, {"crashDiagnostics": [{}] * 60, "hangDiagnostics": [{}] * 40})) == 100
@@ -6035,7 +6027,7 @@ def test_a_call_stack_of_thousands_of_frames_is_stored_and_shown(api):
 @sqlite_only
 @pytest.mark.parametrize("body", [ips_of(), crash_text(), payload_of(meta={**META, "x": "/Users/ann/y"})], ids=[
     "ips", "crash", "json"])
-def test_what_identifies_a_phone_or_a_person_never_reaches_the_disk(api, body):
+def test_nothing_that_identifies_a_phone_or_a_person_reaches_the_disk(api, body):
     if isinstance(body, bytes):
         reason = b"Fatal error: /Users/ann/Shop/Cart.swift, /home/ann/x"
         body = body.replace(b'"faultingThread"', b'"asi": {"x": ["%s"]}, "faultingThread"' % reason).replace(
@@ -6049,7 +6041,7 @@ def test_what_identifies_a_phone_or_a_person_never_reaches_the_disk(api, body):
 
 
 def submission_of(body, mark=None, path=DIAGNOSTICS):
-    """A request on its way to the disk."""
+    """A decoded request that is ready to be stored."""
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     parse = {DIAGNOSTICS: partial(backfeedr.parse_diagnostics, now=parse_time(NOW)),
              CRASHES: lambda body: [parse_crash(json.loads(body))],
@@ -6057,26 +6049,26 @@ def submission_of(body, mark=None, path=DIAGNOSTICS):
     return backfeedr.Submission(KEY_HASH, parse(body), Idempotency((mark,), body) if mark else Idempotency())
 
 
-def test_requests_of_all_kinds_share_a_commit_and_their_receipts_are_of_their_own_rows(api):
+def test_requests_of_all_kinds_share_a_commit_and_each_receipt_has_the_seqs_of_its_own_rows(api):
     store, rows = api.server.store, {}
     crash, batch = submission_of(CRASH, path=CRASHES), submission_of(batch_of(EVENT, EVENT), path=BATCH)
-    given = [submission_of(MIXED, b"a"), crash, batch, submission_of(MIXED, b"a"), submission_of(ips_of()),
-             submission_of(MIXED)]
-    store.add_all(given)
+    submissions = [submission_of(MIXED, b"a"), crash, batch, submission_of(MIXED, b"a"), submission_of(ips_of()),
+                   submission_of(MIXED)]
+    store.add_all(submissions)
     for table, name in (("crashes", "exception_type"), ("events", "name")):
         rows.update(sql(store.path, f"select seq, {name} from {table}"))
-    for each in given:
-        assert [rows[seq] for seq in each.receipt.seqs] == [
-            getattr(report, "exception_type", None) or report.name for report in each.reports]
-    assert [each.receipt.replayed for each in given] == [False, False, False, True, False, False]
-    assert len(rows) == 4 + 1 + 2 + 1 + 4 and given[0].receipt.seqs == given[3].receipt.seqs
+    for submission in submissions:
+        assert [rows[seq] for seq in submission.receipt.seqs] == [
+            getattr(report, "exception_type", None) or report.name for report in submission.reports]
+    assert [submission.receipt.replayed for submission in submissions] == [False, False, False, True, False, False]
+    assert len(rows) == 4 + 1 + 2 + 1 + 4 and submissions[0].receipt.seqs == submissions[3].receipt.seqs
     assert sum(store._here.group_sizes.counts) == 1
 
 
 # -- Prometheus
 
 def scraped(api):
-    """The samples of /metrics, by what stands before them; each name has its help and its type."""
+    """The values of /metrics by their names and labels. Each name has a help text and a type."""
     answer = api.web.get(api.prefix + "/metrics", headers=ADMIN)
     assert (answer.status_int, answer.content_type) == (200, "text/plain")
     assert "version=0.0.4" in answer.headers["Content-Type"]
@@ -6094,7 +6086,7 @@ def requests_counted(api):
             if re.fullmatch('requests_total{method="[^"]*",path="[^"]*",status="[^"]*"}', name)}
 
 
-def test_requests_are_counted_by_route_and_status_and_never_by_the_path_sent(api):
+def test_requests_are_counted_by_route_and_status_and_not_by_path(api):
     for key in (KEY, "nobody's"):
         api.post(CRASHES, CRASH, key=key)
     for path in (CRASHES + "/1", CRASHES + "/2", "/nothing", "/nothing/else", BATCH):
@@ -6106,7 +6098,7 @@ def test_requests_are_counted_by_route_and_status_and_never_by_the_path_sent(api
 
 
 @sqlite_only
-def test_prometheus_gets_commits_rows_and_sizes(serve):
+def test_metrics_have_commits_rows_and_sizes(serve):
     api, other = Api(serve()), Api(serve())
     for path, body in ((CRASHES, CRASH), (BATCH, {"events": [EVENT] * 5}), (BATCH, {"events": [EVENT, {}]})):
         api.post(path, body)
@@ -6120,27 +6112,25 @@ def test_prometheus_gets_commits_rows_and_sizes(serve):
     for name, suffix in (("file_bytes", ""), ("wal_bytes", "-wal")):
         assert samples[name] == os.stat(f"{api.server.store.path}{suffix}").st_size > 0
     other.get("/api/v1/health")
-    assert scraped(other)["commit_requests_count"] == 0, "of this process and server"
+    assert scraped(other)["commit_requests_count"] == 0, "it counts only its own commits"
 
 
 # == Hostile input =============================================================
 #
-# What a stranger may send, beyond the bodies of the Payloads section: each request has its answer and stores
-# nothing. Then random mutations of valid requests, from a fixed seed.
+# Requests that a stranger may send, beyond the bodies of the Payloads section: each gets its answer and stores
+# nothing. Then random mutations of valid requests, with a fixed seed.
 
 def call_with_headers(server, method="POST", path=CRASHES, body=VALID, query="", length=None, environ=None, **headers):
-    """The status, headers and JSON of a request that is given to the server as a web server does: by `environ`.
-
-    A value of None is left out of it."""
+    """Calls the server as a web server does, and returns status, headers and JSON. Values of None are left out."""
     headers = {"HTTP_" + name.upper(): value for name, value in {"X_Backfeedr_Key": KEY, **headers}.items()}
-    given = {"REQUEST_METHOD": method, "SCRIPT_NAME": "", "PATH_INFO": path, "QUERY_STRING": query,
-             "CONTENT_LENGTH": str(len(body) if length is None else length), "CONTENT_TYPE": "application/json",
-             "wsgi.input": io.BytesIO(body), "wsgi.errors": sys.stderr, **headers, **(environ or {})}
-    answered = []
-    content = b"".join(server({name: value for name, value in given.items() if value is not None},
-                              lambda line, headers, exc_info=None: answered.append((int(line[:3]), dict(headers)))))
-    (status, sent), = answered
-    if path in ("", "/") and sent["Content-Type"].startswith("text/html"):  # the one page among what is tried
+    request = {"REQUEST_METHOD": method, "SCRIPT_NAME": "", "PATH_INFO": path, "QUERY_STRING": query,
+               "CONTENT_LENGTH": str(len(body) if length is None else length), "CONTENT_TYPE": "application/json",
+               "wsgi.input": io.BytesIO(body), "wsgi.errors": sys.stderr, **headers, **(environ or {})}
+    answers = []
+    content = b"".join(server({name: value for name, value in request.items() if value is not None},
+                              lambda line, headers, exc_info=None: answers.append((int(line[:3]), dict(headers)))))
+    (status, sent), = answers
+    if path in ("", "/") and sent["Content-Type"].startswith("text/html"):  # the only page that these tests ask for
         return status, sent, {}
     assert (sent["Content-Type"], sent["X-Content-Type-Options"], sent["Cache-Control"]) \
         == ("application/json", "nosniff", "no-store")
@@ -6161,8 +6151,8 @@ ONE_GROUP = CRASHES + "/" + "0" * 16
 NOT_JSON, NOT_FOUND, TOO_LARGE = (400, "invalid JSON"), (404, "not found"), (413, "request body too large")
 BAD_TIME, BAD_SIGNATURE = (400, "invalid timestamp"), (401, "invalid signature")
 
-HOSTILE_REQUESTS = [  # the answer, the request, and the values of one part of it that get this answer
-    # a wrong length, a body that is cut or too long, and one that is too long when it is unpacked
+HOSTILE_REQUESTS = [  # the answer, the request, a part of it, and the values of this part that get the answer
+    # wrong lengths; bodies that are cut, too long, or too long after decompression
     ((400, "invalid Content-Length"), {}, "length", [
         1000, "-1", "+5", "1e3", "0x10", "5, 5", "\u00b2", "\u0661", " 5", "5\n", "five"]),
     (NOT_JSON, {}, "length", [10, 0, ""]), (TOO_LARGE, {}, "length", [10_001, "9" * 5000]),
@@ -6171,7 +6161,7 @@ HOSTILE_REQUESTS = [  # the answer, the request, and the values of one part of i
     (TOO_LARGE, {}, "body", [b" " * 10_001]),
     (TOO_LARGE, ZIPPED, "body", [gzip.compress(b" " * size) for size in (1_000_000, 10_000_000)]),
     (NOT_JSON, ZIPPED, "body", [gzip.compress(gzip.compress(b" " * 1_000_000))]),
-    # not gzip, cut, damaged, or with more after it: only one member is read, as every gzip library writes it
+    # not gzip, cut, damaged, or with something after the first member: every gzip library writes just one
     ((400, "invalid gzip body"), ZIPPED, "body", [
         b"", b"\x1f\x8b", b"{}", VALID, GZIPPED[:-1], GZIPPED[:-8], GZIPPED[:12], GZIPPED + b"\x00", GZIPPED + b"x",
         GZIPPED * 2, GZIPPED[:-8] + bytes(4) + GZIPPED[-4:], GZIPPED[:20] + b"\xff\xff" + GZIPPED[22:],
@@ -6234,7 +6224,7 @@ HOSTILE_REQUESTS = [  # the answer, the request, and the values of one part of i
               "x" * 30_000, "default&app=nope"])) for path in paths]]
 
 
-def test_a_hostile_request_has_its_answer_and_changes_nothing(serve, caplog):
+def test_a_hostile_request_gets_its_answer_and_changes_nothing(serve, caplog):
     api = Api(serve(rate_limit=0, max_body_size=10_000))
     api.post(CRASHES, {**crash_at(NOW), "device_id_hash": "d", "app_version": "1.0"})
     api.post(EVENTS, start_at(NOW, "s", device_id_hash="d"))
@@ -6246,7 +6236,7 @@ def test_a_hostile_request_has_its_answer_and_changes_nothing(serve, caplog):
             assert (status, answer["error"]) == (expected, text), what
             assert [",".join(sorted(headers[name].split(","))) for name in headers if name == "Allow"] == allowed, what
         assert stored(api.server) == before, (request, part)
-    assert call(api.server)[0] == 201, "it goes on"
+    assert call(api.server)[0] == 201, "the server still works"
     assert caplog.records == []
 
 
@@ -6283,7 +6273,7 @@ def test_a_hostile_request_to_the_real_web_server_is_answered_in_json_and_change
               b"GET /api/v1/health HTTP/1.1\r\nX: %s\r\n\r\n" % (b"x" * 32_768)],
         501: [post(key, b"Transfer-Encoding: chunked, gzip")]}
     server, before = run(BACKFEEDR_MAX_BODY_SIZE="10000"), []
-    for status, request in [(code, each) for code in requests for each in requests[code]]:
+    for status, request in [(code, raw) for code, several in requests.items() for raw in several]:
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as raw:
             raw.sendall(request)
             answer = http.client.HTTPResponse(raw)
@@ -6298,10 +6288,10 @@ def test_a_hostile_request_to_the_real_web_server_is_answered_in_json_and_change
     check_database(tmp_path / "run.db")
 
 
-def test_an_unexpected_error_is_logged_without_what_was_sent(api, caplog, monkeypatch):
-    """A traceback shows lines of code, and not what is in its variables."""
-    def parse(given, token=TOKEN):
-        return {}[len(given)]
+def test_an_unexpected_error_is_logged_without_anything_from_the_request(api, caplog, monkeypatch):
+    """A traceback shows lines of code, but not the values of variables."""
+    def parse(body, token=TOKEN):
+        return {}[len(body)]
     monkeypatch.setattr(backfeedr, "parse_crash", parse)
     before = stored(api.server)
     headers = {**SIGNED, **ADMIN, "Idempotency_Key": "private-mark"}
@@ -6333,7 +6323,7 @@ FUZZ_POSTS = [*[(path, (EXAMPLES / f"{name}.json").read_bytes()) for path, name 
               *[(DIAGNOSTICS, body) for body in (MIXED_BYTES, ips_of(), crash_text())]]
 FITTING = {"path": FUZZ_PATHS, "method": ["GET", "HEAD", "POST", "PUT"], "Content_Encoding": ["gzip", "identity"],
            "Idempotency_Key": ["a", "b"]}
-# What the server may say; `invalid` and `missing` name what is in the request.
+# Texts that the server may answer; `invalid` and `missing` are followed by a part of the request.
 REFUSALS = {
     400: "invalid JSON|(missing (exception_type|occurred_at|type|events)|invalid (event|event type|events|JSON|"
          f"{'|'.join([*backfeedr.Crash._fields, *backfeedr.Event._fields])}))( at index [0-9]{{1,2}})?"
@@ -6345,7 +6335,7 @@ REFUSALS = {
 
 
 class Mutations:
-    """Requests that began as valid ones. The same seed makes the same requests."""
+    """Makes mutations of valid requests. The same seed makes the same requests."""
 
     def __init__(self, seed):
         self.random = random.Random(seed)
@@ -6370,7 +6360,7 @@ class Mutations:
         return request
 
     def change_json(self, request):
-        """Another type or length of a value, somewhere in the JSON; a field more or less."""
+        """Replaces, adds or deletes a value somewhere in the JSON."""
         try:
             whole = json.loads(request["body"])
         except (ValueError, RecursionError):
@@ -6390,11 +6380,11 @@ class Mutations:
 
     def change_coding(self, request):
         request["Content_Encoding"] = self.pick(["gzip", "gzip", "gzip", "GZIP", "deflate", "identity"])
-        times = min(self.pick([1, 1, 1, 3000]), 1_000_000 // (len(request["body"]) + 1) + 1)  # as it may come twice
+        times = min(self.pick([1, 1, 1, 3000]), 1_000_000 // (len(request["body"]) + 1) + 1)  # this may be called twice
         request["body"] = gzip.compress(request["body"] * times, compresslevel=1, mtime=0)
 
     def change_text(self, request):
-        """The method, the path, the query, the length, or a header."""
+        """Changes the method, the path, the query, the length, or a header."""
         part, odd = self.pick(["method", "path", "query", "length", self.pick(FUZZ_HEADERS)]), self.pick(ODD_TEXTS)
         before = str(request.get(part) or {"length": len(request["body"]), "X_Backfeedr_Key": KEY}.get(part, ""))
         where = self.random.randrange(len(before) + 1)
@@ -6409,9 +6399,8 @@ class Mutations:
 
 
 def places(value):
-    """Each place of a value within this one: what it is in, and its name or its index there."""
-    inside = value if type(value) is dict else range(len(value)) if type(value) is list else ()
-    for where in inside:
+    """Yields the place of each value within this one: its container, and its name or index there."""
+    for where in value if type(value) is dict else range(len(value)) if type(value) is list else ():
         yield value, where
         yield from places(value[where])
 
