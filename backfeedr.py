@@ -2998,13 +2998,13 @@ def dict_rows(db: Any, query: str, parameters: Any = ()) -> list[JsonObject]:
 # connection that writes, behind a lock, and readers that cannot write.
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for a lock that another process holds
-PRUNE_STEP = 1000  # rows, or pages, that a step deletes from a table
-PAUSE = 2  # after such a step, as a multiple of its length
+STEP_ROWS = 1000  # rows, or pages, that one step deletes
+PAUSE_FACTOR = 2  # the pause after a step is this many times as long as the step
 SET_STATE = "insert into state values (?, ?) on conflict (name) do update set value = excluded.value"
 
 
 class StoreError(Exception):
-    """What the store cannot do for its operator. `str()` is one line that says why."""
+    """A problem for the operator to solve. `str()` explains it in one line."""
 
 
 class Closing:
@@ -3018,7 +3018,7 @@ class Closing:
 
 
 class Connection(sqlite3.Connection):
-    """A connection in autocommit mode. It never makes the file: one that vanished must not come back empty."""
+    """A connection in autocommit mode. It never creates the file: a deleted database must not come back empty."""
 
     def __init__(self, path: Path, query_only: bool = False, mode: str = "rw"):
         super().__init__(f"{path.as_uri()}?mode={mode}", uri=True, timeout=BUSY_TIMEOUT,
@@ -3026,30 +3026,31 @@ class Connection(sqlite3.Connection):
         self.execute("pragma synchronous = full")  # NORMAL may lose acknowledged commits in a power failure
         self.execute("pragma secure_delete = on")  # overwrite what is deleted
         self.execute("pragma journal_size_limit = 16000000")  # bytes that a WAL may keep after its peak
-        # In KiB. One connection writes, and as many read as there are busy threads.
+        # In KiB. There is one writer, but as many readers as busy threads.
         self.execute(f"pragma cache_size = {-512 if query_only else -8192}")
         self.execute(f"pragma query_only = {int(query_only)}")
 
     def begin_writing(self, shared: bool) -> None:
-        """Begins a transaction that writes. If it is `shared`, other engines may run transactions of other apps
-        beside it; SQLite has one writer."""
+        """Begins a transaction that writes. SQLite has one writer at a time; on other engines, `shared` transactions
+        of different apps may run side by side."""
         self.execute("begin immediate")  # a lock taken later may fail at once instead of waiting
 
     def lock_apps(self, key_hashes: Sequence[bytes]) -> None:
-        """In a shared transaction: waits for others that write to the apps of these keys."""
+        """In a shared transaction, waits for other writers to the apps of these keys."""
 
     def reserve_seqs(self, now: int, count: int) -> int:
-        """The first of `count` consecutive seqs that were never given before."""
+        """Reserves `count` consecutive seqs that were never given before, and returns the first."""
         last, = self.execute("""
             select coalesce(max(seq), 0) from (
-                select max(seq) as seq from crashes where seq < :ahead
-                union all select max(seq) from events where seq < :ahead
-                union all select max(last) from given_seqs where last < :ahead) as given
-            """, {"ahead": first_seq(now + DAY)}).fetchone()  # a clock that was fast gave those beyond
-        first: int = max(last + 1, first_seq(now) + secrets.randbits(SEQ_BITS))  # random: other files have other ids
-        while given := self.execute("select last from given_seqs where first < ? and last >= ?",
-                                    (first + count, first)).fetchone():
-            first = given[0] + 1
+                select max(seq) as seq from crashes where seq < :limit
+                union all select max(seq) from events where seq < :limit
+                union all select max(last) from given_seqs where last < :limit) as given
+            """, {"limit": first_seq(now + DAY)}).fetchone()  # higher ones were given while the clock was fast
+        # A random start, so that different files have different ids.
+        first: int = max(last + 1, first_seq(now) + secrets.randbits(SEQ_BITS))
+        while overlap := self.execute("select last from given_seqs where first < ? and last >= ?",
+                                      (first + count, first)).fetchone():
+            first = overlap[0] + 1
         if not self.execute("""
                 update given_seqs set last = ? where first = (
                     select max(first) from given_seqs where last between ? and ?)
@@ -3058,15 +3059,15 @@ class Connection(sqlite3.Connection):
         return first
 
     def try_to_write(self) -> None:
-        """Needs room on the disk, as a report does."""
+        """Fails if the disk has no room for a report."""
         self.run_script("create table trial (a);\ninsert into trial values (zeroblob(100000));\ndrop table trial")
 
     def append(self, table: str, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
-        """Inserts rows that are new to a table."""
+        """Inserts new rows into a table."""
         write_rows(self, f"insert into {table} ({', '.join(columns)}) values *", rows)
 
     def run_script(self, script: str) -> None:
-        """Runs statements that each end a line: executescript() would commit before it begins."""
+        """Runs statements, each of which ends its line. executescript() would commit the transaction first."""
         for statement in script.split(";\n"):
             self.execute(statement)
 
@@ -3076,12 +3077,12 @@ class Connection(sqlite3.Connection):
 
 
 def get_state(db: sqlite3.Connection, name: str, default: int) -> int:
-    """A value of the table `state`."""
+    """A value from the table `state`."""
     return int((db.execute("select value from state where name = ?", (name,)).fetchone() or (default,))[0])
 
 
 def megabytes(size: int) -> str:
-    """Bytes as an operator reads them."""
+    """Formats a number of bytes for an operator."""
     return f"{size / 1e6:,.1f} MB"
 
 
@@ -3091,19 +3092,20 @@ def _wal_size(path: Path) -> int:
 
 
 class Connections:
-    """The connections of one process. None may cross a fork."""
+    """The connections of one process. A connection must not be used on the other side of a fork."""
 
     def __init__(self) -> None:
         self.write_lock = threading.Lock()
         self.writer: Any = None
-        self.readers: list[Any] = []  # those that are idle
+        self.readers: list[Any] = []  # the idle ones
 
     def close_writer(self) -> None:
         if self.writer:
             self.writer.close()
             self.writer = None
 
-    def idle_reader(self) -> Any:
+    def take_reader(self) -> Any:
+        """An idle reader; None if there is none."""
         with suppress(IndexError):
             return self.readers.pop()
 
@@ -3111,27 +3113,27 @@ class Connections:
 class Database(Closing):
     """A file with the tables of this server. Thread-safe; works on both sides of a fork.
 
-    Raises StoreError where the file cannot be opened or is something else. Every method may raise
-    StorageUnavailable. `clock` gives seconds since 1970. A subclass for another engine
+    Raises StoreError if the file cannot be opened or is not a database of backfeedr. Every method
+    may raise StorageUnavailable. `clock` returns seconds since 1970. A subclass for another engine
     (examples/postgres.py) replaces what only SQLite has: `Error`, `Outage`, _open, _connect,
-    _check_file, reading, _shrink, _fold_in_wal, size, used, warnings and vitals.
+    _check_file, reading, _shrink, _fold_in_wal, size, used_size, warnings and vitals.
     """
 
-    Error: type[Exception] = sqlite3.Error  # what a connection raises
-    Outage: type[Exception] = sqlite3.OperationalError  # a lock or a full disk, whatever is written
+    Error: type[Exception] = sqlite3.Error  # the base of all errors of a connection
+    Outage: type[Exception] = sqlite3.OperationalError  # an error whatever is written, such as a lock or a full disk
     make_process: type[Connections] = Connections
 
     def __init__(self, path: str, clock: Callable[[], float] = time.time, may_create: bool = True):
         self._clock = clock
-        self._closed, self._trouble, self._logged = False, "", ""
-        # A child leaves its parent's connections untouched here: to close them would harm the parent.
+        self._closed, self._write_error, self._logged_error = False, "", ""
+        # By process id. A child keeps its parent's connections here untouched: closing them would harm the parent.
         self._processes: dict[int, Any] = {}
         self._open(path, may_create)
 
     def _open(self, path: str, may_create: bool) -> None:
         self.path = Path(path).absolute()
-        _prepare(self.path, may_create)
-        self._file = os.stat(self.path)
+        _prepare_file(self.path, may_create)
+        self._file_status = os.stat(self.path)
 
     def close(self) -> None:
         """Closes this process's connections, which folds in the WAL. May be called twice."""
@@ -3148,7 +3150,7 @@ class Database(Closing):
 
     @property
     def _here(self) -> Any:
-        """This process's connections, and what else it keeps."""
+        """The connections and other state of the current process."""
         pid = os.getpid()
         return self._processes.get(pid) or self._processes.setdefault(pid, self.make_process())
 
@@ -3157,27 +3159,27 @@ class Database(Closing):
         return Connection(self.path, query_only)
 
     def _check_file(self) -> None:
-        """Raises sqlite3.Error where the file is gone, or where another has taken its place: the WAL beside
-        it still belongs to the first, and would spoil the second."""
+        """Raises sqlite3.Error if the file is gone or was replaced. The WAL beside it still belongs to the old file,
+        and would corrupt the new one."""
         if self._closed:
             raise sqlite3.ProgrammingError("the store is closed")
         with suppress(OSError):
-            if os.path.samestat(os.stat(self.path), self._file):
+            if os.path.samestat(os.stat(self.path), self._file_status):
                 return
         raise sqlite3.OperationalError(f"{self.path} was moved or replaced since the start")
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A connection that cannot write. For short reads, because an open one holds up the WAL."""
-        here, db, is_good = self._here, None, False
+        """A connection that cannot write. Only for short reads: an open one keeps the WAL growing."""
+        here, db, is_reusable = self._here, None, False
         try:
-            db = here.idle_reader() or self._connect(query_only=True)
+            db = here.take_reader() or self._connect(query_only=True)
             yield db
-            is_good = not self._closed
+            is_reusable = not self._closed
         except self.Error as error:
             raise self._unavailable("read", error) from error
         finally:
-            if is_good:
+            if is_reusable:
                 here.readers.append(db)
             elif db:
                 db.close()
@@ -3194,8 +3196,8 @@ class Database(Closing):
                 yield db
                 db.execute("commit")
             except BaseException as error:
-                # Closing undoes what is left of the transaction. SQLite may have rolled back by
-                # itself, after which each statement would be a transaction of its own.
+                # Closing rolls back. After an error SQLite may have done so by itself, and then each further
+                # statement would be a transaction of its own.
                 here.close_writer()
                 if isinstance(error, self.Error):
                     raise self._unavailable("write", error) from error
@@ -3203,30 +3205,32 @@ class Database(Closing):
 
     @contextmanager
     def writing_step(self) -> Iterator[Connection]:
-        """A transaction of many. The pause after it lets other processes get the lock: SQLite polls for it, and
-        seldom wins against a process that takes it again at once."""
+        """One of many short transactions. The pause after it lets other processes write: they poll for SQLite's lock,
+        and would seldom get it from a process that takes it again at once."""
         with self.writing() as db:
             began = time.monotonic()
             yield db
-        time.sleep(PAUSE * (time.monotonic() - began))
+        time.sleep(PAUSE_FACTOR * (time.monotonic() - began))
 
-    def _write_in_steps(self, step: Callable[[Connection], Counter[str]]) -> Counter[str]:
-        """Repeats a step, each time in a transaction of its own, until it has nothing to do; the sum of what it did."""
+    def _repeat_step(self, step: Callable[[Connection], Counter[str]]) -> Counter[str]:
+        """Repeats a step, each time in its own transaction, until it returns no counts. Returns the sum of them."""
         total: Counter[str] = Counter()
-        done: Any = True
-        while done and not self._closed:
+        while not self._closed:
             with self.writing_step() as db:
-                done = step(db)
-            total += done
+                counts = step(db)
+            if not counts:
+                break
+            total += counts
         return total
 
     def _unavailable(self, verb: str, error: Exception) -> StorageUnavailable:
-        """Logs a problem once. Unless it is a lock, `check` knows of it until a commit succeeds."""
-        if str(error) != self._logged:
+        """Logs an error, unless it was just logged. Unless it is a lock, `check` tests the disk until reports are
+        stored again. Returns the exception to raise."""
+        if str(error) != self._logged_error:
             log.error("cannot %s the database: %s", verb, error)
-            self._logged = str(error)
+            self._logged_error = str(error)
         if verb == "write" and "locked" not in str(error):
-            self._trouble = str(error)
+            self._write_error = str(error)
         return StorageUnavailable()
 
     def _check_clock(self) -> None:
@@ -3234,33 +3238,33 @@ class Database(Closing):
             raise self._unavailable("use", ValueError(f"the clock of this host says {iso_time(self.now)}: set it"))
 
     def check(self) -> None:
-        """Raises StorageUnavailable if the file is gone or cannot be read, or if the last commit of reports failed
-        and there is no room for a trial."""
+        """Raises StorageUnavailable if the file is gone or unreadable, or if the last write failed and a trial write
+        fails too."""
         self._check_clock()
         with self.reading() as db:
             self._check_file()
             db.execute("select 1 from apps").fetchone()
-        if self._trouble:
+        if self._write_error:
             with self.writing() as db:
                 db.try_to_write()
-            self._trouble = self._logged = ""
+            self._write_error = self._logged_error = ""
 
     @property
     def size(self) -> int:
-        """Bytes of the database."""
+        """Size of the database, in bytes."""
         return self.path.stat().st_size
 
-    def used(self, db: Connection) -> int:
-        """Bytes of the database that are not free."""
+    def used_size(self, db: Connection) -> int:
+        """Size of the database without its free pages, in bytes."""
         return int((db.pragma("page_count") - db.pragma("freelist_count")) * db.pragma("page_size"))
 
     def _shrink(self) -> None:
         """Returns the space of deleted rows to the disk."""
         with self.reading() as db:
-            free = db.pragma("freelist_count")
-        for _ in range(0, free, PRUNE_STEP):
+            free_pages = db.pragma("freelist_count")
+        for _ in range(0, free_pages, STEP_ROWS):
             with self.writing_step() as db:
-                for _ in range(PRUNE_STEP):  # one page each: some Pythons end a longer pragma after its first
+                for _ in range(STEP_ROWS):  # page by page: some Pythons end a longer pragma after its first page
                     db.execute("pragma incremental_vacuum(1)").fetchall()
         self._fold_in_wal()
 
@@ -3272,37 +3276,37 @@ class Database(Closing):
 _ANOTHER = "; --db or BACKFEEDR_DB_PATH names another"
 
 
-def _prepare(path: Path, may_create: bool) -> None:
-    """Makes the file and its tables where there are none, and brings an old schema up to date. Raises StoreError, and
-    has changed nothing, where the file is something else."""
+def _prepare_file(path: Path, may_create: bool) -> None:
+    """Creates the file and its tables if they are missing, and upgrades an old schema. Raises StoreError, and changes
+    nothing, if the file is something else."""
     if not may_create and not path.exists():
         raise StoreError(f"there is no database {path}{_ANOTHER}")
     check_sqlite()
     deadline = time.monotonic() + BUSY_TIMEOUT
     try:
-        with suppress(FileExistsError):  # only SQLite opens an existing one: to close it would drop all our locks
+        with suppress(FileExistsError):  # only SQLite may open an existing file: closing it here would drop its locks
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         while True:
             try:
-                return _make_tables(path)
+                return _prepare_tables(path)
             except sqlite3.OperationalError as error:
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
-                time.sleep(0.01)  # the change to WAL does not itself wait for another process
+                time.sleep(0.01)  # SQLite does not wait for a lock when it changes to WAL
     except (OSError, sqlite3.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        hint = _ANOTHER if type(error) is sqlite3.DatabaseError else ""  # it is something else; not: locked
+        hint = _ANOTHER if type(error) is sqlite3.DatabaseError else ""  # not a database; locks have a subclass
         raise StoreError(f"cannot open the database {path}: {reason}{hint}") from None
 
 
 def check_sqlite() -> str:
-    """The version of SQLite. Raises StoreError where it is too old."""
-    if sqlite3.sqlite_version_info < (3, 32):  # whose statements take more than 999 values
+    """The version of SQLite. Raises StoreError if it is too old."""
+    if sqlite3.sqlite_version_info < (3, 32):  # older ones take at most 999 values in a statement
         raise StoreError(f"SQLite 3.32 or later is needed; this Python has {sqlite3.sqlite_version}")
     return sqlite3.sqlite_version
 
 
-def _make_tables(path: Path) -> None:
+def _prepare_tables(path: Path) -> None:
     with closing(Connection(path)) as db:
         check_is_ours(db, path)
         if db.pragma("user_version") == SCHEMA_VERSION:
@@ -3319,7 +3323,7 @@ def _make_tables(path: Path) -> None:
 
 
 def check_is_ours(db: Connection, path: Path) -> None:
-    """Raises StoreError where a file has other tables than ours, or those of a later version."""
+    """Raises StoreError if the file belongs to another application or to a newer backfeedr."""
     version = db.pragma("user_version")
     is_empty = not version and not db.pragma("schema_version")
     if not is_empty and db.pragma("application_id") != APPLICATION_ID:
@@ -3328,7 +3332,19 @@ def check_is_ours(db: Connection, path: Path) -> None:
         raise StoreError(f"{path} is of a newer backfeedr (schema {version}; this one knows {SCHEMA_VERSION})")
 
 
-# Sums of schema 2 that outlive reports: a table, and where its columns behind app_id come from.
+# Tables of earlier schemas that new ones replace: of 1 and 2, all that count reports.
+_REPLACED_OF_2 = ("devices", "sessions", "hours", "days", "durations", "releases", "release_days", "labels", "groups",
+                  "group_hours")
+_REPLACED = {1: _REPLACED_OF_2, 2: _REPLACED_OF_2, 4: ("groups", "builds", "releases", "group_devices", "group_sums")}
+_COLUMNS_SINCE_2 = """
+alter table crashes add column clock_ahead_ms integer not null default 0;
+alter table crashes add column other integer not null default 0;
+alter table crashes add column session_id text;
+alter table crashes add column images text;
+alter table events add column clock_ahead_ms integer not null default 0;
+alter table events add column other integer not null default 0;
+"""
+# Sums of schema 2 that outlive their reports: for each table, its columns after app_id.
 _SUMS_OF_2 = {
     "crash_days": "day, crashes from old_days", "session_days": "day, sessions, ended, session_ms from old_days",
     "active_days": "day, dau, wau, mau from old_days", "device_hours": "hour, devices from old_hours",
@@ -3338,53 +3354,30 @@ _SUMS_OF_2 = {
 
 
 def migrate(db: Connection, version: int) -> None:
-    """Makes the tables, or brings those of an older version up to date, in the current transaction."""
-    if not version:
-        db.run_script(SCHEMA)
-    elif version == 3:
+    """Makes the tables, or brings those of an older schema up to date, in the current transaction."""
+    if version == 3:
         raise StoreError("schema 3 was never released: export its reports with the backfeedr that made it")
-    elif version == 5:
-        db.run_script("drop index crashes_by_device;\ndrop index crashes_by_group;\n" + GROUP_INDEX)
+    replaced = _REPLACED.get(version, ())
+    db.run_script("".join(f"alter table {table} rename to old_{table};\n" for table in replaced)
+                  + (_COLUMNS_SINCE_2 if version in (1, 2) else "")
+                  + "drop index if exists crashes_by_group;\ndrop index if exists crashes_by_device;\n"
+                  + "drop view if exists releases;\n"
+                  + re.sub("create (table|index)", r"create \1 if not exists", SCHEMA))
+    if version in (1, 2):
+        _recount_2(db)
     elif version == 4:
-        _migrate_from_4(db)
-    else:
-        _migrate_from_2(db, version)
+        _complete_4(db)
+    if replaced:
+        db.execute("""
+            insert into builds select app_id, app_version, '', first_seen, last_seen from old_releases where app_id > 0
+            on conflict (app_id, app_version, build_number) do update set
+                first_seen = min(builds.first_seen, excluded.first_seen),
+                last_seen = max(builds.last_seen, excluded.last_seen)""")
+    db.run_script("".join(f"drop table old_{table};\n" for table in replaced))
 
 
-def _migrate_from_4(db: Connection) -> None:
-    """Groups have sums of their own, and a release is what its builds are."""
-    db.run_script("".join(f"alter table groups add column {name} integer not null default 0;\n"
-                          for name in ("crashes", "devices", "came_at"))
-                  + "alter table releases rename to old_releases;\nalter table builds rename to old_builds;\n"
-                  + "drop table group_devices;\ndrop table group_sums;\ndrop index crashes_by_group;\n"
-                  + Releases.TABLES + GROUP_INDEX)
-    Groups.recount(db)
-    db.run_script(f"""
-insert into builds
-    select app_id, app_version, build_number, first_seen, coalesce(last_seen, first_seen) from old_builds left join (
-        select app_id, case when (other & {FLAGS["app_version"]}) > 0 then '{OTHER}' else app_version end
-                as app_version, coalesce(build_number, '') as build_number, max(received_at) as last_seen
-        from crashes group by 1, 2, 3) as latest using (app_id, app_version, build_number);
-insert into builds select app_id, app_version, '', first_seen, last_seen from old_releases where true
-    on conflict (app_id, app_version, build_number) do update set
-        first_seen = excluded.first_seen, last_seen = excluded.last_seen;
-drop table old_builds;
-drop table old_releases;
-""")
-
-
-def _migrate_from_2(db: Connection, version: int) -> None:
-    """Counts all reports again. Where some have expired, a sum is at least what it was."""
-    if version < 2:
-        db.run_script("create table grants (hash blob primary key, expires_at integer not null) without rowid")
-    old = ("devices", "sessions", "hours", "days", "durations", "releases", "release_days", "labels", "groups")
-    db.run_script("".join(f"alter table {table} rename to old_{table};\n" for table in old)
-                  + "".join(f"alter table {table} add column {column} integer not null default 0;\n"
-                            for table in TABLES.values() for column in ("clock_ahead_ms", "other"))
-                  + "alter table crashes add column session_id text;\nalter table crashes add column images text;\n"
-                  + "create table given_seqs (first integer primary key, last integer not null);\n"
-                  + "drop index release_days_by_age;\ndrop index crashes_by_group;\n"
-                  + GROUP_INDEX + SYMBOL_TABLES + TRIAGE_TABLES + FIGURE_TABLES)
+def _recount_2(db: Connection) -> None:
+    """Counts all reports of schema 2 again. If some have expired, lasting sums stay at least as high as they were."""
     recount(db)
     groups = RollUps(db, 0).figures[Groups]
     for app_id, group_hash in db.execute("select app_id, group_hash from groups").fetchall():
@@ -3395,35 +3388,47 @@ def _migrate_from_2(db: Connection, version: int) -> None:
             db.execute(f"""
                 insert into {table} select app_id, {source} where app_id > 0
                 on conflict ({", ".join(KEYS[table])}) do update set
-                    {", ".join(f"{each} = max({table}.{each}, excluded.{each})" for each in sums)}""")
+                    {", ".join(f"{name} = max({table}.{name}, excluded.{name})" for name in sums)}""")
             db.execute(f"delete from {table} where {' + '.join(sums)} = 0")
-        db.execute("""
-            insert into builds select app_id, app_version, '', first_seen, last_seen from old_releases where app_id > 0
-            on conflict (app_id, app_version, build_number) do update set
-                first_seen = min(builds.first_seen, excluded.first_seen)""")
-    db.run_script("".join(f"drop table old_{table};\n" for table in old)
-                  + "drop table group_hours;\ndelete from state where name = 'recent_since';\n"
-                  # Names are made canonical now.
-                  + "insert into regroupings select app_id, group_hash, 0, 0, '' from groups")
+    db.execute("delete from state where name = 'recent_since'")
+    # Names are made canonical since then, so crashes may belong to other groups.
+    db.execute("insert into regroupings select app_id, group_hash, 0, 0, '' from groups")
+
+
+def _complete_4(db: Connection) -> None:
+    """Counts the crashes of schema 4 for what was not counted then: sums of groups, and when a build was last seen."""
+    db.execute("insert into groups select *, 0, 0, 0 from old_groups")
+    db.execute("insert into builds select *, first_seen from old_builds")
+    Groups.recount(db)
+    releases = RollUps(db, 0).figures[Releases]
+    for page in _pages_to_count(db, Crash):
+        releases.count(Crash, page, 1)
+    releases.save()
 
 
 def recount(db: sqlite3.Connection) -> None:
     """Counts all reports again, into empty tables."""
     newest = [db.execute(f"select coalesce(max(received_at), 0) from {table}").fetchone()[0]
               for table in TABLES.values()]
-    # Of the windows. Files of earlier versions have no counted_at.
+    # The end of all windows. Files of earlier versions have no counted_at.
     now = max(*newest, get_state(db, "counted_at", (get_state(db, "trimmed_day", -1) + 1) * DAY))
-    for kind, table in TABLES.items():
-        after = -1
-        while page := counted_rows(db, kind, f"""
-                from {table} where seq > ? and app_id in (select id from apps) order by seq limit 1000""", (after,)):
+    for kind in TABLES:
+        for page in _pages_to_count(db, kind):
             rollups = RollUps(db, now)
             rollups.count(kind, page, 1)
             rollups.save()
-            after = page[-1].seq
     Groups.recount(db)
     while RollUps(db, now).trim():
         pass
+
+
+def _pages_to_count(db: sqlite3.Connection, kind: type[Any]) -> Iterator[list[Any]]:
+    """All reports of a kind, as the figures see them, except those of deleted apps."""
+    page: list[Any] = []
+    while page := counted_rows(db, kind, f"""
+            from {TABLES[kind]} where seq > ? and app_id in (select id from apps) order by seq limit 1000
+            """, (page[-1].seq if page else -1,)):
+        yield page
 
 
 # == Apps ======================================================================
@@ -3966,7 +3971,7 @@ class Store(Apps):
             here.group_sizes.add(len(group.submissions))
             here.commit_seconds.add(time.monotonic() - began)
             here.stored.update(stored)
-            self._trouble = self._logged = ""
+            self._write_error = self._logged_error = ""
 
     def export(self, kind: type[Any], app: str | None = None, since: int = 0) -> Iterator[StoredReport]:
         """The reports of a kind, Crash or Event, that are here now, in the order of their seqs: of all apps or of one,
@@ -4009,7 +4014,7 @@ class Store(Apps):
         counts = Counter(stored=0, known=0, expired=0)
         apps: dict[tuple[str, bool], tuple[int, int]] = {}  # by name and is_test: the id, and what went early
         # What is left of a deleted app would pass for known, and then go.
-        self._write_in_steps(lambda db: self._delete_remains(db, PRUNE_STEP))
+        self._repeat_step(lambda db: self._delete_remains(db, STEP_ROWS))
         with self.writing_step() as db:
             commit = Commit(db, self.now)
             known = {(kind, seq) for kind, table in TABLES.items() for seq, in rows_of(
@@ -4140,7 +4145,7 @@ class Store(Apps):
         return str(found[0][0])
 
     def _drop_symbols(self, uuid: str) -> None:
-        self._write_in_steps(lambda db: self._drop_pages(db, uuid))
+        self._repeat_step(lambda db: self._drop_pages(db, uuid))
 
     @staticmethod
     def _drop_pages(db: Connection, uuid: str) -> Counter[str]:
@@ -4294,7 +4299,7 @@ class Store(Apps):
         deleted: Counter[str] = Counter()
         try:
             with self.reading() as db:
-                is_due = 0 < self.max_db_size < self.used(db) or any(db.execute("""
+                is_due = 0 < self.max_db_size < self.used_size(db) or any(db.execute("""
                     select (select min(received_at) from replays) < :replays, (select min(seq) from crashes) < :oldest,
                         (select min(seq) from events) < :oldest, exists (select 1 from regroupings),
                         not exists (select 1 from state where name = 'trimmed_day' and value = :today),
@@ -4323,10 +4328,10 @@ class Store(Apps):
             delete from replays where received_at <= (
                 select max(received_at) from (
                     select received_at from replays where received_at < ? order by received_at limit ?) as oldest)
-            """, (self.now - REPLAY_DAYS * DAY, PRUNE_STEP)).rowcount
+            """, (self.now - REPLAY_DAYS * DAY, STEP_ROWS)).rowcount
         while reports := self._delete_oldest(db, size):
             deleted += reports
-            size = min(2 * size, PRUNE_STEP)
+            size = min(2 * size, STEP_ROWS)
             if time.monotonic() > deadline:
                 break
         deleted["moved"] = self._regroup(db)
@@ -4388,7 +4393,7 @@ class Store(Apps):
         """Where the database is too large, deletes some of the oldest reports of the app that holds most; towards the
         end in small steps, so that hardly more go than must."""
         deleted: Counter[str] = Counter()
-        excess = self.used(db) - self.max_db_size if self.max_db_size else 0
+        excess = self.used_size(db) - self.max_db_size if self.max_db_size else 0
         if excess <= 0:
             return deleted
         size = min(size, max(EXPIRE_SLICE, excess // REPORT_BYTES))
@@ -4439,7 +4444,7 @@ class Store(Apps):
         """Does at once what commits do by and by: deletes all rows whose time is over or whose app is deleted, and
         moves crashes to the groups that their names give now. Returns how many rows of each table went. In steps, with
         longer pauses between them, so that no reports wait for it."""
-        return self._write_in_steps(self._expire)
+        return self._repeat_step(self._expire)
 
     def prune(self) -> Counter[str]:
         """As catch_up, and gives the space back to the disk."""

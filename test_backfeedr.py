@@ -3645,7 +3645,7 @@ def test_reports_of_the_app_that_holds_most_go_early_where_the_file_grows_too_la
         add(server, 100, type="custom", properties=text)
         clock.move(1)
     with server.store.reading() as db:
-        used = server.store.used(db)
+        used = server.store.used_size(db)
     crashes = add(server, 5).seqs
     server.store.max_db_size = used * 2 // 3
     assert server.store.warnings()[0].endswith("of BACKFEEDR_MAX_DB_SIZE; beyond it the oldest reports go early.")
@@ -3653,7 +3653,7 @@ def test_reports_of_the_app_that_holds_most_go_early_where_the_file_grows_too_la
         clock.move(1)
         add(server, type="custom", properties=text)
     with server.store.reading() as db:
-        assert server.store.used(db) <= server.store.max_db_size
+        assert server.store.used_size(db) <= server.store.max_db_size
     assert 600 < count(server, "events") < 700, "no more than must go"
     assert count(server, "events", f"seq <= {first[-1]}") == 2, "of the small app"
     assert count(server, "crashes") == 5 and min(crashes) > sql(server.store.path, """
