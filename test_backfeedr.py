@@ -3419,7 +3419,7 @@ def test_rows_of_a_deleted_app_go_in_bounded_steps_after_commits_beside_a_new_ap
             assert bool(store.forget_device("d2")) == (len(steps) == 5)
             assert POSTGRES or backfeedr._check_roll_ups(store.path)
     sizes = [sum(before.values()) - sum(after.values()) for before, after in zip(steps, steps[1:])]
-    assert 20 < len(steps) < 100 and max(sizes[5:]) == backfeedr.EXPIRE_SLICE
+    assert 20 < len(steps) < 100 and max(sizes[5:]) == backfeedr.EXPIRE_ROWS
     assert Api(server).get("/api/v1/overview?app=Shop")[1]["crashes_7d"] == len(steps) - 1
     serve.unchecked.append(server)
     check_database(store.path, forgotten=True)
@@ -3782,7 +3782,7 @@ def test_a_request_that_was_told_503_because_a_commit_is_slow_is_not_stored(api,
         with pytest.raises(StorageUnavailable):
             add(api.server)
 
-    monkeypatch.setattr(backfeedr, "MAX_WAIT", 0.1)
+    monkeypatch.setattr(backfeedr, "MAX_COMMIT_WAIT", 0.1)
     first, = run_together(api.server.store, [lambda: add(api.server)], second)
     assert len(first.seqs) == count(api.server, "crashes") == 1
 
