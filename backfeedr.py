@@ -3171,34 +3171,34 @@ class Database(Closing):
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """A connection that cannot write. Only for short reads: an open one keeps the WAL growing."""
-        here, db, is_reusable = self._here, None, False
+        process, db, is_reusable = self._here, None, False
         try:
-            db = here.take_reader() or self._connect(query_only=True)
+            db = process.take_reader() or self._connect(query_only=True)
             yield db
             is_reusable = not self._closed
         except self.Error as error:
             raise self._unavailable("read", error) from error
         finally:
             if is_reusable:
-                here.readers.append(db)
+                process.readers.append(db)
             elif db:
                 db.close()
 
     @contextmanager
     def writing(self, shared: bool = False) -> Iterator[Connection]:
         """The process's one writing connection, in a transaction that is durable at the end."""
-        here = self._here
-        with here.write_lock:
+        process = self._here
+        with process.write_lock:
             try:
                 self._check_file()
-                db = here.writer = here.writer or self._connect()
+                db = process.writer = process.writer or self._connect()
                 db.begin_writing(shared)
                 yield db
                 db.execute("commit")
             except BaseException as error:
                 # Closing rolls back. After an error SQLite may have done so by itself, and then each further
                 # statement would be a transaction of its own.
-                here.close_writer()
+                process.close_writer()
                 if isinstance(error, self.Error):
                     raise self._unavailable("write", error) from error
                 raise
@@ -3869,7 +3869,7 @@ class Store(Apps):
     def vitals(self) -> list[tuple[str, str, str, Iterable[tuple[str, float]]]]:
         """Figures for monitoring: name, kind, help text, and samples as Prometheus writes them. All but sizes and rows
         are of this process. Does not read the tables of reports."""
-        here = self._here
+        process = self._here
         with self.reading() as db:
             self._check_file()
             crashes, = db.execute("""
@@ -3877,12 +3877,12 @@ class Store(Apps):
                 where app_id in (select id from apps) and field = 'exception_type' and day = ?
                 """, (ALL_DAYS,)).fetchone()
         return [
-            ("commit_requests", "histogram", "Requests that one commit stored.", here.group_sizes.samples()),
+            ("commit_requests", "histogram", "Requests that one commit stored.", process.group_sizes.samples()),
             ("commit_seconds", "histogram", "From asking for the write lock until the commit was durable.",
-             here.commit_seconds.samples()),
-            ("waiters", "gauge", "Requests that wait for the next commit.", [("", len(here.waiting))]),
+             process.commit_seconds.samples()),
+            ("waiters", "gauge", "Requests that wait for the next commit.", [("", len(process.waiting))]),
             ("reports_stored_total", "counter", "Reports stored since this process began.",
-             [(f'{{table="{table}"}}', n) for table, n in here.stored.items()]),
+             [(f'{{table="{table}"}}', n) for table, n in process.stored.items()]),
             ("crashes_kept", "gauge", "Rows of the table crashes, by their roll-up.", [("", crashes)]),
             ("file_bytes", "gauge", "Size of the database.", [("", self.size)]),
             ("wal_bytes", "gauge", "Size of its write-ahead log.", [("", _wal_size(self.path))])]
@@ -3910,39 +3910,39 @@ class Store(Apps):
         and they get StorageUnavailable."""
         if not submissions:
             return
-        here, own_queue, done, is_stored = self._here, CommitQueue(), threading.Lock(), False
+        process, own_queue, done, is_stored = self._here, CommitQueue(), threading.Lock(), False
         queue = own_queue
         try:
-            with here.queue_lock:
-                queue = here.queue = here.queue or own_queue
+            with process.queue_lock:
+                queue = process.queue = process.queue or own_queue
                 queue.join(submissions, self.max_waiters, self.max_rows)
                 if queue is not own_queue:
                     done.acquire()
                     queue.done.append(done)
-                if len(queue.submissions) >= here.last_queue_length:
+                if len(queue.submissions) >= process.last_queue_length:
                     queue.full.set()
             if queue is own_queue:
-                self._commit(here, queue)
+                self._commit(process, queue)
                 is_stored = True
             elif any(submission.error is None for submission in submissions) and not done.acquire(
                     timeout=MAX_COMMIT_WAIT):
                 raise StorageUnavailable()  # the committing thread is slow, or was ended by a signal
         except BaseException as error:  # also a signal, if this is the main thread
-            self._fail(here, queue, None if queue is own_queue else submissions, error)
+            self._fail(process, queue, None if queue is own_queue else submissions, error)
         finally:
             for waiting_thread in own_queue.done:
                 waiting_thread.release()
         if is_stored:
             self._expire_if_due()
 
-    def _fail(self, here: Process, queue: CommitQueue, submissions: Sequence[Submission] | None,
+    def _fail(self, process: Process, queue: CommitQueue, submissions: Sequence[Submission] | None,
               error: BaseException) -> None:
         """Takes submissions that cannot wait any longer out of their queue and gives them an error. None means all of
         a queue whose commit failed: each is then committed alone, so that one bad report does not fail the others."""
         is_commit = submissions is None
-        with here.queue_lock:
-            if here.queue is queue and (is_commit or isinstance(error, Exception)):
-                here.queue = None
+        with process.queue_lock:
+            if process.queue is queue and (is_commit or isinstance(error, Exception)):
+                process.queue = None
             failed = queue.submissions if submissions is None else submissions
             queue.submissions = [submission for submission in queue.submissions if submission not in failed]
         for submission in failed:
@@ -3955,27 +3955,27 @@ class Store(Apps):
         for submission in failed if is_commit and len(failed) > 1 and not is_outage else ():
             try:
                 submission.error = None
-                self._commit(here, CommitQueue([submission]))
+                self._commit(process, CommitQueue([submission]))
             except Exception:
                 submission.error = StorageUnavailable()
 
-    def _commit(self, here: Process, queue: CommitQueue) -> None:
+    def _commit(self, process: Process, queue: CommitQueue) -> None:
         """Stores a queue in one transaction. Other threads may join the queue until that begins."""
-        with here.commit_lock:
-            if here.last_queue_length >= BUSY_COMMIT:
+        with process.commit_lock:
+            if process.last_queue_length >= BUSY_COMMIT:
                 queue.full.wait(GATHER_SECONDS)
             began = time.monotonic()
             self._check_clock()
             with self.writing(shared=True) as db:
-                with here.queue_lock:
-                    if here.queue is queue:
-                        here.last_queue_length, here.queue = len(queue.submissions), None
+                with process.queue_lock:
+                    if process.queue is queue:
+                        process.last_queue_length, process.queue = len(queue.submissions), None
                 commit = Commit(db, self.now)
                 commit.add_submissions(queue.submissions)
                 stored = commit.save()
-            here.group_sizes.add(len(queue.submissions))
-            here.commit_seconds.add(time.monotonic() - began)
-            here.stored.update(stored)
+            process.group_sizes.add(len(queue.submissions))
+            process.commit_seconds.add(time.monotonic() - began)
+            process.stored.update(stored)
             self._write_error = self._logged_error = ""
 
     def export(self, kind: type[Any], app: str | None = None, since: int = 0) -> Iterator[StoredReport]:
@@ -4059,13 +4059,19 @@ class Store(Apps):
         An upload with another number of parts starts again. Raises Refusal if there is no room."""
         while True:
             with self.writing() as db:
-                obstacle = self._obstacle(db, uuid, part)
-                if not obstacle:
-                    return self._put_part(db, uuid, part)
-            self._drop_symbols(obstacle)
+                build = self._build_to_delete(db, uuid, part)
+                if not build:
+                    was_stored = self._store_part(db, uuid, part)
+                    parts, received = db.execute("select parts, received from symbols where uuid = ?",
+                                                 (uuid,)).fetchone()
+                    if received == parts and not was_stored:
+                        self._symbols_arrived(db, uuid)
+                    return {"uuid": uuid, "parts": parts, "received": received,
+                            "complete": received == parts}, was_stored
+            self._repeat_step(partial(self._drop_symbols, uuid=build))
 
     @staticmethod
-    def _obstacle(db: Connection, uuid: str, part: SymbolPart) -> str:
+    def _build_to_delete(db: Connection, uuid: str, part: SymbolPart) -> str:
         """The build whose symbols must be deleted first; "" for none. That is this build, if its upload began with
         another number of parts or its symbols are being deleted; or the oldest build without crashes, if there are too
         many. Raises Refusal if all have crashes."""
@@ -4083,20 +4089,10 @@ class Store(Apps):
                 f"those of {MAX_BUILDS} builds with crashes are held; 'symbols delete {oldest}' deletes the oldest"))
         return str(oldest)
 
-    def _put_part(self, db: Connection, uuid: str, part: SymbolPart) -> tuple[JsonObject, bool]:
-        """Like put_symbols, once there is room."""
-        query = "select parts, received from symbols where uuid = ?"
-        parts, received = db.execute(query, (uuid,)).fetchone() or (part.parts, 0)
-        was_stored = received == parts
-        if not was_stored:
-            was_stored = self._store_part(db, uuid, part)
-            parts, received = db.execute(query, (uuid,)).fetchone()
-            if received == parts:
-                self._symbols_arrived(db, uuid)
-        return {"uuid": uuid, "parts": parts, "received": received, "complete": received == parts}, was_stored
-
     def _store_part(self, db: Connection, uuid: str, part: SymbolPart) -> bool:
-        """Writes a part. Returns whether it was stored before. Symbols must not take the room of reports."""
+        """Writes a part, unless the build is complete. Returns whether the part was stored before."""
+        if db.execute("select 1 from symbols where uuid = ? and received = parts", (uuid,)).fetchone():
+            return True
         was_stored = db.execute("delete from symbol_parts where uuid = ? and part = ?", (uuid, part.part)).rowcount > 0
         if was_stored:  # this looks at all pages of the build
             db.execute("delete from symbol_pages where uuid = ? and part = ?", (uuid, part.part))
@@ -4106,7 +4102,7 @@ class Store(Apps):
         if build_size + part.size > MAX_SYMBOL_BYTES:
             raise Refusal("too many symbols", detail=f"those of a build may take {megabytes(MAX_SYMBOL_BYTES)};"
                                                      f" 'symbols delete {uuid}' deletes what came")
-        if total_size + part.size > (self.max_db_size // 2 or math.inf):
+        if total_size + part.size > (self.max_db_size // 2 or math.inf):  # they must not take the room of reports
             raise Refusal("too many symbols", detail="they would take more than half of BACKFEEDR_MAX_DB_SIZE;"
                                                      " 'symbols delete' makes room")
         db.execute("""
@@ -4142,15 +4138,12 @@ class Store(Apps):
                                  (len(digits), digits)).fetchall()
         if len(matches) != 1:
             raise StoreError(f"the UUIDs of {len(matches) or 'no'} builds begin with {uuid!r}: see 'symbols list'")
-        self._drop_symbols(matches[0][0])
+        self._repeat_step(partial(self._drop_symbols, uuid=matches[0][0]))
         self._fold_in_wal()
         return str(matches[0][0])
 
-    def _drop_symbols(self, uuid: str) -> None:
-        self._repeat_step(lambda db: self._drop_symbol_pages(db, uuid))
-
     @staticmethod
-    def _drop_symbol_pages(db: Connection, uuid: str) -> Counter[str]:
+    def _drop_symbols(db: Connection, uuid: str) -> Counter[str]:
         """One step of deleting the symbols of a build. Returns the number of deleted rows. From the first step on, the
         build counts as incomplete, so that no look-up gets the page before a deleted one. Its own row goes last, so
         that an interrupted deletion can continue."""
@@ -4175,7 +4168,7 @@ class Store(Apps):
                         and later.uploaded_at < :expired)
             order by uuid limit 1
             """, {"given_up": self.now - UPLOAD_DAYS * DAY, "expired": self._first_kept_seq >> SEQ_BITS}).fetchone()
-        return self._drop_symbol_pages(db, row[0]) if row else Counter()
+        return self._drop_symbols(db, row[0]) if row else Counter()
 
     # Triage
 
@@ -4286,8 +4279,7 @@ class Store(Apps):
                        (first[2], app_id, moves[0][0]))
             db.execute("""
                 update groups set first_seen = ?, first_version = ?
-                where app_id = ? and group_hash = ? and first_seen > ?
-                """, (*first[:2], app_id, moves[0][0], first[0]))
+                where app_id = ? and group_hash = ? and first_seen > ?""", (*first[:2], app_id, moves[0][0], first[0]))
         return next((new_group for new_group, *_ in reversed(moves) if new_group != group), "")
 
     # Deleting reports
@@ -4328,14 +4320,13 @@ class Store(Apps):
     def _expire(self, db: Connection) -> Counter[str]:
         """One step of deleting what is older than the retention. Returns the number of deleted rows by table. It ends
         after EXPIRE_SECONDS, because it keeps others from writing."""
-        deleted: Counter[str] = Counter()
         deadline, size = time.monotonic() + EXPIRE_SECONDS, EXPIRE_ROWS
         self._note_counting(db)
-        deleted["replays"] = db.execute("""
+        deleted = Counter(replays=db.execute("""
             delete from replays where received_at <= (
                 select max(received_at) from (
                     select received_at from replays where received_at < ? order by received_at limit ?) as oldest)
-            """, (self.now - REPLAY_DAYS * DAY, STEP_ROWS)).rowcount
+            """, (self.now - REPLAY_DAYS * DAY, STEP_ROWS)).rowcount)
         while reports := self._delete_oldest(db, size):
             deleted += reports
             size = min(2 * size, STEP_ROWS)
@@ -4344,7 +4335,7 @@ class Store(Apps):
         deleted["moved"] = self._regroup(db)
         if get_state(db, "trimmed_day", 0) != self.now // DAY:
             deleted += self._trim(db)
-        return +deleted
+        return +deleted  # without zeros
 
     def _trim(self, db: Connection) -> Counter[str]:
         """One step of the day's deletions. Returns the number of deleted rows by table."""
@@ -4357,8 +4348,7 @@ class Store(Apps):
         deleted["aliases"] = db.execute("""
             delete from group_aliases
             where not exists (select 1 from groups where app_id = group_aliases.app_id and group_hash = target)
-                and not exists (
-                    select 1 from regroupings where app_id = group_aliases.app_id and group_hash = target)
+                and not exists (select 1 from regroupings where app_id = group_aliases.app_id and group_hash = target)
             """).rowcount
         return deleted
 
@@ -4367,8 +4357,8 @@ class Store(Apps):
         reports that must go early. Returns the number of deleted rows by table."""
         deleted: Counter[str] = Counter()
         for kind, table in TABLES.items():
-            if seqs := self._delete(db, kind, 0, f"from {table} where seq < ? order by seq limit ?",
-                                    (self._first_kept_seq, size)):
+            if seqs := self._delete_reports(db, kind, 0, f"from {table} where seq < ? order by seq limit ?",
+                                            (self._first_kept_seq, size)):
                 db.execute(SET_STATE, ("expired_" + table, seqs[-1]))
                 deleted[table] = len(seqs)
         return deleted or self._delete_app_rows(db, size) or self._delete_early(db, size)
@@ -4414,10 +4404,10 @@ class Store(Apps):
         if last is None:
             self._largest_app = (0, 0)
             return Counter()
-        deleted = Counter({table: len(self._delete(db, kind, 0, f"from {table} where app_id = ? and seq <= ?",
-                                                   (app_id, last))) for kind, table in TABLES.items()})
         db.execute(SET_STATE, (f"early_{app_id}", last))
-        return +deleted
+        return +Counter({table: len(self._delete_reports(
+            db, kind, 0, f"from {table} where app_id = ? and seq <= ?", (app_id, last)))
+            for kind, table in TABLES.items()})
 
     def _find_largest_app(self, db: Connection) -> int:
         """The id of the largest app, where a crash counts as much as ten events; 0 if there are no reports. Looked up
@@ -4432,7 +4422,7 @@ class Store(Apps):
             log.warning("the database is larger than BACKFEEDR_MAX_DB_SIZE: the oldest reports of %s go early", name)
         return self._largest_app[1]
 
-    def _delete(self, db: Connection, kind: type[Any], by: int, source: str, parameters: Any) -> list[int]:
+    def _delete_reports(self, db: Connection, kind: type[Any], by: int, source: str, parameters: Any) -> list[int]:
         """Deletes the reports of a query and takes them out of the figures, `by` as in RollUps.count. Returns their
         seqs."""
         if reports := counted_rows(db, kind, source, parameters):
@@ -4443,11 +4433,9 @@ class Store(Apps):
         return [report.seq for report in reports]
 
     def _note_counting(self, db: Connection) -> None:
-        """Notes that the figures are those of now. `check` must not expect rows that were in their window when the
-        latest report came, which may be long ago, or be forgotten."""
-        db.execute("""
-            insert into state values ('counted_at', ?)
-            on conflict (name) do update set value = max(state.value, excluded.value)""", (self.now,))
+        """Notes that the windows of the figures end now. The latest report may be older, or be forgotten, so `check`
+        cannot tell that from the reports."""
+        db.execute(SET_STATE, ("counted_at", max(self.now, get_state(db, "counted_at", 0))))
 
     def catch_up(self) -> Counter[str]:
         """Does at once what commits would do step by step: deletes all rows that have expired or whose app is deleted,
@@ -4463,12 +4451,12 @@ class Store(Apps):
 
     def catch_up_in_background(self) -> None:
         """Runs catch_up in a thread. One more call may wait for it. If it fails, commits continue its work."""
-        here = self._here
+        process = self._here
 
         def work() -> None:
-            if here.next_worker.acquire(blocking=False):
-                with here.worker_lock, suppress(StorageUnavailable):
-                    here.next_worker.release()  # from now on another may wait: this one may miss what comes
+            if process.next_worker.acquire(blocking=False):
+                with process.worker_lock, suppress(StorageUnavailable):
+                    process.next_worker.release()  # from now on another may wait: this one may miss what comes
                     self.catch_up()
 
         threading.Thread(target=work, name="backfeedr catch-up", daemon=True).start()
@@ -4481,12 +4469,12 @@ class Store(Apps):
         for kind, table in TABLES.items():
             for page in self._device_pages(table, device_id_hash):
                 with self.writing_step() as db:
-                    deleted[table] += len(self._delete(
+                    deleted[table] += len(self._delete_reports(
                         db, kind, -1, f"from (values *) as keys cross join {table} on seq = column1", page))
         with self.writing_step() as db:
             for kind, table in TABLES.items():  # reports that arrived meanwhile
-                deleted[table] += len(self._delete(db, kind, -1, f"from {table} where device_id_hash = ? and seq > ?",
-                                                   (device_id_hash, last[kind])))
+                deleted[table] += len(self._delete_reports(
+                    db, kind, -1, f"from {table} where device_id_hash = ? and seq > ?", (device_id_hash, last[kind])))
             rollups = RollUps(db, self.now)
             deleted["devices"] = rollups.figures[Devices].forget(device_id_hash)
             rollups.save()
