@@ -3332,10 +3332,10 @@ def check_is_ours(db: Connection, path: Path) -> None:
         raise StoreError(f"{path} is of a newer backfeedr (schema {version}; this one knows {SCHEMA_VERSION})")
 
 
-# Tables of earlier schemas that new ones replace: of 1 and 2, all that count reports.
-_REPLACED_OF_2 = ("devices", "sessions", "hours", "days", "durations", "releases", "release_days", "labels", "groups",
-                  "group_hours")
-_REPLACED = {1: _REPLACED_OF_2, 2: _REPLACED_OF_2, 4: ("groups", "builds", "releases", "group_devices", "group_sums")}
+# Tables of earlier schemas that new ones replace: of 2, all that count reports.
+_REPLACED = {2: ("devices", "sessions", "hours", "days", "durations", "releases", "release_days", "labels", "groups",
+                 "group_hours"),
+             4: ("groups", "builds", "releases", "group_devices", "group_sums")}
 _COLUMNS_SINCE_2 = """
 alter table crashes add column clock_ahead_ms integer not null default 0;
 alter table crashes add column other integer not null default 0;
@@ -3357,13 +3357,14 @@ def migrate(db: Connection, version: int) -> None:
     """Makes the tables, or brings those of an older schema up to date, in the current transaction."""
     if version == 3:
         raise StoreError("schema 3 was never released: export its reports with the backfeedr that made it")
+    version = 2 if version == 1 else version  # 1 lacks only the table `grants`
     replaced = _REPLACED.get(version, ())
     db.run_script("".join(f"alter table {table} rename to old_{table};\n" for table in replaced)
-                  + (_COLUMNS_SINCE_2 if version in (1, 2) else "")
+                  + (_COLUMNS_SINCE_2 if version == 2 else "")
                   + "drop index if exists crashes_by_group;\ndrop index if exists crashes_by_device;\n"
                   + "drop view if exists releases;\n"
                   + re.sub("create (table|index)", r"create \1 if not exists", SCHEMA))
-    if version in (1, 2):
+    if version == 2:
         _recount_2(db)
     elif version == 4:
         _complete_4(db)
@@ -4144,9 +4145,8 @@ class Store(Apps):
 
     @staticmethod
     def _drop_symbols(db: Connection, uuid: str) -> Counter[str]:
-        """One step of deleting the symbols of a build. Returns the number of deleted rows. From the first step on, the
-        build counts as incomplete, so that no look-up gets the page before a deleted one. Its own row goes last, so
-        that an interrupted deletion can continue."""
+        """One step of deleting the symbols of a build. From the first step on the build counts as incomplete, so that
+        no look-up gets the page before a deleted one. Its own row goes last: an interrupted deletion can continue."""
         db.execute("update symbols set received = 0, size = 0, rows = 0 where uuid = ?", (uuid,))
         deleted = db.execute("delete from symbol_parts where uuid = ?", (uuid,)).rowcount
         deleted += db.execute("""
@@ -4156,9 +4156,9 @@ class Store(Apps):
         return +Counter(symbols=deleted or db.execute("delete from symbols where uuid = ?", (uuid,)).rowcount)
 
     def _expire_symbols(self, db: Connection) -> Counter[str]:
-        """One step of deleting symbols that are of no more use. Returns the number of deleted rows. They are those of
-        an upload that was never completed; and those of a build without stored crashes, if the symbols of a later
-        build of the same binary came before the retention began, so that few of its hangs are stored."""
+        """One step of deleting symbols that are no longer useful: those of an upload that was never completed; and
+        those of a build without stored crashes, if a later build of the same binary got its symbols before the
+        retention began, so that few hangs of the old one are stored."""
         row = db.execute("""
             select uuid from symbols
             where received < parts and uploaded_at < :given_up or uploaded_at < :expired
@@ -4275,14 +4275,15 @@ class Store(Apps):
         moved = [crash for crash in after if crash.group_hash != group]
         see_crashes(db, self.now, rollups, moved, are_moved=True)
         if first:
-            db.execute("update groups set came_at = min(came_at, ?) where app_id = ? and group_hash = ?",
-                       (first[2], app_id, moves[0][0]))
+            first_seen, first_version, came_at = first
             db.execute("""
-                update groups set first_seen = ?, first_version = ?
-                where app_id = ? and group_hash = ? and first_seen > ?""", (*first[:2], app_id, moves[0][0], first[0]))
+                update groups set came_at = min(came_at, ?), first_seen = min(first_seen, ?),
+                    first_version = case when first_seen > ? then ? else first_version end
+                where app_id = ? and group_hash = ?
+                """, (came_at, first_seen, first_seen, first_version, app_id, moves[0][0]))
         return next((new_group for new_group, *_ in reversed(moves) if new_group != group), "")
 
-    # Deleting reports
+    # Deleting reports. Methods that delete return the number of deleted rows by table, without zeros.
 
     @property
     def _first_kept_seq(self) -> int:
@@ -4318,8 +4319,7 @@ class Store(Apps):
         self._next_expiry = now if deleted.keys() - {"moved"} else now + SECOND
 
     def _expire(self, db: Connection) -> Counter[str]:
-        """One step of deleting what is older than the retention. Returns the number of deleted rows by table. It ends
-        after EXPIRE_SECONDS, because it keeps others from writing."""
+        """One step of deleting what is to go. It ends after EXPIRE_SECONDS, because it keeps others from writing."""
         deadline, size = time.monotonic() + EXPIRE_SECONDS, EXPIRE_ROWS
         self._note_counting(db)
         deleted = Counter(replays=db.execute("""
@@ -4335,10 +4335,10 @@ class Store(Apps):
         deleted["moved"] = self._regroup(db)
         if get_state(db, "trimmed_day", 0) != self.now // DAY:
             deleted += self._trim(db)
-        return +deleted  # without zeros
+        return +deleted
 
     def _trim(self, db: Connection) -> Counter[str]:
-        """One step of the day's deletions. Returns the number of deleted rows by table."""
+        """One step of the deletions that are due once a day."""
         deleted = Counter(sums=RollUps(db, self.now).trim()) + self._expire_symbols(db)
         db.execute("delete from facts where at < ?", (self.now - FACT_DAYS * DAY,))
         if not deleted:
@@ -4353,8 +4353,7 @@ class Store(Apps):
         return deleted
 
     def _delete_oldest(self, db: Connection, size: int) -> Counter[str]:
-        """Deletes some expired reports; if there are none, rows of deleted apps; else, if the database is too large,
-        reports that must go early. Returns the number of deleted rows by table."""
+        """Deletes some expired reports; else rows of deleted apps; else, if the database is too large, some reports."""
         deleted: Counter[str] = Counter()
         for kind, table in TABLES.items():
             if seqs := self._delete_reports(db, kind, 0, f"from {table} where seq < ? order by seq limit ?",
@@ -4439,8 +4438,7 @@ class Store(Apps):
 
     def catch_up(self) -> Counter[str]:
         """Does at once what commits would do step by step: deletes all rows that have expired or whose app is deleted,
-        and moves crashes to the groups that their names give now. Returns the number of deleted rows by table. Pauses
-        between its steps, so that reports need not wait for it."""
+        and moves crashes to the groups that their names give now. It pauses between its steps to let reports in."""
         return self._repeat_step(self._expire)
 
     def prune(self) -> Counter[str]:
@@ -4462,8 +4460,8 @@ class Store(Apps):
         threading.Thread(target=work, name="backfeedr catch-up", daemon=True).start()
 
     def forget_device(self, device_id_hash: str) -> Counter[str]:
-        """Deletes everything about a device, in all apps, and takes it out of every sum. Returns the number of deleted
-        rows by table. `first_seen` of groups and releases stays as it is."""
+        """Deletes everything about a device, in all apps, and takes it out of every sum. `first_seen` of groups and
+        releases stays as it is."""
         deleted: Counter[str] = Counter()
         last = {kind: self._last_seq(kind) for kind in TABLES}
         for kind, table in TABLES.items():
