@@ -4204,20 +4204,18 @@ class Store(Apps):
                          received_at: int, seq: int, target: str) -> int:
         """Moves some crashes of a group that come after a position. Returns how many it checked, plus one if the group
         is finished."""
-        moves: list[tuple[str, str | None, int]] = []  # new group, images and seq
-        regrouped: dict[Row, tuple[str, str | None]] = {}  # group and images of equal crashes
+        moves: dict[int, tuple[str, str | None]] = {}  # by seq: the new group and images
+        place_of = lru_cache(None)(partial(_group_and_images, symbols, group))  # equal crashes are common
         checked, position = 0, (received_at, seq)
         pending = self._crashes_after(db, app_id, group, *position)
         for seq in pending[:REGROUP_ROWS]:
-            if row := db.execute("""
+            for received, images, exception_type, trace, extra in db.execute("""
                     select received_at, images, exception_type, stack_trace, extra from crashes where seq = ?
-                    """, (seq,)).fetchone():
-                received, images, exception_type, trace, extra = row
+                    """, (seq,)).fetchall():  # none if it was deleted meanwhile
                 position = received, seq
-                key = exception_type, trace, extra and "truncated" in extra
-                if key not in regrouped:
-                    regrouped[key] = self._group_and_images(symbols, group, exception_type, trace, extra)
-                moves += [(*regrouped[key], seq)] if regrouped[key] != (group, images) else []
+                place = place_of(exception_type, trace, _is_trace_cut(extra))
+                if place != (group, images):
+                    moves[seq] = place
             checked += 1
             if time.monotonic() > deadline:
                 break
@@ -4244,44 +4242,33 @@ class Store(Apps):
             where app_id = ? and group_hash = ? and (received_at, seq) > (?, ?) and group_hash <> ?
             order by received_at, seq limit ?""", (*position, OTHER, 100 * REGROUP_ROWS))]
 
-    @staticmethod
-    def _group_and_images(symbols: Symbols, group: str, exception_type: str, trace: str | None,
-                          extra: str | None) -> tuple[str, str | None]:
-        """The current group and images of a stored crash. If its stack trace was cut and no symbols name it, it stays
-        in its group: the frames that decided on that may be gone."""
-        frames = json.loads(trace or "[]")
-        images = open_images(map(read_frame, frames))
-        if "stack_trace" in json.loads(extra or "{}").get("truncated", ()) and not symbols.can_name(images):
-            return group, images
-        return group_of(exception_type, map(read_frame, symbols.named(frames))), images
-
     def _move_crashes(self, db: Connection, symbols: Symbols, app_id: int, group: str,
-                      moves: Sequence[tuple[str, str | None, int]], is_first: bool) -> str:
+                      moves: Mapping[int, tuple[str, str | None]], is_first: bool) -> str:
         """Gives crashes of a group another group and images. `first_seen` moves with the first crash of the group,
         because earlier ones may have expired. Returns the last other group; "" if only images changed."""
-        seqs, new_places = [(seq,) for *_, seq in moves], {seq: place for *place, seq in moves}
-        source = "from (values *) as keys cross join crashes on seq = column1"
+        seqs, source = [(seq,) for seq in moves], "from (values *) as keys cross join crashes on seq = column1"
         rollups, before = RollUps(db, self.now, symbols), counted_rows(db, Crash, source, seqs)
         traces: dict[int, str | None] = dict(rows_of(db, "select seq, stack_trace " + source, seqs))
-        after = [crash._replace(group_hash=new_places[crash.seq][0], images=new_places[crash.seq][1],
+        after = [crash._replace(group_hash=moves[crash.seq][0], images=moves[crash.seq][1],
                                 stack_trace=traces[crash.seq]) for crash in before]
         first = db.execute("select first_seen, first_version, came_at from groups where app_id = ? and group_hash = ?",
                            (app_id, group)).fetchone() if is_first else None
         rollups.figures[Groups].count(Crash, after, 1)
-        db.executemany("update crashes set group_hash = ?, images = ? where seq = ?", moves)
+        db.executemany("update crashes set group_hash = ?, images = ? where seq = ?",
+                       [(*place, seq) for seq, place in moves.items()])
         rollups.figures[Groups].count(Crash, before, -1)
         rollups.save()
         self._note_counting(db)
-        moved = [crash for crash in after if crash.group_hash != group]
-        see_crashes(db, self.now, rollups, moved, are_moved=True)
+        see_crashes(db, self.now, rollups, [crash for crash in after if crash.group_hash != group], are_moved=True)
+        targets = [target for target, _ in moves.values()]
         if first:
             first_seen, first_version, came_at = first
             db.execute("""
                 update groups set came_at = min(came_at, ?), first_seen = min(first_seen, ?),
                     first_version = case when first_seen > ? then ? else first_version end
                 where app_id = ? and group_hash = ?
-                """, (came_at, first_seen, first_seen, first_version, app_id, moves[0][0]))
-        return next((new_group for new_group, *_ in reversed(moves) if new_group != group), "")
+                """, (came_at, first_seen, first_seen, first_version, app_id, targets[0]))
+        return next((target for target in reversed(targets) if target != group), "")
 
     # Deleting reports. Methods that delete return the number of deleted rows by table, without zeros.
 
@@ -4507,6 +4494,23 @@ class Store(Apps):
                 message["data"]["facts"] = facts
                 db.execute("update messages set body = ?, due_at = case when ? > 0 then due_at end where id = ?",
                            (_encode(message), len(facts), id))
+
+
+def _is_trace_cut(extra: str | None) -> bool:
+    """Whether the stack trace of a stored crash was cut. A client may send anything under the name `truncated`."""
+    cut = json.loads(extra).get("truncated") if extra and "truncated" in extra else None
+    return type(cut) is list and "stack_trace" in cut
+
+
+def _group_and_images(symbols: Symbols, group: str, exception_type: str, trace: str | None,
+                      is_cut: bool) -> tuple[str, str | None]:
+    """The group and images that a stored crash belongs to now. If its stack trace was cut and no symbols name it, it
+    stays in its group: the frames that decided on that may be gone."""
+    frames = json.loads(trace or "[]")
+    images = open_images(map(read_frame, frames))
+    if is_cut and not symbols.can_name(images):
+        return group, images
+    return group_of(exception_type, map(read_frame, symbols.named(frames))), images
 
 
 def worse_releases(db: Connection, now: int) -> list[tuple[Pair, str]]:

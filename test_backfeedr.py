@@ -3111,6 +3111,17 @@ def test_expiry_is_limited_in_time_and_keeps_up_with_large_batches(one_day, late
     assert count(one_day, "events") == 1000
 
 
+def test_a_client_may_send_anything_as_truncated_and_its_crashes_still_regroup_and_expire(one_day, later):
+    """Stored crashes have a field of this name if they were cut."""
+    for value in (5, None, True, {}, ["stack_trace"]):
+        add(one_day, truncated=value, stack_trace=[{"uuid": "5a" * 16, "offset": 4660, "in_app": True}])
+    with one_day.store.writing() as db:
+        one_day.store._symbols_arrived(db, backfeedr.image_uuid("5a" * 16))
+    assert one_day.store.prune() == {"moved": 5 + 1}, "five crashes were checked, and their group is finished"
+    later(one_day, A_DAY + 1)
+    assert count(one_day, "crashes") == 0
+
+
 def test_retention_of_zero_keeps_all_reports(serve, clock):
     server = serve(retention_days=0)
     add(server)
