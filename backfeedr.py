@@ -81,7 +81,7 @@ import zlib
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, defaultdict, deque, namedtuple
 from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
 from difflib import get_close_matches
@@ -3007,11 +3007,8 @@ class StoreError(Exception):
     """A problem for the operator to solve. `str()` explains it in one line."""
 
 
-class Closing:
+class Closing(AbstractContextManager[Any]):
     """A context manager that calls close() at the end."""
-
-    def __enter__(self: Any) -> Any:
-        return self
 
     def __exit__(self: Any, *exc: object) -> None:
         self.close()
@@ -3895,9 +3892,8 @@ class Store(Apps):
     # Storing reports
 
     def add(self, key_hash: bytes, reports: Reports, idempotency: Idempotency | None = None) -> Receipt:
-        """Stores reports, all or none, in the app of the key with this SHA-256. Returns when they are durable.
-
-        A request that was stored before, as `idempotency` shows, stores nothing and gets the first receipt. Raises
+        """Stores reports, all or none, in the app of the key with this SHA-256. Returns when they are durable. If
+        `idempotency` shows that the request was stored before, stores nothing and returns the first receipt. Raises
         Refusal if an Idempotency-Key is reused for another request, or if the key is not active at the time of the
         commit; StorageUnavailable also if too many requests wait already."""
         if not reports:
@@ -4011,12 +4007,10 @@ class Store(Apps):
         return page
 
     def import_(self, reports: Sequence[StoredReport]) -> Counter[str]:
-        """Stores reports that another store exported, all or none, and creates their apps, without keys.
-
-        Returns how many were `stored`; how many were `known`, because there is a report with their seq; and how many
-        had `expired`. A report counts as expired if it is too old, or if any as old were deleted here: it may be one of
-        them, and must not be counted twice. Raises StoreError if a test app has the name of a live one, or vice versa.
-        """
+        """Stores reports that another store exported, all or none, and creates their apps, without keys. Returns how
+        many were `stored`; how many were `known`, because there is a report with their seq; and how many had `expired`.
+        A report counts as expired if it is too old, or if any as old were deleted here: it may be one of them, and must
+        not be counted twice. Raises StoreError if a test app has the name of a live one, or vice versa."""
         counts = Counter(stored=0, known=0, expired=0)
         # Rows that are left of a deleted app would be taken for known ones, and then be deleted.
         self._repeat_step(lambda db: self._delete_app_rows(db, STEP_ROWS))
@@ -4063,12 +4057,11 @@ class Store(Apps):
                 build = self._build_to_delete(db, uuid, part)
                 if not build:
                     was_stored = self._store_part(db, uuid, part)
-                    parts, received = db.execute("select parts, received from symbols where uuid = ?",
-                                                 (uuid,)).fetchone()
-                    if received == parts and not was_stored:
+                    progress, = dict_rows(db, "select uuid, parts, received from symbols where uuid = ?", (uuid,))
+                    progress["complete"] = progress["received"] == progress["parts"]
+                    if progress["complete"] and not was_stored:
                         self._symbols_arrived(db, uuid)
-                    return {"uuid": uuid, "parts": parts, "received": received,
-                            "complete": received == parts}, was_stored
+                    return progress, was_stored
             self._repeat_step(partial(self._drop_symbols, uuid=build))
 
     @staticmethod

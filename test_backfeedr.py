@@ -3186,8 +3186,8 @@ def test_a_group_is_deleted_when_its_crashes_have_expired_and_its_week_is_over(o
     def step(seconds, kind):
         later(one_day, seconds, **({"exception_type": kind, "exception_reason": f"reason {kind}"} if kind else {}))
 
-    for each in steps:
-        step(*each)
+    for seconds, kind in steps:
+        step(seconds, kind)
     assert [top["count"] for top in Api(one_day).get("/api/v1/overview")[1]["top_crashes"]] == tops
     step(*last)
     assert {row[2] for row in stored(one_day, "groups")["groups"]} == left
@@ -3233,8 +3233,7 @@ def test_after_a_clock_was_years_ahead_figures_recover_ids_stay_unique_and_repor
         clock.move(seconds)
         seqs += [*add(server, device_id_hash="d").seqs, *add(server, type="custom").seqs]
     assert len(set(seqs)) == 10 and seqs[4:] == sorted(seqs[4:]) and seqs[1] < seqs[4] and seqs[-1] < seqs[2]
-    # Without the crash of a future day.
-    assert api.get("/api/v1/overview")[1]["top_crashes"][0]["count"] == 3
+    assert api.get("/api/v1/overview")[1]["top_crashes"][0]["count"] == 3, "without the crash of a future day"
     assert api.get("/api/v1/metrics/active-devices?days=1")[1]["mau"] == [2]
     for days, left in ((0, 4), (3, 1), (88, 1)):
         clock.move(days * A_DAY)
@@ -3403,8 +3402,7 @@ def test_a_deleted_app_disappears_at_once_and_pruning_deletes_its_rows(serve, cl
     assert not any(stored(server).values()) and count(server, "state", "name like 'deleted%'") == 0
 
 
-def test_commits_delete_a_deleted_app_in_bounded_steps_beside_a_new_app_of_its_name(
-        serve, clock, monkeypatch):
+def test_commits_delete_a_deleted_app_in_bounded_steps_beside_a_new_app_of_its_name(serve, clock, monkeypatch):
     server = serve()
     store = server.store
     fill(server, clock, 7, 60)
@@ -3638,8 +3636,7 @@ def test_releases_beyond_the_limit_of_an_app_count_as_other(one_day, clock, monk
 
 
 @sqlite_only
-def test_reports_of_the_largest_app_are_deleted_early_if_the_file_grows_too_large(
-        keeping, clock, caplog, monkeypatch):
+def test_reports_of_the_largest_app_are_deleted_early_if_the_file_is_too_large(keeping, clock, caplog, monkeypatch):
     monkeypatch.setattr(backfeedr, "EXPIRE_SECONDS", 60)  # so that a fast disk does not decide how many go
     server, text = keeping(), {"text": "x" * 3_000}
     shop = server.store.create_app("Shop")
@@ -3715,8 +3712,7 @@ TAMPERED = [
       for column in columns for by in ("+ 1", "- 1"))]
 DAMAGED = [  # damage that is found although reports have expired
     ("crash_days", "update crash_days set crashes = crashes + 1000"),
-    *((table, f"delete from {table}") for table in (
-        "labels", "devices", "active_days", "groups", "builds"))]
+    *((table, f"delete from {table}") for table in ("labels", "devices", "active_days", "groups", "builds"))]
 
 
 @sqlite_only
@@ -3763,10 +3759,10 @@ def run_together(store, calls, meanwhile=lambda: None):
         except BaseException as error:
             return error
 
-    pool, here = ThreadPoolExecutor(len(calls)), store._here
-    with here.write_lock:
+    pool, process = ThreadPoolExecutor(len(calls)), store._here
+    with process.write_lock:
         outcomes = [pool.submit(outcome, call) for call in calls]
-        wait_until(lambda: len(here.waiting) == len(calls))
+        wait_until(lambda: len(process.waiting) == len(calls))
         meanwhile()
     pool.shutdown(wait=False)  # else a call that hangs would hang the test, too
     return [each.result(30) for each in outcomes]
@@ -3781,13 +3777,13 @@ def wait_until(condition, seconds=20):
 
 
 def test_a_request_that_gets_503_because_a_commit_is_slow_is_not_stored(api, monkeypatch):
-    def second():
+    def wait_in_vain():
         with pytest.raises(StorageUnavailable):
             add(api.server)
 
     monkeypatch.setattr(backfeedr, "MAX_COMMIT_WAIT", 0.1)
-    first, = run_together(api.server.store, [lambda: add(api.server)], second)
-    assert len(first.seqs) == count(api.server, "crashes") == 1
+    receipt, = run_together(api.server.store, [lambda: add(api.server)], wait_in_vain)
+    assert len(receipt.seqs) == count(api.server, "crashes") == 1
 
 
 def test_many_threads_share_commits_and_lose_nothing(api):
@@ -3819,19 +3815,19 @@ def test_no_waiting_request_hangs_whatever_error_the_commit_meets(api, monkeypat
 
 
 def test_an_interrupted_request_leaves_the_queue_and_the_others_are_stored(api):
-    """Like by Ctrl-C in an app whose main thread handles requests."""
-    here = api.server.store._here
+    """Ctrl-C does that in an app whose main thread handles requests."""
+    process = api.server.store._here
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored in a background job of a shell
 
     def interrupt():
-        wait_until(lambda: len(here.waiting) == 2)
+        wait_until(lambda: len(process.waiting) == 2)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     def wait_to_be_interrupted():
         threading.Thread(target=interrupt).start()
         with pytest.raises(KeyboardInterrupt):
             add(api.server)
-        assert len(here.waiting) == 1
+        assert len(process.waiting) == 1
 
     leader, = run_together(api.server.store, [lambda: add(api.server)], wait_to_be_interrupted)
     assert leader.replayed is add(api.server).replayed is False
@@ -3859,12 +3855,11 @@ def test_submissions_of_one_call_share_a_commit_and_each_has_its_own_outcome(api
     submissions = [Submission(KEY_HASH, crash, once), Submission(b"unknown", crash), Submission(KEY_HASH, crash, once),
                    Submission(KEY_HASH, crash, other), Submission(KEY_HASH, crash * 2), Submission(KEY_HASH, crash)]
     store.add_all(submissions)
-    outcomes = [str(each.error or list(each.result())) for each in submissions]
     seqs = [seq for seq, in sql(store.path, "select seq from crashes order by seq")]
-    assert outcomes == [
-        str([range(seqs[0], seqs[0] + 1), False]), "invalid API key", str([range(seqs[0], seqs[0] + 1), True]),
-        "idempotency key reused with a different body", str([range(seqs[1], seqs[2] + 1), False]),
-        "storage unavailable"]
+    first, second = range(seqs[0], seqs[0] + 1), range(seqs[1], seqs[2] + 1)
+    assert [str(each.error) if each.error else each.result() for each in submissions] == [
+        (first, False), "invalid API key", (first, True), "idempotency key reused with a different body",
+        (second, False), "storage unavailable"]
     assert len(seqs) == 3 and list(store._here.group_sizes.counts)[:4] == [0, 0, 0, 1]
     store.add_all([])
 
@@ -3887,12 +3882,12 @@ def test_ids_ascend_after_small_clock_changes_and_deletions(keeping, clock):
     assert numbers == sorted(set(numbers)) and len(numbers) == 22
 
 
-def in_a_child(holds):
+def in_a_child(check):
     """Whether a function returns true in a forked process."""
     child = os.fork()
     if not child:
         try:
-            os._exit(0 if holds() else 1)
+            os._exit(0 if check() else 1)
         finally:
             os._exit(2)
     return os.waitpid(child, 0)[1] == 0
