@@ -3117,7 +3117,7 @@ class Database(Closing):
     """
 
     Error: type[Exception] = sqlite3.Error  # the base of all errors of a connection
-    Outage: type[Exception] = sqlite3.OperationalError  # an error whatever is written, such as a lock or a full disk
+    Outage: type[Exception] = sqlite3.OperationalError  # what every write would meet: a lock, a full disk
     make_process: type[Connections] = Connections
 
     def __init__(self, path: str, clock: Callable[[], float] = time.time, may_create: bool = True):
@@ -3221,8 +3221,8 @@ class Database(Closing):
         return total
 
     def _unavailable(self, verb: str, error: Exception) -> StorageUnavailable:
-        """Logs an error, unless it was just logged. Unless it is a lock, `check` tests the disk until reports are
-        stored again. Returns the exception to raise."""
+        """Logs an error once, and returns the exception to raise. After a failed write, unless it waited for a lock,
+        `check` makes a trial write until reports are stored again."""
         if str(error) != self._logged_error:
             log.error("cannot %s the database: %s", verb, error)
             self._logged_error = str(error)
@@ -3624,8 +3624,8 @@ class Apps(Database):
 class Idempotency(NamedTuple):
     """How a repeated request is recognised. All are digests."""
 
-    marks: tuple[bytes, ...] = ()  # a request with any of these was seen before
-    request: bytes = b""  # of its path and body
+    marks: tuple[bytes, ...] = ()  # any of them shows that a request was seen before
+    request: bytes = b""  # of path and body: shows that it is the same request
 
 
 class Receipt(NamedTuple):
@@ -3673,7 +3673,7 @@ class CommitQueue:
 
     def __init__(self, submissions: Sequence[Submission] = ()) -> None:
         self.submissions = list(submissions)
-        self.full = threading.Event()  # set when it is as long as the last one: most of its clients come again
+        self.full = threading.Event()  # as long as the last queue, whose clients mostly return
         self.done: list[threading.Lock] = []  # one per waiting thread: sharing an Event costs a tenth of the speed
 
     def join(self, submissions: Sequence[Submission], max_waiters: int, max_rows: int) -> None:
@@ -3727,7 +3727,7 @@ class Process(Connections):
 
 
 class Commit:
-    """Writes the reports of one transaction, with what follows from them."""
+    """The reports of one transaction, and the rows that change with them."""
 
     def __init__(self, db: Connection, now: int):
         self._db, self._now, self._symbols = db, now, Symbols(db)
@@ -3743,13 +3743,14 @@ class Commit:
         apps: dict[bytes, int] = dict(rows_of(self._db, """
             select key_hash, app_id from (values *) as given cross join keys on key_hash = column1
             where revoked_at is null""", list({(submission.key_hash,) for submission in submissions})))
-        accepted = [(apps[each.key_hash], each) for each in submissions if each.key_hash in apps]
-        total = sum(len(submission.reports) for _, submission in accepted)
-        seq = self._db.reserve_seqs(self._now, total) if total else 0
-        known = self._known_requests({(app_id, mark) for app_id, each in accepted for mark in each.idempotency.marks})
         for submission in submissions:
             if submission.key_hash not in apps:
                 submission.error = Refusal("invalid API key")
+        accepted = [(apps[submission.key_hash], submission) for submission in submissions if not submission.error]
+        total = sum(len(submission.reports) for _, submission in accepted)
+        seq = self._db.reserve_seqs(self._now, total) if total else 0
+        known = self._known_requests({(app_id, mark) for app_id, submission in accepted
+                                      for mark in submission.idempotency.marks})
         for app_id, submission in accepted:
             marks, request = submission.idempotency
             earlier, seqs = next((known[app_id, mark] for mark in marks if (app_id, mark) in known), (None, range(0)))
@@ -3818,18 +3819,18 @@ REPLAY_DAYS = 7  # how long a phone may be offline between a request and its rep
 BUSY_COMMIT = 4  # requests: after a commit of at least so many, the next one waits for more
 GATHER_SECONDS = 0.003  # for which it waits: a commit costs as much as ten reports
 MAX_COMMIT_WAIT = 30.0  # seconds to wait for another thread's commit: longer than any lock and sync together
-EXPIRE_ROWS = 10  # to delete before the first look at the clock: a row may be as large as a body
-EXPIRE_SECONDS = 0.02  # for which a step may delete or move reports
+EXPIRE_ROWS = 10  # rows to delete before the first look at the clock: a row may be as large as a body
+EXPIRE_SECONDS = 0.02  # time that a step may take to delete or move reports
 REPORT_BYTES = 4096  # more than most reports take, with their index entries
 NEARLY_FULL = 0.9  # share of the disk or of max_db_size from which on the operator is warned
-REGROUP_ROWS = 100  # crashes that a step looks at, unless EXPIRE_SECONDS pass before
-MAX_SYMBOL_BYTES = 200_000_000  # of the stored symbols of a build
-MAX_BUILDS = 1000  # with symbols
+REGROUP_ROWS = 100  # crashes that a step checks at most; it also ends after EXPIRE_SECONDS
+MAX_SYMBOL_BYTES = 200_000_000  # of stored symbols for each build
+MAX_BUILDS = 1000  # that may have symbols
 UPLOAD_DAYS = 7  # after which an incomplete upload of symbols is deleted
-SYMBOL_PAGES = 100  # that a step deletes: each may take 100 kB
+SYMBOL_PAGES = 100  # pages of symbols that a step deletes: each may take 100 kB
 FACT_DAYS = 7  # after which a fact that no channel took is deleted
-PAGE_ROWS = 1000  # that an export reads at a time,
-PAGE_TEXT = 1_000_000  # and characters: a row may be as large as a body
+PAGE_ROWS = 1000  # rows that an export reads at a time
+PAGE_TEXT = 1_000_000  # characters that it reads at a time: a row may be as large as a body
 
 
 class Store(Apps):
@@ -4299,7 +4300,7 @@ class Store(Apps):
         self._next_expiry = now if deleted.keys() - {"moved"} else now + SECOND
 
     def _expire(self, db: Connection) -> Counter[str]:
-        """One step of deleting what is to go. It ends after EXPIRE_SECONDS, because it keeps others from writing."""
+        """One step of expiring, regrouping and trimming. It ends after EXPIRE_SECONDS: meanwhile nobody can write."""
         deadline, size = time.monotonic() + EXPIRE_SECONDS, EXPIRE_ROWS
         self._note_counting(db)
         deleted = Counter(replays=db.execute("""
@@ -4406,7 +4407,7 @@ class Store(Apps):
         seqs."""
         if reports := counted_rows(db, kind, source, parameters):
             rollups = RollUps(db, self.now)
-            write_rows(db, f"delete from {TABLES[kind]} where seq in (values *)", [(each.seq,) for each in reports])
+            write_rows(db, f"delete from {TABLES[kind]} where seq in (values *)", [(report.seq,) for report in reports])
             rollups.count(kind, reports, by)
             rollups.save()
         return [report.seq for report in reports]
