@@ -3922,8 +3922,7 @@ class Store(Apps):
             if queue is own_queue:
                 self._commit(process, queue)
                 is_stored = True
-            elif any(submission.error is None for submission in submissions) and not done.acquire(
-                    timeout=MAX_COMMIT_WAIT):
+            elif any(not submission.error for submission in submissions) and not done.acquire(timeout=MAX_COMMIT_WAIT):
                 raise StorageUnavailable()  # the committing thread is slow, or was ended by a signal
         except BaseException as error:  # also a signal, if this is the main thread
             self._fail(process, queue, None if queue is own_queue else submissions, error)
