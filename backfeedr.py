@@ -81,7 +81,7 @@ import zlib
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, defaultdict, deque, namedtuple
 from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
 from difflib import get_close_matches
@@ -2994,27 +2994,24 @@ def dict_rows(db: Any, query: str, parameters: Any = ()) -> list[JsonObject]:
 # connection that writes, behind a lock, and readers that cannot write.
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for a lock that another process holds
-PRUNE_STEP = 1000  # rows, or pages, that a step deletes from a table
-PAUSE = 2  # after such a step, as a multiple of its length
+STEP_ROWS = 1000  # rows, or pages, that one step deletes
+PAUSE_FACTOR = 2  # the pause after a step is this many times as long as the step
 SET_STATE = "insert into state values (?, ?) on conflict (name) do update set value = excluded.value"
 
 
 class StoreError(Exception):
-    """What the store cannot do for its operator. `str()` is one line that says why."""
+    """A problem for the operator to solve. `str()` explains it in one line."""
 
 
-class Closing:
+class Closing(AbstractContextManager[Any]):
     """A context manager that calls close() at the end."""
-
-    def __enter__(self: Any) -> Any:
-        return self
 
     def __exit__(self: Any, *exc: object) -> None:
         self.close()
 
 
 class Connection(sqlite3.Connection):
-    """A connection in autocommit mode. It never makes the file: one that vanished must not come back empty."""
+    """A connection in autocommit mode. It never creates the file: a deleted database must not come back empty."""
 
     def __init__(self, path: Path, query_only: bool = False, mode: str = "rw"):
         super().__init__(f"{path.as_uri()}?mode={mode}", uri=True, timeout=BUSY_TIMEOUT,
@@ -3022,30 +3019,31 @@ class Connection(sqlite3.Connection):
         self.execute("pragma synchronous = full")  # NORMAL may lose acknowledged commits in a power failure
         self.execute("pragma secure_delete = on")  # overwrite what is deleted
         self.execute("pragma journal_size_limit = 16000000")  # bytes that a WAL may keep after its peak
-        # In KiB. One connection writes, and as many read as there are busy threads.
+        # In KiB. There is one writer, but as many readers as busy threads.
         self.execute(f"pragma cache_size = {-512 if query_only else -8192}")
         self.execute(f"pragma query_only = {int(query_only)}")
 
     def begin_writing(self, shared: bool) -> None:
-        """Begins a transaction that writes. If it is `shared`, other engines may run transactions of other apps
-        beside it; SQLite has one writer."""
+        """Begins a transaction that writes. SQLite has one writer at a time; on other engines, `shared` transactions
+        of different apps may run side by side."""
         self.execute("begin immediate")  # a lock taken later may fail at once instead of waiting
 
     def lock_apps(self, key_hashes: Sequence[bytes]) -> None:
-        """In a shared transaction: waits for others that write to the apps of these keys."""
+        """In a shared transaction, waits for other writers to the apps of these keys."""
 
     def reserve_seqs(self, now: int, count: int) -> int:
-        """The first of `count` consecutive seqs that were never given before."""
+        """Reserves `count` consecutive seqs that were never given before, and returns the first."""
         last, = self.execute("""
             select coalesce(max(seq), 0) from (
-                select max(seq) as seq from crashes where seq < :ahead
-                union all select max(seq) from events where seq < :ahead
-                union all select max(last) from given_seqs where last < :ahead) as given
-            """, {"ahead": first_seq(now + DAY)}).fetchone()  # a clock that was fast gave those beyond
-        first: int = max(last + 1, first_seq(now) + secrets.randbits(SEQ_BITS))  # random: other files have other ids
-        while given := self.execute("select last from given_seqs where first < ? and last >= ?",
-                                    (first + count, first)).fetchone():
-            first = given[0] + 1
+                select max(seq) as seq from crashes where seq < :limit
+                union all select max(seq) from events where seq < :limit
+                union all select max(last) from given_seqs where last < :limit) as given
+            """, {"limit": first_seq(now + DAY)}).fetchone()  # higher ones were given while the clock was fast
+        # A random start, so that different files have different ids.
+        first: int = max(last + 1, first_seq(now) + secrets.randbits(SEQ_BITS))
+        while overlap := self.execute("select last from given_seqs where first < ? and last >= ?",
+                                      (first + count, first)).fetchone():
+            first = overlap[0] + 1
         if not self.execute("""
                 update given_seqs set last = ? where first = (
                     select max(first) from given_seqs where last between ? and ?)
@@ -3054,15 +3052,15 @@ class Connection(sqlite3.Connection):
         return first
 
     def try_to_write(self) -> None:
-        """Needs room on the disk, as a report does."""
+        """Fails if the disk has no room for a report."""
         self.run_script("create table trial (a);\ninsert into trial values (zeroblob(100000));\ndrop table trial")
 
     def append(self, table: str, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
-        """Inserts rows that are new to a table."""
+        """Inserts new rows into a table."""
         write_rows(self, f"insert into {table} ({', '.join(columns)}) values *", rows)
 
     def run_script(self, script: str) -> None:
-        """Runs statements that each end a line: executescript() would commit before it begins."""
+        """Runs statements, each of which ends its line. executescript() would commit the transaction first."""
         for statement in script.split(";\n"):
             self.execute(statement)
 
@@ -3072,12 +3070,12 @@ class Connection(sqlite3.Connection):
 
 
 def get_state(db: sqlite3.Connection, name: str, default: int) -> int:
-    """A value of the table `state`."""
+    """A value from the table `state`."""
     return int((db.execute("select value from state where name = ?", (name,)).fetchone() or (default,))[0])
 
 
 def megabytes(size: int) -> str:
-    """Bytes as an operator reads them."""
+    """Formats a number of bytes for an operator."""
     return f"{size / 1e6:,.1f} MB"
 
 
@@ -3087,19 +3085,20 @@ def _wal_size(path: Path) -> int:
 
 
 class Connections:
-    """The connections of one process. None may cross a fork."""
+    """The connections of one process. A connection must not be used on the other side of a fork."""
 
     def __init__(self) -> None:
         self.write_lock = threading.Lock()
         self.writer: Any = None
-        self.readers: list[Any] = []  # those that are idle
+        self.readers: list[Any] = []  # the idle ones
 
     def close_writer(self) -> None:
         if self.writer:
             self.writer.close()
             self.writer = None
 
-    def idle_reader(self) -> Any:
+    def take_reader(self) -> Any:
+        """An idle reader; None if there is none."""
         with suppress(IndexError):
             return self.readers.pop()
 
@@ -3107,27 +3106,27 @@ class Connections:
 class Database(Closing):
     """A file with the tables of this server. Thread-safe; works on both sides of a fork.
 
-    Raises StoreError where the file cannot be opened or is something else. Every method may raise
-    StorageUnavailable. `clock` gives seconds since 1970. A subclass for another engine
+    Raises StoreError if the file cannot be opened or is not a database of backfeedr. Every method
+    may raise StorageUnavailable. `clock` returns seconds since 1970. A subclass for another engine
     (examples/postgres.py) replaces what only SQLite has: `Error`, `Outage`, _open, _connect,
-    _check_file, reading, _shrink, _fold_in_wal, size, used, warnings and vitals.
+    _check_file, reading, _shrink, _fold_in_wal, size, used_size, warnings and vitals.
     """
 
-    Error: type[Exception] = sqlite3.Error  # what a connection raises
-    Outage: type[Exception] = sqlite3.OperationalError  # a lock or a full disk, whatever is written
+    Error: type[Exception] = sqlite3.Error  # the base of all errors of a connection
+    Outage: type[Exception] = sqlite3.OperationalError  # what every write would meet: a lock, a full disk
     make_process: type[Connections] = Connections
 
     def __init__(self, path: str, clock: Callable[[], float] = time.time, may_create: bool = True):
         self._clock = clock
-        self._closed, self._trouble, self._logged = False, "", ""
-        # A child leaves its parent's connections untouched here: to close them would harm the parent.
+        self._closed, self._write_error, self._logged_error = False, "", ""
+        # By process id. A child keeps its parent's connections here untouched: closing them would harm the parent.
         self._processes: dict[int, Any] = {}
         self._open(path, may_create)
 
     def _open(self, path: str, may_create: bool) -> None:
         self.path = Path(path).absolute()
-        _prepare(self.path, may_create)
-        self._file = os.stat(self.path)
+        _prepare_file(self.path, may_create)
+        self._file_status = os.stat(self.path)
 
     def close(self) -> None:
         """Closes this process's connections, which folds in the WAL. May be called twice."""
@@ -3144,7 +3143,7 @@ class Database(Closing):
 
     @property
     def _here(self) -> Any:
-        """This process's connections, and what else it keeps."""
+        """The connections and other state of the current process."""
         pid = os.getpid()
         return self._processes.get(pid) or self._processes.setdefault(pid, self.make_process())
 
@@ -3153,76 +3152,78 @@ class Database(Closing):
         return Connection(self.path, query_only)
 
     def _check_file(self) -> None:
-        """Raises sqlite3.Error where the file is gone, or where another has taken its place: the WAL beside
-        it still belongs to the first, and would spoil the second."""
+        """Raises sqlite3.Error if the file is gone or was replaced. The WAL beside it still belongs to the old file,
+        and would corrupt the new one."""
         if self._closed:
             raise sqlite3.ProgrammingError("the store is closed")
         with suppress(OSError):
-            if os.path.samestat(os.stat(self.path), self._file):
+            if os.path.samestat(os.stat(self.path), self._file_status):
                 return
         raise sqlite3.OperationalError(f"{self.path} was moved or replaced since the start")
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A connection that cannot write. For short reads, because an open one holds up the WAL."""
-        here, db, is_good = self._here, None, False
+        """A connection that cannot write. Only for short reads: an open one keeps the WAL growing."""
+        process, db, is_reusable = self._here, None, False
         try:
-            db = here.idle_reader() or self._connect(query_only=True)
+            db = process.take_reader() or self._connect(query_only=True)
             yield db
-            is_good = not self._closed
+            is_reusable = not self._closed
         except self.Error as error:
             raise self._unavailable("read", error) from error
         finally:
-            if is_good:
-                here.readers.append(db)
+            if is_reusable:
+                process.readers.append(db)
             elif db:
                 db.close()
 
     @contextmanager
     def writing(self, shared: bool = False) -> Iterator[Connection]:
         """The process's one writing connection, in a transaction that is durable at the end."""
-        here = self._here
-        with here.write_lock:
+        process = self._here
+        with process.write_lock:
             try:
                 self._check_file()
-                db = here.writer = here.writer or self._connect()
+                db = process.writer = process.writer or self._connect()
                 db.begin_writing(shared)
                 yield db
                 db.execute("commit")
             except BaseException as error:
-                # Closing undoes what is left of the transaction. SQLite may have rolled back by
-                # itself, after which each statement would be a transaction of its own.
-                here.close_writer()
+                # Closing rolls back. After an error SQLite may have done so by itself, and then each further
+                # statement would be a transaction of its own.
+                process.close_writer()
                 if isinstance(error, self.Error):
                     raise self._unavailable("write", error) from error
                 raise
 
     @contextmanager
     def writing_step(self) -> Iterator[Connection]:
-        """A transaction of many. The pause after it lets other processes get the lock: SQLite polls for it, and
-        seldom wins against a process that takes it again at once."""
+        """One of many short transactions. The pause after it lets other processes write: they poll for SQLite's lock,
+        and would seldom get it from a process that takes it again at once."""
         with self.writing() as db:
             began = time.monotonic()
             yield db
-        time.sleep(PAUSE * (time.monotonic() - began))
+        time.sleep(PAUSE_FACTOR * (time.monotonic() - began))
 
-    def _write_in_steps(self, step: Callable[[Connection], Counter[str]]) -> Counter[str]:
-        """Repeats a step, each time in a transaction of its own, until it has nothing to do; the sum of what it did."""
+    def _repeat_step(self, step: Callable[[Connection], Counter[str]]) -> Counter[str]:
+        """Repeats a step, each time in its own transaction, until it returns no counts. Returns the sum of them."""
         total: Counter[str] = Counter()
-        done: Any = True
-        while done and not self._closed:
+        while not self._closed:
             with self.writing_step() as db:
-                done = step(db)
-            total += done
+                counts = step(db)
+            if not counts:
+                break
+            total += counts
         return total
 
     def _unavailable(self, verb: str, error: Exception) -> StorageUnavailable:
-        """Logs a problem once. Unless it is a lock, `check` knows of it until a commit succeeds."""
-        if str(error) != self._logged:
+        """Logs an error once, and returns the exception to raise. After a failed write, unless it waited for a lock,
+        `check` makes a trial write until reports are stored again."""
+        if str(error) != self._logged_error:
             log.error("cannot %s the database: %s", verb, error)
-            self._logged = str(error)
+            self._logged_error = str(error)
         if verb == "write" and "locked" not in str(error):
-            self._trouble = str(error)
+            self._write_error = str(error)
         return StorageUnavailable()
 
     def _check_clock(self) -> None:
@@ -3230,33 +3231,33 @@ class Database(Closing):
             raise self._unavailable("use", ValueError(f"the clock of this host says {iso_time(self.now)}: set it"))
 
     def check(self) -> None:
-        """Raises StorageUnavailable if the file is gone or cannot be read, or if the last commit of reports failed
-        and there is no room for a trial."""
+        """Raises StorageUnavailable if the file is gone or unreadable, or if the last write failed and a trial write
+        fails too."""
         self._check_clock()
         with self.reading() as db:
             self._check_file()
             db.execute("select 1 from apps").fetchone()
-        if self._trouble:
+        if self._write_error:
             with self.writing() as db:
                 db.try_to_write()
-            self._trouble = self._logged = ""
+            self._write_error = self._logged_error = ""
 
     @property
     def size(self) -> int:
-        """Bytes of the database."""
+        """Size of the database, in bytes."""
         return self.path.stat().st_size
 
-    def used(self, db: Connection) -> int:
-        """Bytes of the database that are not free."""
+    def used_size(self, db: Connection) -> int:
+        """Size of the database without its free pages, in bytes."""
         return int((db.pragma("page_count") - db.pragma("freelist_count")) * db.pragma("page_size"))
 
     def _shrink(self) -> None:
         """Returns the space of deleted rows to the disk."""
         with self.reading() as db:
-            free = db.pragma("freelist_count")
-        for _ in range(0, free, PRUNE_STEP):
+            free_pages = db.pragma("freelist_count")
+        for _ in range(0, free_pages, STEP_ROWS):
             with self.writing_step() as db:
-                for _ in range(PRUNE_STEP):  # one page each: some Pythons end a longer pragma after its first
+                for _ in range(STEP_ROWS):  # page by page: some Pythons end a longer pragma after its first page
                     db.execute("pragma incremental_vacuum(1)").fetchall()
         self._fold_in_wal()
 
@@ -3268,37 +3269,37 @@ class Database(Closing):
 _ANOTHER = "; --db or BACKFEEDR_DB_PATH names another"
 
 
-def _prepare(path: Path, may_create: bool) -> None:
-    """Makes the file and its tables where there are none, and brings an old schema up to date. Raises StoreError, and
-    has changed nothing, where the file is something else."""
+def _prepare_file(path: Path, may_create: bool) -> None:
+    """Creates the file and its tables if they are missing, and upgrades an old schema. Raises StoreError, and changes
+    nothing, if the file is something else."""
     if not may_create and not path.exists():
         raise StoreError(f"there is no database {path}{_ANOTHER}")
     check_sqlite()
     deadline = time.monotonic() + BUSY_TIMEOUT
     try:
-        with suppress(FileExistsError):  # only SQLite opens an existing one: to close it would drop all our locks
+        with suppress(FileExistsError):  # only SQLite may open an existing file: closing it here would drop its locks
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         while True:
             try:
-                return _make_tables(path)
+                return _prepare_tables(path)
             except sqlite3.OperationalError as error:
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
-                time.sleep(0.01)  # the change to WAL does not itself wait for another process
+                time.sleep(0.01)  # SQLite does not wait for a lock when it changes to WAL
     except (OSError, sqlite3.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        hint = _ANOTHER if type(error) is sqlite3.DatabaseError else ""  # it is something else; not: locked
+        hint = _ANOTHER if type(error) is sqlite3.DatabaseError else ""  # not a database; locks have a subclass
         raise StoreError(f"cannot open the database {path}: {reason}{hint}") from None
 
 
 def check_sqlite() -> str:
-    """The version of SQLite. Raises StoreError where it is too old."""
-    if sqlite3.sqlite_version_info < (3, 32):  # whose statements take more than 999 values
+    """The version of SQLite. Raises StoreError if it is too old."""
+    if sqlite3.sqlite_version_info < (3, 32):  # older ones take at most 999 values in a statement
         raise StoreError(f"SQLite 3.32 or later is needed; this Python has {sqlite3.sqlite_version}")
     return sqlite3.sqlite_version
 
 
-def _make_tables(path: Path) -> None:
+def _prepare_tables(path: Path) -> None:
     with closing(Connection(path)) as db:
         check_is_ours(db, path)
         if db.pragma("user_version") == SCHEMA_VERSION:
@@ -3315,7 +3316,7 @@ def _make_tables(path: Path) -> None:
 
 
 def check_is_ours(db: Connection, path: Path) -> None:
-    """Raises StoreError where a file has other tables than ours, or those of a later version."""
+    """Raises StoreError if the file belongs to another application or to a newer backfeedr."""
     version = db.pragma("user_version")
     is_empty = not version and not db.pragma("schema_version")
     if not is_empty and db.pragma("application_id") != APPLICATION_ID:
@@ -3324,7 +3325,19 @@ def check_is_ours(db: Connection, path: Path) -> None:
         raise StoreError(f"{path} is of a newer backfeedr (schema {version}; this one knows {SCHEMA_VERSION})")
 
 
-# Sums of schema 2 that outlive reports: a table, and where its columns behind app_id come from.
+# Tables of earlier schemas that new ones replace: of 2, all that count reports.
+_REPLACED = {2: ("devices", "sessions", "hours", "days", "durations", "releases", "release_days", "labels", "groups",
+                 "group_hours"),
+             4: ("groups", "builds", "releases", "group_devices", "group_sums")}
+_COLUMNS_SINCE_2 = """
+alter table crashes add column clock_ahead_ms integer not null default 0;
+alter table crashes add column other integer not null default 0;
+alter table crashes add column session_id text;
+alter table crashes add column images text;
+alter table events add column clock_ahead_ms integer not null default 0;
+alter table events add column other integer not null default 0;
+"""
+# Sums of schema 2 that outlive their reports: for each table, its columns after app_id.
 _SUMS_OF_2 = {
     "crash_days": "day, crashes from old_days", "session_days": "day, sessions, ended, session_ms from old_days",
     "active_days": "day, dau, wau, mau from old_days", "device_hours": "hour, devices from old_hours",
@@ -3334,53 +3347,31 @@ _SUMS_OF_2 = {
 
 
 def migrate(db: Connection, version: int) -> None:
-    """Makes the tables, or brings those of an older version up to date, in the current transaction."""
-    if not version:
-        db.run_script(SCHEMA)
-    elif version == 3:
+    """Makes the tables, or brings those of an older schema up to date, in the current transaction."""
+    if version == 3:
         raise StoreError("schema 3 was never released: export its reports with the backfeedr that made it")
-    elif version == 5:
-        db.run_script("drop index crashes_by_device;\ndrop index crashes_by_group;\n" + GROUP_INDEX)
+    version = 2 if version == 1 else version  # 1 lacks only the table `grants`
+    replaced = _REPLACED.get(version, ())
+    db.run_script("".join(f"alter table {table} rename to old_{table};\n" for table in replaced)
+                  + (_COLUMNS_SINCE_2 if version == 2 else "")
+                  + "drop index if exists crashes_by_group;\ndrop index if exists crashes_by_device;\n"
+                  + "drop view if exists releases;\n"
+                  + re.sub("create (table|index)", r"create \1 if not exists", SCHEMA))
+    if version == 2:
+        _recount_2(db)
     elif version == 4:
-        _migrate_from_4(db)
-    else:
-        _migrate_from_2(db, version)
+        _complete_4(db)
+    if replaced:
+        db.execute("""
+            insert into builds select app_id, app_version, '', first_seen, last_seen from old_releases where app_id > 0
+            on conflict (app_id, app_version, build_number) do update set
+                first_seen = min(builds.first_seen, excluded.first_seen),
+                last_seen = max(builds.last_seen, excluded.last_seen)""")
+    db.run_script("".join(f"drop table old_{table};\n" for table in replaced))
 
 
-def _migrate_from_4(db: Connection) -> None:
-    """Groups have sums of their own, and a release is what its builds are."""
-    db.run_script("".join(f"alter table groups add column {name} integer not null default 0;\n"
-                          for name in ("crashes", "devices", "came_at"))
-                  + "alter table releases rename to old_releases;\nalter table builds rename to old_builds;\n"
-                  + "drop table group_devices;\ndrop table group_sums;\ndrop index crashes_by_group;\n"
-                  + Releases.TABLES + GROUP_INDEX)
-    Groups.recount(db)
-    db.run_script(f"""
-insert into builds
-    select app_id, app_version, build_number, first_seen, coalesce(last_seen, first_seen) from old_builds left join (
-        select app_id, case when (other & {FLAGS["app_version"]}) > 0 then '{OTHER}' else app_version end
-                as app_version, coalesce(build_number, '') as build_number, max(received_at) as last_seen
-        from crashes group by 1, 2, 3) as latest using (app_id, app_version, build_number);
-insert into builds select app_id, app_version, '', first_seen, last_seen from old_releases where true
-    on conflict (app_id, app_version, build_number) do update set
-        first_seen = excluded.first_seen, last_seen = excluded.last_seen;
-drop table old_builds;
-drop table old_releases;
-""")
-
-
-def _migrate_from_2(db: Connection, version: int) -> None:
-    """Counts all reports again. Where some have expired, a sum is at least what it was."""
-    if version < 2:
-        db.run_script("create table grants (hash blob primary key, expires_at integer not null) without rowid")
-    old = ("devices", "sessions", "hours", "days", "durations", "releases", "release_days", "labels", "groups")
-    db.run_script("".join(f"alter table {table} rename to old_{table};\n" for table in old)
-                  + "".join(f"alter table {table} add column {column} integer not null default 0;\n"
-                            for table in TABLES.values() for column in ("clock_ahead_ms", "other"))
-                  + "alter table crashes add column session_id text;\nalter table crashes add column images text;\n"
-                  + "create table given_seqs (first integer primary key, last integer not null);\n"
-                  + "drop index release_days_by_age;\ndrop index crashes_by_group;\n"
-                  + GROUP_INDEX + SYMBOL_TABLES + TRIAGE_TABLES + FIGURE_TABLES)
+def _recount_2(db: Connection) -> None:
+    """Counts all reports of schema 2 again. If some have expired, lasting sums stay at least as high as they were."""
     recount(db)
     groups = RollUps(db, 0).figures[Groups]
     for app_id, group_hash in db.execute("select app_id, group_hash from groups").fetchall():
@@ -3391,42 +3382,54 @@ def _migrate_from_2(db: Connection, version: int) -> None:
             db.execute(f"""
                 insert into {table} select app_id, {source} where app_id > 0
                 on conflict ({", ".join(KEYS[table])}) do update set
-                    {", ".join(f"{each} = max({table}.{each}, excluded.{each})" for each in sums)}""")
+                    {", ".join(f"{name} = max({table}.{name}, excluded.{name})" for name in sums)}""")
             db.execute(f"delete from {table} where {' + '.join(sums)} = 0")
-        db.execute("""
-            insert into builds select app_id, app_version, '', first_seen, last_seen from old_releases where app_id > 0
-            on conflict (app_id, app_version, build_number) do update set
-                first_seen = min(builds.first_seen, excluded.first_seen)""")
-    db.run_script("".join(f"drop table old_{table};\n" for table in old)
-                  + "drop table group_hours;\ndelete from state where name = 'recent_since';\n"
-                  # Names are made canonical now.
-                  + "insert into regroupings select app_id, group_hash, 0, 0, '' from groups")
+    db.execute("delete from state where name = 'recent_since'")
+    # Names are made canonical since then, so crashes may belong to other groups.
+    db.execute("insert into regroupings select app_id, group_hash, 0, 0, '' from groups")
+
+
+def _complete_4(db: Connection) -> None:
+    """Counts the crashes of schema 4 for what was not counted then: sums of groups, and when a build was last seen."""
+    db.execute("insert into groups select *, 0, 0, 0 from old_groups")
+    db.execute("insert into builds select *, first_seen from old_builds")
+    Groups.recount(db)
+    releases = RollUps(db, 0).figures[Releases]
+    for page in _pages_to_count(db, Crash):
+        releases.count(Crash, page, 1)
+    releases.save()
 
 
 def recount(db: sqlite3.Connection) -> None:
     """Counts all reports again, into empty tables."""
     newest = [db.execute(f"select coalesce(max(received_at), 0) from {table}").fetchone()[0]
               for table in TABLES.values()]
-    # Of the windows. Files of earlier versions have no counted_at.
+    # The end of all windows. Files of earlier versions have no counted_at.
     now = max(*newest, get_state(db, "counted_at", (get_state(db, "trimmed_day", -1) + 1) * DAY))
-    for kind, table in TABLES.items():
-        after = -1
-        while page := counted_rows(db, kind, f"""
-                from {table} where seq > ? and app_id in (select id from apps) order by seq limit 1000""", (after,)):
+    for kind in TABLES:
+        for page in _pages_to_count(db, kind):
             rollups = RollUps(db, now)
             rollups.count(kind, page, 1)
             rollups.save()
-            after = page[-1].seq
     Groups.recount(db)
     while RollUps(db, now).trim():
         pass
 
 
+def _pages_to_count(db: sqlite3.Connection, kind: type[Any]) -> Iterator[list[Any]]:
+    """All reports of a kind, as the figures see them, except those of deleted apps."""
+    page: list[Any] = []
+    while page := counted_rows(db, kind, f"""
+            from {TABLES[kind]} where seq > ? and app_id in (select id from apps) order by seq limit 1000
+            """, (page[-1].seq if page else -1,)):
+        yield page
+
+
 # == Apps ======================================================================
-# Apps, their keys, and what lets an admin in.
+# Apps, their keys, and the secrets that let an admin in.
 
 class App(NamedTuple):
-    """An app; `keys` counts its active ones, `created_at` is in milliseconds."""
+    """An app; `keys` counts its active keys, `created_at` is in milliseconds."""
 
     name: str
     is_test: bool
@@ -3442,48 +3445,49 @@ class Key(NamedTuple):
     created_at: int
     revoked_at: int | None  # None: it is active
     hash: str
-    last_used: int | None = None  # the UTC day of its last request, within 90 days
-    requests: int = 0  # of the seven UTC days that end today
+    last_used: int | None = None  # UTC day of its last request; None if there was none in the last 90 days
+    requests: int = 0  # in the last seven UTC days, including today
 
 
 def key_name(key_hash: bytes) -> str:
-    """The name under which the uses of a key are counted."""
+    """The name under which the requests of a key are counted."""
     return bytes(key_hash).hex()[:16]
 
 
 class FirstStart(NamedTuple):
-    """The secrets that a start has made; None where there was one already."""
+    """The secrets that a start generated; None for those that existed or were given."""
 
     key: str | None
     token: str | None
 
 
 class Apps(Database):
-    """A database that knows apps, keys and the admin."""
+    """A database of apps, their keys and the secrets of the admin."""
 
     def start(self, api_key: str = "", auth_token: str = "") -> FirstStart:
-        """Gives a server what it needs to begin: an app `default` where there is none, and an admin token. Secrets
-        that are given are taken; else they are made, where none is stored."""
+        """Stores the given API key, for the app `default`, and the given admin token. Without one, generates a key if
+        there is no app, and a token if none is stored."""
+        generated_token = None
         with self.writing() as db:
-            key = token = None
+            key = None
             apps = {name for name, in db.execute("select name from apps").fetchall()}
-            known = db.execute("select revoked_at from keys where key_hash = ?", (sha256(api_key),)).fetchone()
-            if known and known[0]:
+            stored_key = db.execute("select revoked_at from keys where key_hash = ?", (sha256(api_key),)).fetchone()
+            if stored_key and stored_key[0]:
                 log.warning("the API key of the settings was revoked, and stays so")
-            elif not known and (api_key or not apps):
+            elif not stored_key and (api_key or not apps):
                 if "default" not in apps:
-                    self._make_app(db, "default", False)
+                    self._insert_app(db, "default", False)
                 key = self._insert_key(db, "default", api_key or new_key(False))
-            stored = db.execute("select hash from secrets where name = 'admin_token'").fetchone()
-            if not stored and not auth_token:
-                auth_token = token = "bf_admin_" + secrets.token_hex(16)
-            if auth_token and stored != (sha256(auth_token),):
-                self._set_secret(db, "admin_token", auth_token)
-                db.execute("delete from grants")  # they were given for the old token
-            return FirstStart(None if api_key else key, token)
+            stored_token = db.execute("select hash from secrets where name = 'admin_token'").fetchone()
+            if not stored_token and not auth_token:
+                auth_token = generated_token = "bf_admin_" + secrets.token_hex(16)
+            if auth_token and stored_token != (sha256(auth_token),):
+                self._replace_secret(db, "admin_token", auth_token)
+                db.execute("delete from grants")  # they stood for the old token
+        return FirstStart(None if api_key else key, generated_token)
 
     def secret_hash(self, name: str) -> bytes:
-        """The SHA-256 of the secret `admin_token` or `feed_token`; b"" where there is none."""
+        """The SHA-256 of `admin_token` or `feed_token`; b"" if there is none."""
         with self.reading() as db:
             row = db.execute("select hash from secrets where name = ?", (name,)).fetchone()
         return row[0] if row else b""
@@ -3497,20 +3501,20 @@ class Apps(Database):
         return hmac.compare_digest(self.secret_hash("feed_token"), sha256(token))
 
     def change_feed(self, make: bool) -> str:
-        """Withdraws the token of the feed. Returns a new one, which is not kept, or "" unless it is to `make` one."""
+        """Revokes the token of the feed. With `make`, returns a new one, of which only the hash is stored; else ""."""
         token = "bf_feed_" + secrets.token_hex(16) if make else ""
         with self.writing() as db:
-            self._set_secret(db, "feed_token", token)
+            self._replace_secret(db, "feed_token", token)
         return token
 
     @staticmethod
-    def _set_secret(db: Connection, name: str, token: str) -> None:
+    def _replace_secret(db: Connection, name: str, token: str) -> None:
         db.execute("delete from secrets where name = ?", (name,))
         if token:
             db.execute("insert into secrets values (?, ?)", (name, sha256(token)))
 
     def grant(self, kind: str, lifetime: int) -> str:
-        """A new secret that stands for the admin token, for so many milliseconds and for one kind of use."""
+        """Returns a new secret that stands for the admin token, for one kind of use and `lifetime` milliseconds."""
         secret = secrets.token_hex(16)
         with self.writing() as db:
             db.execute("delete from grants where expires_at <= ?", (self.now,))
@@ -3518,49 +3522,49 @@ class Apps(Database):
         return secret
 
     def is_granted(self, kind: str, secret: str) -> bool:
-        """Whether this is such a secret, and has neither expired nor been withdrawn."""
+        """Whether the secret was granted for this kind of use, and is still valid."""
         with self.reading() as db:
             return db.execute("select 1 from grants where hash = ? and expires_at > ?",
                               (sha256(kind + secret), self.now)).fetchone() is not None
 
     def withdraw(self, kind: str, secret: str) -> bool:
-        """Ends a grant; whether there was one."""
+        """Ends a grant. Returns whether it was valid."""
         if not self.is_granted(kind, secret):  # a stranger's guess must not take the lock
             return False
         with self.writing() as db:
             return db.execute("delete from grants where hash = ?", (sha256(kind + secret),)).rowcount > 0
 
     def is_cached_key(self, key_hash: bytes) -> bool:
-        """As is_known_key, without reading the database."""
-        return key_hash in self._here.seen_keys
+        """Whether the key was active when it was last looked up. Does not read the database."""
+        return key_hash in self._here.active_keys
 
     def is_active_key(self, key_hash: bytes) -> bool:
-        """Whether the key with this SHA-256 is active."""
+        """Looks up whether the key with this SHA-256 is active."""
         with self.reading() as db:
             is_active = db.execute("select 1 from keys where key_hash = ? and revoked_at is null",
                                    (key_hash,)).fetchone() is not None
-        (self._here.seen_keys.add if is_active else self._here.seen_keys.discard)(key_hash)
+        (self._here.active_keys.add if is_active else self._here.active_keys.discard)(key_hash)
         return is_active
 
     def is_known_key(self, key_hash: bytes) -> bool:
-        """Whether the key was active when it was last looked up, which may be long ago but costs nothing."""
+        """Whether the key was active when it was last looked up, which may be long ago; looks up an unknown one."""
         return self.is_cached_key(key_hash) or self.is_active_key(key_hash)
 
     def create_app(self, name: str, is_test: bool = False) -> str:
-        """Makes an app and returns its first key, which is not kept. Raises StoreError."""
+        """Creates an app. Returns its first key, of which only the hash is stored. Raises StoreError for a bad name."""
         with self.writing() as db:
-            self._make_app(db, name, is_test)
+            self._insert_app(db, name, is_test)
             return self._insert_key(db, name, new_key(is_test))
 
-    def _make_app(self, db: Connection, name: str, is_test: bool) -> None:
+    def _insert_app(self, db: Connection, name: str, is_test: bool) -> None:
         if name != name.strip() or not 1 <= len(name) <= 100 or not name.isprintable():
-            raise StoreError("an app's name is 1 to 100 printable characters, without a space at an end")
+            raise StoreError("an app's name is 1 to 100 printable characters, without a space at either end")
         if not db.execute("insert into apps (name, is_test, created_at) values (?, ?, ?) on conflict do nothing",
                           (name, is_test, self.now)).rowcount:
             raise StoreError(f"there is an app named {name!r} already")
 
     def create_key(self, app: str) -> str:
-        """A further key for an app, which is not kept. Raises StoreError where there is no such app."""
+        """Returns a further key for an app; only its hash is stored. Raises StoreError if there is no such app."""
         with self.writing() as db:
             return self._insert_key(db, app, new_key(self._app(db, app)[1]))
 
@@ -3571,7 +3575,7 @@ class Apps(Database):
 
     @staticmethod
     def _app(db: Connection, name: str) -> tuple[int, bool]:
-        """The id of an app, and whether it is a test app. Raises StoreError where there is none."""
+        """The id of an app, and whether it is a test app. Raises StoreError if there is no such app."""
         row = db.execute("select id, is_test from apps where name = ?", (name,)).fetchone()
         if row is None:
             raise StoreError(f"there is no app named {name!r}")
@@ -3588,48 +3592,47 @@ class Apps(Database):
     def keys(self) -> list[Key]:
         """All keys, the oldest first."""
         with self.reading() as db:
-            uses = {key: used for key, *used in db.execute("""
+            usage = {name: counts for name, *counts in db.execute("""
                 select key, max(day), sum(case when day > ? then requests else 0 end) from key_days group by key
                 """, (self.now // DAY - WEEK,))}
             return [Key(prefix, app, created_at, revoked_at, bytes(key_hash).hex(),
-                        *uses.get(key_name(key_hash), (None, 0)))
+                        *usage.get(key_name(key_hash), (None, 0)))
                     for key_hash, prefix, app, created_at, revoked_at in db.execute("""
                         select key_hash, prefix, name, keys.created_at, revoked_at from keys
                         join apps on apps.id = app_id order by keys.created_at, prefix""")]
 
     def revoke_key(self, key: str) -> Key:
-        """Ends the one active key that begins with this, or is it, or has this hash. Raises StoreError."""
-        key = key[:-3] if key.endswith("...") else key  # as `key list` shows it
-        found = [each for each in self.keys() if each.revoked_at is None and key and (
-            each.prefix.startswith(key) or each.hash in (key, sha256(key).hex()))]
-        if len(found) != 1:
-            raise StoreError(f"{len(found) or 'no'} active keys begin with {key!r}: see 'key list'")
+        """Revokes the one active key that has this prefix, or is this key, or has this hash. Raises StoreError."""
+        prefix = key[:-3] if key.endswith("...") else key  # `key list` prints prefixes with an ellipsis
+        matches = [stored for stored in self.keys() if stored.revoked_at is None and prefix and (
+            stored.prefix.startswith(prefix) or stored.hash in (prefix, sha256(prefix).hex()))]
+        if len(matches) != 1:
+            raise StoreError(f"{len(matches) or 'no'} active keys begin with {prefix!r}: see 'key list'")
         with self.writing() as db:
-            db.execute("update keys set revoked_at = ? where key_hash = ?", (self.now, bytes.fromhex(found[0].hash)))
-        return found[0]._replace(revoked_at=self.now)
+            db.execute("update keys set revoked_at = ? where key_hash = ?", (self.now, bytes.fromhex(matches[0].hash)))
+        return matches[0]._replace(revoked_at=self.now)
 
 
 # == Commit ====================================================================
-# How reports become rows. Requests that come together share one transaction, so one
-# fsync serves them all: a thread that finds none open opens a group and commits it.
+# How reports become rows. Requests that arrive together share one transaction, so one fsync serves them all: the first
+# thread opens a queue and commits it; threads that come before the transaction begins join the queue and wait.
 
 class Idempotency(NamedTuple):
-    """How a repeated request is recognised: digests, any of which tells that it was seen before, and a digest of
-    its content."""
+    """How a repeated request is recognised. All are digests."""
 
-    marks: tuple[bytes, ...] = ()
-    request: bytes = b""
+    marks: tuple[bytes, ...] = ()  # any of them shows that a request was seen before
+    request: bytes = b""  # of path and body: shows that it is the same request
 
 
 class Receipt(NamedTuple):
-    """What was made durable: the seqs, one a report, and whether an earlier request did it."""
+    """What was made durable: a seq for each report, and whether an earlier request stored them."""
 
     seqs: range
     replayed: bool
 
 
 class StoredReport(NamedTuple):
-    """A report as one store hands it to another; `received_at` is in milliseconds."""
+    """A report for another store; `received_at` is in milliseconds."""
 
     seq: int
     app: str
@@ -3641,7 +3644,7 @@ class StoredReport(NamedTuple):
 
 @dataclass(eq=False)
 class Submission:
-    """The reports of one request on their way to the disk, and what became of them."""
+    """The reports of one request on their way to the disk, and the outcome."""
 
     key_hash: bytes = b""
     reports: Reports = ()
@@ -3650,8 +3653,8 @@ class Submission:
     receipt: Receipt | None = None
 
     def result(self) -> Receipt:
-        """The receipt. Raises the error and drops it: its traceback holds the request, and the reference cycle
-        would keep megabytes until the collector runs."""
+        """Returns the receipt or raises the error. An error is dropped: its traceback refers to the request, and this
+        cycle would keep megabytes until the garbage collector runs."""
         if self.error is not None:
             try:
                 raise self.error
@@ -3661,23 +3664,23 @@ class Submission:
         return self.receipt
 
 
-class Group:
+class CommitQueue:
     """The submissions that one commit stores."""
 
     def __init__(self, submissions: Sequence[Submission] = ()) -> None:
         self.submissions = list(submissions)
-        self.full = threading.Event()  # it has as many as the last one, most of which come again
-        self.done: list[threading.Lock] = []  # one for each thread: one Event for all costs a tenth of the speed
+        self.full = threading.Event()  # as long as the last queue, whose clients mostly return
+        self.done: list[threading.Lock] = []  # one per waiting thread: sharing an Event costs a tenth of the speed
 
     def join(self, submissions: Sequence[Submission], max_waiters: int, max_rows: int) -> None:
-        """Takes submissions in, or gives those for which there is no room an error."""
-        rows = sum(len(each.reports) for each in self.submissions)
-        for each in submissions:
-            if len(self.submissions) >= max_waiters or self.submissions and rows + len(each.reports) > max_rows:
-                each.error = StorageUnavailable()
+        """Adds submissions. Those that find no room get an error."""
+        rows = sum(len(queued.reports) for queued in self.submissions)
+        for submission in submissions:
+            if len(self.submissions) >= max_waiters or self.submissions and rows + len(submission.reports) > max_rows:
+                submission.error = StorageUnavailable()
             else:
-                self.submissions.append(each)
-                rows += len(each.reports)
+                self.submissions.append(submission)
+                rows += len(submission.reports)
 
 
 class Histogram:
@@ -3691,7 +3694,7 @@ class Histogram:
         self.sum += value
 
     def samples(self) -> Iterator[tuple[str, float]]:
-        """What Prometheus wants of it: what follows its name, and the figure."""
+        """Its samples for Prometheus: the suffix of the metric's name, and the value."""
         totals = list(accumulate(self.counts))
         for bound, total in zip(self.bounds, totals):
             yield '_bucket{le="%s"}' % ("+Inf" if bound == math.inf else bound), total
@@ -3703,100 +3706,101 @@ class Process(Connections):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen_keys: set[bytes] = set()
-        self.group_lock = threading.Lock()  # of the next two, and of what the group has
-        self.group: Group | None = None  # which submissions may still join
-        self.last_size = 0  # of the group before it
+        self.active_keys: set[bytes] = set()  # hashes of keys that were active when they were looked up
+        self.queue_lock = threading.Lock()  # guards the next two, and the content of the queue
+        self.queue: CommitQueue | None = None  # the one that submissions may join
+        self.last_queue_length = 0  # of the queue before it
         self.commit_lock = threading.Lock()
-        self.group_sizes = Histogram(1, 2, 4, 8, 16, 32, 64, 128)  # requests
+        self.group_sizes = Histogram(1, 2, 4, 8, 16, 32, 64, 128)  # requests per commit
         self.commit_seconds = Histogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)
         self.stored = Counter(crashes=0, events=0)
-        self.worker_lock, self.next_worker = threading.Lock(), threading.Lock()  # to catch up; to wait for that
+        self.worker_lock, self.next_worker = threading.Lock(), threading.Lock()  # of catch_up_in_background
 
     @property
     def waiting(self) -> list[Submission]:
-        group = self.group
-        return group.submissions if group else []
+        queue = self.queue
+        return queue.submissions if queue else []
 
 
 class Commit:
-    """The reports of one transaction."""
+    """The reports of one transaction, and the rows that change with them."""
 
     def __init__(self, db: Connection, now: int):
         self._db, self._now, self._symbols = db, now, Symbols(db)
-        self._marks: list[tuple[Any, ...]] = []  # rows of `replays`
-        self._uses: Counter[tuple[int, bytes]] = Counter()  # of keys, by app and key
-        # By app: seqs, times of receipt, how fast the clocks were, and the reports. As columns, because a tuple
+        self._replays: list[tuple[Any, ...]] = []  # new rows of the table `replays`
+        self._key_uses: Counter[tuple[int, bytes]] = Counter()  # requests by app and key
+        # Of each app: seqs, times of receipt, how far the clocks were ahead, reports. Columns, because a tuple
         # for each report would set off the garbage collector.
         self._columns: dict[int, tuple[list[Any], ...]] = defaultdict(lambda: ([], [], [], []))
 
-    def add(self, submissions: Sequence[Submission]) -> None:
-        """Adds requests. Each has a receipt, for when the transaction ends, or an error where it must be refused."""
-        self._db.lock_apps([each.key_hash for each in submissions])
+    def add_submissions(self, submissions: Sequence[Submission]) -> None:
+        """Adds requests. Gives each a receipt, which is valid once the transaction ends, or an error."""
+        self._db.lock_apps([submission.key_hash for submission in submissions])
         apps: dict[bytes, int] = dict(rows_of(self._db, """
             select key_hash, app_id from (values *) as given cross join keys on key_hash = column1
-            where revoked_at is null""", list({(each.key_hash,) for each in submissions})))
-        accepted = [(apps[each.key_hash], each) for each in submissions if each.key_hash in apps]
-        total = sum(len(each.reports) for _, each in accepted)
+            where revoked_at is null""", list({(submission.key_hash,) for submission in submissions})))
+        for submission in submissions:
+            if submission.key_hash not in apps:
+                submission.error = Refusal("invalid API key")
+        accepted = [(apps[submission.key_hash], submission) for submission in submissions if not submission.error]
+        total = sum(len(submission.reports) for _, submission in accepted)
         seq = self._db.reserve_seqs(self._now, total) if total else 0
-        known = self._earlier({(app_id, mark) for app_id, each in accepted for mark in each.idempotency.marks})
-        for each in submissions:
-            if each.key_hash not in apps:
-                each.error = Refusal("invalid API key")
-        for app_id, each in accepted:
-            marks, request = each.idempotency
+        known = self._known_requests({(app_id, mark) for app_id, submission in accepted
+                                      for mark in submission.idempotency.marks})
+        for app_id, submission in accepted:
+            marks, request = submission.idempotency
             earlier, seqs = next((known[app_id, mark] for mark in marks if (app_id, mark) in known), (None, range(0)))
             if earlier not in (None, request):
-                each.error = Refusal("idempotency key reused with a different body")
+                submission.error = Refusal("idempotency key reused with a different body")
                 continue
-            each.reports = self.group(each.reports)
+            submission.reports = reports = self.regrouped(submission.reports)
             if earlier is None:
-                seqs = range(seq, seq + len(each.reports))
+                seqs = range(seq, seq + len(reports))
                 seq = seqs.stop
-                ahead = clock_ahead(max(map(attrgetter("occurred_at"), each.reports)), self._now)
-                self.put(app_id, seqs, [self._now] * len(seqs), [ahead] * len(seqs), each.reports)
-            each.receipt = Receipt(seqs, earlier is not None)
-            self._uses[app_id, each.key_hash] += 1
+                ahead = clock_ahead(max(map(attrgetter("occurred_at"), reports)), self._now)
+                self.add_reports(app_id, seqs, [self._now] * len(seqs), [ahead] * len(seqs), reports)
+            submission.receipt = Receipt(seqs, earlier is not None)
+            self._key_uses[app_id, submission.key_hash] += 1
             for mark in marks:
                 if (app_id, mark) not in known:
                     known[app_id, mark] = request, seqs
-                    self._marks.append((app_id, mark, request, seqs.start, len(seqs), self._now))
+                    self._replays.append((app_id, mark, request, seqs.start, len(seqs), self._now))
 
-    def _earlier(self, marks: set[tuple[int, bytes]]) -> dict[tuple[int, bytes], tuple[bytes | None, range]]:
-        """Digest and seqs of the requests that are stored under these marks."""
+    def _known_requests(self, marks: set[tuple[int, bytes]]) -> dict[tuple[int, bytes], tuple[bytes | None, range]]:
+        """The stored requests with these apps and marks: the digest and the seqs of each."""
         return {(app_id, bytes(mark)): (bytes(request), range(first, first + count))
                 for app_id, mark, request, first, count in rows_of(self._db, """
                     select app_id, mark, request, first_seq, reports from (values *) as given
                     cross join replays on app_id = column1 and mark = column2""", list(marks))}
 
-    def group(self, reports: Reports) -> Reports:
-        """The reports, with crashes in the groups that the symbols give."""
-        return [self._symbols.group(each) if type(each) is Crash else each for each in reports]
+    def regrouped(self, reports: Reports) -> Reports:
+        """The reports, their crashes in the groups that the stored symbols give."""
+        return [self._symbols.group(report) if type(report) is Crash else report for report in reports]
 
-    def put(self, app_id: int, *columns: Sequence[Any]) -> None:
-        """Adds reports in the order of their seqs, as columns (see __init__)."""
+    def add_reports(self, app_id: int, *columns: Sequence[Any]) -> None:
+        """Adds reports of an app in the order of their seqs, as columns (see __init__)."""
         for column, values in zip(self._columns[app_id], columns):
             column.extend(values)
 
     def save(self) -> Counter[str]:
-        """Writes the rows and the figures. Returns how many reports came to each table."""
+        """Writes the rows and the figures. Returns the number of new rows in each table of reports."""
         rollups, stored, crashes = RollUps(self._db, self._now, self._symbols), Counter[str](), []
         for (app_id, columns), (kind, table) in product(self._columns.items(), TABLES.items()):
-            is_own = [type(report) is kind for report in columns[-1]]
-            seqs, received, ahead, given = (list(compress(column, is_own)) for column in columns)
+            is_of_kind = [type(report) is kind for report in columns[-1]]
+            seqs, received, ahead, sent = (list(compress(column, is_of_kind)) for column in columns)
             if not seqs:
                 continue
-            flags, reports = rollups.names.limit(app_id, received, given)
+            flags, reports = rollups.names.limit(app_id, received, sent)
             # Columns of zeros are left out: binding them costs 2 % of a batch.
-            ours = {"seq": seqs, "app_id": repeat(app_id), "received_at": received, **{
+            own_columns = {"seq": seqs, "app_id": repeat(app_id), "received_at": received, **{
                 name: values for name, values in (("clock_ahead_ms", ahead), ("other", flags)) if any(values)}}
-            found = counted(kind, app_id, seqs, received, ahead, flags, reports)
-            rollups.count(kind, found, 1)  # before the rows are there: it looks for devices that are new to a group
-            self._db.append(table, (*ours, *kind._fields), list(map(add, zip(*ours.values()), reports)))
-            stored[table] += len(found)
-            crashes += found if kind is Crash and self._uses else []  # imports are none
-        write_rows(self._db, "insert into replays values *", self._marks)
-        for (app_id, key), uses in self._uses.items():
+            new = counted(kind, app_id, seqs, received, ahead, flags, reports)
+            rollups.count(kind, new, 1)  # before the insert, because it looks for devices that are new to a group
+            self._db.append(table, (*own_columns, *kind._fields), list(map(add, zip(*own_columns.values()), reports)))
+            stored[table] += len(new)
+            crashes += new if kind is Crash and self._key_uses else []  # an import uses no key, and is no news
+        write_rows(self._db, "insert into replays values *", self._replays)
+        for (app_id, key), uses in self._key_uses.items():
             rollups.add("key_days", app_id, self._now // DAY, key_name(key), requests=uses)
         rollups.save()
         if crashes:
@@ -3805,34 +3809,35 @@ class Commit:
 
 
 # == Store =====================================================================
-# The one path by which reports reach the disk, and how they go again.
+# The one path by which reports reach the disk, and how they are deleted again.
 
 REPLAY_DAYS = 7  # how long a phone may be offline between a request and its repetition
-BUSY_GROUP = 4  # requests: after a commit of so many, the next one waits for more
-GATHER_SECONDS = 0.003  # how long it waits: a commit costs as much as ten reports
-MAX_WAIT = 30.0  # seconds to wait for another thread's commit: longer than any lock and sync together
-EXPIRE_SLICE = 10  # rows before the first look at the clock: one may be as large as a body
-EXPIRE_SECONDS = 0.02  # for which a step may delete or move reports
+BUSY_COMMIT = 4  # requests: after a commit of at least so many, the next one waits for more
+GATHER_SECONDS = 0.003  # for which it waits: a commit costs as much as ten reports
+MAX_COMMIT_WAIT = 30.0  # seconds to wait for another thread's commit: longer than any lock and sync together
+EXPIRE_ROWS = 10  # rows to delete before the first look at the clock: a row may be as large as a body
+EXPIRE_SECONDS = 0.02  # time that a step may take to delete or move reports
 REPORT_BYTES = 4096  # more than most reports take, with their index entries
-NEARLY_FULL = 0.9  # the share of the disk or of max_db_size from which on the operator is warned
-REGROUPED = 100  # crashes that a step looks at, unless EXPIRE_SECONDS are over before
-MAX_SYMBOL_BYTES, MAX_BUILDS = 200_000_000, 1000  # of a build's stored symbols, and builds that have some
-UPLOAD_DAYS = 7  # after which symbols go if some of their parts never came
-SYMBOL_PAGES = 100  # that a step deletes: each may take 100 kB
-FACT_DAYS = 7  # after which a fact goes that nobody was told
-PAGE_ROWS = 1000  # that an export reads at a time,
-PAGE_TEXT = 1_000_000  # and characters: a row may be as large as a body
+NEARLY_FULL = 0.9  # share of the disk or of max_db_size from which on the operator is warned
+REGROUP_ROWS = 100  # crashes that a step checks at most; it also ends after EXPIRE_SECONDS
+MAX_SYMBOL_BYTES = 200_000_000  # of stored symbols for each build
+MAX_BUILDS = 1000  # that may have symbols
+UPLOAD_DAYS = 7  # after which an incomplete upload of symbols is deleted
+SYMBOL_PAGES = 100  # pages of symbols that a step deletes: each may take 100 kB
+FACT_DAYS = 7  # after which a fact that no channel took is deleted
+PAGE_ROWS = 1000  # rows that an export reads at a time
+PAGE_TEXT = 1_000_000  # characters that it reads at a time: a row may be as large as a body
 
 
 class Store(Apps):
     """Apps, keys and reports in one SQLite file.
 
-    `retention_days` of 0 keeps all, and None what the last server has kept. Close it, or
-    use it as a context manager.
+    A `retention_days` of 0 keeps all, and None takes what the last server used. Close the
+    store, or use it as a context manager.
 
     max_waiters: requests that may wait for a commit; further ones get a 503.
     max_rows: reports that may wait; all go into the next commit (about 0.1 s).
-    max_db_size: bytes, beyond which the oldest reports of the app that holds most go early; 0 is off.
+    max_db_size: in bytes; above it, the oldest reports of the largest app are deleted early; 0 is off.
     """
 
     make_process = Process
@@ -3845,21 +3850,21 @@ class Store(Apps):
             with self.reading() as db:
                 retention_days = get_state(db, "retention_days", Settings.retention_days)
         self.retention_days: int = retention_days
-        self._expire_at = 0  # when to look next for what is older
+        self._next_expiry = 0  # when to look again for reports to delete
         self._judged_hour = 0  # in which it last looked for releases that are worse
-        self._largest = (0, 0)  # when the app that holds most was looked up, and its id
-        self._ahead: tuple[Row, list[int]] = ((), [])  # a place in a group, and the crashes that come after it
+        self._largest_app = (0, 0)  # when the largest app was looked up, and its id
+        self._to_regroup: tuple[Row, list[int]] = ((), [])  # a position in a group, and the crashes after it
 
     def start(self, api_key: str = "", auth_token: str = "") -> FirstStart:
-        """As Apps.start. Also keeps the retention for commands that are not told one."""
+        """Like Apps.start. Also stores the retention, for commands that are not given one."""
         with self.writing() as db:
             db.execute(SET_STATE, ("retention_days", self.retention_days))
         return super().start(api_key, auth_token)
 
     def vitals(self) -> list[tuple[str, str, str, Iterable[tuple[str, float]]]]:
-        """Figures for monitoring: name, kind, meaning, and samples as Prometheus writes them. All but sizes and rows
-        are of this process. No table of reports is read."""
-        here = self._here
+        """Figures for monitoring: name, kind, help text, and samples as Prometheus writes them. All but sizes and rows
+        are of this process. Does not read the tables of reports."""
+        process = self._here
         with self.reading() as db:
             self._check_file()
             crashes, = db.execute("""
@@ -3867,12 +3872,12 @@ class Store(Apps):
                 where app_id in (select id from apps) and field = 'exception_type' and day = ?
                 """, (ALL_DAYS,)).fetchone()
         return [
-            ("commit_requests", "histogram", "Requests that one commit stored.", here.group_sizes.samples()),
+            ("commit_requests", "histogram", "Requests that one commit stored.", process.group_sizes.samples()),
             ("commit_seconds", "histogram", "From asking for the write lock until the commit was durable.",
-             here.commit_seconds.samples()),
-            ("waiters", "gauge", "Requests that wait for the next commit.", [("", len(here.waiting))]),
+             process.commit_seconds.samples()),
+            ("waiters", "gauge", "Requests that wait for the next commit.", [("", len(process.waiting))]),
             ("reports_stored_total", "counter", "Reports stored since this process began.",
-             [(f'{{table="{table}"}}', n) for table, n in here.stored.items()]),
+             [(f'{{table="{table}"}}', n) for table, n in process.stored.items()]),
             ("crashes_kept", "gauge", "Rows of the table crashes, by their roll-up.", [("", crashes)]),
             ("file_bytes", "gauge", "Size of the database.", [("", self.size)]),
             ("wal_bytes", "gauge", "Size of its write-ahead log.", [("", _wal_size(self.path))])]
@@ -3881,13 +3886,13 @@ class Store(Apps):
         """What an operator should know before it is too late."""
         return size_warnings(self.path, self.max_db_size)
 
-    # Reports that come
+    # Storing reports
 
     def add(self, key_hash: bytes, reports: Reports, idempotency: Idempotency | None = None) -> Receipt:
-        """Stores reports, all or none, and returns when they are durable. They go to the app of the key
-        with that SHA-256. A repeated request, as told by `idempotency`, stores nothing and has the first one's receipt.
-        Raises Refusal where an Idempotency-Key comes with another request, or the key is not active at the time of the
-        commit; StorageUnavailable also where too many wait already."""
+        """Stores reports, all or none, in the app of the key with this SHA-256. Returns when they are durable. If
+        `idempotency` shows that the request was stored before, stores nothing and returns the first receipt. Raises
+        Refusal if an Idempotency-Key is reused for another request, or if the key is not active at the time of the
+        commit; StorageUnavailable also if too many requests wait already."""
         if not reports:
             raise ValueError("no reports")
         submission = Submission(key_hash, reports, idempotency or Idempotency())
@@ -3899,97 +3904,97 @@ class Store(Apps):
         and they get StorageUnavailable."""
         if not submissions:
             return
-        here, own, done, is_stored = self._here, Group(), threading.Lock(), False
-        group = own
+        process, own_queue, done, is_stored = self._here, CommitQueue(), threading.Lock(), False
+        queue = own_queue
         try:
-            with here.group_lock:
-                group = here.group = here.group or own
-                group.join(submissions, self.max_waiters, self.max_rows)
-                if group is not own:
+            with process.queue_lock:
+                queue = process.queue = process.queue or own_queue
+                queue.join(submissions, self.max_waiters, self.max_rows)
+                if queue is not own_queue:
                     done.acquire()
-                    group.done.append(done)
-                if len(group.submissions) >= here.last_size:
-                    group.full.set()
-            if group is own:
-                self._commit(here, own)
+                    queue.done.append(done)
+                if len(queue.submissions) >= process.last_queue_length:
+                    queue.full.set()
+            if queue is own_queue:
+                self._commit(process, queue)
                 is_stored = True
-            elif any(each.error is None for each in submissions) and not done.acquire(timeout=MAX_WAIT):
+            elif any(not submission.error for submission in submissions) and not done.acquire(timeout=MAX_COMMIT_WAIT):
                 raise StorageUnavailable()  # the committing thread is slow, or was ended by a signal
         except BaseException as error:  # also a signal, if this is the main thread
-            self._give_up(here, group, None if group is own else submissions, error)
+            self._fail(process, queue, None if queue is own_queue else submissions, error)
         finally:
-            for each in own.done:
-                each.release()
+            for waiting_thread in own_queue.done:
+                waiting_thread.release()
         if is_stored:
             self._expire_if_due()
 
-    def _give_up(self, here: Process, group: Group, waiting: Sequence[Submission] | None, error: BaseException) -> None:
-        """Takes submissions that have waited too long out of their group; or all, if its commit has failed. Then it
-        tries each alone: one bad report must not fail its neighbours."""
-        with here.group_lock:
-            if here.group is group and (waiting is None or isinstance(error, Exception)):
-                here.group = None
-            refused = group.submissions if waiting is None else waiting
-            group.submissions = [each for each in group.submissions if each not in refused]
-        for each in refused:
-            each.error = StorageUnavailable()
+    def _fail(self, process: Process, queue: CommitQueue, submissions: Sequence[Submission] | None,
+              error: BaseException) -> None:
+        """Takes submissions that cannot wait any longer out of their queue and gives them an error. None means all of
+        a queue whose commit failed: each is then committed alone, so that one bad report does not fail the others."""
+        is_commit = submissions is None
+        with process.queue_lock:
+            if process.queue is queue and (is_commit or isinstance(error, Exception)):
+                process.queue = None
+            failed = queue.submissions if submissions is None else submissions
+            queue.submissions = [submission for submission in queue.submissions if submission not in failed]
+        for submission in failed:
+            submission.error = StorageUnavailable()
         if not isinstance(error, Exception):
             raise error
         if not isinstance(error, StorageUnavailable):
             log.exception("unexpected error")
         is_outage = isinstance(error.__cause__ or error, (self.Outage, StorageUnavailable))
-        for each in refused if waiting is None and len(refused) > 1 and not is_outage else ():
+        for submission in failed if is_commit and len(failed) > 1 and not is_outage else ():
             try:
-                each.error = None
-                self._commit(here, Group([each]))
+                submission.error = None
+                self._commit(process, CommitQueue([submission]))
             except Exception:
-                each.error = StorageUnavailable()
+                submission.error = StorageUnavailable()
 
-    def _commit(self, here: Process, group: Group) -> None:
-        """Stores a group in one transaction. Until that begins, the group grows."""
-        with here.commit_lock:
-            if here.last_size >= BUSY_GROUP:
-                group.full.wait(GATHER_SECONDS)
+    def _commit(self, process: Process, queue: CommitQueue) -> None:
+        """Stores a queue in one transaction. Other threads may join the queue until that begins."""
+        with process.commit_lock:
+            if process.last_queue_length >= BUSY_COMMIT:
+                queue.full.wait(GATHER_SECONDS)
             began = time.monotonic()
             self._check_clock()
             with self.writing(shared=True) as db:
-                with here.group_lock:
-                    if here.group is group:
-                        here.last_size, here.group = len(group.submissions), None
+                with process.queue_lock:
+                    if process.queue is queue:
+                        process.last_queue_length, process.queue = len(queue.submissions), None
                 commit = Commit(db, self.now)
-                commit.add(group.submissions)
+                commit.add_submissions(queue.submissions)
                 stored = commit.save()
-            here.group_sizes.add(len(group.submissions))
-            here.commit_seconds.add(time.monotonic() - began)
-            here.stored.update(stored)
-            self._trouble = self._logged = ""
+            process.group_sizes.add(len(queue.submissions))
+            process.commit_seconds.add(time.monotonic() - began)
+            process.stored.update(stored)
+            self._write_error = self._logged_error = ""
 
     def export(self, kind: type[Any], app: str | None = None, since: int = 0) -> Iterator[StoredReport]:
-        """The reports of a kind, Crash or Event, that are here now, in the order of their seqs: of all apps or of one,
-        received at `since` or later. Raises StoreError where there is no such app."""
+        """The stored reports of a kind, Crash or Event, in the order of their seqs: of all apps or of one, received at
+        `since` or later. Reports that arrive meanwhile are left out. Raises StoreError if there is no such app."""
         with self.reading() as db:
             if app is not None:
                 self._app(db, app)
         last, after = self._last_seq(kind), min(max(0, first_seq(since)), MAX_NUMBER) - 1
-        while page := self._page(kind, after, last):
-            yield from (each for each in page if app in (None, each.app) and each.received_at >= since)
+        while page := self._export_page(kind, after, last):
+            yield from (stored for stored in page if app in (None, stored.app) and stored.received_at >= since)
             after = page[-1].seq
 
     def _last_seq(self, kind: type[Any]) -> int:
         with self.reading() as db:
             return int(db.execute(f"select coalesce(max(seq), -1) from {TABLES[kind]}").fetchone()[0])
 
-    def _page(self, kind: type[Any], after: int, last: int) -> list[StoredReport]:
-        """The reports that come next. A single long read would hold up the WAL."""
+    def _export_page(self, kind: type[Any], after: int, last: int) -> list[StoredReport]:
+        """The next reports. They are read in pages because one long read would keep the WAL growing."""
         page: list[StoredReport] = []
         size = 0
         with self.reading() as db, closing(db.execute(f"""
                 select seq, apps.name, is_test, received_at, clock_ahead_ms,
-                    {", ".join("reports." + each for each in kind._fields)}
+                    {", ".join("reports." + field for field in kind._fields)}
                 from {TABLES[kind]} as reports cross join apps on apps.id = app_id
-                where seq > ? and seq <= ?
-                order by seq
-                limit ?""", (after, last, PAGE_ROWS))) as rows:
+                where seq > ? and seq <= ? order by seq limit ?""", (after, last, PAGE_ROWS))) as rows:
             for seq, name, is_test, received_at, ahead_ms, *values in rows:
                 page.append(StoredReport(seq, name, bool(is_test), received_at, ahead_ms, kind._make(values)))
                 size += sum(len(value) for value in values if type(value) is str)
@@ -3998,42 +4003,40 @@ class Store(Apps):
         return page
 
     def import_(self, reports: Sequence[StoredReport]) -> Counter[str]:
-        """Stores reports that another store has exported, all or none, and makes their apps, without keys. Returns how
-        many were `stored`; how many were `known`, because their seq is here already, whatever is in them; and how many
-        had `expired`: their time is over, or reports as old have gone from here, maybe these, which would be counted
-        twice. Raises StoreError where an app is live here and a test there."""
+        """Stores reports that another store exported, all or none, and creates their apps, without keys. Returns how
+        many were `stored`; how many were `known`, because there is a report with their seq; and how many had `expired`.
+        A report counts as expired if it is too old, or if any as old were deleted here: it may be one of them, and must
+        not be counted twice. Raises StoreError if a test app has the name of a live one, or vice versa."""
         counts = Counter(stored=0, known=0, expired=0)
-        apps: dict[tuple[str, bool], tuple[int, int]] = {}  # by name and is_test: the id, and what went early
-        # What is left of a deleted app would pass for known, and then go.
-        self._write_in_steps(lambda db: self._delete_remains(db, PRUNE_STEP))
+        # Rows that are left of a deleted app would be taken for known ones, and then be deleted.
+        self._repeat_step(lambda db: self._delete_app_rows(db, STEP_ROWS))
         with self.writing_step() as db:
-            commit = Commit(db, self.now)
+            commit, import_app = Commit(db, self.now), lru_cache(None)(partial(self._import_app, db))
             known = {(kind, seq) for kind, table in TABLES.items() for seq, in rows_of(
                 db, f"select seq from (values *) as keys cross join {table} on seq = column1",
-                [(each.seq,) for each in reports])}
-            expired = {kind: max(self._oldest_seq - 1, get_state(db, "expired_" + table, -1))
-                       for kind, table in TABLES.items()}
+                [(stored.seq,) for stored in reports])}
+            last_expired = {kind: max(self._first_kept_seq - 1, get_state(db, "expired_" + table, -1))
+                            for kind, table in TABLES.items()}
             for seq, app, is_test, received_at, ahead_ms, report in sorted(reports, key=itemgetter(0)):
                 kind = type(report)
                 if (kind, seq) in known:
                     counts["known"] += 1
                     continue
                 known.add((kind, seq))
-                if seq > expired[kind] and (app, is_test) not in apps:
-                    apps[app, is_test] = self._imported_app(db, app, is_test)
-                if seq <= expired[kind] or seq <= apps[app, is_test][1]:
+                app_id, last_early = import_app(app, is_test) if seq > last_expired[kind] else (0, seq)
+                if seq <= last_early:
                     counts["expired"] += 1
                     continue
-                commit.put(apps[app, is_test][0], [seq], [received_at], [ahead_ms], commit.group([report]))
+                commit.add_reports(app_id, [seq], [received_at], [ahead_ms], commit.regrouped([report]))
                 counts["stored"] += 1
             commit.save()
             self._expire(db)
         return counts
 
-    def _imported_app(self, db: Connection, name: str, is_test: bool) -> tuple[int, int]:
-        """The id of an app, which is made where there is none, and the highest seq of its that went early."""
+    def _import_app(self, db: Connection, name: str, is_test: bool) -> tuple[int, int]:
+        """The id of an app, which is created if there is none, and the highest of its seqs that was deleted early."""
         if not db.execute("select 1 from apps where name = ?", (name,)).fetchone():
-            self._make_app(db, name, is_test)
+            self._insert_app(db, name, is_test)
         app_id, was_test = self._app(db, name)
         if was_test != is_test:
             raise StoreError(f"the app {name!r} is a {'test' if was_test else 'live'} one here")
@@ -4042,65 +4045,59 @@ class Store(Apps):
     # Symbols
 
     def put_symbols(self, uuid: str, part: SymbolPart) -> tuple[JsonObject, bool]:
-        """Stores a part of a build's symbols in place of what came as the same part before, and returns how far its
-        upload is, and whether this part or all of it was here already. A build that is complete stays as it is. One
-        that was begun in another number of parts is begun anew. Raises Refusal where there is no room."""
+        """Stores a part of the symbols of a build; an earlier upload of the same part is replaced. Returns the progress
+        of the upload, and whether this part, or all of the build, was stored before. A complete build stays as it is.
+        An upload with another number of parts starts again. Raises Refusal if there is no room."""
         while True:
             with self.writing() as db:
-                obstacle = self._obstacle(db, uuid, part)
-                if not obstacle:
-                    return self._put_part(db, uuid, part)
-            self._drop_symbols(obstacle)
+                build = self._build_to_delete(db, uuid, part)
+                if not build:
+                    was_stored = self._store_part(db, uuid, part)
+                    progress, = dict_rows(db, "select uuid, parts, received from symbols where uuid = ?", (uuid,))
+                    progress["complete"] = progress["received"] == progress["parts"]
+                    if progress["complete"] and not was_stored:
+                        self._symbols_arrived(db, uuid)
+                    return progress, was_stored
+            self._repeat_step(partial(self._drop_symbols, uuid=build))
 
     @staticmethod
-    def _obstacle(db: Connection, uuid: str, part: SymbolPart) -> str:
-        """The build whose symbols have to go first, or "": this one, if it was begun in another number of parts or is
-        being deleted; or, of too many, the oldest one without crashes. Raises Refusal where all have crashes."""
+    def _build_to_delete(db: Connection, uuid: str, part: SymbolPart) -> str:
+        """The build whose symbols must be deleted first; "" for none. That is this build, if its upload began with
+        another number of parts or its symbols are being deleted; or the oldest build without crashes, if there are too
+        many. Raises Refusal if all have crashes."""
         if db.execute("select 1 from symbols where uuid = ? and received < parts and (parts <> ? or received = 0)",
                       (uuid, part.parts)).fetchone():
             return uuid
         builds, = db.execute("select count(*) from symbols where uuid <> ?", (uuid,)).fetchone()
         if builds < MAX_BUILDS:
             return ""
-        oldest, is_needed = db.execute("""
-            select uuid, uuid in (select uuid from group_images) as is_needed from symbols where uuid <> ?
-            order by is_needed, uploaded_at, uuid limit 1""", (uuid,)).fetchone()
-        if is_needed:
+        oldest, has_crashes = db.execute("""
+            select uuid, uuid in (select uuid from group_images) as has_crashes from symbols where uuid <> ?
+            order by has_crashes, uploaded_at, uuid limit 1""", (uuid,)).fetchone()
+        if has_crashes:
             raise Refusal("too many symbols", detail=(
                 f"those of {MAX_BUILDS} builds with crashes are held; 'symbols delete {oldest}' deletes the oldest"))
         return str(oldest)
 
-    def _put_part(self, db: Connection, uuid: str, part: SymbolPart) -> tuple[JsonObject, bool]:
-        """As put_symbols, where there is room."""
-        query = "select parts, received from symbols where uuid = ?"
-        parts, received = db.execute(query, (uuid,)).fetchone() or (part.parts, 0)
-        was_held = received == parts
-        if not was_held:
-            was_held = self._store_part(db, uuid, part)
-            parts, received = db.execute(query, (uuid,)).fetchone()
-            if received == parts:
-                self._symbols_arrived(db, uuid)
-        return {"uuid": uuid, "parts": parts, "received": received, "complete": received == parts}, was_held
-
     def _store_part(self, db: Connection, uuid: str, part: SymbolPart) -> bool:
-        """Writes a part; whether it was here already. Symbols must not take the room of reports."""
-        was_held = db.execute("delete from symbol_parts where uuid = ? and part = ?", (uuid, part.part)).rowcount > 0
-        if was_held:  # looks at all pages of the build
+        """Writes a part, unless the build is complete. Returns whether the part was stored before."""
+        if db.execute("select 1 from symbols where uuid = ? and received = parts", (uuid,)).fetchone():
+            return True
+        was_stored = db.execute("delete from symbol_parts where uuid = ? and part = ?", (uuid, part.part)).rowcount > 0
+        if was_stored:  # this looks at all pages of the build
             db.execute("delete from symbol_pages where uuid = ? and part = ?", (uuid, part.part))
-        ours, total = db.execute("""
+        build_size, total_size = db.execute("""
             select coalesce(sum(case when uuid = ? then size end), 0), coalesce(sum(size), 0) from symbol_parts
             """, (uuid,)).fetchone()
-        for size, bound, problem in (
-                (ours, MAX_SYMBOL_BYTES, f"those of a build may take {megabytes(MAX_SYMBOL_BYTES)};"
-                                         f" 'symbols delete {uuid}' deletes what came"),
-                (total, self.max_db_size // 2 or math.inf,
-                 "they would take more than half of BACKFEEDR_MAX_DB_SIZE; 'symbols delete' makes room")):
-            if size + part.size > bound:
-                raise Refusal("too many symbols", detail=problem)
+        if build_size + part.size > MAX_SYMBOL_BYTES:
+            raise Refusal("too many symbols", detail=f"those of a build may take {megabytes(MAX_SYMBOL_BYTES)};"
+                                                     f" 'symbols delete {uuid}' deletes what came")
+        if total_size + part.size > (self.max_db_size // 2 or math.inf):  # they must not take the room of reports
+            raise Refusal("too many symbols", detail="they would take more than half of BACKFEEDR_MAX_DB_SIZE;"
+                                                     " 'symbols delete' makes room")
         db.execute("""
-            insert into symbols values (?, ?, ?, ?, 0, 0, 0, ?)
-            on conflict (uuid) do update set binary_name = excluded.binary_name, arch = excluded.arch,
-                uploaded_at = excluded.uploaded_at
+            insert into symbols values (?, ?, ?, ?, 0, 0, 0, ?) on conflict (uuid) do update set
+                binary_name = excluded.binary_name, arch = excluded.arch, uploaded_at = excluded.uploaded_at
             """, (uuid, part.binary, part.arch, part.parts, self.now))
         write_rows(db, """
             insert into symbol_pages values *
@@ -4111,7 +4108,7 @@ class Store(Apps):
             update symbols set (received, size, rows) = (
                 select count(*), sum(size), sum(rows) from symbol_parts where uuid = :uuid)
             where uuid = :uuid""", {"uuid": uuid})
-        return was_held
+        return was_stored
 
     @staticmethod
     def _symbols_arrived(db: Connection, uuid: str) -> None:
@@ -4121,27 +4118,24 @@ class Store(Apps):
             on conflict (app_id, group_hash) do update set received_at = 0, seq = 0""", (uuid,))
 
     def delete_symbols(self, uuid: str) -> str:
-        """Deletes the symbols of the one build whose UUID this is, or begins so, in at least 4 characters; its UUID.
-        Raises StoreError."""
+        """Deletes the symbols of the one build with this UUID, of which the first 4 characters may be enough. Returns
+        the whole UUID. Raises StoreError."""
         digits = (image_uuid(uuid) or uuid).replace("-", "").upper()
         if len(digits) < 4:
             raise StoreError("a build is named by at least 4 characters of its UUID")
         with self.reading() as db:
-            found = db.execute("select uuid from symbols where substr(replace(uuid, '-', ''), 1, ?) = ?",
-                               (len(digits), digits)).fetchall()
-        if len(found) != 1:
-            raise StoreError(f"the UUIDs of {len(found) or 'no'} builds begin with {uuid!r}: see 'symbols list'")
-        self._drop_symbols(found[0][0])
+            matches = db.execute("select uuid from symbols where substr(replace(uuid, '-', ''), 1, ?) = ?",
+                                 (len(digits), digits)).fetchall()
+        if len(matches) != 1:
+            raise StoreError(f"the UUIDs of {len(matches) or 'no'} builds begin with {uuid!r}: see 'symbols list'")
+        self._repeat_step(partial(self._drop_symbols, uuid=matches[0][0]))
         self._fold_in_wal()
-        return str(found[0][0])
-
-    def _drop_symbols(self, uuid: str) -> None:
-        self._write_in_steps(lambda db: self._drop_pages(db, uuid))
+        return str(matches[0][0])
 
     @staticmethod
-    def _drop_pages(db: Connection, uuid: str) -> Counter[str]:
-        """A step of deleting symbols; how many rows. None of them is looked up from the first step on: the page before
-        a deleted one would answer for it. The build goes last, so that an interrupted deletion can go on."""
+    def _drop_symbols(db: Connection, uuid: str) -> Counter[str]:
+        """One step of deleting the symbols of a build. From the first step on the build counts as incomplete, so that
+        no look-up gets the page before a deleted one. Its own row goes last: an interrupted deletion can continue."""
         db.execute("update symbols set received = 0, size = 0, rows = 0 where uuid = ?", (uuid,))
         deleted = db.execute("delete from symbol_parts where uuid = ?", (uuid,)).rowcount
         deleted += db.execute("""
@@ -4151,9 +4145,9 @@ class Store(Apps):
         return +Counter(symbols=deleted or db.execute("delete from symbols where uuid = ?", (uuid,)).rowcount)
 
     def _expire_symbols(self, db: Connection) -> Counter[str]:
-        """A step of deleting the symbols of a build; how many rows. They go if some parts never came; or if no crash of
-        the build is kept, and symbols of a later build of its binary came before the retention began, so that few of
-        its hangs are kept."""
+        """One step of deleting symbols that are no longer useful: those of an upload that was never completed; and
+        those of a build without stored crashes, if a later build of the same binary got its symbols before the
+        retention began, so that few hangs of the old one are stored."""
         row = db.execute("""
             select uuid from symbols
             where received < parts and uploaded_at < :given_up or uploaded_at < :expired
@@ -4162,14 +4156,14 @@ class Store(Apps):
                         and later.received = later.parts and later.uploaded_at > symbols.uploaded_at
                         and later.uploaded_at < :expired)
             order by uuid limit 1
-            """, {"given_up": self.now - UPLOAD_DAYS * DAY, "expired": self._oldest_seq >> SEQ_BITS}).fetchone()
-        return self._drop_pages(db, row[0]) if row else Counter()
+            """, {"given_up": self.now - UPLOAD_DAYS * DAY, "expired": self._first_kept_seq >> SEQ_BITS}).fetchone()
+        return self._drop_symbols(db, row[0]) if row else Counter()
 
-    # Decisions
+    # Triage
 
     def triage(self, group_hash: str, changes: JsonObject, app: str | None = None) -> None:
-        """Writes what parse_triage has read about a group of an app, or of the one live app that has it. Raises
-        Refusal; Moved where another group has its crashes."""
+        """Writes the result of parse_triage to a group of an app, or of the only live app that has it. Raises Refusal;
+        Moved if its crashes are in another group now."""
         with self.writing() as db:
             apps = db.execute("""
                 select id, name from apps
@@ -4183,119 +4177,110 @@ class Store(Apps):
                 raise missing_group(db, app, group_hash)
             decide(db, apps[0][0], group_hash, changes, self.now)
 
-    # Crashes that move to other groups
+    # Moving crashes to other groups
 
     def _regroup(self, db: Connection) -> int:
-        """A step of moving crashes to the groups that their names give now. Returns how many it looked at, and one more
-        for each group that it has finished; 0: all are where they belong."""
-        looked, deadline, symbols = 0, time.monotonic() + EXPIRE_SECONDS, Symbols(db)
+        """One step of moving crashes to the groups that their names give now. Returns how many crashes it checked, plus
+        one for each group that it finished; 0 if there is nothing left to do."""
+        checked, deadline, symbols = 0, time.monotonic() + EXPIRE_SECONDS, Symbols(db)
         while row := db.execute("select * from regroupings order by app_id, group_hash limit 1").fetchone():
-            looked += self._regroup_some(db, symbols, deadline, *row)
+            checked += self._regroup_crashes(db, symbols, deadline, *row)
             if time.monotonic() > deadline:
                 break
-        return looked
+        return checked
 
-    def _regroup_some(self, db: Connection, symbols: Symbols, deadline: float, app_id: int, group: str,
-                      received_at: int, seq: int, target: str) -> int:
-        """Moves crashes of a group that come after this place; how many it looked at, and one more at the end."""
-        moved: list[tuple[str, str | None, int]] = []
-        places: dict[tuple[Any, ...], tuple[str, str | None]] = {}
-        looked, at = 0, [received_at, seq]
-        ahead = self._crashes_ahead(db, app_id, group, *at)
-        for each in ahead[:REGROUPED]:
-            for received, exception_type, images, trace, extra in db.execute("""
-                    select received_at, exception_type, images, stack_trace, extra from crashes where seq = ?
-                    """, (each,)).fetchall():
-                at = [received, each]
-                key = exception_type, trace, extra and "truncated" in extra
-                places[key] = place = places.get(key) or self._place(symbols, group, exception_type, trace, extra)
-                moved += [(*place, each)] if place != (group, images) else []
-            looked += 1
+    def _regroup_crashes(self, db: Connection, symbols: Symbols, deadline: float, app_id: int, group: str,
+                         received_at: int, seq: int, target: str) -> int:
+        """Moves some crashes of a group that come after a position. Returns how many it checked, plus one if the group
+        is finished."""
+        moves: dict[int, tuple[str, str | None]] = {}  # by seq: the new group and images
+        place_of = lru_cache(None)(partial(_group_and_images, symbols, group))  # equal crashes are common
+        checked, position = 0, (received_at, seq)
+        pending = self._crashes_after(db, app_id, group, *position)
+        for seq in pending[:REGROUP_ROWS]:
+            for received, images, exception_type, trace, extra in db.execute("""
+                    select received_at, images, exception_type, stack_trace, extra from crashes where seq = ?
+                    """, (seq,)).fetchall():  # none if it was deleted meanwhile
+                position = received, seq
+                place = place_of(exception_type, trace, _is_trace_cut(extra))
+                if place != (group, images):
+                    moves[seq] = place
+            checked += 1
             if time.monotonic() > deadline:
                 break
-        self._ahead = (app_id, group, *at), ahead[looked:]
-        if moved:
-            target = self._move(db, symbols, app_id, group, moved, is_first=not received_at) or target
-        if looked and db.execute("select 1 from crashes where app_id = ? and group_hash = ? limit 1",
-                                 (app_id, group)).fetchone():
+        self._to_regroup = (app_id, group, *position), pending[checked:]
+        if moves:
+            target = self._move_crashes(db, symbols, app_id, group, moves, is_first=not received_at) or target
+        if checked and db.execute("select 1 from crashes where app_id = ? and group_hash = ? limit 1",
+                                  (app_id, group)).fetchone():
             db.execute("""
                 update regroupings set received_at = ?, seq = ?, target = ? where app_id = ? and group_hash = ?
-                """, (*at, target, app_id, group))
-            return looked
+                """, (*position, target, app_id, group))
+            return checked
         db.execute("delete from regroupings where app_id = ? and group_hash = ?", (app_id, group))
         if target:
             Groups.rename(db, app_id, group, target)
-        return looked + 1
+        return checked + 1
 
-    def _crashes_ahead(self, db: Connection, *place: Any) -> list[int]:
-        """The seqs of crashes of a group that come after a place, by the time of receipt. They are looked up for many
-        steps, because that goes through all of the group."""
-        known, ahead = self._ahead
-        return ahead if known == place and ahead else [seq for seq, in db.execute("""
+    def _crashes_after(self, db: Connection, *position: Any) -> list[int]:
+        """The seqs of crashes of a group after a position, by the time of receipt. Each look-up goes through the whole
+        group, so it fetches enough for many steps."""
+        known_position, seqs = self._to_regroup
+        return seqs if known_position == position and seqs else [seq for seq, in db.execute("""
             select seq from crashes
             where app_id = ? and group_hash = ? and (received_at, seq) > (?, ?) and group_hash <> ?
-            order by received_at, seq
-            limit ?""", (*place, OTHER, 100 * REGROUPED))]
+            order by received_at, seq limit ?""", (*position, OTHER, 100 * REGROUP_ROWS))]
 
-    @staticmethod
-    def _place(symbols: Symbols, group: str, exception_type: str, trace: str | None,
-               extra: str | None) -> tuple[str, str | None]:
-        """Group and images of a stored crash. If its trace was cut, the frames that made its group may be gone."""
-        frames = json.loads(trace or "[]")
-        images = open_images(map(read_frame, frames))
-        if "stack_trace" in json.loads(extra or "{}").get("truncated", ()) and not symbols.can_name(images):
-            return group, images
-        return group_of(exception_type, map(read_frame, symbols.named(frames))), images
-
-    def _move(self, db: Connection, symbols: Symbols, app_id: int, group: str,
-              moved: Sequence[tuple[str, str | None, int]], is_first: bool) -> str:
-        """Gives crashes of a group another group and images. The group's `first_seen` goes with its first crash,
-        because earlier ones may have expired. Returns the last group that is another."""
-        seqs, places = [(seq,) for *_, seq in moved], {seq: place for *place, seq in moved}
-        source = "from (values *) as keys cross join crashes on seq = column1"
+    def _move_crashes(self, db: Connection, symbols: Symbols, app_id: int, group: str,
+                      moves: Mapping[int, tuple[str, str | None]], is_first: bool) -> str:
+        """Gives crashes of a group another group and images. `first_seen` moves with the first crash of the group,
+        because earlier ones may have expired. Returns the last other group; "" if only images changed."""
+        seqs, source = [(seq,) for seq in moves], "from (values *) as keys cross join crashes on seq = column1"
         rollups, before = RollUps(db, self.now, symbols), counted_rows(db, Crash, source, seqs)
         traces: dict[int, str | None] = dict(rows_of(db, "select seq, stack_trace " + source, seqs))
-        after = [each._replace(group_hash=places[each.seq][0], images=places[each.seq][1],
-                               stack_trace=traces[each.seq]) for each in before]
+        after = [crash._replace(group_hash=moves[crash.seq][0], images=moves[crash.seq][1],
+                                stack_trace=traces[crash.seq]) for crash in before]
         first = db.execute("select first_seen, first_version, came_at from groups where app_id = ? and group_hash = ?",
                            (app_id, group)).fetchone() if is_first else None
         rollups.figures[Groups].count(Crash, after, 1)
-        db.executemany("update crashes set group_hash = ?, images = ? where seq = ?", moved)
+        db.executemany("update crashes set group_hash = ?, images = ? where seq = ?",
+                       [(*place, seq) for seq, place in moves.items()])
         rollups.figures[Groups].count(Crash, before, -1)
         rollups.save()
         self._note_counting(db)
-        see_crashes(db, self.now, rollups, [each for each in after if each.group_hash != group], are_moved=True)
+        see_crashes(db, self.now, rollups, [crash for crash in after if crash.group_hash != group], are_moved=True)
+        targets = [target for target, _ in moves.values()]
         if first:
-            db.execute("update groups set came_at = min(came_at, ?) where app_id = ? and group_hash = ?",
-                       (first[2], app_id, moved[0][0]))
+            first_seen, first_version, came_at = first
             db.execute("""
-                update groups set first_seen = ?, first_version = ?
-                where app_id = ? and group_hash = ? and first_seen > ?
-                """, (*first[:2], app_id, moved[0][0], first[0]))
-        return next((each for each, *_ in reversed(moved) if each != group), "")
+                update groups set came_at = min(came_at, ?), first_seen = min(first_seen, ?),
+                    first_version = case when first_seen > ? then ? else first_version end
+                where app_id = ? and group_hash = ?
+                """, (came_at, first_seen, first_seen, first_version, app_id, targets[0]))
+        return next((target for target in reversed(targets) if target != group), "")
 
-    # Reports that go
+    # Deleting reports. Methods that delete return the number of deleted rows by table, without zeros.
 
     @property
-    def _oldest_seq(self) -> int:
-        """The lowest seq of the reports that are to be kept."""
+    def _first_kept_seq(self) -> int:
+        """The lowest seq within the retention."""
         return first_seq(self.now - self.retention_days * DAY) if self.retention_days else 0
 
     def _expire_if_due(self) -> None:
-        """Runs one step after a commit, at most once a second, or after every commit while rows are left to delete. It
-        looks before it locks: the lock is on all apps, and the answer waits for it."""
+        """Runs one step of expiry after a commit: at most once a second, or after every commit while there are rows
+        left to delete. It reads first, because a write locks all apps and delays the answer."""
         now = self.now
-        if self._expire_at - SECOND <= now < self._expire_at:  # the lower bound: the clock may have been set back
+        if self._next_expiry - SECOND <= now < self._next_expiry:  # the lower bound: the clock may have been set back
             return
         deleted: Counter[str] = Counter()
         try:
             with self.reading() as db:
-                is_due = 0 < self.max_db_size < self.used(db) or any(db.execute("""
+                is_due = 0 < self.max_db_size < self.used_size(db) or any(db.execute("""
                     select (select min(received_at) from replays) < :replays, (select min(seq) from crashes) < :oldest,
                         (select min(seq) from events) < :oldest, exists (select 1 from regroupings),
                         not exists (select 1 from state where name = 'trimmed_day' and value = :today),
                         exists (select 1 from state where name like 'deleted%')
-                    """, {"replays": now - REPLAY_DAYS * DAY, "oldest": self._oldest_seq,
+                    """, {"replays": now - REPLAY_DAYS * DAY, "oldest": self._first_kept_seq,
                           "today": now // DAY}).fetchone())
                 is_worse = now // HOUR != self._judged_hour and worse_releases(db, now)
                 self._judged_hour = now // HOUR
@@ -4307,57 +4292,56 @@ class Store(Apps):
         except Exception as error:  # the reports of the commit are stored, and later commits try again
             if not isinstance(error, StorageUnavailable):
                 log.exception("unexpected error")
-        self._expire_at = now if deleted.keys() - {"moved"} else now + SECOND
+        self._next_expiry = now if deleted.keys() - {"moved"} else now + SECOND
 
     def _expire(self, db: Connection) -> Counter[str]:
-        """A step of deleting what is older than the retention; how many rows of each table. It ends after
-        EXPIRE_SECONDS, because it keeps others from writing."""
-        deleted: Counter[str] = Counter()
-        deadline, size = time.monotonic() + EXPIRE_SECONDS, EXPIRE_SLICE
+        """One step of expiring, regrouping and trimming. It ends after EXPIRE_SECONDS: meanwhile nobody can write."""
+        deadline, size = time.monotonic() + EXPIRE_SECONDS, EXPIRE_ROWS
         self._note_counting(db)
-        deleted["replays"] = db.execute("""
+        deleted = Counter(replays=db.execute("""
             delete from replays where received_at <= (
                 select max(received_at) from (
                     select received_at from replays where received_at < ? order by received_at limit ?) as oldest)
-            """, (self.now - REPLAY_DAYS * DAY, PRUNE_STEP)).rowcount
+            """, (self.now - REPLAY_DAYS * DAY, STEP_ROWS)).rowcount)
         while reports := self._delete_oldest(db, size):
             deleted += reports
-            size = min(2 * size, PRUNE_STEP)
+            size = min(2 * size, STEP_ROWS)
             if time.monotonic() > deadline:
                 break
         deleted["moved"] = self._regroup(db)
         if get_state(db, "trimmed_day", 0) != self.now // DAY:
-            deleted["sums"] = RollUps(db, self.now).trim()
-            deleted += self._expire_symbols(db)
-            db.execute("delete from facts where at < ?", (self.now - FACT_DAYS * DAY,))
-            deleted["aliases"] = db.execute("""
-                delete from group_aliases
-                where not exists (
-                        select 1 from groups where app_id = group_aliases.app_id and group_hash = target)
-                    and not exists (
-                        select 1 from regroupings where app_id = group_aliases.app_id and group_hash = target)
-                """).rowcount
-            if not deleted["sums"] + deleted["symbols"]:
-                db.execute(SET_STATE, ("trimmed_day", self.now // DAY))
-                for warning in self.warnings():
-                    log.warning("%s", warning)
+            deleted += self._trim(db)
         return +deleted
 
+    def _trim(self, db: Connection) -> Counter[str]:
+        """One step of the deletions that are due once a day."""
+        deleted = Counter(sums=RollUps(db, self.now).trim()) + self._expire_symbols(db)
+        db.execute("delete from facts where at < ?", (self.now - FACT_DAYS * DAY,))
+        if not deleted:
+            db.execute(SET_STATE, ("trimmed_day", self.now // DAY))
+            for warning in self.warnings():
+                log.warning("%s", warning)
+        deleted["aliases"] = db.execute("""
+            delete from group_aliases
+            where not exists (select 1 from groups where app_id = group_aliases.app_id and group_hash = target)
+                and not exists (select 1 from regroupings where app_id = group_aliases.app_id and group_hash = target)
+            """).rowcount
+        return deleted
+
     def _delete_oldest(self, db: Connection, size: int) -> Counter[str]:
-        """Deletes some of the reports whose time is over; or else, where the database is too large, some that go early.
-        How many of each table."""
+        """Deletes some expired reports; else rows of deleted apps; else, if the database is too large, some reports."""
         deleted: Counter[str] = Counter()
         for kind, table in TABLES.items():
-            if seqs := self._delete(db, kind, 0, f"from {table} where seq < ? order by seq limit ?",
-                                    (self._oldest_seq, size)):
+            if seqs := self._delete_reports(db, kind, 0, f"from {table} where seq < ? order by seq limit ?",
+                                            (self._first_kept_seq, size)):
                 db.execute(SET_STATE, ("expired_" + table, seqs[-1]))
                 deleted[table] = len(seqs)
-        return deleted or self._delete_remains(db, size) or self._delete_early(db, size)
+        return deleted or self._delete_app_rows(db, size) or self._delete_early(db, size)
 
     @staticmethod
-    def _delete_remains(db: Connection, size: int) -> Counter[str]:
-        """Deletes some rows of an app that was deleted: first reports, from the latest of all apps on, because no index
-        finds events by their app; then rows of the other tables."""
+    def _delete_app_rows(db: Connection, size: int) -> Counter[str]:
+        """Deletes some rows of a deleted app. First its reports, in steps backwards through the reports of all apps,
+        because events have no index on their app; then its rows in the other tables."""
         name, end = db.execute("""
             select name, value from state where name like 'deleted%' limit 1""").fetchone() or ("", 0)
         if not name:
@@ -4381,94 +4365,90 @@ class Store(Apps):
         return Counter(remains=db.execute("delete from state where name = ?", (name,)).rowcount)
 
     def _delete_early(self, db: Connection, size: int) -> Counter[str]:
-        """Where the database is too large, deletes some of the oldest reports of the app that holds most; towards the
-        end in small steps, so that hardly more go than must."""
-        deleted: Counter[str] = Counter()
-        excess = self.used(db) - self.max_db_size if self.max_db_size else 0
+        """If the database is too large, deletes some of the oldest reports of the largest app. The steps become small
+        towards the end, so that hardly more is deleted than necessary."""
+        excess = self.used_size(db) - self.max_db_size if self.max_db_size else 0
         if excess <= 0:
-            return deleted
-        size = min(size, max(EXPIRE_SLICE, excess // REPORT_BYTES))
-        app_id = self._largest_app(db)
+            return Counter()
+        size = min(size, max(EXPIRE_ROWS, excess // REPORT_BYTES))
+        app_id = self._find_largest_app(db)
         last, = db.execute("""
             select max(seq) from (
                 select seq from crashes where app_id = :app union all select seq from events where app_id = :app
                 order by seq limit :size) as oldest""", {"app": app_id, "size": size}).fetchone()
         if last is None:
-            self._largest = (0, 0)
-            return deleted
-        for kind, table in TABLES.items():
-            deleted[table] = len(self._delete(db, kind, 0, f"from {table} where app_id = ? and seq <= ?",
-                                              (app_id, last)))
+            self._largest_app = (0, 0)
+            return Counter()
         db.execute(SET_STATE, (f"early_{app_id}", last))
-        return +deleted
+        return +Counter({table: len(self._delete_reports(
+            db, kind, 0, f"from {table} where app_id = ? and seq <= ?", (app_id, last)))
+            for kind, table in TABLES.items()})
 
-    def _largest_app(self, db: Connection) -> int:
-        """The id of the app that holds most, where a crash counts as much as ten events; 0 for none. Looked up once an
-        hour, because it counts all rows."""
-        if not 0 <= self.now - self._largest[0] < HOUR:
+    def _find_largest_app(self, db: Connection) -> int:
+        """The id of the largest app, where a crash counts as much as ten events; 0 if there are no reports. Looked up
+        once an hour, because it counts all rows."""
+        if not 0 <= self.now - self._largest_app[0] < HOUR:
             app_id, name = db.execute("""
                 select apps.id, name from apps join (
                     select app_id, 10 * count(*) as size from crashes group by app_id
                     union all select app_id, count(*) from events group by app_id) as held on app_id = apps.id
                 group by apps.id, name order by sum(size) desc, apps.id limit 1""").fetchone() or (0, "")
-            self._largest = (self.now, app_id)
+            self._largest_app = (self.now, app_id)
             log.warning("the database is larger than BACKFEEDR_MAX_DB_SIZE: the oldest reports of %s go early", name)
-        return self._largest[1]
+        return self._largest_app[1]
 
-    def _delete(self, db: Connection, kind: type[Any], by: int, source: str, parameters: Any) -> list[int]:
-        """Deletes the reports of a query, and counts them as RollUps.count does. Returns their seqs."""
+    def _delete_reports(self, db: Connection, kind: type[Any], by: int, source: str, parameters: Any) -> list[int]:
+        """Deletes the reports of a query and takes them out of the figures, `by` as in RollUps.count. Returns their
+        seqs."""
         if reports := counted_rows(db, kind, source, parameters):
             rollups = RollUps(db, self.now)
-            write_rows(db, f"delete from {TABLES[kind]} where seq in (values *)", [(each.seq,) for each in reports])
+            write_rows(db, f"delete from {TABLES[kind]} where seq in (values *)", [(report.seq,) for report in reports])
             rollups.count(kind, reports, by)
             rollups.save()
-        return [each.seq for each in reports]
+        return [report.seq for report in reports]
 
     def _note_counting(self, db: Connection) -> None:
-        """Notes that sums that are within their window now may have changed or gone. `check` must not expect older
-        ones, though the latest report may be older, or be forgotten."""
-        db.execute("""
-            insert into state values ('counted_at', ?)
-            on conflict (name) do update set value = max(state.value, excluded.value)""", (self.now,))
+        """Notes that the windows of the figures end now. The latest report may be older, or be forgotten, so `check`
+        cannot tell that from the reports."""
+        db.execute(SET_STATE, ("counted_at", max(self.now, get_state(db, "counted_at", 0))))
 
     def catch_up(self) -> Counter[str]:
-        """Does at once what commits do by and by: deletes all rows whose time is over or whose app is deleted, and
-        moves crashes to the groups that their names give now. Returns how many rows of each table went. In steps, with
-        longer pauses between them, so that no reports wait for it."""
-        return self._write_in_steps(self._expire)
+        """Does at once what commits would do step by step: deletes all rows that have expired or whose app is deleted,
+        and moves crashes to the groups that their names give now. It pauses between its steps to let reports in."""
+        return self._repeat_step(self._expire)
 
     def prune(self) -> Counter[str]:
-        """As catch_up, and gives the space back to the disk."""
+        """Like catch_up, and returns the space to the disk."""
         deleted = self.catch_up()
         self._shrink()
         return deleted
 
     def catch_up_in_background(self) -> None:
-        """As catch_up, in a thread, for which one more may wait. Where it ends early, commits go on."""
-        here = self._here
+        """Runs catch_up in a thread. One more call may wait for it. If it fails, commits continue its work."""
+        process = self._here
 
         def work() -> None:
-            if here.next_worker.acquire(blocking=False):
-                with here.worker_lock, suppress(StorageUnavailable):
-                    here.next_worker.release()  # as this one may miss what comes now
+            if process.next_worker.acquire(blocking=False):
+                with process.worker_lock, suppress(StorageUnavailable):
+                    process.next_worker.release()  # from now on another may wait: this one may miss what comes
                     self.catch_up()
 
         threading.Thread(target=work, name="backfeedr catch-up", daemon=True).start()
 
     def forget_device(self, device_id_hash: str) -> Counter[str]:
-        """Deletes all that is kept of a device, in all apps, and takes it out of every sum; how many rows of each
-        table. `first_seen` of groups and releases stays as it is."""
+        """Deletes everything about a device, in all apps, and takes it out of every sum. `first_seen` of groups and
+        releases stays as it is."""
         deleted: Counter[str] = Counter()
         last = {kind: self._last_seq(kind) for kind in TABLES}
         for kind, table in TABLES.items():
-            for page in self._pages_of(table, device_id_hash):
+            for page in self._device_pages(table, device_id_hash):
                 with self.writing_step() as db:
-                    deleted[table] += len(self._delete(
+                    deleted[table] += len(self._delete_reports(
                         db, kind, -1, f"from (values *) as keys cross join {table} on seq = column1", page))
         with self.writing_step() as db:
-            for kind, table in TABLES.items():  # those that have come meanwhile
-                deleted[table] += len(self._delete(db, kind, -1, f"from {table} where device_id_hash = ? and seq > ?",
-                                                   (device_id_hash, last[kind])))
+            for kind, table in TABLES.items():  # reports that arrived meanwhile
+                deleted[table] += len(self._delete_reports(
+                    db, kind, -1, f"from {table} where device_id_hash = ? and seq > ?", (device_id_hash, last[kind])))
             rollups = RollUps(db, self.now)
             deleted["devices"] = rollups.figures[Devices].forget(device_id_hash)
             rollups.save()
@@ -4476,19 +4456,19 @@ class Store(Apps):
         self._fold_in_wal()
         return +deleted
 
-    def _pages_of(self, table: str, device_id_hash: str) -> Iterator[list[tuple[int]]]:
-        """The seqs of the reports of a device, some at a time: a single long read would hold up the WAL."""
+    def _device_pages(self, table: str, device_id_hash: str) -> Iterator[list[tuple[int]]]:
+        """The seqs of the reports of a device, in pages: one long read would keep the WAL growing."""
         page = [(-1,)]
         while page:
             with self.reading() as db:
                 page = db.execute(f"""
                     select seq from {table} where device_id_hash = ? and seq > ? order by seq limit ?
-                    """, (device_id_hash, *page[-1], EXPIRE_SLICE)).fetchall()
+                    """, (device_id_hash, *page[-1], EXPIRE_ROWS)).fetchall()
             yield page
 
     def delete_app(self, name: str) -> None:
-        """Deletes an app and its keys: from now on nothing counts or lists what it sent, and its name is free. Its rows
-        go as those that expire. Raises StoreError where there is none."""
+        """Deletes an app and its keys. From then on its reports are neither listed nor counted, and its name is free;
+        its rows are deleted like expired ones. Raises StoreError if there is no such app."""
         with self.writing() as db:
             app_id = self._app(db, name)[0]
             for rows in ("messages where channel_id in (select id from channels where app_id = ?)",
@@ -4499,25 +4479,42 @@ class Store(Apps):
             db.execute(SET_STATE, (f"deleted_{app_id}", MAX_NUMBER))
             for id, body in db.execute("select id, body from messages where due_at is not null").fetchall():
                 message = json.loads(body)
-                facts = message["data"]["facts"] = [
-                    each for each in message["data"]["facts"] if each.get("app") != name]
+                facts = [fact for fact in message["data"]["facts"] if fact.get("app") != name]
+                message["data"]["facts"] = facts
                 db.execute("update messages set body = ?, due_at = case when ? > 0 then due_at end where id = ?",
                            (_encode(message), len(facts), id))
 
 
+def _is_trace_cut(extra: str | None) -> bool:
+    """Whether the stack trace of a stored crash was cut. A client may send anything under the name `truncated`."""
+    cut = json.loads(extra).get("truncated") if extra and "truncated" in extra else None
+    return type(cut) is list and "stack_trace" in cut
+
+
+def _group_and_images(symbols: Symbols, group: str, exception_type: str, trace: str | None,
+                      is_cut: bool) -> tuple[str, str | None]:
+    """The group and images that a stored crash belongs to now. If its stack trace was cut and no symbols name it, it
+    stays in its group: the frames that decided on that may be gone."""
+    frames = json.loads(trace or "[]")
+    images = open_images(map(read_frame, frames))
+    if is_cut and not symbols.can_name(images):
+        return group, images
+    return group_of(exception_type, map(read_frame, symbols.named(frames))), images
+
+
 def worse_releases(db: Connection, now: int) -> list[tuple[Pair, str]]:
-    """The newest release of each live app where it is surely worse than the one before it, unless that was told; and
-    the text of the verdict."""
+    """The newest release of each live app that is certainly worse than the one before it, with the text of the verdict;
+    without those that were reported already."""
     newest = Releases.newest(db, None, now // DAY - WEEK + 1)
     pairs = [pair for pair in Releases.pairs(db, None) if pair.app_version == newest[pair.app_id]]
-    return [(pair, (verdict(*both) or {})["text"])
-            for pair, both in Releases.healths(db, pairs, now).items()
-            if min(both).devices >= ENOUGH and newcombe(both[0], both[1], ALARM)[1] < 0
+    return [(pair, (verdict(*healths) or {})["text"])
+            for pair, healths in Releases.healths(db, pairs, now).items()
+            if min(healths).devices >= ENOUGH and newcombe(healths[0], healths[1], ALARM)[1] < 0
             and get_state(db, f"worse_{pair.app_id}", 0) != pair.first_seen]
 
 
 def note_worse_releases(db: Connection, now: int) -> None:
-    """Writes facts of releases that are worse, once of each."""
+    """Writes a fact about each release that is worse, once."""
     for pair, text in worse_releases(db, now):
         note_fact(db, "release.worse", pair.app_id, now, None, app_version=pair.app_version, before=pair.before,
                   text=text)
@@ -4525,7 +4522,7 @@ def note_worse_releases(db: Connection, now: int) -> None:
 
 
 def size_warnings(path: Path, max_db_size: int) -> list[str]:
-    """Says where a database or its disk is nearly full."""
+    """Warns if a database or its disk is nearly full."""
     texts, size, disk = [], max_db_size and path.stat().st_size, shutil.disk_usage(path.parent)
     if size > NEARLY_FULL * max_db_size:
         texts.append(f"The database has {100 * size // max_db_size} % of BACKFEEDR_MAX_DB_SIZE; beyond it the oldest"

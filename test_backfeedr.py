@@ -2888,11 +2888,11 @@ def test_state_and_history_move_with_the_crashes(api, clock, target_state):
 
 KEY_HASH = backfeedr.sha256(KEY)
 A_DAY = 24 * 3600  # in seconds, as a clock is moved
-ENTITIES = ("devices", "device_days", "device_versions", "sessions")  # tables of what reports are kept of
+ENTITIES = ("devices", "device_days", "device_versions", "sessions")  # tables with a row while a report is stored
 
 
 def add(server, times=1, key=KEY, **fields):
-    """Stores reports of this moment without HTTP: events where there is a `type`, else crashes. Returns the receipt."""
+    """Stores reports of this moment without HTTP: events if there is a `type`, else crashes. Returns the receipt."""
     fields.setdefault("occurred_at", time_text(server.store.now / 1000))
     if "type" not in fields:
         fields.setdefault("exception_type", "SIGABRT")
@@ -2906,7 +2906,7 @@ def count(server, table, where="1 = 1"):
 
 @pytest.fixture
 def keeping(serve):
-    """Makes a server that keeps reports for some days. Sums outlive them, so they are not compared."""
+    """Makes a server that keeps reports for some days. Its sums outlive them, so the two are not compared."""
     def make(days=90):
         serve.unchecked.append(serve(retention_days=days))
         return serve.unchecked[-1]
@@ -2915,7 +2915,7 @@ def keeping(serve):
 
 @pytest.fixture
 def one_day(keeping):
-    """A server that keeps reports for a day. `check` compares what can be compared."""
+    """A server that keeps reports for a day. `check` compares as much as it can."""
     server = keeping(1)
     yield server
     assert POSTGRES or backfeedr._check_roll_ups(server.store.path)
@@ -2923,7 +2923,7 @@ def one_day(keeping):
 
 @pytest.fixture
 def later(clock):
-    """Stores an event, or other reports, some time later. Their commit lets expire what is due then."""
+    """Stores an event, or other reports, some time later. After their commit, expired reports are deleted."""
     def later(server, seconds, **fields):
         clock.move(seconds)
         return add(server, **(fields if "exception_type" in fields else {"type": "custom", **fields}))
@@ -2931,8 +2931,8 @@ def later(clock):
 
 
 @sqlite_only
-def test_a_transaction_takes_its_lock_at_once_and_is_synced_before_its_end(api):
-    """If it took the lock later, a first read could make a write fail without waiting."""
+def test_a_transaction_takes_its_lock_at_the_beginning_and_is_synced_at_the_end(api):
+    """If it took the lock after a read, a write could fail without waiting for the lock."""
     with api.server.store.writing() as db, closing(sqlite3.connect(str(api.server.store.path), timeout=0)) as other:
         assert (db.pragma("synchronous"), db.pragma("journal_mode"), db.pragma("secure_delete")) == (2, "wal", 1)
         assert db.pragma("journal_size_limit") == 16_000_000, "what a WAL may keep after its peak"
@@ -2951,11 +2951,11 @@ def test_a_commit_is_durable_before_its_answer_and_before_anything_expires(serve
 
     monkeypatch.setattr(backfeedr.Connection, "execute", watched)
     run_together(server.store, [lambda: answered.append(add(server))] * 5)
-    assert seen[0] == (0, 0) and [crashes for _, crashes in seen] == [0, 5], "a commit of 5, then that of the expiry"
+    assert seen[0] == (0, 0) and [crashes for _, crashes in seen] == [0, 5], "one commit, then the expiry"
     assert len(answered) == count(server, "crashes") == 5
 
 
-def test_a_key_is_kept_only_as_its_digest_and_prefix(api):
+def test_only_the_digest_and_the_prefix_of_a_key_are_stored(api):
     key = api.server.store.create_app("Shop")
     assert [api.post(CRASHES, CRASH, key=key)[0] for _ in range(2)] == [201, 201]
     api.server.close()
@@ -2966,7 +2966,7 @@ def test_a_key_is_kept_only_as_its_digest_and_prefix(api):
 
 @pytest.mark.parametrize("how", ["by its prefix", "as a whole", pytest.param("by another process", marks=sqlite_only),
                                  "before a restart with settings that name it"])
-def test_a_revoked_key_is_refused_at_once_and_another_one_of_its_app_is_not(serve, caplog, how):
+def test_a_revoked_key_is_refused_at_once_but_not_the_other_keys_of_its_app(serve, caplog, how):
     api = Api(serve())
     other = api.server.store.create_key("default")
     assert [api.post(CRASHES, CRASH, key=key)[0] for key in (KEY, other)] == [201, 201]
@@ -2986,7 +2986,7 @@ def test_a_revoked_key_is_refused_at_once_and_another_one_of_its_app_is_not(serv
     assert [app.keys for app in api.server.store.apps()] == [1]
 
 
-def test_no_key_is_revoked_unless_exactly_one_active_key_is_meant(api):
+def test_no_key_is_revoked_unless_exactly_one_active_key_matches(api):
     store = api.server.store
     revoked, other = store.create_key("default"), store.create_key("default")
     store.revoke_key(revoked)
@@ -2996,7 +2996,7 @@ def test_no_key_is_revoked_unless_exactly_one_active_key_is_meant(api):
         assert [api.post(CRASHES, CRASH, key=each)[0] for each in (KEY, other, revoked)] == [201, 201, 401]
 
 
-def test_an_app_needs_a_proper_name_of_its_own_and_a_reader_cannot_write(api):
+def test_an_app_needs_a_valid_unique_name_and_a_reader_cannot_write(api):
     for name in ("", " ", "a ", "\n", "x" * 101, "default"):
         with pytest.raises(StoreError):
             api.server.store.create_app(name)
@@ -3008,14 +3008,14 @@ def test_an_app_needs_a_proper_name_of_its_own_and_a_reader_cannot_write(api):
 # -- Repetitions
 
 def signed(time=NOW, path=CRASHES, body=VALID, **headers):
-    """A request, for a crash unless another is given, that is signed at a time."""
+    """A signed request; without a body, one for a crash."""
     return path, body, {"X_Backfeedr_Timestamp": time, "X_Backfeedr_Signature": sign(body, time), **headers}
 
 
 TWICE, UNDER_A, IN_TIME = {"events": [EVENT, EVENT]}, {"Idempotency_Key": "a"}, "2026-03-12T14:30:05Z"
 MIXED_BYTES = json.dumps(MIXED).encode()
 ZIPPED_TWICE = [(CRASHES, gzip.compress(VALID, mtime=n), {**ZIPPED, **UNDER_A}) for n in (1, 2)]
-REPETITIONS = {  # a request, and those that follow: after how many seconds, and with what status
+REPETITIONS = {  # a request, and later ones, each with the seconds before it and its status
     "same body": ((BATCH, TWICE, UNDER_A), (6 * A_DAY, (BATCH, TWICE, UNDER_A), 200)),
     "another body": ((EVENTS, EVENT, UNDER_A), (0, (EVENTS, {**EVENT, "name": "x"}, UNDER_A), 422)),
     "another path": ((EVENTS, EVENT, UNDER_A), (0, (BATCH, {"events": [EVENT]}, UNDER_A), 422)),
@@ -3035,7 +3035,7 @@ REPETITIONS = {  # a request, and those that follow: after how many seconds, and
 
 
 @pytest.mark.parametrize("first, later", [(first, later) for first, *later in REPETITIONS.values()], ids=REPETITIONS)
-def test_a_repeated_request_has_the_same_ids_and_stores_nothing(api, clock, first, later):
+def test_a_repeated_request_gets_the_same_ids_and_stores_nothing(api, clock, first, later):
     status, ids = api.post(*first[:2], **first[2])
     assert status == 201
     for seconds, (path, body, headers), expected in later:
@@ -3045,10 +3045,10 @@ def test_a_repeated_request_has_the_same_ids_and_stores_nothing(api, clock, firs
         assert status == expected and (answer == ids) == (expected == 200)
         assert expected != 422 or answer == {"error": "idempotency key reused with a different body"}
         after = stored(api.server)
-        before["key_days"] = after["key_days"]  # which counts requests, also those that come again
-        before["new_names"] = after["new_names"]  # which go when their day is over
+        before["key_days"] = after["key_days"]  # which counts repeated requests too
+        before["new_names"] = after["new_names"]  # which are deleted when their day is over
         if expected != 201 and headers != first[2]:
-            before["replays"] = after["replays"] = None  # the request is known by a further mark
+            before["replays"] = after["replays"] = None  # the request gets a further mark
         assert (after == before) == (expected != 201)
 
 
@@ -3061,10 +3061,10 @@ def test_an_idempotency_key_is_free_after_a_refusal_in_another_app_and_after_a_w
     assert count(api.server, "replays") == 0
 
 
-# -- Reports that go
+# -- Expiry
 
 @sqlite_only
-def test_an_expiry_that_fails_costs_no_report_and_is_tried_again(one_day, clock, later):
+def test_a_failed_expiry_loses_no_report_and_is_tried_again(one_day, clock, later):
     add(one_day)
     clock.move(A_DAY + 1)
     sql_run(one_day.store.path, "create trigger broken before delete on crashes begin select raise(abort, 'no'); end")
@@ -3075,26 +3075,26 @@ def test_an_expiry_that_fails_costs_no_report_and_is_tried_again(one_day, clock,
     assert (count(one_day, "crashes"), count(one_day, "events")) == (0, 2)
 
 
-def test_reports_and_the_counts_of_what_is_kept_expire_once_a_second_at_most(one_day, clock, later, monkeypatch):
+def test_reports_and_their_counts_expire_at_most_once_a_second(one_day, clock, later, monkeypatch):
     api, left = Api(one_day), []
     add(one_day, device_model="iPhone16,1")
     add(one_day, type="custom")
     later(one_day, 0.5, exception_type="SIGABRT")
     clock.move(A_DAY - 0.25)
-    for seconds in (0, 0, 0.75, 0.25):  # the first ones expire; there is no other; too early; the last one expires
+    for seconds in (0, 0, 0.75, 0.25):  # two expire; none is left; too early; one expires
         later(one_day, seconds, exception_type="LATE")
         left.append((count(one_day, "crashes", "exception_type <> 'LATE'"), count(one_day, "events")))
     assert left == [(1, 0), (1, 0), (1, 0), (0, 0)]
     assert api.get("/api/v1/metrics/crash-types")[1] == {"labels": ["LATE"], "data": [4]}
     assert api.get("/api/v1/metrics/devices")[1] == {"labels": [], "data": []}
     assert sum(api.get("/api/v1/metrics/daily-crashes")[1]["data"]) == 6
-    assert sql(one_day.store.path, "select label, crashes from labels") == [("LATE", 4)] * 2  # of its day, of all
-    monkeypatch.setattr(Store, "_expire", lambda *args: pytest.fail("a second lock, though nothing is due"))
+    assert sql(one_day.store.path, "select label, crashes from labels") == [("LATE", 4)] * 2  # of the day and of all
+    monkeypatch.setattr(Store, "_expire", lambda *args: pytest.fail("it took the lock although nothing was due"))
     for _ in range(3):
         later(one_day, 5)
 
 
-def test_a_commit_deletes_large_reports_for_some_time_and_keeps_up_with_large_batches(one_day, later, monkeypatch):
+def test_expiry_is_limited_in_time_and_keeps_up_with_large_batches(one_day, later, monkeypatch):
     monkeypatch.setattr(backfeedr, "EXPIRE_SECONDS", 0)
     add(one_day, 25)
     for seconds, left in ((A_DAY + 1, 15), (0, 5), (0, 0)):
@@ -3106,30 +3106,41 @@ def test_a_commit_deletes_large_reports_for_some_time_and_keeps_up_with_large_ba
     assert count(one_day, "events") == 1000
 
 
+def test_a_client_may_send_anything_as_truncated_and_its_crashes_still_regroup_and_expire(one_day, later):
+    """Stored crashes have a field of this name if they were cut."""
+    for value in (5, None, True, {}, ["stack_trace"]):
+        add(one_day, truncated=value, stack_trace=[{"uuid": "5a" * 16, "offset": 4660, "in_app": True}])
+    with one_day.store.writing() as db:
+        one_day.store._symbols_arrived(db, backfeedr.image_uuid("5a" * 16))
+    assert one_day.store.prune() == {"moved": 5 + 1}, "five crashes were checked, and their group is finished"
+    later(one_day, A_DAY + 1)
+    assert count(one_day, "crashes") == 0
+
+
 def test_retention_of_zero_keeps_all_reports(serve, clock):
     server = serve(retention_days=0)
     add(server)
     clock.move(10_000 * A_DAY)
-    assert server.store.prune() == {"sums": 4}  # days of the group and the key, and how many names were new
+    assert server.store.prune() == {"sums": 4}  # one day each of group and key, two of new names
     assert count(server, "crashes") == 1
     add(server)
     assert count(server, "crashes") == 2
 
 
-def test_pruning_deletes_what_has_expired_and_gives_its_space_back(one_day, clock):
+def test_pruning_deletes_expired_rows_and_returns_their_space(one_day, clock):
     def size():
         return one_day.store.size if POSTGRES else sql(one_day.store.path, "pragma page_count")[0][0]
 
-    text = os.urandom(1500).hex()  # PostgreSQL compresses others
+    text = os.urandom(1500).hex()  # text that PostgreSQL cannot compress
     for times, fields in ((1000, {"type": "custom", "properties": {"text": text}}), (50, {})):
         add(one_day, times, **fields)
     full = size()
     clock.move(A_DAY + 1)
-    assert one_day.store.prune() == {"events": 1000, "crashes": 50, "sums": 2}, "the new names of a day"
+    assert one_day.store.prune() == {"events": 1000, "crashes": 50, "sums": 2}, "sums: the new names of a day"
     assert not any(stored(one_day, "events", "crashes", "devices", "labels").values())
     assert count(one_day, "groups") == 1
     assert POSTGRES or sql(one_day.store.path, "pragma freelist_count") == [(0,)]
-    if POSTGRES:  # vacuum keeps what transactions of other tests may still see
+    if POSTGRES:  # vacuum keeps rows that transactions of other tests may still see
         wait_until(lambda: one_day.store.prune() == {} and size() < full / 2)
     else:
         assert size() < full / 10
@@ -3138,7 +3149,7 @@ def test_pruning_deletes_what_has_expired_and_gives_its_space_back(one_day, cloc
 
 
 @sqlite_only
-def test_pruning_ends_where_the_file_cannot_shrink(one_day, clock):
+def test_pruning_ends_even_if_the_file_cannot_shrink(one_day, clock):
     add(one_day, 100, type="custom", name="x" * 400)
     one_day.store.close()
     with closing(sqlite3.connect(str(one_day.store.path), isolation_level=None)) as db:
@@ -3149,7 +3160,7 @@ def test_pruning_ends_where_the_file_cannot_shrink(one_day, clock):
         assert store.prune() == {"events": 100, "sums": 1}
 
 
-def test_what_is_known_of_a_device_and_a_session_goes_with_its_last_report(one_day, later):
+def test_rows_of_a_device_and_of_a_session_expire_with_its_last_report(one_day, later):
     for n in (1, 2):
         add(one_day, type="session_start", session_id=f"s{n}", device_id_hash=f"d{n}", app_version="1.0")
     add(one_day, device_id_hash="d3")
@@ -3160,26 +3171,26 @@ def test_what_is_known_of_a_device_and_a_session_goes_with_its_last_report(one_d
     assert sql(one_day.store.path, "select session_id from sessions") == [("s2",)]
     later(one_day, A_DAY / 2)
     assert not any(stored(one_day, *ENTITIES).values())
-    assert Api(one_day).get("/api/v1/metrics/active-devices?days=2")[1]["mau"] == [3, 3]  # outlives the reports
+    assert Api(one_day).get("/api/v1/metrics/active-devices?days=2")[1]["mau"] == [3, 3]  # sums outlive their reports
 
 
 @pytest.mark.parametrize("steps, tops, last, left", [
     ([(0, "A"), (3 * A_DAY, "B")], [1, 1], (5 * A_DAY, "B"), {"B"}),
     ([(1800, "A"), (2 * A_DAY, None), (-1, None)], [1], (8 * A_DAY, None), set())], ids=["a week", "a clock set back"])
-def test_a_group_goes_when_no_crash_of_it_is_kept_and_none_is_of_the_week(one_day, later, steps, tops, last, left):
+def test_a_group_is_deleted_when_its_crashes_have_expired_and_its_week_is_over(one_day, later, steps, tops, last, left):
     def step(seconds, kind):
         later(one_day, seconds, **({"exception_type": kind, "exception_reason": f"reason {kind}"} if kind else {}))
 
-    for each in steps:
-        step(*each)
+    for seconds, kind in steps:
+        step(seconds, kind)
     assert [top["count"] for top in Api(one_day).get("/api/v1/overview")[1]["top_crashes"]] == tops
     step(*last)
     assert {row[2] for row in stored(one_day, "groups")["groups"]} == left
-    assert count(one_day, "group_days") == 2 * len(left)  # B, of two days
+    assert count(one_day, "group_days") == 2 * len(left), "B has crashed on two days"
     assert "reason A" not in str(stored(one_day))
 
 
-def test_a_release_outlives_its_reports_and_is_never_below_zero(keeping, clock, later):
+def test_a_release_outlives_its_reports_and_its_sums_never_fall_below_zero(keeping, clock, later):
     server = keeping(10)
     for version in ("1.0", "1.1", "1.1", "1.1"):
         add(server, type="session_start", session_id="s", device_id_hash="d", app_version=version)
@@ -3191,7 +3202,7 @@ def test_a_release_outlives_its_reports_and_is_never_below_zero(keeping, clock, 
     assert count(server, "release_days") == 0
 
 
-def test_a_device_of_two_apps_goes_from_each_with_its_last_report_there(keeping, clock, later):
+def test_a_device_of_two_apps_expires_in_each_with_its_last_report_there(keeping, clock, later):
     server = keeping()
     event = {"type": "custom", "device_id_hash": "d", "key": server.store.create_app("Shop")}
     add(server, type="custom", device_id_hash="d")
@@ -3208,7 +3219,7 @@ def test_a_device_of_two_apps_goes_from_each_with_its_last_report_there(keeping,
     assert count(server, "devices") == 0
 
 
-def test_figures_heal_ids_stay_unique_and_expiry_goes_on_when_a_clock_that_was_years_ahead_is_set_right(keeping, clock):
+def test_after_a_clock_was_years_ahead_figures_recover_ids_stay_unique_and_reports_expire(keeping, clock):
     server, years = keeping(1), 3 * 365 * A_DAY
     api = Api(server)
     seqs = [add(server, type=type, session_id="s", device_id_hash="before").seqs[0]
@@ -3217,8 +3228,7 @@ def test_figures_heal_ids_stay_unique_and_expiry_goes_on_when_a_clock_that_was_y
         clock.move(seconds)
         seqs += [*add(server, device_id_hash="d").seqs, *add(server, type="custom").seqs]
     assert len(set(seqs)) == 10 and seqs[4:] == sorted(seqs[4:]) and seqs[1] < seqs[4] and seqs[-1] < seqs[2]
-    # Without the one of a day to come.
-    assert api.get("/api/v1/overview")[1]["top_crashes"][0]["count"] == 3
+    assert api.get("/api/v1/overview")[1]["top_crashes"][0]["count"] == 3, "without the crash of a future day"
     assert api.get("/api/v1/metrics/active-devices?days=1")[1]["mau"] == [2]
     for days, left in ((0, 4), (3, 1), (88, 1)):
         clock.move(days * A_DAY)
@@ -3226,16 +3236,17 @@ def test_figures_heal_ids_stay_unique_and_expiry_goes_on_when_a_clock_that_was_y
         assert (api.get("/api/v1/health")[0], count(server, "crashes"), count(server, "events")) == (200, left, left)
 
 
-def test_a_crash_of_the_day_before_1970_counts_once_and_today(api):
+def test_a_crash_dated_before_1970_counts_once_and_today(api):
     add(api.server, occurred_at="1969-12-31T12:00:00Z")
     for days in ("", "?days=1"):
         assert api.get("/api/v1/metrics/crash-types" + days)[1] == {"labels": ["SIGABRT"], "data": [1]}
 
 
-# -- Devices that are forgotten, apps that are deleted
+# -- Forgotten devices, deleted apps
 
 def fill(server, clock, seed, reports):
-    """Random reports of two live apps and a test app, which share devices, versions and groups: three in a commit."""
+    """Stores random reports of two live apps and a test app that share devices, versions and groups. Three requests
+    share a commit."""
     chance = random.Random(seed)
     names = [app.name for app in server.store.apps()]
     keys = [backfeedr.sha256(server.store.create_app(name, name == "Beta")) for name in ("Shop", "Beta")
@@ -3262,11 +3273,11 @@ def fill(server, clock, seed, reports):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_a_forgotten_device_is_in_no_row_and_no_sum_until_it_comes_again_and_sums_outlive_reports(keeping, clock, seed):
+def test_a_forgotten_device_is_in_no_row_and_no_sum_until_it_returns(keeping, clock, seed):
     server = keeping()
     path = server.store.path
     fill(server, clock, seed, 90)
-    server.store.prune()  # so that the windows are of today, whatever is forgotten
+    server.store.prune()  # so that the windows end today, whatever is forgotten
     check_database(path)
     deleted = server.store.forget_device("d2")
     assert deleted["crashes"] and deleted["events"] and deleted["devices"]
@@ -3282,7 +3293,7 @@ def test_a_forgotten_device_is_in_no_row_and_no_sum_until_it_comes_again_and_sum
     assert count(server, "crashes") > 0 and (POSTGRES or backfeedr._check_roll_ups(path))
 
 
-def test_figures_agree_when_devices_are_forgotten_though_nothing_has_come_for_days(keeping, clock):
+def test_figures_agree_when_devices_are_forgotten_days_after_the_last_report(keeping, clock):
     server = keeping(0)
     for n in range(6):
         for hours in (0, 30, 160):
@@ -3297,30 +3308,19 @@ def test_figures_agree_when_devices_are_forgotten_though_nothing_has_come_for_da
 
 
 @sqlite_only
-def test_figures_agree_when_the_daily_trim_is_half_done_and_its_only_report_is_forgotten(keeping, clock, monkeypatch):
+def test_figures_agree_when_the_only_report_of_the_day_is_forgotten_during_the_daily_trim(keeping, clock, monkeypatch):
     server = keeping(0)
     monkeypatch.setattr(backfeedr, "TRIMMED", 1)
     for kind in "ABC":
         add(server, exception_type=kind)
     clock.move(8 * 86_400)
     add(server, device_id_hash="d1")
-    assert count(server, "group_days") == 3, "two of those three days, and today"
+    assert count(server, "group_days") == 3, "one row was trimmed, and today has another"
     assert server.store.forget_device("d1")["crashes"] == 1
     check_database(server.store.path, forgotten=True)
 
 
-@sqlite_only
-def test_figures_agree_when_the_first_device_of_an_old_release_is_forgotten(keeping, clock):
-    server = keeping(0)
-    for device, days in (("d1", 100), ("d2", 1), ("", 0)):
-        add(server, device_id_hash=device, app_version="1.0", type="error")
-        clock.move(days * 86_400)
-    assert count(server, "release_hours") == 1, "an age of 100 days is compared with nothing"
-    assert server.store.forget_device("d1")["events"] == 1
-    assert backfeedr._check_roll_ups(server.store.path)
-
-
-def test_a_day_too_long_before_its_receipt_counts_no_device_in_an_import_either(serve, clock):
+def test_a_report_dated_too_long_ago_counts_no_device_and_neither_does_its_import(serve, clock):
     server, copy = serve(retention_days=0), serve("copy.db", retention_days=0)
     long_ago = time_text(clock.seconds - 400 * 86_400)
     add(server, device_id_hash="d")
@@ -3330,7 +3330,7 @@ def test_a_day_too_long_before_its_receipt_counts_no_device_in_an_import_either(
     assert count(copy, "crashes") == 2 and count(server, "device_days") == count(copy, "device_days") == 1
 
 
-def test_a_forgotten_device_takes_the_reason_that_it_gave_with_it(one_day, later):
+def test_the_exception_reason_of_a_forgotten_device_is_deleted(one_day, later):
     def crashes_of_the_week():
         week = Api(one_day).get("/api/v1/overview")[1]
         return week["crashes_7d"], [(each["count"], each["exception_reason"]) for each in week["top_crashes"]]
@@ -3342,10 +3342,10 @@ def test_a_forgotten_device_takes_the_reason_that_it_gave_with_it(one_day, later
     later(one_day, A_DAY + 1)
     add(one_day, device_id_hash="d2", exception_reason="my secret")
     one_day.store.forget_device("d2")
-    assert crashes_of_the_week() == (1, [(1, "")]), "its week still counts"
+    assert crashes_of_the_week() == (1, [(1, "")]), "the crash still counts in its week"
 
 
-def test_a_session_is_of_one_device_and_leaves_its_events_that_have_none_when_that_is_forgotten(api, clock):
+def test_equal_session_ids_of_two_devices_are_two_sessions_and_events_without_a_device_stay(api, clock):
     for device, lasted in (("d1", 60), ("d2", 3600)):
         for type, ago in (("session_start", lasted), ("session_end", 0)):
             add(api.server, type=type, session_id="1", device_id_hash=device, occurred_at=time_text(clock() - ago))
@@ -3361,7 +3361,7 @@ def test_a_session_is_of_one_device_and_leaves_its_events_that_have_none_when_th
 
 
 def rows_of_apps(server):
-    """How many rows each app has in each table, by its id."""
+    """The number of rows in each table, by the id of their app."""
     found = defaultdict(dict)
     for table, app_id, rows in sql(server.store.path, " union all ".join(
             f"select '{table}', app_id, count(*) from {table} group by app_id" for table in ("keys", *REPORT_TABLES))):
@@ -3369,7 +3369,7 @@ def rows_of_apps(server):
     return found
 
 
-def test_a_deleted_app_is_gone_at_once_for_everybody_and_its_rows_go_when_it_is_pruned(serve, clock):
+def test_a_deleted_app_disappears_at_once_and_pruning_deletes_its_rows(serve, clock):
     server = serve()
     api, store = Api(server), server.store
     fill(server, clock, 7, 60)
@@ -3393,12 +3393,11 @@ def test_a_deleted_app_is_gone_at_once_for_everybody_and_its_rows_go_when_it_is_
         assert shown is None or shown == seen()
         assert before.pop(app_id) and rows_of_apps(server) == before
     with pytest.raises(Refusal, match="invalid API key"):
-        add(server, type="custom")  # it arrives as its app is deleted
+        add(server, type="custom")  # a request that arrives while its app is deleted
     assert not any(stored(server).values()) and count(server, "state", "name like 'deleted%'") == 0
 
 
-def test_rows_of_a_deleted_app_go_in_bounded_steps_after_commits_beside_a_new_app_of_its_name(
-        serve, clock, monkeypatch):
+def test_commits_delete_a_deleted_app_in_bounded_steps_beside_a_new_app_of_its_name(serve, clock, monkeypatch):
     server = serve()
     store = server.store
     fill(server, clock, 7, 60)
@@ -3414,7 +3413,7 @@ def test_rows_of_a_deleted_app_go_in_bounded_steps_after_commits_beside_a_new_ap
             assert bool(store.forget_device("d2")) == (len(steps) == 5)
             assert POSTGRES or backfeedr._check_roll_ups(store.path)
     sizes = [sum(before.values()) - sum(after.values()) for before, after in zip(steps, steps[1:])]
-    assert 20 < len(steps) < 100 and max(sizes[5:]) == backfeedr.EXPIRE_SLICE
+    assert 20 < len(steps) < 100 and max(sizes[5:]) == backfeedr.EXPIRE_ROWS
     assert Api(server).get("/api/v1/overview?app=Shop")[1]["crashes_7d"] == len(steps) - 1
     serve.unchecked.append(server)
     check_database(store.path, forgotten=True)
@@ -3428,7 +3427,7 @@ WINDOWS = {"new_names": 0, "device_hours": 2, "group_days": 7, "release_days": 7
 
 @pytest.fixture
 def windows_filled(keeping, clock):
-    """A server with ten rows in each table that holds a window of days, of the hours until now."""
+    """A server with ten rows from the last ten hours in each table that holds a window."""
     server = keeping()
     clock.move(-10 * 3600)
     for n in range(10):
@@ -3442,31 +3441,31 @@ def windows_filled(keeping, clock):
     return server
 
 
-def test_a_window_is_kept_for_its_days_and_trimmed_on_the_next(windows_filled, clock):
+def test_each_window_is_kept_for_its_days_and_trimmed_on_the_next(windows_filled, clock):
     rows = {**dict.fromkeys(WINDOWS, 10), "new_names": 4}
     for day, moved in (0, 0), (1, 1), (2, 1), (3, 1), (7, 4), (8, 1), (90, 82), (91, 1), (400, 309), (401, 1):
         clock.move(moved * A_DAY)
         windows_filled.store.prune()
         if day == 2:
-            rows["device_hours"] = 1  # they go hour by hour
+            rows["device_hours"] = 1  # the only ones that are deleted hour by hour
         assert {table: count(windows_filled, table) for table in WINDOWS} \
             == {table: rows[table] if day <= days else 0 for table, days in WINDOWS.items()}, day
 
 
-def test_windows_are_trimmed_in_bounded_steps_and_what_waits_is_not_counted(windows_filled, clock, monkeypatch):
+def test_windows_are_trimmed_in_bounded_steps_and_rows_not_yet_trimmed_do_not_count(windows_filled, clock, monkeypatch):
     monkeypatch.setattr(backfeedr, "TRIMMED", 3)
     clock.move(401 * A_DAY)
     for crashes, left in enumerate((7, 4, 1, 0), 1):
         add(windows_filled, exception_type="T1")
         top, = Api(windows_filled).get("/api/v1/overview")[1]["top_crashes"]
         assert (top["exception_type"], top["count"]) == ("T1", crashes)
-        # Today has a group; and two names of it, where there were three, are new.
+        # The new crash adds a day of its group, and two new names where there were three.
         assert {table: count(windows_filled, table) for table in WINDOWS} == {
             "new_names": int(crashes == 1), "device_hours": left, "group_days": left + 1, "release_days": left,
             "durations": left, "event_names": left}
 
 
-def test_reports_of_made_up_times_leave_only_lasting_sums_behind(one_day, clock):
+def test_reports_with_made_up_times_leave_only_lasting_sums_behind(one_day, clock):
     now = one_day.store.now
     for days in (-3000, 0, 0.9, 2.1, 7, 8, 399, 400, 401, 3000, 6900, 30_000):  # ago
         at = dict(occurred_at=time_text(clock.seconds - days * A_DAY), device_id_hash=f"d{days}", app_version="1.0")
@@ -3482,17 +3481,19 @@ def test_reports_of_made_up_times_leave_only_lasting_sums_behind(one_day, clock)
         == {"crash_days", "session_days", "active_days", "cohorts", "release_sums", "release_hours", "builds"}
 
 
-def test_hours_of_a_release_go_when_no_verdict_asks_for_them(keeping, clock):
-    server = keeping()
+def test_hours_of_a_release_are_deleted_when_no_verdict_needs_them(keeping, clock):
+    server = keeping(0)
     for days in (0, 89, 2):
         clock.move(days * A_DAY)
         add(server, type="custom", app_version="1.0", device_id_hash=f"d{days}")
-    assert count(server, "release_hours") == 2, "that of day 91 went in the first step of the day"
+    assert count(server, "release_hours") == 2, "the hour of the first day was deleted on day 91"
     assert sql(server.store.path, "select devices from release_sums") == [(3,)]
+    assert server.store.forget_device("d0")["events"] == 1, "then the reports say that the release is younger"
+    assert POSTGRES or backfeedr._check_roll_ups(server.store.path)
 
 
 LABELS = f"select label, crashes from labels where day = {backfeedr.ALL_DAYS} and field = "
-NAMES = {  # how many new names count in a day, the reports by name, and what a report with the nth name says
+NAMES = {  # the limit of new names in a day, the query for names and their reports, and the fields of the nth name
     "group": (500, "select group_hash, sum(crashes) from group_days group by group_hash",
               lambda n: {"stack_trace": [{"symbol": f"f{n}"}]}),
     "type": (200, LABELS + "'exception_type'", lambda n: {"exception_type": f"T{n}"}),
@@ -3508,7 +3509,7 @@ def test_new_names_beyond_the_limit_of_an_app_and_day_count_as_other(serve, cloc
     shop = server.store.create_app("Shop")
 
     def send(*numbers, key=KEY):
-        """How many names there are then, and how many reports `(other)` and the most frequent other name have."""
+        """Returns the number of names, and the reports of `(other)` and of the most frequent other name."""
         reports = [{**CRASH, **fields(n)} for n in numbers]
         server.store.add(backfeedr.sha256(key), [
             (parse_event if "type" in each else parse_crash)(each) for each in reports])
@@ -3524,7 +3525,7 @@ def test_new_names_beyond_the_limit_of_an_app_and_day_count_as_other(serve, cloc
     assert send(limit) == (limit + 2, 4, 2)
     clock.move(1)
     assert send(limit) == (limit + 3, 4, 2), "the next day begins"
-    assert count(server, "events", "name = '(other)'") == 0, "each keeps the name that it has"
+    assert count(server, "events", "name = '(other)'") == 0, "the stored reports keep their names"
 
 
 def test_events_are_counted_by_name_type_and_day_until_they_are_forgotten(keeping, clock):
@@ -3620,7 +3621,7 @@ def test_other_is_shown_like_any_name_with_its_reports_until_they_are_forgotten_
     assert [row[2] for row in stored(one_day, "groups")["groups"]] == ["LATE"]
 
 
-def test_an_app_has_so_many_releases_and_no_more(one_day, clock, monkeypatch):
+def test_releases_beyond_the_limit_of_an_app_count_as_other(one_day, clock, monkeypatch):
     monkeypatch.setattr(backfeedr, "MAX_RELEASES", 5)
     for n in range(8):
         add(one_day, app_version=f"1.{n}")
@@ -3630,8 +3631,7 @@ def test_an_app_has_so_many_releases_and_no_more(one_day, clock, monkeypatch):
 
 
 @sqlite_only
-def test_reports_of_the_app_that_holds_most_go_early_where_the_file_grows_too_large(
-        keeping, clock, caplog, monkeypatch):
+def test_reports_of_the_largest_app_are_deleted_early_if_the_file_is_too_large(keeping, clock, caplog, monkeypatch):
     monkeypatch.setattr(backfeedr, "EXPIRE_SECONDS", 60)  # so that a fast disk does not decide how many go
     server, text = keeping(), {"text": "x" * 3_000}
     shop = server.store.create_app("Shop")
@@ -3640,7 +3640,7 @@ def test_reports_of_the_app_that_holds_most_go_early_where_the_file_grows_too_la
         add(server, 100, type="custom", properties=text)
         clock.move(1)
     with server.store.reading() as db:
-        used = server.store.used(db)
+        used = server.store.used_size(db)
     crashes = add(server, 5).seqs
     server.store.max_db_size = used * 2 // 3
     assert server.store.warnings()[0].endswith("of BACKFEEDR_MAX_DB_SIZE; beyond it the oldest reports go early.")
@@ -3648,22 +3648,22 @@ def test_reports_of_the_app_that_holds_most_go_early_where_the_file_grows_too_la
         clock.move(1)
         add(server, type="custom", properties=text)
     with server.store.reading() as db:
-        assert server.store.used(db) <= server.store.max_db_size
-    assert 600 < count(server, "events") < 700, "no more than must go"
-    assert count(server, "events", f"seq <= {first[-1]}") == 2, "of the small app"
+        assert server.store.used_size(db) <= server.store.max_db_size
+    assert 600 < count(server, "events") < 700, "no more are deleted than necessary"
+    assert count(server, "events", f"seq <= {first[-1]}") == 2, "those of the small app stay"
     assert count(server, "crashes") == 5 and min(crashes) > sql(server.store.path, """
-        select value from state where name like 'early%'""")[0][0], "what is newer stays, of whatever kind"
+        select value from state where name like 'early%'""")[0][0], "newer reports of any kind stay"
     assert backfeedr._check_roll_ups(server.store.path)
     for app in ("default", "Shop"):
         server.store.delete_app(app)
     server.store.max_db_size = 1
-    assert server.store.prune() is not None, "where there is nothing more to delete"
+    assert server.store.prune() is not None, "it ends if there is nothing left to delete"
     server.store.max_db_size = 0
     assert "the oldest reports of default go early" in caplog.text
 
 
 @sqlite_only
-def test_a_disk_or_database_that_is_nearly_full_is_said_on_the_overview(api, person, monkeypatch):
+def test_the_overview_warns_of_a_disk_that_is_nearly_full(api, person, monkeypatch):
     usage = SimpleNamespace(total=100_000_000, used=95_000_000, free=5_000_000)
     assert "nearly full" not in person.get("/") or shutil.disk_usage(".").free < 1e9
     monkeypatch.setattr(backfeedr.shutil, "disk_usage", lambda path: usage)
@@ -3671,19 +3671,19 @@ def test_a_disk_or_database_that_is_nearly_full_is_said_on_the_overview(api, per
 
 
 @sqlite_only
-def test_an_id_is_never_given_twice_whatever_the_clock_does_and_is_deleted(keeping, clock, monkeypatch):
-    monkeypatch.setattr(backfeedr.secrets, "randbits", lambda bits: 0)  # which makes it unlikely otherwise
+def test_no_id_is_given_twice_after_any_clock_changes_and_deletions(keeping, clock, monkeypatch):
+    monkeypatch.setattr(backfeedr.secrets, "randbits", lambda bits: 0)  # else equal ids would be unlikely anyway
     server, ids, start = keeping(0), [], clock.seconds
     for days in (0, 10, 0, 1, 9.5, 10, 10, 11, 3, 10, 4000, 12, 4000, 13):
         clock.seconds = start + days * A_DAY
         ids += [*add(server, 3, device_id_hash="d").seqs, *add(server, 3, type="custom", device_id_hash="d").seqs]
         server.store.forget_device("d")
     assert len(ids) == len(set(ids)) == 14 * 6 and count(server, "crashes") == 0
-    assert ids[-1] < backfeedr.first_seq(int((start + 14 * A_DAY) * 1000)), "nor does a fast clock stay for ever"
+    assert ids[-1] < backfeedr.first_seq(int((start + 14 * A_DAY) * 1000)), "a fast clock has no lasting effect"
 
 
 @pytest.mark.parametrize("at", ["1970-01-01T00:00:10Z", "2300-01-01T00:00:00Z"])
-def test_a_host_whose_clock_was_never_set_takes_nothing_and_says_why(serve, clock, caplog, at):
+def test_a_host_whose_clock_was_never_set_refuses_everything_and_logs_why(serve, clock, caplog, at):
     api, seconds = Api(serve()), clock.seconds
     clock.seconds = parse_time(at) / 1000
     for _ in range(2):
@@ -3696,7 +3696,7 @@ def test_a_host_whose_clock_was_never_set_takes_nothing_and_says_why(serve, cloc
 # -- What `check` finds
 
 SUMS = {table: sums.columns for table, sums in backfeedr.SUMS.items()
-        if table != "key_days"}  # of which no report tells
+        if table != "key_days"}  # which is not counted from reports
 MADE_UP = {"crash_days": "1, 1, 1", "labels": "1, 'device_model', 1, 'x', 1", "session_days": "1, 1, 1, 0, 0",
            "active_days": "1, 1, 1, 1, 1", "cohorts": "1, 1, 1, 0, 0, 0", "release_sums": "1, 'x', 1, 0, 0, 0, 0"}
 TAMPERED = [
@@ -3705,14 +3705,13 @@ TAMPERED = [
     *((table, f"insert into {table} values ({row})") for table, row in MADE_UP.items()),
     *((table, f"update {table} set {column} = {column} {by}") for table, columns in SUMS.items()
       for column in columns for by in ("+ 1", "- 1"))]
-DAMAGED = [  # where reports have expired
+DAMAGED = [  # damage that is found although reports have expired
     ("crash_days", "update crash_days set crashes = crashes + 1000"),
-    *((table, f"delete from {table}") for table in (
-        "labels", "devices", "active_days", "groups", "builds"))]
+    *((table, f"delete from {table}") for table in ("labels", "devices", "active_days", "groups", "builds"))]
 
 
 @sqlite_only
-@pytest.mark.parametrize("days, damages", [(90, TAMPERED), (5, DAMAGED)], ids=["all is kept", "some has expired"])
+@pytest.mark.parametrize("days, damages", [(90, TAMPERED), (5, DAMAGED)], ids=["none has expired", "some have expired"])
 def test_check_names_the_table_that_was_tampered_with(keeping, clock, later, monkeypatch, days, damages):
     server = keeping(days)
     fill(server, clock, 9, 60)
@@ -3727,7 +3726,7 @@ def test_check_names_the_table_that_was_tampered_with(keeping, clock, later, mon
     path, recount, counted = server.store.path, backfeedr.recount, {}
 
     def count_once(db):
-        """As no damage is to the reports, they are counted for the first check only."""
+        """Counts the reports for the first check only, because no damage is done to them."""
         if not counted:
             recount(db)
             counted.update({table: db.execute(f"select * from main.{table}").fetchall()
@@ -3745,41 +3744,41 @@ def test_check_names_the_table_that_was_tampered_with(keeping, clock, later, mon
             backfeedr._check_roll_ups(path)
 
 
-# -- Many at once
+# -- Concurrent requests
 
 def run_together(store, calls, meanwhile=lambda: None):
-    """The outcomes of calls that all wait for the same commit: they are held until all have queued."""
+    """Runs calls that share a commit, which begins when all of them wait for it. Returns their results or errors."""
     def outcome(call):
         try:
             return call()
         except BaseException as error:
             return error
 
-    pool, here = ThreadPoolExecutor(len(calls)), store._here
-    with here.write_lock:
+    pool, process = ThreadPoolExecutor(len(calls)), store._here
+    with process.write_lock:
         outcomes = [pool.submit(outcome, call) for call in calls]
-        wait_until(lambda: len(here.waiting) == len(calls))
+        wait_until(lambda: len(process.waiting) == len(calls))
         meanwhile()
     pool.shutdown(wait=False)  # else a call that hangs would hang the test, too
     return [each.result(30) for each in outcomes]
 
 
 def wait_until(condition, seconds=20):
-    """Returns when the condition holds: for other threads and processes, whose pace no clock of ours sets."""
+    """Waits for other threads or processes, which a `Clock` cannot move."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
+        assert time.monotonic() < deadline, "the condition did not become true"
         time.sleep(0.005)
 
 
-def test_a_request_that_was_told_503_because_a_commit_is_slow_is_not_stored(api, monkeypatch):
-    def second():
+def test_a_request_that_gets_503_because_a_commit_is_slow_is_not_stored(api, monkeypatch):
+    def wait_in_vain():
         with pytest.raises(StorageUnavailable):
             add(api.server)
 
-    monkeypatch.setattr(backfeedr, "MAX_WAIT", 0.1)
-    first, = run_together(api.server.store, [lambda: add(api.server)], second)
-    assert len(first.seqs) == count(api.server, "crashes") == 1
+    monkeypatch.setattr(backfeedr, "MAX_COMMIT_WAIT", 0.1)
+    receipt, = run_together(api.server.store, [lambda: add(api.server)], wait_in_vain)
+    assert len(receipt.seqs) == count(api.server, "crashes") == 1
 
 
 def test_many_threads_share_commits_and_lose_nothing(api):
@@ -3796,7 +3795,7 @@ def test_many_threads_share_commits_and_lose_nothing(api):
     assert sorted(seqs) == sorted(seq for seq, in rows) and len(seqs) == 8 * 10 * 4
 
 
-def test_no_waiter_is_left_hanging_whatever_its_leader_meets(api, monkeypatch):
+def test_no_waiting_request_hangs_whatever_error_the_commit_meets(api, monkeypatch):
     for fault in RuntimeError, KeyboardInterrupt, MemoryError, sqlite3.DatabaseError:
         def fail(commit, fault=fault):
             raise fault("on purpose")
@@ -3810,27 +3809,27 @@ def test_no_waiter_is_left_hanging_whatever_its_leader_meets(api, monkeypatch):
         assert api.post(CRASHES, CRASH)[0] == 201
 
 
-def test_a_waiter_that_is_interrupted_leaves_the_queue_to_the_others(api):
-    """As Ctrl-C does in an app whose main thread handles requests."""
-    here = api.server.store._here
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
+def test_an_interrupted_request_leaves_the_queue_and_the_others_are_stored(api):
+    """Ctrl-C does that in an app whose main thread handles requests."""
+    process = api.server.store._here
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored in a background job of a shell
 
     def interrupt():
-        wait_until(lambda: len(here.waiting) == 2)
+        wait_until(lambda: len(process.waiting) == 2)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     def wait_to_be_interrupted():
         threading.Thread(target=interrupt).start()
         with pytest.raises(KeyboardInterrupt):
             add(api.server)
-        assert len(here.waiting) == 1
+        assert len(process.waiting) == 1
 
     leader, = run_together(api.server.store, [lambda: add(api.server)], wait_to_be_interrupted)
     assert leader.replayed is add(api.server).replayed is False
 
 
 @pytest.mark.parametrize("limit, events", [({"max_waiters": 2}, 1), ({"max_rows": 200}, 100)])
-def test_too_many_waiters_are_sent_away_at_once_and_a_larger_batch_is_taken_where_nobody_waits(tmp_path, limit, events):
+def test_too_many_waiting_requests_are_refused_at_once_but_a_large_one_alone_is_not(tmp_path, limit, events):
     with Store(str(tmp_path / "small.db"), **limit) as store:
         key_hash, batch = backfeedr.sha256(store.create_app("Shop")), [parse_event(dict(EVENT))] * events
 
@@ -3851,17 +3850,16 @@ def test_submissions_of_one_call_share_a_commit_and_each_has_its_own_outcome(api
     submissions = [Submission(KEY_HASH, crash, once), Submission(b"unknown", crash), Submission(KEY_HASH, crash, once),
                    Submission(KEY_HASH, crash, other), Submission(KEY_HASH, crash * 2), Submission(KEY_HASH, crash)]
     store.add_all(submissions)
-    outcomes = [str(each.error or list(each.result())) for each in submissions]
     seqs = [seq for seq, in sql(store.path, "select seq from crashes order by seq")]
-    assert outcomes == [
-        str([range(seqs[0], seqs[0] + 1), False]), "invalid API key", str([range(seqs[0], seqs[0] + 1), True]),
-        "idempotency key reused with a different body", str([range(seqs[1], seqs[2] + 1), False]),
-        "storage unavailable"]
+    first, second = range(seqs[0], seqs[0] + 1), range(seqs[1], seqs[2] + 1)
+    assert [str(each.error) if each.error else each.result() for each in submissions] == [
+        (first, False), "invalid API key", (first, True), "idempotency key reused with a different body",
+        (second, False), "storage unavailable"]
     assert len(seqs) == 3 and list(store._here.group_sizes.counts)[:4] == [0, 0, 0, 1]
     store.add_all([])
 
 
-def test_ids_are_unique_and_ascend_whatever_the_clock_does_and_is_deleted(keeping, clock):
+def test_ids_ascend_after_small_clock_changes_and_deletions(keeping, clock):
     server, ids = keeping(1), []
     api, shop = Api(server), server.store.create_app("Shop")
     for seconds, delete in ((0, None), (0, lambda: server.store.forget_device("d")), (-3600, server.store.prune),
@@ -3879,12 +3877,12 @@ def test_ids_are_unique_and_ascend_whatever_the_clock_does_and_is_deleted(keepin
     assert numbers == sorted(set(numbers)) and len(numbers) == 22
 
 
-def in_a_child(holds):
-    """Whether this holds in a forked process."""
+def in_a_child(check):
+    """Whether a function returns true in a forked process."""
     child = os.fork()
     if not child:
         try:
-            os._exit(0 if holds() else 1)
+            os._exit(0 if check() else 1)
         finally:
             os._exit(2)
     return os.waitpid(child, 0)[1] == 0
@@ -3911,7 +3909,7 @@ def test_close_may_be_called_twice_and_folds_the_wal_in(api):
     assert count(server, "crashes") == 1
 
 
-def test_a_file_that_is_not_ours_is_refused_and_left_alone_and_an_empty_one_becomes_a_database(tmp_path):
+def test_a_foreign_file_is_refused_unchanged_and_an_empty_one_becomes_a_database(tmp_path):
     path, broken = tmp_path / "other.db", "cannot open the database .*other.db"
     sql_run(tmp_path / "theirs.db", "create table theirs (a)")
     for content, error in ((b"junk" * 1000, broken), (b"SQLite format 3\x00" + b"junk" * 1000, broken),
@@ -3926,7 +3924,7 @@ def test_a_file_that_is_not_ours_is_refused_and_left_alone_and_an_empty_one_beco
 
 
 def test_a_directory_without_write_permission_is_refused():
-    """As an ordinary user, in a process of its own: root may write everywhere."""
+    """Runs as an ordinary user in a process of its own, because root may write everywhere."""
     folder = Path(tempfile.mkdtemp())
 
     def is_refused():
@@ -3949,7 +3947,7 @@ def version_of(path):
 
 
 @pytest.mark.parametrize("version, problem", [(99, "newer backfeedr"), (3, "schema 3 was never released")])
-def test_a_database_of_a_newer_backfeedr_or_an_unreleased_one_is_refused_and_left_alone(serve, version, problem):
+def test_a_database_of_a_newer_backfeedr_or_an_unreleased_one_is_refused_unchanged(serve, version, problem):
     server = serve("other.db")
     server.close()
     path = server.store.path
@@ -3962,8 +3960,8 @@ def test_a_database_of_a_newer_backfeedr_or_an_unreleased_one_is_refused_and_lef
 
 
 def make_old_database(path, version):
-    """A database of an earlier version, as that made it: two apps with three crashes and six events. Of the table
-    `days`, which a migration without expired reports only drops, some rows are left out."""
+    """Makes a database of an earlier version: two apps with three crashes and six events. Some rows of the table `days`
+    are left out: a migration without expired reports only drops it."""
     with closing(sqlite3.connect(str(path))) as db:
         db.executescript(zlib.decompress(base64.b85decode("".join(VERSION_2.split()))).decode())
         if version == 1:
@@ -3971,35 +3969,33 @@ def make_old_database(path, version):
     sql_run(path, f"pragma application_id = {backfeedr.APPLICATION_ID}")
     sql_run(path, f"pragma user_version = {min(version, 2)}")
     if version > 2:
-        backfeedr.Store(str(path)).close()
-        make_version_5(path)
-    if version == 4:
-        make_version_4(path)
+        Store(str(path)).close()
+        downgrade(path, version)
 
 
-def make_version_5(path):
-    """Takes a database back to version 5."""
-    with closing(sqlite3.connect(str(path), isolation_level=None)) as db:
-        db.executescript("""
-            drop index crashes_by_group;
-            create index crashes_by_group on crashes (app_id, group_hash, received_at, device_id_hash);
-            create index crashes_by_device on crashes (device_id_hash, app_id, group_hash);
-            pragma user_version = 5;""")
+DOWNGRADES = {  # what takes a database back to each version from the next one
+    5: """
+        drop index crashes_by_group;
+        create index crashes_by_group on crashes (app_id, group_hash, received_at, device_id_hash);
+        create index crashes_by_device on crashes (device_id_hash, app_id, group_hash);""",
+    4: """
+        create table rows as select * from releases;
+        drop view releases;
+        alter table rows rename to releases;
+        drop index crashes_by_device;
+        alter table builds drop column last_seen;
+        alter table groups drop column crashes;
+        alter table groups drop column devices;
+        alter table groups drop column came_at;
+        create table group_devices (app_id, group_hash, device, crashes);
+        create table group_sums (app_id, group_hash, crashes, devices);"""}
 
 
-def make_version_4(path):
-    """Takes a database of version 5 back to version 4."""
-    with closing(sqlite3.connect(str(path), isolation_level=None)) as db:
-        db.executescript("""
-            create table rows as select * from releases;
-            drop view releases;
-            alter table rows rename to releases;
-            drop index crashes_by_device;
-            alter table builds drop column last_seen;
-            create table group_devices (app_id, group_hash, device, crashes);
-            create table group_sums (app_id, group_hash, crashes, devices);
-            pragma user_version = 4;""" + "".join(
-                f"alter table groups drop column {column};" for column in ("crashes", "devices", "came_at")))
+def downgrade(path, version):
+    """Takes a database back to an earlier version."""
+    with connected(path) as db:
+        for step in range(5, version - 1, -1):
+            db.executescript(f"{DOWNGRADES[step]} pragma user_version = {version};")
 
 
 def columns_of(path):
@@ -4014,15 +4010,15 @@ def columns_of(path):
 
 
 @sqlite_only
-@pytest.mark.parametrize("version", [1, 2, 4, 5])  # those that were in use
-def test_a_database_of_an_earlier_version_becomes_as_new_and_keeps_its_reports(tmp_path, keeping, serve, version):
+@pytest.mark.parametrize("version", [1, 2, 4, 5])  # 3 was never released
+def test_an_older_database_gets_the_new_schema_and_keeps_its_reports(tmp_path, keeping, serve, version):
     path = tmp_path / "test.db"
     make_old_database(path, version)
     reports = [rows_by_name(path, f"select * from {table}") for table in ("crashes", "events")]
     server = keeping()
     api = Api(server)
     check_database(path)
-    assert count(server, "regroupings"), "as names are made canonical now"
+    assert count(server, "regroupings"), "because names are made canonical now"
     server.store.prune()
     check_database(path)
     assert not count(server, "regroupings")
@@ -4035,7 +4031,7 @@ def test_a_database_of_an_earlier_version_becomes_as_new_and_keeps_its_reports(t
     assert api.get("/api/v1/metrics/retention?days=3&app=default")[1]["day_1"] == [100.0, None, None]
     again = server.store.add(KEY_HASH, [parse_event(dict(EVENT))], Idempotency((b"a",), b"1"))
     assert again.replayed and list(again.seqs) == [row["seq"] for row in reports[1] if row["type"] == "error"]
-    for type in ("session_start", "session_end"):  # of a session and a device that are known already
+    for type in ("session_start", "session_end"):  # of a known session and device
         add(server, type=type, session_id="s0", device_id_hash="d1", app_version="1.0")
     assert api.get("/api/v1/overview")[1]["sessions_7d"] == 3
     assert server.store.forget_device("d1") == {"crashes": 3, "events": 6, "devices": 2}
@@ -4052,8 +4048,7 @@ def test_a_migration_finds_when_a_build_was_seen_last(keeping, clock):
     server.close()
     path = server.store.path
     before = sql(path, "select * from builds")
-    make_version_5(path)
-    make_version_4(path)
+    downgrade(path, 4)
     keeping().close()
     assert sql(path, "select * from builds where build_number = '7'") == before
     assert backfeedr._check_roll_ups(path)
@@ -4078,7 +4073,7 @@ def test_a_migration_keeps_the_sums_of_reports_that_have_expired(tmp_path, keepi
             "release_sums": (1, "0.9", 8, 0, 7, 6, 5)}.items():
         found = sql(path, f"select * from {table}")
         assert row in found and not [each for each in found if each[0] == 0], table
-        assert not [each for each in found if not any(each[len(backfeedr.KEYS[table]):])], "without sums of 0"
+        assert not [each for each in found if not any(each[len(backfeedr.KEYS[table]):])], "it has rows of zeros"
     assert sql(path, "select crashes from release_sums where app_id = 1 and app_version = '1.0'") == [(70,)]
     assert sql(path, "select first_seen from releases where app_id = 1 and app_version = '1.0'") == [(4,)]
 
@@ -4117,10 +4112,10 @@ wd1*Y572A2+jk^UndULX0f=#l@D$8fFfSrRq^j-gMEUv;JcnM<
 """
 
 
-# -- From one store to another
+# -- Export and import
 
 def hand_over(server, other, step=40):
-    """Gives another server all reports that the first one keeps; the sum of what its steps say."""
+    """Imports all reports of a server into another one. Returns the summed counts."""
     counts = Counter()
     for kind in (backfeedr.Crash, backfeedr.Event):
         reports = list(server.store.export(kind))
@@ -4130,38 +4125,38 @@ def hand_over(server, other, step=40):
 
 
 def answers(server):
-    """What it answers to every question, of all apps and of each."""
+    """The answers to every question, about all apps and about each."""
     api = Api(server)
     return {(path, app): api.get(f"{path}?limit=100{app}", Authorization="Bearer " + TOKEN)
             for path in [*METRICS, CRASHES, EVENTS] for app in ("", "&app=default", "&app=Shop", "&app=Beta")}
 
 
 def named_rows(server):
-    """All reports, by the names of their apps: their numbers may differ from file to file."""
+    """All reports with the names of their apps instead of the ids, which may differ between files."""
     return [[(*row[:4], *row[5:]) for row in sql(server.store.path, f"""
         select apps.name, is_test, reports.* from {table} as reports join apps on apps.id = app_id order by seq
         """)] for table in ("crashes", "events")]
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_what_a_store_exports_makes_the_same_rows_sums_and_answers_in_another(serve, clock, seed):
+def test_imported_reports_make_the_same_rows_sums_and_answers(serve, clock, seed):
     server, other, third = (serve(name, retention_days=365) for name in ("test.db", "other.db", "third.db"))
     fill(server, clock, seed, 60)
     counts = hand_over(server, other)
     assert counts == {"stored": sum(map(len, named_rows(server)))}
     assert (named_rows(other), answers(other)) == (named_rows(server), answers(server))
     before = stored(other)
-    assert hand_over(server, other, step=77) == {"known": counts["stored"]}, "it may be repeated"
+    assert hand_over(server, other, step=77) == {"known": counts["stored"]}, "repeating it changes nothing"
     assert stored(other) == before
-    assert [key.app for key in other.store.keys()] == ["default"], "an app that is imported has no key"
+    assert [key.app for key in other.store.keys()] == ["default"], "an imported app has no key"
     fill(third, clock, seed + 10, 40)
     theirs = sum(map(len, named_rows(third)))
     assert hand_over(server, third) == counts
     assert hand_over(third, server) == {"stored": theirs, "known": counts["stored"]}
-    assert (named_rows(third), answers(third)) == (named_rows(server), answers(server)), "both have the same in the end"
+    assert (named_rows(third), answers(third)) == (named_rows(server), answers(server)), "both have all reports"
 
 
-def test_an_import_takes_old_reports_in_any_order_and_each_once(serve, clock):
+def test_old_reports_are_imported_in_any_order_and_each_once(serve, clock):
     server, other = serve(), serve("other.db")
     fill(server, clock, 1, 60)
     clock.move(10 * A_DAY)
@@ -4183,13 +4178,13 @@ def test_reports_of_an_app_that_was_just_deleted_can_be_imported_again(serve, cl
     assert named_rows(server) == before
 
 
-def test_what_has_expired_is_not_imported_and_never_counted_twice(keeping, serve, clock):
+def test_expired_reports_are_not_imported_and_never_counted_twice(keeping, serve, clock):
     server, other = keeping(30), serve("other.db", retention_days=60)
     for name in ("old", "new"):
         add(server, type="session_start", session_id=name)
         clock.move(20 * A_DAY)
     exported = list(server.store.export(backfeedr.Event))
-    add(server, type="custom")  # the old one goes
+    add(server, type="custom")  # after which the old one expires
     for server.store.retention_days in (30, 365):
         assert server.store.import_(exported) == {"stored": 0, "known": 1, "expired": 1}
     assert sql(server.store.path, "select sum(sessions) from session_days") == [(2,)]
@@ -4208,8 +4203,8 @@ def test_a_test_app_is_not_imported_into_a_live_one(serve):
     assert stored(other) == before
 
 
-def test_imported_names_were_new_when_they_were_received(serve, clock, monkeypatch):
-    """So the limit of a day does not hit those of many days."""
+def test_imported_names_count_as_new_on_the_day_of_their_receipt(serve, clock, monkeypatch):
+    """So the limit of a day does not apply to the names of many days."""
     monkeypatch.setitem(backfeedr.NEW_NAMES, "app_version", 5)
     server, other = serve(), serve("other.db")
     for n in range(9):
@@ -4223,14 +4218,14 @@ def test_imported_names_were_new_when_they_were_received(serve, clock, monkeypat
 
 
 @sqlite_only
-def test_an_export_is_of_what_was_there_when_it_began_and_reads_no_more_than_it_must(serve, clock, monkeypatch):
+def test_an_export_has_the_reports_from_when_it_began_and_reads_them_in_pages(serve, clock, monkeypatch):
     server = serve()
     fill(server, clock, 1, 60)
     events = named_rows(server)[1]
     monkeypatch.setattr(backfeedr, "PAGE_ROWS", 7)
     reports = server.store.export(backfeedr.Event)
     first = next(reports)
-    assert [reader.in_transaction for reader in server.store._here.readers] == [False], "a page is no open read"
+    assert [reader.in_transaction for reader in server.store._here.readers] == [False], "no read stays open"
     add(server, type="custom")
     assert [first.seq, *(kept.seq for kept in reports)] == [row[2] for row in events]
     since = events[20][4]
@@ -4247,7 +4242,7 @@ UNAVAILABLE = (503, {"error": "storage unavailable"})
 
 @pytest.fixture
 def disk(monkeypatch):
-    """A disk of so many pages for every connection that is opened from now on; None is plenty."""
+    """Limits the pages of the database for connections that are opened from now on; None is no limit."""
     disk, open_connection = SimpleNamespace(pages=None), backfeedr.Connection.__init__
 
     def init(db, *args, **kwargs):
@@ -4260,12 +4255,12 @@ def disk(monkeypatch):
 
 
 @sqlite_only
-def test_a_full_disk_in_the_middle_of_a_group_fails_the_whole_group_until_there_is_room(serve, disk):
+def test_a_full_disk_fails_a_whole_commit_until_there_is_room(serve, disk):
     server = serve()
     api, text = Api(server), {"text": "x" * 300}
     add(server)
     before = stored(server)
-    disk.pages = sql(server.store.path, "pragma page_count")[0][0] + 3  # enough for some of the group's rows
+    disk.pages = sql(server.store.path, "pragma page_count")[0][0] + 3  # enough for some rows of the commit
     server.store._here.close_writer()
     calls = [lambda: add(server)] * 3 + [lambda: add(server, 100, properties=text, type="custom")] * 2
     for _ in range(2):
@@ -4273,7 +4268,7 @@ def test_a_full_disk_in_the_middle_of_a_group_fails_the_whole_group_until_there_
         assert stored(server) == before
     assert api.post(BATCH, {"events": [{**EVENT, "properties": text}] * 100}) == UNAVAILABLE
     assert int(api.headers["Retry-After"]) >= 1
-    assert api.post(CRASHES, CRASH)[0] == 201, "what still finds room is stored"
+    assert api.post(CRASHES, CRASH)[0] == 201, "a small report still finds room"
     assert api.get("/api/v1/health")[0] == 200 and api.get("/api/v1/overview")[0] == 200
     disk.pages = 1_000_000
     server.store._here.writer.execute("pragma max_page_count = 1000000")
@@ -4282,7 +4277,7 @@ def test_a_full_disk_in_the_middle_of_a_group_fails_the_whole_group_until_there_
 
 
 @sqlite_only
-def test_health_is_bad_from_a_refused_report_until_one_is_stored_or_there_is_room(serve, disk):
+def test_health_fails_from_a_failed_commit_until_there_is_room(serve, disk):
     server = serve()
     api, text = Api(server), {"text": "x" * 9_000}
     add(server)
@@ -4290,28 +4285,24 @@ def test_health_is_bad_from_a_refused_report_until_one_is_stored_or_there_is_roo
     server.store._here.close_writer()
     for _ in range(2):
         assert api.post(EVENTS, {**EVENT, "properties": text}) == UNAVAILABLE
-        server.store.grant("session", 1000)  # finds room, and says nothing about reports
+        server.store.grant("session", 1000)  # a small write finds room, but proves nothing about reports
         assert api.get("/api/v1/health") == UNAVAILABLE
     disk.pages = 1_000_000
     assert api.get("/api/v1/health")[0] == 200
     assert api.post(EVENTS, {**EVENT, "properties": text})[0] == 201
 
 
-def refuse_poison(server, monkeypatch):
-    """Reports that have the text `poison` are such as no database takes."""
-    append = type(server.store._connect()).append
+def test_a_report_that_cannot_be_stored_does_not_fail_the_others_in_its_commit(serve, monkeypatch):
+    server = serve()
+    connection = type(server.store._connect())
+    append = connection.append
 
-    def picky(db, table, columns, rows):
+    def fail_on_poison(db, table, columns, rows):
         if any("poison" in map(str, row) for row in rows):
             raise OverflowError("a sum is too large")
         append(db, table, columns, rows)
 
-    monkeypatch.setattr(type(server.store._connect()), "append", picky)
-
-
-def test_a_report_that_no_database_takes_costs_its_neighbours_nothing(serve, monkeypatch):
-    server = serve()
-    refuse_poison(server, monkeypatch)
+    monkeypatch.setattr(connection, "append", fail_on_poison)
     kinds = ["fine", "poison", "good"]
     outcomes = run_together(server.store, [partial(add, server, exception_type=kind) for kind in kinds])
     assert [type(outcome) for outcome in outcomes] == [backfeedr.Receipt, StorageUnavailable, backfeedr.Receipt]
@@ -4320,7 +4311,7 @@ def test_a_report_that_no_database_takes_costs_its_neighbours_nothing(serve, mon
 
 @contextmanager
 def locked(path, *_):
-    """Another process holds the lock, until the end or until it rolls back."""
+    """Another connection holds the lock, until the end or until it rolls back."""
     with closing(sqlite3.connect(str(path), isolation_level=None, check_same_thread=False)) as other:
         other.execute("begin immediate")
         yield other
@@ -4334,12 +4325,12 @@ def moved_away(path, *_, is_replaced=False):
         shutil.copy(away, path)
     content = is_replaced and path.read_bytes()
     yield
-    assert (path.exists() and path.read_bytes()) == content, "it must not come back empty, and a copy be left alone"
+    assert (path.exists() and path.read_bytes()) == content, "the file must not come back empty, nor a copy change"
     away.rename(path)
 
 
 def replaced(path, *_):
-    """A copy of it, as a restored backup is one, takes the place of the file."""
+    """A copy, such as a restored backup, takes the place of the file."""
     return moved_away(path, is_replaced=True)
 
 
@@ -4360,7 +4351,7 @@ def broken_sync(path, monkeypatch, caplog):
 @sqlite_only
 @pytest.mark.parametrize("fault, health, overview", [
     (locked, 200, 200), (moved_away, 503, None), (replaced, 503, None), (broken_sync, 503, 200)])
-def test_a_fault_is_answered_with_503_and_over_when_its_cause_is(serve, monkeypatch, caplog, fault, health, overview):
+def test_a_fault_is_answered_with_503_until_its_cause_is_gone(serve, monkeypatch, caplog, fault, health, overview):
     monkeypatch.setattr(backfeedr, "BUSY_TIMEOUT", 0.1)
     api = Api(serve())
     assert api.post(CRASHES, CRASH)[0] == 201
@@ -4376,7 +4367,7 @@ def test_a_fault_is_answered_with_503_and_over_when_its_cause_is(serve, monkeypa
 
 
 @sqlite_only
-def test_a_lock_that_is_given_up_in_time_costs_nobody_a_report(api):
+def test_a_lock_that_is_released_in_time_loses_no_report(api):
     with locked(api.server.store.path) as other:
         release = threading.Timer(0.1, other.execute, ["rollback"])
         release.start()
