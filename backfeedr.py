@@ -2276,8 +2276,8 @@ create table groups (
         move_triage(db, app_id, group_hash, target)
 
     @staticmethod
-    def most_frequent(db: Any, app: int | None, days: range) -> list[JsonObject]:
-        """The five most frequent groups of these days, at most the last seven; of several apps, the latest's name."""
+    def most_frequent(db: Any, app: int | None, days: range, limit: int = 5) -> list[JsonObject]:
+        """The most frequent groups of these days, at most the last seven; of several apps, the latest's name."""
         return dict_rows(db, f"""
             select top.group_hash, exception_type, substr(coalesce(exception_reason, ''), 1, 200) as exception_reason,
                 count
@@ -2286,13 +2286,13 @@ create table groups (
                 where {APPS} and day between :first and :last
                 group by group_hash
                 order by count desc, group_hash
-                limit 5) as top
+                limit :limit) as top
             cross join groups on groups.group_hash = top.group_hash and groups.app_id = (
                 select app_id from groups
                 where {APPS} and group_hash = top.group_hash
                 order by last_seen desc, app_id
                 limit 1)
-            order by count desc, top.group_hash""", {"app": app, "first": days[0], "last": days[-1]})
+            order by count desc, top.group_hash""", {"app": app, "first": days[0], "last": days[-1], "limit": limit})
 
 
 _GROUP_DEVICE = attrgetter("app_id", "group_hash", "device_id_hash")
@@ -2954,7 +2954,7 @@ def fitting(rows: Iterable[Any]) -> Iterator[Any]:
 
 
 STATEMENTS = 512  # prepared statements that are kept: an insert is a different one for each number of rows
-ROWS = 128  # in a statement
+ROWS, ROWS_STEP = 128, 8  # in a statement: at most, and a multiple or less; 128 statements for each insert take 10 MB
 
 
 def upsert(db: Any, table: str, rows: Sequence[Row], changes: str) -> None:
@@ -2975,8 +2975,10 @@ def rows_of(db: Any, query: str, keys: Sequence[Row]) -> list[Row]:
 
 
 def _in_parts(db: Any, statement: str, rows: Sequence[Row]) -> Iterator[Any]:
-    for start in range(0, len(rows), ROWS):
-        part = rows[start:start + ROWS]
+    start = 0
+    while left := min(len(rows) - start, ROWS):
+        part = rows[start:start + (left - left % ROWS_STEP or left)]
+        start += len(part)
         yield db.execute(_with_placeholders(statement, len(part), len(part[0])), list(chain.from_iterable(part)))
 
 
@@ -5128,7 +5130,10 @@ class Metrics:
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, **_version_filter(version), "first": shown[0], "last": shown[-1],
                           "text": text and text.casefold(), "limit": limit + 1, "value": int(value), "group": group,
-                          "week": week, "since": (shown[0] or 0) * DAY - MAX_SKEW if days else 0, "state": state}
+                          "week": week, "since": (shown[0] or 0) * DAY - MAX_SKEW if days else 0, "state": state,
+                          "candidates": None}  # all groups
+            if days and days <= WEEK and column == "count" and not (version or text or state or cursor):
+                parameters["candidates"] = self._candidates(db, app_id, self._last_days(days), limit + 1)
             rows = dict_rows(db, f"""
                 select * from (
                     select group_hash, sum(crashes) as count, sum(devices) as devices, max(latest) as last_seen, (
@@ -5150,6 +5155,15 @@ class Metrics:
         last = rows[len(groups) - 1] if rows[len(groups):] else None
         return {"groups": groups, "next": last and f"{last[column]}-{last['group_hash']}"}
 
+    def _candidates(self, db: Connection, app_id: int | None, days: range, limit: int) -> str | None:
+        """The groups with most crashes on these days, divided by spaces. They are found by sums, which is quicker. None
+        if the sums may differ from the crashes: some have expired, or a clock that was fast has deleted sums."""
+        gone, = db.execute("select max(value) from state where name like 'expired%' or name like 'early%'").fetchone()
+        sums, expected = (per_day(db, app_id, days, table, "crashes") for table in ("group_days", "crash_days"))
+        if (gone or 0) >= first_seq(days[0] * DAY - MAX_SKEW) or sums != expected:
+            return None
+        return " ".join(group["group_hash"] for group in Groups.most_frequent(db, app_id, days, limit))
+
     def _listed(self, db: Connection, row: JsonObject, parameters: JsonObject) -> JsonObject:
         """A group as a list has it."""
         found = self._named(db, parameters["app"], row["group_hash"])
@@ -5157,8 +5171,8 @@ class Metrics:
         is_new = (found["came_at"] or 0) >= parameters["week"] if version is None else first == version
         versions = [each for each, in db.execute(f"""
             select app_version from crashes
-            where {APPS} and group_hash = :group and app_version is not null and {OF_VERSION}
-                and received_at >= :since and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
+            where {APPS} and group_hash = :group and received_at >= :since and app_version is not null and {OF_VERSION}
+                and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
             group by app_version
             order by count(*) desc, app_version
             limit {MAX_VERSIONS}""", parameters)]
@@ -5310,8 +5324,7 @@ class Metrics:
     def _days_of(self, db: Connection, parameters: JsonObject, shown: range) -> JsonObject:
         counts = dict(db.execute(f"""
             select {COUNTED_AT} / {DAY} as day, count(*) from crashes
-            where {APPS} and group_hash = :group and {OF_VERSION} and received_at >= :since
-                and {COUNTED_AT} / {DAY} between :first and :last
+            where {APPS} and group_hash = :group and received_at >= :since and {OF_VERSION}
             group by day""", parameters))
         apps = db.execute(f"""
             select name from apps where {APPS.replace("app_id", "id", 1)} and (
@@ -5505,7 +5518,8 @@ OF_VERSION = "(:version is null or substr(app_version, 1, :length) = :version)"
 CRASHES_OF_GROUPS = f"""
     select known.app_id, known.group_hash, count(*) as crashes, count(distinct device_id_hash) as devices,
         max({COUNTED_AT}) as latest
-    from (select app_id, group_hash from groups where {APPS} and last_seen >= :since) as known
+    from (select app_id, group_hash from groups where {APPS} and last_seen >= :since
+        and (:candidates is null or instr(:candidates, group_hash))) as known
     cross join crashes on crashes.app_id = known.app_id and crashes.group_hash = known.group_hash
     where received_at >= :since and {OF_VERSION} and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
     group by known.app_id, known.group_hash"""
