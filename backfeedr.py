@@ -2954,7 +2954,7 @@ def fitting(rows: Iterable[Any]) -> Iterator[Any]:
 
 
 STATEMENTS = 512  # prepared statements that are kept: an insert is a different one for each number of rows
-ROWS, ROWS_STEP = 128, 8  # in a statement: at most, and a multiple or less; 128 statements for each insert take 10 MB
+ROWS, ROWS_STEP = 128, 8  # rows of a statement: at most 128, above 8 a multiple of 8. Any number would take 10 MB more.
 
 
 def upsert(db: Any, table: str, rows: Sequence[Row], changes: str) -> None:
@@ -2976,8 +2976,8 @@ def rows_of(db: Any, query: str, keys: Sequence[Row]) -> list[Row]:
 
 def _in_parts(db: Any, statement: str, rows: Sequence[Row]) -> Iterator[Any]:
     start = 0
-    while left := min(len(rows) - start, ROWS):
-        part = rows[start:start + (left - left % ROWS_STEP or left)]
+    while most := min(len(rows) - start, ROWS):
+        part = rows[start:start + (most - most % ROWS_STEP or most)]
         start += len(part)
         yield db.execute(_with_placeholders(statement, len(part), len(part[0])), list(chain.from_iterable(part)))
 
