@@ -2954,7 +2954,7 @@ def fitting(rows: Iterable[Any]) -> Iterator[Any]:
 
 
 STATEMENTS = 512  # prepared statements that are kept: an insert is a different one for each number of rows
-ROWS, ROWS_STEP = 128, 8  # rows of a statement: at most 128, above 8 a multiple of 8. Any number would take 10 MB more.
+ROWS, ROWS_STEP = 128, 4  # rows of a statement: at most 128, above 4 a multiple of 4. Any number would take 9 MB more.
 
 
 def upsert(db: Any, table: str, rows: Sequence[Row], changes: str) -> None:
