@@ -2270,8 +2270,8 @@ create table groups (
         move_triage(db, app_id, group_hash, target)
 
     @staticmethod
-    def most_frequent(db: Any, app: int | None, days: range) -> list[JsonObject]:
-        """The five most frequent groups of these days of the last week, described by the app that had them last."""
+    def most_frequent(db: Any, app: int | None, days: range, limit: int = 5) -> list[JsonObject]:
+        """The most frequent groups of these days of the last week, described by the app that had them last."""
         return dict_rows(db, f"""
             select top.group_hash, exception_type, substr(coalesce(exception_reason, ''), 1, 200) as exception_reason,
                 count
@@ -2280,13 +2280,13 @@ create table groups (
                 where {APPS} and day between :first and :last
                 group by group_hash
                 order by count desc, group_hash
-                limit 5) as top
+                limit :limit) as top
             cross join groups on groups.group_hash = top.group_hash and groups.app_id = (
                 select app_id from groups
                 where {APPS} and group_hash = top.group_hash
                 order by last_seen desc, app_id
                 limit 1)
-            order by count desc, top.group_hash""", {"app": app, "first": days[0], "last": days[-1]})
+            order by count desc, top.group_hash""", {"app": app, "first": days[0], "last": days[-1], "limit": limit})
 
 
 class Releases(Figure):
@@ -2941,7 +2941,7 @@ def fitting(rows: Iterable[Any]) -> Iterator[Any]:
 
 
 STATEMENTS = 512  # prepared statements to keep: an insert is another statement for each number of rows
-ROWS_PER_STATEMENT = 128
+ROWS_PER_STATEMENT, ROWS_STEP = 128, 4  # above 4 rows, a statement has a multiple of 4: all numbers would take 9 MB more
 
 
 def upsert(db: Any, table: str, rows: Sequence[Row], changes: str) -> None:
@@ -2971,8 +2971,10 @@ def rows_of(db: Any, query: str, keys: Sequence[Row]) -> list[Row]:
 
 
 def _execute_in_parts(db: Any, statement: str, rows: Sequence[Row]) -> Iterator[Any]:
-    for start in range(0, len(rows), ROWS_PER_STATEMENT):
-        part = rows[start:start + ROWS_PER_STATEMENT]
+    start = 0
+    while size := min(len(rows) - start, ROWS_PER_STATEMENT):
+        part = rows[start:start + (size - size % ROWS_STEP or size)]
+        start += len(part)
         yield db.execute(_with_placeholders(statement, len(part), len(part[0])), list(chain.from_iterable(part)))
 
 
@@ -5118,7 +5120,10 @@ class Metrics:
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, **_version_filter(version), "first": shown_days[0], "last": shown_days[-1],
                           "text": text and text.casefold(), "limit": limit + 1, "value": int(value), "group": group,
-                          "week": week, "since": (shown_days[0] or 0) * DAY - MAX_SKEW if days else 0, "state": state}
+                          "week": week, "since": (shown_days[0] or 0) * DAY - MAX_SKEW if days else 0, "state": state,
+                          "candidates": None}  # all groups
+            if days and days <= WEEK and column == "count" and not (version or text or state or cursor):
+                parameters["candidates"] = self._candidates(db, app_id, self._last_days(days), limit + 1)
             rows = dict_rows(db, f"""
                 select * from (
                     select group_hash, sum(crashes) as count, sum(devices) as devices, max(latest) as last_seen, (
@@ -5140,6 +5145,15 @@ class Metrics:
         last = rows[len(groups) - 1] if rows[len(groups):] else None
         return {"groups": groups, "next": last and f"{last[column]}-{last['group_hash']}"}
 
+    def _candidates(self, db: Connection, app_id: int | None, days: range, limit: int) -> str | None:
+        """The groups with the most crashes on these days, separated by spaces: roll-ups find them faster than crashes.
+        None if the roll-ups may differ from the crashes: some have expired, or a clock that was fast deleted sums."""
+        gone, = db.execute("select max(value) from state where name like 'expired%' or name like 'early%'").fetchone()
+        sums, expected = (per_day(db, app_id, days, table, "crashes") for table in ("group_days", "crash_days"))
+        if (gone or 0) >= first_seq(days[0] * DAY - MAX_SKEW) or sums != expected:
+            return None
+        return " ".join(group["group_hash"] for group in Groups.most_frequent(db, app_id, days, limit))
+
     def _list_row(self, db: Connection, row: JsonObject, parameters: JsonObject) -> JsonObject:
         """Completes a group for a list: `row` has its sums."""
         group = self._summary(db, parameters["app"], row["group_hash"])
@@ -5147,8 +5161,8 @@ class Metrics:
         is_new = (group["came_at"] or 0) >= parameters["week"] if version is None else first == version
         versions = [app_version for app_version, in db.execute(f"""
             select app_version from crashes
-            where {APPS} and group_hash = :group and app_version is not null and {OF_VERSION}
-                and received_at >= :since and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
+            where {APPS} and group_hash = :group and received_at >= :since and app_version is not null and {OF_VERSION}
+                and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
             group by app_version
             order by count(*) desc, app_version
             limit {MAX_VERSIONS}""", parameters)]
@@ -5299,8 +5313,7 @@ class Metrics:
     def _days_of_group(self, db: Connection, parameters: JsonObject, shown_days: range) -> JsonObject:
         counts = dict(db.execute(f"""
             select {COUNTED_AT} / {DAY} as day, count(*) from crashes
-            where {APPS} and group_hash = :group and {OF_VERSION} and received_at >= :since
-                and {COUNTED_AT} / {DAY} between :first and :last
+            where {APPS} and group_hash = :group and received_at >= :since and {OF_VERSION}
             group by day""", parameters))
         apps = db.execute(f"""
             select name from apps where {APPS.replace("app_id", "id", 1)} and (
@@ -5493,7 +5506,8 @@ OF_VERSION = "(:version is null or substr(app_version, 1, :length) = :version)"
 CRASHES_OF_GROUPS = f"""
     select known.app_id, known.group_hash, count(*) as crashes, count(distinct device_id_hash) as devices,
         max({COUNTED_AT}) as latest
-    from (select app_id, group_hash from groups where {APPS} and last_seen >= :since) as known
+    from (select app_id, group_hash from groups where {APPS} and last_seen >= :since
+        and (:candidates is null or instr(:candidates, group_hash))) as known
     cross join crashes on crashes.app_id = known.app_id and crashes.group_hash = known.group_hash
     where received_at >= :since and {OF_VERSION} and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
     group by known.app_id, known.group_hash"""

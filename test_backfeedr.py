@@ -5161,7 +5161,8 @@ PLANS = {
                  "release_sums USING PRIMARY KEY (app_id=? AND app_version=?)", f"apps {BY_SEQ}",
                  "release_hours USING PRIMARY KEY (app_id=? AND app_version=? AND hour>? AND hour<?)"],
     "groups": ["groups USING PRIMARY KEY (app_id=?)", GROUP, GROUP_CRASHES],
-    "groups, of days": ["groups USING PRIMARY KEY (app_id=?)", GROUP, GROUP_CRASHES],
+    "groups, of days": [*(f"{table} {BY_DAY}" for table in ("crash_days", "group_days")),
+                        "groups USING PRIMARY KEY (app_id=?)", GROUP, GROUP_CRASHES],
     "group": [f"crashes {BY_SEQ}", GROUP, GROUP_CRASHES], "crash": [f"crashes {BY_SEQ}"],
     "attention": [f"group_days {BY_DAY}", GROUP, "triage USING PRIMARY KEY (app_id=? AND group_hash=?)",
                   GROUP_CRASHES],
@@ -5573,6 +5574,24 @@ def test_text_of_an_expired_crash_is_no_longer_listed_or_found(keeping, clock):
     group, = api.get(CRASHES, **ADMIN)[1]["groups"]
     assert (group["exception_reason"], group["last_seen"]) == ("Old", "2026-03-04T14:30:00Z")
     assert [len(api.get(f"{CRASHES}?text={text}", **ADMIN)[1]["groups"]) for text in ("secret", "old")] == [0, 1]
+
+
+@pytest.mark.parametrize("retention, leap, kept", [(5, 0, ["B"]), (90, 30, ["A", "C"])])
+def test_a_list_of_a_week_counts_what_is_kept_after_an_expiry_or_a_fast_clock(keeping, clock, retention, leap, kept):
+    server = keeping(retention)
+    for kinds, times in (("AC", 3), ("B", 2)):
+        for kind in kinds:
+            add(server, times, exception_type=kind)
+        clock.move(86_400)
+
+    def listed():
+        groups = Api(server).get(f"{CRASHES}?days=7&limit=1", **ADMIN)[1]["groups"]
+        return [group["exception_type"] for group in groups]
+    assert listed() in (["A"], ["C"])
+    clock.move((3.5 + leap) * 86_400)
+    server.store.prune()  # deletes crashes, or sums
+    clock.move(-leap * 86_400)
+    assert listed() and listed()[0] in kept
 
 
 def test_a_list_of_a_version_counts_its_crashes_and_says_which_groups_are_new_in_it(api, clock):
