@@ -2941,7 +2941,8 @@ def fitting(rows: Iterable[Any]) -> Iterator[Any]:
 
 
 STATEMENTS = 512  # prepared statements to keep: an insert is another statement for each number of rows
-ROWS_PER_STATEMENT, ROWS_STEP = 128, 4  # above 4 rows, a statement has a multiple of 4: all numbers would take 9 MB more
+ROWS_PER_STATEMENT = 128
+ROWS_STEP = 4  # above it, a statement has a multiple of so many rows: any number of them would take 9 MB more
 
 
 def upsert(db: Any, table: str, rows: Sequence[Row], changes: str) -> None:

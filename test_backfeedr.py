@@ -10366,7 +10366,8 @@ def test_the_steps_of_the_dockerfile_start_a_server_as_an_unprivileged_user(pip)
         words, (base, install, copy, prepare, owner, place, volume, variables, port, health, start) = zip(
             *re.findall("^([A-Z]+) (.*)$", text, re.M))
         assert " ".join(words) == "FROM RUN COPY RUN USER WORKDIR VOLUME ENV EXPOSE HEALTHCHECK CMD"
-        assert (base, owner, port) == ("python:3.13-slim", "10001:10001", "8080") and place == volume == f"{root}/data"
+        assert (base, owner, port) == ("python:3.13-slim", "10001:10001", "8080")
+        assert (place, volume) == (f"{root}/app", f"{root}/data")
         (root / "bin").mkdir()
         (root / "bin/python").symlink_to(python)
         (root / "bin/pip").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pip "$@" --quiet --target {root}/site\n')
@@ -10374,17 +10375,17 @@ def test_the_steps_of_the_dockerfile_start_a_server_as_an_unprivileged_user(pip)
         environ = {**pip, "PATH": f"{root}/bin:{os.environ['PATH']}", "PYTHONPATH": f"{root}/site",
                    **dict(each.split("=") for each in variables.split())}
         assert {name for name in environ if name.startswith("BACKFEEDR_")} <= DEFAULTS.keys()
-        for step in (install, prepare if user else prepare.replace("-o 10001 -g 10001 ", "")):
-            assert run_program("bash", "-ec", step, cwd=root, **environ)[0] == 0, step
         *files, folder = copy.split()
         Path(folder).mkdir()
         for file in files:
             shutil.copy(SERVER if file == SERVER.name else HERE / file, folder)
+        for step in (install, prepare if user else prepare.replace("-o 10001 -g 10001 ", "")):
+            assert run_program("bash", "-ec", step, cwd=root, **environ)[0] == 0, step
         environ.update(SECRETS, BACKFEEDR_HOST="127.0.0.1", BACKFEEDR_PORT=str(free_port()))
         check_health = [*user, "bash", "-c", health.partition(" CMD ")[2]]
         status, _, err = run_program(*check_health, **environ)
         assert status == 1 and "Connection refused" in err, (status, err)  # before it has started
-        with running(*user, *json.loads(start), cwd=volume, **environ) as process:
+        with running(*user, *json.loads(start), cwd=place, **environ) as process:
             url = printed(process, URL)[0]
             assert run_program(*check_health, **environ) == (0, "", "")
             check_stores_a_crash(url, root / "data/backfeedr.db")
