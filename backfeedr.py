@@ -46,7 +46,7 @@ To make a change, edit:
     add an endpoint             Backfeedr._routes, and a query in Metrics
     add a field to a report     REPORT_TABLES, SCHEMA_VERSION, migrate, Crash or Event, and perhaps _CONVERTERS
     add a figure                a class in FIGURES, SCHEMA_VERSION, migrate, and a query in Metrics
-    add a page                  Dashboard.routes, a method there, a template, and for the menu a row of _PAGES
+    add a page                  Dashboard.routes, a method there, a template, and for the menu a row of _NAVIGATION
     add a command               a method of Commands, and a row of _COMMANDS
     add a kind of channel       a function in Alerts, and a row of CHANNELS
     accept another format       a function in Payloads or Apple formats, and a row of Backfeedr._ingestion
@@ -96,14 +96,14 @@ from queue import Empty, SimpleQueue
 from typing import Any, BinaryIO, Callable, NamedTuple, Optional, TextIO, Union
 from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlencode, urlsplit
 
-_MISSING = ("{} is missing; 'python3 -m venv .venv && .venv/bin/pip install bottle waitress' installs what it needs,"
+_MISSING_PACKAGE = ("{} is missing; 'python3 -m venv .venv && .venv/bin/pip install bottle waitress' installs it,"
             " and .venv/bin/python runs it")  # a venv, because many systems' own Python refuses new packages
 try:
     import bottle
 except ImportError:
     if __name__ != "__main__":
         raise
-    sys.exit("backfeedr: " + _MISSING.format("bottle"))
+    sys.exit("backfeedr: " + _MISSING_PACKAGE.format("bottle"))
 
 __version__ = "0.1.0"
 
@@ -277,7 +277,7 @@ MINUTE = 60 * SECOND
 HOUR = 60 * MINUTE
 DAY = 24 * HOUR
 MAX_SKEW = 5 * MINUTE  # how far a device's clock may be ahead and still be believed
-EPOCH = 1_167_609_600_000  # 2007, the first iPhone: earlier times are from clocks that were never set
+EARLIEST_PLAUSIBLE = 1_167_609_600_000  # 2007, the first iPhone: earlier times are from clocks that were never set
 SEQ_BITS = 20  # for the counter of a seq within a millisecond
 
 
@@ -290,7 +290,7 @@ class Refusal(Exception):
         self.retry_after, self.detail = retry_after, detail
 
 
-class Moved(Refusal):
+class GroupMoved(Refusal):
     """The crashes of a group have moved to another group."""
 
     def __init__(self, group_hash: str):
@@ -365,10 +365,10 @@ def counted_at(occurred_at: int, received_at: int, ahead_ms: int) -> int:
     """The time at which a report is counted: the device's time, corrected by how far its clock is ahead; the time of
     receipt if that clock was never set."""
     corrected = occurred_at - ahead_ms
-    return corrected if EPOCH <= corrected <= received_at + MAX_SKEW else received_at
+    return corrected if EARLIEST_PLAUSIBLE <= corrected <= received_at + MAX_SKEW else received_at
 
 
-COUNTED_AT = (f"case when occurred_at - clock_ahead_ms between {EPOCH} and received_at + {MAX_SKEW}"
+COUNTED_AT = (f"case when occurred_at - clock_ahead_ms between {EARLIEST_PLAUSIBLE} and received_at + {MAX_SKEW}"
               " then occurred_at - clock_ahead_ms else received_at end")  # counted_at in SQL
 
 
@@ -428,7 +428,7 @@ def _version_words(text: str) -> list[tuple[int, int, str]]:
 # fault is one group on all phones and in the next build.
 
 SYSTEM_BASE = 0x180000000  # Apple's own libraries are loaded from this address on, an app below it
-MAX_NAME = 1000  # characters of a symbol that are used for grouping
+MAX_SYMBOL = 1000  # characters of a symbol that are used for grouping
 MAX_PATH = 1024  # Darwin's limit
 MAX_IMAGES = 4  # that are stored for a crash: builds whose symbols can name its frames
 
@@ -473,7 +473,7 @@ class Frame(NamedTuple):
     def label(self) -> str:
         """What identifies it in a group: its name, or its build and offset."""
         if self.has_trusted_name and self.symbol or self.offset is None:
-            return canonical_name(self.symbol[:MAX_NAME]) or ("" if self.file else self.binary)
+            return canonical_name(self.symbol[:MAX_SYMBOL]) or ("" if self.file else self.binary)
         return f"{self.uuid or self.binary}+{self.offset}"
 
 
@@ -601,10 +601,10 @@ _GROUP_RULES: Sequence[Callable[[Frame], object]] = (
 def group_hash(exception_type: str, frames: Iterable[Mapping[str, Any]]) -> str:
     """The group of a crash: a hash of its exception type and of the names of the first three frames of the app's own
     code, or of system frames if there is no own code. A frame without a name counts as its build and offset."""
-    return group_of(exception_type, map(read_frame, frames))
+    return group_hash_of_frames(exception_type, map(read_frame, frames))
 
 
-def group_of(exception_type: str, frames: Iterable[Frame]) -> str:
+def group_hash_of_frames(exception_type: str, frames: Iterable[Frame]) -> str:
     """Like group_hash, for Frames. Reads no more of them than it needs, which is mostly the first few."""
     names: list[str] = []
     for rule, candidates in zip(_GROUP_RULES, tee(frames, len(_GROUP_RULES))):
@@ -614,7 +614,7 @@ def group_of(exception_type: str, frames: Iterable[Frame]) -> str:
     return hashlib.sha256(":".join([exception_type, *names]).encode()).hexdigest()[:16]
 
 
-def open_images(frames: Iterable[Frame]) -> str | None:
+def builds_to_symbolicate(frames: Iterable[Frame]) -> str | None:
     """The UUIDs of up to MAX_IMAGES builds whose symbols can name some of these frames, separated by spaces."""
     uuids = dict.fromkeys(frame.uuid for frame in frames if frame.needs_symbols)
     return " ".join(list(uuids)[:MAX_IMAGES]) or None
@@ -672,7 +672,7 @@ _MAYBE_UNSTORABLE = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")  # a cheap check b
 _ESCAPE = re.compile(r"\\(?:ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}|(u0000|ud[89a-f][0-9a-f]{2})|.)", re.I | re.S)
 
 
-def _encode(value: Any) -> str:
+def to_json(value: Any) -> str:
     """Compact JSON."""
     return "".join(_C_ENCODER(value, 0)) if _C_ENCODER else _ENCODER.encode(value)
 
@@ -734,13 +734,13 @@ def _event_type(value: Any) -> str:
 
 
 def _object(value: Any, max_length: int = sys.maxsize) -> str:
-    if type(value) is not dict or len(text := _encode(value)) > max_length or _is_deep(text):
+    if type(value) is not dict or len(text := to_json(value)) > max_length or _is_deep(text):
         raise ValueError
     return text
 
 
 def _stack_trace(value: Any) -> str:
-    if not _is_list_of_objects(value) or _is_deep(text := _encode(value)):
+    if not _is_list_of_objects(value) or _is_deep(text := to_json(value)):
         raise ValueError
     return text
 
@@ -761,7 +761,7 @@ def _is_deep(text: str, max_depth: int = MAX_DEPTH) -> bool:
 Crash = namedtuple("Crash", "group_hash images exception_type exception_reason stack_trace app_version build_number"
                             " os_version device_model device_id_hash session_id locale free_memory_mb battery_level"
                             " is_charging occurred_at extra")
-Crash.__doc__ = "A valid crash. `images` is made by open_images; `extra` has the unknown fields as JSON."
+Crash.__doc__ = "A valid crash. `images` is made by builds_to_symbolicate; `extra` has the unknown fields as JSON."
 Event = namedtuple("Event", "type name properties app_version os_version device_model device_id_hash session_id locale"
                             " occurred_at extra")
 Event.__doc__ = "A valid event. `extra` has the unknown fields as JSON."
@@ -783,18 +783,18 @@ def parse_crash(sent: JsonObject) -> Crash:
     frames = list(map(_normalize_frame, _limit_length(trace, spare_frames=1))) if _is_list_of_objects(trace) else []
     values = _convert({**sent, "stack_trace": frames} if frames else sent, _CRASH_FIELDS, MAX_REPORT_SIZE)
     kept = list(map(read_frame, _limit_length(frames)))
-    return Crash(group_of(values[0], kept), open_images(kept), *values)
+    return Crash(group_hash_of_frames(values[0], kept), builds_to_symbolicate(kept), *values)
 
 
-def own_names(frames: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+def own_frame_names(frames: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
     """Name and file of the first 20 frames of the app's own code."""
     own = islice((frame for frame in map(read_frame, frames) if frame.is_own), 20)
     return tuple(name for frame in own for name in (frame.title, frame.file))
 
 
 @lru_cache(maxsize=128)
-def _recent_own_names(stack_trace: str) -> tuple[str, ...]:  # crashes of a group mostly have the same trace
-    return own_names(json.loads(stack_trace or "[]"))
+def _cached_own_frame_names(stack_trace: str) -> tuple[str, ...]:  # crashes of a group mostly have the same trace
+    return own_frame_names(json.loads(stack_trace or "[]"))
 
 
 def _normalize_frame(frame: JsonObject) -> JsonObject:
@@ -802,7 +802,7 @@ def _normalize_frame(frame: JsonObject) -> JsonObject:
     changes: JsonObject = {}
     for name in ("symbol", "file"):
         if type(value := frame.get(name)) is not str and value is not None:
-            changes[name] = _encode(value)
+            changes[name] = to_json(value)
     for name in ("frame", "line"):
         if type(value := frame.get(name)) is not int and value is not None:
             with suppress(ValueError):
@@ -891,7 +891,7 @@ def _convert(sent: JsonObject, converters: Converters, max_size: int) -> list[An
     if unknown:
         # Two more than are kept: `truncated` is not counted, and a spare one shows _truncate that others are missing.
         unknown = {name: _text_if_deep(value) for name, value in islice(unknown.items(), MAX_FIELDS + 2)}
-        values["extra"] = _encode(unknown)
+        values["extra"] = to_json(unknown)
         size += len(values["extra"])
     if size > SMALL_SIZE:
         long = {name: sent[name] for name in ("exception_reason", "stack_trace", "properties") if values.get(name)}
@@ -904,7 +904,7 @@ def _text_if_deep(value: Any) -> Any:
     if type(value) not in (dict, list):
         return value
     try:
-        text = _encode(value)
+        text = to_json(value)
     except RecursionError:
         raise Refusal("invalid JSON", detail="it is nested too deep") from None
     return text[:MAX_REPORT_SIZE] if len(text) > MAX_REPORT_SIZE or _is_deep(text, MAX_DEPTH - 1) else value
@@ -925,7 +925,7 @@ def _truncate(long: JsonObject, values: JsonObject, max_size: int) -> JsonObject
     if _json_size(kept) > room:
         kept = _truncate_fairly(kept, room)
     kept["extra"]["truncated"] = [name.replace("extra", "unknown fields") for name in long if kept[name] != long[name]]
-    return {name: value if name == "exception_reason" else _encode(value) for name, value in kept.items()}
+    return {name: value if name == "exception_reason" else to_json(value) for name, value in kept.items()}
 
 
 def _truncate_fairly(long: JsonObject, room: int) -> JsonObject:
@@ -953,7 +953,7 @@ def _fair_share(sizes: list[int], room: int) -> int:
 
 def _beginning(value: Any, max_size: int) -> Any:
     """A value that takes at most `max_size` bytes as JSON: the value itself, or the beginning of it as text."""
-    encoded = _encode(value)
+    encoded = to_json(value)
     if len(encoded.encode()) <= max_size:
         return value
     text = (value if type(value) is str else encoded)[:max_size]
@@ -972,7 +972,7 @@ def _limit_length(value: Any, spare_frames: int = 0) -> Any:
 
 
 def _json_size(value: Any) -> int:
-    return len(_encode(value).encode())
+    return len(to_json(value).encode())
 
 
 # == Apple formats =============================================================
@@ -1529,8 +1529,8 @@ def _check_page(page: Any, prefix: str, lowest_offset: int) -> None:
     for name in ("strings", "frames", "rows"):
         _require(type(page.get(name)) is list, f"{prefix}{name} is not a list")
     strings, frames, rows = page["strings"], page["frames"], page["rows"]
-    _require(all(type(string) is str and len(string) <= MAX_NAME for string in strings),
-             f"{prefix}strings has other than text of {MAX_NAME} characters")
+    _require(all(type(string) is str and len(string) <= MAX_SYMBOL for string in strings),
+             f"{prefix}strings has other than text of {MAX_SYMBOL} characters")
     _require(len(frames) % 4 == 0, prefix + "frames is not quadruples of name, file, line and parent")
     _require(len(rows) % 2 == 0, prefix + "rows is not pairs of delta and frame")
     _require(1 <= len(rows) // 2 <= MAX_PAGE_ROWS, f"{prefix}it has not 1 to {MAX_PAGE_ROWS} rows")
@@ -1559,7 +1559,7 @@ def encode_page(strings: Sequence[str], frames: Sequence[int], rows: Sequence[in
     and the index of the frame that this one is inlined in, or -1. Numbers are binary, because a look-up in JSON takes
     three times as long."""
     numbers = struct.pack(f"<2I{len(frames)}i{len(rows)}i", len(frames), len(rows), *frames, *rows)
-    return zlib.compress(numbers + _encode(strings).encode())
+    return zlib.compress(numbers + to_json(strings).encode())
 
 
 Function = tuple[str, str, int]  # name, file or "", and line or 0
@@ -1609,7 +1609,7 @@ class Symbols:
             yield strings[name], strings[file] if file >= 0 else "", line
             depth += 1
 
-    def named(self, frames: Iterable[JsonObject], lookups: int = GROUPED_LOOKUPS) -> Iterator[JsonObject]:
+    def symbolicated(self, frames: Iterable[JsonObject], lookups: int = GROUPED_LOOKUPS) -> Iterator[JsonObject]:
         """Symbolicates frames. Each becomes a frame for every function at its instruction, innermost first. A frame
         stays as it is if its symbols are unknown, or after so many look-ups."""
         max_lookups, is_return_address = self.lookups + lookups, False
@@ -1627,12 +1627,12 @@ class Symbols:
             # The frames of all callers have return addresses.
             is_return_address = is_return_address or frame.get("inlined") is not True
 
-    def group(self, crash: Crash) -> Crash:
+    def regrouped(self, crash: Crash) -> Crash:
         """The crash, in the group that its symbolicated frames give."""
         if not self.can_name(crash.images):
             return crash
-        frames = self.named(json.loads(crash.stack_trace))
-        return crash._replace(group_hash=group_of(crash.exception_type, map(read_frame, frames)))
+        frames = self.symbolicated(json.loads(crash.stack_trace))
+        return crash._replace(group_hash=group_hash_of_frames(crash.exception_type, map(read_frame, frames)))
 
 
 def _read_page(db: Any, uuid: str, first: int) -> tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[str]]:
@@ -1852,7 +1852,7 @@ def _reopening(db: Any, now: int, decision: Decision, crashes: Sequence[Any], de
     return None
 
 
-def see_crashes(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], are_moved: bool = False) -> None:
+def update_triage(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], are_moved: bool = False) -> None:
     """Reopens groups because of crashes that were just stored, and notes the facts about them; not for test apps.
     Crashes that moved here from another group may be a regression, but they are not new and end no mute."""
     groups: dict[tuple[int, str], list[Any]] = defaultdict(list)
@@ -1905,7 +1905,7 @@ def note_fact(db: Any, kind: str, app_id: int, at: int, group_hash: str | None, 
     db.execute("""
         insert into facts (app_id, at, kind, group_hash, detail) select ?, ?, ?, ?, ?
         where exists (select 1 from channels where ended_at is null)
-        """, (app_id, at, kind, group_hash, _encode(detail)))
+        """, (app_id, at, kind, group_hash, to_json(detail)))
 
 
 # == Figures ===================================================================
@@ -1921,16 +1921,16 @@ DEVICE_DAYS = 400      # a report that occurred more days than this before its r
 HOURS_KEPT = 48        # hours for which device_hours are kept
 NAME_DAYS = KEY_DAYS = 90
 HEALTH_DAYS = 90       # the age up to which a release is compared with the one before it
-TRIMMED = 1000         # rows that one step of `trim` deletes from a table
+TRIM_STEP = 1000         # rows that one step of `trim` deletes from a table
 MAX_RELEASES, MAX_BUILDS_OF_APP = 1000, 2000
 MAX_ANSWER = 60_000    # bytes of JSON for the rows of a public answer, so that the whole answer stays below 64 kB
 
 OTHER = "(other)"      # stands for new names beyond these limits, which are per app and UTC day
-NEW_NAMES = {"group_hash": 500, "exception_type": 200, "device_model": 200, "app_version": 100, "name": 200}
-FLAGS = {"exception_type": 1, "device_model": 2, "app_version": 4, "name": 8}  # bits of the column `other`
+MAX_NEW_NAMES = {"group_hash": 500, "exception_type": 200, "device_model": 200, "app_version": 100, "name": 200}
+OTHER_FLAGS = {"exception_type": 1, "device_model": 2, "app_version": 4, "name": 8}  # bits of the column `other`
 
 # The app that was asked for, or all live ones.
-APPS = "app_id in (select id from apps where id = :app or :app is null and is_test = 0)"
+APP_FILTER = "app_id in (select id from apps where id = :app or :app is null and is_test = 0)"
 SESSION_TYPES = {"session_start", "session_end"}  # of events
 
 Row = tuple[Any, ...]  # a row of the database, or a part of it
@@ -1945,18 +1945,18 @@ COUNTED: dict[type, Any] = {  # a report as the figures see it; `at` is the time
 def counted_rows(db: Any, kind: type, source: str, parameters: Any = ()) -> list[Any]:
     """Reads stored reports as the figures see them, without stack traces. `source` is the query from `from` on."""
     columns = {"at": COUNTED_AT, "sent_type": "exception_type", "stack_trace": "null", **{
-        name: f"case when (other & {flag}) > 0 then '{OTHER}' else {name} end" for name, flag in FLAGS.items()}}
+        name: f"case when (other & {flag}) > 0 then '{OTHER}' else {name} end" for name, flag in OTHER_FLAGS.items()}}
     query = f"select {', '.join(columns.get(name, name) for name in COUNTED[kind]._fields)} {source}"
     rows = rows_of(db, query, parameters) if "values *" in query else db.execute(query, parameters)
     return list(map(COUNTED[kind]._make, rows))
 
 
-def counted(kind: type, app_id: int, seqs: Sequence[int], received: Sequence[int], ahead: Sequence[int],
+def counted_reports(kind: type, app_id: int, seqs: Sequence[int], received: Sequence[int], ahead: Sequence[int],
             flags: Sequence[int], reports: Reports) -> list[Any]:
     """Turns reports that are about to be stored into what the figures see of them."""
     sent_types = list(map(attrgetter("exception_type" if kind is Crash else "type"), reports))
     if any(flags):
-        reports = [report._replace(**{name: OTHER for name, flag in FLAGS.items() if flag & bits})
+        reports = [report._replace(**{name: OTHER for name, flag in OTHER_FLAGS.items() if flag & bits})
                    for report, bits in zip(reports, flags)]
     clocks = list(zip(map(attrgetter("occurred_at"), reports), received, ahead))
     at = {clock: counted_at(*clock) for clock in set(clocks)}  # a batch has few different ones
@@ -1980,11 +1980,11 @@ class Sums:
                 f"    primary key (app_id, {', '.join(self.key)})) without rowid;\n")
 
 
-def per_day(db: Any, app: int | None, days: range, table: str, *columns: str) -> JsonObject:
+def sums_per_day(db: Any, app: int | None, days: range, table: str, *columns: str) -> JsonObject:
     """Sums from a table with a row per day: for each column, a list with one sum per day."""
     rows = {day: sums for day, *sums in db.execute(f"""
         select day, {", ".join(f"sum({column})" for column in columns)} from {table}
-        where {APPS} and day between :first and :last
+        where {APP_FILTER} and day between :first and :last
         group by day""", {"app": app, "first": days[0], "last": days[-1]})}
     zeros = [0] * len(columns)
     return {column: [rows.get(day, zeros)[n] for day in days] for n, column in enumerate(columns)}
@@ -2025,7 +2025,7 @@ class MergedRows:
 
     def stored(self, keys: Iterable[Row]) -> dict[Row, Any]:
         """The stored rows with these keys."""
-        columns = KEYS[self._table]
+        columns = PRIMARY_KEYS[self._table]
         return {row[:len(columns)]: self._kind(*row[len(columns):]) for row in rows_of(self._db, f"""
             select {self._table}.* from (values *) as keys
             cross join {self._table} on {" and ".join(f"{name} = column{n}" for n, name in enumerate(columns, 1))}
@@ -2075,7 +2075,7 @@ create table new_names (                   -- how many were new on a UTC day
         flags, limited = [], []
         for report in reports:
             others = [field for field in fields if (app_id, field, getattr(report, field)) in refused]
-            flags.append(sum(FLAGS.get(field, 0) for field in others))
+            flags.append(sum(OTHER_FLAGS.get(field, 0) for field in others))
             limited.append(report._replace(group_hash=OTHER) if "group_hash" in others else report)
         return flags, limited
 
@@ -2100,7 +2100,7 @@ create table new_names (                   -- how many were new on a UTC day
             used, = self._db.execute("""
                 select coalesce(sum(names), 0) from new_names where app_id = ? and day = ? and field = ?
                 """, key).fetchone()
-            room = NEW_NAMES[key[2]] - used
+            room = MAX_NEW_NAMES[key[2]] - used
             if key[2] == "app_version":
                 releases, = self._db.execute("select count(distinct app_version) from builds where app_id = ?",
                                              key[:1]).fetchone()
@@ -2136,15 +2136,15 @@ class Crashes(Figure):
     @staticmethod
     def per_day(db: Any, app: int | None, days: range) -> JsonObject:
         """Crashes of each day."""
-        return {"data": per_day(db, app, days, "crash_days", "crashes")["crashes"]}
+        return {"data": sums_per_day(db, app, days, "crash_days", "crashes")["crashes"]}
 
     @staticmethod
     def most_frequent(db: Any, app: int | None, field: str, days: range | None, limit: int) -> JsonObject:
         """The most frequent labels of these days, or of all crashes that are kept."""
         first, last = (days[0], days[-1]) if days else (ALL_DAYS, ALL_DAYS)
-        return labelled(db.execute(f"""
+        return labels_and_counts(db.execute(f"""
             select label, sum(crashes) from labels
-            where {APPS} and field = :field and day between :first and :last
+            where {APP_FILTER} and field = :field and day between :first and :last
             group by label
             order by sum(crashes) desc, label
             limit :limit""", {"app": app, "field": field, "first": first, "last": last, "limit": limit}))
@@ -2227,9 +2227,9 @@ create table groups (
         """The reason, place and search text of a group with this latest crash."""
         reason, trace = (crash.exception_reason or "")[:MAX_TEXT] or None, crash.stack_trace or ""
         if len(trace) < 20_000 and not self._symbols.can_name(crash.images):
-            names = _recent_own_names(trace)
+            names = _cached_own_frame_names(trace)
         else:
-            names = own_names(self._symbols.named(json.loads(trace or "[]")))
+            names = own_frame_names(self._symbols.symbolicated(json.loads(trace or "[]")))
         words = "\n".join([crash.sent_type, reason or "", group_hash, *names])
         return reason, "".join(names[:1])[:200], words.casefold()[:4 * MAX_TEXT]
 
@@ -2277,13 +2277,13 @@ create table groups (
                 count
             from (
                 select group_hash, sum(crashes) as count from group_days
-                where {APPS} and day between :first and :last
+                where {APP_FILTER} and day between :first and :last
                 group by group_hash
                 order by count desc, group_hash
                 limit :limit) as top
             cross join groups on groups.group_hash = top.group_hash and groups.app_id = (
                 select app_id from groups
-                where {APPS} and group_hash = top.group_hash
+                where {APP_FILTER} and group_hash = top.group_hash
                 order by last_seen desc, app_id
                 limit 1)
             order by count desc, top.group_hash""", {"app": app, "first": days[0], "last": days[-1], "limit": limit})
@@ -2309,7 +2309,7 @@ create view releases as
                               Event: attrgetter("received_at", "app_id", "app_version")}
     ASKED = f"""(
         select app_id, app_version, min(first_seen) as first_seen, max(last_seen) as last_seen from builds
-        where {APPS} group by app_id, app_version) as releases"""  # in the view, SQLite would look at all apps
+        where {APP_FILTER} group by app_id, app_version) as releases"""  # in the view, SQLite would look at all apps
 
     def __init__(self, rollups: RollUps):
         super().__init__(rollups)
@@ -2336,7 +2336,7 @@ create view releases as
                     last_seen = max(builds.last_seen, excluded.last_seen)""")
 
     @staticmethod
-    def pairs(db: Any, app: int | None) -> list[Pair]:
+    def pairs(db: Any, app: int | None) -> list[ReleasePair]:
         """Each release with the one before it: the highest lower version that was seen earlier. So neither an old
         version that comes late nor one that is no release, such as 99.0, hides the others."""
         earlier: dict[int, list[Row]] = defaultdict(list)  # by app_id; in the order of versions
@@ -2349,7 +2349,7 @@ create view releases as
             position = bisect_left(earlier[app_id], release)
             if position:
                 _, before, before_seen = earlier[app_id][position - 1]
-                pairs.append(Pair(app_id, version, first_seen, before, before_seen))
+                pairs.append(ReleasePair(app_id, version, first_seen, before, before_seen))
             earlier[app_id].insert(position, release)
         return pairs
 
@@ -2370,10 +2370,10 @@ create view releases as
         return {app_id: version for app_id, (_, _, version) in newest.items()}
 
     @staticmethod
-    def healths(db: Any, pairs: Sequence[Pair], now: int) -> dict[Pair, list[Health]]:
+    def health_of_pairs(db: Any, pairs: Sequence[ReleasePair], now: int) -> dict[ReleasePair, list[Health]]:
         """The health of each release and of the one before it, at equal ages. Counts the devices that came to the newer
         one until the last full hour, and to the other one in as many hours."""
-        spans: dict[Pair, tuple[Row, Row]] = {}  # app_id, app_version, first hour, hour after the last
+        spans: dict[ReleasePair, tuple[Row, Row]] = {}  # app_id, app_version, first hour, hour after the last
         for pair in pairs:
             end = min(now, pair.first_seen + HEALTH_DAYS * DAY) // HOUR
             end_before = (pair.before_seen + end * HOUR - pair.first_seen + HOUR // 2) // HOUR
@@ -2404,7 +2404,7 @@ create view releases as
             """, {"app": app, "first": days[0], "last": days[-1]})
 
 
-class Pair(NamedTuple):
+class ReleasePair(NamedTuple):
     """A release, and the one before it. Times are when their first reports were received, in milliseconds."""
 
     app_id: int
@@ -2433,12 +2433,12 @@ class Health(NamedTuple):
 
 
 Z_95 = 1.96  # standard deviations to each side, for a confidence of 95 %
-ALARM = 2.58  # the same for 99 % and alerts: checked each hour, 95 % would call one in six equal releases worse
+Z_99 = 2.58  # the same for 99 % and alerts: checked each hour, 95 % would call one in six equal releases worse
 MAX_HALF_WIDTH = 0.05  # of an interval that is narrow enough to say that there is no difference
-MIN_DEVICES, ENOUGH = 20, 50  # devices of both releases for any verdict; for `no difference seen`, and for an alert
+MIN_DEVICES, ENOUGH_DEVICES = 20, 50  # of both releases: for any verdict; for `no difference seen` and an alert
 
 
-def newcombe(newer: Health, before: Health, z: float = Z_95) -> tuple[float, float]:
+def newcombe_interval(newer: Health, before: Health, z: float = Z_95) -> tuple[float, float]:
     """The confidence interval of the difference of two shares: Newcombe, Interval estimation for the difference between
     independent proportions, Statistics in Medicine 17 (1998) 873-890, method 10."""
     (low, high), (low_before, high_before) = newer.wilson_interval(z), before.wilson_interval(z)
@@ -2454,9 +2454,9 @@ def verdict(newer: Health, before: Health) -> JsonObject | None:
     least, most = sorted((newer.devices, before.devices))
     if not most:
         return None
-    low, high = newcombe(newer, before) if least else (-1.0, 1.0)
+    low, high = newcombe_interval(newer, before) if least else (-1.0, 1.0)
     crashed = (newer.crashed + before.crashed + 2) / (least + most + 4)  # two more crashed: so few may have been lucky
-    needed = max(ENOUGH, math.ceil((Z_95 / MAX_HALF_WIDTH) ** 2 * 2 * crashed * (1 - crashed)))
+    needed = max(ENOUGH_DEVICES, math.ceil((Z_95 / MAX_HALF_WIDTH) ** 2 * 2 * crashed * (1 - crashed)))
     if least < MIN_DEVICES or low <= 0 <= high and least < needed:
         word, text = "too early", f"about {math.ceil((needed - least) / 10) * 10} more devices"
     else:
@@ -2586,19 +2586,19 @@ create table medians (                     -- of the durations of a day that is 
                 where app_id in (select id from apps) and day between ? and ? and ended > 0 and not exists (
                     select 1 from medians where app_id = ended_days.app_id and day = ended_days.day)
                 limit ?) as closed
-            where seconds is not null""", (self._now // DAY - DURATION_DAYS, self._now // DAY - 2, TRIMMED))
+            where seconds is not null""", (self._now // DAY - DURATION_DAYS, self._now // DAY - 2, TRIM_STEP))
 
     @staticmethod
     def per_day(db: Any, app: int | None, days: range) -> JsonObject:
         """Sessions, and the mean and the median of their seconds. There is no median of several apps together."""
-        sums = per_day(db, app, days, "session_days", "sessions", "ended", "session_ms")
+        sums = sums_per_day(db, app, days, "session_days", "sessions", "ended", "session_ms")
         medians = dict(db.execute(f"""
             select day, coalesce((
                 select seconds from medians where app_id = ended_days.app_id and day = ended_days.day
                 ), ({Sessions.MEDIAN}))
             from (
                 select day, max(app_id) as app_id from session_days
-                where {APPS} and day between :first and :last and ended > 0
+                where {APP_FILTER} and day between :first and :last and ended > 0
                 group by day having count(*) = 1) as ended_days""", {"app": app, "first": days[0], "last": days[-1]}))
         return {"sessions": sums["sessions"], "median_seconds": [medians.get(day) for day in days],
                 "mean_seconds": [round(ms / ended / SECOND, 1) if ended else None
@@ -2781,12 +2781,12 @@ create table device_versions (
     @staticmethod
     def active(db: Any, app: int | None, days: range) -> JsonObject:
         """Devices that were active on each of these days, and on the 7 and the 30 days that end with it."""
-        return per_day(db, app, days, "active_days", *Devices.ACTIVE)
+        return sums_per_day(db, app, days, "active_days", *Devices.ACTIVE)
 
     @staticmethod
     def retention(db: Any, app: int | None, days: range) -> JsonObject:
         """Devices that are new on each of these days, and the percentage of them that came back."""
-        cohorts = per_day(db, app, days, "cohorts", "devices", *Devices.BACK)
+        cohorts = sums_per_day(db, app, days, "cohorts", "devices", *Devices.BACK)
         answer: JsonObject = {"devices": cohorts["devices"]}
         for column, later in Devices.BACK.items():
             answer[f"day_{later}"] = [round(100 * back / new, 2) if new and day + later < days[-1] else None
@@ -2796,8 +2796,9 @@ create table device_versions (
     @staticmethod
     def last_24_hours(db: Any, app: int | None, now: int) -> int:
         """Devices that were seen in the last 24 hours, rounded to the full hour."""
-        return int(db.execute(f"select coalesce(sum(devices), 0) from device_hours where {APPS} and hour >= :since",
-                              {"app": app, "since": (now - DAY) // HOUR}).fetchone()[0])
+        return int(db.execute(f"""
+            select coalesce(sum(devices), 0) from device_hours where {APP_FILTER} and hour >= :since
+            """, {"app": app, "since": (now - DAY) // HOUR}).fetchone()[0])
 
 
 @lru_cache(maxsize=4096)
@@ -2826,14 +2827,14 @@ class EventNames(Figure):
         parameters = {"app": app, "first": days[0], "last": days[-1]}
         events = dict_rows(db, f"""
             select name, type, sum(events) as count from event_names
-            where {APPS} and day between :first and :last
+            where {APP_FILTER} and day between :first and :last
             group by name, type
             order by count desc, name, type
             limit 50""", parameters)
         for event in events:
             counts = dict(db.execute(f"""
                 select day, sum(events) from event_names
-                where {APPS} and name = :name and type = :type and day between :first and :last
+                where {APP_FILTER} and name = :name and type = :type and day between :first and :last
                 group by day""", {**parameters, **event}))
             event["days"] = [counts.get(day, 0) for day in days]
         return {"events": events}
@@ -2845,7 +2846,7 @@ FIGURE_TABLES = (NewNames.TABLES + "".join(figure.TABLES for figure in FIGURES)
                  + "".join(sums.schema(table) for table, sums in SUMS.items()))
 SCHEMA = REPORT_TABLES + SYMBOL_TABLES + TRIAGE_TABLES + FIGURE_TABLES
 # The primary keys of all tables that have rows of an app, except those of the reports.
-KEYS = {table: tuple(key.split(", ")) for table, key in re.findall(
+PRIMARY_KEYS = {table: tuple(key.split(", ")) for table, key in re.findall(
     r"create table (\w+) \([^;]*?primary key \((app_id, [^)]*)\)", re.sub("--.*", "", SCHEMA))}
 
 
@@ -2860,7 +2861,7 @@ class RollUps:
         for table, sums in SUMS.items():
             if sums.window:
                 unit, length = ("hour", HOUR) if "hour" in sums.key else ("day", DAY)
-                self._windows[table] = KEYS[table].index(unit), now // length - sums.window
+                self._windows[table] = PRIMARY_KEYS[table].index(unit), now // length - sums.window
         self.figures: dict[type, Any] = {figure: figure(self) for figure in FIGURES}
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
@@ -2906,7 +2907,7 @@ class RollUps:
         today = self.now // DAY
         deleted = self._delete_some("new_names", "new_names where day < ?", today)
         for table, (position, first) in self._windows.items():
-            deleted += self._delete_some(table, f"{table} where {KEYS[table][position]} < ?", first)
+            deleted += self._delete_some(table, f"{table} where {PRIMARY_KEYS[table][position]} < ?", first)
         # No verdict needs the hours in which a release was older than this.
         deleted += self._delete_some("release_hours", f"""(
             select app_id, app_version, min(first_seen) / {HOUR} + {24 * HEALTH_DAYS} as last from builds
@@ -2918,19 +2919,19 @@ class RollUps:
     def _delete_some(self, table: str, source: str, *parameters: int) -> int:
         """Deletes some of the rows of a query, given from its `from` on. Returns how many."""
         keys = self.db.execute(f"""
-            select {", ".join(KEYS[table])} from {source} and app_id in (select id from apps) limit ?
-            """, (*parameters, TRIMMED)).fetchall()
+            select {", ".join(PRIMARY_KEYS[table])} from {source} and app_id in (select id from apps) limit ?
+            """, (*parameters, TRIM_STEP)).fetchall()
         delete_rows(self.db, table, keys)
         return len(keys)
 
 
-def labelled(rows: Iterable[tuple[str, int]]) -> JsonObject:
+def labels_and_counts(rows: Iterable[tuple[str, int]]) -> JsonObject:
     """Labels and their counts, in the form of an answer."""
-    pairs = list(fitting(rows))
+    pairs = list(rows_that_fit(rows))
     return {"labels": [label for label, _ in pairs], "data": [count for _, count in pairs]}
 
 
-def fitting(rows: Iterable[Any]) -> Iterator[Any]:
+def rows_that_fit(rows: Iterable[Any]) -> Iterator[Any]:
     """The first rows, as many as fit in MAX_ANSWER."""
     size = 0
     for row in rows:
@@ -2940,14 +2941,15 @@ def fitting(rows: Iterable[Any]) -> Iterator[Any]:
         yield row
 
 
-STATEMENTS = 512  # prepared statements to keep: an insert is another statement for each number of rows
+CACHED_STATEMENTS = 512  # prepared statements to keep: an insert is another statement for each number of rows
 ROWS_PER_STATEMENT = 128
 ROWS_STEP = 4  # above it, a statement has a multiple of so many rows: any number of them would take 9 MB more
 
 
 def upsert(db: Any, table: str, rows: Sequence[Row], changes: str) -> None:
     """Inserts whole rows. If a row with the same key exists, it makes these changes to it instead."""
-    write_rows(db, f"insert into {table} values * on conflict ({', '.join(KEYS[table])}) do update set {changes}", rows)
+    key = ", ".join(PRIMARY_KEYS[table])
+    write_rows(db, f"insert into {table} values * on conflict ({key}) do update set {changes}", rows)
 
 
 def delete_rows(db: Any, table: str, keys: Iterable[Row], condition: str = "true", *parameters: Any) -> None:
@@ -2955,7 +2957,7 @@ def delete_rows(db: Any, table: str, keys: Iterable[Row], condition: str = "true
     look through all of an app."""
     rows = [(*key, *parameters) for key in keys]
     if rows:  # few commits have any
-        tests = " and ".join([*(f"{column} = ?" for column in KEYS[table]), condition])
+        tests = " and ".join([*(f"{column} = ?" for column in PRIMARY_KEYS[table]), condition])
         db.executemany(f"delete from {table} where {tests}", rows)
 
 
@@ -2979,7 +2981,7 @@ def _execute_in_parts(db: Any, statement: str, rows: Sequence[Row]) -> Iterator[
         yield db.execute(_with_placeholders(statement, len(part), len(part[0])), list(chain.from_iterable(part)))
 
 
-@lru_cache(maxsize=STATEMENTS)
+@lru_cache(maxsize=CACHED_STATEMENTS)
 def _with_placeholders(statement: str, rows: int, columns: int) -> str:
     row = "(" + ", ".join("?" * columns) + ")"
     return statement.replace("values *", "values " + ", ".join([row] * rows))
@@ -3018,7 +3020,7 @@ class Connection(sqlite3.Connection):
 
     def __init__(self, path: Path, query_only: bool = False, mode: str = "rw"):
         super().__init__(f"{path.as_uri()}?mode={mode}", uri=True, timeout=BUSY_TIMEOUT,
-                         isolation_level=None, check_same_thread=False, cached_statements=STATEMENTS)
+                         isolation_level=None, check_same_thread=False, cached_statements=CACHED_STATEMENTS)
         self.execute("pragma synchronous = full")  # NORMAL may lose acknowledged commits in a power failure
         self.execute("pragma secure_delete = on")  # overwrite what is deleted
         self.execute("pragma journal_size_limit = 16000000")  # bytes that a WAL may keep after its peak
@@ -3134,10 +3136,10 @@ class Database(Closing):
     def close(self) -> None:
         """Closes this process's connections, which folds in the WAL. May be called twice."""
         self._closed = True
-        with self._here.write_lock:
-            while self._here.readers:
-                self._here.readers.pop().close()
-            self._here.close_writer()  # last, because a reader cannot fold in the WAL
+        with self._process.write_lock:
+            while self._process.readers:
+                self._process.readers.pop().close()
+            self._process.close_writer()  # last, because a reader cannot fold in the WAL
 
     @property
     def now(self) -> int:
@@ -3145,7 +3147,7 @@ class Database(Closing):
         return int(self._clock() * SECOND)
 
     @property
-    def _here(self) -> Any:
+    def _process(self) -> Any:
         """The connections and other state of the current process."""
         pid = os.getpid()
         return self._processes.get(pid) or self._processes.setdefault(pid, self.make_process())
@@ -3167,7 +3169,7 @@ class Database(Closing):
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """A connection that cannot write. Only for short reads: an open one keeps the WAL growing."""
-        process, db, is_reusable = self._here, None, False
+        process, db, is_reusable = self._process, None, False
         try:
             db = process.take_reader() or self._connect(query_only=True)
             yield db
@@ -3183,7 +3185,7 @@ class Database(Closing):
     @contextmanager
     def writing(self, shared: bool = False) -> Iterator[Connection]:
         """The process's one writing connection, in a transaction that is durable at the end."""
-        process = self._here
+        process = self._process
         with process.write_lock:
             try:
                 self._check_file()
@@ -3230,7 +3232,7 @@ class Database(Closing):
         return StorageUnavailable()
 
     def _check_clock(self) -> None:
-        if not EPOCH < self.now < MAX_NUMBER >> SEQ_BITS:
+        if not EARLIEST_PLAUSIBLE < self.now < MAX_NUMBER >> SEQ_BITS:
             raise self._unavailable("use", ValueError(f"the clock of this host says {iso_time(self.now)}: set it"))
 
     def check(self) -> None:
@@ -3269,14 +3271,14 @@ class Database(Closing):
             db.execute("pragma wal_checkpoint(truncate)").fetchall()
 
 
-_ANOTHER = "; --db or BACKFEEDR_DB_PATH names another"
+DB_PATH_HINT = "; --db or BACKFEEDR_DB_PATH names another"
 
 
 def _prepare_file(path: Path, may_create: bool) -> None:
     """Creates the file and its tables if they are missing, and upgrades an old schema. Raises StoreError, and changes
     nothing, if the file is something else."""
     if not may_create and not path.exists():
-        raise StoreError(f"there is no database {path}{_ANOTHER}")
+        raise StoreError(f"there is no database {path}{DB_PATH_HINT}")
     check_sqlite()
     deadline = time.monotonic() + BUSY_TIMEOUT
     try:
@@ -3291,7 +3293,7 @@ def _prepare_file(path: Path, may_create: bool) -> None:
                 time.sleep(0.01)  # SQLite does not wait for a lock when it changes to WAL
     except (OSError, sqlite3.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        hint = _ANOTHER if type(error) is sqlite3.DatabaseError else ""  # not a database; locks have a subclass
+        hint = DB_PATH_HINT if type(error) is sqlite3.DatabaseError else ""  # not a database; locks have a subclass
         raise StoreError(f"cannot open the database {path}: {reason}{hint}") from None
 
 
@@ -3304,7 +3306,7 @@ def check_sqlite() -> str:
 
 def _prepare_tables(path: Path) -> None:
     with closing(Connection(path)) as db:
-        check_is_ours(db, path)
+        check_compatible(db, path)
         if db.pragma("user_version") == SCHEMA_VERSION:
             return
         if not db.pragma("user_version"):
@@ -3318,12 +3320,12 @@ def _prepare_tables(path: Path) -> None:
         db.execute("commit")
 
 
-def check_is_ours(db: Connection, path: Path) -> None:
+def check_compatible(db: Connection, path: Path) -> None:
     """Raises StoreError if the file belongs to another application or to a newer backfeedr."""
     version = db.pragma("user_version")
     is_empty = not version and not db.pragma("schema_version")
     if not is_empty and db.pragma("application_id") != APPLICATION_ID:
-        raise StoreError(f"{path} is a database, but not one of backfeedr's{_ANOTHER}")
+        raise StoreError(f"{path} is a database, but not one of backfeedr's{DB_PATH_HINT}")
     if version > SCHEMA_VERSION:
         raise StoreError(f"{path} is of a newer backfeedr (schema {version}; this one knows {SCHEMA_VERSION})")
 
@@ -3384,7 +3386,7 @@ def _recount_2(db: Connection) -> None:
             sums = SUMS[table].columns
             db.execute(f"""
                 insert into {table} select app_id, {source} where app_id > 0
-                on conflict ({", ".join(KEYS[table])}) do update set
+                on conflict ({", ".join(PRIMARY_KEYS[table])}) do update set
                     {", ".join(f"{name} = max({table}.{name}, excluded.{name})" for name in sums)}""")
             db.execute(f"delete from {table} where {' + '.join(sums)} = 0")
     db.execute("delete from state where name = 'recent_since'")
@@ -3457,7 +3459,7 @@ def key_name(key_hash: bytes) -> str:
     return bytes(key_hash).hex()[:16]
 
 
-class FirstStart(NamedTuple):
+class GeneratedSecrets(NamedTuple):
     """The secrets that a start generated; None for those that existed or were given."""
 
     key: str | None
@@ -3467,7 +3469,7 @@ class FirstStart(NamedTuple):
 class Apps(Database):
     """A database of apps, their keys and the secrets of the admin."""
 
-    def start(self, api_key: str = "", auth_token: str = "") -> FirstStart:
+    def start(self, api_key: str = "", auth_token: str = "") -> GeneratedSecrets:
         """Stores the given API key, for the app `default`, and the given admin token. Without one, generates a key if
         there is no app, and a token if none is stored."""
         generated_token = None
@@ -3487,7 +3489,7 @@ class Apps(Database):
             if auth_token and stored_token != (sha256(auth_token),):
                 self._replace_secret(db, "admin_token", auth_token)
                 db.execute("delete from grants")  # they stood for the old token
-        return FirstStart(None if api_key else key, generated_token)
+        return GeneratedSecrets(None if api_key else key, generated_token)
 
     def secret_hash(self, name: str) -> bytes:
         """The SHA-256 of `admin_token` or `feed_token`; b"" if there is none."""
@@ -3495,15 +3497,15 @@ class Apps(Database):
             row = db.execute("select hash from secrets where name = ?", (name,)).fetchone()
         return row[0] if row else b""
 
-    def is_admin(self, token: bytes) -> bool:
+    def is_admin_token(self, token: bytes) -> bool:
         """Whether this is the admin token."""
         return hmac.compare_digest(self.secret_hash("admin_token"), sha256(token))
 
-    def is_feed(self, token: bytes) -> bool:
+    def is_feed_token(self, token: bytes) -> bool:
         """Whether this is the token of the feed."""
         return hmac.compare_digest(self.secret_hash("feed_token"), sha256(token))
 
-    def change_feed(self, make: bool) -> str:
+    def replace_feed_token(self, make: bool) -> str:
         """Revokes the token of the feed. With `make`, returns a new one, of which only the hash is stored; else ""."""
         token = "bf_feed_" + secrets.token_hex(16) if make else ""
         with self.writing() as db:
@@ -3539,14 +3541,14 @@ class Apps(Database):
 
     def is_cached_key(self, key_hash: bytes) -> bool:
         """Whether the key was active when it was last looked up. Does not read the database."""
-        return key_hash in self._here.active_keys
+        return key_hash in self._process.active_keys
 
     def is_active_key(self, key_hash: bytes) -> bool:
         """Looks up whether the key with this SHA-256 is active."""
         with self.reading() as db:
             is_active = db.execute("select 1 from keys where key_hash = ? and revoked_at is null",
                                    (key_hash,)).fetchone() is not None
-        (self._here.active_keys.add if is_active else self._here.active_keys.discard)(key_hash)
+        (self._process.active_keys.add if is_active else self._process.active_keys.discard)(key_hash)
         return is_active
 
     def is_known_key(self, key_hash: bytes) -> bool:
@@ -3569,15 +3571,15 @@ class Apps(Database):
     def create_key(self, app: str) -> str:
         """Returns a further key for an app; only its hash is stored. Raises StoreError if there is no such app."""
         with self.writing() as db:
-            return self._insert_key(db, app, new_key(self._app(db, app)[1]))
+            return self._insert_key(db, app, new_key(self.find_app(db, app)[1]))
 
     def _insert_key(self, db: Connection, app: str, key: str) -> str:
         db.execute("insert into keys (key_hash, app_id, prefix, created_at) values (?, ?, ?, ?)",
-                   (sha256(key), self._app(db, app)[0], key_prefix(key), self.now))
+                   (sha256(key), self.find_app(db, app)[0], key_prefix(key), self.now))
         return key
 
     @staticmethod
-    def _app(db: Connection, name: str) -> tuple[int, bool]:
+    def find_app(db: Connection, name: str) -> tuple[int, bool]:
         """The id of an app, and whether it is a test app. Raises StoreError if there is no such app."""
         row = db.execute("select id, is_test from apps where name = ?", (name,)).fetchone()
         if row is None:
@@ -3714,7 +3716,7 @@ class Process(Connections):
         self.queue: CommitQueue | None = None  # the one that submissions may join
         self.last_queue_length = 0  # of the queue before it
         self.commit_lock = threading.Lock()
-        self.group_sizes = Histogram(1, 2, 4, 8, 16, 32, 64, 128)  # requests per commit
+        self.commit_sizes = Histogram(1, 2, 4, 8, 16, 32, 64, 128)  # requests per commit
         self.commit_seconds = Histogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)
         self.stored = Counter(crashes=0, events=0)
         self.worker_lock, self.next_worker = threading.Lock(), threading.Lock()  # of catch_up_in_background
@@ -3778,7 +3780,7 @@ class Commit:
 
     def regrouped(self, reports: Reports) -> Reports:
         """The reports, their crashes in the groups that the stored symbols give."""
-        return [self._symbols.group(report) if type(report) is Crash else report for report in reports]
+        return [self._symbols.regrouped(report) if type(report) is Crash else report for report in reports]
 
     def add_reports(self, app_id: int, *columns: Sequence[Any]) -> None:
         """Adds reports of an app in the order of their seqs, as columns (see __init__)."""
@@ -3797,7 +3799,7 @@ class Commit:
             # Columns of zeros are left out: binding them costs 2 % of a batch.
             own_columns = {"seq": seqs, "app_id": repeat(app_id), "received_at": received, **{
                 name: values for name, values in (("clock_ahead_ms", ahead), ("other", flags)) if any(values)}}
-            new = counted(kind, app_id, seqs, received, ahead, flags, reports)
+            new = counted_reports(kind, app_id, seqs, received, ahead, flags, reports)
             rollups.count(kind, new, 1)  # before the insert, because it looks for devices that are new to a group
             self._db.append(table, (*own_columns, *kind._fields), list(map(add, zip(*own_columns.values()), reports)))
             stored[table] += len(new)
@@ -3807,7 +3809,7 @@ class Commit:
             rollups.add("key_days", app_id, self._now // DAY, key_name(key), requests=uses)
         rollups.save()
         if crashes:
-            see_crashes(self._db, self._now, rollups, crashes)
+            update_triage(self._db, self._now, rollups, crashes)
         return stored
 
 
@@ -3829,7 +3831,7 @@ UPLOAD_DAYS = 7  # after which an incomplete upload of symbols is deleted
 SYMBOL_PAGES = 100  # pages of symbols that a step deletes: each may take 100 kB
 FACT_DAYS = 7  # after which a fact that no channel took is deleted
 PAGE_ROWS = 1000  # rows that an export reads at a time
-PAGE_TEXT = 1_000_000  # characters that it reads at a time: a row may be as large as a body
+PAGE_CHARACTERS = 1_000_000  # characters that it reads at a time: a row may be as large as a body
 
 
 class Store(Apps):
@@ -3858,7 +3860,7 @@ class Store(Apps):
         self._largest_app = (0, 0)  # when the largest app was looked up, and its id
         self._to_regroup: tuple[Row, list[int]] = ((), [])  # a position in a group, and the crashes after it
 
-    def start(self, api_key: str = "", auth_token: str = "") -> FirstStart:
+    def start(self, api_key: str = "", auth_token: str = "") -> GeneratedSecrets:
         """Like Apps.start. Also stores the retention, for commands that are not given one."""
         with self.writing() as db:
             db.execute(SET_STATE, ("retention_days", self.retention_days))
@@ -3867,7 +3869,7 @@ class Store(Apps):
     def vitals(self) -> list[tuple[str, str, str, Iterable[tuple[str, float]]]]:
         """Figures for monitoring: name, kind, help text, and samples as Prometheus writes them. All but sizes and rows
         are of this process. Does not read the tables of reports."""
-        process = self._here
+        process = self._process
         with self.reading() as db:
             self._check_file()
             crashes, = db.execute("""
@@ -3875,7 +3877,7 @@ class Store(Apps):
                 where app_id in (select id from apps) and field = 'exception_type' and day = ?
                 """, (ALL_DAYS,)).fetchone()
         return [
-            ("commit_requests", "histogram", "Requests that one commit stored.", process.group_sizes.samples()),
+            ("commit_requests", "histogram", "Requests that one commit stored.", process.commit_sizes.samples()),
             ("commit_seconds", "histogram", "From asking for the write lock until the commit was durable.",
              process.commit_seconds.samples()),
             ("waiters", "gauge", "Requests that wait for the next commit.", [("", len(process.waiting))]),
@@ -3907,7 +3909,7 @@ class Store(Apps):
         and they get StorageUnavailable."""
         if not submissions:
             return
-        process, own_queue, done, is_stored = self._here, CommitQueue(), threading.Lock(), False
+        process, own_queue, done, is_stored = self._process, CommitQueue(), threading.Lock(), False
         queue = own_queue
         try:
             with process.queue_lock:
@@ -3969,7 +3971,7 @@ class Store(Apps):
                 commit = Commit(db, self.now)
                 commit.add_submissions(queue.submissions)
                 stored = commit.save()
-            process.group_sizes.add(len(queue.submissions))
+            process.commit_sizes.add(len(queue.submissions))
             process.commit_seconds.add(time.monotonic() - began)
             process.stored.update(stored)
             self._write_error = self._logged_error = ""
@@ -3979,7 +3981,7 @@ class Store(Apps):
         `since` or later. Reports that arrive meanwhile are left out. Raises StoreError if there is no such app."""
         with self.reading() as db:
             if app is not None:
-                self._app(db, app)
+                self.find_app(db, app)
         last, after = self._last_seq(kind), min(max(0, first_seq(since)), MAX_NUMBER) - 1
         while page := self._export_page(kind, after, last):
             yield from (stored for stored in page if app in (None, stored.app) and stored.received_at >= since)
@@ -4001,7 +4003,7 @@ class Store(Apps):
             for seq, name, is_test, received_at, ahead_ms, *values in rows:
                 page.append(StoredReport(seq, name, bool(is_test), received_at, ahead_ms, kind._make(values)))
                 size += sum(len(value) for value in values if type(value) is str)
-                if size > PAGE_TEXT:
+                if size > PAGE_CHARACTERS:
                     break
         return page
 
@@ -4040,7 +4042,7 @@ class Store(Apps):
         """The id of an app, which is created if there is none, and the highest of its seqs that was deleted early."""
         if not db.execute("select 1 from apps where name = ?", (name,)).fetchone():
             self._insert_app(db, name, is_test)
-        app_id, was_test = self._app(db, name)
+        app_id, was_test = self.find_app(db, name)
         if was_test != is_test:
             raise StoreError(f"the app {name!r} is a {'test' if was_test else 'live'} one here")
         return app_id, get_state(db, f"early_{app_id}", -1)
@@ -4166,7 +4168,7 @@ class Store(Apps):
 
     def triage(self, group_hash: str, changes: JsonObject, app: str | None = None) -> None:
         """Writes the result of parse_triage to a group of an app, or of the only live app that has it. Raises Refusal;
-        Moved if its crashes are in another group now."""
+        GroupMoved if its crashes are in another group now."""
         with self.writing() as db:
             apps = db.execute("""
                 select id, name from apps
@@ -4251,7 +4253,7 @@ class Store(Apps):
         rollups.figures[Groups].count(Crash, before, -1)
         rollups.save()
         self._note_counting(db)
-        see_crashes(db, self.now, rollups, [crash for crash in after if crash.group_hash != group], are_moved=True)
+        update_triage(db, self.now, rollups, [crash for crash in after if crash.group_hash != group], are_moved=True)
         targets = [target for target, _ in moves.values()]
         if first:
             first_seen, first_version, came_at = first
@@ -4359,7 +4361,7 @@ class Store(Apps):
                 db.execute(f"delete from {table} where +app_id = ? and seq >= ? and seq < ?", (app_id, first, end))
             db.execute(SET_STATE, (name, first))
             return Counter(remains=1)
-        for table, (_, *rest) in KEYS.items():
+        for table, (_, *rest) in PRIMARY_KEYS.items():
             key = ", ".join(rest)
             if rows := db.execute(f"""
                     delete from {table} where app_id = ? and ({key}) in (
@@ -4428,7 +4430,7 @@ class Store(Apps):
 
     def catch_up_in_background(self) -> None:
         """Runs catch_up in a thread. One more call may wait for it. If it fails, commits continue its work."""
-        process = self._here
+        process = self._process
 
         def work() -> None:
             if process.next_worker.acquire(blocking=False):
@@ -4473,7 +4475,7 @@ class Store(Apps):
         """Deletes an app and its keys. From then on its reports are neither listed nor counted, and its name is free;
         its rows are deleted like expired ones. Raises StoreError if there is no such app."""
         with self.writing() as db:
-            app_id = self._app(db, name)[0]
+            app_id = self.find_app(db, name)[0]
             for rows in ("messages where channel_id in (select id from channels where app_id = ?)",
                          "channels where app_id = ?", "keys where app_id = ?", "facts where app_id = ?",
                          "apps where id = ?"):
@@ -4485,7 +4487,7 @@ class Store(Apps):
                 facts = [fact for fact in message["data"]["facts"] if fact.get("app") != name]
                 message["data"]["facts"] = facts
                 db.execute("update messages set body = ?, due_at = case when ? > 0 then due_at end where id = ?",
-                           (_encode(message), len(facts), id))
+                           (to_json(message), len(facts), id))
 
 
 def _is_trace_cut(extra: str | None) -> bool:
@@ -4499,20 +4501,20 @@ def _group_and_images(symbols: Symbols, group: str, exception_type: str, trace: 
     """The group and images that a stored crash belongs to now. If its stack trace was cut and no symbols name it, it
     stays in its group: the frames that decided on that may be gone."""
     frames = json.loads(trace or "[]")
-    images = open_images(map(read_frame, frames))
+    images = builds_to_symbolicate(map(read_frame, frames))
     if is_cut and not symbols.can_name(images):
         return group, images
-    return group_of(exception_type, map(read_frame, symbols.named(frames))), images
+    return group_hash_of_frames(exception_type, map(read_frame, symbols.symbolicated(frames))), images
 
 
-def worse_releases(db: Connection, now: int) -> list[tuple[Pair, str]]:
+def worse_releases(db: Connection, now: int) -> list[tuple[ReleasePair, str]]:
     """The newest release of each live app that is certainly worse than the one before it, with the text of the verdict;
     without those that were reported already."""
     newest = Releases.newest(db, None, now // DAY - WEEK + 1)
     pairs = [pair for pair in Releases.pairs(db, None) if pair.app_version == newest[pair.app_id]]
     return [(pair, (verdict(*healths) or {})["text"])
-            for pair, healths in Releases.healths(db, pairs, now).items()
-            if min(healths).devices >= ENOUGH and newcombe(healths[0], healths[1], ALARM)[1] < 0
+            for pair, healths in Releases.health_of_pairs(db, pairs, now).items()
+            if min(healths).devices >= ENOUGH_DEVICES and newcombe_interval(healths[0], healths[1], Z_99)[1] < 0
             and get_state(db, f"worse_{pair.app_id}", 0) != pair.first_seen]
 
 
@@ -4581,7 +4583,7 @@ def _webhook_request(message: Message, now: int) -> PostRequest:
 def _slack_request(message: Message, now: int) -> PostRequest:
     """Works for Slack, for Mattermost, and for Discord at an address that ends with /slack."""
     text = "\n".join(message_lines(message, True, _MARKUP_ESCAPES))
-    return message["url"].partition("+")[2], _encode({"text": text}).encode(), {}
+    return message["url"].partition("+")[2], to_json({"text": text}).encode(), {}
 
 
 def _ntfy_request(message: Message, now: int) -> PostRequest:
@@ -4589,7 +4591,7 @@ def _ntfy_request(message: Message, now: int) -> PostRequest:
     url, _, topic = message["url"].partition("+")[2].rpartition("/")
     title, *lines = message_lines(message, False, {})
     link = json.loads(message["body"])["data"].get("url")
-    return url + "/", _encode({"topic": topic, "title": title, "message": "\n".join(lines),
+    return url + "/", to_json({"topic": topic, "title": title, "message": "\n".join(lines),
                                **({"click": link} if link else {})}).encode(), {}
 
 
@@ -4694,7 +4696,7 @@ def check_address(url: str) -> str:
                      " spaces")
 
 
-def shown_address(url: str) -> str:
+def redacted_address(url: str) -> str:
     """Shortens an address to what is not secret: its scheme, the host if it is an HTTP address, and a hint."""
     parts = urlsplit(url)
     is_http = parts.scheme in CHANNELS
@@ -4726,7 +4728,7 @@ class Alerts:
         secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode() if is_signed else ""
         digest_at = now - (now - hour * HOUR) % DAY + DAY if "digest" in kinds else None  # the next such hour
         with self._store.writing() as db:
-            app_id = self._store._app(db, app)[0] if app else None
+            app_id = self._store.find_app(db, app)[0] if app else None
             db.execute("""
                 insert into channels (url, secret, app_id, kinds, with_reason, digest_at, created_at, last_fact)
                 select ?, ?, ?, ?, ?, ?, ?, coalesce(max(id), 0) from facts
@@ -4736,7 +4738,7 @@ class Alerts:
     def channels(self) -> list[JsonObject]:
         """Lists all channels without their secrets; times are in milliseconds."""
         with self._store.reading() as db:
-            return [{**row, "address": shown_address(row.pop("url"))} for row in dict_rows(db, """
+            return [{**row, "address": redacted_address(row.pop("url"))} for row in dict_rows(db, """
                 select channels.id, url, name as app, kinds, sent_at, error, error_at, ended_at, (
                     select count(*) from messages where channel_id = channels.id and due_at is not null) as waiting
                 from channels left join apps on apps.id = app_id order by channels.id""")]
@@ -4763,7 +4765,7 @@ class Alerts:
 
     def _message_body(self, kind: str, title: str, facts: Sequence[JsonObject], more: int = 0) -> str:
         link = facts[0].get("url") if len(facts) == 1 else self._public_url and self._public_url + "/crashes"
-        return _encode({"type": kind, "timestamp": iso_time(self._store.now), "data": {
+        return to_json({"type": kind, "timestamp": iso_time(self._store.now), "data": {
             "title": title, "facts": facts, "more": more, **({"url": link} if link else {})}})
 
     def _queue(self, db: Connection, channel_id: int, body: str) -> None:
@@ -4950,7 +4952,7 @@ def _fact_text(kind: str, app: str, detail: JsonObject) -> str:
 SCANNED_EVENTS = 20_000  # events that are read for a page, which may be short although another page follows
 GROUP_REPORTS = 20  # crashes on a page of a group
 MAX_VERSIONS = 100  # versions that a list names for a group
-MISSING_BUILDS = 100  # builds without symbols in a list
+MAX_MISSING_BUILDS = 100  # builds without symbols in a list
 SCORED_GROUPS, SHOWN_GROUPS = 20, 5  # groups that the overview gives a score, and that it shows
 EVENTS_BEFORE_CRASH = 20  # events that the page of a crash shows, out of the session's latest 100
 
@@ -5007,8 +5009,8 @@ class Metrics:
         """Sums up the seven UTC days that end today, and counts the devices of the last 24 hours."""
         week = self._last_days(WEEK)
         with self._snapshot(app) as (db, app_id):
-            crashes = sum(per_day(db, app_id, week, "crash_days", "crashes")["crashes"])
-            sessions = sum(per_day(db, app_id, week, "session_days", "sessions")["sessions"])
+            crashes = sum(sums_per_day(db, app_id, week, "crash_days", "crashes")["crashes"])
+            sessions = sum(sums_per_day(db, app_id, week, "session_days", "sessions")["sessions"])
             return {"crash_free_rate_7d": crash_free_rate(crashes, sessions),
                     "dau": Devices.last_24_hours(db, app_id, self._store.now),
                     "sessions_7d": sessions, "crashes_7d": crashes,
@@ -5043,12 +5045,12 @@ class Metrics:
         if sort == "version":
             rows.sort(key=lambda row: version_key(row["app_version"]), reverse=True)
         releases = (_release_json(row, verdicts.get((row["app_id"], row["app_version"]))) for row in rows)
-        return {"releases": list(fitting(releases))}
+        return {"releases": list(rows_that_fit(releases))}
 
     def _verdicts(self, db: Connection, app_id: int | None, releases: Container[Row]) -> dict[Row, JsonObject]:
         """Returns the verdicts of these releases by app id and version. Those without a verdict are left out."""
         pairs = [pair for pair in Releases.pairs(db, app_id) if pair[:2] in releases]
-        healths = Releases.healths(db, pairs, self._store.now)
+        healths = Releases.health_of_pairs(db, pairs, self._store.now)
         verdicts = {pair: verdict(health, health_before) for pair, (health, health_before) in healths.items()}
         return {pair[:2]: {**found, "before": pair.before} for pair, found in verdicts.items() if found}
 
@@ -5069,15 +5071,15 @@ class Metrics:
                     for row in self.newest_releases(app) if row["verdict"]]
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, "since": since, "until": until, "other": OTHER}
-            crashes = per_day(db, app_id, self._last_days(3), "crash_days", "crashes")["crashes"]
+            crashes = sums_per_day(db, app_id, self._last_days(3), "crash_days", "crashes")["crashes"]
             new = db.execute(f"""
                 select exception_type, place from groups
-                where {APPS} and came_at >= :since and came_at < :until and group_hash <> :other
+                where {APP_FILTER} and came_at >= :since and came_at < :until and group_hash <> :other
                 order by came_at desc, first_seen desc""", parameters).fetchall()
             resolved, regressed = db.execute(f"""
                 select count(case when state = 'resolved' and changed_at >= :since and changed_at < :until then 1 end),
                     count(case when regressed_at >= :since and regressed_at < :until then 1 end)
-                from triage where {APPS}""", parameters).fetchone()
+                from triage where {APP_FILTER}""", parameters).fetchone()
         names = [_one_line(kind) + (f" in {_one_line(place)}" if place else "") for kind, place in new[:3]]
         return [*verdicts[:MAX_FACTS],
                 {"text": f"Crashes: {crashes[1]:,} yesterday, {crashes[0]:,} the day before"},
@@ -5092,9 +5094,9 @@ class Metrics:
                     exception_type, coalesce(place, '') as place, first_version
                 from (
                     select 'new' as what, came_at as at, app_id, group_hash from groups
-                    where {APPS} and group_hash <> :other and crashes > 0  -- else the group has no page
+                    where {APP_FILTER} and group_hash <> :other and crashes > 0  -- else the group has no page
                     union all select 'regressed', regressed_at, app_id, group_hash from triage
-                    where {APPS} and regressed_at is not null
+                    where {APP_FILTER} and regressed_at is not null
                     order by at desc, what, app_id, group_hash limit :limit) as news
                 join apps on apps.id = news.app_id
                 join groups on groups.app_id = news.app_id and groups.group_hash = news.group_hash
@@ -5108,13 +5110,13 @@ class Metrics:
                cursor: str | None = None) -> JsonObject:
         """Lists the groups of stored crashes, by number of crashes or as `sort` says. `version` may end with *. `text`
         is searched for in what the list shows, and in the app's own symbols and files of the latest crash. `state` is
-        one of GROUPS_OF; after a decision, a group is listed even if its crashes have expired. A group
+        one of STATE_CONDITIONS; after a decision, a group is listed even if its crashes have expired. A group
         `is_new` if it was first seen in `version`, or without a version, first received within 7 days."""
-        if state not in GROUPS_OF:
-            raise Refusal("invalid state", detail=f"it is none of {', '.join(filter(None, GROUPS_OF))}")
-        if sort not in (None, *SORTS):
+        if state not in STATE_CONDITIONS:
+            raise Refusal("invalid state", detail=f"it is none of {', '.join(filter(None, STATE_CONDITIONS))}")
+        if sort not in (None, *SORT_COLUMNS):
             raise Refusal("invalid sort")
-        column = SORTS[sort or "crashes"]
+        column = SORT_COLUMNS[sort or "crashes"]
         value, group = _parse_cursor(cursor, r"([0-9]{1,18})-([0-9a-f]{16}|\(other\))", (MAX_NUMBER, ""))
         shown_days: Sequence[int | None] = self._last_days(days) if days else [None]
         week = self._last_days(WEEK)[0] * DAY
@@ -5129,17 +5131,17 @@ class Metrics:
                 select * from (
                     select group_hash, sum(crashes) as count, sum(devices) as devices, max(latest) as last_seen, (
                         select coalesce(min(first_seen), 0) from groups
-                        where {APPS} and group_hash = counts.group_hash) as first_seen
-                    from ({CRASHES_OF_GROUPS if version or days else SUMS_OF_GROUPS}) as counts
-                    where {GROUPS_OF[state]} and (:text is null or (app_id, group_hash) in (
-                        select app_id, group_hash from groups where {APPS} and instr(search, :text)))
+                        where {APP_FILTER} and group_hash = counts.group_hash) as first_seen
+                    from ({FILTERED_GROUP_COUNTS if version or days else STORED_GROUP_COUNTS}) as counts
+                    where {STATE_CONDITIONS[state]} and (:text is null or (app_id, group_hash) in (
+                        select app_id, group_hash from groups where {APP_FILTER} and instr(search, :text)))
                     group by group_hash) as found
                 where {column} < :value or {column} = :value and group_hash > :group
                 order by {column} desc, group_hash
                 limit :limit""", parameters)
             groups, size = [], 0
             for row in rows[:limit]:
-                if size > PAGE_TEXT:
+                if size > PAGE_CHARACTERS:
                     break
                 groups.append(self._list_row(db, row, {**parameters, "group": row["group_hash"]}))
                 size += sum(map(len, groups[-1]["versions"]))
@@ -5150,7 +5152,7 @@ class Metrics:
         """The groups with the most crashes on these days, separated by spaces: roll-ups find them faster than crashes.
         None if the roll-ups may differ from the crashes: some have expired, or a clock that was fast deleted sums."""
         gone, = db.execute("select max(value) from state where name like 'expired%' or name like 'early%'").fetchone()
-        sums, expected = (per_day(db, app_id, days, table, "crashes") for table in ("group_days", "crash_days"))
+        sums, expected = (sums_per_day(db, app_id, days, table, "crashes") for table in ("group_days", "crash_days"))
         if (gone or 0) >= first_seq(days[0] * DAY - MAX_SKEW) or sums != expected:
             return None
         return " ".join(group["group_hash"] for group in Groups.most_frequent(db, app_id, days, limit))
@@ -5162,8 +5164,8 @@ class Metrics:
         is_new = (group["came_at"] or 0) >= parameters["week"] if version is None else first == version
         versions = [app_version for app_version, in db.execute(f"""
             select app_version from crashes
-            where {APPS} and group_hash = :group and received_at >= :since and app_version is not null and {OF_VERSION}
-                and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
+            where {APP_FILTER} and group_hash = :group and received_at >= :since and app_version is not null
+                and {HAS_VERSION} and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
             group by app_version
             order by count(*) desc, app_version
             limit {MAX_VERSIONS}""", parameters)]
@@ -5180,8 +5182,8 @@ class Metrics:
                 min(came_at) over () as came_at, first_value(first_version) over (
                     order by coalesce(first_seen, {MAX_NUMBER}), known.app_id) as first_version,
                 coalesce(state, 'open') as state, fixed_in, regressed_at, changed_at
-            from (select app_id from groups where {APPS} and group_hash = :group
-                union select app_id from triage where {APPS} and group_hash = :group) as known
+            from (select app_id from groups where {APP_FILTER} and group_hash = :group
+                union select app_id from triage where {APP_FILTER} and group_hash = :group) as known
             left join groups on groups.app_id = known.app_id and groups.group_hash = :group
             left join triage on triage.app_id = known.app_id and triage.group_hash = :group
             order by coalesce(groups.last_seen, 0) desc, known.app_id
@@ -5198,14 +5200,14 @@ class Metrics:
             summary = self._summary(db, app_id, group_hash)
             if not summary or not summary["count"] and summary["changed_at"] is None:
                 raise missing_group(db, app, group_hash)
-            spread = {name: labelled(db.execute(f"""
+            spread = {name: labels_and_counts(db.execute(f"""
                 select {column}, count(*) from crashes
-                where {APPS} and group_hash = :group and {column} is not null
+                where {APP_FILTER} and group_hash = :group and {column} is not null
                 group by {column} order by count(*) desc, {column} limit 20""", parameters)) for name, column in (
                     ("versions", "app_version"), ("systems", "os_version"), ("device_models", "device_model"))}
             page = db.execute(f"""
                 select seq, {COUNTED_AT} as at from crashes
-                where {APPS} and group_hash = :group and ({COUNTED_AT}, seq) < (:at, :seq)
+                where {APP_FILTER} and group_hash = :group and ({COUNTED_AT}, seq) < (:at, :seq)
                 order by at desc, seq desc limit :limit""", parameters).fetchall()
             history = dict_rows(db, """
                 select at, what, detail from group_history where app_id = ? and group_hash = ? order by entry
@@ -5231,7 +5233,7 @@ class Metrics:
                     max(came_at, coalesce(regressed_at, 0)) as news_at
                 from (
                     select app_id, group_hash, sum(crashes) as crashes from group_days
-                    where {APPS} and day between :first and :last and group_hash <> '{OTHER}'
+                    where {APP_FILTER} and day between :first and :last and group_hash <> '{OTHER}'
                     group by app_id, group_hash) as sums
                 cross join groups on groups.app_id = sums.app_id and groups.group_hash = sums.group_hash
                 left join triage on triage.app_id = groups.app_id and triage.group_hash = groups.group_hash
@@ -5269,7 +5271,7 @@ class Metrics:
             parameters = {"app": app_id, "group": crash["group_hash"], "seq": int(crash["id"], 16)}
             rows = [db.execute(f"""
                 select seq from crashes
-                where {APPS} and group_hash = :group and ({COUNTED_AT}, seq) {comparison} (
+                where {APP_FILTER} and group_hash = :group and ({COUNTED_AT}, seq) {comparison} (
                     select {COUNTED_AT}, seq from crashes where seq = :seq)
                 order by {COUNTED_AT} {order}, seq {order} limit 1
                 """, parameters).fetchone() for comparison, order in (("<", "desc"), (">", "asc"))]
@@ -5314,10 +5316,10 @@ class Metrics:
     def _days_of_group(self, db: Connection, parameters: JsonObject, shown_days: range) -> JsonObject:
         counts = dict(db.execute(f"""
             select {COUNTED_AT} / {DAY} as day, count(*) from crashes
-            where {APPS} and group_hash = :group and received_at >= :since and {OF_VERSION}
+            where {APP_FILTER} and group_hash = :group and received_at >= :since and {HAS_VERSION}
             group by day""", parameters))
         apps = db.execute(f"""
-            select name from apps where {APPS.replace("app_id", "id", 1)} and (
+            select name from apps where {APP_FILTER.replace("app_id", "id", 1)} and (
                 exists (select 1 from crashes where app_id = apps.id and group_hash = :group)
                 or exists (select 1 from triage where app_id = apps.id and group_hash = :group))
             order by name""", parameters).fetchall()
@@ -5326,14 +5328,14 @@ class Metrics:
     def is_empty(self, app: str | None = None) -> bool:
         """Says whether an app has sent nothing yet. Ends of sessions do not count."""
         with self._snapshot(app) as (db, app_id):
-            return not any(db.execute(f"select 1 from {table} where {APPS} limit 1", {"app": app_id}).fetchone()
+            return not any(db.execute(f"select 1 from {table} where {APP_FILTER} limit 1", {"app": app_id}).fetchone()
                            for table in ("crash_days", "session_days", "event_names"))
 
     def crash(self, id: str, app: str | None = None) -> JsonObject:
         """Returns a crash as it was sent. Raises Refusal if it is not stored."""
         with self._snapshot(app) as (db, app_id):
             seq = int(id, 16) if re.fullmatch("[0-7][0-9a-f]{15}", id) else -1
-            if not db.execute(f"select 1 from crashes where seq = :seq and {APPS}",
+            if not db.execute(f"select 1 from crashes where seq = :seq and {APP_FILTER}",
                               {"seq": seq, "app": app_id}).fetchone():
                 raise Refusal("not found")
             return _load_reports(db, "crashes", [seq])[0]
@@ -5352,13 +5354,13 @@ class Metrics:
             if session_id is not None:  # the scan need not go beyond the session
                 first, last = db.execute(f"""
                     select coalesce(min(first_seq), 0), coalesce(max(last_seq), -1) from sessions
-                    where {APPS} and session_id = :session""", parameters).fetchone()
+                    where {APP_FILTER} and session_id = :session""", parameters).fetchone()
             parameters.update(first=max(first, after + 1) if oldest_first else first,
                               last=last if oldest_first else min(last, after - 1))
             scan = f"from events where seq between :first and :last order by seq {order} limit :scanned"
             seqs = [seq for seq, in db.execute(f"""
                 select seq from (select seq, app_id, type, name, session_id, device_id_hash {scan}) as scanned
-                where {APPS} and (:type is null or type = :type) and (:name is null or name = :name)
+                where {APP_FILTER} and (:type is null or type = :type) and (:name is null or name = :name)
                     and (:session is null or session_id = :session)
                     and (:device is null or device_id_hash = :device)
                 order by seq {order} limit :limit""", parameters)]
@@ -5376,7 +5378,7 @@ class Metrics:
                 select uuid, binary_name as binary, arch, parts, rows, size, received = parts as complete, uploaded_at
                 from symbols order by uploaded_at desc, uuid""")
             return {"symbols": [{**row, "complete": bool(row["complete"]), "uploaded_at": iso_time(row["uploaded_at"])}
-                                for row in held], "missing": self._missing_builds(db, app_id, None, MISSING_BUILDS)}
+                                for row in held], "missing": self._missing_builds(db, app_id, None, MAX_MISSING_BUILDS)}
 
     def _missing_builds(self, db: Connection, app_id: int | None, group: str | None, limit: int) -> list[JsonObject]:
         """Lists the builds whose symbols are missing, in all groups or in one."""
@@ -5385,7 +5387,7 @@ class Metrics:
                 select uuid, app_id, group_hash, sum(crashes) over (partition by uuid) as total, row_number() over (
                     partition by uuid order by crashes desc, app_id, group_hash) as place
                 from group_images
-                where {APPS} and (:group is null or group_hash = :group)
+                where {APP_FILTER} and (:group is null or group_hash = :group)
                     and uuid not in (select uuid from symbols where received = parts)) as ranked
             where place = 1 order by total desc, uuid limit :limit""", {"app": app_id, "group": group, "limit": limit})]
 
@@ -5431,7 +5433,7 @@ def missing_group(db: Connection, app: str | None, group_hash: str) -> Refusal:
         select target from group_aliases
         where app_id in (select id from apps where name = :app or :app is null and is_test = 0) and group_hash = :group
         order by app_id limit 1""", {"app": app, "group": group_hash}).fetchone()
-    return Moved(alias[0]) if alias else Refusal("not found")
+    return GroupMoved(alias[0]) if alias else Refusal("not found")
 
 
 def _group_json(group: JsonObject) -> JsonObject:
@@ -5452,7 +5454,7 @@ def _release_json(row: JsonObject, its_verdict: JsonObject | None) -> JsonObject
             "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"]), "verdict": its_verdict}
 
 
-def _load_reports(db: Connection, table: str, seqs: Sequence[int], max_text: int = PAGE_TEXT) -> list[JsonObject]:
+def _load_reports(db: Connection, table: str, seqs: Sequence[int], max_text: int = PAGE_CHARACTERS) -> list[JsonObject]:
     """Returns crashes or events as they were sent, each with its app and the time of its receipt. Stops after a report
     with which they have more than `max_text` characters."""
     apps, reports, size, symbols = dict(db.execute("select id, name from apps")), [], 0, Symbols(db)
@@ -5471,7 +5473,7 @@ def _symbolicate(symbols: Symbols, report: JsonObject) -> None:
     """Names the frames of `stack_trace`. If that changes them, keeps those that were sent as `raw_stack_trace`."""
     frames = report.get("stack_trace")
     if type(frames) is list and all(type(frame) is dict for frame in frames):
-        report["stack_trace"] = list(symbols.named(frames, SHOWN_LOOKUPS - symbols.lookups))
+        report["stack_trace"] = list(symbols.symbolicated(frames, SHOWN_LOOKUPS - symbols.lookups))
         if report["stack_trace"] != frames:
             report["raw_stack_trace"] = frames
 
@@ -5492,30 +5494,30 @@ def as_sent(row: Mapping[str, Any], time_text: Callable[[int], str]) -> JsonObje
 
 
 _IN_TRIAGE = "(app_id, group_hash) {} (select app_id, group_hash from triage where {})"
-GROUPS_OF: dict[str | None, str] = {  # the condition of each `state` by which a list can be filtered
+STATE_CONDITIONS: dict[str | None, str] = {  # the condition of each `state` by which a list can be filtered
     None: "1 = 1", "open": _IN_TRIAGE.format("not in", "state <> 'open'"),
     "resolved": _IN_TRIAGE.format("in", "state = 'resolved'"), "muted": _IN_TRIAGE.format("in", "state = 'muted'"),
     "regressed": _IN_TRIAGE.format("in", "state = 'open' and regressed_at is not null"),  # since it was resolved last
     "new": "(app_id, group_hash) in (select app_id, group_hash from groups where came_at >= :week)"}
-SORTS = {"crashes": "count", "devices": "devices", "last_seen": "last_seen", "first_seen": "first_seen"}
+SORT_COLUMNS = {"crashes": "count", "devices": "devices", "last_seen": "last_seen", "first_seen": "first_seen"}
 _LISTED_WITHOUT_CRASHES = ":state in ('resolved', 'muted', 'regressed')"
-SUMS_OF_GROUPS = f"""
+STORED_GROUP_COUNTS = f"""
     select app_id, group_hash, crashes, devices, last_seen as latest from groups
-    where {APPS} and (crashes > 0 or {_LISTED_WITHOUT_CRASHES})
-    union all select app_id, group_hash, 0, 0, 0 from triage where {APPS} and {_LISTED_WITHOUT_CRASHES}"""
-OF_VERSION = "(:version is null or substr(app_version, 1, :length) = :version)"
-CRASHES_OF_GROUPS = f"""
+    where {APP_FILTER} and (crashes > 0 or {_LISTED_WITHOUT_CRASHES})
+    union all select app_id, group_hash, 0, 0, 0 from triage where {APP_FILTER} and {_LISTED_WITHOUT_CRASHES}"""
+HAS_VERSION = "(:version is null or substr(app_version, 1, :length) = :version)"
+FILTERED_GROUP_COUNTS = f"""
     select known.app_id, known.group_hash, count(*) as crashes, count(distinct device_id_hash) as devices,
         max({COUNTED_AT}) as latest
-    from (select app_id, group_hash from groups where {APPS} and last_seen >= :since
+    from (select app_id, group_hash from groups where {APP_FILTER} and last_seen >= :since
         and (:candidates is null or instr(:candidates, group_hash))) as known
     cross join crashes on crashes.app_id = known.app_id and crashes.group_hash = known.group_hash
-    where received_at >= :since and {OF_VERSION} and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
+    where received_at >= :since and {HAS_VERSION} and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
     group by known.app_id, known.group_hash"""
 
 
 def _version_filter(version: str | None) -> JsonObject:
-    """Returns the parameters of OF_VERSION. A version that ends with * stands for all that begin like it."""
+    """Returns the parameters of HAS_VERSION. A version that ends with * stands for all that begin like it."""
     if version and version.endswith("*"):
         return {"version": version[:-1], "length": len(version) - 1}
     return {"version": version, "length": MAX_TEXT}
@@ -5549,7 +5551,7 @@ ERRORS = {  # texts by status; any other text begins with `missing` or `invalid`
     429: ("rate limit exceeded",), 431: ("request header too large",), 500: ("internal server error",),
     501: ("transfer encoding not supported",), 503: ("storage unavailable",)}
 _STATUS_OF = {"form expired": 403, **{text: status for status, texts in ERRORS.items() for text in texts}}
-_HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+_JSON_HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 Environ = dict[str, Any]
 Answer = tuple[int, Any]  # a status, and a JSON object or a text
@@ -5913,7 +5915,7 @@ class Dashboard:
             if is_form:
                 page.read_form()
             return handler(page, **path)
-        except Moved as moved:
+        except GroupMoved as moved:
             return bottle.HTTPResponse(b"", 301, {**PAGE_HEADERS, "Location": page.moved(moved.group_hash)})
         except Exception as error:
             return self.error_page(page, _as_refusal(error))
@@ -5952,7 +5954,7 @@ class Dashboard:
         return self._render(page, "Sign in", "sign_in", status, problem=problem, target=target)
 
     def _sign_in(self, page: PageRequest) -> Response:
-        if not self._store.is_admin(page.form.get("token", "").strip().encode()):
+        if not self._store.is_admin_token(page.form.get("token", "").strip().encode()):
             return self._sign_in_page(page, "That is not the admin token.", 403)
         return self._start_session(page, page.form.get("next", ""))
 
@@ -5987,8 +5989,8 @@ class Dashboard:
         return self._render(
             page, "Crashes", "crashes", parameters={**filters, "days": days or "all"}, next=listing["next"],
             groups=[{**group, **details[group["group_hash"]]} for group in listing["groups"]],
-            periods=[("all", "all days"), *periods], sorts=[(sort, sort.replace("_", " ")) for sort in SORTS],
-            states=[state for state in GROUPS_OF if state])
+            periods=[("all", "all days"), *periods], sorts=[(sort, sort.replace("_", " ")) for sort in SORT_COLUMNS],
+            states=[state for state in STATE_CONDITIONS if state])
 
     def _group(self, page: PageRequest, group_hash: str) -> Response:
         metrics, group = self._metrics, self._metrics.group(group_hash, page.app, limit=1)
@@ -6044,7 +6046,7 @@ class Dashboard:
 
     def _feed(self, page: PageRequest) -> Response:
         """Returns new and regressed groups as Atom, or a 404 without the feed's token."""
-        if not self._store.is_feed(page.query.get("token", "").encode("utf-8", "replace")):
+        if not self._store.is_feed_token(page.query.get("token", "").encode("utf-8", "replace")):
             raise Refusal("not found")
         feed = _TEMPLATES["feed"].render(_TEMPLATE_GLOBALS, page=page, news=self._metrics.news(page.app))
         return _text_response(feed, "application/atom+xml")
@@ -6082,10 +6084,10 @@ class Dashboard:
             store.catch_up_in_background()
             return {"message": f"Deleted {name}. Its reports are being deleted."}
         if action == "make-feed":
-            address = f"{page.url}/crashes.atom?token={store.change_feed(make=True)}"
+            address = f"{page.url}/crashes.atom?token={store.replace_feed_token(make=True)}"
             return {"message": "The feed's address, shown only once:", "secret": address}
         if action == "withdraw-feed":
-            store.change_feed(make=False)
+            store.replace_feed_token(make=False)
             return {"message": "Withdrew the feed's address."}
         raise StoreError("there is no such action")
 
@@ -6295,7 +6297,8 @@ def _json_text(value: Any) -> str:
 # The HTML and CSS of the pages. Templates know only `for` and `if`. `{{ }}` escapes; `{{! }}` inserts HTML, made above.
 # What several templates share is a constant, or a function that returns template source, such as _table().
 
-_PAGES = (("/", "Overview"), ("/crashes", "Crashes"), ("/usage", "Usage"), ("/releases", "Releases"), ("/apps", "Apps"))
+_NAVIGATION = (
+    ("/", "Overview"), ("/crashes", "Crashes"), ("/usage", "Usage"), ("/releases", "Releases"), ("/apps", "Apps"))
 _ICON = ("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath d='M1 11h4l2-8 "
          "3 11 2-6h3' fill='none' stroke='%23c0392b' stroke-width='2'/%3E%3C/svg%3E")
 Column = tuple[str, str, str]  # label, template of a cell of `row`, and CSS class
@@ -6811,7 +6814,7 @@ PAGE_HEADERS = {
 _TEMPLATE_GLOBALS = {
     "bar_chart": bar_chart, "build_name": build_name, "curl_line": curl_line, "details": _event_details,
     "device_html": device_html, "group_title": _group_title, "icon": _ICON, "iso": iso_time, "number": "{:,}".format,
-    "pages": _PAGES, "shorten": _shorten, "sparkline": sparkline, "style": STYLE, "urlencode": urlencode}
+    "pages": _NAVIGATION, "shorten": _shorten, "sparkline": sparkline, "style": STYLE, "urlencode": urlencode}
 
 
 # == Backfeedr =================================================================
@@ -6951,7 +6954,7 @@ class Backfeedr(Closing):
         scheme, _, token = _header(environ, "AUTHORIZATION").partition(b" ")
         if scheme.lower() != b"bearer" or not token.strip():
             raise Refusal("missing admin token")
-        if not self.store.is_admin(token.strip()):
+        if not self.store.is_admin_token(token.strip()):
             raise Refusal("invalid admin token")
 
     def _admin_body(self, environ: Environ) -> bytes:
@@ -6966,13 +6969,13 @@ class Backfeedr(Closing):
     def _call(self, handler: Handler, environ: Environ, **path: str) -> tuple[bytes, int, dict[str, str]]:
         """Calls a handler and returns the body, status and headers of its answer, or of the error that it raises. A
         text is answered as it is, anything else as JSON."""
-        headers = dict(_HEADERS)
+        headers = dict(_JSON_HEADERS)
         try:
             status, answer = handler(environ, **path)
         except Exception as error:
             status, answer, error_headers = _refused(_as_refusal(error))
             headers.update(error_headers)
-            if isinstance(error, Moved):
+            if isinstance(error, GroupMoved):
                 headers["Location"] = self.pages.request(environ).moved(error.group_hash)
         if isinstance(answer, str):
             headers["Content-Type"] = "text/plain; version=0.0.4; charset=utf-8"
@@ -6985,7 +6988,7 @@ class Backfeedr(Closing):
         if "text/html" in environ.get("HTTP_ACCEPT", "") and not environ["PATH_INFO"].startswith("/api/"):
             answer: bottle.HTTPResponse = self.pages.error_page(self.pages.request(environ), refusal)
         else:
-            answer = bottle.HTTPResponse(json.dumps({"error": str(refusal)}), error.status_code, _HEADERS)
+            answer = bottle.HTTPResponse(json.dumps({"error": str(refusal)}), error.status_code, _JSON_HEADERS)
         answer.headers.update({name: value for name, value in error.headers.items() if name == "Allow"})
         return answer
 
@@ -7151,7 +7154,7 @@ class RefusedReports:
                 for name, n in sorted(self.by_app(self._store.now // DAY).items()) if name and app in (None, name)]
 
 
-def first_start_text(created: FirstStart, url: str) -> str:
+def first_start_text(created: GeneratedSecrets, url: str) -> str:
     """Returns what tells an operator the secrets of a first start."""
     text = ""
     if created.key:
@@ -7192,7 +7195,7 @@ def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> Non
     a database is made: the secrets of a first start are shown only once. `make` gets the settings with the real port,
     and a function `announce` for what is to be printed."""
     if waitress is None:
-        raise ImportError(_MISSING.format("waitress"))
+        raise ImportError(_MISSING_PACKAGE.format("waitress"))
     listener = _listen(settings.host, settings.port)
     settings = replace(settings, port=listener.getsockname()[1])
     announcements: list[str] = []
@@ -7242,7 +7245,7 @@ def _unencrypted_warning(settings: Settings, address: str) -> str:
             " https in front, and set BACKFEEDR_PUBLIC_URL to its address\n")
 
 
-class _Parser(HTTPRequestParser):
+class _RequestParser(HTTPRequestParser):
     """A request. Gets an answer in cases in which waitress would only close the connection, or wait."""
 
     arrived_at = 0.0  # time.monotonic() when it was complete
@@ -7280,7 +7283,7 @@ class _ErrorTask(_Task, ErrorTask):
         error = self.request.error
         body = json.dumps({"error": str(_as_refusal(error.code))}).encode()
         self.status = f"{error.code} {error.reason}"
-        self.response_headers.extend(_HEADERS.items())
+        self.response_headers.extend(_JSON_HEADERS.items())
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
@@ -7302,7 +7305,7 @@ class _AppTask(_Task, WSGITask):
 class _Channel(HTTPChannel):
     """A connection."""
 
-    parser_class, task_class, error_task_class = _Parser, _AppTask, _ErrorTask
+    parser_class, task_class, error_task_class = _RequestParser, _AppTask, _ErrorTask
     __repr__ = object.__repr__  # that of waitress has the client's address, and is logged with errors
     request_began = last_activity = 0.0
 
@@ -7502,7 +7505,7 @@ def backup(store: Store, path: Path) -> None:
 
 def write_jsonl(out: TextIO, stored: StoredReport) -> None:
     """Writes a report as a line of JSON: as it was sent, with its id, app and time of receipt."""
-    out.write(_encode(_exported(stored)) + "\n")
+    out.write(to_json(_exported(stored)) + "\n")
 
 
 def csv_writer(out: TextIO, kind: Any) -> Callable[[StoredReport], Any]:
@@ -7525,7 +7528,7 @@ _FORMULA = re.compile("[-=+@\uff0d\uff1d\uff0b\uff20\x00-\x1f\x7f-\x9f]")
 def _csv_cell(value: Any) -> Any:
     """The value as a cell that no spreadsheet takes for a formula."""
     if type(value) in (list, dict):
-        return _encode(value)
+        return to_json(value)
     return "'" + value if type(value) is str and _FORMULA.match(value) else value
 
 
@@ -7597,7 +7600,7 @@ def _open_read_only(path: Path) -> Connection:
 
 def _check_file(path: Path) -> str:
     if not path.is_file():
-        raise StoreError(f"there is no database {path}{_ANOTHER}")
+        raise StoreError(f"there is no database {path}{DB_PATH_HINT}")
     if not os.access(path, os.R_OK | os.W_OK):
         raise StoreError(f"no permission to read and write {path}, which a server needs")
     free = shutil.disk_usage(path.parent).free
@@ -7608,7 +7611,7 @@ def _check_file(path: Path) -> str:
 
 def _check_schema(path: Path) -> str:
     with closing(_open_read_only(path)) as db:
-        check_is_ours(db, path)
+        check_compatible(db, path)
         version: int = db.pragma("user_version")
     if not version:
         raise StoreError("there are no tables")
@@ -7660,7 +7663,7 @@ def _wrong_sums(table: str, sums: Sums, expired: int) -> list[str]:
     if expired and table in ("active_days", "device_hours"):
         is_less = " or ".join(f"counted.{column} > coalesce(kept.{column}, 0)" for column in sums.columns)
         return [f"""select 1 from main.{table} as counted left join stored.{table} as kept
-                    using ({', '.join(KEYS[table])}) where {is_less}"""]
+                    using ({', '.join(PRIMARY_KEYS[table])}) where {is_less}"""]
     where = "app_id in (select id from apps)"  # not of deleted apps
     if expired and table in ("crash_days", "group_days", "event_names"):
         where += f" and day > {(expired >> SEQ_BITS) // DAY + 1}"
@@ -7670,7 +7673,7 @@ def _wrong_sums(table: str, sums: Sums, expired: int) -> list[str]:
         where += f""" and hour <= (
             select min(first_seen) / {HOUR} + {24 * HEALTH_DAYS} from stored.builds as seen
             where seen.app_id = release_hours.app_id and seen.app_version = release_hours.app_version)"""
-    columns = ", ".join([*KEYS[table], *sums.columns])
+    columns = ", ".join([*PRIMARY_KEYS[table], *sums.columns])
     counted, kept = (f"select {columns} from {schema}.{table} where {where}" for schema in ("main", "stored"))
     missing, extra = f"{counted} except {kept}", f"{kept} except {counted}"
     may_be_old = sums.window or table == "release_hours"  # rows that are too old are deleted some time later
@@ -7685,7 +7688,7 @@ SPAN_COLUMNS = {"sessions": ("first_seq", "last_seq"), "groups": ("first_seen", 
 def _wrong_rows(table: str) -> str:
     """A query for rows that are not stored, or with a shorter span than the reports that are left."""
     first, last = SPAN_COLUMNS.get(table, ("app_id", "app_id"))
-    same = [*KEYS[table], *(("crashes", "devices") if table == "groups" else ())]
+    same = [*PRIMARY_KEYS[table], *(("crashes", "devices") if table == "groups" else ())]
     condition = "true"
     if "device" in table:
         condition = "(app_id, device) in (select app_id, device from main.devices where last_seq > :settled)"
@@ -7702,7 +7705,7 @@ def channel_warnings(path: Path) -> list[str]:
     """A sentence for each alert channel that does not get through."""
     with suppress(sqlite3.Error, TypeError), closing(_open_read_only(path)) as db:  # may be older, or damaged
         rows = db.execute("select id, url, ended_at, error, error_at from channels where error is not null order by id")
-        return [f"Channel {id} ({shown_address(url)}) has {'ended' if ended_at else 'failed'}: {error}"
+        return [f"Channel {id} ({redacted_address(url)}) has {'ended' if ended_at else 'failed'}: {error}"
                 f" at {iso_time(error_at)}" for id, url, ended_at, error, error_at in rows]
     return []
 

@@ -80,7 +80,7 @@ DIAGNOSTICS = "/api/v1/diagnostics"
 METRICS = ["/api/v1/metrics/daily-crashes", "/api/v1/metrics/crash-types", "/api/v1/metrics/devices",
            "/api/v1/overview", "/api/v1/metrics/active-devices", "/api/v1/metrics/sessions",
            "/api/v1/metrics/retention", "/api/v1/releases"]
-REPORT_TABLES = ["crashes", "events", *backfeedr.KEYS]
+REPORT_TABLES = ["crashes", "events", *backfeedr.PRIMARY_KEYS]
 
 
 class Clock:
@@ -332,7 +332,7 @@ def windows(db):
 def figures(db):
     """The stored figures: each table by its key, without rows from before its window."""
     tables, first = {}, windows(db)
-    for table, key in backfeedr.KEYS.items():
+    for table, key in backfeedr.PRIMARY_KEYS.items():
         size, columns = len(key), ", ".join(key)
         tables[table] = {row[:size]: row[2 * size:] for row in db.execute(f"select {columns}, {table}.* from {table}")
                          if table not in first or time_in(table, row) >= first[table]}
@@ -352,7 +352,7 @@ MOVES = {"regroupings", "group_aliases", "triage", "group_history"}  # not compu
 def recount(db):
     """What `figures` must return, computed from the reports alone."""
     tables = {table: defaultdict(Counter)
-              for table in backfeedr.KEYS.keys() - {"replays", "new_names", "medians", "key_days"} - MOVES}
+              for table in backfeedr.PRIMARY_KEYS.keys() - {"replays", "new_names", "medians", "key_days"} - MOVES}
     columns = dict(
         crash_days=("crashes",), labels=("crashes",), group_days=("crashes",), group_images=("crashes",),
         release_hours=("devices", "crashed"),
@@ -461,7 +461,7 @@ def rows_of_table(db, table):
         is_believed = 1_167_609_600_000 <= at <= row["received_at"] + 300_000
         row["at"] = at if is_believed else row["received_at"]
         row["sent_type"] = row.get("exception_type")
-        for name, flag in backfeedr.FLAGS.items():
+        for name, flag in backfeedr.OTHER_FLAGS.items():
             if row["other"] & flag:
                 row[name] = "(other)"
     return rows
@@ -997,8 +997,8 @@ def test_parsing_takes_few_passes_over_a_body_of_any_shape(monkeypatch):
     """Walking through half a million lists a dozen times takes many seconds."""
     monkeypatch.setattr(backfeedr, "MAX_REPORT_SIZE", 25_600)
     monkeypatch.setattr(backfeedr, "MAX_BATCHED_SIZE", 3_200)
-    encode, encoded, calls = backfeedr._encode, [], []
-    monkeypatch.setattr(backfeedr, "_encode", lambda value: encoded.append(len(text := encode(value))) or text)
+    encode, encoded, calls = backfeedr.to_json, [], []
+    monkeypatch.setattr(backfeedr, "to_json", lambda value: encoded.append(len(text := encode(value))) or text)
     for (shape, wrap, parse), part in product([
             ("a field", lambda many: {**CRASH, "x": many}, parse_crash),
             ("fields", lambda many: {**CRASH, **{f"x{n}": value for n, value in enumerate(many)}}, parse_crash),
@@ -1716,11 +1716,11 @@ def upload(server, part=PART, uuid=HELD, **headers):
     """Uploads a part of a build's symbols and waits for the background work. Returns the status and the answer."""
     body = part if isinstance(part, bytes) else json.dumps(part).encode()
     answer = call(server, "PUT", f"{SYMBOLS}/{uuid}", body, **{**ADMIN, **headers})
-    joined_threads()
+    wait_for_catch_up()
     return answer
 
 
-def joined_threads():
+def wait_for_catch_up():
     """Waits for background threads; not by join(), which refuses a thread that is about to start."""
     wait_until(lambda: all(thread.name != "backfeedr catch-up" for thread in threading.enumerate()))
 
@@ -1995,7 +1995,7 @@ def test_missing_symbols_are_listed_with_the_crashes_that_wait_for_them(api, clo
     of_shop = [missing_build(*build, "Shop", "3.0", None, 5) for build in ((OTHER_BUILD, None), (third, "Kit"))]
     assert list_symbols(server) == ([], [*of_shop, of_default])
     with monkeypatch.context() as patch:
-        patch.setattr(backfeedr, "MISSING_BUILDS", 2)
+        patch.setattr(backfeedr, "MAX_MISSING_BUILDS", 2)
         assert list_symbols(server) == ([], of_shop), "those with the most crashes"
     assert list_symbols(server, "app=default") == ([], [of_default])
     assert list_symbols(server, "app=Shop") == ([], of_shop)
@@ -2274,7 +2274,7 @@ def test_a_crash_sent_again_or_imported_after_its_symbols_gets_its_new_group(api
 
 
 def test_crashes_in_the_group_other_do_not_move(api, monkeypatch):
-    monkeypatch.setitem(backfeedr.NEW_NAMES, "group_hash", 0)
+    monkeypatch.setitem(backfeedr.MAX_NEW_NAMES, "group_hash", 0)
     api.post(CRASHES, shop_crash(1008))
     upload(api.server)
     assert report(api.server)["group_hash"] == "(other)"
@@ -2339,7 +2339,7 @@ def test_uploads_during_a_catch_up_start_exactly_one_more(api, monkeypatch):
     wait_until(lambda: [thread.name for thread in threading.enumerate()].count("backfeedr catch-up") == 2)
     assert started == [1], "the second waits for the first; it does what that one may have missed"
     may_end.set()
-    joined_threads()
+    wait_for_catch_up()
     assert started == [1, 1]
 
 
@@ -2378,7 +2378,7 @@ def test_reports_show_symbolicated_frames_beside_those_that_were_sent(api, perso
 
 def test_the_lookups_for_a_report_are_limited(api, monkeypatch):
     monkeypatch.setattr(backfeedr, "SHOWN_LOOKUPS", 5)
-    monkeypatch.setattr(backfeedr.Symbols.named, "__defaults__", (4,))
+    monkeypatch.setattr(backfeedr.Symbols.symbolicated, "__defaults__", (4,))
     lookups, lookup = [], backfeedr.Symbols.lookup
     monkeypatch.setattr(backfeedr.Symbols, "lookup", lambda *args: lookups.append(args[1:]) or lookup(*args))
     upload(api.server)
@@ -2400,7 +2400,7 @@ def patch(server, body, group=ABORTS, query="", **headers):
     return call(server, "PATCH", f"{CRASHES}/{group}", json.dumps(body).encode(), query, **{**ADMIN, **headers})
 
 
-def decided(server, body, group=ABORTS):
+def set_triage(server, body, group=ABORTS):
     status, answer = patch(server, body, group)
     assert status == 200, answer
     return answer
@@ -2470,10 +2470,10 @@ def test_a_resolved_group_regresses_only_in_builds_that_have_the_fix(api, clock,
         send_report(api, clock, build, exception_type="SIGBUS")
     if "event 1.0" in seen:
         send_report(api, clock, "event 1.0")
-    assert decided(api.server, {"state": "resolved", "fixed_in": fixed_in})["fixed_in"] == fixed_in
+    assert set_triage(api.server, {"state": "resolved", "fixed_in": fixed_in})["fixed_in"] == fixed_in
     clock.move(1)
     for build, regressed in crashes.items():
-        decided(api.server, {"state": "resolved", "fixed_in": fixed_in} if state_of(api.server) == "open" else {
+        set_triage(api.server, {"state": "resolved", "fixed_in": fixed_in} if state_of(api.server) == "open" else {
             "comment": "Still."})
         id = send_report(api, clock, build)
         group = api.server.metrics.group(ABORTS)
@@ -2496,7 +2496,7 @@ def send_report(api, clock, build, **fields):
 
 def test_a_crash_without_a_version_reopens_a_group_only_if_it_occurred_later(api, clock):
     crash_now(api, clock)
-    decided(api.server, {"state": "resolved"})
+    set_triage(api.server, {"state": "resolved"})
     for ahead, state in ((0, "resolved"), (1, "open")):
         occurred = time_text(clock.seconds + ahead)
         clock.move(1)
@@ -2516,7 +2516,7 @@ def test_a_crash_without_a_version_reopens_a_group_only_if_it_occurred_later(api
 def test_a_mute_ends_with_the_first_of_its_conditions(subscribed, clock, muted, crashes):
     subscribed.post(CRASHES, {**CRASH, "device_id_hash": "a"})
     until = {"until": time_text(clock.seconds + muted["until"])} if "until" in muted else {}
-    decided(subscribed.server, {"state": "muted", **muted, **until})
+    set_triage(subscribed.server, {"state": "muted", **muted, **until})
     for seconds, device, state in crashes:
         clock.move(seconds)
         subscribed.post(CRASHES, {**CRASH, "device_id_hash": device})
@@ -2529,12 +2529,12 @@ def test_a_mute_ends_with_the_first_of_its_conditions(subscribed, clock, muted, 
 def test_each_crash_of_a_commit_counts_for_a_mute_and_all_of_them_once_for_a_regression(subscribed, clock):
     crash, store = parse_crash({**CRASH, "app_version": "1.0"}), subscribed.server.store
     add(subscribed.server, 1, **CRASH)
-    decided(subscribed.server, {"state": "muted", "more_crashes": 3})
+    set_triage(subscribed.server, {"state": "muted", "more_crashes": 3})
     run_together(store, [partial(store.add, KEY_HASH, [crash])] * 2)
     assert state_of(subscribed.server) == "muted"
     run_together(store, [partial(store.add, KEY_HASH, [crash])] * 3)
     assert state_of(subscribed.server) == "open"
-    decided(subscribed.server, {"state": "resolved", "fixed_in": "1.0"})
+    set_triage(subscribed.server, {"state": "resolved", "fixed_in": "1.0"})
     run_together(store, [partial(store.add, KEY_HASH, [crash])] * 4)
     store.add(KEY_HASH, [crash])
     assert [what for what, _ in history_of(subscribed.server)] == ["muted", "unmuted", "resolved", "regressed"]
@@ -2545,7 +2545,7 @@ def test_two_hosts_that_commit_side_by_side_reopen_a_group_once(serve, clock):
     server, other = serve(), serve()
     crash_now(Api(server), clock)
     for _ in range(5):
-        decided(server, {"state": "resolved", "fixed_in": "1.0"})
+        set_triage(server, {"state": "resolved", "fixed_in": "1.0"})
         clock.move(1)
         crash = parse_crash({**CRASH, "app_version": "1.0"})
         with ThreadPoolExecutor(4) as pool:
@@ -2577,7 +2577,7 @@ def test_replays_imports_and_test_apps_reopen_no_group_and_note_no_fact(serve, s
 def test_crashes_that_stay_in_their_group_during_a_catch_up_do_not_regress_it(serve, clock):
     server = serve()
     crash_now(Api(server), clock, "1.0 47")
-    decided(server, {"state": "resolved", "fixed_in": "1.0"})
+    set_triage(server, {"state": "resolved", "fixed_in": "1.0"})
     sql_run(server.store.path, "update crashes set images = 'outdated'")
     sql_run(server.store.path, "insert into regroupings select app_id, group_hash, 0, 0, '' from groups")
     server.store.catch_up()
@@ -2588,19 +2588,19 @@ def test_state_and_history_outlive_the_crashes_so_a_later_crash_can_be_a_regress
     server = serve(retention_days=30)
     api = Api(server)
     crash_now(api, clock, "1.0 47")
-    decided(server, {"state": "resolved", "comment": "Fixed."})
+    set_triage(server, {"state": "resolved", "comment": "Fixed."})
     clock.move(60 * 86_400)
     server.store.prune()
     assert not any(stored(server, "crashes", "groups").values())
     group = api.get(f"{CRASHES}/{ABORTS}", **ADMIN)[1]
     assert (group["state"], group["count"], group["reports"], group["first_seen"]) == ("resolved", 0, [], None)
-    assert decided(server, {"comment": "Still?"})["history"][-1]["detail"] == "Still?", "it can still be triaged"
-    for state, sort in product(backfeedr.GROUPS_OF, backfeedr.SORTS):
+    assert set_triage(server, {"comment": "Still?"})["history"][-1]["detail"] == "Still?", "it can still be triaged"
+    for state, sort in product(backfeedr.STATE_CONDITIONS, backfeedr.SORT_COLUMNS):
         groups = server.metrics.groups(state=state, sort=sort)["groups"]
         assert [(group["group_hash"], group["count"], group["last_seen"]) for group in groups] \
             == [(ABORTS, 0, None)] * (state == "resolved")
     check_schema({"$ref": "#/components/schemas/Groups"}, api.get(f"{CRASHES}?state=resolved", **ADMIN)[1])
-    assert f"{ABORTS} resolved 0 0" in Person(server).has_session().text("/crashes?state=resolved")
+    assert f"{ABORTS} resolved 0 0" in Person(server).signed_in().text("/crashes?state=resolved")
     server.alerts.add("https://example.com")
     crash_now(api, clock, "1.0 47")
     assert state_of(server) == "resolved"
@@ -2620,7 +2620,7 @@ def test_facts_say_what_where_and_how_often(subscribed, clock):
     for n in [*range(1, 9), 8, 9, 9, 10]:
         subscribed.post(CRASHES, {**crash, "device_id_hash": f"d{n}", **build_of("1.2 47")})
     assert facts_of(subscribed.server)[1:] == [("crash.spread", {**detail, "crashes": 11, "devices": 10})], "once"
-    decided(subscribed.server, {"state": "resolved", "fixed_in": "1.3"}, group)
+    set_triage(subscribed.server, {"state": "resolved", "fixed_in": "1.3"}, group)
     subscribed.post(CRASHES, {**crash, **build_of("1.3")})
     assert facts_of(subscribed.server)[2:] == [("crash.regressed", {
         "exception_type": "SIGABRT", "place": "Cart.total()", "app_version": "1.3", "crashes": 14, "devices": 11,
@@ -2629,7 +2629,7 @@ def test_facts_say_what_where_and_how_often(subscribed, clock):
 
 
 def test_the_group_other_makes_no_facts(subscribed, monkeypatch):
-    monkeypatch.setitem(backfeedr.NEW_NAMES, "group_hash", 1)
+    monkeypatch.setitem(backfeedr.MAX_NEW_NAMES, "group_hash", 1)
     subscribed.server.store.add(KEY_HASH, [
         parse_crash({**CRASH, "exception_type": f"E{n}", "device_id_hash": f"d{n}"}) for n in range(30)])
     assert ("(other)",) in sql(subscribed.server.store.path, "select group_hash from groups")
@@ -2646,7 +2646,7 @@ def test_spread_is_a_fact_once_per_bound_and_never_for_a_muted_group(subscribed,
 
     for devices, facts in (((1, 2), []), ((2, 3), [3]), ((3, 4, 5), [3]), ((6, 7), [3, 7]), ((8,), [3, 7])):
         assert send(*devices) == facts
-    decided(subscribed.server, {"state": "muted"})
+    set_triage(subscribed.server, {"state": "muted"})
     assert send(9, 10) == [3, 7]
 
 
@@ -2696,7 +2696,7 @@ def test_each_decision_is_in_the_history_and_can_be_changed_in_part(api, clock):
             ({"state": "muted"}, "muted", None, [("muted", None)])):
         clock.move(1)
         before = history_of(server)
-        answer = decided(server, body)
+        answer = set_triage(server, body)
         assert (answer["state"], answer["fixed_in"], history_of(server)) == (state, fixed_in, before + entries)
         row = sql(server.store.path, "select until, crashes_left, devices_left from triage")[0]
         assert row == {"until": (parse_time(until), 5, None), "more_devices": (parse_time(until), 5, 2)}.get(
@@ -2706,10 +2706,10 @@ def test_each_decision_is_in_the_history_and_can_be_changed_in_part(api, clock):
 def test_history_is_bounded_and_loses_its_oldest_entries(api, monkeypatch):
     monkeypatch.setattr(backfeedr, "MAX_HISTORY", 3)
     add(api.server, **CRASH)
-    decided(api.server, {"comment": "x" * 6000})
+    set_triage(api.server, {"comment": "x" * 6000})
     assert history_of(api.server) == [("commented", "x" * 5000)]
     for n in range(5):
-        decided(api.server, {"comment": str(n)})
+        set_triage(api.server, {"comment": str(n)})
     assert [detail for _, detail in history_of(api.server)] == ["2", "3", "4"]
 
 
@@ -2735,7 +2735,7 @@ def test_groups_are_listed_by_state(api, person, clock):
     for exception_type in types[:-1]:
         crash_now(api, clock, exception_type=exception_type)
     for exception_type, state in (("muted", "muted"), ("resolved", "resolved"), ("again", "resolved")):
-        decided(api.server, {"state": state}, group_hash(exception_type, []))
+        set_triage(api.server, {"state": state}, group_hash(exception_type, []))
     clock.move(8 * 86_400)
     crash_now(api, clock, exception_type="again")
     crash_now(api, clock, exception_type="fresh")
@@ -2752,7 +2752,7 @@ def test_groups_are_listed_by_state(api, person, clock):
     badges = dict(re.findall(r'<bdi>(\w+)</bdi></a>\s*<b>\s*(\w+)\s*</b>', person.get("/crashes?days=all").text))
     assert badges == {"resolved": "resolved", "muted": "muted", "again": "regressed", "fresh": "new"}
     assert api.get(f"{CRASHES}?state=closed", **ADMIN)[0] == 400
-    decided(api.server, {"state": "muted"}, group_hash("again", []))
+    set_triage(api.server, {"state": "muted"}, group_hash("again", []))
     assert api.get(f"{CRASHES}?state=regressed", **ADMIN)[1]["groups"] == []
 
 
@@ -2777,8 +2777,8 @@ def test_invented_builds_and_versions_hide_no_regression(serve, subscribed, cloc
             (None, 200, {"1.0 9": "resolved", "1.1 10": "open"}),  # 1.1 is new, though its build has no row
             ("1.2", 0, {"1.1.9 11": "resolved", "1.3 12": "open"}),  # 1.3 comes after it, though it counts as (other)
             (None, 0, {"1.4 13": "resolved"})):  # it is not known when 1.4 was first seen
-        monkeypatch.setitem(backfeedr.NEW_NAMES, "app_version", versions)
-        decided(subscribed.server, {"state": "resolved", "fixed_in": fixed_in})
+        monkeypatch.setitem(backfeedr.MAX_NEW_NAMES, "app_version", versions)
+        set_triage(subscribed.server, {"state": "resolved", "fixed_in": fixed_in})
         for build, state in crashes.items():
             crash_now(subscribed, clock, build)
             assert state_of(subscribed.server) == state, build
@@ -2788,13 +2788,13 @@ def test_invented_builds_and_versions_hide_no_regression(serve, subscribed, cloc
 def test_a_crash_that_symbols_move_to_a_resolved_group_may_regress_it(subscribed, clock):
     upload(subscribed.server)
     crash_now(subscribed, clock, "1.0 1", **shop_crash(1008, exception_type="SIGABRT", occurred_at=NOW))
-    decided(subscribed.server, {"state": "resolved", "fixed_in": "1.1"}, NAMED)
+    set_triage(subscribed.server, {"state": "resolved", "fixed_in": "1.1"}, NAMED)
     crash_now(subscribed, clock, "1.0 1", **shop_crash(5008, OTHER_BUILD, occurred_at=NOW))
     new = {**shop_crash(5012, OTHER_BUILD), "occurred_at": time_text(clock.seconds), **build_of("1.2 3")}
     assert subscribed.post(CRASHES, new)[0] == 201
     assert state_of(subscribed.server, NAMED) == "resolved", "the symbols are not there yet"
     upload(subscribed.server, NEXT_PART, OTHER_BUILD)
-    joined_threads()
+    wait_for_catch_up()
     assert state_of(subscribed.server, NAMED) == "open" and history_of(subscribed.server, NAMED)[-1][0] == "regressed"
     assert facts_of(subscribed.server)[-1][0] == "crash.regressed"
 
@@ -2812,7 +2812,7 @@ def test_a_version_that_is_no_release_hides_neither_verdicts_nor_the_next_versio
 
 
 def test_names_of_session_events_use_up_no_event_names(api, clock, monkeypatch):
-    monkeypatch.setitem(backfeedr.NEW_NAMES, "name", 3)
+    monkeypatch.setitem(backfeedr.MAX_NEW_NAMES, "name", 3)
     for event in [*({"type": "session_start", "session_id": f"s{n}", "name": f"launch {n}"} for n in range(9)),
                   *({"type": "custom", "name": name} for name in "abcd")]:
         add(api.server, **event)
@@ -2862,18 +2862,18 @@ def test_a_group_is_triaged_on_its_page(api, person, clock):
 @pytest.mark.parametrize("target_state", [None, "muted"])  # of the group that the crashes move to
 def test_state_and_history_move_with_the_crashes(api, clock, target_state):
     group_of_crash(api, clock, 1008)
-    decided(api.server, {"state": "resolved", "fixed_in": "1.0", "comment": "old"}, UNNAMED)
+    set_triage(api.server, {"state": "resolved", "fixed_in": "1.0", "comment": "old"}, UNNAMED)
     if target_state:
         upload(api.server)
-        joined_threads()
+        wait_for_catch_up()
         assert patch(api.server, {"state": target_state}, UNNAMED)[0] == 301
-        assert decided(api.server, {"state": target_state}, NAMED)["state"] == target_state
+        assert set_triage(api.server, {"state": target_state}, NAMED)["state"] == target_state
         api.server.store.delete_symbols(HELD)
         group_of_crash(api, clock, 1008)
         clock.move(1)
-        decided(api.server, {"comment": "between"}, UNNAMED)
+        set_triage(api.server, {"comment": "between"}, UNNAMED)
     upload(api.server)
-    joined_threads()
+    wait_for_catch_up()
     group = api.server.metrics.group(NAMED)
     assert (group["state"], group["fixed_in"]) == ((target_state, None) if target_state else ("resolved", "1.0"))
     details = [entry["detail"] for entry in group["history"]]
@@ -3310,7 +3310,7 @@ def test_figures_agree_when_devices_are_forgotten_days_after_the_last_report(kee
 @sqlite_only
 def test_figures_agree_when_the_only_report_of_the_day_is_forgotten_during_the_daily_trim(keeping, clock, monkeypatch):
     server = keeping(0)
-    monkeypatch.setattr(backfeedr, "TRIMMED", 1)
+    monkeypatch.setattr(backfeedr, "TRIM_STEP", 1)
     for kind in "ABC":
         add(server, exception_type=kind)
     clock.move(8 * 86_400)
@@ -3453,7 +3453,7 @@ def test_each_window_is_kept_for_its_days_and_trimmed_on_the_next(windows_filled
 
 
 def test_windows_are_trimmed_in_bounded_steps_and_rows_not_yet_trimmed_do_not_count(windows_filled, clock, monkeypatch):
-    monkeypatch.setattr(backfeedr, "TRIMMED", 3)
+    monkeypatch.setattr(backfeedr, "TRIM_STEP", 3)
     clock.move(401 * A_DAY)
     for crashes, left in enumerate((7, 4, 1, 0), 1):
         add(windows_filled, exception_type="T1")
@@ -3548,7 +3548,7 @@ def test_events_are_counted_by_name_type_and_day_until_they_are_forgotten(keepin
 
 
 def test_a_group_is_named_by_its_exception_type_even_if_that_counts_as_other(keeping, later, monkeypatch):
-    monkeypatch.setitem(backfeedr.NEW_NAMES, "exception_type", 1)
+    monkeypatch.setitem(backfeedr.MAX_NEW_NAMES, "exception_type", 1)
     server, names = keeping(), []
     add(server, exception_type="A")
     for act in (lambda: add(server, exception_type="T"),
@@ -3572,8 +3572,8 @@ def test_crashes_and_events_share_the_limit_of_releases(api):
 
 
 def test_other_is_shown_like_any_name_with_its_reports_until_they_are_forgotten_or_expire(one_day, later, monkeypatch):
-    for field in backfeedr.NEW_NAMES:
-        monkeypatch.setitem(backfeedr.NEW_NAMES, field, 1)
+    for field in backfeedr.MAX_NEW_NAMES:
+        monkeypatch.setitem(backfeedr.MAX_NEW_NAMES, field, 1)
     api = Api(one_day)
 
     def add_two_of_a_device():
@@ -3754,7 +3754,7 @@ def run_together(store, calls, meanwhile=lambda: None):
         except BaseException as error:
             return error
 
-    pool, process = ThreadPoolExecutor(len(calls)), store._here
+    pool, process = ThreadPoolExecutor(len(calls)), store._process
     with process.write_lock:
         outcomes = [pool.submit(outcome, call) for call in calls]
         wait_until(lambda: len(process.waiting) == len(calls))
@@ -3811,7 +3811,7 @@ def test_no_waiting_request_hangs_whatever_error_the_commit_meets(api, monkeypat
 
 def test_an_interrupted_request_leaves_the_queue_and_the_others_are_stored(api):
     """Ctrl-C does that in an app whose main thread handles requests."""
-    process = api.server.store._here
+    process = api.server.store._process
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored in a background job of a shell
 
     def interrupt():
@@ -3855,7 +3855,7 @@ def test_submissions_of_one_call_share_a_commit_and_each_has_its_own_outcome(api
     assert [str(each.error) if each.error else each.result() for each in submissions] == [
         (first, False), "invalid API key", (first, True), "idempotency key reused with a different body",
         (second, False), "storage unavailable"]
-    assert len(seqs) == 3 and list(store._here.group_sizes.counts)[:4] == [0, 0, 0, 1]
+    assert len(seqs) == 3 and list(store._process.commit_sizes.counts)[:4] == [0, 0, 0, 1]
     store.add_all([])
 
 
@@ -4073,7 +4073,8 @@ def test_a_migration_keeps_the_sums_of_reports_that_have_expired(tmp_path, keepi
             "release_sums": (1, "0.9", 8, 0, 7, 6, 5)}.items():
         found = sql(path, f"select * from {table}")
         assert row in found and not [each for each in found if each[0] == 0], table
-        assert not [each for each in found if not any(each[len(backfeedr.KEYS[table]):])], "it has rows of zeros"
+        key_length = len(backfeedr.PRIMARY_KEYS[table])
+        assert not [each for each in found if not any(each[key_length:])], "it has rows of zeros"
     assert sql(path, "select crashes from release_sums where app_id = 1 and app_version = '1.0'") == [(70,)]
     assert sql(path, "select first_seen from releases where app_id = 1 and app_version = '1.0'") == [(4,)]
 
@@ -4205,7 +4206,7 @@ def test_a_test_app_is_not_imported_into_a_live_one(serve):
 
 def test_imported_names_count_as_new_on_the_day_of_their_receipt(serve, clock, monkeypatch):
     """So the limit of a day does not apply to the names of many days."""
-    monkeypatch.setitem(backfeedr.NEW_NAMES, "app_version", 5)
+    monkeypatch.setitem(backfeedr.MAX_NEW_NAMES, "app_version", 5)
     server, other = serve(), serve("other.db")
     for n in range(9):
         for more in ({}, {"type": "custom"}):
@@ -4225,7 +4226,7 @@ def test_an_export_has_the_reports_from_when_it_began_and_reads_them_in_pages(se
     monkeypatch.setattr(backfeedr, "PAGE_ROWS", 7)
     reports = server.store.export(backfeedr.Event)
     first = next(reports)
-    assert [reader.in_transaction for reader in server.store._here.readers] == [False], "no read stays open"
+    assert [reader.in_transaction for reader in server.store._process.readers] == [False], "no read stays open"
     add(server, type="custom")
     assert [first.seq, *(kept.seq for kept in reports)] == [row[2] for row in events]
     since = events[20][4]
@@ -4261,7 +4262,7 @@ def test_a_full_disk_fails_a_whole_commit_until_there_is_room(serve, disk):
     add(server)
     before = stored(server)
     disk.pages = sql(server.store.path, "pragma page_count")[0][0] + 3  # enough for some rows of the commit
-    server.store._here.close_writer()
+    server.store._process.close_writer()
     calls = [lambda: add(server)] * 3 + [lambda: add(server, 100, properties=text, type="custom")] * 2
     for _ in range(2):
         assert {type(outcome) for outcome in run_together(server.store, calls)} == {StorageUnavailable}
@@ -4271,7 +4272,7 @@ def test_a_full_disk_fails_a_whole_commit_until_there_is_room(serve, disk):
     assert api.post(CRASHES, CRASH)[0] == 201, "a small report still finds room"
     assert api.get("/api/v1/health")[0] == 200 and api.get("/api/v1/overview")[0] == 200
     disk.pages = 1_000_000
-    server.store._here.writer.execute("pragma max_page_count = 1000000")
+    server.store._process.writer.execute("pragma max_page_count = 1000000")
     assert {type(outcome) for outcome in run_together(server.store, calls)} == {backfeedr.Receipt}
     assert count(server, "events") == 200
 
@@ -4282,7 +4283,7 @@ def test_health_fails_from_a_failed_commit_until_there_is_room(serve, disk):
     api, text = Api(server), {"text": "x" * 9_000}
     add(server)
     disk.pages = sql(server.store.path, "pragma page_count")[0][0] + 1
-    server.store._here.close_writer()
+    server.store._process.close_writer()
     for _ in range(2):
         assert api.post(EVENTS, {**EVENT, "properties": text}) == UNAVAILABLE
         server.store.grant("session", 1000)  # a small write finds room, but proves nothing about reports
@@ -4629,7 +4630,7 @@ def test_a_channel_that_answers_410_ends_and_the_page_says_so(alerting, clock, r
     note(alerting)
     assert deliver_later(alerting, clock, 86400) == NONE_DUE and len(receiver.requests) == 1
     assert stored(alerting, "messages", "facts") == {"messages": [], "facts": []}, "there is no channel any more"
-    assert "ended 1 d ago : the receiver answered 410 Gone" in Person(alerting).has_session().text("/apps")
+    assert "ended 1 d ago : the receiver answered 410 Gone" in Person(alerting).signed_in().text("/apps")
 
 
 def test_retry_after_is_honoured_up_to_a_day(alerting, clock, receiver):
@@ -4927,7 +4928,7 @@ def test_other_addresses_go_through_apprise_if_it_is_installed(serve, clock, mon
     ("ntfy+https://ntfy.sh/topic", "ntfy+https://ntfy.sh/..."), ("https://example.com", "https://example.com"),
     ("tgram://123456:bottoken/ChatID", "tgram://...atID"), ("pover://user@tok", "pover://...")])
 def test_an_address_is_shown_without_its_secrets(url, shown):
-    assert backfeedr.shown_address(url) == shown
+    assert backfeedr.redacted_address(url) == shown
 
 
 @pytest.fixture
@@ -4945,7 +4946,7 @@ def new_in_digests(receiver):
 def test_a_digest_comes_at_its_hour_each_day_and_says_what_is_new_resolved_and_regressed(digesting, clock, receiver):
     for name in "A", "B":
         Api(digesting).post(CRASHES, {**CRASH, "exception_type": name, "app_version": "1.0"})
-        decided(digesting, {"state": "resolved", "fixed_in": "1.0"}, group_hash(name, []))
+        set_triage(digesting, {"state": "resolved", "fixed_in": "1.0"}, group_hash(name, []))
     Api(digesting).post(CRASHES, {**CRASH, "exception_type": "B", "app_version": "1.0"})
     for seconds, number in ((29 * 60, 0), (60, 1), (86399, 0), (1, 1), (5 * 86400 + 60, 1), (86400 - 61, 0), (1, 1)):
         assert deliver_later(digesting, clock, seconds)["sent"] == number, "one, even after days without a server"
@@ -4982,7 +4983,7 @@ def test_a_group_whose_first_crashes_have_expired_is_not_new_again_in_a_digest(d
 
 def test_the_feed_leaves_out_a_group_whose_crashes_have_expired(keeping, clock):
     server = keeping(1)
-    address = "/crashes.atom?token=" + server.store.change_feed(True)
+    address = "/crashes.atom?token=" + server.store.replace_feed_token(True)
     add(server, **CRASH)
     assert "<entry>" in webtest.TestApp(server).get(address)
     clock.move(2 * 86_400)
@@ -5188,7 +5189,7 @@ def test_each_question_and_a_commit_use_an_index(api):
         "crash": {"id": crash["id"]}, "neighbours": {"crash": crash}}
     for question, plan in PLANS.items():
         with api.server.store.reading() as reader:  # the question will get the same connection
-            db, queries = api.server.store._here.writer if question == "a commit" else reader, []
+            db, queries = api.server.store._process.writer if question == "a commit" else reader, []
         db.set_trace_callback(queries.append)
         if question == "a commit":
             api.post(EVENTS, {**event, "occurred_at": "2026-03-01T00:00:00Z"})
@@ -5202,7 +5203,7 @@ def test_each_question_and_a_commit_use_an_index(api):
                  for *_, step in db.execute("explain query plan " + query)}
         assert {f"SEARCH {step}" for step in plan} <= steps, question
         scanned = {step.split()[1] for step in steps if step.startswith("SCAN ")}
-        assert not scanned & {"crashes", "events", *backfeedr.KEYS}, question
+        assert not scanned & {"crashes", "events", *backfeedr.PRIMARY_KEYS}, question
 
 
 def iso_time(ms):
@@ -5378,7 +5379,7 @@ class SlowMetrics:
             yield "metrics/daily-crashes", {"days": shown}, self.per_day(shown, self.totals("crash_days", "data"))
         if with_lists:
             for query in ({}, {"version": "2.0"}, {"days": dice.choice([1, 2, 7])}, {"version": "1.10.0", "days": 9},
-                          *({"sort": sort, **dice.choice([{}, {"days": 9}])} for sort in backfeedr.SORTS)):
+                          *({"sort": sort, **dice.choice([{}, {"days": 9}])} for sort in backfeedr.SORT_COLUMNS)):
                 yield "crashes", {"limit": 2, **query}, {"groups": self.groups(**query)}
             for group in {row["group_hash"] for row in self.crashes[-2:]}:
                 yield f"crashes/{group}", {"limit": 2}, self.group(group)
@@ -5507,7 +5508,7 @@ class Simulation:
 @pytest.mark.parametrize("seed, variety", [*((seed, 1) for seed in range(4)), (4, 40), (5, 40)])
 def test_all_answers_equal_a_slow_and_obvious_computation(serve, clock, monkeypatch, seed, variety):
     if variety > 1:
-        monkeypatch.setattr(backfeedr, "NEW_NAMES", dict(
+        monkeypatch.setattr(backfeedr, "MAX_NEW_NAMES", dict(
             group_hash=3, exception_type=2, device_model=2, app_version=1, name=1))
     simulation = Simulation(Api(serve(rate_limit=0, retention_days=0)), clock, seed, variety)
     serve.unchecked.append(simulation.api.server)
@@ -5663,7 +5664,7 @@ def test_without_devices_there_is_no_verdict_and_intervals_are_those_of_the_pape
     for newer, before, expected in (  # Newcombe 1998, table II, method 10: cases a, b, e and h
             ((70, 14), (80, 32), (0.0524, 0.3339)), ((10, 1), (10, 7), (0.1705, 0.8090)),
             ((10, 10), (20, 20), (-0.1611, 0.2775)), ((10, 0), (10, 10), (0.6075, 1.0))):
-        interval = backfeedr.newcombe(backfeedr.Health(*newer), backfeedr.Health(*before))
+        interval = backfeedr.newcombe_interval(backfeedr.Health(*newer), backfeedr.Health(*before))
         assert interval == pytest.approx(expected, abs=0.0002)
 
 
@@ -5672,12 +5673,12 @@ def test_equal_releases_are_seldom_called_worse_and_a_worse_one_is():
 
     def words(newer, before):
         """Counts the words of 400 verdicts on random releases, given their devices and the share that never crashes."""
-        healths = []
+        health_of_pairs = []
         for devices, share in (newer, before):
             crashed = range(devices + 1)
             likely = [math.comb(devices, n) * (1 - share) ** n * share ** (devices - n) for n in crashed]
-            healths.append([backfeedr.Health(devices, n) for n in chance.choices(crashed, likely, k=400)])
-        return Counter(backfeedr.verdict(*both)["word"] for both in zip(*healths))
+            health_of_pairs.append([backfeedr.Health(devices, n) for n in chance.choices(crashed, likely, k=400)])
+        return Counter(backfeedr.verdict(*both)["word"] for both in zip(*health_of_pairs))
 
     for devices, before, share in ((50, 50, 0.8), (50, 400, 0.96), (300, 300, 0.96), (300, 1000, 0.5),
                                    (300, 300, 0.995)):
@@ -5904,7 +5905,7 @@ def test_a_first_start_makes_a_key_and_a_token_and_announces_them_once(start, ur
 def test_secrets_of_the_settings_are_used_and_not_announced(start):
     for settings, token, other in (({"api_key": "mine"}, "token" * 4, "mine"), ({}, "new" * 6, "token" * 4)):
         with start(auth_token=token, **settings) as server:
-            assert server.store.is_admin(token.encode()) and not server.store.is_admin(other.encode())
+            assert server.store.is_admin_token(token.encode()) and not server.store.is_admin_token(other.encode())
             assert Api(server).post(CRASHES, CRASH, key="mine")[0] == 201
     assert start.texts == []
 
@@ -5925,7 +5926,7 @@ def test_reports_that_the_rate_limit_refuses_are_shown_on_the_overview_in_the_lo
     assert statuses == [201, 201, 429, 429, 429]
     assert [record.message for record in caplog.records] == ["1 report of Shop was refused today: rate limit"]
     assert scraped(api)['rate_limited_total{app="Shop"}'] == 3
-    person = Person(api.server).has_session()
+    person = Person(api.server).signed_in()
     assert "3 reports of Shop were refused today: rate limit" in person.get("/")
     assert "refused" not in person.get("/?app=default")
     clock.move(86_400)
@@ -5969,7 +5970,7 @@ def test_a_payload_becomes_crashes_and_events_in_its_order_in_one_commit(api):
     assert (status, answer) == (201, {"count": 4, "ids": [row[0] for pair in zip(events, crashes) for row in pair],
                                       "group_hashes": [None, groups[0], None, groups[1]]})
     assert sorted(answer["ids"], key=lambda id: id[-16:]) == answer["ids"]
-    assert sum(api.server.store._here.group_sizes.counts) == 1
+    assert sum(api.server.store._process.commit_sizes.counts) == 1
 
 
 def test_a_payload_without_diagnostics_is_taken_and_nothing_is_stored(api):
@@ -6072,7 +6073,7 @@ def test_requests_of_all_kinds_share_a_commit_and_each_receipt_has_the_seqs_of_i
             getattr(report, "exception_type", None) or report.name for report in submission.reports]
     assert [submission.receipt.replayed for submission in submissions] == [False, False, False, True, False, False]
     assert len(rows) == 4 + 1 + 2 + 1 + 4 and submissions[0].receipt.seqs == submissions[3].receipt.seqs
-    assert sum(store._here.group_sizes.counts) == 1
+    assert sum(store._process.commit_sizes.counts) == 1
 
 
 # -- Prometheus
@@ -6429,7 +6430,7 @@ def test_random_requests_get_documented_answers_and_leave_the_database_sound(ser
             assert status in (200, 201) and "error" not in answer or refused, (n, status, answer, request)
     assert set(statuses) == {200, 201, 303, 400, 401, 404, 405, 413, 415, 422}, statuses
     assert caplog.records == [] and call(server)[0] == 201
-    joined_threads()
+    wait_for_catch_up()
     assert all(len(rows) > 50 for rows in stored(server, "crashes", "events").values())
     assert count(server, "symbols") > 10 and count(server, "group_aliases") > 0
     check_database(server.store.path)
@@ -6479,7 +6480,7 @@ class Person:
     def sign_in(self, token=TOKEN):
         return send(forms_of(self.get("/", 303).follow(headers=HTML))[0], token=token).follow(headers=HTML)
 
-    def has_session(self):
+    def signed_in(self):
         """Signs in with a single request."""
         self.get(self.server.pages.invite(""), 303)
         return self
@@ -6515,7 +6516,7 @@ def post_crash(api, **fields):
 @pytest.fixture
 def person(api):
     """A person who is signed in."""
-    return Person(api.server).has_session()
+    return Person(api.server).signed_in()
 
 
 # -- Signing in
@@ -6583,7 +6584,7 @@ def test_a_one_time_link_signs_in_once_and_within_ten_minutes(api, clock):
     clock.move(600)
     late.get(unused, 403)
     late.get("/", 303)
-    with api.server.store._here.write_lock:  # a made-up code does not wait for it
+    with api.server.store._process.write_lock:  # a made-up code does not wait for it
         assert late.get("/sign-in?code=" + "0" * 32, 403)
 
 
@@ -6754,8 +6755,8 @@ def test_every_link_and_form_works(serve, tmp_path, small_demo, data, prefix, re
     if data == "demo" and POSTGRES:
         hand_over(SimpleNamespace(store=small_demo), server, step=1000)
     server.alerts.add(receiver.url)
-    server.store.change_feed(make=True)
-    crawl = Crawl(Person(server, prefix).has_session())
+    server.store.replace_feed_token(make=True)
+    crawl = Crawl(Person(server, prefix).signed_in())
     assert {path for path in crawl.kinds if "?" not in path} >= {prefix + path for path in PAGES}
     assert set(crawl.forms) - {"open"} == {
         "", "create", "key", "revoke", "delete", "add-channel", "test-channel", "remove-channel", "make-feed",
@@ -6845,7 +6846,7 @@ def test_the_list_of_crashes_can_be_filtered_and_shows_its_period(api, person, c
         post_crash(api, exception_type=type_, app_version=version, exception_reason=reason)
     clock.move(9 * A_DAY)
     api.post(CRASHES, crash_at("2026-03-21T14:00:00Z", "SIGFPE", app_version="2.0"))
-    person.has_session()
+    person.signed_in()
     all_types = ["SIGBUS", "SIGABRT", "SIGFPE"]
     for query, days, expected in (
             ("", "7", ["SIGFPE"]), ("?days=all&app=default", "all", all_types), ("?version=1.1", "all", ["SIGBUS"]),
@@ -6987,7 +6988,7 @@ def test_the_overview_lists_new_groups_and_those_to_fix_first(api, clock, person
 
 def test_late_reports_of_an_old_version_do_not_hide_the_newest_release(keeping, clock):
     server = keeping()
-    shop, person = server.store.create_app("Shop"), Person(server).has_session()
+    shop, person = server.store.create_app("Shop"), Person(server).signed_in()
     clock.move(-3600)
     add(server, key=shop, app_version="7.0", device_id_hash="s")
     clock.move(3600)
@@ -7024,11 +7025,11 @@ def test_a_group_whose_crashes_have_expired_has_its_history_and_can_change_its_s
     person, path = Person(one_day), f"/crashes/{ABORTS}"
     for kind in ("SIGABRT", "Undecided"):
         id = backfeedr.crash_id(add(one_day, exception_type=kind).seqs[0])
-    decided(one_day, {"state": "resolved", "comment": "It was the cart."})
+    set_triage(one_day, {"state": "resolved", "comment": "It was the cart."})
     later(one_day, days_later * A_DAY)
     one_day.store.prune()
     assert count(one_day, "crashes") == 0
-    text = person.has_session().text(path)
+    text = person.signed_in().text(path)
     assert re.search(f"{'SIGABRT' if days_later < 7 else ABORTS} - backfeedr", text)
     for expected in ("Resolved Reopen Mute", "Crashes 0 Devices 0", "commented It was the cart.", "have expired"):
         assert expected in text
@@ -7125,7 +7126,7 @@ def test_a_new_app_shows_its_key_once_and_is_deleted_only_after_its_name_is_type
             ("Shop", 400, 'role="alert"', 1)):
         answer = send(form, status, typed=typed)
         assert message in answer and ('<p\n class="problem">' in answer) == (status == 400)
-        joined_threads()
+        wait_for_catch_up()
         assert len(stored(api.server, "crashes")["crashes"]) == kept == len(api.server.store.apps()) - 1
 
 
@@ -7346,7 +7347,7 @@ def feed_of(person, path):
 def test_the_feed_lists_new_and_regressed_groups_and_needs_its_token(serve, clock):
     api = Api(serve(public_url="http://crashes.example.com"))
     api.server.store.create_app("Beta", is_test=True)
-    person, stranger, hashes = Person(api.server).has_session(), Person(api.server), []
+    person, stranger, hashes = Person(api.server).signed_in(), Person(api.server), []
     for kind in ("A", "<b>&'\"\x01\ufffe\ud800]]>"):
         hashes.append(post_crash(api, exception_type=kind, app_version="1.0"))
         clock.move(60)
@@ -7839,7 +7840,7 @@ def test_an_empty_payload_has_its_own_answer_in_a_batch(serve):
     mixed, empty, refused, crash = answers(*batch)
     assert (mixed[0], empty, refused[0], crash[0]) == (201, (200, NOTHING), 400, 201)
     assert sorted([*mixed[1]["ids"], crash[1]["id"]]) == sorted(stored_ids(server.store.path))
-    assert list(server.store._here.group_sizes.counts)[:2] == [0, 1], "two requests in one commit"
+    assert list(server.store._process.commit_sizes.counts)[:2] == [0, 1], "two requests in one commit"
     server.store.revoke_key(other)
     assert [status for status, _ in answers(*batch)] == [201, 401, 400, 401]
     assert [status for status, _ in answers(*batch[1:3])] == [401, 400] and len(stored_ids(server.store.path)) == 9
@@ -9641,7 +9642,7 @@ def make_unavailable(store, monkeypatch):
 
     for name in ("writing", "check", "reading"):
         monkeypatch.setattr(store, name, fail)
-    for name in ("is_admin", "is_known_key", "is_active_key"):
+    for name in ("is_admin_token", "is_known_key", "is_active_key"):
         monkeypatch.setattr(store, name, lambda secret: True)
 
 
@@ -9677,7 +9678,7 @@ def test_every_request_of_openapi_gets_an_answer_that_matches_its_schema(serve, 
     odd["stack_trace"] = [{**odd["stack_trace"][0], "frame": "0", "line": "many"}, {"symbol": 7}]
     assert send("POST", "/crashes", 201, json.dumps(odd).encode())["group_hash"] == group, "asked for below"
     send_all("PUT")
-    joined_threads()
+    wait_for_catch_up()
     send_all("PATCH")
     for path, operation in operations_of("PATCH"):
         body = json.dumps(bodies(operation)[0]).encode()
@@ -10292,7 +10293,7 @@ def test_a_browser_signs_in_creates_an_app_and_signs_out_behind_nginx_under_a_pa
         assert browser.run("document.cookie") == ""
         assert not cookies(url[:-len("crashes")]) and not cookies(url.replace("https", "http") + "/")
 
-        for path, title in backfeedr._PAGES:
+        for path, title in backfeedr._NAVIGATION:
             check_page(title, path, expression=click(f'nav a[href="/crashes{path}"]'))
             if path == "/usage":
                 check_page("Events", "/events", expression=click('main a[href="/crashes/events"]'))
@@ -10507,10 +10508,10 @@ def test_a_database_restart_under_load_loses_nothing_and_the_hosts_recover_by_th
     wait_for_more(load, 300)
     cluster.stop()
     with ThreadPoolExecutor() as pool:
-        healths = [pool.submit(ask, host.url + "/api/v1/health") for host in hosts]
+        health_of_pairs = [pool.submit(ask, host.url + "/api/v1/health") for host in hosts]
         for status, headers, body in pool.map(lambda host: ask(host.url + EVENTS, EVENT), hosts):
             assert (status, json.loads(body), headers["Retry-After"]) == (*UNAVAILABLE, "2")
-    assert [each.result()[0] for each in healths] == [503, 503]
+    assert [each.result()[0] for each in health_of_pairs] == [503, 503]
     cluster.start()
     wait_for_more(load, 300)
     load.finish()

@@ -178,7 +178,7 @@ _DIALECT = (  # a pattern in SQLite's dialect, and its replacement for PostgreSQ
 )
 
 
-@lru_cache(maxsize=backfeedr.STATEMENTS)
+@lru_cache(maxsize=backfeedr.CACHED_STATEMENTS)
 def translated(statement: str) -> str:
     """Translates a statement of backfeedr for psycopg."""
     for pattern, replacement in _DIALECT:
@@ -314,7 +314,7 @@ class _Pools:
 READERS = 8  # connections of a process for reading
 LIMITERS = 4  # connections of a process for the rate limit
 POOL_SECONDS = 2.0  # how long to wait for one of them
-_GROWING = ", ".join(["crashes", "events", "symbol_pages", "facts", "messages", *backfeedr.KEYS])
+_GROWING = ", ".join(["crashes", "events", "symbol_pages", "facts", "messages", *backfeedr.PRIMARY_KEYS])
 
 
 class PostgresStore(backfeedr.Store):
