@@ -127,7 +127,7 @@ _RANGES = {"port": (0, 65535), "rate_limit": (0, 1_000_000), "max_body_size": (1
 _TYPE_NAMES: dict[Any, str] = {str: "text", int: "a whole number", bool: "1 or 0"}
 _BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 _PREFIX = "BACKFEEDR_"
-# Kubernetes sets such variables, without our prefix here, for services named backfeedr and backfeedr-...
+# What Kubernetes sets for services named backfeedr or backfeedr-..., without the prefix.
 _KUBERNETES_VARIABLE = re.compile(r"(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)=.*|PORT(_[0-9]+_\w+)?=.*://.*"
                                   r"|PORT_[0-9]+_[A-Z]+_(PROTO|PORT|ADDR)=.*)")
 
@@ -319,7 +319,7 @@ def parse_time(text: str) -> int:
     day, clock, fraction, sign, hours, minutes = match.groups()
     offset = int(sign + hours) * HOUR + int(sign + minutes) * MINUTE if sign else 0
     seconds = int(datetime.fromisoformat(f"{day}T{clock}+00:00").timestamp())
-    return seconds * SECOND + int((fraction or "")[:3].ljust(3, "0")) - offset
+    return seconds * SECOND + (int(fraction[:3].ljust(3, "0")) if fraction else 0) - offset
 
 
 MIN_TIME, MAX_TIME = parse_time("0001-01-01T00:00:00Z"), parse_time("9999-12-31T23:59:59.999Z")  # datetime's bounds
@@ -478,7 +478,7 @@ class Frame(NamedTuple):
 
 
 def read_frame(frame: Mapping[str, Any]) -> Frame:
-    """Reads the JSON object of a frame. A device's own symbol is not trusted if it is of own code in a known build: in
+    """Reads the JSON object of a frame. A device's own symbol is not trusted for own code in a known build: in
     a stripped binary, it names another function before it. `symbolicated` says that it comes from uploaded symbols."""
     if frame.keys() <= _API_FRAME_FIELDS:
         symbol, file = _string(frame.get("symbol")), _string(frame.get("file"))
@@ -588,8 +588,8 @@ def _is_specific(label: str) -> bool:
     return not _UNSPECIFIC.fullmatch(label)
 
 
-# The first of these rules that any frame meets chooses the frames of the group: own code, then system code with and
-# without a symbol, then whatever there is.
+# The first of these rules that any frame meets chooses the frames of the group: own code, then specific names of other
+# code, symbols before binaries, then whatever there is.
 _GROUP_RULES: Sequence[Callable[[Frame], object]] = (
     lambda frame: frame.is_own and _is_specific(frame.label),
     lambda frame: frame.symbol and _is_specific(frame.label) and not _ABORTING.fullmatch(frame.label),
@@ -833,9 +833,10 @@ def parse_batch(sent: JsonObject) -> list[Event]:
         while unused_name in events[0]:
             unused_name += "_"
         events[0][unused_name] = {name: value for name, value in sent.items() if name != "events"}
-    with suppress(Refusal, ValueError, TypeError, AttributeError, RecursionError):  # an event is invalid or unusual
+    try:
         return _parse_columns(events)
-    parsed = []
+    except (Refusal, ValueError, TypeError, AttributeError, RecursionError):  # an event is invalid or unusual
+        parsed = []
     for index, event in enumerate(events):
         try:
             parsed.append(parse_event(event, MAX_BATCHED_SIZE))
@@ -1034,7 +1035,7 @@ def parse_crash_body(body: bytes) -> Crash:
         raise
 
 
-def _is_apple_report(body: bytes) -> bool:  # even if it is one that is refused
+def _is_apple_report(body: bytes) -> bool:  # also of a kind that is not supported
     try:
         parse_diagnostics(body, now=0)
     except Refusal as refusal:
@@ -1120,7 +1121,6 @@ def _decode_with_lists(text: str, lists: list[Any]) -> Any:
         return decoder.decode(text)
     except json.JSONDecodeError as error:  # its position is not that in the body
         raise ValueError(f"{error.msg} in a deep call stack") from None
-
 
 
 def _member(parent: Any, name: str, kind: Callable[[], Any]) -> Any:
@@ -1223,7 +1223,7 @@ def _metrickit_diagnostic(kind: str, item: JsonObject, environment: JsonObject) 
     columns = {  # since iOS 27, the names begin with "application"
         "app_version": meta.pop("appVersion", None) or meta.pop("applicationVersion", None),
         "build_number": meta.pop("appBuildVersion", None) or meta.pop("applicationBuildVersion", None),
-        "device_model": meta.pop("deviceType", None), "os_version": _os_version(meta.pop("osVersion", None))}
+        "device_model": meta.pop("deviceType", None) or None, "os_version": _os_version(meta.pop("osVersion", None))}
     is_crash = kind in ("crashDiagnostic", "memoryExceptionDiagnostic")
     trace = _metrickit_trace(_member(item, "callStackTree", dict), is_crash)
     if is_crash:
@@ -1456,7 +1456,7 @@ class RateLimiter:
 SYMBOL_TABLES = """
 create table symbols (                     -- builds whose symbols are stored, at least in part
     uuid text primary key, binary_name text not null, arch text not null,
-    parts integer not null, received integer not null,  -- requests of its upload; 0 are received during a deletion
+    parts integer not null, received integer not null,  -- requests of its upload; received is 0 during a deletion
     size integer not null, rows integer not null,
     uploaded_at integer not null           -- when the latest part came
 ) without rowid;
@@ -1572,8 +1572,7 @@ class Symbols:
         self._db = db
         self._held: dict[str, bool] = {}
         self._functions: dict[tuple[str, int], list[Function]] = {}  # by build and offset
-        # Bound to the connection, not to `self`: a reference cycle would keep the pages until the collector runs.
-        self._page = lru_cache(maxsize=CACHED_PAGES)(partial(_read_page, db))
+        self._page: Any = None  # a cached _read_page: few commits need it
 
     @property
     def lookups(self) -> int:
@@ -1602,6 +1601,8 @@ class Symbols:
                                   (uuid, min(offset, MAX_OFFSET))).fetchone()
         if first is None:
             return
+        # Bound to the connection, not to `self`: a reference cycle would keep the pages until the collector runs.
+        self._page = self._page or lru_cache(maxsize=CACHED_PAGES)(partial(_read_page, self._db))
         offsets, row_frames, frames, strings = self._page(uuid, first)
         frame, depth = row_frames[bisect_right(offsets, offset) - 1], 0
         while frame >= 0 and depth < INLINE_DEPTH:
@@ -1693,7 +1694,7 @@ Decision = namedtuple("Decision", "state changed_at fixed_in until crashes_left 
 
 
 def parse_triage(fields: JsonObject, now: int) -> JsonObject:
-    """Reads the fields of a PATCH of a group; times become milliseconds. Raises Refusal, also for a misspelt field."""
+    """Reads a PATCH of a group; times become milliseconds. Raises Refusal, also for a typo: it must not do nothing."""
     if unknown := [name for name in fields if name not in TRIAGE_FIELDS]:
         raise Refusal("invalid field", detail=f"{unknown[0][:MAX_TEXT]!r} is none of {', '.join(TRIAGE_FIELDS)}")
     if not fields:
@@ -1715,7 +1716,7 @@ def _triage_value(name: str, value: Any, now: int) -> Any:
     if name == "state" and value not in tuple(STATES):
         raise ValueError(f"is none of {', '.join(STATES)}")
     if type(value) is not str or not value.strip():
-        raise ValueError("is no text")
+        raise ValueError("is empty or not text")
     if name != "until":
         return value.strip()[:MAX_TEXT if name == "fixed_in" else MAX_COMMENT]
     until = parse_occurred_at(value)
@@ -1725,7 +1726,7 @@ def _triage_value(name: str, value: Any, now: int) -> Any:
 
 
 def decide(db: Any, app_id: int, group_hash: str, changes: JsonObject, now: int) -> None:
-    """Changes a group as parse_triage has read it. Raises Refusal for a condition that belongs to another state."""
+    """Applies what parse_triage returned to a group. Raises Refusal for a condition that belongs to another state."""
     before = after = _read_decision(db, app_id, group_hash) or Decision("open", now)
     state = changes.get("state", before.state)
     conditions, texts = {}, []
@@ -2433,7 +2434,7 @@ class Health(NamedTuple):
 
 
 Z_95 = 1.96  # standard deviations to each side, for a confidence of 95 %
-Z_99 = 2.58  # the same for 99 % and alerts: checked each hour, 95 % would call one in six equal releases worse
+Z_99 = 2.58  # 99 %, for alerts: checked each hour, 95 % would in time call one in six equal releases worse
 MAX_HALF_WIDTH = 0.05  # of an interval that is narrow enough to say that there is no difference
 MIN_DEVICES, ENOUGH_DEVICES = 20, 50  # of both releases: for any verdict; for `no difference seen` and an alert
 
@@ -2455,7 +2456,7 @@ def verdict(newer: Health, before: Health) -> JsonObject | None:
     if not most:
         return None
     low, high = newcombe_interval(newer, before) if least else (-1.0, 1.0)
-    crashed = (newer.crashed + before.crashed + 2) / (least + most + 4)  # two more crashed: so few may have been lucky
+    crashed = (newer.crashed + before.crashed + 2) / (least + most + 4)  # as if 2 of 4 more crashed: few may be lucky
     needed = max(ENOUGH_DEVICES, math.ceil((Z_95 / MAX_HALF_WIDTH) ** 2 * 2 * crashed * (1 - crashed)))
     if least < MIN_DEVICES or low <= 0 <= high and least < needed:
         word, text = "too early", f"about {math.ceil((needed - least) / 10) * 10} more devices"
@@ -2896,8 +2897,8 @@ class RollUps:
             rows = [(*key, *row.values()) for key, row in changes.items() if any(row.values())]
             columns = SUMS[table].columns
             upsert(self.db, table, rows, ", ".join(f"{name} = {table}.{name} + excluded.{name}" for name in columns))
-            delete_rows(self.db, table, [key for key, row in changes.items() if min(row.values()) < 0],
-                        " and ".join(f"{name} <= 0" for name in columns))
+            if lowered := [key for key, row in changes.items() if min(row.values()) < 0]:  # in few commits
+                delete_rows(self.db, table, lowered, " and ".join(f"{name} <= 0" for name in columns))
         self._changes.clear()
         self.figures[Groups].drop_empty()
 
@@ -5856,10 +5857,10 @@ class PageRequest:
         return response
 
     def time_html(self, time: str | int) -> str:
-        """Returns HTML for a time in text or milliseconds: its age or, if it is old, its date; a tooltip is exact."""
+        """Returns HTML for a time as text or milliseconds: its age, or its date if it is old. A tooltip is exact."""
         at = parse_time(time) if isinstance(time, str) else time
         exact, age = iso_time(at)[:19].replace("T", " "), self.now - at
-        units = [(DAY, "d"), (HOUR, "h"), (60 * SECOND, "min")]
+        units = [(DAY, "d"), (HOUR, "h"), (MINUTE, "min")]
         age_text = next((f"{age // unit} {name} ago" for unit, name in units if age >= unit), "just now")
         shown = age_text if -MAX_SKEW <= age < 100 * DAY else exact[:10]
         return f'<time datetime="{iso_time(at)}" title="{exact}">{shown}</time>'
@@ -6206,7 +6207,7 @@ def _time_to_crash(time: Any, report: JsonObject) -> str:
     """Returns a time relative to a crash, such as -00:12. Other values, and times 100 hours away, stay as they are."""
     with suppress(ValueError):
         span = parse_occurred_at(time) - parse_time(report["occurred_at"])
-        hours, minutes, seconds = abs(span) // HOUR, abs(span) // (60 * SECOND) % 60, abs(span) // SECOND % 60
+        hours, minutes, seconds = abs(span) // HOUR, abs(span) // MINUTE % 60, abs(span) // SECOND % 60
         if hours < 100:
             return ("+" if span > 0 else "-") + (f"{hours}:" if hours else "") + f"{minutes:02}:{seconds:02}"
     return _shorten(_json_text(time), 40)
@@ -6509,8 +6510,7 @@ halved for each day since the last crash.""") + """</section></div>
 % if parameters != {"days": "all"}:
 No matches. <a href="{{link("/crashes", days="all")}}">Show all</a>
 % else:
-No crashes stored{{" for " + page.app if page.app else ""}}. The keys to send one are under
-<a href="{{link("/apps")}}">Apps</a>.
+No crashes stored{{" for " + page.app if page.app else ""}}. To send one, see <a href="{{link("/apps")}}">Apps</a>.
 % end
 """) + _PAGE_LINKS,
     "group": """<p><b><bdi>{{group["exception_type"] if group["place"] else ""}}</bdi></b>

@@ -645,7 +645,8 @@ def test_the_group_is_the_documented_hash(kind, trace, expected):
 @pytest.mark.parametrize("symbol, name", [
     *((name, name) for name in (
         "A.b", "Shop.Cart.total() -> Swift.Int", "-[Cart totalOf:with:]", "+[Cart shared]", "cart_total", "f.b", "v.2x",
-        "operator new(unsigned long)", "Cart.subscript.getter", "A.b(c: Swift.Int) throws -> ()", "$s4Shop1AV1byyF")),
+        "operator new(unsigned long)", "Cart.subscript.getter", "A.b(c: Swift.Int) throws -> ()", "$s4Shop1AV1byyF",
+        ".cold.1")),
     *((prefix + "A.b()", "A.b()") for prefix in (
         "@objc ", "@nonobjc ", "specialized ", "merged ", "autoclosure #1 in ", "implicit closure #2 in ",
         "closure #1 @Sendable () async -> () in ", "closure #1 @MainActor (A) -> () in ", "closure #1 <A>(A) -> () in ",
@@ -688,13 +689,14 @@ def test_what_a_compiler_adds_to_a_name_does_not_change_the_group(symbol, name):
     ([*calls("abort", "raise")], "abort:raise"), ([*calls("aborted()", "x")], "aborted():x"),
     # Frames without names count as build and offset, or as binary and offset.
     ([{"binary": "UIKitCore", "offset": 7}, {"binary": "Foundation", "offset": 8}], "UIKitCore+7:Foundation+8"),
+    ([*calls("abort"), {"binary": "UIKitCore", "offset": 7}], "UIKitCore+7"),
     *(([{"symbol": text, **binary}], "Shop+15424") for text, binary in (
         ("Shop + 15424", {"binary": "Shop"}), ("Shop + 15424", {}), ("0x1040c8000 + 15424", {"binary": "Shop"}),
         ("0   Shop                    0x0000000104f5c4d8 0x1040c8000 + 15424", {}), ("0x1040cbc40 Shop + 15424", {}),
         ("__mh_execute_header + 15424", {"binary": "Shop"}),
         ("_mh_execute_header", {"binary": "Shop", "offset": 15424}))),
     ([{"symbol": "1   Shop                    0x0000000104f5c4d8 Cart.total() + 120"}], "Cart.total()"),
-    ([{"symbol": "My App + 15424"}], "My App+15424"),
+    ([{"symbol": "My App + 15424"}], "My App+15424"), ([{"symbol": "total + 15424", "binary": "Shop"}], "total"),
     *(([{"symbol": text, "binary": "Shop", "uuid": BUILD, "offset": 9, "in_app": True}], f"{BUILD.upper()}+9")
       for text in (
         "0x1040c8000", "00000001040c8000", "<redacted>", "???", "Shop + 9", "the.function.before")),
@@ -956,6 +958,8 @@ LONG = [  # a field that is sent, what is stored for it, and what `truncated` sa
         FRAME_OF, frame=n, image="Shop", address="0x1", note="x" * 100) for n in range(2000)]},
      {"stack_trace": [dict(FRAME_OF, frame=n, image="Shop", address="0x1", note="x" * 100)
                       for n in (*range(384), *range(1872, 2000))], "extra": {"breadcrumbs": ["tap"]}}, "stack_trace"),
+    (EVENTS, {**dict.fromkeys(("app_version", "os_version", "device_model", "locale"), "\U0001f600" * 500),
+              "properties": {"a": "x" * 400_000}}, {}, "properties"),
     (CRASHES, {"truncated": "mine", "x": "x" * 400_000}, {}, "unknown fields"),
     *[(path, {name: value}, {}, "unknown fields" if name in ("x", "locale") else name) for path, name, value in (
         (CRASHES, "exception_reason", "x" * 400_000), (CRASHES, "x", "\x01" * 100_000),
@@ -1362,6 +1366,16 @@ def test_the_os_version_is_the_number_alone(sent, expected):
     assert only(payload_of(meta={"osVersion": sent}))["os_version"] == expected
 
 
+def test_of_two_equal_headers_of_a_crash_text_the_first_counts():
+    assert only(crash_text(("Triggered", "Version: 9.9 (9)\n\nTriggered")))["app_version"] == "1.2.0"
+
+
+def test_an_empty_value_of_apple_is_no_version_build_or_model():
+    for empty in ("", 0, False, None, [], {}):
+        report = only(payload_of(meta=dict.fromkeys(["appVersion", "appBuildVersion", "deviceType"], empty)))
+        assert not {"app_version", "build_number", "device_model", "extra"} & report.keys()
+
+
 def during(**span):
     return {"crashDiagnostics": payload_of()["crashDiagnostics"], **span}
 
@@ -1758,6 +1772,14 @@ def test_a_lookup_gives_the_functions_at_an_offset_innermost_first(api):
         assert upload(api.server, part)[0] == 201
     assert {offset: functions_at(api.server, offset) for offset in expected} == expected
     assert not any(functions_at(api.server, offset, OTHER_BUILD) for offset in expected)
+
+
+def test_a_caller_is_looked_up_before_its_return_address(api):
+    upload(api.server)
+    for fields, names in (({}, ["total", "total"]), ({"inlined": True}, ["total", "add", "add", "total"])):
+        with api.server.store.reading() as db:
+            named = backfeedr.Symbols(db).named([frame_of(HELD, 1000, **fields), frame_of(HELD, 1008)])
+            assert [frame["symbol"] for frame in named] == names
 
 
 def part_of(parts, n):
@@ -2455,7 +2477,7 @@ def subscribed(api):
     (["1.0 1"], "1.3.0 (48)", {
         **dict.fromkeys(["1.3.0 47", "1.3.0 9", "1.3.0-rc.1 99", "1.2 100"], 0),
         **dict.fromkeys(["1.3.0 48", "1.3 48", "1.3.0 100", "1.3.1 1", "1.3.0 48.1"], 1)}),
-    (["1.0 1"], "1.3.0-rc.2", {
+    ([], "1.3.0", {"1.3 5": 1}), (["1.0 1"], "1.3.0-rc.2", {
         "1.3.0-rc.1": 0, "1.3.0-beta.3": 0, "1.3.0-rc.2": 1, "1.3.0-rc.10": 1, "1.3.0rc2": 1, "1.3.0": 1}),
     ([], "1.3.0 (48)", {"1.3.0 (47)": 0, "1.3.0 (48)": 1}),
     # versions that cannot be compared: regresses in those first seen later
@@ -2473,8 +2495,8 @@ def test_a_resolved_group_regresses_only_in_builds_that_have_the_fix(api, clock,
     assert set_triage(api.server, {"state": "resolved", "fixed_in": fixed_in})["fixed_in"] == fixed_in
     clock.move(1)
     for build, regressed in crashes.items():
-        set_triage(api.server, {"state": "resolved", "fixed_in": fixed_in} if state_of(api.server) == "open" else {
-            "comment": "Still."})
+        assert set_triage(api.server, {"state": "resolved", "fixed_in": fixed_in} if state_of(api.server) == "open" else {
+            "comment": "Still."})["regressed_at"] is None
         id = send_report(api, clock, build)
         group = api.server.metrics.group(ABORTS)
         assert (group["state"], group["regressed_at"]) == (
@@ -2482,6 +2504,23 @@ def test_a_resolved_group_regresses_only_in_builds_that_have_the_fix(api, clock,
         name = build if "(" in build else re.sub(" (.*)", r" (\1)", build)
         last = ("regressed", f"crash {id}" + f" in {name}" * bool(build)) if regressed else ("commented", "Still.")
         assert history_of(api.server)[-1] == last
+
+
+@pytest.mark.parametrize("build, state", [("47", "resolved"), ("49", "open")])
+def test_the_build_number_of_a_crash_counts_before_the_build_in_its_version(api, clock, build, state):
+    crash_now(api, clock, "1.2 46")
+    set_triage(api.server, {"state": "resolved", "fixed_in": "1.3.0 (48)"})
+    crash_now(api, clock, app_version="1.3.0 (48)" if state == "resolved" else "1.3.0 (47)", build_number=build)
+    assert state_of(api.server) == state
+
+
+def test_the_first_of_several_crashes_in_a_request_regresses_their_group(api, clock):
+    crash_now(api, clock, "1.0 47")
+    set_triage(api.server, {"state": "resolved"})
+    clock.move(1)
+    again = parse_crash({**CRASH, "occurred_at": time_text(clock.seconds), **build_of("1.1 48")})
+    first_seq = api.server.store.add(KEY_HASH, [again, again]).seqs[0]
+    assert history_of(api.server)[-1] == ("regressed", f"crash {first_seq:016x} in 1.1 (48)")
 
 
 def send_report(api, clock, build, **fields):
@@ -2607,12 +2646,17 @@ def test_state_and_history_outlive_the_crashes_so_a_later_crash_can_be_a_regress
     crash_now(api, clock, "1.1 50")
     assert state_of(server) == "open" and [kind for kind, _ in facts_of(server)] == ["crash.regressed"]
     assert [what for what, _ in history_of(server)] == ["resolved", "commented", "commented", "regressed"]
+    clock.move(60 * 86_400)
+    server.store.prune()
+    crash_now(api, clock, "1.1 50")
+    assert not facts_of(server), "a group with a history is not new"
     server.store.delete_app("default")
     server.store.prune()
     assert not any(stored(server, "triage", "group_history").values())
 
 
-def test_facts_say_what_where_and_how_often(subscribed, clock):
+def test_facts_say_what_where_and_how_often(subscribed, monkeypatch):
+    monkeypatch.setattr(backfeedr, "SPREAD_BOUNDS", (10, 12))
     crash = {**CRASH, "occurred_at": NOW, "stack_trace": [{"symbol": "Cart.total()", "file": "Cart.swift"}]}
     group = subscribed.post(CRASHES, {**crash, "device_id_hash": "d0", **build_of("1.2 47")})[1]["group_hash"]
     detail = {"exception_type": "SIGABRT", "place": "Cart.total()", "app_version": "1.2", "build_number": "47"}
@@ -2621,10 +2665,11 @@ def test_facts_say_what_where_and_how_often(subscribed, clock):
         subscribed.post(CRASHES, {**crash, "device_id_hash": f"d{n}", **build_of("1.2 47")})
     assert facts_of(subscribed.server)[1:] == [("crash.spread", {**detail, "crashes": 11, "devices": 10})], "once"
     set_triage(subscribed.server, {"state": "resolved", "fixed_in": "1.3"}, group)
-    subscribed.post(CRASHES, {**crash, **build_of("1.3")})
-    assert facts_of(subscribed.server)[2:] == [("crash.regressed", {
-        "exception_type": "SIGABRT", "place": "Cart.total()", "app_version": "1.3", "crashes": 14, "devices": 11,
-        "fixed_in": "1.3"})]
+    subscribed.post(CRASHES, {**crash, "device_id_hash": "d11", **build_of("1.3")})
+    detail = {**detail, "app_version": "1.3", "crashes": 14, "devices": 12}
+    del detail["build_number"]
+    assert facts_of(subscribed.server)[2:] == [
+        ("crash.regressed", {**detail, "fixed_in": "1.3"}), ("crash.spread", detail)]
     assert sql(subscribed.server.store.path, "select distinct app_id, group_hash from facts") == [(1, group)]
 
 
@@ -2785,18 +2830,19 @@ def test_invented_builds_and_versions_hide_no_regression(serve, subscribed, cloc
     assert ("1.3",) in sql(subscribed.server.store.path, "select app_version from crashes")
 
 
-def test_a_crash_that_symbols_move_to_a_resolved_group_may_regress_it(subscribed, clock):
+def test_a_crash_that_symbols_move_to_a_resolved_group_may_regress_it(subscribed, clock, monkeypatch):
+    monkeypatch.setattr(backfeedr, "SPREAD_BOUNDS", (2, 3))
     upload(subscribed.server)
-    crash_now(subscribed, clock, "1.0 1", **shop_crash(1008, exception_type="SIGABRT", occurred_at=NOW))
+    crash_now(subscribed, clock, "1.0 1", **shop_crash(1008, exception_type="SIGABRT", device_id_hash="d1"))
     set_triage(subscribed.server, {"state": "resolved", "fixed_in": "1.1"}, NAMED)
-    crash_now(subscribed, clock, "1.0 1", **shop_crash(5008, OTHER_BUILD, occurred_at=NOW))
+    crash_now(subscribed, clock, "1.0 1", **shop_crash(5008, OTHER_BUILD, occurred_at=NOW, device_id_hash="d2"))
     new = {**shop_crash(5012, OTHER_BUILD), "occurred_at": time_text(clock.seconds), **build_of("1.2 3")}
     assert subscribed.post(CRASHES, new)[0] == 201
     assert state_of(subscribed.server, NAMED) == "resolved", "the symbols are not there yet"
     upload(subscribed.server, NEXT_PART, OTHER_BUILD)
     wait_for_catch_up()
     assert state_of(subscribed.server, NAMED) == "open" and history_of(subscribed.server, NAMED)[-1][0] == "regressed"
-    assert facts_of(subscribed.server)[-1][0] == "crash.regressed"
+    assert facts_of(subscribed.server)[-1][0] == "crash.regressed", "a move is no spread"
 
 
 def test_a_version_that_is_no_release_hides_neither_verdicts_nor_the_next_version(keeping, clock):
