@@ -2628,8 +2628,10 @@ class SeenVersion(NamedTuple):
     crash_hour: int | None
 
     def merged(self, other: SeenVersion) -> SeenVersion:
-        crash_hours = [hour for hour in (self.crash_hour, other.crash_hour) if hour is not None]
-        return SeenVersion(min(self.first_hour, other.first_hour), min(crash_hours, default=None))
+        crash_hour = self.crash_hour
+        if crash_hour is None or other.crash_hour is not None and other.crash_hour < crash_hour:
+            crash_hour = other.crash_hour
+        return SeenVersion(min(self.first_hour, other.first_hour), crash_hour)
 
 
 class Devices(Figure):
@@ -2666,11 +2668,12 @@ create table device_versions (
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
         """Counts no forgotten reports: `forget` takes out their device as a whole."""
         runs = groupby(reports if by > 0 else (), attrgetter("app_id", "device_id_hash", "app_version"))
+        times_of = attrgetter("at", "received_at")  # made only once, because runs may be short
         for (app_id, device, version), grouped in runs:
             if not device:
                 continue
             key, run = (app_id, device_key(device)), list(grouped)
-            times = set(map(attrgetter("at", "received_at"), run))  # a batch has few different ones
+            times = set(map(times_of, run))  # a batch has few different ones
             self._days[key].update(at // DAY for at, received_at in times
                                    if at // DAY >= received_at // DAY - DEVICE_DAYS)
             self._devices.learn(key, SeenDevice(min(times)[0] // DAY, max(times)[0] // HOUR, run[-1].seq))
@@ -3294,7 +3297,7 @@ def _prepare_file(path: Path, may_create: bool) -> None:
                 time.sleep(0.01)  # SQLite does not wait for a lock when it changes to WAL
     except (OSError, sqlite3.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        hint = DB_PATH_HINT if type(error) is sqlite3.DatabaseError else ""  # not a database; locks have a subclass
+        hint = DB_PATH_HINT if type(error) is sqlite3.DatabaseError else ""  # no database; a lock raises a subclass
         raise StoreError(f"cannot open the database {path}: {reason}{hint}") from None
 
 
@@ -3331,7 +3334,7 @@ def check_compatible(db: Connection, path: Path) -> None:
         raise StoreError(f"{path} is of a newer backfeedr (schema {version}; this one knows {SCHEMA_VERSION})")
 
 
-# Tables of earlier schemas that new ones replace: of 2, all that count reports.
+# The tables of earlier schemas that new ones replace. Those of schema 2 are all that count reports.
 _REPLACED = {2: ("devices", "sessions", "hours", "days", "durations", "releases", "release_days", "labels", "groups",
                  "group_hours"),
              4: ("groups", "builds", "releases", "group_devices", "group_sums")}
@@ -3675,8 +3678,8 @@ class CommitQueue:
 
     def __init__(self, submissions: Sequence[Submission] = ()) -> None:
         self.submissions = list(submissions)
-        self.full = threading.Event()  # as long as the last queue, whose clients mostly return
-        self.done: list[threading.Lock] = []  # one per waiting thread: sharing an Event costs a tenth of the speed
+        self.full = threading.Event()  # set at the length of the last queue: most of its clients return
+        self.done: list[threading.Lock] = []  # one per waiting thread: one Event for all costs a tenth of the speed
 
     def join(self, submissions: Sequence[Submission], max_waiters: int, max_rows: int) -> None:
         """Adds submissions. Those that find no room get an error."""
@@ -3929,8 +3932,8 @@ class Store(Apps):
         except BaseException as error:  # also a signal, if this is the main thread
             self._fail(process, queue, None if queue is own_queue else submissions, error)
         finally:
-            for waiting_thread in own_queue.done:
-                waiting_thread.release()
+            for lock in own_queue.done:
+                lock.release()
         if is_stored:
             self._expire_if_due()
 
@@ -7020,10 +7023,10 @@ class Backfeedr(Closing):
         if not build:
             raise Refusal("invalid uuid", detail="it is not that of a build, as dwarfdump --uuid prints it")
         part = parse_symbols(_decompress(environ, body, self.settings.max_body_size))
-        answer, was_held = self.store.put_symbols(build, part)
-        if answer["complete"] and not was_held:
+        answer, was_stored = self.store.put_symbols(build, part)
+        if answer["complete"] and not was_stored:
             self.store.catch_up_in_background()
-        return 200 if was_held else 201, answer
+        return 200 if was_stored else 201, answer
 
     def _prometheus(self, environ: Environ) -> Answer:
         self._check_admin(environ)
@@ -7266,7 +7269,7 @@ class _Task(Task):
     """What all answers have in common."""
 
     def build_response_header(self) -> Any:
-        """Logs the request. During a stop, closes the connection: a client that went on sending would lose one."""
+        """Logs the request. During a stop, tells the client to send no more: it would lose its next request."""
         if not self.channel.server.accepting:
             self.set_close_on_finish()
         if log.isEnabledFor(logging.INFO):

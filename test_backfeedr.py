@@ -2274,11 +2274,13 @@ def test_crashes_move_in_steps_that_continue_after_a_restart(serve, clock, monke
     server.close()
     server = serve("steps.db", rate_limit=0)
     api = Api(server)
-    for _ in range(4):  # a commit is followed by a step
+    for left in (2, 1, 0, 0):  # a commit is followed by a step, once a second
         clock.move(2)
-        group_of_crash(api, clock, 1008)
+        for _ in range(2):
+            group_of_crash(api, clock, 1008)
+            assert counts().get("left", 0) == left
         check_database(server.store.path, forgotten=True)
-    assert counts() == {"moved": 9} and count(server, "regroupings") == 0
+    assert counts() == {"moved": 13} and count(server, "regroupings") == 0
 
 
 @pytest.mark.parametrize("sent", ["again", "by import"])
@@ -2311,6 +2313,8 @@ def test_aliases_follow_their_group_and_are_deleted_with_it_or_its_app(api, cloc
     upload(api.server)
     last = report(api.server)["group_hash"]
     assert len({old, between, last}) == 3 and last == hashed("SIGABRT:add:total:add")
+    clock.move(86_400)
+    api.server.store.prune()
     assert dict(row[1:] for row in stored(api.server, "group_aliases")["group_aliases"]) == {old: last, between: last}
     clock.move(100 * 86_400)
     api.server.store.prune()
@@ -2325,10 +2329,13 @@ def test_aliases_follow_their_group_and_are_deleted_with_it_or_its_app(api, cloc
     assert not any(stored(api.server, "group_aliases", "regroupings", "group_images").values())
 
 
-def test_first_seen_moves_with_the_first_crash_of_a_group(api, clock):
+@pytest.mark.parametrize("seconds", [60, -1])  # of a step: it looks at all crashes, or at one
+def test_first_seen_moves_with_the_first_crash_of_a_group_and_its_address_with_the_last(
+        api, clock, monkeypatch, seconds):
     """It may be from a crash that has expired. If a group splits, the other part was first seen with its own crash."""
+    monkeypatch.setattr(backfeedr, "EXPIRE_SECONDS", seconds)
     old = {}
-    for version, offset in (("1.0", 1008), ("1.1", 1040), ("1.2", 1008)):
+    for version, offset in (("1.0", 1008), ("1.1", 1040), ("1.2", 1040)):
         old[version] = group_of_crash(api, clock, offset, app_version=version)
         clock.move(86_400)
     with api.server.store.writing() as db:  # all were in one group, and its first crash has expired
@@ -2345,6 +2352,7 @@ def test_first_seen_moves_with_the_first_crash_of_a_group(api, clock):
     api.server.store.catch_up()
     seen = dict(row[:2] for row in sql(api.server.store.path, "select group_hash, first_version from groups"))
     assert seen == {old["1.0"]: "0.9", old["1.1"]: "1.1"}
+    assert sql(api.server.store.path, "select target from group_aliases") == [(old["1.2"],)]
     # As a count over the rows that are left finds it.
     sql_run(api.server.store.path, "update groups set first_seen = (select min(occurred_at) from crashes where"
             " crashes.group_hash = groups.group_hash), first_version = case first_version when '0.9' then '1.0' else"
@@ -2495,8 +2503,9 @@ def test_a_resolved_group_regresses_only_in_builds_that_have_the_fix(api, clock,
     assert set_triage(api.server, {"state": "resolved", "fixed_in": fixed_in})["fixed_in"] == fixed_in
     clock.move(1)
     for build, regressed in crashes.items():
-        assert set_triage(api.server, {"state": "resolved", "fixed_in": fixed_in} if state_of(api.server) == "open" else {
-            "comment": "Still."})["regressed_at"] is None
+        resolve = {"state": "resolved", "fixed_in": fixed_in}
+        change = resolve if state_of(api.server) == "open" else {"comment": "Still."}
+        assert set_triage(api.server, change)["regressed_at"] is None
         id = send_report(api, clock, build)
         group = api.server.metrics.group(ABORTS)
         assert (group["state"], group["regressed_at"]) == (
@@ -3282,6 +3291,27 @@ def test_after_a_clock_was_years_ahead_figures_recover_ids_stay_unique_and_repor
         assert (api.get("/api/v1/health")[0], count(server, "crashes"), count(server, "events")) == (200, left, left)
 
 
+@sqlite_only
+def test_check_knows_that_old_sums_were_deleted_while_a_clock_was_ahead(keeping, clock):
+    server = keeping(0)
+    add(server, type="custom")
+    for days in (100, -100):
+        clock.move(days * A_DAY)
+        server.store.prune()
+        assert backfeedr._check_roll_ups(server.store.path)
+
+
+@sqlite_only
+def test_check_knows_that_deleted_builds_took_the_place_of_later_ones(keeping, clock, monkeypatch):
+    monkeypatch.setattr(backfeedr, "MAX_BUILDS_OF_APP", 3)
+    server = keeping(1)
+    for build in (None, "1", "2", "3"):
+        add(server, app_version="1.0", build_number=build)
+        clock.move(A_DAY)
+    server.store.prune()
+    assert count(server, "builds") == 3 and backfeedr._check_roll_ups(server.store.path)
+
+
 def test_a_crash_dated_before_1970_counts_once_and_today(api):
     add(api.server, occurred_at="1969-12-31T12:00:00Z")
     for days in ("", "?days=1"):
@@ -3749,10 +3779,12 @@ TAMPERED = [
     *((table, f"delete from {table}") for table in (*SUMS, "groups", "builds", *ENTITIES)),
     *(("groups", f"update groups set {column} = {column} + 1") for column in ("crashes", "devices")),
     *((table, f"insert into {table} values ({row})") for table, row in MADE_UP.items()),
+    *((table, f"update {table} set {column} = {column} {by}") for table, span in backfeedr.SPAN_COLUMNS.items()
+      for column, by in zip(span, ("+ 1", "- 1"))),
     *((table, f"update {table} set {column} = {column} {by}") for table, columns in SUMS.items()
       for column in columns for by in ("+ 1", "- 1"))]
 DAMAGED = [  # damage that is found although reports have expired
-    ("crash_days", "update crash_days set crashes = crashes + 1000"),
+    ("crash_days", "update crash_days set crashes = crashes + 1000"), ("active_days", "update active_days set dau = 0"),
     *((table, f"delete from {table}") for table in ("labels", "devices", "active_days", "groups", "builds"))]
 
 
@@ -3902,6 +3934,7 @@ def test_submissions_of_one_call_share_a_commit_and_each_has_its_own_outcome(api
         (first, False), "invalid API key", (first, True), "idempotency key reused with a different body",
         (second, False), "storage unavailable"]
     assert len(seqs) == 3 and list(store._process.commit_sizes.counts)[:4] == [0, 0, 0, 1]
+    assert store.keys()[0].requests == 3, "as many as have a receipt"
     store.add_all([])
 
 
@@ -4111,7 +4144,8 @@ def test_a_migration_keeps_the_sums_of_reports_that_have_expired(tmp_path, keepi
                 values (0, 20000, 9, 9, 9, 9, 9, 9, 9, 9, 9), (1, 20000, 7, 6, 5, 4, 3, 2, 1, 2, 1);
             insert into durations values (1, 20000, 60, 5);
             insert into releases values (1, '0.9', 5, 6, 8, 7, 6, 5);
-            update releases set crashes = 70, first_seen = 4 where app_id = 1 and app_version = '1.0';""")
+            update releases set crashes = 70, first_seen = 4, last_seen = 1 << 50
+                where app_id = 1 and app_version = '1.0';""")
     keeping().close()
     for table, row in {
             "crash_days": (1, 20000, 7), "session_days": (1, 20000, 6, 5, 4), "active_days": (1, 20000, 3, 2, 1),
@@ -4122,7 +4156,8 @@ def test_a_migration_keeps_the_sums_of_reports_that_have_expired(tmp_path, keepi
         key_length = len(backfeedr.PRIMARY_KEYS[table])
         assert not [each for each in found if not any(each[key_length:])], "it has rows of zeros"
     assert sql(path, "select crashes from release_sums where app_id = 1 and app_version = '1.0'") == [(70,)]
-    assert sql(path, "select first_seen from releases where app_id = 1 and app_version = '1.0'") == [(4,)]
+    assert sql(path, "select first_seen, last_seen from releases where app_id = 1 and app_version = '1.0'") == [
+        (4, 1 << 50)]
 
 
 @sqlite_only
@@ -4236,8 +4271,10 @@ def test_expired_reports_are_not_imported_and_never_counted_twice(keeping, serve
         assert server.store.import_(exported) == {"stored": 0, "known": 1, "expired": 1}
     assert sql(server.store.path, "select sum(sessions) from session_days") == [(2,)]
     clock.move(30 * A_DAY)
+    exported[0] = exported[0]._replace(app="Gone")
     assert other.store.import_(exported) == {"stored": 1, "known": 0, "expired": 1}
     assert sql(other.store.path, "select session_id from events") == [("new",)]
+    assert [app.name for app in other.store.apps()] == ["default"], "none is made for expired reports"
 
 
 def test_a_test_app_is_not_imported_into_a_live_one(serve):
@@ -4598,6 +4635,13 @@ def test_a_chat_message_has_no_markup_from_reports_and_counts_the_facts_that_do_
     assert len(sent.encode()) < 2000 and (lines[0], lines[1][:len(shown)]) == ("2 new", shown)
     assert lines[1].endswith(" https://c/1") and not re.search(r"[<>]|\]\(|@(?!\u200b)|&(?!lt;|amp;)", sent)
     assert lines[-1] == f"and {facts + 2 - sum(line.startswith(shown) for line in lines)} more"
+
+
+@pytest.mark.parametrize("size, lines", [(11, ["\u20ac12", "and 2 more"]), (12, ["\u20ac12"] * 2 + ["and 1 more"])])
+def test_a_chat_message_is_filled_to_the_last_byte(monkeypatch, size, lines):
+    monkeypatch.setattr(backfeedr, "CHAT_BYTES", size)
+    body = {"data": {"title": "3 new", "facts": [{"text": "\u20ac12"}] * 3, "more": 0}}
+    assert backfeedr.message_lines({"body": json.dumps(body)}, False, {}) == ["3 new", *lines]
 
 
 def test_the_facts_of_a_minute_share_a_message(alerting, clock, receiver):
@@ -4972,6 +5016,7 @@ def test_other_addresses_go_through_apprise_if_it_is_installed(serve, clock, mon
     ("slack+https://hooks.slack.com/services/T0/B0/abcdefgh", "slack+https://hooks.slack.com/...efgh"),
     ("https://user:password@example.com:8443/a?token=abcdefghijkl", "https://example.com/...ijkl"),
     ("ntfy+https://ntfy.sh/topic", "ntfy+https://ntfy.sh/..."), ("https://example.com", "https://example.com"),
+    ("https://e.com/abcdefghijk", "https://e.com/...hijk"), ("https://e.com/abcdefghij", "https://e.com/..."),
     ("tgram://123456:bottoken/ChatID", "tgram://...atID"), ("pover://user@tok", "pover://...")])
 def test_an_address_is_shown_without_its_secrets(url, shown):
     assert backfeedr.redacted_address(url) == shown
@@ -7054,6 +7099,16 @@ def test_late_reports_of_an_old_version_do_not_hide_the_newest_release(keeping, 
         "default 1.2 is worse: ")
     first = server.metrics.attention("default")["first"]
     assert {group["exception_type"]: group["score"] > 0 for group in first} == {"SIGABRT": True, "Rare": False}
+
+
+def test_a_crash_has_the_last_20_events_of_its_session_up_to_its_own_second(api):
+    session = {"session_id": "s", "device_id_hash": "d"}
+    for second in (*range(45, 60), *range(30, 45)):
+        add(api.server, type="custom", name=str(second), occurred_at=f"2026-03-12T14:22:{second}Z", **session)
+    add(api.server, occurred_at="2026-03-12T14:22:58Z", **session)
+    metrics = api.server.metrics
+    events = metrics.events_before(metrics.crash(report(api.server)["id"]))
+    assert [event["name"] for event in events] == [str(second) for second in range(39, 59)]
 
 
 def test_a_group_on_many_devices_ranks_above_groups_that_crash_more_often_on_one(api, person):
