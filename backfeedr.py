@@ -5880,8 +5880,9 @@ class PageRequest:
 class Dashboard:
     """Answers the requests for pages."""
 
-    def __init__(self, store: Store, metrics: Metrics, refused: RefusedReports, alerts: Alerts, public_url: str = ""):
-        self._store, self._metrics, self._refused, self._alerts = store, metrics, refused, alerts
+    def __init__(self, store: Store, metrics: Metrics, rate_limited: RateLimitedRequests, alerts: Alerts,
+                 public_url: str):
+        self._store, self._metrics, self._rate_limited, self._alerts = store, metrics, rate_limited, alerts
         self._public_url = public_url
         # The name differs between servers, as two servers on one host get each other's cookies.
         self._cookie = "backfeedr_" + store.secret_hash("admin_token").hex()[:8]
@@ -5974,7 +5975,7 @@ class Dashboard:
         metrics, app = self._metrics, page.app
         return self._render(
             page, "Overview", "overview", is_empty=metrics.is_empty(app), tiles=_overview_tiles(metrics, app),
-            warnings=[*self._refused.today(app), *self._store.warnings()], **metrics.attention(app),
+            warnings=[*self._rate_limited.today(app), *self._store.warnings()], **metrics.attention(app),
             verdicts=metrics.newest_releases(app)[:SHOWN_VERDICTS],
             types=metrics.crash_types(app, 30), devices=metrics.devices(app, 30))
 
@@ -6857,7 +6858,7 @@ class Backfeedr(Closing):
                                     max_waiters=max(256, self.settings.threads), max_db_size=self.settings.max_db_size)
         self.metrics = Metrics(self.store)
         self.alerts = Alerts(self.store, self.settings.public_url, self.metrics.digest)
-        self.refused = RefusedReports(self.store)
+        self.rate_limited = RateLimitedRequests(self.store)
         self._limiter = limiter or RateLimiter(self.settings.rate_limit)
         # Python runs one thread at a time. A thread that waits for this lock sleeps until its turn comes; one that
         # waits for the interpreter wakes up each switch interval to ask for it.
@@ -6868,7 +6869,7 @@ class Backfeedr(Closing):
         if created != (None, None):  # without `announce` another web server calls this one, at an unknown address
             address = _url(self.settings.host, self.settings.port) if announce else "https://YOUR-SERVER"
             (announce or sys.stderr.write)(first_start_text(created, self.settings.public_url.rstrip("/") or address))
-        self.pages = Dashboard(self.store, self.metrics, self.refused, self.alerts, self.settings.public_url)
+        self.pages = Dashboard(self.store, self.metrics, self.rate_limited, self.alerts, self.settings.public_url)
         self._router = self._routes()
 
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -7031,7 +7032,8 @@ class Backfeedr(Closing):
             counts = sorted(self._request_counts.items())
         by_route = [(f'{{method="{method}",path="{rule}",status="{status}"}}', count)
                     for (method, rule, status), count in counts]
-        by_app = [(f"{{app={json.dumps(app, ensure_ascii=False)}}}", n) for app, n in self.refused.by_app().items()]
+        by_app = [(f"{{app={json.dumps(app, ensure_ascii=False)}}}", count)
+                  for app, count in self.rate_limited.by_app().items()]
         lines = []
         for name, kind, meaning, samples in (
                 ("requests_total", "counter", "Requests that reached the app, by route.", by_route),
@@ -7101,7 +7103,7 @@ class Backfeedr(Closing):
             raise Refusal("invalid API key")
         submission.key_hash = key_hash
         if not self._limiter.allow(key_hash):  # may ask another host, so it stays outside the lock
-            self.refused.count(key_hash)
+            self.rate_limited.count(key_hash)
             raise Refusal("rate limit exceeded", self._limiter.retry_after(key_hash))
         parse, _ = self._ingestion[environ["PATH_INFO"]]
         with self._decode_lock:
@@ -7119,9 +7121,9 @@ class Backfeedr(Closing):
             submission.idempotency = _idempotency(environ, signature, plain)
 
 
-class RefusedReports:
-    """Counts the reports that the rate limit refuses, and logs them once a minute. All phones of an app share its key,
-    and without this, only they would learn that they are too many."""
+class RateLimitedRequests:
+    """Counts the requests that the rate limit refuses, and logs their number once a minute. All phones of an app share
+    its key; without this, only they would learn that they send too much."""
 
     def __init__(self, store: Store):
         self._store, self._lock, self._logged_at = store, threading.Lock(), 0
@@ -7131,14 +7133,14 @@ class RefusedReports:
         now = self._store.now
         with self._lock:
             self._counts[key_hash, now // DAY] += 1
-            if 0 <= now - self._logged_at < 60 * SECOND:
+            if 0 <= now - self._logged_at < MINUTE:
                 return
             self._logged_at = now
         for text in self.today():
             log.warning("%s", text)
 
     def by_app(self, day: int | None = None) -> Counter[str]:
-        """Counts refused reports by the name of their app, on a UTC day or since this process started."""
+        """Counts them by the name of their app, on a UTC day or since this process started."""
         totals: Counter[str] = Counter()
         with self._lock:
             counts = list(self._counts.items())
@@ -7149,9 +7151,9 @@ class RefusedReports:
         return totals
 
     def today(self, app: str | None = None) -> list[str]:
-        """Returns a sentence for each app, or for one app, of which something was refused today."""
-        return [f"{n:,} report{'s' * (n > 1)} of {name} {'were' if n > 1 else 'was'} refused today: rate limit"
-                for name, n in sorted(self.by_app(self._store.now // DAY).items()) if name and app in (None, name)]
+        """Returns a warning for each app of which requests were refused today, or only for `app`."""
+        return [f"The rate limit refused {count:,} request{'s' * (count > 1)} of {name} today."
+                for name, count in sorted(self.by_app(self._store.now // DAY).items()) if name and app in (None, name)]
 
 
 def first_start_text(created: GeneratedSecrets, url: str) -> str:

@@ -5918,16 +5918,16 @@ def test_a_database_with_an_app_gets_no_default_one(start, tmp_path):
     assert "bf_admin_" in start.texts[0] and "bf_live_" not in start.texts[0]
 
 
-def test_reports_that_the_rate_limit_refuses_are_shown_on_the_overview_in_the_log_and_in_metrics(serve, clock, caplog):
+def test_requests_that_the_rate_limit_refuses_are_shown_on_the_overview_in_the_log_and_in_metrics(serve, clock, caplog):
     api = Api(serve(rate_limit=2))
     shop = api.server.store.create_app("Shop")
     for key, times in ((KEY, 2), (shop, 5)):
-        statuses = [api.post(CRASHES, CRASH, key=key)[0] for _ in range(times)]
+        statuses = [api.post(BATCH, {"events": [EVENT] * 2}, key=key)[0] for _ in range(times)]
     assert statuses == [201, 201, 429, 429, 429]
-    assert [record.message for record in caplog.records] == ["1 report of Shop was refused today: rate limit"]
+    assert [record.message for record in caplog.records] == ["The rate limit refused 1 request of Shop today."]
     assert scraped(api)['rate_limited_total{app="Shop"}'] == 3
     person = Person(api.server).signed_in()
-    assert "3 reports of Shop were refused today: rate limit" in person.get("/")
+    assert "The rate limit refused 3 requests of Shop today." in person.get("/")
     assert "refused" not in person.get("/?app=default")
     clock.move(86_400)
     assert "refused" not in person.get("/")
