@@ -5539,18 +5539,18 @@ def crash_free_rate(crashes: int, sessions: int) -> float:
 
 
 # == Requests ==================================================================
-# Reads the parts of a request, and lists every error that a client can get. bottle's own readers are not used: they
-# stop at 100 KiB, and fail on headers that are not UTF-8.
+# Reads the parts of a request, and turns errors into answers. bottle's own readers are not used: they stop at 100 KiB,
+# and fail on headers that are not UTF-8.
 
-ERRORS = {  # texts by status; any other text begins with `missing` or `invalid` and has the status 400
+ERRORS = {  # the texts of refusals by status; every other refusal has the status 400
     301: ("moved",),  # a group has moved to another
     401: ("missing API key", "invalid API key", "missing admin token", "invalid admin token",
-          "invalid signature", "stale timestamp", "signature required"),
+          "invalid signature", "stale timestamp", "signature required"), 403: ("form expired",),
     404: ("not found",), 405: ("method not allowed",), 413: ("request body too large",),
     415: ("unsupported content encoding",), 422: ("idempotency key reused with a different body",),
     429: ("rate limit exceeded",), 431: ("request header too large",), 500: ("internal server error",),
     501: ("transfer encoding not supported",), 503: ("storage unavailable",)}
-_STATUS_OF = {"form expired": 403, **{text: status for status, texts in ERRORS.items() for text in texts}}
+_STATUS_OF = {text: status for status, texts in ERRORS.items() for text in texts}
 _JSON_HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 Environ = dict[str, Any]
@@ -5559,7 +5559,7 @@ Handler = Callable[..., Answer]  # takes an environ and the variable parts of th
 
 
 def _as_refusal(error: int | Exception) -> Refusal:
-    """Returns what a client is told of an error, which is logged if unexpected, or of bottle's or waitress's status."""
+    """Returns the refusal for an error, which is logged if unexpected, or for a status that bottle or waitress gave."""
     if isinstance(error, Refusal):
         return error
     if isinstance(error, int):
@@ -5568,7 +5568,7 @@ def _as_refusal(error: int | Exception) -> Refusal:
     return Refusal("internal server error")
 
 
-def _refused(refusal: Refusal) -> tuple[int, JsonObject, dict[str, str]]:
+def _refusal_answer(refusal: Refusal) -> tuple[int, JsonObject, dict[str, str]]:
     """Returns the status, JSON and headers that answer a refused request."""
     status = _STATUS_OF.get(str(refusal), 400)
     headers = {"Accept-Encoding": "gzip"} if status == 415 else {}
@@ -5922,7 +5922,7 @@ class Dashboard:
             return self.error_page(page, _as_refusal(error))
 
     def error_page(self, page: PageRequest, refusal: Refusal) -> Response:
-        status, _, headers = _refused(refusal)
+        status, _, headers = _refusal_answer(refusal)
         with suppress(Exception):  # if the database fails here, too, the page has no navigation
             self._load_session(page)
         hint = _ERROR_HINTS.get(status, "The address or the form is not valid.")
@@ -6974,7 +6974,7 @@ class Backfeedr(Closing):
         try:
             status, answer = handler(environ, **path)
         except Exception as error:
-            status, answer, error_headers = _refused(_as_refusal(error))
+            status, answer, error_headers = _refusal_answer(_as_refusal(error))
             headers.update(error_headers)
             if isinstance(error, GroupMoved):
                 headers["Location"] = self.pages.request(environ).moved(error.group_hash)

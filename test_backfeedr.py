@@ -6342,7 +6342,7 @@ REFUSALS = {
          "|unknown report format|unsupported bug_type [0-9]{1,9}|too many diagnostics: at most 100|too many symbols"
          "|invalid (symbols|uuid)",
     **{status: "|".join(map(re.escape, texts)) for status, texts in backfeedr.ERRORS.items()
-       if status not in (429, 431, 500, 501, 503)}}
+       if status not in (403, 429, 431, 500, 501, 503)}}
 
 
 class Mutations:
@@ -9554,7 +9554,7 @@ def test_openapi_has_every_route_field_and_error_of_the_server_and_no_other(api)
     assert schemas["Event"]["properties"]["type"]["enum"] == list(backfeedr.EVENT_TYPES)
     texts = {name: content(response)["schema"]["properties"]["error"] for name, response in responses.items()}
     assert {text for each in texts.values() for text in each.get("enum", [])} \
-        == {text for status, texts in backfeedr.ERRORS.items() if status != 405 for text in texts}
+        == {text for status, texts in backfeedr.ERRORS.items() if status not in (403, 405) for text in texts}
     patterns = {name: each["pattern"] for name, each in texts.items() if "pattern" in each}
     assert {name for text in [text for _, _, text in BAD_BODIES] for name, pattern in patterns.items()
             if re.search(pattern, text)} == {"BadRequest"}
