@@ -6852,7 +6852,7 @@ class Backfeedr(Closing):
                  store: Store | None = None, limiter: RateLimiter | None = None,
                  announce: Callable[[str], Any] | None = None, **overrides: Any):
         if settings is not None and overrides:
-            raise TypeError("give settings or single ones, not both")
+            raise TypeError("give either `settings` or keyword settings, not both")
         self.settings = settings or Settings.from_env(**overrides)
         self.store = store or Store(self.settings.db_path, clock, self.settings.retention_days,
                                     max_waiters=max(256, self.settings.threads), max_db_size=self.settings.max_db_size)
@@ -7046,15 +7046,15 @@ class Backfeedr(Closing):
 
     # Reports
 
-    def can_batch(self, method: str, path: str, key: str) -> bool:
-        """Says whether a request may share a batch. One whose key must be looked up, in the database or by a limiter on
-        another host, would hold up the others."""
+    def can_share_commit(self, method: str, path: str, key: str) -> bool:
+        """Says whether a request may be stored together with others. One whose key must be looked up, in the database
+        or by a limiter on another host, would hold up the others."""
         return (method == "POST" and path in self._ingestion and not getattr(self._limiter, "waits", True)
                 and self.store.is_cached_key(sha256(key.encode("latin-1", "replace"))))
 
     def submit_all(self, environs: Iterable[Environ]) -> None:
-        """Decodes requests and stores their reports in one commit. Each environ keeps its submission, so that the WSGI
-        call with it only answers. For a request that comes alone, the WSGI call calls this."""
+        """Decodes requests and stores their reports in one commit. Puts each submission into its environ: the WSGI call
+        that follows only answers. Without a submission there, the WSGI call does all of this itself."""
         to_store, to_recheck = [], []
         for environ in environs:
             environ[_SUBMISSION] = submission = Submission()
@@ -7187,9 +7187,9 @@ SWITCH_INTERVAL = 0.002  # seconds that a thread may keep the interpreter while 
 IDLE_TIMEOUT = 60  # seconds for a request to arrive, between two requests, and without progress of an answer
 MIN_BYTES_PER_SECOND = 2000  # a request that arrives at this rate, as from a slow phone, never times out
 MAX_PIPELINED = 4  # requests that a connection may send ahead; after the answer to the last it is closed
-BATCH_THREADS = 4  # one commits while the next one decodes; with two, 16 clients get 14 % less done
-MAX_BATCH_REQUESTS = 25  # of 100 events each, the batches then have as many rows as the store lets wait
-MAX_BATCH_BYTES = 1_000_000  # decoded, they take several times as much memory
+COMMIT_THREADS = 4  # one commits while the next one decodes; with two, 16 clients get 14 % less done
+MAX_GATHERED_REQUESTS = 25  # of 100 events each; all threads then have as many rows as the store lets wait
+MAX_GATHERED_BYTES = 1_000_000  # decoded, they take several times as much memory
 
 
 def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> None:
@@ -7295,8 +7295,8 @@ class _AppTask(_Task, WSGITask):
     """An answer of the app."""
 
     def get_environment(self) -> Environ:
-        """The request's one environ, in which its batch may have put a submission. Believes a proxy on this host that
-        the client uses https. waitress could do that, too, but would refuse a header that makes no sense."""
+        """The request's one environ, into which submit_all() may have put a submission. Believes a proxy on this host
+        that the client uses https. waitress could do that, too, but would refuse a header that makes no sense."""
         environ: Environ = self.request.environ or super().get_environment()
         if environ.get("HTTP_X_FORWARDED_PROTO") == "https" and environ["REMOTE_ADDR"] == "127.0.0.1":
             environ["wsgi.url_scheme"] = "https"
@@ -7360,37 +7360,37 @@ def _close_idle(server: Any, now: float) -> None:
 
 class _Dispatcher(ThreadedTaskDispatcher):
     """Gives each report that arrives while a thread decodes others to that thread, which stores all in one commit.
-    waitress wakes a thread for each request, which takes longer than the work; it still does so for all others."""
+    waitress wakes a thread for each request, which takes longer than decoding a report. It still handles the others."""
 
     def __init__(self, app: Backfeedr, threads: int):
         super().__init__()
         self.set_thread_count(threads)
         self.app, self.is_stopped = app, False
         self.waiting: SimpleQueue[_Channel | None] = SimpleQueue()  # connections with a report; None only wakes
-        self.collecting = threading.Lock()  # held by the thread that waits for reports and decodes them
-        self.batch_threads = [threading.Thread(target=self.store_batches, daemon=True) for _ in range(BATCH_THREADS)]
-        for thread in self.batch_threads:
+        self.gathering = threading.Lock()  # held by the thread that waits for reports and decodes them
+        self.commit_threads = [threading.Thread(target=self.store_all, daemon=True) for _ in range(COMMIT_THREADS)]
+        for thread in self.commit_threads:
             thread.start()
 
     def add_task(self, channel: _Channel) -> None:
         request = channel.requests[0]
         request.arrived_at = time.monotonic()
         key = request.headers.get("X_BACKFEEDR_KEY", "")
-        if request.error or not self.app.can_batch(request.command, request.path, key):
+        if request.error or not self.app.can_share_commit(request.command, request.path, key):
             super().add_task(channel)
         else:
             self.waiting.put(channel)
 
-    def store_batches(self) -> None:
+    def store_all(self) -> None:
         while not self.is_stopped:
-            self.store_batch()
+            self.store_gathered()
 
-    def store_batch(self) -> None:
+    def store_gathered(self) -> None:
         """Waits for requests, stores their reports, and answers each."""
-        batch: list[_Channel] = []
-        with closing(self.collect(batch)) as environs:  # closing frees the lock, even after an error
+        channels: list[_Channel] = []
+        with closing(self.gather(channels)) as environs:  # closing frees the lock, even after an error
             self.log_errors(self.app.submit_all, environs)
-        for channel in batch:
+        for channel in channels:
             self.log_errors(channel.service)
 
     def log_errors(self, call: Callable[..., Any], *arguments: Any) -> None:
@@ -7400,12 +7400,12 @@ class _Dispatcher(ThreadedTaskDispatcher):
         except BaseException:
             log.exception("unexpected error")
 
-    def collect(self, batch: list[_Channel]) -> Generator[Environ, None, None]:
-        """Yields a request and all that arrive while the caller decodes it; appends their connections to `batch`."""
-        with self.collecting, suppress(Empty):
+    def gather(self, channels: list[_Channel]) -> Generator[Environ, None, None]:
+        """Yields a request and all that arrive while the caller decodes it. Appends their connections to `channels`."""
+        with self.gathering, suppress(Empty):
             channel, size = self.waiting.get(), 0
             while channel:
-                batch.append(channel)
+                channels.append(channel)
                 request = channel.requests[0]
                 environ = _AppTask(channel, request).get_environment()
                 if time.monotonic() - request.arrived_at > BUSY_TIMEOUT:  # no thread was free for so long
@@ -7414,14 +7414,14 @@ class _Dispatcher(ThreadedTaskDispatcher):
                     yield environ
                 is_compressed = "CONTENT_ENCODING" in request.headers  # so it may become as large as any
                 size += self.app.settings.max_body_size if is_compressed else request.body_bytes_received
-                has_room = len(batch) < MAX_BATCH_REQUESTS and size < MAX_BATCH_BYTES
+                has_room = len(channels) < MAX_GATHERED_REQUESTS and size < MAX_GATHERED_BYTES
                 channel = self.waiting.get_nowait() if has_room else None
 
     def shutdown(self, *arguments: Any, **options: Any) -> Any:
         self.is_stopped = True
-        for _ in self.batch_threads:
+        for _ in self.commit_threads:
             self.waiting.put(None)
-        for thread in self.batch_threads:
+        for thread in self.commit_threads:
             thread.join(timeout=1)
         return super().shutdown(*arguments, **options)
 
@@ -7431,7 +7431,7 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
     server = waitress.server.create_server(
         app, _dispatcher=_Dispatcher(app, settings.threads), sockets=[listener], ident=None,
         max_request_body_size=settings.max_body_size + 65536,  # more than the app's own limit, which refuses first
-        connection_limit=_connection_limit(settings.threads + BATCH_THREADS),
+        connection_limit=_connection_limit(settings.threads + COMMIT_THREADS),
         max_request_header_size=32768, inbuf_overflow=131072, recv_bytes=65536, cleanup_interval=10,
         asyncore_use_poll=True, clear_untrusted_proxy_headers=True,
         outbuf_high_watermark=1 << 40)  # beyond it a worker would wait for the client: never

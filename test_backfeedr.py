@@ -7690,7 +7690,7 @@ def test_only_one_thread_at_a_time_sends_on_a_connection(web_server):
 
 @pytest.fixture
 def answer_together(web_server):
-    """Sends requests, each on its own connection, for one batch; gives the statuses of the answers on each."""
+    """Sends requests, each on its own connection, for one commit; gives the statuses of the answers on each."""
     dispatcher = web_server.task_dispatcher
     dispatcher.shutdown()
     assert Api(web_server.app).post(CRASHES, b"{")[0] == 400  # from now on the key is cached
@@ -7699,7 +7699,7 @@ def answer_together(web_server):
         connections = [connect_and_send(web_server, request) for request in requests]
         wait_until(lambda: web_server.run_once() or dispatcher.waiting.qsize() >= len(requests))
         while not dispatcher.waiting.empty():
-            dispatcher.store_batch()
+            dispatcher.store_gathered()
         answers = [read_some(connection, web_server) for connection in connections]
         for connection in connections:
             connection.close()
@@ -7708,9 +7708,9 @@ def answer_together(web_server):
 
 
 @pytest.mark.parametrize("limit, is_gzip, expected", [
-    ({"MAX_BATCH_REQUESTS": 2}, False, [2, 2, 2, 1]), ({"MAX_BATCH_BYTES": 250}, False, [3, 3, 1]), ({}, False, [7]),
-    ({"MAX_BATCH_BYTES": Settings.max_body_size + 1}, True, [2, 2, 2, 1])])  # each may become that large
-def test_a_batch_is_limited_in_requests_and_bytes(web_server, answer_together, monkeypatch, limit, is_gzip, expected):
+    ({"REQUESTS": 2}, False, [2, 2, 2, 1]), ({"BYTES": 250}, False, [3, 3, 1]), ({}, False, [7]),
+    ({"BYTES": Settings.max_body_size + 1}, True, [2, 2, 2, 1])])  # each may become that large
+def test_gathered_requests_have_a_limit(web_server, answer_together, monkeypatch, limit, is_gzip, expected):
     batches, submit_all = [], web_server.app.submit_all
 
     def watch(environs):
@@ -7719,7 +7719,7 @@ def test_a_batch_is_limited_in_requests_and_bytes(web_server, answer_together, m
 
     monkeypatch.setattr(web_server.app, "submit_all", watch)
     for name, value in limit.items():
-        monkeypatch.setattr(backfeedr, name, value)
+        monkeypatch.setattr(backfeedr, "MAX_GATHERED_" + name, value)
     crash = json.dumps({**CRASH, "log": "x" * 21}).encode()
     assert len(crash) == 100
     request = raw_post(body=gzip.compress(crash), Content_Encoding="gzip") if is_gzip else raw_post(body=crash)
@@ -7740,17 +7740,17 @@ def test_reports_that_arrive_together_share_a_commit_or_an_error_and_each_client
     def fail(*_, **options):
         return 1 / 0
 
-    def disconnect_first(store_batch=dispatcher.store_batch):
+    def disconnect_first(store_gathered=dispatcher.store_gathered):
         channel = dispatcher.waiting.get()
         channel.connected = False
         dispatcher.waiting.put(channel)
-        store_batch()
+        store_gathered()
 
     for owner, name, value, answers, stored_count in (
             (backfeedr, "BUSY_TIMEOUT", -1, [[503]] * 3, 0),  # so each has waited too long for a thread
             (app.store, "add_all", fail, [[500]] * 3, 0), (app.store, "writing", fail, [[503]] * 3, 0),
             (backfeedr, "decode_json", fail, [[500]] * 3, 0), (web_server.channel_class, "service", fail, [[]] * 3, 3),
-            (dispatcher, "store_batch", disconnect_first, [[], [201], [201]], 2)):
+            (dispatcher, "store_gathered", disconnect_first, [[], [201], [201]], 2)):
         caplog.clear()
         with monkeypatch.context() as patched:
             patched.setattr(owner, name, value)
@@ -7763,12 +7763,12 @@ def test_reports_that_arrive_together_share_a_commit_or_an_error_and_each_client
 @pytest.mark.parametrize("limiter, expected", [
     (SimpleNamespace(allow=lambda key: True, waits=True), False), (SimpleNamespace(allow=lambda key: True), False),
     (RateLimiter(9), True), (None, True)])
-def test_only_reports_that_need_no_other_host_share_a_batch(tmp_path, limiter, expected):
+def test_only_reports_that_need_no_other_host_share_a_commit(tmp_path, limiter, expected):
     with Backfeedr(Settings(db_path=str(tmp_path / "test.db"), api_key=KEY), limiter=limiter, announce=str) as server:
-        assert server.can_batch("POST", CRASHES, KEY) is False, "the key is not cached yet"
+        assert server.can_share_commit("POST", CRASHES, KEY) is False, "the key is not cached yet"
         assert Api(server).post(CRASHES, CRASH)[0] == 201
-        assert server.can_batch("POST", CRASHES, KEY) is expected
-        assert not any(server.can_batch(*request) for request in (
+        assert server.can_share_commit("POST", CRASHES, KEY) is expected
+        assert not any(server.can_share_commit(*request) for request in (
             ("GET", CRASHES, KEY), ("POST", CRASHES + "/", KEY), ("POST", CRASHES, ""), ("POST", CRASHES, "\u20ac")))
 
 
@@ -7827,7 +7827,7 @@ def test_a_bad_report_with_a_revoked_key_is_refused_for_the_key(serve, monkeypat
     assert len(lookups) == 2, "once for each key, because each lookup waits for a database that is down"
 
 
-def test_an_empty_payload_has_its_own_answer_in_a_batch(serve):
+def test_an_empty_payload_has_its_own_answer_among_others(serve):
     server = serve()
     other = server.store.create_app("Shop")
 
