@@ -4956,6 +4956,28 @@ MAX_MISSING_BUILDS = 100  # builds without symbols in a list
 SCORED_GROUPS, SHOWN_GROUPS = 20, 5  # groups that the overview gives a score, and that it shows
 EVENTS_BEFORE_CRASH = 20  # events that the page of a crash shows, out of the session's latest 100
 
+_IN_TRIAGE = "(app_id, group_hash) {} (select app_id, group_hash from triage where {})"
+STATE_CONDITIONS: dict[str | None, str] = {  # the condition of each `state` by which a list can be filtered
+    None: "1 = 1", "open": _IN_TRIAGE.format("not in", "state <> 'open'"),
+    "resolved": _IN_TRIAGE.format("in", "state = 'resolved'"), "muted": _IN_TRIAGE.format("in", "state = 'muted'"),
+    "regressed": _IN_TRIAGE.format("in", "state = 'open' and regressed_at is not null"),  # since it was resolved last
+    "new": "(app_id, group_hash) in (select app_id, group_hash from groups where came_at >= :week)"}
+SORT_COLUMNS = {"crashes": "count", "devices": "devices", "last_seen": "last_seen", "first_seen": "first_seen"}
+_LISTED_WITHOUT_CRASHES = ":state in ('resolved', 'muted', 'regressed')"
+STORED_GROUP_COUNTS = f"""
+    select app_id, group_hash, crashes, devices, last_seen as latest from groups
+    where {APP_FILTER} and (crashes > 0 or {_LISTED_WITHOUT_CRASHES})
+    union all select app_id, group_hash, 0, 0, 0 from triage where {APP_FILTER} and {_LISTED_WITHOUT_CRASHES}"""
+HAS_VERSION = "(:version is null or substr(app_version, 1, :length) = :version)"
+FILTERED_GROUP_COUNTS = f"""
+    select known.app_id, known.group_hash, count(*) as crashes, count(distinct device_id_hash) as devices,
+        max({COUNTED_AT}) as latest
+    from (select app_id, group_hash from groups where {APP_FILTER} and last_seen >= :since
+        and (:candidates is null or instr(:candidates, group_hash))) as known
+    cross join crashes on crashes.app_id = known.app_id and crashes.group_hash = known.group_hash
+    where received_at >= :since and {HAS_VERSION} and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
+    group by known.app_id, known.group_hash"""
+
 
 class Metrics:
     """Answers questions as of now, in the shapes of the API. `app` is the name of an app: an unknown one raises
@@ -5103,7 +5125,7 @@ class Metrics:
                 order by news.at desc, news.what, news.app_id, news.group_hash
                 """, {"app": app_id, "other": OTHER, "limit": limit})
 
-    # These are for the admin, and read reports, a page at a time.
+    # For the admin: these read reports, most of them a page at a time.
 
     def groups(self, app: str | None = None, version: str | None = None, days: int | None = None,
                text: str | None = None, state: str | None = None, sort: str | None = None, limit: int = 50,
@@ -5126,7 +5148,7 @@ class Metrics:
                           "week": week, "since": (shown_days[0] or 0) * DAY - MAX_SKEW if days else 0, "state": state,
                           "candidates": None}  # all groups
             if days and days <= WEEK and column == "count" and not (version or text or state or cursor):
-                parameters["candidates"] = self._candidates(db, app_id, self._last_days(days), limit + 1)
+                parameters["candidates"] = self._most_crashing(db, app_id, self._last_days(days), limit + 1)
             rows = dict_rows(db, f"""
                 select * from (
                     select group_hash, sum(crashes) as count, sum(devices) as devices, max(latest) as last_seen, (
@@ -5148,9 +5170,9 @@ class Metrics:
         last = rows[len(groups) - 1] if rows[len(groups):] else None
         return {"groups": groups, "next": last and f"{last[column]}-{last['group_hash']}"}
 
-    def _candidates(self, db: Connection, app_id: int | None, days: range, limit: int) -> str | None:
-        """The groups with the most crashes on these days, separated by spaces: roll-ups find them faster than crashes.
-        None if the roll-ups may differ from the crashes: some have expired, or a clock that was fast deleted sums."""
+    def _most_crashing(self, db: Connection, app_id: int | None, days: range, limit: int) -> str | None:
+        """Returns the groups with the most crashes on these days, separated by spaces: figures find them faster than a
+        scan of crashes. None if they may differ: crashes have expired, or sums were deleted while a clock was fast."""
         gone, = db.execute("select max(value) from state where name like 'expired%' or name like 'early%'").fetchone()
         sums, expected = (sums_per_day(db, app_id, days, table, "crashes") for table in ("group_days", "crash_days"))
         if (gone or 0) >= first_seq(days[0] * DAY - MAX_SKEW) or sums != expected:
@@ -5220,10 +5242,10 @@ class Metrics:
                 "next": f"{at}-{crash_id(seq)}" if page[len(reports):] else None}
 
     def attention(self, app: str | None = None) -> JsonObject:
-        """Lists open groups that crashed on the seven UTC days that end today: in `new` the latest of the `new_count`
-        that were new or regressed then, in `first` those to fix first. Their `score` is the devices that crashed in the
-        newest release of the app, halved for each day since the last crash. Each app has groups of its own here. A
-        group without a stored crash or decision has no page, so it is left out."""
+        """Lists open groups that crashed on the seven UTC days that end today. `new` has the latest that were new or
+        regressed then, and `new_count` counts all of these. `first` has those with the highest score: the devices that
+        crashed in the app's newest release, halved for each day since the last crash. A group of two apps is listed
+        twice. A group without a stored crash or decision has no page, so it is left out."""
         week = self._last_days(WEEK)
         since = week[0] * DAY
         with self._snapshot(app) as (db, app_id):
@@ -5319,9 +5341,9 @@ class Metrics:
             where {APP_FILTER} and group_hash = :group and received_at >= :since and {HAS_VERSION}
             group by day""", parameters))
         apps = db.execute(f"""
-            select name from apps where {APP_FILTER.replace("app_id", "id", 1)} and (
-                exists (select 1 from crashes where app_id = apps.id and group_hash = :group)
-                or exists (select 1 from triage where app_id = apps.id and group_hash = :group))
+            select name from (select id as app_id, name from apps) as app where {APP_FILTER} and (
+                exists (select 1 from crashes where app_id = app.app_id and group_hash = :group)
+                or exists (select 1 from triage where app_id = app.app_id and group_hash = :group))
             order by name""", parameters).fetchall()
         return {"days": [counts.get(day, 0) for day in shown_days], "apps": [name for name, in apps]}
 
@@ -5374,22 +5396,23 @@ class Metrics:
         """Lists the builds whose symbols are stored, the newest first, and those whose symbols are missing, with the
         number of crashes that would get names, the most frequent first."""
         with self._snapshot(app) as (db, app_id):
-            held = dict_rows(db, """
+            stored = dict_rows(db, """
                 select uuid, binary_name as binary, arch, parts, rows, size, received = parts as complete, uploaded_at
                 from symbols order by uploaded_at desc, uuid""")
             return {"symbols": [{**row, "complete": bool(row["complete"]), "uploaded_at": iso_time(row["uploaded_at"])}
-                                for row in held], "missing": self._missing_builds(db, app_id, None, MAX_MISSING_BUILDS)}
+                                for row in stored],
+                    "missing": self._missing_builds(db, app_id, None, MAX_MISSING_BUILDS)}
 
     def _missing_builds(self, db: Connection, app_id: int | None, group: str | None, limit: int) -> list[JsonObject]:
         """Lists the builds whose symbols are missing, in all groups or in one."""
         return [self._missing_build(db, **row) for row in dict_rows(db, f"""
             select uuid, app_id, group_hash, total as crashes from (
                 select uuid, app_id, group_hash, sum(crashes) over (partition by uuid) as total, row_number() over (
-                    partition by uuid order by crashes desc, app_id, group_hash) as place
+                    partition by uuid order by crashes desc, app_id, group_hash) as rank
                 from group_images
                 where {APP_FILTER} and (:group is null or group_hash = :group)
                     and uuid not in (select uuid from symbols where received = parts)) as ranked
-            where place = 1 order by total desc, uuid limit :limit""", {"app": app_id, "group": group, "limit": limit})]
+            where rank = 1 order by total desc, uuid limit :limit""", {"app": app_id, "group": group, "limit": limit})]
 
     @staticmethod
     def _missing_build(db: Connection, uuid: str, app_id: int, group_hash: str, crashes: int) -> JsonObject:
@@ -5491,29 +5514,6 @@ def as_sent(row: Mapping[str, Any], time_text: Callable[[int], str]) -> JsonObje
     if "is_charging" in report:
         report["is_charging"] = bool(report["is_charging"])
     return report
-
-
-_IN_TRIAGE = "(app_id, group_hash) {} (select app_id, group_hash from triage where {})"
-STATE_CONDITIONS: dict[str | None, str] = {  # the condition of each `state` by which a list can be filtered
-    None: "1 = 1", "open": _IN_TRIAGE.format("not in", "state <> 'open'"),
-    "resolved": _IN_TRIAGE.format("in", "state = 'resolved'"), "muted": _IN_TRIAGE.format("in", "state = 'muted'"),
-    "regressed": _IN_TRIAGE.format("in", "state = 'open' and regressed_at is not null"),  # since it was resolved last
-    "new": "(app_id, group_hash) in (select app_id, group_hash from groups where came_at >= :week)"}
-SORT_COLUMNS = {"crashes": "count", "devices": "devices", "last_seen": "last_seen", "first_seen": "first_seen"}
-_LISTED_WITHOUT_CRASHES = ":state in ('resolved', 'muted', 'regressed')"
-STORED_GROUP_COUNTS = f"""
-    select app_id, group_hash, crashes, devices, last_seen as latest from groups
-    where {APP_FILTER} and (crashes > 0 or {_LISTED_WITHOUT_CRASHES})
-    union all select app_id, group_hash, 0, 0, 0 from triage where {APP_FILTER} and {_LISTED_WITHOUT_CRASHES}"""
-HAS_VERSION = "(:version is null or substr(app_version, 1, :length) = :version)"
-FILTERED_GROUP_COUNTS = f"""
-    select known.app_id, known.group_hash, count(*) as crashes, count(distinct device_id_hash) as devices,
-        max({COUNTED_AT}) as latest
-    from (select app_id, group_hash from groups where {APP_FILTER} and last_seen >= :since
-        and (:candidates is null or instr(:candidates, group_hash))) as known
-    cross join crashes on crashes.app_id = known.app_id and crashes.group_hash = known.group_hash
-    where received_at >= :since and {HAS_VERSION} and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
-    group by known.app_id, known.group_hash"""
 
 
 def _version_filter(version: str | None) -> JsonObject:
@@ -7021,10 +7021,10 @@ class Backfeedr(Closing):
         if not build:
             raise Refusal("invalid uuid", detail="it is not that of a build, as dwarfdump --uuid prints it")
         part = parse_symbols(_decompress(environ, body, self.settings.max_body_size))
-        answer, was_held = self.store.put_symbols(build, part)
-        if answer["complete"] and not was_held:
+        answer, was_stored = self.store.put_symbols(build, part)
+        if answer["complete"] and not was_stored:
             self.store.catch_up_in_background()
-        return 200 if was_held else 201, answer
+        return 200 if was_stored else 201, answer
 
     def _prometheus(self, environ: Environ) -> Answer:
         self._check_admin(environ)
