@@ -4542,14 +4542,14 @@ def size_warnings(path: Path, max_db_size: int) -> list[str]:
 # claims a message, another records the outcome, and none is open while it is sent. If the server dies in between, the
 # message is sent again under the same id. A kind of channel is a function that makes an HTTP request of a message.
 
-GATHER_TIME = 60 * SECOND  # the facts that a channel gets within this time become one message
+GATHER_TIME = MINUTE  # the facts that a channel gets within this time become one message
 MAX_FACTS = 10  # facts that a message lists; it only counts the others
 CHAT_BYTES = 1800  # of a chat message: Discord takes 2,000 characters, ntfy 4,096 bytes
 FACT_LENGTH = 300  # characters of a fact in a chat message
 MAX_HOURLY_MESSAGES = 30  # to a channel; further facts wait for a later message
 RETRY_SECONDS = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)  # the schedule of Standard Webhooks
 SEND_TIMEOUT = 15.0  # seconds
-CLAIM_TIME = 60 * SECOND  # for which nobody else sends a claimed message; longer than SEND_TIMEOUT
+CLAIM_TIME = MINUTE  # for which nobody else sends a claimed message; longer than SEND_TIMEOUT
 POLL_SECONDS = 1.0  # between two looks for messages that are due
 # The only parts of a fact's `detail` that leave the host.
 _FACT_FIELDS = ("exception_type", "place", "app_version", "build_number", "crashes", "devices", "fixed_in", "before")
@@ -5721,14 +5721,15 @@ def draw_columns(ys: DayValues) -> str:
 
 
 def chart(title: str, labels: Sequence[str], values: DayValues, draw: Callable[[DayValues], str] = draw_line,
-          low: float = 0, unit: str = "") -> str:
-    """Draws one value per day on an axis that starts at `low`. A value with a `unit` is a percentage."""
+          low: float = 0, is_percentage: bool = False) -> str:
+    """Draws one value per day on an axis that starts at `low`, and ends at 100 for percentages."""
     known = [(value, label) for value, label in zip(values, labels) if value is not None]
     if not known:
         return _NO_DATA
     (highest, peak), (lowest, _) = max(known), min(known)
     scale = 10 ** max(0, len(str(int(highest))) - 2)
-    high = 100 if unit else next(scale * end for end in _AXIS_ENDS if scale * end >= highest)
+    high = 100 if is_percentage else next(scale * end for end in _AXIS_ENDS if scale * end >= highest)
+    unit = " %" if is_percentage else ""
     drawing = draw([None if value is None else _CHART_HEIGHT * (high - value) / (high - low) for value in values])
     for n, (label, value) in enumerate(zip(labels, values)):
         text = "none" if value is None else f"{value:,}{unit}{' so far' if label == labels[-1] else ''}"
@@ -5776,7 +5777,7 @@ def bar_chart(counts: JsonObject, total: int | None = None) -> str:
 # is hostile: it reaches a page only through `{{ }}` or escape(), an address also through urlencode(), never a style.
 
 SESSION_LIFETIME = 7 * DAY
-LINK_LIFETIME = 600 * SECOND  # of a link that signs in once
+LINK_LIFETIME = 10 * MINUTE  # of a link that signs in once
 LIST_ROWS, SHOWN_VERDICTS = 25, 5  # of crashes or events on a page, and of releases on the overview
 SHOWN_FRAMES, SHOWN_TEXT = 200, 20_000  # frames and characters of a report on its page; the API has the rest
 
@@ -5802,7 +5803,7 @@ class PageRequest:
         self.path = quote(environ.get("PATH_INFO", "").encode("latin-1", "replace"))
         self.section = "/" + self.path.split("/")[1] if "/" in self.path else "/"  # such as /crashes
         self.query = {name: value for name, value in _query(environ).items() if value}  # forms send empty fields, too
-        self.address = self.path + ("?" + urlencode(self.query) if self.query else "")
+        self.path_and_query = self.path + ("?" + urlencode(self.query) if self.query else "")
         self.app = self.query.get("app")
         self.apps: list[App] | None = None  # None unless the browser is signed in
         self.form: dict[str, str] = {}
@@ -5843,7 +5844,7 @@ class PageRequest:
 
     def moved(self, group_hash: str) -> str:
         """Returns the address of this page for another group."""
-        return self.root + re.sub("[0-9a-f]{16}", group_hash, self.address, count=1)
+        return self.root + re.sub("[0-9a-f]{16}", group_hash, self.path_and_query, count=1)
 
     def redirect(self, path: str) -> Response:
         return bottle.HTTPResponse(b"", 303, {**PAGE_HEADERS, "Location": self.root + path})
@@ -5859,7 +5860,7 @@ class PageRequest:
         """Returns HTML for a time in text or milliseconds: its age or, if it is old, its date; a tooltip is exact."""
         at = parse_time(time) if isinstance(time, str) else time
         exact, age = iso_time(at)[:19].replace("T", " "), self.now - at
-        units = [(DAY, "d"), (HOUR, "h"), (60 * SECOND, "min")]
+        units = [(DAY, "d"), (HOUR, "h"), (MINUTE, "min")]
         age_text = next((f"{age // unit} {name} ago" for unit, name in units if age >= unit), "just now")
         shown = age_text if -MAX_SKEW <= age < 100 * DAY else exact[:10]
         return f'<time datetime="{iso_time(at)}" title="{exact}">{shown}</time>'
@@ -5912,7 +5913,7 @@ class Dashboard:
         try:
             is_form, is_open = page.environ["REQUEST_METHOD"] == "POST", page.path in ("/sign-in", "/crashes.atom")
             if not is_open and not self._load_session(page):
-                return page.redirect("/sign-in?" + urlencode({"next": "/" if is_form else page.address}))
+                return page.redirect("/sign-in?" + urlencode({"next": "/" if is_form else page.path_and_query}))
             if is_form:
                 page.read_form()
             return handler(page, **path)
@@ -6013,7 +6014,7 @@ class Dashboard:
     def _group_export(self, page: PageRequest, group_hash: str, suffix: str) -> Response:
         """Returns a group as text for a bug tracker or an assistant."""
         group = self._metrics.group(group_hash, page.app, limit=1)
-        text = group_text(group, page.url + page.address.replace("." + suffix, "", 1))
+        text = group_text(group, page.url + page.path_and_query.replace("." + suffix, "", 1))
         return _text_response(text, "text/markdown" if suffix == "md" else "text/plain")
 
     def _triage(self, page: PageRequest, group_hash: str) -> Response:
@@ -6025,7 +6026,7 @@ class Dashboard:
             with suppress(KeyError, ValueError):  # what is no number stays, and is refused
                 change[name] = int(change[name])
         self._store.triage(group_hash, parse_triage(change, page.now), page.app)
-        return page.redirect(page.address)
+        return page.redirect(page.path_and_query)
 
     def _usage(self, page: PageRequest) -> Response:
         metrics, app = self._metrics, page.app
@@ -6038,7 +6039,7 @@ class Dashboard:
         is_session = "session_id" in parameters
         listing = self._metrics.events(page.app, **parameters, limit=LIST_ROWS, oldest_first=is_session)
         return self._render(page, "Session" if is_session else "Events", "events", **listing, parameters=parameters,
-                            types=EVENT_TYPES)
+                            types=EVENT_TYPES, scanned_events=SCANNED_EVENTS)
 
     def _releases(self, page: PageRequest) -> Response:
         parameters = page.parameters("sort")
@@ -6132,7 +6133,7 @@ def _overview_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
     rate_before = crash_free_rate(sum(crashes[-14:-7]), sum(sessions[-14:-7]))
     yield ("Crash-free sessions", f"{week['crash_free_rate_7d']:.2f} %" if week["sessions_7d"] else "-",
            f"7 days; {rate_before:.2f} % the week before" if any(sessions[-14:-7]) else "7 days",
-           chart("Crash-free sessions", labels, rates, low=axis_start, unit=" %"))
+           chart("Crash-free sessions", labels, rates, low=axis_start, is_percentage=True))
     yield "Active devices", f"{week['dau']:,}", "24 hours", chart("Active devices", labels, active["dau"])
     for name, counts, draw in (("Sessions", sessions, draw_line), ("Crashes", crashes, draw_columns)):
         note = f"7 days; {sum(counts[-14:-7]):,} the week before"
@@ -6163,7 +6164,8 @@ def _retention_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
         known = [(rate, size) for rate, size in zip(rates, cohorts["devices"]) if rate is not None]
         devices = sum(size for _, size in known)
         share = f"{sum(rate * size for rate, size in known) / devices:.0f} %" if devices else "-"
-        yield name, share, f"of {devices:,} new devices in 60 days", chart(name, cohorts["labels"], rates, unit=" %")
+        drawing = chart(name, cohorts["labels"], rates, is_percentage=True)
+        yield name, share, f"of {devices:,} new devices in 60 days", drawing
 
 
 def _duration(seconds: float) -> str:
@@ -6207,7 +6209,7 @@ def _time_to_crash(time: Any, report: JsonObject) -> str:
     """Returns a time relative to a crash, such as -00:12. Other values, and times 100 hours away, stay as they are."""
     with suppress(ValueError):
         span = parse_occurred_at(time) - parse_time(report["occurred_at"])
-        hours, minutes, seconds = abs(span) // HOUR, abs(span) // (60 * SECOND) % 60, abs(span) // SECOND % 60
+        hours, minutes, seconds = abs(span) // HOUR, abs(span) // MINUTE % 60, abs(span) // SECOND % 60
         if hours < 100:
             return ("+" if span > 0 else "-") + (f"{hours}:" if hours else "") + f"{minutes:02}:{seconds:02}"
     return _shorten(_json_text(time), 40)
@@ -6613,7 +6615,7 @@ on <bdi>{{parameters.get("device_id_hash", "all devices")}}</bdi>, oldest event 
 % end
 """, "bare"), empty="""
 % if next:
-No matches among the 20,000 events searched. The next page searches older ones.
+No matches among the {{number(scanned_events)}} events searched. The next page searches older ones.
 % elif parameters:
 No matches. <a href="{{link("/events")}}">Show all</a>
 % else:
@@ -6657,8 +6659,8 @@ first seen | <a href="{{link("/releases", sort="version")}}">version</a></p>
 """ + _table(
         "[key for key in keys if key.app == app.name]", ("Key", "<code>{{row.prefix}}...</code>", "main"),
         ("Created", "{{!time_html(row.created_at)}}", ""),
-        ("Last used", '{{iso(86_400_000 * row.last_used)[:10] if row.last_used else "-"}}', ""),
-        ("Requests, 7 days", "{{number(row.requests)}}", "number"), ("Status", """
+        ("Last used", '{{iso(DAY * row.last_used)[:10] if row.last_used else "-"}}', ""),
+        ("Requests, 7 days", "{{number(row.requests)}}", "number"), ("State", """
 % if row.revoked_at:
 revoked {{!time_html(row.revoked_at)}}
 % else:
@@ -6681,14 +6683,14 @@ revoked {{!time_html(row.revoked_at)}}
 """ + _table(
         "channels", ("Channel", '<code><bdi>{{row["id"]}}: {{row["address"]}}</bdi></code>', "main"),
         ("App", '<bdi>{{row["app"] or "all live apps"}}</bdi>', ""),
-        ("Alerts", '{{row["kinds"].replace(",", ", ")}}', ""),
-        ("Last sent", '{{!time_html(row["sent_at"]) if row["sent_at"] else "never"}}', ""), ("Status", """
+        ("Facts", '{{row["kinds"].replace(",", ", ")}}', ""),
+        ("Last sent", '{{!time_html(row["sent_at"]) if row["sent_at"] else "never"}}', ""), ("State", """
 % if row["ended_at"]:
 <span class="problem">ended {{!time_html(row["ended_at"])}}: the receiver answered 410 Gone</span>
 % elif row["error"]:
 <span class="problem">{{row["error"]}}, {{!time_html(row["error_at"])}}; {{row["waiting"]}} waiting</span>
 % else:
-{{"{} waiting".format(row["waiting"]) if row["waiting"] else "ok"}}
+{{"{} waiting".format(row["waiting"]) if row["waiting"] else "good"}}
 % end
 """, ""), ("Change", "\n" + _form('<button class="plain">Test</button>', action="test-channel", id='{{row["id"]}}')
              + _form('<button class="plain">Remove</button>', action="remove-channel", id='{{row["id"]}}'), "bare"),
@@ -6813,7 +6815,7 @@ PAGE_HEADERS = {
         f" 'sha256-{base64.b64encode(sha256(STYLE)).decode()}'")}
 
 _TEMPLATE_GLOBALS = {
-    "bar_chart": bar_chart, "build_name": build_name, "curl_line": curl_line, "details": _event_details,
+    "DAY": DAY, "bar_chart": bar_chart, "build_name": build_name, "curl_line": curl_line, "details": _event_details,
     "device_html": device_html, "group_title": _group_title, "icon": _ICON, "iso": iso_time, "number": "{:,}".format,
     "pages": _NAVIGATION, "shorten": _shorten, "sparkline": sparkline, "style": STYLE, "urlencode": urlencode}
 
@@ -7160,7 +7162,7 @@ def first_start_text(created: GeneratedSecrets, url: str) -> str:
     """Returns what tells an operator the secrets of a first start."""
     text = ""
     if created.key:
-        text += f"Made the app 'default'. Its API key, shown only this once:\n\n    {created.key}\n\n"
+        text += f"Created the app 'default'. Its API key, shown only this once:\n\n    {created.key}\n\n"
     if created.token:
         text += f"The admin token, shown only this once; it opens the pages at {url}/\n\n    {created.token}\n\n"
     if created.key:

@@ -7171,7 +7171,7 @@ def test_an_axis_ends_at_a_round_number_and_columns_are_drawn_to_scale():
 
 def test_a_line_has_a_gap_where_a_value_is_missing_and_today_is_a_dot():
     days = [f"2026-03-0{n}" for n in range(1, 7)]
-    chart = backfeedr.chart("Rate", days, [100, 90, None, 95, None, 100], low=90, unit=" %")
+    chart = backfeedr.chart("Rate", days, [100, 90, None, 95, None, 100], low=90, is_percentage=True)
     for part in ('<path d="M0.5,0.0L1.5,72.0M3.5,36.0M5.5,0.0"/><path class="dot" d="M3.5,36.0h0M5.5,0.0h0"/>',
                  "<title>3 Mar: none</title>", "<title>4 Mar: 95 %</title>", "<title>6 Mar: 100 % so far</title>",
                  'aria-label="Rate per day, 1 Mar to 6 Mar: latest 100 %, highest 100 % on 6 Mar, lowest 90 %"'):
