@@ -4776,18 +4776,18 @@ class Alerts:
         db.execute("delete from messages where due_at is null and created_at <= ?", (now - HOUR,))
 
     def _queue_messages(self) -> None:
-        """Makes messages of the facts that have waited for a minute, and of the digests that are due. A channel gets no
-        further message for facts while MAX_HOURLY_MESSAGES are of the last hour or wait for a receiver that is down."""
+        """Makes messages of the facts that have waited for GATHER_TIME, and of the digests that are due. A channel gets
+        no message for facts while MAX_HOURLY_MESSAGES are of the last hour or wait for a receiver that is down."""
         now = self._store.now
         with self._store.reading() as db:
             channels = dict_rows(db, """
                 select channels.*, name as app,
                     exists (select 1 from facts where id > last_fact and at not between :since and :now) as has_facts, (
-                        select count(*) from messages
+                        select count(*) from messages  -- due_at = taken_until if only this message was refused
                         where channel_id = channels.id and (created_at > :hour or due_at > taken_until)) as messages
                 from channels left join apps on apps.id = app_id
                 where ended_at is null order by channels.id
-                """, {"since": now - GATHER_TIME + 1, "now": now, "hour": now - HOUR})
+                """, {"since": now - GATHER_TIME + 1, "now": now, "hour": now - HOUR})  # later if a clock was set back
         for channel in channels:
             if channel["digest_at"] is not None and channel["digest_at"] <= now:
                 self._queue_digest(channel)
@@ -4808,7 +4808,7 @@ class Alerts:
                 self._queue(db, channel["id"], self._message_body("digest", title, facts))
 
     def _queue_facts(self, channel: JsonObject) -> None:
-        """Makes a message of a channel's facts, unless the oldest is less than a minute old."""
+        """Makes a message of a channel's facts, unless the oldest is less than GATHER_TIME old."""
         with self._store.writing() as db:  # waits for other commits, so no fact with a lower id can come later
             rows = dict_rows(db, """
                 select kind, at, name as app, facts.group_hash, detail, exception_reason
@@ -4831,7 +4831,6 @@ class Alerts:
             db.execute("delete from facts where id <= (select min(last_fact) from channels where ended_at is null)")
 
     def _fact_json(self, row: JsonObject, with_reason: bool) -> JsonObject:
-        """Describes a fact for a message."""
         app, group_hash, detail = row["app"], row["group_hash"], json.loads(row["detail"])
         reason = _one_line(row["exception_reason"] or "") if with_reason else ""
         page = f"{self._public_url}/crashes/{group_hash}" if group_hash else f"{self._public_url}/releases"
@@ -5908,7 +5907,6 @@ class Dashboard:
         return PageRequest(environ, self._store.now, self._public_url, self._cookie)
 
     def _respond(self, handler: PageHandler, **path: str) -> Response:
-        """Returns a page, or an error page."""
         page = self.request(bottle.request.environ)
         try:
             is_form, is_open = page.environ["REQUEST_METHOD"] == "POST", page.path in ("/sign-in", "/crashes.atom")
@@ -6062,7 +6060,6 @@ class Dashboard:
             channels=self._alerts.channels(), has_feed=bool(self._store.secret_hash("feed_token")))
 
     def _change_apps(self, page: PageRequest) -> Response:
-        """Makes the change of a form on the page."""
         action = page.form.get("action", "")
         change = self._change_channels if "channel" in action else self._change_keys
         try:
@@ -6124,7 +6121,6 @@ Tile = tuple[str, str, str, str]  # name, value, note and chart of a figure
 
 
 def _overview_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
-    """Yields crash-free sessions, active devices, sessions and crashes."""
     week, daily, active = metrics.overview(app), metrics.daily_crashes(app, 30), metrics.active_devices(app, 30)
     labels, crashes, sessions = daily["labels"], daily["data"], metrics.sessions(app, 30)["sessions"]
     rates = [crash_free_rate(*day) if day[1] else None for day in zip(crashes, sessions)]
@@ -6226,7 +6222,6 @@ def group_text(group: JsonObject, url: str) -> str:
 
 
 def _text_sections(group: JsonObject) -> Iterator[tuple[str, str]]:
-    """Yields the title and the text of each section."""
     report: JsonObject = next(iter(group["reports"]), {})
     reason = _shorten(report.get("exception_reason", ""), SHOWN_TEXT)
     yield "Crash", "\n".join(filter(None, (group["place"], group["exception_type"], reason)))

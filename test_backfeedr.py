@@ -7107,6 +7107,12 @@ def test_a_page_covers_all_live_apps_and_names_them_or_covers_the_chosen_app(api
     assert "Trial (test)" in person.text(person.get("/").click("Trial").request.path_qs), "without a live app"
 
 
+def test_a_page_of_events_without_a_match_says_how_many_it_searched(person, monkeypatch):
+    monkeypatch.setattr(backfeedr, "SCANNED_EVENTS", 2)
+    Api(person.server).post(BATCH, {"events": [EVENT] * 3})
+    assert "No matches among the 2 events searched. The next page" in person.text("/events?name=x")
+
+
 # -- Apps and keys
 
 def test_a_new_app_shows_its_key_once_and_is_deleted_only_after_its_name_is_typed(api, person):
@@ -7321,6 +7327,7 @@ def test_the_apps_page_adds_tests_and_removes_channels_and_shows_a_secret_once(a
         (receiver.url + "/a/secret/path", secret, 1, "crash.new,crash.regressed,crash.unmuted,crash.spread", 0, None)]
     assert not re.search("whsec|secret/path", person.get("/apps").text) and "...path" in person.text("/apps")
     assert "Sent a test message to channel 1." in person.submit("test-channel", id="1")
+    assert "Facts Last sent State" in person.text("/apps") and "just now good" in person.text("/apps")
     assert receiver.bodies[0]["data"]["facts"] == [{"type": "test", "text": "This is a test of channel 1."}]
     receiver.status = 500
     assert "Channel 1: it answered 500." in person.submit("test-channel", 400, id="1")
