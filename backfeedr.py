@@ -4542,7 +4542,7 @@ def size_warnings(path: Path, max_db_size: int) -> list[str]:
 # claims a message, another records the outcome, and none is open while it is sent. If the server dies in between, the
 # message is sent again under the same id. A kind of channel is a function that makes an HTTP request of a message.
 
-GATHER_TIME = MINUTE  # the facts that a channel gets within this time become one message
+FACT_DELAY = MINUTE  # for which a fact waits for others that share its message
 MAX_FACTS = 10  # facts that a message lists; it only counts the others
 CHAT_BYTES = 1800  # of a chat message: Discord takes 2,000 characters, ntfy 4,096 bytes
 FACT_LENGTH = 300  # characters of a fact in a chat message
@@ -4776,8 +4776,8 @@ class Alerts:
         db.execute("delete from messages where due_at is null and created_at <= ?", (now - HOUR,))
 
     def _queue_messages(self) -> None:
-        """Makes messages of the facts that have waited for GATHER_TIME, and of the digests that are due. A channel gets
-        no message for facts while MAX_HOURLY_MESSAGES are of the last hour or wait for a receiver that is down."""
+        """Makes messages of the facts that have waited for a minute, and of the digests that are due. A channel gets no
+        further message for facts while MAX_HOURLY_MESSAGES are of the last hour or wait for a receiver that is down."""
         now = self._store.now
         with self._store.reading() as db:
             channels = dict_rows(db, """
@@ -4787,7 +4787,7 @@ class Alerts:
                         where channel_id = channels.id and (created_at > :hour or due_at > taken_until)) as messages
                 from channels left join apps on apps.id = app_id
                 where ended_at is null order by channels.id
-                """, {"since": now - GATHER_TIME + 1, "now": now, "hour": now - HOUR})  # later if a clock was set back
+                """, {"since": now - FACT_DELAY + 1, "now": now, "hour": now - HOUR})  # at > now: a clock was set back
         for channel in channels:
             if channel["digest_at"] is not None and channel["digest_at"] <= now:
                 self._queue_digest(channel)
@@ -4808,7 +4808,7 @@ class Alerts:
                 self._queue(db, channel["id"], self._message_body("digest", title, facts))
 
     def _queue_facts(self, channel: JsonObject) -> None:
-        """Makes a message of a channel's facts, unless the oldest is less than GATHER_TIME old."""
+        """Makes a message of a channel's facts, unless the oldest is less than a minute old."""
         with self._store.writing() as db:  # waits for other commits, so no fact with a lower id can come later
             rows = dict_rows(db, """
                 select kind, at, name as app, facts.group_hash, detail, exception_reason
@@ -4817,7 +4817,7 @@ class Alerts:
                 where facts.id > :last_fact and (facts.app_id = :app_id or :app_id is null and is_test = 0)
                     and instr(',' || :kinds || ',', ',' || kind || ',')
                 order by facts.id""", channel)
-            if rows and self._store.now - GATHER_TIME < rows[0]["at"] <= self._store.now:
+            if rows and self._store.now - FACT_DELAY < rows[0]["at"] <= self._store.now:
                 return
             is_first = db.execute("""
                 update channels set last_fact = (select coalesce(max(id), last_fact) from facts)
@@ -5620,7 +5620,7 @@ def _decompress(environ: Environ, body: bytes, limit: int) -> bytes:
 
 
 def _idempotency(environ: Environ, signature: bytes, body: bytes) -> Idempotency:
-    """Returns what tells that a request is a repeated one: its Idempotency-Key or its signature; either is enough."""
+    """Returns how to recognize a repeated request: by its Idempotency-Key or its signature; either is enough."""
     path, key = environ["PATH_INFO"].encode("latin-1", "replace"), _header(environ, "IDEMPOTENCY_KEY")
     marks = [b"key:" + key] if key else []
     if signature:
@@ -7154,7 +7154,7 @@ class RateLimitedRequests:
 
 
 def first_start_text(created: GeneratedSecrets, url: str) -> str:
-    """Returns what tells an operator the secrets of a first start."""
+    """Returns the text that shows the operator the secrets of a first start."""
     text = ""
     if created.key:
         text += f"Created the app 'default'. Its API key, shown only this once:\n\n    {created.key}\n\n"
@@ -7237,7 +7237,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _unencrypted_warning(settings: Settings, address: str) -> str:
-    """A warning if the server listens to other machines and no proxy is known to add https; otherwise ""."""
+    """Returns a warning if the server listens to other machines and no proxy is known to add https; otherwise ""."""
     if ipaddress.ip_address(address.partition("%")[0]).is_loopback or settings.public_url.startswith("https://"):
         return ""
     return (f"backfeedr: other machines can reach {address}, and the keys they send are not encrypted: put a proxy with"
@@ -7292,8 +7292,8 @@ class _AppTask(_Task, WSGITask):
     """An answer of the app."""
 
     def get_environment(self) -> Environ:
-        """The request's one environ, into which submit_all() may have put a submission. Believes a proxy on this host
-        that the client uses https. waitress could do that, too, but would refuse a header that makes no sense."""
+        """Returns the request's one environ, into which submit_all() may have put a submission. Believes a proxy on
+        this host that the client uses https. waitress could do that, too, but would refuse a senseless header."""
         environ: Environ = self.request.environ or super().get_environment()
         if environ.get("HTTP_X_FORWARDED_PROTO") == "https" and environ["REMOTE_ADDR"] == "127.0.0.1":
             environ["wsgi.url_scheme"] = "https"
@@ -7342,8 +7342,8 @@ class _Channel(HTTPChannel):
             return self.connected and super()._flush_some(do_close)
 
     def writable(self) -> bool:
-        """False if `handle_write` would leave a small answer to the worker that makes it. waitress's I/O thread would
-        spin until then, and take the interpreter from that worker."""
+        """Returns False if `handle_write` would leave a small answer to the worker that makes it. Until then waitress's
+        I/O thread would spin, and take the interpreter from that worker."""
         is_left = self.requests and not self.will_close and self.total_outbufs_len < self.adj.send_bytes
         return not is_left and bool(super().writable())
 
@@ -7440,7 +7440,7 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
 
 
 def _request_line(request: Any) -> str:
-    """Method and path for the log, in printable ASCII, without query or key."""
+    """Returns method and path for the log, in printable ASCII, without query or key."""
     if not hasattr(request, "path") or request.error and request.error.code == 431:  # waitress did not parse it
         return "- -"
     path = quote(request.path[:200], safe="/:@!$&'()*+,;=~", encoding="latin-1") or "-"
@@ -7448,8 +7448,8 @@ def _request_line(request: Any) -> str:
 
 
 def _connection_limit(threads: int) -> int:
-    """How many connections the limit of open files allows: each needs two files, one of them for a large body, and the
-    database needs three for each thread. Raises the soft limit first."""
+    """Returns how many connections the limit of open files allows, after raising the soft limit. Each needs two files,
+    one of them for a large body; the database needs three for each thread."""
     import resource  # here, because only POSIX has it, and only `serve` needs it
 
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
