@@ -4707,8 +4707,7 @@ def redacted_address(url: str) -> str:
 
 
 class Alerts:
-    """The channels and the messages to them. `digest` returns the facts of the daily digest of an app, or of all live
-    apps for None, between two times."""
+    """Channels and their messages. `digest(app, since, until)` lists the facts of a digest; None is all live apps."""
 
     def __init__(self, store: Store, public_url: str, digest: Callable[[str | None, int, int], list[JsonObject]]):
         self._store, self._public_url, self._digest = store, public_url.rstrip("/"), digest
@@ -5364,8 +5363,7 @@ class Metrics:
     def events(self, app: str | None = None, type: str | None = None, name: str | None = None,
                session_id: str | None = None, limit: int = 50, cursor: str | None = None,
                oldest_first: bool = False, device_id_hash: str | None = None) -> JsonObject:
-        """Lists the stored events, the latest first. A page may have fewer than `limit` events, or none, although
-        another page follows."""
+        """Lists the stored events, the latest first. A page may be short, or empty, although another page follows."""
         order, after = ("asc", -1) if oldest_first else ("desc", MAX_NUMBER)
         after = int(_parse_cursor(cursor, "(?:evt_)?([0-7][0-9a-f]{15})", (f"{after:x}",))[0], 16)
         with self._snapshot(app) as (db, app_id):
@@ -6309,9 +6307,8 @@ def _value_column(label: str) -> Column:
 
 
 def _table(rows: str, *columns: Column | str, empty: str = "", note: str = "") -> str:
-    """Returns a table of `rows`, a template expression, with a note below. A column that is only a label is one of
-    _value_column(). On a narrow screen a cell starts with its label, unless its class is "bare" or "main", which comes
-    first."""
+    """Returns a table of `rows`, a template expression, with a note below. A mere label stands for _value_column(). On
+    a narrow screen a cell starts with its label, unless its class is "bare" or "main"; a main cell comes first."""
     head, body = "", ""
     for column in columns:
         label, cell, css = _value_column(column) if isinstance(column, str) else column
