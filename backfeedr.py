@@ -7031,7 +7031,7 @@ class Backfeedr(Closing):
         lines = []
         for name, kind, meaning, samples in (
                 ("requests_total", "counter", "Requests that reached the app, by route.", by_route),
-                ("rate_limited_total", "counter", "Requests with reports that the rate limit refused, by app.", by_app),
+                ("rate_limited_total", "counter", "Requests that the rate limit refused, by app.", by_app),
                 *self.store.vitals()):
             if samples:
                 lines += [f"# HELP backfeedr_{name} {meaning}", f"# TYPE backfeedr_{name} {kind}"]
