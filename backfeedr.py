@@ -6647,7 +6647,7 @@ first seen | <a href="{{link("/releases", sort="version")}}">version</a></p>
 % end
 % for app in apps:
 <section><h2><bdi>{{app.name}}</bdi>{{" (test)" if app.is_test else ""}}</h2>
-<p class="note">Created {{!time_html(app.created_at)}}. <a href="{{link("/", app=app.name)}}">Statistics</a></p>
+<p class="note">Created {{!time_html(app.created_at)}}. <a href="{{link("/", app=app.name)}}">Overview</a></p>
 """ + _table(
         "[key for key in keys if key.app == app.name]", ("Key", "<code>{{row.prefix}}...</code>", "main"),
         ("Created", "{{!time_html(row.created_at)}}", ""),
@@ -6668,7 +6668,7 @@ revoked {{!time_html(row.revoked_at)}}
 % end
 <section><h2>New app</h2>
 """ + _form("""<p><label>Name <input name="name" maxlength="100" required></label></p>
-<p><label><input type="checkbox" name="test" value="1"> Test app (left out of public statistics)</label></p>
+<p><label><input type="checkbox" name="test" value="1"> Test app (its reports are in no public figure)</label></p>
 <p><button>Create app and key</button></p>
 """, action="create") + """</section>
 <section><h2>Alerts</h2>
