@@ -6652,7 +6652,7 @@ first seen | <a href="{{link("/releases", sort="version")}}">version</a></p>
         "[key for key in keys if key.app == app.name]", ("Key", "<code>{{row.prefix}}...</code>", "main"),
         ("Created", "{{!time_html(row.created_at)}}", ""),
         ("Last used", '{{iso(DAY * row.last_used)[:10] if row.last_used else "-"}}', ""),
-        ("Requests, 7 days", "{{number(row.requests)}}", "number"), ("State", """
+        ("Requests in 7 days", "{{number(row.requests)}}", "number"), ("State", """
 % if row.revoked_at:
 revoked {{!time_html(row.revoked_at)}}
 % else:
@@ -6668,7 +6668,7 @@ revoked {{!time_html(row.revoked_at)}}
 % end
 <section><h2>New app</h2>
 """ + _form("""<p><label>Name <input name="name" maxlength="100" required></label></p>
-<p><label><input type="checkbox" name="test" value="1"> Test app (its reports are in no public figure)</label></p>
+<p><label><input type="checkbox" name="test" value="1"> Test app (left out of public figures)</label></p>
 <p><button>Create app and key</button></p>
 """, action="create") + """</section>
 <section><h2>Alerts</h2>
