@@ -4546,14 +4546,14 @@ def size_warnings(path: Path, max_db_size: int) -> list[str]:
 # claims a message, another records the outcome, and none is open while it is sent. If the server dies in between, the
 # message is sent again under the same id. A kind of channel is a function that makes an HTTP request of a message.
 
-GATHER_TIME = 60 * SECOND  # the facts that a channel gets within this time become one message
+FACT_DELAY = MINUTE  # for which a fact waits for others that share its message
 MAX_FACTS = 10  # facts that a message lists; it only counts the others
 CHAT_BYTES = 1800  # of a chat message: Discord takes 2,000 characters, ntfy 4,096 bytes
 FACT_LENGTH = 300  # characters of a fact in a chat message
 MAX_HOURLY_MESSAGES = 30  # to a channel; further facts wait for a later message
 RETRY_SECONDS = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)  # the schedule of Standard Webhooks
 SEND_TIMEOUT = 15.0  # seconds
-CLAIM_TIME = 60 * SECOND  # for which nobody else sends a claimed message; longer than SEND_TIMEOUT
+CLAIM_TIME = MINUTE  # for which nobody else sends a claimed message; longer than SEND_TIMEOUT
 POLL_SECONDS = 1.0  # between two looks for messages that are due
 # The only parts of a fact's `detail` that leave the host.
 _FACT_FIELDS = ("exception_type", "place", "app_version", "build_number", "crashes", "devices", "fixed_in", "before")
@@ -4711,8 +4711,7 @@ def redacted_address(url: str) -> str:
 
 
 class Alerts:
-    """The channels and the messages to them. `digest` returns the facts of the daily digest of an app, or of all live
-    apps for None, between two times."""
+    """Channels and their messages. `digest(app, since, until)` lists the facts of a digest; None is all live apps."""
 
     def __init__(self, store: Store, public_url: str, digest: Callable[[str | None, int, int], list[JsonObject]]):
         self._store, self._public_url, self._digest = store, public_url.rstrip("/"), digest
@@ -4787,11 +4786,11 @@ class Alerts:
             channels = dict_rows(db, """
                 select channels.*, name as app,
                     exists (select 1 from facts where id > last_fact and at not between :since and :now) as has_facts, (
-                        select count(*) from messages
+                        select count(*) from messages  -- due_at = taken_until if only this message was refused
                         where channel_id = channels.id and (created_at > :hour or due_at > taken_until)) as messages
                 from channels left join apps on apps.id = app_id
                 where ended_at is null order by channels.id
-                """, {"since": now - GATHER_TIME + 1, "now": now, "hour": now - HOUR})
+                """, {"since": now - FACT_DELAY + 1, "now": now, "hour": now - HOUR})  # at > now: a clock was set back
         for channel in channels:
             if channel["digest_at"] is not None and channel["digest_at"] <= now:
                 self._queue_digest(channel)
@@ -4821,7 +4820,7 @@ class Alerts:
                 where facts.id > :last_fact and (facts.app_id = :app_id or :app_id is null and is_test = 0)
                     and instr(',' || :kinds || ',', ',' || kind || ',')
                 order by facts.id""", channel)
-            if rows and self._store.now - GATHER_TIME < rows[0]["at"] <= self._store.now:
+            if rows and self._store.now - FACT_DELAY < rows[0]["at"] <= self._store.now:
                 return
             is_first = db.execute("""
                 update channels set last_fact = (select coalesce(max(id), last_fact) from facts)
@@ -4835,7 +4834,6 @@ class Alerts:
             db.execute("delete from facts where id <= (select min(last_fact) from channels where ended_at is null)")
 
     def _fact_json(self, row: JsonObject, with_reason: bool) -> JsonObject:
-        """Describes a fact for a message."""
         app, group_hash, detail = row["app"], row["group_hash"], json.loads(row["detail"])
         reason = _one_line(row["exception_reason"] or "") if with_reason else ""
         page = f"{self._public_url}/crashes/{group_hash}" if group_hash else f"{self._public_url}/releases"
@@ -4959,6 +4957,28 @@ MAX_VERSIONS = 100  # versions that a list names for a group
 MAX_MISSING_BUILDS = 100  # builds without symbols in a list
 SCORED_GROUPS, SHOWN_GROUPS = 20, 5  # groups that the overview gives a score, and that it shows
 EVENTS_BEFORE_CRASH = 20  # events that the page of a crash shows, out of the session's latest 100
+
+_IN_TRIAGE = "(app_id, group_hash) {} (select app_id, group_hash from triage where {})"
+STATE_CONDITIONS: dict[str | None, str] = {  # the condition of each `state` by which a list can be filtered
+    None: "1 = 1", "open": _IN_TRIAGE.format("not in", "state <> 'open'"),
+    "resolved": _IN_TRIAGE.format("in", "state = 'resolved'"), "muted": _IN_TRIAGE.format("in", "state = 'muted'"),
+    "regressed": _IN_TRIAGE.format("in", "state = 'open' and regressed_at is not null"),  # since it was resolved last
+    "new": "(app_id, group_hash) in (select app_id, group_hash from groups where came_at >= :week)"}
+SORT_COLUMNS = {"crashes": "count", "devices": "devices", "last_seen": "last_seen", "first_seen": "first_seen"}
+_LISTED_WITHOUT_CRASHES = ":state in ('resolved', 'muted', 'regressed')"
+STORED_GROUP_COUNTS = f"""
+    select app_id, group_hash, crashes, devices, last_seen as latest from groups
+    where {APP_FILTER} and (crashes > 0 or {_LISTED_WITHOUT_CRASHES})
+    union all select app_id, group_hash, 0, 0, 0 from triage where {APP_FILTER} and {_LISTED_WITHOUT_CRASHES}"""
+HAS_VERSION = "(:version is null or substr(app_version, 1, :length) = :version)"
+FILTERED_GROUP_COUNTS = f"""
+    select known.app_id, known.group_hash, count(*) as crashes, count(distinct device_id_hash) as devices,
+        max({COUNTED_AT}) as latest
+    from (select app_id, group_hash from groups where {APP_FILTER} and last_seen >= :since
+        and (:candidates is null or instr(:candidates, group_hash))) as known
+    cross join crashes on crashes.app_id = known.app_id and crashes.group_hash = known.group_hash
+    where received_at >= :since and {HAS_VERSION} and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
+    group by known.app_id, known.group_hash"""
 
 
 class Metrics:
@@ -5107,7 +5127,7 @@ class Metrics:
                 order by news.at desc, news.what, news.app_id, news.group_hash
                 """, {"app": app_id, "other": OTHER, "limit": limit})
 
-    # These are for the admin, and read reports, a page at a time.
+    # For the admin: these read reports, most of them a page at a time.
 
     def groups(self, app: str | None = None, version: str | None = None, days: int | None = None,
                text: str | None = None, state: str | None = None, sort: str | None = None, limit: int = 50,
@@ -5130,7 +5150,7 @@ class Metrics:
                           "week": week, "since": (shown_days[0] or 0) * DAY - MAX_SKEW if days else 0, "state": state,
                           "candidates": None}  # all groups
             if days and days <= WEEK and column == "count" and not (version or text or state or cursor):
-                parameters["candidates"] = self._candidates(db, app_id, self._last_days(days), limit + 1)
+                parameters["candidates"] = self._most_crashing(db, app_id, self._last_days(days), limit + 1)
             rows = dict_rows(db, f"""
                 select * from (
                     select group_hash, sum(crashes) as count, sum(devices) as devices, max(latest) as last_seen, (
@@ -5152,9 +5172,9 @@ class Metrics:
         last = rows[len(groups) - 1] if rows[len(groups):] else None
         return {"groups": groups, "next": last and f"{last[column]}-{last['group_hash']}"}
 
-    def _candidates(self, db: Connection, app_id: int | None, days: range, limit: int) -> str | None:
-        """The groups with the most crashes on these days, separated by spaces: roll-ups find them faster than crashes.
-        None if the roll-ups may differ from the crashes: some have expired, or a clock that was fast deleted sums."""
+    def _most_crashing(self, db: Connection, app_id: int | None, days: range, limit: int) -> str | None:
+        """Returns the groups with the most crashes on these days, separated by spaces: figures find them faster than a
+        scan of crashes. None if they may differ: crashes have expired, or sums were deleted while a clock was fast."""
         gone, = db.execute("select max(value) from state where name like 'expired%' or name like 'early%'").fetchone()
         sums, expected = (sums_per_day(db, app_id, days, table, "crashes") for table in ("group_days", "crash_days"))
         if (gone or 0) >= first_seq(days[0] * DAY - MAX_SKEW) or sums != expected:
@@ -5224,10 +5244,10 @@ class Metrics:
                 "next": f"{at}-{crash_id(seq)}" if page[len(reports):] else None}
 
     def attention(self, app: str | None = None) -> JsonObject:
-        """Lists open groups that crashed on the seven UTC days that end today: in `new` the latest of the `new_count`
-        that were new or regressed then, in `first` those to fix first. Their `score` is the devices that crashed in the
-        newest release of the app, halved for each day since the last crash. Each app has groups of its own here. A
-        group without a stored crash or decision has no page, so it is left out."""
+        """Lists open groups that crashed on the seven UTC days that end today. `new` has the latest that were new or
+        regressed then, and `new_count` counts all of these. `first` has those with the highest score: the devices that
+        crashed in the app's newest release, halved for each day since the last crash. A group of two apps is listed
+        twice. A group without a stored crash or decision has no page, so it is left out."""
         week = self._last_days(WEEK)
         since = week[0] * DAY
         with self._snapshot(app) as (db, app_id):
@@ -5323,9 +5343,9 @@ class Metrics:
             where {APP_FILTER} and group_hash = :group and received_at >= :since and {HAS_VERSION}
             group by day""", parameters))
         apps = db.execute(f"""
-            select name from apps where {APP_FILTER.replace("app_id", "id", 1)} and (
-                exists (select 1 from crashes where app_id = apps.id and group_hash = :group)
-                or exists (select 1 from triage where app_id = apps.id and group_hash = :group))
+            select name from (select id as app_id, name from apps) as app where {APP_FILTER} and (
+                exists (select 1 from crashes where app_id = app.app_id and group_hash = :group)
+                or exists (select 1 from triage where app_id = app.app_id and group_hash = :group))
             order by name""", parameters).fetchall()
         return {"days": [counts.get(day, 0) for day in shown_days], "apps": [name for name, in apps]}
 
@@ -5347,8 +5367,7 @@ class Metrics:
     def events(self, app: str | None = None, type: str | None = None, name: str | None = None,
                session_id: str | None = None, limit: int = 50, cursor: str | None = None,
                oldest_first: bool = False, device_id_hash: str | None = None) -> JsonObject:
-        """Lists the stored events, the latest first. A page may have fewer than `limit` events, or none, although
-        another page follows."""
+        """Lists the stored events, the latest first. A page may be short, or empty, although another page follows."""
         order, after = ("asc", -1) if oldest_first else ("desc", MAX_NUMBER)
         after = int(_parse_cursor(cursor, "(?:evt_)?([0-7][0-9a-f]{15})", (f"{after:x}",))[0], 16)
         with self._snapshot(app) as (db, app_id):
@@ -5378,22 +5397,23 @@ class Metrics:
         """Lists the builds whose symbols are stored, the newest first, and those whose symbols are missing, with the
         number of crashes that would get names, the most frequent first."""
         with self._snapshot(app) as (db, app_id):
-            held = dict_rows(db, """
+            stored = dict_rows(db, """
                 select uuid, binary_name as binary, arch, parts, rows, size, received = parts as complete, uploaded_at
                 from symbols order by uploaded_at desc, uuid""")
             return {"symbols": [{**row, "complete": bool(row["complete"]), "uploaded_at": iso_time(row["uploaded_at"])}
-                                for row in held], "missing": self._missing_builds(db, app_id, None, MAX_MISSING_BUILDS)}
+                                for row in stored],
+                    "missing": self._missing_builds(db, app_id, None, MAX_MISSING_BUILDS)}
 
     def _missing_builds(self, db: Connection, app_id: int | None, group: str | None, limit: int) -> list[JsonObject]:
         """Lists the builds whose symbols are missing, in all groups or in one."""
         return [self._missing_build(db, **row) for row in dict_rows(db, f"""
             select uuid, app_id, group_hash, total as crashes from (
                 select uuid, app_id, group_hash, sum(crashes) over (partition by uuid) as total, row_number() over (
-                    partition by uuid order by crashes desc, app_id, group_hash) as place
+                    partition by uuid order by crashes desc, app_id, group_hash) as rank
                 from group_images
                 where {APP_FILTER} and (:group is null or group_hash = :group)
                     and uuid not in (select uuid from symbols where received = parts)) as ranked
-            where place = 1 order by total desc, uuid limit :limit""", {"app": app_id, "group": group, "limit": limit})]
+            where rank = 1 order by total desc, uuid limit :limit""", {"app": app_id, "group": group, "limit": limit})]
 
     @staticmethod
     def _missing_build(db: Connection, uuid: str, app_id: int, group_hash: str, crashes: int) -> JsonObject:
@@ -5497,29 +5517,6 @@ def as_sent(row: Mapping[str, Any], time_text: Callable[[int], str]) -> JsonObje
     return report
 
 
-_IN_TRIAGE = "(app_id, group_hash) {} (select app_id, group_hash from triage where {})"
-STATE_CONDITIONS: dict[str | None, str] = {  # the condition of each `state` by which a list can be filtered
-    None: "1 = 1", "open": _IN_TRIAGE.format("not in", "state <> 'open'"),
-    "resolved": _IN_TRIAGE.format("in", "state = 'resolved'"), "muted": _IN_TRIAGE.format("in", "state = 'muted'"),
-    "regressed": _IN_TRIAGE.format("in", "state = 'open' and regressed_at is not null"),  # since it was resolved last
-    "new": "(app_id, group_hash) in (select app_id, group_hash from groups where came_at >= :week)"}
-SORT_COLUMNS = {"crashes": "count", "devices": "devices", "last_seen": "last_seen", "first_seen": "first_seen"}
-_LISTED_WITHOUT_CRASHES = ":state in ('resolved', 'muted', 'regressed')"
-STORED_GROUP_COUNTS = f"""
-    select app_id, group_hash, crashes, devices, last_seen as latest from groups
-    where {APP_FILTER} and (crashes > 0 or {_LISTED_WITHOUT_CRASHES})
-    union all select app_id, group_hash, 0, 0, 0 from triage where {APP_FILTER} and {_LISTED_WITHOUT_CRASHES}"""
-HAS_VERSION = "(:version is null or substr(app_version, 1, :length) = :version)"
-FILTERED_GROUP_COUNTS = f"""
-    select known.app_id, known.group_hash, count(*) as crashes, count(distinct device_id_hash) as devices,
-        max({COUNTED_AT}) as latest
-    from (select app_id, group_hash from groups where {APP_FILTER} and last_seen >= :since
-        and (:candidates is null or instr(:candidates, group_hash))) as known
-    cross join crashes on crashes.app_id = known.app_id and crashes.group_hash = known.group_hash
-    where received_at >= :since and {HAS_VERSION} and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
-    group by known.app_id, known.group_hash"""
-
-
 def _version_filter(version: str | None) -> JsonObject:
     """Returns the parameters of HAS_VERSION. A version that ends with * stands for all that begin like it."""
     if version and version.endswith("*"):
@@ -5543,18 +5540,18 @@ def crash_free_rate(crashes: int, sessions: int) -> float:
 
 
 # == Requests ==================================================================
-# Reads the parts of a request, and lists every error that a client can get. bottle's own readers are not used: they
-# stop at 100 KiB, and fail on headers that are not UTF-8.
+# Reads the parts of a request, and turns errors into answers. bottle's own readers are not used: they stop at 100 KiB,
+# and fail on headers that are not UTF-8.
 
-ERRORS = {  # texts by status; any other text begins with `missing` or `invalid` and has the status 400
+ERRORS = {  # the texts of refusals by status; every other refusal has the status 400
     301: ("moved",),  # a group has moved to another
     401: ("missing API key", "invalid API key", "missing admin token", "invalid admin token",
-          "invalid signature", "stale timestamp", "signature required"),
+          "invalid signature", "stale timestamp", "signature required"), 403: ("form expired",),
     404: ("not found",), 405: ("method not allowed",), 413: ("request body too large",),
     415: ("unsupported content encoding",), 422: ("idempotency key reused with a different body",),
     429: ("rate limit exceeded",), 431: ("request header too large",), 500: ("internal server error",),
     501: ("transfer encoding not supported",), 503: ("storage unavailable",)}
-_STATUS_OF = {"form expired": 403, **{text: status for status, texts in ERRORS.items() for text in texts}}
+_STATUS_OF = {text: status for status, texts in ERRORS.items() for text in texts}
 _JSON_HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 Environ = dict[str, Any]
@@ -5563,7 +5560,7 @@ Handler = Callable[..., Answer]  # takes an environ and the variable parts of th
 
 
 def _as_refusal(error: int | Exception) -> Refusal:
-    """Returns what a client is told of an error, which is logged if unexpected, or of bottle's or waitress's status."""
+    """Returns the refusal for an error, which is logged if unexpected, or for a status that bottle or waitress gave."""
     if isinstance(error, Refusal):
         return error
     if isinstance(error, int):
@@ -5572,7 +5569,7 @@ def _as_refusal(error: int | Exception) -> Refusal:
     return Refusal("internal server error")
 
 
-def _refused(refusal: Refusal) -> tuple[int, JsonObject, dict[str, str]]:
+def _refusal_answer(refusal: Refusal) -> tuple[int, JsonObject, dict[str, str]]:
     """Returns the status, JSON and headers that answer a refused request."""
     status = _STATUS_OF.get(str(refusal), 400)
     headers = {"Accept-Encoding": "gzip"} if status == 415 else {}
@@ -5625,7 +5622,7 @@ def _decompress(environ: Environ, body: bytes, limit: int) -> bytes:
 
 
 def _idempotency(environ: Environ, signature: bytes, body: bytes) -> Idempotency:
-    """Returns what tells that a request is a repeated one: its Idempotency-Key or its signature; either is enough."""
+    """Returns how to recognize a repeated request: by its Idempotency-Key or its signature; either is enough."""
     path, key = environ["PATH_INFO"].encode("latin-1", "replace"), _header(environ, "IDEMPOTENCY_KEY")
     marks = [b"key:" + key] if key else []
     if signature:
@@ -5725,14 +5722,15 @@ def draw_columns(ys: DayValues) -> str:
 
 
 def chart(title: str, labels: Sequence[str], values: DayValues, draw: Callable[[DayValues], str] = draw_line,
-          low: float = 0, unit: str = "") -> str:
-    """Draws one value per day on an axis that starts at `low`. A value with a `unit` is a percentage."""
+          low: float = 0, is_percentage: bool = False) -> str:
+    """Draws one value per day on an axis that starts at `low`, and ends at 100 for percentages."""
     known = [(value, label) for value, label in zip(values, labels) if value is not None]
     if not known:
         return _NO_DATA
     (highest, peak), (lowest, _) = max(known), min(known)
     scale = 10 ** max(0, len(str(int(highest))) - 2)
-    high = 100 if unit else next(scale * end for end in _AXIS_ENDS if scale * end >= highest)
+    high = 100 if is_percentage else next(scale * end for end in _AXIS_ENDS if scale * end >= highest)
+    unit = " %" if is_percentage else ""
     drawing = draw([None if value is None else _CHART_HEIGHT * (high - value) / (high - low) for value in values])
     for n, (label, value) in enumerate(zip(labels, values)):
         text = "none" if value is None else f"{value:,}{unit}{' so far' if label == labels[-1] else ''}"
@@ -5780,7 +5778,7 @@ def bar_chart(counts: JsonObject, total: int | None = None) -> str:
 # is hostile: it reaches a page only through `{{ }}` or escape(), an address also through urlencode(), never a style.
 
 SESSION_LIFETIME = 7 * DAY
-LINK_LIFETIME = 600 * SECOND  # of a link that signs in once
+LINK_LIFETIME = 10 * MINUTE  # of a link that signs in once
 LIST_ROWS, SHOWN_VERDICTS = 25, 5  # of crashes or events on a page, and of releases on the overview
 SHOWN_FRAMES, SHOWN_TEXT = 200, 20_000  # frames and characters of a report on its page; the API has the rest
 
@@ -5806,7 +5804,7 @@ class PageRequest:
         self.path = quote(environ.get("PATH_INFO", "").encode("latin-1", "replace"))
         self.section = "/" + self.path.split("/")[1] if "/" in self.path else "/"  # such as /crashes
         self.query = {name: value for name, value in _query(environ).items() if value}  # forms send empty fields, too
-        self.address = self.path + ("?" + urlencode(self.query) if self.query else "")
+        self.path_and_query = self.path + ("?" + urlencode(self.query) if self.query else "")
         self.app = self.query.get("app")
         self.apps: list[App] | None = None  # None unless the browser is signed in
         self.form: dict[str, str] = {}
@@ -5847,7 +5845,7 @@ class PageRequest:
 
     def moved(self, group_hash: str) -> str:
         """Returns the address of this page for another group."""
-        return self.root + re.sub("[0-9a-f]{16}", group_hash, self.address, count=1)
+        return self.root + re.sub("[0-9a-f]{16}", group_hash, self.path_and_query, count=1)
 
     def redirect(self, path: str) -> Response:
         return bottle.HTTPResponse(b"", 303, {**PAGE_HEADERS, "Location": self.root + path})
@@ -5884,8 +5882,9 @@ class PageRequest:
 class Dashboard:
     """Answers the requests for pages."""
 
-    def __init__(self, store: Store, metrics: Metrics, refused: RefusedReports, alerts: Alerts, public_url: str = ""):
-        self._store, self._metrics, self._refused, self._alerts = store, metrics, refused, alerts
+    def __init__(self, store: Store, metrics: Metrics, rate_limited: RateLimitedRequests, alerts: Alerts,
+                 public_url: str):
+        self._store, self._metrics, self._rate_limited, self._alerts = store, metrics, rate_limited, alerts
         self._public_url = public_url
         # The name differs between servers, as two servers on one host get each other's cookies.
         self._cookie = "backfeedr_" + store.secret_hash("admin_token").hex()[:8]
@@ -5910,12 +5909,11 @@ class Dashboard:
         return PageRequest(environ, self._store.now, self._public_url, self._cookie)
 
     def _respond(self, handler: PageHandler, **path: str) -> Response:
-        """Returns a page, or an error page."""
         page = self.request(bottle.request.environ)
         try:
             is_form, is_open = page.environ["REQUEST_METHOD"] == "POST", page.path in ("/sign-in", "/crashes.atom")
             if not is_open and not self._load_session(page):
-                return page.redirect("/sign-in?" + urlencode({"next": "/" if is_form else page.address}))
+                return page.redirect("/sign-in?" + urlencode({"next": "/" if is_form else page.path_and_query}))
             if is_form:
                 page.read_form()
             return handler(page, **path)
@@ -5925,7 +5923,7 @@ class Dashboard:
             return self.error_page(page, _as_refusal(error))
 
     def error_page(self, page: PageRequest, refusal: Refusal) -> Response:
-        status, _, headers = _refused(refusal)
+        status, _, headers = _refusal_answer(refusal)
         with suppress(Exception):  # if the database fails here, too, the page has no navigation
             self._load_session(page)
         hint = _ERROR_HINTS.get(status, "The address or the form is not valid.")
@@ -5978,7 +5976,7 @@ class Dashboard:
         metrics, app = self._metrics, page.app
         return self._render(
             page, "Overview", "overview", is_empty=metrics.is_empty(app), tiles=_overview_tiles(metrics, app),
-            warnings=[*self._refused.today(app), *self._store.warnings()], **metrics.attention(app),
+            warnings=[*self._rate_limited.today(app), *self._store.warnings()], **metrics.attention(app),
             verdicts=metrics.newest_releases(app)[:SHOWN_VERDICTS],
             types=metrics.crash_types(app, 30), devices=metrics.devices(app, 30))
 
@@ -6016,7 +6014,7 @@ class Dashboard:
     def _group_export(self, page: PageRequest, group_hash: str, suffix: str) -> Response:
         """Returns a group as text for a bug tracker or an assistant."""
         group = self._metrics.group(group_hash, page.app, limit=1)
-        text = group_text(group, page.url + page.address.replace("." + suffix, "", 1))
+        text = group_text(group, page.url + page.path_and_query.replace("." + suffix, "", 1))
         return _text_response(text, "text/markdown" if suffix == "md" else "text/plain")
 
     def _triage(self, page: PageRequest, group_hash: str) -> Response:
@@ -6028,7 +6026,7 @@ class Dashboard:
             with suppress(KeyError, ValueError):  # what is no number stays, and is refused
                 change[name] = int(change[name])
         self._store.triage(group_hash, parse_triage(change, page.now), page.app)
-        return page.redirect(page.address)
+        return page.redirect(page.path_and_query)
 
     def _usage(self, page: PageRequest) -> Response:
         metrics, app = self._metrics, page.app
@@ -6041,7 +6039,7 @@ class Dashboard:
         is_session = "session_id" in parameters
         listing = self._metrics.events(page.app, **parameters, limit=LIST_ROWS, oldest_first=is_session)
         return self._render(page, "Session" if is_session else "Events", "events", **listing, parameters=parameters,
-                            types=EVENT_TYPES)
+                            types=EVENT_TYPES, scanned_events=SCANNED_EVENTS)
 
     def _releases(self, page: PageRequest) -> Response:
         parameters = page.parameters("sort")
@@ -6064,7 +6062,6 @@ class Dashboard:
             channels=self._alerts.channels(), has_feed=bool(self._store.secret_hash("feed_token")))
 
     def _change_apps(self, page: PageRequest) -> Response:
-        """Makes the change of a form on the page."""
         action = page.form.get("action", "")
         change = self._change_channels if "channel" in action else self._change_keys
         try:
@@ -6126,7 +6123,6 @@ Tile = tuple[str, str, str, str]  # name, value, note and chart of a figure
 
 
 def _overview_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
-    """Yields crash-free sessions, active devices, sessions and crashes."""
     week, daily, active = metrics.overview(app), metrics.daily_crashes(app, 30), metrics.active_devices(app, 30)
     labels, crashes, sessions = daily["labels"], daily["data"], metrics.sessions(app, 30)["sessions"]
     rates = [crash_free_rate(*day) if day[1] else None for day in zip(crashes, sessions)]
@@ -6135,7 +6131,7 @@ def _overview_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
     rate_before = crash_free_rate(sum(crashes[-14:-7]), sum(sessions[-14:-7]))
     yield ("Crash-free sessions", f"{week['crash_free_rate_7d']:.2f} %" if week["sessions_7d"] else "-",
            f"7 days; {rate_before:.2f} % the week before" if any(sessions[-14:-7]) else "7 days",
-           chart("Crash-free sessions", labels, rates, low=axis_start, unit=" %"))
+           chart("Crash-free sessions", labels, rates, low=axis_start, is_percentage=True))
     yield "Active devices", f"{week['dau']:,}", "24 hours", chart("Active devices", labels, active["dau"])
     for name, counts, draw in (("Sessions", sessions, draw_line), ("Crashes", crashes, draw_columns)):
         note = f"7 days; {sum(counts[-14:-7]):,} the week before"
@@ -6166,7 +6162,8 @@ def _retention_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
         known = [(rate, size) for rate, size in zip(rates, cohorts["devices"]) if rate is not None]
         devices = sum(size for _, size in known)
         share = f"{sum(rate * size for rate, size in known) / devices:.0f} %" if devices else "-"
-        yield name, share, f"of {devices:,} new devices in 60 days", chart(name, cohorts["labels"], rates, unit=" %")
+        drawing = chart(name, cohorts["labels"], rates, is_percentage=True)
+        yield name, share, f"of {devices:,} new devices in 60 days", drawing
 
 
 def _duration(seconds: float) -> str:
@@ -6227,7 +6224,6 @@ def group_text(group: JsonObject, url: str) -> str:
 
 
 def _text_sections(group: JsonObject) -> Iterator[tuple[str, str]]:
-    """Yields the title and the text of each section."""
     report: JsonObject = next(iter(group["reports"]), {})
     reason = _shorten(report.get("exception_reason", ""), SHOWN_TEXT)
     yield "Crash", "\n".join(filter(None, (group["place"], group["exception_type"], reason)))
@@ -6315,9 +6311,8 @@ def _value_column(label: str) -> Column:
 
 
 def _table(rows: str, *columns: Column | str, empty: str = "", note: str = "") -> str:
-    """Returns a table of `rows`, a template expression, with a note below. A column that is only a label is one of
-    _value_column(). On a narrow screen a cell starts with its label, unless its class is "bare" or "main", which comes
-    first."""
+    """Returns a table of `rows`, a template expression, with a note below. A mere label stands for _value_column(). On
+    a narrow screen a cell starts with its label, unless its class is "bare" or "main"; a main cell comes first."""
     head, body = "", ""
     for column in columns:
         label, cell, css = _value_column(column) if isinstance(column, str) else column
@@ -6615,7 +6610,7 @@ on <bdi>{{parameters.get("device_id_hash", "all devices")}}</bdi>, oldest event 
 % end
 """, "bare"), empty="""
 % if next:
-No matches among the 20,000 events searched. The next page searches older ones.
+No matches among the {{number(scanned_events)}} events searched. The next page searches older ones.
 % elif parameters:
 No matches. <a href="{{link("/events")}}">Show all</a>
 % else:
@@ -6655,12 +6650,12 @@ first seen | <a href="{{link("/releases", sort="version")}}">version</a></p>
 % end
 % for app in apps:
 <section><h2><bdi>{{app.name}}</bdi>{{" (test)" if app.is_test else ""}}</h2>
-<p class="note">Created {{!time_html(app.created_at)}}. <a href="{{link("/", app=app.name)}}">Statistics</a></p>
+<p class="note">Created {{!time_html(app.created_at)}}. <a href="{{link("/", app=app.name)}}">Overview</a></p>
 """ + _table(
         "[key for key in keys if key.app == app.name]", ("Key", "<code>{{row.prefix}}...</code>", "main"),
         ("Created", "{{!time_html(row.created_at)}}", ""),
-        ("Last used", '{{iso(86_400_000 * row.last_used)[:10] if row.last_used else "-"}}', ""),
-        ("Requests, 7 days", "{{number(row.requests)}}", "number"), ("Status", """
+        ("Last used", '{{iso(DAY * row.last_used)[:10] if row.last_used else "-"}}', ""),
+        ("Requests in 7 days", "{{number(row.requests)}}", "number"), ("State", """
 % if row.revoked_at:
 revoked {{!time_html(row.revoked_at)}}
 % else:
@@ -6676,21 +6671,21 @@ revoked {{!time_html(row.revoked_at)}}
 % end
 <section><h2>New app</h2>
 """ + _form("""<p><label>Name <input name="name" maxlength="100" required></label></p>
-<p><label><input type="checkbox" name="test" value="1"> Test app (left out of public statistics)</label></p>
+<p><label><input type="checkbox" name="test" value="1"> Test app (left out of public figures)</label></p>
 <p><button>Create app and key</button></p>
 """, action="create") + """</section>
 <section><h2>Alerts</h2>
 """ + _table(
         "channels", ("Channel", '<code><bdi>{{row["id"]}}: {{row["address"]}}</bdi></code>', "main"),
         ("App", '<bdi>{{row["app"] or "all live apps"}}</bdi>', ""),
-        ("Alerts", '{{row["kinds"].replace(",", ", ")}}', ""),
-        ("Last sent", '{{!time_html(row["sent_at"]) if row["sent_at"] else "never"}}', ""), ("Status", """
+        ("Facts", '{{row["kinds"].replace(",", ", ")}}', ""),
+        ("Last sent", '{{!time_html(row["sent_at"]) if row["sent_at"] else "never"}}', ""), ("State", """
 % if row["ended_at"]:
 <span class="problem">ended {{!time_html(row["ended_at"])}}: the receiver answered 410 Gone</span>
 % elif row["error"]:
 <span class="problem">{{row["error"]}}, {{!time_html(row["error_at"])}}; {{row["waiting"]}} waiting</span>
 % else:
-{{"{} waiting".format(row["waiting"]) if row["waiting"] else "ok"}}
+{{"{} waiting".format(row["waiting"]) if row["waiting"] else "good"}}
 % end
 """, ""), ("Change", "\n" + _form('<button class="plain">Test</button>', action="test-channel", id='{{row["id"]}}')
              + _form('<button class="plain">Remove</button>', action="remove-channel", id='{{row["id"]}}'), "bare"),
@@ -6815,7 +6810,7 @@ PAGE_HEADERS = {
         f" 'sha256-{base64.b64encode(sha256(STYLE)).decode()}'")}
 
 _TEMPLATE_GLOBALS = {
-    "bar_chart": bar_chart, "build_name": build_name, "curl_line": curl_line, "details": _event_details,
+    "DAY": DAY, "bar_chart": bar_chart, "build_name": build_name, "curl_line": curl_line, "details": _event_details,
     "device_html": device_html, "group_title": _group_title, "icon": _ICON, "iso": iso_time, "number": "{:,}".format,
     "pages": _NAVIGATION, "shorten": _shorten, "sparkline": sparkline, "style": STYLE, "urlencode": urlencode}
 
@@ -6854,13 +6849,13 @@ class Backfeedr(Closing):
                  store: Store | None = None, limiter: RateLimiter | None = None,
                  announce: Callable[[str], Any] | None = None, **overrides: Any):
         if settings is not None and overrides:
-            raise TypeError("give settings or single ones, not both")
+            raise TypeError("give either `settings` or keyword settings, not both")
         self.settings = settings or Settings.from_env(**overrides)
         self.store = store or Store(self.settings.db_path, clock, self.settings.retention_days,
                                     max_waiters=max(256, self.settings.threads), max_db_size=self.settings.max_db_size)
         self.metrics = Metrics(self.store)
         self.alerts = Alerts(self.store, self.settings.public_url, self.metrics.digest)
-        self.refused = RefusedReports(self.store)
+        self.rate_limited = RateLimitedRequests(self.store)
         self._limiter = limiter or RateLimiter(self.settings.rate_limit)
         # Python runs one thread at a time. A thread that waits for this lock sleeps until its turn comes; one that
         # waits for the interpreter wakes up each switch interval to ask for it.
@@ -6871,7 +6866,7 @@ class Backfeedr(Closing):
         if created != (None, None):  # without `announce` another web server calls this one, at an unknown address
             address = _url(self.settings.host, self.settings.port) if announce else "https://YOUR-SERVER"
             (announce or sys.stderr.write)(first_start_text(created, self.settings.public_url.rstrip("/") or address))
-        self.pages = Dashboard(self.store, self.metrics, self.refused, self.alerts, self.settings.public_url)
+        self.pages = Dashboard(self.store, self.metrics, self.rate_limited, self.alerts, self.settings.public_url)
         self._router = self._routes()
 
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -6976,7 +6971,7 @@ class Backfeedr(Closing):
         try:
             status, answer = handler(environ, **path)
         except Exception as error:
-            status, answer, error_headers = _refused(_as_refusal(error))
+            status, answer, error_headers = _refusal_answer(_as_refusal(error))
             headers.update(error_headers)
             if isinstance(error, GroupMoved):
                 headers["Location"] = self.pages.request(environ).moved(error.group_hash)
@@ -7034,11 +7029,12 @@ class Backfeedr(Closing):
             counts = sorted(self._request_counts.items())
         by_route = [(f'{{method="{method}",path="{rule}",status="{status}"}}', count)
                     for (method, rule, status), count in counts]
-        by_app = [(f"{{app={json.dumps(app, ensure_ascii=False)}}}", n) for app, n in self.refused.by_app().items()]
+        by_app = [(f"{{app={json.dumps(app, ensure_ascii=False)}}}", count)
+                  for app, count in self.rate_limited.by_app().items()]
         lines = []
         for name, kind, meaning, samples in (
                 ("requests_total", "counter", "Requests that reached the app, by route.", by_route),
-                ("rate_limited_total", "counter", "Requests with reports that the rate limit refused, by app.", by_app),
+                ("rate_limited_total", "counter", "Requests that the rate limit refused, by app.", by_app),
                 *self.store.vitals()):
             if samples:
                 lines += [f"# HELP backfeedr_{name} {meaning}", f"# TYPE backfeedr_{name} {kind}"]
@@ -7047,15 +7043,15 @@ class Backfeedr(Closing):
 
     # Reports
 
-    def can_batch(self, method: str, path: str, key: str) -> bool:
-        """Says whether a request may share a batch. One whose key must be looked up, in the database or by a limiter on
-        another host, would hold up the others."""
+    def can_share_commit(self, method: str, path: str, key: str) -> bool:
+        """Says whether a request may be stored together with others. One whose key must be looked up, in the database
+        or by a limiter on another host, would hold up the others."""
         return (method == "POST" and path in self._ingestion and not getattr(self._limiter, "waits", True)
                 and self.store.is_cached_key(sha256(key.encode("latin-1", "replace"))))
 
     def submit_all(self, environs: Iterable[Environ]) -> None:
-        """Decodes requests and stores their reports in one commit. Each environ keeps its submission, so that the WSGI
-        call with it only answers. For a request that comes alone, the WSGI call calls this."""
+        """Decodes requests and stores their reports in one commit. Puts each submission into its environ: the WSGI call
+        that follows only answers. Without a submission there, the WSGI call does all of this itself."""
         to_store, to_recheck = [], []
         for environ in environs:
             environ[_SUBMISSION] = submission = Submission()
@@ -7104,7 +7100,7 @@ class Backfeedr(Closing):
             raise Refusal("invalid API key")
         submission.key_hash = key_hash
         if not self._limiter.allow(key_hash):  # may ask another host, so it stays outside the lock
-            self.refused.count(key_hash)
+            self.rate_limited.count(key_hash)
             raise Refusal("rate limit exceeded", self._limiter.retry_after(key_hash))
         parse, _ = self._ingestion[environ["PATH_INFO"]]
         with self._decode_lock:
@@ -7122,9 +7118,9 @@ class Backfeedr(Closing):
             submission.idempotency = _idempotency(environ, signature, plain)
 
 
-class RefusedReports:
-    """Counts the reports that the rate limit refuses, and logs them once a minute. All phones of an app share its key,
-    and without this, only they would learn that they are too many."""
+class RateLimitedRequests:
+    """Counts the requests that the rate limit refuses, and logs their number once a minute. All phones of an app share
+    its key; without this, only they would learn that they send too much."""
 
     def __init__(self, store: Store):
         self._store, self._lock, self._logged_at = store, threading.Lock(), 0
@@ -7134,14 +7130,14 @@ class RefusedReports:
         now = self._store.now
         with self._lock:
             self._counts[key_hash, now // DAY] += 1
-            if 0 <= now - self._logged_at < 60 * SECOND:
+            if 0 <= now - self._logged_at < MINUTE:
                 return
             self._logged_at = now
         for text in self.today():
             log.warning("%s", text)
 
     def by_app(self, day: int | None = None) -> Counter[str]:
-        """Counts refused reports by the name of their app, on a UTC day or since this process started."""
+        """Counts them by the name of their app, on a UTC day or since this process started."""
         totals: Counter[str] = Counter()
         with self._lock:
             counts = list(self._counts.items())
@@ -7152,16 +7148,16 @@ class RefusedReports:
         return totals
 
     def today(self, app: str | None = None) -> list[str]:
-        """Returns a sentence for each app, or for one app, of which something was refused today."""
-        return [f"{n:,} report{'s' * (n > 1)} of {name} {'were' if n > 1 else 'was'} refused today: rate limit"
-                for name, n in sorted(self.by_app(self._store.now // DAY).items()) if name and app in (None, name)]
+        """Returns a warning for each app of which requests were refused today, or only for `app`."""
+        return [f"The rate limit refused {count:,} request{'s' * (count > 1)} of {name} today."
+                for name, count in sorted(self.by_app(self._store.now // DAY).items()) if name and app in (None, name)]
 
 
 def first_start_text(created: GeneratedSecrets, url: str) -> str:
-    """Returns what tells an operator the secrets of a first start."""
+    """Returns the text that shows the operator the secrets of a first start."""
     text = ""
     if created.key:
-        text += f"Made the app 'default'. Its API key, shown only this once:\n\n    {created.key}\n\n"
+        text += f"Created the app 'default'. Its API key, shown only this once:\n\n    {created.key}\n\n"
     if created.token:
         text += f"The admin token, shown only this once; it opens the pages at {url}/\n\n    {created.token}\n\n"
     if created.key:
@@ -7188,9 +7184,9 @@ SWITCH_INTERVAL = 0.002  # seconds that a thread may keep the interpreter while 
 IDLE_TIMEOUT = 60  # seconds for a request to arrive, between two requests, and without progress of an answer
 MIN_BYTES_PER_SECOND = 2000  # a request that arrives at this rate, as from a slow phone, never times out
 MAX_PIPELINED = 4  # requests that a connection may send ahead; after the answer to the last it is closed
-BATCH_THREADS = 4  # one commits while the next one decodes; with two, 16 clients get 14 % less done
-MAX_BATCH_REQUESTS = 25  # of 100 events each, the batches then have as many rows as the store lets wait
-MAX_BATCH_BYTES = 1_000_000  # decoded, they take several times as much memory
+COMMIT_THREADS = 4  # one commits while the next one decodes; with two, 16 clients get 14 % less done
+MAX_GATHERED_REQUESTS = 25  # of 100 events each; all threads then have as many rows as the store lets wait
+MAX_GATHERED_BYTES = 1_000_000  # decoded, they take several times as much memory
 
 
 def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> None:
@@ -7241,7 +7237,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _unencrypted_warning(settings: Settings, address: str) -> str:
-    """A warning if the server listens to other machines and no proxy is known to add https; otherwise ""."""
+    """Returns a warning if the server listens to other machines and no proxy is known to add https; otherwise ""."""
     if ipaddress.ip_address(address.partition("%")[0]).is_loopback or settings.public_url.startswith("https://"):
         return ""
     return (f"backfeedr: other machines can reach {address}, and the keys they send are not encrypted: put a proxy with"
@@ -7296,8 +7292,8 @@ class _AppTask(_Task, WSGITask):
     """An answer of the app."""
 
     def get_environment(self) -> Environ:
-        """The request's one environ, in which its batch may have put a submission. Believes a proxy on this host that
-        the client uses https. waitress could do that, too, but would refuse a header that makes no sense."""
+        """Returns the request's one environ, into which submit_all() may have put a submission. Believes a proxy on
+        this host that the client uses https. waitress could do that, too, but would refuse a senseless header."""
         environ: Environ = self.request.environ or super().get_environment()
         if environ.get("HTTP_X_FORWARDED_PROTO") == "https" and environ["REMOTE_ADDR"] == "127.0.0.1":
             environ["wsgi.url_scheme"] = "https"
@@ -7346,8 +7342,8 @@ class _Channel(HTTPChannel):
             return self.connected and super()._flush_some(do_close)
 
     def writable(self) -> bool:
-        """False if `handle_write` would leave a small answer to the worker that makes it. waitress's I/O thread would
-        spin until then, and take the interpreter from that worker."""
+        """Returns False if `handle_write` would leave a small answer to the worker that makes it. Until then waitress's
+        I/O thread would spin, and take the interpreter from that worker."""
         is_left = self.requests and not self.will_close and self.total_outbufs_len < self.adj.send_bytes
         return not is_left and bool(super().writable())
 
@@ -7361,37 +7357,37 @@ def _close_idle(server: Any, now: float) -> None:
 
 class _Dispatcher(ThreadedTaskDispatcher):
     """Gives each report that arrives while a thread decodes others to that thread, which stores all in one commit.
-    waitress wakes a thread for each request, which takes longer than the work; it still does so for all others."""
+    waitress wakes a thread for each request, which takes longer than decoding a report. It still handles the others."""
 
     def __init__(self, app: Backfeedr, threads: int):
         super().__init__()
         self.set_thread_count(threads)
         self.app, self.is_stopped = app, False
         self.waiting: SimpleQueue[_Channel | None] = SimpleQueue()  # connections with a report; None only wakes
-        self.collecting = threading.Lock()  # held by the thread that waits for reports and decodes them
-        self.batch_threads = [threading.Thread(target=self.store_batches, daemon=True) for _ in range(BATCH_THREADS)]
-        for thread in self.batch_threads:
+        self.gathering = threading.Lock()  # held by the thread that waits for reports and decodes them
+        self.commit_threads = [threading.Thread(target=self.store_all, daemon=True) for _ in range(COMMIT_THREADS)]
+        for thread in self.commit_threads:
             thread.start()
 
     def add_task(self, channel: _Channel) -> None:
         request = channel.requests[0]
         request.arrived_at = time.monotonic()
         key = request.headers.get("X_BACKFEEDR_KEY", "")
-        if request.error or not self.app.can_batch(request.command, request.path, key):
+        if request.error or not self.app.can_share_commit(request.command, request.path, key):
             super().add_task(channel)
         else:
             self.waiting.put(channel)
 
-    def store_batches(self) -> None:
+    def store_all(self) -> None:
         while not self.is_stopped:
-            self.store_batch()
+            self.store_gathered()
 
-    def store_batch(self) -> None:
+    def store_gathered(self) -> None:
         """Waits for requests, stores their reports, and answers each."""
-        batch: list[_Channel] = []
-        with closing(self.collect(batch)) as environs:  # closing frees the lock, even after an error
+        channels: list[_Channel] = []
+        with closing(self.gather(channels)) as environs:  # closing frees the lock, even after an error
             self.log_errors(self.app.submit_all, environs)
-        for channel in batch:
+        for channel in channels:
             self.log_errors(channel.service)
 
     def log_errors(self, call: Callable[..., Any], *arguments: Any) -> None:
@@ -7401,12 +7397,12 @@ class _Dispatcher(ThreadedTaskDispatcher):
         except BaseException:
             log.exception("unexpected error")
 
-    def collect(self, batch: list[_Channel]) -> Generator[Environ, None, None]:
-        """Yields a request and all that arrive while the caller decodes it; appends their connections to `batch`."""
-        with self.collecting, suppress(Empty):
+    def gather(self, channels: list[_Channel]) -> Generator[Environ, None, None]:
+        """Yields a request and all that arrive while the caller decodes it. Appends their connections to `channels`."""
+        with self.gathering, suppress(Empty):
             channel, size = self.waiting.get(), 0
             while channel:
-                batch.append(channel)
+                channels.append(channel)
                 request = channel.requests[0]
                 environ = _AppTask(channel, request).get_environment()
                 if time.monotonic() - request.arrived_at > BUSY_TIMEOUT:  # no thread was free for so long
@@ -7415,14 +7411,14 @@ class _Dispatcher(ThreadedTaskDispatcher):
                     yield environ
                 is_compressed = "CONTENT_ENCODING" in request.headers  # so it may become as large as any
                 size += self.app.settings.max_body_size if is_compressed else request.body_bytes_received
-                has_room = len(batch) < MAX_BATCH_REQUESTS and size < MAX_BATCH_BYTES
+                has_room = len(channels) < MAX_GATHERED_REQUESTS and size < MAX_GATHERED_BYTES
                 channel = self.waiting.get_nowait() if has_room else None
 
     def shutdown(self, *arguments: Any, **options: Any) -> Any:
         self.is_stopped = True
-        for _ in self.batch_threads:
+        for _ in self.commit_threads:
             self.waiting.put(None)
-        for thread in self.batch_threads:
+        for thread in self.commit_threads:
             thread.join(timeout=1)
         return super().shutdown(*arguments, **options)
 
@@ -7432,7 +7428,7 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
     server = waitress.server.create_server(
         app, _dispatcher=_Dispatcher(app, settings.threads), sockets=[listener], ident=None,
         max_request_body_size=settings.max_body_size + 65536,  # more than the app's own limit, which refuses first
-        connection_limit=_connection_limit(settings.threads + BATCH_THREADS),
+        connection_limit=_connection_limit(settings.threads + COMMIT_THREADS),
         max_request_header_size=32768, inbuf_overflow=131072, recv_bytes=65536, cleanup_interval=10,
         asyncore_use_poll=True, clear_untrusted_proxy_headers=True,
         outbuf_high_watermark=1 << 40)  # beyond it a worker would wait for the client: never
@@ -7444,7 +7440,7 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
 
 
 def _request_line(request: Any) -> str:
-    """Method and path for the log, in printable ASCII, without query or key."""
+    """Returns method and path for the log, in printable ASCII, without query or key."""
     if not hasattr(request, "path") or request.error and request.error.code == 431:  # waitress did not parse it
         return "- -"
     path = quote(request.path[:200], safe="/:@!$&'()*+,;=~", encoding="latin-1") or "-"
@@ -7452,8 +7448,8 @@ def _request_line(request: Any) -> str:
 
 
 def _connection_limit(threads: int) -> int:
-    """How many connections the limit of open files allows: each needs two files, one of them for a large body, and the
-    database needs three for each thread. Raises the soft limit first."""
+    """Returns how many connections the limit of open files allows, after raising the soft limit. Each needs two files,
+    one of them for a large body; the database needs three for each thread."""
     import resource  # here, because only POSIX has it, and only `serve` needs it
 
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

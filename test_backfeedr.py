@@ -6009,16 +6009,16 @@ def test_a_database_with_an_app_gets_no_default_one(start, tmp_path):
     assert "bf_admin_" in start.texts[0] and "bf_live_" not in start.texts[0]
 
 
-def test_reports_that_the_rate_limit_refuses_are_shown_on_the_overview_in_the_log_and_in_metrics(serve, clock, caplog):
+def test_requests_that_the_rate_limit_refuses_are_shown_on_the_overview_in_the_log_and_in_metrics(serve, clock, caplog):
     api = Api(serve(rate_limit=2))
     shop = api.server.store.create_app("Shop")
     for key, times in ((KEY, 2), (shop, 5)):
-        statuses = [api.post(CRASHES, CRASH, key=key)[0] for _ in range(times)]
+        statuses = [api.post(BATCH, {"events": [EVENT] * 2}, key=key)[0] for _ in range(times)]
     assert statuses == [201, 201, 429, 429, 429]
-    assert [record.message for record in caplog.records] == ["1 report of Shop was refused today: rate limit"]
+    assert [record.message for record in caplog.records] == ["The rate limit refused 1 request of Shop today."]
     assert scraped(api)['rate_limited_total{app="Shop"}'] == 3
     person = Person(api.server).signed_in()
-    assert "3 reports of Shop were refused today: rate limit" in person.get("/")
+    assert "The rate limit refused 3 requests of Shop today." in person.get("/")
     assert "refused" not in person.get("/?app=default")
     clock.move(86_400)
     assert "refused" not in person.get("/")
@@ -6433,7 +6433,7 @@ REFUSALS = {
          "|unknown report format|unsupported bug_type [0-9]{1,9}|too many diagnostics: at most 100|too many symbols"
          "|invalid (symbols|uuid)",
     **{status: "|".join(map(re.escape, texts)) for status, texts in backfeedr.ERRORS.items()
-       if status not in (429, 431, 500, 501, 503)}}
+       if status not in (403, 429, 431, 500, 501, 503)}}
 
 
 class Mutations:
@@ -7208,6 +7208,12 @@ def test_a_page_covers_all_live_apps_and_names_them_or_covers_the_chosen_app(api
     assert "Trial (test)" in person.text(person.get("/").click("Trial").request.path_qs), "without a live app"
 
 
+def test_a_page_of_events_without_a_match_says_how_many_it_searched(person, monkeypatch):
+    monkeypatch.setattr(backfeedr, "SCANNED_EVENTS", 2)
+    Api(person.server).post(BATCH, {"events": [EVENT] * 3})
+    assert "No matches among the 2 events searched. The next page" in person.text("/events?name=x")
+
+
 # -- Apps and keys
 
 def test_a_new_app_shows_its_key_once_and_is_deleted_only_after_its_name_is_typed(api, person):
@@ -7272,7 +7278,7 @@ def test_an_axis_ends_at_a_round_number_and_columns_are_drawn_to_scale():
 
 def test_a_line_has_a_gap_where_a_value_is_missing_and_today_is_a_dot():
     days = [f"2026-03-0{n}" for n in range(1, 7)]
-    chart = backfeedr.chart("Rate", days, [100, 90, None, 95, None, 100], low=90, unit=" %")
+    chart = backfeedr.chart("Rate", days, [100, 90, None, 95, None, 100], low=90, is_percentage=True)
     for part in ('<path d="M0.5,0.0L1.5,72.0M3.5,36.0M5.5,0.0"/><path class="dot" d="M3.5,36.0h0M5.5,0.0h0"/>',
                  "<title>3 Mar: none</title>", "<title>4 Mar: 95 %</title>", "<title>6 Mar: 100 % so far</title>",
                  'aria-label="Rate per day, 1 Mar to 6 Mar: latest 100 %, highest 100 % on 6 Mar, lowest 90 %"'):
@@ -7422,6 +7428,7 @@ def test_the_apps_page_adds_tests_and_removes_channels_and_shows_a_secret_once(a
         (receiver.url + "/a/secret/path", secret, 1, "crash.new,crash.regressed,crash.unmuted,crash.spread", 0, None)]
     assert not re.search("whsec|secret/path", person.get("/apps").text) and "...path" in person.text("/apps")
     assert "Sent a test message to channel 1." in person.submit("test-channel", id="1")
+    assert "Facts Last sent State" in person.text("/apps") and "just now good" in person.text("/apps")
     assert receiver.bodies[0]["data"]["facts"] == [{"type": "test", "text": "This is a test of channel 1."}]
     receiver.status = 500
     assert "Channel 1: it answered 500." in person.submit("test-channel", 400, id="1")
@@ -7791,7 +7798,7 @@ def test_only_one_thread_at_a_time_sends_on_a_connection(web_server):
 
 @pytest.fixture
 def answer_together(web_server):
-    """Sends requests, each on its own connection, for one batch; gives the statuses of the answers on each."""
+    """Sends requests, each on its own connection, for one commit; gives the statuses of the answers on each."""
     dispatcher = web_server.task_dispatcher
     dispatcher.shutdown()
     assert Api(web_server.app).post(CRASHES, b"{")[0] == 400  # from now on the key is cached
@@ -7800,7 +7807,7 @@ def answer_together(web_server):
         connections = [connect_and_send(web_server, request) for request in requests]
         wait_until(lambda: web_server.run_once() or dispatcher.waiting.qsize() >= len(requests))
         while not dispatcher.waiting.empty():
-            dispatcher.store_batch()
+            dispatcher.store_gathered()
         answers = [read_some(connection, web_server) for connection in connections]
         for connection in connections:
             connection.close()
@@ -7809,9 +7816,9 @@ def answer_together(web_server):
 
 
 @pytest.mark.parametrize("limit, is_gzip, expected", [
-    ({"MAX_BATCH_REQUESTS": 2}, False, [2, 2, 2, 1]), ({"MAX_BATCH_BYTES": 250}, False, [3, 3, 1]), ({}, False, [7]),
-    ({"MAX_BATCH_BYTES": Settings.max_body_size + 1}, True, [2, 2, 2, 1])])  # each may become that large
-def test_a_batch_is_limited_in_requests_and_bytes(web_server, answer_together, monkeypatch, limit, is_gzip, expected):
+    ({"REQUESTS": 2}, False, [2, 2, 2, 1]), ({"BYTES": 250}, False, [3, 3, 1]), ({}, False, [7]),
+    ({"BYTES": Settings.max_body_size + 1}, True, [2, 2, 2, 1])])  # each may become that large
+def test_gathered_requests_have_a_limit(web_server, answer_together, monkeypatch, limit, is_gzip, expected):
     batches, submit_all = [], web_server.app.submit_all
 
     def watch(environs):
@@ -7820,7 +7827,7 @@ def test_a_batch_is_limited_in_requests_and_bytes(web_server, answer_together, m
 
     monkeypatch.setattr(web_server.app, "submit_all", watch)
     for name, value in limit.items():
-        monkeypatch.setattr(backfeedr, name, value)
+        monkeypatch.setattr(backfeedr, "MAX_GATHERED_" + name, value)
     crash = json.dumps({**CRASH, "log": "x" * 21}).encode()
     assert len(crash) == 100
     request = raw_post(body=gzip.compress(crash), Content_Encoding="gzip") if is_gzip else raw_post(body=crash)
@@ -7841,17 +7848,17 @@ def test_reports_that_arrive_together_share_a_commit_or_an_error_and_each_client
     def fail(*_, **options):
         return 1 / 0
 
-    def disconnect_first(store_batch=dispatcher.store_batch):
+    def disconnect_first(store_gathered=dispatcher.store_gathered):
         channel = dispatcher.waiting.get()
         channel.connected = False
         dispatcher.waiting.put(channel)
-        store_batch()
+        store_gathered()
 
     for owner, name, value, answers, stored_count in (
             (backfeedr, "BUSY_TIMEOUT", -1, [[503]] * 3, 0),  # so each has waited too long for a thread
             (app.store, "add_all", fail, [[500]] * 3, 0), (app.store, "writing", fail, [[503]] * 3, 0),
             (backfeedr, "decode_json", fail, [[500]] * 3, 0), (web_server.channel_class, "service", fail, [[]] * 3, 3),
-            (dispatcher, "store_batch", disconnect_first, [[], [201], [201]], 2)):
+            (dispatcher, "store_gathered", disconnect_first, [[], [201], [201]], 2)):
         caplog.clear()
         with monkeypatch.context() as patched:
             patched.setattr(owner, name, value)
@@ -7864,12 +7871,12 @@ def test_reports_that_arrive_together_share_a_commit_or_an_error_and_each_client
 @pytest.mark.parametrize("limiter, expected", [
     (SimpleNamespace(allow=lambda key: True, waits=True), False), (SimpleNamespace(allow=lambda key: True), False),
     (RateLimiter(9), True), (None, True)])
-def test_only_reports_that_need_no_other_host_share_a_batch(tmp_path, limiter, expected):
+def test_only_reports_that_need_no_other_host_share_a_commit(tmp_path, limiter, expected):
     with Backfeedr(Settings(db_path=str(tmp_path / "test.db"), api_key=KEY), limiter=limiter, announce=str) as server:
-        assert server.can_batch("POST", CRASHES, KEY) is False, "the key is not cached yet"
+        assert server.can_share_commit("POST", CRASHES, KEY) is False, "the key is not cached yet"
         assert Api(server).post(CRASHES, CRASH)[0] == 201
-        assert server.can_batch("POST", CRASHES, KEY) is expected
-        assert not any(server.can_batch(*request) for request in (
+        assert server.can_share_commit("POST", CRASHES, KEY) is expected
+        assert not any(server.can_share_commit(*request) for request in (
             ("GET", CRASHES, KEY), ("POST", CRASHES + "/", KEY), ("POST", CRASHES, ""), ("POST", CRASHES, "\u20ac")))
 
 
@@ -7928,7 +7935,7 @@ def test_a_bad_report_with_a_revoked_key_is_refused_for_the_key(serve, monkeypat
     assert len(lookups) == 2, "once for each key, because each lookup waits for a database that is down"
 
 
-def test_an_empty_payload_has_its_own_answer_in_a_batch(serve):
+def test_an_empty_payload_has_its_own_answer_among_others(serve):
     server = serve()
     other = server.store.create_app("Shop")
 
@@ -9655,7 +9662,7 @@ def test_openapi_has_every_route_field_and_error_of_the_server_and_no_other(api)
     assert schemas["Event"]["properties"]["type"]["enum"] == list(backfeedr.EVENT_TYPES)
     texts = {name: content(response)["schema"]["properties"]["error"] for name, response in responses.items()}
     assert {text for each in texts.values() for text in each.get("enum", [])} \
-        == {text for status, texts in backfeedr.ERRORS.items() if status != 405 for text in texts}
+        == {text for status, texts in backfeedr.ERRORS.items() if status not in (403, 405) for text in texts}
     patterns = {name: each["pattern"] for name, each in texts.items() if "pattern" in each}
     assert {name for text in [text for _, _, text in BAD_BODIES] for name, pattern in patterns.items()
             if re.search(pattern, text)} == {"BadRequest"}
