@@ -2195,13 +2195,13 @@ create table groups (
             self.devices[app_id, group] += by
 
     def save(self) -> None:
-        of_latest = ", ".join(f"""{column} = case when excluded.last_seen >= groups.last_seen
-            then excluded.{column} else groups.{column} end""" for column in ("exception_reason", "place", "search"))
+        of_latest = ", ".join(f"""{column} = case when groups.crashes <= 0 or excluded.last_seen >= groups.last_seen
+            then excluded.{column} else groups.{column} end"""
+            for column in ("last_seen", "exception_reason", "place", "search"))
         upsert(self._db, "groups", [self._row(*item) for item in self._inserted.items()], f"""
             first_version = case when excluded.first_seen < groups.first_seen
                 then excluded.first_version else groups.first_version end,
-            first_seen = min(groups.first_seen, excluded.first_seen),
-            last_seen = max(groups.last_seen, excluded.last_seen), {of_latest},
+            first_seen = min(groups.first_seen, excluded.first_seen), {of_latest},
             crashes = groups.crashes + excluded.crashes, devices = groups.devices + excluded.devices,
             came_at = min(groups.came_at, excluded.came_at)""")
         for key, crashes in self._deleted.items():

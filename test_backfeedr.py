@@ -5577,6 +5577,16 @@ def test_text_of_an_expired_crash_is_no_longer_listed_or_found(keeping, clock):
     assert [len(api.get(f"{CRASHES}?text={text}", **ADMIN)[1]["groups"]) for text in ("secret", "old")] == [0, 1]
 
 
+def test_an_emptied_group_was_last_seen_at_the_crash_that_comes_next(one_day, clock):
+    for empty in (lambda: one_day.store.forget_device("d"), lambda: (clock.move(86_460), one_day.store.prune())):
+        add(one_day, exception_type="A", exception_reason="Gone", device_id_hash="d")
+        empty()
+        old = time_text(clock.seconds - 2 * 86_400)
+        add(one_day, exception_type="A", exception_reason="Old", occurred_at=old)
+        group, = Api(one_day).get(CRASHES, **ADMIN)[1]["groups"]
+        assert (group["exception_reason"], group["last_seen"]) == ("Old", old)
+
+
 @pytest.mark.parametrize("retention, leap, kept", [(5, 0, ["B"]), (90, 30, ["A", "C"])])
 def test_a_list_of_a_week_counts_what_is_kept_after_an_expiry_or_a_fast_clock(keeping, clock, retention, leap, kept):
     server = keeping(retention)
