@@ -2865,12 +2865,16 @@ class RollUps:
         self.figures: dict[type, Any] = {figure: figure(self) for figure in FIGURES}
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        """Counts reports of a kind, in the order of their seqs, like Figure.count; by 0 if they have expired."""
-        self._is_expiry = not by
+        """Counts reports in the order of their seqs, like Figure.count."""
         for figure in self.figures.values() if reports else ():
-            if kind in figure.COUNTS and by:
+            if kind in figure.COUNTS:
                 figure.count(kind, reports, by)
-            elif kind in figure.COUNTS:
+
+    def expire(self, kind: type, reports: Sequence[Any]) -> None:
+        """Takes out reports that have expired, in the order of their seqs, like Figure.expire."""
+        self._is_expiry = True
+        for figure in self.figures.values():
+            if kind in figure.COUNTS:
                 figure.expire(kind, reports)
         self._is_expiry = False
 
@@ -4337,7 +4341,7 @@ class Store(Apps):
         """Deletes some expired reports; else rows of deleted apps; else, if the database is too large, some reports."""
         deleted: Counter[str] = Counter()
         for kind, table in TABLES.items():
-            if seqs := self._delete_reports(db, kind, 0, f"from {table} where seq < ? order by seq limit ?",
+            if seqs := self._delete_reports(db, kind, f"from {table} where seq < ? order by seq limit ?",
                                             (self._first_kept_seq, size)):
                 db.execute(SET_STATE, ("expired_" + table, seqs[-1]))
                 deleted[table] = len(seqs)
@@ -4386,7 +4390,7 @@ class Store(Apps):
             return Counter()
         db.execute(SET_STATE, (f"early_{app_id}", last))
         return +Counter({table: len(self._delete_reports(
-            db, kind, 0, f"from {table} where app_id = ? and seq <= ?", (app_id, last)))
+            db, kind, f"from {table} where app_id = ? and seq <= ?", (app_id, last)))
             for kind, table in TABLES.items()})
 
     def _find_largest_app(self, db: Connection) -> int:
@@ -4402,13 +4406,15 @@ class Store(Apps):
             log.warning("the database is larger than BACKFEEDR_MAX_DB_SIZE: the oldest reports of %s go early", name)
         return self._largest_app[1]
 
-    def _delete_reports(self, db: Connection, kind: type[Any], by: int, source: str, parameters: Any) -> list[int]:
-        """Deletes the reports of a query and takes them out of the figures, `by` as in RollUps.count. Returns their
-        seqs."""
-        if reports := counted_rows(db, kind, source, parameters):
+    def _delete_reports(self, db: Connection, kind: type, source: str, values: Any, expired: bool = True) -> list[int]:
+        """Deletes the reports of a query and takes them out of the figures. Returns their seqs."""
+        if reports := counted_rows(db, kind, source, values):
             rollups = RollUps(db, self.now)
             write_rows(db, f"delete from {TABLES[kind]} where seq in (values *)", [(report.seq,) for report in reports])
-            rollups.count(kind, reports, by)
+            if expired:
+                rollups.expire(kind, reports)
+            else:
+                rollups.count(kind, reports, -1)
             rollups.save()
         return [report.seq for report in reports]
 
@@ -4449,11 +4455,12 @@ class Store(Apps):
             for page in self._device_pages(table, device_id_hash):
                 with self.writing_step() as db:
                     deleted[table] += len(self._delete_reports(
-                        db, kind, -1, f"from (values *) as keys cross join {table} on seq = column1", page))
+                        db, kind, f"from (values *) as keys cross join {table} on seq = column1", page, False))
         with self.writing_step() as db:
             for kind, table in TABLES.items():  # reports that arrived meanwhile
                 deleted[table] += len(self._delete_reports(
-                    db, kind, -1, f"from {table} where device_id_hash = ? and seq > ?", (device_id_hash, last[kind])))
+                    db, kind, f"from {table} where device_id_hash = ? and seq > ?", (device_id_hash, last[kind]),
+                    False))
             rollups = RollUps(db, self.now)
             deleted["devices"] = rollups.figures[Devices].forget(device_id_hash)
             rollups.save()
