@@ -2111,13 +2111,6 @@ create table new_names (                   -- how many were new on a UTC day
         return unknown - self.accepted
 
 
-class Requests(Figure):
-    """Requests per key and UTC day. No report tells of them: Commit counts them."""
-
-    SUMS = {"key_days": Sums("day key", "requests", KEY_DAYS)}  # `key`: see key_name
-    COUNTS = ()
-
-
 class Crashes(Figure):
     """Crashes per UTC day; and exception types and device models of the crashes that are kept, per day and in all."""
 
@@ -2840,8 +2833,9 @@ class EventNames(Figure):
         return {"events": events}
 
 
-FIGURES: tuple[type[Figure], ...] = (Requests, Crashes, Groups, Releases, Sessions, Devices, EventNames)
-SUMS = {table: sums for figure in FIGURES for table, sums in figure.SUMS.items()}
+FIGURES: tuple[type[Figure], ...] = (Crashes, Groups, Releases, Sessions, Devices, EventNames)
+SUMS = {"key_days": Sums("day key", "requests", KEY_DAYS),  # counted by Commit, not from reports; `key`: see key_name
+        **{table: sums for figure in FIGURES for table, sums in figure.SUMS.items()}}
 FIGURE_TABLES = (NewNames.TABLES + "".join(figure.TABLES for figure in FIGURES)
                  + "".join(sums.schema(table) for table, sums in SUMS.items()))
 SCHEMA = REPORT_TABLES + SYMBOL_TABLES + TRIAGE_TABLES + FIGURE_TABLES
