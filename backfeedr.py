@@ -2300,7 +2300,7 @@ create view releases as
     COUNTS = (Crash, Event)
     BUILD: dict[type, Any] = {Crash: attrgetter("received_at", "app_id", "app_version", "build_number"),
                               Event: attrgetter("received_at", "app_id", "app_version")}
-    ASKED = f"""(
+    FILTERED = f"""(
         select app_id, app_version, min(first_seen) as first_seen, max(last_seen) as last_seen from builds
         where {APP_FILTER} group by app_id, app_version) as releases"""  # in the view, SQLite would look at all apps
 
@@ -2335,14 +2335,14 @@ create view releases as
         earlier: dict[int, list[Row]] = defaultdict(list)  # by app_id; in the order of versions
         pairs = []
         rows = db.execute(f"""
-            select app_id, app_version, first_seen from {Releases.ASKED} where app_version <> '{OTHER}'
+            select app_id, app_version, first_seen from {Releases.FILTERED} where app_version <> '{OTHER}'
             """, {"app": app})
         for app_id, version, first_seen in sorted(rows, key=lambda row: (row[2], version_key(row[1]))):
             release = version_key(version), version, first_seen
             position = bisect_left(earlier[app_id], release)
             if position:
-                _, before, before_seen = earlier[app_id][position - 1]
-                pairs.append(ReleasePair(app_id, version, first_seen, before, before_seen))
+                _, previous, previous_seen = earlier[app_id][position - 1]
+                pairs.append(ReleasePair(app_id, version, first_seen, previous, previous_seen))
             earlier[app_id].insert(position, release)
         return pairs
 
@@ -2355,7 +2355,7 @@ create view releases as
                 select app_id, app_version, coalesce((
                     select sum(sessions) from release_days
                     where app_id = releases.app_id and day >= :since and app_version = releases.app_version), 0)
-                from {Releases.ASKED} where app_version <> '{OTHER}' order by first_seen, app_version
+                from {Releases.FILTERED} where app_version <> '{OTHER}' order by first_seen, app_version
                 """, {"app": app, "since": since}):
             key, (newest_key, most_sessions, _) = version_key(version), newest.get(app_id, ((), -1, ""))
             if key >= newest_key or sessions > most_sessions:
@@ -2369,9 +2369,9 @@ create view releases as
         spans: dict[ReleasePair, tuple[Row, Row]] = {}  # app_id, app_version, first hour, hour after the last
         for pair in pairs:
             end = min(now, pair.first_seen + HEALTH_DAYS * DAY) // HOUR
-            end_before = (pair.before_seen + end * HOUR - pair.first_seen + HOUR // 2) // HOUR
+            end_before = (pair.previous_seen + end * HOUR - pair.first_seen + HOUR // 2) // HOUR
             spans[pair] = ((pair.app_id, pair.app_version, pair.first_seen // HOUR, end),
-                           (pair.app_id, pair.before, pair.before_seen // HOUR, end_before))
+                           (pair.app_id, pair.previous, pair.previous_seen // HOUR, end_before))
         healths = {row[:4]: Health(*row[4:]) for row in rows_of(db, """
             select column1, column2, column3, column4, sum(devices), sum(crashed_devices) from (values *) as spans
             cross join release_hours on app_id = column1 and app_version = column2
@@ -2381,16 +2381,16 @@ create view releases as
 
     @staticmethod
     def latest(db: Any, app: int | None, days: range) -> list[JsonObject]:
-        """The latest 100 releases. `recent` are their sessions of these days, `of_all` those of their app."""
+        """The latest 100 releases. With their sessions of these days, and those of their app."""
         return dict_rows(db, f"""
             select latest.app_id, apps.name as app, latest.app_version,
                 {", ".join(f"coalesce({name}, 0) as {name}" for name in SUMS["release_sums"].columns)},
                 first_seen, last_seen,
                 (select sum(sessions) from release_days where app_id = latest.app_id
-                    and day between :first and :last and app_version = latest.app_version) as recent,
+                    and day between :first and :last and app_version = latest.app_version) as recent_sessions,
                 (select sum(sessions) from session_days where app_id = latest.app_id
-                    and day between :first and :last) as of_all
-            from (select * from {Releases.ASKED} order by first_seen desc, app_version, app_id limit 100) as latest
+                    and day between :first and :last) as app_sessions
+            from (select * from {Releases.FILTERED} order by first_seen desc, app_version, app_id limit 100) as latest
             join apps on apps.id = latest.app_id
             left join release_sums using (app_id, app_version)
             order by first_seen desc, latest.app_version, latest.app_id
@@ -2403,8 +2403,8 @@ class ReleasePair(NamedTuple):
     app_id: int
     app_version: str
     first_seen: int
-    before: str
-    before_seen: int
+    previous: str
+    previous_seen: int
 
 
 class Health(NamedTuple):
@@ -2431,30 +2431,31 @@ MAX_HALF_WIDTH = 0.05  # of an interval that is narrow enough to say that there 
 MIN_DEVICES, ENOUGH_DEVICES = 20, 50  # of both releases: for any verdict; for `no difference seen` and an alert
 
 
-def newcombe_interval(newer: Health, before: Health, z: float = Z_95) -> tuple[float, float]:
+def newcombe_interval(newer: Health, previous: Health, z: float = Z_95) -> tuple[float, float]:
     """The confidence interval of the difference of two shares: Newcombe, Interval estimation for the difference between
     independent proportions, Statistics in Medicine 17 (1998) 873-890, method 10."""
-    (low, high), (low_before, high_before) = newer.wilson_interval(z), before.wilson_interval(z)
-    difference = newer.share - before.share
-    return (difference - math.hypot(newer.share - low, high_before - before.share),
-            difference + math.hypot(high - newer.share, before.share - low_before))
+    (low, high), (low_previous, high_previous) = newer.wilson_interval(z), previous.wilson_interval(z)
+    difference = newer.share - previous.share
+    return (difference - math.hypot(newer.share - low, high_previous - previous.share),
+            difference + math.hypot(high - newer.share, previous.share - low_previous))
 
 
-def verdict(newer: Health, before: Health) -> JsonObject | None:
+def verdict(newer: Health, previous: Health) -> JsonObject | None:
     """Says in a word and a text whether a release is worse than the one before it, with the interval of the difference
     in percentage points. None: no device of either is known. It is too early to see no difference until the smaller
     has at least 50 devices, and as many as make the interval of two equal releases 5 points wide to each side."""
-    least, most = sorted((newer.devices, before.devices))
+    least, most = sorted((newer.devices, previous.devices))
     if not most:
         return None
-    low, high = newcombe_interval(newer, before) if least else (-1.0, 1.0)
-    crashed = (newer.crashed + before.crashed + 2) / (least + most + 4)  # two more crashed: so few may have been lucky
-    needed = max(ENOUGH_DEVICES, math.ceil((Z_95 / MAX_HALF_WIDTH) ** 2 * 2 * crashed * (1 - crashed)))
+    low, high = newcombe_interval(newer, previous) if least else (-1.0, 1.0)
+    # Agresti and Coull add two devices that crashed and two that did not: few devices without a crash prove little.
+    share = (newer.crashed + previous.crashed + 2) / (least + most + 4)
+    needed = max(ENOUGH_DEVICES, math.ceil((Z_95 / MAX_HALF_WIDTH) ** 2 * 2 * share * (1 - share)))
     if least < MIN_DEVICES or low <= 0 <= high and least < needed:
         word, text = "too early", f"about {math.ceil((needed - least) / 10) * 10} more devices"
     else:
         word = "worse" if high < 0 else "better" if low > 0 else "no difference seen"
-        text = "{} of devices crash-free, {} before".format(*_percentages(newer.share, before.share))
+        text = "{} of devices crash-free, {} before".format(*_percentages(newer.share, previous.share))
     return {"word": word, "text": f"{word}: {text}",
             "interval": [round(100 * low, 1), round(100 * high, 1)] if least else None}
 
@@ -4522,7 +4523,7 @@ def worse_releases(db: Connection, now: int) -> list[tuple[ReleasePair, str]]:
 def note_worse_releases(db: Connection, now: int) -> None:
     """Writes a fact about each release that is worse, once."""
     for pair, text in worse_releases(db, now):
-        note_fact(db, "release.worse", pair.app_id, now, None, app_version=pair.app_version, before=pair.before,
+        note_fact(db, "release.worse", pair.app_id, now, None, app_version=pair.app_version, before=pair.previous,
                   text=text)
         db.execute(SET_STATE, (f"worse_{pair.app_id}", pair.first_seen))
 
@@ -5053,7 +5054,7 @@ class Metrics:
         pairs = [pair for pair in Releases.pairs(db, app_id) if pair[:2] in releases]
         healths = Releases.health_of_pairs(db, pairs, self._store.now)
         verdicts = {pair: verdict(health, health_before) for pair, (health, health_before) in healths.items()}
-        return {pair[:2]: {**found, "before": pair.before} for pair, found in verdicts.items() if found}
+        return {pair[:2]: {**found, "before": pair.previous} for pair, found in verdicts.items() if found}
 
     def newest_releases(self, app: str | None = None) -> list[JsonObject]:
         """Returns the newest release of each app with its verdict, those that are worse than before first."""
@@ -5451,7 +5452,7 @@ def _release_json(row: JsonObject, its_verdict: JsonObject | None) -> JsonObject
             "crash_free_sessions": crash_free_rate(crashed_sessions or row["crashes"], sessions) if sessions else None,
             "by": "session" if crashed_sessions else "count",
             "crash_free_devices": crash_free_rate(row["crashed_devices"], devices) if devices else None,
-            "adoption": round(100 * (row["recent"] or 0) / row["of_all"], 2) if row["of_all"] else 0.0,
+            "adoption": round(100 * (row["recent_sessions"] or 0) / (row["app_sessions"] or 1), 2),
             "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"]), "verdict": its_verdict}
 
 
