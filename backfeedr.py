@@ -4450,12 +4450,12 @@ class Store(Apps):
             for page in self._device_pages(table, device_id_hash):
                 with self.writing_step() as db:
                     deleted[table] += len(self._delete_reports(
-                        db, kind, f"from (values *) as keys cross join {table} on seq = column1", page, False))
+                        db, kind, f"from (values *) as keys cross join {table} on seq = column1", page, expired=False))
         with self.writing_step() as db:
             for kind, table in TABLES.items():  # reports that arrived meanwhile
                 deleted[table] += len(self._delete_reports(
                     db, kind, f"from {table} where device_id_hash = ? and seq > ?", (device_id_hash, last[kind]),
-                    False))
+                    expired=False))
             rollups = RollUps(db, self.now)
             deleted["devices"] = rollups.figures[Devices].forget(device_id_hash)
             rollups.save()
