@@ -2229,12 +2229,10 @@ create table groups (
     def show_latest(self, app_id: int, group_hash: str) -> None:
         """Describes a group by its latest crash that is kept, or by its hash alone; first_seen stays."""
         shown: Row = None, None, None, group_hash
-        row = self._db.execute(f"""
-            select seq from crashes where app_id = ? and group_hash = ? order by {COUNTED_AT} desc, seq desc limit 1
-            """, (app_id, group_hash)).fetchone()
-        if row:
-            latest, = counted_rows(self._db, Crash, "from crashes where seq = ?", row)
-            trace, = self._db.execute("select stack_trace from crashes where seq = ?", row).fetchone()
+        for latest in counted_rows(self._db, Crash, f"""
+                from crashes where seq = (select seq from crashes where app_id = ? and group_hash = ?
+                    order by {COUNTED_AT} desc, seq desc limit 1)""", (app_id, group_hash)):
+            trace, = self._db.execute("select stack_trace from crashes where seq = ?", (latest.seq,)).fetchone()
             shown = latest.at, *self._shown(group_hash, latest._replace(stack_trace=trace))
         self._db.execute("""
             update groups set last_seen = coalesce(?, last_seen), exception_reason = ?, place = ?, search = ?
