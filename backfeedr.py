@@ -13,7 +13,8 @@ The whole server is this file. Copy it to a machine with Python 3.9 or later, in
 
 It is also a WSGI callable: `Backfeedr(db_path="crashes.db")` can be mounted in any app.
 
-The sections. Each uses only those above it, except that Dashboard uses Templates below it:
+The sections. Each uses only those above it, except that Triage uses Figures, Store uses `missing_group` of Metrics, and
+Dashboard uses Templates and `RefusedReports`:
 
     Settings        what an operator can configure
     Schema          the tables for apps, keys and reports
@@ -23,8 +24,8 @@ The sections. Each uses only those above it, except that Dashboard uses Template
     Apple formats   MetricKit, .ips and .crash in, crashes and events out
     Signature       HMAC-SHA256 over a request
     RateLimiter     how many requests a key may send each minute
-    Symbols         the function names of a build, and the frames that get them
-    Triage          the state of each group, and the facts worth telling
+    Symbols         functions, files and lines for the addresses in a build
+    Triage          the state of each group, and the facts that alerts send
     Figures         what is counted: the tables, the counting and the queries of each figure
     Database        connections, transactions, migrations
     Apps            apps, keys, the admin
@@ -43,13 +44,13 @@ The sections. Each uses only those above it, except that Dashboard uses Template
 
 To make a change, edit:
 
-    add an endpoint             Backfeedr._routes, and a query in Metrics
-    add a field to a report     REPORT_TABLES, SCHEMA_VERSION, migrate, Crash or Event, and perhaps _CONVERTERS
-    add a figure                a class in FIGURES, SCHEMA_VERSION, migrate, and a query in Metrics
-    add a page                  Dashboard.routes, a method there, a template, and for the menu a row of _NAVIGATION
-    add a command               a method of Commands, and a row of _COMMANDS
-    add a kind of channel       a function in Alerts, and a row of CHANNELS
-    accept another format       a function in Payloads or Apple formats, and a row of Backfeedr._ingestion
+    add an endpoint             Backfeedr._routes, and a query in Metrics; a handler in Backfeedr if it is no GET
+    add a field to a report     REPORT_TABLES, SCHEMA_VERSION, migrate, Crash or Event; perhaps _CONVERTERS and as_sent
+    add a figure                a class in FIGURES, SCHEMA_VERSION, migrate, a query in Metrics, _routes, _wrong_tables
+    add a page                  Dashboard.routes, a method there, a row of _TEMPLATES, and of _NAVIGATION for the menu
+    add a command               a method do_... of Commands, and a row of _COMMANDS
+    add a kind of channel       a function in Alerts, a row of CHANNELS, and perhaps check_address and Alerts.add
+    accept another format       a function in Apple formats, and _read_diagnostics; for another path, _ingestion
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ _RANGES = {"port": (0, 65535), "rate_limit": (0, 1_000_000), "max_body_size": (1
 _TYPE_NAMES: dict[Any, str] = {str: "text", int: "a whole number", bool: "1 or 0"}
 _BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 _PREFIX = "BACKFEEDR_"
-# Kubernetes sets such variables, without our prefix here, for services named backfeedr and backfeedr-...
+# What Kubernetes sets for services named backfeedr and backfeedr-..., such as (BACKFEEDR_)PORT=tcp://10.0.0.1:80.
 _KUBERNETES_VARIABLE = re.compile(r"(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)=.*|PORT(_[0-9]+_\w+)?=.*://.*"
                                   r"|PORT_[0-9]+_[A-Z]+_(PROTO|PORT|ADDR)=.*)")
 
@@ -235,7 +236,7 @@ create table crashes (
     seq integer primary key, id text generated always as (printf('%016x', seq)) virtual,
     app_id integer not null, received_at integer not null, occurred_at integer not null,
     clock_ahead_ms integer not null default 0,  -- how far the device's clock was ahead
-    other integer not null default 0,      -- bits of the fields that are counted as '(other)': see NewNames
+    other integer not null default 0,      -- bits (OTHER_FLAGS) of the fields that are counted as '(other)'
     group_hash text not null, images text,  -- UUIDs of builds whose symbols can name its frames, separated by spaces
     exception_type text not null,
     app_version text, build_number text, os_version text, device_model text, device_id_hash text,
@@ -262,9 +263,9 @@ create index replays_by_age on replays (received_at);
 create table given_seqs (                  -- ranges that contain every seq ever assigned
     first integer primary key, last integer not null);
 -- state has retention_days; expired_crashes and expired_events, the highest seq that retention deleted; trimmed_day,
--- when old sums were last deleted; counted_at, when reports were last counted other than at receipt. For an app, with
--- its id appended: early_, the highest seq deleted early for lack of space; worse_, first_seen of the release that was
--- last reported as worse; deleted_, the lowest seq from which on the reports of a deleted app are gone.
+-- when old sums were last deleted; counted_at, the end of the windows of figures unless a later report came. Per app:
+-- early_ID, the highest seq deleted early for lack of space; worse_ID, first_seen of the release last reported as
+-- worse; deleted_ID, how far the deletion of the app has come: its reports from this seq on are gone.
 create table state (name text primary key, value integer not null) without rowid;
 """ + GROUP_INDEX
 
