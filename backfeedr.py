@@ -1123,7 +1123,6 @@ def _decode_with_lists(text: str, lists: list[Any]) -> Any:
         raise ValueError(f"{error.msg} in a deep call stack") from None
 
 
-
 def _member(parent: Any, name: str, kind: Callable[[], Any]) -> Any:
     """A member of an object if it has this type, else the type's empty value."""
     value = parent.get(name)
@@ -1264,8 +1263,8 @@ def _metrickit_trace(tree: JsonObject, is_crash: bool) -> list[JsonObject]:
         path.append(max(frames, key=lambda frame: _member_number(frame, "sampleCount") or 0))
         frames = _member_objects(path[-1], "subFrames")
     images = _member_objects(tree, "binaryInfo")
-    names = {image_uuid(image.get("uuid")): _member(image, "name", str) for image in images}
-    steps = [(frame, _member(frame, "binaryName", str) or names.get(image_uuid(frame.get("binaryUUID")) or "none", ""))
+    names = {uuid: _member(image, "name", str) for image in images if (uuid := image_uuid(image.get("uuid")))}
+    steps = [(frame, _member(frame, "binaryName", str) or names.get(image_uuid(frame.get("binaryUUID")), ""))
              for frame in path]
     # A sampled path may begin where its thread began.
     if not is_crash and path and steps[0][1] in _THREAD_STARTS and steps[-1][1] not in _THREAD_STARTS:
@@ -1287,22 +1286,23 @@ def _metrickit_frame(number: int, frame: JsonObject, binary: str) -> JsonObject:
 
 def _ips_crash(header: JsonObject, body: JsonObject) -> JsonObject:
     """The crash in an .ips file. Only the fields that are named here are kept."""
-    exception, ended, bundle = (_member(body, name, dict) for name in ("exception", "termination", "bundleInfo"))
+    exception, termination, bundle = (_member(body, name, dict) for name in ("exception", "termination", "bundleInfo"))
     notes = [note for notes in _member(body, "asi", dict).values() if type(notes) is list  # "application-specific"
              for note in notes if type(note) is str]
-    why_ended = [text for name in ("reasons", "details") for text in _member(ended, name, list) if type(text) is str]
+    details = [text for name in ("reasons", "details") for text in _member(termination, name, list)
+               if type(text) is str]
     thrown = next(filter(None, map(_UNCAUGHT.search, notes)), None)
     reasons = [thrown and thrown[2], next(filter(_FATAL.search, notes), ""), _member(exception, "subtype", str),
-               " ".join(why_ended), _member(ended, "indicator", str), *notes[:1]]
-    termination = _plain_members({name: ended.get(name) for name in ("namespace", "code", "indicator")})
+               " ".join(details), _member(termination, "indicator", str), *notes[:1]]
+    kept_termination = _plain_members({name: termination.get(name) for name in ("namespace", "code", "indicator")})
     return {
         **_plain_members({
             "process": body.get("procName") or header.get("app_name"), "platformArchitecture": body.get("cpuType"),
             "bundleIdentifier": bundle.get("CFBundleIdentifier") or header.get("bundleID"),
             "exceptionCodes": exception.get("codes"), "exceptionSubtype": exception.get("subtype")}),
-        **({"termination": termination} if termination else {}),
+        **({"termination": kept_termination} if kept_termination else {}),
         "exception_type": _exception_type(
-            thrown[1] if thrown else "", _kill_code(ended.get("code"), *why_ended), _member(exception, "type", str),
+            thrown[1] if thrown else "", _kill_code(termination.get("code"), *details), _member(exception, "type", str),
             _member(exception, "signal", str)),
         "exception_reason": next(filter(None, reasons), None), "stack_trace": _ips_trace(body),
         "app_version": bundle.get("CFBundleShortVersionString") or header.get("app_version"),
@@ -1344,15 +1344,15 @@ def _crash_text_as_ips(text: str) -> JsonObject:
     text = text.replace("\x00", "\ufffd").replace("\r\n", "\n")
     headers = reversed(_CRASH_HEADER.findall(text))  # of two with one name, the first counts
     header = defaultdict(str, {name: value.strip() for name, value in headers})
-    types, ended = _CRASH_TYPE.match(header["Exception Type"]), _TERMINATION.match(header["Termination Reason"])
+    types, termination = _CRASH_TYPE.match(header["Exception Type"]), _TERMINATION.match(header["Termination Reason"])
     version, _, build = header["Version"].replace("???", "").partition("(")
     context = re.search("^<RBSTerminateContext.*", text, re.M)
-    code = ended and int(ended[2] or ended[3], 16 if ended[2] else 10)
+    code = termination and int(termination[2] or termination[3], 16 if termination[2] else 10)
     return {
         "exception": {"type": types and types[1], "signal": types and types[2], "codes": header["Exception Codes"],
                       "subtype": header["Exception Subtype"]},
         "termination": {"details": [header["Termination Description"] or (context and context[0])], "code": code,
-                        "namespace": ended and ended[1], "indicator": ended and ended[4]},
+                        "namespace": termination and termination[1], "indicator": termination and termination[4]},
         "asi": {"": [_paragraph_after(re.search("^Application Specific Information:.*\n", text, re.M))]},
         "bundleInfo": {"CFBundleShortVersionString": version.strip(), "CFBundleVersion": build.rstrip(") "),
                        "CFBundleIdentifier": header["Identifier"]},
