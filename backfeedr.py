@@ -479,8 +479,8 @@ class Frame(NamedTuple):
 
 
 def read_frame(frame: Mapping[str, Any]) -> Frame:
-    """Reads the JSON object of a frame. A device's own symbol is not trusted if it is of own code in a known build: in
-    a stripped binary, it names another function before it. `symbolicated` says that it comes from uploaded symbols."""
+    """Reads the JSON object of a frame. The symbol that a device gives to the app's own code in a known build is not
+    trusted: in a stripped binary, it is an earlier function's. `symbolicated` marks one from uploaded symbols."""
     if frame.keys() <= _API_FRAME_FIELDS:
         symbol, file = _string(frame.get("symbol")), _string(frame.get("file"))
         return _cached_frame(symbol, file) if len(symbol) + len(file) < 200 else _make_frame(symbol, file)
@@ -608,7 +608,7 @@ def group_hash(exception_type: str, frames: Iterable[Mapping[str, Any]]) -> str:
 def group_hash_of_frames(exception_type: str, frames: Iterable[Frame]) -> str:
     """Like group_hash, for Frames. Reads no more of them than it needs, which is mostly the first few."""
     names: list[str] = []
-    for rule, candidates in zip(_GROUP_RULES, tee(frames, len(_GROUP_RULES))):
+    for rule, candidates in zip(_GROUP_RULES, tee(frames, len(_GROUP_RULES))):  # tee, as frames are read lazily
         labels = groupby(frame.label for frame in candidates if rule(frame))  # without repeated neighbours
         if names := [label for label, _ in islice(labels, 3)]:
             break
@@ -835,7 +835,7 @@ def parse_batch(sent: JsonObject) -> list[Event]:
             unused_name += "_"
         events[0][unused_name] = {name: value for name, value in sent.items() if name != "events"}
     with suppress(Refusal, ValueError, TypeError, AttributeError, RecursionError):  # an event is invalid or unusual
-        return _parse_columns(events)
+        return _parse_usual_events(events)
     parsed = []
     for index, event in enumerate(events):
         try:
@@ -845,7 +845,7 @@ def parse_batch(sent: JsonObject) -> list[Event]:
     return parsed
 
 
-def _parse_columns(events: list[JsonObject]) -> list[Event]:
+def _parse_usual_events(events: list[JsonObject]) -> list[Event]:
     """The same as `parse_event` for each event, in half the time: it goes field by field and converts each distinct
     text once, because most texts are the same in all events. Raises an error if an event is invalid or unusual."""
     columns: list[Iterable[Any]] = []
@@ -891,7 +891,7 @@ def _convert(sent: JsonObject, converters: Converters, max_size: int) -> list[An
             raise Refusal(f"missing {name}")
     if unknown:
         # Two more than are kept: `truncated` is not counted, and a spare one shows _truncate that others are missing.
-        unknown = {name: _text_if_deep(value) for name, value in islice(unknown.items(), MAX_FIELDS + 2)}
+        unknown = {name: _flatten_if_deep(value) for name, value in islice(unknown.items(), MAX_FIELDS + 2)}
         values["extra"] = to_json(unknown)
         size += len(values["extra"])
     if size > SMALL_SIZE:
@@ -900,8 +900,8 @@ def _convert(sent: JsonObject, converters: Converters, max_size: int) -> list[An
     return list(values.values())
 
 
-def _text_if_deep(value: Any) -> Any:
-    """A value; its JSON as text if it is nested too deep, or longer than a report may be."""
+def _flatten_if_deep(value: Any) -> Any:
+    """A value as it is. If it is nested too deep or longer than a report may be: the beginning of its JSON, as text."""
     if type(value) not in (dict, list):
         return value
     try:
@@ -912,8 +912,7 @@ def _text_if_deep(value: Any) -> Any:
 
 
 def _truncate(long: JsonObject, values: JsonObject, max_size: int) -> JsonObject:
-    """What replaces the long values of a report that is too large: the beginning of each. `truncated` in the unknown
-    fields lists what was cut."""
+    """The long values of a report, cut to fit; {} if they fit. The unknown field `truncated` lists what was cut."""
     kept = {name: _limit_length(value) for name, value in long.items()}
     size = sum(len(value.encode()) for value in values.values() if type(value) is str)
     if size <= max_size and all(kept[name] is long[name] for name in long):
@@ -933,7 +932,7 @@ def _truncate_fairly(long: JsonObject, room: int) -> JsonObject:
     """The long values in `room` bytes. Every name and every value in them may take the same share of it."""
     frames = [dict(islice(frame.items(), MAX_FRAME_FIELDS)) for frame in long.get("stack_trace", [])]
     objects = [*frames, long.get("properties", {}), long["extra"], {"": long.get("exception_reason", "")}]
-    objects = [{name: _text_if_deep(value) for name, value in members.items()} for members in objects]
+    objects = [{name: _flatten_if_deep(value) for name, value in members.items()} for members in objects]
     sizes = [_json_size(part) for members in objects for part in chain.from_iterable(members.items())]
     share = _fair_share(sizes, room - len(sizes) - 3 * len(objects))  # for colons, commas and braces
     *frames, properties, extra, reason = (
@@ -1457,7 +1456,7 @@ class RateLimiter:
 SYMBOL_TABLES = """
 create table symbols (                     -- builds whose symbols are stored, at least in part
     uuid text primary key, binary_name text not null, arch text not null,
-    parts integer not null, received integer not null,  -- requests of its upload; 0 are received during a deletion
+    parts integer not null, received integer not null,  -- requests of its upload, and those that came; 0 in a deletion
     size integer not null, rows integer not null,
     uploaded_at integer not null           -- when the latest part came
 ) without rowid;
@@ -1550,7 +1549,7 @@ def _check_page(page: Any, prefix: str, lowest_offset: int) -> None:
 
 
 def _are_integers(values: Sequence[Any], low: int, high: int) -> bool:
-    """Tells whether all values are integers from `low` to `high`. Compares types exactly, because True is an int."""
+    """Whether all values are integers from `low` to `high`. Compares types exactly, because True is an int."""
     return not values or {*map(type, values)} == {int} and low <= min(values) and max(values) <= high
 
 
@@ -1582,14 +1581,14 @@ class Symbols:
         return len(self._functions)
 
     def is_held(self, uuid: str) -> bool:
-        """Tells whether all symbols of a build are stored."""
+        """Whether all symbols of a build are stored."""
         if uuid not in self._held:
             self._held[uuid] = self._db.execute(
                 "select 1 from symbols where uuid = ? and received = parts", (uuid,)).fetchone() is not None
         return self._held[uuid]
 
     def can_name(self, images: str | None) -> bool:
-        """Tells whether the symbols of any of these builds are stored."""
+        """Whether the symbols of any of these builds are stored."""
         return any(map(self.is_held, (images or "").split()))
 
     def lookup(self, uuid: str, offset: int) -> list[Function]:
@@ -1610,10 +1609,10 @@ class Symbols:
             yield strings[name], strings[file] if file >= 0 else "", line
             depth += 1
 
-    def symbolicated(self, frames: Iterable[JsonObject], lookups: int = GROUPED_LOOKUPS) -> Iterator[JsonObject]:
+    def symbolicated(self, frames: Iterable[JsonObject], new_lookups: int = GROUPED_LOOKUPS) -> Iterator[JsonObject]:
         """Symbolicates frames. Each becomes a frame for every function at its instruction, innermost first. A frame
-        stays as it is if its symbols are unknown, or after so many look-ups."""
-        max_lookups, is_return_address = self.lookups + lookups, False
+        stays as it is if its symbols are unknown, or after `new_lookups` more look-ups."""
+        max_lookups, is_return_address = self.lookups + new_lookups, False
         for frame in frames:
             read, functions = read_frame(frame), list[Function]()
             if read.uuid and read.offset is not None and not read.file and self.is_held(read.uuid):
@@ -1795,7 +1794,7 @@ def _split_build(text: str) -> tuple[str, str]:
 
 
 def _has_fix(version: str, build: str, fixed_in: str) -> bool | None:
-    """Tells whether a version and build is the one with the fix, or a later one. None: they cannot be compared."""
+    """Whether a version and build is the one with the fix, or a later one. None: they cannot be compared."""
     fixed_version, fixed_build = _split_build(fixed_in)
     key, fixed_key = version_key(version), version_key(fixed_version)
     if version == fixed_version or key[0] and key == fixed_key:
@@ -1806,8 +1805,8 @@ def _has_fix(version: str, build: str, fixed_in: str) -> bool | None:
 
 
 def _first_seen(db: Any, app_id: int, version: str, build: str) -> int | None:
-    """When a build, or a version if `build` is "", was first seen in a report. Events name no build: they count for the
-    first build of their version that a crash names."""
+    """When a build, or a version if `build` is "", was first seen in a report. Events name no build, so
+    the first build that a crash names is taken to be as old as its version."""
     builds = dict(db.execute("select build_number, first_seen from builds where app_id = ? and app_version = ?",
                              (app_id, version)).fetchall())
     first_build = min(filter(None, builds), key=builds.__getitem__, default="")
@@ -1815,7 +1814,7 @@ def _first_seen(db: Any, app_id: int, version: str, build: str) -> int | None:
 
 
 def _is_regression(db: Any, decision: Decision, crash: Any) -> bool:
-    """Tells whether a crash shows that a resolved group is not fixed. An old build that still crashes does not."""
+    """Whether a crash shows that a resolved group is not fixed. An old build that still crashes does not."""
     app_id, build, since = crash.app_id, crash.build_number or "", decision.changed_at + 1
     if not crash.app_version:  # which tells nothing, unless the app has no versions at all
         return crash.at >= since and not db.execute("select 1 from releases where app_id = ?", (app_id,)).fetchone()
@@ -1834,10 +1833,9 @@ def _is_regression(db: Any, decision: Decision, crash: Any) -> bool:
     return bool(seen >= since)
 
 
-def _reopening(db: Any, now: int, decision: Decision, crashes: Sequence[Any], devices: int) -> tuple[str, Any] | None:
-    """Tells why new crashes reopen a resolved or muted group, `regressed` or `unmuted`, and which of them does. None:
-    they do not. `devices` counts those that are new to the group."""
-    if decision.state == "resolved":
+def _find_reopening(db: Any, now: int, decision: Decision, crashes: list[Any], devices: int) -> tuple[str, Any] | None:
+    """Returns "regressed" or "unmuted" and the crash that did it, or None. `devices` counts those new to the group."""
+    if decision.state == "resolved":  # of each build, a crash before the decision and one after it are enough
         first_of_build = {(crash.app_version, crash.build_number, crash.at > decision.changed_at): crash
                           for crash in reversed(crashes)}
         for crash in sorted(first_of_build.values()):
@@ -1854,8 +1852,8 @@ def _reopening(db: Any, now: int, decision: Decision, crashes: Sequence[Any], de
 
 
 def update_triage(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], are_moved: bool = False) -> None:
-    """Reopens groups because of crashes that were just stored, and notes the facts about them; not for test apps.
-    Crashes that moved here from another group may be a regression, but they are not new and end no mute."""
+    """Reopens resolved and muted groups that crashed again, and writes the facts for alerts. Ignores test apps. Crashes
+    that were moved from another group can be a regression, but they are not new and end no mute."""
     groups: dict[tuple[int, str], list[Any]] = defaultdict(list)
     for crash in crashes:
         groups[crash.app_id, crash.group_hash].append(crash)
@@ -1873,7 +1871,7 @@ def update_triage(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], a
         decision, stored, new_devices = Decision(*triage), groups[app_id, group_hash], devices_of[app_id, group_hash]
         facts = []
         if decision.state == "resolved" or decision.state == "muted" and not are_moved:
-            reopening = _reopening(db, now, decision, stored, new_devices)
+            reopening = _find_reopening(db, now, decision, stored, new_devices)
             if not reopening:
                 if decision.crashes_left or decision.devices_left:
                     db.execute("""
@@ -1922,7 +1920,7 @@ DEVICE_DAYS = 400      # a report that occurred more days than this before its r
 HOURS_KEPT = 48        # hours for which device_hours are kept
 NAME_DAYS = KEY_DAYS = 90
 HEALTH_DAYS = 90       # the age up to which a release is compared with the one before it
-TRIM_STEP = 1000         # rows that one step of `trim` deletes from a table
+TRIM_STEP = 1000       # rows that one step of `trim` deletes from a table
 MAX_RELEASES, MAX_BUILDS_OF_APP = 1000, 2000
 MAX_ANSWER = 60_000    # bytes of JSON for the rows of a public answer, so that the whole answer stays below 64 kB
 
@@ -1944,7 +1942,8 @@ COUNTED: dict[type, Any] = {  # a report as the figures see it; `at` is the time
 
 
 def counted_rows(db: Any, kind: type, source: str, parameters: Any = ()) -> list[Any]:
-    """Reads stored reports as the figures see them, without stack traces. `source` is the query from `from` on."""
+    """Reads stored reports as the figures see them, without stack traces. `source` is the query from `from` on. If it
+    has `values *`, the parameters are keys, as in rows_of."""
     columns = {"at": COUNTED_AT, "sent_type": "exception_type", "stack_trace": "null", **{
         name: f"case when (other & {flag}) > 0 then '{OTHER}' else {name} end" for name, flag in OTHER_FLAGS.items()}}
     query = f"select {', '.join(columns.get(name, name) for name in COUNTED[kind]._fields)} {source}"
@@ -1953,7 +1952,7 @@ def counted_rows(db: Any, kind: type, source: str, parameters: Any = ()) -> list
 
 
 def counted_reports(kind: type, app_id: int, seqs: Sequence[int], received: Sequence[int], ahead: Sequence[int],
-            flags: Sequence[int], reports: Reports) -> list[Any]:
+                    flags: Sequence[int], reports: Reports) -> list[Any]:
     """Turns reports that are about to be stored into what the figures see of them."""
     sent_types = list(map(attrgetter("exception_type" if kind is Crash else "type"), reports))
     if any(flags):
@@ -1961,7 +1960,7 @@ def counted_reports(kind: type, app_id: int, seqs: Sequence[int], received: Sequ
                    for report, bits in zip(reports, flags)]
     clocks = list(zip(map(attrgetter("occurred_at"), reports), received, ahead))
     at = {clock: counted_at(*clock) for clock in set(clocks)}  # a batch has few different ones
-    columns = [map(attrgetter(name), reports) for name in COUNTED[kind]._fields[5:]]
+    columns = [map(attrgetter(name), reports) for name in COUNTED[kind]._fields[5:]]  # the first five are made above
     make = partial(tuple.__new__, COUNTED[kind])  # like _make, in a third of the time
     return list(map(make, zip(seqs, repeat(app_id), received, map(at.__getitem__, clocks), sent_types, *columns)))
 
@@ -2005,7 +2004,7 @@ class Figure:
         """Counts reports that are about to be inserted (by 1), or were just deleted (by -1)."""
 
     def expire(self, kind: type, reports: Sequence[Any]) -> None:
-        """Takes out reports that were deleted because they expired. Lasting sums do not change meanwhile."""
+        """Takes out reports that were deleted because they expired. RollUps ignores the changes of lasting sums."""
         self.count(kind, reports, -1)
 
     def save(self) -> None:
@@ -2013,8 +2012,8 @@ class Figure:
 
 
 class MergedRows:
-    """Rows of a table that a transaction learns more about. They are read, merged and written together. `kind` is a
-    named tuple of the columns after the key, with a method `merged`."""
+    """Collects what a transaction learns about rows of a table, and merges it into them with one read and one write.
+    `kind` is a named tuple of the columns after the key, with a method `merged`."""
 
     def __init__(self, db: Any, table: str, kind: Any):
         self._db, self._table, self._kind = db, table, kind
@@ -2199,9 +2198,10 @@ create table groups (
             crashes = groups.crashes + excluded.crashes, devices = groups.devices + excluded.devices,
             came_at = min(groups.came_at, excluded.came_at)""")
         for key, crashes in self._deleted.items():
+            devices = 0 if key in self._inserted else self.devices[key]  # 0: the statement above has added them
             self._db.execute("""
                 update groups set crashes = crashes - ?, devices = devices + ? where app_id = ? and group_hash = ?
-                """, (len(crashes), 0 if key in self._inserted else self.devices[key], *key))
+                """, (len(crashes), devices, *key))
             if self._db.execute("select 1 from groups where app_id = ? and group_hash = ? and last_seen <= ?",
                                 (*key, max(crash.at for crash in crashes))).fetchone():
                 self.show_latest(*key)
@@ -2571,7 +2571,7 @@ create table medians (                     -- of the durations of a day that is 
                 self._count_session(key[0], after, 1)
         delete_rows(self._db, "medians", self._changed_days)
 
-    def close_days(self) -> None:
+    def store_medians(self) -> None:
         """Stores medians of days that are over. Those of today and yesterday change with nearly every session."""
         self._db.execute(f"""
             insert into medians select * from (
@@ -2626,7 +2626,7 @@ class SeenVersion(NamedTuple):
 
 class Devices(Figure):
     """Devices that are active, that are new and that come back, and the devices of each release. A device is known by a
-    digest, so that no figure holds its name, and forgotten with its last report (to the hour)."""
+    digest, so that no figure holds its name, and forgotten when its last report expires, or up to an hour before."""
 
     TABLES = """
 create table devices (                     -- those of which a report is kept
@@ -2641,7 +2641,7 @@ create table device_versions (
     first_hour integer not null, crash_hour integer,  -- when its first report, and its first crash, were received
     primary key (app_id, device, app_version)) without rowid;
 """
-    ACTIVE = {"dau": 1, "wau": 7, "mau": 30}  # devices of so many days up to this one
+    ACTIVE = {"dau": 1, "wau": 7, "mau": 30}  # devices seen within so many days that end with this one
     BACK = {"back_1": 1, "back_7": 7, "back_30": 30}  # devices first seen on this day and again so many days later
     SUMS = {"device_hours": Sums("hour", "devices", HOURS_KEPT),  # by the hour in which they were last seen
             "active_days": Sums("day", "dau wau mau"), "cohorts": Sums("day", "devices back_1 back_7 back_30"),
@@ -2731,8 +2731,7 @@ create table device_versions (
         write_rows(self._db, "insert into device_days values *", rows)
 
     def _count_active(self, app_id: int, others: Sequence[int], day: int, by: int) -> None:
-        """Counts the days that a device is active on only because it was seen on `day`. `others` are the other days on
-        which it was seen, in order."""
+        """Counts the days on which a device is active only because it was seen on `day`. `others`: its other days."""
         at = bisect_left(others, day)
         before, after = others[at - 1] if at else -MAX_NUMBER, others[at] if at < len(others) else MAX_NUMBER
         for column, span in self.ACTIVE.items():
@@ -2900,8 +2899,8 @@ class RollUps:
         self.figures[Groups].drop_empty()
 
     def trim(self) -> int:
-        """Once a day: deletes some of the rows whose window is over. Returns how many."""
-        self.figures[Sessions].close_days()
+        """Deletes up to TRIM_STEP rows of each table whose window is over. Returns how many; 0 when nothing is left."""
+        self.figures[Sessions].store_medians()
         today = self.now // DAY
         deleted = self._delete_some("new_names", "new_names where day < ?", today)
         for table, (position, first) in self._windows.items():
@@ -2941,7 +2940,7 @@ def rows_that_fit(rows: Iterable[Any]) -> Iterator[Any]:
 
 CACHED_STATEMENTS = 512  # prepared statements to keep: an insert is another statement for each number of rows
 ROWS_PER_STATEMENT = 128
-ROWS_STEP = 4  # above it, a statement has a multiple of so many rows: any number of them would take 9 MB more
+ROWS_STEP = 4  # longer statements have a multiple of so many rows: one for each number of rows would take 9 MB more
 
 
 def upsert(db: Any, table: str, rows: Sequence[Row], changes: str) -> None:
@@ -2951,8 +2950,7 @@ def upsert(db: Any, table: str, rows: Sequence[Row], changes: str) -> None:
 
 
 def delete_rows(db: Any, table: str, keys: Iterable[Row], condition: str = "true", *parameters: Any) -> None:
-    """Deletes the rows with these keys that meet a condition. Each by itself: for `(key) in (select ...)`, SQLite would
-    look through all of an app."""
+    """Deletes the rows with these keys that meet a condition, one by one: `(key) in (...)` would scan all of an app."""
     rows = [(*key, *parameters) for key in keys]
     if rows:  # few commits have any
         tests = " and ".join([*(f"{column} = ?" for column in PRIMARY_KEYS[table]), condition])
@@ -2974,7 +2972,7 @@ def rows_of(db: Any, query: str, keys: Sequence[Row]) -> list[Row]:
 def _execute_in_parts(db: Any, statement: str, rows: Sequence[Row]) -> Iterator[Any]:
     start = 0
     while size := min(len(rows) - start, ROWS_PER_STATEMENT):
-        part = rows[start:start + (size - size % ROWS_STEP or size)]
+        part = rows[start:start + (size if size < ROWS_STEP else size - size % ROWS_STEP)]
         start += len(part)
         yield db.execute(_with_placeholders(statement, len(part), len(part[0])), list(chain.from_iterable(part)))
 

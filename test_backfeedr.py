@@ -1020,7 +1020,7 @@ def test_parsing_takes_few_passes_over_a_body_of_any_shape(monkeypatch):
 def test_events_of_a_batch_with_different_fields_are_converted_together():
     """One by one, it takes four times as long."""
     events = [{**EVENT, "name": f"n{n}", **({"screen": [n]} if n else {})} for n in range(3)]
-    assert backfeedr._parse_columns(events) == list(map(parse_event, events))
+    assert backfeedr._parse_usual_events(events) == list(map(parse_event, events))
 
 
 def test_an_event_in_a_batch_is_stored_like_a_single_one():
