@@ -1941,14 +1941,13 @@ COUNTED: dict[type, Any] = {  # a report as the figures see it; `at` is the time
     Event: namedtuple("CountedEvent", "seq app_id received_at at type app_version device_id_hash session_id name")}
 
 
-def counted_rows(db: Any, kind: type, source: str, parameters: Any = ()) -> list[Any]:
-    """Reads stored reports as the figures see them, without stack traces. `source` is the query from `from` on. If it
-    has `values *`, the parameters are keys, as in rows_of."""
+def counted_rows(db: Any, kind: type, source: str, keys: Sequence[Row] = ((),)) -> list[Any]:
+    """Reads stored reports as the figures see them, without stack traces. `source` is the query from `from` on; its
+    `values *` stands for the keys, as in rows_of. Without that, the only key has its parameters."""
     columns = {"at": COUNTED_AT, "sent_type": "exception_type", "stack_trace": "null", **{
         name: f"case when (other & {flag}) > 0 then '{OTHER}' else {name} end" for name, flag in OTHER_FLAGS.items()}}
     query = f"select {', '.join(columns.get(name, name) for name in COUNTED[kind]._fields)} {source}"
-    rows = rows_of(db, query, parameters) if "values *" in query else db.execute(query, parameters)
-    return list(map(COUNTED[kind]._make, rows))
+    return list(map(COUNTED[kind]._make, rows_of(db, query, keys)))
 
 
 def counted_reports(kind: type, app_id: int, seqs: Sequence[int], received: Sequence[int], ahead: Sequence[int],
@@ -2232,7 +2231,7 @@ create table groups (
         shown: Row = None, None, None, group_hash
         for latest in counted_rows(self._db, Crash, f"""
                 from crashes where seq = (select seq from crashes where app_id = ? and group_hash = ?
-                    order by {COUNTED_AT} desc, seq desc limit 1)""", (app_id, group_hash)):
+                    order by {COUNTED_AT} desc, seq desc limit 1)""", [(app_id, group_hash)]):
             trace, = self._db.execute("select stack_trace from crashes where seq = ?", (latest.seq,)).fetchone()
             shown = latest.at, *self._shown(group_hash, latest._replace(stack_trace=trace))
         self._db.execute("""
@@ -3422,7 +3421,7 @@ def _pages_to_count(db: sqlite3.Connection, kind: type[Any]) -> Iterator[list[An
     page: list[Any] = []
     while page := counted_rows(db, kind, f"""
             from {TABLES[kind]} where seq > ? and app_id in (select id from apps) order by seq limit 1000
-            """, (page[-1].seq if page else -1,)):
+            """, [(page[-1].seq if page else -1,)]):
         yield page
 
 
@@ -4334,7 +4333,7 @@ class Store(Apps):
         deleted: Counter[str] = Counter()
         for kind, table in TABLES.items():
             if seqs := self._delete_reports(db, kind, f"from {table} where seq < ? order by seq limit ?",
-                                            (self._first_kept_seq, size)):
+                                            [(self._first_kept_seq, size)]):
                 db.execute(SET_STATE, ("expired_" + table, seqs[-1]))
                 deleted[table] = len(seqs)
         return deleted or self._delete_app_rows(db, size) or self._delete_early(db, size)
@@ -4382,7 +4381,7 @@ class Store(Apps):
             return Counter()
         db.execute(SET_STATE, (f"early_{app_id}", last))
         return +Counter({table: len(self._delete_reports(
-            db, kind, f"from {table} where app_id = ? and seq <= ?", (app_id, last)))
+            db, kind, f"from {table} where app_id = ? and seq <= ?", [(app_id, last)]))
             for kind, table in TABLES.items()})
 
     def _find_largest_app(self, db: Connection) -> int:
@@ -4398,9 +4397,9 @@ class Store(Apps):
             log.warning("the database is larger than BACKFEEDR_MAX_DB_SIZE: the oldest reports of %s go early", name)
         return self._largest_app[1]
 
-    def _delete_reports(self, db: Connection, kind: type, source: str, values: Any, expired: bool = True) -> list[int]:
+    def _delete_reports(self, db: Connection, kind: type, source: str, keys: Any, expired: bool = True) -> list[int]:
         """Deletes the reports of a query and takes them out of the figures. Returns their seqs."""
-        if reports := counted_rows(db, kind, source, values):
+        if reports := counted_rows(db, kind, source, keys):
             rollups = RollUps(db, self.now)
             write_rows(db, f"delete from {TABLES[kind]} where seq in (values *)", [(report.seq,) for report in reports])
             if expired:
@@ -4451,7 +4450,7 @@ class Store(Apps):
         with self.writing_step() as db:
             for kind, table in TABLES.items():  # reports that arrived meanwhile
                 deleted[table] += len(self._delete_reports(
-                    db, kind, f"from {table} where device_id_hash = ? and seq > ?", (device_id_hash, last[kind]),
+                    db, kind, f"from {table} where device_id_hash = ? and seq > ?", [(device_id_hash, last[kind])],
                     expired=False))
             rollups = RollUps(db, self.now)
             deleted["devices"] = rollups.figures[Devices].forget(device_id_hash)
