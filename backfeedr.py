@@ -14,7 +14,7 @@ The whole server is this file. Copy it to a machine with Python 3.9 or later, in
 It is also a WSGI callable: `Backfeedr(db_path="crashes.db")` can be mounted in any app.
 
 The sections. Each uses only those above it, except that Triage uses Figures, Store uses `missing_group` of Metrics, and
-Dashboard uses Templates and `RefusedReports`:
+Dashboard uses Templates and a class of Backfeedr:
 
     Settings        what an operator can configure
     Schema          the tables for apps, keys and reports
@@ -46,7 +46,7 @@ To make a change, edit:
 
     add an endpoint             Backfeedr._routes, and a query in Metrics; a handler in Backfeedr if it is no GET
     add a field to a report     REPORT_TABLES, SCHEMA_VERSION, migrate, Crash or Event; perhaps _CONVERTERS and as_sent
-    add a figure                a class in FIGURES, SCHEMA_VERSION, migrate, a query in Metrics, _routes, _wrong_tables
+    add a figure                a class in FIGURES, SCHEMA_VERSION, migrate, _wrong_rows, _routes, a query in Metrics
     add a page                  Dashboard.routes, a method there, a row of _TEMPLATES, and of _NAVIGATION for the menu
     add a command               a method do_... of Commands, and a row of _COMMANDS
     add a kind of channel       a function in Alerts, a row of CHANNELS, and perhaps check_address and Alerts.add
