@@ -13,7 +13,8 @@ The whole server is this file. Copy it to a machine with Python 3.9 or later, in
 
 It is also a WSGI callable: `Backfeedr(db_path="crashes.db")` can be mounted in any app.
 
-The sections. Each uses only those above it, except that Dashboard uses Templates below it:
+The sections. Each uses only those above it, except that Triage uses Figures, Store uses `missing_group` of Metrics, and
+Dashboard uses Templates and a class of Backfeedr:
 
     Settings        what an operator can configure
     Schema          the tables for apps, keys and reports
@@ -23,8 +24,8 @@ The sections. Each uses only those above it, except that Dashboard uses Template
     Apple formats   MetricKit, .ips and .crash in, crashes and events out
     Signature       HMAC-SHA256 over a request
     RateLimiter     how many requests a key may send each minute
-    Symbols         the function names of a build, and the frames that get them
-    Triage          the state of each group, and the facts worth telling
+    Symbols         functions, files and lines for the addresses in a build
+    Triage          the state of each group, and the facts that alerts send
     Figures         what is counted: the tables, the counting and the queries of each figure
     Database        connections, transactions, migrations
     Apps            apps, keys, the admin
@@ -43,13 +44,13 @@ The sections. Each uses only those above it, except that Dashboard uses Template
 
 To make a change, edit:
 
-    add an endpoint             Backfeedr._routes, and a query in Metrics
-    add a field to a report     REPORT_TABLES, SCHEMA_VERSION, migrate, Crash or Event, and perhaps _CONVERTERS
-    add a figure                a class in FIGURES, SCHEMA_VERSION, migrate, and a query in Metrics
-    add a page                  Dashboard.routes, a method there, a template, and for the menu a row of _NAVIGATION
-    add a command               a method of Commands, and a row of _COMMANDS
-    add a kind of channel       a function in Alerts, and a row of CHANNELS
-    accept another format       a function in Payloads or Apple formats, and a row of Backfeedr._ingestion
+    add an endpoint             Backfeedr._routes, and a query in Metrics; a handler in Backfeedr if it is no GET
+    add a field to a report     REPORT_TABLES, SCHEMA_VERSION, migrate, Crash or Event; perhaps _CONVERTERS and as_sent
+    add a figure                a class in FIGURES, SCHEMA_VERSION, migrate, _wrong_rows, _routes, a query in Metrics
+    add a page                  Dashboard.routes, a method there, a row of _TEMPLATES, and of _NAVIGATION for the menu
+    add a command               a method do_... of Commands, and a row of _COMMANDS
+    add a kind of channel       a function in Alerts, a row of CHANNELS, and perhaps check_address and Alerts.add
+    accept another format       a function in Apple formats, and _read_diagnostics; for another path, _ingestion
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ _RANGES = {"port": (0, 65535), "rate_limit": (0, 1_000_000), "max_body_size": (1
 _TYPE_NAMES: dict[Any, str] = {str: "text", int: "a whole number", bool: "1 or 0"}
 _BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 _PREFIX = "BACKFEEDR_"
-# What Kubernetes sets for services named backfeedr or backfeedr-..., without the prefix.
+# What Kubernetes sets for services named backfeedr and backfeedr-..., such as (BACKFEEDR_)PORT=tcp://10.0.0.1:80.
 _KUBERNETES_VARIABLE = re.compile(r"(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)=.*|PORT(_[0-9]+_\w+)?=.*://.*"
                                   r"|PORT_[0-9]+_[A-Z]+_(PROTO|PORT|ADDR)=.*)")
 
@@ -235,7 +236,7 @@ create table crashes (
     seq integer primary key, id text generated always as (printf('%016x', seq)) virtual,
     app_id integer not null, received_at integer not null, occurred_at integer not null,
     clock_ahead_ms integer not null default 0,  -- how far the device's clock was ahead
-    other integer not null default 0,      -- bits of the fields that are counted as '(other)': see NewNames
+    other integer not null default 0,      -- bits (OTHER_FLAGS) of the fields that are counted as '(other)'
     group_hash text not null, images text,  -- UUIDs of builds whose symbols can name its frames, separated by spaces
     exception_type text not null,
     app_version text, build_number text, os_version text, device_model text, device_id_hash text,
@@ -262,9 +263,9 @@ create index replays_by_age on replays (received_at);
 create table given_seqs (                  -- ranges that contain every seq ever assigned
     first integer primary key, last integer not null);
 -- state has retention_days; expired_crashes and expired_events, the highest seq that retention deleted; trimmed_day,
--- when old sums were last deleted; counted_at, when reports were last counted other than at receipt. For an app, with
--- its id appended: early_, the highest seq deleted early for lack of space; worse_, first_seen of the release that was
--- last reported as worse; deleted_, the lowest seq from which on the reports of a deleted app are gone.
+-- when old sums were last deleted; counted_at, the end of the windows of figures unless a later report came. Per app:
+-- early_ID, the highest seq deleted early for lack of space; worse_ID, first_seen of the release last reported as
+-- worse; deleted_ID, how far the deletion of the app has come: its reports from this seq on are gone.
 create table state (name text primary key, value integer not null) without rowid;
 """ + GROUP_INDEX
 
@@ -478,8 +479,8 @@ class Frame(NamedTuple):
 
 
 def read_frame(frame: Mapping[str, Any]) -> Frame:
-    """Reads the JSON object of a frame. A device's own symbol is not trusted for own code in a known build: in
-    a stripped binary, it names another function before it. `symbolicated` says that it comes from uploaded symbols."""
+    """Reads the JSON object of a frame. The symbol that a device gives to the app's own code in a known build is not
+    trusted: in a stripped binary, it is an earlier function's. `symbolicated` marks one from uploaded symbols."""
     if frame.keys() <= _API_FRAME_FIELDS:
         symbol, file = _string(frame.get("symbol")), _string(frame.get("file"))
         return _cached_frame(symbol, file) if len(symbol) + len(file) < 200 else _make_frame(symbol, file)
@@ -607,7 +608,7 @@ def group_hash(exception_type: str, frames: Iterable[Mapping[str, Any]]) -> str:
 def group_hash_of_frames(exception_type: str, frames: Iterable[Frame]) -> str:
     """Like group_hash, for Frames. Reads no more of them than it needs, which is mostly the first few."""
     names: list[str] = []
-    for rule, candidates in zip(_GROUP_RULES, tee(frames, len(_GROUP_RULES))):
+    for rule, candidates in zip(_GROUP_RULES, tee(frames, len(_GROUP_RULES))):  # tee, as frames are read lazily
         labels = groupby(frame.label for frame in candidates if rule(frame))  # without repeated neighbours
         if names := [label for label, _ in islice(labels, 3)]:
             break
@@ -834,7 +835,7 @@ def parse_batch(sent: JsonObject) -> list[Event]:
             unused_name += "_"
         events[0][unused_name] = {name: value for name, value in sent.items() if name != "events"}
     try:
-        return _parse_columns(events)
+        return _parse_usual_events(events)
     except (Refusal, ValueError, TypeError, AttributeError, RecursionError):  # an event is invalid or unusual
         parsed = []
     for index, event in enumerate(events):
@@ -845,7 +846,7 @@ def parse_batch(sent: JsonObject) -> list[Event]:
     return parsed
 
 
-def _parse_columns(events: list[JsonObject]) -> list[Event]:
+def _parse_usual_events(events: list[JsonObject]) -> list[Event]:
     """The same as `parse_event` for each event, in half the time: it goes field by field and converts each distinct
     text once, because most texts are the same in all events. Raises an error if an event is invalid or unusual."""
     columns: list[Iterable[Any]] = []
@@ -891,7 +892,7 @@ def _convert(sent: JsonObject, converters: Converters, max_size: int) -> list[An
             raise Refusal(f"missing {name}")
     if unknown:
         # Two more than are kept: `truncated` is not counted, and a spare one shows _truncate that others are missing.
-        unknown = {name: _text_if_deep(value) for name, value in islice(unknown.items(), MAX_FIELDS + 2)}
+        unknown = {name: _flatten_if_deep(value) for name, value in islice(unknown.items(), MAX_FIELDS + 2)}
         values["extra"] = to_json(unknown)
         size += len(values["extra"])
     if size > SMALL_SIZE:
@@ -900,8 +901,8 @@ def _convert(sent: JsonObject, converters: Converters, max_size: int) -> list[An
     return list(values.values())
 
 
-def _text_if_deep(value: Any) -> Any:
-    """A value; its JSON as text if it is nested too deep, or longer than a report may be."""
+def _flatten_if_deep(value: Any) -> Any:
+    """A value as it is. If it is nested too deep or longer than a report may be: the beginning of its JSON, as text."""
     if type(value) not in (dict, list):
         return value
     try:
@@ -912,8 +913,7 @@ def _text_if_deep(value: Any) -> Any:
 
 
 def _truncate(long: JsonObject, values: JsonObject, max_size: int) -> JsonObject:
-    """What replaces the long values of a report that is too large: the beginning of each. `truncated` in the unknown
-    fields lists what was cut."""
+    """The long values of a report, cut to fit; {} if they fit. The unknown field `truncated` lists what was cut."""
     kept = {name: _limit_length(value) for name, value in long.items()}
     size = sum(len(value.encode()) for value in values.values() if type(value) is str)
     if size <= max_size and all(kept[name] is long[name] for name in long):
@@ -933,7 +933,7 @@ def _truncate_fairly(long: JsonObject, room: int) -> JsonObject:
     """The long values in `room` bytes. Every name and every value in them may take the same share of it."""
     frames = [dict(islice(frame.items(), MAX_FRAME_FIELDS)) for frame in long.get("stack_trace", [])]
     objects = [*frames, long.get("properties", {}), long["extra"], {"": long.get("exception_reason", "")}]
-    objects = [{name: _text_if_deep(value) for name, value in members.items()} for members in objects]
+    objects = [{name: _flatten_if_deep(value) for name, value in members.items()} for members in objects]
     sizes = [_json_size(part) for members in objects for part in chain.from_iterable(members.items())]
     share = _fair_share(sizes, room - len(sizes) - 3 * len(objects))  # for colons, commas and braces
     *frames, properties, extra, reason = (
@@ -1263,8 +1263,8 @@ def _metrickit_trace(tree: JsonObject, is_crash: bool) -> list[JsonObject]:
         path.append(max(frames, key=lambda frame: _member_number(frame, "sampleCount") or 0))
         frames = _member_objects(path[-1], "subFrames")
     images = _member_objects(tree, "binaryInfo")
-    names = {image_uuid(image.get("uuid")): _member(image, "name", str) for image in images}
-    steps = [(frame, _member(frame, "binaryName", str) or names.get(image_uuid(frame.get("binaryUUID")) or "none", ""))
+    names = {uuid: _member(image, "name", str) for image in images if (uuid := image_uuid(image.get("uuid")))}
+    steps = [(frame, _member(frame, "binaryName", str) or names.get(image_uuid(frame.get("binaryUUID")), ""))
              for frame in path]
     # A sampled path may begin where its thread began.
     if not is_crash and path and steps[0][1] in _THREAD_STARTS and steps[-1][1] not in _THREAD_STARTS:
@@ -1286,22 +1286,23 @@ def _metrickit_frame(number: int, frame: JsonObject, binary: str) -> JsonObject:
 
 def _ips_crash(header: JsonObject, body: JsonObject) -> JsonObject:
     """The crash in an .ips file. Only the fields that are named here are kept."""
-    exception, ended, bundle = (_member(body, name, dict) for name in ("exception", "termination", "bundleInfo"))
+    exception, termination, bundle = (_member(body, name, dict) for name in ("exception", "termination", "bundleInfo"))
     notes = [note for notes in _member(body, "asi", dict).values() if type(notes) is list  # "application-specific"
              for note in notes if type(note) is str]
-    why_ended = [text for name in ("reasons", "details") for text in _member(ended, name, list) if type(text) is str]
+    details = [text for name in ("reasons", "details") for text in _member(termination, name, list)
+               if type(text) is str]
     thrown = next(filter(None, map(_UNCAUGHT.search, notes)), None)
     reasons = [thrown and thrown[2], next(filter(_FATAL.search, notes), ""), _member(exception, "subtype", str),
-               " ".join(why_ended), _member(ended, "indicator", str), *notes[:1]]
-    termination = _plain_members({name: ended.get(name) for name in ("namespace", "code", "indicator")})
+               " ".join(details), _member(termination, "indicator", str), *notes[:1]]
+    kept_termination = _plain_members({name: termination.get(name) for name in ("namespace", "code", "indicator")})
     return {
         **_plain_members({
             "process": body.get("procName") or header.get("app_name"), "platformArchitecture": body.get("cpuType"),
             "bundleIdentifier": bundle.get("CFBundleIdentifier") or header.get("bundleID"),
             "exceptionCodes": exception.get("codes"), "exceptionSubtype": exception.get("subtype")}),
-        **({"termination": termination} if termination else {}),
+        **({"termination": kept_termination} if kept_termination else {}),
         "exception_type": _exception_type(
-            thrown[1] if thrown else "", _kill_code(ended.get("code"), *why_ended), _member(exception, "type", str),
+            thrown[1] if thrown else "", _kill_code(termination.get("code"), *details), _member(exception, "type", str),
             _member(exception, "signal", str)),
         "exception_reason": next(filter(None, reasons), None), "stack_trace": _ips_trace(body),
         "app_version": bundle.get("CFBundleShortVersionString") or header.get("app_version"),
@@ -1343,15 +1344,15 @@ def _crash_text_as_ips(text: str) -> JsonObject:
     text = text.replace("\x00", "\ufffd").replace("\r\n", "\n")
     headers = reversed(_CRASH_HEADER.findall(text))  # of two with one name, the first counts
     header = defaultdict(str, {name: value.strip() for name, value in headers})
-    types, ended = _CRASH_TYPE.match(header["Exception Type"]), _TERMINATION.match(header["Termination Reason"])
+    types, termination = _CRASH_TYPE.match(header["Exception Type"]), _TERMINATION.match(header["Termination Reason"])
     version, _, build = header["Version"].replace("???", "").partition("(")
     context = re.search("^<RBSTerminateContext.*", text, re.M)
-    code = ended and int(ended[2] or ended[3], 16 if ended[2] else 10)
+    code = termination and int(termination[2] or termination[3], 16 if termination[2] else 10)
     return {
         "exception": {"type": types and types[1], "signal": types and types[2], "codes": header["Exception Codes"],
                       "subtype": header["Exception Subtype"]},
         "termination": {"details": [header["Termination Description"] or (context and context[0])], "code": code,
-                        "namespace": ended and ended[1], "indicator": ended and ended[4]},
+                        "namespace": termination and termination[1], "indicator": termination and termination[4]},
         "asi": {"": [_paragraph_after(re.search("^Application Specific Information:.*\n", text, re.M))]},
         "bundleInfo": {"CFBundleShortVersionString": version.strip(), "CFBundleVersion": build.rstrip(") "),
                        "CFBundleIdentifier": header["Identifier"]},
@@ -1456,7 +1457,7 @@ class RateLimiter:
 SYMBOL_TABLES = """
 create table symbols (                     -- builds whose symbols are stored, at least in part
     uuid text primary key, binary_name text not null, arch text not null,
-    parts integer not null, received integer not null,  -- requests of its upload; received is 0 during a deletion
+    parts integer not null, received integer not null,  -- requests of its upload, and those that came; 0 in a deletion
     size integer not null, rows integer not null,
     uploaded_at integer not null           -- when the latest part came
 ) without rowid;
@@ -1549,7 +1550,7 @@ def _check_page(page: Any, prefix: str, lowest_offset: int) -> None:
 
 
 def _are_integers(values: Sequence[Any], low: int, high: int) -> bool:
-    """Tells whether all values are integers from `low` to `high`. Compares types exactly, because True is an int."""
+    """Whether all values are integers from `low` to `high`. Compares types exactly, because True is an int."""
     return not values or {*map(type, values)} == {int} and low <= min(values) and max(values) <= high
 
 
@@ -1580,14 +1581,14 @@ class Symbols:
         return len(self._functions)
 
     def is_held(self, uuid: str) -> bool:
-        """Tells whether all symbols of a build are stored."""
+        """Whether all symbols of a build are stored."""
         if uuid not in self._held:
             self._held[uuid] = self._db.execute(
                 "select 1 from symbols where uuid = ? and received = parts", (uuid,)).fetchone() is not None
         return self._held[uuid]
 
     def can_name(self, images: str | None) -> bool:
-        """Tells whether the symbols of any of these builds are stored."""
+        """Whether the symbols of any of these builds are stored."""
         return any(map(self.is_held, (images or "").split()))
 
     def lookup(self, uuid: str, offset: int) -> list[Function]:
@@ -1610,10 +1611,10 @@ class Symbols:
             yield strings[name], strings[file] if file >= 0 else "", line
             depth += 1
 
-    def symbolicated(self, frames: Iterable[JsonObject], lookups: int = GROUPED_LOOKUPS) -> Iterator[JsonObject]:
+    def symbolicated(self, frames: Iterable[JsonObject], new_lookups: int = GROUPED_LOOKUPS) -> Iterator[JsonObject]:
         """Symbolicates frames. Each becomes a frame for every function at its instruction, innermost first. A frame
-        stays as it is if its symbols are unknown, or after so many look-ups."""
-        max_lookups, is_return_address = self.lookups + lookups, False
+        stays as it is if its symbols are unknown, or after `new_lookups` more look-ups."""
+        max_lookups, is_return_address = self.lookups + new_lookups, False
         for frame in frames:
             read, functions = read_frame(frame), list[Function]()
             if read.uuid and read.offset is not None and not read.file and self.is_held(read.uuid):
@@ -1795,7 +1796,7 @@ def _split_build(text: str) -> tuple[str, str]:
 
 
 def _has_fix(version: str, build: str, fixed_in: str) -> bool | None:
-    """Tells whether a version and build is the one with the fix, or a later one. None: they cannot be compared."""
+    """Whether a version and build is the one with the fix, or a later one. None: they cannot be compared."""
     fixed_version, fixed_build = _split_build(fixed_in)
     key, fixed_key = version_key(version), version_key(fixed_version)
     if version == fixed_version or key[0] and key == fixed_key:
@@ -1806,8 +1807,8 @@ def _has_fix(version: str, build: str, fixed_in: str) -> bool | None:
 
 
 def _first_seen(db: Any, app_id: int, version: str, build: str) -> int | None:
-    """When a build, or a version if `build` is "", was first seen in a report. Events name no build: they count for the
-    first build of their version that a crash names."""
+    """When a build, or a version if `build` is "", was first seen in a report. Events name no build, so
+    the first build that a crash names is taken to be as old as its version."""
     builds = dict(db.execute("select build_number, first_seen from builds where app_id = ? and app_version = ?",
                              (app_id, version)).fetchall())
     first_build = min(filter(None, builds), key=builds.__getitem__, default="")
@@ -1815,7 +1816,7 @@ def _first_seen(db: Any, app_id: int, version: str, build: str) -> int | None:
 
 
 def _is_regression(db: Any, decision: Decision, crash: Any) -> bool:
-    """Tells whether a crash shows that a resolved group is not fixed. An old build that still crashes does not."""
+    """Whether a crash shows that a resolved group is not fixed. An old build that still crashes does not."""
     app_id, build, since = crash.app_id, crash.build_number or "", decision.changed_at + 1
     if not crash.app_version:  # which tells nothing, unless the app has no versions at all
         return crash.at >= since and not db.execute("select 1 from releases where app_id = ?", (app_id,)).fetchone()
@@ -1834,10 +1835,9 @@ def _is_regression(db: Any, decision: Decision, crash: Any) -> bool:
     return bool(seen >= since)
 
 
-def _reopening(db: Any, now: int, decision: Decision, crashes: Sequence[Any], devices: int) -> tuple[str, Any] | None:
-    """Tells why new crashes reopen a resolved or muted group, `regressed` or `unmuted`, and which of them does. None:
-    they do not. `devices` counts those that are new to the group."""
-    if decision.state == "resolved":
+def _find_reopening(db: Any, now: int, decision: Decision, crashes: list[Any], devices: int) -> tuple[str, Any] | None:
+    """Returns "regressed" or "unmuted" and the crash that did it, or None. `devices` counts those new to the group."""
+    if decision.state == "resolved":  # of each build, a crash before the decision and one after it are enough
         first_of_build = {(crash.app_version, crash.build_number, crash.at > decision.changed_at): crash
                           for crash in reversed(crashes)}
         for crash in sorted(first_of_build.values()):
@@ -1854,8 +1854,8 @@ def _reopening(db: Any, now: int, decision: Decision, crashes: Sequence[Any], de
 
 
 def update_triage(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], are_moved: bool = False) -> None:
-    """Reopens groups because of crashes that were just stored, and notes the facts about them; not for test apps.
-    Crashes that moved here from another group may be a regression, but they are not new and end no mute."""
+    """Reopens resolved and muted groups that crashed again, and writes the facts for alerts. Ignores test apps. Crashes
+    that were moved from another group can be a regression, but they are not new and end no mute."""
     groups: dict[tuple[int, str], list[Any]] = defaultdict(list)
     for crash in crashes:
         groups[crash.app_id, crash.group_hash].append(crash)
@@ -1873,7 +1873,7 @@ def update_triage(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], a
         decision, stored, new_devices = Decision(*triage), groups[app_id, group_hash], devices_of[app_id, group_hash]
         facts = []
         if decision.state == "resolved" or decision.state == "muted" and not are_moved:
-            reopening = _reopening(db, now, decision, stored, new_devices)
+            reopening = _find_reopening(db, now, decision, stored, new_devices)
             if not reopening:
                 if decision.crashes_left or decision.devices_left:
                     db.execute("""
@@ -1922,7 +1922,7 @@ DEVICE_DAYS = 400      # a report that occurred more days than this before its r
 HOURS_KEPT = 48        # hours for which device_hours are kept
 NAME_DAYS = KEY_DAYS = 90
 HEALTH_DAYS = 90       # the age up to which a release is compared with the one before it
-TRIM_STEP = 1000         # rows that one step of `trim` deletes from a table
+TRIM_STEP = 1000       # rows that one step of `trim` deletes from a table
 MAX_RELEASES, MAX_BUILDS_OF_APP = 1000, 2000
 MAX_ANSWER = 60_000    # bytes of JSON for the rows of a public answer, so that the whole answer stays below 64 kB
 
@@ -1943,17 +1943,17 @@ COUNTED: dict[type, Any] = {  # a report as the figures see it; `at` is the time
     Event: namedtuple("CountedEvent", "seq app_id received_at at type app_version device_id_hash session_id name")}
 
 
-def counted_rows(db: Any, kind: type, source: str, parameters: Any = ()) -> list[Any]:
-    """Reads stored reports as the figures see them, without stack traces. `source` is the query from `from` on."""
+def counted_rows(db: Any, kind: type, source: str, keys: Sequence[Row] = ((),)) -> list[Any]:
+    """Reads stored reports as the figures see them, without stack traces. `source` is the query from `from` on; its
+    `values *` stands for the keys, as in rows_of. Without that, the only key has its parameters."""
     columns = {"at": COUNTED_AT, "sent_type": "exception_type", "stack_trace": "null", **{
         name: f"case when (other & {flag}) > 0 then '{OTHER}' else {name} end" for name, flag in OTHER_FLAGS.items()}}
     query = f"select {', '.join(columns.get(name, name) for name in COUNTED[kind]._fields)} {source}"
-    rows = rows_of(db, query, parameters) if "values *" in query else db.execute(query, parameters)
-    return list(map(COUNTED[kind]._make, rows))
+    return list(map(COUNTED[kind]._make, rows_of(db, query, keys)))
 
 
 def counted_reports(kind: type, app_id: int, seqs: Sequence[int], received: Sequence[int], ahead: Sequence[int],
-            flags: Sequence[int], reports: Reports) -> list[Any]:
+                    flags: Sequence[int], reports: Reports) -> list[Any]:
     """Turns reports that are about to be stored into what the figures see of them."""
     sent_types = list(map(attrgetter("exception_type" if kind is Crash else "type"), reports))
     if any(flags):
@@ -1961,7 +1961,7 @@ def counted_reports(kind: type, app_id: int, seqs: Sequence[int], received: Sequ
                    for report, bits in zip(reports, flags)]
     clocks = list(zip(map(attrgetter("occurred_at"), reports), received, ahead))
     at = {clock: counted_at(*clock) for clock in set(clocks)}  # a batch has few different ones
-    columns = [map(attrgetter(name), reports) for name in COUNTED[kind]._fields[5:]]
+    columns = [map(attrgetter(name), reports) for name in COUNTED[kind]._fields[5:]]  # the first five are made above
     make = partial(tuple.__new__, COUNTED[kind])  # like _make, in a third of the time
     return list(map(make, zip(seqs, repeat(app_id), received, map(at.__getitem__, clocks), sent_types, *columns)))
 
@@ -2005,7 +2005,7 @@ class Figure:
         """Counts reports that are about to be inserted (by 1), or were just deleted (by -1)."""
 
     def expire(self, kind: type, reports: Sequence[Any]) -> None:
-        """Takes out reports that were deleted because they expired. Lasting sums do not change meanwhile."""
+        """Takes out reports that were deleted because they expired. RollUps ignores the changes of lasting sums."""
         self.count(kind, reports, -1)
 
     def save(self) -> None:
@@ -2013,8 +2013,8 @@ class Figure:
 
 
 class MergedRows:
-    """Rows of a table that a transaction learns more about. They are read, merged and written together. `kind` is a
-    named tuple of the columns after the key, with a method `merged`."""
+    """Collects what a transaction learns about rows of a table, and merges it into them with one read and one write.
+    `kind` is a named tuple of the columns after the key, with a method `merged`."""
 
     def __init__(self, db: Any, table: str, kind: Any):
         self._db, self._table, self._kind = db, table, kind
@@ -2112,13 +2112,6 @@ create table new_names (                   -- how many were new on a UTC day
         return unknown - self.accepted
 
 
-class Requests(Figure):
-    """Requests per key and UTC day. No report tells of them: Commit counts them."""
-
-    SUMS = {"key_days": Sums("day key", "requests", KEY_DAYS)}  # `key`: see key_name
-    COUNTS = ()
-
-
 class Crashes(Figure):
     """Crashes per UTC day; and exception types and device models of the crashes that are kept, per day and in all."""
 
@@ -2196,19 +2189,20 @@ create table groups (
             self.devices[app_id, group] += by
 
     def save(self) -> None:
-        of_latest = ", ".join(f"""{column} = case when excluded.last_seen >= groups.last_seen
-            then excluded.{column} else groups.{column} end""" for column in ("exception_reason", "place", "search"))
+        of_latest = ", ".join(f"""{column} = case when groups.crashes <= 0 or excluded.last_seen >= groups.last_seen
+            then excluded.{column} else groups.{column} end"""
+            for column in ("last_seen", "exception_reason", "place", "search"))
         upsert(self._db, "groups", [self._row(*item) for item in self._inserted.items()], f"""
             first_version = case when excluded.first_seen < groups.first_seen
                 then excluded.first_version else groups.first_version end,
-            first_seen = min(groups.first_seen, excluded.first_seen),
-            last_seen = max(groups.last_seen, excluded.last_seen), {of_latest},
+            first_seen = min(groups.first_seen, excluded.first_seen), {of_latest},
             crashes = groups.crashes + excluded.crashes, devices = groups.devices + excluded.devices,
             came_at = min(groups.came_at, excluded.came_at)""")
         for key, crashes in self._deleted.items():
+            devices = 0 if key in self._inserted else self.devices[key]  # 0: the statement above has added them
             self._db.execute("""
                 update groups set crashes = crashes - ?, devices = devices + ? where app_id = ? and group_hash = ?
-                """, (len(crashes), 0 if key in self._inserted else self.devices[key], *key))
+                """, (len(crashes), devices, *key))
             if self._db.execute("select 1 from groups where app_id = ? and group_hash = ? and last_seen <= ?",
                                 (*key, max(crash.at for crash in crashes))).fetchone():
                 self.show_latest(*key)
@@ -2237,12 +2231,10 @@ create table groups (
     def show_latest(self, app_id: int, group_hash: str) -> None:
         """Describes a group by its latest crash that is kept, or by its hash alone; first_seen stays."""
         shown: Row = None, None, None, group_hash
-        row = self._db.execute(f"""
-            select seq from crashes where app_id = ? and group_hash = ? order by {COUNTED_AT} desc, seq desc limit 1
-            """, (app_id, group_hash)).fetchone()
-        if row:
-            latest, = counted_rows(self._db, Crash, "from crashes where seq = ?", row)
-            trace, = self._db.execute("select stack_trace from crashes where seq = ?", row).fetchone()
+        for latest in counted_rows(self._db, Crash, f"""
+                from crashes where seq = (select seq from crashes where app_id = ? and group_hash = ?
+                    order by {COUNTED_AT} desc, seq desc limit 1)""", [(app_id, group_hash)]):
+            trace, = self._db.execute("select stack_trace from crashes where seq = ?", (latest.seq,)).fetchone()
             shown = latest.at, *self._shown(group_hash, latest._replace(stack_trace=trace))
         self._db.execute("""
             update groups set last_seen = coalesce(?, last_seen), exception_reason = ?, place = ?, search = ?
@@ -2308,7 +2300,7 @@ create view releases as
     COUNTS = (Crash, Event)
     BUILD: dict[type, Any] = {Crash: attrgetter("received_at", "app_id", "app_version", "build_number"),
                               Event: attrgetter("received_at", "app_id", "app_version")}
-    ASKED = f"""(
+    FILTERED = f"""(
         select app_id, app_version, min(first_seen) as first_seen, max(last_seen) as last_seen from builds
         where {APP_FILTER} group by app_id, app_version) as releases"""  # in the view, SQLite would look at all apps
 
@@ -2343,14 +2335,14 @@ create view releases as
         earlier: dict[int, list[Row]] = defaultdict(list)  # by app_id; in the order of versions
         pairs = []
         rows = db.execute(f"""
-            select app_id, app_version, first_seen from {Releases.ASKED} where app_version <> '{OTHER}'
+            select app_id, app_version, first_seen from {Releases.FILTERED} where app_version <> '{OTHER}'
             """, {"app": app})
         for app_id, version, first_seen in sorted(rows, key=lambda row: (row[2], version_key(row[1]))):
             release = version_key(version), version, first_seen
             position = bisect_left(earlier[app_id], release)
             if position:
-                _, before, before_seen = earlier[app_id][position - 1]
-                pairs.append(ReleasePair(app_id, version, first_seen, before, before_seen))
+                _, previous, previous_seen = earlier[app_id][position - 1]
+                pairs.append(ReleasePair(app_id, version, first_seen, previous, previous_seen))
             earlier[app_id].insert(position, release)
         return pairs
 
@@ -2363,7 +2355,7 @@ create view releases as
                 select app_id, app_version, coalesce((
                     select sum(sessions) from release_days
                     where app_id = releases.app_id and day >= :since and app_version = releases.app_version), 0)
-                from {Releases.ASKED} where app_version <> '{OTHER}' order by first_seen, app_version
+                from {Releases.FILTERED} where app_version <> '{OTHER}' order by first_seen, app_version
                 """, {"app": app, "since": since}):
             key, (newest_key, most_sessions, _) = version_key(version), newest.get(app_id, ((), -1, ""))
             if key >= newest_key or sessions > most_sessions:
@@ -2377,9 +2369,9 @@ create view releases as
         spans: dict[ReleasePair, tuple[Row, Row]] = {}  # app_id, app_version, first hour, hour after the last
         for pair in pairs:
             end = min(now, pair.first_seen + HEALTH_DAYS * DAY) // HOUR
-            end_before = (pair.before_seen + end * HOUR - pair.first_seen + HOUR // 2) // HOUR
+            end_before = (pair.previous_seen + end * HOUR - pair.first_seen + HOUR // 2) // HOUR
             spans[pair] = ((pair.app_id, pair.app_version, pair.first_seen // HOUR, end),
-                           (pair.app_id, pair.before, pair.before_seen // HOUR, end_before))
+                           (pair.app_id, pair.previous, pair.previous_seen // HOUR, end_before))
         healths = {row[:4]: Health(*row[4:]) for row in rows_of(db, """
             select column1, column2, column3, column4, sum(devices), sum(crashed_devices) from (values *) as spans
             cross join release_hours on app_id = column1 and app_version = column2
@@ -2389,16 +2381,16 @@ create view releases as
 
     @staticmethod
     def latest(db: Any, app: int | None, days: range) -> list[JsonObject]:
-        """The latest 100 releases. `recent` are their sessions of these days, `of_all` those of their app."""
+        """The latest 100 releases. With their sessions of these days, and those of their app."""
         return dict_rows(db, f"""
             select latest.app_id, apps.name as app, latest.app_version,
                 {", ".join(f"coalesce({name}, 0) as {name}" for name in SUMS["release_sums"].columns)},
                 first_seen, last_seen,
                 (select sum(sessions) from release_days where app_id = latest.app_id
-                    and day between :first and :last and app_version = latest.app_version) as recent,
+                    and day between :first and :last and app_version = latest.app_version) as recent_sessions,
                 (select sum(sessions) from session_days where app_id = latest.app_id
-                    and day between :first and :last) as of_all
-            from (select * from {Releases.ASKED} order by first_seen desc, app_version, app_id limit 100) as latest
+                    and day between :first and :last) as app_sessions
+            from (select * from {Releases.FILTERED} order by first_seen desc, app_version, app_id limit 100) as latest
             join apps on apps.id = latest.app_id
             left join release_sums using (app_id, app_version)
             order by first_seen desc, latest.app_version, latest.app_id
@@ -2411,8 +2403,8 @@ class ReleasePair(NamedTuple):
     app_id: int
     app_version: str
     first_seen: int
-    before: str
-    before_seen: int
+    previous: str
+    previous_seen: int
 
 
 class Health(NamedTuple):
@@ -2439,30 +2431,31 @@ MAX_HALF_WIDTH = 0.05  # of an interval that is narrow enough to say that there 
 MIN_DEVICES, ENOUGH_DEVICES = 20, 50  # of both releases: for any verdict; for `no difference seen` and an alert
 
 
-def newcombe_interval(newer: Health, before: Health, z: float = Z_95) -> tuple[float, float]:
+def newcombe_interval(newer: Health, previous: Health, z: float = Z_95) -> tuple[float, float]:
     """The confidence interval of the difference of two shares: Newcombe, Interval estimation for the difference between
     independent proportions, Statistics in Medicine 17 (1998) 873-890, method 10."""
-    (low, high), (low_before, high_before) = newer.wilson_interval(z), before.wilson_interval(z)
-    difference = newer.share - before.share
-    return (difference - math.hypot(newer.share - low, high_before - before.share),
-            difference + math.hypot(high - newer.share, before.share - low_before))
+    (low, high), (low_previous, high_previous) = newer.wilson_interval(z), previous.wilson_interval(z)
+    difference = newer.share - previous.share
+    return (difference - math.hypot(newer.share - low, high_previous - previous.share),
+            difference + math.hypot(high - newer.share, previous.share - low_previous))
 
 
-def verdict(newer: Health, before: Health) -> JsonObject | None:
+def verdict(newer: Health, previous: Health) -> JsonObject | None:
     """Says in a word and a text whether a release is worse than the one before it, with the interval of the difference
     in percentage points. None: no device of either is known. It is too early to see no difference until the smaller
     has at least 50 devices, and as many as make the interval of two equal releases 5 points wide to each side."""
-    least, most = sorted((newer.devices, before.devices))
+    least, most = sorted((newer.devices, previous.devices))
     if not most:
         return None
-    low, high = newcombe_interval(newer, before) if least else (-1.0, 1.0)
-    crashed = (newer.crashed + before.crashed + 2) / (least + most + 4)  # as if 2 of 4 more crashed: few may be lucky
-    needed = max(ENOUGH_DEVICES, math.ceil((Z_95 / MAX_HALF_WIDTH) ** 2 * 2 * crashed * (1 - crashed)))
+    low, high = newcombe_interval(newer, previous) if least else (-1.0, 1.0)
+    # Agresti and Coull add two devices that crashed and two that did not: few devices without a crash prove little.
+    share = (newer.crashed + previous.crashed + 2) / (least + most + 4)
+    needed = max(ENOUGH_DEVICES, math.ceil((Z_95 / MAX_HALF_WIDTH) ** 2 * 2 * share * (1 - share)))
     if least < MIN_DEVICES or low <= 0 <= high and least < needed:
         word, text = "too early", f"about {math.ceil((needed - least) / 10) * 10} more devices"
     else:
         word = "worse" if high < 0 else "better" if low > 0 else "no difference seen"
-        text = "{} of devices crash-free, {} before".format(*_percentages(newer.share, before.share))
+        text = "{} of devices crash-free, {} before".format(*_percentages(newer.share, previous.share))
     return {"word": word, "text": f"{word}: {text}",
             "interval": [round(100 * low, 1), round(100 * high, 1)] if least else None}
 
@@ -2579,7 +2572,7 @@ create table medians (                     -- of the durations of a day that is 
                 self._count_session(key[0], after, 1)
         delete_rows(self._db, "medians", self._changed_days)
 
-    def close_days(self) -> None:
+    def store_medians(self) -> None:
         """Stores medians of days that are over. Those of today and yesterday change with nearly every session."""
         self._db.execute(f"""
             insert into medians select * from (
@@ -2636,7 +2629,7 @@ class SeenVersion(NamedTuple):
 
 class Devices(Figure):
     """Devices that are active, that are new and that come back, and the devices of each release. A device is known by a
-    digest, so that no figure holds its name, and forgotten with its last report (to the hour)."""
+    digest, so that no figure holds its name, and forgotten when its last report expires, or up to an hour before."""
 
     TABLES = """
 create table devices (                     -- those of which a report is kept
@@ -2651,7 +2644,7 @@ create table device_versions (
     first_hour integer not null, crash_hour integer,  -- when its first report, and its first crash, were received
     primary key (app_id, device, app_version)) without rowid;
 """
-    ACTIVE = {"dau": 1, "wau": 7, "mau": 30}  # devices of so many days up to this one
+    ACTIVE = {"dau": 1, "wau": 7, "mau": 30}  # devices seen within so many days that end with this one
     BACK = {"back_1": 1, "back_7": 7, "back_30": 30}  # devices first seen on this day and again so many days later
     SUMS = {"device_hours": Sums("hour", "devices", HOURS_KEPT),  # by the hour in which they were last seen
             "active_days": Sums("day", "dau wau mau"), "cohorts": Sums("day", "devices back_1 back_7 back_30"),
@@ -2742,8 +2735,7 @@ create table device_versions (
         write_rows(self._db, "insert into device_days values *", rows)
 
     def _count_active(self, app_id: int, others: Sequence[int], day: int, by: int) -> None:
-        """Counts the days that a device is active on only because it was seen on `day`. `others` are the other days on
-        which it was seen, in order."""
+        """Counts the days on which a device is active only because it was seen on `day`. `others`: its other days."""
         at = bisect_left(others, day)
         before, after = others[at - 1] if at else -MAX_NUMBER, others[at] if at < len(others) else MAX_NUMBER
         for column, span in self.ACTIVE.items():
@@ -2844,8 +2836,9 @@ class EventNames(Figure):
         return {"events": events}
 
 
-FIGURES: tuple[type[Figure], ...] = (Requests, Crashes, Groups, Releases, Sessions, Devices, EventNames)
-SUMS = {table: sums for figure in FIGURES for table, sums in figure.SUMS.items()}
+FIGURES: tuple[type[Figure], ...] = (Crashes, Groups, Releases, Sessions, Devices, EventNames)
+SUMS = {"key_days": Sums("day key", "requests", KEY_DAYS),  # counted by Commit, not from reports; `key`: see key_name
+        **{table: sums for figure in FIGURES for table, sums in figure.SUMS.items()}}
 FIGURE_TABLES = (NewNames.TABLES + "".join(figure.TABLES for figure in FIGURES)
                  + "".join(sums.schema(table) for table, sums in SUMS.items()))
 SCHEMA = REPORT_TABLES + SYMBOL_TABLES + TRIAGE_TABLES + FIGURE_TABLES
@@ -2869,12 +2862,16 @@ class RollUps:
         self.figures: dict[type, Any] = {figure: figure(self) for figure in FIGURES}
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        """Counts reports of a kind, in the order of their seqs, like Figure.count; by 0 if they have expired."""
-        self._is_expiry = not by
+        """Counts reports in the order of their seqs, like Figure.count."""
         for figure in self.figures.values() if reports else ():
-            if kind in figure.COUNTS and by:
+            if kind in figure.COUNTS:
                 figure.count(kind, reports, by)
-            elif kind in figure.COUNTS:
+
+    def expire(self, kind: type, reports: Sequence[Any]) -> None:
+        """Takes out reports that have expired, in the order of their seqs, like Figure.expire."""
+        self._is_expiry = True
+        for figure in self.figures.values():
+            if kind in figure.COUNTS:
                 figure.expire(kind, reports)
         self._is_expiry = False
 
@@ -2906,8 +2903,8 @@ class RollUps:
         self.figures[Groups].drop_empty()
 
     def trim(self) -> int:
-        """Once a day: deletes some of the rows whose window is over. Returns how many."""
-        self.figures[Sessions].close_days()
+        """Deletes up to TRIM_STEP rows of each table whose window is over. Returns how many; 0 when nothing is left."""
+        self.figures[Sessions].store_medians()
         today = self.now // DAY
         deleted = self._delete_some("new_names", "new_names where day < ?", today)
         for table, (position, first) in self._windows.items():
@@ -2947,7 +2944,7 @@ def rows_that_fit(rows: Iterable[Any]) -> Iterator[Any]:
 
 CACHED_STATEMENTS = 512  # prepared statements to keep: an insert is another statement for each number of rows
 ROWS_PER_STATEMENT = 128
-ROWS_STEP = 4  # above it, a statement has a multiple of so many rows: any number of them would take 9 MB more
+ROWS_STEP = 4  # longer statements have a multiple of so many rows: one for each number of rows would take 9 MB more
 
 
 def upsert(db: Any, table: str, rows: Sequence[Row], changes: str) -> None:
@@ -2957,8 +2954,7 @@ def upsert(db: Any, table: str, rows: Sequence[Row], changes: str) -> None:
 
 
 def delete_rows(db: Any, table: str, keys: Iterable[Row], condition: str = "true", *parameters: Any) -> None:
-    """Deletes the rows with these keys that meet a condition. Each by itself: for `(key) in (select ...)`, SQLite would
-    look through all of an app."""
+    """Deletes the rows with these keys that meet a condition, one by one: `(key) in (...)` would scan all of an app."""
     rows = [(*key, *parameters) for key in keys]
     if rows:  # few commits have any
         tests = " and ".join([*(f"{column} = ?" for column in PRIMARY_KEYS[table]), condition])
@@ -2980,7 +2976,7 @@ def rows_of(db: Any, query: str, keys: Sequence[Row]) -> list[Row]:
 def _execute_in_parts(db: Any, statement: str, rows: Sequence[Row]) -> Iterator[Any]:
     start = 0
     while size := min(len(rows) - start, ROWS_PER_STATEMENT):
-        part = rows[start:start + (size - size % ROWS_STEP or size)]
+        part = rows[start:start + (size if size < ROWS_STEP else size - size % ROWS_STEP)]
         start += len(part)
         yield db.execute(_with_placeholders(statement, len(part), len(part[0])), list(chain.from_iterable(part)))
 
@@ -3430,7 +3426,7 @@ def _pages_to_count(db: sqlite3.Connection, kind: type[Any]) -> Iterator[list[An
     page: list[Any] = []
     while page := counted_rows(db, kind, f"""
             from {TABLES[kind]} where seq > ? and app_id in (select id from apps) order by seq limit 1000
-            """, (page[-1].seq if page else -1,)):
+            """, [(page[-1].seq if page else -1,)]):
         yield page
 
 
@@ -4341,8 +4337,8 @@ class Store(Apps):
         """Deletes some expired reports; else rows of deleted apps; else, if the database is too large, some reports."""
         deleted: Counter[str] = Counter()
         for kind, table in TABLES.items():
-            if seqs := self._delete_reports(db, kind, 0, f"from {table} where seq < ? order by seq limit ?",
-                                            (self._first_kept_seq, size)):
+            if seqs := self._delete_reports(db, kind, f"from {table} where seq < ? order by seq limit ?",
+                                            [(self._first_kept_seq, size)]):
                 db.execute(SET_STATE, ("expired_" + table, seqs[-1]))
                 deleted[table] = len(seqs)
         return deleted or self._delete_app_rows(db, size) or self._delete_early(db, size)
@@ -4390,7 +4386,7 @@ class Store(Apps):
             return Counter()
         db.execute(SET_STATE, (f"early_{app_id}", last))
         return +Counter({table: len(self._delete_reports(
-            db, kind, 0, f"from {table} where app_id = ? and seq <= ?", (app_id, last)))
+            db, kind, f"from {table} where app_id = ? and seq <= ?", [(app_id, last)]))
             for kind, table in TABLES.items()})
 
     def _find_largest_app(self, db: Connection) -> int:
@@ -4406,13 +4402,15 @@ class Store(Apps):
             log.warning("the database is larger than BACKFEEDR_MAX_DB_SIZE: the oldest reports of %s go early", name)
         return self._largest_app[1]
 
-    def _delete_reports(self, db: Connection, kind: type[Any], by: int, source: str, parameters: Any) -> list[int]:
-        """Deletes the reports of a query and takes them out of the figures, `by` as in RollUps.count. Returns their
-        seqs."""
-        if reports := counted_rows(db, kind, source, parameters):
+    def _delete_reports(self, db: Connection, kind: type, source: str, keys: Any, expired: bool = True) -> list[int]:
+        """Deletes the reports of a query and takes them out of the figures. Returns their seqs."""
+        if reports := counted_rows(db, kind, source, keys):
             rollups = RollUps(db, self.now)
             write_rows(db, f"delete from {TABLES[kind]} where seq in (values *)", [(report.seq,) for report in reports])
-            rollups.count(kind, reports, by)
+            if expired:
+                rollups.expire(kind, reports)
+            else:
+                rollups.count(kind, reports, -1)
             rollups.save()
         return [report.seq for report in reports]
 
@@ -4453,11 +4451,12 @@ class Store(Apps):
             for page in self._device_pages(table, device_id_hash):
                 with self.writing_step() as db:
                     deleted[table] += len(self._delete_reports(
-                        db, kind, -1, f"from (values *) as keys cross join {table} on seq = column1", page))
+                        db, kind, f"from (values *) as keys cross join {table} on seq = column1", page, expired=False))
         with self.writing_step() as db:
             for kind, table in TABLES.items():  # reports that arrived meanwhile
                 deleted[table] += len(self._delete_reports(
-                    db, kind, -1, f"from {table} where device_id_hash = ? and seq > ?", (device_id_hash, last[kind])))
+                    db, kind, f"from {table} where device_id_hash = ? and seq > ?", [(device_id_hash, last[kind])],
+                    expired=False))
             rollups = RollUps(db, self.now)
             deleted["devices"] = rollups.figures[Devices].forget(device_id_hash)
             rollups.save()
@@ -4525,7 +4524,7 @@ def worse_releases(db: Connection, now: int) -> list[tuple[ReleasePair, str]]:
 def note_worse_releases(db: Connection, now: int) -> None:
     """Writes a fact about each release that is worse, once."""
     for pair, text in worse_releases(db, now):
-        note_fact(db, "release.worse", pair.app_id, now, None, app_version=pair.app_version, before=pair.before,
+        note_fact(db, "release.worse", pair.app_id, now, None, app_version=pair.app_version, before=pair.previous,
                   text=text)
         db.execute(SET_STATE, (f"worse_{pair.app_id}", pair.first_seen))
 
@@ -5076,7 +5075,7 @@ class Metrics:
         pairs = [pair for pair in Releases.pairs(db, app_id) if pair[:2] in releases]
         healths = Releases.health_of_pairs(db, pairs, self._store.now)
         verdicts = {pair: verdict(health, health_before) for pair, (health, health_before) in healths.items()}
-        return {pair[:2]: {**found, "before": pair.before} for pair, found in verdicts.items() if found}
+        return {pair[:2]: {**found, "before": pair.previous} for pair, found in verdicts.items() if found}
 
     def newest_releases(self, app: str | None = None) -> list[JsonObject]:
         """Returns the newest release of each app with its verdict, those that are worse than before first."""
@@ -5474,7 +5473,7 @@ def _release_json(row: JsonObject, its_verdict: JsonObject | None) -> JsonObject
             "crash_free_sessions": crash_free_rate(crashed_sessions or row["crashes"], sessions) if sessions else None,
             "by": "session" if crashed_sessions else "count",
             "crash_free_devices": crash_free_rate(row["crashed_devices"], devices) if devices else None,
-            "adoption": round(100 * (row["recent"] or 0) / row["of_all"], 2) if row["of_all"] else 0.0,
+            "adoption": round(100 * (row["recent_sessions"] or 0) / (row["app_sessions"] or 1), 2),
             "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"]), "verdict": its_verdict}
 
 

@@ -1024,7 +1024,7 @@ def test_parsing_takes_few_passes_over_a_body_of_any_shape(monkeypatch):
 def test_events_of_a_batch_with_different_fields_are_converted_together():
     """One by one, it takes four times as long."""
     events = [{**EVENT, "name": f"n{n}", **({"screen": [n]} if n else {})} for n in range(3)]
-    assert backfeedr._parse_columns(events) == list(map(parse_event, events))
+    assert backfeedr._parse_usual_events(events) == list(map(parse_event, events))
 
 
 def test_an_event_in_a_batch_is_stored_like_a_single_one():
@@ -1778,7 +1778,7 @@ def test_a_caller_is_looked_up_before_its_return_address(api):
     upload(api.server)
     for fields, names in (({}, ["total", "total"]), ({"inlined": True}, ["total", "add", "add", "total"])):
         with api.server.store.reading() as db:
-            named = backfeedr.Symbols(db).named([frame_of(HELD, 1000, **fields), frame_of(HELD, 1008)])
+            named = backfeedr.Symbols(db).symbolicated([frame_of(HELD, 1000, **fields), frame_of(HELD, 1008)])
             assert [frame["symbol"] for frame in named] == names
 
 
@@ -5666,6 +5666,16 @@ def test_text_of_an_expired_crash_is_no_longer_listed_or_found(keeping, clock):
     group, = api.get(CRASHES, **ADMIN)[1]["groups"]
     assert (group["exception_reason"], group["last_seen"]) == ("Old", "2026-03-04T14:30:00Z")
     assert [len(api.get(f"{CRASHES}?text={text}", **ADMIN)[1]["groups"]) for text in ("secret", "old")] == [0, 1]
+
+
+def test_an_emptied_group_was_last_seen_at_the_crash_that_comes_next(one_day, clock):
+    for empty in (lambda: one_day.store.forget_device("d"), lambda: (clock.move(86_460), one_day.store.prune())):
+        add(one_day, exception_type="A", exception_reason="Gone", device_id_hash="d")
+        empty()
+        old = time_text(clock.seconds - 2 * 86_400)
+        add(one_day, exception_type="A", exception_reason="Old", occurred_at=old)
+        group, = Api(one_day).get(CRASHES, **ADMIN)[1]["groups"]
+        assert (group["exception_reason"], group["last_seen"]) == ("Old", old)
 
 
 @pytest.mark.parametrize("retention, leap, kept", [(5, 0, ["B"]), (90, 30, ["A", "C"])])
