@@ -4207,7 +4207,8 @@ class Store(Apps):
                     select received_at, images, exception_type, stack_trace, extra from crashes where seq = ?
                     """, (seq,)).fetchall():  # none if it was deleted meanwhile
                 position = received, seq
-                place = place_of(exception_type, trace, _is_trace_cut(extra))
+                is_cut = "truncated" in (extra or "") and _is_trace_cut(json.loads(extra))
+                place = place_of(exception_type, trace, is_cut)
                 if place != (group, images):
                     moves[seq] = place
             checked += 1
@@ -4490,9 +4491,9 @@ class Store(Apps):
                            (to_json(message), len(facts), id))
 
 
-def _is_trace_cut(extra: str | None) -> bool:
-    """Whether the stack trace of a stored crash was cut. A client may send anything under the name `truncated`."""
-    cut = json.loads(extra).get("truncated") if extra and "truncated" in extra else None
+def _is_trace_cut(extra: JsonObject) -> bool:
+    """Whether the stack trace of a crash was cut. A client may send anything under the name `truncated`."""
+    cut = extra.get("truncated")
     return type(cut) is list and "stack_trace" in cut
 
 
@@ -7494,11 +7495,11 @@ def backup(store: Store, path: Path) -> None:
         raise StoreError(f"the file {path} already exists")
     try:
         # A temporary file has mode 0600, and is deleted even after an error.
-        with tempfile.NamedTemporaryFile(prefix=path.name + ".", suffix=".partial", dir=path.parent) as partial, \
+        with tempfile.NamedTemporaryFile(prefix=path.name + ".", suffix=".partial", dir=path.parent) as unfinished, \
                 closing(Connection(store.path, mode="ro")) as db:
-            db.execute("vacuum into ?", (partial.name,))
-            os.fsync(partial.fileno())
-            os.link(partial.name, path)  # fails if another file has taken the name meanwhile
+            db.execute("vacuum into ?", (unfinished.name,))
+            os.fsync(unfinished.fileno())
+            os.link(unfinished.name, path)  # fails if another file has taken the name meanwhile
     except (OSError, sqlite3.Error) as error:
         raise StoreError(f"cannot write the backup {path}: {getattr(error, 'strerror', error)}") from None
 
@@ -7542,8 +7543,8 @@ def _parse_exported(line: bytes) -> StoredReport:
     for name, kind in _ADDED_FIELDS.items():
         if type(values.get(name)) is not kind:
             raise Refusal(f"{'missing' if values.get(name) is None else 'invalid'} {name}")
-    app, report_id, is_test, received, clock_ahead, extra = map(values.pop, _ADDED_FIELDS)
-    if not 0 <= clock_ahead < 10_000 * 366 * DAY:  # longer than all years there are
+    app, report_id, is_test, received, ahead_ms, extra = map(values.pop, _ADDED_FIELDS)
+    if not 0 <= ahead_ms < 10_000 * 366 * DAY:  # longer than all years there are
         raise Refusal("invalid clock_ahead_ms")
     try:
         received_at = parse_time(received)
@@ -7554,10 +7555,9 @@ def _parse_exported(line: bytes) -> StoredReport:
     if not match or not first_seq(received_at) <= int(match[2], 16) < first_seq(received_at + 2 * DAY):
         raise Refusal("invalid id")
     report: Any = (parse_event if match[1] else parse_crash)({**extra, **values})
-    cut = extra.get("truncated")
-    if type(cut) is list and "stack_trace" in cut and re.fullmatch("[0-9a-f]{16}", str(group)):
+    if _is_trace_cut(extra) and re.fullmatch("[0-9a-f]{16}", str(group)):
         report = report._replace(group_hash=group)
-    return StoredReport(int(match[2], 16), app, is_test, received_at, clock_ahead, report)
+    return StoredReport(int(match[2], 16), app, is_test, received_at, ahead_ms, report)
 
 
 def import_jsonl(store: Store, lines: Iterable[bytes]) -> Counter[str]:
@@ -7734,7 +7734,7 @@ def _run(options: argparse.Namespace, make: Callable[..., Backfeedr], open_store
     if options.command == "check":
         return _run_checks(overrides)
     if options.command == "help":
-        print(options.TOPIC)
+        print(options.handbook_text)
         return 0
     settings = Settings.from_env(**overrides)
     if options.command == "serve":
@@ -7761,17 +7761,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="backfeedr", description=(
         "Crash reports and usage figures for iOS apps, on your own host. Without a command, it serves."))
     parser.add_argument("--version", action="version", version=f"backfeedr {__version__}")
-    groups = {"": parser.add_subparsers(title="commands", metavar="COMMAND")}
+    actions = {"": parser.add_subparsers(title="commands", metavar="COMMAND")}  # by noun
     for name, text, arguments in (("", "", _SERVE_OPTIONS), *_COMMANDS):  # "": no command
         noun, _, verb = name.rpartition(" ")
-        if noun not in groups:
+        if noun not in actions:
             verbs = [command.split()[1] for command, *_ in _COMMANDS if command.startswith(noun + " ")]
-            group = groups[""].add_parser(noun, help=", ".join(verbs))
-            groups[noun] = group.add_subparsers(metavar="ACTION", required=True)
-        subparser = groups[noun].add_parser(verb, help=text, description=text) if name else parser
+            noun_parser = actions[""].add_parser(noun, help=", ".join(verbs))
+            actions[noun] = noun_parser.add_subparsers(metavar="ACTION", required=True)
+        subparser = actions[noun].add_parser(verb, help=text, description=text) if name else parser
         subparser.set_defaults(command=name.replace(" ", "_") or "serve")
-        for argument, settings in {**_DB_OPTION, **arguments}.items():
-            subparser.add_argument(argument, **settings)
+        for argument, details in {**_DB_OPTION, **arguments}.items():
+            subparser.add_argument(argument, **details)
     return parser
 
 
@@ -7784,7 +7784,7 @@ class Commands:
 
     def do_app_create(self) -> str:
         print(self.store.create_app(self.options.NAME, self.options.test))
-        return f"Made the app {self.options.NAME!r}. Its API key is shown only this once."
+        return f"Created the app {self.options.NAME!r}. Its API key is shown only this once."
 
     def do_app_list(self) -> None:
         _print_table("APP, KIND, KEYS, CREATED", [
@@ -7809,7 +7809,7 @@ class Commands:
 
     def do_key_create(self) -> str:
         print(self.store.create_key(self.options.NAME))
-        return f"Made another key for the app {self.options.NAME!r}. It is shown only this once."
+        return f"Created another key for the app {self.options.NAME!r}. It is shown only this once."
 
     def do_key_list(self) -> None:
         _print_table("KEY, APP, CREATED, REVOKED, LAST USED, REQUESTS IN 7 DAYS", [
@@ -7850,7 +7850,7 @@ class Commands:
         options = self.options
         kinds = options.on.replace(",", " ").split()
         channel, secret = self.alerts.add(options.URL, options.app, kinds, options.with_reason, options.hour)
-        message = f"Made channel {channel}."
+        message = f"Created channel {channel}."
         if secret:
             print(secret)
             message += " Its secret is shown only this once."
@@ -7875,14 +7875,13 @@ class Commands:
 
     def do_deliver(self) -> str:
         counts = self.alerts.deliver()
-        return f"Messages sent: {counts['sent']:,}; failed, will be tried again: {counts['failed']:,}"
+        return f"Messages sent: {counts['sent']:,}; failed: {counts['failed']:,}."
 
     def do_prune(self) -> str:
-        days, size = self.store.retention_days, self.store.size
+        size = self.store.size
         deleted = self.store.prune()
-        age = f"older than {days} days" if days else "(the retention keeps everything)"
         freed = megabytes(max(0, size - self.store.size))
-        return f"Deleted {_report_counts(deleted)} {age}; freed {freed} of {megabytes(size)}."
+        return f"Deleted {_report_counts(deleted)}; freed {freed} of {megabytes(size)}."
 
     def do_backup(self) -> str:
         backup(self.store, Path(self.options.FILE))
@@ -7904,7 +7903,7 @@ class Commands:
         with self.options.FILE as file:
             counts = import_jsonl(self.store, iter(lambda: file.readline(MAX_LINE), b""))
         return (f"Stored {counts['stored']:,} reports; {counts['known']:,} were here already, and"
-                f" {counts['expired']:,} are older than the retention.")
+                f" {counts['expired']:,} are older than what is kept here.")
 
 
 def _report_counts(rows: Counter[str]) -> str:
@@ -7936,8 +7935,8 @@ def _run_checks(overrides: dict[str, Any]) -> int:
 
 
 class _SafeTerminal:
-    """A terminal that text from reports cannot control. Characters that move the cursor, begin a command or turn the
-    direction of the text are written as in JSON; tabs and line ends stay."""
+    """A terminal that text from reports cannot control. Characters that move the cursor, start an escape sequence or
+    reverse the direction of text are written as in JSON; tabs and line ends stay."""
 
     CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
                           "|\r(?!\n)")
@@ -8046,7 +8045,8 @@ _COMMANDS: Sequence[tuple[str, str, Mapping[str, Any]]] = (  # name, help, argum
     ("import", "store what export printed as jsonl", {"FILE": dict(type=_open_input, help="- is standard input")}),
     ("check", "check settings, disk, database and alerts", {}),
     ("help", "print a topic of the handbook, or list the topics", {
-        "TOPIC": dict(nargs="?", default="", type=_read_handbook, help="one of the listed topics")}))
+        "handbook_text": dict(metavar="TOPIC", nargs="?", default="", type=_read_handbook,
+                              help="one of the listed topics")}))
 
 
 if __name__ == "__main__":
