@@ -1967,10 +1967,12 @@ def counted_reports(kind: type, app_id: int, seqs: Sequence[int], received: Sequ
 
 class Sums:
     """A table of sums, by app_id and the columns of `key`. Rows are kept for `window` days or hours, by their `day` or
-    `hour`; 0 is for ever. If it `lasts`, sums stay as they are when reports expire."""
+    `hour`; 0 is for ever. If it `lasts`, sums stay as they are when reports expire. The command `check` then compares
+    "recent" days, or that sums are "at least" those of the reports that are left, or nothing."""
 
-    def __init__(self, key: str, columns: str, window: int = 0, lasts: bool = True):
+    def __init__(self, key: str, columns: str, window: int = 0, lasts: bool = True, check: str = ""):
         self.key, self.columns, self.window, self.lasts = key.split(), columns.split(), window, lasts
+        self.check = check
 
     def schema(self, table: str) -> str:
         """The statement that makes the table."""
@@ -2121,7 +2123,8 @@ class Requests(Figure):
 class Crashes(Figure):
     """Crashes per UTC day; and exception types and device models of the crashes that are kept, per day and in all."""
 
-    SUMS = {"crash_days": Sums("day", "crashes"), "labels": Sums("field day label", "crashes", lasts=False)}
+    SUMS = {"crash_days": Sums("day", "crashes", check="recent"),
+            "labels": Sums("field day label", "crashes", lasts=False)}
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
         days = [(crash.app_id, crash.at // DAY) for crash in reports]
@@ -2164,7 +2167,7 @@ create table groups (
     came_at integer not null default 0,                   -- when its first crash was received
     primary key (app_id, group_hash)) without rowid;
 """
-    SUMS = {"group_days": Sums("day group_hash", "crashes", WEEK),
+    SUMS = {"group_days": Sums("day group_hash", "crashes", WEEK, check="recent"),
             "group_images": Sums("group_hash uuid", "crashes", lasts=False)}  # builds whose symbols can name crashes
     IS_EMPTY = """crashes <= 0 and not exists (
         select 1 from group_days where app_id = groups.app_id and day >= ? and group_hash = groups.group_hash)"""
@@ -2650,8 +2653,9 @@ create table device_versions (
 """
     ACTIVE = {"dau": 1, "wau": 7, "mau": 30}  # devices of so many days up to this one
     BACK = {"back_1": 1, "back_7": 7, "back_30": 30}  # devices first seen on this day and again so many days later
-    SUMS = {"device_hours": Sums("hour", "devices", HOURS_KEPT),  # by the hour in which they were last seen
-            "active_days": Sums("day", "dau wau mau"), "cohorts": Sums("day", "devices back_1 back_7 back_30"),
+    SUMS = {"device_hours": Sums("hour", "devices", HOURS_KEPT, check="at least"),  # by the hour of their last report
+            "active_days": Sums("day", "dau wau mau", check="at least"),
+            "cohorts": Sums("day", "devices back_1 back_7 back_30"),
             "release_hours": Sums("app_version hour", "devices crashed_devices")}  # by first_hour and by crash_hour
     COUNTS = (Crash, Event)
 
@@ -2810,7 +2814,7 @@ def device_key(device_id_hash: str | None) -> int:
 class EventNames(Figure):
     """Events by name, type and UTC day, without those that start or end a session. "" is no name."""
 
-    SUMS = {"event_names": Sums("name type day", "events", NAME_DAYS)}
+    SUMS = {"event_names": Sums("name type day", "events", NAME_DAYS, check="recent")}
     COUNTS = (Event,)
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
@@ -3091,20 +3095,6 @@ def _wal_size(path: Path) -> int:
     return wal.stat().st_size if wal.exists() else 0
 
 
-class Connections:
-    """The connections of one process. None may be used on the other side of a fork."""
-
-    def __init__(self) -> None:
-        self.write_lock = threading.Lock()
-        self.writer: Any = None
-        self.readers: list[Any] = []  # the idle ones
-
-    def close_writer(self) -> None:
-        if self.writer:
-            self.writer.close()
-            self.writer = None
-
-
 class Database(Closing):
     """A file with the tables of this server. Thread-safe; works on both sides of a fork.
 
@@ -3116,7 +3106,7 @@ class Database(Closing):
 
     Error: type[Exception] = sqlite3.Error  # the base of all errors of a connection
     Outage: type[Exception] = sqlite3.OperationalError  # what every write would meet: a lock, a full disk
-    make_process: type[Process]
+    make_process: type[Process]  # Store sets it
 
     def __init__(self, path: str, clock: Callable[[], float] = time.time, may_create: bool = True):
         self._clock = clock
@@ -3676,8 +3666,7 @@ class CommitQueue:
     def __init__(self, submissions: Sequence[Submission] = ()) -> None:
         self.submissions = list(submissions)
         self.full = threading.Event()  # set once as long as the last queue: most of its clients have sent again
-        # A locked one for each waiting thread: sharing an Event costs a tenth of the speed.
-        self.thread_locks: list[threading.Lock] = []
+        self.thread_locks: list[threading.Lock] = []  # one per waiting thread: one Event for all is 10 % slower
 
     def join(self, submissions: Sequence[Submission], max_waiters: int, max_rows: int) -> None:
         """Adds submissions. Those that find no room get an error."""
@@ -3708,11 +3697,13 @@ class Histogram:
         yield from (("_sum", self.sum), ("_count", totals[-1]))
 
 
-class Process(Connections):
-    """What one process keeps of a store."""
+class Process:
+    """What one process keeps of a store. No connection may be used on the other side of a fork."""
 
     def __init__(self) -> None:
-        super().__init__()
+        self.write_lock = threading.Lock()
+        self.writer: Any = None
+        self.readers: list[Any] = []  # the idle ones
         self.active_keys: set[bytes] = set()  # hashes of keys that were active when they were looked up
         self.queue_lock = threading.Lock()  # guards the next two, and the content of the queue
         self.queue: CommitQueue | None = None  # the one that submissions may join
@@ -3722,6 +3713,11 @@ class Process(Connections):
         self.commit_seconds = Histogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)
         self.stored = Counter(crashes=0, events=0)
         self.worker_lock, self.next_worker = threading.Lock(), threading.Lock()  # of catch_up_in_background
+
+    def close_writer(self) -> None:
+        if self.writer:
+            self.writer.close()
+            self.writer = None
 
     @property
     def waiting(self) -> list[Submission]:
@@ -7670,12 +7666,12 @@ def _wrong_sums(table: str, sums: Sums, expired: int) -> list[str]:
     are less than what is left: a device or session whose first report is gone would count on a later day or release."""
     if table == "key_days":  # counts requests, and no report tells of them
         return []
-    if expired and table in ("active_days", "device_hours"):
+    if expired and sums.check == "at least":
         is_less = " or ".join(f"counted.{column} > coalesce(kept.{column}, 0)" for column in sums.columns)
         return [f"""select 1 from main.{table} as counted left join stored.{table} as kept
                     using ({', '.join(PRIMARY_KEYS[table])}) where {is_less}"""]
     where = "app_id in (select id from apps)"  # not of deleted apps
-    if expired and table in ("crash_days", "group_days", "event_names"):
+    if expired and sums.check == "recent":
         where += f" and day > {(expired >> SEQ_BITS) // DAY + 1}"
     elif expired and sums.lasts:
         return []
