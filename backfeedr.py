@@ -3034,8 +3034,7 @@ class Connection(sqlite3.Connection):
         self.execute(f"pragma query_only = {int(query_only)}")
 
     def begin_writing(self, shared: bool) -> None:
-        """Begins a transaction that writes. SQLite has one writer at a time, so only other engines use `shared`: it
-        allows transactions of different apps to run side by side."""
+        """Begins a transaction that writes. Other engines may run `shared` ones of different apps side by side."""
         self.execute("begin immediate")  # a lock taken later may fail at once instead of waiting
 
     def lock_apps(self, key_hashes: Sequence[bytes]) -> None:
@@ -3757,10 +3756,8 @@ class Commit:
                 submission.error = Refusal("idempotency key reused with a different body")
                 continue
             submission.reports = reports = self.regrouped(submission.reports)
-            if earlier:
-                seqs = earlier[1]
-            else:
-                seqs = range(seq, seq + len(reports))
+            seqs = earlier[1] if earlier else range(seq, seq + len(reports))
+            if not earlier:
                 seq = seqs.stop
                 ahead = clock_ahead(max(map(attrgetter("occurred_at"), reports)), self._now)
                 self.add_reports(app_id, seqs, [self._now] * len(seqs), [ahead] * len(seqs), reports)
@@ -4306,8 +4303,7 @@ class Store(Apps):
         self._next_expiry = now if deleted.keys() - {"moved"} else now + SECOND
 
     def _expire(self, db: Connection) -> Counter[str]:
-        """One step of expiring, regrouping and trimming. Nobody else can write meanwhile, so it soon ends: deleting and
-        moving take EXPIRE_SECONDS each."""
+        """One step of expiring, moving and trimming. Nobody can write meanwhile, so it ends after EXPIRE_SECONDS."""
         deadline, size = time.monotonic() + EXPIRE_SECONDS, EXPIRE_ROWS
         self._note_windows(db)
         deleted = Counter(replays=db.execute("""
