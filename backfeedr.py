@@ -3053,7 +3053,7 @@ class Connection(sqlite3.Connection):
         while overlap := self.execute("select last from given_seqs where first < ? and last >= ?",
                                       (first + count, first)).fetchone():
             first = overlap[0] + 1
-        # After a gap of a day or more a new range begins: a fast clock must not make one cover the years to come.
+        # After a gap of more than a day a new range begins: a fast clock must not make one cover the years to come.
         if not self.execute("""
                 update given_seqs set last = ? where first = (
                     select max(first) from given_seqs where last between ? and ?)
