@@ -1968,10 +1968,12 @@ def counted_reports(kind: type, app_id: int, seqs: Sequence[int], received: Sequ
 
 class Sums:
     """A table of sums, by app_id and the columns of `key`. Rows are kept for `window` days or hours, by their `day` or
-    `hour`; 0 is for ever. If it `lasts`, sums stay as they are when reports expire."""
+    `hour`; 0 is for ever. If it `lasts`, sums stay as they are when reports expire. The command `check` then compares
+    "recent" days, or that sums are "at least" those of the reports that are left, or nothing."""
 
-    def __init__(self, key: str, columns: str, window: int = 0, lasts: bool = True):
+    def __init__(self, key: str, columns: str, window: int = 0, lasts: bool = True, check: str = ""):
         self.key, self.columns, self.window, self.lasts = key.split(), columns.split(), window, lasts
+        self.check = check
 
     def schema(self, table: str) -> str:
         """The statement that makes the table."""
@@ -2115,7 +2117,8 @@ create table new_names (                   -- how many were new on a UTC day
 class Crashes(Figure):
     """Crashes per UTC day; and exception types and device models of the crashes that are kept, per day and in all."""
 
-    SUMS = {"crash_days": Sums("day", "crashes"), "labels": Sums("field day label", "crashes", lasts=False)}
+    SUMS = {"crash_days": Sums("day", "crashes", check="recent"),
+            "labels": Sums("field day label", "crashes", lasts=False)}
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
         days = [(crash.app_id, crash.at // DAY) for crash in reports]
@@ -2158,7 +2161,7 @@ create table groups (
     came_at integer not null default 0,                   -- when its first crash was received
     primary key (app_id, group_hash)) without rowid;
 """
-    SUMS = {"group_days": Sums("day group_hash", "crashes", WEEK),
+    SUMS = {"group_days": Sums("day group_hash", "crashes", WEEK, check="recent"),
             "group_images": Sums("group_hash uuid", "crashes", lasts=False)}  # builds whose symbols can name crashes
     IS_EMPTY = """crashes <= 0 and not exists (
         select 1 from group_days where app_id = groups.app_id and day >= ? and group_hash = groups.group_hash)"""
@@ -2646,8 +2649,9 @@ create table device_versions (
 """
     ACTIVE = {"dau": 1, "wau": 7, "mau": 30}  # devices seen within so many days that end with this one
     BACK = {"back_1": 1, "back_7": 7, "back_30": 30}  # devices first seen on this day and again so many days later
-    SUMS = {"device_hours": Sums("hour", "devices", HOURS_KEPT),  # by the hour in which they were last seen
-            "active_days": Sums("day", "dau wau mau"), "cohorts": Sums("day", "devices back_1 back_7 back_30"),
+    SUMS = {"device_hours": Sums("hour", "devices", HOURS_KEPT, check="at least"),  # by the hour of their last report
+            "active_days": Sums("day", "dau wau mau", check="at least"),
+            "cohorts": Sums("day", "devices back_1 back_7 back_30"),
             "release_hours": Sums("app_version hour", "devices crashed_devices")}  # by first_hour and by crash_hour
     COUNTS = (Crash, Event)
 
@@ -2806,7 +2810,7 @@ def device_key(device_id_hash: str | None) -> int:
 class EventNames(Figure):
     """Events by name, type and UTC day, without those that start or end a session. "" is no name."""
 
-    SUMS = {"event_names": Sums("name type day", "events", NAME_DAYS)}
+    SUMS = {"event_names": Sums("name type day", "events", NAME_DAYS, check="recent")}
     COUNTS = (Event,)
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
@@ -2995,13 +2999,14 @@ def dict_rows(db: Any, query: str, parameters: Any = ()) -> list[JsonObject]:
 
 
 # == Database ==================================================================
-# One SQLite file: its tables, and how it is read and written. A process has one
-# connection that writes, behind a lock, and readers that cannot write.
+# One SQLite file: its tables, and how it is read and written. A process has one connection that writes, behind a lock,
+# and readers that cannot write.
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for a lock that another process holds
 STEP_ROWS = 1000  # rows, or pages, that one step deletes
 PAUSE_FACTOR = 2  # the pause after a step is this many times as long as the step
 SET_STATE = "insert into state values (?, ?) on conflict (name) do update set value = excluded.value"
+SET_SECRET = "insert into secrets values (?, ?) on conflict (name) do update set hash = excluded.hash"
 
 
 class StoreError(Exception):
@@ -3029,12 +3034,11 @@ class Connection(sqlite3.Connection):
         self.execute(f"pragma query_only = {int(query_only)}")
 
     def begin_writing(self, shared: bool) -> None:
-        """Begins a transaction that writes. SQLite has one writer at a time; on other engines, `shared` transactions
-        of different apps may run side by side."""
+        """Begins a transaction that writes. Other engines may run `shared` ones of different apps side by side."""
         self.execute("begin immediate")  # a lock taken later may fail at once instead of waiting
 
     def lock_apps(self, key_hashes: Sequence[bytes]) -> None:
-        """In a shared transaction, waits for other writers to the apps of these keys."""
+        """In a shared transaction, waits for other writers to the apps of these keys. SQLite has none."""
 
     def reserve_seqs(self, now: int, count: int) -> int:
         """Reserves `count` consecutive seqs that were never given before, and returns the first."""
@@ -3049,6 +3053,7 @@ class Connection(sqlite3.Connection):
         while overlap := self.execute("select last from given_seqs where first < ? and last >= ?",
                                       (first + count, first)).fetchone():
             first = overlap[0] + 1
+        # After a gap of more than a day a new range begins: a fast clock must not make one cover the years to come.
         if not self.execute("""
                 update given_seqs set last = ? where first = (
                     select max(first) from given_seqs where last between ? and ?)
@@ -3089,43 +3094,24 @@ def _wal_size(path: Path) -> int:
     return wal.stat().st_size if wal.exists() else 0
 
 
-class Connections:
-    """The connections of one process. A connection must not be used on the other side of a fork."""
-
-    def __init__(self) -> None:
-        self.write_lock = threading.Lock()
-        self.writer: Any = None
-        self.readers: list[Any] = []  # the idle ones
-
-    def close_writer(self) -> None:
-        if self.writer:
-            self.writer.close()
-            self.writer = None
-
-    def take_reader(self) -> Any:
-        """An idle reader; None if there is none."""
-        with suppress(IndexError):
-            return self.readers.pop()
-
-
 class Database(Closing):
     """A file with the tables of this server. Thread-safe; works on both sides of a fork.
 
-    Raises StoreError if the file cannot be opened or is not a database of backfeedr. Every method
-    may raise StorageUnavailable. `clock` returns seconds since 1970. A subclass for another engine
-    (examples/postgres.py) replaces what only SQLite has: `Error`, `Outage`, _open, _connect,
-    _check_file, reading, _shrink, _fold_in_wal, size, used_size, warnings and vitals.
+    Raises StoreError if the file cannot be opened or is not a database of backfeedr. Every method may raise
+    StorageUnavailable. `clock` returns seconds since 1970. A subclass for another engine (examples/postgres.py)
+    replaces what only SQLite has: `Error`, `Outage`, _open, _connect, _check_file, reading, _shrink, _fold_in_wal,
+    size, used_size, warnings and vitals; and its connections have the methods of Connection.
     """
 
     Error: type[Exception] = sqlite3.Error  # the base of all errors of a connection
     Outage: type[Exception] = sqlite3.OperationalError  # what every write would meet: a lock, a full disk
-    make_process: type[Connections] = Connections
+    make_process: type[Process]  # Store sets it
 
     def __init__(self, path: str, clock: Callable[[], float] = time.time, may_create: bool = True):
         self._clock = clock
         self._closed, self._write_error, self._logged_error = False, "", ""
         # By process id. A child keeps its parent's connections here untouched: closing them would harm the parent.
-        self._processes: dict[int, Any] = {}
+        self._processes: dict[int, Process] = {}
         self._open(path, may_create)
 
     def _open(self, path: str, may_create: bool) -> None:
@@ -3147,7 +3133,7 @@ class Database(Closing):
         return int(self._clock() * SECOND)
 
     @property
-    def _process(self) -> Any:
+    def _process(self) -> Process:
         """The connections and other state of the current process."""
         pid = os.getpid()
         return self._processes.get(pid) or self._processes.setdefault(pid, self.make_process())
@@ -3171,7 +3157,9 @@ class Database(Closing):
         """A connection that cannot write. Only for short reads: an open one keeps the WAL growing."""
         process, db, is_reusable = self._process, None, False
         try:
-            db = process.take_reader() or self._connect(query_only=True)
+            with suppress(IndexError):  # if no reader is idle
+                db = process.readers.pop()
+            db = db or self._connect(query_only=True)
             yield db
             is_reusable = not self._closed
         except self.Error as error:
@@ -3334,14 +3322,14 @@ def check_compatible(db: Connection, path: Path) -> None:
 _REPLACED = {2: ("devices", "sessions", "hours", "days", "durations", "releases", "release_days", "labels", "groups",
                  "group_hours"),
              4: ("groups", "builds", "releases", "group_devices", "group_sums")}
-_COLUMNS_SINCE_2 = """
+_ADDED_COLUMNS = {4: """
 alter table crashes add column clock_ahead_ms integer not null default 0;
 alter table crashes add column other integer not null default 0;
 alter table crashes add column session_id text;
 alter table crashes add column images text;
 alter table events add column clock_ahead_ms integer not null default 0;
 alter table events add column other integer not null default 0;
-"""
+"""}  # by the schema that added them to older tables
 # Sums of schema 2 that outlive their reports: for each table, its columns after app_id.
 _SUMS_OF_2 = {
     "crash_days": "day, crashes from old_days", "session_days": "day, sessions, ended, session_ms from old_days",
@@ -3358,7 +3346,7 @@ def migrate(db: Connection, version: int) -> None:
     version = 2 if version == 1 else version  # 1 lacks only the table `grants`
     replaced = _REPLACED.get(version, ())
     db.run_script("".join(f"alter table {table} rename to old_{table};\n" for table in replaced)
-                  + (_COLUMNS_SINCE_2 if version == 2 else "")
+                  + "".join(script for schema, script in _ADDED_COLUMNS.items() if 0 < version < schema)
                   + "drop index if exists crashes_by_group;\ndrop index if exists crashes_by_device;\n"
                   + "drop view if exists releases;\n"
                   + re.sub("create (table|index)", r"create \1 if not exists", SCHEMA))
@@ -3487,7 +3475,7 @@ class Apps(Database):
             if not stored_token and not auth_token:
                 auth_token = generated_token = "bf_admin_" + secrets.token_hex(16)
             if auth_token and stored_token != (sha256(auth_token),):
-                self._replace_secret(db, "admin_token", auth_token)
+                db.execute(SET_SECRET, ("admin_token", sha256(auth_token)))
                 db.execute("delete from grants")  # they stood for the old token
         return GeneratedSecrets(None if api_key else key, generated_token)
 
@@ -3505,18 +3493,17 @@ class Apps(Database):
         """Whether this is the token of the feed."""
         return hmac.compare_digest(self.secret_hash("feed_token"), sha256(token))
 
-    def replace_feed_token(self, make: bool) -> str:
-        """Revokes the token of the feed. With `make`, returns a new one, of which only the hash is stored; else ""."""
-        token = "bf_feed_" + secrets.token_hex(16) if make else ""
+    def create_feed_token(self) -> str:
+        """Returns a new token of the feed, which replaces an earlier one. Only its hash is stored."""
+        token = "bf_feed_" + secrets.token_hex(16)
         with self.writing() as db:
-            self._replace_secret(db, "feed_token", token)
+            db.execute(SET_SECRET, ("feed_token", sha256(token)))
         return token
 
-    @staticmethod
-    def _replace_secret(db: Connection, name: str, token: str) -> None:
-        db.execute("delete from secrets where name = ?", (name,))
-        if token:
-            db.execute("insert into secrets values (?, ?)", (name, sha256(token)))
+    def revoke_feed_token(self) -> None:
+        """Closes the feed to everyone until another token is created."""
+        with self.writing() as db:
+            db.execute("delete from secrets where name = 'feed_token'")
 
     def grant(self, kind: str, lifetime: int) -> str:
         """Returns a new secret that stands for the admin token, for one kind of use and `lifetime` milliseconds."""
@@ -3548,7 +3535,10 @@ class Apps(Database):
         with self.reading() as db:
             is_active = db.execute("select 1 from keys where key_hash = ? and revoked_at is null",
                                    (key_hash,)).fetchone() is not None
-        (self._process.active_keys.add if is_active else self._process.active_keys.discard)(key_hash)
+        if is_active:
+            self._process.active_keys.add(key_hash)
+        else:
+            self._process.active_keys.discard(key_hash)
         return is_active
 
     def is_known_key(self, key_hash: bytes) -> bool:
@@ -3637,7 +3627,7 @@ class Receipt(NamedTuple):
 
 
 class StoredReport(NamedTuple):
-    """A report for another store; `received_at` is in milliseconds."""
+    """A report as `export` gives it and `import_` takes it. Times are in milliseconds."""
 
     seq: int
     app: str
@@ -3674,8 +3664,8 @@ class CommitQueue:
 
     def __init__(self, submissions: Sequence[Submission] = ()) -> None:
         self.submissions = list(submissions)
-        self.full = threading.Event()  # set at the length of the last queue: most of its clients return
-        self.done: list[threading.Lock] = []  # one per waiting thread: one Event for all costs a tenth of the speed
+        self.full = threading.Event()  # set once as long as the last queue: most of its clients have sent again
+        self.thread_locks: list[threading.Lock] = []  # one per waiting thread: one Event for all is 10 % slower
 
     def join(self, submissions: Sequence[Submission], max_waiters: int, max_rows: int) -> None:
         """Adds submissions. Those that find no room get an error."""
@@ -3706,11 +3696,13 @@ class Histogram:
         yield from (("_sum", self.sum), ("_count", totals[-1]))
 
 
-class Process(Connections):
-    """What one process keeps of a store."""
+class Process:
+    """What one process keeps of a store. No connection may be used on the other side of a fork."""
 
     def __init__(self) -> None:
-        super().__init__()
+        self.write_lock = threading.Lock()
+        self.writer: Any = None
+        self.readers: list[Any] = []  # the idle ones
         self.active_keys: set[bytes] = set()  # hashes of keys that were active when they were looked up
         self.queue_lock = threading.Lock()  # guards the next two, and the content of the queue
         self.queue: CommitQueue | None = None  # the one that submissions may join
@@ -3720,6 +3712,11 @@ class Process(Connections):
         self.commit_seconds = Histogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)
         self.stored = Counter(crashes=0, events=0)
         self.worker_lock, self.next_worker = threading.Lock(), threading.Lock()  # of catch_up_in_background
+
+    def close_writer(self) -> None:
+        if self.writer:
+            self.writer.close()
+            self.writer = None
 
     @property
     def waiting(self) -> list[Submission]:
@@ -3754,13 +3751,13 @@ class Commit:
                                       for mark in submission.idempotency.marks})
         for app_id, submission in accepted:
             marks, request = submission.idempotency
-            earlier, seqs = next((known[app_id, mark] for mark in marks if (app_id, mark) in known), (None, range(0)))
-            if earlier not in (None, request):
+            earlier = next((known[app_id, mark] for mark in marks if (app_id, mark) in known), None)
+            if earlier and earlier[0] != request:
                 submission.error = Refusal("idempotency key reused with a different body")
                 continue
             submission.reports = reports = self.regrouped(submission.reports)
-            if earlier is None:
-                seqs = range(seq, seq + len(reports))
+            seqs = earlier[1] if earlier else range(seq, seq + len(reports))
+            if not earlier:
                 seq = seqs.stop
                 ahead = clock_ahead(max(map(attrgetter("occurred_at"), reports)), self._now)
                 self.add_reports(app_id, seqs, [self._now] * len(seqs), [ahead] * len(seqs), reports)
@@ -3771,7 +3768,7 @@ class Commit:
                     known[app_id, mark] = request, seqs
                     self._replays.append((app_id, mark, request, seqs.start, len(seqs), self._now))
 
-    def _known_requests(self, marks: set[tuple[int, bytes]]) -> dict[tuple[int, bytes], tuple[bytes | None, range]]:
+    def _known_requests(self, marks: set[tuple[int, bytes]]) -> dict[tuple[int, bytes], tuple[bytes, range]]:
         """The stored requests with these apps and marks: the digest and the seqs of each."""
         return {(app_id, bytes(mark)): (bytes(request), range(first, first + count))
                 for app_id, mark, request, first, count in rows_of(self._db, """
@@ -3803,7 +3800,8 @@ class Commit:
             rollups.count(kind, new, 1)  # before the insert, because it looks for devices that are new to a group
             self._db.append(table, (*own_columns, *kind._fields), list(map(add, zip(*own_columns.values()), reports)))
             stored[table] += len(new)
-            crashes += new if kind is Crash and self._key_uses else []  # an import uses no key, and is no news
+            if kind is Crash and self._key_uses:  # an import uses no key; it must not reopen groups or alert anybody
+                crashes += new
         write_rows(self._db, "insert into replays values *", self._replays)
         for (app_id, key), uses in self._key_uses.items():
             rollups.add("key_days", app_id, self._now // DAY, key_name(key), requests=uses)
@@ -3818,13 +3816,13 @@ class Commit:
 
 REPLAY_DAYS = 7  # how long a phone may be offline between a request and its repetition
 BUSY_COMMIT = 4  # requests: after a commit of at least so many, the next one waits for more
-GATHER_SECONDS = 0.003  # for which it waits: a commit costs as much as ten reports
+COMMIT_GATHER_SECONDS = 0.003  # for which it waits: a commit costs as much as ten reports
 MAX_COMMIT_WAIT = 30.0  # seconds to wait for another thread's commit: longer than any lock and sync together
 EXPIRE_ROWS = 10  # rows to delete before the first look at the clock: a row may be as large as a body
 EXPIRE_SECONDS = 0.02  # time that a step may take to delete or move reports
 REPORT_BYTES = 4096  # more than most reports take, with their index entries
 NEARLY_FULL = 0.9  # share of the disk or of max_db_size from which on the operator is warned
-REGROUP_ROWS = 100  # crashes that a step checks at most; it also ends after EXPIRE_SECONDS
+REGROUP_ROWS = 100  # crashes of a group that a step checks at most; it also ends after EXPIRE_SECONDS
 MAX_SYMBOL_BYTES = 200_000_000  # of stored symbols for each build
 MAX_BUILDS = 1000  # that may have symbols
 UPLOAD_DAYS = 7  # after which an incomplete upload of symbols is deleted
@@ -3837,8 +3835,8 @@ PAGE_CHARACTERS = 1_000_000  # characters that it reads at a time: a row may be 
 class Store(Apps):
     """Apps, keys and reports in one SQLite file.
 
-    A `retention_days` of 0 keeps all, and None takes what the last server used. Close the
-    store, or use it as a context manager.
+    A `retention_days` of 0 keeps all, and None takes what the last server used. Close the store, or use it as a context
+    manager.
 
     max_waiters: requests that may wait for a commit; further ones get a 503.
     max_rows: reports that may wait; all go into the next commit (about 0.1 s).
@@ -3917,7 +3915,7 @@ class Store(Apps):
                 queue.join(submissions, self.max_waiters, self.max_rows)
                 if queue is not own_queue:
                     done.acquire()
-                    queue.done.append(done)
+                    queue.thread_locks.append(done)
                 if len(queue.submissions) >= process.last_queue_length:
                     queue.full.set()
             if queue is own_queue:
@@ -3926,22 +3924,22 @@ class Store(Apps):
             elif any(not submission.error for submission in submissions) and not done.acquire(timeout=MAX_COMMIT_WAIT):
                 raise StorageUnavailable()  # the committing thread is slow, or was ended by a signal
         except BaseException as error:  # also a signal, if this is the main thread
-            self._fail(process, queue, None if queue is own_queue else submissions, error)
+            for submission in self._leave_queue(process, queue, submissions, queue is own_queue, error):
+                self._commit_alone(process, submission)
         finally:
-            for lock in own_queue.done:
-                lock.release()
+            for waiting_thread in own_queue.thread_locks:
+                waiting_thread.release()
         if is_stored:
             self._expire_if_due()
 
-    def _fail(self, process: Process, queue: CommitQueue, submissions: Sequence[Submission] | None,
-              error: BaseException) -> None:
-        """Takes submissions that cannot wait any longer out of their queue and gives them an error. None means all of
-        a queue whose commit failed: each is then committed alone, so that one bad report does not fail the others."""
-        is_commit = submissions is None
+    def _leave_queue(self, process: Process, queue: CommitQueue, submissions: Sequence[Submission], is_commit: bool,
+                     error: BaseException) -> Sequence[Submission]:
+        """Takes submissions out of their queue and gives them an error: these, which cannot wait any longer, or all, if
+        the commit of the queue failed. Returns those that may be stored if each is committed alone."""
         with process.queue_lock:
             if process.queue is queue and (is_commit or isinstance(error, Exception)):
                 process.queue = None
-            failed = queue.submissions if submissions is None else submissions
+            failed = queue.submissions if is_commit else submissions
             queue.submissions = [submission for submission in queue.submissions if submission not in failed]
         for submission in failed:
             submission.error = StorageUnavailable()
@@ -3950,18 +3948,21 @@ class Store(Apps):
         if not isinstance(error, StorageUnavailable):
             log.exception("unexpected error")
         is_outage = isinstance(error.__cause__ or error, (self.Outage, StorageUnavailable))
-        for submission in failed if is_commit and len(failed) > 1 and not is_outage else ():
-            try:
-                submission.error = None
-                self._commit(process, CommitQueue([submission]))
-            except Exception:
-                submission.error = StorageUnavailable()
+        return failed if is_commit and len(failed) > 1 and not is_outage else []
+
+    def _commit_alone(self, process: Process, submission: Submission) -> None:
+        """Tries again without the others, so that one bad report fails only its own request."""
+        try:
+            submission.error = None
+            self._commit(process, CommitQueue([submission]))
+        except Exception:
+            submission.error = StorageUnavailable()
 
     def _commit(self, process: Process, queue: CommitQueue) -> None:
         """Stores a queue in one transaction. Other threads may join the queue until that begins."""
         with process.commit_lock:
             if process.last_queue_length >= BUSY_COMMIT:
-                queue.full.wait(GATHER_SECONDS)
+                queue.full.wait(COMMIT_GATHER_SECONDS)
             began = time.monotonic()
             self._check_clock()
             with self.writing(shared=True) as db:
@@ -4017,6 +4018,7 @@ class Store(Apps):
         self._repeat_step(lambda db: self._delete_app_rows(db, STEP_ROWS))
         with self.writing_step() as db:
             commit, import_app = Commit(db, self.now), lru_cache(None)(partial(self._import_app, db))
+            last_early = lru_cache(None)(lambda app_id: get_state(db, f"early_{app_id}", -1))
             known = {(kind, seq) for kind, table in TABLES.items() for seq, in rows_of(
                 db, f"select seq from (values *) as keys cross join {table} on seq = column1",
                 [(stored.seq,) for stored in reports])}
@@ -4028,8 +4030,7 @@ class Store(Apps):
                     counts["known"] += 1
                     continue
                 known.add((kind, seq))
-                app_id, last_early = import_app(app, is_test) if seq > last_expired[kind] else (0, seq)
-                if seq <= last_early:
+                if seq <= last_expired[kind] or seq <= last_early(app_id := import_app(app, is_test)):
                     counts["expired"] += 1
                     continue
                 commit.add_reports(app_id, [seq], [received_at], [ahead_ms], commit.regrouped([report]))
@@ -4038,14 +4039,14 @@ class Store(Apps):
             self._expire(db)
         return counts
 
-    def _import_app(self, db: Connection, name: str, is_test: bool) -> tuple[int, int]:
-        """The id of an app, which is created if there is none, and the highest of its seqs that was deleted early."""
+    def _import_app(self, db: Connection, name: str, is_test: bool) -> int:
+        """The id of an app, which is created if there is none."""
         if not db.execute("select 1 from apps where name = ?", (name,)).fetchone():
             self._insert_app(db, name, is_test)
         app_id, was_test = self.find_app(db, name)
         if was_test != is_test:
             raise StoreError(f"the app {name!r} is a {'test' if was_test else 'live'} one here")
-        return app_id, get_state(db, f"early_{app_id}", -1)
+        return app_id
 
     # Symbols
 
@@ -4151,8 +4152,8 @@ class Store(Apps):
 
     def _expire_symbols(self, db: Connection) -> Counter[str]:
         """One step of deleting symbols that are no longer useful: those of an upload that was never completed; and
-        those of a build without stored crashes, if a later build of the same binary got its symbols before the
-        retention began, so that few hangs of the old one are stored."""
+        those of a build without stored crashes, if a later build of the same binary has had symbols for longer than
+        the retention: by then hardly a hang of the old build is stored."""
         row = db.execute("""
             select uuid from symbols
             where received < parts and uploaded_at < :given_up or uploaded_at < :expired
@@ -4185,47 +4186,48 @@ class Store(Apps):
     # Moving crashes to other groups
 
     def _regroup(self, db: Connection) -> int:
-        """One step of moving crashes to the groups that their names give now. Returns how many crashes it checked, plus
-        one for each group that it finished; 0 if there is nothing left to do."""
-        checked, deadline, symbols = 0, time.monotonic() + EXPIRE_SECONDS, Symbols(db)
+        """One step of moving crashes to the groups that their names give now. Returns how many batches of crashes it
+        checked; 0 if there is nothing left to do."""
+        batches, deadline, symbols = 0, time.monotonic() + EXPIRE_SECONDS, Symbols(db)
         while row := db.execute("select * from regroupings order by app_id, group_hash limit 1").fetchone():
-            checked += self._regroup_crashes(db, symbols, deadline, *row)
+            self._regroup_crashes(db, symbols, deadline, row)
+            batches += 1
             if time.monotonic() > deadline:
                 break
-        return checked
+        return batches
 
-    def _regroup_crashes(self, db: Connection, symbols: Symbols, deadline: float, app_id: int, group: str,
-                         received_at: int, seq: int, target: str) -> int:
-        """Moves some crashes of a group that come after a position. Returns how many it checked, plus one if the group
-        is finished."""
+    def _regroup_crashes(self, db: Connection, symbols: Symbols, deadline: float, row: Row) -> None:
+        """Moves some crashes of a group, those after the position in a row of `regroupings`, and updates the row. When
+        no crash is left, it deletes the row instead."""
+        app_id, group, *position, target = row
+        is_first = not position[0]
         moves: dict[int, tuple[str, str | None]] = {}  # by seq: the new group and images
-        place_of = lru_cache(None)(partial(_group_and_images, symbols, group))  # equal crashes are common
-        checked, position = 0, (received_at, seq)
-        pending = self._crashes_after(db, app_id, group, *position)
+        target_of = lru_cache(None)(partial(_group_and_images, symbols, group))  # equal crashes are common
+        checked, pending = 0, self._crashes_after(db, app_id, group, *position)
         for seq in pending[:REGROUP_ROWS]:
             for received, images, exception_type, trace, extra in db.execute("""
                     select received_at, images, exception_type, stack_trace, extra from crashes where seq = ?
                     """, (seq,)).fetchall():  # none if it was deleted meanwhile
-                position = received, seq
-                place = place_of(exception_type, trace, _is_trace_cut(extra))
-                if place != (group, images):
-                    moves[seq] = place
+                position = [received, seq]
+                is_cut = "truncated" in (extra or "") and _is_trace_cut(json.loads(extra))
+                new = target_of(exception_type, trace, is_cut)
+                if new != (group, images):
+                    moves[seq] = new
             checked += 1
             if time.monotonic() > deadline:
                 break
         self._to_regroup = (app_id, group, *position), pending[checked:]
         if moves:
-            target = self._move_crashes(db, symbols, app_id, group, moves, is_first=not received_at) or target
+            target = self._move_crashes(db, symbols, app_id, group, moves, is_first) or target
         if checked and db.execute("select 1 from crashes where app_id = ? and group_hash = ? limit 1",
                                   (app_id, group)).fetchone():
             db.execute("""
                 update regroupings set received_at = ?, seq = ?, target = ? where app_id = ? and group_hash = ?
                 """, (*position, target, app_id, group))
-            return checked
+            return
         db.execute("delete from regroupings where app_id = ? and group_hash = ?", (app_id, group))
         if target:
             Groups.rename(db, app_id, group, target)
-        return checked + 1
 
     def _crashes_after(self, db: Connection, *position: Any) -> list[int]:
         """The seqs of crashes of a group after a position, by the time of receipt. Each look-up goes through the whole
@@ -4249,10 +4251,10 @@ class Store(Apps):
                            (app_id, group)).fetchone() if is_first else None
         rollups.figures[Groups].count(Crash, after, 1)
         db.executemany("update crashes set group_hash = ?, images = ? where seq = ?",
-                       [(*place, seq) for seq, place in moves.items()])
+                       [(*new, seq) for seq, new in moves.items()])
         rollups.figures[Groups].count(Crash, before, -1)
         rollups.save()
-        self._note_counting(db)
+        self._note_windows(db)
         update_triage(db, self.now, rollups, [crash for crash in after if crash.group_hash != group], are_moved=True)
         targets = [target for target, _ in moves.values()]
         if first:
@@ -4297,18 +4299,19 @@ class Store(Apps):
         except Exception as error:  # the reports of the commit are stored, and later commits try again
             if not isinstance(error, StorageUnavailable):
                 log.exception("unexpected error")
+        # Deletions must keep up with new reports. Moves need not: catch_up_in_background does most of them.
         self._next_expiry = now if deleted.keys() - {"moved"} else now + SECOND
 
     def _expire(self, db: Connection) -> Counter[str]:
-        """One step of expiring, regrouping and trimming. It ends after EXPIRE_SECONDS: meanwhile nobody can write."""
+        """One step of expiring, moving and trimming. Nobody can write meanwhile, so it ends after EXPIRE_SECONDS."""
         deadline, size = time.monotonic() + EXPIRE_SECONDS, EXPIRE_ROWS
-        self._note_counting(db)
+        self._note_windows(db)
         deleted = Counter(replays=db.execute("""
             delete from replays where received_at <= (
                 select max(received_at) from (
                     select received_at from replays where received_at < ? order by received_at limit ?) as oldest)
             """, (self.now - REPLAY_DAYS * DAY, STEP_ROWS)).rowcount)
-        while reports := self._delete_oldest(db, size):
+        while reports := self._delete_due(db, size):
             deleted += reports
             size = min(2 * size, STEP_ROWS)
             if time.monotonic() > deadline:
@@ -4333,7 +4336,7 @@ class Store(Apps):
             """).rowcount
         return deleted
 
-    def _delete_oldest(self, db: Connection, size: int) -> Counter[str]:
+    def _delete_due(self, db: Connection, size: int) -> Counter[str]:
         """Deletes some expired reports; else rows of deleted apps; else, if the database is too large, some reports."""
         deleted: Counter[str] = Counter()
         for kind, table in TABLES.items():
@@ -4370,8 +4373,8 @@ class Store(Apps):
         return Counter(remains=db.execute("delete from state where name = ?", (name,)).rowcount)
 
     def _delete_early(self, db: Connection, size: int) -> Counter[str]:
-        """If the database is too large, deletes some of the oldest reports of the largest app. The steps become small
-        towards the end, so that hardly more is deleted than necessary."""
+        """If the database is too large, deletes some of the oldest reports of the largest app. Steps get smaller
+        towards the end, so that little more is deleted than necessary."""
         excess = self.used_size(db) - self.max_db_size if self.max_db_size else 0
         if excess <= 0:
             return Counter()
@@ -4414,7 +4417,7 @@ class Store(Apps):
             rollups.save()
         return [report.seq for report in reports]
 
-    def _note_counting(self, db: Connection) -> None:
+    def _note_windows(self, db: Connection) -> None:
         """Notes that the windows of the figures end now. The latest report may be older, or be forgotten, so `check`
         cannot tell that from the reports."""
         db.execute(SET_STATE, ("counted_at", max(self.now, get_state(db, "counted_at", 0))))
@@ -4460,7 +4463,7 @@ class Store(Apps):
             rollups = RollUps(db, self.now)
             deleted["devices"] = rollups.figures[Devices].forget(device_id_hash)
             rollups.save()
-            self._note_counting(db)
+            self._note_windows(db)
         self._fold_in_wal()
         return +deleted
 
@@ -4493,9 +4496,9 @@ class Store(Apps):
                            (to_json(message), len(facts), id))
 
 
-def _is_trace_cut(extra: str | None) -> bool:
-    """Whether the stack trace of a stored crash was cut. A client may send anything under the name `truncated`."""
-    cut = json.loads(extra).get("truncated") if extra and "truncated" in extra else None
+def _is_trace_cut(extra: JsonObject) -> bool:
+    """Whether the stack trace of a crash was cut. A client may send anything under the name `truncated`."""
+    cut = extra.get("truncated")
     return type(cut) is list and "stack_trace" in cut
 
 
@@ -6084,10 +6087,10 @@ class Dashboard:
             store.catch_up_in_background()
             return {"message": f"Deleted {name}. Its reports are being deleted."}
         if action == "make-feed":
-            address = f"{page.url}/crashes.atom?token={store.replace_feed_token(make=True)}"
+            address = f"{page.url}/crashes.atom?token={store.create_feed_token()}"
             return {"message": "The feed's address, shown only once:", "secret": address}
         if action == "withdraw-feed":
-            store.replace_feed_token(make=False)
+            store.revoke_feed_token()
             return {"message": "Withdrew the feed's address."}
         raise StoreError("there is no such action")
 
@@ -7492,11 +7495,11 @@ def backup(store: Store, path: Path) -> None:
         raise StoreError(f"the file {path} already exists")
     try:
         # A temporary file has mode 0600, and is deleted even after an error.
-        with tempfile.NamedTemporaryFile(prefix=path.name + ".", suffix=".partial", dir=path.parent) as partial, \
+        with tempfile.NamedTemporaryFile(prefix=path.name + ".", suffix=".partial", dir=path.parent) as unfinished, \
                 closing(Connection(store.path, mode="ro")) as db:
-            db.execute("vacuum into ?", (partial.name,))
-            os.fsync(partial.fileno())
-            os.link(partial.name, path)  # fails if another file has taken the name meanwhile
+            db.execute("vacuum into ?", (unfinished.name,))
+            os.fsync(unfinished.fileno())
+            os.link(unfinished.name, path)  # fails if another file has taken the name meanwhile
     except (OSError, sqlite3.Error) as error:
         raise StoreError(f"cannot write the backup {path}: {getattr(error, 'strerror', error)}") from None
 
@@ -7540,8 +7543,8 @@ def _parse_exported(line: bytes) -> StoredReport:
     for name, kind in _ADDED_FIELDS.items():
         if type(values.get(name)) is not kind:
             raise Refusal(f"{'missing' if values.get(name) is None else 'invalid'} {name}")
-    app, report_id, is_test, received, clock_ahead, extra = map(values.pop, _ADDED_FIELDS)
-    if not 0 <= clock_ahead < 10_000 * 366 * DAY:  # longer than all years there are
+    app, report_id, is_test, received, ahead_ms, extra = map(values.pop, _ADDED_FIELDS)
+    if not 0 <= ahead_ms < 10_000 * 366 * DAY:  # longer than all years there are
         raise Refusal("invalid clock_ahead_ms")
     try:
         received_at = parse_time(received)
@@ -7552,10 +7555,9 @@ def _parse_exported(line: bytes) -> StoredReport:
     if not match or not first_seq(received_at) <= int(match[2], 16) < first_seq(received_at + 2 * DAY):
         raise Refusal("invalid id")
     report: Any = (parse_event if match[1] else parse_crash)({**extra, **values})
-    cut = extra.get("truncated")
-    if type(cut) is list and "stack_trace" in cut and re.fullmatch("[0-9a-f]{16}", str(group)):
+    if _is_trace_cut(extra) and re.fullmatch("[0-9a-f]{16}", str(group)):
         report = report._replace(group_hash=group)
-    return StoredReport(int(match[2], 16), app, is_test, received_at, clock_ahead, report)
+    return StoredReport(int(match[2], 16), app, is_test, received_at, ahead_ms, report)
 
 
 def import_jsonl(store: Store, lines: Iterable[bytes]) -> Counter[str]:
@@ -7658,12 +7660,12 @@ def _wrong_sums(table: str, sums: Sums, expired: int) -> list[str]:
     are less than what is left: a device or session whose first report is gone would count on a later day or release."""
     if table == "key_days":  # counts requests, and no report tells of them
         return []
-    if expired and table in ("active_days", "device_hours"):
+    if expired and sums.check == "at least":
         is_less = " or ".join(f"counted.{column} > coalesce(kept.{column}, 0)" for column in sums.columns)
         return [f"""select 1 from main.{table} as counted left join stored.{table} as kept
                     using ({', '.join(PRIMARY_KEYS[table])}) where {is_less}"""]
     where = "app_id in (select id from apps)"  # not of deleted apps
-    if expired and table in ("crash_days", "group_days", "event_names"):
+    if expired and sums.check == "recent":
         where += f" and day > {(expired >> SEQ_BITS) // DAY + 1}"
     elif expired and sums.lasts:
         return []
@@ -7732,7 +7734,7 @@ def _run(options: argparse.Namespace, make: Callable[..., Backfeedr], open_store
     if options.command == "check":
         return _run_checks(overrides)
     if options.command == "help":
-        print(options.TOPIC)
+        print(options.handbook_text)
         return 0
     settings = Settings.from_env(**overrides)
     if options.command == "serve":
@@ -7759,17 +7761,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="backfeedr", description=(
         "Crash reports and usage figures for iOS apps, on your own host. Without a command, it serves."))
     parser.add_argument("--version", action="version", version=f"backfeedr {__version__}")
-    groups = {"": parser.add_subparsers(title="commands", metavar="COMMAND")}
+    actions = {"": parser.add_subparsers(title="commands", metavar="COMMAND")}  # by noun
     for name, text, arguments in (("", "", _SERVE_OPTIONS), *_COMMANDS):  # "": no command
         noun, _, verb = name.rpartition(" ")
-        if noun not in groups:
+        if noun not in actions:
             verbs = [command.split()[1] for command, *_ in _COMMANDS if command.startswith(noun + " ")]
-            group = groups[""].add_parser(noun, help=", ".join(verbs))
-            groups[noun] = group.add_subparsers(metavar="ACTION", required=True)
-        subparser = groups[noun].add_parser(verb, help=text, description=text) if name else parser
+            noun_parser = actions[""].add_parser(noun, help=", ".join(verbs))
+            actions[noun] = noun_parser.add_subparsers(metavar="ACTION", required=True)
+        subparser = actions[noun].add_parser(verb, help=text, description=text) if name else parser
         subparser.set_defaults(command=name.replace(" ", "_") or "serve")
-        for argument, settings in {**_DB_OPTION, **arguments}.items():
-            subparser.add_argument(argument, **settings)
+        for argument, details in {**_DB_OPTION, **arguments}.items():
+            subparser.add_argument(argument, **details)
     return parser
 
 
@@ -7782,7 +7784,7 @@ class Commands:
 
     def do_app_create(self) -> str:
         print(self.store.create_app(self.options.NAME, self.options.test))
-        return f"Made the app {self.options.NAME!r}. Its API key is shown only this once."
+        return f"Created the app {self.options.NAME!r}. Its API key is shown only this once."
 
     def do_app_list(self) -> None:
         _print_table("APP, KIND, KEYS, CREATED", [
@@ -7807,7 +7809,7 @@ class Commands:
 
     def do_key_create(self) -> str:
         print(self.store.create_key(self.options.NAME))
-        return f"Made another key for the app {self.options.NAME!r}. It is shown only this once."
+        return f"Created another key for the app {self.options.NAME!r}. It is shown only this once."
 
     def do_key_list(self) -> None:
         _print_table("KEY, APP, CREATED, REVOKED, LAST USED, REQUESTS IN 7 DAYS", [
@@ -7848,7 +7850,7 @@ class Commands:
         options = self.options
         kinds = options.on.replace(",", " ").split()
         channel, secret = self.alerts.add(options.URL, options.app, kinds, options.with_reason, options.hour)
-        message = f"Made channel {channel}."
+        message = f"Created channel {channel}."
         if secret:
             print(secret)
             message += " Its secret is shown only this once."
@@ -7873,14 +7875,13 @@ class Commands:
 
     def do_deliver(self) -> str:
         counts = self.alerts.deliver()
-        return f"Messages sent: {counts['sent']:,}; failed, will be tried again: {counts['failed']:,}"
+        return f"Messages sent: {counts['sent']:,}; failed: {counts['failed']:,}."
 
     def do_prune(self) -> str:
-        days, size = self.store.retention_days, self.store.size
+        size = self.store.size
         deleted = self.store.prune()
-        age = f"older than {days} days" if days else "(the retention keeps everything)"
         freed = megabytes(max(0, size - self.store.size))
-        return f"Deleted {_report_counts(deleted)} {age}; freed {freed} of {megabytes(size)}."
+        return f"Deleted {_report_counts(deleted)}; freed {freed} of {megabytes(size)}."
 
     def do_backup(self) -> str:
         backup(self.store, Path(self.options.FILE))
@@ -7902,7 +7903,7 @@ class Commands:
         with self.options.FILE as file:
             counts = import_jsonl(self.store, iter(lambda: file.readline(MAX_LINE), b""))
         return (f"Stored {counts['stored']:,} reports; {counts['known']:,} were here already, and"
-                f" {counts['expired']:,} are older than the retention.")
+                f" {counts['expired']:,} are older than what is kept here.")
 
 
 def _report_counts(rows: Counter[str]) -> str:
@@ -7934,8 +7935,8 @@ def _run_checks(overrides: dict[str, Any]) -> int:
 
 
 class _SafeTerminal:
-    """A terminal that text from reports cannot control. Characters that move the cursor, begin a command or turn the
-    direction of the text are written as in JSON; tabs and line ends stay."""
+    """A terminal that text from reports cannot control. Characters that move the cursor, start an escape sequence or
+    reverse the direction of text are written as in JSON; tabs and line ends stay."""
 
     CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
                           "|\r(?!\n)")
@@ -8044,7 +8045,8 @@ _COMMANDS: Sequence[tuple[str, str, Mapping[str, Any]]] = (  # name, help, argum
     ("import", "store what export printed as jsonl", {"FILE": dict(type=_open_input, help="- is standard input")}),
     ("check", "check settings, disk, database and alerts", {}),
     ("help", "print a topic of the handbook, or list the topics", {
-        "TOPIC": dict(nargs="?", default="", type=_read_handbook, help="one of the listed topics")}))
+        "handbook_text": dict(metavar="TOPIC", nargs="?", default="", type=_read_handbook,
+                              help="one of the listed topics")}))
 
 
 if __name__ == "__main__":
