@@ -13,11 +13,10 @@ The whole server is this file. Copy it to a machine with Python 3.9 or later, in
 
 It is also a WSGI callable: `Backfeedr(db_path="crashes.db")` can be mounted in any app.
 
-The sections. Each uses only those above it, except that Triage uses Figures, Store uses `missing_group` of Metrics, and
-Dashboard uses Templates and a class of Backfeedr:
+The sections. Each uses only those above it, except that Dashboard uses Templates:
 
     Settings        what an operator can configure
-    Schema          the tables for apps, keys and reports
+    Schema          the tables for apps, keys, reports, triage and alerts
     Values          refusals, times, ids, API keys, versions
     Grouping        stack frames, and the group of a crash
     Payloads        our JSON in, crashes and events out
@@ -25,8 +24,8 @@ Dashboard uses Templates and a class of Backfeedr:
     Signature       HMAC-SHA256 over a request
     RateLimiter     how many requests a key may send each minute
     Symbols         functions, files and lines for the addresses in a build
-    Triage          the state of each group, and the facts that alerts send
     Figures         what is counted: the tables, the counting and the queries of each figure
+    Triage          the state of each group, and the facts that alerts send
     Database        connections, transactions, migrations
     Apps            apps, keys, the admin
     Commit          how the reports of several requests become rows in one transaction
@@ -268,6 +267,33 @@ create table given_seqs (                  -- ranges that contain every seq ever
 -- worse; deleted_ID, how far the deletion of the app has come: its reports from this seq on are gone.
 create table state (name text primary key, value integer not null) without rowid;
 """ + GROUP_INDEX
+TRIAGE_TABLES = """
+create table triage (                      -- groups that somebody has decided about; outlives their crashes
+    app_id integer not null, group_hash text not null,
+    state text not null,                   -- 'open', 'resolved' or 'muted'
+    changed_at integer not null, fixed_in text,  -- a version, perhaps with its build: 1.3.0 (48)
+    until integer, crashes_left integer, devices_left integer,  -- when a mute ends; null: not by this
+    regressed_at integer, primary key (app_id, group_hash)) without rowid;
+create table group_history (
+    app_id integer not null, group_hash text not null, entry integer not null,  -- 1, 2, 3
+    at integer not null, what text not null, detail text, primary key (app_id, group_hash, entry)) without rowid;
+create table facts (                       -- to be sent to channels, the oldest first; detail is JSON
+    id integer primary key autoincrement, app_id integer not null, at integer not null, kind text not null,
+    group_hash text, detail text not null);
+create table channels (
+    id integer primary key autoincrement, url text not null, secret text not null,
+    app_id integer,                        -- null: all live apps
+    kinds text not null,                   -- of facts, separated by commas
+    with_reason integer not null default 0, digest_at integer,  -- when the next digest is due
+    created_at integer not null, last_fact integer not null,  -- the last fact that is in a message
+    ended_at integer, error text, error_at integer, sent_at integer);
+create table messages (                    -- those that wait, and those of the last hour; id is the webhook-id
+    id text primary key, channel_id integer not null, created_at integer not null, body text not null,  -- JSON
+    tries integer not null default 0, taken_until integer not null default 0,  -- no other process sends it before
+    due_at integer                         -- null: it was sent, or has failed for good
+) without rowid;
+create index messages_by_time on messages (channel_id, created_at);
+"""
 
 
 # == Values ====================================================================
@@ -1648,267 +1674,6 @@ def _read_page(db: Any, uuid: str, first: int) -> tuple[Sequence[int], Sequence[
     return offsets, rows[1::2], frames, json.loads(data[8 + 4 * len(numbers):])
 
 
-# == Triage ====================================================================
-# What people decide about a group, how a new crash undoes it, and the facts that are worth an alert. All of it is
-# written in the transaction that stores the crash.
-
-TRIAGE_TABLES = """
-create table triage (                      -- groups that somebody has decided about; outlives their crashes
-    app_id integer not null, group_hash text not null,
-    state text not null,                   -- 'open', 'resolved' or 'muted'
-    changed_at integer not null, fixed_in text,  -- a version, perhaps with its build: 1.3.0 (48)
-    until integer, crashes_left integer, devices_left integer,  -- when a mute ends; null: not by this
-    regressed_at integer, primary key (app_id, group_hash)) without rowid;
-create table group_history (
-    app_id integer not null, group_hash text not null, entry integer not null,  -- 1, 2, 3
-    at integer not null, what text not null, detail text, primary key (app_id, group_hash, entry)) without rowid;
-create table facts (                       -- to be sent to channels, the oldest first; detail is JSON
-    id integer primary key autoincrement, app_id integer not null, at integer not null, kind text not null,
-    group_hash text, detail text not null);
-create table channels (
-    id integer primary key autoincrement, url text not null, secret text not null,
-    app_id integer,                        -- null: all live apps
-    kinds text not null,                   -- of facts, separated by commas
-    with_reason integer not null default 0, digest_at integer,  -- when the next digest is due
-    created_at integer not null, last_fact integer not null,  -- the last fact that is in a message
-    ended_at integer, error text, error_at integer, sent_at integer);
-create table messages (                    -- those that wait, and those of the last hour; id is the webhook-id
-    id text primary key, channel_id integer not null, created_at integer not null, body text not null,  -- JSON
-    tries integer not null default 0, taken_until integer not null default 0,  -- no other process sends it before
-    due_at integer                         -- null: it was sent, or has failed for good
-) without rowid;
-create index messages_by_time on messages (channel_id, created_at);
-"""
-FACT_KINDS = {  # each with whether a channel gets it by default
-    "crash.new": True, "crash.regressed": True, "crash.unmuted": True, "crash.spread": False,
-    "release.worse": False, "digest": False}
-STATES = {"open": "opened", "resolved": "resolved", "muted": "muted"}  # each with its verb in the history
-CONDITIONS = {  # each with the state that it belongs to, its column, and its text in the history
-    "fixed_in": ("resolved", "fixed_in", "in {}"), "until": ("muted", "until", "until {}"),
-    "more_crashes": ("muted", "crashes_left", "for {} more crashes"),
-    "more_devices": ("muted", "devices_left", "for {} more devices")}
-TRIAGE_FIELDS = ("state", *CONDITIONS, "comment")  # of a PATCH
-MAX_HISTORY, MAX_COMMENT = 100, 5000  # entries of a group that are kept, and characters of one
-SPREAD_BOUNDS = (10, 100, 1000)  # a group that reaches so many devices is a fact
-Decision = namedtuple("Decision", "state changed_at fixed_in until crashes_left devices_left regressed_at",
-                      defaults=(None, None, None, None, None))  # a row of triage
-
-
-def parse_triage(fields: JsonObject, now: int) -> JsonObject:
-    """Reads a PATCH of a group; times become milliseconds. Raises Refusal, also for a typo: it must not do nothing."""
-    if unknown := [name for name in fields if name not in TRIAGE_FIELDS]:
-        raise Refusal("invalid field", detail=f"{unknown[0][:MAX_TEXT]!r} is none of {', '.join(TRIAGE_FIELDS)}")
-    if not fields:
-        raise Refusal("missing state", detail=f"there is none of {', '.join(TRIAGE_FIELDS)}")
-    changes = {}
-    for name, value in fields.items():
-        try:
-            changes[name] = None if value is None and name in CONDITIONS else _triage_value(name, value, now)
-        except ValueError as error:
-            raise Refusal(f"invalid {name}", detail=f"{name} {error}") from None
-    return changes
-
-
-def _triage_value(name: str, value: Any, now: int) -> Any:
-    if name.startswith("more_"):
-        if type(value) is not int or not 1 <= value < 1 << 31:
-            raise ValueError(f"is not a whole number from 1 to {(1 << 31) - 1}")
-        return value
-    if name == "state" and value not in tuple(STATES):
-        raise ValueError(f"is none of {', '.join(STATES)}")
-    if type(value) is not str or not value.strip():
-        raise ValueError("is empty or not text")
-    if name != "until":
-        return value.strip()[:MAX_TEXT if name == "fixed_in" else MAX_COMMENT]
-    until = parse_occurred_at(value)
-    if until <= now:
-        raise ValueError("is over")
-    return until
-
-
-def decide(db: Any, app_id: int, group_hash: str, changes: JsonObject, now: int) -> None:
-    """Applies what parse_triage returned to a group. Raises Refusal for a condition that belongs to another state."""
-    before = after = _read_decision(db, app_id, group_hash) or Decision("open", now)
-    state = changes.get("state", before.state)
-    conditions, texts = {}, []
-    for name, (state_of_condition, column, text) in CONDITIONS.items():
-        value = changes.get(name)
-        if value is not None and state != state_of_condition:
-            raise Refusal(f"invalid {name}", detail=f'it goes with "state": "{state_of_condition}"')
-        if value is not None:
-            texts.append(text.format(iso_time(value) if name == "until" else value))
-        if name in changes:
-            conditions[column] = value
-    if "state" in changes:
-        after = Decision(state, now, regressed_at=None if state == "resolved" else before.regressed_at)
-    if "state" in changes or conditions:
-        after = after._replace(changed_at=now, **conditions)
-        if state != "open" or before.state != "open":
-            _add_history(db, app_id, group_hash, now, STATES[state], " or ".join(texts) or None)
-    _write_decision(db, app_id, group_hash, after)
-    if "comment" in changes:
-        _add_history(db, app_id, group_hash, now, "commented", changes["comment"])
-
-
-def _read_decision(db: Any, app_id: int, group_hash: str) -> Decision | None:
-    row = db.execute(f"select {', '.join(Decision._fields)} from triage where app_id = ? and group_hash = ?",
-                     (app_id, group_hash)).fetchone()
-    return Decision(*row) if row else None
-
-
-def _write_decision(db: Any, app_id: int, group_hash: str, decision: Decision) -> None:
-    upsert(db, "triage", [(app_id, group_hash, *decision)],
-           ", ".join(f"{column} = excluded.{column}" for column in Decision._fields))
-
-
-def _add_history(db: Any, app_id: int, group_hash: str, at: int, what: str, detail: str | None) -> None:
-    """Adds an entry, and deletes the oldest one beyond MAX_HISTORY."""
-    last, = db.execute("select coalesce(max(entry), 0) from group_history where app_id = ? and group_hash = ?",
-                       (app_id, group_hash)).fetchone()
-    db.execute("insert into group_history values (?, ?, ?, ?, ?, ?)", (app_id, group_hash, last + 1, at, what, detail))
-    db.execute("delete from group_history where app_id = ? and group_hash = ? and entry <= ?",
-               (app_id, group_hash, last + 1 - MAX_HISTORY))
-
-
-def move_triage(db: Any, app_id: int, group_hash: str, target: str) -> None:
-    """Moves the decision and the history of a group to the group `target`. A decision about the target stays."""
-    in_both, both = "app_id = ? and group_hash in (?, ?)", (app_id, group_hash, target)
-    entries = db.execute(f"select at, what, detail from group_history where {in_both} order by at, group_hash, entry",
-                         both).fetchall()[-MAX_HISTORY:]
-    decision = _read_decision(db, app_id, target) or _read_decision(db, app_id, group_hash)
-    for table in ("group_history", "triage"):
-        db.execute(f"delete from {table} where {in_both}", both)
-    write_rows(db, "insert into group_history values *",
-               [(app_id, target, number, *entry) for number, entry in enumerate(entries, 1)])
-    if decision:
-        _write_decision(db, app_id, target, decision)
-
-
-def with_build(version: str | None, build: str | None) -> str:
-    """A version with its build: 1.3.0 (48). Either may be missing."""
-    return " ".join(filter(None, (version, build and f"({build})")))
-
-
-def _split_build(text: str) -> tuple[str, str]:
-    """The version and the build of 1.3.0 (48), or "" for the build."""
-    match = re.fullmatch(r"(.*[^ ]) *\(([^()]+)\)", text)
-    return (match[1], match[2]) if match else (text, "")
-
-
-def _has_fix(version: str, build: str, fixed_in: str) -> bool | None:
-    """Whether a version and build is the one with the fix, or a later one. None: they cannot be compared."""
-    fixed_version, fixed_build = _split_build(fixed_in)
-    key, fixed_key = version_key(version), version_key(fixed_version)
-    if version == fixed_version or key[0] and key == fixed_key:
-        if fixed_build in ("", build):
-            return True
-        key, fixed_key = version_key(build), version_key(fixed_build)
-    return key > fixed_key if key[0] and fixed_key[0] else None
-
-
-def _first_seen(db: Any, app_id: int, version: str, build: str) -> int | None:
-    """When a build, or a version if `build` is "", was first seen in a report. Events name no build, so
-    the first build that a crash names is taken to be as old as its version."""
-    builds = dict(db.execute("select build_number, first_seen from builds where app_id = ? and app_version = ?",
-                             (app_id, version)).fetchall())
-    first_build = min(filter(None, builds), key=builds.__getitem__, default="")
-    return min(builds.values(), default=None) if build in ("", first_build) else builds.get(build)
-
-
-def _is_regression(db: Any, decision: Decision, crash: Any) -> bool:
-    """Whether a crash shows that a resolved group is not fixed. An old build that still crashes does not."""
-    app_id, build, since = crash.app_id, crash.build_number or "", decision.changed_at + 1
-    if not crash.app_version:  # which tells nothing, unless the app has no versions at all
-        return crash.at >= since and not db.execute("select 1 from releases where app_id = ?", (app_id,)).fetchone()
-    # The version that was sent: the crash may count under "(other)".
-    version, = db.execute("select app_version from crashes where seq = ?", (crash.seq,)).fetchone()
-    if decision.fixed_in:
-        version_alone, build_in_version = _split_build(version)
-        has_fix = _has_fix(version_alone, build or build_in_version, decision.fixed_in)
-        if has_fix is not None:
-            return has_fix
-        since = _first_seen(db, app_id, *_split_build(decision.fixed_in)) or MAX_NUMBER
-    seen = _first_seen(db, app_id, version, build)
-    if seen is None:  # the build is beyond MAX_BUILDS_OF_APP, or its version is not counted
-        seen, = db.execute("select coalesce(max(first_seen), 0) from releases where app_id = ? and app_version = ?",
-                           (app_id, version)).fetchone()
-    return bool(seen >= since)
-
-
-def _find_reopening(db: Any, now: int, decision: Decision, crashes: list[Any], devices: int) -> tuple[str, Any] | None:
-    """Returns "regressed" or "unmuted" and the crash that did it, or None. `devices` counts those new to the group."""
-    if decision.state == "resolved":  # of each build, a crash before the decision and one after it are enough
-        first_of_build = {(crash.app_version, crash.build_number, crash.at > decision.changed_at): crash
-                          for crash in reversed(crashes)}
-        for crash in sorted(first_of_build.values()):
-            if _is_regression(db, decision, crash):
-                return "regressed", crash
-        return None
-    if decision.until is not None and now > decision.until:
-        return "unmuted", crashes[0]
-    if decision.crashes_left is not None and decision.crashes_left <= len(crashes):
-        return "unmuted", crashes[decision.crashes_left - 1]
-    if decision.devices_left is not None and decision.devices_left <= devices:
-        return "unmuted", crashes[-1]
-    return None
-
-
-def update_triage(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], are_moved: bool = False) -> None:
-    """Reopens resolved and muted groups that crashed again, and writes the facts for alerts. Ignores test apps. Crashes
-    that were moved from another group can be a regression, but they are not new and end no mute."""
-    groups: dict[tuple[int, str], list[Any]] = defaultdict(list)
-    for crash in crashes:
-        groups[crash.app_id, crash.group_hash].append(crash)
-    devices_of, accepted = rollups.figures[Groups].devices, rollups.names.accepted
-    # Nothing can happen to an open group that is not new and has no new device.
-    keys = [(*key, int(devices_of[key] > 0 or (key[0], "group_hash", key[1]) in accepted)) for key in groups]
-    for app_id, group_hash, crash_count, device_count, exception_type, place, *triage in rows_of(db, f"""
-            select column1, column2, crashes, devices, exception_type, coalesce(place, ''),
-                {", ".join(Decision._fields)}
-            from (values *) as keys
-            cross join apps on apps.id = column1 and is_test = 0
-            cross join groups on groups.app_id = column1 and groups.group_hash = column2
-            left join triage on triage.app_id = column1 and triage.group_hash = column2
-            where column3 > 0 or state <> 'open'""", keys):
-        decision, stored, new_devices = Decision(*triage), groups[app_id, group_hash], devices_of[app_id, group_hash]
-        facts = []
-        if decision.state == "resolved" or decision.state == "muted" and not are_moved:
-            reopening = _find_reopening(db, now, decision, stored, new_devices)
-            if not reopening:
-                if decision.crashes_left or decision.devices_left:
-                    db.execute("""
-                        update triage set crashes_left = crashes_left - ?, devices_left = devices_left - ?
-                        where app_id = ? and group_hash = ?""", (len(stored), new_devices, app_id, group_hash))
-                continue
-            _reopen(db, now, decision, *reopening)
-            facts.append(reopening)
-        elif not decision.state and (app_id, "group_hash", group_hash) in accepted:
-            facts.append(("new", stored[0]))
-        has_spread = any(device_count - new_devices < bound <= device_count for bound in SPREAD_BOUNDS)
-        if has_spread and group_hash != OTHER and not are_moved:
-            facts.append(("spread", stored[-1]))
-        for what, crash in facts:
-            note_fact(db, "crash." + what, app_id, now, group_hash, exception_type=exception_type, place=place,
-                      app_version=crash.app_version, build_number=crash.build_number, crashes=crash_count,
-                      devices=device_count, fixed_in=decision.fixed_in if what == "regressed" else None)
-
-
-def _reopen(db: Any, now: int, decision: Decision, what: str, crash: Any) -> None:
-    """Opens a group again, and names the crash that did it in its history."""
-    after = Decision("open", now, decision.fixed_in, regressed_at=now if what == "regressed" else decision.regressed_at)
-    _write_decision(db, crash.app_id, crash.group_hash, after)
-    version = f" in {with_build(crash.app_version, crash.build_number)}" if crash.app_version else ""
-    _add_history(db, crash.app_id, crash.group_hash, now, what, f"crash {crash_id(crash.seq)}{version}")
-
-
-def note_fact(db: Any, kind: str, app_id: int, at: int, group_hash: str | None, **detail: Any) -> None:
-    """Writes a fact in the current transaction, if there is a channel for it."""
-    db.execute("""
-        insert into facts (app_id, at, kind, group_hash, detail) select ?, ?, ?, ?, ?
-        where exists (select 1 from channels where ended_at is null)
-        """, (app_id, at, kind, group_hash, to_json(detail)))
-
-
 # == Figures ===================================================================
 # What the server counts. Each figure is a class: its tables, how reports count in it, and the questions it answers. A
 # report counts by 1 when it is stored and by -1 when its device is forgotten, in the same transaction, so each sum
@@ -2251,19 +2016,6 @@ create table groups (
             update groups set (crashes, devices, came_at) = (
                 select count(*), count(distinct device_id_hash), coalesce(min(received_at), groups.came_at)
                 from crashes where app_id = groups.app_id and group_hash = groups.group_hash)""")
-
-    @staticmethod
-    def rename(db: Any, app_id: int, group_hash: str, target: str) -> None:
-        """Makes a group whose crashes have all moved an alias of the group `target`."""
-        if not db.execute("""
-                select 1 from apps where id = ? and not exists (
-                    select 1 from crashes where app_id = apps.id and group_hash = ?)""",
-                          (app_id, group_hash)).fetchone():
-            return
-        db.execute("update group_aliases set target = ? where app_id = ? and target = ?", (target, app_id, group_hash))
-        db.execute("delete from group_aliases where app_id = ? and group_hash = ?", (app_id, target))
-        upsert(db, "group_aliases", [(app_id, group_hash, target)], "target = excluded.target")
-        move_triage(db, app_id, group_hash, target)
 
     @staticmethod
     def most_frequent(db: Any, app: int | None, days: range, limit: int = 5) -> list[JsonObject]:
@@ -2996,6 +2748,262 @@ def dict_rows(db: Any, query: str, parameters: Any = ()) -> list[JsonObject]:
     rows = db.execute(query, parameters)
     names = [column[0] for column in rows.description]
     return [dict(zip(names, row)) for row in rows]
+
+
+# == Triage ====================================================================
+# What people decide about a group, how a new crash undoes it, and the facts that are worth an alert. All of it is
+# written in the transaction that stores the crash.
+
+FACT_KINDS = {  # each with whether a channel gets it by default
+    "crash.new": True, "crash.regressed": True, "crash.unmuted": True, "crash.spread": False,
+    "release.worse": False, "digest": False}
+STATES = {"open": "opened", "resolved": "resolved", "muted": "muted"}  # each with its verb in the history
+CONDITIONS = {  # each with the state that it belongs to, its column, and its text in the history
+    "fixed_in": ("resolved", "fixed_in", "in {}"), "until": ("muted", "until", "until {}"),
+    "more_crashes": ("muted", "crashes_left", "for {} more crashes"),
+    "more_devices": ("muted", "devices_left", "for {} more devices")}
+TRIAGE_FIELDS = ("state", *CONDITIONS, "comment")  # of a PATCH
+MAX_HISTORY, MAX_COMMENT = 100, 5000  # entries of a group that are kept, and characters of one
+SPREAD_BOUNDS = (10, 100, 1000)  # a group that reaches so many devices is a fact
+Decision = namedtuple("Decision", "state changed_at fixed_in until crashes_left devices_left regressed_at",
+                      defaults=(None, None, None, None, None))  # a row of triage
+
+
+def parse_triage(fields: JsonObject, now: int) -> JsonObject:
+    """Reads a PATCH of a group; times become milliseconds. Raises Refusal, also for a typo: it must not do nothing."""
+    if unknown := [name for name in fields if name not in TRIAGE_FIELDS]:
+        raise Refusal("invalid field", detail=f"{unknown[0][:MAX_TEXT]!r} is none of {', '.join(TRIAGE_FIELDS)}")
+    if not fields:
+        raise Refusal("missing state", detail=f"there is none of {', '.join(TRIAGE_FIELDS)}")
+    changes = {}
+    for name, value in fields.items():
+        try:
+            changes[name] = None if value is None and name in CONDITIONS else _triage_value(name, value, now)
+        except ValueError as error:
+            raise Refusal(f"invalid {name}", detail=f"{name} {error}") from None
+    return changes
+
+
+def _triage_value(name: str, value: Any, now: int) -> Any:
+    if name.startswith("more_"):
+        if type(value) is not int or not 1 <= value < 1 << 31:
+            raise ValueError(f"is not a whole number from 1 to {(1 << 31) - 1}")
+        return value
+    if name == "state" and value not in tuple(STATES):
+        raise ValueError(f"is none of {', '.join(STATES)}")
+    if type(value) is not str or not value.strip():
+        raise ValueError("is empty or not text")
+    if name != "until":
+        return value.strip()[:MAX_TEXT if name == "fixed_in" else MAX_COMMENT]
+    until = parse_occurred_at(value)
+    if until <= now:
+        raise ValueError("is over")
+    return until
+
+
+def decide(db: Any, app_id: int, group_hash: str, changes: JsonObject, now: int) -> None:
+    """Applies what parse_triage returned to a group. Raises Refusal for a condition that belongs to another state."""
+    before = after = _read_decision(db, app_id, group_hash) or Decision("open", now)
+    state = changes.get("state", before.state)
+    conditions, texts = {}, []
+    for name, (state_of_condition, column, text) in CONDITIONS.items():
+        value = changes.get(name)
+        if value is not None and state != state_of_condition:
+            raise Refusal(f"invalid {name}", detail=f'it goes with "state": "{state_of_condition}"')
+        if value is not None:
+            texts.append(text.format(iso_time(value) if name == "until" else value))
+        if name in changes:
+            conditions[column] = value
+    if "state" in changes:
+        after = Decision(state, now, regressed_at=None if state == "resolved" else before.regressed_at)
+    if "state" in changes or conditions:
+        after = after._replace(changed_at=now, **conditions)
+        if state != "open" or before.state != "open":
+            _add_history(db, app_id, group_hash, now, STATES[state], " or ".join(texts) or None)
+    _write_decision(db, app_id, group_hash, after)
+    if "comment" in changes:
+        _add_history(db, app_id, group_hash, now, "commented", changes["comment"])
+
+
+def _read_decision(db: Any, app_id: int, group_hash: str) -> Decision | None:
+    row = db.execute(f"select {', '.join(Decision._fields)} from triage where app_id = ? and group_hash = ?",
+                     (app_id, group_hash)).fetchone()
+    return Decision(*row) if row else None
+
+
+def _write_decision(db: Any, app_id: int, group_hash: str, decision: Decision) -> None:
+    upsert(db, "triage", [(app_id, group_hash, *decision)],
+           ", ".join(f"{column} = excluded.{column}" for column in Decision._fields))
+
+
+def _add_history(db: Any, app_id: int, group_hash: str, at: int, what: str, detail: str | None) -> None:
+    """Adds an entry, and deletes the oldest one beyond MAX_HISTORY."""
+    last, = db.execute("select coalesce(max(entry), 0) from group_history where app_id = ? and group_hash = ?",
+                       (app_id, group_hash)).fetchone()
+    db.execute("insert into group_history values (?, ?, ?, ?, ?, ?)", (app_id, group_hash, last + 1, at, what, detail))
+    db.execute("delete from group_history where app_id = ? and group_hash = ? and entry <= ?",
+               (app_id, group_hash, last + 1 - MAX_HISTORY))
+
+
+def move_triage(db: Any, app_id: int, group_hash: str, target: str) -> None:
+    """Moves the decision and the history of a group to the group `target`. A decision about the target stays."""
+    in_both, both = "app_id = ? and group_hash in (?, ?)", (app_id, group_hash, target)
+    entries = db.execute(f"select at, what, detail from group_history where {in_both} order by at, group_hash, entry",
+                         both).fetchall()[-MAX_HISTORY:]
+    decision = _read_decision(db, app_id, target) or _read_decision(db, app_id, group_hash)
+    for table in ("group_history", "triage"):
+        db.execute(f"delete from {table} where {in_both}", both)
+    write_rows(db, "insert into group_history values *",
+               [(app_id, target, number, *entry) for number, entry in enumerate(entries, 1)])
+    if decision:
+        _write_decision(db, app_id, target, decision)
+
+
+def rename_group(db: Any, app_id: int, group_hash: str, target: str) -> None:
+    """Makes a group whose crashes have all moved an alias of the group `target`."""
+    if not db.execute("""
+            select 1 from apps where id = ? and not exists (
+                select 1 from crashes where app_id = apps.id and group_hash = ?)""",
+                      (app_id, group_hash)).fetchone():
+        return
+    db.execute("update group_aliases set target = ? where app_id = ? and target = ?", (target, app_id, group_hash))
+    db.execute("delete from group_aliases where app_id = ? and group_hash = ?", (app_id, target))
+    upsert(db, "group_aliases", [(app_id, group_hash, target)], "target = excluded.target")
+    move_triage(db, app_id, group_hash, target)
+
+
+def missing_group(db: Any, app: str | None, group_hash: str) -> Refusal:
+    """Returns the refusal for an unknown group, which says where its crashes are now if they were moved."""
+    alias = db.execute("""
+        select target from group_aliases
+        where app_id in (select id from apps where name = :app or :app is null and is_test = 0) and group_hash = :group
+        order by app_id limit 1""", {"app": app, "group": group_hash}).fetchone()
+    return GroupMoved(alias[0]) if alias else Refusal("not found")
+
+
+def with_build(version: str | None, build: str | None) -> str:
+    """A version with its build: 1.3.0 (48). Either may be missing."""
+    return " ".join(filter(None, (version, build and f"({build})")))
+
+
+def _split_build(text: str) -> tuple[str, str]:
+    """The version and the build of 1.3.0 (48), or "" for the build."""
+    match = re.fullmatch(r"(.*[^ ]) *\(([^()]+)\)", text)
+    return (match[1], match[2]) if match else (text, "")
+
+
+def _has_fix(version: str, build: str, fixed_in: str) -> bool | None:
+    """Whether a version and build is the one with the fix, or a later one. None: they cannot be compared."""
+    fixed_version, fixed_build = _split_build(fixed_in)
+    key, fixed_key = version_key(version), version_key(fixed_version)
+    if version == fixed_version or key[0] and key == fixed_key:
+        if fixed_build in ("", build):
+            return True
+        key, fixed_key = version_key(build), version_key(fixed_build)
+    return key > fixed_key if key[0] and fixed_key[0] else None
+
+
+def _first_seen(db: Any, app_id: int, version: str, build: str) -> int | None:
+    """When a build, or a version if `build` is "", was first seen in a report. Events name no build, so
+    the first build that a crash names is taken to be as old as its version."""
+    builds = dict(db.execute("select build_number, first_seen from builds where app_id = ? and app_version = ?",
+                             (app_id, version)).fetchall())
+    first_build = min(filter(None, builds), key=builds.__getitem__, default="")
+    return min(builds.values(), default=None) if build in ("", first_build) else builds.get(build)
+
+
+def _is_regression(db: Any, decision: Decision, crash: Any) -> bool:
+    """Whether a crash shows that a resolved group is not fixed. An old build that still crashes does not."""
+    app_id, build, since = crash.app_id, crash.build_number or "", decision.changed_at + 1
+    if not crash.app_version:  # which tells nothing, unless the app has no versions at all
+        return crash.at >= since and not db.execute("select 1 from releases where app_id = ?", (app_id,)).fetchone()
+    # The version that was sent: the crash may count under "(other)".
+    version, = db.execute("select app_version from crashes where seq = ?", (crash.seq,)).fetchone()
+    if decision.fixed_in:
+        version_alone, build_in_version = _split_build(version)
+        has_fix = _has_fix(version_alone, build or build_in_version, decision.fixed_in)
+        if has_fix is not None:
+            return has_fix
+        since = _first_seen(db, app_id, *_split_build(decision.fixed_in)) or MAX_NUMBER
+    seen = _first_seen(db, app_id, version, build)
+    if seen is None:  # the build is beyond MAX_BUILDS_OF_APP, or its version is not counted
+        seen, = db.execute("select coalesce(max(first_seen), 0) from releases where app_id = ? and app_version = ?",
+                           (app_id, version)).fetchone()
+    return bool(seen >= since)
+
+
+def _find_reopening(db: Any, now: int, decision: Decision, crashes: list[Any], devices: int) -> tuple[str, Any] | None:
+    """Returns "regressed" or "unmuted" and the crash that did it, or None. `devices` counts those new to the group."""
+    if decision.state == "resolved":  # of each build, a crash before the decision and one after it are enough
+        first_of_build = {(crash.app_version, crash.build_number, crash.at > decision.changed_at): crash
+                          for crash in reversed(crashes)}
+        for crash in sorted(first_of_build.values()):
+            if _is_regression(db, decision, crash):
+                return "regressed", crash
+        return None
+    if decision.until is not None and now > decision.until:
+        return "unmuted", crashes[0]
+    if decision.crashes_left is not None and decision.crashes_left <= len(crashes):
+        return "unmuted", crashes[decision.crashes_left - 1]
+    if decision.devices_left is not None and decision.devices_left <= devices:
+        return "unmuted", crashes[-1]
+    return None
+
+
+def update_triage(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], are_moved: bool = False) -> None:
+    """Reopens resolved and muted groups that crashed again, and writes the facts for alerts. Ignores test apps. Crashes
+    that were moved from another group can be a regression, but they are not new and end no mute."""
+    groups: dict[tuple[int, str], list[Any]] = defaultdict(list)
+    for crash in crashes:
+        groups[crash.app_id, crash.group_hash].append(crash)
+    devices_of, accepted = rollups.figures[Groups].devices, rollups.names.accepted
+    # Nothing can happen to an open group that is not new and has no new device.
+    keys = [(*key, int(devices_of[key] > 0 or (key[0], "group_hash", key[1]) in accepted)) for key in groups]
+    for app_id, group_hash, crash_count, device_count, exception_type, place, *triage in rows_of(db, f"""
+            select column1, column2, crashes, devices, exception_type, coalesce(place, ''),
+                {", ".join(Decision._fields)}
+            from (values *) as keys
+            cross join apps on apps.id = column1 and is_test = 0
+            cross join groups on groups.app_id = column1 and groups.group_hash = column2
+            left join triage on triage.app_id = column1 and triage.group_hash = column2
+            where column3 > 0 or state <> 'open'""", keys):
+        decision, stored, new_devices = Decision(*triage), groups[app_id, group_hash], devices_of[app_id, group_hash]
+        facts = []
+        if decision.state == "resolved" or decision.state == "muted" and not are_moved:
+            reopening = _find_reopening(db, now, decision, stored, new_devices)
+            if not reopening:
+                if decision.crashes_left or decision.devices_left:
+                    db.execute("""
+                        update triage set crashes_left = crashes_left - ?, devices_left = devices_left - ?
+                        where app_id = ? and group_hash = ?""", (len(stored), new_devices, app_id, group_hash))
+                continue
+            _reopen(db, now, decision, *reopening)
+            facts.append(reopening)
+        elif not decision.state and (app_id, "group_hash", group_hash) in accepted:
+            facts.append(("new", stored[0]))
+        has_spread = any(device_count - new_devices < bound <= device_count for bound in SPREAD_BOUNDS)
+        if has_spread and group_hash != OTHER and not are_moved:
+            facts.append(("spread", stored[-1]))
+        for what, crash in facts:
+            note_fact(db, "crash." + what, app_id, now, group_hash, exception_type=exception_type, place=place,
+                      app_version=crash.app_version, build_number=crash.build_number, crashes=crash_count,
+                      devices=device_count, fixed_in=decision.fixed_in if what == "regressed" else None)
+
+
+def _reopen(db: Any, now: int, decision: Decision, what: str, crash: Any) -> None:
+    """Opens a group again, and names the crash that did it in its history."""
+    after = Decision("open", now, decision.fixed_in, regressed_at=now if what == "regressed" else decision.regressed_at)
+    _write_decision(db, crash.app_id, crash.group_hash, after)
+    version = f" in {with_build(crash.app_version, crash.build_number)}" if crash.app_version else ""
+    _add_history(db, crash.app_id, crash.group_hash, now, what, f"crash {crash_id(crash.seq)}{version}")
+
+
+def note_fact(db: Any, kind: str, app_id: int, at: int, group_hash: str | None, **detail: Any) -> None:
+    """Writes a fact in the current transaction, if there is a channel for it."""
+    db.execute("""
+        insert into facts (app_id, at, kind, group_hash, detail) select ?, ?, ?, ?, ?
+        where exists (select 1 from channels where ended_at is null)
+        """, (app_id, at, kind, group_hash, to_json(detail)))
 
 
 # == Database ==================================================================
@@ -4227,7 +4235,7 @@ class Store(Apps):
             return
         db.execute("delete from regroupings where app_id = ? and group_hash = ?", (app_id, group))
         if target:
-            Groups.rename(db, app_id, group, target)
+            rename_group(db, app_id, group, target)
 
     def _crashes_after(self, db: Connection, *position: Any) -> list[int]:
         """The seqs of crashes of a group after a position, by the time of receipt. Each look-up goes through the whole
@@ -5453,15 +5461,6 @@ class Metrics:
         return answer
 
 
-def missing_group(db: Connection, app: str | None, group_hash: str) -> Refusal:
-    """Returns the refusal for an unknown group, which says where its crashes are now if they were moved."""
-    alias = db.execute("""
-        select target from group_aliases
-        where app_id in (select id from apps where name = :app or :app is null and is_test = 0) and group_hash = :group
-        order by app_id limit 1""", {"app": app, "group": group_hash}).fetchone()
-    return GroupMoved(alias[0]) if alias else Refusal("not found")
-
-
 def _group_json(group: JsonObject) -> JsonObject:
     """Turns a group, as _summary returns it, into an answer."""
     answer = {name: value for name, value in group.items() if name not in ("app_id", "came_at", "changed_at")}
@@ -5659,6 +5658,41 @@ def curl_line(url: str, key: str) -> str:
     return " \\\n    ".join([f"curl -X POST {url}/api/v1/crashes", '-H "Content-Type: application/json"',
                            f'-H "X-Backfeedr-Key: {key}"',
                            f"""-d '{{"exception_type": "SIGABRT", "occurred_at": "{now}"}}'"""])
+
+
+class RateLimitedRequests:
+    """Counts the requests that the rate limit refuses, and logs their number once a minute. All phones of an app share
+    its key; without this, only they would learn that they send too much."""
+
+    def __init__(self, store: Store):
+        self._store, self._lock, self._logged_at = store, threading.Lock(), 0
+        self._counts: Counter[tuple[bytes, int]] = Counter()  # by key and UTC day
+
+    def count(self, key_hash: bytes) -> None:
+        now = self._store.now
+        with self._lock:
+            self._counts[key_hash, now // DAY] += 1
+            if 0 <= now - self._logged_at < MINUTE:
+                return
+            self._logged_at = now
+        for text in self.today():
+            log.warning("%s", text)
+
+    def by_app(self, day: int | None = None) -> Counter[str]:
+        """Counts them by the name of their app, on a UTC day or since this process started."""
+        totals: Counter[str] = Counter()
+        with self._lock:
+            counts = list(self._counts.items())
+        apps = {bytes.fromhex(key.hash): key.app for key in self._store.keys()} if counts else {}
+        for (key_hash, counted_day), count in counts:
+            if day in (None, counted_day):
+                totals[apps.get(key_hash, "")] += count
+        return totals
+
+    def today(self, app: str | None = None) -> list[str]:
+        """Returns a warning for each app of which requests were refused today, or only for `app`."""
+        return [f"The rate limit refused {count:,} request{'s' * (count > 1)} of {name} today."
+                for name, count in sorted(self.by_app(self._store.now // DAY).items()) if name and app in (None, name)]
 
 
 # == Charts ====================================================================
@@ -7118,41 +7152,6 @@ class Backfeedr(Closing):
             except RecursionError:  # deeper than JSON can be written, though not than it can be read
                 raise Refusal("invalid JSON", detail="it is nested too deep") from None
             submission.idempotency = _idempotency(environ, signature, plain)
-
-
-class RateLimitedRequests:
-    """Counts the requests that the rate limit refuses, and logs their number once a minute. All phones of an app share
-    its key; without this, only they would learn that they send too much."""
-
-    def __init__(self, store: Store):
-        self._store, self._lock, self._logged_at = store, threading.Lock(), 0
-        self._counts: Counter[tuple[bytes, int]] = Counter()  # by key and UTC day
-
-    def count(self, key_hash: bytes) -> None:
-        now = self._store.now
-        with self._lock:
-            self._counts[key_hash, now // DAY] += 1
-            if 0 <= now - self._logged_at < MINUTE:
-                return
-            self._logged_at = now
-        for text in self.today():
-            log.warning("%s", text)
-
-    def by_app(self, day: int | None = None) -> Counter[str]:
-        """Counts them by the name of their app, on a UTC day or since this process started."""
-        totals: Counter[str] = Counter()
-        with self._lock:
-            counts = list(self._counts.items())
-        apps = {bytes.fromhex(key.hash): key.app for key in self._store.keys()} if counts else {}
-        for (key_hash, counted_day), count in counts:
-            if day in (None, counted_day):
-                totals[apps.get(key_hash, "")] += count
-        return totals
-
-    def today(self, app: str | None = None) -> list[str]:
-        """Returns a warning for each app of which requests were refused today, or only for `app`."""
-        return [f"The rate limit refused {count:,} request{'s' * (count > 1)} of {name} today."
-                for name, count in sorted(self.by_app(self._store.now // DAY).items()) if name and app in (None, name)]
 
 
 def first_start_text(created: GeneratedSecrets, url: str) -> str:
