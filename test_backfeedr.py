@@ -3707,7 +3707,8 @@ TAMPERED = [
       for column in columns for by in ("+ 1", "- 1"))]
 DAMAGED = [  # damage that is found although reports have expired
     ("crash_days", "update crash_days set crashes = crashes + 1000"),
-    *((table, f"delete from {table}") for table in ("labels", "devices", "active_days", "groups", "builds"))]
+    *((table, f"delete from {table}") for table in (
+        "labels", "devices", "active_days", "groups", "builds", "group_days", "event_names", "device_hours"))]
 
 
 @sqlite_only
@@ -3720,6 +3721,7 @@ def test_check_names_the_table_that_was_tampered_with(keeping, clock, later, mon
         later(server, A_DAY, type="session_start", **ends)
         add(server, type="session_end", **ends)
         add(server, device_id_hash="d")
+        add(server, type="custom", name="tap")
     server.store.prune()
     assert all(count(server, table) for table in dict(damages))
     server.close()
