@@ -44,8 +44,8 @@ The sections. Each uses only those above it, except that Dashboard uses Template
 To make a change, edit:
 
     add an endpoint             Backfeedr._routes, and a query in Metrics; a handler in Backfeedr if it is no GET
-    add a field to a report     REPORT_TABLES, _ADDED_COLUMNS and SCHEMA_VERSION; Crash or Event, and perhaps _CONVERTERS
-    add a figure                a class in FIGURES, with `check` in its SUMS; SCHEMA_VERSION; a query in Metrics, a route
+    add a field to a report     REPORT_TABLES, _ADDED_COLUMNS and SCHEMA_VERSION; Crash or Event, perhaps _CONVERTERS
+    add a figure                a class in FIGURES, `check` in its SUMS; SCHEMA_VERSION; a query in Metrics; a route
     add a page                  Dashboard.routes, a method there, a row of _TEMPLATES, and of _NAVIGATION for the menu
     add a command               a method do_... of Commands, and a row of _COMMANDS
     add a kind of channel       a function in Alerts, a row of CHANNELS, and perhaps check_address and Alerts.add
