@@ -111,8 +111,7 @@ log = logging.getLogger("backfeedr")
 
 
 # == Settings ==================================================================
-# Everything an operator can configure, with units and defaults. An invalid value is refused when the settings are made,
-# not when it is first used.
+# What an operator can configure. An invalid value is refused when the settings are made, not when it is first used.
 
 class SettingsError(ValueError):
     """A setting with an invalid value. `str()` is one line that names the setting."""
@@ -134,7 +133,7 @@ _KUBERNETES_VARIABLE = re.compile(r"(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)=.*|PORT(_
 
 @dataclass(frozen=True)
 class Settings:
-    """What an operator can configure. Raises SettingsError for an invalid value."""
+    """All settings, with their defaults and units. Raises SettingsError for an invalid value."""
 
     host: str = "127.0.0.1"
     port: int = 8080                                 # 0 takes a free one
@@ -467,7 +466,7 @@ _FRAME_FIELDS = {
     "offset": ("offset",), "address": ("address", "instruction_addr"),
     "image_base": ("image_base", "image_addr", "object_addr"), "path": ("path", "package")}
 _API_FRAME_FIELDS = {"frame", "symbol", "file", "line"}
-_SYSTEM_BINARY = re.compile(r"dyld|libobjc-trampolines\.dylib|libswift\w{0,40}\.dylib")  # not own code, wherever loaded
+_SYSTEM_BINARY = re.compile(r"dyld|libobjc-trampolines\.dylib|libswift\w{0,40}\.dylib")  # never own code
 # The system files of a simulator are below Xcode.app, too.
 _APP_PATH = re.compile(r"(?!/System/|/usr/|.*/(?:RuntimeRoot|Contents/Developer)/).*\.app(?:ex)?/", re.S)
 _NAME_AND_OFFSET = re.compile(r"(.*) \+ ([0-9]{1,18})")
@@ -507,7 +506,7 @@ class Frame(NamedTuple):
 
 def read_frame(frame: Mapping[str, Any]) -> Frame:
     """A frame from its JSON object. The symbol that a device gives to the app's own code in a known build is not
-    trusted: in a stripped binary, it is an earlier function's. `symbolicated` marks one that comes from symbols."""
+    trusted: in a stripped binary, it is an earlier function's. `symbolicated` marks one that can be trusted."""
     if frame.keys() <= _API_FRAME_FIELDS:
         symbol, file = _string(frame.get("symbol")), _string(frame.get("file"))
         return _cached_frame(symbol, file) if len(symbol) + len(file) < 200 else _make_frame(symbol, file)
@@ -815,7 +814,7 @@ def parse_crash(sent: JsonObject) -> Crash:
 
 
 def own_frame_names(frames: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
-    """The names and files of the first 20 frames of the app's own code: name, file, name, file, and so on."""
+    """The name and then the file of each of the first 20 frames of the app's own code."""
     own = islice((frame for frame in map(read_frame, frames) if frame.is_own), 20)
     return tuple(name for frame in own for name in (frame.title, frame.file))
 
@@ -1004,9 +1003,9 @@ def _json_size(value: Any) -> int:
 
 
 # == Apple formats =============================================================
-# Apple's reports in, the crashes and events of Payloads out, by pure functions. The content tells which format it
-# is. Each diagnostic becomes a JSON object like those of our own clients, and is converted, cut and grouped like them.
-# What could identify a phone or a person is left out.
+# Apple's reports in, the crashes and events of Payloads out, by pure functions. The content tells which format it is.
+# Each diagnostic becomes a JSON object like those of our own clients, and is converted, cut and grouped like them. What
+# could identify a phone or a person is left out.
 
 UNKNOWN_FORMAT = "unknown report format"
 MACH_EXCEPTIONS = {
@@ -1281,8 +1280,7 @@ def _code_name(names: Mapping[int, str], code: Any) -> str:
 
 
 def _metrickit_trace(tree: JsonObject, is_crash: bool) -> list[JsonObject]:
-    """The frames of the thread in question as a flat list, the innermost first. In a tree of samples, they are the path
-    that most samples took."""
+    """The frames of the thread in question, innermost first. In a tree of samples, the path that most samples took."""
     stacks = _member_objects(tree, "callStacks") or _member_objects(tree, "callStackThreads")
     stack = next((stack for stack in stacks if stack.get("threadAttributed") is True), stacks[0] if stacks else {})
     frames, path = _member_objects(stack, "callStackRootFrames") or _member_objects(stack, "rootFrames"), []
@@ -1403,7 +1401,7 @@ def _crash_text_stack(text: str) -> JsonObject:
     if section[:1] == "(":  # the backtrace of an exception without symbols is one line of addresses
         lines = [("", digits, "") for digits in re.findall(r"0x([0-9a-f]{1,16})\b", section)]
     starts, frames, images = sorted(images_by_start), list[JsonObject](), list[JsonObject]()
-    for binary, digits, place in lines[:2000]:  # Apple's tools write 512
+    for binary, digits, place in lines[:2000]:  # Apple's tools write up to 512
         address, match = int(digits, 16), _CRASH_SYMBOL.fullmatch(place.strip())
         start = starts[bisect_right(starts, address) - 1] if starts else 0
         end, image = images_by_start.get(start, (0, {}))
@@ -1447,8 +1445,8 @@ def verify(key: bytes, timestamp: bytes, signature: bytes, body: bytes, now: int
 # the turn of a minute. At most `limit` times are kept for a key, and only existing keys get here.
 
 class RateLimiter:
-    """Allows each key `limit` requests in any `window` of seconds; a limit of 0 allows all. Thread-safe. `clock` gives
-    seconds and must never run backwards."""
+    """Allows each key `limit` requests in any span of `window` seconds; a limit of 0 allows all. Thread-safe. `clock`
+    gives seconds and must never run backwards."""
 
     waits = False  # a limiter whose `allow` waits for another host sets True, so that requests are checked in parallel
 
@@ -1471,7 +1469,7 @@ class RateLimiter:
             return True
 
     def retry_after(self, key: bytes) -> int:
-        """Whole seconds, at least 1, until the key may send again."""
+        """The seconds until the key may send again: a whole number, at least 1."""
         with self._lock:
             times = self._times[key]
             return max(1, math.ceil(times[0] + self.window - self._clock())) if times else 1
@@ -1584,8 +1582,7 @@ def _are_integers(values: Sequence[Any], low: int, high: int) -> bool:
 def encode_page(strings: Sequence[str], frames: Sequence[int], rows: Sequence[int]) -> bytes:
     """A page as it is stored. `rows` are pairs: the distance from the previous row, in bytes, and the index of a frame,
     or -1. `frames` are quadruples: the index of the name in `strings`; that of the file, or -1; the line, or 0; and the
-    index of the frame that this one is inlined in, or -1. Numbers are binary, because a look-up in JSON takes three
-    times as long."""
+    index of the frame it is inlined in, or -1. Numbers are binary: a look-up in JSON takes three times as long."""
     numbers = struct.pack(f"<2I{len(frames)}i{len(rows)}i", len(frames), len(rows), *frames, *rows)
     return zlib.compress(numbers + to_json(strings).encode())
 
@@ -1678,8 +1675,8 @@ def _read_page(db: Any, uuid: str, first: int) -> tuple[Sequence[int], Sequence[
 # == Figures ===================================================================
 # What the server counts. Each figure is a class: its tables, how reports count in it, and the questions it answers. A
 # report counts by 1 when it is stored and by -1 when its device is forgotten, in the same transaction, so each sum
-# equals a count over the rows. When reports expire, lasting sums stay as they are; everything else describes the
-# reports that are kept. `check` counts everything again.
+# equals a count over the rows. When reports expire, lasting sums, medians and builds stay as they are; everything else
+# describes the reports that are kept. The command `check` counts everything again.
 
 ALL_DAYS = -1_000_000  # the `day` of a label's sum over all days
 WEEK = 7               # days of the overview, ending today
@@ -1762,7 +1759,7 @@ def sums_per_day(db: Any, app: int | None, days: range, table: str, *columns: st
 class Figure:
     """One figure in one transaction."""
 
-    TABLES = ""  # the statements that make its tables other than sums; they describe the reports that are kept
+    TABLES = ""  # the statements that make its tables, other than those of sums
     SUMS: Mapping[str, Sums] = {}
     COUNTS: tuple[type, ...] = (Crash,)  # the kinds of reports that count in it
 
@@ -2086,8 +2083,8 @@ create view releases as
 
     @staticmethod
     def pairs(db: Any, app: int | None) -> list[ReleasePair]:
-        """Each release that has a previous one, with it: the highest lower version that was seen earlier. So neither an
-        old version that comes late nor one that is not a release, such as 99.0, hides the others."""
+        """Each release that has a previous one, and that one: the highest lower version that was seen earlier. So
+        neither an old version that comes late nor one that is not a release, such as 99.0, hides the others."""
         earlier: dict[int, list[Row]] = defaultdict(list)  # by app_id; in the order of versions
         pairs = []
         rows = db.execute(f"""
@@ -2175,14 +2172,14 @@ class Health(NamedTuple):
         return 1 - self.crashed / self.devices
 
     def wilson_interval(self, z: float) -> tuple[float, float]:
-        """Wilson's interval of the share, `z` standard deviations to each side."""
+        """Wilson's confidence interval of the share, `z` standard deviations to each side."""
         z2 = z ** 2 / self.devices
         half = math.sqrt(z2 * (self.share * (1 - self.share) + z2 / 4))
         return (self.share + z2 / 2 - half) / (1 + z2), (self.share + z2 / 2 + half) / (1 + z2)
 
 
 Z_95 = 1.96  # standard deviations to each side, for a confidence of 95 %
-Z_99 = 2.58  # 99 %, for alerts: checked each hour, 95 % would in time call one in six equal releases worse
+Z_99 = 2.58  # 99 %, for alerts: with a check each hour, 95 % would in time call one in six equal releases worse
 MAX_HALF_WIDTH = 0.05  # of an interval that is narrow enough to say that there is no difference
 MIN_DEVICES, ENOUGH_DEVICES = 20, 50  # that each release needs: for a verdict; for `no difference seen` and an alert
 
@@ -2243,7 +2240,7 @@ class Session(NamedTuple):
 
     @property
     def duration(self) -> int | None:
-        """Milliseconds. None if start or end is unknown, or if they are not within a day because a clock was set."""
+        """Milliseconds. None if start or end is unknown, or the end is not within a day of it, as a clock was set."""
         length = (self.ended_at or 0) - (self.started_at or 0)
         return length if self.started_at and self.ended_at and 0 <= length <= DAY else None
 
@@ -3089,7 +3086,7 @@ class Connection(sqlite3.Connection):
 
 
 def get_state(db: sqlite3.Connection, name: str, default: int) -> int:
-    """A value from the table `state`."""
+    """A value from the table `state`, or the default."""
     return int((db.execute("select value from state where name = ?", (name,)).fetchone() or (default,))[0])
 
 
@@ -3191,8 +3188,8 @@ class Database(Closing):
                 yield db
                 db.execute("commit")
             except BaseException as error:
-                # Closing rolls back. After an error SQLite may have done so by itself, and then each further
-                # statement would be a transaction of its own.
+                # Closing rolls back. After an error, SQLite may have done so by itself, and then each further statement
+                # would be a transaction of its own.
                 process.close_writer()
                 if isinstance(error, self.Error):
                     raise self._unavailable("write", error) from error
@@ -3233,8 +3230,8 @@ class Database(Closing):
             raise self._unavailable("use", ValueError(f"the clock of this host says {iso_time(self.now)}: set it"))
 
     def check(self) -> None:
-        """Raises StorageUnavailable if the file is gone or unreadable, or if the last write failed and a trial write
-        fails too."""
+        """Raises StorageUnavailable if the clock is wrong, the file is gone or unreadable, or the last write failed and a
+        trial write fails too."""
         self._check_clock()
         with self.reading() as db:
             self._check_file()
@@ -3515,7 +3512,7 @@ class Apps(Database):
             db.execute("delete from secrets where name = 'feed_token'")
 
     def grant(self, kind: str, lifetime: int) -> str:
-        """Creates a secret to stand for the admin token, for one kind of use and `lifetime` milliseconds; returns it."""
+        """Creates a secret in place of the admin token, for one kind of use and `lifetime` milliseconds; returns it."""
         secret = secrets.token_hex(16)
         with self.writing() as db:
             db.execute("delete from grants where expires_at <= ?", (self.now,))
@@ -3540,7 +3537,7 @@ class Apps(Database):
         return key_hash in self._process.active_keys
 
     def is_active_key(self, key_hash: bytes) -> bool:
-        """Whether the key with this SHA-256 is active, by the database."""
+        """Whether the key with this SHA-256 is active. Reads the database."""
         with self.reading() as db:
             is_active = db.execute("select 1 from keys where key_hash = ? and revoked_at is null",
                                    (key_hash,)).fetchone() is not None
@@ -3673,7 +3670,7 @@ class CommitQueue:
 
     def __init__(self, submissions: Sequence[Submission] = ()) -> None:
         self.submissions = list(submissions)
-        self.full = threading.Event()  # set when as long as the last queue: most clients of that one have sent again
+        self.full = threading.Event()  # set at the length of the last queue: most of its clients have sent again
         self.thread_locks: list[threading.Lock] = []  # one per waiting thread: one Event for all is 10 % slower
 
     def join(self, submissions: Sequence[Submission], max_waiters: int, max_rows: int) -> None:
