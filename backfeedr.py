@@ -896,7 +896,7 @@ def _parse_usual_events(events: list[JsonObject]) -> list[Event]:
 
 def _convert(sent: JsonObject, converters: Converters, max_size: int) -> list[Any]:
     """The values to store: one for each field, None if it is absent, and last the unknown fields as JSON. A report of
-    more than `max_size` bytes is cut."""
+    more than `max_size` bytes is cut. Raises Refusal."""
     values: JsonObject = {**dict.fromkeys(converters), "extra": None}
     unknown, size = JsonObject(), 0
     for name, value in sent.items():
@@ -1061,7 +1061,7 @@ def parse_crash_body(body: bytes) -> Crash:
         raise
 
 
-def _is_apple_report(body: bytes) -> bool:  # also of a kind that is not supported
+def _is_apple_report(body: bytes) -> bool:  # whether or not its kind is supported
     try:
         parse_diagnostics(body, now=0)
     except Refusal as refusal:
@@ -1642,7 +1642,7 @@ class Symbols:
         for frame in frames:
             read, functions = read_frame(frame), list[Function]()
             if read.uuid and read.offset is not None and not read.file and self.is_held(read.uuid):
-                instruction = read.uuid, max(0, read.offset - int(is_return_address))  # of the call itself
+                instruction = read.uuid, max(0, read.offset - int(is_return_address))  # the call, not what follows it
                 if instruction in self._functions or self.lookups < max_lookups:
                     functions = self.lookup(*instruction)
             if not functions:
@@ -1686,7 +1686,7 @@ HOURS_KEPT = 48        # hours for which device_hours are kept
 NAME_DAYS = KEY_DAYS = 90  # days for which events by name, and requests by key, are kept
 HEALTH_DAYS = 90       # the age up to which a release is compared with the previous one
 TRIM_STEP = 1000       # rows that one step of `trim` deletes from a table
-MAX_RELEASES, MAX_BUILDS_OF_APP = 1000, 2000
+MAX_RELEASES, MAX_BUILDS_OF_APP = 1000, 2000  # of each app
 MAX_ANSWER = 60_000    # bytes of JSON for the rows of a public answer, so that the whole answer stays below 64 kB
 
 OTHER = "(other)"      # stands for new names beyond these limits, which are per app and UTC day
@@ -2630,7 +2630,7 @@ class RollUps:
         self._is_expiry = False
 
     def add(self, table: str, *key: Any, **counts: int) -> None:
-        """Adds to the sums of a row, unless its window is over. A row is deleted when all its sums are 0."""
+        """Adds to the sums of a row, unless its window is over or they outlast an expiry. A row of zeros is deleted."""
         sums = SUMS[table]
         if self._is_expiry and sums.lasts:
             return
@@ -3033,7 +3033,7 @@ class Connection(sqlite3.Connection):
         super().__init__(f"{path.as_uri()}?mode={mode}", uri=True, timeout=BUSY_TIMEOUT,
                          isolation_level=None, check_same_thread=False, cached_statements=CACHED_STATEMENTS)
         self.execute("pragma synchronous = full")  # NORMAL may lose acknowledged commits in a power failure
-        self.execute("pragma secure_delete = on")  # overwrite what is deleted
+        self.execute("pragma secure_delete = on")  # overwrites what is deleted
         self.execute("pragma journal_size_limit = 16000000")  # bytes that a WAL may keep after its peak
         # In KiB. There is one writer, but as many readers as busy threads.
         self.execute(f"pragma cache_size = {-512 if query_only else -8192}")
@@ -3230,8 +3230,8 @@ class Database(Closing):
             raise self._unavailable("use", ValueError(f"the clock of this host says {iso_time(self.now)}: set it"))
 
     def check(self) -> None:
-        """Raises StorageUnavailable if the clock is wrong, the file is gone or unreadable, or the last write failed and a
-        trial write fails too."""
+        """Raises StorageUnavailable if the clock is wrong, the file is gone or unreadable, or the last write failed and
+        a trial write fails too."""
         self._check_clock()
         with self.reading() as db:
             self._check_file()
