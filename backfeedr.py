@@ -466,7 +466,7 @@ _FRAME_FIELDS = {
     "offset": ("offset",), "address": ("address", "instruction_addr"),
     "image_base": ("image_base", "image_addr", "object_addr"), "path": ("path", "package")}
 _API_FRAME_FIELDS = {"frame", "symbol", "file", "line"}
-_SYSTEM_BINARY = re.compile(r"dyld|libobjc-trampolines\.dylib|libswift\w{0,40}\.dylib")  # never own code
+_SYSTEM_BINARY = re.compile(r"dyld|libobjc-trampolines\.dylib|libswift\w{0,40}\.dylib")  # system code, wherever loaded
 # The system files of a simulator are below Xcode.app, too.
 _APP_PATH = re.compile(r"(?!/System/|/usr/|.*/(?:RuntimeRoot|Contents/Developer)/).*\.app(?:ex)?/", re.S)
 _NAME_AND_OFFSET = re.compile(r"(.*) \+ ([0-9]{1,18})")
@@ -990,7 +990,7 @@ def _beginning(value: Any, max_size: int) -> Any:
 
 
 def _limit_length(value: Any, spare_frames: int = 0) -> Any:
-    """The first and last frames of a long stack trace, or the first MAX_FIELDS fields of an object."""
+    """The first and last frames of a long stack trace, the first MAX_FIELDS fields of an object, or the whole value."""
     if type(value) is list and len(value) > FIRST_FRAMES + LAST_FRAMES:
         return value[:FIRST_FRAMES] + value[-LAST_FRAMES - spare_frames:]
     if type(value) is dict and len(value.keys() - {"truncated"}) > MAX_FIELDS:
@@ -2083,8 +2083,8 @@ create view releases as
 
     @staticmethod
     def pairs(db: Any, app: int | None) -> list[ReleasePair]:
-        """Each release that has a previous one, and that one: the highest lower version that was seen earlier. So
-        neither an old version that comes late nor one that is not a release, such as 99.0, hides the others."""
+        """Each release with its previous one, if any: the highest lower version that was seen earlier. So neither an
+        old version that comes late nor one that is not a release, such as 99.0, hides the others."""
         earlier: dict[int, list[Row]] = defaultdict(list)  # by app_id; in the order of versions
         pairs = []
         rows = db.execute(f"""
@@ -2413,7 +2413,7 @@ create table device_versions (
         self._spans: Counter[Row] = Counter()  # devices by app_id, column of active_days, first day, day after the last
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        """Ignores the reports of a forgotten device: `forget` takes it out as a whole."""
+        """Counts reports that are stored, but not those of a forgotten device: `forget` takes it out as a whole."""
         runs = groupby(reports if by > 0 else (), attrgetter("app_id", "device_id_hash", "app_version"))
         times_of = attrgetter("at", "received_at")  # made only once, because runs may be short
         for (app_id, device, version), grouped in runs:
@@ -2762,7 +2762,7 @@ CONDITIONS = {  # each with the state that it belongs to, its column, and its te
     "more_devices": ("muted", "devices_left", "for {} more devices")}
 TRIAGE_FIELDS = ("state", *CONDITIONS, "comment")  # of a PATCH
 MAX_HISTORY, MAX_COMMENT = 100, 5000  # entries that are kept of a group, and characters of a comment
-SPREAD_BOUNDS = (10, 100, 1000)  # devices: that a group has reached this many is a fact
+SPREAD_BOUNDS = (10, 100, 1000)  # a fact is noted when a group reaches this many devices
 Decision = namedtuple("Decision", "state changed_at fixed_in until crashes_left devices_left regressed_at",
                       defaults=(None, None, None, None, None))  # a row of triage
 
@@ -3076,7 +3076,7 @@ class Connection(sqlite3.Connection):
         write_rows(self, f"insert into {table} ({', '.join(columns)}) values *", rows)
 
     def run_script(self, script: str) -> None:
-        """Runs statements that end with a semicolon and a line break. executescript() would commit first."""
+        """Runs statements that each end a line with a semicolon. executescript() would commit the transaction first."""
         for statement in script.split(";\n"):
             self.execute(statement)
 
