@@ -111,8 +111,7 @@ log = logging.getLogger("backfeedr")
 
 
 # == Settings ==================================================================
-# Everything an operator can configure, with units and defaults. An invalid value
-# is refused when the settings are made, not when it is first used.
+# What an operator can configure. An invalid value is refused when the settings are made, not when it is first used.
 
 class SettingsError(ValueError):
     """A setting with an invalid value. `str()` is one line that names the setting."""
@@ -127,22 +126,22 @@ _RANGES = {"port": (0, 65535), "rate_limit": (0, 1_000_000), "max_body_size": (1
 _TYPE_NAMES: dict[Any, str] = {str: "text", int: "a whole number", bool: "1 or 0"}
 _BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 _PREFIX = "BACKFEEDR_"
-# What Kubernetes sets for services named backfeedr and backfeedr-..., such as (BACKFEEDR_)PORT=tcp://10.0.0.1:80.
+# What Kubernetes sets for services named backfeedr or backfeedr-..., without the prefix: PORT=tcp://10.0.0.1:80.
 _KUBERNETES_VARIABLE = re.compile(r"(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)=.*|PORT(_[0-9]+_\w+)?=.*://.*"
                                   r"|PORT_[0-9]+_[A-Z]+_(PROTO|PORT|ADDR)=.*)")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What an operator can configure. Raises SettingsError for an invalid value."""
+    """All settings, with their defaults and units. Raises SettingsError for an invalid value."""
 
     host: str = "127.0.0.1"
     port: int = 8080                                 # 0 takes a free one
     db_path: str = "backfeedr.db"
-    api_key: str = field(default="", repr=False)     # a key of the app `default`; "": made at first start
-    auth_token: str = field(default="", repr=False)  # the admin token; "": made at first start
+    api_key: str = field(default="", repr=False)     # a key of the app `default`; "": generated at the first start
+    auth_token: str = field(default="", repr=False)  # the admin token; "": generated at the first start
     rate_limit: int = 100                            # requests per minute and key; 0 is off
-    max_body_size: int = 1_048_576                   # bytes, both compressed and decompressed
+    max_body_size: int = 1_048_576                   # bytes, before and after decompression
     retention_days: int = 90                         # since receipt; 0 keeps everything
     max_db_size: int = 0                             # bytes; above it, the oldest reports are deleted early; 0 is off
     require_signature: bool = False
@@ -197,7 +196,7 @@ class Settings:
 
 
 def _from_text(text: str, kind: type) -> Any:
-    """The value of a variable's text. Invalid text is returned as it is, for Settings to refuse."""
+    """The value that a variable's text stands for. Invalid text stays as it is, for Settings to refuse."""
     if kind is int and re.fullmatch("-?[0-9]{1,18}", text):
         return int(text)
     return _BOOLEANS.get(text.lower(), text) if kind is bool else text
@@ -208,7 +207,8 @@ def _from_text(text: str, kind: type) -> Any:
 # the API. Times are milliseconds since 1970 UTC. The tables of the figures are in the section Figures.
 #
 # `seq` is the time of receipt in milliseconds * 2^20 + a counter. The id of a report is its seq in hexadecimal, so it
-# takes no space and no index. Seqs are unique across files and ascend: inserts append, retention deletes at the front.
+# takes no space and needs no index. Seqs ascend, so inserts append and retention deletes at the front. A random part
+# keeps them unique across files.
 
 APPLICATION_ID = 0x62666472  # "bfdr" marks a file as ours
 SCHEMA_VERSION = 6
@@ -297,7 +297,7 @@ create index messages_by_time on messages (channel_id, created_at);
 
 
 # == Values ====================================================================
-# What a client may be told, and small conversions that many sections use.
+# Refusals, which tell a client what is wrong, and small conversions that many sections use.
 
 SECOND = 1000  # all times are in milliseconds
 MINUTE = 60 * SECOND
@@ -309,8 +309,8 @@ SEQ_BITS = 20  # for the counter of a seq within a millisecond
 
 
 class Refusal(Exception):
-    """A request that is refused. `str()` is the error that the client gets; `detail` helps its developer. The same
-    request may succeed after `retry_after` seconds."""
+    """A request that is refused. `str()` is the error that the client gets; `detail` helps its developer. If
+    `retry_after` is given, the same request may succeed after that many seconds."""
 
     def __init__(self, text: str, retry_after: int | None = None, detail: str = ""):
         super().__init__(text)
@@ -368,7 +368,7 @@ def parse_occurred_at(value: Any) -> int:
 
 
 def iso_time(time_ms: int) -> str:
-    """The RFC 3339 time in UTC. A time outside the years 1 to 9999 becomes the first or last moment of them."""
+    """The RFC 3339 time in UTC. A time outside the years 1 to 9999 becomes their first or last moment."""
     moment = datetime(1970, 1, 1) + timedelta(milliseconds=min(max(time_ms, MIN_TIME), MAX_TIME))
     return moment.isoformat(timespec="milliseconds" if time_ms % SECOND else "seconds") + "Z"
 
@@ -383,14 +383,14 @@ def exact_time(time_ms: int) -> str:
 
 
 def clock_ahead(latest: int, now: int) -> int:
-    """How many milliseconds a device's clock is ahead, given the latest time it sent. All reports of a request are
-    moved by this, so durations between them stay right."""
+    """How many milliseconds a device's clock is ahead, given the latest time it sent; 0 up to MAX_SKEW. All reports of
+    a request are moved by this, so durations between them stay right."""
     return latest - now if latest > now + MAX_SKEW else 0
 
 
 def counted_at(occurred_at: int, received_at: int, ahead_ms: int) -> int:
-    """The time at which a report is counted: the device's time, corrected by how far its clock is ahead; the time of
-    receipt if that clock was never set."""
+    """The time at which a report counts: the device's time, corrected by how far its clock is ahead; the time of
+    receipt if the result is not plausible, as from a clock that was never set."""
     corrected = occurred_at - ahead_ms
     return corrected if EARLIEST_PLAUSIBLE <= corrected <= received_at + MAX_SKEW else received_at
 
@@ -420,7 +420,7 @@ def new_key(is_test: bool) -> str:
 
 
 def key_prefix(key: str) -> str:
-    """The part of a key that may be shown: 8 of its 32 digits, or a third of a key that the operator chose."""
+    """The part of a key that may be shown: 8 of its 32 digits, or up to a third of a key that the operator chose."""
     return key[:16 if re.fullmatch("bf_(live|test)_[0-9a-f]{32}", key) else min(16, len(key) // 3)]
 
 
@@ -457,7 +457,7 @@ def _version_words(text: str) -> list[tuple[int, int, str]]:
 SYSTEM_BASE = 0x180000000  # Apple's own libraries are loaded from this address on, an app below it
 MAX_SYMBOL = 1000  # characters of a symbol that are used for grouping
 MAX_PATH = 1024  # Darwin's limit
-MAX_IMAGES = 4  # that are stored for a crash: builds whose symbols can name its frames
+MAX_IMAGES = 4  # builds stored with a crash: those whose symbols can name its frames
 
 # The fields of a frame, under our names and those of KSCrash, PLCrashReporter and Sentry.
 _FRAME_FIELDS = {
@@ -466,7 +466,7 @@ _FRAME_FIELDS = {
     "offset": ("offset",), "address": ("address", "instruction_addr"),
     "image_base": ("image_base", "image_addr", "object_addr"), "path": ("path", "package")}
 _API_FRAME_FIELDS = {"frame", "symbol", "file", "line"}
-_SYSTEM_BINARY = re.compile(r"dyld|libobjc-trampolines\.dylib|libswift\w{0,40}\.dylib")  # not own code, wherever loaded
+_SYSTEM_BINARY = re.compile(r"dyld|libobjc-trampolines\.dylib|libswift\w{0,40}\.dylib")  # system code, wherever loaded
 # The system files of a simulator are below Xcode.app, too.
 _APP_PATH = re.compile(r"(?!/System/|/usr/|.*/(?:RuntimeRoot|Contents/Developer)/).*\.app(?:ex)?/", re.S)
 _NAME_AND_OFFSET = re.compile(r"(.*) \+ ([0-9]{1,18})")
@@ -488,25 +488,25 @@ class Frame(NamedTuple):
 
     @property
     def title(self) -> str:
-        """The name that people are shown."""
+        """The name that is shown to people."""
         return self.symbol or (f"{self.binary} + {self.offset}" if self.binary and self.offset is not None else "")
 
     @property
     def needs_symbols(self) -> bool:
-        """Whether the symbols of its build can name it."""
+        """Whether it has no trusted name, but the symbols of its build could give it one."""
         return bool(self.uuid and self.offset is not None and self.is_own is not False and not self.has_trusted_name)
 
     @property
     def label(self) -> str:
-        """What identifies it in a group: its name, or its build and offset."""
+        """The text by which groups tell frames apart: its name, or its build and offset."""
         if self.has_trusted_name and self.symbol or self.offset is None:
             return canonical_name(self.symbol[:MAX_SYMBOL]) or ("" if self.file else self.binary)
         return f"{self.uuid or self.binary}+{self.offset}"
 
 
 def read_frame(frame: Mapping[str, Any]) -> Frame:
-    """Reads the JSON object of a frame. The symbol that a device gives to the app's own code in a known build is not
-    trusted: in a stripped binary, it is an earlier function's. `symbolicated` marks one from uploaded symbols."""
+    """A frame from its JSON object. The symbol that a device gives to the app's own code in a known build is not
+    trusted: in a stripped binary, it is an earlier function's. `symbolicated` marks one that can be trusted."""
     if frame.keys() <= _API_FRAME_FIELDS:
         symbol, file = _string(frame.get("symbol")), _string(frame.get("file"))
         return _cached_frame(symbol, file) if len(symbol) + len(file) < 200 else _make_frame(symbol, file)
@@ -528,12 +528,12 @@ def _first_value(frame: Mapping[str, Any], field: str) -> Any:
 
 def _make_frame(symbol: str, file: str, binary: str = "", path: str = "", uuid: str = "", offset: int | None = None,
                 base: int | None = None, is_own: bool | None = None, is_symbolicated: bool = False) -> Frame:
-    """A Frame. What is missing is derived from the rest."""
+    """A frame in which missing fields are derived from the others."""
     if line := _CALL_STACK_LINE.fullmatch(symbol):
         binary, symbol = binary or line[1] or "", line[2]
     if match := _NAME_AND_OFFSET.fullmatch(symbol):
         name, distance = match[1], int(match[2])
-        could_be_binary = not binary and distance > 4096 and re.fullmatch(r"[\w. -]+", name)  # no function is so long
+        could_be_binary = not binary and distance > 4096 and re.fullmatch(r"[\w. -]+", name)  # no function is this long
         if name == binary or _PLACEHOLDER.fullmatch(name) or could_be_binary:
             symbol, binary = "", binary or name
             offset = distance if offset is None else offset
@@ -564,7 +564,7 @@ def _string(value: Any) -> str:
 
 
 def _integer(value: Any) -> int | None:
-    """A number that is not negative, also as text such as 0x1a2b. None for anything else."""
+    """A number that is not negative, also from text such as 0x1a2b. None for anything else."""
     if type(value) is str and re.fullmatch("0x[0-9a-fA-F]{1,16}|[0-9]{1,18}", value):
         return int(value, 16 if value.startswith("0x") else 10)
     return value if type(value) is int and 0 <= value < 1 << 64 else None
@@ -585,12 +585,12 @@ _COMPILER_SUFFIXES = re.compile(
     r"(?: \+ [0-9]+| \([^()]*:[0-9]+\)| \(\.[\w.]+\)| \[clone [^]]*\]| (?:at )?0x[0-9a-fA-F]+|\.(?:cold|resume)"
     r"|T[YQ][0-9]+_|(?:\.(?:cold|llvm|resume|part|constprop|isra))?\.[0-9]+)+")
 _BLOCK = re.compile(r"(?:__[0-9]+(?=[-+]\[)|__(?=.*_block_invoke))?(.*?)_block_invoke(?:_[0-9]+)?")
-# Functions of every program, and those made by the compiler. They do not tell where a fault is.
+# Functions that are in every program, and those that the compiler makes. They do not tell where a fault is.
 _UNSPECIFIC = re.compile(
     r"(?:_?main|start|_?dyld_start|static .*\$main\(\)(?: -> \(\))?|\$s.*5\$mainyyFZ|<compiler-generated>"
     r"|__debug_main_executable_dylib_entry_point|protocol witness for .*|outlined .*|.* thunk"
     r"|(?:(?:reabstraction|dispatch|non-virtual|virtual) )?thunk (?:for|to|of|helper from) .*)")
-# Functions that every abort runs through.
+# Functions that a program runs through when it aborts.
 _ABORTING = re.compile(
     r"_*(?:pthread_kill|kill|raise|abort|abort_message|assert_rtn|exceptionPreprocess|objc_exception_throw"
     r"|objc_terminate|cxa_throw|cxa_rethrow|demangling_terminate_handler|assertionFailure|fatalErrorMessage"
@@ -616,7 +616,7 @@ def _is_specific(label: str) -> bool:
 
 
 # The first of these rules that any frame meets chooses the frames of the group: own code, then specific names of other
-# code, symbols before binaries, then whatever there is.
+# code (symbols before binaries), then whatever there is.
 _GROUP_RULES: Sequence[Callable[[Frame], object]] = (
     lambda frame: frame.is_own and _is_specific(frame.label),
     lambda frame: frame.symbol and _is_specific(frame.label) and not _ABORTING.fullmatch(frame.label),
@@ -626,8 +626,8 @@ _GROUP_RULES: Sequence[Callable[[Frame], object]] = (
 
 
 def group_hash(exception_type: str, frames: Iterable[Mapping[str, Any]]) -> str:
-    """The group of a crash: a hash of its exception type and of the names of the first three frames of the app's own
-    code, or of system frames if there is no own code. A frame without a name counts as its build and offset."""
+    """The group of a crash: a hash of its exception type and of the first three names in the frames of the app's own
+    code, or in other frames if there is no own code. A frame without a name counts as its build and offset."""
     return group_hash_of_frames(exception_type, map(read_frame, frames))
 
 
@@ -642,15 +642,15 @@ def group_hash_of_frames(exception_type: str, frames: Iterable[Frame]) -> str:
 
 
 def builds_to_symbolicate(frames: Iterable[Frame]) -> str | None:
-    """The UUIDs of up to MAX_IMAGES builds whose symbols can name some of these frames, separated by spaces."""
+    """The UUIDs of up to MAX_IMAGES builds whose symbols can name any of these frames, separated by spaces; or None."""
     uuids = dict.fromkeys(frame.uuid for frame in frames if frame.needs_symbols)
     return " ".join(list(uuids)[:MAX_IMAGES]) or None
 
 
 # == Payloads ==================================================================
 # JSON in, a crash or an event out, or a Refusal; the code below trusts what comes from here. A report is a namedtuple
-# whose fields are its columns. A missing or wrong required field is refused, so that a developer sees it at once. An
-# optional field that only some phones send must not cost a report: it is converted, cut, or kept as sent in `extra`.
+# whose fields are its columns. A missing or wrong required field is refused, so that a developer sees it at once. A
+# wrong optional field, perhaps of a few phones only, must not cost a report: it is converted, cut, or kept in `extra`.
 
 EVENT_TYPES = ("session_start", "session_end", "error", "custom")
 MAX_BATCH = 100  # events
@@ -664,7 +664,7 @@ MAX_FRAME_FIELDS = 32  # of each frame, if a report is cut
 FIRST_FRAMES, LAST_FRAMES = 384, 128  # that are kept of a longer stack trace
 
 JsonObject = dict[str, Any]
-Converters = Mapping[str, Callable[[Any], Any]]  # field to function: the value to store; ValueError for a wrong type
+Converters = Mapping[str, Callable[[Any], Any]]  # by field: gives the value to store; ValueError if it is wrong
 
 
 def decode_json(body: bytes) -> JsonObject:
@@ -700,7 +700,7 @@ _ESCAPE = re.compile(r"\\(?:ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}|(u0000|ud[89
 
 
 def to_json(value: Any) -> str:
-    """Compact JSON."""
+    """A value as compact JSON."""
     return "".join(_C_ENCODER(value, 0)) if _C_ENCODER else _ENCODER.encode(value)
 
 
@@ -777,7 +777,7 @@ def _is_list_of_objects(value: Any) -> bool:
 
 
 def _is_deep(text: str, max_depth: int = MAX_DEPTH) -> bool:
-    """Whether JSON is nested too deep. Counts brackets: to walk through the values would take ten times as long."""
+    """Whether JSON is nested too deep. Counts brackets: walking through the values would take ten times as long."""
     if len(text) <= 2 * max_depth or text.count("{") + text.count("[") <= max_depth:  # nearly always
         return False
     outside_strings = text.replace("\\\\", "").replace('\\"', "").split('"')[::2]
@@ -806,7 +806,7 @@ _REQUIRED = ("exception_type", "type", "occurred_at")
 def parse_crash(sent: JsonObject) -> Crash:
     """A crash from its JSON object. Raises Refusal."""
     trace: Any = sent.get("stack_trace")
-    # One spare frame shows _truncate that frames are missing.
+    # A spare frame shows _truncate that frames are missing.
     frames = list(map(_normalize_frame, _limit_length(trace, spare_frames=1))) if _is_list_of_objects(trace) else []
     values = _convert({**sent, "stack_trace": frames} if frames else sent, _CRASH_FIELDS, MAX_REPORT_SIZE)
     kept = list(map(read_frame, _limit_length(frames)))
@@ -814,7 +814,7 @@ def parse_crash(sent: JsonObject) -> Crash:
 
 
 def own_frame_names(frames: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Name and file of the first 20 frames of the app's own code."""
+    """The name and then the file of each of the first 20 frames of the app's own code."""
     own = islice((frame for frame in map(read_frame, frames) if frame.is_own), 20)
     return tuple(name for frame in own for name in (frame.title, frame.file))
 
@@ -825,7 +825,7 @@ def _cached_own_frame_names(stack_trace: str) -> tuple[str, ...]:  # crashes of 
 
 
 def _normalize_frame(frame: JsonObject) -> JsonObject:
-    """A frame whose symbol and file are text. Its number and line become whole numbers if they can."""
+    """A frame with its symbol and file as text, and its number and line as whole numbers where that is possible."""
     changes: JsonObject = {}
     for name in ("symbol", "file"):
         if type(value := frame.get(name)) is not str and value is not None:
@@ -846,7 +846,7 @@ def parse_event(sent: Any, max_size: int = MAX_REPORT_SIZE) -> Event:
 
 
 def parse_batch(sent: JsonObject) -> list[Event]:
-    """1 to MAX_BATCH events, all or none. Raises Refusal with the index of the first bad event. Unknown fields beside
+    """The events of a batch, all or none. Raises Refusal with the index of the first bad event. Unknown fields beside
     `events` are kept with the first event, as `batch`: with copies in each, a small request could write a lot."""
     events = sent.get("events")
     if events in (None, "", []):
@@ -873,8 +873,8 @@ def parse_batch(sent: JsonObject) -> list[Event]:
 
 
 def _parse_usual_events(events: list[JsonObject]) -> list[Event]:
-    """The same as `parse_event` for each event, in half the time: it goes field by field and converts each distinct
-    text once, because most texts are the same in all events. Raises an error if an event is invalid or unusual."""
+    """The events as `parse_event` makes them, in half the time: each distinct text of a field is converted once,
+    because most texts are the same in all events. Raises an error if an event is invalid or unusual."""
     columns: list[Iterable[Any]] = []
     for name, convert in _EVENT_FIELDS.items():
         values = list(map(dict.get, events, repeat(name)))
@@ -896,7 +896,7 @@ def _parse_usual_events(events: list[JsonObject]) -> list[Event]:
 
 def _convert(sent: JsonObject, converters: Converters, max_size: int) -> list[Any]:
     """The values to store: one for each field, None if it is absent, and last the unknown fields as JSON. A report of
-    more than `max_size` bytes is cut."""
+    more than `max_size` bytes is cut. Raises Refusal."""
     values: JsonObject = {**dict.fromkeys(converters), "extra": None}
     unknown, size = JsonObject(), 0
     for name, value in sent.items():
@@ -928,7 +928,7 @@ def _convert(sent: JsonObject, converters: Converters, max_size: int) -> list[An
 
 
 def _flatten_if_deep(value: Any) -> Any:
-    """A value as it is. If it is nested too deep or longer than a report may be: the beginning of its JSON, as text."""
+    """A value, or the beginning of its JSON as text if it is nested too deep or longer than a report may be."""
     if type(value) not in (dict, list):
         return value
     try:
@@ -944,7 +944,7 @@ def _truncate(long: JsonObject, values: JsonObject, max_size: int) -> JsonObject
     size = sum(len(value.encode()) for value in values.values() if type(value) is str)
     if size <= max_size and all(kept[name] is long[name] for name in long):
         return {}
-    for report in long, kept:  # makes room for our own field `truncated`
+    for report in long, kept:  # frees the name of our own field `truncated`
         report["extra"] = {"truncated_" if name == "truncated" else name: value
                            for name, value in report["extra"].items()}
     short_size = sum(len(str(value).encode()) for name, value in values.items() if name not in long)
@@ -956,7 +956,7 @@ def _truncate(long: JsonObject, values: JsonObject, max_size: int) -> JsonObject
 
 
 def _truncate_fairly(long: JsonObject, room: int) -> JsonObject:
-    """The long values in `room` bytes. Every name and every value in them may take the same share of it."""
+    """The long values, cut to `room` bytes. Each name and each value in them may take the same share."""
     frames = [dict(islice(frame.items(), MAX_FRAME_FIELDS)) for frame in long.get("stack_trace", [])]
     objects = [*frames, long.get("properties", {}), long["extra"], {"": long.get("exception_reason", "")}]
     objects = [{name: _flatten_if_deep(value) for name, value in members.items()} for members in objects]
@@ -990,7 +990,7 @@ def _beginning(value: Any, max_size: int) -> Any:
 
 
 def _limit_length(value: Any, spare_frames: int = 0) -> Any:
-    """Keeps the first and last frames of a long stack trace, and the first MAX_FIELDS fields of an object."""
+    """The first and last frames of a long stack trace, the first MAX_FIELDS fields of an object, or the whole value."""
     if type(value) is list and len(value) > FIRST_FRAMES + LAST_FRAMES:
         return value[:FIRST_FRAMES] + value[-LAST_FRAMES - spare_frames:]
     if type(value) is dict and len(value.keys() - {"truncated"}) > MAX_FIELDS:
@@ -1003,9 +1003,9 @@ def _json_size(value: Any) -> int:
 
 
 # == Apple formats =============================================================
-# Apple's reports in, the crashes and events of Payloads out, by pure functions. The content tells which format it
-# is. Each diagnostic becomes a JSON object like those of our own clients, and is converted, cut and grouped like them.
-# What could identify a phone or a person is left out.
+# Apple's reports in, the crashes and events of Payloads out, by pure functions. The content tells which format it is.
+# Each diagnostic becomes a JSON object like those of our own clients, and is converted, cut and grouped like them. What
+# could identify a phone or a person is left out.
 
 UNKNOWN_FORMAT = "unknown report format"
 MACH_EXCEPTIONS = {
@@ -1032,12 +1032,12 @@ _UNCAUGHT = re.compile(r"uncaught exception '([^'\n]{1,200})', reason: '(.*?)(?:
 _FATAL = re.compile("Fatal error|Precondition failed|Assertion failed|BUG IN ")
 _OBJECT_START = re.compile(r"(?:^|(?<=\}))\{", re.M)
 _THREAD_STARTS = ("dyld", "libdyld.dylib", "libsystem_pthread.dylib")
-Diagnostic = tuple[Callable[[JsonObject], Union[Crash, Event]], JsonObject]  # parse_crash or parse_event, its object
+Diagnostic = tuple[Callable[[JsonObject], Union[Crash, Event]], JsonObject]  # parse_crash or parse_event, its input
 
 
 def parse_diagnostics(body: bytes, now: int, device: str = "") -> list[Crash | Event]:
     """The crashes and events in an Apple report, in its order: a MetricKit payload of either shape, an .ips file or a
-    .crash text. [] if MetricKit has nothing to report. A diagnostic without a time occurred at `now`, in milliseconds;
+    .crash text. [] if MetricKit has nothing to report. A diagnostic without a time gets `now`, in milliseconds;
     `device` is the device_id_hash. Raises Refusal."""
     try:
         text = _PRIVATE.sub(lambda match: f"/{match[1]}USER" if match[1] else "/UUID", body.decode())
@@ -1052,7 +1052,7 @@ def parse_diagnostics(body: bytes, now: int, device: str = "") -> list[Crash | E
 
 
 def parse_crash_body(body: bytes) -> Crash:
-    """The crash in a body of POST /crashes. Raises Refusal, which says where an Apple report belongs."""
+    """The crash in a body of POST /crashes. Raises Refusal; for an Apple report, it says where that belongs."""
     try:
         return parse_crash(decode_json(body))
     except Refusal as refusal:
@@ -1061,7 +1061,7 @@ def parse_crash_body(body: bytes) -> Crash:
         raise
 
 
-def _is_apple_report(body: bytes) -> bool:  # also of a kind that is not supported
+def _is_apple_report(body: bytes) -> bool:  # whether or not its kind is supported
     try:
         parse_diagnostics(body, now=0)
     except Refusal as refusal:
@@ -1081,7 +1081,7 @@ def _read_diagnostics(text: str) -> Iterable[Diagnostic]:
     if bug_type and BUG_TYPES.get(bug_type) != "a crash":
         raise Refusal(f"unsupported bug_type {bug_type}",
                       detail=f"{BUG_TYPES.get(bug_type, 'it')} is not a crash of the app")
-    # Without a header, the fields must be those of no other format.
+    # Without a header, the fields must be ones that no other format has.
     ips_fields = {"threads", "exception"} if bug_type else {"usedImages", "termination"}
     ips_body = next((value for value in objects if value.keys() & ips_fields), None)
     if ips_body is None and problem and re.search("^Exception Type:", text, re.M):
@@ -1094,8 +1094,8 @@ def _read_diagnostics(text: str) -> Iterable[Diagnostic]:
 
 
 def _objects_on_lines(text: str) -> list[JsonObject]:
-    """The first JSON objects that begin a line, or follow an object because `curl -d` joined the lines: header and body
-    of an .ips file, whatever is around them. Only 4 tries, as each may read all of the text."""
+    """The first JSON objects that begin a line, or follow an object because `curl -d` joined the lines: the header and
+    the body of an .ips file, whatever is around them. Only 4 tries, because each may read all of the text."""
     objects, position = [], 0
     for _ in range(4):
         if match := _OBJECT_START.search(text, position):
@@ -1106,19 +1106,19 @@ def _objects_on_lines(text: str) -> list[JsonObject]:
     return objects
 
 
-# A string without an end is one token, too: to search for its end from each quote in it would take hours.
+# A string without an end is one token, too: searching for an end from each quote in it would take hours.
 _NESTING = re.compile(r'"subFrames"\s*:\s*\[|"[^"\\]*(?:\\.[^"\\]*)*"?|[][]|NaN', re.S)
 
 
 def _decode_nested(text: str) -> Any:
-    """Decodes JSON whose `subFrames` may be nested deeper than Python can read: a call stack has two levels for each
-    frame. Each list of `subFrames` is decoded by itself, and NaN, which JSON does not have, stands for it in the text
-    around it. Raises ValueError or RecursionError."""
+    """The value of JSON whose `subFrames` may be nested deeper than Python can read: a call stack has two levels for
+    each frame. Each list of `subFrames` is decoded by itself, and NaN, which JSON does not have, stands for it in the
+    text around it. Raises ValueError or RecursionError."""
     with suppress(RecursionError):
         return _DECODER.decode(text)
-    pieces, lists = list[str](), list[Any]()  # of the text that is being read, and of the lists that NaN stands for
-    enclosing: list[tuple[list[str], list[Any]]] = []  # the same of each text around it
-    open_brackets, position = list[bool](), 0  # whether each "[" opens `subFrames`; where the next piece begins
+    pieces, lists = list[str](), list[Any]()  # of the text that is being read, and the lists that NaN stands for in it
+    enclosing: list[tuple[list[str], list[Any]]] = []  # the same for each text around it
+    open_brackets, position = list[bool](), 0  # whether each open "[" is of `subFrames`; where the next piece begins
     for token in _NESTING.finditer(text):
         if token[0] == "NaN":
             raise ValueError("a number is out of range")
@@ -1139,7 +1139,7 @@ def _decode_nested(text: str) -> Any:
 
 
 def _decode_with_lists(text: str, lists: list[Any]) -> Any:
-    """Decodes JSON in which each NaN stands for the next of these lists."""
+    """The value of JSON in which each NaN stands for the next of these lists."""
     unused = iter(lists)
     decoder = json.JSONDecoder(
         parse_float=_parse_finite, parse_constant=lambda word: next(unused) if word == "NaN" else _parse_finite(word))
@@ -1193,13 +1193,13 @@ def _os_version(value: Any) -> Any:
 
 
 def _exception_type(name: str, kill_code: str, mach: str, signal: str) -> str:
-    """The most specific of these. EXC_CRASH says less than the signal."""
+    """The most specific of these names. EXC_CRASH says less than the signal."""
     return name or kill_code or (mach if mach != "EXC_CRASH" else "") or signal or mach or "Unknown"
 
 
 def _kill_code(*values: Any) -> str:
-    """The code with which the system ended the app, such as 0x8badf00d: one of these numbers, or named in one of these
-    texts. Lower numbers are signals; higher ones differ from crash to crash."""
+    """The code with which the system ended the app, such as 0x8badf00d: one of these numbers, or a number in one of
+    these texts; or "". Numbers up to 0xFFFF are signals; those above 32 bits differ from crash to crash."""
     numbers = [value for value in values if type(value) is int]
     numbers += [int(hexadecimal or decimal, 16 if hexadecimal else 10) for value in values if type(value) is str
                 for hexadecimal, decimal in _KILL_CODE.findall(value)]
@@ -1208,7 +1208,7 @@ def _kill_code(*values: Any) -> str:
 
 def _api_frame(number: int, binary: str, uuid: str, offset: int | None, is_own: bool | None,
                ips_frame: JsonObject) -> JsonObject:
-    """A frame of our API. That of an .ips file may have a symbol and a source line."""
+    """A frame of our API. One from an .ips file may have a symbol and a source line."""
     file, line = _member(ips_frame, "sourceFile", str).rpartition("/")[2], _member_number(ips_frame, "sourceLine")
     if file == "<compiler-generated>":
         file, line = "", None
@@ -1241,8 +1241,8 @@ def _metrickit_diagnostics(payload: JsonObject) -> Iterator[Diagnostic]:
 
 
 def _metrickit_diagnostic(kind: str, item: JsonObject, environment: JsonObject) -> Diagnostic | None:
-    """A crash, or an event if it does not end the app. None for an unknown kind without a call stack. What has no
-    column is kept under Apple's names."""
+    """A crash, or an event for a diagnostic that did not end the app. None for an unknown kind without a call stack.
+    Values without a column are kept under Apple's names."""
     meta = {**environment, **item, **_member(item, "diagnosticMetaData", dict)}
     for name in ("callStackTree", "diagnosticMetaData", "version"):
         meta.pop(name, None)
@@ -1280,8 +1280,7 @@ def _code_name(names: Mapping[int, str], code: Any) -> str:
 
 
 def _metrickit_trace(tree: JsonObject, is_crash: bool) -> list[JsonObject]:
-    """The frames of the thread in question as a flat list, the innermost first. In a tree of samples, they are the path
-    that most samples took."""
+    """The frames of the thread in question, innermost first. In a tree of samples, the path that most samples took."""
     stacks = _member_objects(tree, "callStacks") or _member_objects(tree, "callStackThreads")
     stack = next((stack for stack in stacks if stack.get("threadAttributed") is True), stacks[0] if stacks else {})
     frames, path = _member_objects(stack, "callStackRootFrames") or _member_objects(stack, "rootFrames"), []
@@ -1292,14 +1291,14 @@ def _metrickit_trace(tree: JsonObject, is_crash: bool) -> list[JsonObject]:
     names = {uuid: _member(image, "name", str) for image in images if (uuid := image_uuid(image.get("uuid")))}
     steps = [(frame, _member(frame, "binaryName", str) or names.get(image_uuid(frame.get("binaryUUID")), ""))
              for frame in path]
-    # A sampled path may begin where its thread began.
+    # A sampled path may begin where its thread began, and end with the innermost frame.
     if not is_crash and path and steps[0][1] in _THREAD_STARTS and steps[-1][1] not in _THREAD_STARTS:
         steps.reverse()
     return [_metrickit_frame(number, *step) for number, step in _limit_length([*enumerate(steps)], spare_frames=1)]
 
 
 def _metrickit_frame(number: int, frame: JsonObject, binary: str) -> JsonObject:
-    """A frame of MetricKit. It has no path, so its load address tells whether it is the app's own."""
+    """A frame of our API from one of MetricKit. It has no path, so its load address tells whether it is own code."""
     offset, address = _member_number(frame, "offsetIntoBinaryTextSegment"), _member_number(frame, "address")
     base = address - (offset or 0) if address is not None and address >= (offset or 0) else None
     if offset is not None and offset >= 1 << 32:  # iOS 14 and 15 and macOS 12 give the load address as the offset
@@ -1368,7 +1367,7 @@ _CRASH_IMAGE = re.compile(
 def _crash_text_as_ips(text: str) -> JsonObject:
     """The text of a .crash file in the form of an .ips body."""
     text = text.replace("\x00", "\ufffd").replace("\r\n", "\n")
-    headers = reversed(_CRASH_HEADER.findall(text))  # of two with one name, the first counts
+    headers = reversed(_CRASH_HEADER.findall(text))  # of two with the same name, the first counts
     header = defaultdict(str, {name: value.strip() for name, value in headers})
     types, termination = _CRASH_TYPE.match(header["Exception Type"]), _TERMINATION.match(header["Termination Reason"])
     version, _, build = header["Version"].replace("???", "").partition("(")
@@ -1393,7 +1392,7 @@ def _paragraph_after(title: re.Match[str] | None) -> str:
 
 
 def _crash_text_stack(text: str) -> JsonObject:
-    """Frames and images in the form of an .ips body. The address of a frame tells its image."""
+    """The frames and images in the form of an .ips body. A frame's address tells which image it is in."""
     images_by_start = {int(start, 16): (int(end, 16), {"path": path.strip(), "uuid": uuid})
                        for start, end, uuid, path in _CRASH_IMAGE.findall(text)}
     images_by_start.pop(0, None)  # the image "???" contains every address
@@ -1402,7 +1401,7 @@ def _crash_text_stack(text: str) -> JsonObject:
     if section[:1] == "(":  # the backtrace of an exception without symbols is one line of addresses
         lines = [("", digits, "") for digits in re.findall(r"0x([0-9a-f]{1,16})\b", section)]
     starts, frames, images = sorted(images_by_start), list[JsonObject](), list[JsonObject]()
-    for binary, digits, place in lines[:2000]:  # Apple's tools write 512
+    for binary, digits, place in lines[:2000]:  # Apple's tools write up to 512
         address, match = int(digits, 16), _CRASH_SYMBOL.fullmatch(place.strip())
         start = starts[bisect_right(starts, address) - 1] if starts else 0
         end, image = images_by_start.get(start, (0, {}))
@@ -1443,11 +1442,11 @@ def verify(key: bytes, timestamp: bytes, signature: bytes, body: bytes, now: int
 
 # == RateLimiter ===============================================================
 # The times of each key's latest requests. A counter per minute would be smaller, but would allow twice the limit around
-# the full minute. At most `limit` times are kept for a key, and only existing keys get here.
+# the turn of a minute. At most `limit` times are kept for a key, and only existing keys get here.
 
 class RateLimiter:
-    """Allows each key `limit` requests in any `window` of seconds; a limit of 0 allows all. Thread-safe. `clock` gives
-    seconds and must never run backwards."""
+    """Allows each key `limit` requests in any span of `window` seconds; a limit of 0 allows all. Thread-safe. `clock`
+    gives seconds and must never run backwards."""
 
     waits = False  # a limiter whose `allow` waits for another host sets True, so that requests are checked in parallel
 
@@ -1470,15 +1469,15 @@ class RateLimiter:
             return True
 
     def retry_after(self, key: bytes) -> int:
-        """Whole seconds, at least 1, until the key may send again."""
+        """The seconds until the key may send again: a whole number, at least 1."""
         with self._lock:
             times = self._times[key]
             return max(1, math.ceil(times[0] + self.window - self._clock())) if times else 1
 
 
 # == Symbols ===================================================================
-# The symbols of a build name the function, file and line of each instruction, inlined functions too. They are uploaded
-# and stored in pages, so that a look-up reads only one.
+# The symbols of a build name the function, file and line of each instruction, and inlined functions too. They are
+# uploaded and stored in pages, so that a look-up reads only one.
 
 SYMBOL_TABLES = """
 create table symbols (                     -- builds whose symbols are stored, at least in part
@@ -1526,7 +1525,7 @@ class SymbolPart(NamedTuple):
 
 
 def parse_symbols(body: bytes) -> SymbolPart:
-    """Reads and checks a part of a build's symbols: look-ups trust what is stored. Raises Refusal with a detail."""
+    """A part of a build's symbols, checked because look-ups trust what is stored. Raises Refusal with a detail."""
     upload = decode_json(body)
     for name in ("binary", "arch"):
         _require(type(upload.get(name)) is str and 1 <= len(upload[name]) <= MAX_TEXT,
@@ -1581,10 +1580,9 @@ def _are_integers(values: Sequence[Any], low: int, high: int) -> bool:
 
 
 def encode_page(strings: Sequence[str], frames: Sequence[int], rows: Sequence[int]) -> bytes:
-    """Packs a page for the database. `rows` are pairs: the distance from the row before, in bytes, and the index of a
-    frame, or -1. `frames` are quadruples: the index of the name and of the file, or -1, in `strings`; the line, or 0;
-    and the index of the frame that this one is inlined in, or -1. Numbers are binary, because a look-up in JSON takes
-    three times as long."""
+    """A page as it is stored. `rows` are pairs: the distance from the previous row, in bytes, and the index of a frame,
+    or -1. `frames` are quadruples: the index of the name in `strings`; that of the file, or -1; the line, or 0; and the
+    index of the frame it is inlined in, or -1. Numbers are binary: a look-up in JSON takes three times as long."""
     numbers = struct.pack(f"<2I{len(frames)}i{len(rows)}i", len(frames), len(rows), *frames, *rows)
     return zlib.compress(numbers + to_json(strings).encode())
 
@@ -1599,7 +1597,7 @@ class Symbols:
         self._db = db
         self._held: dict[str, bool] = {}
         self._functions: dict[tuple[str, int], list[Function]] = {}  # by build and offset
-        self._page: Any = None  # a cached _read_page: few commits need it
+        self._page: Any = None  # a cached _read_page, made late because few commits need it
 
     @property
     def lookups(self) -> int:
@@ -1638,13 +1636,13 @@ class Symbols:
             depth += 1
 
     def symbolicated(self, frames: Iterable[JsonObject], new_lookups: int = GROUPED_LOOKUPS) -> Iterator[JsonObject]:
-        """Symbolicates frames. Each becomes a frame for every function at its instruction, innermost first. A frame
-        stays as it is if its symbols are unknown, or after `new_lookups` more look-ups."""
+        """The frames, symbolicated: each becomes a frame for every function at its instruction, innermost first. A
+        frame stays as it is if its symbols are unknown, or after `new_lookups` more look-ups."""
         max_lookups, is_return_address = self.lookups + new_lookups, False
         for frame in frames:
             read, functions = read_frame(frame), list[Function]()
             if read.uuid and read.offset is not None and not read.file and self.is_held(read.uuid):
-                instruction = read.uuid, max(0, read.offset - int(is_return_address))  # of the call itself
+                instruction = read.uuid, max(0, read.offset - int(is_return_address))  # the call, not what follows it
                 if instruction in self._functions or self.lookups < max_lookups:
                     functions = self.lookup(*instruction)
             if not functions:
@@ -1656,7 +1654,7 @@ class Symbols:
             is_return_address = is_return_address or frame.get("inlined") is not True
 
     def regrouped(self, crash: Crash) -> Crash:
-        """The crash, in the group that its symbolicated frames give."""
+        """The crash, in the group that follows from its symbolicated frames."""
         if not self.can_name(crash.images):
             return crash
         frames = self.symbolicated(json.loads(crash.stack_trace))
@@ -1664,7 +1662,7 @@ class Symbols:
 
 
 def _read_page(db: Any, uuid: str, first: int) -> tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[str]]:
-    """The offset and the frame of each row of a page, its frames and its strings: what encode_page has packed."""
+    """A page that encode_page made: the offset and the frame of each of its rows, its frames, and its strings."""
     page, = db.execute("select page from symbol_pages where uuid = ? and first = ?", (uuid, first)).fetchone()
     data = zlib.decompress(page)
     frame_numbers, row_numbers = struct.unpack_from("<2I", data)
@@ -1677,25 +1675,25 @@ def _read_page(db: Any, uuid: str, first: int) -> tuple[Sequence[int], Sequence[
 # == Figures ===================================================================
 # What the server counts. Each figure is a class: its tables, how reports count in it, and the questions it answers. A
 # report counts by 1 when it is stored and by -1 when its device is forgotten, in the same transaction, so each sum
-# equals a count over the rows. When reports expire, lasting sums stay as they are; everything else describes the
-# reports that are kept. `check` counts everything again.
+# equals a count over the rows. When reports expire, lasting sums, medians and builds stay as they are; everything else
+# describes the reports that are kept. The command `check` counts everything again.
 
 ALL_DAYS = -1_000_000  # the `day` of a label's sum over all days
 WEEK = 7               # days of the overview, ending today
 DURATION_DAYS = 400    # days for which durations are kept: a year, and some more
-DEVICE_DAYS = 400      # a report that occurred more days than this before its receipt counts no device
+DEVICE_DAYS = 400      # a report that occurred more days than this before its receipt makes no device active
 HOURS_KEPT = 48        # hours for which device_hours are kept
-NAME_DAYS = KEY_DAYS = 90
-HEALTH_DAYS = 90       # the age up to which a release is compared with the one before it
+NAME_DAYS = KEY_DAYS = 90  # days for which events by name, and requests by key, are kept
+HEALTH_DAYS = 90       # the age up to which a release is compared with the previous one
 TRIM_STEP = 1000       # rows that one step of `trim` deletes from a table
-MAX_RELEASES, MAX_BUILDS_OF_APP = 1000, 2000
+MAX_RELEASES, MAX_BUILDS_OF_APP = 1000, 2000  # of each app
 MAX_ANSWER = 60_000    # bytes of JSON for the rows of a public answer, so that the whole answer stays below 64 kB
 
 OTHER = "(other)"      # stands for new names beyond these limits, which are per app and UTC day
 MAX_NEW_NAMES = {"group_hash": 500, "exception_type": 200, "device_model": 200, "app_version": 100, "name": 200}
 OTHER_FLAGS = {"exception_type": 1, "device_model": 2, "app_version": 4, "name": 8}  # bits of the column `other`
 
-# The app that was asked for, or all live ones.
+# Selects one app, or all live apps if none is given.
 APP_FILTER = "app_id in (select id from apps where id = :app or :app is null and is_test = 0)"
 SESSION_TYPES = {"session_start", "session_end"}  # of events
 
@@ -1709,8 +1707,8 @@ COUNTED: dict[type, Any] = {  # a report as the figures see it; `at` is the time
 
 
 def counted_rows(db: Any, kind: type, source: str, keys: Sequence[Row] = ((),)) -> list[Any]:
-    """Reads stored reports as the figures see them, without stack traces. `source` is the query from `from` on; its
-    `values *` stands for the keys, as in rows_of. Without that, the only key has its parameters."""
+    """Stored reports as the figures see them, without stack traces. `source` is the query from `from` on; `values *` in
+    it stands for the keys, as in rows_of. A query without `values *` takes its parameters from the only key."""
     columns = {"at": COUNTED_AT, "sent_type": "exception_type", "stack_trace": "null", **{
         name: f"case when (other & {flag}) > 0 then '{OTHER}' else {name} end" for name, flag in OTHER_FLAGS.items()}}
     query = f"select {', '.join(columns.get(name, name) for name in COUNTED[kind]._fields)} {source}"
@@ -1719,13 +1717,13 @@ def counted_rows(db: Any, kind: type, source: str, keys: Sequence[Row] = ((),)) 
 
 def counted_reports(kind: type, app_id: int, seqs: Sequence[int], received: Sequence[int], ahead: Sequence[int],
                     flags: Sequence[int], reports: Reports) -> list[Any]:
-    """Turns reports that are about to be stored into what the figures see of them."""
+    """Reports that are about to be stored, as the figures see them."""
     sent_types = list(map(attrgetter("exception_type" if kind is Crash else "type"), reports))
     if any(flags):
         reports = [report._replace(**{name: OTHER for name, flag in OTHER_FLAGS.items() if flag & bits})
                    for report, bits in zip(reports, flags)]
     clocks = list(zip(map(attrgetter("occurred_at"), reports), received, ahead))
-    at = {clock: counted_at(*clock) for clock in set(clocks)}  # a batch has few different ones
+    at = {clock: counted_at(*clock) for clock in set(clocks)}  # a batch has few distinct ones
     columns = [map(attrgetter(name), reports) for name in COUNTED[kind]._fields[5:]]  # the first five are made above
     make = partial(tuple.__new__, COUNTED[kind])  # like _make, in a third of the time
     return list(map(make, zip(seqs, repeat(app_id), received, map(at.__getitem__, clocks), sent_types, *columns)))
@@ -1733,8 +1731,8 @@ def counted_reports(kind: type, app_id: int, seqs: Sequence[int], received: Sequ
 
 class Sums:
     """A table of sums, by app_id and the columns of `key`. Rows are kept for `window` days or hours, by their `day` or
-    `hour`; 0 is for ever. If it `lasts`, sums stay as they are when reports expire. The command `check` then compares
-    "recent" days, or that sums are "at least" those of the reports that are left, or nothing."""
+    `hour`; 0 is forever. If it `lasts`, sums stay as they are when reports expire. From then on, the command `check`
+    compares only "recent" days, or whether sums are "at least" those of the reports that are left, or nothing."""
 
     def __init__(self, key: str, columns: str, window: int = 0, lasts: bool = True, check: str = ""):
         self.key, self.columns, self.window, self.lasts = key.split(), columns.split(), window, lasts
@@ -1761,7 +1759,7 @@ def sums_per_day(db: Any, app: int | None, days: range, table: str, *columns: st
 class Figure:
     """One figure in one transaction."""
 
-    TABLES = ""  # those that describe the reports that are kept
+    TABLES = ""  # the statements that make its tables, other than those of sums
     SUMS: Mapping[str, Sums] = {}
     COUNTS: tuple[type, ...] = (Crash,)  # the kinds of reports that count in it
 
@@ -1769,14 +1767,14 @@ class Figure:
         self._db, self._now, self._add = rollups.db, rollups.now, rollups.add
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        """Counts reports that are about to be inserted (by 1), or were just deleted (by -1)."""
+        """Counts reports that are about to be inserted (`by` is 1) or were just deleted (`by` is -1)."""
 
     def expire(self, kind: type, reports: Sequence[Any]) -> None:
-        """Takes out reports that were deleted because they expired. RollUps ignores the changes of lasting sums."""
+        """Takes out reports that were deleted because they expired. RollUps ignores changes to lasting sums."""
         self.count(kind, reports, -1)
 
     def save(self) -> None:
-        """Writes all changes but those of sums, which are written afterwards."""
+        """Writes all changes except those to sums, which are written afterwards."""
 
 
 class MergedRows:
@@ -1788,7 +1786,7 @@ class MergedRows:
         self.learned: dict[Row, Any] = {}  # by key
 
     def learn(self, key: Row, row: Any) -> None:
-        """Adds what one report says about a row."""
+        """Adds what reports say about a row."""
         self.learned[key] = self.learned[key].merged(row) if key in self.learned else row
 
     def stored(self, keys: Iterable[Row]) -> dict[Row, Any]:
@@ -1800,7 +1798,7 @@ class MergedRows:
             """, list(keys))}
 
     def save(self) -> list[tuple[Row, Any, Any]]:
-        """Writes the rows that change. Returns each key with its row before, or None, and after."""
+        """Writes the rows that change; returns each key with its row before, or None, and its row after."""
         stored = self.stored(self.learned)
         rows = [(key, stored.get(key), stored[key].merged(row) if key in stored else row)
                 for key, row in self.learned.items()]
@@ -1813,7 +1811,7 @@ Name = tuple[int, str, str]  # app_id, field, name
 
 
 class NewNames:
-    """Decides which new names are counted by themselves: anyone who has a key can invent names without end."""
+    """Decides which new names are counted by themselves, because anyone who has a key can invent names without end."""
 
     TABLES = """
 create table new_names (                   -- how many were new on a UTC day
@@ -1825,14 +1823,14 @@ create table new_names (                   -- how many were new on a UTC day
 
     def __init__(self, db: Any):
         self._db = db
-        self.accepted: set[Name] = set()  # that are new in this transaction
+        self.accepted: set[Name] = set()  # the new names of this transaction that are counted by themselves
 
     def limit(self, app_id: int, received: Sequence[int], reports: Sequence[Any]) -> tuple[Sequence[int], Reports]:
-        """Returns the column `other` of the reports, and the reports, in the group `(other)` if theirs is refused."""
+        """Accepts or refuses new names; returns the column `other` and the reports, in group `(other)` if refused."""
         fields = self.FIELDS[type(reports[0])]
-        days: dict[Name, int] = {}  # on which each name was first received
+        days: dict[Name, int] = {}  # the day on which each name was first received
         for column in fields:
-            # Names of events that start or end a session are not counted.
+            # The names of events that start or end a session are not counted.
             types = map(attrgetter("type"), reports) if column == "name" else repeat("")
             for name, event_type, at in dict.fromkeys(zip(map(attrgetter(column), reports), types, received)):
                 if name and event_type not in SESSION_TYPES:
@@ -1848,7 +1846,7 @@ create table new_names (                   -- how many were new on a UTC day
         return flags, limited
 
     def _refused(self, days: Mapping[Name, int]) -> set[Name]:
-        """The names that are new and beyond the limit of their day. Accepts the others."""
+        """Accepts new names up to the limits of their days; returns those that are refused."""
         unknown = set(rows_of(self._db, f"""
             select column1, column2, column3 from (values *) as keys
             where not case column2
@@ -1880,7 +1878,7 @@ create table new_names (                   -- how many were new on a UTC day
 
 
 class Crashes(Figure):
-    """Crashes per UTC day; and exception types and device models of the crashes that are kept, per day and in all."""
+    """Crashes per UTC day; exception types and device models of the crashes that are kept, per day and in total."""
 
     SUMS = {"crash_days": Sums("day", "crashes", check="recent"),
             "labels": Sums("field day label", "crashes", lasts=False)}
@@ -1913,8 +1911,8 @@ class Crashes(Figure):
 
 
 class Groups(Figure):
-    """What a group is called, its crashes and devices, and its crashes per UTC day of the last week. Its row is deleted
-    when no crash of it is kept and none is in that week."""
+    """The description of each group, its crashes and devices, and its crashes per UTC day of the last week. Its row is
+    deleted when no crash of it is kept and it had none in that week."""
 
     TABLES = """
 create table groups (
@@ -1936,7 +1934,7 @@ create table groups (
         self._symbols = rollups.symbols
         self._inserted: dict[Row, list[Any]] = defaultdict(list)  # crashes by app_id and group_hash
         self._deleted: dict[Row, list[Any]] = defaultdict(list)
-        self.devices: Counter[Row] = Counter()  # how many a group has more, or fewer, than before
+        self.devices: Counter[Row] = Counter()  # by app_id and group_hash: how many devices it gains, or loses
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
         crashes_of = self._inserted if by > 0 else self._deleted
@@ -1947,7 +1945,7 @@ create table groups (
             self._add("group_days", app_id, day, group, crashes=by * crashes)
             for uuid in (images or "").split():
                 self._add("group_images", app_id, group, uuid, crashes=by * crashes)
-        # The rows of these crashes are not there yet, or no longer.
+        # The table does not have the rows of these crashes yet, or no longer has them.
         devices = set(map(attrgetter("app_id", "group_hash", "device_id_hash"), reports))
         for app_id, group in rows_of(self._db, """
                 select column1, column2 from (values *) as keys where not exists (
@@ -1983,11 +1981,11 @@ create table groups (
                 *self._shown(key[1], latest), len(crashes), self.devices[key], came_at)
 
     def drop_empty(self) -> None:
-        """Deletes the groups whose last crash was just deleted."""
+        """Deletes the groups whose last crash was just deleted, unless they had one in the last week."""
         delete_rows(self._db, "groups", self._deleted, self.IS_EMPTY, self._now // DAY - WEEK)
 
     def _shown(self, group_hash: str, crash: Any) -> tuple[str | None, str, str]:
-        """The reason, place and search text of a group with this latest crash."""
+        """The reason, place and search text of a group whose latest crash is this one."""
         reason, trace = (crash.exception_reason or "")[:MAX_TEXT] or None, crash.stack_trace or ""
         if len(trace) < 20_000 and not self._symbols.can_name(crash.images):
             names = _cached_own_frame_names(trace)
@@ -1997,7 +1995,7 @@ create table groups (
         return reason, "".join(names[:1])[:200], words.casefold()[:4 * MAX_TEXT]
 
     def show_latest(self, app_id: int, group_hash: str) -> None:
-        """Describes a group by its latest crash that is kept, or by its hash alone; first_seen stays."""
+        """Describes a group by its latest crash that is kept, or by its hash alone if none is; first_seen stays."""
         shown: Row = None, None, None, group_hash
         for latest in counted_rows(self._db, Crash, f"""
                 from crashes where seq = (select seq from crashes where app_id = ? and group_hash = ?
@@ -2011,7 +2009,7 @@ create table groups (
 
     @staticmethod
     def recount(db: Any) -> None:
-        """Counts the crashes that are kept of each group."""
+        """Counts the crashes that are kept, and their devices, for each group."""
         db.execute("""
             update groups set (crashes, devices, came_at) = (
                 select count(*), count(distinct device_id_hash), coalesce(min(received_at), groups.came_at)
@@ -2038,8 +2036,8 @@ create table groups (
 
 
 class Releases(Figure):
-    """When each build and release was seen; sessions, crashes and devices per release, and its sessions per UTC day of
-    the last week. Beyond MAX_BUILDS_OF_APP, builds count for their release only."""
+    """When each build and release was seen; the sessions, crashes and devices of each release, and its sessions per UTC
+    day of the last week. Builds beyond MAX_BUILDS_OF_APP count only for their release."""
 
     TABLES = """
 create table builds (
@@ -2085,8 +2083,8 @@ create view releases as
 
     @staticmethod
     def pairs(db: Any, app: int | None) -> list[ReleasePair]:
-        """Each release with the one before it: the highest lower version that was seen earlier. So neither an old
-        version that comes late nor one that is no release, such as 99.0, hides the others."""
+        """Each release with its previous one, if any: the highest lower version that was seen earlier. So neither an
+        old version that comes late nor one that is not a release, such as 99.0, hides the others."""
         earlier: dict[int, list[Row]] = defaultdict(list)  # by app_id; in the order of versions
         pairs = []
         rows = db.execute(f"""
@@ -2104,7 +2102,7 @@ create view releases as
     @staticmethod
     def newest(db: Any, app: int | None, since: int) -> dict[int, str]:
         """The newest release of each app, by app_id: the last one that came. An old version that comes late is not the
-        newest, unless it has more of the sessions since that day: an app may begin to number its versions anew."""
+        newest, unless it has more sessions since the day `since`: an app may begin to number its versions anew."""
         newest: dict[int, Row] = {}  # version key, sessions, version
         for app_id, version, sessions in db.execute(f"""
                 select app_id, app_version, coalesce((
@@ -2119,8 +2117,8 @@ create view releases as
 
     @staticmethod
     def health_of_pairs(db: Any, pairs: Sequence[ReleasePair], now: int) -> dict[ReleasePair, list[Health]]:
-        """The health of each release and of the one before it, at equal ages. Counts the devices that came to the newer
-        one until the last full hour, and to the other one in as many hours."""
+        """The health of each release and of the previous one, at equal ages. Counts the devices that came to the newer
+        one until the last full hour, and to the previous one in as many hours."""
         spans: dict[ReleasePair, tuple[Row, Row]] = {}  # app_id, app_version, first hour, hour after the last
         for pair in pairs:
             end = min(now, pair.first_seen + HEALTH_DAYS * DAY) // HOUR
@@ -2136,7 +2134,7 @@ create view releases as
 
     @staticmethod
     def latest(db: Any, app: int | None, days: range) -> list[JsonObject]:
-        """The latest 100 releases. With their sessions of these days, and those of their app."""
+        """The latest 100 releases, with their sessions on these days, and those of their app."""
         return dict_rows(db, f"""
             select latest.app_id, apps.name as app, latest.app_version,
                 {", ".join(f"coalesce({name}, 0) as {name}" for name in SUMS["release_sums"].columns)},
@@ -2153,7 +2151,7 @@ create view releases as
 
 
 class ReleasePair(NamedTuple):
-    """A release, and the one before it. Times are when their first reports were received, in milliseconds."""
+    """A release and the previous one. Times are when their first reports were received, in milliseconds."""
 
     app_id: int
     app_version: str
@@ -2163,7 +2161,7 @@ class ReleasePair(NamedTuple):
 
 
 class Health(NamedTuple):
-    """How many devices had a release, and how many of them crashed in it."""
+    """How many devices had a release, and how many of those crashed in it."""
 
     devices: int
     crashed: int
@@ -2174,16 +2172,16 @@ class Health(NamedTuple):
         return 1 - self.crashed / self.devices
 
     def wilson_interval(self, z: float) -> tuple[float, float]:
-        """Wilson's interval of the share, `z` standard deviations to each side."""
+        """Wilson's confidence interval of the share, `z` standard deviations to each side."""
         z2 = z ** 2 / self.devices
         half = math.sqrt(z2 * (self.share * (1 - self.share) + z2 / 4))
         return (self.share + z2 / 2 - half) / (1 + z2), (self.share + z2 / 2 + half) / (1 + z2)
 
 
 Z_95 = 1.96  # standard deviations to each side, for a confidence of 95 %
-Z_99 = 2.58  # 99 %, for alerts: checked each hour, 95 % would in time call one in six equal releases worse
+Z_99 = 2.58  # 99 %, for alerts: with a check each hour, 95 % would in time call one in six equal releases worse
 MAX_HALF_WIDTH = 0.05  # of an interval that is narrow enough to say that there is no difference
-MIN_DEVICES, ENOUGH_DEVICES = 20, 50  # of both releases: for any verdict; for `no difference seen` and an alert
+MIN_DEVICES, ENOUGH_DEVICES = 20, 50  # that each release needs: for a verdict; for `no difference seen` and an alert
 
 
 def newcombe_interval(newer: Health, previous: Health, z: float = Z_95) -> tuple[float, float]:
@@ -2196,9 +2194,9 @@ def newcombe_interval(newer: Health, previous: Health, z: float = Z_95) -> tuple
 
 
 def verdict(newer: Health, previous: Health) -> JsonObject | None:
-    """Says in a word and a text whether a release is worse than the one before it, with the interval of the difference
-    in percentage points. None: no device of either is known. It is too early to see no difference until the smaller
-    has at least 50 devices, and as many as make the interval of two equal releases 5 points wide to each side."""
+    """The verdict on a release, compared with the previous one: a word, a text, and the interval of the difference in
+    percentage points. None if no device of either is known. It is too early to see no difference until the smaller one
+    has 50 devices, and as many as narrow the interval of two equal releases to 5 points on each side."""
     least, most = sorted((newer.devices, previous.devices))
     if not most:
         return None
@@ -2216,7 +2214,7 @@ def verdict(newer: Health, previous: Health) -> JsonObject | None:
 
 
 def _percentages(*shares: float) -> list[str]:
-    """Shares in percent, with up to two decimals, as many as tell them from each other and from 100 %."""
+    """Shares in percent, with as many decimals, up to two, as tell them from each other and from 100 %."""
     for decimals in range(3):
         if len({round(100 * share, decimals) for share in (*shares, 1)}) == len({*shares, 1}):
             break
@@ -2242,7 +2240,7 @@ class Session(NamedTuple):
 
     @property
     def duration(self) -> int | None:
-        """Milliseconds. None: it has not ended, or seems to have taken more than a day, because a clock was set."""
+        """Milliseconds. None if start or end is unknown, or the end is not within a day of it, as a clock was set."""
         length = (self.ended_at or 0) - (self.started_at or 0)
         return length if self.started_at and self.ended_at and 0 <= length <= DAY else None
 
@@ -2278,7 +2276,7 @@ create table medians (                     -- of the durations of a day that is 
     def __init__(self, rollups: RollUps):
         super().__init__(rollups)
         self._sessions = MergedRows(self._db, "sessions", Session)
-        self._changed_days: set[Row] = set()  # app_id and day of stored medians that are no longer right
+        self._changed_days: set[Row] = set()  # app_id and day of each stored median that is no longer right
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
         forgotten: set[Row] = set()
@@ -2328,7 +2326,7 @@ create table medians (                     -- of the durations of a day that is 
         delete_rows(self._db, "medians", self._changed_days)
 
     def store_medians(self) -> None:
-        """Stores medians of days that are over. Those of today and yesterday change with nearly every session."""
+        """Stores the medians of days before yesterday. Later ones change with nearly every session."""
         self._db.execute(f"""
             insert into medians select * from (
                 select app_id, day, ({self.MEDIAN}) as seconds from session_days as ended_days
@@ -2339,7 +2337,7 @@ create table medians (                     -- of the durations of a day that is 
 
     @staticmethod
     def per_day(db: Any, app: int | None, days: range) -> JsonObject:
-        """Sessions, and the mean and the median of their seconds. There is no median of several apps together."""
+        """Sessions, and the mean and the median of their seconds, per day. Several apps together have no median."""
         sums = sums_per_day(db, app, days, "session_days", "sessions", "ended", "session_ms")
         medians = dict(db.execute(f"""
             select day, coalesce((
@@ -2384,7 +2382,7 @@ class SeenVersion(NamedTuple):
 
 class Devices(Figure):
     """Devices that are active, that are new and that come back, and the devices of each release. A device is known by a
-    digest, so that no figure holds its name, and forgotten when its last report expires, or up to an hour before."""
+    digest, so that no figure has its id, and is forgotten when its last report expires, or up to an hour before."""
 
     TABLES = """
 create table devices (                     -- those of which a report is kept
@@ -2415,14 +2413,14 @@ create table device_versions (
         self._spans: Counter[Row] = Counter()  # devices by app_id, column of active_days, first day, day after the last
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        """Counts no forgotten reports: `forget` takes out their device as a whole."""
+        """Counts reports that are stored, but not those of a forgotten device: `forget` takes it out as a whole."""
         runs = groupby(reports if by > 0 else (), attrgetter("app_id", "device_id_hash", "app_version"))
         times_of = attrgetter("at", "received_at")  # made only once, because runs may be short
         for (app_id, device, version), grouped in runs:
             if not device:
                 continue
             key, run = (app_id, device_key(device)), list(grouped)
-            times = set(map(times_of, run))  # a batch has few different ones
+            times = set(map(times_of, run))  # a batch has few distinct ones
             self._days[key].update(at // DAY for at, received_at in times
                                    if at // DAY >= received_at // DAY - DEVICE_DAYS)
             self._devices.learn(key, SeenDevice(min(times)[0] // DAY, max(times)[0] // HOUR, run[-1].seq))
@@ -2451,7 +2449,7 @@ create table device_versions (
                 self._add("device_hours", app_id, after.last_hour, devices=1)
                 if before:
                     self._add("device_hours", app_id, before.last_hour, devices=-1)
-        for (app_id, column, first, end), count in self._spans.items():  # many devices have the same ones
+        for (app_id, column, first, end), count in self._spans.items():  # many devices share a span
             for day in range(first, end):
                 self._add("active_days", app_id, day, **{column: count})
         counts: Counter[Row] = Counter()
@@ -2464,7 +2462,7 @@ create table device_versions (
                 self._count_version(app_id, version, seen, count)
 
     def _save_days(self, devices: Sequence[tuple[Row, SeenDevice | None, SeenDevice]]) -> None:
-        """Saves the days on which devices were not seen before: mostly none, because their rows have the last day."""
+        """Saves days on which devices were not seen before. Mostly last_hour shows that there are none."""
         changed = [(key, before, after) for key, before, after in devices if before is None
                    or after.first_day < before.first_day or self._days[key] - {before.last_hour // 24}]
         ranges = []  # of days that decide what changes
@@ -2509,7 +2507,7 @@ create table device_versions (
             self._add("release_hours", app_id, version, seen.crash_hour, crashed_devices=by)
 
     def forget(self, device_id_hash: str) -> int:
-        """Takes a device out of all figures. Returns in how many apps it was known."""
+        """Takes a device out of all figures of devices; returns in how many apps it was known."""
         device = device_key(device_id_hash)
         rows = self._db.execute("""
             select app_id, first_day, last_hour from devices where app_id in (select id from apps) and device = ?
@@ -2532,12 +2530,12 @@ create table device_versions (
 
     @staticmethod
     def active(db: Any, app: int | None, days: range) -> JsonObject:
-        """Devices that were active on each of these days, and on the 7 and the 30 days that end with it."""
+        """Devices that were active on each of these days, and within the 7 and the 30 days that end with it."""
         return sums_per_day(db, app, days, "active_days", *Devices.ACTIVE)
 
     @staticmethod
     def retention(db: Any, app: int | None, days: range) -> JsonObject:
-        """Devices that are new on each of these days, and the percentage of them that came back."""
+        """Devices that were new on each of these days, and the percentages that came back 1, 7 and 30 days later."""
         cohorts = sums_per_day(db, app, days, "cohorts", "devices", *Devices.BACK)
         answer: JsonObject = {"devices": cohorts["devices"]}
         for column, later in Devices.BACK.items():
@@ -2555,18 +2553,18 @@ create table device_versions (
 
 @lru_cache(maxsize=4096)
 def device_key(device_id_hash: str | None) -> int:
-    """The number by which figures know a device: 63 bits of its SHA-256. 0 is no device."""
+    """The number by which figures know a device: 63 bits of the SHA-256 of its id. 0 is no device."""
     return int.from_bytes(sha256(device_id_hash)[:8], "big") >> 1 if device_id_hash else 0
 
 
 class EventNames(Figure):
-    """Events by name, type and UTC day, without those that start or end a session. "" is no name."""
+    """Events by name, type and UTC day, without those that start or end a session. The name "" means none."""
 
     SUMS = {"event_names": Sums("name type day", "events", NAME_DAYS, check="recent")}
     COUNTS = (Event,)
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        # Without Python code per event, because a batch has a hundred.
+        # Without Python code per event, because a batch can have a hundred.
         apps, names, types, times = (map(attrgetter(name), reports) for name in ("app_id", "name", "type", "at"))
         alike = Counter(zip(apps, names, types, map(floordiv, times, repeat(DAY))))
         for (app_id, name, type, day), events in alike.items():
@@ -2610,7 +2608,7 @@ class RollUps:
         self.db, self.now, self.symbols, self.names = db, now, symbols or Symbols(db), NewNames(db)
         self._is_expiry = False
         self._changes: dict[str, dict[Row, dict[str, int]]] = defaultdict(dict)  # by table and key
-        self._windows: dict[str, tuple[int, int]] = {}  # by table: where its key has the day or hour; the first kept
+        self._windows: dict[str, tuple[int, int]] = {}  # by table: position of day or hour in its key; the first kept
         for table, sums in SUMS.items():
             if sums.window:
                 unit, length = ("hour", HOUR) if "hour" in sums.key else ("day", DAY)
@@ -2618,13 +2616,13 @@ class RollUps:
         self.figures: dict[type, Any] = {figure: figure(self) for figure in FIGURES}
 
     def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        """Counts reports in the order of their seqs, like Figure.count."""
+        """Counts reports, which are in the order of their seqs, in all figures: see Figure.count."""
         for figure in self.figures.values() if reports else ():
             if kind in figure.COUNTS:
                 figure.count(kind, reports, by)
 
     def expire(self, kind: type, reports: Sequence[Any]) -> None:
-        """Takes out reports that have expired, in the order of their seqs, like Figure.expire."""
+        """Takes expired reports, which are in the order of their seqs, out of all figures: see Figure.expire."""
         self._is_expiry = True
         for figure in self.figures.values():
             if kind in figure.COUNTS:
@@ -2632,7 +2630,7 @@ class RollUps:
         self._is_expiry = False
 
     def add(self, table: str, *key: Any, **counts: int) -> None:
-        """Adds to the sums of a row, unless its window is over. A row is deleted when all its sums are 0."""
+        """Adds to the sums of a row, unless its window is over or they outlast an expiry. A row of zeros is deleted."""
         sums = SUMS[table]
         if self._is_expiry and sums.lasts:
             return
@@ -2659,13 +2657,13 @@ class RollUps:
         self.figures[Groups].drop_empty()
 
     def trim(self) -> int:
-        """Deletes up to TRIM_STEP rows of each table whose window is over. Returns how many; 0 when nothing is left."""
+        """Stores medians, and deletes up to TRIM_STEP old rows of each table; returns how many, 0 when none is left."""
         self.figures[Sessions].store_medians()
         today = self.now // DAY
         deleted = self._delete_some("new_names", "new_names where day < ?", today)
         for table, (position, first) in self._windows.items():
             deleted += self._delete_some(table, f"{table} where {PRIMARY_KEYS[table][position]} < ?", first)
-        # No verdict needs the hours in which a release was older than this.
+        # No verdict needs the hours in which a release was older than HEALTH_DAYS.
         deleted += self._delete_some("release_hours", f"""(
             select app_id, app_version, min(first_seen) / {HOUR} + {24 * HEALTH_DAYS} as last from builds
             group by app_id, app_version) as ages
@@ -2674,7 +2672,7 @@ class RollUps:
                                            (today - WEEK) * DAY, today - WEEK)
 
     def _delete_some(self, table: str, source: str, *parameters: int) -> int:
-        """Deletes some of the rows of a query, given from its `from` on. Returns how many."""
+        """Deletes up to TRIM_STEP rows of a query, which is given from its `from` on; returns how many."""
         keys = self.db.execute(f"""
             select {", ".join(PRIMARY_KEYS[table])} from {source} and app_id in (select id from apps) limit ?
             """, (*parameters, TRIM_STEP)).fetchall()
@@ -2689,7 +2687,7 @@ def labels_and_counts(rows: Iterable[tuple[str, int]]) -> JsonObject:
 
 
 def rows_that_fit(rows: Iterable[Any]) -> Iterator[Any]:
-    """The first rows, as many as fit in MAX_ANSWER."""
+    """As many of the first rows as fit in MAX_ANSWER."""
     size = 0
     for row in rows:
         size += len(json.dumps(row))
@@ -2698,13 +2696,13 @@ def rows_that_fit(rows: Iterable[Any]) -> Iterator[Any]:
         yield row
 
 
-CACHED_STATEMENTS = 512  # prepared statements to keep: an insert is another statement for each number of rows
+CACHED_STATEMENTS = 512  # prepared statements to keep: an insert is a different one for each number of rows
 ROWS_PER_STATEMENT = 128
-ROWS_STEP = 4  # longer statements have a multiple of so many rows: one for each number of rows would take 9 MB more
+ROWS_STEP = 4  # longer statements have a multiple of this many rows: one for each number would take 9 MB more
 
 
 def upsert(db: Any, table: str, rows: Sequence[Row], changes: str) -> None:
-    """Inserts whole rows. If a row with the same key exists, it makes these changes to it instead."""
+    """Inserts whole rows, or makes these changes to rows whose keys exist already."""
     key = ", ".join(PRIMARY_KEYS[table])
     write_rows(db, f"insert into {table} values * on conflict ({key}) do update set {changes}", rows)
 
@@ -2718,8 +2716,8 @@ def delete_rows(db: Any, table: str, keys: Iterable[Row], condition: str = "true
 
 
 def write_rows(db: Any, statement: str, rows: Sequence[Row]) -> None:
-    """Runs a statement for all rows; `values *` in it stands for their placeholders. Not by executemany: that releases
-    Python's lock for each row, and under load waits to get it again."""
+    """Runs a statement for all rows; `values *` in it stands for their placeholders. executemany would release Python's
+    lock for each row, and under load wait to get it again."""
     for _ in _execute_in_parts(db, statement, rows):
         pass
 
@@ -2744,15 +2742,15 @@ def _with_placeholders(statement: str, rows: int, columns: int) -> str:
 
 
 def dict_rows(db: Any, query: str, parameters: Any = ()) -> list[JsonObject]:
-    """The rows of a query, each by the names of its columns."""
+    """The rows of a query as dicts, by the names of the columns."""
     rows = db.execute(query, parameters)
     names = [column[0] for column in rows.description]
     return [dict(zip(names, row)) for row in rows]
 
 
 # == Triage ====================================================================
-# What people decide about a group, how a new crash undoes it, and the facts that are worth an alert. All of it is
-# written in the transaction that stores the crash.
+# What people decide about a group, how a new crash undoes it, and the facts that are worth an alert. The effects of a
+# crash are written in the transaction that stores it.
 
 FACT_KINDS = {  # each with whether a channel gets it by default
     "crash.new": True, "crash.regressed": True, "crash.unmuted": True, "crash.spread": False,
@@ -2763,14 +2761,14 @@ CONDITIONS = {  # each with the state that it belongs to, its column, and its te
     "more_crashes": ("muted", "crashes_left", "for {} more crashes"),
     "more_devices": ("muted", "devices_left", "for {} more devices")}
 TRIAGE_FIELDS = ("state", *CONDITIONS, "comment")  # of a PATCH
-MAX_HISTORY, MAX_COMMENT = 100, 5000  # entries of a group that are kept, and characters of one
-SPREAD_BOUNDS = (10, 100, 1000)  # a group that reaches so many devices is a fact
+MAX_HISTORY, MAX_COMMENT = 100, 5000  # entries that are kept of a group, and characters of a comment
+SPREAD_BOUNDS = (10, 100, 1000)  # a fact is noted when a group reaches this many devices
 Decision = namedtuple("Decision", "state changed_at fixed_in until crashes_left devices_left regressed_at",
                       defaults=(None, None, None, None, None))  # a row of triage
 
 
 def parse_triage(fields: JsonObject, now: int) -> JsonObject:
-    """Reads a PATCH of a group; times become milliseconds. Raises Refusal, also for a typo: it must not do nothing."""
+    """The changes in a PATCH, with times in milliseconds. Raises Refusal, also for a typo: it must not go unnoticed."""
     if unknown := [name for name in fields if name not in TRIAGE_FIELDS]:
         raise Refusal("invalid field", detail=f"{unknown[0][:MAX_TEXT]!r} is none of {', '.join(TRIAGE_FIELDS)}")
     if not fields:
@@ -2802,7 +2800,7 @@ def _triage_value(name: str, value: Any, now: int) -> Any:
 
 
 def decide(db: Any, app_id: int, group_hash: str, changes: JsonObject, now: int) -> None:
-    """Applies what parse_triage returned to a group. Raises Refusal for a condition that belongs to another state."""
+    """Applies changes from parse_triage to a group. Raises Refusal for a condition that belongs to another state."""
     before = after = _read_decision(db, app_id, group_hash) or Decision("open", now)
     state = changes.get("state", before.state)
     conditions, texts = {}, []
@@ -2846,7 +2844,7 @@ def _add_history(db: Any, app_id: int, group_hash: str, at: int, what: str, deta
 
 
 def move_triage(db: Any, app_id: int, group_hash: str, target: str) -> None:
-    """Moves the decision and the history of a group to the group `target`. A decision about the target stays."""
+    """Moves the decision and the history of a group to the group `target`. The target's own decision has precedence."""
     in_both, both = "app_id = ? and group_hash in (?, ?)", (app_id, group_hash, target)
     entries = db.execute(f"select at, what, detail from group_history where {in_both} order by at, group_hash, entry",
                          both).fetchall()[-MAX_HISTORY:]
@@ -2860,7 +2858,7 @@ def move_triage(db: Any, app_id: int, group_hash: str, target: str) -> None:
 
 
 def rename_group(db: Any, app_id: int, group_hash: str, target: str) -> None:
-    """Makes a group whose crashes have all moved an alias of the group `target`."""
+    """Makes a group without crashes an alias of the group `target`, which gets its decision and its history."""
     if not db.execute("""
             select 1 from apps where id = ? and not exists (
                 select 1 from crashes where app_id = apps.id and group_hash = ?)""",
@@ -2873,7 +2871,7 @@ def rename_group(db: Any, app_id: int, group_hash: str, target: str) -> None:
 
 
 def missing_group(db: Any, app: str | None, group_hash: str) -> Refusal:
-    """Returns the refusal for an unknown group, which says where its crashes are now if they were moved."""
+    """The refusal for an unknown group. It says where the crashes are now if they were moved."""
     alias = db.execute("""
         select target from group_aliases
         where app_id in (select id from apps where name = :app or :app is null and is_test = 0) and group_hash = :group
@@ -2887,13 +2885,13 @@ def with_build(version: str | None, build: str | None) -> str:
 
 
 def _split_build(text: str) -> tuple[str, str]:
-    """The version and the build of 1.3.0 (48), or "" for the build."""
+    """The version and the build in text such as 1.3.0 (48). The build is "" if there is none."""
     match = re.fullmatch(r"(.*[^ ]) *\(([^()]+)\)", text)
     return (match[1], match[2]) if match else (text, "")
 
 
 def _has_fix(version: str, build: str, fixed_in: str) -> bool | None:
-    """Whether a version and build is the one with the fix, or a later one. None: they cannot be compared."""
+    """Whether this version and build is the one with the fix, or later. None if they cannot be compared."""
     fixed_version, fixed_build = _split_build(fixed_in)
     key, fixed_key = version_key(version), version_key(fixed_version)
     if version == fixed_version or key[0] and key == fixed_key:
@@ -2904,7 +2902,7 @@ def _has_fix(version: str, build: str, fixed_in: str) -> bool | None:
 
 
 def _first_seen(db: Any, app_id: int, version: str, build: str) -> int | None:
-    """When a build, or a version if `build` is "", was first seen in a report. Events name no build, so
+    """When a build, or a version if `build` is "", was first seen in a report; None if never. Events name no build, so
     the first build that a crash names is taken to be as old as its version."""
     builds = dict(db.execute("select build_number, first_seen from builds where app_id = ? and app_version = ?",
                              (app_id, version)).fetchall())
@@ -2915,7 +2913,7 @@ def _first_seen(db: Any, app_id: int, version: str, build: str) -> int | None:
 def _is_regression(db: Any, decision: Decision, crash: Any) -> bool:
     """Whether a crash shows that a resolved group is not fixed. An old build that still crashes does not."""
     app_id, build, since = crash.app_id, crash.build_number or "", decision.changed_at + 1
-    if not crash.app_version:  # which tells nothing, unless the app has no versions at all
+    if not crash.app_version:  # such a crash tells nothing, unless the app has no versions at all
         return crash.at >= since and not db.execute("select 1 from releases where app_id = ?", (app_id,)).fetchone()
     # The version that was sent: the crash may count under "(other)".
     version, = db.execute("select app_version from crashes where seq = ?", (crash.seq,)).fetchone()
@@ -2933,8 +2931,8 @@ def _is_regression(db: Any, decision: Decision, crash: Any) -> bool:
 
 
 def _find_reopening(db: Any, now: int, decision: Decision, crashes: list[Any], devices: int) -> tuple[str, Any] | None:
-    """Returns "regressed" or "unmuted" and the crash that did it, or None. `devices` counts those new to the group."""
-    if decision.state == "resolved":  # of each build, a crash before the decision and one after it are enough
+    """Why a group reopens, "regressed" or "unmuted", and the crash that did it; or None. `devices`: those new to it."""
+    if decision.state == "resolved":  # one crash of each build before the decision, and one after it, are enough
         first_of_build = {(crash.app_version, crash.build_number, crash.at > decision.changed_at): crash
                           for crash in reversed(crashes)}
         for crash in sorted(first_of_build.values()):
@@ -2991,7 +2989,7 @@ def update_triage(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], a
 
 
 def _reopen(db: Any, now: int, decision: Decision, what: str, crash: Any) -> None:
-    """Opens a group again, and names the crash that did it in its history."""
+    """Opens a group again, and names in its history the crash that did it."""
     after = Decision("open", now, decision.fixed_in, regressed_at=now if what == "regressed" else decision.regressed_at)
     _write_decision(db, crash.app_id, crash.group_hash, after)
     version = f" in {with_build(crash.app_version, crash.build_number)}" if crash.app_version else ""
@@ -3035,7 +3033,7 @@ class Connection(sqlite3.Connection):
         super().__init__(f"{path.as_uri()}?mode={mode}", uri=True, timeout=BUSY_TIMEOUT,
                          isolation_level=None, check_same_thread=False, cached_statements=CACHED_STATEMENTS)
         self.execute("pragma synchronous = full")  # NORMAL may lose acknowledged commits in a power failure
-        self.execute("pragma secure_delete = on")  # overwrite what is deleted
+        self.execute("pragma secure_delete = on")  # overwrites what is deleted
         self.execute("pragma journal_size_limit = 16000000")  # bytes that a WAL may keep after its peak
         # In KiB. There is one writer, but as many readers as busy threads.
         self.execute(f"pragma cache_size = {-512 if query_only else -8192}")
@@ -3046,10 +3044,10 @@ class Connection(sqlite3.Connection):
         self.execute("begin immediate")  # a lock taken later may fail at once instead of waiting
 
     def lock_apps(self, key_hashes: Sequence[bytes]) -> None:
-        """In a shared transaction, waits for other writers to the apps of these keys. SQLite has none."""
+        """In a shared transaction, waits for other writers to the apps of these keys. In SQLite there are none."""
 
     def reserve_seqs(self, now: int, count: int) -> int:
-        """Reserves `count` consecutive seqs that were never given before, and returns the first."""
+        """Reserves `count` consecutive seqs that were never given before; returns the first."""
         last, = self.execute("""
             select coalesce(max(seq), 0) from (
                 select max(seq) as seq from crashes where seq < :limit
@@ -3061,7 +3059,7 @@ class Connection(sqlite3.Connection):
         while overlap := self.execute("select last from given_seqs where first < ? and last >= ?",
                                       (first + count, first)).fetchone():
             first = overlap[0] + 1
-        # After a gap of more than a day a new range begins: a fast clock must not make one cover the years to come.
+        # After a gap of more than a day, a new range begins: a fast clock must not make one cover the years to come.
         if not self.execute("""
                 update given_seqs set last = ? where first = (
                     select max(first) from given_seqs where last between ? and ?)
@@ -3070,7 +3068,7 @@ class Connection(sqlite3.Connection):
         return first
 
     def try_to_write(self) -> None:
-        """Fails if the disk has no room for a report."""
+        """Raises an error if the disk has no room for a report."""
         self.run_script("create table trial (a);\ninsert into trial values (zeroblob(100000));\ndrop table trial")
 
     def append(self, table: str, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
@@ -3078,7 +3076,7 @@ class Connection(sqlite3.Connection):
         write_rows(self, f"insert into {table} ({', '.join(columns)}) values *", rows)
 
     def run_script(self, script: str) -> None:
-        """Runs statements, each of which ends its line. executescript() would commit the transaction first."""
+        """Runs statements that each end a line with a semicolon. executescript() would commit the transaction first."""
         for statement in script.split(";\n"):
             self.execute(statement)
 
@@ -3088,12 +3086,12 @@ class Connection(sqlite3.Connection):
 
 
 def get_state(db: sqlite3.Connection, name: str, default: int) -> int:
-    """A value from the table `state`."""
+    """A value from the table `state`, or the default."""
     return int((db.execute("select value from state where name = ?", (name,)).fetchone() or (default,))[0])
 
 
 def megabytes(size: int) -> str:
-    """Formats a number of bytes for an operator."""
+    """A number of bytes, as an operator reads it."""
     return f"{size / 1e6:,.1f} MB"
 
 
@@ -3162,7 +3160,7 @@ class Database(Closing):
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A connection that cannot write. Only for short reads: an open one keeps the WAL growing."""
+        """A connection that cannot write. Only for short reads: the WAL grows as long as one is open."""
         process, db, is_reusable = self._process, None, False
         try:
             with suppress(IndexError):  # if no reader is idle
@@ -3190,8 +3188,8 @@ class Database(Closing):
                 yield db
                 db.execute("commit")
             except BaseException as error:
-                # Closing rolls back. After an error SQLite may have done so by itself, and then each further
-                # statement would be a transaction of its own.
+                # Closing rolls back. After an error, SQLite may have done so by itself, and then each further statement
+                # would be a transaction of its own.
                 process.close_writer()
                 if isinstance(error, self.Error):
                     raise self._unavailable("write", error) from error
@@ -3207,7 +3205,7 @@ class Database(Closing):
         time.sleep(PAUSE_FACTOR * (time.monotonic() - began))
 
     def _repeat_step(self, step: Callable[[Connection], Counter[str]]) -> Counter[str]:
-        """Repeats a step, each time in its own transaction, until it returns no counts. Returns the sum of them."""
+        """Repeats a step, each time in its own transaction, until it returns no counts; returns the sum of all."""
         total: Counter[str] = Counter()
         while not self._closed:
             with self.writing_step() as db:
@@ -3218,8 +3216,8 @@ class Database(Closing):
         return total
 
     def _unavailable(self, verb: str, error: Exception) -> StorageUnavailable:
-        """Logs an error once, and returns the exception to raise. After a failed write, unless it waited for a lock,
-        `check` makes a trial write until reports are stored again."""
+        """Logs an error once; returns the exception to raise. After a write that failed, but not because of a lock,
+        `check` makes a trial write until one succeeds or reports are stored again."""
         if str(error) != self._logged_error:
             log.error("cannot %s the database: %s", verb, error)
             self._logged_error = str(error)
@@ -3232,8 +3230,8 @@ class Database(Closing):
             raise self._unavailable("use", ValueError(f"the clock of this host says {iso_time(self.now)}: set it"))
 
     def check(self) -> None:
-        """Raises StorageUnavailable if the file is gone or unreadable, or if the last write failed and a trial write
-        fails too."""
+        """Raises StorageUnavailable if the clock is wrong, the file is gone or unreadable, or the last write failed and
+        a trial write fails too."""
         self._check_clock()
         with self.reading() as db:
             self._check_file()
@@ -3245,11 +3243,11 @@ class Database(Closing):
 
     @property
     def size(self) -> int:
-        """Size of the database, in bytes."""
+        """The size of the database, in bytes."""
         return self.path.stat().st_size
 
     def used_size(self, db: Connection) -> int:
-        """Size of the database without its free pages, in bytes."""
+        """The size of the database without its free pages, in bytes."""
         return int((db.pragma("page_count") - db.pragma("freelist_count")) * db.pragma("page_size"))
 
     def _shrink(self) -> None:
@@ -3289,7 +3287,7 @@ def _prepare_file(path: Path, may_create: bool) -> None:
                 time.sleep(0.01)  # SQLite does not wait for a lock when it changes to WAL
     except (OSError, sqlite3.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        hint = DB_PATH_HINT if type(error) is sqlite3.DatabaseError else ""  # no database; a lock raises a subclass
+        hint = DB_PATH_HINT if type(error) is sqlite3.DatabaseError else ""  # not a database; a lock raises a subclass
         raise StoreError(f"cannot open the database {path}: {reason}{hint}") from None
 
 
@@ -3326,7 +3324,7 @@ def check_compatible(db: Connection, path: Path) -> None:
         raise StoreError(f"{path} is of a newer backfeedr (schema {version}; this one knows {SCHEMA_VERSION})")
 
 
-# The tables of earlier schemas that new ones replace. Those of schema 2 are all that count reports.
+# The tables of earlier schemas that new ones replace. Of schema 2, these are all tables that count reports.
 _REPLACED = {2: ("devices", "sessions", "hours", "days", "durations", "releases", "release_days", "labels", "groups",
                  "group_hours"),
              4: ("groups", "builds", "releases", "group_devices", "group_sums")}
@@ -3386,12 +3384,12 @@ def _recount_2(db: Connection) -> None:
                     {", ".join(f"{name} = max({table}.{name}, excluded.{name})" for name in sums)}""")
             db.execute(f"delete from {table} where {' + '.join(sums)} = 0")
     db.execute("delete from state where name = 'recent_since'")
-    # Names are made canonical since then, so crashes may belong to other groups.
+    # Names have been made canonical since then, so crashes may belong to other groups.
     db.execute("insert into regroupings select app_id, group_hash, 0, 0, '' from groups")
 
 
 def _complete_4(db: Connection) -> None:
-    """Counts the crashes of schema 4 for what was not counted then: sums of groups, and when a build was last seen."""
+    """Counts what schema 4 did not count: the crashes and devices of groups, and when each build was last seen."""
     db.execute("insert into groups select *, 0, 0, 0 from old_groups")
     db.execute("insert into builds select *, first_seen from old_builds")
     Groups.recount(db)
@@ -3427,10 +3425,10 @@ def _pages_to_count(db: sqlite3.Connection, kind: type[Any]) -> Iterator[list[An
 
 
 # == Apps ======================================================================
-# Apps, their keys, and the secrets that let an admin in.
+# Apps, their keys, and the secrets that let in an admin or a reader of the feed.
 
 class App(NamedTuple):
-    """An app; `keys` counts its active keys, `created_at` is in milliseconds."""
+    """An app. `keys` counts its active keys; `created_at` is in milliseconds."""
 
     name: str
     is_test: bool
@@ -3439,7 +3437,7 @@ class App(NamedTuple):
 
 
 class Key(NamedTuple):
-    """An API key without the key itself; times are in milliseconds, `hash` is its SHA-256 in hex."""
+    """What is known of an API key. Times are in milliseconds; `hash` is its SHA-256 in hex."""
 
     prefix: str
     app: str
@@ -3456,18 +3454,18 @@ def key_name(key_hash: bytes) -> str:
 
 
 class GeneratedSecrets(NamedTuple):
-    """The secrets that a start generated; None for those that existed or were given."""
+    """The secrets that were generated at a start. None for those that existed or were given."""
 
     key: str | None
     token: str | None
 
 
 class Apps(Database):
-    """A database of apps, their keys and the secrets of the admin."""
+    """A database of apps, their keys, and the secrets of the admin and of the feed."""
 
     def start(self, api_key: str = "", auth_token: str = "") -> GeneratedSecrets:
-        """Stores the given API key, for the app `default`, and the given admin token. Without one, generates a key if
-        there is no app, and a token if none is stored."""
+        """Stores the given API key, for the app `default`, and the given admin token. Without a given one, generates a
+        key if there is no app, and a token if none is stored; returns what it generated."""
         generated_token = None
         with self.writing() as db:
             key = None
@@ -3484,7 +3482,7 @@ class Apps(Database):
                 auth_token = generated_token = "bf_admin_" + secrets.token_hex(16)
             if auth_token and stored_token != (sha256(auth_token),):
                 db.execute(SET_SECRET, ("admin_token", sha256(auth_token)))
-                db.execute("delete from grants")  # they stood for the old token
+                db.execute("delete from grants")  # they stand for the old token
         return GeneratedSecrets(None if api_key else key, generated_token)
 
     def secret_hash(self, name: str) -> bytes:
@@ -3498,11 +3496,11 @@ class Apps(Database):
         return hmac.compare_digest(self.secret_hash("admin_token"), sha256(token))
 
     def is_feed_token(self, token: bytes) -> bool:
-        """Whether this is the token of the feed."""
+        """Whether this is the current token of the feed."""
         return hmac.compare_digest(self.secret_hash("feed_token"), sha256(token))
 
     def create_feed_token(self) -> str:
-        """Returns a new token of the feed, which replaces an earlier one. Only its hash is stored."""
+        """Creates a token of the feed, which replaces an earlier one; returns it. Only its hash is stored."""
         token = "bf_feed_" + secrets.token_hex(16)
         with self.writing() as db:
             db.execute(SET_SECRET, ("feed_token", sha256(token)))
@@ -3514,7 +3512,7 @@ class Apps(Database):
             db.execute("delete from secrets where name = 'feed_token'")
 
     def grant(self, kind: str, lifetime: int) -> str:
-        """Returns a new secret that stands for the admin token, for one kind of use and `lifetime` milliseconds."""
+        """Creates a secret in place of the admin token, for one kind of use and `lifetime` milliseconds; returns it."""
         secret = secrets.token_hex(16)
         with self.writing() as db:
             db.execute("delete from grants where expires_at <= ?", (self.now,))
@@ -3528,7 +3526,7 @@ class Apps(Database):
                               (sha256(kind + secret), self.now)).fetchone() is not None
 
     def withdraw(self, kind: str, secret: str) -> bool:
-        """Ends a grant. Returns whether it was valid."""
+        """Ends a grant; returns whether it was valid."""
         if not self.is_granted(kind, secret):  # a stranger's guess must not take the lock
             return False
         with self.writing() as db:
@@ -3539,7 +3537,7 @@ class Apps(Database):
         return key_hash in self._process.active_keys
 
     def is_active_key(self, key_hash: bytes) -> bool:
-        """Looks up whether the key with this SHA-256 is active."""
+        """Whether the key with this SHA-256 is active. Reads the database."""
         with self.reading() as db:
             is_active = db.execute("select 1 from keys where key_hash = ? and revoked_at is null",
                                    (key_hash,)).fetchone() is not None
@@ -3550,11 +3548,11 @@ class Apps(Database):
         return is_active
 
     def is_known_key(self, key_hash: bytes) -> bool:
-        """Whether the key was active when it was last looked up, which may be long ago; looks up an unknown one."""
+        """Whether the key was active when it was last looked up, perhaps long ago. Any other key is looked up."""
         return self.is_cached_key(key_hash) or self.is_active_key(key_hash)
 
     def create_app(self, name: str, is_test: bool = False) -> str:
-        """Creates an app. Returns its first key, of which only the hash is stored. Raises StoreError for a bad name."""
+        """Creates an app; returns its first key, of which only the hash is stored. Raises StoreError for a bad name."""
         with self.writing() as db:
             self._insert_app(db, name, is_test)
             return self._insert_key(db, name, new_key(is_test))
@@ -3567,7 +3565,7 @@ class Apps(Database):
             raise StoreError(f"there is an app named {name!r} already")
 
     def create_key(self, app: str) -> str:
-        """Returns a further key for an app; only its hash is stored. Raises StoreError if there is no such app."""
+        """Creates a further key; returns it, as only its hash is stored. Raises StoreError if there is no such app."""
         with self.writing() as db:
             return self._insert_key(db, app, new_key(self.find_app(db, app)[1]))
 
@@ -3605,7 +3603,7 @@ class Apps(Database):
                         join apps on apps.id = app_id order by keys.created_at, prefix""")]
 
     def revoke_key(self, key: str) -> Key:
-        """Revokes the one active key that has this prefix, or is this key, or has this hash. Raises StoreError."""
+        """Revokes the one active key that has this prefix or hash, or is this key; returns it. Raises StoreError."""
         prefix = key[:-3] if key.endswith("...") else key  # `key list` prints prefixes with an ellipsis
         matches = [stored for stored in self.keys() if stored.revoked_at is None and prefix and (
             stored.prefix.startswith(prefix) or stored.hash in (prefix, sha256(prefix).hex()))]
@@ -3621,14 +3619,14 @@ class Apps(Database):
 # thread opens a queue and commits it; threads that come before the transaction begins join the queue and wait.
 
 class Idempotency(NamedTuple):
-    """How a repeated request is recognised. All are digests."""
+    """How a repeated request is recognized. All values are digests."""
 
     marks: tuple[bytes, ...] = ()  # any of them shows that a request was seen before
     request: bytes = b""  # of path and body: shows that it is the same request
 
 
 class Receipt(NamedTuple):
-    """What was made durable: a seq for each report, and whether an earlier request stored them."""
+    """What is durable: the seqs of a request's reports, and whether an earlier request stored them."""
 
     seqs: range
     replayed: bool
@@ -3647,7 +3645,7 @@ class StoredReport(NamedTuple):
 
 @dataclass(eq=False)
 class Submission:
-    """The reports of one request on their way to the disk, and the outcome."""
+    """The reports of one request on their way to the disk, and the outcome: a receipt or an error."""
 
     key_hash: bytes = b""
     reports: Reports = ()
@@ -3656,7 +3654,7 @@ class Submission:
     receipt: Receipt | None = None
 
     def result(self) -> Receipt:
-        """Returns the receipt or raises the error. An error is dropped: its traceback refers to the request, and this
+        """The receipt. Raises the error if there is one, and drops it: its traceback refers to the request, and this
         cycle would keep megabytes until the garbage collector runs."""
         if self.error is not None:
             try:
@@ -3672,7 +3670,7 @@ class CommitQueue:
 
     def __init__(self, submissions: Sequence[Submission] = ()) -> None:
         self.submissions = list(submissions)
-        self.full = threading.Event()  # set once as long as the last queue: most of its clients have sent again
+        self.full = threading.Event()  # set at the length of the last queue: most of its clients have sent again
         self.thread_locks: list[threading.Lock] = []  # one per waiting thread: one Event for all is 10 % slower
 
     def join(self, submissions: Sequence[Submission], max_waiters: int, max_rows: int) -> None:
@@ -3697,7 +3695,7 @@ class Histogram:
         self.sum += value
 
     def samples(self) -> Iterator[tuple[str, float]]:
-        """Its samples for Prometheus: the suffix of the metric's name, and the value."""
+        """The samples for Prometheus: the suffix of the metric's name, and the value."""
         totals = list(accumulate(self.counts))
         for bound, total in zip(self.bounds, totals):
             yield '_bucket{le="%s"}' % ("+Inf" if bound == math.inf else bound), total
@@ -3739,8 +3737,8 @@ class Commit:
         self._db, self._now, self._symbols = db, now, Symbols(db)
         self._replays: list[tuple[Any, ...]] = []  # new rows of the table `replays`
         self._key_uses: Counter[tuple[int, bytes]] = Counter()  # requests by app and key
-        # Of each app: seqs, times of receipt, how far the clocks were ahead, reports. Columns, because a tuple
-        # for each report would set off the garbage collector.
+        # By app_id: seqs, times of receipt, how far the clocks were ahead, reports. Columns, because a tuple for each
+        # report would set off the garbage collector.
         self._columns: dict[int, tuple[list[Any], ...]] = defaultdict(lambda: ([], [], [], []))
 
     def add_submissions(self, submissions: Sequence[Submission]) -> None:
@@ -3784,7 +3782,7 @@ class Commit:
                     cross join replays on app_id = column1 and mark = column2""", list(marks))}
 
     def regrouped(self, reports: Reports) -> Reports:
-        """The reports, their crashes in the groups that the stored symbols give."""
+        """The reports, with each crash in the group that follows from the stored symbols."""
         return [self._symbols.regrouped(report) if type(report) is Crash else report for report in reports]
 
     def add_reports(self, app_id: int, *columns: Sequence[Any]) -> None:
@@ -3793,7 +3791,7 @@ class Commit:
             column.extend(values)
 
     def save(self) -> Counter[str]:
-        """Writes the rows and the figures. Returns the number of new rows in each table of reports."""
+        """Writes the rows and the figures; returns the number of new rows in each table of reports."""
         rollups, stored, crashes = RollUps(self._db, self._now, self._symbols), Counter[str](), []
         for (app_id, columns), (kind, table) in product(self._columns.items(), TABLES.items()):
             is_of_kind = [type(report) is kind for report in columns[-1]]
