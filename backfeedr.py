@@ -3943,7 +3943,7 @@ class Store(Apps):
     def _leave_queue(self, process: Process, queue: CommitQueue, submissions: Sequence[Submission], is_commit: bool,
                      error: BaseException) -> Sequence[Submission]:
         """Takes submissions out of their queue and gives them an error: all if its commit failed, else only these,
-        which can wait no longer. Returns those that may be stored if each is committed alone. Raises signals again."""
+        which can wait no longer. Returns those that may be stored if each is committed alone. Re-raises signals."""
         with process.queue_lock:
             if process.queue is queue and (is_commit or isinstance(error, Exception)):
                 process.queue = None
@@ -4345,8 +4345,7 @@ class Store(Apps):
         return deleted
 
     def _delete_due(self, db: Connection, size: int) -> Counter[str]:
-        """Deletes some expired reports, else rows of a deleted app, else, if the database is too large, other
-        reports."""
+        """Deletes expired reports; else rows of a deleted app; else, if the database is too large, other reports."""
         deleted: Counter[str] = Counter()
         for kind, table in TABLES.items():
             if seqs := self._delete_reports(db, kind, f"from {table} where seq < ? order by seq limit ?",
@@ -4427,8 +4426,8 @@ class Store(Apps):
         return [report.seq for report in reports]
 
     def _note_windows(self, db: Connection) -> None:
-        """Notes that the windows of the figures end now. The latest report may be older or gone, so it cannot tell
-        `check` this."""
+        """Notes that the windows of the figures end now: `check` cannot see it from reports, which may be older or
+        gone."""
         db.execute(SET_STATE, ("counted_at", max(self.now, get_state(db, "counted_at", 0))))
 
     def catch_up(self) -> Counter[str]:
@@ -4455,8 +4454,8 @@ class Store(Apps):
         threading.Thread(target=work, name="backfeedr catch-up", daemon=True).start()
 
     def forget_device(self, device_id_hash: str) -> Counter[str]:
-        """Deletes everything about a device, in all apps and every figure. `first_seen` of groups and releases stays as
-        it is."""
+        """Deletes everything about a device from all apps and figures. `first_seen` of groups and releases does not
+        change."""
         deleted: Counter[str] = Counter()
         last = {kind: self._last_seq(kind) for kind in TABLES}
         for kind, table in TABLES.items():
@@ -4542,7 +4541,7 @@ def note_worse_releases(db: Connection, now: int) -> None:
 
 
 def size_warnings(path: Path, max_db_size: int) -> list[str]:
-    """Warnings if a database or its disk is nearly full."""
+    """Warnings that a database or its disk is nearly full."""
     texts, size, disk = [], max_db_size and path.stat().st_size, shutil.disk_usage(path.parent)
     if size > NEARLY_FULL * max_db_size:
         texts.append(f"The database has {100 * size // max_db_size} % of BACKFEEDR_MAX_DB_SIZE; beyond it the oldest"
@@ -4555,7 +4554,7 @@ def size_warnings(path: Path, max_db_size: int) -> list[str]:
 # == Alerts ====================================================================
 # Sends facts to channels. The facts of a minute become one message for each channel that wants them. One transaction
 # claims a message, another records the outcome, and none is open while it is sent. If the server dies in between, the
-# message is sent again under the same id. A kind of channel is a function that makes an HTTP request of a message.
+# message is sent again under the same id. A kind of channel is a function that turns a message into an HTTP request.
 
 FACT_DELAY = MINUTE  # how long a fact waits for others that share its message
 MAX_FACTS = 10  # facts that a message lists; it only counts the others
@@ -4966,7 +4965,7 @@ SCANNED_EVENTS = 20_000  # events that are read for a page, which may be short a
 GROUP_REPORTS = 20  # crashes on a page of a group
 MAX_VERSIONS = 100  # versions that a list names for a group
 MAX_MISSING_BUILDS = 100  # builds without symbols in a list
-SCORED_GROUPS, SHOWN_GROUPS = 20, 5  # groups that the overview scores, and as many again by devices; and that it shows
+SCORED_GROUPS, SHOWN_GROUPS = 20, 5  # groups by crashes, and by devices, that get a score; groups that are shown
 EVENTS_BEFORE_CRASH = 20  # events that the page of a crash shows, out of the session's latest 100
 
 _IN_TRIAGE = "(app_id, group_hash) {} (select app_id, group_hash from triage where {})"
@@ -5100,8 +5099,8 @@ class Metrics:
         return sorted(releases, key=lambda row: ((row["verdict"] or {}).get("word") != "worse", row["app"]))
 
     def digest(self, app: str | None, since: int, until: int) -> list[JsonObject]:
-        """The facts of a digest of the time between two times in milliseconds: is the newest release worse, what is
-        new, what is fixed? A fact about one app has its name as `app`, so it can be dropped if the app is deleted."""
+        """The facts of a digest from `since` to `until`, in milliseconds: is the newest release worse, what is new,
+        what is fixed? A fact about one app has its name as `app`, so that it can be dropped if the app is deleted."""
         verdicts = [{"app": row["app"], "text": f"{row['app']} {row['app_version']} is {row['verdict']['text']}"}
                     for row in self.newest_releases(app) if row["verdict"]]
         with self._snapshot(app) as (db, app_id):
@@ -5145,7 +5144,7 @@ class Metrics:
                cursor: str | None = None) -> JsonObject:
         """The groups of stored crashes, by number of crashes or as `sort` says. `version` may end with *. `text` is
         searched for in what the list shows, and in the app's own symbols and files of the latest crash. `state` is one
-        of STATE_CONDITIONS; without `version` and `days`, a decided one also finds groups whose crashes have expired. A
+        of STATE_CONDITIONS; without `version` or `days`, resolved, muted and regressed groups need no stored crash. A
         group `is_new` if first seen in `version`, or without a version, first received within 7 days."""
         if state not in STATE_CONDITIONS:
             raise Refusal("invalid state", detail=f"it is none of {', '.join(filter(None, STATE_CONDITIONS))}")
@@ -5193,7 +5192,7 @@ class Metrics:
         return " ".join(group["group_hash"] for group in Groups.most_frequent(db, app_id, days, limit))
 
     def _list_row(self, db: Connection, row: JsonObject, parameters: JsonObject) -> JsonObject:
-        """A group as a list shows it: `row` has its sums."""
+        """A group as a list shows it. `row` has its sums."""
         group = self._summary(db, parameters["app"], row["group_hash"])
         first, version = (group.pop("first_version") or "")[:parameters["length"]], parameters["version"]
         is_new = (group["came_at"] or 0) >= parameters["week"] if version is None else first == version
@@ -5428,7 +5427,7 @@ class Metrics:
 
     @staticmethod
     def _missing_build(db: Connection, uuid: str, app_id: int, group_hash: str, crashes: int) -> JsonObject:
-        """A build without symbols, as its latest crash describes it in the group where it has the most crashes."""
+        """A build without symbols, described by its latest crash in the group where it has the most crashes."""
         app, version, build, trace = db.execute("""
             select name, app_version, build_number, stack_trace from (
                 select * from crashes where seq in (
@@ -5624,7 +5623,7 @@ def _decompress(environ: Environ, body: bytes, limit: int) -> bytes:
 
 
 def _idempotency(environ: Environ, signature: bytes, body: bytes) -> Idempotency:
-    """The digests by which a repeated request is known: of its Idempotency-Key or its signature; either is enough."""
+    """The digests that identify a repeated request: of its Idempotency-Key or its signature; either is enough."""
     path, key = environ["PATH_INFO"].encode("latin-1", "replace"), _header(environ, "IDEMPOTENCY_KEY")
     marks = [b"key:" + key] if key else []
     if signature:
@@ -5741,7 +5740,7 @@ def _shorten(text: str, length: int = 300) -> str:
 
 
 def draw_line(ys: DayValues) -> str:
-    """An SVG line with a gap at each None. A point without neighbours is a dot; so is today, which is not over yet."""
+    """SVG for a line with gaps at None. A point without neighbours is a dot; so is today, which is not over yet."""
     line, dots, today = "", "", len(ys) - 1
     for n, y in enumerate(ys):
         if y is not None:
@@ -5753,14 +5752,14 @@ def draw_line(ys: DayValues) -> str:
 
 
 def draw_columns(ys: DayValues) -> str:
-    """An SVG column for each value."""
+    """SVG for one column per value."""
     return "".join(f'<rect x="{n + 0.15:.2f}" width="0.7" y="{y:.1f}" height="{_CHART_HEIGHT - y:.1f}"/>'
                    for n, y in enumerate(ys) if y is not None)
 
 
 def chart(title: str, labels: Sequence[str], values: DayValues, draw: Callable[[DayValues], str] = draw_line,
           low: float = 0, is_percentage: bool = False) -> str:
-    """An HTML chart of one value per day, on an axis that starts at `low`, and ends at 100 for percentages."""
+    """HTML for a chart of one value per day, on an axis that starts at `low`, and ends at 100 for percentages."""
     known = [(value, label) for value, label in zip(values, labels) if value is not None]
     if not known:
         return _NO_DATA
@@ -5791,14 +5790,14 @@ def _day_name(label: str) -> str:
 
 
 def sparkline(values: Sequence[int], title: str) -> str:
-    """An HTML image of a line through one value per day, as high as a line of text."""
+    """HTML for a line through one value per day, as high as a line of text."""
     high, total = max(*values, 1), f"{sum(values):,} in {len(values)} days"
     line = draw_line([18 - 16 * value / high for value in values])
     return f'<span class="spark" role="img" aria-label="{title}: {total}">{_svg(len(values), 20, line)}</span>'
 
 
 def bar_chart(counts: JsonObject, total: int | None = None) -> str:
-    """An HTML table with bars for the first ten labels. A last row has the rest of `total`, or the other labels."""
+    """HTML for a bar for each of the first ten labels. A last row has the rest of `total`, or the other labels."""
     shown = list(zip(counts["labels"], counts["data"]))[:10]
     rest = (sum(counts["data"]) if total is None else total) - sum(count for _, count in shown)
     longest = max((count for _, count in shown), default=1)
@@ -5811,8 +5810,8 @@ def bar_chart(counts: JsonObject, total: int | None = None) -> str:
 
 
 # == Dashboard =================================================================
-# The pages, behind the admin token. They load nothing from other hosts and use no JavaScript. The content of
-# reports is hostile: it reaches a page only through `{{ }}` or escape(), an address also by urlencode(), a style never.
+# The pages, behind the admin token. They load nothing from other hosts and use no JavaScript. The content of a report
+# is hostile: it reaches a page only through `{{ }}` or escape(), an address also through urlencode(), never a style.
 
 SESSION_LIFETIME = 7 * DAY
 LINK_LIFETIME = 10 * MINUTE  # of a link that signs in once
@@ -6176,7 +6175,7 @@ def _overview_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
 
 
 def _usage_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
-    """Active devices, and sessions with their length: the mean, if several apps have no common median."""
+    """Tiles for active devices, and for sessions with their length: the mean, if several apps have no common median."""
     active, sessions = metrics.active_devices(app, 30), metrics.sessions(app, 30)
     for column, value, period in (("dau", metrics.overview(app)["dau"], "24 hours"),
                                   ("wau", active["wau"][-1], "7 days"), ("mau", active["mau"][-1], "30 days")):
@@ -6192,7 +6191,7 @@ def _usage_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
 
 
 def _retention_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
-    """The shares of the devices that came back 1, 7 and 30 days after the day on which they were first seen."""
+    """Tiles with the share of devices that came back 1, 7 and 30 days after the day on which they were first seen."""
     cohorts = metrics.retention(app, 60)
     for days in Devices.BACK.values():
         rates, name = cohorts[f"day_{days}"], f"Back after {days} day{'s' if days > 1 else ''}"
@@ -6865,7 +6864,7 @@ class Backfeedr(Closing):
     `Backfeedr(db_path="crashes.db")` takes further settings from the environment, `Backfeedr(Settings(...))` does not.
     Raises SettingsError and StoreError. Close it, or use it as a context manager. `.store` is for keys, `.metrics`
     for questions. `clock` returns seconds since 1970. A new database gets an app and an admin token: `announce` is
-    called once, with a text that shows the operator its key and the token. A `store` replaces the file of the settings,
+    called once, with a text that shows the operator the app's key and the token. A `store` replaces the settings' file,
     and is closed with the server. A `limiter` replaces the RateLimiter, which counts only what this process gets.
     """
 
@@ -7002,8 +7001,8 @@ class Backfeedr(Closing):
         return bottle.HTTPResponse(*self._call(handler, bottle.request.environ, **path))
 
     def _call(self, handler: Handler, environ: Environ, **path: str) -> tuple[bytes, int, dict[str, str]]:
-        """Calls a handler and returns the body, status and headers of its answer, or of the error that it raises. A
-        text is answered as it is, anything else as JSON."""
+        """Calls a handler; returns the body, status and headers of its answer, or of the error that it raises. A text
+        is answered as it is, anything else as JSON."""
         headers = dict(_JSON_HEADERS)
         try:
             status, answer = handler(environ, **path)
@@ -7217,8 +7216,8 @@ def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> Non
         print("".join(announcements), end="", flush=True)
         app.store.catch_up_in_background()  # finishes what a migration or a stop left undone
         sys.stderr.write(_unencrypted_warning(settings, listener.getsockname()[0]))
-        # The default of 5 ms starves the I/O thread, which needs the interpreter back after each call. A much
-        # shorter one wakes waiting threads too often. These three are not set at import: that may be in a host app.
+        # The default of 5 ms starves the I/O thread, which needs the interpreter back after each call. Much less
+        # would wake waiting threads too often. These three are not set at import, which may happen in a host app.
         sys.setswitchinterval(SWITCH_INTERVAL)
         gc.freeze()  # the collector then skips what stays anyway: saves 5 % of a batch's time
         gc.set_threshold(20_000)  # fewer passes over the objects of a commit, which has no cycles: saves 1 to 5 %
@@ -7400,8 +7399,7 @@ class _Dispatcher(ThreadedTaskDispatcher):
             log.exception("unexpected error")
 
     def gather(self, channels: list[_Channel]) -> Generator[Environ, None, None]:
-        """The environs of a request and of all that arrive while it is decoded. Adds their connections to
-        `channels`."""
+        """The environs of a request and those that arrive while it is decoded. Adds their connections to `channels`."""
         with self.gathering, suppress(Empty):
             channel, size = self.waiting.get(), 0
             while channel:
@@ -7646,8 +7644,7 @@ def _check_roll_ups(path: Path) -> str:
 
 
 def _wrong_tables(db: sqlite3.Connection, expired: int) -> list[str]:
-    """The tables that differ between `stored` and `main`, which was counted again. Reports up to the seq `expired` may
-    be gone."""
+    """The tables that differ between `stored` and the recounted `main`. Reports up to the seq `expired` may be gone."""
     row_tables = re.findall(r"create table (\w+)", "".join(figure.TABLES for figure in FIGURES))
     queries = [(table, query) for table, sums in SUMS.items() for query in _wrong_sums(table, sums, expired)]
     queries += [(table, _wrong_rows(table)) for table in row_tables if table != "medians"]  # a cache
