@@ -4205,8 +4205,8 @@ class Store(Apps):
         return batches
 
     def _regroup_crashes(self, db: Connection, symbols: Symbols, deadline: float, row: Row) -> None:
-        """Checks a batch of crashes of a group, those after the position in a row of `regroupings`; moves those that
-        belong to another group now, and updates the row. When no crash is left, it deletes the row instead."""
+        """Checks a batch of crashes of a group, those after the position in a row of `regroupings`. Moves those that
+        belong to another group now, and updates the row, or deletes it when no crash is left."""
         app_id, group, *position, target = row
         is_first = not position[0]
         moves: dict[int, tuple[str, str | None]] = {}  # by seq: the new group and images
@@ -4414,7 +4414,7 @@ class Store(Apps):
         return self._largest_app[1]
 
     def _delete_reports(self, db: Connection, kind: type, source: str, keys: Any, expired: bool = True) -> list[int]:
-        """Deletes the reports of a query; returns their seqs. Lasting sums still count those that expired."""
+        """Deletes the reports of a query, also from the figures; lasting sums keep expired ones. Returns their seqs."""
         if reports := counted_rows(db, kind, source, keys):
             rollups = RollUps(db, self.now)
             write_rows(db, f"delete from {TABLES[kind]} where seq in (values *)", [(report.seq,) for report in reports])
@@ -4523,7 +4523,7 @@ def _group_and_images(symbols: Symbols, group: str, exception_type: str, trace: 
 
 def worse_releases(db: Connection, now: int) -> list[tuple[ReleasePair, str]]:
     """The newest release of each live app if it is certainly worse than the one before, and the text of the verdict.
-    Leaves out those that were reported before."""
+    Those that were reported already are left out."""
     newest = Releases.newest(db, None, now // DAY - WEEK + 1)
     pairs = [pair for pair in Releases.pairs(db, None) if pair.app_version == newest[pair.app_id]]
     return [(pair, (verdict(*healths) or {})["text"])
@@ -4857,7 +4857,7 @@ class Alerts:
 
     def deliver(self) -> Counter[str]:
         """Tries once to send each message that is due; returns how many were `sent` and how many `failed`. If a
-        receiver is down, its other messages wait for the next call, because a try may take long."""
+        receiver is down, its other messages wait for the next call, because a try may take a long time."""
         counts, down = Counter(sent=0, failed=0), set()
         self._queue_messages()
         with self._store.reading() as db:
@@ -5206,8 +5206,8 @@ class Metrics:
         return {**_group_json({**group, **row}), "versions": sorted(versions, key=version_key), "is_new": is_new}
 
     def _summary(self, db: Connection, app_id: int | None, group_hash: str) -> JsonObject:
-        """A summary of a group: the sums of all its apps, and the rest from the app where it was seen last. If its
-        crashes have expired, only the decision about it is left. {} for an unknown group."""
+        """A summary of a group: sums and times are those of all its apps, the rest is that of the app where it was seen
+        last. If its crashes have expired, only the decision about it is left. {} for an unknown group."""
         return next(iter(dict_rows(db, f"""
             select :group as group_hash, known.app_id, coalesce(exception_type, '') as exception_type,
                 coalesce(exception_reason, '') as exception_reason, coalesce(place, '') as place,
@@ -6250,8 +6250,8 @@ def _time_to_crash(time: Any, report: JsonObject) -> str:
 
 
 def group_text(group: JsonObject, url: str) -> str:
-    """A group as Markdown that is also readable as text. It leaves out devices, sessions and a crash's unknown fields.
-    Text from reports is indented in a fence, so that it neither starts a line nor closes the fence."""
+    """A group as Markdown that is also readable as text. It leaves out device ids, sessions and a crash's unknown
+    fields. Text from reports is indented in a fence, so that it neither starts a line nor closes the fence."""
     parts = [f"# Crash group {group['group_hash']}\n\n{url}\n"]
     for title, text in _text_sections(group):
         lines = ["    " + _MISLEADING_CHARACTERS.sub("\ufffd", line) for line in text.splitlines()]
@@ -7399,7 +7399,8 @@ class _Dispatcher(ThreadedTaskDispatcher):
             log.exception("unexpected error")
 
     def gather(self, channels: list[_Channel]) -> Generator[Environ, None, None]:
-        """The environs of a request and those that arrive while it is decoded. Adds their connections to `channels`."""
+        """The environs of a request and those that come while the caller decodes. Adds their connections to
+        `channels`."""
         with self.gathering, suppress(Empty):
             channel, size = self.waiting.get(), 0
             while channel:
@@ -7432,7 +7433,7 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
         connection_limit=_connection_limit(settings.threads + COMMIT_THREADS),
         max_request_header_size=32768, inbuf_overflow=131072, recv_bytes=65536, cleanup_interval=10,
         asyncore_use_poll=True, clear_untrusted_proxy_headers=True,
-        outbuf_high_watermark=1 << 40)  # beyond it a worker would wait for the client: never
+        outbuf_high_watermark=1 << 40)  # so that a worker never waits for the client
     server.channel_class = _Channel
     server.maintenance = partial(_close_idle, server)
     # The I/O thread sends head and body together: a tenth faster. (As an option of create_server this is deprecated.)
