@@ -3822,31 +3822,31 @@ class Commit:
 
 REPLAY_DAYS = 7  # how long a phone may be offline between a request and its repetition
 BUSY_COMMIT = 4  # requests: after a commit of at least so many, the next one waits for more
-COMMIT_GATHER_SECONDS = 0.003  # for which it waits: a commit costs as much as ten reports
+COMMIT_GATHER_SECONDS = 0.003  # how long it waits: a commit costs as much as ten reports
 MAX_COMMIT_WAIT = 30.0  # seconds to wait for another thread's commit: longer than any lock and sync together
 EXPIRE_ROWS = 10  # rows to delete before the first look at the clock: a row may be as large as a body
 EXPIRE_SECONDS = 0.02  # time that a step may take to delete or move reports
 REPORT_BYTES = 4096  # more than most reports take, with their index entries
-NEARLY_FULL = 0.9  # share of the disk or of max_db_size from which on the operator is warned
-REGROUP_ROWS = 100  # crashes of a group that a step checks at most; it also ends after EXPIRE_SECONDS
+NEARLY_FULL = 0.9  # share of the disk or of max_db_size above which the operator is warned
+REGROUP_ROWS = 100  # the most crashes of a group in a batch; a batch also ends after EXPIRE_SECONDS
 MAX_SYMBOL_BYTES = 200_000_000  # of stored symbols for each build
 MAX_BUILDS = 1000  # that may have symbols
 UPLOAD_DAYS = 7  # after which an incomplete upload of symbols is deleted
 SYMBOL_PAGES = 100  # pages of symbols that a step deletes: each may take 100 kB
 FACT_DAYS = 7  # after which a fact that no channel took is deleted
 PAGE_ROWS = 1000  # rows that an export reads at a time
-PAGE_CHARACTERS = 1_000_000  # characters that it reads at a time: a row may be as large as a body
+PAGE_CHARACTERS = 1_000_000  # characters that end a page of an export or a list: a row may be as large as a body
 
 
 class Store(Apps):
     """Apps, keys and reports in one SQLite file.
 
-    A `retention_days` of 0 keeps all, and None takes what the last server used. Close the store, or use it as a context
-    manager.
+    A `retention_days` of 0 keeps everything, and None takes the value that the last server used. Close the store, or
+    use it as a context manager.
 
     max_waiters: requests that may wait for a commit; further ones get a 503.
-    max_rows: reports that may wait; all go into the next commit (about 0.1 s).
-    max_db_size: in bytes; above it, the oldest reports of the largest app are deleted early; 0 is off.
+    max_rows: reports that may wait; the next commit stores them all, in about 0.1 s.
+    max_db_size: in bytes; above it, the oldest reports of the largest app are deleted early; 0 means no limit.
     """
 
     make_process = Process
@@ -3860,19 +3860,19 @@ class Store(Apps):
                 retention_days = get_state(db, "retention_days", Settings.retention_days)
         self.retention_days: int = retention_days
         self._next_expiry = 0  # when to look again for reports to delete
-        self._judged_hour = 0  # in which it last looked for releases that are worse
+        self._judged_hour = 0  # the hour in which it last looked for releases that are worse
         self._largest_app = (0, 0)  # when the largest app was looked up, and its id
         self._to_regroup: tuple[Row, list[int]] = ((), [])  # a position in a group, and the crashes after it
 
     def start(self, api_key: str = "", auth_token: str = "") -> GeneratedSecrets:
-        """Like Apps.start. Also stores the retention, for commands that are not given one."""
+        """Like Apps.start(), but also stores the retention for commands that are not given one."""
         with self.writing() as db:
             db.execute(SET_STATE, ("retention_days", self.retention_days))
         return super().start(api_key, auth_token)
 
     def vitals(self) -> list[tuple[str, str, str, Iterable[tuple[str, float]]]]:
-        """Figures for monitoring: name, kind, help text, and samples as Prometheus writes them. All but sizes and rows
-        are of this process. Does not read the tables of reports."""
+        """Figures for monitoring: name, kind, help text, and samples as Prometheus writes them. All but the sizes and
+        `crashes_kept` concern only this process. Does not read the tables of reports."""
         process = self._process
         with self.reading() as db:
             self._check_file()
@@ -3892,7 +3892,7 @@ class Store(Apps):
             ("wal_bytes", "gauge", "Size of its write-ahead log.", [("", _wal_size(self.path))])]
 
     def warnings(self) -> list[str]:
-        """What an operator should know before it is too late."""
+        """Warnings that the database or its disk is nearly full."""
         return size_warnings(self.path, self.max_db_size)
 
     # Storing reports
@@ -3909,8 +3909,8 @@ class Store(Apps):
         return submission.result()
 
     def add_all(self, submissions: Sequence[Submission]) -> None:
-        """Stores several requests in one commit. Each then has a receipt or an error. An unexpected error is logged,
-        and they get StorageUnavailable."""
+        """Stores several requests in one commit. Each then has a receipt or an error. After an unexpected error, which
+        is logged, each is committed alone, and gets StorageUnavailable if that fails, too."""
         if not submissions:
             return
         process, own_queue, done, is_stored = self._process, CommitQueue(), threading.Lock(), False
@@ -3940,8 +3940,8 @@ class Store(Apps):
 
     def _leave_queue(self, process: Process, queue: CommitQueue, submissions: Sequence[Submission], is_commit: bool,
                      error: BaseException) -> Sequence[Submission]:
-        """Takes submissions out of their queue and gives them an error: these, which cannot wait any longer, or all, if
-        the commit of the queue failed. Returns those that may be stored if each is committed alone."""
+        """Takes submissions out of their queue and gives them an error: all if its commit failed, else only these,
+        which can wait no longer. Returns those that may be stored if each is committed alone. Re-raises signals."""
         with process.queue_lock:
             if process.queue is queue and (is_commit or isinstance(error, Exception)):
                 process.queue = None
@@ -3957,7 +3957,7 @@ class Store(Apps):
         return failed if is_commit and len(failed) > 1 and not is_outage else []
 
     def _commit_alone(self, process: Process, submission: Submission) -> None:
-        """Tries again without the others, so that one bad report fails only its own request."""
+        """Commits a submission without the others, so that one bad report fails only its own request."""
         try:
             submission.error = None
             self._commit(process, CommitQueue([submission]))
@@ -3965,7 +3965,7 @@ class Store(Apps):
             submission.error = StorageUnavailable()
 
     def _commit(self, process: Process, queue: CommitQueue) -> None:
-        """Stores a queue in one transaction. Other threads may join the queue until that begins."""
+        """Stores a queue in one transaction. Until it begins, other threads may join the queue."""
         with process.commit_lock:
             if process.last_queue_length >= BUSY_COMMIT:
                 queue.full.wait(COMMIT_GATHER_SECONDS)
@@ -4017,10 +4017,10 @@ class Store(Apps):
     def import_(self, reports: Sequence[StoredReport]) -> Counter[str]:
         """Stores reports that another store exported, all or none, and creates their apps, without keys. Returns how
         many were `stored`; how many were `known`, because there is a report with their seq; and how many had `expired`.
-        A report counts as expired if it is too old, or if any as old were deleted here: it may be one of them, and must
-        not be counted twice. Raises StoreError if a test app has the name of a live one, or vice versa."""
+        A report counts as expired if it is too old, or if others as old were deleted here: it may be one of them, and
+        must not be counted twice. Raises StoreError if a test app has the name of a live one, or vice versa."""
         counts = Counter(stored=0, known=0, expired=0)
-        # Rows that are left of a deleted app would be taken for known ones, and then be deleted.
+        # Rows left over from a deleted app would be taken for known reports, and then be deleted.
         self._repeat_step(lambda db: self._delete_app_rows(db, STEP_ROWS))
         with self.writing_step() as db:
             commit, import_app = Commit(db, self.now), lru_cache(None)(partial(self._import_app, db))
@@ -4046,7 +4046,7 @@ class Store(Apps):
         return counts
 
     def _import_app(self, db: Connection, name: str, is_test: bool) -> int:
-        """The id of an app, which is created if there is none."""
+        """Creates an app unless it exists; returns its id. Raises StoreError if it exists as the other kind of app."""
         if not db.execute("select 1 from apps where name = ?", (name,)).fetchone():
             self._insert_app(db, name, is_test)
         app_id, was_test = self.find_app(db, name)
@@ -4058,8 +4058,8 @@ class Store(Apps):
 
     def put_symbols(self, uuid: str, part: SymbolPart) -> tuple[JsonObject, bool]:
         """Stores a part of the symbols of a build; an earlier upload of the same part is replaced. Returns the progress
-        of the upload, and whether this part, or all of the build, was stored before. A complete build stays as it is.
-        An upload with another number of parts starts again. Raises Refusal if there is no room."""
+        of the upload, and whether this part, or the whole build, was stored before. A complete build stays as it is. An
+        upload with another number of parts starts over. Raises Refusal if there is no room."""
         while True:
             with self.writing() as db:
                 build = self._build_to_delete(db, uuid, part)
@@ -4096,7 +4096,7 @@ class Store(Apps):
         if db.execute("select 1 from symbols where uuid = ? and received = parts", (uuid,)).fetchone():
             return True
         was_stored = db.execute("delete from symbol_parts where uuid = ? and part = ?", (uuid, part.part)).rowcount > 0
-        if was_stored:  # this looks at all pages of the build
+        if was_stored:  # only then, because this reads all pages of the build
             db.execute("delete from symbol_pages where uuid = ? and part = ?", (uuid, part.part))
         build_size, total_size = db.execute("""
             select coalesce(sum(case when uuid = ? then size end), 0), coalesce(sum(size), 0) from symbol_parts
@@ -4104,7 +4104,7 @@ class Store(Apps):
         if build_size + part.size > MAX_SYMBOL_BYTES:
             raise Refusal("too many symbols", detail=f"those of a build may take {megabytes(MAX_SYMBOL_BYTES)};"
                                                      f" 'symbols delete {uuid}' deletes what came")
-        if total_size + part.size > (self.max_db_size // 2 or math.inf):  # they must not take the room of reports
+        if total_size + part.size > (self.max_db_size // 2 or math.inf):  # symbols must leave room for reports
             raise Refusal("too many symbols", detail="they would take more than half of BACKFEEDR_MAX_DB_SIZE;"
                                                      " 'symbols delete' makes room")
         db.execute("""
@@ -4124,14 +4124,14 @@ class Store(Apps):
 
     @staticmethod
     def _symbols_arrived(db: Connection, uuid: str) -> None:
-        """Notes the groups whose crashes the symbols of a build can name."""
+        """Queues the groups whose crashes may get names from the symbols of a build."""
         db.execute("""
             insert into regroupings select app_id, group_hash, 0, 0, '' from group_images where uuid = ?
             on conflict (app_id, group_hash) do update set received_at = 0, seq = 0""", (uuid,))
 
     def delete_symbols(self, uuid: str) -> str:
-        """Deletes the symbols of the one build with this UUID, of which the first 4 characters may be enough. Returns
-        the whole UUID. Raises StoreError."""
+        """Deletes the symbols of the one build whose UUID begins with these characters, at least 4; returns the whole
+        UUID. Raises StoreError if there is not exactly one."""
         digits = (image_uuid(uuid) or uuid).replace("-", "").upper()
         if len(digits) < 4:
             raise StoreError("a build is named by at least 4 characters of its UUID")
@@ -4146,8 +4146,8 @@ class Store(Apps):
 
     @staticmethod
     def _drop_symbols(db: Connection, uuid: str) -> Counter[str]:
-        """One step of deleting the symbols of a build. From the first step on the build counts as incomplete, so that
-        no look-up gets the page before a deleted one. Its own row goes last: an interrupted deletion can continue."""
+        """One step of deleting the symbols of a build. From the first step on, the build counts as incomplete, so no
+        look-up gets the page before a deleted one. Its own row goes last, so an interrupted deletion can continue."""
         db.execute("update symbols set received = 0, size = 0, rows = 0 where uuid = ?", (uuid,))
         deleted = db.execute("delete from symbol_parts where uuid = ?", (uuid,)).rowcount
         deleted += db.execute("""
@@ -4158,8 +4158,8 @@ class Store(Apps):
 
     def _expire_symbols(self, db: Connection) -> Counter[str]:
         """One step of deleting symbols that are no longer useful: those of an upload that was never completed; and
-        those of a build without stored crashes, if a later build of the same binary has had symbols for longer than
-        the retention: by then hardly a hang of the old build is stored."""
+        those of a build without stored crashes, if a later build of the same binary has had symbols for longer than the
+        retention: by then, hardly any hang of the old build is still stored."""
         row = db.execute("""
             select uuid from symbols
             where received < parts and uploaded_at < :given_up or uploaded_at < :expired
@@ -4174,8 +4174,8 @@ class Store(Apps):
     # Triage
 
     def triage(self, group_hash: str, changes: JsonObject, app: str | None = None) -> None:
-        """Writes the result of parse_triage to a group of an app, or of the only live app that has it. Raises Refusal;
-        GroupMoved if its crashes are in another group now."""
+        """Writes the result of parse_triage() to a group of an app, or of the only live app that has it. Raises
+        Refusal, or GroupMoved if its crashes are in another group now."""
         with self.writing() as db:
             apps = db.execute("""
                 select id, name from apps
@@ -4192,7 +4192,7 @@ class Store(Apps):
     # Moving crashes to other groups
 
     def _regroup(self, db: Connection) -> int:
-        """One step of moving crashes to the groups that their names give now. Returns how many batches of crashes it
+        """One step of moving crashes to the groups that they belong to now. Returns how many batches of crashes it
         checked; 0 if there is nothing left to do."""
         batches, deadline, symbols = 0, time.monotonic() + EXPIRE_SECONDS, Symbols(db)
         while row := db.execute("select * from regroupings order by app_id, group_hash limit 1").fetchone():
@@ -4203,8 +4203,8 @@ class Store(Apps):
         return batches
 
     def _regroup_crashes(self, db: Connection, symbols: Symbols, deadline: float, row: Row) -> None:
-        """Moves some crashes of a group, those after the position in a row of `regroupings`, and updates the row. When
-        no crash is left, it deletes the row instead."""
+        """Checks a batch of crashes of a group, those after the position in a row of `regroupings`. Moves those that
+        belong to another group now, and updates the row, or deletes it when no crash is left."""
         app_id, group, *position, target = row
         is_first = not position[0]
         moves: dict[int, tuple[str, str | None]] = {}  # by seq: the new group and images
@@ -4236,7 +4236,7 @@ class Store(Apps):
             rename_group(db, app_id, group, target)
 
     def _crashes_after(self, db: Connection, *position: Any) -> list[int]:
-        """The seqs of crashes of a group after a position, by the time of receipt. Each look-up goes through the whole
+        """The seqs of crashes of a group after a position, in the order of receipt. Each look-up goes through the whole
         group, so it fetches enough for many steps."""
         known_position, seqs = self._to_regroup
         return seqs if known_position == position and seqs else [seq for seq, in db.execute("""
@@ -4247,7 +4247,7 @@ class Store(Apps):
     def _move_crashes(self, db: Connection, symbols: Symbols, app_id: int, group: str,
                       moves: Mapping[int, tuple[str, str | None]], is_first: bool) -> str:
         """Gives crashes of a group another group and images. `first_seen` moves with the first crash of the group,
-        because earlier ones may have expired. Returns the last other group; "" if only images changed."""
+        because earlier ones may have expired. Returns the last new group; "" if only images changed."""
         seqs, source = [(seq,) for seq in moves], "from (values *) as keys cross join crashes on seq = column1"
         rollups, before = RollUps(db, self.now, symbols), counted_rows(db, Crash, source, seqs)
         traces: dict[int, str | None] = dict(rows_of(db, "select seq, stack_trace " + source, seqs))
@@ -4343,7 +4343,7 @@ class Store(Apps):
         return deleted
 
     def _delete_due(self, db: Connection, size: int) -> Counter[str]:
-        """Deletes some expired reports; else rows of deleted apps; else, if the database is too large, some reports."""
+        """Deletes expired reports; else rows of a deleted app; else, if the database is too large, other reports."""
         deleted: Counter[str] = Counter()
         for kind, table in TABLES.items():
             if seqs := self._delete_reports(db, kind, f"from {table} where seq < ? order by seq limit ?",
@@ -4354,8 +4354,8 @@ class Store(Apps):
 
     @staticmethod
     def _delete_app_rows(db: Connection, size: int) -> Counter[str]:
-        """Deletes some rows of a deleted app. First its reports, in steps backwards through the reports of all apps,
-        because events have no index on their app; then its rows in the other tables."""
+        """Deletes some rows of a deleted app: first its reports, backwards through the reports of all apps, because
+        events have no index on their app; then its rows in the other tables."""
         name, end = db.execute("""
             select name, value from state where name like 'deleted%' limit 1""").fetchone() or ("", 0)
         if not name:
@@ -4366,7 +4366,7 @@ class Store(Apps):
                 select seq from crashes where seq < :end union all select seq from events where seq < :end
                 order by seq desc limit :size) as latest""", {"end": end, "size": size}).fetchone()
         if first is not None:
-            for table in TABLES.values():  # + keeps SQLite from looking at all crashes of the app
+            for table in TABLES.values():  # the + keeps SQLite from looking at all crashes of the app
                 db.execute(f"delete from {table} where +app_id = ? and seq >= ? and seq < ?", (app_id, first, end))
             db.execute(SET_STATE, (name, first))
             return Counter(remains=1)
@@ -4399,8 +4399,8 @@ class Store(Apps):
             for kind, table in TABLES.items()})
 
     def _find_largest_app(self, db: Connection) -> int:
-        """The id of the largest app, where a crash counts as much as ten events; 0 if there are no reports. Looked up
-        once an hour, because it counts all rows."""
+        """The id of the largest app, where a crash counts as much as ten events; 0 if there are no reports. It is
+        looked up once an hour, because that counts all rows."""
         if not 0 <= self.now - self._largest_app[0] < HOUR:
             app_id, name = db.execute("""
                 select apps.id, name from apps join (
@@ -4412,7 +4412,7 @@ class Store(Apps):
         return self._largest_app[1]
 
     def _delete_reports(self, db: Connection, kind: type, source: str, keys: Any, expired: bool = True) -> list[int]:
-        """Deletes the reports of a query and takes them out of the figures. Returns their seqs."""
+        """Deletes the reports of a query, also from the figures; lasting sums keep expired ones. Returns their seqs."""
         if reports := counted_rows(db, kind, source, keys):
             rollups = RollUps(db, self.now)
             write_rows(db, f"delete from {TABLES[kind]} where seq in (values *)", [(report.seq,) for report in reports])
@@ -4424,36 +4424,36 @@ class Store(Apps):
         return [report.seq for report in reports]
 
     def _note_windows(self, db: Connection) -> None:
-        """Notes that the windows of the figures end now. The latest report may be older, or be forgotten, so `check`
-        cannot tell that from the reports."""
+        """Notes that the windows of the figures end now: `check` cannot see it from reports, which may be older or
+        gone."""
         db.execute(SET_STATE, ("counted_at", max(self.now, get_state(db, "counted_at", 0))))
 
     def catch_up(self) -> Counter[str]:
         """Does at once what commits would do step by step: deletes all rows that have expired or whose app is deleted,
-        and moves crashes to the groups that their names give now. It pauses between its steps to let reports in."""
+        and moves crashes to the groups that they belong to now. It pauses between its steps to let reports in."""
         return self._repeat_step(self._expire)
 
     def prune(self) -> Counter[str]:
-        """Like catch_up, and returns the space to the disk."""
+        """Like catch_up(), but also returns the space to the disk."""
         deleted = self.catch_up()
         self._shrink()
         return deleted
 
     def catch_up_in_background(self) -> None:
-        """Runs catch_up in a thread. One more call may wait for it. If it fails, commits continue its work."""
+        """Runs catch_up() in a thread. One more call may wait for it. If it fails, commits continue its work."""
         process = self._process
 
         def work() -> None:
             if process.next_worker.acquire(blocking=False):
                 with process.worker_lock, suppress(StorageUnavailable):
-                    process.next_worker.release()  # from now on another may wait: this one may miss what comes
+                    process.next_worker.release()  # from now on another may wait: this one may miss what comes later
                     self.catch_up()
 
         threading.Thread(target=work, name="backfeedr catch-up", daemon=True).start()
 
     def forget_device(self, device_id_hash: str) -> Counter[str]:
-        """Deletes everything about a device, in all apps, and takes it out of every sum. `first_seen` of groups and
-        releases stays as it is."""
+        """Deletes everything about a device from all apps and figures. `first_seen` of groups and releases does not
+        change."""
         deleted: Counter[str] = Counter()
         last = {kind: self._last_seq(kind) for kind in TABLES}
         for kind, table in TABLES.items():
@@ -4485,7 +4485,7 @@ class Store(Apps):
 
     def delete_app(self, name: str) -> None:
         """Deletes an app and its keys. From then on its reports are neither listed nor counted, and its name is free;
-        its rows are deleted like expired ones. Raises StoreError if there is no such app."""
+        its rows are deleted step by step, like expired ones. Raises StoreError if there is no such app."""
         with self.writing() as db:
             app_id = self.find_app(db, name)[0]
             for rows in ("messages where channel_id in (select id from channels where app_id = ?)",
@@ -4510,8 +4510,8 @@ def _is_trace_cut(extra: JsonObject) -> bool:
 
 def _group_and_images(symbols: Symbols, group: str, exception_type: str, trace: str | None,
                       is_cut: bool) -> tuple[str, str | None]:
-    """The group and images that a stored crash belongs to now. If its stack trace was cut and no symbols name it, it
-    stays in its group: the frames that decided on that may be gone."""
+    """The group that a stored crash belongs to now, and its images. If its stack trace was cut and no symbols name it,
+    it stays in its group: the frames that decided its group may be gone."""
     frames = json.loads(trace or "[]")
     images = builds_to_symbolicate(map(read_frame, frames))
     if is_cut and not symbols.can_name(images):
@@ -4520,8 +4520,8 @@ def _group_and_images(symbols: Symbols, group: str, exception_type: str, trace: 
 
 
 def worse_releases(db: Connection, now: int) -> list[tuple[ReleasePair, str]]:
-    """The newest release of each live app that is certainly worse than the one before it, with the text of the verdict;
-    without those that were reported already."""
+    """The newest release of each live app if it is certainly worse than the one before, and the text of the verdict.
+    Those that were reported already are left out."""
     newest = Releases.newest(db, None, now // DAY - WEEK + 1)
     pairs = [pair for pair in Releases.pairs(db, None) if pair.app_version == newest[pair.app_id]]
     return [(pair, (verdict(*healths) or {})["text"])
@@ -4531,7 +4531,7 @@ def worse_releases(db: Connection, now: int) -> list[tuple[ReleasePair, str]]:
 
 
 def note_worse_releases(db: Connection, now: int) -> None:
-    """Writes a fact about each release that is worse, once."""
+    """Writes a fact about each release that is worse, but only once."""
     for pair, text in worse_releases(db, now):
         note_fact(db, "release.worse", pair.app_id, now, None, app_version=pair.app_version, before=pair.previous,
                   text=text)
@@ -4539,7 +4539,7 @@ def note_worse_releases(db: Connection, now: int) -> None:
 
 
 def size_warnings(path: Path, max_db_size: int) -> list[str]:
-    """Warns if a database or its disk is nearly full."""
+    """Warnings that a database or its disk is nearly full."""
     texts, size, disk = [], max_db_size and path.stat().st_size, shutil.disk_usage(path.parent)
     if size > NEARLY_FULL * max_db_size:
         texts.append(f"The database has {100 * size // max_db_size} % of BACKFEEDR_MAX_DB_SIZE; beyond it the oldest"
@@ -4552,16 +4552,16 @@ def size_warnings(path: Path, max_db_size: int) -> list[str]:
 # == Alerts ====================================================================
 # Sends facts to channels. The facts of a minute become one message for each channel that wants them. One transaction
 # claims a message, another records the outcome, and none is open while it is sent. If the server dies in between, the
-# message is sent again under the same id. A kind of channel is a function that makes an HTTP request of a message.
+# message is sent again under the same id. A kind of channel is a function that turns a message into an HTTP request.
 
-FACT_DELAY = MINUTE  # for which a fact waits for others that share its message
+FACT_DELAY = MINUTE  # how long a fact waits for others that share its message
 MAX_FACTS = 10  # facts that a message lists; it only counts the others
 CHAT_BYTES = 1800  # of a chat message: Discord takes 2,000 characters, ntfy 4,096 bytes
 FACT_LENGTH = 300  # characters of a fact in a chat message
 MAX_HOURLY_MESSAGES = 30  # to a channel; further facts wait for a later message
 RETRY_SECONDS = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)  # the schedule of Standard Webhooks
 SEND_TIMEOUT = 15.0  # seconds
-CLAIM_TIME = MINUTE  # for which nobody else sends a claimed message; longer than SEND_TIMEOUT
+CLAIM_TIME = MINUTE  # how long nobody else sends a claimed message; longer than SEND_TIMEOUT
 POLL_SECONDS = 1.0  # between two looks for messages that are due
 # The only parts of a fact's `detail` that leave the host.
 _FACT_FIELDS = ("exception_type", "place", "app_version", "build_number", "crashes", "devices", "fixed_in", "before")
@@ -4576,7 +4576,7 @@ class DeliveryError(StoreError):
     def __init__(self, text: str, status: int = 0, retry_after: int = 0):
         super().__init__(text)
         self.status, self.retry_after = status, retry_after
-        self.is_receiver_down = not 400 <= status < 500 or status in (408, 429)  # else it refuses this one message
+        self.is_receiver_down = not 400 <= status < 500 or status in (408, 429)  # else it refuses only this message
 
 
 Message = JsonObject  # id, channel_id, body (JSON) and tries of a message; url and secret of its channel
@@ -4584,7 +4584,7 @@ PostRequest = tuple[str, bytes, dict[str, str]]  # address, body and headers
 
 
 def _webhook_request(message: Message, now: int) -> PostRequest:
-    """Follows https://www.standardwebhooks.com."""
+    """A request that is signed according to https://www.standardwebhooks.com."""
     timestamp, key = str(now // SECOND), base64.b64decode(message["secret"][len("whsec_"):])
     signature = hmac.new(key, f"{message['id']}.{timestamp}.{message['body']}".encode(), hashlib.sha256).digest()
     return message["url"], message["body"].encode(), {
@@ -4593,13 +4593,13 @@ def _webhook_request(message: Message, now: int) -> PostRequest:
 
 
 def _slack_request(message: Message, now: int) -> PostRequest:
-    """Works for Slack, for Mattermost, and for Discord at an address that ends with /slack."""
+    """A request for Slack, for Mattermost, or for Discord at an address that ends with /slack."""
     text = "\n".join(message_lines(message, True, _MARKUP_ESCAPES))
     return message["url"].partition("+")[2], to_json({"text": text}).encode(), {}
 
 
 def _ntfy_request(message: Message, now: int) -> PostRequest:
-    """Sends JSON, because a header cannot carry every title."""
+    """A request in JSON, because a header cannot carry every title."""
     url, _, topic = message["url"].partition("+")[2].rpartition("/")
     title, *lines = message_lines(message, False, {})
     link = json.loads(message["body"])["data"].get("url")
@@ -4613,8 +4613,8 @@ CHANNELS: dict[str, Callable[[Message, int], PostRequest]] = {  # by the scheme 
 
 
 def message_lines(message: Message, with_links: bool, escapes: Mapping[int, str]) -> list[str]:
-    """Returns the title of a message, a line for each fact as far as they fit, and the number of others. `escapes` says
-    how to write the characters that are markup in the channel."""
+    """The title of a message, a line for each fact as far as they fit, and the number of others. `escapes` maps the
+    characters that are markup in the channel to what replaces them."""
     data, lines, size = json.loads(message["body"])["data"], [], 0
     for fact in data["facts"]:
         link = fact.get("url", "") if with_links else ""
@@ -4671,7 +4671,7 @@ def _shut_down(connection: HTTPConnection) -> None:
 
 
 def _retry_after_ms(text: str) -> int:
-    """Returns the pause of a Retry-After header, which has seconds or a date: at most a day, 0 without one."""
+    """The pause that a Retry-After header asks for, in seconds or until a date: at most a day, 0 without one."""
     with suppress(ValueError, TypeError, OverflowError):  # it is neither a number nor a date
         is_number = re.fullmatch("[0-9]{1,9}", text)
         seconds = int(text) if is_number else int(parsedate_to_datetime(text).timestamp() - time.time())
@@ -4680,7 +4680,7 @@ def _retry_after_ms(text: str) -> int:
 
 
 def _apprise_sender(url: str) -> Any:
-    """Returns a sender of Apprise, which knows a hundred more kinds of addresses. Raises DeliveryError."""
+    """A sender of Apprise, which knows a hundred more kinds of addresses. Raises DeliveryError."""
     try:
         import apprise
     except ImportError:
@@ -4694,7 +4694,7 @@ def _apprise_sender(url: str) -> Any:
 
 
 def check_address(url: str) -> str:
-    """Returns the scheme of a channel's address. Raises StoreError if nothing can be sent there."""
+    """The scheme of a channel's address. Raises StoreError if nothing can be sent there."""
     with suppress(ValueError):  # from urlsplit() or .port
         parts = urlsplit(url)
         is_url = bool(re.fullmatch("[!-~]+", url) and parts.netloc)
@@ -4709,7 +4709,7 @@ def check_address(url: str) -> str:
 
 
 def redacted_address(url: str) -> str:
-    """Shortens an address to what is not secret: its scheme, the host if it is an HTTP address, and a hint."""
+    """An address without its secrets: its scheme, the host if it is an HTTP address, and a hint."""
     parts = urlsplit(url)
     is_http = parts.scheme in CHANNELS
     start = f"{parts.scheme}://{parts.hostname if is_http else ''}"
@@ -4719,7 +4719,7 @@ def redacted_address(url: str) -> str:
 
 
 class Alerts:
-    """Channels and their messages. `digest(app, since, until)` lists the facts of a digest; None is all live apps."""
+    """Channels and their messages. `digest(app, since, until)` gives the facts of a digest; None is all live apps."""
 
     def __init__(self, store: Store, public_url: str, digest: Callable[[str | None, int, int], list[JsonObject]]):
         self._store, self._public_url, self._digest = store, public_url.rstrip("/"), digest
@@ -4747,7 +4747,7 @@ class Alerts:
             return db.execute("select max(id) from channels").fetchone()[0], secret
 
     def channels(self) -> list[JsonObject]:
-        """Lists all channels without their secrets; times are in milliseconds."""
+        """All channels without their secrets; times are in milliseconds."""
         with self._store.reading() as db:
             return [{**row, "address": redacted_address(row.pop("url"))} for row in dict_rows(db, """
                 select channels.id, url, name as app, kinds, sent_at, error, error_at, ended_at, (
@@ -4780,7 +4780,7 @@ class Alerts:
             "title": title, "facts": facts, "more": more, **({"url": link} if link else {})}})
 
     def _queue(self, db: Connection, channel_id: int, body: str) -> None:
-        """Adds a message. Deletes those that are done and older than an hour."""
+        """Queues a message. Deletes those that are done and older than an hour."""
         now = self._store.now
         db.execute("insert into messages (id, channel_id, created_at, body, due_at) values (?, ?, ?, ?, ?)",
                    ("msg_" + secrets.token_hex(12), channel_id, now, body, now))
@@ -4788,7 +4788,7 @@ class Alerts:
 
     def _queue_messages(self) -> None:
         """Makes messages of the facts that have waited for a minute, and of the digests that are due. A channel gets no
-        further message for facts while MAX_HOURLY_MESSAGES are of the last hour or wait for a receiver that is down."""
+        more messages for facts while MAX_HOURLY_MESSAGES are under an hour old or wait for a receiver that is down."""
         now = self._store.now
         with self._store.reading() as db:
             channels = dict_rows(db, """
@@ -4854,8 +4854,8 @@ class Alerts:
     # Delivery
 
     def deliver(self) -> Counter[str]:
-        """Sends each message that is due once, and returns how many were `sent` and how many `failed`. If a receiver is
-        down, its other messages wait for the next call, because a try may take long."""
+        """Tries once to send each message that is due; returns how many were `sent` and how many `failed`. If a
+        receiver is down, its other messages wait for the next call, because a try may take a long time."""
         counts, down = Counter(sent=0, failed=0), set()
         self._queue_messages()
         with self._store.reading() as db:
@@ -4873,7 +4873,7 @@ class Alerts:
         return counts
 
     def _claim(self, message: Message) -> bool:
-        """Keeps others from sending a message for CLAIM_TIME. Returns False if another process has claimed it."""
+        """Keeps others from sending a message for CLAIM_TIME; returns False if another process has claimed it."""
         now = self._store.now
         with self._store.writing(shared=True) as db:
             is_claimed = db.execute("""
@@ -4918,7 +4918,7 @@ class Alerts:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Delivers in a thread while the block runs. What is being sent at the end may be sent again."""
+        """Delivers in a thread while the block runs. A message that is being sent at the end may be sent again."""
         def deliver_until_stopped() -> None:
             while not self._stopping.wait(POLL_SECONDS):
                 try:
@@ -4938,12 +4938,12 @@ class Alerts:
 
 
 def _one_line(text: str) -> str:
-    """Returns the first 200 characters of a text, with single spaces and no line breaks."""
+    """The first 200 characters of a text, with single spaces and no line breaks."""
     return " ".join(text.split())[:200]
 
 
 def _fact_text(kind: str, app: str, detail: JsonObject) -> str:
-    """Returns a line such as "New: SIGABRT in Cart.pay() (Shop 1.3.0 (48), 3 crashes, 1 device)"."""
+    """A line such as "New: SIGABRT in Cart.pay() (Shop 1.3.0 (48), 3 crashes, 1 device)"."""
     release = f"{app} {with_build(detail.get('app_version'), detail.get('build_number'))}".rstrip()
     if kind == "release.worse":
         return _one_line(f"{release} is {detail.get('text') or 'worse'}")
@@ -4963,14 +4963,14 @@ SCANNED_EVENTS = 20_000  # events that are read for a page, which may be short a
 GROUP_REPORTS = 20  # crashes on a page of a group
 MAX_VERSIONS = 100  # versions that a list names for a group
 MAX_MISSING_BUILDS = 100  # builds without symbols in a list
-SCORED_GROUPS, SHOWN_GROUPS = 20, 5  # groups that the overview gives a score, and that it shows
+SCORED_GROUPS, SHOWN_GROUPS = 20, 5  # groups by crashes, and by devices, that get a score; groups that are shown
 EVENTS_BEFORE_CRASH = 20  # events that the page of a crash shows, out of the session's latest 100
 
 _IN_TRIAGE = "(app_id, group_hash) {} (select app_id, group_hash from triage where {})"
 STATE_CONDITIONS: dict[str | None, str] = {  # the condition of each `state` by which a list can be filtered
     None: "1 = 1", "open": _IN_TRIAGE.format("not in", "state <> 'open'"),
     "resolved": _IN_TRIAGE.format("in", "state = 'resolved'"), "muted": _IN_TRIAGE.format("in", "state = 'muted'"),
-    "regressed": _IN_TRIAGE.format("in", "state = 'open' and regressed_at is not null"),  # since it was resolved last
+    "regressed": _IN_TRIAGE.format("in", "state = 'open' and regressed_at is not null"),  # since it was last resolved
     "new": "(app_id, group_hash) in (select app_id, group_hash from groups where came_at >= :week)"}
 SORT_COLUMNS = {"crashes": "count", "devices": "devices", "last_seen": "last_seen", "first_seen": "first_seen"}
 _LISTED_WITHOUT_CRASHES = ":state in ('resolved', 'muted', 'regressed')"
@@ -4991,14 +4991,14 @@ FILTERED_GROUP_COUNTS = f"""
 
 class Metrics:
     """Answers questions as of now, in the shapes of the API. `app` is the name of an app: an unknown one raises
-    Refusal. Lists come in pages of `limit`: `cursor` is the `next` of the page before, which is null on the last."""
+    Refusal. Lists come in pages of `limit`: `cursor` is the previous page's `next`, which is null on the last page."""
 
     def __init__(self, store: Store):
         self._store = store
 
     @contextmanager
     def _snapshot(self, app: str | None = None) -> Iterator[tuple[Connection, int | None]]:
-        """Yields a connection that sees one moment, and the id of the app, or None for all live apps."""
+        """A connection that sees one moment, and the id of the app, or None for all live apps."""
         with self._store.reading() as db:
             db.execute("begin")
             row = db.execute("select id from apps where name = ?", (app,)).fetchone()
@@ -5012,13 +5012,13 @@ class Metrics:
         return range(today - days + 1, today + 1)
 
     def _by_day(self, question: Callable[..., JsonObject], app: str | None, days: int | None) -> JsonObject:
-        """Asks a figure about the last days, 30 by default, and labels its answer with their dates."""
+        """A figure's answer about the last days, 30 by default, labelled with their dates."""
         shown_days = self._last_days(days or 30)
         with self._snapshot(app) as (db, app_id):
             return {"labels": [iso_time(day * DAY)[:10] for day in shown_days], **question(db, app_id, shown_days)}
 
     def daily_crashes(self, app: str | None = None, days: int | None = None) -> JsonObject:
-        """Returns the crashes per UTC day: of the last `days` by date, or of the last seven from Monday to Sunday."""
+        """The crashes per UTC day: of the last `days` by date, or of the last seven from Monday to Sunday."""
         answer = self._by_day(Crashes.per_day, app, days or WEEK)
         if days:
             return answer
@@ -5026,11 +5026,11 @@ class Metrics:
         return {"labels": ["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"], "data": [counts[n] for n in range(WEEK)]}
 
     def crash_types(self, app: str | None = None, days: int | None = None) -> JsonObject:
-        """Returns the crashes of the 100 most frequent exception types."""
+        """The crashes of the 100 most frequent exception types."""
         return self._most_frequent(app, days, "exception_type", 100)
 
     def devices(self, app: str | None = None, days: int | None = None) -> JsonObject:
-        """Returns the crashes of the ten most frequent device models."""
+        """The crashes of the ten most frequent device models."""
         return self._most_frequent(app, days, "device_model", 10)
 
     def _most_frequent(self, app: str | None, days: int | None, field: str, limit: int) -> JsonObject:
@@ -5038,7 +5038,7 @@ class Metrics:
             return Crashes.most_frequent(db, app_id, field, self._last_days(days) if days else None, limit)
 
     def overview(self, app: str | None = None) -> JsonObject:
-        """Sums up the seven UTC days that end today, and counts the devices of the last 24 hours."""
+        """A summary of the seven UTC days that end today, with the devices of the last 24 hours."""
         week = self._last_days(WEEK)
         with self._snapshot(app) as (db, app_id):
             crashes = sum(sums_per_day(db, app_id, week, "crash_days", "crashes")["crashes"])
@@ -5049,26 +5049,26 @@ class Metrics:
                     "top_crashes": Groups.most_frequent(db, app_id, week)}
 
     def active_devices(self, app: str | None = None, days: int | None = None) -> JsonObject:
-        """Counts the devices of each UTC day, and of the 7 and 30 days that end with it."""
+        """The devices of each UTC day, and of the 7 and 30 days that end with it."""
         return self._by_day(Devices.active, app, days)
 
     def sessions(self, app: str | None = None, days: int | None = None) -> JsonObject:
-        """Counts the sessions that began on each UTC day, and gives their mean and median duration: null if none has
-        ended. The median, of durations in two significant digits, is also null if they are of several apps."""
+        """The sessions that began on each UTC day, and their mean and median duration: null if none has ended. The
+        median, of durations with two significant digits, is also null if they are of several apps."""
         return self._by_day(Sessions.per_day, app, days)
 
     def event_names(self, app: str | None = None, days: int | None = None) -> JsonObject:
-        """Counts the events of each UTC day by name, for the 50 most frequent names."""
+        """The events of each UTC day by name, for the 50 most frequent names."""
         return self._by_day(EventNames.most_frequent, app, days)
 
     def retention(self, app: str | None = None, days: int | None = None) -> JsonObject:
-        """Returns the percentage of the devices first seen on a UTC day that came back 1, 7 and 30 days later: null if
-        that day is not over yet, or if no device was new."""
+        """The percentage of the devices first seen on a UTC day that came back 1, 7 and 30 days later: null if that day
+        is not over yet, or if no device was new."""
         return self._by_day(Devices.retention, app, days)
 
     def releases(self, app: str | None = None, sort: str | None = None) -> JsonObject:
-        """Describes the latest 100 releases: the last to appear first, or for `sort` "version" the highest. Rates are
-        null without sessions or devices, and a verdict is null without an earlier release."""
+        """The latest 100 releases: the last to appear first, or for `sort` "version" the highest first. Rates are null
+        without sessions or devices, and a verdict is null without an earlier release."""
         if sort not in (None, "version", "first_seen"):
             raise Refusal("invalid sort")
         with self._snapshot(app) as (db, app_id):
@@ -5080,14 +5080,14 @@ class Metrics:
         return {"releases": list(rows_that_fit(releases))}
 
     def _verdicts(self, db: Connection, app_id: int | None, releases: Container[Row]) -> dict[Row, JsonObject]:
-        """Returns the verdicts of these releases by app id and version. Those without a verdict are left out."""
+        """The verdicts of these releases by app id and version. Those without a verdict are left out."""
         pairs = [pair for pair in Releases.pairs(db, app_id) if pair[:2] in releases]
         healths = Releases.health_of_pairs(db, pairs, self._store.now)
         verdicts = {pair: verdict(health, health_before) for pair, (health, health_before) in healths.items()}
         return {pair[:2]: {**found, "before": pair.previous} for pair, found in verdicts.items() if found}
 
     def newest_releases(self, app: str | None = None) -> list[JsonObject]:
-        """Returns the newest release of each app with its verdict, those that are worse than before first."""
+        """The newest release of each app with its verdict, those that are worse than before first."""
         with self._snapshot(app) as (db, app_id):
             newest = Releases.newest(db, app_id, self._last_days(WEEK)[0])
             verdicts = self._verdicts(db, app_id, set(newest.items()))
@@ -5097,8 +5097,8 @@ class Metrics:
         return sorted(releases, key=lambda row: ((row["verdict"] or {}).get("word") != "worse", row["app"]))
 
     def digest(self, app: str | None, since: int, until: int) -> list[JsonObject]:
-        """Sums up what was received between two times, in milliseconds: is the newest release worse, what is new, what
-        is fixed? A fact about one app has its name as `app`, so that it can be dropped if the app is deleted."""
+        """The facts of a digest from `since` to `until`, in milliseconds: is the newest release worse, what is new,
+        what is fixed? A fact about one app has its name as `app`, so that it can be dropped if the app is deleted."""
         verdicts = [{"app": row["app"], "text": f"{row['app']} {row['app_version']} is {row['verdict']['text']}"}
                     for row in self.newest_releases(app) if row["verdict"]]
         with self._snapshot(app) as (db, app_id):
@@ -5119,7 +5119,7 @@ class Metrics:
                 {"text": f"Resolved: {resolved:,}; regressed: {regressed:,}"}]
 
     def news(self, app: str | None = None, limit: int = 50) -> list[JsonObject]:
-        """Lists the groups that appeared or regressed last, the latest first; `at` is in milliseconds."""
+        """The groups that appeared or regressed last, the latest first; `at` is in milliseconds."""
         with self._snapshot(app) as (db, app_id):
             return dict_rows(db, f"""
                 select news.what, news.at, news.app_id, apps.name as app, apps.created_at, news.group_hash,
@@ -5140,10 +5140,10 @@ class Metrics:
     def groups(self, app: str | None = None, version: str | None = None, days: int | None = None,
                text: str | None = None, state: str | None = None, sort: str | None = None, limit: int = 50,
                cursor: str | None = None) -> JsonObject:
-        """Lists the groups of stored crashes, by number of crashes or as `sort` says. `version` may end with *. `text`
-        is searched for in what the list shows, and in the app's own symbols and files of the latest crash. `state` is
-        one of STATE_CONDITIONS; after a decision, a group is listed even if its crashes have expired. A group
-        `is_new` if it was first seen in `version`, or without a version, first received within 7 days."""
+        """The groups of stored crashes, by number of crashes or as `sort` says. `version` may end with *. `text` is
+        searched for in what the list shows, and in the app's own symbols and files of the latest crash. `state` is one
+        of STATE_CONDITIONS; without `version` or `days`, resolved, muted and regressed groups need no stored crash. A
+        group `is_new` if first seen in `version`, or without a version, first received within 7 days."""
         if state not in STATE_CONDITIONS:
             raise Refusal("invalid state", detail=f"it is none of {', '.join(filter(None, STATE_CONDITIONS))}")
         if sort not in (None, *SORT_COLUMNS):
@@ -5181,8 +5181,8 @@ class Metrics:
         return {"groups": groups, "next": last and f"{last[column]}-{last['group_hash']}"}
 
     def _most_crashing(self, db: Connection, app_id: int | None, days: range, limit: int) -> str | None:
-        """Returns the groups with the most crashes on these days, separated by spaces: figures find them faster than a
-        scan of crashes. None if they may differ: crashes have expired, or sums were deleted while a clock was fast."""
+        """The groups with the most crashes on these days, separated by spaces: figures find them faster than a scan of
+        crashes. None if the two may differ: crashes have expired, or sums were deleted while a clock was fast."""
         gone, = db.execute("select max(value) from state where name like 'expired%' or name like 'early%'").fetchone()
         sums, expected = (sums_per_day(db, app_id, days, table, "crashes") for table in ("group_days", "crash_days"))
         if (gone or 0) >= first_seq(days[0] * DAY - MAX_SKEW) or sums != expected:
@@ -5190,7 +5190,7 @@ class Metrics:
         return " ".join(group["group_hash"] for group in Groups.most_frequent(db, app_id, days, limit))
 
     def _list_row(self, db: Connection, row: JsonObject, parameters: JsonObject) -> JsonObject:
-        """Completes a group for a list: `row` has its sums."""
+        """A group as a list shows it. `row` has its sums."""
         group = self._summary(db, parameters["app"], row["group_hash"])
         first, version = (group.pop("first_version") or "")[:parameters["length"]], parameters["version"]
         is_new = (group["came_at"] or 0) >= parameters["week"] if version is None else first == version
@@ -5204,8 +5204,8 @@ class Metrics:
         return {**_group_json({**group, **row}), "versions": sorted(versions, key=version_key), "is_new": is_new}
 
     def _summary(self, db: Connection, app_id: int | None, group_hash: str) -> JsonObject:
-        """Describes a group; if several apps have it, as the app where it was seen last. If its crashes have expired,
-        only the decision about it is left. Returns {} for an unknown group."""
+        """A summary of a group: sums and times are those of all its apps, the rest is that of the app where it was seen
+        last. If its crashes have expired, only the decision about it is left. {} for an unknown group."""
         return next(iter(dict_rows(db, f"""
             select :group as group_hash, known.app_id, coalesce(exception_type, '') as exception_type,
                 coalesce(exception_reason, '') as exception_reason, coalesce(place, '') as place,
@@ -5223,8 +5223,8 @@ class Metrics:
 
     def group(self, group_hash: str, app: str | None = None, limit: int = GROUP_REPORTS,
               cursor: str | None = None) -> JsonObject:
-        """Returns a group with its spread, its history, and its crashes, the latest first. Raises Refusal if neither a
-        crash nor a decision of it is stored."""
+        """A group with its spread, its history, and its crashes, the latest first. Raises Refusal if it has neither a
+        stored crash nor a decision."""
         at, report_id = _parse_cursor(cursor, "([0-9]{1,18})-([0-7][0-9a-f]{15})", (MAX_NUMBER, "0"))
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, "group": group_hash, "at": int(at), "seq": int(report_id, 16),
@@ -5252,7 +5252,7 @@ class Metrics:
                 "next": f"{at}-{crash_id(seq)}" if page[len(reports):] else None}
 
     def attention(self, app: str | None = None) -> JsonObject:
-        """Lists open groups that crashed on the seven UTC days that end today. `new` has the latest that were new or
+        """The open groups that crashed on the seven UTC days that end today. `new` has the latest that were new or
         regressed then, and `new_count` counts all of these. `first` has those with the highest score: the devices that
         crashed in the app's newest release, halved for each day since the last crash. A group of two apps is listed
         twice. A group without a stored crash or decision has no page, so it is left out."""
@@ -5282,7 +5282,7 @@ class Metrics:
                     "first": self._overview_rows(db, first, since)}
 
     def _overview_rows(self, db: Connection, rows: Sequence[JsonObject], since: int) -> list[JsonObject]:
-        """Completes the first SHOWN_GROUPS of these groups for the overview."""
+        """The first SHOWN_GROUPS of these groups, as the overview shows them."""
         apps = dict(db.execute("select id, name from apps"))
         groups = [{**self._summary(db, row["app_id"], row["group_hash"]), **row} for row in rows[:SHOWN_GROUPS]]
         return [{**_group_json(group), "app": apps[group["app_id"]], "is_new": group["came_at"] >= since}
@@ -5298,7 +5298,7 @@ class Metrics:
         return {"devices": devices, "score": of_newest * 0.5 ** (max(0, self._store.now - group["last_seen"]) / DAY)}
 
     def neighbours(self, crash: JsonObject, app: str | None = None) -> tuple[str | None, str | None]:
-        """Returns the ids of the crashes before and after this one in its group."""
+        """The ids of the crashes before and after this one in its group, or None."""
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, "group": crash["group_hash"], "seq": int(crash["id"], 16)}
             rows = [db.execute(f"""
@@ -5311,7 +5311,7 @@ class Metrics:
         return older, newer
 
     def events_before(self, crash: JsonObject) -> list[JsonObject]:
-        """Lists the last events of the session before a crash, by the device's clock, the oldest first."""
+        """The last events of the session before a crash, by the device's clock, the oldest first."""
         if "session_id" not in crash:
             return []
         events = self.events(crash["app"], session_id=crash["session_id"], limit=100,
@@ -5321,8 +5321,8 @@ class Metrics:
         return [event for event in events if parse_time(event["occurred_at"]) <= crashed_at][-EVENTS_BEFORE_CRASH:]
 
     def next_build(self, group_hash: str, app: str) -> str:
-        """Names the first build that may have the fix of a group: the newest of the app, or if the group has crashed in
-        that one, the next. Returns "" if no version of the app is known."""
+        """The first build that may have the fix of a group: the newest of the app or, if the group has crashed in that
+        one, the next. "" if no version of the app is known."""
         with self._snapshot(app) as (db, app_id):
             version = Releases.newest(db, app_id, self._last_days(WEEK)[0]).get(app_id or 0, "")
             build = max((number for number, in db.execute("""
@@ -5336,7 +5336,7 @@ class Metrics:
 
     def group_days(self, groups: Sequence[str], app: str | None = None, version: str | None = None,
                    days: int = 30) -> JsonObject:
-        """Returns the apps of each of these groups, and its crashes on each of the last days, the oldest first."""
+        """The apps of each of these groups, and its crashes on each of the last days, the oldest first."""
         shown_days = self._last_days(days)
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, **_version_filter(version), "first": shown_days[0], "last": shown_days[-1],
@@ -5358,13 +5358,13 @@ class Metrics:
         return {"days": [counts.get(day, 0) for day in shown_days], "apps": [name for name, in apps]}
 
     def is_empty(self, app: str | None = None) -> bool:
-        """Says whether an app has sent nothing yet. Ends of sessions do not count."""
+        """Whether an app has sent nothing yet. Ends of sessions do not count."""
         with self._snapshot(app) as (db, app_id):
             return not any(db.execute(f"select 1 from {table} where {APP_FILTER} limit 1", {"app": app_id}).fetchone()
                            for table in ("crash_days", "session_days", "event_names"))
 
     def crash(self, id: str, app: str | None = None) -> JsonObject:
-        """Returns a crash as it was sent. Raises Refusal if it is not stored."""
+        """A crash as it was sent. Raises Refusal if it is not stored."""
         with self._snapshot(app) as (db, app_id):
             seq = int(id, 16) if re.fullmatch("[0-7][0-9a-f]{15}", id) else -1
             if not db.execute(f"select 1 from crashes where seq = :seq and {APP_FILTER}",
@@ -5375,7 +5375,7 @@ class Metrics:
     def events(self, app: str | None = None, type: str | None = None, name: str | None = None,
                session_id: str | None = None, limit: int = 50, cursor: str | None = None,
                oldest_first: bool = False, device_id_hash: str | None = None) -> JsonObject:
-        """Lists the stored events, the latest first. A page may be short, or empty, although another page follows."""
+        """The stored events, the latest first. A page may be short, or empty, although another page follows."""
         order, after = ("asc", -1) if oldest_first else ("desc", MAX_NUMBER)
         after = int(_parse_cursor(cursor, "(?:evt_)?([0-7][0-9a-f]{15})", (f"{after:x}",))[0], 16)
         with self._snapshot(app) as (db, app_id):
@@ -5402,8 +5402,8 @@ class Metrics:
         return {"events": events, "next": following}
 
     def symbols(self, app: str | None = None) -> JsonObject:
-        """Lists the builds whose symbols are stored, the newest first, and those whose symbols are missing, with the
-        number of crashes that would get names, the most frequent first."""
+        """The builds whose symbols are stored, the newest first; and those whose symbols are missing, with the number
+        of crashes that would get names, the highest number first."""
         with self._snapshot(app) as (db, app_id):
             stored = dict_rows(db, """
                 select uuid, binary_name as binary, arch, parts, rows, size, received = parts as complete, uploaded_at
@@ -5413,7 +5413,7 @@ class Metrics:
                     "missing": self._missing_builds(db, app_id, None, MAX_MISSING_BUILDS)}
 
     def _missing_builds(self, db: Connection, app_id: int | None, group: str | None, limit: int) -> list[JsonObject]:
-        """Lists the builds whose symbols are missing, in all groups or in one."""
+        """The builds whose symbols are missing, in all groups or in one."""
         return [self._missing_build(db, **row) for row in dict_rows(db, f"""
             select uuid, app_id, group_hash, total as crashes from (
                 select uuid, app_id, group_hash, sum(crashes) over (partition by uuid) as total, row_number() over (
@@ -5425,7 +5425,7 @@ class Metrics:
 
     @staticmethod
     def _missing_build(db: Connection, uuid: str, app_id: int, group_hash: str, crashes: int) -> JsonObject:
-        """Describes a build by its latest crash in the group where it has most crashes."""
+        """A build without symbols, described by its latest crash in the group where it has the most crashes."""
         app, version, build, trace = db.execute("""
             select name, app_version, build_number, stack_trace from (
                 select * from crashes where seq in (
@@ -5438,7 +5438,7 @@ class Metrics:
                 "build_number": build, "crashes": crashes}
 
     def device(self, device_id_hash: str) -> JsonObject:
-        """Returns everything that is stored about a device, in all apps."""
+        """Everything that is stored about a device, in all apps."""
         device = device_key(device_id_hash)
         with self._snapshot() as (db, _):
             apps = dict_rows(db, """
@@ -5460,14 +5460,14 @@ class Metrics:
 
 
 def _group_json(group: JsonObject) -> JsonObject:
-    """Turns a group, as _summary returns it, into an answer."""
+    """A group from _summary() as the API shows it."""
     answer = {name: value for name, value in group.items() if name not in ("app_id", "came_at", "changed_at")}
     return {**answer, **{name: iso_time(group[name]) if group[name] else None
                          for name in ("first_seen", "last_seen", "regressed_at")}}
 
 
 def _release_json(row: JsonObject, its_verdict: JsonObject | None) -> JsonObject:
-    """Turns a row of Releases.latest into an answer."""
+    """A row of Releases.latest() as the API shows it."""
     sessions, devices, crashed_sessions = row["sessions"], row["devices"], row["crashed_sessions"]
     return {**{name: row[name] for name in ("app", "app_version", "sessions", "crashes", "crashed_sessions")},
             "crash_free_sessions": crash_free_rate(crashed_sessions or row["crashes"], sessions) if sessions else None,
@@ -5478,8 +5478,8 @@ def _release_json(row: JsonObject, its_verdict: JsonObject | None) -> JsonObject
 
 
 def _load_reports(db: Connection, table: str, seqs: Sequence[int], max_text: int = PAGE_CHARACTERS) -> list[JsonObject]:
-    """Returns crashes or events as they were sent, each with its app and the time of its receipt. Stops after a report
-    with which they have more than `max_text` characters."""
+    """Crashes or events as they were sent, each with its app and the time of its receipt. Stops after a report with
+    which they exceed `max_text` characters."""
     apps, reports, size, symbols = dict(db.execute("select id, name from apps")), [], 0, Symbols(db)
     for seq in seqs:
         row, = dict_rows(db, f"select * from {table} where seq = ?", (seq,))
@@ -5502,7 +5502,7 @@ def _symbolicate(symbols: Symbols, report: JsonObject) -> None:
 
 
 def as_sent(row: Mapping[str, Any], time_text: Callable[[int], str]) -> JsonObject:
-    """Turns a row into the report as it was sent, without what was absent."""
+    """The report in a row as it was sent, without what was absent."""
     hidden = ("seq", "other", "images")
     report = {name: value for name, value in row.items() if value is not None and name not in hidden}
     if not report["clock_ahead_ms"]:
@@ -5517,14 +5517,14 @@ def as_sent(row: Mapping[str, Any], time_text: Callable[[int], str]) -> JsonObje
 
 
 def _version_filter(version: str | None) -> JsonObject:
-    """Returns the parameters of HAS_VERSION. A version that ends with * stands for all that begin like it."""
+    """The parameters of HAS_VERSION. A version that ends with * stands for all that begin like it."""
     if version and version.endswith("*"):
         return {"version": version[:-1], "length": len(version) - 1}
     return {"version": version, "length": MAX_TEXT}
 
 
 def _parse_cursor(cursor: str | None, pattern: str, default: Any) -> Any:
-    """Returns the parts of a cursor that the pattern captures, or the default for None. Raises Refusal."""
+    """The parts of a cursor that the pattern captures, or the default for None. Raises Refusal."""
     match = re.fullmatch(pattern, cursor or "")
     if cursor is not None and match is None:
         raise Refusal("invalid cursor")
@@ -5532,7 +5532,7 @@ def _parse_cursor(cursor: str | None, pattern: str, default: Any) -> Any:
 
 
 def crash_free_rate(crashes: int, sessions: int) -> float:
-    """Returns the percentage of sessions without a crash, with two decimals."""
+    """The percentage of sessions without a crash, with two decimals."""
     if not sessions:
         return 0.0 if crashes else 100.0
     return round(max(0.0, 100 * (1 - crashes / sessions)), 2)
@@ -5559,7 +5559,7 @@ Handler = Callable[..., Answer]  # takes an environ and the variable parts of th
 
 
 def _as_refusal(error: int | Exception) -> Refusal:
-    """Returns the refusal for an error, which is logged if unexpected, or for a status that bottle or waitress gave."""
+    """The refusal for an error, which is logged if unexpected, or for a status that bottle or waitress gave."""
     if isinstance(error, Refusal):
         return error
     if isinstance(error, int):
@@ -5569,7 +5569,7 @@ def _as_refusal(error: int | Exception) -> Refusal:
 
 
 def _refusal_answer(refusal: Refusal) -> tuple[int, JsonObject, dict[str, str]]:
-    """Returns the status, JSON and headers that answer a refused request."""
+    """The status, JSON and headers that answer a refused request."""
     status = _STATUS_OF.get(str(refusal), 400)
     headers = {"Accept-Encoding": "gzip"} if status == 415 else {}
     if refusal.retry_after is not None:
@@ -5578,12 +5578,12 @@ def _refusal_answer(refusal: Refusal) -> tuple[int, JsonObject, dict[str, str]]:
 
 
 def _header(environ: Environ, name: str) -> bytes:
-    """Returns the bytes of a request header, b"" if it is missing."""
+    """The bytes of a request header, b"" if it is missing."""
     return str(environ.get("HTTP_" + name, "")).encode("latin-1", "replace")
 
 
 def _read_body(environ: Environ, limit: int) -> bytes:
-    """Returns the body as it was sent. Raises Refusal if it has more than `limit` bytes."""
+    """The body as it was sent. Raises Refusal if it has more than `limit` bytes."""
     length = environ.get("CONTENT_LENGTH") or ""
     if not re.fullmatch("[0-9]*", length):
         raise Refusal("invalid Content-Length")
@@ -5604,7 +5604,7 @@ def _read_body(environ: Environ, limit: int) -> bytes:
 
 
 def _decompress(environ: Environ, body: bytes, limit: int) -> bytes:
-    """Returns the body without its Content-Encoding. Raises Refusal if that has more than `limit` bytes."""
+    """The body without its Content-Encoding. Raises Refusal if that has more than `limit` bytes."""
     encoding = _header(environ, "CONTENT_ENCODING").lower()
     if encoding in (b"", b"identity"):
         return body
@@ -5621,7 +5621,7 @@ def _decompress(environ: Environ, body: bytes, limit: int) -> bytes:
 
 
 def _idempotency(environ: Environ, signature: bytes, body: bytes) -> Idempotency:
-    """Returns how to recognize a repeated request: by its Idempotency-Key or its signature; either is enough."""
+    """The digests that identify a repeated request: of its Idempotency-Key or its signature; either is enough."""
     path, key = environ["PATH_INFO"].encode("latin-1", "replace"), _header(environ, "IDEMPOTENCY_KEY")
     marks = [b"key:" + key] if key else []
     if signature:
@@ -5630,13 +5630,13 @@ def _idempotency(environ: Environ, signature: bytes, body: bytes) -> Idempotency
 
 
 def _query(environ: Environ) -> dict[str, str]:
-    """Returns the query parameters. If several have the same name, the last one counts."""
+    """The query parameters. If several have the same name, the last one counts."""
     text = str(environ.get("QUERY_STRING", "")).encode("latin-1", "replace").decode("utf-8", "replace")
     return dict(parse_qsl(text, keep_blank_values=True))
 
 
 def _parameters(query: Mapping[str, str], *names: str) -> dict[str, Any]:
-    """Returns the query parameters of these names, without empty ones. Raises Refusal for an invalid number."""
+    """The query parameters of these names, without empty ones. Raises Refusal for an invalid number."""
     values: dict[str, Any] = dict(query)
     for name, highest in (("days", 365), ("limit", 100)):
         if name in values:
@@ -5651,7 +5651,7 @@ def _url(host: str, port: int) -> str:
 
 
 def curl_line(url: str, key: str) -> str:
-    """Returns the command that sends a first crash to the server at `url`."""
+    """The command that sends a first crash to the server at `url`."""
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     return " \\\n    ".join([f"curl -X POST {url}/api/v1/crashes", '-H "Content-Type: application/json"',
                            f'-H "X-Backfeedr-Key: {key}"',
@@ -5659,8 +5659,8 @@ def curl_line(url: str, key: str) -> str:
 
 
 class RateLimitedRequests:
-    """Counts the requests that the rate limit refuses, and logs their number once a minute. All phones of an app share
-    its key; without this, only they would learn that they send too much."""
+    """Counts the requests that the rate limit refuses, and logs their number at most once a minute. All phones of an
+    app share its key; without this, only they would learn that they send too much."""
 
     def __init__(self, store: Store):
         self._store, self._lock, self._logged_at = store, threading.Lock(), 0
@@ -5677,7 +5677,7 @@ class RateLimitedRequests:
             log.warning("%s", text)
 
     def by_app(self, day: int | None = None) -> Counter[str]:
-        """Counts them by the name of their app, on a UTC day or since this process started."""
+        """The number of refused requests by app, on a UTC day or since this process started."""
         totals: Counter[str] = Counter()
         with self._lock:
             counts = list(self._counts.items())
@@ -5688,7 +5688,7 @@ class RateLimitedRequests:
         return totals
 
     def today(self, app: str | None = None) -> list[str]:
-        """Returns a warning for each app of which requests were refused today, or only for `app`."""
+        """A warning for each app whose requests were refused today, or only for `app`."""
         return [f"The rate limit refused {count:,} request{'s' * (count > 1)} of {name} today."
                 for name, count in sorted(self.by_app(self._store.now // DAY).items()) if name and app in (None, name)]
 
@@ -5701,7 +5701,7 @@ _CHART_HEIGHT = 72  # pixels
 _NO_DATA = '<p class="empty">No data in this period.</p>'
 _AXIS_ENDS = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 50, 60, 80, 100)  # each also times a power of ten
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
-# A line has a family, then the numbers of its device codes, each with the name that Apple sells the device by.
+# A line has a family, then the numbers of device codes, each with the name under which Apple sells the device.
 _DEVICE_TABLE = """
 iPhone 10,1/4 8; 10,2/5 8 Plus; 10,3/6 X; 11,2 XS; 11,4/6 XS Max; 11,8 XR; 12,1 11; 12,3 11 Pro; 12,5 11 Pro Max
 iPhone 12,8 SE (2nd generation); 13,1 12 mini; 13,2 12; 13,3 12 Pro; 13,4 12 Pro Max; 14,4 13 mini; 14,5 13
@@ -5724,11 +5724,11 @@ _DEVICE_NAMES = {
     for major, minors, name in re.findall("([0-9]+),([0-9/]+) ([^;]+)", devices) for minor in minors.split("/")}
 
 escape = bottle.html_escape
-DayValues = Sequence[Optional[float]]  # one per day; None where a day has none
+DayValues = Sequence[Optional[float]]  # one per day; None for a day without one
 
 
 def device_html(code: str) -> str:
-    """Returns HTML with the device's name, if it is known, and its code. Other text is only escaped."""
+    """HTML with the device's name, if it is known, and its code. Other text is only escaped."""
     name = _DEVICE_NAMES.get(code)
     return f'{name} <small class="code">{code}</small>' if name else f"<bdi>{escape(_shorten(code, 80))}</bdi>"
 
@@ -5738,7 +5738,7 @@ def _shorten(text: str, length: int = 300) -> str:
 
 
 def draw_line(ys: DayValues) -> str:
-    """Draws a line with a gap at each None. A point without neighbours is a dot; so is today, which is not over yet."""
+    """SVG for a line with gaps at None. A point without neighbours is a dot; so is today, which is not over yet."""
     line, dots, today = "", "", len(ys) - 1
     for n, y in enumerate(ys):
         if y is not None:
@@ -5750,14 +5750,14 @@ def draw_line(ys: DayValues) -> str:
 
 
 def draw_columns(ys: DayValues) -> str:
-    """Draws a column for each value."""
+    """SVG for one column per value."""
     return "".join(f'<rect x="{n + 0.15:.2f}" width="0.7" y="{y:.1f}" height="{_CHART_HEIGHT - y:.1f}"/>'
                    for n, y in enumerate(ys) if y is not None)
 
 
 def chart(title: str, labels: Sequence[str], values: DayValues, draw: Callable[[DayValues], str] = draw_line,
           low: float = 0, is_percentage: bool = False) -> str:
-    """Draws one value per day on an axis that starts at `low`, and ends at 100 for percentages."""
+    """HTML for a chart of one value per day, on an axis that starts at `low`, and ends at 100 for percentages."""
     known = [(value, label) for value, label in zip(values, labels) if value is not None]
     if not known:
         return _NO_DATA
@@ -5788,14 +5788,14 @@ def _day_name(label: str) -> str:
 
 
 def sparkline(values: Sequence[int], title: str) -> str:
-    """Draws a line through one value per day, as high as a line of text."""
+    """HTML for a line through one value per day, as high as a line of text."""
     high, total = max(*values, 1), f"{sum(values):,} in {len(values)} days"
     line = draw_line([18 - 16 * value / high for value in values])
     return f'<span class="spark" role="img" aria-label="{title}: {total}">{_svg(len(values), 20, line)}</span>'
 
 
 def bar_chart(counts: JsonObject, total: int | None = None) -> str:
-    """Draws a bar for each of the first ten labels. A last row counts the rest of `total`, or of the other labels."""
+    """HTML for a bar for each of the first ten labels. A last row has the rest of `total`, or the other labels."""
     shown = list(zip(counts["labels"], counts["data"]))[:10]
     rest = (sum(counts["data"]) if total is None else total) - sum(count for _, count in shown)
     longest = max((count for _, count in shown), default=1)
@@ -5808,7 +5808,7 @@ def bar_chart(counts: JsonObject, total: int | None = None) -> str:
 
 
 # == Dashboard =================================================================
-# The pages, behind the admin token. They load nothing from other hosts and use no JavaScript. What a report contains
+# The pages, behind the admin token. They load nothing from other hosts and use no JavaScript. The content of a report
 # is hostile: it reaches a page only through `{{ }}` or escape(), an address also through urlencode(), never a style.
 
 SESSION_LIFETIME = 7 * DAY
@@ -5853,7 +5853,7 @@ class PageRequest:
         return self._public_url or f"{scheme}://{host[0] if host else 'localhost'}{self.root}"
 
     def parameters(self, *names: str) -> dict[str, Any]:
-        """Returns the same as _parameters(), without `days` if it is "all"."""
+        """The result of _parameters(), without `days` if it is "all"."""
         query = {name: value for name, value in self.query.items() if (name, value) != ("days", "all")}
         return _parameters(query, *names)
 
@@ -5864,7 +5864,7 @@ class PageRequest:
         return sha256("form" + self.session).hex()
 
     def read_form(self) -> None:
-        """Raises Refusal unless the form comes from a page of this session."""
+        """Reads the form. Raises Refusal unless it comes from a page of this session."""
         fields = parse_qs(_read_body(self.environ, 65_536).decode("utf-8", "replace"), keep_blank_values=True)
         self.form = {name: values[-1] for name, values in fields.items()}
         token = self.form.get("form_token", "").encode("utf-8", "replace")
@@ -5872,13 +5872,13 @@ class PageRequest:
             raise Refusal("form expired")
 
     def link(self, path: str, **query: Any) -> str:
-        """Returns the address of a page about the same app, unless `query` names another. It leaves out None and ""."""
+        """The address of a page about the same app, unless `query` names another. None and "" are left out."""
         app = self.app if any(app.name == self.app for app in self.apps or ()) else None
         query = {name: value for name, value in {"app": app, **query}.items() if value not in (None, "")}
         return self.root + path + ("?" + urlencode(query) if query else "")
 
     def moved(self, group_hash: str) -> str:
-        """Returns the address of this page for another group."""
+        """The address of this page for another group."""
         return self.root + re.sub("[0-9a-f]{16}", group_hash, self.path_and_query, count=1)
 
     def redirect(self, path: str) -> Response:
@@ -5892,7 +5892,7 @@ class PageRequest:
         return response
 
     def time_html(self, time: str | int) -> str:
-        """Returns HTML for a time as text or milliseconds: its age, or its date if it is old. A tooltip is exact."""
+        """HTML for a time, as text or in milliseconds: its age, or its date if it is old. A tooltip is exact."""
         at = parse_time(time) if isinstance(time, str) else time
         exact, age = iso_time(at)[:19].replace("T", " "), self.now - at
         units = [(DAY, "d"), (HOUR, "h"), (MINUTE, "min")]
@@ -5901,7 +5901,7 @@ class PageRequest:
         return f'<time datetime="{iso_time(at)}" title="{exact}">{shown}</time>'
 
     def value_html(self, value: Any) -> str:
-        """Returns HTML for a percentage, a count or a time."""
+        """HTML for a percentage, a count or a time."""
         if value is None:
             return "-"
         if isinstance(value, str):
@@ -5909,7 +5909,7 @@ class PageRequest:
         return f"{value:.2f} %" if isinstance(value, float) else f"{value:,}"
 
     def app_names(self, row: JsonObject) -> str:
-        """Returns the apps of a row of a list, or "" if there is only one or the page is about one."""
+        """The apps of a row of a list, or "" if there is only one or the page is about one."""
         return "" if self.app or len(self.apps or ()) < 2 else ", ".join(row.get("apps") or [row["app"]])
 
 
@@ -5920,11 +5920,11 @@ class Dashboard:
                  public_url: str):
         self._store, self._metrics, self._rate_limited, self._alerts = store, metrics, rate_limited, alerts
         self._public_url = public_url
-        # The name differs between servers, as two servers on one host get each other's cookies.
+        # The name differs between servers, because two servers on one host get each other's cookies.
         self._cookie = "backfeedr_" + store.secret_hash("admin_token").hex()[:8]
 
     def routes(self) -> Iterator[tuple[str, str, Callable[..., Response]]]:
-        """Yields the method, path and handler of each page."""
+        """The method, path and handler of each page."""
         for method, path, handler in (
                 ("GET", "/", self._overview), ("GET", "/crashes", self._crashes), ("GET", "/crashes.atom", self._feed),
                 ("GET", "/crashes/<group_hash>.<suffix:re:txt|md>", self._group_export),
@@ -5936,7 +5936,7 @@ class Dashboard:
             yield method, path, partial(self._respond, handler)
 
     def invite(self, url: str) -> str:
-        """Returns a link that signs in once, within LINK_LIFETIME."""
+        """A link that signs in once, within LINK_LIFETIME."""
         return f"{url}/sign-in?code={self._store.grant('code', LINK_LIFETIME)}"
 
     def request(self, environ: Environ) -> PageRequest:
@@ -5967,7 +5967,7 @@ class Dashboard:
         return response
 
     def _load_session(self, page: PageRequest) -> bool:
-        """Gives the page its apps if the browser is signed in, and returns whether it is."""
+        """Gives the page its apps if the browser is signed in; returns whether it is."""
         if page.apps is None and self._store.is_granted("session", page.session):
             page.apps = self._store.apps()
         return page.apps is not None
@@ -5995,7 +5995,7 @@ class Dashboard:
         return self._start_session(page, page.form.get("next", ""))
 
     def _start_session(self, page: PageRequest, target: str) -> Response:
-        """Starts a session with a new id, as an attacker may have planted the one that the browser had."""
+        """Starts a session with a new id, because an attacker may have planted the one that the browser had."""
         is_path_here = re.fullmatch(r"/(?![/\\])[!-~]*", target)  # browsers read //x and /\x as another host
         response = page.redirect(target if is_path_here else "/")
         return page.set_session(response, self._store.grant("session", SESSION_LIFETIME))
@@ -6046,18 +6046,18 @@ class Dashboard:
             fields=_field_rows(page, report))
 
     def _group_export(self, page: PageRequest, group_hash: str, suffix: str) -> Response:
-        """Returns a group as text for a bug tracker or an assistant."""
+        """A group as text for a bug tracker or an assistant."""
         group = self._metrics.group(group_hash, page.app, limit=1)
         text = group_text(group, page.url + page.path_and_query.replace("." + suffix, "", 1))
         return _text_response(text, "text/markdown" if suffix == "md" else "text/plain")
 
     def _triage(self, page: PageRequest, group_hash: str) -> Response:
-        """Makes the change of a form on a group's page. Empty fields do not count."""
+        """Applies the change of a form on a group's page. Empty fields do not count."""
         change: JsonObject = {name: text for name, text in page.form.items() if name in TRIAGE_FIELDS and text.strip()}
         if "until" in change:
             change["until"] += "T00:00:00Z"
         for name in ("more_crashes", "more_devices"):
-            with suppress(KeyError, ValueError):  # what is no number stays, and is refused
+            with suppress(KeyError, ValueError):  # text that is not a number stays, and is refused
                 change[name] = int(change[name])
         self._store.triage(group_hash, parse_triage(change, page.now), page.app)
         return page.redirect(page.path_and_query)
@@ -6081,7 +6081,7 @@ class Dashboard:
                             parameters=parameters)
 
     def _feed(self, page: PageRequest) -> Response:
-        """Returns new and regressed groups as Atom, or a 404 without the feed's token."""
+        """New and regressed groups as Atom, or a 404 without the feed's token."""
         if not self._store.is_feed_token(page.query.get("token", "").encode("utf-8", "replace")):
             raise Refusal("not found")
         feed = _TEMPLATES["feed"].render(_TEMPLATE_GLOBALS, page=page, news=self._metrics.news(page.app))
@@ -6104,7 +6104,7 @@ class Dashboard:
             return self._apps(page, {"message": _capitalize(str(error)) + "."}, 400)
 
     def _change_keys(self, page: PageRequest, action: str) -> JsonObject:
-        """Returns a message for the page and, if there is one, a secret that it shows once."""
+        """Changes an app, key or feed; returns a message for the page and, if any, a secret that it shows once."""
         store, form, name = self._store, page.form, page.form.get("name", "")
         if action in ("create", "key"):
             key = store.create_app(name, "test" in form) if action == "create" else store.create_key(name)
@@ -6173,7 +6173,7 @@ def _overview_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
 
 
 def _usage_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
-    """Yields active devices, and sessions with their length: the mean, if several apps have no common median."""
+    """Tiles for active devices, and for sessions with their length: the mean, if several apps have no common median."""
     active, sessions = metrics.active_devices(app, 30), metrics.sessions(app, 30)
     for column, value, period in (("dau", metrics.overview(app)["dau"], "24 hours"),
                                   ("wau", active["wau"][-1], "7 days"), ("mau", active["mau"][-1], "30 days")):
@@ -6189,7 +6189,7 @@ def _usage_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
 
 
 def _retention_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
-    """Yields the shares of the devices that came back 1, 7 and 30 days after the day that they were first seen."""
+    """Tiles with the share of devices that came back 1, 7 and 30 days after the day on which they were first seen."""
     cohorts = metrics.retention(app, 60)
     for days in Devices.BACK.values():
         rates, name = cohorts[f"day_{days}"], f"Back after {days} day{'s' if days > 1 else ''}"
@@ -6207,13 +6207,13 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-Step = tuple[str, str, str]  # of what led to a crash: the time, what happened, and its details
+Step = tuple[str, str, str]  # towards a crash: the time, what happened, and its details
 _BREADCRUMB_TIMES = ("at", "timestamp", "time", "date", "occurred_at")
 _BREADCRUMB_ACTIONS = ("message", "action", "name", "event", "title", "screen", "category", "type")
 
 
 def _breadcrumb_steps(report: JsonObject) -> list[Step]:
-    """Returns the last 100 breadcrumbs of a crash, in any shape that SDKs send, and the crash itself at the end."""
+    """The last 100 breadcrumbs of a crash, in any shape that SDKs send, and the crash itself at the end."""
     breadcrumbs = report.get("extra", {}).get("breadcrumbs")
     breadcrumbs = breadcrumbs.get("values") if type(breadcrumbs) is dict else breadcrumbs
     if type(breadcrumbs) is not list or not breadcrumbs:
@@ -6238,7 +6238,7 @@ def _event_steps(report: JsonObject, events: Sequence[JsonObject]) -> Iterator[S
 
 
 def _time_to_crash(time: Any, report: JsonObject) -> str:
-    """Returns a time relative to a crash, such as -00:12. Other values, and times 100 hours away, stay as they are."""
+    """A time relative to a crash, such as -00:12. Other values, and times 100 hours or more away, stay as they are."""
     with suppress(ValueError):
         span = parse_occurred_at(time) - parse_time(report["occurred_at"])
         hours, minutes, seconds = abs(span) // HOUR, abs(span) // MINUTE % 60, abs(span) // SECOND % 60
@@ -6248,8 +6248,8 @@ def _time_to_crash(time: Any, report: JsonObject) -> str:
 
 
 def group_text(group: JsonObject, url: str) -> str:
-    """Returns a group as Markdown that is also readable as text. It leaves out devices, sessions and fields unknown to
-    the server. What reports say is indented in a fence, so that it neither starts a line nor closes the fence."""
+    """A group as Markdown that is also readable as text. It leaves out device ids, sessions and a crash's unknown
+    fields. Text from reports is indented in a fence, so that it neither starts a line nor closes the fence."""
     parts = [f"# Crash group {group['group_hash']}\n\n{url}\n"]
     for title, text in _text_sections(group):
         lines = ["    " + _MISLEADING_CHARACTERS.sub("\ufffd", line) for line in text.splitlines()]
@@ -6276,7 +6276,7 @@ def _text_sections(group: JsonObject) -> Iterator[tuple[str, str]]:
 
 
 def _group_title(group: JsonObject) -> str:
-    """Returns the app's function that crashes, or else the exception type, or else the group's hash."""
+    """The app's function that crashes, or else the exception type, or else the group's hash."""
     return canonical_name(group["place"]) or group["exception_type"] or group["group_hash"]
 
 
@@ -6284,7 +6284,7 @@ _SHOWN_ELSEWHERE = ("exception_type", "exception_reason", "stack_trace", "raw_st
 
 
 def _field_rows(page: PageRequest, report: JsonObject) -> Iterator[tuple[str, str]]:
-    """Yields the label and HTML of the other fields of a crash, also of those that the server does not know."""
+    """The label and HTML of each field of a crash that is not shown elsewhere, even if the server does not know it."""
     formats: dict[str, Callable[[Any], str]] = {
         "occurred_at": page.time_html, "received_at": page.time_html, "device_model": device_html}
     for name, value in {**report, **report.get("extra", {})}.items():
@@ -6298,7 +6298,7 @@ FrameRow = namedtuple("FrameRow", "symbol place is_own address")  # what a page 
 
 
 def _frame_row(frame: JsonObject) -> FrameRow:
-    """The place is the frame's file and line, its binary and its unknown fields. The address is one in its binary."""
+    """A frame for a page. `place` is its file and line, binary and unknown fields; `address` is within its binary."""
     known = read_frame(frame)
     line = next((frame[name] for name in _FRAME_FIELDS["line"] if frame.get(name) is not None), None)
     file = known.file if line is None or not known.file else f"{known.file}:{line}"
@@ -6310,18 +6310,18 @@ def _frame_row(frame: JsonObject) -> FrameRow:
 
 
 def build_name(build: JsonObject) -> str:
-    """Returns the name of a build, such as Shop 1.3.0 (48)."""
+    """The name of a build, such as Shop 1.3.0 (48)."""
     return f"{build['binary'] or 'a build'} {with_build(build['app_version'], build['build_number'])}".rstrip()
 
 
 def _event_details(event: JsonObject) -> str:
-    """Returns the first twenty properties and unknown fields of an event."""
+    """The first twenty properties and unknown fields of an event."""
     fields = {**event.get("properties", {}), **event.get("extra", {})}
     return ", ".join(f"{name}: {_shorten(_json_text(value), 100)}" for name, value in list(fields.items())[:20])
 
 
 def _json_text(value: Any) -> str:
-    """Returns any JSON value as text for a reader, a list with one item per line."""
+    """Any JSON value as text for a reader, a list with one item per line."""
     items = value if type(value) is list else [value]
     lines = [item if type(item) is str else json.dumps(item, ensure_ascii=False) for item in items]
     return _shorten("\n".join(lines), SHOWN_TEXT)
@@ -6339,14 +6339,14 @@ Column = tuple[str, str, str]  # label, template of a cell of `row`, and CSS cla
 
 
 def _value_column(label: str) -> Column:
-    """Returns a column for the field of this name, a figure or a time."""
+    """A column for the field with this label, a figure or a time."""
     name = label.lower().replace(" ", "_").replace("-", "_")
     return label, f'{{{{!value_html(row["{name}"])}}}}', "" if name.endswith("seen") else "number"
 
 
 def _table(rows: str, *columns: Column | str, empty: str = "", note: str = "") -> str:
-    """Returns a table of `rows`, a template expression, with a note below. A mere label stands for _value_column(). On
-    a narrow screen a cell starts with its label, unless its class is "bare" or "main"; a main cell comes first."""
+    """A table of `rows`, a template expression, with a note below. A mere label stands for _value_column(). On a narrow
+    screen, a cell starts with its label, unless its class is "bare" or "main"; a main cell comes first."""
     head, body = "", ""
     for column in columns:
         label, cell, css = _value_column(column) if isinstance(column, str) else column
@@ -6368,14 +6368,14 @@ def _table(rows: str, *columns: Column | str, empty: str = "", note: str = "") -
 
 
 def _form(content: str, target: str = "page.path", **hidden: str) -> str:
-    """Returns a form with the token that read_form() checks. `target` has the arguments of link()."""
+    """A form with the token that read_form() checks. `target` has the arguments of link()."""
     inputs = "".join(f'<input type="hidden" name="{name}" value="{value}">\n'
                      for name, value in {"form_token": "{{page.form_token}}", **hidden}.items())
     return f'<form method="post" action="{{{{link({target})}}}}">\n{inputs}{content}</form>\n'
 
 
 def _select(name: str, choices: str, chosen: str = "None") -> str:
-    """Returns a drop-down list. `choices` is a template expression for values, or pairs of a value and its label."""
+    """A drop-down list. `choices` is a template expression for values, or for pairs of a value and its label."""
     return f"""<select name="{name}">
 % for value, label in (choice if type(choice) is tuple else (choice, choice) for choice in {choices}):
 <option value="{{{{value}}}}"{{{{" selected" if value == {chosen} else ""}}}}>{{{{label}}}}</option>
@@ -6860,10 +6860,10 @@ class Backfeedr(Closing):
     """The server as a WSGI callable, for any mount point.
 
     `Backfeedr(db_path="crashes.db")` takes further settings from the environment, `Backfeedr(Settings(...))` does not.
-    Raises SettingsError and StoreError. Close it, or use it as a context manager. `.store` is for keys and questions
-    from Python. `clock` returns seconds since 1970. A new database gets an app and an admin token: `announce` is called
-    once, with a text that tells the operator both. A `store` replaces the file that the settings name, and is closed
-    with the server. A `limiter` replaces the RateLimiter, which counts only what this process gets.
+    Raises SettingsError and StoreError. Close it, or use it as a context manager. `.store` is for keys, `.metrics`
+    for questions. `clock` returns seconds since 1970. A new database gets an app and an admin token: `announce` is
+    called once, with a text that shows the operator the app's key and the token. A `store` replaces the settings' file,
+    and is closed with the server. A `limiter` replaces the RateLimiter, which counts only what this process gets.
     """
 
     # By path: the parser of a body, which also gets the time and the header's device; and the answer to stored reports.
@@ -6934,7 +6934,7 @@ class Backfeedr(Closing):
             self._request_counts[method, rule, status] += 1
 
     def deliver(self) -> Counter[str]:
-        """Sends the alerts that are due, and returns how many were `sent` and how many `failed`. `serve` does this by
+        """Sends the alerts that are due; returns how many were `sent` and how many `failed`. `serve` does this by
         itself. Under another server, call it every minute, on one host or on several."""
         return self.alerts.deliver()
 
@@ -6975,7 +6975,7 @@ class Backfeedr(Closing):
         return router
 
     def _question_route(self, question: Callable[..., JsonObject], *names: str, is_public: bool = False) -> Handler:
-        """Makes a handler that answers a question: to the admin only, unless it is public and metrics are, too."""
+        """A handler that answers a question: to the admin only, unless the question and the metrics are public."""
         def handler(environ: Environ, **path: str) -> Answer:
             if not (is_public and self.settings.public_metrics):
                 self._check_admin(environ)
@@ -6990,7 +6990,7 @@ class Backfeedr(Closing):
             raise Refusal("invalid admin token")
 
     def _admin_body(self, environ: Environ) -> bytes:
-        """Returns the body that the admin sent, still compressed."""
+        """The body that the admin sent, still compressed. Raises Refusal for anyone else."""
         body = _read_body(environ, self.settings.max_body_size)
         self._check_admin(environ)
         return body
@@ -6999,8 +6999,8 @@ class Backfeedr(Closing):
         return bottle.HTTPResponse(*self._call(handler, bottle.request.environ, **path))
 
     def _call(self, handler: Handler, environ: Environ, **path: str) -> tuple[bytes, int, dict[str, str]]:
-        """Calls a handler and returns the body, status and headers of its answer, or of the error that it raises. A
-        text is answered as it is, anything else as JSON."""
+        """Calls a handler; returns the body, status and headers of its answer, or of the error that it raises. A text
+        is answered as it is, anything else as JSON."""
         headers = dict(_JSON_HEADERS)
         try:
             status, answer = handler(environ, **path)
@@ -7078,8 +7078,8 @@ class Backfeedr(Closing):
     # Reports
 
     def can_share_commit(self, method: str, path: str, key: str) -> bool:
-        """Says whether a request may be stored together with others. One whose key must be looked up, in the database
-        or by a limiter on another host, would hold up the others."""
+        """Whether a request may be stored together with others. One whose key must be looked up, in the database or by
+        a limiter on another host, would hold up the others."""
         return (method == "POST" and path in self._ingestion and not getattr(self._limiter, "waits", True)
                 and self.store.is_cached_key(sha256(key.encode("latin-1", "replace"))))
 
@@ -7093,9 +7093,9 @@ class Backfeedr(Closing):
                 self._decode(environ, submission)
             except Exception as error:
                 submission.error = error
-                if isinstance(error, Refusal):  # nobody logs its traceback, which holds the body
+                if isinstance(error, Refusal):  # its traceback is never logged, and holds the body
                     error.__traceback__ = error.__context__ = None
-            if not submission.reports:  # it was refused, or is an empty payload of Apple's
+            if not submission.reports:  # it was refused, or is an empty payload from Apple
                 submission.receipt = Receipt(range(0), True)
                 to_recheck.append(submission)
             elif submission.error is None:
@@ -7105,7 +7105,7 @@ class Backfeedr(Closing):
 
     def _recheck_keys(self, submissions: Sequence[Submission]) -> None:
         """Refuses submissions whose key was revoked after it was cached: a commit would do so, but these are in none.
-        Looks up each key once, because each look waits if the database is locked."""
+        Looks up each key once, because each look-up waits if the database is locked."""
         for key_hash in {submission.key_hash for submission in submissions} - {b""}:
             try:
                 error = None if self.store.is_active_key(key_hash) else Refusal("invalid API key")
@@ -7147,13 +7147,13 @@ class Backfeedr(Closing):
             try:
                 device = _header(environ, "X_BACKFEEDR_DEVICE").decode("utf-8", "replace")
                 submission.reports = parse(plain, self.store.now, device)
-            except RecursionError:  # deeper than JSON can be written, though not than it can be read
+            except RecursionError:  # nested too deep to be written as JSON, though not to be read
                 raise Refusal("invalid JSON", detail="it is nested too deep") from None
             submission.idempotency = _idempotency(environ, signature, plain)
 
 
 def first_start_text(created: GeneratedSecrets, url: str) -> str:
-    """Returns the text that shows the operator the secrets of a first start."""
+    """The text that shows the operator the secrets of a first start."""
     text = ""
     if created.key:
         text += f"Created the app 'default'. Its API key, shown only this once:\n\n    {created.key}\n\n"
@@ -7180,18 +7180,18 @@ except ImportError:  # only `serve` needs waitress; under another WSGI server it
 DRAIN_SECONDS = 4.0  # how long a stop waits for requests that have begun to arrive
 DRAIN_IDLE_SECONDS = 0.3  # a stop closes a connection that has been silent for so long
 SWITCH_INTERVAL = 0.002  # seconds that a thread may keep the interpreter while others wait for it
-IDLE_TIMEOUT = 60  # seconds for a request to arrive, between two requests, and without progress of an answer
+IDLE_TIMEOUT = 60  # seconds for a request to arrive, between two requests, or without progress in an answer
 MIN_BYTES_PER_SECOND = 2000  # a request that arrives at this rate, as from a slow phone, never times out
-MAX_PIPELINED = 4  # requests that a connection may send ahead; after the answer to the last it is closed
-COMMIT_THREADS = 4  # one commits while the next one decodes; with two, 16 clients get 14 % less done
-MAX_GATHERED_REQUESTS = 25  # of 100 events each; all threads then have as many rows as the store lets wait
+MAX_PIPELINED = 4  # requests that may wait on a connection; if more come, it is closed after these
+COMMIT_THREADS = 4  # one commits while the next one decodes; with only two, 16 clients get 14 % less done
+MAX_GATHERED_REQUESTS = 25  # of 100 events each; all threads then have as many rows as may wait in the store
 MAX_GATHERED_BYTES = 1_000_000  # decoded, they take several times as much memory
 
 
 def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> None:
     """Serves until SIGTERM or SIGINT. Raises OSError if it cannot listen, and ImportError without waitress, both before
     a database is made: the secrets of a first start are shown only once. `make` gets the settings with the real port,
-    and a function `announce` for what is to be printed."""
+    and `announce`, a function that takes a text to print."""
     if waitress is None:
         raise ImportError(_MISSING_PACKAGE.format("waitress"))
     listener = _listen(settings.host, settings.port)
@@ -7212,12 +7212,12 @@ def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> Non
         signal.signal(signal.SIGINT, stop)
         print("backfeedr on", _url(settings.host, settings.port), flush=True)
         print("".join(announcements), end="", flush=True)
-        app.store.catch_up_in_background()  # finishes what a migration or a stop has left
+        app.store.catch_up_in_background()  # finishes what a migration or a stop left undone
         sys.stderr.write(_unencrypted_warning(settings, listener.getsockname()[0]))
-        # The default of 5 ms starves the I/O thread, which needs the interpreter back after each call. Much less wakes
-        # waiting threads too often. These three are not set at import, because that may happen in a host app.
+        # The default of 5 ms starves the I/O thread, which needs the interpreter back after each call. Much less
+        # would wake waiting threads too often. These three are not set at import, which may happen in a host app.
         sys.setswitchinterval(SWITCH_INTERVAL)
-        gc.freeze()  # the collector skips what stays anyway: saves 5 % of a batch's time
+        gc.freeze()  # the collector then skips what stays anyway: saves 5 % of a batch's time
         gc.set_threshold(20_000)  # fewer passes over the objects of a commit, which has no cycles: saves 1 to 5 %
         while not stopping.is_set():
             server.asyncore.loop(timeout=1, use_poll=True, map=server._map, count=1)
@@ -7236,7 +7236,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _unencrypted_warning(settings: Settings, address: str) -> str:
-    """Returns a warning if the server listens to other machines and no proxy is known to add https; otherwise ""."""
+    """A warning if other machines can reach the server and no proxy is known to add https; otherwise ""."""
     if ipaddress.ip_address(address.partition("%")[0]).is_loopback or settings.public_url.startswith("https://"):
         return ""
     return (f"backfeedr: other machines can reach {address}, and the keys they send are not encrypted: put a proxy with"
@@ -7244,7 +7244,7 @@ def _unencrypted_warning(settings: Settings, address: str) -> str:
 
 
 class _RequestParser(HTTPRequestParser):
-    """A request. Gets an answer in cases in which waitress would only close the connection, or wait."""
+    """A request that is answered where waitress would only close the connection, or wait."""
 
     arrived_at = 0.0  # time.monotonic() when it was complete
     environ: Environ | None = None  # set when a thread begins to handle it
@@ -7253,9 +7253,9 @@ class _RequestParser(HTTPRequestParser):
         try:
             super().parse_header(header_plus)
         except ValueError as error:  # for `http://[` or a length of 5,000 digits
-            raise ParsingError(str(error)) from None  # waitress answers only this one
+            raise ParsingError(str(error)) from None  # the only error that waitress answers
         finally:
-            # waitress would send `100 Continue` even if no body follows or it is refused, and wait for one.
+            # waitress would send `100 Continue` even if no body follows or the body is refused, and wait for it.
             if not self.chunked and not 0 < self.content_length < self.adj.max_request_body_size:
                 self.expect_continue = False
 
@@ -7264,7 +7264,7 @@ class _Task(Task):
     """What all answers have in common."""
 
     def build_response_header(self) -> Any:
-        """Logs the request. During a stop, tells the client to send no more: it would lose its next request."""
+        """Logs the request. During a stop, tells the client to send no more: its next request would be lost."""
         if not self.channel.server.accepting:
             self.set_close_on_finish()
         if log.isEnabledFor(logging.INFO):
@@ -7275,7 +7275,7 @@ class _Task(Task):
 
 
 class _ErrorTask(_Task, ErrorTask):
-    """Answers in JSON what waitress refuses, which itself would answer in plain text."""
+    """Answers in JSON what waitress refuses and would itself answer in plain text."""
 
     def execute(self) -> None:
         error = self.request.error
@@ -7291,8 +7291,8 @@ class _AppTask(_Task, WSGITask):
     """An answer of the app."""
 
     def get_environment(self) -> Environ:
-        """Returns the request's one environ, into which submit_all() may have put a submission. Believes a proxy on
-        this host that the client uses https. waitress could do that, too, but would refuse a senseless header."""
+        """The request's only environ: submit_all() may have put a submission into it. A proxy on this host is believed
+        if it says that the client uses https. waitress could do that, too, but would refuse a senseless header."""
         environ: Environ = self.request.environ or super().get_environment()
         if environ.get("HTTP_X_FORWARDED_PROTO") == "https" and environ["REMOTE_ADDR"] == "127.0.0.1":
             environ["wsgi.url_scheme"] = "https"
@@ -7314,7 +7314,7 @@ class _Channel(HTTPChannel):
     def received(self, data: bytes) -> None:
         """Measures the time of a request from its first byte. waitress measures from the last one, so a client that
         sends a byte now and then would keep its connection for ever. Drops requests beyond MAX_PIPELINED: a client that
-        reads no answers would otherwise make many megabytes of them wait."""
+        reads no answers could otherwise make many megabytes of requests wait."""
         previous, now = self.request, self.last_activity  # waitress has just set the time
         with self.requests_lock:  # keeps workers from answering some of them meanwhile
             super().received(data)
@@ -7336,13 +7336,13 @@ class _Channel(HTTPChannel):
 
     def _flush_some(self, do_close: bool = True) -> Any:
         """Takes the lock, which waitress's I/O thread does not. Otherwise it could send an answer while a worker sends
-        the `100 Continue` for the next request: both would go out twice and mixed."""
+        the `100 Continue` for the next request: both would go out twice and mixed up."""
         with self.outbuf_lock:
             return self.connected and super()._flush_some(do_close)
 
     def writable(self) -> bool:
-        """Returns False if `handle_write` would leave a small answer to the worker that makes it. Until then waitress's
-        I/O thread would spin, and take the interpreter from that worker."""
+        """Whether there is something to send. False if `handle_write` would leave a small answer to the worker that
+        makes it: waitress's I/O thread would spin until then, and take the interpreter from that worker."""
         is_left = self.requests and not self.will_close and self.total_outbufs_len < self.adj.send_bytes
         return not is_left and bool(super().writable())
 
@@ -7355,14 +7355,14 @@ def _close_idle(server: Any, now: float) -> None:
 
 
 class _Dispatcher(ThreadedTaskDispatcher):
-    """Gives each report that arrives while a thread decodes others to that thread, which stores all in one commit.
-    waitress wakes a thread for each request, which takes longer than decoding a report. It still handles the others."""
+    """Gives each report that arrives while a thread decodes others to that thread, which stores all in one commit. For
+    other requests waitress still wakes a thread each, which takes longer than decoding a report."""
 
     def __init__(self, app: Backfeedr, threads: int):
         super().__init__()
         self.set_thread_count(threads)
         self.app, self.is_stopped = app, False
-        self.waiting: SimpleQueue[_Channel | None] = SimpleQueue()  # connections with a report; None only wakes
+        self.waiting: SimpleQueue[_Channel | None] = SimpleQueue()  # those with a report; None only wakes a thread
         self.gathering = threading.Lock()  # held by the thread that waits for reports and decodes them
         self.commit_threads = [threading.Thread(target=self.store_all, daemon=True) for _ in range(COMMIT_THREADS)]
         for thread in self.commit_threads:
@@ -7390,14 +7390,15 @@ class _Dispatcher(ThreadedTaskDispatcher):
             self.log_errors(channel.service)
 
     def log_errors(self, call: Callable[..., Any], *arguments: Any) -> None:
-        """Makes a call whose error must not end the thread or keep others from their answers."""
+        """Makes a call and logs its error, which must not end the thread or keep others from their answers."""
         try:
             call(*arguments)
         except BaseException:
             log.exception("unexpected error")
 
     def gather(self, channels: list[_Channel]) -> Generator[Environ, None, None]:
-        """Yields a request and all that arrive while the caller decodes it. Appends their connections to `channels`."""
+        """The environs of a request and those that come while the caller decodes. Adds their connections to
+        `channels`."""
         with self.gathering, suppress(Empty):
             channel, size = self.waiting.get(), 0
             while channel:
@@ -7408,7 +7409,7 @@ class _Dispatcher(ThreadedTaskDispatcher):
                     environ[_SUBMISSION] = Submission(error=StorageUnavailable())
                 elif channel.connected:
                     yield environ
-                is_compressed = "CONTENT_ENCODING" in request.headers  # so it may become as large as any
+                is_compressed = "CONTENT_ENCODING" in request.headers  # so it may become as large as the limit
                 size += self.app.settings.max_body_size if is_compressed else request.body_bytes_received
                 has_room = len(channels) < MAX_GATHERED_REQUESTS and size < MAX_GATHERED_BYTES
                 channel = self.waiting.get_nowait() if has_room else None
@@ -7430,7 +7431,7 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
         connection_limit=_connection_limit(settings.threads + COMMIT_THREADS),
         max_request_header_size=32768, inbuf_overflow=131072, recv_bytes=65536, cleanup_interval=10,
         asyncore_use_poll=True, clear_untrusted_proxy_headers=True,
-        outbuf_high_watermark=1 << 40)  # beyond it a worker would wait for the client: never
+        outbuf_high_watermark=1 << 40)  # so that a worker never waits for the client
     server.channel_class = _Channel
     server.maintenance = partial(_close_idle, server)
     # The I/O thread sends head and body together: a tenth faster. (As an option of create_server this is deprecated.)
@@ -7439,7 +7440,7 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
 
 
 def _request_line(request: Any) -> str:
-    """Returns method and path for the log, in printable ASCII, without query or key."""
+    """Method and path for the log, in printable ASCII, without the query or a key."""
     if not hasattr(request, "path") or request.error and request.error.code == 431:  # waitress did not parse it
         return "- -"
     path = quote(request.path[:200], safe="/:@!$&'()*+,;=~", encoding="latin-1") or "-"
@@ -7447,8 +7448,8 @@ def _request_line(request: Any) -> str:
 
 
 def _connection_limit(threads: int) -> int:
-    """Returns how many connections the limit of open files allows, after raising the soft limit. Each needs two files,
-    one of them for a large body; the database needs three for each thread."""
+    """Raises the soft limit of open files; returns how many connections it allows. Each needs two files, one of them
+    for a large body; the database needs three for each thread."""
     import resource  # here, because only POSIX has it, and only `serve` needs it
 
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -7477,9 +7478,9 @@ def _drain(server: Any) -> None:
 
 
 # == Operations ================================================================
-# Back up, export, import and check a database while the server runs.
+# Backs up, exports, imports and checks a database while the server runs.
 
-IMPORT_LINES = 1000  # at most in a transaction
+IMPORT_LINES = 1000  # the most lines in a transaction
 IMPORT_BYTES = 1_000_000  # after which a transaction ends, too
 MAX_LINE = 1 << 27  # bytes of an exported report: far more than any server accepts in a body
 LOW_DISK = 100_000_000  # bytes; with less than this free, `check` fails
@@ -7487,7 +7488,7 @@ LOW_DISK = 100_000_000  # bytes; with less than this free, `check` fails
 
 def backup(store: Store, path: Path) -> None:
     """Copies the database as it is now to a new file that only its owner can read. Raises StoreError. The file gets its
-    name only when it is complete. One read transaction: it blocks no writer, but the WAL grows until it is done."""
+    name only when it is complete. One read transaction copies it: it blocks no writer, but the WAL grows meanwhile."""
     if path.exists():
         raise StoreError(f"the file {path} already exists")
     try:
@@ -7507,7 +7508,7 @@ def write_jsonl(out: TextIO, stored: StoredReport) -> None:
 
 
 def csv_writer(out: TextIO, kind: Any) -> Callable[[StoredReport], Any]:
-    """Writes the header of a table, and returns a function that writes a report as a row."""
+    """Writes the header of a table; returns a function that writes a report as a row."""
     table = csv.DictWriter(out, ["id", "app", "is_test", "received_at", "clock_ahead_ms",
                                 *[name for name in kind._fields if name != "images"]])
     table.writeheader()
@@ -7534,14 +7535,14 @@ _ADDED_FIELDS = {"app": str, "id": str, "is_test": bool, "received_at": str, "cl
 
 
 def _parse_exported(line: bytes) -> StoredReport:
-    """Reads a line of `write_jsonl`, and checks its report like one from a client. Raises Refusal."""
+    """The report in a line of write_jsonl(), checked like one from a client. Raises Refusal."""
     values = {"extra": {}, "clock_ahead_ms": 0, **decode_json(line)}
     group = values.pop("group_hash", "")  # computed again, unless the frames that it depends on were cut
     for name, kind in _ADDED_FIELDS.items():
         if type(values.get(name)) is not kind:
             raise Refusal(f"{'missing' if values.get(name) is None else 'invalid'} {name}")
     app, report_id, is_test, received, ahead_ms, extra = map(values.pop, _ADDED_FIELDS)
-    if not 0 <= ahead_ms < 10_000 * 366 * DAY:  # longer than all years there are
+    if not 0 <= ahead_ms < 10_000 * 366 * DAY:  # longer than all the years that a time can have
         raise Refusal("invalid clock_ahead_ms")
     try:
         received_at = parse_time(received)
@@ -7558,7 +7559,7 @@ def _parse_exported(line: bytes) -> StoredReport:
 
 
 def import_jsonl(store: Store, lines: Iterable[bytes]) -> Counter[str]:
-    """Stores what `write_jsonl` wrote. Returns the sum of the counts of `Store.import_`. Raises StoreError with the
+    """Stores what write_jsonl() wrote; returns the sum of the counts of Store.import_(). Raises StoreError with the
     number of the first bad line, after storing the lines before it."""
     counts: Counter[str] = Counter()
     try:
@@ -7587,7 +7588,7 @@ def _import_batches(lines: Iterable[bytes]) -> Iterator[list[StoredReport]]:
 
 
 def _read_only_mode(path: Path) -> str:
-    """The `mode` that changes nothing. Without a WAL nobody writes, and `immutable` keeps SQLite from making one."""
+    """The `mode` that changes no file. Without a WAL nobody writes, and `immutable` keeps SQLite from making one."""
     return "ro" if Path(f"{path}-wal").exists() else "ro&immutable=1"
 
 
@@ -7625,7 +7626,7 @@ def _check_pages(path: Path) -> str:
 
 
 def _check_roll_ups(path: Path) -> str:
-    """Compares the figures with those that the same code counts again, into tables of its own, from all reports."""
+    """Compares the figures with those that the same code counts again from all reports, into temporary tables."""
     with closing(sqlite3.connect("", isolation_level=None, uri=True)) as db:  # "": a temporary file
         db.execute("attach database ? as stored", (f"{path.as_uri()}?mode={_read_only_mode(path)}",))
         if db.execute("pragma stored.user_version").fetchone()[0] < SCHEMA_VERSION:
@@ -7642,8 +7643,7 @@ def _check_roll_ups(path: Path) -> str:
 
 
 def _wrong_tables(db: sqlite3.Connection, expired: int) -> list[str]:
-    """Compares the tables in `stored` with those in `main`, which were counted again. `expired` is the seq before which
-    reports may be gone, or 0."""
+    """The tables that differ between `stored` and the recounted `main`. Reports up to the seq `expired` may be gone."""
     row_tables = re.findall(r"create table (\w+)", "".join(figure.TABLES for figure in FIGURES))
     queries = [(table, query) for table, sums in SUMS.items() for query in _wrong_sums(table, sums, expired)]
     queries += [(table, _wrong_rows(table)) for table in row_tables if table != "medians"]  # a cache
@@ -7683,7 +7683,7 @@ SPAN_COLUMNS = {"sessions": ("first_seq", "last_seq"), "groups": ("first_seen", 
 
 
 def _wrong_rows(table: str) -> str:
-    """A query for rows that are not stored, or with a shorter span than the reports that are left."""
+    """A query for rows that are not stored, or whose span is shorter than that of the reports that are left."""
     first, last = SPAN_COLUMNS.get(table, ("app_id", "app_id"))
     same = [*PRIMARY_KEYS[table], *(("crashes", "devices") if table == "groups" else ())]
     condition = "true"
@@ -7699,8 +7699,8 @@ def _wrong_rows(table: str) -> str:
 
 
 def channel_warnings(path: Path) -> list[str]:
-    """A sentence for each alert channel that does not get through."""
-    with suppress(sqlite3.Error, TypeError), closing(_open_read_only(path)) as db:  # may be older, or damaged
+    """A warning for each alert channel whose last message failed."""
+    with suppress(sqlite3.Error, TypeError), closing(_open_read_only(path)) as db:  # the file may be older, or damaged
         rows = db.execute("select id, url, ended_at, error, error_at from channels where error is not null order by id")
         return [f"Channel {id} ({redacted_address(url)}) has {'ended' if ended_at else 'failed'}: {error}"
                 f" at {iso_time(error_at)}" for id, url, ended_at, error, error_at in rows]
@@ -7746,7 +7746,7 @@ def _run(options: argparse.Namespace, make: Callable[..., Backfeedr], open_store
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Suggests the right word for a misspelt one."""
+    """A parser that suggests the right word for a misspelt one."""
 
     def error(self, message: str) -> Any:
         invalid = re.search(r"invalid choice: ('?[a-z].*) \(choose from (.+)\)", message)
@@ -7949,7 +7949,7 @@ class _SafeTerminal:
 
 
 def _escaped(out: TextIO) -> Any:
-    """Where to print text from reports: escaped on a terminal, as it is to a pipe or a file."""
+    """The stream for text from reports: escaped on a terminal, unchanged to a pipe or a file."""
     return _SafeTerminal(out) if out and out.isatty() else out  # a process may have no `out`
 
 
@@ -7972,7 +7972,7 @@ def _parse_date(text: str) -> int:
 
 
 def _open_input(name: str) -> BinaryIO:
-    """The type of an argument, so that a missing file is found before a new database is made."""
+    """Opens an input file. It is an argument's type, so that a missing file is found before a new database is made."""
     try:
         return sys.stdin.buffer if name == "-" else open(name, "rb")
     except OSError as error:
@@ -7980,8 +7980,8 @@ def _open_input(name: str) -> BinaryIO:
 
 
 def _read_handbook(topic: str) -> str:
-    """The text of a topic, or "" for a line about each. Reads the handbook from beside the program, from its .pyz, or
-    from where a wheel puts it. As an argument's type, it refuses a wrong topic like any other wrong choice."""
+    """The text of a topic, or for "" a line about each topic. The handbook is beside the program, in its .pyz, or where
+    a wheel puts it. As an argument's type, this refuses a wrong topic like any other wrong choice."""
     here = os.path.dirname(__file__)
     for folder in (here, os.path.join(here, "examples"), os.path.join(sys.prefix, "share", "backfeedr")):
         with suppress(OSError):
