@@ -4296,12 +4296,12 @@ class Store(Apps):
                     """, {"replays": now - REPLAY_DAYS * DAY, "oldest": self._first_kept_seq,
                           "today": now // DAY}).fetchone())
                 is_worse = now // HOUR != self._judged_hour and worse_releases(db, now)
-                self._judged_hour = now // HOUR
             if is_due or is_worse:
                 with self.writing() as db:
                     if is_worse:
                         note_worse_releases(db, now)
                     deleted = self._expire(db)
+            self._judged_hour = now // HOUR
         except Exception as error:  # the reports of the commit are stored, and later commits try again
             if not isinstance(error, StorageUnavailable):
                 log.exception("unexpected error")
@@ -4408,7 +4408,8 @@ class Store(Apps):
                     union all select app_id, count(*) from events group by app_id) as held on app_id = apps.id
                 group by apps.id, name order by sum(size) desc, apps.id limit 1""").fetchone() or (0, "")
             self._largest_app = (self.now, app_id)
-            log.warning("the database is larger than BACKFEEDR_MAX_DB_SIZE: the oldest reports of %s go early", name)
+            if app_id:
+                log.warning("the database exceeds BACKFEEDR_MAX_DB_SIZE: the oldest reports of %s go early", name)
         return self._largest_app[1]
 
     def _delete_reports(self, db: Connection, kind: type, source: str, keys: Any, expired: bool = True) -> list[int]:
@@ -6261,7 +6262,8 @@ def _text_sections(group: JsonObject) -> Iterator[tuple[str, str]]:
     report: JsonObject = next(iter(group["reports"]), {})
     reason = _shorten(report.get("exception_reason", ""), SHOWN_TEXT)
     yield "Crash", "\n".join(filter(None, (group["place"], group["exception_type"], reason)))
-    frames = [_frame_row(frame) for frame in report.get("stack_trace", [])[:SHOWN_FRAMES]]
+    frames = [_frame_row({name: frame[name] for name in frame.keys() & _KNOWN_FRAME_FIELDS})
+              for frame in report.get("stack_trace", [])[:SHOWN_FRAMES]]
     yield "Stack trace of the latest crash (* marks the app's own code)", "\n".join(
         f"{n:3} {'*' if frame.is_own else ' '} {_shorten(frame.symbol, 1000)}  {_shorten(frame.place)}".rstrip()
         for n, frame in enumerate(frames)) or "none"
