@@ -11,7 +11,7 @@ extension Backfeedr {
     /// Stores the reports of one app until it has sent them to the server.
     actor Client {
         static let maxPending = 2_000, grace = 30.0, tick = 30.0, markAge = 172_800.0
-        static let maxFiles = 100, maxBytes = 5_000_000, maxBatch = 100, fullBytes = 256_000
+        static let maxFiles = 100, maxBytes = 5_000_000, maxBatch = 100, fullBytes = 256_000, maxBody = 1_000_000
         static let firstPause = 30.0, maxPause = 3_600.0, maxAsked = 86_400.0, maxLeftOut = 10
         static let paths = ["crash": "crashes", "events": "events/batch", "diagnostics": "diagnostics"]
 
@@ -71,6 +71,10 @@ extension Backfeedr {
         @discardableResult
         private func remove(_ name: String) -> Bool { (try? FileManager.default.removeItem(at: url(name))) != nil }
 
+        private func size(_ name: String) -> Int {
+            (try? url(name).resourceValues(forKeys: [.fileSizeKey]))?.fileSize ?? 0
+        }
+
         /// Writes a file atomically. Returns false if that failed.
         @discardableResult
         private nonisolated func write(_ body: Data, _ name: String) -> Bool {
@@ -129,7 +133,7 @@ extension Backfeedr {
             var files = 0, bytes = 0
             for name in names().reversed() {
                 files += 1
-                bytes += (try? url(name).resourceValues(forKeys: [.fileSizeKey]))?.fileSize ?? 0
+                bytes += size(name)
                 if files > Client.maxFiles || bytes > Client.maxBytes { remove(name) }
             }
         }
@@ -183,7 +187,11 @@ extension Backfeedr {
         /// Takes a payload from MetricKit, and sends it.
         func receive(_ payload: Data) async {
             guard front.with({ $0.isEnabled }), let payload = unreported(payload) else { return }
-            if write(payload, newName("diagnostics")) { await send() }
+            let name = newName("diagnostics")
+            guard write(payload, name) else { return }
+            // A server that refuses a large body may close the connection before its answer is read.
+            if payload.count > Client.maxBody, (split(name) ?? 0) > 1 { remove(name) }
+            await send()
         }
 
         /// The payload without crashes that were reported as exceptions; nil if nothing else is in it.
@@ -272,35 +280,37 @@ extension Backfeedr {
                 return leaveOut(error.components(separatedBy: " at index ").last.flatMap(Int.init), of: name) || pause()
             case (200...201, _) where answer?.hasID == true, (400, _?), (413, _), (422, _?):
                 (failures, pause, isClockSet) = (0, 0, false)
-                guard answer?.status != 413 || split(name) else { return pause() }
+                guard answer?.status != 413 || split(name) != nil else { return pause() }
                 return remove(name) || pause()  // a file that cannot be deleted must not be sent again and again
             case (401, "stale timestamp"):
                 guard let date = answer?.date, !isClockSet else { return pause() }
                 (ahead, isClockSet) = (date.timeIntervalSince(now()), true)
                 return true
             case (429, _), (503, _): return pause(asked: answer?.retryAfter ?? 0)
-            case (0..<400, _), (401...404, _), (502, _), (504, _): return pause()  // a hotel's login page, a wrong key
-            default:
+            case (0..<400, _) where size(name) <= Client.maxBody, (401...404, _), (502, _), (504, _):
+                return pause()  // a hotel's login page, a wrong key
+            default:  // also a large body, whose refusal may not have been read
                 stumbles[name, default: 0] += 1  // the other files go first
                 return pause()
             }
         }
 
-        /// Writes each diagnostic of a payload that the server finds too large into a file of its own. Their keys follow
-        /// from the payload's: if the app is killed meanwhile, none is stored twice. False if the disk is full.
-        private func split(_ name: String) -> Bool {
+        /// Writes each diagnostic of a payload into a file of its own, and returns how many there are; nil if the disk is
+        /// full. Their keys follow from the payload's: if the app is killed meanwhile, none is stored twice.
+        private func split(_ name: String) -> Int? {
             guard Client.kind(name) == "diagnostics", let body = try? Data(contentsOf: url(name)),
-                  let payload = (try? JSONSerialization.jsonObject(with: body)) as? [String: Any] else { return true }
+                  let payload = (try? JSONSerialization.jsonObject(with: body)) as? [String: Any] else { return 0 }
             let lists = payload.compactMapValues { $0 as? [[String: Any]] }
             let others = payload.filter { lists[$0.key] == nil }, key = UInt16(name.suffix(4), radix: 16) ?? 0
             let parts = lists.sorted { $0.key < $1.key }.flatMap { kind, diagnostics in
                 diagnostics.map { others.merging([kind: [$0]]) { $1 } }
             }
-            return parts.count < 2 || parts.enumerated().allSatisfy { index, part in
+            for (index, part) in parts.enumerated() where parts.count > 1 {
                 let newKey = String(format: "%04X", key &+ UInt16(truncatingIfNeeded: index + 1))
-                guard let body = try? JSONSerialization.data(withJSONObject: part) else { return true }
-                return write(body, name.dropLast(4) + newKey)
+                guard let body = try? JSONSerialization.data(withJSONObject: part),
+                      write(body, name.dropLast(4) + newKey) else { return nil }
             }
+            return parts.count
         }
 
         /// Removes a bad event from its file. The rest keeps its key, because nothing of a refused batch is stored.

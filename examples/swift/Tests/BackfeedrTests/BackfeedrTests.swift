@@ -224,22 +224,42 @@ final class SendingTests: XCTestCase {
         equal(try? script.events().map { $0["name"] as? String }, ["10", "11", "12", "13", "14"])
     }
 
-    func testAPayloadThatIsTooLargeForTheServerIsSentDiagnosticByDiagnostic() async throws {
+    func testALargePayloadIsSentDiagnosticByDiagnostic() async throws {
         let diagnostic = #"{"diagnosticMetaData": {"note": "\#(String(repeating: "x", count: 400_000))"}}"#
-        let payload = #"""
+        let phone = await Phone(Server.shared.endpoint)
+        await phone.receive(#"""
             {"timeStampEnd": "2026-03-12 14:22:31", "crashDiagnostics": [\#(diagnostic), \#(diagnostic)],
              "hangDiagnostics": [\#(diagnostic)]}
-            """#
+            """#)
+        check(await phone.flush())
+        equal(try phone.rows("select count(*), min(occurred_at) from crashes"), ["2|1773325351000"])
+        equal(try phone.rows("select count(*), min(occurred_at) from events"), ["1|1773325351000"])
+    }
+
+    func testAPayloadThatTheServerFindsTooLargeIsSentInPartsWithTheSameKeysEachTime() async throws {
+        let payload = #"{"timeStampEnd": "2026-03-12 14:22:31", "crashDiagnostics": [{}, {}], "hangDiagnostics": [{}]}"#
         let offline = await Phone(transport: Script(nil).transport)
         await offline.receive(payload)
-        let file = offline.url(await offline.files[0]), phone = await Phone(Server.shared.endpoint, after: offline)
-        for _ in 1...2 {  // the second time, as if the app had been killed before the payload was removed
-            try Data(payload.utf8).write(to: file)
-            check(await phone.flush())
-            equal(try phone.rows("select count(*), min(occurred_at) from crashes"), ["2|1773325351000"])
-            equal(try phone.rows("select count(*), min(occurred_at) from events"), ["1|1773325351000"])
-            equal(await phone.files, [])
-        }
+        let file = offline.url(await offline.files[0]), script = Script(Reply(413), .stored, .stored, .stored)
+        let phone = await Phone(after: offline, transport: script.transport)
+        check(await phone.flush())
+        let again = Script(Reply(413), .stored)
+        try Data(payload.utf8).write(to: file)  // as if the app had been killed before it was removed
+        let next = await Phone(after: phone, transport: again.transport)
+        check(await next.flush())
+        let keys = [script, again].map { $0.requests.map { $0.value(forHTTPHeaderField: "Idempotency-Key") } }
+        equal(keys[0], keys[1])
+        equal([keys[0].count, Set(keys[0]).count], [4, 4])
+        equal(script.bodies.dropFirst().map { $0.contains("crashDiagnostics") }, [true, true, false])
+        check(script.bodies.allSatisfy { $0.contains("2026-03-12 14:22:31") })
+    }
+
+    func testALargePayloadThatGetsNoAnswerDelaysNoOther() async {
+        let script = Script(nil, .stored), phone = await Phone(transport: script.transport)
+        await phone.receive(#"{"hangDiagnostics": [{"note": "\#(String(repeating: "x", count: 1_100_000))"}]}"#)
+        await phone.receive("1")
+        check(await phone.flush())
+        equal(script.bodies.map { $0 == "1" }, [false, true, false])
     }
 
     func testAFileThatTheServerFailsOnDelaysNoOther() async {
