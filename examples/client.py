@@ -268,6 +268,8 @@ def _read(kind: str, file: str) -> Any:
         document = json.loads(sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes())
     except OSError as error:
         raise ValueError(f"cannot read {file}: {error.strerror}") from None
+    except RecursionError:
+        raise ValueError(f"{file} is nested too deep") from None
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
     if kind == "batch" and isinstance(document, dict):
