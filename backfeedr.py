@@ -305,6 +305,7 @@ HOUR = 60 * MINUTE
 DAY = 24 * HOUR
 MAX_SKEW = 5 * MINUTE  # how far a device's clock may be ahead and still be believed
 EARLIEST_PLAUSIBLE = 1_167_609_600_000  # 2007, the first iPhone: earlier times are from clocks that were never set
+MIN_TIME, MAX_TIME = -62_135_596_800_000, 253_402_300_799_999  # the years 1 to 9999, datetime's bounds
 SEQ_BITS = 20  # for the counter of a seq within a millisecond
 
 
@@ -338,18 +339,16 @@ _RFC3339 = re.compile(
 
 
 def parse_time(text: str) -> int:
-    """Milliseconds since 1970 UTC of an RFC 3339 time with a zone. Raises ValueError. (datetime overflows if an offset
-    leads out of the years 1 to 9999, and before Python 3.11 it knows neither Z nor nanoseconds.)"""
+    """Milliseconds since 1970 UTC of an RFC 3339 time with a zone, or the bound if the zone leads out of the years 1 to
+    9999. Raises ValueError. (There datetime overflows, and before Python 3.11 it knows neither Z nor nanoseconds.)"""
     match = _RFC3339.fullmatch(text)
     if match is None:
         raise ValueError("not an RFC 3339 time with a zone")
     day, clock, fraction, sign, hours, minutes = match.groups()
     offset = int(sign + hours) * HOUR + int(sign + minutes) * MINUTE if sign else 0
     seconds = int(datetime.fromisoformat(f"{day}T{clock}+00:00").timestamp())
-    return seconds * SECOND + (int(fraction[:3].ljust(3, "0")) if fraction else 0) - offset
-
-
-MIN_TIME, MAX_TIME = parse_time("0001-01-01T00:00:00Z"), parse_time("9999-12-31T23:59:59.999Z")  # datetime's bounds
+    time_ms = seconds * SECOND + (int(fraction[:3].ljust(3, "0")) if fraction else 0) - offset
+    return min(max(time_ms, MIN_TIME), MAX_TIME)
 
 
 def parse_occurred_at(value: Any) -> int:
@@ -371,15 +370,6 @@ def iso_time(time_ms: int) -> str:
     """The RFC 3339 time in UTC. A time outside the years 1 to 9999 becomes their first or last moment."""
     moment = datetime(1970, 1, 1) + timedelta(milliseconds=min(max(time_ms, MIN_TIME), MAX_TIME))
     return moment.isoformat(timespec="milliseconds" if time_ms % SECOND else "seconds") + "Z"
-
-
-def exact_time(time_ms: int) -> str:
-    """The RFC 3339 time that `parse_time` reads back. It has an offset if UTC is outside the years 1 to 9999."""
-    if time_ms < MIN_TIME:
-        return iso_time(time_ms + DAY - MINUTE)[:-1] + "+23:59"
-    if time_ms > MAX_TIME:
-        return iso_time(time_ms - DAY + MINUTE)[:-1] + "-23:59"
-    return iso_time(time_ms)
 
 
 def clock_ahead(latest: int, now: int) -> int:
@@ -1022,6 +1012,7 @@ EVENT_NAMES = {
     "diskWriteExceptionDiagnostic": "Disk write exception"}
 DURATIONS = ("hangDuration", "totalCPUTime", "writesCaused", "totalWritesCaused", "launchDuration")
 
+_LIKELY_APPLE = re.compile(rb'"(?:bug_type|usedImages|timeStampBegin)"|Diagnostics?"|^Exception Type:', re.M)
 # A person's name or the folder of an installation, in a path. JSON may escape its slashes.
 _PRIVATE = re.compile(r"/(?:((?:Users|home)\\?/)(?:[^\s\\/\"']|\\u[0-9A-Fa-f]{4})+"
                       r"|[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12})")
@@ -1056,17 +1047,9 @@ def parse_crash_body(body: bytes) -> Crash:
     try:
         return parse_crash(decode_json(body))
     except Refusal as refusal:
-        if str(refusal) in ("invalid JSON", "missing exception_type") and _is_apple_report(body):
+        if _LIKELY_APPLE.search(body) and str(refusal) in ("invalid JSON", "missing exception_type"):
             raise Refusal(str(refusal), detail="POST Apple's reports unchanged to /api/v1/diagnostics") from None
         raise
-
-
-def _is_apple_report(body: bytes) -> bool:  # whether or not its kind is supported
-    try:
-        parse_diagnostics(body, now=0)
-    except Refusal as refusal:
-        return str(refusal) != UNKNOWN_FORMAT
-    return True
 
 
 def _read_diagnostics(text: str) -> Iterable[Diagnostic]:
@@ -3684,24 +3667,6 @@ class CommitQueue:
                 rows += len(submission.reports)
 
 
-class Histogram:
-    """Counts values by their upper bounds. One thread adds at a time; others may read."""
-
-    def __init__(self, *bounds: float):
-        self.bounds, self.counts, self.sum = (*bounds, math.inf), [0] * (len(bounds) + 1), 0.0
-
-    def add(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
-
-    def samples(self) -> Iterator[tuple[str, float]]:
-        """The samples for Prometheus: the suffix of the metric's name, and the value."""
-        totals = list(accumulate(self.counts))
-        for bound, total in zip(self.bounds, totals):
-            yield '_bucket{le="%s"}' % ("+Inf" if bound == math.inf else bound), total
-        yield from (("_sum", self.sum), ("_count", totals[-1]))
-
-
 class Process:
     """What one process keeps of a store. No connection may be used on the other side of a fork."""
 
@@ -3714,8 +3679,7 @@ class Process:
         self.queue: CommitQueue | None = None  # the one that submissions may join
         self.last_queue_length = 0  # of the queue before it
         self.commit_lock = threading.Lock()
-        self.commit_sizes = Histogram(1, 2, 4, 8, 16, 32, 64, 128)  # requests per commit
-        self.commit_seconds = Histogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)
+        self.commits, self.committed_requests, self.commit_seconds = 0, 0, 0.0
         self.stored = Counter(crashes=0, events=0)
         self.worker_lock, self.next_worker = threading.Lock(), threading.Lock()  # of catch_up_in_background
 
@@ -3881,9 +3845,10 @@ class Store(Apps):
                 where app_id in (select id from apps) and field = 'exception_type' and day = ?
                 """, (ALL_DAYS,)).fetchone()
         return [
-            ("commit_requests", "histogram", "Requests that one commit stored.", process.commit_sizes.samples()),
-            ("commit_seconds", "histogram", "From asking for the write lock until the commit was durable.",
-             process.commit_seconds.samples()),
+            ("commit_requests", "summary", "Requests that one commit stored.",
+             [("_sum", process.committed_requests), ("_count", process.commits)]),
+            ("commit_seconds", "summary", "From asking for the write lock until the commit was durable.",
+             [("_sum", process.commit_seconds), ("_count", process.commits)]),
             ("waiters", "gauge", "Requests that wait for the next commit.", [("", len(process.waiting))]),
             ("reports_stored_total", "counter", "Reports stored since this process began.",
              [(f'{{table="{table}"}}', n) for table, n in process.stored.items()]),
@@ -3978,8 +3943,9 @@ class Store(Apps):
                 commit = Commit(db, self.now)
                 commit.add_submissions(queue.submissions)
                 stored = commit.save()
-            process.commit_sizes.add(len(queue.submissions))
-            process.commit_seconds.add(time.monotonic() - began)
+            process.commits += 1
+            process.committed_requests += len(queue.submissions)
+            process.commit_seconds += time.monotonic() - began
             process.stored.update(stored)
             self._write_error = self._logged_error = ""
 
@@ -5485,7 +5451,7 @@ def _load_reports(db: Connection, table: str, seqs: Sequence[int], max_text: int
     for seq in seqs:
         row, = dict_rows(db, f"select * from {table} where seq = ?", (seq,))
         size += sum(len(value) for value in row.values() if type(value) is str)
-        report = as_sent({"id": row.pop("id"), "app": apps.get(row.pop("app_id")), **row}, iso_time)
+        report = as_sent({"id": row.pop("id"), "app": apps.get(row.pop("app_id")), **row})
         _symbolicate(symbols, report if table == "crashes" else report.get("properties", {}))
         reports.append(report)
         if size > max_text:
@@ -5502,7 +5468,7 @@ def _symbolicate(symbols: Symbols, report: JsonObject) -> None:
             report["raw_stack_trace"] = frames
 
 
-def as_sent(row: Mapping[str, Any], time_text: Callable[[int], str]) -> JsonObject:
+def as_sent(row: Mapping[str, Any]) -> JsonObject:
     """The report in a row as it was sent, without what was absent."""
     hidden = ("seq", "other", "images")
     report = {name: value for name, value in row.items() if value is not None and name not in hidden}
@@ -5511,7 +5477,7 @@ def as_sent(row: Mapping[str, Any], time_text: Callable[[int], str]) -> JsonObje
     for name in {"stack_trace", "properties", "extra"} & report.keys():
         report[name] = json.loads(report[name])
     for name in ("received_at", "occurred_at"):
-        report[name] = time_text(report[name])
+        report[name] = iso_time(report[name])
     if "is_charging" in report:
         report["is_charging"] = bool(report["is_charging"])
     return report
@@ -7519,7 +7485,7 @@ def csv_writer(out: TextIO, kind: Any) -> Callable[[StoredReport], Any]:
 
 def _exported(stored: StoredReport) -> JsonObject:
     report_id = crash_id(stored.seq) if type(stored.report) is Crash else event_ids([stored.seq])[0]
-    return as_sent({"id": report_id, **stored._asdict(), "report": None, **stored.report._asdict()}, exact_time)
+    return as_sent({"id": report_id, **stored._asdict(), "report": None, **stored.report._asdict()})
 
 
 # How a formula begins. Spreadsheets skip control characters, and read full-width signs like the others.

@@ -292,6 +292,11 @@ def stored(server, *tables):
     return {table: sorted(rows, key=repr) for table, rows in contents.items()} if POSTGRES else contents
 
 
+def commits_of(store):
+    """How many commits a store has made, and how many requests they stored."""
+    return store._process.commits, store._process.committed_requests
+
+
 def report(server, table="crashes"):
     """The one stored report of a table, by column."""
     row, = rows_by_name(server.store.path, f"select * from {table}")
@@ -579,10 +584,10 @@ def assert_columns(row, expected):
         "2026-03-12T09:52:31-04:30")],
     ("2026-03-12T14:22:31.5Z", 1773325351500, "2026-03-12T14:22:31.500Z"),
     ("2026-03-12T14:22:31.123456789Z", 1773325351123, "2026-03-12T14:22:31.123Z"),
-    ("0001-01-01T00:00:00+14:00", -62135596800000 - 14 * HOUR, "0001-01-01T00:00:00Z"),
-    ("9999-12-31T23:59:59.999-23:59", 253402300799999 + 24 * HOUR - 60_000, "9999-12-31T23:59:59.999Z")])
+    ("0001-01-01T00:00:00+14:00", -62135596800000, "0001-01-01T00:00:00Z"),  # not before the first year
+    ("9999-12-31T23:59:59.999-23:59", 253402300799999, "9999-12-31T23:59:59.999Z")])
 def test_rfc3339_times_are_read_to_the_millisecond_and_written_in_utc(text, expected, written):
-    assert parse_time(text) == expected == parse_time(backfeedr.exact_time(expected))
+    assert parse_time(text) == expected == parse_time(backfeedr.iso_time(expected))
     assert backfeedr.iso_time(expected) == (text if written is ... else written)
 
 
@@ -800,10 +805,9 @@ BODIES_KEPT = [  # a body, and what is stored
     (changed(CRASH, x={"\x00": 1, "\ud800": 2}), {"extra": {"x": {"\ufffd": 2}}}),
     # times of a clock that is ahead or was never set are counted at receipt
     *[(changed(CRASH, occurred_at=time), {"occurred_at": expected, "at": parse_time(NOW)}) for time, expected in [
-        ("0001-01-01T00:00:00Z", -62135596800000), ("0001-01-01T00:00:00+14:00", -62135596800000 - 14 * HOUR),
-        ("0001-01-01T00:00:00+23:59", -62135596800000 - 24 * HOUR + 60_000),
+        ("0001-01-01T00:00:00Z", -62135596800000), ("0001-01-01T00:00:00+23:59", -62135596800000),
         ("2006-12-31T23:59:59.999Z", 1_167_609_599_999), ("2026-03-12T14:35:00.001Z", parse_time(NOW) + 300_001),
-        ("9999-12-31T23:59:59-23:59", 253402387139000)]],
+        ("9999-12-31T23:59:59-23:59", 253402300799999)]],
     *[(changed(CRASH, occurred_at=time), {"occurred_at": parse_time(time), "at": parse_time(time)})
       for time in ("2007-01-01T00:00:00Z", "2026-03-12T14:35:00Z")]]
 
@@ -3936,7 +3940,7 @@ def test_submissions_of_one_call_share_a_commit_and_each_has_its_own_outcome(api
     assert [str(each.error) if each.error else each.result() for each in submissions] == [
         (first, False), "invalid API key", (first, True), "idempotency key reused with a different body",
         (second, False), "storage unavailable"]
-    assert len(seqs) == 3 and list(store._process.commit_sizes.counts)[:4] == [0, 0, 0, 1]
+    assert len(seqs) == 3 and commits_of(store) == (1, 5)
     assert store.keys()[0].requests == 3, "as many as have a receipt"
     store.add_all([])
 
@@ -6089,7 +6093,7 @@ def test_a_payload_becomes_crashes_and_events_in_its_order_in_one_commit(api):
     assert (status, answer) == (201, {"count": 4, "ids": [row[0] for pair in zip(events, crashes) for row in pair],
                                       "group_hashes": [None, groups[0], None, groups[1]]})
     assert sorted(answer["ids"], key=lambda id: id[-16:]) == answer["ids"]
-    assert sum(api.server.store._process.commit_sizes.counts) == 1
+    assert commits_of(api.server.store)[0] == 1
 
 
 def test_a_payload_without_diagnostics_is_taken_and_nothing_is_stored(api):
@@ -6192,7 +6196,7 @@ def test_requests_of_all_kinds_share_a_commit_and_each_receipt_has_the_seqs_of_i
             getattr(report, "exception_type", None) or report.name for report in submission.reports]
     assert [submission.receipt.replayed for submission in submissions] == [False, False, False, True, False, False]
     assert len(rows) == 4 + 1 + 2 + 1 + 4 and submissions[0].receipt.seqs == submissions[3].receipt.seqs
-    assert sum(store._process.commit_sizes.counts) == 1
+    assert commits_of(store)[0] == 1
 
 
 # -- Prometheus
@@ -6204,7 +6208,7 @@ def scraped(api):
     assert "version=0.0.4" in answer.headers["Content-Type"]
     lines = answer.text.splitlines()
     samples = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-    families = [re.sub("(_bucket|_sum|_count)?([{].*)?$", "", name) for name in samples]
+    families = [re.sub("(_sum|_count)?([{].*)?$", "", name) for name in samples]
     for word in ("HELP", "TYPE"):
         assert [line.split()[2] for line in lines if line.startswith(f"# {word} ")] == list(dict.fromkeys(families))
     return {name.replace("backfeedr_", "", 1): float(value) for name, value in samples.items()}
@@ -6234,11 +6238,9 @@ def test_metrics_have_commits_rows_and_sizes(serve):
         api.post(path, body)
     samples = scraped(api)
     assert {name: value for name, value in samples.items() if not re.match("requests|.*_seconds|.*_bytes", name)} == {
-        **{f'commit_requests_bucket{{le="{bound}"}}': 2 for bound in (1, 2, 4, 8, 16, 32, 64, 128, "+Inf")},
         "commit_requests_sum": 2, "commit_requests_count": 2, "waiters": 0, "crashes_kept": 1,
         'reports_stored_total{table="crashes"}': 1, 'reports_stored_total{table="events"}': 5}
-    assert samples["commit_seconds_count"] == samples['commit_seconds_bucket{le="+Inf"}'] == 2
-    assert 0 < samples["commit_seconds_sum"] < 10
+    assert samples["commit_seconds_count"] == 2 and 0 < samples["commit_seconds_sum"] < 10
     for name, suffix in (("file_bytes", ""), ("wal_bytes", "-wal")):
         assert samples[name] == os.stat(f"{api.server.store.path}{suffix}").st_size > 0
     other.get("/api/v1/health")
@@ -7872,8 +7874,7 @@ def test_reports_that_arrive_together_share_a_commit_or_an_error_and_each_client
         raw_post(), raw_post(body=b"{"), raw_post(BATCH, batch), raw_post(EVENTS, batch),
         raw_post() + raw_post() + raw_post(body=b"")) == [[201], [400], [201], [400], [201, 201, 400]]
     assert count_crashes(app) == len(stored(app, "events")["events"]) == count
-    commits = scraped(Api(app))
-    assert [commits[f'commit_requests_bucket{{le="{size}"}}'] for size in (1, 2, 4)] == [1, 1, 2]  # one of 1, one of 3
+    assert commits_of(app.store) == (2, 4), "one of one request, one of three"
 
     def fail(*_, **options):
         return 1 / 0
@@ -7978,7 +7979,7 @@ def test_an_empty_payload_has_its_own_answer_among_others(serve):
     mixed, empty, refused, crash = answers(*batch)
     assert (mixed[0], empty, refused[0], crash[0]) == (201, (200, NOTHING), 400, 201)
     assert sorted([*mixed[1]["ids"], crash[1]["id"]]) == sorted(stored_ids(server.store.path))
-    assert list(server.store._process.commit_sizes.counts)[:2] == [0, 1], "two requests in one commit"
+    assert commits_of(server.store) == (1, 2), "two requests in one commit"
     server.store.revoke_key(other)
     assert [status for status, _ in answers(*batch)] == [201, 401, 400, 401]
     assert [status for status, _ in answers(*batch[1:3])] == [401, 400] and len(stored_ids(server.store.path)) == 9
@@ -9264,7 +9265,8 @@ NOT_SENT = {  # an error, and kinds and texts that are not sent because of it
     "- holds no JSON object": [("crash", b"[]"), ("event", b'"purchase"')],
     "- holds no list of JSON objects": [
         ("batch", text) for text in (b"{}", b'{"events": {}}', b'[{"type": "custom"}, 3]')],
-    "- is nested too deep": [("crash", b"[" * 100_000)], "*not JSON compliant*": [("crash", b'{"exception_type": NaN}')],
+    "- is nested too deep": [("crash", b"[" * 100_000)],
+    "*not JSON compliant*": [("crash", b'{"exception_type": NaN}')],
     "no answer from http://127.0.0.1:*": [("event", b"{}")]}
 REFUSED = [  # the answers to a batch of 101 events, and the error
     ([(400, {"error": "invalid\n  locale"})], "400: invalid locale"),
