@@ -426,6 +426,10 @@ _VERSION_PARTS = re.compile(  # numbers; pre-release, such as -rc.1, b3 or " bet
 def version_key(version: str) -> tuple[Any, ...]:
     """A sort key for versions and builds: 1.10 is after 1.9, 1.2 (10) after 1.2 (9), 1.2.0-rc.1 and 1.2.0b3 before
     1.2.0, and 1.3 equals 1.3.0. Its first item is whether the version has numbers; one without is below all others."""
+    return _cached_version_key(version) if len(version) <= 40 else _make_version_key(version)
+
+
+def _make_version_key(version: str) -> tuple[Any, ...]:
     match = _VERSION_PARTS.fullmatch(version)
     if match is None:
         return False, [], False, _version_words(version), []
@@ -433,6 +437,9 @@ def version_key(version: str) -> tuple[Any, ...]:
     while numbers and not numbers[-1]:
         numbers.pop()
     return True, numbers, not pre_release, _version_words(pre_release), _version_words(match[4] or "")
+
+
+_cached_version_key = lru_cache(maxsize=4096)(_make_version_key)  # the list of releases sorts up to 1,000 of an app
 
 
 def _version_words(text: str) -> list[tuple[int, int, str]]:
@@ -2065,21 +2072,24 @@ create view releases as
                     last_seen = max(builds.last_seen, excluded.last_seen)""")
 
     @staticmethod
-    def pairs(db: Any, app: int | None) -> list[ReleasePair]:
-        """Each release with its previous one, if any: the highest lower version that was seen earlier. So neither an
-        old version that comes late nor one that is not a release, such as 99.0, hides the others."""
-        earlier: dict[int, list[Row]] = defaultdict(list)  # by app_id; in the order of versions
+    def pairs(db: Any, app: int | None, wanted: Container[Row]) -> list[ReleasePair]:
+        """Each of these releases, given by app_id and version, with its previous one, if any: the highest lower version
+        that was seen earlier. So neither an old version that comes late nor one that is not a release, such as 99.0,
+        hides the others."""
+        releases_of: dict[int, list[Row]] = defaultdict(list)  # by app_id
+        for app_id, version, first_seen in db.execute(f"""
+                select app_id, app_version, first_seen from {Releases.FILTERED} where app_version <> '{OTHER}'
+                """, {"app": app}):
+            releases_of[app_id].append((version_key(version), version, first_seen))
         pairs = []
-        rows = db.execute(f"""
-            select app_id, app_version, first_seen from {Releases.FILTERED} where app_version <> '{OTHER}'
-            """, {"app": app})
-        for app_id, version, first_seen in sorted(rows, key=lambda row: (row[2], version_key(row[1]))):
-            release = version_key(version), version, first_seen
-            position = bisect_left(earlier[app_id], release)
-            if position:
-                _, previous, previous_seen = earlier[app_id][position - 1]
-                pairs.append(ReleasePair(app_id, version, first_seen, previous, previous_seen))
-            earlier[app_id].insert(position, release)
+        for app_id, releases in releases_of.items():
+            releases.sort()
+            for n, (_, version, first_seen) in enumerate(releases):
+                if (app_id, version) in wanted:
+                    lower = reversed(releases[:n])
+                    previous = next((release for release in lower if release[2] <= first_seen), None)
+                    if previous:
+                        pairs.append(ReleasePair(app_id, version, first_seen, *previous[1:]))
         return pairs
 
     @staticmethod
@@ -4490,7 +4500,7 @@ def worse_releases(db: Connection, now: int) -> list[tuple[ReleasePair, str]]:
     """The newest release of each live app if it is certainly worse than the one before, and the text of the verdict.
     Those that were reported already are left out."""
     newest = Releases.newest(db, None, now // DAY - WEEK + 1)
-    pairs = [pair for pair in Releases.pairs(db, None) if pair.app_version == newest[pair.app_id]]
+    pairs = Releases.pairs(db, None, newest.items())
     return [(pair, (verdict(*healths) or {})["text"])
             for pair, healths in Releases.health_of_pairs(db, pairs, now).items()
             if min(healths).devices >= ENOUGH_DEVICES and newcombe_interval(healths[0], healths[1], Z_99)[1] < 0
@@ -4620,7 +4630,8 @@ def post(url: str, body: bytes, headers: Mapping[str, str]) -> None:
     deadline.start()
     try:
         connection.request("POST", target, body, headers)
-        answer = connection.getresponse()
+        with connection.getresponse() as answer:  # else it keeps the socket open
+            pass
     except (OSError, HTTPException, ValueError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise DeliveryError("no answer in time" if time.monotonic() - started >= SEND_TIMEOUT else reason) from None
@@ -5048,7 +5059,7 @@ class Metrics:
 
     def _verdicts(self, db: Connection, app_id: int | None, releases: Container[Row]) -> dict[Row, JsonObject]:
         """The verdicts of these releases by app id and version. Those without a verdict are left out."""
-        pairs = [pair for pair in Releases.pairs(db, app_id) if pair[:2] in releases]
+        pairs = Releases.pairs(db, app_id, releases)
         healths = Releases.health_of_pairs(db, pairs, self._store.now)
         verdicts = {pair: verdict(health, health_before) for pair, (health, health_before) in healths.items()}
         return {pair[:2]: {**found, "before": pair.previous} for pair, found in verdicts.items() if found}

@@ -4755,6 +4755,20 @@ def test_a_redirect_is_not_followed(alerting, receivers):
     assert (len(receiver.requests), elsewhere.requests) == (5, [])
 
 
+def test_no_socket_stays_open_after_a_message_was_refused(alerting, receiver, monkeypatch):
+    sockets, connect = [], http.client.HTTPConnection.connect
+
+    def connect_and_remember(connection):
+        connect(connection)
+        sockets.append(connection.sock)
+
+    monkeypatch.setattr(http.client.HTTPConnection, "connect", connect_and_remember)
+    receiver.status = 500
+    with pytest.raises(StoreError, match="it answered 500"):
+        alerting.alerts.test(alerting.channel)
+    assert [each.fileno() for each in sockets] == [-1]
+
+
 def drip(connection):
     """Answers a byte at a time, each within the timeout of a socket."""
     with suppress(OSError):
