@@ -7262,6 +7262,7 @@ class _ErrorTask(_Task, ErrorTask):
         self.status = f"{error.code} {error.reason}"
         self.response_headers.extend(_JSON_HEADERS.items())
         self.set_close_on_finish()
+        self.channel.is_refused = True
         self.content_length = len(body)
         self.write(body)
 
@@ -7285,6 +7286,8 @@ class _Channel(HTTPChannel):
     parser_class, task_class, error_task_class = _RequestParser, _AppTask, _ErrorTask
     __repr__ = object.__repr__  # that of waitress has the client's address, and is logged with errors
     request_began = last_activity = 0.0
+    is_refused = False  # waitress has refused a request, perhaps before all of its body was here
+    close_when_flushed = False  # waitress sets it when the last answer is made
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
@@ -7296,12 +7299,13 @@ class _Channel(HTTPChannel):
         reads no answers could otherwise make many megabytes of requests wait."""
         previous, now = self.request, self.last_activity  # waitress has just set the time
         with self.requests_lock:  # keeps workers from answering some of them meanwhile
-            super().received(data)
+            if not self.is_refused:
+                super().received(data)
             if len(self.requests) > MAX_PIPELINED:
                 del self.requests[MAX_PIPELINED:]
                 last = self.requests[-1]
                 last.version, last.headers["CONNECTION"] = "1.1", "close"  # so its answer closes the connection
-        is_same = previous is not None and self.request is previous
+        is_same = self.is_refused or previous is not None and self.request is previous
         # The timeout counts from last_activity: each byte moves it on as if it came at the lowest rate.
         self.request_began = min(now, self.request_began + len(data) / MIN_BYTES_PER_SECOND) if is_same else now
         self.last_activity = self.request_began
@@ -7312,6 +7316,18 @@ class _Channel(HTTPChannel):
         super().service()
         if self.requests:
             self._flush_exception(self._flush_some, do_close=False)
+
+    def handle_write(self) -> None:
+        """Drops what comes after a refused request, until the client closes. waitress would close at once, which resets
+        the connection if the body is still on its way: the client would then send it again instead of seeing a 413."""
+        if self.is_refused and self.close_when_flushed:
+            self._flush_exception(self._flush_some)
+            if not self.total_outbufs_len and not self.will_close:
+                self.close_when_flushed = False
+                with suppress(OSError):  # the client has closed already
+                    self.socket.shutdown(socket.SHUT_WR)
+                return
+        super().handle_write()
 
     def _flush_some(self, do_close: bool = True) -> Any:
         """Takes the lock, which waitress's I/O thread does not. Otherwise it could send an answer while a worker sends

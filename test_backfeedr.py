@@ -7740,6 +7740,32 @@ def test_500_requests_at_once_get_four_answers_and_a_client_that_does_not_read_i
     assert Api(web_server.app).post(CRASHES, CRASH)[0] == 201
 
 
+@pytest.mark.slow
+def test_a_client_that_sends_all_of_a_refused_body_before_it_reads_sees_the_answer_and_no_reset(run):
+    server = run()
+    with server.send(b"POST /api/v1/crashes HTTP/1.1\r\nContent-Length: 5000000\r\n\r\n" + b"x" * 5_000_000) as raw:
+        answer = http.client.HTTPResponse(raw)
+        answer.begin()
+        assert (answer.status, json.loads(answer.read())) == (413, {"error": "request body too large"})
+        assert raw.recv(1) == b""
+    assert server.stop() == (0, "", "")
+
+
+def test_what_comes_after_a_refused_request_is_dropped_for_about_a_minute(web_server, clock):
+    connection = connect_and_send(web_server, b"POST /api/v1/crashes HTTP/1.1\r\nContent-Length: 5000000\r\n\r\n")
+    assert b" 413 " in read_until(connection, web_server)
+    wait_until(lambda: read_some(connection, web_server) is None)
+    seconds = 0
+    while web_server.active_channels and seconds < 100:
+        connection.sendall(raw_post())
+        web_server.run_once()
+        clock.move(1)
+        web_server.maintenance(clock.seconds)
+        seconds += 1
+    connection.close()
+    assert 60 < seconds < 80 and count_crashes(web_server.app) == 0
+
+
 def test_x_forwarded_proto_is_believed_from_this_host_and_never_refused(web_server):
     for header, secure in ((b"X-Forwarded-Proto: https\r\n", True), (b"", False),
                            (b"X-Forwarded-Proto: https, http\r\n", False)):
