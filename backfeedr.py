@@ -6007,12 +6007,15 @@ class Dashboard:
             states=[state for state in STATE_CONDITIONS if state])
 
     def _group(self, page: PageRequest, group_hash: str) -> Response:
-        metrics, group = self._metrics, self._metrics.group(group_hash, page.app, limit=1)
+        metrics, group = self._metrics, self._metrics.group(group_hash, page.app, limit=2)
         id, group_days = page.query.get("report"), metrics.group_days([group_hash], page.app)
         report = metrics.crash(id, page.app) if id else next(iter(group["reports"]), {})
         if report.get("group_hash", group_hash) != group_hash:
             raise Refusal("not found")
-        older, newer = metrics.neighbours(report, page.app) if report else (None, None)
+        if id:
+            older, newer = metrics.neighbours(report, page.app)
+        else:  # it is the latest, and the group has the one before it
+            older, newer = next((crash["id"] for crash in group["reports"][1:]), None), None
         details = group_days["groups"][group_hash]
         apps = details["apps"]
         return self._render(
