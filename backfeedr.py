@@ -6315,8 +6315,9 @@ def _json_text(value: Any) -> str:
 
 _NAVIGATION = (
     ("/", "Overview"), ("/crashes", "Crashes"), ("/usage", "Usage"), ("/releases", "Releases"), ("/apps", "Apps"))
-_ICON = ("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath d='M1 11h4l2-8 "
-         "3 11 2-6h3' fill='none' stroke='%23c0392b' stroke-width='2'/%3E%3C/svg%3E")
+_ICON = "data:image/svg+xml," + quote(
+    "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'><path d='M1 11h4l2-8 3 11 2-6h3' fill='none'"
+    " stroke='#c0392b' stroke-width='2'/></svg>")
 Column = tuple[str, str, str]  # label, template of a cell of `row`, and CSS class
 
 
