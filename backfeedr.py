@@ -1054,7 +1054,7 @@ def parse_crash_body(body: bytes) -> Crash:
     try:
         return parse_crash(decode_json(body))
     except Refusal as refusal:
-        if _LIKELY_APPLE.search(body) and str(refusal) in ("invalid JSON", "missing exception_type"):
+        if str(refusal) in ("invalid JSON", "missing exception_type") and _LIKELY_APPLE.search(body):
             raise Refusal(str(refusal), detail="POST Apple's reports unchanged to /api/v1/diagnostics") from None
         raise
 
@@ -7291,7 +7291,8 @@ class _Channel(HTTPChannel):
     __repr__ = object.__repr__  # that of waitress has the client's address, and is logged with errors
     request_began = last_activity = 0.0
     is_refused = False  # waitress has refused a request, perhaps before all of its body was here
-    close_when_flushed = False  # waitress sets it when the last answer is made
+    # waitress sets these: whether the last answer is made, and the request that is still arriving.
+    close_when_flushed, request = False, None
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
@@ -7322,14 +7323,16 @@ class _Channel(HTTPChannel):
             self._flush_exception(self._flush_some, do_close=False)
 
     def handle_write(self) -> None:
-        """Drops what comes after a refused request, until the client closes. waitress would close at once, which resets
-        the connection if the body is still on its way: the client would then send it again instead of seeing a 413."""
+        """Closes only the server's side after a refused request; `received` drops what comes until the client closes.
+        waitress would close both at once, which resets the connection if the body is still on its way: the client would
+        then send it again instead of seeing a 413."""
         if self.is_refused and self.close_when_flushed:
             self._flush_exception(self._flush_some)
-            if not self.total_outbufs_len and not self.will_close:
-                self.close_when_flushed = False
-                with suppress(OSError):  # the client has closed already
-                    self.socket.shutdown(socket.SHUT_WR)
+            if self.connected and not self.will_close:
+                if not self.total_outbufs_len:
+                    self.close_when_flushed, self.request = False, None  # a stop would wait for the rest of it
+                    with suppress(OSError):  # the client has closed already
+                        self.socket.shutdown(socket.SHUT_WR)
                 return
         super().handle_write()
 

@@ -7750,10 +7750,13 @@ def test_500_requests_at_once_get_four_answers_and_a_client_that_does_not_read_i
     assert Api(web_server.app).post(CRASHES, CRASH)[0] == 201
 
 
+TOO_LARGE = b"POST /api/v1/crashes HTTP/1.1\r\nContent-Length: 5000000\r\n\r\n"
+
+
 @pytest.mark.slow
 def test_a_client_that_sends_all_of_a_refused_body_before_it_reads_sees_the_answer_and_no_reset(run):
     server = run()
-    with server.send(b"POST /api/v1/crashes HTTP/1.1\r\nContent-Length: 5000000\r\n\r\n" + b"x" * 5_000_000) as raw:
+    with server.send(TOO_LARGE + b"x" * 5_000_000) as raw:
         answer = http.client.HTTPResponse(raw)
         answer.begin()
         assert (answer.status, json.loads(answer.read())) == (413, {"error": "request body too large"})
@@ -7762,7 +7765,7 @@ def test_a_client_that_sends_all_of_a_refused_body_before_it_reads_sees_the_answ
 
 
 def test_what_comes_after_a_refused_request_is_dropped_for_about_a_minute(web_server, clock):
-    connection = connect_and_send(web_server, b"POST /api/v1/crashes HTTP/1.1\r\nContent-Length: 5000000\r\n\r\n")
+    connection = connect_and_send(web_server, TOO_LARGE)
     assert b" 413 " in read_until(connection, web_server)
     wait_until(lambda: read_some(connection, web_server) is None)
     seconds = 0
@@ -7774,6 +7777,40 @@ def test_what_comes_after_a_refused_request_is_dropped_for_about_a_minute(web_se
         seconds += 1
     connection.close()
     assert 60 < seconds < 80 and count_crashes(web_server.app) == 0
+
+
+def refuse(server, sent):
+    """A connection whose 413 is made but not sent yet, as the client and the server see it."""
+    connection = connect_and_send(server, sent)
+    wait_until(lambda: server.active_channels or server.run_once())
+    channel, = server.active_channels.values()
+    wait_until(lambda: channel.requests or channel.close_when_flushed or server.run_once())
+    wait_until(lambda: channel.close_when_flushed and not channel.requests)
+    return connection, channel
+
+
+@pytest.mark.parametrize("resets", [True, False])
+def test_a_client_that_is_gone_before_its_413_is_no_error(web_server, caplog, resets):
+    connection, _ = refuse(web_server, TOO_LARGE)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", resets, 0))
+    connection.close()
+    wait_until(lambda: web_server.run_once() or not web_server.active_channels)
+    assert caplog.messages == [] and count_crashes(web_server.app) == 0
+
+
+def test_a_413_that_cannot_be_sent_at_once_is_sent_later_and_what_came_with_its_request_is_forgotten(
+        web_server, monkeypatch):
+    connection, channel = refuse(web_server, TOO_LARGE + b"x" * 1000)
+    tries, send = iter([True]), backfeedr._Channel.send
+    monkeypatch.setattr(backfeedr._Channel, "send", lambda *data, **options: (
+        0 if next(tries, False) else send(*data, **options)))
+    assert b" 413 " in read_until(connection, web_server)
+    wait_until(lambda: read_some(connection, web_server) is None)
+    assert channel.connected and channel.request is None, "a stop would wait for the rest of a request"
+    connection.sendall(b"x" * 1000)
+    connection.close()
+    wait_until(lambda: web_server.run_once() or not web_server.active_channels)
+    assert count_crashes(web_server.app) == 0
 
 
 def test_x_forwarded_proto_is_believed_from_this_host_and_never_refused(web_server):
