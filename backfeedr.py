@@ -7331,8 +7331,7 @@ class _Channel(HTTPChannel):
             if self.connected and not self.will_close:
                 if not self.total_outbufs_len:
                     self.close_when_flushed, self.request = False, None  # a stop would wait for the rest of it
-                    with suppress(OSError):  # the client has closed already
-                        self.socket.shutdown(socket.SHUT_WR)
+                    self.socket.shutdown(socket.SHUT_WR)  # if this fails, the client is gone: waitress closes then
                 return
         super().handle_write()
 
