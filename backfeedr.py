@@ -24,16 +24,25 @@ The sections. Each uses only those above it, except that Dashboard uses Template
     Signature       HMAC-SHA256 over a request
     RateLimiter     how many requests a key may send each minute
     Symbols         functions, files and lines for the addresses in a build
+    Statements      one statement for many rows
+    Verdict         whether a release is worse than the one before
     Figures         what is counted: the tables, the counting and the queries of each figure
     Triage          the state of each group, and the facts that alerts send
-    Database        connections, transactions, migrations
+    Connection      a connection to SQLite
+    Migrations      tables of older versions
+    Database        the file: how it is opened, read and written
     Apps            apps, keys, the admin
     Commit          how the reports of several requests become rows in one transaction
-    Store           the one write path, export, retention
+    Deletion        expiry, forgotten devices, deleted apps, a database that is too large
+    Stored symbols  uploads, and crashes that move to other groups because of them
+    Store           the one write path, export, import, upkeep
+    Channels        where alerts are sent, and in which form
     Alerts          how facts are delivered to channels
-    Metrics         the queries behind the API and the pages
+    Public metrics  the queries behind the public API
+    Metrics         the queries behind the rest of the API and the pages
     Requests        what a request carries, and what a client may be told
     Charts          numbers in, SVG out
+    Page content    what the pages show, as values and text
     Dashboard       the pages that people look at
     Templates       their HTML and CSS
     Backfeedr       the WSGI callable
@@ -48,7 +57,7 @@ To make a change, edit:
     add a figure                a class in FIGURES, `check` in its SUMS; SCHEMA_VERSION; a query in Metrics; a route
     add a page                  Dashboard.routes, a method there, a row of _TEMPLATES, and of _NAVIGATION for the menu
     add a command               a method do_... of Commands, and a row of _COMMANDS
-    add a kind of channel       a function in Alerts, a row of CHANNELS, and perhaps check_address and Alerts.add
+    add a kind of channel       a function in Channels, a row of CHANNELS, and perhaps check_address and Alerts.add
     accept another format       a function in Apple formats, and _read_diagnostics; for another path, _ingestion
 """
 
@@ -1662,6 +1671,122 @@ def _read_page(db: Any, uuid: str, first: int) -> tuple[Sequence[int], Sequence[
     return offsets, rows[1::2], frames, json.loads(data[8 + 4 * len(numbers):])
 
 
+# == Statements ================================================================
+# How one statement runs for many rows.
+
+CACHED_STATEMENTS = 512  # prepared statements to keep: an insert is a different one for each number of rows
+ROWS_PER_STATEMENT = 128
+ROWS_STEP = 4  # longer statements have a multiple of this many rows: one for each number would take 9 MB more
+Row = tuple[Any, ...]  # a row of the database, or a part of it
+
+
+def write_rows(db: Any, statement: str, rows: Sequence[Row]) -> None:
+    """Runs a statement for all rows; `values *` in it stands for their placeholders. executemany would release Python's
+    lock for each row, and under load wait to get it again."""
+    for _ in _execute_in_parts(db, statement, rows):
+        pass
+
+
+def rows_of(db: Any, query: str, keys: Sequence[Row]) -> list[Row]:
+    """The rows of a query for all keys; `values *` in it stands for their placeholders."""
+    return [row for cursor in _execute_in_parts(db, query, keys) for row in cursor]
+
+
+def _execute_in_parts(db: Any, statement: str, rows: Sequence[Row]) -> Iterator[Any]:
+    start = 0
+    while size := min(len(rows) - start, ROWS_PER_STATEMENT):
+        part = rows[start:start + (size if size < ROWS_STEP else size - size % ROWS_STEP)]
+        start += len(part)
+        yield db.execute(_with_placeholders(statement, len(part), len(part[0])), list(chain.from_iterable(part)))
+
+
+@lru_cache(maxsize=CACHED_STATEMENTS)
+def _with_placeholders(statement: str, rows: int, columns: int) -> str:
+    row = "(" + ", ".join("?" * columns) + ")"
+    return statement.replace("values *", "values " + ", ".join([row] * rows))
+
+
+def dict_rows(db: Any, query: str, parameters: Any = ()) -> list[JsonObject]:
+    """The rows of a query as dicts, by the names of the columns."""
+    rows = db.execute(query, parameters)
+    names = [column[0] for column in rows.description]
+    return [dict(zip(names, row)) for row in rows]
+
+
+# == Verdict ===================================================================
+# Whether a release is worse than the one before: by the devices that crashed, not by sessions.
+
+Z_95 = 1.96  # standard deviations to each side, for a confidence of 95 %
+Z_99 = 2.58  # 99 %, for alerts: with a check each hour, 95 % would in time call one in six equal releases worse
+MAX_HALF_WIDTH = 0.05  # of an interval that is narrow enough to say that there is no difference
+MIN_DEVICES, ENOUGH_DEVICES = 20, 50  # that each release needs: for a verdict; for `no difference seen` and an alert
+
+
+class ReleasePair(NamedTuple):
+    """A release and the previous one. Times are when their first reports were received, in milliseconds."""
+
+    app_id: int
+    app_version: str
+    first_seen: int
+    previous: str
+    previous_seen: int
+
+
+class Health(NamedTuple):
+    """How many devices had a release, and how many of those crashed in it."""
+
+    devices: int
+    crashed: int
+
+    @property
+    def share(self) -> float:
+        """The share of devices without a crash."""
+        return 1 - self.crashed / self.devices
+
+    def wilson_interval(self, z: float) -> tuple[float, float]:
+        """Wilson's confidence interval of the share, `z` standard deviations to each side."""
+        z2 = z ** 2 / self.devices
+        half = math.sqrt(z2 * (self.share * (1 - self.share) + z2 / 4))
+        return (self.share + z2 / 2 - half) / (1 + z2), (self.share + z2 / 2 + half) / (1 + z2)
+
+
+def newcombe_interval(newer: Health, previous: Health, z: float = Z_95) -> tuple[float, float]:
+    """The confidence interval of the difference of two shares: Newcombe, Interval estimation for the difference between
+    independent proportions, Statistics in Medicine 17 (1998) 873-890, method 10."""
+    (low, high), (low_previous, high_previous) = newer.wilson_interval(z), previous.wilson_interval(z)
+    difference = newer.share - previous.share
+    return (difference - math.hypot(newer.share - low, high_previous - previous.share),
+            difference + math.hypot(high - newer.share, previous.share - low_previous))
+
+
+def verdict(newer: Health, previous: Health) -> JsonObject | None:
+    """The verdict on a release, compared with the previous one: a word, a text, and the interval of the difference in
+    percentage points. None if no device of either is known. It is too early to see no difference until the smaller one
+    has 50 devices, and as many as narrow the interval of two equal releases to 5 points on each side."""
+    least, most = sorted((newer.devices, previous.devices))
+    if not most:
+        return None
+    low, high = newcombe_interval(newer, previous) if least else (-1.0, 1.0)
+    # Agresti and Coull add two devices that crashed and two that did not: few devices without a crash prove little.
+    share = (newer.crashed + previous.crashed + 2) / (least + most + 4)
+    needed = max(ENOUGH_DEVICES, math.ceil((Z_95 / MAX_HALF_WIDTH) ** 2 * 2 * share * (1 - share)))
+    if least < MIN_DEVICES or low <= 0 <= high and least < needed:
+        word, text = "too early", f"about {math.ceil((needed - least) / 10) * 10} more devices"
+    else:
+        word = "worse" if high < 0 else "better" if low > 0 else "no difference seen"
+        text = "{} of devices crash-free, {} before".format(*_percentages(newer.share, previous.share))
+    return {"word": word, "text": f"{word}: {text}",
+            "interval": [round(100 * low, 1), round(100 * high, 1)] if least else None}
+
+
+def _percentages(*shares: float) -> list[str]:
+    """Shares in percent, with as many decimals, up to two, as tell them from each other and from 100 %."""
+    for decimals in range(3):
+        if len({round(100 * share, decimals) for share in (*shares, 1)}) == len({*shares, 1}):
+            break
+    return [f"{100 * share:.{decimals}f} %" for share in shares]
+
+
 # == Figures ===================================================================
 # What the server counts. Each figure is a class: its tables, how reports count in it, and the questions it answers. A
 # report counts by 1 when it is stored and by -1 when its device is forgotten, in the same transaction, so each sum
@@ -1686,8 +1811,6 @@ OTHER_FLAGS = {"exception_type": 1, "device_model": 2, "app_version": 4, "name":
 # Selects one app, or all live apps if none is given.
 APP_FILTER = "app_id in (select id from apps where id = :app or :app is null and is_test = 0)"
 SESSION_TYPES = {"session_start", "session_end"}  # of events
-
-Row = tuple[Any, ...]  # a row of the database, or a part of it
 TABLES: dict[type, str] = {Crash: "crashes", Event: "events"}
 COUNTED: dict[type, Any] = {  # a report as the figures see it; `at` is the time at which it counts
     Crash: namedtuple("CountedCrash", "seq app_id received_at at sent_type app_version build_number device_id_hash"
@@ -2073,9 +2196,8 @@ create view releases as
 
     @staticmethod
     def pairs(db: Any, app: int | None, wanted: Container[Row]) -> list[ReleasePair]:
-        """Each of these releases, given by app_id and version, with its previous one, if any: the highest lower version
-        that was seen earlier. So neither an old version that comes late nor one that is not a release, such as 99.0,
-        hides the others."""
+        """Each release of `wanted`, by app_id and version, with its previous one: the highest lower version that was
+        seen earlier. So neither an old version that comes late nor one that is no release (99.0) hides others."""
         releases_of: dict[int, list[Row]] = defaultdict(list)  # by app_id
         for app_id, version, first_seen in db.execute(f"""
                 select app_id, app_version, first_seen from {Releases.FILTERED} where app_version <> '{OTHER}'
@@ -2141,77 +2263,6 @@ create view releases as
             left join release_sums using (app_id, app_version)
             order by first_seen desc, latest.app_version, latest.app_id
             """, {"app": app, "first": days[0], "last": days[-1]})
-
-
-class ReleasePair(NamedTuple):
-    """A release and the previous one. Times are when their first reports were received, in milliseconds."""
-
-    app_id: int
-    app_version: str
-    first_seen: int
-    previous: str
-    previous_seen: int
-
-
-class Health(NamedTuple):
-    """How many devices had a release, and how many of those crashed in it."""
-
-    devices: int
-    crashed: int
-
-    @property
-    def share(self) -> float:
-        """The share of devices without a crash."""
-        return 1 - self.crashed / self.devices
-
-    def wilson_interval(self, z: float) -> tuple[float, float]:
-        """Wilson's confidence interval of the share, `z` standard deviations to each side."""
-        z2 = z ** 2 / self.devices
-        half = math.sqrt(z2 * (self.share * (1 - self.share) + z2 / 4))
-        return (self.share + z2 / 2 - half) / (1 + z2), (self.share + z2 / 2 + half) / (1 + z2)
-
-
-Z_95 = 1.96  # standard deviations to each side, for a confidence of 95 %
-Z_99 = 2.58  # 99 %, for alerts: with a check each hour, 95 % would in time call one in six equal releases worse
-MAX_HALF_WIDTH = 0.05  # of an interval that is narrow enough to say that there is no difference
-MIN_DEVICES, ENOUGH_DEVICES = 20, 50  # that each release needs: for a verdict; for `no difference seen` and an alert
-
-
-def newcombe_interval(newer: Health, previous: Health, z: float = Z_95) -> tuple[float, float]:
-    """The confidence interval of the difference of two shares: Newcombe, Interval estimation for the difference between
-    independent proportions, Statistics in Medicine 17 (1998) 873-890, method 10."""
-    (low, high), (low_previous, high_previous) = newer.wilson_interval(z), previous.wilson_interval(z)
-    difference = newer.share - previous.share
-    return (difference - math.hypot(newer.share - low, high_previous - previous.share),
-            difference + math.hypot(high - newer.share, previous.share - low_previous))
-
-
-def verdict(newer: Health, previous: Health) -> JsonObject | None:
-    """The verdict on a release, compared with the previous one: a word, a text, and the interval of the difference in
-    percentage points. None if no device of either is known. It is too early to see no difference until the smaller one
-    has 50 devices, and as many as narrow the interval of two equal releases to 5 points on each side."""
-    least, most = sorted((newer.devices, previous.devices))
-    if not most:
-        return None
-    low, high = newcombe_interval(newer, previous) if least else (-1.0, 1.0)
-    # Agresti and Coull add two devices that crashed and two that did not: few devices without a crash prove little.
-    share = (newer.crashed + previous.crashed + 2) / (least + most + 4)
-    needed = max(ENOUGH_DEVICES, math.ceil((Z_95 / MAX_HALF_WIDTH) ** 2 * 2 * share * (1 - share)))
-    if least < MIN_DEVICES or low <= 0 <= high and least < needed:
-        word, text = "too early", f"about {math.ceil((needed - least) / 10) * 10} more devices"
-    else:
-        word = "worse" if high < 0 else "better" if low > 0 else "no difference seen"
-        text = "{} of devices crash-free, {} before".format(*_percentages(newer.share, previous.share))
-    return {"word": word, "text": f"{word}: {text}",
-            "interval": [round(100 * low, 1), round(100 * high, 1)] if least else None}
-
-
-def _percentages(*shares: float) -> list[str]:
-    """Shares in percent, with as many decimals, up to two, as tell them from each other and from 100 %."""
-    for decimals in range(3):
-        if len({round(100 * share, decimals) for share in (*shares, 1)}) == len({*shares, 1}):
-            break
-    return [f"{100 * share:.{decimals}f} %" for share in shares]
 
 
 class Session(NamedTuple):
@@ -2689,11 +2740,6 @@ def rows_that_fit(rows: Iterable[Any]) -> Iterator[Any]:
         yield row
 
 
-CACHED_STATEMENTS = 512  # prepared statements to keep: an insert is a different one for each number of rows
-ROWS_PER_STATEMENT = 128
-ROWS_STEP = 4  # longer statements have a multiple of this many rows: one for each number would take 9 MB more
-
-
 def upsert(db: Any, table: str, rows: Sequence[Row], changes: str) -> None:
     """Inserts whole rows, or makes these changes to rows whose keys exist already."""
     key = ", ".join(PRIMARY_KEYS[table])
@@ -2706,39 +2752,6 @@ def delete_rows(db: Any, table: str, keys: Iterable[Row], condition: str = "true
     if rows:  # few commits have any
         tests = " and ".join([*(f"{column} = ?" for column in PRIMARY_KEYS[table]), condition])
         db.executemany(f"delete from {table} where {tests}", rows)
-
-
-def write_rows(db: Any, statement: str, rows: Sequence[Row]) -> None:
-    """Runs a statement for all rows; `values *` in it stands for their placeholders. executemany would release Python's
-    lock for each row, and under load wait to get it again."""
-    for _ in _execute_in_parts(db, statement, rows):
-        pass
-
-
-def rows_of(db: Any, query: str, keys: Sequence[Row]) -> list[Row]:
-    """The rows of a query for all keys; `values *` in it stands for their placeholders."""
-    return [row for cursor in _execute_in_parts(db, query, keys) for row in cursor]
-
-
-def _execute_in_parts(db: Any, statement: str, rows: Sequence[Row]) -> Iterator[Any]:
-    start = 0
-    while size := min(len(rows) - start, ROWS_PER_STATEMENT):
-        part = rows[start:start + (size if size < ROWS_STEP else size - size % ROWS_STEP)]
-        start += len(part)
-        yield db.execute(_with_placeholders(statement, len(part), len(part[0])), list(chain.from_iterable(part)))
-
-
-@lru_cache(maxsize=CACHED_STATEMENTS)
-def _with_placeholders(statement: str, rows: int, columns: int) -> str:
-    row = "(" + ", ".join("?" * columns) + ")"
-    return statement.replace("values *", "values " + ", ".join([row] * rows))
-
-
-def dict_rows(db: Any, query: str, parameters: Any = ()) -> list[JsonObject]:
-    """The rows of a query as dicts, by the names of the columns."""
-    rows = db.execute(query, parameters)
-    names = [column[0] for column in rows.description]
-    return [dict(zip(names, row)) for row in rows]
 
 
 # == Triage ====================================================================
@@ -2997,15 +3010,13 @@ def note_fact(db: Any, kind: str, app_id: int, at: int, group_hash: str | None, 
         """, (app_id, at, kind, group_hash, to_json(detail)))
 
 
-# == Database ==================================================================
-# One SQLite file: its tables, and how it is read and written. A process has one connection that writes, behind a lock,
-# and readers that cannot write.
+# == Connection ================================================================
+# A connection to the SQLite file. A process has one that writes, behind a lock, and readers that cannot write.
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for a lock that another process holds
-STEP_ROWS = 1000  # rows, or pages, that one step deletes
-PAUSE_FACTOR = 2  # the pause after a step is this many times as long as the step
 SET_STATE = "insert into state values (?, ?) on conflict (name) do update set value = excluded.value"
 SET_SECRET = "insert into secrets values (?, ?) on conflict (name) do update set hash = excluded.hash"
+DB_PATH_HINT = "; --db or BACKFEEDR_DB_PATH names another"
 
 
 class StoreError(Exception):
@@ -3093,219 +3104,8 @@ def _wal_size(path: Path) -> int:
     return wal.stat().st_size if wal.exists() else 0
 
 
-class Database(Closing):
-    """A file with the tables of this server. Thread-safe; works on both sides of a fork.
-
-    Raises StoreError if the file cannot be opened or is not a database of backfeedr. Every method may raise
-    StorageUnavailable. `clock` returns seconds since 1970. A subclass for another engine (examples/postgres.py)
-    replaces what only SQLite has: `Error`, `Outage`, _open, _connect, _check_file, reading, _shrink, _fold_in_wal,
-    size, used_size, warnings and vitals; and its connections have the methods of Connection.
-    """
-
-    Error: type[Exception] = sqlite3.Error  # the base of all errors of a connection
-    Outage: type[Exception] = sqlite3.OperationalError  # what every write would meet: a lock, a full disk
-    make_process: type[Process]  # Store sets it
-
-    def __init__(self, path: str, clock: Callable[[], float] = time.time, may_create: bool = True):
-        self._clock = clock
-        self._closed, self._write_error, self._logged_error = False, "", ""
-        # By process id. A child keeps its parent's connections here untouched: closing them would harm the parent.
-        self._processes: dict[int, Process] = {}
-        self._open(path, may_create)
-
-    def _open(self, path: str, may_create: bool) -> None:
-        self.path = Path(path).absolute()
-        _prepare_file(self.path, may_create)
-        self._file_status = os.stat(self.path)
-
-    def close(self) -> None:
-        """Closes this process's connections, which folds in the WAL. May be called twice."""
-        self._closed = True
-        with self._process.write_lock:
-            while self._process.readers:
-                self._process.readers.pop().close()
-            self._process.close_writer()  # last, because a reader cannot fold in the WAL
-
-    @property
-    def now(self) -> int:
-        """The time, in milliseconds since 1970 UTC."""
-        return int(self._clock() * SECOND)
-
-    @property
-    def _process(self) -> Process:
-        """The connections and other state of the current process."""
-        pid = os.getpid()
-        return self._processes.get(pid) or self._processes.setdefault(pid, self.make_process())
-
-    def _connect(self, query_only: bool = False) -> Connection:
-        self._check_file()
-        return Connection(self.path, query_only)
-
-    def _check_file(self) -> None:
-        """Raises sqlite3.Error if the file is gone or was replaced. The WAL beside it still belongs to the old file,
-        and would corrupt the new one."""
-        if self._closed:
-            raise sqlite3.ProgrammingError("the store is closed")
-        with suppress(OSError):
-            if os.path.samestat(os.stat(self.path), self._file_status):
-                return
-        raise sqlite3.OperationalError(f"{self.path} was moved or replaced since the start")
-
-    @contextmanager
-    def reading(self) -> Iterator[Connection]:
-        """A connection that cannot write. Only for short reads: the WAL grows as long as one is open."""
-        process, db, is_reusable = self._process, None, False
-        try:
-            with suppress(IndexError):  # if no reader is idle
-                db = process.readers.pop()
-            db = db or self._connect(query_only=True)
-            yield db
-            is_reusable = not self._closed
-        except self.Error as error:
-            raise self._unavailable("read", error) from error
-        finally:
-            if is_reusable:
-                process.readers.append(db)
-            elif db:
-                db.close()
-
-    @contextmanager
-    def writing(self, shared: bool = False) -> Iterator[Connection]:
-        """The process's one writing connection, in a transaction that is durable at the end."""
-        process = self._process
-        with process.write_lock:
-            try:
-                self._check_file()
-                db = process.writer = process.writer or self._connect()
-                db.begin_writing(shared)
-                yield db
-                db.execute("commit")
-            except BaseException as error:
-                # Closing rolls back. After an error, SQLite may have done so by itself, and then each further statement
-                # would be a transaction of its own.
-                process.close_writer()
-                if isinstance(error, self.Error):
-                    raise self._unavailable("write", error) from error
-                raise
-
-    @contextmanager
-    def writing_step(self) -> Iterator[Connection]:
-        """One of many short transactions. The pause after it lets other processes write: they poll for SQLite's lock,
-        and would seldom get it from a process that takes it again at once."""
-        with self.writing() as db:
-            began = time.monotonic()
-            yield db
-        time.sleep(PAUSE_FACTOR * (time.monotonic() - began))
-
-    def _repeat_step(self, step: Callable[[Connection], Counter[str]]) -> Counter[str]:
-        """Repeats a step, each time in its own transaction, until it returns no counts; returns the sum of all."""
-        total: Counter[str] = Counter()
-        while not self._closed:
-            with self.writing_step() as db:
-                counts = step(db)
-            if not counts:
-                break
-            total += counts
-        return total
-
-    def _unavailable(self, verb: str, error: Exception) -> StorageUnavailable:
-        """Logs an error once; returns the exception to raise. After a write that failed, but not because of a lock,
-        `check` makes a trial write until one succeeds or reports are stored again."""
-        if str(error) != self._logged_error:
-            log.error("cannot %s the database: %s", verb, error)
-            self._logged_error = str(error)
-        if verb == "write" and "locked" not in str(error):
-            self._write_error = str(error)
-        return StorageUnavailable()
-
-    def _check_clock(self) -> None:
-        if not EARLIEST_PLAUSIBLE < self.now < MAX_NUMBER >> SEQ_BITS:
-            raise self._unavailable("use", ValueError(f"the clock of this host says {iso_time(self.now)}: set it"))
-
-    def check(self) -> None:
-        """Raises StorageUnavailable if the clock is wrong, the file is gone or unreadable, or the last write failed and
-        a trial write fails too."""
-        self._check_clock()
-        with self.reading() as db:
-            self._check_file()
-            db.execute("select 1 from apps").fetchone()
-        if self._write_error:
-            with self.writing() as db:
-                db.try_to_write()
-            self._write_error = self._logged_error = ""
-
-    @property
-    def size(self) -> int:
-        """The size of the database, in bytes."""
-        return self.path.stat().st_size
-
-    def used_size(self, db: Connection) -> int:
-        """The size of the database without its free pages, in bytes."""
-        return int((db.pragma("page_count") - db.pragma("freelist_count")) * db.pragma("page_size"))
-
-    def _shrink(self) -> None:
-        """Returns the space of deleted rows to the disk."""
-        with self.reading() as db:
-            free_pages = db.pragma("freelist_count")
-        for _ in range(0, free_pages, STEP_ROWS):
-            with self.writing_step() as db:
-                for _ in range(STEP_ROWS):  # page by page: some Pythons end a longer pragma after its first page
-                    db.execute("pragma incremental_vacuum(1)").fetchall()
-        self._fold_in_wal()
-
-    def _fold_in_wal(self) -> None:
-        with self.reading() as db:
-            db.execute("pragma wal_checkpoint(truncate)").fetchall()
-
-
-DB_PATH_HINT = "; --db or BACKFEEDR_DB_PATH names another"
-
-
-def _prepare_file(path: Path, may_create: bool) -> None:
-    """Creates the file and its tables if they are missing, and upgrades an old schema. Raises StoreError, and changes
-    nothing, if the file is something else."""
-    if not may_create and not path.exists():
-        raise StoreError(f"there is no database {path}{DB_PATH_HINT}")
-    check_sqlite()
-    deadline = time.monotonic() + BUSY_TIMEOUT
-    try:
-        with suppress(FileExistsError):  # only SQLite may open an existing file: closing it here would drop its locks
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-        while True:
-            try:
-                return _prepare_tables(path)
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error) or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)  # SQLite does not wait for a lock when it changes to WAL
-    except (OSError, sqlite3.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        hint = DB_PATH_HINT if type(error) is sqlite3.DatabaseError else ""  # not a database; a lock raises a subclass
-        raise StoreError(f"cannot open the database {path}: {reason}{hint}") from None
-
-
-def check_sqlite() -> str:
-    """The version of SQLite. Raises StoreError if it is too old."""
-    if sqlite3.sqlite_version_info < (3, 32):  # older ones take at most 999 values in a statement
-        raise StoreError(f"SQLite 3.32 or later is needed; this Python has {sqlite3.sqlite_version}")
-    return sqlite3.sqlite_version
-
-
-def _prepare_tables(path: Path) -> None:
-    with closing(Connection(path)) as db:
-        check_compatible(db, path)
-        if db.pragma("user_version") == SCHEMA_VERSION:
-            return
-        if not db.pragma("user_version"):
-            db.execute("pragma auto_vacuum = incremental")
-            db.execute("pragma journal_mode = wal")
-        db.execute("begin immediate")
-        if (version := db.pragma("user_version")) < SCHEMA_VERSION:  # another process may have been faster
-            migrate(db, version)
-        db.execute(f"pragma application_id = {APPLICATION_ID}")
-        db.execute(f"pragma user_version = {SCHEMA_VERSION}")
-        db.execute("commit")
-
+# == Migrations ================================================================
+# Makes the tables, or brings those of an older schema up to date.
 
 def check_compatible(db: Connection, path: Path) -> None:
     """Raises StoreError if the file belongs to another application or to a newer backfeedr."""
@@ -3415,6 +3215,222 @@ def _pages_to_count(db: sqlite3.Connection, kind: type[Any]) -> Iterator[list[An
             from {TABLES[kind]} where seq > ? and app_id in (select id from apps) order by seq limit 1000
             """, [(page[-1].seq if page else -1,)]):
         yield page
+
+
+# == Database ==================================================================
+# One file with these tables: how it is opened, read and written.
+
+STEP_ROWS = 1000  # rows, or pages, that one step deletes
+PAUSE_FACTOR = 2  # the pause after a step is this many times as long as the step
+
+
+class Database(Closing):
+    """A file with the tables of this server. Thread-safe; works on both sides of a fork.
+
+    Raises StoreError if the file cannot be opened or is not a database of backfeedr. Every method may raise
+    StorageUnavailable. `clock` returns seconds since 1970. A subclass for another engine (examples/postgres.py)
+    replaces what only SQLite has: `Error`, `Outage`, _open, _connect, _check_file, reading, _shrink, _fold_in_wal,
+    size, used_size, warnings and vitals; and its connections have the methods of Connection.
+    """
+
+    Error: type[Exception] = sqlite3.Error  # the base of all errors of a connection
+    Outage: type[Exception] = sqlite3.OperationalError  # what every write would meet: a lock, a full disk
+    make_process: type[Process]  # Store sets it
+
+    def __init__(self, path: str, clock: Callable[[], float] = time.time, may_create: bool = True):
+        self._clock = clock
+        self._closed, self._write_error, self._logged_error = False, "", ""
+        # By process id. A child keeps its parent's connections here untouched: closing them would harm the parent.
+        self._processes: dict[int, Process] = {}
+        self._open(path, may_create)
+
+    def _open(self, path: str, may_create: bool) -> None:
+        self.path = Path(path).absolute()
+        _prepare_file(self.path, may_create)
+        self._file_status = os.stat(self.path)
+
+    def close(self) -> None:
+        """Closes this process's connections, which folds in the WAL. May be called twice."""
+        self._closed = True
+        with self._process.write_lock:
+            while self._process.readers:
+                self._process.readers.pop().close()
+            self._process.close_writer()  # last, because a reader cannot fold in the WAL
+
+    @property
+    def now(self) -> int:
+        """The time, in milliseconds since 1970 UTC."""
+        return int(self._clock() * SECOND)
+
+    @property
+    def _process(self) -> Process:
+        """The connections and other state of the current process."""
+        pid = os.getpid()
+        return self._processes.get(pid) or self._processes.setdefault(pid, self.make_process())
+
+    def _connect(self, query_only: bool = False) -> Connection:
+        self._check_file()
+        return Connection(self.path, query_only)
+
+    def _check_file(self) -> None:
+        """Raises sqlite3.Error if the file is gone or replaced: the old file's WAL would corrupt the new one."""
+        if self._closed:
+            raise sqlite3.ProgrammingError("the store is closed")
+        with suppress(OSError):
+            if os.path.samestat(os.stat(self.path), self._file_status):
+                return
+        raise sqlite3.OperationalError(f"{self.path} was moved or replaced since the start")
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A connection that cannot write. Only for short reads: the WAL grows as long as one is open."""
+        process, db, is_reusable = self._process, None, False
+        try:
+            with suppress(IndexError):  # if no reader is idle
+                db = process.readers.pop()
+            db = db or self._connect(query_only=True)
+            yield db
+            is_reusable = not self._closed
+        except self.Error as error:
+            raise self._unavailable("read", error) from error
+        finally:
+            if is_reusable:
+                process.readers.append(db)
+            elif db:
+                db.close()
+
+    @contextmanager
+    def writing(self, shared: bool = False) -> Iterator[Connection]:
+        """The process's one writing connection, in a transaction that is durable at the end."""
+        process = self._process
+        with process.write_lock:
+            try:
+                self._check_file()
+                db = process.writer = process.writer or self._connect()
+                db.begin_writing(shared)
+                yield db
+                db.execute("commit")
+            except BaseException as error:
+                # Closing rolls back. After an error, SQLite may have done so by itself, and then each further statement
+                # would be a transaction of its own.
+                process.close_writer()
+                if isinstance(error, self.Error):
+                    raise self._unavailable("write", error) from error
+                raise
+
+    @contextmanager
+    def writing_step(self) -> Iterator[Connection]:
+        """One of many short transactions. The pause after it lets other processes write: they poll for SQLite's lock,
+        and would seldom get it from a process that takes it again at once."""
+        with self.writing() as db:
+            began = time.monotonic()
+            yield db
+        time.sleep(PAUSE_FACTOR * (time.monotonic() - began))
+
+    def _repeat_step(self, step: Callable[[Connection], Counter[str]]) -> Counter[str]:
+        """Repeats a step, each time in its own transaction, until it returns no counts; returns the sum of all."""
+        total: Counter[str] = Counter()
+        while not self._closed:
+            with self.writing_step() as db:
+                counts = step(db)
+            if not counts:
+                break
+            total += counts
+        return total
+
+    def _unavailable(self, verb: str, error: Exception) -> StorageUnavailable:
+        """Logs an error once; returns the exception to raise. After a write that failed, but not because of a lock,
+        `check` makes a trial write until one succeeds or reports are stored again."""
+        if str(error) != self._logged_error:
+            log.error("cannot %s the database: %s", verb, error)
+            self._logged_error = str(error)
+        if verb == "write" and "locked" not in str(error):
+            self._write_error = str(error)
+        return StorageUnavailable()
+
+    def _check_clock(self) -> None:
+        if not EARLIEST_PLAUSIBLE < self.now < MAX_NUMBER >> SEQ_BITS:
+            raise self._unavailable("use", ValueError(f"the clock of this host says {iso_time(self.now)}: set it"))
+
+    def check(self) -> None:
+        """Raises StorageUnavailable if the clock is wrong, the file unreadable, or the last write and a trial fail."""
+        self._check_clock()
+        with self.reading() as db:
+            self._check_file()
+            db.execute("select 1 from apps").fetchone()
+        if self._write_error:
+            with self.writing() as db:
+                db.try_to_write()
+            self._write_error = self._logged_error = ""
+
+    @property
+    def size(self) -> int:
+        """The size of the database, in bytes."""
+        return self.path.stat().st_size
+
+    def used_size(self, db: Connection) -> int:
+        """The size of the database without its free pages, in bytes."""
+        return int((db.pragma("page_count") - db.pragma("freelist_count")) * db.pragma("page_size"))
+
+    def _shrink(self) -> None:
+        """Returns the space of deleted rows to the disk."""
+        with self.reading() as db:
+            free_pages = db.pragma("freelist_count")
+        for _ in range(0, free_pages, STEP_ROWS):
+            with self.writing_step() as db:
+                for _ in range(STEP_ROWS):  # page by page: some Pythons end a longer pragma after its first page
+                    db.execute("pragma incremental_vacuum(1)").fetchall()
+        self._fold_in_wal()
+
+    def _fold_in_wal(self) -> None:
+        with self.reading() as db:
+            db.execute("pragma wal_checkpoint(truncate)").fetchall()
+
+
+def _prepare_file(path: Path, may_create: bool) -> None:
+    """Creates the file and its tables if they are missing, and upgrades an old schema. Raises StoreError, and changes
+    nothing, if the file is something else."""
+    if not may_create and not path.exists():
+        raise StoreError(f"there is no database {path}{DB_PATH_HINT}")
+    check_sqlite()
+    deadline = time.monotonic() + BUSY_TIMEOUT
+    try:
+        with suppress(FileExistsError):  # only SQLite may open an existing file: closing it here would drop its locks
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        while True:
+            try:
+                return _prepare_tables(path)
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)  # SQLite does not wait for a lock when it changes to WAL
+    except (OSError, sqlite3.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        hint = DB_PATH_HINT if type(error) is sqlite3.DatabaseError else ""  # not a database; a lock raises a subclass
+        raise StoreError(f"cannot open the database {path}: {reason}{hint}") from None
+
+
+def check_sqlite() -> str:
+    """The version of SQLite. Raises StoreError if it is too old."""
+    if sqlite3.sqlite_version_info < (3, 32):  # older ones take at most 999 values in a statement
+        raise StoreError(f"SQLite 3.32 or later is needed; this Python has {sqlite3.sqlite_version}")
+    return sqlite3.sqlite_version
+
+
+def _prepare_tables(path: Path) -> None:
+    with closing(Connection(path)) as db:
+        check_compatible(db, path)
+        if db.pragma("user_version") == SCHEMA_VERSION:
+            return
+        if not db.pragma("user_version"):
+            db.execute("pragma auto_vacuum = incremental")
+            db.execute("pragma journal_mode = wal")
+        db.execute("begin immediate")
+        if (version := db.pragma("user_version")) < SCHEMA_VERSION:  # another process may have been faster
+            migrate(db, version)
+        db.execute(f"pragma application_id = {APPLICATION_ID}")
+        db.execute(f"pragma user_version = {SCHEMA_VERSION}")
+        db.execute("commit")
 
 
 # == Apps ======================================================================
@@ -3791,246 +3807,180 @@ class Commit:
         return stored
 
 
-# == Store =====================================================================
-# The one path by which reports reach the disk, and how they are deleted again.
+# == Deletion ==================================================================
+# Deletes reports, each from its table and from the figures: those that have expired, those of a forgotten device or a
+# deleted app, and the oldest of a database that is too large.
 
-REPLAY_DAYS = 7  # how long a phone may be offline between a request and its repetition
-BUSY_COMMIT = 4  # requests: after a commit of at least so many, the next one waits for more
-COMMIT_GATHER_SECONDS = 0.003  # how long it waits: a commit costs as much as ten reports
-MAX_COMMIT_WAIT = 30.0  # seconds to wait for another thread's commit: longer than any lock and sync together
 EXPIRE_ROWS = 10  # rows to delete before the first look at the clock: a row may be as large as a body
-EXPIRE_SECONDS = 0.02  # time that a step may take to delete or move reports
 REPORT_BYTES = 4096  # more than most reports take, with their index entries
-NEARLY_FULL = 0.9  # share of the disk or of max_db_size above which the operator is warned
-REGROUP_ROWS = 100  # the most crashes of a group in a batch; a batch also ends after EXPIRE_SECONDS
-MAX_SYMBOL_BYTES = 200_000_000  # of stored symbols for each build
-MAX_BUILDS = 1000  # that may have symbols
-UPLOAD_DAYS = 7  # after which an incomplete upload of symbols is deleted
-SYMBOL_PAGES = 100  # pages of symbols that a step deletes: each may take 100 kB
-FACT_DAYS = 7  # after which a fact that no channel took is deleted
-PAGE_ROWS = 1000  # rows that an export reads at a time
-PAGE_CHARACTERS = 1_000_000  # characters that end a page of an export or a list: a row may be as large as a body
 
 
-class Store(Apps):
-    """Apps, keys and reports in one SQLite file.
+class Deletion(Apps):
+    """Apps, and what deletes their reports. Methods that delete return how many rows, by table and without zeros."""
 
-    A `retention_days` of 0 keeps everything, and None takes the value that the last server used. Close the store, or
-    use it as a context manager.
+    retention_days, max_db_size = 0, 0  # see Store
+    _largest_app = (0, 0)  # when the largest app was looked up, and its id
 
-    max_waiters: requests that may wait for a commit; further ones get a 503.
-    max_rows: reports that may wait; the next commit stores them all, in about 0.1 s.
-    max_db_size: in bytes; above it, the oldest reports of the largest app are deleted early; 0 means no limit.
-    """
+    @property
+    def _first_kept_seq(self) -> int:
+        """The lowest seq within the retention."""
+        return first_seq(self.now - self.retention_days * DAY) if self.retention_days else 0
 
-    make_process = Process
+    def _delete_due(self, db: Connection, size: int) -> Counter[str]:
+        """Deletes expired reports; else rows of a deleted app; else, if the database is too large, other reports."""
+        deleted: Counter[str] = Counter()
+        for kind, table in TABLES.items():
+            if seqs := self._delete_reports(db, kind, f"from {table} where seq < ? order by seq limit ?",
+                                            [(self._first_kept_seq, size)]):
+                db.execute(SET_STATE, ("expired_" + table, seqs[-1]))
+                deleted[table] = len(seqs)
+        return deleted or self._delete_app_rows(db, size) or self._delete_early(db, size)
 
-    def __init__(self, path: str, clock: Callable[[], float] = time.time, retention_days: int | None = 0,
-                 max_waiters: int = 256, max_rows: int = 10_000, may_create: bool = True, max_db_size: int = 0):
-        super().__init__(path, clock, may_create)
-        self.max_waiters, self.max_rows, self.max_db_size = max_waiters, max_rows, max_db_size
-        if retention_days is None:
-            with self.reading() as db:
-                retention_days = get_state(db, "retention_days", Settings.retention_days)
-        self.retention_days: int = retention_days
-        self._next_expiry = 0  # when to look again for reports to delete
-        self._judged_hour = 0  # the hour in which it last looked for releases that are worse
-        self._largest_app = (0, 0)  # when the largest app was looked up, and its id
-        self._to_regroup: tuple[Row, list[int]] = ((), [])  # a position in a group, and the crashes after it
+    @staticmethod
+    def _delete_app_rows(db: Connection, size: int) -> Counter[str]:
+        """Deletes some rows of a deleted app: first its reports, backwards through the reports of all apps, because
+        events have no index on their app; then its rows in the other tables."""
+        name, end = db.execute("""
+            select name, value from state where name like 'deleted%' limit 1""").fetchone() or ("", 0)
+        if not name:
+            return Counter()
+        app_id = int(name.partition("_")[2])
+        first, = db.execute("""
+            select min(seq) from (
+                select seq from crashes where seq < :end union all select seq from events where seq < :end
+                order by seq desc limit :size) as latest""", {"end": end, "size": size}).fetchone()
+        if first is not None:
+            for table in TABLES.values():  # the + keeps SQLite from looking at all crashes of the app
+                db.execute(f"delete from {table} where +app_id = ? and seq >= ? and seq < ?", (app_id, first, end))
+            db.execute(SET_STATE, (name, first))
+            return Counter(remains=1)
+        for table, (_, *rest) in PRIMARY_KEYS.items():
+            key = ", ".join(rest)
+            if rows := db.execute(f"""
+                    delete from {table} where app_id = ? and ({key}) in (
+                        select {key} from {table} where app_id = ? limit ?)""", (app_id, app_id, size)).rowcount:
+                return Counter(remains=rows)
+        return Counter(remains=db.execute("delete from state where name = ?", (name,)).rowcount)
 
-    def start(self, api_key: str = "", auth_token: str = "") -> GeneratedSecrets:
-        """Like Apps.start(), but also stores the retention for commands that are not given one."""
-        with self.writing() as db:
-            db.execute(SET_STATE, ("retention_days", self.retention_days))
-        return super().start(api_key, auth_token)
+    def _delete_early(self, db: Connection, size: int) -> Counter[str]:
+        """If the database is too large, deletes some of the oldest reports of the largest app. Steps get smaller
+        towards the end, so that little more is deleted than necessary."""
+        excess = self.used_size(db) - self.max_db_size if self.max_db_size else 0
+        if excess <= 0:
+            return Counter()
+        size = min(size, max(EXPIRE_ROWS, excess // REPORT_BYTES))
+        app_id = self._find_largest_app(db)
+        last, = db.execute("""
+            select max(seq) from (
+                select seq from crashes where app_id = :app union all select seq from events where app_id = :app
+                order by seq limit :size) as oldest""", {"app": app_id, "size": size}).fetchone()
+        if last is None:
+            self._largest_app = (0, 0)
+            return Counter()
+        db.execute(SET_STATE, (f"early_{app_id}", last))
+        return +Counter({table: len(self._delete_reports(
+            db, kind, f"from {table} where app_id = ? and seq <= ?", [(app_id, last)]))
+            for kind, table in TABLES.items()})
 
-    def vitals(self) -> list[tuple[str, str, str, Iterable[tuple[str, float]]]]:
-        """Figures for monitoring: name, kind, help text, and samples as Prometheus writes them. All but the sizes and
-        `crashes_kept` concern only this process. Does not read the tables of reports."""
-        process = self._process
-        with self.reading() as db:
-            self._check_file()
-            crashes, = db.execute("""
-                select coalesce(sum(crashes), 0) from labels
-                where app_id in (select id from apps) and field = 'exception_type' and day = ?
-                """, (ALL_DAYS,)).fetchone()
-        return [
-            ("commit_requests", "summary", "Requests that one commit stored.",
-             [("_sum", process.committed_requests), ("_count", process.commits)]),
-            ("commit_seconds", "summary", "From asking for the write lock until the commit was durable.",
-             [("_sum", process.commit_seconds), ("_count", process.commits)]),
-            ("waiters", "gauge", "Requests that wait for the next commit.", [("", len(process.waiting))]),
-            ("reports_stored_total", "counter", "Reports stored since this process began.",
-             [(f'{{table="{table}"}}', n) for table, n in process.stored.items()]),
-            ("crashes_kept", "gauge", "Rows of the table crashes, by their roll-up.", [("", crashes)]),
-            ("file_bytes", "gauge", "Size of the database.", [("", self.size)]),
-            ("wal_bytes", "gauge", "Size of its write-ahead log.", [("", _wal_size(self.path))])]
+    def _find_largest_app(self, db: Connection) -> int:
+        """The id of the largest app, where a crash counts as much as ten events; 0 if there are no reports. It is
+        looked up once an hour, because that counts all rows."""
+        if not 0 <= self.now - self._largest_app[0] < HOUR:
+            app_id, name = db.execute("""
+                select apps.id, name from apps join (
+                    select app_id, 10 * count(*) as size from crashes group by app_id
+                    union all select app_id, count(*) from events group by app_id) as held on app_id = apps.id
+                group by apps.id, name order by sum(size) desc, apps.id limit 1""").fetchone() or (0, "")
+            self._largest_app = (self.now, app_id)
+            if app_id:
+                log.warning("the database exceeds BACKFEEDR_MAX_DB_SIZE: the oldest reports of %s go early", name)
+        return self._largest_app[1]
 
-    def warnings(self) -> list[str]:
-        """Warnings that the database or its disk is nearly full."""
-        return size_warnings(self.path, self.max_db_size)
+    def _delete_reports(self, db: Connection, kind: type, source: str, keys: Any, expired: bool = True) -> list[int]:
+        """Deletes the reports of a query, also from the figures; lasting sums keep expired ones. Returns their seqs."""
+        if reports := counted_rows(db, kind, source, keys):
+            rollups = RollUps(db, self.now)
+            write_rows(db, f"delete from {TABLES[kind]} where seq in (values *)", [(report.seq,) for report in reports])
+            if expired:
+                rollups.expire(kind, reports)
+            else:
+                rollups.count(kind, reports, -1)
+            rollups.save()
+        return [report.seq for report in reports]
 
-    # Storing reports
-
-    def add(self, key_hash: bytes, reports: Reports, idempotency: Idempotency | None = None) -> Receipt:
-        """Stores reports, all or none, in the app of the key with this SHA-256. Returns when they are durable. If
-        `idempotency` shows that the request was stored before, stores nothing and returns the first receipt. Raises
-        Refusal if an Idempotency-Key is reused for another request, or if the key is not active at the time of the
-        commit; StorageUnavailable also if too many requests wait already."""
-        if not reports:
-            raise ValueError("no reports")
-        submission = Submission(key_hash, reports, idempotency or Idempotency())
-        self.add_all([submission])
-        return submission.result()
-
-    def add_all(self, submissions: Sequence[Submission]) -> None:
-        """Stores several requests in one commit. Each then has a receipt or an error. After an unexpected error, which
-        is logged, each is committed alone, and gets StorageUnavailable if that fails, too."""
-        if not submissions:
-            return
-        process, own_queue, done, is_stored = self._process, CommitQueue(), threading.Lock(), False
-        queue = own_queue
-        try:
-            with process.queue_lock:
-                queue = process.queue = process.queue or own_queue
-                queue.join(submissions, self.max_waiters, self.max_rows)
-                if queue is not own_queue:
-                    done.acquire()
-                    queue.thread_locks.append(done)
-                if len(queue.submissions) >= process.last_queue_length:
-                    queue.full.set()
-            if queue is own_queue:
-                self._commit(process, queue)
-                is_stored = True
-            elif any(not submission.error for submission in submissions) and not done.acquire(timeout=MAX_COMMIT_WAIT):
-                raise StorageUnavailable()  # the committing thread is slow, or was ended by a signal
-        except BaseException as error:  # also a signal, if this is the main thread
-            for submission in self._leave_queue(process, queue, submissions, queue is own_queue, error):
-                self._commit_alone(process, submission)
-        finally:
-            for waiting_thread in own_queue.thread_locks:
-                waiting_thread.release()
-        if is_stored:
-            self._expire_if_due()
-
-    def _leave_queue(self, process: Process, queue: CommitQueue, submissions: Sequence[Submission], is_commit: bool,
-                     error: BaseException) -> Sequence[Submission]:
-        """Takes submissions out of their queue and gives them an error: all if its commit failed, else only these,
-        which can wait no longer. Returns those that may be stored if each is committed alone. Re-raises signals."""
-        with process.queue_lock:
-            if process.queue is queue and (is_commit or isinstance(error, Exception)):
-                process.queue = None
-            failed = queue.submissions if is_commit else submissions
-            queue.submissions = [submission for submission in queue.submissions if submission not in failed]
-        for submission in failed:
-            submission.error = StorageUnavailable()
-        if not isinstance(error, Exception):
-            raise error
-        if not isinstance(error, StorageUnavailable):
-            log.exception("unexpected error")
-        is_outage = isinstance(error.__cause__ or error, (self.Outage, StorageUnavailable))
-        return failed if is_commit and len(failed) > 1 and not is_outage else []
-
-    def _commit_alone(self, process: Process, submission: Submission) -> None:
-        """Commits a submission without the others, so that one bad report fails only its own request."""
-        try:
-            submission.error = None
-            self._commit(process, CommitQueue([submission]))
-        except Exception:
-            submission.error = StorageUnavailable()
-
-    def _commit(self, process: Process, queue: CommitQueue) -> None:
-        """Stores a queue in one transaction. Until it begins, other threads may join the queue."""
-        with process.commit_lock:
-            if process.last_queue_length >= BUSY_COMMIT:
-                queue.full.wait(COMMIT_GATHER_SECONDS)
-            began = time.monotonic()
-            self._check_clock()
-            with self.writing(shared=True) as db:
-                with process.queue_lock:
-                    if process.queue is queue:
-                        process.last_queue_length, process.queue = len(queue.submissions), None
-                commit = Commit(db, self.now)
-                commit.add_submissions(queue.submissions)
-                stored = commit.save()
-            process.commits += 1
-            process.committed_requests += len(queue.submissions)
-            process.commit_seconds += time.monotonic() - began
-            process.stored.update(stored)
-            self._write_error = self._logged_error = ""
-
-    def export(self, kind: type[Any], app: str | None = None, since: int = 0) -> Iterator[StoredReport]:
-        """The stored reports of a kind, Crash or Event, in the order of their seqs: of all apps or of one, received at
-        `since` or later. Reports that arrive meanwhile are left out. Raises StoreError if there is no such app."""
-        with self.reading() as db:
-            if app is not None:
-                self.find_app(db, app)
-        last, after = self._last_seq(kind), min(max(0, first_seq(since)), MAX_NUMBER) - 1
-        while page := self._export_page(kind, after, last):
-            yield from (stored for stored in page if app in (None, stored.app) and stored.received_at >= since)
-            after = page[-1].seq
+    def _note_windows(self, db: Connection) -> None:
+        """Notes that the windows of the figures end now: reports, which may be older or gone, do not tell `check`."""
+        db.execute(SET_STATE, ("counted_at", max(self.now, get_state(db, "counted_at", 0))))
 
     def _last_seq(self, kind: type[Any]) -> int:
         with self.reading() as db:
             return int(db.execute(f"select coalesce(max(seq), -1) from {TABLES[kind]}").fetchone()[0])
 
-    def _export_page(self, kind: type[Any], after: int, last: int) -> list[StoredReport]:
-        """The next reports. They are read in pages because one long read would keep the WAL growing."""
-        page: list[StoredReport] = []
-        size = 0
-        with self.reading() as db, closing(db.execute(f"""
-                select seq, apps.name, is_test, received_at, clock_ahead_ms,
-                    {", ".join("reports." + field for field in kind._fields)}
-                from {TABLES[kind]} as reports cross join apps on apps.id = app_id
-                where seq > ? and seq <= ? order by seq limit ?""", (after, last, PAGE_ROWS))) as rows:
-            for seq, name, is_test, received_at, ahead_ms, *values in rows:
-                page.append(StoredReport(seq, name, bool(is_test), received_at, ahead_ms, kind._make(values)))
-                size += sum(len(value) for value in values if type(value) is str)
-                if size > PAGE_CHARACTERS:
-                    break
-        return page
-
-    def import_(self, reports: Sequence[StoredReport]) -> Counter[str]:
-        """Stores reports that another store exported, all or none, and creates their apps, without keys. Returns how
-        many were `stored`; how many were `known`, because there is a report with their seq; and how many had `expired`.
-        A report counts as expired if it is too old, or if others as old were deleted here: it may be one of them, and
-        must not be counted twice. Raises StoreError if a test app has the name of a live one, or vice versa."""
-        counts = Counter(stored=0, known=0, expired=0)
-        # Rows left over from a deleted app would be taken for known reports, and then be deleted.
-        self._repeat_step(lambda db: self._delete_app_rows(db, STEP_ROWS))
+    def forget_device(self, device_id_hash: str) -> Counter[str]:
+        """Deletes everything about a device from all apps and figures. `first_seen` of groups and releases stays."""
+        deleted: Counter[str] = Counter()
+        last = {kind: self._last_seq(kind) for kind in TABLES}
+        for kind, table in TABLES.items():
+            for page in self._device_pages(table, device_id_hash):
+                with self.writing_step() as db:
+                    deleted[table] += len(self._delete_reports(
+                        db, kind, f"from (values *) as keys cross join {table} on seq = column1", page, expired=False))
         with self.writing_step() as db:
-            commit, import_app = Commit(db, self.now), lru_cache(None)(partial(self._import_app, db))
-            last_early = lru_cache(None)(lambda app_id: get_state(db, f"early_{app_id}", -1))
-            known = {(kind, seq) for kind, table in TABLES.items() for seq, in rows_of(
-                db, f"select seq from (values *) as keys cross join {table} on seq = column1",
-                [(stored.seq,) for stored in reports])}
-            last_expired = {kind: max(self._first_kept_seq - 1, get_state(db, "expired_" + table, -1))
-                            for kind, table in TABLES.items()}
-            for seq, app, is_test, received_at, ahead_ms, report in sorted(reports, key=itemgetter(0)):
-                kind = type(report)
-                if (kind, seq) in known:
-                    counts["known"] += 1
-                    continue
-                known.add((kind, seq))
-                if seq <= last_expired[kind] or seq <= last_early(app_id := import_app(app, is_test)):
-                    counts["expired"] += 1
-                    continue
-                commit.add_reports(app_id, [seq], [received_at], [ahead_ms], commit.regrouped([report]))
-                counts["stored"] += 1
-            commit.save()
-            self._expire(db)
-        return counts
+            for kind, table in TABLES.items():  # reports that arrived meanwhile
+                deleted[table] += len(self._delete_reports(
+                    db, kind, f"from {table} where device_id_hash = ? and seq > ?", [(device_id_hash, last[kind])],
+                    expired=False))
+            rollups = RollUps(db, self.now)
+            deleted["devices"] = rollups.figures[Devices].forget(device_id_hash)
+            rollups.save()
+            self._note_windows(db)
+        self._fold_in_wal()
+        return +deleted
 
-    def _import_app(self, db: Connection, name: str, is_test: bool) -> int:
-        """Creates an app unless it exists; returns its id. Raises StoreError if it exists as the other kind of app."""
-        if not db.execute("select 1 from apps where name = ?", (name,)).fetchone():
-            self._insert_app(db, name, is_test)
-        app_id, was_test = self.find_app(db, name)
-        if was_test != is_test:
-            raise StoreError(f"the app {name!r} is a {'test' if was_test else 'live'} one here")
-        return app_id
+    def _device_pages(self, table: str, device_id_hash: str) -> Iterator[list[tuple[int]]]:
+        """The seqs of the reports of a device, in pages: one long read would keep the WAL growing."""
+        page = [(-1,)]
+        while page:
+            with self.reading() as db:
+                page = db.execute(f"""
+                    select seq from {table} where device_id_hash = ? and seq > ? order by seq limit ?
+                    """, (device_id_hash, *page[-1], EXPIRE_ROWS)).fetchall()
+            yield page
 
-    # Symbols
+    def delete_app(self, name: str) -> None:
+        """Deletes an app and its keys. From then on its reports are neither listed nor counted, and its name is free;
+        its rows are deleted step by step, like expired ones. Raises StoreError if there is no such app."""
+        with self.writing() as db:
+            app_id = self.find_app(db, name)[0]
+            for rows in ("messages where channel_id in (select id from channels where app_id = ?)",
+                         "channels where app_id = ?", "keys where app_id = ?", "facts where app_id = ?",
+                         "apps where id = ?"):
+                db.execute("delete from " + rows, (app_id,))
+            db.executemany("delete from state where name = ?", [(f"early_{app_id}",), (f"worse_{app_id}",)])
+            db.execute(SET_STATE, (f"deleted_{app_id}", MAX_NUMBER))
+            for id, body in db.execute("select id, body from messages where due_at is not null").fetchall():
+                message = json.loads(body)
+                facts = [fact for fact in message["data"]["facts"] if fact.get("app") != name]
+                message["data"]["facts"] = facts
+                db.execute("update messages set body = ?, due_at = case when ? > 0 then due_at end where id = ?",
+                           (to_json(message), len(facts), id))
+
+
+# == Stored symbols ============================================================
+# The symbols that were uploaded, and the crashes that move to other groups when symbols name their frames.
+
+EXPIRE_SECONDS = 0.02  # time that a step may take to delete or move reports
+REGROUP_ROWS = 100  # the most crashes of a group in a batch; a batch also ends after EXPIRE_SECONDS
+MAX_SYMBOL_BYTES = 200_000_000  # of stored symbols for each build
+MAX_BUILDS = 1000  # that may have symbols
+UPLOAD_DAYS = 7  # after which an incomplete upload of symbols is deleted
+SYMBOL_PAGES = 100  # pages of symbols that a step deletes: each may take 100 kB
+
+
+class SymbolStore(Deletion):
+    """Apps and their reports, and the symbols of builds."""
+
+    _to_regroup: tuple[Row, list[int]] = ((), [])  # a position in a group, and the crashes after it
 
     def put_symbols(self, uuid: str, part: SymbolPart) -> tuple[JsonObject, bool]:
         """Stores a part of the symbols of a build; an earlier upload of the same part is replaced. Returns the progress
@@ -4147,24 +4097,6 @@ class Store(Apps):
             """, {"given_up": self.now - UPLOAD_DAYS * DAY, "expired": self._first_kept_seq >> SEQ_BITS}).fetchone()
         return self._drop_symbols(db, row[0]) if row else Counter()
 
-    # Triage
-
-    def triage(self, group_hash: str, changes: JsonObject, app: str | None = None) -> None:
-        """Writes the result of parse_triage() to a group of an app, or of the only live app that has it. Raises
-        Refusal, or GroupMoved if its crashes are in another group now."""
-        with self.writing() as db:
-            apps = db.execute("""
-                select id, name from apps
-                where (name = :app or :app is null and is_test = 0) and (
-                    exists (select 1 from groups where app_id = apps.id and group_hash = :group)
-                    or exists (select 1 from triage where app_id = apps.id and group_hash = :group))
-                order by name""", {"app": app, "group": group_hash}).fetchall()
-            if len(apps) > 1:
-                raise Refusal("missing app", detail=f"it is a group of {', '.join(name for _, name in apps)}"[:500])
-            if not apps:
-                raise missing_group(db, app, group_hash)
-            decide(db, apps[0][0], group_hash, changes, self.now)
-
     # Moving crashes to other groups
 
     def _regroup(self, db: Connection) -> int:
@@ -4248,12 +4180,266 @@ class Store(Apps):
                 """, (came_at, first_seen, first_seen, first_version, app_id, targets[0]))
         return next((target for target in reversed(targets) if target != group), "")
 
-    # Deleting reports. Methods that delete return the number of deleted rows by table, without zeros.
 
-    @property
-    def _first_kept_seq(self) -> int:
-        """The lowest seq within the retention."""
-        return first_seq(self.now - self.retention_days * DAY) if self.retention_days else 0
+def _is_trace_cut(extra: JsonObject) -> bool:
+    """Whether the stack trace of a crash was cut. A client may send anything under the name `truncated`."""
+    cut = extra.get("truncated")
+    return type(cut) is list and "stack_trace" in cut
+
+
+def _group_and_images(symbols: Symbols, group: str, exception_type: str, trace: str | None,
+                      is_cut: bool) -> tuple[str, str | None]:
+    """The group that a stored crash belongs to now, and its images. If its stack trace was cut and no symbols name it,
+    it stays in its group: the frames that decided its group may be gone."""
+    frames = json.loads(trace or "[]")
+    images = builds_to_symbolicate(map(read_frame, frames))
+    if is_cut and not symbols.can_name(images):
+        return group, images
+    return group_hash_of_frames(exception_type, map(read_frame, symbols.symbolicated(frames))), images
+
+
+# == Store =====================================================================
+# The one path by which reports reach the disk, their export and import, and the upkeep that goes on beside.
+
+REPLAY_DAYS = 7  # how long a phone may be offline between a request and its repetition
+BUSY_COMMIT = 4  # requests: after a commit of at least so many, the next one waits for more
+COMMIT_GATHER_SECONDS = 0.003  # how long it waits: a commit costs as much as ten reports
+MAX_COMMIT_WAIT = 30.0  # seconds to wait for another thread's commit: longer than any lock and sync together
+NEARLY_FULL = 0.9  # share of the disk or of max_db_size above which the operator is warned
+FACT_DAYS = 7  # after which a fact that no channel took is deleted
+PAGE_ROWS = 1000  # rows that an export reads at a time
+PAGE_CHARACTERS = 1_000_000  # characters that end a page of an export or a list: a row may be as large as a body
+
+
+class Store(SymbolStore):
+    """Apps, keys and reports in one SQLite file.
+
+    A `retention_days` of 0 keeps everything, and None takes the value that the last server used. Close the store, or
+    use it as a context manager.
+
+    max_waiters: requests that may wait for a commit; further ones get a 503.
+    max_rows: reports that may wait; the next commit stores them all, in about 0.1 s.
+    max_db_size: in bytes; above it, the oldest reports of the largest app are deleted early; 0 means no limit.
+    """
+
+    make_process = Process
+
+    def __init__(self, path: str, clock: Callable[[], float] = time.time, retention_days: int | None = 0,
+                 max_waiters: int = 256, max_rows: int = 10_000, may_create: bool = True, max_db_size: int = 0):
+        super().__init__(path, clock, may_create)
+        self.max_waiters, self.max_rows, self.max_db_size = max_waiters, max_rows, max_db_size
+        if retention_days is None:
+            with self.reading() as db:
+                retention_days = get_state(db, "retention_days", Settings.retention_days)
+        self.retention_days = retention_days
+        self._next_expiry = 0  # when to look again for reports to delete
+        self._judged_hour = 0  # the hour in which it last looked for releases that are worse
+        self._largest_app = (0, 0)  # when the largest app was looked up, and its id
+        self._to_regroup: tuple[Row, list[int]] = ((), [])  # a position in a group, and the crashes after it
+
+    def start(self, api_key: str = "", auth_token: str = "") -> GeneratedSecrets:
+        """Like Apps.start(), but also stores the retention for commands that are not given one."""
+        with self.writing() as db:
+            db.execute(SET_STATE, ("retention_days", self.retention_days))
+        return super().start(api_key, auth_token)
+
+    def vitals(self) -> list[tuple[str, str, str, Iterable[tuple[str, float]]]]:
+        """Figures for monitoring: name, kind, help text, and samples as Prometheus writes them. All but the sizes and
+        `crashes_kept` concern only this process. Does not read the tables of reports."""
+        process = self._process
+        with self.reading() as db:
+            self._check_file()
+            crashes, = db.execute("""
+                select coalesce(sum(crashes), 0) from labels
+                where app_id in (select id from apps) and field = 'exception_type' and day = ?
+                """, (ALL_DAYS,)).fetchone()
+        return [
+            ("commit_requests", "summary", "Requests that one commit stored.",
+             [("_sum", process.committed_requests), ("_count", process.commits)]),
+            ("commit_seconds", "summary", "From asking for the write lock until the commit was durable.",
+             [("_sum", process.commit_seconds), ("_count", process.commits)]),
+            ("waiters", "gauge", "Requests that wait for the next commit.", [("", len(process.waiting))]),
+            ("reports_stored_total", "counter", "Reports stored since this process began.",
+             [(f'{{table="{table}"}}', n) for table, n in process.stored.items()]),
+            ("crashes_kept", "gauge", "Rows of the table crashes, by their roll-up.", [("", crashes)]),
+            ("file_bytes", "gauge", "Size of the database.", [("", self.size)]),
+            ("wal_bytes", "gauge", "Size of its write-ahead log.", [("", _wal_size(self.path))])]
+
+    def warnings(self) -> list[str]:
+        """Warnings that the database or its disk is nearly full."""
+        return size_warnings(self.path, self.max_db_size)
+
+    def add(self, key_hash: bytes, reports: Reports, idempotency: Idempotency | None = None) -> Receipt:
+        """Stores reports, all or none, in the app of the key with this SHA-256. Returns when they are durable. If
+        `idempotency` shows that the request was stored before, stores nothing and returns the first receipt. Raises
+        Refusal if an Idempotency-Key is reused for another request, or if the key is not active at the time of the
+        commit; StorageUnavailable also if too many requests wait already."""
+        if not reports:
+            raise ValueError("no reports")
+        submission = Submission(key_hash, reports, idempotency or Idempotency())
+        self.add_all([submission])
+        return submission.result()
+
+    def add_all(self, submissions: Sequence[Submission]) -> None:
+        """Stores several requests in one commit. Each then has a receipt or an error. After an unexpected error, which
+        is logged, each is committed alone, and gets StorageUnavailable if that fails, too."""
+        if not submissions:
+            return
+        process, own_queue, done, is_stored = self._process, CommitQueue(), threading.Lock(), False
+        queue = own_queue
+        try:
+            with process.queue_lock:
+                queue = process.queue = process.queue or own_queue
+                queue.join(submissions, self.max_waiters, self.max_rows)
+                if queue is not own_queue:
+                    done.acquire()
+                    queue.thread_locks.append(done)
+                if len(queue.submissions) >= process.last_queue_length:
+                    queue.full.set()
+            if queue is own_queue:
+                self._commit(process, queue)
+                is_stored = True
+            elif any(not submission.error for submission in submissions) and not done.acquire(timeout=MAX_COMMIT_WAIT):
+                raise StorageUnavailable()  # the committing thread is slow, or was ended by a signal
+        except BaseException as error:  # also a signal, if this is the main thread
+            for submission in self._leave_queue(process, queue, submissions, queue is own_queue, error):
+                self._commit_alone(process, submission)
+        finally:
+            for waiting_thread in own_queue.thread_locks:
+                waiting_thread.release()
+        if is_stored:
+            self._expire_if_due()
+
+    def _leave_queue(self, process: Process, queue: CommitQueue, submissions: Sequence[Submission], is_commit: bool,
+                     error: BaseException) -> Sequence[Submission]:
+        """Takes submissions out of their queue and gives them an error: all if its commit failed, else only these,
+        which can wait no longer. Returns those that may be stored if each is committed alone. Re-raises signals."""
+        with process.queue_lock:
+            if process.queue is queue and (is_commit or isinstance(error, Exception)):
+                process.queue = None
+            failed = queue.submissions if is_commit else submissions
+            queue.submissions = [submission for submission in queue.submissions if submission not in failed]
+        for submission in failed:
+            submission.error = StorageUnavailable()
+        if not isinstance(error, Exception):
+            raise error
+        if not isinstance(error, StorageUnavailable):
+            log.exception("unexpected error")
+        is_outage = isinstance(error.__cause__ or error, (self.Outage, StorageUnavailable))
+        return failed if is_commit and len(failed) > 1 and not is_outage else []
+
+    def _commit_alone(self, process: Process, submission: Submission) -> None:
+        """Commits a submission without the others, so that one bad report fails only its own request."""
+        try:
+            submission.error = None
+            self._commit(process, CommitQueue([submission]))
+        except Exception:
+            submission.error = StorageUnavailable()
+
+    def _commit(self, process: Process, queue: CommitQueue) -> None:
+        """Stores a queue in one transaction. Until it begins, other threads may join the queue."""
+        with process.commit_lock:
+            if process.last_queue_length >= BUSY_COMMIT:
+                queue.full.wait(COMMIT_GATHER_SECONDS)
+            began = time.monotonic()
+            self._check_clock()
+            with self.writing(shared=True) as db:
+                with process.queue_lock:
+                    if process.queue is queue:
+                        process.last_queue_length, process.queue = len(queue.submissions), None
+                commit = Commit(db, self.now)
+                commit.add_submissions(queue.submissions)
+                stored = commit.save()
+            process.commits += 1
+            process.committed_requests += len(queue.submissions)
+            process.commit_seconds += time.monotonic() - began
+            process.stored.update(stored)
+            self._write_error = self._logged_error = ""
+
+    def export(self, kind: type[Any], app: str | None = None, since: int = 0) -> Iterator[StoredReport]:
+        """The stored reports of a kind, Crash or Event, in the order of their seqs: of all apps or of one, received at
+        `since` or later. Reports that arrive meanwhile are left out. Raises StoreError if there is no such app."""
+        with self.reading() as db:
+            if app is not None:
+                self.find_app(db, app)
+        last, after = self._last_seq(kind), min(max(0, first_seq(since)), MAX_NUMBER) - 1
+        while page := self._export_page(kind, after, last):
+            yield from (stored for stored in page if app in (None, stored.app) and stored.received_at >= since)
+            after = page[-1].seq
+
+    def _export_page(self, kind: type[Any], after: int, last: int) -> list[StoredReport]:
+        """The next reports. They are read in pages because one long read would keep the WAL growing."""
+        page: list[StoredReport] = []
+        size = 0
+        with self.reading() as db, closing(db.execute(f"""
+                select seq, apps.name, is_test, received_at, clock_ahead_ms,
+                    {", ".join("reports." + field for field in kind._fields)}
+                from {TABLES[kind]} as reports cross join apps on apps.id = app_id
+                where seq > ? and seq <= ? order by seq limit ?""", (after, last, PAGE_ROWS))) as rows:
+            for seq, name, is_test, received_at, ahead_ms, *values in rows:
+                page.append(StoredReport(seq, name, bool(is_test), received_at, ahead_ms, kind._make(values)))
+                size += sum(len(value) for value in values if type(value) is str)
+                if size > PAGE_CHARACTERS:
+                    break
+        return page
+
+    def import_(self, reports: Sequence[StoredReport]) -> Counter[str]:
+        """Stores reports that another store exported, all or none, and creates their apps, without keys. Returns how
+        many were `stored`; how many were `known`, because there is a report with their seq; and how many had `expired`.
+        A report counts as expired if it is too old, or if others as old were deleted here: it may be one of them, and
+        must not be counted twice. Raises StoreError if a test app has the name of a live one, or vice versa."""
+        counts = Counter(stored=0, known=0, expired=0)
+        # Rows left over from a deleted app would be taken for known reports, and then be deleted.
+        self._repeat_step(lambda db: self._delete_app_rows(db, STEP_ROWS))
+        with self.writing_step() as db:
+            commit, import_app = Commit(db, self.now), lru_cache(None)(partial(self._import_app, db))
+            last_early = lru_cache(None)(lambda app_id: get_state(db, f"early_{app_id}", -1))
+            known = {(kind, seq) for kind, table in TABLES.items() for seq, in rows_of(
+                db, f"select seq from (values *) as keys cross join {table} on seq = column1",
+                [(stored.seq,) for stored in reports])}
+            last_expired = {kind: max(self._first_kept_seq - 1, get_state(db, "expired_" + table, -1))
+                            for kind, table in TABLES.items()}
+            for seq, app, is_test, received_at, ahead_ms, report in sorted(reports, key=itemgetter(0)):
+                kind = type(report)
+                if (kind, seq) in known:
+                    counts["known"] += 1
+                    continue
+                known.add((kind, seq))
+                if seq <= last_expired[kind] or seq <= last_early(app_id := import_app(app, is_test)):
+                    counts["expired"] += 1
+                    continue
+                commit.add_reports(app_id, [seq], [received_at], [ahead_ms], commit.regrouped([report]))
+                counts["stored"] += 1
+            commit.save()
+            self._expire(db)
+        return counts
+
+    def _import_app(self, db: Connection, name: str, is_test: bool) -> int:
+        """Creates an app unless it exists; returns its id. Raises StoreError if it exists as the other kind of app."""
+        if not db.execute("select 1 from apps where name = ?", (name,)).fetchone():
+            self._insert_app(db, name, is_test)
+        app_id, was_test = self.find_app(db, name)
+        if was_test != is_test:
+            raise StoreError(f"the app {name!r} is a {'test' if was_test else 'live'} one here")
+        return app_id
+
+    def triage(self, group_hash: str, changes: JsonObject, app: str | None = None) -> None:
+        """Writes the result of parse_triage() to a group of an app, or of the only live app that has it. Raises
+        Refusal, or GroupMoved if its crashes are in another group now."""
+        with self.writing() as db:
+            apps = db.execute("""
+                select id, name from apps
+                where (name = :app or :app is null and is_test = 0) and (
+                    exists (select 1 from groups where app_id = apps.id and group_hash = :group)
+                    or exists (select 1 from triage where app_id = apps.id and group_hash = :group))
+                order by name""", {"app": app, "group": group_hash}).fetchall()
+            if len(apps) > 1:
+                raise Refusal("missing app", detail=f"it is a group of {', '.join(name for _, name in apps)}"[:500])
+            if not apps:
+                raise missing_group(db, app, group_hash)
+            decide(db, apps[0][0], group_hash, changes, self.now)
+
+    # Upkeep
 
     def _expire_if_due(self) -> None:
         """Runs one step of expiry after a commit: at most once a second, or after every commit while there are rows
@@ -4318,93 +4504,6 @@ class Store(Apps):
             """).rowcount
         return deleted
 
-    def _delete_due(self, db: Connection, size: int) -> Counter[str]:
-        """Deletes expired reports; else rows of a deleted app; else, if the database is too large, other reports."""
-        deleted: Counter[str] = Counter()
-        for kind, table in TABLES.items():
-            if seqs := self._delete_reports(db, kind, f"from {table} where seq < ? order by seq limit ?",
-                                            [(self._first_kept_seq, size)]):
-                db.execute(SET_STATE, ("expired_" + table, seqs[-1]))
-                deleted[table] = len(seqs)
-        return deleted or self._delete_app_rows(db, size) or self._delete_early(db, size)
-
-    @staticmethod
-    def _delete_app_rows(db: Connection, size: int) -> Counter[str]:
-        """Deletes some rows of a deleted app: first its reports, backwards through the reports of all apps, because
-        events have no index on their app; then its rows in the other tables."""
-        name, end = db.execute("""
-            select name, value from state where name like 'deleted%' limit 1""").fetchone() or ("", 0)
-        if not name:
-            return Counter()
-        app_id = int(name.partition("_")[2])
-        first, = db.execute("""
-            select min(seq) from (
-                select seq from crashes where seq < :end union all select seq from events where seq < :end
-                order by seq desc limit :size) as latest""", {"end": end, "size": size}).fetchone()
-        if first is not None:
-            for table in TABLES.values():  # the + keeps SQLite from looking at all crashes of the app
-                db.execute(f"delete from {table} where +app_id = ? and seq >= ? and seq < ?", (app_id, first, end))
-            db.execute(SET_STATE, (name, first))
-            return Counter(remains=1)
-        for table, (_, *rest) in PRIMARY_KEYS.items():
-            key = ", ".join(rest)
-            if rows := db.execute(f"""
-                    delete from {table} where app_id = ? and ({key}) in (
-                        select {key} from {table} where app_id = ? limit ?)""", (app_id, app_id, size)).rowcount:
-                return Counter(remains=rows)
-        return Counter(remains=db.execute("delete from state where name = ?", (name,)).rowcount)
-
-    def _delete_early(self, db: Connection, size: int) -> Counter[str]:
-        """If the database is too large, deletes some of the oldest reports of the largest app. Steps get smaller
-        towards the end, so that little more is deleted than necessary."""
-        excess = self.used_size(db) - self.max_db_size if self.max_db_size else 0
-        if excess <= 0:
-            return Counter()
-        size = min(size, max(EXPIRE_ROWS, excess // REPORT_BYTES))
-        app_id = self._find_largest_app(db)
-        last, = db.execute("""
-            select max(seq) from (
-                select seq from crashes where app_id = :app union all select seq from events where app_id = :app
-                order by seq limit :size) as oldest""", {"app": app_id, "size": size}).fetchone()
-        if last is None:
-            self._largest_app = (0, 0)
-            return Counter()
-        db.execute(SET_STATE, (f"early_{app_id}", last))
-        return +Counter({table: len(self._delete_reports(
-            db, kind, f"from {table} where app_id = ? and seq <= ?", [(app_id, last)]))
-            for kind, table in TABLES.items()})
-
-    def _find_largest_app(self, db: Connection) -> int:
-        """The id of the largest app, where a crash counts as much as ten events; 0 if there are no reports. It is
-        looked up once an hour, because that counts all rows."""
-        if not 0 <= self.now - self._largest_app[0] < HOUR:
-            app_id, name = db.execute("""
-                select apps.id, name from apps join (
-                    select app_id, 10 * count(*) as size from crashes group by app_id
-                    union all select app_id, count(*) from events group by app_id) as held on app_id = apps.id
-                group by apps.id, name order by sum(size) desc, apps.id limit 1""").fetchone() or (0, "")
-            self._largest_app = (self.now, app_id)
-            if app_id:
-                log.warning("the database exceeds BACKFEEDR_MAX_DB_SIZE: the oldest reports of %s go early", name)
-        return self._largest_app[1]
-
-    def _delete_reports(self, db: Connection, kind: type, source: str, keys: Any, expired: bool = True) -> list[int]:
-        """Deletes the reports of a query, also from the figures; lasting sums keep expired ones. Returns their seqs."""
-        if reports := counted_rows(db, kind, source, keys):
-            rollups = RollUps(db, self.now)
-            write_rows(db, f"delete from {TABLES[kind]} where seq in (values *)", [(report.seq,) for report in reports])
-            if expired:
-                rollups.expire(kind, reports)
-            else:
-                rollups.count(kind, reports, -1)
-            rollups.save()
-        return [report.seq for report in reports]
-
-    def _note_windows(self, db: Connection) -> None:
-        """Notes that the windows of the figures end now: `check` cannot see it from reports, which may be older or
-        gone."""
-        db.execute(SET_STATE, ("counted_at", max(self.now, get_state(db, "counted_at", 0))))
-
     def catch_up(self) -> Counter[str]:
         """Does at once what commits would do step by step: deletes all rows that have expired or whose app is deleted,
         and moves crashes to the groups that they belong to now. It pauses between its steps to let reports in."""
@@ -4427,73 +4526,6 @@ class Store(Apps):
                     self.catch_up()
 
         threading.Thread(target=work, name="backfeedr catch-up", daemon=True).start()
-
-    def forget_device(self, device_id_hash: str) -> Counter[str]:
-        """Deletes everything about a device from all apps and figures. `first_seen` of groups and releases does not
-        change."""
-        deleted: Counter[str] = Counter()
-        last = {kind: self._last_seq(kind) for kind in TABLES}
-        for kind, table in TABLES.items():
-            for page in self._device_pages(table, device_id_hash):
-                with self.writing_step() as db:
-                    deleted[table] += len(self._delete_reports(
-                        db, kind, f"from (values *) as keys cross join {table} on seq = column1", page, expired=False))
-        with self.writing_step() as db:
-            for kind, table in TABLES.items():  # reports that arrived meanwhile
-                deleted[table] += len(self._delete_reports(
-                    db, kind, f"from {table} where device_id_hash = ? and seq > ?", [(device_id_hash, last[kind])],
-                    expired=False))
-            rollups = RollUps(db, self.now)
-            deleted["devices"] = rollups.figures[Devices].forget(device_id_hash)
-            rollups.save()
-            self._note_windows(db)
-        self._fold_in_wal()
-        return +deleted
-
-    def _device_pages(self, table: str, device_id_hash: str) -> Iterator[list[tuple[int]]]:
-        """The seqs of the reports of a device, in pages: one long read would keep the WAL growing."""
-        page = [(-1,)]
-        while page:
-            with self.reading() as db:
-                page = db.execute(f"""
-                    select seq from {table} where device_id_hash = ? and seq > ? order by seq limit ?
-                    """, (device_id_hash, *page[-1], EXPIRE_ROWS)).fetchall()
-            yield page
-
-    def delete_app(self, name: str) -> None:
-        """Deletes an app and its keys. From then on its reports are neither listed nor counted, and its name is free;
-        its rows are deleted step by step, like expired ones. Raises StoreError if there is no such app."""
-        with self.writing() as db:
-            app_id = self.find_app(db, name)[0]
-            for rows in ("messages where channel_id in (select id from channels where app_id = ?)",
-                         "channels where app_id = ?", "keys where app_id = ?", "facts where app_id = ?",
-                         "apps where id = ?"):
-                db.execute("delete from " + rows, (app_id,))
-            db.executemany("delete from state where name = ?", [(f"early_{app_id}",), (f"worse_{app_id}",)])
-            db.execute(SET_STATE, (f"deleted_{app_id}", MAX_NUMBER))
-            for id, body in db.execute("select id, body from messages where due_at is not null").fetchall():
-                message = json.loads(body)
-                facts = [fact for fact in message["data"]["facts"] if fact.get("app") != name]
-                message["data"]["facts"] = facts
-                db.execute("update messages set body = ?, due_at = case when ? > 0 then due_at end where id = ?",
-                           (to_json(message), len(facts), id))
-
-
-def _is_trace_cut(extra: JsonObject) -> bool:
-    """Whether the stack trace of a crash was cut. A client may send anything under the name `truncated`."""
-    cut = extra.get("truncated")
-    return type(cut) is list and "stack_trace" in cut
-
-
-def _group_and_images(symbols: Symbols, group: str, exception_type: str, trace: str | None,
-                      is_cut: bool) -> tuple[str, str | None]:
-    """The group that a stored crash belongs to now, and its images. If its stack trace was cut and no symbols name it,
-    it stays in its group: the frames that decided its group may be gone."""
-    frames = json.loads(trace or "[]")
-    images = builds_to_symbolicate(map(read_frame, frames))
-    if is_cut and not symbols.can_name(images):
-        return group, images
-    return group_hash_of_frames(exception_type, map(read_frame, symbols.symbolicated(frames))), images
 
 
 def worse_releases(db: Connection, now: int) -> list[tuple[ReleasePair, str]]:
@@ -4526,22 +4558,12 @@ def size_warnings(path: Path, max_db_size: int) -> list[str]:
     return texts
 
 
-# == Alerts ====================================================================
-# Sends facts to channels. The facts of a minute become one message for each channel that wants them. One transaction
-# claims a message, another records the outcome, and none is open while it is sent. If the server dies in between, the
-# message is sent again under the same id. A kind of channel is a function that turns a message into an HTTP request.
+# == Channels ==================================================================
+# Where alerts are sent. A kind of channel is a function that turns a message into an HTTP request.
 
-FACT_DELAY = MINUTE  # how long a fact waits for others that share its message
-MAX_FACTS = 10  # facts that a message lists; it only counts the others
 CHAT_BYTES = 1800  # of a chat message: Discord takes 2,000 characters, ntfy 4,096 bytes
 FACT_LENGTH = 300  # characters of a fact in a chat message
-MAX_HOURLY_MESSAGES = 30  # to a channel; further facts wait for a later message
-RETRY_SECONDS = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)  # the schedule of Standard Webhooks
 SEND_TIMEOUT = 15.0  # seconds
-CLAIM_TIME = MINUTE  # how long nobody else sends a claimed message; longer than SEND_TIMEOUT
-POLL_SECONDS = 1.0  # between two looks for messages that are due
-# The only parts of a fact's `detail` that leave the host.
-_FACT_FIELDS = ("exception_type", "place", "app_version", "build_number", "crashes", "devices", "fixed_in", "before")
 # Keeps a chat from reading text as markup or as a mention of somebody.
 _MARKUP_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "@\u200b", "]": "]\u200b"})
 
@@ -4694,6 +4716,21 @@ def redacted_address(url: str) -> str:
     secret = url.partition(parts.netloc if is_http else "://")[2]
     ending = "/" * is_http + "..." + secret[-4:] * (len(secret) >= 12)
     return start + ending if secret else start
+
+
+# == Alerts ====================================================================
+# Sends facts to channels. The facts of a minute become one message for each channel that wants them. One transaction
+# claims a message, another records the outcome, and none is open while it is sent. If the server dies in between, the
+# message is sent again under the same id.
+
+FACT_DELAY = MINUTE  # how long a fact waits for others that share its message
+MAX_FACTS = 10  # facts that a message lists; it only counts the others
+MAX_HOURLY_MESSAGES = 30  # to a channel; further facts wait for a later message
+RETRY_SECONDS = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)  # the schedule of Standard Webhooks
+CLAIM_TIME = MINUTE  # how long nobody else sends a claimed message; longer than SEND_TIMEOUT
+POLL_SECONDS = 1.0  # between two looks for messages that are due
+# The only parts of a fact's `detail` that leave the host.
+_FACT_FIELDS = ("exception_type", "place", "app_version", "build_number", "crashes", "devices", "fixed_in", "before")
 
 
 class Alerts:
@@ -4933,43 +4970,12 @@ def _fact_text(kind: str, app: str, detail: JsonObject) -> str:
     return f"{kind.rpartition('.')[2].capitalize()}: {_one_line(crash)} ({_one_line(', '.join(notes))})"
 
 
-# == Metrics ===================================================================
-# Answers questions about the store. A public question reads only figures, so its cost depends on what it shows and not
-# on what is stored. Windows are UTC days. Without an app, an answer is the sum over the live apps.
+# == Public metrics ============================================================
+# Answers from figures alone, so that their cost depends on what they show and not on what is stored. Windows are UTC
+# days. Without an app, an answer is the sum over the live apps.
 
-SCANNED_EVENTS = 20_000  # events that are read for a page, which may be short although another page follows
-GROUP_REPORTS = 20  # crashes on a page of a group
-MAX_VERSIONS = 100  # versions that a list names for a group
-MAX_MISSING_BUILDS = 100  # builds without symbols in a list
-SCORED_GROUPS, SHOWN_GROUPS = 20, 5  # groups by crashes, and by devices, that get a score; groups that are shown
-EVENTS_BEFORE_CRASH = 20  # events that the page of a crash shows, out of the session's latest 100
-
-_IN_TRIAGE = "(app_id, group_hash) {} (select app_id, group_hash from triage where {})"
-STATE_CONDITIONS: dict[str | None, str] = {  # the condition of each `state` by which a list can be filtered
-    None: "1 = 1", "open": _IN_TRIAGE.format("not in", "state <> 'open'"),
-    "resolved": _IN_TRIAGE.format("in", "state = 'resolved'"), "muted": _IN_TRIAGE.format("in", "state = 'muted'"),
-    "regressed": _IN_TRIAGE.format("in", "state = 'open' and regressed_at is not null"),  # since it was last resolved
-    "new": "(app_id, group_hash) in (select app_id, group_hash from groups where came_at >= :week)"}
-SORT_COLUMNS = {"crashes": "count", "devices": "devices", "last_seen": "last_seen", "first_seen": "first_seen"}
-_LISTED_WITHOUT_CRASHES = ":state in ('resolved', 'muted', 'regressed')"
-STORED_GROUP_COUNTS = f"""
-    select app_id, group_hash, crashes, devices, last_seen as latest from groups
-    where {APP_FILTER} and (crashes > 0 or {_LISTED_WITHOUT_CRASHES})
-    union all select app_id, group_hash, 0, 0, 0 from triage where {APP_FILTER} and {_LISTED_WITHOUT_CRASHES}"""
-HAS_VERSION = "(:version is null or substr(app_version, 1, :length) = :version)"
-FILTERED_GROUP_COUNTS = f"""
-    select known.app_id, known.group_hash, count(*) as crashes, count(distinct device_id_hash) as devices,
-        max({COUNTED_AT}) as latest
-    from (select app_id, group_hash from groups where {APP_FILTER} and last_seen >= :since
-        and (:candidates is null or instr(:candidates, group_hash))) as known
-    cross join crashes on crashes.app_id = known.app_id and crashes.group_hash = known.group_hash
-    where received_at >= :since and {HAS_VERSION} and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
-    group by known.app_id, known.group_hash"""
-
-
-class Metrics:
-    """Answers questions as of now, in the shapes of the API. `app` is the name of an app: an unknown one raises
-    Refusal. Lists come in pages of `limit`: `cursor` is the previous page's `next`, which is null on the last page."""
+class PublicMetrics:
+    """Answers questions about figures as of now, in the shapes of the API. An unknown `app` raises Refusal."""
 
     def __init__(self, store: Store):
         self._store = store
@@ -5074,6 +5080,67 @@ class Metrics:
                     for id, version in newest.items()]
         return sorted(releases, key=lambda row: ((row["verdict"] or {}).get("word") != "worse", row["app"]))
 
+    def is_empty(self, app: str | None = None) -> bool:
+        """Whether an app has sent nothing yet. Ends of sessions do not count."""
+        with self._snapshot(app) as (db, app_id):
+            return not any(db.execute(f"select 1 from {table} where {APP_FILTER} limit 1", {"app": app_id}).fetchone()
+                           for table in ("crash_days", "session_days", "event_names"))
+
+
+def _release_json(row: JsonObject, its_verdict: JsonObject | None) -> JsonObject:
+    """A row of Releases.latest() as the API shows it."""
+    sessions, devices, crashed_sessions = row["sessions"], row["devices"], row["crashed_sessions"]
+    return {**{name: row[name] for name in ("app", "app_version", "sessions", "crashes", "crashed_sessions")},
+            "crash_free_sessions": crash_free_rate(crashed_sessions or row["crashes"], sessions) if sessions else None,
+            "by": "session" if crashed_sessions else "count",
+            "crash_free_devices": crash_free_rate(row["crashed_devices"], devices) if devices else None,
+            "adoption": round(100 * (row["recent_sessions"] or 0) / (row["app_sessions"] or 1), 2),
+            "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"]), "verdict": its_verdict}
+
+
+def crash_free_rate(crashes: int, sessions: int) -> float:
+    """The percentage of sessions without a crash, with two decimals."""
+    if not sessions:
+        return 0.0 if crashes else 100.0
+    return round(max(0.0, 100 * (1 - crashes / sessions)), 2)
+
+
+# == Metrics ===================================================================
+# Answers for the admin, alerts and the feed. Most of them read reports, a page at a time.
+
+SCANNED_EVENTS = 20_000  # events that are read for a page, which may be short although another page follows
+GROUP_REPORTS = 20  # crashes on a page of a group
+MAX_VERSIONS = 100  # versions that a list names for a group
+MAX_MISSING_BUILDS = 100  # builds without symbols in a list
+SCORED_GROUPS, SHOWN_GROUPS = 20, 5  # groups by crashes, and by devices, that get a score; groups that are shown
+EVENTS_BEFORE_CRASH = 20  # events that the page of a crash shows, out of the session's latest 100
+
+_IN_TRIAGE = "(app_id, group_hash) {} (select app_id, group_hash from triage where {})"
+STATE_CONDITIONS: dict[str | None, str] = {  # the condition of each `state` by which a list can be filtered
+    None: "1 = 1", "open": _IN_TRIAGE.format("not in", "state <> 'open'"),
+    "resolved": _IN_TRIAGE.format("in", "state = 'resolved'"), "muted": _IN_TRIAGE.format("in", "state = 'muted'"),
+    "regressed": _IN_TRIAGE.format("in", "state = 'open' and regressed_at is not null"),  # since it was last resolved
+    "new": "(app_id, group_hash) in (select app_id, group_hash from groups where came_at >= :week)"}
+SORT_COLUMNS = {"crashes": "count", "devices": "devices", "last_seen": "last_seen", "first_seen": "first_seen"}
+_LISTED_WITHOUT_CRASHES = ":state in ('resolved', 'muted', 'regressed')"
+STORED_GROUP_COUNTS = f"""
+    select app_id, group_hash, crashes, devices, last_seen as latest from groups
+    where {APP_FILTER} and (crashes > 0 or {_LISTED_WITHOUT_CRASHES})
+    union all select app_id, group_hash, 0, 0, 0 from triage where {APP_FILTER} and {_LISTED_WITHOUT_CRASHES}"""
+HAS_VERSION = "(:version is null or substr(app_version, 1, :length) = :version)"
+FILTERED_GROUP_COUNTS = f"""
+    select known.app_id, known.group_hash, count(*) as crashes, count(distinct device_id_hash) as devices,
+        max({COUNTED_AT}) as latest
+    from (select app_id, group_hash from groups where {APP_FILTER} and last_seen >= :since
+        and (:candidates is null or instr(:candidates, group_hash))) as known
+    cross join crashes on crashes.app_id = known.app_id and crashes.group_hash = known.group_hash
+    where received_at >= :since and {HAS_VERSION} and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
+    group by known.app_id, known.group_hash"""
+
+
+class Metrics(PublicMetrics):
+    """Answers all questions. Lists come in pages of `limit`: `cursor` is the `next` of a page, null on the last one."""
+
     def digest(self, app: str | None, since: int, until: int) -> list[JsonObject]:
         """The facts of a digest from `since` to `until`, in milliseconds: is the newest release worse, what is new,
         what is fixed? A fact about one app has its name as `app`, so that it can be dropped if the app is deleted."""
@@ -5112,8 +5179,6 @@ class Metrics:
                 join groups on groups.app_id = news.app_id and groups.group_hash = news.group_hash
                 order by news.at desc, news.what, news.app_id, news.group_hash
                 """, {"app": app_id, "other": OTHER, "limit": limit})
-
-    # For the admin: these read reports, most of them a page at a time.
 
     def groups(self, app: str | None = None, version: str | None = None, days: int | None = None,
                text: str | None = None, state: str | None = None, sort: str | None = None, limit: int = 50,
@@ -5201,8 +5266,7 @@ class Metrics:
 
     def group(self, group_hash: str, app: str | None = None, limit: int = GROUP_REPORTS,
               cursor: str | None = None) -> JsonObject:
-        """A group with its spread, its history, and its crashes, the latest first. Raises Refusal if it has neither a
-        stored crash nor a decision."""
+        """A group with its spread, history and crashes, the latest first. Raises Refusal for an unknown group."""
         at, report_id = _parse_cursor(cursor, "([0-9]{1,18})-([0-7][0-9a-f]{15})", (MAX_NUMBER, "0"))
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, "group": group_hash, "at": int(at), "seq": int(report_id, 16),
@@ -5335,12 +5399,6 @@ class Metrics:
             order by name""", parameters).fetchall()
         return {"days": [counts.get(day, 0) for day in shown_days], "apps": [name for name, in apps]}
 
-    def is_empty(self, app: str | None = None) -> bool:
-        """Whether an app has sent nothing yet. Ends of sessions do not count."""
-        with self._snapshot(app) as (db, app_id):
-            return not any(db.execute(f"select 1 from {table} where {APP_FILTER} limit 1", {"app": app_id}).fetchone()
-                           for table in ("crash_days", "session_days", "event_names"))
-
     def crash(self, id: str, app: str | None = None) -> JsonObject:
         """A crash as it was sent. Raises Refusal if it is not stored."""
         with self._snapshot(app) as (db, app_id):
@@ -5444,17 +5502,6 @@ def _group_json(group: JsonObject) -> JsonObject:
                          for name in ("first_seen", "last_seen", "regressed_at")}}
 
 
-def _release_json(row: JsonObject, its_verdict: JsonObject | None) -> JsonObject:
-    """A row of Releases.latest() as the API shows it."""
-    sessions, devices, crashed_sessions = row["sessions"], row["devices"], row["crashed_sessions"]
-    return {**{name: row[name] for name in ("app", "app_version", "sessions", "crashes", "crashed_sessions")},
-            "crash_free_sessions": crash_free_rate(crashed_sessions or row["crashes"], sessions) if sessions else None,
-            "by": "session" if crashed_sessions else "count",
-            "crash_free_devices": crash_free_rate(row["crashed_devices"], devices) if devices else None,
-            "adoption": round(100 * (row["recent_sessions"] or 0) / (row["app_sessions"] or 1), 2),
-            "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"]), "verdict": its_verdict}
-
-
 def _load_reports(db: Connection, table: str, seqs: Sequence[int], max_text: int = PAGE_CHARACTERS) -> list[JsonObject]:
     """Crashes or events as they were sent, each with its app and the time of its receipt. Stops after a report with
     which they exceed `max_text` characters."""
@@ -5507,13 +5554,6 @@ def _parse_cursor(cursor: str | None, pattern: str, default: Any) -> Any:
     if cursor is not None and match is None:
         raise Refusal("invalid cursor")
     return match.groups() if match else default
-
-
-def crash_free_rate(crashes: int, sessions: int) -> float:
-    """The percentage of sessions without a crash, with two decimals."""
-    if not sessions:
-        return 0.0 if crashes else 100.0
-    return round(max(0.0, 100 * (1 - crashes / sessions)), 2)
 
 
 # == Requests ==================================================================
@@ -5785,6 +5825,175 @@ def bar_chart(counts: JsonObject, total: int | None = None) -> str:
     return f'<table class="bars">{html}</table>' if rows else _NO_DATA
 
 
+# == Page content ==============================================================
+# What the pages show: tiles, the steps towards a crash, frames, and a group as text.
+
+SHOWN_FRAMES, SHOWN_TEXT = 200, 20_000  # frames and characters of a report on its page; the API has the rest
+_CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")  # not allowed in HTML and XML
+_MISLEADING_CHARACTERS = re.compile(  # these, and characters that change the direction of text
+    _CONTROL_CHARACTERS.pattern + "|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+Tile = tuple[str, str, str, str]  # name, value, note and chart of a figure
+
+
+def _overview_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
+    week, daily, active = metrics.overview(app), metrics.daily_crashes(app, 30), metrics.active_devices(app, 30)
+    labels, crashes, sessions = daily["labels"], daily["data"], metrics.sessions(app, 30)["sessions"]
+    rates = [crash_free_rate(*day) if day[1] else None for day in zip(crashes, sessions)]
+    lowest = min((rate for rate in rates if rate is not None), default=0)
+    axis_start = max(start for start in (0, 50, 80, 90, 95, 99) if start <= lowest)
+    rate_before = crash_free_rate(sum(crashes[-14:-7]), sum(sessions[-14:-7]))
+    yield ("Crash-free sessions", f"{week['crash_free_rate_7d']:.2f} %" if week["sessions_7d"] else "-",
+           f"7 days; {rate_before:.2f} % the week before" if any(sessions[-14:-7]) else "7 days",
+           chart("Crash-free sessions", labels, rates, low=axis_start, is_percentage=True))
+    yield "Active devices", f"{week['dau']:,}", "24 hours", chart("Active devices", labels, active["dau"])
+    for name, counts, draw in (("Sessions", sessions, draw_line), ("Crashes", crashes, draw_columns)):
+        note = f"7 days; {sum(counts[-14:-7]):,} the week before"
+        yield name, f"{sum(counts[-7:]):,}", note, chart(name, labels, counts, draw)
+
+
+def _usage_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
+    """Tiles for active devices, and for sessions with their length: the mean, if several apps have no common median."""
+    active, sessions = metrics.active_devices(app, 30), metrics.sessions(app, 30)
+    for column, value, period in (("dau", metrics.overview(app)["dau"], "24 hours"),
+                                  ("wau", active["wau"][-1], "7 days"), ("mau", active["mau"][-1], "30 days")):
+        drawing = chart(f"Devices active in {period}", active["labels"], active[column])
+        yield "Active devices", f"{value:,}", period, drawing
+    average = "median" if any(seconds is not None for seconds in sessions["median_seconds"]) else "mean"
+    length = "none has ended yet"
+    for day, seconds in zip(sessions["labels"], sessions[average + "_seconds"]):
+        if seconds is not None:
+            length = f"{average} length on {_day_name(day)}: {_duration(seconds)}"
+    yield ("Sessions", f"{sum(sessions['sessions'][-7:]):,}", f"7 days; {length}",
+           chart("Sessions", sessions["labels"], sessions["sessions"]))
+
+
+def _retention_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
+    """Tiles with the share of devices that came back 1, 7 and 30 days after the day on which they were first seen."""
+    cohorts = metrics.retention(app, 60)
+    for days in Devices.BACK.values():
+        rates, name = cohorts[f"day_{days}"], f"Back after {days} day{'s' if days > 1 else ''}"
+        known = [(rate, size) for rate, size in zip(rates, cohorts["devices"]) if rate is not None]
+        devices = sum(size for _, size in known)
+        share = f"{sum(rate * size for rate, size in known) / devices:.0f} %" if devices else "-"
+        drawing = chart(name, cohorts["labels"], rates, is_percentage=True)
+        yield name, share, f"of {devices:,} new devices in 60 days", drawing
+
+
+def _duration(seconds: float) -> str:
+    for unit_seconds, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * unit_seconds:
+            return f"{seconds / unit_seconds:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+Step = tuple[str, str, str]  # towards a crash: the time, what happened, and its details
+_BREADCRUMB_TIMES = ("at", "timestamp", "time", "date", "occurred_at")
+_BREADCRUMB_ACTIONS = ("message", "action", "name", "event", "title", "screen", "category", "type")
+
+
+def _breadcrumb_steps(report: JsonObject) -> list[Step]:
+    """The last 100 breadcrumbs of a crash, in any shape that SDKs send, and the crash itself at the end."""
+    breadcrumbs = report.get("extra", {}).get("breadcrumbs")
+    breadcrumbs = breadcrumbs.get("values") if type(breadcrumbs) is dict else breadcrumbs
+    if type(breadcrumbs) is not list or not breadcrumbs:
+        return []
+    steps = [_breadcrumb_step(breadcrumb, report) for breadcrumb in breadcrumbs[-100:]]
+    return [*steps, ("00:00", report["exception_type"], "the crash")]
+
+
+def _breadcrumb_step(breadcrumb: Any, report: JsonObject) -> Step:
+    if type(breadcrumb) is not dict:
+        return "", _shorten(_json_text(breadcrumb)), ""
+    fields = {name: value for name, value in breadcrumb.items() if value not in (None, "", [], {})}
+    time = fields.pop(next((name for name in _BREADCRUMB_TIMES if name in fields), ""), "")
+    action = fields.pop(next((name for name in _BREADCRUMB_ACTIONS if type(fields.get(name)) is str), ""), "")
+    return _time_to_crash(time, report), _shorten(action), _event_details({"extra": fields})
+
+
+def _event_steps(report: JsonObject, events: Sequence[JsonObject]) -> Iterator[Step]:
+    for event in events:
+        title = f"{event['type']} {_shorten(event.get('name', ''), 80)}".strip()
+        yield _time_to_crash(event["occurred_at"], report), title, _event_details(event)
+
+
+def _time_to_crash(time: Any, report: JsonObject) -> str:
+    """A time relative to a crash, such as -00:12. Other values, and times 100 hours or more away, stay as they are."""
+    with suppress(ValueError):
+        span = parse_occurred_at(time) - parse_time(report["occurred_at"])
+        hours, minutes, seconds = abs(span) // HOUR, abs(span) // MINUTE % 60, abs(span) // SECOND % 60
+        if hours < 100:
+            return ("+" if span > 0 else "-") + (f"{hours}:" if hours else "") + f"{minutes:02}:{seconds:02}"
+    return _shorten(_json_text(time), 40)
+
+
+def group_text(group: JsonObject, url: str) -> str:
+    """A group as Markdown that is also readable as text. It leaves out device ids, sessions and a crash's unknown
+    fields. Text from reports is indented in a fence, so that it neither starts a line nor closes the fence."""
+    parts = [f"# Crash group {group['group_hash']}\n\n{url}\n"]
+    for title, text in _text_sections(group):
+        lines = ["    " + _MISLEADING_CHARACTERS.sub("\ufffd", line) for line in text.splitlines()]
+        parts.append("\n".join([f"## {title}", "", "```text", *lines, "```", ""]))
+    return "\n".join(parts)
+
+
+def _text_sections(group: JsonObject) -> Iterator[tuple[str, str]]:
+    report: JsonObject = next(iter(group["reports"]), {})
+    reason = _shorten(report.get("exception_reason", ""), SHOWN_TEXT)
+    yield "Crash", "\n".join(filter(None, (group["place"], group["exception_type"], reason)))
+    frames = [_frame_row({name: frame[name] for name in frame.keys() & _KNOWN_FRAME_FIELDS})
+              for frame in report.get("stack_trace", [])[:SHOWN_FRAMES]]
+    yield "Stack trace of the latest crash (* marks the app's own code)", "\n".join(
+        f"{n:3} {'*' if frame.is_own else ' '} {_shorten(frame.symbol, 1000)}  {_shorten(frame.place)}".rstrip()
+        for n, frame in enumerate(frames)) or "none"
+    spread = {"Crashes": group["count"], "Devices": group["devices"], "First seen": group["first_seen"],
+              "Last seen": group["last_seen"]}
+    for title, name in (("Versions", "versions"), ("Systems", "systems"), ("Models", "device_models")):
+        counts = zip(group[name]["labels"], group[name]["data"])
+        spread[title] = ", ".join(f"{_shorten(label, 80)} ({count})" for label, count in counts)
+    yield "Spread", "\n".join(f"{title}: {value}" for title, value in spread.items() if value not in (None, ""))
+    yield "History", "\n".join(f"{entry['at']} {entry['what']} {entry['detail'] or ''}".rstrip()
+                               for entry in group["history"]) or "none"
+
+
+def _group_title(group: JsonObject) -> str:
+    """The app's function that crashes, or else the exception type, or else the group's hash."""
+    return canonical_name(group["place"]) or group["exception_type"] or group["group_hash"]
+
+
+_KNOWN_FRAME_FIELDS = {*chain.from_iterable(_FRAME_FIELDS.values()), "frame", "in_app", "symbolicated", "inlined"}
+FrameRow = namedtuple("FrameRow", "symbol place is_own address")  # what a page shows of a frame
+
+
+def _frame_row(frame: JsonObject) -> FrameRow:
+    """A frame for a page. `place` is its file and line, binary and unknown fields; `address` is within its binary."""
+    known = read_frame(frame)
+    line = next((frame[name] for name in _FRAME_FIELDS["line"] if frame.get(name) is not None), None)
+    file = known.file if line is None or not known.file else f"{known.file}:{line}"
+    unknown = [_json_text(value) for name, value in frame.items()
+               if name not in _KNOWN_FRAME_FIELDS and value is not None]
+    place = [file, known.binary if known.symbol else "", "inlined" if frame.get("inlined") else "", *unknown]
+    address = f"{known.binary} + {known.offset} {known.uuid}".strip() if known.offset is not None else ""
+    return FrameRow(known.title or "(no symbol)", ", ".join(filter(None, place)), bool(known.is_own), address)
+
+
+def build_name(build: JsonObject) -> str:
+    """The name of a build, such as Shop 1.3.0 (48)."""
+    return f"{build['binary'] or 'a build'} {with_build(build['app_version'], build['build_number'])}".rstrip()
+
+
+def _event_details(event: JsonObject) -> str:
+    """The first twenty properties and unknown fields of an event."""
+    fields = {**event.get("properties", {}), **event.get("extra", {})}
+    return ", ".join(f"{name}: {_shorten(_json_text(value), 100)}" for name, value in list(fields.items())[:20])
+
+
+def _json_text(value: Any) -> str:
+    """Any JSON value as text for a reader, a list with one item per line."""
+    items = value if type(value) is list else [value]
+    lines = [item if type(item) is str else json.dumps(item, ensure_ascii=False) for item in items]
+    return _shorten("\n".join(lines), SHOWN_TEXT)
+
+
 # == Dashboard =================================================================
 # The pages, behind the admin token. They load nothing from other hosts and use no JavaScript. The content of a report
 # is hostile: it reaches a page only through `{{ }}` or escape(), an address also through urlencode(), never a style.
@@ -5792,16 +6001,10 @@ def bar_chart(counts: JsonObject, total: int | None = None) -> str:
 SESSION_LIFETIME = 7 * DAY
 LINK_LIFETIME = 10 * MINUTE  # of a link that signs in once
 LIST_ROWS, SHOWN_VERDICTS = 25, 5  # of crashes or events on a page, and of releases on the overview
-SHOWN_FRAMES, SHOWN_TEXT = 200, 20_000  # frames and characters of a report on its page; the API has the rest
-
 _ERROR_HINTS = {
     403: "The session has changed since the page was loaded. Reload the page and submit the form again.",
     404: "It may have expired, or its app may have been deleted.",
     500: "The server log has the reason.", 503: "The server log has the reason. Try again in a moment."}
-_CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")  # not allowed in HTML and XML
-_MISLEADING_CHARACTERS = re.compile(  # these, and characters that change the direction of text
-    _CONTROL_CHARACTERS.pattern + "|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-
 Response = Any  # a bottle.HTTPResponse; bottle has no types
 PageHandler = Callable[..., Response]  # called with a PageRequest and the parts of the path
 
@@ -6134,134 +6337,6 @@ def _capitalize(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-Tile = tuple[str, str, str, str]  # name, value, note and chart of a figure
-
-
-def _overview_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
-    week, daily, active = metrics.overview(app), metrics.daily_crashes(app, 30), metrics.active_devices(app, 30)
-    labels, crashes, sessions = daily["labels"], daily["data"], metrics.sessions(app, 30)["sessions"]
-    rates = [crash_free_rate(*day) if day[1] else None for day in zip(crashes, sessions)]
-    lowest = min((rate for rate in rates if rate is not None), default=0)
-    axis_start = max(start for start in (0, 50, 80, 90, 95, 99) if start <= lowest)
-    rate_before = crash_free_rate(sum(crashes[-14:-7]), sum(sessions[-14:-7]))
-    yield ("Crash-free sessions", f"{week['crash_free_rate_7d']:.2f} %" if week["sessions_7d"] else "-",
-           f"7 days; {rate_before:.2f} % the week before" if any(sessions[-14:-7]) else "7 days",
-           chart("Crash-free sessions", labels, rates, low=axis_start, is_percentage=True))
-    yield "Active devices", f"{week['dau']:,}", "24 hours", chart("Active devices", labels, active["dau"])
-    for name, counts, draw in (("Sessions", sessions, draw_line), ("Crashes", crashes, draw_columns)):
-        note = f"7 days; {sum(counts[-14:-7]):,} the week before"
-        yield name, f"{sum(counts[-7:]):,}", note, chart(name, labels, counts, draw)
-
-
-def _usage_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
-    """Tiles for active devices, and for sessions with their length: the mean, if several apps have no common median."""
-    active, sessions = metrics.active_devices(app, 30), metrics.sessions(app, 30)
-    for column, value, period in (("dau", metrics.overview(app)["dau"], "24 hours"),
-                                  ("wau", active["wau"][-1], "7 days"), ("mau", active["mau"][-1], "30 days")):
-        drawing = chart(f"Devices active in {period}", active["labels"], active[column])
-        yield "Active devices", f"{value:,}", period, drawing
-    average = "median" if any(seconds is not None for seconds in sessions["median_seconds"]) else "mean"
-    length = "none has ended yet"
-    for day, seconds in zip(sessions["labels"], sessions[average + "_seconds"]):
-        if seconds is not None:
-            length = f"{average} length on {_day_name(day)}: {_duration(seconds)}"
-    yield ("Sessions", f"{sum(sessions['sessions'][-7:]):,}", f"7 days; {length}",
-           chart("Sessions", sessions["labels"], sessions["sessions"]))
-
-
-def _retention_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
-    """Tiles with the share of devices that came back 1, 7 and 30 days after the day on which they were first seen."""
-    cohorts = metrics.retention(app, 60)
-    for days in Devices.BACK.values():
-        rates, name = cohorts[f"day_{days}"], f"Back after {days} day{'s' if days > 1 else ''}"
-        known = [(rate, size) for rate, size in zip(rates, cohorts["devices"]) if rate is not None]
-        devices = sum(size for _, size in known)
-        share = f"{sum(rate * size for rate, size in known) / devices:.0f} %" if devices else "-"
-        drawing = chart(name, cohorts["labels"], rates, is_percentage=True)
-        yield name, share, f"of {devices:,} new devices in 60 days", drawing
-
-
-def _duration(seconds: float) -> str:
-    for unit_seconds, unit in ((3600, "h"), (60, "min")):
-        if seconds >= 2 * unit_seconds:
-            return f"{seconds / unit_seconds:.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-Step = tuple[str, str, str]  # towards a crash: the time, what happened, and its details
-_BREADCRUMB_TIMES = ("at", "timestamp", "time", "date", "occurred_at")
-_BREADCRUMB_ACTIONS = ("message", "action", "name", "event", "title", "screen", "category", "type")
-
-
-def _breadcrumb_steps(report: JsonObject) -> list[Step]:
-    """The last 100 breadcrumbs of a crash, in any shape that SDKs send, and the crash itself at the end."""
-    breadcrumbs = report.get("extra", {}).get("breadcrumbs")
-    breadcrumbs = breadcrumbs.get("values") if type(breadcrumbs) is dict else breadcrumbs
-    if type(breadcrumbs) is not list or not breadcrumbs:
-        return []
-    steps = [_breadcrumb_step(breadcrumb, report) for breadcrumb in breadcrumbs[-100:]]
-    return [*steps, ("00:00", report["exception_type"], "the crash")]
-
-
-def _breadcrumb_step(breadcrumb: Any, report: JsonObject) -> Step:
-    if type(breadcrumb) is not dict:
-        return "", _shorten(_json_text(breadcrumb)), ""
-    fields = {name: value for name, value in breadcrumb.items() if value not in (None, "", [], {})}
-    time = fields.pop(next((name for name in _BREADCRUMB_TIMES if name in fields), ""), "")
-    action = fields.pop(next((name for name in _BREADCRUMB_ACTIONS if type(fields.get(name)) is str), ""), "")
-    return _time_to_crash(time, report), _shorten(action), _event_details({"extra": fields})
-
-
-def _event_steps(report: JsonObject, events: Sequence[JsonObject]) -> Iterator[Step]:
-    for event in events:
-        title = f"{event['type']} {_shorten(event.get('name', ''), 80)}".strip()
-        yield _time_to_crash(event["occurred_at"], report), title, _event_details(event)
-
-
-def _time_to_crash(time: Any, report: JsonObject) -> str:
-    """A time relative to a crash, such as -00:12. Other values, and times 100 hours or more away, stay as they are."""
-    with suppress(ValueError):
-        span = parse_occurred_at(time) - parse_time(report["occurred_at"])
-        hours, minutes, seconds = abs(span) // HOUR, abs(span) // MINUTE % 60, abs(span) // SECOND % 60
-        if hours < 100:
-            return ("+" if span > 0 else "-") + (f"{hours}:" if hours else "") + f"{minutes:02}:{seconds:02}"
-    return _shorten(_json_text(time), 40)
-
-
-def group_text(group: JsonObject, url: str) -> str:
-    """A group as Markdown that is also readable as text. It leaves out device ids, sessions and a crash's unknown
-    fields. Text from reports is indented in a fence, so that it neither starts a line nor closes the fence."""
-    parts = [f"# Crash group {group['group_hash']}\n\n{url}\n"]
-    for title, text in _text_sections(group):
-        lines = ["    " + _MISLEADING_CHARACTERS.sub("\ufffd", line) for line in text.splitlines()]
-        parts.append("\n".join([f"## {title}", "", "```text", *lines, "```", ""]))
-    return "\n".join(parts)
-
-
-def _text_sections(group: JsonObject) -> Iterator[tuple[str, str]]:
-    report: JsonObject = next(iter(group["reports"]), {})
-    reason = _shorten(report.get("exception_reason", ""), SHOWN_TEXT)
-    yield "Crash", "\n".join(filter(None, (group["place"], group["exception_type"], reason)))
-    frames = [_frame_row({name: frame[name] for name in frame.keys() & _KNOWN_FRAME_FIELDS})
-              for frame in report.get("stack_trace", [])[:SHOWN_FRAMES]]
-    yield "Stack trace of the latest crash (* marks the app's own code)", "\n".join(
-        f"{n:3} {'*' if frame.is_own else ' '} {_shorten(frame.symbol, 1000)}  {_shorten(frame.place)}".rstrip()
-        for n, frame in enumerate(frames)) or "none"
-    spread = {"Crashes": group["count"], "Devices": group["devices"], "First seen": group["first_seen"],
-              "Last seen": group["last_seen"]}
-    for title, name in (("Versions", "versions"), ("Systems", "systems"), ("Models", "device_models")):
-        counts = zip(group[name]["labels"], group[name]["data"])
-        spread[title] = ", ".join(f"{_shorten(label, 80)} ({count})" for label, count in counts)
-    yield "Spread", "\n".join(f"{title}: {value}" for title, value in spread.items() if value not in (None, ""))
-    yield "History", "\n".join(f"{entry['at']} {entry['what']} {entry['detail'] or ''}".rstrip()
-                               for entry in group["history"]) or "none"
-
-
-def _group_title(group: JsonObject) -> str:
-    """The app's function that crashes, or else the exception type, or else the group's hash."""
-    return canonical_name(group["place"]) or group["exception_type"] or group["group_hash"]
-
-
 _SHOWN_ELSEWHERE = ("exception_type", "exception_reason", "stack_trace", "raw_stack_trace", "group_hash", "extra")
 
 
@@ -6273,40 +6348,6 @@ def _field_rows(page: PageRequest, report: JsonObject) -> Iterator[tuple[str, st
         if name not in _SHOWN_ELSEWHERE and not (name == "breadcrumbs" and _breadcrumb_steps(report)):
             html = formats[name](value) if name in formats else f"<bdi>{escape(_json_text(value))}</bdi>"
             yield name.replace("_", " "), html
-
-
-_KNOWN_FRAME_FIELDS = {*chain.from_iterable(_FRAME_FIELDS.values()), "frame", "in_app", "symbolicated", "inlined"}
-FrameRow = namedtuple("FrameRow", "symbol place is_own address")  # what a page shows of a frame
-
-
-def _frame_row(frame: JsonObject) -> FrameRow:
-    """A frame for a page. `place` is its file and line, binary and unknown fields; `address` is within its binary."""
-    known = read_frame(frame)
-    line = next((frame[name] for name in _FRAME_FIELDS["line"] if frame.get(name) is not None), None)
-    file = known.file if line is None or not known.file else f"{known.file}:{line}"
-    unknown = [_json_text(value) for name, value in frame.items()
-               if name not in _KNOWN_FRAME_FIELDS and value is not None]
-    place = [file, known.binary if known.symbol else "", "inlined" if frame.get("inlined") else "", *unknown]
-    address = f"{known.binary} + {known.offset} {known.uuid}".strip() if known.offset is not None else ""
-    return FrameRow(known.title or "(no symbol)", ", ".join(filter(None, place)), bool(known.is_own), address)
-
-
-def build_name(build: JsonObject) -> str:
-    """The name of a build, such as Shop 1.3.0 (48)."""
-    return f"{build['binary'] or 'a build'} {with_build(build['app_version'], build['build_number'])}".rstrip()
-
-
-def _event_details(event: JsonObject) -> str:
-    """The first twenty properties and unknown fields of an event."""
-    fields = {**event.get("properties", {}), **event.get("extra", {})}
-    return ", ".join(f"{name}: {_shorten(_json_text(value), 100)}" for name, value in list(fields.items())[:20])
-
-
-def _json_text(value: Any) -> str:
-    """Any JSON value as text for a reader, a list with one item per line."""
-    items = value if type(value) is list else [value]
-    lines = [item if type(item) is str else json.dumps(item, ensure_ascii=False) for item in items]
-    return _shorten("\n".join(lines), SHOWN_TEXT)
 
 
 # == Templates =================================================================
@@ -7398,8 +7439,7 @@ class _Dispatcher(ThreadedTaskDispatcher):
             log.exception("unexpected error")
 
     def gather(self, channels: list[_Channel]) -> Generator[Environ, None, None]:
-        """The environs of a request and those that come while the caller decodes. Adds their connections to
-        `channels`."""
+        """The environs of a request and of those that come while it is decoded. Adds the connections to `channels`."""
         with self.gathering, suppress(Empty):
             channel, size = self.waiting.get(), 0
             while channel:
