@@ -692,8 +692,17 @@ def _parse_finite(text: str) -> float:
     return number
 
 
+def _parse_integer(text: str) -> int:
+    """For Pythons without a limit of their own: for a million digits, int() would take seconds."""
+    if len(text) > 4300:
+        raise ValueError("a number is out of range")
+    return int(text)
+
+
 _DECODING_PROBLEMS: dict[Any, str] = {RecursionError: "it is nested too deep", UnicodeDecodeError: "it is not UTF-8"}
-_DECODER = json.JSONDecoder(parse_float=_parse_finite, parse_constant=_parse_finite)
+_make_decoder = partial(json.JSONDecoder, parse_float=_parse_finite,
+                        parse_int=int if hasattr(sys, "get_int_max_str_digits") else _parse_integer)
+_DECODER = _make_decoder(parse_constant=_parse_finite)
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
 # _ENCODER makes this encoder anew for each value. Keeping it halves the time.
 _C_ENCODER = json.encoder.c_make_encoder and json.encoder.c_make_encoder(  # type: ignore[attr-defined]
@@ -1140,8 +1149,7 @@ def _decode_nested(text: str) -> Any:
 def _decode_with_lists(text: str, lists: list[Any]) -> Any:
     """The value of JSON in which each NaN stands for the next of these lists."""
     unused = iter(lists)
-    decoder = json.JSONDecoder(
-        parse_float=_parse_finite, parse_constant=lambda word: next(unused) if word == "NaN" else _parse_finite(word))
+    decoder = _make_decoder(parse_constant=lambda word: next(unused) if word == "NaN" else _parse_finite(word))
     try:
         return decoder.decode(text)
     except json.JSONDecodeError as error:  # its position is not that in the body

@@ -892,6 +892,12 @@ BAD_BODIES = [
           ("invalid occurred_at", [{**EVENT, "occurred_at": "2026-03-12T14:22:31+24:00"}])] for bad in invalid]]
 
 
+def test_a_number_of_thousands_of_digits_is_refused_on_old_pythons_too():
+    assert backfeedr._parse_integer("9" * 4300) == int("9" * 4300)
+    with pytest.raises(ValueError):
+        backfeedr._parse_integer("9" * 4301)
+
+
 def test_an_invalid_body_is_refused_with_the_reason_and_nothing_is_stored(serve):
     api = Api(serve(rate_limit=0))
     api.post(CRASHES, CRASH)
@@ -1578,7 +1584,7 @@ def test_json_beside_deep_frames_is_read_like_any_other():
     for value, text in product(JSON_VALUES, ('{"x": %s, "deep": %s}', '{"deep": %s, "x": %s}')):
         text %= (value, DEEP_FRAMES) if text[2] == "x" else (DEEP_FRAMES, value)
         try:
-            expected = json.loads(value, parse_float=backfeedr._parse_finite, parse_constant=backfeedr._parse_finite)
+            expected = backfeedr._DECODER.decode(value)
         except ValueError:
             with pytest.raises(ValueError):
                 backfeedr._decode_nested(text)
@@ -4087,6 +4093,8 @@ DOWNGRADES = {  # what takes a database back to each version from the next one
 
 def downgrade(path, version):
     """Takes a database back to an earlier version."""
+    if version == 4 and not POSTGRES and sqlite3.sqlite_version_info < (3, 35):
+        pytest.skip("this SQLite cannot drop columns")
     with connected(path) as db:
         for step in range(5, version - 1, -1):
             (db.run if POSTGRES else db.executescript)(DOWNGRADES[step])
@@ -8146,7 +8154,8 @@ def test_every_request_is_answered_in_json_and_verbose_logs_it_without_private_d
         ("- - 431", [get, b"X: " + b"private" * 6000]),
         *((f"POST /api/v1/crashes {status}", [post, header]) for header, status in (
             (b"X-Backfeedr-Key: private-key", 401), (b"Content-Length: private", 400), (b"Content-Length: -1", 400),
-            (b"Content-Length: " + b"9" * 5000, 400), (b"Content-Length: 99999999", 413),
+            (b"Content-Length: " + b"9" * 5000, 400 if hasattr(sys, "get_int_max_str_digits") else 413),
+            (b"Content-Length: 99999999", 413),
             (b"Content-Length: 99999999999", 413), (b"Transfer-Encoding: private", 501),
             (b"Transfer-Encoding: gzip", 501), (expect + b"\r\nContent-Length: 0", 401),
             (expect + b"\r\nContent-Length: +5", 400), (expect + b"\r\nContent-Length: 5000000", 413)))]
