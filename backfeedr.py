@@ -52,9 +52,9 @@ The sections. Each uses only those above it, except that Dashboard uses Template
 
 To make a change, edit:
 
-    add an endpoint             Backfeedr._routes, and a query in Metrics; a handler in Backfeedr if it is no GET
+    add an endpoint             Backfeedr._routes, a query in PublicMetrics or Metrics; a handler if it is no GET
     add a field to a report     REPORT_TABLES, _ADDED_COLUMNS and SCHEMA_VERSION; Crash or Event, perhaps _CONVERTERS
-    add a figure                a class in FIGURES, `check` in its SUMS; SCHEMA_VERSION; a query in Metrics; a route
+    add a figure                a class in FIGURES, `check` in its SUMS; SCHEMA_VERSION; a PublicMetrics query; a route
     add a page                  Dashboard.routes, a method there, a row of _TEMPLATES, and of _NAVIGATION for the menu
     add a command               a method do_... of Commands, and a row of _COMMANDS
     add a kind of channel       a function in Channels, a row of CHANNELS, and perhaps check_address and Alerts.add
@@ -4983,7 +4983,7 @@ def _fact_text(kind: str, app: str, detail: JsonObject) -> str:
 # days. Without an app, an answer is the sum over the live apps.
 
 class PublicMetrics:
-    """Answers questions about figures as of now, in the shapes of the API. An unknown `app` raises Refusal."""
+    """Answers questions about figures as of now, in the shapes of the API. An unknown name `app` raises Refusal."""
 
     def __init__(self, store: Store):
         self._store = store
@@ -5147,7 +5147,7 @@ FILTERED_GROUP_COUNTS = f"""
 
 
 class Metrics(PublicMetrics):
-    """Answers all questions. Lists come in pages of `limit`: `cursor` is the `next` of a page, null on the last one."""
+    """Answers all questions. Lists come in pages of `limit`; `cursor` is the last page's `next`, null if it is over."""
 
     def digest(self, app: str | None, since: int, until: int) -> list[JsonObject]:
         """The facts of a digest from `since` to `until`, in milliseconds: is the newest release worse, what is new,
@@ -7795,7 +7795,11 @@ def _run(options: argparse.Namespace, make: Callable[..., Backfeedr], open_store
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser that suggests the right word for a misspelt one."""
+    """A parser that suggests the right word for a misspelt one, on every Python in the same words."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.suggest_on_error = False  # what Python 3.15 says by itself
 
     def error(self, message: str) -> Any:
         invalid = re.search(r"invalid choice: ('?[a-z].*) \(choose from (.+)\)", message)
