@@ -661,7 +661,8 @@ def builds_to_symbolicate(frames: Iterable[Frame]) -> str | None:
 EVENT_TYPES = ("session_start", "session_end", "error", "custom")
 MAX_BATCH = 100  # events
 MAX_TEXT = 500  # characters of versions, models, types, names, ids, locale
-MAX_DEPTH = 64  # of nested JSON: far more than SDKs send, far less than Python's recursion limit
+MAX_DEPTH = 64  # of JSON that is stored as it was sent: far more than SDKs send
+MAX_READ_DEPTH = 500  # of JSON that is read. Python 3.13 reads 10,000 levels, but a thread's stack may end before that
 MAX_NUMBER = (1 << 63) - 1
 MAX_REPORT_SIZE, MAX_BATCHED_SIZE = 256_000, 32_000  # bytes of text stored for a report, and for an event of a batch
 SMALL_SIZE = 1000  # characters of JSON that cannot have too many fields or frames
@@ -674,15 +675,26 @@ Converters = Mapping[str, Callable[[Any], Any]]  # by field: gives the value to 
 
 
 def decode_json(body: bytes) -> JsonObject:
-    """The JSON object in a body. Raises Refusal unless it is an object in UTF-8 whose numbers are finite. A NUL or a
-    lone surrogate, which SQLite cannot store, becomes U+FFFD: one bad character must not cost a report."""
+    """The JSON object in a body. Raises Refusal unless it is an object in UTF-8 whose numbers are finite."""
     try:
-        value = _DECODER.decode(_replace_unstorable(body.decode()).removeprefix("\ufeff"))  # a byte order mark
-    except (RecursionError, ValueError) as error:
-        raise Refusal("invalid JSON", detail=_DECODING_PROBLEMS.get(type(error)) or str(error)[:100]) from None
+        value = _DECODER.decode(not_deep(decode_text(body)))
+    except ValueError as error:
+        raise Refusal("invalid JSON", detail=str(error)[:100]) from None
     if type(value) is not dict:
         raise Refusal("invalid JSON", detail=f"the body is {_json_type(value)}, not an object")
     return value
+
+
+def decode_text(body: bytes) -> str:
+    """The text of a body in UTF-8. Raises ValueError. A NUL or a lone surrogate, which in JSON is always an escape, and
+    which SQLite cannot store, becomes U+FFFD: one bad character must not cost a report."""
+    try:
+        text = body.decode().removeprefix("\ufeff")  # a byte order mark
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8") from None
+    if _MAYBE_UNSTORABLE.search(text):
+        return _ESCAPE.sub(lambda match: r"\ufffd" if match[1] else match[0], text)
+    return text
 
 
 def _parse_finite(text: str) -> float:
@@ -699,11 +711,11 @@ def _parse_integer(text: str) -> int:
     return int(text)
 
 
-_DECODING_PROBLEMS: dict[Any, str] = {RecursionError: "it is nested too deep", UnicodeDecodeError: "it is not UTF-8"}
 _make_decoder = partial(json.JSONDecoder, parse_float=_parse_finite,
                         parse_int=int if hasattr(sys, "get_int_max_str_digits") else _parse_integer)
 _DECODER = _make_decoder(parse_constant=_parse_finite)
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"),
+                            default=lambda _: "(nested too deep)")  # for the deques of _decode_nested
 # _ENCODER makes this encoder anew for each value. Keeping it halves the time.
 _C_ENCODER = json.encoder.c_make_encoder and json.encoder.c_make_encoder(  # type: ignore[attr-defined]
     None, _ENCODER.default, json.encoder.encode_basestring, None, ":", ",", False, False, False)
@@ -717,13 +729,6 @@ _ESCAPE = re.compile(r"\\(?:ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}|(u0000|ud[89
 def to_json(value: Any) -> str:
     """A value as compact JSON."""
     return "".join(_C_ENCODER(value, 0)) if _C_ENCODER else _ENCODER.encode(value)
-
-
-def _replace_unstorable(text: str) -> str:
-    """JSON without the characters that SQLite cannot store. UTF-8 and JSON allow them only as escapes."""
-    if _MAYBE_UNSTORABLE.search(text):
-        return _ESCAPE.sub(lambda match: r"\ufffd" if match[1] else match[0], text)
-    return text
 
 
 def _json_type(value: Any) -> str:
@@ -791,9 +796,16 @@ def _is_list_of_objects(value: Any) -> bool:
     return type(value) is list and {*map(type, value)} <= {dict}
 
 
+def not_deep(text: str) -> str:
+    """The same JSON. Raises ValueError if it is nested deeper than MAX_READ_DEPTH."""
+    if _is_deep(text, MAX_READ_DEPTH):
+        raise ValueError("it is nested too deep")
+    return text
+
+
 def _is_deep(text: str, max_depth: int = MAX_DEPTH) -> bool:
     """Whether JSON is nested too deep. Counts brackets: walking through the values would take ten times as long."""
-    if len(text) <= 2 * max_depth or text.count("{") + text.count("[") <= max_depth:  # nearly always
+    if len(text) <= max_depth or text.count("{") + text.count("[") <= max_depth:  # nearly always
         return False
     outside_strings = text.replace("\\\\", "").replace('\\"', "").split('"')[::2]
     brackets = "".join(outside_strings).encode().translate(None, _NO_BRACKETS)
@@ -877,7 +889,7 @@ def parse_batch(sent: JsonObject) -> list[Event]:
         events[0][unused_name] = {name: value for name, value in sent.items() if name != "events"}
     try:
         return _parse_usual_events(events)
-    except (Refusal, ValueError, TypeError, AttributeError, RecursionError):  # an event is invalid or unusual
+    except (Refusal, ValueError, TypeError, AttributeError):  # an event is invalid or unusual
         parsed = []
     for index, event in enumerate(events):
         try:
@@ -924,7 +936,7 @@ def _convert(sent: JsonObject, converters: Converters, max_size: int) -> list[An
             try:
                 values[name] = converted = convert(value)
                 size += len(converted) if type(converted) is str else 0
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 if name in _REQUIRED:
                     raise Refusal(f"invalid {name}", detail=f"{name} {error}") from None
                 unknown[name] = value
@@ -946,10 +958,7 @@ def _flatten_if_deep(value: Any) -> Any:
     """A value, or the beginning of its JSON as text if it is nested too deep or longer than a report may be."""
     if type(value) not in (dict, list):
         return value
-    try:
-        text = to_json(value)
-    except RecursionError:
-        raise Refusal("invalid JSON", detail="it is nested too deep") from None
+    text = to_json(value)
     return text[:MAX_REPORT_SIZE] if len(text) > MAX_REPORT_SIZE or _is_deep(text, MAX_DEPTH - 1) else value
 
 
@@ -1056,15 +1065,15 @@ def parse_diagnostics(body: bytes, now: int, device: str = "") -> list[Crash | E
     .crash text. [] if MetricKit has nothing to report. A diagnostic without a time gets `now`, in milliseconds;
     `device` is the device_id_hash. Raises Refusal."""
     try:
-        text = _PRIVATE.sub(lambda match: f"/{match[1]}USER" if match[1] else "/UUID", body.decode())
-        diagnostics = list(islice(_read_diagnostics(_replace_unstorable(text).removeprefix("\ufeff")), MAX_BATCH + 1))
+        text = _PRIVATE.sub(lambda match: f"/{match[1]}USER" if match[1] else "/UUID", decode_text(body))
+        diagnostics = list(islice(_read_diagnostics(text), MAX_BATCH + 1))
         if len(diagnostics) > MAX_BATCH:
             raise Refusal(f"too many diagnostics: at most {MAX_BATCH}")
         device = device.replace("\x00", "\ufffd")  # a header may contain it, but no database takes it
         return [parse({**sent, "occurred_at": sent["occurred_at"] or iso_time(now), "device_id_hash": device})
                 for parse, sent in diagnostics]
-    except (UnicodeDecodeError, RecursionError) as error:  # RecursionError in a field that is kept as sent
-        raise Refusal(UNKNOWN_FORMAT, detail=_DECODING_PROBLEMS[type(error)]) from None
+    except ValueError as error:
+        raise Refusal(UNKNOWN_FORMAT, detail=str(error)) from None
 
 
 def parse_crash_body(body: bytes) -> Crash:
@@ -1108,9 +1117,10 @@ def _objects_on_lines(text: str) -> list[JsonObject]:
     for _ in range(4):
         if match := _OBJECT_START.search(text, position):
             position = match.end()
-            with suppress(ValueError, RecursionError):
-                value, position = _DECODER.raw_decode(text, match.start())
+            with suppress(ValueError):
+                value, length = _DECODER.raw_decode(not_deep(text[match.start():]))
                 objects.append(value)
+                position = match.start() + length
     return objects
 
 
@@ -1119,10 +1129,10 @@ _NESTING = re.compile(r'"subFrames"\s*:\s*\[|"[^"\\]*(?:\\.[^"\\]*)*"?|[][]|NaN'
 
 
 def _decode_nested(text: str) -> Any:
-    """The value of JSON whose `subFrames` may be nested deeper than Python can read: a call stack has two levels for
-    each frame. Each list of `subFrames` is decoded by itself, and NaN, which JSON does not have, stands for it in the
-    text around it. Raises ValueError or RecursionError."""
-    with suppress(RecursionError):
+    """The value of JSON whose `subFrames` may be nested to any depth: a call stack has two levels for each frame. In
+    deep JSON each list of `subFrames` is decoded by itself, becomes a path (see _heaviest_path), and NaN, which JSON
+    does not have, stands for it in the text around it. Raises ValueError."""
+    if not _is_deep(text, MAX_READ_DEPTH):
         return _DECODER.decode(text)
     pieces, lists = list[str](), list[Any]()  # of the text that is being read, and the lists that NaN stands for in it
     enclosing: list[tuple[list[str], list[Any]]] = []  # the same for each text around it
@@ -1131,8 +1141,6 @@ def _decode_nested(text: str) -> Any:
         if token[0] == "NaN":
             raise ValueError("a number is out of range")
         if token[0].endswith("["):
-            if len(open_brackets) - len(enclosing) > MAX_DEPTH:
-                raise ValueError("it is nested too deep")
             open_brackets.append(token[0] != "[")
             if open_brackets[-1]:
                 pieces.append(text[position:token.end() - 1] + "NaN")
@@ -1141,9 +1149,22 @@ def _decode_nested(text: str) -> Any:
         elif token[0] == "]" and open_brackets and open_brackets.pop():
             frames = _decode_with_lists("".join([*pieces, text[position:token.end()]]), lists)
             pieces, lists = enclosing.pop()
-            lists.append(frames)
+            lists.append(_heaviest_path(frames))
             position = token.end()
     return _decode_with_lists("".join([*pieces, text[position:]]), lists)
+
+
+def _heaviest_path(frames: Any) -> deque[JsonObject]:
+    """The path that most samples took, from one of these frames inwards. It is not nested: to delete 5,000 nested
+    objects takes more stack than a thread may have."""
+    path, steps = deque[JsonObject](), list[JsonObject]()
+    while type(frames) is list and (objects := [frame for frame in frames if type(frame) is dict]):
+        steps.append(max(objects, key=lambda frame: _member_number(frame, "sampleCount") or 0))
+        frames = steps[-1].pop("subFrames", None)
+        if type(frames) is deque:
+            path = frames
+    path.extendleft(reversed(steps))
+    return path
 
 
 def _decode_with_lists(text: str, lists: list[Any]) -> Any:
@@ -1151,7 +1172,7 @@ def _decode_with_lists(text: str, lists: list[Any]) -> Any:
     unused = iter(lists)
     decoder = _make_decoder(parse_constant=lambda word: next(unused) if word == "NaN" else _parse_finite(word))
     try:
-        return decoder.decode(text)
+        return decoder.decode(not_deep(text))
     except json.JSONDecodeError as error:  # its position is not that in the body
         raise ValueError(f"{error.msg} in a deep call stack") from None
 
@@ -1290,10 +1311,7 @@ def _metrickit_trace(tree: JsonObject, is_crash: bool) -> list[JsonObject]:
     """The frames of the thread in question, innermost first. In a tree of samples, the path that most samples took."""
     stacks = _member_objects(tree, "callStacks") or _member_objects(tree, "callStackThreads")
     stack = next((stack for stack in stacks if stack.get("threadAttributed") is True), stacks[0] if stacks else {})
-    frames, path = _member_objects(stack, "callStackRootFrames") or _member_objects(stack, "rootFrames"), []
-    while frames:
-        path.append(max(frames, key=lambda frame: _member_number(frame, "sampleCount") or 0))
-        frames = _member_objects(path[-1], "subFrames")
+    path = _heaviest_path(_member_objects(stack, "callStackRootFrames") or _member_objects(stack, "rootFrames"))
     images = _member_objects(tree, "binaryInfo")
     names = {uuid: _member(image, "name", str) for image in images if (uuid := image_uuid(image.get("uuid")))}
     steps = [(frame, _member(frame, "binaryName", str) or names.get(image_uuid(frame.get("binaryUUID")), ""))
@@ -7176,11 +7194,8 @@ class Backfeedr(Closing):
             elif self.settings.require_signature:
                 raise Refusal("signature required")
             plain = _decompress(environ, body, self.settings.max_body_size)
-            try:
-                device = _header(environ, "X_BACKFEEDR_DEVICE").decode("utf-8", "replace")
-                submission.reports = parse(plain, self.store.now, device)
-            except RecursionError:  # nested too deep to be written as JSON, though not to be read
-                raise Refusal("invalid JSON", detail="it is nested too deep") from None
+            device = _header(environ, "X_BACKFEEDR_DEVICE").decode("utf-8", "replace")
+            submission.reports = parse(plain, self.store.now, device)
             submission.idempotency = _idempotency(environ, signature, plain)
 
 

@@ -44,7 +44,7 @@ import time
 import weakref
 import zipfile
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from datetime import date, datetime, timezone
@@ -1067,17 +1067,49 @@ def test_a_cut_crash_keeps_its_group_when_it_is_imported(api, serve):
     assert "truncated" in report(other)["extra"]
 
 
-def test_a_body_of_any_depth_is_stored_or_refused(serve, monkeypatch):
+def test_a_body_of_500_levels_is_stored_and_one_of_501_is_refused(serve, monkeypatch):
     monkeypatch.setattr(backfeedr, "MAX_REPORT_SIZE", 10_000)
     api = Api(serve(rate_limit=0))
-    for depth in (*range(60, 1000, 47), *range(930, 1000, 5)):  # the limit differs between versions of Python
-        deep = '{"a":' * depth + "1" + "}" * depth
-        for path, body in ((CRASHES, changed(CRASH, x=1, y="y" * 11_000)), (EVENTS, changed(EVENT, properties=1)),
-                           (CRASHES, changed(CRASH, stack_trace=[{"symbol": 1}])),
-                           (BATCH, b'{"events": [' + changed(EVENT, properties=1) + b"]}")):
-            status, answer = api.post(path, re.sub(rb'("x"|"properties"|"symbol"): 1', rb"\1: " + deep.encode(), body))
-            assert status == 201 or status == 400 and answer["error"].startswith("invalid JSON"), (path, depth, answer)
-    assert count(api.server, "crashes") > 10 and count(api.server, "events") > 10
+    event = changed(EVENT, properties=1)
+    for path, body, levels in (
+            (CRASHES, changed(CRASH, x=1, y="y" * 11_000), 1),
+            (CRASHES, changed(CRASH, stack_trace=[{"symbol": 1}]), 3),
+            (EVENTS, event, 1), (BATCH, b'{"events": [' + event + b"]}", 3)):
+        for depth, expected in ((60, 201), (500 - levels, 201), (501 - levels, 400), (990, 400), (9_000, 400)):
+            deep = b'{"a":' * depth + b"1" + b"}" * depth
+            status, answer = api.post(path, re.sub(rb'("x"|"properties"|"symbol"): 1', rb"\1: " + deep, body))
+            assert (status, answer.get("detail")) == (expected, "it is nested too deep" if expected == 400 else None)
+    assert (count(api.server, "crashes"), count(api.server, "events")) == (4, 4)
+
+
+def test_deep_json_does_not_end_a_server_whose_threads_have_small_stacks():
+    """Python 3.13 reads 10,000 levels, for which the stack of a thread on Alpine is too small."""
+    def read(parse, text):
+        try:
+            report, = parse(text.encode())
+            return json.loads(report.extra)["x"]
+        except Refusal as refusal:
+            return refusal.detail
+
+    def read_all():
+        for (start, end), around, parse in product(
+                (("[", "]"), ('{"a":', "}"), ('{"subFrames":[', "]}")), ("%s", diagnostic),
+                (lambda body: [backfeedr.parse_crash_body(body)], partial(backfeedr.parse_diagnostics, now=0))):
+            bodies = [around % (start * depth + "1" + end * depth) for depth in (501, 5000, 9000)]
+            texts.append({str(read(parse, body)) for body in bodies})
+
+    texts, diagnostic = [], json.dumps(payload_of(meta={**META, "x": "%s"})).replace('"%s"', "%s")
+    previous = threading.stack_size(1 << 18)
+    try:
+        thread = threading.Thread(target=read_all)
+        thread.start()
+    finally:
+        threading.stack_size(previous)
+    thread.join()
+    deep, apple = {"it is nested too deep"}, {"POST Apple's reports unchanged to /api/v1/diagnostics"}
+    assert texts == [
+        *[deep, deep, apple, deep] * 2, deep, {"the object is neither a MetricKit payload nor an .ips file"}, apple,
+        {"{'subFrames': '(nested too deep)'}"}]
 
 
 def test_a_batch_of_100_events_is_stored_in_order_with_its_unknown_fields(api):
@@ -1570,7 +1602,7 @@ def test_a_call_stack_may_be_nested_to_any_depth(depth):
     assert report["device_model"] == "iPhone16,1"
 
 
-DEEP_FRAMES = '{"subFrames" :\n[{}, ' * 700 + "0" + "]}" * 700
+DEEP_FRAMES = '{"sampleCount": 1, "subFrames" :\n[{}, ' * 700 + "0" + "]}" * 700
 JSON_VALUES = [
     "-12", "1.5e3", "true", "[ ]", '"a\\"\\\\\\/\\b\\u00e9\\ud83d\\ude00"', '[1, [2, {}], {"a": [null]}]',
     '{"a": 1, "a": 2}', "[" * 60 + "]" * 60, '"]"', '"\\"subFrames\\":["', '"subFrames"', '{"subFrames": {}}',
@@ -1578,6 +1610,25 @@ JSON_VALUES = [
     '{"subFrames": [{"subFrames": []}, {"subFrames": [3]}], "b": {"subFrames": [4]}}', '{"subFrames": NaN}',
     '{"subFrames": [NaN]}', '{"subFrames": [}', '{"subFrames": []', '{"subFrames": []]}', "[1,]", "[1", "[1}", "}", "]",
     "{'a': 1}", '"a', '"a\nb"', "\u00a01", ""]
+
+
+def with_paths(value):
+    """A value in which each list of `subFrames` is the path of the heaviest frames."""
+    def path_of(frames):
+        frame = max((frame for frame in frames if type(frame) is dict),
+                    key=lambda frame: frame.get("sampleCount", 0), default=None)
+        if frame is None:
+            return []
+        inner = frame.get("subFrames")
+        rest = {name: value for name, value in frame.items() if name != "subFrames"}
+        return [rest, *path_of(inner if type(inner) is list else [])]
+
+    if type(value) is list:
+        return list(map(with_paths, value))
+    if type(value) is dict:
+        return {name: deque(map(with_paths, path_of(inner))) if name == "subFrames" and type(inner) is list
+                else with_paths(inner) for name, inner in value.items()}
+    return value
 
 
 def test_json_beside_deep_frames_is_read_like_any_other():
@@ -1589,12 +1640,9 @@ def test_json_beside_deep_frames_is_read_like_any_other():
             with pytest.raises(ValueError):
                 backfeedr._decode_nested(text)
             continue
-        decoded, depth = backfeedr._decode_nested(text), 0
-        assert repr(decoded["x"]) == repr(expected), value
-        inner = decoded["deep"]
-        while inner:
-            inner, depth = inner["subFrames"][1], depth + 1
-        assert depth == 700
+        decoded = backfeedr._decode_nested(text)
+        assert repr(decoded["x"]) == repr(with_paths(expected)), value
+        assert decoded["deep"] == {"sampleCount": 1, "subFrames": deque([{"sampleCount": 1}] * 699 + [{}])}
 
 
 def test_characters_that_no_database_can_store_are_replaced_in_apple_reports():
