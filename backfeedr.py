@@ -434,11 +434,13 @@ _VERSION_PARTS = re.compile(  # numbers; pre-release, such as -rc.1, b3 or " bet
 
 def version_key(version: str) -> tuple[Any, ...]:
     """A sort key for versions and builds: 1.10 is after 1.9, 1.2 (10) after 1.2 (9), 1.2.0-rc.1 and 1.2.0b3 before
-    1.2.0, and 1.3 equals 1.3.0. Its first item is whether the version has numbers; one without is below all others."""
-    return _cached_version_key(version) if len(version) <= 40 else _make_version_key(version)
+    1.2.0, and 1.3 equals 1.3.0. Its first item is whether the version has numbers; one without is below all others.
+    Only the first 64 characters count, so that the cache stays small."""
+    return _version_key(version[:64])
 
 
-def _make_version_key(version: str) -> tuple[Any, ...]:
+@lru_cache(maxsize=4096)  # the list of releases sorts up to 1,000 of an app
+def _version_key(version: str) -> tuple[Any, ...]:
     match = _VERSION_PARTS.fullmatch(version)
     if match is None:
         return False, [], False, _version_words(version), []
@@ -446,9 +448,6 @@ def _make_version_key(version: str) -> tuple[Any, ...]:
     while numbers and not numbers[-1]:
         numbers.pop()
     return True, numbers, not pre_release, _version_words(pre_release), _version_words(match[4] or "")
-
-
-_cached_version_key = lru_cache(maxsize=4096)(_make_version_key)  # the list of releases sorts up to 1,000 of an app
 
 
 def _version_words(text: str) -> list[tuple[int, int, str]]:
@@ -2195,6 +2194,9 @@ create view releases as
     FILTERED = f"""(
         select app_id, app_version, min(first_seen) as first_seen, max(last_seen) as last_seen from builds
         where {APP_FILTER} group by app_id, app_version) as releases"""  # in the view, SQLite would look at all apps
+    RECENT = f"""(
+        select app_id, app_version, sum(sessions) as recent_sessions from release_days
+        where {APP_FILTER} and day between :first and :last group by app_id, app_version) as recent"""
 
     def __init__(self, rollups: RollUps):
         super().__init__(rollups)
@@ -2241,16 +2243,15 @@ create view releases as
         return pairs
 
     @staticmethod
-    def newest(db: Any, app: int | None, since: int) -> dict[int, str]:
+    def newest(db: Any, app: int | None, days: range) -> dict[int, str]:
         """The newest release of each app, by app_id: the last one that came. An old version that comes late is not the
-        newest, unless it has more sessions since the day `since`: an app may begin to number its versions anew."""
+        newest, unless it has more sessions on these days: an app may begin to number its versions anew."""
         newest: dict[int, Row] = {}  # version key, sessions, version
         for app_id, version, sessions in db.execute(f"""
-                select app_id, app_version, coalesce((
-                    select sum(sessions) from release_days
-                    where app_id = releases.app_id and day >= :since and app_version = releases.app_version), 0)
-                from {Releases.FILTERED} where app_version <> '{OTHER}' order by first_seen, app_version
-                """, {"app": app, "since": since}):
+                select app_id, app_version, coalesce(recent_sessions, 0)
+                from {Releases.FILTERED} left join {Releases.RECENT} using (app_id, app_version)
+                where app_version <> '{OTHER}' order by first_seen, app_version
+                """, {"app": app, "first": days[0], "last": days[-1]}):
             key, (newest_key, most_sessions, _) = version_key(version), newest.get(app_id, ((), -1, ""))
             if key >= newest_key or sessions > most_sessions:
                 newest[app_id] = key, sessions, version
@@ -2279,14 +2280,13 @@ create view releases as
         return dict_rows(db, f"""
             select latest.app_id, apps.name as app, latest.app_version,
                 {", ".join(f"coalesce({name}, 0) as {name}" for name in SUMS["release_sums"].columns)},
-                first_seen, last_seen,
-                (select sum(sessions) from release_days where app_id = latest.app_id
-                    and day between :first and :last and app_version = latest.app_version) as recent_sessions,
+                first_seen, last_seen, recent_sessions,
                 (select sum(sessions) from session_days where app_id = latest.app_id
                     and day between :first and :last) as app_sessions
             from (select * from {Releases.FILTERED} order by first_seen desc, app_version, app_id limit 100) as latest
             join apps on apps.id = latest.app_id
             left join release_sums using (app_id, app_version)
+            left join {Releases.RECENT} using (app_id, app_version)
             order by first_seen desc, latest.app_version, latest.app_id
             """, {"app": app, "first": days[0], "last": days[-1]})
 
@@ -3063,6 +3063,7 @@ class Connection(sqlite3.Connection):
         super().__init__(f"{path.as_uri()}?mode={mode}", uri=True, timeout=BUSY_TIMEOUT,
                          isolation_level=None, check_same_thread=False, cached_statements=CACHED_STATEMENTS)
         self.execute("pragma synchronous = full")  # NORMAL may lose acknowledged commits in a power failure
+        self.execute("pragma fullfsync = on")  # on macOS, fsync alone leaves data in the drive's cache
         self.execute("pragma secure_delete = on")  # overwrites what is deleted
         self.execute("pragma journal_size_limit = 16000000")  # bytes that a WAL may keep after its peak
         # In KiB. There is one writer, but as many readers as busy threads.
@@ -4557,7 +4558,7 @@ class Store(SymbolStore):
 def worse_releases(db: Connection, now: int) -> list[tuple[ReleasePair, str]]:
     """The newest release of each live app if it is certainly worse than the one before, and the text of the verdict.
     Those that were reported already are left out."""
-    newest = Releases.newest(db, None, now // DAY - WEEK + 1)
+    newest = Releases.newest(db, None, range(now // DAY - WEEK + 1, now // DAY + 1))
     pairs = Releases.pairs(db, None, newest.items())
     return [(pair, (verdict(*healths) or {})["text"])
             for pair, healths in Releases.health_of_pairs(db, pairs, now).items()
@@ -5099,7 +5100,7 @@ class PublicMetrics:
     def newest_releases(self, app: str | None = None) -> list[JsonObject]:
         """The newest release of each app with its verdict, those that are worse than before first."""
         with self._snapshot(app) as (db, app_id):
-            newest = Releases.newest(db, app_id, self._last_days(WEEK)[0])
+            newest = Releases.newest(db, app_id, self._last_days(WEEK))
             verdicts = self._verdicts(db, app_id, set(newest.items()))
             names = dict(db.execute("select id, name from apps"))
         releases = [{"app": names[id], "app_version": version, "verdict": verdicts.get((id, version))}
@@ -5342,7 +5343,7 @@ class Metrics(PublicMetrics):
             new = sorted((row for row in rows if row["news_at"] >= since), key=itemgetter("news_at"), reverse=True)
             by_devices = sorted(rows[SCORED_GROUPS:], key=itemgetter("devices"), reverse=True)
             first = rows[:SCORED_GROUPS] + by_devices[:SCORED_GROUPS]  # crashes alone say little: one device may loop
-            newest = Releases.newest(db, app_id, week[0])
+            newest = Releases.newest(db, app_id, week)
             for row in first:
                 row.update(self._score(db, {**parameters, **row, "newest": newest.get(row["app_id"])}))
             first.sort(key=itemgetter("score", "devices", "count"), reverse=True)
@@ -5392,7 +5393,7 @@ class Metrics(PublicMetrics):
         """The first build that may have the fix of a group: the newest of the app or, if the group has crashed in that
         one, the next. "" if no version of the app is known."""
         with self._snapshot(app) as (db, app_id):
-            version = Releases.newest(db, app_id, self._last_days(WEEK)[0]).get(app_id or 0, "")
+            version = Releases.newest(db, app_id, self._last_days(WEEK)).get(app_id or 0, "")
             build = max((number for number, in db.execute("""
                 select build_number from builds where app_id = ? and app_version = ? order by first_seen desc limit 100
                 """, (app_id, version))), key=version_key, default="")

@@ -5813,9 +5813,7 @@ def test_versions_sort_as_people_expect():
                "1.2.0 (10)", "1.9", "1.10", "1.11b1", "1.11", "2024.1"]
     shuffled = random.Random(1).sample(ordered, len(ordered))
     assert sorted(shuffled, key=backfeedr.version_key) == ordered
-    kept = backfeedr._cached_version_key.cache_info().currsize
-    backfeedr.version_key("1." * 200 + "1")
-    assert backfeedr._cached_version_key.cache_info().currsize == kept, "a key of a long version takes much memory"
+    assert backfeedr.version_key("1." * 200) == backfeedr.version_key("1." * 32), "a longer key would take much memory"
 
 
 def test_releases_are_sorted_by_first_appearance_or_version_and_name_apps_only_to_the_admin(api, clock):
