@@ -5142,11 +5142,12 @@ MAX_MISSING_BUILDS = 100  # builds without symbols in a list
 SCORED_GROUPS, SHOWN_GROUPS = 20, 5  # groups by crashes, and by devices, that get a score; groups that are shown
 EVENTS_BEFORE_CRASH = 20  # events that the page of a crash shows, out of the session's latest 100
 
-_IN_TRIAGE = "(app_id, group_hash) {} (select app_id, group_hash from triage where {})"
+_IN_TRIAGE = "(app_id, group_hash) in (select app_id, group_hash from triage where {})"
 STATE_CONDITIONS: dict[str | None, str] = {  # the condition of each `state` by which a list can be filtered
-    None: "1 = 1", "open": _IN_TRIAGE.format("not in", "state <> 'open'"),
-    "resolved": _IN_TRIAGE.format("in", "state = 'resolved'"), "muted": _IN_TRIAGE.format("in", "state = 'muted'"),
-    "regressed": _IN_TRIAGE.format("in", "state = 'open' and regressed_at is not null"),  # since it was last resolved
+    None: "1 = 1", "open": """not exists (  -- `not in` takes four times as long
+        select 1 from triage where (app_id, group_hash) = (counts.app_id, counts.group_hash) and state <> 'open')""",
+    "resolved": _IN_TRIAGE.format("state = 'resolved'"), "muted": _IN_TRIAGE.format("state = 'muted'"),
+    "regressed": _IN_TRIAGE.format("state = 'open' and regressed_at is not null"),  # since it was last resolved
     "new": "(app_id, group_hash) in (select app_id, group_hash from groups where came_at >= :week)"}
 SORT_COLUMNS = {"crashes": "count", "devices": "devices", "last_seen": "last_seen", "first_seen": "first_seen"}
 _LISTED_WITHOUT_CRASHES = ":state in ('resolved', 'muted', 'regressed')"
