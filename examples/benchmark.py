@@ -317,10 +317,10 @@ class Bench:
 
 # == Commands ==================================================================
 
-TARGETS = [*((f"crash, {n} connections: requests/s", "bare", 0.6, inf) for n in (16, 64)),
+TARGETS = [*((f"crash, {n} connections: requests/s", "bare", 0.75, inf) for n in (16, 64)),
            *((f"batch of 100, {n} connections: requests/s", "raw", 0.55, inf) for n in (16, 64)),
            ("crash, 64 connections to 16", "value", 0.85, inf), ("MB of memory at rest", "value", 0, 60),
-           ("MB of memory at most", "value", 0, 100), ("bytes on disk an event", "value", 0, 220)]
+           ("MB of memory at most", "value", 0, 100), ("bytes on disk an event", "value", 0, 150)]
 
 
 def ingest(bench: Bench, arguments: argparse.Namespace) -> None:
