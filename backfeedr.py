@@ -189,7 +189,7 @@ class Settings:
                      if text and name.startswith(_PREFIX) and name != "BACKFEEDR_ENDPOINT"}  # for examples/client.py
         ignored = sorted(name for name, text in variables.items() if _KUBERNETES_VARIABLE.fullmatch(f"{name}={text}"))
         if ignored:
-            log.warning("ignored %s: Kubernetes sets them for a service", ", ".join(_PREFIX + name for name in ignored))
+            log.warning("ignored %s, set by Kubernetes for a service", ", ".join(_PREFIX + name for name in ignored))
         types, values = {setting.name.upper(): type(setting.default) for setting in fields(cls)}, {}
         for name in sorted(variables.keys() - set(ignored)):
             if name not in types:
@@ -1039,7 +1039,7 @@ SIGNALS = {  # Darwin's numbers
     3: "SIGQUIT", 4: "SIGILL", 5: "SIGTRAP", 6: "SIGABRT", 7: "SIGEMT", 8: "SIGFPE", 9: "SIGKILL", 10: "SIGBUS",
     11: "SIGSEGV", 12: "SIGSYS", 13: "SIGPIPE", 14: "SIGALRM", 15: "SIGTERM"}
 BUG_TYPES = {"109": "a crash", "309": "a crash", "202": "CPU use", "206": "CPU use", "222": "a hang", "223": "a hang",
-             "228": "a hang", "328": "a hang", "298": "jetsam, memory of the whole system"}
+             "228": "a hang", "328": "a hang", "298": "a jetsam report on all apps"}
 EVENT_NAMES = {
     "hangDiagnostic": "Hang", "cpuExceptionDiagnostic": "CPU exception", "appLaunchDiagnostic": "Slow launch",
     "diskWriteExceptionDiagnostic": "Disk write exception"}
@@ -3141,7 +3141,7 @@ def check_compatible(db: Connection, path: Path) -> None:
     if not is_empty and db.pragma("application_id") != APPLICATION_ID:
         raise StoreError(f"{path} is a database, but not one of backfeedr's{DB_PATH_HINT}")
     if version > SCHEMA_VERSION:
-        raise StoreError(f"{path} is of a newer backfeedr (schema {version}; this one knows {SCHEMA_VERSION})")
+        raise StoreError(f"{path} was made by a newer backfeedr (schema {version}; this one knows {SCHEMA_VERSION})")
 
 
 # The tables of earlier schemas that new ones replace. Of schema 2, these are all tables that count reports.
@@ -3508,7 +3508,7 @@ class Apps(Database):
             apps = {name for name, in db.execute("select name from apps").fetchall()}
             stored_key = db.execute("select revoked_at from keys where key_hash = ?", (sha256(api_key),)).fetchone()
             if stored_key and stored_key[0]:
-                log.warning("the API key of the settings was revoked, and stays so")
+                log.warning("BACKFEEDR_API_KEY was revoked, and stays revoked")
             elif not stored_key and (api_key or not apps):
                 if "default" not in apps:
                     self._insert_app(db, "default", False)
@@ -3920,7 +3920,7 @@ class Deletion(Apps):
                 group by apps.id, name order by sum(size) desc, apps.id limit 1""").fetchone() or (0, "")
             self._largest_app = (self.now, app_id)
             if app_id:
-                log.warning("the database exceeds BACKFEEDR_MAX_DB_SIZE: the oldest reports of %s go early", name)
+                log.warning("the database exceeds BACKFEEDR_MAX_DB_SIZE: the oldest reports of %s are deleted", name)
         return self._largest_app[1]
 
     def _delete_reports(self, db: Connection, kind: type, source: str, keys: Any, expired: bool = True) -> list[int]:
@@ -4092,7 +4092,7 @@ class SymbolStore(Deletion):
             matches = db.execute("select uuid from symbols where substr(replace(uuid, '-', ''), 1, ?) = ?",
                                  (len(digits), digits)).fetchall()
         if len(matches) != 1:
-            raise StoreError(f"the UUIDs of {len(matches) or 'no'} builds begin with {uuid!r}: see 'symbols list'")
+            raise StoreError(f"{len(matches) or 'no'} builds have a UUID that begins with {uuid!r}: see 'symbols list'")
         self._repeat_step(partial(self._drop_symbols, uuid=matches[0][0]))
         self._fold_in_wal()
         return str(matches[0][0])
@@ -4578,8 +4578,8 @@ def size_warnings(path: Path, max_db_size: int) -> list[str]:
     """Warnings that a database or its disk is nearly full."""
     texts, size, disk = [], max_db_size and path.stat().st_size, shutil.disk_usage(path.parent)
     if size > NEARLY_FULL * max_db_size:
-        texts.append(f"The database has {100 * size // max_db_size} % of BACKFEEDR_MAX_DB_SIZE; beyond it the oldest"
-                     " reports go early.")
+        texts.append(f"The database is at {100 * size // max_db_size} % of BACKFEEDR_MAX_DB_SIZE; above it, the oldest"
+                     " reports are deleted.")
     if disk.used > NEARLY_FULL * (disk.used + disk.free):
         texts.append(f"The disk is nearly full: {megabytes(disk.free)} are free.")
     return texts
@@ -7102,7 +7102,7 @@ class Backfeedr(Closing):
     def _put_symbols(self, environ: Environ, uuid: str) -> Answer:
         body, build = self._admin_body(environ), image_uuid(uuid)
         if not build:
-            raise Refusal("invalid uuid", detail="it is not that of a build, as dwarfdump --uuid prints it")
+            raise Refusal("invalid uuid", detail="it is not a UUID as dwarfdump --uuid prints it")
         part = parse_symbols(_decompress(environ, body, self.settings.max_body_size))
         answer, was_stored = self.store.put_symbols(build, part)
         if answer["complete"] and not was_stored:
@@ -8089,7 +8089,7 @@ _COMMANDS: Sequence[tuple[str, str, Mapping[str, Any]]] = (  # name, help, argum
     ("device forget", "delete everything stored about a device", _DEVICE_HASH),
     ("symbols list", "list the builds with symbols, and those that need them", {}),
     ("symbols delete", "delete the symbols of a build", {"UUID": dict(help="the UUID, or enough of its beginning")}),
-    ("alert add", "add a channel for alerts and print its secret", {
+    ("alert add", "add a channel for alerts and print its secret, if it has one", {
         "URL": dict(help="https://... (a webhook), slack+https://..., ntfy+https://HOST/TOPIC, or a URL of Apprise"),
         "--app": dict(metavar="NAME", help="only for this app (default: all live apps)"),
         "--on": dict(metavar="FACT,...", default="", help="only these facts: " + ", ".join(
