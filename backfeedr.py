@@ -2835,20 +2835,19 @@ def decide(db: Any, app_id: int, group_hash: str, changes: JsonObject, now: int)
     """Applies changes from parse_triage to a group. Raises Refusal for a condition that belongs to another state."""
     before = after = _read_decision(db, app_id, group_hash) or Decision("open", now)
     state = changes.get("state", before.state)
-    conditions, texts = {}, []
-    for name, (state_of_condition, column, text) in CONDITIONS.items():
-        value = changes.get(name)
-        if value is not None and state != state_of_condition:
+    conditions = {}
+    for name, (state_of_condition, column, _) in CONDITIONS.items():
+        if changes.get(name) is not None and state != state_of_condition:
             raise Refusal(f"invalid {name}", detail=f'it goes with "state": "{state_of_condition}"')
-        if value is not None:
-            texts.append(text.format(iso_time(value) if name == "until" else value))
         if name in changes:
-            conditions[column] = value
+            conditions[column] = changes[name]
     if "state" in changes:
         after = Decision(state, now, regressed_at=None if state == "resolved" else before.regressed_at)
     if "state" in changes or conditions:
         after = after._replace(changed_at=now, **conditions)
         if state != "open" or before.state != "open":
+            texts = [text.format(iso_time(value) if column == "until" else value) for _, column, text
+                     in CONDITIONS.values() if (value := getattr(after, column)) is not None]
             _add_history(db, app_id, group_hash, now, STATES[state], " or ".join(texts) or None)
     _write_decision(db, app_id, group_hash, after)
     if "comment" in changes:
