@@ -6,7 +6,7 @@
 """backfeedr: crash reports and usage figures for iOS apps, on your own host.
 
 The whole server is this file. Copy it to a machine with Python 3.9 or later, install bottle and waitress, and run
-`python backfeedr.py`. It prints an API key and a curl command that sends a first crash:
+`python backfeedr.py`. It prints an API key, an admin token and a command that sends a first crash:
 
     curl -X POST http://127.0.0.1:8080/api/v1/crashes -H "X-Backfeedr-Key: bf_live_..." \\
         -d '{"exception_type": "SIGABRT", "occurred_at": "2026-03-12T14:22:31Z"}'
@@ -388,8 +388,8 @@ def clock_ahead(latest: int, now: int) -> int:
 
 
 def counted_at(occurred_at: int, received_at: int, ahead_ms: int) -> int:
-    """The time at which a report counts: the device's time, corrected by how far its clock is ahead; the time of
-    receipt if the result is not plausible, as from a clock that was never set."""
+    """The time at which a report counts: the device's time, corrected by how far its clock is ahead. If that is not
+    plausible, as from a clock that was never set, it is the time of receipt."""
     corrected = occurred_at - ahead_ms
     return corrected if EARLIEST_PLAUSIBLE <= corrected <= received_at + MAX_SKEW else received_at
 
@@ -631,8 +631,8 @@ _GROUP_RULES: Sequence[Callable[[Frame], object]] = (
 
 
 def group_hash(exception_type: str, frames: Iterable[Mapping[str, Any]]) -> str:
-    """The group of a crash: a hash of its exception type and of the first three names in the frames of the app's own
-    code, or in other frames if there is no own code. A frame without a name counts as its build and offset."""
+    """The group of a crash: a hash of its exception type and of the first three names in frames of the app's own code.
+    Without own code, other frames count. A frame without a name counts as its build and offset."""
     return group_hash_of_frames(exception_type, map(read_frame, frames))
 
 
@@ -3379,7 +3379,7 @@ class Database(Closing):
             raise self._unavailable("use", ValueError(f"the clock of this host says {iso_time(self.now)}: set it"))
 
     def check(self) -> None:
-        """Raises StorageUnavailable if the clock is wrong, the file unreadable, or the last write and a trial fail."""
+        """Raises StorageUnavailable if the clock is wrong, if reading fails, or if the last write and a trial fail."""
         self._check_clock()
         with self.reading() as db:
             self._check_file()
@@ -4109,9 +4109,9 @@ class SymbolStore(Deletion):
         return +Counter(symbols=deleted or db.execute("delete from symbols where uuid = ?", (uuid,)).rowcount)
 
     def _expire_symbols(self, db: Connection) -> Counter[str]:
-        """One step of deleting symbols that are no longer useful: those of an upload that was never completed; and
-        those of a build without stored crashes, if a later build of the same binary has had symbols for longer than the
-        retention: by then, hardly any hang of the old build is still stored."""
+        """One step of deleting useless symbols: those of an upload that was never completed, and those of an old build.
+        A build is old if it has no stored crash, and a later build of the binary has had symbols for longer than the
+        retention. By then, hardly any hang of the old build is still stored."""
         row = db.execute("""
             select uuid from symbols
             where received < parts and uploaded_at < :given_up or uploaded_at < :expired
@@ -4531,8 +4531,8 @@ class Store(SymbolStore):
         return deleted
 
     def catch_up(self) -> Counter[str]:
-        """Does at once what commits would do step by step: deletes all rows that have expired or whose app is deleted,
-        and moves crashes to the groups that they belong to now. It pauses between its steps to let reports in."""
+        """Does at once what commits would do step by step: deletes all rows that have expired or whose app is deleted.
+        It also moves crashes to the groups that they belong to now. Between its steps it lets reports in."""
         return self._repeat_step(self._expire)
 
     def prune(self) -> Counter[str]:
@@ -5072,8 +5072,8 @@ class PublicMetrics:
         return self._by_day(EventNames.most_frequent, app, days)
 
     def retention(self, app: str | None = None, days: int | None = None) -> JsonObject:
-        """The percentage of the devices first seen on a UTC day that came back 1, 7 and 30 days later: null if that day
-        is not over yet, or if no device was new."""
+        """The percentage of the devices first seen on a UTC day that came back 1, 7 and 30 days later. It is null if
+        that later day is not over yet, or if no device was new."""
         return self._by_day(Devices.retention, app, days)
 
     def releases(self, app: str | None = None, sort: str | None = None) -> JsonObject:
@@ -5166,7 +5166,7 @@ FILTERED_GROUP_COUNTS = f"""
 
 
 class Metrics(PublicMetrics):
-    """Answers all questions. Lists come in pages of `limit`; `cursor` is the last page's `next`, null if it is over."""
+    """Answers all questions. Lists come in pages of `limit`; `cursor` is the `next` of the page before, or None."""
 
     def digest(self, app: str | None, since: int, until: int) -> list[JsonObject]:
         """The facts of a digest from `since` to `until`, in milliseconds: is the newest release worse, what is new,
@@ -5293,7 +5293,7 @@ class Metrics(PublicMetrics):
 
     def group(self, group_hash: str, app: str | None = None, limit: int = GROUP_REPORTS,
               cursor: str | None = None) -> JsonObject:
-        """A group with its spread, history and crashes, the latest first. Raises Refusal for an unknown group."""
+        """A group with its spread, its history, and its crashes, the latest first. Raises Refusal if it is unknown."""
         at, report_id = _parse_cursor(cursor, "([0-9]{1,18})-([0-7][0-9a-f]{15})", (MAX_NUMBER, "0"))
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, "group": group_hash, "at": int(at), "seq": int(report_id, 16),
@@ -7303,7 +7303,7 @@ class _RequestParser(HTTPRequestParser):
         except ValueError as error:  # for `http://[` or a length of 5,000 digits
             raise ParsingError(str(error)) from None  # the only error that waitress answers
         finally:
-            # waitress would send `100 Continue` even if no body follows or the body is refused, and wait for it.
+            # waitress would send `100 Continue` and wait, even if no body follows or the body is refused.
             if not self.chunked and not 0 < self.content_length < self.adj.max_request_body_size:
                 self.expect_continue = False
 
@@ -7718,8 +7718,8 @@ def _wrong_tables(db: sqlite3.Connection, expired: int) -> list[str]:
 
 
 def _wrong_sums(table: str, sums: Sums, expired: int) -> list[str]:
-    """Queries for rows that differ. If reports have expired, they only look at the days after that, or for sums that
-    are less than what is left: a device or session whose first report is gone would count on a later day or release."""
+    """Queries for rows that differ. If reports have expired, they only look at later days, or for sums that are too
+    small: without its first report, a device or session would be counted on a later day or for a later release."""
     if table == "key_days":  # counts requests, and no report tells of them
         return []
     if expired and sums.check == "at least":
