@@ -6,7 +6,7 @@
 """backfeedr: crash reports and usage figures for iOS apps, on your own host.
 
 The whole server is this file. Copy it to a machine with Python 3.9 or later, install bottle and waitress, and run
-`python backfeedr.py`. It prints an API key and a curl command that sends a first crash:
+`python backfeedr.py`. It prints an API key, an admin token and a command that sends a first crash:
 
     curl -X POST http://127.0.0.1:8080/api/v1/crashes -H "X-Backfeedr-Key: bf_live_..." \\
         -d '{"exception_type": "SIGABRT", "occurred_at": "2026-03-12T14:22:31Z"}'
@@ -189,7 +189,7 @@ class Settings:
                      if text and name.startswith(_PREFIX) and name != "BACKFEEDR_ENDPOINT"}  # for examples/client.py
         ignored = sorted(name for name, text in variables.items() if _KUBERNETES_VARIABLE.fullmatch(f"{name}={text}"))
         if ignored:
-            log.warning("ignored %s: Kubernetes sets them for a service", ", ".join(_PREFIX + name for name in ignored))
+            log.warning("ignored %s, set by Kubernetes for a service", ", ".join(_PREFIX + name for name in ignored))
         types, values = {setting.name.upper(): type(setting.default) for setting in fields(cls)}, {}
         for name in sorted(variables.keys() - set(ignored)):
             if name not in types:
@@ -388,8 +388,8 @@ def clock_ahead(latest: int, now: int) -> int:
 
 
 def counted_at(occurred_at: int, received_at: int, ahead_ms: int) -> int:
-    """The time at which a report counts: the device's time, corrected by how far its clock is ahead; the time of
-    receipt if the result is not plausible, as from a clock that was never set."""
+    """The time at which a report counts: the device's time, corrected by how far its clock is ahead. If that is not
+    plausible, as from a clock that was never set, it is the time of receipt."""
     corrected = occurred_at - ahead_ms
     return corrected if EARLIEST_PLAUSIBLE <= corrected <= received_at + MAX_SKEW else received_at
 
@@ -631,8 +631,8 @@ _GROUP_RULES: Sequence[Callable[[Frame], object]] = (
 
 
 def group_hash(exception_type: str, frames: Iterable[Mapping[str, Any]]) -> str:
-    """The group of a crash: a hash of its exception type and of the first three names in the frames of the app's own
-    code, or in other frames if there is no own code. A frame without a name counts as its build and offset."""
+    """The group of a crash: a hash of its exception type and of the first three names in frames of the app's own code.
+    Without own code, other frames count. A frame without a name counts as its build and offset."""
     return group_hash_of_frames(exception_type, map(read_frame, frames))
 
 
@@ -1039,7 +1039,7 @@ SIGNALS = {  # Darwin's numbers
     3: "SIGQUIT", 4: "SIGILL", 5: "SIGTRAP", 6: "SIGABRT", 7: "SIGEMT", 8: "SIGFPE", 9: "SIGKILL", 10: "SIGBUS",
     11: "SIGSEGV", 12: "SIGSYS", 13: "SIGPIPE", 14: "SIGALRM", 15: "SIGTERM"}
 BUG_TYPES = {"109": "a crash", "309": "a crash", "202": "CPU use", "206": "CPU use", "222": "a hang", "223": "a hang",
-             "228": "a hang", "328": "a hang", "298": "jetsam, memory of the whole system"}
+             "228": "a hang", "328": "a hang", "298": "a jetsam report on all apps"}
 EVENT_NAMES = {
     "hangDiagnostic": "Hang", "cpuExceptionDiagnostic": "CPU exception", "appLaunchDiagnostic": "Slow launch",
     "diskWriteExceptionDiagnostic": "Disk write exception"}
@@ -2835,20 +2835,19 @@ def decide(db: Any, app_id: int, group_hash: str, changes: JsonObject, now: int)
     """Applies changes from parse_triage to a group. Raises Refusal for a condition that belongs to another state."""
     before = after = _read_decision(db, app_id, group_hash) or Decision("open", now)
     state = changes.get("state", before.state)
-    conditions, texts = {}, []
-    for name, (state_of_condition, column, text) in CONDITIONS.items():
-        value = changes.get(name)
-        if value is not None and state != state_of_condition:
+    conditions = {}
+    for name, (state_of_condition, column, _) in CONDITIONS.items():
+        if changes.get(name) is not None and state != state_of_condition:
             raise Refusal(f"invalid {name}", detail=f'it goes with "state": "{state_of_condition}"')
-        if value is not None:
-            texts.append(text.format(iso_time(value) if name == "until" else value))
         if name in changes:
-            conditions[column] = value
+            conditions[column] = changes[name]
     if "state" in changes:
         after = Decision(state, now, regressed_at=None if state == "resolved" else before.regressed_at)
     if "state" in changes or conditions:
         after = after._replace(changed_at=now, **conditions)
         if state != "open" or before.state != "open":
+            texts = [text.format(iso_time(value) if column == "until" else value) for _, column, text
+                     in CONDITIONS.values() if (value := getattr(after, column)) is not None]
             _add_history(db, app_id, group_hash, now, STATES[state], " or ".join(texts) or None)
     _write_decision(db, app_id, group_hash, after)
     if "comment" in changes:
@@ -3141,7 +3140,7 @@ def check_compatible(db: Connection, path: Path) -> None:
     if not is_empty and db.pragma("application_id") != APPLICATION_ID:
         raise StoreError(f"{path} is a database, but not one of backfeedr's{DB_PATH_HINT}")
     if version > SCHEMA_VERSION:
-        raise StoreError(f"{path} is of a newer backfeedr (schema {version}; this one knows {SCHEMA_VERSION})")
+        raise StoreError(f"{path} was made by a newer backfeedr (schema {version}; this one knows {SCHEMA_VERSION})")
 
 
 # The tables of earlier schemas that new ones replace. Of schema 2, these are all tables that count reports.
@@ -3380,7 +3379,7 @@ class Database(Closing):
             raise self._unavailable("use", ValueError(f"the clock of this host says {iso_time(self.now)}: set it"))
 
     def check(self) -> None:
-        """Raises StorageUnavailable if the clock is wrong, the file unreadable, or the last write and a trial fail."""
+        """Raises StorageUnavailable if the clock is wrong, if reading fails, or if the last write and a trial fail."""
         self._check_clock()
         with self.reading() as db:
             self._check_file()
@@ -3508,7 +3507,7 @@ class Apps(Database):
             apps = {name for name, in db.execute("select name from apps").fetchall()}
             stored_key = db.execute("select revoked_at from keys where key_hash = ?", (sha256(api_key),)).fetchone()
             if stored_key and stored_key[0]:
-                log.warning("the API key of the settings was revoked, and stays so")
+                log.warning("BACKFEEDR_API_KEY was revoked, and stays revoked")
             elif not stored_key and (api_key or not apps):
                 if "default" not in apps:
                     self._insert_app(db, "default", False)
@@ -3920,7 +3919,7 @@ class Deletion(Apps):
                 group by apps.id, name order by sum(size) desc, apps.id limit 1""").fetchone() or (0, "")
             self._largest_app = (self.now, app_id)
             if app_id:
-                log.warning("the database exceeds BACKFEEDR_MAX_DB_SIZE: the oldest reports of %s go early", name)
+                log.warning("the database exceeds BACKFEEDR_MAX_DB_SIZE: the oldest reports of %s are deleted", name)
         return self._largest_app[1]
 
     def _delete_reports(self, db: Connection, kind: type, source: str, keys: Any, expired: bool = True) -> list[int]:
@@ -4092,7 +4091,7 @@ class SymbolStore(Deletion):
             matches = db.execute("select uuid from symbols where substr(replace(uuid, '-', ''), 1, ?) = ?",
                                  (len(digits), digits)).fetchall()
         if len(matches) != 1:
-            raise StoreError(f"the UUIDs of {len(matches) or 'no'} builds begin with {uuid!r}: see 'symbols list'")
+            raise StoreError(f"{len(matches) or 'no'} builds have a UUID that begins with {uuid!r}: see 'symbols list'")
         self._repeat_step(partial(self._drop_symbols, uuid=matches[0][0]))
         self._fold_in_wal()
         return str(matches[0][0])
@@ -4110,9 +4109,9 @@ class SymbolStore(Deletion):
         return +Counter(symbols=deleted or db.execute("delete from symbols where uuid = ?", (uuid,)).rowcount)
 
     def _expire_symbols(self, db: Connection) -> Counter[str]:
-        """One step of deleting symbols that are no longer useful: those of an upload that was never completed; and
-        those of a build without stored crashes, if a later build of the same binary has had symbols for longer than the
-        retention: by then, hardly any hang of the old build is still stored."""
+        """One step of deleting useless symbols: those of an upload that was never completed, and those of an old build.
+        A build is old if it has no stored crash, and a later build of the binary has had symbols for longer than the
+        retention. By then, hardly any hang of the old build is still stored."""
         row = db.execute("""
             select uuid from symbols
             where received < parts and uploaded_at < :given_up or uploaded_at < :expired
@@ -4532,8 +4531,8 @@ class Store(SymbolStore):
         return deleted
 
     def catch_up(self) -> Counter[str]:
-        """Does at once what commits would do step by step: deletes all rows that have expired or whose app is deleted,
-        and moves crashes to the groups that they belong to now. It pauses between its steps to let reports in."""
+        """Does at once what commits would do step by step: deletes all rows that have expired or whose app is deleted.
+        It also moves crashes to the groups that they belong to now. Between its steps it lets reports in."""
         return self._repeat_step(self._expire)
 
     def prune(self) -> Counter[str]:
@@ -4578,8 +4577,8 @@ def size_warnings(path: Path, max_db_size: int) -> list[str]:
     """Warnings that a database or its disk is nearly full."""
     texts, size, disk = [], max_db_size and path.stat().st_size, shutil.disk_usage(path.parent)
     if size > NEARLY_FULL * max_db_size:
-        texts.append(f"The database has {100 * size // max_db_size} % of BACKFEEDR_MAX_DB_SIZE; beyond it the oldest"
-                     " reports go early.")
+        texts.append(f"The database is at {100 * size // max_db_size} % of BACKFEEDR_MAX_DB_SIZE; above it, the oldest"
+                     " reports are deleted.")
     if disk.used > NEARLY_FULL * (disk.used + disk.free):
         texts.append(f"The disk is nearly full: {megabytes(disk.free)} are free.")
     return texts
@@ -5073,8 +5072,8 @@ class PublicMetrics:
         return self._by_day(EventNames.most_frequent, app, days)
 
     def retention(self, app: str | None = None, days: int | None = None) -> JsonObject:
-        """The percentage of the devices first seen on a UTC day that came back 1, 7 and 30 days later: null if that day
-        is not over yet, or if no device was new."""
+        """The percentage of the devices first seen on a UTC day that came back 1, 7 and 30 days later. It is null if
+        that later day is not over yet, or if no device was new."""
         return self._by_day(Devices.retention, app, days)
 
     def releases(self, app: str | None = None, sort: str | None = None) -> JsonObject:
@@ -5167,7 +5166,7 @@ FILTERED_GROUP_COUNTS = f"""
 
 
 class Metrics(PublicMetrics):
-    """Answers all questions. Lists come in pages of `limit`; `cursor` is the last page's `next`, null if it is over."""
+    """Answers all questions. Lists come in pages of `limit`; `cursor` is the `next` of the page before, or None."""
 
     def digest(self, app: str | None, since: int, until: int) -> list[JsonObject]:
         """The facts of a digest from `since` to `until`, in milliseconds: is the newest release worse, what is new,
@@ -5294,7 +5293,7 @@ class Metrics(PublicMetrics):
 
     def group(self, group_hash: str, app: str | None = None, limit: int = GROUP_REPORTS,
               cursor: str | None = None) -> JsonObject:
-        """A group with its spread, history and crashes, the latest first. Raises Refusal for an unknown group."""
+        """A group with its spread, its history, and its crashes, the latest first. Raises Refusal if it is unknown."""
         at, report_id = _parse_cursor(cursor, "([0-9]{1,18})-([0-7][0-9a-f]{15})", (MAX_NUMBER, "0"))
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, "group": group_hash, "at": int(at), "seq": int(report_id, 16),
@@ -7102,7 +7101,7 @@ class Backfeedr(Closing):
     def _put_symbols(self, environ: Environ, uuid: str) -> Answer:
         body, build = self._admin_body(environ), image_uuid(uuid)
         if not build:
-            raise Refusal("invalid uuid", detail="it is not that of a build, as dwarfdump --uuid prints it")
+            raise Refusal("invalid uuid", detail="it is not a UUID as dwarfdump --uuid prints it")
         part = parse_symbols(_decompress(environ, body, self.settings.max_body_size))
         answer, was_stored = self.store.put_symbols(build, part)
         if answer["complete"] and not was_stored:
@@ -7304,7 +7303,7 @@ class _RequestParser(HTTPRequestParser):
         except ValueError as error:  # for `http://[` or a length of 5,000 digits
             raise ParsingError(str(error)) from None  # the only error that waitress answers
         finally:
-            # waitress would send `100 Continue` even if no body follows or the body is refused, and wait for it.
+            # waitress would send `100 Continue` and wait, even if no body follows or the body is refused.
             if not self.chunked and not 0 < self.content_length < self.adj.max_request_body_size:
                 self.expect_continue = False
 
@@ -7719,8 +7718,8 @@ def _wrong_tables(db: sqlite3.Connection, expired: int) -> list[str]:
 
 
 def _wrong_sums(table: str, sums: Sums, expired: int) -> list[str]:
-    """Queries for rows that differ. If reports have expired, they only look at the days after that, or for sums that
-    are less than what is left: a device or session whose first report is gone would count on a later day or release."""
+    """Queries for rows that differ. If reports have expired, they only look at later days, or for sums that are too
+    small: without its first report, a device or session would be counted on a later day or for a later release."""
     if table == "key_days":  # counts requests, and no report tells of them
         return []
     if expired and sums.check == "at least":
@@ -8089,7 +8088,7 @@ _COMMANDS: Sequence[tuple[str, str, Mapping[str, Any]]] = (  # name, help, argum
     ("device forget", "delete everything stored about a device", _DEVICE_HASH),
     ("symbols list", "list the builds with symbols, and those that need them", {}),
     ("symbols delete", "delete the symbols of a build", {"UUID": dict(help="the UUID, or enough of its beginning")}),
-    ("alert add", "add a channel for alerts and print its secret", {
+    ("alert add", "add a channel for alerts and print its secret, if it has one", {
         "URL": dict(help="https://... (a webhook), slack+https://..., ntfy+https://HOST/TOPIC, or a URL of Apprise"),
         "--app": dict(metavar="NAME", help="only for this app (default: all live apps)"),
         "--on": dict(metavar="FACT,...", default="", help="only these facts: " + ", ".join(

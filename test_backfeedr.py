@@ -537,7 +537,7 @@ def test_variables_that_kubernetes_sets_for_a_service_are_ignored_with_one_warni
     environ = {"BACKFEEDR_" + name: value for name, value in KUBERNETES.items()}
     assert Settings.from_env({**environ, "BACKFEEDR_HOST": "0.0.0.0"}) == Settings(host="0.0.0.0")
     assert [record.message for record in caplog.records] == [
-        f"ignored {', '.join(sorted(environ))}: Kubernetes sets them for a service"]
+        f"ignored {', '.join(sorted(environ))}, set by Kubernetes for a service"]
     for name in ("SERVICE_HOSTS", "PORTS", "PORT_TCP"):
         with pytest.raises(SettingsError, match=f"^BACKFEEDR_{name}: there is no such setting"):
             Settings.from_env({f"BACKFEEDR_{name}": "1"})
@@ -1564,7 +1564,7 @@ UNREADABLE = [
         (b'{"subFrames":[' * 60_000 + b'"' + b'\\"' * 90_000,
          "Unterminated string starting at in a deep call stack")]],
     (ips_of({**IPS_HEAD, "bug_type": "298"}), "unsupported bug_type 298",
-     "jetsam, memory of the whole system is not a crash of the app"),
+     "a jetsam report on all apps is not a crash of the app"),
     (b'{"bug_type": "228"}\n{"x": 1}', "unsupported bug_type 228", "a hang is not a crash of the app"),
     (b'{"bug_type": 7777}\nx', "unsupported bug_type 7777", "it is not a crash of the app"),
     ({"crashDiagnostics": [{}] * 60, "hangDiagnostics": [{}] * 41}, "too many diagnostics: at most 100", "")]
@@ -2183,8 +2183,8 @@ def test_symbols_are_deleted_only_if_the_uuid_names_one_build(api):
         upload(api.server, uuid=uuid)
     for given, problem in [
             ("3F1", "at least 4 characters"), ("---3F1", "at least 4 characters"), ("", "at least 4 characters"),
-            ("3F1B", "of 2 builds begin with '3F1B'"), ("0000", "of no builds begin with"),
-            ("%%%%", "of no builds"), (HELD[:-1] + "1", "of no builds")]:
+            ("3F1B", "2 builds have a UUID that begins with '3F1B'"), ("0000", "no builds have"),
+            ("%%%%", "no builds have"), (HELD[:-1] + "1", "no builds have")]:
         with pytest.raises(StoreError, match=problem):
             api.server.store.delete_symbols(given)
     assert len(symbol_rows(api.server)["symbols"]) == 2
@@ -2210,7 +2210,7 @@ def test_the_commands_list_and_delete_symbols(command, clock):
             ["11111111-1111-1111-1111-111111111111", "a", "build", "default", "1"]]
         assert command("symbols", "delete", HELD[:6]) == (0, "", f"Deleted the symbols of the build {HELD}.\n")
         assert command("symbols", "delete", HELD[:6]) == (
-            1, "", "backfeedr: the UUIDs of no builds begin with '3F1B6A': see 'symbols list'\n")
+            1, "", "backfeedr: no builds have a UUID that begins with '3F1B6A': see 'symbols list'\n")
         assert command("symbols", "delete")[0] == 2 and len(symbol_rows(server)["symbols"]) == 1
 
 
@@ -2805,7 +2805,9 @@ def test_each_decision_is_in_the_history_and_can_be_changed_in_part(api, clock):
             ({"state": "open"}, "open", None, []), ({"comment": " a\0b "}, "open", None, [("commented", "a\ufffdb")]),
             ({"state": "muted", "until": until, "more_crashes": 5}, "muted", None, [
                 ("muted", f"until {until} or for 5 more crashes")]),
-            ({"more_devices": 2, "comment": "c"}, "muted", None, [("muted", "for 2 more devices"), ("commented", "c")]),
+            ({"more_devices": 2, "comment": "c"}, "muted", None, [
+                ("muted", f"until {until} or for 5 more crashes or for 2 more devices"), ("commented", "c")]),
+            ({"until": None}, "muted", None, [("muted", "for 5 more crashes or for 2 more devices")]),
             ({"state": "resolved", "fixed_in": "1.0"}, "resolved", "1.0", [("resolved", "in 1.0")]),
             ({"fixed_in": "1.1"}, "resolved", "1.1", [("resolved", "in 1.1")]),
             ({"fixed_in": None}, "resolved", None, [("resolved", None)]),
@@ -2816,8 +2818,8 @@ def test_each_decision_is_in_the_history_and_can_be_changed_in_part(api, clock):
         answer = set_triage(server, body)
         assert (answer["state"], answer["fixed_in"], history_of(server)) == (state, fixed_in, before + entries)
         row = sql(server.store.path, "select until, crashes_left, devices_left from triage")[0]
-        assert row == {"until": (parse_time(until), 5, None), "more_devices": (parse_time(until), 5, 2)}.get(
-            next((name for name in body if name in ("until", "more_devices")), ""), (None,) * 3)
+        assert row == {"more_crashes": (parse_time(until), 5, None), "more_devices": (parse_time(until), 5, 2),
+                       "until": (None, 5, 2)}.get(list(body)[-1 if "more_crashes" in body else 0], (None,) * 3)
 
 
 def test_history_is_bounded_and_loses_its_oldest_entries(api, monkeypatch):
@@ -3782,7 +3784,7 @@ def test_reports_of_the_largest_app_are_deleted_early_if_the_file_is_too_large(k
         used = server.store.used_size(db)
     crashes = add(server, 5).seqs
     server.store.max_db_size = used * 2 // 3
-    assert server.store.warnings()[0].endswith("of BACKFEEDR_MAX_DB_SIZE; beyond it the oldest reports go early.")
+    assert server.store.warnings()[0].endswith("of BACKFEEDR_MAX_DB_SIZE; above it, the oldest reports are deleted.")
     for _ in range(20):
         clock.move(1)
         add(server, type="custom", properties=text)
@@ -3798,7 +3800,7 @@ def test_reports_of_the_largest_app_are_deleted_early_if_the_file_is_too_large(k
     server.store.max_db_size = 1
     assert server.store.prune() is not None, "it ends if there is nothing left to delete"
     server.store.max_db_size = 0
-    assert "the oldest reports of default go early" in caplog.text
+    assert "the oldest reports of default are deleted" in caplog.text
 
 
 @sqlite_only
@@ -8907,7 +8909,7 @@ def test_check_finds_damage_and_leaves_an_older_schema_to_the_next_start(command
 
 def test_check_warns_above_90_percent_of_the_disk_or_the_size_limit(command, filled, monkeypatch):
     size = Path("backfeedr.db").stat().st_size
-    large = "WARN The database has {} % of BACKFEEDR_MAX_DB_SIZE; beyond it the oldest reports go early."
+    large = "WARN The database is at {} % of BACKFEEDR_MAX_DB_SIZE; above it, the oldest reports are deleted."
     full = "WARN The disk is nearly full: 9,900.0 MB are free."
     for percent, limit, warnings in (
             (90, 0, []), (90.1, 0, [full]), (90, size * 10 // 9 + 9, []), (90, size * 10 // 9 - 9, [large.format(90)]),
@@ -9716,7 +9718,7 @@ def test_a_build_in_xcode_needs_no_path(send_symbols, monkeypatch, variable):
     assert send_symbols(SymbolStore())[0] == 0
 
 
-NO_MACHO = "it is no Mach-O file, or its headers are cut off"
+NO_MACHO = "it is not a Mach-O file, or its headers are cut off"
 STRIPPED = SHOP_IMAGE.replace(b"__debug_", b"__others_")
 
 

@@ -8,7 +8,7 @@ The same without this file: `gunicorn --preload --workers 2 'backfeedr:Backfeedr
 
 # The app is made once and then forked: a first start prints its key once, and an invalid setting stops the start.
 preload_app = True
-# It reads the BACKFEEDR_* variables, but host, port and threads are set here.
+# It reads the BACKFEEDR_* variables, but host, port, threads and logs are set here.
 wsgi_app = "backfeedr:Backfeedr()"
 bind = "127.0.0.1:8080"
 # Each process counts requests for itself: BACKFEEDR_RATE_LIMIT applies to each of them.

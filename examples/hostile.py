@@ -4,8 +4,8 @@
     python examples/hostile.py [--reports 500000] [--server FILE] [--dir DIR]
 
 Sends reports with one key to a real server on this host. Half of them are crashes, and every type, group, model,
-version, device, session and day is new. Prints the size and time of the public answers after the flood, the speed of
-another app's reports before and after it, and the size of the file after all reports have expired and been pruned.
+version, device, session and day is new. Prints the size and time of the public answers after the flood, and the speed
+of another app's reports before and after it. At the end it prunes all reports, and prints how large the file still is.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def _prepare(db: Connection, may_create: bool) -> None:
     version = _version(db)
     if version > backfeedr.SCHEMA_VERSION:
         raise backfeedr.StoreError(
-            f"the database is of a newer backfeedr (schema {version}; this one knows {backfeedr.SCHEMA_VERSION})")
+            f"the database was made by a newer backfeedr (schema {version}; this one knows {backfeedr.SCHEMA_VERSION})")
     if not version and not may_create:
         raise backfeedr.StoreError("there are no tables of backfeedr in the database")
     if version < backfeedr.SCHEMA_VERSION:

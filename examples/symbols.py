@@ -252,7 +252,7 @@ def images(path: Path) -> Iterator[Image]:
     except OSError as error:
         raise SymbolsError(f"cannot read it: {error.strerror}") from None
     except (struct.error, ValueError):
-        raise SymbolsError("it is no Mach-O file, or its headers are cut off") from None
+        raise SymbolsError("it is not a Mach-O file, or its headers are cut off") from None
     except SymbolicError as error:
         raise SymbolsError(f"it cannot be read: {error.message}") from None
 
