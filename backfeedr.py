@@ -6004,15 +6004,23 @@ def _frame_row(frame: JsonObject) -> FrameRow:
     return FrameRow(known.title or "(no symbol)", ", ".join(filter(None, place)), bool(known.is_own), address)
 
 
+def _trace_rows(report: JsonObject) -> list[FrameRow]:
+    """The frames of a crash, or those in the properties of an event, such as a hang."""
+    trace = report.get("properties", report).get("stack_trace")
+    return [_frame_row(frame) for frame in trace if type(frame) is dict] if type(trace) is list else []
+
+
 def build_name(build: JsonObject) -> str:
     """The name of a build, such as Shop 1.3.0 (48)."""
     return f"{build['binary'] or 'a build'} {with_build(build['app_version'], build['build_number'])}".rstrip()
 
 
 def _event_details(event: JsonObject) -> str:
-    """The first twenty properties and unknown fields of an event."""
+    """The first twenty properties and unknown fields of an event, without a stack trace."""
+    hidden = ("stack_trace", "raw_stack_trace") if _trace_rows(event) else ()
     fields = {**event.get("properties", {}), **event.get("extra", {})}
-    return ", ".join(f"{name}: {_shorten(_json_text(value), 100)}" for name, value in list(fields.items())[:20])
+    return ", ".join(f"{name}: {_shorten(_json_text(value), 100)}"
+                     for name, value in list(fields.items())[:20] if name not in hidden)
 
 
 def _json_text(value: Any) -> str:
@@ -6254,8 +6262,7 @@ class Dashboard:
             next_build=metrics.next_build(group_hash, apps[0]) if len(apps) == 1 else "", is_latest=not id,
             breadcrumbs=_breadcrumb_steps(report), events=[*_event_steps(report, metrics.events_before(report))],
             chart=chart("Crashes", group_days["labels"], details["days"], draw_columns),
-            frames=[_frame_row(frame) for frame in report.get("stack_trace", [])], max_frames=SHOWN_FRAMES,
-            fields=_field_rows(page, report))
+            frames=_trace_rows(report), fields=_field_rows(page, report))
 
     def _group_export(self, page: PageRequest, group_hash: str, suffix: str) -> Response:
         """A group as text for a bug tracker or an assistant."""
@@ -6458,14 +6465,22 @@ _TILE_GRID = """<div class="grid tiles">
 _FILTER_FORM = """<form class="filter" method="get" action="{{page.root}}{{page.path}}">
 <input type="hidden" name="app" value="{{page.app or ""}}">
 """
-_PAGE_LINKS = """<p>
+_PAGE_LINKS = """<p class="actions">
 % if "cursor" in parameters:
-<a class="more" href="{{link(page.path, **{**parameters, "cursor": None})}}">First page</a>
+<a href="{{link(page.path, **{**parameters, "cursor": None})}}">First page</a>
 % end
 % if next:
-<a class="more" href="{{link(page.path, **{**parameters, "cursor": next})}}">Next page</a>
+<a href="{{link(page.path, **{**parameters, "cursor": next})}}">Next page</a>
 % end
 </p>
+"""
+_TRACE = """<ol class="trace" start="0">
+% for frame in frames[:max_frames]:
+<li{{!' class="own"' if frame.is_own else ""}} title="{{shorten(frame.address)}}"><code><bdi>\
+{{shorten(frame.symbol, 1000)}}</bdi></code> <span class="place"><bdi>{{shorten(frame.place)}}</bdi></span></li>
+% end
+</ol>
+<p class="note">{{"and {:,} more".format(len(frames) - max_frames) if frames[max_frames:] else ""}}</p>
 """
 _TRIAGE_SECTION = """<section><h2>{{group["state"].capitalize()}}
 {{"in " + group["fixed_in"] if group["fixed_in"] and group["state"] == "resolved" else ""}}
@@ -6613,25 +6628,16 @@ No crashes stored{{" for " + page.app if page.app else ""}}. To send one, see <a
 % else:
 <section><h2>Crashes per day</h2>{{!chart}}</section>
 <section><h2>{{"Latest crash" if is_latest else "Crash"}}, {{!time_html(report["occurred_at"])}}</h2>
-<p>
+<p class="actions">
 % for id, name, rel in ((older, "Older crash", "prev"), (newer, "Newer crash", "next")):
 % if id:
-<a class="more" href="{{link(page.path, report=id)}}" rel="{{rel}}">{{name}}</a>
+<a href="{{link(page.path, report=id)}}" rel="{{rel}}">{{name}}</a>
 % end
 % end
 </p>
 <div class="crash"><div>
 % if frames:
-<ol class="trace" start="0">
-% for frame in frames[:max_frames]:
-<li{{!' class="own"' if frame.is_own else ""}} title="{{shorten(frame.address)}}"><code><bdi>\
-{{shorten(frame.symbol, 1000)}}</bdi></code> <span class="place"><bdi>{{shorten(frame.place)}}</bdi></span></li>
-% end
-</ol>
-% if frames[max_frames:]:
-<p class="note">and {{number(len(frames) - max_frames)}} more frames</p>
-% end
-% for build in group["missing_symbols"]:
+""" + _TRACE + """% for build in group["missing_symbols"]:
 <p class="problem">Symbols for <bdi>{{build_name(build)}}</bdi> are missing: {{number(build["crashes"])}}
 {{"crashes are" if build["crashes"] > 1 else "crash is"}} waiting for them. To upload the symbols of this build
 ({{build["uuid"]}}): <code>python examples/symbols.py --server {{page.url}} App.xcarchive</code></p>
@@ -6682,9 +6688,10 @@ on <bdi>{{parameters.get("device_id_hash", "all devices")}}</bdi>, oldest event 
 """ + _table(
         "events", ("Event", """{{row["type"]}} <b><bdi>{{shorten(row.get("name", ""), 80)}}</bdi></b>
 """ + _APP_NAMES + """
-% text = details(row)
-% if len(text) > 100:
-<details class="soft"><summary><bdi>{{text[:100]}}...</bdi></summary><bdi>{{text}}</bdi></details>
+% text, frames = details(row), trace_rows(row)
+% if frames or len(text) > 100:
+<details class="soft"><summary><bdi>{{shorten(text, 100) or "Stack trace"}}</bdi></summary><bdi>{{text}}</bdi>
+""" + _TRACE + """</details>
 % else:
 <span class="soft"><bdi>{{text}}</bdi></span>
 % end
@@ -6898,7 +6905,8 @@ PAGE_HEADERS = {
 _TEMPLATE_GLOBALS = {
     "DAY": DAY, "bar_chart": bar_chart, "build_name": build_name, "curl_line": curl_line, "details": _event_details,
     "device_html": device_html, "group_title": _group_title, "icon": _ICON, "iso": iso_time, "number": "{:,}".format,
-    "pages": _NAVIGATION, "shorten": _shorten, "sparkline": sparkline, "style": STYLE, "urlencode": urlencode}
+    "max_frames": SHOWN_FRAMES, "pages": _NAVIGATION, "shorten": _shorten, "sparkline": sparkline, "style": STYLE,
+    "trace_rows": _trace_rows, "urlencode": urlencode}
 
 
 # == Backfeedr =================================================================
