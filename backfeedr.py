@@ -1796,7 +1796,7 @@ def verdict(newer: Health, previous: Health) -> JsonObject | None:
     share = (newer.crashed + previous.crashed + 2) / (least + most + 4)
     needed = max(ENOUGH_DEVICES, math.ceil((Z_95 / MAX_HALF_WIDTH) ** 2 * 2 * share * (1 - share)))
     if least < MIN_DEVICES or low <= 0 <= high and least < needed:
-        word, text = "too early", f"about {math.ceil((needed - least) / 10) * 10} more devices"
+        word, text = "too early", f"about {math.ceil((needed - least) / 10) * 10} more devices needed"
     else:
         word = "worse" if high < 0 else "better" if low > 0 else "no difference seen"
         text = "{} of devices crash-free, {} before".format(*_percentages(newer.share, previous.share))
@@ -2827,7 +2827,7 @@ def _triage_value(name: str, value: Any, now: int) -> Any:
         return value.strip()[:MAX_TEXT if name == "fixed_in" else MAX_COMMENT]
     until = parse_occurred_at(value)
     if until <= now:
-        raise ValueError("is over")
+        raise ValueError("is in the past")
     return until
 
 
@@ -5984,8 +5984,9 @@ def _text_sections(group: JsonObject) -> Iterator[tuple[str, str]]:
 
 
 def _group_title(group: JsonObject) -> str:
-    """The app's function that crashes, or else the exception type, or else the group's hash."""
-    return canonical_name(group["place"]) or group["exception_type"] or group["group_hash"]
+    """The app's function that crashes, or its binary and offset, or else the exception type, or the group's hash."""
+    frame = read_frame({"symbol": group["place"]})
+    return canonical_name(frame.symbol) or frame.title or group["exception_type"] or group["group_hash"]
 
 
 _KNOWN_FRAME_FIELDS = {*chain.from_iterable(_FRAME_FIELDS.values()), "frame", "in_app", "symbolicated", "inlined"}
@@ -6038,7 +6039,7 @@ SESSION_LIFETIME = 7 * DAY
 LINK_LIFETIME = 10 * MINUTE  # of a link that signs in once
 LIST_ROWS, SHOWN_VERDICTS = 25, 5  # of crashes or events on a page, and of releases on the overview
 _ERROR_HINTS = {
-    403: "The session has changed since the page was loaded. Reload the page and submit the form again.",
+    403: "The session has changed since the page was loaded. Go back, reload that page and submit the form again.",
     404: "It may have expired, or its app may have been deleted.",
     500: "The server log has the reason.", 503: "The server log has the reason. Try again in a moment."}
 Response = Any  # a bottle.HTTPResponse; bottle has no types
@@ -6503,14 +6504,14 @@ _TRIAGE_SECTION = """<section><h2>{{group["state"].capitalize()}}
 % end
 % if group["state"] != "muted":
 <details><summary>Mute</summary>
-""" + _form("""<p><label>until <input type="date" name="until"></label>
+""" + _form("""<p><label>until <input type="date" name="until" min="{{iso(page.now + DAY)[:10]}}"></label>
 <label>or for <input type="number" name="more_crashes" min="1" max="2147483647"> more crashes</label>
 <label>or for <input type="number" name="more_devices" min="1" max="2147483647"> more devices</label></p>
 <p><button>Mute</button> <span class="note">Without a condition, it stays muted until somebody reopens it.</span></p>
 """, "page.path, app=group_apps[0]", state="muted") + """</details>
 % end
 <details><summary>Comment</summary>
-""" + _form("""<p><textarea name="comment" rows="3" cols="60" maxlength="5000" required></textarea></p>
+""" + _form("""<textarea name="comment" aria-label="Comment" rows="3" cols="60" maxlength="5000" required></textarea>
 <p><button>Add comment</button></p>
 """, "page.path, app=group_apps[0]") + """</details>
 % end
