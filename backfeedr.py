@@ -6296,9 +6296,7 @@ class Dashboard:
                             types=EVENT_TYPES, scanned_events=SCANNED_EVENTS)
 
     def _releases(self, page: PageRequest) -> Response:
-        parameters = page.parameters("sort")
-        return self._render(page, "Releases", "releases", **self._metrics.releases(page.app, **parameters),
-                            parameters=parameters)
+        return self._render(page, "Releases", "releases", **self._metrics.releases(page.app, **page.parameters("sort")))
 
     def _feed(self, page: PageRequest) -> Response:
         """New and regressed groups as Atom, or a 404 without the feed's token."""
@@ -6526,7 +6524,7 @@ _TRIAGE_SECTION = """<section><h2>{{group["state"].capitalize()}}
 _TEMPLATES = {name: bottle.SimpleTemplate(source) for name, source in {
     "layout": """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark"><meta name="robots" content="noindex">
+<meta name="robots" content="noindex">
 <title>{{shorten(title, 80)}} - backfeedr</title><link rel="icon" href="{{icon}}"><style>{{!style}}</style></head>
 <body><a class="skip" href="#main">Skip to content</a>
 <header><a class="brand" href="{{link("/")}}">backfeedr</a>
@@ -6713,7 +6711,7 @@ No events stored{{" for " + page.app if page.app else ""}}.
 % end
 """) + _PAGE_LINKS,
     "usage": _TILE_GRID + _TILE_GRID.replace("in tiles:", "in retention_tiles:") + """<div class="grid"><section>
-<h2><a href="{{link("/events")}}">Events, 30 days</a></h2>
+<h2>Events, 30 days</h2>
 """ + _table(
         "events", ("Event", """<a href="{{link("/events", type=row["type"], name=row["name"])}}"><bdi>\
 {{shorten(row["name"], 80) or "(no name)"}}</bdi></a> <span class="soft">{{row["type"]}}</span>""", "main"),
@@ -6722,13 +6720,13 @@ No events stored{{" for " + page.app if page.app else ""}}.
 <section><h2><a href="{{link("/releases")}}">Adoption, 7 days</a></h2>
 """ + _table("releases", _RELEASE_COLUMN, "Adoption", empty=_NO_RELEASES) + "</section></div>\n",
     "releases": """<p class="note">Sorted by
-% if "sort" in parameters:
+% if "sort" in page.query:
 <a href="{{link("/releases")}}">first seen</a> | version</p>
 % else:
 first seen | <a href="{{link("/releases", sort="version")}}">version</a></p>
 % end
 """ + _table(
-        "releases", _RELEASE_COLUMN, ("Verdict", '{{(row["verdict"] or {}).get("text", "-")}}', "verdict"),
+        "releases", _RELEASE_COLUMN, ("Verdict", '{{(row["verdict"] or {}).get("text", "-")}}', ""),
         "Crash-free sessions", "Crash-free devices", "Crashes", "Sessions", "Adoption", "First seen", "Last seen",
         empty=_NO_RELEASES, note="Adoption is the share of the app's sessions in the last 7 days."),
     "apps": """% if notice:
@@ -6824,74 +6822,67 @@ any address that it supports.</p>
 STYLE = """
 :root { color-scheme: light dark; --paper: #fcfbf8; --ink: #1f1e1b; --soft: #66635b; --rule: #dcd8cd; --tint: #f3f0e8;
   --link: #1d5a96; --mark: #2f6da8; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --paper: #161614; --ink: #e9e6de; --soft: #a19d92; --rule: #383631;
-  --tint: #201f1c; --link: #8cbcf0; --mark: #7fb0e4; --bad: #ff8f80; } }
-* { box-sizing: border-box; } dl, dd, form, .figure, .chart p { margin: 0; }
+@media screen and (prefers-color-scheme: dark) { :root { --paper: #161614; --ink: #e9e6de; --soft: #a19d92;
+  --rule: #383631; --tint: #201f1c; --link: #8cbcf0; --mark: #7fb0e4; --bad: #ff8f80; } }
+* { box-sizing: border-box; text-underline-offset: 0.2em; } dl, dd, form, .figure, .chart p { margin: 0; }
 body { margin: 0 auto; max-width: 78rem; padding: 0 1.25rem 2rem; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; -webkit-text-size-adjust: 100%; }
+  font: 0.94rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; -webkit-text-size-adjust: 100%; }
 code, pre, .trace, .long dd { font-family: ui-monospace, Consolas, monospace; }
 th, dt, pre, footer, small, .note, .trace, .filter label { color: var(--soft); font-size: 0.9em; }
 .empty, .soft, .place, .chart p { color: var(--soft); } .danger, .problem { color: var(--bad); }
 header, nav, .facts, .filter, .actions { display: flex; flex-wrap: wrap; gap: 0.4rem 1.3rem; align-items: baseline; }
 header { padding: 0.9rem 0 0.6rem; border-bottom: 2px solid var(--ink); } header nav { flex: 1; }
-.apps { padding: 0.5rem 0; border-bottom: 1px solid var(--rule); }
+.apps { padding: 0.5rem 0; border-bottom: 1px solid var(--rule); } .actions, .list + details { margin-top: 0.6rem; }
 a, summary, .plain { color: var(--link); } nav a, .brand { text-decoration: none; padding: 0.2rem 0; }
 h2 a, .brand, a[aria-current] { color: inherit; } a[aria-current] { border-bottom: 2px solid var(--mark); }
 a[aria-current], .brand, .own, .key { font-weight: 600; } .skip:not(:focus) { position: absolute; left: -99rem; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 1.4rem 0 0.8rem; } h2 { font-size: 0.95rem; margin: 0 0 0.5rem; }
-section, footer { margin: 1.75rem 0 0; min-width: 0; }
 footer, .tiles section { border-top: 1px solid var(--rule); padding-top: 0.6rem; }
 .grid { display: grid; gap: 0 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(var(--least), 100%), 1fr));
-  --least: 17rem; }
-.tiles { --least: 9rem; column-gap: 2rem; } .tiles h2 { font-weight: 400; margin: 0; }
+  --least: 17rem; } .tiles { --least: 9rem; column-gap: 2rem; } .tiles h2 { font-weight: 400; margin: 0; }
 .figure { font-size: 1.9rem; line-height: 1.2; } .note, .verdict { margin: 0.2rem 0; }
 .brief { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 1; overflow: hidden;
-  word-break: break-all; }
+  word-break: break-all; } section, footer { margin: 1.75rem 0 0; min-width: 0; }
 table { border-collapse: collapse; width: 100%; } .list tr { border-bottom: 1px solid var(--rule); }
-th { text-align: left; font-weight: 400; overflow-wrap: normal; }
+th { text-align: left; font-weight: 400; } thead { overflow-wrap: normal; }
 th, td { padding: 0.4rem 1.2rem 0.4rem 0; vertical-align: top; } :is(th, td):last-child { padding-right: 0; }
 .number { text-align: right; font-variant-numeric: tabular-nums; } td.number, .list time { white-space: nowrap; }
-.own, .hint, pre, .long dd, button { background: var(--tint); }
 .bars :is(th, td) { padding-block: 0.15rem; } .bars th { color: inherit; font-size: 1em; width: 52%; }
-.bars .number, th.number:first-child { width: 1%; } th.verdict { width: 38%; }
+.bars .number, th.number:first-child { width: 1%; } .own, .hint, pre, .long dd, button { background: var(--tint); }
 svg { display: block; width: 100%; overflow: visible; } .bars svg { margin-top: 0.4rem; }
 rect { fill: var(--mark); } .day { fill-opacity: 0; } .day:hover { fill-opacity: 0.15; }
 path { fill: none; stroke: var(--mark); stroke-width: 2; stroke-linecap: round; vector-effect: non-scaling-stroke; }
 .dot { stroke-width: 5; } .spark { display: block; width: 7.4rem; }
 .chart { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: 0.35rem 0.6rem; }
 .chart svg { border-block: 1px solid var(--rule); box-sizing: content-box; }
-.chart p { display: flex; justify-content: space-between; font-size: 12px; line-height: 1; }
+.chart p { display: flex; justify-content: space-between; font-size: 0.75rem; line-height: 1; }
 .chart p:first-child { flex-direction: column; text-align: right; } .chart p:last-child { grid-column: 2; }
 .crash { display: grid; gap: 1.5rem 2.5rem; grid-template-columns: minmax(0, 2fr) minmax(0, 1fr); }
 .trace { margin: 0; padding-left: 2.6rem; } .place { font-weight: 400; padding-left: 0.6rem; }
 li { padding: 0.15rem 0 0.15rem 0.6rem; border-left: 3px solid transparent; }
 .own { color: var(--ink); border-left-color: var(--bad); } .own .place { color: var(--link); }
-.context > :not(.long) { display: grid; grid-template-columns: minmax(8rem, max-content) minmax(0, 1fr); gap: 0.8rem;
-  padding: 0.2rem 0; } .context dt { max-width: 9.5rem; }
+.context > :not(.long) { display: grid; grid-template-columns: 9rem minmax(0, 1fr); gap: 0.4rem; padding: 0.2rem 0; }
 pre, .long dd { margin: 0.2rem 0; padding: 0.5rem 0.7rem; white-space: pre-wrap; max-height: 22rem; overflow-y: auto; }
-form, label { display: inline-block; } form, details { max-width: 100%; } p label { margin: 0 0.8rem 0.3rem 0; }
-.filter { align-items: end; margin-bottom: 1rem; } .filter label { display: grid; }
+form, label { display: inline-block; } form, label, details { max-width: 100%; } p label { margin: 0 0.8rem 0.3rem 0; }
+.filter { align-items: end; margin-bottom: 1rem; } .filter :is(label, input, select) { display: block; }
 input, select, button, textarea { font: inherit; color: inherit; border: 1px solid var(--soft); border-radius: 3px;
-  padding: 0.3rem 0.6rem; max-width: 100%; }
-input, select, textarea { background: var(--paper); } [type=number] { width: 7rem; }
-input:not([type=checkbox]), select, button { min-height: 2.2rem; }
+  padding: 0.3rem 0.6rem; max-width: 100%; } input:not([type=checkbox]), select, button { min-height: 2.5rem; }
+input, select, textarea { background: var(--paper); color: var(--ink); font-size: 1rem; } [type=number] { width: 7rem; }
 button, summary { cursor: pointer; } button:hover { border-color: var(--ink); }
-.plain { border: 0; padding: 0; min-height: 0; background: none; } td form + form { margin-left: 0.8rem; }
+.plain { border: 0; padding: 0; min-height: 0; background: none; } td form { margin-right: 0.8rem; }
 .sign-in { max-width: 24rem; } .sign-in :is(form, label, #token) { display: block; width: 100%; }
 .hint { padding: 0.3rem 1rem 0.8rem; border-left: 3px solid var(--mark); } .key { user-select: all; }
-.actions, .list + details { margin-top: 0.6rem; } .more { margin-right: 1.5rem; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 @media (max-width: 60rem) {
   .crash { grid-template-columns: minmax(0, 1fr); } .spark { display: inline-block; vertical-align: middle; }
   .list thead { position: absolute; clip-path: inset(50%); } .list, .list tbody { display: block; }
   .list tr { display: flex; flex-wrap: wrap; gap: 0 1.2rem; padding: 0.4rem 0; align-items: baseline; }
-  .list td { padding: 0; width: auto; text-align: left; white-space: normal; }
+  .list :is(td, time) { padding: 0; width: auto; text-align: left; white-space: normal; }
   .list td:not(.main, .bare)::before { content: attr(data-label) " "; color: var(--soft); font: 0.85em system-ui; }
   .list .main { order: -1; flex-basis: 100%; } .list .number + .bare { flex: 1 1 12rem; }
   .list td:not(.main):is(:empty, :has(> bdi:empty)), :is(.list, .bars) .code { display: none; }
   time::after { content: ", " attr(title); color: var(--soft); font-size: 0.9em; }
-  a, nav a, .brand, summary, .plain { padding-block: 12px; }
-  input:not([type=checkbox]), select, button { min-height: 40px; }
+  a, nav a, .brand, summary, .plain, label:has([type=checkbox]) { padding-block: 12px; }
   header nav { order: 1; flex-basis: 100%; column-gap: 0.8rem; } .brand { flex: 1; }
   .apps { flex-wrap: nowrap; overflow-x: auto; white-space: nowrap; }
 }
