@@ -1796,7 +1796,7 @@ def verdict(newer: Health, previous: Health) -> JsonObject | None:
     share = (newer.crashed + previous.crashed + 2) / (least + most + 4)
     needed = max(ENOUGH_DEVICES, math.ceil((Z_95 / MAX_HALF_WIDTH) ** 2 * 2 * share * (1 - share)))
     if least < MIN_DEVICES or low <= 0 <= high and least < needed:
-        word, text = "too early", f"about {math.ceil((needed - least) / 10) * 10} more devices"
+        word, text = "too early", f"about {math.ceil((needed - least) / 10) * 10} more devices needed"
     else:
         word = "worse" if high < 0 else "better" if low > 0 else "no difference seen"
         text = "{} of devices crash-free, {} before".format(*_percentages(newer.share, previous.share))
@@ -2827,7 +2827,7 @@ def _triage_value(name: str, value: Any, now: int) -> Any:
         return value.strip()[:MAX_TEXT if name == "fixed_in" else MAX_COMMENT]
     until = parse_occurred_at(value)
     if until <= now:
-        raise ValueError("is over")
+        raise ValueError("is in the past")
     return until
 
 
@@ -5983,8 +5983,9 @@ def _text_sections(group: JsonObject) -> Iterator[tuple[str, str]]:
 
 
 def _group_title(group: JsonObject) -> str:
-    """The app's function that crashes, or else the exception type, or else the group's hash."""
-    return canonical_name(group["place"]) or group["exception_type"] or group["group_hash"]
+    """The app's function that crashes, or its binary and offset, or else the exception type, or the group's hash."""
+    frame = read_frame({"symbol": group["place"]})
+    return canonical_name(frame.symbol) or frame.title or group["exception_type"] or group["group_hash"]
 
 
 _KNOWN_FRAME_FIELDS = {*chain.from_iterable(_FRAME_FIELDS.values()), "frame", "in_app", "symbolicated", "inlined"}
@@ -6003,15 +6004,23 @@ def _frame_row(frame: JsonObject) -> FrameRow:
     return FrameRow(known.title or "(no symbol)", ", ".join(filter(None, place)), bool(known.is_own), address)
 
 
+def _trace_rows(report: JsonObject) -> list[FrameRow]:
+    """The frames of a crash, or those in the properties of an event, such as a hang."""
+    trace = report.get("properties", report).get("stack_trace")
+    return [_frame_row(frame) for frame in trace if type(frame) is dict] if type(trace) is list else []
+
+
 def build_name(build: JsonObject) -> str:
     """The name of a build, such as Shop 1.3.0 (48)."""
     return f"{build['binary'] or 'a build'} {with_build(build['app_version'], build['build_number'])}".rstrip()
 
 
 def _event_details(event: JsonObject) -> str:
-    """The first twenty properties and unknown fields of an event."""
+    """The first twenty properties and unknown fields of an event, without a stack trace."""
+    hidden = ("stack_trace", "raw_stack_trace") if _trace_rows(event) else ()
     fields = {**event.get("properties", {}), **event.get("extra", {})}
-    return ", ".join(f"{name}: {_shorten(_json_text(value), 100)}" for name, value in list(fields.items())[:20])
+    return ", ".join(f"{name}: {_shorten(_json_text(value), 100)}"
+                     for name, value in list(fields.items())[:20] if name not in hidden)
 
 
 def _json_text(value: Any) -> str:
@@ -6029,7 +6038,7 @@ SESSION_LIFETIME = 7 * DAY
 LINK_LIFETIME = 10 * MINUTE  # of a link that signs in once
 LIST_ROWS, SHOWN_VERDICTS = 25, 5  # of crashes or events on a page, and of releases on the overview
 _ERROR_HINTS = {
-    403: "The session has changed since the page was loaded. Reload the page and submit the form again.",
+    403: "The session has changed since the page was loaded. Go back, reload that page and submit the form again.",
     404: "It may have expired, or its app may have been deleted.",
     500: "The server log has the reason.", 503: "The server log has the reason. Try again in a moment."}
 Response = Any  # a bottle.HTTPResponse; bottle has no types
@@ -6253,8 +6262,7 @@ class Dashboard:
             next_build=metrics.next_build(group_hash, apps[0]) if len(apps) == 1 else "", is_latest=not id,
             breadcrumbs=_breadcrumb_steps(report), events=[*_event_steps(report, metrics.events_before(report))],
             chart=chart("Crashes", group_days["labels"], details["days"], draw_columns),
-            frames=[_frame_row(frame) for frame in report.get("stack_trace", [])], max_frames=SHOWN_FRAMES,
-            fields=_field_rows(page, report))
+            frames=_trace_rows(report), fields=_field_rows(page, report))
 
     def _group_export(self, page: PageRequest, group_hash: str, suffix: str) -> Response:
         """A group as text for a bug tracker or an assistant."""
@@ -6287,9 +6295,7 @@ class Dashboard:
                             types=EVENT_TYPES, scanned_events=SCANNED_EVENTS)
 
     def _releases(self, page: PageRequest) -> Response:
-        parameters = page.parameters("sort")
-        return self._render(page, "Releases", "releases", **self._metrics.releases(page.app, **parameters),
-                            parameters=parameters)
+        return self._render(page, "Releases", "releases", **self._metrics.releases(page.app, **page.parameters("sort")))
 
     def _feed(self, page: PageRequest) -> Response:
         """New and regressed groups as Atom, or a 404 without the feed's token."""
@@ -6457,14 +6463,22 @@ _TILE_GRID = """<div class="grid tiles">
 _FILTER_FORM = """<form class="filter" method="get" action="{{page.root}}{{page.path}}">
 <input type="hidden" name="app" value="{{page.app or ""}}">
 """
-_PAGE_LINKS = """<p>
+_PAGE_LINKS = """<p class="actions">
 % if "cursor" in parameters:
-<a class="more" href="{{link(page.path, **{**parameters, "cursor": None})}}">First page</a>
+<a href="{{link(page.path, **{**parameters, "cursor": None})}}">First page</a>
 % end
 % if next:
-<a class="more" href="{{link(page.path, **{**parameters, "cursor": next})}}">Next page</a>
+<a href="{{link(page.path, **{**parameters, "cursor": next})}}">Next page</a>
 % end
 </p>
+"""
+_TRACE = """<ol class="trace" start="0">
+% for frame in frames[:max_frames]:
+<li{{!' class="own"' if frame.is_own else ""}} title="{{shorten(frame.address)}}"><code><bdi>\
+{{shorten(frame.symbol, 1000)}}</bdi></code> <span class="place"><bdi>{{shorten(frame.place)}}</bdi></span></li>
+% end
+</ol>
+<p class="note">{{"and {:,} more".format(len(frames) - max_frames) if frames[max_frames:] else ""}}</p>
 """
 _TRIAGE_SECTION = """<section><h2>{{group["state"].capitalize()}}
 {{"in " + group["fixed_in"] if group["fixed_in"] and group["state"] == "resolved" else ""}}
@@ -6487,14 +6501,14 @@ _TRIAGE_SECTION = """<section><h2>{{group["state"].capitalize()}}
 % end
 % if group["state"] != "muted":
 <details><summary>Mute</summary>
-""" + _form("""<p><label>until <input type="date" name="until"></label>
+""" + _form("""<p><label>until <input type="date" name="until" min="{{iso(page.now + DAY)[:10]}}"></label>
 <label>or for <input type="number" name="more_crashes" min="1" max="2147483647"> more crashes</label>
 <label>or for <input type="number" name="more_devices" min="1" max="2147483647"> more devices</label></p>
 <p><button>Mute</button> <span class="note">Without a condition, it stays muted until somebody reopens it.</span></p>
 """, "page.path, app=group_apps[0]", state="muted") + """</details>
 % end
 <details><summary>Comment</summary>
-""" + _form("""<p><textarea name="comment" rows="3" cols="60" maxlength="5000" required></textarea></p>
+""" + _form("""<textarea name="comment" aria-label="Comment" rows="3" cols="60" maxlength="5000" required></textarea>
 <p><button>Add comment</button></p>
 """, "page.path, app=group_apps[0]") + """</details>
 % end
@@ -6509,7 +6523,7 @@ _TRIAGE_SECTION = """<section><h2>{{group["state"].capitalize()}}
 _TEMPLATES = {name: bottle.SimpleTemplate(source) for name, source in {
     "layout": """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark"><meta name="robots" content="noindex">
+<meta name="robots" content="noindex">
 <title>{{shorten(title, 80)}} - backfeedr</title><link rel="icon" href="{{icon}}"><style>{{!style}}</style></head>
 <body><a class="skip" href="#main">Skip to content</a>
 <header><a class="brand" href="{{link("/")}}">backfeedr</a>
@@ -6612,25 +6626,16 @@ No crashes stored{{" for " + page.app if page.app else ""}}. To send one, see <a
 % else:
 <section><h2>Crashes per day</h2>{{!chart}}</section>
 <section><h2>{{"Latest crash" if is_latest else "Crash"}}, {{!time_html(report["occurred_at"])}}</h2>
-<p>
+<p class="actions">
 % for id, name, rel in ((older, "Older crash", "prev"), (newer, "Newer crash", "next")):
 % if id:
-<a class="more" href="{{link(page.path, report=id)}}" rel="{{rel}}">{{name}}</a>
+<a href="{{link(page.path, report=id)}}" rel="{{rel}}">{{name}}</a>
 % end
 % end
 </p>
 <div class="crash"><div>
 % if frames:
-<ol class="trace" start="0">
-% for frame in frames[:max_frames]:
-<li{{!' class="own"' if frame.is_own else ""}} title="{{shorten(frame.address)}}"><code><bdi>\
-{{shorten(frame.symbol, 1000)}}</bdi></code> <span class="place"><bdi>{{shorten(frame.place)}}</bdi></span></li>
-% end
-</ol>
-% if frames[max_frames:]:
-<p class="note">and {{number(len(frames) - max_frames)}} more frames</p>
-% end
-% for build in group["missing_symbols"]:
+""" + _TRACE + """% for build in group["missing_symbols"]:
 <p class="problem">Symbols for <bdi>{{build_name(build)}}</bdi> are missing: {{number(build["crashes"])}}
 {{"crashes are" if build["crashes"] > 1 else "crash is"}} waiting for them. To upload the symbols of this build
 ({{build["uuid"]}}): <code>python examples/symbols.py --server {{page.url}} App.xcarchive</code></p>
@@ -6681,9 +6686,10 @@ on <bdi>{{parameters.get("device_id_hash", "all devices")}}</bdi>, oldest event 
 """ + _table(
         "events", ("Event", """{{row["type"]}} <b><bdi>{{shorten(row.get("name", ""), 80)}}</bdi></b>
 """ + _APP_NAMES + """
-% text = details(row)
-% if len(text) > 100:
-<details class="soft"><summary><bdi>{{text[:100]}}...</bdi></summary><bdi>{{text}}</bdi></details>
+% text, frames = details(row), trace_rows(row)
+% if frames or len(text) > 100:
+<details class="soft"><summary><bdi>{{shorten(text, 100) or "Stack trace"}}</bdi></summary><bdi>{{text}}</bdi>
+""" + _TRACE + """</details>
 % else:
 <span class="soft"><bdi>{{text}}</bdi></span>
 % end
@@ -6704,7 +6710,7 @@ No events stored{{" for " + page.app if page.app else ""}}.
 % end
 """) + _PAGE_LINKS,
     "usage": _TILE_GRID + _TILE_GRID.replace("in tiles:", "in retention_tiles:") + """<div class="grid"><section>
-<h2><a href="{{link("/events")}}">Events, 30 days</a></h2>
+<h2>Events, 30 days</h2>
 """ + _table(
         "events", ("Event", """<a href="{{link("/events", type=row["type"], name=row["name"])}}"><bdi>\
 {{shorten(row["name"], 80) or "(no name)"}}</bdi></a> <span class="soft">{{row["type"]}}</span>""", "main"),
@@ -6713,13 +6719,13 @@ No events stored{{" for " + page.app if page.app else ""}}.
 <section><h2><a href="{{link("/releases")}}">Adoption, 7 days</a></h2>
 """ + _table("releases", _RELEASE_COLUMN, "Adoption", empty=_NO_RELEASES) + "</section></div>\n",
     "releases": """<p class="note">Sorted by
-% if "sort" in parameters:
+% if "sort" in page.query:
 <a href="{{link("/releases")}}">first seen</a> | version</p>
 % else:
 first seen | <a href="{{link("/releases", sort="version")}}">version</a></p>
 % end
 """ + _table(
-        "releases", _RELEASE_COLUMN, ("Verdict", '{{(row["verdict"] or {}).get("text", "-")}}', "verdict"),
+        "releases", _RELEASE_COLUMN, ("Verdict", '{{(row["verdict"] or {}).get("text", "-")}}', ""),
         "Crash-free sessions", "Crash-free devices", "Crashes", "Sessions", "Adoption", "First seen", "Last seen",
         empty=_NO_RELEASES, note="Adoption is the share of the app's sessions in the last 7 days."),
     "apps": """% if notice:
@@ -6815,74 +6821,67 @@ any address that it supports.</p>
 STYLE = """
 :root { color-scheme: light dark; --paper: #fcfbf8; --ink: #1f1e1b; --soft: #66635b; --rule: #dcd8cd; --tint: #f3f0e8;
   --link: #1d5a96; --mark: #2f6da8; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --paper: #161614; --ink: #e9e6de; --soft: #a19d92; --rule: #383631;
-  --tint: #201f1c; --link: #8cbcf0; --mark: #7fb0e4; --bad: #ff8f80; } }
-* { box-sizing: border-box; } dl, dd, form, .figure, .chart p { margin: 0; }
+@media screen and (prefers-color-scheme: dark) { :root { --paper: #161614; --ink: #e9e6de; --soft: #a19d92;
+  --rule: #383631; --tint: #201f1c; --link: #8cbcf0; --mark: #7fb0e4; --bad: #ff8f80; } }
+* { box-sizing: border-box; text-underline-offset: 0.2em; } dl, dd, form, .figure, .chart p { margin: 0; }
 body { margin: 0 auto; max-width: 78rem; padding: 0 1.25rem 2rem; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; -webkit-text-size-adjust: 100%; }
+  font: 0.94rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; -webkit-text-size-adjust: 100%; }
 code, pre, .trace, .long dd { font-family: ui-monospace, Consolas, monospace; }
 th, dt, pre, footer, small, .note, .trace, .filter label { color: var(--soft); font-size: 0.9em; }
 .empty, .soft, .place, .chart p { color: var(--soft); } .danger, .problem { color: var(--bad); }
 header, nav, .facts, .filter, .actions { display: flex; flex-wrap: wrap; gap: 0.4rem 1.3rem; align-items: baseline; }
 header { padding: 0.9rem 0 0.6rem; border-bottom: 2px solid var(--ink); } header nav { flex: 1; }
-.apps { padding: 0.5rem 0; border-bottom: 1px solid var(--rule); }
+.apps { padding: 0.5rem 0; border-bottom: 1px solid var(--rule); } .actions, .list + details { margin-top: 0.6rem; }
 a, summary, .plain { color: var(--link); } nav a, .brand { text-decoration: none; padding: 0.2rem 0; }
 h2 a, .brand, a[aria-current] { color: inherit; } a[aria-current] { border-bottom: 2px solid var(--mark); }
 a[aria-current], .brand, .own, .key { font-weight: 600; } .skip:not(:focus) { position: absolute; left: -99rem; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 1.4rem 0 0.8rem; } h2 { font-size: 0.95rem; margin: 0 0 0.5rem; }
-section, footer { margin: 1.75rem 0 0; min-width: 0; }
 footer, .tiles section { border-top: 1px solid var(--rule); padding-top: 0.6rem; }
 .grid { display: grid; gap: 0 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(var(--least), 100%), 1fr));
-  --least: 17rem; }
-.tiles { --least: 9rem; column-gap: 2rem; } .tiles h2 { font-weight: 400; margin: 0; }
+  --least: 17rem; } .tiles { --least: 9rem; column-gap: 2rem; } .tiles h2 { font-weight: 400; margin: 0; }
 .figure { font-size: 1.9rem; line-height: 1.2; } .note, .verdict { margin: 0.2rem 0; }
 .brief { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 1; overflow: hidden;
-  word-break: break-all; }
+  word-break: break-all; } section, footer { margin: 1.75rem 0 0; min-width: 0; }
 table { border-collapse: collapse; width: 100%; } .list tr { border-bottom: 1px solid var(--rule); }
-th { text-align: left; font-weight: 400; overflow-wrap: normal; }
+th { text-align: left; font-weight: 400; } thead { overflow-wrap: normal; }
 th, td { padding: 0.4rem 1.2rem 0.4rem 0; vertical-align: top; } :is(th, td):last-child { padding-right: 0; }
 .number { text-align: right; font-variant-numeric: tabular-nums; } td.number, .list time { white-space: nowrap; }
-.own, .hint, pre, .long dd, button { background: var(--tint); }
 .bars :is(th, td) { padding-block: 0.15rem; } .bars th { color: inherit; font-size: 1em; width: 52%; }
-.bars .number, th.number:first-child { width: 1%; } th.verdict { width: 38%; }
+.bars .number, th.number:first-child { width: 1%; } .own, .hint, pre, .long dd, button { background: var(--tint); }
 svg { display: block; width: 100%; overflow: visible; } .bars svg { margin-top: 0.4rem; }
 rect { fill: var(--mark); } .day { fill-opacity: 0; } .day:hover { fill-opacity: 0.15; }
 path { fill: none; stroke: var(--mark); stroke-width: 2; stroke-linecap: round; vector-effect: non-scaling-stroke; }
 .dot { stroke-width: 5; } .spark { display: block; width: 7.4rem; }
 .chart { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: 0.35rem 0.6rem; }
 .chart svg { border-block: 1px solid var(--rule); box-sizing: content-box; }
-.chart p { display: flex; justify-content: space-between; font-size: 12px; line-height: 1; }
+.chart p { display: flex; justify-content: space-between; font-size: 0.75rem; line-height: 1; }
 .chart p:first-child { flex-direction: column; text-align: right; } .chart p:last-child { grid-column: 2; }
 .crash { display: grid; gap: 1.5rem 2.5rem; grid-template-columns: minmax(0, 2fr) minmax(0, 1fr); }
 .trace { margin: 0; padding-left: 2.6rem; } .place { font-weight: 400; padding-left: 0.6rem; }
 li { padding: 0.15rem 0 0.15rem 0.6rem; border-left: 3px solid transparent; }
 .own { color: var(--ink); border-left-color: var(--bad); } .own .place { color: var(--link); }
-.context > :not(.long) { display: grid; grid-template-columns: minmax(8rem, max-content) minmax(0, 1fr); gap: 0.8rem;
-  padding: 0.2rem 0; } .context dt { max-width: 9.5rem; }
+.context > :not(.long) { display: grid; grid-template-columns: 9rem minmax(0, 1fr); gap: 0.4rem; padding: 0.2rem 0; }
 pre, .long dd { margin: 0.2rem 0; padding: 0.5rem 0.7rem; white-space: pre-wrap; max-height: 22rem; overflow-y: auto; }
-form, label { display: inline-block; } form, details { max-width: 100%; } p label { margin: 0 0.8rem 0.3rem 0; }
-.filter { align-items: end; margin-bottom: 1rem; } .filter label { display: grid; }
+form, label { display: inline-block; } form, label, details { max-width: 100%; } p label { margin: 0 0.8rem 0.3rem 0; }
+.filter { align-items: end; margin-bottom: 1rem; } .filter :is(label, input, select) { display: block; }
 input, select, button, textarea { font: inherit; color: inherit; border: 1px solid var(--soft); border-radius: 3px;
-  padding: 0.3rem 0.6rem; max-width: 100%; }
-input, select, textarea { background: var(--paper); } [type=number] { width: 7rem; }
-input:not([type=checkbox]), select, button { min-height: 2.2rem; }
+  padding: 0.3rem 0.6rem; max-width: 100%; } input:not([type=checkbox]), select, button { min-height: 2.5rem; }
+input, select, textarea { background: var(--paper); color: var(--ink); font-size: 1rem; } [type=number] { width: 7rem; }
 button, summary { cursor: pointer; } button:hover { border-color: var(--ink); }
-.plain { border: 0; padding: 0; min-height: 0; background: none; } td form + form { margin-left: 0.8rem; }
+.plain { border: 0; padding: 0; min-height: 0; background: none; } td form { margin-right: 0.8rem; }
 .sign-in { max-width: 24rem; } .sign-in :is(form, label, #token) { display: block; width: 100%; }
 .hint { padding: 0.3rem 1rem 0.8rem; border-left: 3px solid var(--mark); } .key { user-select: all; }
-.actions, .list + details { margin-top: 0.6rem; } .more { margin-right: 1.5rem; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 @media (max-width: 60rem) {
   .crash { grid-template-columns: minmax(0, 1fr); } .spark { display: inline-block; vertical-align: middle; }
   .list thead { position: absolute; clip-path: inset(50%); } .list, .list tbody { display: block; }
   .list tr { display: flex; flex-wrap: wrap; gap: 0 1.2rem; padding: 0.4rem 0; align-items: baseline; }
-  .list td { padding: 0; width: auto; text-align: left; white-space: normal; }
+  .list :is(td, time) { padding: 0; width: auto; text-align: left; white-space: normal; }
   .list td:not(.main, .bare)::before { content: attr(data-label) " "; color: var(--soft); font: 0.85em system-ui; }
   .list .main { order: -1; flex-basis: 100%; } .list .number + .bare { flex: 1 1 12rem; }
   .list td:not(.main):is(:empty, :has(> bdi:empty)), :is(.list, .bars) .code { display: none; }
   time::after { content: ", " attr(title); color: var(--soft); font-size: 0.9em; }
-  a, nav a, .brand, summary, .plain { padding-block: 12px; }
-  input:not([type=checkbox]), select, button { min-height: 40px; }
+  a, nav a, .brand, summary, .plain, label:has([type=checkbox]) { padding-block: 12px; }
   header nav { order: 1; flex-basis: 100%; column-gap: 0.8rem; } .brand { flex: 1; }
   .apps { flex-wrap: nowrap; overflow-x: auto; white-space: nowrap; }
 }
@@ -6897,7 +6896,8 @@ PAGE_HEADERS = {
 _TEMPLATE_GLOBALS = {
     "DAY": DAY, "bar_chart": bar_chart, "build_name": build_name, "curl_line": curl_line, "details": _event_details,
     "device_html": device_html, "group_title": _group_title, "icon": _ICON, "iso": iso_time, "number": "{:,}".format,
-    "pages": _NAVIGATION, "shorten": _shorten, "sparkline": sparkline, "style": STYLE, "urlencode": urlencode}
+    "max_frames": SHOWN_FRAMES, "pages": _NAVIGATION, "shorten": _shorten, "sparkline": sparkline, "style": STYLE,
+    "trace_rows": _trace_rows, "urlencode": urlencode}
 
 
 # == Backfeedr =================================================================
