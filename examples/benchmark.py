@@ -429,8 +429,8 @@ def fill(bench: Bench, file: Path, db: Path, events: int) -> None:
     with (bench.folder / "reports.jsonl").open("w") as out:
         while stored < events:
             share = stored / events
-            now = ended - SPAN * (1 - share)
-            seq, given = int(1000 * now) << 20, {"app": "default", "is_test": False, "received_at": rfc3339(now)}
+            now = round(ended - SPAN * (1 - share), 3)  # else the text could be a millisecond after the seq
+            seq, given = round(1000 * now) << 20, {"app": "default", "is_test": False, "received_at": rfc3339(now)}
             for event in visit(choose, now, share)[:events - stored]:
                 stored += 1
                 print(json.dumps({"id": f"evt_{seq + stored % (1 << 20):016x}", **given, **event}), file=out)
