@@ -4260,8 +4260,6 @@ class Store(SymbolStore):
         self.retention_days = retention_days
         self._next_expiry = 0  # when to look again for reports to delete
         self._judged_hour = 0  # the hour in which it last looked for releases that are worse
-        self._largest_app = (0, 0)  # when the largest app was looked up, and its id
-        self._to_regroup: tuple[Row, list[int]] = ((), [])  # a position in a group, and the crashes after it
 
     def start(self, api_key: str = "", auth_token: str = "") -> GeneratedSecrets:
         """Like Apps.start(), but also stores the retention for commands that are not given one."""
@@ -6052,7 +6050,7 @@ class PageRequest:
         self.environ, self.now, self._public_url, self.cookie = environ, now, public_url.rstrip("/"), cookie
         script_name = quote(environ.get("SCRIPT_NAME", "").encode("latin-1", "replace"))
         self.root = (urlsplit(public_url).path or script_name).rstrip("/")  # a proxy may have stripped the prefix
-        self.path = quote(environ.get("PATH_INFO", "").encode("latin-1", "replace"))
+        self.path = quote(environ.get("PATH_INFO", ""))  # bottle has decoded it
         self.section = "/" + self.path.split("/")[1] if "/" in self.path else "/"  # such as /crashes
         self.query = {name: value for name, value in _query(environ).items() if value}  # forms send empty fields, too
         self.path_and_query = self.path + ("?" + urlencode(self.query) if self.query else "")
@@ -6955,7 +6953,7 @@ class Backfeedr(Closing):
         self._router = self._routes()
 
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
-        method, path = environ.get("REQUEST_METHOD", ""), environ.get("PATH_INFO", "")
+        method, path = environ.get("REQUEST_METHOD", "").upper(), environ.get("PATH_INFO", "")
         if len(path) > 1 and path.endswith("/"):  # one slash at the end makes no difference
             path = path[:-1]
             environ = {**environ, "PATH_INFO": path}
@@ -6968,7 +6966,8 @@ class Backfeedr(Closing):
             path.encode("latin-1").decode("utf-8")
         except UnicodeError:  # bottle would drop these bytes and match the rest
             path = "/api/not found" if path.startswith("/api/") else "/not found"
-        environ = {**environ, "PATH_INFO": path, "bottle.route": None}  # an outer bottle may have set it
+        # An outer bottle may have set a route. bottle takes `post` for POST, so pages must, too.
+        environ = {**environ, "PATH_INFO": path, "REQUEST_METHOD": method, "bottle.route": None}
         outer_environ = None
         with suppress(RuntimeError):
             outer_environ = bottle.request.environ

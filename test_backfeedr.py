@@ -6827,6 +6827,7 @@ def test_links_and_the_cookie_use_the_path_and_the_scheme_of_the_server(serve):
         assert re.fullmatch(cookie_of(direct) + "=[0-9a-f]{32}", session)
         assert {flag.lower() for flag in flags} == {
             "httponly", "samesite=lax", "path=/here/", "max-age=604800", *secure}, (prefix, scheme, headers)
+    assert web.get("/crashes/%C3%A9", status=303).headers["Location"] == "/here/sign-in?next=%2Fcrashes%2F%25C3%25A9"
 
 
 def test_the_curl_line_names_the_address_of_the_server(serve):
@@ -6854,6 +6855,7 @@ def test_a_form_is_refused_without_the_token_of_its_session(api, person):
         assert "Form expired" in answer and "Forged" not in answer
         person.post("/sign-out", 403, **forged)
         person.post("/sign-in", 403, token=TOKEN, **forged)
+    person.web.post("/sign-out", headers=HTML, status=403, extra_environ={"REQUEST_METHOD": "post"})
     stranger.post("/apps", 303, action="create", name="Forged", form_token=form_token)
     assert stored(api.server, "apps", "keys", "grants") == before
 
