@@ -476,7 +476,8 @@ _SYSTEM_BINARY = re.compile(r"dyld|libobjc-trampolines\.dylib|libswift\w{0,40}\.
 _APP_PATH = re.compile(r"(?!/System/|/usr/|.*/(?:RuntimeRoot|Contents/Developer)/).*\.app(?:ex)?/", re.S)
 _NAME_AND_OFFSET = re.compile(r"(.*) \+ ([0-9]{1,18})")
 _PLACEHOLDER = re.compile("0x[0-9a-fA-F]+|[0-9a-fA-F]{8,16}|<redacted>|<unknown>|[?]+|_?_?mh_(?:execute|dylib)_header|")
-_CALL_STACK_LINE = re.compile(r"(?:[0-9]{1,4}\s+(\S.{0,200}?)\s+)?0x[0-9a-fA-F]{1,16} (?!\+ )(.+)")  # callStackSymbols
+_CALL_STACK_LINE = re.compile(  # of callStackSymbols. \S before \s+: with a dot, a million spaces would take 5 s
+    r"(?:[0-9]{1,4}\s+(\S(?:.{0,199}?\S)??)\s+)?0x[0-9a-fA-F]{1,16} (?!\+ )(.+)")
 _UUID_DIGITS = re.compile("([0-9A-F]{8})" + 3 * "([0-9A-F]{4})" + "([0-9A-F]{12})[0-9A-F]{0,8}")
 
 
@@ -547,7 +548,7 @@ def _make_frame(symbol: str, file: str, binary: str = "", path: str = "", uuid: 
     if is_own is None:
         is_own = is_own_code(file, path, base, binary)
     is_trusted = bool(file or symbol and (is_symbolicated or not uuid or offset is None or not is_own))
-    return Frame(symbol, file, binary, uuid, offset, is_own, is_trusted)
+    return Frame(symbol, file, binary[:MAX_SYMBOL], uuid, offset, is_own, is_trusted)
 
 
 _cached_frame = lru_cache(maxsize=4096)(_make_frame)
@@ -1046,8 +1047,10 @@ EVENT_NAMES = {
 DURATIONS = ("hangDuration", "totalCPUTime", "writesCaused", "totalWritesCaused", "launchDuration")
 
 _LIKELY_APPLE = re.compile(rb'"(?:bug_type|usedImages|timeStampBegin)"|Diagnostics?"|^Exception Type:', re.M)
-# A person's name or the folder of an installation, in a path. JSON may escape its slashes.
-_PRIVATE = re.compile(r"/(?:((?:Users|home)\\?/)(?:[^\s\\/\"']|\\u[0-9A-Fa-f]{4})+"
+# A person's name or the folder of an installation, in a path. JSON may escape its slashes. The name is not just
+# (?:...|...)+, because `re` would take 190 bytes for each character.
+_PRIVATE = re.compile(r"/(?:((?:Users|home)\\?/)(?=[^\s\\/\"']|\\u[0-9A-Fa-f]{4})"
+                      r"[^\s\\/\"']*(?:\\u[0-9A-Fa-f]{4}[^\s\\/\"']*)*"
                       r"|[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12})")
 _APPLE_TIME = re.compile(r"([0-9-]{10})[ T]([0-9:]{8})(?:(\.[0-9]{1,9})[0-9]*)? ?(Z|[+-][0-9]{2}:?[0-9]{2})?")
 _OS_VERSION = re.compile(r"(?:[A-Za-z]+ ){0,4}([0-9]+(?:\.[0-9]+)*)(?: \([\w ]{1,30}\))*")
@@ -1124,7 +1127,7 @@ def _objects_on_lines(text: str) -> list[JsonObject]:
 
 
 # A string without an end is one token, too: searching for an end from each quote in it would take hours.
-_NESTING = re.compile(r'"subFrames"\s*:\s*\[|"[^"\\]*(?:\\.[^"\\]*)*"?|[][]|NaN', re.S)
+_NESTING = re.compile(r'"subFrames"\s*:\s*\[|"[^"]*"?|[][]|NaN')
 
 
 def _decode_nested(text: str) -> Any:
@@ -1133,10 +1136,12 @@ def _decode_nested(text: str) -> Any:
     does not have, stands for it in the text around it. Raises ValueError."""
     if not _is_deep(text, MAX_READ_DEPTH):
         return _DECODER.decode(text)
+    unused = deque[Any]()  # the lists for the next NaNs. One decoder for all pieces: a new one for each takes a third
+    decoder = _make_decoder(parse_constant=lambda word: unused.popleft() if word == "NaN" else _parse_finite(word))
     pieces, lists = list[str](), list[Any]()  # of the text that is being read, and the lists that NaN stands for in it
     enclosing: list[tuple[list[str], list[Any]]] = []  # the same for each text around it
     open_brackets, position = list[bool](), 0  # whether each open "[" is of `subFrames`; where the next piece begins
-    for token in _NESTING.finditer(text):
+    for token in _NESTING.finditer(text.replace("\\\\", "  ").replace('\\"', "  ")):  # the other escapes do no harm
         if token[0] == "NaN":
             raise ValueError("a number is out of range")
         if token[0].endswith("["):
@@ -1146,11 +1151,13 @@ def _decode_nested(text: str) -> Any:
                 enclosing.append((pieces, lists))
                 pieces, lists, position = [], [], token.end() - 1
         elif token[0] == "]" and open_brackets and open_brackets.pop():
-            frames = _decode_with_lists("".join([*pieces, text[position:token.end()]]), lists)
+            unused.extend(lists)
+            frames = _decode_piece(decoder, "".join([*pieces, text[position:token.end()]]))
             pieces, lists = enclosing.pop()
             lists.append(_heaviest_path(frames))
             position = token.end()
-    return _decode_with_lists("".join([*pieces, text[position:]]), lists)
+    unused.extend(lists)
+    return _decode_piece(decoder, "".join([*pieces, text[position:]]))
 
 
 def _heaviest_path(frames: Any) -> deque[JsonObject]:
@@ -1166,10 +1173,7 @@ def _heaviest_path(frames: Any) -> deque[JsonObject]:
     return path
 
 
-def _decode_with_lists(text: str, lists: list[Any]) -> Any:
-    """The value of JSON in which each NaN stands for the next of these lists."""
-    unused = iter(lists)
-    decoder = _make_decoder(parse_constant=lambda word: next(unused) if word == "NaN" else _parse_finite(word))
+def _decode_piece(decoder: json.JSONDecoder, text: str) -> Any:
     try:
         return decoder.decode(not_deep(text))
     except json.JSONDecodeError as error:  # its position is not that in the body
