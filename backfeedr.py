@@ -665,6 +665,7 @@ MAX_DEPTH = 64  # of JSON that is stored as it was sent: far more than SDKs send
 MAX_READ_DEPTH = 500  # of JSON that is read. Python 3.13 reads 10,000 levels, but a thread's stack may end before that
 MAX_NUMBER = (1 << 63) - 1
 MAX_REPORT_SIZE, MAX_BATCHED_SIZE = 256_000, 32_000  # bytes of text stored for a report, and for an event of a batch
+MAX_PAYLOAD_SIZE = 1_000_000  # after so many bytes of an Apple payload, MAX_BATCHED_SIZE is the limit of each report
 SMALL_SIZE = 1000  # characters of JSON that cannot have too many fields or frames
 MAX_FIELDS = 256  # of `properties`, and of unknown fields
 MAX_FRAME_FIELDS = 32  # of each frame, if a report is cut
@@ -830,12 +831,12 @@ _EVENT_FIELDS: Converters = {name: _CONVERTERS.get(name, _short_text) for name i
 _REQUIRED = ("exception_type", "type", "occurred_at")
 
 
-def parse_crash(sent: JsonObject) -> Crash:
-    """A crash from its JSON object. Raises Refusal."""
+def parse_crash(sent: JsonObject, max_size: int = MAX_REPORT_SIZE) -> Crash:
+    """A crash from its JSON object, cut to `max_size` bytes. Raises Refusal."""
     trace: Any = sent.get("stack_trace")
     # A spare frame shows _truncate that frames are missing.
     frames = list(map(_normalize_frame, _limit_length(trace, spare_frames=1))) if _is_list_of_objects(trace) else []
-    values = _convert({**sent, "stack_trace": frames} if frames else sent, _CRASH_FIELDS, MAX_REPORT_SIZE)
+    values = _convert({**sent, "stack_trace": frames} if frames else sent, _CRASH_FIELDS, max_size)
     kept = list(map(read_frame, _limit_length(frames)))
     return Crash(group_hash_of_frames(values[0], kept), builds_to_symbolicate(kept), *values)
 
@@ -1059,7 +1060,7 @@ _UNCAUGHT = re.compile(r"uncaught exception '([^'\n]{1,200})', reason: '(.*?)(?:
 _FATAL = re.compile("Fatal error|Precondition failed|Assertion failed|BUG IN ")
 _OBJECT_START = re.compile(r"(?:^|(?<=\}))\{", re.M)
 _THREAD_STARTS = ("dyld", "libdyld.dylib", "libsystem_pthread.dylib")
-Diagnostic = tuple[Callable[[JsonObject], Union[Crash, Event]], JsonObject]  # parse_crash or parse_event, its input
+Diagnostic = tuple[Callable[[JsonObject, int], Union[Crash, Event]], JsonObject]  # parse_crash or parse_event; input
 
 
 def parse_diagnostics(body: bytes, now: int, device: str = "") -> list[Crash | Event]:
@@ -1072,8 +1073,12 @@ def parse_diagnostics(body: bytes, now: int, device: str = "") -> list[Crash | E
         if len(diagnostics) > MAX_BATCH:
             raise Refusal(f"too many diagnostics: at most {MAX_BATCH}")
         device = device.replace("\x00", "\ufffd")  # a header may contain it, but no database takes it
-        return [parse({**sent, "occurred_at": sent["occurred_at"] or iso_time(now), "device_id_hash": device})
-                for parse, sent in diagnostics]
+        reports, size = list[Union[Crash, Event]](), 0
+        for parse, sent in diagnostics:  # all their frames may share a long name in `binaryInfo`
+            sent = {**sent, "occurred_at": sent["occurred_at"] or iso_time(now), "device_id_hash": device}
+            reports.append(parse(sent, MAX_REPORT_SIZE if size < MAX_PAYLOAD_SIZE else MAX_BATCHED_SIZE))
+            size += sum(len(value.encode()) for value in reports[-1] if type(value) is str)
+        return reports
     except ValueError as error:
         raise Refusal(UNKNOWN_FORMAT, detail=str(error)) from None
 
@@ -1316,7 +1321,8 @@ def _metrickit_trace(tree: JsonObject, is_crash: bool) -> list[JsonObject]:
     stack = next((stack for stack in stacks if stack.get("threadAttributed") is True), stacks[0] if stacks else {})
     path = _heaviest_path(_member_objects(stack, "callStackRootFrames") or _member_objects(stack, "rootFrames"))
     images = _member_objects(tree, "binaryInfo")
-    names = {uuid: _member(image, "name", str) for image in images if (uuid := image_uuid(image.get("uuid")))}
+    names = {uuid: _member(image, "name", str)[:MAX_TEXT]
+             for image in images if (uuid := image_uuid(image.get("uuid")))}
     steps = [(frame, _member(frame, "binaryName", str) or names.get(image_uuid(frame.get("binaryUUID")), ""))
              for frame in path]
     # A sampled path may begin where its thread began, and end with the innermost frame.

@@ -1583,6 +1583,11 @@ def test_a_hundred_diagnostics_are_accepted_and_stored_in_little_more_than_was_s
     for length, count in ((1000, 100), (100_000, 1)):  # their common environment is copied only if it is small
         body = {"environment": {"x": "y" * length, "applicationVersion": "1"}, "crashDiagnostic": [{}] * 100}
         assert [len(report["extra"]["x"]) for report in diagnosed(body) if "extra" in report] == [length] * count
+    body = json.loads(nest(150, '{"binaryUUID":"%s"' % SHOP))  # frames that share a name of 2,000 bytes
+    body["crashDiagnostics"][0]["callStackTree"]["binaryInfo"] = [{"uuid": SHOP, "name": "\U0001f600" * 500}]
+    crashes = diagnosed({"crashDiagnostics": body["crashDiagnostics"] * 100})
+    sizes = [len(backfeedr.to_json(crash["stack_trace"]).encode()) for crash in crashes]
+    assert min(sizes[:4]) > 250_000 and 20_000 < max(sizes[4:]) < 32_000, "after the first megabyte, less is stored"
 
 
 @pytest.mark.parametrize("parse, body", [
