@@ -476,7 +476,8 @@ _SYSTEM_BINARY = re.compile(r"dyld|libobjc-trampolines\.dylib|libswift\w{0,40}\.
 _APP_PATH = re.compile(r"(?!/System/|/usr/|.*/(?:RuntimeRoot|Contents/Developer)/).*\.app(?:ex)?/", re.S)
 _NAME_AND_OFFSET = re.compile(r"(.*) \+ ([0-9]{1,18})")
 _PLACEHOLDER = re.compile("0x[0-9a-fA-F]+|[0-9a-fA-F]{8,16}|<redacted>|<unknown>|[?]+|_?_?mh_(?:execute|dylib)_header|")
-_CALL_STACK_LINE = re.compile(r"(?:[0-9]{1,4}\s+(\S.{0,200}?)\s+)?0x[0-9a-fA-F]{1,16} (?!\+ )(.+)")  # callStackSymbols
+_CALL_STACK_LINE = re.compile(  # of callStackSymbols. \S before \s+: with a dot, a million spaces would take 5 s
+    r"(?:[0-9]{1,4}\s+(\S(?:.{0,199}?\S)??)\s+)?0x[0-9a-fA-F]{1,16} (?!\+ )(.+)")
 _UUID_DIGITS = re.compile("([0-9A-F]{8})" + 3 * "([0-9A-F]{4})" + "([0-9A-F]{12})[0-9A-F]{0,8}")
 
 
@@ -547,7 +548,7 @@ def _make_frame(symbol: str, file: str, binary: str = "", path: str = "", uuid: 
     if is_own is None:
         is_own = is_own_code(file, path, base, binary)
     is_trusted = bool(file or symbol and (is_symbolicated or not uuid or offset is None or not is_own))
-    return Frame(symbol, file, binary, uuid, offset, is_own, is_trusted)
+    return Frame(symbol, file, binary[:MAX_SYMBOL], uuid, offset, is_own, is_trusted)
 
 
 _cached_frame = lru_cache(maxsize=4096)(_make_frame)
@@ -664,6 +665,7 @@ MAX_DEPTH = 64  # of JSON that is stored as it was sent: far more than SDKs send
 MAX_READ_DEPTH = 500  # of JSON that is read. Python 3.13 reads 10,000 levels, but a thread's stack may end before that
 MAX_NUMBER = (1 << 63) - 1
 MAX_REPORT_SIZE, MAX_BATCHED_SIZE = 256_000, 32_000  # bytes of text stored for a report, and for an event of a batch
+MAX_PAYLOAD_SIZE = 1_000_000  # after so many bytes of an Apple payload, MAX_BATCHED_SIZE is the limit of each report
 SMALL_SIZE = 1000  # characters of JSON that cannot have too many fields or frames
 MAX_FIELDS = 256  # of `properties`, and of unknown fields
 MAX_FRAME_FIELDS = 32  # of each frame, if a report is cut
@@ -829,12 +831,12 @@ _EVENT_FIELDS: Converters = {name: _CONVERTERS.get(name, _short_text) for name i
 _REQUIRED = ("exception_type", "type", "occurred_at")
 
 
-def parse_crash(sent: JsonObject) -> Crash:
-    """A crash from its JSON object. Raises Refusal."""
+def parse_crash(sent: JsonObject, max_size: int = MAX_REPORT_SIZE) -> Crash:
+    """A crash from its JSON object, cut to `max_size` bytes. Raises Refusal."""
     trace: Any = sent.get("stack_trace")
     # A spare frame shows _truncate that frames are missing.
     frames = list(map(_normalize_frame, _limit_length(trace, spare_frames=1))) if _is_list_of_objects(trace) else []
-    values = _convert({**sent, "stack_trace": frames} if frames else sent, _CRASH_FIELDS, MAX_REPORT_SIZE)
+    values = _convert({**sent, "stack_trace": frames} if frames else sent, _CRASH_FIELDS, max_size)
     kept = list(map(read_frame, _limit_length(frames)))
     return Crash(group_hash_of_frames(values[0], kept), builds_to_symbolicate(kept), *values)
 
@@ -1046,8 +1048,10 @@ EVENT_NAMES = {
 DURATIONS = ("hangDuration", "totalCPUTime", "writesCaused", "totalWritesCaused", "launchDuration")
 
 _LIKELY_APPLE = re.compile(rb'"(?:bug_type|usedImages|timeStampBegin)"|Diagnostics?"|^Exception Type:', re.M)
-# A person's name or the folder of an installation, in a path. JSON may escape its slashes.
-_PRIVATE = re.compile(r"/(?:((?:Users|home)\\?/)(?:[^\s\\/\"']|\\u[0-9A-Fa-f]{4})+"
+# A person's name or the folder of an installation, in a path. JSON may escape its slashes. The name is not just
+# (?:...|...)+, because `re` would take 190 bytes for each character.
+_PRIVATE = re.compile(r"/(?:((?:Users|home)\\?/)(?=[^\s\\/\"']|\\u[0-9A-Fa-f]{4})"
+                      r"[^\s\\/\"']*(?:\\u[0-9A-Fa-f]{4}[^\s\\/\"']*)*"
                       r"|[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12})")
 _APPLE_TIME = re.compile(r"([0-9-]{10})[ T]([0-9:]{8})(?:(\.[0-9]{1,9})[0-9]*)? ?(Z|[+-][0-9]{2}:?[0-9]{2})?")
 _OS_VERSION = re.compile(r"(?:[A-Za-z]+ ){0,4}([0-9]+(?:\.[0-9]+)*)(?: \([\w ]{1,30}\))*")
@@ -1056,7 +1060,7 @@ _UNCAUGHT = re.compile(r"uncaught exception '([^'\n]{1,200})', reason: '(.*?)(?:
 _FATAL = re.compile("Fatal error|Precondition failed|Assertion failed|BUG IN ")
 _OBJECT_START = re.compile(r"(?:^|(?<=\}))\{", re.M)
 _THREAD_STARTS = ("dyld", "libdyld.dylib", "libsystem_pthread.dylib")
-Diagnostic = tuple[Callable[[JsonObject], Union[Crash, Event]], JsonObject]  # parse_crash or parse_event, its input
+Diagnostic = tuple[Callable[[JsonObject, int], Union[Crash, Event]], JsonObject]  # parse_crash or parse_event; input
 
 
 def parse_diagnostics(body: bytes, now: int, device: str = "") -> list[Crash | Event]:
@@ -1069,8 +1073,12 @@ def parse_diagnostics(body: bytes, now: int, device: str = "") -> list[Crash | E
         if len(diagnostics) > MAX_BATCH:
             raise Refusal(f"too many diagnostics: at most {MAX_BATCH}")
         device = device.replace("\x00", "\ufffd")  # a header may contain it, but no database takes it
-        return [parse({**sent, "occurred_at": sent["occurred_at"] or iso_time(now), "device_id_hash": device})
-                for parse, sent in diagnostics]
+        reports, size = list[Union[Crash, Event]](), 0
+        for parse, sent in diagnostics:  # all their frames may share a long name in `binaryInfo`
+            sent = {**sent, "occurred_at": sent["occurred_at"] or iso_time(now), "device_id_hash": device}
+            reports.append(parse(sent, MAX_REPORT_SIZE if size < MAX_PAYLOAD_SIZE else MAX_BATCHED_SIZE))
+            size += sum(len(value.encode()) for value in reports[-1] if type(value) is str)
+        return reports
     except ValueError as error:
         raise Refusal(UNKNOWN_FORMAT, detail=str(error)) from None
 
@@ -1124,7 +1132,7 @@ def _objects_on_lines(text: str) -> list[JsonObject]:
 
 
 # A string without an end is one token, too: searching for an end from each quote in it would take hours.
-_NESTING = re.compile(r'"subFrames"\s*:\s*\[|"[^"\\]*(?:\\.[^"\\]*)*"?|[][]|NaN', re.S)
+_NESTING = re.compile(r'"subFrames"\s*:\s*\[|"[^"]*"?|[][]|NaN')
 
 
 def _decode_nested(text: str) -> Any:
@@ -1133,10 +1141,12 @@ def _decode_nested(text: str) -> Any:
     does not have, stands for it in the text around it. Raises ValueError."""
     if not _is_deep(text, MAX_READ_DEPTH):
         return _DECODER.decode(text)
+    unused = deque[Any]()  # the lists for the next NaNs. One decoder for all pieces: a new one for each takes a third
+    decoder = _make_decoder(parse_constant=lambda word: unused.popleft() if word == "NaN" else _parse_finite(word))
     pieces, lists = list[str](), list[Any]()  # of the text that is being read, and the lists that NaN stands for in it
     enclosing: list[tuple[list[str], list[Any]]] = []  # the same for each text around it
     open_brackets, position = list[bool](), 0  # whether each open "[" is of `subFrames`; where the next piece begins
-    for token in _NESTING.finditer(text):
+    for token in _NESTING.finditer(text.replace("\\\\", "  ").replace('\\"', "  ")):  # the other escapes do no harm
         if token[0] == "NaN":
             raise ValueError("a number is out of range")
         if token[0].endswith("["):
@@ -1146,11 +1156,13 @@ def _decode_nested(text: str) -> Any:
                 enclosing.append((pieces, lists))
                 pieces, lists, position = [], [], token.end() - 1
         elif token[0] == "]" and open_brackets and open_brackets.pop():
-            frames = _decode_with_lists("".join([*pieces, text[position:token.end()]]), lists)
+            unused.extend(lists)
+            frames = _decode_piece(decoder, "".join([*pieces, text[position:token.end()]]))
             pieces, lists = enclosing.pop()
             lists.append(_heaviest_path(frames))
             position = token.end()
-    return _decode_with_lists("".join([*pieces, text[position:]]), lists)
+    unused.extend(lists)
+    return _decode_piece(decoder, "".join([*pieces, text[position:]]))
 
 
 def _heaviest_path(frames: Any) -> deque[JsonObject]:
@@ -1166,10 +1178,7 @@ def _heaviest_path(frames: Any) -> deque[JsonObject]:
     return path
 
 
-def _decode_with_lists(text: str, lists: list[Any]) -> Any:
-    """The value of JSON in which each NaN stands for the next of these lists."""
-    unused = iter(lists)
-    decoder = _make_decoder(parse_constant=lambda word: next(unused) if word == "NaN" else _parse_finite(word))
+def _decode_piece(decoder: json.JSONDecoder, text: str) -> Any:
     try:
         return decoder.decode(not_deep(text))
     except json.JSONDecodeError as error:  # its position is not that in the body
@@ -1312,7 +1321,8 @@ def _metrickit_trace(tree: JsonObject, is_crash: bool) -> list[JsonObject]:
     stack = next((stack for stack in stacks if stack.get("threadAttributed") is True), stacks[0] if stacks else {})
     path = _heaviest_path(_member_objects(stack, "callStackRootFrames") or _member_objects(stack, "rootFrames"))
     images = _member_objects(tree, "binaryInfo")
-    names = {uuid: _member(image, "name", str) for image in images if (uuid := image_uuid(image.get("uuid")))}
+    names = {uuid: _member(image, "name", str)[:MAX_TEXT]
+             for image in images if (uuid := image_uuid(image.get("uuid")))}
     steps = [(frame, _member(frame, "binaryName", str) or names.get(image_uuid(frame.get("binaryUUID")), ""))
              for frame in path]
     # A sampled path may begin where its thread began, and end with the innermost frame.

@@ -41,6 +41,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import weakref
 import zipfile
 import zlib
@@ -1582,6 +1583,40 @@ def test_a_hundred_diagnostics_are_accepted_and_stored_in_little_more_than_was_s
     for length, count in ((1000, 100), (100_000, 1)):  # their common environment is copied only if it is small
         body = {"environment": {"x": "y" * length, "applicationVersion": "1"}, "crashDiagnostic": [{}] * 100}
         assert [len(report["extra"]["x"]) for report in diagnosed(body) if "extra" in report] == [length] * count
+    body = json.loads(nest(150, '{"binaryUUID":"%s"' % SHOP))  # frames that share a name of 2,000 bytes
+    body["crashDiagnostics"][0]["callStackTree"]["binaryInfo"] = [{"uuid": SHOP, "name": "\U0001f600" * 500}]
+    crashes = diagnosed({"crashDiagnostics": body["crashDiagnostics"] * 100})
+    sizes = [len(backfeedr.to_json(crash["stack_trace"]).encode()) for crash in crashes]
+    assert min(sizes[:4]) > 250_000 and 20_000 < max(sizes[4:]) < 32_000, "after the first megabyte, less is stored"
+
+
+@pytest.mark.parametrize("parse, body", [
+    (backfeedr.parse_crash_body, changed(CRASH, stack_trace=[{"symbol": "1 a" + 1_000_000 * " " + "b"}])),
+    (diagnosed, b'{"timeRange": {}, "x": "/home/' + 1_000_000 * b"a" + b'"}'),
+    (diagnosed, nest(260)[:-1] + b', "x": "' + 500_000 * b"\\n" + b'"}')],
+    ids=["spaces in a symbol", "a long name in a path", "escapes in deep JSON"])
+def test_text_that_was_dear_to_match_takes_little_time_and_memory(parse, body):
+    """The first took 5 s, the second 190 MB, the third 65 MB."""
+    started = time.process_time()
+    parse(body)
+    assert time.process_time() - started < 2
+    tracemalloc.start()
+    try:
+        parse(body)
+        assert tracemalloc.get_traced_memory()[1] < 15_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_parsing_keeps_no_long_text_in_memory():
+    """A name of a binary with a million characters was kept to tell whether it is specific: up to 8 GB."""
+    tracemalloc.start()
+    try:
+        for number in range(20):
+            parse_crash({**CRASH, "stack_trace": [{"binary": f"{number}" + "\U0001f600" * 100_000}]})
+        assert tracemalloc.get_traced_memory()[0] < 4_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_examples_of_apple_formats_are_read():
