@@ -5227,15 +5227,18 @@ class Metrics(PublicMetrics):
             parameters = {"app": app_id, **_version_filter(version), "first": shown_days[0], "last": shown_days[-1],
                           "text": text and text.casefold(), "limit": limit + 1, "value": int(value), "group": group,
                           "week": week, "since": (shown_days[0] or 0) * DAY - MAX_SKEW if days else 0, "state": state,
-                          "candidates": None}  # all groups
+                          "column": column, "candidates": None}  # all groups
             if days and days <= WEEK and column == "count" and not (version or text or state or cursor):
                 parameters["candidates"] = self._most_crashing(db, app_id, self._last_days(days), limit + 1)
             rows = dict_rows(db, f"""
                 select * from (
-                    select group_hash, sum(crashes) as count, sum(devices) as devices, max(latest) as last_seen, (
-                        select coalesce(min(first_seen), 0) from groups
-                        where {APP_FILTER} and group_hash = counts.group_hash) as first_seen
+                    select group_hash, sum(crashes) as count, sum(devices) as devices, max(latest) as last_seen,
+                        coalesce(min(first_at), 0) as first_seen
                     from ({FILTERED_GROUP_COUNTS if version or days else STORED_GROUP_COUNTS}) as counts
+                    left join (  -- read once, and only for this order: a look-up would try all apps for each group
+                        select group_hash as hash, min(first_seen) as first_at from groups
+                        where :column = 'first_seen' and {APP_FILTER} group by group_hash) as firsts
+                        on hash = group_hash
                     where {STATE_CONDITIONS[state]} and (:text is null or (app_id, group_hash) in (
                         select app_id, group_hash from groups where {APP_FILTER} and instr(search, :text)))
                     group by group_hash) as found
@@ -5272,6 +5275,7 @@ class Metrics(PublicMetrics):
             group by app_version
             order by count(*) desc, app_version
             limit {MAX_VERSIONS}""", parameters)]
+        row["first_seen"] = group["first_seen"]
         return {**_group_json({**group, **row}), "versions": sorted(versions, key=version_key), "is_new": is_new}
 
     def _summary(self, db: Connection, app_id: int | None, group_hash: str) -> JsonObject:
