@@ -3847,6 +3847,7 @@ class Deletion(Apps):
 
     retention_days, max_db_size = 0, 0  # see Store
     _largest_app = (0, 0)  # when the largest app was looked up, and its id
+    _early_seq = -1  # how far _delete_early has come in the reports of all apps
 
     @property
     def _first_kept_seq(self) -> int:
@@ -3890,24 +3891,28 @@ class Deletion(Apps):
         return Counter(remains=db.execute("delete from state where name = ?", (name,)).rowcount)
 
     def _delete_early(self, db: Connection, size: int) -> Counter[str]:
-        """If the database is too large, deletes some of the oldest reports of the largest app. Steps get smaller
-        towards the end, so that little more is deleted than necessary."""
+        """If the database is too large, deletes some of the oldest reports of the largest app. Goes on after the last
+        step, because many reports of other apps may be older. Steps get smaller towards the end, so that little more
+        is deleted than necessary."""
         excess = self.used_size(db) - self.max_db_size if self.max_db_size else 0
         if excess <= 0:
             return Counter()
         size = min(size, max(EXPIRE_ROWS, excess // REPORT_BYTES))
-        app_id = self._find_largest_app(db)
-        last, = db.execute("""
-            select max(seq) from (
-                select seq from crashes where app_id = :app union all select seq from events where app_id = :app
-                order by seq limit :size) as oldest""", {"app": app_id, "size": size}).fetchone()
-        if last is None:
+        app_id, after = self._find_largest_app(db), self._early_seq
+        oldest = db.execute("""
+            select seq, app_id from crashes where seq > :after
+            union all select seq, app_id from events where seq > :after
+            order by seq limit :rows""", {"after": after, "rows": 10 * size}).fetchall()
+        if not oldest:
             self._largest_app = (0, 0)
             return Counter()
-        db.execute(SET_STATE, (f"early_{app_id}", last))
-        return +Counter({table: len(self._delete_reports(
-            db, kind, f"from {table} where app_id = ? and seq <= ?", [(app_id, last)]))
-            for kind, table in TABLES.items()})
+        of_app = [seq for seq, app in oldest if app == app_id][:size]
+        self._early_seq = last = of_app[-1] if len(of_app) == size else oldest[-1][0]
+        if of_app:
+            db.execute(SET_STATE, (f"early_{app_id}", last))
+        return +Counter({table: len(self._delete_reports(  # the + keeps SQLite from looking at all crashes of the app
+            db, kind, f"from {table} where +app_id = ? and seq > ? and seq <= ?", [(app_id, after, last)]))
+            for kind, table in TABLES.items()}, remains=1)
 
     def _find_largest_app(self, db: Connection) -> int:
         """The id of the largest app, where a crash counts as much as ten events; 0 if there are no reports. It is
@@ -3918,7 +3923,7 @@ class Deletion(Apps):
                     select app_id, 10 * count(*) as size from crashes group by app_id
                     union all select app_id, count(*) from events group by app_id) as held on app_id = apps.id
                 group by apps.id, name order by sum(size) desc, apps.id limit 1""").fetchone() or (0, "")
-            self._largest_app = (self.now, app_id)
+            self._largest_app, self._early_seq = (self.now, app_id), -1
             if app_id:
                 log.warning("the database exceeds BACKFEEDR_MAX_DB_SIZE: the oldest reports of %s go early", name)
         return self._largest_app[1]
@@ -4261,8 +4266,6 @@ class Store(SymbolStore):
         self.retention_days = retention_days
         self._next_expiry = 0  # when to look again for reports to delete
         self._judged_hour = 0  # the hour in which it last looked for releases that are worse
-        self._largest_app = (0, 0)  # when the largest app was looked up, and its id
-        self._to_regroup: tuple[Row, list[int]] = ((), [])  # a position in a group, and the crashes after it
 
     def start(self, api_key: str = "", auth_token: str = "") -> GeneratedSecrets:
         """Like Apps.start(), but also stores the retention for commands that are not given one."""
@@ -4477,7 +4480,10 @@ class Store(SymbolStore):
         deleted: Counter[str] = Counter()
         try:
             with self.reading() as db:
-                is_due = 0 < self.max_db_size < self.used_size(db) or any(db.execute("""
+                is_too_large = 0 < self.max_db_size < self.used_size(db)
+                if is_too_large:
+                    self._find_largest_app(db)  # here, because it reads all reports, and no writer waits for a read
+                is_due = is_too_large or any(db.execute("""
                     select (select min(received_at) from replays) < :replays, (select min(seq) from crashes) < :oldest,
                         (select min(seq) from events) < :oldest, exists (select 1 from regroupings),
                         not exists (select 1 from state where name = 'trimmed_day' and value = :today),

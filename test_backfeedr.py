@@ -3802,6 +3802,25 @@ def test_reports_of_the_largest_app_are_deleted_early_if_the_file_is_too_large(k
 
 
 @sqlite_only
+@sqlite_only
+def test_a_step_of_early_deletion_reads_no_older_reports_of_other_apps_again(keeping, clock):
+    server, work = keeping(), []
+    server.store.create_app("Shop")
+    add(server, 100)
+    with server.store.writing() as db:
+        db.execute("""
+            with recursive numbers (n) as (select 1 union all select n + 1 from numbers where n < 5000)
+            insert into events (seq, app_id, received_at, occurred_at, type) select n, 2, 0, 0, 'custom' from numbers""")
+        server.store.max_db_size, server.store._largest_app = 1, (server.store.now, 1)
+        for _ in range(60):
+            work.append(0)
+            db.set_progress_handler(lambda: work.append(work.pop() + 1), 100)
+            server.store._delete_early(db, 10)
+            db.set_progress_handler(None, 0)
+    assert max(work) < 200, "each reads 100 reports at most"
+    assert count(server, "crashes") == 0 and count(server, "events") == 5000
+
+
 def test_the_overview_warns_of_a_disk_that_is_nearly_full(api, person, monkeypatch):
     usage = SimpleNamespace(total=100_000_000, used=95_000_000, free=5_000_000)
     assert "nearly full" not in person.get("/") or shutil.disk_usage(".").free < 1e9
