@@ -4840,17 +4840,19 @@ class Alerts:
         now = self._store.now
         with self._store.reading() as db:
             channels = dict_rows(db, """
-                select channels.*, name as app,
-                    exists (select 1 from facts where id > last_fact and at not between :since and :now) as has_facts, (
+                select channels.*, name as app, case
+                    when exists (select 1 from facts where id > last_fact and at not between :since and :now) then (
                         select count(*) from messages  -- due_at = taken_until if only this message was refused
-                        where channel_id = channels.id and (created_at > :hour or due_at > taken_until)) as messages
+                        where channel_id = channels.id and (created_at > :hour or due_at > taken_until)
+                    ) else :most end as messages  -- counted only if there are facts: that reads whole messages
                 from channels left join apps on apps.id = app_id
                 where ended_at is null order by channels.id
-                """, {"since": now - FACT_DELAY + 1, "now": now, "hour": now - HOUR})  # at > now: a clock was set back
+                """, {"since": now - FACT_DELAY + 1, "now": now, "hour": now - HOUR,  # at > now: a clock was set back
+                      "most": MAX_HOURLY_MESSAGES})
         for channel in channels:
             if channel["digest_at"] is not None and channel["digest_at"] <= now:
                 self._queue_digest(channel)
-            if channel["has_facts"] and channel["messages"] < MAX_HOURLY_MESSAGES:
+            if channel["messages"] < MAX_HOURLY_MESSAGES:
                 self._queue_facts(channel)
 
     def _queue_digest(self, channel: JsonObject) -> None:
