@@ -3953,10 +3953,10 @@ class Deletion(Apps):
         deleted: Counter[str] = Counter()
         last = {kind: self._last_seq(kind) for kind in TABLES}
         for kind, table in TABLES.items():
-            for page in self._device_pages(table, device_id_hash):
-                with self.writing_step() as db:
-                    deleted[table] += len(self._delete_reports(
-                        db, kind, f"from (values *) as keys cross join {table} on seq = column1", page, expired=False))
+            for seqs in self._device_pages(table, device_id_hash):
+                while seqs:
+                    with self.writing_step() as db:
+                        seqs = self._forget_some(db, kind, seqs, deleted)
         with self.writing_step() as db:
             for kind, table in TABLES.items():  # reports that arrived meanwhile
                 deleted[table] += len(self._delete_reports(
@@ -3969,6 +3969,18 @@ class Deletion(Apps):
         self._fold_in_wal()
         return +deleted
 
+    def _forget_some(self, db: Connection, kind: type, seqs: Sequence[Row], deleted: Counter[str]) -> Sequence[Row]:
+        """One step of deleting the reports with these seqs: a device can have so many that a sync for each ten takes an
+        hour. Adds to `deleted`, and returns the seqs that are left."""
+        deadline, size, table = time.monotonic() + EXPIRE_SECONDS, EXPIRE_ROWS, TABLES[kind]
+        while seqs:
+            deleted[table] += len(self._delete_reports(
+                db, kind, f"from (values *) as keys cross join {table} on seq = column1", seqs[:size], expired=False))
+            seqs, size = seqs[size:], 2 * size
+            if time.monotonic() > deadline:
+                break
+        return seqs
+
     def _device_pages(self, table: str, device_id_hash: str) -> Iterator[list[tuple[int]]]:
         """The seqs of the reports of a device, in pages: one long read would keep the WAL growing."""
         page = [(-1,)]
@@ -3976,7 +3988,7 @@ class Deletion(Apps):
             with self.reading() as db:
                 page = db.execute(f"""
                     select seq from {table} where device_id_hash = ? and seq > ? order by seq limit ?
-                    """, (device_id_hash, *page[-1], EXPIRE_ROWS)).fetchall()
+                    """, (device_id_hash, *page[-1], STEP_ROWS)).fetchall()
             yield page
 
     def delete_app(self, name: str) -> None:

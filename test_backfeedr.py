@@ -3536,6 +3536,21 @@ def test_a_deleted_app_disappears_at_once_and_pruning_deletes_its_rows(serve, cl
     assert not any(stored(server).values()) and count(server, "state", "name like 'deleted%'") == 0
 
 
+def test_a_device_with_many_reports_is_forgotten_in_few_transactions(keeping, monkeypatch):
+    server, steps = keeping(), []
+    for device in ("d", "other"):
+        add(server, 150, type="custom", device_id_hash=device)
+        add(server, 50, device_id_hash=device)
+    for seconds in (60, -1):  # however fast the machine
+        monkeypatch.setattr(backfeedr, "EXPIRE_SECONDS", seconds)
+        monkeypatch.setattr(server.store, "writing_step",
+                            lambda: steps.append(seconds) or Store.writing_step(server.store))
+        deleted = server.store.forget_device("d" if seconds > 0 else "other")
+        assert deleted == {"crashes": 50, "events": 150, "devices": 1}
+    assert Counter(steps) == {60: 3, -1: 21}, "one for each table and one for the rest, or each ten"
+    assert (count(server, "crashes"), count(server, "events")) == (0, 0)
+
+
 def test_commits_delete_a_deleted_app_in_bounded_steps_beside_a_new_app_of_its_name(serve, clock, monkeypatch):
     server = serve()
     store = server.store
@@ -3810,7 +3825,8 @@ def test_a_step_of_early_deletion_reads_no_older_reports_of_other_apps_again(kee
     with server.store.writing() as db:
         db.execute("""
             with recursive numbers (n) as (select 1 union all select n + 1 from numbers where n < 5000)
-            insert into events (seq, app_id, received_at, occurred_at, type) select n, 2, 0, 0, 'custom' from numbers""")
+            insert into events (seq, app_id, received_at, occurred_at, type)
+            select n, 2, 0, 0, 'custom' from numbers""")
         server.store.max_db_size, server.store._largest_app = 1, (server.store.now, 1)
         for _ in range(60):
             work.append(0)
