@@ -3910,9 +3910,9 @@ class Deletion(Apps):
         self._early_seq = last = of_app[-1] if len(of_app) == size else oldest[-1][0]
         if of_app:
             db.execute(SET_STATE, (f"early_{app_id}", last))
-        return +Counter({table: len(self._delete_reports(  # the + keeps SQLite from looking at all crashes of the app
+        return +Counter({"remains": 1, **{table: len(self._delete_reports(  # +app_id: else SQLite reads the whole app
             db, kind, f"from {table} where +app_id = ? and seq > ? and seq <= ?", [(app_id, after, last)]))
-            for kind, table in TABLES.items()}, remains=1)
+            for kind, table in TABLES.items()}})
 
     def _find_largest_app(self, db: Connection) -> int:
         """The id of the largest app, where a crash counts as much as ten events; 0 if there are no reports. It is
@@ -3981,9 +3981,9 @@ class Deletion(Apps):
                 break
         return seqs
 
-    def _device_pages(self, table: str, device_id_hash: str) -> Iterator[list[tuple[int]]]:
+    def _device_pages(self, table: str, device_id_hash: str) -> Iterator[Sequence[Row]]:
         """The seqs of the reports of a device, in pages: one long read would keep the WAL growing."""
-        page = [(-1,)]
+        page: Sequence[Row] = [(-1,)]
         while page:
             with self.reading() as db:
                 page = db.execute(f"""
@@ -5295,8 +5295,8 @@ class Metrics(PublicMetrics):
             group by app_version
             order by count(*) desc, app_version
             limit {MAX_VERSIONS}""", parameters)]
-        row["first_seen"] = group["first_seen"]
-        return {**_group_json({**group, **row}), "versions": sorted(versions, key=version_key), "is_new": is_new}
+        return {**_group_json({**group, **row, "first_seen": group["first_seen"]}),
+                "versions": sorted(versions, key=version_key), "is_new": is_new}
 
     def _summary(self, db: Connection, app_id: int | None, group_hash: str) -> JsonObject:
         """A summary of a group: sums and times are those of all its apps, the rest is that of the app where it was seen

@@ -2710,6 +2710,12 @@ def test_state_and_history_outlive_the_crashes_so_a_later_crash_can_be_a_regress
         groups = server.metrics.groups(state=state, sort=sort)["groups"]
         assert [(group["group_hash"], group["count"], group["last_seen"]) for group in groups] \
             == [(ABORTS, 0, None)] * (state == "resolved")
+    sql_run(server.store.path, f"""
+        insert into triage (app_id, group_hash, state, changed_at) values (1, '{"f" * 16}', 'resolved', 0)""")
+    for sort in backfeedr.SORT_COLUMNS:
+        cursor = server.metrics.groups(state="resolved", sort=sort, limit=1)["next"]
+        page = server.metrics.groups(state="resolved", sort=sort, cursor=cursor)["groups"]
+        assert [group["group_hash"] for group in page] == ["f" * 16]
     check_schema({"$ref": "#/components/schemas/Groups"}, api.get(f"{CRASHES}?state=resolved", **ADMIN)[1])
     assert f"{ABORTS} resolved 0 0" in Person(server).signed_in().text("/crashes?state=resolved")
     server.alerts.add("https://example.com")
