@@ -3856,6 +3856,7 @@ class Deletion(Apps):
 
     retention_days, max_db_size = 0, 0  # see Store
     _largest_app = (0, 0)  # when the largest app was looked up, and its id
+    _early_seq = -1  # how far _delete_early has come in the reports of all apps
 
     @property
     def _first_kept_seq(self) -> int:
@@ -3899,24 +3900,28 @@ class Deletion(Apps):
         return Counter(remains=db.execute("delete from state where name = ?", (name,)).rowcount)
 
     def _delete_early(self, db: Connection, size: int) -> Counter[str]:
-        """If the database is too large, deletes some of the oldest reports of the largest app. Steps get smaller
-        towards the end, so that little more is deleted than necessary."""
+        """If the database is too large, deletes some of the oldest reports of the largest app. Goes on after the last
+        step, because many reports of other apps may be older. Steps get smaller towards the end, so that little more
+        is deleted than necessary."""
         excess = self.used_size(db) - self.max_db_size if self.max_db_size else 0
         if excess <= 0:
             return Counter()
         size = min(size, max(EXPIRE_ROWS, excess // REPORT_BYTES))
-        app_id = self._find_largest_app(db)
-        last, = db.execute("""
-            select max(seq) from (
-                select seq from crashes where app_id = :app union all select seq from events where app_id = :app
-                order by seq limit :size) as oldest""", {"app": app_id, "size": size}).fetchone()
-        if last is None:
+        app_id, after = self._find_largest_app(db), self._early_seq
+        oldest = db.execute("""
+            select seq, app_id from crashes where seq > :after
+            union all select seq, app_id from events where seq > :after
+            order by seq limit :rows""", {"after": after, "rows": 10 * size}).fetchall()
+        if not oldest:
             self._largest_app = (0, 0)
             return Counter()
-        db.execute(SET_STATE, (f"early_{app_id}", last))
-        return +Counter({table: len(self._delete_reports(
-            db, kind, f"from {table} where app_id = ? and seq <= ?", [(app_id, last)]))
-            for kind, table in TABLES.items()})
+        of_app = [seq for seq, app in oldest if app == app_id][:size]
+        self._early_seq = last = of_app[-1] if len(of_app) == size else oldest[-1][0]
+        if of_app:
+            db.execute(SET_STATE, (f"early_{app_id}", last))
+        return +Counter({"remains": 1, **{table: len(self._delete_reports(  # +app_id: else SQLite reads the whole app
+            db, kind, f"from {table} where +app_id = ? and seq > ? and seq <= ?", [(app_id, after, last)]))
+            for kind, table in TABLES.items()}})
 
     def _find_largest_app(self, db: Connection) -> int:
         """The id of the largest app, where a crash counts as much as ten events; 0 if there are no reports. It is
@@ -3927,7 +3932,7 @@ class Deletion(Apps):
                     select app_id, 10 * count(*) as size from crashes group by app_id
                     union all select app_id, count(*) from events group by app_id) as held on app_id = apps.id
                 group by apps.id, name order by sum(size) desc, apps.id limit 1""").fetchone() or (0, "")
-            self._largest_app = (self.now, app_id)
+            self._largest_app, self._early_seq = (self.now, app_id), -1
             if app_id:
                 log.warning("the database exceeds BACKFEEDR_MAX_DB_SIZE: the oldest reports of %s are deleted", name)
         return self._largest_app[1]
@@ -3957,10 +3962,10 @@ class Deletion(Apps):
         deleted: Counter[str] = Counter()
         last = {kind: self._last_seq(kind) for kind in TABLES}
         for kind, table in TABLES.items():
-            for page in self._device_pages(table, device_id_hash):
-                with self.writing_step() as db:
-                    deleted[table] += len(self._delete_reports(
-                        db, kind, f"from (values *) as keys cross join {table} on seq = column1", page, expired=False))
+            for seqs in self._device_pages(table, device_id_hash):
+                while seqs:
+                    with self.writing_step() as db:
+                        seqs = self._forget_some(db, kind, seqs, deleted)
         with self.writing_step() as db:
             for kind, table in TABLES.items():  # reports that arrived meanwhile
                 deleted[table] += len(self._delete_reports(
@@ -3973,14 +3978,26 @@ class Deletion(Apps):
         self._fold_in_wal()
         return +deleted
 
-    def _device_pages(self, table: str, device_id_hash: str) -> Iterator[list[tuple[int]]]:
+    def _forget_some(self, db: Connection, kind: type, seqs: Sequence[Row], deleted: Counter[str]) -> Sequence[Row]:
+        """One step of deleting the reports with these seqs: a device can have so many that a sync for each ten takes an
+        hour. Adds to `deleted`, and returns the seqs that are left."""
+        deadline, size, table = time.monotonic() + EXPIRE_SECONDS, EXPIRE_ROWS, TABLES[kind]
+        while seqs:
+            deleted[table] += len(self._delete_reports(
+                db, kind, f"from (values *) as keys cross join {table} on seq = column1", seqs[:size], expired=False))
+            seqs, size = seqs[size:], 2 * size
+            if time.monotonic() > deadline:
+                break
+        return seqs
+
+    def _device_pages(self, table: str, device_id_hash: str) -> Iterator[Sequence[Row]]:
         """The seqs of the reports of a device, in pages: one long read would keep the WAL growing."""
-        page = [(-1,)]
+        page: Sequence[Row] = [(-1,)]
         while page:
             with self.reading() as db:
                 page = db.execute(f"""
                     select seq from {table} where device_id_hash = ? and seq > ? order by seq limit ?
-                    """, (device_id_hash, *page[-1], EXPIRE_ROWS)).fetchall()
+                    """, (device_id_hash, *page[-1], STEP_ROWS)).fetchall()
             yield page
 
     def delete_app(self, name: str) -> None:
@@ -4484,7 +4501,10 @@ class Store(SymbolStore):
         deleted: Counter[str] = Counter()
         try:
             with self.reading() as db:
-                is_due = 0 < self.max_db_size < self.used_size(db) or any(db.execute("""
+                is_too_large = 0 < self.max_db_size < self.used_size(db)
+                if is_too_large:
+                    self._find_largest_app(db)  # here, because it reads all reports, and no writer waits for a read
+                is_due = is_too_large or any(db.execute("""
                     select (select min(received_at) from replays) < :replays, (select min(seq) from crashes) < :oldest,
                         (select min(seq) from events) < :oldest, exists (select 1 from regroupings),
                         not exists (select 1 from state where name = 'trimmed_day' and value = :today),
@@ -4841,17 +4861,19 @@ class Alerts:
         now = self._store.now
         with self._store.reading() as db:
             channels = dict_rows(db, """
-                select channels.*, name as app,
-                    exists (select 1 from facts where id > last_fact and at not between :since and :now) as has_facts, (
+                select channels.*, name as app, case
+                    when exists (select 1 from facts where id > last_fact and at not between :since and :now) then (
                         select count(*) from messages  -- due_at = taken_until if only this message was refused
-                        where channel_id = channels.id and (created_at > :hour or due_at > taken_until)) as messages
+                        where channel_id = channels.id and (created_at > :hour or due_at > taken_until)
+                    ) else :most end as messages  -- counted only if there are facts: that reads whole messages
                 from channels left join apps on apps.id = app_id
                 where ended_at is null order by channels.id
-                """, {"since": now - FACT_DELAY + 1, "now": now, "hour": now - HOUR})  # at > now: a clock was set back
+                """, {"since": now - FACT_DELAY + 1, "now": now, "hour": now - HOUR,  # at > now: a clock was set back
+                      "most": MAX_HOURLY_MESSAGES})
         for channel in channels:
             if channel["digest_at"] is not None and channel["digest_at"] <= now:
                 self._queue_digest(channel)
-            if channel["has_facts"] and channel["messages"] < MAX_HOURLY_MESSAGES:
+            if channel["messages"] < MAX_HOURLY_MESSAGES:
                 self._queue_facts(channel)
 
     def _queue_digest(self, channel: JsonObject) -> None:
@@ -5234,15 +5256,18 @@ class Metrics(PublicMetrics):
             parameters = {"app": app_id, **_version_filter(version), "first": shown_days[0], "last": shown_days[-1],
                           "text": text and text.casefold(), "limit": limit + 1, "value": int(value), "group": group,
                           "week": week, "since": (shown_days[0] or 0) * DAY - MAX_SKEW if days else 0, "state": state,
-                          "candidates": None}  # all groups
+                          "column": column, "candidates": None}  # all groups
             if days and days <= WEEK and column == "count" and not (version or text or state or cursor):
                 parameters["candidates"] = self._most_crashing(db, app_id, self._last_days(days), limit + 1)
             rows = dict_rows(db, f"""
                 select * from (
-                    select group_hash, sum(crashes) as count, sum(devices) as devices, max(latest) as last_seen, (
-                        select coalesce(min(first_seen), 0) from groups
-                        where {APP_FILTER} and group_hash = counts.group_hash) as first_seen
+                    select group_hash, sum(crashes) as count, sum(devices) as devices, max(latest) as last_seen,
+                        coalesce(min(first_at), 0) as first_seen
                     from ({FILTERED_GROUP_COUNTS if version or days else STORED_GROUP_COUNTS}) as counts
+                    left join (  -- read once, and only for this order: a look-up would try all apps for each group
+                        select group_hash as hash, min(first_seen) as first_at from groups
+                        where :column = 'first_seen' and {APP_FILTER} group by group_hash) as firsts
+                        on hash = group_hash
                     where {STATE_CONDITIONS[state]} and (:text is null or (app_id, group_hash) in (
                         select app_id, group_hash from groups where {APP_FILTER} and instr(search, :text)))
                     group by group_hash) as found
@@ -5279,7 +5304,8 @@ class Metrics(PublicMetrics):
             group by app_version
             order by count(*) desc, app_version
             limit {MAX_VERSIONS}""", parameters)]
-        return {**_group_json({**group, **row}), "versions": sorted(versions, key=version_key), "is_new": is_new}
+        return {**_group_json({**group, **row, "first_seen": group["first_seen"]}),
+                "versions": sorted(versions, key=version_key), "is_new": is_new}
 
     def _summary(self, db: Connection, app_id: int | None, group_hash: str) -> JsonObject:
         """A summary of a group: sums and times are those of all its apps, the rest is that of the app where it was seen

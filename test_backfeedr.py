@@ -2745,6 +2745,12 @@ def test_state_and_history_outlive_the_crashes_so_a_later_crash_can_be_a_regress
         groups = server.metrics.groups(state=state, sort=sort)["groups"]
         assert [(group["group_hash"], group["count"], group["last_seen"]) for group in groups] \
             == [(ABORTS, 0, None)] * (state == "resolved")
+    sql_run(server.store.path, f"""
+        insert into triage (app_id, group_hash, state, changed_at) values (1, '{"f" * 16}', 'resolved', 0)""")
+    for sort in backfeedr.SORT_COLUMNS:
+        cursor = server.metrics.groups(state="resolved", sort=sort, limit=1)["next"]
+        page = server.metrics.groups(state="resolved", sort=sort, cursor=cursor)["groups"]
+        assert [group["group_hash"] for group in page] == ["f" * 16]
     check_schema({"$ref": "#/components/schemas/Groups"}, api.get(f"{CRASHES}?state=resolved", **ADMIN)[1])
     assert f"{ABORTS} resolved 0 0" in Person(server).signed_in().text("/crashes?state=resolved")
     server.alerts.add("https://example.com")
@@ -3570,6 +3576,21 @@ def test_a_deleted_app_disappears_at_once_and_pruning_deletes_its_rows(serve, cl
     assert not any(stored(server).values()) and count(server, "state", "name like 'deleted%'") == 0
 
 
+def test_a_device_with_many_reports_is_forgotten_in_few_transactions(keeping, monkeypatch):
+    server, steps = keeping(), []
+    for device in ("d", "other"):
+        add(server, 150, type="custom", device_id_hash=device)
+        add(server, 50, device_id_hash=device)
+    for seconds in (60, -1):  # however fast the machine
+        monkeypatch.setattr(backfeedr, "EXPIRE_SECONDS", seconds)
+        monkeypatch.setattr(server.store, "writing_step",
+                            lambda: steps.append(seconds) or Store.writing_step(server.store))
+        deleted = server.store.forget_device("d" if seconds > 0 else "other")
+        assert deleted == {"crashes": 50, "events": 150, "devices": 1}
+    assert Counter(steps) == {60: 3, -1: 21}, "one for each table and one for the rest, or each ten"
+    assert (count(server, "crashes"), count(server, "events")) == (0, 0)
+
+
 def test_commits_delete_a_deleted_app_in_bounded_steps_beside_a_new_app_of_its_name(serve, clock, monkeypatch):
     server = serve()
     store = server.store
@@ -3836,6 +3857,26 @@ def test_reports_of_the_largest_app_are_deleted_early_if_the_file_is_too_large(k
 
 
 @sqlite_only
+@sqlite_only
+def test_a_step_of_early_deletion_reads_no_older_reports_of_other_apps_again(keeping, clock):
+    server, work = keeping(), []
+    server.store.create_app("Shop")
+    add(server, 100)
+    with server.store.writing() as db:
+        db.execute("""
+            with recursive numbers (n) as (select 1 union all select n + 1 from numbers where n < 5000)
+            insert into events (seq, app_id, received_at, occurred_at, type)
+            select n, 2, 0, 0, 'custom' from numbers""")
+        server.store.max_db_size, server.store._largest_app = 1, (server.store.now, 1)
+        for _ in range(60):
+            work.append(0)
+            db.set_progress_handler(lambda: work.append(work.pop() + 1), 100)
+            server.store._delete_early(db, 10)
+            db.set_progress_handler(None, 0)
+    assert max(work) < 200, "each reads 100 reports at most"
+    assert count(server, "crashes") == 0 and count(server, "events") == 5000
+
+
 def test_the_overview_warns_of_a_disk_that_is_nearly_full(api, person, monkeypatch):
     usage = SimpleNamespace(total=100_000_000, used=95_000_000, free=5_000_000)
     assert "nearly full" not in person.get("/") or shutil.disk_usage(".").free < 1e9
