@@ -9716,8 +9716,14 @@ def test_a_build_in_xcode_needs_no_path(send_symbols, monkeypatch, variable):
     assert send_symbols(SymbolStore())[0] == 0
 
 
-NO_MACHO = "it is no Mach-O file, or its headers are cut off"
+NO_MACHO = "it is no Mach-O file, or its headers are damaged"
 STRIPPED = SHOP_IMAGE.replace(b"__debug_", b"__others_")
+
+
+def with_text_at(address, size):
+    """The image, with another address and size of its code."""
+    at = SHOP_IMAGE.index(b"__text\0") + 32
+    return SHOP_IMAGE[:at] + struct.pack("<QQ", address, size) + SHOP_IMAGE[at + 16:]
 
 
 def damaged(path):
@@ -9738,6 +9744,8 @@ def damaged(path):
     (lambda: dsym(image=SHOP_IMAGE[:500]), f"Shop.dSYM: Shop: {NO_MACHO}"),
     (lambda: dsym(image=SHOP_IMAGE[:32]), f"Shop.dSYM: Shop: {NO_MACHO}"),
     (lambda: dsym(image=b"\x7fELF" + bytes(100)), f"Shop.dSYM: Shop: {NO_MACHO}"),
+    (lambda: dsym(image=with_text_at(0x100004000, 0x4001)), f"Shop.dSYM: Shop: {NO_MACHO}"),
+    (lambda: dsym(image=with_text_at(0xffffc000, 0x94)), f"Shop.dSYM: Shop: {NO_MACHO}"),
     (lambda: damaged(zipped("a.zip", dsym())), "a.zip: cannot read it: *")])
 def test_an_unreadable_path_is_one_line_and_the_next_is_sent(send_symbols, make, line):
     path, store = make(), SymbolStore()
