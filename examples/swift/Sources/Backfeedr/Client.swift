@@ -256,7 +256,10 @@ extension Backfeedr {
         }
 
         private func post(_ name: String) async -> Answer? {
-            guard let kind = Client.kind(name), var body = try? Data(contentsOf: url(name)) else { return nil }
+            guard let kind = Client.kind(name), var body = try? Data(contentsOf: url(name)) else {
+                stumbles[name, default: 0] += 1
+                return nil
+            }
             if kind == "events" { body = Data("{\"events\":[".utf8) + events(name).joined(separator: [44]) + "]}".utf8 }
             let timestamp = rfc3339(now().addingTimeInterval(ahead))  // for each attempt: valid for five minutes
             var request = URLRequest(url: base.appendingPathComponent(Client.paths[kind] ?? ""))
@@ -287,9 +290,9 @@ extension Backfeedr {
                 (ahead, isClockSet) = (date.timeIntervalSince(now()), true)
                 return true
             case (429, _), (503, _): return pause(asked: answer?.retryAfter ?? 0)
-            case (0..<400, _) where size(name) <= Client.maxBody, (401...404, _), (502, _), (504, _):
+            case (0..<400, _) where size(name) <= Client.maxBody, (401...402, _), (404, _), (502, _), (504, _):
                 return pause()  // a hotel's login page, a wrong key
-            default:  // also a large body, whose refusal may not have been read
+            default:  // also a body that a firewall forbids, and a large one, whose refusal may not have been read
                 stumbles[name, default: 0] += 1  // the other files go first
                 return pause()
             }
