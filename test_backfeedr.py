@@ -57,6 +57,7 @@ from types import SimpleNamespace
 from urllib.parse import urlencode, urlsplit
 from uuid import UUID
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+from wsgiref.validate import validator
 from xml.etree import ElementTree
 
 import jsonschema
@@ -10039,7 +10040,7 @@ def test_an_embedded_server_knows_where_it_is_mounted(path, mount):
         assert (environ["SCRIPT_NAME"], environ["PATH_INFO"]) == (mount + "/crashes", path)
         start_response("204 No Content", [])
         return []
-    app = webtest.TestApp(embed_module.make_app(inner))
+    app = webtest.TestApp(validator(embed_module.make_app(inner)))
     app.get("/crashes" + path, extra_environ={"SCRIPT_NAME": mount}, status=204)
     redirected = app.get("/crashes", extra_environ={"SCRIPT_NAME": mount}, status=308)
     assert redirected.headers["Location"] == mount + "/crashes/"

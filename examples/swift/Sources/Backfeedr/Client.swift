@@ -292,14 +292,14 @@ extension Backfeedr {
             case (429, _), (503, _): return pause(asked: answer?.retryAfter ?? 0)
             case (0..<400, _) where size(name) <= Client.maxBody, (401...402, _), (404, _), (502, _), (504, _):
                 return pause()  // a hotel's login page, a wrong key
-            default:  // also a body that a firewall forbids, and a large one, whose refusal may not have been read
+            default:  // also a body that a firewall forbids, or a large one, whose refusal may not have been read
                 stumbles[name, default: 0] += 1  // the other files go first
                 return pause()
             }
         }
 
-        /// Writes each diagnostic of a payload into a file of its own, and returns how many there are; nil if the disk is
-        /// full. Their keys follow from the payload's: if the app is killed meanwhile, none is stored twice.
+        /// Writes each diagnostic of a payload into a file of its own, and returns how many there are; nil if the disk
+        /// is full. Their keys follow from the payload's: if the app is killed meanwhile, none is stored twice.
         private func split(_ name: String) -> Int? {
             guard Client.kind(name) == "diagnostics", let body = try? Data(contentsOf: url(name)),
                   let payload = (try? JSONSerialization.jsonObject(with: body)) as? [String: Any] else { return 0 }
