@@ -9259,6 +9259,8 @@ ATTEMPTS = {  # the server's script, the answer, the bounds of each wait before 
     **{f"{status} {answer} is not the server's": ([(status, answer)], (status, "not an answer of backfeedr"), [], {})
        for status, answer in ((200, b"<html>Welcome to the hotel</html>"), (201, b""), (200, {}), (200, []),
                               (200, "evt_1"), (204, b""), (202, {"id": "evt_1"}))},
+    "200 with deep JSON is not the server's": ([(200, b"[" * 100_000)], (200, "not an answer of backfeedr"), [], {}),
+    "an answer without end": ([(200, b'{"id": 1}'.rjust(1_000_001))], LOST, BACKOFF[:1], {"attempts": 2}),
     "a repeated answer": ([(200, {"id": "evt_1"})], {"id": "evt_1"}, [], {}),
     **{f"{status} with Retry-After": ([(status, LATER, {"Retry-After": 17}), STORED], STORED[1], [(17.25, 17.5)], {})
        for status in (429, 503)},
@@ -9769,6 +9771,7 @@ UNUSABLE_SERVER = [  # an answer that the next image would also get, and the lin
     ((302, {}, {"Location": "https://example.com/"}),
      "the server answered 302: redirects are not followed (to https://example.com/)"),
     ((200, b"<h1>Welcome</h1>"), "the server answered 200: not an answer of backfeedr"),
+    ((200, b"[" * 100_000), "the server answered 200: not an answer of backfeedr"),
     ((503, {"error": "storage unavailable"}, {"Retry-After": 301}), "the server answered 503: storage unavailable"),
     ("drop", "no answer from http://127.0.0.1:*"), ("cut", "no answer from http://127.0.0.1:*")]
 

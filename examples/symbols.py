@@ -154,7 +154,7 @@ def acknowledged(field: str, status: int, headers: http.client.HTTPMessage, body
     """The JSON object of an answer that accepts the request and has this field. Raises ServerError for any other."""
     try:
         answer = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         answer = None
     answer = answer if isinstance(answer, dict) else {}
     if status in (200, 201) and field in answer:
