@@ -58,6 +58,7 @@ from types import SimpleNamespace
 from urllib.parse import urlencode, urlsplit
 from uuid import UUID
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+from wsgiref.validate import validator
 from xml.etree import ElementTree
 
 import jsonschema
@@ -9338,6 +9339,8 @@ ATTEMPTS = {  # the server's script, the answer, the bounds of each wait before 
     **{f"{status} {answer} is not the server's": ([(status, answer)], (status, "not an answer of backfeedr"), [], {})
        for status, answer in ((200, b"<html>Welcome to the hotel</html>"), (201, b""), (200, {}), (200, []),
                               (200, "evt_1"), (204, b""), (202, {"id": "evt_1"}))},
+    "200 with deep JSON is not the server's": ([(200, b"[" * 100_000)], (200, "not an answer of backfeedr"), [], {}),
+    "an answer without end": ([(200, b'{"id": 1}'.rjust(1_000_001))], LOST, BACKOFF[:1], {"attempts": 2}),
     "a repeated answer": ([(200, {"id": "evt_1"})], {"id": "evt_1"}, [], {}),
     **{f"{status} with Retry-After": ([(status, LATER, {"Retry-After": 17}), STORED], STORED[1], [(17.25, 17.5)], {})
        for status in (429, 503)},
@@ -9796,8 +9799,14 @@ def test_a_build_in_xcode_needs_no_path(send_symbols, monkeypatch, variable):
     assert send_symbols(SymbolStore())[0] == 0
 
 
-NO_MACHO = "it is not a Mach-O file, or its headers are cut off"
+NO_MACHO = "it is not a Mach-O file, or its headers are damaged"
 STRIPPED = SHOP_IMAGE.replace(b"__debug_", b"__others_")
+
+
+def with_text_at(address, size):
+    """The image, with another address and size of its code."""
+    at = SHOP_IMAGE.index(b"__text\0") + 32
+    return SHOP_IMAGE[:at] + struct.pack("<QQ", address, size) + SHOP_IMAGE[at + 16:]
 
 
 def damaged(path):
@@ -9818,6 +9827,8 @@ def damaged(path):
     (lambda: dsym(image=SHOP_IMAGE[:500]), f"Shop.dSYM: Shop: {NO_MACHO}"),
     (lambda: dsym(image=SHOP_IMAGE[:32]), f"Shop.dSYM: Shop: {NO_MACHO}"),
     (lambda: dsym(image=b"\x7fELF" + bytes(100)), f"Shop.dSYM: Shop: {NO_MACHO}"),
+    (lambda: dsym(image=with_text_at(0x100004000, 0x4001)), f"Shop.dSYM: Shop: {NO_MACHO}"),
+    (lambda: dsym(image=with_text_at(0xffffc000, 0x94)), f"Shop.dSYM: Shop: {NO_MACHO}"),
     (lambda: damaged(zipped("a.zip", dsym())), "a.zip: cannot read it: *")])
 def test_an_unreadable_path_is_one_line_and_the_next_is_sent(send_symbols, make, line):
     path, store = make(), SymbolStore()
@@ -9840,6 +9851,7 @@ UNUSABLE_SERVER = [  # an answer that the next image would also get, and the lin
     ((302, {}, {"Location": "https://example.com/"}),
      "the server answered 302: redirects are not followed (to https://example.com/)"),
     ((200, b"<h1>Welcome</h1>"), "the server answered 200: not an answer of backfeedr"),
+    ((200, b"[" * 100_000), "the server answered 200: not an answer of backfeedr"),
     ((503, {"error": "storage unavailable"}, {"Retry-After": 301}), "the server answered 503: storage unavailable"),
     ("drop", "no answer from http://127.0.0.1:*"), ("cut", "no answer from http://127.0.0.1:*")]
 
@@ -10111,7 +10123,7 @@ def test_an_embedded_server_knows_where_it_is_mounted(path, mount):
         assert (environ["SCRIPT_NAME"], environ["PATH_INFO"]) == (mount + "/crashes", path)
         start_response("204 No Content", [])
         return []
-    app = webtest.TestApp(embed_module.make_app(inner))
+    app = webtest.TestApp(validator(embed_module.make_app(inner)))
     app.get("/crashes" + path, extra_environ={"SCRIPT_NAME": mount}, status=204)
     redirected = app.get("/crashes", extra_environ={"SCRIPT_NAME": mount}, status=308)
     assert redirected.headers["Location"] == mount + "/crashes/"

@@ -40,6 +40,7 @@ from urllib.parse import quote, urlsplit
 
 MAX_BATCH = 100  # events in a request
 MAX_REFUSED = 10  # bad events removed from a batch: each costs a request, and an app's phones share a rate limit
+MAX_ANSWER = 1_000_000  # bytes; no answer of backfeedr is longer
 RETRIED = {429, 500, 502, 503, 504}
 FIRST_PAUSE, MAX_PAUSE = 0.5, 30.0  # seconds; each pause is twice the one before
 MAX_RETRY_AFTER = 300  # seconds; if the server asks for more, the caller gets the error at once
@@ -90,7 +91,7 @@ def acknowledged(status: int, headers: http.client.HTTPMessage, body: bytes) -> 
     """The JSON object of an answer that acknowledges a report. Raises ServerError for any other answer."""
     try:
         answer = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         answer = None
     answer = answer if isinstance(answer, dict) else {}
     if status in (200, 201) and ("id" in answer or "ids" in answer):
@@ -216,7 +217,10 @@ class Client:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.request("POST", self._base + path, body, self._headers(body, idempotency_key))
             response = connection.getresponse()
-            return acknowledged(response.status, response.headers, response.read())
+            answer = response.read(MAX_ANSWER)
+            if response.length:  # bytes that are still to come
+                raise http.client.IncompleteRead(answer)
+            return acknowledged(response.status, response.headers, answer)
         except (OSError, http.client.HTTPException) as error:
             raise ConnectionLost(f"no answer from {self.endpoint}: {str(error) or type(error).__name__}") from error
         finally:

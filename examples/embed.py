@@ -38,7 +38,7 @@ def make_app(server, host=hello):
             return server(environ, start_response)
         if path == "/crashes":  # typed without the slash
             location = quote(environ.get("SCRIPT_NAME", "")) + "/crashes/"
-            start_response("308 Permanent Redirect", [("Location", location)])
+            start_response("308 Permanent Redirect", [("Location", location), ("Content-Type", "text/plain")])
             return []
         return host(environ, start_response)
     return app

@@ -154,7 +154,7 @@ def acknowledged(field: str, status: int, headers: http.client.HTTPMessage, body
     """The JSON object of an answer that accepts the request and has this field. Raises ServerError for any other."""
     try:
         answer = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         answer = None
     answer = answer if isinstance(answer, dict) else {}
     if status in (200, 201) and field in answer:
@@ -252,7 +252,7 @@ def images(path: Path) -> Iterator[Image]:
     except OSError as error:
         raise SymbolsError(f"cannot read it: {error.strerror}") from None
     except (struct.error, ValueError):
-        raise SymbolsError("it is not a Mach-O file, or its headers are cut off") from None
+        raise SymbolsError("it is not a Mach-O file, or its headers are damaged") from None
     except SymbolicError as error:
         raise SymbolsError(f"it cannot be read: {error.message}") from None
 
@@ -284,13 +284,17 @@ def slice_ranges(file: Any, offset: int) -> tuple[str, list[tuple[int, int]]]:
         if command == 0x1B:  # LC_UUID
             uuid = str(UUID(bytes=commands[at + 8:at + 24])).upper()
         elif command == (0x19 if wide else 0x1):  # LC_SEGMENT_64, LC_SEGMENT
-            name, address, _, _, _, sections = segment.unpack_from(commands, at)
+            name, address, extent, _, _, sections = segment.unpack_from(commands, at)
             base = address if name.rstrip(b"\0") == b"__TEXT" else base
-            found += [section.unpack_from(commands, at + segment.size + n * section.size) for n in range(sections)]
+            found += [(address + extent, *section.unpack_from(commands, at + segment.size + n * section.size))
+                      for n in range(sections)]
         at += max(length, 8)
     # Sections of pure instructions, but no stubs: they would get the name of the last function before them.
-    return uuid, sorted((address - base, address - base + size) for name, _, address, size, flags in found
-                        if flags & 0x80000000 and not flags & 0xFF and b"stub" not in name)
+    code = sorted((address - base, address - base + size, limit - base) for limit, name, _, address, size, flags
+                  in found if flags & 0x80000000 and not flags & 0xFF and b"stub" not in name)
+    if any(start < 0 or end > limit for start, end, limit in code):
+        raise ValueError("a section outside of its segment")  # a wrong size would take years to read
+    return uuid, [(start, end) for start, end, _ in code]
 
 
 # == Pages and parts ===========================================================

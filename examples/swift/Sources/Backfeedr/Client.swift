@@ -256,7 +256,10 @@ extension Backfeedr {
         }
 
         private func post(_ name: String) async -> Answer? {
-            guard let kind = Client.kind(name), var body = try? Data(contentsOf: url(name)) else { return nil }
+            guard let kind = Client.kind(name), var body = try? Data(contentsOf: url(name)) else {
+                stumbles[name, default: 0] += 1
+                return nil
+            }
             if kind == "events" { body = Data("{\"events\":[".utf8) + events(name).joined(separator: [44]) + "]}".utf8 }
             let timestamp = rfc3339(now().addingTimeInterval(ahead))  // for each attempt: valid for five minutes
             var request = URLRequest(url: base.appendingPathComponent(Client.paths[kind] ?? ""))
@@ -287,16 +290,16 @@ extension Backfeedr {
                 (ahead, isClockSet) = (date.timeIntervalSince(now()), true)
                 return true
             case (429, _), (503, _): return pause(asked: answer?.retryAfter ?? 0)
-            case (0..<400, _) where size(name) <= Client.maxBody, (401...404, _), (502, _), (504, _):
+            case (0..<400, _) where size(name) <= Client.maxBody, (401...402, _), (404, _), (502, _), (504, _):
                 return pause()  // a hotel's login page, a wrong key
-            default:  // also a large body, whose refusal may not have been read
+            default:  // also a body that a firewall forbids, or a large one, whose refusal may not have been read
                 stumbles[name, default: 0] += 1  // the other files go first
                 return pause()
             }
         }
 
-        /// Writes each diagnostic of a payload into a file of its own, and returns how many there are; nil if the disk is
-        /// full. Their keys follow from the payload's: if the app is killed meanwhile, none is stored twice.
+        /// Writes each diagnostic of a payload into a file of its own, and returns how many there are; nil if the disk
+        /// is full. Their keys follow from the payload's: if the app is killed meanwhile, none is stored twice.
         private func split(_ name: String) -> Int? {
             guard Client.kind(name) == "diagnostics", let body = try? Data(contentsOf: url(name)),
                   let payload = (try? JSONSerialization.jsonObject(with: body)) as? [String: Any] else { return 0 }

@@ -262,12 +262,20 @@ final class SendingTests: XCTestCase {
         equal(script.bodies.map { $0 == "1" }, [false, true, false])
     }
 
-    func testAFileThatTheServerFailsOnDelaysNoOther() async {
-        let script = Script(Reply(500, error: "x"), .stored), phone = await Phone(transport: script.transport)
+    func testAFileThatTheServerFailsOnOrAFirewallForbidsOrThatIsUnreadableDelaysNoOther() async throws {
+        for reply in [Reply(500, error: "x"), Reply(403, "<html>Forbidden</html>")] {
+            let script = Script(reply, .stored), phone = await Phone(transport: script.transport)
+            await phone.receive("1")
+            await phone.receive("2")
+            check(await phone.flush())
+            equal(script.bodies, ["1", "2", "1"])
+        }
+        let script = Script(.stored), phone = await Phone(transport: script.transport)
+        let folder = phone.url("0001773325351250-crash-\(UUID())")
+        try FileManager.default.createDirectory(at: folder, withIntermediateDirectories: false)
         await phone.receive("1")
-        await phone.receive("2")
-        check(await phone.flush())
-        equal(script.bodies, ["1", "2", "1"])
+        check(await !phone.flush())
+        equal(script.bodies, ["1"])
     }
 
     func testBeforeTheDeviceIsKnownReportsWaitInMemory() async {
@@ -706,6 +714,13 @@ final class FiguresTests: XCTestCase {
         equal(waiting.client.front.with { $0.pending.count }, Client.maxPending)
         print("a full queue of \(Client.maxPending) reports: \(residentKilobytes() - before) kB")
         check(residentKilobytes() - before < 10_000)
+    }
+
+    func testAnErrorWithManyURLsIsSentAtOnce() async {
+        let script = Script(.stored), phone = await Phone(transport: script.transport), begin = Date()
+        Backfeedr.capture(NSError(domain: String(repeating: "http://h,", count: 10_000), code: 1))
+        check(await phone.flush())
+        check(Date().timeIntervalSince(begin) < 10, "a time that grows with the square would be minutes")
     }
 
     private func residentKilobytes() -> Int {
