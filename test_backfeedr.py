@@ -4224,13 +4224,11 @@ wd1*Y572A2+jk^UndULX0f=#l@D$8fFfSrRq^j-gMEUv;JcnM<
 # -- Export and import
 
 def hand_over(server, other, step=40):
-    """Imports all reports of a server into another one. Returns the summed counts."""
-    counts = Counter()
-    for kind in (backfeedr.Crash, backfeedr.Event):
-        reports = list(server.store.export(kind))
-        for start in range(0, len(reports), step):
-            counts += other.store.import_(reports[start:start + step])
-    return counts
+    """Imports all reports of a server into another one, in any order. Returns the summed counts."""
+    reports = [*server.store.export(backfeedr.Event), *server.store.export(backfeedr.Crash)]
+    random.Random(step).shuffle(reports)
+    return sum((Counter(other.store.import_(reports[start:start + step])) for start in range(0, len(reports), step)),
+               Counter())
 
 
 def answers(server):
@@ -4247,10 +4245,11 @@ def named_rows(server):
         """)] for table in ("crashes", "events")]
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_imported_reports_make_the_same_rows_sums_and_answers(serve, clock, seed):
+@pytest.mark.parametrize("seed, days", [(0, 0), (1, 10)])
+def test_imported_reports_make_the_same_rows_sums_and_answers_in_any_order_and_each_once(serve, clock, seed, days):
     server, other, third = (serve(name, retention_days=365) for name in ("test.db", "other.db", "third.db"))
     fill(server, clock, seed, 60)
+    clock.move(days * A_DAY)
     counts = hand_over(server, other)
     assert counts == {"stored": sum(map(len, named_rows(server)))}
     assert (named_rows(other), answers(other)) == (named_rows(server), answers(server))
@@ -4260,20 +4259,11 @@ def test_imported_reports_make_the_same_rows_sums_and_answers(serve, clock, seed
     assert [key.app for key in other.store.keys()] == ["default"], "an imported app has no key"
     fill(third, clock, seed + 10, 40)
     theirs = sum(map(len, named_rows(third)))
-    assert hand_over(server, third) == counts
+    some = list(server.store.export(backfeedr.Crash))[:9]
+    assert third.store.import_(some * 2) == {"stored": 9, "known": 9, "expired": 0}
+    assert hand_over(server, third) == {"stored": counts["stored"] - 9, "known": 9}
     assert hand_over(third, server) == {"stored": theirs, "known": counts["stored"]}
     assert (named_rows(third), answers(third)) == (named_rows(server), answers(server)), "both have all reports"
-
-
-def test_old_reports_are_imported_in_any_order_and_each_once(serve, clock):
-    server, other = serve(), serve("other.db")
-    fill(server, clock, 1, 60)
-    clock.move(10 * A_DAY)
-    reports = [*server.store.export(backfeedr.Event), *server.store.export(backfeedr.Crash)]
-    random.Random(1).shuffle(reports)
-    assert other.store.import_(reports + reports[:9]) == {"stored": len(reports), "known": 9, "expired": 0}
-    assert other.store.import_(reports[:9]) == {"stored": 0, "known": 9, "expired": 0}
-    assert answers(other) == answers(server)
 
 
 def test_reports_of_an_app_that_was_just_deleted_can_be_imported_again(serve, clock):
@@ -6188,12 +6178,6 @@ def test_an_unreadable_body_is_refused_whole_with_the_reason(api):
     assert len(send_apples(api, {"crashDiagnostics": [{}] * 60, "hangDiagnostics": [{}] * 40})) == 100
 
 
-def test_a_call_stack_of_thousands_of_frames_is_stored_and_shown(api):
-    id_, = send_apples(api, nest(3000))
-    kept, = api.get(f"{CRASHES}/{report(api.server)['group_hash']}", **ADMIN)[1]["reports"]
-    assert (kept["id"], kept["extra"]["truncated"], len(kept["stack_trace"])) == (id_, ["stack_trace"], 512)
-
-
 @sqlite_only
 @pytest.mark.parametrize("body", [ips_of(), crash_text(), payload_of(meta={**META, "x": "/Users/ann/y"})], ids=[
     "ips", "crash", "json"])
@@ -7076,7 +7060,7 @@ def test_a_crash_shows_the_last_twenty_events_of_its_session_before_it(api, pers
     times = [f"2026-03-12T14:{n // 60:02}:{n % 60:02}Z" for n in range(22 * 60 + 9, 22 * 60 + 34)]
     events = [{**EVENT, **session, "name": f"n{time[-3:-1]}", "occurred_at": time} for time in times]
     others = [{**events[5], "name": "other", **changed} for changed in ({"device_id_hash": "e"}, {"session_id": "2"})]
-    api.post(BATCH, {"events": [*others, *events[::-1]]})
+    api.post(BATCH, {"events": [*others, *events[15:], *events[:15]]})
     group = post_crash(api, occurred_at=crashed_at, **session)
     page, text = person.get("/crashes/" + group), person.text("/crashes/" + group)
     expected = " ".join(f"-00:{31 - n:02} custom n{n}" for n in range(12, 32))
