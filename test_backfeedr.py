@@ -282,6 +282,13 @@ def sql_run(path, statement):
         db.execute(statement)
 
 
+def raising(error):
+    """A function that raises this error, whatever it is given."""
+    def fail(*_, **__):
+        raise error
+    return fail
+
+
 def time_text(seconds):
     """RFC 3339 of seconds since 1970."""
     return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -562,15 +569,6 @@ def test_the_file_has_our_application_id_and_version_and_only_its_owner_can_read
         == [backfeedr.APPLICATION_ID, backfeedr.SCHEMA_VERSION, "wal"]
 
 
-def test_columns_are_named_like_the_fields_of_the_api(api):
-    for table, example in (("crashes", "crash.json"), ("events", "event.json")):
-        sent = json.loads((EXAMPLES / example).read_bytes())
-        status, answer = api.post("/api/v1/" + table, sent)
-        times = {"occurred_at": parse_time(sent["occurred_at"]), "received_at": parse_time(NOW)}
-        assert status == 201
-        assert_columns(report(api.server, table), {**sent, **times, "id": answer["id"], "extra": None})
-
-
 def assert_columns(row, expected):
     """A row has these values. Objects and lists are stored as compact JSON."""
     compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -616,10 +614,6 @@ def test_new_keys_have_the_documented_form_and_prefixes_show_only_a_part():
 BUILD = "5a1b0c0d-0000-4000-8000-00000000beef"
 
 
-def frames(*pairs):
-    return [{"frame": n, "symbol": symbol, "file": file, "line": 1} for n, (symbol, file) in enumerate(pairs)]
-
-
 def hashed(text):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -635,19 +629,6 @@ def system(offset, binary="UIKitCore", **more):
 
 def calls(*names, **more):
     return [{"symbol": name, **more} for name in names]
-
-
-@pytest.mark.parametrize("kind, trace, expected", [
-    ("EXC_BAD_ACCESS", frames(("ContentView.body.getter", "ContentView.swift")), "acc0d2dfe0c1898c"),
-    ("EXC_BAD_ACCESS", [{"symbol": "ContentView.body.getter", "file": "x", "line": 43, "address": "0x1"}],
-     "acc0d2dfe0c1898c"),
-    ("SIGABRT", frames(("abort", None), *zip(["A.a", "B.b", "C.c", "D.d"], "ABCD")), "340a4fe989a59ce6"),
-    ("SIGABRT", frames(*[(name, None) for name in ("abort", "raise", "objc_msgSend", "main")]),
-     hashed("SIGABRT:objc_msgSend")),
-    ("SIGABRT", frames((None, None), ("raise", None)), hashed("SIGABRT:raise")),
-    *[("SIGABRT", trace, hashed("SIGABRT")) for trace in ([], frames((None, None)))]])
-def test_the_group_is_the_documented_hash(kind, trace, expected):
-    assert group_hash(kind, trace) == expected
 
 
 @pytest.mark.parametrize("symbol, name", [
@@ -675,7 +656,11 @@ def test_what_a_compiler_adds_to_a_name_does_not_change_the_group(symbol, name):
     assert group_hash("A", calls(symbol, file="a.swift")) == hashed(f"A:{name}")
 
 
-@pytest.mark.parametrize("trace, names", [
+@pytest.mark.parametrize("trace, names", [  # vectors.json has more
+    ([{"symbol": "A.b", "file": "x", "line": 43, "address": "0x1"}], "A.b"),
+    ([*calls("abort"), *calls("A.a", "B.b", "C.c", "D.d", file="x")], "A.a:B.b:C.c"),
+    (calls("abort", "raise", "objc_msgSend", "main"), "objc_msgSend"), (calls(None, "raise"), "raise"),
+    (calls(None), ""),
     # Own frames have a file, in_app, an image inside the app, or a low load address.
     ([system(1), own(2)], f"{BUILD.upper()}+2"), ([system(1), own(2), own(3), own(4), own(5)], ":".join(
         f"{BUILD.upper()}+{n}" for n in (2, 3, 4))),
@@ -715,7 +700,7 @@ def test_what_a_compiler_adds_to_a_name_does_not_change_the_group(symbol, name):
     ([own(9, symbol="A.b()", symbolicated=True)], "A.b()"),
     ([own(9, symbol="A.b()", file="a.swift")], "A.b()")])
 def test_the_group_is_made_of_the_first_three_specific_names(trace, names):
-    assert group_hash("SIGABRT", trace) == hashed(f"SIGABRT:{names}")
+    assert group_hash("SIGABRT", trace) == hashed(f"SIGABRT:{names}".rstrip(":"))
 
 
 @pytest.mark.parametrize("is_own, frames", [
@@ -1537,12 +1522,6 @@ def test_a_file_is_read_whatever_is_around_its_body(body):
     assert only(body)["stack_trace"][1] == FLAT[1] and only(body)["app_version"] == "1.2.0"
 
 
-@pytest.mark.parametrize("body", [SPAN, {"crashDiagnostics": []}, {**SPAN, "hangDiagnostics": None}, {"timeRange": {}},
-                                  {"fooDiagnostics": [{}, {"callStackTree": 1}]}])
-def test_a_payload_without_a_diagnostic_gives_no_report(body):
-    assert diagnosed(body) == []
-
-
 UNREADABLE = [
     *[(body, "unknown report format", detail) for body, detail in [
         (b"", "Expecting value: line 1 column 1 (char 0)"), (b"hello", "Expecting value: line 1 column 1 (char 0)"),
@@ -1570,13 +1549,6 @@ UNREADABLE = [
     (b'{"bug_type": "228"}\n{"x": 1}', "unsupported bug_type 228", "a hang is not a crash of the app"),
     (b'{"bug_type": 7777}\nx', "unsupported bug_type 7777", "it is not a crash of the app"),
     ({"crashDiagnostics": [{}] * 60, "hangDiagnostics": [{}] * 41}, "too many diagnostics: at most 100", "")]
-
-
-@pytest.mark.parametrize("body, text, detail", UNREADABLE, ids=lambda value: str(value)[:40])
-def test_an_unreadable_body_is_refused_with_the_reason(body, text, detail):
-    with pytest.raises(Refusal) as refused:
-        diagnosed(body)
-    assert (str(refused.value), refused.value.detail) == (text, detail)
 
 
 def test_a_hundred_diagnostics_are_accepted_and_stored_in_little_more_than_was_sent():
@@ -1726,12 +1698,6 @@ def sign(body, timestamp=NOW, key=KEY):
 
 SIGNATURE = sign(VALID)
 SIGNED = {"X_Backfeedr_Timestamp": NOW, "X_Backfeedr_Signature": SIGNATURE}
-
-
-def test_the_signature_equals_the_documented_vector():
-    assert hashlib.sha256(VECTOR_BODY).hexdigest() == "93ced992a3f5326d7ad37afdbdbe25c7e51e29b646bd065d126afe4a5f63d54e"
-    assert sign(VECTOR_BODY, "2026-03-12T14:22:31Z") \
-        == "sha256=6c3e10dd63bdf20cb9257a8a8b590969e83722725287c4009b98423fc82add3d"
 
 
 def test_a_flipped_bit_in_body_timestamp_or_signature_is_refused(serve):
@@ -1919,11 +1885,9 @@ def test_a_concurrent_upload_completes_once(api, completed):
 
 
 def test_the_last_part_is_stored_together_with_the_groups_to_move_or_not_at_all(api, monkeypatch):
-    def fail(*_):
-        raise StorageUnavailable
     assert upload(api.server, BOTH_PARTS[0])[0] == 201
     before = symbol_rows(api.server)
-    monkeypatch.setattr(Store, "_symbols_arrived", fail)
+    monkeypatch.setattr(Store, "_symbols_arrived", raising(StorageUnavailable))
     assert upload(api.server, BOTH_PARTS[1])[0] == 503 and symbol_rows(api.server) == before
     monkeypatch.undo()
     assert upload(api.server, BOTH_PARTS[1])[1]["complete"]
@@ -2622,15 +2586,6 @@ def test_the_build_number_of_a_crash_counts_before_the_build_in_its_version(api,
     assert state_of(api.server) == state
 
 
-def test_the_first_of_several_crashes_in_a_request_regresses_their_group(api, clock):
-    crash_now(api, clock, "1.0 47")
-    set_triage(api.server, {"state": "resolved"})
-    clock.move(1)
-    again = parse_crash({**CRASH, "occurred_at": time_text(clock.seconds), **build_of("1.1 48")})
-    first_seq = api.server.store.add(KEY_HASH, [again, again]).seqs[0]
-    assert history_of(api.server)[-1] == ("regressed", f"crash {first_seq:016x} in 1.1 (48)")
-
-
 def send_report(api, clock, build, **fields):
     """Like crash_now, or sends an event if the build is "event " and a version. Returns the id."""
     if not build.startswith("event "):
@@ -2673,7 +2628,7 @@ def test_a_mute_ends_with_the_first_of_its_conditions(subscribed, clock, muted, 
     assert [what for what, _ in history_of(subscribed.server)] == ["muted", *["unmuted"] * len(ended)]
 
 
-def test_each_crash_of_a_commit_counts_for_a_mute_and_all_of_them_once_for_a_regression(subscribed, clock):
+def test_each_crash_of_a_commit_counts_for_a_mute_and_the_first_alone_is_a_regression(subscribed, clock):
     crash, store = parse_crash({**CRASH, "app_version": "1.0"}), subscribed.server.store
     add(subscribed.server, 1, **CRASH)
     set_triage(subscribed.server, {"state": "muted", "more_crashes": 3})
@@ -2682,8 +2637,10 @@ def test_each_crash_of_a_commit_counts_for_a_mute_and_all_of_them_once_for_a_reg
     run_together(store, [partial(store.add, KEY_HASH, [crash])] * 3)
     assert state_of(subscribed.server) == "open"
     set_triage(subscribed.server, {"state": "resolved", "fixed_in": "1.0"})
-    run_together(store, [partial(store.add, KEY_HASH, [crash])] * 4)
+    receipts = run_together(store, [partial(store.add, KEY_HASH, [crash, crash])] * 4)
     store.add(KEY_HASH, [crash])
+    first = min(receipt.seqs[0] for receipt in receipts)
+    assert history_of(subscribed.server)[-1] == ("regressed", f"crash {first:016x} in 1.0")
     assert [what for what, _ in history_of(subscribed.server)] == ["muted", "unmuted", "resolved", "regressed"]
     assert [kind for kind, _ in facts_of(subscribed.server)] == ["crash.new", "crash.unmuted", "crash.regressed"]
 
@@ -2983,31 +2940,27 @@ def test_names_of_session_events_use_up_no_event_names(api, clock, monkeypatch):
 
 
 def state_form(page, state):
-    return next(form for form in page.forms.values() if "state" in form.fields and form["state"].value == state)
+    return next(form for form in forms_of(page) if "state" in form.fields and form["state"].value == state)
 
 
 def test_a_group_is_triaged_on_its_page(api, person, clock):
     crash_now(api, clock, "1.2 47")
     path = f"/crashes/{ABORTS}?app=default"
 
-    def send(form, status=303, **values):
-        for name, value in values.items():
-            form[name] = value
-        answer = form.submit(headers=HTML, status=status)
-        assert status != 303 or answer.headers["Location"] == path
-        return answer
+    def decide(form, **values):
+        assert send(form, **values).headers["Location"] == path
 
     form = state_form(person.get(path), "resolved")
     assert form["fixed_in"].value == "1.2 (48)"
-    send(form)
+    decide(form)
     assert "Resolved in 1.2 (48) Reopen" in person.text(path) and "just now resolved in 1.2 (48)" in person.text(path)
-    send(state_form(person.get(path), "open"))
-    send(state_form(person.get(path), "muted"), until="2026-04-01", more_crashes="7")
+    decide(state_form(person.get(path), "open"))
+    decide(state_form(person.get(path), "muted"), until="2026-04-01", more_crashes="7")
     assert "Muted Resolve in version Reopen Comment" in person.text(path)
     assert history_of(api.server)[-1] == ("muted", "until 2026-04-01T00:00:00Z or for 7 more crashes")
-    send(state_form(person.get(path), "resolved"), fixed_in="")
+    decide(state_form(person.get(path), "resolved"), fixed_in="")
     assert api.server.metrics.group(ABORTS)["fixed_in"] is None
-    send(next(form for form in person.get(path).forms.values() if "comment" in form.fields), comment=HOSTILE)
+    decide(next(form for form in forms_of(person.get(path)) if "comment" in form.fields), comment=HOSTILE)
     assert "<script" not in person.get(path).text and "alert(1)" in person.text(path)
     crash_now(api, clock, "1.3 50")
     assert "Open again since just now" in person.text(path)
@@ -4016,12 +3969,9 @@ def test_many_threads_share_commits_and_lose_nothing(api):
 
 def test_no_waiting_request_hangs_whatever_error_the_commit_meets(api, monkeypatch):
     for fault in RuntimeError, KeyboardInterrupt, MemoryError, sqlite3.DatabaseError:
-        def fail(commit, fault=fault):
-            raise fault("on purpose")
-
         before = stored(api.server)
         with monkeypatch.context() as patched:
-            patched.setattr(backfeedr.Commit, "save", fail)
+            patched.setattr(backfeedr.Commit, "save", raising(fault("on purpose")))
             kinds = Counter(map(type, run_together(api.server.store, [lambda: add(api.server)] * 5)))
         assert kinds[StorageUnavailable] + kinds[fault] == 5 and kinds[fault] <= 1
         assert stored(api.server) == before
@@ -4350,13 +4300,11 @@ wd1*Y572A2+jk^UndULX0f=#l@D$8fFfSrRq^j-gMEUv;JcnM<
 # -- Export and import
 
 def hand_over(server, other, step=40):
-    """Imports all reports of a server into another one. Returns the summed counts."""
-    counts = Counter()
-    for kind in (backfeedr.Crash, backfeedr.Event):
-        reports = list(server.store.export(kind))
-        for start in range(0, len(reports), step):
-            counts += other.store.import_(reports[start:start + step])
-    return counts
+    """Imports all reports of a server into another one, in any order. Returns the summed counts."""
+    reports = [*server.store.export(backfeedr.Event), *server.store.export(backfeedr.Crash)]
+    random.Random(step).shuffle(reports)
+    return sum((Counter(other.store.import_(reports[start:start + step])) for start in range(0, len(reports), step)),
+               Counter())
 
 
 def answers(server):
@@ -4373,10 +4321,11 @@ def named_rows(server):
         """)] for table in ("crashes", "events")]
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_imported_reports_make_the_same_rows_sums_and_answers(serve, clock, seed):
+@pytest.mark.parametrize("seed, days", [(0, 0), (1, 10)])
+def test_imported_reports_make_the_same_rows_sums_and_answers_in_any_order_and_each_once(serve, clock, seed, days):
     server, other, third = (serve(name, retention_days=365) for name in ("test.db", "other.db", "third.db"))
     fill(server, clock, seed, 60)
+    clock.move(days * A_DAY)
     counts = hand_over(server, other)
     assert counts == {"stored": sum(map(len, named_rows(server)))}
     assert (named_rows(other), answers(other)) == (named_rows(server), answers(server))
@@ -4386,20 +4335,11 @@ def test_imported_reports_make_the_same_rows_sums_and_answers(serve, clock, seed
     assert [key.app for key in other.store.keys()] == ["default"], "an imported app has no key"
     fill(third, clock, seed + 10, 40)
     theirs = sum(map(len, named_rows(third)))
-    assert hand_over(server, third) == counts
+    some = list(server.store.export(backfeedr.Crash))[:9]
+    assert third.store.import_(some * 2) == {"stored": 9, "known": 9, "expired": 0}
+    assert hand_over(server, third) == {"stored": counts["stored"] - 9, "known": 9}
     assert hand_over(third, server) == {"stored": theirs, "known": counts["stored"]}
     assert (named_rows(third), answers(third)) == (named_rows(server), answers(server)), "both have all reports"
-
-
-def test_old_reports_are_imported_in_any_order_and_each_once(serve, clock):
-    server, other = serve(), serve("other.db")
-    fill(server, clock, 1, 60)
-    clock.move(10 * A_DAY)
-    reports = [*server.store.export(backfeedr.Event), *server.store.export(backfeedr.Crash)]
-    random.Random(1).shuffle(reports)
-    assert other.store.import_(reports + reports[:9]) == {"stored": len(reports), "known": 9, "expired": 0}
-    assert other.store.import_(reports[:9]) == {"stored": 0, "known": 9, "expired": 0}
-    assert answers(other) == answers(server)
 
 
 def test_reports_of_an_app_that_was_just_deleted_can_be_imported_again(serve, clock):
@@ -4892,27 +4832,17 @@ def test_retry_after_is_honoured_up_to_a_day(alerting, clock, receiver):
     assert 3_590_000 <= backfeedr._retry_after_ms(at.strftime("%a, %d %b %Y %H:%M:%S GMT")) <= 3_600_000
 
 
-def test_a_redirect_is_not_followed(alerting, receivers):
+def test_a_redirect_is_not_followed_and_no_socket_stays_open(alerting, receivers, monkeypatch):
     receiver, elsewhere, _ = receivers
+    sockets, connect = [], http.client.HTTPConnection.connect
+    monkeypatch.setattr(http.client.HTTPConnection, "connect",
+                        lambda connection: connect(connection) or sockets.append(connection.sock))
     for status in (301, 302, 303, 307, 308):
         receiver.status, receiver.headers = status, {"Location": elsewhere.url}
         with pytest.raises(StoreError, match=f"channel {alerting.channel}: it answered {status}"):
             alerting.alerts.test(alerting.channel)
     assert (len(receiver.requests), elsewhere.requests) == (5, [])
-
-
-def test_no_socket_stays_open_after_a_message_was_refused(alerting, receiver, monkeypatch):
-    sockets, connect = [], http.client.HTTPConnection.connect
-
-    def connect_and_remember(connection):
-        connect(connection)
-        sockets.append(connection.sock)
-
-    monkeypatch.setattr(http.client.HTTPConnection, "connect", connect_and_remember)
-    receiver.status = 500
-    with pytest.raises(StoreError, match="it answered 500"):
-        alerting.alerts.test(alerting.channel)
-    assert [each.fileno() for each in sockets] == [-1]
+    assert [each.fileno() for each in sockets] == [-1] * 5
 
 
 def drip(connection):
@@ -5002,12 +4932,9 @@ def test_a_refused_message_delays_no_other_and_none_is_lost_in_three_days(alerti
 
 def test_an_unexpected_error_delays_no_other_channel_and_its_log_line_has_no_address(
         serve, clock, receiver, monkeypatch, caplog):
-    def fail(*arguments):
-        raise KeyError("slack+http://secret.example.com/secret")
-
-    monkeypatch.setitem(backfeedr.CHANNELS, "slack+http", fail)
-    server = serve()
-    for url in ("slack+http://secret.example.com/secret", receiver.url):
+    server, secret = serve(), "slack+http://secret.example.com/secret"
+    monkeypatch.setitem(backfeedr.CHANNELS, "slack+http", raising(KeyError(secret)))
+    for url in (secret, receiver.url):
         server.alerts.add(url)
     note(server)
     assert deliver_later(server, clock) == {"sent": 1, "failed": 1}
@@ -6002,9 +5929,8 @@ def test_releases_that_appear_together_are_compared_in_the_order_of_their_versio
     assert verdicts(api) == {"1.10": "worse: 50 % of devices crash-free, 99 % before", "1.9": None}
 
 
-def test_a_worse_release_is_not_reported_if_it_is_the_newest_of_another_app_only(serve, clock):
-    server = serve()
-    server.alerts.add("https://example.com")
+def test_a_worse_release_is_not_reported_if_it_is_the_newest_of_another_app_only(subscribed, clock):
+    server = subscribed.server
     shop = backfeedr.sha256(server.store.create_app("Shop"))
     for version, crashed in (("1.0", 4), ("1.1", 50)):
         clock.move(A_DAY)
@@ -6029,14 +5955,13 @@ def test_a_verdict_stays_after_its_devices_have_expired(keeping, clock):
 
 
 @pytest.mark.parametrize("devices, crashed, is_reported", [(50, 15, True), (49, 15, False), (50, 8, False)])
-def test_a_release_that_is_surely_worse_is_reported_once(serve, clock, devices, crashed, is_reported):
+def test_a_release_that_is_surely_worse_is_reported_once(subscribed, clock, devices, crashed, is_reported):
     """It takes 50 devices. 8 of 50 are worse than 4 of 100, but with a look each hour, chance would do as much."""
-    server = serve()
-    server.alerts.add("https://example.com")
+    server = subscribed.server
     for version, number, of in (("1.0", 100, 4), ("1.1", devices, crashed)):
         send_devices(server, version, number, of)
         clock.move(A_DAY)
-    assert verdicts(Api(server))["1.1"].startswith("worse")
+    assert verdicts(subscribed)["1.1"].startswith("worse")
     for _ in range(3):
         add(server, type="custom")
         clock.move(3600)
@@ -6046,14 +5971,13 @@ def test_a_release_that_is_surely_worse_is_reported_once(serve, clock, devices, 
     assert count(server, "state", "name like 'worse%'") == 0
 
 
-def test_a_worse_release_that_could_not_be_reported_is_reported_by_a_later_commit(serve, clock, monkeypatch):
-    server = serve()
-    server.alerts.add("https://example.com")
+def test_a_worse_release_that_could_not_be_reported_is_reported_by_a_later_commit(subscribed, clock, monkeypatch):
+    server = subscribed.server
     for version, number, of in (("1.0", 100, 4), ("1.1", 50, 15)):
         send_devices(server, version, number, of)
         clock.move(A_DAY)
     with monkeypatch.context() as failing:
-        failing.setattr(Store, "_expire", lambda *args: (_ for _ in ()).throw(StorageUnavailable))
+        failing.setattr(Store, "_expire", raising(StorageUnavailable))
         add(server, type="custom")
     clock.move(1)
     assert "release.worse" not in [kind for kind, _ in facts_of(server)]
@@ -6076,14 +6000,17 @@ def test_beyond_a_limit_the_builds_of_an_app_are_counted_as_one(serve, monkeypat
 
 # == Backfeedr =================================================================
 
-def test_answers_are_those_of_the_reference(api):
+def test_the_examples_of_the_reference_get_its_answers_and_are_stored_in_columns_of_the_same_names(api):
     assert api.get("/api/v1/health") == (200, {"status": "ok"})
     assert call(api.server, "HEAD", "/api/v1/health", b"") == (200, {})
-    statuses, (crash, event, batch) = zip(*[api.post(path, (EXAMPLES / name).read_bytes()) for path, name in (
-        (CRASHES, "crash.json"), (EVENTS, "event.json"), (BATCH, "batch.json"))])
-    assert statuses == (201, 201, 201)
-    assert crash == {"id": crash["id"], "group_hash": "acc0d2dfe0c1898c"} and set(event) == {"id"}
-    assert batch["count"] == 2 and all(id.startswith("evt_") for id in [event["id"], *batch["ids"]])
+    for path, name, more in ((CRASHES, "crash", {"group_hash": "acc0d2dfe0c1898c"}), (EVENTS, "event", {})):
+        sent = json.loads((EXAMPLES / f"{name}.json").read_bytes())
+        status, answer = api.post(path, sent)
+        assert (status, answer) == (201, {"id": answer["id"], **more})
+        times = {"occurred_at": parse_time(sent["occurred_at"]), "received_at": parse_time(NOW)}
+        assert_columns(latest_row(api, path), {**sent, **times, "id": answer["id"], "extra": None})
+    status, batch = api.post(BATCH, (EXAMPLES / "batch.json").read_bytes())
+    assert (status, batch["count"]) == (201, 2) and all(id.startswith("evt_") for id in [answer["id"], *batch["ids"]])
 
 
 @pytest.mark.parametrize("path, good, status, unreadable, error", [
@@ -6274,7 +6201,8 @@ def test_a_payload_becomes_crashes_and_events_in_its_order_in_one_commit(api):
 
 def test_a_payload_without_diagnostics_is_taken_and_nothing_is_stored(api):
     before = stored(api.server)
-    for body in map(json.dumps, (SPAN, {"crashDiagnostics": []}, {**SPAN, "hangDiagnostics": None})):
+    for body in map(json.dumps, (SPAN, {"crashDiagnostics": []}, {**SPAN, "hangDiagnostics": None}, {"timeRange": {}},
+                                 {"fooDiagnostics": [{}, {"callStackTree": 1}]})):
         body = body.encode()
         for headers in ({}, UNDER_A, UNDER_A, ZIPPED, signed(NOW, DIAGNOSTICS, body)[2]):
             sent = gzip.compress(body) if headers is ZIPPED else body
@@ -6316,22 +6244,14 @@ def test_a_header_names_the_device_of_all_reports_in_a_body(api):
         assert {devices[id] for id in answer["ids"]} == {device}, header
 
 
-def test_a_body_with_an_unreadable_report_is_refused_whole(api):
+def test_an_unreadable_body_is_refused_whole_with_the_reason(api):
     before = stored(api.server)
     for body, text, detail in UNREADABLE:
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        if len(body) < 500_000:
-            status, answer = call(api.server, path=DIAGNOSTICS, body=body, **UNDER_A)
-            assert (status, answer) == (400, {"error": text, **({"detail": detail} if detail else {})})
+        answer = api.post(DIAGNOSTICS, body, **UNDER_A)
+        assert answer == (400, {"error": text, **({"detail": detail} if detail else {})}), body[:100]
     assert api.post(DIAGNOSTICS, {**MIXED, "diskWriteExceptionDiagnostics": [7]})[0] == 400
     assert stored(api.server) == before
     assert len(send_apples(api, {"crashDiagnostics": [{}] * 60, "hangDiagnostics": [{}] * 40})) == 100
-
-
-def test_a_call_stack_of_thousands_of_frames_is_stored_and_shown(api):
-    id_, = send_apples(api, nest(3000))
-    kept, = api.get(f"{CRASHES}/{report(api.server)['group_hash']}", **ADMIN)[1]["reports"]
-    assert (kept["id"], kept["extra"]["truncated"], len(kept["stack_trace"])) == (id_, ["stack_trace"], 512)
 
 
 @sqlite_only
@@ -6429,16 +6349,21 @@ def test_metrics_have_commits_rows_and_sizes(serve):
 # Requests that a stranger may send, beyond the bodies of the Payloads section: each gets its answer and stores
 # nothing. Then random mutations of valid requests, with a fixed seed.
 
-def call_with_headers(server, method="POST", path=CRASHES, body=VALID, query="", length=None, environ=None, **headers):
-    """Calls the server as a web server does, and returns status, headers and JSON. Values of None are left out."""
+def environ_of(method="POST", path=CRASHES, body=VALID, query="", length=None, environ=None, **headers):
+    """The environ of a request, as a web server makes it. Values of None are left out."""
     headers = {"HTTP_" + name.upper(): value for name, value in {"X_Backfeedr_Key": KEY, **headers}.items()}
     request = {"REQUEST_METHOD": method, "SCRIPT_NAME": "", "PATH_INFO": path, "QUERY_STRING": query,
                "CONTENT_LENGTH": str(len(body) if length is None else length), "CONTENT_TYPE": "application/json",
                "wsgi.input": io.BytesIO(body), "wsgi.errors": sys.stderr, **headers, **(environ or {})}
-    answers = []
-    content = b"".join(server({name: value for name, value in request.items() if value is not None},
-                              lambda line, headers, exc_info=None: answers.append((int(line[:3]), dict(headers)))))
-    (status, sent), = answers
+    return {name: value for name, value in request.items() if value is not None}
+
+
+def answer_to(server, environ):
+    """The status, the headers and the JSON of an answer."""
+    method, path, answers = environ["REQUEST_METHOD"], environ.get("PATH_INFO", ""), []
+    content = b"".join(server(environ, lambda line, headers, exc_info=None: answers.append((line, dict(headers)))))
+    (line, sent), = answers
+    status = int(line[:3])
     if path in ("", "/") and sent["Content-Type"].startswith("text/html"):  # the only page that these tests ask for
         return status, sent, {}
     assert (sent["Content-Type"], sent["X-Content-Type-Options"], sent["Cache-Control"]) \
@@ -6449,9 +6374,13 @@ def call_with_headers(server, method="POST", path=CRASHES, body=VALID, query="",
     return status, sent, json.loads(content)
 
 
+def call_with_headers(server, *arguments, **headers):
+    return answer_to(server, environ_of(*arguments, **headers))
+
+
 def call(server, *arguments, **headers):
-    status, _, answer = call_with_headers(server, *arguments, **headers)
-    return status, answer
+    """The status and the JSON of an answer."""
+    return call_with_headers(server, *arguments, **headers)[::2]
 
 
 TYPED = {"method": "GET", "body": b""}
@@ -6975,7 +6904,7 @@ def test_errors_are_pages_for_browsers_and_json_for_other_clients(api, person):
 
 
 def test_a_page_that_fails_reveals_no_internals(person, monkeypatch, caplog):
-    monkeypatch.setattr(person.server.metrics, "releases", lambda app: 1 / 0)
+    monkeypatch.setattr(person.server.metrics, "releases", raising(ZeroDivisionError))
     answer = person.get("/releases", 500)
     assert "Internal server error" in answer and "Retry-After" not in answer.headers
     assert "ZeroDivision" not in answer.text and "backfeedr.py" not in answer.text
@@ -7207,7 +7136,7 @@ def test_a_crash_shows_the_last_twenty_events_of_its_session_before_it(api, pers
     times = [f"2026-03-12T14:{n // 60:02}:{n % 60:02}Z" for n in range(22 * 60 + 9, 22 * 60 + 34)]
     events = [{**EVENT, **session, "name": f"n{time[-3:-1]}", "occurred_at": time} for time in times]
     others = [{**events[5], "name": "other", **changed} for changed in ({"device_id_hash": "e"}, {"session_id": "2"})]
-    api.post(BATCH, {"events": [*others, *events[::-1]]})
+    api.post(BATCH, {"events": [*others, *events[15:], *events[:15]]})
     group = post_crash(api, occurred_at=crashed_at, **session)
     page, text = person.get("/crashes/" + group), person.text("/crashes/" + group)
     expected = " ".join(f"-00:{31 - n:02} custom n{n}" for n in range(12, 32))
@@ -7308,16 +7237,6 @@ def test_late_reports_of_an_old_version_do_not_hide_the_newest_release(keeping, 
         "default 1.2 is worse: ")
     first = server.metrics.attention("default")["first"]
     assert {group["exception_type"]: group["score"] > 0 for group in first} == {"SIGABRT": True, "Rare": False}
-
-
-def test_a_crash_has_the_last_20_events_of_its_session_up_to_its_own_second(api):
-    session = {"session_id": "s", "device_id_hash": "d"}
-    for second in (*range(45, 60), *range(30, 45)):
-        add(api.server, type="custom", name=str(second), occurred_at=f"2026-03-12T14:22:{second}Z", **session)
-    add(api.server, occurred_at="2026-03-12T14:22:58Z", **session)
-    metrics = api.server.metrics
-    events = metrics.events_before(metrics.crash(report(api.server)["id"]))
-    assert [event["name"] for event in events] == [str(second) for second in range(39, 59)]
 
 
 def test_a_group_on_many_devices_ranks_above_groups_that_crash_more_often_on_one(api, person):
@@ -7947,7 +7866,7 @@ def test_what_comes_after_a_refused_request_is_dropped_and_times_out_if_it_comes
         web_server.maintenance(clock.seconds)
         seconds += 1
     connection.close()
-    assert seconds in duration and count_crashes(web_server.app) == 0
+    assert seconds in duration and count(web_server.app, "crashes") == 0
 
 
 @pytest.mark.parametrize("resets", [True, False])
@@ -7956,18 +7875,15 @@ def test_a_client_that_is_gone_before_its_413_is_no_error(web_server, caplog, re
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", resets, 0))
     connection.close()
     wait_until(lambda: web_server.run_once() or not web_server.active_channels)
-    assert caplog.messages == [] and count_crashes(web_server.app) == 0
+    assert caplog.messages == [] and count(web_server.app, "crashes") == 0
 
 
 def test_a_connection_that_fails_while_its_413_is_sent_is_closed(web_server, monkeypatch):
-    def fail(*_, **options):
-        raise TimeoutError(errno.ETIMEDOUT, "timed out")
-
     connection, channel = refuse(web_server, TOO_LARGE)
-    monkeypatch.setattr(backfeedr._Channel, "send", fail)
+    monkeypatch.setattr(backfeedr._Channel, "send", raising(TimeoutError(errno.ETIMEDOUT, "timed out")))
     web_server.run_once()
     connection.close()
-    assert (channel.socket, web_server.active_channels) == (None, {}) and count_crashes(web_server.app) == 0
+    assert (channel.socket, web_server.active_channels) == (None, {}) and count(web_server.app, "crashes") == 0
 
 
 def test_a_413_that_cannot_be_sent_at_once_is_sent_later_and_what_came_with_its_request_is_forgotten(
@@ -7982,7 +7898,7 @@ def test_a_413_that_cannot_be_sent_at_once_is_sent_later_and_what_came_with_its_
     connection.sendall(b"x" * 1000)
     connection.close()
     wait_until(lambda: web_server.run_once() or not web_server.active_channels)
-    assert count_crashes(web_server.app) == 0
+    assert count(web_server.app, "crashes") == 0
 
 
 def test_x_forwarded_proto_is_believed_from_this_host_and_never_refused(web_server):
@@ -7997,7 +7913,7 @@ def test_x_forwarded_proto_is_believed_from_this_host_and_never_refused(web_serv
         connection = connect_and_send(web_server, raw_post(X_Forwarded_Proto=value))
         assert b" 201 Created" in read_until(connection, web_server)
         connection.close()
-    assert count_crashes(web_server.app) == 3
+    assert count(web_server.app, "crashes") == 3
 
 
 def connect_and_send(server, request):
@@ -8032,10 +7948,6 @@ def raw_post(path=CRASHES, body=CRASH, **headers):
     return f"POST {path} HTTP/1.1\r\n{''.join(lines)}\r\n".encode() + raw
 
 
-def count_crashes(server):
-    return len(stored(server, "crashes")["crashes"])
-
-
 @pytest.mark.parametrize("start", [b"", b"G", b"GET /api/v1/health HTTP/1.1\r\nX: ",
                                    b"POST /api/v1/crashes HTTP/1.1\r\nContent-Length: 1000\r\n\r\n",
                                    b"POST /api/v1/crashes HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n3e8\r\n"])
@@ -8046,7 +7958,7 @@ def test_a_connection_with_an_incomplete_request_is_closed_after_a_minute(web_se
             clock.move(1)
             seconds += 1
             connection.sendall(b"x" if start else b"")
-    assert 60 < seconds <= 60 + 2 * 10 and not web_server.active_channels and count_crashes(web_server.app) == 0
+    assert 60 < seconds <= 60 + 2 * 10 and not web_server.active_channels and count(web_server.app, "crashes") == 0
 
 
 @pytest.mark.parametrize("size, seconds, statuses", [(0, 30, [201] * 3), (300_000, 100, [201]), (300_000, 300, [None])])
@@ -8063,7 +7975,7 @@ def test_a_slow_phone_has_time_for_its_report_but_not_for_ever(web_server, clock
                     break
                 assert not received
             assert (None if received is None else int(read_until(phone, web_server)[9:12])) == status
-            assert count_crashes(web_server.app) == (n if status else 0)
+            assert count(web_server.app, "crashes") == (n if status else 0)
 
 
 def test_only_one_thread_at_a_time_sends_on_a_connection(web_server):
@@ -8123,20 +8035,17 @@ def test_gathered_requests_have_a_limit(web_server, answer_together, monkeypatch
     assert len(crash) == 100
     request = raw_post(body=gzip.compress(crash), Content_Encoding="gzip") if is_gzip else raw_post(body=crash)
     assert answer_together(*[request] * 7) == [[201]] * 7
-    assert list(map(len, batches)) == expected and count_crashes(web_server.app) == 7
+    assert list(map(len, batches)) == expected and count(web_server.app, "crashes") == 7
 
 
 def test_reports_that_arrive_together_share_a_commit_or_an_error_and_each_client_is_answered(
         web_server, answer_together, monkeypatch, caplog):
-    app, dispatcher, batch, count = web_server.app, web_server.task_dispatcher, {"events": [EVENT] * 3}, 3
+    app, dispatcher, batch, total = web_server.app, web_server.task_dispatcher, {"events": [EVENT] * 3}, 3
     assert answer_together(
         raw_post(), raw_post(body=b"{"), raw_post(BATCH, batch), raw_post(EVENTS, batch),
         raw_post() + raw_post() + raw_post(body=b"")) == [[201], [400], [201], [400], [201, 201, 400]]
-    assert count_crashes(app) == len(stored(app, "events")["events"]) == count
+    assert count(app, "crashes") == count(app, "events") == total
     assert commits_of(app.store) == (2, 4), "one of one request, one of three"
-
-    def fail(*_, **options):
-        return 1 / 0
 
     def disconnect_first(store_gathered=dispatcher.store_gathered):
         channel = dispatcher.waiting.get()
@@ -8144,6 +8053,7 @@ def test_reports_that_arrive_together_share_a_commit_or_an_error_and_each_client
         dispatcher.waiting.put(channel)
         store_gathered()
 
+    fail = raising(ZeroDivisionError)
     for owner, name, value, answers, stored_count in (
             (backfeedr, "BUSY_TIMEOUT", -1, [[503]] * 3, 0),  # so each has waited too long for a thread
             (app.store, "add_all", fail, [[500]] * 3, 0), (app.store, "writing", fail, [[503]] * 3, 0),
@@ -8153,9 +8063,9 @@ def test_reports_that_arrive_together_share_a_commit_or_an_error_and_each_client
         with monkeypatch.context() as patched:
             patched.setattr(owner, name, value)
             assert answer_together(*[raw_post()] * 3) == answers
-        assert ("ZeroDivisionError" in caplog.text) == (value is fail) and count_crashes(app) == count + stored_count
+        assert ("ZeroDivisionError" in caplog.text) == (value is fail) and count(app, "crashes") == total + stored_count
         assert answer_together(*[raw_post()] * 3) == [[201]] * 3
-        count += stored_count + 3
+        total += stored_count + 3
 
 
 @pytest.mark.parametrize("limiter, expected", [
@@ -8170,24 +8080,12 @@ def test_only_reports_that_need_no_other_host_share_a_commit(tmp_path, limiter, 
             ("GET", CRASHES, KEY), ("POST", CRASHES + "/", KEY), ("POST", CRASHES, ""), ("POST", CRASHES, "\u20ac")))
 
 
-def environ_of(body, key=KEY, **more):
-    """The WSGI environ of a crash report."""
-    return {"REQUEST_METHOD": "POST", "PATH_INFO": CRASHES, "HTTP_X_BACKFEEDR_KEY": key,
-            "wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body)), **more}
-
-
-def answer_to(server, environ):
-    lines = []
-    content = b"".join(server(environ, lambda line, headers, exc_info=None: lines.append(line)))
-    return int(lines[0][:3]), json.loads(content)
-
-
 @pytest.mark.parametrize("key, body, status", [
     ("", b"{}", 401), ("nope", b"{}", 401), (KEY, b"{", 400), (KEY, b'{"occurred_at": 1}', 400),
     *[(KEY, json.dumps(CRASH).encode(), status) for status in (201, 422, 503)]])
 def test_an_answered_request_leaves_nothing_in_memory(serve, monkeypatch, key, body, status):
     """It does not wait for the garbage collector, which runs rarely: a body may have a megabyte."""
-    server, environ = serve(), environ_of(body, key, HTTP_IDEMPOTENCY_KEY="a")
+    server, environ = serve(), environ_of(body=body, X_Backfeedr_Key=key, Idempotency_Key="a")
     if status == 422:
         Api(server).post(CRASHES, {**CRASH, "locale": "de"}, Idempotency_Key="a")
     if status == 503:
@@ -8195,7 +8093,7 @@ def test_an_answered_request_leaves_nothing_in_memory(serve, monkeypatch, key, b
     body_stream = weakref.ref(environ["wsgi.input"])
     gc.disable()
     try:
-        answered, _ = answer_to(server, environ)
+        answered, *_ = answer_to(server, environ)
         del environ
         assert (answered, body_stream()) == (status, None)
     finally:
@@ -8205,8 +8103,8 @@ def test_an_answered_request_leaves_nothing_in_memory(serve, monkeypatch, key, b
 def test_an_environ_that_is_used_again_counts_as_another_request(serve):
     server, environ, ids = serve(), {}, []
     for _ in range(2):
-        environ.update(environ_of(json.dumps(CRASH).encode()))
-        ids.append(answer_to(server, environ)[1]["id"])
+        environ.update(environ_of())
+        ids.append(answer_to(server, environ)[2]["id"])
     assert sorted(ids) == sorted(stored_ids(server.store.path)) and len(set(ids)) == 2
 
 
@@ -8218,9 +8116,9 @@ def test_a_bad_report_with_a_revoked_key_is_refused_for_the_key(serve, monkeypat
     server.store.revoke_key(other)
     lookups, is_active_key = [], server.store.is_active_key
     monkeypatch.setattr(server.store, "is_active_key", lambda key: lookups.append(key) or is_active_key(key))
-    environs = [environ_of(b"{", key) for key in (KEY, other, KEY, other)]
+    environs = [environ_of(body=b"{", X_Backfeedr_Key=key) for key in (KEY, other, KEY, other)]
     server.submit_all(environs)
-    answers = [answer_to(server, environ)[1]["error"] for environ in environs]
+    answers = [answer_to(server, environ)[2]["error"] for environ in environs]
     assert answers == ["invalid JSON", "invalid API key"] * 2
     assert len(lookups) == 2, "once for each key, because each lookup waits for a database that is down"
 
@@ -8230,9 +8128,10 @@ def test_an_empty_payload_has_its_own_answer_among_others(serve):
     other = server.store.create_app("Shop")
 
     def answers(*requests):
-        environs = [environ_of(json.dumps(body).encode(), key, PATH_INFO=path) for path, body, key in requests]
+        environs = [environ_of(path=path, body=json.dumps(body).encode(), X_Backfeedr_Key=key)
+                    for path, body, key in requests]
         server.submit_all(environs)
-        return [answer_to(server, environ) for environ in environs]
+        return [answer_to(server, environ)[::2] for environ in environs]
 
     batch = [(DIAGNOSTICS, MIXED, KEY), (DIAGNOSTICS, SPAN, other), (DIAGNOSTICS, {}, KEY), (CRASHES, CRASH, other)]
     mixed, empty, refused, crash = answers(*batch)
@@ -8247,12 +8146,9 @@ def test_an_empty_payload_has_its_own_answer_among_others(serve):
 @pytest.mark.parametrize("length", [{"CONTENT_LENGTH": "5"}, {"CONTENT_LENGTH": "", "wsgi.input_terminated": True}])
 def test_a_body_that_cannot_be_read_is_refused_and_not_logged(serve, caplog, length):
     """The client may have gone, or another web server may be unable to read a chunk."""
-    def read(size):
-        raise ConnectionResetError("gone")
-
-    server, environ = serve(), environ_of(b"", **{"wsgi.input": SimpleNamespace(read=read), **length})
-    assert answer_to(server, environ) == (400, {"error": "invalid body"})
-    assert caplog.records == [] and count_crashes(server) == 0
+    server, gone = serve(), SimpleNamespace(read=raising(ConnectionResetError))
+    assert call(server, environ={"wsgi.input": gone, **length}) == (400, {"error": "invalid body"})
+    assert caplog.records == [] and count(server, "crashes") == 0
 
 
 @pytest.mark.slow
@@ -8645,12 +8541,9 @@ def test_an_app_deleted_twice_at_once_is_gone_and_each_command_prints_one_line(c
 
 
 def test_an_app_is_deleted_even_if_some_reports_are_left_and_the_error_says_so(command, monkeypatch):
-    def fail(store):
-        raise StorageUnavailable
-
     command("app", "create", "Shop")
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "catch_up", fail)
+        patch.setattr(Store, "catch_up", raising(StorageUnavailable))
         check_one_line(command("app", "delete", "Shop", "--yes"), (
             "backfeedr: the app 'Shop' is deleted, but some reports are left: run 'prune'"))
     assert sql("backfeedr.db", "select name from state where name like 'deleted%'") == [("deleted_1",)]
@@ -8894,11 +8787,6 @@ def test_import_names_a_bad_line_and_stores_the_lines_before_it(command, filled,
 
 
 def test_an_import_without_disk_and_an_interrupted_export_end_with_one_line(command, filled, monkeypatch):
-    def raising(error):
-        def fail(*_):
-            raise error
-        return fail
-
     Path("events").write_text(command("export", "events")[1])
     monkeypatch.setattr(Store, "import_", raising(StorageUnavailable()))
     check_one_line(command("import", "events", "--db", "other.db"),
@@ -8920,11 +8808,8 @@ def test_a_backup_is_complete_or_not_there_and_replaces_no_file(command, filled,
     assert copy.read_bytes() == before
     assert command("backup", "no/copy.db")[2] \
         == "backfeedr: cannot write the backup no/copy.db: No such file or directory\n"
-
-    def interrupt(file):
-        raise KeyboardInterrupt
-
-    for meanwhile, error in ((interrupt, KeyboardInterrupt), (lambda _: copy.write_text("mine"), StoreError)):
+    for meanwhile, error in ((raising(KeyboardInterrupt), KeyboardInterrupt),
+                             (lambda _: copy.write_text("mine"), StoreError)):
         copy.unlink()
         monkeypatch.setattr(os, "fsync", meanwhile)
         with pytest.raises(error, match="^$|copy.db: File exists"):
@@ -9298,9 +9183,6 @@ def test_client_refuses_an_invalid_endpoint_or_key_without_showing_the_key(endpo
 
 
 def test_client_signs_the_bytes_of_each_attempt_unless_told_not_to():
-    body = b'{"type":"custom","name":"purchase","occurred_at":"2026-03-12T14:22:31Z"}'
-    assert client_module.signature(KEY, "2026-03-12T14:22:31Z", body) == (
-        "sha256=6c3e10dd63bdf20cb9257a8a8b590969e83722725287c4009b98423fc82add3d")
     times = iter([CLIENT_NOW, CLIENT_NOW + 299])
     got = sent(UNAVAILABLE, STORED, clock=lambda: next(times))
     assert got.answer == {"id": "evt_1"} and len(got.requests) == 2
@@ -9557,13 +9439,15 @@ def test_client_command_prints_one_line_for_an_error(monkeypatch, capsys, script
 VECTORS = json.loads((EXAMPLES / "vectors.json").read_bytes())  # the tests in examples/swift read it, too
 
 
-@pytest.mark.parametrize("given", VECTORS["signatures"], ids=lambda given: given["signature"][7:15])
-def test_server_and_client_sign_like_the_vectors(given):
-    key, timestamp, body = given["key"], given["timestamp"], given["body"].encode()
-    assert hashlib.sha256(body).hexdigest() == given["body_sha256"]
-    assert backfeedr.sign(key.encode(), timestamp.encode(), body) == given["signature"]
-    assert client_module.signature(key, timestamp, body) == given["signature"]
-    parse_time(timestamp)
+def test_server_and_client_sign_like_the_vectors_of_which_one_is_documented():
+    assert VECTORS["signatures"][0]["signature"] \
+        == "sha256=6c3e10dd63bdf20cb9257a8a8b590969e83722725287c4009b98423fc82add3d"
+    for given in VECTORS["signatures"]:
+        key, timestamp, body = given["key"], given["timestamp"], given["body"].encode()
+        assert hashlib.sha256(body).hexdigest() == given["body_sha256"]
+        assert backfeedr.sign(key.encode(), timestamp.encode(), body) == given["signature"]
+        assert client_module.signature(key, timestamp, body) == given["signature"]
+        parse_time(timestamp)
 
 
 def test_groups_names_times_and_devices_match_the_vectors():
@@ -10049,11 +9933,8 @@ def ask_questions(send, private):
 
 def make_unavailable(store, monkeypatch):
     """Makes the store fail, except when it is asked about keys."""
-    def fail(*_):
-        raise StorageUnavailable
-
     for name in ("writing", "check", "reading"):
-        monkeypatch.setattr(store, name, fail)
+        monkeypatch.setattr(store, name, raising(StorageUnavailable))
     for name in ("is_admin_token", "is_known_key", "is_active_key"):
         monkeypatch.setattr(store, name, lambda secret: True)
 
