@@ -2955,9 +2955,10 @@ def test_a_group_is_triaged_on_its_page(api, person, clock):
     decide(form)
     assert "Resolved in 1.2 (48) Reopen" in person.text(path) and "just now resolved in 1.2 (48)" in person.text(path)
     decide(state_form(person.get(path), "open"))
-    decide(state_form(person.get(path), "muted"), until="2026-04-01", more_crashes="7")
+    decide(state_form(person.get(path), "muted"), until="2026-04-01", more_crashes="7", more_devices="2")
     assert "Muted Resolve in version Reopen Comment" in person.text(path)
-    assert history_of(api.server)[-1] == ("muted", "until 2026-04-01T00:00:00Z or for 7 more crashes")
+    assert history_of(api.server)[-1] == (
+        "muted", "until 2026-04-01T00:00:00Z or for 7 more crashes or for 2 more devices")
     decide(state_form(person.get(path), "resolved"), fixed_in="")
     assert api.server.metrics.group(ABORTS)["fixed_in"] is None
     decide(next(form for form in forms_of(person.get(path)) if "comment" in form.fields), comment=HOSTILE)
@@ -4675,7 +4676,7 @@ def test_a_webhook_is_signed_and_shaped_as_standard_webhooks_says(serve, clock, 
 
 
 def test_each_kind_of_fact_is_described_in_a_line(serve, clock, receiver):
-    server = serve()
+    server = serve(public_url="https://example.com")
     server.alerts.add(receiver.url, kinds=[kind for kind in backfeedr.FACT_KINDS if kind != "digest"])
     facts = [
         ("crash.new", {}, "New: SIGABRT in Cart.pay() (default 1.3.0)"),
@@ -4687,10 +4688,11 @@ def test_each_kind_of_fact_is_described_in_a_line(serve, clock, receiver):
         ("release.worse", {"before": "1.2.0", "text": "worse: 88 % of devices crash-free, 96 % before"},
          "default 1.3.0 is worse: 88 % of devices crash-free, 96 % before")]
     for kind, detail, _ in facts:
-        note(server, kind, **detail)
+        note(server, kind, group="ab" * 8 if "crash" in kind else None, **detail)
     assert deliver_later(server, clock) == ONE_SENT and receiver.facts("text") == [[text for *_, text in facts]]
-    data = receiver.bodies[0]["data"]
-    assert (data["title"], data.get("url")) == ("backfeedr: 3 new, 1 regressed, 1 unmuted, 1 spread, 1 worse", None)
+    assert receiver.bodies[0]["data"]["title"] == "backfeedr: 3 new, 1 regressed, 1 unmuted, 1 spread, 1 worse"
+    assert receiver.facts("url")[0][-2:] == [
+        f"https://example.com/{page}?app=default" for page in ("crashes/" + "ab" * 8, "releases")]
 
 
 def test_slack_and_ntfy_get_text_without_markup_from_reports(serve, clock, receivers):
@@ -4760,7 +4762,7 @@ def test_500_new_groups_make_one_message_with_a_count(alerting, clock, receiver)
     assert deliver_later(alerting, clock, 3600) == NONE_DUE
     assert receiver.facts("group_hash") == [[f"{number:016x}" for number in range(10)]]
     data = receiver.bodies[0]["data"]
-    assert (data["title"], data["more"]) == ("backfeedr: 500 new, 1 regressed", 491)
+    assert (data["title"], data["more"], data.get("url")) == ("backfeedr: 500 new, 1 regressed", 491, None)
     assert len(receiver.requests[0].body) < 4000 and stored(alerting, "facts") == {"facts": []}
 
 
@@ -4832,7 +4834,7 @@ def test_retry_after_is_honoured_up_to_a_day(alerting, clock, receiver):
     assert 3_590_000 <= backfeedr._retry_after_ms(at.strftime("%a, %d %b %Y %H:%M:%S GMT")) <= 3_600_000
 
 
-def test_a_redirect_is_not_followed_and_no_socket_stays_open(alerting, receivers, monkeypatch):
+def test_a_redirect_is_not_followed_no_socket_stays_open_and_https_is_no_plain_text(alerting, receivers, monkeypatch):
     receiver, elsewhere, _ = receivers
     sockets, connect = [], http.client.HTTPConnection.connect
     monkeypatch.setattr(http.client.HTTPConnection, "connect",
@@ -4843,6 +4845,10 @@ def test_a_redirect_is_not_followed_and_no_socket_stays_open(alerting, receivers
             alerting.alerts.test(alerting.channel)
     assert (len(receiver.requests), elsewhere.requests) == (5, [])
     assert [each.fileno() for each in sockets] == [-1] * 5
+    number, _ = alerting.alerts.add(receiver.url.replace("http", "https"))
+    with pytest.raises(StoreError, match=f"channel {number}: "):
+        alerting.alerts.test(number)
+    assert len(receiver.requests) == 5
 
 
 def drip(connection):
