@@ -810,7 +810,7 @@ def _is_deep(text: str, max_depth: int = MAX_DEPTH) -> bool:
         return False
     outside_strings = text.replace("\\\\", "").replace('\\"', "").split('"')[::2]
     brackets = "".join(outside_strings).encode().translate(None, _NO_BRACKETS)
-    return max(accumulate(map(_NESTING_STEPS.__getitem__, brackets)), default=0) > max_depth
+    return any(map(max_depth.__lt__, accumulate(map(_NESTING_STEPS.__getitem__, brackets))))  # ends at the first
 
 
 Crash = namedtuple("Crash", "group_hash images exception_type exception_reason stack_trace app_version build_number"

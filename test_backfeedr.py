@@ -52,7 +52,7 @@ from datetime import date, datetime, timezone
 from decimal import ROUND_HALF_UP, Decimal
 from fractions import Fraction
 from functools import cache, lru_cache, partial
-from itertools import product
+from itertools import accumulate, islice, product
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlencode, urlsplit
@@ -1052,6 +1052,15 @@ def test_a_cut_crash_keeps_its_group_when_it_is_imported(api, serve):
     assert backfeedr.import_jsonl(other.store, lines.getvalue().encode().splitlines())["stored"] == 1
     assert status == 201 and report(other)["group_hash"] == answer["group_hash"]
     assert "truncated" in report(other)["extra"]
+
+
+def test_deep_json_is_read_no_further_than_to_the_level_that_is_too_deep(monkeypatch):
+    def first_levels(steps):
+        yield from islice(accumulate(steps), 501)
+        pytest.fail("it reads on")
+    monkeypatch.setattr(backfeedr, "accumulate", first_levels)
+    with pytest.raises(ValueError, match="nested too deep"):
+        backfeedr.not_deep("[" * 1_000_000)
 
 
 def test_a_body_of_500_levels_is_stored_and_one_of_501_is_refused(serve, monkeypatch):
