@@ -3856,7 +3856,7 @@ class Deletion(Apps):
 
     retention_days, max_db_size = 0, 0  # see Store
     _largest_app = (0, 0)  # when the largest app was looked up, and its id
-    _early_seq = -1  # how far _delete_early has come in the reports of all apps
+    _early_seq = -1  # the largest app has no reports up to this one, but other apps may have many
 
     @property
     def _first_kept_seq(self) -> int:
@@ -3900,11 +3900,9 @@ class Deletion(Apps):
         return Counter(remains=db.execute("delete from state where name = ?", (name,)).rowcount)
 
     def _delete_early(self, db: Connection, size: int) -> Counter[str]:
-        """If the database is too large, deletes some of the oldest reports of the largest app. Goes on after the last
-        step, because many reports of other apps may be older. Steps get smaller towards the end, so that little more
-        is deleted than necessary."""
-        excess = self.used_size(db) - self.max_db_size if self.max_db_size else 0
-        if excess <= 0:
+        """If the database is too large, deletes some of the oldest reports of the largest app. Steps get smaller
+        towards the end, so that little more is deleted than necessary."""
+        if not self.max_db_size or (excess := self.used_size(db) - self.max_db_size) <= 0:
             return Counter()
         size = min(size, max(EXPIRE_ROWS, excess // REPORT_BYTES))
         app_id, after = self._find_largest_app(db), self._early_seq
@@ -3916,12 +3914,13 @@ class Deletion(Apps):
             self._largest_app = (0, 0)
             return Counter()
         of_app = [seq for seq, app in oldest if app == app_id][:size]
-        self._early_seq = last = of_app[-1] if len(of_app) == size else oldest[-1][0]
-        if of_app:
-            db.execute(SET_STATE, (f"early_{app_id}", last))
-        return +Counter({"remains": 1, **{table: len(self._delete_reports(  # +app_id: else SQLite reads the whole app
-            db, kind, f"from {table} where +app_id = ? and seq > ? and seq <= ?", [(app_id, after, last)]))
-            for kind, table in TABLES.items()}})
+        self._early_seq = of_app[0] - 1 if of_app else oldest[-1][0]  # not of_app[-1]: this step may be rolled back
+        if not of_app:
+            return Counter(remains=1)
+        db.execute(SET_STATE, (f"early_{app_id}", of_app[-1]))
+        return +Counter({table: len(self._delete_reports(  # +app_id: else SQLite reads the whole app
+            db, kind, f"from {table} where +app_id = ? and seq > ? and seq <= ?", [(app_id, after, of_app[-1])]))
+            for kind, table in TABLES.items()})
 
     def _find_largest_app(self, db: Connection) -> int:
         """The id of the largest app, where a crash counts as much as ten events; 0 if there are no reports. It is
@@ -4501,8 +4500,7 @@ class Store(SymbolStore):
         deleted: Counter[str] = Counter()
         try:
             with self.reading() as db:
-                is_too_large = 0 < self.max_db_size < self.used_size(db)
-                if is_too_large:
+                if is_too_large := 0 < self.max_db_size < self.used_size(db):
                     self._find_largest_app(db)  # here, because it reads all reports, and no writer waits for a read
                 is_due = is_too_large or any(db.execute("""
                     select (select min(received_at) from replays) < :replays, (select min(seq) from crashes) < :oldest,

@@ -3823,7 +3823,6 @@ def test_reports_of_the_largest_app_are_deleted_early_if_the_file_is_too_large(k
 
 
 @sqlite_only
-@sqlite_only
 def test_a_step_of_early_deletion_reads_no_older_reports_of_other_apps_again(keeping, clock):
     server, work = keeping(), []
     server.store.create_app("Shop")
@@ -3841,6 +3840,25 @@ def test_a_step_of_early_deletion_reads_no_older_reports_of_other_apps_again(kee
             db.set_progress_handler(None, 0)
     assert max(work) < 200, "each reads 100 reports at most"
     assert count(server, "crashes") == 0 and count(server, "events") == 5000
+
+
+@sqlite_only
+def test_early_deletion_repeats_a_step_that_failed_and_tells_imports_no_more_than_it_deleted(keeping, clock):
+    server = keeping()
+    shop, seqs = server.store.create_app("Shop"), add(server, 30).seqs
+    later = next(server.store.export(backfeedr.Crash))._replace(seq=seqs[-1] + 1)
+    clock.move(1)
+    add(server, 100, key=shop, type="custom", properties={"text": "x" * 3000})
+    server.store.max_db_size, server.store._largest_app = 1, (server.store.now, 1)
+    with pytest.raises(KeyError), server.store.writing() as db:
+        server.store._delete_early(db, 10)
+        raise KeyError("as if the disk were full")
+    for size, left in ((10, seqs[10:]), (50, [])):
+        with server.store.writing() as db:
+            server.store._delete_early(db, size)
+        assert sql(server.store.path, "select seq from crashes order by seq") == [(seq,) for seq in left]
+    server.store.max_db_size = 0
+    assert server.store.import_([later])["stored"] == 1
 
 
 def test_the_overview_warns_of_a_disk_that_is_nearly_full(api, person, monkeypatch):
