@@ -3861,6 +3861,7 @@ def test_early_deletion_repeats_a_step_that_failed_and_tells_imports_no_more_tha
     assert server.store.import_([later])["stored"] == 1
 
 
+@sqlite_only
 def test_the_overview_warns_of_a_disk_that_is_nearly_full(api, person, monkeypatch):
     usage = SimpleNamespace(total=100_000_000, used=95_000_000, free=5_000_000)
     assert "nearly full" not in person.get("/") or shutil.disk_usage(".").free < 1e9
