@@ -3917,7 +3917,8 @@ class Deletion(Apps):
         self._early_seq = of_app[0] - 1 if of_app else oldest[-1][0]  # not of_app[-1]: this step may be rolled back
         if not of_app:
             return Counter(remains=1)
-        db.execute(SET_STATE, (f"early_{app_id}", of_app[-1]))
+        highest = max(of_app[-1], get_state(db, f"early_{app_id}", -1))  # the clock may have been set back
+        db.execute(SET_STATE, (f"early_{app_id}", highest))
         return +Counter({table: len(self._delete_reports(  # +app_id: else SQLite reads the whole app
             db, kind, f"from {table} where +app_id = ? and seq > ? and seq <= ?", [(app_id, after, of_app[-1])]))
             for kind, table in TABLES.items()})

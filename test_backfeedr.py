@@ -3843,7 +3843,7 @@ def test_a_step_of_early_deletion_reads_no_older_reports_of_other_apps_again(kee
 
 
 @sqlite_only
-def test_early_deletion_repeats_a_step_that_failed_and_tells_imports_no_more_than_it_deleted(keeping, clock):
+def test_early_deletion_repeats_a_step_that_failed_and_notes_what_is_gone_for_imports_and_check(keeping, clock):
     server = keeping()
     shop, seqs = server.store.create_app("Shop"), add(server, 30).seqs
     later = next(server.store.export(backfeedr.Crash))._replace(seq=seqs[-1] + 1)
@@ -3859,6 +3859,12 @@ def test_early_deletion_repeats_a_step_that_failed_and_tells_imports_no_more_tha
         assert sql(server.store.path, "select seq from crashes order by seq") == [(seq,) for seq in left]
     server.store.max_db_size = 0
     assert server.store.import_([later])["stored"] == 1
+    clock.move(-3 * A_DAY)  # it was fast
+    add(server, 30)
+    server.store.max_db_size = 1
+    with server.store.writing() as db:
+        server.store._delete_early(db, 10)
+    assert count(server, "crashes") == 21 and backfeedr._check_roll_ups(server.store.path)
 
 
 @sqlite_only
