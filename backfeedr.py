@@ -3050,6 +3050,7 @@ def note_fact(db: Any, kind: str, app_id: int, at: int, group_hash: str | None, 
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for a lock that another process holds
 SET_STATE = "insert into state values (?, ?) on conflict (name) do update set value = excluded.value"
+RAISE_STATE = SET_STATE.replace("= excluded.value", "= max(state.value, excluded.value)")  # a clock may go back
 SET_SECRET = "insert into secrets values (?, ?) on conflict (name) do update set hash = excluded.hash"
 DB_PATH_HINT = "; --db or BACKFEEDR_DB_PATH names another"
 
@@ -3869,7 +3870,7 @@ class Deletion(Apps):
         for kind, table in TABLES.items():
             if seqs := self._delete_reports(db, kind, f"from {table} where seq < ? order by seq limit ?",
                                             [(self._first_kept_seq, size)]):
-                db.execute(SET_STATE, ("expired_" + table, seqs[-1]))
+                db.execute(RAISE_STATE, ("expired_" + table, seqs[-1]))
                 deleted[table] = len(seqs)
         return deleted or self._delete_app_rows(db, size) or self._delete_early(db, size)
 
@@ -3917,8 +3918,7 @@ class Deletion(Apps):
         self._early_seq = of_app[0] - 1 if of_app else oldest[-1][0]  # not of_app[-1]: this step may be rolled back
         if not of_app:
             return Counter(remains=1)
-        highest = max(of_app[-1], get_state(db, f"early_{app_id}", -1))  # the clock may have been set back
-        db.execute(SET_STATE, (f"early_{app_id}", highest))
+        db.execute(RAISE_STATE, (f"early_{app_id}", of_app[-1]))
         return +Counter({table: len(self._delete_reports(  # +app_id: else SQLite reads the whole app
             db, kind, f"from {table} where +app_id = ? and seq > ? and seq <= ?", [(app_id, after, of_app[-1])]))
             for kind, table in TABLES.items()})
@@ -3951,7 +3951,7 @@ class Deletion(Apps):
 
     def _note_windows(self, db: Connection) -> None:
         """Notes that the windows of the figures end now: reports, which may be older or gone, do not tell `check`."""
-        db.execute(SET_STATE, ("counted_at", max(self.now, get_state(db, "counted_at", 0))))
+        db.execute(RAISE_STATE, ("counted_at", self.now))
 
     def _last_seq(self, kind: type[Any]) -> int:
         with self.reading() as db:

@@ -3228,6 +3228,11 @@ def test_expiry_is_limited_in_time_and_keeps_up_with_large_batches(one_day, late
     assert count(one_day, "events") == 1000
 
 
+def test_what_expired_while_a_clock_was_fast_stays_noted_when_it_is_set_back(one_day, later):
+    fast, *_ = [later(one_day, days * A_DAY, exception_type="SIGABRT").seqs[0] for days in (3, 2, -5, 1.5)]
+    assert sql(one_day.store.path, "select value from state where name = 'expired_crashes'") == [(fast,)]
+
+
 def test_a_client_may_send_anything_as_truncated_and_its_crashes_still_regroup_and_expire(
         one_day, later, monkeypatch):
     """Stored crashes have a field of this name if they were cut."""
