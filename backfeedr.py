@@ -5485,15 +5485,14 @@ class Metrics(PublicMetrics):
                     where {APP_FILTER} and session_id = :session""", parameters).fetchone()
             parameters.update(first=max(first, after + 1) if oldest_first else first,
                               last=last if oldest_first else min(last, after - 1))
-            scan = f"from events where seq between :first and :last order by seq {order} limit :scanned"
+            scan = f"from events where seq between :first and :last order by seq {order} limit"
             seqs = [seq for seq, in db.execute(f"""
-                select seq from (select seq, app_id, type, name, session_id, device_id_hash {scan}) as scanned
+                select seq from (select seq, app_id, type, name, session_id, device_id_hash {scan} :scanned) as scanned
                 where {APP_FILTER} and (:type is null or type = :type) and (:name is null or name = :name)
                     and (:session is null or session_id = :session)
                     and (:device is null or device_id_hash = :device)
                 order by seq {order} limit :limit""", parameters)]
-            scan_end = db.execute(f"select seq from (select seq {scan}) as scanned order by seq {order}"
-                                  " limit 1 offset :scanned - 1", parameters).fetchone()
+            scan_end = db.execute(f"select seq {scan} 1 offset :scanned - 1", parameters).fetchone()
             events = _load_reports(db, "events", seqs[:limit])
         following = events[-1]["id"] if seqs[len(events):] else event_ids(scan_end)[0] if scan_end else None
         return {"events": events, "next": following}
