@@ -6790,7 +6790,7 @@ revoked {{!time_html(row.revoked_at)}}
             "<button>Add key</button>", action="key", name="{{app.name}}") + """
 <details><summary>Delete app</summary>
 """ + _form("""<p>This deletes its keys and all its reports. Type its name to confirm.</p>
-<label>Name <input name="typed" autocomplete="off" required></label> <button class="danger">Delete</button>
+<p><label>Name <input name="typed" autocomplete="off" required></label> <button class="danger">Delete</button></p>
 """, action="delete", name="{{app.name}}") + """</details></div></section>
 % end
 <section><h2>New app</h2>
