@@ -5484,15 +5484,14 @@ class Metrics(PublicMetrics):
                     where {APP_FILTER} and session_id = :session""", parameters).fetchone()
             parameters.update(first=max(first, after + 1) if oldest_first else first,
                               last=last if oldest_first else min(last, after - 1))
-            scan = f"from events where seq between :first and :last order by seq {order} limit :scanned"
+            scan = f"from events where seq between :first and :last order by seq {order} limit"
             seqs = [seq for seq, in db.execute(f"""
-                select seq from (select seq, app_id, type, name, session_id, device_id_hash {scan}) as scanned
+                select seq from (select seq, app_id, type, name, session_id, device_id_hash {scan} :scanned) as scanned
                 where {APP_FILTER} and (:type is null or type = :type) and (:name is null or name = :name)
                     and (:session is null or session_id = :session)
                     and (:device is null or device_id_hash = :device)
                 order by seq {order} limit :limit""", parameters)]
-            scan_end = db.execute(f"select seq from (select seq {scan}) as scanned order by seq {order}"
-                                  " limit 1 offset :scanned - 1", parameters).fetchone()
+            scan_end = db.execute(f"select seq {scan} 1 offset :scanned - 1", parameters).fetchone()
             events = _load_reports(db, "events", seqs[:limit])
         following = events[-1]["id"] if seqs[len(events):] else event_ids(scan_end)[0] if scan_end else None
         return {"events": events, "next": following}
@@ -6505,13 +6504,15 @@ _PAGE_LINKS = """<p class="actions">
 % end
 </p>
 """
-_TRACE = """<ol class="trace" start="0">
+_TRACE = """% if frames:
+<ol class="trace" start="0">
 % for frame in frames[:max_frames]:
 <li{{!' class="own"' if frame.is_own else ""}} title="{{shorten(frame.address)}}"><code><bdi>\
 {{shorten(frame.symbol, 1000)}}</bdi></code> <span class="place"><bdi>{{shorten(frame.place)}}</bdi></span></li>
 % end
 </ol>
-<p class="note">{{"and {:,} more".format(len(frames) - max_frames) if frames[max_frames:] else ""}}</p>
+<p class="note">{{"and {:,} more frames".format(len(frames) - max_frames) if frames[max_frames:] else ""}}</p>
+% end
 """
 _TRIAGE_SECTION = """<section><h2>{{group["state"].capitalize()}}
 {{"in " + group["fixed_in"] if group["fixed_in"] and group["state"] == "resolved" else ""}}
@@ -6541,8 +6542,8 @@ _TRIAGE_SECTION = """<section><h2>{{group["state"].capitalize()}}
 """, "page.path, app=group_apps[0]", state="muted") + """</details>
 % end
 <details><summary>Comment</summary>
-""" + _form("""<textarea name="comment" aria-label="Comment" rows="3" cols="60" maxlength="5000" required></textarea>
-<p><button>Add comment</button></p>
+""" + _form("""<p><textarea name="comment" aria-label="Comment" rows="3" cols="60" maxlength="5000" required></textarea>
+</p><p><button>Add comment</button></p>
 """, "page.path, app=group_apps[0]") + """</details>
 % end
 </div>
@@ -6667,17 +6668,13 @@ No crashes stored{{" for " + page.app if page.app else ""}}. To send one, see <a
 % end
 </p>
 <div class="crash"><div>
-% if frames:
 """ + _TRACE + """% for build in group["missing_symbols"]:
 <p class="problem">Symbols for <bdi>{{build_name(build)}}</bdi> are missing: {{number(build["crashes"])}}
 {{"crashes are" if build["crashes"] > 1 else "crash is"}} waiting for them. To upload the symbols of this build
 ({{build["uuid"]}}): <code>python examples/symbols.py --server {{page.url}} App.xcarchive</code></p>
 % end
 % if not any(frame.is_own for frame in frames):
-<p class="note">No frame is known to belong to the app.</p>
-% end
-% else:
-<p class="empty">This report has no stack trace.</p>
+<p class="note">{{"No frame is known to belong to the app." if frames else "This report has no stack trace."}}</p>
 % end
 </div><dl class="context">
 % for label, html in fields:
@@ -6721,7 +6718,8 @@ on <bdi>{{parameters.get("device_id_hash", "all devices")}}</bdi>, oldest event 
 """ + _APP_NAMES + """
 % text, frames = details(row), trace_rows(row)
 % if frames or len(text) > 100:
-<details class="soft"><summary><bdi>{{shorten(text, 100) or "Stack trace"}}</bdi></summary><bdi>{{text}}</bdi>
+<details class="soft"><summary><bdi>{{shorten(text, 100) or "Stack trace"}}</bdi></summary>
+<bdi>{{text if len(text) > 100 else ""}}</bdi>
 """ + _TRACE + """</details>
 % else:
 <span class="soft"><bdi>{{text}}</bdi></span>
@@ -6732,7 +6730,7 @@ on <bdi>{{parameters.get("device_id_hash", "all devices")}}</bdi>, oldest event 
 <a href="{{link("/events", session_id=row["session_id"], device_id_hash=row.get("device_id_hash"))}}"><bdi>\
 {{shorten(row["session_id"], 12)}}</bdi></a>
 % end
-""", "bare"), empty="""
+""", "bare session"), empty="""
 % if next:
 No matches among the {{number(scanned_events)}} events searched. The next page searches older ones.
 % elif parameters:
@@ -6790,7 +6788,7 @@ revoked {{!time_html(row.revoked_at)}}
             "<button>Add key</button>", action="key", name="{{app.name}}") + """
 <details><summary>Delete app</summary>
 """ + _form("""<p>This deletes its keys and all its reports. Type its name to confirm.</p>
-<label>Name <input name="typed" autocomplete="off" required></label> <button class="danger">Delete</button>
+<p><label>Name <input name="typed" autocomplete="off" required></label> <button class="danger">Delete</button></p>
 """, action="delete", name="{{app.name}}") + """</details></div></section>
 % end
 <section><h2>New app</h2>
@@ -6878,7 +6876,8 @@ footer, .tiles section { border-top: 1px solid var(--rule); padding-top: 0.6rem;
 table { border-collapse: collapse; width: 100%; } .list tr { border-bottom: 1px solid var(--rule); }
 th { text-align: left; font-weight: 400; } thead { overflow-wrap: normal; }
 th, td { padding: 0.4rem 1.2rem 0.4rem 0; vertical-align: top; } :is(th, td):last-child { padding-right: 0; }
-.number { text-align: right; font-variant-numeric: tabular-nums; } td.number, .list time { white-space: nowrap; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number, td.session, .list time { white-space: nowrap; }
 .bars :is(th, td) { padding-block: 0.15rem; } .bars th { color: inherit; font-size: 1em; width: 52%; }
 .bars .number, th.number:first-child { width: 1%; } .own, .hint, pre, .long dd, button { background: var(--tint); }
 svg { display: block; width: 100%; overflow: visible; } .bars svg { margin-top: 0.4rem; }

@@ -6,9 +6,10 @@
     python examples/benchmark.py postgres URL   # SQLite, and PostgreSQL with one or two hosts and apps
     python examples/benchmark.py --server old/backfeedr.py --server new/backfeedr.py   # two versions; or `metrics`
 
-The real server takes turns with a bare handler: bottle and waitress with the same options. It reads the body and gives
-an answer of the same size, but stores nothing. The load comes from `wrk`, or from Python, which makes all servers look
-slower. No host is quiet, so the sides take short turns within a round, and a ratio is the median over the rounds.
+The real server takes turns with a bare handler: bottle and waitress with the same options. The handler reads the body
+and gives an answer of the same size, but stores nothing. The load comes from `wrk`, or from Python, which makes all
+servers look slower. No host is quiet, so the sides take short turns within a round, and a ratio is the median over the
+rounds.
 """
 
 from __future__ import annotations

@@ -82,8 +82,11 @@ extension Backfeedr {
             return (try? body.write(to: url(name), options: .atomic)) != nil
         }
 
+        /// Makes the folder. Its files can be written while the phone is locked, even if the app protects all others.
         private static func make(_ folder: URL) {
-            try? FileManager.default.createDirectory(at: folder, withIntermediateDirectories: true)
+            try? FileManager.default.createDirectory(
+                at: folder, withIntermediateDirectories: true,
+                attributes: [.protectionKey: FileProtectionType.completeUntilFirstUserAuthentication])
             var place = folder, values = URLResourceValues()
             values.isExcludedFromBackup = true
             try? place.setResourceValues(values)
