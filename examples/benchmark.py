@@ -8,8 +8,7 @@
 
 The real server takes turns with a bare handler: bottle and waitress with the same options. The handler reads the body
 and gives an answer of the same size, but stores nothing. The load comes from `wrk`, or from Python, which makes all
-servers look slower. No host is quiet, so the sides take short turns within a round, and a ratio is the median over the
-rounds.
+servers look slower. No host is quiet, so sides take short turns within a round, and a ratio is the median of rounds.
 """
 
 from __future__ import annotations
