@@ -1069,18 +1069,18 @@ def parse_diagnostics(body: bytes, now: int, device: str = "") -> list[Crash | E
     `device` is the device_id_hash. Raises Refusal."""
     try:
         text = _PRIVATE.sub(lambda match: f"/{match[1]}USER" if match[1] else "/UUID", decode_text(body))
-        diagnostics = list(islice(_read_diagnostics(text), MAX_BATCH + 1))
-        if len(diagnostics) > MAX_BATCH:
-            raise Refusal(f"too many diagnostics: at most {MAX_BATCH}")
-        device = device.replace("\x00", "\ufffd")  # a header may contain it, but no database takes it
-        reports, size = list[Union[Crash, Event]](), 0
-        for parse, sent in diagnostics:  # all their frames may share a long name in `binaryInfo`
-            sent = {**sent, "occurred_at": sent["occurred_at"] or iso_time(now), "device_id_hash": device}
-            reports.append(parse(sent, MAX_REPORT_SIZE if size < MAX_PAYLOAD_SIZE else MAX_BATCHED_SIZE))
-            size += sum(len(value.encode()) for value in reports[-1] if type(value) is str)
-        return reports
     except ValueError as error:
         raise Refusal(UNKNOWN_FORMAT, detail=str(error)) from None
+    diagnostics = list(islice(_read_diagnostics(text), MAX_BATCH + 1))
+    if len(diagnostics) > MAX_BATCH:
+        raise Refusal(f"too many diagnostics: at most {MAX_BATCH}")
+    device = device.replace("\x00", "\ufffd")  # a header may contain it, but no database takes it
+    reports, size = list[Union[Crash, Event]](), 0
+    for parse, sent in diagnostics:  # all their frames may share a long name in `binaryInfo`
+        sent = {**sent, "occurred_at": sent["occurred_at"] or iso_time(now), "device_id_hash": device}
+        reports.append(parse(sent, MAX_REPORT_SIZE if size < MAX_PAYLOAD_SIZE else MAX_BATCHED_SIZE))
+        size += sum(len(value.encode()) for value in reports[-1] if type(value) is str)
+    return reports
 
 
 def parse_crash_body(body: bytes) -> Crash:
