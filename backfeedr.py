@@ -95,10 +95,10 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
 from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
-from functools import lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
-from itertools import accumulate, chain, compress, groupby, islice, product, repeat, tee
+from itertools import accumulate, chain, compress, groupby, islice, repeat, tee
 from operator import add, attrgetter, floordiv, itemgetter, lt
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -343,8 +343,8 @@ class StorageUnavailable(Refusal):
 
 
 _RFC3339 = re.compile(
-    r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt]((?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9])(?:\.([0-9]{1,9}))?"
-    r"(?:[Zz]|([+-])([01][0-9]|2[0-3]):?([0-5][0-9]))")
+    r"([0-9]{4}-[0-9]{2}-[0-9]{2}[Tt](?:[01][0-9]|2[0-3]):[0-5][0-9]):([0-5][0-9])(?:\.([0-9]{1,9}))?"
+    r"([Zz]|[+-](?:[01][0-9]|2[0-3]):?[0-5][0-9])")
 
 
 def parse_time(text: str) -> int:
@@ -353,11 +353,20 @@ def parse_time(text: str) -> int:
     match = _RFC3339.fullmatch(text)
     if match is None:
         raise ValueError("not an RFC 3339 time with a zone")
-    day, clock, fraction, sign, hours, minutes = match.groups()
-    offset = int(sign + hours) * HOUR + int(sign + minutes) * MINUTE if sign else 0
-    seconds = int(datetime.fromisoformat(f"{day}T{clock}+00:00").timestamp())
-    time_ms = seconds * SECOND + (int(fraction[:3].ljust(3, "0")) if fraction else 0) - offset
-    return min(max(time_ms, MIN_TIME), MAX_TIME)
+    minute, seconds, fraction, zone = match.groups()
+    time_ms = _parse_minute(minute, zone) + int(seconds) * SECOND
+    if fraction:
+        time_ms += int(fraction[:3].ljust(3, "0"))
+    return time_ms if MIN_TIME <= time_ms <= MAX_TIME else min(max(time_ms, MIN_TIME), MAX_TIME)
+
+
+@lru_cache(maxsize=1024)  # most reports are from the last minutes
+def _parse_minute(minute: str, zone: str) -> int:
+    time_ms = int(datetime.fromisoformat(minute + ":00+00:00").timestamp()) * SECOND
+    if zone in "Zz":
+        return time_ms
+    offset = int(zone[1:3]) * HOUR + int(zone[-2:]) * MINUTE
+    return time_ms - offset if zone[0] == "+" else time_ms + offset
 
 
 def parse_occurred_at(value: Any) -> int:
@@ -640,16 +649,21 @@ def group_hash(exception_type: str, frames: Iterable[Mapping[str, Any]]) -> str:
 def group_hash_of_frames(exception_type: str, frames: Iterable[Frame]) -> str:
     """Like group_hash, for Frames. Reads no more of them than it needs, which is mostly the first few."""
     names: list[str] = []
-    for rule, candidates in zip(_GROUP_RULES, tee(frames, len(_GROUP_RULES))):  # tee, as frames are read lazily
-        labels = groupby(frame.label for frame in candidates if rule(frame))  # without repeated neighbours
-        if names := [label for label, _ in islice(labels, 3)]:
+    for rule in _GROUP_RULES:
+        candidates, frames = tee(frames)  # as they are read lazily
+        for frame in candidates:
+            if rule(frame) and (label := frame.label) not in names[-1:]:  # without repeated neighbours
+                names.append(label)
+                if len(names) == 3:
+                    break
+        if names:
             break
     return hashlib.sha256(":".join([exception_type, *names]).encode()).hexdigest()[:16]
 
 
 def builds_to_symbolicate(frames: Iterable[Frame]) -> str | None:
     """The UUIDs of up to MAX_IMAGES builds whose symbols can name any of these frames, separated by spaces; or None."""
-    uuids = dict.fromkeys(frame.uuid for frame in frames if frame.needs_symbols)
+    uuids = {frame.uuid: None for frame in frames if frame.needs_symbols}
     return " ".join(list(uuids)[:MAX_IMAGES]) or None
 
 
@@ -747,7 +761,7 @@ def _long_text(value: Any) -> str:
 
 
 def _required_text(value: Any) -> str:
-    return _long_text(value)[:MAX_TEXT]
+    return value[:MAX_TEXT] if type(value) is str else _long_text(value)
 
 
 def _short_text(value: Any) -> str:
@@ -826,8 +840,9 @@ _CONVERTERS: Converters = {
     "exception_type": _required_text, "exception_reason": _long_text, "stack_trace": _stack_trace,
     "type": _event_type, "properties": _object, "free_memory_mb": _number, "battery_level": _battery_level,
     "is_charging": _boolean, "occurred_at": parse_occurred_at}
-_CRASH_FIELDS: Converters = {name: _CONVERTERS.get(name, _short_text) for name in Crash._fields[2:-1]}
-_EVENT_FIELDS: Converters = {name: _CONVERTERS.get(name, _short_text) for name in Event._fields[:-1]}
+_FIELDS: Mapping[type, Converters] = {kind: {name: _CONVERTERS.get(name, _short_text) for name in names}
+                                      for kind, names in ((Crash, Crash._fields[2:-1]), (Event, Event._fields[:-1]))}
+_ABSENT: Mapping[type, JsonObject] = {kind: dict.fromkeys((*names, "extra")) for kind, names in _FIELDS.items()}
 _REQUIRED = ("exception_type", "type", "occurred_at")
 
 
@@ -836,7 +851,7 @@ def parse_crash(sent: JsonObject, max_size: int = MAX_REPORT_SIZE) -> Crash:
     trace: Any = sent.get("stack_trace")
     # A spare frame shows _truncate that frames are missing.
     frames = list(map(_normalize_frame, _limit_length(trace, spare_frames=1))) if _is_list_of_objects(trace) else []
-    values = _convert({**sent, "stack_trace": frames} if frames else sent, _CRASH_FIELDS, max_size)
+    values = _convert({**sent, "stack_trace": frames} if frames else sent, Crash, max_size)
     kept = list(map(read_frame, _limit_length(frames)))
     return Crash(group_hash_of_frames(values[0], kept), builds_to_symbolicate(kept), *values)
 
@@ -870,7 +885,7 @@ def parse_event(sent: Any, max_size: int = MAX_REPORT_SIZE) -> Event:
     """An event from its JSON object, cut to `max_size` bytes. Raises Refusal."""
     if type(sent) is not dict:
         raise Refusal("invalid event", detail=f"it is {_json_type(sent)}, not an object")
-    return Event(*_convert(sent, _EVENT_FIELDS, max_size))
+    return Event(*_convert(sent, Event, max_size))
 
 
 def parse_batch(sent: JsonObject) -> list[Event]:
@@ -904,17 +919,17 @@ def _parse_usual_events(events: list[JsonObject]) -> list[Event]:
     """The events as `parse_event` makes them, in half the time: each distinct text of a field is converted once,
     because most texts are the same in all events. Raises an error if an event is invalid or unusual."""
     columns: list[Iterable[Any]] = []
-    for name, convert in _EVENT_FIELDS.items():
+    for name, convert in _FIELDS[Event].items():
         values = list(map(dict.get, events, repeat(name)))
         if convert is _object:  # not hashable
-            columns.append([None if value is None else _object(value, SMALL_SIZE) for value in values])
+            columns.append(_usual_objects(values))
             continue
         converted = {value: convert(value) if value else None for value in set(values)}
         has_other_types = {*map(type, converted)} - {str, type(None)}  # such as True and 1, which are one key
         if has_other_types or name in _REQUIRED and None in converted.values():
             raise ValueError
-        columns.append(map(converted.__getitem__, values))
-    known = _EVENT_FIELDS.keys()
+        columns.append(map(converted.__getitem__, values) if len(converted) > 1 else repeat(converted[values[0]]))
+    known = _FIELDS[Event].keys()
     extras: list[str | None] = [None] * len(events)
     if not known >= {*chain.from_iterable(events)}:
         extras = [None if known >= event.keys() else _object(
@@ -922,11 +937,21 @@ def _parse_usual_events(events: list[JsonObject]) -> list[Event]:
     return list(map(partial(tuple.__new__, Event), zip(*columns, extras)))  # faster than Event._make
 
 
-def _convert(sent: JsonObject, converters: Converters, max_size: int) -> list[Any]:
+def _usual_objects(values: list[Any]) -> Iterable[str | None]:
+    """The JSON of objects, None for None. Raises an error if one is anything else, long or deep."""
+    if not {*map(type, values)} <= {dict, type(None)}:
+        raise ValueError
+    texts = list(map("".join, map(_C_ENCODER, values, repeat(0))) if _C_ENCODER else map(_ENCODER.encode, values))
+    longest = max(map(len, texts))
+    if longest > SMALL_SIZE or longest > 2 * MAX_DEPTH and any(map(_is_deep, texts)):  # each level has two brackets
+        raise ValueError
+    return texts if None not in values else [None if value is None else text for value, text in zip(values, texts)]
+
+
+def _convert(sent: JsonObject, kind: type, max_size: int) -> list[Any]:
     """The values to store: one for each field, None if it is absent, and last the unknown fields as JSON. A report of
     more than `max_size` bytes is cut. Raises Refusal."""
-    values: JsonObject = {**dict.fromkeys(converters), "extra": None}
-    unknown, size = JsonObject(), 0
+    converters, values, unknown, size = _FIELDS[kind], dict(_ABSENT[kind]), JsonObject(), 0
     for name, value in sent.items():
         convert = converters.get(name)
         if convert is _short_text and type(value) is str:  # nearly all are
@@ -936,13 +961,14 @@ def _convert(sent: JsonObject, converters: Converters, max_size: int) -> list[An
         elif value is not None and value != "":
             try:
                 values[name] = converted = convert(value)
-                size += len(converted) if type(converted) is str else 0
+                if type(converted) is str:
+                    size += len(converted)
             except ValueError as error:
                 if name in _REQUIRED:
                     raise Refusal(f"invalid {name}", detail=f"{name} {error}") from None
                 unknown[name] = value
     for name in _REQUIRED:
-        if name in converters and values[name] is None:
+        if values.get(name, name) is None:
             raise Refusal(f"missing {name}")
     if unknown:
         # Two more than are kept: `truncated` is not counted, and a spare one shows _truncate that others are missing.
@@ -1707,7 +1733,7 @@ def _read_page(db: Any, uuid: str, first: int) -> tuple[Sequence[int], Sequence[
 
 
 # == Statements ================================================================
-# How one statement runs for many rows.
+# How one statement runs for many rows, and which rows need not be read again.
 
 CACHED_STATEMENTS = 512  # prepared statements to keep: an insert is a different one for each number of rows
 ROWS_PER_STATEMENT = 128
@@ -1718,27 +1744,55 @@ Row = tuple[Any, ...]  # a row of the database, or a part of it
 def write_rows(db: Any, statement: str, rows: Sequence[Row]) -> None:
     """Runs a statement for all rows; `values *` in it stands for their placeholders. executemany would release Python's
     lock for each row, and under load wait to get it again."""
-    for _ in _execute_in_parts(db, statement, rows):
-        pass
+    for part in _parts(rows):
+        db.execute(_with_placeholders(statement, len(part), len(part[0])), list(chain.from_iterable(part)))
 
 
 def rows_of(db: Any, query: str, keys: Sequence[Row]) -> list[Row]:
     """The rows of a query for all keys; `values *` in it stands for their placeholders."""
-    return [row for cursor in _execute_in_parts(db, query, keys) for row in cursor]
+    return [row for part in _parts(keys) for row in db.execute(
+        _with_placeholders(query, len(part), len(part[0])), list(chain.from_iterable(part)))]
 
 
-def _execute_in_parts(db: Any, statement: str, rows: Sequence[Row]) -> Iterator[Any]:
-    start = 0
+def _parts(rows: Sequence[Row]) -> Sequence[Sequence[Row]]:
+    """The rows, divided as they go into statements."""
+    if len(rows) <= ROWS_STEP:  # mostly
+        return [rows] if rows else []
+    parts, start = [], 0
     while size := min(len(rows) - start, ROWS_PER_STATEMENT):
-        part = rows[start:start + (size if size < ROWS_STEP else size - size % ROWS_STEP)]
-        start += len(part)
-        yield db.execute(_with_placeholders(statement, len(part), len(part[0])), list(chain.from_iterable(part)))
+        parts.append(rows[start:start + (size if size < ROWS_STEP else size - size % ROWS_STEP)])
+        start += len(parts[-1])
+    return parts
 
 
 @lru_cache(maxsize=CACHED_STATEMENTS)
 def _with_placeholders(statement: str, rows: int, columns: int) -> str:
     row = "(" + ", ".join("?" * columns) + ")"
     return statement.replace("values *", "values " + ", ".join([row] * rows))
+
+
+class KnownRows:
+    """What commits have read or written, so that the next one need not read it again: half of its queries. It is
+    cleared whenever anything but a commit of this process may have changed the database."""
+
+    MAX_ITEMS = 10_000  # about 3 MB
+
+    def __init__(self) -> None:
+        self._version: Any = None
+        self.apps: dict[bytes, int] = {}  # active keys by their hashes
+        self.names: set[Row] = set()  # app_id, field and name of what is counted by itself
+        self.builds: set[Row] = set()  # keys of the table
+        self.group_devices: set[Row] = set()  # app_id, group_hash and device_id_hash of crashes
+        self.open_groups: set[Row] = set()  # app_id and group_hash of groups to which nothing can happen
+        self.rows: dict[str, dict[Row, Any]] = defaultdict(dict)  # by table and key
+
+    def begin(self, version: Any) -> None:
+        """Begins a transaction. `version` differs from the last one if others have written since, and is None for
+        other transactions than commits."""
+        parts = (self.apps, self.names, self.builds, self.group_devices, self.open_groups, *self.rows.values())
+        if version is None or version != self._version or sum(map(len, parts)) > self.MAX_ITEMS:
+            self.__init__()  # type: ignore[misc]
+            self._version = version
 
 
 def dict_rows(db: Any, query: str, parameters: Any = ()) -> list[JsonObject]:
@@ -1848,33 +1902,66 @@ APP_FILTER = "app_id in (select id from apps where id = :app or :app is null and
 SESSION_TYPES = {"session_start", "session_end"}  # of events
 TABLES: dict[type, str] = {Crash: "crashes", Event: "events"}
 COUNTED: dict[type, Any] = {  # a report as the figures see it; `at` is the time at which it counts
-    Crash: namedtuple("CountedCrash", "seq app_id received_at at sent_type app_version build_number device_id_hash"
-                                      " session_id group_hash images exception_type device_model exception_reason"
+    Crash: namedtuple("CountedCrash", "seq app_id received_at at sent_type app_version device_id_hash session_id"
+                                      " build_number group_hash images exception_type device_model exception_reason"
                                       " stack_trace"),
     Event: namedtuple("CountedEvent", "seq app_id received_at at type app_version device_id_hash session_id name")}
+_MAKE_COUNTED = {kind: partial(tuple.__new__, counted) for kind, counted in COUNTED.items()}  # faster than _make
 
 
-def counted_rows(db: Any, kind: type, source: str, keys: Sequence[Row] = ((),)) -> list[Any]:
+def columns_getter(kind: Any, *names: str) -> Callable[[Any], Any]:
+    """Like attrgetter, for the fields of a named tuple, in half the time."""
+    return itemgetter(*map(kind._fields.index, names))
+
+
+_OCCURRED_AT = {kind: columns_getter(kind, "occurred_at") for kind in COUNTED}
+_SENT_TYPE = {Crash: columns_getter(Crash, "exception_type"), Event: columns_getter(Event, "type")}
+_OTHER_COLUMNS = {kind: columns_getter(kind, *counted._fields[5:]) for kind, counted in COUNTED.items()}
+# Fields that both kinds of counted reports have in the same places.
+_TIMES, _RUN = (columns_getter(COUNTED[Event], *names.split()) for names in (
+    "at received_at", "app_id device_id_hash session_id app_version"))
+
+
+class CountedReports(list[Any]):
+    """Reports as the figures see them, in the order of their seqs."""
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """The same in runs: most batches are of one session."""
+        runs = []
+        for _, grouped in groupby(self, _RUN):
+            reports = list(grouped)
+            times = sorted(set(map(_TIMES, reports))) if len(reports) > 1 else [_TIMES(reports[0])]
+            runs.append(Run(reports, times))
+        return runs
+
+
+class Run(NamedTuple):
+    """Reports of one app, device, session and version that follow each other."""
+
+    reports: Sequence[Any]
+    times: Sequence[tuple[int, int]]  # distinct pairs of `at` and `received_at`, ascending
+
+
+def counted_rows(db: Any, kind: type, source: str, keys: Sequence[Row] = ((),)) -> CountedReports:
     """Stored reports as the figures see them, without stack traces. `source` is the query from `from` on; `values *` in
     it stands for the keys, as in rows_of. A query without `values *` takes its parameters from the only key."""
     columns = {"at": COUNTED_AT, "sent_type": "exception_type", "stack_trace": "null", **{
         name: f"case when (other & {flag}) > 0 then '{OTHER}' else {name} end" for name, flag in OTHER_FLAGS.items()}}
     query = f"select {', '.join(columns.get(name, name) for name in COUNTED[kind]._fields)} {source}"
-    return list(map(COUNTED[kind]._make, rows_of(db, query, keys)))
+    return CountedReports(map(COUNTED[kind]._make, rows_of(db, query, keys)))
 
 
 def counted_reports(kind: type, app_id: int, seqs: Sequence[int], received: Sequence[int], ahead: Sequence[int],
-                    flags: Sequence[int], reports: Reports) -> list[Any]:
+                    flags: Sequence[int], reports: Reports) -> CountedReports:
     """Reports that are about to be stored, as the figures see them."""
-    sent_types = list(map(attrgetter("exception_type" if kind is Crash else "type"), reports))
+    sent_types = map(_SENT_TYPE[kind], reports)
     if any(flags):
         reports = [report._replace(**{name: OTHER for name, flag in OTHER_FLAGS.items() if flag & bits})
                    for report, bits in zip(reports, flags)]
-    clocks = list(zip(map(attrgetter("occurred_at"), reports), received, ahead))
-    at = {clock: counted_at(*clock) for clock in set(clocks)}  # a batch has few distinct ones
-    columns = [map(attrgetter(name), reports) for name in COUNTED[kind]._fields[5:]]  # the first five are made above
-    make = partial(tuple.__new__, COUNTED[kind])  # like _make, in a third of the time
-    return list(map(make, zip(seqs, repeat(app_id), received, map(at.__getitem__, clocks), sent_types, *columns)))
+    at = map(counted_at, map(_OCCURRED_AT[kind], reports), received, ahead)
+    first_columns = zip(seqs, repeat(app_id), received, at, sent_types)
+    return CountedReports(map(_MAKE_COUNTED[kind], map(add, first_columns, map(_OTHER_COLUMNS[kind], reports))))
 
 
 class Sums:
@@ -1912,12 +1999,12 @@ class Figure:
     COUNTS: tuple[type, ...] = (Crash,)  # the kinds of reports that count in it
 
     def __init__(self, rollups: RollUps):
-        self._db, self._now, self._add = rollups.db, rollups.now, rollups.add
+        self._db, self._now, self._sums, self._known = rollups.db, rollups.now, rollups.sums, rollups.known
 
-    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+    def count(self, kind: type, reports: CountedReports, by: int) -> None:
         """Counts reports that are about to be inserted (`by` is 1) or were just deleted (`by` is -1)."""
 
-    def expire(self, kind: type, reports: Sequence[Any]) -> None:
+    def expire(self, kind: type, reports: CountedReports) -> None:
         """Takes out reports that were deleted because they expired. RollUps ignores changes to lasting sums."""
         self.count(kind, reports, -1)
 
@@ -1929,30 +2016,44 @@ class MergedRows:
     """Collects what a transaction learns about rows of a table, and merges it into them with one read and one write.
     `kind` is a named tuple of the columns after the key, with a method `merged`."""
 
-    def __init__(self, db: Any, table: str, kind: Any):
-        self._db, self._table, self._kind = db, table, kind
+    def __init__(self, rollups: RollUps, table: str, kind: Any):
+        self._db, self._table, self._kind, self._known = rollups.db, table, kind, rollups.known.rows[table]
         self.learned: dict[Row, Any] = {}  # by key
 
     def learn(self, key: Row, row: Any) -> None:
         """Adds what reports say about a row."""
         self.learned[key] = self.learned[key].merged(row) if key in self.learned else row
 
-    def stored(self, keys: Iterable[Row]) -> dict[Row, Any]:
-        """The stored rows with these keys."""
-        columns = PRIMARY_KEYS[self._table]
-        return {row[:len(columns)]: self._kind(*row[len(columns):]) for row in rows_of(self._db, f"""
-            select {self._table}.* from (values *) as keys
-            cross join {self._table} on {" and ".join(f"{name} = column{n}" for n, name in enumerate(columns, 1))}
-            """, list(keys))}
+    def stored(self, keys: Iterable[Row]) -> Mapping[Row, Any]:
+        """The stored rows with these keys, and those that are known."""
+        unknown = [key for key in keys if key not in self._known]  # `keys - ...` would look at all that is known
+        if unknown:
+            width, make = len(PRIMARY_KEYS[self._table]), self._kind._make
+            for row in rows_of(self._db, _by_key_query(self._table), unknown):
+                self._known[row[:width]] = make(row[width:])
+        return self._known
 
     def save(self) -> list[tuple[Row, Any, Any]]:
         """Writes the rows that change; returns each key with its row before, or None, and its row after."""
-        stored = self.stored(self.learned)
-        rows = [(key, stored.get(key), stored[key].merged(row) if key in stored else row)
-                for key, row in self.learned.items()]
-        upsert(self._db, self._table, [(*key, *after) for key, before, after in rows if after != before],
-               ", ".join(f"{column} = excluded.{column}" for column in self._kind._fields))
+        if not self.learned:
+            return []
+        rows, changed, stored = [], [], self.stored(self.learned)
+        for key, row in self.learned.items():
+            before = stored.get(key)
+            after = before.merged(row) if before else row
+            rows.append((key, before, after))
+            if after != before:
+                changed.append((*key, *after))
+                self._known[key] = after
+        upsert(self._db, self._table, changed, _replacements(self._kind._fields))
         return rows
+
+
+@cache
+def _by_key_query(table: str) -> str:
+    """The query for the rows of a table with given keys."""
+    condition = " and ".join(f"{name} = column{n}" for n, name in enumerate(PRIMARY_KEYS[table], 1))
+    return f"select {table}.* from (values *) as keys cross join {table} on {condition}"
 
 
 Name = tuple[int, str, str]  # app_id, field, name
@@ -1966,24 +2067,27 @@ create table new_names (                   -- how many were new on a UTC day
     app_id integer not null, day integer not null, field text not null, names integer not null,
     primary key (app_id, day, field)) without rowid;
 """
-    FIELDS: dict[type, Row] = {Crash: ("group_hash", "exception_type", "device_model", "app_version"),
-                               Event: ("app_version", "name")}
+    FIELDS = {kind: {name: columns_getter(kind, name) for name in names} for kind, names in (
+        (Crash, ("group_hash", "exception_type", "device_model", "app_version")), (Event, ("app_version", "name")))}
 
-    def __init__(self, db: Any):
-        self._db = db
+    def __init__(self, db: Any, known: set[Row]):
+        self._db, self._known = db, known
         self.accepted: set[Name] = set()  # the new names of this transaction that are counted by themselves
 
     def limit(self, app_id: int, received: Sequence[int], reports: Sequence[Any]) -> tuple[Sequence[int], Reports]:
         """Accepts or refuses new names; returns the column `other` and the reports, in group `(other)` if refused."""
         fields = self.FIELDS[type(reports[0])]
-        days: dict[Name, int] = {}  # the day on which each name was first received
-        for column in fields:
-            # The names of events that start or end a session are not counted.
-            types = map(attrgetter("type"), reports) if column == "name" else repeat("")
-            for name, event_type, at in dict.fromkeys(zip(map(attrgetter(column), reports), types, received)):
-                if name and event_type not in SESSION_TYPES:
-                    days.setdefault((app_id, column, name), at // DAY)
-        refused = self._refused(days)
+        days: dict[Name, int] = {}  # the day on which each unknown name was first received
+        for column, value_of in fields.items():
+            if all(name is None or (app_id, column, name) in self._known for name in set(map(value_of, reports))):
+                continue  # mostly
+            for report, at in zip(reports, received):
+                name = app_id, column, value_of(report)
+                # The names of events that start or end a session are not counted.
+                if name[2] and name not in self._known and not (column == "name" and report.type in SESSION_TYPES):
+                    days.setdefault(name, at // DAY)
+        refused = self._refused(days) if days else set()
+        self._known.update(days.keys() - refused)
         if not refused:
             return [0] * len(reports), reports
         flags, limited = [], []
@@ -2003,9 +2107,7 @@ create table new_names (                   -- how many were new on a UTC day
                 when 'name' then exists (select 1 from event_names where app_id = column1 and name = column3)
                 else exists (select 1 from labels
                     where app_id = column1 and field = column2 and day = {ALL_DAYS} and label = column3) end
-            """, list(days.keys() - self.accepted)))
-        if not unknown:
-            return unknown
+            """, list(days)))
         new: dict[Row, list[Name]] = defaultdict(list)  # by app_id, day and field, in the order of receipt
         for name, day in days.items():
             if name in unknown:
@@ -2031,15 +2133,15 @@ class Crashes(Figure):
     SUMS = {"crash_days": Sums("day", "crashes", check="recent"),
             "labels": Sums("field day label", "crashes", lasts=False)}
 
-    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        days = [(crash.app_id, crash.at // DAY) for crash in reports]
-        for (app_id, day), crashes in Counter(days).items():
-            self._add("crash_days", app_id, day, crashes=by * crashes)
-        for column in ("exception_type", "device_model"):
-            for ((app_id, day), label), crashes in Counter(zip(days, map(attrgetter(column), reports))).items():
+    def count(self, kind: type, reports: CountedReports, by: int) -> None:
+        crash_days, labels = self._sums("crash_days", "crashes"), self._sums("labels", "crashes")
+        for crash in reports:
+            app_id, day = crash.app_id, crash.at // DAY
+            crash_days[app_id, day] += by
+            for column, label in (("exception_type", crash.exception_type), ("device_model", crash.device_model)):
                 if label:
-                    self._add("labels", app_id, column, ALL_DAYS, label, crashes=by * crashes)
-                    self._add("labels", app_id, column, day, label, crashes=by * crashes)
+                    labels[app_id, column, ALL_DAYS, label] += by
+                    labels[app_id, column, day, label] += by
 
     @staticmethod
     def per_day(db: Any, app: int | None, days: range) -> JsonObject:
@@ -2082,24 +2184,27 @@ create table groups (
         self._symbols = rollups.symbols
         self._inserted: dict[Row, list[Any]] = defaultdict(list)  # crashes by app_id and group_hash
         self._deleted: dict[Row, list[Any]] = defaultdict(list)
-        self.devices: Counter[Row] = Counter()  # by app_id and group_hash: how many devices it gains, or loses
+        self.devices: dict[Row, int] = defaultdict(int)  # by app_id and group_hash: devices it gains, or loses
 
-    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+    def count(self, kind: type, reports: CountedReports, by: int) -> None:
         crashes_of = self._inserted if by > 0 else self._deleted
+        group_days, group_images = self._sums("group_days", "crashes"), self._sums("group_images", "crashes")
         for crash in reports:
-            crashes_of[crash.app_id, crash.group_hash].append(crash)
-        alike = Counter((crash.app_id, crash.group_hash, crash.at // DAY, crash.images) for crash in reports)
-        for (app_id, group, day, images), crashes in alike.items():
-            self._add("group_days", app_id, day, group, crashes=by * crashes)
-            for uuid in (images or "").split():
-                self._add("group_images", app_id, group, uuid, crashes=by * crashes)
+            app_id, group = crash.app_id, crash.group_hash
+            crashes_of[app_id, group].append(crash)
+            group_days[app_id, crash.at // DAY, group] += by
+            for uuid in (crash.images or "").split():
+                group_images[app_id, group, uuid] += by
         # The table does not have the rows of these crashes yet, or no longer has them.
-        devices = set(map(attrgetter("app_id", "group_hash", "device_id_hash"), reports))
+        devices = {(crash.app_id, crash.group_hash, crash.device_id_hash) for crash in reports if crash.device_id_hash}
+        if by > 0:
+            devices = {device for device in devices if device not in self._known.group_devices}
+            self._known.group_devices |= devices
         for app_id, group in rows_of(self._db, """
                 select column1, column2 from (values *) as keys where not exists (
                     select 1 from crashes
                     where app_id = column1 and group_hash = column2 and device_id_hash = column3)
-                """, [key for key in devices if key[2]]):
+                """, list(devices)):
             self.devices[app_id, group] += by
 
     def save(self) -> None:
@@ -2122,9 +2227,8 @@ create table groups (
                 self.show_latest(*key)
 
     def _row(self, key: Row, crashes: Sequence[Any]) -> Row:
-        in_order = attrgetter("at", "seq")
-        first, latest = min(crashes, key=in_order), max(crashes, key=in_order)
-        came_at = min(crash.received_at for crash in crashes)
+        in_order = sorted(crashes, key=attrgetter("at", "seq")) if len(crashes) > 1 else crashes
+        first, latest, came_at = in_order[0], in_order[-1], min([crash.received_at for crash in crashes])
         return (*key, OTHER if key[1] == OTHER else latest.sent_type, first.at, first.app_version, latest.at,
                 *self._shown(key[1], latest), len(crashes), self.devices[key], came_at)
 
@@ -2199,8 +2303,6 @@ create view releases as
     SUMS = {"release_sums": Sums("app_version", "sessions crashed_sessions crashes devices crashed_devices"),
             "release_days": Sums("day app_version", "sessions", WEEK)}
     COUNTS = (Crash, Event)
-    BUILD: dict[type, Any] = {Crash: attrgetter("received_at", "app_id", "app_version", "build_number"),
-                              Event: attrgetter("received_at", "app_id", "app_version")}
     FILTERED = f"""(
         select app_id, app_version, min(first_seen) as first_seen, max(last_seen) as last_seen from builds
         where {APP_FILTER} group by app_id, app_version) as releases"""  # in the view, SQLite would look at all apps
@@ -2212,25 +2314,33 @@ create view releases as
         super().__init__(rollups)
         self._seen: dict[Row, tuple[int, int]] = {}  # first_seen and last_seen by key
 
-    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
-        for (received, app_id, version, *build), alike in Counter(map(self.BUILD[kind], reports)).items():
-            if version and kind is Crash:
-                self._add("release_sums", app_id, version, crashes=by * alike)
-            if version and by > 0:
-                key = app_id, version, build[0] or "" if build else ""
-                first, last = self._seen.get(key, (received, received))
-                self._seen[key] = min(first, received), max(last, received)
+    def count(self, kind: type, reports: CountedReports, by: int) -> None:
+        for crash in reports if kind is Crash else ():
+            if crash.app_version:
+                self._sums("release_sums", "crashes")[crash.app_id, crash.app_version] += by
+                self._learn((crash.app_id, crash.app_version, crash.build_number or ""), [crash.received_at], by)
+        for run, times in reports.runs if kind is Event else ():
+            if run[0].app_version:
+                self._learn((run[0].app_id, run[0].app_version, ""), [received_at for _, received_at in times], by)
+
+    def _learn(self, key: Row, times: Sequence[int], by: int) -> None:
+        if by > 0:
+            first, last = self._seen.get(key, (times[0], times[0]))
+            self._seen[key] = min(first, *times), max(last, *times)
 
     def save(self) -> None:
-        for key, times in self._seen.items():
-            if not self._db.execute("""
-                    update builds set first_seen = min(first_seen, ?), last_seen = max(last_seen, ?)
-                    where app_id = ? and app_version = ? and build_number = ?""", (*times, *key)).rowcount:
-                builds, = self._db.execute("select count(*) from builds where app_id = ?", key[:1]).fetchone()
-                row = (*key, *times) if builds < MAX_BUILDS_OF_APP else (*key[:2], "", *times)
-                upsert(self._db, "builds", [row], """
-                    first_seen = min(builds.first_seen, excluded.first_seen),
-                    last_seen = max(builds.last_seen, excluded.last_seen)""")
+        known, widen = self._known.builds, """
+            first_seen = min(builds.first_seen, excluded.first_seen),
+            last_seen = max(builds.last_seen, excluded.last_seen)"""
+        upsert(self._db, "builds", [(*key, *times) for key, times in self._seen.items() if key in known], widen)
+        for key in [key for key in self._seen if key not in known]:
+            is_stored = self._db.execute("""
+                select 1 from builds where app_id = ? and app_version = ? and build_number = ?""", key).fetchone()
+            builds, = self._db.execute("select count(*) from builds where app_id = ?", key[:1]).fetchone()
+            if is_stored or builds < MAX_BUILDS_OF_APP:
+                known.add(key)
+            stored_key = key if key in known else (*key[:2], "")
+            upsert(self._db, "builds", [(*stored_key, *self._seen[key])], widen)
 
     @staticmethod
     def pairs(db: Any, app: int | None, wanted: Container[Row]) -> list[ReleasePair]:
@@ -2325,9 +2435,6 @@ class Session(NamedTuple):
         return length if self.started_at and self.ended_at and 0 <= length <= DAY else None
 
 
-_session_of = attrgetter("app_id", "session_id", "device_id_hash")
-
-
 class Sessions(Figure):
     """Sessions by the UTC day on which they started, and how long they took. A session is a session_id of one device:
     SDKs that count launches use the same ids on every device."""
@@ -2355,14 +2462,16 @@ create table medians (                     -- of the durations of a day that is 
 
     def __init__(self, rollups: RollUps):
         super().__init__(rollups)
-        self._sessions = MergedRows(self._db, "sessions", Session)
+        self._sessions = MergedRows(rollups, "sessions", Session)
         self._changed_days: set[Row] = set()  # app_id and day of each stored median that is no longer right
 
-    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+    def count(self, kind: type, reports: CountedReports, by: int) -> None:
         forgotten: set[Row] = set()
-        for (app_id, session_id, device), grouped in groupby(reports, _session_of):
-            run = list(grouped)
-            key = app_id, session_id, device_key(device)
+        for run, _ in reports.runs:
+            app_id, session_id = run[0].app_id, run[0].session_id
+            if not session_id and kind is Crash:
+                continue
+            key = app_id, session_id, device_key(run[0].device_id_hash)
             ends = [Session(started_at=event.at, app_version=event.app_version) if event.type == "session_start"
                     else Session(ended_at=event.at)
                     for event in (run if kind is Event else ()) if event.type in SESSION_TYPES]
@@ -2374,27 +2483,31 @@ create table medians (                     -- of the durations of a day that is 
                     self._sessions.learn(key, session)
             else:  # the whole session, because all its reports are of the device that is forgotten
                 forgotten.add(key)
-        for key, session in self._sessions.stored(forgotten).items():
-            self._count_session(key[0], session, -1)
+        stored = self._sessions.stored(forgotten)
+        for key in forgotten:
+            if key in stored:
+                self._count_session(key[0], stored[key], -1)
         delete_rows(self._db, "sessions", forgotten)
 
-    def expire(self, kind: type, reports: Sequence[Any]) -> None:
-        keys = [(app_id, session_id, device_key(device))
-                for app_id, session_id, device in set(map(_session_of, reports)) if session_id]
+    def expire(self, kind: type, reports: CountedReports) -> None:
+        keys = {(run[0].app_id, run[0].session_id, device_key(run[0].device_id_hash)): None
+                for run, _ in reports.runs if run[0].session_id}
         delete_rows(self._db, "sessions", keys, "last_seq <= ?", reports[-1].seq)
 
     def _count_session(self, app_id: int, session: Session, by: int) -> None:
         if session.started_at is None:
             return
-        day, duration = session.started_at // DAY, session.duration
-        self._add("session_days", app_id, day, sessions=by)
-        if session.app_version:
-            self._add("release_sums", app_id, session.app_version, sessions=by, crashed_sessions=by * session.crashed)
-            self._add("release_days", app_id, day, session.app_version, sessions=by)
+        day, duration, version, sums = session.started_at // DAY, session.duration, session.app_version, self._sums
+        sums("session_days", "sessions")[app_id, day] += by
+        if version:
+            sums("release_sums", "sessions")[app_id, version] += by
+            sums("release_sums", "crashed_sessions")[app_id, version] += by * session.crashed
+            sums("release_days", "sessions")[app_id, day, version] += by
         if duration is not None:
-            self._add("session_days", app_id, day, ended=by, session_ms=by * duration)
+            sums("session_days", "ended")[app_id, day] += by
+            sums("session_days", "session_ms")[app_id, day] += by * duration
             unit = 10 ** max(0, len(str(duration // SECOND)) - 2) * SECOND  # two digits, so that a day has few rows
-            self._add("durations", app_id, day, (duration + unit // 2) // unit * unit // SECOND, sessions=by)
+            sums("durations", "sessions")[app_id, day, (duration + unit // 2) // unit * unit // SECOND] += by
             if day < self._now // DAY - 1:
                 self._changed_days.add((app_id, day))
 
@@ -2457,6 +2570,8 @@ class SeenVersion(NamedTuple):
         crash_hour = self.crash_hour
         if crash_hour is None or other.crash_hour is not None and other.crash_hour < crash_hour:
             crash_hour = other.crash_hour
+        elif self.first_hour <= other.first_hour:  # mostly
+            return self
         return SeenVersion(min(self.first_hour, other.first_hour), crash_hour)
 
 
@@ -2487,28 +2602,26 @@ create table device_versions (
 
     def __init__(self, rollups: RollUps):
         super().__init__(rollups)
-        self._devices = MergedRows(self._db, "devices", SeenDevice)
-        self._versions = MergedRows(self._db, "device_versions", SeenVersion)
+        self._devices = MergedRows(rollups, "devices", SeenDevice)
+        self._versions = MergedRows(rollups, "device_versions", SeenVersion)
         self._days: dict[Row, set[int]] = defaultdict(set)  # by app_id and device: days on which it was seen
-        self._spans: Counter[Row] = Counter()  # devices by app_id, column of active_days, first day, day after the last
+        # Devices by app_id, column of active_days, first day, and day after the last
+        self._spans: dict[Row, int] = defaultdict(int)
 
-    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+    def count(self, kind: type, reports: CountedReports, by: int) -> None:
         """Counts reports that are stored, but not those of a forgotten device: `forget` takes it out as a whole."""
-        runs = groupby(reports if by > 0 else (), attrgetter("app_id", "device_id_hash", "app_version"))
-        times_of = attrgetter("at", "received_at")  # made only once, because runs may be short
-        for (app_id, device, version), grouped in runs:
-            if not device:
+        for run, times in reports.runs if by > 0 else ():
+            if not run[0].device_id_hash:
                 continue
-            key, run = (app_id, device_key(device)), list(grouped)
-            times = set(map(times_of, run))  # a batch has few distinct ones
-            self._days[key].update(at // DAY for at, received_at in times
-                                   if at // DAY >= received_at // DAY - DEVICE_DAYS)
-            self._devices.learn(key, SeenDevice(min(times)[0] // DAY, max(times)[0] // HOUR, run[-1].seq))
+            key, version = (run[0].app_id, device_key(run[0].device_id_hash)), run[0].app_version
+            self._days[key].update([at // DAY for at, received_at in times
+                                    if at // DAY >= received_at // DAY - DEVICE_DAYS])
+            self._devices.learn(key, SeenDevice(times[0][0] // DAY, times[-1][0] // HOUR, run[-1].seq))
             if version:
-                hour = min(received_at for _, received_at in times) // HOUR
+                hour = min([received_at for _, received_at in times]) // HOUR
                 self._versions.learn((*key, version), SeenVersion(hour, hour if kind is Crash else None))
 
-    def expire(self, kind: type, reports: Sequence[Any]) -> None:
+    def expire(self, kind: type, reports: CountedReports) -> None:
         """Deletes devices without reports, and days of the others that are too old for any report that is kept."""
         oldest = reports[-1].received_at // DAY - DEVICE_DAYS
         is_gone = "not exists (select 1 from devices where app_id = :app and device = :device)"
@@ -2526,13 +2639,13 @@ create table device_versions (
         self._save_days(devices)
         for (app_id, _), before, after in devices:
             if before is None or before.last_hour != after.last_hour:
-                self._add("device_hours", app_id, after.last_hour, devices=1)
+                self._sums("device_hours", "devices")[app_id, after.last_hour] += 1
                 if before:
-                    self._add("device_hours", app_id, before.last_hour, devices=-1)
+                    self._sums("device_hours", "devices")[app_id, before.last_hour] -= 1
         for (app_id, column, first, end), count in self._spans.items():  # many devices share a span
             for day in range(first, end):
-                self._add("active_days", app_id, day, **{column: count})
-        counts: Counter[Row] = Counter()
+                self._sums("active_days", column)[app_id, day] += count
+        counts: dict[Row, int] = defaultdict(int)
         for (app_id, _, version), before, after in self._versions.save():
             if before != after:
                 counts[app_id, version, after] += 1
@@ -2576,15 +2689,17 @@ create table device_versions (
             self._spans[app_id, column, max(day, before + span), min(day + span, after)] += by
 
     def _count_cohort(self, app_id: int, first_day: int, days: Sequence[int], by: int) -> None:
-        self._add("cohorts", app_id, first_day, devices=by, **{
-            column: by for column, later in self.BACK.items() if first_day + later in days})
+        self._sums("cohorts", "devices")[app_id, first_day] += by
+        for column, later in self.BACK.items():
+            if first_day + later in days:
+                self._sums("cohorts", column)[app_id, first_day] += by
 
     def _count_version(self, app_id: int, version: str, seen: SeenVersion, by: int) -> None:
-        has_crashed = seen.crash_hour is not None
-        self._add("release_sums", app_id, version, devices=by, crashed_devices=by * int(has_crashed))
-        self._add("release_hours", app_id, version, seen.first_hour, devices=by)
-        if has_crashed:
-            self._add("release_hours", app_id, version, seen.crash_hour, crashed_devices=by)
+        self._sums("release_sums", "devices")[app_id, version] += by
+        self._sums("release_hours", "devices")[app_id, version, seen.first_hour] += by
+        if seen.crash_hour is not None:
+            self._sums("release_sums", "crashed_devices")[app_id, version] += by
+            self._sums("release_hours", "crashed_devices")[app_id, version, seen.crash_hour] += by
 
     def forget(self, device_id_hash: str) -> int:
         """Takes a device out of all figures of devices; returns in how many apps it was known."""
@@ -2596,7 +2711,7 @@ create table device_versions (
             key = app_id, device
             days = [day for day, in self._db.execute(
                 "select day from device_days where app_id = ? and device = ? order by day", key)]
-            self._add("device_hours", app_id, last_hour, devices=-1)
+            self._sums("device_hours", "devices")[app_id, last_hour] -= 1
             self._count_cohort(app_id, first_day, days, -1)
             for n, day in enumerate(days):
                 self._count_active(app_id, days[n + 1:], day, -1)
@@ -2642,14 +2757,16 @@ class EventNames(Figure):
 
     SUMS = {"event_names": Sums("name type day", "events", NAME_DAYS, check="recent")}
     COUNTS = (Event,)
+    FIELDS = [columns_getter(COUNTED[Event], name) for name in ("app_id", "name", "type", "at")]
 
-    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+    def count(self, kind: type, reports: CountedReports, by: int) -> None:
         # Without Python code per event, because a batch can have a hundred.
-        apps, names, types, times = (map(attrgetter(name), reports) for name in ("app_id", "name", "type", "at"))
+        apps, names, types, times = (map(value_of, reports) for value_of in self.FIELDS)
+        sums = self._sums("event_names", "events")
         alike = Counter(zip(apps, names, types, map(floordiv, times, repeat(DAY))))
         for (app_id, name, type, day), events in alike.items():
             if type not in SESSION_TYPES:
-                self._add("event_names", app_id, name or "", type, day, events=by * events)
+                sums[app_id, name or "", type, day] += by * events
 
     @staticmethod
     def most_frequent(db: Any, app: int | None, days: range) -> JsonObject:
@@ -2679,29 +2796,28 @@ SCHEMA = REPORT_TABLES + SYMBOL_TABLES + TRIAGE_TABLES + FIGURE_TABLES
 # The primary keys of all tables that have rows of an app, except those of the reports.
 PRIMARY_KEYS = {table: tuple(key.split(", ")) for table, key in re.findall(
     r"create table (\w+) \([^;]*?primary key \((app_id, [^)]*)\)", re.sub("--.*", "", SCHEMA))}
+# For tables that keep rows for some time: the position of the day or the hour in the key, its length, and how many.
+WINDOWS = {table: (1 + sums.key.index(unit), length, sums.window) for table, sums in SUMS.items()
+           for unit, length in (("day", DAY), ("hour", HOUR)) if sums.window and unit in sums.key}
 
 
 class RollUps:
     """All figures in one transaction: reports are counted, then all changes are saved, once."""
 
-    def __init__(self, db: Any, now: int, symbols: Symbols | None = None):
-        self.db, self.now, self.symbols, self.names = db, now, symbols or Symbols(db), NewNames(db)
+    def __init__(self, db: Any, now: int, symbols: Symbols | None = None, known: KnownRows | None = None):
+        self.db, self.now, self.symbols, self.known = db, now, symbols or Symbols(db), known or KnownRows()
+        self.names = NewNames(db, self.known.names)
         self._is_expiry = False
-        self._changes: dict[str, dict[Row, dict[str, int]]] = defaultdict(dict)  # by table and key
-        self._windows: dict[str, tuple[int, int]] = {}  # by table: position of day or hour in its key; the first kept
-        for table, sums in SUMS.items():
-            if sums.window:
-                unit, length = ("hour", HOUR) if "hour" in sums.key else ("day", DAY)
-                self._windows[table] = PRIMARY_KEYS[table].index(unit), now // length - sums.window
+        self._changes: dict[str, dict[str, dict[Row, int]]] = defaultdict(dict)  # by table, column and key
         self.figures: dict[type, Any] = {figure: figure(self) for figure in FIGURES}
 
-    def count(self, kind: type, reports: Sequence[Any], by: int) -> None:
+    def count(self, kind: type, reports: CountedReports, by: int) -> None:
         """Counts reports, which are in the order of their seqs, in all figures: see Figure.count."""
         for figure in self.figures.values() if reports else ():
             if kind in figure.COUNTS:
                 figure.count(kind, reports, by)
 
-    def expire(self, kind: type, reports: Sequence[Any]) -> None:
+    def expire(self, kind: type, reports: CountedReports) -> None:
         """Takes expired reports, which are in the order of their seqs, out of all figures: see Figure.expire."""
         self._is_expiry = True
         for figure in self.figures.values():
@@ -2709,39 +2825,54 @@ class RollUps:
                 figure.expire(kind, reports)
         self._is_expiry = False
 
-    def add(self, table: str, *key: Any, **counts: int) -> None:
-        """Adds to the sums of a row, unless its window is over or they outlast an expiry. A row of zeros is deleted."""
-        sums = SUMS[table]
-        if self._is_expiry and sums.lasts:
-            return
-        position, first = self._windows.get(table, (0, 0))  # no app_id is below 0
-        if key[position] < first:
-            return
-        row = self._changes[table].get(key)
-        if row is None:
-            row = self._changes[table][key] = dict.fromkeys(sums.columns, 0)
-        for name, count in counts.items():
-            row[name] += count
+    def sums(self, table: str, column: str) -> dict[Row, int]:
+        """What is to be added to the sums of a column, by the key of its table."""
+        if self._is_expiry and SUMS[table].lasts:
+            return defaultdict(int)  # is ignored
+        columns = self._changes[table]
+        if column not in columns:
+            columns[column] = defaultdict(int)
+        return columns[column]
 
     def save(self) -> None:
         """Writes everything that has changed."""
         for figure in self.figures.values():
             figure.save()
         for table, changes in self._changes.items():
-            rows = [(*key, *row.values()) for key, row in changes.items() if any(row.values())]
-            columns = SUMS[table].columns
-            upsert(self.db, table, rows, ", ".join(f"{name} = {table}.{name} + excluded.{name}" for name in columns))
-            if lowered := [key for key, row in changes.items() if min(row.values()) < 0]:  # in few commits
-                delete_rows(self.db, table, lowered, " and ".join(f"{name} <= 0" for name in columns))
+            self._save_sums(table, changes)
         self._changes.clear()
         self.figures[Groups].drop_empty()
+
+    def _save_sums(self, table: str, changes: dict[str, dict[Row, int]]) -> None:
+        """Adds to the rows of a table, except those whose window is over. Deletes those that became zero."""
+        columns = SUMS[table].columns
+        if len(columns) == 1:
+            rows = [(*key, count) for key, count in changes[columns[0]].items() if count]
+        else:
+            counts = [changes.get(column, {}) for column in columns]
+            rows = [(*key, *[by_key.get(key, 0) for by_key in counts])
+                    for key in dict.fromkeys(chain.from_iterable(counts))]
+            rows = [row for row in rows if any(row[-len(columns):])]
+        if table in WINDOWS:
+            position, first = self._window(table)
+            rows = [row for row in rows if row[position] >= first]
+        upsert(self.db, table, rows, _additions(table))
+        if min(chain.from_iterable(map(dict.values, changes.values())), default=0) < 0:  # in few commits
+            lowered = [row[:-len(columns)] for row in rows if min(row[-len(columns):]) < 0]
+            delete_rows(self.db, table, lowered, " and ".join(f"{name} <= 0" for name in columns))
+
+    def _window(self, table: str) -> tuple[int, int]:
+        """The position of the day or the hour in the key of a table with a window, and the first one that is kept."""
+        position, length, window = WINDOWS[table]
+        return position, self.now // length - window
 
     def trim(self) -> int:
         """Stores medians, and deletes up to TRIM_STEP old rows of each table; returns how many, 0 when none is left."""
         self.figures[Sessions].store_medians()
         today = self.now // DAY
         deleted = self._delete_some("new_names", "new_names where day < ?", today)
-        for table, (position, first) in self._windows.items():
+        for table in WINDOWS:
+            position, first = self._window(table)
             deleted += self._delete_some(table, f"{table} where {PRIMARY_KEYS[table][position]} < ?", first)
         # No verdict needs the hours in which a release was older than HEALTH_DAYS.
         deleted += self._delete_some("release_hours", f"""(
@@ -2778,8 +2909,25 @@ def rows_that_fit(rows: Iterable[Any]) -> Iterator[Any]:
 
 def upsert(db: Any, table: str, rows: Sequence[Row], changes: str) -> None:
     """Inserts whole rows, or makes these changes to rows whose keys exist already."""
-    key = ", ".join(PRIMARY_KEYS[table])
-    write_rows(db, f"insert into {table} values * on conflict ({key}) do update set {changes}", rows)
+    if rows:
+        write_rows(db, _upsert_statement(table, changes), rows)
+
+
+@lru_cache(maxsize=CACHED_STATEMENTS)
+def _upsert_statement(table: str, changes: str) -> str:
+    return f"insert into {table} values * on conflict ({', '.join(PRIMARY_KEYS[table])}) do update set {changes}"
+
+
+@cache
+def _additions(table: str) -> str:
+    """The changes that add to the sums of a row."""
+    return ", ".join(f"{name} = {table}.{name} + excluded.{name}" for name in SUMS[table].columns)
+
+
+@cache
+def _replacements(columns: Sequence[str]) -> str:
+    """The changes that give new values to these columns."""
+    return ", ".join(f"{name} = excluded.{name}" for name in columns)
 
 
 def delete_rows(db: Any, table: str, keys: Iterable[Row], condition: str = "true", *parameters: Any) -> None:
@@ -2872,7 +3020,7 @@ def _read_decision(db: Any, app_id: int, group_hash: str) -> Decision | None:
 
 def _write_decision(db: Any, app_id: int, group_hash: str, decision: Decision) -> None:
     upsert(db, "triage", [(app_id, group_hash, *decision)],
-           ", ".join(f"{column} = excluded.{column}" for column in Decision._fields))
+           _replacements(Decision._fields))
 
 
 def _add_history(db: Any, app_id: int, group_hash: str, at: int, what: str, detail: str | None) -> None:
@@ -2998,6 +3146,8 @@ def update_triage(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], a
     devices_of, accepted = rollups.figures[Groups].devices, rollups.names.accepted
     # Nothing can happen to an open group that is not new and has no new device.
     keys = [(*key, int(devices_of[key] > 0 or (key[0], "group_hash", key[1]) in accepted)) for key in groups]
+    keys = [key for key in keys if key[2] or key[:2] not in rollups.known.open_groups]
+    rollups.known.open_groups.update(key[:2] for key in keys)
     for app_id, group_hash, crash_count, device_count, exception_type, place, *triage in rows_of(db, f"""
             select column1, column2, crashes, devices, exception_type, coalesce(place, ''),
                 {", ".join(Decision._fields)}
@@ -3007,6 +3157,8 @@ def update_triage(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], a
             left join triage on triage.app_id = column1 and triage.group_hash = column2
             where column3 > 0 or state <> 'open'""", keys):
         decision, stored, new_devices = Decision(*triage), groups[app_id, group_hash], devices_of[app_id, group_hash]
+        if decision.state in ("resolved", "muted"):
+            rollups.known.open_groups.discard((app_id, group_hash))
         facts = []
         if decision.state == "resolved" or decision.state == "muted" and not are_moved:
             reopening = _find_reopening(db, now, decision, stored, new_devices)
@@ -3080,9 +3232,11 @@ class Connection(sqlite3.Connection):
         self.execute(f"pragma cache_size = {-512 if query_only else -8192}")
         self.execute(f"pragma query_only = {int(query_only)}")
 
-    def begin_writing(self, shared: bool) -> None:
-        """Begins a transaction that writes. Other engines may run `shared` ones of different apps side by side."""
+    def begin_writing(self, shared: bool) -> Any:
+        """Begins a transaction that writes. Other engines may run `shared` ones of different apps side by side. Returns
+        the version of the database for KnownRows.begin(), or None if that shall know nothing."""
         self.execute("begin immediate")  # a lock taken later may fail at once instead of waiting
+        return self.pragma("data_version") if shared else None
 
     def lock_apps(self, key_hashes: Sequence[bytes]) -> None:
         """In a shared transaction, waits for other writers to the apps of these keys. In SQLite there are none."""
@@ -3245,9 +3399,9 @@ def recount(db: sqlite3.Connection) -> None:
         pass
 
 
-def _pages_to_count(db: sqlite3.Connection, kind: type[Any]) -> Iterator[list[Any]]:
+def _pages_to_count(db: sqlite3.Connection, kind: type[Any]) -> Iterator[CountedReports]:
     """All reports of a kind, as the figures see them, except those of deleted apps."""
-    page: list[Any] = []
+    page = CountedReports()
     while page := counted_rows(db, kind, f"""
             from {TABLES[kind]} where seq > ? and app_id in (select id from apps) order by seq limit 1000
             """, [(page[-1].seq if page else -1,)]):
@@ -3344,7 +3498,7 @@ class Database(Closing):
             try:
                 self._check_file()
                 db = process.writer = process.writer or self._connect()
-                db.begin_writing(shared)
+                process.known.begin(db.begin_writing(shared))
                 yield db
                 db.execute("commit")
             except BaseException as error:
@@ -3671,6 +3825,9 @@ class Idempotency(NamedTuple):
     request: bytes = b""  # of path and body: shows that it is the same request
 
 
+NOT_REPEATABLE = Idempotency()  # of a request that nothing identifies
+
+
 class Receipt(NamedTuple):
     """What is durable: the seqs of a request's reports, and whether an earlier request stored them."""
 
@@ -3695,7 +3852,7 @@ class Submission:
 
     key_hash: bytes = b""
     reports: Reports = ()
-    idempotency: Idempotency = Idempotency()
+    idempotency: Idempotency = NOT_REPEATABLE
     error: Exception | None = None
     receipt: Receipt | None = None
 
@@ -3716,7 +3873,9 @@ class CommitQueue:
 
     def __init__(self, submissions: Sequence[Submission] = ()) -> None:
         self.submissions = list(submissions)
-        self.full = threading.Event()  # set at the length of the last queue: most of its clients have sent again
+        # Free when the queue is as long as the last one: most of its clients have sent again. An Event takes longer.
+        self.full = threading.Lock()
+        self.full.acquire()
         self.thread_locks: list[threading.Lock] = []  # one per waiting thread: one Event for all is 10 % slower
 
     def join(self, submissions: Sequence[Submission], max_waiters: int, max_rows: int) -> None:
@@ -3737,6 +3896,7 @@ class Process:
         self.write_lock = threading.Lock()
         self.writer: Any = None
         self.readers: list[Any] = []  # the idle ones
+        self.known = KnownRows()  # to commits, which have the lock
         self.active_keys: set[bytes] = set()  # hashes of keys that were active when they were looked up
         self.queue_lock = threading.Lock()  # guards the next two, and the content of the queue
         self.queue: CommitQueue | None = None  # the one that submissions may join
@@ -3747,6 +3907,7 @@ class Process:
         self.worker_lock, self.next_worker = threading.Lock(), threading.Lock()  # of catch_up_in_background
 
     def close_writer(self) -> None:
+        self.known.begin(None)
         if self.writer:
             self.writer.close()
             self.writer = None
@@ -3760,20 +3921,22 @@ class Process:
 class Commit:
     """The reports of one transaction, and the rows that change with them."""
 
-    def __init__(self, db: Connection, now: int):
-        self._db, self._now, self._symbols = db, now, Symbols(db)
+    def __init__(self, db: Connection, now: int, known: KnownRows | None = None):
+        self._db, self._now, self._symbols, self._known = db, now, Symbols(db), known or KnownRows()
         self._replays: list[tuple[Any, ...]] = []  # new rows of the table `replays`
-        self._key_uses: Counter[tuple[int, bytes]] = Counter()  # requests by app and key
-        # By app_id: seqs, times of receipt, how far the clocks were ahead, reports. Columns, because a tuple for each
-        # report would set off the garbage collector.
-        self._columns: dict[int, tuple[list[Any], ...]] = defaultdict(lambda: ([], [], [], []))
+        self._key_uses: dict[tuple[int, bytes], int] = defaultdict(int)  # requests by app and key
+        # By app_id and kind: seqs, times of receipt, how far the clocks were ahead, reports. Columns, because a tuple
+        # for each report would set off the garbage collector.
+        self._columns: dict[tuple[int, Any], tuple[list[Any], ...]] = defaultdict(lambda: ([], [], [], []))
 
     def add_submissions(self, submissions: Sequence[Submission]) -> None:
         """Adds requests. Gives each a receipt, which is valid once the transaction ends, or an error."""
         self._db.lock_apps([submission.key_hash for submission in submissions])
-        apps: dict[bytes, int] = dict(rows_of(self._db, """
+        apps = self._known.apps
+        apps.update(rows_of(self._db, """
             select key_hash, app_id from (values *) as given cross join keys on key_hash = column1
-            where revoked_at is null""", list({(submission.key_hash,) for submission in submissions})))
+            where revoked_at is null""", list({(submission.key_hash,) for submission in submissions
+                                               if submission.key_hash not in apps})))
         for submission in submissions:
             if submission.key_hash not in apps:
                 submission.error = Refusal("invalid API key")
@@ -3792,7 +3955,7 @@ class Commit:
             seqs = earlier[1] if earlier else range(seq, seq + len(reports))
             if not earlier:
                 seq = seqs.stop
-                ahead = clock_ahead(max(map(attrgetter("occurred_at"), reports)), self._now)
+                ahead = clock_ahead(max([report.occurred_at for report in reports]), self._now)
                 self.add_reports(app_id, seqs, [self._now] * len(seqs), [ahead] * len(seqs), reports)
             submission.receipt = Receipt(seqs, earlier is not None)
             self._key_uses[app_id, submission.key_hash] += 1
@@ -3814,17 +3977,18 @@ class Commit:
 
     def add_reports(self, app_id: int, *columns: Sequence[Any]) -> None:
         """Adds reports of an app in the order of their seqs, as columns (see __init__)."""
-        for column, values in zip(self._columns[app_id], columns):
-            column.extend(values)
+        kinds = list(map(type, columns[-1]))
+        for kind in {*kinds}:
+            is_of_kind = [kind is other for other in kinds]
+            for column, values in zip(self._columns[app_id, kind], columns):
+                column.extend(values if all(is_of_kind) else compress(values, is_of_kind))
 
     def save(self) -> Counter[str]:
         """Writes the rows and the figures; returns the number of new rows in each table of reports."""
-        rollups, stored, crashes = RollUps(self._db, self._now, self._symbols), Counter[str](), []
-        for (app_id, columns), (kind, table) in product(self._columns.items(), TABLES.items()):
-            is_of_kind = [type(report) is kind for report in columns[-1]]
-            seqs, received, ahead, sent = (list(compress(column, is_of_kind)) for column in columns)
-            if not seqs:
-                continue
+        rollups = RollUps(self._db, self._now, self._symbols, self._known)
+        stored, crashes = Counter[str](), list[Any]()
+        for (app_id, kind), (seqs, received, ahead, sent) in self._columns.items():
+            table = TABLES[kind]
             flags, reports = rollups.names.limit(app_id, received, sent)
             # Columns of zeros are left out: binding them costs 2 % of a batch.
             own_columns = {"seq": seqs, "app_id": repeat(app_id), "received_at": received, **{
@@ -3837,7 +4001,7 @@ class Commit:
                 crashes += new
         write_rows(self._db, "insert into replays values *", self._replays)
         for (app_id, key), uses in self._key_uses.items():
-            rollups.add("key_days", app_id, self._now // DAY, key_name(key), requests=uses)
+            rollups.sums("key_days", "requests")[app_id, self._now // DAY, key_name(key)] += uses
         rollups.save()
         if crashes:
             update_triage(self._db, self._now, rollups, crashes)
@@ -4327,7 +4491,7 @@ class Store(SymbolStore):
         commit; StorageUnavailable also if too many requests wait already."""
         if not reports:
             raise ValueError("no reports")
-        submission = Submission(key_hash, reports, idempotency or Idempotency())
+        submission = Submission(key_hash, reports, idempotency or NOT_REPEATABLE)
         self.add_all([submission])
         return submission.result()
 
@@ -4345,8 +4509,8 @@ class Store(SymbolStore):
                 if queue is not own_queue:
                     done.acquire()
                     queue.thread_locks.append(done)
-                if len(queue.submissions) >= process.last_queue_length:
-                    queue.full.set()
+                if len(queue.submissions) >= process.last_queue_length and queue.full.locked():
+                    queue.full.release()
             if queue is own_queue:
                 self._commit(process, queue)
                 is_stored = True
@@ -4391,14 +4555,14 @@ class Store(SymbolStore):
         """Stores a queue in one transaction. Until it begins, other threads may join the queue."""
         with process.commit_lock:
             if process.last_queue_length >= BUSY_COMMIT:
-                queue.full.wait(COMMIT_GATHER_SECONDS)
+                queue.full.acquire(timeout=COMMIT_GATHER_SECONDS)
             began = time.monotonic()
             self._check_clock()
             with self.writing(shared=True) as db:
                 with process.queue_lock:
                     if process.queue is queue:
                         process.last_queue_length, process.queue = len(queue.submissions), None
-                commit = Commit(db, self.now)
+                commit = Commit(db, self.now, process.known)
                 commit.add_submissions(queue.submissions)
                 stored = commit.save()
             process.commits += 1
@@ -5630,6 +5794,7 @@ ERRORS = {  # the texts of refusals by status; every other refusal has the statu
 _STATUS_OF = {text: status for status, texts in ERRORS.items() for text in texts}
 _JSON_HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
+_DIGITS = re.compile("[0-9]*")
 Environ = dict[str, Any]
 Answer = tuple[int, Any]  # a status, and a JSON object or a text
 Handler = Callable[..., Answer]  # takes an environ and the variable parts of the path
@@ -5662,7 +5827,7 @@ def _header(environ: Environ, name: str) -> bytes:
 def _read_body(environ: Environ, limit: int) -> bytes:
     """The body as it was sent. Raises Refusal if it has more than `limit` bytes."""
     length = environ.get("CONTENT_LENGTH") or ""
-    if not re.fullmatch("[0-9]*", length):
+    if not _DIGITS.fullmatch(length):
         raise Refusal("invalid Content-Length")
     if len(length) > 18 or int(length or 0) > limit:  # int() raises ValueError for thousands of digits
         raise Refusal("request body too large")
@@ -5682,6 +5847,8 @@ def _read_body(environ: Environ, limit: int) -> bytes:
 
 def _decompress(environ: Environ, body: bytes, limit: int) -> bytes:
     """The body without its Content-Encoding. Raises Refusal if that has more than `limit` bytes."""
+    if "HTTP_CONTENT_ENCODING" not in environ:
+        return body
     encoding = _header(environ, "CONTENT_ENCODING").lower()
     if encoding in (b"", b"identity"):
         return body
@@ -5699,11 +5866,13 @@ def _decompress(environ: Environ, body: bytes, limit: int) -> bytes:
 
 def _idempotency(environ: Environ, signature: bytes, body: bytes) -> Idempotency:
     """The digests that identify a repeated request: of its Idempotency-Key or its signature; either is enough."""
-    path, key = environ["PATH_INFO"].encode("latin-1", "replace"), _header(environ, "IDEMPOTENCY_KEY")
-    marks = [b"key:" + key] if key else []
+    key = _header(environ, "IDEMPOTENCY_KEY")
+    if not key and not signature:
+        return NOT_REPEATABLE
+    path, marks = environ["PATH_INFO"].encode("latin-1", "replace"), [b"key:" + key] if key else []
     if signature:
         marks.append(b"signature:" + path + b":" + signature)
-    return Idempotency(tuple(sha256(mark)[:16] for mark in marks), sha256(path + b":" + body)[:16] if marks else b"")
+    return Idempotency(tuple(sha256(mark)[:16] for mark in marks), sha256(path + b":" + body)[:16])
 
 
 def _query(environ: Environ) -> dict[str, str]:
@@ -7222,9 +7391,10 @@ class Backfeedr(Closing):
             raise Refusal("rate limit exceeded", self._limiter.retry_after(key_hash))
         parse, _ = self._ingestion[environ["PATH_INFO"]]
         with self._decode_lock:
-            timestamp, signature = _header(environ, "X_BACKFEEDR_TIMESTAMP"), _header(environ, "X_BACKFEEDR_SIGNATURE")
-            if {"HTTP_X_BACKFEEDR_TIMESTAMP", "HTTP_X_BACKFEEDR_SIGNATURE"} & environ.keys():
-                verify(key, timestamp, signature, body, self.store.now)
+            signature = b""
+            if "HTTP_X_BACKFEEDR_TIMESTAMP" in environ or "HTTP_X_BACKFEEDR_SIGNATURE" in environ:
+                signature = _header(environ, "X_BACKFEEDR_SIGNATURE")
+                verify(key, _header(environ, "X_BACKFEEDR_TIMESTAMP"), signature, body, self.store.now)
             elif self.settings.require_signature:
                 raise Refusal("signature required")
             plain = _decompress(environ, body, self.settings.max_body_size)

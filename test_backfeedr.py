@@ -3960,6 +3960,68 @@ def test_check_names_the_table_that_was_tampered_with(keeping, clock, later, mon
             backfeedr._check_roll_ups(path)
 
 
+# -- What a commit knows from the ones before it
+
+CHANGES_BY_OTHERS = {  # made by another process between two commits
+    "a revoked key": lambda other, crash: other.revoke_key(KEY),
+    "a deleted app": lambda other, crash: other.delete_app("default"),
+    "a forgotten device": lambda other, crash: other.forget_device("d"),
+    "a resolved group": lambda other, crash: other.triage(crash["group_hash"], {"state": "resolved"}),
+    "a muted group": lambda other, crash: other.triage(crash["group_hash"], {"state": "muted", "more_crashes": 1}),
+    "new rows": lambda other, crash: [other.add(KEY_HASH, [parse_crash(dict(CRASH, device_id_hash="e"))])]}
+
+
+@pytest.mark.parametrize("process", ["another process", "this process"])
+@pytest.mark.parametrize("change", CHANGES_BY_OTHERS)
+def test_a_commit_sees_what_was_changed_since_the_last_one(serve, clock, change, process):
+    server = serve()
+    api, crash = Api(server), {**CRASH, "device_id_hash": "d", "app_version": "1.0", "session_id": "s"}
+    server.alerts.add("https://example.com/")
+    answer = [api.post(CRASHES, crash)[1] for _ in range(2)][0]
+    other = serve() if process == "another process" else server
+    CHANGES_BY_OTHERS[change](other.store, answer)
+    devices, _ = count(server, "devices"), clock.move(1)
+    outcome = api.post(CRASHES, {**crash, "app_version": "1.1"})
+    if change in ("a revoked key", "a deleted app"):
+        assert outcome == (401, {"error": "invalid API key"})
+    elif change == "a forgotten device":
+        assert count(server, "devices") == devices + 1
+        check_database(server.store.path, forgotten=True)
+        serve.unchecked += [server, other]
+    facts = {"a deleted app": [], "a forgotten device": ["crash.new"] * 2,  # its group was deleted with it
+             "a resolved group": ["crash.new", "crash.regressed"], "a muted group": ["crash.new", "crash.unmuted"]}
+    assert [kind for kind, in sql(server.store.path, "select kind from facts order by id")] == facts.get(
+        change, ["crash.new"])
+
+
+def test_what_a_failed_commit_wrote_is_not_taken_for_known(serve, monkeypatch):
+    server = serve()
+    crash = {"device_id_hash": "d", "session_id": "s", "app_version": "1.0", "device_model": "iPhone16,1"}
+    add(server, exception_type="SIGTRAP")
+    with monkeypatch.context() as patched:
+        patched.setattr(backfeedr, "update_triage", raising(sqlite3.OperationalError("disk I/O error")))
+        with pytest.raises(StorageUnavailable):
+            add(server, **crash)
+    assert [count(server, table) for table in ("crashes", "groups", *ENTITIES)] == [1, 1, 0, 0, 0, 0]
+    for _ in range(2):
+        add(server, **crash)
+    assert [count(server, table) for table in ("crashes", "groups", *ENTITIES)] == [3, 2, 1, 1, 1, 1]
+    assert sql(server.store.path, "select field, names from new_names where names > 1") == [
+        ("exception_type", 2), ("group_hash", 2)]
+
+
+@sqlite_only
+def test_commits_know_no_more_than_they_may_and_read_the_rest_again(serve, clock, monkeypatch):
+    monkeypatch.setattr(backfeedr.KnownRows, "MAX_ITEMS", 20)
+    server = serve()
+    fill(server, clock, 5, 40)
+    known, sizes = server.store._process.known, []
+    for n in range(30):
+        add(server, device_id_hash=f"device {n}", app_version="1.0")
+        sizes.append(sum(map(len, (known.names, known.group_devices, *known.rows.values()))))
+    assert max(sizes) < 25 and sizes.count(min(sizes)) > 2, "it begins anew"
+
+
 # -- Concurrent requests
 
 def run_together(store, calls, meanwhile=lambda: None):
@@ -5426,6 +5488,7 @@ def test_each_question_and_a_commit_use_an_index(api):
             db, queries = api.server.store._process.writer if question == "a commit" else reader, []
         db.set_trace_callback(queries.append)
         if question == "a commit":
+            api.server.store._process.known.begin(None)  # else it would ask less
             api.post(EVENTS, {**event, "occurred_at": "2026-03-01T00:00:00Z"})
             api.post(CRASHES, {**CRASH, "device_id_hash": "d"})
         else:
@@ -9901,8 +9964,8 @@ def test_openapi_has_every_route_field_and_error_of_the_server_and_no_other(api)
         if route.rule.startswith("/api/")}
     assert OPENAPI["info"]["version"] == backfeedr.__version__
     schemas, responses = OPENAPI["components"]["schemas"], OPENAPI["components"]["responses"]
-    assert list(schemas["Crash"]["properties"]) == list(backfeedr._CRASH_FIELDS)
-    assert list(schemas["Event"]["properties"]) == list(backfeedr._EVENT_FIELDS)
+    assert list(schemas["Crash"]["properties"]) == list(backfeedr._FIELDS[backfeedr.Crash])
+    assert list(schemas["Event"]["properties"]) == list(backfeedr._FIELDS[backfeedr.Event])
     assert schemas["Event"]["properties"]["type"]["enum"] == list(backfeedr.EVENT_TYPES)
     texts = {name: content(response)["schema"]["properties"]["error"] for name, response in responses.items()}
     assert {text for each in texts.values() for text in each.get("enum", [])} \
