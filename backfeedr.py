@@ -951,7 +951,7 @@ def _usual_objects(values: list[Any]) -> Iterable[str | None]:
 def _convert(sent: JsonObject, kind: type, max_size: int) -> list[Any]:
     """The values to store: one for each field, None if it is absent, and last the unknown fields as JSON. A report of
     more than `max_size` bytes is cut. Raises Refusal."""
-    converters, values, unknown, size = _FIELDS[kind], dict(_ABSENT[kind]), JsonObject(), 0
+    converters, values, unknown, size = _FIELDS[kind], dict(_ABSENT[kind]), {}, 0
     for name, value in sent.items():
         convert = converters.get(name)
         if convert is _short_text and type(value) is str:  # nearly all are
@@ -3243,16 +3243,16 @@ class Connection(sqlite3.Connection):
 
     def reserve_seqs(self, now: int, count: int) -> int:
         """Reserves `count` consecutive seqs that were never given before; returns the first."""
-        last, = self.execute("""
-            select coalesce(max(seq), 0) from (
+        last, next_range = self.execute("""
+            select coalesce(max(seq), 0), (select min(first) from given_seqs where last >= :limit) from (
                 select max(seq) as seq from crashes where seq < :limit
                 union all select max(seq) from events where seq < :limit
                 union all select max(last) from given_seqs where last < :limit) as given
             """, {"limit": first_seq(now + DAY)}).fetchone()  # higher ones were given while the clock was fast
         # A random start, so that different files have different ids.
         first: int = max(last + 1, first_seq(now) + secrets.randbits(SEQ_BITS))
-        while overlap := self.execute("select last from given_seqs where first < ? and last >= ?",
-                                      (first + count, first)).fetchone():
+        while next_range and first + count > next_range and (overlap := self.execute(
+                "select last from given_seqs where first < ? and last >= ?", (first + count, first)).fetchone()):
             first = overlap[0] + 1
         # After a gap of more than a day, a new range begins: a fast clock must not make one cover the years to come.
         if not self.execute("""
@@ -3986,7 +3986,8 @@ class Commit:
     def save(self) -> Counter[str]:
         """Writes the rows and the figures; returns the number of new rows in each table of reports."""
         rollups = RollUps(self._db, self._now, self._symbols, self._known)
-        stored, crashes = Counter[str](), list[Any]()
+        stored: Counter[str] = Counter()
+        crashes: list[Any] = []
         for (app_id, kind), (seqs, received, ahead, sent) in self._columns.items():
             table = TABLES[kind]
             flags, reports = rollups.names.limit(app_id, received, sent)
