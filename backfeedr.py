@@ -6841,7 +6841,7 @@ No crashes stored{{" for " + page.app if page.app else ""}}. To send one, see <a
 """ + _TRACE + """% for build in group["missing_symbols"]:
 <p class="problem">Symbols for <bdi>{{build_name(build)}}</bdi> are missing: {{number(build["crashes"])}}
 {{"crashes are" if build["crashes"] > 1 else "crash is"}} waiting for them. To upload the symbols of this build
-({{build["uuid"]}}): <code>python examples/symbols.py --server {{page.url}} App.xcarchive</code></p>
+({{build["uuid"]}}): <code>uv run examples/symbols.py --server {{page.url}} App.xcarchive</code></p>
 % end
 % if not any(frame.is_own for frame in frames):
 <p class="note">{{"No frame is known to belong to the app." if frames else "This report has no stack trace."}}</p>

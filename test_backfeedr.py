@@ -2453,7 +2453,7 @@ def test_reports_show_symbolicated_frames_beside_those_that_were_sent(api, perso
     group, = stored_groups(api.server)
     page = person.text(f"/crashes/{group}")
     assert "Symbols for Shop 1.3.0 (48) are missing: 2 crashes are waiting for them." in page
-    assert "python examples/symbols.py --server http://localhost:80 App.xcarchive" in page and "Shop + 1009" in page
+    assert "uv run examples/symbols.py --server http://localhost:80 App.xcarchive" in page and "Shop + 1009" in page
     missing = missing_build(HELD, "Shop", "default", "1.3.0", "48", 2)
     assert api.get(f"{CRASHES}/{group}", **ADMIN)[1]["missing_symbols"] == [missing]
     upload(api.server)

@@ -8,6 +8,7 @@
     export BACKFEEDR_ENDPOINT=https://crashes.example.com BACKFEEDR_AUTH_TOKEN=bf_admin_...
     uv run examples/symbols.py App.xcarchive
 
+The token is the server's admin token.
 Without uv: `pip install symbolic`, and `python examples/symbols.py PATH...`. A PATH is a `.dSYM`, an `.xcarchive`, a
 zip or a folder with dSYMs anywhere in it, or a Mach-O file with debug information. Builds that the server already has
 are skipped, so run it as often as you like: after a failure, a second run sends what is missing. The exit status is 0,
@@ -115,8 +116,10 @@ class Server:
         url = urlsplit(endpoint)
         if not re.fullmatch(r"https?://[\w.:[\]-]+(/[^?#\s]*)?", endpoint, re.A) or not url.hostname or url.port == 0:
             raise ValueError(f"{endpoint!r} is not an address such as https://example.com/prefix")
-        if not token or not token.isprintable():
-            raise ValueError("the token is missing, or it has a control character: BACKFEEDR_AUTH_TOKEN has it")
+        if not token:
+            raise ValueError("there is no admin token: set BACKFEEDR_AUTH_TOKEN, or use --token")
+        if not token.isprintable():
+            raise ValueError("the admin token has a control character")
         path = quote(url.path, safe="/%").rstrip("/").removesuffix("/api/v1")
         self._url, self.endpoint, self._sleep = f"{url.scheme}://{url.netloc}{path}/api/v1/symbols", endpoint, sleep
         # http.client writes a header as Latin-1; the server reads it as UTF-8.

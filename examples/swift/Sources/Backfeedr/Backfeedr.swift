@@ -17,7 +17,12 @@ public enum Backfeedr {
     @discardableResult
     public static func start(endpoint: String, key: String, sendsInLowDataMode: Bool = false) -> Bool {
         guard let base = Client.base(of: endpoint), !key.isEmpty,
-              key.rangeOfCharacter(from: .controlCharacters) == nil else { return false }
+              key.rangeOfCharacter(from: .controlCharacters) == nil else {
+            #if DEBUG
+            print("Backfeedr: not started: the endpoint must begin with https:// or http://, and the key must be set")
+            #endif
+            return false
+        }
         let started: Client? = running.with { running in
             guard running == nil else { return nil }
             let transport = http(sendsInLowDataMode: sendsInLowDataMode)
@@ -69,9 +74,13 @@ public enum Backfeedr {
     public static var deviceID: String { client?.deviceID ?? "" }
 
     /// Sends the waiting reports now, unless the server has asked to wait. The task's value is true if none are left.
+    /// Right after `start` it waits until the device is known, for up to 5 seconds.
     @discardableResult
     public static func flush() -> Task<Bool, Never> {
-        Task.detached { await client?.send(isAsked: true) ?? true }
+        Task.detached {
+            for _ in 0..<100 where client?.deviceID == "" { try? await Task.sleep(nanoseconds: 50_000_000) }
+            return await client?.send(isAsked: true) ?? true
+        }
     }
 
     /// Removes passwords, queries and fragments from URLs: the description of a URLError may contain tokens.

@@ -382,6 +382,8 @@ final class ReportTests: XCTestCase {
         Backfeedr.isEnabled = false
         check(!Backfeedr.isEnabled)
         check(Backfeedr.start(endpoint: server.endpoint, key: key))
+        check(await Backfeedr.flush().value)
+        equal(Backfeedr.deviceID.count, 64, "it waits for the device, because nothing can be sent before")
         Backfeedr.track("disabled")
         check(await Backfeedr.flush().value)
         check(!Backfeedr.isEnabled)
@@ -390,7 +392,6 @@ final class ReportTests: XCTestCase {
         Backfeedr.breadcrumb("opened the cart")
         Backfeedr.track("purchase", properties: ["items": 3, "paid": true, "sum": 9.5])
         Backfeedr.capture(CartError(item: 7), context: ["screen": "cart"])
-        check(await waitUntil { Backfeedr.deviceID.count == 64 })
         check(await Backfeedr.flush().value)
         equal(try server.rows(Backfeedr.deviceID, "select name, properties from events where type = 'custom'"), [
             #"purchase|{"items":3,"paid":true,"sum":9.5}"#])
