@@ -54,7 +54,8 @@ To make a change, edit:
 
     add an endpoint             Backfeedr._routes, a query in PublicMetrics or Metrics; a handler if it is no GET
     add a field to a report     REPORT_TABLES, _ADDED_COLUMNS and SCHEMA_VERSION; Crash or Event, perhaps _CONVERTERS
-    add a figure                a class in FIGURES, `check` in its SUMS; SCHEMA_VERSION; a PublicMetrics query; a route
+    add a figure                a class in FIGURES, its fields in COUNTED; SCHEMA_VERSION, and in migrate a count of the
+                                stored reports; a PublicMetrics query and a route
     add a page                  Dashboard.routes, a method there, a row of _TEMPLATES, and of _NAVIGATION for the menu
     add a command               a method do_... of Commands, and a row of _COMMANDS
     add a kind of channel       a function in Channels, a row of CHANNELS, and perhaps check_address and Alerts.add
@@ -1737,7 +1738,7 @@ def _read_page(db: Any, uuid: str, first: int) -> tuple[Sequence[int], Sequence[
 
 CACHED_STATEMENTS = 512  # prepared statements to keep: an insert is a different one for each number of rows
 ROWS_PER_STATEMENT = 128
-ROWS_STEP = 4  # longer statements have a multiple of this many rows: one for each number would take 9 MB more
+ROWS_STEP = 4  # more rows are a multiple of it: to prepare a statement for each number would take 9 MB more
 Row = tuple[Any, ...]  # a row of the database, or a part of it
 
 
@@ -1749,7 +1750,8 @@ def write_rows(db: Any, statement: str, rows: Sequence[Row]) -> None:
 
 
 def rows_of(db: Any, query: str, keys: Sequence[Row]) -> list[Row]:
-    """The rows of a query for all keys; `values *` in it stands for their placeholders."""
+    """The rows of a query for all keys; `values *` in it stands for their placeholders. SQLite names the columns of the
+    keys column1, column2, ...; a `cross join` after them makes it read them first."""
     return [row for part in _parts(keys) for row in db.execute(
         _with_placeholders(query, len(part), len(part[0])), list(chain.from_iterable(part)))]
 
@@ -1779,17 +1781,17 @@ class KnownRows:
 
     def __init__(self) -> None:
         self._version: Any = None
-        self.apps: dict[bytes, int] = {}  # active keys by their hashes
-        self.names: set[Row] = set()  # app_id, field and name of what is counted by itself
+        self.app_of_key: dict[bytes, int] = {}  # app_id by the hash of an active key
+        self.names: set[Row] = set()  # app_id, field and name: those that do not count as `(other)`
         self.builds: set[Row] = set()  # keys of the table
         self.group_devices: set[Row] = set()  # app_id, group_hash and device_id_hash of crashes
-        self.open_groups: set[Row] = set()  # app_id and group_hash of groups to which nothing can happen
+        self.open_groups: set[Row] = set()  # app_id and group_hash: a known device changes nothing in their triage
         self.rows: dict[str, dict[Row, Any]] = defaultdict(dict)  # by table and key
 
     def begin(self, version: Any) -> None:
         """Begins a transaction. `version` differs from the last one if others have written since, and is None for
         other transactions than commits."""
-        parts = (self.apps, self.names, self.builds, self.group_devices, self.open_groups, *self.rows.values())
+        parts = (self.app_of_key, self.names, self.builds, self.group_devices, self.open_groups, *self.rows.values())
         if version is None or version != self._version or sum(map(len, parts)) > self.MAX_ITEMS:
             self.__init__()  # type: ignore[misc]
             self._version = version
@@ -1901,7 +1903,9 @@ OTHER_FLAGS = {"exception_type": 1, "device_model": 2, "app_version": 4, "name":
 APP_FILTER = "app_id in (select id from apps where id = :app or :app is null and is_test = 0)"
 SESSION_TYPES = {"session_start", "session_end"}  # of events
 TABLES: dict[type, str] = {Crash: "crashes", Event: "events"}
-COUNTED: dict[type, Any] = {  # a report as the figures see it; `at` is the time at which it counts
+# A report as the figures see it. `at` is the time at which it counts; `sent_type` is the exception type that was sent,
+# even if it counts as `(other)`.
+COUNTED: dict[type, Any] = {
     Crash: namedtuple("CountedCrash", "seq app_id received_at at sent_type app_version device_id_hash session_id"
                                       " build_number group_hash images exception_type device_model exception_reason"
                                       " stack_trace"),
@@ -2002,7 +2006,8 @@ class Figure:
         self._db, self._now, self._sums, self._known = rollups.db, rollups.now, rollups.sums, rollups.known
 
     def count(self, kind: type, reports: CountedReports, by: int) -> None:
-        """Counts reports that are about to be inserted (`by` is 1) or were just deleted (`by` is -1)."""
+        """Counts reports that are about to be inserted (`by` is 1) or were just deleted (`by` is -1). In a recount they
+        are stored already, so Groups.recount() follows it."""
 
     def expire(self, kind: type, reports: CountedReports) -> None:
         """Takes out reports that were deleted because they expired. RollUps ignores changes to lasting sums."""
@@ -2026,7 +2031,7 @@ class MergedRows:
 
     def stored(self, keys: Iterable[Row]) -> Mapping[Row, Any]:
         """The stored rows with these keys, and those that are known."""
-        unknown = [key for key in keys if key not in self._known]  # `keys - ...` would look at all that is known
+        unknown = [key for key in keys if key not in self._known]  # not `keys - ...`, which goes through all of them
         if unknown:
             width, make = len(PRIMARY_KEYS[self._table]), self._kind._make
             for row in rows_of(self._db, _by_key_query(self._table), unknown):
@@ -2075,17 +2080,17 @@ create table new_names (                   -- how many were new on a UTC day
         self.accepted: set[Name] = set()  # the new names of this transaction that are counted by themselves
 
     def limit(self, app_id: int, received: Sequence[int], reports: Sequence[Any]) -> tuple[Sequence[int], Reports]:
-        """Accepts or refuses new names; returns the column `other` and the reports, in group `(other)` if refused."""
+        """Accepts or refuses new names. Returns the column `other`, and the reports: a crash whose group is refused is
+        in the group `(other)`."""
         fields = self.FIELDS[type(reports[0])]
         days: dict[Name, int] = {}  # the day on which each unknown name was first received
         for column, value_of in fields.items():
-            if all(name is None or (app_id, column, name) in self._known for name in set(map(value_of, reports))):
-                continue  # mostly
-            for report, at in zip(reports, received):
-                name = app_id, column, value_of(report)
+            names = set(map(value_of, reports))
+            unknown = {name for name in names if name and (app_id, column, name) not in self._known}
+            for report, at in zip(reports, received) if unknown else ():  # mostly none is unknown
                 # The names of events that start or end a session are not counted.
-                if name[2] and name not in self._known and not (column == "name" and report.type in SESSION_TYPES):
-                    days.setdefault(name, at // DAY)
+                if (name := value_of(report)) in unknown and not (column == "name" and report.type in SESSION_TYPES):
+                    days.setdefault((app_id, column, name), at // DAY)
         refused = self._refused(days) if days else set()
         self._known.update(days.keys() - refused)
         if not refused:
@@ -2195,7 +2200,7 @@ create table groups (
             group_days[app_id, crash.at // DAY, group] += by
             for uuid in (crash.images or "").split():
                 group_images[app_id, group, uuid] += by
-        # The table does not have the rows of these crashes yet, or no longer has them.
+        # A group gains a device with its first crash there, which is not inserted yet, and loses it with the last one.
         devices = {(crash.app_id, crash.group_hash, crash.device_id_hash) for crash in reports if crash.device_id_hash}
         if by > 0:
             devices = {device for device in devices if device not in self._known.group_devices}
@@ -2472,14 +2477,14 @@ create table medians (                     -- of the durations of a day that is 
             if not session_id and kind is Crash:
                 continue
             key = app_id, session_id, device_key(run[0].device_id_hash)
-            ends = [Session(started_at=event.at, app_version=event.app_version) if event.type == "session_start"
-                    else Session(ended_at=event.at)
-                    for event in (run if kind is Event else ()) if event.type in SESSION_TYPES]
+            bounds = [Session(started_at=event.at, app_version=event.app_version) if event.type == "session_start"
+                      else Session(ended_at=event.at)
+                      for event in (run if kind is Event else ()) if event.type in SESSION_TYPES]
             if not session_id:
-                for session in ends:
+                for session in bounds:  # such a start is a session of its own
                     self._count_session(app_id, session, by)
             elif by > 0:
-                for session in (Session(run[0].seq, run[-1].seq, crashed=int(kind is Crash)), *ends):
+                for session in (Session(run[0].seq, run[-1].seq, crashed=int(kind is Crash)), *bounds):
                     self._sessions.learn(key, session)
             else:  # the whole session, because all its reports are of the device that is forgotten
                 forgotten.add(key)
@@ -2552,12 +2557,12 @@ class SeenDevice(NamedTuple):
     last_hour: int
     last_seq: int  # of its last report, or of an earlier one from the same hour, so that the row seldom changes
 
-    def merged(self, later: SeenDevice) -> SeenDevice:
-        is_later = (later.last_seq >> SEQ_BITS) // HOUR > (self.last_seq >> SEQ_BITS) // HOUR
-        if not is_later and self.first_day <= later.first_day and self.last_hour >= later.last_hour:
+    def merged(self, other: SeenDevice) -> SeenDevice:
+        is_later = (other.last_seq >> SEQ_BITS) // HOUR > (self.last_seq >> SEQ_BITS) // HOUR
+        if not is_later and self.first_day <= other.first_day and self.last_hour >= other.last_hour:
             return self
-        return SeenDevice(min(self.first_day, later.first_day), max(self.last_hour, later.last_hour),
-                          later.last_seq if is_later else self.last_seq)
+        return SeenDevice(min(self.first_day, other.first_day), max(self.last_hour, other.last_hour),
+                          other.last_seq if is_later else self.last_seq)
 
 
 class SeenVersion(NamedTuple):
@@ -2829,10 +2834,7 @@ class RollUps:
         """What is to be added to the sums of a column, by the key of its table."""
         if self._is_expiry and SUMS[table].lasts:
             return defaultdict(int)  # is ignored
-        columns = self._changes[table]
-        if column not in columns:
-            columns[column] = defaultdict(int)
-        return columns[column]
+        return self._changes[table].setdefault(column, defaultdict(int))
 
     def save(self) -> None:
         """Writes everything that has changed."""
@@ -2841,7 +2843,7 @@ class RollUps:
         for table, changes in self._changes.items():
             self._save_sums(table, changes)
         self._changes.clear()
-        self.figures[Groups].drop_empty()
+        self.figures[Groups].drop_empty()  # after the sums, because it reads group_days
 
     def _save_sums(self, table: str, changes: dict[str, dict[Row, int]]) -> None:
         """Adds to the rows of a table, except those whose window is over. Deletes those that became zero."""
@@ -3873,16 +3875,17 @@ class CommitQueue:
 
     def __init__(self, submissions: Sequence[Submission] = ()) -> None:
         self.submissions = list(submissions)
-        # Free when the queue is as long as the last one: most of its clients have sent again. An Event takes longer.
-        self.full = threading.Lock()
-        self.full.acquire()
+        # Held until the queue is as long as the last one: then most clients have sent again. An Event is slower.
+        self.grown = threading.Lock()
+        self.grown.acquire()
         self.thread_locks: list[threading.Lock] = []  # one per waiting thread: one Event for all is 10 % slower
 
     def join(self, submissions: Sequence[Submission], max_waiters: int, max_rows: int) -> None:
         """Adds submissions. Those that find no room get an error."""
         rows = sum(len(queued.reports) for queued in self.submissions)
         for submission in submissions:
-            if len(self.submissions) >= max_waiters or self.submissions and rows + len(submission.reports) > max_rows:
+            is_too_much = self.submissions and rows + len(submission.reports) > max_rows  # one alone may exceed it
+            if len(self.submissions) >= max_waiters or is_too_much:
                 submission.error = StorageUnavailable()
             else:
                 self.submissions.append(submission)
@@ -3896,7 +3899,7 @@ class Process:
         self.write_lock = threading.Lock()
         self.writer: Any = None
         self.readers: list[Any] = []  # the idle ones
-        self.known = KnownRows()  # to commits, which have the lock
+        self.known = KnownRows()  # write_lock guards it
         self.active_keys: set[bytes] = set()  # hashes of keys that were active when they were looked up
         self.queue_lock = threading.Lock()  # guards the next two, and the content of the queue
         self.queue: CommitQueue | None = None  # the one that submissions may join
@@ -3932,7 +3935,7 @@ class Commit:
     def add_submissions(self, submissions: Sequence[Submission]) -> None:
         """Adds requests. Gives each a receipt, which is valid once the transaction ends, or an error."""
         self._db.lock_apps([submission.key_hash for submission in submissions])
-        apps = self._known.apps
+        apps = self._known.app_of_key
         apps.update(rows_of(self._db, """
             select key_hash, app_id from (values *) as given cross join keys on key_hash = column1
             where revoked_at is null""", list({(submission.key_hash,) for submission in submissions
@@ -3951,7 +3954,7 @@ class Commit:
             if earlier and earlier[0] != request:
                 submission.error = Refusal("idempotency key reused with a different body")
                 continue
-            submission.reports = reports = self.regrouped(submission.reports)
+            submission.reports = reports = self.regrouped(submission.reports)  # also of a replay, for its answer
             seqs = earlier[1] if earlier else range(seq, seq + len(reports))
             if not earlier:
                 seq = seqs.stop
@@ -3961,7 +3964,7 @@ class Commit:
             self._key_uses[app_id, submission.key_hash] += 1
             for mark in marks:
                 if (app_id, mark) not in known:
-                    known[app_id, mark] = request, seqs
+                    known[app_id, mark] = request, seqs  # the same request may come twice in one commit
                     self._replays.append((app_id, mark, request, seqs.start, len(seqs), self._now))
 
     def _known_requests(self, marks: set[tuple[int, bytes]]) -> dict[tuple[int, bytes], tuple[bytes, range]]:
@@ -4115,7 +4118,7 @@ class Deletion(Apps):
         return [report.seq for report in reports]
 
     def _note_windows(self, db: Connection) -> None:
-        """Notes that the windows of the figures end now: reports, which may be older or gone, do not tell `check`."""
+        """Notes now as the end of the windows, for `check`: the reports that are left do not tell it."""
         db.execute(RAISE_STATE, ("counted_at", self.now))
 
     def _last_seq(self, kind: type[Any]) -> int:
@@ -4421,7 +4424,7 @@ def _group_and_images(symbols: Symbols, group: str, exception_type: str, trace: 
 
 REPLAY_DAYS = 7  # how long a phone may be offline between a request and its repetition
 BUSY_COMMIT = 4  # requests: after a commit of at least so many, the next one waits for more
-COMMIT_GATHER_SECONDS = 0.003  # how long it waits: a commit costs as much as ten reports
+COMMIT_GATHER_SECONDS = 0.003  # how long it waits, because a commit costs as much as ten reports
 MAX_COMMIT_WAIT = 30.0  # seconds to wait for another thread's commit: longer than any lock and sync together
 NEARLY_FULL = 0.9  # share of the disk or of max_db_size above which the operator is warned
 FACT_DAYS = 7  # after which a fact that no channel took is deleted
@@ -4510,8 +4513,8 @@ class Store(SymbolStore):
                 if queue is not own_queue:
                     done.acquire()
                     queue.thread_locks.append(done)
-                if len(queue.submissions) >= process.last_queue_length and queue.full.locked():
-                    queue.full.release()
+                if len(queue.submissions) >= process.last_queue_length and queue.grown.locked():
+                    queue.grown.release()
             if queue is own_queue:
                 self._commit(process, queue)
                 is_stored = True
@@ -4523,7 +4526,7 @@ class Store(SymbolStore):
         finally:
             for waiting_thread in own_queue.thread_locks:
                 waiting_thread.release()
-        if is_stored:
+        if is_stored:  # after the release: nobody needs to wait for this
             self._expire_if_due()
 
     def _leave_queue(self, process: Process, queue: CommitQueue, submissions: Sequence[Submission], is_commit: bool,
@@ -4556,7 +4559,7 @@ class Store(SymbolStore):
         """Stores a queue in one transaction. Until it begins, other threads may join the queue."""
         with process.commit_lock:
             if process.last_queue_length >= BUSY_COMMIT:
-                queue.full.acquire(timeout=COMMIT_GATHER_SECONDS)
+                queue.grown.acquire(timeout=COMMIT_GATHER_SECONDS)
             began = time.monotonic()
             self._check_clock()
             with self.writing(shared=True) as db:
@@ -4658,8 +4661,8 @@ class Store(SymbolStore):
     # Upkeep
 
     def _expire_if_due(self) -> None:
-        """Runs one step of expiry after a commit: at most once a second, or after every commit while there are rows
-        left to delete. It reads first, because a write locks all apps and delays the answer."""
+        """Runs one step of upkeep after a commit: at most once a second, or after every commit while there are rows
+        left to delete. Once an hour it looks for worse releases. It reads first, as a write keeps others waiting."""
         now = self.now
         if self._next_expiry - SECOND <= now < self._next_expiry:  # the lower bound: the clock may have been set back
             return
@@ -4708,7 +4711,7 @@ class Store(SymbolStore):
         return +deleted
 
     def _trim(self, db: Connection) -> Counter[str]:
-        """One step of the deletions that are due once a day."""
+        """One step of what is due once a day: deletions, and at their end the warnings."""
         deleted = Counter(sums=RollUps(db, self.now).trim()) + self._expire_symbols(db)
         db.execute("delete from facts where at < ?", (self.now - FACT_DAYS * DAY,))
         if not deleted:
@@ -4929,7 +4932,7 @@ def check_address(url: str) -> str:
 def redacted_address(url: str) -> str:
     """An address without its secrets: its scheme, the host if it is an HTTP address, and a hint."""
     parts = urlsplit(url)
-    is_http = parts.scheme in CHANNELS
+    is_http = parts.scheme.endswith(("http", "https"))  # elsewhere, the place of the host may have a token
     start = f"{parts.scheme}://{parts.hostname if is_http else ''}"
     secret = url.partition(parts.netloc if is_http else "://")[2]
     ending = "/" * is_http + "..." + secret[-4:] * (len(secret) >= 12)
