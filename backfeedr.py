@@ -3978,10 +3978,10 @@ class Commit:
     def add_reports(self, app_id: int, *columns: Sequence[Any]) -> None:
         """Adds reports of an app in the order of their seqs, as columns (see __init__)."""
         kinds = list(map(type, columns[-1]))
-        for kind in {*kinds}:
-            is_of_kind = [kind is other for other in kinds]
-            for column, values in zip(self._columns[app_id, kind], columns):
-                column.extend(values if all(is_of_kind) else compress(values, is_of_kind))
+        for kind in TABLES:  # both, so that crashes are always counted first
+            stored, added = self._columns[app_id, kind], kinds.count(kind)
+            for column, values in zip(stored, columns) if added else ():
+                column.extend(values if added == len(kinds) else compress(values, [kind is other for other in kinds]))
 
     def save(self) -> Counter[str]:
         """Writes the rows and the figures; returns the number of new rows in each table of reports."""
@@ -3989,6 +3989,8 @@ class Commit:
         stored: Counter[str] = Counter()
         crashes: list[Any] = []
         for (app_id, kind), (seqs, received, ahead, sent) in self._columns.items():
+            if not seqs:
+                continue
             table = TABLES[kind]
             flags, reports = rollups.names.limit(app_id, received, sent)
             # Columns of zeros are left out: binding them costs 2 % of a batch.

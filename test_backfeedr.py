@@ -4022,6 +4022,16 @@ def test_commits_know_no_more_than_they_may_and_read_the_rest_again(serve, clock
     assert max(sizes) < 25 and sizes.count(min(sizes)) > 2, "it begins anew"
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_crashes_of_a_commit_come_first_whatever_the_order_of_its_requests(serve, monkeypatch, order):
+    monkeypatch.setitem(backfeedr.MAX_NEW_NAMES, "app_version", 1)
+    server = serve()
+    reports = [parse_crash({**CRASH, "app_version": "1.0"}),
+               parse_event({"type": "custom", "occurred_at": NOW, "app_version": "2.0"})]
+    server.store.add_all([backfeedr.Submission(KEY_HASH, [report]) for report in reports[::order]])
+    assert sql(server.store.path, "select app_version from builds order by 1") == [("(other)",), ("1.0",)]
+
+
 # -- Concurrent requests
 
 def run_together(store, calls, meanwhile=lambda: None):
