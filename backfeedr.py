@@ -2087,7 +2087,6 @@ create table new_names (                   -- how many were new on a UTC day
                 if name[2] and name not in self._known and not (column == "name" and report.type in SESSION_TYPES):
                     days.setdefault(name, at // DAY)
         refused = self._refused(days) if days else set()
-        self._known.update(days.keys() - refused)
         if not refused:
             return [0] * len(reports), reports
         flags, limited = [], []
@@ -2107,7 +2106,8 @@ create table new_names (                   -- how many were new on a UTC day
                 when 'name' then exists (select 1 from event_names where app_id = column1 and name = column3)
                 else exists (select 1 from labels
                     where app_id = column1 and field = column2 and day = {ALL_DAYS} and label = column3) end
-            """, list(days)))
+            """, list(days.keys() - self.accepted)))
+        self._known.update(days.keys() - unknown - self.accepted)  # not these: an old event leaves no row of its name
         new: dict[Row, list[Name]] = defaultdict(list)  # by app_id, day and field, in the order of receipt
         for name, day in days.items():
             if name in unknown:

@@ -4022,6 +4022,18 @@ def test_commits_know_no_more_than_they_may_and_read_the_rest_again(serve, clock
     assert max(sizes) < 25 and sizes.count(min(sizes)) > 2, "it begins anew"
 
 
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_name_that_left_no_row_is_not_taken_for_known(serve, monkeypatch, is_known):
+    monkeypatch.setitem(backfeedr.MAX_NEW_NAMES, "name", 1)
+    server = serve()
+    server.store.catch_up()  # else the first commit would do it
+    for occurred_at in ("2025-03-12T14:00:00Z", NOW):  # the first is too old to be counted by name
+        add(server, type="custom", name="tap", occurred_at=occurred_at)
+        if not is_known:
+            server.store._process.known.begin(None)
+    assert sql(server.store.path, "select name, events from event_names") == [("(other)", 1)]
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_the_crashes_of_a_commit_come_first_whatever_the_order_of_its_requests(serve, monkeypatch, order):
     monkeypatch.setitem(backfeedr.MAX_NEW_NAMES, "app_version", 1)
