@@ -2332,15 +2332,14 @@ create view releases as
         known, widen = self._known.builds, """
             first_seen = min(builds.first_seen, excluded.first_seen),
             last_seen = max(builds.last_seen, excluded.last_seen)"""
+        known.update(row[:3] for row in rows_of(
+            self._db, _by_key_query("builds"), [key for key in self._seen if key not in known]))
         upsert(self._db, "builds", [(*key, *times) for key, times in self._seen.items() if key in known], widen)
-        for key in [key for key in self._seen if key not in known]:
-            is_stored = self._db.execute("""
-                select 1 from builds where app_id = ? and app_version = ? and build_number = ?""", key).fetchone()
-            builds, = self._db.execute("select count(*) from builds where app_id = ?", key[:1]).fetchone()
-            if is_stored or builds < MAX_BUILDS_OF_APP:
-                known.add(key)
-            stored_key = key if key in known else (*key[:2], "")
-            upsert(self._db, "builds", [(*stored_key, *self._seen[key])], widen)
+        for key, times in self._seen.items():
+            if key not in known:
+                builds, = self._db.execute("select count(*) from builds where app_id = ?", key[:1]).fetchone()
+                row = (*key, *times) if builds < MAX_BUILDS_OF_APP else (*key[:2], "", *times)
+                upsert(self._db, "builds", [row], widen)
 
     @staticmethod
     def pairs(db: Any, app: int | None, wanted: Container[Row]) -> list[ReleasePair]:

@@ -4044,6 +4044,18 @@ def test_the_crashes_of_a_commit_come_first_whatever_the_order_of_its_requests(s
     assert sql(server.store.path, "select app_version from builds order by 1") == [("(other)",), ("1.0",)]
 
 
+@sqlite_only
+def test_builds_are_read_together_and_only_new_ones_look_how_many_there_are(serve):
+    server, queries = serve(), []
+    reports = [parse_crash({**CRASH, "app_version": "1.0", "build_number": str(n)}) for n in range(20)]
+    server.store.add(KEY_HASH, reports)
+    server.store.catch_up()  # clears what is known
+    server.store._process.writer.set_trace_callback(queries.append)
+    server.store.add(KEY_HASH, reports)
+    assert [query.split()[0] for query in queries if " builds" in query and "groups" not in query] == [
+        "select", "insert"]
+
+
 # -- Concurrent requests
 
 def run_together(store, calls, meanwhile=lambda: None):
