@@ -1775,10 +1775,14 @@ class KnownRows:
     """What commits have read or written, so that the next one need not read it again: half of its queries. It is
     cleared whenever anything but a commit of this process may have changed the database."""
 
-    MAX_ITEMS = 10_000  # about 3 MB
+    MAX_ITEMS = 10_000  # about 3 MB, or 40 MB if all texts are as long as they may be
 
     def __init__(self) -> None:
-        self._version: Any = None
+        self.clear()
+
+    def clear(self, version: Any = None) -> None:
+        """Forgets everything. `version` is that of the database."""
+        self._version = version
         self.apps: dict[bytes, int] = {}  # active keys by their hashes
         self.names: set[Row] = set()  # app_id, field and name of what is counted by itself
         self.builds: set[Row] = set()  # keys of the table
@@ -1789,10 +1793,14 @@ class KnownRows:
     def begin(self, version: Any) -> None:
         """Begins a transaction. `version` differs from the last one if others have written since, and is None for
         other transactions than commits."""
+        if version is None or version != self._version:
+            self.clear(version)
+
+    def end(self) -> None:
+        """Ends a transaction: a commit may have as many reports as there is room for."""
         parts = (self.apps, self.names, self.builds, self.group_devices, self.open_groups, *self.rows.values())
-        if version is None or version != self._version or sum(map(len, parts)) > self.MAX_ITEMS:
-            self.__init__()  # type: ignore[misc]
-            self._version = version
+        if sum(map(len, parts)) > self.MAX_ITEMS:
+            self.clear()
 
 
 def dict_rows(db: Any, query: str, parameters: Any = ()) -> list[JsonObject]:
@@ -3500,6 +3508,7 @@ class Database(Closing):
                 process.known.begin(db.begin_writing(shared))
                 yield db
                 db.execute("commit")
+                process.known.end()
             except BaseException as error:
                 # Closing rolls back. After an error, SQLite may have done so by itself, and then each further statement
                 # would be a transaction of its own.
@@ -3906,7 +3915,7 @@ class Process:
         self.worker_lock, self.next_worker = threading.Lock(), threading.Lock()  # of catch_up_in_background
 
     def close_writer(self) -> None:
-        self.known.begin(None)
+        self.known.clear()
         if self.writer:
             self.writer.close()
             self.writer = None
