@@ -968,7 +968,7 @@ def _convert(sent: JsonObject, kind: type, max_size: int) -> list[Any]:
                     raise Refusal(f"invalid {name}", detail=f"{name} {error}") from None
                 unknown[name] = value
     for name in _REQUIRED:
-        if values.get(name, name) is None:
+        if values.get(name, name) is None:  # a crash has no `type`, an event no `exception_type`
             raise Refusal(f"missing {name}")
     if unknown:
         # Two more than are kept: `truncated` is not counted, and a spare one shows _truncate that others are missing.
@@ -1773,7 +1773,7 @@ def _with_placeholders(statement: str, rows: int, columns: int) -> str:
 
 class KnownRows:
     """What commits have read or written, so that the next one need not read it again: half of its queries. It is
-    cleared whenever anything but a commit of this process may have changed the database."""
+    cleared whenever anything but a commit of this process may have changed these rows, and when a commit fails."""
 
     MAX_ITEMS = 10_000  # about 3 MB, or 40 MB if all texts are as long as they may be
 
@@ -1791,8 +1791,8 @@ class KnownRows:
         self.rows: dict[str, dict[Row, Any]] = defaultdict(dict)  # by table and key
 
     def begin(self, version: Any) -> None:
-        """Begins a transaction. `version` differs from the last one if others have written since, and is None for
-        other transactions than commits."""
+        """Begins a transaction. `version` differs from the last one if others have written since, and is None if this
+        transaction may change any row."""
         if version is None or version != self._version:
             self.clear(version)
 
@@ -3026,8 +3026,7 @@ def _read_decision(db: Any, app_id: int, group_hash: str) -> Decision | None:
 
 
 def _write_decision(db: Any, app_id: int, group_hash: str, decision: Decision) -> None:
-    upsert(db, "triage", [(app_id, group_hash, *decision)],
-           _replacements(Decision._fields))
+    upsert(db, "triage", [(app_id, group_hash, *decision)], _replacements(Decision._fields))
 
 
 def _add_history(db: Any, app_id: int, group_hash: str, at: int, what: str, detail: str | None) -> None:
