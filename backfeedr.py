@@ -969,7 +969,7 @@ def _convert(sent: JsonObject, kind: type, max_size: int) -> list[Any]:
                     raise Refusal(f"invalid {name}", detail=f"{name} {error}") from None
                 unknown[name] = value
     for name in _REQUIRED:
-        if values.get(name, name) is None:
+        if values.get(name, name) is None:  # a crash has no `type`, an event no `exception_type`
             raise Refusal(f"missing {name}")
     if unknown:
         # Two more than are kept: `truncated` is not counted, and a spare one shows _truncate that others are missing.
@@ -1775,12 +1775,16 @@ def _with_placeholders(statement: str, rows: int, columns: int) -> str:
 
 class KnownRows:
     """What commits have read or written, so that the next one need not read it again: half of its queries. It is
-    cleared whenever anything but a commit of this process may have changed the database."""
+    cleared whenever anything but a commit of this process may have changed these rows, and when a commit fails."""
 
-    MAX_ITEMS = 10_000  # about 3 MB
+    MAX_ITEMS = 5_000  # about 2 MB, or 20 MB if all texts are as long as they may be
 
     def __init__(self) -> None:
-        self._version: Any = None
+        self.clear()
+
+    def clear(self, version: Any = None) -> None:
+        """Forgets everything. `version` is that of the database."""
+        self._version = version
         self.app_of_key: dict[bytes, int] = {}  # app_id by the hash of an active key
         self.names: set[Row] = set()  # app_id, field and name: those that do not count as `(other)`
         self.builds: set[Row] = set()  # keys of the table
@@ -1789,12 +1793,16 @@ class KnownRows:
         self.rows: dict[str, dict[Row, Any]] = defaultdict(dict)  # by table and key
 
     def begin(self, version: Any) -> None:
-        """Begins a transaction. `version` differs from the last one if others have written since, and is None for
-        other transactions than commits."""
+        """Begins a transaction. `version` differs from the last one if others have written since, and is None if this
+        transaction may change any row."""
+        if version is None or version != self._version:
+            self.clear(version)
+
+    def end(self) -> None:
+        """Ends a transaction: a commit may have as many reports as there is room for."""
         parts = (self.app_of_key, self.names, self.builds, self.group_devices, self.open_groups, *self.rows.values())
-        if version is None or version != self._version or sum(map(len, parts)) > self.MAX_ITEMS:
-            self.__init__()  # type: ignore[misc]
-            self._version = version
+        if sum(map(len, parts)) > self.MAX_ITEMS:
+            self.clear()
 
 
 def dict_rows(db: Any, query: str, parameters: Any = ()) -> list[JsonObject]:
@@ -2092,7 +2100,6 @@ create table new_names (                   -- how many were new on a UTC day
                 if (name := value_of(report)) in unknown and not (column == "name" and report.type in SESSION_TYPES):
                     days.setdefault((app_id, column, name), at // DAY)
         refused = self._refused(days) if days else set()
-        self._known.update(days.keys() - refused)
         if not refused:
             return [0] * len(reports), reports
         flags, limited = [], []
@@ -2112,7 +2119,8 @@ create table new_names (                   -- how many were new on a UTC day
                 when 'name' then exists (select 1 from event_names where app_id = column1 and name = column3)
                 else exists (select 1 from labels
                     where app_id = column1 and field = column2 and day = {ALL_DAYS} and label = column3) end
-            """, list(days)))
+            """, list(days.keys() - self.accepted)))
+        self._known.update(days.keys() - unknown - self.accepted)  # not these: an old event leaves no row of its name
         new: dict[Row, list[Name]] = defaultdict(list)  # by app_id, day and field, in the order of receipt
         for name, day in days.items():
             if name in unknown:
@@ -2337,15 +2345,14 @@ create view releases as
         known, widen = self._known.builds, """
             first_seen = min(builds.first_seen, excluded.first_seen),
             last_seen = max(builds.last_seen, excluded.last_seen)"""
+        known.update(row[:3] for row in rows_of(
+            self._db, _by_key_query("builds"), [key for key in self._seen if key not in known]))
         upsert(self._db, "builds", [(*key, *times) for key, times in self._seen.items() if key in known], widen)
-        for key in [key for key in self._seen if key not in known]:
-            is_stored = self._db.execute("""
-                select 1 from builds where app_id = ? and app_version = ? and build_number = ?""", key).fetchone()
-            builds, = self._db.execute("select count(*) from builds where app_id = ?", key[:1]).fetchone()
-            if is_stored or builds < MAX_BUILDS_OF_APP:
-                known.add(key)
-            stored_key = key if key in known else (*key[:2], "")
-            upsert(self._db, "builds", [(*stored_key, *self._seen[key])], widen)
+        for key, times in self._seen.items():
+            if key not in known:
+                builds, = self._db.execute("select count(*) from builds where app_id = ?", key[:1]).fetchone()
+                row = (*key, *times) if builds < MAX_BUILDS_OF_APP else (*key[:2], "", *times)
+                upsert(self._db, "builds", [row], widen)
 
     @staticmethod
     def pairs(db: Any, app: int | None, wanted: Container[Row]) -> list[ReleasePair]:
@@ -3021,8 +3028,7 @@ def _read_decision(db: Any, app_id: int, group_hash: str) -> Decision | None:
 
 
 def _write_decision(db: Any, app_id: int, group_hash: str, decision: Decision) -> None:
-    upsert(db, "triage", [(app_id, group_hash, *decision)],
-           _replacements(Decision._fields))
+    upsert(db, "triage", [(app_id, group_hash, *decision)], _replacements(Decision._fields))
 
 
 def _add_history(db: Any, app_id: int, group_hash: str, at: int, what: str, detail: str | None) -> None:
@@ -3503,6 +3509,7 @@ class Database(Closing):
                 process.known.begin(db.begin_writing(shared))
                 yield db
                 db.execute("commit")
+                process.known.end()
             except BaseException as error:
                 # Closing rolls back. After an error, SQLite may have done so by itself, and then each further statement
                 # would be a transaction of its own.
@@ -3910,7 +3917,7 @@ class Process:
         self.worker_lock, self.next_worker = threading.Lock(), threading.Lock()  # of catch_up_in_background
 
     def close_writer(self) -> None:
-        self.known.begin(None)
+        self.known.clear()
         if self.writer:
             self.writer.close()
             self.writer = None
@@ -3981,10 +3988,10 @@ class Commit:
     def add_reports(self, app_id: int, *columns: Sequence[Any]) -> None:
         """Adds reports of an app in the order of their seqs, as columns (see __init__)."""
         kinds = list(map(type, columns[-1]))
-        for kind in {*kinds}:
-            is_of_kind = [kind is other for other in kinds]
-            for column, values in zip(self._columns[app_id, kind], columns):
-                column.extend(values if all(is_of_kind) else compress(values, is_of_kind))
+        for kind in TABLES:  # both, so that crashes are always counted first
+            stored, added = self._columns[app_id, kind], kinds.count(kind)
+            for column, values in zip(stored, columns) if added else ():
+                column.extend(values if added == len(kinds) else compress(values, [kind is other for other in kinds]))
 
     def save(self) -> Counter[str]:
         """Writes the rows and the figures; returns the number of new rows in each table of reports."""
@@ -3992,6 +3999,8 @@ class Commit:
         stored: Counter[str] = Counter()
         crashes: list[Any] = []
         for (app_id, kind), (seqs, received, ahead, sent) in self._columns.items():
+            if not seqs:
+                continue
             table = TABLES[kind]
             flags, reports = rollups.names.limit(app_id, received, sent)
             # Columns of zeros are left out: binding them costs 2 % of a batch.
