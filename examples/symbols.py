@@ -8,12 +8,11 @@
     export BACKFEEDR_ENDPOINT=https://crashes.example.com BACKFEEDR_AUTH_TOKEN=bf_admin_...
     uv run examples/symbols.py App.xcarchive
 
-The token is the server's admin token.
-Without uv: `pip install symbolic`, and `python examples/symbols.py PATH...`. A PATH is a `.dSYM`, an `.xcarchive`, a
-zip or a folder with dSYMs anywhere in it, or a Mach-O file with debug information. Builds that the server already has
-are skipped, so run it as often as you like: after a failure, a second run sends what is missing. The exit status is 0,
-or 1 if a dSYM was not sent (a line on standard error says why), or 2 for wrong usage. Only the base names and line
-numbers of source files are sent, never their folders or text.
+The token is the server's admin token. Without uv: `pip install symbolic`, and `python examples/symbols.py PATH...`. A
+PATH is a `.dSYM`, an `.xcarchive`, a zip or a folder with dSYMs anywhere in it, or a Mach-O file with debug
+information. Builds that the server already has are skipped, so run it as often as you like: after a failure, a second
+run sends what is missing. The exit status is 0, or 1 if a dSYM was not sent (a line on standard error says why), or 2
+for wrong usage. Only the base names and line numbers of source files are sent, never their folders or text.
 
 To run it automatically, set the two variables above (the token as a secret of the CI):
 
@@ -483,7 +482,8 @@ def missing(answer: dict[str, Any]) -> Iterator[str]:
     for each in answer.get("missing", []):
         build = each["build_number"] and f"({each['build_number']})"
         what = " ".join(filter(None, (each["binary"], each["app_version"], build)))
-        yield printable(f"still missing: {what}, {each['uuid']}: {each['crashes']:,} crashes")
+        plural = "es" * (each["crashes"] != 1)
+        yield printable(f"still missing: {what}, {each['uuid']}: {each['crashes']:,} crash{plural}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
