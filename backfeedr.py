@@ -2434,8 +2434,9 @@ class Session(NamedTuple):
     crashed: int = 0  # 1 if a crash names it
 
     def merged(self, other: Session) -> Session:
-        """What is known from both. The first start and the last end count."""
-        start = min(self, other, key=lambda session: session.started_at or MAX_NUMBER)
+        """What is known from both. The first start and the last end count; of two starts at once, the lower version, so
+        that an import in any order comes to the same."""
+        start = min(self, other, key=lambda session: (session.started_at or MAX_NUMBER, session.app_version or ""))
         return Session(min(self.first_seq, other.first_seq), max(self.last_seq, other.last_seq), start.started_at,
                        max(self.ended_at or 0, other.ended_at or 0) or None, start.app_version,
                        max(self.crashed, other.crashed))

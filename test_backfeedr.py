@@ -418,7 +418,7 @@ def recount_sessions(tables, reports):
             count_session(tables, row, None, 0)
     for key, rows in grouped(reports, "app_id", "session_id", "device").items():
         starts = [row for row in rows if row.get("type") == "session_start"]
-        start = min(starts, key=lambda row: (row["at"], row["seq"])) if starts else None
+        start = min(starts, key=lambda row: (row["at"], row["app_version"] or "")) if starts else None
         end = max((row["at"] for row in rows if row.get("type") == "session_end"), default=None)
         crashed = int(any("exception_type" in row for row in rows))
         tables["sessions"][key] = (
@@ -3786,6 +3786,16 @@ def test_other_is_shown_like_any_name_with_its_reports_until_they_are_forgotten_
     assert answers["overview"]["top_crashes"][0]["group_hash"] == "(other)"
     later(one_day, 7 * A_DAY)
     assert [row[2] for row in stored(one_day, "groups")["groups"]] == ["LATE"]
+
+
+def test_two_starts_of_a_session_at_once_count_alike_in_whatever_order_they_are_imported(serve):
+    server, other = serve(), serve("other.db")
+    for version in ("1.1", "1.0"):
+        add(server, type="session_start", session_id="s", device_id_hash="d", app_version=version)
+    for stored_report in reversed(list(server.store.export(backfeedr.Event))):
+        other.store.import_([stored_report])
+    assert stored(server, "release_sums") == stored(other, "release_sums")
+    assert stored(other, "release_sums")["release_sums"][0][:3] == (1, "1.0", 1)
 
 
 def test_releases_beyond_the_limit_of_an_app_count_as_other(one_day, clock, monkeypatch):
