@@ -100,7 +100,7 @@ from functools import cache, cached_property, lru_cache, partial
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from itertools import accumulate, chain, compress, groupby, islice, repeat, tee
-from operator import add, attrgetter, floordiv, itemgetter, lt
+from operator import add, attrgetter, floordiv, itemgetter, lt, rshift
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, BinaryIO, Callable, NamedTuple, Optional, TextIO, Union
@@ -216,17 +216,17 @@ def _from_text(text: str, kind: type) -> Any:
 # One SQLite file that its owner can open with any tool. Each report is a row whose columns are named like the fields of
 # the API. Times are milliseconds since 1970 UTC. The tables of the figures are in the section Figures.
 #
-# `seq` is the time of receipt in milliseconds * 2^20 + a counter. The id of a report is its seq in hexadecimal, so it
-# takes no space and needs no index. Seqs ascend, so inserts append and retention deletes at the front. A random part
-# keeps them unique across files.
+# `seq` is the time of receipt in milliseconds * 2^20 + a counter. The id of a report is its seq in hexadecimal, so
+# neither takes space nor needs an index. Seqs ascend, so inserts append and retention deletes at the front. If the
+# host's clock is set back by less than a day, the time of receipt stands still until the clock has caught up. A random
+# part keeps seqs unique across files.
 
 APPLICATION_ID = 0x62666472  # "bfdr" marks a file as ours
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 
 GROUP_INDEX = """
 create index crashes_by_group on crashes (  -- finds the devices of a group, and covers all that is counted by group
-    app_id, group_hash, device_id_hash, received_at, occurred_at, clock_ahead_ms, app_version, os_version,
-    device_model);
+    app_id, group_hash, device_id_hash, occurred_at, clock_ahead_ms, app_version, os_version, device_model);
 """
 REPORT_TABLES = """
 create table apps (
@@ -243,8 +243,8 @@ create table grants (                      -- browser sessions and one-time link
 
 create table crashes (
     seq integer primary key, id text generated always as (printf('%016x', seq)) virtual,
-    app_id integer not null, received_at integer not null, occurred_at integer not null,
-    clock_ahead_ms integer not null default 0,  -- how far the device's clock was ahead
+    app_id integer not null, received_at integer generated always as (seq >> 20) virtual,
+    occurred_at integer not null, clock_ahead_ms integer not null default 0,  -- how far the device's clock was ahead
     other integer not null default 0,      -- bits (OTHER_FLAGS) of the fields that are counted as '(other)'
     group_hash text not null, images text,  -- UUIDs of builds whose symbols can name its frames, separated by spaces
     exception_type text not null,
@@ -256,8 +256,8 @@ create table crashes (
     exception_reason text, stack_trace text, extra text);
 create table events (
     seq integer primary key, id text generated always as (printf('evt_%016x', seq)) virtual,
-    app_id integer not null, received_at integer not null, occurred_at integer not null,
-    clock_ahead_ms integer not null default 0, other integer not null default 0,
+    app_id integer not null, received_at integer generated always as (seq >> 20) virtual,
+    occurred_at integer not null, clock_ahead_ms integer not null default 0, other integer not null default 0,
     type text not null, name text,
     app_version text, os_version text, device_model text, device_id_hash text, session_id text, locale text,
     properties text, extra text);
@@ -404,13 +404,20 @@ def counted_at(occurred_at: int, received_at: int, ahead_ms: int) -> int:
     return corrected if EARLIEST_PLAUSIBLE <= corrected <= received_at + MAX_SKEW else received_at
 
 
-COUNTED_AT = (f"case when occurred_at - clock_ahead_ms between {EARLIEST_PLAUSIBLE} and received_at + {MAX_SKEW}"
-              " then occurred_at - clock_ahead_ms else received_at end")  # counted_at in SQL
+RECEIVED_AT = f"(seq >> {SEQ_BITS})"  # unlike the column of this name, it lets SQLite answer from an index alone
+COUNTED_AT = (f"case when occurred_at - clock_ahead_ms between {EARLIEST_PLAUSIBLE} and {RECEIVED_AT} + {MAX_SKEW}"
+              f" then occurred_at - clock_ahead_ms else {RECEIVED_AT} end")  # counted_at in SQL
 
 
 def first_seq(received_at: int) -> int:
     """The lowest seq of a millisecond."""
     return received_at << SEQ_BITS
+
+
+def random_seq(received_at: int) -> int:
+    """A seq of a millisecond, random so that different files have different ids. It is one of the lower half: so the
+    reports of a commit do not run into the next millisecond."""
+    return first_seq(received_at) + secrets.randbits(SEQ_BITS - 1)
 
 
 def crash_id(seq: int) -> str:
@@ -1559,7 +1566,7 @@ create table group_aliases (               -- groups whose crashes have all move
     primary key (app_id, group_hash)) without rowid;
 create table regroupings (                 -- groups whose crashes may have to move
     app_id integer not null, group_hash text not null,
-    received_at integer not null, seq integer not null,  -- of the last crash that was looked at
+    seq integer not null,                  -- of the last crash that was looked at
     target text not null,                  -- where the last crash moved
     primary key (app_id, group_hash)) without rowid;
 """
@@ -1958,7 +1965,7 @@ class Run(NamedTuple):
 def counted_rows(db: Any, kind: type, source: str, keys: Sequence[Row] = ((),)) -> CountedReports:
     """Stored reports as the figures see them, without stack traces. `source` is the query from `from` on; `values *` in
     it stands for the keys, as in rows_of. A query without `values *` takes its parameters from the only key."""
-    columns = {"at": COUNTED_AT, "sent_type": "exception_type", "stack_trace": "null", **{
+    columns = {"received_at": RECEIVED_AT, "at": COUNTED_AT, "sent_type": "exception_type", "stack_trace": "null", **{
         name: f"case when (other & {flag}) > 0 then '{OTHER}' else {name} end" for name, flag in OTHER_FLAGS.items()}}
     query = f"select {', '.join(columns.get(name, name) for name in COUNTED[kind]._fields)} {source}"
     return CountedReports(map(COUNTED[kind]._make, rows_of(db, query, keys)))
@@ -2275,9 +2282,9 @@ create table groups (
     @staticmethod
     def recount(db: Any) -> None:
         """Counts the crashes that are kept, and their devices, for each group."""
-        db.execute("""
+        db.execute(f"""
             update groups set (crashes, devices, came_at) = (
-                select count(*), count(distinct device_id_hash), coalesce(min(received_at), groups.came_at)
+                select count(*), count(distinct device_id_hash), coalesce(min({RECEIVED_AT}), groups.came_at)
                 from crashes where app_id = groups.app_id and group_hash = groups.group_hash)""")
 
     @staticmethod
@@ -3258,8 +3265,7 @@ class Connection(sqlite3.Connection):
                 union all select max(seq) from events where seq < :limit
                 union all select max(last) from given_seqs where last < :limit) as given
             """, {"limit": first_seq(now + DAY)}).fetchone()  # higher ones were given while the clock was fast
-        # A random start, so that different files have different ids.
-        first: int = max(last + 1, first_seq(now) + secrets.randbits(SEQ_BITS))
+        first: int = max(last + 1, random_seq(now))
         while next_range and first + count > next_range and (overlap := self.execute(
                 "select last from given_seqs where first < ? and last >= ?", (first + count, first)).fetchone()):
             first = overlap[0] + 1
@@ -3317,10 +3323,11 @@ def check_compatible(db: Connection, path: Path) -> None:
         raise StoreError(f"{path} was made by a newer backfeedr (schema {version}; this one knows {SCHEMA_VERSION})")
 
 
-# The tables of earlier schemas that new ones replace. Of schema 2, these are all tables that count reports.
-_REPLACED = {2: ("devices", "sessions", "hours", "days", "durations", "releases", "release_days", "labels", "groups",
-                 "group_hours"),
-             4: ("groups", "builds", "releases", "group_devices", "group_sums")}
+# The tables of earlier schemas that new ones replace. Of schema 2, these are all tables but those of apps.
+_REPLACED = {2: ("crashes", "events", "devices", "sessions", "hours", "days", "durations", "releases", "release_days",
+                 "labels", "groups", "group_hours"),
+             4: ("crashes", "events", "regroupings", "groups", "builds", "releases", "group_devices", "group_sums"),
+             **dict.fromkeys((5, 6), ("crashes", "events", "regroupings"))}
 _ADDED_COLUMNS = {4: """
 alter table crashes add column clock_ahead_ms integer not null default 0;
 alter table crashes add column other integer not null default 0;
@@ -3342,18 +3349,25 @@ def migrate(db: Connection, version: int) -> None:
     """Makes the tables, or brings those of an older schema up to date, in the current transaction."""
     if version == 3:
         raise StoreError("schema 3 was never released: export its reports with the backfeedr that made it")
+    if version:
+        log.warning("upgrading the database from schema %s to %s", version, SCHEMA_VERSION)
     version = 2 if version == 1 else version  # 1 lacks only the table `grants`
     replaced = _REPLACED.get(version, ())
-    db.run_script("".join(f"alter table {table} rename to old_{table};\n" for table in replaced)
-                  + "".join(script for schema, script in _ADDED_COLUMNS.items() if 0 < version < schema)
+    db.run_script("".join(script for schema, script in _ADDED_COLUMNS.items() if 0 < version < schema)
+                  + "".join(f"alter table {table} rename to old_{table};\n" for table in replaced)
                   + "drop index if exists crashes_by_group;\ndrop index if exists crashes_by_device;\n"
                   + "drop view if exists releases;\n"
                   + re.sub("create (table|index)", r"create \1 if not exists", SCHEMA))
+    for kind, table in TABLES.items() if replaced else ():
+        columns = ", ".join(("seq", "app_id", "clock_ahead_ms", "other", *kind._fields))
+        db.execute(f"insert into {table} ({columns}) select {columns} from old_{table} order by seq")
+    if "regroupings" in replaced:
+        db.execute("insert into regroupings select app_id, group_hash, seq, target from old_regroupings")
     if version == 2:
         _recount_2(db)
     elif version == 4:
         _complete_4(db)
-    if replaced:
+    if "releases" in replaced:
         db.execute("""
             insert into builds select app_id, app_version, '', first_seen, last_seen from old_releases where app_id > 0
             on conflict (app_id, app_version, build_number) do update set
@@ -3378,7 +3392,7 @@ def _recount_2(db: Connection) -> None:
             db.execute(f"delete from {table} where {' + '.join(sums)} = 0")
     db.execute("delete from state where name = 'recent_since'")
     # Names have been made canonical since then, so crashes may belong to other groups.
-    db.execute("insert into regroupings select app_id, group_hash, 0, 0, '' from groups")
+    db.execute("insert into regroupings select app_id, group_hash, 0, '' from groups")
 
 
 def _complete_4(db: Connection) -> None:
@@ -3394,7 +3408,7 @@ def _complete_4(db: Connection) -> None:
 
 def recount(db: sqlite3.Connection) -> None:
     """Counts all reports again, into empty tables."""
-    newest = [db.execute(f"select coalesce(max(received_at), 0) from {table}").fetchone()[0]
+    newest = [db.execute(f"select coalesce(max({RECEIVED_AT}), 0) from {table}").fetchone()[0]
               for table in TABLES.values()]
     # The end of all windows. Files of earlier versions have no counted_at.
     now = max(*newest, get_state(db, "counted_at", (get_state(db, "trimmed_day", -1) + 1) * DAY))
@@ -3846,14 +3860,18 @@ class Receipt(NamedTuple):
 
 
 class StoredReport(NamedTuple):
-    """A report as `export` gives it and `import_` takes it. Times are in milliseconds."""
+    """A report as `export` gives it and `import_` takes it."""
 
     seq: int
     app: str
     is_test: bool
-    received_at: int
     clock_ahead_ms: int
     report: Crash | Event
+
+    @property
+    def received_at(self) -> int:
+        """Milliseconds since 1970 UTC."""
+        return self.seq >> SEQ_BITS
 
 
 @dataclass(eq=False)
@@ -3936,9 +3954,9 @@ class Commit:
         self._db, self._now, self._symbols, self._known = db, now, Symbols(db), known or KnownRows()
         self._replays: list[tuple[Any, ...]] = []  # new rows of the table `replays`
         self._key_uses: dict[tuple[int, bytes], int] = defaultdict(int)  # requests by app and key
-        # By app_id and kind: seqs, times of receipt, how far the clocks were ahead, reports. Columns, because a tuple
-        # for each report would set off the garbage collector.
-        self._columns: dict[tuple[int, Any], tuple[list[Any], ...]] = defaultdict(lambda: ([], [], [], []))
+        # By app_id and kind: seqs, how far the clocks were ahead, reports. Columns, because a tuple for each report
+        # would set off the garbage collector.
+        self._columns: dict[tuple[int, Any], tuple[list[Any], ...]] = defaultdict(lambda: ([], [], []))
 
     def add_submissions(self, submissions: Sequence[Submission]) -> None:
         """Adds requests. Gives each a receipt, which is valid once the transaction ends, or an error."""
@@ -3967,7 +3985,7 @@ class Commit:
             if not earlier:
                 seq = seqs.stop
                 ahead = clock_ahead(max([report.occurred_at for report in reports]), self._now)
-                self.add_reports(app_id, seqs, [self._now] * len(seqs), [ahead] * len(seqs), reports)
+                self.add_reports(app_id, seqs, [ahead] * len(seqs), reports)
             submission.receipt = Receipt(seqs, earlier is not None)
             self._key_uses[app_id, submission.key_hash] += 1
             for mark in marks:
@@ -3999,13 +4017,13 @@ class Commit:
         rollups = RollUps(self._db, self._now, self._symbols, self._known)
         stored: Counter[str] = Counter()
         crashes: list[Any] = []
-        for (app_id, kind), (seqs, received, ahead, sent) in self._columns.items():
+        for (app_id, kind), (seqs, ahead, sent) in self._columns.items():
             if not seqs:
                 continue
-            table = TABLES[kind]
+            table, received = TABLES[kind], list(map(rshift, seqs, repeat(SEQ_BITS)))
             flags, reports = rollups.names.limit(app_id, received, sent)
             # Columns of zeros are left out: binding them costs 2 % of a batch.
-            own_columns = {"seq": seqs, "app_id": repeat(app_id), "received_at": received, **{
+            own_columns = {"seq": seqs, "app_id": repeat(app_id), **{
                 name: values for name, values in (("clock_ahead_ms", ahead), ("other", flags)) if any(values)}}
             new = counted_reports(kind, app_id, seqs, received, ahead, flags, reports)
             rollups.count(kind, new, 1)  # before the insert, because it looks for devices that are new to a group
@@ -4283,8 +4301,8 @@ class SymbolStore(Deletion):
     def _symbols_arrived(db: Connection, uuid: str) -> None:
         """Queues the groups whose crashes may get names from the symbols of a build."""
         db.execute("""
-            insert into regroupings select app_id, group_hash, 0, 0, '' from group_images where uuid = ?
-            on conflict (app_id, group_hash) do update set received_at = 0, seq = 0""", (uuid,))
+            insert into regroupings select app_id, group_hash, 0, '' from group_images where uuid = ?
+            on conflict (app_id, group_hash) do update set seq = 0""", (uuid,))
 
     def delete_symbols(self, uuid: str) -> str:
         """Deletes the symbols of the one build whose UUID begins with these characters, at least 4; returns the whole
@@ -4342,18 +4360,18 @@ class SymbolStore(Deletion):
         return batches
 
     def _regroup_crashes(self, db: Connection, symbols: Symbols, deadline: float, row: Row) -> None:
-        """Checks a batch of crashes of a group, those after the position in a row of `regroupings`. Moves those that
-        belong to another group now, and updates the row, or deletes it when no crash is left."""
-        app_id, group, *position, target = row
-        is_first = not position[0]
+        """Checks a batch of crashes of a group, those after the seq in a row of `regroupings`. Moves those that belong
+        to another group now, and updates the row, or deletes it when no crash is left."""
+        app_id, group, last_seq, target = row
+        is_first = not last_seq
         moves: dict[int, tuple[str, str | None]] = {}  # by seq: the new group and images
         target_of = lru_cache(None)(partial(_group_and_images, symbols, group))  # equal crashes are common
-        checked, pending = 0, self._crashes_after(db, app_id, group, *position)
+        checked, pending = 0, self._crashes_after(db, app_id, group, last_seq)
         for seq in pending[:REGROUP_ROWS]:
-            for received, images, exception_type, trace, extra in db.execute("""
-                    select received_at, images, exception_type, stack_trace, extra from crashes where seq = ?
+            for images, exception_type, trace, extra in db.execute("""
+                    select images, exception_type, stack_trace, extra from crashes where seq = ?
                     """, (seq,)).fetchall():  # none if it was deleted meanwhile
-                position = [received, seq]
+                last_seq = seq
                 is_cut = "truncated" in (extra or "") and _is_trace_cut(json.loads(extra))
                 new = target_of(exception_type, trace, is_cut)
                 if new != (group, images):
@@ -4361,27 +4379,26 @@ class SymbolStore(Deletion):
             checked += 1
             if time.monotonic() > deadline:
                 break
-        self._to_regroup = (app_id, group, *position), pending[checked:]
+        self._to_regroup = (app_id, group, last_seq), pending[checked:]
         if moves:
             target = self._move_crashes(db, symbols, app_id, group, moves, is_first) or target
         if checked and db.execute("select 1 from crashes where app_id = ? and group_hash = ? limit 1",
                                   (app_id, group)).fetchone():
-            db.execute("""
-                update regroupings set received_at = ?, seq = ?, target = ? where app_id = ? and group_hash = ?
-                """, (*position, target, app_id, group))
+            db.execute("update regroupings set seq = ?, target = ? where app_id = ? and group_hash = ?",
+                       (last_seq, target, app_id, group))
             return
         db.execute("delete from regroupings where app_id = ? and group_hash = ?", (app_id, group))
         if target:
             rename_group(db, app_id, group, target)
 
     def _crashes_after(self, db: Connection, *position: Any) -> list[int]:
-        """The seqs of crashes of a group after a position, in the order of receipt. Each look-up goes through the whole
-        group, so it fetches enough for many steps."""
+        """The seqs of crashes after a position: app_id, group_hash and seq. Each look-up goes through the whole group,
+        so it fetches enough for many steps."""
         known_position, seqs = self._to_regroup
         return seqs if known_position == position and seqs else [seq for seq, in db.execute("""
             select seq from crashes
-            where app_id = ? and group_hash = ? and (received_at, seq) > (?, ?) and group_hash <> ?
-            order by received_at, seq limit ?""", (*position, OTHER, 100 * REGROUP_ROWS))]
+            where app_id = ? and group_hash = ? and seq > ? and group_hash <> ?
+            order by seq limit ?""", (*position, OTHER, 100 * REGROUP_ROWS))]
 
     def _move_crashes(self, db: Connection, symbols: Symbols, app_id: int, group: str,
                       moves: Mapping[int, tuple[str, str | None]], is_first: bool) -> str:
@@ -4593,7 +4610,7 @@ class Store(SymbolStore):
                 self.find_app(db, app)
         last, after = self._last_seq(kind), min(max(0, first_seq(since)), MAX_NUMBER) - 1
         while page := self._export_page(kind, after, last):
-            yield from (stored for stored in page if app in (None, stored.app) and stored.received_at >= since)
+            yield from (stored for stored in page if app in (None, stored.app))
             after = page[-1].seq
 
     def _export_page(self, kind: type[Any], after: int, last: int) -> list[StoredReport]:
@@ -4601,12 +4618,12 @@ class Store(SymbolStore):
         page: list[StoredReport] = []
         size = 0
         with self.reading() as db, closing(db.execute(f"""
-                select seq, apps.name, is_test, received_at, clock_ahead_ms,
+                select seq, apps.name, is_test, clock_ahead_ms,
                     {", ".join("reports." + field for field in kind._fields)}
                 from {TABLES[kind]} as reports cross join apps on apps.id = app_id
                 where seq > ? and seq <= ? order by seq limit ?""", (after, last, PAGE_ROWS))) as rows:
-            for seq, name, is_test, received_at, ahead_ms, *values in rows:
-                page.append(StoredReport(seq, name, bool(is_test), received_at, ahead_ms, kind._make(values)))
+            for seq, name, is_test, ahead_ms, *values in rows:
+                page.append(StoredReport(seq, name, bool(is_test), ahead_ms, kind._make(values)))
                 size += sum(len(value) for value in values if type(value) is str)
                 if size > PAGE_CHARACTERS:
                     break
@@ -4628,7 +4645,7 @@ class Store(SymbolStore):
                 [(stored.seq,) for stored in reports])}
             last_expired = {kind: max(self._first_kept_seq - 1, get_state(db, "expired_" + table, -1))
                             for kind, table in TABLES.items()}
-            for seq, app, is_test, received_at, ahead_ms, report in sorted(reports, key=itemgetter(0)):
+            for seq, app, is_test, ahead_ms, report in sorted(reports, key=itemgetter(0)):
                 kind = type(report)
                 if (kind, seq) in known:
                     counts["known"] += 1
@@ -4637,7 +4654,7 @@ class Store(SymbolStore):
                 if seq <= last_expired[kind] or seq <= last_early(app_id := import_app(app, is_test)):
                     counts["expired"] += 1
                     continue
-                commit.add_reports(app_id, [seq], [received_at], [ahead_ms], commit.regrouped([report]))
+                commit.add_reports(app_id, [seq], [ahead_ms], commit.regrouped([report]))
                 counts["stored"] += 1
             commit.save()
             self._expire(db)
@@ -5368,7 +5385,8 @@ FILTERED_GROUP_COUNTS = f"""
     from (select app_id, group_hash from groups where {APP_FILTER} and last_seen >= :since
         and (:candidates is null or instr(:candidates, group_hash))) as known
     cross join crashes on crashes.app_id = known.app_id and crashes.group_hash = known.group_hash
-    where received_at >= :since and {HAS_VERSION} and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
+    where {RECEIVED_AT} >= :since and {HAS_VERSION}
+        and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
     group by known.app_id, known.group_hash"""
 
 
@@ -5476,7 +5494,7 @@ class Metrics(PublicMetrics):
         is_new = (group["came_at"] or 0) >= parameters["week"] if version is None else first == version
         versions = [app_version for app_version, in db.execute(f"""
             select app_version from crashes
-            where {APP_FILTER} and group_hash = :group and received_at >= :since and app_version is not null
+            where {APP_FILTER} and group_hash = :group and {RECEIVED_AT} >= :since and app_version is not null
                 and {HAS_VERSION} and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
             group by app_version
             order by count(*) desc, app_version
@@ -5573,7 +5591,7 @@ class Metrics(PublicMetrics):
             select count(distinct device_id_hash),
                 count(distinct case when app_version = :newest then device_id_hash end)
             from crashes
-            where app_id = :app_id and group_hash = :group_hash and received_at >= :since
+            where app_id = :app_id and group_hash = :group_hash and {RECEIVED_AT} >= :since
                 and {COUNTED_AT} / {DAY} between :first and :last""", group).fetchone()
         return {"devices": devices, "score": of_newest * 0.5 ** (max(0, self._store.now - group["last_seen"]) / DAY)}
 
@@ -5628,7 +5646,7 @@ class Metrics(PublicMetrics):
     def _days_of_group(self, db: Connection, parameters: JsonObject, shown_days: range) -> JsonObject:
         counts = dict(db.execute(f"""
             select {COUNTED_AT} / {DAY} as day, count(*) from crashes
-            where {APP_FILTER} and group_hash = :group and received_at >= :since and {HAS_VERSION}
+            where {APP_FILTER} and group_hash = :group and {RECEIVED_AT} >= :since and {HAS_VERSION}
             group by day""", parameters))
         apps = db.execute(f"""
             select name from (select id as app_id, name from apps) as app where {APP_FILTER} and (
@@ -5705,7 +5723,7 @@ class Metrics(PublicMetrics):
                     select seq from crashes where app_id = ? and group_hash = ? order by seq desc limit 20)) as latest
             join apps on apps.id = app_id
             where instr(images, ?)
-            order by received_at desc, seq desc limit 1""", (app_id, group_hash, uuid)).fetchone() or [None] * 4
+            order by seq desc limit 1""", (app_id, group_hash, uuid)).fetchone() or [None] * 4
         binaries = (frame.binary for frame in map(read_frame, json.loads(trace or "[]")) if frame.uuid == uuid)
         return {"uuid": uuid, "binary": next(filter(None, binaries), None), "app": app, "app_version": version,
                 "build_number": build, "crashes": crashes}
@@ -7799,7 +7817,8 @@ def csv_writer(out: TextIO, kind: Any) -> Callable[[StoredReport], Any]:
 
 def _exported(stored: StoredReport) -> JsonObject:
     report_id = crash_id(stored.seq) if type(stored.report) is Crash else event_ids([stored.seq])[0]
-    return as_sent({"id": report_id, **stored._asdict(), "report": None, **stored.report._asdict()})
+    return as_sent({"id": report_id, "received_at": stored.received_at, **stored._asdict(), "report": None,
+                    **stored.report._asdict()})
 
 
 # How a formula begins. Spreadsheets skip control characters, and read full-width signs like the others.
@@ -7831,13 +7850,13 @@ def _parse_exported(line: bytes) -> StoredReport:
     except ValueError:
         raise Refusal("invalid received_at") from None
     match = re.fullmatch("(evt_)?([0-7][0-9a-f]{15})", report_id)
-    # A seq is never before its time of receipt. It is up to about a day after it if the server's clock was set back.
+    # Before schema 7, a seq was up to about a day after its time of receipt if the server's clock had been set back.
     if not match or not first_seq(received_at) <= int(match[2], 16) < first_seq(received_at + 2 * DAY):
         raise Refusal("invalid id")
     report: Any = (parse_event if match[1] else parse_crash)({**extra, **values})
     if _is_trace_cut(extra) and re.fullmatch("[0-9a-f]{16}", str(group)):
         report = report._replace(group_hash=group)
-    return StoredReport(int(match[2], 16), app, is_test, received_at, ahead_ms, report)
+    return StoredReport(int(match[2], 16), app, is_test, ahead_ms, report)
 
 
 def import_jsonl(store: Store, lines: Iterable[bytes]) -> Counter[str]:

@@ -2420,7 +2420,7 @@ def test_first_seen_moves_with_the_first_crash_of_a_group_and_its_address_with_t
         rollups.save()
         backfeedr.Groups.recount(db)
         db.execute("update groups set first_seen = 1, first_version = '0.9'")
-        db.execute("insert into regroupings values (1, 'aaaaaaaaaaaaaaaa', 0, 0, '')")
+        db.execute("insert into regroupings values (1, 'aaaaaaaaaaaaaaaa', 0, '')")
     api.server.store.catch_up()
     seen = dict(row[:2] for row in sql(api.server.store.path, "select group_hash, first_version from groups"))
     assert seen == {old["1.0"]: "0.9", old["1.1"]: "1.1"}
@@ -2694,7 +2694,7 @@ def test_crashes_that_stay_in_their_group_during_a_catch_up_do_not_regress_it(se
     crash_now(Api(server), clock, "1.0 47")
     set_triage(server, {"state": "resolved", "fixed_in": "1.0"})
     sql_run(server.store.path, "update crashes set images = 'outdated'")
-    sql_run(server.store.path, "insert into regroupings select app_id, group_hash, 0, 0, '' from groups")
+    sql_run(server.store.path, "insert into regroupings select app_id, group_hash, 0, '' from groups")
     server.store.catch_up()
     assert sql(server.store.path, "select images from crashes") == [(None,)] and state_of(server) == "resolved"
 
@@ -3847,8 +3847,7 @@ def test_a_step_of_early_deletion_reads_no_older_reports_of_other_apps_again(kee
     with server.store.writing() as db:
         db.execute("""
             with recursive numbers (n) as (select 1 union all select n + 1 from numbers where n < 5000)
-            insert into events (seq, app_id, received_at, occurred_at, type)
-            select n, 2, 0, 0, 'custom' from numbers""")
+            insert into events (seq, app_id, occurred_at, type) select n, 2, 0, 'custom' from numbers""")
         server.store.max_db_size, server.store._largest_app = 1, (server.store.now, 1)
         for _ in range(60):
             work.append(0)
@@ -3890,6 +3889,18 @@ def test_the_overview_warns_of_a_disk_that_is_nearly_full(api, person, monkeypat
     assert "nearly full" not in person.get("/") or shutil.disk_usage(".").free < 1e9
     monkeypatch.setattr(backfeedr.shutil, "disk_usage", lambda path: usage)
     assert "The disk is nearly full: 5.0 MB are free." in person.get("/")
+
+
+def test_the_time_of_receipt_stands_still_until_a_clock_that_was_set_back_has_caught_up(serve, clock, monkeypatch):
+    monkeypatch.setattr("secrets.randbits", lambda bits: (1 << bits) - 1)  # the last one
+    server = serve()
+    start = server.store.now
+    for seconds in (0, -3600, 3000, 700, -2 * A_DAY):
+        clock.move(seconds)
+        add(server, 100, type="custom")
+    received = sql(server.store.path, "select received_at, count(*) from events group by received_at order by 1")
+    assert [((at - start) / 1000, number) for at, number in received] == [
+        (100 - 2 * A_DAY, 100), (0, 300), (100, 100)], "a commit has one time of receipt"
 
 
 @sqlite_only
@@ -4301,6 +4312,11 @@ def make_old_database(path, version):
 
 
 DOWNGRADES = {  # what takes a database back to each version from the next one
+    6: "".join(f"""
+        alter table {table} drop column received_at;
+        alter table {table} add column received_at bigint not null default 0;
+        update {table} set received_at = seq >> 20;""" for table in ("crashes", "events")) + """
+        alter table regroupings add column received_at bigint not null default 0;""",
     5: """
         drop index crashes_by_group;
         create index crashes_by_group on crashes (app_id, group_hash, received_at, device_id_hash);
@@ -4320,10 +4336,10 @@ DOWNGRADES = {  # what takes a database back to each version from the next one
 
 def downgrade(path, version):
     """Takes a database back to an earlier version."""
-    if version == 4 and not POSTGRES and sqlite3.sqlite_version_info < (3, 35):
+    if not POSTGRES and sqlite3.sqlite_version_info < (3, 35):
         pytest.skip("this SQLite cannot drop columns")
     with connected(path) as db:
-        for step in range(5, version - 1, -1):
+        for step in range(6, version - 1, -1):
             (db.run if POSTGRES else db.executescript)(DOWNGRADES[step])
     set_version(path, version)
 
@@ -4340,7 +4356,7 @@ def columns_of(path):
 
 
 @sqlite_only
-@pytest.mark.parametrize("version", [1, 2, 4, 5])  # 3 was never released
+@pytest.mark.parametrize("version", [1, 2, 4, 5, 6])  # 3 was never released
 def test_an_older_database_gets_the_new_schema_and_keeps_its_reports(tmp_path, keeping, serve, version):
     path = tmp_path / "test.db"
     make_old_database(path, version)
@@ -4368,8 +4384,8 @@ def test_an_older_database_gets_the_new_schema_and_keeps_its_reports(tmp_path, k
     check_database(path, forgotten=True)
 
 
-@pytest.mark.parametrize("version", [4, 5])
-def test_a_migration_loses_nothing_on_any_engine(keeping, clock, version):
+@pytest.mark.parametrize("version", [4, 5, 6])
+def test_a_migration_loses_nothing_on_any_engine(keeping, clock, caplog, version):
     server = keeping()
     fill(server, clock, version, 60)
     for _ in range(2):
@@ -4377,16 +4393,24 @@ def test_a_migration_loses_nothing_on_any_engine(keeping, clock, version):
         add(server, app_version="1.0", build_number="7")  # schema 4 does not know when it was seen last
     server.store.triage(ABORTS, {"state": "resolved"}, app="default")
     server.close()
+    sql_run(server.store.path, "insert into regroupings values (1, 'aaaaaaaaaaaaaaaa', 5, 'bbbbbbbbbbbbbbbb')")
     before = stored(server)
     downgrade(server.store.path, version)
     keeping().close()
     assert version_of(server.store.path) == backfeedr.SCHEMA_VERSION
+    assert f"upgrading the database from schema {version} to {backfeedr.SCHEMA_VERSION}" in caplog.text
     after = stored(server)
     for rows in (before, after) if version == 4 else ():  # "" has the times of its version, as schema 4 knew no others
         rows["builds"] = [row for row in rows["builds"] if row[2]]
     for table in after:
         assert sorted(after[table], key=repr) == sorted(before[table], key=repr), table
     check_database(server.store.path, forgotten=version == 4)
+    if POSTGRES:
+        assert sql(server.store.path, """
+            select tablename, indexname from pg_indexes where schemaname = current_schema() and indexname like '%_by_%'
+            order by 1, 2""") == [("crashes", "crashes_by_group"), ("crashes", "crashes_by_seq"),
+                                  ("events", "events_by_seq"), ("messages", "messages_by_time"),
+                                  ("replays", "replays_by_age")]
 
 
 @sqlite_only
@@ -5740,6 +5764,7 @@ class Simulation:
     def __init__(self, api, clock, seed, variety):
         self.api, self.clock, self.random, self.variety = api, clock, random.Random(seed), variety
         self.store, self.sent, self.waiting = api.server.store, {}, defaultdict(list)
+        self.received_at = 0  # of the latest report: it stands still while the clock is behind it
         self.keys = {"default": KEY, "Shop": self.store.create_app("Shop"), "Beta": self.store.create_app("Beta", True)}
         self.forgets = seed % 2 == 1  # whether devices are forgotten: then first and last reports of a release are gone
         clock.seconds = parse_time("2026-02-20T09:00:00Z") / 1000
@@ -5809,10 +5834,11 @@ class Simulation:
                   for _ in range(self.random.randrange(1, 9) if path == BATCH else 1)]
         status, answer = self.api.post(path, {"events": bodies} if path == BATCH else bodies[0], key=self.keys[app])
         assert status == 201
+        self.received_at = max(self.received_at, self.store.now)
         ahead_ms = max(parse_time(body["occurred_at"]) for body in bodies) - self.store.now
         for body, id in zip(bodies, answer["ids"] if path == BATCH else [answer["id"]]):
             self.sent[id] = {name: value for name, value in body.items() if value not in (None, "") and name != "zone"}
-            self.sent[id].update(id=id, app=app, received_at=iso_time(self.store.now), extra={"zone": 7},
+            self.sent[id].update(id=id, app=app, received_at=iso_time(self.received_at), extra={"zone": 7},
                                  **({"clock_ahead_ms": ahead_ms} if ahead_ms > 300_000 else {}))
 
     def forget(self):
@@ -9010,7 +9036,7 @@ def test_check_finds_damage_and_leaves_an_older_schema_to_the_next_start(command
             ("update sessions set last_seq = first_seq", unequal + "sessions"),
             ("update groups set last_seen = first_seen", unequal + "groups"),
             ("drop table labels", "roll-ups: no such table: stored.labels"),
-            ("update events set received_at = x'00'", "roll-ups: the file is damaged: "),
+            ("update crashes set exception_reason = x'00'", "roll-ups: the file is damaged: "),
             ("pragma user_version = 9", "schema: "), ("pragma application_id = 9", "schema: "),
             (b"", "schema: there are no tables\n"),
             (sound[:4096 * 20] + b"\xff" * 4096 * 4 + sound[4096 * 24:], "pages: ")):

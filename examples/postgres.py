@@ -23,7 +23,6 @@ import argparse
 import logging
 import os
 import re
-import secrets
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -62,8 +61,9 @@ _SCHEMA = (  # a pattern in SQLite's dialect, and its replacement for PostgreSQL
     (r"seq integer primary key, id text generated always as \(printf\('(\w*)%016x', seq\)\) virtual",
      r"seq integer not null, primary key (app_id, seq),"
      r" id text generated always as ('\1' || lpad(to_hex(seq), 16, '0')) stored"),
-    # An index entry may have 2,700 bytes, and these columns may have 8,000.
-    (r", app_version, os_version,\s+device_model\);", ");"),
+    (r"\bvirtual\b", "stored"),
+    # An index entry may have 2,700 bytes, and these columns may have 8,000. SQLite has the seq in every index.
+    (r", app_version, os_version, device_model\);", ", seq);"),
     (r"\) without rowid", ")"),
     (r"\binteger\b", "bigint"),
     (r"\breal\b", "double precision"),
@@ -71,11 +71,13 @@ _SCHEMA = (  # a pattern in SQLite's dialect, and its replacement for PostgreSQL
     (r"\btext\b", 'text collate "C"'),  # sorts as SQLite does, whatever the language of the database
 )
 
+_INDEXES = """
+create index if not exists crashes_by_seq on crashes (seq);
+create index if not exists events_by_seq on events (seq);
+"""
 # Functions of SQLite that the SQL uses and PostgreSQL lacks. The limiter's table is not
 # written to the log: after a crash of the database it is empty.
 _FURTHER = """
-create index crashes_by_seq on crashes (seq);
-create index events_by_seq on events (seq);
 create function min(bigint, bigint) returns bigint immutable language sql as 'select least($1, $2)';
 create function max(bigint, bigint) returns bigint immutable language sql as 'select greatest($1, $2)';
 create function instr(text, text) returns boolean immutable language sql as 'select strpos($1, $2) > 0';
@@ -133,7 +135,7 @@ def _prepare(db: Connection, may_create: bool) -> None:
         raise backfeedr.StoreError("there are no tables of backfeedr in the database")
     if version < backfeedr.SCHEMA_VERSION:
         backfeedr.migrate(db, version)
-        db.run(("" if version else _FURTHER) + (_SEQS if version < 3 else ""))
+        db.run(_INDEXES + ("" if version else _FURTHER) + (_SEQS if version < 3 else ""))
         db.execute(backfeedr.SET_STATE, ("schema_version", backfeedr.SCHEMA_VERSION))
     db.execute("commit")
 
@@ -255,8 +257,8 @@ class Connection(psycopg.Connection):
 
     def reserve_seqs(self, now: int, count: int) -> int:
         """The first of `count` consecutive seqs that were never given before."""
-        lowest = backfeedr.first_seq(now) + secrets.randbits(backfeedr.SEQ_BITS)  # random, so that databases differ
-        return super().execute("select next_seqs(%s::bigint, %s::bigint)", (lowest, count)).fetchone()[0]
+        return super().execute("select next_seqs(%s::bigint, %s::bigint)",
+                               (backfeedr.random_seq(now), count)).fetchone()[0]
 
     def try_to_write(self) -> None:
         """Writes something that needs space on the disk, like a report."""
