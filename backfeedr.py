@@ -1907,6 +1907,7 @@ HOURS_KEPT = 48        # hours for which device_hours are kept
 NAME_DAYS = KEY_DAYS = 90  # days for which events by name, and requests by key, are kept
 HEALTH_DAYS = 90       # the age up to which a release is compared with the previous one
 TRIM_STEP = 1000       # rows that one step of `trim` deletes from a table
+SEARCHED_CRASHES = 10_000  # of a larger group, the latest crash is not searched for: that would hold up all writers
 MAX_RELEASES, MAX_BUILDS_OF_APP = 1000, 2000  # of each app
 MAX_ANSWER = 60_000    # bytes of JSON for the rows of a public answer, so that the whole answer stays below 64 kB
 
@@ -2242,9 +2243,10 @@ create table groups (
             self._db.execute("""
                 update groups set crashes = crashes - ?, devices = devices + ? where app_id = ? and group_hash = ?
                 """, (len(crashes), devices, *key))
-            if self._db.execute("select 1 from groups where app_id = ? and group_hash = ? and last_seen <= ?",
-                                (*key, max(crash.at for crash in crashes))).fetchone():
-                self.show_latest(*key)
+            for count, in self._db.execute("""
+                    select crashes from groups where app_id = ? and group_hash = ? and (last_seen <= ? or search = ?)
+                    """, (*key, max(crash.at for crash in crashes), key[1])).fetchall():
+                self.show_latest(*key, is_searched=count <= SEARCHED_CRASHES)
 
     def _row(self, key: Row, crashes: Sequence[Any]) -> Row:
         in_order = sorted(crashes, key=attrgetter("at", "seq")) if len(crashes) > 1 else crashes
@@ -2266,12 +2268,13 @@ create table groups (
         words = "\n".join([crash.sent_type, reason or "", group_hash, *names])
         return reason, "".join(names[:1])[:200], words.casefold()[:4 * MAX_TEXT]
 
-    def show_latest(self, app_id: int, group_hash: str) -> None:
-        """Describes a group by its latest crash that is kept, or by its hash alone if none is; first_seen stays."""
+    def show_latest(self, app_id: int, group_hash: str, is_searched: bool = True) -> None:
+        """Describes a group by its latest crash that is kept; first_seen stays. If none is kept, or if the latest is
+        not searched for, describes it by its hash alone, and last_seen stays."""
         shown: Row = None, None, None, group_hash
         for latest in counted_rows(self._db, Crash, f"""
                 from crashes where seq = (select seq from crashes where app_id = ? and group_hash = ?
-                    order by {COUNTED_AT} desc, seq desc limit 1)""", [(app_id, group_hash)]):
+                    order by {COUNTED_AT} desc, seq desc limit 1)""", [(app_id, group_hash)] if is_searched else ()):
             trace, = self._db.execute("select stack_trace from crashes where seq = ?", (latest.seq,)).fetchone()
             shown = latest.at, *self._shown(group_hash, latest._replace(stack_trace=trace))
         self._db.execute("""

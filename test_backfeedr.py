@@ -5947,6 +5947,31 @@ def test_text_of_an_expired_crash_is_no_longer_listed_or_found(keeping, clock):
     assert [len(api.get(f"{CRASHES}?text={text}", **ADMIN)[1]["groups"]) for text in ("secret", "old")] == [0, 1]
 
 
+def test_a_very_large_group_is_described_by_its_hash_from_the_loss_of_its_latest_crash_until_it_is_smaller(
+        serve, keeping, clock, monkeypatch):
+    monkeypatch.setattr(backfeedr, "SEARCHED_CRASHES", 2)
+    server = keeping(5)
+    serve.unchecked.append(server)  # last_seen of a large group may be too late
+
+    def shown():
+        server.store.prune()
+        assert POSTGRES or backfeedr._check_roll_ups(Path(server.store.path).absolute())
+        (reason, last_seen), = sql(server.store.path, "select exception_reason, last_seen from groups")
+        return reason, (last_seen - start) / 1000
+
+    start = server.store.now
+    for n in range(5):
+        add(server, exception_type="A", exception_reason=f"crash {n}", occurred_at=time_text(clock.seconds - 9 * n))
+        clock.move(1)
+    assert shown() == ("crash 0", 0)
+    clock.move(5 * 86_400 - 5)
+    for expected in (None, 0), (None, 0), ("crash 3", -24):
+        clock.move(1)
+        assert shown() == expected
+    add(server, exception_type="A", exception_reason="new", occurred_at=time_text(clock.seconds))
+    assert shown() == ("new", 5 * 86_400 + 3)
+
+
 def test_an_emptied_group_was_last_seen_at_the_crash_that_comes_next(one_day, clock):
     for empty in (lambda: one_day.store.forget_device("d"), lambda: (clock.move(86_460), one_day.store.prune())):
         add(one_day, exception_type="A", exception_reason="Gone", device_id_hash="d")
