@@ -100,7 +100,7 @@ from functools import cache, cached_property, lru_cache, partial
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from itertools import accumulate, chain, compress, groupby, islice, repeat, tee
-from operator import add, attrgetter, floordiv, itemgetter, lt, rshift
+from operator import add, attrgetter, floordiv, itemgetter, lt, rshift, sub
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, BinaryIO, Callable, NamedTuple, Optional, TextIO, Union
@@ -217,16 +217,17 @@ def _from_text(text: str, kind: type) -> Any:
 # the API. Times are milliseconds since 1970 UTC. The tables of the figures are in the section Figures.
 #
 # `seq` is the time of receipt in milliseconds * 2^20 + a counter. The id of a report is its seq in hexadecimal, so
-# neither takes space nor needs an index. Seqs ascend, so inserts append and retention deletes at the front. If the
-# host's clock is set back by less than a day, the time of receipt stands still until the clock has caught up. A random
-# part keeps seqs unique across files.
+# neither takes space nor needs an index. Seqs ascend, so inserts append and retention deletes at the front. After the
+# host's clock was set back, seqs are ahead of the time of receipt, by `seq_ahead_ms`. A random part keeps seqs unique
+# across files.
 
 APPLICATION_ID = 0x62666472  # "bfdr" marks a file as ours
 SCHEMA_VERSION = 7
 
 GROUP_INDEX = """
 create index crashes_by_group on crashes (  -- finds the devices of a group, and covers all that is counted by group
-    app_id, group_hash, device_id_hash, occurred_at, clock_ahead_ms, app_version, os_version, device_model);
+    app_id, group_hash, device_id_hash, seq_ahead_ms, occurred_at, clock_ahead_ms, app_version, os_version,
+    device_model);
 """
 REPORT_TABLES = """
 create table apps (
@@ -243,8 +244,9 @@ create table grants (                      -- browser sessions and one-time link
 
 create table crashes (
     seq integer primary key, id text generated always as (printf('%016x', seq)) virtual,
-    app_id integer not null, received_at integer generated always as (seq >> 20) virtual,
-    occurred_at integer not null, clock_ahead_ms integer not null default 0,  -- how far the device's clock was ahead
+    app_id integer not null, received_at integer generated always as ((seq >> 20) - seq_ahead_ms) virtual,
+    seq_ahead_ms integer not null default 0, occurred_at integer not null,
+    clock_ahead_ms integer not null default 0,  -- how far the device's clock was ahead
     other integer not null default 0,      -- bits (OTHER_FLAGS) of the fields that are counted as '(other)'
     group_hash text not null, images text,  -- UUIDs of builds whose symbols can name its frames, separated by spaces
     exception_type text not null,
@@ -256,8 +258,9 @@ create table crashes (
     exception_reason text, stack_trace text, extra text);
 create table events (
     seq integer primary key, id text generated always as (printf('evt_%016x', seq)) virtual,
-    app_id integer not null, received_at integer generated always as (seq >> 20) virtual,
-    occurred_at integer not null, clock_ahead_ms integer not null default 0, other integer not null default 0,
+    app_id integer not null, received_at integer generated always as ((seq >> 20) - seq_ahead_ms) virtual,
+    seq_ahead_ms integer not null default 0, occurred_at integer not null,
+    clock_ahead_ms integer not null default 0, other integer not null default 0,
     type text not null, name text,
     app_version text, os_version text, device_model text, device_id_hash text, session_id text, locale text,
     properties text, extra text);
@@ -404,7 +407,7 @@ def counted_at(occurred_at: int, received_at: int, ahead_ms: int) -> int:
     return corrected if EARLIEST_PLAUSIBLE <= corrected <= received_at + MAX_SKEW else received_at
 
 
-RECEIVED_AT = f"(seq >> {SEQ_BITS})"  # unlike the column of this name, it lets SQLite answer from an index alone
+RECEIVED_AT = f"((seq >> {SEQ_BITS}) - seq_ahead_ms)"  # unlike the column, lets SQLite answer from an index alone
 COUNTED_AT = (f"case when occurred_at - clock_ahead_ms between {EARLIEST_PLAUSIBLE} and {RECEIVED_AT} + {MAX_SKEW}"
               f" then occurred_at - clock_ahead_ms else {RECEIVED_AT} end")  # counted_at in SQL
 
@@ -416,7 +419,7 @@ def first_seq(received_at: int) -> int:
 
 def random_seq(received_at: int) -> int:
     """A seq of a millisecond, random so that different files have different ids. It is one of the lower half: so the
-    reports of a commit do not run into the next millisecond."""
+    reports of a commit seldom run into the next millisecond."""
     return first_seq(received_at) + secrets.randbits(SEQ_BITS - 1)
 
 
@@ -1907,7 +1910,7 @@ HOURS_KEPT = 48        # hours for which device_hours are kept
 NAME_DAYS = KEY_DAYS = 90  # days for which events by name, and requests by key, are kept
 HEALTH_DAYS = 90       # the age up to which a release is compared with the previous one
 TRIM_STEP = 1000       # rows that one step of `trim` deletes from a table
-SEARCHED_CRASHES = 10_000  # of a larger group, the latest crash is not searched for: that would hold up all writers
+SEARCHED_CRASHES = 10_000  # that a deletion reads to find the latest ones of groups: more would hold up all writers
 MAX_RELEASES, MAX_BUILDS_OF_APP = 1000, 2000  # of each app
 MAX_ANSWER = 60_000    # bytes of JSON for the rows of a public answer, so that the whole answer stays below 64 kB
 
@@ -2206,6 +2209,7 @@ create table groups (
         self._inserted: dict[Row, list[Any]] = defaultdict(list)  # crashes by app_id and group_hash
         self._deleted: dict[Row, list[Any]] = defaultdict(list)
         self.devices: dict[Row, int] = defaultdict(int)  # by app_id and group_hash: devices it gains, or loses
+        self.may_search = SEARCHED_CRASHES  # crashes that `save` may read to find the latest ones of groups
 
     def count(self, kind: type, reports: CountedReports, by: int) -> None:
         crashes_of = self._inserted if by > 0 else self._deleted
@@ -2243,16 +2247,25 @@ create table groups (
             self._db.execute("""
                 update groups set crashes = crashes - ?, devices = devices + ? where app_id = ? and group_hash = ?
                 """, (len(crashes), devices, *key))
-            for count, in self._db.execute("""
-                    select crashes from groups where app_id = ? and group_hash = ? and (last_seen <= ? or search = ?)
-                    """, (*key, max(crash.at for crash in crashes), key[1])).fetchall():
-                self.show_latest(*key, is_searched=count <= SEARCHED_CRASHES)
+            self._describe_again(key, crashes)
 
     def _row(self, key: Row, crashes: Sequence[Any]) -> Row:
         in_order = sorted(crashes, key=attrgetter("at", "seq")) if len(crashes) > 1 else crashes
         first, latest, came_at = in_order[0], in_order[-1], min([crash.received_at for crash in crashes])
         return (*key, OTHER if key[1] == OTHER else latest.sent_type, first.at, first.app_version, latest.at,
                 *self._shown(key[1], latest), len(crashes), self.devices[key], came_at)
+
+    def _describe_again(self, key: Row, deleted: Sequence[Any]) -> None:
+        """Describes a group again if its latest crash was deleted, now or when there was no time to search for it."""
+        latest = max(crash.at for crash in deleted)
+        if key in self._inserted and latest <= max(crash.at for crash in self._inserted[key]):
+            return  # the latest crash has only got other images, and `save` has described the group
+        for crashes, in self._db.execute("""
+                select crashes from groups where app_id = ? and group_hash = ? and (last_seen <= ? or search = ?)
+                """, (*key, latest, key[1])).fetchall():
+            is_searched = crashes <= self.may_search
+            self.may_search -= crashes * is_searched
+            self.show_latest(*key, is_searched)
 
     def drop_empty(self) -> None:
         """Deletes the groups whose last crash was just deleted, unless they had one in the last week."""
@@ -2270,7 +2283,7 @@ create table groups (
 
     def show_latest(self, app_id: int, group_hash: str, is_searched: bool = True) -> None:
         """Describes a group by its latest crash that is kept; first_seen stays. If none is kept, or if the latest is
-        not searched for, describes it by its hash alone, and last_seen stays."""
+        not searched for, describes it by its hash alone, and leaves last_seen as it is, until a later crash comes."""
         shown: Row = None, None, None, group_hash
         for latest in counted_rows(self._db, Crash, f"""
                 from crashes where seq = (select seq from crashes where app_id = ? and group_hash = ?
@@ -3324,13 +3337,14 @@ def check_compatible(db: Connection, path: Path) -> None:
         raise StoreError(f"{path} is a database, but not one of backfeedr's{DB_PATH_HINT}")
     if version > SCHEMA_VERSION:
         raise StoreError(f"{path} was made by a newer backfeedr (schema {version}; this one knows {SCHEMA_VERSION})")
+    if 0 < version < 7 and sqlite3.sqlite_version_info < (3, 35):  # the first that can drop a column
+        raise StoreError(f"SQLite 3.35 or later is needed to upgrade {path}; this Python has {sqlite3.sqlite_version}")
 
 
-# The tables of earlier schemas that new ones replace. Of schema 2, these are all tables but those of apps.
-_REPLACED = {2: ("crashes", "events", "devices", "sessions", "hours", "days", "durations", "releases", "release_days",
-                 "labels", "groups", "group_hours"),
-             4: ("crashes", "events", "regroupings", "groups", "builds", "releases", "group_devices", "group_sums"),
-             **dict.fromkeys((5, 6), ("crashes", "events", "regroupings"))}
+# The tables of earlier schemas that new ones replace. Of schema 2, these are all tables that count reports.
+_REPLACED = {2: ("devices", "sessions", "hours", "days", "durations", "releases", "release_days", "labels", "groups",
+                 "group_hours"),
+             4: ("groups", "builds", "releases", "group_devices", "group_sums")}
 _ADDED_COLUMNS = {4: """
 alter table crashes add column clock_ahead_ms integer not null default 0;
 alter table crashes add column other integer not null default 0;
@@ -3338,7 +3352,12 @@ alter table crashes add column session_id text;
 alter table crashes add column images text;
 alter table events add column clock_ahead_ms integer not null default 0;
 alter table events add column other integer not null default 0;
-"""}  # by the schema that added them to older tables
+""", 7: "".join(f"""
+alter table {table} add column seq_ahead_ms integer not null default 0;
+update {table} set seq_ahead_ms = (seq >> 20) - received_at where received_at <> seq >> 20;
+alter table {table} drop column received_at;
+alter table {table} add column received_at integer generated always as ((seq >> 20) - seq_ahead_ms) virtual;
+""" for table in TABLES.values())}  # by the schema that added them to older tables
 # Sums of schema 2 that outlive their reports: for each table, its columns after app_id.
 _SUMS_OF_2 = {
     "crash_days": "day, crashes from old_days", "session_days": "day, sessions, ended, session_ms from old_days",
@@ -3356,21 +3375,18 @@ def migrate(db: Connection, version: int) -> None:
         log.warning("upgrading the database from schema %s to %s", version, SCHEMA_VERSION)
     version = 2 if version == 1 else version  # 1 lacks only the table `grants`
     replaced = _REPLACED.get(version, ())
-    db.run_script("".join(script for schema, script in _ADDED_COLUMNS.items() if 0 < version < schema)
+    db.run_script("drop index if exists crashes_by_group;\ndrop index if exists crashes_by_device;\n"
                   + "".join(f"alter table {table} rename to old_{table};\n" for table in replaced)
-                  + "drop index if exists crashes_by_group;\ndrop index if exists crashes_by_device;\n"
+                  + "".join(script for schema, script in _ADDED_COLUMNS.items() if 0 < version < schema)
                   + "drop view if exists releases;\n"
                   + re.sub("create (table|index)", r"create \1 if not exists", SCHEMA))
-    for kind, table in TABLES.items() if replaced else ():
-        columns = ", ".join(("seq", "app_id", "clock_ahead_ms", "other", *kind._fields))
-        db.execute(f"insert into {table} ({columns}) select {columns} from old_{table} order by seq")
-    if "regroupings" in replaced:
-        db.execute("insert into regroupings select app_id, group_hash, seq, target from old_regroupings")
+    if version >= 4:  # they begin again
+        db.run_script("alter table regroupings drop column received_at;\nupdate regroupings set seq = 0")
     if version == 2:
         _recount_2(db)
     elif version == 4:
         _complete_4(db)
-    if "releases" in replaced:
+    if replaced:
         db.execute("""
             insert into builds select app_id, app_version, '', first_seen, last_seen from old_releases where app_id > 0
             on conflict (app_id, app_version, build_number) do update set
@@ -3437,6 +3453,7 @@ def _pages_to_count(db: sqlite3.Connection, kind: type[Any]) -> Iterator[Counted
 # == Database ==================================================================
 # One file with these tables: how it is opened, read and written.
 
+UPGRADE_TIMEOUT = 600  # seconds to wait for another process that upgrades the tables: a gigabyte takes about 15
 STEP_ROWS = 1000  # rows, or pages, that one step deletes
 PAUSE_FACTOR = 2  # the pause after a step is this many times as long as the step
 
@@ -3640,7 +3657,9 @@ def _prepare_tables(path: Path) -> None:
         check_compatible(db, path)
         if db.pragma("user_version") == SCHEMA_VERSION:
             return
-        if not db.pragma("user_version"):
+        if db.pragma("user_version"):
+            db.execute(f"pragma busy_timeout = {SECOND * UPGRADE_TIMEOUT}")
+        else:
             db.execute("pragma auto_vacuum = incremental")
             db.execute("pragma journal_mode = wal")
         db.execute("begin immediate")
@@ -3863,18 +3882,14 @@ class Receipt(NamedTuple):
 
 
 class StoredReport(NamedTuple):
-    """A report as `export` gives it and `import_` takes it."""
+    """A report as `export` gives it and `import_` takes it. Times are in milliseconds."""
 
     seq: int
     app: str
     is_test: bool
+    received_at: int
     clock_ahead_ms: int
     report: Crash | Event
-
-    @property
-    def received_at(self) -> int:
-        """Milliseconds since 1970 UTC."""
-        return self.seq >> SEQ_BITS
 
 
 @dataclass(eq=False)
@@ -3957,9 +3972,9 @@ class Commit:
         self._db, self._now, self._symbols, self._known = db, now, Symbols(db), known or KnownRows()
         self._replays: list[tuple[Any, ...]] = []  # new rows of the table `replays`
         self._key_uses: dict[tuple[int, bytes], int] = defaultdict(int)  # requests by app and key
-        # By app_id and kind: seqs, how far the clocks were ahead, reports. Columns, because a tuple for each report
-        # would set off the garbage collector.
-        self._columns: dict[tuple[int, Any], tuple[list[Any], ...]] = defaultdict(lambda: ([], [], []))
+        # By app_id and kind: seqs, times of receipt, how far the clocks were ahead, reports. Columns, because a tuple
+        # for each report would set off the garbage collector.
+        self._columns: dict[tuple[int, Any], tuple[list[Any], ...]] = defaultdict(lambda: ([], [], [], []))
 
     def add_submissions(self, submissions: Sequence[Submission]) -> None:
         """Adds requests. Gives each a receipt, which is valid once the transaction ends, or an error."""
@@ -3988,7 +4003,7 @@ class Commit:
             if not earlier:
                 seq = seqs.stop
                 ahead = clock_ahead(max([report.occurred_at for report in reports]), self._now)
-                self.add_reports(app_id, seqs, [ahead] * len(seqs), reports)
+                self.add_reports(app_id, seqs, [self._now] * len(seqs), [ahead] * len(seqs), reports)
             submission.receipt = Receipt(seqs, earlier is not None)
             self._key_uses[app_id, submission.key_hash] += 1
             for mark in marks:
@@ -4020,14 +4035,15 @@ class Commit:
         rollups = RollUps(self._db, self._now, self._symbols, self._known)
         stored: Counter[str] = Counter()
         crashes: list[Any] = []
-        for (app_id, kind), (seqs, ahead, sent) in self._columns.items():
+        for (app_id, kind), (seqs, received, ahead, sent) in self._columns.items():
             if not seqs:
                 continue
-            table, received = TABLES[kind], list(map(rshift, seqs, repeat(SEQ_BITS)))
+            table = TABLES[kind]
             flags, reports = rollups.names.limit(app_id, received, sent)
+            seq_ahead = list(map(sub, map(rshift, seqs, repeat(SEQ_BITS)), received))
             # Columns of zeros are left out: binding them costs 2 % of a batch.
-            own_columns = {"seq": seqs, "app_id": repeat(app_id), **{
-                name: values for name, values in (("clock_ahead_ms", ahead), ("other", flags)) if any(values)}}
+            own_columns = {"seq": seqs, "app_id": repeat(app_id), **{name: values for name, values in (
+                ("seq_ahead_ms", seq_ahead), ("clock_ahead_ms", ahead), ("other", flags)) if any(values)}}
             new = counted_reports(kind, app_id, seqs, received, ahead, flags, reports)
             rollups.count(kind, new, 1)  # before the insert, because it looks for devices that are new to a group
             self._db.append(table, (*own_columns, *kind._fields), list(map(add, zip(*own_columns.values()), reports)))
@@ -4144,6 +4160,7 @@ class Deletion(Apps):
             if expired:
                 rollups.expire(kind, reports)
             else:
+                rollups.figures[Groups].may_search = MAX_NUMBER  # nothing may describe the group later
                 rollups.count(kind, reports, -1)
             rollups.save()
         return [report.seq for report in reports]
@@ -4613,7 +4630,7 @@ class Store(SymbolStore):
                 self.find_app(db, app)
         last, after = self._last_seq(kind), min(max(0, first_seq(since)), MAX_NUMBER) - 1
         while page := self._export_page(kind, after, last):
-            yield from (stored for stored in page if app in (None, stored.app))
+            yield from (stored for stored in page if app in (None, stored.app) and stored.received_at >= since)
             after = page[-1].seq
 
     def _export_page(self, kind: type[Any], after: int, last: int) -> list[StoredReport]:
@@ -4621,12 +4638,12 @@ class Store(SymbolStore):
         page: list[StoredReport] = []
         size = 0
         with self.reading() as db, closing(db.execute(f"""
-                select seq, apps.name, is_test, clock_ahead_ms,
+                select seq, apps.name, is_test, received_at, clock_ahead_ms,
                     {", ".join("reports." + field for field in kind._fields)}
                 from {TABLES[kind]} as reports cross join apps on apps.id = app_id
                 where seq > ? and seq <= ? order by seq limit ?""", (after, last, PAGE_ROWS))) as rows:
-            for seq, name, is_test, ahead_ms, *values in rows:
-                page.append(StoredReport(seq, name, bool(is_test), ahead_ms, kind._make(values)))
+            for seq, name, is_test, received_at, ahead_ms, *values in rows:
+                page.append(StoredReport(seq, name, bool(is_test), received_at, ahead_ms, kind._make(values)))
                 size += sum(len(value) for value in values if type(value) is str)
                 if size > PAGE_CHARACTERS:
                     break
@@ -4648,7 +4665,7 @@ class Store(SymbolStore):
                 [(stored.seq,) for stored in reports])}
             last_expired = {kind: max(self._first_kept_seq - 1, get_state(db, "expired_" + table, -1))
                             for kind, table in TABLES.items()}
-            for seq, app, is_test, ahead_ms, report in sorted(reports, key=itemgetter(0)):
+            for seq, app, is_test, received_at, ahead_ms, report in sorted(reports, key=itemgetter(0)):
                 kind = type(report)
                 if (kind, seq) in known:
                     counts["known"] += 1
@@ -4657,7 +4674,7 @@ class Store(SymbolStore):
                 if seq <= last_expired[kind] or seq <= last_early(app_id := import_app(app, is_test)):
                     counts["expired"] += 1
                     continue
-                commit.add_reports(app_id, [seq], [ahead_ms], commit.regrouped([report]))
+                commit.add_reports(app_id, [seq], [received_at], [ahead_ms], commit.regrouped([report]))
                 counts["stored"] += 1
             commit.save()
             self._expire(db)
@@ -5786,7 +5803,7 @@ def _symbolicate(symbols: Symbols, report: JsonObject) -> None:
 
 def as_sent(row: Mapping[str, Any]) -> JsonObject:
     """The report in a row as it was sent, without what was absent."""
-    hidden = ("seq", "other", "images")
+    hidden = ("seq", "seq_ahead_ms", "other", "images")
     report = {name: value for name, value in row.items() if value is not None and name not in hidden}
     if not report["clock_ahead_ms"]:
         del report["clock_ahead_ms"]
@@ -7820,8 +7837,7 @@ def csv_writer(out: TextIO, kind: Any) -> Callable[[StoredReport], Any]:
 
 def _exported(stored: StoredReport) -> JsonObject:
     report_id = crash_id(stored.seq) if type(stored.report) is Crash else event_ids([stored.seq])[0]
-    return as_sent({"id": report_id, "received_at": stored.received_at, **stored._asdict(), "report": None,
-                    **stored.report._asdict()})
+    return as_sent({"id": report_id, **stored._asdict(), "report": None, **stored.report._asdict()})
 
 
 # How a formula begins. Spreadsheets skip control characters, and read full-width signs like the others.
@@ -7853,13 +7869,13 @@ def _parse_exported(line: bytes) -> StoredReport:
     except ValueError:
         raise Refusal("invalid received_at") from None
     match = re.fullmatch("(evt_)?([0-7][0-9a-f]{15})", report_id)
-    # Before schema 7, a seq was up to about a day after its time of receipt if the server's clock had been set back.
-    if not match or not first_seq(received_at) <= int(match[2], 16) < first_seq(received_at + 2 * DAY):
+    # A seq is never before its time of receipt, and after it only if the server's clock was set back: perhaps by years.
+    if not match or not first_seq(received_at) <= int(match[2], 16) < first_seq(received_at + 3650 * DAY):
         raise Refusal("invalid id")
     report: Any = (parse_event if match[1] else parse_crash)({**extra, **values})
     if _is_trace_cut(extra) and re.fullmatch("[0-9a-f]{16}", str(group)):
         report = report._replace(group_hash=group)
-    return StoredReport(int(match[2], 16), app, is_test, ahead_ms, report)
+    return StoredReport(int(match[2], 16), app, is_test, received_at, ahead_ms, report)
 
 
 def import_jsonl(store: Store, lines: Iterable[bytes]) -> Counter[str]:

@@ -3891,16 +3891,15 @@ def test_the_overview_warns_of_a_disk_that_is_nearly_full(api, person, monkeypat
     assert "The disk is nearly full: 5.0 MB are free." in person.get("/")
 
 
-def test_the_time_of_receipt_stands_still_until_a_clock_that_was_set_back_has_caught_up(serve, clock, monkeypatch):
+def test_each_report_has_its_time_of_receipt_even_after_the_clock_was_set_back(serve, clock, monkeypatch):
     monkeypatch.setattr("secrets.randbits", lambda bits: (1 << bits) - 1)  # the last one
-    server = serve()
-    start = server.store.now
-    for seconds in (0, -3600, 3000, 700, -2 * A_DAY):
+    server, expected = serve(), []
+    for seconds in (0, -3600, 3000, 700, -2 * A_DAY, 60):
         clock.move(seconds)
         add(server, 100, type="custom")
-    received = sql(server.store.path, "select received_at, count(*) from events group by received_at order by 1")
-    assert [((at - start) / 1000, number) for at, number in received] == [
-        (100 - 2 * A_DAY, 100), (0, 300), (100, 100)], "a commit has one time of receipt"
+        expected.append((server.store.now, 100))
+    assert sql(server.store.path, "select received_at, count(*) from events group by received_at order by 1") \
+        == sorted(expected)
 
 
 @sqlite_only
@@ -4297,6 +4296,21 @@ def test_a_database_of_a_newer_backfeedr_or_an_unreleased_one_is_refused_unchang
     assert content_of(path) == content and version_of(path) == version
 
 
+@sqlite_only
+def test_an_upgrade_waits_for_another_process_that_upgrades_and_needs_a_sqlite_that_drops_columns(serve, monkeypatch):
+    server, timeouts = serve(), []
+    server.close()
+    downgrade(server.store.path, 6)
+    monkeypatch.setattr(backfeedr, "migrate", lambda db, version: timeouts.append(db.pragma("busy_timeout")) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        serve()
+    assert timeouts == [600_000]
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 34, 1))
+    with pytest.raises(StoreError, match="SQLite 3.35 or later is needed to upgrade .*test.db; this Python has"):
+        serve()
+    assert version_of(server.store.path) == 6
+
+
 def make_old_database(path, version):
     """Makes a database of an earlier version: two apps with three crashes and six events. Some rows of the table `days`
     are left out: a migration without expired reports only drops it."""
@@ -4312,10 +4326,13 @@ def make_old_database(path, version):
 
 
 DOWNGRADES = {  # what takes a database back to each version from the next one
-    6: "".join(f"""
+    6: "drop index crashes_by_group;" + "".join(f"""
+        alter table {table} add column received bigint not null default 0;
+        update {table} set received = received_at;
         alter table {table} drop column received_at;
-        alter table {table} add column received_at bigint not null default 0;
-        update {table} set received_at = seq >> 20;""" for table in ("crashes", "events")) + """
+        alter table {table} drop column seq_ahead_ms;
+        alter table {table} rename column received to received_at;""" for table in ("crashes", "events")) + """
+        create index crashes_by_group on crashes (app_id, group_hash, received_at);
         alter table regroupings add column received_at bigint not null default 0;""",
     5: """
         drop index crashes_by_group;
@@ -4369,7 +4386,7 @@ def test_an_older_database_gets_the_new_schema_and_keeps_its_reports(tmp_path, k
     check_database(path)
     assert not count(server, "regroupings")
     assert version_of(path) == backfeedr.SCHEMA_VERSION and columns_of(path) == columns_of(serve("new.db").store.path)
-    assert [[{**row, "other": 0, "clock_ahead_ms": 0, "session_id": row.get("session_id"),
+    assert [[{**row, "other": 0, "clock_ahead_ms": 0, "seq_ahead_ms": 0, "session_id": row.get("session_id"),
                **({"images": None} if "group_hash" in row else {})} for row in rows]
             for rows in reports] == [rows_by_name(path, f"select * from {table}") for table in ("crashes", "events")]
     assert {name: api.get("/api/v1/overview")[1][name] for name in ("sessions_7d", "crashes_7d", "dau")} \
@@ -4384,6 +4401,11 @@ def test_an_older_database_gets_the_new_schema_and_keeps_its_reports(tmp_path, k
     check_database(path, forgotten=True)
 
 
+def named_reports(server):
+    """All reports, by column: its place differs after a migration."""
+    return [rows_by_name(server.store.path, f"select * from {table} order by seq") for table in ("crashes", "events")]
+
+
 @pytest.mark.parametrize("version", [4, 5, 6])
 def test_a_migration_loses_nothing_on_any_engine(keeping, clock, caplog, version):
     server = keeping()
@@ -4391,18 +4413,23 @@ def test_a_migration_loses_nothing_on_any_engine(keeping, clock, caplog, version
     for _ in range(2):
         clock.move(60)
         add(server, app_version="1.0", build_number="7")  # schema 4 does not know when it was seen last
+    clock.move(-7200)
+    add(server, app_version="1.0", device_id_hash="d")
+    assert count(server, "crashes", "seq_ahead_ms > 7000000") == 1
     server.store.triage(ABORTS, {"state": "resolved"}, app="default")
     server.close()
-    sql_run(server.store.path, "insert into regroupings values (1, 'aaaaaaaaaaaaaaaa', 5, 'bbbbbbbbbbbbbbbb')")
-    before = stored(server)
+    sql_run(server.store.path, "insert into regroupings values (1, 'aaaaaaaaaaaaaaaa', 0, 'bbbbbbbbbbbbbbbb')")
+    before, reports = stored(server), named_reports(server)
+    sql_run(server.store.path, "update regroupings set seq = 5")
     downgrade(server.store.path, version)
     keeping().close()
     assert version_of(server.store.path) == backfeedr.SCHEMA_VERSION
     assert f"upgrading the database from schema {version} to {backfeedr.SCHEMA_VERSION}" in caplog.text
     after = stored(server)
+    assert named_reports(server) == reports
     for rows in (before, after) if version == 4 else ():  # "" has the times of its version, as schema 4 knew no others
         rows["builds"] = [row for row in rows["builds"] if row[2]]
-    for table in after:
+    for table in after.keys() - {"crashes", "events"}:
         assert sorted(after[table], key=repr) == sorted(before[table], key=repr), table
     check_database(server.store.path, forgotten=version == 4)
     if POSTGRES:
@@ -5764,7 +5791,6 @@ class Simulation:
     def __init__(self, api, clock, seed, variety):
         self.api, self.clock, self.random, self.variety = api, clock, random.Random(seed), variety
         self.store, self.sent, self.waiting = api.server.store, {}, defaultdict(list)
-        self.received_at = 0  # of the latest report: it stands still while the clock is behind it
         self.keys = {"default": KEY, "Shop": self.store.create_app("Shop"), "Beta": self.store.create_app("Beta", True)}
         self.forgets = seed % 2 == 1  # whether devices are forgotten: then first and last reports of a release are gone
         clock.seconds = parse_time("2026-02-20T09:00:00Z") / 1000
@@ -5834,11 +5860,10 @@ class Simulation:
                   for _ in range(self.random.randrange(1, 9) if path == BATCH else 1)]
         status, answer = self.api.post(path, {"events": bodies} if path == BATCH else bodies[0], key=self.keys[app])
         assert status == 201
-        self.received_at = max(self.received_at, self.store.now)
         ahead_ms = max(parse_time(body["occurred_at"]) for body in bodies) - self.store.now
         for body, id in zip(bodies, answer["ids"] if path == BATCH else [answer["id"]]):
             self.sent[id] = {name: value for name, value in body.items() if value not in (None, "") and name != "zone"}
-            self.sent[id].update(id=id, app=app, received_at=iso_time(self.received_at), extra={"zone": 7},
+            self.sent[id].update(id=id, app=app, received_at=iso_time(self.store.now), extra={"zone": 7},
                                  **({"clock_ahead_ms": ahead_ms} if ahead_ms > 300_000 else {}))
 
     def forget(self):
@@ -5970,6 +5995,37 @@ def test_a_very_large_group_is_described_by_its_hash_from_the_loss_of_its_latest
         assert shown() == expected
     add(server, exception_type="A", exception_reason="new", occurred_at=time_text(clock.seconds))
     assert shown() == ("new", 5 * 86_400 + 3)
+
+
+def test_a_large_group_is_described_after_a_device_is_forgotten_or_its_crashes_stay_in_it(serve, clock, monkeypatch):
+    monkeypatch.setattr(backfeedr, "SEARCHED_CRASHES", 2)
+    server = serve()
+    for n in range(5):
+        add(server, exception_type="A", exception_reason=f"crash {n}", device_id_hash=f"d{n}",
+            occurred_at=time_text(clock.seconds + n))
+    server.store.forget_device("d4")
+    assert sql(server.store.path, "select exception_reason, crashes from groups") == [("crash 3", 4)]
+    sql_run(server.store.path, "update crashes set images = 'outdated'")
+    sql_run(server.store.path, "update group_images set uuid = 'outdated'")
+    sql_run(server.store.path, "insert into regroupings select app_id, group_hash, 0, '' from groups")
+    server.store.catch_up()
+    assert sql(server.store.path, "select distinct images from crashes") == [(None,)]
+    assert sql(server.store.path, "select exception_reason, crashes from groups") == [("crash 3", 4)]
+
+
+def test_a_deletion_searches_few_crashes_for_the_latest_ones_of_all_groups_together(
+        serve, keeping, clock, monkeypatch):
+    monkeypatch.setattr(backfeedr, "SEARCHED_CRASHES", 2)
+    server, start = keeping(5), clock.seconds
+    serve.unchecked.append(server)  # a group that was not searched has no reason
+    for n in (2, 1):
+        for kind in "ABC":
+            add(server, exception_type=kind, exception_reason=f"crash {n}", occurred_at=time_text(start + n))
+        clock.move(86_400)
+    clock.move(3.5 * 86_400)
+    server.store.prune()
+    assert dict(sql(server.store.path, "select exception_reason, count(*) from groups group by 1")) \
+        == {"crash 1": 2, None: 1}
 
 
 def test_an_emptied_group_was_last_seen_at_the_crash_that_comes_next(one_day, clock):
@@ -9001,6 +9057,15 @@ def test_import_names_a_bad_line_and_stores_the_lines_before_it(command, filled,
             message = command("import", "good", "--db", "other.db")[2]
             assert f"Stored {len(good) - before} reports; {before} were" in message
             check_database("other.db")
+
+
+def test_a_report_that_came_after_a_clock_was_set_back_by_a_year_is_imported_with_its_time_of_receipt(command, filled):
+    event = exported(command, "events")[0]
+    received_at = parse_time(event["received_at"]) - 366 * DAY
+    Path("events").write_text(json.dumps({**event, "received_at": iso_time(received_at)}))
+    assert command("import", "events", "--db", "other.db")[0] == 0
+    assert sql("other.db", "select id, received_at from events") == [(event["id"], received_at)]
+    assert [each["received_at"] for each in exported(command, "events", "--db", "other.db")] == [iso_time(received_at)]
 
 
 def test_an_import_without_disk_and_an_interrupted_export_end_with_one_line(command, filled, monkeypatch):

@@ -63,7 +63,7 @@ _SCHEMA = (  # a pattern in SQLite's dialect, and its replacement for PostgreSQL
      r" id text generated always as ('\1' || lpad(to_hex(seq), 16, '0')) stored"),
     (r"\bvirtual\b", "stored"),
     # An index entry may have 2,700 bytes, and these columns may have 8,000. SQLite has the seq in every index.
-    (r", app_version, os_version, device_model\);", ", seq);"),
+    (r", app_version, os_version,\s+device_model\);", ", seq);"),
     (r"\) without rowid", ")"),
     (r"\binteger\b", "bigint"),
     (r"\breal\b", "double precision"),
@@ -71,13 +71,11 @@ _SCHEMA = (  # a pattern in SQLite's dialect, and its replacement for PostgreSQL
     (r"\btext\b", 'text collate "C"'),  # sorts as SQLite does, whatever the language of the database
 )
 
-_INDEXES = """
-create index if not exists crashes_by_seq on crashes (seq);
-create index if not exists events_by_seq on events (seq);
-"""
 # Functions of SQLite that the SQL uses and PostgreSQL lacks. The limiter's table is not
 # written to the log: after a crash of the database it is empty.
 _FURTHER = """
+create index crashes_by_seq on crashes (seq);
+create index events_by_seq on events (seq);
 create function min(bigint, bigint) returns bigint immutable language sql as 'select least($1, $2)';
 create function max(bigint, bigint) returns bigint immutable language sql as 'select greatest($1, $2)';
 create function instr(text, text) returns boolean immutable language sql as 'select strpos($1, $2) > 0';
@@ -126,7 +124,8 @@ def _prepare(db: Connection, may_create: bool) -> None:
     """Makes the tables if there are none, or upgrades an older schema; one host at a time."""
     if db.execute("show server_encoding").fetchone()[0] != "UTF8":
         raise backfeedr.StoreError("the encoding of the database is not UTF8")
-    db.run(f"begin isolation level read committed; select pg_advisory_xact_lock({backfeedr.APPLICATION_ID + 1})")
+    db.run(f"""begin isolation level read committed; set local lock_timeout = '{backfeedr.UPGRADE_TIMEOUT}s';
+        select pg_advisory_xact_lock({backfeedr.APPLICATION_ID + 1})""")
     version = _version(db)
     if version > backfeedr.SCHEMA_VERSION:
         raise backfeedr.StoreError(
@@ -135,7 +134,7 @@ def _prepare(db: Connection, may_create: bool) -> None:
         raise backfeedr.StoreError("there are no tables of backfeedr in the database")
     if version < backfeedr.SCHEMA_VERSION:
         backfeedr.migrate(db, version)
-        db.run(_INDEXES + ("" if version else _FURTHER) + (_SEQS if version < 3 else ""))
+        db.run(("" if version else _FURTHER) + (_SEQS if version < 3 else ""))
         db.execute(backfeedr.SET_STATE, ("schema_version", backfeedr.SCHEMA_VERSION))
     db.execute("commit")
 
