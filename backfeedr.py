@@ -2265,7 +2265,7 @@ create table groups (
                 """, (*key, latest, key[1])).fetchall():
             is_searched = crashes <= self.may_search
             self.may_search -= crashes * is_searched
-            self.show_latest(*key, is_searched)
+            self.show_latest(*key, is_searched=is_searched)
 
     def drop_empty(self) -> None:
         """Deletes the groups whose last crash was just deleted, unless they had one in the last week."""
@@ -2281,7 +2281,7 @@ create table groups (
         words = "\n".join([crash.sent_type, reason or "", group_hash, *names])
         return reason, "".join(names[:1])[:200], words.casefold()[:4 * MAX_TEXT]
 
-    def show_latest(self, app_id: int, group_hash: str, is_searched: bool = True) -> None:
+    def show_latest(self, app_id: int, group_hash: str, *, is_searched: bool = True) -> None:
         """Describes a group by its latest crash that is kept; first_seen stays. If none is kept, or if the latest is
         not searched for, describes it by its hash alone, and leaves last_seen as it is, until a later crash comes."""
         shown: Row = None, None, None, group_hash
