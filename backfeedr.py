@@ -4040,7 +4040,8 @@ class Commit:
                 continue
             table = TABLES[kind]
             flags, reports = rollups.names.limit(app_id, received, sent)
-            seq_ahead = list(map(sub, map(rshift, seqs, repeat(SEQ_BITS)), received))
+            is_one_time = len({seqs[0] >> SEQ_BITS, seqs[-1] >> SEQ_BITS, *received}) == 1  # mostly
+            seq_ahead = () if is_one_time else list(map(sub, map(rshift, seqs, repeat(SEQ_BITS)), received))
             # Columns of zeros are left out: binding them costs 2 % of a batch.
             own_columns = {"seq": seqs, "app_id": repeat(app_id), **{name: values for name, values in (
                 ("seq_ahead_ms", seq_ahead), ("clock_ahead_ms", ahead), ("other", flags)) if any(values)}}
