@@ -742,9 +742,11 @@ _make_decoder = partial(json.JSONDecoder, parse_float=_parse_finite,
 _DECODER = _make_decoder(parse_constant=_parse_finite)
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"),
                             default=lambda _: "(nested too deep)")  # for the deques of _decode_nested
-# _ENCODER makes this encoder anew for each value. Keeping it halves the time.
-_C_ENCODER = json.encoder.c_make_encoder and json.encoder.c_make_encoder(  # type: ignore[attr-defined]
-    None, _ENCODER.default, json.encoder.encode_basestring, None, ":", ",", False, False, False)
+# json makes its encoder anew for each value. Keeping it halves the time. Not every Python has it.
+_make_encoder = json.encoder.c_make_encoder or (lambda *_: None)  # type: ignore[attr-defined]
+_C_ENCODER = _make_encoder(None, _ENCODER.default, json.encoder.encode_basestring, None, ":", ",", *[False] * 3)
+_C_ASCII_ENCODER = _make_encoder(None, _ENCODER.default, json.encoder.encode_basestring_ascii, None, ": ", ", ",
+                                 *[False] * 3)
 _NESTING_STEPS = {**dict.fromkeys(b"{[", 1), **dict.fromkeys(b"]}", -1)}
 _NO_BRACKETS = bytes(set(range(256)) - _NESTING_STEPS.keys())
 _MAYBE_UNSTORABLE = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")  # a cheap check before the exact one
@@ -755,6 +757,11 @@ _ESCAPE = re.compile(r"\\(?:ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}|(u0000|ud[89
 def to_json(value: Any) -> str:
     """A value as compact JSON."""
     return "".join(_C_ENCODER(value, 0)) if _C_ENCODER else _ENCODER.encode(value)
+
+
+def to_ascii_json(value: Any) -> str:
+    """A value as JSON that survives any treatment on its way to a client."""
+    return "".join(_C_ASCII_ENCODER(value, 0)) if _C_ASCII_ENCODER else json.dumps(value)
 
 
 def _json_type(value: Any) -> str:
@@ -2934,7 +2941,7 @@ def rows_that_fit(rows: Iterable[Any]) -> Iterator[Any]:
     """As many of the first rows as fit in MAX_ANSWER."""
     size = 0
     for row in rows:
-        size += len(json.dumps(row))
+        size += len(to_ascii_json(row))
         if size > MAX_ANSWER:
             return
         yield row
@@ -7318,7 +7325,7 @@ class Backfeedr(Closing):
         if isinstance(answer, str):
             headers["Content-Type"] = "text/plain; version=0.0.4; charset=utf-8"
             return answer.encode(), status, headers
-        return json.dumps(answer).encode(), status, headers
+        return to_ascii_json(answer).encode(), status, headers
 
     def _bottle_error(self, error: bottle.HTTPError) -> bottle.HTTPResponse:
         """Answers what bottle itself refuses: as a page for a browser outside the API, else as JSON."""
