@@ -4297,16 +4297,38 @@ def test_a_database_of_a_newer_backfeedr_or_an_unreleased_one_is_refused_unchang
 
 
 @sqlite_only
-def test_an_upgrade_waits_for_another_process_that_upgrades_and_needs_a_sqlite_that_drops_columns(serve, monkeypatch):
-    server, timeouts = serve(), []
+@pytest.mark.parametrize("version, timeout", [(6, 3600), (7, 5)])
+def test_a_start_waits_longer_for_a_process_that_may_be_upgrading(serve, monkeypatch, caplog, version, timeout):
+    server, now = serve(), [0.0]
+    server.close()
+    if version == 6:
+        downgrade(server.store.path, 6)
+    monkeypatch.setattr(backfeedr, "_prepare_tables", raising(sqlite3.OperationalError("database is locked")))
+    monkeypatch.setattr(backfeedr.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(backfeedr.time, "sleep", lambda _: now.append(now.pop() + 4))
+    with pytest.raises(StoreError, match="database is locked"):
+        serve()
+    assert timeout < now[0] <= timeout + 4 and ("waiting for another process" in caplog.text) == (version == 6)
+
+
+@sqlite_only
+def test_a_start_that_waited_for_a_newer_one_leaves_its_schema_alone(serve, monkeypatch):
+    server = serve()
     server.close()
     downgrade(server.store.path, 6)
-    monkeypatch.setattr(backfeedr, "migrate", lambda db, version: timeouts.append(db.pragma("busy_timeout")) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        serve()
-    assert timeouts == [600_000]
-    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 34, 1))
-    with pytest.raises(StoreError, match="SQLite 3.35 or later is needed to upgrade .*test.db; this Python has"):
+    seen = []
+    monkeypatch.setattr(backfeedr, "check_compatible", lambda db, path: seen.append(db.in_transaction))
+    serve()
+    assert seen == [False, True], "nobody else can write after the second look"
+
+
+@sqlite_only
+def test_an_upgrade_needs_a_sqlite_that_drops_columns_without_damage(serve, monkeypatch):
+    server = serve()
+    server.close()
+    downgrade(server.store.path, 6)
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 35, 4))
+    with pytest.raises(StoreError, match="to upgrade .*test.db, SQLite 3.35.5 or later is needed; this Python has"):
         serve()
     assert version_of(server.store.path) == 6
 
@@ -4353,7 +4375,7 @@ DOWNGRADES = {  # what takes a database back to each version from the next one
 
 def downgrade(path, version):
     """Takes a database back to an earlier version."""
-    if not POSTGRES and sqlite3.sqlite_version_info < (3, 35):
+    if not POSTGRES and sqlite3.sqlite_version_info < (3, 35, 5):
         pytest.skip("this SQLite cannot drop columns")
     with connected(path) as db:
         for step in range(6, version - 1, -1):
@@ -6011,6 +6033,19 @@ def test_a_large_group_is_described_after_a_device_is_forgotten_or_its_crashes_s
     server.store.catch_up()
     assert sql(server.store.path, "select distinct images from crashes") == [(None,)]
     assert sql(server.store.path, "select exception_reason, crashes from groups") == [("crash 3", 4)]
+
+
+def test_a_large_group_is_described_after_its_latest_crash_has_moved(serve, clock, monkeypatch):
+    monkeypatch.setattr(backfeedr, "SEARCHED_CRASHES", 2)
+    server = serve()
+    serve.unchecked.append(server)  # whose figures do not know of the changed type
+    for n in range(5):
+        add(server, exception_type="A", exception_reason=f"crash {n}", occurred_at=time_text(clock.seconds + n))
+    sql_run(server.store.path, "update crashes set exception_type = 'B' where exception_reason = 'crash 4'")
+    sql_run(server.store.path, "insert into regroupings select app_id, group_hash, 0, '' from groups")
+    server.store.catch_up()
+    assert sql(server.store.path, "select exception_reason, crashes from groups order by crashes") \
+        == [("crash 4", 1), ("crash 3", 4)]
 
 
 def test_a_deletion_searches_few_crashes_for_the_latest_ones_of_all_groups_together(
