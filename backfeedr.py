@@ -3644,9 +3644,10 @@ def _prepare_file(path: Path, may_create: bool) -> None:
             try:
                 return _prepare_tables(path)
             except sqlite3.OperationalError as error:
+                if "locked" not in str(error):
+                    raise  # at once: a second look could fail in another way, and hide this
                 is_upgrading = _needs_upgrade(path)
-                timeout = UPGRADE_TIMEOUT if is_upgrading else BUSY_TIMEOUT
-                if "locked" not in str(error) or time.monotonic() > began + timeout:
+                if time.monotonic() > began + (UPGRADE_TIMEOUT if is_upgrading else BUSY_TIMEOUT):
                     raise
                 if is_upgrading:
                     log.warning("waiting for another process, which may be upgrading the database")

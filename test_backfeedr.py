@@ -4297,18 +4297,22 @@ def test_a_database_of_a_newer_backfeedr_or_an_unreleased_one_is_refused_unchang
 
 
 @sqlite_only
-@pytest.mark.parametrize("version, timeout", [(6, 3600), (7, 5)])
-def test_a_start_waits_longer_for_a_process_that_may_be_upgrading(serve, monkeypatch, caplog, version, timeout):
+@pytest.mark.parametrize("is_old, timeout", [(True, 3600), (False, 5)])
+def test_a_start_waits_longer_for_a_process_that_may_be_upgrading(serve, monkeypatch, caplog, is_old, timeout):
     server, now = serve(), [0.0]
     server.close()
-    if version == 6:
+    if is_old:
         downgrade(server.store.path, 6)
     monkeypatch.setattr(backfeedr, "_prepare_tables", raising(sqlite3.OperationalError("database is locked")))
     monkeypatch.setattr(backfeedr.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(backfeedr.time, "sleep", lambda _: now.append(now.pop() + 4))
     with pytest.raises(StoreError, match="database is locked"):
         serve()
-    assert timeout < now[0] <= timeout + 4 and ("waiting for another process" in caplog.text) == (version == 6)
+    assert timeout < now[0] <= timeout + 4 and ("waiting for another process" in caplog.text) == is_old
+    monkeypatch.setattr(backfeedr, "_prepare_tables", raising(sqlite3.OperationalError("disk I/O error")))
+    monkeypatch.setattr(backfeedr, "_needs_upgrade", raising(sqlite3.DatabaseError("another")))
+    with pytest.raises(StoreError, match="disk I/O error"):
+        serve()
 
 
 @sqlite_only
