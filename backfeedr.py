@@ -99,6 +99,8 @@ from email.utils import parsedate_to_datetime
 from functools import cache, cached_property, lru_cache, partial
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from importlib.machinery import SourceFileLoader
+from importlib.util import cache_from_source
 from itertools import accumulate, chain, compress, groupby, islice, repeat, tee
 from operator import add, attrgetter, floordiv, itemgetter, lt, rshift, sub
 from pathlib import Path
@@ -8075,16 +8077,36 @@ def _run(options: argparse.Namespace, make: Callable[..., Backfeedr], open_store
     if options.command == "help":
         print(options.handbook_text)
         return 0
-    settings = Settings.from_env(**overrides)
     if options.command == "serve":
-        serve(settings, make)
+        _restart_compiled()
+        serve(Settings.from_env(**overrides), make)
         return 0
+    settings = Settings.from_env(**overrides)
     retention_days = settings.retention_days if os.environ.get("BACKFEEDR_RETENTION_DAYS") else None
     may_create = options.command in ("app_create", "import")
     with open_store(settings.db_path, retention_days=retention_days, may_create=may_create) as store:
         if message := getattr(Commands(store, options, settings), "do_" + options.command)():
             print(message, file=sys.stderr)
     return 0
+
+
+def _restart_compiled() -> None:
+    """Replaces this process, if it runs a script, with one that runs the compiled module: Python keeps the syntax tree
+    of a script until it ends, 22 MB. Does nothing if Python cannot store a compiled module, or is older than 3.10."""
+    loader, is_script = globals().get("__loader__"), __name__ == "__main__" and globals().get("__spec__") is None
+    can_restart = hasattr(sys, "orig_argv") and not sys.flags.ignore_environment
+    if not (is_script and isinstance(loader, SourceFileLoader) and can_restart):
+        return
+    compiled = Path(cache_from_source(loader.path))
+    with suppress(OSError):
+        compiled.parent.mkdir(parents=True, exist_ok=True)
+        if os.access(compiled.parent, os.W_OK) and not sys.dont_write_bytecode:
+            loader.get_code(__name__)  # stores the compiled module, unless it is there
+        status = os.stat(loader.path)
+        header = struct.pack("<3I", 0, int(status.st_mtime), status.st_size)  # by PEP 552, after the magic number
+        if compiled.read_bytes()[4:16] == header:  # else it is of another version
+            os.execve(sys.executable, [*sys.orig_argv[:-len(sys.argv)], str(compiled), *sys.argv[1:]],
+                      {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})  # packages may be beside the script
 
 
 class CommandParser(argparse.ArgumentParser):

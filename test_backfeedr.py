@@ -8761,6 +8761,29 @@ def test_apps_and_keys_are_created_listed_revoked_and_deleted(command):
         return [line.split()[:columns] for line in command(noun, "list")[1].splitlines()]
 
     expected = set()
+@pytest.mark.slow
+def test_a_server_runs_as_its_compiled_module_but_never_as_that_of_another_version(run, tmp_path):
+    script = tmp_path / "our server.py"
+    compiled = importlib.util.cache_from_source(script)
+    (tmp_path / "beside.py").touch()
+    restarts = hasattr(sys, "orig_argv")
+    read_only = {"PYTHONDONTWRITEBYTECODE": "1"}
+    for version, variables, is_restarted in (
+            ("1", read_only, False), ("1", {}, restarts), ("1", read_only, restarts), ("22", read_only, False),
+            ("22", {}, restarts)):
+        script.write_text(SERVER.read_text(encoding="utf-8").replace('__name__ == "__main__":\n', f"""\\
+__name__ == "__main__":
+    import beside
+    print("{version}", sys.flags.utf8_mode, __file__, file=sys.stderr)
+"""), encoding="utf-8")
+        os.utime(script, (1_700_000_000, 1_700_000_000))
+        server = run("--verbose", program=["-X", "utf8", script], BACKFEEDR_PORT_80_TCP="tcp://h:80", **variables)
+        assert server.post("/api/v1/crashes", CRASH)[0] == 201
+        status, _, err = server.stop()
+        assert status == 0 and err.count("ignored BACKFEEDR_PORT_80_TCP") == 1 and "POST /api/v1/crashes 201" in err
+        assert re.findall(rf"^{version} 1 (.*)", err, re.M) == [str(script), *[compiled] * is_restarted]
+
+
     for app, prefix, argument, *options in (
             ("Shop", "bf_live_", "{:.16}"), ("Beta", "bf_test_", "{}", "--test"), ("Dots", "bf_live_", "{:.16}...")):
         status, key, err = command("app", "create", app, *options)
