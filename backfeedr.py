@@ -2023,6 +2023,21 @@ def sums_per_day(db: Any, app: int | None, days: range, table: str, *columns: st
     return {column: [rows.get(day, zeros)[n] for day in days] for n, column in enumerate(columns)}
 
 
+class Changes:
+    """What a transaction adds to sums. Figures hold this, and not RollUps, which holds them: a reference cycle would
+    keep the reports of each commit until the garbage collector runs, and make it run often."""
+
+    def __init__(self) -> None:
+        self.by_table: dict[str, dict[str, dict[Row, int]]] = defaultdict(dict)  # by table, column and key
+        self.is_expiry = False  # lasting sums then stay as they are
+
+    def of(self, table: str, column: str) -> dict[Row, int]:
+        """What is to be added to the sums of a column, by the key of its table."""
+        if self.is_expiry and SUMS[table].lasts:
+            return defaultdict(int)  # is ignored
+        return self.by_table[table].setdefault(column, defaultdict(int))
+
+
 class Figure:
     """One figure in one transaction."""
 
@@ -2031,14 +2046,14 @@ class Figure:
     COUNTS: tuple[type, ...] = (Crash,)  # the kinds of reports that count in it
 
     def __init__(self, rollups: RollUps):
-        self._db, self._now, self._sums, self._known = rollups.db, rollups.now, rollups.sums, rollups.known
+        self._db, self._now, self._sums, self._known = rollups.db, rollups.now, rollups.changes.of, rollups.known
 
     def count(self, kind: type, reports: CountedReports, by: int) -> None:
         """Counts reports that are about to be inserted (`by` is 1) or were just deleted (`by` is -1). In a recount they
         are stored already, so Groups.recount() follows it."""
 
     def expire(self, kind: type, reports: CountedReports) -> None:
-        """Takes out reports that were deleted because they expired. RollUps ignores changes to lasting sums."""
+        """Takes out reports that were deleted because they expired. Changes to lasting sums are ignored."""
         self.count(kind, reports, -1)
 
     def save(self) -> None:
@@ -2852,8 +2867,7 @@ class RollUps:
     def __init__(self, db: Any, now: int, symbols: Symbols | None = None, known: KnownRows | None = None):
         self.db, self.now, self.symbols, self.known = db, now, symbols or Symbols(db), known or KnownRows()
         self.names = NewNames(db, self.known.names)
-        self._is_expiry = False
-        self._changes: dict[str, dict[str, dict[Row, int]]] = defaultdict(dict)  # by table, column and key
+        self.changes = Changes()
         self.figures: dict[type, Any] = {figure: figure(self) for figure in FIGURES}
 
     def count(self, kind: type, reports: CountedReports, by: int) -> None:
@@ -2864,25 +2878,19 @@ class RollUps:
 
     def expire(self, kind: type, reports: CountedReports) -> None:
         """Takes expired reports, which are in the order of their seqs, out of all figures: see Figure.expire."""
-        self._is_expiry = True
+        self.changes.is_expiry = True
         for figure in self.figures.values():
             if kind in figure.COUNTS:
                 figure.expire(kind, reports)
-        self._is_expiry = False
-
-    def sums(self, table: str, column: str) -> dict[Row, int]:
-        """What is to be added to the sums of a column, by the key of its table."""
-        if self._is_expiry and SUMS[table].lasts:
-            return defaultdict(int)  # is ignored
-        return self._changes[table].setdefault(column, defaultdict(int))
+        self.changes.is_expiry = False
 
     def save(self) -> None:
         """Writes everything that has changed."""
         for figure in self.figures.values():
             figure.save()
-        for table, changes in self._changes.items():
+        for table, changes in self.changes.by_table.items():
             self._save_sums(table, changes)
-        self._changes.clear()
+        self.changes.by_table.clear()
         self.figures[Groups].drop_empty()  # after the sums, because it reads group_days
 
     def _save_sums(self, table: str, changes: dict[str, dict[Row, int]]) -> None:
@@ -4072,7 +4080,7 @@ class Commit:
                 crashes += new
         write_rows(self._db, "insert into replays values *", self._replays)
         for (app_id, key), uses in self._key_uses.items():
-            rollups.sums("key_days", "requests")[app_id, self._now // DAY, key_name(key)] += uses
+            rollups.changes.of("key_days", "requests")[app_id, self._now // DAY, key_name(key)] += uses
         rollups.save()
         if crashes:
             update_triage(self._db, self._now, rollups, crashes)

@@ -8406,11 +8406,13 @@ def test_an_answered_request_leaves_nothing_in_memory(serve, monkeypatch, key, b
     gc.disable()
     try:
         answered, *_ = answer_to(server, environ)
+    gc.collect()
         del environ
         assert (answered, body_stream()) == (status, None)
     finally:
         gc.enable()
 
+        assert not {backfeedr.Commit, backfeedr.RollUps, backfeedr.Symbols} & {*map(type, gc.get_objects())}
 
 def test_an_environ_that_is_used_again_counts_as_another_request(serve):
     server, environ, ids = serve(), {}, []
