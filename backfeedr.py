@@ -7715,8 +7715,10 @@ class _Dispatcher(ThreadedTaskDispatcher):
         super().__init__()
         self.set_thread_count(threads)
         self.app, self.is_stopped = app, False
-        self.waiting: SimpleQueue[_Channel | None] = SimpleQueue()  # those with a report; None only wakes a thread
-        self.gathering = threading.Lock()  # held by the thread that waits for reports and decodes them
+        self.waiting: SimpleQueue[_Channel] = SimpleQueue()  # those with a report
+        self.gathering = threading.Lock()  # held while a thread gathers them, or is about to
+        self.turn = threading.Lock()  # wakes one thread when it is released. Threads that wait for a queue wake others
+        self.turn.acquire()
         self.commit_threads = [threading.Thread(target=self.store_all, daemon=True) for _ in range(COMMIT_THREADS)]
         for thread in self.commit_threads:
             thread.start()
@@ -7729,13 +7731,20 @@ class _Dispatcher(ThreadedTaskDispatcher):
             super().add_task(channel)
         else:
             self.waiting.put(channel)
+            self.wake_thread()
+
+    def wake_thread(self) -> None:
+        """Wakes a thread if reports wait and no thread gathers them."""
+        if not self.waiting.empty() and self.gathering.acquire(blocking=False):
+            self.turn.release()
 
     def store_all(self) -> None:
-        while not self.is_stopped:
+        while self.turn.acquire() and not self.is_stopped:
             self.store_gathered()
+        self.turn.release()  # wakes the next thread, so that all end
 
     def store_gathered(self) -> None:
-        """Waits for requests, stores their reports, and answers each."""
+        """Takes requests that wait, stores their reports, and answers each."""
         channels: list[_Channel] = []
         with closing(self.gather(channels)) as environs:  # closing frees the lock, even after an error
             self.log_errors(self.app.submit_all, environs)
@@ -7750,10 +7759,12 @@ class _Dispatcher(ThreadedTaskDispatcher):
             log.exception("unexpected error")
 
     def gather(self, channels: list[_Channel]) -> Generator[Environ, None, None]:
-        """The environs of a request and of those that come while it is decoded. Adds the connections to `channels`."""
-        with self.gathering, suppress(Empty):
-            channel, size = self.waiting.get(), 0
-            while channel:
+        """The environs of the requests that wait, and of those that come while they are decoded. Adds the connections
+        to `channels`."""
+        size = 0
+        try:
+            while len(channels) < MAX_GATHERED_REQUESTS and size < MAX_GATHERED_BYTES:
+                channel = self.waiting.get_nowait()
                 channels.append(channel)
                 request = channel.requests[0]
                 environ = _AppTask(channel, request).get_environment()
@@ -7763,13 +7774,16 @@ class _Dispatcher(ThreadedTaskDispatcher):
                     yield environ
                 is_compressed = "CONTENT_ENCODING" in request.headers  # so it may become as large as the limit
                 size += self.app.settings.max_body_size if is_compressed else request.body_bytes_received
-                has_room = len(channels) < MAX_GATHERED_REQUESTS and size < MAX_GATHERED_BYTES
-                channel = self.waiting.get_nowait() if has_room else None
+        except Empty:
+            pass
+        finally:
+            self.gathering.release()
+            self.wake_thread()
 
     def shutdown(self, *arguments: Any, **options: Any) -> Any:
         self.is_stopped = True
-        for _ in self.commit_threads:
-            self.waiting.put(None)
+        if self.gathering.acquire(timeout=1) and self.turn.locked():  # it is not after another shutdown
+            self.turn.release()
         for thread in self.commit_threads:
             thread.join(timeout=1)
         return super().shutdown(*arguments, **options)

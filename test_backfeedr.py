@@ -8312,17 +8312,20 @@ def test_only_one_thread_at_a_time_sends_on_a_connection(web_server):
 
 
 @pytest.fixture
-def answer_together(web_server):
+def answer_together(web_server, monkeypatch):
     """Sends requests, each on its own connection, for one commit; gives the statuses of the answers on each."""
     dispatcher = web_server.task_dispatcher
     dispatcher.shutdown()
+    monkeypatch.setattr(dispatcher, "wake_thread", lambda: None)
     assert Api(web_server.app).post(CRASHES, b"{")[0] == 400  # from now on the key is cached
 
     def send(*requests):
         connections = [connect_and_send(web_server, request) for request in requests]
         wait_until(lambda: web_server.run_once() or dispatcher.waiting.qsize() >= len(requests))
         while not dispatcher.waiting.empty():
+            dispatcher.gathering.acquire(blocking=False)
             dispatcher.store_gathered()
+            assert not dispatcher.gathering.locked(), "another thread may gather"
         answers = [read_some(connection, web_server) for connection in connections]
         for connection in connections:
             connection.close()
@@ -8403,16 +8406,16 @@ def test_an_answered_request_leaves_nothing_in_memory(serve, monkeypatch, key, b
     if status == 503:
         monkeypatch.setattr(server.store, "max_waiters", 0)
     body_stream = weakref.ref(environ["wsgi.input"])
+    gc.collect()
     gc.disable()
     try:
         answered, *_ = answer_to(server, environ)
-    gc.collect()
         del environ
         assert (answered, body_stream()) == (status, None)
+        assert not {backfeedr.Commit, backfeedr.RollUps, backfeedr.Symbols} & {*map(type, gc.get_objects())}
     finally:
         gc.enable()
 
-        assert not {backfeedr.Commit, backfeedr.RollUps, backfeedr.Symbols} & {*map(type, gc.get_objects())}
 
 def test_an_environ_that_is_used_again_counts_as_another_request(serve):
     server, environ, ids = serve(), {}, []
@@ -8758,11 +8761,6 @@ def output_of(command, *arguments):
     return out
 
 
-def test_apps_and_keys_are_created_listed_revoked_and_deleted(command):
-    def listed(noun, columns):
-        return [line.split()[:columns] for line in command(noun, "list")[1].splitlines()]
-
-    expected = set()
 @pytest.mark.slow
 def test_a_server_runs_as_its_compiled_module_but_never_as_that_of_another_version(run, tmp_path):
     script = tmp_path / "our server.py"
@@ -8786,6 +8784,11 @@ __name__ == "__main__":
         assert re.findall(rf"^{version} 1 (.*)", err, re.M) == [str(script), *[compiled] * is_restarted]
 
 
+def test_apps_and_keys_are_created_listed_revoked_and_deleted(command):
+    def listed(noun, columns):
+        return [line.split()[:columns] for line in command(noun, "list")[1].splitlines()]
+
+    expected = set()
     for app, prefix, argument, *options in (
             ("Shop", "bf_live_", "{:.16}"), ("Beta", "bf_test_", "{}", "--test"), ("Dots", "bf_live_", "{:.16}...")):
         status, key, err = command("app", "create", app, *options)
